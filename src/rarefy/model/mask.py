@@ -1,0 +1,158 @@
+"""Masks that survive: a torch parametrization on the weight, so that optimizers, deepcopy, state_dict, compile
+and DDP need to know nothing. The entries under a False are zero whatever happens to the parameter beneath.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
+
+from rarefy.errors import ModelError
+from rarefy.model.select import Layer, Selector, all_layers, select
+
+
+class Mask(nn.Module):
+    """Parametrization: weight -> weight where the mask is True, +0 elsewhere (NaN and -0 beneath do not leak)."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor):
+        super().__init__()
+        self.register_buffer("mask", mask.bool())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+
+def get_mask(layer: Layer) -> Tensor | None:
+    """Return the layer's mask (bool, stored shape, True = kept), or None."""
+    found = _masks_of(layer.module, layer.param)
+    return found[0].mask if found else None
+
+
+def set_mask_(layer: Layer, mask: Tensor) -> None:
+    """Attach or replace the mask of a layer, at every owner of a tied weight.
+
+    The parameter beneath keeps its values, so a later mask may bring weights back. Raises ModelError on a
+    mask of another shape or type. O(1) besides the check.
+    """
+    weight = layer.original
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise ModelError(
+            f"{layer.full_name}: a mask is bool of shape {tuple(weight.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
+        )
+    mask = mask.to(weight.device)
+    present = _masks_of(layer.module, layer.param)
+    if present:
+        present[0].mask.copy_(mask)
+        return
+    shared = Mask(mask)  # one object at all owners: one buffer, one truth
+    for _, module, param in layer.owners:
+        parametrize.register_parametrization(module, param, shared)
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """Return {layer name: mask} of every masked layer.
+
+    >>> net = nn.Linear(2, 2)
+    >>> set_mask_(all_layers(net)[0], torch.eye(2).bool())
+    >>> masks(net)[""].sum().item()
+    2
+    """
+    pairs = ((l.full_name, get_mask(l)) for l in all_layers(model))
+    return {name: mask for name, mask in pairs if mask is not None}
+
+
+def fold_(model: nn.Module) -> nn.Module:
+    """Write every mask into its weight and take the parametrization off; returns the model.
+
+    The parameters keep their identity, so an optimizer that holds them goes on. O(weights).
+
+    >>> net = nn.Linear(2, 2)
+    >>> set_mask_(all_layers(net)[0], torch.eye(2).bool())
+    >>> int((fold_(net).weight == 0).sum())
+    2
+    """
+    for layer in all_layers(model):
+        if get_mask(layer) is None:
+            continue
+        weight, effective = layer.original, layer.weight.detach()
+        with torch.no_grad():
+            weight.copy_(effective)
+        for _, module, param in layer.owners:
+            _remove(module, param)
+    return model
+
+
+def adopt_(model: nn.Module, layers: Selector = None, at_least: float = 0.01) -> list[str]:
+    """Take over foreign masks: models pruned with `torch.nn.utils.prune`, and plain zeros; returns the layer names.
+
+    `layers` narrows the search as in `select`; a weight with a smaller share of exact zeros than `at_least` is
+    dense by intent and is left alone. Raises ModelError where nothing is pruned. O(weights).
+    """
+    _adopt_torch_prune_(model)
+    chosen = select(model, layers) if layers is not None else all_layers(model)
+    taken = []
+    for layer in chosen:
+        if get_mask(layer) is not None:
+            taken.append(layer.full_name)
+            continue
+        kept = layer.weight.detach() != 0
+        if kept.numel() and 1 - kept.float().mean().item() >= at_least:
+            set_mask_(layer, kept)
+            taken.append(layer.full_name)
+    if not taken:
+        raise ModelError(f"nothing to adopt: no mask and no weight with {at_least:.0%} zeros or more")
+    return taken
+
+
+def plain_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) as `state_dict` would if the masks were folded, one effective tensor at a time.
+
+    Tied tensors come under each of their names; compare `data_ptr` of `state_dict` values to find them.
+    """
+    for name, tensor in model.state_dict().items():
+        if ".parametrizations." not in f".{name}":
+            yield name, tensor
+            continue
+        owner, _, rest = f".{name}".rpartition(".parametrizations.")
+        module = model.get_submodule(owner[1:])
+        param, _, leaf = rest.partition(".")
+        if not _masks_of(module, param) or leaf != "original":
+            if not _masks_of(module, param):
+                yield name, tensor  # somebody else's parametrization goes as it is
+            continue
+        yield f"{owner[1:]}.{param}".lstrip("."), getattr(module, param).detach()
+
+
+def _masks_of(module: nn.Module, param: str) -> list[Mask]:
+    if not parametrize.is_parametrized(module, param):
+        return []
+    return [p for p in getattr(module.parametrizations, param) if isinstance(p, Mask)]  # type: ignore[union-attr]
+
+
+def _remove(module: nn.Module, param: str) -> None:
+    chain = getattr(module.parametrizations, param)  # type: ignore[union-attr]
+    if len(chain) > 1:
+        raise ModelError(f"{param} has other parametrizations besides the mask; remove them before folding")
+    keep = chain.original
+    parametrize.remove_parametrizations(module, param, leave_parametrized=False)
+    # remove_parametrizations hands back a parameter; with tied weights it must be the shared one
+    setattr(module, param, keep)
+
+
+def _adopt_torch_prune_(model: nn.Module) -> None:
+    """Masks of `torch.nn.utils.prune` on prunable weights become ours; on biases and norms the zeros are written in."""
+    for module in list(model.modules()):
+        foreign = [k.removesuffix("_orig") for k in module._parameters if k.endswith("_orig")]
+        found = {p: module._buffers[f"{p}_mask"] for p in foreign if f"{p}_mask" in module._buffers}
+        for param in found:
+            torch_prune.remove(module, param)
+        for layer in all_layers(module):
+            mask = found.get(layer.param) if layer.name == "" else None
+            if mask is not None:
+                set_mask_(layer, mask.bool())

@@ -1,0 +1,317 @@
+"""What a calibration set says about each layer: norms of inputs and outputs, gradients. One pass, one hook context.
+
+Shapes follow `rarefy.model.layout`: everything is broadcastable to [G, K, O, I].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.errors import DataError, ModelError
+from rarefy.model.layout import CONV, CONV_TRANSPOSED
+from rarefy.model.select import Layer
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass
+class Stats:
+    """Sums over the calibration set of one layer; the properties are what scores read."""
+
+    in_square: Tensor | None = None  # [G, K, 1, I] sum of squared inputs (Embedding: [1, 1, O, 1] token counts)
+    out_square: Tensor | None = None  # [G, 1, O, 1] sum of squared outputs
+    tokens: float = 0.0  # input vectors counted (tokens, or output pixels of a convolution)
+    grad_abs: Tensor | None = None  # [G, K, O, I] sum over batches of tokens x |gradient|
+    grad_square: Tensor | None = None  # [G, K, O, I] sum over batches of tokens x gradient^2
+    weight: float = 0.0  # tokens behind the gradients
+    generator: torch.Generator | None = field(default=None, repr=False)
+
+    @property
+    def in_norm(self) -> Tensor:
+        """Root mean square of each input."""
+        assert self.in_square is not None
+        return (self.in_square / max(self.tokens, 1)).sqrt()
+
+    @property
+    def out_norm(self) -> Tensor:
+        """Root mean square of each output."""
+        assert self.out_square is not None
+        return (self.out_square / max(self.tokens, 1)).sqrt()
+
+    @property
+    def gradient(self) -> Tensor:
+        """Mean absolute gradient E|g|, the absolute value taken before the average over batches."""
+        assert self.grad_abs is not None
+        return self.grad_abs / max(self.weight, 1)
+
+    @property
+    def fisher(self) -> Tensor:
+        """Mean squared gradient E[g^2], the diagonal of the empirical Fisher matrix over batches."""
+        assert self.grad_square is not None
+        return self.grad_square / max(self.weight, 1)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Return the model's output for one batch: a dict as keywords, (inputs, target) as inputs, else as it is."""
+    if isinstance(batch, dict) or hasattr(batch, "keys"):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        if len(batch) == 0:
+            raise DataError("a batch is an empty tuple: give (inputs, target), a tensor or a dict")
+        return model(batch[0])
+    return model(batch)
+
+
+def tokens_in(batch: Any) -> int:
+    """Return how many tokens (or samples) a batch holds, padding left out: its weight in every average."""
+    if hasattr(batch, "keys"):
+        mask = batch["attention_mask"] if "attention_mask" in batch else None
+        if mask is not None:
+            return int(mask.sum())
+        first = next((v for v in batch.values() if isinstance(v, Tensor)), None)
+        return 1 if first is None else first.numel() if first.dtype == torch.int64 else len(first)
+    first = batch[0] if isinstance(batch, tuple | list) else batch
+    return len(first) if isinstance(first, Tensor) and first.dim() else 1
+
+
+def default_loss(output: Any, batch: Any) -> Tensor:
+    """Return the loss that a model gives by itself (`output.loss`), or cross entropy for (inputs, classes) batches."""
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    logits = getattr(output, "logits", output)
+    target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+    if isinstance(logits, Tensor) and isinstance(target, Tensor) and not target.is_floating_point():
+        return F.cross_entropy(logits.float(), target)
+    raise DataError(
+        "no loss: the model's output has no .loss (are there labels in the batch?) and the batch is not "
+        "(inputs, integer classes); pass loss=callable(output, batch)"
+    )
+
+
+def collect(
+    model: nn.Module, data: Iterable[Any], layers: Sequence[Layer], needs: frozenset[str], *, loss: Loss | None = None,
+) -> dict[str, Stats]:
+    """Return {layer name: Stats} after one pass of `data` through `model`, which is left as it was.
+
+    needs: any of "input", "output", "gradient". Every batch counts once, weighted by its tokens; positions that
+    `attention_mask` marks as padding are left out. Evaluation mode; gradients only if needed. Raises DataError for
+    empty data or a layer that no batch reached, ModelError for NaN or inf (naming the layer and the batch).
+    Memory: one vector a layer for norms, two tensors the size of the weights for gradients.
+    """
+    stats = {l.full_name: Stats() for l in layers}
+    batches = 0
+    with _evaluating(model), ExitStack() as stack:
+        current: dict[str, Any] = {}
+        if needs & {"input", "output"}:
+            parents = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+            for layer in layers:
+                for _, module, param in layer.owners:
+                    parent = parents.get(id(module))
+                    stack.enter_context(_observe(module, param, layer, stats[layer.full_name], current, parent))
+        if "gradient" in needs:
+            stack.enter_context(_trainable([l.original for l in layers]))
+        for index, batch in enumerate(data):
+            current.update(batch=batch, index=index)
+            if "gradient" in needs:
+                _add_gradients(model, batch, layers, stats, loss or default_loss, index)
+            else:
+                with torch.no_grad():
+                    call(model, batch)
+            batches += 1
+    if not batches:
+        raise DataError("the calibration data is empty: the score needs at least one batch")
+    for layer in layers:
+        found = stats[layer.full_name]
+        if needs & {"input", "output"} and found.in_square is None:
+            raise DataError(
+                f"{layer.full_name} was never called on the calibration data: ignore it, "
+                "or take a score that needs no activations (magnitude)"
+            )
+    return stats
+
+
+def _add_gradients(
+    model: nn.Module, batch: Any, layers: Sequence[Layer], stats: dict[str, Stats], loss: Loss, index: int
+) -> None:
+    with torch.enable_grad():
+        value = loss(call(model, batch), batch)
+        if not torch.isfinite(value).all():
+            raise ModelError(f"the loss of calibration batch {index} is {float(value)}")
+        grads = torch.autograd.grad(value, [l.original for l in layers], allow_unused=True)
+    weight = tokens_in(batch)
+    for layer, grad in zip(layers, grads):
+        if grad is None:
+            raise DataError(f"the loss does not depend on {layer.full_name}: ignore it, or give another loss")
+        g, s = layer.layout.view(grad.float()), stats[layer.full_name]
+        if not torch.isfinite(g).all():
+            raise ModelError(f"the gradient of {layer.full_name} is not finite on calibration batch {index}")
+        s.grad_abs = weight * g.abs() if s.grad_abs is None else s.grad_abs.add_(g.abs(), alpha=weight)
+        s.grad_square = weight * g.square() if s.grad_square is None else s.grad_square.addcmul_(g, g, value=weight)
+        s.weight += weight
+
+
+@contextmanager
+def _observe(
+    module: nn.Module, param: str, layer: Layer, s: Stats, current: dict[str, Any],
+    parent: nn.MultiheadAttention | None,
+) -> Iterator[None]:
+    """Add what the module's calls see to `s`; `parent` is the attention whose output projection the module is."""
+    handles = []
+
+    def add(inputs: Tensor, outputs: Tensor) -> None:
+        batch = current["batch"]
+        mask = batch["attention_mask"] if hasattr(batch, "keys") and "attention_mask" in batch else None
+        in_square, out_square, tokens = _squares(module, param, layer, inputs.detach(), outputs.detach(), mask)
+        if not (torch.isfinite(in_square).all() and torch.isfinite(out_square).all()):
+            raise ModelError(
+                f"{layer.full_name}: NaN or inf in its activations on calibration batch {current['index']}"
+            )
+        s.in_square = in_square if s.in_square is None else s.in_square + in_square
+        s.out_square = out_square if s.out_square is None else s.out_square + out_square
+        s.tokens += tokens
+
+    if parent is not None:
+        handles.append(parent.register_forward_hook(_out_proj_hook(parent, add), with_kwargs=True))
+    elif isinstance(module, nn.MultiheadAttention):
+        handles.append(module.register_forward_hook(_attention_hook(module, param, add), with_kwargs=True))
+    else:
+        handles.append(module.register_forward_hook(lambda _, args, out: add(args[0], out)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _squares(
+    module: nn.Module, param: str, layer: Layer, x: Tensor, y: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
+    """Return sums of squares of inputs [G, K, 1, I] and outputs [G, 1, O, 1] in the layer's layout, and their count."""
+    G, K, O, I = layer.layout.shape
+    if isinstance(module, nn.Embedding):
+        kept = x if mask is None or mask.shape != x.shape else x[mask.bool()]
+        counts = torch.bincount(kept.flatten(), minlength=O).float()
+        return counts.reshape(1, 1, O, 1), counts.reshape(1, 1, O, 1), kept.numel()
+    if layer.layout.kind in ("conv", "conv-transposed"):
+        # a transposed convolution sees each input at every kernel position
+        inputs = _conv_squares(module, x, y, K) if layer.layout.kind == "conv" else _spread_squares(module, x, K)
+        y = y if y.dim() == len(module.kernel_size) + 2 else y[None]  # type: ignore[arg-type]
+        out = y.float().square().transpose(0, 1).flatten(1).sum(1)
+        pixels = y[:, 0].numel() if layer.layout.kind == "conv" else x.numel() // module.in_channels  # type: ignore
+        return inputs, out.reshape(G, 1, O, 1), pixels
+    rows, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
+        real = mask.flatten().bool()
+        rows, out = rows[real], out[real]
+    squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+    out_squares = torch.linalg.vector_norm(out, dim=0, dtype=torch.float32).square()
+    return squares.reshape(-1, 1, 1, I), out_squares.reshape(-1, 1, O, 1), len(rows)
+
+
+def _conv_squares(module: Any, x: Tensor, y: Tensor, K: int) -> Tensor:
+    """Return [G, K, 1, I]: how much each kernel position saw of each input channel, padding and stride as they are.
+
+    Sums over strided windows, so nothing of the size of an unfolded input is made. O(K x input).
+    """
+    n = len(module.kernel_size)
+    x = x if x.dim() == n + 2 else x[None]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    y = y if y.dim() == n + 2 else y[None]
+    for d in range(n):  # a subclass may pad inside its forward (TensorFlow's "same"): what is missing goes right-heavy
+        need = (y.shape[2 + d] - 1) * module.stride[d] + module.dilation[d] * (module.kernel_size[d] - 1) + 1
+        missing = need - x.shape[2 + d]
+        if missing > 0:
+            pad = [0, 0] * (n - 1 - d) + [missing // 2, missing - missing // 2]
+            x = F.pad(x, pad)
+    square = x.float().square().sum(0)
+    sums = []
+    for position in range(K):
+        window, rest = [slice(None)], position
+        for d in reversed(range(n)):
+            rest, offset = divmod(rest, module.kernel_size[d])
+            start = offset * module.dilation[d]
+            window.insert(1, slice(start, start + (y.shape[2 + d] - 1) * module.stride[d] + 1, module.stride[d]))
+        sums.append(square[tuple(window)].flatten(1).sum(1))
+    g = module.groups
+    return torch.stack(sums).reshape(K, g, 1, -1).transpose(0, 1)
+
+
+def _spread_squares(module: Any, x: Tensor, K: int) -> Tensor:
+    n = len(module.kernel_size)
+    x = x if x.dim() == n + 2 else x[None]
+    square = x.float().square().sum(0).flatten(1).sum(1)
+    return square.reshape(module.groups, 1, 1, -1).expand(-1, K, -1, -1).clone()
+
+
+def _attention_hook(module: nn.MultiheadAttention, param: str, add: Callable[[Tensor, Tensor], None]) -> Any:
+    """MultiheadAttention multiplies by hand, so its projections are read from query, key and value."""
+    names = list(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
+        q, k, v = ({**dict(zip(names, args)), **kwargs}[n] for n in ("query", "key", "value"))
+        if param != "in_proj_weight":
+            x = {"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v}[param]
+            add(x, F.linear(x, getattr(module, param)))
+            return
+        e = module.embed_dim
+        W = module.in_proj_weight
+        flat = [t.reshape(-1, e) for t in (q, k, v)]
+        outs = [F.linear(t, w) for t, w in zip(flat, W.split(e))]
+        longest = max(len(t) for t in flat)  # keys and values may be fewer: zero rows add nothing to a sum of squares
+        pad = [F.pad(t, (0, 0, 0, longest - len(t))) for t in flat]
+        outs = [F.pad(t, (0, 0, 0, longest - len(t))) for t in outs]
+        add(torch.cat(pad, 1), torch.cat(outs, 1))
+
+    return hook
+
+
+def _out_proj_hook(parent: nn.MultiheadAttention, add: Callable[[Tensor, Tensor], None]) -> Any:
+    """MultiheadAttention never calls its `out_proj` module: run it once more with the identity in its place, and the
+    attention's output is what the projection is given."""
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
+        real = parent.out_proj
+        eye = torch.eye(parent.embed_dim, dtype=real.weight.dtype, device=real.weight.device)
+        same = type(real)(parent.embed_dim, parent.embed_dim, dtype=eye.dtype, device=eye.device)
+        same.weight, same.bias = nn.Parameter(eye, False), nn.Parameter(torch.zeros_like(eye[0]), False)
+        parent.out_proj = same
+        try:
+            x = parent.forward(*args, **kwargs)[0]
+        finally:
+            parent.out_proj = real
+        add(x, F.linear(x, real.weight, real.bias))
+
+    return hook
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)

@@ -1,0 +1,296 @@
+"""Where zeros may lie: `select(score, pattern, sparsity) -> mask`, exact counts, no tie overshoot.
+
+A score has the shape [G, K, O, I] of `rarefy.model.layout` (or [O, I], read as one group and one kernel position).
+
+    unstructured     any entry
+    N:M              N kept of every M along the inputs, at each kernel position
+    RxC              blocks of R outputs by C inputs, at each kernel position
+    row, channel     one output: a row of a Linear, a filter of a convolution
+    column           one input at all kernel positions and for all outputs of its group
+
+Dimensions that M, R or C do not divide: the last group or block is padded with entries that are pruned first and do
+not count. So an N:M group of r < M entries keeps min(N, r), and a kernel for the padded shape can run the result.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.errors import PatternError, unknown
+
+SCOPES = ("row", "layer", "global")
+WORDS = ("unstructured", "row", "channel", "column")
+REDUCTIONS = {
+    "mean": lambda s, n: s.sum(-1) / n,
+    "sum": lambda s, n: s.sum(-1),
+    "max": lambda s, n: s.amax(-1),
+    "l2": lambda s, n: (s * s).sum(-1).sqrt(),
+}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A parsed pattern; `str` gives it back as written."""
+
+    kind: str  # unstructured, nm, block, row, column
+    a: int = 1  # N of N:M, R of RxC
+    b: int = 1  # M of N:M, C of RxC
+    text: str = "unstructured"
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The sparsity that the pattern alone decides (N:M), else None."""
+        return 1 - self.a / self.b if self.kind == "nm" else None
+
+
+def parse(pattern: str | Pattern) -> Pattern:
+    """Return the Pattern that a string means; PatternError teaches what is allowed.
+
+    >>> parse("2:4").fixed_sparsity, parse("4x1").kind
+    (0.5, 'block')
+    """
+    if isinstance(pattern, Pattern):
+        return pattern
+    text = str(pattern).strip()
+    nm, block = re.fullmatch(r"(\d+):(\d+)", text), re.fullmatch(r"(\d+)x(\d+)", text)
+    if nm:
+        n, m = int(nm[1]), int(nm[2])
+        if not 1 <= n < m <= 64:
+            raise PatternError(
+                f"pattern {text!r} keeps {n} of every {m}: N:M needs 1 <= N < M <= 64, such as "
+                f"{_nearest_nm(n, m)} (N counts what is kept)"
+            )
+        return Pattern("nm", n, m, text)
+    if block:
+        r, c = int(block[1]), int(block[2])
+        if not (r >= 1 and c >= 1 and 2 <= r * c <= 4096):
+            raise PatternError(f"pattern {text!r}: a block RxC has 2 to 4096 entries, such as 4x1 or 1x4")
+        return Pattern("block", r, c, text)
+    if text in WORDS:
+        return Pattern("row" if text == "channel" else text, text=text)
+    raise PatternError(unknown("pattern", text, [*WORDS, "2:4", "4:8", "4x1", "1x4"]))
+
+
+def check_sparsity(pattern: Pattern, sparsity: float | None, scope: str | None) -> tuple[float, str]:
+    """Return the sparsity and scope to use, or raise PatternError for an impossible or idle combination."""
+    if scope is not None and scope not in SCOPES:
+        raise PatternError(unknown("scope", scope, SCOPES))
+    if pattern.kind == "nm":
+        fixed = pattern.fixed_sparsity
+        assert fixed is not None
+        if sparsity is not None and abs(sparsity - fixed) > 1e-9:
+            raise PatternError(
+                f"pattern {pattern} makes sparsity {fixed:g}, asked for {sparsity:g}: leave sparsity out, "
+                "or take a pattern that keeps another share"
+            )
+        if scope is not None:
+            raise PatternError(f"pattern {pattern} fixes the count of every group: scope {scope!r} has no effect")
+        return fixed, "layer"
+    if sparsity is None:
+        raise PatternError(f"pattern {str(pattern)!r} needs a sparsity between 0 and 1")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
+        raise PatternError(f"sparsity is a fraction of zeros between 0 and 1, got {sparsity!r}")
+    if pattern.kind in ("row", "column") and scope == "row":
+        raise PatternError(f"pattern {str(pattern)!r} takes whole lines: scope 'row' is impossible; use layer or global")
+    return float(sparsity), scope or "layer"
+
+
+def select(
+    score: Tensor, pattern: str | Pattern, sparsity: float | None = None, *, scope: str | None = None,
+    reduce: str | None = None,
+) -> Tensor:
+    """Return the mask (True = kept) that prunes the least scores of one tensor.
+
+    score [G, K, O, I] or [O, I]; -inf is pruned before all else. Exactly round(sparsity * entries) are pruned where
+    the pattern's units allow, else the nearest count of whole units. Ties go to the earlier entry. O(n log n).
+
+    >>> select(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), "2:4")
+    tensor([[ True, False, False,  True]])
+    """
+    return select_many([score], pattern, sparsity, scope=scope, reduce=reduce)[0]
+
+
+def select_many(
+    scores: Sequence[Tensor], pattern: str | Pattern, sparsity: float | None = None, *, scope: str | None = None,
+    reduce: str | None = None,
+) -> list[Tensor]:
+    """Return a mask for each score; scope `global` ranks the units of all tensors together. As `select` otherwise."""
+    pattern = parse(pattern)
+    sparsity, scope = check_sparsity(pattern, sparsity, scope)
+    if reduce is not None and reduce not in REDUCTIONS:
+        raise PatternError(unknown("reduction", reduce, REDUCTIONS))
+    if reduce is not None and pattern.kind in ("unstructured", "nm"):
+        raise PatternError(f"pattern {pattern} has units of one entry: reduce={reduce!r} has no effect")
+    return masks_at(scores, pattern, sparsity, scope, reduce or "mean")
+
+
+def masks_at(
+    scores: Sequence[Tensor], pattern: Pattern, sparsity: float, scope: str, reduce: str = "mean"
+) -> list[Tensor]:
+    """`select_many` after its checks, also for an N:M mask on its way: below its final sparsity the entries that
+    the pattern would prune are pruned in order of score, so that a schedule ends in the pattern."""
+    full = [s if s.dim() == 4 else s[None, None] for s in scores]
+    if pattern.kind == "nm":
+        assert pattern.fixed_sparsity is not None
+        kept = [_group_mask(s, pattern) for s in full]
+        part = sparsity / pattern.fixed_sparsity
+        if part < 1:  # a part of each layer's candidates
+            kept = [_partial(s, k, part) for s, k in zip(full, kept)]
+        return [k.reshape(s.shape) for s, k in zip(scores, kept)]
+    units = [_units(s, pattern, reduce) for s in full]
+    if scope == "global":
+        flat = torch.cat([u.score.reshape(1, -1) for u in units], 1)
+        size = None
+        if any(u.size is not None for u in units):
+            size = torch.cat([_sizes(u).reshape(1, -1) for u in units], 1)
+        parts = _keep(flat, size, sparsity)[0].split([u.score.numel() for u in units])
+    elif scope == "row":
+        parts = [_keep_rows(u, sparsity) for u in units]
+    else:
+        parts = [_keep(u.score.reshape(1, -1), _flat(u.size), sparsity)[0] for u in units]
+    return [_spread(p.reshape(u.score.shape), u, s.shape) for p, u, s in zip(parts, units, scores)]
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Scores [G, K, rows, units a row] of the units, and how to spread them back over the entries."""
+
+    score: Tensor
+    size: Tensor | None  # true entries of each unit, padding left out; None = one entry each
+    shape: tuple[int, ...]  # of the entries, [G, K, O, I]
+    pattern: Pattern
+
+
+def _units(s: Tensor, pattern: Pattern, reduce: str) -> _Units:
+    G, K, O, I = shape = s.shape
+    s = s.float()
+    if pattern.kind == "unstructured":
+        return _Units(s, None, shape, pattern)
+    if pattern.kind in ("row", "column"):
+        lines = s.permute(0, 2, 1, 3) if pattern.kind == "row" else s.permute(0, 3, 1, 2)
+        lines = lines.reshape(G, 1, lines.shape[1], -1)
+        size = torch.full(lines.shape[:3], lines.shape[3], dtype=torch.int64, device=s.device)
+        return _Units(REDUCTIONS[reduce](lines, size.float())[..., None], size[..., None], shape, pattern)
+    R, C = pattern.a, pattern.b
+    blocks = _tile(s, R, C, 0.0 if reduce != "max" else float("-inf"))
+    size = _tile(torch.ones_like(s), R, C, 0.0).sum(-1)
+    return _Units(REDUCTIONS[reduce](blocks, size), size.long(), shape, pattern)
+
+
+def _sizes(u: _Units) -> Tensor:
+    return torch.ones_like(u.score, dtype=torch.int64) if u.size is None else u.size
+
+
+def _flat(size: Tensor | None) -> Tensor | None:
+    return None if size is None else size.reshape(1, -1)
+
+
+def _tile(s: Tensor, R: int, C: int, fill: float) -> Tensor:
+    """[G, K, O, I] -> [G, K, ceil(O/R), ceil(I/C), R*C], padded with `fill`."""
+    G, K, O, I = s.shape
+    s = F.pad(s, (0, -I % C, 0, -O % R), value=fill)
+    return s.reshape(G, K, s.shape[2] // R, R, s.shape[3] // C, C).transpose(3, 4).flatten(4)
+
+
+def _spread(kept: Tensor, u: _Units, shape: tuple[int, ...]) -> Tensor:
+    """Kept units -> kept entries, in the score's shape."""
+    G, K, O, I = u.shape
+    if u.pattern.kind == "row":
+        kept = kept.reshape(G, 1, O, 1).expand(G, K, O, I)
+    elif u.pattern.kind == "column":
+        kept = kept.reshape(G, 1, 1, I).expand(G, K, O, I)
+    elif u.pattern.kind == "block":
+        R, C = u.pattern.a, u.pattern.b
+        kept = kept.repeat_interleave(R, 2).repeat_interleave(C, 3)[:, :, :O, :I]
+    return kept.reshape(shape).contiguous()
+
+
+def _keep(score: Tensor, size: Tensor | None, sparsity: float) -> Tensor:
+    """[L, n] -> kept [L, n]: in each line prune the least units until their entries come nearest to sparsity."""
+    n = score.shape[1]
+    if size is None or n == 0:
+        return _prune_least(score, torch.full((len(score),), round(sparsity * n), device=score.device))
+    order = score.argsort(dim=1, stable=True)
+    pruned = F.pad(size.gather(1, order).cumsum(1), (1, 0))  # entries gone after 0, 1, ... n units
+    target = torch.round(sparsity * size.sum(1, keepdim=True).double())
+    return _prune_least(score, (pruned - target).abs().argmin(1))
+
+
+def _keep_rows(u: _Units, sparsity: float) -> Tensor:
+    """As `_keep` with the same share in every output row; what rounding leaves goes to the rows where it costs least."""
+    G, K, rows, n = u.score.shape
+    score = u.score.permute(0, 2, 1, 3).reshape(G * rows, K * n)
+    size = None if u.size is None else u.size.permute(0, 2, 1, 3).reshape(G * rows, K * n)
+    width = score.shape[1]
+    if size is None:
+        whole = torch.full((len(score),), int(sparsity * width + 1e-9), device=score.device)
+        missing = round(sparsity * score.numel()) - int(whole.sum())
+        step = torch.ones_like(whole)
+    else:
+        order = score.argsort(dim=1, stable=True)
+        pruned = size.gather(1, order).cumsum(1)
+        whole = (pruned <= sparsity * size.sum(1, keepdim=True).double() + 1e-9).sum(1)
+        gone = F.pad(pruned, (1, 0)).gather(1, whole[:, None]).sum()
+        missing = round(sparsity * int(size.sum())) - int(gone)
+        step = F.pad(size.gather(1, order), (0, 1)).gather(1, whole[:, None])[:, 0]
+    cost = _nth_least(score, (whole + 1).clamp(max=width))
+    line = torch.where(whole < width, cost, float("inf")).argsort(stable=True)
+    line = line[whole[line] < width]
+    # a unit is taken while at least half of it is still missing
+    take = step[line].cumsum(0) - step[line] / 2 <= missing
+    whole[line[take]] += 1
+    return _prune_least(score, whole).reshape(G, rows, K, n).permute(0, 2, 1, 3)
+
+
+def _nth_least(score: Tensor, nth: Tensor) -> Tensor:
+    """[L, n], nth [L] in 1..n -> the nth least score of each line, one selection pass for each distinct n. O(L n)."""
+    found = torch.empty(len(score), dtype=score.dtype, device=score.device)
+    for k in nth.unique().tolist():
+        lines = nth == k
+        found[lines] = score[lines].kthvalue(k, dim=1).values
+    return found
+
+
+def _prune_least(score: Tensor, count: Tensor) -> Tensor:
+    """[L, n], count [L] -> kept [L, n] without the `count` least of each line, ties to the earlier entry. O(L n)."""
+    if score.shape[1] == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    limit = _nth_least(score, count.clamp(min=1))[:, None]
+    pruned, tied = score < limit, score == limit
+    spare = count - pruned.sum(1)  # how many of those at the limit are pruned
+    if len(score) == 1:
+        at = tied[0].nonzero()[: max(0, int(spare)), 0]
+        pruned[0, at] = True
+    else:
+        pruned |= tied & (tied.cumsum(1, dtype=torch.int32) <= spare[:, None])
+    return ~(pruned & (count > 0)[:, None])
+
+
+def _group_mask(s: Tensor, pattern: Pattern) -> Tensor:
+    """[G, K, O, I] -> mask with the N best of every M along I kept; -inf entries are never kept."""
+    G, K, O, I = s.shape
+    groups = F.pad(s.float(), (0, -I % pattern.b), value=float("-inf")).reshape(-1, pattern.b)
+    order = groups.argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(pattern.b, device=s.device)[None] < pattern.a
+    kept = torch.empty_like(groups, dtype=torch.bool).scatter_(1, order, first.expand_as(groups))
+    return kept.reshape(G, K, O, -1)[..., :I].contiguous()
+
+
+def _partial(s: Tensor, kept: Tensor, part: float) -> Tensor:
+    """Prune only the least `part` of what an N:M mask prunes."""
+    rank = torch.where(kept, float("inf"), s.float()).reshape(1, -1)
+    share = part * (~kept).sum().item() / kept.numel()
+    return _keep(rank, None, share)[0].reshape(kept.shape)
+
+
+def _nearest_nm(n: int, m: int) -> str:
+    return "2:4" if m <= 4 or n < 1 else "4:8" if m > 64 or n >= m else f"{n}:{m}"

@@ -1,0 +1,86 @@
+"""How much each weight matters: f(W, stats) -> score, the least is pruned first.
+
+    W      [G, K, O, I]  weight as `rarefy.model.layout` reads it
+    stats  what calibration saw, broadcastable to the same shape (`rarefy.model.stats`)
+
+A new score is one function here and one line in SCORES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rarefy.model.stats import Stats
+
+
+def magnitude(W: Tensor, stats: Stats) -> Tensor:
+    """|w| (LeCun 1989 to Han 2015); its mean over a unit is the L1 norm."""
+    return W.abs()
+
+
+def l2(W: Tensor, stats: Stats) -> Tensor:
+    """w^2: the order of magnitude for single weights, the squared L2 norm for blocks, rows and columns."""
+    return W.square()
+
+
+def random(W: Tensor, stats: Stats) -> Tensor:
+    """Uniform noise from the layer's seeded generator: the floor every score must beat."""
+    return torch.rand(W.shape, generator=stats.generator).to(W.device)
+
+
+def gradient(W: Tensor, stats: Stats) -> Tensor:
+    """E|g|: weights whose change would move the loss most are kept."""
+    return stats.gradient
+
+
+def taylor(W: Tensor, stats: Stats) -> Tensor:
+    """|w| E|g|, the first order change of the loss when w goes to 0 (Molchanov 2017, eq. 8 on weights)."""
+    return W.abs() * stats.gradient
+
+
+def fisher(W: Tensor, stats: Stats) -> Tensor:
+    """w^2 E[g^2] (Theis 2018, eq. 7; Optimal Brain Damage with the empirical Fisher diagonal)."""
+    return W.square() * stats.fisher
+
+
+def activation(W: Tensor, stats: Stats) -> Tensor:
+    """||x_j|| ||y_i||, the activity at both ends of w_ij: a row's mean ranks outputs as Hu 2016, a column's ranks inputs."""
+    return (stats.in_norm * stats.out_norm).expand(W.shape)
+
+
+def wanda(W: Tensor, stats: Stats) -> Tensor:
+    """|w_ij| ||x_j|| (Sun 2024, eq. 1)."""
+    return W.abs() * stats.in_norm
+
+
+def ria(W: Tensor, stats: Stats) -> Tensor:
+    """(|w_ij| / sum of its row + |w_ij| / sum of its column) ||x_j||^0.5 (Zhang 2024, eq. 5)."""
+    A = W.abs()
+    rows, columns = A.sum((1, 3), keepdim=True), A.sum(2, keepdim=True)
+    return (A / rows.clamp(min=1e-30) + A / columns.clamp(min=1e-30)) * stats.in_norm.sqrt()
+
+
+@dataclass(frozen=True)
+class Score:
+    """A function, the statistics it reads, and the scope its paper compares in."""
+
+    of: Callable[[Tensor, Stats], Tensor]
+    needs: frozenset[str] = frozenset()
+    scope: str = "layer"
+
+
+SCORES = {
+    "magnitude": Score(magnitude),
+    "l2": Score(l2),
+    "random": Score(random),
+    "gradient": Score(gradient, frozenset({"gradient"})),
+    "taylor": Score(taylor, frozenset({"gradient"})),
+    "fisher": Score(fisher, frozenset({"gradient"})),
+    "activation": Score(activation, frozenset({"input", "output"})),
+    "wanda": Score(wanda, frozenset({"input"}), scope="row"),
+    "ria": Score(ria, frozenset({"input"}), scope="row"),
+}

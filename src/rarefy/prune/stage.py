@@ -1,0 +1,163 @@
+"""`prune_`: select layers, collect statistics, score, choose the mask, attach it. Nothing is changed before all is known."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import DataError, ModelError, PatternError, unknown
+from rarefy.model.mask import get_mask, set_mask_
+from rarefy.model.select import Layer, Selector, select
+from rarefy.model.stats import Loss, Stats, collect
+from rarefy.proof.report import Report
+from rarefy.prune import pattern as patterns
+from rarefy.prune.score import SCORES
+
+
+def prune_(
+    model: nn.Module,
+    pattern: str = "unstructured",
+    score: str = "magnitude",
+    sparsity: float | None = None,
+    *,
+    scope: str | None = None,
+    reduce: str | None = None,
+    layers: Selector = None,
+    ignore: Selector = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> Report:
+    """Attach masks with the asked sparsity to the selected layers of `model` in place; return what was achieved.
+
+    pattern   where zeros may lie (`rarefy.prune.pattern`): unstructured, 2:4, 4x1, row, channel, column
+    score     what is pruned first (`rarefy.prune.score.SCORES`); some need `data`, gradients need labels or `loss`
+    sparsity  fraction of zeros; N:M patterns decide it themselves
+    scope     where scores compete: row, layer or global; by default what the score's paper does
+    reduce    how a unit of several weights is scored: mean, sum, max or l2
+    data      batches that `model` can be called with
+
+    Masked entries stay masked. Masks survive training; `rarefy.fold_` writes them into the weights.
+    Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged. O(weights log weights) besides the pass.
+
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> prune_(net, "2:4").summary["sparsity"]
+    0.5
+    """
+    plan = patterns.parse(pattern)
+    if score not in SCORES:
+        raise PatternError(unknown("score", score, SCORES))
+    sparsity, scope = patterns.check_sparsity(plan, sparsity, scope or default_scope(plan, score))
+    chosen = select(model, layers, ignore)
+    refuse_impossible(chosen, plan)
+    found = calibrate(model, chosen, score, data, loss, seed)
+    reached = choose_masks(chosen, found, plan, score, sparsity, scope, reduce)
+    for layer, mask in zip(chosen, reached):
+        set_mask_(layer, mask)
+    return report(chosen, plan, sparsity)
+
+
+def default_scope(plan: patterns.Pattern, score: str) -> str | None:
+    """Return the scope that the score's paper uses, where the pattern leaves one to choose."""
+    if plan.kind in ("nm", "row", "column"):
+        return None
+    return SCORES[score].scope
+
+
+def calibrate(
+    model: nn.Module, chosen: Sequence[Layer], score: str, data: Iterable[Any] | None, loss: Loss | None, seed: int
+) -> dict[str, Stats]:
+    """Return the statistics that `score` reads, after checking the weights; a pass over `data` only if needed."""
+    for layer in chosen:
+        if not torch.isfinite(layer.weight).all():
+            raise ModelError(f"{layer.full_name}: NaN or inf in its weights")
+    needs = SCORES[score].needs
+    if not needs:
+        stats = {l.full_name: Stats() for l in chosen}
+    elif data is None:
+        raise DataError(f"score {score!r} reads {' and '.join(sorted(needs))} statistics: give data=batches")
+    else:
+        stats = collect(model, data, chosen, needs, loss=loss)
+    for layer in chosen:  # by name, so that a layer's noise does not depend on its neighbours
+        noise = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(layer.full_name.encode()))
+        stats[layer.full_name].generator = noise
+    return stats
+
+
+def choose_masks(
+    chosen: Sequence[Layer],
+    stats: dict[str, Stats],
+    plan: patterns.Pattern,
+    score: str,
+    sparsity: float,
+    scope: str,
+    reduce: str | None = None,
+    regrow: bool = False,
+) -> list[Tensor]:
+    """Return one mask a layer, in its stored shape, for the asked sparsity over all entries.
+
+    What is masked stays so unless `regrow`. Raises PatternError where a layer holds more zeros than asked for.
+    """
+    scores = []
+    with torch.no_grad():
+        for layer in chosen:
+            weight = layer.original if regrow else layer.weight
+            s = SCORES[score].of(layer.layout.view(weight.detach().float()), stats[layer.full_name])
+            mask = None if regrow else get_mask(layer)
+            if mask is not None:
+                s = torch.where(layer.layout.view(mask), s, float("-inf"))
+            scores.append(s)
+        if reduce is not None:  # for its checks
+            patterns.select_many(scores[:0], plan, None if plan.kind == "nm" else sparsity, reduce=reduce)
+        kept = patterns.masks_at(scores, plan, sparsity, scope, reduce or "mean")
+    masks = [l.layout.unview(k, tuple(l.original.shape)) for l, k in zip(chosen, kept)]
+    if not regrow:
+        _refuse_regrowth(chosen, masks)
+    return masks
+
+
+def refuse_impossible(chosen: Sequence[Layer], plan: patterns.Pattern) -> None:
+    """Raise PatternError naming the layers in which an N:M pattern has nothing to prune (depthwise convolutions)."""
+    idle = [l for l in chosen if plan.kind == "nm" and l.layout.shape[3] <= plan.a]
+    if idle:
+        names = ", ".join(f"{l.full_name} ({l.layout.shape[3]} inputs a group)" for l in idle)
+        raise PatternError(f"pattern {plan} cannot prune {names}: ignore them, or take another pattern")
+
+
+def report(chosen: Sequence[Layer], plan: patterns.Pattern, sparsity: float) -> Report:
+    """Return the table of asked and achieved sparsity, a row a layer."""
+    rows, zeros, total = [], 0, 0
+    for layer in chosen:
+        mask = get_mask(layer)
+        pruned = 0 if mask is None else int((~mask).sum())
+        size = layer.original.numel()
+        rows.append(
+            {
+                "layer": layer.full_name,
+                "shape": "x".join(map(str, layer.original.shape)),
+                "pattern": str(plan),
+                "asked": sparsity,
+                "sparsity": pruned / max(size, 1),
+                "kept": size - pruned,
+            }
+        )
+        zeros, total = zeros + pruned, total + size
+    ragged = [l.full_name for l in chosen if plan.kind == "nm" and l.layout.shape[3] % plan.b]
+    notes = (f"{plan} does not divide the inputs of {', '.join(ragged)}: their last group is padded",) if ragged else ()
+    summary = {"layers": len(rows), "weights": total, "asked": sparsity, "sparsity": zeros / max(total, 1)}
+    return Report("pruned", tuple(rows), summary, notes)
+
+
+def _refuse_regrowth(chosen: Sequence[Layer], masks: Sequence[Tensor]) -> None:
+    for layer, mask in zip(chosen, masks):
+        before = get_mask(layer)
+        if before is not None and bool((mask & ~before).any()):
+            had, asked = 1 - before.float().mean().item(), 1 - mask.float().mean().item()
+            raise PatternError(
+                f"{layer.full_name} already has {had:.2%} zeros in places that the new mask of {asked:.2%} would keep: "
+                "ask for more sparsity, or fold_ and choose anew"
+            )
