@@ -1,0 +1,71 @@
+"""Quality on held-out data: perplexity and accuracy, token-weighted, padding left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.errors import DataError
+from rarefy.model.stats import call
+from rarefy.progress import track
+
+
+def perplexity(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -> float:
+    """Return exp of the mean negative log likelihood of the next token over all real tokens of `data`.
+
+    data: dicts with `input_ids` [batch, tokens] and optionally `attention_mask`. Raises DataError on other batches.
+    """
+    total, count = 0.0, 0
+    for batch in _evaluation(model, data, "perplexity", progress):
+        if not hasattr(batch, "keys") or "input_ids" not in batch:
+            raise DataError(f"perplexity needs batches with input_ids, got {_kind(batch)}")
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        out = call(model, inputs)
+        logits = getattr(out, "logits", out)
+        ids, mask = batch["input_ids"][:, 1:], batch.get("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, 1:].bool()
+        for row, target, keep in zip(logits[:, :-1], ids, real):  # a row at a time: logits of a vocabulary are large
+            total += float(F.cross_entropy(row[keep].float(), target[keep], reduction="sum"))
+            count += int(keep.sum())
+    if not count:
+        raise DataError("no tokens to evaluate")
+    return math.exp(min(total / count, 700.0))
+
+
+def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -> float:
+    """Return the share of (inputs, class) samples whose largest output is the class, 0..1."""
+    right, count = 0, 0
+    for batch in _evaluation(model, data, "accuracy", progress):
+        target = batch.get("labels") if hasattr(batch, "keys") else batch[1] if len(batch) == 2 else None
+        if not isinstance(target, Tensor):
+            raise DataError(f"accuracy needs (inputs, class) batches or dicts with labels, got {_kind(batch)}")
+        out = call(model, batch)
+        right += int((getattr(out, "logits", out).argmax(-1) == target).sum())
+        count += target.numel()
+    if not count:
+        raise DataError("no samples to evaluate")
+    return right / count
+
+
+@torch.no_grad()
+def _evaluation(model: nn.Module, data: Iterable[Any], text: str, progress: bool) -> Iterable[Any]:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield from track(data, text, progress)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _kind(batch: Any) -> str:
+    return f"a dict with {', '.join(batch)}" if hasattr(batch, "keys") else f"a {type(batch).__name__}"
+
+
+METRICS: dict[str, Callable[..., float]] = {"perplexity": perplexity, "accuracy": accuracy}
+BETTER = {"perplexity": min, "accuracy": max}

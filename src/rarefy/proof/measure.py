@@ -1,0 +1,201 @@
+"""Bytes, FLOPs, milliseconds: measured, with the spread, never inferred."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.progress import track
+
+
+@dataclass(frozen=True)
+class Times:
+    """Quartiles in seconds of repeated runs."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain numbers."""
+        return asdict(self)
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Return the bytes that parameters and buffers hold in memory, shared storage once.
+
+    >>> resident_bytes(nn.Linear(3, 2))
+    32
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"}
+    return sum(storages.values())
+
+
+def folder_bytes(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> int:
+    """Return the bytes of the files in a folder (or of one file) whose names end in one of `suffixes`."""
+    path = Path(path)
+    files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
+    return sum(f.stat().st_size for f in files if f.name.endswith(suffixes))
+
+
+def peak_rss() -> int:
+    """Return the most bytes this process has had resident since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def flops(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Return the floating point operations that `run()` dispatches: products, convolutions and attention.
+
+    Counted where torch dispatches, so functional calls and scaled_dot_product_attention are seen; a zero in a dense
+    weight costs as much as any other number. 2 operations a multiply-add.
+
+    >>> net = nn.Linear(3, 2)
+    >>> flops(net, lambda: net(torch.zeros(5, 3)))
+    60
+    """
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+    aten = torch.ops.aten
+    # absent from torch's own table although it is what CPU attention runs
+    extra = {aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+    counter = FlopCounterMode(display=False, custom_mapping=extra)  # type: ignore[arg-type]
+    with torch.no_grad(), counter:
+        run()
+    return counter.get_total_flops()
+
+
+def compare(
+    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warmup: int = 3, progress: bool = False
+) -> dict[str, Times]:
+    """Return the quartiles of each run, all interleaved in this process after warm-up, so that drift hits all alike.
+
+    >>> compare({"nothing": lambda: None}, repeats=5)["nothing"].repeats
+    5
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.no_grad():
+        for _ in range(warmup):
+            for run in runs.values():
+                run()
+        for _ in track(range(repeats), "timing", progress):
+            for name, run in runs.items():
+                began = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - began)
+    return {name: quartiles(values) for name, values in seconds.items()}
+
+
+def quartiles(seconds: list[float]) -> Times:
+    """Return median and quartiles of a list of seconds."""
+    if len(seconds) == 1:
+        return Times(seconds[0], seconds[0], seconds[0], 1)
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Times(median, low, high, len(seconds))
+
+
+def decode_and_prefill(
+    models: Mapping[str, nn.Module], *, prompt: int = 256, new: int = 24, repeats: int = 5, progress: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Return tokens a second of causal language models at batch 1: reading a prompt, and writing token by token.
+
+    Random token ids, a key-value cache, greedy choice; the models take turns. `{name: {"prefill": ..., "decode": ...}}`
+    with `tokens_per_second` and its quartiles.
+    """
+    vocab = next(iter(models.values())).config.vocab_size  # type: ignore[union-attr]
+    ids = torch.randint(0, vocab, (1, prompt), generator=torch.Generator().manual_seed(0))
+    spent: dict[str, dict[str, list[float]]] = {n: {"prefill": [], "decode": []} for n in models}
+    with torch.no_grad():
+        for round_ in track(range(repeats + 1), "tokens per second", progress):
+            for name, model in models.items():
+                began = time.perf_counter()
+                out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+                read = time.perf_counter()
+                for _ in range(new):
+                    token = out.logits[:, -1:].argmax(-1)
+                    out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                wrote = time.perf_counter()
+                if round_:  # the first round warms up
+                    spent[name]["prefill"].append(read - began)
+                    spent[name]["decode"].append(wrote - read)
+    count = {"prefill": prompt, "decode": new}
+    return {n: {kind: _rate(quartiles(s), count[kind]) for kind, s in kinds.items()} for n, kinds in spent.items()}
+
+
+def _rate(t: Times, tokens: int) -> dict[str, float]:
+    return {"tokens_per_second": tokens / t.median, "low": tokens / t.high, "high": tokens / t.low, "repeats": t.repeats}
+
+
+def machine() -> dict[str, Any]:
+    """Return what a figure depends on: CPU, its vector extensions, threads, versions."""
+    flags = cpu_flags()
+    wanted = ["avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi2", "amx_tile", "asimd", "sve"]
+    return {
+        "cpu": _cpu_name(),
+        "extensions": [f for f in wanted if f in flags],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def cpu_flags() -> set[str]:
+    """Return the CPU's feature flags as the kernel names them; empty where it does not say."""
+    return set(_cpuinfo("flags").split()) | set(_cpuinfo("Features").split())
+
+
+def commit(folder: str | Path) -> str:
+    """Return the git commit of a folder, `-dirty` appended where files differ from it; empty outside git."""
+    try:
+        ran = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return ran.stdout.strip() if ran.returncode == 0 else ""
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Run with `count` torch threads, or as it is for None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def sparsity_of(tensor: Tensor) -> float:
+    """Return the fraction of exact zeros."""
+    return 1 - int(torch.count_nonzero(tensor)) / max(tensor.numel(), 1)
+
+
+def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((l.partition(":")[2].strip() for l in lines if l.partition(":")[0].strip() == key), "")

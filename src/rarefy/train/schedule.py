@@ -1,0 +1,45 @@
+"""Sparsity as a function of training progress."""
+
+from __future__ import annotations
+
+from rarefy.errors import PatternError, unknown
+
+
+def linear(t: float, first: float, last: float) -> float:
+    """The same number of weights at every step."""
+    return first + (last - first) * t
+
+
+def cubic(t: float, first: float, last: float) -> float:
+    """Many weights early, few late (Zhu & Gupta 2017, eq. 1)."""
+    return last + (first - last) * (1 - t) ** 3
+
+
+def exponential(t: float, first: float, last: float) -> float:
+    """The same share of what remains at every step: density falls geometrically (Han 2015, Frankle 2019)."""
+    return 1 - (1 - first) * ((1 - last) / (1 - first)) ** t
+
+
+SCHEDULES = {"linear": linear, "cubic": cubic, "exponential": exponential}
+
+
+def sparsities(kind: str, last: float, steps: int, first: float = 0.0) -> list[float]:
+    """Return the sparsity after each of `steps` pruning steps; it ends at exactly `last`.
+
+    Raises PatternError for an unknown kind, fewer than one step, first > last, or an exponential way to 1.
+
+    >>> sparsities("linear", 0.9, 3)
+    [0.3, 0.6, 0.9]
+    >>> [round(s, 3) for s in sparsities("cubic", 0.9, 3)]
+    [0.633, 0.867, 0.9]
+    """
+    if kind not in SCHEDULES:
+        raise PatternError(unknown("schedule", kind, SCHEDULES))
+    if steps < 1:
+        raise PatternError(f"a schedule has at least one step, got {steps}")
+    if not 0 <= first <= last <= 1:
+        raise PatternError(f"a schedule rises from first to last within 0..1, got {first} to {last}")
+    if kind == "exponential" and (last == 1 or first == 1):
+        raise PatternError("an exponential schedule never reaches sparsity 1: use linear or cubic")
+    way = [round(SCHEDULES[kind](i / steps, first, last), 12) for i in range(1, steps + 1)]
+    return [*way[:-1], last]
