@@ -1,3 +1,37 @@
-"""Rarefy makes trained PyTorch models smaller and faster, and proves it."""
+"""Rarefy makes trained PyTorch models smaller and faster, and proves it.
+
+receipt = rarefy.compress_(model, "recipe.yaml", data=batches)
+rarefy.save(model, "out/")
+model = rarefy.load("out/")
+"""
 
 __version__ = "0.1.0"
+
+from rarefy.api import cast_, compress_
+from rarefy.errors import RarefyError
+from rarefy.model.mask import adopt_, fold_, masks
+from rarefy.proof.receipt import Receipt
+from rarefy.proof.report import Report
+from rarefy.prune.stage import prune_
+from rarefy.recipe import Recipe
+from rarefy.store import export, inspect, load, save
+from rarefy.train.loop import Gradual, fit_
+
+__all__ = [
+    "Gradual",
+    "RarefyError",
+    "Receipt",
+    "Recipe",
+    "Report",
+    "adopt_",
+    "cast_",
+    "compress_",
+    "export",
+    "fit_",
+    "fold_",
+    "inspect",
+    "load",
+    "masks",
+    "prune_",
+    "save",
+]

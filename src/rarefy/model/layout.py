@@ -73,7 +73,7 @@ def layout(module: nn.Module, param: str) -> Layout | None:
         order = (0, *range(3, 3 + len(kernel)), 2, 1)
         return Layout("conv-transposed", split, order, (g, _product(kernel), o // g, i // g), in_axis=0)
     if _is_hf_conv1d(module):
-        i, o = module.weight.shape  # type: ignore[union-attr]
+        i, o = (int(n) for n in module.weight.shape)  # type: ignore
         return Layout("conv1d-hf", (1, i, o), (0, 2, 1), (1, 1, o, i), in_axis=0)
     return None
 

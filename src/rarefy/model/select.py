@@ -26,7 +26,8 @@ Selector = str | Sequence[str] | None
 
 # Attribute names under which models keep their output head (torchvision, timm, transformers). Data, not code.
 HEADS = frozenset(
-    "lm_head head heads classifier fc score cls qa_outputs output_projection embed_out last_linear prediction_head".split()
+    {"lm_head", "head", "heads", "classifier", "fc", "score", "cls", "qa_outputs"}
+    | {"output_projection", "embed_out", "last_linear", "prediction_head"}
 )
 
 _SIZE = re.compile(r"size\s*(>=|<=|==|>|<)\s*([0-9][0-9_]*)$")

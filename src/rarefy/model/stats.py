@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError
-from rarefy.model.layout import CONV, CONV_TRANSPOSED
 from rarefy.model.select import Layer
 
 Loss = Callable[[Any, Any], Tensor]
@@ -73,7 +72,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 def tokens_in(batch: Any) -> int:
     """Return how many tokens (or samples) a batch holds, padding left out: its weight in every average."""
     if hasattr(batch, "keys"):
-        mask = batch["attention_mask"] if "attention_mask" in batch else None
+        mask = batch.get("attention_mask")
         if mask is not None:
             return int(mask.sum())
         first = next((v for v in batch.values() if isinstance(v, Tensor)), None)
@@ -98,7 +97,12 @@ def default_loss(output: Any, batch: Any) -> Tensor:
 
 
 def collect(
-    model: nn.Module, data: Iterable[Any], layers: Sequence[Layer], needs: frozenset[str], *, loss: Loss | None = None,
+    model: nn.Module,
+    data: Iterable[Any],
+    layers: Sequence[Layer],
+    needs: frozenset[str],
+    *,
+    loss: Loss | None = None,
 ) -> dict[str, Stats]:
     """Return {layer name: Stats} after one pass of `data` through `model`, which is left as it was.
 
@@ -145,7 +149,7 @@ def _add_gradients(
     with torch.enable_grad():
         value = loss(call(model, batch), batch)
         if not torch.isfinite(value).all():
-            raise ModelError(f"the loss of calibration batch {index} is {float(value)}")
+            raise ModelError(f"the loss of calibration batch {index} is {float(value.detach())}")
         grads = torch.autograd.grad(value, [l.original for l in layers], allow_unused=True)
     weight = tokens_in(batch)
     for layer, grad in zip(layers, grads):
@@ -161,7 +165,11 @@ def _add_gradients(
 
 @contextmanager
 def _observe(
-    module: nn.Module, param: str, layer: Layer, s: Stats, current: dict[str, Any],
+    module: nn.Module,
+    param: str,
+    layer: Layer,
+    s: Stats,
+    current: dict[str, Any],
     parent: nn.MultiheadAttention | None,
 ) -> Iterator[None]:
     """Add what the module's calls see to `s`; `parent` is the attention whose output projection the module is."""
@@ -184,7 +192,7 @@ def _observe(
     elif isinstance(module, nn.MultiheadAttention):
         handles.append(module.register_forward_hook(_attention_hook(module, param, add), with_kwargs=True))
     else:
-        handles.append(module.register_forward_hook(lambda _, args, out: add(args[0], out)))
+        handles.append(module.register_forward_hook(_plain_hook(add), with_kwargs=True))
     try:
         yield
     finally:
@@ -193,7 +201,7 @@ def _observe(
 
 
 def _squares(
-    module: nn.Module, param: str, layer: Layer, x: Tensor, y: Tensor, mask: Tensor | None
+    module: Any, param: str, layer: Layer, x: Tensor, y: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, float]:
     """Return sums of squares of inputs [G, K, 1, I] and outputs [G, 1, O, 1] in the layer's layout, and their count."""
     G, K, O, I = layer.layout.shape
@@ -204,7 +212,7 @@ def _squares(
     if layer.layout.kind in ("conv", "conv-transposed"):
         # a transposed convolution sees each input at every kernel position
         inputs = _conv_squares(module, x, y, K) if layer.layout.kind == "conv" else _spread_squares(module, x, K)
-        y = y if y.dim() == len(module.kernel_size) + 2 else y[None]  # type: ignore[arg-type]
+        y = y if y.dim() == len(module.kernel_size) + 2 else y[None]
         out = y.float().square().transpose(0, 1).flatten(1).sum(1)
         pixels = y[:, 0].numel() if layer.layout.kind == "conv" else x.numel() // module.in_channels  # type: ignore
         return inputs, out.reshape(G, 1, O, 1), pixels
@@ -251,6 +259,10 @@ def _spread_squares(module: Any, x: Tensor, K: int) -> Tensor:
     x = x if x.dim() == n + 2 else x[None]
     square = x.float().square().sum(0).flatten(1).sum(1)
     return square.reshape(module.groups, 1, 1, -1).expand(-1, K, -1, -1).clone()
+
+
+def _plain_hook(add: Callable[[Tensor, Tensor], None]) -> Any:
+    return lambda _, args, kwargs, out: add(args[0] if args else next(iter(kwargs.values())), out)
 
 
 def _attention_hook(module: nn.MultiheadAttention, param: str, add: Callable[[Tensor, Tensor], None]) -> Any:

@@ -15,6 +15,7 @@ from rarefy.model.stats import call
 from rarefy.progress import track
 
 
+@torch.no_grad()
 def perplexity(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -> float:
     """Return exp of the mean negative log likelihood of the next token over all real tokens of `data`.
 
@@ -37,6 +38,7 @@ def perplexity(model: nn.Module, data: Iterable[Any], *, progress: bool = False)
     return math.exp(min(total / count, 700.0))
 
 
+@torch.no_grad()
 def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -> float:
     """Return the share of (inputs, class) samples whose largest output is the class, 0..1."""
     right, count = 0, 0
@@ -52,7 +54,6 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -
     return right / count
 
 
-@torch.no_grad()
 def _evaluation(model: nn.Module, data: Iterable[Any], text: str, progress: bool) -> Iterable[Any]:
     modes = [(m, m.training) for m in model.modules()]
     model.eval()

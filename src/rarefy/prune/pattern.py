@@ -100,12 +100,18 @@ def check_sparsity(pattern: Pattern, sparsity: float | None, scope: str | None) 
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
         raise PatternError(f"sparsity is a fraction of zeros between 0 and 1, got {sparsity!r}")
     if pattern.kind in ("row", "column") and scope == "row":
-        raise PatternError(f"pattern {str(pattern)!r} takes whole lines: scope 'row' is impossible; use layer or global")
+        raise PatternError(
+            f"pattern {str(pattern)!r} takes whole lines: scope 'row' is impossible; use layer or global"
+        )
     return float(sparsity), scope or "layer"
 
 
 def select(
-    score: Tensor, pattern: str | Pattern, sparsity: float | None = None, *, scope: str | None = None,
+    score: Tensor,
+    pattern: str | Pattern,
+    sparsity: float | None = None,
+    *,
+    scope: str | None = None,
     reduce: str | None = None,
 ) -> Tensor:
     """Return the mask (True = kept) that prunes the least scores of one tensor.
@@ -120,7 +126,11 @@ def select(
 
 
 def select_many(
-    scores: Sequence[Tensor], pattern: str | Pattern, sparsity: float | None = None, *, scope: str | None = None,
+    scores: Sequence[Tensor],
+    pattern: str | Pattern,
+    sparsity: float | None = None,
+    *,
+    scope: str | None = None,
     reduce: str | None = None,
 ) -> list[Tensor]:
     """Return a mask for each score; scope `global` ranks the units of all tensors together. As `select` otherwise."""
@@ -171,13 +181,13 @@ class _Units:
 
 
 def _units(s: Tensor, pattern: Pattern, reduce: str) -> _Units:
-    G, K, O, I = shape = s.shape
+    shape = s.shape
     s = s.float()
     if pattern.kind == "unstructured":
         return _Units(s, None, shape, pattern)
     if pattern.kind in ("row", "column"):
         lines = s.permute(0, 2, 1, 3) if pattern.kind == "row" else s.permute(0, 3, 1, 2)
-        lines = lines.reshape(G, 1, lines.shape[1], -1)
+        lines = lines.reshape(len(lines), 1, lines.shape[1], -1)
         size = torch.full(lines.shape[:3], lines.shape[3], dtype=torch.int64, device=s.device)
         return _Units(REDUCTIONS[reduce](lines, size.float())[..., None], size[..., None], shape, pattern)
     R, C = pattern.a, pattern.b
@@ -203,11 +213,11 @@ def _tile(s: Tensor, R: int, C: int, fill: float) -> Tensor:
 
 def _spread(kept: Tensor, u: _Units, shape: tuple[int, ...]) -> Tensor:
     """Kept units -> kept entries, in the score's shape."""
-    G, K, O, I = u.shape
+    G, _, O, I = u.shape
     if u.pattern.kind == "row":
-        kept = kept.reshape(G, 1, O, 1).expand(G, K, O, I)
+        kept = kept.reshape(G, 1, O, 1).expand(u.shape)
     elif u.pattern.kind == "column":
-        kept = kept.reshape(G, 1, 1, I).expand(G, K, O, I)
+        kept = kept.reshape(G, 1, 1, I).expand(u.shape)
     elif u.pattern.kind == "block":
         R, C = u.pattern.a, u.pattern.b
         kept = kept.repeat_interleave(R, 2).repeat_interleave(C, 3)[:, :, :O, :I]
@@ -226,7 +236,7 @@ def _keep(score: Tensor, size: Tensor | None, sparsity: float) -> Tensor:
 
 
 def _keep_rows(u: _Units, sparsity: float) -> Tensor:
-    """As `_keep` with the same share in every output row; what rounding leaves goes to the rows where it costs least."""
+    """As `_keep` with the same share in every output row; what rounding leaves goes where it costs least."""
     G, K, rows, n = u.score.shape
     score = u.score.permute(0, 2, 1, 3).reshape(G * rows, K * n)
     size = None if u.size is None else u.size.permute(0, 2, 1, 3).reshape(G * rows, K * n)

@@ -48,7 +48,7 @@ def fisher(W: Tensor, stats: Stats) -> Tensor:
 
 
 def activation(W: Tensor, stats: Stats) -> Tensor:
-    """||x_j|| ||y_i||, the activity at both ends of w_ij: a row's mean ranks outputs as Hu 2016, a column's ranks inputs."""
+    """||x_j|| ||y_i||, the activity at both ends of w_ij: rows rank by output (Hu 2016), columns by input."""
     return (stats.in_norm * stats.out_norm).expand(W.shape)
 
 

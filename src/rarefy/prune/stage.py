@@ -1,4 +1,4 @@
-"""`prune_`: select layers, collect statistics, score, choose the mask, attach it. Nothing is changed before all is known."""
+"""`prune_`: select, collect statistics, score, choose masks, attach them. Nothing changes before all is known."""
 
 from __future__ import annotations
 

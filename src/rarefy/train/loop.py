@@ -141,8 +141,14 @@ class _Run:
     """One training run: what stays the same from epoch to epoch."""
 
     def __init__(
-        self, model: nn.Module, moves: torch.optim.Optimizer, factor: Callable[[float], float], loss: Loss,
-        pruner: _Pruner | None, epochs: int, progress: bool,
+        self,
+        model: nn.Module,
+        moves: torch.optim.Optimizer,
+        factor: Callable[[float], float],
+        loss: Loss,
+        pruner: _Pruner | None,
+        epochs: int,
+        progress: bool,
     ):
         self.model, self.moves, self.factor, self.loss = model, moves, factor, loss
         self.pruner, self.epochs, self.progress = pruner, epochs, progress
@@ -166,7 +172,9 @@ class _Run:
             count = tokens_in(batch)
             total, seen = total + loss * count, seen + count
         if not seen:
-            raise DataError(f"the training data is empty in epoch {epoch + 1} (an iterator gives its batches only once)")
+            raise DataError(
+                f"the training data is empty in epoch {epoch + 1} (an iterator gives its batches only once)"
+            )
         self._advance((epoch + 1) / self.epochs)
         return total / seen
 

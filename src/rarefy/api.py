@@ -1,0 +1,364 @@
+"""`compress_`: a recipe's stages in order, measured before and after. The only file that knows all wings."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy import data as sources
+from rarefy import recipe as recipes
+from rarefy.errors import DataError, ModelError
+from rarefy.model import hf
+from rarefy.model.mask import fold_, masks, plain_state
+from rarefy.model.select import all_layers, select
+from rarefy.model.stats import Loss, call
+from rarefy.progress import track
+from rarefy.proof import measure
+from rarefy.proof.evaluate import BETTER, METRICS
+from rarefy.proof.receipt import Receipt
+from rarefy.proof.report import Report
+from rarefy.prune.pattern import check_sparsity, parse
+from rarefy.prune.score import SCORES
+from rarefy.prune.stage import prune_, report
+from rarefy.store import _aliases, pack
+from rarefy.train.loop import Gradual, fit_, optimizer_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
+
+
+def compress_(
+    model: nn.Module,
+    recipe: str | Path | Mapping[str, Any] | recipes.Recipe,
+    data: Iterable[Any] | Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Any = None,
+    loss: Loss | None = None,
+    base: Path | None = None,
+    progress: bool = False,
+    **overrides: Any,
+) -> Receipt:
+    """Run a recipe on `model` in place, measure before and after, and return the receipt.
+
+    recipe     preset name, path, dict or Recipe; `overrides` replace its fields of that name (`sparsity=0.4`)
+    data       batches for calibration and training, or {"calibrate": ..., "train": ..., "evaluate": ...};
+               what is not given is read from the paths and names in the recipe
+    tokenizer  for text named in the recipe
+    loss       callable(output, batch) for gradient scores and training; by default the model's own
+
+    At the end masks are folded into the weights, so the model runs without them; `rarefy.adopt_` takes them up again.
+    An error before the first stage leaves the model as it was. Raises the ValueErrors of `rarefy.errors`.
+    """
+    began = time.perf_counter()
+    plan = recipes.load(recipe, **overrides)
+    given = _Given(plan, data, tokenizer, base)
+    _check_data(plan, given)
+    held_out = given.batches("evaluate") if plan.evaluate else []
+    timed = plan.evaluate is not None and (plan.evaluate.latency or plan.evaluate.decode)
+    before = _state(model, plan, held_out, progress)
+    dense = copy.deepcopy(model) if timed else None
+    reports = []
+    for index, stage in enumerate(plan.stages):
+        run = RUN[type(stage)]
+        reports += run(model, stage, given, loss, plan.seed + index, progress)
+    rows = _layer_rows(reports)
+    fold_(model)
+    model.rarefy_recipe = plan.to_dict()  # type: ignore[assignment]
+    after = _state(model, plan, held_out, progress)
+    speed = _speed(plan, dense, model, held_out, progress) if dense is not None else ()
+    receipt = _receipt(plan, model, before, after, rows, speed, reports, time.perf_counter() - began)
+    model.rarefy_receipt = receipt  # type: ignore[assignment]
+    return receipt
+
+
+def cast_(model: nn.Module, dtype: str) -> Report:
+    """Turn parameters and saved buffers of floating point into `bf16`, `fp16` or `fp32` in place.
+
+    Buffers that a model computes for itself and does not save (rotary frequencies) keep their precision.
+    Raises ModelError where a weight would overflow.
+
+    >>> net = nn.Linear(2, 2)
+    >>> cast_(net, "bf16").summary["bytes"], net.weight.dtype
+    (12, torch.bfloat16)
+    """
+    to = DTYPES[dtype]
+    folded = masks(model)
+    for name, tensor in _floating_state(model):
+        if not torch.isfinite(tensor).all() or torch.isfinite(tensor.to(to)).all():
+            continue
+        raise ModelError(f"{name} has values that {dtype} cannot hold (largest {float(tensor.abs().max()):g})")
+    for _, tensor in _floating_state(model):
+        tensor.data = tensor.data.to(to)
+    return Report("cast", (), {"dtype": dtype, "bytes": measure.resident_bytes(model), "masks": len(folded)})
+
+
+def _floating_state(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    state = model.state_dict(keep_vars=True).items()
+    return ((n, t) for n, t in state if isinstance(t, Tensor) and t.is_floating_point())
+
+
+class _Given:
+    """Batches by purpose, from what was passed or from what the recipe names; each read once."""
+
+    def __init__(self, plan: recipes.Recipe, data: Any, tokenizer: Any, base: Path | None):
+        self.plan, self.tokenizer, self.base = plan, tokenizer, base
+        known = {"calibrate", "train", "evaluate"}
+        if isinstance(data, Mapping):
+            wrong = set(data) - known
+            if wrong:
+                raise DataError(f"data has {', '.join(sorted(wrong))}; known are {', '.join(sorted(known))}")
+            self.found = {k: _reusable(v) for k, v in data.items()}
+        else:
+            self.found = {} if data is None else {k: _reusable(data) for k in ("calibrate", "train")}
+
+    def has(self, purpose: str) -> bool:
+        return purpose in self.found or self._named(purpose)[0] is not None
+
+    def batches(self, purpose: str) -> Any:
+        if purpose not in self.found:
+            source, settings = self._named(purpose)
+            if source is None:
+                raise DataError(f"no {purpose} data: pass data={{{purpose!r}: batches}}, or name it in the recipe")
+            seed = getattr(settings, "seed", 0)
+            take = sources.Take(samples=settings.samples, tokens=settings.tokens, batch=settings.batch, seed=seed)
+            self.found[purpose] = sources.batches(source, take, tokenizer=self.tokenizer, base=self.base, what=purpose)
+        return self.found[purpose]
+
+    def _named(self, purpose: str) -> tuple[str | None, Any]:
+        if purpose == "evaluate":
+            e = self.plan.evaluate
+            return (e.data, e) if e else (None, None)
+        d = self.plan.data
+        return (getattr(d, purpose), d) if d else (None, None)
+
+
+def _reusable(batches: Any) -> Any:
+    """Batches are gone through more than once: an iterator, which cannot be, becomes a list."""
+    return list(batches) if hasattr(batches, "__next__") else batches
+
+
+def _check_data(plan: recipes.Recipe, given: _Given) -> None:
+    """Read all data before anything is changed, so that a wrong path costs nothing."""
+    for stage in plan.stages:
+        gradual = stage.prune if isinstance(stage, recipes.Train) else stage
+        if isinstance(gradual, recipes.Prune) and SCORES[gradual.score].needs:
+            given.batches("calibrate")
+        if isinstance(stage, recipes.Train):
+            given.batches("train")
+
+
+def _prune(
+    model: nn.Module, s: recipes.Prune, given: _Given, loss: Loss | None, seed: int, progress: bool
+) -> list[Report]:
+    data = given.batches("calibrate") if SCORES[s.score].needs else None
+    shown = None if data is None else track(data, f"calibrating {s.score}", progress, _length(data))
+    done = prune_(
+        model,
+        s.pattern,
+        s.score,
+        s.sparsity,
+        scope=s.scope,
+        reduce=s.reduce,
+        layers=s.layers,
+        ignore=s.ignore,
+        data=_with_labels(model, shown, s.score) if shown is not None else None,
+        loss=loss,
+        seed=seed,
+    )
+    return [done]
+
+
+def _train(
+    model: nn.Module, s: recipes.Train, given: _Given, loss: Loss | None, seed: int, progress: bool
+) -> list[Report]:
+    o = s.optimizer
+    options = {k: getattr(o, k) for k in ("momentum", "weight_decay", "nesterov") if getattr(o, k) is not None}
+    gradual, calibrate = None, None
+    if s.prune:
+        fields = {f: getattr(s.prune, f) for f in Gradual.__dataclass_fields__ if f != "seed"}
+        gradual = Gradual(**fields, seed=seed)
+        if SCORES[s.prune.score].needs:
+            calibrate = list(_with_labels(model, given.batches("calibrate"), s.prune.score))
+    train = given.batches("train")
+    labelled: Any = train if callable(train) else list(_with_labels(model, train, "train"))
+    done = fit_(
+        model,
+        labelled,
+        epochs=s.epochs,
+        optimizer=optimizer_of(o.name, o.lr, **options),
+        lr_schedule=s.lr_schedule,
+        loss=loss,
+        prune=gradual,
+        calibrate=calibrate,
+        seed=seed,
+        progress=progress,
+    )
+    if s.prune is None:
+        return [done]
+    pattern = parse(s.prune.pattern)
+    sparsity, _ = check_sparsity(pattern, s.prune.sparsity, None)
+    return [done, report(select(model, s.prune.layers, s.prune.ignore), pattern, sparsity)]
+
+
+def _cast(
+    model: nn.Module, s: recipes.Cast, given: _Given, loss: Loss | None, seed: int, progress: bool
+) -> list[Report]:
+    return [cast_(model, s.dtype)]
+
+
+RUN: dict[type, Callable[..., list[Report]]] = {recipes.Prune: _prune, recipes.Train: _train, recipes.Cast: _cast}
+
+
+def _with_labels(model: nn.Module, batches: Iterable[Any], use: str) -> Iterable[Any]:
+    """Give token batches their labels where a gradient is wanted: the next token of the text itself."""
+    wants = use == "train" or "gradient" in SCORES[use].needs
+    for batch in batches:
+        text = hasattr(batch, "keys") and "input_ids" in batch and "labels" not in batch
+        if wants and text and hf.is_model(model):
+            labels, mask = batch["input_ids"], batch.get("attention_mask")
+            batch = {**batch, "labels": labels if mask is None else labels.masked_fill(mask == 0, -100)}
+        yield batch
+
+
+def _length(batches: Any) -> int | None:
+    return len(batches) if hasattr(batches, "__len__") else None
+
+
+def _state(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool) -> dict[str, Any]:
+    """What is measured before and again after."""
+    out: dict[str, Any] = {
+        "memory": measure.resident_bytes(model),
+        "disk": _packed_bytes(model, plan.save.format),
+        "sparsity": _model_sparsity(model),
+    }
+    if plan.evaluate:
+        out["quality"] = METRICS[plan.evaluate.metric](model, held_out, progress=progress)
+        example = next(iter(held_out))
+        out["flops"] = measure.flops(model, lambda: call(model, example))
+    return out
+
+
+def _packed_bytes(model: nn.Module, format: str) -> dict[str, Any]:
+    """Exact bytes of every stored tensor, by name, dense and in the save format."""
+    tied = _aliases(model)
+    dense, packed, formats = {}, {}, {}
+    state = {n: t for n, t in plain_state(model) if n not in tied}
+    for name, p in pack(model, state, format):
+        dense[name], packed[name], formats[name] = state[name].numel() * state[name].element_size(), p.nbytes, p.format
+    return {"dense": dense, "packed": packed, "formats": formats}
+
+
+def _model_sparsity(model: nn.Module) -> float:
+    zeros = total = 0
+    for layer in all_layers(model):
+        zeros += layer.original.numel() - int(torch.count_nonzero(layer.weight))
+        total += layer.original.numel()
+    return zeros / max(total, 1)
+
+
+def _layer_rows(reports: list[Report]) -> list[dict[str, Any]]:
+    """The last word on each pruned layer: that of the last stage that touched it."""
+    asked = {r["layer"]: r for report in reports for r in report.rows if "layer" in r}
+    return [dict(r) for r in asked.values()]
+
+
+def _speed(
+    plan: recipes.Recipe, dense: nn.Module, model: nn.Module, held_out: Any, progress: bool
+) -> tuple[Mapping[str, Any], ...]:
+    assert plan.evaluate
+    rows: list[Mapping[str, Any]] = []
+    pair = {"before": dense.eval(), "after": model.eval()}
+    if plan.evaluate.decode:
+        d = plan.evaluate.decode
+        if not hasattr(model, "generate"):
+            raise DataError("evaluate.decode times causal language models; this model has no generate()")
+        rates = measure.decode_and_prefill(pair, prompt=d.prompt, new=d.new, repeats=d.repeats, progress=progress)
+        for kind, what in (("prefill", f"prefill of {d.prompt}"), ("decode", f"decode of {d.new}, batch 1")):
+            sides = {side: {**r[kind], "median": r[kind]["tokens_per_second"]} for side, r in rates.items()}
+            rows.append({"what": what, "unit": "tokens/s", **sides})
+    if plan.evaluate.latency:
+        for size in plan.evaluate.latency.batch:
+            example = _resize(next(iter(held_out)), size)
+            runs = {side: (lambda m=m, x=example: call(m, x)) for side, m in pair.items()}
+            times = measure.compare(runs, repeats=plan.evaluate.latency.repeats, progress=progress)
+            sides = {k: {n: 1000 * v for n, v in t.to_dict().items() if n != "repeats"} for k, t in times.items()}
+            rows.append({"what": f"forward, batch {size}", "unit": "ms", **sides})
+    return tuple(rows)
+
+
+def _resize(batch: Any, size: int) -> Any:
+    """Repeat or cut a batch to `size` samples."""
+    if isinstance(batch, Tensor):
+        return batch.repeat(-(-size // len(batch)), *[1] * (batch.dim() - 1))[:size]
+    if hasattr(batch, "keys"):
+        return {k: _resize(v, size) for k, v in batch.items()}
+    return tuple(_resize(v, size) for v in batch)
+
+
+def _receipt(
+    plan: recipes.Recipe,
+    model: nn.Module,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    rows: list[dict[str, Any]],
+    speed: tuple[Mapping[str, Any], ...],
+    reports: list[Report],
+    seconds: float,
+) -> Receipt:
+    dense, packed, formats = (after["disk"][k] for k in ("dense", "packed", "formats"))
+    for row in rows:
+        name = f"{row['layer']}.weight".lstrip(".") if f"{row['layer']}.weight".lstrip(".") in packed else row["layer"]
+        row.update(format=formats[name], bytes=packed[name], dense_bytes=dense[name])
+    first, now = sum(before["disk"]["dense"].values()), sum(packed.values())
+    e, quality, flops = plan.evaluate, {}, {}
+    if e:
+        worse = (after["quality"] - before["quality"]) / max(abs(before["quality"]), 1e-12)
+        loss = worse if BETTER[e.metric] is min else -worse
+        passed = None if e.at_most_worse is None else loss <= e.at_most_worse
+        quality = {
+            "metric": e.metric,
+            "before": before["quality"],
+            "after": after["quality"],
+            "change": worse,
+            "allowed": e.at_most_worse,
+            "passed": passed,
+        }
+        flops = {"what": "one evaluation batch", "before": before["flops"], "after": after["flops"]}
+    weights = sum(_entries(r["shape"]) for r in rows)
+    zeros = weights - sum(r["kept"] for r in rows)
+    asked = sum(r["asked"] * _entries(r["shape"]) for r in rows) / max(weights, 1)
+    sparsity = {
+        "asked": asked,
+        "achieved": zeros / max(weights, 1),
+        "weights": weights,
+        "zeros": zeros,
+        "model_before": before["sparsity"],
+        "model_after": after["sparsity"],
+        "layers": rows,
+    }
+    notes = [n for r in reports for n in r.notes]
+    if any(f != "dense" for f in formats.values()):
+        notes.append(EXECUTED_DENSE)
+    return Receipt(
+        name=plan.name,
+        quality=quality,
+        disk={"before": first, "after": now, "same_precision": sum(dense.values())},
+        memory={"before": before["memory"], "after": after["memory"], "peak_rss": measure.peak_rss()},
+        sparsity=sparsity if rows else {},
+        speed=speed,
+        flops=flops,
+        stages=tuple(r.to_dict() for r in reports if r.title != "pruned"),
+        settings={"seed": plan.seed, "seconds": seconds, "machine": measure.machine()},
+        notes=tuple(notes),
+    )
+
+
+def _entries(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))

@@ -1,0 +1,259 @@
+"""rarefy compress | inspect | bench | export | recipes | doctor. Exit codes: 0 done, 1 a check failed, 2 wrong use."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rarefy.errors import ModelError, RarefyError, RecipeError
+
+app = typer.Typer(
+    name="rarefy",
+    help="Makes trained PyTorch models smaller and faster, and proves it.\n\n"
+    "Start with: rarefy compress smollm2-135m --recipe smollm2-demo --out out/",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no report; errors and files only.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads for torch; by default all cores.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the recipe and its data; the recipe's own by default.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that exists.")]
+ModelPath = Annotated[str, typer.Argument(help="A Hugging Face folder, a folder of ours, or a built-in name.")]
+
+
+@app.command()
+def compress(
+    model: ModelPath,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A preset name (see `rarefy recipes`) or a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; it appears whole or not at all.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration data: text, .jsonl, images, .npz, or a built-in name.")
+    ] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out data, as --data.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value: replace a field of the recipe, e.g. sparsity=0.4.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show which layers match and what size to expect; compute nothing.")
+    ] = False,
+    force: Force = False,
+    seed: Seed = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress a model by a recipe, write it, and print the receipt.
+
+    Exit code 1 means that quality fell further than the recipe allows; the folder is written all the same.
+    """
+    from rarefy import recipe as recipes
+    from rarefy.files import check_target
+
+    plan = recipes.load(recipe, **_changes(change, data, eval_data, seed))
+    source = _source(model)
+    if dry_run:
+        from rarefy.plan import forecast
+
+        _show(forecast(_skeleton(source), plan), as_json, quiet)
+        return
+    if out is None:
+        raise RecipeError("compress needs --out FOLDER (or --dry-run)")
+    check_target(out, force)
+    from rarefy import api, store
+
+    with _threads(threads):
+        loaded, tokenizer = _load(source)
+        base = Path(recipe).parent if Path(recipe).is_file() else None
+        receipt = api.compress_(loaded, plan, tokenizer=tokenizer, base=base, progress=not quiet)
+        store.save(
+            loaded, out, receipt=receipt, format=plan.save.format, files=store.side_files(source), overwrite=force
+        )
+    _show(receipt, as_json, quiet)
+    if not quiet:
+        print(f"written to {out}", file=sys.stderr)
+    if not receipt.passed:
+        print(f"check failed: {receipt.quality['metric']} got worse than the recipe allows", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        str, typer.Argument(help="A folder of ours, a Hugging Face folder, a .safetensors file, a built-in name.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show every tensor of a checkpoint: shape, type, format, sparsity, pattern, bytes."""
+    from rarefy import store
+
+    _show(store.inspect(_source(path)), as_json, False)
+
+
+@app.command()
+def bench(
+    model: ModelPath,
+    against: Annotated[str | None, typer.Option(help="A second model, timed in turns with the first.")] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Length of the input: tokens, or the prompt of a language model.")
+    ] = 256,
+    new: Annotated[int, typer.Option(min=1, help="Tokens that a language model writes.")] = 24,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of forward calls (models without generate).")] = 1,
+    repeats: Annotated[int, typer.Option(min=2, help="Repeats after warm-up.")] = 5,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time a model, or two in turns: tokens per second of a language model, milliseconds of a call otherwise."""
+    from rarefy.proof.bench import bench_models
+
+    with _threads(threads):
+        named = {"model": _load(_source(model))[0]}
+        if against:
+            named["against"] = _load(_source(against))[0]
+        _show(bench_models(named, tokens, new, batch, repeats, not quiet), as_json, quiet)
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="A folder of ours.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    to: Annotated[
+        str, typer.Option(help="hf: a dense folder that transformers loads; safetensors: one dense file.")
+    ] = "hf",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a compressed model as a plain dense checkpoint that needs no Rarefy to load."""
+    from rarefy import store
+    from rarefy.proof.measure import folder_bytes
+    from rarefy.proof.report import Report
+
+    store.export(path, out, to=to, overwrite=force)
+    _show(
+        Report(f"exported to {out}", (), {"format": to, "bytes": folder_bytes(out, (".safetensors",))}), as_json, False
+    )
+
+
+@app.command("recipes")
+def recipes_(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe instead of the list.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes that ship with Rarefy, or print one."""
+    from rarefy import recipe as recipes
+    from rarefy.proof.report import Report
+
+    if name is None:
+        rows = tuple({"recipe": n, "about": recipes.load(n).about} for n in recipes.presets())
+        _show(Report("recipes", rows), as_json, False)
+    elif as_json:
+        print(json.dumps(recipes.load(name).to_dict(), indent=1))
+    elif name in recipes.presets():
+        print(recipes.presets()[name].read_text(encoding="utf-8"), end="")
+    else:
+        recipes.load(name)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show versions, CPU features, and what is missing and how to get it."""
+    from rarefy.doctor import examine
+
+    _show(examine(), as_json, False)
+
+
+def main() -> None:
+    """Run the command line; user errors are one line and exit code 2, Ctrl-C is 130."""
+    try:
+        app(standalone_mode=True)
+    except RarefyError as error:
+        print(f"rarefy: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("rarefy: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+def _changes(pairs: list[str] | None, data: str | None, eval_data: str | None, seed: int | None) -> dict[str, Any]:
+    import yaml
+
+    changes: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {pair!r}: write field=value, such as sparsity=0.4")
+        number = ":" in text  # 2:4 is a pattern, not a number to base 60
+        changes[key] = text if number else yaml.safe_load(text)
+    if seed is not None:
+        changes["seed"] = seed
+    if data is not None:
+        changes["calibrate"] = str(Path(data).absolute()) if Path(data).exists() else data
+    if eval_data is not None:
+        changes["evaluate.data"] = str(Path(eval_data).absolute()) if Path(eval_data).exists() else eval_data
+    return changes
+
+
+def _source(name: str) -> Path:
+    """Return the folder of a path or a built-in name."""
+    from rarefy import samples
+    from rarefy.errors import nearest
+
+    if name in samples.MODELS and not Path(name).exists():
+        return samples.model_folder(name)
+    if not Path(name).exists():
+        near = nearest(name, samples.MODELS)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ModelError(
+            f"no model folder {name!r} and no built-in model of that name ({', '.join(samples.MODELS)}){hint}"
+        )
+    return Path(name)
+
+
+def _load(source: Path) -> tuple[Any, Any]:
+    from rarefy import store
+    from rarefy.files import INDEX
+    from rarefy.model import hf
+
+    if (source / INDEX).is_file():
+        return store.load(source), hf.load_tokenizer(source)
+    if not hf.is_folder(source):
+        raise ModelError(f"{source} is neither a folder of ours nor a Hugging Face folder (no config.json)")
+    return hf.load_folder(source), hf.load_tokenizer(source)
+
+
+def _skeleton(source: Path) -> Any:
+    from rarefy.model import hf
+
+    if not hf.is_folder(source):
+        raise ModelError(f"{source}: a dry run needs the model's config.json")
+    return hf.load_folder(source, meta=True)
+
+
+def _show(result: Any, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(result.to_json())
+    elif not quiet:
+        print(result)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    from rarefy.proof.measure import threads
+
+    with threads(count):
+        yield
+
+
+if __name__ == "__main__":
+    main()

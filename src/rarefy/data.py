@@ -1,0 +1,177 @@
+"""Data named on a command line or in a recipe: a path or a built-in name -> batches. Anything else comes from Python.
+
+articles.txt, articles.jsonl    text, or {"text": ...} a line, cut into windows of tokens   -> {"input_ids"}
+images/                         a folder of class folders of pictures (needs rarefy[vision]) -> (images, classes)
+x.npz, x.safetensors            tensors with a common first dimension                        -> dict, or (x, y)
+wiki, fashion-mnist             built-in samples (`rarefy.samples`); `-test` is held out
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rarefy import samples as builtin
+from rarefy.errors import DataError, nearest
+
+Batch = dict[str, Tensor] | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Take:
+    """How much of a source to take, and how."""
+
+    samples: int | None = None  # windows of text, or images; None = all
+    tokens: int = 512
+    batch: int = 8
+    seed: int = 0
+    size: int = 224  # of images
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+def batches(
+    source: str, take: Take, *, tokenizer: Any = None, base: Path | None = None, what: str = "data"
+) -> list[Batch]:
+    """Return the batches of a source, seeded and always the same for the same arguments.
+
+    `base` is the folder that relative paths start from. Raises DataError: no such path (naming near ones), text too
+    short (what is there, what is needed), a file that is no such data, no tokenizer.
+    """
+    if source in builtin.DATA:
+        name, test = source.removesuffix("-test"), source.endswith("-test")
+        if name == "wiki":
+            return _text(builtin.wiki(test), take, tokenizer, f"{what} {source}")
+        return _tensors(dict(zip("xy", builtin.fashion_mnist(test))), take, f"{what} {source}")
+    path = Path(source) if base is None or Path(source).is_absolute() else base / source
+    if not path.exists():
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(source, [*names, *builtin.DATA], 3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise DataError(
+            f"{what}: no file {str(path)!r} and no built-in data of that name ({', '.join(builtin.DATA)}){hint}"
+        )
+    if path.is_dir():
+        return _tensors(dict(zip("xy", _images(path, take, what))), take, f"{what} {path}")
+    kind = path.suffix.lower()
+    if kind not in READERS:
+        raise DataError(f"{what}: cannot read {path.name!r}; known are {', '.join(READERS)} and folders of images")
+    try:
+        found = READERS[kind](path)
+    except DataError:
+        raise
+    except Exception as error:  # any reader's own complaint about a damaged file
+        raise DataError(f"{what}: {path} is not readable as {kind}: {error}") from None
+    if isinstance(found, list):
+        return _text(found, take, tokenizer, f"{what} {path}")
+    return _tensors(found, take, f"{what} {path}")
+
+
+def _read_lines(path: Path) -> list[str]:
+    documents = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error.msg}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise DataError(f'{path}, line {number}: expected {{"text": "..."}}, got {line[:60]!r}')
+        documents.append(row["text"])
+    return documents
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+READERS = {
+    ".txt": lambda path: [path.read_text(encoding="utf-8")],
+    ".jsonl": _read_lines,
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+}
+
+
+def _text(documents: list[str], take: Take, tokenizer: Any, what: str) -> list[Batch]:
+    """Cut text into windows: documents in seeded order joined by blank lines; a single text gives shuffled windows."""
+    if tokenizer is None:
+        raise DataError(f"{what} is text: it needs the model's tokenizer (a model folder with one, or tokenizer=...)")
+    order = torch.Generator().manual_seed(take.seed)
+    wanted = None if take.samples is None or len(documents) == 1 else take.samples * take.tokens
+    ids: list[int] = []
+    for text in _encoded(documents, order, tokenizer):
+        ids.extend(text)
+        if wanted is not None and len(ids) >= wanted:
+            break
+    count = len(ids) // take.tokens
+    if count < (take.samples or 1):
+        raise DataError(
+            f"{what} is too short: {len(ids):,} tokens make {count} windows of {take.tokens}; "
+            f"{take.samples or 1} are needed ({(take.samples or 1) * take.tokens:,} tokens)"
+        )
+    windows = torch.tensor(ids[: count * take.tokens]).reshape(count, take.tokens)
+    if len(documents) == 1:
+        windows = windows[torch.randperm(count, generator=order)]
+    windows = windows[: take.samples]
+    return [{"input_ids": part} for part in windows.split(take.batch)]
+
+
+def _encoded(documents: list[str], order: torch.Generator, tokenizer: Any) -> Iterator[list[int]]:
+    indices = torch.randperm(len(documents), generator=order).tolist()
+    for start in range(0, len(indices), 64):
+        texts = [documents[i] + "\n\n" for i in indices[start : start + 64]]
+        # verbose=False: a text longer than the model's context is what windows are for
+        yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _tensors(found: dict[str, Tensor], take: Take, what: str) -> list[Batch]:
+    if not found:
+        raise DataError(f"{what} holds no tensors")
+    lengths = {name: len(t) if t.dim() else 0 for name, t in found.items()}
+    count = min(lengths.values())
+    if len(set(lengths.values())) > 1 or count == 0:
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in found.items())
+        raise DataError(f"{what}: tensors need the same first dimension, more than 0; got {shapes}")
+    if take.samples is not None and count < take.samples:
+        raise DataError(f"{what} is too short: {count:,} samples, {take.samples:,} are needed")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(take.seed))[: take.samples]
+    parts = order.split(take.batch)
+    if set(found) == {"x", "y"}:
+        return [(found["x"][p], found["y"][p]) for p in parts]
+    return [{n: t[p] for n, t in found.items()} for p in parts]
+
+
+def _images(path: Path, take: Take, what: str) -> tuple[Tensor, Tensor]:
+    try:
+        from torchvision import datasets, transforms
+    except ImportError:
+        raise DataError(f"{what}: a folder of images needs torchvision: pip install 'rarefy[vision]'") from None
+    steps = [
+        transforms.Resize(take.size),
+        transforms.CenterCrop(take.size),
+        transforms.ToTensor(),
+        transforms.Normalize(take.mean, take.std),
+    ]
+    try:
+        folder = datasets.ImageFolder(str(path), transforms.Compose(steps))
+    except FileNotFoundError as error:
+        raise DataError(f"{what}: {path} is no folder of class folders of images: {error}") from None
+    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(take.seed))[: take.samples]
+    pairs = [folder[int(i)] for i in order]
+    return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])

@@ -1,0 +1,116 @@
+"""Output folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from rarefy.errors import ContainerError
+
+INDEX = "rarefy.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_target(path: str | os.PathLike[str], overwrite: bool = False, marker: str = INDEX) -> None:
+    """Raise ContainerError where an output folder is in the way.
+
+    `overwrite` allows for an empty folder, and for one that holds the file `marker` and no folders: nobody's else.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ContainerError(f"{target} is a file; give the name of a folder")
+    held = sorted(target.iterdir())
+    ours = not held or ((target / marker).is_file() and not any(entry.is_dir() for entry in held))
+    if not overwrite or not ours:
+        what = "a Rarefy folder" if held else "an empty folder"
+        what = what if ours else f"not Rarefy's alone (it holds {held[0].name})"
+        hint = "pass overwrite=True (--force), or another name" if ours else "give another name"
+        raise ContainerError(f"{target} exists and is {what}; {hint}")
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marker: str = INDEX) -> Iterator[Path]:
+    """Give a partial folder beside `path` to write into; on leaving, it becomes `path` in one step.
+
+    Whatever goes wrong, even Ctrl-C, the old state stays and nothing is left behind; only a kill can leave a
+    `.name.partial-*` folder, which may be deleted. Raises ContainerError as `check_target` does, and for what the
+    system says: no space, no permission.
+    """
+    target = Path(os.path.realpath(path))
+    with blaming(target):
+        check_target(target, overwrite, marker)
+    made = [folder for folder in target.parents if not folder.exists()]
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with blaming(target):
+            partial.mkdir(parents=True)
+            yield partial
+            for file in [*partial.iterdir(), partial]:
+                _sync(file)
+            _publish(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # deepest first; a folder that someone else uses by now stays
+            for folder in made:
+                folder.rmdir()
+        raise
+    shutil.rmtree(partial, ignore_errors=True)  # where an old folder was exchanged for the new one
+
+
+@contextmanager
+def blaming(target: Path, needed: int = 0) -> Iterator[None]:
+    """Say in ContainerError what the system said, whether it came through Python or through safetensors."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"(?:os error|code:) (\d+)", str(error))
+        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else 0
+        if code not in _FULL:
+            raise ContainerError(f"cannot write {target}: {error}; nothing was written") from error
+        free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
+        need = f"needed {needed:,} bytes, free {free:,}" if needed else f"{free:,} bytes are free"
+        raise ContainerError(f"no space for {target} ({os.strerror(code)}: {need}); nothing was written") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Put `partial` at `target` in one step; an old folder there is left at `partial`, for the caller to remove."""
+    if not target.exists():
+        os.rename(partial, target)
+    elif not _exchange(partial, target):  # no such call here: the old folder stands aside, whole, until the new is in
+        aside = partial.with_name(partial.name.replace(".partial-", ".old-"))
+        os.rename(target, aside)
+        try:
+            os.rename(partial, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+        os.rename(aside, partial)
+    with suppress(OSError):  # the new folder is in place by now
+        _sync(target.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+    try:
+        return ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+    except (OSError, AttributeError):
+        return False

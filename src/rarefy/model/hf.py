@@ -1,0 +1,132 @@
+"""Hugging Face models, by their own folder layout. transformers is imported only inside these functions.
+
+A model class is never looked up by a name read from a file: the Auto classes below map a known config to a class, and
+the file's word only has to agree with it. Remote code is never trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rarefy.errors import ModelError
+
+# in order of preference where an architecture is in several
+AUTO = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Return whether a path is a folder with a Hugging Face config."""
+    return (Path(path) / "config.json").is_file()
+
+
+def is_model(model: nn.Module) -> bool:
+    """Return whether a model has a Hugging Face config, without importing transformers."""
+    config = getattr(model, "config", None)
+    return hasattr(config, "to_dict") and hasattr(config, "model_type")
+
+
+def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
+    """Return the model of a local folder in evaluation mode; with `meta` its skeleton without weights."""
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: the config is not usable: {_first_line(error)}") from None
+    auto = _auto(config, (getattr(config, "architectures", None) or [""])[0])
+    try:
+        if meta:
+            with torch.device("meta"):
+                return auto.from_config(config).eval()
+        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, dtype="auto").eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path}: the model does not load: {_first_line(error)}") from None
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Return the tokenizer of a local folder, or None where there is none."""
+    if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+        return None
+    return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """Return what `build` needs: the class's name, the config as JSON, the type of the numbers."""
+    dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
+    config = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+    return {"library": "transformers", "class": type(model).__name__, "config": config, "dtype": dtype}
+
+
+def build(saved: dict[str, Any]) -> nn.Module:
+    """Return a fresh model for a saved structure, in evaluation mode; ModelError where it does not make sense."""
+    transformers = _transformers()
+    values = saved.get("config")
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise ModelError("the saved config is not a dict with a model_type")
+    if values.get("auto_map"):
+        raise ModelError("the saved config asks for code of its own (auto_map): load it with model=YourClass(...)")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = dtypes.get(str(saved.get("dtype")))
+    if dtype is None:
+        raise ModelError(f"the saved dtype {saved.get('dtype')!r} is none of {', '.join(dtypes)}")
+    kept = {k: v for k, v in values.items() if k not in ("model_type", "transformers_version", "dtype", "torch_dtype")}
+    try:
+        config = transformers.AutoConfig.for_model(values["model_type"], **kept)
+        auto = _auto(config, str(saved.get("class")))
+        return auto.from_config(config, dtype=dtype).eval()
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the saved config does not make a {values['model_type']} model: {_first_line(error)}"
+        ) from None
+
+
+def _auto(config: Any, architecture: str) -> Any:
+    transformers = _transformers()
+    for name in AUTO:
+        auto = getattr(transformers, name)
+        known = auto._model_mapping.get(type(config), None)
+        classes = known if isinstance(known, tuple | list) else [known]
+        if any(c is not None and c.__name__ == architecture for c in classes):
+            return auto
+    raise ModelError(
+        f"{architecture or 'no architecture'} is not a class that transformers makes of a {config.model_type} config; "
+        "load it in Python and pass model=..."
+    )
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ModelError("Hugging Face models need transformers: pip install 'rarefy[hf]'") from None
+    return transformers
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().split("\n")[0][:300]

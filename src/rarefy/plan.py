@@ -1,0 +1,69 @@
+"""A dry run: which layers a recipe means and what size to expect, with nothing computed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from rarefy import recipe as recipes
+from rarefy.model.select import Layer, all_layers, select
+from rarefy.proof.report import Report
+from rarefy.prune.pattern import Pattern, check_sparsity, parse
+from rarefy.prune.stage import refuse_impossible
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def forecast(model: nn.Module, plan: recipes.Recipe) -> Report:
+    """Return a row a layer that the recipe would prune, and the expected bytes, from a model or its skeleton.
+
+    Raises what the run would raise for selectors and patterns. O(modules).
+    """
+    found: dict[str, tuple[Layer, Pattern, float]] = {}
+    width: int | None = None
+    for stage in plan.stages:
+        prune = stage.prune if isinstance(stage, recipes.Train) else stage
+        if isinstance(prune, recipes.Prune):
+            pattern = parse(prune.pattern)
+            sparsity, _ = check_sparsity(pattern, prune.sparsity, prune.scope)
+            chosen = select(model, prune.layers, prune.ignore)
+            refuse_impossible(chosen, pattern)
+            found.update({l.full_name: (l, pattern, sparsity) for l in chosen})
+        elif isinstance(stage, recipes.Cast):
+            width = BYTES[stage.dtype]
+    rows: list[dict[str, Any]] = []
+    for name, (layer, pattern, sparsity) in found.items():
+        size = layer.original.numel()
+        dense = size * layer.original.element_size()
+        rows.append(
+            {
+                "layer": name,
+                "shape": "x".join(map(str, layer.original.shape)),
+                "pattern": str(pattern),
+                "asked": sparsity,
+                "bytes": dense,
+                "expected": _expected(size, pattern, sparsity, width or layer.original.element_size()),
+            }
+        )
+    tensors = {id(p): p for p in [*model.parameters(), *model.buffers()]}.values()
+    before = sum(t.numel() * t.element_size() for t in tensors)
+    rest = sum(t.numel() * (width or t.element_size()) for t in tensors) - sum(
+        l.original.numel() * (width or l.original.element_size()) for l, _, _ in found.values()
+    )
+    after = rest + sum(r["expected"] for r in rows)
+    summary = {
+        "layers": f"{len(rows)} of {len(all_layers(model))}",
+        "bytes now": before,
+        "bytes expected": after,
+        "ratio expected": after / max(before, 1),
+    }
+    return Report(f"dry run of {plan.name}: nothing computed", tuple(rows), summary)
+
+
+def _expected(size: int, pattern: Pattern, sparsity: float, width: int) -> int:
+    """Bytes in the better of bitmask and dense; column indices where blocks or high sparsity make them cheaper."""
+    kept = math.ceil(size * (1 - sparsity))
+    entries = pattern.a * pattern.b if pattern.kind == "block" else 1
+    return min(size * width, size // 8 + kept * width, kept * width + 2 * kept // entries)

@@ -1,0 +1,138 @@
+"""The receipt: what was measured before and after one compression, in one run, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rarefy.proof.report import table
+
+SIDES = ("before", "after")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """Plain numbers under plain names. Bytes are bytes, times seconds, sparsity a fraction.
+
+    quality   metric, before, after, change (relative), allowed (relative loss the recipe permits, or None), passed
+    disk      before, after, ratio, same_precision (dense bytes at the precision of the result)
+    memory    before, after, ratio: parameters and buffers; peak_rss of the process
+    sparsity  asked, achieved, weights, zeros, layers: one row a layer
+    speed     a row a measurement: what, before, after, unit, with quartiles
+    flops     what, before, after
+    """
+
+    name: str
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    disk: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
+    speed: tuple[Mapping[str, Any], ...] = ()
+    flops: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[Mapping[str, Any], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether quality stayed within what the recipe allows (True where it allows anything)."""
+        return self.quality.get("passed") is not False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that JSON can hold."""
+        return json.loads(self.to_json())
+
+    def to_json(self) -> str:
+        """Return the receipt as JSON text."""
+        return json.dumps(self.__dict__, indent=1, allow_nan=False)
+
+    def __str__(self) -> str:
+        lines = [f"Receipt: {self.name}", ""]
+        if self.sparsity.get("layers"):
+            lines += [table(_grouped(self.sparsity["layers"])), ""]
+        rows = [*self._quality(), *self._bytes(), *self._speed()]
+        if rows:
+            lines += [table(rows), ""]
+        settings = self.settings
+        if settings:
+            machine = settings.get("machine", {})
+            where = (
+                f"{machine.get('cpu', '?')}, {machine.get('threads', '?')} threads, torch {machine.get('torch', '?')}"
+            )
+            state = f"seed {settings.get('seed', '?')}, load {machine.get('load', '?')}"
+            lines.append(f"{settings.get('seconds', 0):.0f} s on {where}, {state}")
+        lines += [f"note: {n}" for n in self.notes]
+        return "\n".join(lines).rstrip()
+
+    def _quality(self) -> list[dict[str, str]]:
+        q = self.quality
+        if not q:
+            return []
+        verdict = "" if q.get("allowed") is None else f" ({'within' if q['passed'] else 'OVER'} {q['allowed']:.0%})"
+        change = f"{q['change']:+.1%}{verdict}"
+        return [_row(q["metric"], f"{q['before']:.4g}", f"{q['after']:.4g}", change)]
+
+    def _bytes(self) -> list[dict[str, str]]:
+        rows = []
+        if self.disk:
+            rows.append(_row("bytes on disk", f"{self.disk['before']:,}", f"{self.disk['after']:,}", _times(self.disk)))
+            if self.disk.get("same_precision") not in (None, self.disk["before"]):
+                same = self.disk["same_precision"]
+                rows.append(_row("  dense, same precision", f"{same:,}", "", f"{self.disk['after'] / same:.3f}x"))
+        if self.memory:
+            before, after = f"{self.memory['before']:,}", f"{self.memory['after']:,}"
+            rows.append(_row("bytes in memory", before, after, _times(self.memory)))
+            if self.memory.get("peak_rss"):
+                rows.append(_row("peak RSS of the run", "", f"{self.memory['peak_rss']:,}", ""))
+        if self.sparsity:
+            s = self.sparsity
+            rows.append(_row("sparsity of pruned layers", "asked " + f"{s['asked']:.2%}", f"{s['achieved']:.4%}", ""))
+            rows.append(_row("sparsity of the model", f"{s['model_before']:.2%}", f"{s['model_after']:.2%}", ""))
+        if self.flops:
+            name = f"FLOPs, {self.flops['what']}"
+            rows.append(_row(name, f"{self.flops['before']:,}", f"{self.flops['after']:,}", _times(self.flops)))
+        return rows
+
+    def _speed(self) -> list[dict[str, str]]:
+        rows = []
+        for s in self.speed:
+            before, after = (f"{s[k]['median']:,.4g} ({s[k]['low']:,.4g}-{s[k]['high']:,.4g})" for k in SIDES)
+            ratio = s["after"]["median"] / s["before"]["median"]
+            faster = ratio if s["unit"].endswith("/s") else 1 / ratio
+            rows.append(_row(f"{s['what']}, {s['unit']}", before, after, f"{faster:.2f}x as fast"))
+        return rows
+
+
+def _row(what: str, before: str, after: str, change: str) -> dict[str, str]:
+    return {"measured": what, "before": before, "after": after, "change": change}
+
+
+def _times(pair: Mapping[str, Any]) -> str:
+    return f"{pair['after'] / max(pair['before'], 1):.3f}x"
+
+
+def _grouped(layers: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for layers that differ only in numbers of their names: `model.layers.*.mlp.up_proj (30)`."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in layers:
+        name = ".".join("*" if part.isdigit() else part for part in row["layer"].split("."))
+        groups.setdefault(name, []).append(row)
+    out = []
+    for name, rows in groups.items():
+        found = [r["sparsity"] for r in rows]
+        label = f"{name} ({len(rows)})" if len(rows) > 1 else rows[0]["layer"]
+        formats = sorted({r["format"] for r in rows})
+        out.append(
+            {
+                "layer": label,
+                "shape": " ".join(sorted({r["shape"] for r in rows})[:3]),
+                "pattern": rows[0]["pattern"],
+                "asked": f"{rows[0]['asked']:.2%}",
+                "sparsity": f"{found[0]:.3%}" if len(set(found)) == 1 else f"{min(found):.3%}..{max(found):.3%}",
+                "stored as": ", ".join(formats),
+                "bytes": f"{sum(r['dense_bytes'] for r in rows):,} -> {sum(r['bytes'] for r in rows):,}",
+            }
+        )
+    return out

@@ -1,0 +1,407 @@
+"""Recipes: YAML or dicts -> frozen dataclasses. All that users write is checked here, and errors name the place.
+
+A recipe lists stages in order; it holds words, numbers and paths, never code. The fields below are the whole language.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rarefy.errors import RarefyError, RecipeError, nearest, unknown
+from rarefy.prune import pattern as patterns
+from rarefy.prune.score import SCORES
+from rarefy.train.schedule import sparsities
+
+SIZE_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """What calibration reads: a path or a built-in name, and how much of it."""
+
+    calibrate: str | None = None
+    train: str | None = None
+    samples: int | None = 64
+    tokens: int = 512
+    batch: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prune:
+    """Put zeros in, in one step. See `rarefy.prune_`."""
+
+    pattern: str = "unstructured"
+    score: str = "magnitude"
+    sparsity: float | None = None
+    scope: str | None = None
+    reduce: str | None = None
+    layers: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gradual(Prune):
+    """Put zeros in while training runs from `start` to `end` of its way. See `rarefy.train.loop.Gradual`."""
+
+    schedule: str = "cubic"
+    steps: int = 10
+    first: float = 0.0
+    start: float = 0.0
+    end: float = 0.7
+    regrow: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimizer:
+    """A torch optimizer by name; what the optimizer does not know is an error."""
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    momentum: float | None = None
+    weight_decay: float | None = None
+    nesterov: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """Fine-tune with the masks held; `prune` raises the sparsity on the way."""
+
+    epochs: int = 1
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_schedule: str = "cosine"
+    prune: Gradual | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cast:
+    """Keep parameters and saved buffers as bf16, fp16 or fp32 from here on."""
+
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Time forward calls on an evaluation batch cut or repeated to each of these sizes."""
+
+    batch: tuple[int, ...] = (1,)
+    repeats: int = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decode:
+    """Time a causal language model at batch 1: reading a prompt, writing new tokens."""
+
+    prompt: int = 256
+    new: int = 24
+    repeats: int = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """Measure before and after on held-out data. `at_most_worse: 0.15` makes a larger relative loss a failed check."""
+
+    metric: str
+    data: str | None = None
+    samples: int | None = None
+    tokens: int = 512
+    batch: int = 8
+    latency: Latency | None = None
+    decode: Decode | None = None
+    at_most_worse: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Save:
+    """How weights are stored: `smallest` of all formats for each tensor, or one format for all that it fits."""
+
+    format: str = "smallest"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A whole compression, in order."""
+
+    stages: tuple[Prune | Train | Cast, ...]
+    name: str = "recipe"
+    about: str = ""
+    data: Data | None = None
+    evaluate: Evaluate | None = None
+    save: Save = field(default_factory=Save)
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved recipe as plain data, every default written out; `from_dict` reads it back."""
+        out = dataclasses.asdict(self)
+        names = {cls: name for name, cls in STAGES.items()}
+        out["stages"] = [{names[type(s)]: dataclasses.asdict(s)} for s in self.stages]
+        return _plain(out)
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+STAGES: dict[str, type] = {"prune": Prune, "train": Train, "cast": Cast}
+DTYPES = ("bf16", "fp16", "fp32")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": DTYPES,
+    "metric": ("perplexity", "accuracy"),
+    "format": ("smallest", "dense", "dense+mask", "bitmask", "csr", "csc", "bsr", "nm"),
+    "lr_schedule": ("constant", "linear", "cosine", "one-cycle"),
+    "schedule": ("linear", "cubic", "exponential"),
+    "score": tuple(SCORES),
+    "scope": patterns.SCOPES,
+    "reduce": tuple(patterns.REDUCTIONS),
+}
+AT_LEAST_ONE = frozenset({"samples", "tokens", "batch", "epochs", "steps", "repeats", "prompt", "new"})
+FRACTIONS = frozenset({"sparsity", "first", "start", "end"})
+
+
+def folder() -> Path:
+    """Return the folder of the recipes that ship with Rarefy."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def presets() -> dict[str, Path]:
+    """Return {name: file} of the recipes that ship with Rarefy."""
+    return {p.stem: p for p in sorted(folder().glob("*.yaml"))}
+
+
+def load(source: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Recipe:
+    """Return the recipe of a preset name, a YAML file, a dict, or a Recipe; overrides replace the field of that name
+    wherever the recipe has it.
+
+    Raises RecipeError naming the file and line (or the path into the dict), what was got, what is allowed.
+
+    >>> load({"stages": [{"prune": {"pattern": "2:4"}}]}).stages[0].score
+    'magnitude'
+    """
+    if isinstance(source, Recipe):
+        recipe = source
+    elif isinstance(source, Mapping):
+        recipe = from_dict(source)
+    else:
+        recipe = _from_file(source)
+    return override(recipe, overrides) if overrides else recipe
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of plain data."""
+    return _build(Recipe, _Node.of(values, "recipe"))
+
+
+def from_yaml(text: str, name: str = "recipe") -> Recipe:
+    """Return the recipe of YAML text; `name` is what errors call it."""
+    if len(text) > SIZE_LIMIT:
+        raise RecipeError(f"{name} is {len(text):,} characters long; a recipe has at most {SIZE_LIMIT:,}")
+    try:
+        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, yaml.SafeLoader)):
+            raise RecipeError(f"{name}: aliases (*name) are not part of a recipe: write the value out")
+        root = yaml.compose(text, yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{name}, line {line}: not YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{name}: not YAML: {error}") from None
+    if root is None:
+        raise RecipeError(f"{name} is empty; a recipe has at least stages")
+    return _build(Recipe, _from_node(root, name))
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with each named field replaced wherever it stands; RecipeError where it stands nowhere."""
+    values = recipe.to_dict()
+    for key, value in changes.items():
+        hits, names = _replace(values, key, value)
+        if not hits:
+            raise RecipeError(unknown("override", key, names, f"recipe {recipe.name}"))
+    return from_dict(values)
+
+
+def _from_file(source: str | Path) -> Recipe:
+    known = presets()
+    path = known.get(str(source), Path(source))
+    if not path.is_file():
+        near = nearest(str(source), known)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"no recipe file {str(source)!r} and no preset of that name ({', '.join(known)}){hint}")
+    try:
+        return from_yaml(path.read_text(encoding="utf-8"), path.name)
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: a recipe is UTF-8 text") from None
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A value and where it was written."""
+
+    value: Any  # scalar, list of _Node, or dict of str -> _Node
+    where: str
+
+    @classmethod
+    def of(cls, value: Any, where: str) -> _Node:
+        if isinstance(value, Mapping):
+            return cls({str(k): cls.of(v, f"{where}.{k}") for k, v in value.items()}, where)
+        if isinstance(value, list | tuple):
+            return cls([cls.of(v, f"{where}[{i}]") for i, v in enumerate(value)], where)
+        return cls(value, where)
+
+
+def _from_node(node: yaml.Node, name: str) -> _Node:
+    where = f"{name}, line {node.start_mark.line + 1}"
+    if isinstance(node, yaml.MappingNode):
+        found: dict[str, _Node] = {}
+        for key, value in node.value:
+            line = f"{name}, line {key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"a key is a word [{line}]")
+            if key.value in found:
+                raise RecipeError(f"key {key.value!r} is given twice [{line}]")
+            inner = _from_node(value, name)
+            found[key.value] = _Node(inner.value, line) if isinstance(value, yaml.ScalarNode) else inner
+        return _Node(found, where)
+    if isinstance(node, yaml.SequenceNode):
+        return _Node([_from_node(n, name) for n in node.value], where)
+    try:
+        if node.tag.endswith(":int") and ":" in node.value:  # YAML 1.1 reads 2:4 as a number to base 60
+            return _Node(node.value, where)
+        return _Node(yaml.SafeLoader("").construct_object(node), where)
+    except yaml.YAMLError:
+        raise RecipeError(
+            f"tag {node.tag!r} is not part of a recipe: only words, numbers and lists [{where}]"
+        ) from None
+
+
+def _build(cls: Any, node: _Node) -> Any:
+    if not isinstance(node.value, dict):
+        raise RecipeError(f"{cls.__name__.lower()}: expected keys and values, got {_show(node.value)} [{node.where}]")
+    known = {f.name: f for f in fields(cls)}
+    for key, value in node.value.items():
+        if key not in known:
+            raise RecipeError(unknown("key", key, known, value.where))
+    missing = [
+        f.name
+        for f in known.values()
+        if f.name not in node.value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise RecipeError(f"{cls.__name__.lower()} needs {', '.join(missing)} [{node.where}]")
+    kinds = typing.get_type_hints(cls)
+    made = {k: _stages(v) if k == "stages" else _value(k, v, kinds[k]) for k, v in node.value.items()}
+    out = cls(**made)
+    _check(out, node)
+    return out
+
+
+def _stages(node: _Node) -> tuple[Any, ...]:
+    if not isinstance(node.value, list) or not node.value:
+        raise RecipeError(
+            f"stages is a list such as '- prune: {{sparsity: 0.5}}', got {_show(node.value)} [{node.where}]"
+        )
+    made = []
+    for item in node.value:
+        if not isinstance(item.value, dict) or len(item.value) != 1:
+            raise RecipeError(
+                f"a stage is one of {', '.join(STAGES)} with its settings, got {_show(item.value)} [{item.where}]"
+            )
+        [(name, settings)] = item.value.items()
+        if name not in STAGES:
+            raise RecipeError(unknown("stage", name, STAGES, settings.where))
+        made.append(_build(STAGES[name], settings if settings.value is not None else _Node({}, settings.where)))
+    return tuple(made)
+
+
+def _value(key: str, node: _Node, kind: Any) -> Any:
+    """Return the node's value as the annotated type, or raise naming both."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    value = node.value
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if dataclasses.is_dataclass(option):
+            return _build(option, node)
+        if typing.get_origin(option) is tuple:
+            inner = typing.get_args(option)[0]
+            items = value if isinstance(value, list) else [node]
+            return tuple(_value(key, item, inner) for item in items)
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if option is float and isinstance(value, str):
+            try:
+                return float(value)  # YAML 1.1 reads 1e-4, without a dot, as a word
+            except ValueError:
+                continue
+        if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            if key in CHOICES and value not in CHOICES[key]:
+                raise RecipeError(unknown(key, value, CHOICES[key], node.where))
+            return value
+    words = [_WORDS.get(o, getattr(o, "__name__", str(o)).lower()) for o in options if o is not type(None)]
+    raise RecipeError(f"{key}: expected {' or '.join(words)}, got {_show(value)} [{node.where}]")
+
+
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+
+
+def _check(made: Any, node: _Node) -> None:
+    """Checks that need more than one type: ranges, and patterns with their sparsity."""
+
+    def place(key: str) -> str:
+        return node.value[key].where if key in node.value else node.where
+
+    for f in fields(made):
+        value = getattr(made, f.name)
+        many = value if isinstance(value, tuple) else (value,)
+        if f.name in AT_LEAST_ONE and any(v is not None and v < 1 for v in many):
+            raise RecipeError(f"{f.name} is at least 1, got {_show(value)} [{place(f.name)}]")
+        if f.name in FRACTIONS and isinstance(value, float) and not 0 <= value <= 1:
+            raise RecipeError(f"{f.name} is a fraction between 0 and 1, got {value!r} [{place(f.name)}]")
+    try:
+        if isinstance(made, Prune):
+            plan = patterns.parse(made.pattern)
+            last, _ = patterns.check_sparsity(plan, made.sparsity, made.scope)
+            patterns.select_many([], plan, None if plan.kind == "nm" else last, reduce=made.reduce)
+            if isinstance(made, Gradual):
+                sparsities(made.schedule, last, made.steps, made.first)
+                if made.start > made.end:
+                    raise RecipeError(f"pruning starts at {made.start} and ends at {made.end}: start comes first")
+    except RarefyError as error:
+        key = next((k for k in ("pattern", "sparsity", "scope", "reduce", "steps") if k in str(error)), "pattern")
+        raise RecipeError(f"{error} [{place(key)}]") from None
+
+
+def _replace(values: Any, key: str, new: Any) -> tuple[int, set[str]]:
+    """Set `key` (or `parent.key`) wherever it stands in nested data; return how often, and all names seen."""
+    parent, _, leaf = key.rpartition(".")
+    hits, names = 0, set()
+    if isinstance(values, dict) and parent and isinstance(values.get(parent), dict) and leaf in values[parent]:
+        values[parent][leaf], hits = new, 1
+    for item in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        more, seen = _replace(item, key, new)
+        hits, names = hits + more, names | seen
+    if isinstance(values, dict):
+        names |= set(values)
+        if key in values:
+            values[key], hits = new, hits + 1
+    return hits, names
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"keys {', '.join(value)}"
+    return f"a list of {len(value)}" if isinstance(value, list) else repr(value)

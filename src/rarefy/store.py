@@ -1,0 +1,295 @@
+"""Models to folders and back: `save`, `load`, `export`, `inspect`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rarefy.errors import ContainerError, ModelError, nearest
+from rarefy.files import INDEX, check_target, whole_folder
+from rarefy.formats import container, sparse
+from rarefy.model import hf
+from rarefy.model.layout import Layout
+from rarefy.model.mask import plain_state
+from rarefy.model.select import all_layers
+from rarefy.proof.measure import folder_bytes, sparsity_of
+from rarefy.proof.receipt import Receipt
+from rarefy.proof.report import Report
+
+WEIGHTS = (".safetensors", INDEX)  # the files that "bytes on disk" counts
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    receipt: Receipt | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    format: str = "smallest",
+    files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write `model` to a folder, each weight in its smallest format; return the bytes of weights and index.
+
+    Masks are folded in on the way, tied weights stored once. The folder appears whole or not at all. The receipt and
+    recipe of `compress_` are taken along by themselves. `format` other than `smallest` is used for every prunable
+    weight that it fits. Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
+    """
+    receipt = receipt or getattr(model, "rarefy_receipt", None)
+    recipe = recipe or getattr(model, "rarefy_recipe", None)
+    state = list(plain_state(model))
+    aliases = _aliases(model)
+    structure = hf.structure(model) if hf.is_model(model) else {"library": None, "class": type(model).__name__}
+    meta = {"structure": structure, "recipe": recipe, "rarefy": _version()}
+    extra = dict(files or {})
+    if structure["library"]:
+        extra.setdefault("config.json", json.dumps(structure["config"], indent=1).encode())
+    if receipt is not None:
+        extra.update({"receipt.json": receipt.to_json().encode(), "receipt.txt": str(receipt).encode()})
+    packed = ((n, packed) for n, packed in pack(model, dict(state), format) if n not in aliases)
+    container.write(path, packed, aliases=aliases, meta=meta, files=extra, overwrite=overwrite)
+    return folder_bytes(path, WEIGHTS)
+
+
+def pack(
+    model: nn.Module, state: Mapping[str, Tensor], format: str = "smallest"
+) -> Iterator[tuple[str, sparse.Packed]]:
+    """Yield (name, packed) for each tensor of a plain state: prunable weights in `format`, all else dense."""
+    layouts = _layouts(model)
+    patterns = {r["layer"]: r["pattern"] for r in _layer_rows(model)}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        layout = layouts.get(name)
+        if layout is None or format == "dense":
+            yield name, sparse.encode(tensor, "dense")
+            continue
+        pattern = patterns.get(name.removesuffix(".weight"))
+        pattern = pattern if pattern and pattern[0].isdigit() else None
+        sizes = sparse.sizes(tensor, pattern, axis=layout.in_axis)
+        if format == "smallest" or format not in sizes:
+            yield name, sparse.smallest(tensor, pattern, axis=layout.in_axis)
+        else:
+            yield name, sparse.encode(tensor, format, pattern, axis=layout.in_axis)
+
+
+def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = True) -> nn.Module:
+    """Return the model of a saved folder, bit for bit; `model` receives the weights, or is built from a known config.
+
+    No code is run and no class imported by a name from the file: without `model` only Hugging Face configs are built.
+    Raises ContainerError (damaged, hostile, names or shapes that differ) and ModelError. Memory: the model and one
+    tensor more.
+    """
+    saved = container.read(path, verify=verify)
+    structure = saved.meta.get("structure")
+    structure = structure if isinstance(structure, dict) else {}
+    if model is None:
+        if structure.get("library") != "transformers":
+            raise ModelError(f"{path} holds a {structure.get('class')}: pass model={structure.get('class')}(...)")
+        model = hf.build(structure)
+    _check_names(saved, model, path)
+    done: dict[str, Tensor] = {}
+    slots = _slots(model)
+    for name, (module, leaf) in slots.items():
+        source = saved.aliases.get(name, name)
+        old = getattr(module, leaf)
+        if source in done and source != name:
+            _put(module, leaf, done[source])
+            continue
+        fresh = saved.tensor(source, expect_shape=tuple(old.shape)).to(old.device)
+        done[source] = _put(module, leaf, fresh)
+    receipt = Path(path) / "receipt.json"
+    if receipt.is_file() and receipt.stat().st_size < 1 << 26:
+        _remember(model, receipt, saved.meta.get("recipe"))
+    return model
+
+
+def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool = False) -> Path:
+    """Write a saved folder as a plain dense checkpoint that needs no Rarefy: `hf` (a folder that transformers loads)
+    or `safetensors` (one file under a folder, tensors by name). Returns the folder."""
+    marker = "config.json" if to == "hf" else "model.safetensors"
+    check_target(out, overwrite, marker)
+    if to == "hf":
+        model = load(path)
+        with whole_folder(out, overwrite=overwrite, marker=marker) as partial:
+            model.save_pretrained(partial)  # type: ignore[operator]
+            for name, content in side_files(path).items():
+                (partial / name).write_bytes(content)
+    elif to == "safetensors":
+        from safetensors.torch import save_file
+
+        saved = container.read(path)
+        with whole_folder(out, overwrite=overwrite, marker=marker) as partial:
+            save_file({n: saved.tensor(n, _shape(saved, n)) for n in saved.names}, partial / "model.safetensors")
+    else:
+        raise ContainerError(f"export --to {to!r}: choose from hf, safetensors")
+    return Path(out)
+
+
+def side_files(path: str | Path) -> dict[str, bytes]:
+    """Return tokenizer and generation files of a model folder, to go along with its weights."""
+    return {n: (Path(path) / n).read_bytes() for n in hf.TOKENIZER_FILES if (Path(path) / n).is_file()}
+
+
+def inspect(what: str | Path | nn.Module) -> Report:
+    """Return a row a tensor: shape, type, format, sparsity, the pattern its zeros fit, bytes stored and dense.
+
+    `what`: a live model, a folder of ours, a Hugging Face folder, or a .safetensors file. O(weights).
+    """
+    rows = []
+    for name, tensor, format, stored in _tensors(what):
+        zeros = sparsity_of(tensor)
+        dense = tensor.numel() * tensor.element_size()
+        rows.append(
+            {
+                "tensor": name,
+                "shape": "x".join(map(str, tensor.shape)) or "scalar",
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "format": format,
+                "sparsity": zeros,
+                "pattern": fitting_pattern(tensor) if zeros > 0.2 else "",
+                "bytes": stored,
+                "dense_bytes": dense,
+            }
+        )
+    if not rows:
+        raise ContainerError(f"{what} holds no tensors")
+    total, dense = sum(r["bytes"] for r in rows), sum(r["dense_bytes"] for r in rows)
+    summary = {"tensors": len(rows), "bytes": total, "dense bytes": dense, "ratio": total / max(dense, 1)}
+    title = type(what).__name__ if isinstance(what, nn.Module) else str(what)
+    return Report(title, tuple(rows), summary)
+
+
+def fitting_pattern(tensor: Tensor) -> str:
+    """Return the first of 1:4, 2:4, 4:8 along the last dimension, or 4x1, 1x4 blocks, that the zeros fit.
+
+    >>> fitting_pattern(torch.tensor([[1.0, 0, 2, 0], [0, 0, 3, 0]]))
+    '2:4'
+    """
+    if tensor.dim() < 2 or tensor.numel() == 0:
+        return ""
+    kept = (tensor != 0).reshape(len(tensor), -1)
+    for n, m in ((1, 4), (2, 4), (4, 8)):
+        if kept.shape[1] % m == 0 and int(kept.reshape(-1, m).sum(1).max()) <= n:
+            return f"{n}:{m}"
+    for r, c in ((4, 1), (1, 4)):
+        if kept.shape[0] % r == 0 and kept.shape[1] % c == 0:
+            count = kept.reshape(kept.shape[0] // r, r, kept.shape[1] // c, c).sum((1, 3))
+            if bool(((count == 0) | (count == r * c)).all()):
+                return f"{r}x{c}"
+    return "unstructured"
+
+
+def _tensors(what: str | Path | nn.Module) -> Iterator[tuple[str, Tensor, str, int]]:
+    if isinstance(what, nn.Module):
+        aliases = _aliases(what)
+        for name, tensor in plain_state(what):
+            if name not in aliases:
+                yield name, tensor, "dense", tensor.numel() * tensor.element_size()
+        return
+    path = Path(what)
+    if (path / INDEX).is_file():
+        saved = container.read(path)
+        for name in saved.names:
+            packed = saved.packed(name, _shape(saved, name))
+            yield name, sparse.decode(packed), packed.format, packed.nbytes
+        return
+    files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ContainerError(f"{what}: neither a folder of ours, nor a folder with .safetensors, nor such a file")
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    tensor = opened.get_tensor(name)
+                    yield name, tensor, "dense", tensor.numel() * tensor.element_size()
+        except SafetensorError as error:
+            raise ContainerError(f"{file}: not a valid safetensors file: {error}") from None
+
+
+def _shape(saved: container.Container, name: str) -> tuple[int, ...] | None:
+    """The shape that the index states, where decoding it is no danger to memory; None lets the container judge."""
+    shape = tuple(saved.index["tensors"][name]["shape"])
+    return shape if math.prod(shape) <= 1 << 31 else None
+
+
+def _layouts(model: nn.Module) -> dict[str, Layout]:
+    return {f"{n}.{p}" if n else p: l.layout for l in all_layers(model) for n, _, p in l.owners}
+
+
+def _layer_rows(model: nn.Module) -> list[Mapping[str, Any]]:
+    receipt = getattr(model, "rarefy_receipt", None)
+    return receipt.sparsity.get("layers", []) if receipt else []
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """{tied name: the name it is stored under}, in plain names."""
+    first: dict[tuple[int, Any, Any], str] = {}
+    tied: dict[str, str] = {}
+    for name, (module, leaf) in _slots(model, masked=True).items():
+        tensor = getattr(module, leaf)
+        if tensor.numel() == 0:
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if key in first:
+            tied[name] = first[key]
+        first.setdefault(key, name)
+    return tied
+
+
+def _slots(model: nn.Module, masked: bool = False) -> dict[str, tuple[nn.Module, str]]:
+    """{name as in `state_dict`: (module, attribute)}; with `masked` a masked weight stands under its plain name."""
+    slots: dict[str, tuple[nn.Module, str]] = {}
+    for name in model.state_dict(keep_vars=True):
+        owner, _, leaf = name.rpartition(".")
+        plain = name
+        if masked and leaf == "original":
+            before, _, param = (
+                owner.rpartition(".parametrizations.") if ".parametrizations." in owner else ("", "", owner[17:])
+            )
+            plain = f"{before}.{param}" if before else param
+        slots[plain] = (model.get_submodule(owner), leaf)
+    return slots
+
+
+def _check_names(saved: container.Container, model: nn.Module, path: str | Path) -> None:
+    have, want = set(saved.names) | set(saved.aliases), set(model.state_dict())
+    for what, names, others in (("lacks", want - have, have), ("has an unknown", have - want, want)):
+        if names:
+            first = sorted(names)[0]
+            near = nearest(first, others)
+            hint = f"; nearest is {near[0]!r}" if near else ""
+            raise ContainerError(
+                f"{path} {what} tensor {first!r} ({len(names)} in all) for a {type(model).__name__}{hint}"
+            )
+
+
+def _put(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
+    """Put a tensor in a slot and return what is there; a parameter keeps its identity, so ties and optimizers hold."""
+    old = getattr(module, leaf)
+    if isinstance(old, nn.Parameter):
+        old.data = tensor
+    else:
+        setattr(module, leaf, tensor)
+    return tensor
+
+
+def _remember(model: nn.Module, receipt: Path, recipe: Any) -> None:
+    try:
+        values = json.loads(receipt.read_text(encoding="utf-8"))
+        known = Receipt(**{**values, **{k: tuple(values.get(k, ())) for k in ("speed", "stages", "notes")}})
+    except (ValueError, TypeError):
+        return  # a receipt is a record, not a part of the model
+    model.rarefy_receipt, model.rarefy_recipe = known, recipe  # type: ignore[assignment]
+
+
+def _version() -> str:
+    from rarefy import __version__
+
+    return __version__

@@ -1,0 +1,103 @@
+"""Shared small models, and real ones that skip visibly where their package is missing."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rarefy import samples
+from rarefy.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """One of each: convolution with stride and padding, depthwise, transposed with groups, linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(8, 8, 3, groups=8, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, groups=2)
+        self.hidden = nn.Linear(8, 16)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.deep(self.conv(x).relu()).relu()).mean((2, 3))
+        return self.fc(self.hidden(x).relu())
+
+
+class Tied(nn.Module):
+    """A small language model with its output head tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.norm = nn.LayerNorm(8)
+        self.body = nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 20, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.norm(self.body(self.embed(ids))))
+
+
+class Attention(nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True, **kwargs)
+
+    def forward(self, q: Tensor, kv: Tensor | None = None) -> Tensor:
+        kv = q if kv is None else kv
+        return self.attn(q, kv, kv)[0]
+
+
+def image_batches(count: int = 3, size: int = 4) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    return [(torch.randn(size, 3, 9, 9, generator=g), torch.randint(0, 5, (size,), generator=g)) for _ in range(count)]
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net()
+
+
+@pytest.fixture
+def images() -> list[tuple[Tensor, Tensor]]:
+    return image_batches()
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def sample(name: str):
+    """Skip, visibly, where the package of a real model or data set is missing."""
+    try:
+        return samples.find(name)
+    except DataError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,179 @@
+import copy
+import os
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+
+import rarefy
+from conftest import Net, Tied, image_batches
+from rarefy.errors import ModelError
+from rarefy.model.mask import get_mask, masks, plain_state, set_mask_
+from rarefy.model.select import all_layers, original, select
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
+}
+
+
+def pruned() -> Net:
+    model = Net()
+    rarefy.prune_(model, sparsity=0.5)
+    return model
+
+
+def zeros_hold(model: nn.Module, kept: dict[str, torch.Tensor]) -> bool:
+    return all(bool((l.weight[~kept[l.full_name]] == 0).all()) for l in all_layers(model) if l.full_name in kept)
+
+
+def train(model, optimizer, batches):
+    for x, y in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masks_survive_optimizers(name):
+    model = Net()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train(model, optimizer, image_batches())  # momentum from before the masks must not leak either
+    rarefy.prune_(model, sparsity=0.5)
+    kept = masks(model)
+    before = model.hidden.weight.detach().clone()
+    train(model, optimizer, image_batches())
+    assert len(kept) == 4 and zeros_hold(model, kept)
+    assert not torch.equal(before, model.hidden.weight)  # the same parameters are still being trained
+
+
+def test_the_parameter_keeps_its_identity():
+    model = Net()
+    parameter = model.hidden.weight
+    rarefy.prune_(model, sparsity=0.5)
+    assert original(model.hidden, "weight") is parameter
+    rarefy.fold_(model)
+    assert model.hidden.weight is parameter
+
+
+def test_deepcopy_and_state_dict_round_trip():
+    model = pruned()
+    twin = copy.deepcopy(model)
+    other = pruned()
+    rarefy.prune_(other, score="random", sparsity=0.6)
+    other.load_state_dict(model.state_dict())
+    for l, a, b in zip(all_layers(model), all_layers(twin), all_layers(other)):
+        assert torch.equal(l.weight, a.weight) and torch.equal(l.weight, b.weight)
+    assert all(torch.equal(m, masks(other)[n]) for n, m in masks(model).items())
+    twin.hidden.parametrizations.weight.original.data.fill_(1)
+    assert not torch.equal(twin.hidden.weight, model.hidden.weight)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_masks_under_compile(backend):
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    rarefy.prune_(model, sparsity=0.5)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+
+
+def _ddp_worker(rank: int, port: str, out: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = Net()
+    rarefy.prune_(model, sparsity=0.5)
+    kept = masks(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    train(parallel, OPTIMIZERS["sgd"](parallel.parameters()), image_batches()[rank : rank + 2])
+    ok = zeros_hold(model, kept)
+    torch.save({"ok": ok, "weight": model.hidden.weight.detach()}, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_masks_under_ddp(tmp_path):
+    port = str(20000 + os.getpid() % 20000)
+    mp.spawn(_ddp_worker, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
+    assert first["ok"] and second["ok"]
+    assert torch.equal(first["weight"], second["weight"])
+
+
+def test_tied_weights_share_one_mask():
+    model = Tied()
+    rarefy.prune_(model, sparsity=0.5, layers="lm_head")
+    assert torch.equal(model.lm_head.weight, model.embed.weight)
+    rarefy.fold_(model)
+    assert model.lm_head.weight is model.embed.weight
+    assert int((model.embed.weight == 0).sum()) == 80
+
+
+def test_nan_and_minus_zero_beneath_a_mask_do_not_leak():
+    layer = nn.Linear(2, 2)
+    layer.weight.data = torch.tensor([[float("nan"), -0.0], [float("inf"), 1.0]])
+    set_mask_(all_layers(layer)[0], torch.tensor([[False, False], [False, True]]))
+    assert torch.equal(layer.weight.view(torch.int32), torch.tensor([[0.0, 0.0], [0.0, 1.0]]).view(torch.int32))
+
+
+def test_a_mask_of_another_shape_or_type_is_refused():
+    layer = all_layers(nn.Linear(2, 2))[0]
+    with pytest.raises(ModelError, match=r"a mask is bool of shape \(2, 2\), got torch.bool of \(2, 3\)"):
+        set_mask_(layer, torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ModelError, match="got torch.float32"):
+        set_mask_(layer, torch.ones(2, 2))
+
+
+def test_adopt_torch_prune():
+    model = Net()
+    torch_prune.l1_unstructured(model.hidden, "weight", 0.5)
+    torch_prune.random_structured(model.conv, "weight", 0.25, dim=0)
+    torch_prune.l1_unstructured(model.hidden, "bias", 0.25)
+    want = {n: model.get_submodule(n).weight.detach().clone() for n in ("hidden", "conv")}
+    assert rarefy.adopt_(model) == ["conv", "hidden"]
+    for name, weight in want.items():
+        assert torch.equal(model.get_submodule(name).weight, weight)
+        assert not any("forward_pre" in k for k in model.get_submodule(name)._forward_pre_hooks)
+    assert int((model.hidden.bias == 0).sum()) == 4
+    train(model, OPTIMIZERS["sgd"](model.parameters()), image_batches())
+    assert all(bool((model.get_submodule(n).weight[w == 0] == 0).all()) for n, w in want.items())
+
+
+def test_adopt_plain_zeros_and_only_those():
+    model = Net()
+    model.hidden.weight.data[::2] = 0
+    assert rarefy.adopt_(model) == ["hidden"]
+    assert rarefy.adopt_(model) == ["hidden"]  # what is masked stays so
+    with pytest.raises(ModelError, match="nothing to adopt"):
+        rarefy.adopt_(Net())
+
+
+def test_fold_refuses_a_chain_it_does_not_know():
+    layer = nn.Linear(4, 4)
+    rarefy.prune_(layer, sparsity=0.5)
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    with pytest.raises(ModelError, match="other parametrizations besides the mask"):
+        rarefy.fold_(layer)
+
+
+def test_plain_state_is_the_folded_state():
+    model = pruned()
+    plain = dict(plain_state(model))
+    folded = rarefy.fold_(copy.deepcopy(model)).state_dict()
+    assert list(plain) == list(folded)
+    assert all(torch.equal(plain[k], folded[k]) for k in folded)
+
+
+def test_a_single_layer_has_an_empty_name():
+    layer = nn.Linear(4, 4)
+    rarefy.prune_(layer, sparsity=0.5)
+    assert list(masks(layer)) == [""] and get_mask(select(layer)[0]) is not None
+    assert list(dict(plain_state(layer))) == ["weight", "bias"] or set(dict(plain_state(layer))) == {"weight", "bias"}
