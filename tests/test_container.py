@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rarefy.errors import ContainerError, FormatError
+from rarefy import files
 from rarefy.formats import container
 from rarefy.formats.container import INDEX, read, write
 from rarefy.formats.sparse import FORMATS, Packed, encode
@@ -128,7 +129,7 @@ def test_folders_on_the_way_are_made_and_a_link_is_followed(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two steps"])
 def test_overwrite_puts_the_new_folder_in_place_of_the_old(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(container, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     small(tmp_path / "m", files={"old.txt": b"old"})
     write(tmp_path / "m", [("new", encode(torch.ones(2), "dense"))], overwrite=True)
     assert read(tmp_path / "m").names == ["new"] and sorted(tree(tmp_path)) == [f"m/{INDEX}", f"m/{SHARD}"]
@@ -168,7 +169,7 @@ def test_a_failure_between_the_two_steps_puts_the_old_folder_back(tmp_path, monk
             raise OSError(5, "broken disk")
         rename(a, b)
 
-    monkeypatch.setattr(container, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(ContainerError, match=r"cannot write .*m: .*broken disk; nothing was written"):
         write(tmp_path / "m", [], overwrite=True)
@@ -193,8 +194,8 @@ def project_folder(at: Path) -> None:
 @pytest.mark.parametrize(
     "make, overwrite, message",
     [
-        (rarefy_folder, False, "exists and is a Rarefy folder; pass overwrite=True, or another name"),
-        (Path.mkdir, False, "exists and is an empty folder; pass overwrite=True, or another name"),
+        (rarefy_folder, False, "exists and is a Rarefy folder; pass overwrite=True .--force., or another name"),
+        (Path.mkdir, False, "exists and is an empty folder; pass overwrite=True .--force., or another name"),
         (user_folder, True, "exists and is not Rarefy's alone .it holds thesis.tex.; give another name"),
         (project_folder, True, "exists and is not Rarefy's alone"),
         (Path.touch, True, "is a file; give the name of a folder"),
@@ -250,6 +251,7 @@ def test_what_cannot_be_written(tmp_path, tensors, options, message):
 FULL_DISK = """
 import sys, pathlib, torch
 from rarefy.errors import ContainerError
+from rarefy import files
 from rarefy.formats import container
 from rarefy.formats.sparse import encode
 root = pathlib.Path(sys.argv[1])

@@ -127,7 +127,8 @@ class _Given:
             if source is None:
                 raise DataError(f"no {purpose} data: pass data={{{purpose!r}: batches}}, or name it in the recipe")
             seed = getattr(settings, "seed", 0)
-            take = sources.Take(samples=settings.samples, tokens=settings.tokens, batch=settings.batch, seed=seed)
+            samples = settings.train_samples if purpose == "train" else settings.samples
+            take = sources.Take(samples=samples, tokens=settings.tokens, batch=settings.batch, seed=seed)
             self.found[purpose] = sources.batches(source, take, tokenizer=self.tokenizer, base=self.base, what=purpose)
         return self.found[purpose]
 

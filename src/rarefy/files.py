@@ -45,7 +45,7 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marke
 
     Whatever goes wrong, even Ctrl-C, the old state stays and nothing is left behind; only a kill can leave a
     `.name.partial-*` folder, which may be deleted. Raises ContainerError as `check_target` does, and for what the
-    system says: no space, no permission.
+    system says to making and moving the folder; errors of the writer's own pass as they are (see `blaming`).
     """
     target = Path(os.path.realpath(path))
     with blaming(target):
@@ -55,7 +55,8 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marke
     try:
         with blaming(target):
             partial.mkdir(parents=True)
-            yield partial
+        yield partial
+        with blaming(target):
             for file in [*partial.iterdir(), partial]:
                 _sync(file)
             _publish(partial, target)

@@ -25,11 +25,12 @@ SIZE_LIMIT = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """What calibration reads: a path or a built-in name, and how much of it."""
+    """What calibration and training read: paths or built-in names, and how much of them (null = all)."""
 
     calibrate: str | None = None
     train: str | None = None
-    samples: int | None = 64
+    samples: int | None = 64  # windows of text or images to calibrate on
+    train_samples: int | None = None
     tokens: int = 512
     batch: int = 8
     seed: int = 0
@@ -162,7 +163,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scope": patterns.SCOPES,
     "reduce": tuple(patterns.REDUCTIONS),
 }
-AT_LEAST_ONE = frozenset({"samples", "tokens", "batch", "epochs", "steps", "repeats", "prompt", "new"})
+AT_LEAST_ONE = frozenset({"samples", "train_samples", "tokens", "batch", "epochs", "steps", "repeats", "prompt", "new"})
 FRACTIONS = frozenset({"sparsity", "first", "start", "end"})
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import DataError
-from rarefy.files import whole_folder
+from rarefy.files import blaming, whole_folder
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,6 @@ def _from_gguf(file: Path, folder: Path) -> None:
     # without the explicit config transformers keeps a quantizer that refuses to save
     dense = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, quantization_config=dense, **place)
-    with whole_folder(folder, overwrite=True, marker="config.json") as partial:
+    with whole_folder(folder, overwrite=True, marker="config.json") as partial, blaming(folder):
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

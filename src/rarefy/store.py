@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, ModelError, nearest
-from rarefy.files import INDEX, check_target, whole_folder
+from rarefy.files import INDEX, blaming, check_target, whole_folder
 from rarefy.formats import container, sparse
 from rarefy.model import hf
 from rarefy.model.layout import Layout
@@ -115,7 +115,7 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
     check_target(out, overwrite, marker)
     if to == "hf":
         model = load(path)
-        with whole_folder(out, overwrite=overwrite, marker=marker) as partial:
+        with whole_folder(out, overwrite=overwrite, marker=marker) as partial, blaming(Path(out)):
             model.save_pretrained(partial)  # type: ignore[operator]
             for name, content in side_files(path).items():
                 (partial / name).write_bytes(content)
@@ -123,7 +123,7 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
         from safetensors.torch import save_file
 
         saved = container.read(path)
-        with whole_folder(out, overwrite=overwrite, marker=marker) as partial:
+        with whole_folder(out, overwrite=overwrite, marker=marker) as partial, blaming(Path(out)):
             save_file({n: saved.tensor(n, _shape(saved, n)) for n in saved.names}, partial / "model.safetensors")
     else:
         raise ContainerError(f"export --to {to!r}: choose from hf, safetensors")

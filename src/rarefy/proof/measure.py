@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import resource
@@ -126,6 +127,8 @@ def decode_and_prefill(
     vocab: int = next(iter(models.values())).config.vocab_size  # type: ignore
     ids = torch.randint(0, vocab, (1, prompt), generator=torch.Generator().manual_seed(0))
     spent: dict[str, dict[str, list[float]]] = {n: {"prefill": [], "decode": []} for n in models}
+    accepts = inspect.signature(type(next(iter(models.values()))).forward).parameters
+    cache = "cache" if "cache" in accepts else "past_key_values"  # the name changed in transformers 5
     with torch.no_grad():
         for round_ in track(range(repeats + 1), "tokens per second", progress):
             for name, model in models.items():
@@ -134,7 +137,7 @@ def decode_and_prefill(
                 read = time.perf_counter()
                 for _ in range(new):
                     token = out.logits[:, -1:].argmax(-1)
-                    out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                    out = model(input_ids=token, use_cache=True, **{cache: out[cache] if cache in out else out.past_key_values})
                 wrote = time.perf_counter()
                 if round_:  # the first round warms up
                     spent[name]["prefill"].append(read - began)

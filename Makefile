@@ -1,0 +1,40 @@
+# Everything is made in .venv; nothing needs root.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+DEMO    = build/demo
+
+.PHONY: demo test test-all lint bench-vision clean
+
+demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
+	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
+
+test: $(VENV)/dev.done lint  ## the whole test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/dev.done lint  ## with the slow tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench-vision: $(VENV)/dev.done  ## README's vision table, about 15 minutes on two quiet cores
+	cd bench && ../$(BIN)/python vision.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/demo.done: $(VENV)/bin/python pyproject.toml requirements-demo.txt
+	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/demo.done pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build
