@@ -115,9 +115,7 @@ def choose_masks(
             patterns.select_many(scores[:0], plan, None if plan.kind == "nm" else sparsity, reduce=reduce)
         kept = patterns.masks_at(scores, plan, sparsity, scope, reduce or "mean")
     masks = [l.layout.unview(k, tuple(l.original.shape)) for l, k in zip(chosen, kept)]
-    if not regrow:
-        _refuse_regrowth(chosen, masks)
-    return masks
+    return masks if regrow else [_keep_zeros(l, m, plan) for l, m in zip(chosen, masks)]
 
 
 def refuse_impossible(chosen: Sequence[Layer], plan: patterns.Pattern) -> None:
@@ -152,12 +150,17 @@ def report(chosen: Sequence[Layer], plan: patterns.Pattern, sparsity: float) -> 
     return Report("pruned", tuple(rows), summary, notes)
 
 
-def _refuse_regrowth(chosen: Sequence[Layer], masks: Sequence[Tensor]) -> None:
-    for layer, mask in zip(chosen, masks):
-        before = get_mask(layer)
-        if before is not None and bool((mask & ~before).any()):
-            had, asked = 1 - before.float().mean().item(), 1 - mask.float().mean().item()
-            raise PatternError(
-                f"{layer.full_name} already has {had:.2%} zeros in places that the new mask of {asked:.2%} would keep: "
-                "ask for more sparsity, or fold_ and choose anew"
-            )
+def _keep_zeros(layer: Layer, mask: Tensor, plan: patterns.Pattern) -> Tensor:
+    """What was zero stays zero; PatternError where that makes more zeros than asked for, rounding to units aside."""
+    before = get_mask(layer)
+    if before is None:
+        return mask
+    _, K, O, I = layer.layout.shape
+    unit = {"row": K * I, "column": K * O, "block": plan.a * plan.b}.get(plan.kind, 0)
+    if int((mask & ~before).sum()) > unit:
+        had, asked = 1 - before.float().mean().item(), 1 - mask.float().mean().item()
+        raise PatternError(
+            f"{layer.full_name} already has {had:.2%} zeros in places that the new mask of {asked:.2%} would keep: "
+            "ask for more sparsity, or fold_ and choose anew"
+        )
+    return mask & before

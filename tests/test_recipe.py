@@ -1,0 +1,544 @@
+"""Recipes: what is written is what is meant, what is wrong is named with its line, and no text does anything else."""
+
+import random
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from conftest import Net, Tied, tiny_llama
+from rarefy import recipe as recipes
+from rarefy.errors import ModelError, PatternError, RecipeError, SelectorError
+from rarefy.plan import forecast
+from rarefy.prune.score import SCORES
+from rarefy.train.loop import LR_SCHEDULES, optimizer_of
+from rarefy.train.schedule import SCHEDULES
+
+FULL = """\
+name: full
+about: every block once
+seed: 7
+data: {calibrate: wiki, train: wiki, samples: 8, train_samples: 16, tokens: 64, batch: 2, seed: 3}
+stages:
+  - prune: {layers: ["model.*", "re:.*q_proj"], ignore: lm_head, pattern: 2:4, score: wanda}
+  - train:
+      epochs: 2
+      optimizer: {name: sgd, lr: 1e-4, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4}
+      lr_schedule: one-cycle
+      prune:
+        pattern: 4x1
+        sparsity: 0.75
+        schedule: linear
+        steps: 4
+        first: 0.5
+        start: 0.1
+        end: 0.9
+        regrow: true
+        reduce: l2
+        scope: global
+  - cast: {dtype: bf16}
+evaluate:
+  metric: perplexity
+  data: wiki-test
+  samples: 4
+  at_most_worse: 0.15
+  latency: {batch: [1, 4], repeats: 3}
+  decode: {prompt: 16, new: 4, repeats: 2}
+save: {format: csr}
+"""
+STAGES = "stages: [{prune: {sparsity: 0.5}}]\n"
+
+
+def prune(settings: str) -> str:
+    return f"stages:\n  - prune:\n      {settings}\n"
+
+
+def gradual(settings: str) -> str:
+    return f"stages:\n  - train:\n      prune:\n        {settings}\n"
+
+
+def test_every_field_is_read():
+    r = recipes.from_yaml(FULL)
+    first, train, cast = r.stages
+    assert (r.name, r.about, r.seed, r.save.format) == ("full", "every block once", 7, "csr")
+    assert r.data == recipes.Data(
+        calibrate="wiki", train="wiki", samples=8, train_samples=16, tokens=64, batch=2, seed=3
+    )
+    assert first == recipes.Prune(layers=("model.*", "re:.*q_proj"), ignore=("lm_head",), pattern="2:4", score="wanda")
+    assert isinstance(train, recipes.Train) and train.optimizer == recipes.Optimizer(
+        name="sgd", lr=1e-4, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    assert (train.epochs, train.lr_schedule) == (2, "one-cycle")
+    assert train.prune == recipes.Gradual(
+        pattern="4x1", sparsity=0.75, schedule="linear", steps=4, first=0.5, start=0.1, end=0.9,
+        regrow=True, reduce="l2", scope="global",
+    )  # fmt: skip
+    assert cast == recipes.Cast(dtype="bf16")
+    assert r.evaluate and r.evaluate.latency == recipes.Latency(batch=(1, 4), repeats=3)
+    assert r.evaluate.decode == recipes.Decode(prompt=16, new=4, repeats=2) and r.evaluate.at_most_worse == 0.15
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "want"),
+    [
+        ("{layers: fc, sparsity: 0.5}", "layers", ("fc",)),
+        ("{layers: [fc], sparsity: 0.5}", "layers", ("fc",)),
+        ("{layers: [conv, fc], sparsity: 0.5}", "layers", ("conv", "fc")),
+        ("{layers: null, sparsity: 0.5}", "layers", None),
+        ("{sparsity: 5e-1}", "sparsity", 0.5),
+        ("{sparsity: 1}", "sparsity", 1.0),
+        ("{sparsity: 0}", "sparsity", 0.0),
+        ('{sparsity: "0.5"}', "sparsity", 0.5),
+        ("{pattern: 2:4}", "pattern", "2:4"),
+        ("{pattern: 1:16}", "pattern", "1:16"),
+        ("{pattern: 16:32}", "pattern", "16:32"),
+        ("{pattern: '2:4'}", "pattern", "2:4"),
+        ("{pattern: 4x1, sparsity: 0.5}", "pattern", "4x1"),
+        ("{pattern: 2:4, sparsity: 0.5}", "sparsity", 0.5),
+    ],
+)
+def test_values_as_people_write_them(settings, field, want):
+    [stage] = recipes.from_yaml(prune(settings)).stages
+    got = getattr(stage, field)
+    assert got == want and type(got) is type(want)
+
+
+ERRORS = {
+    # shape of the text
+    "empty": ("", "r.yaml is empty; a recipe has at least stages"),
+    "only a comment": ("# nothing\n", "r.yaml is empty"),
+    "not YAML": ("stages:\n  - prune: [\n", r"r.yaml, line 3: not YAML: "),
+    "a tab": ("stages:\n\t- prune\n", r"r.yaml, line 2: not YAML: found character '\\t'"),
+    "a control character": ("\x00", "r.yaml: not YAML: unacceptable character"),
+    "two documents": (STAGES + "---\n" + STAGES, r"r.yaml, line 2: not YAML: but found another document"),
+    "too deep": ("[" * 1000, "r.yaml.*not YAML: "),
+    "too deep, closed": ("a: " + "[" * 1000 + "]" * 1000, "r.yaml.*nest|r.yaml.*recursion"),
+    "a list": ("- prune: {}\n", r"recipe: expected keys and values, got a list of 1 \[r.yaml, line 1\]"),
+    "a word": ("\n\nhello", r"recipe: expected keys and values, got 'hello' \[r.yaml, line 3\]"),
+    "too long": ("#" * ((1 << 20) + 1), r"r.yaml is 1,048,577 characters long; a recipe has at most 1,048,576"),
+    "a key twice": ("name: a\nseed: 1\nname: b\n" + STAGES, r"key 'name' is given twice \[r.yaml, line 3\]"),
+    "a key twice, deep": (prune("sparsity: 0.5\n      sparsity: 0.6"), r"key 'sparsity' is given twice \[r.yaml, line 4\]"),
+    "a list as key": ("? [a]\n: 1\n", r"a key is a word \[r.yaml, line 1\]"),
+    "an alias": ("name: &n x\nabout: *n\n" + STAGES, r"r.yaml: aliases \(\*name\) are not part of a recipe: write the value out"),
+    "billion laughs": ("a: &a [1]\nb: &b [*a, *a]\nc: [*b, *b]\n", "aliases"),
+    "a merge key": ("<<: {seed: 1}\n" + STAGES, r"unknown key '<<'; .* \[r.yaml, line 1\]"),
+    # tags
+    "python object, scalar": ("name: a\nabout: !!python/name:os.system x\n" + STAGES, r"tag 'tag:yaml.org,2002:python/name:os.system' is not part of a recipe: only words, numbers and lists \[r.yaml, line 2\]"),
+    "python object, mapping": ("name: a\ndata: !!python/object:os.system {samples: 3}\n" + STAGES, r"tag 'tag:yaml.org,2002:python/object:os.system' is not part of a recipe.* \[r.yaml, line 2\]"),
+    "python object, list": ("stages: !!python/object/apply:os.system\n  - cast: {dtype: bf16}\n", r"tag 'tag:yaml.org,2002:python/object/apply:os.system' is not part of a recipe.* \[r.yaml, line 1\]"),
+    "own tag": ("name: !include other.yaml\n" + STAGES, r"tag '!include' is not part of a recipe.* \[r.yaml, line 1\]"),
+    "binary": ("name: !!binary aGk=\n" + STAGES, r"name: expected a word, got b'hi' \[r.yaml, line 1\]"),
+    "int that is none": ("seed: !!int x\n" + STAGES, r"r.yaml, line 1"),
+    "float that is none": ("seed: !!float x\n" + STAGES, r"r.yaml, line 1"),
+    "bool that is none": ("seed: !!bool x\n" + STAGES, r"r.yaml, line 1"),
+    "timestamp that is none": ("seed: !!timestamp x\n" + STAGES, r"r.yaml, line 1"),
+    "date that is none": ("name: a\nabout: 2024-13-45\n" + STAGES, r"r.yaml, line 2"),
+    "a date": ("about: 2024-10-05\n" + STAGES, r"about: expected a word, got datetime.date\(2024, 10, 5\) \[r.yaml, line 1\]"),
+    "a number of 5000 digits": ("seed: " + "9" * 5000 + "\n" + STAGES, r"r.yaml, line 1"),
+    # keys
+    "unknown key": ("name: a\nseeed: 3\n" + STAGES, r"unknown key 'seeed'; choose from about, data, evaluate, name, save, seed, stages \(did you mean 'seed'\?\) \[r.yaml, line 2\]"),
+    "unknown key of a stage": (prune("sparsty: 0.5"), r"unknown key 'sparsty'; .*did you mean 'sparsity'\?\) \[r.yaml, line 3\]"),
+    "unknown key of data": ("data:\n  calibrat: wiki\n" + STAGES, r"unknown key 'calibrat'.*'calibrate'\?\) \[r.yaml, line 2\]"),
+    "unknown key, nothing near": ("zzz: 3\n" + STAGES, r"unknown key 'zzz'; choose from about, .*, stages \[r.yaml, line 1\]"),
+    "no stages": ("name: a\n", r"recipe needs stages \[r.yaml, line 1\]"),
+    "no metric": ("evaluate: {data: wiki}\n" + STAGES, r"evaluate needs metric \[r.yaml, line 1\]"),
+    "no dtype": ("stages:\n  - cast: {}\n", r"cast needs dtype \[r.yaml, line 2\]"),
+    # stages
+    "stages null": ("stages:\n", r"stages is a list such as '- prune: \{sparsity: 0.5\}', got None \[r.yaml, line 1\]"),
+    "stages empty": ("stages: []\n", r"stages is a list such as .* got a list of 0 \[r.yaml, line 1\]"),
+    "stages a mapping": ("stages:\n  prune: {sparsity: 0.5}\n", r"stages is a list such as .*, got keys prune \[r.yaml, line 2\]"),
+    "unknown stage": ("stages:\n  - cast: {dtype: bf16}\n  - prun: {}\n", r"unknown stage 'prun'; choose from cast, prune, train \(did you mean 'prune'\?\) \[r.yaml, line 3\]"),
+    "a bare stage": ("stages:\n  - prune\n", r"a stage is one of prune, train, cast with its settings, got 'prune' \[r.yaml, line 2\]"),
+    "two stages in one": ("stages:\n  - prune: {sparsity: 0.5}\n    cast: {dtype: bf16}\n", r"a stage is one of .*, got keys prune, cast \[r.yaml, line 2\]"),
+    "settings a number": ("stages:\n  - prune: 0.5\n", r"prune: expected keys and values, got 0.5 \[r.yaml, line 2\]"),
+    "settings null": ("stages:\n  - prune:\n", r"pattern 'unstructured' needs a sparsity between 0 and 1 \[r.yaml, line 2\]"),
+    # types
+    "name a number": ("name: 3\n" + STAGES, r"name: expected a word, got 3 \[r.yaml, line 1\]"),
+    "word for a whole number": ("seed: many\n" + STAGES, r"seed: expected a whole number, got 'many' \[r.yaml, line 1\]"),
+    "fraction for a whole number": ("data:\n  samples: 1.5\n" + STAGES, r"samples: expected a whole number, got 1.5 \[r.yaml, line 2\]"),
+    "base 60 for a whole number": ("data: {samples: 1:30}\n" + STAGES, r"samples: expected a whole number, got '1:30'"),
+    "bool for a whole number": ("data: {samples: yes}\n" + STAGES, r"samples: expected a whole number, got True \[r.yaml, line 1\]"),
+    "bool for a number": (prune("sparsity: true"), r"sparsity: expected a number, got True \[r.yaml, line 3\]"),
+    "word for a number": (prune("sparsity: half"), r"sparsity: expected a number, got 'half' \[r.yaml, line 3\]"),
+    "number for a bool": (gradual("{sparsity: 0.5, regrow: 1}"), r"regrow: expected true or false, got 1 \[r.yaml, line 4\]"),
+    "list for a word": (prune("score: [wanda]"), r"score: expected a word, got a list of 1 \[r.yaml, line 3\]"),
+    "list in a list": (prune("{sparsity: 0.5, layers: [[fc]]}"), r"layers: expected a word, got a list of 1 \[r.yaml, line 3\]"),
+    "number in a list": (prune("{sparsity: 0.5, layers: [fc, 3]}"), r"layers: expected a word, got 3 \[r.yaml, line 3\]"),
+    "mapping for words": (prune("{sparsity: 0.5, layers: {fc: 1}}"), r"layers: expected a word, got keys fc \[r.yaml, line 3\]"),
+    "word for a block": ("data: wiki\n" + STAGES, r"data: expected keys and values, got 'wiki' \[r.yaml, line 1\]"),
+    "null for a word": ("name: null\n" + STAGES, r"name: expected a word, got None \[r.yaml, line 1\]"),
+    "list for a block": ("save: [csr]\n" + STAGES, r"save: expected keys and values, got a list of 1 \[r.yaml, line 1\]"),
+    # choices
+    "unknown score": (prune("{sparsity: 0.5, score: wandda}"), r"unknown score 'wandda'; .*'wanda'\?\) \[r.yaml, line 3\]"),
+    "unknown scope": (prune("{sparsity: 0.5, scope: layr}"), r"unknown scope 'layr'; choose from global, layer, row \(did you mean 'layer'\?\) \[r.yaml, line 3\]"),
+    "unknown reduce": (prune("{pattern: 4x1, sparsity: 0.5, reduce: maxx}"), r"unknown reduce 'maxx'; .*'max'\?\) \[r.yaml, line 3\]"),
+    "unknown schedule": (gradual("{sparsity: 0.5, schedule: cubik}"), r"unknown schedule 'cubik'; .*'cubic'\?\) \[r.yaml, line 4\]"),
+    "unknown lr schedule": ("stages: [{train: {lr_schedule: cosin}}]\n", r"unknown lr_schedule 'cosin'; .*'cosine'\?\)"),
+    "unknown metric": ("evaluate: {metric: acuracy}\n" + STAGES, r"unknown metric 'acuracy'; choose from accuracy, perplexity \(did you mean 'accuracy'\?\)"),
+    "unknown dtype": ("stages: [{cast: {dtype: bf8}}]\n", r"unknown dtype 'bf8'; choose from bf16, fp16, fp32 \(did you mean 'bf16'\?\)"),
+    "unknown format": ("save: {format: bitmaks}\n" + STAGES, r"unknown format 'bitmaks'; .*'bitmask'\?\)"),
+    "unknown optimizer": ("stages:\n  - train:\n      optimizer: {name: adamv}\n", r"unknown optimizer 'adamv'; choose from adam, adamw, sgd \(did you mean 'adamw?'\?\) \[r.yaml, line 3\]"),
+    # ranges
+    "epochs 0": ("stages:\n  - train:\n      epochs: 0\n", r"epochs is at least 1, got 0 \[r.yaml, line 3\]"),
+    "samples 0": ("data:\n  samples: 0\n" + STAGES, r"samples is at least 1, got 0 \[r.yaml, line 2\]"),
+    "train_samples -1": ("data: {train_samples: -1}\n" + STAGES, r"train_samples is at least 1, got -1"),
+    "tokens 0": ("data: {tokens: 0}\n" + STAGES, r"tokens is at least 1, got 0"),
+    "batch 0": ("data: {batch: 0}\n" + STAGES, r"batch is at least 1, got 0"),
+    "steps 0": (gradual("{sparsity: 0.5, steps: 0}"), r"steps is at least 1, got 0 \[r.yaml, line 4\]"),
+    "latency batch 0": ("evaluate: {metric: accuracy, latency: {batch: [1, 0]}}\n" + STAGES, r"batch is at least 1, got \(1, 0\)"),
+    "repeats 0": ("evaluate: {metric: accuracy, latency: {repeats: 0}}\n" + STAGES, r"repeats is at least 1, got 0"),
+    "prompt 0": ("evaluate: {metric: accuracy, decode: {prompt: 0}}\n" + STAGES, r"prompt is at least 1, got 0"),
+    "new 0": ("evaluate: {metric: accuracy, decode: {new: 0}}\n" + STAGES, r"new is at least 1, got 0"),
+    "sparsity 1.5": (prune("sparsity: 1.5"), r"sparsity is a fraction between 0 and 1, got 1.5 \[r.yaml, line 3\]"),
+    "sparsity 50": (prune("sparsity: 50"), r"sparsity is a fraction between 0 and 1, got 50.0"),
+    "sparsity -0.1": (prune("sparsity: -0.1"), r"sparsity is a fraction between 0 and 1, got -0.1"),
+    "sparsity nan": (prune("sparsity: .nan"), r"sparsity is a fraction between 0 and 1, got nan"),
+    "sparsity 'nan'": (prune("sparsity: nan"), r"sparsity is a fraction between 0 and 1, got nan"),
+    "end 1.1": (gradual("{sparsity: 0.5, end: 1.1}"), r"end is a fraction between 0 and 1, got 1.1"),
+    "lr nan": ("stages: [{train: {optimizer: {lr: .nan}}}]\n", r"lr is .*got nan \[r.yaml, line 1\]"),
+    "lr -1": ("stages: [{train: {optimizer: {lr: -1}}}]\n", r"lr is .*got -1.0 \[r.yaml, line 1\]"),
+    "at_most_worse nan": ("evaluate: {metric: accuracy, at_most_worse: .nan}\n" + STAGES, r"at_most_worse is .*got nan \[r.yaml, line 1\]"),
+    "a seed that torch cannot take": ("seed: 99999999999999999999\n" + STAGES, r"seed is .*got 99999999999999999999 \[r.yaml, line 1\]"),
+    # patterns
+    "3:2": (prune("pattern: 3:2"), r"pattern '3:2' keeps 3 of every 2: N:M needs 1 <= N < M <= 64, such as 2:4 \(N counts what is kept\) \[r.yaml, line 3\]"),
+    "0:4": (prune("pattern: 0:4"), r"pattern '0:4' keeps 0 of every 4"),
+    "4:128": (prune("pattern: 4:128"), r"N:M needs 1 <= N < M <= 64, such as 4:8"),
+    "1x1": (prune("{sparsity: 0.5,\n       pattern: 1x1}"), r"pattern '1x1': a block RxC has 2 to 4096 entries, such as 4x1 or 1x4 \[r.yaml, line 4\]"),
+    "unknown pattern": (prune("{sparsity: 0.5, pattern: unstructred}"), r"unknown pattern 'unstructred'; .*'unstructured'\?\) \[r.yaml, line 3\]"),
+    "N:M with another sparsity": (prune("sparsity: 0.6\n      pattern: 2:4"), r"pattern 2:4 makes sparsity 0.5, asked for 0.6: leave sparsity out.* \[r.yaml, line 4\]"),
+    "N:M with a scope": (prune("{pattern: 2:4, scope: row}"), r"pattern 2:4 fixes the count of every group: scope 'row' has no effect"),
+    "no sparsity": (prune("pattern: 4x1"), r"pattern '4x1' needs a sparsity between 0 and 1 \[r.yaml, line 3\]"),
+    "rows of rows": (prune("{pattern: row, sparsity: 0.5, scope: row}"), r"pattern 'row' takes whole lines: scope 'row' is impossible; use layer or global"),
+    "reduce without units": (prune("{sparsity: 0.5, reduce: l2}"), r"pattern unstructured has units of one entry: reduce='l2' has no effect"),
+    "reduce with N:M": (prune("{pattern: 2:4, reduce: l2}"), r"pattern 2:4 has units of one entry: reduce='l2' has no effect"),
+    "start after end": (gradual("sparsity: 0.5\n        start: 0.8\n        end: 0.2"), r"pruning starts at 0.8 and ends at 0.2: start comes first \[r.yaml, line 4\]"),
+    "first above last": (gradual("{sparsity: 0.5, first: 0.6}"), r"a schedule rises from first to last within 0..1, got 0.6 to 0.5 \[r.yaml, line 4\]"),
+    "exponential to 1": (gradual("{sparsity: 1, schedule: exponential}"), r"an exponential schedule never reaches sparsity 1: use linear or cubic \[r.yaml, line 4\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_line_and_what_would_do(case):
+    text, message = ERRORS[case]
+    with pytest.raises(RecipeError, match=message):
+        recipes.from_yaml(text, "r.yaml")
+
+
+DICT_ERRORS = [
+    ({}, r"recipe needs stages \[recipe\]"),
+    ({"stages": [{"prune": {"sparsty": 1}}]}, r"unknown key 'sparsty'.*'sparsity'\?\) \[recipe.stages\[0\].prune.sparsty\]"),
+    ({"stages": [{"cast": {"dtype": "bf16"}}, {"prune": {"sparsity": "x"}}]}, r"sparsity: expected a number, got 'x' \[recipe.stages\[1\].prune.sparsity\]"),
+    ({"stages": [{"prune": {"sparsity": 2}}]}, r"fraction between 0 and 1, got 2.0 \[recipe.stages\[0\].prune.sparsity\]"),
+    ({"stages": "prune"}, r"stages is a list .* got 'prune' \[recipe.stages\]"),
+    ({"stages": [{"prune": {"sparsity": 0.5}}], 3: 1}, r"unknown key '3'"),
+    ({"stages": [{"prune": {"sparsity": 0.5, "score": print}}]}, r"score: expected a word, got <built-in function print> \[recipe.stages\[0\].prune.score\]"),
+    ({"stages": [{"prune": {"sparsity": 0.5}}], "data": {"samples": True}}, r"samples: expected a whole number, got True \[recipe.data.samples\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), DICT_ERRORS)
+def test_errors_of_dicts_name_the_path(values, message):
+    with pytest.raises(RecipeError, match=message):
+        recipes.from_dict(values)
+
+
+def test_a_recipe_may_be_a_dict_a_file_a_preset_or_itself(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(FULL, encoding="utf-8")
+    r = recipes.load(file)
+    assert r == recipes.load(str(file)) == recipes.load(r.to_dict()) == recipes.load(r)
+    assert recipes.load("smollm2-demo").name == "smollm2-demo"
+
+
+def test_file_errors(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("name: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match="latin.yaml: a recipe is UTF-8 text"):
+        recipes.load(tmp_path / "latin.yaml")
+    (tmp_path / "bad.yaml").write_text("\nseeed: 1\n" + STAGES)
+    with pytest.raises(RecipeError, match=r"did you mean 'seed'\?\) \[bad.yaml, line 2\]"):
+        recipes.load(tmp_path / "bad.yaml")
+    with pytest.raises(
+        RecipeError,
+        match=r"no recipe file 'smolm2-demo' and no preset of that name \(.*fashion-oneshot-50.*\); did you mean 'smollm2-demo'\?",
+    ):
+        recipes.load("smolm2-demo")
+    with pytest.raises(RecipeError, match=r"no recipe file 'zzz' and no preset of that name \([^;]*\)$"):
+        recipes.load("zzz")
+    with pytest.raises(RecipeError, match="no recipe file"):
+        recipes.load(tmp_path)  # a folder is no recipe
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    file = tmp_path / "bom.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + STAGES.encode())
+    assert recipes.load(file).stages == (recipes.Prune(sparsity=0.5),)
+
+
+PRESETS = sorted(recipes.folder().glob("*.yaml"))
+
+
+def test_there_are_presets_and_each_has_its_own_name():
+    assert {p.stem for p in PRESETS} == set(recipes.presets()) >= {"smollm2-demo", "fashion-oneshot-50"}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_parses_and_says_what_it_is(path):
+    r = recipes.load(path)
+    assert r.name == path.stem and len(r.about) > 20 and r == recipes.load(path.stem)
+
+
+@pytest.mark.parametrize("text", [FULL, STAGES, *(p.read_text(encoding="utf-8") for p in PRESETS)])
+def test_round_trips(text):
+    r = recipes.from_yaml(text)
+    values = r.to_dict()
+    assert recipes.from_dict(values) == r
+    assert recipes.from_yaml(r.to_yaml()) == r
+    assert recipes.from_dict(values).to_dict() == values
+    assert all(set(s) <= set(recipes.STAGES) for s in values["stages"])
+    assert _only_plain(values)
+
+
+def _only_plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _only_plain(v) for k, v in value.items())
+    return (
+        all(map(_only_plain, value))
+        if isinstance(value, list)
+        else value is None or type(value) in (str, int, float, bool)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"tokens": 32}, lambda r: r.data.tokens == 32 and r.evaluate.tokens == 32),  # wherever it stands
+        ({"evaluate.data": "x.txt"}, lambda r: r.evaluate.data == "x.txt" and r.data.calibrate == "wiki"),
+        ({"data.tokens": 32}, lambda r: r.data.tokens == 32 and r.evaluate.tokens == 512),
+        ({"optimizer.lr": "1e-3"}, lambda r: r.stages[1].optimizer.lr == 1e-3),
+        ({"optimizer.name": "adam", "momentum": None, "nesterov": None}, lambda r: r.stages[1].optimizer == recipes.Optimizer(name="adam", weight_decay=5e-4)),
+        ({"seed": 9}, lambda r: r.seed == 9 and r.data.seed == 9),
+        ({"calibrate": "a.txt"}, lambda r: r.data.calibrate == "a.txt" and r.data.train == "wiki"),
+        ({"ignore": ["a", "b"]}, lambda r: r.stages[0].ignore == ("a", "b") and r.stages[1].prune.ignore == ("a", "b")),
+        ({"dtype": "fp16"}, lambda r: r.stages[2].dtype == "fp16"),
+        ({"latency": None}, lambda r: r.evaluate.latency is None),
+        ({"train.prune": None}, lambda r: r.stages[1].prune is None and r.stages[0].pattern == "2:4"),
+    ],
+)  # fmt: skip
+def test_overrides(changes, want):
+    r = recipes.from_yaml(FULL)
+    assert want(recipes.load(r, **changes))
+    assert r == recipes.from_yaml(FULL)  # the old one is not changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsty": 0.4}, r"unknown override 'sparsty'; .*did you mean 'sparsity'\?\) \[recipe full\]"),
+        ({"evaluate.dta": "x"}, r"unknown override 'evaluate.dta'"),
+        ({"save.data": "x"}, r"unknown override 'save.data'"),
+        ({"sparsity": 0.4}, r"pattern 2:4 makes sparsity 0.5, asked for 0.4.*\[recipe.stages\[0\].prune.pattern\]"),
+        ({"epochs": 0}, r"epochs is at least 1, got 0 \[recipe.stages\[1\].train.epochs\]"),
+        ({"epochs": True}, r"epochs: expected a whole number, got True"),
+        ({"stages": []}, r"stages is a list .* got a list of 0 \[recipe.stages\]"),
+    ],
+)
+def test_override_errors(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        recipes.load(recipes.from_yaml(FULL), **changes)
+
+
+def test_an_override_of_a_block_that_is_not_there():
+    with pytest.raises(
+        RecipeError, match=r"unknown override 'evaluate.data'; choose from .*evaluate.* \[recipe recipe\]"
+    ):
+        recipes.load({"stages": [{"cast": {"dtype": "bf16"}}]}, **{"evaluate.data": "x"})
+
+
+def test_a_recipe_never_imports_code(tmp_path, monkeypatch):
+    (tmp_path / "evil_rarefy_test.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for tag in ("module", "name", "object", "object/apply", "object/new"):
+        for value in ("''", "{}", "[]"):
+            suffix = "evil_rarefy_test" + ("" if tag == "module" else ".f")
+            with pytest.raises(RecipeError):
+                recipes.from_yaml(f"name: !!python/{tag}:{suffix} {value}\n{STAGES}")
+    for word in ("evil_rarefy_test", "evil_rarefy_test:f", "evil_rarefy_test.f"):
+        with pytest.raises(RecipeError):
+            recipes.from_yaml(prune(f"{{sparsity: 0.5, score: '{word}'}}"))
+    assert "evil_rarefy_test" not in sys.modules
+
+
+def test_choices_are_those_of_the_wings():
+    assert set(recipes.CHOICES["score"]) == set(SCORES)
+    assert set(recipes.CHOICES["lr_schedule"]) == set(LR_SCHEDULES)
+    assert set(recipes.CHOICES["schedule"]) == set(SCHEDULES)
+    with pytest.raises(RecipeError, match="unknown optimizer 'adamv'"):
+        optimizer_of("adamv", 0.1)
+
+
+SPICE = "\t\x00 \n:-[]{},#&*!|>'\"%@`~?=.0189eExXyYnN_<aé\u2028\U0001f600"
+WORDS = ["2:4", "null", "true", "1e999", ".nan", "-.inf", "9" * 30, "!!int", "!!python/name:os.system ", "&a ", "*a", "<<: ", "2024-99-99",
+         "1:60:60", "0x", "0b2", "---\n", "...\n", "'", '"', "  ", "\n- ", "!!set ", "!!omap ", "!!binary ", "!!timestamp ", "{}", "[]", "~"]  # fmt: skip
+
+
+def mutated(text: str, rng: random.Random) -> str:
+    for _ in range(rng.randint(1, 4)):
+        i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+        match rng.randrange(6):
+            case 0:
+                text = text[:i] + rng.choice(SPICE) + text[i + 1 :]
+            case 1:
+                text = text[:i] + rng.choice(WORDS) + text[i:]
+            case 2:
+                text = text[:i] + text[min(j, i + 12) :]
+            case 3:
+                text = text[:i] + text[i : i + 20] + text[i:]
+            case 4:
+                lines = text.split("\n")
+                rng.shuffle(lines)
+                text = "\n".join(lines)
+            case 5:  # another value for a key
+                at = text.find(": ", i) + 2
+                text = (
+                    text[:at]
+                    + rng.choice(WORDS)
+                    + text[min((k for k in (text.find(c, at) for c in ",}\n") if k >= 0), default=at) :]
+                )
+    return text
+
+
+def test_mutations_parse_or_raise_recipe_errors_and_nothing_else():
+    rng, parsed, wrong = random.Random(7), 0, []
+    for _ in range(300):
+        text = mutated(FULL, rng)
+        try:
+            r = recipes.from_yaml(text)
+        except RecipeError as error:
+            assert "recipe" in str(error) or "line" in str(error)  # says where
+        except Exception as error:  # the test is about these
+            wrong.append((type(error).__name__, str(error)[:80], text))
+        else:
+            parsed += 1
+            assert recipes.from_dict(r.to_dict()) == r or "nan" in text
+    assert not wrong, (len(wrong), wrong[0])
+    assert parsed > 10  # else the mutations are too wild to test anything beyond the parser
+
+
+# forecasts
+
+
+FORECASTS = {
+    "unstructured half": "stages: [{prune: {sparsity: 0.5}}]",
+    "unstructured 90 %": "stages: [{prune: {sparsity: 0.9}}]",
+    "2:4 in bf16": "stages: [{prune: {pattern: 2:4, ignore: deep}}, {cast: {dtype: bf16}}]",
+    "bf16 first": "stages: [{cast: {dtype: bf16}}, {prune: {pattern: 2:4, ignore: deep}}]",
+    "blocks": "stages: [{prune: {pattern: 4x1, sparsity: 0.75, ignore: deep}}]",
+    "only a cast": "stages: [{cast: {dtype: fp16}}]",
+}
+
+
+class Big(nn.Module):
+    """Net's kinds of layers, large enough that an index is a small part of the file."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 64, 3)
+        self.deep = nn.Conv2d(64, 64, 3, groups=64)
+        self.up = nn.ConvTranspose2d(64, 64, 2, groups=2)
+        self.hidden = nn.Linear(64, 256)
+        self.fc = nn.Linear(256, 5)
+
+
+def stored(folder) -> int:
+    """Bytes of the tensors alone: the safetensors files without their headers, whose length does not scale."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        head = int.from_bytes(file.read_bytes()[:8], "little")
+        total += file.stat().st_size - 8 - head
+    return total
+
+
+@pytest.mark.parametrize("make", [Big, Net, tiny_llama], ids=["big", "net", "llama"])
+@pytest.mark.parametrize("case", FORECASTS)
+def test_forecast_is_what_saving_takes(make, case, tmp_path):
+    text = FORECASTS[case] if make is not tiny_llama else FORECASTS[case].replace(", ignore: deep", "")
+    model = make()
+    plan = recipes.from_yaml(text)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = forecast(model, plan)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    rarefy.compress_(model, plan)
+    rarefy.save(model, tmp_path / "out")
+    rows = {r["tensor"]: r for r in rarefy.inspect(tmp_path / "out").rows}
+    allowed = 0.02 if make is not Net else 0.1  # Net is 2.4 kB: a rounded-up byte counts
+    assert report.summary["bytes expected"] == pytest.approx(stored(tmp_path / "out"), rel=allowed)
+    assert report.summary["bytes now"] == sum(
+        v.numel() * v.element_size() for k, v in before.items() if k != "lm_head.weight"
+    ) + unsaved(model)
+    for row in report.rows if make is not Net else ():
+        got = rows[f"{row['layer']}.weight"]
+        assert got["bytes"] <= row["bytes"] and row["shape"] == got["shape"]
+        assert row["expected"] == pytest.approx(got["bytes"], rel=0.05, abs=64)
+
+
+def unsaved(model: nn.Module) -> int:
+    saved = set(model.state_dict())
+    return sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n not in saved)
+
+
+def test_forecast_reads_a_skeleton_without_weights():
+    with torch.device("meta"):
+        skeleton = Big()
+    plan = recipes.from_yaml(FORECASTS["blocks"])
+    assert forecast(skeleton, plan) == forecast(Big(), plan)
+
+
+def test_forecast_rows():
+    report = forecast(Big(), recipes.from_yaml("name: x\nstages: [{prune: {layers: hidden, sparsity: 0.5}}]"))
+    [row] = report.rows
+    size = 64 * 256
+    want = {
+        "layer": "hidden",
+        "shape": "256x64",
+        "pattern": "unstructured",
+        "asked": 0.5,
+        "bytes": 4 * size,
+        "expected": size // 8 + 2 * size,
+    }
+    assert row == want
+    assert report.title == "dry run of x: nothing computed" and report.summary["layers"] == "1 of 5"
+    now, after = report.summary["bytes now"], report.summary["bytes expected"]
+    assert now - after == 4 * size - want["expected"] and report.summary["ratio expected"] == after / now
+
+
+def test_forecast_takes_the_last_stage_of_a_layer_and_those_of_training():
+    text = "stages: [{prune: {sparsity: 0.2}}, {train: {prune: {sparsity: 0.8, layers: hidden}}}]"
+    asked = {r["layer"]: r["asked"] for r in forecast(Net(), recipes.from_yaml(text)).rows}
+    assert asked == {"conv": 0.2, "deep": 0.2, "up": 0.2, "hidden": 0.8}
+
+
+def test_forecast_counts_the_stored_format_of_the_recipe(tmp_path):
+    plan = recipes.from_yaml("stages: [{prune: {sparsity: 0.5}}]\nsave: {format: dense}")
+    model = Big()
+    expected = forecast(model, plan).summary["bytes expected"]
+    rarefy.compress_(model, plan)
+    rarefy.save(model, tmp_path / "out", format=plan.save.format)
+    assert expected == pytest.approx(stored(tmp_path / "out"), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "error", "message"),
+    [
+        (Net, "{layers: hiden, sparsity: 0.5}", SelectorError, "layers: 'hiden' matches no layer; nearest: hidden"),
+        (Net, "{ignore: hiden, sparsity: 0.5}", SelectorError, "ignore: 'hiden' matches no layer; nearest: hidden"),
+        (Net, "{ignore: '*', sparsity: 0.5}", ModelError, "no layer is left to work on"),
+        (Net, "{pattern: 2:4}", PatternError, r"2:4 cannot prune deep \(1 inputs a group\)"),
+        (lambda: nn.Sequential(nn.ReLU()), "{sparsity: 0.5}", ModelError, "Sequential has no layer that can be pruned"),
+        (Tied, "{layers: 're:(', sparsity: 0.5}", SelectorError, "no regular expression"),
+    ],
+)  # fmt: skip
+def test_forecast_errors(model, text, error, message):
+    with pytest.raises(error, match=message):
+        forecast(model(), recipes.from_yaml(f"stages: [{{prune: {text}}}]"))

@@ -1,0 +1,160 @@
+"""Schedules against their formulas, and a loop that keeps masks whatever it is given."""
+
+import pytest
+import torch
+from conftest import Net, image_batches
+from torch import nn
+
+import rarefy
+from rarefy import Gradual, fit_
+from rarefy.errors import DataError, ModelError, PatternError, RecipeError
+from rarefy.train.loop import LR_SCHEDULES, optimizer_of
+from rarefy.train.schedule import sparsities
+
+
+@pytest.mark.parametrize(
+    ("kind", "at"),
+    [
+        ("linear", lambda t: 0.1 + 0.7 * t),
+        ("cubic", lambda t: 0.8 + (0.1 - 0.8) * (1 - t) ** 3),
+        ("exponential", lambda t: 1 - 0.9 * (0.2 / 0.9) ** t),
+    ],
+)
+def test_schedules(kind, at):
+    way = sparsities(kind, 0.8, 7, first=0.1)
+    assert way == pytest.approx([at((i + 1) / 7) for i in range(7)]) and way[-1] == 0.8
+    assert way == sorted(way) and sparsities(kind, 0.8, 1) == [0.8]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("cubik", 0.5, 3), "unknown schedule 'cubik'.*did you mean 'cubic'"),
+        (("linear", 0.5, 0), "at least one step, got 0"),
+        (("linear", 0.2, 3, 0.5), "rises from first to last within 0..1, got 0.5 to 0.2"),
+        (("exponential", 1.0, 3), "never reaches sparsity 1"),
+    ],
+)
+def test_schedule_errors(args, message):
+    with pytest.raises(PatternError, match=message):
+        sparsities(*args)
+
+
+def losses(report):
+    return [r["loss"] for r in report.rows]
+
+
+def test_training_lowers_the_loss_and_keeps_the_masks():
+    model, data = Net(), image_batches()
+    rarefy.prune_(model, sparsity=0.5)
+    kept = {n: m.clone() for n, m in rarefy.masks(model).items()}
+    report = fit_(model, data, epochs=8, optimizer=optimizer_of("sgd", 0.1, momentum=0.9, weight_decay=1e-3), seed=0)
+    assert losses(report)[-1] < losses(report)[0]
+    assert all(torch.equal(m, kept[n]) for n, m in rarefy.masks(model).items())
+    assert bool((model.hidden.weight[~kept["hidden"]] == 0).all())
+
+
+def test_the_same_seed_gives_the_same_weights():
+    out = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = Net()
+        fit_(model, image_batches(), epochs=2, seed=5)
+        out.append(model.hidden.weight.detach())
+    assert torch.equal(*out)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
+@pytest.mark.parametrize("score", ["magnitude", "taylor", "activation"])
+def test_gradual_pruning_ends_where_it_should(pattern, score):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(243, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
+    plan = Gradual(
+        sparsity=None if pattern == "2:4" else 0.75, pattern=pattern, score=score, steps=4, end=0.6, layers=["3", "5"]
+    )
+    data = image_batches()
+    report = fit_(model, data, epochs=5, prune=plan, calibrate=data)
+    seen = [r["sparsity"] for r in report.rows]
+    assert seen == sorted(seen) and seen[-1] == (0.5 if pattern == "2:4" else 0.75)
+    assert 0 < seen[0] < seen[-1]
+    zeros = [1 - m.float().mean().item() for m in rarefy.masks(model).values()]
+    assert zeros == pytest.approx([seen[-1]] * 2, abs=0.03)
+    if pattern == "2:4":
+        assert bool(((model[3].weight != 0).reshape(-1, 4).sum(1) <= 2).all())
+
+
+def test_regrowth_may_bring_weights_back():
+    kept = {}
+    for regrow in (False, True):
+        torch.manual_seed(0)
+        model, seen = Net(), []
+        plan = Gradual(sparsity=0.5, first=0.5, schedule="linear", steps=6, end=1.0, score="random", regrow=regrow)
+        for seed in range(2):
+            fit_(model, image_batches(), prune=Gradual(**{**plan.__dict__, "seed": seed}))
+            seen.append(rarefy.masks(model)["hidden"].clone())
+        kept[regrow] = bool((seen[1] & ~seen[0]).any())
+    assert kept == {False: False, True: True}
+
+
+def test_the_best_epoch_is_restored_and_only_final_ones_compete():
+    model, scores, states = Net(), iter([0.9, 0.1, 0.5, 0.4]), []
+
+    def validate(m):
+        states.append(m.hidden.weight.detach().clone())
+        return next(scores)
+
+    plan = Gradual(sparsity=0.5, steps=2, end=0.5)
+    report = fit_(model, image_batches(), epochs=4, validate=validate, prune=plan)
+    # epoch 1 was better, but not yet pruned as asked
+    assert report.summary["best_epoch"] == 3 and torch.equal(model.hidden.weight, states[2])
+    low = fit_(Net(), image_batches(), epochs=2, validate=lambda m: next(iter([1.0])), maximize=False)
+    assert low.summary["best_epoch"] == 1
+
+
+def test_modes_and_rates_come_back():
+    model = Net().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fit_(model, image_batches(), optimizer=optimizer, lr_schedule="cosine", epochs=2)
+    assert not model.training and optimizer.param_groups[0]["lr"] == 0.1
+    assert all(0 <= f(t / 10) <= 1 for f in LR_SCHEDULES.values() for t in range(11))
+
+
+def test_data_may_be_a_function_of_the_epoch():
+    seen = []
+
+    def data(epoch):
+        seen.append(epoch)
+        return image_batches()
+
+    fit_(Net(), data, epochs=3)
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"lr_schedule": "cosin"}, RecipeError, "unknown lr schedule 'cosin'.*did you mean 'cosine'"),
+        ({"epochs": 0}, RecipeError, "epochs is at least 1, got 0"),
+        ({"data": []}, DataError, "the training data is empty in epoch 1"),
+        ({"data": iter(image_batches()), "epochs": 2}, DataError, "empty in epoch 2 .an iterator gives its batches only once"),
+        ({"loss": lambda out, batch: out.sum() * float("nan")}, ModelError, "the loss is nan in epoch 1, step 1: lower the learning rate"),
+        ({"prune": Gradual(sparsity=0.5, score="wanda")}, DataError, "score 'wanda' reads statistics: give calibrate=batches"),
+        ({"prune": Gradual(sparsity=0.5, score="wandda")}, PatternError, "unknown score"),
+        ({"prune": Gradual(sparsity=0.5, start=0.8, end=0.2)}, PatternError, "starts and ends within training, 0..1, got 0.8 to 0.2"),
+    ],
+)
+def test_loop_errors(settings, error, message):
+    data = settings.pop("data", image_batches())
+    with pytest.raises(error, match=message):
+        fit_(Net(), data, **settings)
+
+
+def test_a_frozen_model_is_no_silent_success():
+    with pytest.raises(ModelError, match="Net has no trainable parameters"):
+        fit_(Net().requires_grad_(False), image_batches())
+
+
+def test_optimizers_by_name():
+    with pytest.raises(RecipeError, match="unknown optimizer 'adamx'.*did you mean 'adam"):
+        optimizer_of("adamx", 0.1)
+    with pytest.raises(RecipeError, match="optimizer 'adam' cannot be made with lr=0.1, .'momentum': 0.9."):
+        optimizer_of("adam", 0.1, momentum=0.9)
