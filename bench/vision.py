@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vision_net import SmallResNet, accuracy, augment, load
 
 import rarefy
 from rarefy.proof.measure import commit, machine
 from rarefy.train.loop import optimizer_of
+from vision_net import SmallResNet, accuracy, augment, load
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "vision.jsonl"
@@ -106,7 +106,7 @@ def line(
         "run": name,
         "score": score,
         "seed": seed,
-        "accuracy": accuracy(model, *images[2:]),
+        "accuracy": accuracy(model, images[2], images[3]),
         "conv_zeros": sum(int((m.weight == 0).sum()) for m in convs),
         "seconds": round(time.perf_counter() - began, 1),
         "commit": commit(HERE),

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rarefy.errors import ContainerError, FormatError
 from rarefy import files
+from rarefy.errors import ContainerError, FormatError
 from rarefy.formats import container
 from rarefy.formats.container import INDEX, read, write
 from rarefy.formats.sparse import FORMATS, Packed, encode

@@ -49,7 +49,9 @@ def test_no_code_from_files(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            assert name not in {"eval", "exec", "__import__", "importlib.import_module", "torch.load", "yaml.load"}, name
+            assert name not in {"eval", "exec", "__import__", "importlib.import_module", "torch.load", "yaml.load"}, (
+                name
+            )
         if isinstance(node, ast.Import | ast.ImportFrom):
             assert not {a.name for a in node.names} & banned
 

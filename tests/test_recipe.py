@@ -113,7 +113,7 @@ ERRORS = {
     "a tab": ("stages:\n\t- prune\n", r"r.yaml, line 2: not YAML: found character '\\t'"),
     "a control character": ("\x00", "r.yaml: not YAML: unacceptable character"),
     "two documents": (STAGES + "---\n" + STAGES, r"r.yaml, line 2: not YAML: but found another document"),
-    "too deep": ("[" * 1000, "r.yaml.*not YAML: "),
+    "too deep": ("[" * 1000, "r.yaml.*nest|r.yaml.*not YAML: "),
     "too deep, closed": ("a: " + "[" * 1000 + "]" * 1000, "r.yaml.*nest|r.yaml.*recursion"),
     "a list": ("- prune: {}\n", r"recipe: expected keys and values, got a list of 1 \[r.yaml, line 1\]"),
     "a word": ("\n\nhello", r"recipe: expected keys and values, got 'hello' \[r.yaml, line 3\]"),
@@ -384,7 +384,7 @@ WORDS = ["2:4", "null", "true", "1e999", ".nan", "-.inf", "9" * 30, "!!int", "!!
 
 
 def mutated(text: str, rng: random.Random) -> str:
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.randint(1, 2)):
         i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
         match rng.randrange(6):
             case 0:
@@ -397,7 +397,8 @@ def mutated(text: str, rng: random.Random) -> str:
                 text = text[:i] + text[i : i + 20] + text[i:]
             case 4:
                 lines = text.split("\n")
-                rng.shuffle(lines)
+                a, b = rng.randrange(len(lines)), rng.randrange(len(lines))
+                lines[a], lines[b] = lines[b], lines[a]
                 text = "\n".join(lines)
             case 5:  # another value for a key
                 at = text.find(": ", i) + 2

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import Net, image_batches
 from torch import nn
 
 import rarefy
+from conftest import Net, image_batches
 from rarefy import Gradual, fit_
 from rarefy.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.train.loop import LR_SCHEDULES, optimizer_of
@@ -135,11 +135,27 @@ def test_data_may_be_a_function_of_the_epoch():
         ({"lr_schedule": "cosin"}, RecipeError, "unknown lr schedule 'cosin'.*did you mean 'cosine'"),
         ({"epochs": 0}, RecipeError, "epochs is at least 1, got 0"),
         ({"data": []}, DataError, "the training data is empty in epoch 1"),
-        ({"data": iter(image_batches()), "epochs": 2}, DataError, "empty in epoch 2 .an iterator gives its batches only once"),
-        ({"loss": lambda out, batch: out.sum() * float("nan")}, ModelError, "the loss is nan in epoch 1, step 1: lower the learning rate"),
-        ({"prune": Gradual(sparsity=0.5, score="wanda")}, DataError, "score 'wanda' reads statistics: give calibrate=batches"),
+        (
+            {"data": iter(image_batches()), "epochs": 2},
+            DataError,
+            "empty in epoch 2 .an iterator gives its batches only once",
+        ),
+        (
+            {"loss": lambda out, batch: out.sum() * float("nan")},
+            ModelError,
+            "the loss is nan in epoch 1, step 1: lower the learning rate",
+        ),
+        (
+            {"prune": Gradual(sparsity=0.5, score="wanda")},
+            DataError,
+            "score 'wanda' reads statistics: give calibrate=batches",
+        ),
         ({"prune": Gradual(sparsity=0.5, score="wandda")}, PatternError, "unknown score"),
-        ({"prune": Gradual(sparsity=0.5, start=0.8, end=0.2)}, PatternError, "starts and ends within training, 0..1, got 0.8 to 0.2"),
+        (
+            {"prune": Gradual(sparsity=0.5, start=0.8, end=0.2)},
+            PatternError,
+            "starts and ends within training, 0..1, got 0.8 to 0.2",
+        ),
     ],
 )
 def test_loop_errors(settings, error, message):

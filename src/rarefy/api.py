@@ -59,6 +59,8 @@ def compress_(
     began = time.perf_counter()
     plan = recipes.load(recipe, **overrides)
     given = _Given(plan, data, tokenizer, base)
+    if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):
+        raise DataError("evaluate.decode times causal language models; this model has no generate()")
     _check_data(plan, given)
     held_out = given.batches("evaluate") if plan.evaluate else []
     timed = plan.evaluate is not None and (plan.evaluate.latency or plan.evaluate.decode)
@@ -93,7 +95,7 @@ def cast_(model: nn.Module, dtype: str) -> Report:
     for name, tensor in _floating_state(model):
         if not torch.isfinite(tensor).all() or torch.isfinite(tensor.to(to)).all():
             continue
-        raise ModelError(f"{name} has values that {dtype} cannot hold (largest {float(tensor.abs().max()):g})")
+        raise ModelError(f"{name} has values that {dtype} cannot hold (largest {float(tensor.detach().abs().max()):g})")
     for _, tensor in _floating_state(model):
         tensor.data = tensor.data.to(to)
     return Report("cast", (), {"dtype": dtype, "bytes": measure.resident_bytes(model), "masks": len(folded)})
@@ -278,8 +280,6 @@ def _speed(
     pair = {"before": dense.eval(), "after": model.eval()}
     if plan.evaluate.decode:
         d = plan.evaluate.decode
-        if not hasattr(model, "generate"):
-            raise DataError("evaluate.decode times causal language models; this model has no generate()")
         rates = measure.decode_and_prefill(pair, prompt=d.prompt, new=d.new, repeats=d.repeats, progress=progress)
         for kind, what in (("prefill", f"prefill of {d.prompt}"), ("decode", f"decode of {d.new}, batch 1")):
             sides = {side: {**r[kind], "median": r[kind]["tokens_per_second"]} for side, r in rates.items()}

@@ -16,7 +16,7 @@ from rarefy.formats import container, sparse
 from rarefy.model import hf
 from rarefy.model.layout import Layout
 from rarefy.model.mask import plain_state
-from rarefy.model.select import all_layers
+from rarefy.model.select import all_layers, original
 from rarefy.proof.measure import folder_bytes, sparsity_of
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
@@ -68,8 +68,8 @@ def pack(
         if layout is None or format == "dense":
             yield name, sparse.encode(tensor, "dense")
             continue
-        pattern = patterns.get(name.removesuffix(".weight"))
-        pattern = pattern if pattern and pattern[0].isdigit() else None
+        pattern = patterns.get(name.removesuffix(".weight")) or fitting_pattern(tensor.movedim(layout.in_axis, -1))
+        pattern = pattern if pattern[:1].isdigit() else None
         sizes = sparse.sizes(tensor, pattern, axis=layout.in_axis)
         if format == "smallest" or format not in sizes:
             yield name, sparse.smallest(tensor, pattern, axis=layout.in_axis)
@@ -232,8 +232,8 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     """{tied name: the name it is stored under}, in plain names."""
     first: dict[tuple[int, Any, Any], str] = {}
     tied: dict[str, str] = {}
-    for name, (module, leaf) in _slots(model, masked=True).items():
-        tensor = getattr(module, leaf)
+    for name, (module, leaf) in _slots(model).items():
+        tensor = original(module, leaf)
         if tensor.numel() == 0:
             continue
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
@@ -243,18 +243,12 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def _slots(model: nn.Module, masked: bool = False) -> dict[str, tuple[nn.Module, str]]:
-    """{name as in `state_dict`: (module, attribute)}; with `masked` a masked weight stands under its plain name."""
+def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """{name as in `state_dict` of the folded model: (module, attribute)}."""
     slots: dict[str, tuple[nn.Module, str]] = {}
-    for name in model.state_dict(keep_vars=True):
+    for name, _ in plain_state(model):
         owner, _, leaf = name.rpartition(".")
-        plain = name
-        if masked and leaf == "original":
-            before, _, param = (
-                owner.rpartition(".parametrizations.") if ".parametrizations." in owner else ("", "", owner[17:])
-            )
-            plain = f"{before}.{param}" if before else param
-        slots[plain] = (model.get_submodule(owner), leaf)
+        slots[name] = (model.get_submodule(owner), leaf)
     return slots
 
 

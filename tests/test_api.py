@@ -1,0 +1,178 @@
+"""`compress_` from recipe to receipt."""
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from conftest import Net, Tied, image_batches, tiny_llama
+from rarefy.errors import DataError, ModelError, RecipeError
+from rarefy.proof.evaluate import accuracy
+
+HALF = {"stages": [{"prune": {"sparsity": 0.5}}]}
+
+
+def test_the_receipt_is_measured():
+    model, data = Net(), image_batches()
+    recipe = {
+        "name": "r",
+        "stages": [{"prune": {"score": "taylor", "sparsity": 0.6, "scope": "global"}}],
+        "evaluate": {"metric": "accuracy", "latency": {"batch": [1, 6], "repeats": 3}},
+    }
+    before = accuracy(model, data)
+    receipt = rarefy.compress_(model, recipe, {"calibrate": data, "evaluate": data})
+    assert receipt.quality["before"] == before and receipt.quality["after"] == accuracy(model, data)
+    zeros = sum(int((m.weight == 0).sum()) for m in model.modules() if hasattr(m, "weight") and m is not model.fc)
+    assert receipt.sparsity["zeros"] == zeros and abs(receipt.sparsity["achieved"] - 0.6) < 1e-3
+    assert receipt.disk["before"] == sum(p.numel() * 4 for p in model.parameters())
+    assert receipt.disk["after"] == rarefy.inspect(model).summary["bytes"] - sum(
+        r["dense_bytes"] - r["bytes"] for r in receipt.sparsity["layers"]
+    )
+    assert receipt.memory["before"] == receipt.memory["after"]
+    assert receipt.flops["before"] == receipt.flops["after"] > 0
+    assert [s["what"] for s in receipt.speed] == ["forward, batch 1", "forward, batch 6"]
+    assert "stored sparse, executed dense: no speed-up is claimed for the zeros" in receipt.notes
+    assert not rarefy.masks(model)  # folded: it runs without them
+    assert rarefy.adopt_(model)
+
+
+def test_what_the_receipt_says_is_what_save_writes(tmp_path):
+    model = Net()
+    receipt = rarefy.compress_(model, HALF)
+    rarefy.save(model, tmp_path / "out")
+    assert rarefy.inspect(tmp_path / "out").summary["bytes"] == receipt.disk["after"]
+
+
+def test_overrides_and_seeds():
+    masks = []
+    for seed in (0, 0, 1):
+        model = nn.Linear(16, 16)
+        torch.manual_seed(0)
+        model.reset_parameters()
+        rarefy.compress_(model, HALF, score="random", sparsity=0.25, seed=seed)
+        masks.append(model.weight == 0)
+    assert int(masks[0].sum()) == 64 and torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    with pytest.raises(RecipeError, match="unknown override 'sparsty'.*did you mean 'sparsity'"):
+        rarefy.compress_(Net(), HALF, sparsty=0.5)
+
+
+def test_train_stage_prunes_gradually():
+    model, data = Net(), image_batches()
+    recipe = {
+        "stages": [
+            {
+                "train": {
+                    "epochs": 4,
+                    "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+                    "prune": {"sparsity": 0.8, "score": "taylor", "steps": 3},
+                }
+            }
+        ]
+    }
+    receipt = rarefy.compress_(model, recipe, data)
+    assert abs(receipt.sparsity["achieved"] - 0.8) < 5e-3
+    assert [r["epoch"] for r in receipt.stages[0]["rows"]] == [1, 2, 3, 4]
+
+
+def test_stages_compose():
+    model, data = Net(), image_batches()
+    recipe = {
+        "stages": [
+            {"prune": {"sparsity": 0.5}},
+            {"train": {"epochs": 2}},
+            {"prune": {"sparsity": 0.75}},
+            {"cast": {"dtype": "bf16"}},
+        ]
+    }
+    receipt = rarefy.compress_(model, recipe, data)
+    assert {r["sparsity"] for r in receipt.sparsity["layers"]} == {0.75}
+    assert model.hidden.weight.dtype == torch.bfloat16
+
+
+def test_language_models_get_their_labels():
+    pytest.importorskip("transformers")
+    model = tiny_llama()
+    data = [{"input_ids": torch.randint(0, 64, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.long)}]
+    recipe = {
+        "stages": [
+            {"prune": {"score": "fisher", "sparsity": 0.3, "layers": "model.layers.*"}},
+            {"train": {"epochs": 1}},
+        ],
+        "evaluate": {"metric": "perplexity", "decode": {"prompt": 8, "new": 2, "repeats": 2}},
+    }
+    receipt = rarefy.compress_(model, recipe, {"calibrate": data, "train": data, "evaluate": data})
+    assert receipt.quality["before"] > 1 and len(receipt.speed) == 2
+
+
+@pytest.mark.parametrize(("allowed", "passed"), [(0.0, False), (1e9, True), (None, None)])
+def test_a_check_on_quality(allowed, passed):
+    pytest.importorskip("transformers")
+    model, data = tiny_llama(), [{"input_ids": torch.randint(0, 64, (2, 12))}]
+    recipe = {"stages": [{"prune": {"sparsity": 0.9}}], "evaluate": {"metric": "perplexity", "at_most_worse": allowed}}
+    # prune towards worse: the tiny model is random, so make its own text likely first
+    rarefy.fit_(
+        model,
+        [{**data[0], "labels": data[0]["input_ids"]}],
+        epochs=30,
+        optimizer=torch.optim.AdamW(model.parameters(), 1e-2),
+    )
+    receipt = rarefy.compress_(model, recipe, {"evaluate": data})
+    assert receipt.quality["passed"] is passed and receipt.passed is (passed is not False)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data", "error", "message"),
+    [
+        (
+            {"stages": [{"prune": {"score": "wanda", "sparsity": 0.5}}]},
+            None,
+            DataError,
+            "no calibrate data: pass data=.'calibrate': batches.",
+        ),
+        ({"stages": [{"train": {}}]}, None, DataError, "no train data"),
+        ({**HALF, "evaluate": {"metric": "accuracy"}}, None, DataError, "no evaluate data"),
+        (HALF, {"calibration": []}, DataError, "data has calibration; known are calibrate, evaluate, train"),
+        (
+            {**HALF, "evaluate": {"metric": "accuracy", "decode": {}}},
+            {"evaluate": image_batches()},
+            DataError,
+            "times causal language models",
+        ),
+        (
+            {**HALF, "data": {"calibrate": "wiki"}, "evaluate": {"metric": "perplexity", "data": "no.txt"}},
+            None,
+            DataError,
+            "no file 'no.txt'",
+        ),
+        ({"stages": [{"prune": {"sparsity": 0.5, "layers": "hiddn"}}]}, None, rarefy.RarefyError, "nearest: hidden"),
+    ],
+)
+def test_errors_before_anything_is_changed(recipe, data, error, message):
+    model = Net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        rarefy.compress_(model, recipe, data)
+    after = model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_an_iterator_is_read_once_and_used_often():
+    recipe = {
+        "stages": [{"prune": {"score": "wanda", "sparsity": 0.3}}, {"prune": {"score": "wanda", "sparsity": 0.5}}]
+    }
+    receipt = rarefy.compress_(Net(), recipe, iter(image_batches()))
+    assert abs(receipt.sparsity["achieved"] - 0.5) < 1e-3
+
+
+def test_cast_keeps_ties_and_unsaved_buffers_and_refuses_overflow():
+    model = Tied()
+    model.register_buffer("table", torch.ones(3), persistent=False)
+    parameter = model.embed.weight
+    rarefy.cast_(model, "bf16")
+    assert model.lm_head.weight is model.embed.weight is parameter and parameter.dtype == torch.bfloat16
+    assert model.table.dtype == torch.float32
+    big = nn.Linear(2, 2)
+    big.weight.data.fill_(1e6)
+    with pytest.raises(ModelError, match="weight has values that fp16 cannot hold .largest 1e.06."):
+        rarefy.cast_(big, "fp16")
+    assert big.weight.dtype == torch.float32

@@ -1,0 +1,231 @@
+"""Models to folders and back, bit for bit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import rarefy
+from conftest import Net, Tied, tiny_llama
+from rarefy.errors import ContainerError, ModelError
+from rarefy.formats import container
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return set(x) == set(y) and all(
+        x[k].dtype == y[k].dtype
+        and torch.equal(x[k].contiguous().view(torch.uint8), y[k].contiguous().view(torch.uint8))
+        if x[k].dim()
+        else torch.equal(x[k], y[k])
+        for k in x
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [Net, Tied, lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), lambda: nn.Linear(8, 8)]
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("pattern", ["unstructured", "4x1", "row"])
+def test_round_trip(tmp_path, make, dtype, pattern):
+    model = make()
+    rarefy.prune_(model, pattern, sparsity=0.5, layers="*")
+    rarefy.cast_(model, dtype)
+    rarefy.save(model, tmp_path / "out")  # masked or folded, the same is stored
+    rarefy.fold_(model)
+    fresh = rarefy.load(tmp_path / "out", make())
+    assert same(model, fresh)
+    if make is Tied:
+        assert fresh.lm_head.weight is fresh.embed.weight
+
+
+@pytest.mark.parametrize("format", ["dense", "dense+mask", "bitmask", "csr", "csc", "bsr"])
+def test_a_format_can_be_asked_for(tmp_path, format):
+    model = Net()
+    rarefy.prune_(model, sparsity=0.5)
+    rarefy.save(model, tmp_path / "out", format=format)
+    found = {r["tensor"]: r["format"] for r in rarefy.inspect(tmp_path / "out").rows}
+    assert found["hidden.weight"] == format and found["hidden.bias"] == "dense"
+    assert same(rarefy.fold_(model), rarefy.load(tmp_path / "out", Net()))
+
+
+def test_a_hugging_face_model_comes_back_without_its_class(tmp_path):
+    pytest.importorskip("transformers")
+    model, ids = tiny_llama(), torch.randint(0, 64, (2, 9))
+    rarefy.compress_(model, {"stages": [{"prune": {"pattern": "2:4"}}, {"cast": {"dtype": "bf16"}}]})
+    rarefy.save(model, tmp_path / "out")
+    fresh = rarefy.load(tmp_path / "out")
+    assert same(model, fresh) and torch.equal(model(ids).logits, fresh(ids).logits)
+    assert fresh.lm_head.weight is fresh.model.embed_tokens.weight and not fresh.training
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "dtype", "most"),
+    [
+        ("unstructured", 0.5, "fp32", 0.54),
+        ("2:4", None, "bf16", 0.57),
+        ("unstructured", 0.9, "fp32", 0.14),
+        ("1:4", None, "fp32", 0.27),
+    ],
+)
+def test_sizes_on_disk(tmp_path, pattern, sparsity, dtype, most):
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False))
+    rarefy.prune_(model, pattern, sparsity=sparsity)
+    rarefy.cast_(model, dtype)
+    size = rarefy.save(model, tmp_path / "out")
+    assert size <= most * 1024 * 1024 * {"fp32": 4, "bf16": 2}[dtype] + 2048  # the index
+
+
+def test_receipt_and_recipe_travel(tmp_path):
+    model = Net()
+    receipt = rarefy.compress_(model, {"name": "mine", "stages": [{"prune": {"sparsity": 0.5}}]})
+    rarefy.save(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "receipt.json").read_text()) == receipt.to_dict()
+    assert (tmp_path / "out" / "receipt.txt").read_text() == str(receipt)
+    fresh = rarefy.load(tmp_path / "out", Net())
+    assert fresh.rarefy_receipt.to_dict() == receipt.to_dict() and fresh.rarefy_recipe["name"] == "mine"
+    rarefy.save(fresh, tmp_path / "again")
+    assert str(fresh.rarefy_receipt) == str(receipt)
+    # a damaged receipt is no reason not to load
+    (tmp_path / "out" / "receipt.json").write_text("{")
+    rarefy.load(tmp_path / "out", Net())
+
+
+def test_export_is_plain_and_exact(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, ids = tiny_llama(), torch.randint(0, 64, (2, 9))
+    rarefy.compress_(model, {"stages": [{"prune": {"sparsity": 0.5}}]})
+    rarefy.save(model, tmp_path / "out", files={"vocab.txt": b"x"})
+    rarefy.export(tmp_path / "out", tmp_path / "hf")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.equal(plain(ids).logits, model(ids).logits) and (tmp_path / "hf" / "vocab.txt").read_bytes() == b"x"
+    rarefy.export(tmp_path / "out", tmp_path / "st", to="safetensors")
+    loaded = load_file(tmp_path / "st" / "model.safetensors")
+    assert torch.equal(loaded["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
+    with pytest.raises(ContainerError, match="choose from hf, safetensors"):
+        rarefy.export(tmp_path / "out", tmp_path / "x", to="onnx")
+    with pytest.raises(ContainerError, match="exists"):
+        rarefy.export(tmp_path / "out", tmp_path / "st", to="safetensors")
+
+
+def test_inspect_tells_patterns(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    for name, pattern in (("0", "2:4"), ("1", "4x1"), ("2", "1:4")):
+        rarefy.prune_(model, pattern, sparsity=0.5 if pattern == "4x1" else None, layers=name)
+    rows = {r["tensor"]: r for r in rarefy.inspect(model).rows}
+    assert [rows[f"{i}.weight"]["pattern"] for i in range(4)] == ["2:4", "4x1", "1:4", ""]
+    rarefy.save(model, tmp_path / "out")
+    stored = {r["tensor"]: r for r in rarefy.inspect(tmp_path / "out").rows}
+    assert stored["2.weight"]["bytes"] < stored["0.weight"]["bytes"] < stored["3.weight"]["bytes"] == 1024
+    with pytest.raises(ContainerError, match="neither a folder of ours"):
+        rarefy.inspect(tmp_path)
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ContainerError, match="not a valid safetensors file"):
+        rarefy.inspect(tmp_path / "bad.safetensors")
+
+
+def test_an_all_zero_layer_can_be_inspected_and_loaded(tmp_path):
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False))
+    rarefy.prune_(model, sparsity=1.0)
+    rarefy.save(model, tmp_path / "out")
+    assert rarefy.inspect(tmp_path / "out").rows[0]["sparsity"] == 1
+    assert not rarefy.load(tmp_path / "out", nn.Sequential(nn.Linear(1024, 1024, bias=False)))[0].weight.any()
+
+
+class Longer(Net):
+    def __init__(self):
+        super().__init__()
+        self.hiden2 = nn.Linear(8, 8)
+
+
+class Wider(Net):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(8, 17)
+
+
+def test_load_errors(tmp_path):
+    rarefy.save(Net(), tmp_path / "net")
+    cases = [
+        (None, ModelError, r"holds a Net: pass model=Net\(...\)"),
+        (Longer(), ContainerError, "lacks tensor 'hiden2.bias' .2 in all. for a Longer; nearest is 'hidden.bias'"),
+        (nn.Linear(2, 2), ContainerError, "lacks tensor 'bias'"),
+        (Wider(), ContainerError, r"hidden.weight'?.*\[?16, 8.*17, 8"),
+    ]
+    for model, error, message in cases:
+        with pytest.raises(error, match=message):
+            rarefy.load(tmp_path / "net", model)
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        ({"library": "transformers", "class": "LlamaForCausalLM"}, "not a dict with a model_type"),
+        (
+            {"library": "transformers", "class": "X", "config": {"model_type": "llama"}, "dtype": "float32"},
+            "X is not a class that transformers makes of a llama config",
+        ),
+        (
+            {"library": "transformers", "class": "X", "config": {"model_type": "os.system"}, "dtype": "float32"},
+            "does not make a os.system model",
+        ),
+        (
+            {
+                "library": "transformers",
+                "class": "X",
+                "config": {"model_type": "llama", "auto_map": {"AutoModel": "evil.py"}},
+                "dtype": "float32",
+            },
+            "asks for code of its own",
+        ),
+        (
+            {"library": "transformers", "class": "X", "config": {"model_type": "llama"}, "dtype": "int8"},
+            "dtype 'int8' is none of",
+        ),
+        ({"library": "os", "class": "system"}, "pass model=system"),
+        ("llama", "pass model="),
+    ],
+)
+def test_hostile_structures(tmp_path, structure, message):
+    pytest.importorskip("transformers")
+    container.write(tmp_path / "out", [], meta={"structure": structure})
+    with pytest.raises(ModelError, match=message):
+        rarefy.load(tmp_path / "out")
+
+
+def test_peak_memory_of_load(tmp_path):
+    """Building and filling a model takes less than 1.2 of its bytes."""
+    code = """
+import sys, torch, rarefy
+from pathlib import Path
+from torch import nn
+torch.set_num_threads(1)
+
+def status(key):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+
+def make():
+    return nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(16)))
+
+if sys.argv[2] == "save":
+    model = make()
+    rarefy.prune_(model, sparsity=0.5)
+    rarefy.save(model, sys.argv[1])
+else:
+    nn.Linear(8, 8)(torch.ones(8))
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    model = rarefy.load(sys.argv[1], make())
+    size = sum(p.numel() * 4 for p in model.parameters())
+    print((status("VmHWM") - before) / size)
+"""
+    ran = ""
+    for what in ("save", "load"):
+        ran = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "m"), what], capture_output=True, text=True, check=True
+        ).stdout
+    assert 0.9 < float(ran) < 1.2
