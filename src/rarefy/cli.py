@@ -225,6 +225,7 @@ def _load(source: Path) -> tuple[Any, Any]:
     from rarefy.files import INDEX
     from rarefy.model import hf
 
+    hf.no_bars()
     if (source / INDEX).is_file():
         return store.load(source), hf.load_tokenizer(source)
     if not hf.is_folder(source):

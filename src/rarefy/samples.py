@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rarefy.errors import DataError
 from rarefy.files import blaming, whole_folder
+from rarefy.model import hf
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _from_gguf(file: Path, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
         raise DataError(f"converting {file.name} needs {error.name}: pip install 'rarefy[hf]'") from None
+    hf.no_bars()
     place: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
     # without the explicit config transformers keeps a quantizer that refuses to save

@@ -52,6 +52,11 @@ def is_model(model: nn.Module) -> bool:
     return hasattr(config, "to_dict") and hasattr(config, "model_type")
 
 
+def no_bars() -> None:
+    """Keep transformers from drawing progress bars of its own."""
+    _transformers().utils.logging.disable_progress_bar()
+
+
 def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     """Return the model of a local folder in evaluation mode; with `meta` its skeleton without weights."""
     transformers = _transformers()

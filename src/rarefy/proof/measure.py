@@ -137,9 +137,9 @@ def decode_and_prefill(
                 read = time.perf_counter()
                 for _ in range(new):
                     token = out.logits[:, -1:].argmax(-1)
-                    out = model(
-                        input_ids=token, use_cache=True, **{cache: out[cache] if cache in out else out.past_key_values}
-                    )
+                    state = getattr(out, cache, None)
+                    state = out.past_key_values if state is None else state
+                    out = model(input_ids=token, use_cache=True, **{cache: state})
                 wrote = time.perf_counter()
                 if round_:  # the first round warms up
                     spent[name]["prefill"].append(read - began)
