@@ -18,7 +18,7 @@ from rarefy.errors import DataError, ModelError
 from rarefy.model import hf
 from rarefy.model.mask import fold_, masks, plain_state
 from rarefy.model.select import all_layers, select
-from rarefy.model.stats import Loss, call
+from rarefy.model.stats import Loss, call, on_device
 from rarefy.progress import track
 from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS
@@ -243,7 +243,7 @@ def _state(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool
     }
     if plan.evaluate:
         out["quality"] = METRICS[plan.evaluate.metric](model, held_out, progress=progress)
-        example = next(iter(held_out))
+        example = on_device(model, next(iter(held_out)))
         out["flops"] = measure.flops(model, lambda: call(model, example))
     return out
 
@@ -286,7 +286,7 @@ def _speed(
             rows.append({"what": what, "unit": "tokens/s", **sides})
     if plan.evaluate.latency:
         for size in plan.evaluate.latency.batch:
-            example = _resize(next(iter(held_out)), size)
+            example = on_device(model, _resize(next(iter(held_out)), size))
             runs = {side: (lambda m=m, x=example: call(m, x)) for side, m in pair.items()}
             times = measure.compare(runs, repeats=plan.evaluate.latency.repeats, progress=progress)
             sides = {k: {n: 1000 * v for n, v in t.to_dict().items() if n != "repeats"} for k, t in times.items()}

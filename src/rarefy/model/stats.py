@@ -69,6 +69,16 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def on_device(model: nn.Module, batch: Any) -> Any:
+    """Return the batch where the model's parameters are; the same object where it is there already."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if hasattr(batch, "keys"):
+        return {k: on_device(model, batch[k]) for k in batch}
+    return tuple(on_device(model, b) for b in batch) if isinstance(batch, tuple | list) else batch
+
+
 def tokens_in(batch: Any) -> int:
     """Return how many tokens (or samples) a batch holds, padding left out: its weight in every average."""
     if hasattr(batch, "keys"):
@@ -124,6 +134,7 @@ def collect(
         if "gradient" in needs:
             stack.enter_context(_trainable([l.original for l in layers]))
         for index, batch in enumerate(data):
+            batch = on_device(model, batch)
             current.update(batch=batch, index=index)
             if "gradient" in needs:
                 _add_gradients(model, batch, layers, stats, loss or default_loss, index)

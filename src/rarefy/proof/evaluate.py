@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.errors import DataError
-from rarefy.model.stats import call
+from rarefy.model.stats import call, on_device
 from rarefy.progress import track
 
 
@@ -58,7 +58,7 @@ def _evaluation(model: nn.Module, data: Iterable[Any], text: str, progress: bool
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        yield from track(data, text, progress)
+        yield from (on_device(model, batch) for batch in track(data, text, progress))
     finally:
         for module, mode in modes:
             module.training = mode

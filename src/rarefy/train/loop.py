@@ -13,7 +13,7 @@ from torch import nn
 
 from rarefy.errors import DataError, ModelError, PatternError, RecipeError, unknown
 from rarefy.model.select import Layer, Selector, select
-from rarefy.model.stats import Loss, call, default_loss, tokens_in
+from rarefy.model.stats import Loss, call, default_loss, on_device, tokens_in
 from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import stage
@@ -162,6 +162,7 @@ class _Run:
         total, seen = 0.0, 0
         for step, batch in enumerate(track(batches, f"epoch {epoch + 1}/{self.epochs}", self.progress, steps)):
             self._advance((epoch + (step / steps if steps else 0.0)) / self.epochs)
+            batch = on_device(self.model, batch)
             value = self.loss(call(self.model, batch), batch)
             loss = float(value.detach())
             if not math.isfinite(loss):
