@@ -286,8 +286,8 @@ def _speed(
             rows.append({"what": what, "unit": "tokens/s", **sides})
     if plan.evaluate.latency:
         for size in plan.evaluate.latency.batch:
-            example = on_device(model, _resize(next(iter(held_out)), size))
-            runs = {side: (lambda m=m, x=example: call(m, x)) for side, m in pair.items()}
+            example = _resize(next(iter(held_out)), size)
+            runs = {side: (lambda m=m, x=on_device(m, example): call(m, x)) for side, m in pair.items()}
             times = measure.compare(runs, repeats=plan.evaluate.latency.repeats, progress=progress)
             sides = {k: {n: 1000 * v for n, v in t.to_dict().items() if n != "repeats"} for k, t in times.items()}
             rows.append({"what": f"forward, batch {size}", "unit": "ms", **sides})

@@ -76,7 +76,8 @@ def batches(
 
 def _read_lines(path: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # only line feeds end a line: other separators may stand inside a JSON string
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -90,7 +91,7 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
@@ -173,5 +174,10 @@ def _images(path: Path, take: Take, what: str) -> tuple[Tensor, Tensor]:
     except FileNotFoundError as error:
         raise DataError(f"{what}: {path} is no folder of class folders of images: {error}") from None
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(take.seed))[: take.samples]
-    pairs = [folder[int(i)] for i in order]
+    pairs = []
+    for i in order.tolist():
+        try:
+            pairs.append(folder[i])
+        except (OSError, ValueError) as error:  # what Pillow says to a damaged picture
+            raise DataError(f"{what}: cannot read the image {folder.samples[i][0]}: {error}") from None
     return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])

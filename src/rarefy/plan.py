@@ -44,7 +44,9 @@ def forecast(model: nn.Module, plan: recipes.Recipe) -> Report:
                 "pattern": str(pattern),
                 "asked": sparsity,
                 "bytes": dense,
-                "expected": _expected(size, pattern, sparsity, width or layer.original.element_size()),
+                "expected": _expected(
+                    size, pattern, sparsity, width or layer.original.element_size(), plan.save.format
+                ),
             }
         )
     tensors = {id(p): p for p in [*model.parameters(), *model.buffers()]}.values()
@@ -62,8 +64,20 @@ def forecast(model: nn.Module, plan: recipes.Recipe) -> Report:
     return Report(f"dry run of {plan.name}: nothing computed", tuple(rows), summary)
 
 
-def _expected(size: int, pattern: Pattern, sparsity: float, width: int) -> int:
-    """Bytes in the better of bitmask and dense; column indices where blocks or high sparsity make them cheaper."""
+def _expected(size: int, pattern: Pattern, sparsity: float, width: int, format: str) -> int:
+    """Bytes of one weight in the recipe's format, or in the smallest that fits its pattern."""
     kept = math.ceil(size * (1 - sparsity))
-    entries = pattern.a * pattern.b if pattern.kind == "block" else 1
-    return min(size * width, size // 8 + kept * width, kept * width + 2 * kept // entries)
+    values, mask = kept * width, math.ceil(size / 8)
+    known = {
+        "dense": size * width,
+        "dense+mask": size * width + mask,
+        "bitmask": values + mask,
+        "csr": values + 2 * kept,
+        "csc": values + 2 * kept,
+    }
+    if pattern.kind == "block":
+        known["bsr"] = values + 2 * kept // (pattern.a * pattern.b)
+    if pattern.kind == "nm":
+        bits = min(pattern.b, pattern.a * (pattern.b - 1).bit_length())
+        known["nm"] = values + math.ceil(size / pattern.b * bits / 8)
+    return known.get(format, min(known.values()))

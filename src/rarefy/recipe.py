@@ -6,6 +6,7 @@ A recipe lists stages in order; it holds words, numbers and paths, never code. T
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import yaml
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
 from rarefy.prune import pattern as patterns
 from rarefy.prune.score import SCORES
+from rarefy.train.loop import OPTIMIZERS
 from rarefy.train.schedule import sparsities
 
 SIZE_LIMIT = 1 << 20
@@ -165,6 +167,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 AT_LEAST_ONE = frozenset({"samples", "train_samples", "tokens", "batch", "epochs", "steps", "repeats", "prompt", "new"})
 FRACTIONS = frozenset({"sparsity", "first", "start", "end"})
+RATES = frozenset({"lr", "momentum", "weight_decay"})
 
 
 def folder() -> Path:
@@ -258,8 +261,14 @@ class _Node:
         return cls(value, where)
 
 
+_PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
 def _from_node(node: yaml.Node, name: str) -> _Node:
     where = f"{name}, line {node.start_mark.line + 1}"
+    foreign = RecipeError(f"tag {node.tag!r} is not part of a recipe: only words, numbers and lists [{where}]")
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
+        raise foreign
     if isinstance(node, yaml.MappingNode):
         found: dict[str, _Node] = {}
         for key, value in node.value:
@@ -278,9 +287,9 @@ def _from_node(node: yaml.Node, name: str) -> _Node:
             return _Node(node.value, where)
         return _Node(yaml.SafeLoader("").construct_object(node), where)
     except yaml.YAMLError:
-        raise RecipeError(
-            f"tag {node.tag!r} is not part of a recipe: only words, numbers and lists [{where}]"
-        ) from None
+        raise foreign from None
+    except (ValueError, LookupError, AttributeError, OverflowError) as error:  # `!!int x`, 2024-99-99
+        raise RecipeError(f"{node.value[:60]!r} is no {node.tag.rpartition(':')[2]}: {error} [{where}]") from None
 
 
 def _build(cls: Any, node: _Node) -> Any:
@@ -366,6 +375,14 @@ def _check(made: Any, node: _Node) -> None:
             raise RecipeError(f"{f.name} is at least 1, got {_show(value)} [{place(f.name)}]")
         if f.name in FRACTIONS and isinstance(value, float) and not 0 <= value <= 1:
             raise RecipeError(f"{f.name} is a fraction between 0 and 1, got {value!r} [{place(f.name)}]")
+        if f.name in RATES and isinstance(value, float) and not 0 <= value < float("inf"):
+            raise RecipeError(f"{f.name} is a number from 0 up, got {value!r} [{place(f.name)}]")
+        if f.name == "at_most_worse" and value is not None and not math.isfinite(value):
+            raise RecipeError(f"at_most_worse is a finite number, got {value!r} [{place(f.name)}]")
+        if f.name == "seed" and not 0 <= value < 1 << 32:
+            raise RecipeError(f"seed is a whole number from 0 to {(1 << 32) - 1}, got {value} [{place(f.name)}]")
+    if isinstance(made, Optimizer) and made.name not in OPTIMIZERS:
+        raise RecipeError(unknown("optimizer", made.name, OPTIMIZERS, place("name")))
     try:
         if isinstance(made, Prune):
             plan = patterns.parse(made.pattern)

@@ -70,10 +70,11 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def on_device(model: nn.Module, batch: Any) -> Any:
-    """Return the batch where the model's parameters are; the same object where it is there already."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Return the batch on the device of the model's parameters, and fp32 inputs as bf16 or fp16 if those are."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        half = batch.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
+        return batch.to(weight.device, weight.dtype if half else batch.dtype)
     if hasattr(batch, "keys"):
         return {k: on_device(model, batch[k]) for k in batch}
     return tuple(on_device(model, b) for b in batch) if isinstance(batch, tuple | list) else batch

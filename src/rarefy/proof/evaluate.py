@@ -29,7 +29,7 @@ def perplexity(model: nn.Module, data: Iterable[Any], *, progress: bool = False)
         out = call(model, inputs)
         logits = getattr(out, "logits", out)
         ids, mask = batch["input_ids"][:, 1:], batch.get("attention_mask")
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, 1:].bool()
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else (mask[:, 1:] * mask[:, :-1]).bool()
         for row, target, keep in zip(logits[:, :-1], ids, real):  # a row at a time: logits of a vocabulary are large
             total += float(F.cross_entropy(row[keep].float(), target[keep], reduction="sum"))
             count += int(keep.sum())
@@ -43,7 +43,13 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -
     """Return the share of (inputs, class) samples whose largest output is the class, 0..1."""
     right, count = 0, 0
     for batch in _evaluation(model, data, "accuracy", progress):
-        target = batch.get("labels") if hasattr(batch, "keys") else batch[1] if len(batch) == 2 else None
+        target = (
+            batch.get("labels")
+            if hasattr(batch, "keys")
+            else batch[1]
+            if isinstance(batch, tuple | list) and len(batch) == 2
+            else None
+        )
         if not isinstance(target, Tensor):
             raise DataError(f"accuracy needs (inputs, class) batches or dicts with labels, got {_kind(batch)}")
         out = call(model, batch)

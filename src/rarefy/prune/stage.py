@@ -83,7 +83,7 @@ def calibrate(
     else:
         stats = collect(model, data, chosen, needs, loss=loss)
     for layer in chosen:  # by name, so that a layer's noise does not depend on its neighbours
-        noise = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(layer.full_name.encode()))
+        noise = torch.Generator().manual_seed((seed * 1_000_003) % (1 << 62) + zlib.crc32(layer.full_name.encode()))
         stats[layer.full_name].generator = noise
     return stats
 
