@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def _speed(
     if plan.evaluate.latency:
         for size in plan.evaluate.latency.batch:
             example = _resize(next(iter(held_out)), size)
-            runs = {side: (lambda m=m, x=on_device(m, example): call(m, x)) for side, m in pair.items()}
+            runs = {side: partial(call, m, on_device(m, example)) for side, m in pair.items()}
             times = measure.compare(runs, repeats=plan.evaluate.latency.repeats, progress=progress)
             sides = {k: {n: 1000 * v for n, v in t.to_dict().items() if n != "repeats"} for k, t in times.items()}
             rows.append({"what": f"forward, batch {size}", "unit": "ms", **sides})
