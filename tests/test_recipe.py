@@ -113,8 +113,8 @@ ERRORS = {
     "a tab": ("stages:\n\t- prune\n", r"r.yaml, line 2: not YAML: found character '\\t'"),
     "a control character": ("\x00", "r.yaml: not YAML: unacceptable character"),
     "two documents": (STAGES + "---\n" + STAGES, r"r.yaml, line 2: not YAML: but found another document"),
-    "too deep": ("[" * 1000, "r.yaml.*nest|r.yaml.*not YAML: "),
-    "too deep, closed": ("a: " + "[" * 1000 + "]" * 1000, "r.yaml.*nest|r.yaml.*recursion"),
+    "too deep": ("[" * 1000, "r.yaml.*nest"),
+    "too deep, closed": ("a: " + "[" * 1000 + "]" * 1000, "r.yaml.*nest"),
     "a list": ("- prune: {}\n", r"recipe: expected keys and values, got a list of 1 \[r.yaml, line 1\]"),
     "a word": ("\n\nhello", r"recipe: expected keys and values, got 'hello' \[r.yaml, line 3\]"),
     "too long": ("#" * ((1 << 20) + 1), r"r.yaml is 1,048,577 characters long; a recipe has at most 1,048,576"),
@@ -180,6 +180,7 @@ ERRORS = {
     "unknown dtype": ("stages: [{cast: {dtype: bf8}}]\n", r"unknown dtype 'bf8'; choose from bf16, fp16, fp32 \(did you mean 'bf16'\?\)"),
     "unknown format": ("save: {format: bitmaks}\n" + STAGES, r"unknown format 'bitmaks'; .*'bitmask'\?\)"),
     "unknown optimizer": ("stages:\n  - train:\n      optimizer: {name: adamv}\n", r"unknown optimizer 'adamv'; choose from adam, adamw, sgd \(did you mean 'adamw?'\?\) \[r.yaml, line 3\]"),
+    "an option that the optimizer lacks": ("stages:\n  - train:\n      optimizer: {name: adamw, momentum: 0.9}\n", r"optimizer 'adamw' cannot be made with lr=0.0001, \{'momentum': 0.9\}: .*momentum.* \[r.yaml, line 3\]"),
     # ranges
     "epochs 0": ("stages:\n  - train:\n      epochs: 0\n", r"epochs is at least 1, got 0 \[r.yaml, line 3\]"),
     "samples 0": ("data:\n  samples: 0\n" + STAGES, r"samples is at least 1, got 0 \[r.yaml, line 2\]"),

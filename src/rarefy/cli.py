@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,10 +58,9 @@ def compress(
 
     Exit code 1 means that quality fell further than the recipe allows; the folder is written all the same.
     """
-    from rarefy import recipe as recipes
     from rarefy.files import check_target
 
-    plan = recipes.load(recipe, **_changes(change, data, eval_data, seed))
+    plan = _plan(recipe, change, data, eval_data, seed)
     source = _source(model)
     if dry_run:
         from rarefy.plan import forecast
@@ -159,10 +159,9 @@ def recipes_(
         _show(Report("recipes", rows), as_json, False)
     elif as_json:
         print(json.dumps(recipes.load(name).to_dict(), indent=1))
-    elif name in recipes.presets():
-        print(recipes.presets()[name].read_text(encoding="utf-8"), end="")
     else:
         recipes.load(name)
+        print(recipes.presets().get(name, Path(name)).read_text(encoding="utf-8"), end="")
 
 
 @app.command()
@@ -180,28 +179,37 @@ def main() -> None:
     except RarefyError as error:
         print(f"rarefy: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
         print("rarefy: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
 
 
-def _changes(pairs: list[str] | None, data: str | None, eval_data: str | None, seed: int | None) -> dict[str, Any]:
-    import yaml
+def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str | None, seed: int | None) -> Any:
+    """The recipe with what the command line changes in it; paths of the command line start here, not at the recipe."""
+    from rarefy import recipe as recipes
 
     changes: dict[str, Any] = {}
     for pair in pairs or []:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise RecipeError(f"--set {pair!r}: write field=value, such as sparsity=0.4")
-        number = ":" in text  # 2:4 is a pattern, not a number to base 60
-        changes[key] = text if number else yaml.safe_load(text)
+        changes[key] = recipes.value(text, f"--set {pair}")
     if seed is not None:
         changes["seed"] = seed
+    plan = recipes.load(recipe, **changes)
     if data is not None:
-        changes["calibrate"] = str(Path(data).absolute()) if Path(data).exists() else data
+        plan = replace(plan, data=replace(plan.data or recipes.Data(), calibrate=_here(data)))
     if eval_data is not None:
-        changes["evaluate.data"] = str(Path(eval_data).absolute()) if Path(eval_data).exists() else eval_data
-    return changes
+        if plan.evaluate is None:
+            raise RecipeError(f"--eval-data has no effect: recipe {plan.name} does not evaluate")
+        plan = replace(plan, evaluate=replace(plan.evaluate, data=_here(eval_data)))
+    return plan
+
+
+def _here(source: str) -> str:
+    return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def _source(name: str) -> Path:

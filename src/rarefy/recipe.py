@@ -222,6 +222,21 @@ def from_yaml(text: str, name: str = "recipe") -> Recipe:
     return _build(Recipe, _from_node(root, name))
 
 
+def value(text: str, where: str) -> Any:
+    """Return one value as a recipe would read it; a word may begin with a star, as globs do.
+
+    >>> value("0.5", "--set"), value("2:4", "--set"), value("*.mlp.*", "--set")
+    (0.5, '2:4', '*.mlp.*')
+    """
+    if text.startswith("*"):
+        return text
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not a value: {getattr(error, 'problem', error)}") from None
+    return None if node is None else _unwrap(_from_node(node, where))
+
+
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """Return the recipe with each named field replaced wherever it stands; RecipeError where it stands nowhere."""
     values = recipe.to_dict()
@@ -411,6 +426,12 @@ def _replace(values: Any, key: str, new: Any) -> tuple[int, set[str]]:
         if key in values:
             values[key], hits = new, hits + 1
     return hits, names
+
+
+def _unwrap(node: _Node) -> Any:
+    if isinstance(node.value, dict):
+        return {k: _unwrap(v) for k, v in node.value.items()}
+    return [_unwrap(v) for v in node.value] if isinstance(node.value, list) else node.value
 
 
 def _plain(value: Any) -> Any:

@@ -62,7 +62,7 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged folder makes transformers raise anything
         raise ModelError(f"{path}: the config is not usable: {_first_line(error)}") from None
     auto = _auto(config, (getattr(config, "architectures", None) or [""])[0])
     try:
@@ -70,7 +70,7 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
             with torch.device("meta"):
                 return auto.from_config(config).eval()
         return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, dtype="auto").eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise ModelError(f"{path}: the model does not load: {_first_line(error)}") from None
 
 
@@ -78,7 +78,10 @@ def load_tokenizer(path: str | Path) -> Any:
     """Return the tokenizer of a local folder, or None where there is none."""
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
-    return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{path}: the tokenizer does not load: {_first_line(error)}") from None
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
