@@ -183,7 +183,6 @@ def _train(
     model: nn.Module, s: recipes.Train, given: _Given, loss: Loss | None, seed: int, progress: bool
 ) -> list[Report]:
     o = s.optimizer
-    options = {k: getattr(o, k) for k in ("momentum", "weight_decay", "nesterov") if getattr(o, k) is not None}
     gradual, calibrate = None, None
     if s.prune:
         fields = {f: getattr(s.prune, f) for f in Gradual.__dataclass_fields__ if f != "seed"}
@@ -196,7 +195,7 @@ def _train(
         model,
         labelled,
         epochs=s.epochs,
-        optimizer=optimizer_of(o.name, o.lr, **options),
+        optimizer=optimizer_of(o.name, o.lr, **o.options()),
         lr_schedule=s.lr_schedule,
         loss=loss,
         prune=gradual,

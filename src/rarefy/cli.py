@@ -195,7 +195,7 @@ def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise RecipeError(f"--set {pair!r}: write field=value, such as sparsity=0.4")
-        changes[key] = recipes.value(text, f"--set {pair}")
+        changes[key] = recipes.value(text, f"--set {pair!r}")
     if seed is not None:
         changes["seed"] = seed
     plan = recipes.load(recipe, **changes)

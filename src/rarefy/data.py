@@ -102,7 +102,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 READERS = {
-    ".txt": lambda path: [path.read_text(encoding="utf-8")],
+    ".txt": lambda path: [path.read_text(encoding="utf-8-sig")],
     ".jsonl": _read_lines,
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,

@@ -19,10 +19,11 @@ import yaml
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
 from rarefy.prune import pattern as patterns
 from rarefy.prune.score import SCORES
-from rarefy.train.loop import OPTIMIZERS
+from rarefy.train.loop import OPTIMIZERS, optimizer_of
 from rarefy.train.schedule import sparsities
 
 SIZE_LIMIT = 1 << 20
+DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +73,11 @@ class Optimizer:
     momentum: float | None = None
     weight_decay: float | None = None
     nesterov: bool | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return what was set besides name and rate."""
+        found = {k: getattr(self, k) for k in ("momentum", "weight_decay", "nesterov")}
+        return {k: v for k, v in found.items() if v is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,11 +212,21 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
 
 def from_yaml(text: str, name: str = "recipe") -> Recipe:
     """Return the recipe of YAML text; `name` is what errors call it."""
+    return _build(Recipe, _parse(text, name))
+
+
+def _parse(text: str, name: str) -> _Node:
     if len(text) > SIZE_LIMIT:
         raise RecipeError(f"{name} is {len(text):,} characters long; a recipe has at most {SIZE_LIMIT:,}")
     try:
-        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, yaml.SafeLoader)):
-            raise RecipeError(f"{name}: aliases (*name) are not part of a recipe: write the value out")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise RecipeError(f"{name}: aliases (*name) are not part of a recipe: write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH_LIMIT:
+                line = event.start_mark.line + 1
+                raise RecipeError(f"{name}, line {line}: nested deeper than a recipe goes ({DEPTH_LIMIT})")
         root = yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -219,7 +235,7 @@ def from_yaml(text: str, name: str = "recipe") -> Recipe:
         raise RecipeError(f"{name}: not YAML: {error}") from None
     if root is None:
         raise RecipeError(f"{name} is empty; a recipe has at least stages")
-    return _build(Recipe, _from_node(root, name))
+    return _from_node(root, name)
 
 
 def value(text: str, where: str) -> Any:
@@ -228,13 +244,7 @@ def value(text: str, where: str) -> Any:
     >>> value("0.5", "--set"), value("2:4", "--set"), value("*.mlp.*", "--set")
     (0.5, '2:4', '*.mlp.*')
     """
-    if text.startswith("*"):
-        return text
-    try:
-        node = yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not a value: {getattr(error, 'problem', error)}") from None
-    return None if node is None else _unwrap(_from_node(node, where))
+    return text if text[:1] in ("", "*") else _unwrap(_parse(text, where))
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -392,13 +402,15 @@ def _check(made: Any, node: _Node) -> None:
             raise RecipeError(f"{f.name} is a fraction between 0 and 1, got {value!r} [{place(f.name)}]")
         if f.name in RATES and isinstance(value, float) and not 0 <= value < float("inf"):
             raise RecipeError(f"{f.name} is a number from 0 up, got {value!r} [{place(f.name)}]")
-        if f.name == "at_most_worse" and value is not None and not math.isfinite(value):
+        if f.name == "at_most_worse" and isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"at_most_worse is a finite number, got {value!r} [{place(f.name)}]")
-        if f.name == "seed" and not 0 <= value < 1 << 32:
+        if f.name == "seed" and isinstance(value, int) and not 0 <= value < 1 << 32:
             raise RecipeError(f"seed is a whole number from 0 to {(1 << 32) - 1}, got {value} [{place(f.name)}]")
     if isinstance(made, Optimizer) and made.name not in OPTIMIZERS:
         raise RecipeError(unknown("optimizer", made.name, OPTIMIZERS, place("name")))
     try:
+        if isinstance(made, Optimizer):
+            optimizer_of(made.name, made.lr, **made.options())
         if isinstance(made, Prune):
             plan = patterns.parse(made.pattern)
             last, _ = patterns.check_sparsity(plan, made.sparsity, made.scope)

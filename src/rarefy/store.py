@@ -167,6 +167,7 @@ def inspect(what: str | Path | nn.Module) -> Report:
 def fitting_pattern(tensor: Tensor) -> str:
     """Return the first of 1:4, 2:4, 4:8 along the last dimension, or 4x1, 1x4 blocks, that the zeros fit.
 
+    >>> import torch
     >>> fitting_pattern(torch.tensor([[1.0, 0, 2, 0], [0, 0, 3, 0]]))
     '2:4'
     """
