@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from rarefy import data as sources
 from rarefy import recipe as recipes
-from rarefy.errors import DataError, ModelError
+from rarefy.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.model import hf
-from rarefy.model.mask import fold_, masks, plain_state
+from rarefy.model.mask import fold_, plain_state
 from rarefy.model.select import all_layers, select
-from rarefy.model.stats import Loss, call, on_device
+from rarefy.model.stats import Loss, call, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS
@@ -28,7 +28,7 @@ from rarefy.proof.report import Report
 from rarefy.prune.pattern import check_sparsity, parse
 from rarefy.prune.score import SCORES
 from rarefy.prune.stage import prune_, report
-from rarefy.store import _aliases, pack
+from rarefy.store import aliases, pack
 from rarefy.train.loop import Gradual, fit_, optimizer_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,7 +75,10 @@ def compress_(
     fold_(model)
     model.rarefy_recipe = plan.to_dict()  # type: ignore[assignment]
     after = _state(model, plan, held_out, progress)
-    speed = _speed(plan, dense, model, held_out, progress) if dense is not None else ()
+    speed: tuple[Mapping[str, Any], ...] = ()
+    if dense is not None:
+        with evaluating(model), evaluating(dense):
+            speed = _speed(plan, dense, model, held_out, progress)
     receipt = _receipt(plan, model, before, after, rows, speed, reports, time.perf_counter() - began)
     model.rarefy_receipt = receipt  # type: ignore[assignment]
     return receipt
@@ -91,15 +94,17 @@ def cast_(model: nn.Module, dtype: str) -> Report:
     >>> cast_(net, "bf16").summary["bytes"], net.weight.dtype
     (12, torch.bfloat16)
     """
+    if dtype not in DTYPES:
+        raise RecipeError(unknown("dtype", dtype, DTYPES))
     to = DTYPES[dtype]
-    folded = masks(model)
     for name, tensor in _floating_state(model):
         if not torch.isfinite(tensor).all() or torch.isfinite(tensor.to(to)).all():
             continue
         raise ModelError(f"{name} has values that {dtype} cannot hold (largest {float(tensor.detach().abs().max()):g})")
     for _, tensor in _floating_state(model):
         tensor.data = tensor.data.to(to)
-    return Report("cast", (), {"dtype": dtype, "bytes": measure.resident_bytes(model), "masks": len(folded)})
+    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
+    return Report("cast", (), {"dtype": dtype, "bytes": measure.resident_bytes(model)})
 
 
 def _floating_state(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -120,9 +125,6 @@ class _Given:
             self.found = {k: _reusable(v) for k, v in data.items()}
         else:
             self.found = {} if data is None else {k: _reusable(data) for k in ("calibrate", "train")}
-
-    def has(self, purpose: str) -> bool:
-        return purpose in self.found or self._named(purpose)[0] is not None
 
     def batches(self, purpose: str) -> Any:
         if purpose not in self.found:
@@ -190,7 +192,9 @@ def _train(
         if SCORES[s.prune.score].needs:
             calibrate = list(_with_labels(model, given.batches("calibrate"), s.prune.score))
     train = given.batches("train")
-    labelled: Any = train if callable(train) else list(_with_labels(model, train, "train"))
+    labelled = (
+        (lambda epoch: _Labelled(model, train(epoch))) if callable(train) else (lambda _: _Labelled(model, train))
+    )
     done = fit_(
         model,
         labelled,
@@ -230,6 +234,19 @@ def _with_labels(model: nn.Module, batches: Iterable[Any], use: str) -> Iterable
         yield batch
 
 
+class _Labelled:
+    """Batches that get their labels on the way, so that a loader that shuffles shuffles each epoch."""
+
+    def __init__(self, model: nn.Module, batches: Any):
+        self.model, self.batches = model, batches if hasattr(batches, "__len__") else list(batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(_with_labels(self.model, self.batches, "train"))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
 def _length(batches: Any) -> int | None:
     return len(batches) if hasattr(batches, "__len__") else None
 
@@ -242,15 +259,19 @@ def _state(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool
         "sparsity": _model_sparsity(model),
     }
     if plan.evaluate:
-        out["quality"] = METRICS[plan.evaluate.metric](model, held_out, progress=progress)
+        quality = METRICS[plan.evaluate.metric](model, held_out, progress=progress)
+        if not math.isfinite(quality):
+            raise ModelError(f"the {plan.evaluate.metric} is {quality} on the evaluation data")
+        out["quality"] = quality
         example = on_device(model, next(iter(held_out)))
-        out["flops"] = measure.flops(model, lambda: call(model, example))
+        with evaluating(model):
+            out["flops"] = measure.flops(model, lambda: call(model, example))
     return out
 
 
 def _packed_bytes(model: nn.Module, format: str) -> dict[str, Any]:
     """Exact bytes of every stored tensor, by name, dense and in the save format."""
-    tied = _aliases(model)
+    tied = aliases(model)
     dense, packed, formats = {}, {}, {}
     state = {n: t for n, t in plain_state(model) if n not in tied}
     for name, p in pack(model, state, format):
@@ -277,7 +298,7 @@ def _speed(
 ) -> tuple[Mapping[str, Any], ...]:
     assert plan.evaluate
     rows: list[Mapping[str, Any]] = []
-    pair = {"before": dense.eval(), "after": model.eval()}
+    pair = {"before": dense, "after": model}
     if plan.evaluate.decode:
         d = plan.evaluate.decode
         rates = measure.decode_and_prefill(pair, prompt=d.prompt, new=d.new, repeats=d.repeats, progress=progress)

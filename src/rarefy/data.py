@@ -144,6 +144,7 @@ def _encoded(documents: list[str], order: torch.Generator, tokenizer: Any) -> It
 def _tensors(found: dict[str, Tensor], take: Take, what: str) -> list[Batch]:
     if not found:
         raise DataError(f"{what} holds no tensors")
+    found = {n: _usual(t) for n, t in found.items()}
     lengths = {name: len(t) if t.dim() else 0 for name, t in found.items()}
     count = min(lengths.values())
     if len(set(lengths.values())) > 1 or count == 0:
@@ -156,6 +157,13 @@ def _tensors(found: dict[str, Tensor], take: Take, what: str) -> list[Batch]:
     if set(found) == {"x", "y"}:
         return [(found["x"][p], found["y"][p]) for p in parts]
     return [{n: t[p] for n, t in found.items()} for p in parts]
+
+
+def _usual(tensor: Tensor) -> Tensor:
+    """float64 as fp32, integers as int64: what layers and losses take."""
+    if tensor.is_floating_point():
+        return tensor.float() if tensor.dtype == torch.float64 else tensor
+    return tensor if tensor.dtype == torch.bool else tensor.to(torch.int64)
 
 
 def _images(path: Path, take: Take, what: str) -> tuple[Tensor, Tensor]:

@@ -65,4 +65,4 @@ def version(name: str) -> str | None:
 
 
 def _native_bf16(extensions: list[str]) -> bool:
-    return bool({"avx512_bf16", "amx_tile", "sve"} & set(extensions))
+    return bool({"avx512_bf16", "amx_bf16", "bf16", "svebf16"} & set(extensions))

@@ -49,9 +49,10 @@ def forecast(model: nn.Module, plan: recipes.Recipe) -> Report:
                 ),
             }
         )
-    tensors = {id(p): p for p in [*model.parameters(), *model.buffers()]}.values()
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
     before = sum(t.numel() * t.element_size() for t in tensors)
-    rest = sum(t.numel() * (width or t.element_size()) for t in tensors) - sum(
+    widths = ((t, width if width and t.is_floating_point() else t.element_size()) for t in tensors)
+    rest = sum(t.numel() * w for t, w in widths) - sum(
         l.original.numel() * (width or l.original.element_size()) for l, _, _ in found.values()
     )
     after = rest + sum(r["expected"] for r in rows)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rarefy.errors import ContainerError, ModelError, nearest
+from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
 from rarefy.files import INDEX, blaming, check_target, whole_folder
 from rarefy.formats import container, sparse
 from rarefy.model import hf
 from rarefy.model.layout import Layout
 from rarefy.model.mask import plain_state
-from rarefy.model.select import all_layers, original
+from rarefy.model.select import all_layers, original, unwrap
 from rarefy.proof.measure import folder_bytes, sparsity_of
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
 
+EXPORTS = ("hf", "safetensors")
+EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
 WEIGHTS = (".safetensors", INDEX)  # the files that "bytes on disk" counts
 
 
@@ -40,10 +45,13 @@ def save(
     recipe of `compress_` are taken along by themselves. `format` other than `smallest` is used for every prunable
     weight that it fits. Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
     """
+    model = unwrap(model)
+    if format != "smallest" and format not in sparse.FORMATS:
+        raise FormatError(unknown("format", format, ["smallest", *sparse.FORMATS]))
     receipt = receipt or getattr(model, "rarefy_receipt", None)
     recipe = recipe or getattr(model, "rarefy_recipe", None)
     state = list(plain_state(model))
-    aliases = _aliases(model)
+    tied = aliases(model)
     structure = hf.structure(model) if hf.is_model(model) else {"library": None, "class": type(model).__name__}
     meta = {"structure": structure, "recipe": recipe, "rarefy": _version()}
     extra = dict(files or {})
@@ -51,9 +59,9 @@ def save(
         extra.setdefault("config.json", json.dumps(structure["config"], indent=1).encode())
     if receipt is not None:
         extra.update({"receipt.json": receipt.to_json().encode(), "receipt.txt": str(receipt).encode()})
-    packed = ((n, packed) for n, packed in pack(model, dict(state), format) if n not in aliases)
-    container.write(path, packed, aliases=aliases, meta=meta, files=extra, overwrite=overwrite)
-    return folder_bytes(path, WEIGHTS)
+    packed = ((n, packed) for n, packed in pack(model, dict(state), format) if n not in tied)
+    container.write(path, packed, aliases=tied, meta=meta, files=extra, overwrite=overwrite)
+    return folder_bytes(os.path.realpath(path), WEIGHTS)
 
 
 def pack(
@@ -68,7 +76,7 @@ def pack(
         if layout is None or format == "dense":
             yield name, sparse.encode(tensor, "dense")
             continue
-        pattern = patterns.get(name.removesuffix(".weight")) or fitting_pattern(tensor.movedim(layout.in_axis, -1))
+        pattern = patterns.get(name.removesuffix(".weight")) or fitting_pattern(tensor, layout.in_axis)
         pattern = pattern if pattern[:1].isdigit() else None
         sizes = sparse.sizes(tensor, pattern, axis=layout.in_axis)
         if format == "smallest" or format not in sizes:
@@ -92,18 +100,26 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
             raise ModelError(f"{path} holds a {structure.get('class')}: pass model={structure.get('class')}(...)")
         model = hf.build(structure)
     _check_names(saved, model, path)
-    done: dict[str, Tensor] = {}
     slots = _slots(model)
     for name, (module, leaf) in slots.items():
-        source = saved.aliases.get(name, name)
-        old = getattr(module, leaf)
-        if source in done and source != name:
-            _put(module, leaf, done[source])
-            continue
-        fresh = saved.tensor(source, expect_shape=tuple(old.shape)).to(old.device)
+        _check_fit(saved, name, getattr(module, leaf), path)
+    tied = aliases(model)
+    for name, first in tied.items():
+        if saved.aliases.get(name, name) != saved.aliases.get(first, first):
+            raise ContainerError(f"{path}: {name} is tied to {first} in this {type(model).__name__}, but stored apart")
+    done: dict[str, Tensor] = {}
+    for name, (module, leaf) in slots.items():
+        old, source = getattr(module, leaf), saved.aliases.get(name, name)
+        if name in tied:
+            continue  # the tensor it shares is put in under the other name
+        device = "cpu" if old.is_meta else old.device
+        again = done.get(source)
+        fresh = saved.tensor(source, tuple(old.shape)).to(device) if again is None else again.clone()
         done[source] = _put(module, leaf, fresh)
+        for other in (n for n, f in tied.items() if f == name):
+            setattr(*slots[other], getattr(module, leaf))
     receipt = Path(path) / "receipt.json"
-    if receipt.is_file() and receipt.stat().st_size < 1 << 26:
+    if receipt.is_file() and not receipt.is_symlink() and receipt.stat().st_size < 1 << 26:
         _remember(model, receipt, saved.meta.get("recipe"))
     return model
 
@@ -111,22 +127,26 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
 def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool = False) -> Path:
     """Write a saved folder as a plain dense checkpoint that needs no Rarefy: `hf` (a folder that transformers loads)
     or `safetensors` (one file under a folder, tensors by name). Returns the folder."""
-    marker = "config.json" if to == "hf" else "model.safetensors"
-    check_target(out, overwrite, marker)
+    if to not in EXPORTS:
+        raise ContainerError(f"export --to {to!r}: choose from {', '.join(EXPORTS)}")
+    if os.path.realpath(out) == os.path.realpath(path):
+        raise ContainerError(f"{out} is the folder to export from; give another name")
+    check_target(out, overwrite, EXPORTED)
+    note = {"from": str(path), "rarefy": _version()}
     if to == "hf":
         model = load(path)
-        with whole_folder(out, overwrite=overwrite, marker=marker) as partial, blaming(Path(out)):
-            model.save_pretrained(partial)  # type: ignore[operator]
+        if not hf.is_model(model):
+            raise ModelError(f"{path} holds a {type(model).__name__}: only Hugging Face models export to hf")
+    with whole_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, blaming(Path(out)):
+        if to == "hf":
+            model.save_pretrained(partial)  # type: ignore[possibly-unbound, operator]
             for name, content in side_files(path).items():
                 (partial / name).write_bytes(content)
-    elif to == "safetensors":
-        from safetensors.torch import save_file
-
-        saved = container.read(path)
-        with whole_folder(out, overwrite=overwrite, marker=marker) as partial, blaming(Path(out)):
-            save_file({n: saved.tensor(n, _shape(saved, n)) for n in saved.names}, partial / "model.safetensors")
-    else:
-        raise ContainerError(f"export --to {to!r}: choose from hf, safetensors")
+        else:
+            saved = container.read(path)
+            names = [*saved.names, *saved.aliases]
+            save_file({n: saved.tensor(n, _shape(saved, n)) for n in names}, partial / "model.safetensors")
+        (partial / EXPORTED).write_text(json.dumps(note))
     return Path(out)
 
 
@@ -141,7 +161,7 @@ def inspect(what: str | Path | nn.Module) -> Report:
     `what`: a live model, a folder of ours, a Hugging Face folder, or a .safetensors file. O(weights).
     """
     rows = []
-    for name, tensor, format, stored in _tensors(what):
+    for name, tensor, format, stored, axis in _tensors(what):
         zeros = sparsity_of(tensor)
         dense = tensor.numel() * tensor.element_size()
         rows.append(
@@ -151,7 +171,7 @@ def inspect(what: str | Path | nn.Module) -> Report:
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "format": format,
                 "sparsity": zeros,
-                "pattern": fitting_pattern(tensor) if zeros > 0.2 else "",
+                "pattern": fitting_pattern(tensor, axis) if zeros > 0.2 else "",
                 "bytes": stored,
                 "dense_bytes": dense,
             }
@@ -164,8 +184,8 @@ def inspect(what: str | Path | nn.Module) -> Report:
     return Report(title, tuple(rows), summary)
 
 
-def fitting_pattern(tensor: Tensor) -> str:
-    """Return the first of 1:4, 2:4, 4:8 along the last dimension, or 4x1, 1x4 blocks, that the zeros fit.
+def fitting_pattern(tensor: Tensor, axis: int = -1) -> str:
+    """Return the first of 1:4, 2:4, 4:8 along the dimension `axis`, or 4x1, 1x4 blocks, that the zeros fit.
 
     >>> import torch
     >>> fitting_pattern(torch.tensor([[1.0, 0, 2, 0], [0, 0, 3, 0]]))
@@ -173,7 +193,7 @@ def fitting_pattern(tensor: Tensor) -> str:
     """
     if tensor.dim() < 2 or tensor.numel() == 0:
         return ""
-    kept = (tensor != 0).reshape(len(tensor), -1)
+    kept = (tensor != 0).movedim(axis, -1).flatten(0, -2)
     for n, m in ((1, 4), (2, 4), (4, 8)):
         if kept.shape[1] % m == 0 and int(kept.reshape(-1, m).sum(1).max()) <= n:
             return f"{n}:{m}"
@@ -185,39 +205,38 @@ def fitting_pattern(tensor: Tensor) -> str:
     return "unstructured"
 
 
-def _tensors(what: str | Path | nn.Module) -> Iterator[tuple[str, Tensor, str, int]]:
+def _tensors(what: str | Path | nn.Module) -> Iterator[tuple[str, Tensor, str, int, int]]:
     if isinstance(what, nn.Module):
-        aliases = _aliases(what)
+        tied, layouts = aliases(what), _layouts(what)
         for name, tensor in plain_state(what):
-            if name not in aliases:
-                yield name, tensor, "dense", tensor.numel() * tensor.element_size()
+            if name not in tied:
+                axis = layouts[name].in_axis if name in layouts else -1
+                yield name, tensor, "dense", tensor.numel() * tensor.element_size(), axis
         return
     path = Path(what)
     if (path / INDEX).is_file():
         saved = container.read(path)
         for name in saved.names:
             packed = saved.packed(name, _shape(saved, name))
-            yield name, sparse.decode(packed), packed.format, packed.nbytes
+            yield name, sparse.decode(packed), packed.format, packed.nbytes, packed.extra.get("axis", -1)
         return
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise ContainerError(f"{what}: neither a folder of ours, nor a folder with .safetensors, nor such a file")
-    from safetensors import SafetensorError, safe_open
-
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
                     tensor = opened.get_tensor(name)
-                    yield name, tensor, "dense", tensor.numel() * tensor.element_size()
+                    yield name, tensor, "dense", tensor.numel() * tensor.element_size(), -1
         except SafetensorError as error:
             raise ContainerError(f"{file}: not a valid safetensors file: {error}") from None
 
 
 def _shape(saved: container.Container, name: str) -> tuple[int, ...] | None:
     """The shape that the index states, where decoding it is no danger to memory; None lets the container judge."""
-    shape = tuple(saved.index["tensors"][name]["shape"])
-    return shape if math.prod(shape) <= 1 << 31 else None
+    shape = tuple(saved.index["tensors"][saved.aliases.get(name, name)]["shape"])
+    return shape if 8 * math.prod(shape) <= 64 << 20 else None
 
 
 def _layouts(model: nn.Module) -> dict[str, Layout]:
@@ -229,7 +248,7 @@ def _layer_rows(model: nn.Module) -> list[Mapping[str, Any]]:
     return receipt.sparsity.get("layers", []) if receipt else []
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
+def aliases(model: nn.Module) -> dict[str, str]:
     """{tied name: the name it is stored under}, in plain names."""
     first: dict[tuple[int, Any, Any], str] = {}
     tied: dict[str, str] = {}
@@ -265,10 +284,21 @@ def _check_names(saved: container.Container, model: nn.Module, path: str | Path)
             )
 
 
+def _check_fit(saved: container.Container, name: str, old: Tensor, path: str | Path) -> None:
+    """Raise ContainerError where a stored tensor cannot take the place of `old`, before any has been."""
+    entry = saved.index["tensors"][saved.aliases.get(name, name)]
+    if tuple(entry["shape"]) != tuple(old.shape):
+        raise ContainerError(f"{path}: {name} is {entry['shape']} in the folder, and {list(old.shape)} in the model")
+    if sparse.DTYPES[entry["dtype"]].is_floating_point != old.is_floating_point():
+        raise ContainerError(f"{path}: {name} is {entry['dtype']} in the folder, and {old.dtype} in the model")
+
+
 def _put(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
     """Put a tensor in a slot and return what is there; a parameter keeps its identity, so ties and optimizers hold."""
     old = getattr(module, leaf)
-    if isinstance(old, nn.Parameter):
+    if isinstance(old, nn.Parameter) and old.is_meta:
+        setattr(module, leaf, nn.Parameter(tensor, old.requires_grad))
+    elif isinstance(old, nn.Parameter):
         old.data = tensor
     else:
         setattr(module, leaf, tensor)
@@ -279,7 +309,10 @@ def _remember(model: nn.Module, receipt: Path, recipe: Any) -> None:
     try:
         values = json.loads(receipt.read_text(encoding="utf-8"))
         known = Receipt(**{**values, **{k: tuple(values.get(k, ())) for k in ("speed", "stages", "notes")}})
-    except (ValueError, TypeError):
+        _ = str(known) + known.to_json()  # what cannot be printed cannot be kept
+        if any(not isinstance(r["layer"] + r["pattern"], str) for r in known.sparsity.get("layers", ())):
+            return
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return  # a receipt is a record, not a part of the model
     model.rarefy_receipt, model.rarefy_recipe = known, recipe  # type: ignore[assignment]
 

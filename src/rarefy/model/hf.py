@@ -26,6 +26,19 @@ AUTO = (
     "AutoModelForImageClassification",
     "AutoModel",
 )
+# keys of a config that make transformers fetch or run something; a saved folder needs none of them
+CODE_KEYS = (
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "quantization_config",
+    "backbone",
+    "use_pretrained_backbone",
+    "use_timm_backbone",
+)
+STAMPS = ("model_type", "transformers_version", "dtype", "torch_dtype")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -65,13 +78,29 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     except Exception as error:  # a damaged folder makes transformers raise anything
         raise ModelError(f"{path}: the config is not usable: {_first_line(error)}") from None
     auto = _auto(config, (getattr(config, "architectures", None) or [""])[0])
+    kernel = getattr(config, "_attn_implementation", None) or ""
+    if "/" in str(kernel):  # transformers would fetch and run a kernel of that name
+        raise ModelError(
+            f"{path}: the config asks for attention code of its own ({kernel}); remove attn_implementation"
+        )
     try:
         if meta:
             with torch.device("meta"):
                 return auto.from_config(config).eval()
-        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, dtype="auto").eval()
+        model, info = auto.from_pretrained(
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     except Exception as error:
         raise ModelError(f"{path}: the model does not load: {_first_line(error)}") from None
+    lost = sorted([*info["missing_keys"], *(str(k) for k in info["mismatched_keys"])])
+    if lost:
+        raise ModelError(f"{path}: {len(lost)} weights are missing or of another shape, such as {lost[0]}")
+    return model.eval()
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -103,15 +132,23 @@ def build(saved: dict[str, Any]) -> nn.Module:
     dtype = dtypes.get(str(saved.get("dtype")))
     if dtype is None:
         raise ModelError(f"the saved dtype {saved.get('dtype')!r} is none of {', '.join(dtypes)}")
-    kept = {k: v for k, v in values.items() if k not in ("model_type", "transformers_version", "dtype", "torch_dtype")}
+    kept = {k: v for k, v in _without(values, CODE_KEYS).items() if k not in STAMPS}
     try:
         config = transformers.AutoConfig.for_model(values["model_type"], **kept)
         auto = _auto(config, str(saved.get("class")))
         return auto.from_config(config, dtype=dtype).eval()
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a hostile config makes transformers raise anything
         raise ModelError(
             f"the saved config does not make a {values['model_type']} model: {_first_line(error)}"
         ) from None
+
+
+def _without(values: Any, keys: tuple[str, ...]) -> Any:
+    if isinstance(values, dict):
+        return {k: _without(v, keys) for k, v in values.items() if k not in keys}
+    return [_without(v, keys) for v in values] if isinstance(values, list) else values
 
 
 def _auto(config: Any, architecture: str) -> Any:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from rarefy.errors import ModelError
-from rarefy.model.select import Layer, Selector, all_layers, select
+from rarefy.model.select import Layer, Selector, all_layers, original, select
 
 
 class Mask(nn.Module):
@@ -41,6 +41,11 @@ def set_mask_(layer: Layer, mask: Tensor) -> None:
     mask of another shape or type. O(1) besides the check.
     """
     weight = layer.original
+    if layer.elsewhere:
+        raise ModelError(
+            f"{layer.full_name}: its weight is also the parameter {layer.elsewhere!r}, which is no layer and would go "
+            "unmasked; ignore this layer, or untie them"
+        )
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ModelError(
             f"{layer.full_name}: a mask is bool of shape {tuple(weight.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
@@ -50,13 +55,16 @@ def set_mask_(layer: Layer, mask: Tensor) -> None:
     if present:
         present[0].mask.copy_(mask)
         return
+    for name, module, param in layer.owners:
+        if parametrize.is_parametrized(module, param):
+            raise ModelError(f"{name or param}: its weight has a parametrization already; remove it before pruning")
     shared = Mask(mask)  # one object at all owners: one buffer, one truth
     for _, module, param in layer.owners:
         parametrize.register_parametrization(module, param, shared)
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
-    """Return {layer name: mask} of every masked layer.
+    """Return {layer name: a copy of its mask} of every masked layer.
 
     >>> net = nn.Linear(2, 2)
     >>> set_mask_(all_layers(net)[0], torch.eye(2).bool())
@@ -64,7 +72,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     2
     """
     pairs = ((l.full_name, get_mask(l)) for l in all_layers(model))
-    return {name: mask for name, mask in pairs if mask is not None}
+    return {name: mask.clone() for name, mask in pairs if mask is not None}
 
 
 def fold_(model: nn.Module) -> nn.Module:
@@ -77,9 +85,12 @@ def fold_(model: nn.Module) -> nn.Module:
     >>> int((fold_(net).weight == 0).sum())
     2
     """
-    for layer in all_layers(model):
-        if get_mask(layer) is None:
-            continue
+    masked = [layer for layer in all_layers(model) if get_mask(layer) is not None]
+    for layer in masked:
+        for name, module, param in layer.owners:
+            if len(getattr(module.parametrizations, param)) > 1:  # type: ignore[union-attr]
+                raise ModelError(f"{name or param} has other parametrizations besides the mask; remove them first")
+    for layer in masked:
         weight, effective = layer.original, layer.weight.detach()
         with torch.no_grad():
             weight.copy_(effective)
@@ -94,16 +105,17 @@ def adopt_(model: nn.Module, layers: Selector = None, at_least: float = 0.01) ->
     `layers` narrows the search as in `select`; a weight with a smaller share of exact zeros than `at_least` is
     dense by intent and is left alone. Raises ModelError where nothing is pruned. O(weights).
     """
-    _adopt_torch_prune_(model)
     chosen = select(model, layers) if layers is not None else all_layers(model)
+    foreign = _take_foreign_masks_(model, chosen, layers is None)
     taken = []
     for layer in chosen:
+        mask = foreign.get(id(layer.original))
+        if mask is None and get_mask(layer) is None:
+            kept = layer.weight.detach() != 0
+            mask = kept if kept.numel() and 1 - kept.float().mean().item() >= at_least else None
+        if mask is not None:
+            set_mask_(layer, mask)
         if get_mask(layer) is not None:
-            taken.append(layer.full_name)
-            continue
-        kept = layer.weight.detach() != 0
-        if kept.numel() and 1 - kept.float().mean().item() >= at_least:
-            set_mask_(layer, kept)
             taken.append(layer.full_name)
     if not taken:
         raise ModelError(f"nothing to adopt: no mask and no weight with {at_least:.0%} zeros or more")
@@ -116,6 +128,8 @@ def plain_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Tied tensors come under each of their names; compare `data_ptr` of `state_dict` values to find them.
     """
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ModelError(f"{name} of the state is a {type(tensor).__name__}: only tensors can be stored")
         if ".parametrizations." not in f".{name}":
             yield name, tensor
             continue
@@ -136,23 +150,26 @@ def _masks_of(module: nn.Module, param: str) -> list[Mask]:
 
 
 def _remove(module: nn.Module, param: str) -> None:
-    chain = getattr(module.parametrizations, param)  # type: ignore[union-attr]
-    if len(chain) > 1:
-        raise ModelError(f"{param} has other parametrizations besides the mask; remove them before folding")
-    keep = chain.original
+    keep = original(module, param)
     parametrize.remove_parametrizations(module, param, leave_parametrized=False)
     # remove_parametrizations hands back a parameter; with tied weights it must be the shared one
     setattr(module, param, keep)
 
 
-def _adopt_torch_prune_(model: nn.Module) -> None:
-    """Masks of `torch.nn.utils.prune` on prunable weights become ours; on biases and norms the zeros are written in."""
+def _take_foreign_masks_(model: nn.Module, chosen: list[Layer], everything: bool) -> dict[int, Tensor]:
+    """Undo the hooks of `torch.nn.utils.prune` on the chosen layers and return {id of the parameter: mask}.
+
+    With `everything` also those of biases and norms, whose zeros are written in.
+    """
+    found: dict[int, Tensor] = {}
+    wanted = {(id(m), p) for layer in chosen for _, m, p in layer.owners}
     for module in list(model.modules()):
-        foreign = [k.removesuffix("_orig") for k in module._parameters if k.endswith("_orig")]
-        found = {p: module._buffers[f"{p}_mask"] for p in foreign if f"{p}_mask" in module._buffers}
-        for param in found:
+        for key, parameter in list(module._parameters.items()):
+            param = key.removesuffix("_orig")
+            mask = module._buffers.get(f"{param}_mask")
+            if param == key or mask is None or not (everything or (id(module), param) in wanted):
+                continue
             torch_prune.remove(module, param)
-        for layer in all_layers(module):
-            mask = found.get(layer.param) if layer.name == "" else None
-            if mask is not None:
-                set_mask_(layer, mask.bool())
+            before = found.get(id(parameter))
+            found[id(parameter)] = mask.bool() if before is None else mask.bool() & before
+    return found

@@ -15,12 +15,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rarefy.errors import ModelError, SelectorError, nearest
-from rarefy.model.layout import Layout, layout, prunable
+from rarefy.model.layout import CONV, Layout, layout, prunable
 
 Selector = str | Sequence[str] | None
 
@@ -30,6 +31,7 @@ HEADS = frozenset(
     | {"output_projection", "embed_out", "last_linear", "prediction_head"}
 )
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SIZE = re.compile(r"size\s*(>=|<=|==|>|<)\s*([0-9][0-9_]*)$")
 _COMPARE = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
 
@@ -43,6 +45,7 @@ class Layer:
     owners: tuple[tuple[str, nn.Module, str], ...]  # (module name, module, attribute)
     layout: Layout
     head: bool = False
+    elsewhere: str = ""  # a place that holds the same parameter but is no layer
 
     @property
     def module(self) -> nn.Module:
@@ -64,11 +67,12 @@ class Layer:
         return self.name if self.param == "weight" else _join(self.name, self.param)
 
 
-def original(module: nn.Module, param: str) -> nn.Parameter:
-    """Return the parameter that an optimizer holds for `module.param`, parametrized or not."""
+def original(module: nn.Module, param: str) -> Any:
+    """Return the parameter that an optimizer holds for `module.param`, beneath a mask or a foreign one."""
     if parametrize.is_parametrized(module, param):
-        return getattr(module.parametrizations, param).original  # type: ignore[union-attr]
-    return getattr(module, param)
+        return getattr(getattr(module.parametrizations, param), "original", None)  # type: ignore[union-attr]
+    pruned = module._parameters.get(f"{param}_orig")  # as torch.nn.utils.prune leaves it
+    return getattr(module, param) if pruned is None else pruned
 
 
 def all_layers(model: nn.Module) -> list[Layer]:
@@ -80,14 +84,28 @@ def all_layers(model: nn.Module) -> list[Layer]:
     found: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in _modules(model):
         for param in prunable(module):
+            weight = original(module, param)
+            if isinstance(weight, nn.parameter.UninitializedParameter):
+                raise ModelError(
+                    f"{name or type(module).__name__}: a lazy layer has no weight yet; call the model once"
+                )
+            if not isinstance(weight, nn.Parameter):
+                continue  # made from others at each call (weight norm): there is no weight to mask
             found.setdefault(id(original(module, param)), []).append((name, module, param))
-    heads = _head_weights(model)
+    heads = _head_weights(unwrap(model))
+    slots = {(id(m), p) for owners in found.values() for _, m, p in owners}
+    others = {
+        id(p): _join(n, k)
+        for n, m in _modules(model)
+        for k, p in m._parameters.items()
+        if (id(m), k.removesuffix("_orig")) not in slots
+    }
     layers = []
     for key, owners in found.items():
         plan = layout(owners[0][1], owners[0][2])
         assert plan is not None
         head = key in heads or (len(owners) > 1 and any(isinstance(m, nn.Embedding) for _, m, _ in owners))
-        layers.append(Layer(owners[0][0], owners[0][2], tuple(owners), plan, head))
+        layers.append(Layer(owners[0][0], owners[0][2], tuple(owners), plan, head, others.get(key, "")))
     return layers
 
 
@@ -117,12 +135,18 @@ def select(model: nn.Module, layers: Selector = None, ignore: Selector = None) -
     return left
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile, DataParallel or DistributedDataParallel."""
+    inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPERS) else None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
+
+
 def matches(word: str, layer: Layer) -> bool:
     """Return whether one selector word means this layer. Raises SelectorError for a bad expression."""
     size = _SIZE.match(word)
     if size:
         return _COMPARE[size[1]](layer.original.numel(), int(size[2].replace("_", "")))
-    if word.startswith("size"):
+    if re.match(r"size\s*[<>=~!]", word):
         raise SelectorError(f"selector {word!r}: a size reads like 'size>=100_000' (one of {', '.join(_COMPARE)})")
     names = [n for owner, _, param in layer.owners for n in (owner, _join(owner, param))]
     if word.startswith("re:"):
@@ -138,7 +162,9 @@ def matches(word: str, layer: Layer) -> bool:
 
 def _match_all(known: list[Layer], words: Selector, what: str) -> list[Layer]:
     hit: set[int] = set()
-    for word in [words] if isinstance(words, str) else list(words or ()):
+    if not isinstance(words, str | list | tuple):
+        raise SelectorError(f"{what}: a selector is a word or a list of words, got {words!r}")
+    for word in [words] if isinstance(words, str) else words:
         if not isinstance(word, str):
             raise SelectorError(f"{what}: a selector is a string, got {word!r}")
         found = [l for l in known if matches(word, l)]
@@ -175,7 +201,7 @@ def _head_weights(model: nn.Module) -> set[int]:
         ids.update(id(original(head, p)) for p in prunable(head))
     for name, child in model.named_children():
         if name in HEADS:
-            linears = [m for _, m in _modules(child) if isinstance(m, nn.Linear)]
+            linears = [m for _, m in _modules(child) if isinstance(m, (nn.Linear, *CONV)) and prunable(m)]
             ids.update(id(original(m, "weight")) for m in linears[-1:])
     return ids
 

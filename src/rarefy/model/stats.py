@@ -77,7 +77,13 @@ def on_device(model: nn.Module, batch: Any) -> Any:
         return batch.to(weight.device, weight.dtype if half else batch.dtype)
     if hasattr(batch, "keys"):
         return {k: on_device(model, batch[k]) for k in batch}
-    return tuple(on_device(model, b) for b in batch) if isinstance(batch, tuple | list) else batch
+    if isinstance(batch, tuple | list):  # inputs first; targets keep their precision
+        return tuple(on_device(model, b) if i == 0 else _move(b, weight.device) for i, b in enumerate(batch))
+    return batch
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def tokens_in(batch: Any) -> int:
@@ -124,7 +130,7 @@ def collect(
     """
     stats = {l.full_name: Stats() for l in layers}
     batches = 0
-    with _evaluating(model), ExitStack() as stack:
+    with evaluating(model), ExitStack() as stack:
         current: dict[str, Any] = {}
         if needs & {"input", "output"}:
             parents = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
@@ -229,7 +235,8 @@ def _squares(
         pixels = y[:, 0].numel() if layer.layout.kind == "conv" else x.numel() // module.in_channels  # type: ignore
         return inputs, out.reshape(G, 1, O, 1), pixels
     rows, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
+    flat = mask is not None and x.dim() == 2 and len(x) == mask.numel()
+    if mask is not None and (flat or (x.dim() == 3 and mask.shape == x.shape[:2])):
         real = mask.flatten().bool()
         rows, out = rows[real], out[real]
     squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
@@ -289,12 +296,11 @@ def _attention_hook(module: nn.MultiheadAttention, param: str, add: Callable[[Te
             return
         e = module.embed_dim
         W = module.in_proj_weight
-        flat = [t.reshape(-1, e) for t in (q, k, v)]
-        outs = [F.linear(t, w) for t, w in zip(flat, W.split(e))]
-        longest = max(len(t) for t in flat)  # keys and values may be fewer: zero rows add nothing to a sum of squares
-        pad = [F.pad(t, (0, 0, 0, longest - len(t))) for t in flat]
-        outs = [F.pad(t, (0, 0, 0, longest - len(t))) for t in outs]
-        add(torch.cat(pad, 1), torch.cat(outs, 1))
+        first = [t if module.batch_first or t.dim() == 2 else t.transpose(0, 1) for t in (q, k, v)]
+        outs = [F.linear(t, w) for t, w in zip(first, W.split(e))]
+        longest = max(t.shape[-2] for t in first)  # fewer keys than queries: zero rows add nothing to a sum of squares
+        padded = [[F.pad(t, (0, 0, 0, longest - t.shape[-2])) for t in ts] for ts in (first, outs)]
+        add(torch.cat(padded[0], -1), torch.cat(padded[1], -1))
 
     return hook
 
@@ -319,7 +325,7 @@ def _out_proj_hook(parent: nn.MultiheadAttention, add: Callable[[Tensor, Tensor]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

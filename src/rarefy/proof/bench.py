@@ -20,6 +20,11 @@ def bench_models(
 ) -> Report:
     """Return a row a model and measurement: tokens a second where it can generate, else milliseconds a forward call."""
     rows = []
+    for name, model in models.items():
+        config = getattr(model, "config", None)
+        most = getattr(config, "max_position_embeddings", None)
+        if isinstance(most, int) and tokens + new > most:
+            raise ModelError(f"{name} reads at most {most} tokens; asked for {tokens} and {new} new ones")
     if all(hasattr(m, "generate") and m.can_generate() for m in models.values()):  # type: ignore[operator]
         found = measure.decode_and_prefill(models, prompt=tokens, new=new, repeats=repeats, progress=progress)
         for kind in ("prefill", "decode"):

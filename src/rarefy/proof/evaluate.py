@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.errors import DataError
-from rarefy.model.stats import call, on_device
+from rarefy.model.stats import call, evaluating, on_device
 from rarefy.progress import track
 
 
@@ -53,21 +53,22 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -
         if not isinstance(target, Tensor):
             raise DataError(f"accuracy needs (inputs, class) batches or dicts with labels, got {_kind(batch)}")
         out = call(model, batch)
-        right += int((getattr(out, "logits", out).argmax(-1) == target).sum())
-        count += target.numel()
+        best = getattr(out, "logits", out).argmax(-1)
+        if target.dim() == best.dim() + 1 and target.shape[-1] == 1:
+            target = target[..., 0]
+        if best.shape != target.shape:
+            raise DataError(f"accuracy: outputs give classes {tuple(best.shape)}, labels are {tuple(target.shape)}")
+        real = target != -100
+        right += int((best == target)[real].sum())
+        count += int(real.sum())
     if not count:
         raise DataError("no samples to evaluate")
     return right / count
 
 
 def _evaluation(model: nn.Module, data: Iterable[Any], text: str, progress: bool) -> Iterable[Any]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         yield from (on_device(model, batch) for batch in track(data, text, progress))
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _kind(batch: Any) -> str:

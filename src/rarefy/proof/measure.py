@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from rarefy.progress import track
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch counts in none of these
+
 
 @dataclass(frozen=True)
 class Times:
@@ -160,7 +162,18 @@ def _rate(t: Times, tokens: int) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     """Return what a figure depends on: CPU, its vector extensions, threads, versions."""
     flags = cpu_flags()
-    wanted = ["avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi2", "amx_tile", "asimd", "sve"]
+    wanted = [
+        "avx2",
+        "fma",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_vbmi2",
+        "amx_bf16",
+        "asimd",
+        "bf16",
+        "svebf16",
+    ]
     return {
         "cpu": _cpu_name(),
         "extensions": [f for f in wanted if f in flags],
@@ -204,7 +217,9 @@ def threads(count: int | None) -> Iterator[None]:
 
 def sparsity_of(tensor: Tensor) -> float:
     """Return the fraction of exact zeros."""
-    return 1 - int(torch.count_nonzero(tensor)) / max(tensor.numel(), 1)
+    exotic = (tensor.element_size() == 1 and tensor.is_floating_point()) or tensor.dtype in _UNSIGNED
+    countable = (tensor.float() if tensor.is_floating_point() else tensor.to(torch.int64)) if exotic else tensor
+    return 1 - int(torch.count_nonzero(countable)) / max(tensor.numel(), 1)
 
 
 def _cpu_name() -> str:

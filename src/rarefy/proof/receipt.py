@@ -17,8 +17,8 @@ class Receipt:
     """Plain numbers under plain names. Bytes are bytes, times seconds, sparsity a fraction.
 
     quality   metric, before, after, change (relative), allowed (relative loss the recipe permits, or None), passed
-    disk      before, after, ratio, same_precision (dense bytes at the precision of the result)
-    memory    before, after, ratio: parameters and buffers; peak_rss of the process
+    disk      before, after, same_precision (dense bytes at the precision of the result)
+    memory    before, after: parameters and buffers; peak_rss of the process
     sparsity  asked, achieved, weights, zeros, layers: one row a layer
     speed     a row a measurement: what, before, after, unit, with quartiles
     flops     what, before, after

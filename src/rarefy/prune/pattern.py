@@ -30,7 +30,8 @@ REDUCTIONS = {
     "mean": lambda s, n: s.sum(-1) / n,
     "sum": lambda s, n: s.sum(-1),
     "max": lambda s, n: s.amax(-1),
-    "l2": lambda s, n: (s * s).sum(-1).sqrt(),
+    # a square would turn the -inf of what is pruned already into the best of all
+    "l2": lambda s, n: torch.where(s.isneginf().any(-1), float("-inf"), (s * s).sum(-1).sqrt()),
 }
 
 
@@ -84,6 +85,9 @@ def check_sparsity(pattern: Pattern, sparsity: float | None, scope: str | None) 
     """Return the sparsity and scope to use, or raise PatternError for an impossible or idle combination."""
     if scope is not None and scope not in SCOPES:
         raise PatternError(unknown("scope", scope, SCOPES))
+    number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool) and 0 <= sparsity <= 1
+    if sparsity is not None and not number:
+        raise PatternError(f"sparsity is a fraction of zeros between 0 and 1, got {sparsity!r}")
     if pattern.kind == "nm":
         fixed = pattern.fixed_sparsity
         assert fixed is not None
@@ -97,8 +101,6 @@ def check_sparsity(pattern: Pattern, sparsity: float | None, scope: str | None) 
         return fixed, "layer"
     if sparsity is None:
         raise PatternError(f"pattern {str(pattern)!r} needs a sparsity between 0 and 1")
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
-        raise PatternError(f"sparsity is a fraction of zeros between 0 and 1, got {sparsity!r}")
     if pattern.kind in ("row", "column") and scope == "row":
         raise PatternError(
             f"pattern {str(pattern)!r} takes whole lines: scope 'row' is impossible; use layer or global"
@@ -187,7 +189,7 @@ def _units(s: Tensor, pattern: Pattern, reduce: str) -> _Units:
         return _Units(s, None, shape, pattern)
     if pattern.kind in ("row", "column"):
         lines = s.permute(0, 2, 1, 3) if pattern.kind == "row" else s.permute(0, 3, 1, 2)
-        lines = lines.reshape(len(lines), 1, lines.shape[1], -1)
+        lines = lines.flatten(2)[:, None]
         size = torch.full(lines.shape[:3], lines.shape[3], dtype=torch.int64, device=s.device)
         return _Units(REDUCTIONS[reduce](lines, size.float())[..., None], size[..., None], shape, pattern)
     R, C = pattern.a, pattern.b
@@ -238,6 +240,8 @@ def _keep(score: Tensor, size: Tensor | None, sparsity: float) -> Tensor:
 def _keep_rows(u: _Units, sparsity: float) -> Tensor:
     """As `_keep` with the same share in every output row; what rounding leaves goes where it costs least."""
     G, K, rows, n = u.score.shape
+    if not u.score.numel():
+        return torch.ones_like(u.score, dtype=torch.bool)
     score = u.score.permute(0, 2, 1, 3).reshape(G * rows, K * n)
     size = None if u.size is None else u.size.permute(0, 2, 1, 3).reshape(G * rows, K * n)
     width = score.shape[1]
@@ -292,6 +296,7 @@ def _group_mask(s: Tensor, pattern: Pattern) -> Tensor:
     order = groups.argsort(dim=1, descending=True, stable=True)
     first = torch.arange(pattern.b, device=s.device)[None] < pattern.a
     kept = torch.empty_like(groups, dtype=torch.bool).scatter_(1, order, first.expand_as(groups))
+    kept &= groups != float("-inf")
     return kept.reshape(G, K, O, -1)[..., :I].contiguous()
 
 

@@ -49,7 +49,7 @@ def prune_(
     0.5
     """
     plan = patterns.parse(pattern)
-    if score not in SCORES:
+    if not isinstance(score, str) or score not in SCORES:
         raise PatternError(unknown("score", score, SCORES))
     sparsity, scope = patterns.check_sparsity(plan, sparsity, scope or default_scope(plan, score))
     chosen = select(model, layers, ignore)
@@ -58,6 +58,7 @@ def prune_(
     reached = choose_masks(chosen, found, plan, score, sparsity, scope, reduce)
     for layer, mask in zip(chosen, reached):
         set_mask_(layer, mask)
+    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     return report(chosen, plan, sparsity)
 
 

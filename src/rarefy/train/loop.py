@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +135,7 @@ def fit_(
             for module, mode in modes:
                 module.training = mode
             run.restore_rates()
+    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     return Report("trained", tuple(rows), {"epochs": epochs, **best.restore()})
 
 
@@ -158,6 +160,8 @@ class _Run:
         """Train one epoch and return its mean loss."""
         self.model.train()
         batches = data(epoch) if callable(data) else data
+        if not isinstance(batches, Sized) and (self.pruner or self.factor is not LR_SCHEDULES["constant"]):
+            batches = list(batches)  # a schedule needs to know how far it is
         steps = len(batches) if isinstance(batches, Sized) else None
         total, seen = 0.0, 0
         for step, batch in enumerate(track(batches, f"epoch {epoch + 1}/{self.epochs}", self.progress, steps)):
@@ -199,9 +203,11 @@ class _Best:
         self.epoch, self.state = 0, {}
 
     def offer(self, metric: float, epoch: int) -> None:
+        if not math.isfinite(metric):
+            raise ModelError(f"the validation metric is {metric} in epoch {epoch}")
         if self.metric is None or self.sign * metric > self.sign * self.metric:
             self.metric, self.epoch = metric, epoch
-            self.state = {k: v.clone() for k, v in self.model.state_dict().items()}
+            self.state = copy.deepcopy(self.model.state_dict())
 
     def restore(self) -> dict[str, Any]:
         if self.metric is None:
@@ -216,7 +222,7 @@ class _Pruner:
     def __init__(self, model: nn.Module, plan: Gradual, chosen: Sequence[Layer], pattern: Pattern, scope: str):
         self.model, self.plan, self.chosen, self.pattern, self.scope = model, plan, chosen, pattern, scope
         self.left: list[tuple[float, float]] = []  # (training progress, sparsity) still to come
-        self.sparsity = plan.first
+        self.sparsity = 0.0
         self.calibrate: Iterable[Any] | None = None
         self.loss: Loss | None = None
 
@@ -232,12 +238,15 @@ class _Pruner:
         chosen = select(model, plan.layers, plan.ignore)
         stage.refuse_impossible(chosen, pattern)
         way = sparsities(plan.schedule, last, plan.steps, plan.first)
+        if plan.regrow and "gradient" in SCORES[plan.score].needs:
+            raise PatternError(f"score {plan.score!r} sees no gradient beneath a mask: regrow would have no effect")
         if SCORES[plan.score].needs and calibrate is None:
             raise DataError(f"score {plan.score!r} reads statistics: give calibrate=batches")
         self = cls(model, plan, chosen, pattern, scope)
         gap = (plan.end - plan.start) / max(1, plan.steps - 1)
         self.left = [(plan.start + i * gap, s) for i, s in enumerate(way)]
-        self.calibrate, self.loss = calibrate, loss
+        self.calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate
+        self.loss = loss
         return self
 
     @property
