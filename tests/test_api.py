@@ -176,3 +176,40 @@ def test_cast_keeps_ties_and_unsaved_buffers_and_refuses_overflow():
     with pytest.raises(ModelError, match="weight has values that fp16 cannot hold .largest 1e.06."):
         rarefy.cast_(big, "fp16")
     assert big.weight.dtype == torch.float32
+
+
+def test_modes_and_statistics_are_left_as_they_were():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    ).train()
+    before = model[1].running_mean.clone()
+    recipe = {**HALF, "evaluate": {"metric": "accuracy", "latency": {"repeats": 2}}}
+    rarefy.compress_(model, recipe, {"evaluate": image_batches()})
+    assert model.training and torch.equal(before, model[1].running_mean) and model[1].num_batches_tracked == 0
+
+
+def test_a_loader_is_asked_anew_each_epoch():
+    class Loader:
+        asked = 0
+
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            Loader.asked += 1
+            return iter(image_batches())
+
+    rarefy.compress_(Net(), {"stages": [{"train": {"epochs": 4}}]}, {"train": Loader()})
+    assert Loader.asked == 4
+
+
+def test_accuracy_of_labels_in_a_column():
+    model, (x, y) = Net(), image_batches(1)[0]
+    assert accuracy(model, [(x, y[:, None])]) == accuracy(model, [(x, y)])
+    with pytest.raises(DataError, match=r"outputs give classes \(4,\), labels are \(2,\)"):
+        accuracy(model, [(x, y[:2])])
+
+
+def test_cast_names_what_it_knows():
+    with pytest.raises(RecipeError, match="unknown dtype 'bfloat16'; choose from bf16, fp16, fp32"):
+        rarefy.cast_(Net(), "bfloat16")

@@ -177,3 +177,66 @@ def test_a_single_layer_has_an_empty_name():
     rarefy.prune_(layer, sparsity=0.5)
     assert list(masks(layer)) == [""] and get_mask(select(layer)[0]) is not None
     assert list(dict(plain_state(layer))) == ["weight", "bias"] or set(dict(plain_state(layer))) == {"weight", "bias"}
+
+
+class Shared(nn.Module):
+    """A weight that is also a plain parameter of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 8, bias=False)
+        self.w = self.lin.weight
+
+
+def test_a_weight_that_lives_elsewhere_too_is_refused():
+    with pytest.raises(ModelError, match="lin: its weight is also the parameter 'w'"):
+        rarefy.prune_(Shared(), sparsity=0.5)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_adopting_torch_prune_on_a_tied_weight(which):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    torch_prune.l1_unstructured(model[which], "weight", 0.5)
+    assert rarefy.adopt_(model) == ["0"]
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model[0].weight, model[1].weight) and int((model[1].weight == 0).sum()) == 32
+    rarefy.fold_(model)
+    assert model[0].weight is model[1].weight
+
+
+def test_adopt_takes_only_the_layers_it_is_told():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer in model:
+        torch_prune.l1_unstructured(layer, "weight", 0.5)
+    assert rarefy.adopt_(model, layers="0") == ["0"]
+    assert torch_prune.is_pruned(model[1]) and list(masks(model)) == ["0"]
+
+
+def test_a_foreign_parametrization_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.utils.parametrizations.spectral_norm(model[1])
+    with pytest.raises(ModelError, match="1: its weight has a parametrization already"):
+        rarefy.prune_(model, sparsity=0.5, layers="1")
+
+
+def test_weight_norm_is_no_weight_to_prune():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    assert [l.name for l in all_layers(model)] == ["1"]
+
+
+def test_a_lazy_layer_is_named():
+    with pytest.raises(ModelError, match="0 is lazy and has no weight yet|0: a lazy layer"):
+        rarefy.prune_(nn.Sequential(nn.LazyLinear(4)), sparsity=0.5)
+
+
+def test_masks_are_a_snapshot():
+    model = nn.Linear(8, 8)
+    rarefy.prune_(model, sparsity=0.5)
+    before = rarefy.masks(model)[""]
+    rarefy.prune_(model, sparsity=0.75)
+    assert int((~before).sum()) == 32

@@ -172,3 +172,22 @@ def test_convolutions_group_along_input_channels_at_each_kernel_position():
     assert bool((kept == 2).all())
     images = image_batches()
     assert images[0][0].shape[1] == 3
+
+
+@pytest.mark.parametrize("pattern", ["row", "column", "4x1"])
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max", "l2"])
+def test_a_second_pass_adds_to_the_first(pattern, reduce):
+    layer = nn.Linear(32, 32)
+    rarefy.prune_(layer, pattern, sparsity=0.25, reduce=reduce)
+    first = masks(layer)[""]
+    rarefy.prune_(layer, pattern, sparsity=0.5, reduce=reduce)
+    assert not bool((masks(layer)[""] & ~first).any()) and sparsity(masks(layer)[""]) == 0.5
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "column", "4x1"])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+@pytest.mark.parametrize("scope", ["row", "layer", "global"])
+def test_empty_layers(pattern, shape, scope):
+    if scope == "row" and pattern in ("row", "column"):
+        return
+    assert select(torch.rand(shape), pattern, 0.5, scope=scope).shape == shape

@@ -478,16 +478,11 @@ def test_forecast_is_what_saving_takes(make, case, tmp_path):
     assert report.summary["bytes expected"] == pytest.approx(stored(tmp_path / "out"), rel=allowed)
     assert report.summary["bytes now"] == sum(
         v.numel() * v.element_size() for k, v in before.items() if k != "lm_head.weight"
-    ) + unsaved(model)
+    )
     for row in report.rows if make is not Net else ():
         got = rows[f"{row['layer']}.weight"]
         assert got["bytes"] <= row["bytes"] and row["shape"] == got["shape"]
         assert row["expected"] == pytest.approx(got["bytes"], rel=0.05, abs=64)
-
-
-def unsaved(model: nn.Module) -> int:
-    saved = set(model.state_dict())
-    return sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n not in saved)
 
 
 def test_forecast_reads_a_skeleton_without_weights():

@@ -273,3 +273,20 @@ def test_padded_groups_are_reported():
 
 def test_layers_can_be_told_apart():
     assert len(all_layers(Net())) == 5
+
+
+def test_flattened_and_attention_inputs_leave_padding_out():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.attn = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x, attention_mask):
+            return self.fc(x.flatten(0, 1)), self.attn(x, x, x)[0]
+
+    x, mask = torch.randn(2, 3, 8), torch.tensor([[1, 0, 0], [1, 0, 0]])
+    s = stats_of(Flat(), [{"x": x, "attention_mask": mask}])
+    want = x[:, 0].square().sum(0)
+    assert s["fc"].tokens == s["attn.in_proj_weight"].tokens == 2
+    torch.testing.assert_close(s["fc"].in_square.flatten(), want)
+    torch.testing.assert_close(s["attn.in_proj_weight"].in_square[1].flatten(), want)

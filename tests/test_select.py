@@ -123,3 +123,23 @@ def test_attention_projections_are_found():
     assert [l.full_name for l in all_layers(Attention())] == ["attn.in_proj_weight", "attn.out_proj"]
     separate = [l.full_name for l in all_layers(Attention(kdim=4, vdim=4))]
     assert separate == ["attn.q_proj_weight", "attn.k_proj_weight", "attn.v_proj_weight", "attn.out_proj"]
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_the_head_is_known_inside_a_wrapper(wrap):
+    assert not any(l.name.endswith("fc") for l in select(wrap(Net())))
+
+
+def test_a_convolution_can_be_the_head():
+    class Squeeze(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Conv2d(3, 8, 3)
+            self.classifier = nn.Sequential(nn.Dropout(), nn.Conv2d(8, 4, 1))
+
+    assert [l.name for l in select(Squeeze())] == ["features"]
+
+
+def test_selectors_are_words():
+    with pytest.raises(SelectorError, match="a word or a list of words, got 5"):
+        select(Net(), 5)  # type: ignore

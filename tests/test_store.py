@@ -229,3 +229,110 @@ else:
             [sys.executable, "-c", code, str(tmp_path / "m"), what], capture_output=True, text=True, check=True
         ).stdout
     assert 0.9 < float(ran) < 1.2
+
+
+class Pair(nn.Module):
+    def __init__(self, tied: bool):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        if tied:
+            self.b.weight = self.a.weight
+
+
+def test_ties_that_differ_from_the_file(tmp_path):
+    rarefy.save(Pair(False), tmp_path / "apart")
+    with pytest.raises(ContainerError, match=r"b.weight is tied to a.weight in this Pair, but stored apart"):
+        rarefy.load(tmp_path / "apart", Pair(True))
+    rarefy.save(Pair(True), tmp_path / "tied")
+    fresh = rarefy.load(tmp_path / "tied", Pair(False))
+    assert torch.equal(fresh.a.weight, fresh.b.weight) and fresh.a.weight.data_ptr() != fresh.b.weight.data_ptr()
+    assert rarefy.load(tmp_path / "tied", Pair(True)).b.weight.requires_grad
+
+
+def test_a_load_that_fails_changes_nothing(tmp_path):
+    rarefy.save(Net(), tmp_path / "net")
+    model = Wider()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ContainerError):
+        rarefy.load(tmp_path / "net", model)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+def test_a_skeleton_is_filled(tmp_path):
+    model = Tied()
+    rarefy.save(model, tmp_path / "out")
+    with torch.device("meta"):
+        skeleton = Tied()
+    fresh = rarefy.load(tmp_path / "out", skeleton)
+    assert same(model, fresh) and fresh.lm_head.weight is fresh.embed.weight
+
+
+def test_wrong_kinds_are_refused(tmp_path):
+    container.write(
+        tmp_path / "ints", [("weight", rarefy.store.sparse.encode(torch.ones(2, 2, dtype=torch.int64), "dense"))]
+    )
+    with pytest.raises(ContainerError, match="weight is int64 in the folder"):
+        rarefy.load(tmp_path / "ints", nn.Linear(2, 2, bias=False))
+    with pytest.raises(rarefy.RarefyError, match="unknown format 'bitmsk'.*did you mean 'bitmask'"):
+        rarefy.save(Net(), tmp_path / "x", format="bitmsk")
+    rarefy.save(Net(), tmp_path / "net")
+    with pytest.raises(ContainerError, match="is the folder to export from"):
+        rarefy.export(tmp_path / "net", tmp_path / "net", to="safetensors", overwrite=True)
+    with pytest.raises(ModelError, match="holds a Net"):
+        rarefy.export(tmp_path / "net", tmp_path / "y")
+
+
+def test_a_stale_receipt_does_not_travel(tmp_path):
+    model = Net()
+    rarefy.compress_(model, {"stages": [{"prune": {"sparsity": 0.3}}]})
+    rarefy.prune_(model, sparsity=0.9)
+    rarefy.save(model, tmp_path / "out")
+    assert not (tmp_path / "out" / "receipt.json").exists()
+
+
+@pytest.mark.parametrize(
+    "receipt",
+    ['{"sparsity": "y", "name": "n"}', '{"name": "n", "sparsity": {"layers": [{"layer": "0"}]}}', "[" * 100000],
+)
+def test_a_hostile_receipt_is_left_aside(tmp_path, receipt):
+    rarefy.save(Net(), tmp_path / "out")
+    (tmp_path / "out" / "receipt.json").write_text(receipt)
+    rarefy.save(rarefy.load(tmp_path / "out", Net()), tmp_path / "again")
+
+
+def test_a_folder_with_lost_weights_or_a_pickle_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    from rarefy.model import hf
+
+    tiny_llama().save_pretrained(tmp_path / "m")
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if ".layers.1." not in k},
+        tmp_path / "m" / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ModelError, match="weights are missing or of another shape, such as model.layers.1"):
+        hf.load_folder(tmp_path / "m")
+    torch.save(state, tmp_path / "m" / "pytorch_model.bin")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="does not load"):
+        hf.load_folder(tmp_path / "m")
+
+
+def test_a_config_that_asks_for_foreign_code(tmp_path):
+    pytest.importorskip("transformers")
+    from rarefy.model import hf
+
+    model = tiny_llama()
+    structure = hf.structure(model)
+    structure["config"]["attn_implementation"] = structure["config"]["_attn_implementation"] = "evil/kernel"
+    assert type(hf.build(structure)).__name__ == "LlamaForCausalLM"  # the word is not heard
+    model.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(
+        json.dumps({**config, "attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel"})
+    )
+    with pytest.raises(ModelError, match="code of its own|not usable"):
+        hf.load_folder(tmp_path / "m")

@@ -174,3 +174,31 @@ def test_optimizers_by_name():
         optimizer_of("adamx", 0.1)
     with pytest.raises(RecipeError, match="optimizer 'adam' cannot be made with lr=0.1, .'momentum': 0.9."):
         optimizer_of("adam", 0.1, momentum=0.9)
+
+
+def test_a_schedule_runs_through_generators_too():
+    model, data = Net(), image_batches(6)
+    seen = []
+
+    def loss(out, batch):
+        seen.append(sum(int((~m).sum()) for m in rarefy.masks(model).values()))
+        return nn.functional.cross_entropy(out, batch[1])
+
+    fit_(model, lambda epoch: iter(data), prune=Gradual(sparsity=0.9, steps=4, end=0.6), loss=loss)
+    assert len(set(seen)) >= 4 and seen == sorted(seen)
+
+
+def test_what_would_be_wrong_in_silence_is_refused():
+    with pytest.raises(
+        PatternError, match="score 'taylor' sees no gradient beneath a mask: regrow would have no effect"
+    ):
+        fit_(
+            Net(), image_batches(), prune=Gradual(sparsity=0.5, score="taylor", regrow=True), calibrate=image_batches()
+        )
+    with pytest.raises(ModelError, match="the validation metric is nan in epoch 1"):
+        fit_(Net(), image_batches(), validate=lambda m: float("nan"))
+
+
+def test_sparsity_is_reported_as_it_is():
+    plan = Gradual(sparsity=0.9, first=0.5, start=0.9, end=0.9, steps=1)
+    assert [r["sparsity"] for r in fit_(Net(), image_batches(4), epochs=2, prune=plan).rows] == [0.0, 0.9]

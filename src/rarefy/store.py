@@ -256,7 +256,7 @@ def aliases(model: nn.Module) -> dict[str, str]:
         tensor = original(module, leaf)
         if tensor.numel() == 0:
             continue
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if key in first:
             tied[name] = first[key]
         first.setdefault(key, name)
