@@ -225,7 +225,7 @@ def _parse(text: str, name: str) -> _Node:
                 raise RecipeError(f"{name}: aliases (*name) are not part of a recipe: write the value out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEPTH_LIMIT:
-                line = event.start_mark.line + 1
+                line = event.start_mark.line + 1 if event.start_mark else 1
                 raise RecipeError(f"{name}, line {line}: nested deeper than a recipe goes ({DEPTH_LIMIT})")
         root = yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
