@@ -298,6 +298,7 @@ def test_a_hostile_receipt_is_left_aside(tmp_path, receipt):
     rarefy.save(Net(), tmp_path / "out")
     (tmp_path / "out" / "receipt.json").write_text(receipt)
     rarefy.save(rarefy.load(tmp_path / "out", Net()), tmp_path / "again")
+    assert not (tmp_path / "again" / "receipt.json").exists()
 
 
 def test_a_folder_with_lost_weights_or_a_pickle_is_refused(tmp_path):

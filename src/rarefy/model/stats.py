@@ -326,6 +326,7 @@ def _out_proj_hook(parent: nn.MultiheadAttention, add: Callable[[Tensor, Tensor]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run with the model in evaluation mode; each module's own mode comes back afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
