@@ -19,8 +19,8 @@ import yaml
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
 from rarefy.prune import pattern as patterns
 from rarefy.prune.score import SCORES
-from rarefy.train.loop import OPTIMIZERS, optimizer_of
-from rarefy.train.schedule import sparsities
+from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
+from rarefy.train.schedule import SCHEDULES, sparsities
 
 SIZE_LIMIT = 1 << 20
 DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth
@@ -165,8 +165,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": DTYPES,
     "metric": ("perplexity", "accuracy"),
     "format": ("smallest", "dense", "dense+mask", "bitmask", "csr", "csc", "bsr", "nm"),
-    "lr_schedule": ("constant", "linear", "cosine", "one-cycle"),
-    "schedule": ("linear", "cubic", "exponential"),
+    "lr_schedule": tuple(LR_SCHEDULES),
+    "schedule": tuple(SCHEDULES),
     "score": tuple(SCORES),
     "scope": patterns.SCOPES,
     "reduce": tuple(patterns.REDUCTIONS),
