@@ -1,0 +1,120 @@
+"""Gram matrices of layer inputs: H = X X^T, [G, C, C] for G groups and C columns of the weight read as [G, O, C].
+
+C = kernel positions x inputs of a group, kernel positions first, as `rarefy.model.layout` orders a weight. A
+transposed convolution is read as the matrix that it multiplies each input with, before its outputs overlap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.model.select import Layer
+
+PIECE = 256  # columns of one product; products above the diagonal are not computed twice
+ROWS = 8192  # input vectors in one product, so that an fp32 copy or an unfolding stays small
+
+
+@dataclass
+class Gram:
+    """Sums over calibration tokens; additive, so partial ones of several processes may be summed."""
+
+    H: Tensor | None = None  # [G, C, C]; the upper triangle alone until `finish`
+    cross: Tensor | None = None  # [G, C, C] (X - X') X'^T, where X are the dense model's inputs
+    tokens: float = 0.0
+
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add inputs [G, tokens, C], and those of the dense model at the same tokens. O(G tokens C^2 / 2)."""
+        G, n, C = x.shape
+        if self.H is None:
+            self.H = x.new_zeros(G, C, C, dtype=torch.float32)
+        if dense is not None and self.cross is None:
+            self.cross = x.new_zeros(G, C, C, dtype=torch.float32)
+        edges = range(0, C, PIECE) if C >= 2 * PIECE else (0,)
+        width = PIECE if C >= 2 * PIECE else C
+        for rows in range(0, n, ROWS):
+            part = x[:, rows : rows + ROWS].float()
+            for a in edges:
+                b = min(a + width, C)
+                self.H[:, a:b, a:].baddbmm_(part[..., a:b].transpose(1, 2), part[..., a:])
+            if dense is not None:
+                assert self.cross is not None
+                self.cross.baddbmm_((dense[:, rows : rows + ROWS].float() - part).transpose(1, 2), part)
+        self.tokens += n
+
+    @property
+    def diagonal(self) -> Tensor:
+        """[G, C]: sums of squared inputs."""
+        assert self.H is not None
+        return self.H.diagonal(dim1=-2, dim2=-1)
+
+    def finish(self) -> Gram:
+        """Return the mean over tokens with both triangles filled."""
+        assert self.H is not None
+        H = self.H.triu() + self.H.triu(1).transpose(-2, -1)
+        n = max(self.tokens, 1)
+        return Gram(H / n, None if self.cross is None else self.cross / n, self.tokens)
+
+
+def same_columns(layer: Layer, module: nn.Module) -> tuple[Any, ...]:
+    """Return what two layers with the same input tensor must share for their Gram matrices to be the same."""
+    G, K, _, I = layer.layout.shape
+    if layer.layout.kind == "conv":
+        m: Any = module
+        return (G, K, I, m.kernel_size, m.stride, m.padding, m.dilation, m.padding_mode)
+    return (G, 1, I)
+
+
+def columns(layer: Layer, module: Any, x: Any, kept: Tensor | None) -> Tensor:
+    """Return a layer's input as [G, tokens, C]; `kept` [batch, length] marks what is no padding. O(G tokens C)."""
+    G, _, _, I = layer.layout.shape
+    if isinstance(x, tuple):  # queries, keys and values of an attention, each with its own matrix
+        return _stacked([_rows(t, kept, module.batch_first) for t in x], I)
+    if layer.layout.kind == "conv":
+        return _unfold(module, x)
+    if layer.layout.kind == "conv-transposed":
+        x = x if x.dim() == len(module.kernel_size) + 2 else x[None]
+        return x.reshape(len(x), G, I, -1).permute(1, 0, 3, 2).reshape(G, -1, I)
+    batch_first = getattr(module, "batch_first", True)
+    return _rows(x, kept, batch_first)[None]
+
+
+def _rows(x: Tensor, kept: Tensor | None, batch_first: bool) -> Tensor:
+    if kept is not None and not batch_first and x.dim() == 3:
+        x = x.transpose(0, 1)
+    rows = x.reshape(-1, x.shape[-1])
+    fits = x.shape[:2] == kept.shape if kept is not None and x.dim() == 3 else False
+    flat = kept is not None and x.dim() == 2 and len(x) == kept.numel()
+    return rows[kept.flatten().bool()] if kept is not None and (fits or flat) else rows
+
+
+def _stacked(parts: list[Tensor], width: int) -> Tensor:
+    """Rows of different number: zeros add nothing to a Gram matrix."""
+    longest = max(len(p) for p in parts)
+    return torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in parts])
+
+
+def _unfold(m: Any, x: Tensor) -> Tensor:
+    """[N, groups x I, *spatial] -> [groups, windows, kernel positions x I]: a view of windows, copied once."""
+    n = len(m.kernel_size)
+    x = x if x.dim() == n + 2 else x[None]
+    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+    x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
+    for d in range(n):
+        x = x.unfold(2 + d, m.dilation[d] * (m.kernel_size[d] - 1) + 1, m.stride[d])
+    x = x[(..., *(slice(None, None, step) for step in m.dilation))]  # [N, C, *out, *kernel]
+    N, C = x.shape[:2]
+    x = x.reshape(N, m.groups, C // m.groups, *x.shape[2:])
+    order = (1, 0, *range(3, 3 + n), *range(3 + n, 3 + 2 * n), 2)
+    return x.permute(order).reshape(m.groups, N * _product(x.shape[3 : 3 + n]), -1)
+
+
+def _product(sizes: Any) -> int:
+    total = 1
+    for size in sizes:
+        total *= int(size)
+    return total

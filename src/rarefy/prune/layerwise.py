@@ -1,0 +1,216 @@
+"""Pruning with reconstruction: one walk through the model, each group of layers solved on the inputs it really gets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import ModelError
+from rarefy.model.gram import Gram
+from rarefy.model.mask import get_mask
+from rarefy.model.select import Layer
+from rarefy.model.stats import Stats
+from rarefy.model.walk import Group, Stop, walk
+from rarefy.prune import pattern as patterns
+from rarefy.prune import solve
+from rarefy.prune.score import SCORES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How groups are solved.
+
+    solver      obs, admm or refit
+    score       what chooses the mask; None = the solver's own criterion
+    damping     times the mean of diag(H) is added to the diagonal
+    block       columns whose mask is chosen together (obs)
+    steps       ADMM iterations
+    refits      conjugate gradient steps after the mask is fixed (admm, refit)
+    asymmetric  0..1: how far the target moves towards the outputs of the dense model on its own inputs
+    bf16        run the model's forward pass in bf16 where torch allows
+    """
+
+    solver: str
+    score: str | None = None
+    damping: float = 0.01
+    block: int = 128
+    steps: int = 24
+    refits: int = 10
+    asymmetric: float = 0.0
+    bf16: bool = False
+
+
+def layerwise_(
+    model: nn.Module,
+    data: Iterable[Any],
+    groups: Sequence[Group],
+    plan: patterns.Pattern,
+    sparsity: Mapping[str, float],
+    scope: str,
+    settings: Settings,
+    given: Mapping[str, Tensor] | None = None,
+) -> Iterable[tuple[Group, dict[str, Tensor], list[dict[str, Any]]]]:
+    """Solve each group in place and yield (group, its masks as stored, a row a layer) when it is done.
+
+    sparsity  by layer name
+    given     masks chosen beforehand, by layer name
+    """
+    cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if settings.bf16 else nullcontext()
+    with cast:
+        for stop in walk(model, data, groups, dense=settings.asymmetric > 0):
+            with torch.autocast("cpu", enabled=False):
+                masks, rows = _solve(stop, plan, sparsity, scope, settings, given or {})
+            yield stop.group, masks, rows
+
+
+def _solve(
+    stop: Stop,
+    plan: patterns.Pattern,
+    sparsity: Mapping[str, float],
+    scope: str,
+    s: Settings,
+    given: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    began = time.perf_counter()
+    layers = stop.group.layers
+    W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
+    if not torch.isfinite(W).all():
+        raise ModelError(f"{', '.join(l.full_name for l in layers)}: NaN or inf in its weights")
+    chosen = [_Chooser(l, plan, sparsity[l.full_name], scope, given.get(l.full_name)) for l in layers]
+    widths = [c.rows for c in chosen]
+
+    def choose(score: Tensor, a: int, b: int) -> Tensor:
+        return torch.cat([c(part, a, b) for c, part in zip(chosen, score.split(widths, 1))], 1)
+
+    H = stop.gram.H
+    assert H is not None
+    used = s.damping
+    if s.solver == "obs":
+        U, used = solve.inverse_factor(H, s.damping)
+        target = _target(W, H, stop.gram, s)
+        edges = chosen[0].edges(s.block)
+        if plan.kind in ("row", "column"):  # a line crosses all blocks: its mask comes first
+            mask = choose((W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square(), 0, W.shape[-1])
+            new, mask = solve.obs(target, U, lambda _, a, b: mask[..., a:b], edges)
+        else:
+            new, mask = solve.obs(target, U, choose, edges)
+    else:
+        Hd = solve.damped(H, s.damping)
+        target = _target(W, H, stop.gram, s)
+        if s.solver == "admm":
+            new, mask = solve.admm(target, Hd, choose, steps=s.steps, refits=s.refits)
+        else:
+            mask = choose(_scores(layers, s.score or "wanda", W, stop.gram), 0, W.shape[-1])
+            new = solve.refit(target, target, Hd, mask, s.refits)
+    error = solve.error(new, W, H).sum(0).split(widths)
+    energy = solve.error(torch.zeros_like(W), W, H).sum(0).split(widths)
+    seconds = (time.perf_counter() - began) / len(layers)
+    masks, rows = {}, []
+    for layer, w, m, e, all_ in zip(layers, new.split(widths, 1), mask.split(widths, 1), error, energy):
+        shape = tuple(layer.original.shape)
+        stop.weights[layer.full_name] = stored(layer, w, shape).to(layer.original.dtype)
+        masks[layer.full_name] = stored(layer, m, shape)
+        rows.append(
+            {
+                "layer": layer.full_name,
+                "error": float(e.sum() / all_.sum().clamp(min=1e-30)),
+                "damping": used,
+                "seconds": seconds,
+            }
+        )
+    return masks, rows
+
+
+def _target(W: Tensor, H: Tensor, gram: Gram, s: Settings) -> Tensor:
+    if not s.asymmetric or gram.cross is None:
+        return W
+    return solve.shifted(W, solve.damped(H, max(s.damping, 0.01)), gram.cross, s.asymmetric)
+
+
+def _scores(layers: Sequence[Layer], score: str, W: Tensor, gram: Gram) -> Tensor:
+    """The score of each layer by itself, [G, O, C]."""
+    parts = []
+    for layer, w in zip(layers, W.split([l.layout.shape[2] for l in layers], 1)):
+        G, K, _, I = layer.layout.shape
+        square = gram.diagonal.reshape(G, K if gram.diagonal.shape[1] == K * I else 1, 1, I)
+        found = SCORES[score].of(four(layer, w), Stats(in_square=square, tokens=1))
+        parts.append(flat(found))
+    return torch.cat(parts, 1)
+
+
+class _Chooser:
+    """Masks of one layer, for all its columns or a block of them at a time, with exact counts over all blocks."""
+
+    def __init__(self, layer: Layer, plan: patterns.Pattern, sparsity: float, scope: str, given: Tensor | None):
+        self.layer, self.plan, self.sparsity, self.scope = layer, plan, sparsity, scope
+        self.G, self.K, self.O, self.I = layer.layout.shape
+        if layer.layout.kind == "conv-transposed":  # its outputs at each kernel position are rows
+            self.O, self.K = self.O * self.K, 1
+        self.rows, self.pruned = self.O, 0
+        before = get_mask(layer)
+        self.before = None if before is None else matrix(layer, before)
+        self.given = None if given is None else matrix(layer, given)
+
+    def __call__(self, score: Tensor, a: int, b: int) -> Tensor:
+        if self.given is not None:
+            return self.given[..., a:b]
+        if self.before is not None:
+            score = score.masked_fill(~self.before[..., a:b], float("-inf"))
+        width = min(self.I, b - a)
+        tall = score.reshape(self.G, self.O, -1, width).transpose(1, 2)
+        if self.layer.layout.kind == "conv-transposed":
+            tall = four(self.layer, score)
+        share = self.sparsity
+        whole = b - a == self.K * self.I
+        if not whole and self.plan.kind == "unstructured":
+            entries = self.G * self.O
+            share = (round(share * entries * b) - self.pruned) / (entries * (b - a))
+            share = min(1.0, max(0.0, share))
+        mask = patterns.masks_at([tall], self.plan, share, self.scope)[0]
+        if self.layer.layout.kind == "conv-transposed":
+            mask = flat(mask, True)
+        else:
+            mask = mask.transpose(1, 2).reshape(score.shape)
+        if not whole:
+            self.pruned += int((~mask).sum())
+        return mask
+
+    def edges(self, block: int) -> list[int]:
+        """Where blocks of about `block` columns begin: within a kernel position at whole groups or blocks of the
+        pattern, or at whole kernel positions where these are small."""
+        C = self.K * self.I
+        if block >= self.I:
+            step = max(1, block // self.I) * self.I
+            return [*range(0, C, step), C]
+        unit = {"nm": self.plan.b, "block": self.plan.b}.get(self.plan.kind, 1)
+        step = max(1, block // unit) * unit
+        return [*(k * self.I + i for k in range(self.K) for i in range(0, self.I, step)), C]
+
+
+def matrix(layer: Layer, weight: Tensor) -> Tensor:
+    """Return a weight (as stored) as [G, O, C]; a transposed convolution has its kernel positions among the rows."""
+    return flat(layer.layout.view(weight), layer.layout.kind == "conv-transposed")
+
+
+def flat(view: Tensor, positions_are_rows: bool = False) -> Tensor:
+    """[G, K, O, I] -> [G, O, K I], or [G, K O, I]."""
+    return view.flatten(1, 2) if positions_are_rows else view.transpose(1, 2).flatten(2)
+
+
+def four(layer: Layer, W: Tensor) -> Tensor:
+    """[G, O, C] -> [G, K, O, I]."""
+    G, K, O, I = layer.layout.shape
+    if layer.layout.kind == "conv-transposed":
+        return W.reshape(G, K, O, I)
+    return W.reshape(G, O, K, I).transpose(1, 2)
+
+
+def stored(layer: Layer, W: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[G, O, C] -> as stored: the inverse of `matrix`."""
+    return layer.layout.unview(four(layer, W), shape)

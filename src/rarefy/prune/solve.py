@@ -1,0 +1,169 @@
+"""Solvers: move the kept weights of one layer so that its outputs on the calibration set stay. A page of a paper each.
+
+    W        [G, O, C]   weights of G groups, O outputs, C inputs (a convolution's columns are kernel position x input)
+    target   [G, O, C]   the weights whose outputs are wanted: the dense ones, or `shifted` ones
+    H        [G, C, C]   Gram matrix X X^T of the inputs, here always with its damping already added (see `damped`)
+    mask     [G, O, C]   True = kept
+
+The error of a layer is || (W' - target) X ||^2 = sum of diag((W' - target) H (W' - target)^T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Choose = Callable[[Tensor, int, int], Tensor]  # score [G, O, b - a] of columns a to b -> mask of the same shape
+LADDER = (1.0, 10.0, 100.0, 1000.0)
+
+
+def error(W: Tensor, target: Tensor, H: Tensor) -> Tensor:
+    """Return the squared error [G, O] of each output row over the calibration set. O(G O C^2).
+
+    >>> error(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), torch.eye(2)[None])
+    tensor([[2.]])
+    """
+    D = W - target
+    return ((D @ H) * D).sum(-1)
+
+
+def damped(H: Tensor, damping: float) -> Tensor:
+    """Return H + damping x mean(diag H) I: inputs that were always zero get a little weight of their own. O(G C^2)."""
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return H + torch.diag_embed((damping * mean)[:, None].expand(H.shape[:-1]))
+
+
+def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Return U, upper triangular with U^T U = (H + damping x mean(diag H) I)^-1, and the damping that was needed.
+
+    One Cholesky and one triangular inverse: with J the exchange matrix, J H J = L L^T makes R = J L J upper with
+    H = R R^T, so U = R^-1. Where Cholesky fails the damping climbs `LADDER`; ArithmeticError if all fail. O(G C^3).
+
+    >>> U, used = inverse_factor(torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]), 0.0)
+    >>> U[0].diagonal(), used
+    (tensor([0.5000, 1.0000]), 0.0)
+    """
+    for step in LADDER:
+        L, info = torch.linalg.cholesky_ex(damped(H, damping * step).flip(-2, -1))
+        if not info.any() and torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all():
+            eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+            return torch.linalg.solve_triangular(L.flip(-2, -1), eye.expand_as(H), upper=True), damping * step
+    raise ArithmeticError(f"not positive definite even with damping {damping * LADDER[-1]:g}")
+
+
+def obs(target: Tensor, U: Tensor, choose: Choose, edges: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return (weights, mask) of SparseGPT (Frantar and Alistarh 2023, algorithm 1): columns left to right, the mask
+    of each block of columns chosen by w^2 / U_jj^2 when its turn comes, the error of each pruned weight spread over
+    the columns to its right.
+
+    U      from `inverse_factor`
+    choose mask of one block of columns; `lambda score, a, b: mask[..., a:b]` for a mask that is given
+    edges  where blocks begin, from 0 to C, such as range(0, C + 1, 128)
+
+    O(G O C^2) besides the factor.
+    """
+    W = target.transpose(-2, -1).contiguous()  # [G, C, O]: a column of weights is contiguous
+    mask = torch.empty_like(W, dtype=torch.bool)
+    d = U.diagonal(dim1=-2, dim2=-1)[..., None]  # [G, C, 1]
+    for a, b in pairwise(edges):
+        score = (W[:, a:b] / d[:, a:b]).square()
+        kept = choose(score.transpose(-2, -1), a, b).transpose(-2, -1)
+        mask[:, a:b] = kept
+        gone = (~kept).to(W.dtype) / d[:, a:b]
+        E = torch.zeros_like(W[:, a:b])  # what pruning column j moves: w_j / U_jj
+        inner = U[:, a:b, a:b].transpose(-2, -1).contiguous()
+        for j in range(b - a):
+            w = W[:, a + j : a + j + 1]
+            if j:
+                w = torch.baddbmm(w, inner[:, j : j + 1, :j], E[:, :j], alpha=-1)
+            E[:, j] = w[:, 0] * gone[:, j]
+        W[:, a:b].baddbmm_(inner, E, alpha=-1)
+        W[:, b:].baddbmm_(U[:, a:b, b:].transpose(-2, -1), E, alpha=-1)
+    W = torch.where(mask, W, 0.0)
+    return W.transpose(-2, -1).contiguous(), mask.transpose(-2, -1).contiguous()
+
+
+def refit(W: Tensor, target: Tensor, H: Tensor, mask: Tensor, steps: int = 10) -> Tensor:
+    """Return the kept weights moved towards least squares on their mask: `steps` of conjugate gradients, all rows at
+    once, preconditioned by diag(H) (Meng 2024, section 3.3). No row's error rises above that of W x mask.
+
+    O(steps G O C^2).
+    """
+    start = torch.where(mask, W, 0.0)
+    X, M = start.clone(), mask.to(W.dtype) / H.diagonal(dim1=-2, dim2=-1)[:, None].clamp(min=torch.finfo(W.dtype).tiny)
+    full = (target - X) @ H
+    before = (full * (target - X)).sum(-1)
+    R = torch.where(mask, full, 0.0)
+    P = R * M
+    rz = (R * P).sum(-1, keepdim=True)
+    for _ in range(steps):
+        Q = P @ H
+        curve = (P * Q).sum(-1, keepdim=True)
+        alpha = torch.where(curve > 0, rz / curve, 0.0)
+        X.addcmul_(alpha, P)
+        R = torch.where(mask, R.addcmul_(alpha, Q, value=-1), 0.0)
+        Z = R * M
+        new = (R * Z).sum(-1, keepdim=True)
+        P = torch.where(rz > 0, new / rz, 0.0) * P + Z
+        rz = new
+    worse = ~(error(X, target, H) <= before)  # rounding, or NaN
+    return torch.where(worse[..., None], start, X)
+
+
+def admm(
+    target: Tensor,
+    H: Tensor,
+    choose: Choose,
+    *,
+    steps: int = 24,
+    rho: float = 0.1,
+    start: Tensor | None = None,
+    refits: int = 10,
+) -> tuple[Tensor, Tensor]:
+    """Return (weights, mask) of l0-constrained least squares by ADMM (ALPS, Meng 2024, eq. 4 and 5), then `refit`.
+
+    Columns are scaled to diag(H) = 1, so that the projection ranks by |w_j| ||x_j|| and damping and rho know no
+    units. One eigendecomposition serves every rho. rho grows while the support still moves and the run ends early once
+    it rests. start: weights to begin from (default: the target). O(steps G O C^2 + G C^3).
+    """
+    scale = H.diagonal(dim1=-2, dim2=-1).sqrt()[:, None]  # [G, 1, C]
+    Hn = H / (scale.transpose(-2, -1) * scale)
+    values, Q = torch.linalg.eigh(Hn)
+    T = target * scale
+    goal = T @ Hn
+    C = T.shape[-1]
+    V, mask = torch.zeros_like(T), None
+    D = T if start is None else start * scale
+    mask = choose(D.square(), 0, C)
+    D = torch.where(mask, D, 0.0)
+    settled = 0
+    A = None
+    for step in range(steps):
+        if A is None:
+            A = (Q / (values.clamp(min=0) + rho)[:, None]) @ Q.transpose(-2, -1)
+        X = (goal - V + rho * D) @ A
+        moved = choose((X + V / rho).square(), 0, C)
+        changed = (moved ^ mask).float().mean().item()
+        D, mask = torch.where(moved, X + V / rho, 0.0), moved
+        V = V + rho * (X - D)
+        settled = settled + 1 if changed == 0 else 0
+        if settled >= 3:
+            break
+        if step % 3 == 2:
+            grow = 1.3 if changed > 0.01 else 1.2 if changed > 0.001 else 1.1
+            rho, A = rho * grow, None
+    return refit(D / scale, target, H, mask, refits), mask
+
+
+def shifted(W: Tensor, H: Tensor, cross: Tensor, amount: float) -> Tensor:
+    """Return the target W + amount x W (X - X') X'^T H^-1, whose symmetric problem on the compressed inputs X' is the
+    asymmetric one: || W' X' - W X ||^2 for amount 1 (Li 2025, GPTAQ; the shift is shrunk because it overfits).
+
+    H      [G, C, C] Gram matrix of X', damped
+    cross  [G, C, C] (X - X') X'^T
+    """
+    L = torch.linalg.cholesky(H)
+    return W + amount * torch.cholesky_solve((W @ cross).transpose(-2, -1), L).transpose(-2, -1)

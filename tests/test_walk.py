@@ -1,0 +1,209 @@
+"""The walk against a model run from the start for every layer, and Gram matrices against written-out products."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conftest import Attention, Net
+from rarefy.errors import DataError, ModelError
+from rarefy.model.gram import PIECE, Gram, columns
+from rarefy.model.select import all_layers, select
+from rarefy.model.stats import call
+from rarefy.model.walk import order, taps, walk
+from rarefy.prune.layerwise import matrix
+
+
+@pytest.mark.parametrize("C", [5, 2 * PIECE, 2 * PIECE + 3])
+def test_gram_of_pieces_and_parts(C):
+    x, dense = torch.randn(2, 9, C), torch.randn(2, 9, C)
+    g = Gram()
+    g.add(x[:, :4], dense[:, :4])
+    g.add(x[:, 4:], dense[:, 4:])
+    done = g.finish()
+    torch.testing.assert_close(done.H, x.transpose(1, 2) @ x / 9)
+    torch.testing.assert_close(done.cross, (dense - x).transpose(1, 2) @ x / 9)
+    assert done.tokens == 9
+
+
+LAYERS = [
+    (nn.Linear(5, 3), (2, 4, 5)),
+    (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 9, 8)),
+    (nn.Conv2d(4, 6, (3, 2), padding=(2, 0), dilation=(2, 1), groups=2), (2, 4, 9, 8)),
+    (nn.Conv2d(4, 4, 3, groups=4, padding="same"), (2, 4, 9, 8)),
+    (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (4, 9, 8)),
+    (nn.Conv1d(4, 6, 3, padding=2, stride=2, dilation=2), (2, 4, 11)),
+    (nn.Conv3d(2, 4, 2, groups=2), (2, 2, 4, 5, 6)),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), LAYERS, ids=lambda v: repr(v))
+def test_weights_times_columns_are_the_outputs(module, shape):
+    layer = all_layers(module)[0]
+    x = torch.randn(shape)
+    cols = columns(layer, module, x, None)  # [G, n, C]
+    out = (matrix(layer, module.weight) @ cols.transpose(1, 2)).detach()  # [G, O, n]
+    y = (module(x) - module.bias.reshape(-1, *[1] * (module.weight.dim() - 2))).detach()
+    if isinstance(module, nn.Linear):
+        torch.testing.assert_close(out[0].T.reshape(y.shape), y)
+    else:
+        y = y if y.dim() == module.weight.dim() else y[None]
+        want = y.transpose(0, 1).reshape(layer.layout.shape[0], layer.layout.shape[2], -1)
+        torch.testing.assert_close(out, want)
+
+
+def test_transposed_convolution_is_its_products_before_they_overlap():
+    module = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2, bias=False)  # stride = kernel: nothing overlaps
+    x = torch.randn(2, 4, 3, 3)
+    layer = all_layers(module)[0]
+    out = matrix(layer, module.weight) @ columns(layer, module, x, None).transpose(1, 2)  # [G, K O, n]
+    out = out.reshape(2, 2, 2, 3, 2, 3, 3)  # G, kh, kw, O, N, H, W
+    want = module(x).reshape(2, 2, 3, 3, 2, 3, 2).permute(1, 4, 6, 2, 0, 3, 5)
+    torch.testing.assert_close(out, want)
+
+
+class Twice(nn.Module):
+    """A layer used twice, one that only some batches reach, and two that share an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        x = self.a(x).relu()
+        x = self.b(x) * self.c(x)
+        return self.d(x) if x.sum() > 0 else x
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+MODELS = [
+    (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), (3, 6)),
+    (Net, (3, 3, 8, 8)),
+    (Attention, (3, 5, 8)),
+    (Twice, (3, 6)),
+    (Mixed, (3, 5, 8)),
+]
+
+
+def oracle(make, model, data, name):
+    """The mean Gram matrix of the inputs that a layer gets in the model as it is now, over all its calls."""
+    fresh = make().eval()
+    fresh.load_state_dict(model.state_dict())
+    layer = next(l for l in all_layers(fresh) if l.full_name == name)
+    found = []
+    with torch.no_grad(), taps(fresh, [layer], lambda l, m, x: found.append(columns(l, m, x, None))):
+        for batch in data:
+            call(fresh, batch)
+    x = torch.cat(found, 1)
+    return x.transpose(1, 2) @ x / x.shape[1]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("make", "shape"), MODELS)
+def test_every_layer_sees_the_model_as_it_has_become(make, shape, dense):
+    model = make().eval()
+    data = [torch.randn(shape) for _ in range(3)]
+    layers = all_layers(model)
+    groups = order(model, data[0], layers)
+    assert sorted(l.full_name for g in groups for l in g.layers) == sorted(l.full_name for l in layers)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for stop in walk(model, data, groups, dense=dense):
+        for layer in stop.group.layers:
+            torch.testing.assert_close(stop.gram.H, oracle(make, model, data, layer.full_name))
+            stop.weights[layer.full_name] = layer.original.detach() * 0.8
+        if dense and stop.group.calls == 1:
+            assert stop.gram.cross is not None
+    for layer in layers:
+        name = f"{layer.name}.{layer.param}".lstrip(".")
+        torch.testing.assert_close(layer.original.detach(), before[name] * 0.8)
+    out = model(data[0])
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert torch.isfinite(out).all()
+
+
+def test_the_dense_stream_runs_the_untouched_model():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    data = [torch.randn(5, 6) for _ in range(2)]
+    x = torch.cat(data)
+    dense = model[1](model[0](x)).detach()
+    for stop in walk(model, data, order(model, data[0], all_layers(model)), dense=True):
+        if stop.group.layers[0].name == "0":
+            torch.testing.assert_close(stop.gram.cross, torch.zeros(1, 6, 6))
+            stop.weights["0"] = model[0].weight.detach() * 0.5
+        else:
+            now = model[1](model[0](x)).detach()
+            torch.testing.assert_close(stop.gram.cross[0], (dense - now).T @ now / 10)
+
+
+def test_one_forward_pass_is_enough():
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(5)])
+    calls = []
+    for m in model:
+        m.register_forward_hook(lambda *_: calls.append(1))
+    data = [torch.randn(2, 4) for _ in range(3)]
+    groups = order(model, data[0], all_layers(model))
+    calls.clear()
+    for _ in walk(model, data, groups):
+        pass
+    assert len(calls) == 5 * 3
+
+
+def test_layers_with_one_input_share_a_stop():
+    model = Twice().eval()
+    groups = order(model, torch.ones(2, 6), all_layers(model))
+    assert [[l.name for l in g.layers] for g in groups] == [["a"], ["b", "c"], ["d"]]
+    assert groups[0].calls == 2
+
+
+def test_padding_is_left_out():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, attention_mask):
+            return self.fc(x)
+
+    model, x = Masked(), torch.randn(2, 3, 4)
+    kept = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = {"x": x, "attention_mask": kept}
+    [stop] = walk(model, [batch], order(model, batch, all_layers(model)))
+    rows = x[kept.bool()]
+    torch.testing.assert_close(stop.gram.H[0], rows.T @ rows / 3)
+
+
+def test_what_is_never_reached_and_what_is_not_finite():
+    model = Twice().eval()
+    with torch.no_grad():
+        for layer, bias in ((model.b, -1), (model.c, 1)):
+            layer.weight.zero_()
+            layer.bias.fill_(bias)
+    data = [torch.randn(2, 6)]
+    with pytest.raises(DataError, match=r"d was never called on the calibration data: ignore it"):
+        list(walk(model, data, order(model, data[0], all_layers(model))))
+    with pytest.raises(ModelError, match="a: NaN or inf in its inputs on calibration batch 1"):
+        list(walk(model, [*data, data[0] / 0], order(model, data[0], select(model, "a"))))
+    with pytest.raises(DataError, match="a was never called"):
+        list(walk(model, [], order(model, data[0], select(model, "a"))))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_walk_that_is_left_early_leaves_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.train()
+    steps = walk(model, [torch.randn(2, 4)], order(model, torch.randn(2, 4), all_layers(model)))
+    next(iter(steps))
+    steps.close()
+    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
+    assert F.mse_loss(model(torch.zeros(1, 4)), model(torch.zeros(1, 4))) == 0
