@@ -104,11 +104,11 @@ def test_language_models_get_their_labels():
     assert receipt.quality["before"] > 1 and len(receipt.speed) == 2
 
 
-@pytest.mark.parametrize(("allowed", "passed"), [(0.0, False), (1e9, True), (None, None)])
+@pytest.mark.parametrize(("allowed", "passed"), [(0.0, False), (1.0, True), (None, None)])
 def test_a_check_on_quality(allowed, passed):
     pytest.importorskip("transformers")
     model, data = tiny_llama(), [{"input_ids": torch.randint(0, 64, (2, 12))}]
-    recipe = {"stages": [{"prune": {"sparsity": 0.9}}], "evaluate": {"metric": "perplexity", "at_most_worse": allowed}}
+    recipe = {"stages": [{"prune": {"sparsity": 0.6}}], "evaluate": {"metric": "perplexity", "at_most_worse": allowed}}
     # prune towards worse: the tiny model is random, so make its own text likely first
     rarefy.fit_(
         model,
@@ -127,7 +127,7 @@ def test_a_check_on_quality(allowed, passed):
             {"stages": [{"prune": {"score": "wanda", "sparsity": 0.5}}]},
             None,
             DataError,
-            "no calibrate data: pass data=.'calibrate': batches.",
+            "no calibrate data: name it in the recipe, or pass data=.'calibrate': batches.",
         ),
         ({"stages": [{"train": {}}]}, None, DataError, "no train data"),
         ({**HALF, "evaluate": {"metric": "accuracy"}}, None, DataError, "no evaluate data"),

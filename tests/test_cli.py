@@ -261,8 +261,8 @@ def test_a_failed_check_is_exit_code_1_and_writes_the_folder(run, given, tmp_pat
     assert ran.err.rstrip().endswith("check failed: perplexity got worse than the recipe allows")
     assert json.loads((tmp_path / "out" / "receipt.json").read_text())["quality"]["passed"] is False
     assert rarefy.load(tmp_path / "out")
-    ran = run(*words, "--set", "at_most_worse=9.0", "--force")
-    assert ran.code == 0 and "within 900%" in ran.out
+    ran = run(*words, "--set", "at_most_worse=1.0", "--force")
+    assert ran.code == 0 and "within 100%" in ran.out
 
 
 # what is wrong
@@ -478,7 +478,11 @@ def test_export_errors(run, packed, tmp_path):
     assert ran.code == 2 and "'onnx': choose from hf, safetensors" in ran.err and not list(tmp_path.iterdir())
     rarefy.save(Net(), tmp_path / "net")
     ran = run("export", tmp_path / "net", "-o", tmp_path / "x")
-    assert ran.code == 2 and "holds a Net: pass model=Net(...)" in ran.err and not (tmp_path / "x").exists()
+    assert (
+        ran.code == 2
+        and "holds a Net, which is built in Python: rarefy.load(" in ran.err
+        and not (tmp_path / "x").exists()
+    )
     assert run("export", tmp_path / "net", "-o", tmp_path / "x", "--to", "safetensors").code == 0
     before = tree(tmp_path / "x")
     ran = run("export", packed, "-o", tmp_path / "x", "--to", "safetensors")

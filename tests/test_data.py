@@ -182,7 +182,7 @@ def test_a_folder_without_classes(tmp_path):
     pytest.importorskip("torchvision")
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.png").write_bytes(b"x")
-    with pytest.raises(DataError, match="data: .*flat is no folder of class folders of images: "):
+    with pytest.raises(DataError, match="data: the folder '.*flat' has no folders of images, one a class"):
         read(tmp_path, "flat")
     (tmp_path / "flat" / "cat").mkdir()
     with pytest.raises(DataError, match="data: .*flat is no folder of class folders of images: "):
@@ -205,9 +205,9 @@ def test_without_torchvision(tmp_path, monkeypatch):
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
-    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics" / "cat").mkdir(parents=True)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match=r"a folder of images needs torchvision: pip install 'rarefy\[vision\]'"):
+    with pytest.raises(DataError, match=r"a folder of images needs torchvision: pip install '.\[vision\]'"):
         read(tmp_path, "pics")
 
 
@@ -261,12 +261,12 @@ ERRORS = [
     ("nosuffix", {}, r"data: cannot read 'nosuffix'; known are"),
     ("latin.txt", {}, r"data: .*latin.txt is not readable as .txt: .*utf-8"),
     ("cut.npz", {}, r"data: .*cut.npz is not readable as .npz: "),
-    ("junk.npz", {}, r"data: .*junk.npz is not readable as .npz: "),
+    ("junk.npz", {}, r"data: .*junk.npz is not readable as .npz$"),
     ("empty.npz", {}, r"data: .*empty.npz is not readable as .npz: "),
     ("cut.safetensors", {}, r"data: .*cut.safetensors is not readable as .safetensors: "),
-    ("object.npz", {}, r"data: .*object.npz is not readable as .npz: .*allow_pickle=False"),
+    ("object.npz", {}, r"data: .*object.npz is not readable as .npz$"),
     ("pickle.npz", {}, r"data: .*pickle.npz is not readable as .npz: "),
-    ("pickle2.npz", {}, r"data: .*pickle2.npz is not readable as .npz: .*pickle"),
+    ("pickle2.npz", {}, r"data: .*pickle2.npz is not readable as .npz$"),
     ("text.npz", {}, r"data: .*text.npz is not readable as .npz: "),
     ("none.npz", {}, r"data .*none.npz holds no tensors"),
     ("ragged.npz", {}, r"data .*ragged.npz: tensors need the same first dimension, more than 0; got x \(4, 2\), y \(3,\)"),

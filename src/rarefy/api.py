@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from rarefy import data as sources
 from rarefy import recipe as recipes
-from rarefy.errors import DataError, ModelError, RecipeError, unknown
+from rarefy.errors import DataError, ModelError, RarefyError, RecipeError, unknown
 from rarefy.model import hf
 from rarefy.model.mask import fold_, plain_state
 from rarefy.model.select import all_layers, select
-from rarefy.model.stats import Loss, call, evaluating, on_device
+from rarefy.model.stats import Loss, call, check_batches, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS
@@ -27,7 +27,7 @@ from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
 from rarefy.prune.pattern import check_sparsity, parse
 from rarefy.prune.score import SCORES
-from rarefy.prune.stage import prune_, report
+from rarefy.prune.stage import check_weights, prune_, refuse_impossible, report
 from rarefy.store import aliases, pack
 from rarefy.train.loop import Gradual, fit_, optimizer_of
 
@@ -59,6 +59,7 @@ def compress_(
     """
     began = time.perf_counter()
     plan = recipes.load(recipe, **overrides)
+    check_stages(model, plan)
     given = _Given(plan, data, tokenizer, base)
     if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
@@ -82,6 +83,20 @@ def compress_(
     receipt = _receipt(plan, model, before, after, rows, speed, reports, time.perf_counter() - began)
     model.rarefy_receipt = receipt  # type: ignore[assignment]
     return receipt
+
+
+def check_stages(model: nn.Module, plan: recipes.Recipe) -> None:
+    """Raise what a stage would raise for its selectors, pattern and weights, with the stage named; O(weights)."""
+    for number, stage in enumerate(plan.stages, 1):
+        prune = stage.prune if isinstance(stage, recipes.Train) else stage
+        if not isinstance(prune, recipes.Prune):
+            continue
+        try:
+            chosen = select(model, prune.layers, prune.ignore)
+            refuse_impossible(chosen, parse(prune.pattern))
+            check_weights(chosen)
+        except RarefyError as error:
+            raise type(error)(f"{error} [recipe {plan.name}, stage {number}]") from None
 
 
 def cast_(model: nn.Module, dtype: str) -> Report:
@@ -122,15 +137,22 @@ class _Given:
             wrong = set(data) - known
             if wrong:
                 raise DataError(f"data has {', '.join(sorted(wrong))}; known are {', '.join(sorted(known))}")
+            for purpose, batches in data.items():
+                if not callable(batches):
+                    check_batches(batches, f"data[{purpose!r}]")
             self.found = {k: _reusable(v) for k, v in data.items()}
         else:
+            if data is not None and not callable(data):
+                check_batches(data)
             self.found = {} if data is None else {k: _reusable(data) for k in ("calibrate", "train")}
 
     def batches(self, purpose: str) -> Any:
         if purpose not in self.found:
             source, settings = self._named(purpose)
             if source is None:
-                raise DataError(f"no {purpose} data: pass data={{{purpose!r}: batches}}, or name it in the recipe")
+                raise DataError(
+                    f"no {purpose} data: name it in the recipe, or pass data={{{purpose!r}: batches}} (shell: --data)"
+                )
             seed = getattr(settings, "seed", 0)
             samples = settings.train_samples if purpose == "train" else settings.samples
             take = sources.Take(samples=samples, tokens=settings.tokens, batch=settings.batch, seed=seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,23 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads for torch; by 
 Seed = Annotated[int | None, typer.Option(help="Seed of the recipe and its data; the recipe's own by default.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that exists.")]
 ModelPath = Annotated[str, typer.Argument(help="A Hugging Face folder, a folder of ours, or a built-in name.")]
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        from rarefy import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -63,8 +82,16 @@ def compress(
     plan = _plan(recipe, change, data, eval_data, seed)
     source = _source(model)
     if dry_run:
+        from rarefy.data import find
         from rarefy.plan import forecast
 
+        base = Path(recipe).parent if Path(recipe).is_file() else None
+        if out is not None:
+            check_target(out, force)
+        for purpose, source_ in (("calibrate", plan.data), ("train", plan.data), ("data", plan.evaluate)):
+            named = getattr(source_, purpose, None)
+            if named is not None:
+                find(named, base, purpose)
         _show(forecast(_skeleton(source), plan), as_json, quiet)
         return
     if out is None:
@@ -173,17 +200,21 @@ def doctor(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Run the command line; user errors are one line and exit code 2, Ctrl-C is 130."""
+    """Run the command line; user errors are one line and exit code 2, Ctrl-C is 130, SIGTERM 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that nothing half made is left
     try:
         app(standalone_mode=True)
     except RarefyError as error:
         print(f"rarefy: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != 130:
+        if isinstance(end, SystemExit) and end.code not in (130, 143):
             raise
         print("rarefy: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(end.code if isinstance(end, SystemExit) else 130)
 
 
 def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str | None, seed: int | None) -> Any:
@@ -220,7 +251,8 @@ def _source(name: str) -> Path:
     if name in samples.MODELS and not Path(name).exists():
         return samples.model_folder(name)
     if not Path(name).exists():
-        near = nearest(name, samples.MODELS)
+        beside = [str(Path(name).with_name(p.name)) for p in Path(name).parent.glob("*") if p.is_dir()]
+        near = nearest(name, [*samples.MODELS, *beside])
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ModelError(
             f"no model folder {name!r} and no built-in model of that name ({', '.join(samples.MODELS)}){hint}"
@@ -237,7 +269,9 @@ def _load(source: Path) -> tuple[Any, Any]:
     if (source / INDEX).is_file():
         return store.load(source), hf.load_tokenizer(source)
     if not hf.is_folder(source):
-        raise ModelError(f"{source} is neither a folder of ours nor a Hugging Face folder (no config.json)")
+        pickle = source.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+        hint = "; a pickle is never opened: load it in Python and call rarefy.compress_" if pickle else ""
+        raise ModelError(f"{source} is neither a folder of ours nor a Hugging Face folder (no config.json){hint}")
     return hf.load_folder(source), hf.load_tokenizer(source)
 
 
@@ -260,6 +294,9 @@ def _show(result: Any, as_json: bool, quiet: bool) -> None:
 def _threads(count: int | None) -> Iterator[None]:
     from rarefy.proof.measure import threads
 
+    most = os.cpu_count() or 1
+    if count is not None and count > most:
+        raise RecipeError(f"--threads {count}: this machine has {most} cores; more threads only wait for each other")
     with threads(count):
         yield
 

@@ -1,7 +1,7 @@
 """Data named on a command line or in a recipe: a path or a built-in name -> batches. Anything else comes from Python.
 
 articles.txt, articles.jsonl    text, or {"text": ...} a line, cut into windows of tokens   -> {"input_ids"}
-images/                         a folder of class folders of pictures (needs rarefy[vision]) -> (images, classes)
+images/                         a folder of class folders of pictures (needs the vision extra) -> (images, classes)
 x.npz, x.safetensors            tensors with a common first dimension                        -> dict, or (x, y)
 wiki, fashion-mnist             built-in samples (`rarefy.samples`); `-test` is held out
 """
@@ -45,11 +45,32 @@ def batches(
     `base` is the folder that relative paths start from. Raises DataError: no such path (naming near ones), text too
     short (what is there, what is needed), a file that is no such data, no tokenizer.
     """
-    if source in builtin.DATA:
+    path = find(source, base, what)
+    if path is None:
         name, test = source.removesuffix("-test"), source.endswith("-test")
         if name == "wiki":
             return _text(builtin.wiki(test), take, tokenizer, f"{what} {source}")
         return _tensors(dict(zip("xy", builtin.fashion_mnist(test))), take, f"{what} {source}")
+    if path.is_dir():
+        return _tensors(dict(zip("xy", _images(path, take, what))), take, f"{what} {path}")
+    kind = path.suffix.lower()
+    try:
+        found = READERS[kind](path)
+    except DataError:
+        raise
+    except Exception as error:  # any reader's own complaint about a damaged file
+        said = "" if "pickle" in str(error) else f": {error}"  # numpy advises what is never done here
+        raise DataError(f"{what}: {path} is not readable as {kind}{said}") from None
+    if isinstance(found, list):
+        return _text(found, take, tokenizer, f"{what} {path}")
+    return _tensors(found, take, f"{what} {path}")
+
+
+def find(source: str, base: Path | None = None, what: str = "data") -> Path | None:
+    """Return the path that a source means, None for installed built-in data; DataError where there is neither."""
+    if source in builtin.DATA:
+        builtin.find(source.removesuffix("-test"))
+        return None
     path = Path(source) if base is None or Path(source).is_absolute() else base / source
     if not path.exists():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -58,20 +79,11 @@ def batches(
         raise DataError(
             f"{what}: no file {str(path)!r} and no built-in data of that name ({', '.join(builtin.DATA)}){hint}"
         )
-    if path.is_dir():
-        return _tensors(dict(zip("xy", _images(path, take, what))), take, f"{what} {path}")
-    kind = path.suffix.lower()
-    if kind not in READERS:
+    if path.is_dir() and not any(entry.is_dir() for entry in path.iterdir()):
+        raise DataError(f"{what}: the folder {str(path)!r} has no folders of images, one a class")
+    if path.is_file() and path.suffix.lower() not in READERS:
         raise DataError(f"{what}: cannot read {path.name!r}; known are {', '.join(READERS)} and folders of images")
-    try:
-        found = READERS[kind](path)
-    except DataError:
-        raise
-    except Exception as error:  # any reader's own complaint about a damaged file
-        raise DataError(f"{what}: {path} is not readable as {kind}: {error}") from None
-    if isinstance(found, list):
-        return _text(found, take, tokenizer, f"{what} {path}")
-    return _tensors(found, take, f"{what} {path}")
+    return path
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -124,7 +136,7 @@ def _text(documents: list[str], take: Take, tokenizer: Any, what: str) -> list[B
     if count < (take.samples or 1):
         raise DataError(
             f"{what} is too short: {len(ids):,} tokens make {count} windows of {take.tokens}; "
-            f"{take.samples or 1} are needed ({(take.samples or 1) * take.tokens:,} tokens)"
+            f"{take.samples or 1} are needed ({(take.samples or 1) * take.tokens:,} tokens): lower samples or tokens"
         )
     windows = torch.tensor(ids[: count * take.tokens]).reshape(count, take.tokens)
     if len(documents) == 1:
@@ -170,7 +182,9 @@ def _images(path: Path, take: Take, what: str) -> tuple[Tensor, Tensor]:
     try:
         from torchvision import datasets, transforms
     except ImportError:
-        raise DataError(f"{what}: a folder of images needs torchvision: pip install 'rarefy[vision]'") from None
+        raise DataError(
+            f"{what}: a folder of images needs torchvision: pip install '.[vision]' in Rarefy's folder"
+        ) from None
     steps = [
         transforms.Resize(take.size),
         transforms.CenterCrop(take.size),

@@ -11,7 +11,7 @@ from rarefy.errors import DataError
 from rarefy.proof.measure import machine
 from rarefy.proof.report import Report
 
-CORE = ("torch", "safetensors", "numpy", "pyyaml", "rich", "typer")
+CORE = ("torch", "safetensors", "numpy", "pyyaml", "rich", "typer", "greenlet")
 EXTRAS = {
     "transformers": "hf",
     "tokenizers": "hf",
@@ -28,7 +28,11 @@ def examine() -> Report:
     for name, extra in EXTRAS.items():
         found = version(name)
         rows.append(
-            {"what": name, "is": found or "missing", "get it with": "" if found else f"pip install 'rarefy[{extra}]'"}
+            {
+                "what": name,
+                "is": found or "missing",
+                "get it with": "" if found else f"pip install '.[{extra}]' in Rarefy's folder",
+            }
         )
     for name, source in samples.SOURCES.items():
         try:

@@ -27,7 +27,7 @@ def check_target(path: str | os.PathLike[str], overwrite: bool = False, marker: 
     """
     target = Path(os.path.realpath(path))
     if not target.exists():
-        return
+        return _check_writable(target)
     if not target.is_dir():
         raise ContainerError(f"{target} is a file; give the name of a folder")
     held = sorted(target.iterdir())
@@ -37,6 +37,18 @@ def check_target(path: str | os.PathLike[str], overwrite: bool = False, marker: 
         what = what if ours else f"not Rarefy's alone (it holds {held[0].name})"
         hint = "pass overwrite=True (--force), or another name" if ours else "give another name"
         raise ContainerError(f"{target} exists and is {what}; {hint}")
+
+
+def _check_writable(target: Path) -> None:
+    """Make and remove a folder where `target` will be, so that a place that cannot be written costs no work."""
+    place = next(folder for folder in target.parents if folder.exists())
+    probe = place / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        if error.errno not in _FULL:  # a full disk is for the writer to name, with what it needs
+            raise ContainerError(f"cannot write {target}: {error}; give another name") from None
 
 
 @contextmanager

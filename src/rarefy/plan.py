@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from rarefy import recipe as recipes
+from rarefy.errors import RarefyError
 from rarefy.model.select import Layer, all_layers, select
 from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern, check_sparsity, parse
@@ -23,13 +24,16 @@ def forecast(model: nn.Module, plan: recipes.Recipe) -> Report:
     """
     found: dict[str, tuple[Layer, Pattern, float]] = {}
     width: int | None = None
-    for stage in plan.stages:
+    for number, stage in enumerate(plan.stages, 1):
         prune = stage.prune if isinstance(stage, recipes.Train) else stage
         if isinstance(prune, recipes.Prune):
             pattern = parse(prune.pattern)
             sparsity, _ = check_sparsity(pattern, prune.sparsity, prune.scope)
-            chosen = select(model, prune.layers, prune.ignore)
-            refuse_impossible(chosen, pattern)
+            try:
+                chosen = select(model, prune.layers, prune.ignore)
+                refuse_impossible(chosen, pattern)
+            except RarefyError as error:
+                raise type(error)(f"{error} [recipe {plan.name}, stage {number}]") from None
             found.update({l.full_name: (l, pattern, sparsity) for l in chosen})
         elif isinstance(stage, recipes.Cast):
             width = BYTES[stage.dtype]

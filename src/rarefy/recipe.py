@@ -6,7 +6,6 @@ A recipe lists stages in order; it holds words, numbers and paths, never code. T
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -230,7 +229,8 @@ def _parse(text: str, name: str) -> _Node:
         root = yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{name}, line {line}: not YAML: {error.problem}") from None
+        hint = "; indent with spaces, not tabs" if "\\t" in str(error.problem) else ""
+        raise RecipeError(f"{name}, line {line}: not YAML: {error.problem}{hint}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{name}: not YAML: {error}") from None
     if root is None:
@@ -261,7 +261,10 @@ def _from_file(source: str | Path) -> Recipe:
     known = presets()
     path = known.get(str(source), Path(source))
     if not path.is_file():
-        near = nearest(str(source), known)
+        if path.is_dir():
+            raise RecipeError(f"{str(source)!r} is a folder; a recipe is a YAML file or a preset ({', '.join(known)})")
+        beside = [str(path.with_name(p.name)) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = nearest(str(source), [*known, *beside])
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise RecipeError(f"no recipe file {str(source)!r} and no preset of that name ({', '.join(known)}){hint}")
     try:
@@ -303,7 +306,7 @@ def _from_node(node: yaml.Node, name: str) -> _Node:
             if key.value in found:
                 raise RecipeError(f"key {key.value!r} is given twice [{line}]")
             inner = _from_node(value, name)
-            found[key.value] = _Node(inner.value, line) if isinstance(value, yaml.ScalarNode) else inner
+            found[key.value] = _Node(inner.value, line)
         return _Node(found, where)
     if isinstance(node, yaml.SequenceNode):
         return _Node([_from_node(n, name) for n in node.value], where)
@@ -402,8 +405,8 @@ def _check(made: Any, node: _Node) -> None:
             raise RecipeError(f"{f.name} is a fraction between 0 and 1, got {value!r} [{place(f.name)}]")
         if f.name in RATES and isinstance(value, float) and not 0 <= value < float("inf"):
             raise RecipeError(f"{f.name} is a number from 0 up, got {value!r} [{place(f.name)}]")
-        if f.name == "at_most_worse" and isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"at_most_worse is a finite number, got {value!r} [{place(f.name)}]")
+        if f.name == "at_most_worse" and isinstance(value, float) and not -1 < value <= 1:
+            raise RecipeError(f"at_most_worse is a fraction such as 0.15 for 15 %, got {value!r} [{place(f.name)}]")
         if f.name == "seed" and isinstance(value, int) and not 0 <= value < 1 << 32:
             raise RecipeError(f"seed is a whole number from 0 to {(1 << 32) - 1}, got {value} [{place(f.name)}]")
     if isinstance(made, Optimizer) and made.name not in OPTIMIZERS:
@@ -420,7 +423,10 @@ def _check(made: Any, node: _Node) -> None:
                 if made.start > made.end:
                     raise RecipeError(f"pruning starts at {made.start} and ends at {made.end}: start comes first")
     except RarefyError as error:
-        key = next((k for k in ("pattern", "sparsity", "scope", "reduce", "steps") if k in str(error)), "pattern")
+        key = next(
+            (k for k in ("pattern", "sparsity", "scope", "reduce", "steps", "start", "first") if k in str(error)),
+            "pattern",
+        )
         raise RecipeError(f"{error} [{place(key)}]") from None
 
 

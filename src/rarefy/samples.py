@@ -117,7 +117,7 @@ def _from_gguf(file: Path, folder: Path) -> None:
         import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
-        raise DataError(f"converting {file.name} needs {error.name}: pip install 'rarefy[hf]'") from None
+        raise DataError(f"converting {file.name} needs {error.name}: pip install '.[hf]' in Rarefy's folder") from None
     hf.no_bars()
     place: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)

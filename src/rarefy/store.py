@@ -92,12 +92,17 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
     Raises ContainerError (damaged, hostile, names or shapes that differ) and ModelError. Memory: the model and one
     tensor more.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise ModelError(f"model is a torch.nn.Module to load into, such as MyModule(), got {model!r}")
     saved = container.read(path, verify=verify)
     structure = saved.meta.get("structure")
     structure = structure if isinstance(structure, dict) else {}
     if model is None:
         if structure.get("library") != "transformers":
-            raise ModelError(f"{path} holds a {structure.get('class')}: pass model={structure.get('class')}(...)")
+            raise ModelError(
+                f"{path} holds a {structure.get('class')}, which is built in Python: "
+                f"rarefy.load({str(path)!r}, model={structure.get('class')}(...))"
+            )
         model = hf.build(structure)
     _check_names(saved, model, path)
     slots = _slots(model)
@@ -171,7 +176,7 @@ def inspect(what: str | Path | nn.Module) -> Report:
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "format": format,
                 "sparsity": zeros,
-                "pattern": fitting_pattern(tensor, axis) if zeros > 0.2 else "",
+                "pattern": fitting_pattern(tensor, axis) if zeros > 0.01 else "",
                 "bytes": stored,
                 "dense_bytes": dense,
             }

@@ -227,7 +227,7 @@ def _what_is(folder: Path) -> str:
         near = nearest(folder.name, [f.name for f in folder.parent.glob("*")]) if folder.parent.is_dir() else []
         return "it does not exist" + (f" (did you mean {near[0]!r}?)" if near else "")
     if (folder / "config.json").is_file():
-        return "it looks like a Hugging Face folder; load it with transformers and compress the model"
+        return "it looks like a Hugging Face folder: `rarefy compress` takes it as it is, transformers loads it"
     names = sorted(f.name for f in folder.iterdir())
     return f"it holds {', '.join(names[:3])}..." if names else "it is empty"
 

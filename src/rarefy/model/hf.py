@@ -169,7 +169,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise ModelError("Hugging Face models need transformers: pip install 'rarefy[hf]'") from None
+        raise ModelError("Hugging Face models need transformers: pip install '.[hf]' in Rarefy's folder") from None
     return transformers
 
 

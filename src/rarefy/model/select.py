@@ -81,6 +81,8 @@ def all_layers(model: nn.Module) -> list[Layer]:
     >>> [l.name for l in all_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))]
     ['0', '2']
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a model is a torch.nn.Module, got {type(model).__name__}")
     found: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in _modules(model):
         for param in prunable(module):

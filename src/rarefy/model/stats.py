@@ -9,14 +9,16 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
-from rarefy.errors import DataError, ModelError
-from rarefy.model.select import Layer
+from rarefy.errors import DataError, ModelError, RarefyError
+from rarefy.model.select import Layer, unwrap
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -59,14 +61,58 @@ class Stats:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Return the model's output for one batch: a dict as keywords, (inputs, target) as inputs, else as it is."""
-    if isinstance(batch, dict) or hasattr(batch, "keys"):
-        return model(**batch)
+    """Return the model's output for one batch: a dict as keywords, (inputs, target) as inputs, else as it is.
+
+    Raises DataError, with what the batch holds and what the model takes, where the model cannot be called with it.
+    """
+    try:
+        if hasattr(batch, "keys"):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            if len(batch) == 0:
+                raise DataError("a batch is an empty tuple: give (inputs, target), a tensor or a dict")
+            return model(batch[0])
+        return model(batch)
+    except RarefyError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
+        inner = unwrap(model)
+        takes = ", ".join(list(inspect.signature(inner.forward).parameters)[:4])
+        said = (str(error) or type(error).__name__).strip().split("\n")[0][:200]
+        raise DataError(
+            f"{type(inner).__name__} cannot be called with a batch of {describe(batch)}: {said} (it takes {takes})"
+        ) from error
+
+
+def describe(batch: Any) -> str:
+    """Return in words what a batch holds.
+
+    >>> describe((torch.zeros(8, 3), torch.zeros(8).long()))
+    'float32 8x3 and int64 8'
+    """
+    if isinstance(batch, Tensor):
+        shape = "x".join(map(str, batch.shape)) or "of no dimension"
+        return f"{str(batch.dtype).removeprefix('torch.')} {shape}"
+    if hasattr(batch, "keys"):
+        return ", ".join(f"{k}: {describe(batch[k])}" for k in batch) or "an empty dict"
     if isinstance(batch, tuple | list):
-        if len(batch) == 0:
-            raise DataError("a batch is an empty tuple: give (inputs, target), a tensor or a dict")
-        return model(batch[0])
-    return model(batch)
+        return " and ".join(describe(b) for b in batch[:4])
+    return type(batch).__name__
+
+
+def check_batches(data: Any, what: str = "data") -> None:
+    """Raise DataError for what is no iterable of batches but looks like one: a path, one tensor, a Dataset."""
+    if isinstance(data, str | bytes | Path):
+        raise DataError(
+            f"{what} is an iterable of batches, got the text {str(data)[:60]!r}: name files and built-in data in a "
+            "recipe's `data:`"
+        )
+    if isinstance(data, Tensor):
+        raise DataError(f"{what} is an iterable of batches, got one tensor ({describe(data)}): give a list, [tensor]")
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise DataError(f"{what} is an iterable of batches, got a {type(data).__name__}: wrap it in a DataLoader")
+    if not hasattr(data, "__iter__"):
+        raise DataError(f"{what} is an iterable of batches, got {type(data).__name__}")
 
 
 def on_device(model: nn.Module, batch: Any) -> Any:
@@ -98,6 +144,26 @@ def tokens_in(batch: Any) -> int:
     return len(first) if isinstance(first, Tensor) and first.dim() else 1
 
 
+def loss_of(loss: Any) -> Loss:
+    """Return the loss function that is meant: None is `default_loss`, a criterion such as nn.CrossEntropyLoss() gets
+    (logits, target), any other callable gets (output, batch)."""
+    if loss is None:
+        return default_loss
+    if isinstance(loss, nn.Module):
+        return lambda output, batch: loss(getattr(output, "logits", output), _target(batch))
+    if callable(loss):
+        return cast(Loss, loss)
+    raise DataError(f"loss is a callable(output, batch) or a criterion such as nn.CrossEntropyLoss(), got {loss!r}")
+
+
+def _target(batch: Any) -> Any:
+    if hasattr(batch, "keys") and "labels" in batch:
+        return batch["labels"]
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[1]
+    raise DataError(f"a criterion needs (inputs, target) batches or dicts with labels, got {describe(batch)}")
+
+
 def default_loss(output: Any, batch: Any) -> Tensor:
     """Return the loss that a model gives by itself (`output.loss`), or cross entropy for (inputs, classes) batches."""
     own = getattr(output, "loss", None)
@@ -106,6 +172,8 @@ def default_loss(output: Any, batch: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
     if isinstance(logits, Tensor) and isinstance(target, Tensor) and not target.is_floating_point():
+        if target.numel() and logits.dim() > 1 and int(target.max()) >= logits.shape[1]:
+            raise DataError(f"a class is {int(target.max())}, the model has {logits.shape[1]} outputs (0 is the first)")
         return F.cross_entropy(logits.float(), target)
     raise DataError(
         "no loss: the model's output has no .loss (are there labels in the batch?) and the batch is not "
@@ -128,6 +196,7 @@ def collect(
     empty data or a layer that no batch reached, ModelError for NaN or inf (naming the layer and the batch).
     Memory: one vector a layer for norms, two tensors the size of the weights for gradients.
     """
+    check_batches(data)
     stats = {l.full_name: Stats() for l in layers}
     batches = 0
     with evaluating(model), ExitStack() as stack:
@@ -144,7 +213,7 @@ def collect(
             batch = on_device(model, batch)
             current.update(batch=batch, index=index)
             if "gradient" in needs:
-                _add_gradients(model, batch, layers, stats, loss or default_loss, index)
+                _add_gradients(model, batch, layers, stats, loss_of(loss), index)
             else:
                 with torch.no_grad():
                     call(model, batch)

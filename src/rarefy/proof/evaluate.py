@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.errors import DataError
-from rarefy.model.stats import call, evaluating, on_device
+from rarefy.model.stats import call, check_batches, describe, evaluating, on_device
 from rarefy.progress import track
 
 
@@ -24,17 +24,22 @@ def perplexity(model: nn.Module, data: Iterable[Any], *, progress: bool = False)
     total, count = 0.0, 0
     for batch in _evaluation(model, data, "perplexity", progress):
         if not hasattr(batch, "keys") or "input_ids" not in batch:
-            raise DataError(f"perplexity needs batches with input_ids, got {_kind(batch)}")
+            raise DataError(f"perplexity needs batches with input_ids, got {describe(batch)}")
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         out = call(model, inputs)
         logits = getattr(out, "logits", out)
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != batch["input_ids"].shape:
+            raise DataError(
+                f"perplexity needs a language model with logits [batch, tokens, vocabulary]; {type(model).__name__} "
+                f"gives {describe(logits) if isinstance(logits, Tensor) else type(out).__name__}"
+            )
         ids, mask = batch["input_ids"][:, 1:], batch.get("attention_mask")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else (mask[:, 1:] * mask[:, :-1]).bool()
         for row, target, keep in zip(logits[:, :-1], ids, real):  # a row at a time: logits of a vocabulary are large
             total += float(F.cross_entropy(row[keep].float(), target[keep], reduction="sum"))
             count += int(keep.sum())
     if not count:
-        raise DataError("no tokens to evaluate")
+        raise DataError("no tokens to evaluate: each sample needs two tokens or more")
     return math.exp(min(total / count, 700.0))
 
 
@@ -51,7 +56,7 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -
             else None
         )
         if not isinstance(target, Tensor):
-            raise DataError(f"accuracy needs (inputs, class) batches or dicts with labels, got {_kind(batch)}")
+            raise DataError(f"accuracy needs (inputs, class) batches or dicts with labels, got {describe(batch)}")
         out = call(model, batch)
         best = getattr(out, "logits", out).argmax(-1)
         if target.dim() == best.dim() + 1 and target.shape[-1] == 1:
@@ -67,12 +72,9 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -
 
 
 def _evaluation(model: nn.Module, data: Iterable[Any], text: str, progress: bool) -> Iterable[Any]:
+    check_batches(data)
     with evaluating(model):
         yield from (on_device(model, batch) for batch in track(data, text, progress))
-
-
-def _kind(batch: Any) -> str:
-    return f"a dict with {', '.join(batch)}" if hasattr(batch, "keys") else f"a {type(batch).__name__}"
 
 
 METRICS: dict[str, Callable[..., float]] = {"perplexity": perplexity, "accuracy": accuracy}

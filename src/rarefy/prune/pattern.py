@@ -78,7 +78,7 @@ def parse(pattern: str | Pattern) -> Pattern:
         return Pattern("block", r, c, text)
     if text in WORDS:
         return Pattern("row" if text == "channel" else text, text=text)
-    raise PatternError(unknown("pattern", text, [*WORDS, "2:4", "4:8", "4x1", "1x4"]))
+    raise PatternError(unknown("pattern", text, [*WORDS, "2:4", "4:8", "4x1", "1x4"]) + "; any N:M, any RxC")
 
 
 def check_sparsity(pattern: Pattern, sparsity: float | None, scope: str | None) -> tuple[float, str]:
@@ -87,7 +87,9 @@ def check_sparsity(pattern: Pattern, sparsity: float | None, scope: str | None) 
         raise PatternError(unknown("scope", scope, SCOPES))
     number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool) and 0 <= sparsity <= 1
     if sparsity is not None and not number:
-        raise PatternError(f"sparsity is a fraction of zeros between 0 and 1, got {sparsity!r}")
+        percent = isinstance(sparsity, int | float) and 1 < sparsity <= 100
+        hint = f"; did you mean {sparsity / 100:g}?" if percent else ""
+        raise PatternError(f"sparsity is a fraction of zeros between 0 and 1, got {sparsity!r}{hint}")
     if pattern.kind == "nm":
         fixed = pattern.fixed_sparsity
         assert fixed is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.model.mask import get_mask, set_mask_
-from rarefy.model.select import Layer, Selector, select
+from rarefy.model.select import Layer, Selector, all_layers, select
 from rarefy.model.stats import Loss, Stats, collect
 from rarefy.proof.report import Report
 from rarefy.prune import pattern as patterns
@@ -59,7 +60,11 @@ def prune_(
     for layer, mask in zip(chosen, reached):
         set_mask_(layer, mask)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
-    return report(chosen, plan, sparsity)
+    done = report(chosen, plan, sparsity)
+    alone = [] if layers is not None else [l.full_name for l in all_layers(model) if l not in chosen]
+    if ignore is None and alone:
+        done = replace(done, notes=(*done.notes, f"left alone until named in layers: {', '.join(alone)}"))
+    return done
 
 
 def default_scope(plan: patterns.Pattern, score: str) -> str | None:
@@ -73,9 +78,7 @@ def calibrate(
     model: nn.Module, chosen: Sequence[Layer], score: str, data: Iterable[Any] | None, loss: Loss | None, seed: int
 ) -> dict[str, Stats]:
     """Return the statistics that `score` reads, after checking the weights; a pass over `data` only if needed."""
-    for layer in chosen:
-        if not torch.isfinite(layer.weight).all():
-            raise ModelError(f"{layer.full_name}: NaN or inf in its weights")
+    check_weights(chosen)
     needs = SCORES[score].needs
     if not needs:
         stats = {l.full_name: Stats() for l in chosen}
@@ -87,6 +90,15 @@ def calibrate(
         noise = torch.Generator().manual_seed((seed * 1_000_003) % (1 << 62) + zlib.crc32(layer.full_name.encode()))
         stats[layer.full_name].generator = noise
     return stats
+
+
+def check_weights(chosen: Sequence[Layer]) -> None:
+    """Raise ModelError naming the first layer whose weights are not there or not finite. O(weights)."""
+    for layer in chosen:
+        if layer.original.is_meta:
+            raise ModelError(f"{layer.full_name} is on the meta device: it has no values yet; load its weights first")
+        if not torch.isfinite(layer.weight).all():
+            raise ModelError(f"{layer.full_name}: NaN or inf in its weights")
 
 
 def choose_masks(
@@ -124,7 +136,8 @@ def refuse_impossible(chosen: Sequence[Layer], plan: patterns.Pattern) -> None:
     idle = [l for l in chosen if plan.kind == "nm" and l.layout.shape[3] <= plan.a]
     if idle:
         names = ", ".join(f"{l.full_name} ({l.layout.shape[3]} inputs a group)" for l in idle)
-        raise PatternError(f"pattern {plan} cannot prune {names}: ignore them, or take another pattern")
+        words = [l.full_name for l in idle]
+        raise PatternError(f"pattern {plan} cannot prune {names}: pass ignore={words}, or take another pattern")
 
 
 def report(chosen: Sequence[Layer], plan: patterns.Pattern, sparsity: float) -> Report:

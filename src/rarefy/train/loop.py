@@ -7,14 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from rarefy.errors import DataError, ModelError, PatternError, RecipeError, unknown
 from rarefy.model.select import Layer, Selector, select
-from rarefy.model.stats import Loss, call, default_loss, on_device, tokens_in
+from rarefy.model.stats import Loss, call, check_batches, loss_of, on_device, tokens_in
 from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import stage
@@ -105,13 +105,17 @@ def fit_(
     """
     if lr_schedule not in LR_SCHEDULES:
         raise RecipeError(unknown("lr schedule", lr_schedule, LR_SCHEDULES))
-    if epochs < 1:
-        raise RecipeError(f"epochs is at least 1, got {epochs}")
+    if not isinstance(epochs, int) or epochs < 1:
+        raise RecipeError(f"epochs is a whole number, at least 1, got {epochs!r}")
+    if prune is not None and not isinstance(prune, Gradual):
+        raise RecipeError(f"prune is a rarefy.Gradual, such as Gradual(sparsity=0.9), got {prune!r}")
+    if not callable(data):
+        check_batches(data)
     pruner = _Pruner.of(model, prune, calibrate, loss) if prune else None
     if optimizer is None:
         optimizer = optimizer_of("adamw", 1e-4)
-    moves = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(_trainable(model))
-    run = _Run(model, moves, LR_SCHEDULES[lr_schedule], loss or default_loss, pruner, epochs, progress)
+    moves = _optimizer(model, optimizer)
+    run = _Run(model, moves, LR_SCHEDULES[lr_schedule], loss_of(loss), pruner, epochs, progress)
     best = _Best(model, maximize)
     rows: list[dict[str, Any]] = []
     modes = [(m, m.training) for m in model.modules()]
@@ -266,6 +270,20 @@ class _Pruner:
         for layer, mask in zip(self.chosen, found):
             stage.set_mask_(layer, mask)
         self.sparsity = due[-1]
+
+
+def _optimizer(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        if not callable(optimizer):
+            raise RecipeError(
+                "optimizer is a torch optimizer or a function that makes one, such as "
+                f"lambda parameters: torch.optim.SGD(parameters, lr=0.1); got {optimizer!r}"
+            )
+        return cast(MakeOptimizer, optimizer)(_trainable(model))
+    known = {id(p) for p in model.parameters()}
+    if not any(id(p) in known for g in optimizer.param_groups for p in g["params"]):
+        raise ModelError("the optimizer holds none of the model's parameters: make it from model.parameters()")
+    return optimizer
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
