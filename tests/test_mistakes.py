@@ -172,3 +172,8 @@ def test_sigterm_leaves_nothing_behind(tmp_path):
     assert child.wait(20) == 143
     child.stdout.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_left_alone_is_said():
+    assert rarefy.prune_(tiny_llama(), "2:4").notes == ("left alone until named in layers: model.embed_tokens",)
+    assert rarefy.prune_(tiny_llama(), "2:4", layers="model.layers.*").notes == ()

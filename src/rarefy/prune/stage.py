@@ -61,8 +61,9 @@ def prune_(
         set_mask_(layer, mask)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     done = report(chosen, plan, sparsity)
-    alone = [] if layers is not None else [l.full_name for l in all_layers(model) if l not in chosen]
-    if ignore is None and alone:
+    taken = {l.full_name for l in chosen}
+    alone = [l.full_name for l in all_layers(model) if l.full_name not in taken]
+    if layers is None and ignore is None and alone:
         done = replace(done, notes=(*done.notes, f"left alone until named in layers: {', '.join(alone)}"))
     return done
 
