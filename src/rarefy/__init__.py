@@ -12,6 +12,7 @@ from rarefy.errors import RarefyError
 from rarefy.model.mask import adopt_, fold_, masks
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
+from rarefy.prune.layerwise import Solver
 from rarefy.prune.stage import prune_
 from rarefy.recipe import Recipe
 from rarefy.store import export, inspect, load, save
@@ -23,6 +24,7 @@ __all__ = [
     "Receipt",
     "Recipe",
     "Report",
+    "Solver",
     "adopt_",
     "cast_",
     "compress_",

@@ -20,7 +20,6 @@ from rarefy.model import hf
 from rarefy.model.mask import fold_, plain_state
 from rarefy.model.select import all_layers, select
 from rarefy.model.stats import Loss, call, check_batches, evaluating, on_device
-from rarefy.progress import track
 from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.proof.receipt import Receipt
@@ -89,7 +88,7 @@ def check_stages(model: nn.Module, plan: recipes.Recipe) -> None:
     """Raise what a stage would raise for its selectors, pattern and weights, with the stage named; O(weights)."""
     for number, stage in enumerate(plan.stages, 1):
         prune = stage.prune if isinstance(stage, recipes.Train) else stage
-        if not isinstance(prune, recipes.Prune):
+        if not isinstance(prune, recipes.Prune | recipes.Gradual):
             continue
         try:
             chosen = select(model, prune.layers, prune.ignore)
@@ -175,18 +174,22 @@ def _reusable(batches: Any) -> Any:
 def _check_data(plan: recipes.Recipe, given: _Given) -> None:
     """Read all data before anything is changed, so that a wrong path costs nothing."""
     for stage in plan.stages:
-        gradual = stage.prune if isinstance(stage, recipes.Train) else stage
-        if isinstance(gradual, recipes.Prune) and SCORES[gradual.score].needs:
+        if _calibrates(stage.prune if isinstance(stage, recipes.Train) else stage):
             given.batches("calibrate")
         if isinstance(stage, recipes.Train):
             given.batches("train")
 
 
+def _calibrates(prune: Any) -> bool:
+    """Whether a stage reads calibration data: its solver does, or its score."""
+    score = getattr(prune, "score", None)
+    return getattr(prune, "solver", None) is not None or (score is not None and bool(SCORES[score].needs))
+
+
 def _prune(
     model: nn.Module, s: recipes.Prune, given: _Given, loss: Loss | None, seed: int, progress: bool
 ) -> list[Report]:
-    data = given.batches("calibrate") if SCORES[s.score].needs else None
-    shown = None if data is None else track(data, f"calibrating {s.score}", progress, _length(data))
+    data = _Labelled(model, given.batches("calibrate"), s.score) if _calibrates(s) else None
     done = prune_(
         model,
         s.pattern,
@@ -196,9 +199,11 @@ def _prune(
         reduce=s.reduce,
         layers=s.layers,
         ignore=s.ignore,
-        data=_with_labels(model, shown, s.score) if shown is not None else None,
+        data=data,
+        solver=s.solver,
         loss=loss,
         seed=seed,
+        progress=progress,
     )
     return [done]
 
@@ -215,7 +220,9 @@ def _train(
             calibrate = list(_with_labels(model, given.batches("calibrate"), s.prune.score))
     train = given.batches("train")
     labelled = (
-        (lambda epoch: _Labelled(model, train(epoch))) if callable(train) else (lambda _: _Labelled(model, train))
+        (lambda epoch: _Labelled(model, train(epoch), "train"))
+        if callable(train)
+        else (lambda _: _Labelled(model, train, "train"))
     )
     done = fit_(
         model,
@@ -245,9 +252,9 @@ def _cast(
 RUN: dict[type, Callable[..., list[Report]]] = {recipes.Prune: _prune, recipes.Train: _train, recipes.Cast: _cast}
 
 
-def _with_labels(model: nn.Module, batches: Iterable[Any], use: str) -> Iterable[Any]:
+def _with_labels(model: nn.Module, batches: Iterable[Any], use: str | None) -> Iterable[Any]:
     """Give token batches their labels where a gradient is wanted: the next token of the text itself."""
-    wants = use == "train" or "gradient" in SCORES[use].needs
+    wants = use == "train" or (use is not None and "gradient" in SCORES[use].needs)
     for batch in batches:
         text = hasattr(batch, "keys") and "input_ids" in batch and "labels" not in batch
         if wants and text and hf.is_model(model):
@@ -259,18 +266,15 @@ def _with_labels(model: nn.Module, batches: Iterable[Any], use: str) -> Iterable
 class _Labelled:
     """Batches that get their labels on the way, so that a loader that shuffles shuffles each epoch."""
 
-    def __init__(self, model: nn.Module, batches: Any):
-        self.model, self.batches = model, batches if hasattr(batches, "__len__") else list(batches)
+    def __init__(self, model: nn.Module, batches: Any, use: str | None):
+        self.model, self.use = model, use
+        self.batches = batches if hasattr(batches, "__len__") else list(batches)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(_with_labels(self.model, self.batches, "train"))
+        return iter(_with_labels(self.model, self.batches, self.use))
 
     def __len__(self) -> int:
         return len(self.batches)
-
-
-def _length(batches: Any) -> int | None:
-    return len(batches) if hasattr(batches, "__len__") else None
 
 
 def _state(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool) -> dict[str, Any]:

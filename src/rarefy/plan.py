@@ -26,7 +26,7 @@ def forecast(model: nn.Module, plan: recipes.Recipe) -> Report:
     width: int | None = None
     for number, stage in enumerate(plan.stages, 1):
         prune = stage.prune if isinstance(stage, recipes.Train) else stage
-        if isinstance(prune, recipes.Prune):
+        if isinstance(prune, recipes.Prune | recipes.Gradual):
             pattern = parse(prune.pattern)
             sparsity, _ = check_sparsity(pattern, prune.sparsity, prune.scope)
             try:

@@ -17,6 +17,7 @@ import yaml
 
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
 from rarefy.prune import pattern as patterns
+from rarefy.prune.layerwise import Solver, resolve
 from rarefy.prune.score import SCORES
 from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
 from rarefy.train.schedule import SCHEDULES, sparsities
@@ -43,8 +44,9 @@ class Prune:
     """Put zeros in, in one step. See `rarefy.prune_`."""
 
     pattern: str = "unstructured"
-    score: str = "magnitude"
+    score: str | None = None
     sparsity: float | None = None
+    solver: Solver | str | None = None
     scope: str | None = None
     reduce: str | None = None
     layers: tuple[str, ...] | None = None
@@ -52,9 +54,16 @@ class Prune:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gradual(Prune):
+class Gradual:
     """Put zeros in while training runs from `start` to `end` of its way. See `rarefy.train.loop.Gradual`."""
 
+    pattern: str = "unstructured"
+    score: str = "magnitude"
+    sparsity: float | None = None
+    scope: str | None = None
+    reduce: str | None = None
+    layers: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
     schedule: str = "cubic"
     steps: int = 10
     first: float = 0.0
@@ -367,6 +376,8 @@ def _value(key: str, node: _Node, kind: Any) -> Any:
         return None
     for option in options:
         if dataclasses.is_dataclass(option):
+            if str in options and not isinstance(value, dict):
+                continue
             return _build(option, node)
         if typing.get_origin(option) is tuple:
             inner = typing.get_args(option)[0]
@@ -409,12 +420,17 @@ def _check(made: Any, node: _Node) -> None:
             raise RecipeError(f"at_most_worse is a fraction such as 0.15 for 15 %, got {value!r} [{place(f.name)}]")
         if f.name == "seed" and isinstance(value, int) and not 0 <= value < 1 << 32:
             raise RecipeError(f"seed is a whole number from 0 to {(1 << 32) - 1}, got {value} [{place(f.name)}]")
+    if isinstance(made, Prune) and made.solver is not None:
+        try:
+            resolve(made.solver)
+        except RarefyError as error:
+            raise RecipeError(f"{error} [{place('solver')}]") from None
     if isinstance(made, Optimizer) and made.name not in OPTIMIZERS:
         raise RecipeError(unknown("optimizer", made.name, OPTIMIZERS, place("name")))
     try:
         if isinstance(made, Optimizer):
             optimizer_of(made.name, made.lr, **made.options())
-        if isinstance(made, Prune):
+        if isinstance(made, Prune | Gradual):
             plan = patterns.parse(made.pattern)
             last, _ = patterns.check_sparsity(plan, made.sparsity, made.scope)
             patterns.select_many([], plan, None if plan.kind == "nm" else last, reduce=made.reduce)

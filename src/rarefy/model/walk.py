@@ -137,6 +137,8 @@ def walk(model: nn.Module, data: Iterable[Any], groups: Sequence[Group], *, dens
             grams[gate] = Gram()
             yield stop
             done = gate
+            if gate == len(groups) - 1:  # what comes after the last layer is nobody's concern
+                return _install(group, stop.weights)
             for fibre in [f for f, at in streams[0].items() if at == gate]:
                 untouched.pop((fibre.batch, gate), None)
                 _advance(fibre, streams[0])

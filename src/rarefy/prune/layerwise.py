@@ -3,70 +3,127 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ModelError
+from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.model.gram import Gram
-from rarefy.model.mask import get_mask
+from rarefy.model.mask import get_mask, set_mask_
 from rarefy.model.select import Layer
-from rarefy.model.stats import Stats
-from rarefy.model.walk import Group, Stop, walk
+from rarefy.model.stats import Stats, check_batches
+from rarefy.model.walk import Stop, order, walk
+from rarefy.progress import track
 from rarefy.prune import pattern as patterns
 from rarefy.prune import solve
 from rarefy.prune.score import SCORES
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How groups are solved.
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """How kept weights are moved; what is None is the solver's own default, see `SOLVERS`.
 
-    solver      obs, admm or refit
-    score       what chooses the mask; None = the solver's own criterion
+    name        obs (SparseGPT), admm (ALPS, then conjugate gradients) or refit (conjugate gradients on a scored mask)
     damping     times the mean of diag(H) is added to the diagonal
-    block       columns whose mask is chosen together (obs)
-    steps       ADMM iterations
-    refits      conjugate gradient steps after the mask is fixed (admm, refit)
     asymmetric  0..1: how far the target moves towards the outputs of the dense model on its own inputs
-    bf16        run the model's forward pass in bf16 where torch allows
+    bf16        run the model's forward passes in bf16 where torch allows
+    block       obs: columns whose mask is chosen together
+    steps       admm: iterations
+    refits      admm, refit: conjugate gradient steps once the mask is fixed
     """
 
-    solver: str
-    score: str | None = None
-    damping: float = 0.01
-    block: int = 128
-    steps: int = 24
-    refits: int = 10
-    asymmetric: float = 0.0
-    bf16: bool = False
+    name: str
+    damping: float | None = None
+    asymmetric: float | None = None
+    bf16: bool | None = None
+    block: int | None = None
+    steps: int | None = None
+    refits: int | None = None
 
 
-def layerwise_(
+COMMON: dict[str, Any] = {"damping": 0.01, "asymmetric": 0.0, "bf16": False}
+SOLVERS: dict[str, dict[str, Any]] = {
+    "obs": {**COMMON, "block": 128},
+    "admm": {**COMMON, "steps": 24, "refits": 10},
+    "refit": {**COMMON, "refits": 10},
+}
+
+
+def resolve(solver: str | Solver) -> Solver:
+    """Return the solver with its defaults filled in; PatternError for an unknown one or an option it does not have.
+
+    >>> resolve("obs").block
+    128
+    """
+    if not isinstance(solver, Solver):
+        solver = Solver(name=solver)
+    if solver.name not in SOLVERS:
+        raise PatternError(unknown("solver", solver.name, SOLVERS))
+    known = SOLVERS[solver.name]
+    given = {f.name: getattr(solver, f.name) for f in fields(solver) if f.name != "name"}
+    idle = [k for k, v in given.items() if v is not None and k not in known]
+    if idle:
+        raise PatternError(f"solver {solver.name} has no {', '.join(idle)}; it has {', '.join(known)}")
+    ranges = {
+        "damping": (0, 10),
+        "asymmetric": (0, 1),
+        "block": (1, 1 << 20),
+        "steps": (1, 10000),
+        "refits": (0, 10000),
+    }
+    for key, (low, high) in ranges.items():
+        if given[key] is not None and not low <= given[key] <= high:
+            raise PatternError(f"solver {solver.name}: {key} lies within {low} and {high}, got {given[key]!r}")
+    return Solver(name=solver.name, **{k: known[k] if given[k] is None else given[k] for k in known})
+
+
+def solve_(
     model: nn.Module,
-    data: Iterable[Any],
-    groups: Sequence[Group],
+    chosen: Sequence[Layer],
     plan: patterns.Pattern,
     sparsity: Mapping[str, float],
     scope: str,
-    settings: Settings,
+    solver: Solver,
+    data: Iterable[Any],
+    *,
+    score: str | None = None,
     given: Mapping[str, Tensor] | None = None,
-) -> Iterable[tuple[Group, dict[str, Tensor], list[dict[str, Any]]]]:
-    """Solve each group in place and yield (group, its masks as stored, a row a layer) when it is done.
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Prune the chosen layers in place, each solved on the inputs it gets from the layers pruned before it.
 
     sparsity  by layer name
+    score     chooses the masks; None = the solver's own criterion (refit: wanda)
     given     masks chosen beforehand, by layer name
+    Returns a row a layer: its relative error, damping, seconds. An error in the middle leaves the layers before it
+    pruned. O(one forward pass) + the solver's cost; memory as `rarefy.model.walk.walk`.
     """
-    cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if settings.bf16 else nullcontext()
+    check_batches(data)
+    batches = data if isinstance(data, Sized) else list(data)
+    first = next(iter(batches), None)
+    if first is None:
+        raise DataError(f"the calibration data is empty: solver {solver.name} needs at least one batch")
+    idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
+    if idle:
+        raise PatternError(f"solver {solver.name} has nothing to move in an embedding: ignore {', '.join(idle)}")
+    rows: list[dict[str, Any]] = []
+    masks: dict[str, Tensor] = {}
+    cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if solver.bf16 else nullcontext()
     with cast:
-        for stop in walk(model, data, groups, dense=settings.asymmetric > 0):
+        groups = order(model, first, chosen)
+        stops = walk(model, batches, groups, dense=bool(solver.asymmetric))
+        for stop in track(stops, f"pruning by {solver.name}", progress, len(groups)):
             with torch.autocast("cpu", enabled=False):
-                masks, rows = _solve(stop, plan, sparsity, scope, settings, given or {})
-            yield stop.group, masks, rows
+                done, found = _solve(stop, plan, sparsity, scope, solver, score, given or {})
+            masks.update(done)
+            rows += found
+    for layer in chosen:
+        set_mask_(layer, masks[layer.full_name])
+    return rows
 
 
 def _solve(
@@ -74,7 +131,8 @@ def _solve(
     plan: patterns.Pattern,
     sparsity: Mapping[str, float],
     scope: str,
-    s: Settings,
+    s: Solver,
+    score: str | None,
     given: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     began = time.perf_counter()
@@ -88,25 +146,28 @@ def _solve(
     def choose(score: Tensor, a: int, b: int) -> Tensor:
         return torch.cat([c(part, a, b) for c, part in zip(chosen, score.split(widths, 1))], 1)
 
-    H = stop.gram.H
-    assert H is not None
-    used = s.damping
-    if s.solver == "obs":
-        U, used = solve.inverse_factor(H, s.damping)
+    H, used = stop.gram.H, s.damping
+    assert H is not None and used is not None
+    if s.name == "obs":
+        assert s.block is not None
+        U, used = solve.inverse_factor(H, used)
         target = _target(W, H, stop.gram, s)
         edges = chosen[0].edges(s.block)
-        if plan.kind in ("row", "column"):  # a line crosses all blocks: its mask comes first
-            mask = choose((W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square(), 0, W.shape[-1])
+        if score is not None or plan.kind in ("row", "column"):  # a line crosses all blocks: its mask comes first
+            own = (W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square()
+            mask = choose(own if score is None else _scores(layers, score, W, stop.gram), 0, W.shape[-1])
             new, mask = solve.obs(target, U, lambda _, a, b: mask[..., a:b], edges)
         else:
             new, mask = solve.obs(target, U, choose, edges)
     else:
-        Hd = solve.damped(H, s.damping)
+        assert s.refits is not None
+        Hd = solve.damped(H, used)
         target = _target(W, H, stop.gram, s)
-        if s.solver == "admm":
+        if s.name == "admm" and score is None:
+            assert s.steps is not None
             new, mask = solve.admm(target, Hd, choose, steps=s.steps, refits=s.refits)
         else:
-            mask = choose(_scores(layers, s.score or "wanda", W, stop.gram), 0, W.shape[-1])
+            mask = choose(_scores(layers, score or "wanda", W, stop.gram), 0, W.shape[-1])
             new = solve.refit(target, target, Hd, mask, s.refits)
     error = solve.error(new, W, H).sum(0).split(widths)
     energy = solve.error(torch.zeros_like(W), W, H).sum(0).split(widths)
@@ -127,20 +188,20 @@ def _solve(
     return masks, rows
 
 
-def _target(W: Tensor, H: Tensor, gram: Gram, s: Settings) -> Tensor:
+def _target(W: Tensor, H: Tensor, gram: Gram, s: Solver) -> Tensor:
     if not s.asymmetric or gram.cross is None:
         return W
-    return solve.shifted(W, solve.damped(H, max(s.damping, 0.01)), gram.cross, s.asymmetric)
+    return solve.shifted(W, solve.damped(H, max(s.damping or 0, 0.01)), gram.cross, s.asymmetric)
 
 
 def _scores(layers: Sequence[Layer], score: str, W: Tensor, gram: Gram) -> Tensor:
     """The score of each layer by itself, [G, O, C]."""
-    parts = []
-    for layer, w in zip(layers, W.split([l.layout.shape[2] for l in layers], 1)):
+    parts, widths = [], [l.original.numel() // (W.shape[0] * W.shape[2]) for l in layers]
+    for layer, w in zip(layers, W.split(widths, 1)):
         G, K, _, I = layer.layout.shape
         square = gram.diagonal.reshape(G, K if gram.diagonal.shape[1] == K * I else 1, 1, I)
         found = SCORES[score].of(four(layer, w), Stats(in_square=square, tokens=1))
-        parts.append(flat(found))
+        parts.append(flat(found, layer.layout.kind == "conv-transposed"))
     return torch.cat(parts, 1)
 
 
@@ -177,6 +238,8 @@ class _Chooser:
             mask = flat(mask, True)
         else:
             mask = mask.transpose(1, 2).reshape(score.shape)
+        if self.before is not None:  # a row may hold more zeros than its share
+            mask = mask & self.before[..., a:b]
         if not whole:
             self.pruned += int((~mask).sum())
         return mask

@@ -31,9 +31,13 @@ def error(W: Tensor, target: Tensor, H: Tensor) -> Tensor:
 
 
 def damped(H: Tensor, damping: float) -> Tensor:
-    """Return H + damping x mean(diag H) I: inputs that were always zero get a little weight of their own. O(G C^2)."""
+    """Return H + damping x mean(diag H) I: inputs that were always zero get a little weight of their own. O(G C^2).
+
+    A group whose inputs were all zero gets the identity: there the weights themselves are all there is to go by.
+    """
     mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return H + torch.diag_embed((damping * mean)[:, None].expand(H.shape[:-1]))
+    more = torch.where(mean == 0, 1.0, damping * mean)
+    return H + torch.diag_embed(more[:, None].expand(H.shape[:-1]))
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:

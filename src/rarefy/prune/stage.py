@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.model.mask import get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, all_layers, select
-from rarefy.model.stats import Loss, Stats, collect
+from rarefy.model.stats import Loss, Stats, check_batches, collect
+from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import pattern as patterns
+from rarefy.prune.layerwise import Solver, resolve, solve_
 from rarefy.prune.score import SCORES
 
 
 def prune_(
     model: nn.Module,
     pattern: str = "unstructured",
-    score: str = "magnitude",
+    score: str | None = None,
     sparsity: float | None = None,
     *,
+    solver: str | Solver | None = None,
     scope: str | None = None,
     reduce: str | None = None,
     layers: Selector = None,
@@ -32,35 +35,49 @@ def prune_(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> Report:
     """Attach masks with the asked sparsity to the selected layers of `model` in place; return what was achieved.
 
     pattern   where zeros may lie (`rarefy.prune.pattern`): unstructured, 2:4, 4x1, row, channel, column
-    score     what is pruned first (`rarefy.prune.score.SCORES`); some need `data`, gradients need labels or `loss`
+    score     what is pruned first (`rarefy.prune.score.SCORES`); some need `data`, gradients need labels or `loss`;
+              by default magnitude, or the solver's own criterion
+    solver    obs (SparseGPT), admm or refit: move the kept weights so that each layer's outputs on `data` stay
+              (`rarefy.Solver` sets its options); the layers are then pruned in the order in which the model runs
     sparsity  fraction of zeros; N:M patterns decide it themselves
     scope     where scores compete: row, layer or global; by default what the score's paper does
     reduce    how a unit of several weights is scored: mean, sum, max or l2
     data      batches that `model` can be called with
 
     Masked entries stay masked. Masks survive training; `rarefy.fold_` writes them into the weights.
-    Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged. O(weights log weights) besides the pass.
+    Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged (a solver that fails half way leaves the
+    layers before pruned). O(weights log weights) besides the pass; with a solver see `rarefy.prune.layerwise`.
 
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> prune_(net, "2:4").summary["sparsity"]
     0.5
     """
     plan = patterns.parse(pattern)
-    if not isinstance(score, str) or score not in SCORES:
-        raise PatternError(unknown("score", score, SCORES))
-    sparsity, scope = patterns.check_sparsity(plan, sparsity, scope or default_scope(plan, score))
+    how = None if solver is None else resolve(solver)
+    ranks = score or ("magnitude" if how is None else "wanda" if how.name == "refit" else None)
+    if ranks is not None and (not isinstance(ranks, str) or ranks not in SCORES):
+        raise PatternError(unknown("score", ranks, SCORES))
+    sparsity, scope = patterns.check_sparsity(plan, sparsity, scope or default_scope(plan, ranks))
     chosen = select(model, layers, ignore)
     refuse_impossible(chosen, plan)
-    found = calibrate(model, chosen, score, data, loss, seed)
-    reached = choose_masks(chosen, found, plan, score, sparsity, scope, reduce)
-    for layer, mask in zip(chosen, reached):
-        set_mask_(layer, mask)
+    rows: list[dict[str, Any]] = []
+    if how is not None:
+        rows = _solve(model, chosen, plan, ranks, sparsity, scope, reduce, how, data, loss, seed, progress)
+    else:
+        assert ranks is not None
+        shown = None if data is None else track(data, f"calibrating {ranks}", progress)
+        found = calibrate(model, chosen, ranks, shown, loss, seed)
+        for layer, mask in zip(chosen, choose_masks(chosen, found, plan, ranks, sparsity, scope, reduce)):
+            set_mask_(layer, mask)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     done = report(chosen, plan, sparsity)
+    solved = {r["layer"]: r for r in rows}
+    done = replace(done, rows=tuple({**r, **solved.get(r["layer"], {})} for r in done.rows))
     taken = {l.full_name for l in chosen}
     alone = [l.full_name for l in all_layers(model) if l.full_name not in taken]
     if layers is None and ignore is None and alone:
@@ -68,9 +85,42 @@ def prune_(
     return done
 
 
-def default_scope(plan: patterns.Pattern, score: str) -> str | None:
+def _solve(
+    model: nn.Module,
+    chosen: Sequence[Layer],
+    plan: patterns.Pattern,
+    score: str | None,
+    sparsity: float,
+    scope: str,
+    reduce: str | None,
+    how: Solver,
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+    seed: int,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Masks and weights by a solver; a score that reads more than inputs, or ranks all layers together, goes first."""
+    if data is None:
+        raise DataError(f"solver {how.name} works on a layer's inputs: give data=batches")
+    check_weights(chosen)
+    check_batches(data)
+    batches = data if isinstance(data, Sized) else list(data)
+    given = None
+    if score is None and (scope == "global" or reduce is not None):
+        idle = "scope 'global'" if scope == "global" else f"reduce={reduce!r}"
+        raise PatternError(f"solver {how.name} chooses block by block: {idle} has no effect without a score")
+    if score is not None and (scope == "global" or reduce is not None or SCORES[score].needs - {"input"}):
+        shown = track(batches, f"calibrating {score}", progress) if SCORES[score].needs else None
+        found = calibrate(model, chosen, score, shown, loss, seed)
+        masks = choose_masks(chosen, found, plan, score, sparsity, scope, reduce)
+        given = {l.full_name: m for l, m in zip(chosen, masks)}
+    each = {l.full_name: sparsity for l in chosen}
+    return solve_(model, chosen, plan, each, scope, how, batches, score=score, given=given, progress=progress)
+
+
+def default_scope(plan: patterns.Pattern, score: str | None) -> str | None:
     """Return the scope that the score's paper uses, where the pattern leaves one to choose."""
-    if plan.kind in ("nm", "row", "column"):
+    if score is None or plan.kind in ("nm", "row", "column"):
         return None
     return SCORES[score].scope
 
