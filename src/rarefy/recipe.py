@@ -201,8 +201,8 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> R
 
     Raises RecipeError naming the file and line (or the path into the dict), what was got, what is allowed.
 
-    >>> load({"stages": [{"prune": {"pattern": "2:4"}}]}).stages[0].score
-    'magnitude'
+    >>> load({"stages": [{"prune": {"pattern": "2:4"}}]}).stages[0].pattern
+    '2:4'
     """
     if isinstance(source, Recipe):
         recipe = source

@@ -63,6 +63,8 @@ def prune_(
     if ranks is not None and (not isinstance(ranks, str) or ranks not in SCORES):
         raise PatternError(unknown("score", ranks, SCORES))
     sparsity, scope = patterns.check_sparsity(plan, sparsity, scope or default_scope(plan, ranks))
+    if data is not None:
+        check_batches(data)
     chosen = select(model, layers, ignore)
     refuse_impossible(chosen, plan)
     rows: list[dict[str, Any]] = []
