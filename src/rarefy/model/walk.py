@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,24 @@ class Stop:
     group: Group
     gram: Gram
     weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A module at whose end the walk stops too, with the layers in it."""
+
+    name: str
+    module: nn.Module
+    layers: tuple[Layer, ...]
+
+
+@dataclass(eq=False)
+class End:
+    """All batches stand at the end of `block`. Where its weights are changed, say so in `changed`: it is run again."""
+
+    block: Block
+    calls: list[tuple[tuple, dict[str, Any], Tensor]]  # arguments, and the output of the untouched model
+    changed: bool = False
 
 
 def order(model: nn.Module, batch: Any, layers: Sequence[Layer]) -> list[Group]:
@@ -78,85 +97,171 @@ def order(model: nn.Module, batch: Any, layers: Sequence[Layer]) -> list[Group]:
     return groups
 
 
-def walk(model: nn.Module, data: Iterable[Any], groups: Sequence[Group], *, dense: bool = False) -> Iterator[Stop]:
-    """Yield a `Stop` before each group of layers, in order, with the Gram matrix of its inputs in the model as it is.
+def blocks(model: nn.Module, layers: Sequence[Layer]) -> list[Block]:
+    """Return the blocks of a model that hold `layers`: the members of its outermost lists of equal modules.
 
-    dense: run the untouched model alongside and fill `Gram.cross`; twice the time and memory.
+    A layer with owners in several blocks, or in none, belongs to no block. Raises ModelError where there is no block.
+    """
+    found: list[Block] = []
+    within: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        many = isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
+        if not many or name.startswith(within or ("\0",)) or len({type(m) for m in module}) > 1:  # type: ignore[arg-type]
+            continue
+        if isinstance(module[0], nn.Linear | nn.modules.conv._ConvNd):  # type: ignore[index]
+            continue  # layers, not blocks
+        within += (f"{name}.",)
+        for key, member in module.named_children():
+            inside = [l for l in layers if all(o.startswith(f"{name}.{key}.") for o, _, _ in l.owners)]
+            if inside:
+                found.append(Block(f"{name}.{key}", member, tuple(inside)))
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no list of equal blocks to reconstruct: leave reconstruct out")
+    return found
+
+
+def with_ends(groups: Sequence[Group], blocks: Sequence[Block]) -> list[Group | Block]:
+    """Return the stops of a walk: the groups in order, each block after the last group that it holds."""
+    stops: list[Group | Block] = list(groups)
+    for block in blocks:
+        inside = {id(l) for l in block.layers}
+        last = max(i for i, s in enumerate(stops) if isinstance(s, Group) and any(id(l) in inside for l in s.layers))
+        stops.insert(last + 1, block)
+    return stops
+
+
+def walk(
+    model: nn.Module, data: Iterable[Any], stops: Sequence[Group | Block], *, dense: bool = False
+) -> Iterator[Stop | End]:
+    """Yield a `Stop` before each group of layers, in order, with the Gram matrix of its inputs in the model as it is,
+    and an `End` at the end of each block.
+
+    dense: run the untouched model alongside, for `Gram.cross` and blocks; twice the time and memory.
     Raises DataError where no batch reaches a layer, ModelError for NaN or inf in its input.
     Time: one forward pass, and one more for each layer that is called several times.
     Memory: the suspended frames, about three activations a token, and one Gram matrix.
     """
-    first = {id(g.layers[0]): i for i, g in enumerate(groups)}
-    grams = [Gram() for _ in groups]
-    untouched: dict[tuple[int, int], Tensor] = {}  # (batch, gate) -> input in the dense model
-    calls: dict[tuple[Any, int], int] = {}
-    done = -1  # the last gate that all have passed
+    return _Walk(model, stops, dense).run(data)
 
-    def arrive(layer: Layer, module: nn.Module, x: Any) -> None:
+
+class _Walk:
+    """Where a walk stands: `done` is the last stop that all batches have passed."""
+
+    def __init__(self, model: nn.Module, stops: Sequence[Group | Block], dense: bool):
+        self.model, self.stops, self.dense, self.done = model, stops, dense, -1
+        self.gates = {id(s.layers[0]): i for i, s in enumerate(stops) if isinstance(s, Group)}
+        self.grams: dict[int, Gram] = {}
+        self.ends: dict[int, list[tuple[tuple, dict[str, Any], Tensor]]] = {}
+        self.rerun = False  # the block that ends here has new weights
+        self.untouched: dict[tuple[int, int], Tensor] = {}  # (batch, stop) -> input or output in the untouched model
+        self.calls: dict[tuple[Any, int], int] = {}
+        self.streams: tuple[dict[Any, int], ...] = ({}, {})  # untouched, compressed: coroutine -> where it stands
+
+    def run(self, data: Iterable[Any]) -> Iterator[Stop | End]:
+        groups = [s for s in self.stops if isinstance(s, Group)]
+        with (
+            evaluating(self.model),
+            torch.no_grad(),
+            ExitStack() as self.stack,
+            taps(self.model, [g.layers[0] for g in groups], self.arrive),
+        ):
+            for i, block in enumerate(self.stops):
+                if isinstance(block, Block):
+                    hook = block.module.register_forward_hook(partial(self.leave, i), with_kwargs=True)
+                    self.stack.callback(hook.remove)
+            for index, batch in enumerate(data):
+                batch = on_device(self.model, batch)
+                for side in (0, 1) if self.dense else (1,):
+                    self.start(index, batch, side)
+            for gate, place in enumerate(self.stops):
+                stop = self.stop(gate)
+                yield stop
+                self.done = gate
+                last = gate == len(self.stops) - 1  # what comes after the last stop is nobody's concern
+                for fibre in [] if last else self.standing(0, gate):
+                    self.untouched.pop((fibre.batch, gate), None)
+                    self.advance(fibre)
+                if isinstance(stop, Stop):
+                    _install(stop.group, stop.weights)
+                again = isinstance(stop, Stop) and stop.group.calls > 1 and bool(stop.weights)
+                self.rerun = isinstance(stop, End) and stop.changed
+                for fibre in [] if last else self.standing(1, gate):
+                    if again:  # earlier calls of this pass used the old weights
+                        fibre.throw()
+                        del self.streams[1][fibre]
+                        self.start(fibre.batch, fibre.data, 1)
+                    else:
+                        self.advance(fibre)
+                del place, stop
+
+    def start(self, index: int, batch: Any, side: int) -> None:
+        fibre: Any = greenlet(lambda batch: _discard(call(self.model, batch)))
+        fibre.walk, fibre.batch, fibre.side, fibre.data = self, index, side, batch
+        fibre.kept = batch.get("attention_mask") if hasattr(batch, "keys") else None
+        self.stack.callback(fibre.throw)
+        self.advance(fibre, batch)
+
+    def advance(self, fibre: Any, *batch: Any) -> None:
+        self.streams[fibre.side].pop(fibre, None)
+        gate = fibre.switch(*batch)
+        if not fibre.dead:
+            self.streams[fibre.side][fibre] = gate
+
+    def standing(self, side: int, gate: int) -> list[Any]:
+        return [f for f, at in self.streams[side].items() if at == gate]
+
+    def stop(self, gate: int) -> Stop | End:
+        place = self.stops[gate]
+        if isinstance(place, Block):
+            return End(place, self.ends.pop(gate, []))
+        if gate not in self.grams:
+            names = ", ".join(l.full_name for l in place.layers)
+            raise DataError(f"{names} was never called on the calibration data: ignore it, or prune it by magnitude")
+        return Stop(place, self.grams.pop(gate).finish())
+
+    def arrive(self, layer: Layer, module: nn.Module, x: Any) -> None:
+        """A layer is about to be called: count its inputs, and wait at its last call."""
         here: Any = getcurrent()
-        gate = first[id(layer)]
-        if gate <= done or getattr(here, "grams", None) is not grams:  # passed, or a call that is not of this walk
+        gate = self.gates[id(layer)]
+        if gate <= self.done or getattr(here, "walk", None) is not self:  # passed, or a call from elsewhere
             return
-        calls[here, gate] = calls.get((here, gate), 0) + 1
+        group = self.stops[gate]
+        assert isinstance(group, Group)
+        self.calls[here, gate] = self.calls.get((here, gate), 0) + 1
         rows = columns(layer, module, x, here.kept)
-        if here.dense:
-            if groups[gate].calls == 1:
-                untouched[here.batch, gate] = rows
+        if here.side == 0:
+            if group.calls == 1:
+                self.untouched[here.batch, gate] = rows
         else:
-            grams[gate].add(rows, untouched.get((here.batch, gate)))
-            if not torch.isfinite(grams[gate].diagonal).all():
+            gram = self.grams.setdefault(gate, Gram())
+            gram.add(rows, self.untouched.get((here.batch, gate)))
+            if not torch.isfinite(gram.diagonal).all():
                 raise ModelError(f"{layer.full_name}: NaN or inf in its inputs on calibration batch {here.batch}")
-        if calls[here, gate] == groups[gate].calls:
+        if self.calls[here, gate] == group.calls:
             del rows, x
             here.parent.switch(gate)
 
-    def run(batch: Any) -> None:
-        call(model, batch)
-
-    with evaluating(model), torch.no_grad(), taps(model, [g.layers[0] for g in groups], arrive), ExitStack() as stack:
-        streams: tuple[dict[Any, int], ...] = ({}, {})  # dense, compressed: coroutine -> the gate it stands at
-
-        def start(index: int, batch: Any, side: int) -> None:
-            fibre: Any = greenlet(run)
-            fibre.grams, fibre.batch, fibre.dense, fibre.data = grams, index, side == 0, batch
-            fibre.kept = batch.get("attention_mask") if hasattr(batch, "keys") else None
-            stack.callback(fibre.throw)
-            _advance(fibre, streams[side], batch)
-
-        for index, batch in enumerate(data):
-            batch = on_device(model, batch)
-            for side in (0, 1) if dense else (1,):
-                start(index, batch, side)
-        for gate, group in enumerate(groups):
-            if not grams[gate].tokens:
-                names = ", ".join(l.full_name for l in group.layers)
-                raise DataError(
-                    f"{names} was never called on the calibration data: ignore it, or prune it by magnitude"
-                )
-            stop = Stop(group, grams[gate].finish())
-            grams[gate] = Gram()
-            yield stop
-            done = gate
-            if gate == len(groups) - 1:  # what comes after the last layer is nobody's concern
-                return _install(group, stop.weights)
-            for fibre in [f for f, at in streams[0].items() if at == gate]:
-                untouched.pop((fibre.batch, gate), None)
-                _advance(fibre, streams[0])
-            _install(group, stop.weights)
-            for fibre in [f for f, at in streams[1].items() if at == gate]:
-                if group.calls > 1 and stop.weights:  # earlier calls of this pass used the old weights: begin again
-                    fibre.throw()
-                    del streams[1][fibre]
-                    start(fibre.batch, fibre.data, 1)
-                else:
-                    _advance(fibre, streams[1])
+    def leave(self, gate: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        """A block has ended: note its call, and run it again where its weights have changed meanwhile."""
+        here: Any = getcurrent()
+        if gate <= self.done or getattr(here, "walk", None) is not self:
+            return None
+        if here.side == 0:
+            self.untouched[here.batch, gate] = first_tensor(out)
+            return None
+        want = self.untouched.pop((here.batch, gate), None)
+        self.ends.setdefault(gate, []).append((args, kwargs, first_tensor(out) if want is None else want))
+        here.parent.switch(gate)
+        return module.forward(*args, **kwargs) if self.rerun else None
 
 
-def _advance(fibre: Any, standing: dict[Any, int], *batch: Any) -> None:
-    standing.pop(fibre, None)
-    gate = fibre.switch(*batch)
-    if not fibre.dead:
-        standing[fibre] = gate
+def first_tensor(out: Any) -> Tensor:
+    """Return a module's output, or the first of several."""
+    return out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor))
+
+
+def _discard(_: Any) -> None:
+    return None
 
 
 def _install(group: Group, weights: dict[str, Tensor]) -> None:

@@ -16,10 +16,11 @@ from rarefy.model.gram import Gram
 from rarefy.model.mask import get_mask, set_mask_
 from rarefy.model.select import Layer
 from rarefy.model.stats import Stats, check_batches
-from rarefy.model.walk import Stop, order, walk
+from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
 from rarefy.progress import track
 from rarefy.prune import pattern as patterns
 from rarefy.prune import solve
+from rarefy.prune.reconstruct import reconstruct_
 from rarefy.prune.score import SCORES
 
 
@@ -34,6 +35,8 @@ class Solver:
     block       obs: columns whose mask is chosen together
     steps       admm: iterations
     refits      admm, refit: conjugate gradient steps once the mask is fixed
+    reconstruct passes over the calibration set in which each block learns the dense block's outputs; 0 = none
+    lr          of that learning (Adam, cosine)
     """
 
     name: str
@@ -43,12 +46,14 @@ class Solver:
     block: int | None = None
     steps: int | None = None
     refits: int | None = None
+    reconstruct: int | None = None
+    lr: float | None = None
 
 
-COMMON: dict[str, Any] = {"damping": 0.01, "asymmetric": 0.0, "bf16": False}
+COMMON: dict[str, Any] = {"damping": 0.01, "asymmetric": 0.0, "bf16": False, "reconstruct": 0, "lr": 1e-3}
 SOLVERS: dict[str, dict[str, Any]] = {
     "obs": {**COMMON, "block": 128},
-    "admm": {**COMMON, "steps": 24, "refits": 10},
+    "admm": {**COMMON, "steps": 10, "refits": 10},
     "refit": {**COMMON, "refits": 10},
 }
 
@@ -68,12 +73,16 @@ def resolve(solver: str | Solver) -> Solver:
     idle = [k for k, v in given.items() if v is not None and k not in known]
     if idle:
         raise PatternError(f"solver {solver.name} has no {', '.join(idle)}; it has {', '.join(known)}")
+    if given["lr"] is not None and not given["reconstruct"]:
+        raise PatternError(f"solver {solver.name}: lr={given['lr']} has no effect without reconstruct")
     ranges = {
         "damping": (0, 10),
         "asymmetric": (0, 1),
         "block": (1, 1 << 20),
         "steps": (1, 10000),
         "refits": (0, 10000),
+        "reconstruct": (0, 1000),
+        "lr": (0, 1),
     }
     for key, (low, high) in ranges.items():
         if given[key] is not None and not low <= given[key] <= high:
@@ -114,10 +123,14 @@ def solve_(
     masks: dict[str, Tensor] = {}
     cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if solver.bf16 else nullcontext()
     with cast:
-        groups = order(model, first, chosen)
-        stops = walk(model, batches, groups, dense=bool(solver.asymmetric))
-        for stop in track(stops, f"pruning by {solver.name}", progress, len(groups)):
+        places = with_ends(order(model, first, chosen), blocks(model, chosen) if solver.reconstruct else [])
+        stops = walk(model, batches, places, dense=bool(solver.asymmetric or solver.reconstruct))
+        for stop in track(stops, f"pruning by {solver.name}", progress, len(places)):
             with torch.autocast("cpu", enabled=False):
+                if isinstance(stop, End):
+                    assert solver.reconstruct and solver.lr is not None
+                    reconstruct_(stop, masks, epochs=solver.reconstruct, lr=solver.lr, bf16=bool(solver.bf16))
+                    continue
                 done, found = _solve(stop, plan, sparsity, scope, solver, score, given or {})
             masks.update(done)
             rows += found

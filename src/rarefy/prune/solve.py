@@ -122,8 +122,8 @@ def admm(
     H: Tensor,
     choose: Choose,
     *,
-    steps: int = 24,
-    rho: float = 0.1,
+    steps: int = 10,
+    rho: float = 0.3,
     start: Tensor | None = None,
     refits: int = 10,
 ) -> tuple[Tensor, Tensor]:

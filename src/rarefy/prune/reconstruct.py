@@ -1,0 +1,75 @@
+"""Whole blocks match the untouched model's outputs: a few passes of masked Adam over the calibration set.
+
+Layer by layer solvers see neither the nonlinearities nor what their neighbours lost; a block does ("free lunch", Nagel
+2020 for rounding, arXiv 2510.14444 for pruning). The last batch is held out: its error chooses the epoch, and the
+start is among the candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.model.walk import End, first_tensor
+
+
+def reconstruct_(
+    end: End, masks: Mapping[str, Tensor], *, epochs: int = 2, lr: float = 3e-4, bf16: bool = False
+) -> tuple[float, float]:
+    """Train the kept weights (and biases and norms) of a block in place; return the held-out error before and after.
+
+    masks   by layer name, as stored; entries under False stay what they are, zero
+    The error is the mean over tokens of |y' - y|^2 / |y|^2. O(epochs x three forward passes of the block).
+    """
+    module, calls = end.block.module, end.calls
+    kept = {id(l.original): masks[l.full_name] for l in end.block.layers}
+    parameters = [p for p in module.parameters() if p.is_floating_point()]
+    train, held = calls[:-1] or calls, calls[-1:]
+    flags = [p.requires_grad for p in parameters]
+    best, start = [p.detach().clone() for p in parameters], _error(module, held, bf16)
+    least = start
+    moves = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.95))
+    total, step = epochs * len(train), 0
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        for _ in range(epochs):
+            for call in train:
+                for group in moves.param_groups:
+                    group["lr"] = lr * (1 + math.cos(math.pi * step / total)) / 2
+                with torch.enable_grad():
+                    loss = _loss(module, call, bf16)
+                    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for p, g in zip(parameters, grads):
+                    p.grad = None if g is None else torch.where(kept[id(p)], g, 0) if id(p) in kept else g
+                moves.step()
+                step += 1
+            now = _error(module, held, bf16)
+            if now < least:
+                least, best = now, [p.detach().clone() for p in parameters]
+    finally:
+        for p, b, flag in zip(parameters, best, flags):
+            p.data.copy_(b)
+            p.grad = None
+            p.requires_grad_(flag)
+    end.changed = least < start
+    return start, least
+
+
+def _loss(module: nn.Module, call: tuple[tuple, dict[str, Any], Tensor], bf16: bool) -> Tensor:
+    args, kwargs, want = call
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+        out = first_tensor(module(*args, **kwargs)).float()
+    want = want.float()
+    energy = want.square().sum(-1)
+    # relative to each token's size: what follows is a norm, and a few tokens are a thousand times as large
+    return ((out - want).square().sum(-1) / (energy + 1e-3 * energy.mean())).mean()
+
+
+@torch.no_grad()
+def _error(module: nn.Module, calls: Sequence[tuple[tuple, dict[str, Any], Tensor]], bf16: bool) -> float:
+    return sum(float(_loss(module, c, bf16)) for c in calls) / len(calls)

@@ -1,0 +1,99 @@
+"""Solvers work unchanged on randomly made tiny models of the families of transformers."""
+
+import pytest
+import torch
+
+import rarefy
+from rarefy.model.select import select
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GQA = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8}
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGE = {"image_size": 16, "patch_size": 8}
+
+
+def tokens():
+    return [{"input_ids": torch.randint(2, 64, (3, 12))} for _ in range(3)]
+
+
+def images():
+    return [{"pixel_values": torch.randn(3, 3, 16, 16)} for _ in range(3)]
+
+
+def clip():
+    text = {**SMALL, **SPECIAL, "max_position_embeddings": 16}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**VISION, **IMAGE}, projection_dim=16)
+    return transformers.CLIPModel(config), [a | b for a, b in zip(tokens(), images())]
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        vocab_size=64, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=20,
+        max_target_positions=20, decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[], **SPECIAL,
+    )  # fmt: skip
+    data = [{"input_features": torch.randn(2, 8, 40), "decoder_input_ids": b["input_ids"][:2]} for b in tokens()]
+    return transformers.WhisperForConditionalGeneration(config), data
+
+
+def causal(name, **settings):
+    def make():
+        config = getattr(transformers, f"{name}Config")(**settings)
+        suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+        return getattr(transformers, f"{name}{suffix}")(config), tokens()
+
+    return make
+
+
+def encoder():
+    return transformers.BertModel(transformers.BertConfig(**SMALL, max_position_embeddings=64)), tokens()
+
+
+def vit():
+    return transformers.ViTModel(transformers.ViTConfig(**VISION, **IMAGE)), images()
+
+
+FAMILIES = {
+    "gpt2": causal("GPT2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, **SPECIAL),
+    "opt": causal("OPT", vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                  max_position_embeddings=64, word_embed_proj_dim=32, **SPECIAL),
+    "llama": causal("Llama", **GQA, **SPECIAL),
+    "qwen2": causal("Qwen2", **{k: v for k, v in GQA.items() if k != "head_dim"}, **SPECIAL),
+    "qwen3": causal("Qwen3", **GQA, **SPECIAL),
+    "gemma": causal("Gemma", **GQA, **SPECIAL),
+    "gemma2": causal("Gemma2", **GQA, **SPECIAL, sliding_window=8),
+    "phi": causal("Phi", **{k: v for k, v in GQA.items() if k != "head_dim"}, **SPECIAL),
+    "mistral": causal("Mistral", **GQA, **SPECIAL, sliding_window=8),
+    "bert": encoder,
+    "vit": vit,
+    "clip": clip,
+    "whisper": whisper,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(family):
+    model, data = FAMILIES[family]()
+    model.eval()
+    solver = rarefy.Solver(name="admm", steps=4, asymmetric=0.25)
+    report = rarefy.prune_(
+        model, "2:4", solver=solver, data=data, ignore="*pooler*" if family in ("bert", "vit") else None
+    )
+    assert report.summary["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert len(report.rows) >= 8 and all(r["error"] < 1 for r in report.rows)
+    with torch.no_grad():
+        out = model(**data[0])
+    first = out.logits if hasattr(out, "logits") else out[0]
+    assert torch.isfinite(first).all()
+
+
+def test_reconstruction_of_two_towers():
+    model, data = FAMILIES["clip"]()
+    model.eval()
+    solver = rarefy.Solver(name="obs", reconstruct=1)
+    rarefy.prune_(model, sparsity=0.5, solver=solver, data=data, layers=["*encoder.layers*"])
+    zeros = [float((l.weight == 0).float().mean()) for l in select(model, "*encoder.layers*")]
+    assert zeros == pytest.approx([0.5] * len(zeros), abs=0.01)

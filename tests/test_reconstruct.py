@@ -1,0 +1,138 @@
+"""Blocks that learn the dense model's outputs: zeros stay, held-out errors never rise, the model comes closer."""
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from conftest import Net, tiny_llama
+from rarefy.errors import ModelError, PatternError
+from rarefy.model.select import select
+from rarefy.model.walk import Block, End, Stop, blocks, order, walk, with_ends
+from rarefy.prune.reconstruct import reconstruct_
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
+
+    def forward(self, x, scale=1.0):
+        return x + scale * self.b(torch.relu(self.a(self.norm(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual() for _ in range(3))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x, scale=2.0)
+        return self.head(x)
+
+
+def data(count=6):
+    return [torch.randn(64, 5) @ torch.randn(5, 16) + 0.1 * torch.randn(64, 16) for _ in range(count)]
+
+
+def test_blocks_are_the_outermost_lists_of_equal_modules():
+    model = tiny_llama()
+    found = blocks(model, select(model))
+    assert [b.name for b in found] == ["model.layers.0", "model.layers.1"]
+    assert all(len(b.layers) == 7 for b in found)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    assert [b.name for b in blocks(encoder, select(encoder))] == ["layers.0", "layers.1"]
+    with pytest.raises(ModelError, match="Net has no list of equal blocks to reconstruct"):
+        blocks(Net(), select(Net()))
+
+
+def test_ends_come_with_the_real_arguments_and_the_dense_outputs():
+    model, batches = Stack().eval(), data(3)
+    want = {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda m, a, out, i=i: want.setdefault(i, []).append(out.detach()))
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+    for block in model.blocks:
+        block._forward_hooks.clear()
+    chosen, seen = select(model), 0
+    for stop in walk(model, batches, with_ends(order(model, batches[0], chosen), blocks(model, chosen)), dense=True):
+        if isinstance(stop, Stop):
+            stop.weights = {l.full_name: l.original.detach() * 0.9 for l in stop.group.layers}
+            continue
+        assert isinstance(stop, End) and stop.block.name == f"blocks.{seen}"
+        for (args, kwargs, target), dense in zip(stop.calls, want[seen]):
+            torch.testing.assert_close(target, dense)
+            assert kwargs == {"scale": 2.0} and len(args) == 1
+        seen += 1
+    assert seen == 3
+
+
+def test_a_changed_block_is_run_again():
+    """What comes after a block sees the weights that it ended with."""
+    model, batches = Stack().eval(), data(2)
+    chosen = select(model)
+    for stop in walk(model, batches, with_ends(order(model, batches[0], chosen), blocks(model, chosen))):
+        if isinstance(stop, End):
+            stop.block.module.b.bias.data += 1.0
+            stop.changed = True
+        elif stop.group.layers[0].name == "blocks.2.a":
+            with torch.no_grad():
+                x = torch.cat([model.blocks[2].norm(model.blocks[1](model.blocks[0](b, 2.0), 2.0)) for b in batches])
+            torch.testing.assert_close(stop.gram.H[0], x.T @ x / len(x))
+
+
+def test_the_held_out_error_never_rises_and_zeros_stay():
+    torch.manual_seed(2)
+    block = Residual()
+    layers = select(block)
+    x = data(5)
+    with torch.no_grad():
+        calls = [((b,), {}, block(b)) for b in x]
+        masks = {l.full_name: torch.rand_like(l.weight) > 0.5 for l in layers}
+        for l in layers:
+            l.original.mul_(masks[l.full_name])
+    for lr, better in ((1e-2, True), (1e3, False)):
+        before = {k: v.clone() for k, v in block.state_dict().items()}
+        end = End(Block("", block, tuple(layers)), calls)
+        start, now = reconstruct_(end, masks, epochs=4, lr=lr)
+        assert (now < 0.7 * start) if better else (now == start)
+        assert end.changed is better
+        assert all((l.original[~masks[l.full_name]] == 0).all() for l in layers)
+        if not better:
+            assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+        assert all(p.grad is None and p.requires_grad for p in block.parameters())
+
+
+def test_the_whole_model_comes_closer():
+    batches, errors = data(), []
+    for reconstruct in (0, 5):
+        torch.manual_seed(4)
+        model = Stack().eval()
+        with torch.no_grad():
+            want = torch.cat([model(b) for b in batches])
+        lr = 3e-3 if reconstruct else None
+        solver = rarefy.Solver(name="obs", reconstruct=reconstruct, lr=lr)
+        rarefy.prune_(model, sparsity=0.6, solver=solver, data=batches, layers="blocks.*")
+        with torch.no_grad():
+            errors.append(float((torch.cat([model(b) for b in batches]) - want).square().mean()))
+        assert all((model.get_submodule(n).weight == 0).float().mean() == pytest.approx(0.6, abs=0.01)
+                   for n in ("blocks.0.a", "blocks.2.b"))  # fmt: skip
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_an_idle_rate_is_an_error():
+    with pytest.raises(PatternError, match=r"lr=0.1 has no effect without reconstruct"):
+        rarefy.prune_(Stack(), sparsity=0.5, solver=rarefy.Solver(name="obs", lr=0.1), data=data())
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+def test_presets_run_on_any_transformer(preset):
+    model = tiny_llama()
+    batches = [{"input_ids": torch.randint(0, 64, (2, 16))} for _ in range(3)]
+    receipt = rarefy.compress_(model, preset, batches, sparsity=0.4)
+    assert receipt.sparsity["achieved"] == pytest.approx(0.4, abs=0.01)
