@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import rarefy
+from rarefy.model.experts import is_experts, watching
 from rarefy.model.select import select
 
 transformers = pytest.importorskip("transformers")
@@ -67,6 +68,8 @@ FAMILIES = {
     "gemma2": causal("Gemma2", **GQA, **SPECIAL, sliding_window=8),
     "phi": causal("Phi", **{k: v for k, v in GQA.items() if k != "head_dim"}, **SPECIAL),
     "mistral": causal("Mistral", **GQA, **SPECIAL, sliding_window=8),
+    "mixtral": causal("Mixtral", **GQA, **SPECIAL, num_local_experts=4),
+    "qwen3-moe": causal("Qwen3Moe", **GQA, **SPECIAL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "bert": encoder,
     "vit": vit,
     "clip": clip,
@@ -99,3 +102,70 @@ def test_reconstruction_of_two_towers():
     rarefy.prune_(model, sparsity=0.5, solver=solver, data=data, layers=["*encoder.layers*"])
     zeros = [float((l.weight == 0).float().mean()) for l in select(model, "*encoder.layers*")]
     assert zeros == pytest.approx([0.5] * len(zeros), abs=0.01)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss"])
+def test_experts_one_by_one_are_the_experts(family):
+    """Watched experts give the outputs of transformers' own forward, and each sees its own tokens."""
+    model = (FAMILIES.get(family) or gpt_oss)()[0].eval()
+    module = next(m for m in model.modules() if is_experts(m))
+    x, index, share = torch.randn(20, 32), torch.randint(0, 4, (20, 2)), torch.rand(20, 2)
+    index[:, 1] = (index[:, 0] + 1) % 4
+    seen = {}
+    with torch.no_grad():
+        want = module(x, index, share)
+        with watching(module, lambda name, rows, out: seen.setdefault((name, out is None), (rows, out))):
+            got = module(x, index, share)
+    torch.testing.assert_close(got, want)
+    assert "forward" not in module.__dict__
+    for e, rows in enumerate(seen["gate_up_proj", True][0]):
+        torch.testing.assert_close(rows, x[(index == e).any(1)])
+
+
+def gpt_oss():
+    config = transformers.GptOssConfig(**GQA, **SPECIAL, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.GptOssForCausalLM(config), tokens()
+
+
+@pytest.mark.parametrize("solver", ["obs", "admm", "refit"])
+def test_experts_without_tokens_are_named_and_left(solver):
+    model, _ = FAMILIES["mixtral"]()
+    model.eval()
+    experts = model.model.layers[0].mlp.experts
+    before = experts.gate_up_proj.detach().clone()
+    data = [{"input_ids": torch.full((2, 12), 7)}]  # one token everywhere goes to the same two of four experts
+    report = rarefy.prune_(model, sparsity=0.5, solver=solver, data=data, layers="model.layers.0.mlp.experts.*")
+    start = "experts that saw no token, pruned by magnitude, not moved: model.layers.0.mlp.experts.gate_up_proj ["
+    assert report.notes[0].startswith(start)
+    idle = [int(n) for n in report.notes[0].partition("[")[2].partition("]")[0].split(", ")]
+    assert len(idle) == 2
+    mask, weight = rarefy.masks(model)["model.layers.0.mlp.experts.gate_up_proj"], experts.gate_up_proj.detach()
+    for e in range(4):
+        assert float(mask[e].float().mean()) == pytest.approx(0.5, abs=1e-3)
+        if e in idle:
+            torch.testing.assert_close(weight[e][mask[e]], before[e][mask[e]], rtol=1e-4, atol=1e-6)
+        else:
+            assert (weight[e][mask[e]] - before[e][mask[e]]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("score", ["wanda", "activation", "taylor", "ria"])
+def test_scores_of_experts(score):
+    model, data = FAMILIES["mixtral"]()
+    batches = [b | {"labels": b["input_ids"]} for b in data]
+    rarefy.prune_(model.eval(), sparsity=0.5, score=score, data=batches)
+    for layer in select(model, "*experts*"):
+        assert float((layer.weight == 0).float().mean()) > 0.1
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
+def test_experts_are_stored_small_and_come_back(pattern, tmp_path):
+    model, data = FAMILIES["mixtral"]()
+    rarefy.prune_(model.eval(), pattern, sparsity=None if pattern == "2:4" else 0.5, layers="*experts*")
+    rarefy.save(model, tmp_path / "m")
+    again = rarefy.load(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(again(**data[0]).logits, model(**data[0]).logits)
+    rows = {r["tensor"]: r for r in rarefy.inspect(tmp_path / "m").rows}
+    row = rows["model.layers.0.mlp.experts.down_proj"]
+    assert row["sparsity"] == pytest.approx(0.5) and row["bytes"] < 0.7 * row["dense_bytes"]
+    assert row["pattern"] == pattern

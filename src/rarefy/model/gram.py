@@ -72,8 +72,10 @@ def same_columns(layer: Layer, module: nn.Module) -> tuple[Any, ...]:
 def columns(layer: Layer, module: Any, x: Any, kept: Tensor | None) -> Tensor:
     """Return a layer's input as [G, tokens, C]; `kept` [batch, length] marks what is no padding. O(G tokens C)."""
     G, _, _, I = layer.layout.shape
+    if layer.layout.kind == "experts":
+        return _stacked(x)
     if isinstance(x, tuple):  # queries, keys and values of an attention, each with its own matrix
-        return _stacked([_rows(t, kept, module.batch_first) for t in x], I)
+        return _stacked([_rows(t, kept, module.batch_first) for t in x])
     if layer.layout.kind == "conv":
         return _unfold(module, x)
     if layer.layout.kind == "conv-transposed":
@@ -92,7 +94,7 @@ def _rows(x: Tensor, kept: Tensor | None, batch_first: bool) -> Tensor:
     return rows[kept.flatten().bool()] if kept is not None and (fits or flat) else rows
 
 
-def _stacked(parts: list[Tensor], width: int) -> Tensor:
+def _stacked(parts: list[Tensor]) -> Tensor:
     """Rows of different number: zeros add nothing to a Gram matrix."""
     longest = max(len(p) for p in parts)
     return torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in parts])

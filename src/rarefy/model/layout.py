@@ -11,8 +11,11 @@ convolutions, Embedding, the Conv1D of Hugging Face (stored [in, out]) and the p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+
+from rarefy.model.experts import NAMES, weights_of
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -56,6 +59,8 @@ def layout(module: nn.Module, param: str) -> Layout | None:
     """
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module, param)
+    if param in NAMES and param in weights_of(module):
+        return _experts(module, param)
     if param != "weight":
         return None
     if isinstance(module, nn.Linear):
@@ -84,12 +89,19 @@ def prunable(module: nn.Module) -> list[str]:
     >>> prunable(nn.Linear(2, 2)), prunable(nn.LayerNorm(2))
     (['weight'], [])
     """
-    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "weight")
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "weight", *NAMES)
     return [n for n in names if getattr(module, n, None) is not None and layout(module, n) is not None]
 
 
 def _matrix(kind: str, rows: int, columns: int) -> Layout:
     return Layout(kind, (1, rows, columns), (0, 1, 2), (1, 1, rows, columns))
+
+
+def _experts(module: Any, param: str) -> Layout:
+    e, a, b = getattr(module, param).shape
+    if module.is_transposed:
+        return Layout("experts", (e, a, b), (0, 2, 1), (e, 1, b, a), in_axis=1)
+    return Layout("experts", (e, a, b), (0, 1, 2), (e, 1, a, b))
 
 
 def _attention(module: nn.MultiheadAttention, param: str) -> Layout | None:

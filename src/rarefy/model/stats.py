@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from rarefy.errors import DataError, ModelError, RarefyError
+from rarefy.model.experts import Rows, watching
 from rarefy.model.select import Layer, unwrap
 
 Loss = Callable[[Any, Any], Tensor]
@@ -203,10 +205,16 @@ def collect(
         current: dict[str, Any] = {}
         if needs & {"input", "output"}:
             parents = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+            experts: dict[nn.Module, dict[str, Layer]] = {}
             for layer in layers:
                 for _, module, param in layer.owners:
                     parent = parents.get(id(module))
+                    if layer.layout.kind == "experts":
+                        experts.setdefault(module, {})[param] = layer
+                        continue
                     stack.enter_context(_observe(module, param, layer, stats[layer.full_name], current, parent))
+            for module, known in experts.items():
+                stack.enter_context(watching(module, partial(_add_experts, known, stats, current)))
         if "gradient" in needs:
             stack.enter_context(_trainable([l.original for l in layers]))
         for index, batch in enumerate(data):
@@ -265,14 +273,7 @@ def _observe(
     def add(inputs: Tensor, outputs: Tensor) -> None:
         batch = current["batch"]
         mask = batch["attention_mask"] if hasattr(batch, "keys") and "attention_mask" in batch else None
-        in_square, out_square, tokens = _squares(module, param, layer, inputs.detach(), outputs.detach(), mask)
-        if not (torch.isfinite(in_square).all() and torch.isfinite(out_square).all()):
-            raise ModelError(
-                f"{layer.full_name}: NaN or inf in its activations on calibration batch {current['index']}"
-            )
-        s.in_square = in_square if s.in_square is None else s.in_square + in_square
-        s.out_square = out_square if s.out_square is None else s.out_square + out_square
-        s.tokens += tokens
+        _count(s, layer, current, *_squares(module, param, layer, inputs.detach(), outputs.detach(), mask))
 
     if parent is not None:
         handles.append(parent.register_forward_hook(_out_proj_hook(parent, add), with_kwargs=True))
@@ -285,6 +286,30 @@ def _observe(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _count(s: Stats, layer: Layer, current: dict[str, Any], ins: Tensor, outs: Tensor, tokens: float) -> None:
+    if not (torch.isfinite(ins).all() and torch.isfinite(outs).all()):
+        raise ModelError(f"{layer.full_name}: NaN or inf in its activations on calibration batch {current['index']}")
+    s.in_square = ins if s.in_square is None else s.in_square + ins
+    s.out_square = outs if s.out_square is None else s.out_square + outs
+    s.tokens += tokens
+
+
+def _add_experts(
+    known: dict[str, Layer],
+    stats: dict[str, Stats],
+    current: dict[str, Any],
+    param: str,
+    rows: Rows,
+    out: Rows | None,
+) -> None:
+    if out is None or param not in known:
+        return
+    layer = known[param]
+    ins = torch.stack([r.detach().float().square().sum(0) for r in rows])[:, None, None]
+    outs = torch.stack([y.detach().float().square().sum(0) for y in out])[:, None, :, None]
+    _count(stats[layer.full_name], layer, current, ins, outs, sum(len(r) for r in rows) / len(rows))
 
 
 def _squares(

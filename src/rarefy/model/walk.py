@@ -20,6 +20,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError
+from rarefy.model.experts import Rows, watching
 from rarefy.model.gram import Gram, columns, same_columns
 from rarefy.model.select import Layer
 from rarefy.model.stats import call, evaluating, on_device
@@ -74,7 +75,7 @@ def order(model: nn.Module, batch: Any, layers: Sequence[Layer]) -> list[Group]:
         if calls[id(layer)] > 1:
             return
         key = same_columns(layer, module)
-        tensors = x if isinstance(x, tuple) else (x,)
+        tensors = x if isinstance(x, tuple | list) else (x,)
         for refs, known, members in made:
             if known == key and len(refs) == len(tensors) and all(r() is t for r, t in zip(refs, tensors)):
                 members.append(layer)
@@ -230,7 +231,7 @@ class _Walk:
         self.calls[here, gate] = self.calls.get((here, gate), 0) + 1
         rows = columns(layer, module, x, here.kept)
         if here.side == 0:
-            if group.calls == 1:
+            if group.calls == 1 and layer.layout.kind != "experts":  # another router, other tokens
                 self.untouched[here.batch, gate] = rows
         else:
             gram = self.grams.setdefault(gate, Gram())
@@ -274,17 +275,29 @@ def _install(group: Group, weights: dict[str, Tensor]) -> None:
 def taps(model: nn.Module, layers: Sequence[Layer], arrive: Arrive) -> Iterator[None]:
     """Call `arrive(layer, module, input)` each time a layer's weight is about to be used."""
     parents = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    experts: dict[nn.Module, dict[str, Layer]] = {}
     with ExitStack() as stack:
         for layer in layers:
-            for _, module, _ in layer.owners:
+            for _, module, param in layer.owners:
                 parent = parents.get(id(module))
-                if parent is not None:
+                if layer.layout.kind == "experts":
+                    experts.setdefault(module, {})[param] = layer
+                elif parent is not None:
                     stack.enter_context(_before_out_proj(parent, layer, arrive))
                 elif isinstance(module, nn.MultiheadAttention):
                     _on_call(stack, module, _attention_hook(layer, arrive))
                 else:
                     _on_call(stack, module, _plain_hook(layer, arrive))
+        for module, known in experts.items():
+            stack.enter_context(watching(module, partial(_before_experts, module, known, arrive)))
         yield
+
+
+def _before_experts(
+    module: nn.Module, known: dict[str, Layer], arrive: Arrive, param: str, rows: Rows, out: Rows | None
+) -> None:
+    if out is None and param in known:
+        arrive(known[param], module, rows)
 
 
 def _on_call(stack: ExitStack, module: nn.Module, hook: Any) -> None:

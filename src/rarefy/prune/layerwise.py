@@ -198,6 +198,8 @@ def _solve(
                 "seconds": seconds,
             }
         )
+        if layer.layout.kind == "experts":  # their masks went by magnitude, their weights stay
+            rows[-1]["idle"] = (stop.gram.diagonal.sum(-1) == 0).nonzero()[:, 0].tolist()
     return masks, rows
 
 
@@ -240,13 +242,14 @@ class _Chooser:
         tall = score.reshape(self.G, self.O, -1, width).transpose(1, 2)
         if self.layer.layout.kind == "conv-transposed":
             tall = four(self.layer, score)
+        parts = tall.split(1) if self.layer.layout.kind == "experts" else [tall]  # each expert keeps its share
         share = self.sparsity
         whole = b - a == self.K * self.I
         if not whole and self.plan.kind == "unstructured":
             entries = self.G * self.O
             share = (round(share * entries * b) - self.pruned) / (entries * (b - a))
             share = min(1.0, max(0.0, share))
-        mask = patterns.masks_at([tall], self.plan, share, self.scope)[0]
+        mask = torch.cat([patterns.masks_at([p], self.plan, share, self.scope)[0] for p in parts])
         if self.layer.layout.kind == "conv-transposed":
             mask = flat(mask, True)
         else:

@@ -78,7 +78,10 @@ def prune_(
             set_mask_(layer, mask)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     done = report(chosen, plan, sparsity)
-    solved = {r["layer"]: r for r in rows}
+    idle = "; ".join(f"{r['layer']} {r.pop('idle')}" for r in rows if r.get("idle"))
+    if idle:
+        done = replace(done, notes=(*done.notes, f"experts that saw no token, pruned by magnitude, not moved: {idle}"))
+    solved = {r["layer"]: {k: v for k, v in r.items() if k != "idle"} for r in rows}
     done = replace(done, rows=tuple({**r, **solved.get(r["layer"], {})} for r in done.rows))
     taken = {l.full_name for l in chosen}
     alone = [l.full_name for l in all_layers(model) if l.full_name not in taken]

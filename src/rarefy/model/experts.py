@@ -1,0 +1,68 @@
+"""Mixtures of experts as transformers keeps them: one tensor [experts, out, in] for all, multiplied inside one forward.
+
+Known by what transformers' own decorator leaves on such a module, so that transformers is never imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
+NAMES = ("gate_up_proj", "up_proj", "down_proj")
+
+Rows = list[Tensor]  # one [tokens, width] an expert
+See = Callable[[str, Rows, Rows | None], None]  # (parameter, inputs, outputs or None before the product)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether a module holds the weights of several experts as single tensors."""
+    if not all(hasattr(module, m) for m in MARKS):
+        return False
+    down = module.down_proj
+    return isinstance(down, Tensor) and down.dim() == 3
+
+
+def weights_of(module: Any) -> list[str]:
+    """Return the names of a module's expert weights, in the order of their use."""
+    return ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"] if is_experts(module) else []
+
+
+@contextmanager
+def watching(module: nn.Module, see: See) -> Iterator[None]:
+    """Run the module expert by expert, telling `see` the inputs before each product and the outputs after it."""
+    module.forward = lambda hidden_states, top_k_index, top_k_weights: _forward(  # type: ignore[method-assign]
+        module, see, hidden_states, top_k_index, top_k_weights
+    )
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+def _forward(m: Any, see: See, x: Tensor, index: Tensor, share: Tensor) -> Tensor:
+    hits = [torch.where(index == e) for e in range(m.num_experts)]
+    up, down = weights_of(m)
+    inner = _product(m, up, [x[tokens] for tokens, _ in hits], see)
+    inner = [m._apply_gate(h) if m.has_gate else m.act_fn(h) for h in inner]
+    outer = _product(m, down, inner, see)
+    out = torch.zeros_like(x)
+    for (tokens, place), y in zip(hits, outer):
+        y = m.post_expert_norm(y) if getattr(m, "has_post_expert_norm", False) else y
+        out.index_add_(0, tokens, (y * share[tokens, place, None]).to(out.dtype))
+    return out
+
+
+def _product(m: Any, name: str, rows: Rows, see: See) -> Rows:
+    see(name, rows, None)
+    weight = getattr(m, name)  # after `see`, which may have changed it
+    weight = weight if m.is_transposed else weight.transpose(1, 2)
+    out = [r @ w.to(r.dtype) for r, w in zip(rows, weight)]
+    if m.has_bias:
+        out = [y + b.to(y.dtype) for y, b in zip(out, getattr(m, f"{name}_bias"))]
+    see(name, rows, out)
+    return out
