@@ -1,0 +1,174 @@
+"""How a budget of zeros is spread over layers: {layer name: sparsity} whose weighted mean is what was asked.
+
+uniform   the same everywhere
+erk       density as (outputs + inputs) / (outputs x inputs), so small layers stay denser (Evci 2020, RigL)
+line      rises with depth by `slope` from the first layer to the last (Huang 2025, ATP): early errors travel further
+owl       layers whose Wanda scores have more outliers stay denser (Yin 2024, OWL)
+errors    least sum of predicted losses: measured errors of each layer x its outputs' squared gradients, by dynamic
+          programming over the budget (Frantar 2022, SPDY)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import PatternError
+from rarefy.model.select import Layer
+from rarefy.model.stats import Loss, Stats, call, evaluating, loss_of, on_device, tokens_in
+
+ALLOCATIONS = ("uniform", "erk", "line", "owl", "errors")
+UNITS = 2000  # parts of the budget in the dynamic program
+LEVELS = (0.4, 0.6, 0.8)  # sparsities at which errors are measured
+MOST = 0.97  # no layer is emptied
+
+
+def balanced(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
+    """Return `wanted` sparsities moved by one common amount so that their mean over weights is `sparsity`, each
+    within 0..`MOST` (or the asked one, if that is higher). O(layers).
+
+    >>> balanced({"a": 0.4, "b": 0.6}, {"a": 1, "b": 1}, 0.7)
+    {'a': 0.6, 'b': 0.8}
+    """
+    top, total = max(MOST, sparsity), sum(sizes.values())
+    low, high = -2.0, 2.0
+    for _ in range(60):
+        shift = (low + high) / 2
+        mean = sum(min(top, max(0.0, s + shift)) * sizes[n] for n, s in wanted.items()) / total
+        low, high = (shift, high) if mean < sparsity else (low, shift)
+    return {n: round(min(top, max(0.0, s + high)), 9) for n, s in wanted.items()}
+
+
+def erk(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
+    """Return Erdos-Renyi-kernel sparsities: density proportional to the sum of a layer's dimensions over their product;
+    layers that would be denser than 1 are dense, and the rest share the budget."""
+    size = {l.full_name: l.original.numel() for l in layers}
+    raw = {}
+    for l in layers:
+        _, K, O, I = l.layout.shape
+        raw[l.full_name] = (O + I + (K if K > 1 else 0)) / (O * I * K)
+    budget, dense = (1 - sparsity) * sum(size.values()), set[str]()
+    while True:
+        rest = [n for n in raw if n not in dense]
+        scale = (budget - sum(size[n] for n in dense)) / max(sum(raw[n] * size[n] for n in rest), 1e-30)
+        over = [n for n in rest if raw[n] * scale > 1]
+        if not over:
+            return {n: 0.0 if n in dense else 1 - raw[n] * scale for n in raw}
+        dense.update(over)
+
+
+def line(layers: Sequence[Layer], sparsity: float, slope: float = 0.15) -> dict[str, float]:
+    """Return sparsities that rise by `slope` with depth, the place of a layer among the layers."""
+    last = max(len(layers) - 1, 1)
+    wanted = {l.full_name: sparsity + slope * (i / last - 0.5) for i, l in enumerate(layers)}
+    return balanced(wanted, {l.full_name: l.original.numel() for l in layers}, sparsity)
+
+
+def owl(
+    layers: Sequence[Layer], sparsity: float, stats: Mapping[str, Stats], width: float = 0.08, times: float = 5.0
+) -> dict[str, float]:
+    """Return OWL's sparsities, within `sparsity` +- `width`: the share of Wanda scores above `times` their mean makes
+    a layer denser."""
+    outliers = {}
+    for l in layers:
+        score = l.layout.view(l.weight.detach().float()).abs() * stats[l.full_name].in_norm
+        outliers[l.full_name] = float((score > times * score.mean()).float().mean())
+    low, high = min(outliers.values()), max(outliers.values())
+    spread = {n: 2 * width * (o - low) / max(high - low, 1e-12) for n, o in outliers.items()}
+    return balanced(
+        {n: sparsity - s for n, s in spread.items()}, {l.full_name: l.original.numel() for l in layers}, sparsity
+    )
+
+
+def sensitivities(
+    model: nn.Module, data: Iterable[Any], layers: Sequence[Layer], loss: Loss | None = None
+) -> dict[str, Tensor]:
+    """Return the mean squared gradient of the loss at each output [O] of each layer that is called as a module: what a
+    unit of squared error there costs, to second order with the empirical Fisher matrix's diagonal. One backward pass.
+    """
+    total: dict[str, Tensor] = {}
+    count = 0
+    with evaluating(model), ExitStack() as stack, torch.enable_grad():
+        current: dict[str, float] = {}
+
+        def watch(name: str, out: Tensor) -> None:
+            def add(grad: Tensor) -> None:
+                rows = grad.float().flatten(0, -2) if name in plain else grad.float().transpose(0, 1).flatten(1).T
+                found = rows.square().sum(0) * current["tokens"] ** 2
+                total[name] = found if name not in total else total[name] + found
+
+            if out.requires_grad:
+                out.register_hook(add)
+
+        plain = {l.full_name for l in layers if l.layout.kind in ("linear", "conv1d-hf")}
+        for layer in layers:
+            if layer.layout.kind in ("linear", "conv1d-hf", "conv", "conv-transposed"):
+                for _, module, _ in layer.owners:
+                    hook = lambda m, a, out, name=layer.full_name: watch(name, out)  # noqa: E731
+                    stack.callback(module.register_forward_hook(hook).remove)
+        for batch in data:
+            batch = on_device(model, batch)
+            current["tokens"] = tokens_in(batch)
+            weights = [l.original for l in layers]
+            flags = [w.requires_grad for w in weights]
+            try:
+                for w in weights:
+                    w.requires_grad_(True)
+                value = loss_of(loss)(call(model, batch), batch)
+                torch.autograd.grad(value, weights, allow_unused=True)
+            finally:
+                for w, flag in zip(weights, flags):
+                    w.requires_grad_(flag)
+            count += tokens_in(batch)
+    return {n: t / max(count, 1) for n, t in total.items()}
+
+
+def curve(errors: Sequence[float], sparsity: Tensor) -> Tensor:
+    """Return the error at each sparsity: log-quadratic through the errors measured at `LEVELS`, through 0 at 0."""
+    a, b, c = LEVELS
+    logs = [math.log(max(e, 1e-30)) for e in errors]
+    x = sparsity.double()
+    value = (
+        logs[0] * (x - b) * (x - c) / ((a - b) * (a - c))
+        + logs[1] * (x - a) * (x - c) / ((b - a) * (b - c))
+        + logs[2] * (x - a) * (x - b) / ((c - a) * (c - b))
+    ).exp()
+    small = x < a
+    value[small] = math.exp(logs[0]) * (x[small] / a) ** 3  # below what was measured: it goes to nothing fast
+    return value.cummax(0).values
+
+
+def least(costs: Mapping[str, Sequence[float]], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
+    """Return sparsities of least total cost: `costs` gives the predicted loss of each layer at `LEVELS`.
+
+    Exact over 49 sparsities a layer and a budget of `UNITS` parts. O(layers x 49 x UNITS).
+    """
+    total = sum(sizes.values())
+    grid = torch.arange(49, dtype=torch.float64) / 50  # 0 .. 0.96
+    names = list(costs)
+    best = torch.full((UNITS + 1,), float("inf"), dtype=torch.float64)
+    best[0] = 0.0
+    choices = []
+    for name in names:
+        cost = curve(costs[name], grid)
+        parts = (grid * sizes[name] / total * UNITS).round().long()
+        options = torch.full((len(grid), UNITS + 1), float("inf"), dtype=torch.float64)
+        for k, part in enumerate(parts.tolist()):
+            options[k, part:] = best[: UNITS + 1 - part] + cost[k]
+        best, choice = options.min(0)
+        choices.append((choice, parts))
+    at = round(sparsity * UNITS)
+    reachable = torch.isfinite(best).nonzero()[:, 0]
+    if not len(reachable):
+        raise PatternError("no allocation reaches the budget")
+    at = int(reachable[(reachable - at).abs().argmin()])
+    wanted = {}
+    for name, (choice, parts) in zip(reversed(names), reversed(choices)):
+        k = int(choice[at])
+        wanted[name], at = float(grid[k]), at - int(parts[k])
+    return balanced({n: wanted[n] for n in names}, sizes, sparsity)
