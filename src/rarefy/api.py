@@ -183,13 +183,15 @@ def _check_data(plan: recipes.Recipe, given: _Given) -> None:
 def _calibrates(prune: Any) -> bool:
     """Whether a stage reads calibration data: its solver does, or its score."""
     score = getattr(prune, "score", None)
-    return getattr(prune, "solver", None) is not None or (score is not None and bool(SCORES[score].needs))
+    reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in ("owl", "errors")
+    return reads or (score is not None and bool(SCORES[score].needs))
 
 
 def _prune(
     model: nn.Module, s: recipes.Prune, given: _Given, loss: Loss | None, seed: int, progress: bool
 ) -> list[Report]:
-    data = _Labelled(model, given.batches("calibrate"), s.score) if _calibrates(s) else None
+    use = "train" if s.allocate == "errors" else s.score  # both need gradients of the loss
+    data = _Labelled(model, given.batches("calibrate"), use) if _calibrates(s) else None
     done = prune_(
         model,
         s.pattern,
@@ -201,6 +203,7 @@ def _prune(
         ignore=s.ignore,
         data=data,
         solver=s.solver,
+        allocate=s.allocate,
         loss=loss,
         seed=seed,
         progress=progress,

@@ -17,6 +17,7 @@ import yaml
 
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
 from rarefy.prune import pattern as patterns
+from rarefy.prune.allocate import ALLOCATIONS
 from rarefy.prune.layerwise import Solver, resolve
 from rarefy.prune.score import SCORES
 from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
@@ -47,6 +48,7 @@ class Prune:
     score: str | None = None
     sparsity: float | None = None
     solver: Solver | str | None = None
+    allocate: str | None = None
     scope: str | None = None
     reduce: str | None = None
     layers: tuple[str, ...] | None = None
@@ -177,6 +179,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": tuple(SCHEDULES),
     "score": tuple(SCORES),
     "scope": patterns.SCOPES,
+    "allocate": ALLOCATIONS,
     "reduce": tuple(patterns.REDUCTIONS),
 }
 AT_LEAST_ONE = frozenset({"samples", "train_samples", "tokens", "batch", "epochs", "steps", "repeats", "prompt", "new"})

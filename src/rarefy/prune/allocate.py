@@ -26,6 +26,7 @@ ALLOCATIONS = ("uniform", "erk", "line", "owl", "errors")
 UNITS = 2000  # parts of the budget in the dynamic program
 LEVELS = (0.4, 0.6, 0.8)  # sparsities at which errors are measured
 MOST = 0.97  # no layer is emptied
+FEW = 4  # batches whose gradients are taken
 
 
 def balanced(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
@@ -126,6 +127,16 @@ def sensitivities(
                     w.requires_grad_(flag)
             count += tokens_in(batch)
     return {n: t / max(count, 1) for n, t in total.items()}
+
+
+def complete(found: dict[str, Tensor], layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Return sensitivities [outputs] for all layers; one that is no module's call gets the mean of the others."""
+    mean = torch.stack([t.mean() for t in found.values()]).mean() if found else torch.tensor(1.0)
+    out = {}
+    for layer in layers:
+        G, _, O, _ = layer.layout.shape
+        out[layer.full_name] = found[layer.full_name] if layer.full_name in found else mean.expand(G * O)
+    return out
 
 
 def curve(errors: Sequence[float], sparsity: Tensor) -> Tensor:

@@ -139,6 +139,57 @@ def solve_(
     return rows
 
 
+def measure(
+    model: nn.Module,
+    chosen: Sequence[Layer],
+    plan: patterns.Pattern,
+    scope: str,
+    data: Iterable[Any],
+    weights: Mapping[str, Tensor],
+    levels: Sequence[float],
+    *,
+    progress: bool = False,
+) -> dict[str, list[float]]:
+    """Return each layer's error at each of `levels` of sparsity, solved by OBS in the untouched model; each output's
+    squared error counts as much as `weights` (by layer name, [outputs]) says. One forward pass, O(levels) solutions."""
+    batches = data if isinstance(data, Sized) else list(data)
+    costs: dict[str, list[float]] = {l.full_name: [] for l in chosen}
+    groups = order(model, next(iter(batches)), chosen)
+    for stop in track(walk(model, batches, groups), "measuring errors", progress, len(groups)):
+        assert isinstance(stop, Stop) and stop.gram.H is not None
+        layers, H = stop.group.layers, stop.gram.H
+        W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
+        U, _ = solve.inverse_factor(H, COMMON["damping"])
+        for level in levels:
+            each = {l.full_name: level for l in layers}
+            choose, parts = _choosers(layers, plan, each, scope, {})
+            new, _ = solve.obs(W, U, choose, parts[0].edges(SOLVERS["obs"]["block"]))
+            errors = solve.error(new, W, H).split([c.rows for c in parts], 1)
+            for layer, error in zip(layers, errors):
+                outputs = layer.layout.shape[2]
+                by_output = error.reshape(len(error), -1, outputs).sum(1).flatten()
+                w = weights[layer.full_name].reshape(-1)
+                costs[layer.full_name].append(float((by_output * w).sum()))
+    return costs
+
+
+def _choosers(
+    layers: Sequence[Layer],
+    plan: patterns.Pattern,
+    sparsity: Mapping[str, float],
+    scope: str,
+    given: Mapping[str, Tensor],
+) -> tuple[solve.Choose, list[_Chooser]]:
+    """One choice for the stacked rows of several layers, each by itself."""
+    parts = [_Chooser(l, plan, sparsity[l.full_name], scope, given.get(l.full_name)) for l in layers]
+    widths = [c.rows for c in parts]
+
+    def choose(score: Tensor, a: int, b: int) -> Tensor:
+        return torch.cat([c(part, a, b) for c, part in zip(parts, score.split(widths, 1))], 1)
+
+    return choose, parts
+
+
 def _solve(
     stop: Stop,
     plan: patterns.Pattern,
@@ -153,12 +204,8 @@ def _solve(
     W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
     if not torch.isfinite(W).all():
         raise ModelError(f"{', '.join(l.full_name for l in layers)}: NaN or inf in its weights")
-    chosen = [_Chooser(l, plan, sparsity[l.full_name], scope, given.get(l.full_name)) for l in layers]
+    choose, chosen = _choosers(layers, plan, sparsity, scope, given)
     widths = [c.rows for c in chosen]
-
-    def choose(score: Tensor, a: int, b: int) -> Tensor:
-        return torch.cat([c(part, a, b) for c, part in zip(chosen, score.split(widths, 1))], 1)
-
     H, used = stop.gram.H, s.damping
     assert H is not None and used is not None
     if s.name == "obs":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from rarefy.model.select import Layer, Selector, all_layers, select
 from rarefy.model.stats import Loss, Stats, check_batches, collect
 from rarefy.progress import track
 from rarefy.proof.report import Report
+from rarefy.prune import allocate as allocate_
 from rarefy.prune import pattern as patterns
-from rarefy.prune.layerwise import Solver, resolve, solve_
+from rarefy.prune.layerwise import Solver, measure, resolve, solve_
 from rarefy.prune.score import SCORES
 
 
@@ -28,6 +30,7 @@ def prune_(
     sparsity: float | None = None,
     *,
     solver: str | Solver | None = None,
+    allocate: str | None = None,
     scope: str | None = None,
     reduce: str | None = None,
     layers: Selector = None,
@@ -45,6 +48,7 @@ def prune_(
     solver    obs (SparseGPT), admm or refit: move the kept weights so that each layer's outputs on `data` stay
               (`rarefy.Solver` sets its options); the layers are then pruned in the order in which the model runs
     sparsity  fraction of zeros; N:M patterns decide it themselves
+    allocate  how `sparsity` is spread over layers (`rarefy.prune.allocate`): uniform, erk, line, owl, errors
     scope     where scores compete: row, layer or global; by default what the score's paper does
     reduce    how a unit of several weights is scored: mean, sum, max or l2
     data      batches that `model` can be called with
@@ -67,17 +71,19 @@ def prune_(
         check_batches(data)
     chosen = select(model, layers, ignore)
     refuse_impossible(chosen, plan)
+    check_weights(chosen)
+    each = _spread(model, chosen, plan, sparsity, scope, allocate, data, loss, progress)
     rows: list[dict[str, Any]] = []
     if how is not None:
-        rows = _solve(model, chosen, plan, ranks, sparsity, scope, reduce, how, data, loss, seed, progress)
+        rows = _solve(model, chosen, plan, ranks, each, sparsity, scope, reduce, how, data, loss, seed, progress)
     else:
         assert ranks is not None
         shown = None if data is None else track(data, f"calibrating {ranks}", progress)
         found = calibrate(model, chosen, ranks, shown, loss, seed)
-        for layer, mask in zip(chosen, choose_masks(chosen, found, plan, ranks, sparsity, scope, reduce)):
+        for layer, mask in zip(chosen, _masks(chosen, found, plan, ranks, each, sparsity, scope, reduce)):
             set_mask_(layer, mask)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
-    done = report(chosen, plan, sparsity)
+    done = report(chosen, plan, sparsity, each)
     idle = "; ".join(f"{r['layer']} {r.pop('idle')}" for r in rows if r.get("idle"))
     if idle:
         done = replace(done, notes=(*done.notes, f"experts that saw no token, pruned by magnitude, not moved: {idle}"))
@@ -95,6 +101,7 @@ def _solve(
     chosen: Sequence[Layer],
     plan: patterns.Pattern,
     score: str | None,
+    each: Mapping[str, float],
     sparsity: float,
     scope: str,
     reduce: str | None,
@@ -107,8 +114,6 @@ def _solve(
     """Masks and weights by a solver; a score that reads more than inputs, or ranks all layers together, goes first."""
     if data is None:
         raise DataError(f"solver {how.name} works on a layer's inputs: give data=batches")
-    check_weights(chosen)
-    check_batches(data)
     batches = data if isinstance(data, Sized) else list(data)
     given = None
     if score is None and (scope == "global" or reduce is not None):
@@ -117,10 +122,59 @@ def _solve(
     if score is not None and (scope == "global" or reduce is not None or SCORES[score].needs - {"input"}):
         shown = track(batches, f"calibrating {score}", progress) if SCORES[score].needs else None
         found = calibrate(model, chosen, score, shown, loss, seed)
-        masks = choose_masks(chosen, found, plan, score, sparsity, scope, reduce)
+        masks = _masks(chosen, found, plan, score, each, sparsity, scope, reduce)
         given = {l.full_name: m for l, m in zip(chosen, masks)}
-    each = {l.full_name: sparsity for l in chosen}
     return solve_(model, chosen, plan, each, scope, how, batches, score=score, given=given, progress=progress)
+
+
+def _spread(
+    model: nn.Module,
+    chosen: Sequence[Layer],
+    plan: patterns.Pattern,
+    sparsity: float,
+    scope: str,
+    how: str | None,
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+    progress: bool,
+) -> dict[str, float]:
+    """The sparsity of each layer."""
+    if how is not None and how not in allocate_.ALLOCATIONS:
+        raise PatternError(unknown("allocation", how, allocate_.ALLOCATIONS))
+    if how in (None, "uniform"):
+        return {l.full_name: sparsity for l in chosen}
+    if plan.kind == "nm" or scope == "global":
+        what = f"pattern {plan}" if plan.kind == "nm" else "scope 'global'"
+        raise PatternError(f"{what} decides every layer's sparsity itself: allocate={how!r} has no effect")
+    if how == "erk":
+        return allocate_.erk(chosen, sparsity)
+    if how == "line":
+        return allocate_.line(chosen, sparsity)
+    if data is None:
+        raise DataError(f"allocation {how!r} reads activations: give data=batches")
+    batches = data if isinstance(data, Sized) else list(data)
+    if how == "owl":
+        return allocate_.owl(chosen, sparsity, collect(model, batches, chosen, frozenset({"input"})))
+    few = list(islice(track(batches, "output gradients", progress), allocate_.FEW))
+    weights = allocate_.complete(allocate_.sensitivities(model, few, chosen, loss), chosen)
+    costs = measure(model, chosen, plan, scope, batches, weights, allocate_.LEVELS, progress=progress)
+    return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, sparsity)
+
+
+def _masks(
+    chosen: Sequence[Layer],
+    stats: dict[str, Stats],
+    plan: patterns.Pattern,
+    score: str,
+    each: Mapping[str, float],
+    sparsity: float,
+    scope: str,
+    reduce: str | None,
+) -> list[Tensor]:
+    """`choose_masks` with a sparsity a layer."""
+    if scope == "global" or len(set(each.values())) == 1:
+        return choose_masks(chosen, stats, plan, score, sparsity, scope, reduce)
+    return [choose_masks([l], stats, plan, score, each[l.full_name], scope, reduce)[0] for l in chosen]
 
 
 def default_scope(plan: patterns.Pattern, score: str | None) -> str | None:
@@ -196,8 +250,10 @@ def refuse_impossible(chosen: Sequence[Layer], plan: patterns.Pattern) -> None:
         raise PatternError(f"pattern {plan} cannot prune {names}: pass ignore={words}, or take another pattern")
 
 
-def report(chosen: Sequence[Layer], plan: patterns.Pattern, sparsity: float) -> Report:
-    """Return the table of asked and achieved sparsity, a row a layer."""
+def report(
+    chosen: Sequence[Layer], plan: patterns.Pattern, sparsity: float, each: Mapping[str, float] | None = None
+) -> Report:
+    """Return the table of asked and achieved sparsity, a row a layer; `each` is what was asked of each layer."""
     rows, zeros, total = [], 0, 0
     for layer in chosen:
         mask = get_mask(layer)
@@ -208,7 +264,7 @@ def report(chosen: Sequence[Layer], plan: patterns.Pattern, sparsity: float) -> 
                 "layer": layer.full_name,
                 "shape": "x".join(map(str, layer.original.shape)),
                 "pattern": str(plan),
-                "asked": sparsity,
+                "asked": each[layer.full_name] if each else sparsity,
                 "sparsity": pruned / max(size, 1),
                 "kept": size - pruned,
             }
