@@ -78,9 +78,18 @@ def test_obs_of_one_layer_is_the_textbooks():
 
 
 def test_a_score_gives_the_mask_and_the_solver_the_weights():
-    net, data = nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 4)), [torch.randn(50, 12)]
+    net, data = (
+        nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 4)),
+        [(torch.randn(50, 12), torch.arange(50) % 4)],
+    )
     state = {k: v.clone() for k, v in net.state_dict().items()}
-    for score, scope in (("magnitude", "layer"), ("wanda", None), ("magnitude", "global"), ("ria", None)):
+    for score, scope in (
+        ("magnitude", "layer"),
+        ("wanda", None),
+        ("magnitude", "global"),
+        ("ria", None),
+        ("taylor", "global"),
+    ):
         for solver in SOLVERS:
             one, two = (nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2))
             one.load_state_dict(state)

@@ -215,7 +215,8 @@ def _solve(
         edges = chosen[0].edges(s.block)
         if score is not None or plan.kind in ("row", "column"):  # a line crosses all blocks: its mask comes first
             own = (W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square()
-            mask = choose(own if score is None else _scores(layers, score, W, stop.gram), 0, W.shape[-1])
+            scores = own if score is None or given else _scores(layers, score, W, stop.gram)
+            mask = choose(scores, 0, W.shape[-1])
             new, mask = solve.obs(target, U, lambda _, a, b: mask[..., a:b], edges)
         else:
             new, mask = solve.obs(target, U, choose, edges)
@@ -223,11 +224,12 @@ def _solve(
         assert s.refits is not None
         Hd = solve.damped(H, used)
         target = _target(W, H, stop.gram, s)
-        if s.name == "admm" and score is None:
+        if s.name == "admm" and score is None and not given:
             assert s.steps is not None
             new, mask = solve.admm(target, Hd, choose, steps=s.steps, refits=s.refits)
         else:
-            mask = choose(_scores(layers, score or "wanda", W, stop.gram), 0, W.shape[-1])
+            scores = W if given else _scores(layers, score or "wanda", W, stop.gram)  # given masks need none
+            mask = choose(scores, 0, W.shape[-1])
             new = solve.refit(target, target, Hd, mask, s.refits)
     error = solve.error(new, W, H).sum(0).split(widths)
     energy = solve.error(torch.zeros_like(W), W, H).sum(0).split(widths)
