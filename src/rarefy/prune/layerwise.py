@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -90,6 +90,12 @@ def resolve(solver: str | Solver) -> Solver:
     return Solver(name=solver.name, **{k: known[k] if given[k] is None else given[k] for k in known})
 
 
+def passes(solver: Solver) -> AbstractContextManager[Any]:
+    """The precision in which a solver runs the model."""
+    # no cache: it would keep the weights of the first pass for as long as the context lasts
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if solver.bf16 else nullcontext()
+
+
 def solve_(
     model: nn.Module,
     chosen: Sequence[Layer],
@@ -121,8 +127,7 @@ def solve_(
         raise PatternError(f"solver {solver.name} has nothing to move in an embedding: ignore {', '.join(idle)}")
     rows: list[dict[str, Any]] = []
     masks: dict[str, Tensor] = {}
-    cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if solver.bf16 else nullcontext()
-    with cast:
+    with passes(solver):
         places = with_ends(order(model, first, chosen), blocks(model, chosen) if solver.reconstruct else [])
         stops = walk(model, batches, places, dense=bool(solver.asymmetric or solver.reconstruct))
         for stop in track(stops, f"pruning by {solver.name}", progress, len(places)):

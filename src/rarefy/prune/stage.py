@@ -19,7 +19,7 @@ from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import allocate as allocate_
 from rarefy.prune import pattern as patterns
-from rarefy.prune.layerwise import Solver, measure, resolve, solve_
+from rarefy.prune.layerwise import Solver, measure, passes, resolve, solve_
 from rarefy.prune.score import SCORES
 
 
@@ -121,7 +121,8 @@ def _solve(
         raise PatternError(f"solver {how.name} chooses block by block: {idle} has no effect without a score")
     if score is not None and (scope == "global" or reduce is not None or SCORES[score].needs - {"input"}):
         shown = track(batches, f"calibrating {score}", progress) if SCORES[score].needs else None
-        found = calibrate(model, chosen, score, shown, loss, seed)
+        with passes(how):
+            found = calibrate(model, chosen, score, shown, loss, seed)
         masks = _masks(chosen, found, plan, score, each, sparsity, scope, reduce)
         given = {l.full_name: m for l, m in zip(chosen, masks)}
     return solve_(model, chosen, plan, each, scope, how, batches, score=score, given=given, progress=progress)
