@@ -131,3 +131,11 @@ def test_recipes():
     assert receipt.sparsity["achieved"] == pytest.approx(0.5, abs=2e-3)
     with pytest.raises(RecipeError, match="unknown allocate 'x'"):
         recipes.load({"stages": [{"prune": {"sparsity": 0.5, "allocate": "x"}}]})
+
+
+@pytest.mark.parametrize("how", ["owl", "errors"])
+def test_batches_from_a_generator_serve_allocation_and_solver(how):
+    ids = torch.randint(0, 64, (2, 16))
+    data = ({"input_ids": i, "labels": i} for i in [ids, ids.flip(1)])
+    report = rarefy.prune_(tiny_llama(), sparsity=0.6, solver="obs", allocate=how, data=data)
+    assert report.summary["sparsity"] == pytest.approx(0.6, abs=2e-3)

@@ -262,15 +262,15 @@ def _source(name: str) -> Path:
 
 def _load(source: Path) -> tuple[Any, Any]:
     from rarefy import store
-    from rarefy.files import INDEX
+    from rarefy.files import INDEX, PICKLES
     from rarefy.model import hf
 
     hf.no_bars()
     if (source / INDEX).is_file():
         return store.load(source), hf.load_tokenizer(source)
     if not hf.is_folder(source):
-        pickle = source.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")
-        hint = "; a pickle is never opened: load it in Python and call rarefy.compress_" if pickle else ""
+        hint = "; a pickle is never opened: load it in Python and call rarefy.compress_"
+        hint = hint if source.suffix in PICKLES else ""
         raise ModelError(f"{source} is neither a folder of ours nor a Hugging Face folder (no config.json){hint}")
     return hf.load_folder(source), hf.load_tokenizer(source)
 

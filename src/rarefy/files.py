@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from rarefy.errors import ContainerError
 
 INDEX = "rarefy.json"
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rarefy.errors import ContainerError, FormatError, nearest, unknown
-from rarefy.files import INDEX, blaming, check_target, whole_folder
+from rarefy.files import INDEX, PICKLES, blaming, check_target, whole_folder
 from rarefy.formats.sparse import DTYPES, FORMATS, Packed, check, decode
 
 SCHEMA = 1
@@ -221,7 +221,7 @@ def _what_is(folder: Path) -> str:
     if os.path.lexists(folder / INDEX):
         return f"its {INDEX} is a link or no plain file; copy the folder with cp -L"
     if folder.is_file():
-        pickle = folder.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+        pickle = folder.suffix in PICKLES
         return "it is a file" + (", probably a pickle, which Rarefy never opens" if pickle else "")
     if not folder.is_dir():
         near = nearest(folder.name, [f.name for f in folder.parent.glob("*")]) if folder.parent.is_dir() else []

@@ -6,6 +6,7 @@ transposed convolution is read as the matrix that it multiplies each input with,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +35,10 @@ class Gram:
             self.H = x.new_zeros(G, C, C, dtype=torch.float32)
         if dense is not None and self.cross is None:
             self.cross = x.new_zeros(G, C, C, dtype=torch.float32)
-        edges = range(0, C, PIECE) if C >= 2 * PIECE else (0,)
         width = PIECE if C >= 2 * PIECE else C
         for rows in range(0, n, ROWS):
             part = x[:, rows : rows + ROWS].float()
-            for a in edges:
+            for a in range(0, C, width):
                 b = min(a + width, C)
                 self.H[:, a:b, a:].baddbmm_(part[..., a:b].transpose(1, 2), part[..., a:])
             if dense is not None:
@@ -112,11 +112,4 @@ def _unfold(m: Any, x: Tensor) -> Tensor:
     N, C = x.shape[:2]
     x = x.reshape(N, m.groups, C // m.groups, *x.shape[2:])
     order = (1, 0, *range(3, 3 + n), *range(3 + n, 3 + 2 * n), 2)
-    return x.permute(order).reshape(m.groups, N * _product(x.shape[3 : 3 + n]), -1)
-
-
-def _product(sizes: Any) -> int:
-    total = 1
-    for size in sizes:
-        total *= int(size)
-    return total
+    return x.permute(order).reshape(m.groups, N * math.prod(x.shape[3 : 3 + n]), -1)

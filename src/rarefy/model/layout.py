@@ -10,6 +10,7 @@ convolutions, Embedding, the Conv1D of Hugging Face (stored [in, out]) and the p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +72,12 @@ def layout(module: nn.Module, param: str) -> Layout | None:
         g, o, i, kernel = module.groups, module.out_channels, module.in_channels, module.kernel_size
         split = (g, o // g, i // g, *kernel)
         order = (0, *range(3, 3 + len(kernel)), 1, 2)
-        return Layout("conv", split, order, (g, _product(kernel), o // g, i // g), in_axis=1)
+        return Layout("conv", split, order, (g, math.prod(kernel), o // g, i // g), in_axis=1)
     if isinstance(module, CONV_TRANSPOSED):
         g, o, i, kernel = module.groups, module.out_channels, module.in_channels, module.kernel_size
         split = (g, i // g, o // g, *kernel)
         order = (0, *range(3, 3 + len(kernel)), 2, 1)
-        return Layout("conv-transposed", split, order, (g, _product(kernel), o // g, i // g), in_axis=0)
+        return Layout("conv-transposed", split, order, (g, math.prod(kernel), o // g, i // g), in_axis=0)
     if _is_hf_conv1d(module):
         i, o = (int(n) for n in module.weight.shape)  # type: ignore
         return Layout("conv1d-hf", (1, i, o), (0, 2, 1), (1, 1, o, i), in_axis=0)
@@ -119,10 +120,3 @@ def _is_hf_conv1d(module: nn.Module) -> bool:
     named = any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
     weight = getattr(module, "weight", None)
     return named and isinstance(weight, Tensor) and weight.dim() == 2
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

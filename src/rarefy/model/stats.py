@@ -216,7 +216,7 @@ def collect(
             for module, known in experts.items():
                 stack.enter_context(watching(module, partial(_add_experts, known, stats, current)))
         if "gradient" in needs:
-            stack.enter_context(_trainable([l.original for l in layers]))
+            stack.enter_context(trainable([l.original for l in layers]))
         for index, batch in enumerate(data):
             batch = on_device(model, batch)
             current.update(batch=batch, index=index)
@@ -431,7 +431,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Run with gradients for these parameters; those that were frozen are so again afterwards."""
     frozen = [p for p in parameters if not p.requires_grad]
     for p in frozen:
         p.requires_grad_(True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import PatternError
 from rarefy.model.select import Layer
-from rarefy.model.stats import Loss, Stats, call, evaluating, loss_of, on_device, tokens_in
+from rarefy.model.stats import Loss, Stats, call, evaluating, loss_of, on_device, tokens_in, trainable
 
 ALLOCATIONS = ("uniform", "erk", "line", "owl", "errors")
 UNITS = 2000  # parts of the budget in the dynamic program
@@ -112,19 +112,13 @@ def sensitivities(
                 for _, module, _ in layer.owners:
                     hook = lambda m, a, out, name=layer.full_name: watch(name, out)  # noqa: E731
                     stack.callback(module.register_forward_hook(hook).remove)
+        weights = [l.original for l in layers]
+        stack.enter_context(trainable(weights))
         for batch in data:
             batch = on_device(model, batch)
             current["tokens"] = tokens_in(batch)
-            weights = [l.original for l in layers]
-            flags = [w.requires_grad for w in weights]
-            try:
-                for w in weights:
-                    w.requires_grad_(True)
-                value = loss_of(loss)(call(model, batch), batch)
-                torch.autograd.grad(value, weights, allow_unused=True)
-            finally:
-                for w, flag in zip(weights, flags):
-                    w.requires_grad_(flag)
+            value = loss_of(loss)(call(model, batch), batch)
+            torch.autograd.grad(value, weights, allow_unused=True)
             count += tokens_in(batch)
     return {n: t / max(count, 1) for n, t in total.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,7 +15,7 @@ from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.model.gram import Gram
 from rarefy.model.mask import get_mask, set_mask_
 from rarefy.model.select import Layer
-from rarefy.model.stats import Stats, check_batches
+from rarefy.model.stats import Stats
 from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
 from rarefy.progress import track
 from rarefy.prune import pattern as patterns
@@ -112,14 +112,13 @@ def solve_(
     """Prune the chosen layers in place, each solved on the inputs it gets from the layers pruned before it.
 
     sparsity  by layer name
+    data      batches that can be gone through more than once
     score     chooses the masks; None = the solver's own criterion (refit: wanda)
     given     masks chosen beforehand, by layer name
     Returns a row a layer: its relative error, damping, seconds. An error in the middle leaves the layers before it
     pruned. O(one forward pass) + the solver's cost; memory as `rarefy.model.walk.walk`.
     """
-    check_batches(data)
-    batches = data if isinstance(data, Sized) else list(data)
-    first = next(iter(batches), None)
+    first = next(iter(data), None)
     if first is None:
         raise DataError(f"the calibration data is empty: solver {solver.name} needs at least one batch")
     idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
@@ -129,7 +128,7 @@ def solve_(
     masks: dict[str, Tensor] = {}
     with passes(solver):
         places = with_ends(order(model, first, chosen), blocks(model, chosen) if solver.reconstruct else [])
-        stops = walk(model, batches, places, dense=bool(solver.asymmetric or solver.reconstruct))
+        stops = walk(model, data, places, dense=bool(solver.asymmetric or solver.reconstruct))
         for stop in track(stops, f"pruning by {solver.name}", progress, len(places)):
             with torch.autocast("cpu", enabled=False):
                 if isinstance(stop, End):
@@ -157,10 +156,9 @@ def measure(
 ) -> dict[str, list[float]]:
     """Return each layer's error at each of `levels` of sparsity, solved by OBS in the untouched model; each output's
     squared error counts as much as `weights` (by layer name, [outputs]) says. One forward pass, O(levels) solutions."""
-    batches = data if isinstance(data, Sized) else list(data)
     costs: dict[str, list[float]] = {l.full_name: [] for l in chosen}
-    groups = order(model, next(iter(batches)), chosen)
-    for stop in track(walk(model, batches, groups), "measuring errors", progress, len(groups)):
+    groups = order(model, next(iter(data)), chosen)
+    for stop in track(walk(model, data, groups), "measuring errors", progress, len(groups)):
         assert isinstance(stop, Stop) and stop.gram.H is not None
         layers, H = stop.group.layers, stop.gram.H
         W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)

@@ -69,6 +69,7 @@ def prune_(
     sparsity, scope = patterns.check_sparsity(plan, sparsity, scope or default_scope(plan, ranks))
     if data is not None:
         check_batches(data)
+        data = data if isinstance(data, Sized) else list(data)  # allocation, score and solver each go through it
     chosen = select(model, layers, ignore)
     refuse_impossible(chosen, plan)
     check_weights(chosen)
@@ -114,18 +115,17 @@ def _solve(
     """Masks and weights by a solver; a score that reads more than inputs, or ranks all layers together, goes first."""
     if data is None:
         raise DataError(f"solver {how.name} works on a layer's inputs: give data=batches")
-    batches = data if isinstance(data, Sized) else list(data)
     given = None
     if score is None and (scope == "global" or reduce is not None):
         idle = "scope 'global'" if scope == "global" else f"reduce={reduce!r}"
         raise PatternError(f"solver {how.name} chooses block by block: {idle} has no effect without a score")
     if score is not None and (scope == "global" or reduce is not None or SCORES[score].needs - {"input"}):
-        shown = track(batches, f"calibrating {score}", progress) if SCORES[score].needs else None
+        shown = track(data, f"calibrating {score}", progress) if SCORES[score].needs else None
         with passes(how):
             found = calibrate(model, chosen, score, shown, loss, seed)
         masks = _masks(chosen, found, plan, score, each, sparsity, scope, reduce)
         given = {l.full_name: m for l, m in zip(chosen, masks)}
-    return solve_(model, chosen, plan, each, scope, how, batches, score=score, given=given, progress=progress)
+    return solve_(model, chosen, plan, each, scope, how, data, score=score, given=given, progress=progress)
 
 
 def _spread(
@@ -153,12 +153,11 @@ def _spread(
         return allocate_.line(chosen, sparsity)
     if data is None:
         raise DataError(f"allocation {how!r} reads activations: give data=batches")
-    batches = data if isinstance(data, Sized) else list(data)
     if how == "owl":
-        return allocate_.owl(chosen, sparsity, collect(model, batches, chosen, frozenset({"input"})))
-    few = list(islice(track(batches, "output gradients", progress), allocate_.FEW))
+        return allocate_.owl(chosen, sparsity, collect(model, data, chosen, frozenset({"input"})))
+    few = list(islice(track(data, "output gradients", progress), allocate_.FEW))
     weights = allocate_.complete(allocate_.sensitivities(model, few, chosen, loss), chosen)
-    costs = measure(model, chosen, plan, scope, batches, weights, allocate_.LEVELS, progress=progress)
+    costs = measure(model, chosen, plan, scope, data, weights, allocate_.LEVELS, progress=progress)
     return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, sparsity)
 
 
