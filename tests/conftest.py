@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -93,6 +95,22 @@ def tiny_llama(dtype: torch.dtype = torch.float32):
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def text_model(folder: Path) -> None:
+    """Put a tiny language model with its tokenizer, and a text of its words, into a folder."""
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(61))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder / "model")
+    tiny_llama().save_pretrained(folder / "model")
+    rng = random.Random(0)
+    (folder / "text.txt").write_text(" ".join(f"w{rng.randrange(61)}" for _ in range(400)), encoding="utf-8")
 
 
 def sample(name: str):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 import rarefy
-from conftest import Net, tiny_llama
+from conftest import Net, text_model
 from rarefy import recipe as recipes
 from rarefy import samples
 from rarefy.cli import main
@@ -61,19 +60,8 @@ def run(monkeypatch, capsys) -> Run:
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> Path:
     """A folder with a tiny language model, its tokenizer, a text and recipes; tests do not change it."""
-    pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("given")
-    words = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(61))]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama().save_pretrained(folder / "model")
-    rng = random.Random(0)
-    (folder / "text.txt").write_text(" ".join(f"w{rng.randrange(61)}" for _ in range(400)), encoding="utf-8")
+    text_model(folder)
     (folder / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
     (folder / "half.yaml").write_text(HALF, encoding="utf-8")
     return folder

@@ -136,3 +136,17 @@ def test_presets_run_on_any_transformer(preset):
     batches = [{"input_ids": torch.randint(0, 64, (2, 16))} for _ in range(3)]
     receipt = rarefy.compress_(model, preset, batches, sparsity=0.4)
     assert receipt.sparsity["achieved"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_key_value_caches_are_off_meanwhile():
+    """A block that is run again would attend to its own past."""
+    data = [{"input_ids": torch.randint(0, 64, (2, 12))} for _ in range(3)]
+    how = {"sparsity": 0.5, "solver": rarefy.Solver(name="refit", reconstruct=2), "data": data}
+    caching, plain = tiny_llama(), tiny_llama()
+    assert caching.config.use_cache
+    plain.config.use_cache = False
+    rarefy.prune_(caching, **how)
+    rarefy.prune_(plain, **how)
+    assert caching.config.use_cache and not plain.config.use_cache
+    for (name, a), b in zip(caching.state_dict().items(), plain.state_dict().values()):
+        assert torch.equal(a, b), name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rarefy import data as sources
 from rarefy import recipe as recipes
 from rarefy.errors import DataError, ModelError, RarefyError, RecipeError, unknown
-from rarefy.model import hf
+from rarefy.model import hf, pages
 from rarefy.model.mask import fold_, plain_state
 from rarefy.model.select import all_layers, select
 from rarefy.model.stats import Loss, call, check_batches, evaluating, on_device
@@ -42,6 +42,8 @@ def compress_(
     tokenizer: Any = None,
     loss: Loss | None = None,
     base: Path | None = None,
+    memory: int | None = None,
+    work: str | Path | None = None,
     progress: bool = False,
     **overrides: Any,
 ) -> Receipt:
@@ -51,6 +53,9 @@ def compress_(
     data       batches for calibration and training, or {"calibrate": ..., "train": ..., "evaluate": ...};
                what is not given is read from the paths and names in the recipe
     tokenizer  for text named in the recipe
+    memory     bytes to stay near: weights stay in the files that they were loaded from, see `rarefy.prune_`
+    work       folder for the state of solvers: the same call goes on there after it was killed. It stays, to be removed
+               when the result is saved
     loss       callable(output, batch) for gradient scores and training; by default the model's own
 
     At the end masks are folded into the weights, so the model runs without them; `rarefy.adopt_` takes them up again.
@@ -59,18 +64,36 @@ def compress_(
     began = time.perf_counter()
     plan = recipes.load(recipe, **overrides)
     check_stages(model, plan)
+    if memory is not None:
+        _check_lean(plan)
     given = _Given(plan, data, tokenizer, base)
     if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
     _check_data(plan, given)
+    with pages.keeping(model, None if memory is None else memory // 4):
+        return _compress(model, plan, given, loss, memory, work, progress, began)
+
+
+def _compress(
+    model: nn.Module,
+    plan: recipes.Recipe,
+    given: _Given,
+    loss: Loss | None,
+    memory: int | None,
+    work: str | Path | None,
+    progress: bool,
+    began: float,
+) -> Receipt:
     held_out = given.batches("evaluate") if plan.evaluate else []
     timed = plan.evaluate is not None and (plan.evaluate.latency or plan.evaluate.decode)
     before = _state(model, plan, held_out, progress)
     dense = copy.deepcopy(model) if timed else None
     reports = []
     for index, stage in enumerate(plan.stages):
-        run = RUN[type(stage)]
-        reports += run(model, stage, given, loss, plan.seed + index, progress)
+        options: dict[str, Any] = {"seed": plan.seed + index, "progress": progress}
+        if isinstance(stage, recipes.Prune) and stage.solver is not None:
+            options |= {"memory": memory, "work": None if work is None else Path(work) / f"stage-{index + 1}"}
+        reports += RUN[type(stage)](model, stage, given, loss, **options)
     rows = _layer_rows(reports)
     fold_(model)
     model.rarefy_recipe = plan.to_dict()  # type: ignore[assignment]
@@ -96,6 +119,16 @@ def check_stages(model: nn.Module, plan: recipes.Recipe) -> None:
             check_weights(chosen)
         except RarefyError as error:
             raise type(error)(f"{error} [recipe {plan.name}, stage {number}]") from None
+
+
+def _check_lean(plan: recipes.Recipe) -> None:
+    """Raise RecipeError for what needs the whole model in memory."""
+    for number, stage in enumerate(plan.stages, 1):
+        if not isinstance(stage, recipes.Prune) or stage.solver is None:
+            what = "a prune stage without solver" if isinstance(stage, recipes.Prune) else type(stage).__name__.lower()
+            raise RecipeError(f"{what} holds all weights in memory: run it without memory [stage {number}]")
+    if plan.evaluate and (plan.evaluate.latency or plan.evaluate.decode):
+        raise RecipeError("timing holds the model twice in memory: leave evaluate.latency and decode out, or memory")
 
 
 def cast_(model: nn.Module, dtype: str) -> Report:
@@ -187,9 +220,7 @@ def _calibrates(prune: Any) -> bool:
     return reads or (score is not None and bool(SCORES[score].needs))
 
 
-def _prune(
-    model: nn.Module, s: recipes.Prune, given: _Given, loss: Loss | None, seed: int, progress: bool
-) -> list[Report]:
+def _prune(model: nn.Module, s: recipes.Prune, given: _Given, loss: Loss | None, **options: Any) -> list[Report]:
     use = "train" if s.allocate == "errors" else s.score  # both need gradients of the loss
     data = _Labelled(model, given.batches("calibrate"), use) if _calibrates(s) else None
     done = prune_(
@@ -205,8 +236,7 @@ def _prune(
         solver=s.solver,
         allocate=s.allocate,
         loss=loss,
-        seed=seed,
-        progress=progress,
+        **options,
     )
     return [done]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -70,16 +71,25 @@ def compress(
     force: Force = False,
     seed: Seed = None,
     threads: Threads = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory to stay near, such as 4G: weights stay in their files. For recipes of solvers alone."
+        ),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew where a killed run could go on.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compress a model by a recipe, write it, and print the receipt.
 
+    A run with a solver keeps its state in .OUT.work beside the output, and goes on from there after it was killed.
     Exit code 1 means that quality fell further than the recipe allows; the folder is written all the same.
     """
     from rarefy.files import check_target
 
     plan = _plan(recipe, change, data, eval_data, seed)
+    most = None if memory is None else _bytes(memory)
     source = _source(model)
     if dry_run:
         from rarefy.data import find
@@ -98,14 +108,19 @@ def compress(
         raise RecipeError("compress needs --out FOLDER (or --dry-run)")
     check_target(out, force)
     from rarefy import api, store
+    from rarefy.files import work_folder
+    from rarefy.model import pages
 
     with _threads(threads):
         loaded, tokenizer = _load(source)
         base = Path(recipe).parent if Path(recipe).is_file() else None
-        receipt = api.compress_(loaded, plan, tokenizer=tokenizer, base=base, progress=not quiet)
-        store.save(
-            loaded, out, receipt=receipt, format=plan.save.format, files=store.side_files(source), overwrite=force
-        )
+        with work_folder(out, fresh) as work, pages.keeping(loaded, most and most // 4):
+            receipt = api.compress_(
+                loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, progress=not quiet
+            )
+            store.save(
+                loaded, out, receipt=receipt, format=plan.save.format, files=store.side_files(source), overwrite=force
+            )
     _show(receipt, as_json, quiet)
     if not quiet:
         print(f"written to {out}", file=sys.stderr)
@@ -237,6 +252,13 @@ def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str
             raise RecipeError(f"--eval-data has no effect: recipe {plan.name} does not evaluate")
         plan = replace(plan, evaluate=replace(plan.evaluate, data=_here(eval_data)))
     return plan
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT])i?B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise RecipeError(f"--memory {text!r}: write a number and K, M, G or T, such as 4G")
+    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2].upper()) + 1))
 
 
 def _here(source: str) -> str:

@@ -83,6 +83,18 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marke
 
 
 @contextmanager
+def work_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator[Path]:
+    """Give the name of a folder beside `path` for the state of a long run. It is removed when the block ends well, and
+    kept when it does not, for the next run to go on from."""
+    target = Path(os.path.realpath(path))
+    work = target.with_name(f".{target.name}.work")
+    if fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
 def blaming(target: Path, needed: int = 0) -> Iterator[None]:
     """Say in ContainerError what the system said, whether it came through Python or through safetensors."""
     try:

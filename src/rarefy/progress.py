@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+_live: list[Any] = []  # consoles with a bar on them
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print lines above the bar that is being drawn, or on standard error."""
+    for line in lines:
+        if _live:
+            _live[-1].print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr)
 
 
 def track(items: Iterable[T], text: str, shown: bool, total: int | None = None) -> Iterator[T]:
@@ -36,5 +47,10 @@ def track(items: Iterable[T], text: str, shown: bool, total: int | None = None) 
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield from bar.track(items, total=total, description=f"{text:<22}")
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as bar:
+        _live.append(console)
+        try:
+            yield from bar.track(items, total=total, description=f"{text:<22}")
+        finally:
+            _live.remove(console)

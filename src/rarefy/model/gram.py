@@ -53,11 +53,14 @@ class Gram:
         return self.H.diagonal(dim1=-2, dim2=-1)
 
     def finish(self) -> Gram:
-        """Return the mean over tokens with both triangles filled."""
+        """Return the mean over tokens with both triangles filled; this one is used up."""
         assert self.H is not None
-        H = self.H.triu() + self.H.triu(1).transpose(-2, -1)
-        n = max(self.tokens, 1)
-        return Gram(H / n, None if self.cross is None else self.cross / n, self.tokens)
+        H, n, C = self.H, max(self.tokens, 1), self.H.shape[-1]
+        for a in range(0, C, PIECE):  # in place: of a wide layer these are the largest tensors there are
+            b = min(a + PIECE, C)
+            H[:, a:b, a:b] = H[:, a:b, a:b].triu() + H[:, a:b, a:b].triu(1).transpose(-2, -1)
+            H[:, b:, a:b] = H[:, a:b, b:].transpose(-2, -1)
+        return Gram(H.div_(n), None if self.cross is None else self.cross.div_(n), self.tokens)
 
 
 def same_columns(layer: Layer, module: nn.Module) -> tuple[Any, ...]:

@@ -420,12 +420,19 @@ def _out_proj_hook(parent: nn.MultiheadAttention, add: Callable[[Tensor, Tensor]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with the model in evaluation mode; each module's own mode comes back afterwards."""
+    """Run with the model in evaluation mode and without key-value caches, which only cost memory here and would make a
+    block that is run again see its own past; each module's own mode comes back afterwards."""
     modes = [(m, m.training) for m in model.modules()]
+    configs = [getattr(m, "config", None) for m in model.modules()]
+    caching = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}.values()
     model.eval()
+    for config in caching:
+        config.use_cache = False
     try:
         yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for module, mode in modes:
             module.training = mode
 

@@ -3,7 +3,8 @@
 Each batch runs the model's real forward in a coroutine that stops where the next group of layers is about to be
 called. When all batches have arrived there the group's inputs are known, its weights can be changed, and the batches go
 on with the new weights to the next stop. So nothing of a model is captured, replayed or guessed, any architecture
-will do, and the whole walk costs one forward pass. What is held between stops are the tensors of the suspended frames.
+will do, and the whole walk costs one forward pass. What is held between stops are the tensors of the suspended frames,
+in the type that the model computes; over a budget they go to a file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError
+from rarefy.model import pages
 from rarefy.model.experts import Rows, watching
 from rarefy.model.gram import Gram, columns, same_columns
 from rarefy.model.select import Layer
@@ -38,7 +41,8 @@ class Group:
 
 @dataclass(eq=False)
 class Stop:
-    """All batches stand before `group`. Put new weights (as stored) into `weights`; they are in place afterwards."""
+    """All batches stand before `group`. Put new weights (as stored) into `weights`; they are in place afterwards.
+    `gram` is empty at a stop that is only passed."""
 
     group: Group
     gram: Gram
@@ -132,24 +136,50 @@ def with_ends(groups: Sequence[Group], blocks: Sequence[Block]) -> list[Group | 
 
 
 def walk(
-    model: nn.Module, data: Iterable[Any], stops: Sequence[Group | Block], *, dense: bool = False
+    model: nn.Module,
+    data: Iterable[Any],
+    stops: Sequence[Group | Block],
+    *,
+    dense: bool = False,
+    passed: int = 0,
+    assign: bool = False,
+    most: int | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Stop | End]:
     """Yield a `Stop` before each group of layers, in order, with the Gram matrix of its inputs in the model as it is,
     and an `End` at the end of each block.
 
-    dense: run the untouched model alongside, for `Gram.cross` and blocks; twice the time and memory.
+    dense   run the untouched model alongside, for `Gram.cross` and blocks; twice the time and memory
+    passed  the first stops of a walk that goes on: their weights are known, their Gram matrices not wanted
+    assign  put new weights in the place of the old ones instead of writing over them
+    most    bytes of suspended activations in memory; by default half of what is available. What is over goes to a
+            file in `folder` (by default where temporary files go).
     Raises DataError where no batch reaches a layer, ModelError for NaN or inf in its input.
     Time: one forward pass, and one more for each layer that is called several times.
     Memory: the suspended frames, about three activations a token, and one Gram matrix.
     """
-    return _Walk(model, stops, dense).run(data)
+    if most is None:
+        free = pages.available()
+        most = None if free is None else free // 2
+    return _Walk(model, stops, dense, passed, assign, most, folder).run(data)
 
 
 class _Walk:
     """Where a walk stands: `done` is the last stop that all batches have passed."""
 
-    def __init__(self, model: nn.Module, stops: Sequence[Group | Block], dense: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        stops: Sequence[Group | Block],
+        dense: bool,
+        passed: int,
+        assign: bool,
+        most: int | None,
+        folder: Path | None,
+    ):
         self.model, self.stops, self.dense, self.done = model, stops, dense, -1
+        self.passed, self.assign, self.most, self.folder = passed, assign, most, folder
+        self.parked = 0  # bytes of suspended activations in memory
         self.gates = {id(s.layers[0]): i for i, s in enumerate(stops) if isinstance(s, Group)}
         self.grams: dict[int, Gram] = {}
         self.ends: dict[int, list[tuple[tuple, dict[str, Any], Tensor]]] = {}
@@ -183,7 +213,7 @@ class _Walk:
                     self.untouched.pop((fibre.batch, gate), None)
                     self.advance(fibre)
                 if isinstance(stop, Stop):
-                    _install(stop.group, stop.weights)
+                    _install(stop.group, stop.weights, self.assign)
                 again = isinstance(stop, Stop) and stop.group.calls > 1 and bool(stop.weights)
                 self.rerun = isinstance(stop, End) and stop.changed
                 for fibre in [] if last else self.standing(1, gate):
@@ -204,9 +234,27 @@ class _Walk:
 
     def advance(self, fibre: Any, *batch: Any) -> None:
         self.streams[fibre.side].pop(fibre, None)
+        self.parked -= fibre.__dict__.pop("parked", 0)
         gate = fibre.switch(*batch)
         if not fibre.dead:
             self.streams[fibre.side][fibre] = gate
+            self.park(fibre)
+        pages.trim()
+
+    def park(self, fibre: Any) -> None:
+        """Count what a suspended pass holds, and move it to a file where it is too much."""
+        if self.most is None:
+            return
+        rows = [t for (index, _), t in self.untouched.items() if index == fibre.batch] if fibre.side == 0 else []
+        tensors = {id(t): t for t in [*pages.of_frames(fibre.gr_frame), *rows]}.values()
+        owned = [*self.model.parameters(), *self.model.buffers(), *_tensors_in(fibre.data)]
+        groups = pages.movable(list(tensors), owned)
+        size = pages.nbytes(groups)
+        if self.parked + size > self.most:
+            pages.to_file(groups, self.folder)
+        else:
+            fibre.parked = size
+            self.parked += size
 
     def standing(self, side: int, gate: int) -> list[Any]:
         return [f for f, at in self.streams[side].items() if at == gate]
@@ -215,6 +263,8 @@ class _Walk:
         place = self.stops[gate]
         if isinstance(place, Block):
             return End(place, self.ends.pop(gate, []))
+        if gate < self.passed:
+            return Stop(place, Gram())
         if gate not in self.grams:
             names = ", ".join(l.full_name for l in place.layers)
             raise DataError(f"{names} was never called on the calibration data: ignore it, or prune it by magnitude")
@@ -229,8 +279,10 @@ class _Walk:
         group = self.stops[gate]
         assert isinstance(group, Group)
         self.calls[here, gate] = self.calls.get((here, gate), 0) + 1
-        rows = columns(layer, module, x, here.kept)
-        if here.side == 0:
+        rows = None if gate < self.passed else columns(layer, module, x, here.kept)
+        if rows is None:
+            pass
+        elif here.side == 0:
             if group.calls == 1 and layer.layout.kind != "experts":  # another router, other tokens
                 self.untouched[here.batch, gate] = rows
         else:
@@ -265,10 +317,20 @@ def _discard(_: Any) -> None:
     return None
 
 
-def _install(group: Group, weights: dict[str, Tensor]) -> None:
+def _install(group: Group, weights: dict[str, Tensor], assign: bool) -> None:
     for layer in group.layers:
         if layer.full_name in weights:
-            layer.original.data.copy_(weights[layer.full_name])
+            if assign:
+                layer.original.data = weights[layer.full_name]
+            else:
+                layer.original.data.copy_(weights[layer.full_name])
+
+
+def _tensors_in(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, tuple | list) else ()
+    return [t for part in parts for t in _tensors_in(part)]
 
 
 @contextmanager

@@ -6,20 +6,23 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, ModelError, PatternError, unknown
+from rarefy.errors import ContainerError, DataError, ModelError, PatternError, unknown
+from rarefy.formats.sparse import pack_bits, unpack_bits
 from rarefy.model.gram import Gram
 from rarefy.model.mask import get_mask, set_mask_
 from rarefy.model.select import Layer
 from rarefy.model.stats import Stats
-from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
-from rarefy.progress import track
+from rarefy.model.walk import Block, End, Group, Stop, blocks, order, walk, with_ends
+from rarefy.progress import say, track
+from rarefy.proof.report import table
+from rarefy.prune import journal, solve
 from rarefy.prune import pattern as patterns
-from rarefy.prune import solve
 from rarefy.prune.reconstruct import reconstruct_
 from rarefy.prune.score import SCORES
 
@@ -107,6 +110,9 @@ def solve_(
     *,
     score: str | None = None,
     given: Mapping[str, Tensor] | None = None,
+    memory: int | None = None,
+    work: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Prune the chosen layers in place, each solved on the inputs it gets from the layers pruned before it.
@@ -115,8 +121,10 @@ def solve_(
     data      batches that can be gone through more than once
     score     chooses the masks; None = the solver's own criterion (refit: wanda)
     given     masks chosen beforehand, by layer name
-    Returns a row a layer: its relative error, damping, seconds. An error in the middle leaves the layers before it
-    pruned. O(one forward pass) + the solver's cost; memory as `rarefy.model.walk.walk`.
+    memory    bytes to stay near: weights stay in their files, new ones in `work`, without masks; activations spill
+    work      folder for the state of the run, from which a killed one goes on; `settings` are what must be the same
+    Returns a row a layer: its relative error, damping, seconds, zeros. An error in the middle leaves the layers before
+    it pruned. O(one forward pass) + the solver's cost; memory as `rarefy.model.walk.walk`.
     """
     first = next(iter(data), None)
     if first is None:
@@ -124,23 +132,85 @@ def solve_(
     idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
     if idle:
         raise PatternError(f"solver {solver.name} has nothing to move in an embedding: ignore {', '.join(idle)}")
+    lean = memory is not None
+    known = journal.open_(work, journal.key(model, data, **(settings or {})) if work else {})
     rows: list[dict[str, Any]] = []
-    masks: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}  # in bits: all layers' together are a quarter of their weights in bytes
     with passes(solver):
         places = with_ends(order(model, first, chosen), blocks(model, chosen) if solver.reconstruct else [])
-        stops = walk(model, data, places, dense=bool(solver.asymmetric or solver.reconstruct))
-        for stop in track(stops, f"pruning by {solver.name}", progress, len(places)):
+        stops = walk(
+            model,
+            data,
+            places,
+            dense=bool(solver.asymmetric or solver.reconstruct),
+            passed=known.known,
+            assign=lean,
+            most=memory and memory // 4,
+            folder=work,
+        )
+        if known.known and progress:
+            say([f"goes on after {known.known} of {len(places)} steps that were done before"])
+        waiting = journal.Entry({}, {})  # layers whose block is to be learnt yet
+        for index, stop in enumerate(track(stops, f"pruning by {solver.name}", progress, len(places))):
             with torch.autocast("cpu", enabled=False):
-                if isinstance(stop, End):
-                    assert solver.reconstruct and solver.lr is not None
-                    reconstruct_(stop, masks, epochs=solver.reconstruct, lr=solver.lr, bf16=bool(solver.bf16))
-                    continue
-                done, found = _solve(stop, plan, sparsity, scope, solver, score, given or {})
-            masks.update(done)
-            rows += found
-    for layer in chosen:
-        set_mask_(layer, masks[layer.full_name])
+                if index < known.known:
+                    entry = known.read(index)
+                    _put(stop, entry, lean)
+                elif isinstance(stop, End):
+                    entry, waiting = _learn(stop, waiting, solver, lean), journal.Entry({}, {})
+                else:
+                    entry = _solve(stop, plan, sparsity, scope, solver, score, given or {})
+                    say([table(entry.rows)] if progress else [])
+                    if _is_learnt(stop, places[index:]):
+                        waiting, entry = waiting.plus(entry), None
+            if entry is None:
+                continue
+            if index >= known.known:
+                known.write(index, entry)
+                if lean:
+                    _put(stop, known.read(index), lean)
+            rows += entry.rows
+            masks.update({} if lean else entry.masks)
+    for layer in chosen if not lean else ():
+        shape = layer.original.shape
+        set_mask_(layer, unpack_bits(masks[layer.full_name], shape.numel()).reshape(shape))
     return rows
+
+
+def _is_learnt(stop: Stop, places: Sequence[Group | Block]) -> bool:
+    """Whether the layers of a group lie in the block that ends next."""
+    block = next((p for p in places if isinstance(p, Block)), None)
+    inside = {id(l) for l in block.layers} if block else set()
+    return all(id(l) in inside for l in stop.group.layers)
+
+
+def _learn(stop: End, solved: journal.Entry, solver: Solver, lean: bool) -> journal.Entry:
+    """Reconstruct a block whose layers are solved; return all its parameters."""
+    assert solver.reconstruct and solver.lr is not None
+    shapes = {l.full_name: l.original.shape for l in stop.block.layers if l.full_name in solved.masks}
+    masks = {n: unpack_bits(solved.masks[n], s.numel()).reshape(s) for n, s in shapes.items()}
+    for p in stop.block.module.parameters() if lean else ():
+        p.data = p.data.clone()  # training in place would copy the pages of the file, and keep both
+    reconstruct_(stop, masks, epochs=solver.reconstruct, lr=solver.lr, bf16=bool(solver.bf16))
+    weights = {f"{stop.block.name}/{n}": p.data for n, p in stop.block.module.named_parameters()}
+    return journal.Entry(weights, solved.masks, solved.rows)
+
+
+def _put(stop: Stop | End, entry: journal.Entry | None, lean: bool) -> None:
+    """Take up what was done at a stop."""
+    if entry is None:
+        return
+    if isinstance(stop, Stop):
+        stop.weights.update(entry.weights)
+        slots = {l.full_name: l.original for l in stop.group.layers}
+    else:
+        slots = {f"{stop.block.name}/{n}": p for n, p in stop.block.module.named_parameters()}
+        stop.changed = True
+    if {n: s.shape for n, s in slots.items()} != {n: t.shape for n, t in entry.weights.items()}:
+        raise ContainerError("the state of this run does not fit the model: remove its folder to start anew")
+    if isinstance(stop, End):
+        for name, p in slots.items():
+            p.data = entry.weights[name] if lean else p.data.copy_(entry.weights[name])
 
 
 def measure(
@@ -201,7 +271,7 @@ def _solve(
     s: Solver,
     score: str | None,
     given: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+) -> journal.Entry:
     began = time.perf_counter()
     layers = stop.group.layers
     W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
@@ -241,10 +311,11 @@ def _solve(
     for layer, w, m, e, all_ in zip(layers, new.split(widths, 1), mask.split(widths, 1), error, energy):
         shape = tuple(layer.original.shape)
         stop.weights[layer.full_name] = stored(layer, w, shape).to(layer.original.dtype)
-        masks[layer.full_name] = stored(layer, m, shape)
+        masks[layer.full_name] = pack_bits(stored(layer, m, shape))
         rows.append(
             {
                 "layer": layer.full_name,
+                "zeros": int((~m).sum()),
                 "error": float(e.sum() / all_.sum().clamp(min=1e-30)),
                 "damping": used,
                 "seconds": seconds,
@@ -252,7 +323,7 @@ def _solve(
         )
         if layer.layout.kind == "experts":  # their masks went by magnitude, their weights stay
             rows[-1]["idle"] = (stop.gram.diagonal.sum(-1) == 0).nonzero()[:, 0].tolist()
-    return masks, rows
+    return journal.Entry(dict(stop.weights), masks, rows)
 
 
 def _target(W: Tensor, H: Tensor, gram: Gram, s: Solver) -> Tensor:

@@ -26,7 +26,7 @@ def reconstruct_(
     The error is the mean over tokens of |y' - y|^2 / |y|^2. O(epochs x three forward passes of the block).
     """
     module, calls = end.block.module, end.calls
-    kept = {id(l.original): masks[l.full_name] for l in end.block.layers}
+    kept = {id(l.original): masks[l.full_name] for l in end.block.layers if l.full_name in masks}
     parameters = [p for p in module.parameters() if p.is_floating_point()]
     train, held = calls[:-1] or calls, calls[-1:]
     flags = [p.requires_grad for p in parameters]

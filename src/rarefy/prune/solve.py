@@ -36,8 +36,9 @@ def damped(H: Tensor, damping: float) -> Tensor:
     A group whose inputs were all zero gets the identity: there the weights themselves are all there is to go by.
     """
     mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
-    more = torch.where(mean == 0, 1.0, damping * mean)
-    return H + torch.diag_embed(more[:, None].expand(H.shape[:-1]))
+    out = H.clone()
+    out.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean == 0, 1.0, damping * mean)[:, None])
+    return out
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -53,8 +54,10 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     for step in LADDER:
         L, info = torch.linalg.cholesky_ex(damped(H, damping * step).flip(-2, -1))
         if not info.any() and torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all():
-            eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-            return torch.linalg.solve_triangular(L.flip(-2, -1), eye.expand_as(H), upper=True), damping * step
+            R = L.flip(-2, -1)
+            del L
+            eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H).contiguous()
+            return torch.linalg.solve_triangular(R, eye, upper=True, out=eye), damping * step
     raise ArithmeticError(f"not positive definite even with damping {damping * LADDER[-1]:g}")
 
 

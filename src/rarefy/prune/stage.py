@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ def prune_(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     seed: int = 0,
+    memory: int | None = None,
+    work: str | Path | None = None,
     progress: bool = False,
 ) -> Report:
     """Attach masks with the asked sparsity to the selected layers of `model` in place; return what was achieved.
@@ -52,6 +55,9 @@ def prune_(
     scope     where scores compete: row, layer or global; by default what the score's paper does
     reduce    how a unit of several weights is scored: mean, sum, max or l2
     data      batches that `model` can be called with
+    memory    bytes to stay near (solvers): weights stay in the files they were loaded from, new ones go to `work`, and
+              zeros are written into the weights, without masks
+    work      folder for the state of a solver's run: the same call goes on there after it was killed
 
     Masked entries stay masked. Masks survive training; `rarefy.fold_` writes them into the weights.
     Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged (a solver that fails half way leaves the
@@ -69,14 +75,23 @@ def prune_(
     sparsity, scope = patterns.check_sparsity(plan, sparsity, scope or default_scope(plan, ranks))
     if data is not None:
         check_batches(data)
-        data = data if isinstance(data, Sized) else list(data)  # allocation, score and solver each go through it
+        # allocation, score, solver and the key of `work` each go through it
+        data = data if isinstance(data, Sized) and work is None else list(data)
+    _check_memory(how, ranks, allocate, scope, reduce, memory, work)
     chosen = select(model, layers, ignore)
     refuse_impossible(chosen, plan)
     check_weights(chosen)
     each = _spread(model, chosen, plan, sparsity, scope, allocate, data, loss, progress)
     rows: list[dict[str, Any]] = []
     if how is not None:
-        rows = _solve(model, chosen, plan, ranks, each, sparsity, scope, reduce, how, data, loss, seed, progress)
+        settings = {"pattern": pattern, "score": ranks, "sparsity": each, "solver": asdict(how), "scope": scope}
+        rows = _solve(
+            *(model, chosen, plan, ranks, each, sparsity, scope, reduce, how, data, loss, seed),
+            memory=memory,
+            work=None if work is None else Path(work),
+            settings=settings | {"reduce": reduce, "seed": seed},
+            progress=progress,
+        )
     else:
         assert ranks is not None
         shown = None if data is None else track(data, f"calibrating {ranks}", progress)
@@ -84,7 +99,8 @@ def prune_(
         for layer, mask in zip(chosen, _masks(chosen, found, plan, ranks, each, sparsity, scope, reduce)):
             set_mask_(layer, mask)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
-    done = report(chosen, plan, sparsity, each)
+    zeros = {r["layer"]: r.pop("zeros") for r in rows}
+    done = report(chosen, plan, sparsity, each, zeros if memory is not None else None)
     idle = "; ".join(f"{r['layer']} {r.pop('idle')}" for r in rows if r.get("idle"))
     if idle:
         done = replace(done, notes=(*done.notes, f"experts that saw no token, pruned by magnitude, not moved: {idle}"))
@@ -110,7 +126,7 @@ def _solve(
     data: Iterable[Any] | None,
     loss: Loss | None,
     seed: int,
-    progress: bool,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Masks and weights by a solver; a score that reads more than inputs, or ranks all layers together, goes first."""
     if data is None:
@@ -120,12 +136,37 @@ def _solve(
         idle = "scope 'global'" if scope == "global" else f"reduce={reduce!r}"
         raise PatternError(f"solver {how.name} chooses block by block: {idle} has no effect without a score")
     if score is not None and (scope == "global" or reduce is not None or SCORES[score].needs - {"input"}):
-        shown = track(data, f"calibrating {score}", progress) if SCORES[score].needs else None
+        shown = track(data, f"calibrating {score}", options["progress"]) if SCORES[score].needs else None
         with passes(how):
             found = calibrate(model, chosen, score, shown, loss, seed)
         masks = _masks(chosen, found, plan, score, each, sparsity, scope, reduce)
         given = {l.full_name: m for l, m in zip(chosen, masks)}
-    return solve_(model, chosen, plan, each, scope, how, data, score=score, given=given, progress=progress)
+    return solve_(model, chosen, plan, each, scope, how, data, score=score, given=given, **options)
+
+
+def _check_memory(
+    how: Solver | None,
+    score: str | None,
+    allocate: str | None,
+    scope: str,
+    reduce: str | None,
+    memory: int | None,
+    work: str | Path | None,
+) -> None:
+    """Raise PatternError where a bound on memory, or a folder for the state, cannot be kept to."""
+    if how is None and (memory is not None or work is not None):
+        what = "memory" if memory is not None else "work"
+        raise PatternError(f"{what} is for solvers, which go layer by layer: give solver='refit', 'obs' or 'admm'")
+    if memory is None:
+        return
+    if work is None:
+        raise PatternError("memory needs work=FOLDER, where the new weights go")
+    if memory < 1 << 28:
+        raise PatternError(f"memory is in bytes, at least {1 << 28:,} (256 MiB), got {memory!r}")
+    whole = score is not None and (scope == "global" or reduce is not None or SCORES[score].needs - {"input"})
+    if whole or allocate == "errors":
+        what = f"score {score!r} over all layers" if whole else "allocate='errors'"
+        raise PatternError(f"{what} holds all weights or gradients at once: leave it out, or leave memory out")
 
 
 def _spread(
@@ -251,13 +292,19 @@ def refuse_impossible(chosen: Sequence[Layer], plan: patterns.Pattern) -> None:
 
 
 def report(
-    chosen: Sequence[Layer], plan: patterns.Pattern, sparsity: float, each: Mapping[str, float] | None = None
+    chosen: Sequence[Layer],
+    plan: patterns.Pattern,
+    sparsity: float,
+    each: Mapping[str, float] | None = None,
+    zeros_of: Mapping[str, int] | None = None,
 ) -> Report:
-    """Return the table of asked and achieved sparsity, a row a layer; `each` is what was asked of each layer."""
+    """Return the table of asked and achieved sparsity, a row a layer; `each` is what was asked of each layer,
+    `zeros_of` are the zeros of each where they are not masked."""
     rows, zeros, total = [], 0, 0
     for layer in chosen:
         mask = get_mask(layer)
         pruned = 0 if mask is None else int((~mask).sum())
+        pruned = pruned if zeros_of is None else zeros_of[layer.full_name]
         size = layer.original.numel()
         rows.append(
             {

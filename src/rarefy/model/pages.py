@@ -1,0 +1,156 @@
+"""What lies in memory: weights that stay in their files, activations that go to one, pages handed back to the system.
+
+All of it is advice about memory and never changes a value, so a mistake here costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: clean pages of a file are dropped, changed ones stay
+SMALL = 1 << 16  # bytes of a tensor that is not worth moving
+_LIBC = ctypes.CDLL(None)
+
+
+def available() -> int | None:
+    """Return the bytes that processes may still take without swapping, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(l.split()[1]) * 1024 for l in lines if l.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def trim() -> None:
+    """Give freed heap pages back to the system (glibc): activations of many batches leave holes."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
+def page_out(tensors: Iterable[Tensor]) -> None:
+    """Advise the system to drop the pages of tensors that lie in files; they are read again when touched."""
+    for t in tensors:
+        if t.is_meta or t.device.type != "cpu" or t.nbytes < SMALL:
+            continue
+        start = t.data_ptr() & -mmap.PAGESIZE
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(t.data_ptr() + t.nbytes - start), PAGEOUT)
+
+
+@contextmanager
+def keeping(model: nn.Module, most: int | None) -> Iterator[None]:
+    """Keep what is resident of mapped files near what it is now + `most` bytes by paging out the model's weights;
+    None = leave them be.
+
+    Weights as `safetensors` loads them are mapped from their file and come in as they are touched. A thread looks
+    twenty times a second.
+    """
+    if most is None:
+        yield
+        return
+    done, before = threading.Event(), _mapped()
+
+    def look() -> None:
+        while not done.wait(0.05):
+            if _mapped() > before + most:
+                page_out(p.data for p in list(model.parameters()))
+
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watch.join()
+
+
+def _mapped() -> int:
+    """Resident bytes that belong to files."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def of_frames(frame: Any) -> list[Tensor]:
+    """Return the tensors that the frames of a suspended coroutine hold, each once."""
+    found: dict[int, Tensor] = {}
+    while frame is not None:
+        if frame.f_code.co_flags & 1:  # a function's
+            held = frame.f_locals
+            _gather(held, found, 3)
+            if type(held) is dict:
+                held.clear()  # a snapshot (before Python 3.13) would keep alive what the function lets go
+        frame = frame.f_back
+    return list(found.values())
+
+
+def _gather(value: Any, found: dict[int, Tensor], depth: int) -> None:
+    if isinstance(value, Tensor):
+        found[id(value)] = value
+    elif depth and isinstance(value, Mapping | tuple | list):
+        for v in value.values() if isinstance(value, Mapping) else value:
+            _gather(v, found, depth - 1)
+
+
+def movable(tensors: Iterable[Tensor], fixed: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return those tensors on the CPU that nobody else sees, grouped by storage; what shares storage with `fixed` is
+    somebody else's."""
+    taken = {t.untyped_storage().data_ptr() for t in fixed}
+    groups: dict[int, list[Tensor]] = {}
+    for t in tensors:
+        if type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided and t.nbytes >= SMALL:
+            groups.setdefault(t.untyped_storage().data_ptr(), []).append(t)
+    return [same for key, same in groups.items() if key not in taken and _alone(same)]
+
+
+def _alone(same: Sequence[Tensor]) -> bool:
+    """Whether no tensor but these shares the storage: a change in place through another would be lost."""
+    storage = same[0].untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) == len(same) + 1  # and `storage` here
+
+
+def nbytes(groups: Iterable[Sequence[Tensor]]) -> int:
+    """Return the bytes of grouped tensors, each storage once."""
+    return sum(same[0].untyped_storage().nbytes() for same in groups)
+
+
+@torch.no_grad()
+def to_file(groups: Sequence[Sequence[Tensor]], folder: Path | None = None) -> None:
+    """Move the storages of grouped tensors into a nameless file mapped to memory, out of which they are read when
+    touched; the file is gone with the last of them. The tensors keep their values, shapes and strides."""
+    starts = [0]
+    for same in groups:
+        starts.append(-(-(starts[-1] + same[0].untyped_storage().nbytes()) // 64) * 64)
+    if not starts[-1]:
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, starts[-1])  # a full disk is an error here, not a crash later
+        pages = mmap.mmap(file.fileno(), starts[-1])
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
+    for start, same in zip(starts, groups):
+        old = same[0].untyped_storage()
+        flat = torch.empty(0, dtype=torch.uint8).set_(old)
+        whole[start : start + flat.numel()].copy_(flat)
+        for t in same:
+            offset = start // t.element_size() + t.storage_offset()
+            t.set_(whole.untyped_storage(), offset, t.shape, t.stride())
+    pages.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,282 @@
+"""Long runs: what a killed one leaves, how the next goes on, and how little memory it can do with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from conftest import Net, image_batches, text_model, tiny_llama
+from rarefy.errors import ContainerError, PatternError, RecipeError
+from rarefy.model import pages
+from rarefy.prune import journal, layerwise
+
+HOWS = {
+    "obs": "obs",
+    "asymmetric": rarefy.Solver(name="admm", asymmetric=0.25, steps=3),
+    "refit": rarefy.Solver(name="refit", refits=3),
+    "reconstruct": rarefy.Solver(name="refit", asymmetric=0.25, reconstruct=2),
+}
+
+
+class Twice(nn.Module):
+    """A layer called two times, with another between."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.a(self.b(self.a(x).relu()).relu())
+
+
+def tokens(count=3):
+    g = torch.Generator().manual_seed(2)
+    return [{"input_ids": torch.randint(0, 64, (2, 24), generator=g)} for _ in range(count)]
+
+
+MODELS = {
+    "llama": (tiny_llama, tokens),
+    "cnn": (lambda: Net().eval(), image_batches),
+    "twice": (
+        lambda: Twice().eval(),
+        lambda: [torch.randn(9, 6, generator=torch.Generator().manual_seed(i)) for i in range(3)],
+    ),
+}
+CASES = [(m, h) for m in MODELS for h in HOWS if h != "reconstruct" or m == "llama"]
+
+
+def fresh(name):
+    torch.manual_seed(0)
+    return MODELS[name][0]()
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def stopping(monkeypatch, writes):
+    """Interrupt a run after so many stops are on disk."""
+    real, count = journal.Journal.write, [0]
+
+    def write(self, stop, entry):
+        real(self, stop, entry)
+        count[0] += 1
+        if count[0] == writes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal.Journal, "write", write)
+
+
+def counting(monkeypatch):
+    """Return a list that grows with every group that is solved."""
+    solved, real = [], layerwise._solve
+    monkeypatch.setattr(layerwise, "_solve", lambda stop, *a: solved.append(stop) or real(stop, *a))
+    return solved
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_an_interrupted_run_goes_on_to_the_same_bits(name, how, tmp_path, monkeypatch):
+    data, what = MODELS[name][1](), {"sparsity": 0.5, "solver": HOWS[how]}
+    want = fresh(name)
+    rows = rarefy.prune_(want, data=data, work=tmp_path / "whole", **what).rows
+    solved = counting(monkeypatch)
+    rarefy.prune_(fresh(name), data=data, **what)
+    groups, count = len(solved), len(list((tmp_path / "whole").glob("stop-*")))
+    for writes in {1, count // 2, count - 1}:
+        work = tmp_path / f"{writes}"
+        with monkeypatch.context() as patch:
+            stopping(patch, writes)
+            with pytest.raises(KeyboardInterrupt):
+                rarefy.prune_(fresh(name), data=data, work=work, **what)
+        model, _ = fresh(name), solved.clear()
+        again = rarefy.prune_(model, data=data, work=work, **what).rows
+        assert same(model, want)
+        assert len(solved) == groups * (count - writes) / count
+        assert [dict(r, seconds=0) for r in again] == [dict(r, seconds=0) for r in rows]
+
+
+def test_a_finished_run_only_passes(tmp_path, monkeypatch):
+    first, second = fresh("llama"), fresh("llama")
+    rarefy.prune_(first, sparsity=0.5, solver="obs", data=tokens(), work=tmp_path / "w")
+    monkeypatch.setattr(layerwise, "_solve", lambda *a: pytest.fail("solved again"))
+    rarefy.prune_(second, sparsity=0.5, solver="obs", data=tokens(), work=tmp_path / "w")
+    assert same(first, second)
+
+
+@pytest.mark.parametrize(
+    "change", [{"sparsity": 0.6}, {"solver": "admm"}, {"data": tokens(2)}, {"model": 1}, {"seed": 3}]
+)
+def test_another_run_starts_anew(change, tmp_path, monkeypatch):
+    how = {"sparsity": 0.5, "solver": "obs", "data": tokens()}
+    rarefy.prune_(fresh("llama"), work=tmp_path / "w", **how)
+    model, want = fresh("llama"), fresh("llama")
+    if change.pop("model", None):
+        for m in (model, want):
+            m.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+    rarefy.prune_(want, **(how | change))
+    solved = counting(monkeypatch)
+    rarefy.prune_(model, work=tmp_path / "w", **(how | change))
+    assert len(solved) == 8 and same(model, want)
+
+
+def test_what_lies_in_the_folder_is_not_trusted(tmp_path):
+    how = {"sparsity": 0.5, "solver": "obs", "data": tokens()}
+    rarefy.prune_(fresh("llama"), work=tmp_path / "w", **how)
+    file = tmp_path / "w" / "stop-000001.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ContainerError, match=r"stop-000001.safetensors is damaged .*remove .*w to start anew"):
+        rarefy.prune_(fresh("llama"), work=tmp_path / "w", **how)
+    journal.Journal(tmp_path / "w").write(1, journal.Entry({"x": torch.ones(2)}, {}))
+    with pytest.raises(ContainerError, match="does not fit the model"):
+        rarefy.prune_(fresh("llama"), work=tmp_path / "w", **how)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ContainerError, match=r"mine is for the state of a run, but holds thesis.txt"):
+        rarefy.prune_(fresh("llama"), work=tmp_path / "mine", **how)
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_suspended_activations_may_lie_in_files(name, how, tmp_path, monkeypatch):
+    data, what = MODELS[name][1](), {"sparsity": 0.5, "solver": HOWS[how]}
+    want, model = fresh(name), fresh(name)
+    rarefy.prune_(want, data=data, **what)
+    moved, real = [], pages.to_file
+    monkeypatch.setattr(pages, "SMALL", 1)
+    monkeypatch.setattr(pages, "available", lambda: 0)
+    monkeypatch.setattr(
+        pages, "to_file", lambda groups, folder: moved.append(pages.nbytes(groups)) or real(groups, folder)
+    )
+    rarefy.prune_(model, data=data, **what)
+    assert same(model, want) and sum(moved) > 1000
+
+
+def test_only_what_is_over_the_budget_goes_to_a_file(monkeypatch):
+    moved, kept = [], []
+    real = pages.to_file
+    monkeypatch.setattr(pages, "SMALL", 1)
+    monkeypatch.setattr(pages, "available", lambda: 2 * 30_000)
+    monkeypatch.setattr(
+        pages, "to_file", lambda groups, folder: moved.append(pages.nbytes(groups)) or real(groups, folder)
+    )
+    monkeypatch.setattr(pages, "movable", lambda *a, real=pages.movable: kept.append(real(*a)) or kept[-1])
+    rarefy.prune_(fresh("llama"), sparsity=0.5, solver="obs", data=tokens(4))
+    assert 0 < len(moved) < len(kept)
+
+
+def test_tensors_that_others_see_stay():
+    x = torch.randn(100, 300)
+    view, other = x[3:], torch.randn(100, 300)
+    assert pages.movable([x], []) == []  # `view` would not follow
+    assert [len(g) for g in pages.movable([x, view, other], [other])] == [2]
+    before, ptr = x.clone(), x.data_ptr()
+    pages.to_file(pages.movable([x, view], []))
+    assert x.data_ptr() != ptr and torch.equal(x, before) and torch.equal(view, before[3:])
+    x.add_(1)
+    assert torch.equal(view, before[3:] + 1)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_weights_stay_in_their_files(how, tmp_path):
+    fresh("llama").save_pretrained(tmp_path / "hf")
+    what = {"sparsity": 0.5, "solver": HOWS[how], "data": tokens()}
+    from rarefy.model import hf
+
+    want, model = hf.load_folder(tmp_path / "hf"), hf.load_folder(tmp_path / "hf")
+    a = rarefy.prune_(want, **what)
+    b = rarefy.prune_(model, memory=1 << 28, work=tmp_path / "w", **what)
+    assert not rarefy.masks(model)
+    assert same(model, rarefy.fold_(want))
+    assert [r["kept"] for r in a.rows] == [r["kept"] for r in b.rows]
+    assert b.summary["sparsity"] == a.summary["sparsity"]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"memory": 1 << 30}, "memory is for solvers"),
+        ({"work": "w"}, "work is for solvers"),
+        ({"memory": 1 << 30, "solver": "obs"}, "memory needs work=FOLDER"),
+        ({"memory": 4, "solver": "obs", "work": "w"}, "at least 268,435,456"),
+        ({"memory": 1 << 30, "solver": "refit", "work": "w", "score": "taylor"}, "score 'taylor' over all layers"),
+        ({"memory": 1 << 30, "solver": "obs", "work": "w", "allocate": "errors"}, "allocate='errors' holds all"),
+    ],
+)
+def test_what_memory_and_work_cannot_do(how, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PatternError, match=message):
+        rarefy.prune_(fresh("llama"), sparsity=0.5, data=tokens(), **how)
+    assert not list(tmp_path.iterdir())
+
+
+STAGE = {"prune": {"sparsity": 0.5, "solver": "obs"}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"stages": [{"prune": {"score": "magnitude", "sparsity": 0.5}}]}, "a prune stage without solver .*stage 1"),
+        ({"stages": [STAGE, {"cast": {"dtype": "bf16"}}]}, "cast holds all weights in memory.*stage 2"),
+        (
+            {
+                "stages": [STAGE],
+                "evaluate": {"metric": "perplexity", "data": "x.txt", "decode": {"prompt": 4, "new": 4, "repeats": 3}},
+            },
+            "timing holds the model twice",
+        ),
+    ],
+)
+def test_recipes_that_need_the_whole_model(recipe, message):
+    with pytest.raises(RecipeError, match=message):
+        rarefy.compress_(fresh("llama"), {"name": "r", **recipe}, tokens(), memory=1 << 30, work="w")
+
+
+# a real kill, through the command line
+
+RECIPE = """\
+name: long
+about: for the test that kills it
+data: {calibrate: text.txt, samples: 8, tokens: 32, batch: 2}
+stages:
+  - prune: {sparsity: 0.5, solver: {name: admm, asymmetric: 0.25, reconstruct: 1, steps: 40}}
+evaluate: {metric: perplexity, data: text.txt, samples: 4, tokens: 32}
+"""
+
+
+def words(tmp_path, out, *more):
+    place = [sys.executable, "-m", "rarefy.cli", "compress", tmp_path / "model", "-r", tmp_path / "r.yaml", "-o", out]
+    return [str(w) for w in [*place, "--threads", "1", *more]]
+
+
+@pytest.fixture
+def job(tmp_path):
+    text_model(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--memory", "1G")])
+def test_killed_and_gone_on(job, more):
+    subprocess.run(words(job, job / "whole", *more), check=True, capture_output=True)
+    ran = subprocess.Popen(words(job, job / "out", *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    state = job / ".out.work" / "stage-1"
+    while not len(list(state.glob("stop-*"))) >= 1:
+        assert ran.poll() is None, ran.communicate()
+        time.sleep(0.005)
+    os.kill(ran.pid, signal.SIGKILL)
+    ran.communicate()
+    assert not (job / "out").exists()
+    done = len(list(state.glob("stop-*")))
+    again = subprocess.run(words(job, job / "out", *more), check=True, capture_output=True, text=True)
+    assert "goes on after" in again.stderr and not state.exists()
+    index = [json.loads((job / n / "rarefy.json").read_text()) for n in ("whole", "out")]
+    assert index[0]["shards"] == index[1]["shards"] and done < 3
