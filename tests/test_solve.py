@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from rarefy.prune import solve
+import rarefy
+from rarefy.model.gram import Gram
+from rarefy.prune import layerwise, solve
 from rarefy.prune.pattern import masks_at, parse
 
 
@@ -171,11 +173,30 @@ def test_shifted_target_is_the_asymmetric_problem():
     W, X, _ = problem(O=4)
     Y = X + 0.3 * torch.randn_like(X)
     H = Y @ Y.transpose(1, 2)
-    target = solve.shifted(W, H, (X - Y) @ Y.transpose(1, 2), 1.0)
+    target = W + solve.shift(W, (X - Y) @ Y.transpose(1, 2), torch.linalg.cholesky(H))
     gaps = []
     for seed in range(3):
         V = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed), dtype=W.dtype)
         gaps.append((V @ Y - W @ X).square().sum() - solve.error(V, target, H).sum())
     torch.testing.assert_close(gaps[0], gaps[1])
     torch.testing.assert_close(gaps[0], gaps[2])
-    torch.testing.assert_close(solve.shifted(W, H, (X - Y) @ Y.transpose(1, 2), 0.0), W)
+
+
+def test_the_best_amount_of_a_shift_is_the_best_of_all():
+    W, X, _ = problem(O=4)
+    Y = X + 0.3 * torch.randn_like(X)
+    move = torch.randn_like(W)
+    best = float(solve.best_shift(W, move, Y @ Y.transpose(1, 2), (X - Y) @ Y.transpose(1, 2)))
+    errors = {a: float(((W + a * move) @ Y - W @ X).square().sum()) for a in (best - 0.01, best, best + 0.01)}
+    assert min(errors, key=lambda a: errors[a]) == best
+
+
+@pytest.mark.parametrize(("agrees", "moves"), [(1.0, True), (-0.9, False)])
+def test_a_shift_that_held_out_tokens_do_not_support_is_not_made(agrees, moves):
+    W, X, H = problem(O=4, dtype=torch.float32)
+    Y = X + 0.3 * torch.randn_like(X)
+    one = (X - Y) @ Y.transpose(1, 2) / X.shape[-1]
+    gram = Gram(H, (one + agrees * one) / 2, 800, Gram(H, agrees * one, 400))
+    how = layerwise.resolve(rarefy.Solver(name="obs", asymmetric=1.0))
+    moved = layerwise._target(W, H, gram, how) - W
+    assert (float(moved.abs().max()) > 0.01) == moves

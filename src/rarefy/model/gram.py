@@ -27,6 +27,7 @@ class Gram:
     H: Tensor | None = None  # [G, C, C]; the upper triangle alone until `finish`
     cross: Tensor | None = None  # [G, C, C] (X - X') X'^T, where X are the dense model's inputs
     tokens: float = 0.0
+    held: Gram | None = None  # of batches that are in these sums too, but may be taken out to test on
 
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add inputs [G, tokens, C], and those of the dense model at the same tokens. O(G tokens C^2 / 2)."""
@@ -60,7 +61,8 @@ class Gram:
             b = min(a + PIECE, C)
             H[:, a:b, a:b] = H[:, a:b, a:b].triu() + H[:, a:b, a:b].triu(1).transpose(-2, -1)
             H[:, b:, a:b] = H[:, a:b, b:].transpose(-2, -1)
-        return Gram(H.div_(n), None if self.cross is None else self.cross.div_(n), self.tokens)
+        held = None if self.held is None else self.held.finish()
+        return Gram(H.div_(n), None if self.cross is None else self.cross.div_(n), self.tokens, held)
 
 
 def same_columns(layer: Layer, module: nn.Module) -> tuple[Any, ...]:

@@ -61,7 +61,7 @@ def keeping(model: nn.Module, most: int | None) -> Iterator[None]:
     None = leave them be.
 
     Weights as `safetensors` loads them are mapped from their file and come in as they are touched. A thread looks
-    twenty times a second.
+    fifty times a second.
     """
     if most is None:
         yield
@@ -69,7 +69,7 @@ def keeping(model: nn.Module, most: int | None) -> Iterator[None]:
     done, before = threading.Event(), _mapped()
 
     def look() -> None:
-        while not done.wait(0.05):
+        while not done.wait(0.02):
             if _mapped() > before + most:
                 page_out(p.data for p in list(model.parameters()))
 

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, ModelError
+from rarefy.errors import DataError, ModelError, nearest
 from rarefy.model import pages
 from rarefy.model.experts import Rows, watching
 from rarefy.model.gram import Gram, columns, same_columns
@@ -37,6 +38,7 @@ class Group:
 
     layers: tuple[Layer, ...]
     calls: int = 1  # of the first layer in one forward pass
+    rows: int = 0  # input vectors of a sample
 
 
 @dataclass(eq=False)
@@ -69,7 +71,7 @@ class End:
 
 def order(model: nn.Module, batch: Any, layers: Sequence[Layer]) -> list[Group]:
     """Return the groups of `layers` in the order of their last calls, from one forward pass of a single sample."""
-    made: list[tuple[Any, Any, list[Layer]]] = []  # (weak references to the input, columns, layers)
+    made: list[tuple[Any, Any, list[Layer], int]] = []  # (weak references to the input, columns, layers, rows)
     calls: dict[int, int] = {}
     place: dict[int, int] = {}
     clock = iter(range(1 << 62))
@@ -80,19 +82,19 @@ def order(model: nn.Module, batch: Any, layers: Sequence[Layer]) -> list[Group]:
             return
         key = same_columns(layer, module)
         tensors = x if isinstance(x, tuple | list) else (x,)
-        for refs, known, members in made:
+        for refs, known, members, _ in made:
             if known == key and len(refs) == len(tensors) and all(r() is t for r, t in zip(refs, tensors)):
                 members.append(layer)
                 return
-        made.append(([weakref.ref(t) for t in tensors], key, [layer]))
+        made.append(([weakref.ref(t) for t in tensors], key, [layer], columns(layer, module, x, None).shape[1]))
 
     with evaluating(model), torch.no_grad(), taps(model, layers, arrive):
         call(model, on_device(model, _first_sample(batch)))
     groups = []
-    for _, _, members in made:
+    for _, _, members, rows in made:
         once = [l for l in members if calls[id(l)] == 1]
-        groups += [Group(tuple(once))] if once else []
-        groups += [Group((l,), calls[id(l)]) for l in members if calls[id(l)] > 1]
+        groups += [Group(tuple(once), rows=rows)] if once else []
+        groups += [Group((l,), calls[id(l)], rows) for l in members if calls[id(l)] > 1]
     groups.sort(key=lambda g: place[id(g.layers[0])])
     for layer in layers:  # an expert that this sample did not need: after the layer that stands before it in the model
         if id(layer) not in calls:
@@ -102,11 +104,14 @@ def order(model: nn.Module, batch: Any, layers: Sequence[Layer]) -> list[Group]:
     return groups
 
 
-def blocks(model: nn.Module, layers: Sequence[Layer]) -> list[Block]:
-    """Return the blocks of a model that hold `layers`: the members of its outermost lists of equal modules.
+def blocks(model: nn.Module, layers: Sequence[Layer], names: str | None = None) -> list[Block]:
+    """Return the blocks of a model that hold `layers`: the members of its outermost lists of equal modules, or the
+    modules whose names one of the globs in `names` (with | between) matches.
 
     A layer with owners in several blocks, or in none, belongs to no block. Raises ModelError where there is no block.
     """
+    if names is not None:
+        return _named_blocks(model, layers, names)
     found: list[Block] = []
     within: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -122,6 +127,24 @@ def blocks(model: nn.Module, layers: Sequence[Layer]) -> list[Block]:
                 found.append(Block(f"{name}.{key}", member, tuple(inside)))
     if not found:
         raise ModelError(f"{type(model).__name__} has no list of equal blocks to reconstruct: leave reconstruct out")
+    return found
+
+
+def _named_blocks(model: nn.Module, layers: Sequence[Layer], names: str) -> list[Block]:
+    found: list[Block] = []
+    for name, module in model.named_modules():
+        if not any(fnmatchcase(name, word.strip()) for word in names.split("|")):
+            continue
+        inside = tuple(l for l in layers if all(f"{o}.".startswith(f"{name}.") for o, _, _ in l.owners))
+        nested = next((b.name for b in found if name.startswith(f"{b.name}.")), None)
+        if nested:
+            raise ModelError(f"blocks {names!r} match {name} inside of {nested}: a block is learned as one")
+        found += [Block(name, module, inside)] if inside else []
+    if not found:
+        words = [n for n, m in model.named_modules() if n and list(m.children())]
+        near = nearest(names, words)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ModelError(f"blocks {names!r} match no module of {type(model).__name__} with layers to prune{hint}")
     return found
 
 
@@ -286,8 +309,11 @@ class _Walk:
             if group.calls == 1 and layer.layout.kind != "experts":  # another router, other tokens
                 self.untouched[here.batch, gate] = rows
         else:
-            gram = self.grams.setdefault(gate, Gram())
-            gram.add(rows, self.untouched.get((here.batch, gate)))
+            gram, dense = self.grams.setdefault(gate, Gram()), self.untouched.get((here.batch, gate))
+            gram.add(rows, dense)
+            if dense is not None and here.batch == 0:
+                gram.held = Gram()
+                gram.held.add(rows, dense)
             if not torch.isfinite(gram.diagonal).all():
                 raise ModelError(f"{layer.full_name}: NaN or inf in its inputs on calibration batch {here.batch}")
         if self.calls[here, gate] == group.calls:
@@ -404,6 +430,12 @@ def _before_out_proj(parent: nn.MultiheadAttention, layer: Layer, arrive: Arrive
         parent.out_proj = real
         for handle in handles:
             handle.remove()
+
+
+def samples_in(batch: Any) -> int:
+    """Return how many of what `order` runs a batch holds: samples, or 1 where its tensors do not say."""
+    one = _tensors_in(_first_sample(batch))
+    return len(_tensors_in(batch)[0]) if one and one[0].dim() and len(one[0]) == 1 else 1
 
 
 def _first_sample(batch: Any) -> Any:

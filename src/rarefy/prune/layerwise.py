@@ -18,11 +18,12 @@ from rarefy.model.gram import Gram
 from rarefy.model.mask import get_mask, set_mask_
 from rarefy.model.select import Layer
 from rarefy.model.stats import Stats
-from rarefy.model.walk import Block, End, Group, Stop, blocks, order, walk, with_ends
+from rarefy.model.walk import Block, End, Group, Stop, blocks, order, samples_in, walk, with_ends
 from rarefy.progress import say, track
 from rarefy.proof.report import table
 from rarefy.prune import journal, solve
 from rarefy.prune import pattern as patterns
+from rarefy.prune.estimate import estimate
 from rarefy.prune.reconstruct import reconstruct_
 from rarefy.prune.score import SCORES
 
@@ -33,13 +34,16 @@ class Solver:
 
     name        obs (SparseGPT), admm (ALPS, then conjugate gradients) or refit (conjugate gradients on a scored mask)
     damping     times the mean of diag(H) is added to the diagonal
-    asymmetric  0..1: how far the target moves towards the outputs of the dense model on its own inputs
+    asymmetric  0..1: how far the target moves towards the outputs of the dense model on its own inputs, as a share of
+                what is best on a batch that is held out
     bf16        run the model's forward passes in bf16 where torch allows
     block       obs: columns whose mask is chosen together
     steps       admm: iterations
     refits      admm, refit: conjugate gradient steps once the mask is fixed
     reconstruct passes over the calibration set in which each block learns the dense block's outputs; 0 = none
     lr          of that learning (Adam, cosine)
+    blocks      names of what learns as one, globs with | between; by default the members of the model's outermost lists
+                of equal modules
     """
 
     name: str
@@ -51,9 +55,17 @@ class Solver:
     refits: int | None = None
     reconstruct: int | None = None
     lr: float | None = None
+    blocks: str | None = None
 
 
-COMMON: dict[str, Any] = {"damping": 0.01, "asymmetric": 0.0, "bf16": False, "reconstruct": 0, "lr": 1e-3}
+COMMON: dict[str, Any] = {
+    "damping": 0.01,
+    "asymmetric": 0.0,
+    "bf16": False,
+    "reconstruct": 0,
+    "lr": 1e-3,
+    "blocks": None,
+}
 SOLVERS: dict[str, dict[str, Any]] = {
     "obs": {**COMMON, "block": 128},
     "admm": {**COMMON, "steps": 10, "refits": 10},
@@ -76,8 +88,11 @@ def resolve(solver: str | Solver) -> Solver:
     idle = [k for k, v in given.items() if v is not None and k not in known]
     if idle:
         raise PatternError(f"solver {solver.name} has no {', '.join(idle)}; it has {', '.join(known)}")
-    if given["lr"] is not None and not given["reconstruct"]:
-        raise PatternError(f"solver {solver.name}: lr={given['lr']} has no effect without reconstruct")
+    for key in ("lr", "blocks"):
+        if given[key] is not None and not given["reconstruct"]:
+            raise PatternError(f"solver {solver.name}: {key}={given[key]!r} has no effect without reconstruct")
+    if not isinstance(solver.blocks, str | None):
+        raise PatternError(f"solver {solver.name}: blocks is a glob of module names, got {solver.blocks!r}")
     ranges = {
         "damping": (0, 10),
         "asymmetric": (0, 1),
@@ -137,7 +152,11 @@ def solve_(
     rows: list[dict[str, Any]] = []
     masks: dict[str, Tensor] = {}  # in bits: all layers' together are a quarter of their weights in bytes
     with passes(solver):
-        places = with_ends(order(model, first, chosen), blocks(model, chosen) if solver.reconstruct else [])
+        groups = order(model, first, chosen)
+        if progress:
+            cost = estimate(groups, sum(map(samples_in, data)), solver, memory and memory // 4)
+            say([f"pruning by {solver.name} takes {cost} if nothing else runs"])
+        places = with_ends(groups, blocks(model, chosen, solver.blocks) if solver.reconstruct else [])
         stops = walk(
             model,
             data,
@@ -329,7 +348,14 @@ def _solve(
 def _target(W: Tensor, H: Tensor, gram: Gram, s: Solver) -> Tensor:
     if not s.asymmetric or gram.cross is None:
         return W
-    return solve.shifted(W, solve.damped(H, max(s.damping or 0, 0.01)), gram.cross, s.asymmetric)
+    L = torch.linalg.cholesky(solve.damped(H, max(s.damping or 0, 0.01)))
+    amount, held = s.asymmetric, gram.held
+    if held is not None and gram.tokens > held.tokens:  # what is right for tokens that the shift was not made of
+        assert held.H is not None and held.cross is not None
+        seen = solve.shift(W, gram.cross - held.cross * (held.tokens / gram.tokens), L)
+        best = float(solve.best_shift(W, seen, held.H, held.cross)) * (1 - held.tokens / gram.tokens)
+        amount *= min(1.0, max(0.0, best))
+    return W + amount * solve.shift(W, gram.cross, L)
 
 
 def _scores(layers: Sequence[Layer], score: str, W: Tensor, gram: Gram) -> Tensor:

@@ -1,7 +1,7 @@
 """Solvers: move the kept weights of one layer so that its outputs on the calibration set stay. A page of a paper each.
 
     W        [G, O, C]   weights of G groups, O outputs, C inputs (a convolution's columns are kernel position x input)
-    target   [G, O, C]   the weights whose outputs are wanted: the dense ones, or `shifted` ones
+    target   [G, O, C]   the weights whose outputs are wanted: the dense ones, or those + `shift`
     H        [G, C, C]   Gram matrix X X^T of the inputs, here always with its damping already added (see `damped`)
     mask     [G, O, C]   True = kept
 
@@ -165,12 +165,18 @@ def admm(
     return refit(D / scale, target, H, mask, refits), mask
 
 
-def shifted(W: Tensor, H: Tensor, cross: Tensor, amount: float) -> Tensor:
-    """Return the target W + amount x W (X - X') X'^T H^-1, whose symmetric problem on the compressed inputs X' is the
-    asymmetric one: || W' X' - W X ||^2 for amount 1 (Li 2025, GPTAQ; the shift is shrunk because it overfits).
+def shift(W: Tensor, cross: Tensor, L: Tensor) -> Tensor:
+    """Return W (X - X') X'^T H^-1. The symmetric problem for the target W + shift on the compressed inputs X' is the
+    asymmetric one, || W' X' - W X ||^2 (Li 2025, GPTAQ, for each column; here for any solver).
 
-    H      [G, C, C] Gram matrix of X', damped
     cross  [G, C, C] (X - X') X'^T
+    L      lower Cholesky factor of H = X' X'^T, damped
     """
-    L = torch.linalg.cholesky(H)
-    return W + amount * torch.cholesky_solve((W @ cross).transpose(-2, -1), L).transpose(-2, -1)
+    return torch.cholesky_solve((W @ cross).transpose(-2, -1), L).transpose(-2, -1)
+
+
+def best_shift(W: Tensor, shift: Tensor, H: Tensor, cross: Tensor) -> Tensor:
+    """Return the amount of `shift` [G, O, C] that brings W X' closest to W X on other tokens, whose matrices H and
+    cross are: the minimum of || (W + a shift) X' - W X ||^2 over a, in closed form."""
+    gain = (W @ cross * shift).sum()
+    return gain / (shift @ H * shift).sum().clamp(min=torch.finfo(W.dtype).tiny)

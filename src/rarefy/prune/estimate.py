@@ -1,0 +1,83 @@
+"""What pruning with a solver will cost, before it starts: counted operations over the rate of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rarefy.model import pages
+from rarefy.model.walk import Group
+
+if TYPE_CHECKING:
+    from rarefy.prune.layerwise import Solver
+
+OVERHEAD = 1.5  # of a forward pass over its products: attention, norms, copies, lookups
+SLOW = {"factor": 4.0, "columns": 3.0, "eigen": 40.0}  # times slower than a product of as many operations
+PARKED = 4  # activations a token, as wide as the layer's outputs, that a suspended pass holds besides its input
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, and bytes resident at the peak."""
+
+    seconds: float
+    bytes: int
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(round(self.seconds), 60)
+        return f"about {f'{minutes} min ' if minutes else ''}{seconds} s and {self.bytes / 1e9:.1f} GB"
+
+
+def estimate(
+    groups: Sequence[Group], samples: int, solver: Solver, most: int | None = None, rate: float | None = None
+) -> Cost:
+    """Return the cost of a run over `samples`. 0.1 s.
+
+    most  bytes that suspended activations may take
+    rate  operations a second; by default what a product reaches here and now
+    Right within a factor of two where nothing else runs; attention over long sequences is not counted.
+    """
+    streams = 2 if solver.asymmetric or solver.reconstruct else 1
+    passes = grams = solving = 0.0
+    parked, work = 0, 0
+    for g in groups:
+        shapes = [l.layout.shape for l in g.layers]
+        G, C = shapes[0][0], shapes[0][1] * shapes[0][3]
+        O = sum(s[2] for s in shapes)
+        rows = g.rows * samples
+        passes += 2.0 * rows * G * O * C * streams * g.calls
+        if solver.reconstruct:  # forwards, backwards with two products each, held-out errors, once more
+            passes += 2.0 * rows * G * O * C * (3 * solver.reconstruct + 2)
+        grams += rows * G * C * C * (3 if solver.asymmetric else 1)
+        product = 2.0 * G * O * C * C
+        solving += 2 * product  # errors
+        solving += 2 * product if solver.asymmetric else 0
+        if solver.name == "obs":
+            solving += SLOW["columns"] * product / 2 + SLOW["factor"] * G * C**3 * 2 / 3
+        else:
+            solving += product * ((solver.refits or 0) + 2)
+        if solver.name == "admm":
+            solving += product * 2 * (solver.steps or 0) + SLOW["eigen"] * G * C**3
+        width = 4 if not solver.bf16 else 3
+        parked = max(parked, rows * (G * C + PARKED * min(G * C, max(s[0] * s[2] for s in shapes))) * width * streams)
+        work = max(work, 4 * G * (5 * C * C + 8 * O * C))
+    slow = rate or _rate(torch.float32)
+    fast = rate or (_rate(torch.bfloat16) if solver.bf16 else slow)
+    masks = sum(l.original.numel() for g in groups for l in g.layers)
+    parked = min(parked, parked if most is None else most)
+    return Cost(OVERHEAD * passes / fast + (grams + solving) / slow, pages.resident() + parked + max(work, masks))
+
+
+def _rate(dtype: torch.dtype) -> float:
+    """Operations a second of a product of this machine, now."""
+    a = torch.ones(768, 768, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    return 2 * 768**3 / best

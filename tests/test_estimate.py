@@ -1,0 +1,59 @@
+"""The cost that is told before a run starts."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from rarefy.model.select import select
+from rarefy.model.walk import order, samples_in
+from rarefy.prune.estimate import Cost, estimate
+from rarefy.prune.layerwise import SOLVERS, resolve
+
+
+def deep(width=512, depth=4):
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth)])
+
+
+def test_samples_are_counted_as_the_scout_cuts_them():
+    assert samples_in({"input_ids": torch.zeros(8, 5), "mask": torch.zeros(8, 5)}) == 8
+    assert samples_in((torch.zeros(6, 3), torch.zeros(6))) == 6
+    assert samples_in(torch.zeros(4, 2)) == 4
+    assert samples_in({"x": torch.zeros(8, 5), "y": torch.zeros(3)}) == 1  # run as it is
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_more_work_takes_longer(name):
+    net, data = deep(), [torch.randn(64, 512) for _ in range(2)]
+    groups = order(net, data[0], select(net))
+    assert {g.rows for g in groups} == {1}
+    plain, more = resolve(name), resolve(rarefy.Solver(name=name, asymmetric=0.5, reconstruct=2))
+    rate = {"rate": 1e11}
+    a, b, c = (estimate(groups, n, s, **rate) for n, s in ((100, plain), (100000, plain), (100000, more)))
+    assert a.seconds < b.seconds < c.seconds and a.bytes < b.bytes < c.bytes
+    assert estimate(groups, 100000, plain, most=10**6, **rate).bytes < b.bytes
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", SOLVERS)
+def test_it_is_of_the_right_size(name):
+    """Within a factor of ten beside whatever else runs here; the bench shows how near it comes."""
+    net, data = deep(1024), [torch.randn(4096, 1024) for _ in range(4)]
+    told = estimate(order(net, data[0], select(net)), 4 * 4096, resolve(name))
+    began = time.perf_counter()
+    rarefy.prune_(net, sparsity=0.5, solver=name, data=data)
+    assert 0.1 < told.seconds / (time.perf_counter() - began) < 10
+
+
+def test_words():
+    assert str(Cost(12.4, 1_500_000_000)) == "about 12 s and 1.5 GB"
+    assert str(Cost(125, 900_000_000)) == "about 2 min 5 s and 0.9 GB"
+
+
+def test_it_is_told_before_the_bar(capsys):
+    rarefy.prune_(deep(16, 2), sparsity=0.5, solver="obs", data=[torch.randn(8, 16)], progress=True)
+    text = capsys.readouterr().err
+    assert text.index("pruning by obs takes about 0 s") < text.index("damping") < text.rindex("2/2")
