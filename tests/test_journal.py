@@ -13,6 +13,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
+from rarefy import cli, files
 from rarefy.errors import ContainerError, PatternError, RecipeError
 from rarefy.model import pages
 from rarefy.prune import journal, layerwise
@@ -175,10 +176,10 @@ def test_only_what_is_over_the_budget_goes_to_a_file(monkeypatch):
 def test_tensors_that_others_see_stay():
     x = torch.randn(100, 300)
     view, other = x[3:], torch.randn(100, 300)
-    assert pages.movable([x], []) == []  # `view` would not follow
-    assert [len(g) for g in pages.movable([x, view, other], [other])] == [2]
+    assert pages.movable([x], set()) == []  # `view` would not follow
+    assert [len(g) for g in pages.movable([x, view, other], pages.storages([other]))] == [2]
     before, ptr = x.clone(), x.data_ptr()
-    pages.to_file(pages.movable([x, view], []))
+    pages.to_file(pages.movable([x, view], set()))
     assert x.data_ptr() != ptr and torch.equal(x, before) and torch.equal(view, before[3:])
     x.add_(1)
     assert torch.equal(view, before[3:] + 1)
@@ -280,3 +281,39 @@ def test_killed_and_gone_on(job, more):
     assert "goes on after" in again.stderr and not state.exists()
     index = [json.loads((job / n / "rarefy.json").read_text()) for n in ("whole", "out")]
     assert index[0]["shards"] == index[1]["shards"] and done < 3
+
+
+def test_what_is_kept_is_said(tmp_path, capsys):
+    (tmp_path / ".out.work").mkdir()
+    with pytest.raises(KeyboardInterrupt), files.work_folder(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert f"what was done is kept in {tmp_path / '.out.work'}: the same command" in capsys.readouterr().err
+    with files.work_folder(tmp_path / "out"):
+        pass
+    assert not (tmp_path / ".out.work").exists()
+    (tmp_path / ".out.work").mkdir()
+    with pytest.raises(KeyboardInterrupt), files.work_folder(tmp_path / "out", fresh=True) as work:
+        assert not work.exists()
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", ["4", "G", "-1G", "4 potatoes", ""])
+def test_memory_in_words(text, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["rarefy", "compress", "x", "-r", "fast", "-o", str(tmp_path / "o"), "--memory", text]
+    )
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert f"--memory {text!r}: write a number and K, M, G or T, such as 4G" in capsys.readouterr().err
+
+
+def test_memory_in_bytes():
+    assert [cli._bytes(t) for t in ("4G", "1.5g", "300M", "2GiB", "1kb")] == [
+        4 << 30,
+        3 << 29,
+        300 << 20,
+        2 << 30,
+        1 << 10,
+    ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rarefy.errors import ContainerError
+from rarefy.progress import say
 
 INDEX = "rarefy.json"
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named
@@ -90,7 +91,12 @@ def work_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator[P
     work = target.with_name(f".{target.name}.work")
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
-    yield work
+    try:
+        yield work
+    except BaseException:
+        if work.is_dir():
+            say([f"what was done is kept in {work}: the same command goes on from there"])
+        raise
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -24,12 +24,17 @@ _LIBC = ctypes.CDLL(None)
 
 
 def available() -> int | None:
-    """Return the bytes that processes may still take without swapping, or None where the system does not say."""
+    """Return the bytes that this process may still take without swapping, or None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(l.split()[1]) * 1024 for l in lines if l.startswith("MemAvailable"))
+        free = next(int(l.split()[1]) * 1024 for l in lines if l.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+    try:  # a container's own limit
+        most, taken = (int(Path("/sys/fs/cgroup", f"memory.{n}").read_text()) for n in ("max", "current"))
+        return max(0, min(free, most - taken))
+    except (OSError, ValueError):
+        return free
 
 
 def resident() -> int:
@@ -111,10 +116,14 @@ def _gather(value: Any, found: dict[int, Tensor], depth: int) -> None:
             _gather(v, found, depth - 1)
 
 
-def movable(tensors: Iterable[Tensor], fixed: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Return those tensors on the CPU that nobody else sees, grouped by storage; what shares storage with `fixed` is
-    somebody else's."""
-    taken = {t.untyped_storage().data_ptr() for t in fixed}
+def storages(tensors: Iterable[Tensor]) -> set[int]:
+    """Return where the storages of tensors begin."""
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def movable(tensors: Iterable[Tensor], taken: set[int]) -> list[list[Tensor]]:
+    """Return those tensors on the CPU that nobody else sees, grouped by storage; `taken` are the `storages` of what
+    belongs to somebody else."""
     groups: dict[int, list[Tensor]] = {}
     for t in tensors:
         if type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided and t.nbytes >= SMALL:

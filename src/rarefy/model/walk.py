@@ -29,6 +29,7 @@ from rarefy.model.gram import Gram, columns, same_columns
 from rarefy.model.select import Layer
 from rarefy.model.stats import call, evaluating, on_device
 
+SLACK = 32 << 20  # bytes; giving memory back costs a fault a page when it is taken again
 Arrive = Callable[[Layer, nn.Module, Any], None]
 
 
@@ -203,6 +204,7 @@ class _Walk:
         self.model, self.stops, self.dense, self.done = model, stops, dense, -1
         self.passed, self.assign, self.most, self.folder = passed, assign, most, folder
         self.parked = 0  # bytes of suspended activations in memory
+        self.high = 0  # most bytes that were resident once holes in the heap were given back
         self.gates = {id(s.layers[0]): i for i, s in enumerate(stops) if isinstance(s, Group)}
         self.grams: dict[int, Gram] = {}
         self.ends: dict[int, list[tuple[tuple, dict[str, Any], Tensor]]] = {}
@@ -223,11 +225,13 @@ class _Walk:
                 if isinstance(block, Block):
                     hook = block.module.register_forward_hook(partial(self.leave, i), with_kwargs=True)
                     self.stack.callback(hook.remove)
+            self.own()
             for index, batch in enumerate(data):
                 batch = on_device(self.model, batch)
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side)
             for gate, place in enumerate(self.stops):
+                self.own()
                 stop = self.stop(gate)
                 yield stop
                 self.done = gate
@@ -262,7 +266,13 @@ class _Walk:
         if not fibre.dead:
             self.streams[fibre.side][fibre] = gate
             self.park(fibre)
-        pages.trim()
+        if pages.resident() > self.high + SLACK:  # more than was ever held between two passes: holes in the heap
+            pages.trim()
+            self.high = max(self.high, pages.resident())
+
+    def own(self) -> None:
+        """Note what belongs to the model; new weights may have taken the place of old ones."""
+        self.owned = pages.storages([*self.model.parameters(), *self.model.buffers()])
 
     def park(self, fibre: Any) -> None:
         """Count what a suspended pass holds, and move it to a file where it is too much."""
@@ -270,8 +280,7 @@ class _Walk:
             return
         rows = [t for (index, _), t in self.untouched.items() if index == fibre.batch] if fibre.side == 0 else []
         tensors = {id(t): t for t in [*pages.of_frames(fibre.gr_frame), *rows]}.values()
-        owned = [*self.model.parameters(), *self.model.buffers(), *_tensors_in(fibre.data)]
-        groups = pages.movable(list(tensors), owned)
+        groups = pages.movable(tensors, self.owned | pages.storages(_tensors_in(fibre.data)))
         size = pages.nbytes(groups)
         if self.parked + size > self.most:
             pages.to_file(groups, self.folder)

@@ -148,7 +148,7 @@ def solve_(
     if idle:
         raise PatternError(f"solver {solver.name} has nothing to move in an embedding: ignore {', '.join(idle)}")
     lean = memory is not None
-    known = journal.open_(work, journal.key(model, data, **(settings or {})) if work else {})
+    known = journal.open_(work, journal.key(model, [*data, given], **(settings or {})) if work else {})
     rows: list[dict[str, Any]] = []
     masks: dict[str, Tensor] = {}  # in bits: all layers' together are a quarter of their weights in bytes
     with passes(solver):
