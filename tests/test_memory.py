@@ -21,7 +21,8 @@ model = hf.load_folder(source)
 before = pages.resident()
 g = torch.Generator().manual_seed(0)
 data = [{"input_ids": torch.randint(0, 2048, (2, 128), generator=g)} for _ in range(samples // 2)]
-recipe = {"name": "deep", "stages": [{"prune": {"sparsity": 0.5, "solver": "obs", "layers": "model.layers.*"}}]}
+prune = {"sparsity": 0.5, "solver": {"name": "refit", "refits": 2}, "layers": "model.layers.*"}
+recipe = {"name": "deep", "stages": [{"prune": prune}]}
 with pages.keeping(model, memory // 4):
     rarefy.compress_(model, recipe, data, memory=memory, work=out + ".work")
     rarefy.save(model, out)
