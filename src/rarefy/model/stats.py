@@ -423,7 +423,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Run with the model in evaluation mode and without key-value caches, which only cost memory here and would make a
     block that is run again see its own past; each module's own mode comes back afterwards."""
     modes = [(m, m.training) for m in model.modules()]
-    configs = [getattr(m, "config", None) for m in model.modules()]
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     caching = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}.values()
     model.eval()
     for config in caching:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,25 @@ class Solver:
     reconstruct: int | None = None
     lr: float | None = None
     blocks: str | None = None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Which zeros are wanted."""
+
+    plan: patterns.Pattern
+    sparsity: float
+    each: Mapping[str, float]  # sparsity by layer name
+    scope: str
+    score: str | None = None  # None = the solver's own criterion (refit: wanda)
+    reduce: str | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether masks need all layers before the first is solved."""
+        if self.score is None:
+            return False
+        return self.scope == "global" or self.reduce is not None or bool(SCORES[self.score].needs - {"input"})
 
 
 COMMON: dict[str, Any] = {
@@ -117,27 +136,21 @@ def passes(solver: Solver) -> AbstractContextManager[Any]:
 def solve_(
     model: nn.Module,
     chosen: Sequence[Layer],
-    plan: patterns.Pattern,
-    sparsity: Mapping[str, float],
-    scope: str,
+    ask: Ask,
     solver: Solver,
     data: Iterable[Any],
     *,
-    score: str | None = None,
     given: Mapping[str, Tensor] | None = None,
     memory: int | None = None,
     work: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Prune the chosen layers in place, each solved on the inputs it gets from the layers pruned before it.
 
-    sparsity  by layer name
     data      batches that can be gone through more than once
-    score     chooses the masks; None = the solver's own criterion (refit: wanda)
     given     masks chosen beforehand, by layer name
     memory    bytes to stay near: weights stay in their files, new ones in `work`, without masks; activations spill
-    work      folder for the state of the run, from which a killed one goes on; `settings` are what must be the same
+    work      folder for the state of the run, from which a killed one with the same arguments goes on
     Returns a row a layer: its relative error, damping, seconds, zeros. An error in the middle leaves the layers before
     it pruned. O(one forward pass) + the solver's cost; memory as `rarefy.model.walk.walk`.
     """
@@ -148,7 +161,8 @@ def solve_(
     if idle:
         raise PatternError(f"solver {solver.name} has nothing to move in an embedding: ignore {', '.join(idle)}")
     lean = memory is not None
-    known = journal.open_(work, journal.key(model, [*data, given], **(settings or {})) if work else {})
+    settings = {"solver": asdict(solver), **asdict(ask)}
+    known = journal.open_(work, journal.key(model, [*data, given], **settings) if work else {})
     rows: list[dict[str, Any]] = []
     masks: dict[str, Tensor] = {}  # in bits: all layers' together are a quarter of their weights in bytes
     with passes(solver):
@@ -178,7 +192,7 @@ def solve_(
                 elif isinstance(stop, End):
                     entry, waiting = _learn(stop, waiting, solver, lean), journal.Entry({}, {})
                 else:
-                    entry = _solve(stop, plan, sparsity, scope, solver, score, given or {})
+                    entry = _solve(stop, ask, solver, given or {})
                     say([table(entry.rows)] if progress else [])
                     if _is_learnt(stop, places[index:]):
                         waiting, entry = waiting.plus(entry), None
@@ -235,8 +249,7 @@ def _put(stop: Stop | End, entry: journal.Entry | None, lean: bool) -> None:
 def measure(
     model: nn.Module,
     chosen: Sequence[Layer],
-    plan: patterns.Pattern,
-    scope: str,
+    ask: Ask,
     data: Iterable[Any],
     weights: Mapping[str, Tensor],
     levels: Sequence[float],
@@ -253,8 +266,7 @@ def measure(
         W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
         U, _ = solve.inverse_factor(H, COMMON["damping"])
         for level in levels:
-            each = {l.full_name: level for l in layers}
-            choose, parts = _choosers(layers, plan, each, scope, {})
+            choose, parts = _choosers(layers, replace(ask, each={l.full_name: level for l in layers}), {})
             new, _ = solve.obs(W, U, choose, parts[0].edges(SOLVERS["obs"]["block"]))
             errors = solve.error(new, W, H).split([c.rows for c in parts], 1)
             for layer, error in zip(layers, errors):
@@ -265,15 +277,9 @@ def measure(
     return costs
 
 
-def _choosers(
-    layers: Sequence[Layer],
-    plan: patterns.Pattern,
-    sparsity: Mapping[str, float],
-    scope: str,
-    given: Mapping[str, Tensor],
-) -> tuple[solve.Choose, list[_Chooser]]:
+def _choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> tuple[solve.Choose, list[_Chooser]]:
     """One choice for the stacked rows of several layers, each by itself."""
-    parts = [_Chooser(l, plan, sparsity[l.full_name], scope, given.get(l.full_name)) for l in layers]
+    parts = [_Chooser(l, ask, given.get(l.full_name)) for l in layers]
     widths = [c.rows for c in parts]
 
     def choose(score: Tensor, a: int, b: int) -> Tensor:
@@ -282,21 +288,13 @@ def _choosers(
     return choose, parts
 
 
-def _solve(
-    stop: Stop,
-    plan: patterns.Pattern,
-    sparsity: Mapping[str, float],
-    scope: str,
-    s: Solver,
-    score: str | None,
-    given: Mapping[str, Tensor],
-) -> journal.Entry:
-    began = time.perf_counter()
+def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> journal.Entry:
+    began, score = time.perf_counter(), ask.score
     layers = stop.group.layers
     W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
     if not torch.isfinite(W).all():
         raise ModelError(f"{', '.join(l.full_name for l in layers)}: NaN or inf in its weights")
-    choose, chosen = _choosers(layers, plan, sparsity, scope, given)
+    choose, chosen = _choosers(layers, ask, given)
     widths = [c.rows for c in chosen]
     H, used = stop.gram.H, s.damping
     assert H is not None and used is not None
@@ -305,7 +303,7 @@ def _solve(
         U, used = solve.inverse_factor(H, used)
         target = _target(W, H, stop.gram, s)
         edges = chosen[0].edges(s.block)
-        if score is not None or plan.kind in ("row", "column"):  # a line crosses all blocks: its mask comes first
+        if score is not None or ask.plan.kind in ("row", "column"):  # a line crosses all blocks: its mask comes first
             own = (W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square()
             scores = own if score is None or given else _scores(layers, score, W, stop.gram)
             mask = choose(scores, 0, W.shape[-1])
@@ -372,8 +370,8 @@ def _scores(layers: Sequence[Layer], score: str, W: Tensor, gram: Gram) -> Tenso
 class _Chooser:
     """Masks of one layer, for all its columns or a block of them at a time, with exact counts over all blocks."""
 
-    def __init__(self, layer: Layer, plan: patterns.Pattern, sparsity: float, scope: str, given: Tensor | None):
-        self.layer, self.plan, self.sparsity, self.scope = layer, plan, sparsity, scope
+    def __init__(self, layer: Layer, ask: Ask, given: Tensor | None):
+        self.layer, self.plan, self.sparsity, self.scope = layer, ask.plan, ask.each[layer.full_name], ask.scope
         self.G, self.K, self.O, self.I = layer.layout.shape
         if layer.layout.kind == "conv-transposed":  # its outputs at each kernel position are rows
             self.O, self.K = self.O * self.K, 1

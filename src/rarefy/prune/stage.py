@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import allocate as allocate_
 from rarefy.prune import pattern as patterns
-from rarefy.prune.layerwise import Solver, measure, passes, resolve, solve_
+from rarefy.prune.layerwise import Ask, Solver, measure, passes, resolve, solve_
 from rarefy.prune.score import SCORES
 
 
@@ -77,30 +77,22 @@ def prune_(
         check_batches(data)
         # allocation, score, solver and the key of `work` each go through it
         data = data if isinstance(data, Sized) and work is None else list(data)
-    _check_memory(how, ranks, allocate, scope, reduce, memory, work)
+    ask, work = Ask(plan, sparsity, {}, scope, ranks, reduce), None if work is None else Path(work)
+    _check_memory(how, ask, allocate, memory, work)
     chosen = select(model, layers, ignore)
     refuse_impossible(chosen, plan)
     check_weights(chosen)
-    each = _spread(model, chosen, plan, sparsity, scope, allocate, data, loss, progress)
+    ask = replace(ask, each=_spread(model, chosen, ask, allocate, data, loss, progress))
     rows: list[dict[str, Any]] = []
     if how is not None:
-        settings = {"pattern": pattern, "score": ranks, "sparsity": each, "solver": asdict(how), "scope": scope}
-        rows = _solve(
-            *(model, chosen, plan, ranks, each, sparsity, scope, reduce, how, data, loss, seed),
-            memory=memory,
-            work=None if work is None else Path(work),
-            settings=settings | {"reduce": reduce, "seed": seed},
-            progress=progress,
-        )
+        rows = _solve(model, chosen, ask, how, data, loss, seed, memory=memory, work=work, progress=progress)
     else:
-        assert ranks is not None
         shown = None if data is None else track(data, f"calibrating {ranks}", progress)
-        found = calibrate(model, chosen, ranks, shown, loss, seed)
-        for layer, mask in zip(chosen, _masks(chosen, found, plan, ranks, each, sparsity, scope, reduce)):
+        for layer, mask in zip(chosen, _masks(model, chosen, ask, shown, loss, seed)):
             set_mask_(layer, mask)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     zeros = {r["layer"]: r.pop("zeros") for r in rows}
-    done = report(chosen, plan, sparsity, each, zeros if memory is not None else None)
+    done = report(chosen, plan, sparsity, ask.each, zeros if memory is not None else None)
     idle = "; ".join(f"{r['layer']} {r.pop('idle')}" for r in rows if r.get("idle"))
     if idle:
         done = replace(done, notes=(*done.notes, f"experts that saw no token, pruned by magnitude, not moved: {idle}"))
@@ -116,12 +108,7 @@ def prune_(
 def _solve(
     model: nn.Module,
     chosen: Sequence[Layer],
-    plan: patterns.Pattern,
-    score: str | None,
-    each: Mapping[str, float],
-    sparsity: float,
-    scope: str,
-    reduce: str | None,
+    ask: Ask,
     how: Solver,
     data: Iterable[Any] | None,
     loss: Loss | None,
@@ -131,28 +118,19 @@ def _solve(
     """Masks and weights by a solver; a score that reads more than inputs, or ranks all layers together, goes first."""
     if data is None:
         raise DataError(f"solver {how.name} works on a layer's inputs: give data=batches")
-    given = None
-    if score is None and (scope == "global" or reduce is not None):
-        idle = "scope 'global'" if scope == "global" else f"reduce={reduce!r}"
+    if ask.score is None and (ask.scope == "global" or ask.reduce is not None):
+        idle = "scope 'global'" if ask.scope == "global" else f"reduce={ask.reduce!r}"
         raise PatternError(f"solver {how.name} chooses block by block: {idle} has no effect without a score")
-    if score is not None and (scope == "global" or reduce is not None or SCORES[score].needs - {"input"}):
-        shown = track(data, f"calibrating {score}", options["progress"]) if SCORES[score].needs else None
+    given = None
+    if ask.first:
+        shown = track(data, f"calibrating {ask.score}", options["progress"])
         with passes(how):
-            found = calibrate(model, chosen, score, shown, loss, seed)
-        masks = _masks(chosen, found, plan, score, each, sparsity, scope, reduce)
+            masks = _masks(model, chosen, ask, shown, loss, seed)
         given = {l.full_name: m for l, m in zip(chosen, masks)}
-    return solve_(model, chosen, plan, each, scope, how, data, score=score, given=given, **options)
+    return solve_(model, chosen, ask, how, data, given=given, **options)
 
 
-def _check_memory(
-    how: Solver | None,
-    score: str | None,
-    allocate: str | None,
-    scope: str,
-    reduce: str | None,
-    memory: int | None,
-    work: str | Path | None,
-) -> None:
+def _check_memory(how: Solver | None, ask: Ask, allocate: str | None, memory: int | None, work: Path | None) -> None:
     """Raise PatternError where a bound on memory, or a folder for the state, cannot be kept to."""
     if how is None and (memory is not None or work is not None):
         what = "memory" if memory is not None else "work"
@@ -161,20 +139,17 @@ def _check_memory(
         return
     if work is None:
         raise PatternError("memory needs work=FOLDER, where the new weights go")
-    if memory < 1 << 28:
+    if type(memory) is not int or memory < 1 << 28:
         raise PatternError(f"memory is in bytes, at least {1 << 28:,} (256 MiB), got {memory!r}")
-    whole = score is not None and (scope == "global" or reduce is not None or SCORES[score].needs - {"input"})
-    if whole or allocate == "errors":
-        what = f"score {score!r} over all layers" if whole else "allocate='errors'"
+    if ask.first or allocate == "errors":
+        what = f"score {ask.score!r} over all layers" if ask.first else "allocate='errors'"
         raise PatternError(f"{what} holds all weights or gradients at once: leave it out, or leave memory out")
 
 
 def _spread(
     model: nn.Module,
     chosen: Sequence[Layer],
-    plan: patterns.Pattern,
-    sparsity: float,
-    scope: str,
+    ask: Ask,
     how: str | None,
     data: Iterable[Any] | None,
     loss: Loss | None,
@@ -184,38 +159,34 @@ def _spread(
     if how is not None and how not in allocate_.ALLOCATIONS:
         raise PatternError(unknown("allocation", how, allocate_.ALLOCATIONS))
     if how in (None, "uniform"):
-        return {l.full_name: sparsity for l in chosen}
-    if plan.kind == "nm" or scope == "global":
-        what = f"pattern {plan}" if plan.kind == "nm" else "scope 'global'"
+        return {l.full_name: ask.sparsity for l in chosen}
+    if ask.plan.kind == "nm" or ask.scope == "global":
+        what = f"pattern {ask.plan}" if ask.plan.kind == "nm" else "scope 'global'"
         raise PatternError(f"{what} decides every layer's sparsity itself: allocate={how!r} has no effect")
     if how == "erk":
-        return allocate_.erk(chosen, sparsity)
+        return allocate_.erk(chosen, ask.sparsity)
     if how == "line":
-        return allocate_.line(chosen, sparsity)
+        return allocate_.line(chosen, ask.sparsity)
     if data is None:
         raise DataError(f"allocation {how!r} reads activations: give data=batches")
     if how == "owl":
-        return allocate_.owl(chosen, sparsity, collect(model, data, chosen, frozenset({"input"})))
+        return allocate_.owl(chosen, ask.sparsity, collect(model, data, chosen, frozenset({"input"})))
     few = list(islice(track(data, "output gradients", progress), allocate_.FEW))
     weights = allocate_.complete(allocate_.sensitivities(model, few, chosen, loss), chosen)
-    costs = measure(model, chosen, plan, scope, data, weights, allocate_.LEVELS, progress=progress)
-    return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, sparsity)
+    costs = measure(model, chosen, ask, data, weights, allocate_.LEVELS, progress=progress)
+    return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity)
 
 
 def _masks(
-    chosen: Sequence[Layer],
-    stats: dict[str, Stats],
-    plan: patterns.Pattern,
-    score: str,
-    each: Mapping[str, float],
-    sparsity: float,
-    scope: str,
-    reduce: str | None,
+    model: nn.Module, chosen: Sequence[Layer], ask: Ask, data: Iterable[Any] | None, loss: Loss | None, seed: int
 ) -> list[Tensor]:
-    """`choose_masks` with a sparsity a layer."""
-    if scope == "global" or len(set(each.values())) == 1:
-        return choose_masks(chosen, stats, plan, score, sparsity, scope, reduce)
-    return [choose_masks([l], stats, plan, score, each[l.full_name], scope, reduce)[0] for l in chosen]
+    """Masks by a score, with a sparsity a layer."""
+    assert ask.score is not None
+    stats = calibrate(model, chosen, ask.score, data, loss, seed)
+    how = {"score": ask.score, "scope": ask.scope, "reduce": ask.reduce}
+    if ask.scope == "global" or len(set(ask.each.values())) == 1:
+        return choose_masks(chosen, stats, ask.plan, sparsity=ask.sparsity, **how)
+    return [choose_masks([l], stats, ask.plan, sparsity=ask.each[l.full_name], **how)[0] for l in chosen]
 
 
 def default_scope(plan: patterns.Pattern, score: str | None) -> str | None:
