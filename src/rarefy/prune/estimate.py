@@ -59,7 +59,7 @@ def estimate(
         if solver.name == "obs":
             solving += SLOW["columns"] * product / 2 + SLOW["factor"] * G * C**3 * 2 / 3
         else:
-            solving += product * ((solver.refits or 0) + 2)
+            solving += product * (2 * (solver.refits or 0) + 2) + SLOW["factor"] * G * C**3
         if solver.name == "admm":
             solving += product * 2 * (solver.steps or 0) + SLOW["eigen"] * G * C**3
         width = 4 if not solver.bf16 else 3

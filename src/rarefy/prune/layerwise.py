@@ -87,8 +87,8 @@ COMMON: dict[str, Any] = {
 }
 SOLVERS: dict[str, dict[str, Any]] = {
     "obs": {**COMMON, "block": 128},
-    "admm": {**COMMON, "steps": 10, "refits": 10},
-    "refit": {**COMMON, "refits": 10},
+    "admm": {**COMMON, "steps": 10, "refits": 6},
+    "refit": {**COMMON, "refits": 6},
 }
 
 
