@@ -14,7 +14,7 @@ from torch import nn
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
 from rarefy import cli, files
-from rarefy.errors import ContainerError, PatternError, RecipeError
+from rarefy.errors import ContainerError, DataError, PatternError, RecipeError
 from rarefy.model import pages
 from rarefy.prune import journal, layerwise
 
@@ -90,7 +90,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, how, tmp_path, monkey
     rows = rarefy.prune_(want, data=data, work=tmp_path / "whole", **what).rows
     solved = counting(monkeypatch)
     rarefy.prune_(fresh(name), data=data, **what)
-    groups, count = len(solved), len(list((tmp_path / "whole").glob("stop-*")))
+    count = len(list((tmp_path / "whole").glob("stop-*")))
     for writes in {1, count // 2, count - 1}:
         work = tmp_path / f"{writes}"
         with monkeypatch.context() as patch:
@@ -100,7 +100,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, how, tmp_path, monkey
         model, _ = fresh(name), solved.clear()
         again = rarefy.prune_(model, data=data, work=work, **what).rows
         assert same(model, want)
-        assert len(solved) == groups * (count - writes) / count
+        assert len(solved) == sum(1 for i in range(writes, count) if how != "reconstruct" or i % 5 != 4)
         assert [dict(r, seconds=0) for r in again] == [dict(r, seconds=0) for r in rows]
 
 
@@ -112,35 +112,79 @@ def test_a_finished_run_only_passes(tmp_path, monkeypatch):
     assert same(first, second)
 
 
-@pytest.mark.parametrize("change", [{"sparsity": 0.6}, {"solver": "admm"}, {"data": tokens(2)}, {"model": 1}])
-def test_another_run_starts_anew(change, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": 0.6}, "sparsity 0.5 -> 0.6"),
+        ({"solver": "admm"}, "other .*solver"),
+        ({"data": tokens(2)}, "other data"),
+        ({"model": lambda m: m.model.layers[1].mlp.up_proj.weight.data[3, 4].add_(1)}, "other weights"),
+        ({"model": lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.Tanh())}, "other model"),
+    ],
+)
+def test_the_state_of_another_run_is_neither_used_nor_lost(change, message, tmp_path):
     how = {"sparsity": 0.5, "solver": "obs", "data": tokens()}
     rarefy.prune_(fresh("llama"), work=tmp_path / "w", **how)
-    model, want = fresh("llama"), fresh("llama")
-    if change.pop("model", None):
-        for m in (model, want):
-            m.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
-    rarefy.prune_(want, **(how | change))
-    solved = counting(monkeypatch)
-    rarefy.prune_(model, work=tmp_path / "w", **(how | change))
-    assert len(solved) == 8 and same(model, want)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "w").iterdir()}
+    model, change = fresh("llama"), dict(change)
+    change.pop("model", lambda m: None)(model)
+    with pytest.raises(ContainerError, match=f"holds the state of another run .*{message}.*remove .*w .*to start anew"):
+        rarefy.prune_(model, work=tmp_path / "w", **(how | change))
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "w").iterdir()}
+
+
+def test_two_runs_do_not_share_a_state(tmp_path):
+    how = {"sparsity": 0.5, "solver": "obs", "work": tmp_path / "w", "data": tokens()}
+    first = journal.open_(tmp_path / "w", {"a": 1})
+    with pytest.raises(ContainerError, match="w is in use by another run; wait for it, or give another name"):
+        rarefy.prune_(fresh("llama"), **how)
+    first.close()
+    (tmp_path / "w" / "key.json").unlink()
+    rarefy.prune_(fresh("llama"), **how)
 
 
 def test_what_lies_in_the_folder_is_not_trusted(tmp_path):
+    how, work = {"sparsity": 0.5, "solver": "obs", "data": tokens()}, tmp_path / "w"
+    rarefy.prune_(fresh("llama"), work=work, **how)
+    file = work / "stop-000001.safetensors"
+    good, other = file.read_bytes(), work / "stop-000000.safetensors"
+    flipped = good[:-20] + bytes([good[-20] ^ 1]) + good[-19:]
+    for bad in (good[:100], flipped, other.read_bytes(), b""):
+        file.write_bytes(bad)
+        with pytest.raises(ContainerError, match=r"stop-000001.* is damaged.*start anew|does not fit the model"):
+            rarefy.prune_(fresh("llama"), work=work, **how)
+    file.unlink()  # a hole: what comes after it is made again
+    model, want = fresh("llama"), fresh("llama")
+    rarefy.prune_(model, work=work, **how)
+    rarefy.prune_(want, **how)
+    assert same(model, want) and file.is_file()
+    (work / "key.json").unlink()
+    with pytest.raises(ContainerError, match="has lost its key.json"):
+        rarefy.prune_(fresh("llama"), work=work, **how)
+    (work / "key.json").write_text("{")
+    with pytest.raises(ContainerError, match="its key.json is not readable"):
+        rarefy.prune_(fresh("llama"), work=work, **how)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "key.json"])
+def test_a_folder_of_someone_else_stays(name, tmp_path):
     how = {"sparsity": 0.5, "solver": "obs", "data": tokens()}
-    rarefy.prune_(fresh("llama"), work=tmp_path / "w", **how)
-    file = tmp_path / "w" / "stop-000001.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ContainerError, match=r"stop-000001.safetensors is damaged .*remove .*w to start anew"):
-        rarefy.prune_(fresh("llama"), work=tmp_path / "w", **how)
-    journal.Journal(tmp_path / "w").write(1, journal.Entry({"x": torch.ones(2)}, {}))
-    with pytest.raises(ContainerError, match="does not fit the model"):
-        rarefy.prune_(fresh("llama"), work=tmp_path / "w", **how)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ContainerError, match=r"mine is for the state of a run, but holds thesis.txt"):
+    (tmp_path / "mine" / name).write_text("years of work")
+    with pytest.raises(
+        ContainerError, match=r"mine (is for the state of a run, but holds thesis|holds the state of an)"
+    ):
         rarefy.prune_(fresh("llama"), work=tmp_path / "mine", **how)
-    assert (tmp_path / "mine" / "thesis.txt").is_file()
+    assert (tmp_path / "mine" / name).read_text() == "years of work"
+    with pytest.raises(ContainerError, match=r"key.json|thesis.txt is a file; give the name of a folder"):
+        rarefy.prune_(fresh("llama"), work=tmp_path / "mine" / name, **how)
+    with pytest.raises(ContainerError, match=r"a folder is given by its path, got 3"):
+        rarefy.prune_(fresh("llama"), work=3, **how)
+
+
+def test_data_without_bytes_cannot_be_known_again(tmp_path):
+    with pytest.raises(DataError, match="work needs data by which a run can be known again.*got object"):
+        rarefy.prune_(fresh("llama"), sparsity=0.5, solver="obs", data=[*tokens(), object()], work=tmp_path / "w")
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)
@@ -204,7 +248,6 @@ def test_weights_stay_in_their_files(how, tmp_path):
         ({"memory": 1 << 30}, "memory is for solvers"),
         ({"work": "w"}, "work is for solvers"),
         ({"memory": 1 << 30, "solver": "obs"}, "memory needs work=FOLDER"),
-        ({"memory": 4, "solver": "obs", "work": "w"}, "at least 268,435,456"),
         ({"memory": 1 << 30, "solver": "refit", "work": "w", "score": "taylor"}, "score 'taylor' over all layers"),
         ({"memory": 1 << 30, "solver": "obs", "work": "w", "allocate": "errors"}, "allocate='errors' holds all"),
     ],
@@ -281,37 +324,51 @@ def test_killed_and_gone_on(job, more):
     assert index[0]["shards"] == index[1]["shards"] and done < 3
 
 
-def test_what_is_kept_is_said(tmp_path, capsys):
-    (tmp_path / ".out.work").mkdir()
+def test_what_is_kept_is_said_and_what_is_removed_was_ours(tmp_path, capsys):
+    stage = tmp_path / ".out.work" / "stage-1"
+    stage.mkdir(parents=True)
     with pytest.raises(KeyboardInterrupt), files.work_folder(tmp_path / "out"):
         raise KeyboardInterrupt
-    assert f"what was done is kept in {tmp_path / '.out.work'}: the same command" in capsys.readouterr().err
-    with files.work_folder(tmp_path / "out"):
-        pass
-    assert not (tmp_path / ".out.work").exists()
-    (tmp_path / ".out.work").mkdir()
-    with pytest.raises(KeyboardInterrupt), files.work_folder(tmp_path / "out", fresh=True) as work:
-        assert not work.exists()
-        raise KeyboardInterrupt
-    assert capsys.readouterr().err == ""
+    assert not stage.exists() and capsys.readouterr().err == ""  # nothing was done yet
+    for anew in (False, True):
+        stage.mkdir(parents=True)
+        (stage / "stop-000000.safetensors").touch()
+        (stage / "key.json").touch()
+        (stage.parent / "thesis.txt").touch()
+        if not anew:
+            with pytest.raises(KeyboardInterrupt), files.work_folder(tmp_path / "out"):
+                raise KeyboardInterrupt
+            assert f"what was done is kept in {stage.parent}, for the same command" in capsys.readouterr().err
+            assert (stage / "stop-000000.safetensors").exists()
+        with files.work_folder(tmp_path / "out", fresh=anew):
+            assert stage.exists() != anew
+        assert [p.name for p in stage.parent.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("text", ["4", "G", "-1G", "4 potatoes", ""])
+@pytest.mark.parametrize("text", ["4", "G", "-1G", "4 potatoes", "", "0G", "100M"])
 def test_memory_in_words(text, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(
-        sys, "argv", ["rarefy", "compress", "x", "-r", "fast", "-o", str(tmp_path / "o"), "--memory", text]
-    )
+    words = ["rarefy", "compress", "x", "-r", "fast", "-o", str(tmp_path / "o"), "--memory", text]
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
-    assert f"--memory {text!r}: write a number and K, M, G or T, such as 4G" in capsys.readouterr().err
+    why = "is too little to work in: at least 256M" if text in ("0G", "100M") else "write bytes as a whole number, or"
+    printed = capsys.readouterr().err
+    assert f"memory {text!r}" in printed and why in printed
+
+
+@pytest.mark.parametrize("wrong", [4e9, True, float("nan"), 5])
+def test_memory_in_other_types(wrong, tmp_path):
+    with pytest.raises(RecipeError, match="memory"):
+        rarefy.prune_(fresh("llama"), sparsity=0.5, solver="obs", data=tokens(), work=tmp_path / "w", memory=wrong)
 
 
 def test_memory_in_bytes():
-    assert [cli._bytes(t) for t in ("4G", "1.5g", "300M", "2GiB", "1kb")] == [
-        4 << 30,
-        3 << 29,
-        300 << 20,
-        2 << 30,
-        1 << 10,
-    ]
+    texts = ("4G", "1.5g", "300M", "2GiB", "600000kb", 1 << 30)
+    assert [files.bytes_of(t) for t in texts] == [4 << 30, 3 << 29, 300 << 20, 2 << 30, 600000 << 10, 1 << 30]
+
+
+def test_work_without_a_solver():
+    recipe = {"name": "r", "stages": [{"prune": {"score": "magnitude", "sparsity": 0.5}}]}
+    with pytest.raises(RecipeError, match="work has no effect: recipe r has no solver"):
+        rarefy.compress_(fresh("llama"), recipe, work="w")

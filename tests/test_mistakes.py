@@ -24,7 +24,7 @@ from rarefy.proof.evaluate import perplexity
         ([torch.randn(2, 5, 9, 9)], r"Net cannot be called with a batch of float32 2x5x9x9: .* \(it takes x\)"),
         ([{"input": torch.randn(2, 3, 9, 9)}], r"a batch of input: float32 2x3x9x9: .*unexpected keyword"),
         ([torch.ones(2, 3, 9, 9).long()], "a batch of int64 2x3x9x9"),
-        ([None], "a batch of NoneType"),
+        ([None], "batch 0 of the data is None"),
         ("my.txt", "data is an iterable of batches, got the text 'my.txt': name files"),
         (torch.randn(2, 3, 9, 9), r"got one tensor \(float32 2x3x9x9\): give a list"),
         (TensorDataset(torch.zeros(2)), "got a TensorDataset: wrap it in a DataLoader"),

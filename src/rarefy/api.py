@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rarefy import data as sources
 from rarefy import recipe as recipes
 from rarefy.errors import DataError, ModelError, RarefyError, RecipeError, unknown
+from rarefy.files import bytes_of, path_of
 from rarefy.model import hf, pages
 from rarefy.model.mask import fold_, plain_state
 from rarefy.model.select import all_layers, select
@@ -42,7 +43,7 @@ def compress_(
     tokenizer: Any = None,
     loss: Loss | None = None,
     base: Path | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     work: str | Path | None = None,
     progress: bool = False,
     **overrides: Any,
@@ -53,7 +54,7 @@ def compress_(
     data       batches for calibration and training, or {"calibrate": ..., "train": ..., "evaluate": ...};
                what is not given is read from the paths and names in the recipe
     tokenizer  for text named in the recipe
-    memory     bytes to stay near: weights stay in the files that they were loaded from, see `rarefy.prune_`
+    memory     bytes or such as "4G" to stay near: weights stay in the files they were loaded from, see `rarefy.prune_`
     work       folder for the state of solvers: the same call goes on there after it was killed. It stays, to be removed
                when the result is saved
     loss       callable(output, batch) for gradient scores and training; by default the model's own
@@ -64,8 +65,11 @@ def compress_(
     began = time.perf_counter()
     plan = recipes.load(recipe, **overrides)
     check_stages(model, plan)
+    memory, work = bytes_of(memory), path_of(work)
     if memory is not None:
         _check_lean(plan)
+    if work is not None and not any(getattr(s, "solver", None) is not None for s in plan.stages):
+        raise RecipeError(f"work has no effect: recipe {plan.name} has no solver, whose state could be kept")
     given = _Given(plan, data, tokenizer, base)
     if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
@@ -80,7 +84,7 @@ def _compress(
     given: _Given,
     loss: Loss | None,
     memory: int | None,
-    work: str | Path | None,
+    work: Path | None,
     progress: bool,
     began: float,
 ) -> Receipt:
@@ -92,7 +96,7 @@ def _compress(
     for index, stage in enumerate(plan.stages):
         options: dict[str, Any] = {"seed": plan.seed + index, "progress": progress}
         if isinstance(stage, recipes.Prune) and stage.solver is not None:
-            options |= {"memory": memory, "work": None if work is None else Path(work) / f"stage-{index + 1}"}
+            options |= {"memory": memory, "work": None if work is None else work / f"stage-{index + 1}"}
         reports += RUN[type(stage)](model, stage, given, loss, **options)
     rows = _layer_rows(reports)
     fold_(model)
@@ -207,8 +211,10 @@ def _reusable(batches: Any) -> Any:
 def _check_data(plan: recipes.Recipe, given: _Given) -> None:
     """Read all data before anything is changed, so that a wrong path costs nothing."""
     for stage in plan.stages:
-        if _calibrates(stage.prune if isinstance(stage, recipes.Train) else stage):
+        if _calibrates(stage.prune if isinstance(stage, recipes.Train) else stage) and callable(
             given.batches("calibrate")
+        ):
+            raise DataError("data['calibrate'] is an iterable of batches; a function of the epoch is for training")
         if isinstance(stage, recipes.Train):
             given.batches("train")
 

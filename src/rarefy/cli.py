@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -86,10 +85,13 @@ def compress(
     A run with a solver keeps its state in .OUT.work beside the output, and goes on from there after it was killed.
     Exit code 1 means that quality fell further than the recipe allows; the folder is written all the same.
     """
-    from rarefy.files import check_target
+    from rarefy.files import bytes_of, check_target
 
     plan = _plan(recipe, change, data, eval_data, seed)
-    most = None if memory is None else _bytes(memory)
+    most = bytes_of(memory)
+    solves = any(getattr(stage, "solver", None) is not None for stage in plan.stages)
+    if fresh and not solves:
+        raise RecipeError(f"--fresh has no effect: recipe {plan.name} has no solver, whose state could be kept")
     source = _source(model)
     if dry_run:
         from rarefy.data import find
@@ -107,6 +109,8 @@ def compress(
     if out is None:
         raise RecipeError("compress needs --out FOLDER (or --dry-run)")
     check_target(out, force)
+    from contextlib import nullcontext
+
     from rarefy import api, store
     from rarefy.files import work_folder
     from rarefy.model import pages
@@ -114,7 +118,8 @@ def compress(
     with _threads(threads):
         loaded, tokenizer = _load(source)
         base = Path(recipe).parent if Path(recipe).is_file() else None
-        with work_folder(out, fresh) as work, pages.keeping(loaded, most and most // 4):
+        state = work_folder(out, fresh) if solves else nullcontext()
+        with state as work, pages.keeping(loaded, most and most // 4):
             receipt = api.compress_(
                 loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, progress=not quiet
             )
@@ -249,16 +254,12 @@ def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str
         plan = replace(plan, data=replace(plan.data or recipes.Data(), calibrate=_here(data)))
     if eval_data is not None:
         if plan.evaluate is None:
-            raise RecipeError(f"--eval-data has no effect: recipe {plan.name} does not evaluate")
+            raise RecipeError(
+                f"--eval-data has no effect: recipe {plan.name} does not evaluate; "
+                "add --set 'evaluate={metric: perplexity}'"
+            )
         plan = replace(plan, evaluate=replace(plan.evaluate, data=_here(eval_data)))
     return plan
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT])i?B?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise RecipeError(f"--memory {text!r}: write a number and K, M, G or T, such as 4G")
-    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2].upper()) + 1))
 
 
 def _here(source: str) -> str:

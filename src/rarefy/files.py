@@ -14,10 +14,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rarefy.errors import ContainerError
+from rarefy.errors import ContainerError, RecipeError
 from rarefy.progress import say
 
 INDEX = "rarefy.json"
+KEY, PARTIAL = "key.json", "partial"  # beside the stops of a long run
+STOP = re.compile(r"stop-[0-9]{6}\.safetensors")
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -90,14 +92,56 @@ def work_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator[P
     target = Path(os.path.realpath(path))
     work = target.with_name(f".{target.name}.work")
     if fresh:
-        shutil.rmtree(work, ignore_errors=True)
+        remove_state(work)
     try:
         yield work
     except BaseException:
-        if work.is_dir():
-            say([f"what was done is kept in {work}: the same command goes on from there"])
+        if any(work.glob("stage-*/stop-*")):
+            say([f"what was done is kept in {work}, for the same command to go on from there"])
+        else:
+            remove_state(work)
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    remove_state(work)
+
+
+LEAST = 1 << 28  # bytes in which anything can be done
+
+
+def bytes_of(value: int | str | None) -> int | None:
+    """Return bytes as a number: a whole number, or text such as "4G" or "1.5GiB" (K, M, G, T of 1024).
+
+    >>> bytes_of("1.5G")
+    1610612736
+    """
+    if value is None:
+        return None
+    text = value.strip() if isinstance(value, str) else ""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT])i?B?", text, re.IGNORECASE)
+    number = int(float(found[1]) * 1024 ** ("KMGT".index(found[2].upper()) + 1)) if found else value
+    if type(number) is not int:
+        raise RecipeError(f"memory {value!r}: write bytes as a whole number, or a number with K, M, G or T, such as 4G")
+    if number < LEAST:
+        raise RecipeError(f"memory {value!r} is too little to work in: at least 256M")
+    return number
+
+
+def path_of(value: str | os.PathLike[str] | None) -> Path | None:
+    """Return a folder's path; ContainerError for what is no path."""
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise ContainerError(f"a folder is given by its path, got {value!r}")
+    return None if value is None else Path(value).expanduser()
+
+
+def remove_state(work: Path) -> None:
+    """Remove what long runs have put into a folder, and the folder if nothing else is in it."""
+    for stage in [p for p in work.glob("stage-*") if p.is_dir() and not p.is_symlink()]:
+        for file in stage.iterdir():
+            if file.name in (KEY, PARTIAL) or STOP.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+        with suppress(OSError):  # something else is in it
+            stage.rmdir()
+    with suppress(OSError):
+        work.rmdir()
 
 
 @contextmanager

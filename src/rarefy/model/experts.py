@@ -35,6 +35,7 @@ def weights_of(module: Any) -> list[str]:
 @contextmanager
 def watching(module: nn.Module, see: See) -> Iterator[None]:
     """Run the module expert by expert, telling `see` the inputs before each product and the outputs after it."""
+    own = module.__dict__.get("forward")  # hooks of other libraries may have put one there
     module.forward = lambda hidden_states, top_k_index, top_k_weights: _forward(  # type: ignore[method-assign]
         module, see, hidden_states, top_k_index, top_k_weights
     )
@@ -42,6 +43,8 @@ def watching(module: nn.Module, see: See) -> Iterator[None]:
         yield
     finally:
         del module.__dict__["forward"]
+        if own is not None:
+            module.forward = own  # type: ignore[method-assign]
 
 
 def _forward(m: Any, see: See, x: Tensor, index: Tensor, share: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ transposed convolution is read as the matrix that it multiplies each input with,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from rarefy.model.select import Layer
 
 PIECE = 256  # columns of one product; products above the diagonal are not computed twice
+PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 ROWS = 8192  # input vectors in one product, so that an fp32 copy or an unfolding stays small
 
 
@@ -82,7 +84,7 @@ def columns(layer: Layer, module: Any, x: Any, kept: Tensor | None) -> Tensor:
     if isinstance(x, tuple):  # queries, keys and values of an attention, each with its own matrix
         return _stacked([_rows(t, kept, module.batch_first) for t in x])
     if layer.layout.kind == "conv":
-        return _unfold(module, x)
+        return _unfold(module, pad_as_called(module, x))
     if layer.layout.kind == "conv-transposed":
         x = x if x.dim() == len(module.kernel_size) + 2 else x[None]
         return x.reshape(len(x), G, I, -1).permute(1, 0, 3, 2).reshape(G, -1, I)
@@ -105,12 +107,26 @@ def _stacked(parts: list[Tensor]) -> Tensor:
     return torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in parts])
 
 
+def pad_as_called(m: Any, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """Return a convolution's input [N, C, *spatial] with its padding, also where a subclass pads inside its forward
+    (TensorFlow's "same"): what `sizes` of the output ask for beyond the module's own goes right-heavy."""
+    n = len(m.kernel_size)
+    x = x if x.dim() == n + 2 else x[None]
+    if sizes is None and type(m).forward not in PLAIN:
+        with torch.no_grad():
+            sizes = type(m).forward(m, x[:1]).shape[2:]
+    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+    x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
+    for d, size in enumerate(sizes or ()):
+        missing = (size - 1) * m.stride[d] + m.dilation[d] * (m.kernel_size[d] - 1) + 1 - x.shape[2 + d]
+        if missing > 0:
+            x = F.pad(x, [0, 0] * (n - 1 - d) + [missing // 2, missing - missing // 2])
+    return x
+
+
 def _unfold(m: Any, x: Tensor) -> Tensor:
     """[N, groups x I, *spatial] -> [groups, windows, kernel positions x I]: a view of windows, copied once."""
     n = len(m.kernel_size)
-    x = x if x.dim() == n + 2 else x[None]
-    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
-    x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
     for d in range(n):
         x = x.unfold(2 + d, m.dilation[d] * (m.kernel_size[d] - 1) + 1, m.stride[d])
     x = x[(..., *(slice(None, None, step) for step in m.dilation))]  # [N, C, *out, *kernel]

@@ -41,11 +41,7 @@ def set_mask_(layer: Layer, mask: Tensor) -> None:
     mask of another shape or type. O(1) besides the check.
     """
     weight = layer.original
-    if layer.elsewhere:
-        raise ModelError(
-            f"{layer.full_name}: its weight is also the parameter {layer.elsewhere!r}, which is no layer and would go "
-            "unmasked; ignore this layer, or untie them"
-        )
+    check_maskable(layer)
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ModelError(
             f"{layer.full_name}: a mask is bool of shape {tuple(weight.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
@@ -55,12 +51,21 @@ def set_mask_(layer: Layer, mask: Tensor) -> None:
     if present:
         present[0].mask.copy_(mask)
         return
-    for name, module, param in layer.owners:
-        if parametrize.is_parametrized(module, param):
-            raise ModelError(f"{name or param}: its weight has a parametrization already; remove it before pruning")
     shared = Mask(mask)  # one object at all owners: one buffer, one truth
     for _, module, param in layer.owners:
         parametrize.register_parametrization(module, param, shared)
+
+
+def check_maskable(layer: Layer) -> None:
+    """Raise ModelError where a layer's weight cannot take a mask, for what else it is or has."""
+    if layer.elsewhere:
+        raise ModelError(
+            f"{layer.full_name}: its weight is also the parameter {layer.elsewhere!r}, which is no layer and would go "
+            "unmasked; ignore this layer, or untie them"
+        )
+    for name, module, param in () if _masks_of(layer.module, layer.param) else layer.owners:
+        if parametrize.is_parametrized(module, param):
+            raise ModelError(f"{name or param}: its weight has a parametrization already; remove it before pruning")
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.files import blaming
+
 PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: clean pages of a file are dropped, changed ones stay
 SMALL = 1 << 16  # bytes of a tensor that is not worth moving
-_LIBC = ctypes.CDLL(None)
+_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 
 
 def available() -> int | None:
@@ -53,6 +55,8 @@ def trim() -> None:
 
 def page_out(tensors: Iterable[Tensor]) -> None:
     """Advise the system to drop the pages of tensors that lie in files; they are read again when touched."""
+    if not hasattr(_LIBC, "madvise"):
+        return
     for t in tensors:
         if t.is_meta or t.device.type != "cpu" or t.nbytes < SMALL:
             continue
@@ -151,8 +155,11 @@ def to_file(groups: Sequence[Sequence[Tensor]], folder: Path | None = None) -> N
         starts.append(-(-(starts[-1] + same[0].untyped_storage().nbytes()) // 64) * 64)
     if not starts[-1]:
         return
-    with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, starts[-1])  # a full disk is an error here, not a crash later
+    place = Path(folder or tempfile.gettempdir())
+    with blaming(place, starts[-1]), tempfile.TemporaryFile(dir=place) as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
+            os.posix_fallocate(file.fileno(), 0, starts[-1])
+        file.truncate(starts[-1])
         pages = mmap.mmap(file.fileno(), starts[-1])
     whole = torch.frombuffer(pages, dtype=torch.uint8)
     for start, same in zip(starts, groups):

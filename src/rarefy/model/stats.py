@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from rarefy.errors import DataError, ModelError, RarefyError
 from rarefy.model.experts import Rows, watching
+from rarefy.model.gram import pad_as_called
 from rarefy.model.select import Layer, unwrap
 
 Loss = Callable[[Any, Any], Tensor]
@@ -344,16 +345,8 @@ def _conv_squares(module: Any, x: Tensor, y: Tensor, K: int) -> Tensor:
     Sums over strided windows, so nothing of the size of an unfolded input is made. O(K x input).
     """
     n = len(module.kernel_size)
-    x = x if x.dim() == n + 2 else x[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     y = y if y.dim() == n + 2 else y[None]
-    for d in range(n):  # a subclass may pad inside its forward (TensorFlow's "same"): what is missing goes right-heavy
-        need = (y.shape[2 + d] - 1) * module.stride[d] + module.dilation[d] * (module.kernel_size[d] - 1) + 1
-        missing = need - x.shape[2 + d]
-        if missing > 0:
-            pad = [0, 0] * (n - 1 - d) + [missing // 2, missing - missing // 2]
-            x = F.pad(x, pad)
+    x = pad_as_called(module, x, y.shape[2:])
     square = x.float().square().sum(0)
     sums = []
     for position in range(K):
@@ -425,14 +418,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     caching = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}.values()
-    model.eval()
-    for config in caching:
-        config.use_cache = False
     try:
+        model.eval()
+        for config in caching:
+            with suppress(AttributeError, TypeError):  # one that cannot be changed
+                config.use_cache = False
         yield
     finally:
         for config in caching:
-            config.use_cache = True
+            with suppress(AttributeError, TypeError):
+                config.use_cache = True
         for module, mode in modes:
             module.training = mode
 

@@ -10,11 +10,12 @@ in the type that the model computes; over a budget they go to a file.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError, nearest
 from rarefy.model import pages
-from rarefy.model.experts import Rows, watching
 from rarefy.model.gram import Gram, columns, same_columns
 from rarefy.model.select import Layer
 from rarefy.model.stats import call, evaluating, on_device
+from rarefy.model.taps import taps
 
 SLACK = 32 << 20  # bytes; giving memory back costs a fault a page when it is taken again
-Arrive = Callable[[Layer, nn.Module, Any], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,24 +70,32 @@ class End:
     changed: bool = False
 
 
-def order(model: nn.Module, batch: Any, layers: Sequence[Layer]) -> list[Group]:
-    """Return the groups of `layers` in the order of their last calls, from one forward pass of a single sample."""
+def order(model: nn.Module, batch: Any, layers: Sequence[Layer], *, dense: bool = False) -> list[Group]:
+    """Return the groups of `layers` in the order of their last calls, from one forward pass of a single sample.
+
+    dense: for a walk with the untouched model alongside, whose layers must still be untouched when they are called:
+    only layers between which no other is called go together.
+    """
     made: list[tuple[Any, Any, list[Layer], int]] = []  # (weak references to the input, columns, layers, rows)
+    last: list[Any] = []  # of the layers of the call before
     calls: dict[int, int] = {}
     place: dict[int, int] = {}
-    clock = iter(range(1 << 62))
+    clock = count()
 
     def arrive(layer: Layer, module: nn.Module, x: Any) -> None:
         place[id(layer)], calls[id(layer)] = next(clock), calls.get(id(layer), 0) + 1
         if calls[id(layer)] > 1:
+            last[:] = [None]
             return
-        key = same_columns(layer, module)
         tensors = x if isinstance(x, tuple | list) else (x,)
+        key = (*same_columns(layer, module), *(t._version for t in tensors))  # a change in place makes another input
         for refs, known, members, _ in made:
-            if known == key and len(refs) == len(tensors) and all(r() is t for r, t in zip(refs, tensors)):
+            same = known == key and len(refs) == len(tensors) and all(r() is t for r, t in zip(refs, tensors))
+            if same and (not dense or last[0] is members):
                 members.append(layer)
                 return
         made.append(([weakref.ref(t) for t in tensors], key, [layer], columns(layer, module, x, None).shape[1]))
+        last[:] = [made[-1][2]]
 
     with evaluating(model), torch.no_grad(), taps(model, layers, arrive):
         call(model, on_device(model, _first_sample(batch)))
@@ -117,15 +125,16 @@ def blocks(model: nn.Module, layers: Sequence[Layer], names: str | None = None) 
     within: tuple[str, ...] = ()
     for name, module in model.named_modules():
         many = isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
-        if not many or name.startswith(within or ("\0",)) or len({type(m) for m in module}) > 1:  # type: ignore[arg-type]
+        if not many or f"{name}.".startswith(within or ("\0",)) or len({type(m) for m in module}) > 1:  # type: ignore[arg-type]
             continue
         if isinstance(module[0], nn.Linear | nn.modules.conv._ConvNd):  # type: ignore[index]
             continue  # layers, not blocks
-        within += (f"{name}.",)
+        within += (f"{name}." if name else "",)
         for key, member in module.named_children():
-            inside = [l for l in layers if all(o.startswith(f"{name}.{key}.") for o, _, _ in l.owners)]
+            path = f"{name}.{key}" if name else key
+            inside = [l for l in layers if all(o.startswith(f"{path}.") for o, _, _ in l.owners)]
             if inside:
-                found.append(Block(f"{name}.{key}", member, tuple(inside)))
+                found.append(Block(path, member, tuple(inside)))
     if not found:
         raise ModelError(f"{type(model).__name__} has no list of equal blocks to reconstruct: leave reconstruct out")
     return found
@@ -137,10 +146,8 @@ def _named_blocks(model: nn.Module, layers: Sequence[Layer], names: str) -> list
         if not any(fnmatchcase(name, word.strip()) for word in names.split("|")):
             continue
         inside = tuple(l for l in layers if all(f"{o}.".startswith(f"{name}.") for o, _, _ in l.owners))
-        nested = next((b.name for b in found if name.startswith(f"{b.name}.")), None)
-        if nested:
-            raise ModelError(f"blocks {names!r} match {name} inside of {nested}: a block is learned as one")
-        found += [Block(name, module, inside)] if inside else []
+        nested = any(name.startswith(f"{b.name}.") for b in found)  # * goes across dots: the outermost are meant
+        found += [Block(name, module, inside)] if inside and not nested else []
     if not found:
         words = [n for n, m in model.named_modules() if n and list(m.children())]
         near = nearest(names, words)
@@ -154,6 +161,11 @@ def with_ends(groups: Sequence[Group], blocks: Sequence[Block]) -> list[Group | 
     stops: list[Group | Block] = list(groups)
     for block in blocks:
         inside = {id(l) for l in block.layers}
+        again = [l.full_name for s in groups if s.calls > 1 for l in s.layers if id(l) in inside]
+        if again:
+            raise ModelError(
+                f"{', '.join(again)}: called several times in a pass, {block.name} cannot learn: leave reconstruct out"
+            )
         last = max(i for i, s in enumerate(stops) if isinstance(s, Group) and any(id(l) in inside for l in s.layers))
         stops.insert(last + 1, block)
     return stops
@@ -169,7 +181,7 @@ def walk(
     assign: bool = False,
     most: int | None = None,
     folder: Path | None = None,
-) -> Iterator[Stop | End]:
+) -> Generator[Stop | End, None, None]:
     """Yield a `Stop` before each group of layers, in order, with the Gram matrix of its inputs in the model as it is,
     and an `End` at the end of each block.
 
@@ -213,7 +225,7 @@ class _Walk:
         self.calls: dict[tuple[Any, int], int] = {}
         self.streams: tuple[dict[Any, int], ...] = ({}, {})  # untouched, compressed: coroutine -> where it stands
 
-    def run(self, data: Iterable[Any]) -> Iterator[Stop | End]:
+    def run(self, data: Iterable[Any]) -> Generator[Stop | End, None, None]:
         groups = [s for s in self.stops if isinstance(s, Group)]
         with (
             evaluating(self.model),
@@ -224,6 +236,8 @@ class _Walk:
             for i, block in enumerate(self.stops):
                 if isinstance(block, Block):
                     hook = block.module.register_forward_hook(partial(self.leave, i), with_kwargs=True)
+                    self.stack.callback(hook.remove)
+                    hook = block.module.register_forward_pre_hook(partial(self.enter, i), with_kwargs=True)
                     self.stack.callback(hook.remove)
             self.own()
             for index, batch in enumerate(data):
@@ -242,6 +256,8 @@ class _Walk:
                 if isinstance(stop, Stop):
                     _install(stop.group, stop.weights, self.assign)
                 again = isinstance(stop, Stop) and stop.group.calls > 1 and bool(stop.weights)
+                if again:  # what later gates have seen came through the old weights
+                    self.grams, self.ends = {}, {}
                 self.rerun = isinstance(stop, End) and stop.changed
                 for fibre in [] if last else self.standing(1, gate):
                     if again:  # earlier calls of this pass used the old weights
@@ -255,6 +271,7 @@ class _Walk:
     def start(self, index: int, batch: Any, side: int) -> None:
         fibre: Any = greenlet(lambda batch: _discard(call(self.model, batch)))
         fibre.walk, fibre.batch, fibre.side, fibre.data = self, index, side, batch
+        fibre.state, fibre.seen, fibre.rerun = _torch_state(), {}, False
         fibre.kept = batch.get("attention_mask") if hasattr(batch, "keys") else None
         self.stack.callback(fibre.throw)
         self.advance(fibre, batch)
@@ -262,7 +279,13 @@ class _Walk:
     def advance(self, fibre: Any, *batch: Any) -> None:
         self.streams[fibre.side].pop(fibre, None)
         self.parked -= fibre.__dict__.pop("parked", 0)
-        gate = fibre.switch(*batch)
+        mine = _torch_state()
+        _set_torch_state(fibre.state)  # a pass may stand inside a context of its own, such as autocast
+        try:
+            gate = fibre.switch(*batch)
+        finally:
+            fibre.state = _torch_state()
+            _set_torch_state(mine)
         if not fibre.dead:
             self.streams[fibre.side][fibre] = gate
             self.park(fibre)
@@ -283,7 +306,10 @@ class _Walk:
         groups = pages.movable(tensors, self.owned | pages.storages(_tensors_in(fibre.data)))
         size = pages.nbytes(groups)
         if self.parked + size > self.most:
+            unchanged = [(seen, i) for seen in fibre.seen.values() for i, (t, v) in enumerate(seen) if t._version == v]
             pages.to_file(groups, self.folder)
+            for seen, i in unchanged:  # moving counts as a change
+                seen[i] = (seen[i][0], seen[i][0]._version)
         else:
             fibre.parked = size
             self.parked += size
@@ -299,14 +325,17 @@ class _Walk:
             return Stop(place, Gram())
         if gate not in self.grams:
             names = ", ".join(l.full_name for l in place.layers)
-            raise DataError(f"{names} was never called on the calibration data: ignore it, or prune it by magnitude")
+            raise DataError(
+                f"{names} was never called on the calibration data (nor in a thread of its own): "
+                "ignore it, or prune it by magnitude"
+            )
         return Stop(place, self.grams.pop(gate).finish())
 
     def arrive(self, layer: Layer, module: nn.Module, x: Any) -> None:
         """A layer is about to be called: count its inputs, and wait at its last call."""
         here: Any = getcurrent()
         gate = self.gates[id(layer)]
-        if gate <= self.done or getattr(here, "walk", None) is not self:  # passed, or a call from elsewhere
+        if gate <= self.done or getattr(here, "walk", None) is not self or here.rerun:  # passed, or from elsewhere
             return
         group = self.stops[gate]
         assert isinstance(group, Group)
@@ -329,23 +358,57 @@ class _Walk:
             del rows, x
             here.parent.switch(gate)
 
+    def enter(self, gate: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note the state of a block's inputs: it is to be run again on them."""
+        here: Any = getcurrent()
+        if gate > self.done and getattr(here, "walk", None) is self:
+            here.seen[gate] = [(t, t._version) for t in _tensors_in([*args, kwargs])]
+
     def leave(self, gate: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
         """A block has ended: note its call, and run it again where its weights have changed meanwhile."""
         here: Any = getcurrent()
         if gate <= self.done or getattr(here, "walk", None) is not self:
             return None
+        place = self.stops[gate]
+        assert isinstance(place, Block)
+        if any(t._version != version for t, version in here.seen.pop(gate, ())):
+            raise ModelError(f"{place.name} changes its input in place and cannot be run again: leave reconstruct out")
         if here.side == 0:
-            self.untouched[here.batch, gate] = first_tensor(out)
+            self.untouched[here.batch, gate] = first_tensor(out).clone()  # what follows may change it in place
             return None
         want = self.untouched.pop((here.batch, gate), None)
         self.ends.setdefault(gate, []).append((args, kwargs, first_tensor(out) if want is None else want))
         here.parent.switch(gate)
-        return module.forward(*args, **kwargs) if self.rerun else None
+        if not self.rerun:
+            return None
+        here.rerun = True
+        try:
+            return module.forward(*args, **kwargs)
+        finally:
+            here.rerun = False
 
 
 def first_tensor(out: Any) -> Tensor:
-    """Return a module's output, or the first of several."""
-    return out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor))
+    """Return a module's output, or the first of several; ModelError where there is none."""
+    found = _tensors_in(out)
+    if not found:
+        raise ModelError(f"a block returns {type(out).__name__} without a tensor: leave reconstruct out")
+    return found[0]
+
+
+def _torch_state() -> tuple[Any, ...]:
+    """What torch keeps a thread for contexts: gradients, autocast."""
+    cast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), cast
+
+
+def _set_torch_state(state: tuple[Any, ...]) -> None:
+    grad, cache, cast = state
+    torch.set_grad_enabled(grad)
+    torch.set_autocast_cache_enabled(cache)
+    for device, (on, dtype) in zip(("cpu", "cuda"), cast):
+        torch.set_autocast_enabled(device, on)
+        torch.set_autocast_dtype(device, dtype)
 
 
 def _discard(_: Any) -> None:
@@ -366,79 +429,6 @@ def _tensors_in(batch: Any) -> list[Tensor]:
         return [batch]
     parts = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, tuple | list) else ()
     return [t for part in parts for t in _tensors_in(part)]
-
-
-@contextmanager
-def taps(model: nn.Module, layers: Sequence[Layer], arrive: Arrive) -> Iterator[None]:
-    """Call `arrive(layer, module, input)` each time a layer's weight is about to be used."""
-    parents = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    experts: dict[nn.Module, dict[str, Layer]] = {}
-    with ExitStack() as stack:
-        for layer in layers:
-            for _, module, param in layer.owners:
-                parent = parents.get(id(module))
-                if layer.layout.kind == "experts":
-                    experts.setdefault(module, {})[param] = layer
-                elif parent is not None:
-                    stack.enter_context(_before_out_proj(parent, layer, arrive))
-                elif isinstance(module, nn.MultiheadAttention):
-                    _on_call(stack, module, _attention_hook(layer, arrive))
-                else:
-                    _on_call(stack, module, _plain_hook(layer, arrive))
-        for module, known in experts.items():
-            stack.enter_context(watching(module, partial(_before_experts, module, known, arrive)))
-        yield
-
-
-def _before_experts(
-    module: nn.Module, known: dict[str, Layer], arrive: Arrive, param: str, rows: Rows, out: Rows | None
-) -> None:
-    if out is None and param in known:
-        arrive(known[param], module, rows)
-
-
-def _on_call(stack: ExitStack, module: nn.Module, hook: Any) -> None:
-    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-
-def _plain_hook(layer: Layer, arrive: Arrive) -> Any:
-    return lambda m, args, kwargs: arrive(layer, m, args[0] if args else next(iter(kwargs.values())))
-
-
-def _attention_hook(layer: Layer, arrive: Arrive) -> Any:
-    names = ("query", "key", "value")
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        q, k, v = ({**dict(zip(names, args)), **kwargs}[n] for n in names)
-        one = {"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v}
-        arrive(layer, module, one.get(layer.param, (q, k, v)))
-
-    return hook
-
-
-@contextmanager
-def _before_out_proj(parent: nn.MultiheadAttention, layer: Layer, arrive: Arrive) -> Iterator[None]:
-    """MultiheadAttention never calls its `out_proj`: it runs with the identity there, the real product comes after."""
-    real = parent.out_proj
-
-    def enter(*_: Any) -> None:
-        eye = torch.eye(parent.embed_dim, dtype=real.weight.dtype, device=real.weight.device)
-        same = type(real)(parent.embed_dim, parent.embed_dim, dtype=eye.dtype, device=eye.device)
-        same.weight, same.bias = nn.Parameter(eye, False), nn.Parameter(torch.zeros_like(eye[0]), False)
-        parent.out_proj = same
-
-    def leave(_: Any, args: Any, out: Any) -> Any:
-        parent.out_proj = real
-        arrive(layer, parent, out[0])
-        return (nn.functional.linear(out[0], real.weight, real.bias), *out[1:])
-
-    handles = [parent.register_forward_pre_hook(enter), parent.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        parent.out_proj = real
-        for handle in handles:
-            handle.remove()
 
 
 def samples_in(batch: Any) -> int:

@@ -9,24 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rarefy.errors import ContainerError
-from rarefy.files import blaming
+from rarefy.errors import ContainerError, DataError
+from rarefy.files import KEY, PARTIAL, STOP, blaming
 
-KEY = "key.json"
-_STOP = re.compile(r"stop-([0-9]{6})\.safetensors")
-SAMPLES = 4096  # entries of each tensor that go into the key
+ANEW = "remove {} (shell: --fresh) to start anew, or give another name"
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,28 @@ class Journal:
 
     folder: Path | None
     known: int = 0  # the first stops, which are on disk
+    key: str = ""
+    lock: Any = None  # a file that is locked as long as it is open
 
-    def read(self, stop: int) -> Entry | None:
-        """Return what was done at a stop (weights mapped from the file), or None where nothing was."""
-        file = self._file(stop)
-        if not file.is_file():
-            return None
+    def close(self) -> None:
+        """Let other runs use the folder."""
+        if self.lock is not None:
+            self.lock.close()
+
+    def read(self, stop: int) -> Entry:
+        """Return what was done at a stop, weights mapped from the file; ContainerError where it is not whole."""
+        assert self.folder is not None
+        file = self.folder / f"stop-{stop:06d}.safetensors"
         try:
             with safe_open(file, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-                rows = json.loads(opened.metadata()["rows"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ContainerError(f"{file} is damaged ({error}): remove {self.folder} to start anew") from None
+                about = opened.metadata()
+            whole = about["key"] == self.key and about["digest"] == _sum(tensors)
+            rows = json.loads(about["rows"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise ContainerError(f"{file} is damaged ({error}): {ANEW.format(self.folder)}") from None
+        if not whole:
+            raise ContainerError(f"{file} is damaged or of another run: {ANEW.format(self.folder)}")
         part = {p: {n[2:]: t for n, t in tensors.items() if n.startswith(f"{p}.")} for p in "wm"}
         return Entry(part["w"], part["m"], rows)
 
@@ -67,70 +75,129 @@ class Journal:
         """Put an entry on disk; ContainerError where there is no space."""
         if self.folder is None:
             return
-        file, partial = self._file(stop), self.folder / "partial"
+        file, partial = self.folder / f"stop-{stop:06d}.safetensors", self.folder / PARTIAL
         tensors = {f"w.{n}": t.contiguous() for n, t in entry.weights.items()}
         tensors |= {f"m.{n}": t for n, t in entry.masks.items()}
+        about = {"rows": json.dumps(entry.rows), "key": self.key, "digest": _sum(tensors)}
         with blaming(self.folder, sum(t.nbytes for t in tensors.values())):
-            save_file(tensors, partial, metadata={"rows": json.dumps(entry.rows)})
-            handle = os.open(partial, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-            os.replace(partial, file)
-
-    def _file(self, stop: int) -> Path:
-        return (self.folder or Path("/nonexistent")) / f"stop-{stop:06d}.safetensors"
+            save_file(tensors, partial, metadata=about)
+            for path in (partial, None, self.folder):
+                if path is None:
+                    os.replace(partial, file)
+                    continue
+                handle = os.open(path, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
 
 
 def open_(folder: Path | None, key: Mapping[str, Any]) -> Journal:
-    """Return the journal of a run in `folder`, made if need be; what another run left there is thrown away."""
+    """Return the journal of a run in `folder`, made if need be; ContainerError where the folder holds something else,
+    the state of another run, or is in use by one."""
     if folder is None:
         return Journal(None)
+    folder = Path(os.path.realpath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise ContainerError(f"{folder} is a file; give the name of a folder")
+    text = json.dumps(key, sort_keys=True, indent=1)
     with blaming(folder):
-        text = json.dumps(key, sort_keys=True, indent=1)
-        same = (folder / KEY).is_file() and (folder / KEY).read_text(encoding="utf-8") == text
-        if folder.is_dir() and not same:
-            names = sorted(p.name for p in folder.iterdir())
-            strange = [n for n in names if n not in (KEY, "partial") and not _STOP.fullmatch(n)]
-            if strange:
-                raise ContainerError(f"{folder} is for the state of a run, but holds {strange[0]}: give another name")
-            shutil.rmtree(folder)
+        names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        strange = [n for n in names if n not in (KEY, PARTIAL) and not STOP.fullmatch(n)]
+        if strange:
+            raise ContainerError(f"{folder} is for the state of a run, but holds {strange[0]}: give another name")
         folder.mkdir(parents=True, exist_ok=True)
-        if not same:
-            (folder / KEY).write_text(text, encoding="utf-8")
-    found = (_STOP.fullmatch(p.name) for p in folder.iterdir())
-    return Journal(folder, 1 + max((int(m[1]) for m in found if m), default=-1))
+        lock = _locked(folder / KEY)
+        before = lock.read()
+        lost = not before and [n for n in names if n != KEY]
+        if lost or (before and before != text):
+            lock.close()
+        if lost:
+            raise ContainerError(f"{folder} has lost its {KEY}: {ANEW.format(folder)}")
+        if before and before != text:
+            raise ContainerError(
+                f"{folder} holds the state of another run ({_differs(before, key)}): {ANEW.format(folder)}"
+            )
+        if not before:
+            lock.write(text)
+            lock.flush()
+    stops = count()
+    known = next(i for i in stops if not (folder / f"stop-{i:06d}.safetensors").is_file())
+    return Journal(folder, known, hashlib.sha256(text.encode()).hexdigest(), lock)
+
+
+def _locked(file: Path) -> Any:
+    opened = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+    try:
+        import fcntl
+
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no such locks here
+        pass
+    except OSError:
+        opened.close()
+        raise ContainerError(f"{file.parent} is in use by another run; wait for it, or give another name") from None
+    opened.seek(0)
+    return opened
+
+
+def _differs(before: str, key: Mapping[str, Any]) -> str:
+    """What a state was made for, and what is asked now."""
+    try:
+        had = json.loads(before)
+        want = json.loads(json.dumps(key))
+        names = sorted(n for n in {*had, *want} if had.get(n) != want.get(n))
+    except (ValueError, TypeError, AttributeError):
+        return f"its {KEY} is not readable"
+    short = [n for n in names if n not in ("model", "weights", "data", "each")]
+    told = {n: f"{n} {had.get(n)!r} -> {want.get(n)!r}" for n in short if len(repr((had.get(n), want.get(n)))) < 100}
+    return ", ".join(told.get(n, f"other {n}") for n in short or names)
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
 
 
 def key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any]:
-    """Return what must agree for a run to go on: settings, versions, threads, a digest of data and of weights
-    (`SAMPLES` entries of each tensor). O(data + tensors)."""
+    """Return what must agree for a run to go on: settings, versions, digests of the modules, their weights and the
+    data. Raises DataError for data that has no bytes to go by. O(data + weights)."""
     from rarefy import __version__
 
-    weights, batches = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        weights.update(_bytes(flat[:: max(1, len(flat) // SAMPLES)]))
-    for batch in data:
-        _digest(batch, batches)
-    versions = {"rarefy": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    return {**settings, **versions, "weights": weights.hexdigest(), "data": batches.hexdigest()}
+    config: Any = getattr(model, "config", None)
+    made = (repr(model), config.to_dict() if hasattr(config, "to_dict") else None)
+    state = {**model.state_dict(), **dict(model.named_buffers())}
+    parts = {"model": made, "weights": state, "data": list(data)}
+    digests = {}
+    for name, part in parts.items():
+        digest = hashlib.blake2b(digest_size=16)
+        _digest(part, digest)
+        digests[name] = digest.hexdigest()
+    return {**settings, "rarefy": __version__, "torch": torch.__version__, **digests}
 
 
 def _digest(value: Any, into: Any) -> None:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, Tensor):
         into.update(f"{tuple(value.shape)} {value.dtype}".encode())
         into.update(_bytes(value))
     elif hasattr(value, "keys"):
-        for name in value:
-            into.update(str(name).encode())
+        for name in value.keys():  # noqa: SIM118 (not always a dict)
+            into.update(repr(name).encode())
             _digest(value[name], into)
-    elif isinstance(value, tuple | list):
-        for part in value:
+    elif isinstance(value, tuple | list | set):
+        for part in sorted(value, key=repr) if isinstance(value, set) else value:
             _digest(part, into)
-    else:
+    elif value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype | torch.device):
         into.update(repr(value).encode())
+    else:
+        raise DataError(
+            f"work needs data by which a run can be known again: tensors, arrays, text; got {type(value).__name__}"
+        )
 
 
-def _bytes(t: Tensor) -> bytes:
-    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _bytes(t: Tensor) -> Any:
+    array: Any = t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(array)

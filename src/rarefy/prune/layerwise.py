@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from rarefy.errors import ContainerError, DataError, ModelError, PatternError, u
 from rarefy.formats.sparse import pack_bits, unpack_bits
 from rarefy.model.gram import Gram
 from rarefy.model.mask import get_mask, set_mask_
-from rarefy.model.select import Layer
+from rarefy.model.select import Layer, unwrap
 from rarefy.model.stats import Stats
-from rarefy.model.walk import Block, End, Group, Stop, blocks, order, samples_in, walk, with_ends
+from rarefy.model.walk import End, Stop, blocks, order, samples_in, walk, with_ends
 from rarefy.progress import say, track
-from rarefy.proof.report import table
 from rarefy.prune import journal, solve
 from rarefy.prune import pattern as patterns
 from rarefy.prune.estimate import estimate
@@ -92,38 +91,60 @@ SOLVERS: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve(solver: str | Solver) -> Solver:
+LINES = ("row", "column")  # patterns whose units cross all blocks of columns
+PAPERS = {"sparsegpt": "obs", "obc": "obs", "alps": "admm", "pcg": "refit"}
+RANGES: dict[str, tuple[Any, Any, Any]] = {
+    "damping": (int | float, 0, 10),
+    "asymmetric": (int | float, 0, 1),
+    "bf16": (bool, None, None),
+    "block": (int, 1, 1 << 20),
+    "steps": (int, 1, 10000),
+    "refits": (int, 0, 10000),
+    "reconstruct": (int, 0, 1000),
+    "lr": (int | float, 0, 1),
+    "blocks": (str, None, None),
+}
+
+
+def resolve(solver: str | Solver | Mapping[str, Any]) -> Solver:
     """Return the solver with its defaults filled in; PatternError for an unknown one or an option it does not have.
 
     >>> resolve("obs").block
     128
     """
+    if isinstance(solver, Mapping):
+        names = [f.name for f in fields(Solver)]
+        strange = [k for k in solver if k not in names]
+        if strange or "name" not in solver:
+            raise PatternError(unknown("solver option", strange[0], names) if strange else "a solver needs a name")
+        solver = Solver(**solver)
     if not isinstance(solver, Solver):
         solver = Solver(name=solver)
-    if solver.name not in SOLVERS:
-        raise PatternError(unknown("solver", solver.name, SOLVERS))
+    if not isinstance(solver.name, str) or solver.name not in SOLVERS:
+        near = PAPERS.get(str(solver.name).lower())
+        hint = f" (did you mean {near!r}?)" if near else ""
+        raise PatternError(
+            (unknown("solver", solver.name, SOLVERS) if not near else f"unknown solver {solver.name!r}") + hint
+        )
     known = SOLVERS[solver.name]
     given = {f.name: getattr(solver, f.name) for f in fields(solver) if f.name != "name"}
     idle = [k for k, v in given.items() if v is not None and k not in known]
     if idle:
         raise PatternError(f"solver {solver.name} has no {', '.join(idle)}; it has {', '.join(known)}")
+    for key, value in given.items():
+        kind, low, high = RANGES[key]
+        if value is None:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            words = {bool: "true or false", int: "a whole number", str: "a glob of module names"}
+            raise PatternError(f"solver {solver.name}: {key} is {words.get(kind, 'a number')}, got {value!r}")
+        if high is not None and not low <= value <= high:
+            raise PatternError(f"solver {solver.name}: {key} lies within {low} and {high}, got {value!r}")
     for key in ("lr", "blocks"):
         if given[key] is not None and not given["reconstruct"]:
             raise PatternError(f"solver {solver.name}: {key}={given[key]!r} has no effect without reconstruct")
-    if not isinstance(solver.blocks, str | None):
-        raise PatternError(f"solver {solver.name}: blocks is a glob of module names, got {solver.blocks!r}")
-    ranges = {
-        "damping": (0, 10),
-        "asymmetric": (0, 1),
-        "block": (1, 1 << 20),
-        "steps": (1, 10000),
-        "refits": (0, 10000),
-        "reconstruct": (0, 1000),
-        "lr": (0, 1),
-    }
-    for key, (low, high) in ranges.items():
-        if given[key] is not None and not low <= given[key] <= high:
-            raise PatternError(f"solver {solver.name}: {key} lies within {low} and {high}, got {given[key]!r}")
+    if given["lr"] == 0:
+        raise PatternError(f"solver {solver.name}: lr=0 learns nothing; leave reconstruct out instead")
     return Solver(name=solver.name, **{k: known[k] if given[k] is None else given[k] for k in known})
 
 
@@ -160,79 +181,89 @@ def solve_(
     idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
     if idle:
         raise PatternError(f"solver {solver.name} has nothing to move in an embedding: ignore {', '.join(idle)}")
-    lean = memory is not None
+    lean, model = memory is not None, unwrap(model)
     settings = {"solver": asdict(solver), **asdict(ask)}
-    known = journal.open_(work, journal.key(model, [*data, given], **settings) if work else {})
     rows: list[dict[str, Any]] = []
-    masks: dict[str, Tensor] = {}  # in bits: all layers' together are a quarter of their weights in bytes
-    with passes(solver):
-        groups = order(model, first, chosen)
+    masks: dict[str, Tensor] = {}  # in bits: all layers' together are a thirtieth of their weights
+    dense = bool(solver.asymmetric or solver.reconstruct)
+    with (
+        closing(journal.open_(work, journal.key(model, [*data, given], **settings) if work else {})) as known,
+        passes(solver),
+    ):
+        groups = order(model, first, chosen, dense=dense)
+        places = with_ends(groups, blocks(model, chosen, solver.blocks) if solver.reconstruct else [])
         if progress:
             cost = estimate(groups, sum(map(samples_in, data)), solver, memory and memory // 4)
             say([f"pruning by {solver.name} takes {cost} if nothing else runs"])
-        places = with_ends(groups, blocks(model, chosen, solver.blocks) if solver.reconstruct else [])
+            if known.known:
+                say([f"goes on after {known.known} of {len(places)} steps that were done before"])
+            say([_told(chosen)])
         stops = walk(
             model,
             data,
             places,
-            dense=bool(solver.asymmetric or solver.reconstruct),
+            dense=dense,
             passed=known.known,
             assign=lean,
             most=memory and memory // 4,
             folder=work,
         )
-        if known.known and progress:
-            say([f"goes on after {known.known} of {len(places)} steps that were done before"])
-        waiting = journal.Entry({}, {})  # layers whose block is to be learnt yet
-        for index, stop in enumerate(track(stops, f"pruning by {solver.name}", progress, len(places))):
-            with torch.autocast("cpu", enabled=False):
-                if index < known.known:
-                    entry = known.read(index)
-                    _put(stop, entry, lean)
-                elif isinstance(stop, End):
-                    entry, waiting = _learn(stop, waiting, solver, lean), journal.Entry({}, {})
-                else:
-                    entry = _solve(stop, ask, solver, given or {})
-                    say([table(entry.rows)] if progress else [])
-                    if _is_learnt(stop, places[index:]):
-                        waiting, entry = waiting.plus(entry), None
-            if entry is None:
-                continue
-            if index >= known.known:
-                known.write(index, entry)
-                if lean:
-                    _put(stop, known.read(index), lean)
-            rows += entry.rows
-            masks.update({} if lean else entry.masks)
+        with closing(stops):  # hooks and modes go with it, whoever holds the traceback of an error
+            for index, stop in enumerate(track(stops, f"pruning by {solver.name}", progress, len(places))):
+                with torch.autocast("cpu", enabled=False):
+                    if index < known.known:
+                        entry = known.read(index)
+                        _put(stop, entry, lean)
+                    else:
+                        if isinstance(stop, End):
+                            entry = _learn(stop, chosen, masks, solver, lean, progress)
+                        else:
+                            entry = _solve(stop, ask, solver, given or {})
+                            say([_told(chosen, r) for r in entry.rows] if progress else [])
+                        known.write(index, entry)
+                        if lean:
+                            _put(stop, known.read(index), lean)
+                rows += entry.rows
+                masks.update(entry.masks if solver.reconstruct or not lean else {})
     for layer in chosen if not lean else ():
         shape = layer.original.shape
         set_mask_(layer, unpack_bits(masks[layer.full_name], shape.numel()).reshape(shape))
     return rows
 
 
-def _is_learnt(stop: Stop, places: Sequence[Group | Block]) -> bool:
-    """Whether the layers of a group lie in the block that ends next."""
-    block = next((p for p in places if isinstance(p, Block)), None)
-    inside = {id(l) for l in block.layers} if block else set()
-    return all(id(l) in inside for l in stop.group.layers)
+def _told(layers: Sequence[Layer], row: Mapping[str, Any] | None = None) -> str:
+    """A line of the table that grows while a walk goes on, or its head."""
+    width = max(len(l.full_name) for l in layers)
+    if row is None:
+        return f"{'layer':<{width}}  sparsity  error %  damping  seconds"
+    share = row["zeros"] / next(l.original.numel() for l in layers if l.full_name == row["layer"])
+    numbers = f"{share:8.2%}  {100 * row['error']:7.3f}  {row['damping']:7.4f}  {row['seconds']:7.3f}"
+    return f"{row['layer']:<{width}}  {numbers}"
 
 
-def _learn(stop: End, solved: journal.Entry, solver: Solver, lean: bool) -> journal.Entry:
-    """Reconstruct a block whose layers are solved; return all its parameters."""
+def _learn(
+    stop: End, chosen: Sequence[Layer], solved: Mapping[str, Tensor], solver: Solver, lean: bool, progress: bool
+) -> journal.Entry:
+    """Reconstruct a block whose layers are solved, with their masks in bits; return all its parameters."""
     assert solver.reconstruct and solver.lr is not None
-    shapes = {l.full_name: l.original.shape for l in stop.block.layers if l.full_name in solved.masks}
-    masks = {n: unpack_bits(solved.masks[n], s.numel()).reshape(s) for n, s in shapes.items()}
-    for p in stop.block.module.parameters() if lean else ():
+    module, name = stop.block.module, stop.block.name
+    inside = {id(p) for p in module.parameters()}
+    masks = {
+        l.full_name: unpack_bits(solved[l.full_name], l.original.numel()).reshape(l.original.shape)
+        for l in chosen
+        if id(l.original) in inside and l.full_name in solved
+    }
+    for p in module.parameters() if lean else ():
         p.data = p.data.clone()  # training in place would copy the pages of the file, and keep both
-    reconstruct_(stop, masks, epochs=solver.reconstruct, lr=solver.lr, bf16=bool(solver.bf16))
-    weights = {f"{stop.block.name}/{n}": p.data for n, p in stop.block.module.named_parameters()}
-    return journal.Entry(weights, solved.masks, solved.rows)
+    before, after = reconstruct_(
+        stop, masks, layers=chosen, epochs=solver.reconstruct, lr=solver.lr, bf16=bool(solver.bf16)
+    )
+    say([f"{name} learnt: held-out error {100 * before:.3f} -> {100 * after:.3f} %"] if progress else [])
+    return journal.Entry({f"{name}/{n}": p.data for n, p in module.named_parameters()}, {})
 
 
-def _put(stop: Stop | End, entry: journal.Entry | None, lean: bool) -> None:
+def _put(stop: Stop | End, entry: journal.Entry, lean: bool) -> None:
     """Take up what was done at a stop."""
-    if entry is None:
-        return
     if isinstance(stop, Stop):
         stop.weights.update(entry.weights)
         slots = {l.full_name: l.original for l in stop.group.layers}
@@ -259,22 +290,46 @@ def measure(
     """Return each layer's error at each of `levels` of sparsity, solved by OBS in the untouched model; each output's
     squared error counts as much as `weights` (by layer name, [outputs]) says. One forward pass, O(levels) solutions."""
     costs: dict[str, list[float]] = {l.full_name: [] for l in chosen}
+    model = unwrap(model)
     groups = order(model, next(iter(data)), chosen)
-    for stop in track(walk(model, data, groups), "measuring errors", progress, len(groups)):
-        assert isinstance(stop, Stop) and stop.gram.H is not None
-        layers, H = stop.group.layers, stop.gram.H
-        W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
-        U, _ = solve.inverse_factor(H, COMMON["damping"])
-        for level in levels:
-            choose, parts = _choosers(layers, replace(ask, each={l.full_name: level for l in layers}), {})
-            new, _ = solve.obs(W, U, choose, parts[0].edges(SOLVERS["obs"]["block"]))
-            errors = solve.error(new, W, H).split([c.rows for c in parts], 1)
-            for layer, error in zip(layers, errors):
-                outputs = layer.layout.shape[2]
-                by_output = error.reshape(len(error), -1, outputs).sum(1).flatten()
-                w = weights[layer.full_name].reshape(-1)
-                costs[layer.full_name].append(float((by_output * w).sum()))
+    with closing(walk(model, data, groups)) as stops:
+        for stop in track(stops, "measuring errors", progress, len(groups)):
+            assert isinstance(stop, Stop)
+            _measure(stop, ask, weights, levels, costs)
     return costs
+
+
+def _measure(
+    stop: Stop, ask: Ask, weights: Mapping[str, Tensor], levels: Sequence[float], costs: dict[str, list[float]]
+) -> None:
+    layers, H = stop.group.layers, stop.gram.H
+    assert H is not None
+    W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
+    U = _factor(layers, H, COMMON["damping"])[0]
+    for level in levels:
+        choose, parts = _choosers(layers, replace(ask, each={l.full_name: level for l in layers}), {})
+        if ask.plan.kind in LINES:
+            mask = choose((W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square(), 0, W.shape[-1])
+            choose = given_mask(mask)
+        new, _ = solve.obs(W, U, choose, parts[0].edges(SOLVERS["obs"]["block"]))
+        errors = solve.error(new, W, H).split([c.rows for c in parts], 1)
+        for layer, error in zip(layers, errors):
+            by_output = error.reshape(len(error), -1, layer.layout.shape[2]).sum(1).flatten()
+            costs[layer.full_name].append(float((by_output * weights[layer.full_name].reshape(-1)).sum()))
+
+
+def given_mask(mask: Tensor) -> solve.Choose:
+    """A choice that was made before."""
+    return lambda _, a, b: mask[..., a:b]
+
+
+def _factor(layers: Sequence[Layer], H: Tensor, damping: float) -> tuple[Tensor, float]:
+    try:
+        return solve.inverse_factor(H, damping)
+    except ArithmeticError as error:
+        raise ModelError(
+            f"{', '.join(l.full_name for l in layers)}: the Gram matrix of its inputs is {error}"
+        ) from None
 
 
 def _choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> tuple[solve.Choose, list[_Chooser]]:
@@ -300,14 +355,14 @@ def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> jour
     assert H is not None and used is not None
     if s.name == "obs":
         assert s.block is not None
-        U, used = solve.inverse_factor(H, used)
+        U, used = _factor(layers, H, used)
         target = _target(W, H, stop.gram, s)
         edges = chosen[0].edges(s.block)
-        if score is not None or ask.plan.kind in ("row", "column"):  # a line crosses all blocks: its mask comes first
+        if score is not None or ask.plan.kind in LINES:  # a line crosses all blocks: its mask comes first
             own = (W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square()
             scores = own if score is None or given else _scores(layers, score, W, stop.gram)
             mask = choose(scores, 0, W.shape[-1])
-            new, mask = solve.obs(target, U, lambda _, a, b: mask[..., a:b], edges)
+            new, mask = solve.obs(target, U, given_mask(mask), edges)
         else:
             new, mask = solve.obs(target, U, choose, edges)
     else:
@@ -388,7 +443,7 @@ class _Chooser:
         width = min(self.I, b - a)
         tall = score.reshape(self.G, self.O, -1, width).transpose(1, 2)
         if self.layer.layout.kind == "conv-transposed":
-            tall = four(self.layer, score)
+            tall = score.reshape(self.G, self.layer.layout.shape[1], self.layer.layout.shape[2], b - a)
         parts = tall.split(1) if self.layer.layout.kind == "experts" else [tall]  # each expert keeps its share
         share = self.sparsity
         whole = b - a == self.K * self.I

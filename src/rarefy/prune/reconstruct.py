@@ -14,25 +14,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.model.select import Layer
 from rarefy.model.walk import End, first_tensor
 
 
 def reconstruct_(
-    end: End, masks: Mapping[str, Tensor], *, epochs: int = 2, lr: float = 3e-4, bf16: bool = False
+    end: End,
+    masks: Mapping[str, Tensor],
+    *,
+    layers: Sequence[Layer] | None = None,
+    epochs: int = 2,
+    lr: float = 3e-4,
+    bf16: bool = False,
 ) -> tuple[float, float]:
     """Train the kept weights (and biases and norms) of a block in place; return the held-out error before and after.
 
     masks   by layer name, as stored; entries under False stay what they are, zero
+    layers  all that are pruned, in this block or not; by default those of the block. A weight that is used elsewhere
+            too is not trained, nor what is frozen and not pruned; zeros of other matrices stay.
     The error is the mean over tokens of |y' - y|^2 / |y|^2. O(epochs x three forward passes of the block).
     """
     module, calls = end.block.module, end.calls
-    kept = {id(l.original): masks[l.full_name] for l in end.block.layers if l.full_name in masks}
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
+    layers = end.block.layers if layers is None else layers
+    kept = {id(l.original): masks[l.full_name] for l in layers if l.full_name in masks}
+    inner = {id(m) for m in module.modules()}
+    shared = {id(l.original) for l in layers if any(id(m) not in inner for _, m, _ in l.owners)}
+    parameters = [
+        p
+        for p in module.parameters()
+        if p.is_floating_point() and id(p) not in shared and (p.requires_grad or id(p) in kept)
+    ]
+    kept |= {id(p): p != 0 for p in parameters if id(p) not in kept and p.dim() > 1}
     train, held = calls[:-1] or calls, calls[-1:]
     flags = [p.requires_grad for p in parameters]
     best, start = [p.detach().clone() for p in parameters], _error(module, held, bf16)
     least = start
-    moves = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.95))
+    masters = [p.detach().float() if p.element_size() < 4 else p.detach() for p in parameters]  # a step may be small
+    moves = torch.optim.Adam(masters, lr=lr, betas=(0.9, 0.95))
     total, step = epochs * len(train), 0
     try:
         for p in parameters:
@@ -44,9 +62,12 @@ def reconstruct_(
                 with torch.enable_grad():
                     loss = _loss(module, call, bf16)
                     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for p, g in zip(parameters, grads):
-                    p.grad = None if g is None else torch.where(kept[id(p)], g, 0) if id(p) in kept else g
+                for p, m, g in zip(parameters, masters, grads):
+                    g = torch.where(kept[id(p)], g, 0) if g is not None and id(p) in kept else g
+                    m.grad = None if g is None else g.to(m.dtype)
                 moves.step()
+                for p, m in zip(parameters, masters):
+                    p.data.copy_(m)
                 step += 1
             now = _error(module, held, bf16)
             if now < least:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 Choose = Callable[[Tensor, int, int], Tensor]  # score [G, O, b - a] of columns a to b -> mask of the same shape
-LADDER = (1.0, 10.0, 100.0, 1000.0)
+LADDER = (10.0, 100.0, 1000.0)
+LEAST = 1e-4  # the damping that is climbed from
 
 
 def error(W: Tensor, target: Tensor, H: Tensor) -> Tensor:
@@ -51,14 +52,15 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     >>> U[0].diagonal(), used
     (tensor([0.5000, 1.0000]), 0.0)
     """
-    for step in LADDER:
-        L, info = torch.linalg.cholesky_ex(damped(H, damping * step).flip(-2, -1))
+    steps = [damping, *(max(damping, LEAST) * s for s in LADDER)]
+    for used in steps:
+        L, info = torch.linalg.cholesky_ex(damped(H, used).flip(-2, -1))
         if not info.any() and torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all():
             R = L.flip(-2, -1)
             del L
             eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H).contiguous()
-            return torch.linalg.solve_triangular(R, eye, upper=True, out=eye), damping * step
-    raise ArithmeticError(f"not positive definite even with damping {damping * LADDER[-1]:g}")
+            return torch.linalg.solve_triangular(R, eye, upper=True, out=eye), used
+    raise ArithmeticError(f"not positive definite even with damping {steps[-1]:g}")
 
 
 def obs(target: Tensor, U: Tensor, choose: Choose, edges: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -144,7 +146,8 @@ def admm(
     units. One eigendecomposition serves every rho. rho grows while the support still moves and the run ends early once
     it rests. start: weights to begin from (default: the target). O(steps G O C^2 + G C^3).
     """
-    scale = H.diagonal(dim1=-2, dim2=-1).sqrt()[:, None]  # [G, 1, C]
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()[:, None]  # [G, 1, C]; what is always zero stays as it is
     Hn = H / (scale.transpose(-2, -1) * scale)
     values, Q = torch.linalg.eigh(Hn)
     T = target * scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from rarefy.errors import DataError, ModelError, PatternError, unknown
-from rarefy.model.mask import get_mask, set_mask_
+from rarefy.files import bytes_of, path_of
+from rarefy.model.mask import check_maskable, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, all_layers, select
 from rarefy.model.stats import Loss, Stats, check_batches, collect
 from rarefy.progress import track
@@ -30,7 +32,7 @@ def prune_(
     score: str | None = None,
     sparsity: float | None = None,
     *,
-    solver: str | Solver | None = None,
+    solver: str | Solver | Mapping[str, Any] | None = None,
     allocate: str | None = None,
     scope: str | None = None,
     reduce: str | None = None,
@@ -39,7 +41,7 @@ def prune_(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     seed: int = 0,
-    memory: int | None = None,
+    memory: int | str | None = None,
     work: str | Path | None = None,
     progress: bool = False,
 ) -> Report:
@@ -51,13 +53,15 @@ def prune_(
     solver    obs (SparseGPT), admm or refit: move the kept weights so that each layer's outputs on `data` stay
               (`rarefy.Solver` sets its options); the layers are then pruned in the order in which the model runs
     sparsity  fraction of zeros; N:M patterns decide it themselves
-    allocate  how `sparsity` is spread over layers (`rarefy.prune.allocate`): uniform, erk, line, owl, errors
+    allocate  how `sparsity` is spread over layers (`rarefy.prune.allocate`): uniform, erk, line, owl, errors (which
+              reads gradients, as scores do)
     scope     where scores compete: row, layer or global; by default what the score's paper does
     reduce    how a unit of several weights is scored: mean, sum, max or l2
     data      batches that `model` can be called with
-    memory    bytes to stay near (solvers): weights stay in the files they were loaded from, new ones go to `work`, and
-              zeros are written into the weights, without masks
-    work      folder for the state of a solver's run: the same call goes on there after it was killed
+    memory    bytes or such as "4G" to stay near (solvers): weights stay in the files they were loaded from, new ones
+              go to `work`, and zeros are written into the weights, without masks
+    work      folder for the state of a solver's run: the same call on the same model goes on there after it was
+              killed. It stays, to be removed when the result is saved
 
     Masked entries stay masked. Masks survive training; `rarefy.fold_` writes them into the weights.
     Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged (a solver that fails half way leaves the
@@ -76,12 +80,17 @@ def prune_(
     if data is not None:
         check_batches(data)
         # allocation, score, solver and the key of `work` each go through it
-        data = data if isinstance(data, Sized) and work is None else list(data)
-    ask, work = Ask(plan, sparsity, {}, scope, ranks, reduce), None if work is None else Path(work)
+        data = data if isinstance(data, list | tuple | DataLoader) and work is None else list(data)
+        gone = next((i for i, batch in enumerate(data) if batch is None), None) if isinstance(data, list) else None
+        if gone is not None:
+            raise DataError(f"batch {gone} of the data is None")
+    ask, memory, work = Ask(plan, sparsity, {}, scope, ranks, reduce), bytes_of(memory), path_of(work)
     _check_memory(how, ask, allocate, memory, work)
     chosen = select(model, layers, ignore)
     refuse_impossible(chosen, plan)
     check_weights(chosen)
+    for layer in chosen:
+        check_maskable(layer)
     ask = replace(ask, each=_spread(model, chosen, ask, allocate, data, loss, progress))
     rows: list[dict[str, Any]] = []
     if how is not None:
@@ -139,8 +148,6 @@ def _check_memory(how: Solver | None, ask: Ask, allocate: str | None, memory: in
         return
     if work is None:
         raise PatternError("memory needs work=FOLDER, where the new weights go")
-    if type(memory) is not int or memory < 1 << 28:
-        raise PatternError(f"memory is in bytes, at least {1 << 28:,} (256 MiB), got {memory!r}")
     if ask.first or allocate == "errors":
         what = f"score {ask.score!r} over all layers" if ask.first else "allocate='errors'"
         raise PatternError(f"{what} holds all weights or gradients at once: leave it out, or leave memory out")
@@ -171,7 +178,12 @@ def _spread(
         raise DataError(f"allocation {how!r} reads activations: give data=batches")
     if how == "owl":
         return allocate_.owl(chosen, ask.sparsity, collect(model, data, chosen, frozenset({"input"})))
+    idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
+    if idle:
+        raise PatternError(f"allocation 'errors' solves layers, and an embedding is none: ignore {', '.join(idle)}")
     few = list(islice(track(data, "output gradients", progress), allocate_.FEW))
+    if not few:
+        raise DataError("the calibration data is empty: allocation 'errors' needs at least one batch")
     weights = allocate_.complete(allocate_.sensitivities(model, few, chosen, loss), chosen)
     costs = measure(model, chosen, ask, data, weights, allocate_.LEVELS, progress=progress)
     return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity)

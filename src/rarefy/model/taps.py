@@ -1,0 +1,89 @@
+"""Hooks that tell when a layer's weight is about to be used, and on what: one for each way to call a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from rarefy.model.experts import Rows, watching
+from rarefy.model.select import Layer
+
+Arrive = Callable[[Layer, nn.Module, Any], None]
+
+
+@contextmanager
+def taps(model: nn.Module, layers: Sequence[Layer], arrive: Arrive) -> Iterator[None]:
+    """Call `arrive(layer, module, input)` each time a layer's weight is about to be used."""
+    parents = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    experts: dict[nn.Module, dict[str, Layer]] = {}
+    with ExitStack() as stack:
+        for layer in layers:
+            for _, module, param in layer.owners:
+                parent = parents.get(id(module))
+                if layer.layout.kind == "experts":
+                    experts.setdefault(module, {})[param] = layer
+                elif parent is not None:
+                    stack.enter_context(_before_out_proj(parent, layer, arrive))
+                elif isinstance(module, nn.MultiheadAttention):
+                    _on_call(stack, module, _attention_hook(layer, arrive))
+                else:
+                    _on_call(stack, module, _plain_hook(layer, arrive))
+        for module, known in experts.items():
+            stack.enter_context(watching(module, partial(_before_experts, module, known, arrive)))
+        yield
+
+
+def _before_experts(
+    module: nn.Module, known: dict[str, Layer], arrive: Arrive, param: str, rows: Rows, out: Rows | None
+) -> None:
+    if out is None and param in known:
+        arrive(known[param], module, rows)
+
+
+def _on_call(stack: ExitStack, module: nn.Module, hook: Any) -> None:
+    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _plain_hook(layer: Layer, arrive: Arrive) -> Any:
+    return lambda m, args, kwargs: arrive(layer, m, args[0] if args else next(iter(kwargs.values())))
+
+
+def _attention_hook(layer: Layer, arrive: Arrive) -> Any:
+    names = ("query", "key", "value")
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        q, k, v = ({**dict(zip(names, args)), **kwargs}[n] for n in names)
+        one = {"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v}
+        arrive(layer, module, one.get(layer.param, (q, k, v)))
+
+    return hook
+
+
+@contextmanager
+def _before_out_proj(parent: nn.MultiheadAttention, layer: Layer, arrive: Arrive) -> Iterator[None]:
+    """MultiheadAttention never calls its `out_proj`: it runs with the identity there, the real product comes after."""
+    real = parent.out_proj
+
+    def enter(*_: Any) -> None:
+        eye = torch.eye(parent.embed_dim, dtype=real.weight.dtype, device=real.weight.device)
+        same = type(real)(parent.embed_dim, parent.embed_dim, dtype=eye.dtype, device=eye.device)
+        same.weight, same.bias = nn.Parameter(eye, False), nn.Parameter(torch.zeros_like(eye[0]), False)
+        parent.out_proj = same
+
+    def leave(_: Any, args: Any, out: Any) -> Any:
+        parent.out_proj = real
+        arrive(layer, parent, out[0])
+        return (nn.functional.linear(out[0], real.weight, real.bias), *out[1:])
+
+    handles = [parent.register_forward_pre_hook(enter), parent.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        parent.out_proj = real
+        for handle in handles:
+            handle.remove()
