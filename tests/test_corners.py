@@ -9,7 +9,7 @@ import rarefy
 from rarefy.errors import DataError, ModelError, PatternError
 from rarefy.model.select import select
 from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
-from rarefy.prune.layerwise import SOLVERS
+from rarefy.prune.solver import SOLVERS
 
 LEARN = rarefy.Solver(name="refit", reconstruct=4, lr=1e-2)
 

@@ -8,7 +8,7 @@ import rarefy
 from rarefy.model.select import select
 from rarefy.model.walk import order, samples_in
 from rarefy.prune.estimate import Cost, estimate
-from rarefy.prune.layerwise import SOLVERS, resolve
+from rarefy.prune.solver import SOLVERS, resolve
 
 
 def deep(width=512, depth=4):

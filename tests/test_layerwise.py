@@ -9,7 +9,8 @@ from conftest import Attention, Net, image_batches, tiny_llama
 from rarefy import recipe as recipes
 from rarefy.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.select import all_layers, select
-from rarefy.prune.layerwise import SOLVERS, matrix
+from rarefy.prune.layerwise import matrix
+from rarefy.prune.solver import SOLVERS
 from test_solve import textbook_obs
 
 SETTINGS = [("unstructured", 0.5), ("2:4", None), ("2x2", 0.5), ("column", 0.5), ("row", 0.25)]

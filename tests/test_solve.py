@@ -7,6 +7,7 @@ import rarefy
 from rarefy.model.gram import Gram
 from rarefy.prune import layerwise, solve
 from rarefy.prune.pattern import masks_at, parse
+from rarefy.prune.solver import resolve
 
 
 def problem(G=1, O=6, C=12, tokens=400, seed=0, dtype=torch.float64):
@@ -197,6 +198,6 @@ def test_a_shift_that_held_out_tokens_do_not_support_is_not_made(agrees, moves):
     Y = X + 0.3 * torch.randn_like(X)
     one = (X - Y) @ Y.transpose(1, 2) / X.shape[-1]
     gram = Gram(H, (one + agrees * one) / 2, 800, Gram(H, agrees * one, 400))
-    how = layerwise.resolve(rarefy.Solver(name="obs", asymmetric=1.0))
+    how = resolve(rarefy.Solver(name="obs", asymmetric=1.0))
     moved = layerwise._target(W, H, gram, how) - W
     assert (float(moved.abs().max()) > 0.01) == moves

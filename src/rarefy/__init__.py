@@ -12,7 +12,7 @@ from rarefy.errors import RarefyError
 from rarefy.model.mask import adopt_, fold_, masks
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
-from rarefy.prune.layerwise import Solver
+from rarefy.prune.solver import Solver
 from rarefy.prune.stage import prune_
 from rarefy.recipe import Recipe
 from rarefy.store import export, inspect, load, save

@@ -68,7 +68,7 @@ def compress_(
     memory, work = bytes_of(memory), path_of(work)
     if memory is not None:
         _check_lean(plan)
-    if work is not None and not any(getattr(s, "solver", None) is not None for s in plan.stages):
+    if work is not None and not plan.solves:
         raise RecipeError(f"work has no effect: recipe {plan.name} has no solver, whose state could be kept")
     given = _Given(plan, data, tokenizer, base)
     if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):

@@ -73,7 +73,7 @@ def compress(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory to stay near, such as 4G: weights stay in their files. For recipes of solvers alone."
+            help="Memory to stay near, from 256M up, such as 4G: weights stay in files. For recipes of solvers alone."
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew where a killed run could go on.")] = False,
@@ -89,8 +89,7 @@ def compress(
 
     plan = _plan(recipe, change, data, eval_data, seed)
     most = bytes_of(memory)
-    solves = any(getattr(stage, "solver", None) is not None for stage in plan.stages)
-    if fresh and not solves:
+    if fresh and not plan.solves:
         raise RecipeError(f"--fresh has no effect: recipe {plan.name} has no solver, whose state could be kept")
     source = _source(model)
     if dry_run:
@@ -118,7 +117,7 @@ def compress(
     with _threads(threads):
         loaded, tokenizer = _load(source)
         base = Path(recipe).parent if Path(recipe).is_file() else None
-        state = work_folder(out, fresh) if solves else nullcontext()
+        state = work_folder(out, fresh) if plan.solves else nullcontext()
         with state as work, pages.keeping(loaded, most and most // 4):
             receipt = api.compress_(
                 loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, progress=not quiet

@@ -74,7 +74,7 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marke
         yield partial
         with blaming(target):
             for file in [*partial.iterdir(), partial]:
-                _sync(file)
+                sync(file)
             _publish(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -159,7 +159,8 @@ def blaming(target: Path, needed: int = 0) -> Iterator[None]:
         raise ContainerError(f"no space for {target} ({os.strerror(code)}: {need}); nothing was written") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or folder on disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -181,7 +182,7 @@ def _publish(partial: Path, target: Path) -> None:
             raise
         os.rename(aside, partial)
     with suppress(OSError):  # the new folder is in place by now
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -18,8 +18,8 @@ import yaml
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
 from rarefy.prune import pattern as patterns
 from rarefy.prune.allocate import ALLOCATIONS
-from rarefy.prune.layerwise import Solver, resolve
 from rarefy.prune.score import SCORES
+from rarefy.prune.solver import Solver, resolve
 from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
 from rarefy.train.schedule import SCHEDULES, sparsities
 
@@ -156,6 +156,11 @@ class Recipe:
     evaluate: Evaluate | None = None
     save: Save = field(default_factory=Save)
     seed: int = 0
+
+    @property
+    def solves(self) -> bool:
+        """Whether a stage has a solver, whose state can be kept."""
+        return any(isinstance(stage, Prune) and stage.solver is not None for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved recipe as plain data, every default written out; `from_dict` reads it back."""

@@ -82,17 +82,18 @@ def columns(layer: Layer, module: Any, x: Any, kept: Tensor | None) -> Tensor:
     if layer.layout.kind == "experts":
         return _stacked(x)
     if isinstance(x, tuple):  # queries, keys and values of an attention, each with its own matrix
-        return _stacked([_rows(t, kept, module.batch_first) for t in x])
+        return _stacked([token_rows(t, kept, module.batch_first) for t in x])
     if layer.layout.kind == "conv":
         return _unfold(module, pad_as_called(module, x))
     if layer.layout.kind == "conv-transposed":
         x = x if x.dim() == len(module.kernel_size) + 2 else x[None]
         return x.reshape(len(x), G, I, -1).permute(1, 0, 3, 2).reshape(G, -1, I)
     batch_first = getattr(module, "batch_first", True)
-    return _rows(x, kept, batch_first)[None]
+    return token_rows(x, kept, batch_first)[None]
 
 
-def _rows(x: Tensor, kept: Tensor | None, batch_first: bool) -> Tensor:
+def token_rows(x: Tensor, kept: Tensor | None, batch_first: bool = True) -> Tensor:
+    """Return [tokens, width] without what `kept` [batch, length] marks as padding, where the shapes agree."""
     if kept is not None and not batch_first and x.dim() == 3:
         x = x.transpose(0, 1)
     rows = x.reshape(-1, x.shape[-1])

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from rarefy.errors import DataError, ModelError, RarefyError
 from rarefy.model.experts import Rows, watching
-from rarefy.model.gram import pad_as_called
+from rarefy.model.gram import pad_as_called, token_rows
 from rarefy.model.select import Layer, unwrap
+from rarefy.model.taps import identity_like
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -329,11 +330,7 @@ def _squares(
         out = y.float().square().transpose(0, 1).flatten(1).sum(1)
         pixels = y[:, 0].numel() if layer.layout.kind == "conv" else x.numel() // module.in_channels  # type: ignore
         return inputs, out.reshape(G, 1, O, 1), pixels
-    rows, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    flat = mask is not None and x.dim() == 2 and len(x) == mask.numel()
-    if mask is not None and (flat or (x.dim() == 3 and mask.shape == x.shape[:2])):
-        real = mask.flatten().bool()
-        rows, out = rows[real], out[real]
+    rows, out = token_rows(x, mask), token_rows(y, mask)
     squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
     out_squares = torch.linalg.vector_norm(out, dim=0, dtype=torch.float32).square()
     return squares.reshape(-1, 1, 1, I), out_squares.reshape(-1, 1, O, 1), len(rows)
@@ -398,10 +395,7 @@ def _out_proj_hook(parent: nn.MultiheadAttention, add: Callable[[Tensor, Tensor]
 
     def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
         real = parent.out_proj
-        eye = torch.eye(parent.embed_dim, dtype=real.weight.dtype, device=real.weight.device)
-        same = type(real)(parent.embed_dim, parent.embed_dim, dtype=eye.dtype, device=eye.device)
-        same.weight, same.bias = nn.Parameter(eye, False), nn.Parameter(torch.zeros_like(eye[0]), False)
-        parent.out_proj = same
+        parent.out_proj = identity_like(real)
         try:
             x = parent.forward(*args, **kwargs)[0]
         finally:

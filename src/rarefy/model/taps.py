@@ -64,16 +64,21 @@ def _attention_hook(layer: Layer, arrive: Arrive) -> Any:
     return hook
 
 
+def identity_like(real: Any) -> Any:
+    """Return a square layer of the same class that passes its input through."""
+    eye = torch.eye(real.in_features, dtype=real.weight.dtype, device=real.weight.device)
+    same = type(real)(real.in_features, real.in_features, dtype=eye.dtype, device=eye.device)
+    same.weight, same.bias = nn.Parameter(eye, False), nn.Parameter(torch.zeros_like(eye[0]), False)
+    return same
+
+
 @contextmanager
 def _before_out_proj(parent: nn.MultiheadAttention, layer: Layer, arrive: Arrive) -> Iterator[None]:
     """MultiheadAttention never calls its `out_proj`: it runs with the identity there, the real product comes after."""
     real = parent.out_proj
 
     def enter(*_: Any) -> None:
-        eye = torch.eye(parent.embed_dim, dtype=real.weight.dtype, device=real.weight.device)
-        same = type(real)(parent.embed_dim, parent.embed_dim, dtype=eye.dtype, device=eye.device)
-        same.weight, same.bias = nn.Parameter(eye, False), nn.Parameter(torch.zeros_like(eye[0]), False)
-        parent.out_proj = same
+        parent.out_proj = identity_like(real)
 
     def leave(_: Any, args: Any, out: Any) -> Any:
         parent.out_proj = real

@@ -340,10 +340,17 @@ class _Walk:
         group = self.stops[gate]
         assert isinstance(group, Group)
         self.calls[here, gate] = self.calls.get((here, gate), 0) + 1
-        rows = None if gate < self.passed else columns(layer, module, x, here.kept)
-        if rows is None:
-            pass
-        elif here.side == 0:
+        if gate >= self.passed:
+            self.note(here, gate, layer, columns(layer, module, x, here.kept))
+        if self.calls[here, gate] == group.calls:
+            del x
+            here.parent.switch(gate)
+
+    def note(self, here: Any, gate: int, layer: Layer, rows: Tensor) -> None:
+        """Take a layer's inputs into its Gram matrix, or keep those of the untouched model for it."""
+        group = self.stops[gate]
+        assert isinstance(group, Group)
+        if here.side == 0:
             if group.calls == 1 and layer.layout.kind != "experts":  # another router, other tokens
                 self.untouched[here.batch, gate] = rows
         else:
@@ -354,9 +361,6 @@ class _Walk:
                 gram.held.add(rows, dense)
             if not torch.isfinite(gram.diagonal).all():
                 raise ModelError(f"{layer.full_name}: NaN or inf in its inputs on calibration batch {here.batch}")
-        if self.calls[here, gate] == group.calls:
-            del rows, x
-            here.parent.switch(gate)
 
     def enter(self, gate: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note the state of a block's inputs: it is to be run again on them."""

@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from rarefy.model import pages
 from rarefy.model.walk import Group
-
-if TYPE_CHECKING:
-    from rarefy.prune.layerwise import Solver
+from rarefy.prune.solver import Solver
 
 OVERHEAD = 1.5  # of a forward pass over its products: attention, norms, copies, lookups
 SLOW = {"factor": 4.0, "columns": 3.0, "eigen": 40.0}  # times slower than a product of as many operations
@@ -68,7 +65,7 @@ def estimate(
     slow = rate or _rate(torch.float32)
     fast = rate or (_rate(torch.bfloat16) if solver.bf16 else slow)
     masks = sum(l.original.numel() for g in groups for l in g.layers)
-    parked = min(parked, parked if most is None else most)
+    parked = parked if most is None else min(parked, most)
     return Cost(OVERHEAD * passes / fast + (grams + solving) / slow, pages.resident() + parked + max(work, masks))
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, DataError
-from rarefy.files import KEY, PARTIAL, STOP, blaming
+from rarefy.files import KEY, PARTIAL, STOP, blaming, sync
 
 ANEW = "remove {} (shell: --fresh) to start anew, or give another name"
 
@@ -62,7 +62,7 @@ class Journal:
             with safe_open(file, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
                 about = opened.metadata()
-            whole = about["key"] == self.key and about["digest"] == _sum(tensors)
+            whole = about["key"] == self.key and about["digest"] == _sum(dict(sorted(tensors.items())))
             rows = json.loads(about["rows"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ContainerError(f"{file} is damaged ({error}): {ANEW.format(self.folder)}") from None
@@ -78,16 +78,12 @@ class Journal:
         file, partial = self.folder / f"stop-{stop:06d}.safetensors", self.folder / PARTIAL
         tensors = {f"w.{n}": t.contiguous() for n, t in entry.weights.items()}
         tensors |= {f"m.{n}": t for n, t in entry.masks.items()}
-        about = {"rows": json.dumps(entry.rows), "key": self.key, "digest": _sum(tensors)}
+        about = {"rows": json.dumps(entry.rows), "key": self.key, "digest": _sum(dict(sorted(tensors.items())))}
         with blaming(self.folder, sum(t.nbytes for t in tensors.values())):
             save_file(tensors, partial, metadata=about)
-            for path in (partial, None, self.folder):
-                if path is None:
-                    os.replace(partial, file)
-                    continue
-                handle = os.open(path, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
+            sync(partial)
+            os.replace(partial, file)
+            sync(self.folder)
 
 
 def open_(folder: Path | None, key: Mapping[str, Any]) -> Journal:
@@ -107,20 +103,14 @@ def open_(folder: Path | None, key: Mapping[str, Any]) -> Journal:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder / KEY)
         before = lock.read()
-        lost = not before and [n for n in names if n != KEY]
-        if lost or (before and before != text):
-            lock.close()
-        if lost:
-            raise ContainerError(f"{folder} has lost its {KEY}: {ANEW.format(folder)}")
-        if before and before != text:
-            raise ContainerError(
-                f"{folder} holds the state of another run ({_differs(before, key)}): {ANEW.format(folder)}"
-            )
-        if not before:
+        if not before and not set(names) - {KEY}:
             lock.write(text)
             lock.flush()
-    stops = count()
-    known = next(i for i in stops if not (folder / f"stop-{i:06d}.safetensors").is_file())
+        elif before != text:
+            lock.close()
+            what = f"holds the state of another run ({_differs(before, key)})" if before else f"has lost its {KEY}"
+            raise ContainerError(f"{folder} {what}: {ANEW.format(folder)}")
+    known = next(i for i in count() if not (folder / f"stop-{i:06d}.safetensors").is_file())
     return Journal(folder, known, hashlib.sha256(text.encode()).hexdigest(), lock)
 
 
@@ -152,11 +142,9 @@ def _differs(before: str, key: Mapping[str, Any]) -> str:
     return ", ".join(told.get(n, f"other {n}") for n in short or names)
 
 
-def _sum(tensors: Mapping[str, Tensor]) -> str:
+def _sum(value: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(_bytes(tensors[name]))
+    _digest(value, digest)
     return digest.hexdigest()
 
 
@@ -168,12 +156,7 @@ def key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any
     config: Any = getattr(model, "config", None)
     made = (repr(model), config.to_dict() if hasattr(config, "to_dict") else None)
     state = {**model.state_dict(), **dict(model.named_buffers())}
-    parts = {"model": made, "weights": state, "data": list(data)}
-    digests = {}
-    for name, part in parts.items():
-        digest = hashlib.blake2b(digest_size=16)
-        _digest(part, digest)
-        digests[name] = digest.hexdigest()
+    digests = {"model": _sum(made), "weights": _sum(state), "data": _sum(list(data))}
     return {**settings, "rarefy": __version__, "torch": torch.__version__, **digests}
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ContainerError, DataError, ModelError, PatternError, unknown
+from rarefy.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.formats.sparse import pack_bits, unpack_bits
 from rarefy.model.gram import Gram
 from rarefy.model.mask import get_mask, set_mask_
@@ -25,133 +25,7 @@ from rarefy.prune import pattern as patterns
 from rarefy.prune.estimate import estimate
 from rarefy.prune.reconstruct import reconstruct_
 from rarefy.prune.score import SCORES
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solver:
-    """How kept weights are moved; what is None is the solver's own default, see `SOLVERS`.
-
-    name        obs (SparseGPT), admm (ALPS, then conjugate gradients) or refit (conjugate gradients on a scored mask)
-    damping     times the mean of diag(H) is added to the diagonal
-    asymmetric  0..1: how far the target moves towards the outputs of the dense model on its own inputs, as a share of
-                what is best on a batch that is held out
-    bf16        run the model's forward passes in bf16 where torch allows
-    block       obs: columns whose mask is chosen together
-    steps       admm: iterations
-    refits      admm, refit: conjugate gradient steps once the mask is fixed
-    reconstruct passes over the calibration set in which each block learns the dense block's outputs; 0 = none
-    lr          of that learning (Adam, cosine)
-    blocks      names of what learns as one, globs with | between; by default the members of the model's outermost lists
-                of equal modules
-    """
-
-    name: str
-    damping: float | None = None
-    asymmetric: float | None = None
-    bf16: bool | None = None
-    block: int | None = None
-    steps: int | None = None
-    refits: int | None = None
-    reconstruct: int | None = None
-    lr: float | None = None
-    blocks: str | None = None
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Which zeros are wanted."""
-
-    plan: patterns.Pattern
-    sparsity: float
-    each: Mapping[str, float]  # sparsity by layer name
-    scope: str
-    score: str | None = None  # None = the solver's own criterion (refit: wanda)
-    reduce: str | None = None
-
-    @property
-    def first(self) -> bool:
-        """Whether masks need all layers before the first is solved."""
-        if self.score is None:
-            return False
-        return self.scope == "global" or self.reduce is not None or bool(SCORES[self.score].needs - {"input"})
-
-
-COMMON: dict[str, Any] = {
-    "damping": 0.01,
-    "asymmetric": 0.0,
-    "bf16": False,
-    "reconstruct": 0,
-    "lr": 1e-3,
-    "blocks": None,
-}
-SOLVERS: dict[str, dict[str, Any]] = {
-    "obs": {**COMMON, "block": 128},
-    "admm": {**COMMON, "steps": 10, "refits": 6},
-    "refit": {**COMMON, "refits": 6},
-}
-
-
-LINES = ("row", "column")  # patterns whose units cross all blocks of columns
-PAPERS = {"sparsegpt": "obs", "obc": "obs", "alps": "admm", "pcg": "refit"}
-RANGES: dict[str, tuple[Any, Any, Any]] = {
-    "damping": (int | float, 0, 10),
-    "asymmetric": (int | float, 0, 1),
-    "bf16": (bool, None, None),
-    "block": (int, 1, 1 << 20),
-    "steps": (int, 1, 10000),
-    "refits": (int, 0, 10000),
-    "reconstruct": (int, 0, 1000),
-    "lr": (int | float, 0, 1),
-    "blocks": (str, None, None),
-}
-
-
-def resolve(solver: str | Solver | Mapping[str, Any]) -> Solver:
-    """Return the solver with its defaults filled in; PatternError for an unknown one or an option it does not have.
-
-    >>> resolve("obs").block
-    128
-    """
-    if isinstance(solver, Mapping):
-        names = [f.name for f in fields(Solver)]
-        strange = [k for k in solver if k not in names]
-        if strange or "name" not in solver:
-            raise PatternError(unknown("solver option", strange[0], names) if strange else "a solver needs a name")
-        solver = Solver(**solver)
-    if not isinstance(solver, Solver):
-        solver = Solver(name=solver)
-    if not isinstance(solver.name, str) or solver.name not in SOLVERS:
-        near = PAPERS.get(str(solver.name).lower())
-        hint = f" (did you mean {near!r}?)" if near else ""
-        raise PatternError(
-            (unknown("solver", solver.name, SOLVERS) if not near else f"unknown solver {solver.name!r}") + hint
-        )
-    known = SOLVERS[solver.name]
-    given = {f.name: getattr(solver, f.name) for f in fields(solver) if f.name != "name"}
-    idle = [k for k, v in given.items() if v is not None and k not in known]
-    if idle:
-        raise PatternError(f"solver {solver.name} has no {', '.join(idle)}; it has {', '.join(known)}")
-    for key, value in given.items():
-        kind, low, high = RANGES[key]
-        if value is None:
-            continue
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            words = {bool: "true or false", int: "a whole number", str: "a glob of module names"}
-            raise PatternError(f"solver {solver.name}: {key} is {words.get(kind, 'a number')}, got {value!r}")
-        if high is not None and not low <= value <= high:
-            raise PatternError(f"solver {solver.name}: {key} lies within {low} and {high}, got {value!r}")
-    for key in ("lr", "blocks"):
-        if given[key] is not None and not given["reconstruct"]:
-            raise PatternError(f"solver {solver.name}: {key}={given[key]!r} has no effect without reconstruct")
-    if given["lr"] == 0:
-        raise PatternError(f"solver {solver.name}: lr=0 learns nothing; leave reconstruct out instead")
-    return Solver(name=solver.name, **{k: known[k] if given[k] is None else given[k] for k in known})
-
-
-def passes(solver: Solver) -> AbstractContextManager[Any]:
-    """The precision in which a solver runs the model."""
-    # no cache: it would keep the weights of the first pass for as long as the context lasts
-    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if solver.bf16 else nullcontext()
+from rarefy.prune.solver import COMMON, LINES, SOLVERS, Ask, Solver, passes
 
 
 def solve_(
@@ -175,12 +49,7 @@ def solve_(
     Returns a row a layer: its relative error, damping, seconds, zeros. An error in the middle leaves the layers before
     it pruned. O(one forward pass) + the solver's cost; memory as `rarefy.model.walk.walk`.
     """
-    first = next(iter(data), None)
-    if first is None:
-        raise DataError(f"the calibration data is empty: solver {solver.name} needs at least one batch")
-    idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
-    if idle:
-        raise PatternError(f"solver {solver.name} has nothing to move in an embedding: ignore {', '.join(idle)}")
+    first = check_solvable(chosen, data, f"solver {solver.name}")
     lean, model = memory is not None, unwrap(model)
     settings = {"solver": asdict(solver), **asdict(ask)}
     rows: list[dict[str, Any]] = []
@@ -229,6 +98,17 @@ def solve_(
         shape = layer.original.shape
         set_mask_(layer, unpack_bits(masks[layer.full_name], shape.numel()).reshape(shape))
     return rows
+
+
+def check_solvable(chosen: Sequence[Layer], data: Iterable[Any], what: str) -> Any:
+    """Return the first batch; raise for data without one, and for layers whose inputs are no vectors."""
+    first = next(iter(data), None)
+    if first is None:
+        raise DataError(f"the calibration data is empty: {what} needs at least one batch")
+    idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
+    if idle:
+        raise PatternError(f"{what} has nothing to move in an embedding: ignore {', '.join(idle)}")
+    return first
 
 
 def _told(layers: Sequence[Layer], row: Mapping[str, Any] | None = None) -> str:

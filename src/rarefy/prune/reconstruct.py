@@ -67,7 +67,8 @@ def reconstruct_(
                     m.grad = None if g is None else g.to(m.dtype)
                 moves.step()
                 for p, m in zip(parameters, masters):
-                    p.data.copy_(m)
+                    if m.dtype != p.dtype:  # else they are one memory
+                        p.data.copy_(m)
                 step += 1
             now = _error(module, held, bf16)
             if now < least:
@@ -75,7 +76,6 @@ def reconstruct_(
     finally:
         for p, b, flag in zip(parameters, best, flags):
             p.data.copy_(b)
-            p.grad = None
             p.requires_grad_(flag)
     end.changed = least < start
     return start, least

@@ -22,8 +22,9 @@ from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import allocate as allocate_
 from rarefy.prune import pattern as patterns
-from rarefy.prune.layerwise import Ask, Solver, measure, passes, resolve, solve_
+from rarefy.prune.layerwise import check_solvable, measure, solve_
 from rarefy.prune.score import SCORES
+from rarefy.prune.solver import Ask, Solver, passes, resolve
 
 
 def prune_(
@@ -178,12 +179,8 @@ def _spread(
         raise DataError(f"allocation {how!r} reads activations: give data=batches")
     if how == "owl":
         return allocate_.owl(chosen, ask.sparsity, collect(model, data, chosen, frozenset({"input"})))
-    idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
-    if idle:
-        raise PatternError(f"allocation 'errors' solves layers, and an embedding is none: ignore {', '.join(idle)}")
+    check_solvable(chosen, data, "allocation 'errors'")
     few = list(islice(track(data, "output gradients", progress), allocate_.FEW))
-    if not few:
-        raise DataError("the calibration data is empty: allocation 'errors' needs at least one batch")
     weights = allocate_.complete(allocate_.sensitivities(model, few, chosen, loss), chosen)
     costs = measure(model, chosen, ask, data, weights, allocate_.LEVELS, progress=progress)
     return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity)
@@ -211,8 +208,7 @@ def default_scope(plan: patterns.Pattern, score: str | None) -> str | None:
 def calibrate(
     model: nn.Module, chosen: Sequence[Layer], score: str, data: Iterable[Any] | None, loss: Loss | None, seed: int
 ) -> dict[str, Stats]:
-    """Return the statistics that `score` reads, after checking the weights; a pass over `data` only if needed."""
-    check_weights(chosen)
+    """Return the statistics that `score` reads; a pass over `data` only if needed."""
     needs = SCORES[score].needs
     if not needs:
         stats = {l.full_name: Stats() for l in chosen}

@@ -263,6 +263,7 @@ class _Pruner:
         if not due:
             return
         self.left = self.left[len(due) :]
+        stage.check_weights(self.chosen)
         stats = stage.calibrate(self.model, self.chosen, self.plan.score, self.calibrate, self.loss, self.plan.seed)
         found = stage.choose_masks(
             self.chosen, stats, self.pattern, self.plan.score, due[-1], self.scope, self.plan.reduce, self.plan.regrow
