@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"score": "wanda"},
     "obs fp32": {"solver": {"name": "obs"}},
     "obs": {"solver": {"name": "obs", **FAST}},
-    "wanda + refit": {"score": "wanda", "solver": {"name": "refit", **FAST}},
+    "wanda + refit": {"score": "wanda", "solver": {"name": "refit", **FAST, "refits": 4}, "samples": 48},
     "admm": {"solver": {"name": "admm", **FAST}},
     "admm, asymmetric": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}},
     "admm, asymmetric, line": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}, "allocate": "line"},
@@ -100,7 +100,7 @@ def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -
     dense = embed(model, tokenizer) if name == "minilm" else None
     how = dict(METHODS.get(method, {}))
     tokens = 512 if dense is None else 256
-    take = sources.Take(samples=64, tokens=tokens, batch=how.pop("batch", 8), seed=seed)
+    take = sources.Take(samples=how.pop("samples", 64), tokens=tokens, batch=how.pop("batch", 8), seed=seed)
     batches: list[Any] = sources.batches("wiki", take, tokenizer=tokenizer)  # type: ignore[assignment]
     if "solver" in how:
         how["solver"] = rarefy.Solver(**how["solver"])

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from rarefy.model.select import Layer
 
-PIECE = 256  # columns of one product; products above the diagonal are not computed twice
+PIECE = 256  # columns that are mirrored at a time
+LEAST = 192  # columns of a diagonal square that is multiplied whole
 PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-ROWS = 8192  # input vectors in one product, so that an fp32 copy or an unfolding stays small
+ROWS = 2048  # input vectors in one product, so that their fp32 copy stays small
 
 
 @dataclass
@@ -38,16 +39,18 @@ class Gram:
             self.H = x.new_zeros(G, C, C, dtype=torch.float32)
         if dense is not None and self.cross is None:
             self.cross = x.new_zeros(G, C, C, dtype=torch.float32)
-        width = PIECE if C >= 2 * PIECE else C
         for rows in range(0, n, ROWS):
             part = x[:, rows : rows + ROWS].float()
-            for a in range(0, C, width):
-                b = min(a + width, C)
-                self.H[:, a:b, a:].baddbmm_(part[..., a:b].transpose(1, 2), part[..., a:])
+            _add_upper(self.H, part)
             if dense is not None:
                 assert self.cross is not None
                 self.cross.baddbmm_((dense[:, rows : rows + ROWS].float() - part).transpose(1, 2), part)
         self.tokens += n
+
+    def copy(self) -> Gram:
+        """Return the sums so far, as sums of their own."""
+        assert self.H is not None
+        return Gram(self.H.clone(), None if self.cross is None else self.cross.clone(), self.tokens)
 
     @property
     def diagonal(self) -> Tensor:
@@ -65,6 +68,18 @@ class Gram:
             H[:, b:, a:b] = H[:, a:b, b:].transpose(-2, -1)
         held = None if self.held is None else self.held.finish()
         return Gram(H.div_(n), None if self.cross is None else self.cross.div_(n), self.tokens, held)
+
+
+def _add_upper(H: Tensor, x: Tensor) -> None:
+    """H += x^T x for its upper triangle: halves of columns, so that little below the diagonal is computed."""
+    C = H.shape[-1]
+    if C <= LEAST:
+        H.baddbmm_(x.transpose(1, 2), x)
+        return
+    m = C // 2
+    H[:, :m, m:].baddbmm_(x[..., :m].transpose(1, 2), x[..., m:])
+    _add_upper(H[:, :m, :m], x[..., :m])
+    _add_upper(H[:, m:, m:], x[..., m:])
 
 
 def same_columns(layer: Layer, module: nn.Module) -> tuple[Any, ...]:
