@@ -33,6 +33,7 @@ from rarefy import samples
 from rarefy.model import hf
 from rarefy.proof.evaluate import perplexity
 from rarefy.proof.measure import commit, machine
+from rarefy.prune.allocate import GRADIENTS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "oneshot.jsonl"
@@ -43,11 +44,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"score": "wanda"},
     "obs fp32": {"solver": {"name": "obs"}},
     "obs": {"solver": {"name": "obs", **FAST}},
+    "obs, line": {"solver": {"name": "obs", **FAST}, "allocate": "line"},
+    "obs, errors": {"solver": {"name": "obs", **FAST}, "allocate": "errors"},
+    "obs, search": {"solver": {"name": "obs", **FAST}, "allocate": "search"},
     "wanda + refit": {"score": "wanda", "solver": {"name": "refit", **FAST, "refits": 4}, "samples": 48},
     "admm": {"solver": {"name": "admm", **FAST}},
     "admm, asymmetric": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}},
     "admm, asymmetric, line": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}, "allocate": "line"},
-    "admm, asymmetric, errors": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}, "allocate": "errors"},
+    "admm, asymmetric, search": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}, "allocate": "search"},
     "admm, asymmetric, reconstruct": {"solver": {"name": "admm", **FAST, **LEARN}, "batch": 2},
     "admm, asymmetric, reconstruct, line": {
         "solver": {"name": "admm", **FAST, **LEARN},
@@ -104,7 +108,7 @@ def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -
     batches: list[Any] = sources.batches("wiki", take, tokenizer=tokenizer)  # type: ignore[assignment]
     if "solver" in how:
         how["solver"] = rarefy.Solver(**how["solver"])
-    if how.get("allocate") == "errors":
+    if how.get("allocate") in GRADIENTS:
         batches = [b | {"labels": b["input_ids"]} for b in batches]
     shape = {"pattern": setting} if ":" in setting else {"sparsity": float(setting)}
     began = time.perf_counter()

@@ -12,6 +12,8 @@ from rarefy import recipe as recipes
 from rarefy.errors import DataError, PatternError, RecipeError
 from rarefy.model.select import all_layers, select
 from rarefy.prune import allocate
+from rarefy.prune.allocate import LEVELS
+from rarefy.prune.search import TRIALS, search
 
 
 def mean(found, sizes):
@@ -103,6 +105,47 @@ def test_the_asked_budget_is_the_achieved_one(how, settings):
     assert (len({round(r["asked"], 4) for r in report.rows}) == 1) is (how == "uniform")
 
 
+def test_search_finds_what_measured_errors_hide():
+    """Errors that lie about which kind of layer matters: the loss tells, and the weights come back."""
+    torch.manual_seed(0)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dull, self.keen = (nn.ModuleList([nn.Linear(16, 16) for _ in range(2)]) for _ in range(2))
+
+        def forward(self, x):
+            return sum(1e-3 * d(x) + k(x) for d, k in zip(self.dull, self.keen))
+
+    net, seen = Two(), []
+    layers = all_layers(net)
+    x = torch.randn(64, 16)
+    data = [(x, net(x).detach())]
+
+    def loss(output, batch):
+        seen.append(float((output - batch[1]).square().mean()))
+        return torch.tensor(seen[-1])
+
+    costs = {l.full_name: [1.0, 2.0, 4.0] if "dull" in l.full_name else [0.9, 1.8, 3.6] for l in layers}
+    solved = {
+        l.full_name: [
+            torch.where(l.original.abs() > l.original.abs().quantile(s), l.original, 0.0).detach() for s in LEVELS
+        ]
+        for l in layers
+    }
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    found = search(net, layers, costs, solved, 0.6, data, loss)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    sizes = {l.full_name: l.original.numel() for l in layers}
+    assert mean(found, sizes) == pytest.approx(0.6, abs=1e-6)
+    assert all(s > 0.7 if "dull" in n else s < 0.5 for n, s in found.items()), found
+    assert len(seen) == TRIALS + 3 and min(seen) < 0.5 * seen[0] and min(seen) < 0.5 * seen[1]
+    assert found == search(net, layers, costs, solved, 0.6, data, loss)  # a seed is a seed
+    seen.clear()
+    search(net, layers, costs, solved, 0.6, data, loss, trials=0)
+    assert len(seen) == 3
+
+
 def test_errors_of_every_layer_type():
     net = Net().eval()
     report = rarefy.prune_(net, sparsity=0.5, solver="obs", allocate="errors", data=image_batches())
@@ -125,7 +168,8 @@ def test_errors(settings, kind, message):
 
 
 def test_recipes():
-    plan = recipes.load({"stages": [{"prune": {"sparsity": 0.5, "allocate": "errors", "solver": "obs"}}]})
+    how = {"sparsity": 0.5, "allocate": "search", "solver": {"name": "obs", "bf16": True}}
+    plan = recipes.load({"stages": [{"prune": how}]})
     data = [{"input_ids": torch.randint(0, 64, (2, 16))}]
     receipt = rarefy.compress_(tiny_llama(), plan, data)
     assert receipt.sparsity["achieved"] == pytest.approx(0.5, abs=2e-3)
@@ -133,7 +177,7 @@ def test_recipes():
         recipes.load({"stages": [{"prune": {"sparsity": 0.5, "allocate": "x"}}]})
 
 
-@pytest.mark.parametrize("how", ["owl", "errors"])
+@pytest.mark.parametrize("how", ["owl", "errors", "search"])
 def test_batches_from_a_generator_serve_allocation_and_solver(how):
     ids = torch.randint(0, 64, (2, 16))
     data = ({"input_ids": i, "labels": i} for i in [ids, ids.flip(1)])

@@ -25,6 +25,7 @@ from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
+from rarefy.prune.allocate import GRADIENTS
 from rarefy.prune.pattern import check_sparsity, parse
 from rarefy.prune.score import SCORES
 from rarefy.prune.stage import check_weights, prune_, refuse_impossible, report
@@ -222,12 +223,12 @@ def _check_data(plan: recipes.Recipe, given: _Given) -> None:
 def _calibrates(prune: Any) -> bool:
     """Whether a stage reads calibration data: its solver does, or its score."""
     score = getattr(prune, "score", None)
-    reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in ("owl", "errors")
+    reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in ("owl", *GRADIENTS)
     return reads or (score is not None and bool(SCORES[score].needs))
 
 
 def _prune(model: nn.Module, s: recipes.Prune, given: _Given, loss: Loss | None, **options: Any) -> list[Report]:
-    use = "train" if s.allocate == "errors" else s.score  # both need gradients of the loss
+    use = "train" if s.allocate in GRADIENTS else s.score  # both need gradients of the loss
     data = _Labelled(model, given.batches("calibrate"), use) if _calibrates(s) else None
     done = prune_(
         model,

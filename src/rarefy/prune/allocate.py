@@ -6,6 +6,7 @@ line      rises with depth by `slope` from the first layer to the last (Huang 20
 owl       layers whose Wanda scores have more outliers stay denser (Yin 2024, OWL)
 errors    least sum of predicted losses: measured errors of each layer x its outputs' squared gradients, by dynamic
           programming over the budget (Frantar 2022, SPDY)
+search    `errors`, then a short search on the true loss around them (`rarefy.prune.search`)
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rarefy.errors import PatternError
 from rarefy.model.select import Layer
 from rarefy.model.stats import Loss, Stats, call, evaluating, loss_of, on_device, tokens_in, trainable
 
-ALLOCATIONS = ("uniform", "erk", "line", "owl", "errors")
+ALLOCATIONS = ("uniform", "erk", "line", "owl", "errors", "search")
+GRADIENTS = ("errors", "search")  # read gradients of the loss
 UNITS = 2000  # parts of the budget in the dynamic program
 LEVELS = (0.4, 0.6, 0.8)  # sparsities at which errors are measured
 MOST = 0.97  # no layer is emptied

@@ -165,22 +165,30 @@ def measure(
     weights: Mapping[str, Tensor],
     levels: Sequence[float],
     *,
+    solved: dict[str, list[Tensor]] | None = None,
     progress: bool = False,
 ) -> dict[str, list[float]]:
     """Return each layer's error at each of `levels` of sparsity, solved by OBS in the untouched model; each output's
-    squared error counts as much as `weights` (by layer name, [outputs]) says. One forward pass, O(levels) solutions."""
+    squared error counts as much as `weights` (by layer name, [outputs]) says. The solutions go to `solved`, as stored,
+    in bf16. One forward pass, O(levels) solutions."""
     costs: dict[str, list[float]] = {l.full_name: [] for l in chosen}
     model = unwrap(model)
     groups = order(model, next(iter(data)), chosen)
     with closing(walk(model, data, groups)) as stops:
         for stop in track(stops, "measuring errors", progress, len(groups)):
             assert isinstance(stop, Stop)
-            _measure(stop, ask, weights, levels, costs)
+            with torch.autocast("cpu", enabled=False):
+                _measure(stop, ask, weights, levels, costs, solved)
     return costs
 
 
 def _measure(
-    stop: Stop, ask: Ask, weights: Mapping[str, Tensor], levels: Sequence[float], costs: dict[str, list[float]]
+    stop: Stop,
+    ask: Ask,
+    weights: Mapping[str, Tensor],
+    levels: Sequence[float],
+    costs: dict[str, list[float]],
+    solved: dict[str, list[Tensor]] | None,
 ) -> None:
     layers, H = stop.group.layers, stop.gram.H
     assert H is not None
@@ -192,8 +200,12 @@ def _measure(
             mask = choose((W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square(), 0, W.shape[-1])
             choose = given_mask(mask)
         new, _ = solve.obs(W, U, choose, parts[0].edges(SOLVERS["obs"]["block"]))
-        errors = solve.error(new, W, H).split([c.rows for c in parts], 1)
-        for layer, error in zip(layers, errors):
+        widths = [c.rows for c in parts]
+        errors = solve.error(new, W, H).split(widths, 1)
+        for layer, error, w in zip(layers, errors, new.split(widths, 1)):
+            if solved is not None:
+                kept = stored(layer, w, tuple(layer.original.shape)).bfloat16()
+                solved.setdefault(layer.full_name, []).append(kept)
             by_output = error.reshape(len(error), -1, layer.layout.shape[2]).sum(1).flatten()
             costs[layer.full_name].append(float((by_output * weights[layer.full_name].reshape(-1)).sum()))
 

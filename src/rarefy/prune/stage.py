@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from rarefy.prune import allocate as allocate_
 from rarefy.prune import pattern as patterns
 from rarefy.prune.layerwise import check_solvable, measure, solve_
 from rarefy.prune.score import SCORES
+from rarefy.prune.search import search
 from rarefy.prune.solver import Ask, Solver, passes, resolve
 
 
@@ -54,8 +56,8 @@ def prune_(
     solver    obs (SparseGPT), admm or refit: move the kept weights so that each layer's outputs on `data` stay
               (`rarefy.Solver` sets its options); the layers are then pruned in the order in which the model runs
     sparsity  fraction of zeros; N:M patterns decide it themselves
-    allocate  how `sparsity` is spread over layers (`rarefy.prune.allocate`): uniform, erk, line, owl, errors (which
-              reads gradients, as scores do)
+    allocate  how `sparsity` is spread over layers (`rarefy.prune.allocate`): uniform, erk, line, owl, errors or
+              search (these two read gradients, as scores do)
     scope     where scores compete: row, layer or global; by default what the score's paper does
     reduce    how a unit of several weights is scored: mean, sum, max or l2
     data      batches that `model` can be called with
@@ -92,7 +94,8 @@ def prune_(
     check_weights(chosen)
     for layer in chosen:
         check_maskable(layer)
-    ask = replace(ask, each=_spread(model, chosen, ask, allocate, data, loss, progress))
+    with nullcontext() if how is None else passes(how):
+        ask = replace(ask, each=_spread(model, chosen, ask, allocate, data, loss, seed, progress))
     rows: list[dict[str, Any]] = []
     if how is not None:
         rows = _solve(model, chosen, ask, how, data, loss, seed, memory=memory, work=work, progress=progress)
@@ -149,8 +152,8 @@ def _check_memory(how: Solver | None, ask: Ask, allocate: str | None, memory: in
         return
     if work is None:
         raise PatternError("memory needs work=FOLDER, where the new weights go")
-    if ask.first or allocate == "errors":
-        what = f"score {ask.score!r} over all layers" if ask.first else "allocate='errors'"
+    if ask.first or allocate in allocate_.GRADIENTS:
+        what = f"score {ask.score!r} over all layers" if ask.first else f"allocate={allocate!r}"
         raise PatternError(f"{what} holds all weights or gradients at once: leave it out, or leave memory out")
 
 
@@ -161,6 +164,7 @@ def _spread(
     how: str | None,
     data: Iterable[Any] | None,
     loss: Loss | None,
+    seed: int,
     progress: bool,
 ) -> dict[str, float]:
     """The sparsity of each layer."""
@@ -179,10 +183,13 @@ def _spread(
         raise DataError(f"allocation {how!r} reads activations: give data=batches")
     if how == "owl":
         return allocate_.owl(chosen, ask.sparsity, collect(model, data, chosen, frozenset({"input"})))
-    check_solvable(chosen, data, "allocation 'errors'")
+    check_solvable(chosen, data, f"allocation {how!r}")
     few = list(islice(track(data, "output gradients", progress), allocate_.FEW))
     weights = allocate_.complete(allocate_.sensitivities(model, few, chosen, loss), chosen)
-    costs = measure(model, chosen, ask, data, weights, allocate_.LEVELS, progress=progress)
+    solved: dict[str, list[Tensor]] | None = {} if how == "search" else None
+    costs = measure(model, chosen, ask, data, weights, allocate_.LEVELS, solved=solved, progress=progress)
+    if solved is not None:
+        return search(model, chosen, costs, solved, ask.sparsity, list(data), loss, seed=seed, progress=progress)
     return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity)
 
 

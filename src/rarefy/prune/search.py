@@ -1,0 +1,123 @@
+"""A short search on the true loss, around the allocation that dynamic programming makes of measured errors.
+
+Measured errors weigh layers of one kind well against each other, layers of different kinds less well, and know nothing
+of how errors add up on their way. So each kind of layer gets a factor on its errors, so does depth, and the outcome is
+drawn towards uniform by a common amount: a handful of numbers, climbed with a fixed number of evaluations of the
+model's own loss (SPDY, Frantar 2022, searches a factor for each layer; EvoPress, Sieberling 2024, the sparsities).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.model.select import Layer
+from rarefy.model.stats import Loss, call, evaluating, loss_of, on_device
+from rarefy.model.walk import samples_in
+from rarefy.progress import track
+from rarefy.prune.allocate import LEVELS, balanced, least, line
+
+TRIALS = 24
+SAMPLES = 8  # of the calibration data, the last ones: the first ones gave the gradients
+
+
+def search(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    costs: Mapping[str, Sequence[float]],
+    solved: Mapping[str, Sequence[Tensor]],
+    sparsity: float,
+    data: Sequence[Any],
+    loss: Loss | None = None,
+    *,
+    trials: int = TRIALS,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Return sparsities by layer name whose mean over weights is `sparsity`: of all that were tried the ones under
+    which the model loses least. Uniform ones, a line in depth and `least(costs)` are among them.
+
+    costs   predicted loss of each layer at `LEVELS`
+    solved  weights of each layer, as stored, at `LEVELS`; between two levels they are mixed
+    data    calibration batches, of which the last `SAMPLES` samples or so are used
+    The model is left as it was. O(trials) forward passes over these samples and dynamic programs.
+    """
+    sizes = {l.full_name: l.original.numel() for l in layers}
+    kinds = {n: re.sub(r"\d+", "*", n) for n in sizes}
+    columns = {kind: i for i, kind in enumerate(dict.fromkeys(kinds.values()))}
+    depth = {n: 2 * i / max(len(sizes) - 1, 1) - 1 for i, n in enumerate(sizes)}
+    uniform = dict.fromkeys(sizes, sparsity)
+    few = _last(data)
+    noise = torch.Generator().manual_seed(seed)
+
+    def allocation(point: Tensor) -> dict[str, float]:
+        """point: log factor of each kind, of depth, and the pull towards uniform."""
+        *by_kind, slope, pull = point.tolist()
+        factors = {n: math.exp(by_kind[columns[k]] + slope * depth[n]) for n, k in kinds.items()}
+        found = least({n: [e * factors[n] for e in c] for n, c in costs.items()}, sizes, sparsity)
+        share = min(1.0, max(0.0, pull))
+        return balanced({n: s + share * (sparsity - s) for n, s in found.items()}, sizes, sparsity)
+
+    with _trying(model, layers, solved, few, loss) as loss_at:
+        here = torch.zeros(len(columns) + 2)
+        lowest = loss_at(allocation(here))
+        tried = [(lowest, allocation(here)), (loss_at(uniform), uniform)]
+        slanted = line(layers, sparsity)
+        tried.append((loss_at(slanted), slanted))
+        spread = 0.5
+        for _ in track(range(trials), "searching an allocation by the loss", progress, trials):
+            step = torch.randn(len(here), generator=noise)
+            step[-1] = step[-1] / 2
+            there = here + spread * step
+            found = allocation(there)
+            value = loss_at(found)
+            tried.append((value, found))
+            better = value < lowest
+            here, lowest = (there, value) if better else (here, lowest)
+            spread *= 1.3 if better else 0.9
+    return min(tried, key=lambda t: t[0])[1]
+
+
+def _last(data: Sequence[Any]) -> list[Any]:
+    """The last batches that hold `SAMPLES` samples together."""
+    few: list[Any] = []
+    for batch in reversed(data):
+        few.append(batch)
+        if sum(map(samples_in, few)) >= SAMPLES:
+            break
+    return few
+
+
+@contextmanager
+def _trying(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    solved: Mapping[str, Sequence[Tensor]],
+    data: Sequence[Any],
+    loss: Loss | None,
+) -> Iterator[Any]:
+    """Give the model's mean loss as a function of sparsities; the weights are put back at the end."""
+    dense = {l.full_name: l.original.detach().clone() for l in layers}
+    levels = (0.0, *LEVELS, 1.0)
+
+    def loss_at(wanted: Mapping[str, float]) -> float:
+        for l in layers:
+            name, s = l.full_name, wanted[l.full_name]
+            known = [dense[name], *solved[name], torch.zeros_like(dense[name])]
+            i = next(i for i in range(len(LEVELS) + 1) if s <= levels[i + 1])
+            share = (s - levels[i]) / (levels[i + 1] - levels[i])
+            l.original.data.copy_(torch.lerp(known[i].to(dense[name]), known[i + 1].to(dense[name]), share))
+        return sum(float(loss_of(loss)(call(model, b), b)) for b in (on_device(model, b) for b in data)) / len(data)
+
+    try:
+        with evaluating(model), torch.no_grad():
+            yield loss_at
+    finally:
+        for l in layers:
+            l.original.data.copy_(dense[l.full_name])
