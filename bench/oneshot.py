@@ -53,6 +53,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "admm, asymmetric, line": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}, "allocate": "line"},
     "admm, asymmetric, search": {"solver": {"name": "admm", **FAST, "asymmetric": 0.5}, "allocate": "search"},
     "admm, asymmetric, reconstruct": {"solver": {"name": "admm", **FAST, **LEARN}, "batch": 2},
+    "admm, asymmetric, reconstruct, search": {
+        "solver": {"name": "admm", **FAST, **LEARN},
+        "allocate": "search",
+        "batch": 2,
+    },
     "admm, asymmetric, reconstruct, line": {
         "solver": {"name": "admm", **FAST, **LEARN},
         "allocate": "line",

@@ -98,7 +98,7 @@ def order(model: nn.Module, batch: Any, layers: Sequence[Layer], *, dense: bool 
         last[:] = [made[-1][2]]
 
     with evaluating(model), torch.no_grad(), taps(model, layers, arrive):
-        call(model, on_device(model, _first_sample(batch)))
+        call(model, on_device(model, first_samples(batch)))
     groups = []
     for _, _, members, rows in made:
         once = [l for l in members if calls[id(l)] == 1]
@@ -436,18 +436,18 @@ def _tensors_in(batch: Any) -> list[Tensor]:
 
 def samples_in(batch: Any) -> int:
     """Return how many of what `order` runs a batch holds: samples, or 1 where its tensors do not say."""
-    one = _tensors_in(_first_sample(batch))
+    one = _tensors_in(first_samples(batch))
     return len(_tensors_in(batch)[0]) if one and one[0].dim() and len(one[0]) == 1 else 1
 
 
-def _first_sample(batch: Any) -> Any:
-    """One sample of a batch whose tensors agree on their first dimension, else the batch."""
+def first_samples(batch: Any, n: int = 1) -> Any:
+    """Return the first samples of a batch whose tensors agree on their first dimension, else the batch."""
     if isinstance(batch, Tensor):
-        return batch[:1] if batch.dim() else batch
+        return batch[:n] if batch.dim() else batch
     tensors = list(batch.values()) if hasattr(batch, "keys") else list(batch) if isinstance(batch, tuple | list) else []
     sizes = {len(t) if isinstance(t, Tensor) and t.dim() else None for t in tensors}
     if len(sizes) != 1 or None in sizes:
         return batch
     if hasattr(batch, "keys"):
-        return {k: batch[k][:1] for k in batch}
-    return tuple(t[:1] for t in batch)
+        return {k: batch[k][:n] for k in batch}
+    return tuple(t[:n] for t in batch)

@@ -28,7 +28,8 @@ GRADIENTS = ("errors", "search")  # read gradients of the loss
 UNITS = 2000  # parts of the budget in the dynamic program
 LEVELS = (0.4, 0.6, 0.8)  # sparsities at which errors are measured
 MOST = 0.97  # no layer is emptied
-FEW = 4  # batches whose gradients are taken
+FEW = 4  # batches whose gradients are taken, of two samples each: a backward pass holds all activations
+ENOUGH = 16  # samples on which errors are measured
 
 
 def balanced(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:

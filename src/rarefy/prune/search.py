@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from rarefy.model.select import Layer
 from rarefy.model.stats import Loss, call, evaluating, loss_of, on_device
-from rarefy.model.walk import samples_in
+from rarefy.model.walk import first_samples, samples_in
 from rarefy.progress import track
 from rarefy.prune.allocate import LEVELS, balanced, least, line
 
-TRIALS = 24
-SAMPLES = 8  # of the calibration data, the last ones: the first ones gave the gradients
+TRIALS = 16
+SAMPLES = 4  # of the calibration data, from its end: gradients come from its beginning
 
 
 def search(
@@ -45,7 +45,7 @@ def search(
 
     costs   predicted loss of each layer at `LEVELS`
     solved  weights of each layer, as stored, at `LEVELS`; between two levels they are mixed
-    data    calibration batches, of which the last `SAMPLES` samples or so are used
+    data    calibration batches; the last `SAMPLES` samples or so are used
     The model is left as it was. O(trials) forward passes over these samples and dynamic programs.
     """
     sizes = {l.full_name: l.original.numel() for l in layers}
@@ -65,12 +65,13 @@ def search(
         return balanced({n: s + share * (sparsity - s) for n, s in found.items()}, sizes, sparsity)
 
     with _trying(model, layers, solved, few, loss) as loss_at:
-        here = torch.zeros(len(columns) + 2)
-        lowest = loss_at(allocation(here))
-        tried = [(lowest, allocation(here)), (loss_at(uniform), uniform)]
-        slanted = line(layers, sparsity)
-        tried.append((loss_at(slanted), slanted))
-        spread = 0.5
+        tried = [(loss_at(a), a) for a in (uniform, line(layers, sparsity))]
+        starts = torch.zeros(2, len(columns) + 2)
+        starts[1, -1] = 0.5
+        first = [(loss_at(a), i, a) for i, a in enumerate(map(allocation, starts))]
+        tried += [(value, a) for value, _, a in first]
+        lowest, best, _ = min(first, key=lambda t: t[0])
+        here, spread = starts[best], 0.5
         for _ in track(range(trials), "searching an allocation by the loss", progress, trials):
             step = torch.randn(len(here), generator=noise)
             step[-1] = step[-1] / 2
@@ -85,10 +86,10 @@ def search(
 
 
 def _last(data: Sequence[Any]) -> list[Any]:
-    """The last batches that hold `SAMPLES` samples together."""
+    """`SAMPLES` samples, of the last batches."""
     few: list[Any] = []
     for batch in reversed(data):
-        few.append(batch)
+        few.append(first_samples(batch, SAMPLES - sum(map(samples_in, few))))
         if sum(map(samples_in, few)) >= SAMPLES:
             break
     return few

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rarefy.files import bytes_of, path_of
 from rarefy.model.mask import check_maskable, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, all_layers, select
 from rarefy.model.stats import Loss, Stats, check_batches, collect
+from rarefy.model.walk import first_samples, samples_in
 from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import allocate as allocate_
@@ -184,12 +185,15 @@ def _spread(
     if how == "owl":
         return allocate_.owl(chosen, ask.sparsity, collect(model, data, chosen, frozenset({"input"})))
     check_solvable(chosen, data, f"allocation {how!r}")
-    few = list(islice(track(data, "output gradients", progress), allocate_.FEW))
+    data = list(data)
+    few = track([first_samples(b, 2) for b in data[: allocate_.FEW]], "output gradients", progress)
     weights = allocate_.complete(allocate_.sensitivities(model, few, chosen, loss), chosen)
     solved: dict[str, list[Tensor]] | None = {} if how == "search" else None
-    costs = measure(model, chosen, ask, data, weights, allocate_.LEVELS, solved=solved, progress=progress)
+    sizes = list(accumulate(map(samples_in, data)))
+    some = data[: 1 + sum(n < allocate_.ENOUGH for n in sizes)]
+    costs = measure(model, chosen, ask, some, weights, allocate_.LEVELS, solved=solved, progress=progress)
     if solved is not None:
-        return search(model, chosen, costs, solved, ask.sparsity, list(data), loss, seed=seed, progress=progress)
+        return search(model, chosen, costs, solved, ask.sparsity, data, loss, seed=seed, progress=progress)
     return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity)
 
 
