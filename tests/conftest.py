@@ -97,6 +97,14 @@ def tiny_llama(dtype: torch.dtype = torch.float32):
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
+def tiny_bert():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    return BertModel(BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)).eval()
+
+
 def text_model(folder: Path) -> None:
     """Put a tiny language model with its tokenizer, and a text of its words, into a folder."""
     pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ from rarefy.errors import DataError, PatternError, RecipeError
 from rarefy.model.select import all_layers, select
 from rarefy.prune import allocate
 from rarefy.prune.allocate import LEVELS
-from rarefy.prune.search import TRIALS, search
+from rarefy.prune.search import TRIALS, probe, search
 
 
 def mean(found, sizes):
@@ -144,6 +144,30 @@ def test_search_finds_what_measured_errors_hide():
     seen.clear()
     search(net, layers, costs, solved, 0.6, data, loss, trials=0)
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("how", allocate.GRADIENTS)
+def test_a_model_without_a_loss_goes_by_its_own_outputs(how):
+    """An encoder: what its outputs do not depend on is pruned first."""
+    torch.manual_seed(0)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(32, 32) for _ in range(2)])
+
+        def forward(self, x):
+            return {"hidden": self.layers[0](x) + 0.01 * self.layers[1](x)}
+
+    report = rarefy.prune_(Encoder(), sparsity=0.6, solver="obs", allocate=how, data=[torch.randn(64, 32)])
+    keen, dull = (r["asked"] for r in report.rows)
+    assert keen < 0.5 and dull > 0.7 and (keen + dull) / 2 == pytest.approx(0.6, abs=1e-6)
+
+
+def test_probe_weighs_every_output_alike():
+    y = torch.zeros(50_000, 4, requires_grad=True)
+    (g,) = torch.autograd.grad(probe(y, None), y)
+    torch.testing.assert_close((g * y.numel()).square().mean(0), torch.ones(4), rtol=0.02, atol=0)
 
 
 def test_errors_of_every_layer_type():

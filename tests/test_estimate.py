@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import rarefy
+from rarefy.model.batches import samples_in
 from rarefy.model.select import select
-from rarefy.model.walk import order, samples_in
+from rarefy.model.walk import order
 from rarefy.prune.estimate import Cost, estimate
 from rarefy.prune.solver import SOLVERS, resolve
 

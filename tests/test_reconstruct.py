@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import rarefy
-from conftest import Net, tiny_llama
+from conftest import Net, tiny_bert, tiny_llama
 from rarefy.errors import ModelError, PatternError
 from rarefy.model.select import select
 from rarefy.model.walk import Block, End, Stop, blocks, order, walk, with_ends
@@ -132,8 +132,9 @@ def test_an_idle_rate_is_an_error():
 
 
 @pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
-def test_presets_run_on_any_transformer(preset):
-    model = tiny_llama()
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+def test_presets_run_on_any_transformer(preset, make):
+    model = make()
     batches = [{"input_ids": torch.randint(0, 64, (2, 16))} for _ in range(3)]
     receipt = rarefy.compress_(model, preset, batches, sparsity=0.4)
     assert receipt.sparsity["achieved"] == pytest.approx(0.4, abs=0.01)

@@ -297,7 +297,7 @@ def _with_labels(model: nn.Module, batches: Iterable[Any], use: str | None) -> I
     wants = use == "train" or (use is not None and "gradient" in SCORES[use].needs)
     for batch in batches:
         text = hasattr(batch, "keys") and "input_ids" in batch and "labels" not in batch
-        if wants and text and hf.is_model(model):
+        if wants and text and hf.gives_tokens(model):
             labels, mask = batch["input_ids"], batch.get("attention_mask")
             batch = {**batch, "labels": labels if mask is None else labels.masked_fill(mask == 0, -100)}
         yield batch

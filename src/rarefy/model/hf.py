@@ -65,6 +65,12 @@ def is_model(model: nn.Module) -> bool:
     return hasattr(config, "to_dict") and hasattr(config, "model_type")
 
 
+def gives_tokens(model: nn.Module) -> bool:
+    """Return whether a model predicts tokens, so that its text is its own target."""
+    ask = getattr(model, "get_output_embeddings", None)
+    return is_model(model) and callable(ask) and ask() is not None
+
+
 def no_bars() -> None:
     """Keep transformers from drawing progress bars of its own."""
     _transformers().utils.logging.disable_progress_bar()

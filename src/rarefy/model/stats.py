@@ -168,14 +168,22 @@ def _target(batch: Any) -> Any:
     raise DataError(f"a criterion needs (inputs, target) batches or dicts with labels, got {describe(batch)}")
 
 
+def has_loss(output: Any, batch: Any) -> bool:
+    """Return whether `default_loss` finds one: the model's own, or that of (inputs, classes) batches."""
+    target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+    classes = isinstance(target, Tensor) and not target.is_floating_point()
+    return isinstance(getattr(output, "loss", None), Tensor) or (
+        classes and isinstance(getattr(output, "logits", output), Tensor)
+    )
+
+
 def default_loss(output: Any, batch: Any) -> Tensor:
     """Return the loss that a model gives by itself (`output.loss`), or cross entropy for (inputs, classes) batches."""
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor):
         return own
-    logits = getattr(output, "logits", output)
-    target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
-    if isinstance(logits, Tensor) and isinstance(target, Tensor) and not target.is_floating_point():
+    if has_loss(output, batch):
+        logits, target = getattr(output, "logits", output), batch[1]
         if target.numel() and logits.dim() > 1 and int(target.max()) >= logits.shape[1]:
             raise DataError(f"a class is {int(target.max())}, the model has {logits.shape[1]} outputs (0 is the first)")
         return F.cross_entropy(logits.float(), target)

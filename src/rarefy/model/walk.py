@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError, nearest
 from rarefy.model import pages
+from rarefy.model.batches import first_samples, tensors_in
 from rarefy.model.gram import Gram, columns, same_columns
 from rarefy.model.select import Layer
 from rarefy.model.stats import call, evaluating, on_device
@@ -303,7 +304,7 @@ class _Walk:
             return
         rows = [t for (index, _), t in self.untouched.items() if index == fibre.batch] if fibre.side == 0 else []
         tensors = {id(t): t for t in [*pages.of_frames(fibre.gr_frame), *rows]}.values()
-        groups = pages.movable(tensors, self.owned | pages.storages(_tensors_in(fibre.data)))
+        groups = pages.movable(tensors, self.owned | pages.storages(tensors_in(fibre.data)))
         size = pages.nbytes(groups)
         if self.parked + size > self.most:
             unchanged = [(seen, i) for seen in fibre.seen.values() for i, (t, v) in enumerate(seen) if t._version == v]
@@ -365,7 +366,7 @@ class _Walk:
         """Note the state of a block's inputs: it is to be run again on them."""
         here: Any = getcurrent()
         if gate > self.done and getattr(here, "walk", None) is self:
-            here.seen[gate] = [(t, t._version) for t in _tensors_in([*args, kwargs])]
+            here.seen[gate] = [(t, t._version) for t in tensors_in([*args, kwargs])]
 
     def leave(self, gate: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
         """A block has ended: note its call, and run it again where its weights have changed meanwhile."""
@@ -393,7 +394,7 @@ class _Walk:
 
 def first_tensor(out: Any) -> Tensor:
     """Return a module's output, or the first of several; ModelError where there is none."""
-    found = _tensors_in(out)
+    found = tensors_in(out)
     if not found:
         raise ModelError(f"a block returns {type(out).__name__} without a tensor: leave reconstruct out")
     return found[0]
@@ -425,29 +426,3 @@ def _install(group: Group, weights: dict[str, Tensor], assign: bool) -> None:
                 layer.original.data = weights[layer.full_name]
             else:
                 layer.original.data.copy_(weights[layer.full_name])
-
-
-def _tensors_in(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch]
-    parts = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, tuple | list) else ()
-    return [t for part in parts for t in _tensors_in(part)]
-
-
-def samples_in(batch: Any) -> int:
-    """Return how many of what `order` runs a batch holds: samples, or 1 where its tensors do not say."""
-    one = _tensors_in(first_samples(batch))
-    return len(_tensors_in(batch)[0]) if one and one[0].dim() and len(one[0]) == 1 else 1
-
-
-def first_samples(batch: Any, n: int = 1) -> Any:
-    """Return the first samples of a batch whose tensors agree on their first dimension, else the batch."""
-    if isinstance(batch, Tensor):
-        return batch[:n] if batch.dim() else batch
-    tensors = list(batch.values()) if hasattr(batch, "keys") else list(batch) if isinstance(batch, tuple | list) else []
-    sizes = {len(t) if isinstance(t, Tensor) and t.dim() else None for t in tensors}
-    if len(sizes) != 1 or None in sizes:
-        return batch
-    if hasattr(batch, "keys"):
-        return {k: batch[k][:n] for k in batch}
-    return tuple(t[:n] for t in batch)

@@ -28,8 +28,7 @@ GRADIENTS = ("errors", "search")  # read gradients of the loss
 UNITS = 2000  # parts of the budget in the dynamic program
 LEVELS = (0.4, 0.6, 0.8)  # sparsities at which errors are measured
 MOST = 0.97  # no layer is emptied
-FEW = 4  # batches whose gradients are taken, of two samples each: a backward pass holds all activations
-ENOUGH = 16  # samples on which errors are measured
+TOKENS = {"gradients": 4096, "pass": 1024, "errors": 8192}  # or samples; a backward pass holds all activations
 
 
 def balanced(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:

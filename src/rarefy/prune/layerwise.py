@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.formats.sparse import pack_bits, unpack_bits
+from rarefy.model.batches import samples_in
 from rarefy.model.gram import Gram
 from rarefy.model.mask import get_mask, set_mask_
 from rarefy.model.select import Layer, unwrap
 from rarefy.model.stats import Stats
-from rarefy.model.walk import End, Stop, blocks, order, samples_in, walk, with_ends
+from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
 from rarefy.progress import say, track
 from rarefy.prune import journal, solve
 from rarefy.prune import pattern as patterns

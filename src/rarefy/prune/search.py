@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.model.batches import first_samples, some, tensors_in
 from rarefy.model.select import Layer
-from rarefy.model.stats import Loss, call, evaluating, loss_of, on_device
-from rarefy.model.walk import first_samples, samples_in
+from rarefy.model.stats import Loss, call, evaluating, has_loss, loss_of, on_device
 from rarefy.progress import track
 from rarefy.prune.allocate import LEVELS, balanced, least, line
 
 TRIALS = 16
-SAMPLES = 4  # of the calibration data, from its end: gradients come from its beginning
+TOKENS = 2048  # (or samples) of the calibration data, from its end: gradients come from its beginning
 
 
 def search(
@@ -41,11 +41,12 @@ def search(
     progress: bool = False,
 ) -> dict[str, float]:
     """Return sparsities by layer name whose mean over weights is `sparsity`: of all that were tried the ones under
-    which the model loses least. Uniform ones, a line in depth and `least(costs)` are among them.
+    which the model loses least. Uniform ones, a line in depth and `least(costs)` are among them. A model without a
+    loss is to stay close to its own outputs.
 
     costs   predicted loss of each layer at `LEVELS`
     solved  weights of each layer, as stored, at `LEVELS`; between two levels they are mixed
-    data    calibration batches; the last `SAMPLES` samples or so are used
+    data    calibration batches; about `TOKENS` tokens of the last ones are used
     The model is left as it was. O(trials) forward passes over these samples and dynamic programs.
     """
     sizes = {l.full_name: l.original.numel() for l in layers}
@@ -53,7 +54,7 @@ def search(
     columns = {kind: i for i, kind in enumerate(dict.fromkeys(kinds.values()))}
     depth = {n: 2 * i / max(len(sizes) - 1, 1) - 1 for i, n in enumerate(sizes)}
     uniform = dict.fromkeys(sizes, sparsity)
-    few = _last(data)
+    few = some(reversed(data), TOKENS)
     noise = torch.Generator().manual_seed(seed)
 
     def allocation(point: Tensor) -> dict[str, float]:
@@ -85,16 +86,6 @@ def search(
     return min(tried, key=lambda t: t[0])[1]
 
 
-def _last(data: Sequence[Any]) -> list[Any]:
-    """`SAMPLES` samples, of the last batches."""
-    few: list[Any] = []
-    for batch in reversed(data):
-        few.append(first_samples(batch, SAMPLES - sum(map(samples_in, few))))
-        if sum(map(samples_in, few)) >= SAMPLES:
-            break
-    return few
-
-
 @contextmanager
 def _trying(
     model: nn.Module,
@@ -114,11 +105,43 @@ def _trying(
             i = next(i for i in range(len(LEVELS) + 1) if s <= levels[i + 1])
             share = (s - levels[i]) / (levels[i + 1] - levels[i])
             l.original.data.copy_(torch.lerp(known[i].to(dense[name]), known[i + 1].to(dense[name]), share))
-        return sum(float(loss_of(loss)(call(model, b), b)) for b in (on_device(model, b) for b in data)) / len(data)
+        value = sum(far(call(model, b), b, y) for b, y in zip(batches, outputs)) / len(batches)
+        return value if math.isfinite(value) else math.inf
+
+    def far(output: Any, batch: Any, dense: Tensor | None) -> float:
+        if dense is None:
+            return float(loss_of(loss)(output, batch))
+        return float((output_of(output).float() - dense).square().sum() / dense.square().sum())
 
     try:
         with evaluating(model), torch.no_grad():
+            batches = [on_device(model, b) for b in data]
+            blind = lacks_loss(model, data[0], loss)
+            outputs = [output_of(call(model, b)).float() if blind else None for b in batches]
             yield loss_at
     finally:
         for l in layers:
             l.original.data.copy_(dense[l.full_name])
+
+
+def lacks_loss(model: nn.Module, batch: Any, loss: Loss | None) -> bool:
+    """Return whether there is nothing to go by but the model's own outputs. One forward pass of a sample."""
+    if loss is not None:
+        return False
+    one = on_device(model, first_samples(batch))
+    with evaluating(model), torch.no_grad():
+        output = call(model, one)
+    return not has_loss(output, one) and output_of(output) is not None
+
+
+def output_of(output: Any) -> Any:
+    """Return what a model gives: its logits or, where there are none, the first of its tensors, or None."""
+    found = [getattr(output, "logits", None), *tensors_in(output)]
+    return next((t for t in found if isinstance(t, Tensor)), None)
+
+
+def probe(output: Any, batch: Any) -> Tensor:
+    """Return outputs times noise: a loss whose squared gradients are, in the mean, the outputs' sensitivities."""
+    y = output_of(output)
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(y.numel()))
+    return (y.float() * noise.to(y.device)).mean()

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,17 @@ from torch.utils.data import DataLoader
 
 from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.files import bytes_of, path_of
+from rarefy.model.batches import some
 from rarefy.model.mask import check_maskable, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, all_layers, select
 from rarefy.model.stats import Loss, Stats, check_batches, collect
-from rarefy.model.walk import first_samples, samples_in
 from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import allocate as allocate_
 from rarefy.prune import pattern as patterns
 from rarefy.prune.layerwise import check_solvable, measure, solve_
 from rarefy.prune.score import SCORES
-from rarefy.prune.search import search
+from rarefy.prune.search import lacks_loss, probe, search
 from rarefy.prune.solver import Ask, Solver, passes, resolve
 
 
@@ -58,7 +57,7 @@ def prune_(
               (`rarefy.Solver` sets its options); the layers are then pruned in the order in which the model runs
     sparsity  fraction of zeros; N:M patterns decide it themselves
     allocate  how `sparsity` is spread over layers (`rarefy.prune.allocate`): uniform, erk, line, owl, errors or
-              search (these two read gradients, as scores do)
+              search (these two read gradients of the loss or, where a model has none, of its outputs)
     scope     where scores compete: row, layer or global; by default what the score's paper does
     reduce    how a unit of several weights is scored: mean, sum, max or l2
     data      batches that `model` can be called with
@@ -175,7 +174,9 @@ def _spread(
         return {l.full_name: ask.sparsity for l in chosen}
     if ask.plan.kind == "nm" or ask.scope == "global":
         what = f"pattern {ask.plan}" if ask.plan.kind == "nm" else "scope 'global'"
-        raise PatternError(f"{what} decides every layer's sparsity itself: allocate={how!r} has no effect")
+        raise PatternError(
+            f"{what} decides every layer's sparsity itself: allocate={how!r} has no effect, take 'uniform'"
+        )
     if how == "erk":
         return allocate_.erk(chosen, ask.sparsity)
     if how == "line":
@@ -186,12 +187,13 @@ def _spread(
         return allocate_.owl(chosen, ask.sparsity, collect(model, data, chosen, frozenset({"input"})))
     check_solvable(chosen, data, f"allocation {how!r}")
     data = list(data)
-    few = track([first_samples(b, 2) for b in data[: allocate_.FEW]], "output gradients", progress)
-    weights = allocate_.complete(allocate_.sensitivities(model, few, chosen, loss), chosen)
+    tokens = allocate_.TOKENS
+    few = track(some(data, tokens["gradients"], tokens["pass"]), "output gradients", progress)
+    goal = probe if lacks_loss(model, data[0], loss) else loss
+    weights = allocate_.complete(allocate_.sensitivities(model, few, chosen, goal), chosen)
     solved: dict[str, list[Tensor]] | None = {} if how == "search" else None
-    sizes = list(accumulate(map(samples_in, data)))
-    some = data[: 1 + sum(n < allocate_.ENOUGH for n in sizes)]
-    costs = measure(model, chosen, ask, some, weights, allocate_.LEVELS, solved=solved, progress=progress)
+    part = some(data, tokens["errors"])
+    costs = measure(model, chosen, ask, part, weights, allocate_.LEVELS, solved=solved, progress=progress)
     if solved is not None:
         return search(model, chosen, costs, solved, ask.sparsity, data, loss, seed=seed, progress=progress)
     return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity)

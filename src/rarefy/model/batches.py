@@ -1,0 +1,58 @@
+"""Batches of any kind: what tensors they hold, how many samples, and parts of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from rarefy.model.stats import tokens_in
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return the tensors in nested dicts, tuples and lists."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, tuple | list) else ()
+    return [t for part in parts for t in tensors_in(part)]
+
+
+def samples_in(batch: Any) -> int:
+    """Return how many of what `order` runs a batch holds: samples, or 1 where its tensors do not say."""
+    one = tensors_in(first_samples(batch))
+    return len(tensors_in(batch)[0]) if one and one[0].dim() and len(one[0]) == 1 else 1
+
+
+def first_samples(batch: Any, n: int = 1) -> Any:
+    """Return the first samples of a batch whose tensors agree on their first dimension, else the batch."""
+    if isinstance(batch, Tensor):
+        return batch[:n] if batch.dim() else batch
+    tensors = list(batch.values()) if hasattr(batch, "keys") else list(batch) if isinstance(batch, tuple | list) else []
+    sizes = {len(t) if isinstance(t, Tensor) and t.dim() else None for t in tensors}
+    if len(sizes) != 1 or None in sizes:
+        return batch
+    if hasattr(batch, "keys"):
+        return {k: batch[k][:n] for k in batch}
+    return tuple(t[:n] for t in batch)
+
+
+def some(data: Iterable[Any], tokens: int, each: int | None = None) -> list[Any]:
+    """Return the first batches that hold `tokens` tokens (or samples, where these are no text) together, the last one
+    cut to whole samples, and each one to about `each` tokens.
+
+    >>> import torch
+    >>> [len(b) for b in some([torch.ones(8, 3), torch.ones(8, 3), torch.ones(8, 3)], 10)]
+    [8, 2]
+    """
+    few, left = list[Any](), tokens
+    for batch in data:
+        if left <= 0:
+            break
+        long = max(1.0, tokens_in(batch) / samples_in(batch))
+        n = math.ceil(left / long) if each is None else min(math.ceil(left / long), int(each / long))
+        part = first_samples(batch, max(1, n))
+        few.append(part)
+        left -= tokens_in(part)
+    return few
