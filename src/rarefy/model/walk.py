@@ -357,7 +357,7 @@ class _Walk:
         else:
             gram, dense = self.grams.setdefault(gate, Gram()), self.untouched.get((here.batch, gate))
             gram.add(rows, dense)
-            if dense is not None and here.batch == 0 and gram.held is None:
+            if dense is not None and here.batch == 0:
                 gram.held = gram.copy()
             if not torch.isfinite(gram.diagonal).all():
                 raise ModelError(f"{layer.full_name}: NaN or inf in its inputs on calibration batch {here.batch}")

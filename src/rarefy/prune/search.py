@@ -36,17 +36,18 @@ def search(
     data: Sequence[Any],
     loss: Loss | None = None,
     *,
+    blind: bool = False,
     trials: int = TRIALS,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, float]:
     """Return sparsities by layer name whose mean over weights is `sparsity`: of all that were tried the ones under
-    which the model loses least. Uniform ones, a line in depth and `least(costs)` are among them. A model without a
-    loss is to stay close to its own outputs.
+    which the model loses least. Uniform ones, a line in depth and `least(costs)` are among them.
 
     costs   predicted loss of each layer at `LEVELS`
     solved  weights of each layer, as stored, at `LEVELS`; between two levels they are mixed
     data    calibration batches; about `TOKENS` tokens of the last ones are used
+    blind   the model `lacks_loss`: it is to stay close to its own outputs
     The model is left as it was. O(trials) forward passes over these samples and dynamic programs.
     """
     sizes = {l.full_name: l.original.numel() for l in layers}
@@ -65,7 +66,7 @@ def search(
         share = min(1.0, max(0.0, pull))
         return balanced({n: s + share * (sparsity - s) for n, s in found.items()}, sizes, sparsity)
 
-    with _trying(model, layers, solved, few, loss) as loss_at:
+    with _trying(model, layers, solved, few, loss, blind) as loss_at:
         tried = [(loss_at(a), a) for a in (uniform, line(layers, sparsity))]
         starts = torch.zeros(2, len(columns) + 2)
         starts[1, -1] = 0.5
@@ -93,6 +94,7 @@ def _trying(
     solved: Mapping[str, Sequence[Tensor]],
     data: Sequence[Any],
     loss: Loss | None,
+    blind: bool,
 ) -> Iterator[Any]:
     """Give the model's mean loss as a function of sparsities; the weights are put back at the end."""
     dense = {l.full_name: l.original.detach().clone() for l in layers}
@@ -116,7 +118,6 @@ def _trying(
     try:
         with evaluating(model), torch.no_grad():
             batches = [on_device(model, b) for b in data]
-            blind = lacks_loss(model, data[0], loss)
             outputs = [output_of(call(model, b)).float() if blind else None for b in batches]
             yield loss_at
     finally:

@@ -189,13 +189,15 @@ def _spread(
     data = list(data)
     tokens = allocate_.TOKENS
     few = track(some(data, tokens["gradients"], tokens["pass"]), "output gradients", progress)
-    goal = probe if lacks_loss(model, data[0], loss) else loss
-    weights = allocate_.complete(allocate_.sensitivities(model, few, chosen, goal), chosen)
+    blind = lacks_loss(model, data[0], loss)
+    found = allocate_.sensitivities(model, few, chosen, probe if blind else loss)
+    weights = allocate_.complete(found, chosen)
     solved: dict[str, list[Tensor]] | None = {} if how == "search" else None
     part = some(data, tokens["errors"])
     costs = measure(model, chosen, ask, part, weights, allocate_.LEVELS, solved=solved, progress=progress)
     if solved is not None:
-        return search(model, chosen, costs, solved, ask.sparsity, data, loss, seed=seed, progress=progress)
+        told = {"blind": blind, "seed": seed, "progress": progress}
+        return search(model, chosen, costs, solved, ask.sparsity, data, loss, **told)
     return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity)
 
 
