@@ -1,12 +1,16 @@
 """The walk against a model run from the start for every layer, and Gram matrices against written-out products."""
 
+from contextlib import closing
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import Attention, Net
 from rarefy.errors import DataError, ModelError
+from rarefy.model import pages
 from rarefy.model.gram import PIECE, Gram, columns
 from rarefy.model.select import all_layers, select
 from rarefy.model.stats import call
@@ -208,3 +212,21 @@ def test_a_walk_that_is_left_early_leaves_nothing():
     steps.close()
     assert model.training and not any(m._forward_pre_hooks for m in model.modules())
     assert F.mse_loss(model(torch.zeros(1, 4)), model(torch.zeros(1, 4))) == 0
+
+
+def test_embeddings_leave_memory_once_read(tmp_path):
+    words, rows = torch.randn(100_000, 128), nn.Linear(128, 8)
+    save_file({"words": words}, tmp_path / "words.safetensors")
+    model = nn.Sequential(nn.Embedding(1, 1), rows)
+    model[0].weight = nn.Parameter(load_file(tmp_path / "words.safetensors")["words"], requires_grad=False)
+    assert torch.equal(model[0].weight, words)  # all of it is in memory
+    before = pages._mapped()
+    data = [torch.arange(64)]
+    with closing(walk(model, data, order(model, data[0], select(model)))) as stops:
+        next(stops)
+        assert before - pages._mapped() > 40 << 20  # of 51 MB
+    assert torch.equal(model[0].weight, words)
+    own = torch.randn(1 << 20)  # in no file: stays, even where it could be swapped
+    resident = pages.resident()
+    pages.page_out([own])
+    assert pages.resident() >= resident - (1 << 20)

@@ -245,6 +245,8 @@ class _Walk:
                 batch = on_device(self.model, batch)
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side)
+            inside = {id(l.original) for g in groups for l in g.layers}
+            pages.page_out(p.data for p in self.model.parameters() if id(p) not in inside)  # embeddings have been read
             for gate, place in enumerate(self.stops):
                 self.own()
                 stop = self.stop(gate)
