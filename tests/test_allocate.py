@@ -9,8 +9,10 @@ from torch import nn
 import rarefy
 from conftest import Net, image_batches, tiny_llama
 from rarefy import recipe as recipes
-from rarefy.errors import DataError, PatternError, RecipeError
+from rarefy.errors import DataError, ModelError, PatternError, RecipeError
+from rarefy.model.hf import gives_tokens
 from rarefy.model.select import all_layers, select
+from rarefy.plan import forecast
 from rarefy.prune import allocate
 from rarefy.prune.allocate import LEVELS
 from rarefy.prune.search import TRIALS, probe, search
@@ -105,17 +107,19 @@ def test_the_asked_budget_is_the_achieved_one(how, settings):
     assert (len({round(r["asked"], 4) for r in report.rows}) == 1) is (how == "uniform")
 
 
-def test_search_finds_what_measured_errors_hide():
+@pytest.mark.parametrize("names", [("dull", "keen"), ("w1", "w2")])
+def test_search_finds_what_measured_errors_hide(names):
     """Errors that lie about which kind of layer matters: the loss tells, and the weights come back."""
     torch.manual_seed(0)
 
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.dull, self.keen = (nn.ModuleList([nn.Linear(16, 16) for _ in range(2)]) for _ in range(2))
+            for name in names:
+                self.add_module(name, nn.ModuleList([nn.Linear(16, 16) for _ in range(2)]))
 
         def forward(self, x):
-            return sum(1e-3 * d(x) + k(x) for d, k in zip(self.dull, self.keen))
+            return sum(1e-3 * d(x) + k(x) for d, k in zip(*(self.get_submodule(n) for n in names)))
 
     net, seen = Two(), []
     layers = all_layers(net)
@@ -126,7 +130,7 @@ def test_search_finds_what_measured_errors_hide():
         seen.append(float((output - batch[1]).square().mean()))
         return torch.tensor(seen[-1])
 
-    costs = {l.full_name: [1.0, 2.0, 4.0] if "dull" in l.full_name else [0.9, 1.8, 3.6] for l in layers}
+    costs = {l.full_name: [1.0, 2.0, 4.0] if names[0] in l.full_name else [0.9, 1.8, 3.6] for l in layers}
     solved = {
         l.full_name: [
             torch.where(l.original.abs() > l.original.abs().quantile(s), l.original, 0.0).detach() for s in LEVELS
@@ -138,7 +142,7 @@ def test_search_finds_what_measured_errors_hide():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     sizes = {l.full_name: l.original.numel() for l in layers}
     assert mean(found, sizes) == pytest.approx(0.6, abs=1e-6)
-    assert all(s > 0.7 if "dull" in n else s < 0.5 for n, s in found.items()), found
+    assert all(s > 0.7 if names[0] in n else s < 0.5 for n, s in found.items()), found
     assert len(seen) == TRIALS + 4 and min(seen) < 0.5 * min(seen[:4])
     assert found == search(net, layers, costs, solved, 0.6, data, loss)  # a seed is a seed
     seen.clear()
@@ -157,11 +161,12 @@ def test_a_model_without_a_loss_goes_by_its_own_outputs(how):
             self.layers = nn.ModuleList([nn.Linear(32, 32) for _ in range(2)])
 
         def forward(self, x):
-            return {"hidden": self.layers[0](x) + 0.01 * self.layers[1](x)}
+            return {"ids": torch.arange(len(x)), "hidden": self.layers[0](x) + 0.01 * self.layers[1](x)}
 
     report = rarefy.prune_(Encoder(), sparsity=0.6, solver="obs", allocate=how, data=[torch.randn(64, 32)])
     keen, dull = (r["asked"] for r in report.rows)
     assert keen < 0.5 and dull > 0.7 and (keen + dull) / 2 == pytest.approx(0.6, abs=1e-6)
+    assert report.notes == ("no loss: sparsity was allocated by the model's own outputs",)
 
 
 def test_probe_weighs_every_output_alike():
@@ -189,6 +194,72 @@ def test_errors_of_every_layer_type():
 def test_errors(settings, kind, message):
     with pytest.raises(kind, match=message):
         rarefy.prune_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), **{"sparsity": 0.5, **settings})
+
+
+@pytest.mark.parametrize("how", allocate.GRADIENTS)
+def test_targets_are_not_dropped_where_a_loss_is_missing(how):
+    told = {"sparsity": 0.5, "solver": "obs", "allocate": how}
+    with pytest.raises(DataError, match=r"no loss.*are there labels in the batch"):
+        rarefy.prune_(tiny_llama(), data=[{"input_ids": torch.randint(0, 64, (2, 16))}], **told)
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(DataError, match=r"no loss.*pass loss=callable"):
+        rarefy.prune_(net, data=[(torch.randn(6, 8), torch.randn(6, 4))], **told)
+    with pytest.raises(DataError, match="the loss depends on no layer that is to be pruned"):
+        rarefy.prune_(net, data=[torch.randn(6, 8)], loss=lambda output, batch: torch.ones(()), **told)
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    ids = [torch.randint(0, 64, (2, 16)) for _ in range(2)]
+    good, bad = [{"input_ids": i, "labels": i} for i in ids], {"input_ids": ids[0], "labels": torch.full((2, 16), -100)}
+    how = {"sparsity": 0.5, "solver": "obs", "allocate": "search"}
+    with pytest.raises(ModelError, match=r"the loss of calibration batch 1 is nan: .*no label but -100"):
+        rarefy.prune_(tiny_llama(), data=[good[0], bad], **how)
+    long = [{k: v.repeat(32, 1) for k, v in b.items()} for b in good * 2]  # 4,096 tokens, for the gradients
+    with pytest.raises(ModelError, match=r"the loss of the last calibration batches is inf however.*no label but -100"):
+        rarefy.prune_(tiny_llama(), data=[*long, bad], **how)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"memory": 1 << 30, "work": "w"},
+            r"allocate='search' holds all.*--set allocate=uniform.*recipe best, stage 1",
+        ),
+        ({"pattern": "2:4"}, r"pattern 2:4 decides.*--set allocate=uniform.*recipe best, stage 1"),
+        ({"scope": "global"}, r"global.*no effect.*recipe best, stage 1"),
+    ],
+)
+def test_what_best_cannot_do_is_said_before_data_is_read(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PatternError, match=message):
+        rarefy.compress_(tiny_llama(), "best", {"calibrate": map(pytest.fail, ["read"])}, **options)
+    memory = options.pop("memory", None)
+    options.pop("work", None)
+    with pytest.raises(PatternError, match=message):
+        forecast(tiny_llama(), recipes.load("best", **options), memory)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_causal_models_are_their_own_target():
+    import transformers as t
+
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    bert = t.BertConfig(**small)
+    five = t.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)
+    assert gives_tokens(tiny_llama())
+    for model in (t.BertForMaskedLM(bert), t.BertModel(bert), t.T5ForConditionalGeneration(five), nn.Linear(2, 2)):
+        assert not gives_tokens(model)
+    data = [{"input_ids": torch.randint(0, 9, (2, 6))}]
+    how = {"sparsity": 0.5, "allocate": "errors", "solver": "obs"}
+    receipt = rarefy.compress_(t.BertForMaskedLM(bert), {"stages": [{"prune": how}]}, data)
+    assert any("by the model's own outputs" in n for n in receipt.notes)
 
 
 def test_recipes():

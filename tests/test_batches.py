@@ -25,3 +25,17 @@ def test_images_count_as_samples_and_what_cannot_be_cut_stays_whole():
     odd = {"x": torch.zeros(8, 5), "y": torch.zeros(3)}
     assert some([odd, odd], 3)[0] is odd and first_samples(odd, 1) is odd
     assert some([], 5) == [] and some(iter([odd]), 0) == []
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.zeros(4, 10, dtype=torch.long),
+        torch.zeros(4, 10, dtype=torch.int32),
+        (torch.zeros(4, 10, dtype=torch.long), torch.zeros(4)),
+        {"input_ids": torch.zeros(4, 10, dtype=torch.int32)},
+    ],
+)
+def test_token_ids_count_each_however_they_come(batch):
+    assert tokens_in(batch) == 40
+    assert [tokens_in(b) for b in some([batch, batch], 50)] == [40, 10]

@@ -1,5 +1,7 @@
 """The cost that is told before a run starts."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -31,9 +33,17 @@ def test_more_work_takes_longer(name):
     assert {g.rows for g in groups} == {1}
     plain, more = resolve(name), resolve(rarefy.Solver(name=name, asymmetric=0.5, reconstruct=2))
     rate = {"rate": 1e11}
-    a, b, c = (estimate(groups, n, s, **rate) for n, s in ((100, plain), (100000, plain), (100000, more)))
+    a, b, c = (estimate(groups, n, n, s, **rate) for n, s in ((100, plain), (100000, plain), (100000, more)))
     assert a.seconds < b.seconds < c.seconds and a.bytes < b.bytes < c.bytes
-    assert estimate(groups, 100000, plain, most=10**6, **rate).bytes < b.bytes
+    assert estimate(groups, 100000, 100000, plain, most=10**6, **rate).bytes < b.bytes
+
+
+def test_an_allocation_costs_too():
+    net = deep(16, 60)
+    groups = order(net, torch.randn(4, 16), select(net))
+    hows = ("uniform", "owl", "errors", "search")
+    found = [estimate(groups, 100, 100, resolve("obs"), how, rate=1e11) for how in hows]
+    assert all(x.seconds < y.seconds for x, y in pairwise(found)) and found[0].bytes + 100_000 < found[-1].bytes
 
 
 def test_words():

@@ -16,7 +16,7 @@ from conftest import Net, image_batches, text_model, tiny_llama
 from rarefy import cli, files
 from rarefy.errors import ContainerError, DataError, PatternError, RecipeError
 from rarefy.model import pages
-from rarefy.prune import journal, layerwise
+from rarefy.prune import journal, layerwise, stage
 
 HOWS = {
     "obs": "obs",
@@ -131,6 +131,48 @@ def test_the_state_of_another_run_is_neither_used_nor_lost(change, message, tmp_
     with pytest.raises(ContainerError, match=f"holds the state of another run .*{message}.*remove .*w .*to start anew"):
         rarefy.prune_(model, work=tmp_path / "w", **(how | change))
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "w").iterdir()}
+
+
+def test_an_allocation_is_searched_once(tmp_path, monkeypatch):
+    data = [b | {"labels": b["input_ids"]} for b in tokens()]
+    how = {"sparsity": 0.6, "solver": "obs", "data": data, "allocate": "search"}
+    want, model, work = fresh("llama"), fresh("llama"), tmp_path / "w"
+    rows = rarefy.prune_(want, **how).rows
+    with monkeypatch.context() as patch:
+        real = layerwise.walk
+        patch.setattr(layerwise, "walk", lambda *a, **k: pytest.fail("killed") if "passed" in k else real(*a, **k))
+        with pytest.raises(pytest.fail.Exception):
+            rarefy.prune_(model, work=work, **how)
+    assert {p.name for p in work.iterdir()} == {"key.json", "each.json"}
+    monkeypatch.setattr(stage, "search", lambda *a, **k: pytest.fail("searched again"))
+    with pytest.raises(ContainerError, match="another run .seed 0 -> 1"):
+        rarefy.prune_(fresh("llama"), work=work, seed=1, **how)
+    again = rarefy.prune_(model, work=work, **how).rows
+    assert same(model, want) and [dict(r, seconds=0) for r in again] == [dict(r, seconds=0) for r in rows]
+    file = work / "each.json"
+    good = file.read_text()
+    value = json.loads(good)
+    name = next(iter(value["value"][0]))
+    value["value"][0][name] = 7.0
+    for text, message in [
+        (good[:9], "each.json is damaged .*remove"),
+        (json.dumps(value), "each.json is damaged or of another run"),
+        (json.dumps(value | {"digest": journal._sum(json.dumps(value["value"]))}), "does not fit the model"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ContainerError, match=message):
+            rarefy.prune_(fresh("llama"), work=work, **how)
+
+
+def test_other_masks_are_another_run(tmp_path):
+    data = [b | {"labels": b["input_ids"]} for b in tokens()]
+    how = {"sparsity": 0.5, "solver": "refit", "score": "taylor", "data": data, "work": tmp_path / "w"}
+    want, again = fresh("llama"), fresh("llama")
+    rarefy.prune_(want, **how)
+    rarefy.prune_(again, **how)
+    assert same(want, again)
+    with pytest.raises(ContainerError, match="holds the state of another run .other masks"):
+        rarefy.prune_(fresh("llama"), loss=lambda output, batch: -output.logits.var(), **how)
 
 
 def test_two_runs_do_not_share_a_state(tmp_path):

@@ -230,3 +230,23 @@ def test_embeddings_leave_memory_once_read(tmp_path):
     resident = pages.resident()
     pages.page_out([own])
     assert pages.resident() >= resident - (1 << 20)
+
+
+def test_the_held_out_batch_is_the_first_even_where_others_arrive_before_it():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x) if x.sum() > 0 else x)
+
+    model, data = Skips(), [torch.rand(5, 4), -torch.rand(3, 4), torch.rand(2, 4)]
+    groups = order(model, data[0], select(model, ["a", "b"]))
+    with closing(walk(model, data, groups, dense=True)) as stops:
+        grams = [stop.gram for stop in stops]
+    with torch.no_grad():
+        inputs = [data[0], model.a(data[0])]
+    for gram, x, tokens in zip(grams, inputs, [7, 10]):
+        assert gram.tokens == tokens and gram.held.tokens == 5
+        torch.testing.assert_close(gram.held.H[0], x.T @ x / 5)

@@ -15,20 +15,21 @@ from torch import Tensor, nn
 
 from rarefy import data as sources
 from rarefy import recipe as recipes
-from rarefy.errors import DataError, ModelError, RarefyError, RecipeError, unknown
+from rarefy.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.files import bytes_of, path_of
 from rarefy.model import hf, pages
 from rarefy.model.mask import fold_, plain_state
 from rarefy.model.select import all_layers, select
 from rarefy.model.stats import Loss, call, check_batches, evaluating, on_device
+from rarefy.plan import check_lean, naming, targets
 from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
-from rarefy.prune.allocate import GRADIENTS
+from rarefy.prune.allocate import GRADIENTS, SLOW
 from rarefy.prune.pattern import check_sparsity, parse
 from rarefy.prune.score import SCORES
-from rarefy.prune.stage import check_weights, prune_, refuse_impossible, report
+from rarefy.prune.stage import check_weights, prune_, report
 from rarefy.store import aliases, pack
 from rarefy.train.loop import Gradual, fit_, optimizer_of
 
@@ -65,10 +66,12 @@ def compress_(
     """
     began = time.perf_counter()
     plan = recipes.load(recipe, **overrides)
-    check_stages(model, plan)
     memory, work = bytes_of(memory), path_of(work)
     if memory is not None:
-        _check_lean(plan)
+        check_lean(plan)
+    for number, chosen, *_ in targets(model, plan, memory, work):
+        with naming(plan, number):
+            check_weights(chosen)
     if work is not None and not plan.solves:
         raise RecipeError(f"work has no effect: recipe {plan.name} has no solver, whose state could be kept")
     given = _Given(plan, data, tokenizer, base)
@@ -110,30 +113,6 @@ def _compress(
     receipt = _receipt(plan, model, before, after, rows, speed, reports, time.perf_counter() - began)
     model.rarefy_receipt = receipt  # type: ignore[assignment]
     return receipt
-
-
-def check_stages(model: nn.Module, plan: recipes.Recipe) -> None:
-    """Raise what a stage would raise for its selectors, pattern and weights, with the stage named; O(weights)."""
-    for number, stage in enumerate(plan.stages, 1):
-        prune = stage.prune if isinstance(stage, recipes.Train) else stage
-        if not isinstance(prune, recipes.Prune | recipes.Gradual):
-            continue
-        try:
-            chosen = select(model, prune.layers, prune.ignore)
-            refuse_impossible(chosen, parse(prune.pattern))
-            check_weights(chosen)
-        except RarefyError as error:
-            raise type(error)(f"{error} [recipe {plan.name}, stage {number}]") from None
-
-
-def _check_lean(plan: recipes.Recipe) -> None:
-    """Raise RecipeError for what needs the whole model in memory."""
-    for number, stage in enumerate(plan.stages, 1):
-        if not isinstance(stage, recipes.Prune) or stage.solver is None:
-            what = "a prune stage without solver" if isinstance(stage, recipes.Prune) else type(stage).__name__.lower()
-            raise RecipeError(f"{what} holds all weights in memory: run it without memory [stage {number}]")
-    if plan.evaluate and (plan.evaluate.latency or plan.evaluate.decode):
-        raise RecipeError("timing holds the model twice in memory: leave evaluate.latency and decode out, or memory")
 
 
 def cast_(model: nn.Module, dtype: str) -> Report:
@@ -223,7 +202,7 @@ def _check_data(plan: recipes.Recipe, given: _Given) -> None:
 def _calibrates(prune: Any) -> bool:
     """Whether a stage reads calibration data: its solver does, or its score."""
     score = getattr(prune, "score", None)
-    reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in ("owl", *GRADIENTS)
+    reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in SLOW
     return reads or (score is not None and bool(SCORES[score].needs))
 
 

@@ -103,7 +103,7 @@ def compress(
             named = getattr(source_, purpose, None)
             if named is not None:
                 find(named, base, purpose)
-        _show(forecast(_skeleton(source), plan), as_json, quiet)
+        _show(forecast(_skeleton(source), plan, most), as_json, quiet)
         return
     if out is None:
         raise RecipeError("compress needs --out FOLDER (or --dry-run)")

@@ -19,6 +19,7 @@ from rarefy.progress import say
 
 INDEX = "rarefy.json"
 KEY, PARTIAL = "key.json", "partial"  # beside the stops of a long run
+ONCE = ("each.json", "given.json")  # what it found out before its first stop
 STOP = re.compile(r"stop-[0-9]{6}\.safetensors")
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -96,7 +97,7 @@ def work_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator[P
     try:
         yield work
     except BaseException:
-        if any(work.glob("stage-*/stop-*")):
+        if any(f for name in ("stop-*", ONCE[0]) for f in work.glob(f"stage-*/{name}")):
             say([f"what was done is kept in {work}, for the same command to go on from there"])
         else:
             remove_state(work)
@@ -136,7 +137,7 @@ def remove_state(work: Path) -> None:
     """Remove what long runs have put into a folder, and the folder if nothing else is in it."""
     for stage in [p for p in work.glob("stage-*") if p.is_dir() and not p.is_symlink()]:
         for file in stage.iterdir():
-            if file.name in (KEY, PARTIAL) or STOP.fullmatch(file.name):
+            if file.name in (KEY, PARTIAL, *ONCE) or STOP.fullmatch(file.name):
                 file.unlink(missing_ok=True)
         with suppress(OSError):  # something else is in it
             stage.rmdir()

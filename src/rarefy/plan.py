@@ -1,42 +1,79 @@
-"""A dry run: which layers a recipe means and what size to expect, with nothing computed."""
+"""What a recipe means for a model before it is run: its layers, what cannot be, what size to expect."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from rarefy import recipe as recipes
-from rarefy.errors import RarefyError
-from rarefy.model.select import Layer, all_layers, select
+from rarefy.errors import RarefyError, RecipeError
+from rarefy.model.select import Layer, all_layers
 from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern, check_sparsity, parse
-from rarefy.prune.stage import refuse_impossible
+from rarefy.prune.stage import asked, check_ask, chosen_layers
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def forecast(model: nn.Module, plan: recipes.Recipe) -> Report:
+@contextmanager
+def naming(plan: recipes.Recipe, number: int) -> Iterator[None]:
+    """Add the stage to what an error says."""
+    try:
+        yield
+    except RarefyError as error:
+        raise type(error)(f"{error} [recipe {plan.name}, stage {number}]") from None
+
+
+def targets(
+    model: nn.Module, plan: recipes.Recipe, memory: int | None = None, work: Path | None = None
+) -> Iterator[tuple[int, list[Layer], Pattern, float]]:
+    """Yield the number of each stage that prunes, its layers, its pattern, its sparsity.
+
+    Raises what the run would raise for selectors, patterns and options, with the stage named. O(modules).
+    """
+    for number, stage in enumerate(plan.stages, 1):
+        with naming(plan, number):
+            if isinstance(stage, recipes.Prune):
+                s = stage
+                how, ask = asked(s.pattern, s.score, s.sparsity, s.solver, s.allocate, s.scope, s.reduce)
+                check_ask(how, ask, memory if how else None, work if how else None)
+                found = chosen_layers(model, s.layers, s.ignore, ask.plan), ask.plan, ask.sparsity
+            elif isinstance(stage, recipes.Train) and stage.prune:
+                s = stage.prune
+                pattern = parse(s.pattern)
+                sparsity, _ = check_sparsity(pattern, s.sparsity, s.scope)
+                found = chosen_layers(model, s.layers, s.ignore, pattern), pattern, sparsity
+            else:
+                continue
+        yield number, *found
+
+
+def check_lean(plan: recipes.Recipe) -> None:
+    """Raise RecipeError for what needs the whole model in memory."""
+    for number, stage in enumerate(plan.stages, 1):
+        if not isinstance(stage, recipes.Prune) or stage.solver is None:
+            what = "a prune stage without solver" if isinstance(stage, recipes.Prune) else type(stage).__name__.lower()
+            raise RecipeError(f"{what} holds all weights in memory: run it without memory [stage {number}]")
+    if plan.evaluate and (plan.evaluate.latency or plan.evaluate.decode):
+        raise RecipeError("timing holds the model twice in memory: leave evaluate.latency and decode out, or memory")
+
+
+def forecast(model: nn.Module, plan: recipes.Recipe, memory: int | None = None) -> Report:
     """Return a row a layer that the recipe would prune, and the expected bytes, from a model or its skeleton.
 
-    Raises what the run would raise for selectors and patterns. O(modules).
+    Raises what the run would raise for selectors, patterns and options. O(modules).
     """
-    found: dict[str, tuple[Layer, Pattern, float]] = {}
-    width: int | None = None
-    for number, stage in enumerate(plan.stages, 1):
-        prune = stage.prune if isinstance(stage, recipes.Train) else stage
-        if isinstance(prune, recipes.Prune | recipes.Gradual):
-            pattern = parse(prune.pattern)
-            sparsity, _ = check_sparsity(pattern, prune.sparsity, prune.scope)
-            try:
-                chosen = select(model, prune.layers, prune.ignore)
-                refuse_impossible(chosen, pattern)
-            except RarefyError as error:
-                raise type(error)(f"{error} [recipe {plan.name}, stage {number}]") from None
-            found.update({l.full_name: (l, pattern, sparsity) for l in chosen})
-        elif isinstance(stage, recipes.Cast):
-            width = BYTES[stage.dtype]
+    if memory is not None:
+        check_lean(plan)
+    parts = targets(model, plan, memory, None if memory is None else Path())
+    found = {l.full_name: (l, pattern, sparsity) for _, chosen, pattern, sparsity in parts for l in chosen}
+    casts = [BYTES[stage.dtype] for stage in plan.stages if isinstance(stage, recipes.Cast)]
+    width = casts[-1] if casts else None
     rows: list[dict[str, Any]] = []
     for name, (layer, pattern, sparsity) in found.items():
         size = layer.original.numel()

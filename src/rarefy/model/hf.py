@@ -66,9 +66,10 @@ def is_model(model: nn.Module) -> bool:
 
 
 def gives_tokens(model: nn.Module) -> bool:
-    """Return whether a model predicts tokens, so that its text is its own target."""
-    ask = getattr(model, "get_output_embeddings", None)
-    return is_model(model) and callable(ask) and ask() is not None
+    """Return whether a model predicts the next token, so that its text is its own target: no masked language model,
+    no encoder with a decoder."""
+    ask = getattr(model, "can_generate", None)
+    return is_model(model) and callable(ask) and bool(ask()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def no_bars() -> None:

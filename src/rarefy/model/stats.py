@@ -143,9 +143,11 @@ def tokens_in(batch: Any) -> int:
         if mask is not None:
             return int(mask.sum())
         first = next((v for v in batch.values() if isinstance(v, Tensor)), None)
-        return 1 if first is None else first.numel() if first.dtype == torch.int64 else len(first)
-    first = batch[0] if isinstance(batch, tuple | list) else batch
-    return len(first) if isinstance(first, Tensor) and first.dim() else 1
+    else:
+        first = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(first, Tensor) or not first.dim():
+        return 1
+    return first.numel() if first.dtype in (torch.int64, torch.int32) else len(first)
 
 
 def loss_of(loss: Any) -> Loss:
@@ -191,6 +193,16 @@ def default_loss(output: Any, batch: Any) -> Tensor:
         "no loss: the model's output has no .loss (are there labels in the batch?) and the batch is not "
         "(inputs, integer classes); pass loss=callable(output, batch)"
     )
+
+
+def finite(loss: Tensor, index: int) -> Tensor:
+    """Return the loss of a calibration batch; ModelError where it is NaN or inf."""
+    if not torch.isfinite(loss).all():
+        raise ModelError(
+            f"the loss of calibration batch {index} is {float(loss.detach())}: "
+            "NaN or inf in weights or inputs, or no label but -100"
+        )
+    return loss
 
 
 def collect(
@@ -252,9 +264,7 @@ def _add_gradients(
     model: nn.Module, batch: Any, layers: Sequence[Layer], stats: dict[str, Stats], loss: Loss, index: int
 ) -> None:
     with torch.enable_grad():
-        value = loss(call(model, batch), batch)
-        if not torch.isfinite(value).all():
-            raise ModelError(f"the loss of calibration batch {index} is {float(value.detach())}")
+        value = finite(loss(call(model, batch), batch), index)
         grads = torch.autograd.grad(value, [l.original for l in layers], allow_unused=True)
     weight = tokens_in(batch)
     for layer, grad in zip(layers, grads):

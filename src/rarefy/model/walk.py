@@ -358,9 +358,12 @@ class _Walk:
                 self.untouched[here.batch, gate] = rows
         else:
             gram, dense = self.grams.setdefault(gate, Gram()), self.untouched.get((here.batch, gate))
+            alone = not gram.tokens
             gram.add(rows, dense)
             if dense is not None and here.batch == 0:
-                gram.held = gram.copy()
+                gram.held = gram.copy() if alone else Gram()
+                if not alone:  # others, which skipped a layer, were here before
+                    gram.held.add(rows, dense)
             if not torch.isfinite(gram.diagonal).all():
                 raise ModelError(f"{layer.full_name}: NaN or inf in its inputs on calibration batch {here.batch}")
 

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import PatternError
+from rarefy.errors import DataError, PatternError
 from rarefy.model.select import Layer
-from rarefy.model.stats import Loss, Stats, call, evaluating, loss_of, on_device, tokens_in, trainable
+from rarefy.model.stats import Loss, Stats, call, evaluating, finite, loss_of, on_device, tokens_in, trainable
 
 ALLOCATIONS = ("uniform", "erk", "line", "owl", "errors", "search")
 GRADIENTS = ("errors", "search")  # read gradients of the loss
+SLOW = ("owl", *GRADIENTS)  # read the calibration data
 UNITS = 2000  # parts of the budget in the dynamic program
 LEVELS = (0.4, 0.6, 0.8)  # sparsities at which errors are measured
 MOST = 0.97  # no layer is emptied
@@ -116,10 +117,12 @@ def sensitivities(
                     stack.callback(module.register_forward_hook(hook).remove)
         weights = [l.original for l in layers]
         stack.enter_context(trainable(weights))
-        for batch in data:
+        for index, batch in enumerate(data):
             batch = on_device(model, batch)
             current["tokens"] = tokens_in(batch)
-            value = loss_of(loss)(call(model, batch), batch)
+            value = finite(loss_of(loss)(call(model, batch), batch), index)
+            if not value.requires_grad:
+                raise DataError("the loss depends on no layer that is to be pruned: give another loss")
             torch.autograd.grad(value, weights, allow_unused=True)
             count += tokens_in(batch)
     return {n: t / max(count, 1) for n, t in total.items()}

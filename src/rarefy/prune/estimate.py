@@ -10,6 +10,9 @@ import torch
 
 from rarefy.model import pages
 from rarefy.model.walk import Group
+from rarefy.prune.allocate import GRADIENTS, LEVELS, TOKENS
+from rarefy.prune.search import TOKENS as TRIAL_TOKENS
+from rarefy.prune.search import TRIALS
 from rarefy.prune.solver import Solver
 
 OVERHEAD = 1.5  # of a forward pass over its products: attention, norms, copies, lookups
@@ -30,26 +33,38 @@ class Cost:
 
 
 def estimate(
-    groups: Sequence[Group], samples: int, solver: Solver, most: int | None = None, rate: float | None = None
+    groups: Sequence[Group],
+    samples: int,
+    tokens: int,
+    solver: Solver,
+    allocate: str = "uniform",
+    most: int | None = None,
+    rate: float | None = None,
 ) -> Cost:
-    """Return the cost of a run over `samples`. 0.1 s.
+    """Return the cost of a run over `samples` with `tokens` together. 0.1 s.
 
     most  bytes that suspended activations may take
     rate  operations a second; by default what a product reaches here and now
     Right within a factor of two where nothing else runs; attention over long sequences is not counted.
     """
     streams = 2 if solver.asymmetric or solver.reconstruct else 1
-    passes = grams = solving = 0.0
-    parked, work = 0, 0
+    passes = grams = solving = once = 0.0
+    parked, work, held = 0, 0, 0
     for g in groups:
         shapes = [l.layout.shape for l in g.layers]
         G, C = shapes[0][0], shapes[0][1] * shapes[0][3]
         O = sum(s[2] for s in shapes)
         rows = g.rows * samples
-        passes += 2.0 * rows * G * O * C * streams * g.calls
+        one = 2.0 * rows * G * O * C
+        once += one * g.calls
+        passes += one * streams * g.calls
         if solver.reconstruct:  # forwards, backwards with two products each, held-out errors, once more
-            passes += 2.0 * rows * G * O * C * (3 * solver.reconstruct + 2)
-        grams += rows * G * C * C * (3 if solver.asymmetric else 1)
+            passes += one * (3 * solver.reconstruct + 2)
+        gram = rows * G * C * C
+        grams += gram * (3 if solver.asymmetric else 1)
+        if allocate in GRADIENTS:  # measured errors
+            grams += gram * min(1, TOKENS["errors"] / max(tokens, 1))
+            solving += SLOW["factor"] * G * C**3 * 2 / 3 + len(LEVELS) * (SLOW["columns"] + 4) * G * O * C * C
         product = 2.0 * G * O * C * C
         solving += 2 * product  # errors
         solving += 2 * product if solver.asymmetric else 0
@@ -60,13 +75,22 @@ def estimate(
         if solver.name == "admm":
             solving += product * 2 * (solver.steps or 0) + SLOW["eigen"] * G * C**3
         width = 4 if not solver.bf16 else 3
-        parked = max(parked, rows * (G * C + PARKED * min(G * C, max(s[0] * s[2] for s in shapes))) * width * streams)
+        alive = rows * (G * C + PARKED * min(G * C, max(s[0] * s[2] for s in shapes))) * width
+        parked, held = max(parked, alive * streams), held + alive
         work = max(work, 4 * G * (5 * C * C + 8 * O * C))
     slow = rate or _rate(torch.float32)
     fast = rate or (_rate(torch.bfloat16) if solver.bf16 else slow)
-    masks = sum(l.original.numel() for g in groups for l in g.layers)
+    weights = sum(l.original.numel() for g in groups for l in g.layers)
     parked = parked if most is None else min(parked, most)
-    return Cost(OVERHEAD * passes / fast + (grams + solving) / slow, pages.resident() + parked + max(work, masks))
+    share = {k: min(1.0, v / max(tokens, 1)) for k, v in {**TOKENS, "trial": TRIAL_TOKENS}.items()}
+    kinds = {"owl": 1.0, "errors": 3 * share["gradients"] + share["errors"]}
+    kinds["search"] = kinds["errors"] + (TRIALS + 4) * share["trial"]
+    passes += once * kinds.get(allocate, 0)
+    peak = parked + max(work, weights)
+    if allocate in GRADIENTS:  # gradients with all activations; then all weights at each level
+        peak = max(peak, 4 * weights + held * share["pass"], weights * (4 + 2 * len(LEVELS)))
+    seconds = OVERHEAD * passes / fast + (grams + solving) / slow
+    return Cost(seconds, pages.resident() + round(peak))
 
 
 def _rate(dtype: torch.dtype) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, DataError
-from rarefy.files import KEY, PARTIAL, STOP, blaming, sync
+from rarefy.files import KEY, ONCE, PARTIAL, STOP, blaming, sync
 
 ANEW = "remove {} (shell: --fresh) to start anew, or give another name"
 
@@ -85,6 +85,38 @@ class Journal:
             os.replace(partial, file)
             sync(self.folder)
 
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """Return what `find` returns (of what JSON can hold), or what it returned when this run was here before."""
+        if self.folder is None:
+            return find()
+        file, partial = self.folder / f"{name}.json", self.folder / PARTIAL
+        assert file.name in ONCE
+        if file.exists():
+            try:
+                about = json.loads(file.read_text(encoding="utf-8"))
+                value = about["value"]
+                whole = about["key"] == self.key and about["digest"] == _sum(json.dumps(value))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ContainerError(f"{file} is damaged ({error}): {ANEW.format(self.folder)}") from None
+            if not whole:
+                raise ContainerError(f"{file} is damaged or of another run: {ANEW.format(self.folder)}")
+            return value
+        value = find()
+        with blaming(self.folder):
+            about = {"key": self.key, "digest": _sum(json.dumps(value)), "value": value}
+            partial.write_text(json.dumps(about), encoding="utf-8")
+            sync(partial)
+            os.replace(partial, file)
+            sync(self.folder)
+        return value
+
+    def check_same(self, name: str, what: Any) -> None:
+        """Raise ContainerError where tensors are others than when this run was here before."""
+        if self.folder is not None and self.once(name, lambda: _sum(what)) != _sum(what):
+            raise ContainerError(
+                f"{self.folder} holds the state of another run (other masks): {ANEW.format(self.folder)}"
+            )
+
 
 def open_(folder: Path | None, key: Mapping[str, Any]) -> Journal:
     """Return the journal of a run in `folder`, made if need be; ContainerError where the folder holds something else,
@@ -97,7 +129,7 @@ def open_(folder: Path | None, key: Mapping[str, Any]) -> Journal:
     text = json.dumps(key, sort_keys=True, indent=1)
     with blaming(folder):
         names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        strange = [n for n in names if n not in (KEY, PARTIAL) and not STOP.fullmatch(n)]
+        strange = [n for n in names if n not in (KEY, PARTIAL, *ONCE) and not STOP.fullmatch(n)]
         if strange:
             raise ContainerError(f"{folder} is for the state of a run, but holds {strange[0]}: give another name")
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +169,7 @@ def _differs(before: str, key: Mapping[str, Any]) -> str:
         names = sorted(n for n in {*had, *want} if had.get(n) != want.get(n))
     except (ValueError, TypeError, AttributeError):
         return f"its {KEY} is not readable"
-    short = [n for n in names if n not in ("model", "weights", "data", "each")]
+    short = [n for n in names if n not in ("model", "weights", "data")]
     told = {n: f"{n} {had.get(n)!r} -> {want.get(n)!r}" for n in short if len(repr((had.get(n), want.get(n)))) < 100}
     return ", ".join(told.get(n, f"other {n}") for n in short or names)
 

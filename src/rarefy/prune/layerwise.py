@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,15 +18,19 @@ from rarefy.model.batches import samples_in
 from rarefy.model.gram import Gram
 from rarefy.model.mask import get_mask, set_mask_
 from rarefy.model.select import Layer, unwrap
-from rarefy.model.stats import Stats
+from rarefy.model.stats import Stats, tokens_in
 from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
 from rarefy.progress import say, track
 from rarefy.prune import journal, solve
 from rarefy.prune import pattern as patterns
+from rarefy.prune.allocate import SLOW
 from rarefy.prune.estimate import estimate
 from rarefy.prune.reconstruct import reconstruct_
 from rarefy.prune.score import SCORES
 from rarefy.prune.solver import COMMON, LINES, SOLVERS, Ask, Solver, passes
+
+MISFIT = "the state of this run does not fit the model: remove its folder to start anew"
+Spread = Callable[[], tuple[dict[str, float], list[str]]]
 
 
 def solve_(
@@ -36,19 +40,22 @@ def solve_(
     solver: Solver,
     data: Iterable[Any],
     *,
-    given: Mapping[str, Tensor] | None = None,
+    spread: Spread,
+    given: Callable[[Ask], Mapping[str, Tensor] | None] = lambda _: None,
     memory: int | None = None,
     work: Path | None = None,
     progress: bool = False,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], Ask, list[str]]:
     """Prune the chosen layers in place, each solved on the inputs it gets from the layers pruned before it.
 
     data      batches that can be gone through more than once
-    given     masks chosen beforehand, by layer name
+    spread    finds the sparsity of each layer, and what is to be said of it; called once a run
+    given     chooses masks beforehand, by layer name
     memory    bytes to stay near: weights stay in their files, new ones in `work`, without masks; activations spill
     work      folder for the state of the run, from which a killed one with the same arguments goes on
-    Returns a row a layer: its relative error, damping, seconds, zeros. An error in the middle leaves the layers before
-    it pruned. O(one forward pass) + the solver's cost; memory as `rarefy.model.walk.walk`.
+    Returns a row a layer (its relative error, damping, seconds, zeros), `ask` with the sparsity of each layer, and what
+    `spread` said. An error in the middle leaves the layers before it pruned.
+    O(one forward pass) + the solver's cost; memory as `rarefy.model.walk.walk`.
     """
     first = check_solvable(chosen, data, f"solver {solver.name}")
     lean, model = memory is not None, unwrap(model)
@@ -57,17 +64,25 @@ def solve_(
     masks: dict[str, Tensor] = {}  # in bits: all layers' together are a thirtieth of their weights
     dense = bool(solver.asymmetric or solver.reconstruct)
     with (
-        closing(journal.open_(work, journal.key(model, [*data, given], **settings) if work else {})) as known,
+        closing(journal.open_(work, journal.key(model, data, **settings) if work else {})) as known,
         passes(solver),
     ):
         groups = order(model, first, chosen, dense=dense)
         places = with_ends(groups, blocks(model, chosen, solver.blocks) if solver.reconstruct else [])
         if progress:
-            cost = estimate(groups, sum(map(samples_in, data)), solver, memory and memory // 4)
+            sizes = sum(map(samples_in, data)), sum(map(tokens_in, data))
+            cost = estimate(groups, *sizes, solver, ask.allocate, memory and memory // 4)
             say([f"pruning by {solver.name} takes {cost} if nothing else runs"])
             if known.known:
                 say([f"goes on after {known.known} of {len(places)} steps that were done before"])
-            say([_told(chosen)])
+        each, notes = known.once("each", spread) if ask.allocate in SLOW else spread()
+        if each.keys() != {l.full_name for l in chosen} or not all(0 <= s <= 1 for s in each.values()):
+            raise ContainerError(MISFIT)
+        ask = replace(ask, each=each)
+        masked = given(ask)
+        if masked is not None:
+            known.check_same("given", masked)
+        say([_told(chosen)] if progress else [])
         stops = walk(
             model,
             data,
@@ -88,7 +103,7 @@ def solve_(
                         if isinstance(stop, End):
                             entry = _learn(stop, chosen, masks, solver, lean, progress)
                         else:
-                            entry = _solve(stop, ask, solver, given or {})
+                            entry = _solve(stop, ask, solver, masked or {})
                             say([_told(chosen, r) for r in entry.rows] if progress else [])
                         known.write(index, entry)
                         if lean:
@@ -98,7 +113,7 @@ def solve_(
     for layer in chosen if not lean else ():
         shape = layer.original.shape
         set_mask_(layer, unpack_bits(masks[layer.full_name], shape.numel()).reshape(shape))
-    return rows
+    return rows, ask, notes
 
 
 def check_solvable(chosen: Sequence[Layer], data: Iterable[Any], what: str) -> Any:
@@ -152,7 +167,7 @@ def _put(stop: Stop | End, entry: journal.Entry, lean: bool) -> None:
         slots = {f"{stop.block.name}/{n}": p for n, p in stop.block.module.named_parameters()}
         stop.changed = True
     if {n: s.shape for n, s in slots.items()} != {n: t.shape for n, t in entry.weights.items()}:
-        raise ContainerError("the state of this run does not fit the model: remove its folder to start anew")
+        raise ContainerError(MISFIT)
     if isinstance(stop, End):
         for name, p in slots.items():
             p.data = entry.weights[name] if lean else p.data.copy_(entry.weights[name])

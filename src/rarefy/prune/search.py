@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.errors import ModelError
 from rarefy.model.batches import first_samples, some, tensors_in
+from rarefy.model.hf import gives_tokens
 from rarefy.model.select import Layer
-from rarefy.model.stats import Loss, call, evaluating, has_loss, loss_of, on_device
+from rarefy.model.stats import Loss, call, default_loss, evaluating, has_loss, loss_of, on_device, tokens_in
 from rarefy.progress import track
 from rarefy.prune.allocate import LEVELS, balanced, least, line
 
@@ -51,7 +53,7 @@ def search(
     The model is left as it was. O(trials) forward passes over these samples and dynamic programs.
     """
     sizes = {l.full_name: l.original.numel() for l in layers}
-    kinds = {n: re.sub(r"\d+", "*", n) for n in sizes}
+    kinds = {n: re.sub(r"(?<![^.])\d+(?![^.])", "*", n) for n in sizes}
     columns = {kind: i for i, kind in enumerate(dict.fromkeys(kinds.values()))}
     depth = {n: 2 * i / max(len(sizes) - 1, 1) - 1 for i, n in enumerate(sizes)}
     uniform = dict.fromkeys(sizes, sparsity)
@@ -84,7 +86,13 @@ def search(
             better = value < lowest
             here, lowest = (there, value) if better else (here, lowest)
             spread *= 1.3 if better else 0.9
-    return min(tried, key=lambda t: t[0])[1]
+    value, found = min(tried, key=lambda t: t[0])
+    if not math.isfinite(value):
+        raise ModelError(
+            f"the loss of the last calibration batches is {value} however sparsity is spread: "
+            "NaN or inf in weights or inputs, or no label but -100"
+        )
+    return found
 
 
 @contextmanager
@@ -107,7 +115,7 @@ def _trying(
             i = next(i for i in range(len(LEVELS) + 1) if s <= levels[i + 1])
             share = (s - levels[i]) / (levels[i + 1] - levels[i])
             l.original.data.copy_(torch.lerp(known[i].to(dense[name]), known[i + 1].to(dense[name]), share))
-        value = sum(far(call(model, b), b, y) for b, y in zip(batches, outputs)) / len(batches)
+        value = sum(n * far(call(model, b), b, y) for n, b, y in zip(counts, batches, outputs)) / sum(counts)
         return value if math.isfinite(value) else math.inf
 
     def far(output: Any, batch: Any, dense: Tensor | None) -> float:
@@ -119,6 +127,7 @@ def _trying(
         with evaluating(model), torch.no_grad():
             batches = [on_device(model, b) for b in data]
             outputs = [output_of(call(model, b)).float() if blind else None for b in batches]
+            counts = [tokens_in(b) for b in batches]
             yield loss_at
     finally:
         for l in layers:
@@ -126,19 +135,26 @@ def _trying(
 
 
 def lacks_loss(model: nn.Module, batch: Any, loss: Loss | None) -> bool:
-    """Return whether there is nothing to go by but the model's own outputs. One forward pass of a sample."""
+    """Return whether there is nothing to go by but the model's own outputs: no loss, and no targets that one would
+    need. DataError where there are some, or no outputs either. One forward pass of a sample."""
     if loss is not None:
         return False
     one = on_device(model, first_samples(batch))
     with evaluating(model), torch.no_grad():
         output = call(model, one)
-    return not has_loss(output, one) and output_of(output) is not None
+    if has_loss(output, one):
+        return False
+    aims = gives_tokens(model) or (isinstance(one, tuple | list) and len(one) == 2)
+    if aims or output_of(output) is None:
+        default_loss(output, one)  # says what is missing
+    return True
 
 
 def output_of(output: Any) -> Any:
-    """Return what a model gives: its logits or, where there are none, the first of its tensors, or None."""
+    """Return what a model gives: its logits or, where there are none, the first of its tensors of floating point, or
+    None."""
     found = [getattr(output, "logits", None), *tensors_in(output)]
-    return next((t for t in found if isinstance(t, Tensor)), None)
+    return next((t for t in found if isinstance(t, Tensor) and t.is_floating_point()), None)
 
 
 def probe(output: Any, batch: Any) -> Tensor:

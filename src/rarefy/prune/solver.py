@@ -50,10 +50,12 @@ class Ask:
 
     plan: patterns.Pattern
     sparsity: float
-    each: Mapping[str, float]  # sparsity by layer name
+    each: Mapping[str, float]  # sparsity by layer name, once it is known
     scope: str
     score: str | None = None  # None = the solver's own criterion (refit: wanda)
     reduce: str | None = None
+    allocate: str = "uniform"  # how `each` is found
+    seed: int = 0  # of that search
 
     @property
     def first(self) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import allocate as allocate_
 from rarefy.prune import pattern as patterns
-from rarefy.prune.layerwise import check_solvable, measure, solve_
+from rarefy.prune.layerwise import Spread, check_solvable, measure, solve_
 from rarefy.prune.score import SCORES
 from rarefy.prune.search import lacks_loss, probe, search
-from rarefy.prune.solver import Ask, Solver, passes, resolve
+from rarefy.prune.solver import Ask, Solver, resolve
 
 
 def prune_(
@@ -74,12 +74,7 @@ def prune_(
     >>> prune_(net, "2:4").summary["sparsity"]
     0.5
     """
-    plan = patterns.parse(pattern)
-    how = None if solver is None else resolve(solver)
-    ranks = score or ("magnitude" if how is None else "wanda" if how.name == "refit" else None)
-    if ranks is not None and (not isinstance(ranks, str) or ranks not in SCORES):
-        raise PatternError(unknown("score", ranks, SCORES))
-    sparsity, scope = patterns.check_sparsity(plan, sparsity, scope or default_scope(plan, ranks))
+    how, ask = asked(pattern, score, sparsity, solver, allocate, scope, reduce, seed)
     if data is not None:
         check_batches(data)
         # allocation, score, solver and the key of `work` each go through it
@@ -87,25 +82,27 @@ def prune_(
         gone = next((i for i, batch in enumerate(data) if batch is None), None) if isinstance(data, list) else None
         if gone is not None:
             raise DataError(f"batch {gone} of the data is None")
-    ask, memory, work = Ask(plan, sparsity, {}, scope, ranks, reduce), bytes_of(memory), path_of(work)
-    _check_memory(how, ask, allocate, memory, work)
-    chosen = select(model, layers, ignore)
-    refuse_impossible(chosen, plan)
+    memory, work = bytes_of(memory), path_of(work)
+    check_ask(how, ask, memory, work)
+    chosen = chosen_layers(model, layers, ignore, ask.plan)
     check_weights(chosen)
     for layer in chosen:
         check_maskable(layer)
-    with nullcontext() if how is None else passes(how):
-        ask = replace(ask, each=_spread(model, chosen, ask, allocate, data, loss, seed, progress))
+    spread = partial(_spread, model, chosen, ask, data, loss, progress)
     rows: list[dict[str, Any]] = []
     if how is not None:
-        rows = _solve(model, chosen, ask, how, data, loss, seed, memory=memory, work=work, progress=progress)
+        options = {"memory": memory, "work": work, "progress": progress}
+        rows, ask, notes = _solve(model, chosen, ask, how, data, loss, seed, spread, **options)
     else:
-        shown = None if data is None else track(data, f"calibrating {ranks}", progress)
+        each, notes = spread()
+        ask = replace(ask, each=each)
+        shown = None if data is None else track(data, f"calibrating {ask.score}", progress)
         for layer, mask in zip(chosen, _masks(model, chosen, ask, shown, loss, seed)):
             set_mask_(layer, mask)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     zeros = {r["layer"]: r.pop("zeros") for r in rows}
-    done = report(chosen, plan, sparsity, ask.each, zeros if memory is not None else None)
+    done = report(chosen, ask.plan, ask.sparsity, ask.each, zeros if memory is not None else None)
+    done = replace(done, notes=(*done.notes, *notes))
     idle = "; ".join(f"{r['layer']} {r.pop('idle')}" for r in rows if r.get("idle"))
     if idle:
         done = replace(done, notes=(*done.notes, f"experts that saw no token, pruned by magnitude, not moved: {idle}"))
@@ -118,6 +115,36 @@ def prune_(
     return done
 
 
+def asked(
+    pattern: str,
+    score: str | None = None,
+    sparsity: float | None = None,
+    solver: str | Solver | Mapping[str, Any] | None = None,
+    allocate: str | None = None,
+    scope: str | None = None,
+    reduce: str | None = None,
+    seed: int = 0,
+) -> tuple[Solver | None, Ask]:
+    """Return what `prune_` is asked for with its defaults filled in; PatternError for what it does not know."""
+    plan = patterns.parse(pattern)
+    how = None if solver is None else resolve(solver)
+    ranks = score or ("magnitude" if how is None else "wanda" if how.name == "refit" else None)
+    if ranks is not None and (not isinstance(ranks, str) or ranks not in SCORES):
+        raise PatternError(unknown("score", ranks, SCORES))
+    sparsity, scope = patterns.check_sparsity(plan, sparsity, scope or default_scope(plan, ranks))
+    allocate = allocate or "uniform"
+    if allocate not in allocate_.ALLOCATIONS:
+        raise PatternError(unknown("allocation", allocate, allocate_.ALLOCATIONS))
+    return how, Ask(plan, sparsity, {}, scope, ranks, reduce, allocate, seed if allocate == "search" else 0)
+
+
+def chosen_layers(model: nn.Module, layers: Selector, ignore: Selector, plan: patterns.Pattern) -> list[Layer]:
+    """Return the selected layers; PatternError where the pattern has nothing to prune in one."""
+    chosen = select(model, layers, ignore)
+    refuse_impossible(chosen, plan)
+    return chosen
+
+
 def _solve(
     model: nn.Module,
     chosen: Sequence[Layer],
@@ -126,25 +153,33 @@ def _solve(
     data: Iterable[Any] | None,
     loss: Loss | None,
     seed: int,
+    spread: Spread,
     **options: Any,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], Ask, list[str]]:
     """Masks and weights by a solver; a score that reads more than inputs, or ranks all layers together, goes first."""
     if data is None:
         raise DataError(f"solver {how.name} works on a layer's inputs: give data=batches")
-    if ask.score is None and (ask.scope == "global" or ask.reduce is not None):
+
+    def given(ask: Ask) -> dict[str, Tensor] | None:
+        if not ask.first:
+            return None
+        masks = _masks(model, chosen, ask, track(data, f"calibrating {ask.score}", options["progress"]), loss, seed)
+        return {l.full_name: m for l, m in zip(chosen, masks)}
+
+    return solve_(model, chosen, ask, how, data, spread=spread, given=given, **options)
+
+
+def check_ask(how: Solver | None, ask: Ask, memory: int | None, work: Path | None) -> None:
+    """Raise PatternError for what has no effect, or cannot be kept to."""
+    if how is not None and ask.score is None and (ask.scope == "global" or ask.reduce is not None):
         idle = "scope 'global'" if ask.scope == "global" else f"reduce={ask.reduce!r}"
         raise PatternError(f"solver {how.name} chooses block by block: {idle} has no effect without a score")
-    given = None
-    if ask.first:
-        shown = track(data, f"calibrating {ask.score}", options["progress"])
-        with passes(how):
-            masks = _masks(model, chosen, ask, shown, loss, seed)
-        given = {l.full_name: m for l, m in zip(chosen, masks)}
-    return solve_(model, chosen, ask, how, data, given=given, **options)
-
-
-def _check_memory(how: Solver | None, ask: Ask, allocate: str | None, memory: int | None, work: Path | None) -> None:
-    """Raise PatternError where a bound on memory, or a folder for the state, cannot be kept to."""
+    if ask.allocate != "uniform" and (ask.plan.kind == "nm" or ask.scope == "global"):
+        what = f"pattern {ask.plan}" if ask.plan.kind == "nm" else "scope 'global'"
+        raise PatternError(
+            f"{what} decides every layer's sparsity itself: allocate={ask.allocate!r} has no effect, "
+            "take 'uniform' (shell: --set allocate=uniform)"
+        )
     if how is None and (memory is not None or work is not None):
         what = "memory" if memory is not None else "work"
         raise PatternError(f"{what} is for solvers, which go layer by layer: give solver='refit', 'obs' or 'admm'")
@@ -152,53 +187,47 @@ def _check_memory(how: Solver | None, ask: Ask, allocate: str | None, memory: in
         return
     if work is None:
         raise PatternError("memory needs work=FOLDER, where the new weights go")
-    if ask.first or allocate in allocate_.GRADIENTS:
-        what = f"score {ask.score!r} over all layers" if ask.first else f"allocate={allocate!r}"
-        raise PatternError(f"{what} holds all weights or gradients at once: leave it out, or leave memory out")
+    if ask.first or ask.allocate in allocate_.GRADIENTS:
+        what = f"score {ask.score!r} over all layers" if ask.first else f"allocate={ask.allocate!r}"
+        instead = "leave it out" if ask.first else "take 'uniform' (shell: --set allocate=uniform)"
+        raise PatternError(f"{what} holds all weights or gradients at once: {instead}, or leave memory out")
 
 
 def _spread(
     model: nn.Module,
     chosen: Sequence[Layer],
     ask: Ask,
-    how: str | None,
     data: Iterable[Any] | None,
     loss: Loss | None,
-    seed: int,
     progress: bool,
-) -> dict[str, float]:
-    """The sparsity of each layer."""
-    if how is not None and how not in allocate_.ALLOCATIONS:
-        raise PatternError(unknown("allocation", how, allocate_.ALLOCATIONS))
-    if how in (None, "uniform"):
-        return {l.full_name: ask.sparsity for l in chosen}
-    if ask.plan.kind == "nm" or ask.scope == "global":
-        what = f"pattern {ask.plan}" if ask.plan.kind == "nm" else "scope 'global'"
-        raise PatternError(
-            f"{what} decides every layer's sparsity itself: allocate={how!r} has no effect, take 'uniform'"
-        )
+) -> tuple[dict[str, float], list[str]]:
+    """The sparsity of each layer, and what is to be said of how it was found."""
+    how = ask.allocate
+    if how == "uniform":
+        return {l.full_name: ask.sparsity for l in chosen}, []
     if how == "erk":
-        return allocate_.erk(chosen, ask.sparsity)
+        return allocate_.erk(chosen, ask.sparsity), []
     if how == "line":
-        return allocate_.line(chosen, ask.sparsity)
+        return allocate_.line(chosen, ask.sparsity), []
     if data is None:
         raise DataError(f"allocation {how!r} reads activations: give data=batches")
     if how == "owl":
-        return allocate_.owl(chosen, ask.sparsity, collect(model, data, chosen, frozenset({"input"})))
+        return allocate_.owl(chosen, ask.sparsity, collect(model, data, chosen, frozenset({"input"}))), []
     check_solvable(chosen, data, f"allocation {how!r}")
     data = list(data)
     tokens = allocate_.TOKENS
     few = track(some(data, tokens["gradients"], tokens["pass"]), "output gradients", progress)
     blind = lacks_loss(model, data[0], loss)
     found = allocate_.sensitivities(model, few, chosen, probe if blind else loss)
+    notes = ["no loss: sparsity was allocated by the model's own outputs"] if blind else []
     weights = allocate_.complete(found, chosen)
     solved: dict[str, list[Tensor]] | None = {} if how == "search" else None
     part = some(data, tokens["errors"])
     costs = measure(model, chosen, ask, part, weights, allocate_.LEVELS, solved=solved, progress=progress)
     if solved is not None:
-        told = {"blind": blind, "seed": seed, "progress": progress}
-        return search(model, chosen, costs, solved, ask.sparsity, data, loss, **told)
-    return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity)
+        told = {"blind": blind, "seed": ask.seed, "progress": progress}
+        return search(model, chosen, costs, solved, ask.sparsity, data, loss, **told), notes
+    return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity), notes
 
 
 def _masks(
