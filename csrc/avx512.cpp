@@ -1,0 +1,162 @@
+#include <immintrin.h>
+
+#include "rarefy.h"
+#include "table.h"
+
+namespace {
+constexpr int W = 16, MOST = 4;
+
+// Zen 4 and 5 make a zero-masked expansion wait for the register that it overwrites. So it is merged into zeros that
+// the compiler cannot know to be zeros.
+inline __m512i zeros() {
+  __m512i z = _mm512_setzero_si512();
+  asm volatile("" : "+v"(z));
+  return z;
+}
+
+// Expansion out of memory is slower than a load and an expansion of a register, into which compilers like to fold it.
+inline __m512i in_register(const void* p) {
+  __m512i v = _mm512_loadu_si512(p);
+  asm("" : "+v"(v));
+  return v;
+}
+
+template <int KIND>
+struct Bits;
+
+template <>
+struct Bits<RAREFY_F32> {
+  using value = float;
+  using input = float;
+  using sum = __m512;
+  static constexpr int cell = 16;
+  static __m512 none() { return _mm512_castsi512_ps(zeros()); }
+  static __m512 zero() { return _mm512_setzero_ps(); }
+  static __m512 expand(__m512 none, const char* bits, const float* v) {
+    return _mm512_mask_expand_ps(none, _load_mask16((__mmask16*)bits), _mm512_castsi512_ps(in_register(v)));
+  }
+  static __m512 step(__m512 s, __m512 w, const float* x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), s); }
+  static float total(__m512 s) { return _mm512_reduce_add_ps(s); }
+};
+
+template <>
+struct Bits<RAREFY_BF16> {
+  using value = uint16_t;
+  using input = uint16_t;
+  using sum = __m512;
+  static constexpr int cell = 32;
+  static __m512i none() { return zeros(); }
+  static __m512 zero() { return _mm512_setzero_ps(); }
+  static __m512i expand(__m512i none, const char* bits, const uint16_t* v) {
+    return _mm512_mask_expand_epi16(none, _load_mask32((__mmask32*)bits), in_register(v));
+  }
+  static __m512 step(__m512 s, __m512i w, const uint16_t* x) {
+    return _mm512_dpbf16_ps(s, __m512bh(w), __m512bh(_mm512_loadu_si512(x)));
+  }
+  static float total(__m512 s) { return _mm512_reduce_add_ps(s); }
+};
+
+template <>
+struct Bits<RAREFY_I8> {
+  using value = int8_t;
+  using input = uint8_t;
+  using sum = __m512i;
+  static constexpr int cell = 64;
+  static __m512i none() { return zeros(); }
+  static __m512i zero() { return _mm512_setzero_si512(); }
+  static __m512i expand(__m512i none, const char* bits, const int8_t* v) {
+    return _mm512_mask_expand_epi8(none, _load_mask64((__mmask64*)bits), in_register(v));
+  }
+  static __m512i step(__m512i s, __m512i w, const uint8_t* x) { return _mm512_dpbusd_epi32(s, _mm512_loadu_si512(x), w); }
+  static float total(__m512i s) {
+    const int32_t t = _mm512_reduce_add_epi32(s);
+    float f;
+    std::memcpy(&f, &t, 4);
+    return f;
+  }
+};
+
+template <int KIND>
+struct Lanes;
+
+struct Floats {
+  using input = __m512;
+  using sum = __m512;
+  static __m512 zero() { return _mm512_setzero_ps(); }
+  static __m512 load(const uint32_t* x) { return _mm512_load_ps(x); }
+  static __m512 spread(uint32_t w) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(w))); }
+  static __m512 sum_at(const uint32_t* o) { return _mm512_load_ps(o); }
+  static void store(uint32_t* o, __m512 s) { _mm512_store_ps(o, s); }
+};
+
+template <>
+struct Lanes<RAREFY_F32> : Floats {
+  static constexpr int width = 1;
+  static __m512 step(__m512 s, __m512 x, __m512 w) { return _mm512_fmadd_ps(w, x, s); }
+  static void to_lanes(const float* x, int64_t n, float, uint32_t* out) {
+    _mm512_store_ps(out, _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), x));
+  }
+};
+
+template <>
+struct Lanes<RAREFY_BF16> : Floats {
+  static constexpr int width = 2;
+  static __m512 step(__m512 s, __m512 x, __m512 w) { return _mm512_dpbf16_ps(s, __m512bh(x), __m512bh(w)); }
+  static void to_lanes(const float* x, int64_t n, float, uint32_t* out) {
+    const uint32_t mask = n >= 32 ? ~0u : (1u << n) - 1;
+    const __m512 a = _mm512_maskz_loadu_ps(__mmask16(mask), x), b = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
+    _mm512_store_si512(out, __m512i(_mm512_cvtne2ps_pbh(b, a)));
+  }
+};
+
+inline __m128i to_bytes(const float* x, uint32_t mask, __m512 scale) {
+  const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(__mmask16(mask), x), scale));
+  return _mm_xor_si128(_mm512_cvtsepi32_epi8(q), _mm_set1_epi8(char(0x80)));
+}
+
+template <>
+struct Lanes<RAREFY_I8> {
+  using input = __m512i;
+  using sum = __m512i;
+  static constexpr int width = 4;
+  static __m512i zero() { return _mm512_setzero_si512(); }
+  static __m512i load(const uint32_t* x) { return _mm512_load_si512(x); }
+  static __m512i spread(uint32_t w) { return _mm512_set1_epi32(int(w)); }
+  static __m512i step(__m512i s, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(s, x, w); }
+  static __m512i sum_at(const uint32_t* o) { return _mm512_load_si512(o); }
+  static void store(uint32_t* o, __m512i s) { _mm512_store_si512(o, s); }
+  static void to_lanes(const float* x, int64_t n, float scale, uint32_t* out) {
+    const uint64_t mask = n >= 64 ? ~0ull : (1ull << n) - 1;
+    const __m512 s = _mm512_set1_ps(scale);
+    for (int i = 0; i < 4; ++i)
+      _mm_store_si128(reinterpret_cast<__m128i*>(out + 4 * i), to_bytes(x + 16 * i, uint32_t(mask >> (16 * i)) & 0xffff, s));
+  }
+};
+
+inline void transpose(uint32_t (&a)[16][16]) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(a[i]);
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i ab0 = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), ab1 = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    const __m512i cd0 = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88), cd1 = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    _mm512_store_si512(a[i], _mm512_shuffle_i32x4(ab0, cd0, 0x88));
+    _mm512_store_si512(a[8 + i], _mm512_shuffle_i32x4(ab0, cd0, 0xdd));
+    _mm512_store_si512(a[4 + i], _mm512_shuffle_i32x4(ab1, cd1, 0x88));
+    _mm512_store_si512(a[12 + i], _mm512_shuffle_i32x4(ab1, cd1, 0xdd));
+  }
+}
+}  // namespace
+
+#include "kernels.hpp"
+
+extern const rarefy_table rarefy_avx512 = RAREFY_TABLE("avx512");

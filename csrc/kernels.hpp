@@ -1,0 +1,227 @@
+// The kernels, written once over the vectors of one instruction set. Each translation unit defines those vectors and
+// then includes this. All of it is in an unnamed namespace: an inline function compiled for AVX-512 must never be the
+// one that the linker picks for another unit.
+//
+// From the including unit:
+//   W              floats of a vector
+//   vf, vi         vectors of W floats, of W 32-bit integers
+//   Bits<KIND>     expansion of a bitmask's values, and the product with an input
+//   Lanes<KIND>    products of 32-bit lanes: 1 fp32, 2 bf16, 4 int8
+//   transpose      W x W 32-bit numbers
+
+#include <cstring>
+
+namespace {
+
+constexpr int64_t NT = 64;  // columns (batch or pixels) of a packed tile of inputs
+constexpr int R4 = 4;       // rows of a tile of weights
+
+// ---- bitmask, small batches ----------------------------------------------------------------------------------------
+// Four rows by 64 columns at a time: their values lie one after the other, so memory is read in one stream. Where each
+// cell's values begin is counted from the beginning of its panel, so cells do not wait for each other.
+
+template <int KIND, int M>
+inline void bit_rows(const rarefy_bitmask& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
+  using B = Bits<KIND>;
+  typename B::sum sum[R4][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R4; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) sum[r][m] = B::zero();
+  const uint64_t* mask = w.masks + row * w.words;
+  const auto* value = static_cast<const typename B::value*>(w.values) + w.starts[row / R4];
+  const auto none = B::none();
+  const auto* in = static_cast<const typename B::input*>(x);
+  for (int64_t word = 0; word < w.words; ++word, in += 64, mask += R4) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R4; ++r) {
+#pragma GCC unroll 4
+      for (int part = 0; part < 64; part += B::cell) {
+        const auto* from = part ? value + __builtin_popcountll(mask[r] << (64 - part)) : value;
+        const auto wide = B::expand(none, reinterpret_cast<const char*>(mask + r) + part / 8, from);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) sum[r][m] = B::step(sum[r][m], wide, in + m * ldx + part);
+      }
+      value += __builtin_popcountll(mask[r]);
+    }
+  }
+  for (int r = 0; r < R4 && row + r < w.rows; ++r)
+    for (int m = 0; m < M; ++m) y[m * ldy + row + r] = B::total(sum[r][m]);
+}
+
+template <int KIND, int M>
+void bit_range(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y, int64_t ldy) {
+  for (int64_t row = from; row < to; row += R4) bit_rows<KIND, M>(w, row, x, ldx, y, ldy);
+}
+
+// Rows `from`..`to` (from: of fours) for n inputs, four of these at a time.
+template <int KIND>
+void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y, int64_t ldy,
+             int64_t n) {
+  const auto* in = static_cast<const typename Bits<KIND>::input*>(x);
+  for (; n > 0; n -= 4, in += 4 * ldx, y += 4 * ldy) {
+    if (n >= 4)
+      bit_range<KIND, 4>(w, from, to, in, ldx, y, ldy);
+    else if (n == 3)
+      bit_range<KIND, 3>(w, from, to, in, ldx, y, ldy);
+    else if (n == 2)
+      bit_range<KIND, 2>(w, from, to, in, ldx, y, ldy);
+    else
+      bit_range<KIND, 1>(w, from, to, in, ldx, y, ldy);
+  }
+}
+
+// ---- tiles, larger batches ----------------------------------------------------------------------------------------
+// The columns of a tile of four rows come sorted by pattern (which of the four have a value there): fifteen loops
+// without a branch, T vectors of inputs loaded once and used by every row of the pattern.
+
+template <int KIND, int T, int P>
+inline void pattern(typename Lanes<KIND>::sum (&c)[R4][T], const uint32_t* x, int64_t count, const uint16_t*& column,
+                    const uint32_t*& value) {
+  using L = Lanes<KIND>;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t* from = x + int64_t(*column++) * NT;
+    typename L::input in[T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) in[t] = L::load(from + t * W);
+#pragma GCC unroll 4
+    for (int r = 0; r < R4; ++r)
+      if (P >> r & 1) {
+        const auto wide = L::spread(*value++);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) c[r][t] = L::step(c[r][t], in[t], wide);
+      }
+  }
+}
+
+template <int KIND, int T>
+inline void tile(typename Lanes<KIND>::sum (&c)[R4][T], const uint32_t* x, const uint16_t* counts,
+                 const uint16_t*& column, const uint32_t*& value) {
+  pattern<KIND, T, 1>(c, x, counts[1], column, value);
+  pattern<KIND, T, 2>(c, x, counts[2], column, value);
+  pattern<KIND, T, 3>(c, x, counts[3], column, value);
+  pattern<KIND, T, 4>(c, x, counts[4], column, value);
+  pattern<KIND, T, 5>(c, x, counts[5], column, value);
+  pattern<KIND, T, 6>(c, x, counts[6], column, value);
+  pattern<KIND, T, 7>(c, x, counts[7], column, value);
+  pattern<KIND, T, 8>(c, x, counts[8], column, value);
+  pattern<KIND, T, 9>(c, x, counts[9], column, value);
+  pattern<KIND, T, 10>(c, x, counts[10], column, value);
+  pattern<KIND, T, 11>(c, x, counts[11], column, value);
+  pattern<KIND, T, 12>(c, x, counts[12], column, value);
+  pattern<KIND, T, 13>(c, x, counts[13], column, value);
+  pattern<KIND, T, 14>(c, x, counts[14], column, value);
+  pattern<KIND, T, 15>(c, x, counts[15], column, value);
+}
+
+// Tiles `from`..`to` on one packed tile of inputs; `out` is [4 (to - from)][NT] sums. Blocks of columns go round
+// outside, so that the inputs of a block stay in the first cache for all the tiles.
+template <int KIND, int T>
+void tiles_part(const rarefy_tiles& w, int64_t from, int64_t to, const uint32_t* x, uint32_t* out) {
+  using L = Lanes<KIND>;
+  const int64_t blocks = (w.cols + w.block - 1) / w.block;
+  for (int64_t b = 0; b < blocks; ++b) {
+    uint32_t* o = out;
+    for (int64_t t = from; t < to; ++t, o += R4 * NT) {
+      const int64_t at = t * blocks + b;
+      const uint16_t* column = w.columns + w.starts[2 * at];
+      const uint32_t* value = w.values + w.starts[2 * at + 1];
+      typename L::sum c[R4][T];
+#pragma GCC unroll 4
+      for (int r = 0; r < R4; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < T; ++v) c[r][v] = b ? L::sum_at(o + r * NT + v * W) : L::zero();
+      tile<KIND, T>(c, x + b * w.block * NT, w.counts + at * 16, column, value);
+#pragma GCC unroll 4
+      for (int r = 0; r < R4; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < T; ++v) L::store(o + r * NT + v * W, c[r][v]);
+    }
+  }
+}
+
+// `columns` of the packed tile are in use: whole vectors of them, at most MOST at a time.
+template <int KIND>
+void tiles_any(const rarefy_tiles& w, int64_t from, int64_t to, const uint32_t* x, uint32_t* out, int64_t columns) {
+  int64_t left = (columns + W - 1) / W, at = 0;
+  for (; left >= MOST; left -= MOST, at += MOST * W) tiles_part<KIND, MOST>(w, from, to, x + at, out + at);
+  if constexpr (MOST > 2)
+    for (; left >= 2; left -= 2, at += 2 * W) tiles_part<KIND, 2>(w, from, to, x + at, out + at);
+  for (; left >= 1; left -= 1, at += W) tiles_part<KIND, 1>(w, from, to, x + at, out + at);
+}
+
+// ---- inputs packed into [lanes][NT] --------------------------------------------------------------------------------
+
+// Rows of fp32 inputs become rows of lanes (`to_lanes`), W of them at a time are transposed.
+template <int KIND>
+void pack(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out) {
+  using L = Lanes<KIND>;
+  constexpr int64_t each = L::width;  // inputs of a lane
+  const int64_t lanes = (width + each - 1) / each;
+  alignas(64) uint32_t square[W][W];
+  for (int64_t n = 0; n < rows; n += W) {
+    const int64_t here = rows - n < W ? rows - n : W;
+    for (int64_t k = 0; k < lanes; k += W) {
+      const int64_t some = lanes - k < W ? lanes - k : W, inputs = width - k * each;
+      for (int64_t i = 0; i < W; ++i) {
+        if (i < here)
+          L::to_lanes(x + (n + i) * ldx + k * each, inputs < W * each ? inputs : W * each, scales ? scales[n + i] : 1.0f, square[i]);
+        else
+          std::memset(square[i], 0, sizeof square[i]);
+      }
+      transpose(square);
+      for (int64_t i = 0; i < some; ++i) std::memcpy(out + (k + i) * NT + n, square[i], sizeof square[i]);
+    }
+  }
+}
+
+// One row of inputs as the bitmask kernels read it, with zeros behind.
+template <int KIND>
+void convert(const float* x, int64_t n, int64_t wide, float scale, void* out) {
+  using L = Lanes<KIND>;
+  constexpr int64_t step = W * L::width;
+  alignas(64) uint32_t lanes[W];
+  for (int64_t k = 0; k < wide; k += step) {
+    const int64_t some = n - k < step ? (n > k ? n - k : 0) : step;
+    L::to_lanes(x + (n > k ? k : 0), some, scale, lanes);
+    std::memcpy(static_cast<uint32_t*>(out) + k / L::width, lanes, sizeof lanes);
+  }
+}
+
+// ---- sums [rows][NT] become outputs y[n][row] ----------------------------------------------------------------------
+
+template <int KIND>
+void finish(const rarefy_tiles& w, int64_t row, int64_t rows, uint32_t* sums, const float* scales, int64_t columns,
+            float* y, int64_t ldy) {
+  for (int64_t r = 0; r < rows; ++r) {
+    uint32_t* line = sums + r * NT;
+    float wide[NT];
+    const float bias = w.bias ? w.bias[row + r] : 0.0f;
+    if constexpr (KIND == RAREFY_I8) {
+      const int32_t shift = 128 * w.sums[row + r];
+      const float scale = w.scales[row + r];
+      for (int64_t n = 0; n < NT; ++n) wide[n] = float(int32_t(line[n]) - shift) * (scale * scales[n]) + bias;
+    } else {
+      std::memcpy(wide, line, sizeof wide);
+      for (int64_t n = 0; n < NT; ++n) wide[n] += bias;
+    }
+    if (w.act == RAREFY_RELU)
+      for (int64_t n = 0; n < NT; ++n) wide[n] = wide[n] > 0.0f ? wide[n] : 0.0f;
+    std::memcpy(line, wide, sizeof wide);
+  }
+  alignas(64) uint32_t square[W][W];
+  for (int64_t r = 0; r < rows; r += W) {
+    const int64_t here = rows - r < W ? rows - r : W;
+    for (int64_t n = 0; n < columns; n += W) {
+      for (int64_t i = 0; i < here; ++i) std::memcpy(square[i], sums + (r + i) * NT + n, sizeof square[i]);
+      transpose(square);
+      const int64_t some = columns - n < W ? columns - n : W;
+      if (here == W)
+        for (int64_t i = 0; i < some; ++i) std::memcpy(y + (n + i) * ldy + row + r, square[i], sizeof square[i]);
+      else
+        for (int64_t i = 0; i < some; ++i) std::memcpy(y + (n + i) * ldy + row + r, square[i], size_t(here) * 4);
+    }
+  }
+}
+
+}  // namespace

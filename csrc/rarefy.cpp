@@ -1,0 +1,184 @@
+// Choice of an instruction set, parts of the work for threads, scratch memory.
+#include "rarefy.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "table.h"
+
+extern const rarefy_table rarefy_avx512;
+
+namespace {
+
+constexpr int64_t NT = 64, CHUNK = 16, PART = 32;  // columns, tiles of four rows, rows that a thread takes at once
+constexpr int64_t LEAST = 20000;  // products worth a second thread
+
+const rarefy_table* table = nullptr;
+rarefy_parallel run_parallel = nullptr;
+int (*count_threads)(uint32_t*) = nullptr;
+
+const rarefy_table* best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vbmi2"))
+    return &rarefy_avx512;
+#endif
+  return nullptr;
+}
+
+const rarefy_table& chosen() {
+  if (!table) table = best();
+  return *table;
+}
+
+// Memory that a thread keeps for its next call.
+template <int SLOT>
+void* scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> held;
+  static thread_local size_t size = 0;
+  if (bytes > size) {
+    held.reset();
+    size = 0;
+    void* p = std::aligned_alloc(64, (bytes + 4095) / 4096 * 4096);
+    if (!p) return nullptr;
+    held.reset(p);
+    size = bytes;
+  }
+  return held.get();
+}
+
+constexpr int64_t MOST_THREADS = 256;
+
+// A run of parts, taken from both ends: begin and end in one word.
+struct alignas(64) Run {
+  std::atomic<uint64_t> span;
+  void set(int64_t begin, int64_t end) { span.store(uint64_t(begin) << 32 | uint64_t(end)); }
+  int64_t first() { return take(1ull << 32, 0); }
+  int64_t last() { return take(0, 1); }
+  int64_t take(uint64_t more, uint64_t less) {
+    uint64_t s = span.load(std::memory_order_relaxed);
+    while (s >> 32 < (s & 0xffffffff))
+      if (span.compare_exchange_weak(s, s + more - less)) return int64_t(less ? (s & 0xffffffff) - 1 : s >> 32);
+    return -1;
+  }
+};
+
+template <class F>
+void body(int64_t begin, int64_t end, void* context) {
+  for (int64_t i = begin; i < end; ++i) (*static_cast<F*>(context))();
+}
+
+// Parts go to threads in as many runs as there are threads, so that each reads memory in one stream; who is done helps
+// the others, from the ends of their runs.
+template <class F>
+void on_threads(int64_t parts, bool worth, F&& part) {
+  uint32_t threads = 1;
+  if (worth && run_parallel && count_threads) count_threads(&threads);
+  threads = uint32_t(std::min<int64_t>({int64_t(threads), parts, MOST_THREADS}));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < parts; ++i) part(i);
+    return;
+  }
+  Run runs[MOST_THREADS];
+  for (uint32_t t = 0; t < threads; ++t) runs[t].set(parts * t / threads, parts * (t + 1) / threads);
+  std::atomic<uint32_t> arrived{0};
+  auto take = [&] {
+    const uint32_t me = arrived.fetch_add(1) % threads;
+    for (int64_t i; (i = runs[me].first()) >= 0;) part(i);
+    for (uint32_t other = 1; other < threads; ++other)
+      for (int64_t i; (i = runs[(me + other) % threads].last()) >= 0;) part(i);
+  };
+  run_parallel(0, threads, 1, body<decltype(take)>, &take);
+}
+
+float quantize(const float* x, int64_t n) {
+  uint32_t most = 0;  // magnitudes of floats are ordered as integers are
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    most = std::max(most, bits & 0x7fffffffu);
+  }
+  float f;
+  std::memcpy(&f, &most, 4);
+  return f > 0 ? f / 127.0f : 1.0f;
+}
+
+}  // namespace
+
+#define API extern "C" __attribute__((visibility("default")))
+
+API const char* rarefy_isa(void) { return best() ? chosen().name : "none"; }
+
+API void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*)) {
+  run_parallel = run;
+  count_threads = threads;
+}
+
+API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n) {
+  const rarefy_table& t = chosen();
+  const int each = w->kind == RAREFY_I8 ? 4 : w->kind == RAREFY_BF16 ? 2 : 1;
+  const int64_t squares = (n + NT - 1) / NT, inputs = w->inputs, tiles = (w->rows + 3) / 4;
+  uint32_t* packed = static_cast<uint32_t*>(scratch<0>(size_t(squares * w->cols * NT) * 4 + size_t(squares * NT) * 8));
+  if (!packed) return RAREFY_MEMORY;
+  float* scales = reinterpret_cast<float*>(packed + squares * w->cols * NT);
+  float* inverse = scales + squares * NT;
+  const bool worth = int64_t(w->cols) * w->rows / 8 * n > LEAST;
+  on_threads(squares, worth, [&](int64_t s) {
+    const int64_t here = std::min(NT, n - s * NT);
+    if (each == 4)
+      for (int64_t i = 0; i < NT; ++i) {
+        const float q = i < here ? quantize(x + (s * NT + i) * ldx, inputs) : 1.0f;
+        scales[s * NT + i] = q;
+        inverse[s * NT + i] = 1.0f / q;
+      }
+    t.pack[w->kind](x + s * NT * ldx, ldx, here, inputs, each == 4 ? inverse + s * NT : nullptr,
+                    packed + s * w->cols * NT);
+  });
+  const int64_t chunks = (tiles + CHUNK - 1) / CHUNK;
+  on_threads(chunks * squares, worth, [&](int64_t i) {
+    const int64_t c = i / squares, s = i % squares, from = c * CHUNK, to = std::min(tiles, from + CHUNK);
+    const int64_t here = std::min(NT, n - s * NT);
+    alignas(64) uint32_t out[CHUNK * 4 * NT];
+    t.tiles[w->kind](*w, from, to, packed + s * w->cols * NT, out, here);
+    t.finish[w->kind](*w, from * 4, std::min(to * 4, w->rows) - from * 4, out, scales + s * NT, here,
+                      y + s * NT * ldy, ldy);
+  });
+  return RAREFY_OK;
+}
+
+API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n) {
+  const rarefy_table& t = chosen();
+  const int64_t wide = w->words * 64, bytes = w->kind == RAREFY_F32 ? 4 : w->kind == RAREFY_BF16 ? 2 : 1;
+  char* in = static_cast<char*>(scratch<1>(size_t(n * wide * bytes + n * 4)));
+  if (!in) return RAREFY_MEMORY;
+  float* scales = reinterpret_cast<float*>(in + n * wide * bytes);
+  for (int64_t i = 0; i < n; ++i) {
+    scales[i] = w->kind == RAREFY_I8 ? quantize(x + i * ldx, w->cols) : 1.0f;
+    t.convert[w->kind](x + i * ldx, w->cols, wide, 1.0f / scales[i], in + i * wide * bytes);
+  }
+  on_threads((w->rows + PART - 1) / PART, w->rows * w->cols / 8 * n > LEAST, [&](int64_t p) {
+    const int64_t from = p * PART, to = std::min(w->rows, from + PART);
+    t.bits[w->kind](*w, from, to, in, wide, y, ldy, n);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t r = from; r < to; ++r) {
+        float v = y[i * ldy + r];
+        if (w->kind == RAREFY_I8) {
+          int32_t sum;
+          std::memcpy(&sum, &v, 4);
+          v = float(sum - 128 * w->sums[r]) * (w->scales[r] * scales[i]);
+        }
+        v += w->bias ? w->bias[r] : 0.0f;
+        y[i * ldy + r] = w->act == RAREFY_RELU && !(v > 0.0f) ? 0.0f : v;
+      }
+  });
+  return RAREFY_OK;
+}

@@ -1,0 +1,48 @@
+// Sparse CPU kernels behind a plain C interface: pointers and sizes in, an error number out. Nothing here allocates
+// weights, throws or knows torch; the one thing borrowed is a function that runs chunks in parallel.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+enum rarefy_error { RAREFY_OK = 0, RAREFY_BAD = 1, RAREFY_MEMORY = 2 };
+enum rarefy_kind { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2 };  // of values; bf16 and int8 come in twos and fours
+enum rarefy_act { RAREFY_NONE = 0, RAREFY_RELU = 1, RAREFY_GELU = 2, RAREFY_SILU = 3 };
+
+typedef void (*rarefy_body)(int64_t begin, int64_t end, void* context);
+typedef int (*rarefy_parallel)(int64_t begin, int64_t end, int64_t grain, rarefy_body body, void* context);
+
+// Panels of four rows by 64 columns: their masks in bits, and one row after the other the values that are not zero.
+struct rarefy_bitmask {
+  int64_t rows, cols;       // outputs, inputs
+  int64_t words;            // 64-bit words of a row's mask, (cols + 63) / 64
+  const uint64_t* masks;    // [rows / 4][words][4], bit j of word w is column 64 w + j; rows are padded to fours
+  const int64_t* starts;    // [rows / 4], where the values of four rows begin
+  const void* values;       // 64 bytes may be read past the last
+  const float* scales;      // int8: [rows]
+  const int32_t* sums;      // int8: [rows], sums of values
+  const float* bias;        // [rows] or null
+  int32_t kind, act;
+};
+
+// Four rows at a time; the columns of such a tile, sorted by which of its rows have a value there.
+struct rarefy_tiles {
+  int64_t rows, inputs;     // outputs, inputs
+  int64_t cols;             // inputs in lanes of 4 bytes (1 fp32, 2 bf16, 4 int8)
+  int64_t block;            // lanes of a block of columns; columns count from its beginning
+  const uint16_t* counts;   // [tiles][blocks][16], columns of each pattern; that of pattern 0 is 0
+  const int64_t* starts;    // [tiles][blocks][2], where its columns and values begin
+  const uint16_t* columns;
+  const uint32_t* values;
+  const float* scales;      // int8: [rows]
+  const int32_t* sums;      // int8: [rows], sums of values
+  const float* bias;
+  int32_t kind, act;
+};
+
+const char* rarefy_isa(void);                      // what serves this process
+int rarefy_use_isa(const char* name);              // "avx512", "avx2", "portable"; RAREFY_BAD where this CPU has it not
+void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*));
+int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n);
+int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n);
+}
