@@ -11,30 +11,38 @@
 
 #include "table.h"
 
-extern const rarefy_table rarefy_avx512;
+extern const rarefy_table rarefy_portable;
+#if defined(RAREFY_X86)
+extern const rarefy_table rarefy_avx2, rarefy_avx512;
+#endif
 
 namespace {
 
 constexpr int64_t NT = 64, CHUNK = 16, PART = 32;  // columns, tiles of four rows, rows that a thread takes at once
-constexpr int64_t LEAST = 20000;  // products worth a second thread
+constexpr int64_t LEAST = 20000;                   // products worth a second thread
 
-const rarefy_table* table = nullptr;
+std::atomic<const rarefy_table*> table{nullptr};
 rarefy_parallel run_parallel = nullptr;
 int (*count_threads)(uint32_t*) = nullptr;
 
-const rarefy_table* best() {
-#if defined(__x86_64__)
+const rarefy_table* of_name(const char* name) {
+#if defined(RAREFY_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("avx512vbmi2"))
-    return &rarefy_avx512;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+                      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+  if (avx512 && (!name || !std::strcmp(name, "avx512"))) return &rarefy_avx512;
+  if (avx2 && (!name || !std::strcmp(name, "avx2"))) return &rarefy_avx2;
 #endif
-  return nullptr;
+  return !name || !std::strcmp(name, "portable") ? &rarefy_portable : nullptr;
 }
 
 const rarefy_table& chosen() {
-  if (!table) table = best();
-  return *table;
+  const rarefy_table* t = table.load(std::memory_order_acquire);
+  if (!t) table.store(t = of_name(nullptr), std::memory_order_release);
+  return *t;
 }
 
 // Memory that a thread keeps for its next call.
@@ -116,7 +124,13 @@ float quantize(const float* x, int64_t n) {
 
 #define API extern "C" __attribute__((visibility("default")))
 
-API const char* rarefy_isa(void) { return best() ? chosen().name : "none"; }
+API const char* rarefy_isa(void) { return chosen().name; }
+
+API int rarefy_use_isa(const char* name) {
+  const rarefy_table* t = of_name(name);
+  if (t) table.store(t, std::memory_order_release);
+  return t ? RAREFY_OK : RAREFY_BAD;
+}
 
 API void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*)) {
   run_parallel = run;
@@ -181,4 +195,41 @@ API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx,
       }
   });
   return RAREFY_OK;
+}
+
+API int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values) {
+  if (w->rows < 0 || w->cols < 0 || w->words != (w->cols + 63) / 64 || w->kind < 0 || w->kind > 2) return RAREFY_BAD;
+  int64_t count = 0;
+  for (int64_t g = 0; g < (w->rows + 3) / 4; ++g) {
+    if (w->starts[g] != count) return RAREFY_BAD;
+    for (int64_t word = 0; word < w->words; ++word)
+      for (int64_t r = 0; r < 4; ++r) {
+        const uint64_t bits = w->masks[(g * w->words + word) * 4 + r];
+        const int64_t inside = w->cols - 64 * word;
+        if (bits && (4 * g + r >= w->rows || (inside < 64 && bits >> inside))) return RAREFY_BAD;
+        count += __builtin_popcountll(bits);
+      }
+  }
+  return count == values ? RAREFY_OK : RAREFY_BAD;
+}
+
+API int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values) {
+  const int each = w->kind == RAREFY_I8 ? 4 : w->kind == RAREFY_BF16 ? 2 : 1;
+  if (w->kind < 0 || w->kind > 2 || w->rows < 0 || w->inputs < 0 || w->block < 1 || w->block > 65536) return RAREFY_BAD;
+  if (w->cols != (w->inputs + each - 1) / each) return RAREFY_BAD;
+  const int64_t blocks = (w->cols + w->block - 1) / w->block;
+  int64_t column = 0, value = 0;
+  for (int64_t at = 0; at < (w->rows + 3) / 4 * blocks; ++at) {
+    if (w->starts[2 * at] != column || w->starts[2 * at + 1] != value || w->counts[16 * at]) return RAREFY_BAD;
+    const int64_t wide = std::min(w->block, w->cols - at % blocks * w->block);
+    for (int p = 1; p < 16; ++p) {
+      const int64_t n = w->counts[16 * at + p];
+      if (column + n > columns) return RAREFY_BAD;
+      for (int64_t i = 0; i < n; ++i)
+        if (w->columns[column + i] >= wide) return RAREFY_BAD;
+      column += n;
+      value += n * __builtin_popcount(uint32_t(p));
+    }
+  }
+  return column == columns && value == values ? RAREFY_OK : RAREFY_BAD;
 }

@@ -43,6 +43,11 @@ struct rarefy_tiles {
 const char* rarefy_isa(void);                      // what serves this process
 int rarefy_use_isa(const char* name);              // "avx512", "avx2", "portable"; RAREFY_BAD where this CPU has it not
 void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*));
+// Whether every index leads inside; to be asked of what comes from a file before it runs. O(values).
+int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values);
+int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values);
+
+// y[n][rows] = act(x[n][inputs] times w transposed + bias); rows of x and y are ldx and ldy apart.
 int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n);
 int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n);
 }

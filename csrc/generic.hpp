@@ -1,0 +1,225 @@
+// Vectors of eight numbers in the compiler's own notation: the same text serves every CPU, and AVX2 with the few places
+// where its instructions do better than what compilers make of it.
+#include <cstdint>
+#include <cstring>
+
+#include "rarefy.h"
+#include "table.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int W = 8;
+#if defined(__AVX2__)
+constexpr int MOST = 2;  // vectors of a tile that fit sixteen registers
+#else
+constexpr int MOST = 1;
+#endif
+
+typedef float vf __attribute__((vector_size(32)));
+typedef int32_t vi __attribute__((vector_size(32)));
+typedef uint32_t vu __attribute__((vector_size(32)));
+
+template <class V>
+inline V at(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline float total_of(vf s) { return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7])); }
+
+inline float of_bf16(uint16_t b) {
+  const uint32_t u = uint32_t(b) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+inline uint32_t to_bf16(float f) {  // to the nearest, even where two are as near; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return (u >> 16) | 0x40;
+  return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+
+inline vf low_half(vu x) { return vf(x << 16); }
+inline vf high_half(vu x) { return vf(x & 0xffff0000u); }
+
+// bytes of inputs (unsigned) times bytes of weights (signed), four to a sum
+inline vi dot_bytes(vi s, vu x, vi w) {
+#if defined(__AVX2__)
+  const __m256i a = __m256i(x), b = __m256i(w), even = _mm256_set1_epi16(0xff);
+  const __m256i one = _mm256_madd_epi16(_mm256_and_si256(a, even), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+  const __m256i two = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+  return vi(_mm256_add_epi32(__m256i(s), _mm256_add_epi32(one, two)));
+#else
+  for (int i = 0; i < 32; i += 8) s += vi(x << (24 - i) >> 24) * (w << (24 - i) >> 24);
+  return s;
+#endif
+}
+
+// The values of a cell at the places of its bits, zeros elsewhere.
+template <class T, int N>
+inline void scatter(const char* bits, const T* v, T (&out)[N]) {
+  uint64_t mask = 0;
+  std::memcpy(&mask, bits, N / 8);
+  for (int i = 0; i < N; ++i) {
+    out[i] = mask >> i & 1 ? *v : T(0);
+    v += mask >> i & 1;
+  }
+}
+
+#if defined(__AVX2__)
+struct Ranks {  // for each mask of eight, how many bits lie below each place
+  uint64_t of[256];
+  constexpr Ranks() : of() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int place = 0, rank = 0; place < 8; rank += mask >> place & 1, ++place)
+        of[mask] |= uint64_t(rank) << (8 * place);
+  }
+};
+constexpr Ranks ranks{};
+#endif
+
+template <int KIND>
+struct Bits;
+
+template <>
+struct Bits<RAREFY_F32> {
+  using value = float;
+  using input = float;
+  using sum = vf;
+  static constexpr int cell = 8;
+  static int none() { return 0; }
+  static vf zero() { return vf{}; }
+  static vf expand(int, const char* bits, const float* v) {
+#if defined(__AVX2__)
+    const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(ranks.of[uint8_t(*bits)])));
+    const __m256i here = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+    const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(uint8_t(*bits)), here), here);
+    return vf(_mm256_and_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(v), places), _mm256_castsi256_ps(kept)));
+#else
+    float out[8];
+    scatter(bits, v, out);
+    return at<vf>(out);
+#endif
+  }
+  static vf step(vf s, vf w, const float* x) { return s + w * at<vf>(x); }
+  static float total(vf s) { return total_of(s); }
+};
+
+template <>
+struct Bits<RAREFY_BF16> {
+  using value = uint16_t;
+  using input = uint16_t;
+  using sum = vf;
+  static constexpr int cell = 16;
+  static int none() { return 0; }
+  static vf zero() { return vf{}; }
+  static vu expand(int, const char* bits, const uint16_t* v) {
+    uint16_t out[16];
+    scatter(bits, v, out);
+    return at<vu>(out);
+  }
+  static vf step(vf s, vu w, const uint16_t* x) {
+    const vu in = at<vu>(x);
+    return s + low_half(w) * low_half(in) + high_half(w) * high_half(in);
+  }
+  static float total(vf s) { return total_of(s); }
+};
+
+template <>
+struct Bits<RAREFY_I8> {
+  using value = int8_t;
+  using input = uint8_t;
+  using sum = vi;
+  static constexpr int cell = 32;
+  static int none() { return 0; }
+  static vi zero() { return vi{}; }
+  static vi expand(int, const char* bits, const int8_t* v) {
+    int8_t out[32];
+    scatter(bits, v, out);
+    return at<vi>(out);
+  }
+  static vi step(vi s, vi w, const uint8_t* x) { return dot_bytes(s, at<vu>(x), w); }
+  static float total(vi s) {
+    int32_t t = 0;
+    for (int i = 0; i < W; ++i) t += s[i];
+    float f;
+    std::memcpy(&f, &t, 4);
+    return f;
+  }
+};
+
+template <int KIND>
+struct Lanes;
+
+struct Floats {
+  using sum = vf;
+  static vf zero() { return vf{}; }
+  static vf sum_at(const uint32_t* o) { return at<vf>(o); }
+  static void store(uint32_t* o, vf s) { std::memcpy(o, &s, sizeof s); }
+};
+
+template <>
+struct Lanes<RAREFY_F32> : Floats {
+  using input = vf;
+  static constexpr int width = 1;
+  static vf load(const uint32_t* x) { return at<vf>(x); }
+  static vf spread(uint32_t w) { return vf(vu{} + w); }
+  static vf step(vf s, vf x, vf w) { return s + w * x; }
+  static void to_lanes(const float* x, int64_t n, float, uint32_t* out) {
+    std::memset(out, 0, W * 4);
+    std::memcpy(out, x, size_t(n) * 4);
+  }
+};
+
+template <>
+struct Lanes<RAREFY_BF16> : Floats {
+  using input = vu;
+  static constexpr int width = 2;
+  static vu load(const uint32_t* x) { return at<vu>(x); }
+  static vu spread(uint32_t w) { return vu{} + w; }
+  static vf step(vf s, vu x, vu w) { return s + low_half(w) * low_half(x) + high_half(w) * high_half(x); }
+  static void to_lanes(const float* x, int64_t n, float, uint32_t* out) {
+    for (int64_t i = 0; i < W; ++i)
+      out[i] = (2 * i < n ? to_bf16(x[2 * i]) : 0) | (2 * i + 1 < n ? to_bf16(x[2 * i + 1]) : 0) << 16;
+  }
+};
+
+template <>
+struct Lanes<RAREFY_I8> {
+  using input = vu;
+  using sum = vi;
+  static constexpr int width = 4;
+  static vi zero() { return vi{}; }
+  static vi sum_at(const uint32_t* o) { return at<vi>(o); }
+  static void store(uint32_t* o, vi s) { std::memcpy(o, &s, sizeof s); }
+  static vu load(const uint32_t* x) { return at<vu>(x); }
+  static vi spread(uint32_t w) { return vi(vu{} + w); }
+  static vi step(vi s, vu x, vi w) { return dot_bytes(s, x, w); }
+  static void to_lanes(const float* x, int64_t n, float scale, uint32_t* out) {
+    uint8_t bytes[4 * W];
+    for (int64_t i = 0; i < 4 * W; ++i) bytes[i] = i < n ? uint8_t(nearest(x[i] * scale) + 128) : 128;
+    std::memcpy(out, bytes, sizeof bytes);
+  }
+  static int nearest(float f) {  // even where two are as near; NaN and what is too large become the ends
+    const float most = f < 127.0f ? (f > -128.0f ? f : -128.0f) : 127.0f;
+    return int(most + 12582912.0f - 12582912.0f);
+  }
+};
+
+inline void transpose(uint32_t (&a)[W][W]) {
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < i; ++j) {
+      const uint32_t t = a[i][j];
+      a[i][j] = a[j][i];
+      a[j][i] = t;
+    }
+}
+
+}  // namespace
