@@ -27,7 +27,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/demo.done: $(VENV)/bin/python pyproject.toml requirements-demo.txt
+$(VENV)/demo.done: $(VENV)/bin/python pyproject.toml requirements-demo.txt CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet -e ".[demo]"
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
 	touch $@

@@ -1,0 +1,177 @@
+"""The compiled kernels, where this installation has them: found, told to use torch's threads, called by pointers.
+
+`RAREFY_ISA` (avx512, avx2, portable) forces an instruction set. Without kernels `missing()` says why, and
+`rarefy.runtime.reference` does the same in torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.errors import FormatError, unknown
+from rarefy.runtime.packed import LANE, PAST, Bitmask, Packed, Tiles
+
+ISAS = ("avx512", "avx2", "portable")
+ACTIVATIONS = (None, "relu")
+_KINDS = {name: i for i, name in enumerate(LANE)}
+
+
+class _Bitmask(Structure):
+    _fields_ = [
+        *[(n, c_int64) for n in ("rows", "cols", "words")],
+        *[(n, c_void_p) for n in ("masks", "starts", "values", "scales", "sums", "bias")],
+        *[(n, c_int32) for n in ("kind", "act")],
+    ]
+
+
+class _Tiles(Structure):
+    _fields_ = [
+        *[(n, c_int64) for n in ("rows", "inputs", "cols", "block")],
+        *[(n, c_void_p) for n in ("counts", "starts", "columns", "values", "scales", "sums", "bias")],
+        *[(n, c_int32) for n in ("kind", "act")],
+    ]
+
+
+@cache
+def _open() -> tuple[Any, str | None]:
+    """The library, or why there is none."""
+    found = find_spec("rarefy.runtime._kernels")
+    if found is None or found.origin is None:
+        return None, "no compiled kernels: install again where there is a C++20 compiler"
+    try:
+        library = ctypes.CDLL(found.origin)
+        pool = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library.rarefy_use_parallel(pool.torch_parallel_for, pool.torch_get_num_threads)
+    except (OSError, AttributeError) as error:
+        return None, f"the compiled kernels do not load: {error}"
+    library.rarefy_isa.restype = c_char_p
+    for name, kind in (("bitmask", _Bitmask), ("tiles", _Tiles)):
+        run = getattr(library, f"rarefy_run_{name}")
+        run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_int64, c_int64]
+    library.rarefy_check_bitmask.argtypes = [POINTER(_Bitmask), c_int64]
+    library.rarefy_check_tiles.argtypes = [POINTER(_Tiles), c_int64, c_int64]
+    wanted = os.environ.get("RAREFY_ISA")
+    if wanted:
+        _use(library, wanted)
+    return library, None
+
+
+def missing() -> str | None:
+    """Return why there are no kernels here, or None where there are."""
+    return _open()[1]
+
+
+def isa() -> str | None:
+    """Return the instruction set that the kernels use, or None where there are none."""
+    library, _ = _open()
+    return None if library is None else library.rarefy_isa().decode()
+
+
+def use(name: str) -> None:
+    """Use an instruction set from now on; FormatError for one that this machine has not."""
+    library, why = _open()
+    if library is None:
+        raise FormatError(str(why))
+    _use(library, name)
+
+
+def _use(library: Any, name: str) -> None:
+    if name not in ISAS:
+        raise FormatError(unknown("instruction set", name, ISAS))
+    if library.rarefy_use_isa(name.encode()):
+        raise FormatError(f"this CPU has no {name}; RAREFY_ISA=portable runs everywhere")
+
+
+class Kernel:
+    """A packed weight with its bias and activation, ready to be called by `run`; checked once, here.
+
+    Holds the tensors whose addresses it has taken. Raises FormatError for tensors that do not fit together.
+    """
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None, activation: str | None = None):
+        library, why = _open()
+        if library is None:
+            raise FormatError(str(why))
+        if activation not in ACTIVATIONS:
+            raise FormatError(unknown("activation", str(activation), [str(a) for a in ACTIVATIONS]))
+        if bias is not None:
+            bias = bias.detach().float().contiguous()
+        _check(packed, bias)
+        (rows, inputs), self.held = packed.shape, (packed, bias)
+        fields: dict[str, Any] = {n: t.data_ptr() for n, t in vars(packed).items() if isinstance(t, Tensor)}
+        fields |= {"rows": rows, "kind": _KINDS[packed.kind], "act": ACTIVATIONS.index(activation)}
+        fields["bias"] = None if bias is None else bias.data_ptr()
+        if isinstance(packed, Bitmask):
+            self.about: Any = _Bitmask(cols=inputs, words=-(-inputs // 64), **fields)
+            self.call = library.rarefy_run_bitmask
+            room = len(packed.values) - PAST // packed.values.element_size()
+            wrong = library.rarefy_check_bitmask(byref(self.about), room)
+        else:
+            lanes = -(-inputs // LANE[packed.kind])
+            self.about = _Tiles(inputs=inputs, cols=lanes, block=packed.block, **fields)
+            self.call = library.rarefy_run_tiles
+            wrong = library.rarefy_check_tiles(byref(self.about), len(packed.columns), len(packed.values))
+        if wrong:
+            raise FormatError(f"the packed {type(packed).__name__.lower()} of shape {list(packed.shape)} is damaged")
+        self.at = byref(self.about)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return act(x W^T + bias), fp32 [N, O], for x [N, C]."""
+        N, C = x.shape
+        O, inputs = self.held[0].shape
+        if inputs != C:
+            raise FormatError(f"the weight has {inputs} inputs, x has {C}")
+        if x.dtype != torch.float32 or (C > 1 and x.stride(1) != 1):
+            x = x.float().contiguous()
+        y = torch.empty(N, O)
+        if N and O and self.call(self.at, x.data_ptr(), x.stride(0), y.data_ptr(), O, N):
+            raise MemoryError(f"no memory to run a layer of {O} outputs on {N} inputs")
+        return y
+
+
+def _check(packed: Packed, bias: Tensor | None) -> None:
+    """Raise FormatError unless every tensor has the type, shape and layout that the kernels read without asking."""
+    O, C = packed.shape
+    fours, lanes = -(-O // 4), -(-C // LANE[packed.kind])
+    want: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
+    if isinstance(packed, Bitmask):
+        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+        want |= {
+            "masks": (torch.int64, (fours, -(-C // 64), 4)),
+            "starts": (torch.int64, (fours,)),
+            "values": (kinds[packed.kind], (None,)),
+        }
+    elif isinstance(packed, Tiles):
+        blocks = -(-lanes // packed.block)
+        want |= {
+            "counts": (torch.int16, (fours, blocks, 16)),
+            "starts": (torch.int64, (fours, blocks, 2)),
+            "columns": (torch.int16, (None,)),
+            "values": (torch.int32, (None,)),
+        }
+    if packed.kind == "int8":
+        want |= {"scales": (torch.float32, (O,)), "sums": (torch.int32, (O,))}
+    given = {n: t for n, t in vars(packed).items() if isinstance(t, Tensor)} | ({} if bias is None else {"bias": bias})
+    want |= {} if bias is None else {"bias": (torch.float32, (O,))}
+    for name in want.keys() | given.keys():
+        dtype, shape = want.get(name, (None, ()))
+        t = given.get(name)
+        if t is None or dtype is None:
+            raise FormatError(f"{name}: the kernels expect {'nothing' if t is not None else dtype} here")
+        fits = t.dtype == dtype and t.dim() == len(shape)
+        if not fits or any(s is not None and s != n for s, n in zip(shape, t.shape)):
+            got = f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+            raise FormatError(f"{name}: the kernels expect {dtype} {list(shape)}, got {got}")
+        if not t.is_contiguous() or t.device.type != "cpu":
+            raise FormatError(f"{name}: the kernels read contiguous tensors on the CPU")
+    if isinstance(packed, Bitmask) and len(packed.values) * packed.values.element_size() < PAST:
+        raise FormatError(f"values: {PAST} bytes lie past the last value, got {packed.values.nbytes} in all")

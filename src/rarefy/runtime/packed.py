@@ -1,0 +1,157 @@
+"""Weights as the kernels read them: plain tensors, packed and unpacked without a loop over entries.
+
+W      [O, C]        a weight: outputs, inputs
+lane   32 bits       what one 32-bit place of a vector multiplies: 1 fp32, 2 bf16 or 4 int8 weights in a row
+panel  4 x 64        four outputs by 64 inputs of a bitmask
+tile   4 x block     four outputs by a block of lanes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.errors import FormatError, unknown
+from rarefy.formats.sparse import pack_bits, unpack_bits
+
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+LANE = {"fp32": 1, "bf16": 2, "int8": 4}
+PAST = 64  # bytes that a kernel may read past the last value
+BLOCK = 65535  # lanes of a block at most: columns are counted in 16 bits
+
+
+@dataclass(frozen=True, eq=False)
+class Bitmask:
+    """Masks in bits and the values that are not zero, panel by panel: for small batches, which wait for memory."""
+
+    shape: tuple[int, int]
+    kind: str
+    masks: Tensor  # int64 [O / 4, words, 4]: bit j of word w is input 64 w + j
+    starts: Tensor  # int64 [O / 4]: where the values of four outputs begin
+    values: Tensor  # [k + padding]; of a panel row by row
+    scales: Tensor | None = None  # fp32 [O], of int8
+    sums: Tensor | None = None  # int32 [O], of int8 values
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Lanes that are not zero, four outputs at a time, sorted by which of the four have them: for larger batches."""
+
+    shape: tuple[int, int]
+    kind: str
+    block: int  # lanes of a block
+    counts: Tensor  # int16 [O / 4, blocks, 16]: columns of each pattern
+    starts: Tensor  # int64 [O / 4, blocks, 2]: where columns and values of a tile begin
+    columns: Tensor  # int16 [k], read as unsigned: lanes within the block
+    values: Tensor  # int32 [n]: lanes
+    scales: Tensor | None = None
+    sums: Tensor | None = None
+
+
+Packed = Bitmask | Tiles
+
+
+def stored(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Return W in the numbers of `kind`, and int8's scale of each output: the largest magnitude over 127."""
+    if kind not in KINDS:
+        raise FormatError(unknown("kind", kind, KINDS))
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise FormatError(f"kernels multiply by matrices, got a weight of shape {list(weight.shape)}")
+    if kind != "int8":
+        return weight.detach().to(KINDS[kind]).contiguous(), None
+    W = weight.detach().float()
+    scales = W.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (W / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def pack_bitmask(weight: Tensor, kind: str = "fp32") -> Bitmask:
+    """Return W [O, C] as `Bitmask`. O(O C).
+
+    >>> packed = pack_bitmask(torch.tensor([[0.0, 2.0, 0.0, 3.0]]))
+    >>> packed.masks[0, 0].tolist(), packed.values[:2].tolist()
+    ([10, 0, 0, 0], [2.0, 3.0])
+    """
+    V, scales = stored(weight, kind)
+    O, C = V.shape
+    words = -(-C // 64)
+    panels = _padded(V, 4, 64).reshape(-1, 4, words, 64).transpose(1, 2).contiguous()
+    hit = panels != 0
+    counts = hit.sum((1, 2, 3))
+    values = torch.cat([panels[hit], panels.new_zeros(PAST // V.element_size())])
+    masks = pack_bits(hit).view(torch.int64).reshape(-1, words, 4)
+    return Bitmask((O, C), kind, masks, counts.cumsum(0) - counts, values, scales, _sums(V, scales))
+
+
+def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None) -> Tiles:
+    """Return W [O, C] as `Tiles` with `block` lanes of inputs to a block (default: all). O(O C log block).
+
+    >>> packed = pack_tiles(torch.tensor([[0.0, 2.0], [1.0, 3.0]]))
+    >>> packed.counts[0, 0].nonzero().flatten().tolist(), packed.columns.tolist()  # patterns 0b10, 0b11
+    ([2, 3], [0, 1])
+    """
+    V, scales = stored(weight, kind)
+    O, C = V.shape
+    each = LANE[kind]
+    lanes = -(-C // each)
+    block = min(lanes or 1, block or lanes or 1, BLOCK)
+    if block < 1:
+        raise FormatError(f"a block has at least one lane, got {block}")
+    full = _padded(V, 4, block * each)
+    parts = full.reshape(len(full) // 4, 4, -1, block, each).transpose(1, 2)  # [tiles, blocks, 4, block, each]
+    hit = (parts != 0).any(-1).transpose(2, 3)  # [tiles, blocks, block, 4]
+    words = parts.flatten().view(torch.int32).reshape(parts.shape[:-1]).transpose(2, 3)
+    pattern = (hit * torch.tensor([1, 2, 4, 8])).sum(-1)
+    order = pattern.masked_fill(pattern == 0, 16).to(torch.uint8).sort(stable=True)
+    counts = torch.stack([(pattern == p).sum(-1) for p in range(16)], -1)
+    counts[..., 0] = 0
+    index = order.indices[..., None].expand(-1, -1, -1, 4)
+    kept = hit.gather(2, index)
+    columns = order.indices[order.values < 16].to(torch.int16)
+    ends = torch.stack([counts.sum(-1), kept.sum((-1, -2))], -1).flatten(0, 1).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1, 2), ends])[: len(ends)].reshape(*counts.shape[:2], 2)
+    values = words.gather(2, index)[kept]
+    return Tiles((O, C), kind, block, counts.to(torch.int16), starts, columns, values, scales, _sums(V, scales))
+
+
+def unpack(packed: Packed) -> Tensor:
+    """Return what the kernels multiply by as fp32 [O, C]: int8 values times their scales. O(O C)."""
+    (O, C), dtype = packed.shape, KINDS[packed.kind]
+    if isinstance(packed, Bitmask):
+        words = packed.masks.shape[1]
+        hit = unpack_bits(packed.masks.reshape(-1).view(torch.uint8), packed.masks.numel() * 64)
+        full = torch.zeros(hit.shape, dtype=dtype)
+        full[hit] = packed.values[: int(hit.sum())]
+        W = full.reshape(-1, words, 4, 64).transpose(1, 2).reshape(-1, words * 64)
+    else:
+        tiles, blocks = packed.counts.shape[:2]
+        counts = packed.counts.long() & 0xFFFF
+        pattern = torch.arange(16).expand(tiles, blocks, 16).reshape(-1).repeat_interleave(counts.reshape(-1))
+        place = torch.arange(tiles * blocks).repeat_interleave(counts.sum(-1).reshape(-1))
+        kept = (pattern[:, None] >> torch.arange(4) & 1).bool()
+        words = torch.zeros(tiles * blocks, packed.block, 4, dtype=torch.int32)
+        rows = torch.zeros(len(pattern), 4, dtype=torch.int32)
+        rows[kept] = packed.values
+        words[place, packed.columns.long() & 0xFFFF] = rows
+        lanes = words.reshape(tiles, blocks, packed.block, 4).permute(0, 3, 1, 2)
+        W = lanes.flatten().view(dtype).reshape(tiles * 4, -1)
+    W = W[:O, :C].float()
+    return W if packed.scales is None else W * packed.scales[:, None]
+
+
+def nbytes(packed: Packed) -> int:
+    """Return the bytes of all tensors together."""
+    return sum(t.nbytes for t in vars(packed).values() if isinstance(t, Tensor))
+
+
+def _padded(V: Tensor, rows: int, columns: int) -> Tensor:
+    O, C = V.shape
+    full: Any = V.new_zeros(-(-O // rows) * rows, -(-C // columns) * columns)
+    full[:O, :C] = V
+    return full
+
+
+def _sums(V: Tensor, scales: Tensor | None) -> Tensor | None:
+    return None if scales is None else V.sum(1, dtype=torch.int32)

@@ -1,0 +1,32 @@
+"""What the kernels compute, in torch: the oracle of their tests, and what serves where there are none."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.runtime.packed import Packed, unpack
+
+ACTIVATIONS = {None: lambda y: y, "relu": torch.relu}
+
+
+def rounded(x: Tensor, kind: str) -> Tensor:
+    """Return inputs as kernels of `kind` see them: bf16 as such, for int8 each row to 127 steps of its magnitude."""
+    if kind == "bf16":
+        return x.bfloat16().float()
+    if kind == "int8":
+        step = x.abs().amax(-1, keepdim=True) / 127
+        step = torch.where(step > 0, step, 1.0)
+        return (x * (1 / step)).round() * step
+    return x
+
+
+def run(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """Return act(x W^T + bias), fp32 [N, O], for x [N, C]. O(O C) to unpack and O(N O C) to multiply.
+
+    >>> from rarefy.runtime.packed import pack_bitmask
+    >>> run(pack_bitmask(torch.tensor([[0.0, 2.0]])), torch.tensor([[5.0, 3.0]])).tolist()
+    [[6.0]]
+    """
+    return ACTIVATIONS[activation](F.linear(rounded(x.float(), packed.kind), unpack(packed), bias))

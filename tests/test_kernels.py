@@ -1,0 +1,192 @@
+"""Compiled kernels against torch in double precision, under every instruction set that this machine has."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from rarefy.errors import FormatError
+from rarefy.runtime import native, packed, reference
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+HERE = native.isa()
+
+
+def has(isa):
+    try:
+        native.use(isa)
+    except FormatError:
+        return False
+    finally:
+        native.use(HERE)
+    return True
+
+
+@pytest.fixture(params=[i for i in native.ISAS if native.missing() is None and has(i)])
+def isa(request):
+    native.use(request.param)
+    yield request.param
+    native.use(HERE)
+
+
+def random(O, C, sparsity, rows=1, columns=1):
+    """A weight with blocks of zeros."""
+    keep = torch.rand(-(-O // rows), -(-C // columns)) >= sparsity
+    keep = keep.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:O, :C]
+    return torch.randn(O, C) * keep
+
+
+FORMATS = {
+    "bitmask": packed.pack_bitmask,
+    "tiles": packed.pack_tiles,
+    "tiles of 32": lambda W, kind: packed.pack_tiles(W, kind, 32),
+}
+SHAPES = [
+    (1, 1, 1, 0.0), (4, 64, 1, 0.5), (7, 70, 3, 0.5), (33, 129, 8, 0.9), (64, 512, 70, 0.5), (100, 300, 130, 0.8),
+    (5, 3, 65, 0.5), (256, 1024, 17, 0.0), (6, 64, 2, 1.0), (67, 1, 5, 0.5), (3, 4097, 6, 0.95),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("kind", packed.KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products(shape, kind, how, isa):
+    O, C, N, sparsity = shape
+    W, bias, x = random(O, C, sparsity), torch.randn(O), torch.randn(N, C)
+    weight = FORMATS[how](W, kind)
+    V, scales = packed.stored(W, kind)
+    assert torch.equal(packed.unpack(weight), V.float() if scales is None else V.float() * scales[:, None])
+    got = native.Kernel(weight, bias).run(x)
+    want = reference.rounded(x, kind).double() @ packed.unpack(weight).double().T + bias
+    assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
+    torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(native.Kernel(weight, bias, "relu").run(x), got.relu())
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("N", [1, 4, 64, 100])
+def test_integers_are_summed_exactly(N, how, isa):
+    W = torch.randint(-127, 128, (50, 515)).float() * (torch.rand(50, 515) > 0.5)
+    x = torch.randint(-127, 128, (N, 515)).float()
+    W[:, 0], x[:, 0] = 127, -127  # so that both scales are 1
+    assert torch.equal(native.Kernel(FORMATS[how](W, "int8")).run(x), x @ W.T)
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("blocks", [(4, 1), (1, 4), (1, 2), (16, 1)])
+def test_blocks(blocks, how, isa):
+    W, x = random(96, 200, 0.8, *blocks), torch.randn(40, 200)
+    torch.testing.assert_close(native.Kernel(FORMATS[how](W, "fp32")).run(x), x @ W.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", FORMATS)
+def test_inputs_of_any_kind(how):
+    W = random(24, 100, 0.5)
+    kernel = native.Kernel(FORMATS[how](W, "fp32"))
+    wide = torch.randn(9, 300)
+    for x in (wide[:, :100], wide[:, 100:200], wide[::2, :100], wide.T[:100].T, wide[:, :300:3], wide[:0, :100]):
+        torch.testing.assert_close(kernel.run(x), x @ W.T, rtol=1e-4, atol=1e-4)
+    half = wide[:, :100].bfloat16()
+    torch.testing.assert_close(kernel.run(half), half.float() @ W.T, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FormatError, match="the weight has 100 inputs, x has 99"):
+        kernel.run(wide[:, :99])
+
+
+def test_all_threads_at_once_and_any_number_of_them(isa):
+    W, x = random(512, 512, 0.5), torch.randn(100, 512)
+    kernels = [native.Kernel(pack(W, "fp32")) for pack in FORMATS.values()]
+    want, wrong = [k.run(x) for k in kernels], []
+
+    def work():
+        for _ in range(20):
+            wrong.extend(i for i, k in enumerate(kernels) if not torch.equal(k.run(x), want[i]))
+
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            both = [threading.Thread(target=work) for _ in range(2)]
+            _ = [t.start() for t in both], [t.join() for t in both]
+    finally:
+        torch.set_num_threads(before)
+    assert not wrong
+
+
+def test_after_a_fork():
+    W, x = random(256, 256, 0.5), torch.randn(3, 256)
+    kernel = native.Kernel(packed.pack_bitmask(W))
+    want, before = kernel.run(x), torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's own pool does not outlive a fork
+    try:
+        child = os.fork()
+        if not child:
+            os._exit(0 if torch.equal(kernel.run(x), want) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def damaged(weight, name, change):
+    tensor = getattr(weight, name).clone()
+    change(tensor)
+    return type(weight)(**{**vars(weight), name: tensor})
+
+
+def add(t, at=0, by=1):
+    t.view(-1)[at] += by
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "change"),
+    [
+        ("bitmask", "masks", lambda t: add(t, 0, 1 << 40)),
+        ("bitmask", "masks", lambda t: add(t, -2, 1 << 62)),
+        ("bitmask", "starts", lambda t: add(t, 1)),
+        ("bitmask", "starts", lambda t: add(t, 0, -5)),
+        ("tiles", "counts", lambda t: add(t, 3)),
+        ("tiles", "counts", lambda t: add(t, 0)),
+        ("tiles", "counts", lambda t: t.fill_(-1)),
+        ("tiles", "starts", lambda t: add(t, 2)),
+        ("tiles", "columns", lambda t: t.fill_(-1)),
+        ("tiles", "columns", lambda t: t.fill_(100)),
+    ],
+)
+def test_damaged_buffers_never_run(how, name, change):
+    W = random(10, 100, 0.5)
+    W[0, 40] = 0
+    weight = FORMATS[how](W, "fp32")
+    with pytest.raises(FormatError, match=r"of shape \[10, 100\] is damaged"):
+        native.Kernel(damaged(weight, name, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.zeros(3)}, "64 bytes lie past the last value, got 12"),
+        ({"values": torch.zeros(300, dtype=torch.float64)}, r"values: .*float32 .*got float64 \[300\]"),
+        ({"masks": torch.zeros(3, 2, 8, dtype=torch.int64)[..., ::2]}, "masks: the kernels read contiguous"),
+        ({"starts": torch.zeros(2, dtype=torch.int64)}, r"starts: .*\[3\], got int64 \[2\]"),
+        ({"scales": torch.zeros(10)}, "scales: the kernels expect nothing here"),
+    ],
+)
+def test_tensors_that_do_not_fit(change, message):
+    weight = packed.pack_bitmask(random(10, 100, 0.5))
+    with pytest.raises(FormatError, match=message):
+        native.Kernel(packed.Bitmask(**{**vars(weight), **change}))
+
+
+def test_errors():
+    with pytest.raises(FormatError, match="unknown kind 'int9'.*did you mean 'int8'"):
+        packed.pack_tiles(torch.ones(2, 2), "int9")
+    with pytest.raises(FormatError, match=r"kernels multiply by matrices, got a weight of shape \[2\]"):
+        packed.pack_bitmask(torch.ones(2))
+    with pytest.raises(FormatError, match="a block has at least one lane"):
+        packed.pack_tiles(torch.ones(2, 2), block=-1)
+    with pytest.raises(FormatError, match="unknown instruction set 'avx51'.*avx512"):
+        native.use("avx51")
+    weight = packed.pack_bitmask(torch.ones(2, 2))
+    with pytest.raises(FormatError, match="unknown activation 'rely'.*relu"):
+        native.Kernel(weight, activation="rely")
+    with pytest.raises(FormatError, match=r"bias: .*\[2\], got float32 \[3\]"):
+        native.Kernel(weight, torch.ones(3))
