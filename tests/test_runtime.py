@@ -1,0 +1,175 @@
+"""Layers on packed weights, and the choice among them, against the dense model."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from conftest import tiny_llama
+from rarefy.errors import ModelError
+from rarefy.runtime import choose, native
+from rarefy.runtime.choose import accelerate_
+from rarefy.runtime.layers import SparseLinear
+from rarefy.runtime.packed import pack_bitmask, pack_tiles
+
+needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+
+
+def pruned(O=48, C=70, sparsity=0.6):
+    layer = nn.Linear(C, O)
+    with torch.no_grad():
+        layer.weight *= torch.rand(O, C) >= sparsity
+    return layer
+
+
+def sparse(layer, forms=None):
+    W = layer.weight.detach()
+    return SparseLinear(forms or {1: pack_bitmask(W), 5: pack_tiles(W), 50: W}, layer.bias)
+
+
+@pytest.fixture(params=["kernels", "reference"])
+def path(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr(native, "missing", lambda: "no compiled kernels: for the test")
+    elif native.missing():
+        pytest.skip(str(native.missing()))
+
+
+@pytest.mark.parametrize("shape", [(70,), (1, 70), (4, 70), (2, 3, 70), (0, 70), (7, 7, 70), (3, 0, 70)])
+def test_a_sparse_layer_is_the_dense_one(shape, path):
+    layer, x = pruned(), torch.randn(shape)
+    torch.testing.assert_close(sparse(layer)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_of_bf16_give_outputs_of_bf16(path):
+    layer = pruned().bfloat16()
+    x = torch.randn(3, 70).bfloat16()
+    y = SparseLinear({1: pack_bitmask(layer.weight, "bf16")}, layer.bias)(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, layer(x), rtol=2e-2, atol=2e-2)
+
+
+def test_it_is_copied_saved_and_loaded_like_any_module(path):
+    layer, x = pruned(), torch.randn(20, 70)
+    one = sparse(layer)
+    want = one(x)
+    assert torch.equal(copy.deepcopy(one)(x), want)
+    file = io.BytesIO()
+    torch.save(one, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), want)
+    other = sparse(pruned())
+    other(x)  # its kernels exist, and are of the old weights
+    same = {n: t for n, t in one.state_dict().items() if t.shape == other.state_dict()[n].shape}
+    again = sparse(layer)
+    again(x)
+    again.load_state_dict(one.state_dict())
+    assert same and torch.equal(again(x), want)
+    half = copy.deepcopy(one).bfloat16()
+    assert half.from1_starts.dtype == torch.int64 and half.from1_values.dtype == torch.float32
+    torch.testing.assert_close(half(x.bfloat16()).float(), want, rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_reach_inputs(path):
+    layer, x = pruned(), torch.randn(3, 70, requires_grad=True)
+    y = sparse(layer)(x)
+    (got,) = torch.autograd.grad(y.square().sum(), x)
+    (want,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_cannot_be():
+    layer = pruned()
+    with pytest.raises(ModelError, match="from one input on"):
+        sparse(layer, {2: layer.weight})
+    with pytest.raises(ModelError, match=r"one shape, got \[\(48, 70\), \(70, 48\)\]"):
+        sparse(layer, {1: layer.weight, 2: layer.weight.T})
+    with pytest.raises(ModelError, match="the layer has 70 inputs, x has 7"):
+        sparse(layer)(torch.randn(10, 7))
+
+
+def fixed(times):
+    """Timings by a clock that stands still but for what each way is said to take."""
+
+    def fastest(weight, bias, ways, sizes, repeats, flush):
+        return {b: times(b, weight) for b in sizes}
+
+    return fastest
+
+
+@needs_kernels
+def test_what_is_fastest_takes_the_place(monkeypatch):
+    monkeypatch.setattr(
+        choose, "_fastest", fixed(lambda b, w: {1: ("bitmask", 3.0), 16: ("dense", 1.0)}.get(b, ("tiles", 2.0)))
+    )
+    model = tiny_llama()
+    rarefy.prune_(model, sparsity=0.5, layers="model.layers.*.mlp.*")
+    ids = torch.randint(0, 64, (2, 100))
+    with pytest.raises(ModelError, match="masks are still attached to model.layers.0.mlp.*fold_"):
+        accelerate_(model)
+    rarefy.fold_(model)
+    with torch.no_grad():
+        want = [model(ids[:, :n]).logits for n in (1, 8, 100)]
+        report = accelerate_(model, batch=(1, 16, 128))
+        for n, y in zip((1, 8, 100), want):
+            torch.testing.assert_close(model(ids[:, :n]).logits, y, rtol=1e-4, atol=1e-4)
+    ours = [m for m in model.modules() if isinstance(m, SparseLinear)]
+    assert ours and all([a for a, _ in m.about] == [1, 5, math.isqrt(16 * 128) + 1] for m in ours)
+    assert report.summary["layers that run sparse"] == f"{len(ours)} of {len(report.rows)}"
+    by_name = {r["layer"]: r for r in report.rows}
+    assert by_name["model.layers.0.mlp.up_proj"]["batch 1"] == "bitmask 3.00x"
+    assert by_name["model.layers.0.self_attn.q_proj"]["why"] == "dense: 0.00% zeros"
+    assert not any(isinstance(m, SparseLinear) for n, m in model.named_modules() if "self_attn" in n)
+
+
+@needs_kernels
+def test_real_timings_choose_something_and_keep_the_outputs():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        pruned(512, 512, 0.95), nn.ReLU(), pruned(512, 512, 0.95), nn.Conv1d(512, 8, 1).requires_grad_()
+    )
+    x = torch.randn(128, 512)
+    want = net[:3](x)
+    report = accelerate_(net, batch=(1, 128), repeats=3)
+    torch.testing.assert_close(net[:3](x), want, rtol=1e-4, atol=1e-4)
+    assert [r["why"] for r in report.rows][2] == "dense: no kernel for Conv1d yet"
+    assert report.rows[0]["batch 1"] == report.rows[1]["batch 1"]  # one choice a shape
+
+
+@needs_kernels
+def test_layers_that_stay_dense_say_why():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.attention = nn.Linear(32, 32), nn.Linear(32, 32), nn.MultiheadAttention(32, 2)
+            self.b.weight = self.a.weight
+            self.c = nn.Linear(32, 32).double()
+
+    model = Tied()
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= torch.rand_like(p) > 0.5
+    why = {r["layer"]: r["why"] for r in accelerate_(model).rows}
+    assert why == {
+        "a": "dense: its weight is shared",
+        "attention.in_proj_weight": "dense: no kernel for MultiheadAttention yet",
+        "attention.out_proj": "dense: MultiheadAttention reads its weight itself",
+        "c": "dense: torch.float64 on cpu",
+    }
+
+
+def test_without_kernels_all_stays_dense(monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda: "no compiled kernels: for the test")
+    net = nn.Sequential(pruned())
+    report = accelerate_(net)
+    assert type(net[0]) is nn.Linear and report.rows[0]["why"] == "dense: no compiled kernels: for the test"
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (1.5,), (True,)])
+def test_wrong_batches(batch):
+    with pytest.raises(ModelError, match="batch is a list of whole numbers from 1 up"):
+        accelerate_(nn.Sequential(pruned()), batch=batch)
