@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 DEMO    = build/demo
 
-.PHONY: demo test test-all lint bench-vision clean
+.PHONY: demo test test-all lint bench-vision bench-runtime clean
 
 demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
@@ -22,6 +22,9 @@ lint: $(VENV)/dev.done
 
 bench-vision: $(VENV)/dev.done  ## README's vision table, about 15 minutes on two quiet cores
 	cd bench && ../$(BIN)/python vision.py
+
+bench-runtime: $(VENV)/dev.done  ## sparse kernels against torch's dense ones, about five minutes on two quiet cores
+	cd bench && ../$(BIN)/python runtime.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

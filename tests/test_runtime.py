@@ -173,3 +173,19 @@ def test_without_kernels_all_stays_dense(monkeypatch):
 def test_wrong_batches(batch):
     with pytest.raises(ModelError, match="batch is a list of whole numbers from 1 up"):
         accelerate_(nn.Sequential(pruned()), batch=batch)
+
+
+@needs_kernels
+def test_a_model_is_saved_before_it_is_accelerated(tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    net = nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48))
+    x = torch.randn(3, 70)
+    with torch.no_grad():
+        want = net(x)
+        rarefy.save(net, tmp_path / "m")
+        again = rarefy.load(tmp_path / "m", model=nn.Sequential(nn.Linear(70, 48), nn.ReLU(), nn.Linear(48, 70)))
+        rarefy.accelerate_(again)
+        torch.testing.assert_close(again(x), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="0 and 1 more run on kernels.*save before accelerate_"):
+        rarefy.save(again, tmp_path / "n")
+    assert not (tmp_path / "n").exists()

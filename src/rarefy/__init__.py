@@ -15,6 +15,7 @@ from rarefy.proof.report import Report
 from rarefy.prune.solver import Solver
 from rarefy.prune.stage import prune_
 from rarefy.recipe import Recipe
+from rarefy.runtime.choose import accelerate_
 from rarefy.store import export, inspect, load, save
 from rarefy.train.loop import Gradual, fit_
 
@@ -25,6 +26,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Solver",
+    "accelerate_",
     "adopt_",
     "cast_",
     "compress_",

@@ -10,6 +10,7 @@ from rarefy import samples
 from rarefy.errors import DataError
 from rarefy.proof.measure import machine
 from rarefy.proof.report import Report
+from rarefy.runtime import native
 
 CORE = ("torch", "safetensors", "numpy", "pyyaml", "rich", "typer", "greenlet")
 EXTRAS = {
@@ -55,7 +56,7 @@ def examine() -> Report:
         if _native_bf16(here["extensions"])
         else "emulated: expect bf16 to be slower than fp32",
         "CUDA": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
-        "kernels": "none in this version: sparse models run dense",
+        "kernels": native.isa() or native.missing(),
     }
     return Report("rarefy doctor", tuple(rows), summary)
 

@@ -23,6 +23,7 @@ from rarefy.model.select import all_layers, original, unwrap
 from rarefy.proof.measure import folder_bytes, sparsity_of
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
+from rarefy.runtime.layers import SparseLinear
 
 EXPORTS = ("hf", "safetensors")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
@@ -46,6 +47,12 @@ def save(
     weight that it fits. Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
     """
     model = unwrap(model)
+    packed_layers = [n for n, m in model.named_modules() if isinstance(m, SparseLinear)]
+    if packed_layers:
+        raise ModelError(
+            f"{packed_layers[0]} and {len(packed_layers) - 1} more run on kernels chosen for this machine: save before "
+            "accelerate_, and accelerate_ what load returns"
+        )
     if format != "smallest" and format not in sparse.FORMATS:
         raise FormatError(unknown("format", format, ["smallest", *sparse.FORMATS]))
     receipt = receipt or getattr(model, "rarefy_receipt", None)

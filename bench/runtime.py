@@ -1,0 +1,140 @@
+"""Sparse kernels against torch's dense ones, in turns: milliseconds and how many times faster.
+
+    python runtime.py            everything, about five minutes on two quiet cores
+    python runtime.py --only bitmask
+    python runtime.py --table    only print what was measured last
+
+At batch 1 weights rotate over more than the last cache. Writes a JSON line a case to results/runtime.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.proof.measure import commit, machine
+from rarefy.runtime import native
+from rarefy.runtime.packed import KINDS, nbytes, pack_bitmask, pack_tiles
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "runtime.jsonl"
+CACHE = 100 << 20  # bytes of distinct weights at batch 1
+SHAPES = [(4096, 1024), (768, 3072)]
+
+
+def random(O: int, C: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> Tensor:
+    """Return a weight with that share of its blocks zero."""
+    keep = torch.rand(O // block[0], C // block[1]) >= sparsity
+    return torch.randn(O, C) * keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+
+
+def in_turns(dense: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """Return quartiles of both in milliseconds."""
+    taken: dict[str, list[float]] = {"dense": [], "ours": []}
+    for _ in range(repeats + 3):
+        for name, run in (("dense", dense), ("ours", ours)):
+            began = time.perf_counter()
+            run()
+            taken[name].append(1000 * (time.perf_counter() - began))
+    return {name: statistics.quantiles(t[3:], n=4) for name, t in taken.items()}
+
+
+def bitmask(kind: str, sparsity: float) -> dict[str, Any]:
+    """Batch 1, 4096 x 4096, against torch's dense product of the same precision."""
+    x = torch.randn(1, 4096)
+    copies = -(-CACHE // (4096 * 4096 * KINDS[kind].itemsize)) + 1
+    if kind == "int8":
+        xs, scales = x.bfloat16(), torch.rand(4096).bfloat16()
+        weights = cycle([torch.randint(-127, 128, (4096, 4096)).to(torch.int8) for _ in range(copies)])
+        dense = lambda: torch._weight_int8pack_mm(xs, next(weights), scales)  # noqa: E731
+    else:
+        xs = x.to(KINDS[kind])
+        weights = cycle([torch.randn(4096, 4096).to(KINDS[kind]) for _ in range(copies)])
+        dense = lambda: F.linear(xs, next(weights))  # noqa: E731
+    first = pack_bitmask(random(4096, 4096, sparsity), kind)
+    more = [pack_bitmask(random(4096, 4096, sparsity), kind) for _ in range(CACHE // nbytes(first) + 1)]
+    kernels = cycle([native.Kernel(p) for p in [first, *more]])
+    return {"bytes": nbytes(first), **in_turns(dense, lambda: next(kernels).run(x), 40)}
+
+
+def tiles(kind: str, shape: tuple[int, int], n: int, sparsity: float, block: tuple[int, int]) -> dict[str, Any]:
+    """Larger batches; int8 with quantization of inputs included, against `_int_mm` alone."""
+    O, C = shape
+    x = torch.randn(n, C)
+    if kind == "int8":
+        xi, wi = (torch.randint(-127, 128, s).to(torch.int8) for s in ((n, C), (O, C)))
+        dense = lambda: torch._int_mm(xi, wi.T)  # noqa: E731
+    else:
+        xs, w = x.to(KINDS[kind]), torch.randn(O, C).to(KINDS[kind])
+        dense = lambda: F.linear(xs, w)  # noqa: E731
+    packed = pack_tiles(random(O, C, sparsity, block), kind)
+    kernel = native.Kernel(packed)
+    return {"bytes": nbytes(packed), **in_turns(dense, lambda: kernel.run(x), 25)}
+
+
+def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
+    found: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = []
+    for kind in KINDS:
+        for s in (0.5, 0.7, 0.9):
+            about = {"kind": kind, "shape": "4096x4096", "batch": 1, "pattern": "unstructured", "sparsity": s}
+            found.append(("bitmask", about, lambda kind=kind, s=s: bitmask(kind, s)))
+    plan = [
+        ("fp32", (1, 1), (64, 128, 512)),
+        ("fp32", (4, 1), (128,)),
+        ("bf16", (1, 2), (128,)),
+        ("int8", (1, 4), (128,)),
+    ]
+    for kind, block, batches in plan:
+        for shape in SHAPES:
+            for n in batches:
+                for s in (0.5, 0.7, 0.8, 0.9, 0.95):
+                    pattern = "unstructured" if block == (1, 1) else "x".join(map(str, block))
+                    about = {"kind": kind, "shape": "x".join(map(str, shape)), "batch": n}
+                    about |= {"pattern": pattern, "sparsity": s}
+                    run = lambda k=kind, sh=shape, n=n, s=s, b=block: tiles(k, sh, n, s, b)  # noqa: E731
+                    found.append(("tiles", about, run))
+    return found
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Return medians in milliseconds and their ratio; of what was run twice the last counts."""
+    names = ("format", "kind", "shape", "batch", "pattern", "sparsity")
+    rows = [f"| {' | '.join([*names, 'dense, ms', 'ours, ms', 'times as fast'])} |", "|---" * 9 + "|"]
+    for line in {tuple(l[n] for n in names): l for l in lines}.values():
+        dense, ours = line["dense"][1], line["ours"][1]
+        cells = [str(line[n]) for n in names] + [f"{dense:.3f}", f"{ours:.3f}", f"{dense / ours:.2f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["bitmask", "tiles"])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    for format, about, run in [] if args.table else cases():
+        if args.only not in (None, format):
+            continue
+        line = {"format": format, **about, **run(), "isa": native.isa(), "threads": torch.get_num_threads()}
+        line |= {"commit": commit(HERE), "machine": machine()}
+        with args.out.open("a") as file:
+            print(json.dumps(line), file=file)
+        print(table([line]).splitlines()[-1], flush=True)
+    if args.table and args.out.is_file():
+        print(table([json.loads(l) for l in args.out.read_text().splitlines()]))
+
+
+if __name__ == "__main__":
+    main()
