@@ -56,7 +56,7 @@ def bitmask(kind: str, sparsity: float) -> dict[str, Any]:
     if kind == "int8":
         xs, scales = x.bfloat16(), torch.rand(4096).bfloat16()
         weights = cycle([torch.randint(-127, 128, (4096, 4096)).to(torch.int8) for _ in range(copies)])
-        dense = lambda: torch._weight_int8pack_mm(xs, next(weights), scales)  # noqa: E731
+        dense = lambda: torch.ops.aten._weight_int8pack_mm(xs, next(weights), scales)  # noqa: E731
     else:
         xs = x.to(KINDS[kind])
         weights = cycle([torch.randn(4096, 4096).to(KINDS[kind]) for _ in range(copies)])
@@ -73,7 +73,7 @@ def tiles(kind: str, shape: tuple[int, int], n: int, sparsity: float, block: tup
     x = torch.randn(n, C)
     if kind == "int8":
         xi, wi = (torch.randint(-127, 128, s).to(torch.int8) for s in ((n, C), (O, C)))
-        dense = lambda: torch._int_mm(xi, wi.T)  # noqa: E731
+        dense = lambda: torch.ops.aten._int_mm(xi, wi.T)  # noqa: E731
     else:
         xs, w = x.to(KINDS[kind]), torch.randn(O, C).to(KINDS[kind])
         dense = lambda: F.linear(xs, w)  # noqa: E731
