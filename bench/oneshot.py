@@ -117,7 +117,7 @@ def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -
     batches: list[Any] = sources.batches("wiki", take, tokenizer=tokenizer)  # type: ignore[assignment]
     if "solver" in how:
         how["solver"] = rarefy.Solver(**how["solver"])
-    if how.get("allocate") in GRADIENTS:
+    if how.get("allocate") in GRADIENTS and dense is None:
         batches = [b | {"labels": b["input_ids"]} for b in batches]
     shape = {"pattern": setting} if ":" in setting else {"sparsity": float(setting)}
     began = time.perf_counter()

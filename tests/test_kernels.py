@@ -1,7 +1,14 @@
 """Compiled kernels against torch in double precision, under every instruction set that this machine has."""
 
 import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
 import threading
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,3 +197,53 @@ def test_errors():
         native.Kernel(weight, activation="rely")
     with pytest.raises(FormatError, match=r"bias: .*\[2\], got float32 \[3\]"):
         native.Kernel(weight, torch.ones(3))
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("kind", packed.KINDS)
+def test_whatever_lies_in_a_buffer_ends_in_an_error_or_a_product(kind, how, isa):
+    """Random damage: what passes the check must be safe to run (`make test-all` runs this under ASan too)."""
+    g, refused = torch.Generator().manual_seed(0), 0
+    weight, x = FORMATS[how](random(13, 150, 0.6), kind), torch.randn(5, 150)
+    names = [n for n, v in vars(weight).items() if isinstance(v, torch.Tensor)]
+    for _ in range(60):
+        name = names[int(torch.randint(len(names), (), generator=g))]
+        tensor = getattr(weight, name).clone()
+        bits = tensor.view(-1).view(torch.uint8)
+        for _ in range(int(torch.randint(1, 4, (), generator=g))):
+            bits[int(torch.randint(len(bits), (), generator=g))] ^= 1 << int(torch.randint(8, (), generator=g))
+        try:
+            native.Kernel(type(weight)(**{**vars(weight), name: tensor})).run(x)
+        except FormatError:
+            refused += 1
+    assert refused
+
+
+@pytest.mark.slow
+def test_under_sanitizers(tmp_path):
+    """All of this file with kernels built with ASan and UBSan."""
+    root = Path(__file__).parents[1]
+    for words in (["-S", root, "-B", tmp_path, "-DRAREFY_SANITIZE=ON"], ["--build", tmp_path]):
+        ran = subprocess.run(["cmake", *map(str, words)], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    code = f"""
+import sys, types
+import pytest
+from rarefy.runtime import native
+native.find_spec = lambda name: types.SimpleNamespace(origin={str(tmp_path / "_kernels.so")!r})
+sys.exit(pytest.main([{str(Path(__file__))!r}, "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]))
+"""
+    env = os.environ | {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=root)
+    assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_no_expansion_waits_for_its_register_or_for_memory():
+    """Zen 4 and 5: a zero-masked expansion waits for the register that it overwrites, one out of memory is slow."""
+    ran = subprocess.run(["objdump", "-d", "--no-show-raw-insn", find_spec("rarefy.runtime._kernels").origin],
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    lines = [l for l in ran.stdout.splitlines() if re.search(r"\bvp?expand[bwdqp]", l)]
+    assert platform.machine() != "x86_64" or len(lines) > 20
+    assert not [l for l in lines if "{z}" in l or "(%" in l]
