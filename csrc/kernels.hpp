@@ -198,15 +198,15 @@ void finish(const rarefy_tiles& w, int64_t row, int64_t rows, uint32_t* sums, co
     float wide[NT];
     const float bias = w.bias ? w.bias[row + r] : 0.0f;
     if constexpr (KIND == RAREFY_I8) {
-      const int32_t shift = 128 * w.sums[row + r];
+      const uint32_t shift = 128 * uint32_t(w.sums[row + r]);
       const float scale = w.scales[row + r];
-      for (int64_t n = 0; n < NT; ++n) wide[n] = float(int32_t(line[n]) - shift) * (scale * scales[n]) + bias;
+      for (int64_t n = 0; n < NT; ++n) wide[n] = float(int32_t(line[n] - shift)) * (scale * scales[n]) + bias;
     } else {
       std::memcpy(wide, line, sizeof wide);
       for (int64_t n = 0; n < NT; ++n) wide[n] += bias;
     }
     if (w.act == RAREFY_RELU)
-      for (int64_t n = 0; n < NT; ++n) wide[n] = wide[n] > 0.0f ? wide[n] : 0.0f;
+      for (int64_t n = 0; n < NT; ++n) wide[n] = wide[n] < 0.0f ? 0.0f : wide[n];  // NaN stays
     std::memcpy(line, wide, sizeof wide);
   }
   alignas(64) uint32_t square[W][W];

@@ -45,24 +45,33 @@ const rarefy_table& chosen() {
   return *t;
 }
 
-// Memory that a thread keeps for its next call.
-template <int SLOT>
-void* scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  static thread_local std::unique_ptr<void, Free> held;
-  static thread_local size_t size = 0;
-  if (bytes > size) {
-    held.reset();
-    size = 0;
-    void* p = std::aligned_alloc(64, (bytes + 4095) / 4096 * 4096);
-    if (!p) return nullptr;
-    held.reset(p);
-    size = bytes;
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Memory of a call; up to KEPT bytes of it stay with the thread for its next one.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) {
+    if (bytes > KEPT) {
+      own.reset(fresh(bytes));
+    } else if (bytes > size) {
+      kept.reset(fresh(bytes));
+      size = kept ? bytes : 0;
+    }
+    from = bytes > KEPT ? own.get() : kept.get();
   }
-  return held.get();
-}
+  void* from;
+
+ private:
+  static constexpr size_t KEPT = 16 << 20;
+  static void* fresh(size_t bytes) { return std::aligned_alloc(64, (bytes + 4095) / 4096 * 4096); }
+  std::unique_ptr<void, Free> own;
+  static thread_local std::unique_ptr<void, Free> kept;
+  static thread_local size_t size;
+};
+thread_local std::unique_ptr<void, Free> Scratch::kept;
+thread_local size_t Scratch::size = 0;
 
 constexpr int64_t MOST_THREADS = 256;
 
@@ -115,9 +124,10 @@ float quantize(const float* x, int64_t n) {
     std::memcpy(&bits, x + i, 4);
     most = std::max(most, bits & 0x7fffffffu);
   }
+  if (most >= 0x7f800000u) return std::nanf("");  // NaN or inf: no output of this row means anything
   float f;
   std::memcpy(&f, &most, 4);
-  return f > 0 ? f / 127.0f : 1.0f;
+  return most ? f / 127.0f : 1.0f;
 }
 
 }  // namespace
@@ -141,7 +151,8 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, flo
   const rarefy_table& t = chosen();
   const int each = w->kind == RAREFY_I8 ? 4 : w->kind == RAREFY_BF16 ? 2 : 1;
   const int64_t squares = (n + NT - 1) / NT, inputs = w->inputs, tiles = (w->rows + 3) / 4;
-  uint32_t* packed = static_cast<uint32_t*>(scratch<0>(size_t(squares * w->cols * NT) * 4 + size_t(squares * NT) * 8));
+  const Scratch scratch(size_t(squares * w->cols * NT) * 4 + size_t(squares * NT) * 8);
+  uint32_t* packed = static_cast<uint32_t*>(scratch.from);
   if (!packed) return RAREFY_MEMORY;
   float* scales = reinterpret_cast<float*>(packed + squares * w->cols * NT);
   float* inverse = scales + squares * NT;
@@ -172,7 +183,8 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, flo
 API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n) {
   const rarefy_table& t = chosen();
   const int64_t wide = w->words * 64, bytes = w->kind == RAREFY_F32 ? 4 : w->kind == RAREFY_BF16 ? 2 : 1;
-  char* in = static_cast<char*>(scratch<1>(size_t(n * wide * bytes + n * 4)));
+  const Scratch scratch(size_t(n * wide * bytes + n * 4));
+  char* in = static_cast<char*>(scratch.from);
   if (!in) return RAREFY_MEMORY;
   float* scales = reinterpret_cast<float*>(in + n * wide * bytes);
   for (int64_t i = 0; i < n; ++i) {
@@ -188,10 +200,10 @@ API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx,
         if (w->kind == RAREFY_I8) {
           int32_t sum;
           std::memcpy(&sum, &v, 4);
-          v = float(sum - 128 * w->sums[r]) * (w->scales[r] * scales[i]);
+          v = float(int32_t(uint32_t(sum) - 128 * uint32_t(w->sums[r]))) * (w->scales[r] * scales[i]);
         }
         v += w->bias ? w->bias[r] : 0.0f;
-        y[i * ldy + r] = w->act == RAREFY_RELU && !(v > 0.0f) ? 0.0f : v;
+        y[i * ldy + r] = w->act == RAREFY_RELU && v < 0.0f ? 0.0f : v;
       }
   });
   return RAREFY_OK;

@@ -7,7 +7,7 @@ extern "C" {
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_BAD = 1, RAREFY_MEMORY = 2 };
 enum rarefy_kind { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2 };  // of values; bf16 and int8 come in twos and fours
-enum rarefy_act { RAREFY_NONE = 0, RAREFY_RELU = 1, RAREFY_GELU = 2, RAREFY_SILU = 3 };
+enum rarefy_act { RAREFY_NONE = 0, RAREFY_RELU = 1 };
 
 typedef void (*rarefy_body)(int64_t begin, int64_t end, void* context);
 typedef int (*rarefy_parallel)(int64_t begin, int64_t end, int64_t grain, rarefy_body body, void* context);

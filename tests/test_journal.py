@@ -164,6 +164,17 @@ def test_an_allocation_is_searched_once(tmp_path, monkeypatch):
             rarefy.prune_(fresh("llama"), work=work, **how)
 
 
+def test_another_loss_is_another_run(tmp_path):
+    how = {"sparsity": 0.5, "solver": "obs", "allocate": "errors", "data": tokens(), "work": tmp_path / "w"}
+    one, other = (lambda o, b, s=s: s * o.logits.square().mean() for s in (1.0, -1.0))
+    want, again = fresh("llama"), fresh("llama")
+    rarefy.prune_(want, loss=one, **how)
+    rarefy.prune_(again, loss=one, **how)
+    assert same(want, again)
+    with pytest.raises(ContainerError, match="holds the state of another run .other loss"):
+        rarefy.prune_(fresh("llama"), loss=other, **how)
+
+
 def test_other_masks_are_another_run(tmp_path):
     data = [b | {"labels": b["input_ids"]} for b in tokens()]
     how = {"sparsity": 0.5, "solver": "refit", "score": "taylor", "data": data, "work": tmp_path / "w"}

@@ -223,7 +223,7 @@ def test_whatever_lies_in_a_buffer_ends_in_an_error_or_a_product(kind, how, isa)
 def test_under_sanitizers(tmp_path):
     """All of this file with kernels built with ASan and UBSan."""
     root = Path(__file__).parents[1]
-    for words in (["-S", root, "-B", tmp_path, "-DRAREFY_SANITIZE=ON"], ["--build", tmp_path]):
+    for words in (["-S", root, "-B", tmp_path, "-DRAREFY_SANITIZE=ON", "-DRAREFY_STRICT=ON"], ["--build", tmp_path]):
         ran = subprocess.run(["cmake", *map(str, words)], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
     asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
@@ -247,3 +247,28 @@ def test_no_expansion_waits_for_its_register_or_for_memory():
     lines = [l for l in ran.stdout.splitlines() if re.search(r"\bvp?expand[bwdqp]", l)]
     assert platform.machine() != "x86_64" or len(lines) > 20
     assert not [l for l in lines if "{z}" in l or "(%" in l]
+
+
+def test_torchs_defaults_are_not_ours():
+    W, x = random(8, 32, 0.5), torch.randn(3, 32)
+    kernel, before = native.Kernel(packed.pack_bitmask(W)), torch.get_default_dtype()
+    want = kernel.run(x)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert torch.equal(kernel.run(x), want) and want.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+    with pytest.raises(FormatError, match="the kernels run on the CPU, x is on meta"):
+        kernel.run(x.to("meta"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", packed.KINDS)
+@pytest.mark.parametrize("how", FORMATS)
+def test_what_is_not_finite_stays_so(how, kind, bad, isa):
+    W, x = random(9, 40, 0.0).abs() + 0.1, torch.rand(6, 40)
+    x[2, 7] = bad
+    for activation in native.ACTIVATIONS:
+        y = native.Kernel(FORMATS[how](W, kind), None, activation).run(x)
+        assert not y[2].isfinite().any() and y[[0, 1, 3, 4, 5]].isfinite().all()

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -62,13 +63,20 @@ def test_it_is_copied_saved_and_loaded_like_any_module(path):
     torch.save(one, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(x), want)
-    other = sparse(pruned())
-    other(x)  # its kernels exist, and are of the old weights
-    same = {n: t for n, t in one.state_dict().items() if t.shape == other.state_dict()[n].shape}
-    again = sparse(layer)
-    again(x)
-    again.load_state_dict(one.state_dict())
-    assert same and torch.equal(again(x), want)
+    for assign in (False, True):
+        other = copy.deepcopy(layer).bfloat16().float()
+        with torch.no_grad():
+            other.weight *= 3
+        again = sparse(other)
+        before = again(x)  # its kernels exist, and are of other weights
+        again.load_state_dict(copy.deepcopy(one.state_dict()), assign=assign)
+        assert torch.equal(again(x), want) and not torch.equal(before, want)
+    again.bias.zero_()
+    torch.testing.assert_close(again(x), want - layer.bias, rtol=1e-4, atol=1e-5)
+    again.bias = layer.bias.detach().clone()
+    assert torch.equal(again(x), want)
+    again.from1_values.data = again.from1_values.data * 2  # the old memory goes
+    torch.testing.assert_close(again(x[:2]), 2 * want[:2] - layer.bias, rtol=1e-4, atol=1e-5)
     half = copy.deepcopy(one).bfloat16()
     assert half.from1_starts.dtype == torch.int64 and half.from1_values.dtype == torch.float32
     torch.testing.assert_close(half(x.bfloat16()).float(), want, rtol=2e-2, atol=2e-2)
@@ -169,7 +177,52 @@ def test_without_kernels_all_stays_dense(monkeypatch):
     assert type(net[0]) is nn.Linear and report.rows[0]["why"] == "dense: no compiled kernels: for the test"
 
 
-@pytest.mark.parametrize("batch", [(), (0,), (1.5,), (True,)])
+def test_what_would_be_lost_stays_dense():
+    hooked, alone = pruned(), pruned()
+    hooked.register_forward_hook(lambda *a: None)
+    if native.missing() is None:
+        assert accelerate_(nn.Sequential(hooked)).rows[0]["why"] == "dense: its hooks would be lost"
+        assert accelerate_(alone).rows[0]["why"] == "dense: it is the whole model: put it into a module"
+        assert type(alone) is nn.Linear and not list(alone.children())
+
+
+@needs_kernels
+def test_modules_that_look_at_weights_find_them(monkeypatch):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    model = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=64))
+    model.eval()
+    rarefy.prune_(model, sparsity=0.5, layers="*.DenseReluDense.*")
+    rarefy.fold_(model)
+    ids = torch.randint(0, 64, (2, 8))
+    with torch.no_grad():
+        want = model(input_ids=ids, decoder_input_ids=ids).logits
+        rarefy.accelerate_(model, layers="*.DenseReluDense.*")
+        torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="wo runs on kernels.*cast before accelerate_|wi runs on kernels"):
+        rarefy.cast_(model, "bf16")
+
+
+@needs_kernels
+def test_a_bitmask_gives_way_to_dense_where_it_was_not_tried(monkeypatch):
+    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    net = nn.Sequential(pruned())
+    accelerate_(net, batch=(1,))
+    layer: Any = net[0]
+    assert [(a, p["format"]) for a, p in layer.about] == [
+        (1, "bitmask"),
+        (choose.MOST_INPUTS + 1, "dense"),
+    ]
+
+
+@pytest.mark.parametrize("repeats", [0, 1.5])
+def test_wrong_repeats(repeats):
+    with pytest.raises(ModelError, match="repeats is a whole number from 1 up"):
+        accelerate_(nn.Sequential(pruned()), repeats=repeats)
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (1.5,), (True,), 16])
 def test_wrong_batches(batch):
     with pytest.raises(ModelError, match="batch is a list of whole numbers from 1 up"):
         accelerate_(nn.Sequential(pruned()), batch=batch)

@@ -19,7 +19,7 @@ from rarefy.progress import say
 
 INDEX = "rarefy.json"
 KEY, PARTIAL = "key.json", "partial"  # beside the stops of a long run
-ONCE = ("each.json", "given.json")  # what it found out before its first stop
+ONCE = ("each.json", "given.json", "loss.json")  # what it found out before its first stop
 STOP = re.compile(r"stop-[0-9]{6}\.safetensors")
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

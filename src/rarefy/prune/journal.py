@@ -110,11 +110,11 @@ class Journal:
             sync(self.folder)
         return value
 
-    def check_same(self, name: str, what: Any) -> None:
-        """Raise ContainerError where tensors are others than when this run was here before."""
+    def check_same(self, name: str, what: Any, word: str) -> None:
+        """Raise ContainerError where tensors, called `word`, are others than when this run was here before."""
         if self.folder is not None and self.once(name, lambda: _sum(what)) != _sum(what):
             raise ContainerError(
-                f"{self.folder} holds the state of another run (other masks): {ANEW.format(self.folder)}"
+                f"{self.folder} holds the state of another run (other {word}): {ANEW.format(self.folder)}"
             )
 
 

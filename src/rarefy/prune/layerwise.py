@@ -42,6 +42,7 @@ def solve_(
     *,
     spread: Spread,
     given: Callable[[Ask], Mapping[str, Tensor] | None] = lambda _: None,
+    mark: Callable[[], Tensor] | None = None,
     memory: int | None = None,
     work: Path | None = None,
     progress: bool = False,
@@ -51,6 +52,7 @@ def solve_(
     data      batches that can be gone through more than once
     spread    finds the sparsity of each layer, and what is to be said of it; called once a run
     given     chooses masks beforehand, by layer name
+    mark      by what the loss that `spread` reads can be known again
     memory    bytes to stay near: weights stay in their files, new ones in `work`, without masks; activations spill
     work      folder for the state of the run, from which a killed one with the same arguments goes on
     Returns a row a layer (its relative error, damping, seconds, zeros), `ask` with the sparsity of each layer, and what
@@ -75,13 +77,15 @@ def solve_(
             say([f"pruning by {solver.name} takes {cost} if nothing else runs"])
             if known.known:
                 say([f"goes on after {known.known} of {len(places)} steps that were done before"])
+        if work and mark is not None:
+            known.check_same("loss", mark(), "loss")
         each, notes = known.once("each", spread) if ask.allocate in SLOW else spread()
         if each.keys() != {l.full_name for l in chosen} or not all(0 <= s <= 1 for s in each.values()):
             raise ContainerError(MISFIT)
         ask = replace(ask, each=each)
         masked = given(ask)
         if masked is not None:
-            known.check_same("given", masked)
+            known.check_same("given", masked, "masks")
         say([_told(chosen)] if progress else [])
         stops = walk(
             model,

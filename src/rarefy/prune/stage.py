@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.files import bytes_of, path_of
-from rarefy.model.batches import some
+from rarefy.model.batches import first_samples, some
 from rarefy.model.mask import check_maskable, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, all_layers, select
-from rarefy.model.stats import Loss, Stats, check_batches, collect
+from rarefy.model.stats import Loss, Stats, call, check_batches, collect, evaluating, loss_of, on_device
 from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import allocate as allocate_
@@ -166,7 +166,13 @@ def _solve(
         masks = _masks(model, chosen, ask, track(data, f"calibrating {ask.score}", options["progress"]), loss, seed)
         return {l.full_name: m for l, m in zip(chosen, masks)}
 
-    return solve_(model, chosen, ask, how, data, spread=spread, given=given, **options)
+    def mark() -> Tensor:
+        one = on_device(model, first_samples(next(iter(data))))
+        with evaluating(model), torch.no_grad():
+            return torch.as_tensor(loss_of(loss)(call(model, one), one))
+
+    read = ask.allocate in allocate_.GRADIENTS and loss is not None
+    return solve_(model, chosen, ask, how, data, spread=spread, given=given, mark=mark if read else None, **options)
 
 
 def check_ask(how: Solver | None, ask: Ask, memory: int | None, work: Path | None) -> None:

@@ -52,8 +52,14 @@ def accelerate_(
     >>> accelerate_(net).rows[0]["why"]
     'dense: 0.00% zeros'
     """
-    if not batch or any(not isinstance(b, int) or isinstance(b, bool) or b < 1 for b in batch):
+    if (
+        not isinstance(batch, Sequence)
+        or not batch
+        or any(not isinstance(b, int) or isinstance(b, bool) or b < 1 for b in batch)
+    ):
         raise ModelError(f"batch is a list of whole numbers from 1 up, got {batch!r}")
+    if not isinstance(repeats, int) or repeats < 1:
+        raise ModelError(f"repeats is a whole number from 1 up, got {repeats!r}")
     sizes = sorted(set(batch))
     chosen = select(model, layers, ignore)
     masked = [l.full_name for l in chosen if parametrize.is_parametrized(l.module)]
@@ -95,6 +101,10 @@ def _why_dense(layer: Layer, parents: dict[str, nn.Module], zeros: float) -> str
     module = layer.module
     if native.missing() is not None:
         return native.missing()
+    if not layer.name:
+        return "it is the whole model: put it into a module"
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return "its hooks would be lost"
     if type(module).forward is not nn.Linear.forward or layer.param != "weight":
         return f"no kernel for {type(module).__name__} yet"
     if len(layer.owners) > 1 or layer.elsewhere:
@@ -163,6 +173,8 @@ def _replace(model: nn.Module, layer: Layer, ways: dict[str, Packed], best: dict
         if best[size] != last:
             last = best[size]
             forms[start] = module.weight.detach() if last == "dense" else ways[last]
+    if last == "bitmask":  # not tried beyond
+        forms.setdefault(MOST_INPUTS + 1, module.weight.detach())
     parent, _, leaf = layer.name.rpartition(".")
     sparse = SparseLinear(forms, module.bias).train(module.training)
     setattr(model.get_submodule(parent), leaf, sparse)

@@ -53,7 +53,17 @@ class SparseLinear(nn.Module):
                 self.register_buffer(f"from{at}_{name}", tensor)
             plain = {n: v for n, v in vars(form).items() if n not in parts and v is not None}
             self.about.append((at, {"format": next(k for k, v in FORMATS.items() if type(form) is v), **plain}))
-        self._kernels: dict[int, Any] = {}
+        self._kernels: dict[int, tuple[Any, Any]] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, unpacked at each call: for modules that look at their layers' weights."""
+        form = self.form(1)
+        return (
+            form
+            if isinstance(form, Tensor)
+            else unpack(form).to(torch.bfloat16 if form.kind == "bf16" else torch.float32)
+        )
 
     def form(self, at: int) -> Packed | Tensor:
         """Return the form that begins at `at` inputs."""
@@ -69,9 +79,12 @@ class SparseLinear(nn.Module):
             form = self.form(at)
             weight = form if isinstance(form, Tensor) else unpack(form).to(x.dtype)
             return F.linear(x, weight, self.bias)
-        kernel = self._kernels.get(at) or self._kernel(at)
-        if isinstance(kernel, Tensor):
-            return F.linear(x, kernel, self.bias)
+        dense = self._buffers.get(f"from{at}_weight")
+        if dense is not None:
+            return F.linear(x, dense, self.bias)
+        kernel, made_of = self._kernels.get(at, (None, None))
+        if made_of != self._state(at):  # edited, swapped or loaded since
+            kernel = self._kernel(at)
         if x.shape[-1] != self.in_features:
             raise ModelError(f"the layer has {self.in_features} inputs, x has {x.shape[-1]}")
         y = kernel(x.reshape(-1, self.in_features))
@@ -79,16 +92,19 @@ class SparseLinear(nn.Module):
 
     def _kernel(self, at: int) -> Any:
         """What runs a form, made at its first call; it holds addresses, so it is neither copied nor saved."""
-        form = self.form(at)
-        if isinstance(form, Tensor):
-            return form
+        form: Any = self.form(at)
         if native.missing() is None:
             kernel: Any = native.Kernel(form, self.bias).run
         else:
             bias = None if self.bias is None else self.bias.float()
             kernel = lambda x: reference.run(form, x, bias)  # noqa: E731
-        self._kernels[at] = kernel
+        self._kernels[at] = kernel, self._state(at)
         return kernel
+
+    def _state(self, at: int) -> list[tuple[int, int]]:
+        """What tells one state of a form's buffers from another."""
+        parts = [b for n, b in self._buffers.items() if b is not None and (n == "bias" or n.startswith(f"from{at}_"))]
+        return [(b.data_ptr(), b._version) for b in parts]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernels": {}}
@@ -101,12 +117,7 @@ class SparseLinear(nn.Module):
             now = self._buffers[name]
             if before is not None and now is not None and now.dtype != before.dtype:
                 self._buffers[name] = before.to(now.device)
-        self._kernels = {}
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._kernels = {}
 
     def extra_repr(self) -> str:
         forms = ", ".join(f"{a}+: {p['format']}" for a, p in self.about)

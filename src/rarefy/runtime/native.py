@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
@@ -49,7 +50,8 @@ def _open() -> tuple[Any, str | None]:
         return None, "no compiled kernels: install again where there is a C++20 compiler"
     try:
         library = ctypes.CDLL(found.origin)
-        pool = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+        pool = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
         library.rarefy_use_parallel(pool.torch_parallel_for, pool.torch_get_num_threads)
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels do not load: {error}"
@@ -105,6 +107,9 @@ class Kernel:
             raise FormatError(unknown("activation", str(activation), [str(a) for a in ACTIVATIONS]))
         if bias is not None:
             bias = bias.detach().float().contiguous()
+        # aliases: what is swapped under a buffer by `.data =` must not take its memory along
+        kept: dict[str, Any] = {n: v.detach() if isinstance(v, Tensor) else v for n, v in vars(packed).items()}
+        packed = type(packed)(**kept)
         _check(packed, bias)
         (rows, inputs), self.held = packed.shape, (packed, bias)
         fields: dict[str, Any] = {n: t.data_ptr() for n, t in vars(packed).items() if isinstance(t, Tensor)}
@@ -130,9 +135,11 @@ class Kernel:
         O, inputs = self.held[0].shape
         if inputs != C:
             raise FormatError(f"the weight has {inputs} inputs, x has {C}")
+        if x.device.type != "cpu":
+            raise FormatError(f"the kernels run on the CPU, x is on {x.device}")
         if x.dtype != torch.float32 or (C > 1 and x.stride(1) != 1):
             x = x.float().contiguous()
-        y = torch.empty(N, O)
+        y = torch.empty(N, O, dtype=torch.float32, device="cpu")
         if N and O and self.call(self.at, x.data_ptr(), x.stride(0), y.data_ptr(), O, N):
             raise MemoryError(f"no memory to run a layer of {O} outputs on {N} inputs")
         return y
