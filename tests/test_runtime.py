@@ -242,3 +242,21 @@ def test_a_model_is_saved_before_it_is_accelerated(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="0 and 1 more run on kernels.*save before accelerate_"):
         rarefy.save(again, tmp_path / "n")
     assert not (tmp_path / "n").exists()
+
+
+@needs_kernels
+def test_a_layer_that_is_used_twice_stays_dense():
+    shared = pruned(32, 32, 0.9)
+    report = accelerate_(nn.Sequential(shared, nn.ReLU(), shared))
+    assert [r["why"] for r in report.rows] == ["dense: its weight is shared"]
+    with pytest.raises(ModelError, match="0 is on the meta device"):
+        accelerate_(nn.Sequential(nn.Linear(4, 4, device="meta")))
+
+
+def test_mixed_types_and_traces(path):
+    one, x = sparse(pruned()), torch.randn(3, 70)
+    y = one(x.bfloat16().requires_grad_())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), one(x), rtol=2e-2, atol=2e-2)
+    with torch.no_grad(), pytest.raises(ModelError, match="torch.jit.trace sees no kernels"):
+        torch.jit.trace(one, x)

@@ -5,6 +5,7 @@ All of it is advice about memory and never changes a value, so a mistake here co
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import mmap
 import os
@@ -57,23 +58,26 @@ def page_out(tensors: Iterable[Tensor]) -> None:
     """Advise the system to drop the pages of tensors that lie in files; they are read again when touched."""
     if not hasattr(_LIBC, "madvise"):
         return
-    files = _files()
     for t in tensors:
         if t.is_meta or t.device.type != "cpu" or t.nbytes < SMALL:
             continue
-        start, end = t.data_ptr() & -mmap.PAGESIZE, t.data_ptr() + t.nbytes
-        if any(a <= start and end <= b for a, b in files):
-            _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), PAGEOUT)
+        start = t.data_ptr() & -mmap.PAGESIZE
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(t.data_ptr() + t.nbytes - start), PAGEOUT)
 
 
-def _files() -> list[tuple[int, int]]:
-    """Where files are mapped to memory: what is not would be swapped."""
+def in_files(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return those tensors that lie in mapped files; others would be swapped. O(mappings + tensors log mappings)."""
     try:
         lines = [l.split() for l in Path("/proc/self/maps").read_text().splitlines()]
     except OSError:
         return []
-    spans = [l[0].split("-") for l in lines if l[4] != "0"]
-    return [(int(a, 16), int(b, 16)) for a, b in spans]
+    spans = sorted(tuple(int(a, 16) for a in l[0].split("-")) for l in lines if l[4] != "0")
+    found = []
+    for t in tensors:
+        at = 0 if t.is_meta or t.device.type != "cpu" else bisect.bisect(spans, (t.data_ptr() + 1,))
+        if at and t.data_ptr() + t.nbytes <= spans[at - 1][1]:
+            found.append(t)
+    return found
 
 
 @contextmanager

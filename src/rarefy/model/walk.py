@@ -246,7 +246,8 @@ class _Walk:
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side)
             inside = {id(l.original) for g in groups for l in g.layers}
-            pages.page_out(p.data for p in self.model.parameters() if id(p) not in inside)  # embeddings have been read
+            read = [p.data for p in self.model.parameters() if id(p) not in inside]  # embeddings above all
+            pages.page_out(pages.in_files(read))
             for gate, place in enumerate(self.stops):
                 self.own()
                 stop = self.stop(gate)

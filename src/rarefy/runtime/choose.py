@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -65,7 +66,15 @@ def accelerate_(
     masked = [l.full_name for l in chosen if parametrize.is_parametrized(l.module)]
     if masked:
         raise ModelError(f"masks are still attached to {', '.join(masked)}: fold_ the model first")
-    parents = {f"{name}.{child}".lstrip("."): m for name, m in model.named_modules() for child, _ in m.named_children()}
+    idle = next((l.full_name for l in chosen if l.weight.is_meta), None)
+    if idle is not None:
+        raise ModelError(f"{idle} is on the meta device: it has no values yet; load its weights first")
+    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    parents = {
+        f"{name}.{child}".lstrip("."): (m, uses[id(c)])
+        for name, m in model.named_modules()
+        for child, c in m.named_children()
+    }
     before, rows = resident_bytes(model), []
     flush = torch.zeros(FLUSH // 4) if before > CACHED else None
     known: dict[Any, dict[int, tuple[str, float]]] = {}
@@ -96,8 +105,8 @@ def accelerate_(
     return Report("accelerated", tuple(rows), summary)
 
 
-def _why_dense(layer: Layer, parents: dict[str, nn.Module], zeros: float) -> str | None:
-    """Why a layer is not even tried, or None."""
+def _why_dense(layer: Layer, parents: dict[str, tuple[nn.Module, int]], zeros: float) -> str | None:
+    """Why a layer is not even tried, or None; `parents`: of each layer, and how often it is used."""
     module = layer.module
     if native.missing() is not None:
         return native.missing()
@@ -107,10 +116,10 @@ def _why_dense(layer: Layer, parents: dict[str, nn.Module], zeros: float) -> str
         return "its hooks would be lost"
     if type(module).forward is not nn.Linear.forward or layer.param != "weight":
         return f"no kernel for {type(module).__name__} yet"
-    if len(layer.owners) > 1 or layer.elsewhere:
+    if len(layer.owners) > 1 or layer.elsewhere or parents[layer.name][1] > 1:
         return "its weight is shared"
-    if isinstance(parents.get(layer.name), READERS):
-        return f"{type(parents[layer.name]).__name__} reads its weight itself"
+    if isinstance(parents[layer.name][0], READERS):
+        return f"{type(parents[layer.name][0]).__name__} reads its weight itself"
     if layer.weight.dtype not in KINDS or layer.weight.device.type != "cpu":
         return f"{layer.weight.dtype} on {layer.weight.device.type}"
     return f"{zeros:.2%} zeros" if zeros < FEW else None

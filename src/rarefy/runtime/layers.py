@@ -73,12 +73,12 @@ class SparseLinear(nn.Module):
         return parts["weight"] if kind == "dense" else FORMATS[kind](**plain, **parts)  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch._C._is_tracing():
+            raise ModelError("torch.jit.trace sees no kernels: trace the model before accelerate_")
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         rows = x.numel() // max(1, self.in_features)
         at = next(a for a, _ in reversed(self.about) if a <= max(rows, 1))
-        if torch.is_grad_enabled() and x.requires_grad:
-            form = self.form(at)
-            weight = form if isinstance(form, Tensor) else unpack(form).to(x.dtype)
-            return F.linear(x, weight, self.bias)
         dense = self._buffers.get(f"from{at}_weight")
         if dense is not None:
             return F.linear(x, dense, self.bias)
