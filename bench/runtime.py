@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.proof.measure import commit, machine
+from rarefy.proof.measure import commit, compare, machine
 from rarefy.runtime import native
 from rarefy.runtime.packed import KINDS, nbytes, pack_bitmask, pack_tiles
 
@@ -40,13 +38,8 @@ def random(O: int, C: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> 
 
 def in_turns(dense: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> dict[str, Any]:
     """Return quartiles of both in milliseconds."""
-    taken: dict[str, list[float]] = {"dense": [], "ours": []}
-    for _ in range(repeats + 3):
-        for name, run in (("dense", dense), ("ours", ours)):
-            began = time.perf_counter()
-            run()
-            taken[name].append(1000 * (time.perf_counter() - began))
-    return {name: statistics.quantiles(t[3:], n=4) for name, t in taken.items()}
+    times = compare({"dense": dense, "ours": ours}, repeats=repeats)
+    return {name: [1000 * s for s in (t.low, t.median, t.high)] for name, t in times.items()}
 
 
 def bitmask(kind: str, sparsity: float) -> dict[str, Any]:

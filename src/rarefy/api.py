@@ -21,7 +21,7 @@ from rarefy.model import hf, pages
 from rarefy.model.mask import fold_, plain_state
 from rarefy.model.select import all_layers, select
 from rarefy.model.stats import Loss, call, check_batches, evaluating, on_device
-from rarefy.plan import check_lean, naming, targets
+from rarefy.plan import naming, targets
 from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.proof.receipt import Receipt
@@ -68,8 +68,6 @@ def compress_(
     began = time.perf_counter()
     plan = recipes.load(recipe, **overrides)
     memory, work = bytes_of(memory), path_of(work)
-    if memory is not None:
-        check_lean(plan)
     for number, chosen, *_ in targets(model, plan, memory, work):
         with naming(plan, number):
             check_weights(chosen)

@@ -133,11 +133,16 @@ def path_of(value: str | os.PathLike[str] | None) -> Path | None:
     return None if value is None else Path(value).expanduser()
 
 
+def is_state(name: str) -> bool:
+    """Return whether a file of that name is of a long run's state."""
+    return name in (KEY, PARTIAL, *ONCE) or STOP.fullmatch(name) is not None
+
+
 def remove_state(work: Path) -> None:
     """Remove what long runs have put into a folder, and the folder if nothing else is in it."""
     for stage in [p for p in work.glob("stage-*") if p.is_dir() and not p.is_symlink()]:
         for file in stage.iterdir():
-            if file.name in (KEY, PARTIAL, *ONCE) or STOP.fullmatch(file.name):
+            if is_state(file.name):
                 file.unlink(missing_ok=True)
         with suppress(OSError):  # something else is in it
             stage.rmdir()

@@ -34,8 +34,10 @@ def targets(
 ) -> Iterator[tuple[int, list[Layer], Pattern, float]]:
     """Yield the number of each stage that prunes, its layers, its pattern, its sparsity.
 
-    Raises what the run would raise for selectors, patterns and options, with the stage named. O(modules).
+    Raises what the run would raise for selectors, patterns, options and memory, with the stage named. O(modules).
     """
+    if memory is not None:
+        _check_lean(plan)
     for number, stage in enumerate(plan.stages, 1):
         with naming(plan, number):
             if isinstance(stage, recipes.Prune):
@@ -53,7 +55,7 @@ def targets(
         yield number, *found
 
 
-def check_lean(plan: recipes.Recipe) -> None:
+def _check_lean(plan: recipes.Recipe) -> None:
     """Raise RecipeError for what needs the whole model in memory."""
     for number, stage in enumerate(plan.stages, 1):
         if not isinstance(stage, recipes.Prune) or stage.solver is None:
@@ -68,8 +70,6 @@ def forecast(model: nn.Module, plan: recipes.Recipe, memory: int | None = None) 
 
     Raises what the run would raise for selectors, patterns and options. O(modules).
     """
-    if memory is not None:
-        check_lean(plan)
     parts = targets(model, plan, memory, None if memory is None else Path())
     found = {l.full_name: (l, pattern, sparsity) for _, chosen, pattern, sparsity in parts for l in chosen}
     casts = [BYTES[stage.dtype] for stage in plan.stages if isinstance(stage, recipes.Cast)]

@@ -90,9 +90,15 @@ def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 
 def compare(
-    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warmup: int = 3, progress: bool = False
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    progress: bool = False,
+    before: Callable[[], Any] = lambda: None,
 ) -> dict[str, Times]:
-    """Return the quartiles of each run, all interleaved in this process after warm-up, so that drift hits all alike.
+    """Return the quartiles of each run, all interleaved in this process after warm-up, so that drift hits all alike;
+    `before` goes ahead of each run and is not timed.
 
     >>> compare({"nothing": lambda: None}, repeats=5)["nothing"].repeats
     5
@@ -104,6 +110,7 @@ def compare(
                 run()
         for _ in track(range(repeats), "timing", progress):
             for name, run in runs.items():
+                before()
                 began = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - began)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, DataError
-from rarefy.files import KEY, ONCE, PARTIAL, STOP, blaming, sync
+from rarefy.files import KEY, ONCE, PARTIAL, blaming, is_state, sync
 
 ANEW = "remove {} (shell: --fresh) to start anew, or give another name"
 
@@ -75,21 +75,25 @@ class Journal:
         """Put an entry on disk; ContainerError where there is no space."""
         if self.folder is None:
             return
-        file, partial = self.folder / f"stop-{stop:06d}.safetensors", self.folder / PARTIAL
         tensors = {f"w.{n}": t.contiguous() for n, t in entry.weights.items()}
         tensors |= {f"m.{n}": t for n, t in entry.masks.items()}
         about = {"rows": json.dumps(entry.rows), "key": self.key, "digest": _sum(dict(sorted(tensors.items())))}
         with blaming(self.folder, sum(t.nbytes for t in tensors.values())):
-            save_file(tensors, partial, metadata=about)
-            sync(partial)
-            os.replace(partial, file)
-            sync(self.folder)
+            save_file(tensors, self.folder / PARTIAL, metadata=about)
+            self._name(self.folder, f"stop-{stop:06d}.safetensors")
+
+    @staticmethod
+    def _name(folder: Path, name: str) -> None:
+        """Give what was written its final name."""
+        sync(folder / PARTIAL)
+        os.replace(folder / PARTIAL, folder / name)
+        sync(folder)
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
         """Return what `find` returns (of what JSON can hold), or what it returned when this run was here before."""
         if self.folder is None:
             return find()
-        file, partial = self.folder / f"{name}.json", self.folder / PARTIAL
+        file = self.folder / f"{name}.json"
         assert file.name in ONCE
         if file.exists():
             try:
@@ -104,15 +108,14 @@ class Journal:
         value = find()
         with blaming(self.folder):
             about = {"key": self.key, "digest": _sum(json.dumps(value)), "value": value}
-            partial.write_text(json.dumps(about), encoding="utf-8")
-            sync(partial)
-            os.replace(partial, file)
-            sync(self.folder)
+            (self.folder / PARTIAL).write_text(json.dumps(about), encoding="utf-8")
+            self._name(self.folder, file.name)
         return value
 
     def check_same(self, name: str, what: Any, word: str) -> None:
         """Raise ContainerError where tensors, called `word`, are others than when this run was here before."""
-        if self.folder is not None and self.once(name, lambda: _sum(what)) != _sum(what):
+        made = _sum(what) if self.folder is not None else None
+        if self.once(name, lambda: made) != made:
             raise ContainerError(
                 f"{self.folder} holds the state of another run (other {word}): {ANEW.format(self.folder)}"
             )
@@ -129,7 +132,7 @@ def open_(folder: Path | None, key: Mapping[str, Any]) -> Journal:
     text = json.dumps(key, sort_keys=True, indent=1)
     with blaming(folder):
         names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        strange = [n for n in names if n not in (KEY, PARTIAL, *ONCE) and not STOP.fullmatch(n)]
+        strange = [n for n in names if not is_state(n)]
         if strange:
             raise ContainerError(f"{folder} is for the state of a run, but holds {strange[0]}: give another name")
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -18,18 +16,18 @@ from torch.nn.utils import parametrize
 from rarefy.errors import ModelError
 from rarefy.model.select import Layer, Selector, select
 from rarefy.progress import track
-from rarefy.proof.measure import resident_bytes
+from rarefy.proof.measure import compare, resident_bytes
 from rarefy.proof.report import Report
 from rarefy.runtime import native
 from rarefy.runtime.layers import SparseLinear
-from rarefy.runtime.packed import Packed, pack_bitmask, pack_tiles
+from rarefy.runtime.packed import KINDS, Packed, pack_bitmask, pack_tiles
 
 FEW = 0.1  # zeros below which nothing is tried
 GAIN = 1.03  # how much faster than dense a kernel must be
 MOST_INPUTS = 64  # of a call that the bitmask is tried for
 FLUSH = 64 << 20  # bytes that are read between two runs, so that weights come from memory as they do in a large model
 CACHED = 16 << 20  # bytes of all weights up to which they stay in the cache
-KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+NAMES = {dtype: kind for kind, dtype in KINDS.items() if dtype.is_floating_point}  # of the numbers a layer may have
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take the weights of their layers themselves
 
 
@@ -120,13 +118,13 @@ def _why_dense(layer: Layer, parents: dict[str, tuple[nn.Module, int]], zeros: f
         return "its weight is shared"
     if isinstance(parents[layer.name][0], READERS):
         return f"{type(parents[layer.name][0]).__name__} reads its weight itself"
-    if layer.weight.dtype not in KINDS or layer.weight.device.type != "cpu":
+    if layer.weight.dtype not in NAMES or layer.weight.device.type != "cpu":
         return f"{layer.weight.dtype} on {layer.weight.device.type}"
     return f"{zeros:.2%} zeros" if zeros < FEW else None
 
 
 def _ways(weight: Tensor) -> dict[str, Packed]:
-    kind = KINDS[weight.dtype]
+    kind = NAMES[weight.dtype]
     return {"bitmask": pack_bitmask(weight, kind), "tiles": pack_tiles(weight, kind)}
 
 
@@ -155,16 +153,9 @@ def _fastest(
             for name, layer in layers.items()
             if name != "bitmask" or size <= MOST_INPUTS
         }
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        with torch.no_grad():
-            for _ in range(repeats + 1):  # the first of each warms up
-                for name, run in runs.items():
-                    if flush is not None:
-                        flush.sum()
-                    began = time.perf_counter()
-                    run()
-                    seconds[name].append(time.perf_counter() - began)
-        medians = {name: statistics.median(s[1:]) for name, s in seconds.items()}
+        before = flush.sum if flush is not None else lambda: None
+        times = compare(runs, repeats=repeats, warmup=1, before=before)
+        medians = {name: t.median for name, t in times.items()}
         name = min(medians, key=lambda n: medians[n])
         gain = medians["dense"] / medians[name]
         best[size] = (name, gain) if gain >= GAIN else ("dense", 1.0)

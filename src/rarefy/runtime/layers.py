@@ -53,23 +53,22 @@ class SparseLinear(nn.Module):
                 self.register_buffer(f"from{at}_{name}", tensor)
             plain = {n: v for n, v in vars(form).items() if n not in parts and v is not None}
             self.about.append((at, {"format": next(k for k, v in FORMATS.items() if type(form) is v), **plain}))
+        self.parts = {at: [n for n in self._buffers if n.startswith(f"from{at}_")] for at in forms}  # buffers of each
         self._kernels: dict[int, tuple[Any, Any]] = {}
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, unpacked at each call: for modules that look at their layers' weights."""
         form = self.form(1)
-        return (
-            form
-            if isinstance(form, Tensor)
-            else unpack(form).to(torch.bfloat16 if form.kind == "bf16" else torch.float32)
-        )
+        if isinstance(form, Tensor):
+            return form
+        return unpack(form).to(torch.bfloat16 if form.kind == "bf16" else torch.float32)
 
     def form(self, at: int) -> Packed | Tensor:
         """Return the form that begins at `at` inputs."""
         plain = dict(dict(self.about)[at])
         kind = plain.pop("format")
-        parts = {n.removeprefix(f"from{at}_"): b for n, b in self._buffers.items() if n.startswith(f"from{at}_")}
+        parts = {n.removeprefix(f"from{at}_"): self._buffers[n] for n in self.parts[at]}
         return parts["weight"] if kind == "dense" else FORMATS[kind](**plain, **parts)  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,8 +102,8 @@ class SparseLinear(nn.Module):
 
     def _state(self, at: int) -> list[tuple[int, int]]:
         """What tells one state of a form's buffers from another."""
-        parts = [b for n, b in self._buffers.items() if b is not None and (n == "bias" or n.startswith(f"from{at}_"))]
-        return [(b.data_ptr(), b._version) for b in parts]
+        parts = (self._buffers[n] for n in ("bias", *self.parts[at]))
+        return [(b.data_ptr(), b._version) for b in parts if b is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernels": {}}

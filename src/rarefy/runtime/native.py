@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import FormatError, unknown
-from rarefy.runtime.packed import LANE, PAST, Bitmask, Packed, Tiles
+from rarefy.runtime import reference
+from rarefy.runtime.packed import KINDS, LANE, PAST, Bitmask, Packed, Tiles
 
 ISAS = ("avx512", "avx2", "portable")
-ACTIVATIONS = (None, "relu")
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 _KINDS = {name: i for i, name in enumerate(LANE)}
 
 
@@ -151,11 +152,10 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
     fours, lanes = -(-O // 4), -(-C // LANE[packed.kind])
     want: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
     if isinstance(packed, Bitmask):
-        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
         want |= {
             "masks": (torch.int64, (fours, -(-C // 64), 4)),
             "starts": (torch.int64, (fours,)),
-            "values": (kinds[packed.kind], (None,)),
+            "values": (KINDS[packed.kind], (None,)),
         }
     elif isinstance(packed, Tiles):
         blocks = -(-lanes // packed.block)
