@@ -21,68 +21,64 @@ inline __m512i in_register(const void* p) {
   return v;
 }
 
+struct FloatSums {
+  using sum = __m512;
+  static __m512 zero() { return _mm512_setzero_ps(); }
+  static float total(__m512 s) { return _mm512_reduce_add_ps(s); }
+};
+
+struct IntegerSums {  // their total is the bits of a float
+  using sum = __m512i;
+  static __m512i zero() { return _mm512_setzero_si512(); }
+  static float total(__m512i s) { return __builtin_bit_cast(float, _mm512_reduce_add_epi32(s)); }
+};
+
 template <int KIND>
 struct Bits;
 
 template <>
-struct Bits<RAREFY_F32> {
+struct Bits<RAREFY_F32> : FloatSums {
   using value = float;
   using input = float;
-  using sum = __m512;
   static constexpr int cell = 16;
   static __m512 none() { return _mm512_castsi512_ps(zeros()); }
-  static __m512 zero() { return _mm512_setzero_ps(); }
   static __m512 expand(__m512 none, const char* bits, const float* v) {
     return _mm512_mask_expand_ps(none, _load_mask16((__mmask16*)bits), _mm512_castsi512_ps(in_register(v)));
   }
   static __m512 step(__m512 s, __m512 w, const float* x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), s); }
-  static float total(__m512 s) { return _mm512_reduce_add_ps(s); }
 };
 
 template <>
-struct Bits<RAREFY_BF16> {
+struct Bits<RAREFY_BF16> : FloatSums {
   using value = uint16_t;
   using input = uint16_t;
-  using sum = __m512;
   static constexpr int cell = 32;
   static __m512i none() { return zeros(); }
-  static __m512 zero() { return _mm512_setzero_ps(); }
   static __m512i expand(__m512i none, const char* bits, const uint16_t* v) {
     return _mm512_mask_expand_epi16(none, _load_mask32((__mmask32*)bits), in_register(v));
   }
   static __m512 step(__m512 s, __m512i w, const uint16_t* x) {
     return _mm512_dpbf16_ps(s, __m512bh(w), __m512bh(_mm512_loadu_si512(x)));
   }
-  static float total(__m512 s) { return _mm512_reduce_add_ps(s); }
 };
 
 template <>
-struct Bits<RAREFY_I8> {
+struct Bits<RAREFY_I8> : IntegerSums {
   using value = int8_t;
   using input = uint8_t;
-  using sum = __m512i;
   static constexpr int cell = 64;
   static __m512i none() { return zeros(); }
-  static __m512i zero() { return _mm512_setzero_si512(); }
   static __m512i expand(__m512i none, const char* bits, const int8_t* v) {
     return _mm512_mask_expand_epi8(none, _load_mask64((__mmask64*)bits), in_register(v));
   }
   static __m512i step(__m512i s, __m512i w, const uint8_t* x) { return _mm512_dpbusd_epi32(s, _mm512_loadu_si512(x), w); }
-  static float total(__m512i s) {
-    const int32_t t = _mm512_reduce_add_epi32(s);
-    float f;
-    std::memcpy(&f, &t, 4);
-    return f;
-  }
 };
 
 template <int KIND>
 struct Lanes;
 
-struct Floats {
+struct Floats : FloatSums {
   using input = __m512;
-  using sum = __m512;
-  static __m512 zero() { return _mm512_setzero_ps(); }
   static __m512 load(const uint32_t* x) { return _mm512_load_ps(x); }
   static __m512 spread(uint32_t w) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(w))); }
   static __m512 sum_at(const uint32_t* o) { return _mm512_load_ps(o); }
@@ -115,11 +111,9 @@ inline __m128i to_bytes(const float* x, uint32_t mask, __m512 scale) {
 }
 
 template <>
-struct Lanes<RAREFY_I8> {
+struct Lanes<RAREFY_I8> : IntegerSums {
   using input = __m512i;
-  using sum = __m512i;
   static constexpr int width = 4;
-  static __m512i zero() { return _mm512_setzero_si512(); }
   static __m512i load(const uint32_t* x) { return _mm512_load_si512(x); }
   static __m512i spread(uint32_t w) { return _mm512_set1_epi32(int(w)); }
   static __m512i step(__m512i s, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(s, x, w); }

@@ -30,18 +30,24 @@ inline V at(const void* p) {
   return v;
 }
 
-inline float total_of(vf s) { return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7])); }
+struct FloatSums {
+  using sum = vf;
+  static vf zero() { return vf{}; }
+  static float total(vf s) { return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7])); }
+};
 
-inline float of_bf16(uint16_t b) {
-  const uint32_t u = uint32_t(b) << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
+struct IntegerSums {  // their total is the bits of a float
+  using sum = vi;
+  static vi zero() { return vi{}; }
+  static float total(vi s) {
+    int32_t t = 0;
+    for (int i = 0; i < W; ++i) t += s[i];
+    return __builtin_bit_cast(float, t);
+  }
+};
 
 inline uint32_t to_bf16(float f) {  // to the nearest, even where two are as near; NaN stays NaN
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
+  const uint32_t u = __builtin_bit_cast(uint32_t, f);
   if ((u & 0x7fffffff) > 0x7f800000) return (u >> 16) | 0x40;
   return (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
@@ -89,13 +95,11 @@ template <int KIND>
 struct Bits;
 
 template <>
-struct Bits<RAREFY_F32> {
+struct Bits<RAREFY_F32> : FloatSums {
   using value = float;
   using input = float;
-  using sum = vf;
   static constexpr int cell = 8;
   static int none() { return 0; }
-  static vf zero() { return vf{}; }
   static vf expand(int, const char* bits, const float* v) {
 #if defined(__AVX2__)
     const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(ranks.of[uint8_t(*bits)])));
@@ -109,17 +113,14 @@ struct Bits<RAREFY_F32> {
 #endif
   }
   static vf step(vf s, vf w, const float* x) { return s + w * at<vf>(x); }
-  static float total(vf s) { return total_of(s); }
 };
 
 template <>
-struct Bits<RAREFY_BF16> {
+struct Bits<RAREFY_BF16> : FloatSums {
   using value = uint16_t;
   using input = uint16_t;
-  using sum = vf;
   static constexpr int cell = 16;
   static int none() { return 0; }
-  static vf zero() { return vf{}; }
   static vu expand(int, const char* bits, const uint16_t* v) {
     uint16_t out[16];
     scatter(bits, v, out);
@@ -129,38 +130,26 @@ struct Bits<RAREFY_BF16> {
     const vu in = at<vu>(x);
     return s + low_half(w) * low_half(in) + high_half(w) * high_half(in);
   }
-  static float total(vf s) { return total_of(s); }
 };
 
 template <>
-struct Bits<RAREFY_I8> {
+struct Bits<RAREFY_I8> : IntegerSums {
   using value = int8_t;
   using input = uint8_t;
-  using sum = vi;
   static constexpr int cell = 32;
   static int none() { return 0; }
-  static vi zero() { return vi{}; }
   static vi expand(int, const char* bits, const int8_t* v) {
     int8_t out[32];
     scatter(bits, v, out);
     return at<vi>(out);
   }
   static vi step(vi s, vi w, const uint8_t* x) { return dot_bytes(s, at<vu>(x), w); }
-  static float total(vi s) {
-    int32_t t = 0;
-    for (int i = 0; i < W; ++i) t += s[i];
-    float f;
-    std::memcpy(&f, &t, 4);
-    return f;
-  }
 };
 
 template <int KIND>
 struct Lanes;
 
-struct Floats {
-  using sum = vf;
-  static vf zero() { return vf{}; }
+struct Floats : FloatSums {
   static vf sum_at(const uint32_t* o) { return at<vf>(o); }
   static void store(uint32_t* o, vf s) { std::memcpy(o, &s, sizeof s); }
 };
@@ -192,11 +181,9 @@ struct Lanes<RAREFY_BF16> : Floats {
 };
 
 template <>
-struct Lanes<RAREFY_I8> {
+struct Lanes<RAREFY_I8> : IntegerSums {
   using input = vu;
-  using sum = vi;
   static constexpr int width = 4;
-  static vi zero() { return vi{}; }
   static vi sum_at(const uint32_t* o) { return at<vi>(o); }
   static void store(uint32_t* o, vi s) { std::memcpy(o, &s, sizeof s); }
   static vu load(const uint32_t* x) { return at<vu>(x); }

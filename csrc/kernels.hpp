@@ -3,8 +3,7 @@
 // one that the linker picks for another unit.
 //
 // From the including unit:
-//   W              floats of a vector
-//   vf, vi         vectors of W floats, of W 32-bit integers
+//   W, MOST        floats of a vector, vectors of a tile that fit the registers
 //   Bits<KIND>     expansion of a bitmask's values, and the product with an input
 //   Lanes<KIND>    products of 32-bit lanes: 1 fp32, 2 bf16, 4 int8
 //   transpose      W x W 32-bit numbers
@@ -12,9 +11,6 @@
 #include <cstring>
 
 namespace {
-
-constexpr int64_t NT = 64;  // columns (batch or pixels) of a packed tile of inputs
-constexpr int R4 = 4;       // rows of a tile of weights
 
 // ---- bitmask, small batches ----------------------------------------------------------------------------------------
 // Four rows by 64 columns at a time: their values lie one after the other, so memory is read in one stream. Where each

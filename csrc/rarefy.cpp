@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 
 #include "table.h"
 
@@ -18,8 +17,10 @@ extern const rarefy_table rarefy_avx2, rarefy_avx512;
 
 namespace {
 
-constexpr int64_t NT = 64, CHUNK = 16, PART = 32;  // columns, tiles of four rows, rows that a thread takes at once
-constexpr int64_t LEAST = 20000;                   // products worth a second thread
+constexpr int64_t CHUNK = 16, PART = 32;  // tiles, rows that a thread takes at once
+constexpr int64_t LEAST = 20000;          // products worth a second thread
+
+int64_t inputs_of_lane(int32_t kind) { return kind == RAREFY_I8 ? 4 : kind == RAREFY_BF16 ? 2 : 1; }
 
 std::atomic<const rarefy_table*> table{nullptr};
 rarefy_parallel run_parallel = nullptr;
@@ -119,15 +120,9 @@ void on_threads(int64_t parts, bool worth, F&& part) {
 
 float quantize(const float* x, int64_t n) {
   uint32_t most = 0;  // magnitudes of floats are ordered as integers are
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, 4);
-    most = std::max(most, bits & 0x7fffffffu);
-  }
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, __builtin_bit_cast(uint32_t, x[i]) & 0x7fffffffu);
   if (most >= 0x7f800000u) return std::nanf("");  // NaN or inf: no output of this row means anything
-  float f;
-  std::memcpy(&f, &most, 4);
-  return most ? f / 127.0f : 1.0f;
+  return most ? __builtin_bit_cast(float, most) / 127.0f : 1.0f;
 }
 
 }  // namespace
@@ -149,7 +144,7 @@ API void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*)) {
 
 API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n) {
   const rarefy_table& t = chosen();
-  const int each = w->kind == RAREFY_I8 ? 4 : w->kind == RAREFY_BF16 ? 2 : 1;
+  const bool bytes = w->kind == RAREFY_I8;
   const int64_t squares = (n + NT - 1) / NT, inputs = w->inputs, tiles = (w->rows + 3) / 4;
   const Scratch scratch(size_t(squares * w->cols * NT) * 4 + size_t(squares * NT) * 8);
   uint32_t* packed = static_cast<uint32_t*>(scratch.from);
@@ -159,13 +154,13 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, flo
   const bool worth = int64_t(w->cols) * w->rows / 8 * n > LEAST;
   on_threads(squares, worth, [&](int64_t s) {
     const int64_t here = std::min(NT, n - s * NT);
-    if (each == 4)
+    if (bytes)
       for (int64_t i = 0; i < NT; ++i) {
         const float q = i < here ? quantize(x + (s * NT + i) * ldx, inputs) : 1.0f;
         scales[s * NT + i] = q;
         inverse[s * NT + i] = 1.0f / q;
       }
-    t.pack[w->kind](x + s * NT * ldx, ldx, here, inputs, each == 4 ? inverse + s * NT : nullptr,
+    t.pack[w->kind](x + s * NT * ldx, ldx, here, inputs, bytes ? inverse + s * NT : nullptr,
                     packed + s * w->cols * NT);
   });
   const int64_t chunks = (tiles + CHUNK - 1) / CHUNK;
@@ -182,7 +177,7 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, flo
 
 API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n) {
   const rarefy_table& t = chosen();
-  const int64_t wide = w->words * 64, bytes = w->kind == RAREFY_F32 ? 4 : w->kind == RAREFY_BF16 ? 2 : 1;
+  const int64_t wide = w->words * 64, bytes = 4 / inputs_of_lane(w->kind);
   const Scratch scratch(size_t(n * wide * bytes + n * 4));
   char* in = static_cast<char*>(scratch.from);
   if (!in) return RAREFY_MEMORY;
@@ -198,9 +193,8 @@ API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx,
       for (int64_t r = from; r < to; ++r) {
         float v = y[i * ldy + r];
         if (w->kind == RAREFY_I8) {
-          int32_t sum;
-          std::memcpy(&sum, &v, 4);
-          v = float(int32_t(uint32_t(sum) - 128 * uint32_t(w->sums[r]))) * (w->scales[r] * scales[i]);
+          const int32_t sum = int32_t(__builtin_bit_cast(uint32_t, v) - 128 * uint32_t(w->sums[r]));
+          v = float(sum) * (w->scales[r] * scales[i]);
         }
         v += w->bias ? w->bias[r] : 0.0f;
         y[i * ldy + r] = w->act == RAREFY_RELU && v < 0.0f ? 0.0f : v;
@@ -226,7 +220,7 @@ API int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values) {
 }
 
 API int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values) {
-  const int each = w->kind == RAREFY_I8 ? 4 : w->kind == RAREFY_BF16 ? 2 : 1;
+  const int64_t each = inputs_of_lane(w->kind);
   if (w->kind < 0 || w->kind > 2 || w->rows < 0 || w->inputs < 0 || w->block < 1 || w->block > 65536) return RAREFY_BAD;
   if (w->cols != (w->inputs + each - 1) / each) return RAREFY_BAD;
   const int64_t blocks = (w->cols + w->block - 1) / w->block;

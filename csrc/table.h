@@ -4,6 +4,9 @@
 
 #include "rarefy.h"
 
+constexpr int64_t NT = 64;  // columns (batch or pixels) of a packed tile of inputs
+constexpr int R4 = 4;       // rows of a tile or panel of weights
+
 struct rarefy_table {
   const char* name;
   void (*bits[3])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
