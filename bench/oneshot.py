@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from rarefy import data as sources
 from rarefy import samples
 from rarefy.model import hf
 from rarefy.proof.evaluate import perplexity
-from rarefy.proof.measure import commit, machine
+from rarefy.proof.measure import commit, machine, peak_rss
 from rarefy.prune.allocate import GRADIENTS
 
 HERE = Path(__file__).parent
@@ -125,7 +124,7 @@ def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -
         layers = "model.layers.*" if dense is None else "encoder.layer.*"
         rarefy.prune_(model, layers=layers, data=batches, **shape, **how)
     seconds = time.perf_counter() - began
-    line = {"how": told, "seconds": seconds, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    line = {"how": told, "seconds": seconds, "peak_rss": peak_rss()}
     rarefy.fold_(model)
     if dense is not None:
         return {**line, "cosine": float((embed(model, tokenizer) * dense).sum(-1).mean())}

@@ -10,23 +10,23 @@ import torch
 from safetensors.torch import save_file
 
 RUN = """
-import json, resource, sys
+import json, sys
 import torch
 torch.set_num_threads(2)
 import rarefy
 from rarefy.model import hf, pages
+from rarefy.proof.measure import peak_rss
 source, out, memory, samples = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 hf.no_bars()
 model = hf.load_folder(source)
-before = pages.resident()
 g = torch.Generator().manual_seed(0)
 data = [{"input_ids": torch.randint(0, 2048, (2, 128), generator=g)} for _ in range(samples // 2)]
 prune = {"sparsity": 0.5, "solver": {"name": "refit", "refits": 2}, "layers": "model.layers.*"}
 recipe = {"name": "deep", "stages": [{"prune": prune}]}
-with pages.keeping(model, memory // 4):
+with pages.keeping(model, memory):
     rarefy.compress_(model, recipe, data, memory=memory, work=out + ".work")
     rarefy.save(model, out)
-print(json.dumps({"before": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+print(json.dumps({"peak": peak_rss()}))
 """
 
 

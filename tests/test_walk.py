@@ -220,11 +220,11 @@ def test_embeddings_leave_memory_once_read(tmp_path):
     model = nn.Sequential(nn.Embedding(1, 1), rows)
     model[0].weight = nn.Parameter(load_file(tmp_path / "words.safetensors")["words"], requires_grad=False)
     assert torch.equal(model[0].weight, words)  # all of it is in memory
-    before = pages._mapped()
+    before = pages.resident()[1]
     data = [torch.arange(64)]
     with closing(walk(model, data, order(model, data[0], select(model)))) as stops:
         next(stops)
-        assert before - pages._mapped() > 40 << 20  # of 51 MB
+        assert before - pages.resident()[1] > 40 << 20  # of 51 MB
     assert torch.equal(model[0].weight, words)
     own = torch.randn(1 << 20)  # in no file: would be swapped
     assert [t is model[0].weight for t in pages.in_files([own, model[0].weight, torch.empty(2, device="meta")])] == [

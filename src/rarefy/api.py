@@ -77,7 +77,7 @@ def compress_(
     if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
     _check_data(plan, given)
-    with pages.keeping(model, None if memory is None else memory // 4):
+    with pages.keeping(model, memory):
         return _compress(model, plan, given, loss, memory, work, progress, began)
 
 

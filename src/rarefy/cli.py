@@ -118,7 +118,7 @@ def compress(
         loaded, tokenizer = _load(source)
         base = Path(recipe).parent if Path(recipe).is_file() else None
         state = work_folder(out, fresh) if plan.solves else nullcontext()
-        with state as work, pages.keeping(loaded, most and most // 4):
+        with state as work, pages.keeping(loaded, most):
             receipt = api.compress_(
                 loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, progress=not quiet
             )

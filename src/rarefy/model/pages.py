@@ -40,12 +40,14 @@ def available() -> int | None:
         return free
 
 
-def resident() -> int:
-    """Return the bytes of this process that are in memory now; 0 where the system does not say."""
+def resident() -> tuple[int, int]:
+    """Return the bytes of this process that are in memory now: its own, and those that belong to files; 0 where the
+    system does not say."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+        whole, files = (int(n) * mmap.PAGESIZE for n in Path("/proc/self/statm").read_text().split()[1:3])
+        return whole - files, files
     except OSError:
-        return 0
+        return 0, 0
 
 
 def trim() -> None:
@@ -81,21 +83,21 @@ def in_files(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def keeping(model: nn.Module, most: int | None) -> Iterator[None]:
-    """Keep what is resident of mapped files near what it is now + `most` bytes by paging out the model's weights;
-    None = leave them be.
+def keeping(model: nn.Module, memory: int | None) -> Iterator[None]:
+    """Keep what is resident of mapped files near what it is now + an eighth of `memory` bytes by paging out the model's
+    weights; None = leave them be.
 
     Weights as `safetensors` loads them are mapped from their file and come in as they are touched. A thread looks
     fifty times a second.
     """
-    if most is None:
+    if memory is None:
         yield
         return
-    done, before = threading.Event(), _mapped()
+    done, before = threading.Event(), resident()[1]
 
     def look() -> None:
         while not done.wait(0.02):
-            if _mapped() > before + most:
+            if resident()[1] > before + memory // 8:
                 page_out(p.data for p in list(model.parameters()))
 
     watch = threading.Thread(target=look, daemon=True)
@@ -105,14 +107,6 @@ def keeping(model: nn.Module, most: int | None) -> Iterator[None]:
     finally:
         done.set()
         watch.join()
-
-
-def _mapped() -> int:
-    """Resident bytes that belong to files."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
-    except OSError:
-        return 0
 
 
 def of_frames(frame: Any) -> list[Tensor]:

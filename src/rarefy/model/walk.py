@@ -217,7 +217,7 @@ class _Walk:
         self.model, self.stops, self.dense, self.done = model, stops, dense, -1
         self.passed, self.assign, self.most, self.folder = passed, assign, most, folder
         self.parked = 0  # bytes of suspended activations in memory
-        self.high = 0  # most bytes that were resident once holes in the heap were given back
+        self.high = 0  # most bytes that were held once holes in the heap were given back
         self.gates = {id(s.layers[0]): i for i, s in enumerate(stops) if isinstance(s, Group)}
         self.grams: dict[int, Gram] = {}
         self.ends: dict[int, list[tuple[tuple, dict[str, Any], Tensor]]] = {}
@@ -245,7 +245,7 @@ class _Walk:
                 batch = on_device(self.model, batch)
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side)
-            inside = {id(l.original) for g in groups for l in g.layers}
+            inside = set() if self.assign else {id(l.original) for g in groups for l in g.layers}
             read = [p.data for p in self.model.parameters() if id(p) not in inside]  # embeddings above all
             pages.page_out(pages.in_files(read))
             for gate, place in enumerate(self.stops):
@@ -270,6 +270,8 @@ class _Walk:
                         self.start(fibre.batch, fibre.data, 1)
                     else:
                         self.advance(fibre)
+                if isinstance(stop, Stop) and self.assign:  # not needed before they are saved
+                    pages.page_out(pages.in_files(stop.weights.values()))
                 del place, stop
 
     def start(self, index: int, batch: Any, side: int) -> None:
@@ -293,9 +295,13 @@ class _Walk:
         if not fibre.dead:
             self.streams[fibre.side][fibre] = gate
             self.park(fibre)
-        if pages.resident() > self.high + SLACK:  # more than was ever held between two passes: holes in the heap
-            pages.trim()
-            self.high = max(self.high, pages.resident())
+        if pages.resident()[0] > self.high + SLACK:  # more than was ever held between two passes: holes in the heap
+            self.trim()
+
+    def trim(self) -> None:
+        """Give the holes in the heap back to the system."""
+        pages.trim()
+        self.high = max(self.high, pages.resident()[0])
 
     def own(self) -> None:
         """Note what belongs to the model; new weights may have taken the place of old ones."""
@@ -322,6 +328,7 @@ class _Walk:
         return [f for f, at in self.streams[side].items() if at == gate]
 
     def stop(self, gate: int) -> Stop | End:
+        self.trim()  # what is done at a stop is the peak of a walk
         place = self.stops[gate]
         if isinstance(place, Block):
             return End(place, self.ends.pop(gate, []))
@@ -429,6 +436,7 @@ def _install(group: Group, weights: dict[str, Tensor], assign: bool) -> None:
     for layer in group.layers:
         if layer.full_name in weights:
             if assign:
+                pages.page_out(pages.in_files([layer.original.data]))
                 layer.original.data = weights[layer.full_name]
             else:
                 layer.original.data.copy_(weights[layer.full_name])

@@ -90,7 +90,7 @@ def estimate(
     if allocate in GRADIENTS:  # gradients with all activations; then all weights at each level
         peak = max(peak, 4 * weights + held * share["pass"], weights * (4 + 2 * len(LEVELS)))
     seconds = OVERHEAD * passes / fast + (grams + solving) / slow
-    return Cost(seconds, pages.resident() + round(peak))
+    return Cost(seconds, sum(pages.resident()) + round(peak))
 
 
 def _rate(dtype: torch.dtype) -> float:

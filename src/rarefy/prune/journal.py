@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, DataError
 from rarefy.files import KEY, ONCE, PARTIAL, blaming, is_state, sync
+from rarefy.model import pages
 
 ANEW = "remove {} (shell: --fresh) to start anew, or give another name"
 
@@ -192,6 +193,7 @@ def key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any
     made = (repr(model), config.to_dict() if hasattr(config, "to_dict") else None)
     state = {**model.state_dict(), **dict(model.named_buffers())}
     digests = {"model": _sum(made), "weights": _sum(state), "data": _sum(list(data))}
+    pages.page_out(pages.in_files(state.values()))  # all of a model is read here, a block at a time later
     return {**settings, "rarefy": __version__, "torch": torch.__version__, **digests}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.formats.sparse import pack_bits, unpack_bits
+from rarefy.model import pages
 from rarefy.model.batches import samples_in
 from rarefy.model.gram import Gram
 from rarefy.model.mask import get_mask, set_mask_
@@ -164,6 +165,8 @@ def _learn(
 
 def _put(stop: Stop | End, entry: journal.Entry, lean: bool) -> None:
     """Take up what was done at a stop."""
+    if lean:  # masks are not wanted before they are saved; weights are, and the walk lets them go
+        pages.page_out(pages.in_files(entry.masks.values()))
     if isinstance(stop, Stop):
         stop.weights.update(entry.weights)
         slots = {l.full_name: l.original for l in stop.group.layers}
