@@ -1,14 +1,12 @@
-// Choice of an instruction set, parts of the work for threads, scratch memory.
+// Choice of an instruction set; products of matrices.
 #include "rarefy.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #include "table.h"
+#include "threads.h"
 
 extern const rarefy_table rarefy_portable;
 #if defined(RAREFY_X86)
@@ -23,8 +21,6 @@ constexpr int64_t LEAST = 20000;          // products worth a second thread
 int64_t inputs_of_lane(int32_t kind) { return kind == RAREFY_I8 ? 4 : kind == RAREFY_BF16 ? 2 : 1; }
 
 std::atomic<const rarefy_table*> table{nullptr};
-rarefy_parallel run_parallel = nullptr;
-int (*count_threads)(uint32_t*) = nullptr;
 
 const rarefy_table* of_name(const char* name) {
 #if defined(RAREFY_X86)
@@ -40,84 +36,6 @@ const rarefy_table* of_name(const char* name) {
   return !name || !std::strcmp(name, "portable") ? &rarefy_portable : nullptr;
 }
 
-const rarefy_table& chosen() {
-  const rarefy_table* t = table.load(std::memory_order_acquire);
-  if (!t) table.store(t = of_name(nullptr), std::memory_order_release);
-  return *t;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Memory of a call; up to KEPT bytes of it stay with the thread for its next one.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) {
-    if (bytes > KEPT) {
-      own.reset(fresh(bytes));
-    } else if (bytes > size) {
-      kept.reset(fresh(bytes));
-      size = kept ? bytes : 0;
-    }
-    from = bytes > KEPT ? own.get() : kept.get();
-  }
-  void* from;
-
- private:
-  static constexpr size_t KEPT = 16 << 20;
-  static void* fresh(size_t bytes) { return std::aligned_alloc(64, (bytes + 4095) / 4096 * 4096); }
-  std::unique_ptr<void, Free> own;
-  static thread_local std::unique_ptr<void, Free> kept;
-  static thread_local size_t size;
-};
-thread_local std::unique_ptr<void, Free> Scratch::kept;
-thread_local size_t Scratch::size = 0;
-
-constexpr int64_t MOST_THREADS = 256;
-
-// A run of parts, taken from both ends: begin and end in one word.
-struct alignas(64) Run {
-  std::atomic<uint64_t> span;
-  void set(int64_t begin, int64_t end) { span.store(uint64_t(begin) << 32 | uint64_t(end)); }
-  int64_t first() { return take(1ull << 32, 0); }
-  int64_t last() { return take(0, 1); }
-  int64_t take(uint64_t more, uint64_t less) {
-    uint64_t s = span.load(std::memory_order_relaxed);
-    while (s >> 32 < (s & 0xffffffff))
-      if (span.compare_exchange_weak(s, s + more - less)) return int64_t(less ? (s & 0xffffffff) - 1 : s >> 32);
-    return -1;
-  }
-};
-
-template <class F>
-void body(int64_t begin, int64_t end, void* context) {
-  for (int64_t i = begin; i < end; ++i) (*static_cast<F*>(context))();
-}
-
-// Parts go to threads in as many runs as there are threads, so that each reads memory in one stream; who is done helps
-// the others, from the ends of their runs.
-template <class F>
-void on_threads(int64_t parts, bool worth, F&& part) {
-  uint32_t threads = 1;
-  if (worth && run_parallel && count_threads) count_threads(&threads);
-  threads = uint32_t(std::min<int64_t>({int64_t(threads), parts, MOST_THREADS}));
-  if (threads <= 1) {
-    for (int64_t i = 0; i < parts; ++i) part(i);
-    return;
-  }
-  Run runs[MOST_THREADS];
-  for (uint32_t t = 0; t < threads; ++t) runs[t].set(parts * t / threads, parts * (t + 1) / threads);
-  std::atomic<uint32_t> arrived{0};
-  auto take = [&] {
-    const uint32_t me = arrived.fetch_add(1) % threads;
-    for (int64_t i; (i = runs[me].first()) >= 0;) part(i);
-    for (uint32_t other = 1; other < threads; ++other)
-      for (int64_t i; (i = runs[(me + other) % threads].last()) >= 0;) part(i);
-  };
-  run_parallel(0, threads, 1, body<decltype(take)>, &take);
-}
-
 float quantize(const float* x, int64_t n) {
   uint32_t most = 0;  // magnitudes of floats are ordered as integers are
   for (int64_t i = 0; i < n; ++i) most = std::max(most, __builtin_bit_cast(uint32_t, x[i]) & 0x7fffffffu);
@@ -127,9 +45,18 @@ float quantize(const float* x, int64_t n) {
 
 }  // namespace
 
+rarefy_parallel rarefy_run_parallel = nullptr;
+int (*rarefy_count_threads)(uint32_t*) = nullptr;
+
+const rarefy_table& rarefy_chosen() {
+  const rarefy_table* t = table.load(std::memory_order_acquire);
+  if (!t) table.store(t = of_name(nullptr), std::memory_order_release);
+  return *t;
+}
+
 #define API extern "C" __attribute__((visibility("default")))
 
-API const char* rarefy_isa(void) { return chosen().name; }
+API const char* rarefy_isa(void) { return rarefy_chosen().name; }
 
 API int rarefy_use_isa(const char* name) {
   const rarefy_table* t = of_name(name);
@@ -138,12 +65,12 @@ API int rarefy_use_isa(const char* name) {
 }
 
 API void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*)) {
-  run_parallel = run;
-  count_threads = threads;
+  rarefy_run_parallel = run;
+  rarefy_count_threads = threads;
 }
 
 API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n) {
-  const rarefy_table& t = chosen();
+  const rarefy_table& t = rarefy_chosen();
   const bool bytes = w->kind == RAREFY_I8;
   const int64_t squares = (n + NT - 1) / NT, inputs = w->inputs, tiles = (w->rows + 3) / 4;
   const Scratch scratch(size_t(squares * w->cols * NT) * 4 + size_t(squares * NT) * 8);
@@ -176,7 +103,7 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, flo
 }
 
 API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n) {
-  const rarefy_table& t = chosen();
+  const rarefy_table& t = rarefy_chosen();
   const int64_t wide = w->words * 64, bytes = 4 / inputs_of_lane(w->kind);
   const Scratch scratch(size_t(n * wide * bytes + n * 4));
   char* in = static_cast<char*>(scratch.from);

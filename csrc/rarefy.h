@@ -40,14 +40,25 @@ struct rarefy_tiles {
   int32_t kind, act;
 };
 
+// A convolution: tiles whose rows are the outputs of one group after the other, padded to fours in each, and whose
+// lanes are (input of a group, kernel row, kernel column). fp32.
+struct rarefy_conv {
+  rarefy_tiles weight;      // its bias is that of all outputs
+  int64_t groups, outputs, inputs;  // outputs and inputs of a group
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
 const char* rarefy_isa(void);                      // what serves this process
 int rarefy_use_isa(const char* name);              // "avx512", "avx2", "portable"; RAREFY_BAD where this CPU has it not
 void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*));
 // Whether every index leads inside; to be asked of what comes from a file before it runs. O(values).
 int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values);
 int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values);
+int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);
 
 // y[n][rows] = act(x[n][inputs] times w transposed + bias); rows of x and y are ldx and ldy apart.
 int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n);
+// y[n][outputs][OH][OW] = act(x[n][inputs][height][width] convolved with w + bias), both contiguous.
+int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, float* y, int64_t n);
 int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n);
 }

@@ -71,6 +71,49 @@ def test_products(shape, kind, how, isa):
     assert torch.equal(native.Kernel(weight, bias, "relu").run(x), got.relu())
 
 
+CONVOLUTIONS = [  # images, groups, outputs, inputs of a group, kernel, stride, padding, dilation, image, block
+    (1, 1, 8, 5, (1, 1), (1, 1), (0, 0), (1, 1), (7, 7), None),
+    (3, 1, 70, 33, (3, 3), (1, 1), (1, 1), (1, 1), (14, 14), 16),
+    (2, 2, 12, 6, (3, 3), (2, 2), (1, 1), (1, 1), (15, 13), None),
+    (2, 1, 64, 3, (7, 7), (2, 2), (3, 3), (1, 1), (32, 30), None),
+    (1, 4, 20, 8, (1, 1), (2, 2), (0, 0), (1, 1), (9, 9), None),
+    (2, 1, 9, 4, (3, 2), (1, 2), (2, 1), (2, 1), (11, 10), 5),
+    (1, 6, 6, 1, (1, 5), (1, 3), (0, 2), (1, 2), (1, 50), None),
+    (2, 1, 300, 40, (1, 1), (1, 1), (0, 0), (1, 1), (9, 9), None),
+    (1, 1, 4, 2, (1, 1), (1, 1), (0, 0), (1, 1), (1, 3), None),
+    (2, 3, 9, 2, (5, 5), (4, 3), (4, 4), (1, 1), (8, 8), None),
+    (1, 1, 5, 2, (2, 2), (1, 1), (0, 0), (3, 3), (4, 4), None),
+    (7, 1, 17, 64, (3, 3), (1, 1), (1, 1), (1, 1), (56, 56), None),  # more images than one round takes
+]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions(case, sparsity, isa):
+    N, groups, O, I, kernel, stride, padding, dilation, image, block = case
+    W = torch.randn(O, I, *kernel) * (torch.rand(O, I, *kernel) >= sparsity)
+    bias, x = torch.randn(O), torch.randn(N, groups * I, *image)
+    weight = packed.pack_conv(W, stride=stride, padding=padding, dilation=dilation, groups=groups, block=block)
+    assert torch.equal(packed.unpack(weight), W)
+    got = native.Kernel(weight, bias).run(x)
+    want = torch.nn.functional.conv2d(x.double(), W.double(), bias.double(), stride, padding, dilation, groups)
+    assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
+    torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(native.Kernel(weight, bias, "relu").run(x), got.relu())
+    assert torch.equal(native.Kernel(weight).run(x.to(memory_format=torch.channels_last)), native.Kernel(weight).run(x))
+
+
+def test_nothing_is_read_past_the_end_of_an_image():
+    mmap = pytest.importorskip("mmap")
+    pages = mmap.mmap(-1, 1 << 20)
+    for C, H, W in ((3, 7, 7), (5, 14, 14), (1, 4, 4), (2, 5, 13), (1, 1, 3)):
+        x = torch.frombuffer(pages, dtype=torch.float32)[-C * H * W :].view(1, C, H, W)  # what follows is not mapped
+        x.copy_(torch.randn(1, C, H, W))
+        weight = torch.randn(6, C, 1, 1)
+        got = native.Kernel(packed.pack_conv(weight)).run(x)
+        torch.testing.assert_close(got, torch.nn.functional.conv2d(x, weight), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("N", [1, 4, 64, 100])
 def test_integers_are_summed_exactly(N, how, isa):
@@ -183,6 +226,39 @@ def test_tensors_that_do_not_fit(change, message):
         native.Kernel(packed.Bitmask(**{**vars(weight), **change}))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": 3}, "counts: the kernels expect"),
+        ({"stride": (0, 1)}, "is damaged"),
+        ({"stride": (9, 1)}, "is damaged"),
+        ({"padding": (-1, 1)}, "is damaged"),
+        ({"dilation": (1, 0)}, "is damaged"),
+        ({"shape": (8, 3, 3, 2)}, "counts: the kernels expect"),
+        ({"kind": "int8"}, "(scales|sums): the kernels expect"),
+        ({"columns": torch.full((72,), 99, dtype=torch.int16)}, "is damaged"),
+    ],
+)
+def test_convolutions_that_do_not_fit(change, message):
+    weight = packed.pack_conv(torch.ones(4, 3, 3, 2))
+    assert native.Kernel(weight)
+    with pytest.raises(FormatError, match=message):
+        native.Kernel(packed.ConvTiles(**{**vars(weight), **change}))
+
+
+def test_images_that_do_not_fit():
+    kernel = native.Kernel(packed.pack_conv(torch.ones(4, 3, 3, 3)))
+    with pytest.raises(FormatError, match="the weight has 3 inputs, x has 2"):
+        kernel.run(torch.ones(1, 2, 9, 9))
+    with pytest.raises(FormatError, match="a kernel of 3x3 does not run over images of 2x9"):
+        kernel.run(torch.ones(1, 3, 2, 9))
+    with pytest.raises(FormatError, match="the kernels run on the CPU, x is on meta"):
+        kernel.run(torch.ones(1, 3, 9, 9, device="meta"))
+    for weight, groups in ((torch.ones(4, 3, 3), 1), (torch.ones(4, 3, 3, 0), 1), (torch.ones(4, 3, 1, 1), 3)):
+        with pytest.raises(FormatError, match=f"no convolution of {groups} groups has a weight of shape"):
+            packed.pack_conv(weight, groups=groups)
+
+
 def test_errors():
     with pytest.raises(FormatError, match="unknown kind 'int9'.*did you mean 'int8'"):
         packed.pack_tiles(torch.ones(2, 2), "int9")
@@ -199,12 +275,17 @@ def test_errors():
         native.Kernel(weight, torch.ones(3))
 
 
-@pytest.mark.parametrize("how", FORMATS)
-@pytest.mark.parametrize("kind", packed.KINDS)
+@pytest.mark.parametrize(
+    ("how", "kind"), [*((how, kind) for how in FORMATS for kind in packed.KINDS), ("convolution", "fp32")]
+)
 def test_whatever_lies_in_a_buffer_ends_in_an_error_or_a_product(kind, how, isa):
     """Random damage: what passes the check must be safe to run (`make test-all` runs this under ASan too)."""
     g, refused = torch.Generator().manual_seed(0), 0
-    weight, x = FORMATS[how](random(13, 150, 0.6), kind), torch.randn(5, 150)
+    if how == "convolution":
+        weight: packed.Packed = packed.pack_conv(random(13, 90, 0.6).view(13, 10, 3, 3), padding=(1, 1))
+        x = torch.randn(2, 10, 8, 8)
+    else:
+        weight, x = FORMATS[how](random(13, 150, 0.6), kind), torch.randn(5, 150)
     names = [n for n, v in vars(weight).items() if isinstance(v, torch.Tensor)]
     for _ in range(60):
         name = names[int(torch.randint(len(names), (), generator=g))]

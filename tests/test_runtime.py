@@ -14,8 +14,8 @@ from conftest import tiny_llama
 from rarefy.errors import ModelError
 from rarefy.runtime import choose, native
 from rarefy.runtime.choose import accelerate_
-from rarefy.runtime.layers import SparseLinear
-from rarefy.runtime.packed import pack_bitmask, pack_tiles
+from rarefy.runtime.layers import SparseConv, SparseLinear, geometry
+from rarefy.runtime.packed import pack_bitmask, pack_conv, pack_tiles
 
 needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
@@ -103,8 +103,8 @@ def test_layers_that_cannot_be():
 def fixed(times):
     """Timings by a clock that stands still but for what each way is said to take."""
 
-    def fastest(weight, bias, ways, sizes, repeats, flush):
-        return {b: times(b, weight) for b in sizes}
+    def fastest(dense, layers, inputs, repeats, flush):
+        return {b: times(b, dense.weight) for b in inputs}
 
     return fastest
 
@@ -144,7 +144,7 @@ def test_real_timings_choose_something_and_keep_the_outputs():
     want = net[:3](x)
     report = accelerate_(net, batch=(1, 128), repeats=3)
     torch.testing.assert_close(net[:3](x), want, rtol=1e-4, atol=1e-4)
-    assert [r["why"] for r in report.rows][2] == "dense: no kernel for Conv1d yet"
+    assert [r["why"] for r in report.rows][2] == "dense: 0.00% zeros"
     assert report.rows[0]["batch 1"] == report.rows[1]["batch 1"]  # one choice a shape
 
 
@@ -260,3 +260,96 @@ def test_mixed_types_and_traces(path):
     torch.testing.assert_close(y.float(), one(x), rtol=2e-2, atol=2e-2)
     with torch.no_grad(), pytest.raises(ModelError, match="torch.jit.trace sees no kernels"):
         torch.jit.trace(one, x)
+
+
+def convolution(kind, *how, sparsity=0.6, **more):
+    layer = kind(*how, **more)
+    with torch.no_grad():
+        layer.weight *= torch.rand_like(layer.weight) >= sparsity
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (convolution(nn.Conv2d, 6, 10, 3, padding=1), (2, 6, 9, 11)),
+        (convolution(nn.Conv2d, 6, 10, (1, 3), stride=(2, 1), groups=2, bias=False), (3, 6, 9, 11)),
+        (convolution(nn.Conv2d, 6, 10, 1), (6, 5, 5)),
+        (convolution(nn.Conv2d, 6, 10, 1), (0, 6, 5, 5)),
+        (convolution(nn.Conv1d, 6, 10, 5, stride=2, padding=2, dilation=2), (2, 6, 33)),
+        (convolution(nn.Conv1d, 6, 10, 5, stride=2), (6, 33)),
+    ],
+    ids=str,
+)
+def test_a_sparse_convolution_is_the_dense_one(layer, shape, path):
+    W = layer.weight.detach() if layer.weight.dim() == 4 else layer.weight.detach().unsqueeze(2)
+    one, x = SparseConv({1: pack_conv(W, **geometry(layer)), 4: W}, like=layer), torch.randn(shape)
+    assert torch.equal(one.weight, layer.weight)
+    with torch.no_grad():
+        want = layer(x)
+        for same in (one, copy.deepcopy(one)):
+            torch.testing.assert_close(same(x), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one(x.bfloat16()).float(), want, rtol=5e-2, atol=5e-2)
+        if x.dim() == 4:
+            torch.testing.assert_close(one(x.to(memory_format=torch.channels_last)), want, rtol=1e-4, atol=1e-5)
+    x.requires_grad_()
+    ours, theirs = (torch.autograd.grad(l(x).square().sum(), x)[0] for l in (one, layer))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="convolves 6 channels, got x of shape"):
+        one(torch.randn(2, 5, 9, 9))
+
+
+class Pictures(nn.Module):
+    """Convolutions that run sparse, and some of each kind that cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = convolution(nn.Conv2d, 3, 32, 3, padding=1)
+        self.deep = convolution(nn.Conv2d, 32, 32, 3, padding=1, groups=32)
+        self.round = convolution(nn.Conv2d, 32, 32, 3, padding=1, padding_mode="circular")
+        self.same = convolution(nn.Conv2d, 32, 32, 3, padding="same")
+        self.point = convolution(nn.Conv2d, 32, 64, 1, stride=2)
+        self.idle = convolution(nn.Conv2d, 32, 64, 1)
+        self.twice = convolution(nn.ConvTranspose2d, 64, 8, 2)
+
+    def forward(self, x):
+        return self.twice(self.point(self.same(self.round(self.deep(self.first(x))))))
+
+
+@needs_kernels
+def test_convolutions_are_chosen_on_the_images_of_the_example(monkeypatch):
+    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("convolution", 2.0) if b == 1 else ("dense", 1.0)))
+    model, x = Pictures().eval(), torch.randn(9, 3, 8, 8)
+    with torch.no_grad():
+        want = model(x)
+        blind = {r["layer"]: r["why"] for r in accelerate_(model).rows}
+        report = accelerate_(model, (1, 16), x)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(x[:1]), want[:1], rtol=1e-4, atol=1e-4)
+    assert blind["first"] == "dense: no example to tell the size of its images"
+    assert {r["layer"]: r["why"] for r in report.rows} == {
+        "first": "",
+        "deep": "dense: it is depthwise",
+        "round": "dense: no kernel for padding (1, 1) of circular, stride (1, 1)",
+        "same": "dense: no kernel for padding same of zeros, stride (1, 1)",
+        "point": "",
+        "idle": "dense: the example does not reach it",
+        "twice": "dense: no kernel for ConvTranspose2d yet",
+    }
+    assert report.rows[0]["batch 1"] == "convolution 2.00x" and report.rows[0]["batch 9"] == "dense"
+    assert report.rows[0]["batch 16"] == ""
+    layer: Any = model.first
+    assert [(a, p["format"]) for a, p in layer.about] == [(1, "convolution"), (4, "dense")]
+
+
+@needs_kernels
+def test_real_timings_of_convolutions_keep_the_outputs():
+    model, x = nn.Sequential(convolution(nn.Conv2d, 64, 64, 3, padding=1, sparsity=0.95)), torch.randn(2, 64, 16, 16)
+    with torch.no_grad():
+        want = model(x)
+        report = accelerate_(model, example=x, repeats=3)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    assert set(report.rows[0]) >= {"batch 1", "batch 2"} and report.summary["layers that run sparse"] in (
+        "1 of 1",
+        "0 of 1",
+    )

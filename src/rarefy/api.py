@@ -30,7 +30,7 @@ from rarefy.prune.allocate import GRADIENTS, SLOW
 from rarefy.prune.pattern import check_sparsity, parse
 from rarefy.prune.score import SCORES
 from rarefy.prune.stage import check_weights, prune_, report
-from rarefy.runtime.layers import SparseLinear
+from rarefy.runtime.layers import Sparse
 from rarefy.store import aliases, pack
 from rarefy.train.loop import Gradual, fit_, optimizer_of
 
@@ -127,7 +127,7 @@ def cast_(model: nn.Module, dtype: str) -> Report:
     if dtype not in DTYPES:
         raise RecipeError(unknown("dtype", dtype, DTYPES))
     to = DTYPES[dtype]
-    fixed = next((n for n, m in model.named_modules() if isinstance(m, SparseLinear)), None)
+    fixed = next((n for n, m in model.named_modules() if isinstance(m, Sparse)), None)
     if fixed is not None:
         raise ModelError(f"{fixed} runs on kernels chosen for its numbers: cast before accelerate_")
     for name, tensor in _floating_state(model):

@@ -23,7 +23,7 @@ from rarefy.model.select import all_layers, original, unwrap
 from rarefy.proof.measure import folder_bytes, sparsity_of
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
-from rarefy.runtime.layers import SparseLinear
+from rarefy.runtime.layers import Sparse
 
 EXPORTS = ("hf", "safetensors")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
@@ -47,7 +47,7 @@ def save(
     weight that it fits. Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
     """
     model = unwrap(model)
-    packed_layers = [n for n, m in model.named_modules() if isinstance(m, SparseLinear)]
+    packed_layers = [n for n, m in model.named_modules() if isinstance(m, Sparse)]
     if packed_layers:
         raise ModelError(
             f"{packed_layers[0]} and {len(packed_layers) - 1} more run on kernels chosen for this machine: save before "

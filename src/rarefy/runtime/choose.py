@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rarefy.errors import ModelError
 from rarefy.model.select import Layer, Selector, select
+from rarefy.model.stats import call, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof.measure import compare, resident_bytes
 from rarefy.proof.report import Report
 from rarefy.runtime import native
-from rarefy.runtime.layers import SparseLinear
-from rarefy.runtime.packed import KINDS, Packed, pack_bitmask, pack_tiles
+from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
+from rarefy.runtime.packed import KINDS, Packed, pack_bitmask, pack_conv, pack_tiles
 
 FEW = 0.1  # zeros below which nothing is tried
 GAIN = 1.03  # how much faster than dense a kernel must be
+MOST_STRIDE = 8  # of a convolution that has a kernel
 MOST_INPUTS = 64  # of a call that the bitmask is tried for
 FLUSH = 64 << 20  # bytes that are read between two runs, so that weights come from memory as they do in a large model
 CACHED = 16 << 20  # bytes of all weights up to which they stay in the cache
@@ -34,15 +36,20 @@ READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take the weight
 def accelerate_(
     model: nn.Module,
     batch: Sequence[int] = (1, 16, 128),
+    example: Any = None,
     *,
     layers: Selector = None,
     ignore: Selector = None,
     repeats: int = 11,
     progress: bool = False,
 ) -> Report:
-    """Replace Linear layers that have zeros by ones that skip them, where that is faster here; return what was chosen.
+    """Replace Linear and Conv layers that have zeros by ones that skip them, where that is faster here; return what was
+    chosen.
 
-    batch    numbers of inputs in a call (samples x tokens) for which a choice is made; those between go to the nearest
+    batch    numbers of inputs in a call of a Linear (samples x tokens) for which a choice is made; those between go to
+             the nearest
+    example  what the model can be called with. Convolutions need it: the choice depends on the size of their images,
+             and is made for one image and for as many as the example has
     repeats  timings of each way, in turns
     Masks must have been folded. Outputs stay the same up to rounding. Raises ModelError, SelectorError.
     O(ways x calls), once for each distinct shape.
@@ -73,6 +80,8 @@ def accelerate_(
         for name, m in model.named_modules()
         for child, c in m.named_children()
     }
+    images = {} if example is None else _images(model, chosen, example)
+    columns = sorted({*sizes, *(n for x in images.values() for n in (1, len(x)))})
     before, rows = resident_bytes(model), []
     flush = torch.zeros(FLUSH // 4) if before > CACHED else None
     known: dict[Any, dict[int, tuple[str, float]]] = {}
@@ -80,20 +89,27 @@ def accelerate_(
         weight = layer.weight.detach()
         zeros = float((weight == 0).float().mean())
         row: dict[str, Any] = {"layer": layer.full_name, "shape": "x".join(map(str, weight.shape)), "sparsity": zeros}
-        row |= {f"batch {b}": "dense" for b in sizes}
-        why = _why_dense(layer, parents, zeros)
+        image = images.get(id(layer.module))
+        mine = sizes if image is None else sorted({1, len(image)})
+        row |= {f"batch {b}": "dense" if b in mine else "" for b in columns}
+        why = _why_dense(layer, parents, zeros, None if example is None else image is not None)
         if why is None:
-            linear: Any = layer.module
-            ways = _ways(weight)
-            key = (tuple(weight.shape), weight.dtype, round(zeros, 2), _fill(ways))
+            module: Any = layer.module
+            ways, build = _ways(module)
+            inputs = {n: _inputs(weight, n, image) for n in mine}
+            shapes = [(x.shape, x.stride()) for x in inputs.values()]
+            how = () if image is None else tuple(geometry(module).items())
+            key = (weight.shape, weight.dtype, round(zeros, 2), _fill(ways), str(shapes), how)
             if key not in known:
-                known[key] = _fastest(weight, linear.bias, ways, sizes, repeats, flush)
+                known[key] = _fastest(module, {n: build({1: w}) for n, w in ways.items()}, inputs, repeats, flush)
             best = known[key]
             row |= {
                 f"batch {b}": name if name == "dense" else f"{name} {gain:.2f}x" for b, (name, gain) in best.items()
             }
             if any(name != "dense" for name, _ in best.values()):
-                _replace(model, layer, ways, {b: name for b, (name, _) in best.items()})
+                parent, _, leaf = layer.name.rpartition(".")
+                sparse = build(_forms(module, ways, {b: name for b, (name, _) in best.items()}))
+                setattr(model.get_submodule(parent), leaf, sparse.train(module.training))
             else:
                 why = "dense is as fast"
         rows.append({**row, "why": "" if why is None else f"dense: {why}"})
@@ -103,16 +119,39 @@ def accelerate_(
     return Report("accelerated", tuple(rows), summary)
 
 
-def _why_dense(layer: Layer, parents: dict[str, tuple[nn.Module, int]], zeros: float) -> str | None:
-    """Why a layer is not even tried, or None; `parents`: of each layer, and how often it is used."""
-    module = layer.module
+def _images(model: nn.Module, chosen: Sequence[Layer], example: Any) -> dict[int, Tensor]:
+    """What convolutions are given when the model is called with `example`, by the id of the module."""
+    found: dict[int, Tensor] = {}
+
+    def see(module: nn.Module, args: tuple) -> None:
+        if args and args[0].dim() == len(module.kernel_size) + 2:  # type: ignore[arg-type]
+            found.setdefault(id(module), torch.empty_like(args[0]))
+
+    modules = {id(l.module): l.module for l in chosen if isinstance(l.module, nn.Conv1d | nn.Conv2d)}
+    hooks = [m.register_forward_pre_hook(see) for m in modules.values()]
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, on_device(model, example))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _why_dense(
+    layer: Layer, parents: dict[str, tuple[nn.Module, int]], zeros: float, reached: bool | None
+) -> str | None:
+    """Why a layer is not even tried, or None; `parents`: of each layer, and how often it is used; `reached`: by the
+    example, None where there is none."""
+    module: Any = layer.module
+    conv = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward)
     if native.missing() is not None:
         return native.missing()
     if not layer.name:
         return "it is the whole model: put it into a module"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "its hooks would be lost"
-    if type(module).forward is not nn.Linear.forward or layer.param != "weight":
+    if layer.param != "weight" or not (conv or type(module).forward is nn.Linear.forward):
         return f"no kernel for {type(module).__name__} yet"
     if len(layer.owners) > 1 or layer.elsewhere or parents[layer.name][1] > 1:
         return "its weight is shared"
@@ -120,39 +159,59 @@ def _why_dense(layer: Layer, parents: dict[str, tuple[nn.Module, int]], zeros: f
         return f"{type(parents[layer.name][0]).__name__} reads its weight itself"
     if layer.weight.dtype not in NAMES or layer.weight.device.type != "cpu":
         return f"{layer.weight.dtype} on {layer.weight.device.type}"
-    return f"{zeros:.2%} zeros" if zeros < FEW else None
+    if zeros < FEW:
+        return f"{zeros:.2%} zeros"
+    return _why_dense_conv(module, reached) if conv else None
 
 
-def _ways(weight: Tensor) -> dict[str, Packed]:
-    kind = NAMES[weight.dtype]
-    return {"bitmask": pack_bitmask(weight, kind), "tiles": pack_tiles(weight, kind)}
+def _why_dense_conv(conv: Any, reached: bool | None) -> str | None:
+    if conv.weight.dtype != torch.float32:
+        return f"no kernel for convolutions in {str(conv.weight.dtype).removeprefix('torch.')} yet"
+    if conv.weight.shape[1] == 1 and conv.groups > 1:
+        return "it is depthwise"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or max(conv.stride) > MOST_STRIDE:
+        return f"no kernel for padding {conv.padding} of {conv.padding_mode}, stride {conv.stride}"
+    if not reached:
+        return "the example does not reach it" if reached is False else "no example to tell the size of its images"
+    return None
 
 
-def _fill(ways: dict[str, Packed]) -> float:
+def _ways(module: Any) -> tuple[dict[str, Packed], Callable[[Mapping[int, Any]], Sparse]]:
+    """The packed forms of a layer's weight, and what builds a layer of some of them."""
+    weight = module.weight.detach()
+    if isinstance(module, nn.Linear):
+        kind = NAMES[weight.dtype]
+        ways = {"bitmask": pack_bitmask(weight, kind), "tiles": pack_tiles(weight, kind)}
+        return ways, lambda forms: SparseLinear(forms, module.bias)
+    return {"convolution": pack_conv(_as_images(weight), **geometry(module))}, partial(SparseConv, like=module)
+
+
+def _as_images(weight: Tensor) -> Tensor:
+    return weight.unsqueeze(2) if weight.dim() == 3 else weight
+
+
+def _fill(ways: Mapping[str, Packed]) -> float:
     """How many of four outputs share a column, in the mean: what blocks of zeros change in the time of tiles."""
-    tiles: Any = ways["tiles"]
+    tiles: Any = list(ways.values())[-1]
     return round(len(tiles.values) / max(1, len(tiles.columns)), 1)
 
 
+def _inputs(weight: Tensor, n: int, image: Tensor | None) -> Tensor:
+    """What a layer is timed on; `image`: what the example gives it."""
+    if image is None:
+        return torch.randn(n, weight.shape[1]).to(weight.dtype)
+    form = torch.channels_last if image.dim() == 4 and not image.is_contiguous() else torch.contiguous_format
+    return torch.randn(n, *image.shape[1:], dtype=image.dtype).contiguous(memory_format=form)
+
+
 def _fastest(
-    weight: Tensor,
-    bias: Tensor | None,
-    ways: dict[str, Packed],
-    sizes: Sequence[int],
-    repeats: int,
-    flush: Tensor | None,
+    dense: nn.Module, layers: Mapping[str, Sparse], inputs: Mapping[int, Tensor], repeats: int, flush: Tensor | None
 ) -> dict[int, tuple[str, float]]:
     """The fastest way for each number of inputs, and how many times faster than dense it is."""
-    layers = {name: SparseLinear({1: form}, bias) for name, form in ways.items()}
     best = {}
-    for size in sizes:
-        x = torch.randn(size, weight.shape[1]).to(weight.dtype)
-        runs: dict[str, Callable[[], Any]] = {"dense": lambda x=x: F.linear(x, weight, bias)}
-        runs |= {
-            name: lambda x=x, layer=layer: layer(x)
-            for name, layer in layers.items()
-            if name != "bitmask" or size <= MOST_INPUTS
-        }
+    for size, x in inputs.items():
+        ways = {n: l for n, l in layers.items() if n != "bitmask" or size <= MOST_INPUTS}
+        runs: dict[str, Callable[[], Any]] = {n: partial(way, x) for n, way in {"dense": dense, **ways}.items()}
         before = flush.sum if flush is not None else lambda: None
         times = compare(runs, repeats=repeats, warmup=1, before=before)
         medians = {name: t.median for name, t in times.items()}
@@ -162,19 +221,16 @@ def _fastest(
     return best
 
 
-def _replace(model: nn.Module, layer: Layer, ways: dict[str, Packed], best: dict[int, str]) -> None:
-    """Put a layer with the chosen forms in the place of a dense one."""
-    module: Any = layer.module
-    sizes = sorted(best)
+def _forms(module: Any, ways: Mapping[str, Packed], best: Mapping[int, str]) -> dict[int, Packed | Tensor]:
+    """The chosen form of a weight from each number of inputs on."""
+    sizes, weight = sorted(best), _as_images(module.weight.detach())
     starts = [1, *(math.isqrt(a * b) + 1 for a, b in pairwise(sizes))]
     forms: dict[int, Packed | Tensor] = {}
     last = None
     for start, size in zip(starts, sizes):
         if best[size] != last:
             last = best[size]
-            forms[start] = module.weight.detach() if last == "dense" else ways[last]
+            forms[start] = weight if last == "dense" else ways[last]
     if last == "bitmask":  # not tried beyond
-        forms.setdefault(MOST_INPUTS + 1, module.weight.detach())
-    parent, _, leaf = layer.name.rpartition(".")
-    sparse = SparseLinear(forms, module.bias).train(module.training)
-    setattr(model.get_submodule(parent), leaf, sparse)
+        forms.setdefault(MOST_INPUTS + 1, weight)
+    return forms

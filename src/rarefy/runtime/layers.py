@@ -11,23 +11,18 @@ from torch import Tensor, nn
 
 from rarefy.errors import ModelError
 from rarefy.runtime import native, reference
-from rarefy.runtime.packed import Bitmask, Packed, Tiles, unpack
+from rarefy.runtime.packed import Bitmask, ConvTiles, Packed, Tiles, unpack
 
-FORMATS: dict[str, type] = {"bitmask": Bitmask, "tiles": Tiles}
+FORMATS: dict[str, type] = {"bitmask": Bitmask, "tiles": Tiles, "convolution": ConvTiles}
 
 
-class SparseLinear(nn.Module):
-    """act(x W^T + bias) with W packed; by the number of inputs in a call, one of several forms of the same weight.
+class Sparse(nn.Module):
+    """A layer with its weight packed; by the number of inputs in a call, one of several forms of the same weight.
 
     forms    {first number of inputs: packed weight or a dense one}: {1: Bitmask, 9: Tiles} runs up to 8 inputs by the
              bitmask. Buffers are plain tensors, so `state_dict`, `deepcopy` and pickling work.
     For inference: weights are frozen; gradients flow to inputs, at the cost of unpacking. Outputs have the type of
     inputs.
-
-    >>> from rarefy.runtime.packed import pack_bitmask
-    >>> layer = SparseLinear({1: pack_bitmask(torch.tensor([[0.0, 2.0]]))}, torch.tensor([1.0]))
-    >>> layer(torch.tensor([[[5.0, 3.0]]])).tolist()
-    [[[7.0]]]
     """
 
     bias: Tensor | None
@@ -39,7 +34,7 @@ class SparseLinear(nn.Module):
         shapes = {tuple(f.shape) for f in forms.values()}
         if len(shapes) != 1:
             raise ModelError(f"forms of one weight have one shape, got {sorted(shapes)}")
-        self.out_features, self.in_features = shapes.pop()
+        self.shape = shapes.pop()
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.about: list[tuple[int, dict[str, Any]]] = []  # where a form begins, and what of it is no tensor
         for at in sorted(forms):
@@ -71,23 +66,23 @@ class SparseLinear(nn.Module):
         parts = {n.removeprefix(f"from{at}_"): self._buffers[n] for n in self.parts[at]}
         return parts["weight"] if kind == "dense" else FORMATS[kind](**plain, **parts)  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch._C._is_tracing():
-            raise ModelError("torch.jit.trace sees no kernels: trace the model before accelerate_")
+    def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the dense layer would."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return what the dense layer would, by the form that is for as many inputs as x has."""
+        at = next(a for a, _ in reversed(self.about) if a <= max(len(x), 1))
+        weight = self._buffers.get(f"from{at}_weight")
+        if weight is not None:
+            return self.dense(x, weight, self.bias)
         if torch.is_grad_enabled() and x.requires_grad:
-            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        rows = x.numel() // max(1, self.in_features)
-        at = next(a for a, _ in reversed(self.about) if a <= max(rows, 1))
-        dense = self._buffers.get(f"from{at}_weight")
-        if dense is not None:
-            return F.linear(x, dense, self.bias)
+            weight = unpack(self.form(at)).to(x.dtype)  # type: ignore[arg-type]
+            return self.dense(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         kernel, made_of = self._kernels.get(at, (None, None))
         if made_of != self._state(at):  # edited, swapped or loaded since
             kernel = self._kernel(at)
-        if x.shape[-1] != self.in_features:
-            raise ModelError(f"the layer has {self.in_features} inputs, x has {x.shape[-1]}")
-        y = kernel(x.reshape(-1, self.in_features))
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return kernel(x).to(x.dtype)
 
     def _kernel(self, at: int) -> Any:
         """What runs a form, made at its first call; it holds addresses, so it is neither copied nor saved."""
@@ -120,6 +115,77 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         forms = ", ".join(f"{a}+: {p['format']}" for a, p in self.about)
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {forms}"
-        )
+        return f"shape={list(self.shape)}, bias={self.bias is not None}, {forms}"
+
+
+class SparseLinear(Sparse):
+    """act(x W^T + bias) with W packed; its forms are chosen by the number of rows of x.
+
+    >>> from rarefy.runtime.packed import pack_bitmask
+    >>> layer = SparseLinear({1: pack_bitmask(torch.tensor([[0.0, 2.0]]))}, torch.tensor([1.0]))
+    >>> layer(torch.tensor([[[5.0, 3.0]]])).tolist()
+    [[[7.0]]]
+    """
+
+    def __init__(self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None):
+        super().__init__(forms, bias)
+        self.out_features, self.in_features = self.shape
+
+    def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        refuse_traces()
+        if x.shape[-1] != self.in_features:
+            raise ModelError(f"the layer has {self.in_features} inputs, x has {x.shape[-1]}")
+        return self.run(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+
+class SparseConv(Sparse):
+    """A convolution of images, or of lines (images one pixel high), with W [O, I, rows, columns] packed; its forms are
+    chosen by the number of images.
+
+    like    the convolution in whose place it stands: its strides, padding, dilation, groups
+    An image may come without a batch dimension, as in `nn.Conv2d`; outputs are contiguous.
+
+    >>> from rarefy.runtime.packed import pack_conv
+    >>> layer = SparseConv({1: pack_conv(torch.tensor([[[[0.0, 2.0]]]]))}, like=nn.Conv2d(1, 1, (1, 2), bias=False))
+    >>> layer(torch.tensor([[[5.0, 3.0, 4.0]]])).tolist()
+    [[[6.0, 8.0]]]
+    """
+
+    def __init__(self, forms: Mapping[int, Packed | Tensor], *, like: nn.Conv1d | nn.Conv2d):
+        super().__init__(forms, like.bias)
+        self.in_channels, self.out_channels, self.kernel_size = like.in_channels, like.out_channels, like.kernel_size
+        self.stride, self.padding, self.dilation, self.groups = like.stride, like.padding, like.dilation, like.groups
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in the shape of the layer's class, unpacked at each call."""
+        return super().weight.reshape(self.out_channels, -1, *self.kernel_size)
+
+    def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, *geometry(self).values())  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        refuse_traces()
+        spatial = len(self.kernel_size)
+        if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != self.in_channels:
+            raise ModelError(f"the layer convolves {self.in_channels} channels, got x of shape {list(x.shape)}")
+        images = x if x.dim() == spatial + 2 else x[None]
+        y = self.run(images.unsqueeze(2) if spatial == 1 else images)
+        y = y.squeeze(2) if spatial == 1 else y
+        return y if x.dim() == spatial + 2 else y[0]
+
+
+def refuse_traces() -> None:
+    """Raise ModelError within torch.jit.trace, which would record what a kernel returned once."""
+    if torch._C._is_tracing():
+        raise ModelError("torch.jit.trace sees no kernels: trace the model before accelerate_")
+
+
+def geometry(conv: Any) -> dict[str, Any]:
+    """Return stride, padding, dilation and groups of a convolution, as of images."""
+    spread = {"stride": 1, "padding": 0, "dilation": 1}
+    pairs = {n: getattr(conv, n) for n in spread}
+    return {n: v if len(v) == 2 else (spread[n], *v) for n, v in pairs.items()} | {"groups": conv.groups}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rarefy.errors import FormatError, unknown
 from rarefy.runtime import reference
-from rarefy.runtime.packed import KINDS, LANE, PAST, Bitmask, Packed, Tiles
+from rarefy.runtime.packed import KINDS, LANE, PAST, Bitmask, ConvTiles, Packed
 
 ISAS = ("avx512", "avx2", "portable")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -43,6 +43,14 @@ class _Tiles(Structure):
     ]
 
 
+class _Conv(Structure):
+    _fields_ = [
+        ("weight", _Tiles),
+        *[(n, c_int64) for n in ("groups", "outputs", "inputs")],
+        *[(n, c_int64 * 2) for n in ("kernel", "stride", "padding", "dilation")],
+    ]
+
+
 @cache
 def _open() -> tuple[Any, str | None]:
     """The library, or why there is none."""
@@ -60,6 +68,8 @@ def _open() -> tuple[Any, str | None]:
     for name, kind in (("bitmask", _Bitmask), ("tiles", _Tiles)):
         run = getattr(library, f"rarefy_run_{name}")
         run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_int64, c_int64]
+    library.rarefy_run_conv.argtypes = [POINTER(_Conv), c_void_p, c_int64, c_int64, c_void_p, c_int64]
+    library.rarefy_check_conv.argtypes = [POINTER(_Conv), c_int64, c_int64]
     library.rarefy_check_bitmask.argtypes = [POINTER(_Bitmask), c_int64]
     library.rarefy_check_tiles.argtypes = [POINTER(_Tiles), c_int64, c_int64]
     wanted = os.environ.get("RAREFY_ISA")
@@ -112,8 +122,10 @@ class Kernel:
         kept: dict[str, Any] = {n: v.detach() if isinstance(v, Tensor) else v for n, v in vars(packed).items()}
         packed = type(packed)(**kept)
         _check(packed, bias)
-        (rows, inputs), self.held = packed.shape, (packed, bias)
-        fields: dict[str, Any] = {n: t.data_ptr() for n, t in vars(packed).items() if isinstance(t, Tensor)}
+        self.held = (packed, bias)
+        matrix = packed.tiles if isinstance(packed, ConvTiles) else packed
+        rows, inputs = matrix.shape
+        fields: dict[str, Any] = {n: t.data_ptr() for n, t in vars(matrix).items() if isinstance(t, Tensor)}
         fields |= {"rows": rows, "kind": _KINDS[packed.kind], "act": ACTIVATIONS.index(activation)}
         fields["bias"] = None if bias is None else bias.data_ptr()
         if isinstance(packed, Bitmask):
@@ -122,16 +134,21 @@ class Kernel:
             room = len(packed.values) - PAST // packed.values.element_size()
             wrong = library.rarefy_check_bitmask(byref(self.about), room)
         else:
-            lanes = -(-inputs // LANE[packed.kind])
+            lanes, room = -(-inputs // LANE[packed.kind]), (len(packed.columns), len(packed.values))
             self.about = _Tiles(inputs=inputs, cols=lanes, block=packed.block, **fields)
-            self.call = library.rarefy_run_tiles
-            wrong = library.rarefy_check_tiles(byref(self.about), len(packed.columns), len(packed.values))
+            self.call, check = library.rarefy_run_tiles, library.rarefy_check_tiles
+            if isinstance(packed, ConvTiles):
+                self.call, check = library.rarefy_run_conv, library.rarefy_check_conv
+                self.about = _convolution(packed, self.about)
+            wrong = check(byref(self.about), *room)
         if wrong:
             raise FormatError(f"the packed {type(packed).__name__.lower()} of shape {list(packed.shape)} is damaged")
         self.at = byref(self.about)
 
     def run(self, x: Tensor) -> Tensor:
-        """Return act(x W^T + bias), fp32 [N, O], for x [N, C]."""
+        """Return act(x W^T + bias), fp32 [N, O], for x [N, C]; for x [N, C, height, width] its convolution."""
+        if isinstance(self.held[0], ConvTiles):
+            return self._convolve(self.held[0], x)
         N, C = x.shape
         O, inputs = self.held[0].shape
         if inputs != C:
@@ -145,10 +162,36 @@ class Kernel:
             raise MemoryError(f"no memory to run a layer of {O} outputs on {N} inputs")
         return y
 
+    def _convolve(self, packed: ConvTiles, x: Tensor) -> Tensor:
+        N, C, *image = x.shape
+        O, inputs, *kernel = packed.shape
+        if inputs * packed.groups != C:
+            raise FormatError(f"the weight has {inputs * packed.groups} inputs, x has {C}")
+        if x.device.type != "cpu":
+            raise FormatError(f"the kernels run on the CPU, x is on {x.device}")
+        sizes = zip(image, packed.padding, packed.dilation, kernel, packed.stride)
+        out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in sizes]
+        padded = [size + 2 * p + 8 for size, p in zip(image, packed.padding)]
+        if min(out) < 1 or C * padded[0] * padded[1] >= 1 << 31:
+            raise FormatError(f"a kernel of {kernel[0]}x{kernel[1]} does not run over images of {image[0]}x{image[1]}")
+        x = x.float().contiguous()
+        y = torch.empty(N, O, *out, dtype=torch.float32, device="cpu")
+        if N and self.call(self.at, x.data_ptr(), *image, y.data_ptr(), N):
+            raise MemoryError(f"no memory to run a convolution of {O} outputs on {N} images")
+        return y
+
+
+def _convolution(packed: ConvTiles, weight: _Tiles) -> _Conv:
+    O, inputs, *kernel = packed.shape
+    pairs = {"kernel": kernel, **{n: getattr(packed, n) for n in ("stride", "padding", "dilation")}}
+    arrays: dict[str, Any] = {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
+    return _Conv(weight=weight, groups=packed.groups, outputs=O // packed.groups, inputs=inputs, **arrays)
+
 
 def _check(packed: Packed, bias: Tensor | None) -> None:
     """Raise FormatError unless every tensor has the type, shape and layout that the kernels read without asking."""
-    O, C = packed.shape
+    outputs, matrix = packed.shape[0], packed.tiles if isinstance(packed, ConvTiles) else packed
+    O, C = matrix.shape
     fours, lanes = -(-O // 4), -(-C // LANE[packed.kind])
     want: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
     if isinstance(packed, Bitmask):
@@ -157,7 +200,7 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
             "starts": (torch.int64, (fours,)),
             "values": (KINDS[packed.kind], (None,)),
         }
-    elif isinstance(packed, Tiles):
+    else:
         blocks = -(-lanes // packed.block)
         want |= {
             "counts": (torch.int16, (fours, blocks, 16)),
@@ -168,7 +211,7 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
     if packed.kind == "int8":
         want |= {"scales": (torch.float32, (O,)), "sums": (torch.int32, (O,))}
     given = {n: t for n, t in vars(packed).items() if isinstance(t, Tensor)} | ({} if bias is None else {"bias": bias})
-    want |= {} if bias is None else {"bias": (torch.float32, (O,))}
+    want |= {} if bias is None else {"bias": (torch.float32, (outputs,))}
     for name in want.keys() | given.keys():
         dtype, shape = want.get(name, (None, ()))
         t = given.get(name)

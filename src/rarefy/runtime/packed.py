@@ -51,7 +51,33 @@ class Tiles:
     sums: Tensor | None = None
 
 
-Packed = Bitmask | Tiles
+@dataclass(frozen=True, eq=False)
+class ConvTiles:
+    """A convolution's weight [O, I, rows, columns] as fp32 `Tiles`: outputs of a group, padded to fours, after those
+    of the one before; lanes are (input of a group, kernel row, kernel column)."""
+
+    shape: tuple[int, int, int, int]
+    groups: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    block: int
+    counts: Tensor
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    kind: str = "fp32"
+
+    @property
+    def tiles(self) -> Tiles:
+        """The matrix that the kernel runs through."""
+        O, I, *kernel = self.shape
+        rows = self.groups * (-(-O // self.groups // 4) * 4)
+        parts = (self.counts, self.starts, self.columns, self.values)
+        return Tiles((rows, I * kernel[0] * kernel[1]), "fp32", self.block, *parts)
+
+
+Packed = Bitmask | Tiles | ConvTiles
 
 
 def stored(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
@@ -116,8 +142,38 @@ def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None) -> 
     return Tiles((O, C), kind, block, counts.to(torch.int16), starts, columns, values, scales, _sums(V, scales))
 
 
+def pack_conv(
+    weight: Tensor,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    block: int | None = None,
+) -> ConvTiles:
+    """Return a convolution's W [O, I, rows, columns] as `ConvTiles`. O(weights log block).
+
+    >>> packed = pack_conv(torch.tensor([[[[0.0, 2.0]]], [[[1.0, 3.0]]]]), padding=(0, 1))
+    >>> packed.columns.tolist(), unpack(packed)[:, 0, 0].tolist()
+    ([0, 1], [[0.0, 2.0], [1.0, 3.0]])
+    """
+    if weight.dim() != 4 or 0 in weight.shape or groups < 1 or len(weight) % groups:
+        raise FormatError(f"no convolution of {groups} groups has a weight of shape {list(weight.shape)}")
+    O, I, rows, columns = weight.shape
+    W: Any = weight.new_zeros(groups, -(-O // groups // 4) * 4, I * rows * columns, dtype=torch.float32)
+    W[:, : O // groups] = weight.detach().reshape(groups, O // groups, -1)
+    tiles = pack_tiles(W.flatten(0, 1), "fp32", block)
+    parts = (tiles.counts, tiles.starts, tiles.columns, tiles.values)
+    return ConvTiles((O, I, rows, columns), groups, stride, padding, dilation, tiles.block, *parts)
+
+
 def unpack(packed: Packed) -> Tensor:
-    """Return what the kernels multiply by as fp32 [O, C]: int8 values times their scales. O(O C)."""
+    """Return what the kernels multiply by as fp32 [O, C] (or a convolution's shape): int8 values times their scales.
+    O(O C)."""
+    if isinstance(packed, ConvTiles):
+        O, groups = packed.shape[0], packed.groups
+        rows = unpack(packed.tiles).reshape(groups, -1, packed.tiles.shape[1])
+        return rows[:, : O // groups].reshape(packed.shape)
     (O, C), dtype = packed.shape, KINDS[packed.kind]
     if isinstance(packed, Bitmask):
         words = packed.masks.shape[1]

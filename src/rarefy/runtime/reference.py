@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.runtime.packed import Packed, unpack
+from rarefy.runtime.packed import ConvTiles, Packed, unpack
 
 ACTIVATIONS = {None: lambda y: y, "relu": torch.relu}
 
@@ -23,10 +25,14 @@ def rounded(x: Tensor, kind: str) -> Tensor:
 
 
 def run(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """Return act(x W^T + bias), fp32 [N, O], for x [N, C]. O(O C) to unpack and O(N O C) to multiply.
+    """Return act(x W^T + bias), fp32 [N, O], for x [N, C], or a convolution of x [N, C, height, width].
+    O(O C) to unpack and O(N O C) to multiply.
 
     >>> from rarefy.runtime.packed import pack_bitmask
     >>> run(pack_bitmask(torch.tensor([[0.0, 2.0]])), torch.tensor([[5.0, 3.0]])).tolist()
     [[6.0]]
     """
+    if isinstance(packed, ConvTiles):
+        how: Any = (packed.stride, packed.padding, packed.dilation, packed.groups)
+        return ACTIVATIONS[activation](F.conv2d(x.float(), unpack(packed), bias, *how))
     return ACTIVATIONS[activation](F.linear(rounded(x.float(), packed.kind), unpack(packed), bias))

@@ -1,0 +1,149 @@
+// Convolution by zero-skipping tiles, without im2col. The padded image is cut into stride x stride phases, planes in
+// which a kernel position is a shift: output q of an image (counted along the rows of a plane) reads place[lane] + q,
+// whatever the lane. So the tiles run as they do on a packed batch, on loads that need not be aligned. What is counted
+// between the end of an output's row and the beginning of the next is computed and dropped.
+#include <algorithm>
+#include <cstring>
+
+#include "rarefy.h"
+#include "table.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t CHUNK = 16;             // tiles of weights that a thread takes at once
+constexpr int64_t VECTOR = 16;            // at least the floats of a vector of any instruction set
+constexpr int64_t ROUND = 1 << 20;        // floats of padded images that are made at once: they stay in the caches
+constexpr int64_t LEAST = 20000;          // products worth a second thread
+
+struct Plan {
+  const rarefy_conv& w;
+  int64_t height, width, oh, ow;
+  int64_t rows, columns;      // of a phase
+  int64_t plane, channel;     // floats of a phase, of all phases of a channel that are read
+  int64_t phase[64];          // which phase (row of it times stride + column) lies where
+  int64_t phases = 0;
+  bool direct;                // x itself is its only phase
+
+  Plan(const rarefy_conv& c, int64_t h, int64_t wd) : w(c), height(h), width(wd) {
+    oh = (h + 2 * c.padding[0] - c.dilation[0] * (c.kernel[0] - 1) - 1) / c.stride[0] + 1;
+    ow = (wd + 2 * c.padding[1] - c.dilation[1] * (c.kernel[1] - 1) - 1) / c.stride[1] + 1;
+    rows = (h + 2 * c.padding[0] + c.stride[0] - 1) / c.stride[0];
+    columns = (wd + 2 * c.padding[1] + c.stride[1] - 1) / c.stride[1];
+    plane = rows * columns;
+    for (int64_t i = 0; i < c.kernel[0]; ++i)
+      for (int64_t j = 0; j < c.kernel[1]; ++j) {
+        const int64_t p = i * c.dilation[0] % c.stride[0] * c.stride[1] + j * c.dilation[1] % c.stride[1];
+        if (std::find(phase, phase + phases, p) == phase + phases) phase[phases++] = p;
+      }
+    channel = phases * plane;
+    direct = c.stride[0] == 1 && c.stride[1] == 1 && !c.padding[0] && !c.padding[1] && outputs() >= VECTOR;
+  }
+  int64_t outputs() const { return (oh - 1) * columns + ow; }  // that are counted, dropped ones included
+
+  void places(int32_t* out) const {
+    for (int64_t c = 0; c < w.inputs; ++c)
+      for (int64_t i = 0; i < w.kernel[0]; ++i)
+        for (int64_t j = 0; j < w.kernel[1]; ++j) {
+          const int64_t a = i * w.dilation[0], b = j * w.dilation[1];
+          const int64_t p = a % w.stride[0] * w.stride[1] + b % w.stride[1];
+          const int64_t at = std::find(phase, phase + phases, p) - phase;
+          *out++ = int32_t(c * channel + at * plane + a / w.stride[0] * columns + b / w.stride[1]);
+        }
+  }
+
+  // One phase of one channel: x[i * stride + a - padding][j * stride + b - padding], zeros outside.
+  void cut(const float* x, int64_t p, float* out) const {
+    const int64_t a = p / w.stride[1] - w.padding[0], b = p % w.stride[1] - w.padding[1], s = w.stride[1];
+    const int64_t first = b < 0 ? (-b + s - 1) / s : 0;                              // column that lies inside
+    const int64_t end = std::max(first, std::min(columns, (width - b + s - 1) / s));  // and past the last
+    for (int64_t i = 0; i < rows; ++i, out += columns) {
+      const int64_t r = i * w.stride[0] + a;
+      if (r < 0 || r >= height) {
+        std::memset(out, 0, size_t(columns) * 4);
+        continue;
+      }
+      const float* row = x + r * width + b;
+      std::fill(out, out + std::min(first, columns), 0.0f);
+      if (s == 1)
+        std::memcpy(out + first, row + first, size_t(end - first) * 4);
+      else
+        for (int64_t j = first; j < end; ++j) out[j] = row[j * s];
+      std::fill(out + end, out + columns, 0.0f);
+    }
+  }
+
+  // Sums of outputs `q`.. of one row of weights go where they belong.
+  void put(const float* sums, int64_t q, int64_t here, float bias, float* y) const {
+    const bool relu = w.weight.act == RAREFY_RELU;
+    int64_t r = q / columns, c = q % columns;
+    for (const float* end = sums + here; sums < end; ++r, c = 0) {
+      const int64_t some = std::min<int64_t>(end - sums, columns - c), keep = std::min(some, ow - c);
+      float* to = y + r * ow + c;
+      for (int64_t i = 0; i < keep; ++i) {
+        const float v = sums[i] + bias;
+        to[i] = relu && v < 0.0f ? 0.0f : v;  // NaN stays
+      }
+      sums += some;
+    }
+  }
+};
+
+}  // namespace
+
+#define API extern "C" __attribute__((visibility("default")))
+
+API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, float* y, int64_t n) {
+  const rarefy_table& t = rarefy_chosen();
+  const Plan plan(*w, height, width);
+  const int64_t lanes = w->weight.cols, inputs = w->inputs * w->groups, outputs = w->outputs * w->groups;
+  const int64_t image = inputs * plan.channel, each = plan.outputs(), squares = (each + NT - 1) / NT;
+  const int64_t tiles = (w->outputs + R4 - 1) / R4, chunks = (tiles + CHUNK - 1) / CHUNK;
+  const int64_t most = std::max<int64_t>(1, std::min(n, ROUND / std::max<int64_t>(1, image)));  // images of a round
+  // Past the end of an image up to a vector is read for outputs that are dropped.
+  const Scratch scratch(size_t((lanes + 63) / 64 * 64 + (plan.direct ? 0 : most * image) + NT) * 4);
+  int32_t* places = static_cast<int32_t*>(scratch.from);
+  if (!places) return RAREFY_MEMORY;
+  plan.places(places);
+  float* made = reinterpret_cast<float*>(places + (lanes + 63) / 64 * 64);
+  const bool worth = w->weight.rows * lanes / 8 * each * n > LEAST;
+  for (int64_t from = 0; from < n; from += plan.direct ? n : most) {
+    const int64_t some = plan.direct ? n : std::min(most, n - from);
+    on_threads(plan.direct ? 0 : some * inputs, worth, [&](int64_t i) {
+      for (int64_t p = 0; p < plan.phases; ++p)
+        plan.cut(x + (from * inputs + i) * height * width, plan.phase[p], made + i * plan.channel + p * plan.plane);
+    });
+    on_threads(some * squares * w->groups * chunks, worth, [&](int64_t part) {
+      const int64_t c = part % chunks, g = part / chunks % w->groups, s = part / chunks / w->groups;
+      const int64_t i = s / squares, q = s % squares * NT, here = std::min(NT, each - q);
+      const int64_t begin = c * CHUNK, end = std::min(tiles, begin + CHUNK);
+      const float* in = (plan.direct ? x : made) + i * image + g * w->inputs * plan.channel + q;
+      alignas(64) uint32_t sums[CHUNK * R4 * NT];
+      auto run = [&](int64_t at, uint32_t* out, int64_t columns) {
+        t.placed(w->weight, g * tiles + begin, g * tiles + end, reinterpret_cast<const uint32_t*>(in + at), places, out,
+                 columns);
+      };
+      // Nothing may be read past the end of x: there the last vector lies over the one before.
+      const bool last = plan.direct && i + 1 == n && here % VECTOR;
+      const int64_t shift = last && here < VECTOR ? VECTOR - here : 0;
+      if (!last) run(0, sums, here);
+      if (last && !shift) run(0, sums, here / VECTOR * VECTOR);
+      if (last) run(here - VECTOR, shift ? sums : sums + here - VECTOR, VECTOR);
+      for (int64_t r = begin * R4; r < std::min(end * R4, w->outputs); ++r) {
+        const int64_t o = g * w->outputs + r;
+        plan.put(reinterpret_cast<const float*>(sums) + (r - begin * R4) * NT + shift, q, here,
+                 w->weight.bias ? w->weight.bias[o] : 0.0f, y + ((from + i) * outputs + o) * plan.oh * plan.ow);
+      }
+    });
+  }
+  return RAREFY_OK;
+}
+
+API int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values) {
+  if (w->weight.kind != RAREFY_F32 || w->groups < 1 || w->outputs < 1 || w->inputs < 1) return RAREFY_BAD;
+  for (int i = 0; i < 2; ++i)
+    if (w->kernel[i] < 1 || w->stride[i] < 1 || w->padding[i] < 0 || w->dilation[i] < 1 || w->stride[i] > 8) return RAREFY_BAD;
+  if (w->weight.rows != w->groups * ((w->outputs + R4 - 1) / R4 * R4)) return RAREFY_BAD;
+  if (w->weight.inputs != w->inputs * w->kernel[0] * w->kernel[1]) return RAREFY_BAD;
+  return rarefy_check_tiles(&w->weight, columns, values);
+}
