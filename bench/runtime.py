@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -22,12 +23,21 @@ from torch import Tensor
 
 from rarefy.proof.measure import commit, compare, machine
 from rarefy.runtime import native
-from rarefy.runtime.packed import KINDS, nbytes, pack_bitmask, pack_tiles
+from rarefy.runtime.packed import KINDS, nbytes, pack_bitmask, pack_conv, pack_tiles
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runtime.jsonl"
 CACHE = 100 << 20  # bytes of distinct weights at batch 1
 SHAPES = [(4096, 1024), (768, 3072)]
+# Of ResNet-50 at 224 x 224: outputs, inputs, kernel, stride, size of images, how many such layers it has.
+CONVOLUTIONS = [
+    (64, 64, 1, 1, 56, 1), (64, 64, 3, 1, 56, 3), (256, 64, 1, 1, 56, 4), (64, 256, 1, 1, 56, 2),
+    (128, 256, 1, 1, 56, 1), (128, 128, 3, 2, 56, 1), (512, 128, 1, 1, 28, 4), (512, 256, 1, 2, 56, 1),
+    (128, 512, 1, 1, 28, 3), (128, 128, 3, 1, 28, 3), (256, 512, 1, 1, 28, 1), (256, 256, 3, 2, 28, 1),
+    (1024, 256, 1, 1, 14, 6), (1024, 512, 1, 2, 28, 1), (256, 1024, 1, 1, 14, 5), (256, 256, 3, 1, 14, 5),
+    (512, 1024, 1, 1, 14, 1), (512, 512, 3, 2, 14, 1), (2048, 512, 1, 1, 7, 3), (2048, 1024, 1, 2, 14, 1),
+    (512, 2048, 1, 1, 7, 2), (512, 512, 3, 1, 7, 2),
+]  # fmt: skip
 
 
 def random(O: int, C: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> Tensor:
@@ -75,6 +85,16 @@ def tiles(kind: str, shape: tuple[int, int], n: int, sparsity: float, block: tup
     return {"bytes": nbytes(packed), **in_turns(dense, lambda: kernel.run(x), 25)}
 
 
+def convolution(shape: tuple[int, ...], n: int, sparsity: float) -> dict[str, Any]:
+    """One layer of ResNet-50 on n images, against torch's dense convolution (oneDNN)."""
+    O, I, k, stride, size, _ = shape
+    x, W, pad = torch.randn(n, I, size, size), torch.randn(O, I, k, k), k // 2
+    packed = pack_conv(random(O, I * k * k, sparsity).view(O, I, k, k), stride=(stride, stride), padding=(pad, pad))
+    kernel = native.Kernel(packed)
+    dense = lambda: F.conv2d(x, W, None, stride, pad)  # noqa: E731
+    return {"bytes": nbytes(packed), **in_turns(dense, lambda: kernel.run(x), 15 if n > 1 else 30)}
+
+
 def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
     found: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = []
     for kind in KINDS:
@@ -96,7 +116,25 @@ def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
                     about |= {"pattern": pattern, "sparsity": s}
                     run = lambda k=kind, sh=shape, n=n, s=s, b=block: tiles(k, sh, n, s, b)  # noqa: E731
                     found.append(("tiles", about, run))
+    for n in (1, 16):
+        for conv in CONVOLUTIONS:
+            for s in (0.8, 0.9):
+                O, I, k, stride, size, count = conv
+                about = {"kind": "fp32", "shape": f"{O}x{I}x{k}x{k}/{stride} on {size}x{size}", "batch": n}
+                about |= {"pattern": "unstructured", "sparsity": s, "layers": count}
+                found.append(("convolution", about, lambda c=conv, n=n, s=s: convolution(c, n, s)))
     return found
+
+
+def means(lines: list[dict[str, Any]]) -> str:
+    """Return, of convolutions, the geometric mean of how many times as fast they are, over shapes."""
+    ratios: dict[tuple[Any, ...], dict[str, float]] = {}
+    for line in lines:
+        if line["format"] == "convolution":
+            same = ratios.setdefault((line["batch"], line["sparsity"]), {})
+            same[line["shape"]] = line["dense"][1] / line["ours"][1]
+    told = {k: math.exp(sum(map(math.log, v.values())) / len(v)) for k, v in sorted(ratios.items())}
+    return "\n".join(f"convolutions, batch {n}, {s:.0%}: {r:.2f} times as fast" for (n, s), r in told.items())
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -112,7 +150,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["bitmask", "tiles"])
+    parser.add_argument("--only", choices=["bitmask", "tiles", "convolution"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
@@ -126,7 +164,8 @@ def main() -> None:
             print(json.dumps(line), file=file)
         print(table([line]).splitlines()[-1], flush=True)
     if args.table and args.out.is_file():
-        print(table([json.loads(l) for l in args.out.read_text().splitlines()]))
+        lines = [json.loads(l) for l in args.out.read_text().splitlines()]
+        print(table(lines), means(lines), sep="\n\n")
 
 
 if __name__ == "__main__":

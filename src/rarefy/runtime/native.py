@@ -212,7 +212,7 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
         want |= {"scales": (torch.float32, (O,)), "sums": (torch.int32, (O,))}
     given = {n: t for n, t in vars(packed).items() if isinstance(t, Tensor)} | ({} if bias is None else {"bias": bias})
     want |= {} if bias is None else {"bias": (torch.float32, (outputs,))}
-    for name in want.keys() | given.keys():
+    for name in {**want, **given}:
         dtype, shape = want.get(name, (None, ()))
         t = given.get(name)
         if t is None or dtype is None:
