@@ -1,6 +1,7 @@
 """Layers on packed weights, and the choice among them, against the dense model."""
 
 import copy
+import gc
 import io
 import math
 from typing import Any
@@ -353,3 +354,72 @@ def test_real_timings_of_convolutions_keep_the_outputs():
         "1 of 1",
         "0 of 1",
     )
+
+
+def small(kind):
+    if kind == "linear":
+        return sparse(pruned()), (70,)
+    layer = convolution(nn.Conv2d, 6, 10, 3, stride=2, padding=1, groups=2)
+    W = layer.weight.detach()
+    return SparseConv({1: pack_conv(W, **geometry(layer)), 4: W}, like=layer), (6, 9, 9)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_the_operator_is_what_torch_expects_of_one(kind, path):
+    layer, shape = small(kind)
+    parts = [layer._buffers[n] for names in layer.parts.values() for n in names]
+    for n in (2, 60):
+        x = torch.randn(n, *shape)
+        torch.testing.assert_close(torch.ops.rarefy.sparse(x, parts, layer.bias, layer.told), layer(x))
+        given = (x.requires_grad_(), parts, layer.bias, layer.told)
+        assert set(torch.library.opcheck(torch.ops.rarefy.sparse.default, given).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_layers_compile_and_export_with_open_batches(kind):
+    layer, shape = small(kind)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    exported = torch.export.export(
+        layer, (torch.randn(2, *shape),), dynamic_shapes=({0: torch.export.Dim("n")},)
+    ).module()
+    for n in (2, 3, 7, 60):
+        x = torch.randn(n, *shape)
+        with torch.no_grad():
+            want = layer(x)
+            torch.testing.assert_close(compiled(x), want)
+            torch.testing.assert_close(exported(x), want)
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    compiled(ours).square().sum().backward()
+    layer(theirs).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_the_operator_sees_edits_and_forgets_the_dead():
+    from rarefy.runtime import ops
+
+    layer, x = sparse(pruned(), {1: pack_tiles(pruned().weight)}), torch.randn(2, 70)
+    parts = [layer._buffers[n] for n in layer.parts[1]]
+    before = torch.ops.rarefy.sparse(x, parts, layer.bias, layer.told)
+    known = len(ops._layers)
+    layer.bias += 1
+    torch.testing.assert_close(torch.ops.rarefy.sparse(x, parts, layer.bias, layer.told), before + 1)
+    assert len(ops._layers) == known
+    del layer, parts
+    gc.collect()
+    assert len(ops._layers) == known - 1
+
+
+@pytest.mark.slow
+def test_a_compiled_model_runs_sparse():
+    torch.manual_seed(0)
+    model = tiny_llama().eval()
+    rarefy.prune_(model, sparsity=0.5, layers="model.layers.*")
+    rarefy.fold_(model)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and ".layers." in name:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, SparseLinear({1: pack_tiles(layer.weight)}, layer.bias))
+    ids = torch.randint(0, 64, (2, 16))
+    with torch.no_grad():
+        want = model(ids).logits
+        torch.testing.assert_close(torch.compile(model)(ids).logits, want, rtol=1e-4, atol=1e-4)

@@ -19,7 +19,7 @@ from rarefy.model.stats import call, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof.measure import compare, resident_bytes
 from rarefy.proof.report import Report
-from rarefy.runtime import native
+from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
 from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
 from rarefy.runtime.packed import KINDS, Packed, pack_bitmask, pack_conv, pack_tiles
 

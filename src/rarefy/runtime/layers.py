@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,6 +52,7 @@ class Sparse(nn.Module):
             plain = {n: v for n, v in vars(form).items() if n not in parts and v is not None}
             self.about.append((at, {"format": next(k for k, v in FORMATS.items() if type(form) is v), **plain}))
         self.parts = {at: [n for n in self._buffers if n.startswith(f"from{at}_")] for at in forms}  # buffers of each
+        self.told = self._tell(None)
         self._kernels: dict[int, tuple[Any, Any]] = {}
 
     @property
@@ -61,10 +65,13 @@ class Sparse(nn.Module):
 
     def form(self, at: int) -> Packed | Tensor:
         """Return the form that begins at `at` inputs."""
-        plain = dict(dict(self.about)[at])
-        kind = plain.pop("format")
-        parts = {n.removeprefix(f"from{at}_"): self._buffers[n] for n in self.parts[at]}
-        return parts["weight"] if kind == "dense" else FORMATS[kind](**plain, **parts)  # type: ignore[return-value]
+        parts: Any = {n.removeprefix(f"from{at}_"): self._buffers[n] for n in self.parts[at]}
+        return _form(dict(self.about)[at], parts)
+
+    def _tell(self, like: dict[str, Any] | None) -> str:
+        """What the operator has to know besides the tensors."""
+        forms = [(at, about, [n.removeprefix(f"from{at}_") for n in self.parts[at]]) for at, about in self.about]
+        return json.dumps({"shape": self.shape, "forms": forms, "like": like})
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return what the dense layer would."""
@@ -72,6 +79,9 @@ class Sparse(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """Return what the dense layer would, by the form that is for as many inputs as x has."""
+        if torch.compiler.is_compiling():
+            parts = [self._buffers[n] for names in self.parts.values() for n in names]
+            return torch.ops.rarefy.sparse(x, parts, self.bias, self.told)
         at = next(a for a, _ in reversed(self.about) if a <= max(len(x), 1))
         weight = self._buffers.get(f"from{at}_weight")
         if weight is not None:
@@ -158,6 +168,8 @@ class SparseConv(Sparse):
         super().__init__(forms, like.bias)
         self.in_channels, self.out_channels, self.kernel_size = like.in_channels, like.out_channels, like.kernel_size
         self.stride, self.padding, self.dilation, self.groups = like.stride, like.padding, like.dilation, like.groups
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        self.told = self._tell({n: getattr(self, n) for n in names})
 
     @property
     def weight(self) -> Tensor:
@@ -180,8 +192,31 @@ class SparseConv(Sparse):
 
 def refuse_traces() -> None:
     """Raise ModelError within torch.jit.trace, which would record what a kernel returned once."""
-    if torch._C._is_tracing():
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise ModelError("torch.jit.trace sees no kernels: trace the model before accelerate_")
+
+
+def _form(about: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Packed | Tensor:
+    if about["format"] == "dense":
+        return parts["weight"]
+    plain = {n: tuple(v) if isinstance(v, list) else v for n, v in about.items() if n != "format"}
+    return FORMATS[about["format"]](**plain, **parts)
+
+
+@cache
+def described(told: str) -> dict[str, Any]:
+    """Return what a layer told the operator about itself."""
+    return json.loads(told)
+
+
+def rebuilt(parts: Sequence[Tensor], bias: Tensor | None, told: str) -> Sparse:
+    """Return the layer of these tensors, parts in the order of its forms."""
+    about, tensors = described(told), iter(parts)
+    forms = {at: _form(how, {n: next(tensors) for n in names}) for at, how, names in about["forms"]}
+    like: Any = about["like"] and SimpleNamespace(**about["like"], bias=bias)
+    layer = SparseConv(forms, like=like) if like else SparseLinear(forms, bias)
+    layer.bias = None if bias is None else bias.detach()  # not a copy: edits are seen
+    return layer
 
 
 def geometry(conv: Any) -> dict[str, Any]:
