@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["RAREFY_CACHE"] = tempfile.mkdtemp(prefix="rarefy-test-")  # not the user's
 
 import pytest
 import torch

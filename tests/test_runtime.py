@@ -13,10 +13,16 @@ from torch import nn
 import rarefy
 from conftest import tiny_llama
 from rarefy.errors import ModelError
-from rarefy.runtime import choose, native
+from rarefy.runtime import choices, choose, native
 from rarefy.runtime.choose import accelerate_
 from rarefy.runtime.layers import SparseConv, SparseLinear, geometry
 from rarefy.runtime.packed import pack_bitmask, pack_conv, pack_tiles
+
+
+@pytest.fixture(autouse=True)
+def _no_choices_of_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAREFY_CACHE", str(tmp_path / "cache"))
+
 
 needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
@@ -424,3 +430,83 @@ def test_a_compiled_model_runs_sparse():
     with torch.no_grad():
         want = model(ids).logits
         torch.testing.assert_close(torch.compile(model)(ids).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def refuse(*given):
+    raise AssertionError("it was to be known")
+
+
+@needs_kernels
+@pytest.mark.parametrize("named", [True, "{tmp}/mine/file.json"])
+def test_choices_are_kept(named, tmp_path, monkeypatch):
+    named = named if named is True else named.format(tmp=tmp_path)
+    file = tmp_path / "cache" / "choices.json" if named is True else tmp_path / "mine" / "file.json"
+    best = {1: ("bitmask", 3.0), 16: ("dense", 1.0), 128: ("tiles", 2.0)}
+    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: best[b]))
+    first = accelerate_(nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48)), choices=named)
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    monkeypatch.setattr(choose, "_fastest", refuse)
+    torch.manual_seed(0)
+    again = accelerate_(nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48)), choices=named)
+    assert [r["batch 128"] for r in again.rows] == [r["batch 128"] for r in first.rows] == ["tiles 2.00x"] * 2
+    for change in (
+        lambda: accelerate_(nn.Sequential(pruned()), choices=False),
+        lambda: accelerate_(nn.Sequential(pruned()), (1, 16), choices=named),  # other batches
+        lambda: accelerate_(nn.Sequential(pruned(64, 64)), choices=named),
+    ):
+        with pytest.raises(AssertionError, match="it was to be known"):
+            change()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(AssertionError, match="it was to be known"):  # another machine
+            accelerate_(nn.Sequential(pruned()), choices=named)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:40],
+        lambda text: "[1]",
+        lambda text: text.replace("bitmask", "bitmusk"),
+        lambda text: text.replace("2.0", '"much"'),
+        lambda text: text.replace('"1"', '"one"'),
+        lambda text: text.replace("2.0", "null"),
+        lambda text: "[" * 100_000,
+        lambda text: text + " " * (choices.MOST_BYTES + 1),
+        lambda text: '{"' + choices.this_machine() + '": 7}',
+    ],
+)
+def test_choices_that_cannot_be_read_are_made_anew(damage, monkeypatch):
+    net = nn.Sequential(pruned())
+    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    accelerate_(copy.deepcopy(net), (1,))
+    file = choices.usual_file()
+    file.write_text(damage(file.read_text()))
+    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("tiles", 4.0)))
+    assert accelerate_(copy.deepcopy(net), (1,)).rows[0]["batch 1"] == "tiles 4.00x"
+    monkeypatch.setattr(choose, "_fastest", refuse)
+    assert accelerate_(copy.deepcopy(net), (1,)).rows[0]["batch 1"] == "tiles 4.00x"
+
+
+@needs_kernels
+def test_choices_that_cannot_be_kept_cost_nothing_but_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("tiles", 4.0)))
+    (tmp_path / "file").write_text("")
+    assert accelerate_(nn.Sequential(pruned()), (1,), choices=tmp_path / "file" / "below").rows[0]["why"] == ""
+    with pytest.raises(ModelError, match="choices is the path of a file, True or False, got 3"):
+        accelerate_(nn.Sequential(pruned()), choices=3)  # type: ignore[arg-type]
+
+
+def test_where_choices_are_kept(monkeypatch):
+    monkeypatch.setenv("RAREFY_CACHE", "/a")
+    assert str(choices.usual_file()) == "/a/choices.json"
+    monkeypatch.delenv("RAREFY_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert str(choices.usual_file()) == "/b/rarefy/choices.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/c")
+    assert str(choices.usual_file()) == "/c/.cache/rarefy/choices.json"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from rarefy.model.stats import call, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof.measure import compare, resident_bytes
 from rarefy.proof.report import Report
+from rarefy.runtime import choices as kept
 from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
 from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
 from rarefy.runtime.packed import KINDS, Packed, pack_bitmask, pack_conv, pack_tiles
@@ -41,6 +44,7 @@ def accelerate_(
     layers: Selector = None,
     ignore: Selector = None,
     repeats: int = 11,
+    choices: str | Path | bool = True,
     progress: bool = False,
 ) -> Report:
     """Replace Linear and Conv layers that have zeros by ones that skip them, where that is faster here; return what was
@@ -51,6 +55,8 @@ def accelerate_(
     example  what the model can be called with. Convolutions need it: the choice depends on the size of their images,
              and is made for one image and for as many as the example has
     repeats  timings of each way, in turns
+    choices  the file that keeps what was fastest, so that it is measured once (`rarefy.runtime.choices` says where
+             that file is); False = measure, and keep nothing
     Masks must have been folded. Outputs stay the same up to rounding. Raises ModelError, SelectorError.
     O(ways x calls), once for each distinct shape.
 
@@ -66,6 +72,8 @@ def accelerate_(
         raise ModelError(f"batch is a list of whole numbers from 1 up, got {batch!r}")
     if not isinstance(repeats, int) or repeats < 1:
         raise ModelError(f"repeats is a whole number from 1 up, got {repeats!r}")
+    if not isinstance(choices, str | os.PathLike | bool):
+        raise ModelError(f"choices is the path of a file, True or False, got {choices!r}")
     sizes = sorted(set(batch))
     chosen = select(model, layers, ignore)
     masked = [l.full_name for l in chosen if parametrize.is_parametrized(l.module)]
@@ -84,7 +92,8 @@ def accelerate_(
     columns = sorted({*sizes, *(n for x in images.values() for n in (1, len(x)))})
     before, rows = resident_bytes(model), []
     flush = torch.zeros(FLUSH // 4) if before > CACHED else None
-    known: dict[Any, dict[int, tuple[str, float]]] = {}
+    file = None if choices is False else kept.usual_file() if choices is True else Path(choices).expanduser()
+    known = {} if file is None else kept.read(file)
     for layer in track(chosen, "choosing kernels", progress, len(chosen)):
         weight = layer.weight.detach()
         zeros = float((weight == 0).float().mean())
@@ -99,9 +108,12 @@ def accelerate_(
             inputs = {n: _inputs(weight, n, image) for n in mine}
             shapes = [(x.shape, x.stride()) for x in inputs.values()]
             how = () if image is None else tuple(geometry(module).items())
-            key = (weight.shape, weight.dtype, round(zeros, 2), _fill(ways), str(shapes), how)
-            if key not in known:
-                known[key] = _fastest(module, {n: build({1: w}) for n, w in ways.items()}, inputs, repeats, flush)
+            key = str((list(weight.shape), weight.dtype, round(zeros, 2), _fill(ways), shapes, how, flush is None))
+            if not _fits(known.get(key), ways, mine):
+                layers_of = {n: build({1: w}) for n, w in ways.items()}
+                known[key] = _fastest(module, layers_of, inputs, repeats, flush)
+                if file is not None:
+                    kept.write(file, {key: known[key]})
             best = known[key]
             row |= {
                 f"batch {b}": name if name == "dense" else f"{name} {gain:.2f}x" for b, (name, gain) in best.items()
@@ -188,6 +200,11 @@ def _ways(module: Any) -> tuple[dict[str, Packed], Callable[[Mapping[int, Any]],
 
 def _as_images(weight: Tensor) -> Tensor:
     return weight.unsqueeze(2) if weight.dim() == 3 else weight
+
+
+def _fits(choice: kept.Choice | None, ways: Mapping[str, Packed], sizes: Sequence[int]) -> bool:
+    """Whether a choice that was kept is one for these numbers of inputs, among these ways."""
+    return choice is not None and list(choice) == list(sizes) and {n for n, _ in choice.values()} <= {*ways, "dense"}
 
 
 def _fill(ways: Mapping[str, Packed]) -> float:

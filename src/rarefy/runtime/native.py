@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import sys
 from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_void_p
@@ -87,6 +88,15 @@ def isa() -> str | None:
     """Return the instruction set that the kernels use, or None where there are none."""
     library, _ = _open()
     return None if library is None else library.rarefy_isa().decode()
+
+
+@cache
+def digest() -> str | None:
+    """Return a digest of the compiled kernels, or None where there are none: other kernels have other times."""
+    found = find_spec("rarefy.runtime._kernels")
+    if found is None or found.origin is None:
+        return None
+    return hashlib.blake2b(Path(found.origin).read_bytes(), digest_size=8).hexdigest()
 
 
 def use(name: str) -> None:
