@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from conftest import Net, text_model
 from rarefy import recipe as recipes
 from rarefy import samples
 from rarefy.cli import main
+from rarefy.runtime import native
 
 RECIPE = """\
 name: tiny
@@ -504,6 +506,17 @@ def test_bench_two_models_in_turns(run, packed, given):
     ]
     assert report["summary"]["threads"] == 1
     assert report["summary"]["bytes in memory, against"] < report["summary"]["bytes in memory, model"]
+
+
+def test_bench_with_layers_that_skip_zeros(run, packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
+    words = ("bench", packed, "--accelerate", "--tokens", 8, "--new", 2, "--repeats", 2)
+    report = json.loads(run(*words, "--json").out)
+    assert {r["of"] for r in report["rows"]} == {"model", "accelerated"}
+    assert re.fullmatch(r"\d+ of \d+", report["summary"]["layers that run sparse"])
+    assert (tmp_path / "choices.json").is_file() == (native.missing() is None)
+    ran = run(*words)
+    assert ran.code == 0 and "batch 8" in ran.out and "instruction set" in ran.out and "decode" in ran.out
 
 
 # recipes, doctor

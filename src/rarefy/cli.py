@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -150,6 +151,9 @@ def inspect(
 def bench(
     model: ModelPath,
     against: Annotated[str | None, typer.Option(help="A second model, timed in turns with the first.")] = None,
+    accelerate: Annotated[
+        bool, typer.Option("--accelerate", help="Time it with layers that skip zeros too, where those are faster here.")
+    ] = False,
     tokens: Annotated[
         int, typer.Option(min=1, help="Length of the input: tokens, or the prompt of a language model.")
     ] = 256,
@@ -160,14 +164,23 @@ def bench(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time a model, or two in turns: tokens per second of a language model, milliseconds of a call otherwise."""
-    from rarefy.proof.bench import bench_models
+    """Time a model, or several in turns: tokens per second of a language model, milliseconds of a call otherwise."""
+    from rarefy.proof.bench import bench_models, example_of, generates
+    from rarefy.runtime.choose import accelerate_
 
     with _threads(threads):
         named = {"model": _load(_source(model))[0]}
         if against:
             named["against"] = _load(_source(against))[0]
-        _show(bench_models(named, tokens, new, batch, repeats, not quiet), as_json, quiet)
+        chosen = {}
+        if accelerate:
+            fast = named["accelerated"] = copy.deepcopy(named["model"])
+            sizes = (1, tokens) if generates(fast) else (batch * tokens,)
+            told = accelerate_(fast, sizes, example_of(fast, tokens, batch), progress=not quiet)
+            chosen = {"layers that run sparse": told.summary["layers that run sparse"]}
+            _show(told, False, as_json or quiet)
+        report = bench_models(named, tokens, new, batch, repeats, not quiet)
+        _show(replace(report, summary={**report.summary, **chosen}), as_json, quiet)
 
 
 @app.command()

@@ -25,12 +25,12 @@ def bench_models(
         most = getattr(config, "max_position_embeddings", None)
         if isinstance(most, int) and tokens + new > most:
             raise ModelError(f"{name} reads at most {most} tokens; asked for {tokens} and {new} new ones")
-    if all(hasattr(m, "generate") and m.can_generate() for m in models.values()):  # type: ignore[operator]
+    if all(generates(m) for m in models.values()):
         found = measure.decode_and_prefill(models, prompt=tokens, new=new, repeats=repeats, progress=progress)
         for kind in ("prefill", "decode"):
             rows += [{"what": kind, "of": name, "unit": "tokens/s", **rates[kind]} for name, rates in found.items()]
     else:
-        example = _example(next(iter(models.values())), tokens, batch)
+        example = example_of(next(iter(models.values())), tokens, batch)
         runs = {name: (lambda m=m: call(m, example)) for name, m in models.items()}
         for name, t in measure.compare(runs, repeats=repeats, progress=progress).items():
             millis = {"median": 1000 * t.median, "low": 1000 * t.low, "high": 1000 * t.high, "repeats": t.repeats}
@@ -42,7 +42,13 @@ def bench_models(
     )
 
 
-def _example(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
+def generates(model: Any) -> bool:
+    """Return whether a model writes text."""
+    return hasattr(model, "generate") and model.can_generate()
+
+
+def example_of(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
+    """Return what a model with a Hugging Face config can be called with: noise, always the same."""
     if not hf.is_model(model):
         raise ModelError("bench needs a model with a Hugging Face config")
     config: Any = model.config
