@@ -55,8 +55,15 @@ def in_turns(dense: Callable[[], Any], ours: Callable[[], Any], repeats: int) ->
 def bitmask(kind: str, sparsity: float) -> dict[str, Any]:
     """Batch 1, 4096 x 4096, against torch's dense product of the same precision."""
     x = torch.randn(1, 4096)
-    copies = -(-CACHE // (4096 * 4096 * KINDS[kind].itemsize)) + 1
-    if kind == "int8":
+    copies = -(-CACHE // (4096 * 4096 * KINDS[kind].itemsize)) + 1 if kind != "int4" else CACHE // (4096 * 2048) + 1
+    if kind == "int4":
+        xs, by = x.bfloat16(), torch.rand(4096 // 64, 4096, 2).bfloat16()
+        pack = lambda: torch.ops.aten._convert_weight_to_int4pack_for_cpu(  # noqa: E731
+            torch.randint(0, 16, (4096, 4096), dtype=torch.int32), 1
+        )
+        weights = cycle([pack() for _ in range(copies)])
+        dense = lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(xs, next(weights), 64, by)  # noqa: E731
+    elif kind == "int8":
         xs, scales = x.bfloat16(), torch.rand(4096).bfloat16()
         weights = cycle([torch.randint(-127, 128, (4096, 4096)).to(torch.int8) for _ in range(copies)])
         dense = lambda: torch.ops.aten._weight_int8pack_mm(xs, next(weights), scales)  # noqa: E731
@@ -97,7 +104,7 @@ def convolution(shape: tuple[int, ...], n: int, sparsity: float) -> dict[str, An
 
 def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
     found: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = []
-    for kind in KINDS:
+    for kind in (*KINDS, "int4"):
         for s in (0.5, 0.7, 0.9):
             about = {"kind": kind, "shape": "4096x4096", "batch": 1, "pattern": "unstructured", "sparsity": s}
             found.append(("bitmask", about, lambda kind=kind, s=s: bitmask(kind, s)))

@@ -74,6 +74,19 @@ struct Bits<RAREFY_I8> : IntegerSums {
   static __m512i step(__m512i s, __m512i w, const uint8_t* x) { return _mm512_dpbusd_epi32(s, _mm512_loadu_si512(x), w); }
 };
 
+struct Nibbles {
+  static __m512i none() { return zeros(); }
+  static __m512i expand(__m512i none, const uint64_t* mask, const uint8_t* v) {
+    const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)));
+    const __m512i bytes = _mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), _mm512_set1_epi8(15));
+    return _mm512_mask_expand_epi8(none, _load_mask64((__mmask64*)mask), _mm512_sub_epi8(bytes, _mm512_set1_epi8(8)));
+  }
+  static __m512 step(__m512 s, __m512i w, const uint8_t* x, float by) {
+    const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(x), w);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(by), s);
+  }
+};
+
 template <int KIND>
 struct Lanes;
 

@@ -146,6 +146,26 @@ struct Bits<RAREFY_I8> : IntegerSums {
   static vi step(vi s, vi w, const uint8_t* x) { return dot_bytes(s, at<vu>(x), w); }
 };
 
+struct Nibbles {
+  struct bytes {
+    vi of[2];
+  };
+  static int none() { return 0; }
+  static bytes expand(int, const uint64_t* mask, const uint8_t* v) {
+    int8_t out[64];
+    for (int i = 0, k = 0; i < 64; ++i) {
+      const bool here = *mask >> i & 1;
+      out[i] = here ? int8_t((v[k / 2] >> (k % 2 * 4) & 15) - 8) : int8_t(0);
+      k += here;
+    }
+    return {{at<vi>(out), at<vi>(out + 32)}};
+  }
+  static vf step(vf s, bytes w, const uint8_t* x, float by) {
+    const vi dot = dot_bytes(dot_bytes(vi{}, at<vu>(x), w.of[0]), at<vu>(x + 32), w.of[1]);
+    return s + __builtin_convertvector(dot, vf) * by;
+  }
+};
+
 template <int KIND>
 struct Lanes;
 

@@ -4,7 +4,7 @@
 //
 // From the including unit:
 //   W, MOST        floats of a vector, vectors of a tile that fit the registers
-//   Bits<KIND>     expansion of a bitmask's values, and the product with an input
+//   Bits<KIND>     expansion of a bitmask's values, and the product with an input; Nibbles: those of int4
 //   Lanes<KIND>    products of 32-bit lanes: 1 fp32, 2 bf16, 4 int8
 //   transpose      W x W 32-bit numbers
 
@@ -45,16 +45,47 @@ inline void bit_rows(const rarefy_bitmask& w, int64_t row, const void* x, int64_
     for (int m = 0; m < M; ++m) y[m * ldy + row + r] = B::total(sum[r][m]);
 }
 
+// The same for int4: 64 values become bytes in a register, and their integer products are scaled as a group.
+template <int M>
+inline void nibble_rows(const rarefy_bitmask& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
+  FloatSums::sum sum[R4][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R4; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) sum[r][m] = FloatSums::zero();
+  const uint64_t* mask = w.masks + row * w.words;
+  const uint8_t* value = static_cast<const uint8_t*>(w.values) + w.starts[row / R4];
+  const uint16_t* scale = static_cast<const uint16_t*>(w.scales) + row * w.words;
+  const auto none = Nibbles::none();
+  const uint8_t* in = static_cast<const uint8_t*>(x);
+  for (int64_t word = 0; word < w.words; ++word, in += 64, mask += R4, scale += R4) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R4; ++r) {
+      const auto wide = Nibbles::expand(none, mask + r, value);
+      const float by = __builtin_bit_cast(float, uint32_t(scale[r]) << 16);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sum[r][m] = Nibbles::step(sum[r][m], wide, in + m * ldx, by);
+      value += (__builtin_popcountll(mask[r]) + 1) / 2;
+    }
+  }
+  for (int r = 0; r < R4 && row + r < w.rows; ++r)
+    for (int m = 0; m < M; ++m) y[m * ldy + row + r] = FloatSums::total(sum[r][m]);
+}
+
 template <int KIND, int M>
 void bit_range(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y, int64_t ldy) {
-  for (int64_t row = from; row < to; row += R4) bit_rows<KIND, M>(w, row, x, ldx, y, ldy);
+  for (int64_t row = from; row < to; row += R4)
+    if constexpr (KIND == RAREFY_I4)
+      nibble_rows<M>(w, row, x, ldx, y, ldy);
+    else
+      bit_rows<KIND, M>(w, row, x, ldx, y, ldy);
 }
 
 // Rows `from`..`to` (from: of fours) for n inputs, four of these at a time.
 template <int KIND>
 void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y, int64_t ldy,
              int64_t n) {
-  const auto* in = static_cast<const typename Bits<KIND>::input*>(x);
+  const auto* in = static_cast<const typename Bits<KIND == RAREFY_I4 ? int(RAREFY_I8) : KIND>::input*>(x);
   for (; n > 0; n -= 4, in += 4 * ldx, y += 4 * ldy) {
     if (n >= 4)
       bit_range<KIND, 4>(w, from, to, in, ldx, y, ldy);

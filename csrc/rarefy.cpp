@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t CHUNK = 16, PART = 32;  // tiles, rows that a thread takes at once
 constexpr int64_t LEAST = 20000;          // products worth a second thread
 
-int64_t inputs_of_lane(int32_t kind) { return kind == RAREFY_I8 ? 4 : kind == RAREFY_BF16 ? 2 : 1; }
+int64_t inputs_of_lane(int32_t kind) { return kind >= RAREFY_I8 ? 4 : kind == RAREFY_BF16 ? 2 : 1; }
 
 std::atomic<const rarefy_table*> table{nullptr};
 
@@ -110,7 +110,7 @@ API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx,
   if (!in) return RAREFY_MEMORY;
   float* scales = reinterpret_cast<float*>(in + n * wide * bytes);
   for (int64_t i = 0; i < n; ++i) {
-    scales[i] = w->kind == RAREFY_I8 ? quantize(x + i * ldx, w->cols) : 1.0f;
+    scales[i] = w->kind >= RAREFY_I8 ? quantize(x + i * ldx, w->cols) : 1.0f;
     t.convert[w->kind](x + i * ldx, w->cols, wide, 1.0f / scales[i], in + i * wide * bytes);
   }
   on_threads((w->rows + PART - 1) / PART, w->rows * w->cols / 8 * n > LEAST, [&](int64_t p) {
@@ -120,8 +120,11 @@ API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx,
       for (int64_t r = from; r < to; ++r) {
         float v = y[i * ldy + r];
         if (w->kind == RAREFY_I8) {
-          const int32_t sum = int32_t(__builtin_bit_cast(uint32_t, v) - 128 * uint32_t(w->sums[r]));
-          v = float(sum) * (w->scales[r] * scales[i]);
+          const uint32_t shift = 128 * uint32_t(static_cast<const int32_t*>(w->sums)[r]);
+          v = float(int32_t(__builtin_bit_cast(uint32_t, v) - shift)) *
+              (static_cast<const float*>(w->scales)[r] * scales[i]);
+        } else if (w->kind == RAREFY_I4) {
+          v = (v - 128.0f * static_cast<const float*>(w->sums)[r]) * scales[i];
         }
         v += w->bias ? w->bias[r] : 0.0f;
         y[i * ldy + r] = w->act == RAREFY_RELU && v < 0.0f ? 0.0f : v;
@@ -131,7 +134,7 @@ API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx,
 }
 
 API int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values) {
-  if (w->rows < 0 || w->cols < 0 || w->words != (w->cols + 63) / 64 || w->kind < 0 || w->kind > 2) return RAREFY_BAD;
+  if (w->rows < 0 || w->cols < 0 || w->words != (w->cols + 63) / 64 || w->kind < 0 || w->kind > 3) return RAREFY_BAD;
   int64_t count = 0;
   for (int64_t g = 0; g < (w->rows + 3) / 4; ++g) {
     if (w->starts[g] != count) return RAREFY_BAD;
@@ -140,7 +143,8 @@ API int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values) {
         const uint64_t bits = w->masks[(g * w->words + word) * 4 + r];
         const int64_t inside = w->cols - 64 * word;
         if (bits && (4 * g + r >= w->rows || (inside < 64 && bits >> inside))) return RAREFY_BAD;
-        count += __builtin_popcountll(bits);
+        const int64_t here = __builtin_popcountll(bits);
+        count += w->kind == RAREFY_I4 ? (here + 1) / 2 : here;
       }
   }
   return count == values ? RAREFY_OK : RAREFY_BAD;

@@ -6,21 +6,22 @@
 extern "C" {
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_BAD = 1, RAREFY_MEMORY = 2 };
-enum rarefy_kind { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2 };  // of values; bf16 and int8 come in twos and fours
+enum rarefy_kind { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // of values; int4 in bitmasks alone
 enum rarefy_act { RAREFY_NONE = 0, RAREFY_RELU = 1 };
 
 typedef void (*rarefy_body)(int64_t begin, int64_t end, void* context);
 typedef int (*rarefy_parallel)(int64_t begin, int64_t end, int64_t grain, rarefy_body body, void* context);
 
 // Panels of four rows by 64 columns: their masks in bits, and one row after the other the values that are not zero.
+// Those of int4 are nibbles (value + 8), the lower first; each row of a panel begins with a byte and has a scale.
 struct rarefy_bitmask {
   int64_t rows, cols;       // outputs, inputs
   int64_t words;            // 64-bit words of a row's mask, (cols + 63) / 64
   const uint64_t* masks;    // [rows / 4][words][4], bit j of word w is column 64 w + j; rows are padded to fours
   const int64_t* starts;    // [rows / 4], where the values of four rows begin
   const void* values;       // 64 bytes may be read past the last
-  const float* scales;      // int8: [rows]
-  const int32_t* sums;      // int8: [rows], sums of values
+  const void* scales;       // int8: float [rows]; int4: bf16 [rows / 4][words][4]
+  const void* sums;         // int8: int32 [rows], sums of values; int4: float [rows], of values times their scales
   const float* bias;        // [rows] or null
   int32_t kind, act;
 };

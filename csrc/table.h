@@ -9,11 +9,11 @@ constexpr int R4 = 4;       // rows of a tile or panel of weights
 
 struct rarefy_table {
   const char* name;
-  void (*bits[3])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
+  void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
   void (*placed)(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, const int32_t*, uint32_t*, int64_t);
   void (*pack[3])(const float*, int64_t, int64_t, int64_t, const float*, uint32_t*);
-  void (*convert[3])(const float*, int64_t, int64_t, float, void*);
+  void (*convert[4])(const float*, int64_t, int64_t, float, void*);
   void (*finish[3])(const rarefy_tiles&, int64_t, int64_t, uint32_t*, const float*, int64_t, float*, int64_t);
 };
 
@@ -21,9 +21,9 @@ const rarefy_table& rarefy_chosen();  // what serves this process
 
 #define RAREFY_TABLE(name)                                                            \
   {name,                                                                              \
-   {bit_any<RAREFY_F32>, bit_any<RAREFY_BF16>, bit_any<RAREFY_I8>},                   \
+   {bit_any<RAREFY_F32>, bit_any<RAREFY_BF16>, bit_any<RAREFY_I8>, bit_any<RAREFY_I4>}, \
    {tiles_any<RAREFY_F32>, tiles_any<RAREFY_BF16>, tiles_any<RAREFY_I8>},             \
    tiles_placed,                                                                       \
    {pack<RAREFY_F32>, pack<RAREFY_BF16>, pack<RAREFY_I8>},                             \
-   {convert<RAREFY_F32>, convert<RAREFY_BF16>, convert<RAREFY_I8>},                    \
+   {convert<RAREFY_F32>, convert<RAREFY_BF16>, convert<RAREFY_I8>, convert<RAREFY_I8>}, \
    {finish<RAREFY_F32>, finish<RAREFY_BF16>, finish<RAREFY_I8>}}

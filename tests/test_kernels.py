@@ -71,6 +71,23 @@ def test_products(shape, kind, how, isa):
     assert torch.equal(native.Kernel(weight, bias, "relu").run(x), got.relu())
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nibbles(shape, isa):
+    O, C, N, sparsity = shape
+    W, bias, x = random(O, C, sparsity), torch.randn(O), torch.randn(N, C)
+    weight = packed.pack_bitmask(W, "int4")
+    V = packed.unpack(weight)
+    assert V.shape == W.shape and bool((V[W == 0] == 0).all())
+    steps = (
+        torch.nn.functional.pad(W, (0, -C % 64)).reshape(O, -1, 64).abs().amax(-1).repeat_interleave(64, 1)[:, :C] / 7
+    )
+    assert bool(((V - W).abs() <= 0.53 * steps).all())  # half a step, and what bf16 takes from the scale
+    got = native.Kernel(weight, bias).run(x)
+    want = reference.rounded(x, "int4").double() @ V.double().T + bias
+    assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
+    torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
+
+
 CONVOLUTIONS = [  # images, groups, outputs, inputs of a group, kernel, stride, padding, dilation, image, block
     (1, 1, 8, 5, (1, 1), (1, 1), (0, 0), (1, 1), (7, 7), None),
     (3, 1, 70, 33, (3, 3), (1, 1), (1, 1), (1, 1), (14, 14), 16),
@@ -192,6 +209,8 @@ def add(t, at=0, by=1):
     [
         ("bitmask", "masks", lambda t: add(t, 0, 1 << 40)),
         ("bitmask", "masks", lambda t: add(t, -2, 1 << 62)),
+        ("bitmask of int4", "masks", lambda t: t.fill_(-1)),
+        ("bitmask of int4", "starts", lambda t: add(t, 1)),
         ("bitmask", "starts", lambda t: add(t, 1)),
         ("bitmask", "starts", lambda t: add(t, 0, -5)),
         ("tiles", "counts", lambda t: add(t, 3)),
@@ -205,7 +224,8 @@ def add(t, at=0, by=1):
 def test_damaged_buffers_never_run(how, name, change):
     W = random(10, 100, 0.5)
     W[0, 40] = 0
-    weight = FORMATS[how](W, "fp32")
+    how, _, kind = how.partition(" of ")
+    weight = FORMATS[how](W, kind or "fp32")
     with pytest.raises(FormatError, match=r"of shape \[10, 100\] is damaged"):
         native.Kernel(damaged(weight, name, change))
 
@@ -276,7 +296,8 @@ def test_errors():
 
 
 @pytest.mark.parametrize(
-    ("how", "kind"), [*((how, kind) for how in FORMATS for kind in packed.KINDS), ("convolution", "fp32")]
+    ("how", "kind"),
+    [*((how, kind) for how in FORMATS for kind in packed.KINDS), ("bitmask", "int4"), ("convolution", "fp32")],
 )
 def test_whatever_lies_in_a_buffer_ends_in_an_error_or_a_product(kind, how, isa):
     """Random damage: what passes the check must be safe to run (`make test-all` runs this under ASan too)."""

@@ -25,7 +25,7 @@ from rarefy.runtime.packed import KINDS, LANE, PAST, Bitmask, ConvTiles, Packed
 
 ISAS = ("avx512", "avx2", "portable")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-_KINDS = {name: i for i, name in enumerate(LANE)}
+_KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
 
 
 class _Bitmask(Structure):
@@ -144,7 +144,7 @@ class Kernel:
             room = len(packed.values) - PAST // packed.values.element_size()
             wrong = library.rarefy_check_bitmask(byref(self.about), room)
         else:
-            lanes, room = -(-inputs // LANE[packed.kind]), (len(packed.columns), len(packed.values))
+            lanes, room = -(-inputs // LANE.get(packed.kind, 4)), (len(packed.columns), len(packed.values))
             self.about = _Tiles(inputs=inputs, cols=lanes, block=packed.block, **fields)
             self.call, check = library.rarefy_run_tiles, library.rarefy_check_tiles
             if isinstance(packed, ConvTiles):
@@ -202,13 +202,13 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
     """Raise FormatError unless every tensor has the type, shape and layout that the kernels read without asking."""
     outputs, matrix = packed.shape[0], packed.tiles if isinstance(packed, ConvTiles) else packed
     O, C = matrix.shape
-    fours, lanes = -(-O // 4), -(-C // LANE[packed.kind])
+    fours, lanes = -(-O // 4), -(-C // LANE.get(packed.kind, 4))
     want: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
     if isinstance(packed, Bitmask):
         want |= {
             "masks": (torch.int64, (fours, -(-C // 64), 4)),
             "starts": (torch.int64, (fours,)),
-            "values": (KINDS[packed.kind], (None,)),
+            "values": (KINDS.get(packed.kind, torch.uint8), (None,)),
         }
     else:
         blocks = -(-lanes // packed.block)
@@ -218,6 +218,8 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
             "columns": (torch.int16, (None,)),
             "values": (torch.int32, (None,)),
         }
+    if packed.kind == "int4":
+        want |= {"scales": (torch.bfloat16, (fours, -(-C // 64), 4)), "sums": (torch.float32, (O,))}
     if packed.kind == "int8":
         want |= {"scales": (torch.float32, (O,)), "sums": (torch.int32, (O,))}
     given = {n: t for n, t in vars(packed).items() if isinstance(t, Tensor)} | ({} if bias is None else {"bias": bias})

@@ -25,15 +25,18 @@ BLOCK = 65535  # lanes of a block at most: columns are counted in 16 bits
 
 @dataclass(frozen=True, eq=False)
 class Bitmask:
-    """Masks in bits and the values that are not zero, panel by panel: for small batches, which wait for memory."""
+    """Masks in bits and the values that are not zero, panel by panel: for small batches, which wait for memory.
+
+    int4 values are nibbles (value + 8, the lower first) with a scale for 64 inputs, and each row of a panel begins with
+    a byte."""
 
     shape: tuple[int, int]
     kind: str
     masks: Tensor  # int64 [O / 4, words, 4]: bit j of word w is input 64 w + j
     starts: Tensor  # int64 [O / 4]: where the values of four outputs begin
-    values: Tensor  # [k + padding]; of a panel row by row
-    scales: Tensor | None = None  # fp32 [O], of int8
-    sums: Tensor | None = None  # int32 [O], of int8 values
+    values: Tensor  # [k + padding]; of a panel row by row; bytes for int4
+    scales: Tensor | None = None  # int8: fp32 [O]; int4: bf16 [O / 4, words, 4]
+    sums: Tensor | None = None  # int8: int32 [O], of values; int4: fp32 [O], of values times scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +103,8 @@ def pack_bitmask(weight: Tensor, kind: str = "fp32") -> Bitmask:
     >>> packed.masks[0, 0].tolist(), packed.values[:2].tolist()
     ([10, 0, 0, 0], [2.0, 3.0])
     """
+    if kind == "int4":
+        return _pack_nibbles(weight)
     V, scales = stored(weight, kind)
     O, C = V.shape
     words = -(-C // 64)
@@ -109,6 +114,40 @@ def pack_bitmask(weight: Tensor, kind: str = "fp32") -> Bitmask:
     values = torch.cat([panels[hit], panels.new_zeros(PAST // V.element_size())])
     masks = pack_bits(hit).view(torch.int64).reshape(-1, words, 4)
     return Bitmask((O, C), kind, masks, counts.cumsum(0) - counts, values, scales, _sums(V, scales))
+
+
+def _pack_nibbles(weight: Tensor) -> Bitmask:
+    W, _ = stored(weight, "fp32")
+    O, C = W.shape
+    words = -(-C // 64)
+    panels = _padded(W, 4, 64).reshape(-1, 4, words, 64).transpose(1, 2)  # [fours, words, 4, 64]
+    scales = (panels.abs().amax(-1) / 7).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+    V = (panels / scales.float()[..., None]).round().clamp(-7, 7)
+    hit = V != 0
+    counts = hit.sum(-1)
+    ends = ((counts + 1) // 2).flatten().cumsum(0).reshape(counts.shape)
+    starts = ends - (counts + 1) // 2
+    place = (2 * starts[..., None] + hit.cumsum(-1) - 1)[hit]
+    nibbles = torch.zeros(2 * (int(ends[-1, -1, -1]) + PAST), dtype=torch.uint8)
+    nibbles[place] = (V[hit] + 8).to(torch.uint8)
+    values = nibbles[0::2] | nibbles[1::2] << 4
+    masks = pack_bits(hit).view(torch.int64).reshape(-1, words, 4)
+    sums = (V.sum(-1) * scales.float()).sum(1).flatten()[:O].contiguous()
+    return Bitmask((O, C), "int4", masks, starts[:, 0, 0].contiguous(), values, scales, sums)
+
+
+def _unpack_nibbles(packed: Bitmask) -> Tensor:
+    O, C = packed.shape
+    hit = unpack_bits(packed.masks.reshape(-1).view(torch.uint8), packed.masks.numel() * 64)
+    hit = hit.reshape(*packed.masks.shape, 64)
+    bytes_ = (hit.sum(-1) + 1) // 2
+    starts = (bytes_.flatten().cumsum(0) - bytes_.flatten()).reshape(bytes_.shape)
+    place = (2 * starts[..., None] + hit.cumsum(-1) - 1)[hit]
+    nibbles = torch.stack([packed.values & 15, packed.values >> 4], -1).flatten()
+    W = torch.zeros(hit.shape)
+    W[hit] = nibbles[place].float() - 8
+    scales: Any = packed.scales
+    return (W * scales.float()[..., None]).transpose(1, 2).reshape(-1, hit.shape[1] * 64)[:O, :C]
 
 
 def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None) -> Tiles:
@@ -174,6 +213,8 @@ def unpack(packed: Packed) -> Tensor:
         O, groups = packed.shape[0], packed.groups
         rows = unpack(packed.tiles).reshape(groups, -1, packed.tiles.shape[1])
         return rows[:, : O // groups].reshape(packed.shape)
+    if packed.kind == "int4":
+        return _unpack_nibbles(packed)  # type: ignore[arg-type]
     (O, C), dtype = packed.shape, KINDS[packed.kind]
     if isinstance(packed, Bitmask):
         words = packed.masks.shape[1]

@@ -14,10 +14,10 @@ ACTIVATIONS = {None: lambda y: y, "relu": torch.relu}
 
 
 def rounded(x: Tensor, kind: str) -> Tensor:
-    """Return inputs as kernels of `kind` see them: bf16 as such, for int8 each row to 127 steps of its magnitude."""
+    """Return inputs as kernels of `kind` see them: bf16 as such, for int8 and int4 each row in 127 steps."""
     if kind == "bf16":
         return x.bfloat16().float()
-    if kind == "int8":
+    if kind in ("int8", "int4"):
         step = x.abs().amax(-1, keepdim=True) / 127
         step = torch.where(step > 0, step, 1.0)
         return (x * (1 / step)).round() * step
