@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,12 @@ torch.set_num_threads(2)
 import rarefy
 from rarefy.model import hf, pages
 from rarefy.proof.measure import peak_rss
-source, out, memory, samples = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+source, out, memory, samples, solver = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5])
 hf.no_bars()
 model = hf.load_folder(source)
 g = torch.Generator().manual_seed(0)
 data = [{"input_ids": torch.randint(0, 2048, (2, 128), generator=g)} for _ in range(samples // 2)]
-prune = {"sparsity": 0.5, "solver": {"name": "refit", "refits": 2}, "layers": "model.layers.*"}
+prune = {"sparsity": 0.5, "solver": solver, "layers": "model.layers.*"}
 recipe = {"name": "deep", "stages": [{"prune": prune}]}
 with pages.keeping(model, memory):
     rarefy.compress_(model, recipe, data, memory=memory, work=out + ".work")
@@ -63,9 +64,9 @@ def checkpoint(folder: Path, blocks: int, width: int, dtype: torch.dtype = torch
     return size
 
 
-def peak(source: Path, memory: int, samples: int) -> int:
+def peak(source: Path, memory: int, samples: int, solver: dict[str, Any]) -> int:
     """Prune and save in a process of its own; return its peak resident bytes."""
-    words = [sys.executable, "-c", RUN, source, source.with_suffix(".out"), memory, samples]
+    words = [sys.executable, "-c", RUN, source, source.with_suffix(".out"), memory, samples, json.dumps(solver)]
     ran = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return json.loads(ran.stdout.splitlines()[-1])["peak"]
@@ -76,7 +77,7 @@ def test_memory_is_flat_in_depth(tmp_path):
     peaks = {}
     for blocks in (6, 12, 24):
         checkpoint(tmp_path / f"deep{blocks}", blocks, 1024)
-        peaks[blocks] = peak(tmp_path / f"deep{blocks}", 1 << 30, 8)
+        peaks[blocks] = peak(tmp_path / f"deep{blocks}", 1 << 30, 8, {"name": "refit", "refits": 2})
     print(peaks)
     assert max(peaks.values()) < 1.1 * min(peaks.values()), peaks
 
@@ -84,6 +85,6 @@ def test_memory_is_flat_in_depth(tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_of_twelve_gigabytes_under_four(tmp_path):
     size = checkpoint(tmp_path / "large", 60, 2048)
-    most = peak(tmp_path / "large", 3 << 30, 8)
+    most = peak(tmp_path / "large", 3 << 30, 8, {"name": "obs"})
     print(size, most)
     assert size > 12e9 and most < 4e9, most
