@@ -92,10 +92,10 @@ struct Lanes;
 
 struct Floats : FloatSums {
   using input = __m512;
-  static __m512 load(const uint32_t* x) { return _mm512_loadu_ps(x); }
+  static __m512 load(const uint32_t* x) { return _mm512_load_ps(x); }
   static __m512 spread(uint32_t w) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(w))); }
-  static __m512 sum_at(const uint32_t* o) { return _mm512_loadu_ps(o); }
-  static void store(uint32_t* o, __m512 s) { _mm512_storeu_ps(o, s); }
+  static __m512 sum_at(const uint32_t* o) { return _mm512_load_ps(o); }
+  static void store(uint32_t* o, __m512 s) { _mm512_store_ps(o, s); }
 };
 
 template <>
@@ -127,11 +127,11 @@ template <>
 struct Lanes<RAREFY_I8> : IntegerSums {
   using input = __m512i;
   static constexpr int width = 4;
-  static __m512i load(const uint32_t* x) { return _mm512_loadu_si512(x); }
+  static __m512i load(const uint32_t* x) { return _mm512_load_si512(x); }
   static __m512i spread(uint32_t w) { return _mm512_set1_epi32(int(w)); }
   static __m512i step(__m512i s, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(s, x, w); }
-  static __m512i sum_at(const uint32_t* o) { return _mm512_loadu_si512(o); }
-  static void store(uint32_t* o, __m512i s) { _mm512_storeu_si512(o, s); }
+  static __m512i sum_at(const uint32_t* o) { return _mm512_load_si512(o); }
+  static void store(uint32_t* o, __m512i s) { _mm512_store_si512(o, s); }
   static void to_lanes(const float* x, int64_t n, float scale, uint32_t* out) {
     const uint64_t mask = n >= 64 ? ~0ull : (1ull << n) - 1;
     const __m512 s = _mm512_set1_ps(scale);

@@ -1,8 +1,10 @@
 // Convolution by zero-skipping tiles, without im2col. The padded image is cut into stride x stride phases, planes in
 // which a kernel position is a shift: output q of an image (counted along the rows of a plane) reads place[lane] + q,
-// whatever the lane. So the tiles run as they do on a packed batch, on loads that need not be aligned. What is counted
-// between the end of an output's row and the beginning of the next is computed and dropped.
+// whatever the lane. For each square of NT outputs a block of lanes is brought together, and the tiles run on it as on a
+// packed batch: in the first cache, on aligned loads. What is counted between the end of an output's row and the
+// beginning of the next is computed and dropped.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "rarefy.h"
@@ -11,8 +13,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 16;             // tiles of weights that a thread takes at once
-constexpr int64_t VECTOR = 16;            // at least the floats of a vector of any instruction set
+constexpr int64_t CHUNK = 64, FEW = 4;    // tiles of weights that a thread takes at once; parts that are too few
 constexpr int64_t ROUND = 1 << 20;        // floats of padded images that are made at once: they stay in the caches
 constexpr int64_t LEAST = 20000;          // products worth a second thread
 
@@ -37,7 +38,7 @@ struct Plan {
         if (std::find(phase, phase + phases, p) == phase + phases) phase[phases++] = p;
       }
     channel = phases * plane;
-    direct = c.stride[0] == 1 && c.stride[1] == 1 && !c.padding[0] && !c.padding[1] && outputs() >= VECTOR;
+    direct = c.stride[0] == 1 && c.stride[1] == 1 && !c.padding[0] && !c.padding[1];
   }
   int64_t outputs() const { return (oh - 1) * columns + ow; }  // that are counted, dropped ones included
 
@@ -98,10 +99,13 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
   const Plan plan(*w, height, width);
   const int64_t lanes = w->weight.cols, inputs = w->inputs * w->groups, outputs = w->outputs * w->groups;
   const int64_t image = inputs * plan.channel, each = plan.outputs(), squares = (each + NT - 1) / NT;
-  const int64_t tiles = (w->outputs + R4 - 1) / R4, chunks = (tiles + CHUNK - 1) / CHUNK;
+  const int64_t tiles = (w->outputs + R4 - 1) / R4, block = w->weight.block;
+  int64_t chunk = std::min(CHUNK, tiles);
+  while (chunk > 8 && n * squares * w->groups * ((tiles + chunk - 1) / chunk) < FEW) chunk /= 2;
+  const int64_t chunks = (tiles + chunk - 1) / chunk;
+  std::atomic<bool> failed{false};
   const int64_t most = std::max<int64_t>(1, std::min(n, ROUND / std::max<int64_t>(1, image)));  // images of a round
-  // Past the end of an image up to a vector is read for outputs that are dropped.
-  const Scratch scratch(size_t((lanes + 63) / 64 * 64 + (plan.direct ? 0 : most * image) + NT) * 4);
+  const Scratch<0> scratch(size_t((lanes + 63) / 64 * 64 + (plan.direct ? 0 : most * image)) * 4);
   int32_t* places = static_cast<int32_t*>(scratch.from);
   if (!places) return RAREFY_MEMORY;
   plan.places(places);
@@ -116,27 +120,20 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
     on_threads(some * squares * w->groups * chunks, worth, [&](int64_t part) {
       const int64_t c = part % chunks, g = part / chunks % w->groups, s = part / chunks / w->groups;
       const int64_t i = s / squares, q = s % squares * NT, here = std::min(NT, each - q);
-      const int64_t begin = c * CHUNK, end = std::min(tiles, begin + CHUNK);
+      const int64_t begin = c * chunk, end = std::min(tiles, begin + chunk);
       const float* in = (plan.direct ? x : made) + i * image + g * w->inputs * plan.channel + q;
-      alignas(64) uint32_t sums[CHUNK * R4 * NT];
-      auto run = [&](int64_t at, uint32_t* out, int64_t columns) {
-        t.placed(w->weight, g * tiles + begin, g * tiles + end, reinterpret_cast<const uint32_t*>(in + at), places, out,
-                 columns);
-      };
-      // Nothing may be read past the end of x: there the last vector lies over the one before.
-      const bool last = plan.direct && i + 1 == n && here % VECTOR;
-      const int64_t shift = last && here < VECTOR ? VECTOR - here : 0;
-      if (!last) run(0, sums, here);
-      if (last && !shift) run(0, sums, here / VECTOR * VECTOR);
-      if (last) run(here - VECTOR, shift ? sums : sums + here - VECTOR, VECTOR);
+      const Scratch<1> near(size_t(block + chunk * R4) * NT * 4);
+      uint32_t* sums = static_cast<uint32_t*>(near.from) + block * NT;
+      if (!near.from) return failed.store(true);
+      t.placed(w->weight, g * tiles + begin, g * tiles + end, in, places, static_cast<uint32_t*>(near.from), sums, here);
       for (int64_t r = begin * R4; r < std::min(end * R4, w->outputs); ++r) {
         const int64_t o = g * w->outputs + r;
-        plan.put(reinterpret_cast<const float*>(sums) + (r - begin * R4) * NT + shift, q, here,
+        plan.put(reinterpret_cast<const float*>(sums) + (r - begin * R4) * NT, q, here,
                  w->weight.bias ? w->weight.bias[o] : 0.0f, y + ((from + i) * outputs + o) * plan.oh * plan.ow);
       }
     });
   }
-  return RAREFY_OK;
+  return failed ? RAREFY_MEMORY : RAREFY_OK;
 }
 
 API int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values) {

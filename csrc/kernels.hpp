@@ -102,27 +102,12 @@ void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, i
 // The columns of a tile of four rows come sorted by pattern (which of the four have a value there): fifteen loops
 // without a branch, T vectors of inputs loaded once and used by every row of the pattern.
 
-// Where the inputs of a lane lie: in rows of a packed tile, or where a table says.
-struct InRows {
-  const uint32_t* x;
-  const uint32_t* of(uint16_t lane) const { return x + int64_t(lane) * NT; }
-  InRows right(int64_t columns) const { return {x + columns}; }
-  InRows block(int64_t lanes) const { return {x + lanes * NT}; }
-};
-struct Placed {
-  const uint32_t* x;
-  const int32_t* places;
-  const uint32_t* of(uint16_t lane) const { return x + places[lane]; }
-  Placed right(int64_t columns) const { return {x + columns, places}; }
-  Placed block(int64_t lanes) const { return {x, places + lanes}; }
-};
-
-template <int KIND, int T, int P, class X>
-inline void pattern(typename Lanes<KIND>::sum (&c)[R4][T], X x, int64_t count, const uint16_t*& column,
+template <int KIND, int T, int P>
+inline void pattern(typename Lanes<KIND>::sum (&c)[R4][T], const uint32_t* x, int64_t count, const uint16_t*& column,
                     const uint32_t*& value) {
   using L = Lanes<KIND>;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t* from = x.of(*column++);
+    const uint32_t* from = x + int64_t(*column++) * NT;
     typename L::input in[T];
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) in[t] = L::load(from + t * W);
@@ -136,8 +121,8 @@ inline void pattern(typename Lanes<KIND>::sum (&c)[R4][T], X x, int64_t count, c
   }
 }
 
-template <int KIND, int T, class X>
-inline void tile(typename Lanes<KIND>::sum (&c)[R4][T], X x, const uint16_t* counts,
+template <int KIND, int T>
+inline void tile(typename Lanes<KIND>::sum (&c)[R4][T], const uint32_t* x, const uint16_t* counts,
                  const uint16_t*& column, const uint32_t*& value) {
   pattern<KIND, T, 1>(c, x, counts[1], column, value);
   pattern<KIND, T, 2>(c, x, counts[2], column, value);
@@ -156,50 +141,58 @@ inline void tile(typename Lanes<KIND>::sum (&c)[R4][T], X x, const uint16_t* cou
   pattern<KIND, T, 15>(c, x, counts[15], column, value);
 }
 
-// Tiles `from`..`to` on one tile of inputs; `out` is [4 (to - from)][NT] sums. Blocks of columns go round
-// outside, so that the inputs of a block stay in the first cache for all the tiles.
-template <int KIND, int T, class X>
-void tiles_part(const rarefy_tiles& w, int64_t from, int64_t to, X x, uint32_t* out) {
+// Tiles `from`..`to` on T vectors of the inputs of block `b`; `out` is [4 (to - from)][NT] sums.
+template <int KIND, int T>
+void tiles_part(const rarefy_tiles& w, int64_t b, int64_t from, int64_t to, const uint32_t* x, uint32_t* out) {
   using L = Lanes<KIND>;
   const int64_t blocks = (w.cols + w.block - 1) / w.block;
-  for (int64_t b = 0; b < blocks; ++b) {
-    uint32_t* o = out;
-    for (int64_t t = from; t < to; ++t, o += R4 * NT) {
-      const int64_t at = t * blocks + b;
-      const uint16_t* column = w.columns + w.starts[2 * at];
-      const uint32_t* value = w.values + w.starts[2 * at + 1];
-      typename L::sum c[R4][T];
+  for (int64_t t = from; t < to; ++t, out += R4 * NT) {
+    const int64_t at = t * blocks + b;
+    const uint16_t* column = w.columns + w.starts[2 * at];
+    const uint32_t* value = w.values + w.starts[2 * at + 1];
+    typename L::sum c[R4][T];
 #pragma GCC unroll 4
-      for (int r = 0; r < R4; ++r)
+    for (int r = 0; r < R4; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < T; ++v) c[r][v] = b ? L::sum_at(o + r * NT + v * W) : L::zero();
-      tile<KIND, T>(c, x.block(b * w.block), w.counts + at * 16, column, value);
+      for (int v = 0; v < T; ++v) c[r][v] = b ? L::sum_at(out + r * NT + v * W) : L::zero();
+    tile<KIND, T>(c, x, w.counts + at * 16, column, value);
 #pragma GCC unroll 4
-      for (int r = 0; r < R4; ++r)
+    for (int r = 0; r < R4; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < T; ++v) L::store(o + r * NT + v * W, c[r][v]);
-    }
+      for (int v = 0; v < T; ++v) L::store(out + r * NT + v * W, c[r][v]);
   }
 }
 
-// `columns` of the tile are in use: whole vectors of them, at most MOST at a time.
-template <int KIND, class X>
-void tiles_of(const rarefy_tiles& w, int64_t from, int64_t to, X x, uint32_t* out, int64_t columns) {
+// `columns` of the inputs are in use: whole vectors of them, at most MOST at a time.
+template <int KIND>
+void tiles_block(const rarefy_tiles& w, int64_t b, int64_t from, int64_t to, const uint32_t* x, uint32_t* out,
+                 int64_t columns) {
   int64_t left = (columns + W - 1) / W, at = 0;
-  for (; left >= MOST; left -= MOST, at += MOST * W) tiles_part<KIND, MOST>(w, from, to, x.right(at), out + at);
+  for (; left >= MOST; left -= MOST, at += MOST * W) tiles_part<KIND, MOST>(w, b, from, to, x + at, out + at);
   if constexpr (MOST > 2)
-    for (; left >= 2; left -= 2, at += 2 * W) tiles_part<KIND, 2>(w, from, to, x.right(at), out + at);
-  for (; left >= 1; left -= 1, at += W) tiles_part<KIND, 1>(w, from, to, x.right(at), out + at);
+    for (; left >= 2; left -= 2, at += 2 * W) tiles_part<KIND, 2>(w, b, from, to, x + at, out + at);
+  for (; left >= 1; left -= 1, at += W) tiles_part<KIND, 1>(w, b, from, to, x + at, out + at);
 }
 
+// Blocks of columns go round outside, so that the inputs of a block stay in the first cache for all the tiles.
 template <int KIND>
 void tiles_any(const rarefy_tiles& w, int64_t from, int64_t to, const uint32_t* x, uint32_t* out, int64_t columns) {
-  tiles_of<KIND>(w, from, to, InRows{x}, out, columns);
+  for (int64_t b = 0; b * w.block < w.cols; ++b)
+    tiles_block<KIND>(w, b, from, to, x + b * w.block * NT, out, columns);
 }
 
-void tiles_placed(const rarefy_tiles& w, int64_t from, int64_t to, const uint32_t* x, const int32_t* places,
-                  uint32_t* out, int64_t columns) {
-  tiles_of<RAREFY_F32>(w, from, to, Placed{x, places}, out, columns);
+// The inputs of lane l are the `columns` floats at x + places[l]: a block of them is brought together in `near`, which
+// holds a block in rows of NT.
+void tiles_placed(const rarefy_tiles& w, int64_t from, int64_t to, const float* x, const int32_t* places,
+                  uint32_t* near, uint32_t* out, int64_t columns) {
+  for (int64_t b = 0; b * w.block < w.cols; ++b) {
+    const int64_t first = b * w.block, lanes = w.cols - first < w.block ? w.cols - first : w.block;
+    if (columns == NT)
+      for (int64_t l = 0; l < lanes; ++l) std::memcpy(near + l * NT, x + places[first + l], NT * 4);
+    else
+      for (int64_t l = 0; l < lanes; ++l) std::memcpy(near + l * NT, x + places[first + l], size_t(columns) * 4);
+    tiles_block<RAREFY_F32>(w, b, from, to, near, out, columns);
+  }
 }
 
 // ---- inputs packed into [lanes][NT] --------------------------------------------------------------------------------

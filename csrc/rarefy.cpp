@@ -15,7 +15,7 @@ extern const rarefy_table rarefy_avx2, rarefy_avx512;
 
 namespace {
 
-constexpr int64_t CHUNK = 16, PART = 32;  // tiles, rows that a thread takes at once
+constexpr int64_t CHUNK = 32, PART = 32;  // tiles, rows that a thread takes at once
 constexpr int64_t LEAST = 20000;          // products worth a second thread
 
 int64_t inputs_of_lane(int32_t kind) { return kind >= RAREFY_I8 ? 4 : kind == RAREFY_BF16 ? 2 : 1; }
@@ -73,7 +73,7 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, flo
   const rarefy_table& t = rarefy_chosen();
   const bool bytes = w->kind == RAREFY_I8;
   const int64_t squares = (n + NT - 1) / NT, inputs = w->inputs, tiles = (w->rows + 3) / 4;
-  const Scratch scratch(size_t(squares * w->cols * NT) * 4 + size_t(squares * NT) * 8);
+  const Scratch<0> scratch(size_t(squares * w->cols * NT) * 4 + size_t(squares * NT) * 8);
   uint32_t* packed = static_cast<uint32_t*>(scratch.from);
   if (!packed) return RAREFY_MEMORY;
   float* scales = reinterpret_cast<float*>(packed + squares * w->cols * NT);
@@ -92,7 +92,7 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, flo
   });
   const int64_t chunks = (tiles + CHUNK - 1) / CHUNK;
   on_threads(chunks * squares, worth, [&](int64_t i) {
-    const int64_t c = i / squares, s = i % squares, from = c * CHUNK, to = std::min(tiles, from + CHUNK);
+    const int64_t s = i / chunks, c = i % chunks, from = c * CHUNK, to = std::min(tiles, from + CHUNK);
     const int64_t here = std::min(NT, n - s * NT);
     alignas(64) uint32_t out[CHUNK * 4 * NT];
     t.tiles[w->kind](*w, from, to, packed + s * w->cols * NT, out, here);
@@ -105,7 +105,7 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, flo
 API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n) {
   const rarefy_table& t = rarefy_chosen();
   const int64_t wide = w->words * 64, bytes = 4 / inputs_of_lane(w->kind);
-  const Scratch scratch(size_t(n * wide * bytes + n * 4));
+  const Scratch<0> scratch(size_t(n * wide * bytes + n * 4));
   char* in = static_cast<char*>(scratch.from);
   if (!in) return RAREFY_MEMORY;
   float* scales = reinterpret_cast<float*>(in + n * wide * bytes);

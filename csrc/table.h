@@ -11,7 +11,7 @@ struct rarefy_table {
   const char* name;
   void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
-  void (*placed)(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, const int32_t*, uint32_t*, int64_t);
+  void (*placed)(const rarefy_tiles&, int64_t, int64_t, const float*, const int32_t*, uint32_t*, uint32_t*, int64_t);
   void (*pack[3])(const float*, int64_t, int64_t, int64_t, const float*, uint32_t*);
   void (*convert[4])(const float*, int64_t, int64_t, float, void*);
   void (*finish[3])(const rarefy_tiles&, int64_t, int64_t, uint32_t*, const float*, int64_t, float*, int64_t);

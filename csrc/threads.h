@@ -15,7 +15,9 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Memory of a call; up to KEPT bytes of it stay with the thread for its next one.
+// Memory of a call; up to KEPT bytes of it stay with the thread for its next one. A part of the work takes another slot
+// than the call that waits for it.
+template <int SLOT>
 class Scratch {
  public:
   explicit Scratch(size_t bytes) {

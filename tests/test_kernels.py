@@ -110,7 +110,7 @@ def test_convolutions(case, sparsity, isa):
     N, groups, O, I, kernel, stride, padding, dilation, image, block = case
     W = torch.randn(O, I, *kernel) * (torch.rand(O, I, *kernel) >= sparsity)
     bias, x = torch.randn(O), torch.randn(N, groups * I, *image)
-    weight = packed.pack_conv(W, stride=stride, padding=padding, dilation=dilation, groups=groups, block=block)
+    weight = packed.pack_conv(W, stride=stride, padding=padding, dilation=dilation, groups=groups, block=block or 256)
     assert torch.equal(packed.unpack(weight), W)
     got = native.Kernel(weight, bias).run(x)
     want = torch.nn.functional.conv2d(x.double(), W.double(), bias.double(), stride, padding, dilation, groups)
