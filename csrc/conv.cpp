@@ -54,7 +54,7 @@ struct Plan {
   }
 
   // One phase of one channel: x[i * stride + a - padding][j * stride + b - padding], zeros outside.
-  void cut(const float* x, int64_t p, float* out) const {
+  void cut(const rarefy_table& t, const float* x, int64_t p, float* out) const {
     const int64_t a = p / w.stride[1] - w.padding[0], b = p % w.stride[1] - w.padding[1], s = w.stride[1];
     const int64_t first = b < 0 ? (-b + s - 1) / s : 0;                              // column that lies inside
     const int64_t end = std::max(first, std::min(columns, (width - b + s - 1) / s));  // and past the last
@@ -68,24 +68,11 @@ struct Plan {
       std::fill(out, out + std::min(first, columns), 0.0f);
       if (s == 1)
         std::memcpy(out + first, row + first, size_t(end - first) * 4);
+      else if (s == 2)
+        t.halve(row + first * 2, end - first, out + first);
       else
         for (int64_t j = first; j < end; ++j) out[j] = row[j * s];
       std::fill(out + end, out + columns, 0.0f);
-    }
-  }
-
-  // Sums of outputs `q`.. of one row of weights go where they belong.
-  void put(const float* sums, int64_t q, int64_t here, float bias, float* y) const {
-    const bool relu = w.weight.act == RAREFY_RELU;
-    int64_t r = q / columns, c = q % columns;
-    for (const float* end = sums + here; sums < end; ++r, c = 0) {
-      const int64_t some = std::min<int64_t>(end - sums, columns - c), keep = std::min(some, ow - c);
-      float* to = y + r * ow + c;
-      for (int64_t i = 0; i < keep; ++i) {
-        const float v = sums[i] + bias;
-        to[i] = relu && v < 0.0f ? 0.0f : v;  // NaN stays
-      }
-      sums += some;
     }
   }
 };
@@ -115,7 +102,7 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
     const int64_t some = plan.direct ? n : std::min(most, n - from);
     on_threads(plan.direct ? 0 : some * inputs, worth, [&](int64_t i) {
       for (int64_t p = 0; p < plan.phases; ++p)
-        plan.cut(x + (from * inputs + i) * height * width, plan.phase[p], made + i * plan.channel + p * plan.plane);
+        plan.cut(t, x + (from * inputs + i) * height * width, plan.phase[p], made + i * plan.channel + p * plan.plane);
     });
     on_threads(some * squares * w->groups * chunks, worth, [&](int64_t part) {
       const int64_t c = part % chunks, g = part / chunks % w->groups, s = part / chunks / w->groups;
@@ -128,8 +115,9 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
       t.placed(w->weight, g * tiles + begin, g * tiles + end, in, places, static_cast<uint32_t*>(near.from), sums, here);
       for (int64_t r = begin * R4; r < std::min(end * R4, w->outputs); ++r) {
         const int64_t o = g * w->outputs + r;
-        plan.put(reinterpret_cast<const float*>(sums) + (r - begin * R4) * NT, q, here,
-                 w->weight.bias ? w->weight.bias[o] : 0.0f, y + ((from + i) * outputs + o) * plan.oh * plan.ow);
+        t.put(reinterpret_cast<const float*>(sums) + (r - begin * R4) * NT, q, here, plan.columns, plan.ow,
+              w->weight.bias ? w->weight.bias[o] : 0.0f, w->weight.act,
+              y + ((from + i) * outputs + o) * plan.oh * plan.ow);
       }
     });
   }

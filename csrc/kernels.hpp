@@ -187,12 +187,34 @@ void tiles_placed(const rarefy_tiles& w, int64_t from, int64_t to, const float* 
                   uint32_t* near, uint32_t* out, int64_t columns) {
   for (int64_t b = 0; b * w.block < w.cols; ++b) {
     const int64_t first = b * w.block, lanes = w.cols - first < w.block ? w.cols - first : w.block;
-    if (columns == NT)
-      for (int64_t l = 0; l < lanes; ++l) std::memcpy(near + l * NT, x + places[first + l], NT * 4);
-    else
-      for (int64_t l = 0; l < lanes; ++l) std::memcpy(near + l * NT, x + places[first + l], size_t(columns) * 4);
+    for (int64_t l = 0; l < lanes; ++l) {
+      const float* from = x + places[first + l];
+      int64_t c = 0;
+      for (; c + W <= columns; c += W) std::memcpy(near + l * NT + c, from + c, W * 4);  // one instruction each
+      if (c < columns) std::memcpy(near + l * NT + c, from + c, size_t(columns - c) * 4);
+    }
     tiles_block<RAREFY_F32>(w, b, from, to, near, out, columns);
   }
+}
+
+// Sums of outputs `q`.. of a row of weights, counted along planes `wide`, go where they belong in an image of width `ow`.
+void put(const float* sums, int64_t q, int64_t here, int64_t wide, int64_t ow, float bias, int act, float* y) {
+  if (wide == ow) wide = ow = q + here;  // nothing is dropped: one row
+  int64_t r = q / wide, c = q % wide;
+  for (const float* end = sums + here; sums < end; ++r, c = 0) {
+    const int64_t some = end - sums < wide - c ? end - sums : wide - c, keep = some < ow - c ? some : ow - c;
+    float* __restrict to = y + r * ow + c;
+    if (act == RAREFY_RELU)
+      for (int64_t i = 0; i < keep; ++i) to[i] = sums[i] + bias < 0.0f ? 0.0f : sums[i] + bias;  // NaN stays
+    else
+      for (int64_t i = 0; i < keep; ++i) to[i] = sums[i] + bias;
+    sums += some;
+  }
+}
+
+// Every second float.
+void halve(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[2 * i];
 }
 
 // ---- inputs packed into [lanes][NT] --------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ struct rarefy_table {
   void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
   void (*placed)(const rarefy_tiles&, int64_t, int64_t, const float*, const int32_t*, uint32_t*, uint32_t*, int64_t);
+  void (*put)(const float*, int64_t, int64_t, int64_t, int64_t, float, int, float*);
+  void (*halve)(const float*, int64_t, float*);
   void (*pack[3])(const float*, int64_t, int64_t, int64_t, const float*, uint32_t*);
   void (*convert[4])(const float*, int64_t, int64_t, float, void*);
   void (*finish[3])(const rarefy_tiles&, int64_t, int64_t, uint32_t*, const float*, int64_t, float*, int64_t);
@@ -24,6 +26,8 @@ const rarefy_table& rarefy_chosen();  // what serves this process
    {bit_any<RAREFY_F32>, bit_any<RAREFY_BF16>, bit_any<RAREFY_I8>, bit_any<RAREFY_I4>}, \
    {tiles_any<RAREFY_F32>, tiles_any<RAREFY_BF16>, tiles_any<RAREFY_I8>},             \
    tiles_placed,                                                                       \
+   put,                                                                                \
+   halve,                                                                              \
    {pack<RAREFY_F32>, pack<RAREFY_BF16>, pack<RAREFY_I8>},                             \
    {convert<RAREFY_F32>, convert<RAREFY_BF16>, convert<RAREFY_I8>, convert<RAREFY_I8>}, \
    {finish<RAREFY_F32>, finish<RAREFY_BF16>, finish<RAREFY_I8>}}
