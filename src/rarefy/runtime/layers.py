@@ -52,6 +52,8 @@ class Sparse(nn.Module):
             plain = {n: v for n, v in vars(form).items() if n not in parts and v is not None}
             self.about.append((at, {"format": next(k for k, v in FORMATS.items() if type(form) is v), **plain}))
         self.parts = {at: [n for n in self._buffers if n.startswith(f"from{at}_")] for at in forms}  # buffers of each
+        dense = {at: f"from{at}_weight" for at, how in self.about if how["format"] == "dense"}
+        self.order = [(at, dense.get(at), ("bias", *self.parts[at])) for at in sorted(forms, reverse=True)]
         self.told = self._tell(None)
         self._kernels: dict[int, tuple[Any, Any]] = {}
 
@@ -77,38 +79,36 @@ class Sparse(nn.Module):
         """Return what the dense layer would."""
         raise NotImplementedError
 
-    def run(self, x: Tensor) -> Tensor:
-        """Return what the dense layer would, by the form that is for as many inputs as x has."""
-        if torch.compiler.is_compiling():
-            parts = [self._buffers[n] for names in self.parts.values() for n in names]
-            return torch.ops.rarefy.sparse(x, parts, self.bias, self.told)
-        at = next(a for a, _ in reversed(self.about) if a <= max(len(x), 1))
-        weight = self._buffers.get(f"from{at}_weight")
+    def run(self, x: Tensor, inputs: int) -> Tensor:
+        """Return what the dense layer would, by the form that is for so many inputs."""
+        at, weight, names = next((f for f in self.order if f[0] <= inputs), self.order[-1])
+        buffers: Any = self._buffers
         if weight is not None:
-            return self.dense(x, weight, self.bias)
-        if torch.is_grad_enabled() and x.requires_grad:
-            weight = unpack(self.form(at)).to(x.dtype)  # type: ignore[arg-type]
-            return self.dense(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+            return self.dense(x, buffers[weight], buffers["bias"])
+        if x.requires_grad and torch.is_grad_enabled():
+            bias = buffers["bias"]
+            W = unpack(self.form(at)).to(x.dtype)  # type: ignore[arg-type]
+            return self.dense(x, W, None if bias is None else bias.to(x.dtype))
+        state = [(b.data_ptr(), b._version) for n in names if (b := buffers[n]) is not None]
         kernel, made_of = self._kernels.get(at, (None, None))
-        if made_of != self._state(at):  # edited, swapped or loaded since
+        if made_of != state:  # edited, swapped or loaded since
             kernel = self._kernel(at)
-        return kernel(x).to(x.dtype)
+            self._kernels[at] = kernel, state
+        y = kernel(x)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
+
+    def operator(self, x: Tensor) -> Tensor:
+        """Return the same for a compiler to see: a call of `rarefy::sparse`."""
+        parts = [self._buffers[n] for names in self.parts.values() for n in names]
+        return torch.ops.rarefy.sparse(x, parts, self.bias, self.told)
 
     def _kernel(self, at: int) -> Any:
         """What runs a form, made at its first call; it holds addresses, so it is neither copied nor saved."""
         form: Any = self.form(at)
         if native.missing() is None:
-            kernel: Any = native.Kernel(form, self.bias).run
-        else:
-            bias = None if self.bias is None else self.bias.float()
-            kernel = lambda x: reference.run(form, x, bias)  # noqa: E731
-        self._kernels[at] = kernel, self._state(at)
-        return kernel
-
-    def _state(self, at: int) -> list[tuple[int, int]]:
-        """What tells one state of a form's buffers from another."""
-        parts = (self._buffers[n] for n in ("bias", *self.parts[at]))
-        return [(b.data_ptr(), b._version) for b in parts if b is not None]
+            return native.Kernel(form, self.bias).run
+        bias = None if self.bias is None else self.bias.float()
+        return lambda x: reference.run(form, x, bias)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernels": {}}
@@ -145,10 +145,13 @@ class SparseLinear(Sparse):
         return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        refuse_traces()
-        if x.shape[-1] != self.in_features:
-            raise ModelError(f"the layer has {self.in_features} inputs, x has {x.shape[-1]}")
-        return self.run(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        compiling, inputs = torch.compiler.is_compiling(), self.in_features
+        refuse_traces(compiling)
+        if x.shape[-1] != inputs:
+            raise ModelError(f"the layer has {inputs} inputs, x has {x.shape[-1]}")
+        if compiling:
+            return self.operator(x.reshape(-1, inputs)).view(*x.shape[:-1], self.out_features)
+        return self.run(x, x.numel() // inputs)
 
 
 class SparseConv(Sparse):
@@ -180,19 +183,21 @@ class SparseConv(Sparse):
         return F.conv2d(x, weight, bias, *geometry(self).values())  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        refuse_traces()
+        compiling = torch.compiler.is_compiling()
+        refuse_traces(compiling)
         spatial = len(self.kernel_size)
         if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != self.in_channels:
             raise ModelError(f"the layer convolves {self.in_channels} channels, got x of shape {list(x.shape)}")
         images = x if x.dim() == spatial + 2 else x[None]
-        y = self.run(images.unsqueeze(2) if spatial == 1 else images)
+        images = images.unsqueeze(2) if spatial == 1 else images
+        y = self.operator(images) if compiling else self.run(images, images.shape[0])
         y = y.squeeze(2) if spatial == 1 else y
         return y if x.dim() == spatial + 2 else y[0]
 
 
-def refuse_traces() -> None:
+def refuse_traces(compiling: bool) -> None:
     """Raise ModelError within torch.jit.trace, which would record what a kernel returned once."""
-    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+    if not compiling and torch._C._is_tracing():
         raise ModelError("torch.jit.trace sees no kernels: trace the model before accelerate_")
 
 

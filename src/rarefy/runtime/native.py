@@ -156,19 +156,25 @@ class Kernel:
         self.at = byref(self.about)
 
     def run(self, x: Tensor) -> Tensor:
-        """Return act(x W^T + bias), fp32 [N, O], for x [N, C]; for x [N, C, height, width] its convolution."""
+        """Return act(x W^T + bias), fp32 [..., O], for x [..., C]; for x [N, C, height, width] its convolution."""
         if isinstance(self.held[0], ConvTiles):
             return self._convolve(self.held[0], x)
-        N, C = x.shape
+        *lead, C = x.shape
         O, inputs = self.held[0].shape
         if inputs != C:
             raise FormatError(f"the weight has {inputs} inputs, x has {C}")
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             raise FormatError(f"the kernels run on the CPU, x is on {x.device}")
-        if x.dtype != torch.float32 or (C > 1 and x.stride(1) != 1):
-            x = x.float().contiguous()
-        y = torch.empty(N, O, dtype=torch.float32, device="cpu")
-        if N and O and self.call(self.at, x.data_ptr(), x.stride(0), y.data_ptr(), O, N):
+        if x.dtype is not torch.float32:
+            x = x.float()
+        apart = C  # floats from one row to the next
+        if not x.is_contiguous():
+            if len(lead) == 1 and x.stride(1) == 1:
+                apart = x.stride(0)
+            else:
+                x = x.contiguous()
+        y, N = x.new_empty((*lead, O)), x.numel() // C
+        if N and self.call(self.at, x.data_ptr(), apart, y.data_ptr(), O, N):
             raise MemoryError(f"no memory to run a layer of {O} outputs on {N} inputs")
         return y
 

@@ -34,7 +34,7 @@ def _layer(parts: list[Tensor], bias: Tensor | None, about: str) -> Sparse:
 
 def _run(x: Tensor, parts: list[Tensor], bias: Tensor | None, about: str) -> Tensor:
     with torch.no_grad():
-        return _layer(parts, bias, about).run(x)
+        return _layer(parts, bias, about).run(x, len(x))
 
 
 def _shaped(x: Tensor, parts: list[Tensor], bias: Tensor | None, about: str) -> Tensor:
@@ -50,7 +50,7 @@ def _shaped(x: Tensor, parts: list[Tensor], bias: Tensor | None, about: str) -> 
 def _gradient(grad: Tensor, x: Tensor, parts: list[Tensor], bias: Tensor | None, about: str) -> Tensor:
     with torch.enable_grad():
         start = x.detach().requires_grad_()
-        return torch.autograd.grad(_layer(parts, bias, about).run(start), start, grad)[0]
+        return torch.autograd.grad(_layer(parts, bias, about).run(start, len(x)), start, grad)[0]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
