@@ -42,14 +42,15 @@ struct Plan {
   }
   int64_t outputs() const { return (oh - 1) * columns + ow; }  // that are counted, dropped ones included
 
-  void places(int32_t* out) const {
+  // Of `side` images that lie side by side in each channel.
+  void places(int64_t side, int32_t* out) const {
     for (int64_t c = 0; c < w.inputs; ++c)
       for (int64_t i = 0; i < w.kernel[0]; ++i)
         for (int64_t j = 0; j < w.kernel[1]; ++j) {
           const int64_t a = i * w.dilation[0], b = j * w.dilation[1];
           const int64_t p = a % w.stride[0] * w.stride[1] + b % w.stride[1];
           const int64_t at = std::find(phase, phase + phases, p) - phase;
-          *out++ = int32_t(c * channel + at * plane + a / w.stride[0] * columns + b / w.stride[1]);
+          *out++ = int32_t(c * channel * side + at * plane + a / w.stride[0] * columns + b / w.stride[1]);
         }
   }
 
@@ -85,39 +86,44 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
   const rarefy_table& t = rarefy_chosen();
   const Plan plan(*w, height, width);
   const int64_t lanes = w->weight.cols, inputs = w->inputs * w->groups, outputs = w->outputs * w->groups;
-  const int64_t image = inputs * plan.channel, each = plan.outputs(), squares = (each + NT - 1) / NT;
+  const int64_t image = inputs * plan.channel, each = plan.outputs();
+  // Small images whose outputs do not fill squares, and of whose planes none is dropped, go on into each other.
+  const bool joined = n > 1 && each == plan.plane && each % NT && each < 4 * NT;
+  const bool direct = plan.direct && !joined;
   const int64_t tiles = (w->outputs + R4 - 1) / R4, block = w->weight.block;
   int64_t chunk = std::min(CHUNK, tiles);
-  while (chunk > 8 && n * squares * w->groups * ((tiles + chunk - 1) / chunk) < FEW) chunk /= 2;
+  while (chunk > 8 && n * each / NT * w->groups * ((tiles + chunk - 1) / chunk) < FEW) chunk /= 2;
   const int64_t chunks = (tiles + chunk - 1) / chunk;
   std::atomic<bool> failed{false};
   const int64_t most = std::max<int64_t>(1, std::min(n, ROUND / std::max<int64_t>(1, image)));  // images of a round
-  const Scratch<0> scratch(size_t((lanes + 63) / 64 * 64 + (plan.direct ? 0 : most * image)) * 4);
+  const Scratch<0> scratch(size_t((lanes + 63) / 64 * 64 + (direct ? 0 : most * image)) * 4);
   int32_t* places = static_cast<int32_t*>(scratch.from);
   if (!places) return RAREFY_MEMORY;
-  plan.places(places);
   float* made = reinterpret_cast<float*>(places + (lanes + 63) / 64 * 64);
   const bool worth = w->weight.rows * lanes / 8 * each * n > LEAST;
-  for (int64_t from = 0; from < n; from += plan.direct ? n : most) {
-    const int64_t some = plan.direct ? n : std::min(most, n - from);
-    on_threads(plan.direct ? 0 : some * inputs, worth, [&](int64_t i) {
+  for (int64_t from = 0; from < n; from += direct ? n : most) {
+    const int64_t some = direct ? n : std::min(most, n - from), side = joined ? some : 1, span = side * each;
+    const int64_t squares = (span + NT - 1) / NT;
+    plan.places(side, places);
+    on_threads(direct ? 0 : some * inputs, worth, [&](int64_t i) {
+      float* to = made + (joined ? (i % inputs * side + i / inputs) * plan.plane : i * plan.channel);
       for (int64_t p = 0; p < plan.phases; ++p)
-        plan.cut(t, x + (from * inputs + i) * height * width, plan.phase[p], made + i * plan.channel + p * plan.plane);
+        plan.cut(t, x + (from * inputs + i) * height * width, plan.phase[p], to + p * plan.plane);
     });
-    on_threads(some * squares * w->groups * chunks, worth, [&](int64_t part) {
+    on_threads(some / side * squares * w->groups * chunks, worth, [&](int64_t part) {
       const int64_t c = part % chunks, g = part / chunks % w->groups, s = part / chunks / w->groups;
-      const int64_t i = s / squares, q = s % squares * NT, here = std::min(NT, each - q);
+      const int64_t i = s / squares, q = s % squares * NT, here = std::min(NT, span - q);
       const int64_t begin = c * chunk, end = std::min(tiles, begin + chunk);
-      const float* in = (plan.direct ? x : made) + i * image + g * w->inputs * plan.channel + q;
+      const float* in = (direct ? x : made) + i * image + g * w->inputs * plan.channel * side + q;
       const Scratch<1> near(size_t(block + chunk * R4) * NT * 4);
       uint32_t* sums = static_cast<uint32_t*>(near.from) + block * NT;
       if (!near.from) return failed.store(true);
       t.placed(w->weight, g * tiles + begin, g * tiles + end, in, places, static_cast<uint32_t*>(near.from), sums, here);
       for (int64_t r = begin * R4; r < std::min(end * R4, w->outputs); ++r) {
         const int64_t o = g * w->outputs + r;
-        t.put(reinterpret_cast<const float*>(sums) + (r - begin * R4) * NT, q, here, plan.columns, plan.ow,
-              w->weight.bias ? w->weight.bias[o] : 0.0f, w->weight.act,
-              y + ((from + i) * outputs + o) * plan.oh * plan.ow);
+        t.put(reinterpret_cast<const float*>(sums) + (r - begin * R4) * NT, q, here, joined ? each : plan.columns,
+              joined ? each : plan.ow, joined ? outputs * each : plan.ow, w->weight.bias ? w->weight.bias[o] : 0.0f,
+              w->weight.act, y + ((from + i) * outputs + o) * plan.oh * plan.ow);
       }
     });
   }

@@ -197,13 +197,15 @@ void tiles_placed(const rarefy_tiles& w, int64_t from, int64_t to, const float* 
   }
 }
 
-// Sums of outputs `q`.. of a row of weights, counted along planes `wide`, go where they belong in an image of width `ow`.
-void put(const float* sums, int64_t q, int64_t here, int64_t wide, int64_t ow, float bias, int act, float* y) {
-  if (wide == ow) wide = ow = q + here;  // nothing is dropped: one row
+// Sums of outputs `q`.. of a row of weights, counted along lines `wide` of which `ow` are kept, go to lines that are
+// `apart`.
+void put(const float* sums, int64_t q, int64_t here, int64_t wide, int64_t ow, int64_t apart, float bias, int act,
+         float* y) {
+  if (wide == ow && ow == apart) wide = ow = q + here;  // nothing between them: one line
   int64_t r = q / wide, c = q % wide;
   for (const float* end = sums + here; sums < end; ++r, c = 0) {
     const int64_t some = end - sums < wide - c ? end - sums : wide - c, keep = some < ow - c ? some : ow - c;
-    float* __restrict to = y + r * ow + c;
+    float* __restrict to = y + r * apart + c;
     if (act == RAREFY_RELU)
       for (int64_t i = 0; i < keep; ++i) to[i] = sums[i] + bias < 0.0f ? 0.0f : sums[i] + bias;  // NaN stays
     else

@@ -12,7 +12,7 @@ struct rarefy_table {
   void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
   void (*placed)(const rarefy_tiles&, int64_t, int64_t, const float*, const int32_t*, uint32_t*, uint32_t*, int64_t);
-  void (*put)(const float*, int64_t, int64_t, int64_t, int64_t, float, int, float*);
+  void (*put)(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, int, float*);
   void (*halve)(const float*, int64_t, float*);
   void (*pack[3])(const float*, int64_t, int64_t, int64_t, const float*, uint32_t*);
   void (*convert[4])(const float*, int64_t, int64_t, float, void*);
