@@ -10,6 +10,7 @@ At batch 1 weights rotate over more than the last cache. Writes a JSON line a ca
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from rarefy.proof.measure import commit, compare, machine
 from rarefy.runtime import native
+from rarefy.runtime.layers import SparseLinear
 from rarefy.runtime.packed import KINDS, nbytes, pack_bitmask, pack_conv, pack_tiles
 
 HERE = Path(__file__).parent
@@ -38,6 +40,15 @@ CONVOLUTIONS = [
     (512, 1024, 1, 1, 14, 1), (512, 512, 3, 2, 14, 1), (2048, 512, 1, 1, 7, 3), (2048, 1024, 1, 2, 14, 1),
     (512, 2048, 1, 1, 7, 2), (512, 512, 3, 1, 7, 2),
 ]  # fmt: skip
+
+
+def keep_memory() -> None:
+    """Have malloc keep what outputs took (glibc): or each run, dense or sparse, waits for fresh pages, which can be
+    most of its time and says nothing of a kernel."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):  # mmap threshold, trim, top pad
+            libc.mallopt(option, value)
 
 
 def random(O: int, C: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> Tensor:
@@ -77,6 +88,19 @@ def bitmask(kind: str, sparsity: float) -> dict[str, Any]:
     return {"bytes": nbytes(first), **in_turns(dense, lambda: next(kernels).run(x), 40)}
 
 
+def overhead() -> dict[str, Any]:
+    """A layer so small that only its call counts, a thousand times."""
+    W = torch.zeros(8, 8)
+    W[0, 0] = 1
+    ours, dense, x = SparseLinear({1: pack_bitmask(W)}, torch.zeros(8)), torch.nn.Linear(8, 8), torch.randn(1, 8)
+
+    def often(layer: torch.nn.Module) -> None:
+        for _ in range(1000):
+            layer(x)
+
+    return {"bytes": 0, **in_turns(lambda: often(dense), lambda: often(ours), 20)}
+
+
 def tiles(kind: str, shape: tuple[int, int], n: int, sparsity: float, block: tuple[int, int]) -> dict[str, Any]:
     """Larger batches; int8 with quantization of inputs included, against `_int_mm` alone."""
     O, C = shape
@@ -104,6 +128,7 @@ def convolution(shape: tuple[int, ...], n: int, sparsity: float) -> dict[str, An
 
 def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
     found: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = []
+    found.append(("overhead", {"kind": "fp32", "shape": "8x8", "batch": 1, "pattern": "", "sparsity": 0.98}, overhead))
     for kind in (*KINDS, "int4"):
         for s in (0.5, 0.7, 0.9):
             about = {"kind": kind, "shape": "4096x4096", "batch": 1, "pattern": "unstructured", "sparsity": s}
@@ -157,11 +182,12 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["bitmask", "tiles", "convolution"])
+    parser.add_argument("--only", choices=["overhead", "bitmask", "tiles", "convolution"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
+    keep_memory()
     for format, about, run in [] if args.table else cases():
         if args.only not in (None, format):
             continue

@@ -189,6 +189,7 @@ void tiles_placed(const rarefy_tiles& w, int64_t from, int64_t to, const float* 
     const int64_t first = b * w.block, lanes = w.cols - first < w.block ? w.cols - first : w.block;
     for (int64_t l = 0; l < lanes; ++l) {
       const float* from = x + places[first + l];
+      for (int64_t c = NT; c < 2 * NT; c += 16) __builtin_prefetch(from + c, 0, 2);  // the next square's
       int64_t c = 0;
       for (; c + W <= columns; c += W) std::memcpy(near + l * NT + c, from + c, W * 4);  // one instruction each
       if (c < columns) std::memcpy(near + l * NT + c, from + c, size_t(columns - c) * 4);
