@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int64_t CHUNK = 64, FEW = 4;    // tiles of weights that a thread takes at once; parts that are too few
+constexpr int64_t WORTH = 200;            // outputs, were all of a square empty, that a copy of the images costs
 constexpr int64_t ROUND = 1 << 20;        // floats of padded images that are made at once: they stay in the caches
 constexpr int64_t LEAST = 20000;          // products worth a second thread
 
@@ -87,8 +88,11 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
   const Plan plan(*w, height, width);
   const int64_t lanes = w->weight.cols, inputs = w->inputs * w->groups, outputs = w->outputs * w->groups;
   const int64_t image = inputs * plan.channel, each = plan.outputs();
-  // Small images whose outputs do not fill squares, and of whose planes none is dropped, go on into each other.
-  const bool joined = n > 1 && each == plan.plane && each % NT && each < 4 * NT;
+  // Small images whose outputs do not fill squares, and of whose planes none is dropped, go on into each other. Where x
+  // would serve as it is, the copy must be worth the products that are saved.
+  const int64_t empty = (each + 15) / 16 * 16 - each;
+  const bool joined = n > 1 && each == plan.plane && each % NT && each < 4 * NT &&
+                      (!plan.direct || empty * w->outputs > WORTH * each);
   const bool direct = plan.direct && !joined;
   const int64_t tiles = (w->outputs + R4 - 1) / R4, block = w->weight.block;
   int64_t chunk = std::min(CHUNK, tiles);
