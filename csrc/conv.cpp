@@ -1,8 +1,7 @@
 // Convolution by zero-skipping tiles, without im2col. The padded image is cut into stride x stride phases, planes in
-// which a kernel position is a shift: output q of an image (counted along the rows of a plane) reads place[lane] + q,
-// whatever the lane. For each square of NT outputs a block of lanes is brought together, and the tiles run on it as on a
-// packed batch: in the first cache, on aligned loads. What is counted between the end of an output's row and the
-// beginning of the next is computed and dropped.
+// which a kernel position is a shift: an output reads its place in a plane plus places[lane], whatever the lane. NT
+// outputs in a row, of however many images, are a square: for each a block of lanes is brought together in pieces, and
+// the tiles run on it as on a packed batch, in the first cache and on aligned loads.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -14,7 +13,6 @@
 namespace {
 
 constexpr int64_t CHUNK = 64, FEW = 4;    // tiles of weights that a thread takes at once; parts that are too few
-constexpr int64_t WORTH = 200;            // outputs, were all of a square empty, that a copy of the images costs
 constexpr int64_t ROUND = 1 << 20;        // floats of padded images that are made at once: they stay in the caches
 constexpr int64_t LEAST = 20000;          // products worth a second thread
 
@@ -41,17 +39,28 @@ struct Plan {
     channel = phases * plane;
     direct = c.stride[0] == 1 && c.stride[1] == 1 && !c.padding[0] && !c.padding[1];
   }
-  int64_t outputs() const { return (oh - 1) * columns + ow; }  // that are counted, dropped ones included
 
-  // Of `side` images that lie side by side in each channel.
-  void places(int64_t side, int32_t* out) const {
+  // Where outputs `q`.. of images that follow each other are read: pieces of a row, or of a plane where rows join.
+  int pieces(int64_t q, int64_t here, int64_t image, rarefy_piece* out) const {
+    const int64_t each = oh * ow, wide = columns == ow ? each : ow;
+    int count = 0;
+    for (int64_t done = 0; done < here;) {
+      const int64_t at = (q + done) % each;
+      const int64_t some = std::min({here - done, wide - at % wide, PIECE});
+      out[count++] = {(q + done) / each * image + at / wide * columns + at % wide, int32_t(done), int32_t(some)};
+      done += some;
+    }
+    return count;
+  }
+
+  void places(int32_t* out) const {
     for (int64_t c = 0; c < w.inputs; ++c)
       for (int64_t i = 0; i < w.kernel[0]; ++i)
         for (int64_t j = 0; j < w.kernel[1]; ++j) {
           const int64_t a = i * w.dilation[0], b = j * w.dilation[1];
           const int64_t p = a % w.stride[0] * w.stride[1] + b % w.stride[1];
           const int64_t at = std::find(phase, phase + phases, p) - phase;
-          *out++ = int32_t(c * channel * side + at * plane + a / w.stride[0] * columns + b / w.stride[1]);
+          *out++ = int32_t(c * channel + at * plane + a / w.stride[0] * columns + b / w.stride[1]);
         }
   }
 
@@ -87,47 +96,46 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
   const rarefy_table& t = rarefy_chosen();
   const Plan plan(*w, height, width);
   const int64_t lanes = w->weight.cols, inputs = w->inputs * w->groups, outputs = w->outputs * w->groups;
-  const int64_t image = inputs * plan.channel, each = plan.outputs();
-  // Small images whose outputs do not fill squares, and of whose planes none is dropped, go on into each other. Where x
-  // would serve as it is, the copy must be worth the products that are saved.
-  const int64_t empty = (each + 15) / 16 * 16 - each;
-  const bool joined = n > 1 && each == plan.plane && each % NT && each < 4 * NT &&
-                      (!plan.direct || empty * w->outputs > WORTH * each);
-  const bool direct = plan.direct && !joined;
+  const int64_t image = inputs * plan.channel, each = plan.oh * plan.ow, all = (n * each + NT - 1) / NT;
   const int64_t tiles = (w->outputs + R4 - 1) / R4, block = w->weight.block;
   int64_t chunk = std::min(CHUNK, tiles);
-  while (chunk > 8 && n * each / NT * w->groups * ((tiles + chunk - 1) / chunk) < FEW) chunk /= 2;
+  while (chunk > 8 && all * w->groups * ((tiles + chunk - 1) / chunk) < FEW) chunk /= 2;
   const int64_t chunks = (tiles + chunk - 1) / chunk;
   std::atomic<bool> failed{false};
-  const int64_t most = std::max<int64_t>(1, std::min(n, ROUND / std::max<int64_t>(1, image)));  // images of a round
-  const Scratch<0> scratch(size_t((lanes + 63) / 64 * 64 + (direct ? 0 : most * image)) * 4);
+  const int64_t most = plan.direct ? n : std::max<int64_t>(1, std::min(n, ROUND / std::max<int64_t>(1, image)));
+  const Scratch<0> scratch(size_t((lanes + 63) / 64 * 64 + (plan.direct ? 0 : most * image + PIECE)) * 4);
   int32_t* places = static_cast<int32_t*>(scratch.from);
   if (!places) return RAREFY_MEMORY;
+  plan.places(places);
   float* made = reinterpret_cast<float*>(places + (lanes + 63) / 64 * 64);
   const bool worth = w->weight.rows * lanes / 8 * each * n > LEAST;
-  for (int64_t from = 0; from < n; from += direct ? n : most) {
-    const int64_t some = direct ? n : std::min(most, n - from), side = joined ? some : 1, span = side * each;
-    const int64_t squares = (span + NT - 1) / NT;
-    plan.places(side, places);
-    on_threads(direct ? 0 : some * inputs, worth, [&](int64_t i) {
-      float* to = made + (joined ? (i % inputs * side + i / inputs) * plan.plane : i * plan.channel);
+  for (int64_t from = 0; from < n; from += most) {  // a round of images
+    const int64_t some = std::min(most, n - from), squares = (some * each + NT - 1) / NT;
+    const float* first = plan.direct ? x : made;
+    const float* last = plan.direct ? x + n * image : made + most * image + PIECE;
+    on_threads(plan.direct ? 0 : some * inputs, worth, [&](int64_t i) {
       for (int64_t p = 0; p < plan.phases; ++p)
-        plan.cut(t, x + (from * inputs + i) * height * width, plan.phase[p], to + p * plan.plane);
+        plan.cut(t, x + (from * inputs + i) * height * width, plan.phase[p], made + i * plan.channel + p * plan.plane);
     });
-    on_threads(some / side * squares * w->groups * chunks, worth, [&](int64_t part) {
-      const int64_t c = part % chunks, g = part / chunks % w->groups, s = part / chunks / w->groups;
-      const int64_t i = s / squares, q = s % squares * NT, here = std::min(NT, span - q);
-      const int64_t begin = c * chunk, end = std::min(tiles, begin + chunk);
-      const float* in = (direct ? x : made) + i * image + g * w->inputs * plan.channel * side + q;
-      const Scratch<1> near(size_t(block + chunk * R4) * NT * 4);
-      uint32_t* sums = static_cast<uint32_t*>(near.from) + block * NT;
+    on_threads(squares * w->groups * chunks, worth, [&](int64_t part) {
+      const int64_t c = part % chunks, g = part / chunks % w->groups, q = part / chunks / w->groups * NT;
+      const int64_t here = std::min(NT, some * each - q), begin = c * chunk, end = std::min(tiles, begin + chunk);
+      const Scratch<1> near(size_t(block + 1 + chunk * R4) * NT * 4);  // a line between: pieces are copied whole
+      uint32_t* sums = static_cast<uint32_t*>(near.from) + (block + 1) * NT;
       if (!near.from) return failed.store(true);
-      t.placed(w->weight, g * tiles + begin, g * tiles + end, in, places, static_cast<uint32_t*>(near.from), sums, here);
+      rarefy_piece pieces[NT];
+      const int count = plan.pieces(q, here, image, pieces);
+      t.placed(w->weight, g * tiles + begin, g * tiles + end, first + g * w->inputs * plan.channel, last, places,
+               pieces, count, static_cast<uint32_t*>(near.from), sums, here);
       for (int64_t r = begin * R4; r < std::min(end * R4, w->outputs); ++r) {
         const int64_t o = g * w->outputs + r;
-        t.put(reinterpret_cast<const float*>(sums) + (r - begin * R4) * NT, q, here, joined ? each : plan.columns,
-              joined ? each : plan.ow, joined ? outputs * each : plan.ow, w->weight.bias ? w->weight.bias[o] : 0.0f,
-              w->weight.act, y + ((from + i) * outputs + o) * plan.oh * plan.ow);
+        const float* line = reinterpret_cast<const float*>(sums) + (r - begin * R4) * NT;
+        for (int64_t done = 0, run; done < here; done += run) {
+          const int64_t i = (q + done) / each, at = (q + done) % each;
+          run = std::min(here - done, each - at);
+          t.put(line + done, run, w->weight.bias ? w->weight.bias[o] : 0.0f, w->weight.act,
+                y + ((from + i) * outputs + o) * each + at);
+        }
       }
     });
   }

@@ -181,38 +181,33 @@ void tiles_any(const rarefy_tiles& w, int64_t from, int64_t to, const uint32_t* 
     tiles_block<KIND>(w, b, from, to, x + b * w.block * NT, out, columns);
 }
 
-// The inputs of lane l are the `columns` floats at x + places[l]: a block of them is brought together in `near`, which
-// holds a block in rows of NT.
-void tiles_placed(const rarefy_tiles& w, int64_t from, int64_t to, const float* x, const int32_t* places,
-                  uint32_t* near, uint32_t* out, int64_t columns) {
+// The inputs of lane l are pieces counted from x + places[l], in memory that ends at `last`: a block of them is brought
+// together in `near`, which holds a block in rows of NT and a row more.
+void tiles_placed(const rarefy_tiles& w, int64_t from, int64_t to, const float* x, const float* last,
+                  const int32_t* places, const rarefy_piece* pieces, int count, uint32_t* near, uint32_t* out,
+                  int64_t columns) {
+  const int64_t reach = pieces[count - 1].from + PIECE;
   for (int64_t b = 0; b * w.block < w.cols; ++b) {
     const int64_t first = b * w.block, lanes = w.cols - first < w.block ? w.cols - first : w.block;
     for (int64_t l = 0; l < lanes; ++l) {
-      const float* from = x + places[first + l];
-      for (int64_t c = NT; c < 2 * NT; c += 16) __builtin_prefetch(from + c, 0, 2);  // the next square's
-      int64_t c = 0;
-      for (; c + W <= columns; c += W) std::memcpy(near + l * NT + c, from + c, W * 4);  // one instruction each
-      if (c < columns) std::memcpy(near + l * NT + c, from + c, size_t(columns - c) * 4);
+      const float* place = x + places[first + l];
+      for (int64_t c = NT; c < 2 * NT; c += 16) __builtin_prefetch(place + pieces[0].from + c, 0, 2);  // the next square's
+      if (last - place >= reach)  // what is copied past the end of a piece, the next one writes over
+        for (int p = 0; p < count; ++p) std::memcpy(near + l * NT + pieces[p].to, place + pieces[p].from, PIECE * 4);
+      else
+        for (int p = 0; p < count; ++p)
+          std::memcpy(near + l * NT + pieces[p].to, place + pieces[p].from, size_t(pieces[p].size) * 4);
     }
     tiles_block<RAREFY_F32>(w, b, from, to, near, out, columns);
   }
 }
 
-// Sums of outputs `q`.. of a row of weights, counted along lines `wide` of which `ow` are kept, go to lines that are
-// `apart`.
-void put(const float* sums, int64_t q, int64_t here, int64_t wide, int64_t ow, int64_t apart, float bias, int act,
-         float* y) {
-  if (wide == ow && ow == apart) wide = ow = q + here;  // nothing between them: one line
-  int64_t r = q / wide, c = q % wide;
-  for (const float* end = sums + here; sums < end; ++r, c = 0) {
-    const int64_t some = end - sums < wide - c ? end - sums : wide - c, keep = some < ow - c ? some : ow - c;
-    float* __restrict to = y + r * apart + c;
-    if (act == RAREFY_RELU)
-      for (int64_t i = 0; i < keep; ++i) to[i] = sums[i] + bias < 0.0f ? 0.0f : sums[i] + bias;  // NaN stays
-    else
-      for (int64_t i = 0; i < keep; ++i) to[i] = sums[i] + bias;
-    sums += some;
-  }
+// Sums become outputs.
+void put(const float* sums, int64_t n, float bias, int act, float* __restrict y) {
+  if (act == RAREFY_RELU)
+    for (int64_t i = 0; i < n; ++i) y[i] = sums[i] + bias < 0.0f ? 0.0f : sums[i] + bias;  // NaN stays
+  else
+    for (int64_t i = 0; i < n; ++i) y[i] = sums[i] + bias;
 }
 
 // Every second float.

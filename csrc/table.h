@@ -6,13 +6,21 @@
 
 constexpr int64_t NT = 64;  // columns (batch or pixels) of a packed tile of inputs
 constexpr int R4 = 4;       // rows of a tile or panel of weights
+constexpr int64_t PIECE = 16;  // floats that are brought together at a time
+
+// Some of the outputs of a square: where they are read, counted from the place of a lane, and which they are.
+struct rarefy_piece {
+  int64_t from;
+  int32_t to, size;
+};
 
 struct rarefy_table {
   const char* name;
   void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
-  void (*placed)(const rarefy_tiles&, int64_t, int64_t, const float*, const int32_t*, uint32_t*, uint32_t*, int64_t);
-  void (*put)(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, int, float*);
+  void (*placed)(const rarefy_tiles&, int64_t, int64_t, const float*, const float*, const int32_t*, const rarefy_piece*,
+                 int, uint32_t*, uint32_t*, int64_t);
+  void (*put)(const float*, int64_t, float, int, float*);
   void (*halve)(const float*, int64_t, float*);
   void (*pack[3])(const float*, int64_t, int64_t, int64_t, const float*, uint32_t*);
   void (*convert[4])(const float*, int64_t, int64_t, float, void*);
