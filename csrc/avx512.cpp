@@ -162,6 +162,13 @@ inline void transpose(uint32_t (&a)[16][16]) {
     _mm512_store_si512(a[12 + i], _mm512_shuffle_i32x4(ab1, cd1, 0xdd));
   }
 }
+
+inline void past_caches(const float* line, float* to) {
+  for (int64_t i = 0; i < NT; i += W) _mm512_stream_ps(to + i, _mm512_load_ps(line + i));
+}
+
+inline void seen() { _mm_sfence(); }
+
 }  // namespace
 
 #include "kernels.hpp"

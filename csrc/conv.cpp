@@ -10,10 +10,15 @@
 #include "table.h"
 #include "threads.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 constexpr int64_t CHUNK = 64, FEW = 4;    // tiles of weights that a thread takes at once; parts that are too few
 constexpr int64_t ROUND = 1 << 20;        // floats of padded images that are made at once: they stay in the caches
+constexpr int64_t STREAM = 2 << 20;       // outputs that will not be in a cache when they are read: they go past it
 constexpr int64_t LEAST = 20000;          // products worth a second thread
 
 struct Plan {
@@ -88,6 +93,16 @@ struct Plan {
   }
 };
 
+// Ask for large pages where outputs come into fresh memory: most of the time of a 50 MB layer goes into small ones.
+void large_pages([[maybe_unused]] float* y, [[maybe_unused]] int64_t n) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(y) + page - 1) / page * page;
+  const uintptr_t to = reinterpret_cast<uintptr_t>(y + n) / page * page;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -109,6 +124,8 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
   plan.places(places);
   float* made = reinterpret_cast<float*>(places + (lanes + 63) / 64 * 64);
   const bool worth = w->weight.rows * lanes / 8 * each * n > LEAST;
+  const bool stream = n * outputs * each > STREAM;
+  if (stream) large_pages(y, n * outputs * each);
   for (int64_t from = 0; from < n; from += most) {  // a round of images
     const int64_t some = std::min(most, n - from), squares = (some * each + NT - 1) / NT;
     const float* first = plan.direct ? x : made;
@@ -127,15 +144,13 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
       const int count = plan.pieces(q, here, image, pieces);
       t.placed(w->weight, g * tiles + begin, g * tiles + end, first + g * w->inputs * plan.channel, last, places,
                pieces, count, static_cast<uint32_t*>(near.from), sums, here);
-      for (int64_t r = begin * R4; r < std::min(end * R4, w->outputs); ++r) {
-        const int64_t o = g * w->outputs + r;
-        const float* line = reinterpret_cast<const float*>(sums) + (r - begin * R4) * NT;
-        for (int64_t done = 0, run; done < here; done += run) {
-          const int64_t i = (q + done) / each, at = (q + done) % each;
-          run = std::min(here - done, each - at);
-          t.put(line + done, run, w->weight.bias ? w->weight.bias[o] : 0.0f, w->weight.act,
-                y + ((from + i) * outputs + o) * each + at);
-        }
+      const int64_t o = g * w->outputs + begin * R4, rows = std::min(end * R4, w->outputs) - begin * R4;
+      const float* bias = w->weight.bias ? w->weight.bias + o : nullptr;
+      for (int64_t done = 0, run; done < here; done += run) {
+        const int64_t i = (q + done) / each, at = (q + done) % each;
+        run = std::min(here - done, each - at);
+        t.put(reinterpret_cast<const float*>(sums) + done, rows, run, bias, w->weight.act,
+              y + ((from + i) * outputs + o) * each + at, each, stream);
       }
     });
   }

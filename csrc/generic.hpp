@@ -229,4 +229,18 @@ inline void transpose(uint32_t (&a)[W][W]) {
     }
 }
 
+inline void past_caches(const float* line, float* to) {
+#if defined(__AVX2__)
+  for (int64_t i = 0; i < NT; i += W) _mm256_stream_ps(to + i, _mm256_load_ps(line + i));
+#else
+  std::memcpy(to, line, NT * 4);
+#endif
+}
+
+inline void seen() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace

@@ -7,6 +7,7 @@
 //   Bits<KIND>     expansion of a bitmask's values, and the product with an input; Nibbles: those of int4
 //   Lanes<KIND>    products of 32-bit lanes: 1 fp32, 2 bf16, 4 int8
 //   transpose      W x W 32-bit numbers
+//   past_caches    NT floats to whole lines of memory; seen: other threads see them from here on
 
 #include <cstring>
 
@@ -202,12 +203,21 @@ void tiles_placed(const rarefy_tiles& w, int64_t from, int64_t to, const float* 
   }
 }
 
-// Sums become outputs.
-void put(const float* sums, int64_t n, float bias, int act, float* __restrict y) {
-  if (act == RAREFY_RELU)
-    for (int64_t i = 0; i < n; ++i) y[i] = sums[i] + bias < 0.0f ? 0.0f : sums[i] + bias;  // NaN stays
-  else
-    for (int64_t i = 0; i < n; ++i) y[i] = sums[i] + bias;
+// `n` sums of each row become outputs, rows of which are `apart`; past the caches if they fill whole lines there.
+void put(const float* sums, int64_t rows, int64_t n, const float* bias, int act, float* __restrict y, int64_t apart,
+         bool stream) {
+  stream = stream && n == NT && apart % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+  for (int64_t r = 0; r < rows; ++r, sums += NT, y += apart) {
+    const float b = bias ? bias[r] : 0.0f;
+    alignas(64) float line[NT];
+    float* __restrict to = stream ? line : y;
+    if (act == RAREFY_RELU)
+      for (int64_t i = 0; i < n; ++i) to[i] = sums[i] + b < 0.0f ? 0.0f : sums[i] + b;  // NaN stays
+    else
+      for (int64_t i = 0; i < n; ++i) to[i] = sums[i] + b;
+    if (stream) past_caches(line, y);
+  }
+  if (stream) seen();
 }
 
 // Every second float.

@@ -20,7 +20,7 @@ struct rarefy_table {
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
   void (*placed)(const rarefy_tiles&, int64_t, int64_t, const float*, const float*, const int32_t*, const rarefy_piece*,
                  int, uint32_t*, uint32_t*, int64_t);
-  void (*put)(const float*, int64_t, float, int, float*);
+  void (*put)(const float*, int64_t, int64_t, const float*, int, float*, int64_t, bool);
   void (*halve)(const float*, int64_t, float*);
   void (*pack[3])(const float*, int64_t, int64_t, int64_t, const float*, uint32_t*);
   void (*convert[4])(const float*, int64_t, int64_t, float, void*);

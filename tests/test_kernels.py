@@ -101,6 +101,8 @@ CONVOLUTIONS = [  # images, groups, outputs, inputs of a group, kernel, stride, 
     (2, 3, 9, 2, (5, 5), (4, 3), (4, 4), (1, 1), (8, 8), None),
     (1, 1, 5, 2, (2, 2), (1, 1), (0, 0), (3, 3), (4, 4), None),
     (7, 1, 17, 64, (3, 3), (1, 1), (1, 1), (1, 1), (56, 56), None),  # more images than one round takes
+    (70, 1, 6, 9, (3, 3), (1, 1), (0, 0), (1, 1), (3, 3), None),  # an output each
+    (3, 1, 70, 3, (1, 1), (1, 1), (0, 0), (1, 1), (104, 100), None),  # outputs go past the caches
 ]
 
 

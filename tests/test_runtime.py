@@ -362,6 +362,59 @@ def test_real_timings_of_convolutions_keep_the_outputs():
     )
 
 
+class Norms(nn.Module):
+    """A convolution, a BatchNorm, and every way in which they may be more than one after the other."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.conv, self.norm = convolution(nn.Conv2d, 8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        nn.init.normal_(self.norm.weight), nn.init.normal_(self.norm.bias)
+        self.norm.running_mean.normal_(), self.norm.running_var.uniform_(0.5, 2)
+        if how == "two":
+            self.other = nn.BatchNorm2d(8)
+        if how == "tied":
+            self.again = self.norm
+        if how == "a hook":
+            self.norm.register_forward_hook(lambda *_: None)
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.norm(y)
+        if self.how == "the output":
+            return z, y
+        if self.how == "read twice":
+            return z + y
+        if self.how == "a view":
+            return z + y.view(-1)[0]
+        if self.how == "two":
+            return self.other(z) + self.other(y)
+        if self.how == "called twice":
+            return self.norm(self.conv(z))
+        if self.how == "one more norm":
+            return self.norm(z)
+        return z
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("how", "folds"),
+    [("alone", True), ("called twice", True), ("the output", False), ("read twice", False), ("a view", False),
+     ("two", False), ("one more norm", False), ("tied", False), ("a hook", False), ("training", False)],
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["convolution", "dense"])
+def test_a_batch_norm_goes_into_the_convolution_before_it(way, how, folds, monkeypatch):
+    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: (way, 2.0)))
+    model, x = Norms(how).train(how == "training"), torch.randn(3, 8, 6, 6)
+    want = copy.deepcopy(model).eval()(x)
+    report = accelerate_(model, example=x)
+    torch.testing.assert_close(model.eval()(x), want, rtol=1e-4, atol=1e-4)
+    assert isinstance(model.norm, nn.Identity) is folds
+    assert report.rows[0]["takes in"] == ("norm" if folds else "")
+    assert isinstance(model.conv, SparseConv) is (way == "convolution")
+    assert all(p.is_leaf for p in model.parameters())
+
+
 def small(kind):
     if kind == "linear":
         return sparse(pruned()), (70,)

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rarefy.errors import ModelError
 from rarefy.model.select import Layer, Selector, select
-from rarefy.model.stats import call, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof.measure import compare, resident_bytes
 from rarefy.proof.report import Report
 from rarefy.runtime import choices as kept
 from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
 from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
+from rarefy.runtime.observe import Observed, observe
 from rarefy.runtime.packed import KINDS, Packed, pack_bitmask, pack_conv, pack_tiles
 
 FEW = 0.1  # zeros below which nothing is tried
@@ -53,7 +54,8 @@ def accelerate_(
     batch    numbers of inputs in a call of a Linear (samples x tokens) for which a choice is made; those between go to
              the nearest
     example  what the model can be called with. Convolutions need it: the choice depends on the size of their images,
-             and is made for one image and for as many as the example has
+             and is made for one image and for as many as the example has; a BatchNorm that alone reads what such a layer
+             returns goes into its weights, an Identity stays in its place
     repeats  timings of each way, in turns
     choices  the file that keeps what was fastest, so that it is measured once (`rarefy.runtime.choices` says where
              that file is); False = measure, and keep nothing
@@ -88,7 +90,8 @@ def accelerate_(
         for name, m in model.named_modules()
         for child, c in m.named_children()
     }
-    images = {} if example is None else _images(model, chosen, example)
+    seen = Observed({}, {}) if example is None else observe(model, [l.module for l in chosen], example)
+    images, places = seen.images, {id(m): name for name, m in model.named_modules()}
     columns = sorted({*sizes, *(n for x in images.values() for n in (1, len(x)))})
     before, rows = resident_bytes(model), []
     flush = torch.zeros(FLUSH // 4) if before > CACHED else None
@@ -100,10 +103,16 @@ def accelerate_(
         row: dict[str, Any] = {"layer": layer.full_name, "shape": "x".join(map(str, weight.shape)), "sparsity": zeros}
         image = images.get(id(layer.module))
         mine = sizes if image is None else sorted({1, len(image)})
-        row |= {f"batch {b}": "dense" if b in mine else "" for b in columns}
-        why = _why_dense(layer, parents, zeros, None if example is None else image is not None)
+        row |= {f"batch {b}": "dense" if b in mine else "" for b in columns} | ({"takes in": ""} if images else {})
+        module, norm = layer.module, seen.norms.get(id(layer.module))
+        held = _why_held(layer, parents)
+        if held is None and norm is not None and uses[id(norm)] == 1 and not module.training:
+            module = fuse_conv_bn_eval(module, norm)
+            _replace(model, layer.name, module)
+            _replace(model, places[id(norm)], nn.Identity())
+            row["takes in"] = places[id(norm)]
+        why = held or _why_dense(layer, zeros, None if example is None else image is not None)
         if why is None:
-            module: Any = layer.module
             ways, build = _ways(module)
             inputs = {n: _inputs(weight, n, image) for n in mine}
             shapes = [(x.shape, x.stride()) for x in inputs.values()]
@@ -111,7 +120,7 @@ def accelerate_(
             key = str((list(weight.shape), weight.dtype, round(zeros, 2), _fill(ways), shapes, how, flush is None))
             if not _fits(known.get(key), ways, mine):
                 layers_of = {n: build({1: w}) for n, w in ways.items()}
-                known[key] = _fastest(module, layers_of, inputs, repeats, flush)
+                known[key] = _fastest(layer.module, layers_of, inputs, repeats, flush)
                 if file is not None:
                     kept.write(file, {key: known[key]})
             best = known[key]
@@ -119,9 +128,8 @@ def accelerate_(
                 f"batch {b}": name if name == "dense" else f"{name} {gain:.2f}x" for b, (name, gain) in best.items()
             }
             if any(name != "dense" for name, _ in best.values()):
-                parent, _, leaf = layer.name.rpartition(".")
                 sparse = build(_forms(module, ways, {b: name for b, (name, _) in best.items()}))
-                setattr(model.get_submodule(parent), leaf, sparse.train(module.training))
+                _replace(model, layer.name, sparse.train(module.training))
             else:
                 why = "dense is as fast"
         rows.append({**row, "why": "" if why is None else f"dense: {why}"})
@@ -131,44 +139,33 @@ def accelerate_(
     return Report("accelerated", tuple(rows), summary)
 
 
-def _images(model: nn.Module, chosen: Sequence[Layer], example: Any) -> dict[int, Tensor]:
-    """What convolutions are given when the model is called with `example`, by the id of the module."""
-    found: dict[int, Tensor] = {}
-
-    def see(module: nn.Module, args: tuple) -> None:
-        if args and args[0].dim() == len(module.kernel_size) + 2:  # type: ignore[arg-type]
-            found.setdefault(id(module), torch.empty_like(args[0]))
-
-    modules = {id(l.module): l.module for l in chosen if isinstance(l.module, nn.Conv1d | nn.Conv2d)}
-    hooks = [m.register_forward_pre_hook(see) for m in modules.values()]
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, on_device(model, example))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
-def _why_dense(
-    layer: Layer, parents: dict[str, tuple[nn.Module, int]], zeros: float, reached: bool | None
-) -> str | None:
-    """Why a layer is not even tried, or None; `parents`: of each layer, and how often it is used; `reached`: by the
-    example, None where there is none."""
+def _why_held(layer: Layer, parents: dict[str, tuple[nn.Module, int]]) -> str | None:
+    """Why nothing may stand in a layer's place, or None; `parents`: of each layer, and how often it is used."""
     module: Any = layer.module
-    conv = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward)
-    if native.missing() is not None:
-        return native.missing()
     if not layer.name:
         return "it is the whole model: put it into a module"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "its hooks would be lost"
-    if layer.param != "weight" or not (conv or type(module).forward is nn.Linear.forward):
-        return f"no kernel for {type(module).__name__} yet"
     if len(layer.owners) > 1 or layer.elsewhere or parents[layer.name][1] > 1:
         return "its weight is shared"
     if isinstance(parents[layer.name][0], READERS):
         return f"{type(parents[layer.name][0]).__name__} reads its weight itself"
+    return None
+
+
+def _why_dense(layer: Layer, zeros: float, reached: bool | None) -> str | None:
+    """Why a layer is not even tried, or None; `reached`: by the example, None where there is none."""
+    module: Any = layer.module
+    conv = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward)
+    if native.missing() is not None:
+        return native.missing()
+    if layer.param != "weight" or not (conv or type(module).forward is nn.Linear.forward):
+        return f"no kernel for {type(module).__name__} yet"
     if layer.weight.dtype not in NAMES or layer.weight.device.type != "cpu":
         return f"{layer.weight.dtype} on {layer.weight.device.type}"
     if zeros < FEW:

@@ -21,7 +21,7 @@ KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LANE = {"fp32": 1, "bf16": 2, "int8": 4}
 PAST = 64  # bytes that a kernel may read past the last value
 BLOCK = 65535  # lanes of a block at most: columns are counted in 16 bits
-CONV_BLOCK = 256  # lanes of a convolution that are brought together at once
+CONV_BLOCK = 192  # lanes of a convolution that are brought together at once
 
 
 @dataclass(frozen=True, eq=False)
