@@ -21,6 +21,11 @@ inline __m512i in_register(const void* p) {
   return v;
 }
 
+using lanes = __m512i;
+
+inline lanes lanes_at(const void* p) { return _mm512_loadu_si512(p); }
+inline void put_lanes(void* p, lanes v) { _mm512_storeu_si512(p, v); }
+
 struct FloatSums {
   using sum = __m512;
   static __m512 zero() { return _mm512_setzero_ps(); }
@@ -102,8 +107,11 @@ template <>
 struct Lanes<RAREFY_F32> : Floats {
   static constexpr int width = 1;
   static __m512 step(__m512 s, __m512 x, __m512 w) { return _mm512_fmadd_ps(w, x, s); }
-  static void to_lanes(const float* x, int64_t n, float, uint32_t* out) {
-    _mm512_store_ps(out, _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), x));
+  static lanes to_lanes(const float* x, int64_t n, float) {
+    return _mm512_castps_si512(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), x));
+  }
+  static lanes output(lanes sum, int32_t, float, const float*, float bias) {
+    return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(sum), _mm512_set1_ps(bias)));
   }
 };
 
@@ -111,10 +119,13 @@ template <>
 struct Lanes<RAREFY_BF16> : Floats {
   static constexpr int width = 2;
   static __m512 step(__m512 s, __m512 x, __m512 w) { return _mm512_dpbf16_ps(s, __m512bh(x), __m512bh(w)); }
-  static void to_lanes(const float* x, int64_t n, float, uint32_t* out) {
+  static lanes to_lanes(const float* x, int64_t n, float) {
     const uint32_t mask = n >= 32 ? ~0u : (1u << n) - 1;
     const __m512 a = _mm512_maskz_loadu_ps(__mmask16(mask), x), b = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
-    _mm512_store_si512(out, __m512i(_mm512_cvtne2ps_pbh(b, a)));
+    return __m512i(_mm512_cvtne2ps_pbh(b, a));
+  }
+  static lanes output(lanes sum, int32_t, float, const float*, float bias) {
+    return Lanes<RAREFY_F32>::output(sum, 0, 1, nullptr, bias);
   }
 };
 
@@ -132,17 +143,23 @@ struct Lanes<RAREFY_I8> : IntegerSums {
   static __m512i step(__m512i s, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(s, x, w); }
   static __m512i sum_at(const uint32_t* o) { return _mm512_load_si512(o); }
   static void store(uint32_t* o, __m512i s) { _mm512_store_si512(o, s); }
-  static void to_lanes(const float* x, int64_t n, float scale, uint32_t* out) {
+  static lanes to_lanes(const float* x, int64_t n, float scale) {
     const uint64_t mask = n >= 64 ? ~0ull : (1ull << n) - 1;
     const __m512 s = _mm512_set1_ps(scale);
-    for (int i = 0; i < 4; ++i)
-      _mm_store_si128(reinterpret_cast<__m128i*>(out + 4 * i), to_bytes(x + 16 * i, uint32_t(mask >> (16 * i)) & 0xffff, s));
+    __m512i v = _mm512_castsi128_si512(to_bytes(x, uint32_t(mask) & 0xffff, s));
+    v = _mm512_inserti32x4(v, to_bytes(x + 16, uint32_t(mask >> 16) & 0xffff, s), 1);
+    v = _mm512_inserti32x4(v, to_bytes(x + 32, uint32_t(mask >> 32) & 0xffff, s), 2);
+    return _mm512_inserti32x4(v, to_bytes(x + 48, uint32_t(mask >> 48) & 0xffff, s), 3);
+  }
+  static lanes output(lanes sum, int32_t shift, float scale, const float* scales, float bias) {
+    const __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(shift)));
+    const __m512 by = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(scales));
+    return _mm512_castps_si512(_mm512_add_ps(_mm512_mul_ps(y, by), _mm512_set1_ps(bias)));
   }
 };
 
-inline void transpose(uint32_t (&a)[16][16]) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(a[i]);
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -154,13 +171,19 @@ inline void transpose(uint32_t (&a)[16][16]) {
     r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
   }
   for (int i = 0; i < 4; ++i) {
-    const __m512i ab0 = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), ab1 = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    const __m512i cd0 = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88), cd1 = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    _mm512_store_si512(a[i], _mm512_shuffle_i32x4(ab0, cd0, 0x88));
-    _mm512_store_si512(a[8 + i], _mm512_shuffle_i32x4(ab0, cd0, 0xdd));
-    _mm512_store_si512(a[4 + i], _mm512_shuffle_i32x4(ab1, cd1, 0x88));
-    _mm512_store_si512(a[12 + i], _mm512_shuffle_i32x4(ab1, cd1, 0xdd));
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
   }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+  }
+}
+
+inline lanes rectified(lanes v) {  // NaN stays
+  return _mm512_castps_si512(_mm512_max_ps(_mm512_setzero_ps(), _mm512_castsi512_ps(v)));
 }
 
 inline void past_caches(const float* line, float* to) {

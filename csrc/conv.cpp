@@ -10,10 +10,6 @@
 #include "table.h"
 #include "threads.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace {
 
 constexpr int64_t CHUNK = 64, FEW = 4;    // tiles of weights that a thread takes at once; parts that are too few
@@ -93,16 +89,6 @@ struct Plan {
   }
 };
 
-// Ask for large pages where outputs come into fresh memory: most of the time of a 50 MB layer goes into small ones.
-void large_pages([[maybe_unused]] float* y, [[maybe_unused]] int64_t n) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t from = (reinterpret_cast<uintptr_t>(y) + page - 1) / page * page;
-  const uintptr_t to = reinterpret_cast<uintptr_t>(y + n) / page * page;
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -125,7 +111,7 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
   float* made = reinterpret_cast<float*>(places + (lanes + 63) / 64 * 64);
   const bool worth = w->weight.rows * lanes / 8 * each * n > LEAST;
   const bool stream = n * outputs * each > STREAM;
-  if (stream) large_pages(y, n * outputs * each);
+  if (stream) large_pages(y, size_t(n * outputs * each) * 4);
   for (int64_t from = 0; from < n; from += most) {  // a round of images
     const int64_t some = std::min(most, n - from), squares = (some * each + NT - 1) / NT;
     const float* first = plan.direct ? x : made;

@@ -30,6 +30,11 @@ inline V at(const void* p) {
   return v;
 }
 
+using lanes = vu;
+
+inline lanes lanes_at(const void* p) { return at<vu>(p); }
+inline void put_lanes(void* p, lanes v) { std::memcpy(p, &v, sizeof v); }
+
 struct FloatSums {
   using sum = vf;
   static vf zero() { return vf{}; }
@@ -170,6 +175,7 @@ template <int KIND>
 struct Lanes;
 
 struct Floats : FloatSums {
+  static lanes output(lanes sum, int32_t, float, const float*, float bias) { return lanes(vf(sum) + bias); }
   static vf sum_at(const uint32_t* o) { return at<vf>(o); }
   static void store(uint32_t* o, vf s) { std::memcpy(o, &s, sizeof s); }
 };
@@ -181,9 +187,10 @@ struct Lanes<RAREFY_F32> : Floats {
   static vf load(const uint32_t* x) { return at<vf>(x); }
   static vf spread(uint32_t w) { return vf(vu{} + w); }
   static vf step(vf s, vf x, vf w) { return s + w * x; }
-  static void to_lanes(const float* x, int64_t n, float, uint32_t* out) {
-    std::memset(out, 0, W * 4);
-    std::memcpy(out, x, size_t(n) * 4);
+  static lanes to_lanes(const float* x, int64_t n, float) {
+    lanes v{};
+    std::memcpy(&v, x, size_t(n) * 4);
+    return v;
   }
 };
 
@@ -194,9 +201,11 @@ struct Lanes<RAREFY_BF16> : Floats {
   static vu load(const uint32_t* x) { return at<vu>(x); }
   static vu spread(uint32_t w) { return vu{} + w; }
   static vf step(vf s, vu x, vu w) { return s + low_half(w) * low_half(x) + high_half(w) * high_half(x); }
-  static void to_lanes(const float* x, int64_t n, float, uint32_t* out) {
+  static lanes to_lanes(const float* x, int64_t n, float) {
+    lanes v;
     for (int64_t i = 0; i < W; ++i)
-      out[i] = (2 * i < n ? to_bf16(x[2 * i]) : 0) | (2 * i + 1 < n ? to_bf16(x[2 * i + 1]) : 0) << 16;
+      v[i] = (2 * i < n ? to_bf16(x[2 * i]) : 0) | (2 * i + 1 < n ? to_bf16(x[2 * i + 1]) : 0) << 16;
+    return v;
   }
 };
 
@@ -209,10 +218,13 @@ struct Lanes<RAREFY_I8> : IntegerSums {
   static vu load(const uint32_t* x) { return at<vu>(x); }
   static vi spread(uint32_t w) { return vi(vu{} + w); }
   static vi step(vi s, vu x, vi w) { return dot_bytes(s, x, w); }
-  static void to_lanes(const float* x, int64_t n, float scale, uint32_t* out) {
+  static lanes to_lanes(const float* x, int64_t n, float scale) {
     uint8_t bytes[4 * W];
     for (int64_t i = 0; i < 4 * W; ++i) bytes[i] = i < n ? uint8_t(nearest(x[i] * scale) + 128) : 128;
-    std::memcpy(out, bytes, sizeof bytes);
+    return lanes_at(bytes);
+  }
+  static lanes output(lanes sum, int32_t shift, float scale, const float* scales, float bias) {
+    return lanes(__builtin_convertvector(vi(sum - uint32_t(shift)), vf) * (at<vf>(scales) * scale) + bias);
   }
   static int nearest(float f) {  // even where two are as near; NaN and what is too large become the ends
     const float most = f < 127.0f ? (f > -128.0f ? f : -128.0f) : 127.0f;
@@ -220,14 +232,16 @@ struct Lanes<RAREFY_I8> : IntegerSums {
   }
 };
 
-inline void transpose(uint32_t (&a)[W][W]) {
+inline void transpose(lanes (&r)[W]) {
   for (int i = 0; i < W; ++i)
     for (int j = 0; j < i; ++j) {
-      const uint32_t t = a[i][j];
-      a[i][j] = a[j][i];
-      a[j][i] = t;
+      const uint32_t t = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = t;
     }
 }
+
+inline lanes rectified(lanes v) { return lanes(vf(v) < 0.0f ? vf{} : vf(v)); }  // NaN stays
 
 inline void past_caches(const float* line, float* to) {
 #if defined(__AVX2__)

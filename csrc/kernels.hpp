@@ -6,7 +6,7 @@
 //   W, MOST        floats of a vector, vectors of a tile that fit the registers
 //   Bits<KIND>     expansion of a bitmask's values, and the product with an input; Nibbles: those of int4
 //   Lanes<KIND>    products of 32-bit lanes: 1 fp32, 2 bf16, 4 int8
-//   transpose      W x W 32-bit numbers
+//   lanes          W 32-bit numbers; lanes_at, put_lanes, rectified; transpose: W of them
 //   past_caches    NT floats to whole lines of memory; seen: other threads see them from here on
 
 #include <cstring>
@@ -225,6 +225,16 @@ void halve(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[2 * i];
 }
 
+// The bits of the largest magnitude; magnitudes of floats are ordered as integers are.
+uint32_t largest(const float* x, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t here = __builtin_bit_cast(uint32_t, x[i]) & 0x7fffffffu;
+    most = here > most ? here : most;
+  }
+  return most;
+}
+
 // ---- inputs packed into [lanes][NT] --------------------------------------------------------------------------------
 
 // Rows of fp32 inputs become rows of lanes (`to_lanes`), W of them at a time are transposed.
@@ -232,20 +242,18 @@ template <int KIND>
 void pack(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out) {
   using L = Lanes<KIND>;
   constexpr int64_t each = L::width;  // inputs of a lane
-  const int64_t lanes = (width + each - 1) / each;
-  alignas(64) uint32_t square[W][W];
+  const int64_t depth = (width + each - 1) / each;
+  lanes square[W];
   for (int64_t n = 0; n < rows; n += W) {
     const int64_t here = rows - n < W ? rows - n : W;
-    for (int64_t k = 0; k < lanes; k += W) {
-      const int64_t some = lanes - k < W ? lanes - k : W, inputs = width - k * each;
-      for (int64_t i = 0; i < W; ++i) {
-        if (i < here)
-          L::to_lanes(x + (n + i) * ldx + k * each, inputs < W * each ? inputs : W * each, scales ? scales[n + i] : 1.0f, square[i]);
-        else
-          std::memset(square[i], 0, sizeof square[i]);
-      }
+    for (int64_t k = 0; k < depth; k += W) {
+      const int64_t some = depth - k < W ? depth - k : W, inputs = width - k * each;
+      for (int64_t i = 0; i < W; ++i)
+        square[i] = i < here ? L::to_lanes(x + (n + i) * ldx + k * each, inputs < W * each ? inputs : W * each,
+                                           scales ? scales[n + i] : 1.0f)
+                             : lanes{};
       transpose(square);
-      for (int64_t i = 0; i < some; ++i) std::memcpy(out + (k + i) * NT + n, square[i], sizeof square[i]);
+      for (int64_t i = 0; i < some; ++i) put_lanes(out + (k + i) * NT + n, square[i]);
     }
   }
 }
@@ -255,46 +263,36 @@ template <int KIND>
 void convert(const float* x, int64_t n, int64_t wide, float scale, void* out) {
   using L = Lanes<KIND>;
   constexpr int64_t step = W * L::width;
-  alignas(64) uint32_t lanes[W];
   for (int64_t k = 0; k < wide; k += step) {
     const int64_t some = n - k < step ? (n > k ? n - k : 0) : step;
-    L::to_lanes(x + (n > k ? k : 0), some, scale, lanes);
-    std::memcpy(static_cast<uint32_t*>(out) + k / L::width, lanes, sizeof lanes);
+    put_lanes(static_cast<uint32_t*>(out) + k / L::width, L::to_lanes(x + (n > k ? k : 0), some, scale));
   }
 }
 
 // ---- sums [rows][NT] become outputs y[n][row] ----------------------------------------------------------------------
 
+// Of W inputs at a time all the rows are written: few lines of y are open at once.
 template <int KIND>
-void finish(const rarefy_tiles& w, int64_t row, int64_t rows, uint32_t* sums, const float* scales, int64_t columns,
-            float* y, int64_t ldy) {
-  for (int64_t r = 0; r < rows; ++r) {
-    uint32_t* line = sums + r * NT;
-    float wide[NT];
-    const float bias = w.bias ? w.bias[row + r] : 0.0f;
-    if constexpr (KIND == RAREFY_I8) {
-      const uint32_t shift = 128 * uint32_t(w.sums[row + r]);
-      const float scale = w.scales[row + r];
-      for (int64_t n = 0; n < NT; ++n) wide[n] = float(int32_t(line[n] - shift)) * (scale * scales[n]) + bias;
-    } else {
-      std::memcpy(wide, line, sizeof wide);
-      for (int64_t n = 0; n < NT; ++n) wide[n] += bias;
-    }
-    if (w.act == RAREFY_RELU)
-      for (int64_t n = 0; n < NT; ++n) wide[n] = wide[n] < 0.0f ? 0.0f : wide[n];  // NaN stays
-    std::memcpy(line, wide, sizeof wide);
-  }
-  alignas(64) uint32_t square[W][W];
-  for (int64_t r = 0; r < rows; r += W) {
-    const int64_t here = rows - r < W ? rows - r : W;
-    for (int64_t n = 0; n < columns; n += W) {
-      for (int64_t i = 0; i < here; ++i) std::memcpy(square[i], sums + (r + i) * NT + n, sizeof square[i]);
+void finish(const rarefy_tiles& w, int64_t row, int64_t rows, const uint32_t* sums, const float* scales,
+            int64_t columns, float* y, int64_t ldy) {
+  lanes square[W];
+  for (int64_t n = 0; n < columns; n += W) {
+    const int64_t some = columns - n < W ? columns - n : W;
+    for (int64_t r = 0; r < rows; r += W) {
+      const int64_t here = rows - r < W ? rows - r : W;
+      for (int64_t i = 0; i < W; ++i) {
+        const int64_t at = r + (i < here ? i : 0), o = row + at;
+        const int32_t shift = KIND == RAREFY_I8 ? int32_t(128 * uint32_t(w.sums[o])) : 0;
+        const float scale = KIND == RAREFY_I8 ? w.scales[o] : 1.0f;
+        const lanes v = Lanes<KIND>::output(lanes_at(sums + at * NT + n), shift, scale, scales + n, w.bias ? w.bias[o] : 0.0f);
+        square[i] = w.act == RAREFY_RELU ? rectified(v) : v;
+      }
       transpose(square);
-      const int64_t some = columns - n < W ? columns - n : W;
-      if (here == W)
-        for (int64_t i = 0; i < some; ++i) std::memcpy(y + (n + i) * ldy + row + r, square[i], sizeof square[i]);
+      float* to = y + n * ldy + row + r;
+      if (here == W && some == W)
+        for (int64_t i = 0; i < W; ++i) put_lanes(to + i * ldy, square[i]);
       else
-        for (int64_t i = 0; i < some; ++i) std::memcpy(y + (n + i) * ldy + row + r, square[i], size_t(here) * 4);
+        for (int64_t i = 0; i < some; ++i) std::memcpy(to + i * ldy, &square[i], size_t(here) * 4);
     }
   }
 }

@@ -36,9 +36,8 @@ const rarefy_table* of_name(const char* name) {
   return !name || !std::strcmp(name, "portable") ? &rarefy_portable : nullptr;
 }
 
-float quantize(const float* x, int64_t n) {
-  uint32_t most = 0;  // magnitudes of floats are ordered as integers are
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, __builtin_bit_cast(uint32_t, x[i]) & 0x7fffffffu);
+float step_of(const rarefy_table& t, const float* x, int64_t n) {
+  const uint32_t most = t.largest(x, n);
   if (most >= 0x7f800000u) return std::nanf("");  // NaN or inf: no output of this row means anything
   return most ? __builtin_bit_cast(float, most) / 127.0f : 1.0f;
 }
@@ -83,7 +82,7 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, flo
     const int64_t here = std::min(NT, n - s * NT);
     if (bytes)
       for (int64_t i = 0; i < NT; ++i) {
-        const float q = i < here ? quantize(x + (s * NT + i) * ldx, inputs) : 1.0f;
+        const float q = i < here ? step_of(t, x + (s * NT + i) * ldx, inputs) : 1.0f;
         scales[s * NT + i] = q;
         inverse[s * NT + i] = 1.0f / q;
       }
@@ -110,7 +109,7 @@ API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx,
   if (!in) return RAREFY_MEMORY;
   float* scales = reinterpret_cast<float*>(in + n * wide * bytes);
   for (int64_t i = 0; i < n; ++i) {
-    scales[i] = w->kind >= RAREFY_I8 ? quantize(x + i * ldx, w->cols) : 1.0f;
+    scales[i] = w->kind >= RAREFY_I8 ? step_of(t, x + i * ldx, w->cols) : 1.0f;
     t.convert[w->kind](x + i * ldx, w->cols, wide, 1.0f / scales[i], in + i * wide * bytes);
   }
   on_threads((w->rows + PART - 1) / PART, w->rows * w->cols / 8 * n > LEAST, [&](int64_t p) {

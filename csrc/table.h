@@ -22,9 +22,10 @@ struct rarefy_table {
                  int, uint32_t*, uint32_t*, int64_t);
   void (*put)(const float*, int64_t, int64_t, const float*, int, float*, int64_t, bool);
   void (*halve)(const float*, int64_t, float*);
+  uint32_t (*largest)(const float*, int64_t);
   void (*pack[3])(const float*, int64_t, int64_t, int64_t, const float*, uint32_t*);
   void (*convert[4])(const float*, int64_t, int64_t, float, void*);
-  void (*finish[3])(const rarefy_tiles&, int64_t, int64_t, uint32_t*, const float*, int64_t, float*, int64_t);
+  void (*finish[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, const float*, int64_t, float*, int64_t);
 };
 
 const rarefy_table& rarefy_chosen();  // what serves this process
@@ -36,6 +37,7 @@ const rarefy_table& rarefy_chosen();  // what serves this process
    tiles_placed,                                                                       \
    put,                                                                                \
    halve,                                                                              \
+   largest,                                                                            \
    {pack<RAREFY_F32>, pack<RAREFY_BF16>, pack<RAREFY_I8>},                             \
    {convert<RAREFY_F32>, convert<RAREFY_BF16>, convert<RAREFY_I8>, convert<RAREFY_I8>}, \
    {finish<RAREFY_F32>, finish<RAREFY_BF16>, finish<RAREFY_I8>}}
