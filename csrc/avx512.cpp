@@ -110,9 +110,6 @@ struct Lanes<RAREFY_F32> : Floats {
   static lanes to_lanes(const float* x, int64_t n, float) {
     return _mm512_castps_si512(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), x));
   }
-  static lanes output(lanes sum, int32_t, float, const float*, float bias) {
-    return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(sum), _mm512_set1_ps(bias)));
-  }
 };
 
 template <>
@@ -123,9 +120,6 @@ struct Lanes<RAREFY_BF16> : Floats {
     const uint32_t mask = n >= 32 ? ~0u : (1u << n) - 1;
     const __m512 a = _mm512_maskz_loadu_ps(__mmask16(mask), x), b = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
     return __m512i(_mm512_cvtne2ps_pbh(b, a));
-  }
-  static lanes output(lanes sum, int32_t, float, const float*, float bias) {
-    return Lanes<RAREFY_F32>::output(sum, 0, 1, nullptr, bias);
   }
 };
 
@@ -150,11 +144,6 @@ struct Lanes<RAREFY_I8> : IntegerSums {
     v = _mm512_inserti32x4(v, to_bytes(x + 16, uint32_t(mask >> 16) & 0xffff, s), 1);
     v = _mm512_inserti32x4(v, to_bytes(x + 32, uint32_t(mask >> 32) & 0xffff, s), 2);
     return _mm512_inserti32x4(v, to_bytes(x + 48, uint32_t(mask >> 48) & 0xffff, s), 3);
-  }
-  static lanes output(lanes sum, int32_t shift, float scale, const float* scales, float bias) {
-    const __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(shift)));
-    const __m512 by = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(scales));
-    return _mm512_castps_si512(_mm512_add_ps(_mm512_mul_ps(y, by), _mm512_set1_ps(bias)));
   }
 };
 
@@ -182,13 +171,7 @@ inline void transpose(__m512i (&r)[16]) {
   }
 }
 
-inline lanes rectified(lanes v) {  // NaN stays
-  return _mm512_castps_si512(_mm512_max_ps(_mm512_setzero_ps(), _mm512_castsi512_ps(v)));
-}
-
-inline void past_caches(const float* line, float* to) {
-  for (int64_t i = 0; i < NT; i += W) _mm512_stream_ps(to + i, _mm512_load_ps(line + i));
-}
+inline void past_caches(float* to, lanes v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v); }
 
 inline void seen() { _mm_sfence(); }
 

@@ -93,7 +93,8 @@ struct Plan {
 
 #define API extern "C" __attribute__((visibility("default")))
 
-API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, float* y, int64_t n) {
+API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual,
+                        float* y, int64_t n) {
   const rarefy_table& t = rarefy_chosen();
   const Plan plan(*w, height, width);
   const int64_t lanes = w->weight.cols, inputs = w->inputs * w->groups, outputs = w->outputs * w->groups;
@@ -135,8 +136,9 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
       for (int64_t done = 0, run; done < here; done += run) {
         const int64_t i = (q + done) / each, at = (q + done) % each;
         run = std::min(here - done, each - at);
-        t.put(reinterpret_cast<const float*>(sums) + done, rows, run, bias, w->weight.act,
-              y + ((from + i) * outputs + o) * each + at, each, stream);
+        const int64_t to = ((from + i) * outputs + o) * each + at;
+        t.put(reinterpret_cast<const float*>(sums) + done, rows, run, bias, residual ? residual + to : nullptr,
+              w->weight.act, y + to, each, stream);
       }
     });
   }

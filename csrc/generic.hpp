@@ -175,7 +175,6 @@ template <int KIND>
 struct Lanes;
 
 struct Floats : FloatSums {
-  static lanes output(lanes sum, int32_t, float, const float*, float bias) { return lanes(vf(sum) + bias); }
   static vf sum_at(const uint32_t* o) { return at<vf>(o); }
   static void store(uint32_t* o, vf s) { std::memcpy(o, &s, sizeof s); }
 };
@@ -223,9 +222,6 @@ struct Lanes<RAREFY_I8> : IntegerSums {
     for (int64_t i = 0; i < 4 * W; ++i) bytes[i] = i < n ? uint8_t(nearest(x[i] * scale) + 128) : 128;
     return lanes_at(bytes);
   }
-  static lanes output(lanes sum, int32_t shift, float scale, const float* scales, float bias) {
-    return lanes(__builtin_convertvector(vi(sum - uint32_t(shift)), vf) * (at<vf>(scales) * scale) + bias);
-  }
   static int nearest(float f) {  // even where two are as near; NaN and what is too large become the ends
     const float most = f < 127.0f ? (f > -128.0f ? f : -128.0f) : 127.0f;
     return int(most + 12582912.0f - 12582912.0f);
@@ -241,13 +237,11 @@ inline void transpose(lanes (&r)[W]) {
     }
 }
 
-inline lanes rectified(lanes v) { return lanes(vf(v) < 0.0f ? vf{} : vf(v)); }  // NaN stays
-
-inline void past_caches(const float* line, float* to) {
+inline void past_caches(float* to, lanes v) {
 #if defined(__AVX2__)
-  for (int64_t i = 0; i < NT; i += W) _mm256_stream_ps(to + i, _mm256_load_ps(line + i));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), __m256i(v));
 #else
-  std::memcpy(to, line, NT * 4);
+  put_lanes(to, v);
 #endif
 }
 

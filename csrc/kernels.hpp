@@ -6,10 +6,12 @@
 //   W, MOST        floats of a vector, vectors of a tile that fit the registers
 //   Bits<KIND>     expansion of a bitmask's values, and the product with an input; Nibbles: those of int4
 //   Lanes<KIND>    products of 32-bit lanes: 1 fp32, 2 bf16, 4 int8
-//   lanes          W 32-bit numbers; lanes_at, put_lanes, rectified; transpose: W of them
-//   past_caches    NT floats to whole lines of memory; seen: other threads see them from here on
+//   lanes          W 32-bit numbers; lanes_at, put_lanes; transpose: W of them
+//   past_caches    lanes to memory, of which whole lines are written; seen: other threads see them from here on
 
 #include <cstring>
+
+#include "settle.hpp"
 
 namespace {
 
@@ -203,23 +205,6 @@ void tiles_placed(const rarefy_tiles& w, int64_t from, int64_t to, const float* 
   }
 }
 
-// `n` sums of each row become outputs, rows of which are `apart`; past the caches if they fill whole lines there.
-void put(const float* sums, int64_t rows, int64_t n, const float* bias, int act, float* __restrict y, int64_t apart,
-         bool stream) {
-  stream = stream && n == NT && apart % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
-  for (int64_t r = 0; r < rows; ++r, sums += NT, y += apart) {
-    const float b = bias ? bias[r] : 0.0f;
-    alignas(64) float line[NT];
-    float* __restrict to = stream ? line : y;
-    if (act == RAREFY_RELU)
-      for (int64_t i = 0; i < n; ++i) to[i] = sums[i] + b < 0.0f ? 0.0f : sums[i] + b;  // NaN stays
-    else
-      for (int64_t i = 0; i < n; ++i) to[i] = sums[i] + b;
-    if (stream) past_caches(line, y);
-  }
-  if (stream) seen();
-}
-
 // Every second float.
 void halve(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[2 * i];
@@ -266,34 +251,6 @@ void convert(const float* x, int64_t n, int64_t wide, float scale, void* out) {
   for (int64_t k = 0; k < wide; k += step) {
     const int64_t some = n - k < step ? (n > k ? n - k : 0) : step;
     put_lanes(static_cast<uint32_t*>(out) + k / L::width, L::to_lanes(x + (n > k ? k : 0), some, scale));
-  }
-}
-
-// ---- sums [rows][NT] become outputs y[n][row] ----------------------------------------------------------------------
-
-// Of W inputs at a time all the rows are written: few lines of y are open at once.
-template <int KIND>
-void finish(const rarefy_tiles& w, int64_t row, int64_t rows, const uint32_t* sums, const float* scales,
-            int64_t columns, float* y, int64_t ldy) {
-  lanes square[W];
-  for (int64_t n = 0; n < columns; n += W) {
-    const int64_t some = columns - n < W ? columns - n : W;
-    for (int64_t r = 0; r < rows; r += W) {
-      const int64_t here = rows - r < W ? rows - r : W;
-      for (int64_t i = 0; i < W; ++i) {
-        const int64_t at = r + (i < here ? i : 0), o = row + at;
-        const int32_t shift = KIND == RAREFY_I8 ? int32_t(128 * uint32_t(w.sums[o])) : 0;
-        const float scale = KIND == RAREFY_I8 ? w.scales[o] : 1.0f;
-        const lanes v = Lanes<KIND>::output(lanes_at(sums + at * NT + n), shift, scale, scales + n, w.bias ? w.bias[o] : 0.0f);
-        square[i] = w.act == RAREFY_RELU ? rectified(v) : v;
-      }
-      transpose(square);
-      float* to = y + n * ldy + row + r;
-      if (here == W && some == W)
-        for (int64_t i = 0; i < W; ++i) put_lanes(to + i * ldy, square[i]);
-      else
-        for (int64_t i = 0; i < some; ++i) std::memcpy(to + i * ldy, &square[i], size_t(here) * 4);
-    }
   }
 }
 

@@ -68,7 +68,8 @@ API void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*)) {
   rarefy_count_threads = threads;
 }
 
-API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n) {
+API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
+                         int64_t n) {
   const rarefy_table& t = rarefy_chosen();
   const bool bytes = w->kind == RAREFY_I8;
   const int64_t squares = (n + NT - 1) / NT, inputs = w->inputs, tiles = (w->rows + 3) / 4;
@@ -96,12 +97,13 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, flo
     alignas(64) uint32_t out[CHUNK * 4 * NT];
     t.tiles[w->kind](*w, from, to, packed + s * w->cols * NT, out, here);
     t.finish[w->kind](*w, from * 4, std::min(to * 4, w->rows) - from * 4, out, scales + s * NT, here,
-                      y + s * NT * ldy, ldy);
+                      residual ? residual + s * NT * ldy : nullptr, y + s * NT * ldy, ldy);
   });
   return RAREFY_OK;
 }
 
-API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n) {
+API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, const float* residual, float* y,
+                           int64_t ldy, int64_t n) {
   const rarefy_table& t = rarefy_chosen();
   const int64_t wide = w->words * 64, bytes = 4 / inputs_of_lane(w->kind);
   const Scratch<0> scratch(size_t(n * wide * bytes + n * 4));
@@ -115,19 +117,7 @@ API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx,
   on_threads((w->rows + PART - 1) / PART, w->rows * w->cols / 8 * n > LEAST, [&](int64_t p) {
     const int64_t from = p * PART, to = std::min(w->rows, from + PART);
     t.bits[w->kind](*w, from, to, in, wide, y, ldy, n);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t r = from; r < to; ++r) {
-        float v = y[i * ldy + r];
-        if (w->kind == RAREFY_I8) {
-          const uint32_t shift = 128 * uint32_t(static_cast<const int32_t*>(w->sums)[r]);
-          v = float(int32_t(__builtin_bit_cast(uint32_t, v) - shift)) *
-              (static_cast<const float*>(w->scales)[r] * scales[i]);
-        } else if (w->kind == RAREFY_I4) {
-          v = (v - 128.0f * static_cast<const float*>(w->sums)[r]) * scales[i];
-        }
-        v += w->bias ? w->bias[r] : 0.0f;
-        y[i * ldy + r] = w->act == RAREFY_RELU && v < 0.0f ? 0.0f : v;
-      }
+    t.settle[w->kind](*w, from, to, scales, residual, y, ldy, n);
   });
   return RAREFY_OK;
 }

@@ -7,7 +7,7 @@ extern "C" {
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_BAD = 1, RAREFY_MEMORY = 2 };
 enum rarefy_kind { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // of values; int4 in bitmasks alone
-enum rarefy_act { RAREFY_NONE = 0, RAREFY_RELU = 1 };
+enum rarefy_act { RAREFY_NONE = 0, RAREFY_RELU = 1, RAREFY_GELU = 2, RAREFY_GELU_TANH = 3, RAREFY_SILU = 4 };
 
 typedef void (*rarefy_body)(int64_t begin, int64_t end, void* context);
 typedef int (*rarefy_parallel)(int64_t begin, int64_t end, int64_t grain, rarefy_body body, void* context);
@@ -57,9 +57,13 @@ int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values);
 int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values);
 int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);
 
-// y[n][rows] = act(x[n][inputs] times w transposed + bias); rows of x and y are ldx and ldy apart.
-int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n);
-// y[n][outputs][OH][OW] = act(x[n][inputs][height][width] convolved with w + bias), both contiguous.
-int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, float* y, int64_t n);
-int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t n);
+// y[n][rows] = act(x[n][inputs] times w transposed + bias + residual); rows of x and y are ldx and ldy apart. The residual
+// lies as y does, and may be null.
+int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
+                       int64_t n);
+int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
+                     int64_t n);
+// y[n][outputs][OH][OW] = act(x[n][inputs][height][width] convolved with w + bias + residual), all contiguous.
+int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual, float* y,
+                    int64_t n);
 }

@@ -20,12 +20,14 @@ struct rarefy_table {
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
   void (*placed)(const rarefy_tiles&, int64_t, int64_t, const float*, const float*, const int32_t*, const rarefy_piece*,
                  int, uint32_t*, uint32_t*, int64_t);
-  void (*put)(const float*, int64_t, int64_t, const float*, int, float*, int64_t, bool);
+  void (*put)(const float*, int64_t, int64_t, const float*, const float*, int, float*, int64_t, bool);
   void (*halve)(const float*, int64_t, float*);
   uint32_t (*largest)(const float*, int64_t);
   void (*pack[3])(const float*, int64_t, int64_t, int64_t, const float*, uint32_t*);
   void (*convert[4])(const float*, int64_t, int64_t, float, void*);
-  void (*finish[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, const float*, int64_t, float*, int64_t);
+  void (*settle[4])(const rarefy_bitmask&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
+  void (*finish[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, const float*, int64_t, const float*, float*,
+                    int64_t);
 };
 
 const rarefy_table& rarefy_chosen();  // what serves this process
@@ -40,4 +42,5 @@ const rarefy_table& rarefy_chosen();  // what serves this process
    largest,                                                                            \
    {pack<RAREFY_F32>, pack<RAREFY_BF16>, pack<RAREFY_I8>},                             \
    {convert<RAREFY_F32>, convert<RAREFY_BF16>, convert<RAREFY_I8>, convert<RAREFY_I8>}, \
+   {settle_rows<RAREFY_F32>, settle_rows<RAREFY_BF16>, settle_rows<RAREFY_I8>, settle_rows<RAREFY_I4>}, \
    {finish<RAREFY_F32>, finish<RAREFY_BF16>, finish<RAREFY_I8>}}

@@ -68,7 +68,25 @@ def test_products(shape, kind, how, isa):
     want = reference.rounded(x, kind).double() @ packed.unpack(weight).double().T + bias
     assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
     torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(native.Kernel(weight, bias, "relu").run(x), got.relu())
+    activations(weight, bias, x, got)
+
+
+def activations(weight, bias, x, got):
+    """What follows the sums, against torch in double precision on the kernel's own outputs."""
+    more = torch.randn(got.shape)
+    for name, act in reference.ACTIVATIONS.items():
+        kernel = native.Kernel(weight, bias, name)
+        for residual in (None, more):
+            before = got.double() if residual is None else got.double() + residual
+            y, want = kernel.run(x, residual), act(before)
+            assert (y - want).abs().max() <= 1e-6 * max(1.0, float(before.abs().max())), name
+
+
+def test_activations_of_whatever_value(isa):
+    x = torch.cat([torch.linspace(-12, 12, 100_001), torch.tensor([-1e30, -200, -88, -0.0, 0, 1e-30, 88, 200, 1e30])])
+    for name, act in reference.ACTIVATIONS.items():
+        y, want = native.Kernel(packed.pack_tiles(torch.ones(1, 1)), None, name).run(x[:, None])[:, 0], act(x.double())
+        assert ((y - want).abs() <= 5e-7 * want.abs().clamp(min=1)).all(), name
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -86,6 +104,7 @@ def test_nibbles(shape, isa):
     want = reference.rounded(x, "int4").double() @ V.double().T + bias
     assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
     torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
+    activations(weight, bias, x, got)
 
 
 CONVOLUTIONS = [  # images, groups, outputs, inputs of a group, kernel, stride, padding, dilation, image, block
@@ -118,7 +137,7 @@ def test_convolutions(case, sparsity, isa):
     want = torch.nn.functional.conv2d(x.double(), W.double(), bias.double(), stride, padding, dilation, groups)
     assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
     torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(native.Kernel(weight, bias, "relu").run(x), got.relu())
+    activations(weight, bias, x, got)
     assert torch.equal(native.Kernel(weight).run(x.to(memory_format=torch.channels_last)), native.Kernel(weight).run(x))
 
 
@@ -293,6 +312,11 @@ def test_errors():
     weight = packed.pack_bitmask(torch.ones(2, 2))
     with pytest.raises(FormatError, match="unknown activation 'rely'.*relu"):
         native.Kernel(weight, activation="rely")
+    kernel, x = native.Kernel(packed.pack_tiles(torch.ones(2, 2))), torch.ones(3, 2)
+    for residual in (torch.ones(3, 1), torch.ones(3, 2).double(), torch.ones(2), torch.ones(3, 2, device="meta")):
+        with pytest.raises(FormatError, match=r"the residual is fp32 \[3, 2\] on the CPU, got"):
+            kernel.run(x, residual)
+    assert torch.equal(kernel.run(x, torch.arange(6.0).view(2, 3).T), torch.arange(6.0).view(2, 3).T + 2)
     with pytest.raises(FormatError, match=r"bias: .*\[2\], got float32 \[3\]"):
         native.Kernel(weight, torch.ones(3))
 

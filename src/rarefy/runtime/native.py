@@ -68,8 +68,8 @@ def _open() -> tuple[Any, str | None]:
     library.rarefy_isa.restype = c_char_p
     for name, kind in (("bitmask", _Bitmask), ("tiles", _Tiles)):
         run = getattr(library, f"rarefy_run_{name}")
-        run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_int64, c_int64]
-    library.rarefy_run_conv.argtypes = [POINTER(_Conv), c_void_p, c_int64, c_int64, c_void_p, c_int64]
+        run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
+    library.rarefy_run_conv.argtypes = [POINTER(_Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
     library.rarefy_check_conv.argtypes = [POINTER(_Conv), c_int64, c_int64]
     library.rarefy_check_bitmask.argtypes = [POINTER(_Bitmask), c_int64]
     library.rarefy_check_tiles.argtypes = [POINTER(_Tiles), c_int64, c_int64]
@@ -155,10 +155,11 @@ class Kernel:
             raise FormatError(f"the packed {type(packed).__name__.lower()} of shape {list(packed.shape)} is damaged")
         self.at = byref(self.about)
 
-    def run(self, x: Tensor) -> Tensor:
-        """Return act(x W^T + bias), fp32 [..., O], for x [..., C]; for x [N, C, height, width] its convolution."""
+    def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return act(x W^T + bias + residual), fp32 [..., O], for x [..., C]; for x [N, C, height, width] its
+        convolution. The residual is fp32 of the output's shape."""
         if isinstance(self.held[0], ConvTiles):
-            return self._convolve(self.held[0], x)
+            return self._convolve(self.held[0], x, residual)
         *lead, C = x.shape
         O, inputs = self.held[0].shape
         if inputs != C:
@@ -174,11 +175,12 @@ class Kernel:
             else:
                 x = x.contiguous()
         y, N = x.new_empty((*lead, O)), x.numel() // C
-        if N and self.call(self.at, x.data_ptr(), apart, y.data_ptr(), O, N):
+        more = None if residual is None else _like(y, residual)
+        if N and self.call(self.at, x.data_ptr(), apart, None if more is None else more.data_ptr(), y.data_ptr(), O, N):
             raise MemoryError(f"no memory to run a layer of {O} outputs on {N} inputs")
         return y
 
-    def _convolve(self, packed: ConvTiles, x: Tensor) -> Tensor:
+    def _convolve(self, packed: ConvTiles, x: Tensor, residual: Tensor | None) -> Tensor:
         N, C, *image = x.shape
         O, inputs, *kernel = packed.shape
         if inputs * packed.groups != C:
@@ -192,9 +194,17 @@ class Kernel:
             raise FormatError(f"a kernel of {kernel[0]}x{kernel[1]} does not run over images of {image[0]}x{image[1]}")
         x = x.float().contiguous()
         y = torch.empty(N, O, *out, dtype=torch.float32, device="cpu")
-        if N and self.call(self.at, x.data_ptr(), *image, y.data_ptr(), N):
+        more = None if residual is None else _like(y, residual)
+        if N and self.call(self.at, x.data_ptr(), *image, None if more is None else more.data_ptr(), y.data_ptr(), N):
             raise MemoryError(f"no memory to run a convolution of {O} outputs on {N} images")
         return y
+
+
+def _like(y: Tensor, residual: Tensor) -> Tensor:
+    if residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_cpu:
+        got = f"{str(residual.dtype).removeprefix('torch.')} {list(residual.shape)} on {residual.device}"
+        raise FormatError(f"the residual is fp32 {list(y.shape)} on the CPU, got {got}")
+    return residual.contiguous()
 
 
 def _convolution(packed: ConvTiles, weight: _Tiles) -> _Conv:

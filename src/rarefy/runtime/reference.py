@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor
 
 from rarefy.runtime.packed import ConvTiles, Packed, unpack
 
-ACTIVATIONS = {None: lambda y: y, "relu": torch.relu}
+ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
+    None: lambda y: y,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def rounded(x: Tensor, kind: str) -> Tensor:
@@ -24,8 +31,14 @@ def rounded(x: Tensor, kind: str) -> Tensor:
     return x
 
 
-def run(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """Return act(x W^T + bias), fp32 [N, O], for x [N, C], or a convolution of x [N, C, height, width].
+def run(
+    packed: Packed,
+    x: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return act(x W^T + bias + residual), fp32 [N, O], for x [N, C], or a convolution of x [N, C, height, width].
     O(O C) to unpack and O(N O C) to multiply.
 
     >>> from rarefy.runtime.packed import pack_bitmask
@@ -34,5 +47,7 @@ def run(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: str |
     """
     if isinstance(packed, ConvTiles):
         how: Any = (packed.stride, packed.padding, packed.dilation, packed.groups)
-        return ACTIVATIONS[activation](F.conv2d(x.float(), unpack(packed), bias, *how))
-    return ACTIVATIONS[activation](F.linear(rounded(x.float(), packed.kind), unpack(packed), bias))
+        y = F.conv2d(x.float(), unpack(packed), bias, *how)
+    else:
+        y = F.linear(rounded(x.float(), packed.kind), unpack(packed), bias)
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
