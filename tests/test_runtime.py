@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 import rarefy
 from conftest import tiny_llama
@@ -413,6 +414,59 @@ def test_a_batch_norm_goes_into_the_convolution_before_it(way, how, folds, monke
     assert report.rows[0]["takes in"] == ("norm" if folds else "")
     assert isinstance(model.conv, SparseConv) is (way == "convolution")
     assert all(p.is_leaf for p in model.parameters())
+
+
+class Acts(nn.Module):
+    """A layer, an activation, and every way in which they may be more than one after the other."""
+
+    def __init__(self, how, act):
+        super().__init__()
+        self.how, self.act, self.up, self.down = how, act, pruned(32, 16), pruned(16, 32)
+        if how == "tied":
+            self.again = act
+        if how == "a norm":
+            self.norm = nn.BatchNorm1d(32)
+
+    def forward(self, x):
+        y = self.up(x)
+        if self.how == "read before":
+            return self.down(y.mean(-1, keepdim=True) + self.act(y))
+        z = self.act(self.norm(y) if self.how == "a norm" else y)
+        if self.how == "read after":
+            return self.down(z) + y[..., :16] if y is not z else self.down(z) + z[..., :16]
+        if self.how == "used again":
+            return self.act(self.down(z))
+        return self.down(z)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("how", "act", "name"),
+    [("alone", nn.ReLU(), "relu"), ("alone", nn.ReLU(inplace=True), "relu"), ("alone", nn.GELU(), "gelu"),
+     ("alone", nn.GELU("tanh"), "gelu_tanh"), ("alone", nn.SiLU(), "silu"), ("alone", ACT2FN["gelu"], "gelu"),
+     ("alone", ACT2FN["gelu_new"], "gelu_tanh"), ("alone", nn.Tanh(), None), ("alone", nn.ReLU6(), None),
+     ("alone", ACT2FN["quick_gelu"], None), ("alone", nn.Identity(), None), ("read before", nn.ReLU(), None),
+     ("read after", nn.ReLU(), None), ("read after", nn.ReLU(inplace=True), "relu"), ("used again", nn.GELU(), None),
+     ("tied", nn.GELU(), None), ("a norm", nn.GELU(), None)],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["tiles", "dense"])
+def test_an_activation_goes_into_the_layer_before_it(form, how, act, name, monkeypatch):
+    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: (form if b == 1 else "dense", 2.0)))
+    model, x = Acts(how, act).eval(), torch.randn(5, 16)
+    want = copy.deepcopy(model)(x)
+    report = accelerate_(model, (1, 16), x)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(x[:1]), want[:1], rtol=1e-4, atol=1e-4)
+    took = form == "tiles" and name is not None
+    assert (isinstance(model.act, nn.Identity) and not isinstance(act, nn.Identity)) is took
+    assert report.rows[0]["takes in"] == ("act" if took else "") and getattr(model.up, "activation", None) == (
+        name if took else None
+    )
+    gradient = x.clone().requires_grad_()
+    model(gradient).sum().backward()
+    with torch.no_grad():
+        got = torch.compile(model, fullgraph=True)(x) if took and name == "silu" else want
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def small(kind):

@@ -24,7 +24,7 @@ from rarefy.proof.report import Report
 from rarefy.runtime import choices as kept
 from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
 from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
-from rarefy.runtime.observe import Observed, observe
+from rarefy.runtime.observe import Observed, activation, observe
 from rarefy.runtime.packed import KINDS, Packed, pack_bitmask, pack_conv, pack_tiles
 
 FEW = 0.1  # zeros below which nothing is tried
@@ -54,8 +54,9 @@ def accelerate_(
     batch    numbers of inputs in a call of a Linear (samples x tokens) for which a choice is made; those between go to
              the nearest
     example  what the model can be called with. Convolutions need it: the choice depends on the size of their images,
-             and is made for one image and for as many as the example has; a BatchNorm that alone reads what such a layer
-             returns goes into its weights, an Identity stays in its place
+             and is made for one image and for as many as the example has. It also shows what alone reads a layer's
+             outputs: a BatchNorm goes into the weights before it and an activation (ReLU, GELU, SiLU) into the kernel;
+             an Identity stays in their place
     repeats  timings of each way, in turns
     choices  the file that keeps what was fastest, so that it is measured once (`rarefy.runtime.choices` says where
              that file is); False = measure, and keep nothing
@@ -92,6 +93,12 @@ def accelerate_(
     }
     seen = Observed({}, {}) if example is None else observe(model, [l.module for l in chosen], example)
     images, places = seen.images, {id(m): name for name, m in model.named_modules()}
+
+    def reader(module: nn.Module) -> Any:
+        """What may go into the module: it alone reads its outputs, and has one name."""
+        found = seen.readers.get(id(module))
+        return found if found is not None and uses[id(found)] == 1 else None
+
     columns = sorted({*sizes, *(n for x in images.values() for n in (1, len(x)))})
     before, rows = resident_bytes(model), []
     flush = torch.zeros(FLUSH // 4) if before > CACHED else None
@@ -103,11 +110,12 @@ def accelerate_(
         row: dict[str, Any] = {"layer": layer.full_name, "shape": "x".join(map(str, weight.shape)), "sparsity": zeros}
         image = images.get(id(layer.module))
         mine = sizes if image is None else sorted({1, len(image)})
-        row |= {f"batch {b}": "dense" if b in mine else "" for b in columns} | ({"takes in": ""} if images else {})
-        module, norm = layer.module, seen.norms.get(id(layer.module))
-        held = _why_held(layer, parents)
-        if held is None and norm is not None and uses[id(norm)] == 1 and not module.training:
-            module = fuse_conv_bn_eval(module, norm)
+        row |= {f"batch {b}": "dense" if b in mine else "" for b in columns} | ({} if example is None else {"takes in": ""})
+        held, module, last = _why_held(layer, parents), layer.module, layer.module
+        norm = reader(module)
+        conv = isinstance(module, nn.Conv1d | nn.Conv2d) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        if held is None and conv and not module.training:
+            module, last = fuse_conv_bn_eval(module, norm), norm
             _replace(model, layer.name, module)
             _replace(model, places[id(norm)], nn.Identity())
             row["takes in"] = places[id(norm)]
@@ -128,8 +136,14 @@ def accelerate_(
                 f"batch {b}": name if name == "dense" else f"{name} {gain:.2f}x" for b, (name, gain) in best.items()
             }
             if any(name != "dense" for name, _ in best.values()):
-                sparse = build(_forms(module, ways, {b: name for b, (name, _) in best.items()}))
+                act = reader(last)
+                name = None if act is None else activation(act)
+                forms = _forms(module, ways, {b: name for b, (name, _) in best.items()})
+                sparse = build(forms, activation=name)
                 _replace(model, layer.name, sparse.train(module.training))
+                if name is not None:
+                    _replace(model, places[id(act)], nn.Identity())
+                    row["takes in"] = ", ".join(filter(None, (row["takes in"], places[id(act)])))
             else:
                 why = "dense is as fast"
         rows.append({**row, "why": "" if why is None else f"dense: {why}"})
@@ -185,13 +199,13 @@ def _why_dense_conv(conv: Any, reached: bool | None) -> str | None:
     return None
 
 
-def _ways(module: Any) -> tuple[dict[str, Packed], Callable[[Mapping[int, Any]], Sparse]]:
+def _ways(module: Any) -> tuple[dict[str, Packed], Callable[..., Sparse]]:
     """The packed forms of a layer's weight, and what builds a layer of some of them."""
     weight = module.weight.detach()
     if isinstance(module, nn.Linear):
         kind = NAMES[weight.dtype]
         ways = {"bitmask": pack_bitmask(weight, kind), "tiles": pack_tiles(weight, kind)}
-        return ways, lambda forms: SparseLinear(forms, module.bias)
+        return ways, partial(SparseLinear, bias=module.bias)
     return {"convolution": pack_conv(_as_images(weight), **geometry(module))}, partial(SparseConv, like=module)
 
 

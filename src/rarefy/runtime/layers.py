@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.errors import ModelError
+from rarefy.errors import ModelError, unknown
 from rarefy.runtime import native, reference
 from rarefy.runtime.packed import Bitmask, ConvTiles, Packed, Tiles, unpack
 
@@ -24,14 +24,20 @@ class Sparse(nn.Module):
 
     forms    {first number of inputs: packed weight or a dense one}: {1: Bitmask, 9: Tiles} runs up to 8 inputs by the
              bitmask. Buffers are plain tensors, so `state_dict`, `deepcopy` and pickling work.
+    activation  what follows the layer, by its name in `reference.ACTIVATIONS`
     For inference: weights are frozen; gradients flow to inputs, at the cost of unpacking. Outputs have the type of
     inputs.
     """
 
     bias: Tensor | None
 
-    def __init__(self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None):
+    def __init__(
+        self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None, activation: str | None = None
+    ):
         super().__init__()
+        if activation not in reference.ACTIVATIONS:
+            raise ModelError(unknown("activation", str(activation), [str(a) for a in reference.ACTIVATIONS]))
+        self.activation = activation
         if not forms or min(forms) != 1:
             raise ModelError("a layer needs a form of its weight from one input on")
         shapes = {tuple(f.shape) for f in forms.values()}
@@ -73,7 +79,7 @@ class Sparse(nn.Module):
     def _tell(self, like: dict[str, Any] | None) -> str:
         """What the operator has to know besides the tensors."""
         forms = [(at, about, [n.removeprefix(f"from{at}_") for n in self.parts[at]]) for at, about in self.about]
-        return json.dumps({"shape": self.shape, "forms": forms, "like": like})
+        return json.dumps({"shape": self.shape, "forms": forms, "like": like, "activation": self.activation})
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return what the dense layer would."""
@@ -84,11 +90,12 @@ class Sparse(nn.Module):
         at, weight, names = next((f for f in self.order if f[0] <= inputs), self.order[-1])
         buffers: Any = self._buffers
         if weight is not None:
-            return self.dense(x, buffers[weight], buffers["bias"])
+            return reference.ACTIVATIONS[self.activation](self.dense(x, buffers[weight], buffers["bias"]))
         if x.requires_grad and torch.is_grad_enabled():
             bias = buffers["bias"]
             W = unpack(self.form(at)).to(x.dtype)  # type: ignore[arg-type]
-            return self.dense(x, W, None if bias is None else bias.to(x.dtype))
+            y = self.dense(x, W, None if bias is None else bias.to(x.dtype))
+            return reference.ACTIVATIONS[self.activation](y)
         state = [(b.data_ptr(), b._version) for n in names if (b := buffers[n]) is not None]
         kernel, made_of = self._kernels.get(at, (None, None))
         if made_of != state:  # edited, swapped or loaded since
@@ -106,9 +113,9 @@ class Sparse(nn.Module):
         """What runs a form, made at its first call; it holds addresses, so it is neither copied nor saved."""
         form: Any = self.form(at)
         if native.missing() is None:
-            return native.Kernel(form, self.bias).run
+            return native.Kernel(form, self.bias, self.activation).run
         bias = None if self.bias is None else self.bias.float()
-        return lambda x: reference.run(form, x, bias)
+        return lambda x: reference.run(form, x, bias, self.activation)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernels": {}}
@@ -125,7 +132,8 @@ class Sparse(nn.Module):
 
     def extra_repr(self) -> str:
         forms = ", ".join(f"{a}+: {p['format']}" for a, p in self.about)
-        return f"shape={list(self.shape)}, bias={self.bias is not None}, {forms}"
+        act = "" if self.activation is None else f", {self.activation}"
+        return f"shape={list(self.shape)}, bias={self.bias is not None}, {forms}{act}"
 
 
 class SparseLinear(Sparse):
@@ -137,8 +145,10 @@ class SparseLinear(Sparse):
     [[[7.0]]]
     """
 
-    def __init__(self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None):
-        super().__init__(forms, bias)
+    def __init__(
+        self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None, activation: str | None = None
+    ):
+        super().__init__(forms, bias, activation)
         self.out_features, self.in_features = self.shape
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -167,8 +177,10 @@ class SparseConv(Sparse):
     [[[6.0, 8.0]]]
     """
 
-    def __init__(self, forms: Mapping[int, Packed | Tensor], *, like: nn.Conv1d | nn.Conv2d):
-        super().__init__(forms, like.bias)
+    def __init__(
+        self, forms: Mapping[int, Packed | Tensor], *, like: nn.Conv1d | nn.Conv2d, activation: str | None = None
+    ):
+        super().__init__(forms, like.bias, activation)
         self.in_channels, self.out_channels, self.kernel_size = like.in_channels, like.out_channels, like.kernel_size
         self.stride, self.padding, self.dilation, self.groups = like.stride, like.padding, like.dilation, like.groups
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -219,7 +231,8 @@ def rebuilt(parts: Sequence[Tensor], bias: Tensor | None, told: str) -> Sparse:
     about, tensors = described(told), iter(parts)
     forms = {at: _form(how, {n: next(tensors) for n in names}) for at, how, names in about["forms"]}
     like: Any = about["like"] and SimpleNamespace(**about["like"], bias=bias)
-    layer = SparseConv(forms, like=like) if like else SparseLinear(forms, bias)
+    act = about["activation"]
+    layer = SparseConv(forms, like=like, activation=act) if like else SparseLinear(forms, bias, act)
     layer.bias = None if bias is None else bias.detach()  # not a copy: edits are seen
     return layer
 

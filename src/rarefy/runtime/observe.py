@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,38 +14,39 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rarefy.model.batches import tensors_in
 from rarefy.model.stats import call, evaluating, on_device
-
-Conv = nn.Conv1d | nn.Conv2d
+from rarefy.runtime.reference import ACTIVATIONS
 
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """By the id of a convolution: what it is given (without values), and the BatchNorm that alone reads its outputs."""
+    """By the id of a module: what a convolution is given (without values), and the module that alone reads what a layer
+    or a BatchNorm returns: a BatchNorm or an activation."""
 
     images: dict[int, Tensor]
-    norms: dict[int, nn.Module]
+    readers: dict[int, nn.Module]
 
 
 class _Uses(TorchDispatchMode):
-    """Counts how often operators read the outputs of each layer."""
+    """Counts how often the outputs of each module are read: by operators, a reader's all together being one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made_by: Any = WeakTensorKeyDictionary()  # output -> layer
+        self.made_by: Any = WeakTensorKeyDictionary()  # output -> module
         self.count: Counter[int] = Counter()
+        self.reading: Tensor | None = None  # what a reader was given that runs now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tensors_in([list(args), kwargs or {}]):
-            if t in self.made_by:
+            if t in self.made_by and t is not self.reading:
                 self.count[id(self.made_by[t])] += 1
         return func(*args, **(kwargs or {}))
 
 
-def observe(model: nn.Module, modules: Sequence[nn.Module], example: Any) -> Observed:
-    """Run the model in evaluation mode on `example` and return what became of its convolutions among `modules`.
+def observe(model: nn.Module, layers: Collection[nn.Module], example: Any) -> Observed:
+    """Run the model in evaluation mode on `example` and return what becomes of what `layers` return.
 
-    A BatchNorm counts where each output of the convolution is read by one operator, that BatchNorm's, which reads
-    nothing else; where it keeps running statistics, is in evaluation mode, and has no hooks that would see less.
+    A reader counts where each output of a layer is read by one operator, the reader's, which reads nothing else and has
+    no hooks that would see less; a BatchNorm, where it keeps running statistics and is in evaluation mode.
     """
     images: dict[int, Tensor] = {}
     calls: Counter[int] = Counter()
@@ -56,20 +57,25 @@ def observe(model: nn.Module, modules: Sequence[nn.Module], example: Any) -> Obs
         if args and args[0].dim() == len(module.kernel_size) + 2:
             images.setdefault(id(module), torch.empty_like(args[0]))
 
-    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-        calls[id(module)] += 1
-        uses.made_by[output] = module
+    def meet(reader: nn.Module, args: tuple) -> None:
+        calls[id(reader)] += 1
+        if args and isinstance(args[0], Tensor) and args[0] in uses.made_by:
+            maker = id(uses.made_by[args[0]])
+            pairs.setdefault(maker, []).append(reader)
+            uses.count[maker] += 1
+            uses.reading = args[0]
 
-    def meet(norm: nn.Module, args: tuple) -> None:
-        calls[id(norm)] += 1
-        if args and args[0] in uses.made_by:
-            pairs.setdefault(id(uses.made_by[args[0]]), []).append(norm)
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        uses.reading = None
+        calls[id(module)] += module not in readers
+        if isinstance(output, Tensor):
+            uses.made_by[output] = module  # an activation in place takes over what it was given
 
-    norms = [m for m in model.modules() if _plain(m)]
-    convolutions: list[Any] = [m for m in modules if isinstance(m, Conv)]
+    readers = {m for m in model.modules() if _plain(m) and (_is_norm(m) or activation(m) is not None)}
+    convolutions = [m for m in layers if isinstance(m, nn.Conv1d | nn.Conv2d)]
     hooks = [m.register_forward_pre_hook(see) for m in convolutions]
-    hooks += [m.register_forward_hook(keep) for m in convolutions]
-    hooks += [m.register_forward_pre_hook(meet) for m in norms]
+    hooks += [m.register_forward_pre_hook(meet) for m in readers]
+    hooks += [m.register_forward_hook(keep) for m in {*layers, *readers}]
     try:
         with evaluating(model), torch.no_grad(), uses:
             output = call(model, on_device(model, example))
@@ -78,21 +84,39 @@ def observe(model: nn.Module, modules: Sequence[nn.Module], example: Any) -> Obs
             hook.remove()
     returned = {id(uses.made_by[t]) for t in tensors_in(output) if t in uses.made_by}
     alone = {
-        conv: met[0]
-        for conv, met in pairs.items()
-        if conv not in returned
+        maker: met[0]
+        for maker, met in pairs.items()
+        if maker not in returned
         and len({id(n) for n in met}) == 1
-        and len(met) == calls[conv] == uses.count[conv] == calls[id(met[0])]
+        and len(met) == calls[maker] == uses.count[maker] == calls[id(met[0])]
     }
     return Observed(images, alone)
 
 
+def activation(module: nn.Module) -> str | None:
+    """Return the name of the activation that a module is and kernels have, or None.
+
+    >>> activation(nn.GELU("tanh")), activation(nn.Tanh())
+    ('gelu_tanh', None)
+    """
+    if isinstance(module, nn.ReLU | nn.GELU | nn.SiLU) or type(module).__module__ == "transformers.activations":
+        x = torch.linspace(-6, 6, 121)
+        with torch.no_grad():
+            y = module(x.clone())
+        for name, of in ACTIVATIONS.items():
+            if name is not None and isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, of(x), 0, 1e-6):
+                return name
+    return None
+
+
 def _plain(module: nn.Module) -> bool:
-    """Whether the module is a BatchNorm that could go into the layer before it."""
+    return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_norm(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
         and type(module).forward is nn.BatchNorm2d.forward
         and not module.training
         and module.running_var is not None
-        and not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
     )
