@@ -13,11 +13,12 @@ from transformers.activations import ACT2FN
 
 import rarefy
 from conftest import tiny_llama
-from rarefy.errors import ModelError
-from rarefy.runtime import choices, choose, native
+from rarefy.errors import ModelError, RarefyError
+from rarefy.runtime import choices, native, ways
 from rarefy.runtime.choose import accelerate_
 from rarefy.runtime.layers import SparseConv, SparseLinear, geometry
 from rarefy.runtime.packed import pack_bitmask, pack_conv, pack_tiles
+from rarefy.runtime.table import latency_table
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +112,7 @@ def test_layers_that_cannot_be():
 def fixed(times):
     """Timings by a clock that stands still but for what each way is said to take."""
 
-    def fastest(dense, layers, inputs, repeats, flush):
+    def fastest(dense, layers, inputs, clock):
         return {b: times(b, dense.weight) for b in inputs}
 
     return fastest
@@ -120,7 +121,7 @@ def fixed(times):
 @needs_kernels
 def test_what_is_fastest_takes_the_place(monkeypatch):
     monkeypatch.setattr(
-        choose, "_fastest", fixed(lambda b, w: {1: ("bitmask", 3.0), 16: ("dense", 1.0)}.get(b, ("tiles", 2.0)))
+        ways, "fastest", fixed(lambda b, w: {1: ("bitmask", 3.0), 16: ("dense", 1.0)}.get(b, ("tiles", 2.0)))
     )
     model = tiny_llama()
     rarefy.prune_(model, sparsity=0.5, layers="model.layers.*.mlp.*")
@@ -198,7 +199,7 @@ def test_what_would_be_lost_stays_dense():
 def test_modules_that_look_at_weights_find_them(monkeypatch):
     from transformers import T5Config, T5ForConditionalGeneration
 
-    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     model = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=64))
     model.eval()
     rarefy.prune_(model, sparsity=0.5, layers="*.DenseReluDense.*")
@@ -214,13 +215,13 @@ def test_modules_that_look_at_weights_find_them(monkeypatch):
 
 @needs_kernels
 def test_a_bitmask_gives_way_to_dense_where_it_was_not_tried(monkeypatch):
-    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     net = nn.Sequential(pruned())
     accelerate_(net, batch=(1,))
     layer: Any = net[0]
     assert [(a, p["format"]) for a, p in layer.about] == [
         (1, "bitmask"),
-        (choose.MOST_INPUTS + 1, "dense"),
+        (ways.MOST_INPUTS + 1, "dense"),
     ]
 
 
@@ -238,7 +239,7 @@ def test_wrong_batches(batch):
 
 @needs_kernels
 def test_a_model_is_saved_before_it_is_accelerated(tmp_path, monkeypatch):
-    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     net = nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48))
     x = torch.randn(3, 70)
     with torch.no_grad():
@@ -326,7 +327,7 @@ class Pictures(nn.Module):
 
 @needs_kernels
 def test_convolutions_are_chosen_on_the_images_of_the_example(monkeypatch):
-    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("convolution", 2.0) if b == 1 else ("dense", 1.0)))
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("convolution", 2.0) if b == 1 else ("dense", 1.0)))
     model, x = Pictures().eval(), torch.randn(9, 3, 8, 8)
     with torch.no_grad():
         want = model(x)
@@ -405,7 +406,7 @@ class Norms(nn.Module):
 )  # fmt: skip
 @pytest.mark.parametrize("way", ["convolution", "dense"])
 def test_a_batch_norm_goes_into_the_convolution_before_it(way, how, folds, monkeypatch):
-    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: (way, 2.0)))
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: (way, 2.0)))
     model, x = Norms(how).train(how == "training"), torch.randn(3, 8, 6, 6)
     want = copy.deepcopy(model).eval()(x)
     report = accelerate_(model, example=x)
@@ -451,7 +452,7 @@ class Acts(nn.Module):
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["tiles", "dense"])
 def test_an_activation_goes_into_the_layer_before_it(form, how, act, name, monkeypatch):
-    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: (form if b == 1 else "dense", 2.0)))
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: (form if b == 1 else "dense", 2.0)))
     model, x = Acts(how, act).eval(), torch.randn(5, 16)
     want = copy.deepcopy(model)(x)
     report = accelerate_(model, (1, 16), x)
@@ -467,6 +468,49 @@ def test_an_activation_goes_into_the_layer_before_it(form, how, act, name, monke
     with torch.no_grad():
         got = torch.compile(model, fullgraph=True)(x) if took and name == "silu" else want
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_a_table_of_latencies_times_each_shape_once():
+    model = nn.Sequential(
+        convolution(nn.Conv2d, 8, 12, 3), nn.Flatten(), pruned(40, 432), pruned(40, 40), pruned(40, 40)
+    )
+    before = copy.deepcopy(model.state_dict())
+    report = latency_table(
+        model, (1, 70), torch.randn(3, 8, 8, 8), patterns=("4x1", "2:4"), sparsities=(0.5, 0.9), repeats=2
+    )
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    shapes = {r["shape"]: (r["layers"], r["count"]) for r in report.rows}
+    assert shapes == {"12x8x3x3": ("0", 1), "40x432": ("2", 1), "40x40": ("3", 2)}
+    cases = {(r["format"], r["pattern"], r["sparsity"], r["batch"]) for r in report.rows if r["shape"] == "40x40"}
+    kinds = [("4x1", 0.5), ("4x1", 0.9), ("2:4", 0.5)]
+    assert cases == {
+        *((f, p, s, b) for p, s in kinds for f, b in (("bitmask", 1), ("tiles", 1), ("tiles", 70))),
+        ("dense", "", 0.0, 1), ("dense", "", 0.0, 70),
+    }  # fmt: skip
+    assert {r["batch"] for r in report.rows if r["format"] == "convolution"} == {1, 3}
+    assert all(0 < r["low"] <= r["seconds"] <= r["high"] for r in report.rows)
+    with pytest.raises(RarefyError, match="sparsity is a fraction"):
+        latency_table(model, sparsities=(50,))
+
+
+@needs_kernels
+def test_eight_bits_are_chosen_only_when_asked(monkeypatch):
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("bitmask" if b < 8 else "tiles", 2.0)))
+    model, x = nn.Sequential(pruned(), nn.ReLU(), pruned(30, 48)), torch.randn(20, 70)
+    want, exact = model(x), copy.deepcopy(model)
+    accelerate_(exact, (1, 16))
+    report = accelerate_(model, (1, 16), values="int8")
+    assert report.summary["layers that run sparse"] == "2 of 2"
+    layer: Any = model[0]
+    assert [(a, p["format"], p["kind"]) for a, p in layer.about] == [(1, "bitmask", "int8"), (5, "tiles", "int8")]
+    with torch.no_grad():
+        torch.testing.assert_close(exact(x), want, rtol=1e-4, atol=1e-4)
+        for some in (x, x[:2]):
+            apart = (model(some) - want[: len(some)]).norm() / want[: len(some)].norm()
+            assert 1e-4 < apart < 0.03
+    with pytest.raises(ModelError, match="unknown values 'int7'; choose from None, int8 .did you mean 'int8'"):
+        accelerate_(model, values="int7")
 
 
 def small(kind):
@@ -549,10 +593,10 @@ def test_choices_are_kept(named, tmp_path, monkeypatch):
     named = named if named is True else named.format(tmp=tmp_path)
     file = tmp_path / "cache" / "choices.json" if named is True else tmp_path / "mine" / "file.json"
     best = {1: ("bitmask", 3.0), 16: ("dense", 1.0), 128: ("tiles", 2.0)}
-    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: best[b]))
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: best[b]))
     first = accelerate_(nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48)), choices=named)
     assert [p.name for p in file.parent.iterdir()] == [file.name]
-    monkeypatch.setattr(choose, "_fastest", refuse)
+    monkeypatch.setattr(ways, "fastest", refuse)
     torch.manual_seed(0)
     again = accelerate_(nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48)), choices=named)
     assert [r["batch 128"] for r in again.rows] == [r["batch 128"] for r in first.rows] == ["tiles 2.00x"] * 2
@@ -589,19 +633,19 @@ def test_choices_are_kept(named, tmp_path, monkeypatch):
 )
 def test_choices_that_cannot_be_read_are_made_anew(damage, monkeypatch):
     net = nn.Sequential(pruned())
-    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     accelerate_(copy.deepcopy(net), (1,))
     file = choices.usual_file()
     file.write_text(damage(file.read_text()))
-    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("tiles", 4.0)))
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("tiles", 4.0)))
     assert accelerate_(copy.deepcopy(net), (1,)).rows[0]["batch 1"] == "tiles 4.00x"
-    monkeypatch.setattr(choose, "_fastest", refuse)
+    monkeypatch.setattr(ways, "fastest", refuse)
     assert accelerate_(copy.deepcopy(net), (1,)).rows[0]["batch 1"] == "tiles 4.00x"
 
 
 @needs_kernels
 def test_choices_that_cannot_be_kept_cost_nothing_but_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(choose, "_fastest", fixed(lambda b, w: ("tiles", 4.0)))
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("tiles", 4.0)))
     (tmp_path / "file").write_text("")
     assert accelerate_(nn.Sequential(pruned()), (1,), choices=tmp_path / "file" / "below").rows[0]["why"] == ""
     with pytest.raises(ModelError, match="choices is the path of a file, True or False, got 3"):

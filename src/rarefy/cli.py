@@ -160,16 +160,33 @@ def bench(
     new: Annotated[int, typer.Option(min=1, help="Tokens that a language model writes.")] = 24,
     batch: Annotated[int, typer.Option(min=1, help="Batch size of forward calls (models without generate).")] = 1,
     repeats: Annotated[int, typer.Option(min=2, help="Repeats after warm-up.")] = 5,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="Write to this JSON file how long each shape of layer takes by format, sparsity and batch."),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Time a model, or several in turns: tokens per second of a language model, milliseconds of a call otherwise."""
+    from rarefy.files import write_whole
     from rarefy.proof.bench import bench_models, example_of, generates
     from rarefy.runtime.choose import accelerate_
+    from rarefy.runtime.table import latency_table
 
+    if table is not None and (against or accelerate):
+        raise RecipeError("--table times layers, not models: leave --against and --accelerate out")
+    if table is not None and (table.is_dir() or not table.resolve().parent.is_dir()):
+        raise RecipeError(f"--table {table}: a file to write, in a folder that exists")
     with _threads(threads):
         named = {"model": _load(_source(model))[0]}
+        if table is not None:
+            net = named["model"]
+            sizes = (1, tokens) if generates(net) else (batch * tokens,)
+            told = latency_table(net, sizes, example_of(net, tokens, batch), repeats=repeats, progress=not quiet)
+            write_whole(table, told.to_json())
+            _show(told, as_json, quiet)
+            return
         if against:
             named["against"] = _load(_source(against))[0]
         chosen = {}

@@ -25,6 +25,16 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that a reader sees whole: the old one or the new one. Raises OSError, and leaves nothing behind."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_target(path: str | os.PathLike[str], overwrite: bool = False, marker: str = INDEX) -> None:
     """Raise ContainerError where an output folder is in the way.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rarefy.files import write_whole
 from rarefy.proof.measure import machine
 from rarefy.runtime import native
 
@@ -59,14 +59,9 @@ def write(file: Path, known: Mapping[str, Choice]) -> None:
     held = _held(file)
     old = held.get(this_machine())
     held[this_machine()] = {**(old if isinstance(old, dict) else {}), **known}
-    partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps(held, indent=0), encoding="utf-8")
-            os.replace(partial, file)  # a reader sees the old file or the new one
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(file, json.dumps(held, indent=0))
 
 
 def _held(file: Path) -> dict[str, Any]:

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rarefy.errors import ModelError
+from rarefy.errors import ModelError, unknown
 from rarefy.model.select import Layer, Selector, select
 from rarefy.progress import track
-from rarefy.proof.measure import compare, resident_bytes
+from rarefy.proof.measure import resident_bytes
 from rarefy.proof.report import Report
 from rarefy.runtime import choices as kept
 from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
-from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
 from rarefy.runtime.observe import Observed, activation, observe
-from rarefy.runtime.packed import KINDS, Packed, pack_bitmask, pack_conv, pack_tiles
+from rarefy.runtime.ways import NUMBERS, Clock, forms_of, inputs_of, ways_of
 
 FEW = 0.1  # zeros below which nothing is tried
-GAIN = 1.03  # how much faster than dense a kernel must be
 MOST_STRIDE = 8  # of a convolution that has a kernel
-MOST_INPUTS = 64  # of a call that the bitmask is tried for
-FLUSH = 64 << 20  # bytes that are read between two runs, so that weights come from memory as they do in a large model
-CACHED = 16 << 20  # bytes of all weights up to which they stay in the cache
-NAMES = {dtype: kind for kind, dtype in KINDS.items() if dtype.is_floating_point}  # of the numbers a layer may have
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take the weights of their layers themselves
 
 
@@ -44,6 +35,7 @@ def accelerate_(
     *,
     layers: Selector = None,
     ignore: Selector = None,
+    values: str | None = None,
     repeats: int = 11,
     choices: str | Path | bool = True,
     progress: bool = False,
@@ -57,16 +49,105 @@ def accelerate_(
              and is made for one image and for as many as the example has. It also shows what alone reads a layer's
              outputs: a BatchNorm goes into the weights before it and an activation (ReLU, GELU, SiLU) into the kernel;
              an Identity stays in their place
+    values   "int8": Linear layers that run sparse do so in 8 bits, weights with a scale for each output and inputs with
+             one for each row, so outputs change a little; None: in the weight's own numbers
     repeats  timings of each way, in turns
     choices  the file that keeps what was fastest, so that it is measured once (`rarefy.runtime.choices` says where
              that file is); False = measure, and keep nothing
-    Masks must have been folded. Outputs stay the same up to rounding. Raises ModelError, SelectorError.
-    O(ways x calls), once for each distinct shape.
+    Masks must have been folded. Outputs stay the same up to rounding, unless `values` is given. Raises ModelError,
+    SelectorError. O(ways x calls), once for each distinct shape.
 
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
     >>> accelerate_(net).rows[0]["why"]
     'dense: 0.00% zeros'
     """
+    check_sizes(batch, repeats)
+    if values not in (None, "int8"):
+        raise ModelError(unknown("values", str(values), ["int8", "None"]))
+    if not isinstance(choices, str | os.PathLike | bool):
+        raise ModelError(f"choices is the path of a file, True or False, got {choices!r}")
+    chosen = select(model, layers, ignore)
+    masked = [l.full_name for l in chosen if parametrize.is_parametrized(l.module)]
+    if masked:
+        raise ModelError(f"masks are still attached to {', '.join(masked)}: fold_ the model first")
+    idle = next((l.full_name for l in chosen if l.weight.is_meta), None)
+    if idle is not None:
+        raise ModelError(f"{idle} is on the meta device: it has no values yet; load its weights first")
+    seen = None if example is None else observe(model, [l.module for l in chosen], example)
+    places, before = Places(model, seen), resident_bytes(model)
+    file = None if choices is False else kept.usual_file() if choices is True else Path(choices).expanduser()
+    clock = Clock.of(repeats, before, file)
+    steps = track(chosen, "choosing kernels", progress, len(chosen))
+    rows = [_settle(layer, places, sorted(set(batch)), values, clock) for layer in steps]
+    faster = sum(not r["why"] for r in rows)
+    summary = {"layers that run sparse": f"{faster} of {len(rows)}", "instruction set": native.isa() or "none"}
+    summary |= {"bytes in memory": before, "bytes in memory after": resident_bytes(model)}
+    return Report("accelerated", tuple(rows), summary)
+
+
+class Places:
+    """Where a model's modules are as it was given, and what an example showed of them."""
+
+    def __init__(self, model: nn.Module, seen: Observed | None):
+        self.model, self.seen = model, seen or Observed({}, {})
+        self.reached = seen is not None
+        self.names = {id(m): name for name, m in model.named_modules()}
+        self.uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+        self.parents = {f"{name}.{child}".lstrip("."): m for name, m in model.named_modules() for child in m._modules}
+
+    def reader(self, module: nn.Module) -> Any:
+        """Return the BatchNorm or activation that may go into the module before it, or None."""
+        found = self.seen.readers.get(id(module))
+        return found if found is not None and self.uses[id(found)] == 1 else None
+
+    def put(self, name: str, module: nn.Module) -> None:
+        """Put a module in the place of that name."""
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, module)
+
+    def take_out(self, module: nn.Module) -> str:
+        """Leave an Identity in the module's place; return its name."""
+        self.put(self.names[id(module)], nn.Identity())
+        return self.names[id(module)]
+
+
+def _settle(layer: Layer, places: Places, sizes: Sequence[int], values: str | None, clock: Clock) -> dict[str, Any]:
+    """Put what is fastest in a layer's place; return the row that tells of it."""
+    weight, image = layer.weight.detach(), places.seen.images.get(id(layer.module))
+    zeros, shape = float((weight == 0).float().mean()), "x".join(map(str, weight.shape))
+    mine = sizes if image is None else sorted({1, len(image)})
+    columns = sorted({*sizes, *(n for x in places.seen.images.values() for n in (1, len(x)))})
+    row: dict[str, Any] = {"layer": layer.full_name, "shape": shape, "sparsity": zeros}
+    row |= {f"batch {b}": "dense" if b in mine else "" for b in columns}
+    module, last, taken = layer.module, layer.module, []
+    why = _why_held(layer, places)
+    if why is None:
+        norm = places.reader(module)
+        conv = isinstance(module, nn.Conv1d | nn.Conv2d) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        if conv and not module.training:
+            module, last = fuse_conv_bn_eval(module, norm), norm  # type: ignore[type-var]
+            places.put(layer.name, module)
+            taken.append(places.take_out(norm))
+        why = why_dense(layer, zeros, image is not None if places.reached else None)
+    if why is None:
+        ways, build = ways_of(module, values)
+        best = clock.best(layer.module, ways, build, {n: inputs_of(weight, n, image) for n in mine})
+        row |= {f"batch {b}": way if way == "dense" else f"{way} {gain:.2f}x" for b, (way, gain) in best.items()}
+        if any(way != "dense" for way, _ in best.values()):
+            act = places.reader(last)
+            name = None if act is None else activation(act)
+            sparse = build(forms_of(module, ways, best), activation=name)
+            places.put(layer.name, sparse.train(module.training))
+            if act is not None and name is not None:
+                taken.append(places.take_out(act))
+        else:
+            why = "dense is as fast"
+    row |= {"takes in": ", ".join(taken)} if places.reached else {}
+    return {**row, "why": "" if why is None else f"dense: {why}"}
+
+
+def check_sizes(batch: Any, repeats: Any) -> None:
+    """Raise ModelError unless these are numbers of inputs, and of timings."""
     if (
         not isinstance(batch, Sequence)
         or not batch
@@ -75,104 +156,22 @@ def accelerate_(
         raise ModelError(f"batch is a list of whole numbers from 1 up, got {batch!r}")
     if not isinstance(repeats, int) or repeats < 1:
         raise ModelError(f"repeats is a whole number from 1 up, got {repeats!r}")
-    if not isinstance(choices, str | os.PathLike | bool):
-        raise ModelError(f"choices is the path of a file, True or False, got {choices!r}")
-    sizes = sorted(set(batch))
-    chosen = select(model, layers, ignore)
-    masked = [l.full_name for l in chosen if parametrize.is_parametrized(l.module)]
-    if masked:
-        raise ModelError(f"masks are still attached to {', '.join(masked)}: fold_ the model first")
-    idle = next((l.full_name for l in chosen if l.weight.is_meta), None)
-    if idle is not None:
-        raise ModelError(f"{idle} is on the meta device: it has no values yet; load its weights first")
-    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    parents = {
-        f"{name}.{child}".lstrip("."): (m, uses[id(c)])
-        for name, m in model.named_modules()
-        for child, c in m.named_children()
-    }
-    seen = Observed({}, {}) if example is None else observe(model, [l.module for l in chosen], example)
-    images, places = seen.images, {id(m): name for name, m in model.named_modules()}
-
-    def reader(module: nn.Module) -> Any:
-        """What may go into the module: it alone reads its outputs, and has one name."""
-        found = seen.readers.get(id(module))
-        return found if found is not None and uses[id(found)] == 1 else None
-
-    columns = sorted({*sizes, *(n for x in images.values() for n in (1, len(x)))})
-    before, rows = resident_bytes(model), []
-    flush = torch.zeros(FLUSH // 4) if before > CACHED else None
-    file = None if choices is False else kept.usual_file() if choices is True else Path(choices).expanduser()
-    known = {} if file is None else kept.read(file)
-    for layer in track(chosen, "choosing kernels", progress, len(chosen)):
-        weight = layer.weight.detach()
-        zeros = float((weight == 0).float().mean())
-        row: dict[str, Any] = {"layer": layer.full_name, "shape": "x".join(map(str, weight.shape)), "sparsity": zeros}
-        image = images.get(id(layer.module))
-        mine = sizes if image is None else sorted({1, len(image)})
-        row |= {f"batch {b}": "dense" if b in mine else "" for b in columns} | ({} if example is None else {"takes in": ""})
-        held, module, last = _why_held(layer, parents), layer.module, layer.module
-        norm = reader(module)
-        conv = isinstance(module, nn.Conv1d | nn.Conv2d) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-        if held is None and conv and not module.training:
-            module, last = fuse_conv_bn_eval(module, norm), norm
-            _replace(model, layer.name, module)
-            _replace(model, places[id(norm)], nn.Identity())
-            row["takes in"] = places[id(norm)]
-        why = held or _why_dense(layer, zeros, None if example is None else image is not None)
-        if why is None:
-            ways, build = _ways(module)
-            inputs = {n: _inputs(weight, n, image) for n in mine}
-            shapes = [(x.shape, x.stride()) for x in inputs.values()]
-            how = () if image is None else tuple(geometry(module).items())
-            key = str((list(weight.shape), weight.dtype, round(zeros, 2), _fill(ways), shapes, how, flush is None))
-            if not _fits(known.get(key), ways, mine):
-                layers_of = {n: build({1: w}) for n, w in ways.items()}
-                known[key] = _fastest(layer.module, layers_of, inputs, repeats, flush)
-                if file is not None:
-                    kept.write(file, {key: known[key]})
-            best = known[key]
-            row |= {
-                f"batch {b}": name if name == "dense" else f"{name} {gain:.2f}x" for b, (name, gain) in best.items()
-            }
-            if any(name != "dense" for name, _ in best.values()):
-                act = reader(last)
-                name = None if act is None else activation(act)
-                forms = _forms(module, ways, {b: name for b, (name, _) in best.items()})
-                sparse = build(forms, activation=name)
-                _replace(model, layer.name, sparse.train(module.training))
-                if name is not None:
-                    _replace(model, places[id(act)], nn.Identity())
-                    row["takes in"] = ", ".join(filter(None, (row["takes in"], places[id(act)])))
-            else:
-                why = "dense is as fast"
-        rows.append({**row, "why": "" if why is None else f"dense: {why}"})
-    faster = sum(not r["why"] for r in rows)
-    summary = {"layers that run sparse": f"{faster} of {len(rows)}", "instruction set": native.isa() or "none"}
-    summary |= {"bytes in memory": before, "bytes in memory after": resident_bytes(model)}
-    return Report("accelerated", tuple(rows), summary)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _why_held(layer: Layer, parents: dict[str, tuple[nn.Module, int]]) -> str | None:
-    """Why nothing may stand in a layer's place, or None; `parents`: of each layer, and how often it is used."""
+def _why_held(layer: Layer, places: Places) -> str | None:
+    """Why nothing may stand in a layer's place, or None."""
     module: Any = layer.module
     if not layer.name:
         return "it is the whole model: put it into a module"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "its hooks would be lost"
-    if len(layer.owners) > 1 or layer.elsewhere or parents[layer.name][1] > 1:
+    if len(layer.owners) > 1 or layer.elsewhere or places.uses[id(module)] > 1:
         return "its weight is shared"
-    if isinstance(parents[layer.name][0], READERS):
-        return f"{type(parents[layer.name][0]).__name__} reads its weight itself"
-    return None
+    parent = places.parents[layer.name]
+    return f"{type(parent).__name__} reads its weight itself" if isinstance(parent, READERS) else None
 
 
-def _why_dense(layer: Layer, zeros: float, reached: bool | None) -> str | None:
+def why_dense(layer: Layer, zeros: float, reached: bool | None) -> str | None:
     """Why a layer is not even tried, or None; `reached`: by the example, None where there is none."""
     module: Any = layer.module
     conv = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward)
@@ -180,7 +179,7 @@ def _why_dense(layer: Layer, zeros: float, reached: bool | None) -> str | None:
         return native.missing()
     if layer.param != "weight" or not (conv or type(module).forward is nn.Linear.forward):
         return f"no kernel for {type(module).__name__} yet"
-    if layer.weight.dtype not in NAMES or layer.weight.device.type != "cpu":
+    if layer.weight.dtype not in NUMBERS or layer.weight.device.type != "cpu":
         return f"{layer.weight.dtype} on {layer.weight.device.type}"
     if zeros < FEW:
         return f"{zeros:.2%} zeros"
@@ -197,68 +196,3 @@ def _why_dense_conv(conv: Any, reached: bool | None) -> str | None:
     if not reached:
         return "the example does not reach it" if reached is False else "no example to tell the size of its images"
     return None
-
-
-def _ways(module: Any) -> tuple[dict[str, Packed], Callable[..., Sparse]]:
-    """The packed forms of a layer's weight, and what builds a layer of some of them."""
-    weight = module.weight.detach()
-    if isinstance(module, nn.Linear):
-        kind = NAMES[weight.dtype]
-        ways = {"bitmask": pack_bitmask(weight, kind), "tiles": pack_tiles(weight, kind)}
-        return ways, partial(SparseLinear, bias=module.bias)
-    return {"convolution": pack_conv(_as_images(weight), **geometry(module))}, partial(SparseConv, like=module)
-
-
-def _as_images(weight: Tensor) -> Tensor:
-    return weight.unsqueeze(2) if weight.dim() == 3 else weight
-
-
-def _fits(choice: kept.Choice | None, ways: Mapping[str, Packed], sizes: Sequence[int]) -> bool:
-    """Whether a choice that was kept is one for these numbers of inputs, among these ways."""
-    return choice is not None and list(choice) == list(sizes) and {n for n, _ in choice.values()} <= {*ways, "dense"}
-
-
-def _fill(ways: Mapping[str, Packed]) -> float:
-    """How many of four outputs share a column, in the mean: what blocks of zeros change in the time of tiles."""
-    tiles: Any = list(ways.values())[-1]
-    return round(len(tiles.values) / max(1, len(tiles.columns)), 1)
-
-
-def _inputs(weight: Tensor, n: int, image: Tensor | None) -> Tensor:
-    """What a layer is timed on; `image`: what the example gives it."""
-    if image is None:
-        return torch.randn(n, weight.shape[1]).to(weight.dtype)
-    form = torch.channels_last if image.dim() == 4 and not image.is_contiguous() else torch.contiguous_format
-    return torch.randn(n, *image.shape[1:], dtype=image.dtype).contiguous(memory_format=form)
-
-
-def _fastest(
-    dense: nn.Module, layers: Mapping[str, Sparse], inputs: Mapping[int, Tensor], repeats: int, flush: Tensor | None
-) -> dict[int, tuple[str, float]]:
-    """The fastest way for each number of inputs, and how many times faster than dense it is."""
-    best = {}
-    for size, x in inputs.items():
-        ways = {n: l for n, l in layers.items() if n != "bitmask" or size <= MOST_INPUTS}
-        runs: dict[str, Callable[[], Any]] = {n: partial(way, x) for n, way in {"dense": dense, **ways}.items()}
-        before = flush.sum if flush is not None else lambda: None
-        times = compare(runs, repeats=repeats, warmup=1, before=before)
-        medians = {name: t.median for name, t in times.items()}
-        name = min(medians, key=lambda n: medians[n])
-        gain = medians["dense"] / medians[name]
-        best[size] = (name, gain) if gain >= GAIN else ("dense", 1.0)
-    return best
-
-
-def _forms(module: Any, ways: Mapping[str, Packed], best: Mapping[int, str]) -> dict[int, Packed | Tensor]:
-    """The chosen form of a weight from each number of inputs on."""
-    sizes, weight = sorted(best), _as_images(module.weight.detach())
-    starts = [1, *(math.isqrt(a * b) + 1 for a, b in pairwise(sizes))]
-    forms: dict[int, Packed | Tensor] = {}
-    last = None
-    for start, size in zip(starts, sizes):
-        if best[size] != last:
-            last = best[size]
-            forms[start] = weight if last == "dense" else ways[last]
-    if last == "bitmask":  # not tried beyond
-        forms.setdefault(MOST_INPUTS + 1, weight)
-    return forms

@@ -31,9 +31,7 @@ class Sparse(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(
-        self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None, activation: str | None = None
-    ):
+    def __init__(self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None, activation: str | None = None):
         super().__init__()
         if activation not in reference.ACTIVATIONS:
             raise ModelError(unknown("activation", str(activation), [str(a) for a in reference.ACTIVATIONS]))
@@ -145,9 +143,7 @@ class SparseLinear(Sparse):
     [[[7.0]]]
     """
 
-    def __init__(
-        self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None, activation: str | None = None
-    ):
+    def __init__(self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None, activation: str | None = None):
         super().__init__(forms, bias, activation)
         self.out_features, self.in_features = self.shape
 
