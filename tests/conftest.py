@@ -80,7 +80,7 @@ def images() -> list[tuple[Tensor, Tensor]]:
     return image_batches()
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32):
+def tiny_llama(dtype: torch.dtype = torch.float32, *, tie: bool = True):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -91,7 +91,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie,
         bos_token_id=0,
         eos_token_id=1,
     )

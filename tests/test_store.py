@@ -13,6 +13,10 @@ import rarefy
 from conftest import Net, Tied, tiny_llama
 from rarefy.errors import ContainerError, ModelError
 from rarefy.formats import container
+from rarefy.runtime import native, ways
+from rarefy.runtime.layers import SparseLinear
+
+needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -195,6 +199,77 @@ def test_hostile_structures(tmp_path, structure, message):
     container.write(tmp_path / "out", [], meta={"structure": structure})
     with pytest.raises(ModelError, match=message):
         rarefy.load(tmp_path / "out")
+
+
+@needs_kernels
+@pytest.mark.parametrize("tied", [False, True])
+def test_load_and_accelerate(tied, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
+    monkeypatch.setattr(ways, "fastest", lambda dense, layers, inputs, clock: {b: ("tiles", 2.0) for b in inputs})
+    model = tiny_llama(tie=tied)
+    rarefy.prune_(model, sparsity=0.6)
+    rarefy.save(model, tmp_path / "m")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        want = rarefy.load(tmp_path / "m")(ids).logits
+        for how in (
+            True,
+            {"batch": (1, 12)},
+            {"example": {"input_ids": ids}},
+            {"layers": "*.mlp.*"},
+            {"layers": "lm_head"},
+        ):
+            fast = rarefy.load(tmp_path / "m", accelerate=how)
+            torch.testing.assert_close(fast(ids).logits, want, rtol=1e-4, atol=1e-4)
+            sparse = {n for n, m in fast.named_modules() if isinstance(m, SparseLinear)}
+            assert len(sparse) == int(fast.rarefy_accelerated.summary["layers that run sparse"].split()[0])
+            assert len(sparse) == (0 if "head" in str(how) else 6 if "mlp" in str(how) else 14)
+            assert not any(t.is_meta for t in [*fast.parameters(), *fast.buffers()])
+        given = rarefy.load(tmp_path / "m", tiny_llama(tie=tied), accelerate=True)
+        torch.testing.assert_close(given.eval()(ids).logits, want, rtol=1e-4, atol=1e-4)
+    for wrong, message in [
+        (3, "accelerate is True, False or a dict"),
+        ({"bach": (1,)}, "unknown argument of .*'batch'"),
+    ]:
+        with pytest.raises(ModelError, match=message):
+            rarefy.load(tmp_path / "m", accelerate=wrong)
+
+
+@needs_kernels
+def test_peak_memory_of_load_and_accelerate(tmp_path):
+    """The dense model is never in memory."""
+    code = """
+import sys, torch, rarefy
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.set_num_threads(1)
+
+def status(key):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+
+if sys.argv[2] == "save":
+    config = LlamaConfig(vocab_size=64, hidden_size=768, intermediate_size=3072, num_hidden_layers=8)
+    model = LlamaForCausalLM(config)
+    rarefy.prune_(model, sparsity=0.95)
+    rarefy.save(model, sys.argv[1])
+    print(sum(p.numel() * 4 for p in model.parameters()))
+else:
+    tiny = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=1))
+    tiny(torch.zeros(1, 2, dtype=torch.long))
+    rarefy.prune_(tiny, sparsity=0.9), rarefy.fold_(tiny), rarefy.accelerate_(tiny, (1,), repeats=1, choices=False)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    model = rarefy.load(sys.argv[1], accelerate={"batch": (1, 64), "repeats": 1, "choices": False})
+    print(status("VmHWM") - before, model.rarefy_accelerated.summary["layers that run sparse"].split()[0])
+"""
+    ran = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "m"), what], capture_output=True, text=True, check=True
+        )
+        for what in ("save", "load")
+    ]
+    dense, (peak, sparse) = int(ran[0].stdout), map(int, ran[1].stdout.split())
+    assert sparse == 56 and peak < 0.7 * dense, peak / dense
 
 
 def test_peak_memory_of_load(tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from rarefy.formats import container, sparse
 from rarefy.model import hf
 from rarefy.model.layout import Layout
 from rarefy.model.mask import plain_state
-from rarefy.model.select import all_layers, original, unwrap
+from rarefy.model.select import Layer, all_layers, original, unwrap
 from rarefy.proof.measure import folder_bytes, sparsity_of
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
+from rarefy.runtime.choose import accelerate_, accelerate_each
 from rarefy.runtime.layers import Sparse
 
 EXPORTS = ("hf", "safetensors")
@@ -92,13 +95,24 @@ def pack(
             yield name, sparse.encode(tensor, format, pattern, axis=layout.in_axis)
 
 
-def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = True) -> nn.Module:
+def load(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    verify: bool = True,
+    accelerate: bool | Mapping[str, Any] = False,
+) -> nn.Module:
     """Return the model of a saved folder, bit for bit; `model` receives the weights, or is built from a known config.
 
+    accelerate   True or arguments of `accelerate_`, such as {"batch": (1, 128)}: each Linear layer takes its fastest
+                 form as soon as its weight is read, so the dense model is never in memory; with an `example` the whole
+                 model is read first. What was chosen is `model.rarefy_accelerated`
     No code is run and no class imported by a name from the file: without `model` only Hugging Face configs are built.
     Raises ContainerError (damaged, hostile, names or shapes that differ) and ModelError. Memory: the model and one
     tensor more.
     """
+    how = _how_to_accelerate(accelerate)
+    stream = how is not None and how.get("example") is None
     if model is not None and not isinstance(model, nn.Module):
         raise ModelError(f"model is a torch.nn.Module to load into, such as MyModule(), got {model!r}")
     saved = container.read(path, verify=verify)
@@ -110,7 +124,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
                 f"{path} holds a {structure.get('class')}, which is built in Python: "
                 f"rarefy.load({str(path)!r}, model={structure.get('class')}(...))"
             )
-        model = hf.build(structure)
+        model = hf.build(structure, empty=stream)
     _check_names(saved, model, path)
     slots = _slots(model)
     for name, (module, leaf) in slots.items():
@@ -120,20 +134,53 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
         if saved.aliases.get(name, name) != saved.aliases.get(first, first):
             raise ContainerError(f"{path}: {name} is tied to {first} in this {type(model).__name__}, but stored apart")
     done: dict[str, Tensor] = {}
-    for name, (module, leaf) in slots.items():
-        old, source = getattr(module, leaf), saved.aliases.get(name, name)
-        if name in tied:
-            continue  # the tensor it shares is put in under the other name
+
+    def bring(name: str) -> None:
+        name = tied.get(name, name)  # the tensor it shares is put in under the other name
+        (module, leaf), source = slots[name], saved.aliases.get(name, name)
+        old, again = getattr(module, leaf), done.get(source)
         device = "cpu" if old.is_meta else old.device
-        again = done.get(source)
         fresh = saved.tensor(source, tuple(old.shape)).to(device) if again is None else again.clone()
-        done[source] = _put(module, leaf, fresh)
+        fresh = _put(module, leaf, fresh)
+        if source in shared:
+            done[source] = fresh
         for other in (n for n, f in tied.items() if f == name):
             setattr(*slots[other], getattr(module, leaf))
+
+    shared = {s for s, n in Counter(saved.aliases.get(n, n) for n in slots if n not in tied).items() if n > 1}
+    late = {n for n in slots if n.endswith(".weight") and isinstance(slots[n][0], nn.Linear)} if stream else set()
+    late = {n for n in late if n not in tied and n not in tied.values()}
+    for name in slots:
+        if name not in tied and name not in late:
+            bring(name)
+    if how is not None:
+        names = {id(slots[n][0]): n for n in late}
+
+        def bring_late(layer: Layer) -> None:
+            name = names.pop(id(layer.module), None)
+            if name is not None and layer.param == "weight":
+                bring(name)
+
+        model.rarefy_accelerated = accelerate_each(model, **how, bring=bring_late if stream else None)  # type: ignore
+        for name in names.values():  # what was not chosen to be accelerated
+            bring(name)
     receipt = Path(path) / "receipt.json"
     if receipt.is_file() and not receipt.is_symlink() and receipt.stat().st_size < 1 << 26:
         _remember(model, receipt, saved.meta.get("recipe"))
     return model
+
+
+def _how_to_accelerate(asked: Any) -> dict[str, Any] | None:
+    """Return arguments of `accelerate_`, or None; ModelError for what it does not take."""
+    if isinstance(asked, bool):
+        return {} if asked else None
+    if not isinstance(asked, Mapping):
+        raise ModelError(f"accelerate is True, False or a dict of accelerate_'s arguments, got {asked!r}")
+    allowed = [n for n in signature(accelerate_).parameters if n != "model"]
+    for name in asked:
+        if name not in allowed:
+            raise ModelError(unknown("argument of accelerate_", name, allowed))
+    return dict(asked)
 
 
 def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool = False) -> Path:

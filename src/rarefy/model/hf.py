@@ -7,6 +7,7 @@ the file's word only has to agree with it. Remote code is never trusted.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ def structure(model: nn.Module) -> dict[str, Any]:
     return {"library": "transformers", "class": type(model).__name__, "config": config, "dtype": dtype}
 
 
-def build(saved: dict[str, Any]) -> nn.Module:
-    """Return a fresh model for a saved structure, in evaluation mode; ModelError where it does not make sense."""
+def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
+    """Return a fresh model for a saved structure, in evaluation mode; `empty`: with its parameters on the meta device;
+    ModelError where it does not make sense."""
     transformers = _transformers()
     values = saved.get("config")
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
@@ -143,13 +145,20 @@ def build(saved: dict[str, Any]) -> nn.Module:
     try:
         config = transformers.AutoConfig.for_model(values["model_type"], **kept)
         auto = _auto(config, str(saved.get("class")))
-        return auto.from_config(config, dtype=dtype).eval()
+        with _without_weights() if empty else nullcontext():
+            return auto.from_config(config, dtype=dtype).eval()
     except ModelError:
         raise
     except Exception as error:  # a hostile config makes transformers raise anything
         raise ModelError(
             f"the saved config does not make a {values['model_type']} model: {_first_line(error)}"
         ) from None
+
+
+def _without_weights() -> Any:
+    from accelerate import init_empty_weights  # installed with transformers by the extra hf
+
+    return init_empty_weights(include_buffers=False)
 
 
 def _without(values: Any, keys: tuple[str, ...]) -> Any:

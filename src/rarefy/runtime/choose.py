@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,24 @@ def accelerate_(
     >>> accelerate_(net).rows[0]["why"]
     'dense: 0.00% zeros'
     """
+    how = {"layers": layers, "ignore": ignore, "values": values, "repeats": repeats, "choices": choices}
+    return accelerate_each(model, batch, example, **how, progress=progress)
+
+
+def accelerate_each(
+    model: nn.Module,
+    batch: Sequence[int] = (1, 16, 128),
+    example: Any = None,
+    *,
+    layers: Selector = None,
+    ignore: Selector = None,
+    values: str | None = None,
+    repeats: int = 11,
+    choices: str | Path | bool = True,
+    progress: bool = False,
+    bring: Callable[[Layer], None] | None = None,
+) -> Report:
+    """`accelerate_` with weights that come one after the other: `bring` is called before a layer is looked at."""
     check_sizes(batch, repeats)
     if values not in (None, "int8"):
         raise ModelError(unknown("values", str(values), ["int8", "None"]))
@@ -71,14 +89,20 @@ def accelerate_(
     if masked:
         raise ModelError(f"masks are still attached to {', '.join(masked)}: fold_ the model first")
     idle = next((l.full_name for l in chosen if l.weight.is_meta), None)
-    if idle is not None:
+    if idle is not None and bring is None:
         raise ModelError(f"{idle} is on the meta device: it has no values yet; load its weights first")
     seen = None if example is None else observe(model, [l.module for l in chosen], example)
-    places, before = Places(model, seen), resident_bytes(model)
+    places, before = Places(model, seen), sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     file = None if choices is False else kept.usual_file() if choices is True else Path(choices).expanduser()
     clock = Clock.of(repeats, before, file)
     steps = track(chosen, "choosing kernels", progress, len(chosen))
-    rows = [_settle(layer, places, sorted(set(batch)), values, clock) for layer in steps]
+    rows = []
+    for layer in steps:
+        if bring is not None:
+            bring(layer)
+        rows.append(_settle(layer, places, sorted(set(batch)), values, clock))
+        if bring is not None and rows[-1]["why"] == "":
+            layer.module._parameters.clear()  # others still hold the dense layer, which must not hold its weight
     faster = sum(not r["why"] for r in rows)
     summary = {"layers that run sparse": f"{faster} of {len(rows)}", "instruction set": native.isa() or "none"}
     summary |= {"bytes in memory": before, "bytes in memory after": resident_bytes(model)}

@@ -173,8 +173,8 @@ def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None) -> 
     parts = full.reshape(len(full) // 4, 4, -1, block, each).transpose(1, 2)  # [tiles, blocks, 4, block, each]
     hit = (parts != 0).any(-1).transpose(2, 3)  # [tiles, blocks, block, 4]
     words = parts.flatten().view(torch.int32).reshape(parts.shape[:-1]).transpose(2, 3)
-    pattern = (hit * torch.tensor([1, 2, 4, 8])).sum(-1)
-    order = pattern.masked_fill(pattern == 0, 16).to(torch.uint8).sort(stable=True)
+    pattern = (hit * torch.tensor([1, 2, 4, 8], dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    order = pattern.masked_fill(pattern == 0, 16).sort(stable=True)
     counts = torch.stack([(pattern == p).sum(-1) for p in range(16)], -1)
     counts[..., 0] = 0
     index = order.indices[..., None].expand(-1, -1, -1, 4)
