@@ -1,11 +1,13 @@
 """Whole models with `accelerate_` against themselves dense, eager, in turns: milliseconds and how many times faster.
 
-    python models.py                  all cases, about three minutes on two quiet cores
+    python models.py                  all cases, about eight minutes on two quiet cores
     python models.py --only minilm
+    python models.py --engines        ours at 80 % against what else runs the dense model: torch.compile and, where they
+                                      are installed, ONNX Runtime and OpenVINO (fp32, as many threads)
     python models.py --table          only print what was measured last
 
-Weights are pruned by magnitude: what counts here is time (ResNet-50 has random weights). Writes a JSON line a case to
-results/models.jsonl.
+Weights are pruned by magnitude: what counts here is time (the residual networks have random weights). Writes a JSON line
+a case to results/models.jsonl.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from runtime import keep_memory
 from torch import nn
 
 import rarefy
@@ -28,8 +34,20 @@ from rarefy.proof.measure import commit, compare, machine
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "models.jsonl"
 TOKENS = 128
-PATTERNS = [("unstructured", 0.5), ("unstructured", 0.8), ("unstructured", 0.9), ("4x1", 0.8), ("4x1", 0.9)]
-CASES = {"minilm": (1, 16), "resnet50": (1, 16), "smollm2-135m": (1, TOKENS)}  # batches; tokens in a call
+FP32 = [
+    ("fp32", "unstructured", 0.5),
+    ("fp32", "unstructured", 0.8),
+    ("fp32", "unstructured", 0.9),
+    ("fp32", "4x1", 0.8),
+    ("fp32", "4x1", 0.9),
+]
+MORE = [("bf16", "unstructured", 0.5), ("bf16", "4x1", 0.8), ("int8", "1x4", 0.8), ("int8", "1x4", 0.9)]
+CASES = {  # batches (tokens in a call of a language model), and what they are pruned to
+    "minilm": ((1, 16), FP32 + MORE),
+    "smollm2-135m": ((1, TOKENS), FP32 + MORE),
+    "resnet50": ((1, 16), FP32),
+    "fashion": ((1, 16), FP32),
+}
 
 
 def model_of(name: str, batch: int) -> tuple[nn.Module, Any, str, tuple[int, ...]]:
@@ -38,36 +56,95 @@ def model_of(name: str, batch: int) -> tuple[nn.Module, Any, str, tuple[int, ...
         from torchvision.models import resnet50
 
         return resnet50().eval(), torch.randn(batch, 3, 224, 224), "re:layer.*conv.*|layer.*downsample.*", (batch,)
+    if name == "fashion":
+        from vision_net import SmallResNet
+
+        return SmallResNet().eval(), torch.randn(batch, 1, 28, 28), "blocks.*", (batch,)
     model = hf.load_folder(str(samples.model_folder(name))).float().eval()
     size = (batch, TOKENS) if name == "minilm" else (1, batch)
     ids = torch.randint(1000, 20000, size)
-    layers = "encoder.layer.*" if name == "minilm" else "model.layers.*"
-    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, layers, (ids.numel(),)
+    x: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name == "minilm":
+        return model, x, "encoder.layer.*", (ids.numel(),)
+    return model, {**x, "logits_to_keep": 1, "use_cache": False}, "model.layers.*", (batch,)  # as generate reads a prompt
 
 
-def case(name: str, batch: int, pattern: str, sparsity: float) -> dict[str, Any]:
+def call(model: Any, x: Any) -> torch.Tensor:
+    """Return the first of a model's outputs."""
+    y = model(**x) if isinstance(x, dict) else model(x)
+    return y if isinstance(y, torch.Tensor) else y[0]
+
+
+class First(nn.Module):
+    """A model that takes what `x` holds one after the other, and returns its first output."""
+
+    def __init__(self, model: nn.Module, x: Any):
+        super().__init__()
+        self.model, self.names = model, list(x) if isinstance(x, dict) else None
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return call(self.model, dict(zip(self.names, args)) if self.names else args[0])
+
+
+def engines(model: nn.Module, x: Any) -> dict[str, Callable[[], Any]]:
+    """Return what else runs this dense model here."""
+    threads, runs = torch.get_num_threads(), {}
+    compiled = torch.compile(copy.deepcopy(model))
+    call(compiled, x)
+    runs["compiled"] = lambda: call(compiled, x)
+    if "logits_to_keep" in (x if isinstance(x, dict) else ()):
+        return runs  # a graph of a language model needs an exporter of its own
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file, names = str(Path(folder) / "m.onnx"), list(x) if isinstance(x, dict) else ["x"]
+        args = tuple(x.values()) if isinstance(x, dict) else (x,)
+        torch.onnx.export(First(model, x), args, file, input_names=names, dynamo=False)
+        feed = {n: a.numpy() for n, a in zip(names, args)}
+        if find_spec("onnxruntime"):
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others run in between
+            session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            runs["onnxruntime"] = lambda: session.run(None, feed)
+        if find_spec("openvino"):
+            import openvino
+
+            settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+            network = openvino.Core().compile_model(file, "CPU", settings)
+            runs["openvino"] = lambda: network(feed)
+    return runs
+
+
+def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, others: bool) -> dict[str, Any]:
     """Return quartiles of the dense and the accelerated model in milliseconds, and how far their outputs are apart."""
     model, x, layers, inputs = model_of(name, batch)
     rarefy.prune_(model, pattern, "magnitude", sparsity, layers=layers)
     rarefy.fold_(model)
+    if numbers == "bf16":
+        model = model.bfloat16()
     ours = copy.deepcopy(model)
-    chosen = rarefy.accelerate_(ours, inputs, x, choices=False)
-    call: Callable[[Any], Any] = lambda m: m(**x) if isinstance(x, dict) else m(x)  # noqa: E731
+    chosen = rarefy.accelerate_(ours, inputs, x, values="int8" if numbers == "int8" else None, choices=False)
     with torch.no_grad():
-        outputs = [o if isinstance(o, torch.Tensor) else o[0] for o in map(call, (model, ours))]
-    times = compare({"dense": lambda: call(model), "ours": lambda: call(ours)}, repeats=10 if batch > 1 else 30)
+        outputs = [call(m, x).float() for m in (model, ours)]
+        more = engines(model, x) if others else {}
+    runs = {"dense": lambda: call(model, x), "ours": lambda: call(ours, x), **more}  # others' threads cost the dense most
+    times = compare(runs, repeats=10 if batch > 1 else 30)
     apart = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
     quartiles = {k: [1000 * s for s in (t.low, t.median, t.high)] for k, t in times.items()}
     return {"apart": apart, "layers": chosen.summary["layers that run sparse"], **quartiles}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return medians in milliseconds and their ratio; of what was run twice the last counts."""
-    names = ("model", "batch", "pattern", "sparsity")
-    rows = [f"| {' | '.join([*names, 'dense, ms', 'ours, ms', 'times as fast'])} |", "|---" * 7 + "|"]
-    for line in {tuple(l[n] for n in names): l for l in lines}.values():
+    """Return medians in milliseconds and their ratio; of what was run twice the last counts. int8 is against dense fp32."""
+    names = ("model", "batch", "numbers", "pattern", "sparsity")
+    others = ("compiled", "onnxruntime", "openvino")
+    rows = [f"| {' | '.join([*names, 'dense, ms', 'ours, ms', 'times as fast', *others])} |", "|---" * 11 + "|"]
+    for line in {(*(l[n] for n in names), "compiled" in l): l for l in lines}.values():
         dense, ours = line["dense"][1], line["ours"][1]
         cells = [str(line[n]) for n in names] + [f"{dense:.1f}", f"{ours:.1f}", f"{dense / ours:.2f}"]
+        cells += [f"{line[n][1]:.1f}" if n in line else "" for n in others]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -75,16 +152,19 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CASES)
+    parser.add_argument("--engines", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     hf.no_bars()
-    for name, batches in {} if args.table else CASES.items():
+    keep_memory()
+    for name, (batches, plan) in {} if args.table else CASES.items():
         for batch in batches if args.only in (None, name) else ():
-            for pattern, sparsity in PATTERNS:
+            for numbers, pattern, sparsity in plan[1:2] if args.engines else plan:
                 torch.manual_seed(0)
-                line = {"model": name, "batch": batch, "pattern": pattern, "sparsity": sparsity}
-                line |= {**case(name, batch, pattern, sparsity), "commit": commit(HERE), "machine": machine()}
+                line = {"model": name, "batch": batch, "numbers": numbers, "pattern": pattern, "sparsity": sparsity}
+                line |= case(name, batch, numbers, pattern, sparsity, args.engines)
+                line |= {"commit": commit(HERE), "machine": machine()}
                 with args.out.open("a") as file:
                     print(json.dumps(line), file=file)
                 print(table([line]).splitlines()[-1], flush=True)
