@@ -2,12 +2,12 @@
 
     python models.py                  all cases, about eight minutes on two quiet cores
     python models.py --only minilm
-    python models.py --engines        ours at 80 % against what else runs the dense model: torch.compile and, where they
-                                      are installed, ONNX Runtime and OpenVINO (fp32, as many threads)
+    python models.py --engines        ours at 80 % against what else runs the dense model: torch.compile and, if
+                                      installed, ONNX Runtime and OpenVINO (fp32, as many threads)
     python models.py --table          only print what was measured last
 
-Weights are pruned by magnitude: what counts here is time (the residual networks have random weights). Writes a JSON line
-a case to results/models.jsonl.
+Weights are pruned by magnitude: what counts here is time (the residual networks have random weights). Writes a JSON
+line a case to results/models.jsonl.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from runtime import keep_memory
 from torch import nn
 
 import rarefy
 from rarefy import samples
 from rarefy.model import hf
 from rarefy.proof.measure import commit, compare, machine
+from runtime import keep_memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "models.jsonl"
@@ -66,7 +66,12 @@ def model_of(name: str, batch: int) -> tuple[nn.Module, Any, str, tuple[int, ...
     x: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name == "minilm":
         return model, x, "encoder.layer.*", (ids.numel(),)
-    return model, {**x, "logits_to_keep": 1, "use_cache": False}, "model.layers.*", (batch,)  # as generate reads a prompt
+    return (
+        model,
+        {**x, "logits_to_keep": 1, "use_cache": False},
+        "model.layers.*",
+        (batch,),
+    )  # as generate reads a prompt
 
 
 def call(model: Any, x: Any) -> torch.Tensor:
@@ -111,7 +116,11 @@ def engines(model: nn.Module, x: Any) -> dict[str, Callable[[], Any]]:
         if find_spec("openvino"):
             import openvino
 
-            settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+            settings = {
+                "INFERENCE_NUM_THREADS": threads,
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32",
+            }
             network = openvino.Core().compile_model(file, "CPU", settings)
             runs["openvino"] = lambda: network(feed)
     return runs
@@ -129,7 +138,11 @@ def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, oth
     with torch.no_grad():
         outputs = [call(m, x).float() for m in (model, ours)]
         more = engines(model, x) if others else {}
-    runs = {"dense": lambda: call(model, x), "ours": lambda: call(ours, x), **more}  # others' threads cost the dense most
+    runs = {
+        "dense": lambda: call(model, x),
+        "ours": lambda: call(ours, x),
+        **more,
+    }  # others' threads cost the dense most
     times = compare(runs, repeats=10 if batch > 1 else 30)
     apart = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
     quartiles = {k: [1000 * s for s in (t.low, t.median, t.high)] for k, t in times.items()}
@@ -137,7 +150,7 @@ def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, oth
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return medians in milliseconds and their ratio; of what was run twice the last counts. int8 is against dense fp32."""
+    """Return medians in milliseconds and their ratio; of what was run twice the last counts. int8 against dense fp32."""
     names = ("model", "batch", "numbers", "pattern", "sparsity")
     others = ("compiled", "onnxruntime", "openvino")
     rows = [f"| {' | '.join([*names, 'dense, ms', 'ours, ms', 'times as fast', *others])} |", "|---" * 11 + "|"]

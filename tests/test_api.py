@@ -8,6 +8,7 @@ import rarefy
 from conftest import Net, Tied, image_batches, tiny_llama
 from rarefy.errors import DataError, ModelError, RecipeError
 from rarefy.proof.evaluate import accuracy
+from rarefy.runtime.layers import Sparse
 
 HALF = {"stages": [{"prune": {"sparsity": 0.5}}]}
 
@@ -87,6 +88,26 @@ def test_stages_compose():
     receipt = rarefy.compress_(model, recipe, data)
     assert {r["sparsity"] for r in receipt.sparsity["layers"]} == {0.75}
     assert model.hidden.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("how", ["decode", "latency"])
+def test_a_receipt_of_layers_that_skip_zeros(how, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
+    decode = how == "decode"
+    model, held_out = (
+        (tiny_llama(), [{"input_ids": torch.randint(0, 64, (2, 12))}]) if decode else (Net(), image_batches())
+    )
+    timing = {"decode": {"prompt": 8, "new": 2, "repeats": 2}} if decode else {"latency": {"batch": [1, 4]}}
+    recipe = {
+        "stages": [{"prune": {"sparsity": 0.6}}],
+        "evaluate": {"metric": "perplexity" if decode else "accuracy", "accelerate": True, **timing},
+    }
+    receipt = rarefy.compress_(model, recipe, {"evaluate": held_out})
+    assert all(set(s) >= {"before", "after", "accelerated"} for s in receipt.speed)
+    assert str(receipt).count("  skipping zeros  ") == 2
+    note = next(n for n in receipt.notes if n.startswith("'skipping zeros': "))
+    assert "layers run sparse by accelerate_" in note and not any("executed dense" in n for n in receipt.notes)
+    assert not any(isinstance(m, Sparse) for m in model.modules())  # the model itself is as it was
 
 
 def test_language_models_get_their_labels():

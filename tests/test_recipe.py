@@ -200,6 +200,7 @@ ERRORS = {
     "end 1.1": (gradual("{sparsity: 0.5, end: 1.1}"), r"end is a fraction between 0 and 1, got 1.1"),
     "lr nan": ("stages: [{train: {optimizer: {lr: .nan}}}]\n", r"lr is .*got nan \[r.yaml, line 1\]"),
     "lr -1": ("stages: [{train: {optimizer: {lr: -1}}}]\n", r"lr is .*got -1.0 \[r.yaml, line 1\]"),
+    "accelerate alone": ("evaluate: {metric: accuracy, accelerate: true}\n" + STAGES, r"accelerate has no effect: it is timed by latency or decode, give one \[r.yaml, line 1\]"),
     "at_most_worse nan": ("evaluate: {metric: accuracy, at_most_worse: .nan}\n" + STAGES, r"at_most_worse is .*got nan \[r.yaml, line 1\]"),
     "a seed that torch cannot take": ("seed: 99999999999999999999\n" + STAGES, r"seed is .*got 99999999999999999999 \[r.yaml, line 1\]"),
     # patterns

@@ -126,7 +126,8 @@ class Decode:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluate:
-    """Measure before and after on held-out data. `at_most_worse: 0.15` makes a larger relative loss a failed check."""
+    """Measure before and after on held-out data. `at_most_worse: 0.15` makes a larger relative loss a failed check;
+    `accelerate: true` times the model also with layers that skip zeros (`accelerate_`)."""
 
     metric: str
     data: str | None = None
@@ -135,6 +136,7 @@ class Evaluate:
     batch: int = 8
     latency: Latency | None = None
     decode: Decode | None = None
+    accelerate: bool = False
     at_most_worse: float | None = None
 
 
@@ -428,6 +430,10 @@ def _check(made: Any, node: _Node) -> None:
             raise RecipeError(f"at_most_worse is a fraction such as 0.15 for 15 %, got {value!r} [{place(f.name)}]")
         if f.name == "seed" and isinstance(value, int) and not 0 <= value < 1 << 32:
             raise RecipeError(f"seed is a whole number from 0 to {(1 << 32) - 1}, got {value} [{place(f.name)}]")
+    if isinstance(made, Evaluate) and made.accelerate and not (made.latency or made.decode):
+        raise RecipeError(
+            f"accelerate has no effect: it is timed by latency or decode, give one [{place('accelerate')}]"
+        )
     if isinstance(made, Prune) and made.solver is not None:
         try:
             resolve(made.solver)

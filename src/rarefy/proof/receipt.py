@@ -20,7 +20,7 @@ class Receipt:
     disk      before, after, same_precision (dense bytes at the precision of the result)
     memory    before, after: parameters and buffers; peak_rss of the process
     sparsity  asked, achieved, weights, zeros, layers: one row a layer
-    speed     a row a measurement: what, before, after, unit, with quartiles
+    speed     a row a measurement: what, before, after (accelerated), unit, with quartiles
     flops     what, before, after
     """
 
@@ -98,10 +98,15 @@ class Receipt:
     def _speed(self) -> list[dict[str, str]]:
         rows = []
         for s in self.speed:
-            before, after = (f"{s[k]['median']:,.4g} ({s[k]['low']:,.4g}-{s[k]['high']:,.4g})" for k in SIDES)
-            ratio = s["after"]["median"] / s["before"]["median"]
-            faster = ratio if s["unit"].endswith("/s") else 1 / ratio
-            rows.append(_row(f"{s['what']}, {s['unit']}", before, after, f"{faster:.2f}x as fast"))
+            for side, what in (("after", f"{s['what']}, {s['unit']}"), ("accelerated", "  skipping zeros")):
+                if side not in s:
+                    continue
+                before, after = (
+                    f"{s[k]['median']:,.4g} ({s[k]['low']:,.4g}-{s[k]['high']:,.4g})" for k in (SIDES[0], side)
+                )
+                ratio = s[side]["median"] / s["before"]["median"]
+                faster = ratio if s["unit"].endswith("/s") else 1 / ratio
+                rows.append(_row(what, before, after, f"{faster:.2f}x as fast"))
         return rows
 
 
