@@ -150,7 +150,7 @@ def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, oth
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return medians in milliseconds and their ratio; of what was run twice the last counts. int8 against dense fp32."""
+    """Return medians in milliseconds and their ratio; the last of what ran twice. int8 against dense fp32."""
     names = ("model", "batch", "numbers", "pattern", "sparsity")
     others = ("compiled", "onnxruntime", "openvino")
     rows = [f"| {' | '.join([*names, 'dense, ms', 'ours, ms', 'times as fast', *others])} |", "|---" * 11 + "|"]
