@@ -85,7 +85,11 @@ class Sparse(nn.Module):
 
     def run(self, x: Tensor, inputs: int) -> Tensor:
         """Return what the dense layer would, by the form that is for so many inputs."""
-        at, weight, names = next((f for f in self.order if f[0] <= inputs), self.order[-1])
+        at, weight, names = self.order[-1]
+        for form in self.order:  # the last that begins at so many inputs or before
+            if form[0] <= inputs:
+                at, weight, names = form
+                break
         buffers: Any = self._buffers
         if weight is not None:
             return reference.ACTIVATIONS[self.activation](self.dense(x, buffers[weight], buffers["bias"]))

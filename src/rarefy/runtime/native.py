@@ -132,7 +132,7 @@ class Kernel:
         kept: dict[str, Any] = {n: v.detach() if isinstance(v, Tensor) else v for n, v in vars(packed).items()}
         packed = type(packed)(**kept)
         _check(packed, bias)
-        self.held = (packed, bias)
+        self.held, self.shape, self.image = (packed, bias), packed.shape, isinstance(packed, ConvTiles)
         matrix = packed.tiles if isinstance(packed, ConvTiles) else packed
         rows, inputs = matrix.shape
         fields: dict[str, Any] = {n: t.data_ptr() for n, t in vars(matrix).items() if isinstance(t, Tensor)}
@@ -158,10 +158,10 @@ class Kernel:
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return act(x W^T + bias + residual), fp32 [..., O], for x [..., C]; for x [N, C, height, width] its
         convolution. The residual is fp32 of the output's shape."""
-        if isinstance(self.held[0], ConvTiles):
+        if self.image:
             return self._convolve(self.held[0], x, residual)
         *lead, C = x.shape
-        O, inputs = self.held[0].shape
+        O, inputs = self.shape
         if inputs != C:
             raise FormatError(f"the weight has {inputs} inputs, x has {C}")
         if not x.is_cpu:
@@ -180,7 +180,7 @@ class Kernel:
             raise MemoryError(f"no memory to run a layer of {O} outputs on {N} inputs")
         return y
 
-    def _convolve(self, packed: ConvTiles, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _convolve(self, packed: Any, x: Tensor, residual: Tensor | None) -> Tensor:
         N, C, *image = x.shape
         O, inputs, *kernel = packed.shape
         if inputs * packed.groups != C:
