@@ -23,9 +23,9 @@ lint: $(VENV)/dev.done
 bench-vision: $(VENV)/dev.done  ## README's vision table, about 15 minutes on two quiet cores
 	cd bench && ../$(BIN)/python vision.py
 
-bench-runtime: $(VENV)/dev.done  ## sparse kernels and whole models against torch's dense ones, six minutes on two quiet cores
-	$(BIN)/python -m pip install --quiet -e ".[vision]"
-	cd bench && ../$(BIN)/python runtime.py && ../$(BIN)/python models.py
+bench-runtime: $(VENV)/dev.done  ## sparse kernels and whole models against dense ones, a quarter of an hour on two quiet cores
+	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino
+	cd bench && ../$(BIN)/python runtime.py && ../$(BIN)/python models.py && ../$(BIN)/python models.py --engines
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
