@@ -17,6 +17,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -106,16 +107,14 @@ def engines(model: nn.Module, x: Any) -> dict[str, Callable[[], Any]]:
         torch.onnx.export(First(model, x), args, file, input_names=names, dynamo=False)
         feed = {n: a.numpy() for n, a in zip(names, args)}
         if find_spec("onnxruntime"):
-            import onnxruntime
-
+            onnxruntime: Any = import_module("onnxruntime")
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others run in between
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
             runs["onnxruntime"] = lambda: session.run(None, feed)
         if find_spec("openvino"):
-            import openvino
-
+            openvino: Any = import_module("openvino")
             settings = {
                 "INFERENCE_NUM_THREADS": threads,
                 "PERFORMANCE_HINT": "LATENCY",

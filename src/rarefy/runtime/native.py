@@ -132,7 +132,8 @@ class Kernel:
         kept: dict[str, Any] = {n: v.detach() if isinstance(v, Tensor) else v for n, v in vars(packed).items()}
         packed = type(packed)(**kept)
         _check(packed, bias)
-        self.held, self.shape, self.image = (packed, bias), packed.shape, isinstance(packed, ConvTiles)
+        self.held, self.image = (packed, bias), isinstance(packed, ConvTiles)
+        self.shape: Any = packed.shape
         matrix = packed.tiles if isinstance(packed, ConvTiles) else packed
         rows, inputs = matrix.shape
         fields: dict[str, Any] = {n: t.data_ptr() for n, t in vars(matrix).items() if isinstance(t, Tensor)}
