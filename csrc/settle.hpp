@@ -51,8 +51,8 @@ inline vec activated(vec v, int act) {
   switch (act) {
     case RAREFY_RELU: return v < 0.0f ? vec{} : v;
     case RAREFY_GELU: return v * 0.5f * (error_function(v * 0.70710678f) + 1.0f);
-    case RAREFY_GELU_TANH: return v / (exponential((v * v * 0.044715f + 1.0f) * v * -1.59576912f) + 1.0f);
-    case RAREFY_SILU: return v / (exponential(-v) + 1.0f);
+    case RAREFY_GELU_TANH: return v < -12.0f ? vec{} : v / (exponential((v * v * 0.044715f + 1.0f) * v * -1.59576912f) + 1.0f);
+    case RAREFY_SILU: return v < -87.0f ? vec{} : v / (exponential(-v) + 1.0f);
     default: return v;
   }
 }

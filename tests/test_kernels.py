@@ -83,7 +83,9 @@ def activations(weight, bias, x, got):
 
 
 def test_activations_of_whatever_value(isa):
-    x = torch.cat([torch.linspace(-12, 12, 100_001), torch.tensor([-1e30, -200, -88, -0.0, 0, 1e-30, 88, 200, 1e30])])
+    x = torch.cat(
+        [torch.linspace(-12, 12, 100_001), torch.tensor([-3e38, -1e30, -200, -88, -0.0, 0, 1e-30, 88, 200, 1e30, 3e38])]
+    )
     for name, act in reference.ACTIVATIONS.items():
         y, want = native.Kernel(packed.pack_tiles(torch.ones(1, 1)), None, name).run(x[:, None])[:, 0], act(x.double())
         assert ((y - want).abs() <= 5e-7 * want.abs().clamp(min=1)).all(), name
@@ -267,16 +269,39 @@ def test_tensors_that_do_not_fit(change, message):
         native.Kernel(packed.Bitmask(**{**vars(weight), **change}))
 
 
+def test_images_that_are_too_many_to_count():
+    kernel = native.Kernel(packed.pack_conv(torch.ones(4, 64, 3, 3)))
+    with pytest.raises(FormatError, match="64 channels of 6000x6000 are more than the kernel counts"):
+        kernel.run(torch.empty(1, 1, 1, 1).expand(1, 64, 6000, 6000))
+
+
+def test_sums_of_bytes_that_do_not_fit():
+    with pytest.raises(FormatError, match="sums of 70000 products of bytes do not fit 32 bits"):
+        packed.pack_tiles(torch.ones(4, 70000), "int8")
+    most = packed.MOST_BYTES_IN_A_SUM
+    for pack in (packed.pack_tiles, packed.pack_bitmask):
+        y = native.Kernel(pack(torch.ones(4, most), "int8")).run(torch.ones(2, most))
+        torch.testing.assert_close(y, torch.full((2, 4), float(most)), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"groups": 3}, "counts: the kernels expect"),
-        ({"stride": (0, 1)}, "is damaged"),
-        ({"stride": (9, 1)}, "is damaged"),
-        ({"padding": (-1, 1)}, "is damaged"),
-        ({"dilation": (1, 0)}, "is damaged"),
+        ({"groups": 3}, "no kernel for 4 outputs in 3 groups of fp32"),
+        ({"groups": 2}, "counts: the kernels expect|is damaged"),
+        ({"groups": 0}, "groups: whole numbers from 1"),
+        ({"block": 0}, "block: whole numbers from 1"),
+        ({"stride": (0, 1)}, "stride: whole numbers from 1 to 8 are expected, got"),
+        ({"stride": (9, 1)}, "stride: whole numbers from 1 to 8"),
+        ({"stride": (2**64 + 1, 1)}, "stride: whole numbers from 1 to 8"),
+        ({"stride": (1.0, 1)}, "stride: whole numbers from 1 to 8"),
+        ({"stride": [1, 1]}, "stride: whole numbers from 1 to 8"),
+        ({"padding": (-1, 1)}, "padding: whole numbers from 0"),
+        ({"dilation": (1, 0)}, "dilation: whole numbers from 1"),
         ({"shape": (8, 3, 3, 2)}, "counts: the kernels expect"),
-        ({"kind": "int8"}, "scales: the kernels expect"),
+        ({"shape": (4, 18)}, "shape: whole numbers from 1"),
+        ({"kind": "int8"}, "no kernel for 4 outputs in 1 groups of int8"),
+        ({"kind": "int9"}, "unknown kind 'int9'"),
         ({"columns": torch.full((72,), 99, dtype=torch.int16)}, "is damaged"),
     ],
 )

@@ -1,6 +1,7 @@
 """Layers on packed weights, and the choice among them, against the dense model."""
 
 import copy
+import dataclasses
 import gc
 import io
 import math
@@ -511,6 +512,130 @@ def test_eight_bits_are_chosen_only_when_asked(monkeypatch):
             assert 1e-4 < apart < 0.03
     with pytest.raises(ModelError, match="unknown values 'int7'; choose from None, int8 .did you mean 'int8'"):
         accelerate_(model, values="int7")
+
+
+class StdConv(nn.Conv2d):
+    """A convolution that normalises its weight at each call."""
+
+    def forward(self, x):
+        W = self.weight
+        return self._conv_forward(x, W / W.flatten(1).std(1)[:, None, None, None], self.bias)
+
+
+class Doubled(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+@dataclasses.dataclass
+class Output:
+    first: Any
+    hidden: Any
+
+
+class Odd(nn.Module):
+    """Models from which nothing may be taken out, though each output of a layer seems to have one reader."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        kind = {"std": StdConv, "doubled": Doubled}.get(how, nn.Conv2d)
+        self.conv, self.norm = convolution(kind, 8, 8, 3, padding=1), nn.BatchNorm2d(8).eval()
+        self.norm.running_var.uniform_(0.5, 2)
+        self.act = ACT2FN["gelu_10"] if how == "clipped" else nn.GELU()
+        self.listed = [self.act]
+
+    def forward(self, x):
+        h = self.norm(self.conv(20 * x))
+        y = self.act(h)
+        if self.how == "listed":
+            y = self.listed[0](y)
+        if self.how == "dataclass":
+            return Output(y, h)
+        if self.how == "kept":
+            self.features = h
+        if self.how == "reads the norm":
+            y = y * self.norm.weight.sum()
+        if self.how == "tied":
+            y = torch.nn.functional.conv_transpose2d(y, self.conv.weight, padding=1)
+        return y
+
+
+@needs_kernels
+@pytest.mark.parametrize("how", ["std", "doubled", "clipped", "listed", "dataclass", "kept", "reads the norm", "tied"])
+def test_what_is_not_only_read_by_one_stays(how, monkeypatch):
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("convolution", 2.0)))
+    model, x = Odd(how).eval(), torch.randn(2, 8, 6, 6)
+
+    def told(m):
+        with torch.no_grad():
+            y = m(x)
+        return [y.first, y.hidden] if how == "dataclass" else [y, m.features] if how == "kept" else [y]
+
+    want = told(copy.deepcopy(model))
+    report = accelerate_(model, example=x)
+    for a, b in zip(told(model), want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    undone = how in ("reads the norm", "tied")
+    assert any("others" in n for n in report.notes) is undone
+    assert isinstance(model.conv, SparseConv) is (how not in ("std", "doubled"))
+
+
+@needs_kernels
+def test_nothing_is_folded_where_it_is_not_wanted(monkeypatch):
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("convolution", 2.0)))
+    model = Norms("alone").eval()
+    report = accelerate_(model, example=torch.randn(2, 8, 6, 6), fold=False)
+    assert isinstance(model.norm, nn.BatchNorm2d) and report.rows[0]["takes in"] == ""
+    line = nn.Sequential(convolution(nn.Conv1d, 4, 16, 3, padding=1), nn.BatchNorm1d(16)).eval()
+    x = torch.randn(4, 16)  # without a batch: BatchNorm takes its second dimension, the length, for channels
+    want = copy.deepcopy(line)(x)
+    accelerate_(line, example=x)
+    torch.testing.assert_close(line(x), want, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_layers_made_in_inference_mode_and_inputs_of_whole_numbers(monkeypatch):
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("tiles", 2.0)))
+    model, x = nn.Sequential(pruned()), torch.randn(3, 70)
+    want = model(x).detach()
+    with torch.inference_mode():
+        accelerate_(model)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="the layer takes floating point, x is int64"):
+        model(torch.ones(3, 70, dtype=torch.long))
+
+
+@needs_kernels
+def test_a_compiled_convolution_takes_channels_last(monkeypatch):
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("dense", 1.0) if b == 1 else ("convolution", 2.0)))
+    model, x = nn.Sequential(convolution(nn.Conv2d, 6, 10, 3)), torch.randn(4, 6, 9, 9)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        want = model(x)
+        accelerate_(model, example=x)
+        fast = torch.compile(model)
+        for n in (1, 4):
+            torch.testing.assert_close(fast(x[:n]), want[:n], rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [({"choices": ""}, "choices is the path of a file"), ({"choices": "a\0b"}, "choices is the path of a file"),
+     ({"choices": "~no such user/x"}, "is no path here")],
+)  # fmt: skip
+def test_choices_that_are_no_file(how, message):
+    with pytest.raises(ModelError, match=message):
+        accelerate_(nn.Sequential(pruned()), **how)
+
+
+@needs_kernels
+def test_weights_that_are_computed_are_not_timed():
+    model = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(pruned()))
+    for call in (accelerate_, latency_table):
+        with pytest.raises(ModelError, match="masks are still attached to 0.*remove_parametrizations"):
+            call(model)
 
 
 def small(kind):

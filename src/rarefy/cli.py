@@ -169,7 +169,7 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time a model, or several in turns: tokens per second of a language model, milliseconds of a call otherwise."""
-    from rarefy.files import write_whole
+    from rarefy.files import blaming, write_whole
     from rarefy.proof.bench import bench_models, example_of, generates
     from rarefy.runtime.choose import accelerate_
     from rarefy.runtime.table import latency_table
@@ -184,7 +184,8 @@ def bench(
             net = named["model"]
             sizes = (1, tokens) if generates(net) else (batch * tokens,)
             told = latency_table(net, sizes, example_of(net, tokens, batch), repeats=repeats, progress=not quiet)
-            write_whole(table, told.to_json())
+            with blaming(table):
+                write_whole(table, told.to_json())
             _show(told, as_json, quiet)
             return
         if against:

@@ -25,7 +25,7 @@ from rarefy.model.select import Layer, all_layers, original, unwrap
 from rarefy.proof.measure import folder_bytes, sparsity_of
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
-from rarefy.runtime.choose import accelerate_, accelerate_each
+from rarefy.runtime.choose import accelerate_, accelerate_each, check_options
 from rarefy.runtime.layers import Sparse
 
 EXPORTS = ("hf", "safetensors")
@@ -105,8 +105,8 @@ def load(
     """Return the model of a saved folder, bit for bit; `model` receives the weights, or is built from a known config.
 
     accelerate   True or arguments of `accelerate_`, such as {"batch": (1, 128)}: each Linear layer takes its fastest
-                 form as soon as its weight is read, so the dense model is never in memory; with an `example` the whole
-                 model is read first. What was chosen is `model.rarefy_accelerated`
+                 form as soon as its weight is read, so the dense model is never in memory unless `model` is; with an
+                 `example` the whole model is read first. What was chosen is `model.rarefy_accelerated`
     No code is run and no class imported by a name from the file: without `model` only Hugging Face configs are built.
     Raises ContainerError (damaged, hostile, names or shapes that differ) and ModelError. Memory: the model and one
     tensor more.
@@ -180,6 +180,8 @@ def _how_to_accelerate(asked: Any) -> dict[str, Any] | None:
     for name in asked:
         if name not in allowed:
             raise ModelError(unknown("argument of accelerate_", name, allowed))
+    defaults = {n: p.default for n, p in signature(accelerate_).parameters.items()} | dict(asked)
+    check_options(*(defaults[n] for n in ("batch", "repeats", "values", "choices")))
     return dict(asked)
 
 

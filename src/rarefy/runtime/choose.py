@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rarefy.errors import ModelError, unknown
+from rarefy.errors import ModelError, RarefyError, unknown
+from rarefy.model.batches import tensors_in
 from rarefy.model.select import Layer, Selector, select
+from rarefy.model.stats import call, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof.measure import resident_bytes
 from rarefy.proof.report import Report
@@ -35,6 +37,7 @@ def accelerate_(
     *,
     layers: Selector = None,
     ignore: Selector = None,
+    fold: bool = True,
     values: str | None = None,
     repeats: int = 11,
     choices: str | Path | bool = True,
@@ -46,9 +49,10 @@ def accelerate_(
     batch    numbers of inputs in a call of a Linear (samples x tokens) for which a choice is made; those between go to
              the nearest
     example  what the model can be called with. Convolutions need it: the choice depends on the size of their images,
-             and is made for one image and for as many as the example has. It also shows what alone reads a layer's
-             outputs: a BatchNorm goes into the weights before it and an activation (ReLU, GELU, SiLU) into the kernel;
-             an Identity stays in their place
+             and is made for one image and for as many as the example has
+    fold     what alone reads a layer's outputs, as the example shows, goes into the layer: a BatchNorm into the weights
+             before it, an activation (ReLU, GELU, SiLU) into the kernel; an Identity stays in their place. Undone if
+             the example's outputs then differ. Branches that the example does not take are not seen: False leaves all be
     values   "int8": Linear layers that run sparse do so in 8 bits, weights with a scale for each output and inputs with
              one for each row, so outputs change a little; None: in the weight's own numbers
     repeats  timings of each way, in turns
@@ -61,7 +65,7 @@ def accelerate_(
     >>> accelerate_(net).rows[0]["why"]
     'dense: 0.00% zeros'
     """
-    how = {"layers": layers, "ignore": ignore, "values": values, "repeats": repeats, "choices": choices}
+    how = {"layers": layers, "ignore": ignore, "fold": fold, "values": values, "repeats": repeats, "choices": choices}
     return accelerate_each(model, batch, example, **how, progress=progress)
 
 
@@ -72,6 +76,7 @@ def accelerate_each(
     *,
     layers: Selector = None,
     ignore: Selector = None,
+    fold: bool = True,
     values: str | None = None,
     repeats: int = 11,
     choices: str | Path | bool = True,
@@ -79,42 +84,85 @@ def accelerate_each(
     bring: Callable[[Layer], None] | None = None,
 ) -> Report:
     """`accelerate_` with weights that come one after the other: `bring` is called before a layer is looked at."""
-    check_sizes(batch, repeats)
-    if values not in (None, "int8"):
-        raise ModelError(unknown("values", str(values), ["int8", "None"]))
-    if not isinstance(choices, str | os.PathLike | bool):
-        raise ModelError(f"choices is the path of a file, True or False, got {choices!r}")
+    file = check_options(batch, repeats, values, choices)
     chosen = select(model, layers, ignore)
-    masked = [l.full_name for l in chosen if parametrize.is_parametrized(l.module)]
-    if masked:
-        raise ModelError(f"masks are still attached to {', '.join(masked)}: fold_ the model first")
-    idle = next((l.full_name for l in chosen if l.weight.is_meta), None)
-    if idle is not None and bring is None:
-        raise ModelError(f"{idle} is on the meta device: it has no values yet; load its weights first")
+    check_plain(chosen, bring is None)
     seen = None if example is None else observe(model, [l.module for l in chosen], example)
-    places, before = Places(model, seen), sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    file = None if choices is False else kept.usual_file() if choices is True else Path(choices).expanduser()
+    places, before = Places(model, seen, fold), sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     clock = Clock.of(repeats, before, file)
-    steps = track(chosen, "choosing kernels", progress, len(chosen))
     rows = []
-    for layer in steps:
+    for layer in track(chosen, "choosing kernels", progress, len(chosen)):
         if bring is not None:
             bring(layer)
         rows.append(_settle(layer, places, sorted(set(batch)), values, clock))
         if bring is not None and rows[-1]["why"] == "":
             layer.module._parameters.clear()  # others still hold the dense layer, which must not hold its weight
+    notes = ()
+    if any(r.get("takes in") for r in rows) and not _as_before(model, example, places.seen.outputs, values):
+        places.undo()
+        places.seen = Observed(places.seen.images, {})
+        rows = [_settle(layer, places, sorted(set(batch)), values, clock) for layer in chosen]
+        notes = ("what follows the layers stays in place: with it in them, the outputs of the example were others",)
     faster = sum(not r["why"] for r in rows)
     summary = {"layers that run sparse": f"{faster} of {len(rows)}", "instruction set": native.isa() or "none"}
     summary |= {"bytes in memory": before, "bytes in memory after": resident_bytes(model)}
-    return Report("accelerated", tuple(rows), summary)
+    return Report("accelerated", tuple(rows), summary, notes)
+
+
+def _as_before(model: nn.Module, example: Any, outputs: Sequence[torch.Tensor], values: str | None) -> bool:
+    """Whether the model still returns what it did, in a first and in a second call, up to rounding."""
+    for _ in range(2):
+        try:
+            with evaluating(model), torch.no_grad():
+                now = tensors_in(call(model, on_device(model, example)))
+        except (RarefyError, RuntimeError, AttributeError, TypeError):
+            return False  # it misses something of what was taken in
+        if len(now) != len(outputs):
+            return False
+        for a, b in zip(now, outputs):
+            rounding = 0.2 if values else 1e-3 if b.dtype == torch.float32 else 0.1
+            if a.shape != b.shape or not float((a.double() - b.double()).norm()) <= rounding * float(b.double().norm()):
+                return False
+    return True
+
+
+def check_options(batch: Any, repeats: Any, values: Any, choices: Any) -> Path | None:
+    """Raise ModelError for options that `accelerate_` does not take; return the file of choices, None for none."""
+    check_sizes(batch, repeats)
+    if values not in (None, "int8"):
+        raise ModelError(unknown("values", str(values), ["int8", "None"]))
+    if not isinstance(choices, str | os.PathLike | bool) or choices == "" or "\0" in str(choices):
+        raise ModelError(f"choices is the path of a file, True or False, got {choices!r}")
+    if choices is False:
+        return None
+    try:
+        return kept.usual_file() if choices is True else Path(choices).expanduser()
+    except RuntimeError as error:  # there is no such home
+        if choices is True:
+            return None
+        raise ModelError(f"choices: {choices!r} is no path here: {error}") from None
+
+
+def check_plain(chosen: Sequence[Layer], here: bool = True) -> None:
+    """Raise ModelError for layers whose weight is no plain tensor, or, where it should be `here`, has no values."""
+    made = [l.full_name for l in chosen if parametrize.is_parametrized(l.module)]
+    if made:
+        masked = f"masks are still attached to {', '.join(made)}: fold_ the model first"
+        raise ModelError(
+            f"{masked} (parametrizations that are no masks: remove_parametrizations, or ignore= the layers)"
+        )
+    idle = next((l.full_name for l in chosen if l.weight.is_meta), None)
+    if idle is not None and here:
+        raise ModelError(f"{idle} is on the meta device: it has no values yet; load its weights first")
 
 
 class Places:
     """Where a model's modules are as it was given, and what an example showed of them."""
 
-    def __init__(self, model: nn.Module, seen: Observed | None):
+    def __init__(self, model: nn.Module, seen: Observed | None, fold: bool):
         self.model, self.seen = model, seen or Observed({}, {})
-        self.reached = seen is not None
+        self.reached, self.fold = seen is not None, fold
+        self.moved: list[tuple[str, nn.Module]] = []  # what stood where something else was put
         self.names = {id(m): name for name, m in model.named_modules()}
         self.uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
         self.parents = {f"{name}.{child}".lstrip("."): m for name, m in model.named_modules() for child in m._modules}
@@ -122,12 +170,19 @@ class Places:
     def reader(self, module: nn.Module) -> Any:
         """Return the BatchNorm or activation that may go into the module before it, or None."""
         found = self.seen.readers.get(id(module))
-        return found if found is not None and self.uses[id(found)] == 1 else None
+        return found if self.fold and found is not None and self.uses[id(found)] == 1 else None
 
     def put(self, name: str, module: nn.Module) -> None:
         """Put a module in the place of that name."""
         parent, _, leaf = name.rpartition(".")
+        self.moved.append((name, self.model.get_submodule(name)))
         setattr(self.model.get_submodule(parent), leaf, module)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for name, module in reversed(self.moved.copy()):
+            self.put(name, module)
+        self.moved.clear()
 
     def take_out(self, module: nn.Module) -> str:
         """Leave an Identity in the module's place; return its name."""
@@ -147,8 +202,8 @@ def _settle(layer: Layer, places: Places, sizes: Sequence[int], values: str | No
     why = _why_held(layer, places)
     if why is None:
         norm = places.reader(module)
-        conv = isinstance(module, nn.Conv1d | nn.Conv2d) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-        if conv and not module.training:
+        conv = _convolves(module) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        if conv and image is not None and not module.training:
             module, last = fuse_conv_bn_eval(module, norm), norm  # type: ignore[type-var]
             places.put(layer.name, module)
             taken.append(places.take_out(norm))
@@ -198,7 +253,7 @@ def _why_held(layer: Layer, places: Places) -> str | None:
 def why_dense(layer: Layer, zeros: float, reached: bool | None) -> str | None:
     """Why a layer is not even tried, or None; `reached`: by the example, None where there is none."""
     module: Any = layer.module
-    conv = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward)
+    conv = _convolves(module)
     if native.missing() is not None:
         return native.missing()
     if layer.param != "weight" or not (conv or type(module).forward is nn.Linear.forward):
@@ -208,6 +263,14 @@ def why_dense(layer: Layer, zeros: float, reached: bool | None) -> str | None:
     if zeros < FEW:
         return f"{zeros:.2%} zeros"
     return _why_dense_conv(module, reached) if conv else None
+
+
+def _convolves(module: Any) -> bool:
+    """Whether a module is a convolution and nothing more."""
+    return any(
+        isinstance(module, c) and type(module).forward is c.forward and type(module)._conv_forward is c._conv_forward
+        for c in (nn.Conv1d, nn.Conv2d)
+    )
 
 
 def _why_dense_conv(conv: Any, reached: bool | None) -> str | None:

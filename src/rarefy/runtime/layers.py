@@ -98,7 +98,9 @@ class Sparse(nn.Module):
             W = unpack(self.form(at)).to(x.dtype)  # type: ignore[arg-type]
             y = self.dense(x, W, None if bias is None else bias.to(x.dtype))
             return reference.ACTIVATIONS[self.activation](y)
-        state = [(b.data_ptr(), b._version) for n in names if (b := buffers[n]) is not None]
+        if not x.is_floating_point():
+            raise ModelError(f"the layer takes floating point, x is {str(x.dtype).removeprefix('torch.')}")
+        state = [(b.data_ptr(), 0 if b.is_inference() else b._version) for n in names if (b := buffers[n]) is not None]
         kernel, made_of = self._kernels.get(at, (None, None))
         if made_of != state:  # edited, swapped or loaded since
             kernel = self._kernel(at)
@@ -192,7 +194,7 @@ class SparseConv(Sparse):
         return super().weight.reshape(self.out_channels, -1, *self.kernel_size)
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, *geometry(self).values())  # type: ignore[arg-type]
+        return F.conv2d(x, weight, bias, *geometry(self).values()).contiguous()  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rarefy.errors import FormatError, unknown
 from rarefy.runtime import reference
-from rarefy.runtime.packed import KINDS, LANE, PAST, Bitmask, ConvTiles, Packed
+from rarefy.runtime.packed import KINDS, LANE, MOST_BYTES_IN_A_SUM, PAST, Bitmask, ConvTiles, Packed
 
 ISAS = ("avx512", "avx2", "portable")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -191,7 +191,11 @@ class Kernel:
         sizes = zip(image, packed.padding, packed.dilation, kernel, packed.stride)
         out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in sizes]
         padded = [size + 2 * p + 8 for size, p in zip(image, packed.padding)]
-        if min(out) < 1 or C * padded[0] * padded[1] >= 1 << 31:
+        if C * padded[0] * padded[1] >= 1 << 31:
+            raise FormatError(
+                f"{C} channels of {image[0]}x{image[1]} are more than the kernel counts, 2^31 with padding"
+            )
+        if min(out) < 1:
             raise FormatError(f"a kernel of {kernel[0]}x{kernel[1]} does not run over images of {image[0]}x{image[1]}")
         x = x.float().contiguous()
         y = torch.empty(N, O, *out, dtype=torch.float32, device="cpu")
@@ -215,8 +219,30 @@ def _convolution(packed: ConvTiles, weight: _Tiles) -> _Conv:
     return _Conv(weight=weight, groups=packed.groups, outputs=O // packed.groups, inputs=inputs, **arrays)
 
 
+def _check_plain(packed: Packed) -> None:
+    """Raise FormatError for sizes that a kernel could not count with."""
+    numbers: dict[str, tuple[Any, int, int]] = {"shape": (packed.shape, 1, 1 << 31)}
+    if not isinstance(packed, Bitmask):
+        numbers["block"] = ((packed.block,), 1, 1 << 16)
+    if isinstance(packed, ConvTiles):
+        numbers |= {"groups": ((packed.groups,), 1, 1 << 31), "stride": (packed.stride, 1, 8)}
+        numbers |= {"padding": (packed.padding, 0, 1 << 20), "dilation": (packed.dilation, 1, 1 << 20)}
+    wide = {"shape": 4 if isinstance(packed, ConvTiles) else 2, "block": 1, "groups": 1}
+    for name, (values, least, most) in numbers.items():
+        right = isinstance(values, tuple) and len(values) == wide.get(name, 2)
+        if not right or any(type(v) is not int or not least <= v <= most for v in values):
+            raise FormatError(f"{name}: whole numbers from {least} to {most} are expected, got {values!r}")
+    if packed.kind not in (_KINDS if isinstance(packed, Bitmask) else LANE):
+        raise FormatError(unknown("kind", str(packed.kind), _KINDS))
+    if isinstance(packed, ConvTiles) and (packed.shape[0] % packed.groups or packed.kind != "fp32"):
+        raise FormatError(f"no kernel for {packed.shape[0]} outputs in {packed.groups} groups of {packed.kind}")
+    if packed.kind == "int8" and packed.shape[1] > MOST_BYTES_IN_A_SUM:
+        raise FormatError(f"sums of {packed.shape[1]} products of bytes do not fit 32 bits")
+
+
 def _check(packed: Packed, bias: Tensor | None) -> None:
     """Raise FormatError unless every tensor has the type, shape and layout that the kernels read without asking."""
+    _check_plain(packed)
     outputs, matrix = packed.shape[0], packed.tiles if isinstance(packed, ConvTiles) else packed
     O, C = matrix.shape
     fours, lanes = -(-O // 4), -(-C // LANE.get(packed.kind, 4))

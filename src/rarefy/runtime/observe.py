@@ -16,14 +16,17 @@ from rarefy.model.batches import tensors_in
 from rarefy.model.stats import call, evaluating, on_device
 from rarefy.runtime.reference import ACTIVATIONS
 
+TRANSFORMERS = ("GELUActivation", "NewGELUActivation", "PytorchGELUTanh", "GELUTanh", "SiLUActivation")
+
 
 @dataclass(frozen=True, eq=False)
 class Observed:
     """By the id of a module: what a convolution is given (without values), and the module that alone reads what a layer
-    or a BatchNorm returns: a BatchNorm or an activation."""
+    or a BatchNorm returns: a BatchNorm or an activation. And the tensors that the model returned."""
 
     images: dict[int, Tensor]
     readers: dict[int, nn.Module]
+    outputs: tuple[Tensor, ...] = ()
 
 
 class _Uses(TorchDispatchMode):
@@ -45,8 +48,9 @@ class _Uses(TorchDispatchMode):
 def observe(model: nn.Module, layers: Collection[nn.Module], example: Any) -> Observed:
     """Run the model in evaluation mode on `example` and return what becomes of what `layers` return.
 
-    A reader counts where each output of a layer is read by one operator, the reader's, which reads nothing else and has
-    no hooks that would see less; a BatchNorm, where it keeps running statistics and is in evaluation mode.
+    A reader counts where it alone reads each output of a layer, nobody holds that output later, and it has no hooks
+    that would see less; a BatchNorm, where it keeps running statistics and is in evaluation mode. What the example does
+    not take, such as a branch that depends on the data, is not seen.
     """
     images: dict[int, Tensor] = {}
     calls: Counter[int] = Counter()
@@ -82,15 +86,15 @@ def observe(model: nn.Module, layers: Collection[nn.Module], example: Any) -> Ob
     finally:
         for hook in hooks:
             hook.remove()
-    returned = {id(uses.made_by[t]) for t in tensors_in(output) if t in uses.made_by}
+    held = {id(maker) for maker in uses.made_by.values()}  # outputs that are alive: returned, or kept somewhere
     alone = {
         maker: met[0]
         for maker, met in pairs.items()
-        if maker not in returned
+        if maker not in held
         and len({id(n) for n in met}) == 1
         and len(met) == calls[maker] == uses.count[maker] == calls[id(met[0])]
     }
-    return Observed(images, alone)
+    return Observed(images, alone, tuple(t.detach().clone() for t in tensors_in(output)))
 
 
 def activation(module: nn.Module) -> str | None:
@@ -99,13 +103,12 @@ def activation(module: nn.Module) -> str | None:
     >>> activation(nn.GELU("tanh")), activation(nn.Tanh())
     ('gelu_tanh', None)
     """
-    if isinstance(module, nn.ReLU | nn.GELU | nn.SiLU) or type(module).__module__ == "transformers.activations":
-        x = torch.linspace(-6, 6, 121)
+    known = type(module).__module__ == "transformers.activations" and type(module).__name__ in TRANSFORMERS
+    if type(module) in (nn.ReLU, nn.GELU, nn.SiLU) or known:
+        x = torch.cat([torch.linspace(-6, 6, 121), torch.tensor([-1e4, -100, 100, 1e4])])
         with torch.no_grad():
             y = module(x.clone())
-        for name, of in ACTIVATIONS.items():
-            if name is not None and isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, of(x), 0, 1e-6):
-                return name
+        return next((n for n, of in ACTIVATIONS.items() if n and torch.allclose(y, of(x), 1e-6, 1e-6)), None)
     return None
 
 

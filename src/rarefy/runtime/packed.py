@@ -21,6 +21,7 @@ KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LANE = {"fp32": 1, "bf16": 2, "int8": 4}
 PAST = 64  # bytes that a kernel may read past the last value
 BLOCK = 65535  # lanes of a block at most: columns are counted in 16 bits
+MOST_BYTES_IN_A_SUM = (1 << 31) // (255 * 127)  # inputs of an int8 product: an input in 0..255 times a weight
 NEAR = 128  # lanes of a block whose inputs stay in the first cache
 CONV_BLOCK = 192  # lanes of a convolution that are brought together at once
 
@@ -89,6 +90,10 @@ def stored(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
     """Return W in the numbers of `kind`, and int8's scale of each output: the largest magnitude over 127."""
     if kind not in KINDS:
         raise FormatError(unknown("kind", kind, KINDS))
+    if kind == "int8" and weight.dim() == 2 and weight.shape[1] > MOST_BYTES_IN_A_SUM:
+        raise FormatError(
+            f"sums of {weight.shape[1]} products of bytes do not fit 32 bits: at most {MOST_BYTES_IN_A_SUM}"
+        )
     if weight.dim() != 2 or 0 in weight.shape:
         raise FormatError(f"kernels multiply by matrices, got a weight of shape {list(weight.shape)}")
     if kind != "int8":

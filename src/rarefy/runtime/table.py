@@ -15,7 +15,7 @@ from rarefy.proof.measure import machine, resident_bytes
 from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern, check_sparsity, masks_at, parse
 from rarefy.runtime import native
-from rarefy.runtime.choose import check_sizes, why_dense
+from rarefy.runtime.choose import check_plain, check_sizes, why_dense
 from rarefy.runtime.layers import geometry
 from rarefy.runtime.observe import observe
 from rarefy.runtime.ways import Clock, inputs_of, ways_of
@@ -53,6 +53,7 @@ def latency_table(
     for pattern, sparsity in wanted:
         check_sparsity(pattern, sparsity, None)
     chosen = select(model, layers, ignore)
+    check_plain(chosen)
     images = {} if example is None else observe(model, [l.module for l in chosen], example).images
     alike: dict[str, list[Layer]] = {}
     for layer in chosen:
