@@ -205,11 +205,16 @@ def test_modules_that_look_at_weights_find_them(monkeypatch):
     model.eval()
     rarefy.prune_(model, sparsity=0.5, layers="*.DenseReluDense.*")
     rarefy.fold_(model)
-    ids = torch.randint(0, 64, (2, 8))
+    dense, ids = copy.deepcopy(model), torch.randint(0, 64, (2, 8))
     with torch.no_grad():
         want = model(input_ids=ids, decoder_input_ids=ids).logits
         rarefy.accelerate_(model, layers="*.DenseReluDense.*")
         torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)
+        aware, example = copy.deepcopy(dense), {"input_ids": ids, "decoder_input_ids": ids}
+        report = rarefy.accelerate_(aware, (1, 16), example, layers="*.DenseReluDense.*")
+        torch.testing.assert_close(aware(**example).logits, want, rtol=1e-4, atol=1e-4)
+        why = {r["layer"].split(".")[-1]: r["why"] for r in report.rows}
+        assert why == {"wi": "", "wo": "dense: the model reads its weight at each call"}
     with pytest.raises(ModelError, match="wo runs on kernels.*cast before accelerate_|wi runs on kernels"):
         rarefy.cast_(model, "bf16")
 
@@ -578,7 +583,7 @@ def test_what_is_not_only_read_by_one_stays(how, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     undone = how in ("reads the norm", "tied")
     assert any("others" in n for n in report.notes) is undone
-    assert isinstance(model.conv, SparseConv) is (how not in ("std", "doubled"))
+    assert isinstance(model.conv, SparseConv) is (how not in ("std", "doubled", "tied"))
 
 
 @needs_kernels

@@ -30,6 +30,7 @@ class Sparse(nn.Module):
     """
 
     bias: Tensor | None
+    unpacked = 0  # how often `weight` was
 
     def __init__(self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None, activation: str | None = None):
         super().__init__()
@@ -67,6 +68,7 @@ class Sparse(nn.Module):
         form = self.form(1)
         if isinstance(form, Tensor):
             return form
+        self.unpacked += 1
         return unpack(form).to(torch.bfloat16 if form.kind == "bf16" else torch.float32)
 
     def form(self, at: int) -> Packed | Tensor:
