@@ -341,7 +341,7 @@ def test_convolutions_are_chosen_on_the_images_of_the_example(monkeypatch):
         report = accelerate_(model, (1, 16), x)
         torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(x[:1]), want[:1], rtol=1e-4, atol=1e-4)
-    assert blind["first"] == "dense: no example to tell the size of its images"
+    assert blind["first"] == "dense: give an example: its images have no size yet"
     assert {r["layer"]: r["why"] for r in report.rows} == {
         "first": "",
         "deep": "dense: it is depthwise",
@@ -419,6 +419,7 @@ def test_a_batch_norm_goes_into_the_convolution_before_it(way, how, folds, monke
     torch.testing.assert_close(model.eval()(x), want, rtol=1e-4, atol=1e-4)
     assert isinstance(model.norm, nn.Identity) is folds
     assert report.rows[0]["takes in"] == ("norm" if folds else "")
+    assert any("call eval() first" in n for n in report.notes) is (how == "training")
     assert isinstance(model.conv, SparseConv) is (way == "convolution")
     assert all(p.is_leaf for p in model.parameters())
 
@@ -633,6 +634,15 @@ def test_a_compiled_convolution_takes_channels_last(monkeypatch):
 def test_choices_that_are_no_file(how, message):
     with pytest.raises(ModelError, match=message):
         accelerate_(nn.Sequential(pruned()), **how)
+
+
+@needs_kernels
+def test_an_accelerated_model_is_not_trained(monkeypatch):
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("tiles", 2.0)))
+    model = nn.Sequential(pruned())
+    accelerate_(model)
+    with pytest.raises(ModelError, match="0 runs on kernels, which do not learn: train before accelerate_"):
+        rarefy.fit_(model, [torch.randn(2, 70)], loss=lambda output, batch: output.sum())
 
 
 @needs_kernels

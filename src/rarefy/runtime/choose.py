@@ -98,7 +98,9 @@ def accelerate_each(
         rows.append(_settle(layer, places, sorted(set(batch)), values, clock))
         if bring is not None and rows[-1]["why"] == "":
             layer.module._parameters.clear()  # others still hold the dense layer, which must not hold its weight
-    notes = ()
+    notes: tuple[str, ...] = ()
+    if example is not None and fold and model.training:
+        notes = ("the model is in training mode, so no BatchNorm went into a layer: call eval() first",)
     if any(r.get("takes in") for r in rows) and not _as_before(model, example, places.seen.outputs, values):
         places.undo()
         places.seen = Observed(places.seen.images, {})
@@ -247,7 +249,7 @@ def check_sizes(batch: Any, repeats: Any) -> None:
         or not batch
         or any(not isinstance(b, int) or isinstance(b, bool) or b < 1 for b in batch)
     ):
-        raise ModelError(f"batch is a list of whole numbers from 1 up, got {batch!r}")
+        raise ModelError(f"batch is a list of whole numbers from 1 up, such as (1, 128), got {batch!r}")
     if not isinstance(repeats, int) or repeats < 1:
         raise ModelError(f"repeats is a whole number from 1 up, got {repeats!r}")
 
@@ -296,5 +298,5 @@ def _why_dense_conv(conv: Any, reached: bool | None) -> str | None:
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or max(conv.stride) > MOST_STRIDE:
         return f"no kernel for padding {conv.padding} of {conv.padding_mode}, stride {conv.stride}"
     if not reached:
-        return "the example does not reach it" if reached is False else "no example to tell the size of its images"
+        return "the example does not reach it" if reached is False else "give an example: its images have no size yet"
     return None

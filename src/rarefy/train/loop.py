@@ -20,6 +20,7 @@ from rarefy.proof.report import Report
 from rarefy.prune import stage
 from rarefy.prune.pattern import Pattern, check_sparsity, parse
 from rarefy.prune.score import SCORES
+from rarefy.runtime.layers import Sparse
 from rarefy.train.schedule import sparsities
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]  # batches, or a function of the epoch that gives them
@@ -105,6 +106,9 @@ def fit_(
     """
     if lr_schedule not in LR_SCHEDULES:
         raise RecipeError(unknown("lr schedule", lr_schedule, LR_SCHEDULES))
+    fixed = next((n for n, m in model.named_modules() if isinstance(m, Sparse)), None)
+    if fixed is not None:
+        raise ModelError(f"{fixed} runs on kernels, which do not learn: train before accelerate_")
     if not isinstance(epochs, int) or epochs < 1:
         raise RecipeError(f"epochs is a whole number, at least 1, got {epochs!r}")
     if prune is not None and not isinstance(prune, Gradual):
