@@ -67,12 +67,8 @@ def model_of(name: str, batch: int) -> tuple[nn.Module, Any, str, tuple[int, ...
     x: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name == "minilm":
         return model, x, "encoder.layer.*", (ids.numel(),)
-    return (
-        model,
-        {**x, "logits_to_keep": 1, "use_cache": False},
-        "model.layers.*",
-        (batch,),
-    )  # as generate reads a prompt
+    x |= {"logits_to_keep": 1, "use_cache": False}  # as generate reads a prompt
+    return model, x, "model.layers.*", (batch,)
 
 
 def call(model: Any, x: Any) -> torch.Tensor:
@@ -137,11 +133,8 @@ def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, oth
     with torch.no_grad():
         outputs = [call(m, x).float() for m in (model, ours)]
         more = engines(model, x) if others else {}
-    runs = {
-        "dense": lambda: call(model, x),
-        "ours": lambda: call(ours, x),
-        **more,
-    }  # others' threads cost the dense most
+    # Beside `more` only these compare: threads of other engines slow dense torch most.
+    runs = {"dense": lambda: call(model, x), "ours": lambda: call(ours, x), **more}
     times = compare(runs, repeats=10 if batch > 1 else 30)
     apart = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
     quartiles = {k: [1000 * s for s in (t.low, t.median, t.high)] for k, t in times.items()}

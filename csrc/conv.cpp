@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t CHUNK = 64, FEW = 4;    // tiles of weights that a thread takes at once; parts that are too few
 constexpr int64_t ROUND = 1 << 20;        // floats of padded images that are made at once: they stay in the caches
 constexpr int64_t STREAM = 2 << 20;       // outputs that will not be in a cache when they are read: they go past it
-constexpr int64_t LEAST = 20000;          // products worth a second thread
 
 struct Plan {
   const rarefy_conv& w;
@@ -90,8 +89,6 @@ struct Plan {
 };
 
 }  // namespace
-
-#define API extern "C" __attribute__((visibility("default")))
 
 API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual,
                         float* y, int64_t n) {

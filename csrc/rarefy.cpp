@@ -16,7 +16,6 @@ extern const rarefy_table rarefy_avx2, rarefy_avx512;
 namespace {
 
 constexpr int64_t CHUNK = 32, PART = 32;  // tiles, rows that a thread takes at once
-constexpr int64_t LEAST = 20000;          // products worth a second thread
 
 int64_t inputs_of_lane(int32_t kind) { return kind >= RAREFY_I8 ? 4 : kind == RAREFY_BF16 ? 2 : 1; }
 
@@ -52,8 +51,6 @@ const rarefy_table& rarefy_chosen() {
   if (!t) table.store(t = of_name(nullptr), std::memory_order_release);
   return *t;
 }
-
-#define API extern "C" __attribute__((visibility("default")))
 
 API const char* rarefy_isa(void) { return rarefy_chosen().name; }
 

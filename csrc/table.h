@@ -4,6 +4,8 @@
 
 #include "rarefy.h"
 
+#define API extern "C" __attribute__((visibility("default")))
+
 constexpr int64_t NT = 64;  // columns (batch or pixels) of a packed tile of inputs
 constexpr int R4 = 4;       // rows of a tile or panel of weights
 constexpr int64_t PIECE = 16;  // floats that are brought together at a time

@@ -61,6 +61,7 @@ class Scratch {
 };
 
 constexpr int64_t MOST_THREADS = 256;
+constexpr int64_t LEAST = 20000;  // products worth a second thread
 
 // A run of parts, taken from both ends: begin and end in one word.
 struct alignas(64) Run {

@@ -180,9 +180,9 @@ def bench(
         raise RecipeError(f"--table {table}: a file to write, in a folder that exists")
     with _threads(threads):
         named = {"model": _load(_source(model))[0]}
+        net = named["model"]
+        sizes = (1, tokens) if generates(net) else (batch * tokens,)
         if table is not None:
-            net = named["model"]
-            sizes = (1, tokens) if generates(net) else (batch * tokens,)
             told = latency_table(net, sizes, example_of(net, tokens, batch), repeats=repeats, progress=not quiet)
             with blaming(table):
                 write_whole(table, told.to_json())
@@ -192,8 +192,7 @@ def bench(
             named["against"] = _load(_source(against))[0]
         chosen = {}
         if accelerate:
-            fast = named["accelerated"] = copy.deepcopy(named["model"])
-            sizes = (1, tokens) if generates(fast) else (batch * tokens,)
+            fast = named["accelerated"] = copy.deepcopy(net)
             told = accelerate_(fast, sizes, example_of(fast, tokens, batch), progress=not quiet)
             chosen = {"layers that run sparse": told.summary["layers that run sparse"]}
             _show(told, False, as_json or quiet)

@@ -112,7 +112,7 @@ def load(
     tensor more.
     """
     how = _how_to_accelerate(accelerate)
-    stream = how is not None and how.get("example") is None
+    stream = how is not None and how["example"] is None
     if model is not None and not isinstance(model, nn.Module):
         raise ModelError(f"model is a torch.nn.Module to load into, such as MyModule(), got {model!r}")
     saved = container.read(path, verify=verify)
@@ -161,7 +161,7 @@ def load(
             if name is not None and layer.param == "weight":
                 bring(name)
 
-        model.rarefy_accelerated = accelerate_each(model, **how, bring=bring_late if stream else None)  # type: ignore
+        model.rarefy_accelerated = accelerate_each(model, how, bring_late if stream else None)  # type: ignore
         for name in names.values():  # what was not chosen to be accelerated
             bring(name)
     receipt = Path(path) / "receipt.json"
@@ -171,18 +171,19 @@ def load(
 
 
 def _how_to_accelerate(asked: Any) -> dict[str, Any] | None:
-    """Return arguments of `accelerate_`, or None; ModelError for what it does not take."""
-    if isinstance(asked, bool):
-        return {} if asked else None
+    """Return all arguments of `accelerate_`, or None; ModelError for what it does not take."""
+    if asked is False:
+        return None
+    asked = {} if asked is True else asked
     if not isinstance(asked, Mapping):
         raise ModelError(f"accelerate is True, False or a dict of accelerate_'s arguments, got {asked!r}")
     allowed = [n for n in signature(accelerate_).parameters if n != "model"]
     for name in asked:
         if name not in allowed:
             raise ModelError(unknown("argument of accelerate_", name, allowed))
-    defaults = {n: p.default for n, p in signature(accelerate_).parameters.items()} | dict(asked)
-    check_options(*(defaults[n] for n in ("batch", "repeats", "values", "choices")))
-    return dict(asked)
+    how = {n: p.default for n, p in signature(accelerate_).parameters.items() if n != "model"} | dict(asked)
+    check_options(*(how[n] for n in ("batch", "repeats", "values", "choices")))
+    return how
 
 
 def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool = False) -> Path:

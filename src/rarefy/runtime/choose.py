@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from rarefy.proof.report import Report
 from rarefy.runtime import choices as kept
 from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
 from rarefy.runtime.layers import Sparse
-from rarefy.runtime.observe import Observed, activation, observe
+from rarefy.runtime.observe import Observed, activation, observe, plain
+from rarefy.runtime.packed import MOST_STRIDE
 from rarefy.runtime.ways import NUMBERS, Clock, forms_of, inputs_of, ways_of
 
 FEW = 0.1  # zeros below which nothing is tried
-MOST_STRIDE = 8  # of a convolution that has a kernel
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take the weights of their layers themselves
 
 
@@ -66,49 +66,41 @@ def accelerate_(
     >>> accelerate_(net).rows[0]["why"]
     'dense: 0.00% zeros'
     """
-    how = {"layers": layers, "ignore": ignore, "fold": fold, "values": values, "repeats": repeats, "choices": choices}
-    return accelerate_each(model, batch, example, **how, progress=progress)
+    how = {"batch": batch, "example": example, "layers": layers, "ignore": ignore, "fold": fold, "values": values}
+    return accelerate_each(model, {**how, "repeats": repeats, "choices": choices, "progress": progress})
 
 
-def accelerate_each(
-    model: nn.Module,
-    batch: Sequence[int] = (1, 16, 128),
-    example: Any = None,
-    *,
-    layers: Selector = None,
-    ignore: Selector = None,
-    fold: bool = True,
-    values: str | None = None,
-    repeats: int = 11,
-    choices: str | Path | bool = True,
-    progress: bool = False,
-    bring: Callable[[Layer], None] | None = None,
-) -> Report:
-    """`accelerate_` with weights that come one after the other: `bring` is called before a layer is looked at."""
-    file = check_options(batch, repeats, values, choices)
-    chosen = select(model, layers, ignore)
+def accelerate_each(model: nn.Module, how: Mapping[str, Any], bring: Callable[[Layer], None] | None = None) -> Report:
+    """`accelerate_` with weights that come one after the other: `bring` is called before a layer is looked at; `how`
+    holds all its arguments."""
+    example, fold, values, sizes = how["example"], how["fold"], how["values"], how["batch"]
+    file = check_options(sizes, how["repeats"], values, how["choices"])
+    chosen, sizes = select(model, how["layers"], how["ignore"]), sorted(set(sizes))
     check_plain(chosen, bring is None)
     seen = None if example is None else observe(model, [l.module for l in chosen], example)
     places, before = Places(model, seen, fold), sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    clock = Clock.of(repeats, before, file)
+    clock = Clock.of(how["repeats"], before, file)
     rows = []
-    for layer in track(chosen, "choosing kernels", progress, len(chosen)):
+    for layer in track(chosen, "choosing kernels", how["progress"], len(chosen)):
         if bring is not None:
             bring(layer)
-        rows.append(_settle(layer, places, sorted(set(batch)), values, clock))
+        rows.append(_settle(layer, places, sizes, values, clock))
         if bring is not None and rows[-1]["why"] == "":
             layer.module._parameters.clear()  # others still hold the dense layer, which must not hold its weight
     notes: tuple[str, ...] = ()
     if example is not None and fold and model.training:
         notes = ("the model is in training mode, so no BatchNorm went into a layer: call eval() first",)
-    if any(r.get("takes in") for r in rows) and not _as_before(model, example, places.seen.outputs, values):
+    folded = any(r.get("takes in") for r in rows)
+    proved = folded and _as_before(model, example, places.seen.outputs, values)
+    if folded and not proved:
         places.undo()
         places.seen = Observed(places.seen.images, {})
-        rows = [_settle(layer, places, sorted(set(batch)), values, clock) for layer in chosen]
+        rows = [_settle(layer, places, sizes, values, clock) for layer in chosen]
         notes = ("what follows the layers stays in place: with it in them, the outputs of the example were others",)
     if example is not None:
-        with evaluating(model), torch.no_grad():
-            call(model, on_device(model, example))
+        if not proved:  # the proof has called the model too
+            with evaluating(model), torch.no_grad():
+                call(model, on_device(model, example))
         rows = [_unless_read(row, layer, places) for row, layer in zip(rows, chosen)]
     faster = sum(not r["why"] for r in rows)
     summary = {"layers that run sparse": f"{faster} of {len(rows)}", "instruction set": native.isa() or "none"}
@@ -259,7 +251,7 @@ def _why_held(layer: Layer, places: Places) -> str | None:
     module: Any = layer.module
     if not layer.name:
         return "it is the whole model: put it into a module"
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+    if not plain(module):
         return "its hooks would be lost"
     if len(layer.owners) > 1 or layer.elsewhere or places.uses[id(module)] > 1:
         return "its weight is shared"

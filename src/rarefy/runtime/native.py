@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rarefy.errors import FormatError, unknown
 from rarefy.runtime import reference
-from rarefy.runtime.packed import KINDS, LANE, MOST_BYTES_IN_A_SUM, PAST, Bitmask, ConvTiles, Packed
+from rarefy.runtime.packed import KINDS, LANE, MOST_BYTES_IN_A_SUM, MOST_STRIDE, PAST, Bitmask, ConvTiles, Packed
 
 ISAS = ("avx512", "avx2", "portable")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -225,7 +225,7 @@ def _check_plain(packed: Packed) -> None:
     if not isinstance(packed, Bitmask):
         numbers["block"] = ((packed.block,), 1, 1 << 16)
     if isinstance(packed, ConvTiles):
-        numbers |= {"groups": ((packed.groups,), 1, 1 << 31), "stride": (packed.stride, 1, 8)}
+        numbers |= {"groups": ((packed.groups,), 1, 1 << 31), "stride": (packed.stride, 1, MOST_STRIDE)}
         numbers |= {"padding": (packed.padding, 0, 1 << 20), "dilation": (packed.dilation, 1, 1 << 20)}
     wide = {"shape": 4 if isinstance(packed, ConvTiles) else 2, "block": 1, "groups": 1}
     for name, (values, least, most) in numbers.items():

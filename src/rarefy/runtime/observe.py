@@ -75,7 +75,7 @@ def observe(model: nn.Module, layers: Collection[nn.Module], example: Any) -> Ob
         if isinstance(output, Tensor):
             uses.made_by[output] = module  # an activation in place takes over what it was given
 
-    readers = {m for m in model.modules() if _plain(m) and (_is_norm(m) or activation(m) is not None)}
+    readers = {m for m in model.modules() if plain(m) and (_is_norm(m) or activation(m) is not None)}
     convolutions = [m for m in layers if isinstance(m, nn.Conv1d | nn.Conv2d)]
     hooks = [m.register_forward_pre_hook(see) for m in convolutions]
     hooks += [m.register_forward_pre_hook(meet) for m in readers]
@@ -112,7 +112,8 @@ def activation(module: nn.Module) -> str | None:
     return None
 
 
-def _plain(module: nn.Module) -> bool:
+def plain(module: nn.Module) -> bool:
+    """Return whether a module is called as its class says: with no hooks, and no forward of its own."""
     return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 

@@ -22,6 +22,7 @@ LANE = {"fp32": 1, "bf16": 2, "int8": 4}
 PAST = 64  # bytes that a kernel may read past the last value
 BLOCK = 65535  # lanes of a block at most: columns are counted in 16 bits
 MOST_BYTES_IN_A_SUM = (1 << 31) // (255 * 127)  # inputs of an int8 product: an input in 0..255 times a weight
+MOST_STRIDE = 8  # of a convolution
 NEAR = 128  # lanes of a block whose inputs stay in the first cache
 CONV_BLOCK = 192  # lanes of a convolution that are brought together at once
 

@@ -65,38 +65,36 @@ def latency_table(
     rows: list[dict[str, Any]] = []
     for same in track(list(alike.values()), "timing layers", progress, len(alike)):
         image = images.get(id(same[0].module))
-        for size in sorted(set(batch)) if image is None else sorted({1, len(image)}):
-            x, dense = inputs_of(same[0].weight, size, image), False
-            about = {
-                "layers": same[0].full_name,
-                "count": len(same),
-                "shape": "x".join(map(str, same[0].weight.shape)),
-                "numbers": str(same[0].weight.dtype).removeprefix("torch."),
-            }
-            for pattern, sparsity in wanted:
-                module: Any = copy.deepcopy(same[0].module)
-                module.weight.data = _random(module.weight, pattern, sparsity)
-                ways, build = ways_of(module)
-                times = clock.times(same[0].module, {n: build({1: w}) for n, w in ways.items()}, x)
-                for name, t in times.items():
-                    if name == "dense" and dense:
-                        continue
-                    dense, sparse = True, name != "dense"
-                    rows.append(
-                        {
-                            **about,
-                            "format": name,
-                            "pattern": str(pattern) if sparse else "",
-                            "sparsity": sparsity if sparse else 0.0,
-                            "batch": size,
-                            "seconds": t.median,
-                            "low": t.low,
-                            "high": t.high,
-                        }
-                    )
+        sizes = sorted(set(batch)) if image is None else sorted({1, len(image)})
+        inputs = {n: inputs_of(same[0].weight, n, image) for n in sizes}
+        rows += [{**_about(same), **row} for row in _times(same[0].module, wanted, inputs, clock)]
     here: Mapping[str, Any] = machine()
     told = {"cpu": here["cpu"], "threads": here["threads"], "instruction set": native.isa() or "none"}
     return Report("latency", tuple(rows), {**told, "load": here["load"]})
+
+
+def _about(same: Sequence[Layer]) -> dict[str, Any]:
+    weight = same[0].weight
+    shape, numbers = "x".join(map(str, weight.shape)), str(weight.dtype).removeprefix("torch.")
+    return {"layers": same[0].full_name, "count": len(same), "shape": shape, "numbers": numbers}
+
+
+def _times(
+    dense: Any, wanted: Sequence[tuple[Pattern, float]], inputs: Mapping[int, torch.Tensor], clock: Clock
+) -> list[dict[str, Any]]:
+    """Rows of one layer: dense once for each number of inputs, and each way of each pattern and sparsity."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for pattern, sparsity in wanted:
+        module = copy.deepcopy(dense)
+        module.weight.data = _random(module.weight, pattern, sparsity)
+        ways, build = ways_of(module)
+        layers = {n: build({1: w}) for n, w in ways.items()}
+        for size, x in inputs.items():
+            for name, t in clock.times(dense, layers, x).items():
+                about = (name, "", 0.0, size) if name == "dense" else (name, str(pattern), sparsity, size)
+                row = dict(zip(("format", "pattern", "sparsity", "batch"), about))
+                rows.setdefault(about, {**row, "seconds": t.median, "low": t.low, "high": t.high})
+    return list(rows.values())
 
 
 def _sparsities(pattern: Pattern, asked: Sequence[float]) -> Sequence[float]:
