@@ -13,6 +13,8 @@ import argparse
 import ctypes
 import json
 import math
+import os
+import sys
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -25,11 +27,12 @@ from torch import Tensor
 from rarefy.proof.measure import commit, compare, machine
 from rarefy.runtime import native
 from rarefy.runtime.layers import SparseLinear
-from rarefy.runtime.packed import KINDS, nbytes, pack_bitmask, pack_conv, pack_tiles
+from rarefy.runtime.packed import KINDS, nbytes, pack_bitmask, pack_conv, pack_csr, pack_tiles
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runtime.jsonl"
-CACHE = 100 << 20  # bytes of distinct weights at batch 1
+L3 = os.sysconf(194) if sys.platform == "linux" else 0  # _SC_LEVEL3_CACHE_SIZE of glibc
+CACHE = max(100 << 20, L3)  # bytes of distinct weights at batch 1
 SHAPES = [(4096, 1024), (768, 3072)]
 # Of ResNet-50 at 224 x 224: outputs, inputs, kernel, stride, size of images, how many such layers it has.
 CONVOLUTIONS = [
@@ -63,9 +66,14 @@ def in_turns(dense: Callable[[], Any], ours: Callable[[], Any], repeats: int) ->
     return {name: [1000 * s for s in (t.low, t.median, t.high)] for name, t in times.items()}
 
 
-def bitmask(kind: str, sparsity: float) -> dict[str, Any]:
-    """Batch 1, 4096 x 4096, against torch's dense product of the same precision."""
-    x = torch.randn(1, 4096)
+def copy(packed: Any) -> Any:
+    """Return the same weight elsewhere in memory."""
+    return type(packed)(**{n: v.clone() if isinstance(v, Tensor) else v for n, v in vars(packed).items()})
+
+
+def few(format: str, kind: str, sparsity: float, n: int = 1) -> dict[str, Any]:
+    """Few inputs, 4096 x 4096, against torch's dense product of the same precision."""
+    x = torch.randn(n, 4096)
     copies = -(-CACHE // (4096 * 4096 * KINDS[kind].itemsize)) + 1 if kind != "int4" else CACHE // (4096 * 2048) + 1
     if kind == "int4":
         xs, by = x.bfloat16(), torch.rand(4096 // 64, 4096, 2).bfloat16()
@@ -82,8 +90,8 @@ def bitmask(kind: str, sparsity: float) -> dict[str, Any]:
         xs = x.to(KINDS[kind])
         weights = cycle([torch.randn(4096, 4096).to(KINDS[kind]) for _ in range(copies)])
         dense = lambda: F.linear(xs, next(weights))  # noqa: E731
-    first = pack_bitmask(random(4096, 4096, sparsity), kind)
-    more = [pack_bitmask(random(4096, 4096, sparsity), kind) for _ in range(CACHE // nbytes(first) + 1)]
+    first = (pack_csr if format == "csr" else pack_bitmask)(random(4096, 4096, sparsity), kind)
+    more = [copy(first) for _ in range(CACHE // nbytes(first) + 1)]
     kernels = cycle([native.Kernel(p) for p in [first, *more]])
     return {"bytes": nbytes(first), **in_turns(dense, lambda: next(kernels).run(x), 40)}
 
@@ -132,7 +140,10 @@ def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
     for kind in (*KINDS, "int4"):
         for s in (0.5, 0.7, 0.9):
             about = {"kind": kind, "shape": "4096x4096", "batch": 1, "pattern": "unstructured", "sparsity": s}
-            found.append(("bitmask", about, lambda kind=kind, s=s: bitmask(kind, s)))
+            found.append(("bitmask", about, lambda kind=kind, s=s: few("bitmask", kind, s)))
+    for kind, n, s in [("fp32", 1, 0.95), ("fp32", 8, 0.95), ("bf16", 1, 0.95), ("fp32", 1, 0.99)]:
+        about = {"kind": kind, "shape": "4096x4096", "batch": n, "pattern": "unstructured", "sparsity": s}
+        found.append(("csr", about, lambda kind=kind, n=n, s=s: few("csr", kind, s, n)))
     plan = [
         ("fp32", (1, 1), (64, 128, 512)),
         ("fp32", (4, 1), (128,)),
@@ -182,7 +193,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["overhead", "bitmask", "tiles", "convolution"])
+    parser.add_argument("--only", choices=["overhead", "bitmask", "csr", "tiles", "convolution"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()

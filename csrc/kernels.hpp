@@ -15,6 +15,9 @@
 
 namespace {
 
+// Weights are read once, in streams that Intel's own fetching does not keep up with (1.5 to 2 times faster).
+inline void ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + AHEAD, 0, 3); }
+
 // ---- bitmask, small batches ----------------------------------------------------------------------------------------
 // Four rows by 64 columns at a time: their values lie one after the other, so memory is read in one stream. Where each
 // cell's values begin is counted from the beginning of its panel, so cells do not wait for each other.
@@ -42,7 +45,9 @@ inline void bit_rows(const rarefy_bitmask& w, int64_t row, const void* x, int64_
         for (int m = 0; m < M; ++m) sum[r][m] = B::step(sum[r][m], wide, in + m * ldx + part);
       }
       value += __builtin_popcountll(mask[r]);
+      ahead(value);
     }
+    ahead(mask);
   }
   for (int r = 0; r < R4 && row + r < w.rows; ++r)
     for (int m = 0; m < M; ++m) y[m * ldy + row + r] = B::total(sum[r][m]);
@@ -70,6 +75,8 @@ inline void nibble_rows(const rarefy_bitmask& w, int64_t row, const void* x, int
       for (int m = 0; m < M; ++m) sum[r][m] = Nibbles::step(sum[r][m], wide, in + m * ldx, by);
       value += (__builtin_popcountll(mask[r]) + 1) / 2;
     }
+    ahead(value);
+    ahead(mask);
   }
   for (int r = 0; r < R4 && row + r < w.rows; ++r)
     for (int m = 0; m < M; ++m) y[m * ldy + row + r] = FloatSums::total(sum[r][m]);
@@ -98,6 +105,64 @@ void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, i
       bit_range<KIND, 2>(w, from, to, in, ldx, y, ldy);
     else
       bit_range<KIND, 1>(w, from, to, in, ldx, y, ldy);
+  }
+}
+
+// ---- single values, high sparsity ----------------------------------------------------------------------------------
+// One row after the other, each value times M inputs that lie side by side. Sums are many, so that products do not wait
+// for each other; gathering a vector of inputs is slower than loads one by one.
+
+inline float wide(float v) { return v; }
+inline float wide(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
+inline float wide(int8_t v) { return v; }
+
+template <int M>
+struct side_by_side {
+  typedef float type __attribute__((vector_size(M * 4)));
+};
+template <>
+struct side_by_side<1> {
+  typedef float type;
+};
+
+// y[m][row] for rows `from`..`to`, `some` of M inputs x[column][M].
+template <class T, int M>
+void csr_rows(const rarefy_csr& w, int64_t from, int64_t to, const float* x, float* y, int64_t ldy, int64_t some) {
+  using V = typename side_by_side<M>::type;
+  constexpr int S = 8;
+  for (int64_t row = from; row < to; ++row) {
+    const int64_t size = w.starts[row + 1] - w.starts[row];
+    const T* value = static_cast<const T*>(w.values) + w.starts[row];
+    const uint16_t* column = w.columns + w.starts[row];
+    V sum[S] = {}, in;
+    int64_t k = 0;
+    for (; k + S <= size; k += S) {
+      ahead(value + k);
+      ahead(column + k);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) {
+        std::memcpy(&in, x + column[k + s] * int64_t(M), sizeof in);
+        sum[s] += in * wide(value[k + s]);
+      }
+    }
+    for (; k < size; ++k) {
+      std::memcpy(&in, x + column[k] * int64_t(M), sizeof in);
+      sum[0] += in * wide(value[k]);
+    }
+    V total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+    if (w.scales) total *= w.scales[row];
+    float out[M];
+    std::memcpy(out, &total, sizeof out);
+    for (int64_t m = 0; m < some; ++m) y[m * ldy + row] = out[m];
+  }
+}
+
+template <int M>
+void csr_any(const rarefy_csr& w, int64_t from, int64_t to, const float* x, float* y, int64_t ldy, int64_t some) {
+  switch (w.kind) {
+    case RAREFY_F32: return csr_rows<float, M>(w, from, to, x, y, ldy, some);
+    case RAREFY_BF16: return csr_rows<uint16_t, M>(w, from, to, x, y, ldy, some);
+    default: return csr_rows<int8_t, M>(w, from, to, x, y, ldy, some);
   }
 }
 

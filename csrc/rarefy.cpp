@@ -119,6 +119,37 @@ API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx,
   return RAREFY_OK;
 }
 
+API int rarefy_run_csr(const rarefy_csr* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
+                       int64_t n) {
+  const rarefy_table& t = rarefy_chosen();
+  const int size = n > 8 ? 3 : n > 4 ? 2 : n > 1;
+  const int64_t side = size ? 2 << size : 1, groups = (n + side - 1) / side, group = w->inputs * side;
+  const Scratch<0> scratch(size_t(size ? groups * group : 0) * 4);
+  float* packed = static_cast<float*>(scratch.from);
+  if (size && !packed) return RAREFY_MEMORY;
+  for (int64_t i = 0; size && i < groups * side; ++i) {
+    float* to = packed + i / side * group + i % side;
+    for (int64_t c = 0; c < w->inputs; ++c) to[c * side] = i < n ? x[i * ldx + c] : 0.0f;
+  }
+  on_threads((w->rows + PART - 1) / PART, w->starts[w->rows] * n > LEAST, [&](int64_t p) {
+    const int64_t from = p * PART, to = std::min(w->rows, from + PART);
+    for (int64_t g = 0; g < groups; ++g)
+      t.csr[size](*w, from, to, size ? packed + g * group : x, y + g * side * ldy, ldy, std::min(side, n - g * side));
+    t.rows(*w, from, to, nullptr, residual, y, ldy, n);
+  });
+  return RAREFY_OK;
+}
+
+API int rarefy_check_csr(const rarefy_csr* w, int64_t values) {
+  if (w->kind < 0 || w->kind > 2 || w->rows < 0 || w->inputs < 0 || w->inputs > 65536) return RAREFY_BAD;
+  if (w->starts[0] || w->starts[w->rows] != values) return RAREFY_BAD;
+  for (int64_t r = 0; r < w->rows; ++r)
+    if (w->starts[r + 1] < w->starts[r]) return RAREFY_BAD;
+  for (int64_t i = 0; i < values; ++i)
+    if (w->columns[i] >= w->inputs) return RAREFY_BAD;
+  return RAREFY_OK;
+}
+
 API int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values) {
   if (w->rows < 0 || w->cols < 0 || w->words != (w->cols + 63) / 64 || w->kind < 0 || w->kind > 3) return RAREFY_BAD;
   int64_t count = 0;

@@ -41,6 +41,17 @@ struct rarefy_tiles {
   int32_t kind, act;
 };
 
+// One row after the other: values that are not zero and their columns, for high sparsity. At most 65,536 inputs.
+struct rarefy_csr {
+  int64_t rows, inputs;
+  const int64_t* starts;    // [rows + 1], where the values of a row begin
+  const uint16_t* columns;
+  const void* values;
+  const float* scales;      // int8: [rows]
+  const float* bias;
+  int32_t kind, act;
+};
+
 // A convolution: tiles whose rows are the outputs of one group after the other, padded to fours in each, and whose
 // lanes are (input of a group, kernel row, kernel column). fp32.
 struct rarefy_conv {
@@ -54,6 +65,7 @@ int rarefy_use_isa(const char* name);              // "avx512", "avx2", "portabl
 void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*));
 // Whether every index leads inside; to be asked of what comes from a file before it runs. O(values).
 int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values);
+int rarefy_check_csr(const rarefy_csr* w, int64_t values);
 int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values);
 int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);
 
@@ -61,6 +73,8 @@ int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);
 // lies as y does, and may be null.
 int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                        int64_t n);
+int rarefy_run_csr(const rarefy_csr* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
+                   int64_t n);
 int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                      int64_t n);
 // y[n][outputs][OH][OW] = act(x[n][inputs][height][width] convolved with w + bias + residual), all contiguous.

@@ -74,13 +74,14 @@ inline void settle(const M& w, int64_t row, int64_t here, vec sums, float by, co
 }
 
 // Outputs `from`..`to` of n inputs, whose sums lie where the outputs will.
-template <int KIND>
-void settle_rows(const rarefy_bitmask& w, int64_t from, int64_t to, const float* scales, const float* residual, float* y,
+template <int KIND, class M>
+void settle_rows(const M& w, int64_t from, int64_t to, const float* scales, const float* residual, float* y,
                  int64_t ldy, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t r = from; r < to; r += W) {
       float* at = y + i * ldy + r;
-      settle<KIND>(w, r, to - r, some_at(at, to - r), scales[i], residual ? residual + i * ldy + r : nullptr, at);
+      settle<KIND>(w, r, to - r, some_at(at, to - r), scales ? scales[i] : 1.0f,
+                   residual ? residual + i * ldy + r : nullptr, at);
     }
 }
 

@@ -8,6 +8,7 @@
 
 constexpr int64_t NT = 64;  // columns (batch or pixels) of a packed tile of inputs
 constexpr int R4 = 4;       // rows of a tile or panel of weights
+constexpr int64_t AHEAD = 2048;  // bytes of weights that are fetched ahead of their use
 constexpr int64_t PIECE = 16;  // floats that are brought together at a time
 
 // Some of the outputs of a square: where they are read, counted from the place of a lane, and which they are.
@@ -19,6 +20,8 @@ struct rarefy_piece {
 struct rarefy_table {
   const char* name;
   void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
+  void (*csr[4])(const rarefy_csr&, int64_t, int64_t, const float*, float*, int64_t, int64_t);  // of 1, 4, 8, 16 inputs
+  void (*rows)(const rarefy_csr&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
   void (*placed)(const rarefy_tiles&, int64_t, int64_t, const float*, const float*, const int32_t*, const rarefy_piece*,
                  int, uint32_t*, uint32_t*, int64_t);
@@ -37,6 +40,8 @@ const rarefy_table& rarefy_chosen();  // what serves this process
 #define RAREFY_TABLE(name)                                                            \
   {name,                                                                              \
    {bit_any<RAREFY_F32>, bit_any<RAREFY_BF16>, bit_any<RAREFY_I8>, bit_any<RAREFY_I4>}, \
+   {csr_any<1>, csr_any<4>, csr_any<8>, csr_any<16>},                                  \
+   settle_rows<RAREFY_F32, rarefy_csr>,                                                \
    {tiles_any<RAREFY_F32>, tiles_any<RAREFY_BF16>, tiles_any<RAREFY_I8>},             \
    tiles_placed,                                                                       \
    put,                                                                                \
@@ -44,5 +49,6 @@ const rarefy_table& rarefy_chosen();  // what serves this process
    largest,                                                                            \
    {pack<RAREFY_F32>, pack<RAREFY_BF16>, pack<RAREFY_I8>},                             \
    {convert<RAREFY_F32>, convert<RAREFY_BF16>, convert<RAREFY_I8>, convert<RAREFY_I8>}, \
-   {settle_rows<RAREFY_F32>, settle_rows<RAREFY_BF16>, settle_rows<RAREFY_I8>, settle_rows<RAREFY_I4>}, \
+   {settle_rows<RAREFY_F32, rarefy_bitmask>, settle_rows<RAREFY_BF16, rarefy_bitmask>,                 \
+    settle_rows<RAREFY_I8, rarefy_bitmask>, settle_rows<RAREFY_I4, rarefy_bitmask>},                   \
    {finish<RAREFY_F32>, finish<RAREFY_BF16>, finish<RAREFY_I8>}}

@@ -46,6 +46,7 @@ def random(O, C, sparsity, rows=1, columns=1):
 
 FORMATS = {
     "bitmask": packed.pack_bitmask,
+    "csr": packed.pack_csr,
     "tiles": packed.pack_tiles,
     "tiles of 32": lambda W, kind: packed.pack_tiles(W, kind, 32),
 }
@@ -65,7 +66,7 @@ def test_products(shape, kind, how, isa):
     V, scales = packed.stored(W, kind)
     assert torch.equal(packed.unpack(weight), V.float() if scales is None else V.float() * scales[:, None])
     got = native.Kernel(weight, bias).run(x)
-    want = reference.rounded(x, kind).double() @ packed.unpack(weight).double().T + bias
+    want = reference.rounded(x, weight).double() @ packed.unpack(weight).double().T + bias
     assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
     torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
     activations(weight, bias, x, got)
@@ -103,7 +104,7 @@ def test_nibbles(shape, isa):
     )
     assert bool(((V - W).abs() <= 0.53 * steps).all())  # half a step, and what bf16 takes from the scale
     got = native.Kernel(weight, bias).run(x)
-    want = reference.rounded(x, "int4").double() @ V.double().T + bias
+    want = reference.rounded(x, weight).double() @ V.double().T + bias
     assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
     torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
     activations(weight, bias, x, got)
@@ -236,6 +237,12 @@ def add(t, at=0, by=1):
         ("bitmask of int4", "starts", lambda t: add(t, 1)),
         ("bitmask", "starts", lambda t: add(t, 1)),
         ("bitmask", "starts", lambda t: add(t, 0, -5)),
+        ("csr", "starts", lambda t: add(t, 0)),
+        ("csr", "starts", lambda t: add(t, -1)),
+        ("csr", "starts", lambda t: add(t, 3, 1 << 40)),
+        ("csr", "starts", lambda t: add(t, 3, -(1 << 40))),
+        ("csr", "columns", lambda t: t.fill_(-1)),
+        ("csr", "columns", lambda t: t.fill_(100)),
         ("tiles", "counts", lambda t: add(t, 3)),
         ("tiles", "counts", lambda t: add(t, 0)),
         ("tiles", "counts", lambda t: t.fill_(-1)),
@@ -273,6 +280,16 @@ def test_images_that_are_too_many_to_count():
     kernel = native.Kernel(packed.pack_conv(torch.ones(4, 64, 3, 3)))
     with pytest.raises(FormatError, match="64 channels of 6000x6000 are more than the kernel counts"):
         kernel.run(torch.empty(1, 1, 1, 1).expand(1, 64, 6000, 6000))
+
+
+def test_columns_that_do_not_fit():
+    with pytest.raises(FormatError, match="columns are counted in 16 bits: at most 65536 inputs, got 65537"):
+        packed.pack_csr(torch.ones(1, 65537))
+    W = torch.zeros(2, 65536)
+    W[1, [0, 40_000, 65_535]] = torch.tensor([1.0, 2.0, 3.0])
+    weight = packed.pack_csr(W)
+    assert torch.equal(packed.unpack(weight), W)
+    assert native.Kernel(weight).run(torch.arange(65_536.0)[None]).tolist() == [[0.0, 2 * 40_000.0 + 3 * 65_535]]
 
 
 def test_sums_of_bytes_that_do_not_fit():

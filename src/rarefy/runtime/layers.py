@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from rarefy.errors import ModelError, unknown
 from rarefy.runtime import native, reference
-from rarefy.runtime.packed import Bitmask, ConvTiles, Packed, Tiles, unpack
+from rarefy.runtime.packed import Bitmask, ConvTiles, Csr, Packed, Tiles, unpack
 
-FORMATS: dict[str, type] = {"bitmask": Bitmask, "tiles": Tiles, "convolution": ConvTiles}
+FORMATS: dict[str, type] = {"bitmask": Bitmask, "csr": Csr, "tiles": Tiles, "convolution": ConvTiles}
 
 
 class Sparse(nn.Module):

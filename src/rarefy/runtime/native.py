@@ -21,7 +21,18 @@ from torch import Tensor
 
 from rarefy.errors import FormatError, unknown
 from rarefy.runtime import reference
-from rarefy.runtime.packed import KINDS, LANE, MOST_BYTES_IN_A_SUM, MOST_STRIDE, PAST, Bitmask, ConvTiles, Packed
+from rarefy.runtime.packed import (
+    KINDS,
+    LANE,
+    MOST_BYTES_IN_A_SUM,
+    MOST_STRIDE,
+    PAST,
+    Bitmask,
+    ConvTiles,
+    Csr,
+    Packed,
+    Tiles,
+)
 
 ISAS = ("avx512", "avx2", "portable")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -32,6 +43,14 @@ class _Bitmask(Structure):
     _fields_ = [
         *[(n, c_int64) for n in ("rows", "cols", "words")],
         *[(n, c_void_p) for n in ("masks", "starts", "values", "scales", "sums", "bias")],
+        *[(n, c_int32) for n in ("kind", "act")],
+    ]
+
+
+class _Csr(Structure):
+    _fields_ = [
+        *[(n, c_int64) for n in ("rows", "inputs")],
+        *[(n, c_void_p) for n in ("starts", "columns", "values", "scales", "bias")],
         *[(n, c_int32) for n in ("kind", "act")],
     ]
 
@@ -66,11 +85,12 @@ def _open() -> tuple[Any, str | None]:
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels do not load: {error}"
     library.rarefy_isa.restype = c_char_p
-    for name, kind in (("bitmask", _Bitmask), ("tiles", _Tiles)):
+    for name, kind in (("bitmask", _Bitmask), ("csr", _Csr), ("tiles", _Tiles)):
         run = getattr(library, f"rarefy_run_{name}")
         run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
     library.rarefy_run_conv.argtypes = [POINTER(_Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
     library.rarefy_check_conv.argtypes = [POINTER(_Conv), c_int64, c_int64]
+    library.rarefy_check_csr.argtypes = [POINTER(_Csr), c_int64]
     library.rarefy_check_bitmask.argtypes = [POINTER(_Bitmask), c_int64]
     library.rarefy_check_tiles.argtypes = [POINTER(_Tiles), c_int64, c_int64]
     wanted = os.environ.get("RAREFY_ISA")
@@ -144,6 +164,9 @@ class Kernel:
             self.call = library.rarefy_run_bitmask
             room = len(packed.values) - PAST // packed.values.element_size()
             wrong = library.rarefy_check_bitmask(byref(self.about), room)
+        elif isinstance(packed, Csr):
+            self.about, self.call = _Csr(inputs=inputs, **fields), library.rarefy_run_csr
+            wrong = library.rarefy_check_csr(byref(self.about), len(packed.values))
         else:
             lanes, room = -(-inputs // LANE.get(packed.kind, 4)), (len(packed.columns), len(packed.values))
             self.about = _Tiles(inputs=inputs, cols=lanes, block=packed.block, **fields)
@@ -222,7 +245,7 @@ def _convolution(packed: ConvTiles, weight: _Tiles) -> _Conv:
 def _check_plain(packed: Packed) -> None:
     """Raise FormatError for sizes that a kernel could not count with."""
     numbers: dict[str, tuple[Any, int, int]] = {"shape": (packed.shape, 1, 1 << 31)}
-    if not isinstance(packed, Bitmask):
+    if isinstance(packed, Tiles | ConvTiles):
         numbers["block"] = ((packed.block,), 1, 1 << 16)
     if isinstance(packed, ConvTiles):
         numbers |= {"groups": ((packed.groups,), 1, 1 << 31), "stride": (packed.stride, 1, MOST_STRIDE)}
@@ -253,6 +276,13 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
             "starts": (torch.int64, (fours,)),
             "values": (KINDS.get(packed.kind, torch.uint8), (None,)),
         }
+    elif isinstance(packed, Csr):
+        k = packed.values.numel()
+        want |= {
+            "starts": (torch.int64, (O + 1,)),
+            "columns": (torch.int16, (k,)),
+            "values": (KINDS[packed.kind], (k,)),
+        }
     else:
         blocks = -(-lanes // packed.block)
         want |= {
@@ -264,7 +294,8 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
     if packed.kind == "int4":
         want |= {"scales": (torch.bfloat16, (fours, -(-C // 64), 4)), "sums": (torch.float32, (O,))}
     if packed.kind == "int8":
-        want |= {"scales": (torch.float32, (O,)), "sums": (torch.int32, (O,))}
+        want |= {"scales": (torch.float32, (O,))}
+        want |= {} if isinstance(packed, Csr) else {"sums": (torch.int32, (O,))}
     given = {n: t for n, t in vars(packed).items() if isinstance(t, Tensor)} | ({} if bias is None else {"bias": bias})
     want |= {} if bias is None else {"bias": (torch.float32, (outputs,))}
     for name in {**want, **given}:

@@ -22,6 +22,7 @@ LANE = {"fp32": 1, "bf16": 2, "int8": 4}
 PAST = 64  # bytes that a kernel may read past the last value
 BLOCK = 65535  # lanes of a block at most: columns are counted in 16 bits
 MOST_BYTES_IN_A_SUM = (1 << 31) // (255 * 127)  # inputs of an int8 product: an input in 0..255 times a weight
+MOST_COLUMNS = 1 << 16  # of a `Csr`
 MOST_STRIDE = 8  # of a convolution
 NEAR = 128  # lanes of a block whose inputs stay in the first cache
 CONV_BLOCK = 192  # lanes of a convolution that are brought together at once
@@ -41,6 +42,19 @@ class Bitmask:
     values: Tensor  # [k + padding]; of a panel row by row; bytes for int4
     scales: Tensor | None = None  # int8: fp32 [O]; int4: bf16 [O / 4, words, 4]
     sums: Tensor | None = None  # int8: int32 [O], of values; int4: fp32 [O], of values times scales
+
+
+@dataclass(frozen=True, eq=False)
+class Csr:
+    """Values that are not zero, row after row, and their columns: for small batches at high sparsity. int8 values meet
+    inputs in fp32."""
+
+    shape: tuple[int, int]
+    kind: str
+    starts: Tensor  # int64 [O + 1]: where the values of a row begin
+    columns: Tensor  # int16 [k], read as unsigned
+    values: Tensor  # [k]
+    scales: Tensor | None = None  # int8: fp32 [O]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +98,7 @@ class ConvTiles:
         return Tiles((rows, I * kernel[0] * kernel[1]), "fp32", self.block, *parts)
 
 
-Packed = Bitmask | Tiles | ConvTiles
+Packed = Bitmask | Csr | Tiles | ConvTiles
 
 
 def stored(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
@@ -156,6 +170,22 @@ def _unpack_nibbles(packed: Bitmask) -> Tensor:
     W[hit] = nibbles[place].float() - 8
     scales: Any = packed.scales
     return (W * scales.float()[..., None]).transpose(1, 2).reshape(-1, hit.shape[1] * 64)[:O, :C]
+
+
+def pack_csr(weight: Tensor, kind: str = "fp32") -> Csr:
+    """Return W [O, C] as `Csr`. O(O C).
+
+    >>> packed = pack_csr(torch.tensor([[0.0, 2.0, 0.0, 3.0], [0.0, 0.0, 4.0, 0.0]]))
+    >>> packed.starts.tolist(), packed.columns.tolist(), packed.values.tolist()
+    ([0, 2, 3], [1, 3, 2], [2.0, 3.0, 4.0])
+    """
+    V, scales = stored(weight, kind)
+    if V.shape[1] > MOST_COLUMNS:
+        raise FormatError(f"columns are counted in 16 bits: at most {MOST_COLUMNS} inputs, got {V.shape[1]}")
+    hit = V != 0
+    ends = hit.sum(1).cumsum(0)
+    columns = hit.nonzero()[:, 1].to(torch.int16)
+    return Csr((V.shape[0], V.shape[1]), kind, torch.cat([ends.new_zeros(1), ends]), columns, V[hit], scales)
 
 
 def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None) -> Tiles:
@@ -234,7 +264,10 @@ def unpack(packed: Packed) -> Tensor:
     if packed.kind == "int4":
         return _unpack_nibbles(packed)  # type: ignore[arg-type]
     (O, C), dtype = packed.shape, KINDS[packed.kind]
-    if isinstance(packed, Bitmask):
+    if isinstance(packed, Csr):
+        W = torch.zeros(O, C, dtype=dtype)
+        W[torch.arange(O).repeat_interleave(packed.starts.diff()), packed.columns.long() & 0xFFFF] = packed.values
+    elif isinstance(packed, Bitmask):
         words = packed.masks.shape[1]
         hit = unpack_bits(packed.masks.reshape(-1).view(torch.uint8), packed.masks.numel() * 64)
         full = torch.zeros(hit.shape, dtype=dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.runtime.packed import ConvTiles, Packed, unpack
+from rarefy.runtime.packed import ConvTiles, Csr, Packed, unpack
 
 ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
     None: lambda y: y,
@@ -20,8 +20,10 @@ ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
 }
 
 
-def rounded(x: Tensor, kind: str) -> Tensor:
-    """Return inputs as kernels of `kind` see them: bf16 as such, for int8 and int4 each row in 127 steps."""
+def rounded(x: Tensor, packed: Packed) -> Tensor:
+    """Return inputs as the kernel of a weight sees them: bf16 as such, for int8 and int4 each row in 127 steps; single
+    values meet them as they are."""
+    kind = "fp32" if isinstance(packed, Csr) else packed.kind
     if kind == "bf16":
         return x.bfloat16().float()
     if kind in ("int8", "int4"):
@@ -49,5 +51,5 @@ def run(
         how: Any = (packed.stride, packed.padding, packed.dilation, packed.groups)
         y = F.conv2d(x.float(), unpack(packed), bias, *how)
     else:
-        y = F.linear(rounded(x.float(), packed.kind), unpack(packed), bias)
+        y = F.linear(rounded(x.float(), packed), unpack(packed), bias)
     return ACTIVATIONS[activation](y if residual is None else y + residual)

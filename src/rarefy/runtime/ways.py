@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from rarefy.proof.measure import Times, compare
 from rarefy.runtime import choices
 from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
-from rarefy.runtime.packed import KINDS, Packed, pack_bitmask, pack_conv, pack_tiles
+from rarefy.runtime.packed import KINDS, MOST_COLUMNS, Packed, pack_bitmask, pack_conv, pack_csr, pack_tiles
 
 GAIN = 1.03  # how much faster than dense a kernel must be
-MOST_INPUTS = 64  # of a call that the bitmask is tried for
+MOST_INPUTS = 64  # of a call that the ways for few inputs are tried for
+FOR_FEW = ("bitmask", "csr")
+SCATTERED = 0.6  # zeros from which single values with their columns are tried
 FLUSH = 64 << 20  # bytes that are read between two runs, so that weights come from memory as they do in a large model
 CACHED = 16 << 20  # bytes of all weights up to which they stay in the cache
 NUMBERS = {dtype: kind for kind, dtype in KINDS.items() if dtype.is_floating_point}  # that a layer may have
@@ -59,7 +61,7 @@ class Clock:
 
     def times(self, dense: nn.Module, layers: Mapping[str, Sparse], x: Tensor) -> dict[str, Times]:
         """Return the times of the dense layer and of each sparse one that fits so many inputs, in turns."""
-        fitting = {n: l for n, l in layers.items() if n != "bitmask" or len(x) <= MOST_INPUTS}
+        fitting = {n: l for n, l in layers.items() if n not in FOR_FEW or len(x) <= MOST_INPUTS}
         runs: dict[str, Callable[[], Any]] = {n: partial(l, x) for n, l in {"dense": dense, **fitting}.items()}
         before = self.flush.sum if self.flush is not None else lambda: None
         return compare(runs, repeats=self.repeats, warmup=1, before=before)
@@ -83,7 +85,9 @@ def ways_of(module: Any, values: str | None = None) -> tuple[dict[str, Packed], 
     weight = module.weight.detach()
     if _linear(module):
         kind = values or NUMBERS[weight.dtype]
-        ways = {"bitmask": pack_bitmask(weight, kind), "tiles": pack_tiles(weight, kind)}
+        ways: dict[str, Packed] = {"bitmask": pack_bitmask(weight, kind), "tiles": pack_tiles(weight, kind)}
+        if weight.shape[1] <= MOST_COLUMNS and float((weight == 0).float().mean()) >= SCATTERED:
+            ways = {"csr": pack_csr(weight, kind), **ways}
         return ways, partial(SparseLinear, bias=module.bias)
     return {"convolution": pack_conv(_as_images(weight), **geometry(module))}, partial(SparseConv, like=module)
 
@@ -106,7 +110,7 @@ def forms_of(module: Any, ways: Mapping[str, Packed], best: choices.Choice) -> d
         if best[size][0] != last:
             last = best[size][0]
             forms[start] = weight if last == "dense" else ways[last]
-    if last == "bitmask":  # not tried beyond
+    if last in FOR_FEW:  # not tried beyond
         forms.setdefault(MOST_INPUTS + 1, weight)
     return forms
 
