@@ -65,17 +65,52 @@ API void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*)) {
   rarefy_count_threads = threads;
 }
 
-API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
-                         int64_t n) {
+namespace {
+
+// One of several weights that the same inputs are multiplied by.
+template <class T>
+struct Job {
+  const T* w;
+  const float* residual;
+  float* y;
+  int64_t ldy;
+};
+
+// Parts of the rows of all the jobs, `size` rows each: which job, and where in it.
+template <class T>
+struct Parts {
+  Parts(const Job<T>* jobs, int64_t count, int64_t size) : jobs(jobs), size(size) {
+    for (int64_t j = 0; j < count; ++j) all += of(j);
+  }
+  int64_t of(int64_t j) const { return (jobs[j].w->rows + size - 1) / size; }
+  const Job<T>& at(int64_t& part) const {
+    int64_t j = 0;
+    for (; part >= of(j); ++j) part -= of(j);
+    return jobs[j];
+  }
+  const Job<T>* jobs;
+  int64_t size, all = 0;
+};
+
+template <class T>
+int64_t rows_of(const Job<T>* jobs, int64_t count) {
+  int64_t rows = 0;
+  for (int64_t j = 0; j < count; ++j) rows += jobs[j].w->rows;
+  return rows;
+}
+
+int run(const Job<rarefy_tiles>* jobs, int64_t count, const float* x, int64_t ldx, int64_t n) {
   const rarefy_table& t = rarefy_chosen();
-  const bool bytes = w->kind == RAREFY_I8;
-  const int64_t squares = (n + NT - 1) / NT, inputs = w->inputs, tiles = (w->rows + 3) / 4;
-  const Scratch<0> scratch(size_t(squares * w->cols * NT) * 4 + size_t(squares * NT) * 8);
+  const rarefy_tiles* first = jobs->w;
+  const int32_t kind = first->kind;
+  const bool bytes = kind == RAREFY_I8;
+  const int64_t squares = (n + NT - 1) / NT, inputs = first->inputs, cols = first->cols;
+  const Scratch<0> scratch(size_t(squares * cols * NT) * 4 + size_t(squares * NT) * 8);
   uint32_t* packed = static_cast<uint32_t*>(scratch.from);
   if (!packed) return RAREFY_MEMORY;
-  float* scales = reinterpret_cast<float*>(packed + squares * w->cols * NT);
+  float* scales = reinterpret_cast<float*>(packed + squares * cols * NT);
   float* inverse = scales + squares * NT;
-  const bool worth = int64_t(w->cols) * w->rows / 8 * n > LEAST;
+  const bool worth = cols * rows_of(jobs, count) / 8 * n > LEAST;
   on_threads(squares, worth, [&](int64_t s) {
     const int64_t here = std::min(NT, n - s * NT);
     if (bytes)
@@ -84,60 +119,109 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, con
         scales[s * NT + i] = q;
         inverse[s * NT + i] = 1.0f / q;
       }
-    t.pack[w->kind](x + s * NT * ldx, ldx, here, inputs, bytes ? inverse + s * NT : nullptr,
-                    packed + s * w->cols * NT);
+    t.pack[kind](x + s * NT * ldx, ldx, here, inputs, bytes ? inverse + s * NT : nullptr, packed + s * cols * NT);
   });
-  const int64_t chunks = (tiles + CHUNK - 1) / CHUNK;
-  on_threads(chunks * squares, worth, [&](int64_t i) {
-    const int64_t s = i / chunks, c = i % chunks, from = c * CHUNK, to = std::min(tiles, from + CHUNK);
-    const int64_t here = std::min(NT, n - s * NT);
-    alignas(64) uint32_t out[CHUNK * 4 * NT];
-    t.tiles[w->kind](*w, from, to, packed + s * w->cols * NT, out, here);
-    t.finish[w->kind](*w, from * 4, std::min(to * 4, w->rows) - from * 4, out, scales + s * NT, here,
-                      residual ? residual + s * NT * ldy : nullptr, y + s * NT * ldy, ldy);
+  const Parts<rarefy_tiles> parts(jobs, count, CHUNK * R4);
+  on_threads(parts.all * squares, worth, [&](int64_t i) {
+    const int64_t s = i / parts.all, here = std::min(NT, n - s * NT);
+    int64_t part = i % parts.all;
+    const Job<rarefy_tiles>& job = parts.at(part);
+    const int64_t from = part * CHUNK, to = std::min((job.w->rows + R4 - 1) / R4, from + CHUNK);
+    alignas(64) uint32_t out[CHUNK * R4 * NT];
+    t.tiles[kind](*job.w, from, to, packed + s * cols * NT, out, here);
+    t.finish[kind](*job.w, from * R4, std::min(to * R4, job.w->rows) - from * R4, out, scales + s * NT, here,
+                   job.residual ? job.residual + s * NT * job.ldy : nullptr, job.y + s * NT * job.ldy, job.ldy);
   });
   return RAREFY_OK;
 }
 
-API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, const float* residual, float* y,
-                           int64_t ldy, int64_t n) {
+int run(const Job<rarefy_bitmask>* jobs, int64_t count, const float* x, int64_t ldx, int64_t n) {
   const rarefy_table& t = rarefy_chosen();
-  const int64_t wide = w->words * 64, bytes = 4 / inputs_of_lane(w->kind);
+  const rarefy_bitmask* first = jobs->w;
+  const int32_t kind = first->kind;
+  const int64_t wide = first->words * 64, bytes = 4 / inputs_of_lane(kind);
   const Scratch<0> scratch(size_t(n * wide * bytes + n * 4));
   char* in = static_cast<char*>(scratch.from);
   if (!in) return RAREFY_MEMORY;
   float* scales = reinterpret_cast<float*>(in + n * wide * bytes);
   for (int64_t i = 0; i < n; ++i) {
-    scales[i] = w->kind >= RAREFY_I8 ? step_of(t, x + i * ldx, w->cols) : 1.0f;
-    t.convert[w->kind](x + i * ldx, w->cols, wide, 1.0f / scales[i], in + i * wide * bytes);
+    scales[i] = kind >= RAREFY_I8 ? step_of(t, x + i * ldx, first->cols) : 1.0f;
+    t.convert[kind](x + i * ldx, first->cols, wide, 1.0f / scales[i], in + i * wide * bytes);
   }
-  on_threads((w->rows + PART - 1) / PART, w->rows * w->cols / 8 * n > LEAST, [&](int64_t p) {
-    const int64_t from = p * PART, to = std::min(w->rows, from + PART);
-    t.bits[w->kind](*w, from, to, in, wide, y, ldy, n);
-    t.settle[w->kind](*w, from, to, scales, residual, y, ldy, n);
+  const Parts<rarefy_bitmask> parts(jobs, count, PART);
+  on_threads(parts.all, rows_of(jobs, count) * first->cols / 8 * n > LEAST, [&](int64_t part) {
+    const Job<rarefy_bitmask>& job = parts.at(part);
+    const int64_t from = part * PART, to = std::min(job.w->rows, from + PART);
+    t.bits[kind](*job.w, from, to, in, wide, job.y, job.ldy, n);
+    t.settle[kind](*job.w, from, to, scales, job.residual, job.y, job.ldy, n);
   });
   return RAREFY_OK;
 }
 
-API int rarefy_run_csr(const rarefy_csr* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
-                       int64_t n) {
+int run(const Job<rarefy_csr>* jobs, int64_t count, const float* x, int64_t ldx, int64_t n) {
   const rarefy_table& t = rarefy_chosen();
-  const int size = n > 8 ? 3 : n > 4 ? 2 : n > 1;
-  const int64_t side = size ? 2 << size : 1, groups = (n + side - 1) / side, group = w->inputs * side;
+  const int size = n > 8 ? 3 : n > 4 ? 2 : n > 1;  // of 1, 4, 8, 16 inputs side by side
+  const int64_t side = size ? 2 << size : 1, groups = (n + side - 1) / side, group = jobs->w->inputs * side;
   const Scratch<0> scratch(size_t(size ? groups * group : 0) * 4);
   float* packed = static_cast<float*>(scratch.from);
   if (size && !packed) return RAREFY_MEMORY;
   for (int64_t i = 0; size && i < groups * side; ++i) {
     float* to = packed + i / side * group + i % side;
-    for (int64_t c = 0; c < w->inputs; ++c) to[c * side] = i < n ? x[i * ldx + c] : 0.0f;
+    for (int64_t c = 0; c < jobs->w->inputs; ++c) to[c * side] = i < n ? x[i * ldx + c] : 0.0f;
   }
-  on_threads((w->rows + PART - 1) / PART, w->starts[w->rows] * n > LEAST, [&](int64_t p) {
-    const int64_t from = p * PART, to = std::min(w->rows, from + PART);
+  int64_t values = 0;
+  for (int64_t j = 0; j < count; ++j) values += jobs[j].w->starts[jobs[j].w->rows];
+  const Parts<rarefy_csr> parts(jobs, count, PART);
+  on_threads(parts.all, values * n > LEAST, [&](int64_t part) {
+    const Job<rarefy_csr>& job = parts.at(part);
+    const int64_t from = part * PART, to = std::min(job.w->rows, from + PART);
     for (int64_t g = 0; g < groups; ++g)
-      t.csr[size](*w, from, to, size ? packed + g * group : x, y + g * side * ldy, ldy, std::min(side, n - g * side));
-    t.rows(*w, from, to, nullptr, residual, y, ldy, n);
+      t.csr[size](*job.w, from, to, size ? packed + g * group : x, job.y + g * side * job.ldy, job.ldy,
+                  std::min(side, n - g * side));
+    t.rows(*job.w, from, to, nullptr, job.residual, job.y, job.ldy, n);
   });
   return RAREFY_OK;
+}
+
+template <class T>
+int run_all(const void* const* w, int64_t count, const float* x, int64_t ldx, float* const* y, int64_t n) {
+  Job<T> jobs[RAREFY_MOST_JOBS];
+  for (int64_t j = 0; j < count; ++j) {
+    const T* one = static_cast<const T*>(w[j]);
+    jobs[j] = {one, nullptr, y[j], one->rows};
+  }
+  return run(jobs, count, x, ldx, n);
+}
+
+}  // namespace
+
+API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
+                         int64_t n) {
+  const Job<rarefy_tiles> job{w, residual, y, ldy};
+  return run(&job, 1, x, ldx, n);
+}
+
+API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, const float* residual, float* y,
+                           int64_t ldy, int64_t n) {
+  const Job<rarefy_bitmask> job{w, residual, y, ldy};
+  return run(&job, 1, x, ldx, n);
+}
+
+API int rarefy_run_csr(const rarefy_csr* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
+                       int64_t n) {
+  const Job<rarefy_csr> job{w, residual, y, ldy};
+  return run(&job, 1, x, ldx, n);
+}
+
+API int rarefy_run_together(int32_t format, const void* const* w, int64_t count, const float* x, int64_t ldx,
+                            float* const* y, int64_t n) {
+  if (count < 1 || count > RAREFY_MOST_JOBS) return RAREFY_BAD;
+  switch (format) {
+    case RAREFY_BITMASK: return run_all<rarefy_bitmask>(w, count, x, ldx, y, n);
+    case RAREFY_CSR: return run_all<rarefy_csr>(w, count, x, ldx, y, n);
+    case RAREFY_TILES: return run_all<rarefy_tiles>(w, count, x, ldx, y, n);
+    default: return RAREFY_BAD;
+  }
 }
 
 API int rarefy_check_csr(const rarefy_csr* w, int64_t values) {

@@ -77,6 +77,11 @@ int rarefy_run_csr(const rarefy_csr* w, const float* x, int64_t ldx, const float
                    int64_t n);
 int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                      int64_t n);
+// The same inputs times each of several weights of one format and kind, as one call: outputs y[j] are [n][rows of j].
+enum rarefy_format { RAREFY_BITMASK = 0, RAREFY_CSR = 1, RAREFY_TILES = 2 };
+enum { RAREFY_MOST_JOBS = 16 };
+int rarefy_run_together(int32_t format, const void* const* w, int64_t count, const float* x, int64_t ldx, float* const* y,
+                        int64_t n);
 // y[n][outputs][OH][OW] = act(x[n][inputs][height][width] convolved with w + bias + residual), all contiguous.
 int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual, float* y,
                     int64_t n);

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import io
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -801,3 +802,138 @@ def test_where_choices_are_kept(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
     assert str(choices.usual_file()) == "/c/.cache/rarefy/choices.json"
+
+
+class Attention(nn.Module):
+    """Three layers on the same inputs, and ways to give them others."""
+
+    def __init__(self, how="plain"):
+        super().__init__()
+        self.q, self.k, self.v, self.out = pruned(48, 70), pruned(16, 70), pruned(20, 70), pruned(70, 84)
+        self.how = how
+
+    def forward(self, x):
+        x = x.clone() if self.how == "in between" else x
+        q = self.q(x)
+        if self.how == "in between":
+            x = x.mul_(1.5)
+        k = self.k(x if self.how != "another" else x + 1)
+        v = self.v(x) if self.how != "sometimes" or len(x) > 2 else torch.zeros(*x.shape[:-1], 20)
+        return self.out(torch.cat([q, k, v], -1))
+
+
+def together(monkeypatch, model, x, best=None):
+    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: (best or {}).get(b, ("tiles", 2.0))))
+    return accelerate_(model, batch=(1, 16), example=x, choices=False)
+
+
+@needs_kernels
+@pytest.mark.parametrize("how", ["plain", "another", "in between", "sometimes"])
+def test_layers_on_the_same_inputs_run_in_one_call(monkeypatch, how):
+    model, calls = Attention(how), []
+    dense, x = copy.deepcopy(model), torch.randn(3, 9, 70)
+    report = together(monkeypatch, model, x.clone(), {1: ("bitmask", 2.0)})
+    joined = {r["layer"]: r["in one call with"] for r in report.rows}
+    want = {"plain": ["q", "q"], "sometimes": ["q", "q"], "another": ["", ""], "in between": ["", "k"]}[how]
+    assert [joined["k"], joined["v"]] == want and joined["q"] == joined["out"] == ""
+    run = native.Together.run
+    monkeypatch.setattr(native.Together, "run", lambda self, x: calls.append(len(self.kernels)) or run(self, x))
+    with torch.no_grad():
+        for x in (
+            torch.randn(1, 70),
+            torch.randn(2, 70),
+            torch.randn(8, 70),
+            torch.randn(3, 9, 70),
+            torch.randn(0, 70),
+        ):
+            torch.testing.assert_close(model(x.clone()), dense(x.clone()), rtol=1e-4, atol=1e-5)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(torch.ones(4, 70)), dense(torch.ones(4, 70)), rtol=1e-4, atol=1e-5)
+    assert calls == {"plain": [3] * 6, "sometimes": [3] * 6, "another": [], "in between": [2] * 6}[how]
+    gc.collect()
+    assert not any(m._ready for m in model.modules() if isinstance(m, SparseLinear))  # nothing is kept that nobody took
+    if how == "in between":
+        return
+    x = torch.randn(5, 70, requires_grad=True)  # gradients go through each layer
+    (got,), (wanted,) = (torch.autograd.grad(m(x).square().sum(), x) for m in (model, dense))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_outputs_of_one_call_belong_to_its_inputs(monkeypatch):
+    model, x = Attention(), torch.randn(4, 70)
+    dense = copy.deepcopy(model)
+    together(monkeypatch, model, x)
+    with torch.no_grad():
+        model.q(x)
+        other = x.clone()
+        torch.testing.assert_close(model.k(other + 1), dense.k(other + 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.k(x), dense.k(x), rtol=1e-4, atol=1e-5)  # what was made is gone: alone
+        model.q(x)
+        x *= 2
+        torch.testing.assert_close(model.k(x), dense.k(x), rtol=1e-4, atol=1e-5)
+        model.q(x)
+        before = model.v(x)
+        before += 1  # its own memory
+        torch.testing.assert_close(model.v(x), dense.v(x), rtol=1e-4, atol=1e-5)
+        model.k.bias += 1
+        torch.testing.assert_close(model(x), with_bias(dense, 1)(x), rtol=1e-4, atol=1e-5)
+        again = copy.deepcopy(model)
+        assert again.q.beside == (again.k, again.v) and list(again.state_dict()) == list(model.state_dict())
+        model.k.bias -= 1
+        torch.testing.assert_close(again(x), with_bias(dense, 0)(x), rtol=1e-4, atol=1e-5)
+        file = io.BytesIO()
+        torch.save(again, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert loaded.q.beside == (loaded.k, loaded.v) and torch.equal(loaded(x), again(x))
+        half = again.bfloat16()
+        torch.testing.assert_close(half(x.bfloat16()).float(), loaded(x), rtol=5e-2, atol=5e-2)
+
+
+def with_bias(model, more):
+    model.k.bias += more
+    return model
+
+
+@needs_kernels
+def test_layers_in_one_call_serve_threads_at_once(monkeypatch):
+    model = Attention()
+    dense, wrong = copy.deepcopy(model), []
+    together(monkeypatch, model, torch.randn(4, 70))
+
+    def work():
+        with torch.no_grad():
+            for _ in range(200):
+                x = torch.randn(3, 70)
+                wrong.extend([1] * (not torch.allclose(model(x), dense(x), 1e-4, 1e-5)))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    _ = [t.start() for t in threads], [t.join() for t in threads]
+    assert not wrong
+
+
+@needs_kernels
+def test_layers_that_go_back_to_dense_leave_the_call(monkeypatch):
+    class Reads(Attention):
+        def forward(self, x):
+            return super().forward(x) + self.k.weight.sum()
+
+    model, x = Reads(), torch.randn(4, 70)
+    dense = copy.deepcopy(model)
+    report = together(monkeypatch, model, x)
+    assert type(model.k) is nn.Linear and model.q.beside == (model.v,)
+    assert {r["layer"]: r["in one call with"] for r in report.rows} == {"q": "", "k": "", "v": "q", "out": ""}
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_weights_that_do_not_go_together():
+    kernels = [native.Kernel(pack_bitmask(torch.ones(4, 8))), native.Kernel(pack_tiles(torch.ones(4, 8)))]
+    for some in (kernels, [], [kernels[0], native.Kernel(pack_bitmask(torch.ones(4, 9)))], kernels[:1] * 17):
+        with pytest.raises(
+            RarefyError, match="one call runs up to 16 matrices of one format, kind and number of inputs"
+        ):
+            native.Together(some)
+    with pytest.raises(RarefyError, match="the weight has 8 inputs, x has 9"):
+        native.Together(kernels[:1]).run(torch.ones(2, 9))

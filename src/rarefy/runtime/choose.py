@@ -22,7 +22,7 @@ from rarefy.proof.measure import resident_bytes
 from rarefy.proof.report import Report
 from rarefy.runtime import choices as kept
 from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
-from rarefy.runtime.layers import Sparse
+from rarefy.runtime.layers import Sparse, SparseLinear
 from rarefy.runtime.observe import Observed, activation, observe, plain
 from rarefy.runtime.packed import MOST_STRIDE
 from rarefy.runtime.ways import NUMBERS, Clock, forms_of, inputs_of, ways_of
@@ -52,8 +52,9 @@ def accelerate_(
     example  what the model can be called with. Convolutions need it: the choice depends on the size of their images,
              and is made for one image and for as many as the example has
     fold     what alone reads a layer's outputs, as the example shows, goes into the layer: a BatchNorm into the weights
-             before it, an activation (ReLU, GELU, SiLU) into the kernel; an Identity stays in their place. Undone if
-             the example's outputs then differ. What the example does not do is not seen: False leaves all be
+             before it, an activation (ReLU, GELU, SiLU) into the kernel; an Identity stays in their place. Linear
+             layers given the same tensor one after the other (queries, keys, values) run in one call. Undone if the
+             example's outputs then differ. What the example does not do is not seen: False leaves all be
     values   "int8": Linear layers that run sparse do so in 8 bits, weights with a scale for each output and inputs with
              one for each row, so outputs change a little; None: in the weight's own numbers
     repeats  timings of each way, in turns
@@ -90,22 +91,49 @@ def accelerate_each(model: nn.Module, how: Mapping[str, Any], bring: Callable[[L
     notes: tuple[str, ...] = ()
     if example is not None and fold and model.training:
         notes = ("the model is in training mode, so no BatchNorm went into a layer: call eval() first",)
+    joined = fold and example is not None and _join(places, rows, chosen)
     folded = any(r.get("takes in") for r in rows)
-    proved = folded and _as_before(model, example, places.seen.outputs, values)
-    if folded and not proved:
+    proved = (folded or joined) and _as_before(model, example, places.seen.outputs, values)
+    if (folded or joined) and not proved:
         places.undo()
         places.seen = Observed(places.seen.images, {})
+        joined = False
         rows = [_settle(layer, places, sizes, values, clock) for layer in chosen]
-        notes = ("what follows the layers stays in place: with it in them, the outputs of the example were others",)
+        notes = (
+            "each layer runs alone, as it stood: with what follows it taken in, outputs of the example were others",
+        )
     if example is not None:
         if not proved:  # the proof has called the model too
             with evaluating(model), torch.no_grad():
                 call(model, on_device(model, example))
         rows = [_unless_read(row, layer, places) for row, layer in zip(rows, chosen)]
+        if joined:
+            _join(places, rows, chosen)  # but for those that have just gone back
     faster = sum(not r["why"] for r in rows)
     summary = {"layers that run sparse": f"{faster} of {len(rows)}", "instruction set": native.isa() or "none"}
     summary |= {"bytes in memory": before, "bytes in memory after": resident_bytes(model)}
     return Report("accelerated", tuple(rows), summary, notes)
+
+
+def _join(places: Places, rows: Sequence[dict[str, Any]], chosen: Sequence[Layer]) -> bool:
+    """Have layers that the example gives the same inputs run in one call, as their rows say; return whether any do."""
+    row_of = {layer.name: row for layer, row in zip(chosen, rows)}
+    for row in rows:
+        row["in one call with"] = ""
+    found = False
+    for group in places.seen.groups:
+        here = {n: places.model.get_submodule(n) for n in (places.names[id(m)] for m in group)}
+        sparse = {n: m for n, m in here.items() if isinstance(m, SparseLinear)}
+        if len(sparse) > 1:
+            found = True
+            first, *others = sparse.values()
+            first.join(others)
+            for name in list(sparse)[1:]:
+                row_of[name]["in one call with"] = next(iter(sparse))
+        else:
+            for module in sparse.values():
+                module.join(())
+    return found
 
 
 def _unless_read(row: dict[str, Any], layer: Layer, places: Places) -> dict[str, Any]:
@@ -230,7 +258,7 @@ def _settle(layer: Layer, places: Places, sizes: Sequence[int], values: str | No
                 taken.append(places.take_out(act))
         else:
             why = "dense is as fast"
-    row |= {"takes in": ", ".join(taken)} if places.reached else {}
+    row |= {"takes in": ", ".join(taken), "in one call with": ""} if places.reached else {}
     return {**row, "why": "" if why is None else f"dense: {why}"}
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
+from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from rarefy.errors import ModelError, unknown
 from rarefy.runtime import native, reference
 from rarefy.runtime.packed import Bitmask, ConvTiles, Csr, Packed, Tiles, unpack
 
+MOST_SIZES = 64  # of calls for which layers that run together are kept
 FORMATS: dict[str, type] = {"bitmask": Bitmask, "csr": Csr, "tiles": Tiles, "convolution": ConvTiles}
 
 
@@ -61,6 +64,9 @@ class Sparse(nn.Module):
         self.order = [(at, dense.get(at), ("bias", *self.parts[at])) for at in sorted(forms, reverse=True)]
         self.told = self._tell(None)
         self._kernels: dict[int, tuple[Any, Any]] = {}
+        self.beside: tuple[SparseLinear, ...] = ()  # layers that are given the same inputs after this one
+        self._joint: dict[int, Any] = {}  # by number of inputs: whose forms, their kernels, all as one
+        self._ready: dict[int, Any] = {}  # by thread: (inputs, their version, outputs), made by the layer before
 
     @property
     def weight(self) -> Tensor:
@@ -87,11 +93,7 @@ class Sparse(nn.Module):
 
     def run(self, x: Tensor, inputs: int) -> Tensor:
         """Return what the dense layer would, by the form that is for so many inputs."""
-        at, weight, names = self.order[-1]
-        for form in self.order:  # the last that begins at so many inputs or before
-            if form[0] <= inputs:
-                at, weight, names = form
-                break
+        at, weight, names = self._serving(inputs)
         buffers: Any = self._buffers
         if weight is not None:
             return reference.ACTIVATIONS[self.activation](self.dense(x, buffers[weight], buffers["bias"]))
@@ -102,13 +104,25 @@ class Sparse(nn.Module):
             return reference.ACTIVATIONS[self.activation](y)
         if not x.is_floating_point():
             raise ModelError(f"the layer takes floating point, x is {str(x.dtype).removeprefix('torch.')}")
-        state = [(b.data_ptr(), 0 if b.is_inference() else b._version) for n in names if (b := buffers[n]) is not None]
+        y = self._current(at, names).run(x)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
+
+    def _serving(self, inputs: int) -> tuple[int, str | None, tuple[str, ...]]:
+        """Of the form for so many inputs: where it begins, the buffer of a dense one, all its buffers."""
+        for form in self.order:
+            if form[0] <= inputs:
+                return form
+        return self.order[-1]
+
+    def _current(self, at: int, names: tuple[str, ...]) -> Any:
+        """The kernel of a form, made anew where its tensors have been edited, swapped or loaded since."""
+        buffers: Any = self._buffers
+        state = [(b.data_ptr(), _version(b)) for n in names if (b := buffers[n]) is not None]
         kernel, made_of = self._kernels.get(at, (None, None))
-        if made_of != state:  # edited, swapped or loaded since
+        if made_of != state:
             kernel = self._kernel(at)
             self._kernels[at] = kernel, state
-        y = kernel(x)
-        return y if y.dtype is x.dtype else y.to(x.dtype)
+        return kernel
 
     def operator(self, x: Tensor) -> Tensor:
         """Return the same for a compiler to see: a call of `rarefy::sparse`."""
@@ -119,12 +133,12 @@ class Sparse(nn.Module):
         """What runs a form, made at its first call; it holds addresses, so it is neither copied nor saved."""
         form: Any = self.form(at)
         if native.missing() is None:
-            return native.Kernel(form, self.bias, self.activation).run
+            return native.Kernel(form, self.bias, self.activation)
         bias = None if self.bias is None else self.bias.float()
-        return lambda x: reference.run(form, x, bias, self.activation)
+        return SimpleNamespace(run=lambda x: reference.run(form, x, bias, self.activation))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernels": {}}
+        return {**self.__dict__, "_kernels": {}, "_joint": {}, "_ready": {}}
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Move with the model, but keep the numbers of packed parts: they are not for `half()` to change."""
@@ -165,7 +179,59 @@ class SparseLinear(Sparse):
             raise ModelError(f"the layer has {inputs} inputs, x has {x.shape[-1]}")
         if compiling:
             return self.operator(x.reshape(-1, inputs)).view(*x.shape[:-1], self.out_features)
-        return self.run(x, x.numel() // inputs)
+        if self._ready and (y := self._made(x)) is not None:
+            return y
+        n = x.numel() // inputs
+        if self.beside and not (x.requires_grad and torch.is_grad_enabled()) and x.is_floating_point():
+            y = self._with_others(x, n)
+            if y is not None:
+                return y
+        return self.run(x, n)
+
+    def join(self, others: Sequence[SparseLinear]) -> None:
+        """Run these in the same call, which are given the same inputs after this one."""
+        self.beside, self._joint = tuple(others), {}
+
+    def _with_others(self, x: Tensor, n: int) -> Tensor | None:
+        """Run the layers beside this one too, in one call, and leave them their outputs; None where forms differ."""
+        known = self._joint.get(n)
+        if known is None:
+            layers = (self, *self.beside)
+            forms = [(l, *l._serving(n)) for l in layers]
+            fit = all(weight is None for _, _, weight, _ in forms)
+            known = [(l, at, names) for l, at, _, names in forms] if fit else [], [], None
+        whose, before, joint = known
+        kernels = [l._current(at, names) for l, at, names in whose]
+        if kernels != before:
+            joint = native.Together(kernels) if native.fit_together(kernels) else None
+        if kernels != before or n not in self._joint:
+            if len(self._joint) >= MOST_SIZES:
+                self._joint.clear()
+            self._joint[n] = whose, kernels, joint
+        if joint is None:
+            return None
+        y, *others = joint.run(x)
+        if x.dtype is not torch.float32:
+            y, others = y.to(x.dtype), [t.to(x.dtype) for t in others]
+        me, version = get_ident(), _version(x)
+        for layer, other in zip(self.beside, others):
+            layer._ready[me] = weakref.ref(x, partial(_forget, layer._ready, me)), version, other
+        return y
+
+    def _made(self, x: Tensor) -> Tensor | None:
+        """What the layer before has made for this one out of x, once."""
+        of, version, y = self._ready.pop(get_ident(), (None, None, None))
+        return y if of is not None and of() is x and version == _version(x) else None
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _forget(ready: dict[int, Any], thread: int, ref: Any) -> None:
+    """Drop outputs whose inputs are gone."""
+    if ready.get(thread, (None,))[0] is ref:
+        ready.pop(thread, None)
 
 
 class SparseConv(Sparse):

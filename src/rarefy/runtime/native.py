@@ -10,7 +10,8 @@ import ctypes
 import hashlib
 import os
 import sys
-from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, addressof, byref, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,8 @@ from rarefy.runtime.packed import (
 
 ISAS = ("avx512", "avx2", "portable")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+_FORMATS = (Bitmask, Csr, Tiles)  # in the order of csrc/rarefy.h
+MOST_TOGETHER = 16  # weights of one call
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
 
 
@@ -88,6 +91,7 @@ def _open() -> tuple[Any, str | None]:
     for name, kind in (("bitmask", _Bitmask), ("csr", _Csr), ("tiles", _Tiles)):
         run = getattr(library, f"rarefy_run_{name}")
         run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
+    library.rarefy_run_together.argtypes = [c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]
     library.rarefy_run_conv.argtypes = [POINTER(_Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
     library.rarefy_check_conv.argtypes = [POINTER(_Conv), c_int64, c_int64]
     library.rarefy_check_csr.argtypes = [POINTER(_Csr), c_int64]
@@ -186,18 +190,7 @@ class Kernel:
             return self._convolve(self.held[0], x, residual)
         *lead, C = x.shape
         O, inputs = self.shape
-        if inputs != C:
-            raise FormatError(f"the weight has {inputs} inputs, x has {C}")
-        if not x.is_cpu:
-            raise FormatError(f"the kernels run on the CPU, x is on {x.device}")
-        if x.dtype is not torch.float32:
-            x = x.float()
-        apart = C  # floats from one row to the next
-        if not x.is_contiguous():
-            if len(lead) == 1 and x.stride(1) == 1:
-                apart = x.stride(0)
-            else:
-                x = x.contiguous()
+        x, apart = _as_read(x, inputs)
         y, N = x.new_empty((*lead, O)), x.numel() // C
         more = None if residual is None else _like(y, residual)
         if N and self.call(self.at, x.data_ptr(), apart, None if more is None else more.data_ptr(), y.data_ptr(), O, N):
@@ -226,6 +219,54 @@ class Kernel:
         if N and self.call(self.at, x.data_ptr(), *image, None if more is None else more.data_ptr(), y.data_ptr(), N):
             raise MemoryError(f"no memory to run a convolution of {O} outputs on {N} images")
         return y
+
+
+def fit_together(kernels: Sequence[Any]) -> bool:
+    """Return whether one call can run these."""
+    if not 1 <= len(kernels) <= MOST_TOGETHER or not all(isinstance(k, Kernel) for k in kernels):
+        return False
+    alike = {(type(k.held[0]), k.held[0].kind, k.shape[1]) for k in kernels}
+    return len(alike) == 1 and type(kernels[0].held[0]) in _FORMATS
+
+
+class Together:
+    """Weights of one format and kind that the same inputs are multiplied by, in one call: inputs are packed once, and
+    threads start once."""
+
+    def __init__(self, kernels: Sequence[Kernel]):
+        if not fit_together(kernels):
+            raise FormatError(f"one call runs up to {MOST_TOGETHER} matrices of one format, kind and number of inputs")
+        self.kernels, self.shape = tuple(kernels), kernels[0].shape
+        self.about = (c_void_p * len(kernels))(*(addressof(k.about) for k in kernels))
+        self.format = _FORMATS.index(type(kernels[0].held[0]))
+        self.outputs, self.pointers = [k.shape[0] for k in kernels], c_void_p * len(kernels)
+        self.call = _open()[0].rarefy_run_together
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        """Return what each kernel would."""
+        *lead, C = x.shape
+        x, apart = _as_read(x, self.shape[1])
+        ys, N = [x.new_empty((*lead, O)) for O in self.outputs], x.numel() // C
+        to = self.pointers(*(y.data_ptr() for y in ys))
+        if N and self.call(self.format, self.about, len(ys), x.data_ptr(), apart, to, N):
+            raise MemoryError(f"no memory to run layers of {self.outputs} outputs on {N} inputs")
+        return ys
+
+
+def _as_read(x: Tensor, inputs: int) -> tuple[Tensor, int]:
+    """Inputs as the kernels read them, and how many floats lie from one row to the next."""
+    C = x.shape[-1]
+    if inputs != C:
+        raise FormatError(f"the weight has {inputs} inputs, x has {C}")
+    if not x.is_cpu:
+        raise FormatError(f"the kernels run on the CPU, x is on {x.device}")
+    if x.dtype is not torch.float32:
+        x = x.float()
+    if x.is_contiguous():
+        return x, C
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x, x.stride(0)
+    return x.contiguous(), C
 
 
 def _like(y: Tensor, residual: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ TRANSFORMERS = ("GELUActivation", "NewGELUActivation", "PytorchGELUTanh", "GELUT
 @dataclass(frozen=True, eq=False)
 class Observed:
     """By the id of a module: what a convolution is given (without values), and the module that alone reads what a layer
-    or a BatchNorm returns: a BatchNorm or an activation. And the tensors that the model returned."""
+    or a BatchNorm returns: a BatchNorm or an activation. Linear layers that are always given the same tensor, one
+    right after the other, such as those of queries, keys and values. And the tensors that the model returned."""
 
     images: dict[int, Tensor]
     readers: dict[int, nn.Module]
+    groups: tuple[tuple[nn.Module, ...], ...] = ()
     outputs: tuple[Tensor, ...] = ()
 
 
@@ -45,6 +48,31 @@ class _Uses(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Given:
+    """Which Linear layers are called with one and the same tensor, one after the other."""
+
+    def __init__(self) -> None:
+        self.runs: list[list[nn.Module]] = []
+        self.last: tuple[Any, int] = (lambda: None, 0)
+
+    def see(self, module: nn.Module, args: tuple) -> None:
+        x = args[0] if args else None
+        if not isinstance(x, Tensor):
+            self.last = (lambda: None, 0)
+            self.runs.append([module])
+        elif self.last[0]() is x and self.last[1] == x._version and module not in self.runs[-1]:
+            self.runs[-1].append(module)
+        else:
+            self.last = weakref.ref(x), x._version
+            self.runs.append([module])
+
+    def groups(self) -> tuple[tuple[nn.Module, ...], ...]:
+        """Return the runs of two and more whose modules are called in no other."""
+        kinds = dict.fromkeys(tuple(run) for run in self.runs)
+        often = Counter(m for run in kinds for m in run)
+        return tuple(run for run in kinds if len(run) > 1 and all(often[m] == 1 for m in run))
+
+
 def observe(model: nn.Module, layers: Collection[nn.Module], example: Any) -> Observed:
     """Run the model in evaluation mode on `example` and return what becomes of what `layers` return.
 
@@ -55,7 +83,7 @@ def observe(model: nn.Module, layers: Collection[nn.Module], example: Any) -> Ob
     images: dict[int, Tensor] = {}
     calls: Counter[int] = Counter()
     pairs: dict[int, list[nn.Module]] = {}
-    uses = _Uses()
+    uses, given = _Uses(), _Given()
 
     def see(module: Any, args: tuple) -> None:
         if args and args[0].dim() == len(module.kernel_size) + 2:
@@ -78,6 +106,7 @@ def observe(model: nn.Module, layers: Collection[nn.Module], example: Any) -> Ob
     readers = {m for m in model.modules() if plain(m) and (_is_norm(m) or activation(m) is not None)}
     convolutions = [m for m in layers if isinstance(m, nn.Conv1d | nn.Conv2d)]
     hooks = [m.register_forward_pre_hook(see) for m in convolutions]
+    hooks += [m.register_forward_pre_hook(given.see) for m in layers if isinstance(m, nn.Linear)]
     hooks += [m.register_forward_pre_hook(meet) for m in readers]
     hooks += [m.register_forward_hook(keep) for m in {*layers, *readers}]
     try:
@@ -94,7 +123,7 @@ def observe(model: nn.Module, layers: Collection[nn.Module], example: Any) -> Ob
         and len({id(n) for n in met}) == 1
         and len(met) == calls[maker] == uses.count[maker] == calls[id(met[0])]
     }
-    return Observed(images, alone, tuple(t.detach().clone() for t in tensors_in(output)))
+    return Observed(images, alone, given.groups(), tuple(t.detach().clone() for t in tensors_in(output)))
 
 
 def activation(module: nn.Module) -> str | None:
