@@ -181,7 +181,7 @@ def means(lines: list[dict[str, Any]]) -> str:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return medians in milliseconds and their ratio; of what was run twice the last counts."""
+    """Return medians in milliseconds and their ratio, of the CPU of the last line; of what was run twice the last counts."""
     names = ("format", "kind", "shape", "batch", "pattern", "sparsity")
     rows = [f"| {' | '.join([*names, 'dense, ms', 'ours, ms', 'times as fast'])} |", "|---" * 9 + "|"]
     for line in {tuple(l[n] for n in names): l for l in lines}.values():
@@ -209,6 +209,7 @@ def main() -> None:
         print(table([line]).splitlines()[-1], flush=True)
     if args.table and args.out.is_file():
         lines = [json.loads(l) for l in args.out.read_text().splitlines()]
+        lines = [l for l in lines if l["machine"]["cpu"] == lines[-1]["machine"]["cpu"]]
         print(table(lines), means(lines), sep="\n\n")
 
 
