@@ -181,7 +181,7 @@ def means(lines: list[dict[str, Any]]) -> str:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return medians in milliseconds and their ratio, of the CPU of the last line; of what was run twice the last counts."""
+    """Return medians in milliseconds and their ratio, of the CPU of the last line; the last of what ran twice."""
     names = ("format", "kind", "shape", "batch", "pattern", "sparsity")
     rows = [f"| {' | '.join([*names, 'dense, ms', 'ours, ms', 'times as fast'])} |", "|---" * 9 + "|"]
     for line in {tuple(l[n] for n in names): l for l in lines}.values():
