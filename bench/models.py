@@ -142,8 +142,9 @@ def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, oth
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return medians in milliseconds and their ratio, of the CPU of the last line, the last of what ran twice; int8 against
-    dense fp32."""
+    """Return medians in milliseconds and their ratio, of the CPU of the last line, the last of what ran twice.
+
+    int8 is against dense fp32."""
     lines = [{"numbers": "fp32", **l} for l in lines if l["machine"]["cpu"] == lines[-1]["machine"]["cpu"]]
     names = ("model", "batch", "numbers", "pattern", "sparsity")
     others = ("compiled", "onnxruntime", "openvino")
