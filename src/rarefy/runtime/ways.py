@@ -19,7 +19,7 @@ from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
 from rarefy.runtime.packed import KINDS, MOST_COLUMNS, Packed, pack_bitmask, pack_conv, pack_csr, pack_tiles
 
 GAIN = 1.03  # how much faster than dense a kernel must be
-MOST_INPUTS = 64  # of a call that the ways for few inputs are tried for
+MOST_INPUTS = 32  # of a call that the ways for few inputs are tried for
 FOR_FEW = ("bitmask", "csr")
 SCATTERED = 0.6  # zeros from which single values with their columns are tried
 FLUSH = 64 << 20  # bytes that are read between two runs, so that weights come from memory as they do in a large model
