@@ -8,6 +8,7 @@ model = rarefy.load("out/")
 __version__ = "0.1.0"
 
 from rarefy.api import cast_, compress_
+from rarefy.cut.cut import cut_
 from rarefy.errors import RarefyError
 from rarefy.model.mask import adopt_, fold_, masks
 from rarefy.proof.receipt import Receipt
@@ -30,6 +31,7 @@ __all__ = [
     "adopt_",
     "cast_",
     "compress_",
+    "cut_",
     "export",
     "fit_",
     "fold_",

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rarefy.cut.structure import restore
 from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
 from rarefy.files import INDEX, blaming, check_target, whole_folder
 from rarefy.formats import container, sparse
@@ -64,6 +65,8 @@ def save(
     tied = aliases(model)
     structure = hf.structure(model) if hf.is_model(model) else {"library": None, "class": type(model).__name__}
     meta = {"structure": structure, "recipe": recipe, "rarefy": _version()}
+    if getattr(model, "rarefy_cut", None):
+        meta["cut"] = model.rarefy_cut
     extra = dict(files or {})
     if structure["library"]:
         extra.setdefault("config.json", json.dumps(structure["config"], indent=1).encode())
@@ -125,6 +128,8 @@ def load(
                 f"rarefy.load({str(path)!r}, model={structure.get('class')}(...))"
             )
         model = hf.build(structure, empty=stream)
+    if saved.meta.get("cut") is not None:
+        restore(model, saved.meta["cut"], path)
     _check_names(saved, model, path)
     slots = _slots(model)
     for name, (module, leaf) in slots.items():

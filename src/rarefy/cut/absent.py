@@ -1,0 +1,59 @@
+"""What a model with zeroed units returns if nothing counts those units: the oracle of a cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Absent(TorchDispatchMode):
+    """Runs with statistics over the features that are not zero everywhere: LayerNorm, means over the last dimension.
+
+    A cut model takes its means over the units that are left, a masked one over zeros too. Under this mode the masked
+    one does as the cut one will.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        out = func(*args, **kwargs)
+        if name == "native_layer_norm" and len(args[1]) == 1:
+            return _layer_norm(*args[:5]), *out[1:]
+        if name in ("_fused_rms_norm", "rms_norm"):
+            here = present(args[0])
+            y = out[0] if isinstance(out, tuple) else out
+            y = y * (here.sum() / here.numel()).sqrt().to(y.dtype)  # but for eps, which is small
+            return (y, *out[1:]) if isinstance(out, tuple) else y
+        if name == "mean" and len(args) > 1 and [d % args[0].dim() for d in args[1]] == [args[0].dim() - 1]:
+            here = present(args[0])
+            return out * (here.numel() / here.sum().clamp(min=1)).to(out.dtype)
+        if name == "native_group_norm":
+            return _group_norm(*args[:8]), *out[1:]
+        return out
+
+
+def present(x: Tensor) -> Tensor:
+    """Return which features are anywhere not zero, bool [last dimension]."""
+    return (x != 0).flatten(0, -2).any(0) if x.dim() > 1 else x != 0
+
+
+def _layer_norm(x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    here = present(x)
+    y = torch.zeros_like(x)
+    scale, shift = (None if p is None else p[here] for p in (weight, bias))
+    y[..., here] = F.layer_norm(x[..., here], (int(here.sum()),), scale, shift, eps)
+    return y
+
+
+def _group_norm(x: Tensor, weight: Any, bias: Any, N: int, C: int, HxW: int, groups: int, eps: float) -> Tensor:
+    here = (x != 0).transpose(0, 1).flatten(1).any(1)
+    y = torch.zeros_like(x)
+    for g in here.view(groups, -1).new_ones(groups).nonzero()[:, 0].tolist():
+        where = torch.arange(g * C // groups, (g + 1) * C // groups)[here.view(groups, -1)[g]]
+        if len(where):
+            scale, shift = (None if p is None else p[where] for p in (weight, bias))
+            y[:, where] = F.group_norm(x[:, where], 1, scale, shift, eps)
+    return y

@@ -1,0 +1,88 @@
+"""The numbers that modules keep of their sizes, after a cut."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from rarefy.model.axes import Algebra, Axis, Expr, kept, leaves, size
+from rarefy.model.graph import Graph
+
+HEAD_DIMENSION = re.compile(r"head_?(dim|size|features)|(dim|size|features|per|d)_?(per_)?head|d_kv")
+# class -> {attribute: (parameter, dimension)}: it is the size of that dimension
+OF: dict[type, dict[str, tuple[str, int]]] = {
+    nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
+    nn.Embedding: {"embedding_dim": ("weight", 1)},
+    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
+    nn.GroupNorm: {"num_channels": ("weight", 0)},
+}
+
+
+def follow(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor]) -> tuple[list[Any], dict[str, Any]]:
+    """Set what modules know of the sizes of their parameters and views; return what undoes it, and what was set."""
+    undo: list[Any] = []
+    numbers: dict[str, Any] = {}
+    whose = {id(m): n for n, m in model.named_modules()}
+    names = {(id(m), a): n for n, owners in graph.owners.items() for m, a in owners}
+
+    def put(module: nn.Module, attribute: str, value: Any) -> None:
+        old = getattr(module, attribute)
+        if old != value:
+            setattr(module, attribute, value)
+            name = f"{whose[id(module)]}.{attribute}".removeprefix(".")
+            numbers[name] = list(value) if isinstance(value, tuple) else value
+            undo.append(lambda: setattr(module, attribute, old))
+
+    def after(module: nn.Module, parameter: str, dim: int) -> int | None:
+        name = names.get((id(module), parameter))
+        return None if name is None else int(kept(graph.dims[name][dim], masks.get).sum())
+
+    for prefix, module in model.named_modules():
+        known: set[str] = set()
+        for kind, attributes in OF.items():
+            if isinstance(module, kind):
+                for attribute, (parameter, dim) in attributes.items():
+                    n = after(module, parameter, dim)
+                    n = after(module, "running_mean", 0) if n is None and attribute == "num_features" else n
+                    if n is not None:
+                        put(module, attribute, n)
+                    known.add(attribute)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            _convolution(module, graph, names, masks, put)
+            known |= {"in_channels", "out_channels", "groups"}
+        if isinstance(module, nn.LayerNorm) and names.get((id(module), "weight")):
+            dims = graph.dims[names[id(module), "weight"]]
+            put(module, "normalized_shape", tuple(int(kept(e, masks.get).sum()) for e in dims))
+        for attribute, value in list(vars(module).items()):
+            if type(value) is int and attribute not in known and not attribute.startswith("_"):
+                new = _new_size(value, attribute, graph.sizes.get(prefix, []), masks)
+                if new is not None:
+                    put(module, attribute, new)
+    return undo, numbers
+
+
+def _convolution(module: Any, graph: Graph, names: Mapping[Any, str], masks: Mapping[Axis, Tensor], put: Any) -> None:
+    dims = graph.dims[names[id(module), "weight"]]
+    turned = module.transposed
+    outer, inner = Algebra().factor(dims[0], module.groups)
+    groups, a, b = (int(kept(e, masks.get).sum()) for e in (outer, inner, dims[1]))
+    put(module, "groups", groups)
+    put(module, "in_channels", groups * (a if turned else b))
+    put(module, "out_channels", groups * (b if turned else a))
+
+
+def _new_size(value: int, attribute: str, seen: list[Expr], masks: Mapping[Axis, Tensor]) -> int | None:
+    """What an int attribute becomes: it has the size of dimensions that the module names, all of which change alike."""
+    if value < 2:
+        return None
+    wanted = "head dimension" if HEAD_DIMENSION.search(attribute) else "head" if "head" in attribute else None
+    found = set()
+    for e in seen:
+        axes = list(leaves(e))
+        kind = axes[0].kind if len(axes) == 1 and axes[0].kind in ("head", "head dimension") else None
+        if size(e) == value and (wanted is None or kind == wanted):
+            found.add(int(kept(e, masks.get).sum()))
+    return found.pop() if len(found) == 1 else None

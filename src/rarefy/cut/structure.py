@@ -1,0 +1,91 @@
+"""What a cut changed of a model, in a form that a file can hold and the original class can be given again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import ContainerError, unknown
+
+PARTS = ("numbers", "shapes", "kept")
+
+
+def remember(model: nn.Module, numbers: Mapping[str, Any], kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """Note on the model which numbers of modules changed, and which indices of its tensors were kept, by dimension."""
+    old = getattr(model, "rarefy_cut", None) or {"numbers": {}, "shapes": {}, "kept": {}}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    stored = set(model.state_dict(keep_vars=True))
+    shapes, loose = dict(old["shapes"]), {n: dict(d) for n, d in old["kept"].items()}
+    for name, dims in kept.items():
+        if name in stored:
+            shapes[name] = list(tensors[name].shape)
+            continue
+        for d, indices in dims.items():  # is made by the class: what to keep of it has to be told
+            before = loose.setdefault(name, {}).get(str(d))
+            loose[name][str(d)] = (indices if before is None else torch.tensor(before)[indices]).tolist()
+    model.rarefy_cut = {"numbers": {**old["numbers"], **numbers}, "shapes": shapes, "kept": loose}  # type: ignore[assignment]
+
+
+def restore(model: nn.Module, told: Any, path: Any) -> None:
+    """Give a model of the original class the structure that a cut left: its numbers, and empty tensors in the right
+    shapes. Raises ContainerError for what does not fit the class; nothing but sizes can be set."""
+    if not isinstance(told, dict) or set(told) != set(PARTS) or not all(isinstance(told[p], dict) for p in PARTS):
+        raise ContainerError(f"{path}: the structure that a cut left is damaged")
+    modules = dict(model.named_modules())
+    for name, value in told["numbers"].items():
+        prefix, _, attribute = name.rpartition(".")
+        old = vars(modules[prefix]).get(attribute) if prefix in modules else None
+        size = type(value) is int and type(old) is int and 1 <= value <= old
+        sizes = isinstance(value, list) and isinstance(old, tuple) and len(value) == len(old)
+        if sizes:
+            size = all(type(n) is int and type(o) is int and 1 <= n <= o for n, o in zip(value, old))  # type: ignore[arg-type]
+        if not size:
+            raise ContainerError(f"{path}: {type(model).__name__} has no size {name} that a cut could make {value!r}")
+        setattr(modules[prefix], attribute, tuple(value) if isinstance(value, list) else value)
+    slots = {n: (m, a) for n, m, a in named_tensors(modules)}
+    fresh: dict[int, Any] = {}
+    for name, shape in told["shapes"].items():
+        old = _slot(slots, name, path)
+        fits = isinstance(shape, list) and len(shape) == old.dim()
+        if not fits or any(type(n) is not int or not 1 <= n <= o for n, o in zip(shape, old.shape)):
+            raise ContainerError(f"{path}: {name} is {list(old.shape)} in this class; no cut makes it {shape!r}")
+        if list(old.shape) != shape:
+            fresh[id(old)] = torch.empty(shape, dtype=old.dtype, device=old.device)
+    for name, dims in told["kept"].items():
+        old = new = _slot(slots, name, path)
+        for d, indices in (dims if isinstance(dims, dict) else {"": []}).items():
+            fits = d.isdecimal() and int(d) < old.dim() and isinstance(indices, list) and len(indices) >= 1
+            if not fits or any(type(i) is not int or not 0 <= i < old.shape[int(d)] for i in indices):
+                raise ContainerError(f"{path}: what a cut kept of {name} does not fit its shape {list(old.shape)}")
+            new = new.index_select(int(d), torch.tensor(indices, device=new.device))
+        fresh[id(old)] = new
+    made: dict[int, Any] = {}  # tied ones stay so
+    for module, attribute in slots.values():
+        old: Any = getattr(module, attribute)
+        if id(old) in fresh:
+            new = fresh[id(old)]
+            if isinstance(old, nn.Parameter):
+                new = made.setdefault(id(old), nn.Parameter(new, old.requires_grad))
+                module._parameters[attribute] = new
+            else:
+                module._buffers[attribute] = new
+    model.rarefy_cut = told  # type: ignore[assignment]
+
+
+def named_tensors(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, str]]:
+    """Return (name, module, attribute) of each parameter and buffer; shared ones at each of their places."""
+    return [
+        (f"{n}.{a}" if n else a, m, a)
+        for n, m in modules.items()
+        for a, t in [*m._parameters.items(), *m._buffers.items()]
+        if t is not None
+    ]
+
+
+def _slot(slots: Mapping[str, tuple[nn.Module, str]], name: str, path: Any) -> Tensor:
+    if name not in slots:
+        raise ContainerError(f"{path}: " + unknown("tensor of a cut", name, list(slots)))
+    return getattr(*slots[name])

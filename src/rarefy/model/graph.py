@@ -1,0 +1,260 @@
+"""Which slices of which parameters belong together: one run of a model, seen operator by operator.
+
+`trace` calls the model once on an example under a dispatch mode and gives every dimension of every tensor its axes
+(`axes.py`), operator by operator (`operators.py`). What is left are groups: an axis that parameters have, with every
+dimension it occurs in. Removing a unit of a group is exact where nothing says otherwise (`notes`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rarefy.errors import ModelError
+from rarefy.model.axes import Algebra, Axis, Expr, fixed, is_fixed, leaves, lock, resolve
+from rarefy.model.batches import tensors_in
+from rarefy.model.select import unwrap
+from rarefy.model.stats import call, evaluating, on_device
+
+KERNEL = "a kernel has its size"  # of convolutions: no units
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A dimension of a parameter or buffer in which the units of a group occur."""
+
+    name: str
+    dim: int
+    role: str  # "out": it makes the units, "in": it reads them
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that can be removed one by one, each with its slices of all members.
+
+    kind    channel or group of a convolution, neuron of a Linear, head (with the queries that share it), head of a
+            group, head dimension
+    lock    why no unit may go, None where they may
+    notes   what a removal changes besides the units, such as the mean that a LayerNorm takes
+    """
+
+    name: str
+    kind: str
+    axis: Axis
+    members: tuple[Member, ...]
+    lock: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return self.axis.size
+
+
+@dataclass(eq=False)
+class Graph:
+    """What `trace` found.
+
+    dims      by name, the axes of each dimension of each parameter and buffer
+    groups    coupled units, in the order of parameters
+    unknown   operators without a rule that met parameters: (operator, module), whose dimensions are locked
+    sizes     by module name, dimensions that it names a size for, as in `view`
+    """
+
+    dims: dict[str, list[Expr]]
+    groups: tuple[Group, ...]
+    unknown: tuple[tuple[str, str], ...]
+    sizes: dict[str, list[Expr]]
+    outputs: tuple[Tensor, ...]
+    equal: tuple[tuple[Expr, Expr], ...] = ()  # parts that a chunk takes: they must stay equally long
+    owners: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
+
+
+class Trace(TorchDispatchMode):
+    """The run: dimensions of the tensors that are alive."""
+
+    def __init__(self, model: nn.Module, rules: Mapping[str, Any]):
+        super().__init__()
+        self.rules, self.algebra = rules, Algebra()
+        self.known: Any = WeakTensorKeyDictionary()  # tensor -> its dimensions
+        self.source: Any = WeakTensorKeyDictionary()  # a view of a parameter -> its id
+        self.roles: dict[tuple[int, int], str] = {}
+        self.makes: set[tuple[int, int]] = set()
+        self.unknown: dict[tuple[str, str], None] = {}
+        self.sizes: dict[str, list[Expr]] = {}
+        self.stack = [""]
+        self.names = {id(m): n for n, m in model.named_modules()}
+        self.own: dict[int, list[Expr]] = {}
+        for _, t in [*model.named_parameters(), *model.named_buffers()]:
+            self.known[t] = self.own[id(t)] = [fixed(1) if n == 1 else Axis(n) for n in t.shape]
+            self.source[t] = id(t)
+
+    @property
+    def place(self) -> str:
+        return self.stack[-1] or "the model itself"
+
+    def dims(self, t: Tensor) -> list[Expr]:
+        """Return the dimensions of a tensor; those of one that nobody has made keep their sizes."""
+        if t not in self.known:
+            self.known[t] = [fixed(n, f"{self.place} is given it") for n in t.shape]
+        return self.known[t]
+
+    def give(self, t: Any, dims: list[Expr], source: Tensor | None = None) -> None:
+        """Say what the dimensions of an output are."""
+        if isinstance(t, Tensor):
+            assert len(dims) == t.dim(), f"{len(dims)} dimensions for {list(t.shape)}"
+            self.known[t] = dims
+            if source is not None and source in self.source:
+                self.source[t] = self.source[source]
+
+    def same(self, a: Expr, b: Expr) -> None:
+        self.algebra.unify(a, b)
+
+    def reads(self, t: Tensor, e: Expr) -> None:
+        """Say that a product sums over `e`, a dimension of `t`: if t is a parameter, it reads these units."""
+        if t in self.source:
+            held = {id(a) for a in leaves(e)}
+            for d, dim in enumerate(self.own[self.source[t]]):
+                if any(id(a) in held for a in leaves(dim)):
+                    self.roles[self.source[t], d] = "in"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__ if func.namespace == "aten" else str(func)
+        self.algebra.where = f"{name} in {self.place}"
+        rule = self.rules.get(name)
+        given = [t for t in tensors_in([list(args), kwargs])]
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = self.rules["pointwise"]
+        if rule is None or any(t.is_sparse for t in given):
+            rule = opaque
+        rule(self, func, args, kwargs, out)
+        return out
+
+
+def opaque(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """An operator without a rule: what goes in keeps its units."""
+    name = str(func.overloadpacket)
+    for t in tensors_in([list(args), kwargs]):
+        if not all(map(is_fixed, trace.dims(t))):
+            trace.unknown[name, trace.place] = None
+        for e in trace.dims(t):
+            lock(e, f"no rule for {name} in {trace.place}")
+    for t in tensors_in([out]):
+        if not any(t is a for a in tensors_in([list(args)])):
+            trace.give(t, [fixed(n, f"made by {name}") for n in t.shape])
+
+
+@contextmanager
+def _stack(model: nn.Module, trace: Trace) -> Any:
+    """Keep the names of the modules that run."""
+
+    def enter(module: nn.Module, args: Any) -> None:
+        trace.stack.append(trace.names.get(id(module), trace.stack[-1]))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        trace.stack.pop()
+
+    hooks = [m.register_forward_pre_hook(enter) for m in model.modules()]
+    hooks += [m.register_forward_hook(leave, always_call=True) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _plainly() -> Any:
+    """Have torch take no shortcuts through operators that do a whole layer."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TF32 of GPUs that are not there
+            flags = torch.backends.mkldnn.flags(enabled=False)
+            flags.__enter__()
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        flags.__exit__(None, None, None)
+
+
+def trace(model: nn.Module, example: Any) -> Graph:
+    """Run the model once in evaluation mode on `example` and return which slices belong together. One call, and O(axes)
+    an operator.
+
+    Raises ModelError where the example does not run.
+
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> for g in trace(net, torch.randn(1, 4)).groups: print(g.name, g.kind, g.size, g.lock)
+    0.weight:0 neuron 6 None
+    0.weight:1 neuron 4 the model is given it
+    2.weight:0 neuron 2 the model returns it
+    """
+    from rarefy.model.operators import RULES  # rules name their trace
+
+    model = unwrap(model)
+    run = Trace(model, RULES)
+    for t in tensors_in(example):
+        run.known[t] = [fixed(n, "the model is given it") for n in t.shape]
+    try:
+        with evaluating(model), torch.no_grad(), _plainly(), _stack(model, run), run:
+            output = call(model, on_device(model, example))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise ModelError(f"the example does not run through {type(model).__name__}: {error}") from error
+    returned = tensors_in(output)
+    for t in returned:
+        for e in run.dims(t):
+            lock(e, "the model returns it")
+    return _graph(model, run, tuple(t.detach().clone() for t in returned))
+
+
+def _graph(model: nn.Module, run: Trace, outputs: tuple[Tensor, ...]) -> Graph:
+    dims: dict[str, list[Expr]] = {}
+    owners: dict[str, list[tuple[nn.Module, str]]] = {}
+    first: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for attribute, t in [*module._parameters.items(), *module._buffers.items()]:
+            if t is not None:
+                name = first.setdefault(id(t), f"{prefix}.{attribute}" if prefix else attribute)
+                dims[name] = run.own[id(t)]
+                owners.setdefault(name, []).append((module, attribute))
+    found: dict[Axis, list[Member]] = {}
+    for name, exprs in dims.items():
+        t = getattr(*owners[name][0])
+        for d, e in enumerate(exprs):
+            for axis in dict.fromkeys(leaves(e)):
+                role = "out" if (id(t), d) in run.makes else run.roles.get((id(t), d), "out")
+                found.setdefault(axis, []).append(Member(name, d, role))
+    params = {n for n in dims if isinstance(getattr(*owners[n][0]), nn.Parameter)}
+    groups = []
+    for axis, members in found.items():
+        if axis.lock == KERNEL or not any(m.name in params for m in members):
+            continue
+        makers = [m for m in members if m.role == "out" and m.name in params]
+        reason = axis.lock or (None if makers else "no parameter makes it")
+        head = (makers or members)[0]
+        name, kind = f"{head.name}:{head.dim}", _kind(axis, members, owners)
+        groups.append(Group(name, kind, axis, tuple(members), reason, tuple(sorted(axis.notes))))
+    return Graph(dims, tuple(groups), tuple(run.unknown), run.sizes, outputs, tuple(run.algebra.equal), owners)
+
+
+def _kind(axis: Axis, members: list[Member], owners: Mapping[str, list[tuple[nn.Module, str]]]) -> str:
+    if axis.kind in ("head", "head of a group", "head dimension", "group"):
+        return axis.kind
+    convolves = any(isinstance(owners[m.name][0][0], nn.modules.conv._ConvNd) for m in members)
+    return "channel" if convolves else "neuron"
+
+
+def resolved(graph: Graph, name: str) -> list[Expr]:
+    """Return the dimensions of a parameter or buffer as they are known at the end."""
+    return [resolve(e) for e in graph.dims[name]]

@@ -1,0 +1,225 @@
+"""What layers do to dimensions: products, convolutions, norms, attention, lookups. Rules as in `rules.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rarefy.model.axes import ONE, Expr, Prod, fixed, leaves, lock, size
+from rarefy.model.batches import tensors_in
+from rarefy.model.graph import KERNEL, Trace
+from rarefy.model.rules import arg, note
+
+
+def product(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """mm, bmm and those that add to them: what is summed over is the same on both sides."""
+    name = func.overloadpacket.__name__.rstrip("_")
+    more, (a, b) = (args[:1], args[1:3]) if name in ("addmm", "baddbmm", "addmv", "addbmm") else ((), args[:2])
+    da, db = t.dims(a), t.dims(b)
+    t.same(da[-1], db[max(b.dim() - 2, 0)])
+    t.reads(a, da[-1])
+    t.reads(b, db[max(b.dim() - 2, 0)])
+    dims = list(da[:-1]) + (list(db[-1:]) if b.dim() > 1 else [])
+    if a.dim() == 3:
+        t.same(da[0], db[0])
+    if a.dim() == 3 and a not in t.source and b not in t.source:
+        for e, kind in ((da[0], "head"), (da[-1], "head dimension"), (db[-1], "head dimension")):
+            is_a(e, kind)
+    t.give(out, dims)
+    for x in more:
+        over = t.dims(x)
+        for back in range(1, x.dim() + 1):
+            if x.shape[-back] != 1:
+                t.same(over[-back], dims[-back])
+
+
+def is_a(e: Expr, kind: str) -> None:
+    """Say what the free axes of a dimension are; where queries share keys, the heads of a group come second."""
+    for i, axis in enumerate(dict.fromkeys(a for a in leaves(e) if not a.lock)):
+        axis.kind = "head of a group" if kind == "head" and i else kind
+
+
+def convolution(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    x, w, bias = args[0], args[1], args[2]
+    turned, groups = bool(arg(func, args, kwargs, "transposed", False)), arg(func, args, kwargs, "groups", 1)
+    dims, W = list(t.dims(x)), t.dims(w)
+    for e in W[2:]:
+        lock(e, KERNEL)
+    inputs, outputs = (W[0], W[1]) if turned else (W[1], W[0])
+    if groups == 1:
+        t.same(dims[1], inputs)
+        made_: Expr = outputs
+    else:
+        G, each = t.algebra.factor(dims[1], groups)
+        if turned:
+            t.same(inputs, Prod((G, each)))
+            made_ = Prod((G, outputs))
+        else:
+            H, _ = t.algebra.factor(outputs, groups)
+            t.same(G, H)
+            t.same(each, inputs)
+            made_ = outputs
+        if size(each) > 1:
+            is_a(G, "group")
+    t.roles[t.source[w], 0 if turned else 1] = "in"
+    if bias is not None:
+        t.same(t.dims(bias)[0], made_)
+    t.give(out, [dims[0], made_, *(fixed(n) for n in out.shape[2:])])
+
+
+def batch_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    channel = t.dims(args[0])[1]
+    for p in args[1:]:
+        if isinstance(p, Tensor):
+            t.same(channel, t.dims(p)[0])
+    t.give(out[0], list(t.dims(args[0])))
+    for y in out[1:]:
+        t.give(y, [channel] if y.dim() == 1 and y.shape[0] == args[0].shape[1] else [fixed(n) for n in y.shape])
+
+
+def layer_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    x, shape = args[0], args[1]
+    dims = t.dims(x)
+    t.sizes.setdefault(t.stack[-1], []).extend(dims[-len(shape) :])
+    for e in dims[-len(shape) :]:
+        note(e, f"mean and variance over it in {t.place}")
+    for p in args[2:4]:
+        if isinstance(p, Tensor):
+            for a, e in zip(t.dims(p), dims[-len(shape) :]):
+                t.same(a, e)
+    y, *others = out if isinstance(out, tuple) else (out,)
+    t.give(y, list(dims))
+    for z in others:
+        t.give(z, [*dims[: -len(shape)], *(ONE for _ in shape)][: z.dim()])
+
+
+def group_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    x, weight, bias, groups = args[0], args[1], args[2], arg(func, args, kwargs, "group")
+    dims = t.dims(x)
+    _, inner = t.algebra.factor(dims[1], groups)
+    note(inner, f"mean and variance over it in {t.place}")
+    for p in (weight, bias):
+        if p is not None:
+            t.same(t.dims(p)[0], dims[1])
+    t.give(out[0], list(dims))
+    for z in out[1:]:
+        t.give(z, [fixed(n) for n in z.shape])
+
+
+def spatial(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Pooling, upsampling: images change their size, channels stay."""
+    x, name = args[0], func.overloadpacket.__name__
+    ends = 3 if "3d" in name else 1 if "1d" in name else 2
+    for y in tensors_in([out]):
+        t.give(y, [*t.dims(x)[:-ends], *(fixed(n) for n in y.shape[-ends:])])
+
+
+def grid(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    t.give(out, [*t.dims(args[0])[:2], *(fixed(n) for n in out.shape[2:])])
+
+
+def shuffle(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """pixel_shuffle: r x r channels become an image; pixel_unshuffle: the other way."""
+    dims, r = list(t.dims(args[0])), args[1]
+    sizes = [fixed(n) for n in out.shape[-2:]]
+    if "unshuffle" in str(func.overloadpacket):
+        dims[-3] = Prod((dims[-3], fixed(r * r)))
+    else:
+        dims[-3], square = t.algebra.factor(dims[-3], size(dims[-3]) // (r * r))
+        lock(square, f"they make an image in {t.place}")
+    t.give(out, [*dims[:-2], *sizes])
+
+
+def channel_shuffle(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    dims = list(t.dims(args[0]))
+    a, b = t.algebra.factor(dims[1], args[1])
+    lock(a, f"shuffled in {t.place}")
+    dims[1] = Prod((b, a))
+    t.give(out, dims)
+
+
+def embedding(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    W = t.dims(args[0])
+    lock(W[0], "its rows are looked up")
+    if args[0] in t.source:
+        t.makes.add((t.source[args[0]], 1))  # though a head that is tied to it reads the same units
+    t.give(out, [*t.dims(args[1]), *W[1:]])
+
+
+def index(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """x[..., i, ...]: what is indexed by numbers keeps its units."""
+    x, places = args[0], args[1]
+    dims = t.dims(x)
+    by = [d for d, i in enumerate(places) if i is not None]
+    spans = [max(i.dim(), 1) if i is not None and str(i.dtype) in ("torch.bool", "torch.uint8") else 1 for i in places]
+    if any(s != 1 for s in spans):
+        return all_fixed(t, func, args, out)
+    for d in by:
+        lock(dims[d], f"units are picked in {t.place}")
+    new = out.dim() - (x.dim() - len(by))
+    left = [e for d, e in enumerate(dims) if d not in by]
+    at = by[0] if by and by[-1] - by[0] == len(by) - 1 else 0
+    picked = [fixed(n) for n in out.shape[at : at + new]]
+    t.give(out, [*left[:at], *picked, *left[at:]])
+
+
+def all_fixed(t: Trace, func: Any, args: Any, out: Any) -> None:
+    for x in tensors_in([list(args)]):
+        for e in t.dims(x):
+            lock(e, f"{func.overloadpacket.__name__} in {t.place}")
+    for y in tensors_in([out]):
+        t.give(y, [fixed(n) for n in y.shape])
+
+
+def pick(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """index_select, gather: one dimension is picked from."""
+    x, dim = args[0], arg(func, args, kwargs, "dim", 0)
+    dims = list(t.dims(x))
+    if not dims:
+        return t.give(out, [])
+    lock(dims[dim], f"units are picked in {t.place}")
+    dims[dim] = fixed(out.shape[dim])
+    t.give(out, [e if size(e) == n else fixed(n) for e, n in zip(dims, out.shape)])
+
+
+def attention(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """softmax(q k^T / sqrt(d)) v over [batch, heads, length, d]."""
+    q, k, v = (list(t.dims(x)) for x in args[:3])
+    t.same(k[-2], v[-2])
+    if arg(func, args, kwargs, "scale") is None:
+        lock(q[-1], f"attention divides by the root of its size in {t.place}")
+    t.same(q[-1], k[-1])
+    for d in range(len(q) - 2):
+        if size(q[d]) == size(k[d]):
+            t.same(q[d], k[d])
+        else:  # queries share keys
+            many, _ = t.algebra.factor(q[d], size(k[d]))
+            t.same(many, k[d])
+        t.same(k[d], v[d])
+    is_a(q[-3], "head") if len(q) > 3 else None
+    is_a(q[-1], "head dimension")
+    is_a(v[-1], "head dimension")
+    mask = arg(func, args, kwargs, "attn_mask")
+    mask = arg(func, args, kwargs, "attn_bias") if mask is None else mask
+    if isinstance(mask, Tensor):
+        for back, e in enumerate(t.dims(mask)[::-1]):
+            if 2 <= back < len(q) and mask.shape[-1 - back] != 1:
+                t.same(e, q[-1 - back])
+    y, *others = out if isinstance(out, tuple) else (out,)
+    t.give(y, [*q[:-1], v[-1]])
+    for z in tensors_in(others):
+        t.give(z, [fixed(n) for n in z.shape])
+
+
+def into(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Numbers are written into a tensor at places: the tensor keeps its units, and what is written too."""
+    all_fixed(t, func, [x for x in args if isinstance(x, Tensor)], ())
+    if not any(out is a for a in tensors_in([list(args)])):
+        t.give(out, [fixed(n) for n in out.shape])
+
+
+def scalar(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """A number leaves the graph; tensors stay as they are."""
+    for y in tensors_in([out]):
+        t.give(y, [fixed(n) for n in y.shape])

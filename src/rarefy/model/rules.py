@@ -1,0 +1,258 @@
+"""What operators do to dimensions: one function a family of ATen operators, and the table of their names.
+
+A rule is called after the operator, with what it was given and what it returned: (trace, func, args, kwargs, out). It
+says which dimensions are the same, which are made of which, and which must stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rarefy.model.axes import ONE, Axis, Expr, Prod, Sum, fixed, is_fixed, leaves, lock, size
+from rarefy.model.batches import tensors_in
+from rarefy.model.graph import Trace, opaque
+
+
+def arg(func: Any, args: Any, kwargs: Any, name: str, default: Any = None) -> Any:
+    """Return an argument by its name in the operator's schema."""
+    for i, a in enumerate(func._schema.arguments):
+        if a.name == name:
+            if i < len(args):
+                return args[i]
+            return kwargs.get(name, a.default_value if a.has_default_value() else default)
+    return default
+
+
+def pointwise(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Dimensions that lie over each other are the same."""
+    given = list(tensors_in([list(args), kwargs]))
+    for y in tensors_in([out]):
+        dims: list[Expr | None] = [None] * y.dim()
+        for x in given:
+            for back in range(1, x.dim() + 1):
+                e = t.dims(x)[-back]
+                if x.shape[-back] != 1 and x.shape[-back] == y.shape[-back]:
+                    before = dims[-back]
+                    if before is None:
+                        dims[-back] = e
+                    else:
+                        t.same(before, e)
+        if not any(y is x for x in given):
+            over = [ONE if n == 1 else e or fixed(n) for e, n in zip(dims, y.shape)]
+            t.give(y, over, given[0] if len(given) == 1 else None)
+
+
+def alike(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """The output has the dimensions of the first input."""
+    for y in tensors_in([out]):
+        if y is not args[0]:
+            t.give(y, list(t.dims(args[0])), args[0])
+
+
+def strided(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """The same shape with other strides, as pooling to one pixel ends; any other is not known."""
+    if len(t.dims(args[0])) == out.dim() and [size(e) for e in t.dims(args[0])] == list(out.shape):
+        return t.give(out, list(t.dims(args[0])), args[0])
+    return opaque(t, func, args, kwargs, out)
+
+
+def like(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    t.give(out, [free(n) for n in out.shape] if out.shape != args[0].shape else list(t.dims(args[0])))
+
+
+def made(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Constants such as zeros: their sizes are numbers of the module, which may follow."""
+    for y in tensors_in([out]):
+        dims = [free(n) for n in y.shape]
+        t.give(y, dims)
+        t.sizes.setdefault(t.stack[-1], []).extend(dims)
+
+
+def constant(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    for y in tensors_in([out]):
+        t.give(y, [fixed(n, f"{t.place} makes it") for n in y.shape])
+
+
+def free(n: int) -> Expr:
+    return ONE if n == 1 else Axis(n)
+
+
+def view(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    x = args[0]
+    t.give(out, regroup(t, t.dims(x), list(x.shape), list(out.shape)), x)
+    t.sizes.setdefault(t.stack[-1], []).extend(t.dims(out))
+
+
+def regroup(t: Trace, dims: list[Expr], sizes: list[int], to: list[int]) -> list[Expr]:
+    """Return the dimensions of the same numbers in another shape: the shortest runs that hold equally many are merged
+    and split."""
+    if 0 in sizes:
+        for e in dims:
+            lock(e, f"an empty view in {t.place}")
+        return [fixed(n) for n in to]
+    out: list[Expr] = []
+    old, new = list(zip(dims, sizes))[::-1], list(to)[::-1]
+    while old or new:
+        run, many, have, want = [], [], 1, 1
+        while not (run or many) or have != want:
+            if (have <= want and old) or not new:
+                e, n = old.pop()
+                run.append(e)
+                have *= n
+            else:
+                many.append(new.pop())
+                want *= many[-1]
+        rest: Expr = Prod(tuple(run))
+        for n in many[:-1]:
+            first, rest = t.algebra.factor(rest, n)
+            out.append(first)
+        out += [rest] if many else []
+    return out
+
+
+def permute(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    dims = t.dims(args[0])
+    t.give(out, [dims[d] for d in args[1]], args[0])
+
+
+def transpose(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    dims = list(t.dims(args[0]))
+    if len(dims) > 1:
+        a, b = (args[1], args[2]) if len(args) > 2 else (0, 1)
+        dims[a], dims[b] = dims[b], dims[a]
+    t.give(out, dims, args[0])
+
+
+def expand(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    x = args[0]
+    dims, lead = t.dims(x), out.dim() - x.dim()
+    new = [fixed(n, f"expanded in {t.place}") for n in out.shape[:lead]]
+    new += [e if a == b else free(b) for e, a, b in zip(dims, x.shape, out.shape[lead:])]
+    t.give(out, new, x)
+    t.sizes.setdefault(t.stack[-1], []).extend(new)
+
+
+def squeeze(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    t.give(out, regroup(t, t.dims(args[0]), list(args[0].shape), list(out.shape)), args[0])
+
+
+def cat(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    tensors = [x for x in args[0] if not (x.dim() == 1 and x.numel() == 0 and out.dim() != 1)]
+    dim = arg(func, args, kwargs, "dim", 0) % out.dim()
+    first = list(t.dims(tensors[0]))
+    for x in tensors[1:]:
+        for d, e in enumerate(t.dims(x)):
+            if d != dim:
+                t.same(first[d], e)
+    first[dim] = Sum(tuple(t.dims(x)[dim] for x in tensors if x.shape[dim]))
+    t.give(out, first)
+
+
+def stack(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    dim = arg(func, args, kwargs, "dim", 0) % out.dim()
+    first = list(t.dims(args[0][0]))
+    for x in args[0][1:]:
+        for a, e in zip(first, t.dims(x)):
+            t.same(a, e)
+    first.insert(dim, fixed(out.shape[dim], f"stacked in {t.place}"))
+    t.give(out, first)
+
+
+def split(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    x, dim = args[0], arg(func, args, kwargs, "dim", 0) % args[0].dim()
+    parts = t.algebra.cut(t.dims(x)[dim], [y.shape[dim] for y in out])
+    for y, e in zip(out, parts):
+        t.give(y, [e if d == dim else a for d, a in enumerate(t.dims(x))], x)
+
+
+def slice_(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    x, dim = args[0], arg(func, args, kwargs, "dim", 0) % args[0].dim()
+    dims, n, step = list(t.dims(x)), x.shape[dim], arg(func, args, kwargs, "step", 1)
+    start = arg(func, args, kwargs, "start") or 0
+    start = min(max(start + n if start < 0 else start, 0), n)
+    e, k = dims[dim], out.shape[dim]
+    if k == n:
+        pass
+    elif k == 0 or is_fixed(e):
+        dims[dim] = fixed(k)
+        if not is_fixed(e):
+            lock(e, f"an empty slice in {t.place}")
+    elif step == 1:
+        ends = [s for s in (start, k, n - start - k) if s]
+        dims[dim] = t.algebra.cut(e, ends)[1 if start else 0]
+    elif n % step == 0 and k == n // step:
+        dims[dim], inner = t.algebra.factor(e, k)
+        lock(inner, f"every {step}th is taken in {t.place}")
+    else:
+        lock(e, f"every {step}th is taken in {t.place}")
+        dims[dim] = fixed(k)
+    t.give(out, dims, x)
+
+
+def select(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """One index of a dimension is picked, or each: it keeps its units."""
+    dim = arg(func, args, kwargs, "dim", 0) % args[0].dim()
+    dims = t.dims(args[0])
+    lock(dims[dim], f"single units are picked in {t.place}")
+    for y in tensors_in([out]):
+        t.give(y, dims[:dim] + dims[dim + 1 :], args[0])
+
+
+def repeat(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    x, times = args[0], args[1]
+    dims = [ONE] * (len(times) - x.dim()) + list(t.dims(x))
+    t.give(out, [e if r == 1 else Prod((fixed(r, f"repeated in {t.place}"), e)) for e, r in zip(dims, times)])
+
+
+def pad(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    x, by = args[0], list(args[1])
+    dims = list(t.dims(x))
+    for i in range(len(by) // 2):
+        left, right, d = by[2 * i], by[2 * i + 1], x.dim() - 1 - i
+        if left or right:
+            if left < 0 or right < 0 or not str(func.overloadpacket).endswith("constant_pad_nd"):
+                lock(dims[d], f"padded in {t.place}")
+                dims[d] = fixed(out.shape[d])
+            elif is_fixed(dims[d]):
+                dims[d] = fixed(out.shape[d])
+            else:
+                ends = [fixed(n, f"padded in {t.place}") for n in (left, right)]
+                dims[d] = Sum(tuple(e for e, n in zip([ends[0], dims[d], ends[1]], [left, 1, right]) if n))
+    t.give(out, dims)
+
+
+def moved(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Units change places or depend on their order: those dimensions stay."""
+    dims = arg(func, args, kwargs, "dims", None)
+    dims = arg(func, args, kwargs, "dim", None) if dims is None else dims
+    for d in range(out.dim()) if dims in (None, []) else [dims] if isinstance(dims, int) else dims:
+        if args[0].dim():
+            lock(t.dims(args[0])[d], f"{func.overloadpacket.__name__} in {t.place}")
+    for y in tensors_in([out]):
+        if y is not args[0]:
+            t.give(y, list(t.dims(args[0])))
+
+
+def reduction(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Dimensions vanish. A sum does not miss zeros; a mean counts them, a maximum may be one of them."""
+    x, name = args[0], func.overloadpacket.__name__
+    dims, keep = arg(func, args, kwargs, "dim"), bool(arg(func, args, kwargs, "keepdim", False))
+    gone = {d % max(x.dim(), 1) for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))}
+    for d in gone if x.dim() else ():
+        e = t.dims(x)[d]
+        if name in ("sum", "linalg_vector_norm", "norm"):
+            continue
+        if name in ("mean", "var", "var_mean", "std"):
+            note(e, f"{name} over it in {t.place}")
+        else:
+            lock(e, f"{name} in {t.place}")
+    for y in tensors_in([out]):
+        left = [(ONE if d in gone else e) for d, e in enumerate(t.dims(x)) if keep or d not in gone]
+        t.give(y, left)
+
+
+def note(e: Expr, text: str) -> None:
+    for axis in leaves(e):
+        axis.notes.add(text)

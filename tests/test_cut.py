@@ -1,0 +1,392 @@
+"""Axes against real tensors, groups of real models, and cuts against the masked model."""
+
+import copy
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rarefy
+from conftest import tiny_llama
+from rarefy.cut.absent import Absent
+from rarefy.errors import ContainerError, ModelError, RarefyError
+from rarefy.model.axes import Algebra, Axis, Prod, Sum, kept, leaves, size
+from rarefy.model.graph import trace
+
+# ---- the algebra against torch: what stays of a tensor must be a grid, whatever happens to it ------------------------
+
+
+def grid(dims, masks):
+    """Which entries of a tensor with these dimensions stay, as a tensor of its shape."""
+    out = torch.ones((), dtype=torch.bool)
+    for e in dims:
+        out = out[..., None] & kept(e, masks.get)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_stays_is_the_same_after_views_and_splits(seed):
+    """A dimension that is viewed, split, joined and permuted in any way: the grid of what stays, moved by torch, is the
+    grid that the algebra says, for masks on whatever axes are found at the end."""
+    rng, algebra = random.Random(seed), Algebra()
+    n = rng.choice([24, 36, 48, 60])
+    dims, steps = [Axis(n)], []
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(dims))
+        s = size(dims[at])
+        if rng.random() < 0.5 and s > 3:  # a view
+            k = rng.choice([d for d in range(2, s) if s % d == 0] or [1])
+            outer, inner = algebra.factor(dims[at], k)
+            dims[at : at + 1] = [outer, inner]
+            steps.append(lambda t, at=at, k=k: t.unflatten(at, (k, -1)))
+        elif len(dims) > 1:
+            i, j = rng.sample(range(len(dims)), 2)
+            dims[i], dims[j] = dims[j], dims[i]
+            steps.append(lambda t, i=i, j=j: t.transpose(i, j))
+        elif s > 2:  # cut in two and joined the other way round
+            k = rng.randint(1, s - 1)
+            a, b = algebra.take(dims[at], k)
+            dims[at] = Sum((b, a))
+            steps.append(lambda t, at=at, k=k: torch.cat([t.narrow(at, k, t.shape[at] - k), t.narrow(at, 0, k)], at))
+    start = Axis(n)
+    flat = Prod(tuple(dims))
+    algebra.unify(start, flat)  # the same numbers again in one row
+    axes = list(dict.fromkeys(leaves(flat)))
+    for _ in range(5):
+        masks = {a: torch.rand(a.size) < 0.6 for a in axes if not a.lock}
+        assert torch.equal(grid([start], masks), grid([flat], masks)) and size(flat) == n
+        assert int(grid(dims, masks).sum()) == math.prod(int(kept(e, masks.get).sum()) for e in dims)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_refinement_never_changes_what_an_older_dimension_is(seed):
+    rng, algebra = random.Random(seed), Algebra()
+    original = Axis(24)
+    parts = algebra.cut(original, [8, 16]) if rng.random() < 0.5 else list(algebra.factor(original, 4))
+    outer, inner = algebra.factor(parts[-1], 2)
+    masks = {a: torch.rand(a.size) < 0.5 for a in leaves(original) if not a.lock}
+    one = kept(original, masks.get)
+    if len(parts) == 2 and size(parts[0]) + size(parts[1]) == 24:
+        want = torch.cat([kept(p, masks.get) for p in parts])
+    else:
+        want = (kept(parts[0], masks.get)[:, None] & kept(parts[1], masks.get)).flatten()
+    assert torch.equal(one, want)
+    last = (kept(outer, masks.get)[:, None] & kept(inner, masks.get)).flatten()
+    assert torch.equal(last, kept(parts[-1], masks.get))
+
+
+def test_what_cannot_be_said_is_locked():
+    algebra = Algebra()
+    algebra.where = "view in net"
+    a = Axis(6)
+    algebra.factor(a, 2)
+    b = Axis(6)
+    algebra.take(b, 1)
+    algebra.unify(a, b)  # 2 x 3 and 1 + 5
+    assert all(x.lock == "shapes do not line up at view in net" for x in (*leaves(a), *leaves(b)) if x.size > 1)
+    c, d = Axis(4), Axis(4, "the model returns it")
+    algebra.unify(c, d)
+    assert c.lock == "the model returns it"
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """What graphs of other tools stumble over, in one small network."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.deep = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 12, 1, groups=4)
+        self.shared = nn.Conv2d(12, 12, 1)
+        self.up = nn.ConvTranspose2d(24, 6, 2, stride=2)
+        self.shuffle = nn.Conv2d(6, 16, 1)
+        self.scale = nn.Parameter(torch.randn(4, 1, 1))
+        self.head = nn.Linear(4 * 9, 5)
+        for p in self.shared.parameters():
+            p.requires_grad_(False)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + F.silu(self.deep(x))
+        x = self.grouped(x)
+        x = self.shared(self.shared(x)) * 0.5 + x  # used twice
+        a, b = x.chunk(2, 1)
+        x = torch.cat([b, a, x], 1)
+        x = F.pixel_shuffle(self.shuffle(self.up(x)), 2) * self.scale
+        return {"y": self.head(F.adaptive_avg_pool2d(x, 3).flatten(1))}
+
+
+class Attention(nn.Module):
+    """Queries, keys and values in one matrix, as timm has them; a tied head."""
+
+    def __init__(self, tied=True):
+        super().__init__()
+        self.num_heads, self.embed = 4, nn.Embedding(11, 16)
+        self.position = nn.Parameter(torch.randn(1, 6, 16) * 0.1)
+        self.norm, self.qkv, self.proj = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.gate = nn.Linear(16, 64, bias=False)
+        self.down = nn.Linear(32, 16)
+        self.out = nn.Linear(16, 11, bias=False)
+        if tied:
+            self.out.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.position
+        B, N = ids.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, -1))
+        a, b = self.gate(x).chunk(2, -1)
+        return self.out(x + self.down(F.gelu(a) * b))
+
+
+def by_name(graph):
+    return {g.name: g for g in graph.groups}
+
+
+def test_groups_of_a_network():
+    graph = trace(Net().eval(), torch.randn(2, 3, 8, 8))
+    groups = by_name(graph)
+    assert not graph.unknown
+    stem = groups["stem.weight:0"]
+    assert stem.kind == "channel" and stem.lock is None and not stem.notes
+    names = {(m.name, m.dim, m.role) for m in stem.members}
+    assert {("stem.weight", 0, "out"), ("norm.weight", 0, "out"), ("norm.running_var", 0, "out")} <= names
+    assert ("deep.weight", 0, "out") in names and ("deep.weight", 1, "out") not in names
+    assert groups["head.weight:0"].lock == "the model returns it"
+    assert groups["stem.weight:1"].lock == "the model is given it"
+    assert all(not n.startswith(("stem.weight:2", "stem.weight:3")) for n in groups)  # kernels are no units
+
+
+def test_groups_of_attention():
+    graph = trace(Attention().eval(), torch.randint(0, 11, (2, 6)))
+    kinds = {(g.kind, g.size): g for g in graph.groups if g.lock is None}
+    assert set(kinds) == {("neuron", 16), ("head", 4), ("neuron", 32)}
+    assert "mean and variance over it in norm" in kinds["neuron", 16].notes
+    assert {m.role for m in kinds["neuron", 16].members if m.name == "embed.weight"} == {
+        "out"
+    }  # though the head reads it
+    assert {(m.name, m.dim) for m in kinds["neuron", 32].members} == {("gate.weight", 0), ("down.weight", 1)}
+    locked = {g.lock for g in graph.groups if g.lock}
+    assert (
+        "attention divides by the root of its size in the model itself" in locked and "its rows are looked up" in locked
+    )
+
+
+def test_an_operator_without_a_rule_locks_and_is_named():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return torch.linalg.matrix_exp(self.b(self.a(x))).sum()
+
+    model = Odd()
+    graph = trace(model, torch.randn(6, 4))
+    assert [op for op, _ in graph.unknown] == ["aten.linalg_matrix_exp"]
+    assert by_name(graph)["b.weight:0"].lock == "no rule for aten.linalg_matrix_exp in the model itself"
+    report = rarefy.cut_(model, torch.randn(6, 4))
+    assert model.a.out_features == 3 and model.b.out_features == 6 and "no rule for aten.linalg_matrix_exp" in str(report)
+
+
+# ---- cuts -----------------------------------------------------------------------------------------------------------
+
+
+def vision(name, **how):
+    models = pytest.importorskip("torchvision.models")
+    model = getattr(models, name)(weights=None, **how)
+    for p in model.parameters():  # heads and scales that start at zero would prove nothing
+        if p.detach().abs().max() < 1e-3:
+            nn.init.normal_(p, std=0.05)
+    return model
+
+
+def language(name, head="ForCausalLM", **more):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 100, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    model = getattr(transformers, name + head)(getattr(transformers, name + "Config")(**sizes, **more))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += torch.randn_like(p) * 0.05
+    return model
+
+
+IMAGE, IDS = torch.randn(2, 3, 64, 64), {"input_ids": torch.randint(5, 99, (2, 10))}
+GROUPED = {"num_key_value_heads": 2}
+CASES = {
+    "net": (Net, torch.randn(2, 3, 8, 8)),
+    "attention": (Attention, torch.randint(0, 11, (2, 6))),
+    "attention, untied": (lambda: Attention(False), torch.randint(0, 11, (2, 6))),
+    "llama": (tiny_llama, {"input_ids": torch.randint(5, 60, (2, 10))}),
+    "qwen3": (lambda: language("Qwen3", **GROUPED, head_dim=12), IDS),
+    "gemma": (lambda: language("Gemma", **GROUPED, head_dim=12), IDS),
+    "bert": (lambda: language("Bert", "ForSequenceClassification"), IDS),
+    "gpt2": (lambda: language("GPT2", "LMHeadModel"), IDS),
+    "resnet18": (lambda: vision("resnet18"), IMAGE),
+    "mobilenet_v3_small": (lambda: vision("mobilenet_v3_small"), IMAGE),
+    "shufflenet_v2_x0_5": (lambda: vision("shufflenet_v2_x0_5"), IMAGE),
+    "regnet_y_400mf": (lambda: vision("regnet_y_400mf"), IMAGE),
+    "squeezenet1_1": (lambda: vision("squeezenet1_1"), IMAGE),
+    "swin_t": (lambda: vision("swin_t"), IMAGE),
+}
+
+
+def outputs(model, x):
+    y = model(**x) if isinstance(x, dict) else model(x)
+    y = y if isinstance(y, torch.Tensor) else y[next(iter(y))]
+    return y
+
+
+SLOW = {("swin_t", 0.25), ("swin_t", 0.75), ("regnet_y_400mf", 0.25), ("regnet_y_400mf", 0.75)}
+EACH = [(n, k) for n in CASES for k in (0.25, 0.5, 0.75)]
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"), [pytest.param(*e, marks=[pytest.mark.slow] if e in SLOW else []) for e in EACH]
+)
+def test_a_cut_model_is_the_masked_one(name, keep, tmp_path):
+    make, x = CASES[name]
+    torch.manual_seed(0)
+    dense = make().eval()
+    masked, cut = copy.deepcopy(dense), copy.deepcopy(dense)
+    rarefy.cut_(masked, x, keep=keep, mask_only=True)
+    report = rarefy.cut_(cut, x, keep=keep)
+    with torch.no_grad():
+        with Absent():
+            want = outputs(masked, x)
+        got = outputs(cut, x)
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max() and want.abs().max() > 1e-3
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, cut))
+    assert after < (0.9 if keep > 0.5 else 0.8) * before
+    assert report.summary["parameters"] == f"{before:,} -> {after:,}"
+    rarefy.save(cut, tmp_path / "cut")  # and back into the class that it came from
+    again = rarefy.load(tmp_path / "cut", model=make()).eval()
+    with torch.no_grad():
+        assert torch.equal(outputs(again, x), got)
+    cut.train()  # it is an ordinary model
+    optimizer = torch.optim.SGD([p for p in cut.parameters() if p.requires_grad], 1e-3)
+    outputs(cut, x).square().mean().backward()
+    optimizer.step()
+    for p, (n, q) in zip(dense.parameters(), cut.named_parameters()):
+        assert p.requires_grad == q.requires_grad, n
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("resnet18", 0.25), ("swin_t", 0.25), ("llama", 0.3), ("regnet_y_400mf", 0.26)]
+)
+def test_where_a_unit_can_go_it_goes(name, width):
+    make, x = CASES[name]
+    model = make().eval()
+    before = sum(p.numel() for p in model.parameters())
+    report = rarefy.cut_(model, x)
+    free = [r for r in report.rows if r["kind"] in ("channel", "neuron", "head") and not r["stays because"]]
+    for row in free:
+        a, b = map(int, row["units"].split(" -> "))
+        assert b == max(1, round(a / 2)), row
+    assert sum(p.numel() for p in model.parameters()) / before == pytest.approx(width, abs=0.05)
+
+
+def test_tied_weights_stay_tied_and_modules_know_their_sizes():
+    model = Attention()
+    rarefy.cut_(model, torch.randint(0, 11, (2, 6)))
+    assert model.out.weight is model.embed.weight and model.num_heads == 2
+    assert (model.qkv.in_features, model.qkv.out_features, model.embed.embedding_dim) == (8, 24, 8)
+    assert model.norm.normalized_shape == (8,) and model.position.shape == (1, 6, 8)
+    rarefy.cut_(model, torch.randint(0, 11, (2, 6)))  # and once more
+    assert model.num_heads == 1 and model.embed.embedding_dim == 4 and model.out.weight is model.embed.weight
+    again = Attention()
+    from rarefy.cut.structure import restore
+
+    restore(again, model.rarefy_cut, "here")
+    assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+    assert again.num_heads == 1 and again.out.weight is again.embed.weight
+
+
+def test_the_smallest_units_go_and_round_to_is_a_multiple():
+    net = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+    with torch.no_grad():
+        net[0].weight[[1, 4, 7]] *= 0.01
+        net[2].weight[:, [1, 4, 7]] *= 0.01
+    want = net[0].weight[[0, 2, 3, 5, 6, 8, 9]].clone()
+    rarefy.cut_(net, torch.randn(1, 4), keep=0.7)
+    assert torch.equal(net[0].weight, want)
+    rarefy.cut_(net, torch.randn(1, 4), keep=0.8, round_to=2)  # 5.6 of 7
+    assert net[0].out_features == 6 and net[2].in_features == 6
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"units": "chanel"}, "unknown units 'chanel'.*did you mean 'channel'"),
+        ({"keep": 0}, "keep is a fraction above 0 and at most 1, got 0"),
+        ({"keep": True}, "keep is a fraction above 0"),
+        ({"round_to": 0}, "round_to is a whole number from 1 up, got 0"),
+        ({"example": torch.randn(1, 5)}, "cannot be called with a batch of float32 1x5"),
+        ({"layers": "9"}, "matches no layer"),
+        ({"layers": "2"}, "no group of channel, neuron, head can be cut: 0.weight:1 .neuron.: the model is given it"),
+        ({"units": "head"}, "no group of head can be cut"),
+    ],
+)
+def test_mistakes_leave_the_model_as_it_was(how, message):
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RarefyError, match=message):
+        rarefy.cut_(net, **{"example": torch.randn(1, 4), **how})
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net[0].out_features == 6
+
+
+def test_masks_are_folded_first():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    rarefy.prune_(net, sparsity=0.5)
+    with pytest.raises(ModelError, match="masks are still attached: fold_"):
+        rarefy.cut_(net, torch.randn(1, 4))
+
+
+def test_a_size_written_into_forward_undoes_the_cut():
+    class Wired(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).view(-1, 6))
+
+    model = Wired()
+    before = copy.deepcopy(model)
+    with pytest.raises(ModelError, match="the cut model does not run, so it was put back"):
+        rarefy.cut_(model, torch.randn(1, 4))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters())) and model.a.out_features == 6
+    assert getattr(model, "rarefy_cut", None) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"numbers": {"0.out_features": 7}}, "has no size 0.out_features that a cut could make 7"),
+        ({"numbers": {"0.training": 1}}, "has no size 0.training"),
+        ({"numbers": {"0.nothing": 1}}, "has no size 0.nothing"),
+        ({"numbers": {"9.out_features": 1}}, "has no size 9.out_features"),
+        ({"numbers": {"0.forward": 1}}, "has no size 0.forward"),
+        ({"shapes": {"0.weight": [3, 5]}}, r"0.weight is \[6, 4\] in this class; no cut makes it \[3, 5\]"),
+        ({"shapes": {"0.weight": [3]}}, "no cut makes it"),
+        ({"shapes": {"0.weigth": [3, 4]}}, "unknown tensor of a cut '0.weigth'"),
+        ({"kept": {"0.weight": {"0": [6]}}}, "what a cut kept of 0.weight does not fit its shape"),
+        ({"kept": {"0.weight": {"x": [0]}}}, "what a cut kept of 0.weight"),
+        ({"kept": {"0.weight": [0]}}, "what a cut kept of 0.weight"),
+        ({"kept": 3}, "the structure that a cut left is damaged"),
+    ],
+)
+def test_damaged_structures(change, message):
+    from rarefy.cut.structure import restore
+
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(ContainerError, match=message):
+        restore(net, {"numbers": {}, "shapes": {}, "kept": {}, **change}, "out")
