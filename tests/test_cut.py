@@ -193,7 +193,9 @@ def test_an_operator_without_a_rule_locks_and_is_named():
     assert [op for op, _ in graph.unknown] == ["aten.linalg_matrix_exp"]
     assert by_name(graph)["b.weight:0"].lock == "no rule for aten.linalg_matrix_exp in the model itself"
     report = rarefy.cut_(model, torch.randn(6, 4))
-    assert model.a.out_features == 3 and model.b.out_features == 6 and "no rule for aten.linalg_matrix_exp" in str(report)
+    assert (
+        model.a.out_features == 3 and model.b.out_features == 6 and "no rule for aten.linalg_matrix_exp" in str(report)
+    )
 
 
 # ---- cuts -----------------------------------------------------------------------------------------------------------
@@ -390,3 +392,81 @@ def test_damaged_structures(change, message):
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(ContainerError, match=message):
         restore(net, {"numbers": {}, "shapes": {}, "kept": {}, **change}, "out")
+
+
+# ---- repair ---------------------------------------------------------------------------------------------------------
+
+
+def copies(first, last):
+    """A network whose units 3 to 5 say what units 0 to 2 say, weakly."""
+    net = nn.Sequential(first, nn.ReLU(), last)
+    with torch.no_grad():
+        first.weight[3:] = first.weight[:3] * 0.5
+        first.bias[3:] = first.bias[:3] * 0.5
+        last.weight[:, 3:] *= 0.1
+    return net
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_readers_get_what_they_lost_from_what_is_left(kind):
+    if kind == "linear":
+        net, data = copies(nn.Linear(4, 6), nn.Linear(6, 2)), [torch.randn(64, 4) for _ in range(3)]
+    else:
+        net = copies(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 3, bias=False))
+        data = [torch.randn(8, 4, 6, 6) for _ in range(3)]
+    dense, plain, repaired = net, copy.deepcopy(net), copy.deepcopy(net)
+    rarefy.cut_(plain, data[0])
+    rarefy.cut_(repaired, data[0], data=data)
+    x = data[0] * 1.5 + 0.1  # not what was seen
+    with torch.no_grad():
+        lost = (plain(x) - dense(x)).norm() / dense(x).norm()
+        left = (repaired(x) - dense(x)).norm() / dense(x).norm()
+    assert left < 1e-2 < lost
+
+
+def test_the_ridge_regression_is_the_one_of_a_solver():
+    from rarefy.cut.repair import RIDGE, Moments, compensation
+
+    x = torch.randn(500, 7) @ torch.randn(7, 7) + torch.randn(7)
+    left = torch.tensor([True, False, True, True, False, True, False])
+    moments = Moments(0, torch.zeros(7, dtype=torch.float64), torch.zeros(7, 7, dtype=torch.float64))
+    for part in x.split(100):
+        moments.add(part)
+    B, shift = compensation(moments, left, intercept=True)
+    centred = (x - x.mean(0)).double()
+    S = centred[:, left]
+    ridge = RIDGE * (S.square().sum(0) / len(x)).mean()
+    stacked = torch.cat([S, (len(x) * ridge).sqrt() * torch.eye(4, dtype=torch.float64)])
+    target = torch.cat([centred, torch.zeros(4, 7, dtype=torch.float64)])
+    want = torch.linalg.lstsq(stacked, target).solution.T
+    torch.testing.assert_close(B[~left], want[~left], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(B[left], torch.eye(7, dtype=torch.float64)[left][:, left])
+    torch.testing.assert_close(shift, x.mean(0).double() - B @ x.mean(0).double()[left], rtol=1e-3, atol=1e-4)
+
+
+def test_batch_norms_take_their_statistics_anew():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)).eval()
+    data = [torch.randn(4, 3, 8, 8) * 2 + 1 for _ in range(3)]
+    rarefy.cut_(net, data[0], data=data, repair="batchnorm")
+    assert net[1].num_features == 4 and net[1].momentum == 0.1 and not net[1].training
+    seen = [net[0](x) for x in data]
+    torch.testing.assert_close(net[1].running_mean, torch.stack([s.mean((0, 2, 3)) for s in seen]).mean(0))
+    want = torch.stack([s.var((0, 2, 3), unbiased=True) for s in seen]).mean(0)
+    torch.testing.assert_close(net[1].running_var, want)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"repair": "rigde"}, "unknown repair 'rigde'.*did you mean 'ridge'"),
+        ({"repair": ["bias", "x"]}, "unknown repair 'x'"),
+        ({"data": iter([torch.randn(1, 4)])}, "data is run through more than once: give a list or a DataLoader"),
+        ({"data": [torch.randn(1, 5)]}, "cannot be called with a batch of float32 1x5"),
+    ],
+)
+def test_mistakes_of_repair(how, message):
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RarefyError, match=message):
+        rarefy.cut_(net, torch.randn(1, 4), **how)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

@@ -128,6 +128,17 @@ def test_fashion_mnist_trains_and_prunes_iteratively(fashion):
     assert abs(receipt.sparsity["achieved"] - 0.9) < 1e-4
 
 
+def test_a_network_cut_to_a_quarter_learns_from_its_readers(fashion):
+    """Half of all channels, without any training: repair is worth more than 20 points."""
+    model, train, test = fashion
+    plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
+    rarefy.cut_(plain, train[0][0][:2])
+    report = rarefy.cut_(repaired, train[0][0][:2], data=train[:8])
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, repaired))
+    assert after < 0.27 * before and not any(r["stays because"] for r in report.rows if r["group"].startswith("blocks"))
+    assert accuracy(repaired, test) > accuracy(plain, test) + 0.2
+
+
 def test_refit_reaches_least_squares_on_real_layers(smollm2):
     """Within 1 % of the exact minimum of each row after 20 steps, on inputs as the real model makes them."""
     model, tokenizer = hf.load_folder(smollm2), hf.load_tokenizer(smollm2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rarefy.cut.absent import Absent
 from rarefy.cut.attributes import follow
+from rarefy.cut.repair import REPAIRS, make_up, observe, readers, renew_batch_norms
 from rarefy.cut.structure import named_tensors, remember
 from rarefy.errors import ModelError, RarefyError, unknown
 from rarefy.model.axes import Axis, Expr, Sum, kept, leaves, resolve
@@ -33,6 +34,8 @@ def cut_(
     layers: Selector = None,
     ignore: Selector = None,
     round_to: int = 1,
+    data: Iterable[Any] | None = None,
+    repair: bool | Sequence[str] = True,
     mask_only: bool = False,
 ) -> Report:
     """Remove units with the smallest weights, and everything that belongs to them; return what went and what is locked.
@@ -42,6 +45,10 @@ def cut_(
     keep      the fraction of the units of each group that stays
     layers    groups that a parameter of these layers makes; None: all
     round_to  as many units stay as are a multiple of this
+    data      batches (something that can be run through twice), from which the units that stay learn to make up for the
+              others
+    repair    how they do, with `data`: "ridge" (layers that read them get new weights), "bias" (the mean of what is
+              lost), "batchnorm" (statistics taken anew); True: all, False: none
     mask_only  units become zero, and nothing leaves
     Outputs are those of the model whose units are zero where they are made (`mask_only`), except where something counts
     the units, such as a LayerNorm: the note of the group says so. Raises ModelError; the model is then as it was.
@@ -56,19 +63,25 @@ def cut_(
     ))
     """
     inner = unwrap(model)
-    kinds = _check(units, keep, round_to)
+    kinds, how = _check(units, keep, round_to), _repairs(repair, data)
     if attached(inner):
         raise ModelError("masks are still attached: fold_ the model first")
     graph = trace(inner, example)
     chosen = _whole(graph, _chosen(inner, graph, kinds, layers, ignore), keep)
     masks = _smallest(graph, chosen, keep, round_to)
     before = sum(p.numel() for p in inner.parameters())
+    layers_hit = readers(inner, graph, masks) if {"ridge", "bias"} & set(how) else {}
+    dense = {n: getattr(*graph.owners[n][0]).detach().clone() for n in layers_hit}
+    moments = observe(inner, layers_hit, data) if data is not None and layers_hit and not mask_only else {}
     undo = mask(graph, masks)
     try:
         with Absent():
             want = _outputs(inner, example)
         if not mask_only:
             _remove_exactly(inner, example, graph, masks, want, undo)
+            make_up(layers_hit, graph, masks, dense, moments, how)
+            if "batchnorm" in how and data is not None:
+                renew_batch_norms(inner, data)
     except BaseException:
         for put_back in reversed(undo):
             put_back()
@@ -89,6 +102,18 @@ def _check(units: Any, keep: Any, round_to: Any) -> tuple[str, ...]:
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ModelError(f"round_to is a whole number from 1 up, got {round_to!r}")
     return kinds
+
+
+def _repairs(repair: Any, data: Any) -> tuple[str, ...]:
+    asked = REPAIRS if repair is True else () if repair is False else repair
+    for name in asked if not isinstance(asked, str) else [asked]:
+        if name not in REPAIRS:
+            raise ModelError(unknown("repair", str(name), REPAIRS))
+    if isinstance(data, Iterator):
+        raise ModelError("data is run through more than once: give a list or a DataLoader, not an iterator")
+    if data is None:
+        return ()
+    return (asked,) if isinstance(asked, str) else tuple(asked)
 
 
 def _chosen(model: nn.Module, graph: Graph, kinds: Sequence[str], layers: Selector, ignore: Selector) -> list[Group]:
