@@ -229,8 +229,9 @@ API int rarefy_check_csr(const rarefy_csr* w, int64_t values) {
   if (w->starts[0] || w->starts[w->rows] != values) return RAREFY_BAD;
   for (int64_t r = 0; r < w->rows; ++r)
     if (w->starts[r + 1] < w->starts[r]) return RAREFY_BAD;
-  for (int64_t i = 0; i < values; ++i)
-    if (w->columns[i] >= w->inputs) return RAREFY_BAD;
+  for (int64_t r = 0; r < w->rows; ++r)
+    for (int64_t i = w->starts[r]; i < w->starts[r + 1]; ++i)  // no column twice
+      if (w->columns[i] >= w->inputs || (i > w->starts[r] && w->columns[i] <= w->columns[i - 1])) return RAREFY_BAD;
   return RAREFY_OK;
 }
 

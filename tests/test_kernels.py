@@ -242,6 +242,7 @@ def add(t, at=0, by=1):
         ("csr", "starts", lambda t: add(t, 3, 1 << 40)),
         ("csr", "starts", lambda t: add(t, 3, -(1 << 40))),
         ("csr", "columns", lambda t: t.fill_(-1)),
+        ("csr", "columns", lambda t: t[1:2].copy_(t[:1])),
         ("csr", "columns", lambda t: t.fill_(100)),
         ("tiles", "counts", lambda t: add(t, 3)),
         ("tiles", "counts", lambda t: add(t, 0)),
@@ -271,6 +272,10 @@ def test_damaged_buffers_never_run(how, name, change):
     ],
 )
 def test_tensors_that_do_not_fit(change, message):
+    for lost in ("values", "columns", "starts"):
+        csr = packed.pack_csr(random(10, 100, 0.5))
+        with pytest.raises(FormatError, match=f"{lost}: the kernels expect torch"):
+            native.Kernel(packed.Csr(**{**vars(csr), lost: None}))
     weight = packed.pack_bitmask(random(10, 100, 0.5))
     with pytest.raises(FormatError, match=message):
         native.Kernel(packed.Bitmask(**{**vars(weight), **change}))

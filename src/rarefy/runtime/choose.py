@@ -56,7 +56,8 @@ def accelerate_(
              layers given the same tensor one after the other (queries, keys, values) run in one call. Undone if the
              example's outputs then differ. What the example does not do is not seen: False leaves all be
     values   "int8": Linear layers that run sparse do so in 8 bits, weights with a scale for each output and inputs with
-             one for each row, so outputs change a little; None: in the weight's own numbers
+             one for each row (as CSR, which may serve a few inputs, as they are), so outputs change a little; None: in
+             the weight's own numbers
     repeats  timings of each way, in turns
     choices  the file that keeps what was fastest, so that it is measured once (`rarefy.runtime.choices` says where
              that file is); False = measure, and keep nothing
@@ -123,16 +124,19 @@ def _join(places: Places, rows: Sequence[dict[str, Any]], chosen: Sequence[Layer
     found = False
     for group in places.seen.groups:
         here = {n: places.model.get_submodule(n) for n in (places.names[id(m)] for m in group)}
-        sparse = {n: m for n, m in here.items() if isinstance(m, SparseLinear)}
-        if len(sparse) > 1:
-            found = True
-            first, *others = sparse.values()
-            first.join(others)
-            for name in list(sparse)[1:]:
-                row_of[name]["in one call with"] = next(iter(sparse))
-        else:
-            for module in sparse.values():
+        alike: dict[Any, list[tuple[str, SparseLinear]]] = {}
+        for name, module in here.items():
+            if isinstance(module, SparseLinear):
                 module.join(())
+                forms = tuple((at, how["format"], how.get("kind")) for at, how in module.about)
+                alike.setdefault(forms, []).append((name, module))
+        for same in alike.values():
+            for start in range(0, len(same) - 1, native.MOST_TOGETHER):
+                (leader, first), *others = same[start : start + native.MOST_TOGETHER]
+                first.join([m for _, m in others])
+                found = found or bool(others)
+                for name, _ in others:
+                    row_of[name]["in one call with"] = leader
     return found
 
 

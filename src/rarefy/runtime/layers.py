@@ -179,10 +179,10 @@ class SparseLinear(Sparse):
             raise ModelError(f"the layer has {inputs} inputs, x has {x.shape[-1]}")
         if compiling:
             return self.operator(x.reshape(-1, inputs)).view(*x.shape[:-1], self.out_features)
-        if self._ready and (y := self._made(x)) is not None:
-            return y
         n = x.numel() // inputs
-        if self.beside and not (x.requires_grad and torch.is_grad_enabled()) and x.is_floating_point():
+        if self._ready and (y := self._made(x, n)) is not None:
+            return y
+        if self.beside and _plain(x) and x.is_floating_point():
             y = self._with_others(x, n)
             if y is not None:
                 return y
@@ -205,27 +205,45 @@ class SparseLinear(Sparse):
         if kernels != before:
             joint = native.Together(kernels) if native.fit_together(kernels) else None
         if kernels != before or n not in self._joint:
-            if len(self._joint) >= MOST_SIZES:
-                self._joint.clear()
+            if before or len(self._joint) >= MOST_SIZES:
+                self._joint.clear()  # the others hold old weights too
             self._joint[n] = whose, kernels, joint
         if joint is None:
             return None
         y, *others = joint.run(x)
         if x.dtype is not torch.float32:
             y, others = y.to(x.dtype), [t.to(x.dtype) for t in others]
-        me, version = get_ident(), _version(x)
-        for layer, other in zip(self.beside, others):
-            layer._ready[me] = weakref.ref(x, partial(_forget, layer._ready, me)), version, other
+        me, state = get_ident(), _state(x)
+        for layer, kernel, other in zip(self.beside, kernels[1:], others):
+            if len(layer._ready) >= MOST_SIZES:  # of threads that are gone
+                layer._ready.clear()
+            layer._ready[me] = weakref.ref(x, partial(_forget, layer._ready, me)), state, kernel, other
         return y
 
-    def _made(self, x: Tensor) -> Tensor | None:
-        """What the layer before has made for this one out of x, once."""
-        of, version, y = self._ready.pop(get_ident(), (None, None, None))
-        return y if of is not None and of() is x and version == _version(x) else None
+    def _made(self, x: Tensor, n: int) -> Tensor | None:
+        """What the layer before has made for this one out of x, once: if neither x nor this layer is another since."""
+        of, state, kernel, y = self._ready.pop(get_ident(), (None, None, None, None))
+        if of is None or of() is not x or not _plain(x) or state != _state(x):
+            return None
+        at, _, names = self._serving(n)
+        return y if self._current(at, names) is kernel else None
 
 
 def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether outputs for x may be kept for another layer: no gradient is wanted, and edits of x are counted."""
+    return (
+        not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.is_inference_mode_enabled()
+        and not x.is_inference()
+    )
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    return x._version, x.data_ptr(), x.shape, x.dtype
 
 
 def _forget(ready: dict[int, Any], thread: int, ref: Any) -> None:

@@ -318,7 +318,7 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
             "values": (KINDS.get(packed.kind, torch.uint8), (None,)),
         }
     elif isinstance(packed, Csr):
-        k = packed.values.numel()
+        k = packed.columns.numel() if isinstance(packed.columns, Tensor) else None
         want |= {
             "starts": (torch.int64, (O + 1,)),
             "columns": (torch.int16, (k,)),
