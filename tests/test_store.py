@@ -259,7 +259,7 @@ else:
     rarefy.prune_(tiny, sparsity=0.9), rarefy.fold_(tiny), rarefy.accelerate_(tiny, (1,), repeats=1, choices=False)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    model = rarefy.load(sys.argv[1], accelerate={"batch": (1, 64), "repeats": 1, "choices": False})
+    model = rarefy.load(sys.argv[1], accelerate={"batch": (1, 64), "repeats": 5, "choices": False})
     print(status("VmHWM") - before, model.rarefy_accelerated.summary["layers that run sparse"].split()[0])
 """
     ran = [
