@@ -296,6 +296,22 @@ def test_where_a_unit_can_go_it_goes(name, width):
     assert sum(p.numel() for p in model.parameters()) / before == pytest.approx(width, abs=0.05)
 
 
+def test_halves_of_a_chunk_stay_equally_long():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 12), nn.Linear(6, 3)
+
+        def forward(self, x):
+            one, two = self.a(x).chunk(2, -1)
+            return self.b(one), two  # the second half is returned: it stays
+
+    model, x = Halves(), torch.randn(2, 4)
+    with pytest.raises(ModelError, match="nothing would go: a chunk takes as many"):
+        rarefy.cut_(model, x)
+    assert model.a.out_features == 12 and model.b.in_features == 6
+
+
 def test_tied_weights_stay_tied_and_modules_know_their_sizes():
     model = Attention()
     rarefy.cut_(model, torch.randint(0, 11, (2, 6)))

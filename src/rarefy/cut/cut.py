@@ -22,6 +22,7 @@ from rarefy.model.stats import call, evaluating, on_device
 from rarefy.proof.report import Report
 
 KINDS = ("channel", "neuron", "head", "head of a group", "head dimension", "group")
+UNEVEN = "a chunk takes as many of it as of something that stays"
 NEAR = 1e-4  # how far outputs of the cut model may be from those of the masked one, relative to the largest
 
 
@@ -69,6 +70,9 @@ def cut_(
     graph = trace(inner, example)
     chosen = _whole(graph, _chosen(inner, graph, kinds, layers, ignore), keep)
     masks = _smallest(graph, chosen, keep, round_to)
+    held = {g.axis for g in chosen} - set(masks)
+    if not masks:
+        raise ModelError(f"nothing would go: {UNEVEN}")
     before = sum(p.numel() for p in inner.parameters())
     layers_hit = readers(inner, graph, masks) if {"ridge", "bias"} & set(how) else {}
     dense = {n: getattr(*graph.owners[n][0]).detach().clone() for n in layers_hit}
@@ -87,7 +91,7 @@ def cut_(
             put_back()
         raise
     after = sum(p.numel() for p in inner.parameters())
-    rows = [_row(g, masks.get(g.axis)) for g in graph.groups]
+    rows = [_row(g, masks.get(g.axis), g.axis in held) for g in graph.groups]
     notes = tuple(f"no rule for {op} in {place}: what it meets is locked" for op, place in graph.unknown)
     return Report("cut", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, notes)
 
@@ -307,9 +311,9 @@ def _prove(model: nn.Module, example: Any, want: Sequence[Tensor]) -> None:
                 raise ModelError(f"the cut model's outputs are {apart:.2g} from the masked one's, so it was put back")
 
 
-def _row(group: Group, mask: Tensor | None) -> dict[str, Any]:
+def _row(group: Group, mask: Tensor | None, held: bool) -> dict[str, Any]:
     now = group.size if mask is None else int(mask.sum())
-    why = group.lock or ("" if mask is not None else "not asked for")
+    why = group.lock or ("" if mask is not None else UNEVEN if held else "not asked for")
     return {
         "group": group.name, "kind": group.kind, "units": f"{group.size} -> {now}", "parameters": len(group.members),
         "stays because": why, "note": "; ".join(group.notes),
