@@ -486,3 +486,60 @@ def test_mistakes_of_repair(how, message):
     with pytest.raises(RarefyError, match=message):
         rarefy.cut_(net, torch.randn(1, 4), **how)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+# ---- heads by number ------------------------------------------------------------------------------------------------
+
+
+def test_heads_go_by_their_numbers():
+    model = Attention().eval()
+    ids = torch.randint(0, 11, (2, 6))
+    W = model.qkv.weight.detach().view(3, 4, 4, 16).clone()
+    report = rarefy.prune_heads_(model, {"qkv": [1, 2]}, ids)
+    assert model.num_heads == 2 and torch.equal(model.qkv.weight.view(3, 2, 4, 16), W[:, [0, 3]])
+    assert model.proj.weight.shape == (16, 8) and [r["units"] for r in report.rows if r["kind"] == "head"] == ["4 -> 2"]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "qwen3"])
+def test_heads_of_transformers(name):
+    make, x = CASES[name]
+    model = make().eval()
+    layer = {"llama": "model.layers.1.self_attn", "qwen3": "model.layers.1.self_attn", "gpt2": "transformer.h.1.attn"}
+    where = layer.get(name, "bert.encoder.layer.1.attention")
+    dense = copy.deepcopy(model)
+    gone = [0, 1] if name in ("llama", "qwen3") else [2]
+    rarefy.prune_heads_(model, {where: gone}, x)
+    out = {"bert": "output.dense", "gpt2": "c_proj"}.get(name, "o_proj")
+    W, old = (m.get_submodule(f"{where}.{out}").weight.detach() for m in (model, dense))
+    W, old = (W.T, old.T) if name == "gpt2" else (W, old)
+    kept = [h for h in range(4) if h not in gone]
+    assert torch.equal(W.reshape(len(W), len(kept), -1), old.reshape(len(old), 4, -1)[:, kept])
+    if name in ("llama", "qwen3"):
+        with pytest.raises(ModelError, match="every 2 heads share a key, so they go together"):
+            rarefy.prune_heads_(dense, {where: [1]}, x)
+
+
+def test_a_class_that_divides_its_width_by_its_heads_keeps_them():
+    net, x = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True).eval(), torch.randn(2, 3, 8)
+    want = net(x)
+    with pytest.raises(ModelError, match="the cut model does not run, so it was put back"):
+        rarefy.prune_heads_(net, {"self_attn": [0, 2]}, x)
+    assert net.self_attn.num_heads == 4 and torch.equal(net(x), want)
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ({"qkv": [4]}, r"qkv has heads 0 to 3, got \[4\]"),
+        ({"qkv": []}, "qkv has heads 0 to 3"),
+        ({"qkv": "1"}, "qkv has heads 0 to 3"),
+        ({"qkv": [0, 1, 2, 3]}, "all of its 4 heads would go"),
+        ({"gate": [0]}, "'gate' has no heads; attention modules: "),
+        ([0], "heads is {name of an attention module"),
+    ],
+)
+def test_mistakes_of_heads(heads, message):
+    model = Attention()
+    with pytest.raises(ModelError, match=message):
+        rarefy.prune_heads_(model, heads, torch.randint(0, 11, (2, 6)))
+    assert model.num_heads == 4 and model.qkv.out_features == 48

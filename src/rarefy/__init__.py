@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 from rarefy.api import cast_, compress_
 from rarefy.cut.cut import cut_
+from rarefy.cut.heads import prune_heads_
 from rarefy.errors import RarefyError
 from rarefy.model.mask import adopt_, fold_, masks
 from rarefy.proof.receipt import Receipt
@@ -39,5 +40,6 @@ __all__ = [
     "load",
     "masks",
     "prune_",
+    "prune_heads_",
     "save",
 ]

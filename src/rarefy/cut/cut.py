@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,24 +73,39 @@ def cut_(
     held = {g.axis for g in chosen} - set(masks)
     if not masks:
         raise ModelError(f"nothing would go: {UNEVEN}")
-    before = sum(p.numel() for p in inner.parameters())
-    layers_hit = readers(inner, graph, masks) if {"ridge", "bias"} & set(how) else {}
+    return apply(inner, example, graph, masks, how, data, mask_only=mask_only, held=held)
+
+
+def apply(
+    model: nn.Module,
+    example: Any,
+    graph: Graph,
+    masks: Mapping[Axis, Tensor],
+    how: Sequence[str] = (),
+    data: Iterable[Any] | None = None,
+    *,
+    mask_only: bool = False,
+    held: Collection[Axis] = (),
+) -> Report:
+    """Remove the units that `masks` does not keep, prove it, repair it; what `cut_` ends with."""
+    before = sum(p.numel() for p in model.parameters())
+    layers_hit = readers(model, graph, masks) if {"ridge", "bias"} & set(how) else {}
     dense = {n: getattr(*graph.owners[n][0]).detach().clone() for n in layers_hit}
-    moments = observe(inner, layers_hit, data) if data is not None and layers_hit and not mask_only else {}
+    moments = observe(model, layers_hit, data) if data is not None and layers_hit and not mask_only else {}
     undo = mask(graph, masks)
     try:
         with Absent():
-            want = _outputs(inner, example)
+            want = _outputs(model, example)
         if not mask_only:
-            _remove_exactly(inner, example, graph, masks, want, undo)
+            _remove_exactly(model, example, graph, masks, want, undo)
             make_up(layers_hit, graph, masks, dense, moments, how)
             if "batchnorm" in how and data is not None:
-                renew_batch_norms(inner, data)
+                renew_batch_norms(model, data)
     except BaseException:
         for put_back in reversed(undo):
             put_back()
         raise
-    after = sum(p.numel() for p in inner.parameters())
+    after = sum(p.numel() for p in model.parameters())
     rows = [_row(g, masks.get(g.axis), g.axis in held) for g in graph.groups]
     notes = tuple(f"no rule for {op} in {place}: what it meets is locked" for op, place in graph.unknown)
     return Report("cut", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, notes)

@@ -1,0 +1,78 @@
+"""`prune_heads_`: attention heads by their numbers, as transformers models once had it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.cut.cut import apply
+from rarefy.errors import ModelError, nearest
+from rarefy.model.axes import Axis, leaves
+from rarefy.model.graph import Graph, Group, trace
+from rarefy.model.mask import masks as attached
+from rarefy.model.select import unwrap
+from rarefy.proof.report import Report
+
+
+def prune_heads_(model: nn.Module, heads: Mapping[str, Sequence[int]], example: Any) -> Report:
+    """Remove attention heads by their numbers; return what went.
+
+    heads    {name of an attention module: numbers of its query heads}, counted from 0 as they are now
+    example  what the model can be called with
+    Where queries share keys (GQA, MQA), heads go in whole groups: the numbers must name all queries of a group. For any
+    model whose attention `cut_` can read and whose class has heads of a size of their own: `nn.MultiheadAttention`
+    divides its width by the number of heads, so it takes `cut_` of both. Proved as there. Raises ModelError; the model
+    is then as it was.
+
+    >>> prune_heads_(nn.Sequential(nn.Linear(2, 2)), {"0": [0]}, torch.randn(1, 2))
+    Traceback (most recent call last):
+    rarefy.errors.ModelError: '0' has no heads; attention modules: none
+    """
+    inner = unwrap(model)
+    if attached(inner):
+        raise ModelError("masks are still attached: fold_ the model first")
+    if not isinstance(heads, Mapping) or not heads:
+        raise ModelError(f"heads is {{name of an attention module: [numbers]}}, got {heads!r}")
+    graph = trace(inner, example)
+    masks: dict[Axis, Tensor] = {}
+    for name, numbers in heads.items():
+        group = _group(graph, name)
+        masks[group.axis] = _kept(graph, group, name, numbers)
+    return apply(inner, example, graph, masks)
+
+
+def _group(graph: Graph, name: str) -> Group:
+    """The heads that parameters of that module make."""
+    known = [g for g in graph.groups if g.kind == "head"]
+    found = [g for g in known if any(m.name.startswith(f"{name}.") for m in g.members)]
+    if len(found) != 1:
+        places = list(dict.fromkeys(g.members[0].name.rsplit(".", 2)[0] for g in known))
+        near = nearest(str(name), places, many=3) or places[:3]
+        what = "no heads" if not found else f"{len(found)} kinds of heads"
+        raise ModelError(f"{name!r} has {what}; attention modules: {', '.join(near) or 'none'}")
+    if found[0].lock:
+        raise ModelError(f"the heads of {name} stay: {found[0].lock}")
+    return found[0]
+
+
+def _kept(graph: Graph, group: Group, name: str, numbers: Any) -> Tensor:
+    """Which of the heads (groups of them, where queries share keys) stay."""
+    shared = 1  # queries of a key
+    for m in group.members:
+        for axis in leaves(graph.dims[m.name][m.dim]):
+            shared = max(shared, axis.size if axis.kind == "head of a group" else 1)
+    total = group.size * shared
+    wrong = not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) == 0
+    if wrong or any(type(h) is not int or not 0 <= h < total for h in numbers):
+        raise ModelError(f"{name} has heads 0 to {total - 1}, got {numbers!r}")
+    gone = torch.zeros(total, dtype=torch.bool)
+    gone[torch.tensor(list(numbers))] = True
+    rows = gone.view(group.size, shared)
+    if bool((rows.any(1) != rows.all(1)).any()):
+        raise ModelError(f"{name}: every {shared} heads share a key, so they go together: 0 to {shared - 1}, and so on")
+    if bool(gone.all()):
+        raise ModelError(f"{name}: all of its {total} heads would go")
+    return ~rows.all(1)
