@@ -261,17 +261,17 @@ def coordinates(e: Expr, axis: Axis) -> Tensor:
 def mask(graph: Graph, masks: Mapping[Axis, Tensor]) -> list[Any]:
     """Make units zero where parameters make them; return what undoes it."""
     undo = []
-    for name, dims in graph.dims.items():
-        module, attribute = graph.owners[name][0]
-        W = getattr(module, attribute)
-        cut = [g for g in graph.groups if g.axis in masks]
-        roles = {m.dim for g in cut for m in g.members if m.name == name and m.role == "out"}
-        if not isinstance(W, nn.Parameter) or not roles:
+    made: dict[str, set[int]] = {}
+    for member in (m for g in graph.groups if g.axis in masks for m in g.members if m.role == "out"):
+        made.setdefault(member.name, set()).add(member.dim)
+    for name, dims in made.items():
+        W = getattr(*graph.owners[name][0])
+        if not isinstance(W, nn.Parameter):
             continue
         old = W.detach().clone()
         undo.append(lambda W=W, old=old: W.data.copy_(old))
-        for d in roles:
-            gone = ~kept(dims[d], masks.get)
+        for d in dims:
+            gone = ~kept(graph.dims[name][d], masks.get)
             W.data.index_fill_(d, gone.nonzero()[:, 0].to(W.device), 0)
     return undo
 

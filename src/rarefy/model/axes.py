@@ -27,8 +27,8 @@ class Axis:
 
     __slots__ = ("into", "kind", "lock", "notes", "size")
 
-    def __init__(self, size: int, lock: str | None = None, kind: str = ""):
-        self.size, self.lock, self.kind = size, lock, kind
+    def __init__(self, size: int, lock: str | None = None):
+        self.size, self.lock, self.kind = size, lock, ""
         self.into: Expr | None = None
         self.notes: set[str] = set()
 
@@ -113,12 +113,12 @@ class Algebra:
         self.where = ""  # what is being traced, for reasons
         self.equal: list[tuple[Expr, Expr]] = []  # parts that must keep the same number of indices
 
-    def clash(self, *es: Expr, parts: Sequence[int] = ()) -> list[Expr]:
-        """Lock what does not line up; return locked dimensions of these sizes in place of what was wanted."""
+    def clash(self, *es: Expr, parts: tuple[int, int] = (1, 1)) -> tuple[Expr, Expr]:
+        """Lock what does not line up; return two locked dimensions of these sizes in place of what was wanted."""
         why = f"shapes do not line up at {self.where}"
         for e in es:
             lock(e, why)
-        return [ONE if n == 1 else Axis(n, why) for n in parts]
+        return fixed(parts[0], why), fixed(parts[1], why)
 
     def factor(self, e: Expr, k: int) -> tuple[Expr, Expr]:
         """Return (outer, inner) with `k` outer units, so that e is their product."""
@@ -129,12 +129,11 @@ class Algebra:
         if k == n:
             return e, ONE
         if n % k:
-            outer, inner = self.clash(e, parts=(k, max(n // k, 1)))
-            return outer, inner
+            return self.clash(e, parts=(k, max(n // k, 1)))
         if isinstance(e, Axis):
             if e.lock:
                 return Axis(k, e.lock), Axis(n // k, e.lock)
-            outer, inner = Axis(k, kind="outer"), Axis(n // k, kind="inner")
+            outer, inner = Axis(k), Axis(n // k)
             e.into = Prod((outer, inner))
             return outer, inner
         if isinstance(e, Prod):
@@ -153,8 +152,7 @@ class Algebra:
                     break
                 left.append(f)
                 have *= s
-            outer, inner = self.clash(e, parts=(k, n // k))
-            return outer, inner
+            return self.clash(e, parts=(k, n // k))
         return self._factor_sum(e, n // k)
 
     def _factor_sum(self, e: Sum, m: int) -> tuple[Expr, Expr]:
@@ -177,8 +175,7 @@ class Algebra:
                 self.unify(inner, two)
             row = []
         if row or inner is None:
-            one, two = self.clash(e, parts=(size(e) // m, m))
-            return one, two
+            return self.clash(e, parts=(size(e) // m, m))
         return Sum(tuple(outer)), inner
 
     def take(self, e: Expr, k: int) -> tuple[Expr, Expr]:
@@ -208,8 +205,7 @@ class Algebra:
             if k % m == 0:
                 a, b = self.take(e.of[0], k // m)
                 return Prod((a, *e.of[1:])), Prod((b, *e.of[1:]))
-        first, others = self.clash(e, parts=(k, n - k))
-        return first, others
+        return self.clash(e, parts=(k, n - k))
 
     def cut(self, e: Expr, sizes: Sequence[int]) -> list[Expr]:
         """Return the parts of a dimension, one after the other; equal ones keep equal numbers of units."""

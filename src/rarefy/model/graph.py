@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rarefy.errors import ModelError
-from rarefy.model.axes import Algebra, Axis, Expr, fixed, is_fixed, leaves, lock, resolve
+from rarefy.model.axes import Algebra, Axis, Expr, fixed, is_fixed, leaves, lock
 from rarefy.model.batches import tensors_in
 from rarefy.model.select import unwrap
 from rarefy.model.stats import call, evaluating, on_device
@@ -72,7 +72,6 @@ class Graph:
     groups: tuple[Group, ...]
     unknown: tuple[tuple[str, str], ...]
     sizes: dict[str, list[Expr]]
-    outputs: tuple[Tensor, ...]
     equal: tuple[tuple[Expr, Expr], ...] = ()  # parts that a chunk takes: they must stay equally long
     owners: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
 
@@ -114,7 +113,12 @@ class Trace(TorchDispatchMode):
             if source is not None and source in self.source:
                 self.source[t] = self.source[source]
 
+    def asks(self, dims: list[Expr]) -> None:
+        """Say that the module that runs names these sizes: its numbers follow them."""
+        self.sizes.setdefault(self.stack[-1], []).extend(dims)
+
     def same(self, a: Expr, b: Expr) -> None:
+        """Make two dimensions one."""
         self.algebra.unify(a, b)
 
     def reads(self, t: Tensor, e: Expr) -> None:
@@ -131,10 +135,9 @@ class Trace(TorchDispatchMode):
         name = func.overloadpacket.__name__ if func.namespace == "aten" else str(func)
         self.algebra.where = f"{name} in {self.place}"
         rule = self.rules.get(name)
-        given = [t for t in tensors_in([list(args), kwargs])]
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = self.rules["pointwise"]
-        if rule is None or any(t.is_sparse for t in given):
+        if rule is None or any(t.is_sparse for t in tensors_in([list(args), kwargs])):
             rule = opaque
         rule(self, func, args, kwargs, out)
         return out
@@ -211,14 +214,13 @@ def trace(model: nn.Module, example: Any) -> Graph:
             output = call(model, on_device(model, example))
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise ModelError(f"the example does not run through {type(model).__name__}: {error}") from error
-    returned = tensors_in(output)
-    for t in returned:
+    for t in tensors_in(output):
         for e in run.dims(t):
             lock(e, "the model returns it")
-    return _graph(model, run, tuple(t.detach().clone() for t in returned))
+    return _graph(model, run)
 
 
-def _graph(model: nn.Module, run: Trace, outputs: tuple[Tensor, ...]) -> Graph:
+def _graph(model: nn.Module, run: Trace) -> Graph:
     dims: dict[str, list[Expr]] = {}
     owners: dict[str, list[tuple[nn.Module, str]]] = {}
     first: dict[int, str] = {}
@@ -245,7 +247,7 @@ def _graph(model: nn.Module, run: Trace, outputs: tuple[Tensor, ...]) -> Graph:
         head = (makers or members)[0]
         name, kind = f"{head.name}:{head.dim}", _kind(axis, members, owners)
         groups.append(Group(name, kind, axis, tuple(members), reason, tuple(sorted(axis.notes))))
-    return Graph(dims, tuple(groups), tuple(run.unknown), run.sizes, outputs, tuple(run.algebra.equal), owners)
+    return Graph(dims, tuple(groups), tuple(run.unknown), run.sizes, tuple(run.algebra.equal), owners)
 
 
 def _kind(axis: Axis, members: list[Member], owners: Mapping[str, list[tuple[nn.Module, str]]]) -> str:
@@ -253,8 +255,3 @@ def _kind(axis: Axis, members: list[Member], owners: Mapping[str, list[tuple[nn.
         return axis.kind
     convolves = any(isinstance(owners[m.name][0][0], nn.modules.conv._ConvNd) for m in members)
     return "channel" if convolves else "neuron"
-
-
-def resolved(graph: Graph, name: str) -> list[Expr]:
-    """Return the dimensions of a parameter or buffer as they are known at the end."""
-    return [resolve(e) for e in graph.dims[name]]

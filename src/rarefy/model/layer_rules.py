@@ -81,7 +81,7 @@ def batch_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def layer_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, shape = args[0], args[1]
     dims = t.dims(x)
-    t.sizes.setdefault(t.stack[-1], []).extend(dims[-len(shape) :])
+    t.asks(dims[-len(shape) :])
     for e in dims[-len(shape) :]:
         note(e, f"mean and variance over it in {t.place}")
     for p in args[2:4]:

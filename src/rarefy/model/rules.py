@@ -1,4 +1,4 @@
-"""What operators do to dimensions: one function a family of ATen operators, and the table of their names.
+"""What operators do to dimensions: one function a family of ATen operators (`operators.py` has their names).
 
 A rule is called after the operator, with what it was given and what it returned: (trace, func, args, kwargs, out). It
 says which dimensions are the same, which are made of which, and which must stay.
@@ -67,7 +67,7 @@ def made(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     for y in tensors_in([out]):
         dims = [free(n) for n in y.shape]
         t.give(y, dims)
-        t.sizes.setdefault(t.stack[-1], []).extend(dims)
+        t.asks(dims)
 
 
 def constant(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -82,7 +82,7 @@ def free(n: int) -> Expr:
 def view(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     x = args[0]
     t.give(out, regroup(t, t.dims(x), list(x.shape), list(out.shape)), x)
-    t.sizes.setdefault(t.stack[-1], []).extend(t.dims(out))
+    t.asks(t.dims(out))
 
 
 def regroup(t: Trace, dims: list[Expr], sizes: list[int], to: list[int]) -> list[Expr]:
@@ -131,7 +131,7 @@ def expand(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     new = [fixed(n, f"expanded in {t.place}") for n in out.shape[:lead]]
     new += [e if a == b else free(b) for e, a, b in zip(dims, x.shape, out.shape[lead:])]
     t.give(out, new, x)
-    t.sizes.setdefault(t.stack[-1], []).extend(new)
+    t.asks(new)
 
 
 def squeeze(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
