@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.cut.cut import apply
+from rarefy.cut.cut import row, unruled
+from rarefy.cut.surgery import take_out
 from rarefy.errors import ModelError, nearest
 from rarefy.model.axes import Axis, leaves
 from rarefy.model.graph import Graph, Group, trace
@@ -41,7 +42,11 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Sequence[int]], example: 
     for name, numbers in heads.items():
         group = _group(graph, name)
         masks[group.axis] = _kept(graph, group, name, numbers)
-    return apply(inner, example, graph, masks)
+    before = sum(p.numel() for p in inner.parameters())
+    take_out(inner, example, graph, masks)
+    after = sum(p.numel() for p in inner.parameters())
+    rows = [row(g, g.size, int(masks[g.axis].sum()), "") for g in graph.groups if g.axis in masks]
+    return Report("heads", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, unruled(graph))
 
 
 def _group(graph: Graph, name: str) -> Group:

@@ -276,3 +276,27 @@ def kept(e: Expr, keep: Any) -> Tensor:
     for f in e.of:
         mask = (mask[:, None] & kept(f, keep)[None]).flatten()
     return mask
+
+
+def coordinates(e: Expr, axis: Axis) -> Tensor:
+    """Return which unit of `axis` each index of a dimension belongs to, -1 for none. int64 [size]."""
+    e = resolve(e)
+    if isinstance(e, Axis):
+        return torch.arange(e.size) if e is axis else torch.full((e.size,), -1)
+    if isinstance(e, Sum):
+        return torch.cat([coordinates(t, axis) for t in e.of])
+    out = torch.full((1,), -1)
+    for f in e.of:
+        out = torch.maximum(out[:, None], coordinates(f, axis)[None]).flatten()
+    return out
+
+
+def count(e: Expr, left: Any) -> int:
+    """Return how many indices of a dimension stay, where `left` gives the number of units of an axis that do (or None
+    for all). O(axes)."""
+    e = resolve(e)
+    if isinstance(e, Axis):
+        n = left(e)
+        return e.size if n is None else n
+    parts = [count(f, left) for f in e.of]
+    return math.prod(parts) if isinstance(e, Prod) else sum(parts)

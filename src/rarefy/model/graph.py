@@ -40,6 +40,7 @@ class Member:
 class Group:
     """Units that can be removed one by one, each with its slices of all members.
 
+    name    the parameter and the dimension that make it; unique among groups of its kind
     kind    channel or group of a convolution, neuron of a Linear, head (with the queries that share it), head of a
             group, head dimension
     lock    why no unit may go, None where they may
@@ -66,6 +67,7 @@ class Graph:
     groups    coupled units, in the order of parameters
     unknown   operators without a rule that met parameters: (operator, module), whose dimensions are locked
     sizes     by module name, dimensions that it names a size for, as in `view`
+    costs     multiply-adds of products, convolutions and attention: a factor, and the dimensions that they run over
     """
 
     dims: dict[str, list[Expr]]
@@ -74,6 +76,7 @@ class Graph:
     sizes: dict[str, list[Expr]]
     equal: tuple[tuple[Expr, Expr], ...] = ()  # parts that a chunk takes: they must stay equally long
     owners: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
+    costs: list[tuple[int, list[Expr]]] = field(default_factory=list)
 
 
 class Trace(TorchDispatchMode):
@@ -88,6 +91,7 @@ class Trace(TorchDispatchMode):
         self.makes: set[tuple[int, int]] = set()
         self.unknown: dict[tuple[str, str], None] = {}
         self.sizes: dict[str, list[Expr]] = {}
+        self.costs: list[tuple[int, list[Expr]]] = []
         self.stack = [""]
         self.names = {id(m): n for n, m in model.named_modules()}
         self.own: dict[int, list[Expr]] = {}
@@ -238,7 +242,7 @@ def _graph(model: nn.Module, run: Trace) -> Graph:
                 role = "out" if (id(t), d) in run.makes else run.roles.get((id(t), d), "out")
                 found.setdefault(axis, []).append(Member(name, d, role))
     params = {n for n in dims if isinstance(getattr(*owners[n][0]), nn.Parameter)}
-    groups = []
+    groups, taken = [], dict[tuple[str, str], int]()
     for axis, members in found.items():
         if axis.lock == KERNEL or not any(m.name in params for m in members):
             continue
@@ -246,8 +250,10 @@ def _graph(model: nn.Module, run: Trace) -> Graph:
         reason = axis.lock or (None if makers else "no parameter makes it")
         head = (makers or members)[0]
         name, kind = f"{head.name}:{head.dim}", _kind(axis, members, owners)
+        nth = taken[name, kind] = taken.get((name, kind), 0) + 1
+        name = f"{name} ({nth})" if nth > 1 else name  # a dimension of several parts
         groups.append(Group(name, kind, axis, tuple(members), reason, tuple(sorted(axis.notes))))
-    return Graph(dims, tuple(groups), tuple(run.unknown), run.sizes, tuple(run.algebra.equal), owners)
+    return Graph(dims, tuple(groups), tuple(run.unknown), run.sizes, tuple(run.algebra.equal), owners, run.costs)
 
 
 def _kind(axis: Axis, members: list[Member], owners: Mapping[str, list[tuple[nn.Module, str]]]) -> str:

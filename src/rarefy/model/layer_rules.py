@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,7 @@ def product(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         for e, kind in ((da[0], "head"), (da[-1], "head dimension"), (db[-1], "head dimension")):
             is_a(e, kind)
     t.give(out, dims)
+    t.costs.append((1, [*dims, da[-1]]))
     for x in more:
         over = t.dims(x)
         for back in range(1, x.dim() + 1):
@@ -62,7 +64,11 @@ def convolution(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> Non
             made_ = outputs
         if size(each) > 1:
             is_a(G, "group")
-    t.roles[t.source[w], 0 if turned else 1] = "in"
+    if w in t.source:  # else it is made of others
+        t.roles[t.source[w], 0 if turned else 1] = "in"
+    kernel = math.prod(w.shape[2:])
+    ends = [fixed(n) for n in (x if turned else out).shape[2:]]
+    t.costs.append((kernel, [dims[0], dims[1], W[1], *ends] if turned else [dims[0], made_, inputs, *ends]))
     if bias is not None:
         t.same(t.dims(bias)[0], made_)
     t.give(out, [dims[0], made_, *(fixed(n) for n in out.shape[2:])])
@@ -200,6 +206,7 @@ def attention(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     is_a(q[-3], "head") if len(q) > 3 else None
     is_a(q[-1], "head dimension")
     is_a(v[-1], "head dimension")
+    t.costs += [(1, [*q[:-1], k[-2], d]) for d in (q[-1], v[-1])]
     mask = arg(func, args, kwargs, "attn_mask")
     mask = arg(func, args, kwargs, "attn_bias") if mask is None else mask
     if isinstance(mask, Tensor):

@@ -1,0 +1,156 @@
+"""The layers that read units, and what data shows of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.model.axes import Algebra, Axis, Expr, Prod, leaves
+from rarefy.model.graph import Graph, Group
+from rarefy.model.layout import layout
+from rarefy.model.stats import call, evaluating, on_device
+
+READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A layer whose weight takes units in: Linear, convolution, HF's Conv1D.
+
+    name    of its weight
+    axis    the dimension of the weight with the inputs
+    inputs  what the channels (features) of its input are, as axes
+    plain   every output reads every input: no groups
+    """
+
+    name: str
+    module: Any
+    axis: int
+    inputs: Expr
+    plain: bool
+
+    def matrix(self) -> Tensor:
+        """Return the weight as fp32 [inputs, the rest]; in groups each input has the weights of its own group."""
+        W = self.module.weight.detach().float()
+        groups = getattr(self.module, "groups", 1)
+        if groups > 1:
+            W = W.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+            return W.flatten(1)
+        return W.transpose(0, self.axis).flatten(1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return the inputs as rows of features [n, C]; of an image the pixels that a convolution of one pixel and a
+        stride reads, else all."""
+        if not isinstance(self.module, nn.modules.conv._ConvNd):
+            return x.flatten(0, -2)
+        images = x if x.dim() == len(self.module.kernel_size) + 2 else x[None]
+        if set(self.module.kernel_size) == {1}:
+            images = images[(..., *(slice(None, None, s) for s in self.module.stride))]
+        return images.movedim(1, -1).flatten(0, -2)
+
+
+def all_readers(graph: Graph) -> list[Reader]:
+    """Return every layer of a graph that can be read this way; one that shares its weight is left out."""
+    found = []
+    for name, owners in graph.owners.items():
+        module: Any = owners[0][0]
+        if len(owners) != 1 or owners[0][1] != "weight":
+            continue
+        plan = layout(module, "weight")
+        if type(module) not in READERS and (plan is None or plan.kind != "conv1d-hf"):
+            continue
+        axis = 1 if type(module) in READERS else 0
+        dims, groups = graph.dims[name], getattr(module, "groups", 1)
+        inputs = dims[axis]
+        if groups > 1:
+            inputs = Prod((Algebra().factor(dims[0], groups)[0], dims[1]))
+        found.append(Reader(name, module, axis, inputs, groups == 1))
+    return found
+
+
+def readers_of(graph: Graph, group: Group) -> list[Reader]:
+    """Return the layers that read the units of a group, none that also makes them (depthwise convolutions)."""
+    makes = {m.name for m in group.members if m.role == "out"}
+    return [r for r in all_readers(graph) if r.name not in makes and _has(r.inputs, group.axis)]
+
+
+def _has(e: Expr, axis: Axis) -> bool:
+    return any(a is axis for a in leaves(e))
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over the data of the inputs h of a layer, fp64: how many; h, |h|, h^2 and h != 0 [C]; h h' [C, C]."""
+
+    count: int
+    first: Tensor
+    second: Tensor | None
+    more: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, C: int, device: Any = "cpu", gram: bool = True) -> Moments:
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(*size, dtype=torch.float64, device=device)
+
+        return cls(0, zeros(C), zeros(C, C) if gram else None, {k: zeros(C) for k in ("abs", "square", "nonzero")})
+
+    def add(self, x: Tensor) -> None:
+        self.count += len(x)
+        self.first += x.sum(0, dtype=torch.float64)
+        if self.second is not None:
+            self.second += (x.T @ x).double()
+            return
+        self.more["abs"] += x.abs().sum(0, dtype=torch.float64)
+        self.more["square"] += x.square().sum(0, dtype=torch.float64)
+        self.more["nonzero"] += (x != 0).sum(0)
+
+    @property
+    def mean_abs(self) -> Tensor:
+        return self.more["abs"] / max(self.count, 1)
+
+    @property
+    def nonzero(self) -> Tensor:
+        return self.more["nonzero"] / max(self.count, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        n = max(self.count, 1)
+        return (self.more["square"] / n - (self.first / n).square()).clamp(min=0)
+
+
+def observe(
+    model: nn.Module, layers: Sequence[Reader], data: Iterable[Any], *, gram: bool = True
+) -> dict[str, Moments]:
+    """Run the model over the data and return the moments of what these layers are given, by name; padding of an
+    `attention_mask` is left out. What no batch reaches is missing. O(calls + inputs x C^2)."""
+    moments: dict[str, Moments] = {}
+    padding: list[Tensor | None] = [None]
+
+    def see(reader: Reader) -> Any:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = (args or tuple(kwargs.values()))[0].detach()
+            mask = padding[0]
+            x = x[mask] if mask is not None and x.shape[:-1] == mask.shape else reader.rows(x)
+            if reader.name not in moments:
+                moments[reader.name] = Moments.of(x.shape[-1], x.device, gram)
+            moments[reader.name].add(x.float())
+
+        return hook
+
+    layers = list({r.name: r for r in layers}.values())
+    hooks = [r.module.register_forward_pre_hook(see(r), with_kwargs=True) for r in layers]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in data:
+                batch = on_device(model, batch)
+                mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+                padding[0] = None if mask is None else mask.bool()
+                call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: m for name, m in moments.items() if m.count}

@@ -1,0 +1,295 @@
+"""How much each unit matters, [units] a group: the least goes first.
+
+A unit has slices in several parameters (`Group.members`): those that make it, those that read it. Scores of weights
+join all of them; scores of activations look at what readers are given, after the nonlinearity; `obs` asks what readers
+lose. A new score is one function here and one line in UNIT_SCORES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.cut.readers import Moments, Reader, observe, readers_of
+from rarefy.errors import DataError, ModelError
+from rarefy.model.axes import Axis, coordinates
+from rarefy.model.graph import Graph, Group
+from rarefy.model.stats import Loss, call, check_batches, evaluating, finite, loss_of, on_device, tokens_in, trainable
+
+REDUCTIONS = ("sum", "mean", "max")
+Slices = Sequence[tuple[Tensor, int, Tensor]]  # of a group: values [...], their dimension, the unit of each index
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a score is computed from."""
+
+    model: nn.Module
+    graph: Graph
+    groups: Sequence[Group]
+    reduce: str
+    data: Iterable[Any] | None
+    loss: Loss | None
+    seed: int
+
+
+def joined(slices: Slices, units: int, reduce: str, *, fair: bool) -> Tensor:
+    """Return one number a unit: the sum, the mean or the largest parameter's mean of its values. `fair`: each parameter
+    counts alike, whatever the scale of its values. fp64 [units]. O(values)."""
+    sums, counts = torch.zeros(units, dtype=torch.float64), torch.zeros(units, dtype=torch.float64)
+    largest = torch.full((units,), -torch.inf, dtype=torch.float64)
+    for values, dim, where in slices:
+        here = where >= 0
+        each = values.transpose(0, dim).flatten(1).sum(1, dtype=torch.float64).cpu()[here]
+        each = torch.zeros(units, dtype=torch.float64).index_add_(0, where[here], each)
+        many = torch.bincount(where[here], minlength=units) * (values.numel() / values.shape[dim])
+        each = each / each.abs().mean().clamp(min=1e-300) if fair else each
+        sums += each
+        counts += many
+        largest = torch.maximum(largest, each / many.clamp(min=1))
+    return {"sum": sums, "mean": sums / counts.clamp(min=1), "max": largest}[reduce]
+
+
+def slices_of(graph: Graph, group: Group, values: Callable[[str, nn.Parameter], Tensor | None]) -> Slices:
+    """Return the values of each parameter of a group that has more than one dimension (or of all, if none has)."""
+    found = []
+    for m in group.members:
+        W = getattr(*graph.owners[m.name][0])
+        v = values(m.name, W) if isinstance(W, nn.Parameter) else None
+        if v is not None:
+            found.append((v, m.dim, coordinates(graph.dims[m.name][m.dim], group.axis)))
+    return [f for f in found if f[0].dim() > 1] or found
+
+
+def _of_weights(of: Callable[[Tensor], Tensor]) -> Callable[[Asked], dict[Axis, Tensor]]:
+    def score(a: Asked) -> dict[Axis, Tensor]:
+        slices = {g: slices_of(a.graph, g, lambda _, W: of(W.detach().float())) for g in a.groups}
+        return {g.axis: joined(s, g.size, a.reduce, fair=True) for g, s in slices.items()}
+
+    return score
+
+
+def _of_gradients(of: Callable[[Tensor, Tensor], Tensor], *, signed: bool = False) -> Any:
+    """A score of weights and gradients, its mean over the batches; `signed`: the terms of a unit may cancel."""
+
+    def score(a: Asked) -> dict[Axis, Tensor]:
+        total = {g.axis: torch.zeros(g.size, dtype=torch.float64) for g in a.groups}
+        for grads, weight in _gradients(a):
+
+            def values(name: str, W: nn.Parameter, grads: Any = grads) -> Tensor | None:
+                return of(W.detach().float(), grads[name].float()) if grads.get(name) is not None else None
+
+            for g in a.groups:
+                one = joined(slices_of(a.graph, g, values), g.size, a.reduce, fair=False)
+                total[g.axis] += weight * (one.abs() if signed else one)
+        return total
+
+    return score
+
+
+def _gradients(a: Asked) -> Iterable[tuple[dict[str, Tensor | None], int]]:
+    names = list(dict.fromkeys(m.name for g in a.groups for m in g.members))
+    found = {n: getattr(*a.graph.owners[n][0]) for n in names}
+    found = {n: p for n, p in found.items() if isinstance(p, nn.Parameter)}
+    with evaluating(a.model), trainable(list(found.values())), torch.enable_grad():
+        for index, batch in enumerate(_data(a)):
+            batch = on_device(a.model, batch)
+            value = finite(loss_of(a.loss)(call(a.model, batch), batch), index)
+            grads = torch.autograd.grad(value, list(found.values()), allow_unused=True)
+            yield dict(zip(found, grads)), tokens_in(batch)
+
+
+def _of_inputs(of: Callable[[Moments, Reader], Tensor]) -> Callable[[Asked], dict[Axis, Tensor]]:
+    """A score of what readers are given: its sum over all readers of a group."""
+
+    def score(a: Asked) -> dict[Axis, Tensor]:
+        reading = _readers(a)
+        seen = observe(a.model, [r for each in reading.values() for r in each], _data(a), gram=False)
+        out = {}
+        for g, found in reading.items():
+            slices = [(of(seen[r.name], r), 0, coordinates(r.inputs, g.axis)) for r in _reached(g, found, seen)]
+            out[g.axis] = joined(slices, g.size, a.reduce, fair=False)
+        return out
+
+    return score
+
+
+def _readers(a: Asked) -> dict[Group, list[Reader]]:
+    reading = {g: readers_of(a.graph, g) for g in a.groups}
+    for g, found in reading.items():
+        if not found:
+            raise ModelError(f"no Linear or convolution reads the units of {g.name} ({g.kind}): ignore it, or take "
+                             "a score of weights such as magnitude")  # fmt: skip
+    return reading
+
+
+def _reached(group: Group, readers: list[Reader], seen: Mapping[str, Moments]) -> list[Reader]:
+    found = [r for r in readers if r.name in seen]
+    if not found:
+        raise DataError(f"no batch of the data reaches {readers[0].name}, which reads the units of {group.name}")
+    return found
+
+
+def _data(a: Asked) -> Iterable[Any]:
+    if a.data is None:
+        raise DataError("this score needs data: give batches")
+    check_batches(a.data)
+    return a.data
+
+
+def scale(a: Asked) -> dict[Axis, Tensor]:
+    """|gamma| of the norm that units go through (Liu 2017, Network Slimming)."""
+    out = {}
+    for g in a.groups:
+        slices = []
+        for m in g.members:
+            module, attribute = a.graph.owners[m.name][0]
+            if attribute == "weight" and "Norm" in type(module).__name__:
+                where = coordinates(a.graph.dims[m.name][m.dim], g.axis)
+                slices.append((getattr(module, attribute).detach().float().abs(), m.dim, where))
+        if not slices:
+            raise ModelError(f"no norm scales the units of {g.name} ({g.kind}): ignore it, or take another score")
+        out[g.axis] = joined(slices, g.size, a.reduce, fair=True)
+    return out
+
+
+def median(a: Asked) -> dict[Axis, Tensor]:
+    """Sum of distances to all other units' weights: those near the geometric median can be replaced (He 2019, FPGM)."""
+    out = {}
+    for g in a.groups:
+        total = torch.zeros(g.size, dtype=torch.float64)
+        for m in (m for m in g.members if m.role == "out"):
+            W = getattr(*a.graph.owners[m.name][0])
+            where = coordinates(a.graph.dims[m.name][m.dim], g.axis)
+            if isinstance(W, nn.Parameter) and W.dim() > 1:
+                order = where.argsort(stable=True)[int((where < 0).sum()) :]
+                rows = W.detach().float().transpose(0, m.dim).flatten(1)[order.to(W.device)].reshape(g.size, -1)
+                far = torch.cdist(rows, rows).sum(1, dtype=torch.float64).cpu()
+                total += far / far.mean().clamp(min=1e-300)
+        out[g.axis] = total
+    return out
+
+
+def random(a: Asked) -> dict[Axis, Tensor]:
+    """Uniform noise: the floor that every score must beat."""
+    generator = torch.Generator().manual_seed(a.seed)
+    return {g.axis: torch.rand(g.size, generator=generator, dtype=torch.float64) for g in a.groups}
+
+
+def obs(a: Asked) -> dict[Axis, Tensor]:
+    """The error that removal adds to the readers' outputs, those left making up for it: units go one by one, the
+    cheapest first, each time with the inverse Gram matrix of those left (SlimGPT, arXiv 2412.18110; Hassibi 1993).
+    The score is the error at which a unit goes. O(units x inputs x (inputs + outputs)) a reader."""
+    reading = _readers(a)
+    for g, found in reading.items():
+        grouped = next((r for r in found if not r.plain), None)
+        if grouped is not None:
+            raise ModelError(
+                f"{grouped.name} reads the units of {g.name} in groups, obs knows none: take another score"
+            )
+    seen = observe(a.model, [r for each in reading.values() for r in each], _data(a))
+    problems = {g: [_problem(seen[r.name], r, g) for r in _reached(g, found, seen)] for g, found in reading.items()}
+    return {g.axis: removal_errors(each) for g, each in problems.items()}
+
+
+def _problem(moments: Moments, reader: Reader, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [inputs, outputs], Gram matrix [inputs, inputs] and the columns of each unit [units, columns]."""
+    assert moments.second is not None
+    W = reader.matrix().double()
+    H = moments.second / max(moments.count, 1)
+    H = H + 1e-2 * H.diagonal().mean().clamp(min=1e-12) * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    where = coordinates(reader.inputs, group.axis)
+    columns = where.argsort(stable=True)[int((where < 0).sum()) :].view(group.size, -1)
+    return W, H, columns.to(H.device)
+
+
+def removal_errors(problems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Return for each unit the total error by the time that it goes, the cheapest first. fp64 [units].
+
+    Removing columns c of W with the others refit costs tr(W_c' (Hinv_cc)^-1 W_c); the others become
+    W - Hinv_:c (Hinv_cc)^-1 W_c, and Hinv loses Hinv_:c (Hinv_cc)^-1 Hinv_c:.
+
+    >>> H = torch.eye(3, dtype=torch.float64)
+    >>> W = torch.tensor([[3.0], [1.0], [2.0]], dtype=torch.float64)
+    >>> removal_errors([(W, H, torch.arange(3)[:, None])]).tolist()
+    [14.0, 1.0, 5.0]
+    """
+    state = [(W.clone(), torch.linalg.inv(H), columns) for W, H, columns in problems]
+    units = len(problems[0][2])
+    out, spent = torch.zeros(units, dtype=torch.float64), 0.0
+    left = torch.ones(units, dtype=torch.bool)
+    for _ in range(units):
+        cost = sum(_costs(*s).cpu() for s in state)
+        assert isinstance(cost, Tensor)
+        j = int(cost.masked_fill(~left, torch.inf).argmin())
+        spent += max(float(cost[j]), 0.0)
+        out[j], left[j] = spent, False
+        for W, inv, columns in state:
+            c = columns[j]
+            solved = torch.linalg.solve(inv[c][:, c], torch.cat([W[c], inv[c]], 1))
+            step = inv[:, c] @ solved
+            W -= step[:, : W.shape[1]]
+            inv -= step[:, W.shape[1] :]
+            inv[c], inv[:, c] = 0, 0
+            inv[c, c] = 1  # out of the way, and still invertible
+            W[c] = 0
+    return out
+
+
+def _costs(W: Tensor, inv: Tensor, columns: Tensor) -> Tensor:
+    """tr(W_c' (Hinv_cc)^-1 W_c) of every unit. [units]"""
+    if columns.shape[1] == 1:
+        return W.square().sum(1)[columns[:, 0]] / inv.diagonal()[columns[:, 0]].clamp(min=1e-30)
+    blocks = inv[columns[:, :, None], columns[:, None, :]]
+    rows = W[columns]
+    return (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
+
+
+@dataclass(frozen=True)
+class UnitScore:
+    """A function, what it reads besides weights, and whether its numbers mean the same in all groups."""
+
+    of: Callable[[Asked], dict[Axis, Tensor]]
+    needs: str = ""  # "", "inputs", "gradient"
+    comparable: bool = False
+
+
+UNIT_SCORES: Mapping[str, UnitScore] = {
+    "magnitude": UnitScore(_of_weights(Tensor.square)),  # squared L2 norm of all slices
+    "l1": UnitScore(_of_weights(Tensor.abs)),
+    "random": UnitScore(random),
+    "scale": UnitScore(scale),
+    "median": UnitScore(median),
+    "gradient": UnitScore(_of_gradients(lambda W, g: g.abs()), "gradient", True),
+    "taylor": UnitScore(_of_gradients(torch.mul, signed=True), "gradient", True),  # |sum w g| (Molchanov 2019, eq. 8)
+    "fisher": UnitScore(_of_gradients(lambda W, g: (W * g).square()), "gradient", True),
+    "activation": UnitScore(_of_inputs(lambda m, r: m.mean_abs), "inputs"),
+    "apoz": UnitScore(_of_inputs(lambda m, r: m.nonzero), "inputs"),  # share of inputs that are not 0 (Hu 2016)
+    # var(x_j) ||W_:j||^2 (FLAP, arXiv 2312.11983, eq. 5)
+    "fluctuation": UnitScore(_of_inputs(lambda m, r: m.variance * r.matrix().square().sum(1)), "inputs"),
+    "obs": UnitScore(obs, "inputs", True),
+}
+
+
+def unit_scores(
+    model: nn.Module,
+    graph: Graph,
+    groups: Sequence[Group],
+    score: str = "magnitude",
+    *,
+    reduce: str = "sum",
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> dict[Axis, Tensor]:
+    """Return how much each unit of each group matters, fp64 [units]. Raises DataError without the data that the score
+    needs, ModelError for a group that it cannot see or numbers that are not finite."""
+    out = UNIT_SCORES[score].of(Asked(model, graph, groups, reduce, data, loss, seed))
+    for g in groups:
+        if not torch.isfinite(out[g.axis]).all():
+            raise ModelError(f"the {score} score of {g.name} is not finite: NaN or inf in weights or data")
+    return out

@@ -1,0 +1,263 @@
+"""Units leave a model: made zero, taken out, proved, and put back where the proof fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.cut.absent import Absent
+from rarefy.cut.attributes import follow
+from rarefy.cut.readers import Reader, all_readers
+from rarefy.cut.structure import named_tensors, remember
+from rarefy.errors import ModelError, RarefyError
+from rarefy.model.axes import Axis, coordinates, kept, leaves
+from rarefy.model.batches import tensors_in
+from rarefy.model.graph import Graph, Group
+from rarefy.model.stats import call, evaluating, on_device
+
+NEAR = 1e-4  # how far outputs of the cut model may be from those of the masked one, relative to the largest
+Undo = list[Callable[[], Any]]
+
+
+class DoesNotRun(ModelError):
+    """The cut model raises; `module` is what was running."""
+
+    def __init__(self, message: str, module: str = ""):
+        super().__init__(message)
+        self.module = module
+
+
+@dataclass(eq=False)
+class Removal:
+    """What was done: how to undo it, tensors that were replaced (old, new, indices kept by dimension), and constants
+    that removed units had left behind, added to biases by the weight's name."""
+
+    undo: Undo = field(default_factory=list)
+    replaced: list[tuple[Tensor, Tensor, dict[int, Tensor]]] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    def put_back(self, first: int = 0) -> None:
+        """Undo what was done, from step `first` on."""
+        for step in reversed(self.undo[first:]):
+            step()
+        del self.undo[first:]
+
+
+def take_out(
+    model: nn.Module, example: Any, graph: Graph, masks: Mapping[Axis, Tensor], *, stay: bool = False
+) -> Removal:
+    """Remove the units that `masks` does not keep and prove it; `stay`: then put them back, as zeros. Raises ModelError,
+    and the model is as it was. Two calls."""
+    done = Removal()
+    done.undo += zero(graph, masks)
+    zeros = len(done.undo)
+    try:
+        readers = [r for r in all_readers(graph) if not bool(kept(r.inputs, masks.get).all())]
+        with Absent(), _constants(readers, graph, masks, done.constants):
+            want = _outputs(model, example)
+        _remove_exactly(model, example, graph, masks, want, done)
+    except BaseException:
+        done.put_back()
+        raise
+    if stay:
+        done.put_back(zeros)
+        done.replaced.clear()
+    return done
+
+
+def _remove_exactly(
+    model: nn.Module, example: Any, graph: Graph, masks: Mapping[Axis, Tensor], want: Sequence[Tensor], done: Removal
+) -> None:
+    """Take the units out; where attention divides by the root of a dimension that shrinks, queries make up for it."""
+    first = len(done.undo)
+    remove(model, graph, masks, done)
+    try:
+        return prove(model, example, want)
+    except ModelError as error:
+        scaled = [g for g in graph.groups if g.axis in masks and g.kind == "head dimension"]
+        if not scaled or isinstance(error, DoesNotRun):
+            raise
+    done.put_back(first)
+    done.replaced.clear()
+    for group in scaled:
+        done.undo += _scale_queries(graph, group, float(masks[group.axis].float().mean()) ** 0.5)
+    remove(model, graph, masks, done)
+    prove(model, example, want)
+
+
+def _scale_queries(graph: Graph, group: Group, by: float) -> Undo:
+    """Multiply what makes queries: of the parameters that make the dimensions of heads the first, of its rows the first
+    of each head."""
+    heads = [a for m in group.members for a in leaves(graph.dims[m.name][m.dim]) if a.kind == "head"]
+    many = group.size * (heads[0].size if heads else 1)
+    makers = [m for m in group.members if m.role == "out"]
+    weight = next((m for m in makers if getattr(*graph.owners[m.name][0]).dim() > 1), None)
+    if weight is None:
+        return []
+    module = graph.owners[weight.name][0][0]
+    undo: Undo = []
+    for m in makers:
+        if graph.owners[m.name][0][0] is module:
+            W = getattr(*graph.owners[m.name][0])
+            rows = (coordinates(graph.dims[m.name][m.dim], group.axis) >= 0).nonzero()[:many, 0].to(W.device)
+            undo.append(restoring(W))
+            W.data.index_copy_(m.dim, rows, W.data.index_select(m.dim, rows) * by)
+    return undo
+
+
+def restoring(W: Tensor) -> Callable[[], Any]:
+    """Return what gives a tensor the values that it has now."""
+    old = W.detach().clone()
+    return lambda: W.data.copy_(old)
+
+
+def zero(graph: Graph, masks: Mapping[Axis, Tensor]) -> Undo:
+    """Make units zero where parameters make them; return what undoes it."""
+    undo: Undo = []
+    made: dict[str, set[int]] = {}
+    for member in (m for g in graph.groups if g.axis in masks for m in g.members if m.role == "out"):
+        made.setdefault(member.name, set()).add(member.dim)
+    for name, dims in made.items():
+        W = getattr(*graph.owners[name][0])
+        if not isinstance(W, nn.Parameter):
+            continue
+        undo.append(restoring(W))
+        for d in dims:
+            gone = ~kept(graph.dims[name][d], masks.get)
+            W.data.index_fill_(d, gone.nonzero()[:, 0].to(W.device), 0)
+    return undo
+
+
+def remove(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor], done: Removal) -> None:
+    """Take units out of parameters, buffers and the numbers of modules, which the model remembers."""
+    before = getattr(model, "rarefy_cut", None)
+    done.undo.append(lambda: setattr(model, "rarefy_cut", before))
+    more, numbers = follow(model, graph, masks)
+    done.undo += more
+    names = {(id(m), a): n for n, m, a in named_tensors(dict(model.named_modules()))}
+    indices: dict[str, dict[int, Tensor]] = {}
+    for name, dims in graph.dims.items():
+        old = getattr(*graph.owners[name][0])
+        new = old.detach()
+        kept_of: dict[int, Tensor] = {}
+        for d, e in enumerate(dims):
+            left = kept(e, masks.get)
+            if not left.all():
+                kept_of[d] = left.nonzero()[:, 0]
+                new = new.index_select(d, kept_of[d].to(new.device))
+        if not kept_of:
+            continue
+        for module, attribute in graph.owners[name]:
+            indices[names[id(module), attribute]] = kept_of
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new.clone(), old.requires_grad)
+        done.replaced.append((old, new, kept_of))
+        for module, attribute in graph.owners[name]:
+            table = module._parameters if isinstance(old, nn.Parameter) else module._buffers
+            table[attribute] = new
+            done.undo.append(lambda t=table, a=attribute, o=old: t.__setitem__(a, o))
+    for name, constant in done.constants.items():
+        bias: Any = graph.owners[name][0][0].bias
+        done.undo.append(restoring(bias))
+        bias.data.add_(constant.to(bias))
+    remember(model, numbers, indices)
+
+
+@contextmanager
+def _constants(readers: Sequence[Reader], graph: Graph, masks: Mapping[Axis, Tensor], found: dict[str, Tensor]) -> Any:
+    """Note what units that are zero where they are made add to outputs all the same, because something between makes a
+    constant of zero (a sigmoid, an exponential); `found`: outputs by the weight's name."""
+
+    def see(reader: Reader) -> Any:
+        gone = ~kept(reader.inputs, masks.get)
+
+        def hook(module: Any, args: tuple, kwargs: dict) -> None:
+            x = reader.rows((args or tuple(kwargs.values()))[0].detach()).float()
+            x = x[:, gone.to(x.device)]
+            if not len(x) or not x.any() or module.bias is None or _pads(module):
+                return
+            low, high = x.amin(0), x.amax(0)
+            constant = torch.where(high - low <= 1e-6 * high.abs().clamp(min=1), x.mean(0), torch.zeros_like(low))
+            W = module.weight.detach().float().transpose(0, reader.axis)[gone.to(x.device)]
+            W = W.flatten(2).sum(2) if W.dim() > 2 else W
+            rows = kept(graph.dims[reader.name][1 - reader.axis], masks.get)
+            found[reader.name] = (constant @ W)[rows.to(x.device)]
+
+        return hook
+
+    plain = [r for r in readers if r.plain]
+    hooks = [r.module.register_forward_pre_hook(see(r), with_kwargs=True) for r in plain]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _pads(module: Any) -> bool:
+    """Whether a convolution reads zeros around its image, where a constant is missing."""
+    if not isinstance(module, nn.modules.conv._ConvNd) or module.padding_mode != "zeros":
+        return False
+    return module.padding == "same" or (module.padding != "valid" and any(module.padding))
+
+
+def carry(optimizer: torch.optim.Optimizer, removal: Removal) -> None:
+    """Put parameters that replaced others into an optimizer, each with the state of the units that stay."""
+    new_of = {id(old): (new, kept_of) for old, new, kept_of in removal.replaced}
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            if id(p) not in new_of:
+                continue
+            new, kept_of = new_of[id(p)]
+            group["params"][i] = new
+            if p in optimizer.state:
+                state = optimizer.state.pop(p)
+                optimizer.state[new] = {k: _cut_like(v, p, kept_of) for k, v in state.items()}
+
+
+def _cut_like(value: Any, old: Tensor, kept_of: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Tensor) and value.shape == old.shape:
+        for d, indices in kept_of.items():
+            value = value.index_select(d, indices.to(value.device))
+    return value
+
+
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    with evaluating(model), torch.no_grad():
+        return [t.detach().clone() for t in tensors_in(call(model, on_device(model, example)))]
+
+
+@contextmanager
+def _running(model: nn.Module, stack: list[str]) -> Any:
+    """Keep the names of the modules that run; after an error the last is where it happened."""
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: stack.append(name)))
+        hooks.append(module.register_forward_hook(lambda m, a, o: stack.pop() and None))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def prove(model: nn.Module, example: Any, want: Sequence[Tensor]) -> None:
+    """Raise ModelError unless the cut model runs and returns what the masked one did."""
+    stack: list[str] = []
+    try:
+        with _running(model, stack):
+            got = _outputs(model, example)
+    except RarefyError as error:
+        raise DoesNotRun(f"the cut model does not run, so it was put back: {error}", (stack or [""])[-1]) from error
+    for a, b in zip(got, want):
+        if a.shape != b.shape:
+            raise ModelError(f"the cut model returns {list(a.shape)} instead of {list(b.shape)}, so it was put back")
+        if b.is_floating_point():
+            apart = float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) if b.numel() else 0.0
+            if not apart <= NEAR:
+                raise ModelError(f"the cut model's outputs are {apart:.2g} from the masked one's, so it was put back")
