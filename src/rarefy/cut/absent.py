@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,19 +10,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rarefy.model.axes import Axis, kept, size
+from rarefy.model.graph import Graph
+from rarefy.model.operators import OPERATORS, layers
+from rarefy.model.rules import adds_bias
+
+PRODUCTS = frozenset(n for rule in (layers.product, layers.convolution) for n in OPERATORS[rule].split())
+
 
 class Absent(TorchDispatchMode):
     """Runs with statistics over the features that are not zero everywhere: LayerNorm, means over the last dimension.
 
     A cut model takes its means over the units that are left, a masked one over zeros too. Under this mode the masked
-    one does as the cut one will.
+    one does as the cut one will. With a graph and masks, what products return is zero for units that go: the bias of a
+    product over tokens would come back into every channel.
     """
+
+    def __init__(self, graph: Graph | None = None, masks: Mapping[Axis, Tensor] | None = None):
+        super().__init__()
+        self.products = iter(graph.products if graph is not None else ())
+        self.masks = masks or {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         out = func(*args, **kwargs)
+        if name in PRODUCTS or (isinstance(out, Tensor) and adds_bias(func, args, out)):
+            return self._without(name, out)
         if name == "native_layer_norm" and len(args[1]) == 1:
-            return _layer_norm(*args[:5]), *out[1:]
+            return _layer_norm(out[0], *args[:5]), *out[1:]
         if name in ("_fused_rms_norm", "rms_norm"):
             here = present(args[0])
             y = out[0] if isinstance(out, tuple) else out
@@ -34,15 +50,27 @@ class Absent(TorchDispatchMode):
             return _group_norm(*args[:8]), *out[1:]
         return out
 
+    def _without(self, name: str, out: Any) -> Any:
+        """The product with what goes as zero; the run has the same products as the traced one, or is left alone."""
+        operator, dims = next(self.products, ("", []))
+        if operator != name or [size(e) for e in dims] != list(out.shape):
+            self.products = iter(())
+            return out
+        for d, e in enumerate(dims):
+            left = kept(e, self.masks.get)
+            if not left.all():
+                out = out.index_fill_(d, (~left).nonzero()[:, 0].to(out.device), 0)
+        return out
+
 
 def present(x: Tensor) -> Tensor:
     """Return which features are anywhere not zero, bool [last dimension]."""
     return (x != 0).flatten(0, -2).any(0) if x.dim() > 1 else x != 0
 
 
-def _layer_norm(x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _layer_norm(out: Tensor, x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     here = present(x)
-    y = torch.zeros_like(x)
+    y = torch.zeros_like(out)
     scale, shift = (None if p is None else p[here] for p in (weight, bias))
     y[..., here] = F.layer_norm(x[..., here], (int(here.sum()),), scale, shift, eps)
     return y

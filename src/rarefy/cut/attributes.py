@@ -52,15 +52,22 @@ def follow(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor]) -> tupl
                     known.add(attribute)
         if isinstance(module, nn.modules.conv._ConvNd):
             _convolution(module, graph, names, masks, put)
-            known |= {"in_channels", "out_channels", "groups"}
+            known |= {*module.__constants__, *vars(module)}
         if isinstance(module, nn.LayerNorm) and names.get((id(module), "weight")):
             dims = graph.dims[names[id(module), "weight"]]
             put(module, "normalized_shape", tuple(int(kept(e, masks.get).sum()) for e in dims))
+            known.add("normalized_shape")
         for attribute, value in list(vars(module).items()):
-            if type(value) is int and attribute not in known and not attribute.startswith("_"):
-                new = _new_size(value, attribute, graph.sizes.get(prefix, []), masks)
+            if attribute in known or attribute.startswith("_"):
+                continue
+            seen = graph.sizes.get(prefix, [])
+            if type(value) is int:
+                new = _new_size(value, attribute, seen, masks)
                 if new is not None:
                     put(module, attribute, new)
+            elif type(value) is tuple and value and all(type(n) is int for n in value):
+                news = [_new_size(n, attribute, seen, masks) for n in value]
+                put(module, attribute, tuple(n if new is None else new for n, new in zip(value, news)))
     return undo, numbers
 
 

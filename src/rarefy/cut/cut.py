@@ -17,7 +17,7 @@ from rarefy.cut.repair import REPAIRS, batch_norms, losing, make_up, renew_batch
 from rarefy.cut.score import REDUCTIONS, UNIT_SCORES, unit_scores
 from rarefy.cut.surgery import DoesNotRun, Removal, carry, restoring, take_out
 from rarefy.errors import DataError, ModelError, unknown
-from rarefy.model.axes import Axis, leaves
+from rarefy.model.axes import Axis, leaves, products
 from rarefy.model.graph import Graph, Group, trace
 from rarefy.model.mask import masks as attached
 from rarefy.model.select import Selector, select, unwrap
@@ -180,6 +180,7 @@ class _Cut:
         self.stays: dict[Axis, str] = {}  # groups that a class wants as they are
         self.scores = self._scored(groups)
         self.time: float | None = None
+        self.tried = False
 
     def _scored(self, groups: Sequence[Group]) -> dict[Axis, Tensor]:
         a = self.ask
@@ -195,14 +196,13 @@ class _Cut:
                 return take_out_and_repair(
                     self.model, self.example, self.graph, masks, how, self.data, stay=mask_only
                 ), masks
-            except DoesNotRun as error:
-                self._leave_alone(error)
+            except ModelError as error:
+                if not (isinstance(error, DoesNotRun) and self._leave_alone(error)):
+                    self._try_each(error, target)
 
     def _plan(self, target: float) -> plan.Counts:
         """How many units of each group stay."""
-        a, groups = self.ask, [g for g in self.groups if g.axis not in self.stays]
-        places = plan.rank(self.graph, groups, self.scores, self.origin, a.scope, UNIT_SCORES[a.score].comparable)
-        order = plan.Order(self.graph, groups, places, self.origin, a.least, a.round_to, a.scope == "layer")
+        a, order = self.ask, self._order([g for g in self.groups if g.axis not in self.stays])
         if a.budget == "keep":
             left = plan.counts(order, 1 - target)
         elif a.budget == "latency":
@@ -212,6 +212,11 @@ class _Cut:
         if not left:
             raise ModelError(f"nothing would go: {UNEVEN}")
         return left
+
+    def _order(self, groups: list[Group]) -> plan.Order:
+        a = self.ask
+        places = plan.rank(self.graph, groups, self.scores, self.origin, a.scope, UNIT_SCORES[a.score].comparable)
+        return plan.Order(self.graph, groups, places, self.origin, a.least, a.round_to, a.scope == "layer")
 
     def _masks(self, left: plan.Counts) -> dict[Axis, Tensor]:
         new = [g for g in self.graph.groups if g.axis in left and g.axis not in self.scores]
@@ -250,19 +255,38 @@ class _Cut:
             times = compare(runs, repeats=TIMINGS)
         return times["cut"].median / times["dense"].median
 
-    def _leave_alone(self, error: DoesNotRun) -> None:
-        """Keep the groups whose sizes the modules that failed have in their code, and those like them: heads first."""
-        alike = {n for n in dict(self.model.named_modules()) if DIGITS.sub("*", n) == DIGITS.sub("*", error.module)}
+    def _leave_alone(self, error: DoesNotRun) -> bool:
+        """Keep the groups whose sizes the modules that failed have in their code, and those like them: heads first.
+        Return whether there are any, and others."""
+        alike = {n for n in dict(self.model.named_modules()) if _form(n) == _form(error.module)}
         axes = {a for n in alike for e in self.graph.sizes.get(n, []) for a in leaves(e)}
         axes |= {g.axis for g in self.groups for m in g.members if m.name.rpartition(".")[0] in alike}
         left = [g for g in self.groups if g.axis in axes and g.axis not in self.stays]
         heads = [g for g in left if g.kind.startswith("head")]
         if not left or (len(left) + len(self.stays) == len(self.groups) and not heads):
+            return False
+        where = error.module or type(self.model).__name__
+        self.stays |= {g.axis: f"{where} has its size in its code ({_said(error)})" for g in heads or left}
+        return True
+
+    def _try_each(self, error: ModelError, target: float) -> None:
+        """Find out which groups can go: add those of one form after the other, and keep those that fail."""
+        if self.tried:
             raise error
-        said = str(error).rpartition(": ")[2].partition(" (it takes")[0]
-        self.stays |= {
-            g.axis: f"{error.module or 'the model itself'} has its size in its code ({said})" for g in heads or left
-        }
+        self.tried, self.stays = True, {}
+        forms: dict[Any, list[Group]] = {}
+        for g in self.groups:
+            forms.setdefault((g.kind, _form(g.name)), []).append(g)
+        fine: list[Group] = []
+        for groups in forms.values():
+            try:
+                masks = self._masks(plan.counts(self._order([*fine, *groups]), 1 - target))
+                take_out(self.model, self.example, self.graph, masks).put_back()
+                fine += groups
+            except ModelError as reason:
+                self.stays |= {g.axis: _said(reason) for g in groups}
+        if not fine:
+            raise error
 
     def report(self, masks: Mapping[Axis, Tensor], dry_run: bool) -> Report:
         """Return a row a group, and what is left of the model."""
@@ -282,6 +306,16 @@ class _Cut:
             summary["time"] = f"{self.time:.3f} of the dense model's, as timed for the choice"
         notes = unruled(self.graph)
         return Report("cut: nothing done" if dry_run else "cut", tuple(rows), summary, notes)
+
+
+def _form(name: str) -> str:
+    """A name without its numbers: that of all blocks alike."""
+    return DIGITS.sub("*", name)
+
+
+def _said(error: ModelError) -> str:
+    """What was wrong, without what is said around it."""
+    return str(error).removeprefix("the cut model does not run, so it was put back: ").partition(" (it takes")[0]
 
 
 def row(group: Group, before: int, after: int, why: str) -> dict[str, Any]:
@@ -372,6 +406,19 @@ def _repairs(repair: Any, data: Any, ask: Ask) -> tuple[str, ...]:
     return tuple(asked)
 
 
+def _once(graph: Graph, groups: list[Group]) -> list[Group]:
+    """Of groups of a kind whose units multiply to a dimension the largest: a fraction of each would be less of it."""
+    by_axis, drop = {g.axis: g for g in groups}, set[Group]()
+    for e in (e for dims in graph.dims.values() for e in dims):
+        for product in products(e):
+            factors = [[by_axis[a] for a in leaves(f) if a in by_axis] for f in product.of]
+            for kind in {g.kind for gs in factors for g in gs}:
+                alike = [[g for g in gs if g.kind == kind and g not in drop] for gs in factors]
+                alike = sorted((gs for gs in alike if gs), key=lambda gs: -sum(g.size for g in gs))
+                drop |= {g for gs in alike[1:] for g in gs} - set(alike[0] if alike else ())
+    return [g for g in groups if g not in drop]
+
+
 def chosen(model: nn.Module, graph: Graph, kinds: Sequence[str], layers: Selector, ignore: Selector) -> list[Group]:
     """Return the groups to cut."""
     wanted = None
@@ -381,6 +428,7 @@ def chosen(model: nn.Module, graph: Graph, kinds: Sequence[str], layers: Selecto
     if wanted is not None:
         makers = {g: [m for n in g.members if n.role == "out" for m, _ in graph.owners[n.name]] for g in found}
         found = [g for g in found if any(id(m) in wanted for m in makers[g])]
+    found = _once(graph, found)
     if not found:
         why = "; ".join(f"{g.name} ({g.kind}): {g.lock}" for g in graph.groups[:4] if g.lock)
         raise ModelError(f"no group of {', '.join(kinds)} can be cut{': ' + why if why else ''}")

@@ -17,7 +17,7 @@ from rarefy.cut.structure import named_tensors, remember
 from rarefy.errors import ModelError, RarefyError
 from rarefy.model.axes import Axis, coordinates, kept, leaves
 from rarefy.model.batches import tensors_in
-from rarefy.model.graph import Graph, Group
+from rarefy.model.graph import Graph, Group, plainly
 from rarefy.model.stats import call, evaluating, on_device
 
 NEAR = 1e-4  # how far outputs of the cut model may be from those of the masked one, relative to the largest
@@ -51,14 +51,14 @@ class Removal:
 def take_out(
     model: nn.Module, example: Any, graph: Graph, masks: Mapping[Axis, Tensor], *, stay: bool = False
 ) -> Removal:
-    """Remove the units that `masks` does not keep and prove it; `stay`: then put them back, as zeros. Raises ModelError,
+    """Remove the units that `masks` does not keep and prove it; `stay`: put them back, as zeros. Raises ModelError,
     and the model is as it was. Two calls."""
     done = Removal()
     done.undo += zero(graph, masks)
     zeros = len(done.undo)
     try:
         readers = [r for r in all_readers(graph) if not bool(kept(r.inputs, masks.get).all())]
-        with Absent(), _constants(readers, graph, masks, done.constants):
+        with plainly(), Absent(graph, masks), _constants(readers, graph, masks, done.constants):
             want = _outputs(model, example)
         _remove_exactly(model, example, graph, masks, want, done)
     except BaseException:
@@ -235,10 +235,14 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
 @contextmanager
 def _running(model: nn.Module, stack: list[str]) -> Any:
     """Keep the names of the modules that run; after an error the last is where it happened."""
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: stack.append(name)))
-        hooks.append(module.register_forward_hook(lambda m, a, o: stack.pop() and None))
+        hooks.append(module.register_forward_hook(leave))
     try:
         yield
     finally:

@@ -90,6 +90,16 @@ def leaves(e: Expr) -> Iterator[Axis]:
             yield from leaves(part)
 
 
+def products(e: Expr) -> Iterator[Prod]:
+    """Yield the products in a dimension, the outermost."""
+    e = resolve(e)
+    if isinstance(e, Prod):
+        yield e
+    elif isinstance(e, Sum):
+        for part in e.of:
+            yield from products(part)
+
+
 def lock(e: Expr, why: str) -> None:
     """Keep every unit of a dimension."""
     for axis in leaves(e):

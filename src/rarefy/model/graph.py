@@ -68,6 +68,7 @@ class Graph:
     unknown   operators without a rule that met parameters: (operator, module), whose dimensions are locked
     sizes     by module name, dimensions that it names a size for, as in `view`
     costs     multiply-adds of products, convolutions and attention: a factor, and the dimensions that they run over
+    products  what products and convolutions return, in the order of the run: operator, dimensions
     """
 
     dims: dict[str, list[Expr]]
@@ -77,6 +78,7 @@ class Graph:
     equal: tuple[tuple[Expr, Expr], ...] = ()  # parts that a chunk takes: they must stay equally long
     owners: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
     costs: list[tuple[int, list[Expr]]] = field(default_factory=list)
+    products: list[tuple[str, list[Expr]]] = field(default_factory=list)
 
 
 class Trace(TorchDispatchMode):
@@ -92,6 +94,7 @@ class Trace(TorchDispatchMode):
         self.unknown: dict[tuple[str, str], None] = {}
         self.sizes: dict[str, list[Expr]] = {}
         self.costs: list[tuple[int, list[Expr]]] = []
+        self.products: list[tuple[str, list[Expr]]] = []
         self.stack = [""]
         self.names = {id(m): n for n, m in model.named_modules()}
         self.own: dict[int, list[Expr]] = {}
@@ -180,7 +183,7 @@ def _stack(model: nn.Module, trace: Trace) -> Any:
 
 
 @contextmanager
-def _plainly() -> Any:
+def plainly() -> Any:
     """Have torch take no shortcuts through operators that do a whole layer."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -214,7 +217,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
     for t in tensors_in(example):
         run.known[t] = [fixed(n, "the model is given it") for n in t.shape]
     try:
-        with evaluating(model), torch.no_grad(), _plainly(), _stack(model, run), run:
+        with evaluating(model), torch.no_grad(), plainly(), _stack(model, run), run:
             output = call(model, on_device(model, example))
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise ModelError(f"the example does not run through {type(model).__name__}: {error}") from error
@@ -253,7 +256,9 @@ def _graph(model: nn.Module, run: Trace) -> Graph:
         nth = taken[name, kind] = taken.get((name, kind), 0) + 1
         name = f"{name} ({nth})" if nth > 1 else name  # a dimension of several parts
         groups.append(Group(name, kind, axis, tuple(members), reason, tuple(sorted(axis.notes))))
-    return Graph(dims, tuple(groups), tuple(run.unknown), run.sizes, tuple(run.algebra.equal), owners, run.costs)
+    return Graph(
+        dims, tuple(groups), tuple(run.unknown), run.sizes, tuple(run.algebra.equal), owners, run.costs, run.products
+    )
 
 
 def _kind(axis: Axis, members: list[Member], owners: Mapping[str, list[tuple[nn.Module, str]]]) -> str:

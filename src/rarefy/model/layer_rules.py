@@ -29,6 +29,7 @@ def product(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
             is_a(e, kind)
     t.give(out, dims)
     t.costs.append((1, [*dims, da[-1]]))
+    t.products.append((func.overloadpacket.__name__, dims))
     for x in more:
         over = t.dims(x)
         for back in range(1, x.dim() + 1):
@@ -71,11 +72,16 @@ def convolution(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> Non
     t.costs.append((kernel, [dims[0], dims[1], W[1], *ends] if turned else [dims[0], made_, inputs, *ends]))
     if bias is not None:
         t.same(t.dims(bias)[0], made_)
-    t.give(out, [dims[0], made_, *(fixed(n) for n in out.shape[2:])])
+    dims = [dims[0], made_, *(fixed(n) for n in out.shape[2:])]
+    t.products.append((func.overloadpacket.__name__, dims))
+    t.give(out, dims)
 
 
 def batch_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     channel = t.dims(args[0])[1]
+    if arg(func, args, kwargs, "training", False):
+        for e in t.dims(args[0])[2:]:  # of a weight that is standardized
+            lock(e, f"mean and variance over it in {t.place}")
     for p in args[1:]:
         if isinstance(p, Tensor):
             t.same(channel, t.dims(p)[0])

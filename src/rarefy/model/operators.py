@@ -30,7 +30,7 @@ OPERATORS: dict[Any, str] = {
     shapes.select: "select unbind",
     shapes.repeat: "repeat",
     shapes.pad: "constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
-    shapes.moved: "roll flip cumsum _softmax _log_softmax sort topk cumprod tril triu tril_ triu_",
+    shapes.moved: "roll flip cumsum _softmax _safe_softmax _log_softmax sort topk cumprod tril triu tril_ triu_",
     shapes.reduction: """sum mean var var_mean std amax amin max min prod any all argmax argmin logsumexp
         linalg_vector_norm norm""",
     layers.product: "mm bmm addmm baddbmm mv addmv dot addmm_ baddbmm_",

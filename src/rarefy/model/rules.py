@@ -39,9 +39,20 @@ def pointwise(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
                         dims[-back] = e
                     else:
                         t.same(before, e)
-        if not any(y is x for x in given):
+        if any(y is x for x in given):
+            if adds_bias(func, args, y):
+                t.products.append((func.overloadpacket.__name__, t.dims(y)))
+        else:
             over = [ONE if n == 1 else e or fixed(n) for e, n in zip(dims, y.shape)]
+            if adds_bias(func, args, y):
+                t.products.append((func.overloadpacket.__name__, over))
             t.give(y, over, given[0] if len(given) == 1 else None)
+
+
+def adds_bias(func: Any, args: Any, out: Any) -> bool:
+    """Return whether this is how a product with a bias ends: torch does it in two steps for some strides."""
+    sizes = [a.dim() for a in args if isinstance(a, Tensor)]
+    return func.overloadpacket.__name__ in ("add", "add_") and out.dim() > 1 and sizes in ([out.dim(), 1], [1, out.dim()])
 
 
 def alike(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -244,7 +255,7 @@ def reduction(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         e = t.dims(x)[d]
         if name in ("sum", "linalg_vector_norm", "norm"):
             continue
-        if name in ("mean", "var", "var_mean", "std"):
+        if name in ("mean", "var", "var_mean", "std") and x not in t.source:
             note(e, f"{name} over it in {t.place}")
         else:
             lock(e, f"{name} in {t.place}")
