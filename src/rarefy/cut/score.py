@@ -44,7 +44,7 @@ def joined(slices: Slices, units: int, reduce: str, *, fair: bool) -> Tensor:
     largest = torch.full((units,), -torch.inf, dtype=torch.float64)
     for values, dim, where in slices:
         here = where >= 0
-        each = values.transpose(0, dim).flatten(1).sum(1, dtype=torch.float64).cpu()[here]
+        each = values.transpose(0, dim).reshape(values.shape[dim], -1).sum(1, dtype=torch.float64).cpu()[here]
         each = torch.zeros(units, dtype=torch.float64).index_add_(0, where[here], each)
         many = torch.bincount(where[here], minlength=units) * (values.numel() / values.shape[dim])
         each = each / each.abs().mean().clamp(min=1e-300) if fair else each

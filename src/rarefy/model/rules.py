@@ -52,7 +52,9 @@ def pointwise(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def adds_bias(func: Any, args: Any, out: Any) -> bool:
     """Return whether this is how a product with a bias ends: torch does it in two steps for some strides."""
     sizes = [a.dim() for a in args if isinstance(a, Tensor)]
-    return func.overloadpacket.__name__ in ("add", "add_") and out.dim() > 1 and sizes in ([out.dim(), 1], [1, out.dim()])
+    return (
+        func.overloadpacket.__name__ in ("add", "add_") and out.dim() > 1 and sizes in ([out.dim(), 1], [1, out.dim()])
+    )
 
 
 def alike(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:

@@ -84,8 +84,13 @@ def flops(model: nn.Module, run: Callable[[], Any]) -> int:
     # absent from torch's own table although it is what CPU attention runs
     extra = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=extra)  # type: ignore[arg-type]
-    with torch.no_grad(), counter:
-        run()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer, which the table does not know
+    try:
+        with torch.no_grad(), counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()
 
 
