@@ -214,7 +214,7 @@ def language(name, head="ForCausalLM", **more):
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 100, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    model = getattr(transformers, name + head)(getattr(transformers, name + "Config")(**sizes, **more))
+    model = getattr(transformers, name + head)(getattr(transformers, name + "Config")(**sizes | more))
     with torch.no_grad():
         for p in model.parameters():
             p += torch.randn_like(p) * 0.05
@@ -400,6 +400,13 @@ def test_a_size_written_into_forward_undoes_the_cut():
         ({"kept": {"0.weight": {"x": [0]}}}, "what a cut kept of 0.weight"),
         ({"kept": {"0.weight": [0]}}, "what a cut kept of 0.weight"),
         ({"kept": 3}, "the structure that a cut left is damaged"),
+        ({"config": 1}, "the structure that a cut left is damaged"),
+        ({"blocks": {"0": [0]}}, r"Sequential has no list of blocks 0 of which a cut could keep \[0\]"),
+        ({"blocks": {"": [2, 1]}}, "has no list of blocks"),
+        ({"blocks": {"": [3]}}, "has no list of blocks"),
+        ({"blocks": {"": []}}, "has no list of blocks"),
+        ({"blocks": {"": "all"}}, "has no list of blocks"),
+        ({"numbers": {"0.layer_idx": 0}}, "has no size 0.layer_idx"),
     ],
 )
 def test_damaged_structures(change, message):
@@ -407,7 +414,7 @@ def test_damaged_structures(change, message):
 
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(ContainerError, match=message):
-        restore(net, {"numbers": {}, "shapes": {}, "kept": {}, **change}, "out")
+        restore(net, {"numbers": {}, "shapes": {}, "kept": {}, "blocks": {}, "config": False, **change}, "out")
 
 
 # ---- repair ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 from rarefy.api import cast_, compress_
 from rarefy.cut.cut import cut_
+from rarefy.cut.depth import drop_layers_
 from rarefy.cut.heads import prune_heads_
 from rarefy.errors import RarefyError
 from rarefy.model.mask import adopt_, fold_, masks
@@ -33,6 +34,7 @@ __all__ = [
     "cast_",
     "compress_",
     "cut_",
+    "drop_layers_",
     "export",
     "fit_",
     "fold_",

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rarefy.cut.config import adopt_config
 from rarefy.cut.structure import restore
 from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
 from rarefy.files import INDEX, blaming, check_target, whole_folder
@@ -129,7 +130,11 @@ def load(
             )
         model = hf.build(structure, empty=stream)
     if saved.meta.get("cut") is not None:
-        restore(model, saved.meta["cut"], path)
+        if _fits(saved, model):
+            model.rarefy_cut = saved.meta["cut"]  # type: ignore[assignment]
+        else:
+            restore(model, saved.meta["cut"], path)
+            adopt_config(model, structure.get("config"))
     _check_names(saved, model, path)
     slots = _slots(model)
     for name, (module, leaf) in slots.items():
@@ -204,6 +209,11 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
         model = load(path)
         if not hf.is_model(model):
             raise ModelError(f"{path} holds a {type(model).__name__}: only Hugging Face models export to hf")
+        if getattr(model, "rarefy_cut", None) and not model.rarefy_cut["config"]:  # type: ignore[index, operator]
+            raise ContainerError(
+                f"{path}: a cut left layers of unequal sizes, which no config of {type(model).__name__} tells: "
+                "export to safetensors"
+            )
     with whole_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, blaming(Path(out)):
         if to == "hf":
             model.save_pretrained(partial)  # type: ignore[possibly-unbound, operator]
@@ -298,6 +308,16 @@ def _tensors(what: str | Path | nn.Module) -> Iterator[tuple[str, Tensor, str, i
                     yield name, tensor, "dense", tensor.numel() * tensor.element_size(), -1
         except SafetensorError as error:
             raise ContainerError(f"{file}: not a valid safetensors file: {error}") from None
+
+
+def _fits(saved: container.Container, model: nn.Module) -> bool:
+    """Whether a model has the structure that a cut left already, as one built from its config does."""
+    cut = saved.meta["cut"]
+    if not isinstance(cut, dict) or not (cut.get("shapes") or cut.get("blocks")):
+        return False  # nothing to tell it by
+    shapes = {n: tuple(saved.index["tensors"][n]["shape"]) for n in saved.names}
+    known = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    return all(known.get(n) == s for n, s in shapes.items()) and set(known) <= {*shapes, *saved.aliases}
 
 
 def _shape(saved: container.Container, name: str) -> tuple[int, ...] | None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.cut import plan
+from rarefy.cut.config import follow_config, joined
+from rarefy.cut.depth import drop_layers_
 from rarefy.cut.readers import observe
 from rarefy.cut.repair import REPAIRS, batch_norms, losing, make_up, renew_batch_norms
 from rarefy.cut.score import REDUCTIONS, UNIT_SCORES, unit_scores
@@ -59,7 +61,7 @@ def cut_(
     parameters: float | None = None,
     flops: float | None = None,
     latency: float | None = None,
-    score: str = "magnitude",
+    score: str | None = None,
     reduce: str = "sum",
     scope: str = "layer",
     least: float = 0.0,
@@ -79,13 +81,14 @@ def cut_(
     """Remove the units that matter least, and everything that belongs to them; return what went and what is locked.
 
     example   what the model can be called with: it is run, to see what belongs together and to prove the result
-    units     kinds of units: channel or group of a convolution, neuron of a Linear, head, head dimension
+    units     kinds of units: channel or group of a convolution, neuron of a Linear, head, head dimension; or "layer"
+              alone: whole blocks, see `drop_layers_`
     keep      the fraction of units that stays (0.5 if no budget is given); or instead of it one of
     parameters, flops, latency
               the fraction of the model's that is to be left: parameters, operations of a call on `example`, both met
               within 1 %; or its time, found by timing cuts in turns with the dense model
-    score     how much a unit matters, see `rarefy.cut.score`: magnitude, l1, scale, median, random; from data also
-              activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient
+    score     how much a unit matters, see `rarefy.cut.score`: magnitude (the default), l1, scale, median, random; from
+              data also activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient
     reduce    how the slices of a unit are joined: sum, mean, max
     scope     units are compared in their group ("layer"), with all ("global"), or in groups built alike ("isomorphic")
     least     no group keeps less than this fraction
@@ -114,10 +117,20 @@ def cut_(
     ))
     """
     inner = unwrap(model)
+    budgets: dict[str, Any] = dict(zip(BUDGETS, (keep, parameters, flops, latency)))
+    if "layer" in ((units,) if isinstance(units, str) else units):
+        others = {"reduce": reduce != "sum", "scope": scope != "layer", "least": least != 0, "round_to": round_to != 1,
+                  "steps": steps != 1, "repair": repair is not True}  # fmt: skip
+        _check_layers(units, budgets, others)
+        return drop_layers_(
+            inner, example, keep, score=score or "similarity", layers=layers, ignore=ignore,
+            data=data, loss=loss, optimizer=optimizer, mask_only=mask_only, dry_run=dry_run, seed=seed,
+            progress=progress,
+        )  # fmt: skip
     ask = _ask(
         units,
-        dict(zip(BUDGETS, (keep, parameters, flops, latency))),
-        score,
+        budgets,
+        score or "magnitude",
         reduce,
         scope,
         least,
@@ -130,6 +143,7 @@ def cut_(
         raise ModelError("masks are still attached: fold_ the model first")
     dense = copy.deepcopy(inner) if ask.budget == "latency" else None
     origin: dict[tuple[str, str], int] = {}
+    sizes: dict[int, set[int]] = {}
     whole: dict[str, int] = {}
     done: list[Removal] = []
     try:
@@ -142,6 +156,9 @@ def cut_(
             cut = _Cut(inner, example, graph, groups, ask, data, loss, origin, whole, dense)
             removal, masks = cut.run(ask.target ** (step / ask.steps), how, mask_only)
             done.append(removal)
+            sizes = joined(sizes, plan.sizes(graph, masks))
+        if not (mask_only or dry_run) and follow_config(inner, example, sizes):
+            inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
     except BaseException:
         _put_back(done)
         raise
@@ -359,6 +376,18 @@ def take_out_and_repair(
     return removal
 
 
+def _check_layers(units: Any, budgets: Mapping[str, Any], others: Mapping[str, bool]) -> None:
+    """Raise ModelError for what has no meaning where whole blocks go."""
+    if not isinstance(units, str) and tuple(units) != ("layer",):
+        raise ModelError("layers are cut by themselves: units='layer'")
+    for name, value in budgets.items():
+        if value is not None and name != "keep":
+            raise ModelError(f"layers go whole: give keep, not {name}")
+    for name, given in others.items():
+        if given:
+            raise ModelError(f"{name} has no effect on layers")
+
+
 def _ask(
     units: Any, budgets: Mapping[str, Any], score: Any, reduce: Any, scope: Any, least: Any, round_to: Any, steps: Any,
     seed: int,
@@ -366,7 +395,7 @@ def _ask(
     kinds = (units,) if isinstance(units, str) else tuple(units)
     for kind in kinds:
         if kind not in KINDS:
-            raise ModelError(unknown("units", str(kind), KINDS))
+            raise ModelError(unknown("units", str(kind), (*KINDS, "layer")))
     for what, got, allowed in (
         ("score", score, UNIT_SCORES),
         ("reduce", reduce, REDUCTIONS),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.cut.config import follow_config
 from rarefy.cut.cut import row, unruled
+from rarefy.cut.plan import sizes
 from rarefy.cut.surgery import take_out
 from rarefy.errors import ModelError, nearest
 from rarefy.model.axes import Axis, leaves
@@ -44,6 +46,8 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Sequence[int]], example: 
         masks[group.axis] = _kept(graph, group, name, numbers)
     before = sum(p.numel() for p in inner.parameters())
     take_out(inner, example, graph, masks)
+    if follow_config(inner, example, sizes(graph, masks)):
+        inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
     after = sum(p.numel() for p in inner.parameters())
     rows = [row(g, g.size, int(masks[g.axis].sum()), "") for g in graph.groups if g.axis in masks]
     return Report("heads", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, unruled(graph))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import ModelError
-from rarefy.model.axes import Axis, count, leaves, resolve
+from rarefy.model.axes import Axis, count, leaves, resolve, size
 from rarefy.model.graph import Graph, Group
 
 SCOPES = ("layer", "global", "isomorphic")
@@ -224,7 +224,13 @@ def _blocks(order: Order, what: str) -> str:
     return "what stays most: " + "; ".join(f"{g.name} ({g.lock or 'not asked for'})" for g in most)
 
 
-def achieved(graph: Graph, left: Mapping[Axis, Tensor]) -> dict[str, float]:
-    """Return which fractions of parameters and flops masks leave."""
-    numbers = {axis: int(m.sum()) for axis, m in left.items()}
-    return {k: of(graph, numbers) / max(of(graph, {}), 1) for k, of in MEASURES.items()}
+def sizes(graph: Graph, masks: Mapping[Axis, Tensor]) -> dict[int, set[int]]:
+    """Return what each size becomes, wherever one changes: of parameters, of views, of units."""
+    left = {axis: int(m.sum()) for axis, m in masks.items()}
+    exprs = [e for dims in (*graph.dims.values(), *graph.sizes.values()) for e in dims]
+    out: dict[int, set[int]] = {}
+    for e in [*exprs, *masks]:
+        old, new = size(e), count(e, left.get)
+        if old != new:
+            out.setdefault(old, set()).add(new)
+    return out

@@ -10,12 +10,42 @@ from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, unknown
 
-PARTS = ("numbers", "shapes", "kept")
+# numbers of modules and shapes of tensors as they are now; indices kept of tensors that the class makes; blocks kept of
+# lists, by their first numbers; whether the config of the model says all that
+NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")  # by which blocks know their place
+PARTS = {"numbers": dict, "shapes": dict, "kept": dict, "blocks": dict, "config": bool}
+
+
+def told(model: nn.Module) -> dict[str, Any]:
+    """Return what is remembered of the cuts of a model so far."""
+    return getattr(model, "rarefy_cut", None) or {name: kind() for name, kind in PARTS.items()}
+
+
+def remember_blocks(model: nn.Module, name: str, kept: list[int], numbers: Mapping[str, Any]) -> None:
+    """Note on the model that of a list of blocks those with these numbers were kept, and which numbers changed."""
+    old = told(model)
+    before = old["blocks"].get(name)
+    prefix = f"{name}." if name else ""
+
+    def now(key: str) -> str | None:
+        """The name of something in a block, which has a new number or is gone."""
+        index, dot, rest = key.removeprefix(prefix).partition(".")
+        if not key.startswith(prefix) or not index.isdecimal():
+            return key
+        return f"{prefix}{kept.index(int(index))}{dot}{rest}" if int(index) in kept else None
+
+    renamed = {
+        part: {new: v for k, v in old[part].items() if (new := now(k))} for part in ("numbers", "shapes", "kept")
+    }
+    blocks = {new: v for k, v in old["blocks"].items() if (new := now(k))}
+    blocks[name] = kept if before is None else [before[i] for i in kept]
+    renamed["numbers"] |= numbers
+    model.rarefy_cut = {**renamed, "blocks": blocks, "config": False}  # type: ignore[assignment]
 
 
 def remember(model: nn.Module, numbers: Mapping[str, Any], kept: Mapping[str, Mapping[int, Tensor]]) -> None:
     """Note on the model which numbers of modules changed, and which indices of its tensors were kept, by dimension."""
-    old = getattr(model, "rarefy_cut", None) or {"numbers": {}, "shapes": {}, "kept": {}}
+    old = told(model)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     stored = set(model.state_dict(keep_vars=True))
     shapes, loose = dict(old["shapes"]), {n: dict(d) for n, d in old["kept"].items()}
@@ -26,19 +56,23 @@ def remember(model: nn.Module, numbers: Mapping[str, Any], kept: Mapping[str, Ma
         for d, indices in dims.items():  # is made by the class: what to keep of it has to be told
             before = loose.setdefault(name, {}).get(str(d))
             loose[name][str(d)] = (indices if before is None else torch.tensor(before)[indices]).tolist()
-    model.rarefy_cut = {"numbers": {**old["numbers"], **numbers}, "shapes": shapes, "kept": loose}  # type: ignore[assignment]
+    numbers = {**old["numbers"], **numbers}
+    model.rarefy_cut = {**old, "numbers": numbers, "shapes": shapes, "kept": loose, "config": False}  # type: ignore[assignment]
 
 
 def restore(model: nn.Module, told: Any, path: Any) -> None:
     """Give a model of the original class the structure that a cut left: its numbers, and empty tensors in the right
     shapes. Raises ContainerError for what does not fit the class; nothing but sizes can be set."""
-    if not isinstance(told, dict) or set(told) != set(PARTS) or not all(isinstance(told[p], dict) for p in PARTS):
+    if not isinstance(told, dict) or set(told) != set(PARTS) or any(type(told[p]) is not k for p, k in PARTS.items()):
         raise ContainerError(f"{path}: the structure that a cut left is damaged")
+    for name, kept in told["blocks"].items():
+        _keep_blocks(model, name, kept, path)
     modules = dict(model.named_modules())
     for name, value in told["numbers"].items():
         prefix, _, attribute = name.rpartition(".")
         old = vars(modules[prefix]).get(attribute) if prefix in modules else None
-        size = type(value) is int and type(old) is int and 1 <= value <= old
+        least = 0 if attribute in NUMBERS else 1
+        size = type(value) is int and type(old) is int and least <= value <= old
         sizes = isinstance(value, list) and isinstance(old, tuple) and len(value) == len(old)
         if sizes:
             size = all(type(n) is int and type(o) is int and 1 <= n <= o for n, o in zip(value, old))  # type: ignore[arg-type]
@@ -73,6 +107,29 @@ def restore(model: nn.Module, told: Any, path: Any) -> None:
             else:
                 module._buffers[attribute] = new
     model.rarefy_cut = told  # type: ignore[assignment]
+
+
+def _keep_blocks(model: nn.Module, name: str, kept: Any, path: Any) -> None:
+    parts = dict(model.named_modules()).get(name)
+    fits = isinstance(parts, nn.ModuleList | nn.Sequential) and isinstance(kept, list) and len(kept) > 0
+    if not fits or any(type(i) is not int or not 0 <= i < len(parts) for i in kept) or kept != sorted(set(kept)):  # type: ignore[arg-type]
+        raise ContainerError(
+            f"{path}: {type(model).__name__} has no list of blocks {name} of which a cut could keep {kept!r}"
+        )
+    keep_blocks(parts, kept)  # type: ignore[arg-type]
+
+
+def keep_blocks(parts: nn.ModuleList | nn.Sequential, kept: list[int]) -> Any:
+    """Leave these blocks in a list, numbered anew; return what undoes it."""
+    before = dict(parts._modules)
+    blocks = list(before.values())
+
+    def put(modules: Mapping[str, Any]) -> None:
+        parts._modules.clear()
+        parts._modules.update(modules)
+
+    put({str(n): blocks[i] for n, i in enumerate(kept)})
+    return lambda: put(before)
 
 
 def named_tensors(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, str]]:

@@ -59,7 +59,7 @@ def take_out(
     try:
         readers = [r for r in all_readers(graph) if not bool(kept(r.inputs, masks.get).all())]
         with plainly(), Absent(graph, masks), _constants(readers, graph, masks, done.constants):
-            want = _outputs(model, example)
+            want = outputs(model, example)
         _remove_exactly(model, example, graph, masks, want, done)
     except BaseException:
         done.put_back()
@@ -227,7 +227,8 @@ def _cut_like(value: Any, old: Tensor, kept_of: Mapping[int, Tensor]) -> Any:
     return value
 
 
-def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+def outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    """Return all tensors that a call in evaluation mode returns."""
     with evaluating(model), torch.no_grad():
         return [t.detach().clone() for t in tensors_in(call(model, on_device(model, example)))]
 
@@ -255,7 +256,7 @@ def prove(model: nn.Module, example: Any, want: Sequence[Tensor]) -> None:
     stack: list[str] = []
     try:
         with _running(model, stack):
-            got = _outputs(model, example)
+            got = outputs(model, example)
     except RarefyError as error:
         raise DoesNotRun(f"the cut model does not run, so it was put back: {error}", (stack or [""])[-1]) from error
     for a, b in zip(got, want):

@@ -145,7 +145,7 @@ def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
     try:
         config = transformers.AutoConfig.for_model(values["model_type"], **kept)
         auto = _auto(config, str(saved.get("class")))
-        with _without_weights() if empty else nullcontext():
+        with without_weights() if empty else nullcontext():
             return auto.from_config(config, dtype=dtype).eval()
     except ModelError:
         raise
@@ -155,7 +155,8 @@ def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
         ) from None
 
 
-def _without_weights() -> Any:
+def without_weights() -> Any:
+    """Return a context in which modules are made without their parameters."""
     from accelerate import init_empty_weights  # installed with transformers by the extra hf
 
     return init_empty_weights(include_buffers=False)

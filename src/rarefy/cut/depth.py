@@ -1,0 +1,345 @@
+"""Whole blocks leave a model: of its lists of equal blocks those that change least go, the others are renumbered.
+
+similarity  1 - cos(what a block is given, what it returns), the mean over tokens (Men 2024, ShortGPT, eq. 1, the block
+            influence): a block that says little new can go
+loss        how much the loss rises when the block is skipped
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.cut.config import cut_lists, follow_config
+from rarefy.cut.structure import NUMBERS, keep_blocks, remember_blocks
+from rarefy.cut.surgery import Removal, outputs, prove
+from rarefy.errors import DataError, ModelError, SelectorError, nearest, unknown
+from rarefy.model.batches import tensors_in
+from rarefy.model.mask import masks as attached
+from rarefy.model.select import unwrap
+from rarefy.model.stats import Loss, call, check_batches, evaluating, finite, loss_of, on_device, tokens_in
+from rarefy.progress import track
+from rarefy.proof.report import Report
+
+LISTS = (nn.ModuleList, nn.Sequential)
+LAYER_SCORES = ("similarity", "loss", "random")
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A member of a list of blocks."""
+
+    stack: str
+    number: int
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        return f"{self.stack}.{self.number}" if self.stack else str(self.number)
+
+
+def stacks(model: nn.Module) -> dict[str, Any]:
+    """Return the lists that have several blocks of a class, none within a block, by name. O(modules).
+
+    >>> net = nn.Sequential(nn.Sequential(*[nn.TransformerEncoderLayer(4, 2) for _ in range(3)]), nn.ReLU())
+    >>> list(stacks(net))
+    ['0']
+    """
+    found: dict[str, Any] = {}
+    within: tuple[str, ...] = ()  # blocks, in which no others are looked for
+    for name, module in model.named_modules():
+        if isinstance(module, LISTS) and not f"{name}.".startswith(within or ("\0",)) and _blocks(module):
+            found[name] = module
+            within += tuple(f"{name}.{i}.".removeprefix(".") for i in _blocks(module))
+    return found
+
+
+def _blocks(parts: Any) -> list[int]:
+    """The numbers of the blocks in a list: modules that are no single layers and no lists, at least two of a class."""
+    whole = [i for i, m in enumerate(parts) if not isinstance(m, LISTS) and next(m.children(), None) is not None]
+    classes = Counter(type(parts[i]) for i in whole)
+    return [i for i in whole if classes[type(parts[i])] > 1]
+
+
+def droppable(model: nn.Module, example: Any) -> list[Block]:
+    """Return the blocks that return what has the shape of what they are given: without them the rest still fits."""
+    blocks = [Block(n, i, s[i]) for n, s in stacks(model).items() for i in _blocks(s)]
+    fits: dict[nn.Module, bool] = {}
+
+    def see(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        given, got = _first([args, kwargs]), _first(out)
+        same = given is not None and got is not None and (given.shape, given.dtype) == (got.shape, got.dtype)
+        fits[module] = fits.get(module, True) and same
+
+    hooks = [b.module.register_forward_hook(see, with_kwargs=True) for b in blocks]
+    try:
+        outputs(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [b for b in blocks if fits.get(b.module)]
+
+
+def _first(value: Any) -> Tensor | None:
+    found = tensors_in(value)
+    return found[0] if found else None
+
+
+@contextmanager
+def skipping(blocks: Iterable[Block]) -> Iterator[None]:
+    """Run with blocks that return what they are given."""
+
+    def skip(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        given = _first([args, kwargs])
+        if isinstance(out, tuple | list):
+            return type(out)([given, *out[1:]])
+        return given
+
+    hooks = [b.module.register_forward_hook(skip, with_kwargs=True) for b in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def layer_scores(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    score: str,
+    data: Iterable[Any],
+    loss: Loss | None,
+    seed: int,
+    *,
+    progress: bool = False,
+) -> Tensor:
+    """Return how much each block matters, fp64 [blocks]. O(calls), for `loss` times the blocks."""
+    if score == "random":
+        return torch.rand(len(blocks), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if score == "similarity":
+        return _similarity(model, blocks, data)
+    base = _loss(model, data, loss)
+    out = []
+    for block in track(blocks, "skipping blocks", progress):
+        with skipping([block]):
+            out.append(_loss(model, data, loss) - base)
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def _loss(model: nn.Module, data: Iterable[Any], loss: Loss | None) -> float:
+    total, weight = 0.0, 0
+    with evaluating(model), torch.no_grad():
+        for index, batch in enumerate(data):
+            batch = on_device(model, batch)
+            many = tokens_in(batch)
+            total += many * float(finite(loss_of(loss)(call(model, batch), batch), index))
+            weight += many
+    if not weight:
+        raise DataError("the data is empty: the score needs at least one batch")
+    return total / weight
+
+
+def _similarity(model: nn.Module, blocks: Sequence[Block], data: Iterable[Any]) -> Tensor:
+    sums, counts = torch.zeros(len(blocks), dtype=torch.float64), torch.zeros(len(blocks), dtype=torch.float64)
+    padding: list[Tensor | None] = [None]
+
+    def see(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+            x, y = _first([args, kwargs]), _first(out)
+            assert x is not None and y is not None
+            axis = 1 if x.dim() == 4 and images[i] else -1
+            far = 1 - F.cosine_similarity(x.float(), y.float(), dim=axis)
+            mask = padding[0]
+            far = far[mask] if mask is not None and mask.shape == far.shape else far
+            sums[i] += float(far.sum(dtype=torch.float64))
+            counts[i] += far.numel()
+
+        return hook
+
+    images = [any(isinstance(m, nn.Conv2d) for m in b.module.modules()) for b in blocks]
+    hooks = [b.module.register_forward_hook(see(i), with_kwargs=True) for i, b in enumerate(blocks)]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in data:
+                batch = on_device(model, batch)
+                mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+                padding[0] = None if mask is None else mask.bool()
+                call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not counts.all():
+        raise DataError("the data is empty: the score needs at least one batch")
+    return sums / counts
+
+
+def drop(model: nn.Module, example: Any, blocks: Sequence[Block], *, stay: bool = False) -> Removal:
+    """Remove blocks and prove it: the outputs are those of the model that skips them; `stay`: put them back. Raises
+    ModelError, and the model is as it was."""
+    with skipping(blocks):
+        want = outputs(model, example)
+    done = Removal()
+    known = getattr(model, "rarefy_cut", None)
+    done.undo.append(lambda: setattr(model, "rarefy_cut", known))
+    try:
+        for name, parts in stacks(model).items():
+            gone = {b.number for b in blocks if b.stack == name}
+            if gone:
+                kept = [i for i in range(len(parts)) if i not in gone]
+                done.undo += cut_lists(model, kept, len(parts))
+                done.undo.append(keep_blocks(parts, kept))
+                numbers = _renumber(name, parts, kept, done)
+                remember_blocks(model, name, kept, numbers)
+        prove(model, example, want)
+    except BaseException:
+        done.put_back()
+        raise
+    if stay:
+        done.put_back()
+    return done
+
+
+def _renumber(name: str, parts: Any, kept: list[int], done: Removal) -> dict[str, int]:
+    """Tell blocks their new numbers; return what changed."""
+    numbers: dict[str, int] = {}
+    for now, before in enumerate(kept):
+        for path, module in parts[now].named_modules():
+            for attribute in NUMBERS:
+                if vars(module).get(attribute) == before and now != before:
+                    setattr(module, attribute, now)
+                    done.undo.append(lambda m=module, a=attribute, v=before: setattr(m, a, v))
+                    numbers[".".join(p for p in (name, str(now), path, attribute) if p)] = now
+    return numbers
+
+
+def choose(model: nn.Module, blocks: Sequence[Block], scores: Tensor, many: int) -> list[Block]:
+    """Return the blocks that go, those with the least scores; one of each list stays."""
+    left = {name: len(parts) for name, parts in stacks(model).items()}
+    gone: list[Block] = []
+    for i in scores.argsort(stable=True).tolist():
+        b = blocks[i]
+        if len(gone) < many and left[b.stack] > 1:
+            left[b.stack] -= 1
+            gone.append(b)
+    if len(gone) < many:
+        raise ModelError(f"{many} blocks would go, {len(gone)} can: one of each list stays")
+    return gone
+
+
+def drop_layers_(
+    model: nn.Module,
+    example: Any,
+    keep: float | None = None,
+    *,
+    score: str = "similarity",
+    layers: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    mask_only: bool = False,
+    dry_run: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Remove whole blocks (of transformers, of stages) that matter least; return which, with their scores.
+
+    example  what the model can be called with; also the data, where none is given
+    keep     the fraction that stays of the blocks that return what has the shape of what they are given; by default
+             0.75, or without those that `layers` names
+    score    similarity (of what goes in and comes out), loss (its rise without the block; slow), random
+    layers, ignore  blocks that may go, and that may not: names or globs, such as "model.layers.1*"
+    data     batches for the score
+    optimizer  one that trains the model: it forgets what went
+    mask_only, dry_run  nothing leaves; the first only proves that it could
+    Proved: the model returns what the dense one does when it skips those blocks. Blocks are renumbered, and a Hugging
+    Face config follows. Raises ModelError or DataError; the model is then as it was. O(calls), for `loss` times the
+    blocks.
+
+    >>> net = nn.Sequential(*[nn.TransformerEncoderLayer(8, 2, 16, 0.0) for _ in range(4)]).eval()
+    >>> drop_layers_(net, torch.randn(5, 1, 8), keep=0.5).summary["blocks"], len(net)
+    ('4 -> 2', 2)
+    """
+    inner = unwrap(model)
+    if score not in LAYER_SCORES:
+        raise ModelError(unknown("score of layers", str(score), LAYER_SCORES))
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
+        raise ModelError(f"keep is a fraction above 0 and at most 1, got {keep!r}")
+    if attached(inner):
+        raise ModelError("masks are still attached: fold_ the model first")
+    if data is not None:
+        check_batches(data)
+        if isinstance(data, Iterator):
+            raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
+        if score == "random":
+            raise DataError("data has no effect: score random reads none")
+    every = droppable(inner, example)
+    blocks = _named(inner, every, layers, ignore)
+    if keep is None:
+        many = len(blocks) if layers else len(every) - round(len(every) * 0.75)
+    else:
+        many = len(every) - round(len(every) * keep)
+    if not many:
+        raise ModelError(f"nothing would go: {len(every)} blocks, of which all stay")
+    scores = layer_scores(inner, blocks, score, [example] if data is None else data, loss, seed, progress=progress)
+    gone = choose(inner, blocks, scores, many)
+    before = list(inner.parameters())
+    size = sum(p.numel() for p in before)
+    lengths = {n: len(parts) for n, parts in stacks(inner).items()}
+    drop(inner, example, gone, stay=mask_only or dry_run)
+    if not (mask_only or dry_run):
+        shorter: dict[int, set[int]] = {}
+        for name, old in lengths.items():
+            shorter.setdefault(old, set()).add(old - sum(b.stack == name for b in gone))
+        if follow_config(inner, example, shorter):
+            inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
+    if optimizer is not None:
+        _forget(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
+    rows = [{"block": b.name, score: float(s), "goes": b in gone} for b, s in zip(blocks, scores)]
+    less = {id(p) for b in gone for p in b.module.parameters()}
+    left = size - sum(p.numel() for p in before if id(p) in less)
+    summary = {
+        "blocks": f"{len(blocks)} -> {len(blocks) - many}",
+        "parameters": f"{size:,} -> {left:,} ({left / size:.3f})",
+    }
+    return Report("layers" + (": nothing done" if mask_only or dry_run else ""), tuple(rows), summary)
+
+
+def _forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
+    for group in optimizer.param_groups:
+        for p in [p for p in group["params"] if id(p) in gone]:
+            optimizer.state.pop(p, None)
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+
+
+def _named(model: nn.Module, blocks: list[Block], layers: Any, ignore: Any) -> list[Block]:
+    """The blocks that are meant."""
+    if not blocks:
+        raise ModelError(
+            f"{type(model).__name__} has no list of blocks that return what has the shape of what they are given"
+        )
+    names = [b.name for b in blocks]
+
+    def hit(words: Any, what: str) -> set[str]:
+        found: set[str] = set()
+        for word in [words] if isinstance(words, str) else words or ():
+            here = [n for n in names if fnmatchcase(n, word)]
+            if not here:
+                near = nearest(word, names, many=3) or names[:3]
+                raise SelectorError(f"{what}: {word!r} matches no block; nearest: {', '.join(near)}")
+            found |= set(here)
+        return found
+
+    wanted = hit(layers, "layers") if layers else set(names)
+    left = [b for b in blocks if b.name in wanted - hit(ignore, "ignore")]
+    if not left:
+        raise ModelError(f"no block is left to choose from: layers={layers!r}, ignore={ignore!r}")
+    return left
