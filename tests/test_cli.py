@@ -7,18 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import rarefy
-from conftest import Net, text_model
+from conftest import Net, shell, text_model, tree
 from rarefy import recipe as recipes
 from rarefy import samples
-from rarefy.cli import main
 from rarefy.runtime import native
 
 RECIPE = """\
@@ -31,32 +28,6 @@ stages:
 evaluate: {metric: perplexity, data: text.txt, samples: 4, tokens: 16}
 """
 HALF = "name: half\nstages: [{prune: {score: random, sparsity: 0.5}}]\n"
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Run:
-    """Run the command line in this process."""
-
-    def run(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["rarefy", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as error:
-            code = error.code
-        return Ran(code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +49,6 @@ def packed(given, tmp_path_factory) -> Path:
     (out.parent / "stdout").write_text(ran.stdout)
     (out.parent / "stderr").write_text(ran.stderr)
     return out
-
-
-def shell(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rarefy.cli", *map(str, words)], capture_output=True, text=True, timeout=100
-    )
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def ids() -> torch.Tensor:

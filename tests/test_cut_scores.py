@@ -256,6 +256,10 @@ def test_budgets_out_of_reach_say_what_stays():
         rarefy.cut_(model, IDS, units="neuron", layers="*gate_proj", parameters=0.01)
     with pytest.raises(ModelError, match="cannot be met within 1 %.*units go in multiples of 4, a smaller round_to"):
         rarefy.cut_(mlp(), torch.randn(1, 5), round_to=4, parameters=0.9)
+    with pytest.raises(
+        ModelError, match="cannot be met within 1 %: .* is the nearest below: 20 units are too few to come"
+    ):
+        rarefy.cut_(mlp(), torch.randn(1, 5), parameters=0.33)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
@@ -337,7 +341,7 @@ def test_an_optimizer_goes_on_with_what_is_left():
     old = {n: optimizer.state[p]["exp_avg"].clone() for n, p in net.named_parameters()}
     weight = net[0].weight.detach().clone()
     rarefy.cut_(net, torch.randn(1, 5), optimizer=optimizer, steps=2)
-    rows = [int((weight == w).all(1).nonzero()[0, 0]) for w in net[0].weight]
+    rows = [int((weight == w).all(1).nonzero()[0, 0]) for w in net[0].weight.detach()]  # type: ignore[union-attr, operator]
     assert torch.equal(optimizer.state[net[0].weight]["exp_avg"], old["0.weight"][rows])
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == set(map(id, net.parameters()))
     assert len(optimizer.state) == len(list(net.parameters()))

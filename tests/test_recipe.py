@@ -10,6 +10,7 @@ from torch import nn
 import rarefy
 from conftest import Net, Tied, tiny_llama
 from rarefy import recipe as recipes
+from rarefy import stages
 from rarefy.errors import ModelError, PatternError, RecipeError, SelectorError
 from rarefy.plan import forecast
 from rarefy.prune.score import SCORES
@@ -76,8 +77,8 @@ def test_every_field_is_read():
         regrow=True, reduce="l2", scope="global",
     )  # fmt: skip
     assert cast == recipes.Cast(dtype="bf16")
-    assert r.evaluate and r.evaluate.latency == recipes.Latency(batch=(1, 4), repeats=3)
-    assert r.evaluate.decode == recipes.Decode(prompt=16, new=4, repeats=2) and r.evaluate.at_most_worse == 0.15
+    assert r.evaluate and r.evaluate.latency == stages.Latency(batch=(1, 4), repeats=3)
+    assert r.evaluate.decode == stages.Decode(prompt=16, new=4, repeats=2) and r.evaluate.at_most_worse == 0.15
 
 
 @pytest.mark.parametrize(
@@ -149,8 +150,8 @@ ERRORS = {
     "stages null": ("stages:\n", r"stages is a list such as '- prune: \{sparsity: 0.5\}', got None \[r.yaml, line 1\]"),
     "stages empty": ("stages: []\n", r"stages is a list such as .* got a list of 0 \[r.yaml, line 1\]"),
     "stages a mapping": ("stages:\n  prune: {sparsity: 0.5}\n", r"stages is a list such as .*, got keys prune \[r.yaml, line 1\]"),
-    "unknown stage": ("stages:\n  - cast: {dtype: bf16}\n  - prun: {}\n", r"unknown stage 'prun'; choose from cast, prune, train \(did you mean 'prune'\?\) \[r.yaml, line 3\]"),
-    "a bare stage": ("stages:\n  - prune\n", r"a stage is one of prune, train, cast with its settings, got 'prune' \[r.yaml, line 2\]"),
+    "unknown stage": ("stages:\n  - cast: {dtype: bf16}\n  - prun: {}\n", r"unknown stage 'prun'; choose from cast, cut, prune, train \(did you mean 'prune'\?\) \[r.yaml, line 3\]"),
+    "a bare stage": ("stages:\n  - prune\n", r"a stage is one of cut, prune, train, cast with its settings, got 'prune' \[r.yaml, line 2\]"),
     "two stages in one": ("stages:\n  - prune: {sparsity: 0.5}\n    cast: {dtype: bf16}\n", r"a stage is one of .*, got keys prune, cast \[r.yaml, line 2\]"),
     "settings a number": ("stages:\n  - prune: 0.5\n", r"prune: expected keys and values, got 0.5 \[r.yaml, line 2\]"),
     "settings null": ("stages:\n  - prune:\n", r"pattern 'unstructured' needs a sparsity between 0 and 1 \[r.yaml, line 2\]"),

@@ -12,6 +12,7 @@ from rarefy.cut.cut import cut_
 from rarefy.cut.depth import drop_layers_
 from rarefy.cut.heads import prune_heads_
 from rarefy.errors import RarefyError
+from rarefy.model.graph import groups
 from rarefy.model.mask import adopt_, fold_, masks
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
@@ -38,6 +39,7 @@ __all__ = [
     "export",
     "fit_",
     "fold_",
+    "groups",
     "inspect",
     "load",
     "masks",

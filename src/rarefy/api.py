@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy import data as sources
 from rarefy import recipe as recipes
+from rarefy.cut.cut import cut_
+from rarefy.cut.score import UNIT_SCORES
 from rarefy.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.files import bytes_of, path_of
+from rarefy.given import Given, Labelled, with_labels
 from rarefy.model import hf, pages
 from rarefy.model.batches import tensors_in
 from rarefy.model.mask import fold_, plain_state
 from rarefy.model.select import all_layers, select
-from rarefy.model.stats import Loss, call, check_batches, evaluating, on_device
+from rarefy.model.stats import Loss, call, evaluating, on_device
 from rarefy.plan import naming, targets
 from rarefy.proof import measure
+from rarefy.proof.bench import example_of
 from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
@@ -38,6 +41,7 @@ from rarefy.store import aliases, pack
 from rarefy.train.loop import Gradual, fit_, optimizer_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NO_SCORE = UNIT_SCORES["magnitude"]
 EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
 
 
@@ -76,7 +80,7 @@ def compress_(
             check_weights(chosen)
     if work is not None and not plan.solves:
         raise RecipeError(f"work has no effect: recipe {plan.name} has no solver, whose state could be kept")
-    given = _Given(plan, data, tokenizer, base)
+    given = Given(plan, data, tokenizer, base)
     if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
     _check_data(plan, given)
@@ -87,7 +91,7 @@ def compress_(
 def _compress(
     model: nn.Module,
     plan: recipes.Recipe,
-    given: _Given,
+    given: Given,
     loss: Loss | None,
     memory: int | None,
     work: Path | None,
@@ -121,6 +125,25 @@ def _compress(
     return receipt
 
 
+def rehearse_(
+    model: nn.Module, plan: recipes.Recipe, *, tokenizer: Any = None, base: Path | None = None
+) -> list[Report]:
+    """Do the cuts of a recipe in place, without repair, by magnitude where a score would have to be computed from data;
+    return their reports, which say so. What else the recipe would do can be told of what is left."""
+    told = []
+    for stage in plan.stages:
+        if not isinstance(stage, recipes.Cut):
+            continue
+        free = "similarity" if stage.whole else "magnitude"
+        reads = _calibrates(replace(stage, repair=None))
+        options = {**stage.options(), "score": free if reads else stage.score, "repair": True}
+        given = Given(plan, None, tokenizer, base)
+        report = cut_(model, cut_example(model, given), **options, layers=stage.layers, ignore=stage.ignore)
+        notes = (f"by {free}, {stage.score} takes data: other units may go",) if reads else ()
+        told.append(replace(report, title="cut, rehearsed", notes=(*notes, *report.notes)))
+    return told
+
+
 def cast_(model: nn.Module, dtype: str) -> Report:
     """Turn parameters and saved buffers of floating point into `bf16`, `fp16` or `fp32` in place.
 
@@ -152,52 +175,7 @@ def _floating_state(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return ((n, t) for n, t in state if isinstance(t, Tensor) and t.is_floating_point())
 
 
-class _Given:
-    """Batches by purpose, from what was passed or from what the recipe names; each read once."""
-
-    def __init__(self, plan: recipes.Recipe, data: Any, tokenizer: Any, base: Path | None):
-        self.plan, self.tokenizer, self.base = plan, tokenizer, base
-        known = {"calibrate", "train", "evaluate"}
-        if isinstance(data, Mapping):
-            wrong = set(data) - known
-            if wrong:
-                raise DataError(f"data has {', '.join(sorted(wrong))}; known are {', '.join(sorted(known))}")
-            for purpose, batches in data.items():
-                if not callable(batches):
-                    check_batches(batches, f"data[{purpose!r}]")
-            self.found = {k: _reusable(v) for k, v in data.items()}
-        else:
-            if data is not None and not callable(data):
-                check_batches(data)
-            self.found = {} if data is None else {k: _reusable(data) for k in ("calibrate", "train")}
-
-    def batches(self, purpose: str) -> Any:
-        if purpose not in self.found:
-            source, settings = self._named(purpose)
-            if source is None:
-                raise DataError(
-                    f"no {purpose} data: name it in the recipe, or pass data={{{purpose!r}: batches}} (shell: --data)"
-                )
-            seed = getattr(settings, "seed", 0)
-            samples = settings.train_samples if purpose == "train" else settings.samples
-            take = sources.Take(samples=samples, tokens=settings.tokens, batch=settings.batch, seed=seed)
-            self.found[purpose] = sources.batches(source, take, tokenizer=self.tokenizer, base=self.base, what=purpose)
-        return self.found[purpose]
-
-    def _named(self, purpose: str) -> tuple[str | None, Any]:
-        if purpose == "evaluate":
-            e = self.plan.evaluate
-            return (e.data, e) if e else (None, None)
-        d = self.plan.data
-        return (getattr(d, purpose), d) if d else (None, None)
-
-
-def _reusable(batches: Any) -> Any:
-    """Batches are gone through more than once: an iterator, which cannot be, becomes a list."""
-    return list(batches) if hasattr(batches, "__next__") else batches
-
-
-def _check_data(plan: recipes.Recipe, given: _Given) -> None:
+def _check_data(plan: recipes.Recipe, given: Given) -> None:
     """Read all data before anything is changed, so that a wrong path costs nothing."""
     for stage in plan.stages:
         if _calibrates(stage.prune if isinstance(stage, recipes.Train) else stage) and callable(
@@ -209,15 +187,17 @@ def _check_data(plan: recipes.Recipe, given: _Given) -> None:
 
 
 def _calibrates(prune: Any) -> bool:
-    """Whether a stage reads calibration data: its solver does, or its score."""
+    """Whether a stage reads calibration data: its solver does, its score, or its repair."""
+    if isinstance(prune, recipes.Cut):
+        return bool(prune.repair) or UNIT_SCORES.get(prune.score or "", NO_SCORE).needs != "" or prune.score == "loss"
     score = getattr(prune, "score", None)
     reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in SLOW
     return reads or (score is not None and bool(SCORES[score].needs))
 
 
-def _prune(model: nn.Module, s: recipes.Prune, given: _Given, loss: Loss | None, **options: Any) -> list[Report]:
+def _prune(model: nn.Module, s: recipes.Prune, given: Given, loss: Loss | None, **options: Any) -> list[Report]:
     use = "train" if s.allocate in GRADIENTS else s.score  # both need gradients of the loss
-    data = _Labelled(model, given.batches("calibrate"), use) if _calibrates(s) else None
+    data = Labelled(model, given.batches("calibrate"), use) if _calibrates(s) else None
     done = prune_(
         model,
         s.pattern,
@@ -237,7 +217,7 @@ def _prune(model: nn.Module, s: recipes.Prune, given: _Given, loss: Loss | None,
 
 
 def _train(
-    model: nn.Module, s: recipes.Train, given: _Given, loss: Loss | None, seed: int, progress: bool
+    model: nn.Module, s: recipes.Train, given: Given, loss: Loss | None, seed: int, progress: bool
 ) -> list[Report]:
     o = s.optimizer
     gradual, calibrate = None, None
@@ -245,12 +225,12 @@ def _train(
         fields = {f: getattr(s.prune, f) for f in Gradual.__dataclass_fields__ if f != "seed"}
         gradual = Gradual(**fields, seed=seed)
         if SCORES[s.prune.score].needs:
-            calibrate = list(_with_labels(model, given.batches("calibrate"), s.prune.score))
+            calibrate = list(with_labels(model, given.batches("calibrate"), s.prune.score))
     train = given.batches("train")
     labelled = (
-        (lambda epoch: _Labelled(model, train(epoch), "train"))
+        (lambda epoch: Labelled(model, train(epoch), "train"))
         if callable(train)
-        else (lambda _: _Labelled(model, train, "train"))
+        else (lambda _: Labelled(model, train, "train"))
     )
     done = fit_(
         model,
@@ -272,37 +252,46 @@ def _train(
 
 
 def _cast(
-    model: nn.Module, s: recipes.Cast, given: _Given, loss: Loss | None, seed: int, progress: bool
+    model: nn.Module, s: recipes.Cast, given: Given, loss: Loss | None, seed: int, progress: bool
 ) -> list[Report]:
     return [cast_(model, s.dtype)]
 
 
-RUN: dict[type, Callable[..., list[Report]]] = {recipes.Prune: _prune, recipes.Train: _train, recipes.Cast: _cast}
+def _cut(model: nn.Module, s: recipes.Cut, given: Given, loss: Loss | None, seed: int, progress: bool) -> list[Report]:
+    reads = given.has("calibrate")
+    gradient = s.score is not None and (s.score == "loss" or UNIT_SCORES.get(s.score, NO_SCORE).needs == "gradient")
+    data = Labelled(model, given.batches("calibrate"), "train" if gradient else None) if reads else None
+    asked = s.options()
+    if s.score == "random" and s.whole:
+        data = None
+    if data is not None and not s.whole and asked["repair"] is False and not UNIT_SCORES[s.score or "magnitude"].needs:
+        data = None  # of other stages
+    example = cut_example(model, given)
+    options = {"layers": s.layers, "ignore": s.ignore, "data": data, "loss": loss, "seed": seed, "progress": progress}
+    return [cut_(model, example, **asked, **options)]
 
 
-def _with_labels(model: nn.Module, batches: Iterable[Any], use: str | None) -> Iterable[Any]:
-    """Give token batches their labels where a gradient is wanted: the next token of the text itself."""
-    wants = use == "train" or (use is not None and "gradient" in SCORES[use].needs)
-    for batch in batches:
-        text = hasattr(batch, "keys") and "input_ids" in batch and "labels" not in batch
-        if wants and text and hf.gives_tokens(model):
-            labels, mask = batch["input_ids"], batch.get("attention_mask")
-            batch = {**batch, "labels": labels if mask is None else labels.masked_fill(mask == 0, -100)}
-        yield batch
+def cut_example(model: nn.Module, given: Given) -> Any:
+    """What a model is called with to see what belongs together: one or two samples of any of the recipe's data, for a
+    Hugging Face model without any noise."""
+    for purpose in ("calibrate", "evaluate", "train"):
+        if given.has(purpose):
+            batches: Any = given.batches(purpose)
+            first = batches(0) if callable(batches) else batches
+            one = next(iter(first), None)  # type: ignore[call-overload]
+            if one is not None:
+                return _resize(one, 2)
+    if hf.is_model(model):
+        return example_of(model, 32, 2)
+    raise DataError("a cut runs the model once: give calibrate or evaluate data, or call rarefy.cut_ with an example")
 
 
-class _Labelled:
-    """Batches that get their labels on the way, so that a loader that shuffles shuffles each epoch."""
-
-    def __init__(self, model: nn.Module, batches: Any, use: str | None):
-        self.model, self.use = model, use
-        self.batches = batches if hasattr(batches, "__len__") else list(batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(_with_labels(self.model, self.batches, self.use))
-
-    def __len__(self) -> int:
-        return len(self.batches)
+RUN: dict[type, Callable[..., list[Report]]] = {
+    recipes.Prune: _prune,
+    recipes.Train: _train,
+    recipes.Cut: _cut,
+    recipes.Cast: _cast,
+}
 
 
 def _state(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool) -> dict[str, Any]:

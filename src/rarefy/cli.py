@@ -104,7 +104,10 @@ def compress(
             named = getattr(source_, purpose, None)
             if named is not None:
                 find(named, base, purpose)
-        _show(forecast(_skeleton(source), plan, most), as_json, quiet)
+        if plan.cuts:
+            _rehearse(source, plan, base, most, as_json, quiet)
+        else:
+            _show(forecast(_skeleton(source), plan, most), as_json, quiet)
         return
     if out is None:
         raise RecipeError("compress needs --out FOLDER (or --dry-run)")
@@ -139,12 +142,23 @@ def inspect(
     path: Annotated[
         str, typer.Argument(help="A folder of ours, a Hugging Face folder, a .safetensors file, a built-in name.")
     ],
+    groups: Annotated[
+        bool,
+        typer.Option("--groups", help="Show instead which units belong together, and which a cut could remove."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show every tensor of a checkpoint: shape, type, format, sparsity, pattern, bytes."""
     from rarefy import store
 
-    _show(store.inspect(_source(path)), as_json, False)
+    if not groups:
+        _show(store.inspect(_source(path)), as_json, False)
+        return
+    from rarefy.model import graph
+    from rarefy.proof.bench import example_of
+
+    model, _ = _load(_source(path))
+    _show(graph.groups(model, example_of(model, 32, 2)), as_json, False)
 
 
 @app.command()
@@ -325,6 +339,23 @@ def _load(source: Path) -> tuple[Any, Any]:
         hint = hint if source.suffix in PICKLES else ""
         raise ModelError(f"{source} is neither a folder of ours nor a Hugging Face folder (no config.json){hint}")
     return hf.load_folder(source), hf.load_tokenizer(source)
+
+
+def _rehearse(source: Path, plan: Any, base: Path | None, memory: int | None, as_json: bool, quiet: bool) -> None:
+    """Show what cuts would take out, and what the other stages would make of the rest."""
+    from rarefy.api import rehearse_
+    from rarefy.plan import forecast
+
+    model, tokenizer = _load(source)
+    told = rehearse_(model, plan, tokenizer=tokenizer, base=base)
+    expected = forecast(model, plan, memory)
+    if as_json:
+        print(json.dumps({"cuts": [r.to_dict() for r in told], "forecast": expected.to_dict()}, indent=1))
+        return
+    for report in (*told, expected):
+        _show(report, False, quiet)
+        if not quiet:
+            print()
 
 
 def _skeleton(source: Path) -> Any:

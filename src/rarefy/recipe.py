@@ -15,11 +15,18 @@ from typing import Any
 
 import yaml
 
+from rarefy.cut.ask import BUDGETS, KINDS, check_cut
+from rarefy.cut.depth import LAYER_SCORES
+from rarefy.cut.plan import SCOPES as CUT_SCOPES
+from rarefy.cut.repair import REPAIRS
+from rarefy.cut.score import REDUCTIONS as CUT_REDUCTIONS
+from rarefy.cut.score import UNIT_SCORES
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
 from rarefy.prune import pattern as patterns
 from rarefy.prune.allocate import ALLOCATIONS
 from rarefy.prune.score import SCORES
-from rarefy.prune.solver import Solver, resolve
+from rarefy.prune.solver import resolve
+from rarefy.stages import Cast, Cut, Data, Evaluate, Gradual, Optimizer, Prune, Save, Train
 from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
 from rarefy.train.schedule import SCHEDULES, sparsities
 
@@ -28,130 +35,10 @@ DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Data:
-    """What calibration and training read: paths or built-in names, and how much of them (null = all)."""
-
-    calibrate: str | None = None
-    train: str | None = None
-    samples: int | None = 64  # windows of text or images to calibrate on
-    train_samples: int | None = None
-    tokens: int = 512
-    batch: int = 8
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prune:
-    """Put zeros in, in one step. See `rarefy.prune_`."""
-
-    pattern: str = "unstructured"
-    score: str | None = None
-    sparsity: float | None = None
-    solver: Solver | str | None = None
-    allocate: str | None = None
-    scope: str | None = None
-    reduce: str | None = None
-    layers: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gradual:
-    """Put zeros in while training runs from `start` to `end` of its way. See `rarefy.train.loop.Gradual`."""
-
-    pattern: str = "unstructured"
-    score: str = "magnitude"
-    sparsity: float | None = None
-    scope: str | None = None
-    reduce: str | None = None
-    layers: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
-    schedule: str = "cubic"
-    steps: int = 10
-    first: float = 0.0
-    start: float = 0.0
-    end: float = 0.7
-    regrow: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Optimizer:
-    """A torch optimizer by name; what the optimizer does not know is an error."""
-
-    name: str = "adamw"
-    lr: float = 1e-4
-    momentum: float | None = None
-    weight_decay: float | None = None
-    nesterov: bool | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Return what was set besides name and rate."""
-        found = {k: getattr(self, k) for k in ("momentum", "weight_decay", "nesterov")}
-        return {k: v for k, v in found.items() if v is not None}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Train:
-    """Fine-tune with the masks held; `prune` raises the sparsity on the way."""
-
-    epochs: int = 1
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    lr_schedule: str = "cosine"
-    prune: Gradual | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cast:
-    """Keep parameters and saved buffers as bf16, fp16 or fp32 from here on."""
-
-    dtype: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Latency:
-    """Time forward calls on an evaluation batch cut or repeated to each of these sizes."""
-
-    batch: tuple[int, ...] = (1,)
-    repeats: int = 20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decode:
-    """Time a causal language model at batch 1: reading a prompt, writing new tokens."""
-
-    prompt: int = 256
-    new: int = 24
-    repeats: int = 5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluate:
-    """Measure before and after on held-out data. `at_most_worse: 0.15` makes a larger relative loss a failed check;
-    `accelerate: true` times the model also with layers that skip zeros (`accelerate_`)."""
-
-    metric: str
-    data: str | None = None
-    samples: int | None = None
-    tokens: int = 512
-    batch: int = 8
-    latency: Latency | None = None
-    decode: Decode | None = None
-    accelerate: bool = False
-    at_most_worse: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Save:
-    """How weights are stored: `smallest` of all formats for each tensor, or one format for all that it fits."""
-
-    format: str = "smallest"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """A whole compression, in order."""
 
-    stages: tuple[Prune | Train | Cast, ...]
+    stages: tuple[Cut | Prune | Train | Cast, ...]
     name: str = "recipe"
     about: str = ""
     data: Data | None = None
@@ -163,6 +50,11 @@ class Recipe:
     def solves(self) -> bool:
         """Whether a stage has a solver, whose state can be kept."""
         return any(isinstance(stage, Prune) and stage.solver is not None for stage in self.stages)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a stage takes units out."""
+        return any(isinstance(stage, Cut) for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved recipe as plain data, every default written out; `from_dict` reads it back."""
@@ -176,7 +68,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-STAGES: dict[str, type] = {"prune": Prune, "train": Train, "cast": Cast}
+STAGES: dict[str, type] = {"cut": Cut, "prune": Prune, "train": Train, "cast": Cast}
 DTYPES = ("bf16", "fp16", "fp32")
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": DTYPES,
@@ -188,6 +80,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scope": patterns.SCOPES,
     "allocate": ALLOCATIONS,
     "reduce": tuple(patterns.REDUCTIONS),
+}
+OWN: dict[Any, dict[str, tuple[str, ...]]] = {
+    Cut: {
+        "units": (*KINDS, "layer"),
+        "score": tuple(dict.fromkeys((*UNIT_SCORES, *LAYER_SCORES))),
+        "scope": CUT_SCOPES,
+        "reduce": CUT_REDUCTIONS,
+        "repair": REPAIRS,
+    }
 }
 AT_LEAST_ONE = frozenset({"samples", "train_samples", "tokens", "batch", "epochs", "steps", "repeats", "prompt", "new"})
 FRACTIONS = frozenset({"sparsity", "first", "start", "end"})
@@ -354,7 +255,8 @@ def _build(cls: Any, node: _Node) -> Any:
     if missing:
         raise RecipeError(f"{cls.__name__.lower()} needs {', '.join(missing)} [{node.where}]")
     kinds = typing.get_type_hints(cls)
-    made = {k: _stages(v) if k == "stages" else _value(k, v, kinds[k]) for k, v in node.value.items()}
+    choices = CHOICES | OWN.get(cls, {})
+    made = {k: _stages(v) if k == "stages" else _value(k, v, kinds[k], choices) for k, v in node.value.items()}
     out = cls(**made)
     _check(out, node)
     return out
@@ -378,7 +280,7 @@ def _stages(node: _Node) -> tuple[Any, ...]:
     return tuple(made)
 
 
-def _value(key: str, node: _Node, kind: Any) -> Any:
+def _value(key: str, node: _Node, kind: Any, choices: Mapping[str, tuple[str, ...]]) -> Any:
     """Return the node's value as the annotated type, or raise naming both."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     value = node.value
@@ -392,7 +294,7 @@ def _value(key: str, node: _Node, kind: Any) -> Any:
         if typing.get_origin(option) is tuple:
             inner = typing.get_args(option)[0]
             items = value if isinstance(value, list) else [node]
-            return tuple(_value(key, item, inner) for item in items)
+            return tuple(_value(key, item, inner, choices) for item in items)
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if option is float and isinstance(value, str):
@@ -401,8 +303,8 @@ def _value(key: str, node: _Node, kind: Any) -> Any:
             except ValueError:
                 continue
         if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
-            if key in CHOICES and value not in CHOICES[key]:
-                raise RecipeError(unknown(key, value, CHOICES[key], node.where))
+            if key in choices and not isinstance(value, bool) and value not in choices[key]:
+                raise RecipeError(unknown(key, value, choices[key], node.where))
             return value
     words = [_WORDS.get(o, getattr(o, "__name__", str(o)).lower()) for o in options if o is not type(None)]
     raise RecipeError(f"{key}: expected {' or '.join(words)}, got {_show(value)} [{node.where}]")
@@ -439,6 +341,10 @@ def _check(made: Any, node: _Node) -> None:
             resolve(made.solver)
         except RarefyError as error:
             raise RecipeError(f"{error} [{place('solver')}]") from None
+    if isinstance(made, Cut):
+        _check_cut(made, place)
+    if isinstance(made, Recipe):
+        _check_order(made, node)
     if isinstance(made, Optimizer) and made.name not in OPTIMIZERS:
         raise RecipeError(unknown("optimizer", made.name, OPTIMIZERS, place("name")))
     try:
@@ -458,6 +364,25 @@ def _check(made: Any, node: _Node) -> None:
             "pattern",
         )
         raise RecipeError(f"{error} [{place(key)}]") from None
+
+
+def _check_cut(made: Cut, place: Any) -> None:
+    try:
+        check_cut(**made.options())
+    except RarefyError as error:
+        names = [n for n in (*BUDGETS, "units", "score", "least", "round_to", "steps", "scope", "reduce", "repair")]
+        key = next((n for n in names if str(error).startswith(n)), "units")
+        raise RecipeError(f"{error} [{place(key)}]") from None
+
+
+def _check_order(made: Recipe, node: _Node) -> None:
+    """Raise RecipeError for a cut of a model that has masks by then."""
+    masked = False
+    for i, stage in enumerate(made.stages):
+        if isinstance(stage, Cut) and masked:
+            where = node.value["stages"].value[i].where
+            raise RecipeError(f"a cut comes before stages that prune, whose masks it would not fit [{where}]")
+        masked |= isinstance(stage, Prune) or (isinstance(stage, Train) and stage.prune is not None)
 
 
 def _replace(values: Any, key: str, new: Any) -> tuple[int, set[str]]:

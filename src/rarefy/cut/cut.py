@@ -4,52 +4,34 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.cut import plan
+from rarefy.cut.ask import BUDGETS, Ask, asked_of, check_layers, for_units, repairs_of
 from rarefy.cut.config import follow_config, joined
 from rarefy.cut.depth import drop_layers_
 from rarefy.cut.readers import observe
-from rarefy.cut.repair import REPAIRS, batch_norms, losing, make_up, renew_batch_norms
-from rarefy.cut.score import REDUCTIONS, UNIT_SCORES, unit_scores
+from rarefy.cut.repair import batch_norms, losing, make_up, renew_batch_norms
+from rarefy.cut.score import UNIT_SCORES, unit_scores
 from rarefy.cut.surgery import DoesNotRun, Removal, carry, restoring, take_out
-from rarefy.errors import DataError, ModelError, unknown
+from rarefy.errors import ModelError
 from rarefy.model.axes import Axis, leaves, products
-from rarefy.model.graph import Graph, Group, trace
+from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.mask import masks as attached
 from rarefy.model.select import Selector, select, unwrap
-from rarefy.model.stats import Loss, call, check_batches, evaluating, on_device
+from rarefy.model.stats import Loss, call, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof.measure import compare
 from rarefy.proof.report import Report
 
-KINDS = ("channel", "neuron", "head", "head of a group", "head dimension", "group")
 UNEVEN = "a chunk takes as many of it as of something that stays"
-BUDGETS = ("keep", "parameters", "flops", "latency")
 TRIALS = 8  # cuts that are timed to find one of a latency
 TIMINGS = 15
 DIGITS = re.compile(r"\d+")
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What `cut_` was asked for, checked."""
-
-    units: tuple[str, ...]
-    budget: str
-    target: float
-    score: str
-    reduce: str
-    scope: str
-    least: float
-    round_to: int
-    steps: int
-    seed: int
 
 
 def cut_(
@@ -119,15 +101,13 @@ def cut_(
     inner = unwrap(model)
     budgets: dict[str, Any] = dict(zip(BUDGETS, (keep, parameters, flops, latency)))
     if "layer" in ((units,) if isinstance(units, str) else units):
-        others = {"reduce": reduce != "sum", "scope": scope != "layer", "least": least != 0, "round_to": round_to != 1,
-                  "steps": steps != 1, "repair": repair is not True}  # fmt: skip
-        _check_layers(units, budgets, others)
+        check_layers(units, budgets, score, for_units(reduce, scope, least, round_to, steps, repair))
         return drop_layers_(
             inner, example, keep, score=score or "similarity", layers=layers, ignore=ignore,
             data=data, loss=loss, optimizer=optimizer, mask_only=mask_only, dry_run=dry_run, seed=seed,
             progress=progress,
         )  # fmt: skip
-    ask = _ask(
+    ask = asked_of(
         units,
         budgets,
         score or "magnitude",
@@ -138,7 +118,7 @@ def cut_(
         steps,
         seed,
     )
-    how = _repairs(repair, data, ask)
+    how = repairs_of(repair, data, ask)
     if attached(inner):
         raise ModelError("masks are still attached: fold_ the model first")
     dense = copy.deepcopy(inner) if ask.budget == "latency" else None
@@ -343,11 +323,6 @@ def row(group: Group, before: int, after: int, why: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def unruled(graph: Graph) -> tuple[str, ...]:
-    """Return a note for each operator without a rule."""
-    return tuple(f"no rule for {op} in {place}: what it meets is locked" for op, place in graph.unknown)
-
-
 def take_out_and_repair(
     model: nn.Module,
     example: Any,
@@ -374,65 +349,6 @@ def take_out_and_repair(
         removal.put_back()
         raise
     return removal
-
-
-def _check_layers(units: Any, budgets: Mapping[str, Any], others: Mapping[str, bool]) -> None:
-    """Raise ModelError for what has no meaning where whole blocks go."""
-    if not isinstance(units, str) and tuple(units) != ("layer",):
-        raise ModelError("layers are cut by themselves: units='layer'")
-    for name, value in budgets.items():
-        if value is not None and name != "keep":
-            raise ModelError(f"layers go whole: give keep, not {name}")
-    for name, given in others.items():
-        if given:
-            raise ModelError(f"{name} has no effect on layers")
-
-
-def _ask(
-    units: Any, budgets: Mapping[str, Any], score: Any, reduce: Any, scope: Any, least: Any, round_to: Any, steps: Any,
-    seed: int,
-) -> Ask:  # fmt: skip
-    kinds = (units,) if isinstance(units, str) else tuple(units)
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ModelError(unknown("units", str(kind), (*KINDS, "layer")))
-    for what, got, allowed in (
-        ("score", score, UNIT_SCORES),
-        ("reduce", reduce, REDUCTIONS),
-        ("scope", scope, plan.SCOPES),
-    ):
-        if got not in allowed:
-            raise ModelError(unknown(what, str(got), allowed))
-    given = {k: v for k, v in budgets.items() if v is not None} or {"keep": 0.5}
-    if len(given) > 1:
-        raise ModelError(f"{' and '.join(given)} are given: a cut has one budget")
-    [(budget, target)] = given.items()
-    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target <= 1:
-        raise ModelError(f"{budget} is a fraction above 0 and at most 1, got {target!r}")
-    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
-        raise ModelError(f"least is a fraction from 0 to 1, got {least!r}")
-    for what, n in (("round_to", round_to), ("steps", steps)):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ModelError(f"{what} is a whole number from 1 up, got {n!r}")
-    return Ask(kinds, budget, float(target), score, reduce, scope, float(least), round_to, steps, seed)
-
-
-def _repairs(repair: Any, data: Any, ask: Ask) -> tuple[str, ...]:
-    asked = REPAIRS if repair is True else () if repair is False else (repair,) if isinstance(repair, str) else repair
-    for name in asked:
-        if name not in REPAIRS:
-            raise ModelError(unknown("repair", str(name), REPAIRS))
-    needs = UNIT_SCORES[ask.score].needs
-    if data is None:
-        if needs:
-            raise DataError(f"score {ask.score} needs data: give batches")
-        return ()
-    check_batches(data)
-    if isinstance(data, Iterator):
-        raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
-    if not asked and not needs:
-        raise DataError(f"data has no effect: nothing is repaired, and score {ask.score} reads weights alone")
-    return tuple(asked)
 
 
 def _once(graph: Graph, groups: list[Group]) -> list[Group]:

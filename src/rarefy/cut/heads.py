@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.cut.config import follow_config
-from rarefy.cut.cut import row, unruled
+from rarefy.cut.cut import row
 from rarefy.cut.plan import sizes
 from rarefy.cut.surgery import take_out
 from rarefy.errors import ModelError, nearest
 from rarefy.model.axes import Axis, leaves
-from rarefy.model.graph import Graph, Group, trace
+from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.mask import masks as attached
 from rarefy.model.select import unwrap
 from rarefy.proof.report import Report

@@ -195,7 +195,11 @@ def budget(order: Order, what: str, target: float, whole: int) -> Counts:
     if abs(got - target) > NEAR * target:
         raise ModelError(
             f"{what} {target:g} cannot be met within 1 %: {got:.4f} is the nearest below"
-            + (f"; units go in multiples of {order.step}, a smaller round_to comes nearer" if order.step > 1 else "")
+            + (
+                f"; units go in multiples of {order.step}, a smaller round_to comes nearer"
+                if order.step > 1
+                else f": {sum(g.size for g in order.groups)} units are too few to come nearer"
+            )
         )
     return found
 

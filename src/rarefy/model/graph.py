@@ -7,6 +7,7 @@ dimension it occurs in. Removing a unit of a group is exact where nothing says o
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from rarefy.model.axes import Algebra, Axis, Expr, fixed, is_fixed, leaves, lock
 from rarefy.model.batches import tensors_in
 from rarefy.model.select import unwrap
 from rarefy.model.stats import call, evaluating, on_device
+from rarefy.proof.report import Report
 
 KERNEL = "a kernel has its size"  # of convolutions: no units
 
@@ -266,3 +268,37 @@ def _kind(axis: Axis, members: list[Member], owners: Mapping[str, list[tuple[nn.
         return axis.kind
     convolves = any(isinstance(owners[m.name][0][0], nn.modules.conv._ConvNd) for m in members)
     return "channel" if convolves else "neuron"
+
+
+def groups(model: nn.Module, example: Any) -> Report:
+    """Return the groups of coupled units: a row for those that differ only in numbers of their names.
+
+    group, kind, units; how many such groups; how many parameters and buffers each has; why they stay, where they do.
+    Raises ModelError where the example does not run. O(one call).
+
+    >>> print(groups(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(1, 4)))
+    groups of Sequential
+    group       kind    units  groups  parameters  stays because
+    0.weight:0  neuron      6       1           3
+    0.weight:1  neuron      4       1           1  the model is given it
+    2.weight:0  neuron      2       1           2  the model returns it
+    units that can go: 1 of 3 groups
+    """
+    graph = trace(model, example)
+    alike: dict[tuple[Any, ...], list[Group]] = {}
+    for g in graph.groups:
+        name, why = (re.sub(r"(?<=\.)\d+(?=\.)", "*", text or "") for text in (g.name, g.lock))
+        alike.setdefault((name, g.kind, g.size, len(g.members), why), []).append(g)
+    rows = [
+        {"group": name if len(gs) > 1 else gs[0].name, "kind": kind, "units": size, "groups": len(gs),
+         "parameters": members, "stays because": why if len(gs) > 1 else gs[0].lock or ""}
+        for (name, kind, size, members, why), gs in alike.items()
+    ]  # fmt: skip
+    free = sum(g.lock is None for g in graph.groups)
+    summary = {"units that can go": f"{free} of {len(graph.groups)} groups"}
+    return Report(f"groups of {type(unwrap(model)).__name__}", tuple(rows), summary, unruled(graph))
+
+
+def unruled(graph: Graph) -> tuple[str, ...]:
+    """Return a note for each operator without a rule."""
+    return tuple(f"no rule for {op} in {place}: what it meets is locked" for op, place in graph.unknown)

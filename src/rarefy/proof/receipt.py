@@ -52,7 +52,7 @@ class Receipt:
         lines = [f"Receipt: {self.name}", ""]
         if self.sparsity.get("layers"):
             lines += [table(_grouped(self.sparsity["layers"])), ""]
-        rows = [*self._quality(), *self._bytes(), *self._speed()]
+        rows = [*self._quality(), *self._units(), *self._bytes(), *self._speed()]
         if rows:
             lines += [table(rows), ""]
         settings = self.settings
@@ -73,6 +73,25 @@ class Receipt:
         verdict = "" if q.get("allowed") is None else f" ({'within' if q['passed'] else 'OVER'} {q['allowed']:.0%})"
         change = f"{q['change']:+.1%}{verdict}"
         return [_row(q["metric"], f"{q['before']:.4g}", f"{q['after']:.4g}", change)]
+
+    def _units(self) -> list[dict[str, str]]:
+        """What cuts left, by kind of unit."""
+        rows = []
+        for stage in self.stages:
+            if stage["title"] == "layers":
+                before, after = stage["summary"]["blocks"].split(" -> ")
+                rows.append(_row("blocks", before, after, ""))
+            kinds: dict[str, list[tuple[int, int]]] = {}
+            for r in stage["rows"] if stage["title"] == "cut" else ():
+                before, after = map(int, r["units"].split(" -> "))
+                if after < before:
+                    kinds.setdefault(r["kind"], []).append((before, after))
+            for kind, pairs in kinds.items():
+                before, after = (sum(p[i] for p in pairs) for i in (0, 1))
+                rows.append(
+                    _row(f"{kind}s of {len(pairs)} groups", f"{before:,}", f"{after:,}", f"{after / before:.3f}x")
+                )
+        return rows
 
     def _bytes(self) -> list[dict[str, str]]:
         rows = []

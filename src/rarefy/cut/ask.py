@@ -1,0 +1,120 @@
+"""What a cut can be asked for, and what it refuses before it has seen a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rarefy.cut import plan
+from rarefy.cut.depth import LAYER_SCORES
+from rarefy.cut.repair import REPAIRS
+from rarefy.cut.score import REDUCTIONS, UNIT_SCORES
+from rarefy.errors import DataError, ModelError, unknown
+from rarefy.model.stats import check_batches
+
+KINDS = ("channel", "neuron", "head", "head of a group", "head dimension", "group")
+BUDGETS = ("keep", "parameters", "flops", "latency")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What `cut_` was asked for, checked."""
+
+    units: tuple[str, ...]
+    budget: str
+    target: float
+    score: str
+    reduce: str
+    scope: str
+    least: float
+    round_to: int
+    steps: int
+    seed: int
+
+
+def check_cut(
+    *, units: Any, keep: Any, parameters: Any, flops: Any, latency: Any, score: Any, reduce: Any, scope: Any,
+    least: Any, round_to: Any, steps: Any, repair: Any,
+) -> None:  # fmt: skip
+    """Raise ModelError for what `cut_` would refuse without having seen a model."""
+    budgets: dict[str, Any] = dict(zip(BUDGETS, (keep, parameters, flops, latency)))
+    if "layer" in ((units,) if isinstance(units, str) else units):
+        check_layers(units, budgets, score, for_units(reduce, scope, least, round_to, steps, repair))
+    else:
+        asked_of(units, budgets, score or "magnitude", reduce, scope, least, round_to, steps, 0)
+        _names(repair)
+
+
+def for_units(reduce: Any, scope: Any, least: Any, round_to: Any, steps: Any, repair: Any) -> dict[str, bool]:
+    """Which options were given that blocks know nothing of."""
+    return {
+        "reduce": reduce != "sum", "scope": scope != "layer", "least": least != 0, "round_to": round_to != 1,
+        "steps": steps != 1, "repair": repair is not True,
+    }  # fmt: skip
+
+
+def check_layers(units: Any, budgets: Mapping[str, Any], score: Any, others: Mapping[str, bool]) -> None:
+    """Raise ModelError for what has no meaning where whole blocks go."""
+    if not isinstance(units, str) and tuple(units) != ("layer",):
+        raise ModelError("layers are cut by themselves: units='layer'")
+    if score is not None and score not in LAYER_SCORES:
+        raise ModelError(unknown("score of layers", str(score), LAYER_SCORES))
+    for name, value in budgets.items():
+        if value is not None and name != "keep":
+            raise ModelError(f"layers go whole: give keep, not {name}")
+    for name, given in others.items():
+        if given:
+            raise ModelError(f"{name} has no effect on layers")
+
+
+def asked_of(
+    units: Any, budgets: Mapping[str, Any], score: Any, reduce: Any, scope: Any, least: Any, round_to: Any, steps: Any,
+    seed: int,
+) -> Ask:  # fmt: skip
+    kinds = (units,) if isinstance(units, str) else tuple(units)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ModelError(unknown("units", str(kind), (*KINDS, "layer")))
+    for what, got, allowed in (
+        ("score", score, UNIT_SCORES),
+        ("reduce", reduce, REDUCTIONS),
+        ("scope", scope, plan.SCOPES),
+    ):
+        if got not in allowed:
+            raise ModelError(unknown(what, str(got), allowed))
+    given = {k: v for k, v in budgets.items() if v is not None} or {"keep": 0.5}
+    if len(given) > 1:
+        raise ModelError(f"{' and '.join(given)} are given: a cut has one budget")
+    [(budget, target)] = given.items()
+    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target <= 1:
+        raise ModelError(f"{budget} is a fraction above 0 and at most 1, got {target!r}")
+    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
+        raise ModelError(f"least is a fraction from 0 to 1, got {least!r}")
+    for what, n in (("round_to", round_to), ("steps", steps)):
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ModelError(f"{what} is a whole number from 1 up, got {n!r}")
+    return Ask(kinds, budget, float(target), score, reduce, scope, float(least), round_to, steps, seed)
+
+
+def _names(repair: Any) -> tuple[str, ...]:
+    asked = REPAIRS if repair is True else () if repair is False else (repair,) if isinstance(repair, str) else repair
+    for name in asked:
+        if name not in REPAIRS:
+            raise ModelError(unknown("repair", str(name), REPAIRS))
+    return tuple(asked)
+
+
+def repairs_of(repair: Any, data: Any, ask: Ask) -> tuple[str, ...]:
+    asked = _names(repair)
+    needs = UNIT_SCORES[ask.score].needs
+    if data is None:
+        if needs:
+            raise DataError(f"score {ask.score} needs data: give batches")
+        return ()
+    check_batches(data)
+    if isinstance(data, Iterator):
+        raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
+    if not asked and not needs:
+        raise DataError(f"data has no effect: nothing is repaired, and score {ask.score} reads weights alone")
+    return tuple(asked)

@@ -1,0 +1,90 @@
+"""The data of a run: what was passed, or what the recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rarefy import data as sources
+from rarefy import recipe as recipes
+from rarefy.errors import DataError
+from rarefy.model import hf
+from rarefy.model.stats import check_batches
+from rarefy.prune.score import SCORES
+
+
+class Given:
+    """Batches by purpose, from what was passed or from what the recipe names; each read once."""
+
+    def __init__(self, plan: recipes.Recipe, data: Any, tokenizer: Any, base: Path | None):
+        self.plan, self.tokenizer, self.base = plan, tokenizer, base
+        known = {"calibrate", "train", "evaluate"}
+        if isinstance(data, Mapping):
+            wrong = set(data) - known
+            if wrong:
+                raise DataError(f"data has {', '.join(sorted(wrong))}; known are {', '.join(sorted(known))}")
+            for purpose, batches in data.items():
+                if not callable(batches):
+                    check_batches(batches, f"data[{purpose!r}]")
+            self.found = {k: _reusable(v) for k, v in data.items()}
+        else:
+            if data is not None and not callable(data):
+                check_batches(data)
+            self.found = {} if data is None else {k: _reusable(data) for k in ("calibrate", "train")}
+
+    def has(self, purpose: str) -> bool:
+        """Return whether there is data for a purpose."""
+        return purpose in self.found or self._named(purpose)[0] is not None
+
+    def batches(self, purpose: str) -> Any:
+        if purpose not in self.found:
+            source, settings = self._named(purpose)
+            if source is None:
+                raise DataError(
+                    f"no {purpose} data: name it in the recipe, or pass data={{{purpose!r}: batches}} (shell: --data)"
+                )
+            seed = getattr(settings, "seed", 0)
+            samples = settings.train_samples if purpose == "train" else settings.samples
+            take = sources.Take(samples=samples, tokens=settings.tokens, batch=settings.batch, seed=seed)
+            self.found[purpose] = sources.batches(source, take, tokenizer=self.tokenizer, base=self.base, what=purpose)
+        return self.found[purpose]
+
+    def _named(self, purpose: str) -> tuple[str | None, Any]:
+        if purpose == "evaluate":
+            e = self.plan.evaluate
+            return (e.data, e) if e else (None, None)
+        d = self.plan.data
+        return (getattr(d, purpose), d) if d else (None, None)
+
+
+def _reusable(batches: Any) -> Any:
+    """Batches are gone through more than once: an iterator, which cannot be, becomes a list."""
+    return list(batches) if hasattr(batches, "__next__") else batches
+
+
+def with_labels(model: nn.Module, batches: Iterable[Any], use: str | None) -> Iterable[Any]:
+    """Give token batches their labels where a gradient is wanted: the next token of the text itself."""
+    wants = use == "train" or (use is not None and "gradient" in SCORES[use].needs)
+    for batch in batches:
+        text = hasattr(batch, "keys") and "input_ids" in batch and "labels" not in batch
+        if wants and text and hf.gives_tokens(model):
+            labels, mask = batch["input_ids"], batch.get("attention_mask")
+            batch = {**batch, "labels": labels if mask is None else labels.masked_fill(mask == 0, -100)}
+        yield batch
+
+
+class Labelled:
+    """Batches that get their labels on the way, so that a loader that shuffles shuffles each epoch."""
+
+    def __init__(self, model: nn.Module, batches: Any, use: str | None):
+        self.model, self.use = model, use
+        self.batches = batches if hasattr(batches, "__len__") else list(batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(with_labels(self.model, self.batches, self.use))
+
+    def __len__(self) -> int:
+        return len(self.batches)

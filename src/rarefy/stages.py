@@ -1,0 +1,160 @@
+"""The words of recipes: what stages, data and evaluation can be told. `recipe.py` reads and checks them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rarefy.cut.ask import BUDGETS
+from rarefy.prune.solver import Solver
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """What calibration and training read: paths or built-in names, and how much of them (null = all)."""
+
+    calibrate: str | None = None
+    train: str | None = None
+    samples: int | None = 64  # windows of text or images to calibrate on
+    train_samples: int | None = None
+    tokens: int = 512
+    batch: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prune:
+    """Put zeros in, in one step. See `rarefy.prune_`."""
+
+    pattern: str = "unstructured"
+    score: str | None = None
+    sparsity: float | None = None
+    solver: Solver | str | None = None
+    allocate: str | None = None
+    scope: str | None = None
+    reduce: str | None = None
+    layers: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gradual:
+    """Put zeros in while training runs from `start` to `end` of its way. See `rarefy.train.loop.Gradual`."""
+
+    pattern: str = "unstructured"
+    score: str = "magnitude"
+    sparsity: float | None = None
+    scope: str | None = None
+    reduce: str | None = None
+    layers: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+    schedule: str = "cubic"
+    steps: int = 10
+    first: float = 0.0
+    start: float = 0.0
+    end: float = 0.7
+    regrow: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimizer:
+    """A torch optimizer by name; what the optimizer does not know is an error."""
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    momentum: float | None = None
+    weight_decay: float | None = None
+    nesterov: bool | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return what was set besides name and rate."""
+        found = {k: getattr(self, k) for k in ("momentum", "weight_decay", "nesterov")}
+        return {k: v for k, v in found.items() if v is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """Fine-tune with the masks held; `prune` raises the sparsity on the way."""
+
+    epochs: int = 1
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_schedule: str = "cosine"
+    prune: Gradual | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cast:
+    """Keep parameters and saved buffers as bf16, fp16 or fp32 from here on."""
+
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """Take whole units out: the model becomes an ordinary smaller one. See `rarefy.cut_`. `repair: null` means all ways
+    where calibration data is given, none elsewhere."""
+
+    units: tuple[str, ...] = ("channel", "neuron", "head")
+    keep: float | None = None
+    parameters: float | None = None
+    flops: float | None = None
+    latency: float | None = None
+    score: str | None = None
+    reduce: str = "sum"
+    scope: str = "layer"
+    least: float = 0.0
+    round_to: int = 1
+    steps: int = 1
+    repair: bool | tuple[str, ...] | None = None
+    layers: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole blocks go."""
+        return "layer" in self.units
+
+    def options(self) -> dict[str, Any]:
+        """Return what `rarefy.cut.cut.check_cut` takes."""
+        names = ("units", *BUDGETS, "score", "reduce", "scope", "least", "round_to", "steps")
+        return {**{n: getattr(self, n) for n in names}, "repair": True if self.repair is None else self.repair}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Time forward calls on an evaluation batch cut or repeated to each of these sizes."""
+
+    batch: tuple[int, ...] = (1,)
+    repeats: int = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decode:
+    """Time a causal language model at batch 1: reading a prompt, writing new tokens."""
+
+    prompt: int = 256
+    new: int = 24
+    repeats: int = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """Measure before and after on held-out data. `at_most_worse: 0.15` makes a larger relative loss a failed check;
+    `accelerate: true` times the model also with layers that skip zeros (`accelerate_`)."""
+
+    metric: str
+    data: str | None = None
+    samples: int | None = None
+    tokens: int = 512
+    batch: int = 8
+    latency: Latency | None = None
+    decode: Decode | None = None
+    accelerate: bool = False
+    at_most_worse: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Save:
+    """How weights are stored: `smallest` of all formats for each tensor, or one format for all that it fits."""
+
+    format: str = "smallest"
