@@ -162,6 +162,20 @@ def test_configs_follow_and_transformers_loads_the_result(name, tmp_path):
     torch.testing.assert_close(outputs(last, IDS).detach(), outputs(again, IDS).detach())
 
 
+def test_the_config_that_a_model_was_made_from_stays_as_it_is(tmp_path):
+    config = transformers.LlamaConfig(vocab_size=100, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
+                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    before = config.to_dict()
+    model = transformers.LlamaForCausalLM(config).eval()
+    rarefy.cut_(model, IDS)
+    rarefy.drop_layers_(model, IDS, keep=0.5)
+    rarefy.save(model, tmp_path / "out")
+    given = rarefy.load(tmp_path / "out", model=transformers.LlamaForCausalLM(config))
+    assert given.config.num_hidden_layers == 2
+    assert config.to_dict() == before and model.config.hidden_size == 24 and model.config.num_hidden_layers == 2
+    assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
+
+
 def test_configs_of_fewer_layers():
     model = tall("Qwen3", head_dim=12, layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"],
                  sliding_window=4, use_sliding_window=True, max_window_layers=0)  # fmt: skip

@@ -47,9 +47,9 @@ def follow(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor]) -> tupl
                 for attribute, (parameter, dim) in attributes.items():
                     n = after(module, parameter, dim)
                     n = after(module, "running_mean", 0) if n is None and attribute == "num_features" else n
-                    if n is not None:
+                    if n is not None:  # else it is like any other number, as of norms without parameters
                         put(module, attribute, n)
-                    known.add(attribute)
+                        known.add(attribute)
         if isinstance(module, nn.modules.conv._ConvNd):
             _convolution(module, graph, names, masks, put)
             known |= {*module.__constants__, *vars(module)}

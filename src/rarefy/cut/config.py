@@ -27,7 +27,7 @@ def follow_config(model: nn.Module, example: Any, sizes: Mapping[int, set[int]])
     O(combinations of numbers that could be meant) skeletons."""
     if not hf.is_model(model):
         return False
-    config: Any = model.config
+    config = own_config(model)
     slots = list(_slots(config, sizes))
     want = {n: t.shape for n, t in model.state_dict().items()}
     for tried, values in enumerate(_combinations(slots)):
@@ -43,6 +43,19 @@ def follow_config(model: nn.Module, example: Any, sizes: Mapping[int, set[int]])
     return False
 
 
+def own_config(model: nn.Module) -> Any:
+    """Give a model a config of its own, which may be changed: other models may have been made from the same. Return
+    it."""
+    old: Any = model.config
+    new = copy.deepcopy(old)
+    parts = {id(a): b for (_, a), (_, b) in zip(_parts(old), _parts(new))}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if id(value) in parts and value is not None:
+                setattr(module, name, parts[id(value)])
+    return new
+
+
 def joined(sizes: Mapping[int, set[int]], more: Mapping[int, set[int]]) -> dict[int, set[int]]:
     """Return what sizes have become after both of two cuts."""
     out = {old: {n for to in new for n in more.get(to, {to})} for old, new in sizes.items()}
@@ -55,7 +68,7 @@ def adopt_config(model: nn.Module, values: Any) -> None:
     """Give the config of a model of the original class the smaller numbers of a saved one."""
     if not hf.is_model(model) or not isinstance(values, dict):
         return
-    for path, part in _parts(model.config):
+    for path, part in _parts(own_config(model)):
         saved = _within(values, path)
         for name, old in list(vars(part).items()):
             new = saved.get(name)
@@ -114,7 +127,7 @@ def _combinations(slots: Sequence[tuple[tuple[str, ...], str, list[Any]]]) -> It
 def cut_lists(model: nn.Module, kept: Sequence[int], before: int) -> list[Callable[[], None]]:
     """Leave in the config's lists with an entry a block those of blocks that stay; return what undoes it."""
     undo: list[Callable[[], None]] = []
-    for _, part in _parts(model.config) if hf.is_model(model) else ():
+    for _, part in _parts(own_config(model)) if hf.is_model(model) else ():
         for name in PER_LAYER:
             value = getattr(part, name, None)
             if isinstance(value, list) and len(value) == before:

@@ -37,6 +37,7 @@ class Removal:
     """What was done: how to undo it, tensors that were replaced (old, new, indices kept by dimension), and constants
     that removed units had left behind, added to biases by the weight's name."""
 
+    model: nn.Module | None = None
     undo: Undo = field(default_factory=list)
     replaced: list[tuple[Tensor, Tensor, dict[int, Tensor]]] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -46,6 +47,8 @@ class Removal:
         for step in reversed(self.undo[first:]):
             step()
         del self.undo[first:]
+        if self.model is not None:
+            forget(self.model)
 
 
 def take_out(
@@ -53,7 +56,7 @@ def take_out(
 ) -> Removal:
     """Remove the units that `masks` does not keep and prove it; `stay`: put them back, as zeros. Raises ModelError,
     and the model is as it was. Two calls."""
-    done = Removal()
+    done = Removal(model)
     done.undo += zero(graph, masks)
     zeros = len(done.undo)
     try:
@@ -227,8 +230,17 @@ def _cut_like(value: Any, old: Tensor, kept_of: Mapping[int, Tensor]) -> Any:
     return value
 
 
+def forget(model: nn.Module) -> None:
+    """Empty what modules keep of calls before (`attention_bias_cache`): it has the sizes of then."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) is dict and not name.startswith("_") and all(isinstance(t, Tensor) for t in value.values()):
+                value.clear()
+
+
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """Return all tensors that a call in evaluation mode returns."""
+    forget(model)
     with evaluating(model), torch.no_grad():
         return [t.detach().clone() for t in tensors_in(call(model, on_device(model, example)))]
 
