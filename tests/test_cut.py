@@ -13,6 +13,7 @@ import rarefy
 from conftest import tiny_llama
 from rarefy.cut.absent import Absent
 from rarefy.errors import ContainerError, ModelError, RarefyError
+from rarefy.model.attention import OwnHeads
 from rarefy.model.axes import Algebra, Axis, Prod, Sum, kept, leaves, size
 from rarefy.model.graph import trace
 
@@ -400,6 +401,8 @@ def test_a_size_written_into_forward_undoes_the_cut():
         ({"kept": {"0.weight": {"x": [0]}}}, "what a cut kept of 0.weight"),
         ({"kept": {"0.weight": [0]}}, "what a cut kept of 0.weight"),
         ({"kept": 3}, "the structure that a cut left is damaged"),
+        ({"attention": ["0"]}, "Sequential has no attention '0' that could have own heads"),
+        ({"attention": [3]}, "Sequential has no attention 3"),
         ({"config": 1}, "the structure that a cut left is damaged"),
         ({"blocks": {"0": [0]}}, r"Sequential has no list of blocks 0 of which a cut could keep \[0\]"),
         ({"blocks": {"": [2, 1]}}, "has no list of blocks"),
@@ -414,7 +417,11 @@ def test_damaged_structures(change, message):
 
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(ContainerError, match=message):
-        restore(net, {"numbers": {}, "shapes": {}, "kept": {}, "blocks": {}, "config": False, **change}, "out")
+        restore(
+            net,
+            {"numbers": {}, "shapes": {}, "kept": {}, "blocks": {}, "attention": [], "config": False, **change},
+            "out",
+        )
 
 
 # ---- repair ---------------------------------------------------------------------------------------------------------
@@ -527,12 +534,94 @@ def test_heads_of_transformers(name):
             rarefy.prune_heads_(dense, {where: [1]}, x)
 
 
-def test_a_class_that_divides_its_width_by_its_heads_keeps_them():
-    net, x = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True).eval(), torch.randn(2, 3, 8)
-    want = net(x)
-    with pytest.raises(ModelError, match="the cut model does not run, so it was put back"):
-        rarefy.prune_heads_(net, {"self_attn": [0, 2]}, x)
-    assert net.self_attn.num_heads == 4 and torch.equal(net(x), want)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_heads_of_torchs_attention(batch_first, tmp_path):
+    torch.manual_seed(0)
+
+    def make():
+        return nn.TransformerEncoderLayer(8, 4, 16, batch_first=batch_first).eval()
+
+    net, x = make(), torch.randn(2, 3, 8)
+    masked = copy.deepcopy(net)
+    with torch.no_grad():
+        for rows in (slice(0, 2), slice(4, 6)):
+            for part in (0, 8, 16):
+                masked.self_attn.in_proj_weight[part:][rows] = 0
+                masked.self_attn.in_proj_bias[part:][rows] = 0
+    rarefy.prune_heads_(net, {"self_attn": [0, 2]}, x)
+    attention = net.self_attn
+    assert isinstance(attention, nn.MultiheadAttention) and attention.num_heads == 2
+    assert attention.in_proj_weight.shape == (12, 8) and attention.embed_dim == 8 and attention.head_dim == 2
+    torch.testing.assert_close(net(x), masked(x))
+    rarefy.save(net, tmp_path / "out")
+    again = rarefy.load(tmp_path / "out", model=make()).eval()
+    assert torch.equal(again(x), net(x))
+    rarefy.prune_(again, sparsity=0.5, score="wanda", data=[x])  # it is an attention like any other
+    rarefy.fold_(again)
+    assert int((again.self_attn.in_proj_weight == 0).sum()) == 48
+
+
+@pytest.mark.parametrize("how", ["plain", "causal", "padding", "mask", "heads", "single", "crossed", "sequence first"])
+def test_own_heads_are_what_torch_computes(how):
+    torch.manual_seed(0)
+    first = how != "sequence first"
+    old = nn.MultiheadAttention(12, 3, batch_first=first).eval()
+    new = OwnHeads.of(copy.deepcopy(old))
+    x, y = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    gone = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    q, k, v, more = x, x, x, {}
+    if how == "causal":
+        more = {"attn_mask": gone, "is_causal": True}
+    if how == "padding":
+        more = {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2]), "attn_mask": gone}
+    if how == "mask":
+        more = {"attn_mask": torch.randn(6, 5, 5)}
+    if how == "heads":
+        more = {"average_attn_weights": False}
+    if how == "single":
+        q, k, v = x[0], x[0], x[0]
+    if how in ("crossed", "sequence first"):
+        k, v = y[:, :4], torch.randn(2, 4, 12)
+        q, k, v = (q, k, v) if first else (t.transpose(0, 1) for t in (q, k, v))
+    for weights in (True, False):
+        a, b = (m(q, k, v, need_weights=weights, **more) for m in (old, new))
+        torch.testing.assert_close(a[0], b[0])
+        assert (a[1] is None) == (b[1] is None) == (not weights)
+        if weights:
+            torch.testing.assert_close(a[1], b[1])
+    assert not OwnHeads.can_be(nn.MultiheadAttention(12, 3, add_bias_kv=True))
+    assert not OwnHeads.can_be(nn.MultiheadAttention(12, 3, kdim=6))
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.55])
+def test_attention_of_torch_is_cut_where_heads_do_not_divide(keep, tmp_path):
+    """5 heads of 16 with 80 features: 0.3 of each fits nowhere."""
+    torch.manual_seed(0)
+
+    def make():
+        layer = nn.TransformerEncoderLayer(80, 5, 64, batch_first=True)
+        return nn.Sequential(
+            nn.Linear(6, 80), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(80, 3)
+        ).eval()
+
+    model, x = make(), torch.randn(2, 7, 6)
+    masked = copy.deepcopy(model)
+    rarefy.cut_(masked, x, keep=keep, mask_only=True)
+    assert type(masked[1].layers[0].self_attn) is nn.MultiheadAttention
+    report = rarefy.cut_(model, x, keep=keep)
+    assert all(
+        not r["stays because"]
+        for r in report.rows
+        if r["kind"] in ("head", "neuron") and r["units"][:2] in ("5 ", "80", "64")
+    )
+    assert model[1].layers[0].self_attn.num_heads == round(5 * keep + 0.01) and model[0].out_features == round(
+        80 * keep
+    )
+    with Absent(), torch.no_grad():
+        want = masked(x)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    rarefy.save(model, tmp_path / "out")
+    assert torch.equal(rarefy.load(tmp_path / "out", model=make()).eval()(x), model(x))
 
 
 @pytest.mark.parametrize(

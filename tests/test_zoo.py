@@ -110,7 +110,7 @@ def test_a_cut_is_exact_and_the_model_lives_on(name, keep, tmp_path):
         assert a.shape == b.shape and float((a - b).abs().max()) <= 1e-4 * max(float(b.abs().max()), 1e-6)
     assert max(float(b.abs().max()) for b in want) > 1e-4  # there is something to compare
     assert after < before * (0.95 if name in STUBBORN else {0.25: 0.4, 0.5: 0.65, 0.75: 0.85}[keep])
-    rarefy.save(model, tmp_path / "cut")
+    rarefy.save(model, tmp_path / "cut", format="dense")
     again = rarefy.load(tmp_path / "cut", model=make(), verify=False).eval()
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(call(again, x), got, strict=True))

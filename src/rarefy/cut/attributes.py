@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rarefy.model.attention import OwnHeads
 from rarefy.model.axes import Algebra, Axis, Expr, kept, leaves, size
 from rarefy.model.graph import Graph
 
@@ -18,6 +19,7 @@ OF: dict[type, dict[str, tuple[str, int]]] = {
     nn.Embedding: {"embedding_dim": ("weight", 1)},
     nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
     nn.GroupNorm: {"num_channels": ("weight", 0)},
+    OwnHeads: {n: ("in_proj_weight", 1) for n in ("embed_dim", "kdim", "vdim")},
 }
 
 

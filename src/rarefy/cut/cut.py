@@ -17,8 +17,9 @@ from rarefy.cut.depth import drop_layers_
 from rarefy.cut.readers import observe
 from rarefy.cut.repair import batch_norms, losing, make_up, renew_batch_norms
 from rarefy.cut.score import UNIT_SCORES, unit_scores
-from rarefy.cut.surgery import DoesNotRun, Removal, carry, restoring, take_out
+from rarefy.cut.surgery import DoesNotRun, Removal, carry, give_own_heads, restoring, take_out
 from rarefy.errors import ModelError
+from rarefy.model.attention import OwnHeads
 from rarefy.model.axes import Axis, leaves, products
 from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.mask import masks as attached
@@ -85,6 +86,7 @@ def cut_(
     mask_only  units become zero, and nothing leaves
     dry_run   nothing is done: the report says what would go
 
+    `nn.MultiheadAttention`, which cannot lose heads or width by itself, becomes a subclass that can, where it has to.
     Outputs are those of the model whose units are zero where they are made (`mask_only`), except where something counts
     the units, such as a LayerNorm: the note of the group says so. Where a class has a size of its own in its code the
     groups that it concerns stay, and the report names it. Raises ModelError; the model is then as it was.
@@ -126,28 +128,40 @@ def cut_(
     sizes: dict[int, set[int]] = {}
     whole: dict[str, int] = {}
     done: list[Removal] = []
+    own: list[Removal] = []
     try:
         for step in track(range(1, ask.steps + 1), "cutting", progress and ask.steps > 1):
-            graph = trace(inner, example)
-            for g in graph.groups:
-                origin.setdefault((g.name, g.kind), g.size)
-            whole = whole or {k: of(graph, {}) for k, of in plan.MEASURES.items()}
-            groups = chosen(inner, graph, ask.units, layers, ignore)
-            cut = _Cut(inner, example, graph, groups, ask, data, loss, origin, whole, dense)
-            removal, masks = cut.run(ask.target ** (step / ask.steps), how, mask_only)
+            removal = None
+            while removal is None:
+                graph = trace(inner, example)
+                for g in graph.groups:
+                    origin.setdefault((g.name, g.kind), g.size)
+                whole = whole or {k: of(graph, {}) for k, of in plan.MEASURES.items()}
+                groups = chosen(inner, graph, ask.units, layers, ignore)
+                cut = _Cut(inner, example, graph, groups, ask, data, loss, origin, whole, dense)
+                try:
+                    removal, masks = cut.run(ask.target ** (step / ask.steps), how, mask_only)
+                except _Rigid:
+                    own.append(give_own_heads(inner))
             done.append(removal)
             sizes = joined(sizes, plan.sizes(graph, masks))
         if not (mask_only or dry_run) and follow_config(inner, example, sizes):
             inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
     except BaseException:
-        _put_back(done)
+        _put_back([*own, *done])
         raise
     if dry_run:
         _put_back(done)
+    if dry_run or mask_only:
+        _put_back(own)
     elif optimizer is not None:
         for removal in done:
             carry(optimizer, removal)
     return cut.report(masks, dry_run)  # type: ignore[possibly-unbound]
+
+
+class _Rigid(Exception):
+    """An attention module cannot lose what it should, unless it has heads of its own."""
 
 
 def _put_back(done: Sequence[Removal]) -> None:
@@ -194,6 +208,9 @@ class _Cut:
                     self.model, self.example, self.graph, masks, how, self.data, stay=mask_only
                 ), masks
             except ModelError as error:
+                place = error.module if isinstance(error, DoesNotRun) else ""
+                if OwnHeads.can_be(self.model.get_submodule(place)):
+                    raise _Rigid from error
                 if not (isinstance(error, DoesNotRun) and self._leave_alone(error)):
                     self._try_each(error, target)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rarefy.cut.config import follow_config
 from rarefy.cut.cut import row
 from rarefy.cut.plan import sizes
-from rarefy.cut.surgery import take_out
+from rarefy.cut.surgery import give_own_heads, take_out
 from rarefy.errors import ModelError, nearest
 from rarefy.model.axes import Axis, leaves
 from rarefy.model.graph import Graph, Group, trace, unruled
@@ -26,9 +26,9 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Sequence[int]], example: 
     heads    {name of an attention module: numbers of its query heads}, counted from 0 as they are now
     example  what the model can be called with
     Where queries share keys (GQA, MQA), heads go in whole groups: the numbers must name all queries of a group. For any
-    model whose attention `cut_` can read and whose class has heads of a size of their own: `nn.MultiheadAttention`
-    divides its width by the number of heads, so it takes `cut_` of both. Proved as there. Raises ModelError; the model
-    is then as it was.
+    model whose attention `cut_` can read. `nn.MultiheadAttention` divides its width by the number of heads: it becomes
+    a subclass with heads of a size of their own, with the same names and call. Proved as in `cut_`. Raises ModelError;
+    the model is then as it was.
 
     >>> prune_heads_(nn.Sequential(nn.Linear(2, 2)), {"0": [0]}, torch.randn(1, 2))
     Traceback (most recent call last):
@@ -39,13 +39,18 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Sequence[int]], example: 
         raise ModelError("masks are still attached: fold_ the model first")
     if not isinstance(heads, Mapping) or not heads:
         raise ModelError(f"heads is {{name of an attention module: [numbers]}}, got {heads!r}")
-    graph = trace(inner, example)
-    masks: dict[Axis, Tensor] = {}
-    for name, numbers in heads.items():
-        group = _group(graph, name)
-        masks[group.axis] = _kept(graph, group, name, numbers)
     before = sum(p.numel() for p in inner.parameters())
-    take_out(inner, example, graph, masks)
+    own = give_own_heads(inner, set(heads))
+    try:
+        graph = trace(inner, example)
+        masks: dict[Axis, Tensor] = {}
+        for name, numbers in heads.items():
+            group = _group(graph, name)
+            masks[group.axis] = _kept(graph, group, name, numbers)
+        take_out(inner, example, graph, masks)
+    except BaseException:
+        own.put_back()
+        raise
     if follow_config(inner, example, sizes(graph, masks)):
         inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
     after = sum(p.numel() for p in inner.parameters())

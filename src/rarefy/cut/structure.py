@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, unknown
+from rarefy.model.attention import with_own_heads
 
 # numbers of modules and shapes of tensors as they are now; indices kept of tensors that the class makes; blocks kept of
-# lists, by their first numbers; whether the config of the model says all that
+# lists, by their first numbers; attention modules that have heads of their own; whether the model's config says it all
 NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")  # by which blocks know their place
-PARTS = {"numbers": dict, "shapes": dict, "kept": dict, "blocks": dict, "config": bool}
+PARTS = {"numbers": dict, "shapes": dict, "kept": dict, "blocks": dict, "attention": list, "config": bool}
 
 
 def told(model: nn.Module) -> dict[str, Any]:
@@ -40,7 +41,14 @@ def remember_blocks(model: nn.Module, name: str, kept: list[int], numbers: Mappi
     blocks = {new: v for k, v in old["blocks"].items() if (new := now(k))}
     blocks[name] = kept if before is None else [before[i] for i in kept]
     renamed["numbers"] |= numbers
-    model.rarefy_cut = {**renamed, "blocks": blocks, "config": False}  # type: ignore[assignment]
+    attention = [new for k in old["attention"] if (new := now(k))]
+    model.rarefy_cut = {**renamed, "blocks": blocks, "attention": attention, "config": False}  # type: ignore[assignment]
+
+
+def remember_attention(model: nn.Module, names: Iterable[str]) -> None:
+    """Note on the model that these attention modules have heads of their own."""
+    old = told(model)
+    model.rarefy_cut = {**old, "attention": [*old["attention"], *names], "config": False}  # type: ignore[assignment]
 
 
 def remember(model: nn.Module, numbers: Mapping[str, Any], kept: Mapping[str, Mapping[int, Tensor]]) -> None:
@@ -67,6 +75,9 @@ def restore(model: nn.Module, told: Any, path: Any) -> None:
         raise ContainerError(f"{path}: the structure that a cut left is damaged")
     for name, kept in told["blocks"].items():
         _keep_blocks(model, name, kept, path)
+    for name in told["attention"]:
+        if not isinstance(name, str) or not with_own_heads(model, [name]):
+            raise ContainerError(f"{path}: {type(model).__name__} has no attention {name!r} that could have own heads")
     modules = dict(model.named_modules())
     for name, value in told["numbers"].items():
         prefix, _, attribute = name.rpartition(".")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from rarefy.cut.absent import Absent
 from rarefy.cut.attributes import follow
 from rarefy.cut.readers import Reader, all_readers
-from rarefy.cut.structure import named_tensors, remember
+from rarefy.cut.structure import named_tensors, remember, remember_attention
 from rarefy.errors import ModelError, RarefyError
+from rarefy.model.attention import with_own_heads
 from rarefy.model.axes import Axis, coordinates, kept, leaves
 from rarefy.model.batches import tensors_in
 from rarefy.model.graph import Graph, Group, plainly
@@ -70,6 +71,17 @@ def take_out(
     if stay:
         done.put_back(zeros)
         done.replaced.clear()
+    return done
+
+
+def give_own_heads(model: nn.Module, names: Any = None) -> Removal:
+    """Replace torch's attention modules by such as can lose heads and width; the model remembers which."""
+    done, before = Removal(model), getattr(model, "rarefy_cut", None)
+    replaced = with_own_heads(model, names)
+    done.undo.append(lambda: setattr(model, "rarefy_cut", before))
+    done.undo += [lambda w=w: setattr(w[0], w[1], w[2]) for w in replaced.values()]
+    if replaced:
+        remember_attention(model, replaced)
     return done
 
 

@@ -110,7 +110,8 @@ def _attention(module: nn.MultiheadAttention, param: str) -> Layout | None:
         return None
     e = module.embed_dim
     if param == "in_proj_weight":  # queries, keys and values have each their own inputs: three groups
-        return Layout("attention", (3, e, e), (0, 1, 2), (3, 1, e, e))
+        rows, e = module.in_proj_weight.shape[0] // 3, module.in_proj_weight.shape[1]
+        return Layout("attention", (3, rows, e), (0, 1, 2), (3, 1, rows, e))
     width = {"q_proj_weight": e, "k_proj_weight": module.kdim, "v_proj_weight": module.vdim}.get(param)
     return None if width is None else _matrix("attention", e, width)
 

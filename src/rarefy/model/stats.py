@@ -79,7 +79,15 @@ def call(model: nn.Module, batch: Any) -> Any:
         return model(batch)
     except RarefyError:
         raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        NotImplementedError,
+        AssertionError,
+    ) as error:
         inner = unwrap(model)
         takes = ", ".join(list(inspect.signature(inner.forward).parameters)[:4])
         said = (str(error) or type(error).__name__).strip().split("\n")[0][:200]
@@ -396,10 +404,9 @@ def _attention_hook(module: nn.MultiheadAttention, param: str, add: Callable[[Te
             x = {"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v}[param]
             add(x, F.linear(x, getattr(module, param)))
             return
-        e = module.embed_dim
         W = module.in_proj_weight
         first = [t if module.batch_first or t.dim() == 2 else t.transpose(0, 1) for t in (q, k, v)]
-        outs = [F.linear(t, w) for t, w in zip(first, W.split(e))]
+        outs = [F.linear(t, w) for t, w in zip(first, W.chunk(3))]
         longest = max(t.shape[-2] for t in first)  # fewer keys than queries: zero rows add nothing to a sum of squares
         padded = [[F.pad(t, (0, 0, 0, longest - t.shape[-2])) for t in ts] for ts in (first, outs)]
         add(torch.cat(padded[0], -1), torch.cat(padded[1], -1))
