@@ -313,6 +313,51 @@ def test_halves_of_a_chunk_stay_equally_long():
     assert model.a.out_features == 12 and model.b.in_features == 6
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("how", [{}, {"bidirectional": True}, {"num_layers": 2, "bidirectional": True}])
+def test_recurrent_layers(kind, how, tmp_path):
+    torch.manual_seed(0)
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.rnn = nn.Embedding(20, 12), kind(12, 16, batch_first=True, **how)
+            self.out = nn.Linear(32 if how else 16, 5)
+
+        def forward(self, ids):
+            return self.out(self.rnn(self.embed(ids))[0])
+
+    model, x = Reads(), torch.randint(0, 20, (2, 6))
+    masked = copy.deepcopy(model)
+    rarefy.cut_(masked, x, mask_only=True)
+    rarefy.cut_(model, x)
+    assert (model.embed.embedding_dim, model.rnn.input_size, model.rnn.hidden_size) == (6, 6, 8)
+    torch.testing.assert_close(model(x), masked(x), rtol=1e-4, atol=1e-6)
+    rarefy.save(model, tmp_path / "out")
+    assert torch.equal(rarefy.load(tmp_path / "out", model=Reads())(x), model(x))
+    model(x).sum().backward()
+
+
+def test_a_layer_whose_inputs_are_its_outputs_makes_them():
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.again, self.b = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            for _ in range(3):
+                x = x + F.relu(self.again(x))
+            return self.b(x)
+
+    model, x = Adds(), torch.randn(4, 5)
+    masked = copy.deepcopy(model)
+    rarefy.cut_(masked, x, mask_only=True)
+    rarefy.cut_(model, x)
+    assert model.again.weight.shape == (4, 4)
+    torch.testing.assert_close(model(x), masked(x), rtol=1e-4, atol=1e-6)
+
+
 def test_tied_weights_stay_tied_and_modules_know_their_sizes():
     model = Attention()
     rarefy.cut_(model, torch.randint(0, 11, (2, 6)))

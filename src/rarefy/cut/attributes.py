@@ -18,6 +18,7 @@ OF: dict[type, dict[str, tuple[str, int]]] = {
     nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
     nn.Embedding: {"embedding_dim": ("weight", 1)},
     nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
+    nn.RNNBase: {"input_size": ("weight_ih_l0", 1)},
     nn.GroupNorm: {"num_channels": ("weight", 0)},
     OwnHeads: {n: ("in_proj_weight", 1) for n in ("embed_dim", "kdim", "vdim")},
 }

@@ -114,9 +114,7 @@ def restore(model: nn.Module, told: Any, path: Any) -> None:
             new = fresh[id(old)]
             if isinstance(old, nn.Parameter):
                 new = made.setdefault(id(old), nn.Parameter(new, old.requires_grad))
-                module._parameters[attribute] = new
-            else:
-                module._buffers[attribute] = new
+            setattr(module, attribute, new)
     model.rarefy_cut = told  # type: ignore[assignment]
 
 

@@ -173,9 +173,8 @@ def remove(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor], done: R
             new = nn.Parameter(new.clone(), old.requires_grad)
         done.replaced.append((old, new, kept_of))
         for module, attribute in graph.owners[name]:
-            table = module._parameters if isinstance(old, nn.Parameter) else module._buffers
-            table[attribute] = new
-            done.undo.append(lambda t=table, a=attribute, o=old: t.__setitem__(a, o))
+            setattr(module, attribute, new)  # not past it: recurrent layers keep a list of their weights
+            done.undo.append(lambda m=module, a=attribute, o=old: setattr(m, a, o))
     for name, constant in done.constants.items():
         bias: Any = graph.owners[name][0][0].bias
         done.undo.append(restoring(bias))

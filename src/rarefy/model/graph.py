@@ -133,9 +133,10 @@ class Trace(TorchDispatchMode):
     def reads(self, t: Tensor, e: Expr) -> None:
         """Say that a product sums over `e`, a dimension of `t`: if t is a parameter, it reads these units."""
         if t in self.source:
-            held = {id(a) for a in leaves(e)}
-            for d, dim in enumerate(self.own[self.source[t]]):
-                if any(id(a) in held for a in leaves(dim)):
+            held, own = {id(a) for a in leaves(e)}, self.own[self.source[t]]
+            itself = [d for d, dim in enumerate(own) if dim is e]  # both may have the same units, as W in x + W x
+            for d, dim in enumerate(own):
+                if d in itself or (not itself and any(id(a) in held for a in leaves(dim))):
                     self.roles[self.source[t], d] = "in"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
