@@ -81,7 +81,8 @@ def fashion(seeds: list[int]) -> Iterator[Line]:
             train_dense(model, images, seed, MORE_EPOCHS, MORE_LR)
             yield {
                 "run": "fashion", "score": score, "scope": scope, "repair": repair, "seed": seed,
-                "cut": dict(told.summary), "seconds": seconds, "before": after, "trained": accuracy(contiguous(model), *images[2:]),
+                "cut": dict(told.summary), "seconds": seconds, "before": after,
+                "trained": accuracy(contiguous(model), *images[2:]),
             }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import rarefy
 from rarefy.cut import plan
-from rarefy.cut.score import UNIT_SCORES, joined, removal_errors, unit_scores
+from rarefy.cut.score import UNIT_SCORES, along, joined, removal_errors, unit_scores
 from rarefy.errors import DataError, ModelError
 from rarefy.model.graph import trace
 from rarefy.proof.measure import flops
@@ -196,7 +196,7 @@ def test_global_and_isomorphic_orders():
 def test_joined_is_fair_between_parameters_of_other_scales():
     where = torch.arange(3)
     a, b = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[300.0], [200.0], [100.0]])
-    fair = joined([(a, 0, where), (b, 0, where)], 3, "sum", fair=True)
+    fair = joined([(*along(a, 0), where), (*along(b, 0), where)], 3, "sum", fair=True)
     assert torch.allclose(fair, torch.full((3,), 2.0, dtype=torch.float64))
 
 

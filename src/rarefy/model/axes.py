@@ -293,8 +293,14 @@ def coordinates(e: Expr, axis: Axis) -> Tensor:
     e = resolve(e)
     if isinstance(e, Axis):
         return torch.arange(e.size) if e is axis else torch.full((e.size,), -1)
-    if isinstance(e, Sum):
-        return torch.cat([coordinates(t, axis) for t in e.of])
+    if isinstance(e, Sum):  # most parts have none of it
+        out, at = torch.full((size(e),), -1), 0
+        for part in e.of:
+            n = size(part)
+            if any(a is axis for a in leaves(part)):
+                out[at : at + n] = coordinates(part, axis)
+            at += n
+        return out
     out = torch.full((1,), -1)
     for f in e.of:
         out = torch.maximum(out[:, None], coordinates(f, axis)[None]).flatten()

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rarefy.errors import ModelError
-from rarefy.model.axes import Algebra, Axis, Expr, fixed, is_fixed, leaves, lock
+from rarefy.model.axes import Algebra, Axis, Expr, coordinates, fixed, is_fixed, leaves, lock
 from rarefy.model.batches import tensors_in
 from rarefy.model.select import unwrap
 from rarefy.model.stats import call, evaluating, on_device
@@ -81,6 +81,14 @@ class Graph:
     owners: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
     costs: list[tuple[int, list[Expr]]] = field(default_factory=list)
     products: list[tuple[str, list[Expr]]] = field(default_factory=list)
+    _places: dict[tuple[str, int], dict[Axis, Tensor]] = field(default_factory=dict)
+
+    def places(self, name: str, dim: int) -> dict[Axis, Tensor]:
+        """Return which unit of each axis the indices of a dimension belong to, -1 for none. O(size x axes), once."""
+        if (name, dim) not in self._places:
+            e = self.dims[name][dim]
+            self._places[name, dim] = {a: coordinates(e, a) for a in dict.fromkeys(leaves(e))}
+        return self._places[name, dim]
 
 
 class Trace(TorchDispatchMode):

@@ -1,0 +1,212 @@
+"""Cuts of torchvision's models beside Torch-Pruning: which model can be halved, how long it takes, what is left, and
+whether the outputs are those of the masked model.
+
+    pip install torch-pruning==1.6.1
+    python cut_zoo.py --table
+
+Torch-Pruning is used as its own example for these models does: half of each layer's outputs by magnitude, classifiers
+left alone, `hidden_dim` of vision transformers set by hand. Its masked model is made from the groups that it reports.
+Appends a JSON line a model and side to results/cut_zoo.jsonl; one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.proof.measure import commit, machine
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "cut_zoo.jsonl"
+sys.path.insert(0, str(HERE.parent / "tests"))
+SIDES = ("rarefy", "torch-pruning")
+LIMIT = 240  # seconds a model
+
+
+def call(model: nn.Module, x: Any) -> list[Tensor]:
+    from rarefy.model.batches import tensors_in
+
+    with torch.no_grad():
+        return [t for t in tensors_in(model(**x) if isinstance(x, dict) else model(x)) if t.is_floating_point()]
+
+
+def apart(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest difference, relative to the largest output."""
+    if [t.shape for t in got] != [t.shape for t in want]:
+        return float("inf")
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-9)) for a, b in zip(got, want))
+
+
+def ours(model: nn.Module, x: Any) -> dict[str, Any]:
+    import rarefy
+    from rarefy.cut.absent import Absent
+
+    masked = copy.deepcopy(model)
+    began = time.perf_counter()
+    rarefy.cut_(model, x, keep=0.5)
+    seconds = time.perf_counter() - began
+    rarefy.cut_(masked, x, keep=0.5, mask_only=True)
+    with Absent():
+        want = call(masked, x)
+    return {"seconds": seconds, "apart": apart(call(model, x), want)}
+
+
+def theirs(model: Any, x: Any) -> dict[str, Any]:
+    import torch_pruning as tp
+    from torchvision.models import VisionTransformer
+
+    from rarefy.cut.absent import Absent
+
+    masked = copy.deepcopy(model)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    heads: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+    if hasattr(model, "head") and isinstance(model.head, nn.Module):
+        heads.append(model.head)
+    last = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.out_channels in (1000, 21)]
+    began = time.perf_counter()
+    pruner = tp.pruner.MagnitudePruner(
+        model, x, importance=tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[*heads, *last]
+    )
+    named = {id(m): n for n, m in model.named_modules()}
+    there = dict(masked.named_modules())
+    single = {id(p): n for n, p in model.named_parameters()}
+    alive: dict[str, list[int]] = {}  # what is left of a dimension: groups tell places in what is left then
+
+    def first(name: str, idxs: Any, size: int) -> list[int]:
+        here = alive.setdefault(name, list(range(size)))
+        gone = {here[i] for i in idxs}
+        alive[name] = [i for i in here if i not in gone]
+        return sorted(gone)
+
+    for group in pruner.step(interactive=True) or ():
+        for dep, idxs in group:
+            module = dep.target.module
+            if isinstance(module, nn.Parameter) and id(module) in single:
+                token = masked.get_parameter(single[id(module)])
+                token.data[..., torch.tensor(first(single[id(module)], idxs, token.shape[-1]))] = 0
+            elif "out_channels" in getattr(dep.handler, "__name__", str(dep.handler)) and id(module) in named:
+                name = named[id(module)]
+                _zero(there[name], first(name, idxs, _outputs(there[name])))
+        group.prune()
+    if isinstance(model, VisionTransformer):
+        model.hidden_dim = model.conv_proj.out_channels  # type: ignore[assignment]
+    seconds = time.perf_counter() - began
+    got = call(model, x)
+    with Absent():
+        want = call(masked, x)
+    return {"seconds": seconds, "apart": apart(got, want)}
+
+
+def _outputs(module: nn.Module) -> int:
+    return module.embed_dim if isinstance(module, nn.MultiheadAttention) else len(module.weight)  # type: ignore[arg-type]
+
+
+def _zero(module: nn.Module, rows: Any) -> None:
+    """Make what a module puts out there zero."""
+    index = torch.tensor(list(rows))
+    with torch.no_grad():
+        if isinstance(module, nn.MultiheadAttention):
+            for part in range(3):
+                module.in_proj_weight[index + part * module.embed_dim] = 0
+                module.in_proj_bias[index + part * module.embed_dim] = 0
+            module = module.out_proj
+        for p in module._parameters.values():
+            if p is not None:
+                p[index] = 0
+
+
+def one(name: str, side: str) -> dict[str, Any]:
+    """Cut one model in this process."""
+    import zoo  # type: ignore[import-not-found]
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    make, x = zoo.torchvision_cases()[name]
+    model = make()
+    before = sum(p.numel() for p in model.parameters())
+    try:
+        found = (ours if side == "rarefy" else theirs)(model, x)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+    return {**found, "parameters": before, "left": sum(p.numel() for p in model.parameters())}
+
+
+def bench(names: list[str]) -> None:
+    for name in names:
+        for side in SIDES:
+            words = [sys.executable, __file__, "--one", name, side]
+            try:
+                ran = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT)
+                lines = ran.stdout.strip().splitlines()
+                found = json.loads(lines[-1]) if ran.returncode == 0 and lines else {"error": ran.stderr[-200:]}
+            except subprocess.TimeoutExpired:
+                found = {"error": f"took longer than {LIMIT} s"}
+            line = {"model": name, "side": side, **found, "commit": commit(HERE), "machine": machine()}
+            with RESULTS.open("a") as file:
+                print(json.dumps(line), file=file)
+            told = {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
+            print(name, side, told, flush=True)
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Return how many models each side handles, exactly, how long that took, and where they differ."""
+    last = {(l["model"], l["side"]): l for l in lines}
+    names = list(dict.fromkeys(m for m, _ in last))
+    out = ["| | " + " | ".join(SIDES) + " |", "|---|---|---|"]
+    ran = {s: {n: last[n, s] for n in names if (n, s) in last and "error" not in last[n, s]} for s in SIDES}
+    both = [n for n in names if all(n in ran[s] for s in SIDES)]
+    cells: dict[str, list[str]] = {
+        f"of {len(names)} models: run after the cut": [str(len(ran[s])) for s in SIDES],
+        "outputs within 1e-4 of the masked model's": [
+            str(sum(l["apart"] <= 1e-4 for l in ran[s].values())) for s in SIDES
+        ],
+        f"seconds to trace and cut, all {len(both)} that both do": [
+            f"{sum(ran[s][n]['seconds'] for n in both):.0f}" for s in SIDES
+        ],
+        "parameters left, median of those": [
+            _median(ran[s][n]["left"] / ran[s][n]["parameters"] for n in both) for s in SIDES
+        ],
+    }
+    out += [f"| {what} | {' | '.join(values)} |" for what, values in cells.items()]
+    for side in SIDES:
+        failed = [n for n in names if n not in ran[side]]
+        wrong = [n for n, l in ran[side].items() if not l["apart"] <= 1e-4]
+        out.append(f"\n{side} does not run: {', '.join(failed) or 'none'}. Not exact: {', '.join(wrong) or 'none'}.")
+    return "\n".join(out)
+
+
+def _median(values: Any) -> str:
+    found = sorted(values)
+    return f"{found[len(found) // 2]:.3f}" if found else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="only print what was measured last")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(*args.one)))
+        return
+    if not args.table:
+        import zoo  # type: ignore[import-not-found]
+
+        bench(args.models or list(zoo.torchvision_cases()))
+    print(table([json.loads(l) for l in RESULTS.read_text().splitlines()]))
+
+
+if __name__ == "__main__":
+    main()
