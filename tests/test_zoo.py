@@ -146,5 +146,33 @@ def _trains(model: nn.Module, x: object) -> None:
     assert any(not torch.equal(p, before) for p, before in moved)
 
 
+def _half(name: str, shape: torch.Size, model: str) -> int:
+    """How many numbers a parameter has when every unit that is not given or returned is halved."""
+    first = {"resnet50": "conv1.weight", "densenet121": "features.conv0.weight", "mobilenet_v2": "features.0.0.weight",
+             "vit_b_16": "conv_proj.weight", "swin_t": "features.0.0.weight"}  # fmt: skip
+    stays: set[int] = set(range(2, len(shape)))  # kernels
+    if name == first.get(model):
+        stays.add(1)  # red, green and blue
+    if name.startswith(("fc.", "classifier.", "heads.head.", "head.", "lm_head.")):
+        stays.add(0)  # classes
+    if "embed_tokens" in name or "relative_position_bias_table" in name:
+        stays.add(0)  # words; places
+    if name in ("class_token", "encoder.pos_embedding"):
+        stays = {0, 1}
+    out = 1
+    for d, n in enumerate(shape):
+        out *= n if d in stays or n == 1 else (n + 1) // 2
+    return out
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121", "vit_b_16", "swin_t", "llama"])
+def test_where_a_unit_can_go_it_goes(name):
+    make, x = CASES[name]
+    model = make()
+    want = sum(_half(n, p.shape, name) for n, p in model.named_parameters())
+    rarefy.cut_(model, x, keep=0.5)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(want, rel=0.02)
+
+
 def test_every_model_is_on_the_list():
     assert len(CASES) > 140 and set(FAST) <= set(CASES) and set(CASES) >= STUBBORN | MIXING
