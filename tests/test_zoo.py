@@ -146,6 +146,17 @@ def _trains(model: nn.Module, x: object) -> None:
     assert any(not torch.equal(p, before) for p, before in moved)
 
 
+def test_models_tell_their_width_after_a_cut():
+    import timm
+
+    for name, width in (("vit_tiny_patch16_224", 96), ("resnet18", 256), ("convnext_atto", 160)):
+        model = zoo.lively(timm.create_model(name, pretrained=False))
+        rarefy.cut_(model, zoo.images(224, 1), keep=0.5)
+        assert model.num_features == width
+        model.reset_classifier(7)
+        assert model(zoo.images(224, 1)).shape == (1, 7)
+
+
 def _half(name: str, shape: torch.Size, model: str) -> int:
     """How many numbers a parameter has when every unit that is not given or returned is halved."""
     first = {"resnet50": "conv1.weight", "densenet121": "features.conv0.weight", "mobilenet_v2": "features.0.0.weight",

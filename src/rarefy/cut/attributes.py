@@ -13,6 +13,8 @@ from rarefy.model.axes import Algebra, Axis, Expr, kept, leaves, size
 from rarefy.model.graph import Graph
 
 HEAD_DIMENSION = re.compile(r"head_?(dim|size|features)|(dim|size|features|per|d)_?(per_)?head|d_kv")
+# what models call their width, for others to read: not named in a view
+WIDTHS = ("embed_dim", "num_features", "head_hidden_size", "hidden_size", "hidden_dim", "d_model", "dim", "width")
 # class -> {attribute: (parameter, dimension)}: it is the size of that dimension
 OF: dict[type, dict[str, tuple[str, int]]] = {
     nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
@@ -66,6 +68,7 @@ def follow(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor]) -> tupl
             seen = graph.sizes.get(prefix, [])
             if type(value) is int:
                 new = _new_size(value, attribute, seen, masks)
+                new = _new_width(value, prefix, graph, masks) if new is None and attribute in WIDTHS else new
                 if new is not None:
                     put(module, attribute, new)
             elif type(value) is tuple and value and all(type(n) is int for n in value):
@@ -95,4 +98,12 @@ def _new_size(value: int, attribute: str, seen: list[Expr], masks: Mapping[Axis,
         kind = axes[0].kind if len(axes) == 1 and axes[0].kind in ("head", "head dimension") else None
         if size(e) == value and (wanted is None or kind == wanted):
             found.add(int(kept(e, masks.get).sum()))
+    return found.pop() if len(found) == 1 else None
+
+
+def _new_width(value: int, prefix: str, graph: Graph, masks: Mapping[Axis, Tensor]) -> int | None:
+    """What a width becomes: that of all biases, scales and statistics of that size in the module, if they agree."""
+    inside = f"{prefix}." if prefix else ""
+    vectors = [dims[0] for name, dims in graph.dims.items() if len(dims) == 1 and name.startswith(inside)]
+    found = {int(kept(e, masks.get).sum()) for e in vectors if size(e) == value}
     return found.pop() if len(found) == 1 else None
