@@ -153,11 +153,11 @@ def test_obs_removes_what_others_can_say():
     with torch.no_grad():
         net[0].weight[3], net[0].bias[3] = net[0].weight[7] * 2, net[0].bias[7] * 2
         net[2].weight[:, 3] *= 5
-    found = scores(net, "obs", data=data())[0]
+    found = scores(net, "obs", data=data(40))[0]
     assert int(found.argmin()) in (3, 7)
     dense, one, two = net, copy.deepcopy(net), copy.deepcopy(net)
-    rarefy.cut_(one, torch.randn(1, 5), keep=11 / 12, layers="0", score="obs", data=data())
-    rarefy.cut_(two, torch.randn(1, 5), keep=11 / 12, layers="0", score="magnitude", data=data())
+    rarefy.cut_(one, torch.randn(1, 5), keep=11 / 12, layers="0", score="obs", data=data(40))
+    rarefy.cut_(two, torch.randn(1, 5), keep=11 / 12, layers="0", score="magnitude", data=data(40))
     x = data()[0][0]
     lost = [float((m(x) - dense(x)).detach().norm()) for m in (one, two)]
     assert lost[0] < 0.2 * lost[1]
@@ -284,7 +284,19 @@ def test_a_latency_is_found_by_timing_cuts():
         ({"least": -1}, ModelError, "least is a fraction from 0 to 1, got -1"),
         ({"steps": 0}, ModelError, "steps is a whole number from 1 up, got 0"),
         ({"score": "taylor"}, DataError, "score taylor needs data: give batches"),
-        ({"score": "obs", "data": []}, DataError, "no batch of the data reaches 2.weight"),
+        ({"score": "obs", "data": []}, DataError, "the data gave no batch: repair and scores need some"),
+        ({"data": []}, DataError, "the data gave no batch: repair and scores need some"),
+        ({"repair": "ridge"}, DataError, "repair ridge needs data: give batches"),
+        ({"loss": lambda o, b: o.sum()}, ModelError, "loss has no effect: score magnitude takes no gradients"),
+        ({"score": "random", "reduce": "max"}, ModelError, "reduce has no effect: score random is one number a unit"),
+        ({"keep": 1.0}, ModelError, "nothing would go: keep 1 leaves every unit of every group"),
+        ({"optimizer": "adam"}, ModelError, "optimizer is a torch.optim.Optimizer, got 'adam'"),
+        (
+            {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters())},
+            ModelError,
+            "optimizer trains none of this Sequential's parameters",
+        ),
+        ({"data": [torch.full((4, 5), float("nan"))]}, ModelError, "what 2.weight is given is not finite on this data"),
         ({"score": "taylor", "data": [torch.randn(2, 5)]}, DataError, "no loss: "),
         ({"data": "text.txt"}, DataError, "data is an iterable of batches, got the text 'text.txt'"),
         ({"data": [torch.randn(2, 5)], "repair": False}, DataError, "data has no effect: nothing is repaired"),
@@ -351,12 +363,69 @@ def test_an_optimizer_goes_on_with_what_is_left():
     assert not torch.equal(before, net[0].weight)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_optimizers_whose_state_cannot_be_cut(kind):
+    net, (x, y) = mlp(), data()[0]
+    optimizer = kind(net.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        value = F.cross_entropy(net(x), y)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    with pytest.raises(ModelError, match=f"{kind.__name__} keeps '.*', which does not have the shape of a parameter"):
+        rarefy.cut_(net, x[:2], optimizer=optimizer)
+    assert net[0].out_features == 12
+
+
+class Parts(nn.Module):
+    """Two parts of one dimension, of which the small one is soon a single unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 102), nn.Linear(2, 2), nn.Linear(100, 2)
+
+    def forward(self, x):
+        p, q = self.a(x).split([self.b.in_features, self.c.in_features], -1)
+        return self.b(p) + self.c(F.relu(q))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_steps_know_what_was_there_at_first(steps):
+    model = Parts()
+    rarefy.cut_(model, torch.randn(3, 5), keep=0.5, steps=steps)
+    assert (model.b.in_features, model.c.in_features) == (1, 50)
+
+
+def test_batch_norms_are_as_they_were_where_data_fails():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+    net[1].running_mean.normal_()
+    before = copy.deepcopy(net.state_dict())
+    x = torch.randn(2, 3, 6, 6)
+
+    class Once:
+        def __init__(self):
+            self.it = iter([x])
+
+        def __iter__(self):
+            return self.it
+
+    nan = [x, x * float("nan")]
+    cases = [([], True), ([], "batchnorm"), (nan, True), (nan, "batchnorm"), (Once(), True)]
+    for given, repair in cases:
+        with pytest.raises((DataError, ModelError), match="not finite" if given is nan else "gave no batch"):
+            rarefy.cut_(net, x, data=given, repair=repair)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
 def test_a_rehearsal_changes_nothing():
     net = mlp()
     before = copy.deepcopy(net.state_dict())
     told = rarefy.cut_(net, torch.randn(1, 5), dry_run=True)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net[0].out_features == 12
-    assert getattr(net, "rarefy_cut", None) is None and str(told).startswith("cut: nothing done")
+    assert "rarefy_cut" not in vars(net) and str(told).startswith("cut: nothing done")
     done = rarefy.cut_(net, torch.randn(1, 5))
     assert told.rows == done.rows and told.summary == done.summary
 

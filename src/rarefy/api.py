@@ -131,14 +131,15 @@ def rehearse_(
     """Do the cuts of a recipe in place, without repair, by magnitude where a score would have to be computed from data;
     return their reports, which say so. What else the recipe would do can be told of what is left."""
     told = []
-    for stage in plan.stages:
+    for index, stage in enumerate(plan.stages):
         if not isinstance(stage, recipes.Cut):
             continue
         free = "similarity" if stage.whole else "magnitude"
         reads = _calibrates(replace(stage, repair=None))
         options = {**stage.options(), "score": free if reads else stage.score, "repair": True}
         given = Given(plan, None, tokenizer, base)
-        report = cut_(model, cut_example(model, given), **options, layers=stage.layers, ignore=stage.ignore)
+        of = {"layers": stage.layers, "ignore": stage.ignore, "seed": plan.seed + index}
+        report = cut_(model, cut_example(model, given), **options, **of)
         notes = (f"by {free}, {stage.score} takes data: other units may go",) if reads else ()
         told.append(replace(report, title="cut, rehearsed", notes=(*notes, *report.notes)))
     return told

@@ -115,7 +115,7 @@ class Cut:
         return "layer" in self.units
 
     def options(self) -> dict[str, Any]:
-        """Return what `rarefy.cut.cut.check_cut` takes."""
+        """Return what `rarefy.cut.ask.check_cut` takes."""
         names = ("units", *BUDGETS, "score", "reduce", "scope", "least", "round_to", "steps")
         return {**{n: getattr(self, n) for n in names}, "repair": True if self.repair is None else self.repair}
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.cut.config import adopt_config
-from rarefy.cut.structure import restore
+from rarefy.cut.structure import check_told, restore
 from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
 from rarefy.files import INDEX, blaming, check_target, whole_folder
 from rarefy.formats import container, sparse
@@ -128,8 +128,9 @@ def load(
                 f"{path} holds a {structure.get('class')}, which is built in Python: "
                 f"rarefy.load({str(path)!r}, model={structure.get('class')}(...))"
             )
-        model = hf.build(structure, empty=stream)
+        model = hf.build(_before_cuts(saved, structure, path), empty=stream)
     if saved.meta.get("cut") is not None:
+        check_told(saved.meta["cut"], path)
         if _fits(saved, model):
             model.rarefy_cut = saved.meta["cut"]  # type: ignore[assignment]
         else:
@@ -310,10 +311,19 @@ def _tensors(what: str | Path | nn.Module) -> Iterator[tuple[str, Tensor, str, i
             raise ContainerError(f"{file}: not a valid safetensors file: {error}") from None
 
 
+def _before_cuts(saved: container.Container, structure: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The structure to build: what the config says, or where cuts have left what no config says, the config before."""
+    cut = saved.meta.get("cut")
+    if cut is None:
+        return structure
+    check_told(cut, path)
+    return structure if cut["config"] or not cut["base"] else {**structure, "config": cut["base"]}
+
+
 def _fits(saved: container.Container, model: nn.Module) -> bool:
     """Whether a model has the structure that a cut left already, as one built from its config does."""
     cut = saved.meta["cut"]
-    if not isinstance(cut, dict) or not (cut.get("shapes") or cut.get("blocks")):
+    if not (cut["shapes"] or cut["blocks"]):
         return False  # nothing to tell it by
     shapes = {n: tuple(saved.index["tensors"][n]["shape"]) for n in saved.names}
     known = {n: tuple(t.shape) for n, t in model.state_dict().items()}

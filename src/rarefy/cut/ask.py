@@ -83,6 +83,8 @@ def asked_of(
     ):
         if got not in allowed:
             raise ModelError(unknown(what, str(got), allowed))
+    if reduce != "sum" and score in ("obs", "median", "random"):
+        raise ModelError(f"reduce has no effect: score {score} is one number a unit")
     given = {k: v for k, v in budgets.items() if v is not None} or {"keep": 0.5}
     if len(given) > 1:
         raise ModelError(f"{' and '.join(given)} are given: a cut has one budget")
@@ -105,12 +107,16 @@ def _names(repair: Any) -> tuple[str, ...]:
     return tuple(asked)
 
 
-def repairs_of(repair: Any, data: Any, ask: Ask) -> tuple[str, ...]:
+def repairs_of(repair: Any, data: Any, loss: Any, ask: Ask) -> tuple[str, ...]:
     asked = _names(repair)
     needs = UNIT_SCORES[ask.score].needs
+    if loss is not None and needs != "gradient":
+        raise ModelError(f"loss has no effect: score {ask.score} takes no gradients")
     if data is None:
         if needs:
             raise DataError(f"score {ask.score} needs data: give batches")
+        if asked and repair is not True:
+            raise DataError(f"repair {', '.join(asked)} needs data: give batches")
         return ()
     check_batches(data)
     if isinstance(data, Iterator):

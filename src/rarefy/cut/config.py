@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from rarefy.cut.surgery import NEAR, outputs
-from rarefy.errors import RarefyError
 from rarefy.model import hf
 
 TRIES = 512  # combinations of numbers
@@ -27,7 +25,7 @@ def follow_config(model: nn.Module, example: Any, sizes: Mapping[int, set[int]])
     O(combinations of numbers that could be meant) skeletons."""
     if not hf.is_model(model):
         return False
-    config = own_config(model)
+    config: Any = model.config
     slots = list(_slots(config, sizes))
     want = {n: t.shape for n, t in model.state_dict().items()}
     for tried, values in enumerate(_combinations(slots)):
@@ -37,17 +35,16 @@ def follow_config(model: nn.Module, example: Any, sizes: Mapping[int, set[int]])
         for (path, name, _), value in zip(slots, values):
             setattr(_at(fresh, path), name, value)
         if _builds(model, fresh, want, example):
-            for (path, name, _), value in zip(slots, values):
-                setattr(_at(config, path), name, value)
+            own_config(model, fresh)
             return True
     return False
 
 
-def own_config(model: nn.Module) -> Any:
+def own_config(model: nn.Module, new: Any = None) -> Any:
     """Give a model a config of its own, which may be changed: other models may have been made from the same. Return
     it."""
     old: Any = model.config
-    new = copy.deepcopy(old)
+    new = copy.deepcopy(old) if new is None else new
     parts = {id(a): b for (_, a), (_, b) in zip(_parts(old), _parts(new))}
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -72,7 +69,7 @@ def adopt_config(model: nn.Module, values: Any) -> None:
         saved = _within(values, path)
         for name, old in list(vars(part).items()):
             new = saved.get(name)
-            smaller = type(old) is int and type(new) is int and 1 <= new <= old
+            smaller = _is_size(name) and type(old) is int and type(new) is int and 1 <= new <= old
             given = old is None and name in OTHERWISE and type(new) is int and new >= 1
             shorter = name in PER_LAYER and isinstance(new, list) and isinstance(old, list) and len(new) <= len(old)
             if smaller or given or (shorter and all(v in old for v in new)):  # type: ignore[union-attr, operator]
@@ -99,11 +96,16 @@ def _at(config: Any, path: Sequence[str]) -> Any:
     return config
 
 
+def _is_size(name: str) -> bool:
+    """Whether a number of a config may be a size that cuts change, by its name: no id, no length of a text."""
+    return not name.startswith("_") and name.rpartition("_")[2] not in KEPT
+
+
 def _slots(config: Any, sizes: Mapping[int, set[int]]) -> Iterator[tuple[tuple[str, ...], str, list[Any]]]:
     """Numbers of the config that a cut may have changed, and what they may be now: the likeliest first."""
     for path, part in _parts(config):
         for name, value in vars(part).items():
-            if name.startswith("_") or name.rpartition("_")[2] in KEPT or name in KEPT:
+            if not _is_size(name):
                 continue
             if type(value) is int and value in sizes:
                 yield path, name, [*sorted(sizes[value] - {value}), value]
@@ -117,23 +119,39 @@ def _slots(config: Any, sizes: Mapping[int, set[int]]) -> Iterator[tuple[tuple[s
 
 def _combinations(slots: Sequence[tuple[tuple[str, ...], str, list[Any]]]) -> Iterator[tuple[Any, ...]]:
     """All choices of values, those with more first choices first."""
-    choices = [range(len(s[2])) for s in slots]
-    for total in range(sum(len(c) for c in choices) + 1):
-        for picks in itertools.product(*choices):
-            if sum(picks) == total:
-                yield tuple(s[2][p] for s, p in zip(slots, picks))
+    most = [len(s[2]) - 1 for s in slots]
+
+    def picks(total: int, at: int) -> Iterator[tuple[int, ...]]:
+        """Numbers of choices, from a slot on, that add up."""
+        if at == len(most):
+            if total == 0:
+                yield ()
+            return
+        for first in range(min(total, most[at]) + 1):
+            if total - first <= sum(most[at + 1 :]):
+                for others in picks(total - first, at + 1):
+                    yield first, *others
+
+    for total in range(sum(most) + 1):
+        for chosen in picks(total, 0):
+            yield tuple(s[2][p] for s, p in zip(slots, chosen))
 
 
-def cut_lists(model: nn.Module, kept: Sequence[int], before: int) -> list[Callable[[], None]]:
+def cut_lists(model: nn.Module, kept: Sequence[int], before: int) -> list[Callable[[], Any]]:
     """Leave in the config's lists with an entry a block those of blocks that stay; return what undoes it."""
-    undo: list[Callable[[], None]] = []
-    for _, part in _parts(own_config(model)) if hf.is_model(model) else ():
-        for name in PER_LAYER:
-            value = getattr(part, name, None)
-            if isinstance(value, list) and len(value) == before:
-                setattr(part, name, [value[i] for i in kept])
-                undo.append(lambda p=part, n=name, v=value: setattr(p, n, v))
-    return undo
+    old: Any = getattr(model, "config", None)
+    lists = [
+        (path, name, value)
+        for path, part in (_parts(old) if hf.is_model(model) else ())
+        for name in PER_LAYER
+        if isinstance(value := getattr(part, name, None), list) and len(value) == before
+    ]
+    if not lists:
+        return []
+    new = own_config(model)
+    for path, name, value in lists:
+        setattr(_at(new, path), name, [value[i] for i in kept])
+    return [lambda: own_config(model, old)]
 
 
 def _builds(model: Any, config: Any, want: Mapping[str, torch.Size], example: Any) -> bool:
@@ -151,8 +169,8 @@ def _builds(model: Any, config: Any, want: Mapping[str, torch.Size], example: An
         for a, b in zip(outputs(again, example), outputs(model, example), strict=True):
             if a.shape != b.shape or not bool((a - b).abs().max() <= NEAR * b.abs().max().clamp(min=1e-6)):
                 return False
-    except (RarefyError, ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError):
-        return False  # these numbers make no model
+    except Exception:  # of whatever kind: these numbers make no model
+        return False
     return True
 
 

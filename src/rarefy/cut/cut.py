@@ -14,13 +14,14 @@ from rarefy.cut import plan
 from rarefy.cut.ask import BUDGETS, Ask, asked_of, check_layers, for_units, repairs_of
 from rarefy.cut.config import follow_config, joined
 from rarefy.cut.depth import drop_layers_
+from rarefy.cut.optimizers import carry, check_optimizer
 from rarefy.cut.readers import observe
 from rarefy.cut.repair import batch_norms, losing, make_up, renew_batch_norms
 from rarefy.cut.score import UNIT_SCORES, unit_scores
-from rarefy.cut.surgery import DoesNotRun, Removal, carry, give_own_heads, restoring, take_out
+from rarefy.cut.surgery import DoesNotRun, Inexact, Removal, give_own_heads, restoring, take_out
 from rarefy.errors import ModelError
 from rarefy.model.attention import OwnHeads
-from rarefy.model.axes import Axis, leaves, products
+from rarefy.model.axes import Axis, kept, leaves, products, size
 from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.mask import masks as attached
 from rarefy.model.select import Selector, select, unwrap
@@ -90,7 +91,7 @@ def cut_(
     Outputs are those of the model whose units are zero where they are made (`mask_only`), except where something counts
     the units, such as a LayerNorm: the note of the group says so. Where a class has a size of its own in its code the
     groups that it concerns stay, and the report names it. Raises ModelError; the model is then as it was.
-    O(weights) and three calls, besides the score.
+    O(weights) and four calls, besides the score; a few more for each form of groups that a class does not let go.
 
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> cut_(net, torch.randn(1, 4), keep=0.5).rows[0]["units"], net
@@ -120,44 +121,45 @@ def cut_(
         steps,
         seed,
     )
-    how = repairs_of(repair, data, ask)
+    how = repairs_of(repair, data, loss, ask)
+    check_optimizer(optimizer, inner)
     if attached(inner):
         raise ModelError("masks are still attached: fold_ the model first")
     dense = copy.deepcopy(inner) if ask.budget == "latency" else None
-    origin: dict[tuple[str, str], int] = {}
     sizes: dict[int, set[int]] = {}
-    whole: dict[str, int] = {}
     done: list[Removal] = []
     own: list[Removal] = []
+    first = trace(inner, example)
+    whole = {k: of(first, {}) for k, of in plan.MEASURES.items()}
+    history = History(first)
     try:
         for step in track(range(1, ask.steps + 1), "cutting", progress and ask.steps > 1):
             removal = None
             while removal is None:
-                graph = trace(inner, example)
-                for g in graph.groups:
-                    origin.setdefault((g.name, g.kind), g.size)
-                whole = whole or {k: of(graph, {}) for k, of in plan.MEASURES.items()}
+                graph = trace(inner, example) if done else first
                 groups = chosen(inner, graph, ask.units, layers, ignore)
-                cut = _Cut(inner, example, graph, groups, ask, data, loss, origin, whole, dense)
+                cut = _Cut(inner, example, graph, groups, ask, data, loss, history.origins(graph), whole, dense)
                 try:
                     removal, masks = cut.run(ask.target ** (step / ask.steps), how, mask_only)
                 except _Rigid:
                     own.append(give_own_heads(inner))
+                    done.append(own[-1])
             done.append(removal)
+            history.add(graph, masks)
             sizes = joined(sizes, plan.sizes(graph, masks))
         if not (mask_only or dry_run) and follow_config(inner, example, sizes):
             inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
     except BaseException:
-        _put_back([*own, *done])
+        _put_back(done)
         raise
     if dry_run:
         _put_back(done)
-    if dry_run or mask_only:
+    elif mask_only:
         _put_back(own)
     elif optimizer is not None:
         for removal in done:
-            carry(optimizer, removal)
-    return cut.report(masks, dry_run)  # type: ignore[possibly-unbound]
+            carry(optimizer, removal.replaced)
+    return cut.report(masks, done[-1], dry_run)  # type: ignore[possibly-unbound]
 
 
 class _Rigid(Exception):
@@ -181,13 +183,13 @@ class _Cut:
         ask: Ask,
         data: Any,
         loss: Loss | None,
-        origin: Mapping[tuple[str, str], int],
+        origin: Mapping[Axis, int],
         whole: Mapping[str, int],
         dense: nn.Module | None,
     ):
         self.model, self.example, self.graph, self.groups, self.ask = model, example, graph, groups, ask
         self.data, self.loss, self.whole, self.dense = data, loss, whole, dense
-        self.origin = {g.axis: origin[g.name, g.kind] for g in graph.groups}
+        self.origin = origin
         self.stays: dict[Axis, str] = {}  # groups that a class wants as they are
         self.scores = self._scored(groups)
         self.time: float | None = None
@@ -207,9 +209,9 @@ class _Cut:
                 return take_out_and_repair(
                     self.model, self.example, self.graph, masks, how, self.data, stay=mask_only
                 ), masks
-            except ModelError as error:
+            except (DoesNotRun, Inexact) as error:
                 place = error.module if isinstance(error, DoesNotRun) else ""
-                if OwnHeads.can_be(self.model.get_submodule(place)):
+                if place and OwnHeads.can_be(self.model.get_submodule(place)):
                     raise _Rigid from error
                 if not (isinstance(error, DoesNotRun) and self._leave_alone(error)):
                     self._try_each(error, target)
@@ -225,6 +227,8 @@ class _Cut:
             left = plan.budget(order, a.budget, target, self.whole[a.budget])
         if not left:
             raise ModelError(f"nothing would go: {UNEVEN}")
+        if all(n == axis.size for axis, n in left.items()):
+            raise ModelError(f"nothing would go: {a.budget} {target:g} leaves every unit of every group")
         return left
 
     def _order(self, groups: list[Group]) -> plan.Order:
@@ -297,12 +301,12 @@ class _Cut:
                 masks = self._masks(plan.counts(self._order([*fine, *groups]), 1 - target))
                 take_out(self.model, self.example, self.graph, masks).put_back()
                 fine += groups
-            except ModelError as reason:
+            except (DoesNotRun, Inexact) as reason:
                 self.stays |= {g.axis: _said(reason) for g in groups}
         if not fine:
             raise error
 
-    def report(self, masks: Mapping[Axis, Tensor], dry_run: bool) -> Report:
+    def report(self, masks: Mapping[Axis, Tensor], done: Removal, dry_run: bool) -> Report:
         """Return a row a group, and what is left of the model."""
         asked = {g.axis for g in self.groups}
         rows = []
@@ -310,6 +314,7 @@ class _Cut:
             n = int(masks[g.axis].sum()) if g.axis in masks else g.size
             why = "" if g.axis in masks else g.lock or self.stays.get(g.axis)
             why = why if why is not None else UNEVEN if g.axis in asked else "not asked for"
+            why = "too few units for a part to go" if not why and n == g.size else why
             rows.append(row(g, self.origin[g.axis], n, why))
         left = {axis: int(m.sum()) for axis, m in masks.items()}
         summary: dict[str, Any] = {}
@@ -318,7 +323,11 @@ class _Cut:
             summary[what] = f"{before:,} -> {after:,} ({after / max(before, 1):.3f})"
         if self.time is not None:
             summary["time"] = f"{self.time:.3f} of the dense model's, as timed for the choice"
+        if done.repaired:
+            summary["repaired"] = f"{len(done.repaired)} layers and norms"
         notes = unruled(self.graph)
+        if done.unseen:
+            notes += ("the example's outputs do not depend on what went: the proof says nothing of it",)
         return Report("cut: nothing done" if dry_run else "cut", tuple(rows), summary, notes)
 
 
@@ -352,20 +361,54 @@ def take_out_and_repair(
 ) -> Removal:
     """Remove the units that `masks` does not keep, prove it, and let the others make up for them."""
     hit = losing(graph, masks) if {"ridge", "bias"} & set(how) and not stay else []
-    before = {r.name: r.module.weight.detach().clone() for r in hit}
+    before = {r.name: r.module.weight.detach().clone() for r in hit} if data is not None else {}
     moments = observe(model, hit, data) if data is not None and hit else {}
     removal = take_out(model, example, graph, masks, stay=stay)
     try:
         if not stay:
+            for name in set(before) & set(removal.scaled):  # attention divides by another root now
+                dim, rows, by = removal.scaled[name]
+                before[name].index_copy_(dim, rows, before[name].index_select(dim, rows) * by)
             removal.undo += [restoring(r.module.bias) for r in hit if r.module.bias is not None]
-            make_up(hit, graph, masks, before, moments, removal.constants, how)
+            removal.repaired += make_up(hit, graph, masks, before, moments, removal.constants, how)
             if "batchnorm" in how and data is not None:
-                removal.undo += [restoring(b) for m in batch_norms(model) for b in m.buffers()]
-                renew_batch_norms(model, data)
+                norms = batch_norms(model)
+                removal.undo += [restoring(b) for m in norms.values() for b in m.buffers()]
+                renew_batch_norms(model, norms, data)
+                removal.repaired += norms
     except BaseException:
         removal.put_back()
         raise
     return removal
+
+
+class History:
+    """Where the units of groups were before any cut: names of groups may change, indices of parameters tell."""
+
+    def __init__(self, graph: Graph):
+        self.first = graph
+        self.left = {(n, d): torch.arange(size(e)) for n, dims in graph.dims.items() for d, e in enumerate(dims)}
+
+    def add(self, graph: Graph, masks: Mapping[Axis, Tensor]) -> None:
+        """Note a cut."""
+        for (n, d), indices in self.left.items():
+            self.left[n, d] = indices[kept(graph.dims[n][d], masks.get)]
+
+    def origins(self, graph: Graph) -> dict[Axis, int]:
+        """Return how many units each group of a graph had at first: those of the axis whose units its own are."""
+        if graph is self.first:
+            return {g.axis: g.size for g in graph.groups}
+        return {g.axis: self._origin(graph, g) for g in graph.groups}
+
+    def _origin(self, graph: Graph, group: Group) -> int:
+        for m in group.members:
+            now = graph.places(m.name, m.dim)[group.axis]
+            there = self.left[m.name, m.dim]
+            for axis, before in self.first.places(m.name, m.dim).items():
+                pairs = {(int(j), int(i)) for j, i in zip(now, before[there]) if j >= 0}
+                if len(pairs) == group.size == len({i for _, i in pairs if i >= 0}):
+                    return axis.size
+        return group.size
 
 
 def _once(graph: Graph, groups: list[Group]) -> list[Group]:

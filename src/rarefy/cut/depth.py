@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.cut.config import cut_lists, follow_config
-from rarefy.cut.structure import NUMBERS, keep_blocks, remember_blocks
+from rarefy.cut.optimizers import check_optimizer, forget_parameters
+from rarefy.cut.structure import NUMBERS, keep_blocks, remember_blocks, restoring_notes
 from rarefy.cut.surgery import Removal, outputs, prove
 from rarefy.errors import DataError, ModelError, SelectorError, nearest, unknown
 from rarefy.model.batches import tensors_in
@@ -100,7 +101,8 @@ def skipping(blocks: Iterable[Block]) -> Iterator[None]:
     def skip(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         given = _first([args, kwargs])
         if isinstance(out, tuple | list):
-            return type(out)([given, *out[1:]])
+            rest = [given, *out[1:]]
+            return type(out)(*rest) if hasattr(out, "_fields") else type(out)(rest)
         return given
 
     hooks = [b.module.register_forward_hook(skip, with_kwargs=True) for b in blocks]
@@ -176,8 +178,9 @@ def _similarity(model: nn.Module, blocks: Sequence[Block], data: Iterable[Any]) 
     finally:
         for hook in hooks:
             hook.remove()
-    if not counts.all():
-        raise DataError("the data is empty: the score needs at least one batch")
+    missed = [b.name for b, n in zip(blocks, counts) if not n]
+    if missed:
+        raise DataError(f"no batch of the data reaches {missed[0]}: the score needs at least one")
     return sums / counts
 
 
@@ -186,9 +189,8 @@ def drop(model: nn.Module, example: Any, blocks: Sequence[Block], *, stay: bool 
     ModelError, and the model is as it was."""
     with skipping(blocks):
         want = outputs(model, example)
-    done = Removal()
-    known = getattr(model, "rarefy_cut", None)
-    done.undo.append(lambda: setattr(model, "rarefy_cut", known))
+    done = Removal(model)
+    done.undo.append(restoring_notes(model))
     try:
         for name, parts in stacks(model).items():
             gone = {b.number for b in blocks if b.stack == name}
@@ -281,6 +283,7 @@ def drop_layers_(
             raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
         if score == "random":
             raise DataError("data has no effect: score random reads none")
+    check_optimizer(optimizer, inner)
     every = droppable(inner, example)
     blocks = _named(inner, every, layers, ignore)
     if keep is None:
@@ -294,15 +297,19 @@ def drop_layers_(
     before = list(inner.parameters())
     size = sum(p.numel() for p in before)
     lengths = {n: len(parts) for n, parts in stacks(inner).items()}
-    drop(inner, example, gone, stay=mask_only or dry_run)
-    if not (mask_only or dry_run):
+    stay = mask_only or dry_run
+    removal = drop(inner, example, gone, stay=stay)
+    try:
         shorter: dict[int, set[int]] = {}
         for name, old in lengths.items():
             shorter.setdefault(old, set()).add(old - sum(b.stack == name for b in gone))
-        if follow_config(inner, example, shorter):
+        if not stay and follow_config(inner, example, shorter):
             inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
+    except BaseException:
+        removal.put_back()
+        raise
     if optimizer is not None:
-        _forget(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
+        forget_parameters(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
     rows = [{"block": b.name, score: float(s), "goes": b in gone} for b, s in zip(blocks, scores)]
     less = {id(p) for b in gone for p in b.module.parameters()}
     left = size - sum(p.numel() for p in before if id(p) in less)
@@ -311,13 +318,6 @@ def drop_layers_(
         "parameters": f"{size:,} -> {left:,} ({left / size:.3f})",
     }
     return Report("layers" + (": nothing done" if mask_only or dry_run else ""), tuple(rows), summary)
-
-
-def _forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
-    for group in optimizer.param_groups:
-        for p in [p for p in group["params"] if id(p) in gone]:
-            optimizer.state.pop(p, None)
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
 
 
 def _named(model: nn.Module, blocks: list[Block], layers: Any, ignore: Any) -> list[Block]:

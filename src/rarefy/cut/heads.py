@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rarefy.cut.config import follow_config
 from rarefy.cut.cut import row
+from rarefy.cut.optimizers import carry, check_optimizer
 from rarefy.cut.plan import sizes
 from rarefy.cut.surgery import give_own_heads, take_out
 from rarefy.errors import ModelError, nearest
@@ -20,11 +21,18 @@ from rarefy.model.select import unwrap
 from rarefy.proof.report import Report
 
 
-def prune_heads_(model: nn.Module, heads: Mapping[str, Sequence[int]], example: Any) -> Report:
+def prune_heads_(
+    model: nn.Module,
+    heads: Mapping[str, Sequence[int]],
+    example: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Report:
     """Remove attention heads by their numbers; return what went.
 
     heads    {name of an attention module: numbers of its query heads}, counted from 0 as they are now
     example  what the model can be called with
+    optimizer  one that trains the model: it goes on with what is left
     Where queries share keys (GQA, MQA), heads go in whole groups: the numbers must name all queries of a group. For any
     model whose attention `cut_` can read. `nn.MultiheadAttention` divides its width by the number of heads: it becomes
     a subclass with heads of a size of their own, with the same names and call. Proved as in `cut_`. Raises ModelError;
@@ -39,6 +47,7 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Sequence[int]], example: 
         raise ModelError("masks are still attached: fold_ the model first")
     if not isinstance(heads, Mapping) or not heads:
         raise ModelError(f"heads is {{name of an attention module: [numbers]}}, got {heads!r}")
+    check_optimizer(optimizer, inner)
     before = sum(p.numel() for p in inner.parameters())
     own = give_own_heads(inner, set(heads))
     try:
@@ -47,12 +56,15 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Sequence[int]], example: 
         for name, numbers in heads.items():
             group = _group(graph, name)
             masks[group.axis] = _kept(graph, group, name, numbers)
-        take_out(inner, example, graph, masks)
+        removal = take_out(inner, example, graph, masks)
+        own.undo += removal.undo
+        if follow_config(inner, example, sizes(graph, masks)):
+            inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
     except BaseException:
         own.put_back()
         raise
-    if follow_config(inner, example, sizes(graph, masks)):
-        inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
+    if optimizer is not None:
+        carry(optimizer, removal.replaced)
     after = sum(p.numel() for p in inner.parameters())
     rows = [row(g, g.size, int(masks[g.axis].sum()), "") for g in graph.groups if g.axis in masks]
     return Report("heads", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, unruled(graph))

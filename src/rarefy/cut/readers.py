@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.errors import DataError, ModelError
 from rarefy.model.axes import Algebra, Axis, Expr, Prod, leaves
 from rarefy.model.graph import Graph, Group
 from rarefy.model.layout import layout
@@ -72,14 +73,14 @@ def all_readers(graph: Graph) -> list[Reader]:
     return found
 
 
-def readers_of(graph: Graph, group: Group) -> list[Reader]:
-    """Return the layers that read the units of a group, none that also makes them (depthwise convolutions)."""
-    makes = {m.name for m in group.members if m.role == "out"}
-    return [r for r in all_readers(graph) if r.name not in makes and _has(r.inputs, group.axis)]
-
-
-def _has(e: Expr, axis: Axis) -> bool:
-    return any(a is axis for a in leaves(e))
+def readers_of(graph: Graph, groups: Iterable[Group]) -> dict[Group, list[Reader]]:
+    """Return the layers that read the units of each group, none that also makes them (depthwise convolutions)."""
+    reading: dict[Axis, list[Reader]] = {}
+    for r in all_readers(graph):
+        for axis in dict.fromkeys(leaves(r.inputs)):
+            reading.setdefault(axis, []).append(r)
+    makes = {g: {m.name for m in g.members if m.role == "out"} for g in groups}
+    return {g: [r for r in reading.get(g.axis, ()) if r.name not in makes[g]] for g in makes}
 
 
 @dataclass(eq=False)
@@ -129,6 +130,7 @@ def observe(
     `attention_mask` is left out. What no batch reaches is missing. O(calls + inputs x C^2)."""
     moments: dict[str, Moments] = {}
     padding: list[Tensor | None] = [None]
+    batches = 0
 
     def see(reader: Reader) -> Any:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -146,6 +148,7 @@ def observe(
     try:
         with evaluating(model), torch.no_grad():
             for batch in data:
+                batches += 1
                 batch = on_device(model, batch)
                 mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
                 padding[0] = None if mask is None else mask.bool()
@@ -153,4 +156,9 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
+    if not batches:
+        raise DataError("the data gave no batch: repair and scores need some")
+    for name, m in moments.items():
+        if not torch.isfinite(m.first).all() or (m.second is not None and not torch.isfinite(m.second).all()):
+            raise ModelError(f"what {name} is given is not finite on this data: NaN or inf in inputs or weights")
     return {name: m for name, m in moments.items() if m.count}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.cut.readers import Moments, Reader, all_readers
+from rarefy.errors import DataError, ModelError
 from rarefy.model.axes import Axis, kept
 from rarefy.model.graph import Graph
 from rarefy.model.stats import call, evaluating, on_device
@@ -36,7 +37,7 @@ def compensation(moments: Moments, left: Tensor, intercept: bool) -> tuple[Tenso
     """Return B [C, S] and the intercept [C] (zeros without), fp64: h ~ B h_S + intercept. O(C S^2).
 
     >>> seen = Moments.of(2)
-    >>> seen.add(torch.tensor([[1.0, 2.0], [3.0, 6.0], [2.0, 4.0]]))  # the second is twice the first
+    >>> seen.add(torch.tensor([[1.0, 2.0], [3.0, 6.0], [2.0, 4.0]]).repeat(999, 1))  # the second is twice the first
     >>> B, _ = compensation(seen, torch.tensor([True, False]), intercept=False)
     >>> [round(float(b), 2) for b in B.flatten()]
     [1.0, 2.0]
@@ -47,7 +48,8 @@ def compensation(moments: Moments, left: Tensor, intercept: bool) -> tuple[Tenso
     mean = moments.first / n if intercept else torch.zeros_like(moments.first)
     cov = moments.second / n - mean[:, None] * mean
     inner = cov[left][:, left]
-    ridge = RIDGE * inner.diagonal().mean().clamp(min=1e-12)
+    # with few rows the regression would learn their noise: as much is added as a mean over them is uncertain
+    ridge = (RIDGE + len(inner) / n) * inner.diagonal().mean().clamp(min=1e-12)
     B = torch.linalg.solve(inner + ridge * torch.eye(len(inner), dtype=cov.dtype, device=cov.device), cov[left]).T
     own = torch.eye(len(left), dtype=cov.dtype, device=cov.device)[:, left]
     B[left] = own[left]  # what is still there is itself
@@ -91,35 +93,35 @@ def _mean_of_lost(moments: Moments, left: Tensor) -> Tensor:
     return torch.where(left.to(mean.device), torch.zeros_like(mean), mean)
 
 
-def batch_norms(model: nn.Module) -> list[Any]:
-    """Return the BatchNorms that keep statistics."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+def batch_norms(model: nn.Module) -> dict[str, Any]:
+    """Return the BatchNorms that keep statistics, by name."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return {n: m for n, m in model.named_modules() if isinstance(m, kind) and m.running_mean is not None}
 
 
-def renew_batch_norms(model: nn.Module, data: Iterable[Any]) -> int:
-    """Take the running statistics of every BatchNorm anew, as the mean over the data; return how many there are. After
-    an error they are as they were."""
-    norms = batch_norms(model)
-    before = [{n: t.clone() for n, t in m.named_buffers()} for m in norms]
-    try:
-        if norms:
-            with evaluating(model), torch.no_grad(), _averaging(norms):
-                for batch in data:
-                    call(model, on_device(model, batch))
-    except BaseException:
-        for m, old in zip(norms, before):
-            for n, t in old.items():
-                getattr(m, n).copy_(t)
-        raise
-    return len(norms)
+def renew_batch_norms(model: nn.Module, norms: Mapping[str, Any], data: Iterable[Any]) -> None:
+    """Take the running statistics of BatchNorms anew, as the mean over the data. Raises DataError for data without a
+    batch, ModelError for statistics that are not finite; what undoes it is the caller's."""
+    if not norms:
+        return
+    many = 0
+    with evaluating(model), torch.no_grad(), _averaging(norms.values()):
+        for batch in data:
+            call(model, on_device(model, batch))
+            many += 1
+    if not many:
+        raise DataError("the data gave no batch: BatchNorms need some for their statistics")
+    wrong = next((n for n, m in norms.items() if not all(torch.isfinite(b).all() for b in m.buffers())), None)
+    if wrong is not None:
+        raise ModelError(f"{wrong}: its statistics are not finite on this data: NaN or inf in inputs or weights")
 
 
 @contextmanager
-def _averaging(norms: list[Any]) -> Any:
+def _averaging(norms: Iterable[Any]) -> Any:
     """Have BatchNorms average over all batches that they see."""
     before = [(m, m.momentum) for m in norms]
     try:
-        for m in norms:
+        for m, _ in before:
             m.reset_running_stats()
             m.momentum, m.training = None, True
         yield

@@ -144,7 +144,7 @@ def _of_inputs(of: Callable[[Moments, Reader], Tensor]) -> Callable[[Asked], dic
 
 
 def _readers(a: Asked) -> dict[Group, list[Reader]]:
-    reading = {g: readers_of(a.graph, g) for g in a.groups}
+    reading = readers_of(a.graph, a.groups)
     for g, found in reading.items():
         if not found:
             raise ModelError(f"no Linear or convolution reads the units of {g.name} ({g.kind}): ignore it, or take "

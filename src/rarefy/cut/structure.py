@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, unknown
+from rarefy.model import hf
 from rarefy.model.attention import with_own_heads
 
-# numbers of modules and shapes of tensors as they are now; indices kept of tensors that the class makes; blocks kept of
-# lists, by their first numbers; attention modules that have heads of their own; whether the model's config says it all
+# sizes that torch's own layers know of themselves
+SIZES = frozenset({
+    "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_channels",
+    "num_groups", "normalized_shape", "embedding_dim", "input_size", "hidden_size", "proj_size", "embed_dim", "kdim",
+    "vdim", "num_heads", "head_dim",
+})  # fmt: skip
 NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")  # by which blocks know their place
-PARTS = {"numbers": dict, "shapes": dict, "kept": dict, "blocks": dict, "attention": list, "config": bool}
+# numbers of modules and shapes of tensors as they are now; indices kept of tensors that the class makes; blocks kept of
+# lists, by their first numbers; attention modules that have heads of their own; the config before any cut; whether that
+# of now says it all
+PARTS = {"numbers": dict, "shapes": dict, "kept": dict, "blocks": dict, "attention": list, "base": dict, "config": bool}
 
 
 def told(model: nn.Module) -> dict[str, Any]:
     """Return what is remembered of the cuts of a model so far."""
-    return getattr(model, "rarefy_cut", None) or {name: kind() for name, kind in PARTS.items()}
+    fresh = {name: kind() for name, kind in PARTS.items()}
+    if hf.is_model(model):
+        fresh["base"] = hf.structure(model)["config"]
+    return getattr(model, "rarefy_cut", None) or fresh
+
+
+def restoring_notes(model: nn.Module) -> Callable[[], None]:
+    """Return what gives a model the notes of its cuts that it has now, if it has any."""
+    before = getattr(model, "rarefy_cut", None)
+
+    def put_back() -> None:
+        if before is None:
+            vars(model).pop("rarefy_cut", None)
+        else:
+            model.rarefy_cut = before  # type: ignore[assignment]
+
+    return put_back
 
 
 def remember_blocks(model: nn.Module, name: str, kept: list[int], numbers: Mapping[str, Any]) -> None:
@@ -42,7 +66,7 @@ def remember_blocks(model: nn.Module, name: str, kept: list[int], numbers: Mappi
     blocks[name] = kept if before is None else [before[i] for i in kept]
     renamed["numbers"] |= numbers
     attention = [new for k in old["attention"] if (new := now(k))]
-    model.rarefy_cut = {**renamed, "blocks": blocks, "attention": attention, "config": False}  # type: ignore[assignment]
+    model.rarefy_cut = {**old, **renamed, "blocks": blocks, "attention": attention, "config": False}  # type: ignore[assignment]
 
 
 def remember_attention(model: nn.Module, names: Iterable[str]) -> None:
@@ -68,11 +92,17 @@ def remember(model: nn.Module, numbers: Mapping[str, Any], kept: Mapping[str, Ma
     model.rarefy_cut = {**old, "numbers": numbers, "shapes": shapes, "kept": loose, "config": False}  # type: ignore[assignment]
 
 
-def restore(model: nn.Module, told: Any, path: Any) -> None:
-    """Give a model of the original class the structure that a cut left: its numbers, and empty tensors in the right
-    shapes. Raises ContainerError for what does not fit the class; nothing but sizes can be set."""
+def check_told(told: Any, path: Any) -> None:
+    """Raise ContainerError for what are no notes of cuts."""
     if not isinstance(told, dict) or set(told) != set(PARTS) or any(type(told[p]) is not k for p, k in PARTS.items()):
         raise ContainerError(f"{path}: the structure that a cut left is damaged")
+
+
+def restore(model: nn.Module, told: Any, path: Any) -> None:
+    """Give a model of the original class the structure that a cut left: its numbers, and empty tensors in the right
+    shapes. Raises ContainerError for what does not fit the class: whole numbers of modules can become smaller, of
+    torch's own layers only their sizes, and tensors can only lose indices."""
+    check_told(told, path)
     for name, kept in told["blocks"].items():
         _keep_blocks(model, name, kept, path)
     for name in told["attention"]:
@@ -83,6 +113,8 @@ def restore(model: nn.Module, told: Any, path: Any) -> None:
         prefix, _, attribute = name.rpartition(".")
         old = vars(modules[prefix]).get(attribute) if prefix in modules else None
         least = 0 if attribute in NUMBERS else 1
+        layer = type(modules[prefix]).__module__.startswith("torch.nn.") if prefix in modules else False
+        old = None if layer and attribute not in SIZES else old
         size = type(value) is int and type(old) is int and least <= value <= old
         sizes = isinstance(value, list) and isinstance(old, tuple) and len(value) == len(old)
         if sizes:
@@ -103,7 +135,8 @@ def restore(model: nn.Module, told: Any, path: Any) -> None:
         old = new = _slot(slots, name, path)
         for d, indices in (dims if isinstance(dims, dict) else {"": []}).items():
             fits = d.isdecimal() and int(d) < old.dim() and isinstance(indices, list) and len(indices) >= 1
-            if not fits or any(type(i) is not int or not 0 <= i < old.shape[int(d)] for i in indices):
+            rising = fits and all(type(i) is int for i in indices) and indices == sorted(set(indices))
+            if not rising or not 0 <= indices[0] <= indices[-1] < old.shape[int(d)]:
                 raise ContainerError(f"{path}: what a cut kept of {name} does not fit its shape {list(old.shape)}")
             new = new.index_select(int(d), torch.tensor(indices, device=new.device))
         fresh[id(old)] = new

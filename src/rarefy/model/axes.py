@@ -23,13 +23,15 @@ from torch import Tensor
 
 
 class Axis:
-    """Units of a dimension. `into`: what it was found to be; `lock`: why none of its units may go."""
+    """Units of a dimension. `into`: what it was found to be; `lock`: why none of its units may go; `scores`: attention
+    sums over them when it compares queries with keys."""
 
-    __slots__ = ("into", "kind", "lock", "notes", "size")
+    __slots__ = ("into", "kind", "lock", "notes", "scores", "size")
 
     def __init__(self, size: int, lock: str | None = None):
         self.size, self.lock, self.kind = size, lock, ""
         self.into: Expr | None = None
+        self.scores = False
         self.notes: set[str] = set()
 
     def __repr__(self) -> str:
@@ -221,7 +223,8 @@ class Algebra:
         """Return the parts of a dimension, one after the other; equal ones keep equal numbers of units."""
         parts, rest = [], e
         for k in sizes[:-1]:
-            first, rest = (ONE, rest) if k == 0 else self.take(rest, k)
+            none = Axis(0, "it has no indices")
+            first, rest = (none, rest) if k == 0 else (rest, none) if k == size(rest) else self.take(rest, k)
             parts.append(first)
         parts.append(rest)
         self.equal += [(a, b) for a, b in pairwise(parts) if size(a) == size(b)]
@@ -249,6 +252,7 @@ class Algebra:
             a.into = b
             for axis in leaves(b):
                 axis.notes |= a.notes
+                axis.scores |= a.scores
                 axis.kind = axis.kind or a.kind
             return None
         if isinstance(a, Sum) and isinstance(b, Sum):

@@ -27,6 +27,8 @@ def product(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     if a.dim() == 3 and a not in t.source and b not in t.source:
         for e, kind in ((da[0], "head"), (da[-1], "head dimension"), (db[-1], "head dimension")):
             is_a(e, kind)
+        for axis in leaves(da[-1]):
+            axis.scores = True
     t.give(out, dims)
     t.costs.append((1, [*dims, da[-1]]))
     t.products.append((func.overloadpacket.__name__, dims))
@@ -109,7 +111,8 @@ def layer_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def group_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, weight, bias, groups = args[0], args[1], args[2], arg(func, args, kwargs, "group")
     dims = t.dims(x)
-    _, inner = t.algebra.factor(dims[1], groups)
+    outer, inner = t.algebra.factor(dims[1], groups)
+    t.asks([outer])
     note(inner, f"mean and variance over it in {t.place}")
     for p in (weight, bias):
         if p is not None:
@@ -202,6 +205,8 @@ def attention(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if arg(func, args, kwargs, "scale") is None:
         lock(q[-1], f"attention divides by the root of its size in {t.place}")
     t.same(q[-1], k[-1])
+    for axis in leaves(q[-1]):
+        axis.scores = True
     for d in range(len(q) - 2):
         if size(q[d]) == size(k[d]):
             t.same(q[d], k[d])

@@ -1,0 +1,64 @@
+"""An optimizer, after a cut: it trains what is left, with the state of the units that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import ModelError
+
+Replaced = Iterable[tuple[Tensor, Tensor, Mapping[int, Tensor]]]  # old, new, indices kept by dimension
+
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Raise ModelError for what is no optimizer of this model, or has state that cannot be cut: for each parameter it
+    has to be numbers, or tensors of the parameter's shape."""
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ModelError(f"optimizer is a torch.optim.Optimizer, got {optimizer!r}")
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for g in optimizer.param_groups for p in g["params"]):
+        raise ModelError(f"optimizer trains none of this {type(model).__name__}'s parameters")
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            number = (
+                value is None or isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+            )
+            if not number and not (isinstance(value, Tensor) and value.shape == p.shape):
+                raise ModelError(
+                    f"{type(optimizer).__name__} keeps {name!r}, which does not have the shape of a parameter: "
+                    "cut without optimizer, and make a new one"
+                )
+
+
+def carry(optimizer: torch.optim.Optimizer, replaced: Replaced) -> None:
+    """Put parameters that replaced others into an optimizer, each with the state of the units that stay."""
+    new_of = {id(old): (new, kept_of) for old, new, kept_of in replaced}
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            if id(p) not in new_of:
+                continue
+            new, kept_of = new_of[id(p)]
+            group["params"][i] = new
+            if p in optimizer.state:
+                state = optimizer.state.pop(p)
+                optimizer.state[new] = {k: _cut_like(v, p, kept_of) for k, v in state.items()}
+
+
+def forget_parameters(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
+    """Take parameters that have gone out of an optimizer, by their ids."""
+    for group in optimizer.param_groups:
+        for p in [p for p in group["params"] if id(p) in gone]:
+            optimizer.state.pop(p, None)
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+
+
+def _cut_like(value: Any, old: Tensor, kept_of: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Tensor) and value.shape == old.shape and value.dim():
+        for d, indices in kept_of.items():
+            value = value.index_select(d, indices.to(value.device))
+    return value
