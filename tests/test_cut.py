@@ -520,7 +520,7 @@ def test_the_ridge_regression_is_the_one_of_a_solver():
     B, shift = compensation(moments, left, intercept=True)
     centred = (x - x.mean(0)).double()
     S = centred[:, left]
-    ridge = (RIDGE + 4 / 500) * (S.square().sum(0) / len(x)).mean()
+    ridge = (RIDGE + (4 / 500) ** 2) * (S.square().sum(0) / len(x)).mean()
     stacked = torch.cat([S, (len(x) * ridge).sqrt() * torch.eye(4, dtype=torch.float64)])
     target = torch.cat([centred, torch.zeros(4, 7, dtype=torch.float64)])
     want = torch.linalg.lstsq(stacked, target).solution.T

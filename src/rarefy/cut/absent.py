@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rarefy.model.axes import Axis, kept, size
 from rarefy.model.graph import Graph
 from rarefy.model.operators import OPERATORS, layers
-from rarefy.model.rules import adds_bias
+from rarefy.model.rules import adds_bias, averages_features
 
 PRODUCTS = frozenset(n for rule in (layers.product, layers.convolution) for n in OPERATORS[rule].split())
 
@@ -37,50 +37,58 @@ class Absent(TorchDispatchMode):
         if name in PRODUCTS or (isinstance(out, Tensor) and adds_bias(func, args, out)):
             return self._without(name, out)
         if name == "native_layer_norm" and len(args[1]) == 1:
-            return _layer_norm(out[0], *args[:5]), *out[1:]
+            return _layer_norm(out[0], self._here(name, args[0], -1), *args[:5]), *out[1:]
         if name in ("_fused_rms_norm", "rms_norm"):
-            here = present(args[0])
+            here = self._here(name, args[0], -1)
             y = out[0] if isinstance(out, tuple) else out
             y = y * (here.sum() / here.numel()).sqrt().to(y.dtype)  # but for eps, which is small
             return (y, *out[1:]) if isinstance(out, tuple) else y
-        if name == "mean" and len(args) > 1 and [d % args[0].dim() for d in args[1]] == [args[0].dim() - 1]:
-            here = present(args[0])
+        if averages_features(func, args):
+            here = self._here(name, args[0], -1)
             return out * (here.numel() / here.sum().clamp(min=1)).to(out.dtype)
         if name == "native_group_norm":
-            return _group_norm(*args[:8]), *out[1:]
+            return _group_norm(self._here(name, args[0], 1), *args[:8]), *out[1:]
         return out
 
-    def _without(self, name: str, out: Any) -> Any:
-        """The product with what goes as zero; the run has the same products as the traced one, or is left alone."""
+    def _dims(self, name: str, shape: Any) -> list[Any] | None:
+        """The dimensions of the next operator of those that the trace noted; without them from where runs part."""
         operator, dims = next(self.products, ("", []))
-        if operator != name or [size(e) for e in dims] != list(out.shape):
-            self.products = iter(())
-            return out
-        for d, e in enumerate(dims):
+        if operator == name and [size(e) for e in dims] == list(shape):
+            return dims
+        self.products = iter(())
+        return None
+
+    def _here(self, name: str, x: Tensor, d: int) -> Tensor:
+        """Which indices of a dimension stay: by the masks, or without a graph those that are anywhere not zero."""
+        dims = self._dims(name, x.shape)
+        if dims is not None:
+            return kept(dims[d], self.masks.get).to(x.device)
+        return (x != 0).movedim(d, 0).flatten(1).any(1) if x.dim() > 1 else x != 0
+
+    def _without(self, name: str, out: Any) -> Any:
+        """The product with what goes as zero."""
+        for d, e in enumerate(self._dims(name, out.shape) or ()):
             left = kept(e, self.masks.get)
             if not left.all():
                 out = out.index_fill_(d, (~left).nonzero()[:, 0].to(out.device), 0)
         return out
 
 
-def present(x: Tensor) -> Tensor:
-    """Return which features are anywhere not zero, bool [last dimension]."""
-    return (x != 0).flatten(0, -2).any(0) if x.dim() > 1 else x != 0
-
-
-def _layer_norm(out: Tensor, x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    here = present(x)
+def _layer_norm(
+    out: Tensor, here: Tensor, x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     y = torch.zeros_like(out)
     scale, shift = (None if p is None else p[here] for p in (weight, bias))
     y[..., here] = F.layer_norm(x[..., here], (int(here.sum()),), scale, shift, eps)
     return y
 
 
-def _group_norm(x: Tensor, weight: Any, bias: Any, N: int, C: int, HxW: int, groups: int, eps: float) -> Tensor:
-    here = (x != 0).transpose(0, 1).flatten(1).any(1)
+def _group_norm(
+    here: Tensor, x: Tensor, weight: Any, bias: Any, N: int, C: int, HxW: int, groups: int, eps: float
+) -> Tensor:
     y = torch.zeros_like(x)
-    for g in here.view(groups, -1).new_ones(groups).nonzero()[:, 0].tolist():
-        where = torch.arange(g * C // groups, (g + 1) * C // groups)[here.view(groups, -1)[g]]
+    for g in range(groups):
+        where = torch.arange(g * C // groups, (g + 1) * C // groups)[here.view(groups, -1)[g].cpu()]
         if len(where):
             scale, shift = (None if p is None else p[where] for p in (weight, bias))
             y[:, where] = F.group_norm(x[:, where], 1, scale, shift, eps)

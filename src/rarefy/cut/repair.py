@@ -48,8 +48,8 @@ def compensation(moments: Moments, left: Tensor, intercept: bool) -> tuple[Tenso
     mean = moments.first / n if intercept else torch.zeros_like(moments.first)
     cov = moments.second / n - mean[:, None] * mean
     inner = cov[left][:, left]
-    # with few rows the regression would learn their noise: as much is added as a mean over them is uncertain
-    ridge = (RIDGE + len(inner) / n) * inner.diagonal().mean().clamp(min=1e-12)
+    # with few rows the regression would learn their noise
+    ridge = (RIDGE + (len(inner) / n) ** 2) * inner.diagonal().mean().clamp(min=1e-12)
     B = torch.linalg.solve(inner + ridge * torch.eye(len(inner), dtype=cov.dtype, device=cov.device), cov[left]).T
     own = torch.eye(len(left), dtype=cov.dtype, device=cov.device)[:, left]
     B[left] = own[left]  # what is still there is itself

@@ -70,7 +70,7 @@ class Graph:
     unknown   operators without a rule that met parameters: (operator, module), whose dimensions are locked
     sizes     by module name, dimensions that it names a size for, as in `view`
     costs     multiply-adds of products, convolutions and attention: a factor, and the dimensions that they run over
-    products  what products and convolutions return, in the order of the run: operator, dimensions
+    products  what products and convolutions return, what norms are given, in the order of the run: operator, dimensions
     """
 
     dims: dict[str, list[Expr]]

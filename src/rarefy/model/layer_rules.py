@@ -95,6 +95,8 @@ def batch_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def layer_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, shape = args[0], args[1]
     dims = t.dims(x)
+    if len(shape) == 1:
+        t.products.append((func.overloadpacket.__name__, list(dims)))
     t.asks(dims[-len(shape) :])
     for e in dims[-len(shape) :]:
         note(e, f"mean and variance over it in {t.place}")
@@ -111,6 +113,7 @@ def layer_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def group_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, weight, bias, groups = args[0], args[1], args[2], arg(func, args, kwargs, "group")
     dims = t.dims(x)
+    t.products.append((func.overloadpacket.__name__, list(dims)))
     outer, inner = t.algebra.factor(dims[1], groups)
     t.asks([outer])
     note(inner, f"mean and variance over it in {t.place}")

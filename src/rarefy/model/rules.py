@@ -57,6 +57,12 @@ def adds_bias(func: Any, args: Any, out: Any) -> bool:
     )
 
 
+def averages_features(func: Any, args: Any) -> bool:
+    """Return whether a mean is taken over the last dimension alone."""
+    given = func.overloadpacket.__name__ == "mean" and len(args) > 1 and isinstance(args[1], list | tuple)
+    return given and args[0].dim() > 0 and [d % args[0].dim() for d in args[1]] == [args[0].dim() - 1]
+
+
 def alike(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """The output has the dimensions of the first input."""
     for y in tensors_in([out]):
@@ -253,6 +259,8 @@ def reduction(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, name = args[0], func.overloadpacket.__name__
     dims, keep = arg(func, args, kwargs, "dim"), bool(arg(func, args, kwargs, "keepdim", False))
     gone = {d % max(x.dim(), 1) for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))}
+    if averages_features(func, args):
+        t.products.append((name, list(t.dims(x))))
     for d in gone if x.dim() else ():
         e = t.dims(x)[d]
         if name in ("sum", "linalg_vector_norm", "norm"):

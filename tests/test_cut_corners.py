@@ -1,0 +1,317 @@
+"""Cuts of models that are built to break them."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rarefy
+from rarefy.cut import cut as module
+from rarefy.cut.structure import restore
+from rarefy.errors import ContainerError, ModelError
+from test_cut import IDS, language
+
+transformers = pytest.importorskip("transformers")
+
+
+def state(model):
+    return copy.deepcopy({**model.state_dict()}), {k: v for k, v in vars(model).items() if not k.startswith("_")}
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.consts, self.ema = {"scale": torch.tensor(2.0)}, {"a": torch.ones(3)}
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x))) * self.consts["scale"]
+
+
+def test_tensors_that_a_user_keeps_stay():
+    model, x = Own(), torch.randn(3, 4)
+    rarefy.cut_(model, x, dry_run=True)
+    rarefy.cut_(model, x)
+    assert model.consts and model.ema and model.a.out_features == 3
+
+
+def test_caches_of_the_sizes_before_are_emptied():
+    class Caches(Own):
+        def __init__(self):
+            super().__init__()
+            self.bias_cache = {}
+
+        def forward(self, x):
+            if "b" not in self.bias_cache:
+                self.bias_cache["b"] = (self.a.bias * 1).detach()
+            return self.b(F.relu(self.a(x) + self.bias_cache["b"]))
+
+    model, x = Caches().eval(), torch.randn(3, 4)
+    model(x)
+    masked = copy.deepcopy(model.requires_grad_(False))
+    rarefy.cut_(masked, x, mask_only=True)
+    rarefy.cut_(model, x)
+    torch.testing.assert_close(model(x), masked(x))
+
+
+def test_an_attention_module_by_itself():
+    model, x = nn.MultiheadAttention(8, 4, batch_first=True).eval(), torch.randn(2, 5, 8)
+    with pytest.raises(ModelError):
+        rarefy.cut_(model, {"query": x, "key": x, "value": x})
+
+
+def test_cuts_after_a_config_that_told_all_are_loaded(tmp_path):
+    def make():
+        return language("Llama", num_key_value_heads=2, num_hidden_layers=6).eval()
+
+    torch.manual_seed(0)
+    model = make()
+    rarefy.drop_layers_(model, IDS, layers=["model.layers.0", "model.layers.3"])
+    assert model.rarefy_cut["config"]
+    rarefy.cut_(model, IDS, units="neuron", scope="global", keep=0.6)
+    assert not model.rarefy_cut["config"]
+    rarefy.save(model, tmp_path / "out")
+    for again in (rarefy.load(tmp_path / "out"), rarefy.load(tmp_path / "out", model=make())):
+        with torch.no_grad():
+            assert torch.equal(again.eval()(**IDS).logits, model(**IDS).logits)
+        assert again.config.num_hidden_layers == 4
+
+
+class Labels(nn.Module):
+    """Returns classes only, and counts its features."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.b(h / h.shape[-1] ** 2 + (h.shape[-1] - 8)).argmax(-1)
+
+
+def test_classes_are_compared_too():
+    torch.manual_seed(0)
+    model, x = Labels(), torch.randn(64, 4)
+    with pytest.raises(ModelError, match=r"\d+% of the cut model's outputs are not the masked one's"):
+        rarefy.cut_(model, x)
+    assert model.a.out_features == 8
+
+
+class Mixes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.b(torch.sigmoid(self.a(x)) * x.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_one_row_does_not_tell_what_is_constant(rows):
+    model, x = Mixes(), torch.randn(rows, 4)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match="from the masked one's, so it was put back"):
+        rarefy.cut_(model, x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_features_that_are_zero_on_the_example_are_no_removed_ones():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 2))
+    rarefy.cut_(model, torch.randn(1, 4))
+    assert model[0].out_features == 4 and model[2].normalized_shape == (4,)
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(8, 64), (16, 64), (4, 8), (8, 8), (4, 64)])
+def test_group_norms_lose_groups_or_channels(groups, channels):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, channels, 3), nn.GroupNorm(groups, channels), nn.ReLU(), nn.Conv2d(channels, 2, 1))
+    masked, x = copy.deepcopy(net), torch.randn(2, 3, 6, 6)
+    report = rarefy.cut_(net, x)
+    assert net[0].out_channels == channels // 2 and net[1].num_channels == channels // 2
+    if net[1].num_groups < groups:  # whole groups: nothing else changes
+        rarefy.cut_(masked, x, mask_only=True)
+        torch.testing.assert_close(net(x), masked(x), rtol=1e-4, atol=1e-5)
+    assert report.rows
+
+
+class Attends(nn.Module):
+    """Divides by the root of a size that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Linear(6, 16)
+        self.q, self.k, self.v, self.o = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.emb(x)
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_queries_alone_are_scaled_and_repair_knows():
+    torch.manual_seed(0)
+    model, x = Attends(), torch.randn(2, 5, 6)
+    masked = copy.deepcopy(model)
+    how = {"units": ("neuron", "head dimension"), "keep": 0.75}
+    rarefy.cut_(masked, x, mask_only=True, **how)
+    report = rarefy.cut_(model, x, **how)
+    assert model.q.out_features == model.v.out_features == 12 and not [
+        r for r in report.rows if r["stays because"][:3] == "the cut"
+    ]
+    torch.testing.assert_close(model(x), masked(x), rtol=1e-4, atol=1e-5)
+    repaired = Attends()
+    with torch.no_grad():
+        repaired.emb.weight[8:] *= 1e-3  # units that hardly matter go, and repair leaves the others as they are
+        repaired.emb.bias[8:] *= 1e-3
+        for f in (repaired.q, repaired.k):
+            f.weight[6:8] *= 1e-4
+            f.weight[14:] *= 1e-4
+            f.bias[6:8] *= 1e-4
+            f.bias[14:] *= 1e-4
+    dense, data = copy.deepcopy(repaired), [torch.randn(64, 5, 6) for _ in range(4)]
+    rarefy.cut_(repaired, data[0], units=("neuron", "head dimension"), keep=0.75, layers=["emb", "q", "k"], data=data)
+    assert repaired.q.out_features == 12
+    y, want = repaired(data[1]), dense(data[1])
+    assert float((y - want).detach().norm() / want.detach().norm()) < 2e-3
+
+
+def test_a_proof_that_proves_nothing_says_so():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    nn.init.zeros_(net[2].weight)
+    report = rarefy.cut_(net, torch.randn(3, 4))
+    assert "the example's outputs do not depend on what went: the proof says nothing of it" in report.notes
+
+
+def test_parts_without_indices():
+    class Splits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            p, _ = self.a(x).split([6, 0], -1)
+            return self.b(F.relu(p))
+
+    rarefy.groups(Splits(), torch.randn(3, 4))
+
+
+class Strict(nn.Module):
+    """What a class may say of its config: with an assert."""
+
+    def __init__(self, config):
+        super().__init__()
+        assert config.num_hidden_layers % 2 == 0
+        self.config = config
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, 0.0) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_classes_that_refuse_a_config_keep_theirs():
+    config = transformers.PretrainedConfig(num_hidden_layers=4)
+    model = Strict(config).eval()
+    rarefy.drop_layers_(model, torch.randn(3, 2, 8), layers="layers.1")
+    assert len(model.layers) == 3 and model.config is config and not model.rarefy_cut["config"]
+
+
+@pytest.mark.parametrize("what", ["interrupted", "rehearsed"])
+def test_no_trace_is_left_where_heads_were_given_in_a_later_step(what, monkeypatch):
+    torch.manual_seed(0)
+
+    def make():
+        layer = nn.TransformerEncoderLayer(80, 5, 64, batch_first=True)
+        return nn.Sequential(
+            nn.Linear(6, 80), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(80, 3)
+        )
+
+    model, x = make().eval(), torch.randn(2, 7, 6)
+    before = copy.deepcopy(model.state_dict())
+    if what == "rehearsed":
+        rarefy.cut_(model, x, keep=0.4, steps=3, dry_run=True)
+    else:
+        calls = []
+        real = module.take_out_and_repair
+
+        def fails(*args, **how):
+            calls.append(1)
+            if len(calls) > 3:
+                raise KeyboardInterrupt
+            return real(*args, **how)
+
+        monkeypatch.setattr(module, "take_out_and_repair", fails)
+        with pytest.raises(KeyboardInterrupt):
+            rarefy.cut_(model, x, keep=0.4, steps=3)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert "rarefy_cut" not in vars(model) and type(model[1].layers[0].self_attn) is nn.MultiheadAttention
+    assert model[0].out_features == 80
+
+
+def test_a_config_is_the_users_until_it_changes():
+    model = language("Llama", num_key_value_heads=2).eval()
+    config = model.config
+    rarefy.drop_layers_(model, IDS, keep=0.5, dry_run=True)
+    rarefy.cut_(model, IDS, dry_run=True)
+    assert model.config is config
+
+
+# ---- files that want more than a cut could have done ----------------------------------------------------------------
+
+
+class Buffers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.embed, self.fc = (
+            nn.Conv2d(3, 6, 3, stride=2),
+            nn.Embedding(9, 6, padding_idx=7),
+            nn.Linear(6, 2),
+        )
+        self.register_buffer("scale", torch.ones(6, 6), persistent=False)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3)) @ self.scale)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": {"scale": {"0": [0] * 3000}}}, r"what a cut kept of scale does not fit its shape \[6, 6\]"),
+        ({"kept": {"scale": {"0": [1, 0]}}}, "what a cut kept of scale"),
+        ({"kept": {"scale": {"0": [1, 1]}}}, "what a cut kept of scale"),
+        ({"numbers": {"conv.stride": [1, 1]}}, "has no size conv.stride"),
+        ({"numbers": {"embed.padding_idx": 1}}, "has no size embed.padding_idx"),
+        ({"base": []}, "the structure that a cut left is damaged"),
+    ],
+)
+def test_hostile_structures(change, message):
+    parts = {"numbers": {}, "shapes": {}, "kept": {}, "blocks": {}, "attention": [], "base": {}, "config": False}
+    with pytest.raises(ContainerError, match=message):
+        restore(Buffers(), {**parts, **change}, "out")
+
+
+def test_hostile_notes_of_a_model_that_fits(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    rarefy.cut_(net, torch.randn(2, 4))
+    rarefy.save(net, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "rarefy.json").read_text())
+    for bad in ({"shapes": "evil", "config": True}, [], {**index["meta"]["cut"], "blocks": 3}):
+        index["meta"]["cut"] = bad
+        (tmp_path / "out" / "rarefy.json").write_text(json.dumps(index))
+        with pytest.raises(ContainerError, match="the structure that a cut left is damaged"):
+            rarefy.load(tmp_path / "out", model=copy.deepcopy(net))
+
+
+def test_a_saved_config_changes_no_ids():
+    from rarefy.cut.config import adopt_config
+
+    model = language("Llama", num_key_value_heads=2)
+    before = {k: getattr(model.config, k) for k in ("eos_token_id", "pad_token_id", "max_position_embeddings")}
+    adopt_config(model, {"eos_token_id": 0, "pad_token_id": 1, "max_position_embeddings": 1, "hidden_size": 24})
+    assert {k: getattr(model.config, k) for k in before} == before and model.config.hidden_size == 24
