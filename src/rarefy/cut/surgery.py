@@ -18,7 +18,7 @@ from rarefy.errors import ModelError, RarefyError
 from rarefy.model.attention import with_own_heads
 from rarefy.model.axes import Axis, coordinates, kept, leaves
 from rarefy.model.batches import tensors_in
-from rarefy.model.graph import Graph, Group, plainly
+from rarefy.model.graph import Graph, Group, forget, plainly
 from rarefy.model.stats import call, evaluating, on_device
 
 NEAR = 1e-4  # how far outputs of the cut model may be from those of the masked one, relative to the largest
@@ -232,15 +232,6 @@ def _pads(module: Any) -> bool:
     if not isinstance(module, nn.modules.conv._ConvNd) or module.padding_mode != "zeros":
         return False
     return module.padding == "same" or (module.padding != "valid" and any(module.padding))
-
-
-def forget(model: nn.Module) -> None:
-    """Empty what modules say that they keep of calls before (`attention_bias_cache`): it has the sizes of then."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            cached = type(value) is dict and "cache" in name and not name.startswith("_")
-            if cached and all(isinstance(t, Tensor) for t in value.values()):
-                value.clear()
 
 
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:

@@ -209,6 +209,15 @@ def plainly() -> Any:
         flags.__exit__(None, None, None)
 
 
+def forget(model: nn.Module) -> None:
+    """Empty what modules say that they keep of calls before (`attention_bias_cache`): it has the sizes of then."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            cached = type(value) is dict and "cache" in name and not name.startswith("_")
+            if cached and all(isinstance(t, Tensor) for t in value.values()):
+                value.clear()
+
+
 def trace(model: nn.Module, example: Any) -> Graph:
     """Run the model once in evaluation mode on `example` and return which slices belong together. One call, and O(axes)
     an operator.
@@ -224,6 +233,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
     from rarefy.model.operators import RULES  # rules name their trace
 
     model = unwrap(model)
+    forget(model)
     run = Trace(model, RULES)
     for t in tensors_in(example):
         run.known[t] = [fixed(n, "the model is given it") for n in t.shape]
