@@ -14,7 +14,17 @@ from rarefy.model.graph import Graph
 
 HEAD_DIMENSION = re.compile(r"head_?(dim|size|features)|(dim|size|features|per|d)_?(per_)?head|d_kv")
 # what models call their width, for others to read: not named in a view
-WIDTHS = ("embed_dim", "num_features", "head_hidden_size", "hidden_size", "hidden_dim", "d_model", "dim", "width")
+WIDTHS = (
+    "embed_dim",
+    "num_features",
+    "in_features",
+    "head_hidden_size",
+    "hidden_size",
+    "hidden_dim",
+    "d_model",
+    "dim",
+    "width",
+)
 # class -> {attribute: (parameter, dimension)}: it is the size of that dimension
 OF: dict[type, dict[str, tuple[str, int]]] = {
     nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
