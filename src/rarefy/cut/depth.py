@@ -271,31 +271,14 @@ def drop_layers_(
     ('4 -> 2', 2)
     """
     inner = unwrap(model)
-    if score not in LAYER_SCORES:
-        raise ModelError(unknown("score of layers", str(score), LAYER_SCORES))
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
-        raise ModelError(f"keep is a fraction above 0 and at most 1, got {keep!r}")
-    if attached(inner):
-        raise ModelError("masks are still attached: fold_ the model first")
-    if data is not None:
-        check_batches(data)
-        if isinstance(data, Iterator):
-            raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
-        if score == "random":
-            raise DataError("data has no effect: score random reads none")
+    _check(inner, keep, score, data)
     check_optimizer(optimizer, inner)
     every = droppable(inner, example)
     blocks = _named(inner, every, layers, ignore)
-    if keep is None:
-        many = len(blocks) if layers else len(every) - round(len(every) * 0.75)
-    else:
-        many = len(every) - round(len(every) * keep)
-    if not many:
-        raise ModelError(f"nothing would go: {len(every)} blocks, of which all stay")
+    many = _how_many(len(every), len(blocks) if layers else None, keep)
     scores = layer_scores(inner, blocks, score, [example] if data is None else data, loss, seed, progress=progress)
     gone = choose(inner, blocks, scores, many)
     before = list(inner.parameters())
-    size = sum(p.numel() for p in before)
     lengths = {n: len(parts) for n, parts in stacks(inner).items()}
     stay = mask_only or dry_run
     removal = drop(inner, example, gone, stay=stay)
@@ -312,12 +295,36 @@ def drop_layers_(
         forget_parameters(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
     rows = [{"block": b.name, score: float(s), "goes": b in gone} for b, s in zip(blocks, scores)]
     less = {id(p) for b in gone for p in b.module.parameters()}
-    left = size - sum(p.numel() for p in before if id(p) in less)
+    size, left = (sum(p.numel() for p in before if id(p) not in out) for out in (set(), less))
     summary = {
-        "blocks": f"{len(blocks)} -> {len(blocks) - many}",
+        "blocks": f"{len(every)} -> {len(every) - many}",
         "parameters": f"{size:,} -> {left:,} ({left / size:.3f})",
     }
-    return Report("layers" + (": nothing done" if mask_only or dry_run else ""), tuple(rows), summary)
+    return Report("layers" + (": nothing done" if stay else ""), tuple(rows), summary)
+
+
+def _check(model: nn.Module, keep: Any, score: Any, data: Any) -> None:
+    if score not in LAYER_SCORES:
+        raise ModelError(unknown("score of layers", str(score), LAYER_SCORES))
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
+        raise ModelError(f"keep is a fraction above 0 and at most 1, got {keep!r}")
+    if attached(model):
+        raise ModelError("masks are still attached: fold_ the model first")
+    if data is None:
+        return
+    check_batches(data)
+    if isinstance(data, Iterator):
+        raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
+    if score == "random":
+        raise DataError("data has no effect: score random reads none")
+
+
+def _how_many(blocks: int, named: int | None, keep: float | None) -> int:
+    """How many blocks go: of `blocks` a fraction, or all those that were named."""
+    many = named if keep is None and named is not None else blocks - round(blocks * (0.75 if keep is None else keep))
+    if not many:
+        raise ModelError(f"nothing would go: {blocks} blocks, of which all stay")
+    return many
 
 
 def _named(model: nn.Module, blocks: list[Block], layers: Any, ignore: Any) -> list[Block]:

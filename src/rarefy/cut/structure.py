@@ -110,36 +110,9 @@ def restore(model: nn.Module, told: Any, path: Any) -> None:
             raise ContainerError(f"{path}: {type(model).__name__} has no attention {name!r} that could have own heads")
     modules = dict(model.named_modules())
     for name, value in told["numbers"].items():
-        prefix, _, attribute = name.rpartition(".")
-        old = vars(modules[prefix]).get(attribute) if prefix in modules else None
-        least = 0 if attribute in NUMBERS else 1
-        layer = type(modules[prefix]).__module__.startswith("torch.nn.") if prefix in modules else False
-        old = None if layer and attribute not in SIZES else old
-        size = type(value) is int and type(old) is int and least <= value <= old
-        sizes = isinstance(value, list) and isinstance(old, tuple) and len(value) == len(old)
-        if sizes:
-            size = all(type(n) is int and type(o) is int and 1 <= n <= o for n, o in zip(value, old))  # type: ignore[arg-type]
-        if not size:
-            raise ContainerError(f"{path}: {type(model).__name__} has no size {name} that a cut could make {value!r}")
-        setattr(modules[prefix], attribute, tuple(value) if isinstance(value, list) else value)
+        _set_number(model, modules, name, value, path)
     slots = {n: (m, a) for n, m, a in named_tensors(modules)}
-    fresh: dict[int, Any] = {}
-    for name, shape in told["shapes"].items():
-        old = _slot(slots, name, path)
-        fits = isinstance(shape, list) and len(shape) == old.dim()
-        if not fits or any(type(n) is not int or not 1 <= n <= o for n, o in zip(shape, old.shape)):
-            raise ContainerError(f"{path}: {name} is {list(old.shape)} in this class; no cut makes it {shape!r}")
-        if list(old.shape) != shape:
-            fresh[id(old)] = torch.empty(shape, dtype=old.dtype, device=old.device)
-    for name, dims in told["kept"].items():
-        old = new = _slot(slots, name, path)
-        for d, indices in (dims if isinstance(dims, dict) else {"": []}).items():
-            fits = d.isdecimal() and int(d) < old.dim() and isinstance(indices, list) and len(indices) >= 1
-            rising = fits and all(type(i) is int for i in indices) and indices == sorted(set(indices))
-            if not rising or not 0 <= indices[0] <= indices[-1] < old.shape[int(d)]:
-                raise ContainerError(f"{path}: what a cut kept of {name} does not fit its shape {list(old.shape)}")
-            new = new.index_select(int(d), torch.tensor(indices, device=new.device))
-        fresh[id(old)] = new
+    fresh = {**_shaped(slots, told["shapes"], path), **_picked(slots, told["kept"], path)}
     made: dict[int, Any] = {}  # tied ones stay so
     for module, attribute in slots.values():
         old: Any = getattr(module, attribute)
@@ -149,6 +122,47 @@ def restore(model: nn.Module, told: Any, path: Any) -> None:
                 new = made.setdefault(id(old), nn.Parameter(new, old.requires_grad))
             setattr(module, attribute, new)
     model.rarefy_cut = told  # type: ignore[assignment]
+
+
+def _set_number(model: nn.Module, modules: Mapping[str, nn.Module], name: str, value: Any, path: Any) -> None:
+    prefix, _, attribute = name.rpartition(".")
+    old = vars(modules[prefix]).get(attribute) if prefix in modules else None
+    if old is not None and type(modules[prefix]).__module__.startswith("torch.nn.") and attribute not in SIZES:
+        old = None
+    least = 0 if attribute in NUMBERS else 1
+    olds, values = (old, value) if isinstance(old, tuple) and isinstance(value, list) else ((old,), [value])
+    sizes = zip(olds, values)
+    if len(olds) != len(values) or not all(type(o) is int and type(n) is int and least <= n <= o for o, n in sizes):
+        raise ContainerError(f"{path}: {type(model).__name__} has no size {name} that a cut could make {value!r}")
+    setattr(modules[prefix], attribute, tuple(value) if isinstance(value, list) else value)
+
+
+def _shaped(slots: Mapping[str, tuple[nn.Module, str]], shapes: Mapping[str, Any], path: Any) -> dict[int, Tensor]:
+    """Empty tensors of the shapes that a cut left, by the ids of those whose place they take."""
+    fresh: dict[int, Tensor] = {}
+    for name, shape in shapes.items():
+        old = _slot(slots, name, path)
+        fits = isinstance(shape, list) and len(shape) == old.dim()
+        if not fits or any(type(n) is not int or not 1 <= n <= o for n, o in zip(shape, old.shape)):
+            raise ContainerError(f"{path}: {name} is {list(old.shape)} in this class; no cut makes it {shape!r}")
+        if list(old.shape) != shape:
+            fresh[id(old)] = torch.empty(shape, dtype=old.dtype, device=old.device)
+    return fresh
+
+
+def _picked(slots: Mapping[str, tuple[nn.Module, str]], kept: Mapping[str, Any], path: Any) -> dict[int, Tensor]:
+    """What a cut kept of tensors that the class makes itself, by their ids."""
+    fresh: dict[int, Tensor] = {}
+    for name, dims in kept.items():
+        old = new = _slot(slots, name, path)
+        for d, indices in (dims if isinstance(dims, dict) else {"": []}).items():
+            fits = d.isdecimal() and int(d) < old.dim() and isinstance(indices, list) and len(indices) >= 1
+            rising = fits and all(type(i) is int for i in indices) and indices == sorted(set(indices))
+            if not rising or not 0 <= indices[0] <= indices[-1] < old.shape[int(d)]:
+                raise ContainerError(f"{path}: what a cut kept of {name} does not fit its shape {list(old.shape)}")
+            new = new.index_select(int(d), torch.tensor(indices, device=new.device))
+        fresh[id(old)] = new
+    return fresh
 
 
 def _keep_blocks(model: nn.Module, name: str, kept: Any, path: Any) -> None:
