@@ -681,7 +681,8 @@ def test_attention_of_torch_is_cut_where_heads_do_not_divide(keep, tmp_path):
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        ({"qkv": [4]}, r"qkv has heads 0 to 3, got \[4\]"),
+        ({"qkv": [4]}, r"qkv has heads 0 to 3: give a list of such numbers, got \[4\]"),
+        ({"qkv": 0}, "qkv has heads 0 to 3: give a list of such numbers, got 0"),
         ({"qkv": []}, "qkv has heads 0 to 3"),
         ({"qkv": "1"}, "qkv has heads 0 to 3"),
         ({"qkv": [0, 1, 2, 3]}, "all of its 4 heads would go"),

@@ -262,6 +262,74 @@ def test_a_config_is_the_users_until_it_changes():
     assert model.config is config
 
 
+# ---- what a new user ran into ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [3, 5])
+@pytest.mark.parametrize("keep", [0.5, 0.75])
+def test_heads_go_where_their_number_does_not_divide(heads, keep):
+    model = language("Llama", hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=heads, head_dim=8)
+    rarefy.cut_(model.eval(), IDS, "head", keep)
+    left = int(heads * keep + 0.5)
+    for layer in model.model.layers:
+        assert layer.self_attn.q_proj.out_features == 8 * left and layer.self_attn.head_dim == 8
+    assert model.config.num_attention_heads == left
+
+
+def test_a_cut_after_heads_went_by_number():
+    model = language("Llama", num_attention_heads=8, num_key_value_heads=4, hidden_size=64).eval()
+    rarefy.prune_heads_(model, {"model.layers.0.self_attn": [0, 1]}, IDS)
+    rarefy.cut_(model, IDS, "head", 0.5)
+    assert [l.self_attn.k_proj.out_features for l in model.model.layers] == [16, 16]
+
+
+def test_ignored_layers_lose_no_outputs():
+    model = language("Llama", num_key_value_heads=2).eval()
+    rarefy.cut_(model, IDS, ignore="model.embed_tokens")
+    assert model.model.embed_tokens.embedding_dim == 48 and model.model.layers[0].mlp.gate_proj.out_features == 48
+    model = language("Llama", num_key_value_heads=2).eval()
+    rarefy.cut_(model, IDS, layers="*.mlp.*")
+    assert model.config.hidden_size == 48 and model.config.intermediate_size == 48
+    with pytest.raises(ModelError, match="`layers` means groups at least half of whose makers these layers are"):
+        rarefy.cut_(model, IDS, layers="*.down_proj")
+
+
+@pytest.mark.parametrize("what", ["parameters", "flops"])
+def test_budgets_leave_blocks_alike(what):
+    model = language("Llama", num_key_value_heads=2, num_hidden_layers=6, hidden_size=64, intermediate_size=192).eval()
+    rarefy.cut_(model, IDS, **{what: 0.6})
+    assert len({l.mlp.gate_proj.out_features for l in model.model.layers}) == 1 and model.rarefy_cut["config"]
+
+
+def test_a_mask_is_not_called_a_cut():
+    report = rarefy.cut_(Own(), torch.randn(3, 4), mask_only=True)
+    assert report.title == "cut: units are zero, nothing left"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten()
+    )
+    net = nn.Sequential(net, nn.Linear(32 * 16, 5)).eval().to(dtype)
+    rarefy.cut_(net, torch.randn(2, 3, 8, 8, dtype=dtype))
+    assert net[0][0].out_channels == 16
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"units": 0.5}, "units is a kind or a list of kinds, such as 'channel', got 0.5; keep=0.5 is by name"),
+        ({"units": "channel"}, "no group of channel can be cut: .*; it has neuron"),
+        ({"round_to": 1000}, "nothing would go: keep 0.5 leaves every unit of every group in multiples of 1000"),
+        ({"parameters": 0.3, "least": 0.9}, r"parameters 0.3 is out of reach: .* \(least=0.9\); what stays most"),
+    ],
+)
+def test_mistakes_of_a_new_user(how, message):
+    with pytest.raises(ModelError, match=message):
+        rarefy.cut_(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4), **how)
+
+
 # ---- files that want more than a cut could have done ----------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ def test_blocks_that_go_are_skipped_exactly(make, x, tmp_path):
     report = rarefy.drop_layers_(model, x, keep=0.6)
     gone = [r["block"] for r in report.rows if r["goes"]]
     assert len(gone) == len(report.rows) - round(0.6 * len(report.rows))
-    least = sorted(report.rows, key=lambda r: r["similarity"])
+    least = sorted(report.rows, key=lambda r: r["change"])
     assert set(gone) <= {r["block"] for r in least[: len(gone) + 2]}  # but for lists that one must be left of
     with torch.no_grad(), skipping([b for b in droppable(dense, x) if b.name in gone]):
         want = outputs(dense, x)
@@ -120,7 +120,7 @@ def test_depth_after_width_and_twice(tmp_path):
     rarefy.save(model, tmp_path / "out")
     again = rarefy.load(tmp_path / "out", model=make()).eval()
     torch.testing.assert_close(outputs(again, IDS).detach(), got)
-    with pytest.raises(ContainerError, match="layers of unequal sizes, which no config of LlamaForCausalLM tells"):
+    with pytest.raises(ContainerError, match="a cut left sizes that no config of LlamaForCausalLM can tell"):
         rarefy.store.export(tmp_path / "out", tmp_path / "hf")
     torch.testing.assert_close(outputs(rarefy.load(tmp_path / "out").eval(), IDS).detach(), got)
 

@@ -194,7 +194,7 @@ def test_a_dry_run_shows_what_would_go(given, tmp_path, run: Run):
     ran = run("compress", given / "model", "-r", given / "cut.yaml", "--dry-run")
     assert ran.code == 0 and "cut, rehearsed" in ran.out and "stays because" in ran.out
     assert "by magnitude, obs takes data: other units may go" in ran.out
-    assert "dry run of smaller: nothing computed" in ran.out and tree(given) == before
+    assert "after the cuts: dry run of smaller: nothing computed" in ran.out and tree(given) == before
     told = json.loads(run("compress", given / "model", "-r", given / "cut.yaml", "--dry-run", "--json").out)
     assert told["cuts"][0]["summary"]["parameters"] and told["forecast"]["rows"]
     out = tmp_path / "out"
@@ -202,6 +202,11 @@ def test_a_dry_run_shows_what_would_go(given, tmp_path, run: Run):
     expected = {r["layer"]: r["shape"] for r in told["forecast"]["rows"]}
     state = rarefy.load(out).state_dict()
     assert all(shape == "x".join(map(str, state[f"{n}.weight"].shape)) for n, shape in expected.items())
+
+
+def test_a_dry_run_wants_the_data_that_a_run_wants(given, run: Run):
+    ran = run("compress", given / "model", "-r", given / "cut.yaml", "--dry-run", "--set", "data=null")
+    assert ran.code == 2 and "no calibrate data" in ran.err
 
 
 def test_inspect_shows_groups(given, run: Run):

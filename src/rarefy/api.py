@@ -138,6 +138,8 @@ def rehearse_(
         reads = _calibrates(replace(stage, repair=None))
         options = {**stage.options(), "score": free if reads else stage.score, "repair": True}
         given = Given(plan, None, tokenizer, base)
+        if _calibrates(stage):
+            given.batches("calibrate")
         of = {"layers": stage.layers, "ignore": stage.ignore, "seed": plan.seed + index}
         report = cut_(model, cut_example(model, given), **options, **of)
         notes = (f"by {free}, {stage.score} takes data: other units may go",) if reads else ()

@@ -349,6 +349,7 @@ def _rehearse(source: Path, plan: Any, base: Path | None, memory: int | None, as
     model, tokenizer = _load(source)
     told = rehearse_(model, plan, tokenizer=tokenizer, base=base)
     expected = forecast(model, plan, memory)
+    expected = replace(expected, title=f"after the cuts: {expected.title}")
     if as_json:
         print(json.dumps({"cuts": [r.to_dict() for r in told], "forecast": expected.to_dict()}, indent=1))
         return

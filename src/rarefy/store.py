@@ -212,8 +212,8 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
             raise ModelError(f"{path} holds a {type(model).__name__}: only Hugging Face models export to hf")
         if getattr(model, "rarefy_cut", None) and not model.rarefy_cut["config"]:  # type: ignore[index, operator]
             raise ContainerError(
-                f"{path}: a cut left layers of unequal sizes, which no config of {type(model).__name__} tells: "
-                "export to safetensors"
+                f"{path}: a cut left sizes that no config of {type(model).__name__} can tell (layers unlike each "
+                "other, or heads that do not make up the width): load it with rarefy.load, or export --to safetensors"
             )
     with whole_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, blaming(Path(out)):
         if to == "hf":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.cut.surgery import NEAR, outputs
+from rarefy.cut.surgery import NEAR, NEAR_OF, outputs
 from rarefy.model import hf
 
 TRIES = 512  # combinations of numbers
@@ -167,7 +167,9 @@ def _builds(model: Any, config: Any, want: Mapping[str, torch.Size], example: An
         if hasattr(again, "tie_weights"):
             again.tie_weights()
         for a, b in zip(outputs(again, example), outputs(model, example), strict=True):
-            if a.shape != b.shape or not bool((a - b).abs().max() <= NEAR * b.abs().max().clamp(min=1e-6)):
+            if a.shape != b.shape or not bool(
+                (a - b).abs().max() <= NEAR_OF.get(b.dtype, NEAR) * b.abs().max().clamp(min=1e-6)
+            ):
                 return False
     except Exception:  # of whatever kind: these numbers make no model
         return False

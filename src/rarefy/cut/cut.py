@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from rarefy.model.attention import OwnHeads
 from rarefy.model.axes import Axis, kept, leaves, products, size
 from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.mask import masks as attached
-from rarefy.model.select import Selector, select, unwrap
+from rarefy.model.select import Selector, all_layers, select, unwrap
 from rarefy.model.stats import Loss, call, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof.measure import compare
@@ -65,8 +66,9 @@ def cut_(
     """Remove the units that matter least, and everything that belongs to them; return what went and what is locked.
 
     example   what the model can be called with: it is run, to see what belongs together and to prove the result
-    units     kinds of units: channel or group of a convolution, neuron of a Linear, head, head dimension; or "layer"
-              alone: whole blocks, see `drop_layers_`
+    units     kinds of units: channel or group of a convolution, neuron of a Linear (the width of a transformer too),
+              head (with the queries that share its keys), head dimension, head of a group (of queries that share); or
+              "layer" alone: whole blocks, see `drop_layers_`
     keep      the fraction of units that stays (0.5 if no budget is given); or instead of it one of
     parameters, flops, latency
               the fraction of the model's that is to be left: parameters, operations of a call on `example`, both met
@@ -76,7 +78,9 @@ def cut_(
     reduce    how the slices of a unit are joined: sum, mean, max
     scope     units are compared in their group ("layer"), with all ("global"), or in groups built alike ("isomorphic")
     least     no group keeps less than this fraction
-    layers    groups that a parameter of these layers makes; None: all
+    layers    groups at least half of whose makers these layers are ("*.mlp.*" means the neurons of MLPs, and not the
+              width of the whole model, which they also write); None: all
+    ignore    layers that must not lose outputs: no group that one of them makes is cut
     round_to  as many units stay as are a multiple of this
     steps     cut in so many steps, scores (and repair) anew in each
     data      batches (something that can be run through more than once) for scores, and from which the units that stay
@@ -102,6 +106,8 @@ def cut_(
     ))
     """
     inner = unwrap(model)
+    if not isinstance(units, str | tuple | list):
+        raise ModelError(f"units is a kind or a list of kinds, such as 'channel', got {units!r}; keep=0.5 is by name")
     budgets: dict[str, Any] = dict(zip(BUDGETS, (keep, parameters, flops, latency)))
     if "layer" in ((units,) if isinstance(units, str) else units):
         check_layers(units, budgets, score, for_units(reduce, scope, least, round_to, steps, repair))
@@ -159,7 +165,7 @@ def cut_(
     elif optimizer is not None:
         for removal in done:
             carry(optimizer, removal.replaced)
-    return cut.report(masks, done[-1], dry_run)  # type: ignore[possibly-unbound]
+    return cut.report(masks, done[-1], dry_run, mask_only)  # type: ignore[possibly-unbound]
 
 
 class _Rigid(Exception):
@@ -193,7 +199,7 @@ class _Cut:
         self.stays: dict[Axis, str] = {}  # groups that a class wants as they are
         self.scores = self._scored(groups)
         self.time: float | None = None
-        self.tried = False
+        self.tried = self.swap = False
 
     def _scored(self, groups: Sequence[Group]) -> dict[Axis, Tensor]:
         a = self.ask
@@ -213,6 +219,10 @@ class _Cut:
                 place = error.module if isinstance(error, DoesNotRun) else ""
                 if place and OwnHeads.can_be(self.model.get_submodule(place)):
                     raise _Rigid from error
+                if isinstance(error, DoesNotRun) and not self.swap:
+                    self.swap = True  # first of all, heads may give way to their dimensions
+                    if self._plan_changes(target):
+                        continue
                 if not (isinstance(error, DoesNotRun) and self._leave_alone(error)):
                     self._try_each(error, target)
 
@@ -228,13 +238,21 @@ class _Cut:
         if not left:
             raise ModelError(f"nothing would go: {UNEVEN}")
         if all(n == axis.size for axis, n in left.items()):
-            raise ModelError(f"nothing would go: {a.budget} {target:g} leaves every unit of every group")
+            steps = f" in multiples of {a.round_to}" if a.round_to > 1 else ""
+            raise ModelError(f"nothing would go: {a.budget} {target:g} leaves every unit of every group{steps}")
         return left
+
+    def _plan_changes(self, target: float) -> bool:
+        """Whether dimensions of heads go where heads do not divide."""
+        if self.ask.budget != "keep":
+            return False
+        order = self._order([g for g in self.groups if g.axis not in self.stays])
+        return set(plan.counts(order, 1 - target)) != set(plan.counts(replace(order, swap=False), 1 - target))
 
     def _order(self, groups: list[Group]) -> plan.Order:
         a = self.ask
         places = plan.rank(self.graph, groups, self.scores, self.origin, a.scope, UNIT_SCORES[a.score].comparable)
-        return plan.Order(self.graph, groups, places, self.origin, a.least, a.round_to, a.scope == "layer")
+        return plan.Order(self.graph, groups, places, self.origin, a.least, a.round_to, a.scope == "layer", self.swap)
 
     def _masks(self, left: plan.Counts) -> dict[Axis, Tensor]:
         new = [g for g in self.graph.groups if g.axis in left and g.axis not in self.scores]
@@ -306,7 +324,7 @@ class _Cut:
         if not fine:
             raise error
 
-    def report(self, masks: Mapping[Axis, Tensor], done: Removal, dry_run: bool) -> Report:
+    def report(self, masks: Mapping[Axis, Tensor], done: Removal, dry_run: bool, mask_only: bool) -> Report:
         """Return a row a group, and what is left of the model."""
         asked = {g.axis for g in self.groups}
         rows = []
@@ -314,7 +332,7 @@ class _Cut:
             n = int(masks[g.axis].sum()) if g.axis in masks else g.size
             why = "" if g.axis in masks else g.lock or self.stays.get(g.axis)
             why = why if why is not None else UNEVEN if g.axis in asked else "not asked for"
-            why = "too few units for a part to go" if not why and n == g.size else why
+            why = "the budget leaves all of its units" if not why and n == g.size else why
             rows.append(row(g, self.origin[g.axis], n, why))
         left = {axis: int(m.sum()) for axis, m in masks.items()}
         summary: dict[str, Any] = {}
@@ -328,7 +346,8 @@ class _Cut:
         notes = unruled(self.graph)
         if done.unseen:
             notes += ("the example's outputs do not depend on what went: the proof says nothing of it",)
-        return Report("cut: nothing done" if dry_run else "cut", tuple(rows), summary, notes)
+        title = "cut: nothing done" if dry_run else "cut: units are zero, nothing left" if mask_only else "cut"
+        return Report(title, tuple(rows), summary, notes)
 
 
 def _form(name: str) -> str:
@@ -338,14 +357,17 @@ def _form(name: str) -> str:
 
 def _said(error: ModelError) -> str:
     """What was wrong, without what is said around it."""
-    return str(error).removeprefix("the cut model does not run, so it was put back: ").partition(" (it takes")[0]
+    said = str(error).removeprefix("the cut model does not run, so it was put back: ").partition(" (it takes")[0]
+    said = re.sub(r"^\w+ cannot be called with a batch of .*?: (?=[^:]*$)", "", said)
+    return said if len(said) < 100 else said[:97] + "..."
 
 
 def row(group: Group, before: int, after: int, why: str) -> dict[str, Any]:
     """Return a group's line of a report."""
+    more = len(group.notes) - 1
     return {
         "group": group.name, "kind": group.kind, "units": f"{before} -> {after}", "parameters": len(group.members),
-        "stays because": why, "note": "; ".join(group.notes),
+        "stays because": why, "note": group.notes[0] + (f" and {more} more" if more else "") if group.notes else "",
     }  # fmt: skip
 
 
@@ -426,15 +448,28 @@ def _once(graph: Graph, groups: list[Group]) -> list[Group]:
 
 def chosen(model: nn.Module, graph: Graph, kinds: Sequence[str], layers: Selector, ignore: Selector) -> list[Group]:
     """Return the groups to cut."""
-    wanted = None
-    if layers is not None or ignore is not None:
-        wanted = {id(m) for l in select(model, layers, ignore) for _, m, _ in l.owners}
     found = [g for g in graph.groups if g.lock is None and g.kind in kinds]
-    if wanted is not None:
-        makers = {g: [m for n in g.members if n.role == "out" for m, _ in graph.owners[n.name]] for g in found}
-        found = [g for g in found if any(id(m) in wanted for m in makers[g])]
+    if layers is not None or ignore is not None:
+        known = {id(m) for l in all_layers(model) for _, m, _ in l.owners}
+        makers = {
+            g: {id(m) for n in g.members if n.role == "out" for m, _ in graph.owners[n.name]} & known for g in found
+        }
+        wanted, left = (
+            {id(m) for l in select(model, words) for _, m, _ in l.owners} if words else None
+            for words in (layers, ignore)
+        )
+        if wanted is not None:
+            found = [g for g in found if 2 * len(makers[g] & wanted) >= max(len(makers[g]), 1)]
+        found = [g for g in found if not (left and makers[g] & left)]
     found = _once(graph, found)
     if not found:
         why = "; ".join(f"{g.name} ({g.kind}): {g.lock}" for g in graph.groups[:4] if g.lock)
-        raise ModelError(f"no group of {', '.join(kinds)} can be cut{': ' + why if why else ''}")
+        others = dict.fromkeys(g.kind for g in graph.groups if g.lock is None)
+        hint = f"; it has {', '.join(others)}" if others and not set(others) <= set(kinds) else ""
+        hint = (
+            "; layers means groups that these layers make, at least half of"
+            if layers is not None and not hint
+            else hint
+        )
+        raise ModelError(f"no group of {', '.join(kinds)} can be cut{': ' + why if why else ''}{hint}")
     return found

@@ -293,14 +293,16 @@ def drop_layers_(
         raise
     if optimizer is not None:
         forget_parameters(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
-    rows = [{"block": b.name, score: float(s), "goes": b in gone} for b, s in zip(blocks, scores)]
+    column = {"similarity": "change", "loss": "loss rises by"}.get(score, score)
+    rows = [{"block": b.name, column: float(s), "goes": b in gone} for b, s in zip(blocks, scores)]
+    notes = ("scored on the example: no data was given",) if data is None and score != "random" else ()
     less = {id(p) for b in gone for p in b.module.parameters()}
     size, left = (sum(p.numel() for p in before if id(p) not in out) for out in (set(), less))
     summary = {
         "blocks": f"{len(every)} -> {len(every) - many}",
         "parameters": f"{size:,} -> {left:,} ({left / size:.3f})",
     }
-    return Report("layers" + (": nothing done" if stay else ""), tuple(rows), summary)
+    return Report("layers" + (": nothing done" if stay else ""), tuple(rows), summary, notes)
 
 
 def _check(model: nn.Module, keep: Any, score: Any, data: Any) -> None:

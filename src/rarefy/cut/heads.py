@@ -93,7 +93,7 @@ def _kept(graph: Graph, group: Group, name: str, numbers: Any) -> Tensor:
     total = group.size * shared
     wrong = not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) == 0
     if wrong or any(type(h) is not int or not 0 <= h < total for h in numbers):
-        raise ModelError(f"{name} has heads 0 to {total - 1}, got {numbers!r}")
+        raise ModelError(f"{name} has heads 0 to {total - 1}: give a list of such numbers, got {numbers!r}")
     gone = torch.zeros(total, dtype=torch.bool)
     gone[torch.tensor(list(numbers))] = True
     rows = gone.view(group.size, shared)

@@ -8,6 +8,7 @@ counts    how many units of each group stay at a depth: all that parameters and 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from rarefy.model.axes import Axis, count, leaves, resolve, size
 from rarefy.model.graph import Graph, Group
 
 SCOPES = ("layer", "global", "isomorphic")
+DIGITS = re.compile(r"\d+")
 NEAR = 0.01  # how far from a budget is near enough, relative to it
 Counts = dict[Axis, int]
 
@@ -37,6 +39,7 @@ class Order:
     least: float
     step: int
     local: bool
+    swap: bool = False
 
 
 def rank(
@@ -92,14 +95,19 @@ def _twins(graph: Graph, known: set[Axis]) -> list[tuple[Axis, Axis]]:
     return [(a, b) for a, b in pairs if isinstance(a, Axis) and isinstance(b, Axis) and a is not b and {a, b} <= known]
 
 
+def form(group: Group) -> tuple[str, str]:
+    """Return what blocks alike have in common: a group's kind and its name without numbers."""
+    return group.kind, DIGITS.sub("*", group.name)
+
+
 def counts(order: Order, depth: float, *, smooth: bool = False) -> Counts:
-    """Return how many units of each group stay at a depth, 0 (all) to 1. `smooth`: groups of equal sizes lose their
-    units at depths a little apart, for a budget to be met nearly. O(units)."""
-    groups = _whole(order, 1 - depth) if order.local and not smooth else order.groups
-    out = {}
-    for i, g in enumerate(groups):
+    """Return how many units of each group stay at a depth, 0 (all) to 1. `smooth`: groups of other forms lose their
+    units at depths a little apart, for a budget to be met nearly; those of a form stay alike. O(units)."""
+    groups = _whole(order, 1 - depth) if order.swap and order.local and not smooth else order.groups
+    out, numbers = {}, {f: i for i, f in enumerate(dict.fromkeys(form(g) for g in groups))}
+    for g in groups:
         size = order.origin[g.axis]
-        phase = ((i * 0.618034) % 1 - 0.5) / size if smooth and order.local else 0.0
+        phase = ((numbers[form(g)] * 0.618034) % 1 - 0.5) / size if smooth and order.local else 0.0
         at = order.positions.get(g.axis)
         n = round(size * (1 - depth)) if at is None else int((at + phase >= depth - 1e-9).sum())
         n = min(max(n, 1, math.ceil(size * order.least - 1e-9)), g.size)
@@ -182,15 +190,21 @@ def budget(order: Order, what: str, target: float, whole: int) -> Counts:
 
     if at(1.0) > target * (1 + NEAR):
         raise ModelError(
-            f"{what} {target:g} is out of reach: {at(1.0):.3f} are left with as few units as may stay; "
-            f"{_blocks(order, what)}"
+            f"{what} {target:g} is out of reach: {at(1.0):.3f} are left with as few units as may stay"
+            + (f" (least={order.least:g}); " if order.least else "; ")
+            + f"{_blocks(order, what)}"
         )
     low, high = 0.0, 1.0  # more than the target stays at low, no more at high
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if at(middle) <= target else (middle, high)
     found = counts(order, high, smooth=True)
-    found = _fill(order, found, lambda left: measure(order.graph, left) / whole, target)
+    forms: dict[Any, list[Axis]] = {}
+    for g in order.groups:
+        if g.axis in found:
+            forms.setdefault(form(g), []).append(g.axis)
+    for together in (list(forms.values()), [[axis] for axis in found]):  # blocks stay alike where that will do
+        found = _fill(order, found, together, lambda left: measure(order.graph, left) / whole, target)
     got = measure(order.graph, found) / whole
     if abs(got - target) > NEAR * target:
         raise ModelError(
@@ -204,11 +218,13 @@ def budget(order: Order, what: str, target: float, whole: int) -> Counts:
     return found
 
 
-def _fill(order: Order, left: Counts, share: Callable[[Counts], float], target: float) -> Counts:
-    """Give groups a step of units back as long as the target is not passed."""
-    for axis in sorted(left, key=lambda a: a.size):
-        while left[axis] + order.step <= axis.size and share(left) < target * (1 - NEAR / 2):
-            more = _even(order.graph, {**left, axis: left[axis] + order.step})
+def _fill(
+    order: Order, left: Counts, together: Sequence[Sequence[Axis]], share: Callable[[Counts], float], target: float
+) -> Counts:
+    """Give groups a step of units back, some together, until the target is near enough, and never pass it."""
+    for axes in sorted(together, key=lambda axes: sum(a.size for a in axes)):
+        while share(left) < target * (1 - NEAR) and all(left[a] + order.step <= a.size for a in axes):
+            more = _even(order.graph, {**left, **{a: left[a] + order.step for a in axes}})
             if len(more) < len(left) or share(more) > target:
                 break
             left = more
