@@ -466,6 +466,6 @@ def chosen(model: nn.Module, graph: Graph, kinds: Sequence[str], layers: Selecto
         why = "; ".join(f"{g.name} ({g.kind}): {g.lock}" for g in graph.groups[:4] if g.lock)
         others = dict.fromkeys(g.kind for g in graph.groups if g.lock is None)
         hint = f"; it has {', '.join(others)}" if others and not set(others) <= set(kinds) else ""
-        hint = "; layers means groups that these layers make, at least half of" if layers is not None else hint
+        hint = "; `layers` means groups at least half of whose makers these layers are" if layers is not None else hint
         raise ModelError(f"no group of {', '.join(kinds)} can be cut{': ' + why if why else ''}{hint}")
     return found
