@@ -29,8 +29,9 @@ from rarefy.model.select import Selector, all_layers, select, unwrap
 from rarefy.model.stats import Loss, call, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof.measure import compare
-from rarefy.proof.report import Report
+from rarefy.proof.report import Report, alike
 
+NOT_ASKED = "not asked for"
 UNEVEN = "a chunk takes as many of it as of something that stays"
 TRIALS = 8  # cuts that are timed to find one of a latency
 TIMINGS = 15
@@ -331,7 +332,7 @@ class _Cut:
         for g in self.graph.groups:
             n = int(masks[g.axis].sum()) if g.axis in masks else g.size
             why = "" if g.axis in masks else g.lock or self.stays.get(g.axis)
-            why = why if why is not None else UNEVEN if g.axis in asked else "not asked for"
+            why = why if why is not None else UNEVEN if g.axis in asked else NOT_ASKED
             why = "the budget leaves all of its units" if not why and n == g.size else why
             rows.append(row(g, self.origin[g.axis], n, why))
         left = {axis: int(m.sum()) for axis, m in masks.items()}
@@ -347,7 +348,8 @@ class _Cut:
         if done.unseen:
             notes += ("the example's outputs do not depend on what went: the proof says nothing of it",)
         title = "cut: nothing done" if dry_run else "cut: units are zero, nothing left" if mask_only else "cut"
-        return Report(title, tuple(rows), summary, notes)
+        asked_for = [r for r in rows if r["stays because"] != NOT_ASKED]
+        return Report(title, tuple(rows), summary, notes, tuple(alike(asked_for, "group")))
 
 
 def _form(name: str) -> str:

@@ -7,7 +7,6 @@ dimension it occurs in. Removing a unit of a group is exact where nothing says o
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from rarefy.model.axes import Algebra, Axis, Expr, coordinates, fixed, is_fixed,
 from rarefy.model.batches import tensors_in
 from rarefy.model.select import unwrap
 from rarefy.model.stats import call, evaluating, on_device
-from rarefy.proof.report import Report
+from rarefy.proof.report import Report, alike
 
 KERNEL = "a kernel has its size"  # of convolutions: no units
 
@@ -290,32 +289,28 @@ def _kind(axis: Axis, members: list[Member], owners: Mapping[str, list[tuple[nn.
 
 
 def groups(model: nn.Module, example: Any) -> Report:
-    """Return the groups of coupled units: a row for those that differ only in numbers of their names.
+    """Return the groups of coupled units, printed as a row for those that differ only in numbers of their names.
 
-    group, kind, units; how many such groups; how many parameters and buffers each has; why they stay, where they do.
-    Raises ModelError where the example does not run. O(one call).
+    group, kind, units; how many parameters and buffers it has; why they stay, where they do. Raises ModelError where
+    the example does not run. O(one call).
 
     >>> print(groups(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(1, 4)))
     groups of Sequential
-    group       kind    units  groups  parameters  stays because
-    0.weight:0  neuron      6       1           3
-    0.weight:1  neuron      4       1           1  the model is given it
-    2.weight:0  neuron      2       1           2  the model returns it
+    group       many  kind    units  parameters  stays because
+    0.weight:0     1  neuron      6           3
+    0.weight:1     1  neuron      4           1  the model is given it
+    2.weight:0     1  neuron      2           2  the model returns it
     units that can go: 1 of 3 groups
     """
     graph = trace(model, example)
-    alike: dict[tuple[Any, ...], list[Group]] = {}
-    for g in graph.groups:
-        name, why = (re.sub(r"(?<=\.)\d+(?=\.)", "*", text or "") for text in (g.name, g.lock))
-        alike.setdefault((name, g.kind, g.size, len(g.members), why), []).append(g)
     rows = [
-        {"group": name if len(gs) > 1 else gs[0].name, "kind": kind, "units": size, "groups": len(gs),
-         "parameters": members, "stays because": why if len(gs) > 1 else gs[0].lock or ""}
-        for (name, kind, size, members, why), gs in alike.items()
-    ]  # fmt: skip
+        {"group": g.name, "kind": g.kind, "units": g.size, "parameters": len(g.members), "stays because": g.lock or ""}
+        for g in graph.groups
+    ]
     free = sum(g.lock is None for g in graph.groups)
     summary = {"units that can go": f"{free} of {len(graph.groups)} groups"}
-    return Report(f"groups of {type(unwrap(model)).__name__}", tuple(rows), summary, unruled(graph))
+    title = f"groups of {type(unwrap(model)).__name__}"
+    return Report(title, tuple(rows), summary, unruled(graph), tuple(alike(rows, "group")))
 
 
 def unruled(graph: Graph) -> tuple[str, ...]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Report:
     rows: tuple[Mapping[str, Any], ...] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    shown: tuple[Mapping[str, Any], ...] | None = None  # what is printed of many rows; JSON has all
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts and lists that JSON can hold."""
@@ -38,12 +42,29 @@ class Report:
         out = io.StringIO()
         print(self.title, file=out)
         if self.rows:
-            print(table(self.rows), file=out)
+            print(table(self.rows if self.shown is None else self.shown), file=out)
         for key, value in self.summary.items():
             print(f"{key}: {_cell(value)}", file=out)
         for note in self.notes:
             print(f"note: {note}", file=out)
         return out.getvalue().rstrip("\n")
+
+
+def alike(rows: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return one row for those that differ only in numbers within texts, with `many`: how many they are.
+
+    >>> alike([{"layer": "h.0.fc", "units": "4 -> 2"}, {"layer": "h.1.fc", "units": "4 -> 2"}], "layer")
+    [{'layer': 'h.*.fc', 'many': 2, 'units': '4 -> 2'}]
+    """
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        key = tuple(NUMBER.sub("*", v) if isinstance(v, str) else v for v in row.values())
+        found.setdefault(key, []).append(row)
+    out = []
+    for key, same in found.items():
+        values = dict(zip(same[0], key)) if len(same) > 1 else dict(same[0])
+        out.append({name: values.pop(name), "many": len(same), **values})
+    return out
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
