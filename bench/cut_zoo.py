@@ -62,7 +62,7 @@ def ours(model: nn.Module, x: Any) -> dict[str, Any]:
 
 
 def theirs(model: Any, x: Any) -> dict[str, Any]:
-    import torch_pruning as tp
+    import torch_pruning as tp  # type: ignore
     from torchvision.models import VisionTransformer
 
     from rarefy.cut.absent import Absent
@@ -129,12 +129,12 @@ def _zero(module: nn.Module, rows: Any) -> None:
 
 def one(name: str, side: str) -> dict[str, Any]:
     """Cut one model in this process."""
-    import zoo  # type: ignore[import-not-found]
+    from zoo import torchvision_cases  # type: ignore
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    make, x = zoo.torchvision_cases()[name]
+    make, x = torchvision_cases()[name]
     model = make()
     before = sum(p.numel() for p in model.parameters())
     try:
@@ -203,9 +203,9 @@ def main() -> None:
         print(json.dumps(one(*args.one)))
         return
     if not args.table:
-        import zoo  # type: ignore[import-not-found]
+        from zoo import torchvision_cases  # type: ignore
 
-        bench(args.models or list(zoo.torchvision_cases()))
+        bench(args.models or list(torchvision_cases()))
     print(table([json.loads(l) for l in RESULTS.read_text().splitlines()]))
 
 

@@ -119,7 +119,7 @@ def language(seeds: list[int]) -> Iterator[Line]:
 
 def resnet50(seeds: list[int]) -> Iterator[Line]:
     """Cut ResNet-50 to half its operations; time it in turns with the dense one; run both in ONNX Runtime."""
-    import onnxruntime
+    import onnxruntime  # type: ignore
     from torchvision.models import resnet50 as make
 
     torch.manual_seed(0)
