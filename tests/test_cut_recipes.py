@@ -142,6 +142,21 @@ def test_repair_is_on_where_there_is_data():
         rarefy.compress_(Images(), {"stages": [{"cut": {}}]})
 
 
+def test_the_loss_of_training_is_not_for_a_cut_without_gradients():
+    data, called = batches(), []
+
+    def loss(output, batch):
+        called.append(1)
+        return torch.nn.functional.cross_entropy(output, batch[1])
+
+    recipe = {"stages": [{"cut": {"keep": 0.5}}, {"train": {"epochs": 1}}]}
+    rarefy.compress_(Images(), recipe, data, loss=loss)
+    assert called
+    called.clear()
+    rarefy.compress_(Images(), {"stages": [{"cut": {"keep": 0.5, "score": "taylor"}}]}, data, loss=loss)
+    assert called
+
+
 def test_language_models_need_no_data_for_a_cut():
     model = tiny_llama()
     receipt = rarefy.compress_(

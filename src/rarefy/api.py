@@ -41,7 +41,6 @@ from rarefy.store import aliases, pack
 from rarefy.train.loop import Gradual, fit_, optimizer_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NO_SCORE = UNIT_SCORES["magnitude"]
 EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
 
 
@@ -192,10 +191,17 @@ def _check_data(plan: recipes.Recipe, given: Given) -> None:
 def _calibrates(prune: Any) -> bool:
     """Whether a stage reads calibration data: its solver does, its score, or its repair."""
     if isinstance(prune, recipes.Cut):
-        return bool(prune.repair) or UNIT_SCORES.get(prune.score or "", NO_SCORE).needs != "" or prune.score == "loss"
+        return bool(prune.repair or _needs(prune))
     score = getattr(prune, "score", None)
     reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in SLOW
     return reads or (score is not None and bool(SCORES[score].needs))
+
+
+def _needs(s: recipes.Cut) -> str:
+    """What the score of a cut needs of data: "gradient" (a loss), "inputs", or nothing."""
+    if s.whole:
+        return "gradient" if s.score == "loss" else ""
+    return UNIT_SCORES[s.score or "magnitude"].needs
 
 
 def _prune(model: nn.Module, s: recipes.Prune, given: Given, loss: Loss | None, **options: Any) -> list[Report]:
@@ -261,17 +267,15 @@ def _cast(
 
 
 def _cut(model: nn.Module, s: recipes.Cut, given: Given, loss: Loss | None, seed: int, progress: bool) -> list[Report]:
-    reads = given.has("calibrate")
-    gradient = s.score is not None and (s.score == "loss" or UNIT_SCORES.get(s.score, NO_SCORE).needs == "gradient")
-    data = Labelled(model, given.batches("calibrate"), "train" if gradient else None) if reads else None
+    needs = _needs(s)
     asked = s.options()
-    if s.score == "random" and s.whole:
-        data = None
-    if data is not None and not s.whole and asked["repair"] is False and not UNIT_SCORES[s.score or "magnitude"].needs:
-        data = None  # of other stages
+    reads = s.score != "random" if s.whole else bool(needs or asked["repair"])  # else the data is of other stages
+    data = None
+    if reads and given.has("calibrate"):
+        data = Labelled(model, given.batches("calibrate"), "train" if needs == "gradient" else None)
     example = cut_example(model, given)
-    options = {"layers": s.layers, "ignore": s.ignore, "data": data, "loss": loss, "seed": seed, "progress": progress}
-    return [cut_(model, example, **asked, **options)]
+    options = {"layers": s.layers, "ignore": s.ignore, "data": data, "seed": seed, "progress": progress}
+    return [cut_(model, example, **asked, **options, loss=loss if needs == "gradient" else None)]
 
 
 def cut_example(model: nn.Module, given: Given) -> Any:
