@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from rarefy.cut.config import cut_lists, follow_config
 from rarefy.cut.optimizers import check_optimizer, forget_parameters
+from rarefy.cut.readers import feed
 from rarefy.cut.structure import NUMBERS, keep_blocks, remember_blocks, restoring_notes
 from rarefy.cut.surgery import Removal, outputs, prove
 from rarefy.errors import DataError, ModelError, SelectorError, nearest, unknown
 from rarefy.model.batches import tensors_in
 from rarefy.model.mask import masks as attached
 from rarefy.model.select import unwrap
-from rarefy.model.stats import Loss, call, check_batches, evaluating, finite, loss_of, on_device, tokens_in
+from rarefy.model.stats import Loss, call, check_batches, evaluating, finite, hooked, loss_of, on_device, tokens_in
 from rarefy.progress import track
 from rarefy.proof.report import Report
 
@@ -80,12 +81,8 @@ def droppable(model: nn.Module, example: Any) -> list[Block]:
         same = given is not None and got is not None and (given.shape, given.dtype) == (got.shape, got.dtype)
         fits[module] = fits.get(module, True) and same
 
-    hooks = [b.module.register_forward_hook(see, with_kwargs=True) for b in blocks]
-    try:
+    with hooked([b.module.register_forward_hook(see, with_kwargs=True) for b in blocks]):
         outputs(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [b for b in blocks if fits.get(b.module)]
 
 
@@ -105,12 +102,8 @@ def skipping(blocks: Iterable[Block]) -> Iterator[None]:
             return type(out)(*rest) if hasattr(out, "_fields") else type(out)(rest)
         return given
 
-    hooks = [b.module.register_forward_hook(skip, with_kwargs=True) for b in blocks]
-    try:
+    with hooked([b.module.register_forward_hook(skip, with_kwargs=True) for b in blocks]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def layer_scores(
@@ -167,17 +160,8 @@ def _similarity(model: nn.Module, blocks: Sequence[Block], data: Iterable[Any]) 
         return hook
 
     images = [any(isinstance(m, nn.Conv2d) for m in b.module.modules()) for b in blocks]
-    hooks = [b.module.register_forward_hook(see(i), with_kwargs=True) for i, b in enumerate(blocks)]
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in data:
-                batch = on_device(model, batch)
-                mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
-                padding[0] = None if mask is None else mask.bool()
-                call(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked([b.module.register_forward_hook(see(i), with_kwargs=True) for i, b in enumerate(blocks)]):
+        feed(model, data, padding)
     missed = [b.name for b, n in zip(blocks, counts) if not n]
     if missed:
         raise DataError(f"no batch of the data reaches {missed[0]}: the score needs at least one")

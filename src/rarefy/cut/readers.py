@@ -13,7 +13,7 @@ from rarefy.errors import DataError, ModelError
 from rarefy.model.axes import Algebra, Axis, Expr, Prod, leaves
 from rarefy.model.graph import Graph, Group
 from rarefy.model.layout import layout
-from rarefy.model.stats import call, evaluating, on_device
+from rarefy.model.stats import call, evaluating, hooked, on_device
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -123,6 +123,21 @@ class Moments:
         return (self.more["square"] / n - (self.first / n).square()).clamp(min=0)
 
 
+def feed(model: nn.Module, data: Iterable[Any], padding: list[Tensor | None] | None = None) -> int:
+    """Run the model in evaluation mode over the data for what its hooks see; return how many batches there were.
+    `padding` [1] holds during each call which positions the batch's `attention_mask` counts, or None."""
+    batches = 0
+    with evaluating(model), torch.no_grad():
+        for batch in data:
+            batches += 1
+            batch = on_device(model, batch)
+            mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+            if padding is not None:
+                padding[0] = None if mask is None else mask.bool()
+            call(model, batch)
+    return batches
+
+
 def observe(
     model: nn.Module, layers: Sequence[Reader], data: Iterable[Any], *, gram: bool = True
 ) -> dict[str, Moments]:
@@ -130,7 +145,6 @@ def observe(
     `attention_mask` is left out. What no batch reaches is missing. O(calls + inputs x C^2)."""
     moments: dict[str, Moments] = {}
     padding: list[Tensor | None] = [None]
-    batches = 0
 
     def see(reader: Reader) -> Any:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -144,18 +158,8 @@ def observe(
         return hook
 
     layers = list({r.name: r for r in layers}.values())
-    hooks = [r.module.register_forward_pre_hook(see(r), with_kwargs=True) for r in layers]
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in data:
-                batches += 1
-                batch = on_device(model, batch)
-                mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
-                padding[0] = None if mask is None else mask.bool()
-                call(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked([r.module.register_forward_pre_hook(see(r), with_kwargs=True) for r in layers]):
+        batches = feed(model, data, padding)
     if not batches:
         raise DataError("the data gave no batch: repair and scores need some")
     for name, m in moments.items():

@@ -16,10 +16,10 @@ from rarefy.cut.readers import Reader, all_readers
 from rarefy.cut.structure import named_tensors, remember, remember_attention, restoring_notes
 from rarefy.errors import ModelError, RarefyError
 from rarefy.model.attention import with_own_heads
-from rarefy.model.axes import Axis, coordinates, kept, leaves
+from rarefy.model.axes import Axis, kept, leaves
 from rarefy.model.batches import tensors_in
-from rarefy.model.graph import Graph, Group, forget, plainly
-from rarefy.model.stats import call, evaluating, on_device
+from rarefy.model.graph import Graph, Group, forget, plainly, running
+from rarefy.model.stats import call, evaluating, hooked, on_device
 
 # how far outputs of the cut model may be from those of the masked one, relative to the largest: sums round otherwise
 NEAR = 1e-4
@@ -136,7 +136,7 @@ def _scale_queries(graph: Graph, group: Group, by: float, done: Removal) -> None
     for m in makers:
         if graph.owners[m.name][0][0] is module:
             W = getattr(*graph.owners[m.name][0])
-            rows = (coordinates(graph.dims[m.name][m.dim], group.axis) >= 0).nonzero()[:many, 0].to(W.device)
+            rows = (graph.places(m.name, m.dim)[group.axis] >= 0).nonzero()[:many, 0].to(W.device)
             done.undo.append(restoring(W))
             W.data.index_copy_(m.dim, rows, W.data.index_select(m.dim, rows) * by)
             done.scaled[m.name] = m.dim, rows, by
@@ -221,12 +221,8 @@ def _constants(readers: Sequence[Reader], graph: Graph, masks: Mapping[Axis, Ten
         return hook
 
     plain = [r for r in readers if r.plain]
-    hooks = [r.module.register_forward_pre_hook(see(r), with_kwargs=True) for r in plain]
-    try:
+    with hooked([r.module.register_forward_pre_hook(see(r), with_kwargs=True) for r in plain]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _pads(module: Any) -> bool:
@@ -243,29 +239,11 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
         return [t.detach().clone() for t in tensors_in(call(model, on_device(model, example)))]
 
 
-@contextmanager
-def _running(model: nn.Module, stack: list[str]) -> Any:
-    """Keep the names of the modules that run; after an error the last is where it happened."""
-
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    hooks = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: stack.append(name)))
-        hooks.append(module.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def prove(model: nn.Module, example: Any, want: Sequence[Tensor]) -> None:
     """Raise ModelError unless the cut model runs and returns what the masked one did."""
     stack: list[str] = []
     try:
-        with _running(model, stack):
+        with running(model, stack, unwind=False):
             got = outputs(model, example)
     except RarefyError as error:
         raise DoesNotRun(f"the cut model does not run, so it was put back: {error}", (stack or [""])[-1]) from error

@@ -3,11 +3,24 @@ lose neither heads nor width by itself."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Run without torch's one operator for a whole attention layer, of which neither dimensions nor operations show."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class OwnHeads(nn.MultiheadAttention):

@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rarefy.errors import ModelError
+from rarefy.model.attention import step_by_step
 from rarefy.model.axes import Algebra, Axis, Expr, coordinates, fixed, is_fixed, leaves, lock
 from rarefy.model.batches import tensors_in
 from rarefy.model.select import unwrap
-from rarefy.model.stats import call, evaluating, on_device
+from rarefy.model.stats import call, evaluating, hooked, on_device
 from rarefy.proof.report import Report, alike
 
 KERNEL = "a kernel has its size"  # of convolutions: no units
@@ -105,7 +106,6 @@ class Trace(TorchDispatchMode):
         self.costs: list[tuple[int, list[Expr]]] = []
         self.products: list[tuple[str, list[Expr]]] = []
         self.stack = [""]
-        self.names = {id(m): n for n, m in model.named_modules()}
         self.own: dict[int, list[Expr]] = {}
         for _, t in [*model.named_parameters(), *model.named_buffers()]:
             self.known[t] = self.own[id(t)] = [fixed(1) if n == 1 else Axis(n) for n in t.shape]
@@ -174,37 +174,31 @@ def opaque(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 @contextmanager
-def _stack(model: nn.Module, trace: Trace) -> Any:
-    """Keep the names of the modules that run."""
+def running(model: nn.Module, stack: list[str], *, unwind: bool = True) -> Any:
+    """Keep the names of the modules that run. Without `unwind` those that were running when an error came stay."""
 
-    def enter(module: nn.Module, args: Any) -> None:
-        trace.stack.append(trace.names.get(id(module), trace.stack[-1]))
+    def leave(*_: Any) -> None:
+        stack.pop()
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        trace.stack.pop()
-
-    hooks = [m.register_forward_pre_hook(enter) for m in model.modules()]
-    hooks += [m.register_forward_hook(leave, always_call=True) for m in model.modules()]
-    try:
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: stack.append(name)))
+        hooks.append(module.register_forward_hook(leave, always_call=unwind))
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
 def plainly() -> Any:
     """Have torch take no shortcuts through operators that do a whole layer."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TF32 of GPUs that are not there
+        flags = torch.backends.mkldnn.flags(enabled=False)
+        flags.__enter__()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TF32 of GPUs that are not there
-            flags = torch.backends.mkldnn.flags(enabled=False)
-            flags.__enter__()
-        yield
+        with step_by_step():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         flags.__exit__(None, None, None)
 
 
@@ -237,7 +231,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
     for t in tensors_in(example):
         run.known[t] = [fixed(n, "the model is given it") for n in t.shape]
     try:
-        with evaluating(model), torch.no_grad(), plainly(), _stack(model, run), run:
+        with evaluating(model), torch.no_grad(), plainly(), running(model, run.stack), run:
             output = call(model, on_device(model, example))
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise ModelError(f"the example does not run through {type(model).__name__}: {error}") from error

@@ -431,6 +431,16 @@ def _out_proj_hook(parent: nn.MultiheadAttention, add: Callable[[Tensor, Tensor]
 
 
 @contextmanager
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Run with hooks that these are the handles of; they are removed afterwards."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run with the model in evaluation mode and without key-value caches, which only cost memory here and would make a
     block that is run again see its own past; each module's own mode comes back afterwards."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.model.attention import step_by_step
 from rarefy.progress import track
 
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch counts in none of these
@@ -84,13 +85,8 @@ def flops(model: nn.Module, run: Callable[[], Any]) -> int:
     # absent from torch's own table although it is what CPU attention runs
     extra = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=extra)  # type: ignore[arg-type]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer, which the table does not know
-    try:
-        with torch.no_grad(), counter:
-            run()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with torch.no_grad(), step_by_step(), counter:
+        run()
     return counter.get_total_flops()
 
 
