@@ -197,7 +197,9 @@ def test_parts_without_indices():
             p, _ = self.a(x).split([6, 0], -1)
             return self.b(F.relu(p))
 
-    rarefy.groups(Splits(), torch.randn(3, 4))
+    report = rarefy.groups(Splits(), torch.randn(3, 4))
+    first = report.rows[0]
+    assert (first["group"], first["units"], first["stays because"]) == ("a.weight:0", 6, "")
 
 
 class Strict(nn.Module):

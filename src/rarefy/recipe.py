@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from rarefy.cut.ask import BUDGETS, KINDS, check_cut
-from rarefy.cut.depth import LAYER_SCORES
+from rarefy.cut.ask import BUDGETS, KINDS, LAYER_SCORES, check_cut
 from rarefy.cut.plan import SCOPES as CUT_SCOPES
 from rarefy.cut.repair import REPAIRS
 from rarefy.cut.score import REDUCTIONS as CUT_REDUCTIONS

@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from rarefy.cut import plan
-from rarefy.cut.depth import LAYER_SCORES
 from rarefy.cut.repair import REPAIRS
 from rarefy.cut.score import REDUCTIONS, UNIT_SCORES
 from rarefy.errors import DataError, ModelError, unknown
+from rarefy.model.mask import masks as attached
 from rarefy.model.stats import check_batches
 
 KINDS = ("channel", "neuron", "head", "head of a group", "head dimension", "group")
+LAYER_SCORES = ("similarity", "loss", "random")
 BUDGETS = ("keep", "parameters", "flops", "latency")
 
 
@@ -54,12 +57,37 @@ def for_units(reduce: Any, scope: Any, least: Any, round_to: Any, steps: Any, re
     }  # fmt: skip
 
 
+def check_unmasked(model: nn.Module) -> None:
+    """Raise ModelError for a model with masks, which would not fit what a cut leaves."""
+    if attached(model):
+        raise ModelError("masks are still attached: fold_ the model first")
+
+
+def check_layer_score(score: Any) -> None:
+    """Raise ModelError for what is no score of blocks."""
+    if score not in LAYER_SCORES:
+        raise ModelError(unknown("score of layers", str(score), LAYER_SCORES))
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raise ModelError for what is no fraction that something can be cut to."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ModelError(f"{name} is a fraction above 0 and at most 1, got {value!r}")
+
+
+def check_repeatable(data: Any) -> None:
+    """Raise DataError for what are no batches, or such as can be run through once only."""
+    check_batches(data)
+    if isinstance(data, Iterator):
+        raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
+
+
 def check_layers(units: Any, budgets: Mapping[str, Any], score: Any, others: Mapping[str, bool]) -> None:
     """Raise ModelError for what has no meaning where whole blocks go."""
     if not isinstance(units, str) and tuple(units) != ("layer",):
         raise ModelError("layers are cut by themselves: units='layer'")
-    if score is not None and score not in LAYER_SCORES:
-        raise ModelError(unknown("score of layers", str(score), LAYER_SCORES))
+    if score is not None:
+        check_layer_score(score)
     for name, value in budgets.items():
         if value is not None and name != "keep":
             raise ModelError(f"layers go whole: give keep, not {name}")
@@ -72,6 +100,7 @@ def asked_of(
     units: Any, budgets: Mapping[str, Any], score: Any, reduce: Any, scope: Any, least: Any, round_to: Any, steps: Any,
     seed: int,
 ) -> Ask:  # fmt: skip
+    """Return what is asked for, checked. Raises ModelError."""
     kinds = (units,) if isinstance(units, str) else tuple(units)
     for kind in kinds:
         if kind not in KINDS:
@@ -89,8 +118,7 @@ def asked_of(
     if len(given) > 1:
         raise ModelError(f"{' and '.join(given)} are given: a cut has one budget")
     [(budget, target)] = given.items()
-    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target <= 1:
-        raise ModelError(f"{budget} is a fraction above 0 and at most 1, got {target!r}")
+    check_fraction(budget, target)
     if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
         raise ModelError(f"least is a fraction from 0 to 1, got {least!r}")
     for what, n in (("round_to", round_to), ("steps", steps)):
@@ -108,6 +136,7 @@ def _names(repair: Any) -> tuple[str, ...]:
 
 
 def repairs_of(repair: Any, data: Any, loss: Any, ask: Ask) -> tuple[str, ...]:
+    """Return the repairs that there is data for. Raises ModelError or DataError: no effect, no data."""
     asked = _names(repair)
     needs = UNIT_SCORES[ask.score].needs
     if loss is not None and needs != "gradient":
@@ -118,9 +147,7 @@ def repairs_of(repair: Any, data: Any, loss: Any, ask: Ask) -> tuple[str, ...]:
         if asked and repair is not True:
             raise DataError(f"repair {', '.join(asked)} needs data: give batches")
         return ()
-    check_batches(data)
-    if isinstance(data, Iterator):
-        raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
+    check_repeatable(data)
     if not asked and not needs:
         raise DataError(f"data has no effect: nothing is repaired, and score {ask.score} reads weights alone")
     return tuple(asked)

@@ -19,25 +19,25 @@ KEPT = ("id", "ids", "vocab_size", "positions", "embeddings", "length", "window"
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 
 
-def follow_config(model: nn.Module, example: Any, sizes: Mapping[int, set[int]]) -> bool:
-    """Give the config numbers with which the model's class builds what the model now is, and return whether there are
-    any: the same shapes, and on `example` the same outputs. `sizes`: what each size has become somewhere in the model.
-    O(combinations of numbers that could be meant) skeletons."""
+def follow_config(model: nn.Module, example: Any, sizes: Mapping[int, set[int]]) -> None:
+    """Give the config numbers with which the model's class builds what the model now is, if there are any: the same
+    shapes, and on `example` the same outputs; the model's notes of its cuts say so. `sizes`: what each size has become
+    somewhere in the model. O(combinations of numbers that could be meant) skeletons."""
     if not hf.is_model(model):
-        return False
+        return
     config: Any = model.config
     slots = list(_slots(config, sizes))
     want = {n: t.shape for n, t in model.state_dict().items()}
     for tried, values in enumerate(_combinations(slots)):
         if tried == TRIES:
-            return False
+            return
         fresh = copy.deepcopy(config)
         for (path, name, _), value in zip(slots, values):
             setattr(_at(fresh, path), name, value)
         if _builds(model, fresh, want, example):
             own_config(model, fresh)
-            return True
-    return False
+            model.rarefy_cut["config"] = True  # type: ignore[index, operator]
+            return
 
 
 def own_config(model: nn.Module, new: Any = None) -> Any:

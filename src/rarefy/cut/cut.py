@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.cut import plan
-from rarefy.cut.ask import BUDGETS, Ask, asked_of, check_layers, for_units, repairs_of
+from rarefy.cut.ask import BUDGETS, Ask, asked_of, check_layers, check_unmasked, for_units, repairs_of
 from rarefy.cut.config import follow_config, joined
 from rarefy.cut.depth import drop_layers_
 from rarefy.cut.optimizers import carry, check_optimizer
@@ -24,7 +24,6 @@ from rarefy.errors import ModelError
 from rarefy.model.attention import OwnHeads
 from rarefy.model.axes import Axis, kept, leaves, products, size
 from rarefy.model.graph import Graph, Group, trace, unruled
-from rarefy.model.mask import masks as attached
 from rarefy.model.select import Selector, all_layers, select, unwrap
 from rarefy.model.stats import Loss, call, evaluating, on_device
 from rarefy.progress import track
@@ -35,7 +34,6 @@ NOT_ASKED = "not asked for"
 UNEVEN = "a chunk takes as many of it as of something that stays"
 TRIALS = 8  # cuts that are timed to find one of a latency
 TIMINGS = 15
-DIGITS = re.compile(r"\d+")
 
 
 def cut_(
@@ -130,8 +128,7 @@ def cut_(
     )
     how = repairs_of(repair, data, loss, ask)
     check_optimizer(optimizer, inner)
-    if attached(inner):
-        raise ModelError("masks are still attached: fold_ the model first")
+    check_unmasked(inner)
     dense = copy.deepcopy(inner) if ask.budget == "latency" else None
     sizes: dict[int, set[int]] = {}
     done: list[Removal] = []
@@ -154,8 +151,8 @@ def cut_(
             done.append(removal)
             history.add(graph, masks)
             sizes = joined(sizes, plan.sizes(graph, masks))
-        if not (mask_only or dry_run) and follow_config(inner, example, sizes):
-            inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
+        if not (mask_only or dry_run):
+            follow_config(inner, example, sizes)
     except BaseException:
         _put_back(done)
         raise
@@ -295,7 +292,7 @@ class _Cut:
     def _leave_alone(self, error: DoesNotRun) -> bool:
         """Keep the groups whose sizes the modules that failed have in their code, and those like them: heads first.
         Return whether there are any, and others."""
-        alike = {n for n in dict(self.model.named_modules()) if _form(n) == _form(error.module)}
+        alike = {n for n in dict(self.model.named_modules()) if plan.unnumbered(n) == plan.unnumbered(error.module)}
         axes = {a for n in alike for e in self.graph.sizes.get(n, []) for a in leaves(e)}
         axes |= {g.axis for g in self.groups for m in g.members if m.name.rpartition(".")[0] in alike}
         left = [g for g in self.groups if g.axis in axes and g.axis not in self.stays]
@@ -311,11 +308,8 @@ class _Cut:
         if self.tried:
             raise error
         self.tried, self.stays = True, {}
-        forms: dict[Any, list[Group]] = {}
-        for g in self.groups:
-            forms.setdefault((g.kind, _form(g.name)), []).append(g)
         fine: list[Group] = []
-        for groups in forms.values():
+        for groups in plan.by_form(self.groups):
             try:
                 masks = self._masks(plan.counts(self._order([*fine, *groups]), 1 - target))
                 take_out(self.model, self.example, self.graph, masks).put_back()
@@ -350,11 +344,6 @@ class _Cut:
         title = "cut: nothing done" if dry_run else "cut: units are zero, nothing left" if mask_only else "cut"
         asked_for = [r for r in rows if r["stays because"] != NOT_ASKED]
         return Report(title, tuple(rows), summary, notes, tuple(alike(asked_for, "group")))
-
-
-def _form(name: str) -> str:
-    """A name without its numbers: that of all blocks alike."""
-    return DIGITS.sub("*", name)
 
 
 def _said(error: ModelError) -> str:

@@ -18,21 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.cut.ask import check_fraction, check_layer_score, check_repeatable, check_unmasked
 from rarefy.cut.config import cut_lists, follow_config
 from rarefy.cut.optimizers import check_optimizer, forget_parameters
 from rarefy.cut.readers import feed
 from rarefy.cut.structure import NUMBERS, keep_blocks, remember_blocks, restoring_notes
 from rarefy.cut.surgery import Removal, outputs, prove
-from rarefy.errors import DataError, ModelError, SelectorError, nearest, unknown
+from rarefy.errors import DataError, ModelError, SelectorError, nearest
 from rarefy.model.batches import tensors_in
-from rarefy.model.mask import masks as attached
 from rarefy.model.select import unwrap
-from rarefy.model.stats import Loss, call, check_batches, evaluating, finite, hooked, loss_of, on_device, tokens_in
+from rarefy.model.stats import Loss, call, evaluating, finite, hooked, loss_of, on_device, tokens_in
 from rarefy.progress import track
 from rarefy.proof.report import Report
 
 LISTS = (nn.ModuleList, nn.Sequential)
-LAYER_SCORES = ("similarity", "loss", "random")
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,8 +269,8 @@ def drop_layers_(
         shorter: dict[int, set[int]] = {}
         for name, old in lengths.items():
             shorter.setdefault(old, set()).add(old - sum(b.stack == name for b in gone))
-        if not stay and follow_config(inner, example, shorter):
-            inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
+        if not stay:
+            follow_config(inner, example, shorter)
     except BaseException:
         removal.put_back()
         raise
@@ -290,17 +289,13 @@ def drop_layers_(
 
 
 def _check(model: nn.Module, keep: Any, score: Any, data: Any) -> None:
-    if score not in LAYER_SCORES:
-        raise ModelError(unknown("score of layers", str(score), LAYER_SCORES))
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
-        raise ModelError(f"keep is a fraction above 0 and at most 1, got {keep!r}")
-    if attached(model):
-        raise ModelError("masks are still attached: fold_ the model first")
+    check_layer_score(score)
+    if keep is not None:
+        check_fraction("keep", keep)
+    check_unmasked(model)
     if data is None:
         return
-    check_batches(data)
-    if isinstance(data, Iterator):
-        raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
+    check_repeatable(data)
     if score == "random":
         raise DataError("data has no effect: score random reads none")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.cut.ask import check_unmasked
 from rarefy.cut.config import follow_config
 from rarefy.cut.cut import row
 from rarefy.cut.optimizers import carry, check_optimizer
@@ -16,7 +17,6 @@ from rarefy.cut.surgery import give_own_heads, take_out
 from rarefy.errors import ModelError, nearest
 from rarefy.model.axes import Axis, leaves
 from rarefy.model.graph import Graph, Group, trace, unruled
-from rarefy.model.mask import masks as attached
 from rarefy.model.select import unwrap
 from rarefy.proof.report import Report
 
@@ -43,8 +43,7 @@ def prune_heads_(
     rarefy.errors.ModelError: '0' has no heads; attention modules: none
     """
     inner = unwrap(model)
-    if attached(inner):
-        raise ModelError("masks are still attached: fold_ the model first")
+    check_unmasked(inner)
     if not isinstance(heads, Mapping) or not heads:
         raise ModelError(f"heads is {{name of an attention module: [numbers]}}, got {heads!r}")
     check_optimizer(optimizer, inner)
@@ -58,8 +57,7 @@ def prune_heads_(
             masks[group.axis] = _kept(graph, group, name, numbers)
         removal = take_out(inner, example, graph, masks)
         own.undo += removal.undo
-        if follow_config(inner, example, sizes(graph, masks)):
-            inner.rarefy_cut["config"] = True  # type: ignore[index, operator]
+        follow_config(inner, example, sizes(graph, masks))
     except BaseException:
         own.put_back()
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ def rank(
     else:
         classes: dict[Any, list[Group]] = {}
         for g in groups:
-            classes.setdefault(_form(graph, g) if scope == "isomorphic" else None, []).append(g)
+            classes.setdefault(_built(graph, g) if scope == "isomorphic" else None, []).append(g)
         places = {}
         for alike in classes.values():
             each = [
@@ -83,7 +83,7 @@ def _ranks(x: Tensor) -> Tensor:
     return out
 
 
-def _form(graph: Graph, group: Group) -> tuple[Any, ...]:
+def _built(graph: Graph, group: Group) -> tuple[Any, ...]:
     """What a group is built of: its kind, and the classes of the layers that make and read it."""
     parts = sorted((type(graph.owners[m.name][0][0]).__name__, m.role, m.dim) for m in group.members)
     return group.kind, *parts
@@ -97,7 +97,20 @@ def _twins(graph: Graph, known: set[Axis]) -> list[tuple[Axis, Axis]]:
 
 def form(group: Group) -> tuple[str, str]:
     """Return what blocks alike have in common: a group's kind and its name without numbers."""
-    return group.kind, DIGITS.sub("*", group.name)
+    return group.kind, unnumbered(group.name)
+
+
+def unnumbered(name: str) -> str:
+    """Return a name without its numbers: that of all blocks alike."""
+    return DIGITS.sub("*", name)
+
+
+def by_form(groups: Iterable[Group]) -> list[list[Group]]:
+    """Return groups together with those of their form."""
+    found: dict[Any, list[Group]] = {}
+    for g in groups:
+        found.setdefault(form(g), []).append(g)
+    return list(found.values())
 
 
 def counts(order: Order, depth: float, *, smooth: bool = False) -> Counts:
@@ -199,11 +212,8 @@ def budget(order: Order, what: str, target: float, whole: int) -> Counts:
         middle = (low + high) / 2
         low, high = (low, middle) if at(middle) <= target else (middle, high)
     found = counts(order, high, smooth=True)
-    forms: dict[Any, list[Axis]] = {}
-    for g in order.groups:
-        if g.axis in found:
-            forms.setdefault(form(g), []).append(g.axis)
-    for together in (list(forms.values()), [[axis] for axis in found]):  # blocks stay alike where that will do
+    forms = [[g.axis for g in groups] for groups in by_form(g for g in order.groups if g.axis in found)]
+    for together in (forms, [[axis] for axis in found]):  # blocks stay alike where that will do
         found = _fill(order, found, together, lambda left: measure(order.graph, left) / whole, target)
     got = measure(order.graph, found) / whole
     if abs(got - target) > NEAR * target:

@@ -191,8 +191,8 @@ def median(a: Asked) -> dict[Axis, Tensor]:
             W = getattr(*a.graph.owners[m.name][0])
             where = a.graph.places(m.name, m.dim)[g.axis]
             if isinstance(W, nn.Parameter) and W.dim() > 1:
-                order = where.argsort(stable=True)[int((where < 0).sum()) :]
-                rows = W.detach().float().transpose(0, m.dim).flatten(1)[order.to(W.device)].reshape(g.size, -1)
+                order = _by_unit(where, g.size).to(W.device)
+                rows = W.detach().float().transpose(0, m.dim).flatten(1)[order].flatten(1)
                 far = torch.cdist(rows, rows).sum(1, dtype=torch.float64).cpu()
                 total += far / far.mean().clamp(min=1e-300)
         out[g.axis] = total
@@ -228,9 +228,12 @@ def _problem(moments: Moments, reader: Reader, group: Group) -> tuple[Tensor, Te
     W = reader.matrix().double()
     H = moments.second / max(moments.count, 1)
     H = H + 1e-2 * H.diagonal().mean().clamp(min=1e-12) * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    where = coordinates(reader.inputs, group.axis)
-    columns = where.argsort(stable=True)[int((where < 0).sum()) :].view(group.size, -1)
-    return W, H, columns.to(H.device)
+    return W, H, _by_unit(coordinates(reader.inputs, group.axis), group.size).to(H.device)
+
+
+def _by_unit(where: Tensor, units: int) -> Tensor:
+    """The indices that belong to each unit, [units, indices], where `where` is the unit of each index or -1."""
+    return where.argsort(stable=True)[int((where < 0).sum()) :].view(units, -1)
 
 
 def removal_errors(problems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
