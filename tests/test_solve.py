@@ -199,5 +199,5 @@ def test_a_shift_that_held_out_tokens_do_not_support_is_not_made(agrees, moves):
     one = (X - Y) @ Y.transpose(1, 2) / X.shape[-1]
     gram = Gram(H, (one + agrees * one) / 2, 800, Gram(H, agrees * one, 400))
     how = resolve(rarefy.Solver(name="obs", asymmetric=1.0))
-    moved = layerwise._target(W, H, gram, how) - W
+    moved = layerwise.target_of(W, H, gram, how) - W
     assert (float(moved.abs().max()) > 0.01) == moves

@@ -22,6 +22,7 @@ from rarefy.recipe import Recipe
 from rarefy.runtime.choose import accelerate_
 from rarefy.store import export, inspect, load, save
 from rarefy.train.loop import Gradual, fit_
+from rarefy.values.quantize import quantize_
 
 __all__ = [
     "Gradual",
@@ -45,5 +46,6 @@ __all__ = [
     "masks",
     "prune_",
     "prune_heads_",
+    "quantize_",
     "save",
 ]

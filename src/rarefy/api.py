@@ -19,9 +19,11 @@ from rarefy.cut.cut import cut_
 from rarefy.cut.score import UNIT_SCORES
 from rarefy.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.files import bytes_of, path_of
+from rarefy.formats.values import label
 from rarefy.given import Given, Labelled, with_labels
 from rarefy.model import hf, pages
 from rarefy.model.batches import tensors_in
+from rarefy.model.grid import OnGrid
 from rarefy.model.mask import fold_, plain_state
 from rarefy.model.select import all_layers, select
 from rarefy.model.stats import Loss, call, evaluating, on_device
@@ -39,9 +41,11 @@ from rarefy.runtime.choose import accelerate_
 from rarefy.runtime.layers import Sparse
 from rarefy.store import aliases, pack
 from rarefy.train.loop import Gradual, fit_, optimizer_of
+from rarefy.values.quantize import quantize_
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
+EXECUTED_WIDE = "stored in few bits, computed in the model's own numbers: no speed-up is claimed for the bits"
 
 
 def compress_(
@@ -74,9 +78,9 @@ def compress_(
     began = time.perf_counter()
     plan = recipes.load(recipe, **overrides)
     memory, work = bytes_of(memory), path_of(work)
-    for number, chosen, *_ in targets(model, plan, memory, work):
-        with naming(plan, number):
-            check_weights(chosen)
+    for target in targets(model, plan, memory, work):
+        with naming(plan, target.number):
+            check_weights(target.layers)
     if work is not None and not plan.solves:
         raise RecipeError(f"work has no effect: recipe {plan.name} has no solver, whose state could be kept")
     given = Given(plan, data, tokenizer, base)
@@ -173,8 +177,10 @@ def cast_(model: nn.Module, dtype: str) -> Report:
 
 
 def _floating_state(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """What a cast changes: all but the scales of grids, which would be other grids."""
+    scales = {id(m.scale) for m in model.modules() if isinstance(m, OnGrid)}
     state = model.state_dict(keep_vars=True).items()
-    return ((n, t) for n, t in state if isinstance(t, Tensor) and t.is_floating_point())
+    return ((n, t) for n, t in state if isinstance(t, Tensor) and t.is_floating_point() and id(t) not in scales)
 
 
 def _check_data(plan: recipes.Recipe, given: Given) -> None:
@@ -192,6 +198,8 @@ def _calibrates(prune: Any) -> bool:
     """Whether a stage reads calibration data: its solver does, its score, or its repair."""
     if isinstance(prune, recipes.Cut):
         return bool(prune.repair or _needs(prune))
+    if isinstance(prune, recipes.Quantize):
+        return prune.solver != "rtn"
     score = getattr(prune, "score", None)
     reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in SLOW
     return reads or (score is not None and bool(SCORES[score].needs))
@@ -253,11 +261,24 @@ def _train(
         seed=seed,
         progress=progress,
     )
-    if s.prune is None:
-        return [done]
-    pattern = parse(s.prune.pattern)
-    sparsity, _ = check_sparsity(pattern, s.prune.sparsity, None)
-    return [done, report(select(model, s.prune.layers, s.prune.ignore), pattern, sparsity)]
+    return [done, *_zeros_of(model, s.prune)]
+
+
+def _quantize(
+    model: nn.Module, s: recipes.Quantize, given: Given, loss: Loss | None, seed: int, progress: bool
+) -> list[Report]:
+    data = Labelled(model, given.batches("calibrate"), None) if _calibrates(s) else None
+    done = quantize_(model, **s.options(), layers=s.layers, ignore=s.ignore, data=data, progress=progress)
+    return [done, *_zeros_of(model, s)]
+
+
+def _zeros_of(model: nn.Module, s: Any) -> list[Report]:
+    """The table of the zeros that a stage has put in besides its own work."""
+    if s is None or s.pattern is None:
+        return []
+    pattern = parse(s.pattern)
+    sparsity, _ = check_sparsity(pattern, s.sparsity, None)
+    return [report(select(model, s.layers, s.ignore), pattern, sparsity)]
 
 
 def _cast(
@@ -295,6 +316,7 @@ def cut_example(model: nn.Module, given: Given) -> Any:
 
 RUN: dict[type, Callable[..., list[Report]]] = {
     recipes.Prune: _prune,
+    recipes.Quantize: _quantize,
     recipes.Train: _train,
     recipes.Cut: _cut,
     recipes.Cast: _cast,
@@ -325,7 +347,7 @@ def _packed_bytes(model: nn.Module, format: str) -> dict[str, Any]:
     dense, packed, formats = {}, {}, {}
     state = {n: t for n, t in plain_state(model) if n not in tied}
     for name, p in pack(model, state, format):
-        dense[name], packed[name], formats[name] = state[name].numel() * state[name].element_size(), p.nbytes, p.format
+        dense[name], packed[name], formats[name] = state[name].numel() * state[name].element_size(), p.nbytes, label(p)
     return {"dense": dense, "packed": packed, "formats": formats}
 
 
@@ -339,7 +361,7 @@ def _model_sparsity(model: nn.Module) -> float:
 
 def _layer_rows(reports: list[Report]) -> list[dict[str, Any]]:
     """The last word on each pruned layer: that of the last stage that touched it."""
-    asked = {r["layer"]: r for report in reports for r in report.rows if "layer" in r}
+    asked = {r["layer"]: r for report in reports if report.title == "pruned" for r in report.rows}
     return [dict(r) for r in asked.values()]
 
 
@@ -435,8 +457,9 @@ def _receipt(
         "layers": rows,
     }
     notes = [n for r in reports for n in r.notes]
-    if any(f != "dense" for f in formats.values()) and not any(r.title == "accelerated" for r in reports):
-        notes.append(EXECUTED_DENSE)
+    if not any(r.title == "accelerated" for r in reports):
+        notes += [EXECUTED_DENSE] if any(not f.endswith("dense") for f in formats.values()) else []
+        notes += [EXECUTED_WIDE] if any(":" in f for f in formats.values()) else []
     return Receipt(
         name=plan.name,
         quality=quality,

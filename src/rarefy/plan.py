@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,26 @@ from torch import nn
 
 from rarefy import recipe as recipes
 from rarefy.errors import RarefyError, RecipeError
-from rarefy.model.select import Layer, all_layers
+from rarefy.model.grid import scale_shape
+from rarefy.model.select import Layer, all_layers, select
 from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern, check_sparsity, parse
 from rarefy.prune.stage import asked, check_ask, chosen_layers
+from rarefy.values.quantize import Ask
+from rarefy.values.quantize import asked as asked_values
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a stage works on: zeros of a pattern, numbers on a grid, or both."""
+
+    number: int
+    layers: list[Layer]
+    pattern: Pattern | None = None
+    sparsity: float = 0.0
+    grid: Ask | None = None
 
 
 @contextmanager
@@ -31,8 +46,8 @@ def naming(plan: recipes.Recipe, number: int) -> Iterator[None]:
 
 def targets(
     model: nn.Module, plan: recipes.Recipe, memory: int | None = None, work: Path | None = None
-) -> Iterator[tuple[int, list[Layer], Pattern, float]]:
-    """Yield the number of each stage that prunes, its layers, its pattern, its sparsity.
+) -> Iterator[Target]:
+    """Yield what each stage that prunes or quantizes works on.
 
     Raises what the run would raise for selectors, patterns, options and memory, with the stage named. O(modules).
     """
@@ -44,15 +59,29 @@ def targets(
                 s = stage
                 how, ask = asked(s.pattern, s.score, s.sparsity, s.solver, s.allocate, s.scope, s.reduce)
                 check_ask(how, ask, memory if how else None, work if how else None)
-                found = chosen_layers(model, s.layers, s.ignore, ask.plan), ask.plan, ask.sparsity
+                chosen = chosen_layers(model, s.layers, s.ignore, ask.plan)
+                found = Target(number, chosen, ask.plan, ask.sparsity)
             elif isinstance(stage, recipes.Train) and stage.prune:
                 s = stage.prune
                 pattern = parse(s.pattern)
                 sparsity, _ = check_sparsity(pattern, s.sparsity, s.scope)
-                found = chosen_layers(model, s.layers, s.ignore, pattern), pattern, sparsity
+                found = Target(number, chosen_layers(model, s.layers, s.ignore, pattern), pattern, sparsity)
+            elif isinstance(stage, recipes.Quantize):
+                found = _on_grid(model, number, stage)
             else:
                 continue
-        yield number, *found
+        yield found
+
+
+def _on_grid(model: nn.Module, number: int, stage: recipes.Quantize) -> Target:
+    ask = asked_values(**stage.options())
+    if ask.pattern is None:
+        chosen = select(model, stage.layers, stage.ignore)
+    else:
+        chosen = chosen_layers(model, stage.layers, stage.ignore, ask.pattern)
+    for layer in chosen:
+        scale_shape(layer, ask.group)
+    return Target(number, chosen, ask.pattern, ask.sparsity, ask)
 
 
 def _check_lean(plan: recipes.Recipe) -> None:
@@ -70,31 +99,38 @@ def forecast(model: nn.Module, plan: recipes.Recipe, memory: int | None = None) 
 
     Raises what the run would raise for selectors, patterns and options. O(modules).
     """
-    parts = targets(model, plan, memory, None if memory is None else Path())
-    found = {l.full_name: (l, pattern, sparsity) for _, chosen, pattern, sparsity in parts for l in chosen}
+    found: dict[str, tuple[Layer, Pattern | None, float, Ask | None]] = {}
+    for target in targets(model, plan, memory, None if memory is None else Path()):
+        for layer in target.layers:
+            _, pattern, sparsity, grid = found.get(layer.full_name, (layer, None, 0.0, None))
+            if target.pattern is not None:
+                pattern, sparsity = target.pattern, target.sparsity
+            found[layer.full_name] = (layer, pattern, sparsity, target.grid or grid)
     casts = [BYTES[stage.dtype] for stage in plan.stages if isinstance(stage, recipes.Cast)]
     width = casts[-1] if casts else None
     rows: list[dict[str, Any]] = []
-    for name, (layer, pattern, sparsity) in found.items():
+    for name, (layer, pattern, sparsity, grid) in found.items():
         size = layer.original.numel()
-        dense = size * layer.original.element_size()
+        each = width or layer.original.element_size()
         rows.append(
             {
                 "layer": name,
                 "shape": "x".join(map(str, layer.original.shape)),
-                "pattern": str(pattern),
+                "pattern": str(pattern or "-"),
                 "asked": sparsity,
-                "bytes": dense,
-                "expected": _expected(
-                    size, pattern, sparsity, width or layer.original.element_size(), plan.save.format
-                ),
+                "grid": grid.words if grid else "-",
+                "bytes": size * layer.original.element_size(),
+                "expected": _expected(size, pattern, sparsity, grid.bits if grid else 8 * each, plan.save.format)
+                + (_scales(layer, grid) if grid else 0),
             }
         )
+    if not any(g for *_, g in found.values()):
+        rows = [{k: v for k, v in r.items() if k != "grid"} for r in rows]
     tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
     before = sum(t.numel() * t.element_size() for t in tensors)
     widths = ((t, width if width and t.is_floating_point() else t.element_size()) for t in tensors)
     rest = sum(t.numel() * w for t, w in widths) - sum(
-        l.original.numel() * (width or l.original.element_size()) for l, _, _ in found.values()
+        l.original.numel() * (width or l.original.element_size()) for l, *_ in found.values()
     )
     after = rest + sum(r["expected"] for r in rows)
     summary = {
@@ -106,20 +142,26 @@ def forecast(model: nn.Module, plan: recipes.Recipe, memory: int | None = None) 
     return Report(f"dry run of {plan.name}: nothing computed", tuple(rows), summary)
 
 
-def _expected(size: int, pattern: Pattern, sparsity: float, width: int, format: str) -> int:
+def _scales(layer: Layer, grid: Ask) -> int:
+    """Bytes of a layer's scales and codes of zero."""
+    width = (2 if isinstance(grid.group, int) else 4) + (not grid.symmetric)
+    return math.prod(scale_shape(layer, grid.group)) * width
+
+
+def _expected(size: int, pattern: Pattern | None, sparsity: float, bits: int, format: str) -> int:
     """Bytes of one weight in the recipe's format, or in the smallest that fits its pattern."""
     kept = math.ceil(size * (1 - sparsity))
-    values, mask = kept * width, math.ceil(size / 8)
+    values, mask = math.ceil(kept * bits / 8), math.ceil(size / 8)
     known = {
-        "dense": size * width,
-        "dense+mask": size * width + mask,
+        "dense": math.ceil(size * bits / 8),
+        "dense+mask": math.ceil(size * bits / 8) + mask,
         "bitmask": values + mask,
         "csr": values + 2 * kept,
         "csc": values + 2 * kept,
     }
-    if pattern.kind == "block":
+    if pattern is not None and pattern.kind == "block":
         known["bsr"] = values + 2 * kept // (pattern.a * pattern.b)
-    if pattern.kind == "nm":
-        bits = min(pattern.b, pattern.a * (pattern.b - 1).bit_length())
-        known["nm"] = values + math.ceil(size / pattern.b * bits / 8)
+    if pattern is not None and pattern.kind == "nm":
+        index = min(pattern.b, pattern.a * (pattern.b - 1).bit_length())
+        known["nm"] = values + math.ceil(size / pattern.b * index / 8)
     return known.get(format, min(known.values()))

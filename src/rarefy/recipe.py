@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,16 @@ from rarefy.cut.repair import REPAIRS
 from rarefy.cut.score import REDUCTIONS as CUT_REDUCTIONS
 from rarefy.cut.score import UNIT_SCORES
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
+from rarefy.model.grid import BITS
 from rarefy.prune import pattern as patterns
 from rarefy.prune.allocate import ALLOCATIONS
 from rarefy.prune.score import SCORES
 from rarefy.prune.solver import resolve
-from rarefy.stages import Cast, Cut, Data, Evaluate, Gradual, Optimizer, Prune, Save, Train
+from rarefy.stages import Cast, Cut, Data, Evaluate, Gradual, Optimizer, Prune, Quantize, Save, Train
 from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
 from rarefy.train.schedule import SCHEDULES, sparsities
+from rarefy.values.fit import FITS
+from rarefy.values.quantize import asked as asked_values
 
 SIZE_LIMIT = 1 << 20
 DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth
@@ -37,7 +40,7 @@ DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth
 class Recipe:
     """A whole compression, in order."""
 
-    stages: tuple[Cut | Prune | Train | Cast, ...]
+    stages: tuple[Cut | Prune | Quantize | Train | Cast, ...]
     name: str = "recipe"
     about: str = ""
     data: Data | None = None
@@ -67,7 +70,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-STAGES: dict[str, type] = {"cut": Cut, "prune": Prune, "train": Train, "cast": Cast}
+STAGES: dict[str, type] = {"cut": Cut, "prune": Prune, "quantize": Quantize, "train": Train, "cast": Cast}
 DTYPES = ("bf16", "fp16", "fp32")
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": DTYPES,
@@ -87,7 +90,8 @@ OWN: dict[Any, dict[str, tuple[str, ...]]] = {
         "scope": CUT_SCOPES,
         "reduce": CUT_REDUCTIONS,
         "repair": REPAIRS,
-    }
+    },
+    Quantize: {"fit": tuple(FITS), "weights": tuple(f"int{b}" for b in BITS)},
 }
 AT_LEAST_ONE = frozenset({"samples", "train_samples", "tokens", "batch", "epochs", "steps", "repeats", "prompt", "new"})
 FRACTIONS = frozenset({"sparsity", "first", "start", "end"})
@@ -342,6 +346,8 @@ def _check(made: Any, node: _Node) -> None:
             raise RecipeError(f"{error} [{place('solver')}]") from None
     if isinstance(made, Cut):
         _check_cut(made, place)
+    if isinstance(made, Quantize):
+        _naming(lambda: asked_values(**made.options()), tuple(made.options()), "weights", place)
     if isinstance(made, Recipe):
         _check_order(made, node)
     if isinstance(made, Optimizer) and made.name not in OPTIMIZERS:
@@ -366,22 +372,29 @@ def _check(made: Any, node: _Node) -> None:
 
 
 def _check_cut(made: Cut, place: Any) -> None:
+    names = (*BUDGETS, "units", "score", "least", "round_to", "steps", "scope", "reduce", "repair")
+    _naming(lambda: check_cut(**made.options()), names, "units", place)
+
+
+def _naming(check: Callable[[], Any], names: Sequence[str], usual: str, place: Callable[[str], str]) -> None:
+    """Run a check; add to what it raises the place of the key that its message begins with."""
     try:
-        check_cut(**made.options())
+        check()
     except RarefyError as error:
-        names = [n for n in (*BUDGETS, "units", "score", "least", "round_to", "steps", "scope", "reduce", "repair")]
-        key = next((n for n in names if str(error).startswith(n)), "units")
+        key = next((n for n in names if str(error).removeprefix("unknown ").startswith(n)), usual)
         raise RecipeError(f"{error} [{place(key)}]") from None
 
 
 def _check_order(made: Recipe, node: _Node) -> None:
-    """Raise RecipeError for a cut of a model that has masks by then."""
+    """Raise RecipeError for a cut of a model that has masks or grids by then."""
     masked = False
     for i, stage in enumerate(made.stages):
         if isinstance(stage, Cut) and masked:
             where = node.value["stages"].value[i].where
-            raise RecipeError(f"a cut comes before stages that prune, whose masks it would not fit [{where}]")
-        masked |= isinstance(stage, Prune) or (isinstance(stage, Train) and stage.prune is not None)
+            raise RecipeError(
+                f"a cut comes before stages that prune or quantize, whose masks and grids it would not fit [{where}]"
+            )
+        masked |= isinstance(stage, Prune | Quantize) or (isinstance(stage, Train) and stage.prune is not None)
 
 
 def _replace(values: Any, key: str, new: Any) -> tuple[int, set[str]]:

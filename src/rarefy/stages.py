@@ -38,6 +38,26 @@ class Prune:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Quantize:
+    """Put weights on grids of few bits, by their own values or by calibration. See `rarefy.quantize_`."""
+
+    weights: str = "int8"
+    group: int | str | None = None
+    symmetric: bool = True
+    fit: str | None = None
+    solver: Solver | str = "rtn"
+    pattern: str | None = None
+    sparsity: float | None = None
+    layers: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return what `rarefy.values.quantize.asked` takes."""
+        names = ("weights", "group", "symmetric", "fit", "solver", "pattern", "sparsity")
+        return {n: getattr(self, n) for n in names}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gradual:
     """Put zeros in while training runs from `start` to `end` of its way. See `rarefy.train.loop.Gradual`."""
 

@@ -19,8 +19,9 @@ from rarefy.cut.config import adopt_config
 from rarefy.cut.structure import check_told, restore
 from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
 from rarefy.files import INDEX, blaming, check_target, whole_folder
-from rarefy.formats import container, sparse
+from rarefy.formats import container, sparse, values
 from rarefy.model import hf
+from rarefy.model.grid import get_grid, note_
 from rarefy.model.layout import Layout
 from rarefy.model.mask import plain_state
 from rarefy.model.select import Layer, all_layers, original, unwrap
@@ -82,16 +83,22 @@ def pack(
     model: nn.Module, state: Mapping[str, Tensor], format: str = "smallest"
 ) -> Iterator[tuple[str, sparse.Packed]]:
     """Yield (name, packed) for each tensor of a plain state: prunable weights in `format`, all else dense."""
-    layouts = _layouts(model)
+    layers = {f"{n}.{p}" if n else p: l for l in all_layers(model) for n, _, p in l.owners}
     patterns = {r["layer"]: r["pattern"] for r in _layer_rows(model)}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
-        layout = layouts.get(name)
-        if layout is None or format == "dense":
+        layout = layers[name].layout if name in layers else None
+        grid = get_grid(layers[name]) if name in layers else None
+        if layout is None or (format == "dense" and grid is None):
             yield name, sparse.encode(tensor, "dense")
             continue
         pattern = patterns.get(name.removesuffix(".weight")) or fitting_pattern(tensor, layout.in_axis)
         pattern = pattern if pattern[:1].isdigit() else None
+        if grid is not None:
+            known = values.sizes(tensor, grid, pattern, axis=layout.in_axis)
+            best = format if format in known else min(known, key=lambda f: known[f])
+            yield name, values.encode(tensor, grid, best, pattern, axis=layout.in_axis)
+            continue
         sizes = sparse.sizes(tensor, pattern, axis=layout.in_axis)
         if format == "smallest" or format not in sizes:
             yield name, sparse.smallest(tensor, pattern, axis=layout.in_axis)
@@ -145,18 +152,25 @@ def load(
         if saved.aliases.get(name, name) != saved.aliases.get(first, first):
             raise ContainerError(f"{path}: {name} is tied to {first} in this {type(model).__name__}, but stored apart")
     done: dict[str, Tensor] = {}
+    grids: dict[str, values.Values | None] = {}
 
     def bring(name: str) -> None:
         name = tied.get(name, name)  # the tensor it shares is put in under the other name
         (module, leaf), source = slots[name], saved.aliases.get(name, name)
         old, again = getattr(module, leaf), done.get(source)
         device = "cpu" if old.is_meta else old.device
-        fresh = saved.tensor(source, tuple(old.shape)).to(device) if again is None else again.clone()
-        fresh = _put(module, leaf, fresh)
+        if again is None:
+            fresh, grid = saved.weight(source, tuple(old.shape))
+            grids[source] = grid
+        else:
+            fresh = again.clone()
+        fresh = _put(module, leaf, fresh.to(device))
+        note_(module, leaf, grids[source])
         if source in shared:
             done[source] = fresh
         for other in (n for n, f in tied.items() if f == name):
             setattr(*slots[other], getattr(module, leaf))
+            note_(*slots[other], grids[source])
 
     shared = {s for s, n in Counter(saved.aliases.get(n, n) for n in slots if n not in tied).items() if n > 1}
     late = {n for n in slots if n.endswith(".weight") and isinstance(slots[n][0], nn.Linear)} if stream else set()
@@ -296,7 +310,7 @@ def _tensors(what: str | Path | nn.Module) -> Iterator[tuple[str, Tensor, str, i
         saved = container.read(path)
         for name in saved.names:
             packed = saved.packed(name, _shape(saved, name))
-            yield name, sparse.decode(packed), packed.format, packed.nbytes, packed.extra.get("axis", -1)
+            yield name, values.decode(packed), values.label(packed), packed.nbytes, packed.extra.get("axis", -1)
         return
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:

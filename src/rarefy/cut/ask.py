@@ -12,7 +12,9 @@ from rarefy.cut import plan
 from rarefy.cut.repair import REPAIRS
 from rarefy.cut.score import REDUCTIONS, UNIT_SCORES
 from rarefy.errors import DataError, ModelError, unknown
+from rarefy.model.grid import live_grid, notes
 from rarefy.model.mask import masks as attached
+from rarefy.model.select import all_layers
 from rarefy.model.stats import check_batches
 
 KINDS = ("channel", "neuron", "head", "head of a group", "head dimension", "group")
@@ -57,10 +59,14 @@ def for_units(reduce: Any, scope: Any, least: Any, round_to: Any, steps: Any, re
     }  # fmt: skip
 
 
-def check_unmasked(model: nn.Module) -> None:
-    """Raise ModelError for a model with masks, which would not fit what a cut leaves."""
+def check_unmasked(model: nn.Module, whole: bool = False) -> None:
+    """Raise ModelError for a model with masks or grids, which would not fit what a cut leaves; where `whole` layers go,
+    grids that are only noted stay with those that remain."""
     if attached(model):
         raise ModelError("masks are still attached: fold_ the model first")
+    for layer in all_layers(model):
+        if live_grid(layer.module, layer.param) is not None or (notes(layer.module) and not whole):
+            raise ModelError(f"{layer.full_name} is quantized already: cut first, then quantize")
 
 
 def check_layer_score(score: Any) -> None:

@@ -292,7 +292,7 @@ def _check(model: nn.Module, keep: Any, score: Any, data: Any) -> None:
     check_layer_score(score)
     if keep is not None:
         check_fraction("keep", keep)
-    check_unmasked(model)
+    check_unmasked(model, whole=True)
     if data is None:
         return
     check_repeatable(data)

@@ -5,7 +5,7 @@
              "aliases": {tied: stored}, "meta": {...}}
 
 `write` builds the folder beside its place and renames it there: whole or not at all. `read` trusts nothing: it runs
-no code, follows no link, and checks every field before a tensor is touched; `sparse.check` does the tensors.
+no code, follows no link, and checks every field before a tensor is touched; `values.check` does the tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from torch import Tensor
 
 from rarefy.errors import ContainerError, FormatError, nearest, unknown
 from rarefy.files import INDEX, PICKLES, blaming, check_target, whole_folder
-from rarefy.formats.sparse import DTYPES, FORMATS, Packed, check, decode
+from rarefy.formats.sparse import DTYPES, Packed
+from rarefy.formats.values import PARTS, check, decode, grid_of
+from rarefy.model.grid import Values
 
 SCHEMA = 1
 INDEX_BYTES = 64 * 2**20
@@ -75,9 +77,13 @@ class Container:
 
     def tensor(self, name: str, expect_shape: tuple[int, ...] | None = None) -> Tensor:
         """Return a stored or tied tensor, decoded, in memory of its own; errors as for `packed`: O(n)."""
+        return self.weight(name, expect_shape)[0]
+
+    def weight(self, name: str, expect_shape: tuple[int, ...] | None = None) -> tuple[Tensor, Values | None]:
+        """Return what `tensor` does, and the grid or codebook that it lies on: O(n)."""
         p = _load(self.path, self.index, name, expect_shape)
         with _blaming(f"{self.path}: tensor {name!r}"):
-            return decode(p)
+            return decode(p), grid_of(p)
 
 
 def write(
@@ -281,12 +287,12 @@ def _check_index(index: Any, where: str) -> None:
 
 def _check_entry(entry: Any, where: str, shards: dict[str, Any]) -> None:
     _fields(entry, where, format=str, shape=list, dtype=str, extra=dict, parts=dict)
-    for what, known in (("format", FORMATS), ("dtype", DTYPES)):
+    for what, known in (("format", PARTS), ("dtype", DTYPES)):
         if entry[what] not in known:
             raise ContainerError(unknown(what, entry[what][:80], known, where))
     if any(type(d) is not int or not 0 <= d <= 2**48 for d in entry["shape"]) or len(entry["shape"]) > 16:
         raise ContainerError(f"{where}: shape {_short(entry['shape'])} must be at most 16 sizes from 0 to 2**48")
-    if set(entry["parts"]) != set(FORMATS[entry["format"]].parts):
+    if set(entry["parts"]) != set(PARTS[entry["format"]]):
         raise ContainerError(f"{where}: parts {_short(sorted(entry['parts']))} are not those of {entry['format']}")
     for part, place in entry["parts"].items():
         _fields(place, f"{where}: part {part}", shard=str, key=str)

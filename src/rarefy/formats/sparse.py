@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import FormatError, unknown
+from rarefy.formats.bits import pack_bits, unpack_bits
 
 # fmt: off
 DTYPES: dict[str, torch.dtype] = {
@@ -85,8 +86,8 @@ def encode(x: Tensor, format: str, pattern: str | None = None, *, axis: int = -1
         raise FormatError(unknown("format", format, FORMATS))
     if mask is not None and format != "dense+mask":
         raise FormatError(f"mask has no effect on format {format!r}; only dense+mask keeps one")
-    if mask is not None and _kind(mask) != f"bool {list(x.shape)}":
-        raise FormatError(f"mask is {_kind(mask)}, must be bool {list(x.shape)}")
+    if mask is not None and kind(mask) != f"bool {list(x.shape)}":
+        raise FormatError(f"mask is {kind(mask)}, must be bool {list(x.shape)}")
     X, p = _bits(x), _empty(x, format, pattern, axis)
     parts = FORMATS[format].encode(p, X)
     parts["values"] = parts["values"].view(x.dtype)
@@ -181,40 +182,17 @@ def from_torch(t: Tensor) -> Packed:
     return replace(p, parts=parts)
 
 
-def pack_bits(bits: Tensor) -> Tensor:
-    """Return bools of any shape as uint8 [ceil(n / 8)], the first bool in the lowest bit: O(n).
-
-    >>> pack_bits(torch.tensor([True, True, False, False, False, False, False, False, True])).tolist()
-    [3, 1]
-    """
-    n = bits.numel()
-    padded = torch.zeros(-(-n // 8) * 8, dtype=torch.bool, device=bits.device)
-    padded[:n] = bits.reshape(-1)
-    # eight bytes of 0 or 1 in one word: this factor moves byte i to bit 56 + i, and no two terms meet
-    return (padded.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
-
-
-def unpack_bits(packed: Tensor, n: int) -> Tensor:
-    """Return the first `n` bits of uint8 `packed` as bool [n]: O(n).
-
-    >>> unpack_bits(torch.tensor([3], dtype=torch.uint8), 4).tolist()
-    [True, True, False, False]
-    """
-    bits = torch.arange(256, device=packed.device)[:, None] >> torch.arange(8, device=packed.device) & 1
-    table = bits.to(torch.bool).view(torch.int64).flatten()
-    return table.index_select(0, packed.to(torch.int32)).view(torch.bool)[:n]
-
-
 # what all formats share
 
 
-def _kind(t: Tensor) -> str:
+def kind(t: Tensor) -> str:
+    """Return the dtype and shape in words: `float32 [2, 3]`."""
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
 def _bits(x: Tensor) -> Tensor:
     if x.layout != torch.strided or x.is_meta or x.dtype not in DTYPES.values():
-        why = f"cannot pack a {_kind(x)} tensor ({x.layout}, on {x.device})"
+        why = f"cannot pack a {kind(x)} tensor ({x.layout}, on {x.device})"
         raise FormatError(f"{why}; give a dense one that has values, of {', '.join(DTYPES)}")
     return x.detach().resolve_conj().resolve_neg().contiguous().view(_WIDTHS[x.element_size()])
 
@@ -249,13 +227,17 @@ def _check_extra(p: Packed) -> None:
         raise FormatError(f"nm: {p.extra['n']}:{p.extra['m']} keeps more than a whole group")
 
 
-def _check(p: Packed) -> Any:
-    if p.format not in FORMATS:
-        raise FormatError(unknown("format", p.format, FORMATS))
+def _check_shape(p: Packed) -> None:
     whole = len(p.shape) <= MOST_DIMS and all(type(d) is int and d >= 0 for d in p.shape)
     if not whole or math.prod(d or 1 for d in p.shape) > MOST_ENTRIES:
         limit = f"at most {MOST_DIMS} sizes, none negative, and 2**48 entries"
         raise FormatError(f"{p.format}: shape {list(p.shape)[: MOST_DIMS + 1]} is impossible; {limit}")
+
+
+def _check(p: Packed) -> Any:
+    if p.format not in FORMATS:
+        raise FormatError(unknown("format", p.format, FORMATS))
+    _check_shape(p)
     if p.dtype not in DTYPES.values():
         raise FormatError(f"{p.format}: dtype {p.dtype} is not one of {', '.join(DTYPES)}")
     if set(p.parts) != (names := set(FORMATS[p.format].parts)):
@@ -269,8 +251,8 @@ def _check(p: Packed) -> Any:
 
 def _expect(p: Packed, part: str, dtype: torch.dtype, *shape: int) -> Tensor:
     t = p.parts[part].detach()
-    if _kind(t) != (want := f"{str(dtype).removeprefix('torch.')} {list(shape)}"):
-        raise FormatError(f"{p.format}: part {part!r} is {_kind(t)}, must be {want}")
+    if kind(t) != (want := f"{str(dtype).removeprefix('torch.')} {list(shape)}"):
+        raise FormatError(f"{p.format}: part {part!r} is {kind(t)}, must be {want}")
     return t.view(_WIDTHS[dtype.itemsize]) if part == "values" else t
 
 
@@ -279,6 +261,21 @@ def _expect_bits(p: Packed, part: str, n: int) -> Tensor:
     if n % 8 and int(packed[-1]) >> n % 8:
         raise FormatError(f"{p.format}: part {part!r} has bits set after its {n} bits")
     return unpack_bits(packed, n)
+
+
+def values_shape(p: Packed) -> tuple[int, ...]:
+    """Return the shape that the part `values` must have, as the other parts tell; FormatError where those are wrong."""
+    _check_extra(p)
+    _check_shape(p)
+    if p.format == "bitmask":
+        return (int(torch.count_nonzero(_expect_bits(p, "mask", math.prod(p.shape)))),)
+    if p.format == "nm":
+        n, _, _, k, _ = _nm(p)
+        return k, n
+    if p.format in _POINTERS:
+        k = p.parts[_POINTERS[p.format][1]].numel()
+        return (k, p.extra["rows"], p.extra["cols"]) if p.format == "bsr" else (k,)
+    return p.shape
 
 
 def _values(p: Packed) -> Tensor:

@@ -1,5 +1,7 @@
 """Masks that survive: a torch parametrization on the weight, so that optimizers, deepcopy, state_dict, compile
 and DDP need to know nothing. The entries under a False are zero whatever happens to the parameter beneath.
+
+`fold_` writes masks, grids and codebooks alike into plain weights.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from rarefy.errors import ModelError
+from rarefy.model.grid import LIVE, live_grid, note_, notes, set_grid_
 from rarefy.model.select import Layer, Selector, all_layers, original, select
 
 
@@ -63,8 +66,8 @@ def check_maskable(layer: Layer) -> None:
             f"{layer.full_name}: its weight is also the parameter {layer.elsewhere!r}, which is no layer and would go "
             "unmasked; ignore this layer, or untie them"
         )
-    for name, module, param in () if _masks_of(layer.module, layer.param) else layer.owners:
-        if parametrize.is_parametrized(module, param):
+    for name, module, param in layer.owners:
+        if parametrize.is_parametrized(module, param) and not _is_ours(module, param):
             raise ModelError(f"{name or param}: its weight has a parametrization already; remove it before pruning")
 
 
@@ -81,31 +84,37 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fold_(model: nn.Module) -> nn.Module:
-    """Write every mask into its weight and take the parametrization off; returns the model.
+    """Write every mask and every grid into its weight and take the parametrizations off; returns the model.
 
-    The parameters keep their identity, so an optimizer that holds them goes on. O(weights).
+    The parameters keep their identity, so an optimizer that holds them goes on. Grids stay noted: `save` and
+    `accelerate_` go by them as long as the weights lie on them. O(weights).
 
     >>> net = nn.Linear(2, 2)
     >>> set_mask_(all_layers(net)[0], torch.eye(2).bool())
     >>> int((fold_(net).weight == 0).sum())
     2
     """
-    masked = [layer for layer in all_layers(model) if get_mask(layer) is not None]
-    for layer in masked:
+    ours = (Mask, *LIVE)
+    made = [l for l in all_layers(model) if any(isinstance(p, ours) for p in _parametrizations(l.module, l.param))]
+    for layer in made:
         for name, module, param in layer.owners:
-            if len(getattr(module.parametrizations, param)) > 1:  # type: ignore[union-attr]
+            if not _is_ours(module, param):
                 raise ModelError(f"{name or param} has other parametrizations besides the mask; remove them first")
-    for layer in masked:
+    for layer in made:
         weight, effective = layer.original, layer.weight.detach()
+        grid = live_grid(layer.module, layer.param)
         with torch.no_grad():
             weight.copy_(effective)
         for _, module, param in layer.owners:
             _remove(module, param)
+            if grid is not None:
+                note_(module, param, grid)
     return model
 
 
 def adopt_(model: nn.Module, layers: Selector = None, at_least: float = 0.01) -> list[str]:
     """Take over foreign masks: models pruned with `torch.nn.utils.prune`, and plain zeros; returns the layer names.
+    Grids that `fold_` or `load` has noted are kept to again too.
 
     `layers` narrows the search as in `select`; a weight with a smaller share of exact zeros than `at_least` is
     dense by intent and is left alone. Raises ModelError where nothing is pruned. O(weights).
@@ -120,7 +129,10 @@ def adopt_(model: nn.Module, layers: Selector = None, at_least: float = 0.01) ->
             mask = kept if kept.numel() and 1 - kept.float().mean().item() >= at_least else None
         if mask is not None:
             set_mask_(layer, mask)
-        if get_mask(layer) is not None:
+        grid = notes(layer.module).get(layer.param)
+        if grid is not None and grid.holds(layer.weight.detach()):
+            set_grid_(layer, grid)
+        if get_mask(layer) is not None or live_grid(layer.module, layer.param) is not None:
             taken.append(layer.full_name)
     if not taken:
         raise ModelError(f"nothing to adopt: no mask and no weight with {at_least:.0%} zeros or more")
@@ -141,17 +153,25 @@ def plain_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         owner, _, rest = f".{name}".rpartition(".parametrizations.")
         module = model.get_submodule(owner[1:])
         param, _, leaf = rest.partition(".")
-        if not _masks_of(module, param) or leaf != "original":
-            if not _masks_of(module, param):
+        if not _is_ours(module, param) or leaf != "original":
+            if not _is_ours(module, param):
                 yield name, tensor  # somebody else's parametrization goes as it is
             continue
         yield f"{owner[1:]}.{param}".lstrip("."), getattr(module, param).detach()
 
 
-def _masks_of(module: nn.Module, param: str) -> list[Mask]:
+def _parametrizations(module: nn.Module, param: str) -> list[nn.Module]:
     if not parametrize.is_parametrized(module, param):
         return []
-    return [p for p in getattr(module.parametrizations, param) if isinstance(p, Mask)]  # type: ignore[union-attr]
+    return list(getattr(module.parametrizations, param))  # type: ignore[union-attr]
+
+
+def _is_ours(module: nn.Module, param: str) -> bool:
+    return all(isinstance(p, (Mask, *LIVE)) for p in _parametrizations(module, param))
+
+
+def _masks_of(module: nn.Module, param: str) -> list[Mask]:
+    return [p for p in _parametrizations(module, param) if isinstance(p, Mask)]
 
 
 def _remove(module: nn.Module, param: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, DataError, ModelError, PatternError
-from rarefy.formats.sparse import pack_bits, unpack_bits
+from rarefy.formats.bits import pack_bits, unpack_bits
 from rarefy.model import pages
 from rarefy.model.batches import samples_in
 from rarefy.model.gram import Gram
@@ -216,9 +216,9 @@ def _measure(
     layers, H = stop.group.layers, stop.gram.H
     assert H is not None
     W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
-    U = _factor(layers, H, COMMON["damping"])[0]
+    U = factor(layers, H, COMMON["damping"])[0]
     for level in levels:
-        choose, parts = _choosers(layers, replace(ask, each={l.full_name: level for l in layers}), {})
+        choose, parts = choosers(layers, replace(ask, each={l.full_name: level for l in layers}), {})
         if ask.plan.kind in LINES:
             mask = choose((W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square(), 0, W.shape[-1])
             choose = given_mask(mask)
@@ -238,7 +238,8 @@ def given_mask(mask: Tensor) -> solve.Choose:
     return lambda _, a, b: mask[..., a:b]
 
 
-def _factor(layers: Sequence[Layer], H: Tensor, damping: float) -> tuple[Tensor, float]:
+def factor(layers: Sequence[Layer], H: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Return `solve.inverse_factor`; ModelError naming the layers where there is none."""
     try:
         return solve.inverse_factor(H, damping)
     except ArithmeticError as error:
@@ -247,7 +248,7 @@ def _factor(layers: Sequence[Layer], H: Tensor, damping: float) -> tuple[Tensor,
         ) from None
 
 
-def _choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> tuple[solve.Choose, list[_Chooser]]:
+def choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> tuple[solve.Choose, list[_Chooser]]:
     """One choice for the stacked rows of several layers, each by itself."""
     parts = [_Chooser(l, ask, given.get(l.full_name)) for l in layers]
     widths = [c.rows for c in parts]
@@ -264,14 +265,14 @@ def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> jour
     W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
     if not torch.isfinite(W).all():
         raise ModelError(f"{', '.join(l.full_name for l in layers)}: NaN or inf in its weights")
-    choose, chosen = _choosers(layers, ask, given)
+    choose, chosen = choosers(layers, ask, given)
     widths = [c.rows for c in chosen]
     H, used = stop.gram.H, s.damping
     assert H is not None and used is not None
     if s.name == "obs":
         assert s.block is not None
-        U, used = _factor(layers, H, used)
-        target = _target(W, H, stop.gram, s)
+        U, used = factor(layers, H, used)
+        target = target_of(W, H, stop.gram, s)
         edges = chosen[0].edges(s.block)
         if score is not None or ask.plan.kind in LINES:  # a line crosses all blocks: its mask comes first
             own = (W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square()
@@ -283,7 +284,7 @@ def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> jour
     else:
         assert s.refits is not None
         Hd = solve.damped(H, used)
-        target = _target(W, H, stop.gram, s)
+        target = target_of(W, H, stop.gram, s)
         if s.name == "admm" and score is None and not given:
             assert s.steps is not None
             new, mask = solve.admm(target, Hd, choose, steps=s.steps, refits=s.refits)
@@ -313,7 +314,8 @@ def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> jour
     return journal.Entry(dict(stop.weights), masks, rows)
 
 
-def _target(W: Tensor, H: Tensor, gram: Gram, s: Solver) -> Tensor:
+def target_of(W: Tensor, H: Tensor, gram: Gram, s: Solver) -> Tensor:
+    """Return the weights whose outputs are wanted: the dense ones, or shifted towards the dense model's outputs."""
     if not s.asymmetric or gram.cross is None:
         return W
     L = torch.linalg.cholesky(solve.damped(H, max(s.damping or 0, 0.01)))

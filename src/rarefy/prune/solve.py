@@ -12,11 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Choose = Callable[[Tensor, int, int], Tensor]  # score [G, O, b - a] of columns a to b -> mask of the same shape
+
+
+class Snap(Protocol):
+    """A grid that weights are put on column by column, groups of columns sharing their scales."""
+
+    group: int  # columns whose scales are found when the first of them is reached; 0: all are known beforehand
+
+    def begin(self, W: Tensor, first: int) -> None:
+        """Find the scales of the columns W [G, group, O] that begin at `first`."""
+        ...
+
+    def __call__(self, w: Tensor, column: int) -> Tensor:
+        """Return a column's weights [G, O] on the grid."""
+        ...
+
+
 LADDER = (10.0, 100.0, 1000.0)
 LEAST = 1e-4  # the damping that is climbed from
 
@@ -63,7 +80,9 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     raise ArithmeticError(f"not positive definite even with damping {steps[-1]:g}")
 
 
-def obs(target: Tensor, U: Tensor, choose: Choose, edges: Sequence[int]) -> tuple[Tensor, Tensor]:
+def obs(
+    target: Tensor, U: Tensor, choose: Choose, edges: Sequence[int], snap: Snap | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (weights, mask) of SparseGPT (Frantar and Alistarh 2023, algorithm 1): columns left to right, the mask
     of each block of columns chosen by w^2 / U_jj^2 when its turn comes, the error of each pruned weight spread over
     the columns to its right.
@@ -71,6 +90,8 @@ def obs(target: Tensor, U: Tensor, choose: Choose, edges: Sequence[int]) -> tupl
     U      from `inverse_factor`
     choose mask of one block of columns; `lambda score, a, b: mask[..., a:b]` for a mask that is given
     edges  where blocks begin, from 0 to C, such as range(0, C + 1, 128)
+    snap   a grid for the weights that are kept, whose rounding errors are spread too: GPTQ (Frantar 2022), and with a
+           mask both at once; its groups lie within blocks
 
     O(G O C^2) besides the factor.
     """
@@ -82,14 +103,26 @@ def obs(target: Tensor, U: Tensor, choose: Choose, edges: Sequence[int]) -> tupl
         kept = choose(score.transpose(-2, -1), a, b).transpose(-2, -1)
         mask[:, a:b] = kept
         gone = (~kept).to(W.dtype) / d[:, a:b]
-        E = torch.zeros_like(W[:, a:b])  # what pruning column j moves: w_j / U_jj
+        E = torch.zeros_like(W[:, a:b])  # what moving column j to where it stays moves: (w_j - q_j) / U_jj
+        Q = torch.zeros_like(E) if snap is not None else None
         inner = U[:, a:b, a:b].transpose(-2, -1).contiguous()
         for j in range(b - a):
+            if snap is not None and snap.group and (a + j) % snap.group == 0:
+                ahead = slice(j, j + snap.group)
+                now = W[:, a:b][:, ahead]
+                snap.begin(torch.baddbmm(now, inner[:, ahead, :j], E[:, :j], alpha=-1) if j else now, a + j)
             w = W[:, a + j : a + j + 1]
             if j:
                 w = torch.baddbmm(w, inner[:, j : j + 1, :j], E[:, :j], alpha=-1)
-            E[:, j] = w[:, 0] * gone[:, j]
-        W[:, a:b].baddbmm_(inner, E, alpha=-1)
+            if snap is None or Q is None:
+                E[:, j] = w[:, 0] * gone[:, j]
+            else:
+                Q[:, j] = torch.where(kept[:, j], snap(w[:, 0], a + j), 0.0)
+                E[:, j] = (w[:, 0] - Q[:, j]) / d[:, a + j]
+        if Q is None:
+            W[:, a:b].baddbmm_(inner, E, alpha=-1)
+        else:
+            W[:, a:b] = Q
         W[:, b:].baddbmm_(U[:, a:b, b:].transpose(-2, -1), E, alpha=-1)
     W = torch.where(mask, W, 0.0)
     return W.transpose(-2, -1).contiguous(), mask.transpose(-2, -1).contiguous()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import FormatError, unknown
-from rarefy.formats.sparse import pack_bits, unpack_bits
+from rarefy.formats.bits import pack_bits, unpack_bits
 
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LANE = {"fp32": 1, "bf16": 2, "int8": 4}

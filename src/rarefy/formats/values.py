@@ -1,0 +1,166 @@
+"""Weights of few values, packed: whole numbers on a grid (`int`, `uint` where zero has a code of its own), indices into
+a codebook (`codebook`), each in any of the sparse formats: `int:dense`, `uint:bitmask`, `codebook:nm`.
+
+    u      uint8 in 0..2^bits - 1, in the weight's shape; 0 exactly where the weight is 0 (of a codebook: where its
+           first value is 0), so that sparse formats store it as they store any tensor with zeros
+    scale  see `rarefy.model.grid`;   table  [*blocks, 2^bits]
+
+Stored are the parts of u in its sparse format, its `values` packed to `bits` bits, least significant first. `check` and
+`decode` here also do what `rarefy.formats.sparse` does, for every format of `ALL`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rarefy.errors import FormatError, unknown
+from rarefy.formats import sparse
+from rarefy.formats.bits import pack_codes, unpack_codes
+from rarefy.formats.sparse import Packed
+from rarefy.model.grid import BITS, Codebook, Grid, Values, fits
+
+INNER = ("dense", "bitmask", "csr", "bsr", "nm")
+KINDS: dict[str, tuple[str, ...]] = {"int": ("scale",), "uint": ("scale", "zero"), "codebook": ("table",)}
+PARTS: dict[str, tuple[str, ...]] = {name: codec.parts for name, codec in sparse.FORMATS.items()}
+PARTS |= {f"{kind}:{f}": (*sparse.FORMATS[f].parts, *more) for kind, more in KINDS.items() for f in INNER}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def kind_of(grid: Values) -> str:
+    """Return the first word of a format that holds such values."""
+    if isinstance(grid, Codebook):
+        return "codebook"
+    return "int" if grid.zero is None else "uint"
+
+
+def encode(weight: Tensor, grid: Values, format: str, pattern: str | None = None, *, axis: int = -1) -> Packed:
+    """Return a weight that lies on `grid` packed in `format`, one of `INNER`; the rest is as for `sparse.encode`.
+    `decode` gives the same bits back. O(n).
+
+    >>> p = encode(torch.tensor([[0.0, 1.0, -0.5, 0.0]]), Grid(4, torch.tensor([[0.5]])), "bitmask")
+    >>> p.format, p.nbytes, decode(p).tolist()
+    ('int:bitmask', 6, [[0.0, 1.0, -0.5, 0.0]])
+    """
+    if format not in INNER:
+        raise FormatError(unknown("format of few values", format, INNER))
+    inner = sparse.encode(_codes(weight, grid, format), format, pattern, axis=axis)
+    parts = inner.parts | {"values": pack_codes(inner.parts["values"].flatten(), grid.bits)}
+    own = {n: t.detach().cpu().contiguous() for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None}
+    p = Packed(f"{kind_of(grid)}:{format}", tuple(weight.shape), weight.dtype, parts | own, inner.extra)
+    return replace(p, extra=p.extra | {"bits": grid.bits})
+
+
+def sizes(weight: Tensor, grid: Values, pattern: str | None = None, *, axis: int = -1) -> dict[str, int]:
+    """Return the exact bytes of a weight in each format of `INNER` that can hold it. O(n)."""
+    u = _codes(weight, grid, "dense")
+    own = sum(t.nbytes for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None)
+    one, two = (sparse.sizes(u.to(d), pattern, axis=axis) for d in (torch.uint8, torch.int16))
+    known = {f: one[f] - (two[f] - one[f]) + -(-(two[f] - one[f]) * grid.bits // 8) + own for f in INNER if f in one}
+    return known if _has_zero(grid) else {"dense": known["dense"]}
+
+
+def grid_of(p: Packed) -> Values | None:
+    """Return the grid or codebook of a checked Packed, or None where it has neither."""
+    kind, _, inner = p.format.partition(":")
+    if not inner:
+        return None
+    if kind == "codebook":
+        return Codebook(p.extra["bits"], p.parts["table"])
+    return Grid(p.extra["bits"], p.parts["scale"], p.parts.get("zero"))
+
+
+def check(p: Packed) -> None:
+    """Raise FormatError unless all that `p` holds agrees, as `sparse.check`. O(stored bytes)."""
+    if ":" not in p.format:
+        return sparse.check(p)
+    sparse.check(_inner(p))
+
+
+def decode(p: Packed) -> Tensor:
+    """Return the dense tensor of any format; checks first. O(n)."""
+    grid = grid_of(p) if p.format in PARTS else None
+    if ":" not in p.format or grid is None:
+        return sparse.decode(p)
+    u = sparse.decode(_inner(p))
+    if isinstance(grid, Codebook):
+        return grid.values(u, p.dtype)
+    half = 1 << (grid.bits - 1)
+    if grid.zero is None:
+        return grid.values(((u.to(torch.int16) + half) & (2 * half - 1)) - half, p.dtype)
+    zero = grid.spread(grid.zero.to(torch.int16), p.shape)
+    return grid.values(((u.to(torch.int16) + zero) & (2 * half - 1)) - zero, p.dtype)
+
+
+def label(p: Packed) -> str:
+    """Return the format in few words, with its bits: `int4:bitmask`."""
+    kind, _, inner = p.format.partition(":")
+    return f"{kind}{p.extra['bits']}:{inner}" if inner else kind
+
+
+def _codes(weight: Tensor, grid: Values, format: str) -> Tensor:
+    if isinstance(grid, Codebook):
+        if format != "dense" and not _has_zero(grid):
+            raise FormatError(f"codebook:{format} needs a table whose first value is zero")
+        return grid.codes(weight)
+    return (grid.codes(weight) & ((1 << grid.bits) - 1)).to(torch.uint8)
+
+
+def _has_zero(grid: Values) -> bool:
+    return not isinstance(grid, Codebook) or not bool(grid.table[..., 0].any())
+
+
+def _inner(p: Packed) -> Packed:
+    """Return the sparse tensor of u; FormatError unless what belongs to the values is sound."""
+    if p.format not in PARTS:
+        raise FormatError(unknown("format", p.format, PARTS))
+    kind, _, format = p.format.partition(":")
+    bits = p.extra.get("bits")
+    if type(bits) is not int or bits not in BITS:
+        raise FormatError(f"{p.format}: bits is {bits!r}, must be a whole number from {BITS[0]} to {BITS[-1]}")
+    if set(p.parts) != set(PARTS[p.format]):
+        raise FormatError(f"{p.format}: parts are {sorted(p.parts)}, must be {sorted(PARTS[p.format])}")
+    bare = Packed(format, p.shape, torch.uint8, {}, {k: v for k, v in p.extra.items() if k != "bits"})
+    for name, t in p.parts.items():
+        if not isinstance(t, Tensor) or t.layout != torch.strided or not t.is_contiguous():
+            raise FormatError(f"{p.format}: part {name!r} must be a dense contiguous tensor")
+    if p.dtype not in FLOATS:
+        raise FormatError(f"{p.format}: dtype {p.dtype} is no floating point that values could have")
+    _check_own(p, kind, bits)
+    parts = {n: t for n, t in p.parts.items() if n not in KINDS[kind]}
+    shape = sparse.values_shape(replace(bare, parts=parts))
+    n, packed = math.prod(shape), parts["values"]
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (-(-n * bits // 8),):
+        want = f"uint8 [{-(-n * bits // 8)}]"
+        raise FormatError(f"{p.format}: part 'values' is {sparse.kind(packed)}, must be {want}")
+    if n * bits % 8 and int(packed[-1]) >> n * bits % 8:
+        raise FormatError(f"{p.format}: part 'values' has bits set after its {n} values")
+    return replace(bare, parts=parts | {"values": unpack_codes(packed, bits, n).view(shape)})
+
+
+def _check_own(p: Packed, kind: str, bits: int) -> None:
+    """Raise FormatError unless scales, zeros or the table fit the weight."""
+    for name in KINDS[kind]:
+        t = p.parts[name]
+        shape = tuple(t.shape)
+        if name == "table":
+            if shape[-1:] != (1 << bits,):
+                raise FormatError(f"{p.format}: part 'table' is {sparse.kind(t)}, its last size must be {1 << bits}")
+            shape = shape[:-1]
+        if not fits(shape, p.shape):
+            raise FormatError(f"{p.format}: part {name!r} is {sparse.kind(t)}, no part of a weight {list(p.shape)}")
+        wanted = (torch.uint8,) if name == "zero" else FLOATS
+        if t.dtype not in wanted:
+            raise FormatError(f"{p.format}: part {name!r} is {sparse.kind(t)}, must be {wanted[0]}")
+        if name != "zero" and not bool(torch.isfinite(t).all()):
+            raise FormatError(f"{p.format}: part {name!r} holds NaN or inf")
+    if kind == "uint":
+        if p.parts["zero"].shape != p.parts["scale"].shape:
+            raise FormatError(f"{p.format}: part 'zero' is {sparse.kind(p.parts['zero'])}, must be as 'scale'")
+        if p.parts["zero"].numel() and int(p.parts["zero"].max()) >= 1 << bits:
+            raise FormatError(f"{p.format}: part 'zero' holds codes that {bits} bits do not")
+    if kind == "codebook" and not p.format.endswith(":dense") and bool(p.parts["table"][..., 0].any()):
+        raise FormatError(f"{p.format}: part 'table' must begin with zero")

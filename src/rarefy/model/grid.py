@@ -1,0 +1,324 @@
+"""Weights that lie on a grid: whole numbers times a scale. The grid, and the parametrization that keeps weights on it.
+
+    W      as stored
+    c      whole numbers, W = c x scale; c = 0 exactly where W = 0
+    scale  as many dimensions as W, each size divides W's: [1, 1] one for all, [O, 1] one an output, [O, I / 128] groups
+    zero   the code that means 0 where codes run from 0 to 2^bits - 1 (asymmetric); None: they lie around 0
+
+Zero is a point of every grid, so what a mask has zeroed stays zero, by construction. A grid is live as a
+parametrization, which rounds whatever an optimizer makes of the weight beneath (gradients go straight through), or
+noted beside a plain weight, as `fold_` and `load` leave it; a note counts only as long as the weight lies on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rarefy.errors import ModelError
+from rarefy.model.select import Layer
+
+BITS = range(2, 9)
+NOTE = "rarefy_grids"
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Codes of `bits` bits; symmetric ones run from -2^(bits - 1) up, those of 8 bits from -127, as kernels want.
+
+    >>> grid = Grid(4, torch.tensor([[0.5]]))
+    >>> grid.codes(torch.tensor([[0.8, -9.0, 0.0]])).tolist(), grid.snap(torch.tensor([[0.8, -9.0, 0.0]])).tolist()
+    ([[2, -8, 0]], [[1.0, -4.0, 0.0]])
+    """
+
+    bits: int
+    scale: Tensor
+    zero: Tensor | None = None
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The least and the greatest code, before `zero` is taken off."""
+        half = 1 << (self.bits - 1)
+        if self.zero is not None:
+            return 0, 2 * half - 1
+        return (-half if self.bits < 8 else 1 - half), half - 1
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return c, int16, in the weight's shape. O(n)."""
+        return self._round(weight)[0].to(torch.int16).reshape(weight.shape)
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return W of codes c. O(n)."""
+        c = split(codes.float(), self.scale.shape)
+        return (c * beside(self.scale.float(), codes.device)).reshape(codes.shape).to(dtype)
+
+    def snap(self, weight: Tensor) -> Tensor:
+        """Return each weight's nearest point of the grid. O(n)."""
+        c, _ = self._round(weight)
+        return (c * beside(self.scale.float(), weight.device)).reshape(weight.shape).to(weight.dtype)
+
+    def inside(self, weight: Tensor) -> Tensor:
+        """Return where weights lie within the grid's ends, bool."""
+        return self._round(weight)[1].reshape(weight.shape)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether every weight is a point of the grid."""
+        if not fits(self.scale.shape, weight.shape):
+            return False
+        return torch.equal(self.snap(weight), weight)
+
+    def spread(self, small: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor in the shape of scales as one in the shape of weights."""
+        halves = [n for s, d in zip(small.shape, shape) for n in (s, d // s)]
+        return beside(small).expand(halves).reshape(shape)
+
+    def map(self, do: Callable[[Tensor], Tensor]) -> Grid:
+        """Return the grid with its tensors changed."""
+        return Grid(self.bits, do(self.scale), None if self.zero is None else do(self.zero))
+
+    def _round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.range
+        x = (split(weight.detach().float(), self.scale.shape) / beside(self.scale.float(), weight.device)).round_()
+        zero = 0 if self.zero is None else beside(self.zero.float(), weight.device)
+        return (x + zero).clamp_(low, high) - zero, (x + zero >= low) & (x + zero <= high)
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """2^bits values for all weights, or for each block of them; where zeros are to be stored sparsely the first is 0.
+
+    table  [*blocks, 2^bits], blocks as the shape of a grid's scales
+
+    >>> book = Codebook(2, torch.tensor([[[0.0, -1.0, 0.25, 2.0]]]))
+    >>> book.codes(torch.tensor([[0.1, 1.9, -5.0]])).tolist(), book.snap(torch.tensor([[0.1, 1.9, -5.0]])).tolist()
+    ([[0, 3, 1]], [[0.0, 2.0, -1.0]])
+    """
+
+    bits: int
+    table: Tensor
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the index of each weight's nearest value, uint8. O(n bits)."""
+        blocks = self.table.shape[:-1]
+        table, order = self.table.float().to(weight.device).flatten(0, -2).sort(-1)
+        rows = _rows(split(weight.detach().float(), blocks), blocks)
+        middle = (table[:, 1:] + table[:, :-1]) / 2
+        found = order.gather(1, torch.searchsorted(middle.contiguous(), rows))
+        return _back(found.to(torch.uint8), blocks, tuple(weight.shape))
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return W of indices. O(n)."""
+        blocks = self.table.shape[:-1]
+        table = self.table.to(codes.device, dtype).flatten(0, -2)
+        return _back(table.gather(1, _rows(split(codes, blocks), blocks).long()), blocks, tuple(codes.shape))
+
+    def snap(self, weight: Tensor) -> Tensor:
+        """Return each weight's nearest value of the table. O(n bits)."""
+        return self.values(self.codes(weight), weight.dtype)
+
+    def inside(self, weight: Tensor) -> Tensor:
+        """Return where a weight's gradient passes: everywhere."""
+        return torch.ones_like(weight, dtype=torch.bool)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether every weight is one of the values."""
+        if not fits(tuple(self.table.shape[:-1]), tuple(weight.shape)):
+            return False
+        return torch.equal(self.snap(weight), weight)
+
+    def map(self, do: Callable[[Tensor], Tensor]) -> Codebook:
+        """Return the codebook with its table changed."""
+        return Codebook(self.bits, do(self.table))
+
+
+def _rows(halves: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """What `split` returned as [blocks, weights of one]."""
+    n = len(blocks)
+    return halves.permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).reshape(math.prod(blocks), -1)
+
+
+def _back(rows: Tensor, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `_rows`, in the weight's shape."""
+    n = len(blocks)
+    tall = rows.reshape(*blocks, *(d // b for b, d in zip(blocks, shape)))
+    return tall.permute([k for d in range(n) for k in (d, n + d)]).reshape(shape)
+
+
+Values = Grid | Codebook
+
+
+def fits(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether scales of that shape can belong to a weight of that shape.
+
+    >>> fits((4, 2), (4, 128)), fits((4, 3), (4, 128))
+    (True, False)
+    """
+    return len(scale) == len(shape) and all(s > 0 and n % s == 0 for s, n in zip(scale, shape))
+
+
+def split(weight: Tensor, scale: tuple[int, ...]) -> Tensor:
+    """Return a weight with every dimension split into (scales, weights of one)."""
+    return weight.reshape([n for s, d in zip(scale, weight.shape) for n in (s, d // s)])
+
+
+def beside(scale: Tensor, device: Any = None) -> Tensor:
+    """Return scales so that they broadcast to what `split` returns."""
+    return scale.reshape([n for s in scale.shape for n in (s, 1)]).to(device)
+
+
+class OnGrid(nn.Module):
+    """Parametrization: weight -> its nearest points of a grid; gradients pass where weights lie within its ends."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(self, grid: Grid):
+        super().__init__()
+        self.bits = grid.bits
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("zero", grid.zero)
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.scale, self.zero)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        grid = self.grid
+        snapped = grid.snap(weight)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return snapped
+        through = torch.where(grid.inside(weight), weight, weight.detach())
+        return _Straight.apply(through, snapped)  # type: ignore[return-value]  # x + (snapped - x) would round
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnGrid:
+        before = self.scale
+        super()._apply(fn, recurse)
+        self.scale = before.to(self.scale.device)  # a scale of fewer bits would be another grid
+        return self
+
+
+class InBook(nn.Module):
+    """Parametrization: the values of a codebook at fixed places; its gradient goes to the values, and the weight
+    beneath plays no part."""
+
+    index: Tensor
+
+    def __init__(self, book: Codebook, weight: Tensor):
+        super().__init__()
+        self.bits, self.zero_first = book.bits, not bool(book.table[..., 0].any())
+        self.register_buffer("index", book.codes(weight))
+        self.table = nn.Parameter(book.table.detach().clone())
+
+    @property
+    def grid(self) -> Codebook:
+        return Codebook(self.bits, self._table().detach())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return Codebook(self.bits, self._table()).values(self.index, weight.dtype)
+
+    def _table(self) -> Tensor:
+        if not self.zero_first:
+            return self.table
+        return torch.cat([torch.zeros_like(self.table[..., :1]), self.table[..., 1:]], -1)
+
+
+LIVE = (OnGrid, InBook)
+
+
+class _Straight(torch.autograd.Function):
+    """The second argument, with the gradient going to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, through: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def get_grid(layer: Layer) -> Values | None:
+    """Return the grid of a layer's weight, live or noted, or None; a note that its weight has left does not count."""
+    live = live_grid(layer.module, layer.param)
+    if live is not None:
+        return live
+    noted = notes(layer.module).get(layer.param)
+    return noted if noted is not None and noted.holds(layer.weight.detach()) else None
+
+
+def live_grid(module: nn.Module, param: str) -> Values | None:
+    """Return the grid or codebook of a parametrization, or None."""
+    if not parametrize.is_parametrized(module, param):
+        return None
+    found = [p for p in getattr(module.parametrizations, param) if isinstance(p, LIVE)]  # type: ignore[union-attr]
+    return found[0].grid if found else None
+
+
+def notes(module: nn.Module) -> dict[str, Values]:
+    """Return {parameter: grid} as noted beside a module's plain weights."""
+    return module.__dict__.get(NOTE, {})
+
+
+def note_(module: nn.Module, param: str, grid: Values | None) -> None:
+    """Note the grid of a plain weight, or that it has none."""
+    left = {k: g for k, g in notes(module).items() if k != param} | ({} if grid is None else {param: grid})
+    module.__dict__.pop(NOTE, None)
+    if left:
+        module.__dict__[NOTE] = left
+
+
+def set_grid_(layer: Layer, grid: Values) -> None:
+    """Keep the weight of a layer on a grid, or in a codebook, from here on, at every owner. O(n)."""
+    if live_grid(layer.module, layer.param) is not None:
+        raise ModelError(f"{layer.full_name} lies on a grid already: rarefy.fold_ the model before quantizing it anew")
+    weight = layer.original
+    grid = grid.map(lambda t: t.to(weight.device))
+    shared = OnGrid(grid) if isinstance(grid, Grid) else InBook(grid, layer.weight.detach())
+    for _, module, param in layer.owners:
+        note_(module, param, None)
+        parametrize.register_parametrization(module, param, shared)
+
+
+def scale_shape(layer: Layer, group: int | str | None) -> tuple[int, ...]:
+    """Return the shape of a layer's scales: one an output (None), one for a `group` of inputs, or one in all
+    ("tensor"). Raises ModelError where the group does not divide the inputs.
+
+    >>> from rarefy.model.select import all_layers
+    >>> scale_shape(all_layers(nn.Linear(64, 8))[0], 32), scale_shape(all_layers(nn.Conv2d(4, 6, 3))[0], None)
+    ((8, 2), (6, 1, 1, 1))
+    """
+    stored = tuple(layer.original.shape)
+    if group == "tensor":
+        return (1,) * len(stored)
+    _, _, _, I = layer.layout.shape
+    if isinstance(group, int) and I % group:
+        near = [g for g in range(2, I + 1) if I % g == 0]
+        hint = f": {', '.join(map(str, sorted(near, key=lambda g: abs(g - group))[:3]))} would" if near else ""
+        raise ModelError(
+            f"{layer.full_name}: a group of {group} does not divide its {I} inputs{hint}; or ignore the layer"
+        )
+    order, kernel = layer.layout.order, range(1, len(layer.layout.order) - 2)
+    sizes = list(layer.layout.split)
+    sizes[order[-1]] = I // group if isinstance(group, int) else 1
+    for k in kernel:
+        if group is None:
+            sizes[order[k]] = 1
+    out, rest, whole = [], sizes, list(layer.layout.split)
+    for n in stored:  # several of the split dimensions lie in one that is stored
+        taken = next(i for i in range(1, len(whole) + 1) if math.prod(whole[:i]) == n and _ends(whole, i, stored, out))
+        out.append(math.prod(rest[:taken]))
+        rest, whole = rest[taken:], whole[taken:]
+    return tuple(out)
+
+
+def _ends(whole: list[int], taken: int, stored: tuple[int, ...], out: list[int]) -> bool:
+    """Whether what is left of the split dimensions makes up what is left of the stored ones."""
+    return math.prod(whole[taken:]) == math.prod(stored[len(out) + 1 :]) and (
+        len(whole) - taken >= len(stored) - len(out) - 1
+    )

@@ -1,0 +1,149 @@
+"""Rounding by second order: one walk through the model, each group of layers put on its grids on the inputs it really
+gets, zeros chosen along the way where a pattern asks for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import ModelError
+from rarefy.model.grid import Grid, split
+from rarefy.model.mask import get_mask
+from rarefy.model.select import Layer
+from rarefy.model.walk import Stop, order, walk
+from rarefy.progress import track
+from rarefy.prune import solve
+from rarefy.prune.layerwise import check_solvable, choosers, factor, given_mask, matrix, stored, target_of
+from rarefy.prune.solver import Ask as PruneAsk
+from rarefy.prune.solver import passes
+from rarefy.values.fit import FITS
+from rarefy.values.quantize import Ask, fitted, grid_for
+
+Made = tuple[Grid, Tensor, Tensor | None]  # grid, weights as stored, mask where it is new
+
+
+def solve_(
+    model: nn.Module,
+    chosen: Sequence[Layer],
+    ask: Ask,
+    shapes: Mapping[str, tuple[int, ...]],
+    data: Iterable[Any],
+    progress: bool = False,
+) -> tuple[dict[str, dict[str, Any]], list[Made]]:
+    """Round the chosen layers in place, each on the inputs that it gets from layers rounded before it; return what is
+    to be told of each (its relative error on these inputs, damping, seconds), and its grid. One forward pass + solver.
+    """
+    solver = ask.solver
+    assert solver is not None
+    data = data if isinstance(data, list | tuple) else list(data)
+    first = check_solvable(chosen, data, f"solver {solver.name}")
+    dense = bool(solver.asymmetric)
+    rows: dict[str, dict[str, Any]] = {}
+    made: dict[str, Made] = {}
+    with passes(solver):
+        groups = order(model, first, chosen, dense=dense)
+        with closing(walk(model, data, groups, dense=dense)) as stops:
+            for stop in track(stops, "rounding by obs", progress, len(groups)):
+                assert isinstance(stop, Stop)
+                with torch.autocast("cpu", enabled=False):
+                    for layer in stop.group.layers:
+                        rows[layer.full_name], made[layer.full_name] = _solve(layer, stop, ask, shapes)
+    return rows, [made[l.full_name] for l in chosen]
+
+
+def _solve(layer: Layer, stop: Stop, ask: Ask, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], Made]:
+    began, H, solver = time.perf_counter(), stop.gram.H, ask.solver
+    assert H is not None and solver is not None and solver.damping is not None and solver.block is not None
+    W = matrix(layer, layer.weight.detach().float())
+    if not torch.isfinite(W).all():
+        raise ModelError(f"{layer.full_name}: NaN or inf in its weights")
+    U, used = factor([layer], H, solver.damping)
+    target = target_of(W, H, stop.gram, solver)
+    columns = _importance(layer, H)
+    snap = OnColumns(layer, target, ask, shapes[layer.full_name], columns)
+    mask = get_mask(layer)
+    if ask.pattern is None:
+        kept = torch.ones_like(W, dtype=torch.bool) if mask is None else matrix(layer, mask)
+        new, _ = solve.obs(target, U, given_mask(kept), _edges(W.shape[-1], layer, ask), snap)
+        fresh = None
+    else:
+        prune = PruneAsk(ask.pattern, ask.sparsity, {layer.full_name: ask.sparsity}, "layer")
+        choose, parts = choosers([layer], prune, {})
+        edges = parts[0].edges(_block(ask))
+        new, kept = solve.obs(target, U, choose, edges, snap)
+        fresh = stored(layer, kept, tuple(layer.original.shape))
+    grid = snap.grid()
+    weight = stored(layer, new, tuple(layer.original.shape)).to(layer.original.dtype)
+    weight = torch.where(weight == 0, 0.0, grid.snap(weight))  # what half a step of the weight's type has moved
+    error, energy = solve.error(matrix(layer, weight.float()), W, H).sum(), solve.error(torch.zeros_like(W), W, H).sum()
+    stop.weights[layer.full_name] = weight
+    told = {"error": float(error / energy.clamp(min=1e-30)), "damping": used, "seconds": time.perf_counter() - began}
+    return told, (grid, weight, fresh)
+
+
+def _block(ask: Ask) -> int:
+    """Columns of a block: whole groups of them."""
+    assert ask.solver is not None and ask.solver.block is not None
+    if not isinstance(ask.group, int):
+        return ask.solver.block
+    return max(1, ask.solver.block // ask.group) * ask.group
+
+
+def _edges(columns: int, layer: Layer, ask: Ask) -> list[int]:
+    step = _block(ask)
+    return [*range(0, columns, step), columns]
+
+
+def _importance(layer: Layer, H: Tensor) -> Tensor:
+    """How much the error of each weight in a column counts, [G, 1, C]; inputs that are always zero count a little."""
+    d = H.diagonal(dim1=-2, dim2=-1)
+    return (d + 1e-3 * d.mean(-1, keepdim=True) + 1e-12)[:, None]
+
+
+class OnColumns:
+    """A layer's grid, a column of its matrix [G, O, C] at a time. Scales that groups of inputs share are found when the
+    group is reached, from weights that have taken up the errors of those before; all others from the layer's own."""
+
+    def __init__(self, layer: Layer, W: Tensor, ask: Ask, shape: tuple[int, ...], columns: Tensor):
+        self.layer, self.ask, self.shape, self.columns = layer, ask, shape, columns
+        whole = stored(layer, W, tuple(layer.original.shape))
+        weigh = stored(layer, columns.expand_as(W), tuple(layer.original.shape))
+        grid = grid_for(whole, shape, ask, weigh)
+        self.group = ask.group if isinstance(ask.group, int) else 0
+        self.scale = matrix(layer, grid.spread(grid.scale.float(), whole.shape))
+        self.zero = None if grid.zero is None else matrix(layer, grid.spread(grid.zero.float(), whole.shape))
+        self.low, self.high = grid.range
+
+    def begin(self, W: Tensor, first: int) -> None:
+        """See `rarefy.prune.solve.Snap`."""
+        G, n, O = W.shape
+        X = W.transpose(1, 2).reshape(G * O, n)
+        weigh = self.columns[..., first : first + n].expand(G, O, n).reshape(G * O, n)
+        scale, zero = fitted(FITS[self.ask.fit], X, self.ask, weigh)
+        self.scale[..., first : first + n] = scale.float().reshape(G, O, 1)
+        if self.zero is not None and zero is not None:
+            self.zero[..., first : first + n] = zero.float().reshape(G, O, 1)
+
+    def __call__(self, w: Tensor, column: int) -> Tensor:
+        """See `rarefy.prune.solve.Snap`."""
+        scale = self.scale[..., column]
+        zero = 0 if self.zero is None else self.zero[..., column]
+        return ((w / scale).round() + zero).clamp(self.low, self.high).sub(zero) * scale
+
+    def grid(self) -> Grid:
+        """Return the grid as the layer stores its weight."""
+        kept = [self._first(self.scale)] + ([] if self.zero is None else [self._first(self.zero)])
+        scale = kept[0].bfloat16() if isinstance(self.ask.group, int) else kept[0]
+        return Grid(self.ask.bits, scale, kept[1].to(torch.uint8) if len(kept) > 1 else None)
+
+    def _first(self, full: Tensor) -> Tensor:
+        """The first of each block: all are equal."""
+        halves = split(stored(self.layer, full, tuple(self.layer.original.shape)), self.shape)
+        for dim in reversed(range(1, halves.dim(), 2)):
+            halves = halves.select(dim, 0)
+        return halves.contiguous()

@@ -1,0 +1,241 @@
+"""`quantize_`: weights onto grids of few bits, by rounding or by second order, with or without zeros chosen at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import DataError, ModelError, PatternError, unknown
+from rarefy.formats.values import sizes
+from rarefy.model.grid import BITS, Grid, Values, get_grid, live_grid, note_, scale_shape, set_grid_, split
+from rarefy.model.mask import check_maskable, get_mask, set_mask_
+from rarefy.model.select import Layer, Selector, select, unwrap
+from rarefy.model.stats import check_batches
+from rarefy.progress import track
+from rarefy.proof.report import Report
+from rarefy.prune.pattern import Pattern, check_sparsity, parse
+from rarefy.prune.solver import Solver, resolve
+from rarefy.prune.stage import check_weights, chosen_layers
+from rarefy.values.fit import FITS, Fit
+
+ROUNDINGS = ("rtn", "obs")
+FLOATS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16", "fp32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How weights are to lie: bits, who shares a scale, how it is found, how weights are rounded."""
+
+    bits: int
+    group: int | str | None = None
+    symmetric: bool = True
+    fit: str = "mse"
+    solver: Solver | None = None  # None: each weight to its nearest point
+    pattern: Pattern | None = None  # zeros that are chosen in the same pass
+    sparsity: float = 0.0
+
+    @property
+    def words(self) -> str:
+        """The grid in a word or two: `int4 by 128`."""
+        kind = ("int" if self.symmetric else "uint") + str(self.bits)
+        return kind if self.group is None else f"{kind} by {self.group}"
+
+
+def quantize_(
+    model: nn.Module,
+    weights: str = "int8",
+    *,
+    group: int | str | None = None,
+    symmetric: bool = True,
+    fit: str | None = None,
+    solver: str | Solver | dict[str, Any] = "rtn",
+    pattern: str | None = None,
+    sparsity: float | None = None,
+    layers: Selector = None,
+    ignore: Selector = None,
+    data: Iterable[Any] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Put the selected weights of `model` on grids of few bits, in place; return a row a layer.
+
+    weights    int2 to int8
+    group      how many inputs share a scale; None: all of an output; "tensor": the whole weight
+    symmetric  codes lie around 0; False: zero has a code of its own, for weights that lean to one side
+    fit        minmax, mse or hqq: how a scale is found (`rarefy.values.fit`); by default mse, of 8 bits minmax
+    solver     rtn: each weight to its nearest point; obs (GPTQ): rounding errors are spread over weights that are not
+               yet rounded, so that the layer's outputs on `data` stay (`rarefy.Solver` sets its options)
+    pattern    obs: choose zeros in the same pass, with `sparsity` as in `rarefy.prune_`
+
+    What is zero stays zero. Weights stay on their grid through training, whose gradients go straight through (QAT);
+    `rarefy.fold_` writes them into plain weights and remembers the grid, `save` then stores the codes.
+    Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged (obs that fails half way leaves the
+    layers before rounded). O(weights) besides the pass.
+
+    >>> net = nn.Sequential(nn.Linear(64, 8))
+    >>> report = quantize_(net, "int4", group=32)
+    >>> report.rows[0]["grid"], len(net[0].weight[0, :32].unique()) <= 16
+    ('int4 by 32', True)
+    """
+    ask = asked(weights, group, symmetric, fit, solver, pattern, sparsity)
+    check_data(ask, data)
+    chosen = chosen_layers(model, layers, ignore, ask.pattern) if ask.pattern else select(model, layers, ignore)
+    shapes = check_layers(chosen, ask)
+    if ask.solver is None:
+        made = [_nearest(l, shapes[l.full_name], ask) for l in track(chosen, "rounding", progress, len(chosen))]
+        rows: dict[str, dict[str, Any]] = {l.full_name: {} for l in chosen}
+    else:
+        from rarefy.values.gptq import solve_
+
+        assert data is not None
+        rows, made = solve_(unwrap(model), chosen, ask, shapes, data, progress)
+    told = []
+    for layer, (grid, values, mask) in zip(chosen, made):
+        before = layer.weight.detach()
+        error = {} if rows[layer.full_name] else {"error": _relative(before, values)}
+        told.append(_row(layer, grid, values, ask) | error | rows[layer.full_name])
+        put_(layer, grid, values, mask)
+    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
+    stored, dense = (sum(r[k] for r in told) for k in ("bytes", "dense bytes"))
+    summary = {"layers": len(told), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
+    return Report("quantized", tuple(told), summary)
+
+
+def asked(
+    weights: Any = "int8",
+    group: Any = None,
+    symmetric: Any = True,
+    fit: Any = None,
+    solver: Any = "rtn",
+    pattern: Any = None,
+    sparsity: Any = None,
+) -> Ask:
+    """Return what `quantize_` is asked for with its defaults filled in; PatternError for what it does not know."""
+    if weights in FLOATS:
+        raise PatternError(
+            f"weights={weights!r}: whole models are cast, with what they compute: rarefy.cast_(model, "
+            f"{FLOATS[weights]!r}), in recipes the stage cast"
+        )
+    found = re.fullmatch(r"int(\d+)", str(weights))
+    if found is None or int(found[1]) not in BITS:
+        raise PatternError(unknown("weights", weights, [f"int{b}" for b in BITS]))
+    bits = int(found[1])
+    whole = isinstance(group, int) and not isinstance(group, bool) and group > 1
+    if not (group is None or group == "tensor" or whole):
+        raise PatternError(f"group is a number of inputs from 2 up, 'tensor', or None for all, got {group!r}")
+    if not isinstance(symmetric, bool):
+        raise PatternError(f"symmetric is True or False, got {symmetric!r}")
+    fit = fit or ("minmax" if bits == 8 else "mse")
+    if fit not in FITS:
+        raise PatternError(unknown("fit", fit, FITS))
+    how = None
+    if solver != "rtn":
+        name = solver.get("name") if isinstance(solver, dict) else getattr(solver, "name", solver)
+        name = {"gptq": "obs"}.get(str(name).lower(), name) if name not in ROUNDINGS else name
+        if name != "obs" or solver == "gptq":
+            hint = " (GPTQ is called obs here)" if name == "obs" else ""
+            raise PatternError(unknown("solver of quantization", solver, ROUNDINGS) + hint)
+        how = resolve(solver)
+        if how.reconstruct:
+            raise PatternError("solver obs: reconstruct learns weights that are not rounded; leave it out here")
+    plan, share = None, 0.0
+    if pattern is not None:
+        if how is None:
+            raise PatternError(
+                f"pattern {pattern!r}: zeros are chosen along the way by solver='obs' alone; prune_ first"
+            )
+        plan = parse(pattern)
+        share, _ = check_sparsity(plan, sparsity, None)
+        if plan.kind not in ("unstructured", "nm", "block"):
+            raise PatternError(f"pattern {pattern} crosses all columns: prune_ first, then quantize")
+        if plan.kind == "nm" and isinstance(group, int) and group % plan.b:
+            raise PatternError(f"groups of {group} inputs and the {plan.b} of pattern {pattern} overlap")
+    elif sparsity is not None:
+        raise PatternError(f"sparsity={sparsity!r} has no effect without pattern")
+    return Ask(bits, group, symmetric, fit, how, plan, share)
+
+
+def check_data(ask: Ask, data: Any) -> None:
+    """Raise DataError for data that is missing, or has no effect."""
+    if data is not None:
+        check_batches(data)
+    if ask.solver is not None and data is None:
+        raise DataError("solver obs works on a layer's inputs: give data=batches")
+    if ask.solver is None and data is not None:
+        raise DataError("data has no effect: solver 'rtn' rounds each weight by itself; give solver='obs'")
+
+
+def check_layers(chosen: Sequence[Layer], ask: Ask) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each layer's scales; raise ModelError for what cannot lie on such grids."""
+    check_weights(chosen)
+    for layer in chosen:
+        check_maskable(layer)
+        if live_grid(layer.module, layer.param) is not None or get_grid(layer) is not None:
+            raise ModelError(
+                f"{layer.full_name} is quantized already, and its rounding errors would be rounded again: start from "
+                "the weights before, or ignore it"
+            )
+    return {l.full_name: scale_shape(l, ask.group) for l in chosen}
+
+
+def grid_for(weight: Tensor, shape: tuple[int, ...], ask: Ask, weigh: Tensor | None = None) -> Grid:
+    """Return the grid of a weight as stored; `weigh`, of the same shape, is what each squared error counts."""
+    scale, zero = fitted(
+        FITS[ask.fit], _blocks(weight.float(), shape), ask, None if weigh is None else _blocks(weigh, shape)
+    )
+    return Grid(ask.bits, scale.reshape(shape), None if zero is None else zero.reshape(shape))
+
+
+def fitted(fit: Fit, X: Tensor, ask: Ask, weigh: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return scales as they are stored (of groups in bf16, which costs no accuracy: codes go by the scale as it is)
+    and codes of zero, uint8."""
+    scale, zero = fit(X, ask.bits, ask.symmetric, weigh)
+    scale = scale.bfloat16() if isinstance(ask.group, int) else scale
+    return scale, None if zero is None else zero.to(torch.uint8)
+
+
+def put_(layer: Layer, grid: Values, values: Tensor, mask: Tensor | None) -> None:
+    """Give a layer its rounded weights, its mask if it is new, and keep it on its grid."""
+    if mask is not None:
+        set_mask_(layer, mask)
+    kept = get_mask(layer)
+    with torch.no_grad():
+        weight = layer.original
+        weight.copy_(values if kept is None else torch.where(kept, values, weight))  # beneath a mask all stays
+    for _, module, param in layer.owners:
+        note_(module, param, None)
+    set_grid_(layer, grid)
+
+
+def _nearest(layer: Layer, shape: tuple[int, ...], ask: Ask) -> tuple[Grid, Tensor, None]:
+    weight = layer.weight.detach()
+    grid = grid_for(weight, shape, ask)
+    return grid, grid.snap(weight), None
+
+
+def _blocks(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[scales, weights of one]."""
+    n = len(shape)
+    return split(weight, shape).permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).flatten(0, n - 1).flatten(1)
+
+
+def _relative(before: Tensor, after: Tensor) -> float:
+    """The squared error of a weight, relative to its size."""
+    was = before.float()
+    return float((after.float() - was).square().sum() / was.square().sum().clamp(min=1e-30))
+
+
+def _row(layer: Layer, grid: Values, values: Tensor, ask: Ask) -> dict[str, Any]:
+    stored = min(sizes(values, grid, axis=layer.layout.in_axis).values())
+    return {
+        "layer": layer.full_name,
+        "shape": "x".join(map(str, values.shape)),
+        "grid": ask.words,
+        "zeros": float((values == 0).float().mean()),
+        "bytes": stored,
+        "dense bytes": values.numel() * values.element_size(),
+    }

@@ -1,0 +1,526 @@
+"""Grids of few bits against slow oracles; zeros that survive; saving, training and recipes."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from conftest import Net, Tied
+from rarefy import recipe as recipes
+from rarefy.errors import DataError, ModelError, PatternError, RecipeError
+from rarefy.model.grid import Codebook, Grid, get_grid, live_grid, notes, scale_shape
+from rarefy.model.mask import get_mask
+from rarefy.model.select import all_layers, select
+from rarefy.plan import forecast
+from rarefy.prune import solve
+from rarefy.values.fit import FITS
+from rarefy.values.quantize import asked, grid_for
+
+WAYS = [
+    {"weights": "int8"},
+    {"weights": "int8", "symmetric": False},
+    {"weights": "int4", "group": 8},
+    {"weights": "int4", "group": 8, "symmetric": False},
+    {"weights": "int3", "symmetric": False, "fit": "hqq"},
+    {"weights": "int2", "fit": "minmax"},
+    {"weights": "int5", "group": "tensor"},
+]
+
+
+def batches(n=4, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    mix = torch.randn(32, 32, generator=rng)
+    return [torch.randn(64, 32, generator=rng) @ mix for _ in range(n)]
+
+
+def mlp(width=24):
+    return nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 16))
+
+
+def off(model, dense, data):
+    with torch.no_grad():
+        return float(
+            sum((model(x) - dense(x)).square().sum() for x in data) / sum(dense(x).square().sum() for x in data)
+        )
+
+
+# grids
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [*product(range(2, 9), [True, False])])
+def test_a_weight_goes_to_its_nearest_point(bits, symmetric):
+    torch.manual_seed(bits)
+    W = torch.randn(3, 8) + (0 if symmetric else 1)
+    grid = grid_for(W, (3, 2), asked(f"int{bits}", 4, symmetric))
+    got = grid.snap(W)
+    low, high = grid.range
+    for i, j in product(range(3), range(8)):
+        scale = float(grid.scale[i, j // 4].float())
+        zero = 0 if grid.zero is None else int(grid.zero[i, j // 4])
+        points = [(code - zero) * scale for code in range(low, high + 1)]
+        assert 0.0 in points
+        assert abs(float(got[i, j] - W[i, j])) <= min(abs(p - float(W[i, j])) for p in points) + 1e-6
+        assert min(abs(p - float(got[i, j])) for p in points) < 1e-6
+    assert grid.holds(got) and torch.equal(grid.values(grid.codes(W), W.dtype), got)
+    assert len(range(low, high + 1)) == (2**bits - (bits == 8 and symmetric))
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fits_lose_no_more_than_the_whole_range(fit, symmetric):
+    torch.manual_seed(0)
+    X = torch.randn(16, 64)
+    off = {}
+    for name in {fit, "minmax"}:
+        scale, zero = FITS[name](X, 3, symmetric, None)
+        grid = Grid(3, scale[:, None], None if zero is None else zero[:, None])
+        assert zero is None or (torch.equal(zero, zero.round()) and zero.min() >= 0 and zero.max() < 8)
+        off[name] = (grid.snap(X) - X).square().sum(1)
+    assert (off[fit] <= off["minmax"] * 1.0001).all()
+    assert fit == "minmax" or off[fit].sum() < 0.9 * off["minmax"].sum()
+
+
+def test_mse_weighs_each_error():
+    X = torch.tensor([[10.0, *[0.3 + 0.01 * i for i in range(15)]]])
+    near, far = torch.ones(1, 16), torch.ones(1, 16)
+    near[0, 0], far[0, 0] = 1e6, 0.0
+    big, small = (float(FITS["mse"](X, 3, True, w)[0]) for w in (near, far))
+    assert small < big / 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_values_in_other_types_stay_on_their_grid(dtype, bits):
+    W = torch.randn(8, 64).to(dtype)
+    grid = grid_for(W, (8, 1), asked(f"int{bits}", None, False))
+    got = grid.snap(W)
+    assert got.dtype == dtype and grid.holds(got)
+    assert not grid.holds(got + grid.scale.to(dtype) / 3)
+
+
+def test_scales_lie_as_weights_do():
+    net = Net()
+    shapes = {l.name: scale_shape(l, None) for l in all_layers(net)}
+    assert shapes == {
+        "conv": (8, 1, 1, 1), "deep": (8, 1, 1, 1), "up": (2, 4, 1, 1), "hidden": (16, 1), "fc": (5, 1),
+    }  # fmt: skip
+    assert scale_shape(select(net, "up")[0], 4) == (2, 4, 2, 2) and scale_shape(select(net, "up")[0], 2) == (4, 4, 2, 2)
+    assert scale_shape(all_layers(nn.MultiheadAttention(8, 2))[0], 4) == (24, 2)
+    for layer in all_layers(net):  # one scale an output: rows of the matrix do not see each other
+        grid = grid_for(layer.weight.detach(), shapes[layer.name], asked("int8"))
+        G, _, O, _ = layer.layout.shape
+        spread = layer.layout.view(grid.spread(grid.scale, layer.weight.shape))
+        top = layer.layout.view(layer.weight.detach()).abs().amax((1, 3))
+        torch.testing.assert_close(spread[:, 0, :, 0], (top / 127).reshape(G, O))
+        assert bool((spread == spread[:, :1, :, :1]).all())
+
+
+# zeros survive
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4x1"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_zeros_survive(way, pattern):
+    net = mlp()
+    rarefy.prune_(net, pattern, sparsity=0.5)
+    masks = rarefy.masks(net)
+    rarefy.quantize_(net, **way)
+    for layer in all_layers(net):
+        assert bool((layer.weight[~masks[layer.name]] == 0).all())
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+    for x in batches(3):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    for layer in all_layers(net):
+        grid = get_grid(layer)
+        assert grid is not None and grid.holds(layer.weight.detach())
+        assert bool((layer.weight[~masks[layer.name]] == 0).all())
+    rarefy.fold_(net)
+    assert all(bool((l.weight[~masks[l.name]] == 0).all()) and get_grid(l) is not None for l in all_layers(net))
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w["weights"] != "int8"], ids=str)
+def test_zeros_survive_second_order(way):
+    net, data = mlp(), batches()
+    rarefy.prune_(net, "2:4")
+    masks = rarefy.masks(net)
+    rarefy.quantize_(net, **way, solver="obs", data=data)
+    assert all(bool((l.weight[~masks[l.name]] == 0).all()) for l in all_layers(net))
+    assert all(torch.equal(masks[n], m) for n, m in rarefy.masks(net).items())
+
+
+def test_pruning_what_is_quantized_stays_on_the_grid():
+    net = mlp()
+    rarefy.quantize_(net, "int4", group=8, symmetric=False)
+    before = [l.weight.detach().clone() for l in all_layers(net)]
+    rarefy.prune_(net, "2:4")
+    for layer, was in zip(all_layers(net), before):
+        kept = get_mask(layer)
+        assert kept is not None and torch.equal(layer.weight, torch.where(kept, was, 0.0))
+        assert get_grid(layer).holds(layer.weight.detach())
+    rarefy.fold_(net)
+    assert all(get_grid(l) is not None and float((l.weight == 0).float().mean()) >= 0.5 for l in all_layers(net))
+
+
+# second order
+
+
+def textbook_gptq(W, H, snap, keep):
+    """Round columns left to right; each rounding error is spread by the inverse of what is left of H."""
+    W, out = W.clone(), torch.zeros_like(W)
+    for j in range(W.shape[1]):
+        inverse = torch.linalg.inv(H[j:, j:])
+        out[:, j] = torch.where(keep[:, j], snap(W[:, j]), 0.0)
+        W[:, j:] -= (W[:, j] - out[:, j])[:, None] / inverse[0, 0] * inverse[0]
+    return out
+
+
+class Fixed:
+    """A grid of one scale a row."""
+
+    group = 0
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def begin(self, W, first):
+        raise AssertionError("no groups")
+
+    def __call__(self, w, column):
+        return (w / self.scale).round().clamp(-8, 7) * self.scale
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_second_order_is_the_textbook(masked):
+    rng = torch.Generator().manual_seed(0)
+    W, X = (torch.randn(6, 20, generator=rng, dtype=torch.float64) for _ in range(2))
+    X = torch.randn(20, 20, generator=rng, dtype=torch.float64) @ torch.randn(
+        20, 300, generator=rng, dtype=torch.float64
+    )
+    H = X @ X.T / 300
+    keep = torch.rand(6, 20, generator=rng) < (0.5 if masked else 2)
+    scale = W.abs().amax(1) / 7
+    U, _ = solve.inverse_factor(H[None], 0.0)
+    got, mask = solve.obs(W[None], U, lambda s, a, b: keep[None, :, a:b], [0, 8, 16, 20], Fixed(scale[None]))
+    want = textbook_gptq(W, H, lambda w: (w / scale).round().clamp(-8, 7) * scale, keep)
+    torch.testing.assert_close(got[0], want, rtol=1e-6, atol=1e-8)
+    assert torch.equal(mask[0], keep)
+
+
+class Told(Fixed):
+    """Keeps what it is shown when a group begins."""
+
+    group = 4
+
+    def __init__(self, scale):
+        super().__init__(scale)
+        self.seen = {}
+
+    def begin(self, W, first):
+        self.seen[first] = W.clone()
+
+
+def test_a_group_begins_with_the_errors_of_those_before():
+    rng = torch.Generator().manual_seed(1)
+    W = torch.randn(5, 16, generator=rng, dtype=torch.float64)
+    X = torch.randn(16, 200, generator=rng, dtype=torch.float64)
+    H = X @ X.T / 200 + 0.5
+    scale = W.abs().amax(1) / 3
+    U, _ = solve.inverse_factor(H[None], 0.0)
+    all_ = torch.ones(1, 5, 16, dtype=torch.bool)
+    snaps = [Told(scale[None]) for _ in range(2)]
+    for snap, edges in zip(snaps, ([0, 16], [0, 4, 8, 12, 16])):
+        solve.obs(W[None], U, lambda s, a, b: all_[..., a:b], edges, snap)
+    assert sorted(snaps[0].seen) == [0, 4, 8, 12]
+    for first, seen in snaps[0].seen.items():  # in one block or in several: the same
+        torch.testing.assert_close(seen, snaps[1].seen[first])
+    assert not torch.allclose(snaps[0].seen[8][0].T, W[:, 8:12])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_second_order_is_nearer_than_rounding(way):
+    dense, data = mlp(), batches()
+    near, far = copy.deepcopy(dense), copy.deepcopy(dense)
+    rarefy.quantize_(far, **way)
+    report = rarefy.quantize_(near, **way, solver="obs", data=data)
+    assert off(near, dense, batches(seed=0)) < (0.9 if way["weights"] != "int8" else 1.0) * off(far, dense, data)
+    for layer in all_layers(near):
+        assert get_grid(layer).holds(layer.weight.detach())
+        assert get_mask(layer) is None
+    assert [r["layer"] for r in report.rows] == ["0", "2"] and all(0 < r["error"] < 1 for r in report.rows)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4x1"])
+def test_zeros_chosen_on_the_way(pattern):
+    dense, data = mlp(), batches()
+    one, two = copy.deepcopy(dense), copy.deepcopy(dense)
+    how = {"weights": "int4", "group": 8}
+    rarefy.quantize_(one, **how, solver="obs", data=data, pattern=pattern, sparsity=0.5)
+    rarefy.prune_(two, pattern, sparsity=0.5)
+    rarefy.quantize_(two, **how)
+    assert off(one, dense, data) < 0.8 * off(two, dense, data)
+    for layer in all_layers(one):
+        mask = get_mask(layer)
+        assert mask is not None and float((~mask).float().mean()) == pytest.approx(0.5, abs=0.01)
+        assert pattern != "2:4" or int(mask.reshape(-1, 4).sum(1).max()) == 2
+        assert get_grid(layer).holds(layer.weight.detach())
+
+
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[3]], ids=str)
+def test_second_order_of_every_kind_of_layer(way):
+    dense = Net().eval()
+    if isinstance(way.get("group"), int):
+        way = way | {"group": 2, "ignore": ["deep", "conv"]}
+    data = [torch.randn(16, 3, 12, 12) for _ in range(3)]
+    near, far = copy.deepcopy(dense), copy.deepcopy(dense)
+    rarefy.quantize_(near, **way, solver="obs", data=data)
+    rarefy.quantize_(far, **way)
+    assert off(near, dense, data) < 1.2 * off(far, dense, data) + 1e-12
+    assert all(get_grid(l) is not None for l in select(near, None, way.get("ignore")))
+
+
+# living with a grid
+
+
+def test_gradients_go_straight_through_within_the_ends():
+    net = nn.Linear(4, 1, bias=False)
+    grid = Grid(4, torch.tensor([[1.0]]))
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.2, -3.0, 9.0, -9.0]]))
+    from rarefy.model.grid import set_grid_
+
+    set_grid_(all_layers(nn.Sequential(net))[0], grid)
+    assert net.weight.tolist() == [[1.0, -3.0, 7.0, -8.0]]
+    net(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()
+    assert net.parametrizations.weight.original.grad.tolist() == [[1.0, 2.0, 0.0, 0.0]]
+
+
+def test_training_on_the_grid_learns():
+    torch.manual_seed(0)
+    net, data = mlp(), batches()
+    goal = nn.Linear(32, 16)
+    rarefy.quantize_(net, "int3", group=8)
+    before = off(net, goal, data)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(60):
+        for x in data:
+            optimizer.zero_grad()
+            (net(x) - goal(x).detach()).square().mean().backward()
+            optimizer.step()
+    assert off(net, goal, data) < 0.3 * before
+    assert all(get_grid(l).holds(l.weight.detach()) for l in all_layers(net))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("pattern", [None, "2:4", "4x1", "unstructured"])
+def test_saved_in_few_bits_and_read_back_bit_for_bit(tmp_path, way, pattern):
+    net = mlp()
+    if pattern:
+        rarefy.prune_(net, pattern, sparsity=None if pattern == "2:4" else 0.75)
+    rarefy.quantize_(net, **way)
+    size = rarefy.save(net, tmp_path / "live")
+    again = rarefy.load(tmp_path / "live", mlp())
+    for a, b in zip(all_layers(net), all_layers(again)):
+        assert torch.equal(a.weight, b.weight) and get_grid(b).bits == get_grid(a).bits
+    assert rarefy.save(again, tmp_path / "again") == size
+    assert rarefy.save(rarefy.fold_(copy.deepcopy(net)), tmp_path / "folded") == size
+    kinds = {r["format"].split(":")[0] for r in rarefy.inspect(tmp_path / "live").rows if r["shape"].count("x")}
+    assert kinds == {("int" if way.get("symmetric", True) else "uint") + way["weights"][3:]}
+    adopted = rarefy.load(tmp_path / "live", mlp())
+    rarefy.adopt_(adopted)
+    assert all(live_grid(l.module, l.param) is not None for l in all_layers(adopted))
+
+
+def test_a_weight_that_has_left_its_grid_is_stored_as_it_is(tmp_path):
+    net = mlp()
+    rarefy.fold_(rarefy.quantize_(net, "int4") and net)
+    with torch.no_grad():
+        net[0].weight.add_(0.01)
+    rarefy.save(net, tmp_path / "out")
+    formats = {r["tensor"]: r["format"] for r in rarefy.inspect(tmp_path / "out").rows}
+    assert formats["0.weight"] == "dense" and formats["2.weight"].startswith("int4:")
+    assert torch.equal(rarefy.load(tmp_path / "out", mlp())[0].weight, net[0].weight)
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    net = Tied()
+    rarefy.quantize_(net, "int8", layers=["embed", "body"])
+    assert net.lm_head.weight.data_ptr() != 0 and torch.equal(net.lm_head.weight, net.embed.weight)
+    rarefy.save(net, tmp_path / "out")
+    again = rarefy.load(tmp_path / "out", Tied())
+    assert again.lm_head.weight is again.embed.weight and torch.equal(again.embed.weight, net.embed.weight)
+    assert set(notes(again.lm_head)) == {"weight"} == set(notes(again.embed))
+
+
+def test_numbers_of_fewer_bits_do_not_move_codes(tmp_path):
+    net = mlp()
+    rarefy.quantize_(net, "int8")
+    other, codes = copy.deepcopy(net), [get_grid(l).codes(l.weight) for l in all_layers(net)]
+    net.to(torch.bfloat16)
+    rarefy.cast_(other, "bf16")
+    for made in (net, other):
+        for layer, want in zip(all_layers(made), codes):
+            assert layer.weight.dtype == torch.bfloat16 and torch.equal(get_grid(layer).codes(layer.weight), want)
+    rarefy.save(net, tmp_path / "out")
+    again = rarefy.load(tmp_path / "out", mlp().to(torch.bfloat16))
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(all_layers(net), all_layers(again)))
+
+
+def test_a_copy_and_a_state_dict_keep_the_grid():
+    net = mlp()
+    rarefy.quantize_(net, "int4", group=8)
+    other = copy.deepcopy(net)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(all_layers(net), all_layers(other)))
+    blank = mlp()
+    rarefy.quantize_(blank, "int4", group=8)
+    blank.load_state_dict(net.state_dict())
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(all_layers(net), all_layers(blank)))
+    folded = rarefy.fold_(other)
+    assert set(folded.state_dict()) == set(mlp().state_dict()) and set(notes(copy.deepcopy(folded)[0])) == {"weight"}
+
+
+def test_codebooks_find_the_nearest_value_of_each_block():
+    torch.manual_seed(0)
+    W, table = torch.randn(4, 6), torch.randn(2, 1, 8)
+    table[..., 0] = 0
+    book = Codebook(3, table)
+    for i, j in product(range(4), range(6)):
+        values = table[i // 2, 0]
+        want = values[(values - W[i, j]).abs().argmin()]
+        assert book.snap(W)[i, j] == want
+    assert torch.equal(book.values(book.codes(W), W.dtype), book.snap(W))
+
+
+# recipes
+
+
+def test_a_recipe_quantizes_and_its_dry_run_foretells_the_bytes(tmp_path):
+    plan = recipes.from_yaml(
+        "stages:\n- prune: {pattern: 2:4}\n- quantize: {weights: int4, group: 8, solver: obs}\nsave: {format: nm}"
+    )
+    net, dense = mlp(), mlp()
+    expected = forecast(net, plan)
+    receipt = rarefy.compress_(net, plan, batches())
+    assert receipt.disk["after"] == expected.summary["bytes expected"]
+    assert {r["format"] for r in receipt.sparsity["layers"]} == {"int4:nm"}
+    assert any("few bits" in n for n in receipt.notes) and any("zeros" in n for n in receipt.notes)
+    assert [s["title"] for s in receipt.stages] == ["quantized"]
+    rarefy.save(net, tmp_path / "out", format="nm")
+    again = rarefy.load(tmp_path / "out", dense)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(all_layers(net), all_layers(again)))
+
+
+def test_a_recipe_quantizes_and_prunes_at_once():
+    receipt = rarefy.compress_(
+        mlp(), {"stages": [{"quantize": {"weights": "int4", "group": 8, "solver": "obs", "pattern": "2:4"}}]}, batches()
+    )
+    assert receipt.sparsity["achieved"] == 0.5
+
+
+# what cannot be
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"weights": "int9"}, PatternError, "unknown weights 'int9'; choose from int2, int3"),
+        ({"weights": "int1"}, PatternError, "unknown weights 'int1'"),
+        ({"weights": 8}, PatternError, "unknown weights 8"),
+        ({"weights": "fp16"}, PatternError, r"rarefy.cast_\(model, 'fp16'\)"),
+        ({"weights": "bfloat16"}, PatternError, r"rarefy.cast_\(model, 'bf16'\)"),
+        ({"group": 7}, ModelError, "0: a group of 7 does not divide its 32 inputs: 8, 4, 2 would; or ignore the layer"),
+        ({"group": 0}, PatternError, "group is a number of inputs from 2 up, 'tensor', or None for all, got 0"),
+        ({"group": True}, PatternError, "group is a number"),
+        ({"group": "row"}, PatternError, "got 'row'"),
+        ({"symmetric": 1}, PatternError, "symmetric is True or False, got 1"),
+        ({"fit": "mes"}, PatternError, r"unknown fit 'mes'; choose from hqq, minmax, mse \(did you mean 'mse'\?\)"),
+        ({"solver": "gptq"}, PatternError, "GPTQ is called obs here"),
+        ({"solver": "admm"}, PatternError, "unknown solver of quantization 'admm'; choose from obs, rtn"),
+        ({"solver": "obs"}, DataError, "give data=batches"),
+        ({"solver": {"name": "obs", "steps": 3}}, PatternError, "solver obs has no steps"),
+        ({"solver": {"name": "obs", "reconstruct": 1}}, PatternError, "reconstruct learns weights that are not rounded"),
+        ({"data": [torch.zeros(2, 32)]}, DataError, "data has no effect"),
+        ({"solver": "obs", "data": []}, DataError, "the calibration data is empty"),
+        ({"solver": "obs", "data": "wiki"}, DataError, "data is an iterable of batches, got the text"),
+        ({"pattern": "2:4"}, PatternError, "zeros are chosen along the way by solver='obs' alone"),
+        ({"sparsity": 0.5}, PatternError, "sparsity=0.5 has no effect without pattern"),
+        ({"solver": "obs", "pattern": "row", "sparsity": 0.5}, PatternError, "pattern row crosses all columns"),
+        ({"solver": "obs", "pattern": "3:5", "group": 8}, PatternError, "groups of 8 inputs and the 5 of pattern 3:5"),
+        ({"layers": "nothing"}, rarefy.RarefyError, "'nothing' matches no layer"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
+    net = mlp()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(error, match=says):
+        rarefy.quantize_(net, **{"weights": "int8", **options})
+    after = net.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_quantizing_twice_is_refused(folded):
+    net = mlp()
+    rarefy.quantize_(net, "int8")
+    if folded:
+        rarefy.fold_(net)
+    with pytest.raises(ModelError, match="0 is quantized already"):
+        rarefy.quantize_(net, "int4")
+
+
+def test_weights_that_are_not_finite_are_refused():
+    net = mlp()
+    with torch.no_grad():
+        net[2].weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="2: NaN or inf in its weights"):
+        rarefy.quantize_(net, "int8")
+
+
+def test_constant_weights_and_dead_inputs_are_no_trouble():
+    net, data = mlp(), [torch.zeros(8, 32), torch.zeros(8, 32)]
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[2].weight.fill_(0.3)
+    for options in ({}, {"symmetric": False}, {"solver": "obs", "data": data}):
+        one = copy.deepcopy(net)
+        rarefy.quantize_(one, "int4", **options)
+        assert bool((one[0].weight == 0).all())
+        torch.testing.assert_close(one[2].weight, net[2].weight, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- quantize: {weights: int1}", r"unknown weights 'int1'; .* \[r.yaml, line 2\]"),
+        ("- quantize:\n    weights: int4\n    group: 1", r"group is a number .* \[r.yaml, line 4\]"),
+        ("- quantize:\n    fit: mes", r"unknown fit 'mes'.* \[r.yaml, line 3\]"),
+        ("- quantize:\n    solver: gptq", r"GPTQ is called obs here\) \[r.yaml, line 3\]"),
+        ("- quantize:\n    pattern: 2:4", r"by solver='obs' alone; prune_ first \[r.yaml, line 3\]"),
+        ("- quantize:\n    bits: 4", r"unknown key 'bits'"),
+        ("- quantize: {}\n- cut: {keep: 0.5}", r"a cut comes before stages that prune or quantize"),
+    ],
+)
+def test_recipes_name_the_line(text, says):
+    with pytest.raises(RecipeError, match=says):
+        recipes.from_yaml(f"stages:\n{text}", "r.yaml")
+
+
+def test_a_recipe_names_the_stage_of_a_group_that_does_not_divide():
+    with pytest.raises(ModelError, match=r"a group of 7 .* \[recipe recipe, stage 1\]"):
+        rarefy.compress_(mlp(), {"stages": [{"quantize": {"group": 7}}]})
+
+
+def test_a_cut_of_a_quantized_model_is_refused():
+    for folded in (False, True):
+        net = mlp()
+        rarefy.quantize_(net, "int8")
+        if folded:
+            rarefy.fold_(net)
+        with pytest.raises(ModelError, match="quantized already: cut first, then quantize"):
+            rarefy.cut_(net, torch.randn(2, 32), keep=0.5)
