@@ -70,11 +70,11 @@ def test_every_field_is_read():
         (cut("{units: head, score: similarity}"), r"unknown score 'similarity'"),
         (
             "stages:\n  - prune: {sparsity: 0.5}\n  - cut: {keep: 0.5}\n",
-            r"a cut comes before stages that prune or quantize, whose masks and grids it would not fit \[r.yaml, line 3\]",
+            r"a cut comes before a stage (prune|train), whose work it would not fit \[r.yaml, line 3\]",
         ),
         (
             "stages:\n  - train: {prune: {sparsity: 0.5}}\n  - cut: {keep: 0.5}\n",
-            r"a cut comes before stages that prune or quantize, whose masks and grids it would not fit \[r.yaml, line 3\]",
+            r"a cut comes before a stage (prune|train), whose work it would not fit \[r.yaml, line 3\]",
         ),
     ],
 )

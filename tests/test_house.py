@@ -17,7 +17,7 @@ FLOORS = [
     {"cut", "values", "train"},
     {"stages", "samples", "data", "store", "compat"},
     {"recipe"},
-    {"given", "plan", "doctor"},
+    {"given", "plan", "doctor", "account"},
     {"api"},
     {"cli", "__init__"},
 ]

@@ -503,7 +503,7 @@ def test_constant_weights_and_dead_inputs_are_no_trouble():
         ("- quantize:\n    solver: gptq", r"GPTQ is called obs here\) \[r.yaml, line 3\]"),
         ("- quantize:\n    pattern: 2:4", r"by solver='obs' alone; prune_ first \[r.yaml, line 3\]"),
         ("- quantize:\n    bits: 4", r"unknown key 'bits'"),
-        ("- quantize: {}\n- cut: {keep: 0.5}", r"a cut comes before stages that prune or quantize"),
+        ("- quantize: {}\n- cut: {keep: 0.5}", r"a cut comes before a stage quantize"),
     ],
 )
 def test_recipes_name_the_line(text, says):

@@ -22,6 +22,7 @@ from rarefy.recipe import Recipe
 from rarefy.runtime.choose import accelerate_
 from rarefy.store import export, inspect, load, save
 from rarefy.train.loop import Gradual, fit_
+from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "cut_",
     "drop_layers_",
     "export",
+    "factorize_",
     "fit_",
     "fold_",
     "groups",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -15,22 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import recipe as recipes
+from rarefy.account import layer_rows, receipt_of, state_of
 from rarefy.cut.cut import cut_
 from rarefy.cut.score import UNIT_SCORES
 from rarefy.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.files import bytes_of, path_of
-from rarefy.formats.values import label
 from rarefy.given import Given, Labelled, with_labels
 from rarefy.model import hf, pages
 from rarefy.model.batches import tensors_in
 from rarefy.model.grid import OnGrid
-from rarefy.model.mask import fold_, plain_state
-from rarefy.model.select import all_layers, select
+from rarefy.model.mask import fold_
+from rarefy.model.select import select
 from rarefy.model.stats import Loss, call, evaluating, on_device
 from rarefy.plan import naming, targets
 from rarefy.proof import measure
 from rarefy.proof.bench import example_of
-from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
 from rarefy.prune.allocate import GRADIENTS, SLOW
@@ -39,13 +37,11 @@ from rarefy.prune.score import SCORES
 from rarefy.prune.stage import check_weights, prune_, report
 from rarefy.runtime.choose import accelerate_
 from rarefy.runtime.layers import Sparse
-from rarefy.store import aliases, pack
 from rarefy.train.loop import Gradual, fit_, optimizer_of
+from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
-EXECUTED_WIDE = "stored in few bits, computed in the model's own numbers: no speed-up is claimed for the bits"
 
 
 def compress_(
@@ -103,27 +99,28 @@ def _compress(
 ) -> Receipt:
     held_out = given.batches("evaluate") if plan.evaluate else []
     timed = plan.evaluate is not None and (plan.evaluate.latency or plan.evaluate.decode)
-    before = _state(model, plan, held_out, progress)
-    dense = copy.deepcopy(model) if timed else None
+    before = state_of(model, plan, held_out, progress)
+    beside = any(isinstance(s, recipes.Factorize) and s.beside for s in plan.stages)
+    dense = given.before = copy.deepcopy(model) if timed or beside else None
     reports = []
     for index, stage in enumerate(plan.stages):
         options: dict[str, Any] = {"seed": plan.seed + index, "progress": progress}
         if isinstance(stage, recipes.Prune) and stage.solver is not None:
             options |= {"memory": memory, "work": None if work is None else work / f"stage-{index + 1}"}
         reports += RUN[type(stage)](model, stage, given, loss, **options)
-    rows = _layer_rows(reports)
+    rows = layer_rows(reports)
     fold_(model)
     model.rarefy_recipe = plan.to_dict()  # type: ignore[assignment]
-    after = _state(model, plan, held_out, progress)
+    after = state_of(model, plan, held_out, progress)
     speed: tuple[Mapping[str, Any], ...] = ()
-    if dense is not None:
+    if dense is not None and timed:
         with evaluating(model), evaluating(dense):
             models = {"before": dense, "after": model}
             if plan.evaluate and plan.evaluate.accelerate:
                 models["accelerated"], told = _accelerated(plan, model, held_out, progress)
                 reports.append(told)
             speed = _speed(plan, models, held_out, progress)
-    receipt = _receipt(plan, model, before, after, rows, speed, reports, time.perf_counter() - began)
+    receipt = receipt_of(plan, model, before, after, rows, speed, reports, time.perf_counter() - began)
     model.rarefy_receipt = receipt  # type: ignore[assignment]
     return receipt
 
@@ -200,6 +197,8 @@ def _calibrates(prune: Any) -> bool:
         return bool(prune.repair or _needs(prune))
     if isinstance(prune, recipes.Quantize):
         return prune.solver != "rtn"
+    if isinstance(prune, recipes.Factorize):
+        return bool(prune.whiten)
     score = getattr(prune, "score", None)
     reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in SLOW
     return reads or (score is not None and bool(SCORES[score].needs))
@@ -281,6 +280,17 @@ def _zeros_of(model: nn.Module, s: Any) -> list[Report]:
     return [report(select(model, s.layers, s.ignore), pattern, sparsity)]
 
 
+def _factorize(
+    model: nn.Module, s: recipes.Factorize, given: Given, loss: Loss | None, seed: int, progress: bool
+) -> list[Report]:
+    asked = {k: v for k, v in s.options().items() if k != "beside"}
+    of = given.before if s.beside else None
+    whiten = given.has("calibrate") if s.whiten is None else s.whiten
+    data = Labelled(model, given.batches("calibrate"), None) if whiten else None
+    options = {"layers": s.layers, "ignore": s.ignore, "data": data, "progress": progress}
+    return [factorize_(model, **asked, of=of, **options)]
+
+
 def _cast(
     model: nn.Module, s: recipes.Cast, given: Given, loss: Loss | None, seed: int, progress: bool
 ) -> list[Report]:
@@ -317,52 +327,11 @@ def cut_example(model: nn.Module, given: Given) -> Any:
 RUN: dict[type, Callable[..., list[Report]]] = {
     recipes.Prune: _prune,
     recipes.Quantize: _quantize,
+    recipes.Factorize: _factorize,
     recipes.Train: _train,
     recipes.Cut: _cut,
     recipes.Cast: _cast,
 }
-
-
-def _state(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool) -> dict[str, Any]:
-    """What is measured before and again after."""
-    out: dict[str, Any] = {
-        "memory": measure.resident_bytes(model),
-        "disk": _packed_bytes(model, plan.save.format),
-        "sparsity": _model_sparsity(model),
-    }
-    if plan.evaluate:
-        quality = METRICS[plan.evaluate.metric](model, held_out, progress=progress)
-        if not math.isfinite(quality):
-            raise ModelError(f"the {plan.evaluate.metric} is {quality} on the evaluation data")
-        out["quality"] = quality
-        example = on_device(model, next(iter(held_out)))
-        with evaluating(model):
-            out["flops"] = measure.flops(model, lambda: call(model, example))
-    return out
-
-
-def _packed_bytes(model: nn.Module, format: str) -> dict[str, Any]:
-    """Exact bytes of every stored tensor, by name, dense and in the save format."""
-    tied = aliases(model)
-    dense, packed, formats = {}, {}, {}
-    state = {n: t for n, t in plain_state(model) if n not in tied}
-    for name, p in pack(model, state, format):
-        dense[name], packed[name], formats[name] = state[name].numel() * state[name].element_size(), p.nbytes, label(p)
-    return {"dense": dense, "packed": packed, "formats": formats}
-
-
-def _model_sparsity(model: nn.Module) -> float:
-    zeros = total = 0
-    for layer in all_layers(model):
-        zeros += layer.original.numel() - int(torch.count_nonzero(layer.weight))
-        total += layer.original.numel()
-    return zeros / max(total, 1)
-
-
-def _layer_rows(reports: list[Report]) -> list[dict[str, Any]]:
-    """The last word on each pruned layer: that of the last stage that touched it."""
-    asked = {r["layer"]: r for report in reports if report.title == "pruned" for r in report.rows}
-    return [dict(r) for r in asked.values()]
 
 
 def _accelerated(plan: recipes.Recipe, model: nn.Module, held_out: Any, progress: bool) -> tuple[nn.Module, Report]:
@@ -413,66 +382,3 @@ def _resize(batch: Any, size: int) -> Any:
     if hasattr(batch, "keys"):
         return {k: _resize(v, size) for k, v in batch.items()}
     return tuple(_resize(v, size) for v in batch)
-
-
-def _receipt(
-    plan: recipes.Recipe,
-    model: nn.Module,
-    before: dict[str, Any],
-    after: dict[str, Any],
-    rows: list[dict[str, Any]],
-    speed: tuple[Mapping[str, Any], ...],
-    reports: list[Report],
-    seconds: float,
-) -> Receipt:
-    dense, packed, formats = (after["disk"][k] for k in ("dense", "packed", "formats"))
-    for row in rows:
-        name = f"{row['layer']}.weight".lstrip(".") if f"{row['layer']}.weight".lstrip(".") in packed else row["layer"]
-        row.update(format=formats[name], bytes=packed[name], dense_bytes=dense[name])
-    first, now = sum(before["disk"]["dense"].values()), sum(packed.values())
-    e, quality, flops = plan.evaluate, {}, {}
-    if e:
-        worse = (after["quality"] - before["quality"]) / max(abs(before["quality"]), 1e-12)
-        loss = worse if BETTER[e.metric] is min else -worse
-        passed = None if e.at_most_worse is None else loss <= e.at_most_worse
-        quality = {
-            "metric": e.metric,
-            "before": before["quality"],
-            "after": after["quality"],
-            "change": worse,
-            "allowed": e.at_most_worse,
-            "passed": passed,
-        }
-        flops = {"what": "one evaluation batch", "before": before["flops"], "after": after["flops"]}
-    weights = sum(_entries(r["shape"]) for r in rows)
-    zeros = weights - sum(r["kept"] for r in rows)
-    asked = sum(r["asked"] * _entries(r["shape"]) for r in rows) / max(weights, 1)
-    sparsity = {
-        "asked": asked,
-        "achieved": zeros / max(weights, 1),
-        "weights": weights,
-        "zeros": zeros,
-        "model_before": before["sparsity"],
-        "model_after": after["sparsity"],
-        "layers": rows,
-    }
-    notes = [n for r in reports for n in r.notes]
-    if not any(r.title == "accelerated" for r in reports):
-        notes += [EXECUTED_DENSE] if any(not f.endswith("dense") for f in formats.values()) else []
-        notes += [EXECUTED_WIDE] if any(":" in f for f in formats.values()) else []
-    return Receipt(
-        name=plan.name,
-        quality=quality,
-        disk={"before": first, "after": now, "same_precision": sum(dense.values())},
-        memory={"before": before["memory"], "after": after["memory"], "peak_rss": measure.peak_rss()},
-        sparsity=sparsity if rows else {},
-        speed=speed,
-        flops=flops,
-        stages=tuple(r.to_dict() for r in reports if r.title != "pruned"),
-        settings={"seed": plan.seed, "seconds": seconds, "machine": measure.machine()},
-        notes=tuple(notes),
-    )
-
-
-def _entries(shape: str) -> int:
-    return math.prod(map(int, shape.split("x")))

@@ -21,6 +21,7 @@ class Given:
 
     def __init__(self, plan: recipes.Recipe, data: Any, tokenizer: Any, base: Path | None):
         self.plan, self.tokenizer, self.base = plan, tokenizer, base
+        self.before: nn.Module | None = None  # the model before the first stage, where one needs it
         known = {"calibrate", "train", "evaluate"}
         if isinstance(data, Mapping):
             wrong = set(data) - known

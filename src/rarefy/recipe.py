@@ -26,10 +26,11 @@ from rarefy.prune import pattern as patterns
 from rarefy.prune.allocate import ALLOCATIONS
 from rarefy.prune.score import SCORES
 from rarefy.prune.solver import resolve
-from rarefy.stages import Cast, Cut, Data, Evaluate, Gradual, Optimizer, Prune, Quantize, Save, Train
+from rarefy.stages import Cast, Cut, Data, Evaluate, Factorize, Gradual, Optimizer, Prune, Quantize, Save, Train
 from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
 from rarefy.train.schedule import SCHEDULES, sparsities
 from rarefy.values.fit import FITS
+from rarefy.values.lowrank import asked as asked_factors
 from rarefy.values.quantize import asked as asked_values
 
 SIZE_LIMIT = 1 << 20
@@ -40,7 +41,7 @@ DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth
 class Recipe:
     """A whole compression, in order."""
 
-    stages: tuple[Cut | Prune | Quantize | Train | Cast, ...]
+    stages: tuple[Cut | Prune | Quantize | Factorize | Train | Cast, ...]
     name: str = "recipe"
     about: str = ""
     data: Data | None = None
@@ -70,7 +71,9 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-STAGES: dict[str, type] = {"cut": Cut, "prune": Prune, "quantize": Quantize, "train": Train, "cast": Cast}
+STAGES: dict[str, type] = {
+    "cut": Cut, "prune": Prune, "quantize": Quantize, "factorize": Factorize, "train": Train, "cast": Cast,
+}  # fmt: skip
 DTYPES = ("bf16", "fp16", "fp32")
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": DTYPES,
@@ -348,6 +351,8 @@ def _check(made: Any, node: _Node) -> None:
         _check_cut(made, place)
     if isinstance(made, Quantize):
         _naming(lambda: asked_values(**made.options()), tuple(made.options()), "weights", place)
+    if isinstance(made, Factorize):
+        _naming(lambda: asked_factors(**made.options()), tuple(made.options()), "rank", place)
     if isinstance(made, Recipe):
         _check_order(made, node)
     if isinstance(made, Optimizer) and made.name not in OPTIMIZERS:
@@ -386,15 +391,14 @@ def _naming(check: Callable[[], Any], names: Sequence[str], usual: str, place: C
 
 
 def _check_order(made: Recipe, node: _Node) -> None:
-    """Raise RecipeError for a cut of a model that has masks or grids by then."""
-    masked = False
+    """Raise RecipeError for a cut of a model that has masks, grids or factors by then."""
+    last = None
     for i, stage in enumerate(made.stages):
-        if isinstance(stage, Cut) and masked:
+        if isinstance(stage, Cut) and last:
             where = node.value["stages"].value[i].where
-            raise RecipeError(
-                f"a cut comes before stages that prune or quantize, whose masks and grids it would not fit [{where}]"
-            )
-        masked |= isinstance(stage, Prune | Quantize) or (isinstance(stage, Train) and stage.prune is not None)
+            raise RecipeError(f"a cut comes before a stage {last}, whose work it would not fit [{where}]")
+        if isinstance(stage, Prune | Quantize | Factorize) or (isinstance(stage, Train) and stage.prune is not None):
+            last = next(name for name, kind in STAGES.items() if isinstance(stage, kind))
 
 
 def _replace(values: Any, key: str, new: Any) -> tuple[int, set[str]]:

@@ -58,6 +58,26 @@ class Quantize:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Factorize:
+    """Put products of thinner layers in the place of layers, or `beside` pruned and quantized ones what they have lost
+    since the recipe began. See `rarefy.factorize_`. `whiten: null` means where calibration data is given."""
+
+    rank: int | None = None
+    keep: float | None = None
+    energy: float | None = None
+    time: float | None = None
+    batch: int = 128
+    beside: bool = False
+    whiten: bool | None = None
+    layers: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return what `rarefy.values.lowrank.asked` takes."""
+        return {n: getattr(self, n) for n in ("rank", "keep", "energy", "time", "batch", "beside")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gradual:
     """Put zeros in while training runs from `start` to `end` of its way. See `rarefy.train.loop.Gradual`."""
 

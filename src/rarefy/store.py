@@ -30,6 +30,7 @@ from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
 from rarefy.runtime.choose import accelerate_, accelerate_each, check_options
 from rarefy.runtime.layers import Sparse
+from rarefy.values import factors
 
 EXPORTS = ("hf", "safetensors")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
@@ -69,6 +70,8 @@ def save(
     meta = {"structure": structure, "recipe": recipe, "rarefy": _version()}
     if getattr(model, "rarefy_cut", None):
         meta["cut"] = model.rarefy_cut
+    if factors.noted(model):
+        meta["factors"] = factors.noted(model)
     extra = dict(files or {})
     if structure["library"]:
         extra.setdefault("config.json", json.dumps(structure["config"], indent=1).encode())
@@ -143,6 +146,9 @@ def load(
         else:
             restore(model, saved.meta["cut"], path)
             adopt_config(model, structure.get("config"))
+    told = saved.meta.get("factors", {})
+    if told != factors.noted(model):
+        factors.restore_(model, told, path)
     _check_names(saved, model, path)
     slots = _slots(model)
     for name, (module, leaf) in slots.items():
@@ -228,6 +234,11 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
             raise ContainerError(
                 f"{path}: a cut left sizes that no config of {type(model).__name__} can tell (layers unlike each "
                 "other, or heads that do not make up the width): load it with rarefy.load, or export --to safetensors"
+            )
+        if factors.noted(model):
+            raise ContainerError(
+                f"{path}: {next(iter(factors.noted(model)))} is made of factors, which {type(model).__name__} knows "
+                "nothing of: load it with rarefy.load, or export --to safetensors"
             )
     with whole_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, blaming(Path(out)):
         if to == "hf":
@@ -339,8 +350,10 @@ def _fits(saved: container.Container, model: nn.Module) -> bool:
     cut = saved.meta["cut"]
     if not (cut["shapes"] or cut["blocks"]):
         return False  # nothing to tell it by
-    shapes = {n: tuple(saved.index["tensors"][n]["shape"]) for n in saved.names}
-    known = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    apart = tuple(f"{n}." for n in saved.meta.get("factors") or ())
+    stored = {n: tuple(saved.index["tensors"][n]["shape"]) for n in saved.names}
+    shapes = {n: s for n, s in stored.items() if not n.startswith(apart)}
+    known = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(apart)}
     return all(known.get(n) == s for n, s in shapes.items()) and set(known) <= {*shapes, *saved.aliases}
 
 

@@ -1,0 +1,137 @@
+"""What a recipe's run is measured by before and after, and the receipt that is made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rarefy import recipe as recipes
+from rarefy.errors import ModelError
+from rarefy.formats.values import label
+from rarefy.model.mask import plain_state
+from rarefy.model.select import all_layers
+from rarefy.model.stats import call, evaluating, on_device
+from rarefy.proof import measure
+from rarefy.proof.evaluate import BETTER, METRICS
+from rarefy.proof.receipt import Receipt
+from rarefy.proof.report import Report
+from rarefy.store import aliases, pack
+
+EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
+EXECUTED_WIDE = "stored in few bits, computed in the model's own numbers: no speed-up is claimed for the bits"
+
+
+def state_of(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool) -> dict[str, Any]:
+    """What is measured before and again after."""
+    out: dict[str, Any] = {
+        "memory": measure.resident_bytes(model),
+        "disk": packed_bytes(model, plan.save.format),
+        "sparsity": _model_sparsity(model),
+    }
+    if plan.evaluate:
+        quality = METRICS[plan.evaluate.metric](model, held_out, progress=progress)
+        if not math.isfinite(quality):
+            raise ModelError(f"the {plan.evaluate.metric} is {quality} on the evaluation data")
+        out["quality"] = quality
+        example = on_device(model, next(iter(held_out)))
+        with evaluating(model):
+            out["flops"] = measure.flops(model, lambda: call(model, example))
+    return out
+
+
+def packed_bytes(model: nn.Module, format: str) -> dict[str, Any]:
+    """Exact bytes of every stored tensor, by name, dense and in the save format."""
+    tied = aliases(model)
+    dense, packed, formats = {}, {}, {}
+    state = {n: t for n, t in plain_state(model) if n not in tied}
+    for name, p in pack(model, state, format):
+        dense[name], packed[name], formats[name] = state[name].numel() * state[name].element_size(), p.nbytes, label(p)
+    return {"dense": dense, "packed": packed, "formats": formats}
+
+
+def _model_sparsity(model: nn.Module) -> float:
+    zeros = total = 0
+    for layer in all_layers(model):
+        zeros += layer.original.numel() - int(torch.count_nonzero(layer.weight))
+        total += layer.original.numel()
+    return zeros / max(total, 1)
+
+
+def layer_rows(reports: list[Report]) -> list[dict[str, Any]]:
+    """The last word on each pruned layer: that of the last stage that touched it."""
+    asked = {r["layer"]: r for report in reports if report.title == "pruned" for r in report.rows}
+    return [dict(r) for r in asked.values()]
+
+
+def receipt_of(
+    plan: recipes.Recipe,
+    model: nn.Module,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    rows: list[dict[str, Any]],
+    speed: tuple[Mapping[str, Any], ...],
+    reports: list[Report],
+    seconds: float,
+) -> Receipt:
+    dense, packed, formats = (after["disk"][k] for k in ("dense", "packed", "formats"))
+    rows = [row for row in rows if _name_of(row["layer"], packed)]
+    for row in rows:
+        name = _name_of(row["layer"], packed)
+        row.update(format=formats[name], bytes=packed[name], dense_bytes=dense[name])
+    first, now = sum(before["disk"]["dense"].values()), sum(packed.values())
+    e, quality, flops = plan.evaluate, {}, {}
+    if e:
+        worse = (after["quality"] - before["quality"]) / max(abs(before["quality"]), 1e-12)
+        loss = worse if BETTER[e.metric] is min else -worse
+        passed = None if e.at_most_worse is None else loss <= e.at_most_worse
+        quality = {
+            "metric": e.metric,
+            "before": before["quality"],
+            "after": after["quality"],
+            "change": worse,
+            "allowed": e.at_most_worse,
+            "passed": passed,
+        }
+        flops = {"what": "one evaluation batch", "before": before["flops"], "after": after["flops"]}
+    weights = sum(_entries(r["shape"]) for r in rows)
+    zeros = weights - sum(r["kept"] for r in rows)
+    asked = sum(r["asked"] * _entries(r["shape"]) for r in rows) / max(weights, 1)
+    sparsity = {
+        "asked": asked,
+        "achieved": zeros / max(weights, 1),
+        "weights": weights,
+        "zeros": zeros,
+        "model_before": before["sparsity"],
+        "model_after": after["sparsity"],
+        "layers": rows,
+    }
+    notes = [n for r in reports for n in r.notes]
+    if not any(r.title == "accelerated" for r in reports):
+        notes += [EXECUTED_DENSE] if any(not f.endswith("dense") for f in formats.values()) else []
+        notes += [EXECUTED_WIDE] if any(":" in f for f in formats.values()) else []
+    return Receipt(
+        name=plan.name,
+        quality=quality,
+        disk={"before": first, "after": now, "same_precision": sum(dense.values())},
+        memory={"before": before["memory"], "after": after["memory"], "peak_rss": measure.peak_rss()},
+        sparsity=sparsity if rows else {},
+        speed=speed,
+        flops=flops,
+        stages=tuple(r.to_dict() for r in reports if r.title != "pruned"),
+        settings={"seed": plan.seed, "seconds": seconds, "machine": measure.machine()},
+        notes=tuple(notes),
+    )
+
+
+def _name_of(layer: str, stored: Mapping[str, Any]) -> str | None:
+    """Under which name a layer's weight is stored; None where it has become factors."""
+    names = (f"{layer}.weight".lstrip("."), layer, f"{layer}.base.weight")
+    return next((n for n in names if n in stored), None)
+
+
+def _entries(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))

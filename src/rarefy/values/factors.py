@@ -1,0 +1,186 @@
+"""Layers as products of thinner ones, and thin ones beside a layer: ordinary modules that stand where it stood.
+
+    LowRank     down, up (of convolutions with a kernel: down, core, up) in the place of a Linear or a convolution
+    Corrected   base + up(down(x)): a layer that was pruned or quantized, and what of it was lost
+
+Inside are plain Linear and Conv layers, which are pruned, quantized, trained and accelerated as all others are. What
+was done is noted in `model.rarefy_factors`, by which `load` builds the same modules; their weights are in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import ContainerError, nearest
+
+NOTE = "rarefy_factors"
+KINDS = ("lowrank", "corrected")
+
+
+class LowRank(nn.Module):
+    """A product of layers in the place of one.
+
+    >>> layer = LowRank.empty(nn.Linear(8, 6), [2])
+    >>> layer(torch.ones(3, 8)).shape, [tuple(p.shape) for p in layer.parameters()]
+    (torch.Size([3, 6]), [(2, 8), (6, 2), (6,)])
+    """
+
+    def __init__(self, down: nn.Module, up: nn.Module, core: nn.Module | None = None):
+        super().__init__()
+        self.down = down
+        if core is not None:
+            self.core = core
+        self.up = up
+
+    @classmethod
+    def empty(cls, module: nn.Module, ranks: Sequence[int]) -> LowRank:
+        """Return the factors of a layer, with weights to be filled in and its own bias."""
+        down, *core, up = _parts(module, ranks)
+        made = cls(down, up, *core)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            made.up.bias = bias  # type: ignore[assignment]
+        return made.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return self.up(x if not hasattr(self, "core") else self.core(x))
+
+    @property
+    def weight(self) -> Tensor:
+        """The product as one weight, made at each call: for modules that look at their layers' weights."""
+        if hasattr(self, "core"):
+            a, b = self.up.weight.flatten(1), self.down.weight.flatten(1)  # type: ignore[union-attr, operator]
+            return torch.einsum("or,rs...,si->oi...", a, self.core.weight, b)
+        a, b = self.up.weight, self.down.weight
+        return (a.flatten(1) @ b.flatten(1)).reshape(len(a), *b.shape[1:])  # type: ignore[union-attr, operator, arg-type]
+
+    @property
+    def bias(self) -> Any:
+        return self.up.bias
+
+
+class Corrected(nn.Module):
+    """A layer plus a product of two thin ones."""
+
+    def __init__(self, base: nn.Module, down: nn.Linear, up: nn.Linear):
+        super().__init__()
+        self.base, self.down, self.up = base, down, up
+
+    @classmethod
+    def empty(cls, module: nn.Module, rank: int) -> Corrected:
+        """Return a layer with thin ones beside it, whose weights are to be filled in."""
+        down, up = _parts(module, [rank])
+        return cls(module, down, up).train(module.training)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, small = self.base(x), self.down(x)
+        if torch.is_grad_enabled() or y.dtype != small.dtype:
+            return y + self.up(small)
+        flat = y.view(-1, y.shape[-1])  # ours alone: the sum goes where it lies
+        return torch.addmm(flat, small.view(-1, small.shape[-1]), self.up.weight.t(), out=flat).view_as(y)
+
+    @property
+    def weight(self) -> Tensor:
+        """The sum as one weight, made at each call."""
+        product = self.up.weight @ self.down.weight
+        base: Any = self.base.weight
+        return base + (product.t() if _is_hf_conv1d(self.base) else product)
+
+    @property
+    def bias(self) -> Any:
+        return self.base.bias
+
+
+def why_not(module: nn.Module, beside: bool = False) -> str | None:
+    """Return why a layer cannot be factors, or have some beside it; None where it can."""
+    if isinstance(module, nn.Linear) or _is_hf_conv1d(module):
+        return None
+    if beside or not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return f"no factors of {type(module).__name__}"
+    if module.groups > 1:
+        return f"a convolution in {module.groups} groups"
+    return None if module.padding_mode == "zeros" else f"padding of {module.padding_mode}"
+
+
+def most_ranks(module: nn.Module) -> tuple[int, ...]:
+    """Return the ranks of a layer that has lost nothing: one, of convolutions with a kernel inputs and outputs."""
+    O, I, K = sizes(module)
+    return (min(O, I),) if K == 1 else (I, min(O, I * K))
+
+
+def sizes(module: Any) -> tuple[int, int, int]:
+    """Return outputs, inputs and kernel positions of a layer."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features, 1
+    if _is_hf_conv1d(module):
+        return module.weight.shape[1], module.weight.shape[0], 1
+    return module.out_channels, module.in_channels, module.weight[0, 0].numel()
+
+
+def cost(module: nn.Module, ranks: Sequence[int]) -> int:
+    """Return the weights of a layer's factors."""
+    O, I, K = sizes(module)
+    if len(ranks) == 1:
+        return ranks[0] * (O + I * K)
+    return I * ranks[0] + ranks[0] * ranks[1] * K + ranks[1] * O
+
+
+def put_(model: nn.Module, name: str, made: nn.Module, ranks: Sequence[int]) -> None:
+    """Put factors in the place of a layer, and note it."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, made)
+    told = {"kind": "corrected" if isinstance(made, Corrected) else "lowrank", "ranks": list(ranks)}
+    model.__dict__[NOTE] = {**noted(model), name: told}
+
+
+def noted(model: nn.Module) -> dict[str, Any]:
+    """Return {layer: {"kind", "ranks"}} of a model's factors."""
+    return model.__dict__.get(NOTE, {})
+
+
+def restore_(model: nn.Module, told: Any, path: Any) -> None:
+    """Build the factors that a file notes, their weights to be read; ContainerError for what does not fit."""
+    if not told and noted(model):
+        raise ContainerError(f"{path} holds no factors; {next(iter(noted(model)))} of this model is made of some")
+    if not isinstance(told, Mapping):
+        raise ContainerError(f"{path}: what it says of factors must be an object, got {type(told).__name__}")
+    known = dict(model.named_modules())
+    for name, how in told.items():
+        if noted(model).get(name) == how:
+            continue
+        if not isinstance(how, Mapping) or set(how) != {"kind", "ranks"} or how["kind"] not in KINDS:
+            raise ContainerError(f"{path}: factors of {str(name)[:80]!r} must have kind ({', '.join(KINDS)}) and ranks")
+        module = known.get(name)
+        if module is None or not name or why_not(module, how["kind"] == "corrected") is not None:
+            near = nearest(str(name), known)
+            hint = f"; nearest is {near[0]!r}" if near else ""
+            raise ContainerError(f"{path}: {type(model).__name__} has no layer {str(name)[:80]!r} to factorize{hint}")
+        most, ranks = most_ranks(module), how["ranks"]
+        beside = how["kind"] == "corrected"
+        most = (min(sizes(module)[:2]),) if beside else most
+        fits = isinstance(ranks, list) and len(ranks) == len(most)
+        if not fits or any(type(r) is not int or not 1 <= r <= m for r, m in zip(ranks, most)):
+            raise ContainerError(f"{path}: ranks of {name} are {str(ranks)[:80]}, at most {list(most)} in this class")
+        put_(model, name, Corrected.empty(module, ranks[0]) if beside else LowRank.empty(module, ranks), ranks)
+
+
+def _parts(module: Any, ranks: Sequence[int]) -> list[nn.Module]:
+    O, I, _ = sizes(module)
+    like: dict[str, Any] = {"dtype": module.weight.dtype, "device": module.weight.device}
+    if isinstance(module, nn.Linear) or _is_hf_conv1d(module):
+        return [nn.Linear(I, ranks[0], bias=False, **like), nn.Linear(ranks[0], O, bias=False, **like)]
+    conv: Any = type(module) if type(module) in (nn.Conv1d, nn.Conv2d) else nn.Conv2d
+    how = {n: getattr(module, n) for n in ("stride", "padding", "dilation")}
+    if len(ranks) == 1:  # one position: strides are taken first, so that the rest is small
+        return [conv(I, ranks[0], 1, bias=False, **how, **like), conv(ranks[0], O, 1, bias=False, **like)]
+    core = conv(ranks[0], ranks[1], module.kernel_size, bias=False, **how, **like)
+    return [conv(I, ranks[0], 1, bias=False, **like), core, conv(ranks[1], O, 1, bias=False, **like)]
+
+
+def _is_hf_conv1d(module: nn.Module) -> bool:
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)

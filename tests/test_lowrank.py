@@ -1,0 +1,282 @@
+"""Factors against the optimum and against what they amount to; saving, recipes, composition."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from conftest import Net
+from rarefy import recipe as recipes
+from rarefy.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
+from rarefy.values.factors import Corrected, LowRank, noted
+from rarefy.values.lowrank import truncated
+
+
+def batches(width=32, n=4, seed=0):
+    """Inputs that lie mostly in a few directions."""
+    rng = torch.Generator().manual_seed(seed)
+    mix = torch.linalg.qr(torch.randn(width, width, generator=rng))[0] * torch.logspace(0, -2, width)[:, None]
+    return [torch.randn(64, width, generator=rng) @ mix for _ in range(n)]
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 40))
+
+
+def off(model, dense, data):
+    with torch.no_grad():
+        return float(
+            sum((model(x) - dense(x)).square().sum() for x in data) / sum(dense(x).square().sum() for x in data)
+        )
+
+
+def test_no_product_of_that_rank_is_nearer():
+    torch.manual_seed(0)
+    W = torch.randn(6, 9, dtype=torch.float64)
+    X = torch.randn(9, 9, dtype=torch.float64) @ torch.randn(9, 200, dtype=torch.float64)
+    L = torch.linalg.cholesky(X @ X.T)
+    A, B, energies = truncated(W, L, 2)
+    best = (W @ X - A @ B @ X).square().sum()
+    torch.testing.assert_close(best, energies[2:].sum())
+    # the optimum of rank 2 of the outputs themselves (Eckart and Young), which no weight can beat
+    torch.testing.assert_close(best, torch.linalg.svdvals(W @ X)[2:].square().sum())
+    for _ in range(20):
+        a, b = A + 0.1 * torch.randn_like(A), B + 0.1 * torch.randn_like(B)
+        assert (W @ X - a @ b @ X).square().sum() > best
+
+
+@pytest.mark.parametrize("budget", [{"rank": 6}, {"keep": 0.5}, {"energy": 0.9}])
+@pytest.mark.parametrize("whiten", [False, True])
+def test_budgets_are_met_and_the_row_tells_the_truth(budget, whiten):
+    dense, data = mlp(), batches()
+    for i in (0, 2):  # weights that lie mostly in a few directions too
+        dense[i].weight.data.copy_(
+            dense[i].weight @ batches(dense[i].in_features, 1)[0].T @ batches(dense[i].in_features, 1)[0]
+        )
+    net = copy.deepcopy(dense)
+    report = rarefy.factorize_(net, **budget, data=data if whiten else None)
+    for row, name in zip(report.rows, ("0", "2")):
+        made = net.get_submodule(name)
+        assert isinstance(made, LowRank)
+        r = int(row["ranks"])
+        assert made.down.weight.shape[0] == r == made.up.weight.shape[1]
+        assert row["left"] == made.down.weight.numel() + made.up.weight.numel() < row["weights"]
+        assert budget.get("rank", r) == r and row["left"] <= budget.get("keep", 1) * row["weights"]
+        if not whiten:
+            lost = (dense.get_submodule(name).weight - made.weight).square().sum()
+            assert row["error"] == pytest.approx(
+                float((lost / dense.get_submodule(name).weight.square().sum()).detach()), rel=1e-3
+            )
+        if "energy" in budget:
+            assert row["error"] <= 0.1 + 1e-6
+    assert report.summary["left"] == sum(r["left"] for r in report.rows)
+
+
+def test_whitened_is_nearer_than_plain():
+    dense, data = mlp(), batches()
+    plain, white = copy.deepcopy(dense), copy.deepcopy(dense)
+    rarefy.factorize_(plain, keep=0.5)
+    rarefy.factorize_(white, keep=0.5, data=data)
+    assert off(white, dense, data) < 0.3 * off(plain, dense, data)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_convolutions_become_three(whiten):
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 12, 1, stride=2), nn.Flatten()
+    )
+    data = [torch.randn(8, 8, 12, 12) * torch.logspace(0, -1.5, 8)[:, None, None] for _ in range(3)]
+    net = copy.deepcopy(dense)
+    report = rarefy.factorize_(net, keep=0.6, data=data if whiten else None)
+    assert [r["ranks"].count(",") for r in report.rows] == [1, 0]
+    assert all(r["left"] <= 0.6 * r["weights"] for r in report.rows)
+    product = copy.deepcopy(dense)
+    for i in (0, 2):  # the factors compute what their product does
+        product[i].weight.data.copy_(net[i].weight)
+    assert off(net, product, data) < 1e-9
+    assert 0 < off(net, dense, data) < 0.7
+    everything = copy.deepcopy(dense)
+    with pytest.raises(ModelError, match="no layer has factors that would save anything: 0: rank 8,16 is"):
+        rarefy.factorize_(everything, rank=99)
+
+
+def test_conv1d_and_lines(tmp_path):
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Conv1D(20, 32), nn.Linear(20, 16))
+    x, dense = torch.randn(4, 32), copy.deepcopy(net)
+    rarefy.factorize_(net, rank=5, layers="0", data=[torch.randn(16, 32)])
+    torch.testing.assert_close(net[0](x), x @ net[0].weight.T + dense[0].bias)
+    lines = nn.Sequential(nn.Conv1d(16, 16, 3, padding=1), nn.Conv1d(16, 4, 1))
+    rarefy.factorize_(lines, keep=0.5, layers="0")
+    assert lines(torch.randn(2, 16, 9)).shape == (2, 4, 9)
+
+
+def test_layers_that_cannot_stay_and_say_why():
+    net = Net()
+    report = rarefy.factorize_(net, keep=0.5)
+    why = {r["layer"]: r["why"] for r in report.rows}
+    assert why["deep"] == "a convolution in 8 groups" and why["up"] == "no factors of ConvTranspose2d"
+    assert why["hidden"] == "" and why["conv"] == ""
+    assert isinstance(net.hidden, LowRank) and isinstance(net.deep, nn.Conv2d)
+    shared = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    shared[1].weight = shared[0].weight
+    assert {r["layer"]: r["why"] for r in rarefy.factorize_(shared, keep=0.5).rows}["0"] == "its weight is shared"
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    rows = {r["layer"]: r["why"] for r in rarefy.factorize_(attention, keep=0.5).rows}
+    assert rows["0.in_proj_weight"] == "no factors of in_proj_weight"
+    assert rows["0.out_proj"] == "MultiheadAttention reads its weight itself"
+
+
+def test_the_rest_of_a_pruned_and_quantized_model_beside_it(tmp_path):
+    dense, data = mlp(), batches()
+    net = copy.deepcopy(dense)
+    rarefy.prune_(net, "2:4")
+    rarefy.quantize_(net, "int4", group=8)
+    masks, before = rarefy.masks(net), off(net, dense, data)
+    report = rarefy.factorize_(net, rank=6, of=dense, data=data)
+    assert isinstance(net[0], Corrected) and off(net, dense, data) < 0.5 * before
+    assert all(torch.equal(masks[n.removesuffix(".base")], m) for n, m in rarefy.masks(net).items())
+    assert report.rows[0]["left"] == report.rows[0]["weights"] + 6 * (32 + 24)
+    x = data[0]
+    quiet = net(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), quiet)  # summed in place
+    torch.testing.assert_close(net[0].weight @ x[0] + net[0].bias, net[0](x[0]))
+    rarefy.save(net, tmp_path / "out")
+    again = rarefy.load(tmp_path / "out", mlp())
+    torch.testing.assert_close(again(x), quiet)
+    formats = {r["tensor"]: r["format"] for r in rarefy.inspect(tmp_path / "out").rows}
+    assert formats["0.base.weight"].startswith("int4:") and formats["0.down.weight"] == "dense"
+
+
+def test_factors_are_saved_and_built_again(tmp_path):
+    net = Net().eval()
+    rarefy.factorize_(net, keep=0.5)
+    x = torch.randn(2, 3, 8, 8)
+    rarefy.save(net, tmp_path / "out")
+    again = rarefy.load(tmp_path / "out", Net()).eval()
+    assert torch.equal(again(x), net(x)) and noted(again) == noted(net)
+    assert rarefy.save(again, tmp_path / "again") == rarefy.save(copy.deepcopy(net), tmp_path / "copy")
+    over = copy.deepcopy(net)
+    assert torch.equal(rarefy.load(tmp_path / "out", over)(x), net(x))  # into a model that has them already
+    rarefy.save(Net(), tmp_path / "plain")
+    with pytest.raises(ContainerError, match="holds no factors; conv of this model is made of some"):
+        rarefy.load(tmp_path / "plain", copy.deepcopy(net))
+
+
+def test_factors_are_ordinary_layers():
+    net = mlp()
+    rarefy.factorize_(net, keep=0.7)
+    rarefy.prune_(net, "2:4", layers=["*.down"])
+    rarefy.quantize_(net, "int8")
+    assert set(rarefy.masks(net)) == {"0.down", "2.down"}
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    net(batches()[0]).square().mean().backward()
+    optimizer.step()
+    assert rarefy.accelerate_(rarefy.fold_(net), choices=False).rows
+    with pytest.raises(ModelError, match="no layer has factors .* it is a factor itself"):
+        rarefy.factorize_(copy.deepcopy(net), keep=0.5, layers="*.down")
+
+
+def test_as_fast_as_was_asked():
+    from rarefy.proof.measure import compare
+
+    net = nn.Sequential(nn.Linear(512, 512))
+    dense = copy.deepcopy(net)
+    row = rarefy.factorize_(net, time=0.6, batch=64).rows[0]
+    assert int(row["ranks"]) % 8 == 0 and 0 < int(row["ranks"]) < 256
+    x = torch.randn(64, 512)
+    with torch.no_grad():
+        took = compare({"dense": lambda: dense(x), "thin": lambda: net(x)}, repeats=15)
+    assert took["thin"].median < took["dense"].median
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [], {"0": {}}, {"0": {"kind": "lowrank"}}, {"0": {"kind": "pickle", "ranks": [2]}}, {"1": {"kind": "lowrank", "ranks": [2]}},
+        {"": {"kind": "lowrank", "ranks": [2]}}, {"0": {"kind": "lowrank", "ranks": [0]}}, {"0": {"kind": "lowrank", "ranks": [99]}},
+        {"0": {"kind": "lowrank", "ranks": [2, 2]}}, {"0": {"kind": "lowrank", "ranks": 2}}, {"0": {"kind": "lowrank", "ranks": [True]}},
+        {"9": {"kind": "lowrank", "ranks": [2]}}, {"0": {"kind": "corrected", "ranks": [2.0]}},
+    ],
+)  # fmt: skip
+def test_what_a_file_says_of_factors_is_checked(told, tmp_path):
+    import json
+
+    net = mlp()
+    rarefy.factorize_(net, rank=2)
+    rarefy.save(net, tmp_path / "out")
+    index = json.loads((tmp_path / "out/rarefy.json").read_text())
+    index["meta"]["factors"] = told
+    (tmp_path / "out/rarefy.json").write_text(json.dumps(index))
+    with pytest.raises(ContainerError, match="factor|ranks"):
+        rarefy.load(tmp_path / "out", mlp())
+
+
+def test_a_recipe_factorizes_and_corrects():
+    plan = recipes.from_yaml(
+        "stages:\n- prune: {pattern: 2:4, layers: '0'}\n- factorize: {rank: 4, beside: true, layers: '0'}\n"
+        "- factorize: {keep: 0.5, layers: '2', whiten: false}"
+    )
+    net = mlp()
+    receipt = rarefy.compress_(net, plan, batches())
+    assert isinstance(net[0], Corrected) and isinstance(net[2], LowRank)
+    assert [s["title"] for s in receipt.stages] == ["factorized", "factorized"]
+    assert [r["layer"] for r in receipt.sparsity["layers"]] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({}, PatternError, "factors need one of rank, keep, energy, time, got none"),
+        ({"rank": 2, "keep": 0.5}, PatternError, "got rank, keep"),
+        ({"rank": 0}, PatternError, "rank is a whole number from 1 up, got 0"),
+        ({"rank": 2.5}, PatternError, "rank is a whole number"),
+        ({"keep": 1}, PatternError, "keep is a fraction between 0 and 1, got 1"),
+        ({"energy": 1.5}, PatternError, "energy is a fraction"),
+        ({"time": True}, PatternError, "time is a fraction"),
+        ({"time": 0.5, "batch": 0}, PatternError, "batch is a whole number"),
+        ({"rank": 2, "data": []}, DataError, "the calibration data is empty"),
+        ({"rank": 2, "data": "wiki"}, DataError, "data is an iterable of batches"),
+        ({"keep": 0.5, "of": mlp()}, PatternError, "beside one, give rank"),
+        ({"rank": 2, "of": nn.Linear(2, 2)}, ModelError, r"of: Linear has no 0 of \[24, 32\]"),
+        ({"rank": 24}, ModelError, "no layer has factors that would save anything: 0: rank 24 is 1,344 weights, it has 768"),
+        ({"rank": 2, "layers": "9"}, rarefy.RarefyError, "'9' matches no layer"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
+    net = mlp()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(error, match=says):
+        rarefy.factorize_(net, **options)
+    assert list(net.state_dict()) == list(before) and all(
+        torch.equal(v, before[k]) for k, v in net.state_dict().items()
+    )
+
+
+def test_pruned_layers_are_not_factorized_in_silence():
+    net = mlp()
+    rarefy.prune_(net, "2:4", layers="0")
+    rows = rarefy.factorize_(net, keep=0.5).rows
+    assert "it is pruned or quantized" in rows[0]["why"] and rows[1]["why"] == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- factorize: {}", "factors need one of rank, keep, energy, time, got none"),
+        ("- factorize:\n    keep: 2.0", r"keep is a fraction between 0 and 1, got 2.0 \[r.yaml, line 3\]"),
+        ("- factorize:\n    rnak: 2", r"unknown key 'rnak'"),
+        ("- factorize: {rank: 2}\n- cut: {keep: 0.5}", "a cut comes before"),
+    ],
+)
+def test_recipes_name_the_line(text, says):
+    with pytest.raises(RecipeError, match=says):
+        recipes.from_yaml(f"stages:\n{text}", "r.yaml")
