@@ -385,3 +385,18 @@ def test_a_saved_config_changes_no_ids():
     before = {k: getattr(model.config, k) for k in ("eos_token_id", "pad_token_id", "max_position_embeddings")}
     adopt_config(model, {"eos_token_id": 0, "pad_token_id": 1, "max_position_embeddings": 1, "hidden_size": 24})
     assert {k: getattr(model.config, k) for k in before} == before and model.config.hidden_size == 24
+
+
+def test_norms_without_parameters_know_their_channels():
+    class Picture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.out(self.norm(self.conv(x)).relu())
+
+    net = Picture()
+    rarefy.cut_(net, torch.randn(1, 3, 8, 8), keep=0.5)  # as many places in a row as channels
+    assert net.norm.num_features == 4 and net.out.in_channels == 4
+    net(torch.randn(1, 3, 8, 8))

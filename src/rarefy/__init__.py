@@ -24,6 +24,7 @@ from rarefy.store import export, inspect, load, save
 from rarefy.train.loop import Gradual, fit_
 from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
+from rarefy.values.share import share_
 
 __all__ = [
     "Gradual",
@@ -50,4 +51,5 @@ __all__ = [
     "prune_heads_",
     "quantize_",
     "save",
+    "share_",
 ]

@@ -40,6 +40,7 @@ from rarefy.runtime.layers import Sparse
 from rarefy.train.loop import Gradual, fit_, optimizer_of
 from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
+from rarefy.values.share import share_
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -197,8 +198,8 @@ def _calibrates(prune: Any) -> bool:
         return bool(prune.repair or _needs(prune))
     if isinstance(prune, recipes.Quantize):
         return prune.solver != "rtn"
-    if isinstance(prune, recipes.Factorize):
-        return bool(prune.whiten)
+    if isinstance(prune, recipes.Factorize | recipes.Share):
+        return bool(prune.whiten if isinstance(prune, recipes.Factorize) else prune.weigh)
     score = getattr(prune, "score", None)
     reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in SLOW
     return reads or (score is not None and bool(SCORES[score].needs))
@@ -291,6 +292,15 @@ def _factorize(
     return [factorize_(model, **asked, of=of, **options)]
 
 
+def _share(
+    model: nn.Module, s: recipes.Share, given: Given, loss: Loss | None, seed: int, progress: bool
+) -> list[Report]:
+    weigh = given.has("calibrate") if s.weigh is None else s.weigh
+    data = Labelled(model, given.batches("calibrate"), None) if weigh else None
+    of = {"layers": s.layers, "ignore": s.ignore}
+    return [share_(model, s.bits, group=s.group, **of, data=data, progress=progress)]
+
+
 def _cast(
     model: nn.Module, s: recipes.Cast, given: Given, loss: Loss | None, seed: int, progress: bool
 ) -> list[Report]:
@@ -328,6 +338,7 @@ RUN: dict[type, Callable[..., list[Report]]] = {
     recipes.Prune: _prune,
     recipes.Quantize: _quantize,
     recipes.Factorize: _factorize,
+    recipes.Share: _share,
     recipes.Train: _train,
     recipes.Cut: _cut,
     recipes.Cast: _cast,

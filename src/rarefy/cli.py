@@ -126,9 +126,9 @@ def compress(
             receipt = api.compress_(
                 loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, progress=not quiet
             )
-            store.save(
-                loaded, out, receipt=receipt, format=plan.save.format, files=store.side_files(source), overwrite=force
-            )
+            files = store.side_files(source)
+            how = {"format": plan.save.format, "compress": plan.save.compress}
+            store.save(loaded, out, receipt=receipt, files=files, overwrite=force, **how)
     _show(receipt, as_json, quiet)
     if not quiet:
         print(f"written to {out}", file=sys.stderr)

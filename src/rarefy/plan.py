@@ -68,7 +68,7 @@ def targets(
                 found = Target(number, chosen_layers(model, s.layers, s.ignore, pattern), pattern, sparsity)
             elif isinstance(stage, recipes.Quantize):
                 found = _on_grid(model, number, stage)
-            elif isinstance(stage, recipes.Factorize):
+            elif isinstance(stage, recipes.Factorize | recipes.Share):
                 select(model, stage.layers, stage.ignore)
                 continue
             else:

@@ -26,12 +26,13 @@ from rarefy.prune import pattern as patterns
 from rarefy.prune.allocate import ALLOCATIONS
 from rarefy.prune.score import SCORES
 from rarefy.prune.solver import resolve
-from rarefy.stages import Cast, Cut, Data, Evaluate, Factorize, Gradual, Optimizer, Prune, Quantize, Save, Train
+from rarefy.stages import Cast, Cut, Data, Evaluate, Factorize, Gradual, Optimizer, Prune, Quantize, Save, Share, Train
 from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
 from rarefy.train.schedule import SCHEDULES, sparsities
 from rarefy.values.fit import FITS
 from rarefy.values.lowrank import asked as asked_factors
 from rarefy.values.quantize import asked as asked_values
+from rarefy.values.share import asked as asked_book
 
 SIZE_LIMIT = 1 << 20
 DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth
@@ -41,7 +42,7 @@ DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth
 class Recipe:
     """A whole compression, in order."""
 
-    stages: tuple[Cut | Prune | Quantize | Factorize | Train | Cast, ...]
+    stages: tuple[Cut | Prune | Quantize | Factorize | Share | Train | Cast, ...]
     name: str = "recipe"
     about: str = ""
     data: Data | None = None
@@ -72,7 +73,8 @@ class Recipe:
 
 
 STAGES: dict[str, type] = {
-    "cut": Cut, "prune": Prune, "quantize": Quantize, "factorize": Factorize, "train": Train, "cast": Cast,
+    "cut": Cut, "prune": Prune, "quantize": Quantize, "factorize": Factorize, "share": Share, "train": Train,
+    "cast": Cast,
 }  # fmt: skip
 DTYPES = ("bf16", "fp16", "fp32")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -351,6 +353,8 @@ def _check(made: Any, node: _Node) -> None:
         _check_cut(made, place)
     if isinstance(made, Quantize):
         _naming(lambda: asked_values(**made.options()), tuple(made.options()), "weights", place)
+    if isinstance(made, Share):
+        _naming(lambda: asked_book(made.bits, made.group), ("bits", "group"), "bits", place)
     if isinstance(made, Factorize):
         _naming(lambda: asked_factors(**made.options()), tuple(made.options()), "rank", place)
     if isinstance(made, Recipe):
@@ -397,7 +401,9 @@ def _check_order(made: Recipe, node: _Node) -> None:
         if isinstance(stage, Cut) and last:
             where = node.value["stages"].value[i].where
             raise RecipeError(f"a cut comes before a stage {last}, whose work it would not fit [{where}]")
-        if isinstance(stage, Prune | Quantize | Factorize) or (isinstance(stage, Train) and stage.prune is not None):
+        if isinstance(stage, Prune | Quantize | Factorize | Share) or (
+            isinstance(stage, Train) and stage.prune is not None
+        ):
             last = next(name for name, kind in STAGES.items() if isinstance(stage, kind))
 
 

@@ -78,6 +78,17 @@ class Factorize:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """Let weights share a few values. See `rarefy.share_`. `weigh: null` means where calibration data is given."""
+
+    bits: int = 4
+    group: str | None = "tensor"
+    weigh: bool | None = None
+    layers: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gradual:
     """Put zeros in while training runs from `start` to `end` of its way. See `rarefy.train.loop.Gradual`."""
 
@@ -195,6 +206,8 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Save:
-    """How weights are stored: `smallest` of all formats for each tensor, or one format for all that it fits."""
+    """How weights are stored: `smallest` of all formats for each tensor, or one format for all that it fits; `compress`
+    puts all of it through LZMA."""
 
     format: str = "smallest"
+    compress: bool = False

@@ -34,7 +34,7 @@ from rarefy.values import factors
 
 EXPORTS = ("hf", "safetensors")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
-WEIGHTS = (".safetensors", INDEX)  # the files that "bytes on disk" counts
+WEIGHTS = (".safetensors", ".xz", INDEX)  # the files that "bytes on disk" counts
 
 
 def save(
@@ -46,12 +46,14 @@ def save(
     format: str = "smallest",
     files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
+    compress: bool = False,
 ) -> int:
     """Write `model` to a folder, each weight in its smallest format; return the bytes of weights and index.
 
     Masks are folded in on the way, tied weights stored once. The folder appears whole or not at all. The receipt and
     recipe of `compress_` are taken along by themselves. `format` other than `smallest` is used for every prunable
-    weight that it fits. Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
+    weight that it fits. `compress` puts all of it through LZMA: smaller on disk, slower to read, not mapped from there.
+    Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
     """
     model = unwrap(model)
     packed_layers = [n for n, m in model.named_modules() if isinstance(m, Sparse)]
@@ -78,7 +80,7 @@ def save(
     if receipt is not None:
         extra.update({"receipt.json": receipt.to_json().encode(), "receipt.txt": str(receipt).encode()})
     packed = ((n, packed) for n, packed in pack(model, dict(state), format) if n not in tied)
-    container.write(path, packed, aliases=tied, meta=meta, files=extra, overwrite=overwrite)
+    container.write(path, packed, aliases=tied, meta=meta, files=extra, overwrite=overwrite, compress=compress)
     return folder_bytes(os.path.realpath(path), WEIGHTS)
 
 

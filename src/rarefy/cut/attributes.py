@@ -77,6 +77,8 @@ def follow(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor]) -> tupl
                 continue
             seen = graph.sizes.get(prefix, [])
             if type(value) is int:
+                if isinstance(module, nn.modules.batchnorm._NormBase):  # not places, which may be as many
+                    seen = [e for e in seen if int(kept(e, masks.get).sum()) != size(e)]
                 new = _new_size(value, attribute, seen, masks)
                 new = _new_width(value, prefix, graph, masks) if new is None and attribute in WIDTHS else new
                 if new is not None:

@@ -4,6 +4,9 @@
              "tensors": {name: {"format", "shape", "dtype", "extra", "parts": {part: {"shard", "key"}}}},
              "aliases": {tied: stored}, "meta": {...}}
 
+Where all of it is compressed (LZMA, as `.xz`), `rarefy.json` says only which file holds the index; shards then have
+`raw`, their bytes before, and are read into memory whole.
+
 `write` builds the folder beside its place and renames it there: whole or not at all. `read` trusts nothing: it runs
 no code, follows no link, and checks every field before a tensor is touched; `values.check` does the tensors.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import lzma
 import math
 import os
 import re
@@ -20,12 +24,12 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from rarefy.errors import ContainerError, FormatError, nearest, unknown
@@ -37,7 +41,9 @@ from rarefy.model.grid import Values
 SCHEMA = 1
 INDEX_BYTES = 64 * 2**20
 EXPANSION, SLACK = 64, 2**20  # decoded bytes allowed per stored byte, unless the caller knows the shape
-_SHARD = re.compile(r"weights-[0-9]{5,8}\.safetensors")
+MOST_RAW = 8  # bytes of a compressed shard for each byte that its tensors decode to
+INDEX_XZ = "rarefy-index.json.xz"
+_SHARD = re.compile(r"weights-[0-9]{5,8}\.safetensors(\.xz)?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -48,6 +54,9 @@ class Container:
 
     path: Path
     index: dict[str, Any]
+    unpacked: dict[str, Any] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # compressed shards that were read
 
     @property
     def names(self) -> list[str]:
@@ -70,7 +79,7 @@ class Container:
         ContainerError: no such tensor, a shape other than `expect_shape`, damaged parts, or, without
         `expect_shape`, a tensor that would decode to more than 64 times its bytes (+ 1 MiB).
         """
-        p = _load(self.path, self.index, name, expect_shape)
+        p = _load(self, name, expect_shape)
         with _blaming(f"{self.path}: tensor {name!r}"):
             check(p)
         return p
@@ -81,7 +90,7 @@ class Container:
 
     def weight(self, name: str, expect_shape: tuple[int, ...] | None = None) -> tuple[Tensor, Values | None]:
         """Return what `tensor` does, and the grid or codebook that it lies on: O(n)."""
-        p = _load(self.path, self.index, name, expect_shape)
+        p = _load(self, name, expect_shape)
         with _blaming(f"{self.path}: tensor {name!r}"):
             return decode(p), grid_of(p)
 
@@ -95,13 +104,15 @@ def write(
     files: Mapping[str, bytes] = {},
     overwrite: bool = False,
     shard_bytes: int = 256 * 2**20,
+    compress: bool = False,
 ) -> dict[str, Any]:
     """Write a folder and return its index; `tensors` is drawn lazily, one shard and one tensor in memory at a time.
 
     `aliases` maps tied names to stored ones, `files` are stored beside the shards under plain names, `meta` is any
     JSON. Whatever goes wrong, even Ctrl-C, the old state stays and nothing is left behind; only a kill can leave a
-    `.name.partial-*` folder, which may be deleted. `overwrite` replaces an older Rarefy folder or
-    an empty one. ContainerError: something is in the way, no space, a bad name, a bad tensor, meta that is not JSON.
+    `.name.partial-*` folder, which may be deleted. `overwrite` replaces an older Rarefy folder or an empty one.
+    `compress` puts shards and index through LZMA. ContainerError: something is in the way, no space, a bad name, a bad
+    tensor, meta that is not JSON.
 
     >>> import tempfile, torch
     >>> from rarefy.formats.sparse import encode
@@ -119,9 +130,12 @@ def write(
         index = _write_tensors(temp, target, tensors, shard_bytes)
         index |= {"aliases": dict(aliases), "meta": dict(meta)}
         _check_index(index, str(target))
-        text = _json(index, f"{target}: index")
-        with blaming(target, len(text) + sum(map(len, files.values()))):
-            for file, data in {**files, INDEX: text}.items():
+        if compress:
+            _compress_shards(temp, target, index)
+        text = _json(index, f"{target}: index", None if compress else 1)
+        made = {INDEX: text} if not compress else _compressed_index(text)
+        with blaming(target, sum(map(len, [*made.values(), *files.values()]))):
+            for file, data in {**files, **made}.items():
                 (temp / file).write_bytes(data)
     return json.loads(text)
 
@@ -136,10 +150,11 @@ def read(path: str | os.PathLike[str], verify: bool = True) -> Container:
     try:
         index = _read_index(folder)
         _check_index(index, str(folder / INDEX))
-        _check_shards(folder, index, verify)
+        saved = Container(folder, index)
+        _check_shards(saved, verify)
     except OSError as error:
         raise ContainerError(f"{folder} cannot be read: {error}") from error
-    return Container(folder, index)
+    return saved
 
 
 # writing
@@ -147,15 +162,17 @@ def read(path: str | os.PathLike[str], verify: bool = True) -> Container:
 
 def _check_files(files: Mapping[str, bytes]) -> None:
     for file, data in files.items():
-        if not isinstance(file, str) or not _FILE.fullmatch(file) or file == INDEX or _SHARD.fullmatch(file):
+        ours = isinstance(file, str) and (file in (INDEX, INDEX_XZ) or _SHARD.fullmatch(file))
+        if not isinstance(file, str) or not _FILE.fullmatch(file) or ours:
             raise ContainerError(f"file name {_short(file)} must be letters, digits, . _ - and not one of Rarefy's own")
         if not isinstance(data, bytes):
             raise ContainerError(f"file {file!r} is {type(data).__name__}, must be bytes")
 
 
-def _json(value: Any, where: str) -> bytes:
+def _json(value: Any, where: str, indent: int | None = 1) -> bytes:
     try:
-        text = json.dumps(value, allow_nan=False, indent=1).encode()
+        tight = (",", ":") if indent is None else None
+        text = json.dumps(value, allow_nan=False, indent=indent, separators=tight).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ContainerError(f"{where} must be strict JSON: {error}; store NaN and infinity as null") from error
     if len(text) > INDEX_BYTES:
@@ -196,6 +213,49 @@ def _write_shard(temp: Path, target: Path, held: dict[str, Tensor], shards: dict
         shards[file.name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
 
 
+def _compress_shards(temp: Path, target: Path, index: dict[str, Any]) -> None:
+    """Put each shard through LZMA, and say so in the index."""
+    for file in list(index["shards"]):
+        data = (temp / file).read_bytes()
+        packed = _compressed(data)
+        with blaming(target, len(packed)):
+            (temp / f"{file}.xz").write_bytes(packed)
+        (temp / file).unlink()
+        about = {"sha256": _sha256(temp / f"{file}.xz"), "bytes": len(packed), "raw": len(data)}
+        del index["shards"][file]
+        index["shards"][f"{file}.xz"] = about
+    for entry in index["tensors"].values():
+        for place in entry["parts"].values():
+            place["shard"] += ".xz"
+
+
+def _compressed(data: bytes) -> bytes:
+    """The smaller of what LZMA makes of text-like bytes and of bytes that know nothing of their neighbours."""
+    alone = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}
+    usual = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
+    return min((lzma.compress(data, check=lzma.CHECK_CRC32, filters=[f]) for f in (alone, usual)), key=len)
+
+
+def _compressed_index(text: bytes) -> dict[str, bytes]:
+    packed = _compressed(text)
+    about = {"file": INDEX_XZ, "sha256": hashlib.sha256(packed).hexdigest(), "bytes": len(packed), "raw": len(text)}
+    return {INDEX_XZ: packed, INDEX: _json({"format": "rarefy", "schema": SCHEMA, "index": about}, INDEX, None)}
+
+
+def _decompressed(file: Path, raw: int, most: int) -> bytes:
+    """Return what a compressed file holds, never more than it says and at most `most`; ContainerError for else."""
+    if not 0 <= raw <= most:
+        raise ContainerError(f"{file}: would become {_short(raw)} bytes, at most {most:,} for what it holds")
+    unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=1 << 30)
+    try:
+        data = unpacker.decompress(file.read_bytes(), max_length=raw + 1)
+    except (lzma.LZMAError, EOFError) as error:
+        raise ContainerError(f"{file}: not sound LZMA: {error}") from error
+    if len(data) != raw or not unpacker.eof:
+        raise ContainerError(f"{file}: does not hold the {raw:,} bytes that the index says")
+    return data
+
+
 def _nbytes(held: dict[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in held.values())
 
@@ -209,8 +269,21 @@ def _read_index(folder: Path) -> Any:
         raise ContainerError(f"{folder} is not a Rarefy folder: {_what_is(folder)}")
     if file.stat().st_size > INDEX_BYTES:
         raise ContainerError(f"{file}: {file.stat().st_size:,} bytes, at most {INDEX_BYTES:,} are read")
+    index = _parsed(file, file.read_bytes())
+    if type(index) is not dict or "index" not in index or index.get("schema") != SCHEMA:
+        return index
+    _fields(index, str(file), format=str, schema=int, index=dict)
+    _fields(about := index["index"], f"{file}: index", file=str, sha256=str, bytes=int, raw=int)
+    if about["file"] != INDEX_XZ:
+        raise ContainerError(f"{file}: index lies in {_short(about['file'])}, must be {INDEX_XZ}")
+    inner = folder / INDEX_XZ
+    _check_shard(inner, about, True)
+    return _parsed(inner, _decompressed(inner, about["raw"], INDEX_BYTES))
+
+
+def _parsed(file: Path, text: bytes) -> Any:
     try:
-        return json.loads(file.read_bytes(), parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ContainerError(f"{file}: not JSON that can be read: {error}") from error
 
@@ -254,9 +327,9 @@ def _fields(value: Any, where: str, **kinds: type) -> None:
     if type(value) is not dict or set(value) != set(kinds):
         got = sorted(value) if type(value) is dict else value
         raise ContainerError(f"{where}: is {_short(got)}, must be an object with {', '.join(kinds)}")
-    for field, kind in kinds.items():
-        if type(value[field]) is not kind:
-            raise ContainerError(f"{where}: {field} is {_short(value[field])}, must be {kind.__name__}")
+    for name, kind in kinds.items():
+        if type(value[name]) is not kind:
+            raise ContainerError(f"{where}: {name} is {_short(value[name])}, must be {kind.__name__}")
 
 
 def _check_name(name: Any, where: str) -> None:
@@ -274,7 +347,8 @@ def _check_index(index: Any, where: str) -> None:
     for file, known in index["shards"].items():
         if not _SHARD.fullmatch(file):
             raise ContainerError(f"{where}: shard {_short(file)} must be named like weights-00001.safetensors")
-        _fields(known, f"{where}: shard {file}", sha256=str, bytes=int)
+        more = {"raw": int} if file.endswith(".xz") else {}
+        _fields(known, f"{where}: shard {file}", sha256=str, bytes=int, **more)
     for name, entry in index["tensors"].items():
         _check_name(name, where)
         _check_entry(entry, f"{where}: tensor {_short(name)}", index["shards"])
@@ -300,11 +374,12 @@ def _check_entry(entry: Any, where: str, shards: dict[str, Any]) -> None:
             raise ContainerError(f"{where}: part {part} lies in {_short(place['shard'])}, which is not a listed shard")
 
 
-def _check_shards(folder: Path, index: dict[str, Any], verify: bool) -> None:
+def _check_shards(saved: Container, verify: bool) -> None:
+    folder, index = saved.path, saved.index
     keys: dict[str, set[str]] = {}
     for file, known in index["shards"].items():
         _check_shard(folder / file, known, verify)
-        with _opened(folder / file) as shard:
+        with _opened(saved, file) as shard:
             keys[file] = set(shard.keys())
     for name, entry in index["tensors"].items():
         for part, place in entry["parts"].items():
@@ -333,12 +408,38 @@ def _sha256(file: Path) -> str:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(saved: Container, name: str) -> Iterator[Any]:
+    file = saved.path / name
     try:
+        if name.endswith(".xz"):
+            if name not in saved.unpacked:
+                saved.unpacked[name] = _Shard(load(_decompressed(file, *_raw(saved, name))))
+            yield saved.unpacked[name]
+            return
         with safe_open(file, "pt") as shard:
             yield shard
+    except ContainerError:
+        raise
     except Exception as error:  # safetensors raises several kinds; each of them means a bad file here
         raise ContainerError(f"{file}: not a sound safetensors file: {error}") from error
+
+
+class _Shard(dict[str, Tensor]):
+    """Tensors in memory, read as those of a file are."""
+
+    def get_tensor(self, key: str) -> Tensor:
+        """Return a tensor."""
+        return self[key]
+
+
+def _raw(saved: Container, name: str) -> tuple[int, int]:
+    """How many bytes a shard says that it becomes, and how many it may: more would be no weights but a trap."""
+    decoded = sum(
+        math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
+        for e in saved.index["tensors"].values()
+        if any(place["shard"] == name for place in e["parts"].values())
+    )
+    return saved.index["shards"][name]["raw"], MOST_RAW * decoded + SLACK
 
 
 @contextmanager
@@ -349,7 +450,8 @@ def _blaming(where: str) -> Iterator[None]:
         raise ContainerError(f"{where}: {error}") from error
 
 
-def _load(path: Path, index: dict[str, Any], name: str, expect_shape: tuple[int, ...] | None) -> Packed:
+def _load(saved: Container, name: str, expect_shape: tuple[int, ...] | None) -> Packed:
+    path, index = saved.path, saved.index
     tensors, stored = index["tensors"], index["aliases"].get(name, name)
     if stored not in tensors:
         near = nearest(name, [*tensors, *index["aliases"]])
@@ -361,7 +463,7 @@ def _load(path: Path, index: dict[str, Any], name: str, expect_shape: tuple[int,
         raise ContainerError(f"{path}: tensor {name!r} has shape {list(shape)}, expected {list(expect_shape)}")
     parts = {}
     for part, place in entry["parts"].items():
-        with _opened(path / place["shard"]) as shard:
+        with _opened(saved, place["shard"]) as shard:
             parts[part] = shard.get_tensor(place["key"])
     p = Packed(entry["format"], shape, DTYPES[entry["dtype"]], parts, dict(entry["extra"]))
     decoded = math.prod(shape) * p.dtype.itemsize

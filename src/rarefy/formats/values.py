@@ -1,8 +1,8 @@
 """Weights of few values, packed: whole numbers on a grid (`int`, `uint` where zero has a code of its own), indices into
 a codebook (`codebook`), each in any of the sparse formats: `int:dense`, `uint:bitmask`, `codebook:nm`.
 
-    u      uint8 in 0..2^bits - 1, in the weight's shape; 0 exactly where the weight is 0 (of a codebook: where its
-           first value is 0), so that sparse formats store it as they store any tensor with zeros
+    u      uint8 in 0..2^bits - 1, in the weight's shape; 0 where the weight is 0, so that sparse formats store it as
+           they store any tensor with zeros
     scale  see `rarefy.model.grid`;   table  [*blocks, 2^bits]
 
 Stored are the parts of u in its sparse format, its `values` packed to `bits` bits, least significant first. `check` and
@@ -47,7 +47,7 @@ def encode(weight: Tensor, grid: Values, format: str, pattern: str | None = None
     """
     if format not in INNER:
         raise FormatError(unknown("format of few values", format, INNER))
-    inner = sparse.encode(_codes(weight, grid, format), format, pattern, axis=axis)
+    inner = sparse.encode(_codes(weight, grid), format, pattern, axis=axis)
     parts = inner.parts | {"values": pack_codes(inner.parts["values"].flatten(), grid.bits)}
     own = {n: t.detach().cpu().contiguous() for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None}
     p = Packed(f"{kind_of(grid)}:{format}", tuple(weight.shape), weight.dtype, parts | own, inner.extra)
@@ -56,11 +56,11 @@ def encode(weight: Tensor, grid: Values, format: str, pattern: str | None = None
 
 def sizes(weight: Tensor, grid: Values, pattern: str | None = None, *, axis: int = -1) -> dict[str, int]:
     """Return the exact bytes of a weight in each format of `INNER` that can hold it. O(n)."""
-    u = _codes(weight, grid, "dense")
+    u = _codes(weight, grid)
     own = sum(t.nbytes for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None)
     one, two = (sparse.sizes(u.to(d), pattern, axis=axis) for d in (torch.uint8, torch.int16))
     known = {f: one[f] - (two[f] - one[f]) + -(-(two[f] - one[f]) * grid.bits // 8) + own for f in INNER if f in one}
-    return known if _has_zero(grid) else {"dense": known["dense"]}
+    return known
 
 
 def grid_of(p: Packed) -> Values | None:
@@ -101,16 +101,10 @@ def label(p: Packed) -> str:
     return f"{kind}{p.extra['bits']}:{inner}" if inner else kind
 
 
-def _codes(weight: Tensor, grid: Values, format: str) -> Tensor:
+def _codes(weight: Tensor, grid: Values) -> Tensor:
     if isinstance(grid, Codebook):
-        if format != "dense" and not _has_zero(grid):
-            raise FormatError(f"codebook:{format} needs a table whose first value is zero")
         return grid.codes(weight)
     return (grid.codes(weight) & ((1 << grid.bits) - 1)).to(torch.uint8)
-
-
-def _has_zero(grid: Values) -> bool:
-    return not isinstance(grid, Codebook) or not bool(grid.table[..., 0].any())
 
 
 def _inner(p: Packed) -> Packed:
@@ -162,5 +156,5 @@ def _check_own(p: Packed, kind: str, bits: int) -> None:
             raise FormatError(f"{p.format}: part 'zero' is {sparse.kind(p.parts['zero'])}, must be as 'scale'")
         if p.parts["zero"].numel() and int(p.parts["zero"].max()) >= 1 << bits:
             raise FormatError(f"{p.format}: part 'zero' holds codes that {bits} bits do not")
-    if kind == "codebook" and not p.format.endswith(":dense") and bool(p.parts["table"][..., 0].any()):
+    if kind == "codebook" and bool(p.parts["table"][..., 0].any()):
         raise FormatError(f"{p.format}: part 'table' must begin with zero")

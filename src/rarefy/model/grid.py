@@ -91,7 +91,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """2^bits values for all weights, or for each block of them; where zeros are to be stored sparsely the first is 0.
+    """2^bits values for all weights, or for each block of them; the first is 0.
 
     table  [*blocks, 2^bits], blocks as the shape of a grid's scales
 
@@ -211,7 +211,7 @@ class InBook(nn.Module):
 
     def __init__(self, book: Codebook, weight: Tensor):
         super().__init__()
-        self.bits, self.zero_first = book.bits, not bool(book.table[..., 0].any())
+        self.bits = book.bits
         self.register_buffer("index", book.codes(weight))
         self.table = nn.Parameter(book.table.detach().clone())
 
@@ -223,9 +223,7 @@ class InBook(nn.Module):
         return Codebook(self.bits, self._table()).values(self.index, weight.dtype)
 
     def _table(self) -> Tensor:
-        if not self.zero_first:
-            return self.table
-        return torch.cat([torch.zeros_like(self.table[..., :1]), self.table[..., 1:]], -1)
+        return torch.cat([torch.zeros_like(self.table[..., :1]), self.table[..., 1:]], -1)  # zero stays
 
 
 LIVE = (OnGrid, InBook)

@@ -96,7 +96,7 @@ def quantize_(
     told = []
     for layer, (grid, values, mask) in zip(chosen, made):
         before = layer.weight.detach()
-        error = {} if rows[layer.full_name] else {"error": _relative(before, values)}
+        error = {} if rows[layer.full_name] else {"error": relative_error(before, values)}
         told.append(_row(layer, grid, values, ask) | error | rows[layer.full_name])
         put_(layer, grid, values, mask)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
@@ -223,8 +223,8 @@ def _blocks(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     return split(weight, shape).permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).flatten(0, n - 1).flatten(1)
 
 
-def _relative(before: Tensor, after: Tensor) -> float:
-    """The squared error of a weight, relative to its size."""
+def relative_error(before: Tensor, after: Tensor) -> float:
+    """Return the squared error of a weight, relative to its size."""
     was = before.float()
     return float((after.float() - was).square().sum() / was.square().sum().clamp(min=1e-30))
 

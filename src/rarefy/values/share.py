@@ -1,0 +1,216 @@
+"""`share_`: all weights of a layer take one of a few values, found by k-means; the first value is zero.
+
+In one dimension the best values are found exactly, by dynamic programming over sorted weights; of large weights over a
+histogram, and then by Lloyd's steps on the weights themselves, which only improve. Errors may be weighed by how large
+each weight's input is, which is what matters to the layer's outputs (the diagonal of the Gram matrix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import DataError, ModelError, PatternError
+from rarefy.formats.values import sizes
+from rarefy.model.grid import BITS, Codebook, get_grid, live_grid, scale_shape, split
+from rarefy.model.mask import check_maskable
+from rarefy.model.select import Layer, Selector, select
+from rarefy.model.stats import check_batches, collect
+from rarefy.progress import track
+from rarefy.proof.report import Report
+from rarefy.prune.stage import check_weights
+from rarefy.values.quantize import put_, relative_error
+
+BINS = 1024  # of the histogram
+LLOYD = 15  # steps on the weights themselves
+FEWEST = 1e-9  # of a value's share that moves it
+
+
+def share_(
+    model: nn.Module,
+    bits: int = 4,
+    *,
+    group: str | None = "tensor",
+    layers: Selector = None,
+    ignore: Selector = None,
+    data: Iterable[Any] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Let the weights of each selected layer share 2^bits values, in place; return a row a layer.
+
+    bits    2 to 8; zero is always one of the values, so what is zero stays zero
+    group   "tensor": one table of values for a layer; None: one for each output
+    data    batches: a weight's error counts as much as the mean square of its input
+
+    Which weight has which value is fixed from here on; training moves the values (Deep Compression, Han 2016). `save`
+    stores indices of `bits` bits. Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged.
+    O(n log n + 2^bits BINS^2) a layer besides the pass.
+
+    >>> net = nn.Sequential(nn.Linear(64, 32))
+    >>> report = share_(net, 3)
+    >>> report.rows[0]["values"], len(net[0].weight.unique())
+    (8, 8)
+    """
+    asked(bits, group)
+    if data is not None:
+        check_batches(data)
+    chosen = select(model, layers, ignore)
+    check_layers(chosen)
+    weigh = {} if data is None else _importance(model, chosen, data)
+    made = []
+    for layer in track(chosen, "sharing values", progress, len(chosen)):
+        weight = layer.weight.detach()
+        book = codebook(weight, scale_shape(layer, group), bits, weigh.get(layer.full_name))
+        made.append((layer, book, book.snap(weight)))
+    rows = []
+    for layer, book, values in made:
+        stored = min(sizes(values, book, axis=layer.layout.in_axis).values())
+        rows.append(
+            {
+                "layer": layer.full_name,
+                "shape": "x".join(map(str, values.shape)),
+                "values": 1 << bits,
+                "zeros": float((values == 0).float().mean()),
+                "bytes": stored,
+                "dense bytes": values.numel() * values.element_size(),
+                "error": relative_error(layer.weight.detach(), values),
+            }
+        )
+        put_(layer, book, values, None)
+    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
+    stored, dense = (sum(r[k] for r in rows) for k in ("bytes", "dense bytes"))
+    summary = {"layers": len(rows), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
+    return Report("shared", tuple(rows), summary)
+
+
+def asked(bits: Any, group: Any) -> None:
+    """Raise PatternError for what `share_` does not know."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
+        raise PatternError(f"bits is a whole number from {BITS[0]} to {BITS[-1]}, got {bits!r}")
+    if group not in ("tensor", None):
+        raise PatternError(f"group is 'tensor' or None for one table an output, got {group!r}")
+
+
+def check_layers(chosen: Sequence[Layer]) -> None:
+    """Raise ModelError for what cannot share values."""
+    check_weights(chosen)
+    for layer in chosen:
+        check_maskable(layer)
+        if live_grid(layer.module, layer.param) is not None or get_grid(layer) is not None:
+            raise ModelError(f"{layer.full_name} is quantized already: its values are few; ignore it")
+
+
+def codebook(weight: Tensor, blocks: tuple[int, ...], bits: int, weigh: Tensor | None = None) -> Codebook:
+    """Return the best table for a weight, or one for each of its blocks; `weigh` is each squared error's weight."""
+    n = len(blocks)
+
+    def rows(t: Tensor) -> Tensor:
+        return split(t.float(), blocks).permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).flatten(0, n - 1).flatten(1)
+
+    X = rows(weight)
+    W = torch.ones_like(X) if weigh is None else rows(weigh.expand_as(weight))
+    tables = [_table(x, w, bits) for x, w in zip(X, W)]
+    return Codebook(bits, torch.stack(tables).reshape(*blocks, 1 << bits))
+
+
+def best_values(x: Tensor, w: Tensor, count: int) -> Tensor:
+    """Return at most `count` values, one of them zero, of least weighted squared error for sorted x [n], exactly, by
+    dynamic programming over where each value's weights begin (Wang and Song 2011). O(count n^2).
+
+    >>> best_values(torch.tensor([-2.5, -1.5, 0.1, 3.0, 4.0]), torch.ones(5), 3).tolist()
+    [-2.0, 0.0, 3.5]
+    """
+    x, w = x.double(), w.double()
+    s0, s1, s2 = (torch.cat([t.new_zeros(1), t.cumsum(0)]) for t in (w, w * x, w * x * x))
+    first, last = torch.arange(len(x) + 1)[:, None], torch.arange(len(x) + 1)[None]
+    mass, moment, energy = (s[None] - s[:, None] for s in (s0, s1, s2))
+    never = torch.where(first <= last, 0.0, float("inf"))
+    zero = energy.clamp(min=0) + never  # weights first..last - 1 as zeros
+    own = (energy - moment.square() / mass.clamp(min=1e-300)).clamp(min=0) + never  # at their mean
+    start = torch.where(torch.arange(len(x) + 1) == 0, 0.0, float("inf")).double()
+    before, after = start, (start[:, None] + zero).min(0).values  # whether the zero has been
+    froms: list[tuple[Tensor, Tensor, Tensor]] = [
+        (torch.zeros_like(last[0]), (start[:, None] + zero).argmin(0), last[0] * 0)
+    ]
+    for _ in range(count - 1):
+        more, at = (before[:, None] + own).min(0)
+        later, after_at = (after[:, None] + own).min(0)
+        now, zero_at = (more[:, None] + zero).min(0)
+        froms.append((at, torch.where(later <= now, after_at, zero_at), (later <= now).long()))
+        before, after = more, torch.minimum(later, now)
+    return _traced(froms, len(x), s0, s1)
+
+
+def _traced(froms: Sequence[tuple[Tensor, Tensor, Tensor]], n: int, s0: Tensor, s1: Tensor) -> Tensor:
+    """The means of the parts, from the last to the first."""
+    values, end, step, zero_done = [0.0], n, len(froms) - 1, False
+    while end > 0 and step >= 0:
+        at, after_at, by_mean = froms[step]
+        if zero_done:  # what is left lies before the zero
+            begin = int(at[end])
+        elif step == 0 or not bool(by_mean[end]):
+            end, zero_done = int(after_at[end]), True
+            continue
+        else:
+            begin = int(after_at[end])
+        if begin < end:
+            values.append(float((s1[end] - s1[begin]) / (s0[end] - s0[begin]).clamp(min=1e-300)))
+        end, step = begin, step - 1
+    return torch.tensor(sorted(set(values)), dtype=torch.float32)
+
+
+def _table(x: Tensor, w: Tensor, bits: int) -> Tensor:
+    """Values for the weights x [n], zero first and the others rising; what is not needed repeats zero."""
+    count = 1 << bits
+    order = x.argsort()
+    x, w = x[order], w[order].clamp(min=FEWEST * float(w.max().clamp(min=1e-30)))
+    bins = BINS if bits <= 5 else BINS // 2
+    centres, mass = (x, w) if len(x) <= bins else _histogram(x, w, bins)
+    values = best_values(centres, mass, count)
+    if len(x) > bins:
+        values = _lloyd(x, w, values)
+    others = values[values != 0]
+    return torch.cat([x.new_zeros(count - len(others)), others])
+
+
+def _histogram(x: Tensor, w: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Means and weights of bins of sorted x: half of them of equal width, for the ends, half of equal number."""
+    wide = torch.searchsorted(x, torch.linspace(float(x[0]), float(x[-1]), bins // 2 + 1)[1:-1])
+    many = torch.linspace(0, len(x), bins // 2 + 1)[1:-1].long()
+    edges = torch.cat([wide, many]).unique()
+    place = torch.searchsorted(edges, torch.arange(len(x)), right=True)
+    mass = torch.zeros(len(edges) + 1, dtype=torch.float64).index_add_(0, place, w.double())
+    moment = torch.zeros_like(mass).index_add_(0, place, (w * x).double())
+    kept = mass > 0
+    return (moment[kept] / mass[kept]).float(), mass[kept].float()
+
+
+def _lloyd(x: Tensor, w: Tensor, values: Tensor) -> Tensor:
+    """Move each value but zero to the mean of the weights nearest to it, again and again."""
+    w, moment = w.double(), (w * x).double()
+    for _ in range(LLOYD):
+        place = torch.searchsorted((values[1:] + values[:-1]) / 2, x)
+        mass = torch.zeros(len(values), dtype=torch.float64).index_add_(0, place, w)
+        means = torch.zeros_like(mass).index_add_(0, place, moment) / mass.clamp(min=1e-300)
+        moved = torch.where((values == 0) | (mass == 0), values, means.float())
+        if torch.equal(moved, values):
+            break
+        values = moved
+    return values
+
+
+def _importance(model: nn.Module, chosen: Sequence[Layer], data: Iterable[Any]) -> dict[str, Tensor]:
+    """How much a squared error of each weight counts, as stored or ready to expand to it."""
+    idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
+    if idle:
+        raise DataError(f"an embedding has no inputs to weigh by: ignore {', '.join(idle)}, or leave data out")
+    stats = collect(model, data, chosen, frozenset({"input"}))
+    out = {}
+    for layer in chosen:
+        square: Any = stats[layer.full_name].in_square
+        wide = square.expand(layer.layout.shape)
+        out[layer.full_name] = layer.layout.unview(wide, tuple(layer.original.shape))
+    return out
