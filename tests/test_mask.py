@@ -240,3 +240,14 @@ def test_masks_are_a_snapshot():
     before = rarefy.masks(model)[""]
     rarefy.prune_(model, sparsity=0.75)
     assert int((~before).sum()) == 32
+
+
+def test_folding_a_copy_leaves_the_other_as_it_is():
+    net = nn.Sequential(nn.Linear(4, 4))
+    rarefy.prune_(net, sparsity=0.5)
+    other = copy.deepcopy(net)
+    rarefy.fold_(other)
+    assert torch.equal(net[0].weight, other[0].weight) and list(rarefy.masks(net)) == ["0"]
+    assert type(other[0]) is nn.Linear and rarefy.masks(other) == {}
+    rarefy.fold_(net)
+    assert type(net[0]) is nn.Linear and torch.equal(net[0].weight, other[0].weight)

@@ -176,6 +176,9 @@ def _masks_of(module: nn.Module, param: str) -> list[Mask]:
 
 def _remove(module: nn.Module, param: str) -> None:
     keep = original(module, param)
+    kind = type(module)  # torch gives a copy of a module the same class, and takes the weight off that
+    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, own)
     parametrize.remove_parametrizations(module, param, leave_parametrized=False)
     # remove_parametrizations hands back a parameter; with tied weights it must be the shared one
     setattr(module, param, keep)

@@ -64,6 +64,12 @@ def share_(
     for layer in track(chosen, "sharing values", progress, len(chosen)):
         weight = layer.weight.detach()
         book = codebook(weight, scale_shape(layer, group), bits, weigh.get(layer.full_name))
+        saved = weight.numel() * (8 * weight.element_size() - bits) // 8
+        if book.table.nbytes >= saved:
+            raise ModelError(
+                f"{layer.full_name}: tables of {book.table.numel():,} values are no smaller than what they save on its "
+                f"{weight.numel():,} weights: ignore it, take fewer bits, or group='tensor'"
+            )
         made.append((layer, book, book.snap(weight)))
     rows = []
     for layer, book, values in made:
