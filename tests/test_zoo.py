@@ -72,7 +72,8 @@ FAST = [
 ]
 # how much smaller the cut leaves it at least, where a class lets only some of its groups go
 STUBBORN = {"raft_small", "raft_large", "clip", "t5", "opt", "timm.nfnet_l0", "timm.coat_lite_tiny",
-            "timm.eva02_tiny_patch14_224", "timm.res2net50_14w_8s", "timm.edgenext_xx_small"}  # fmt: skip
+            "timm.eva02_tiny_patch14_224", "timm.res2net50_14w_8s", "timm.edgenext_xx_small",
+            "timm.twins_svt_small"}  # fmt: skip
 
 
 # a bias of their product over tokens comes back into every channel

@@ -15,6 +15,7 @@ from rarefy.model.graph import Graph
 from rarefy.model.operators import OPERATORS, layers
 from rarefy.model.rules import adds_bias, averages_features
 
+PLAIN = frozenset(("mm", "bmm", "mv", "dot"))  # products that have no bias
 PRODUCTS = frozenset(n for rule in (layers.product, layers.convolution) for n in OPERATORS[rule].split())
 
 
@@ -35,7 +36,7 @@ class Absent(TorchDispatchMode):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         out = func(*args, **kwargs)
         if name in PRODUCTS or (isinstance(out, Tensor) and adds_bias(func, args, out)):
-            return self._without(name, out)
+            return self._without(name, out, name not in PLAIN and (name != "convolution" or args[2] is not None))
         if name == "native_layer_norm" and len(args[1]) == 1:
             return _layer_norm(out[0], self._here(name, args[0], -1), *args[:5]), *out[1:]
         if name in ("_fused_rms_norm", "rms_norm"):
@@ -65,9 +66,12 @@ class Absent(TorchDispatchMode):
             return kept(dims[d], self.masks.get).to(x.device)
         return (x != 0).movedim(d, 0).flatten(1).any(1) if x.dim() > 1 else x != 0
 
-    def _without(self, name: str, out: Any) -> Any:
-        """The product with what goes as zero."""
+    def _without(self, name: str, out: Any, biased: bool) -> Any:
+        """The product with what goes as zero, where a bias could have made it something else: what follows from zeros
+        without one is a constant that `_constants` finds."""
         for d, e in enumerate(self._dims(name, out.shape) or ()):
+            if not biased:
+                break
             left = kept(e, self.masks.get)
             if not left.all():
                 out = out.index_fill_(d, (~left).nonzero()[:, 0].to(out.device), 0)
