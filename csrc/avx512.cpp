@@ -92,6 +92,30 @@ struct Nibbles {
   }
 };
 
+struct Cells {
+  static __m512i bytes(const uint8_t* v) { return _mm512_loadu_si512(v); }
+  static __m512i nibbles(const uint8_t* v, int8_t first, int8_t second) {
+    const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)));
+    const __m512i wide = _mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), _mm512_set1_epi8(15));
+    return _mm512_sub_epi8(wide, _mm512_mask_set1_epi8(_mm512_set1_epi8(first), 0xffffffff00000000ull, second));
+  }
+  static __m512 step(__m512 s, __m512i w, const uint8_t* x, float low, float high) {
+    const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(x), w);
+    const __m512 by = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), by, s);
+  }
+  template <int PART>
+  static __m512 floats(__m512i w) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, PART)));
+  }
+  static __m512 step(__m512 s, __m512i w, const float* x, float low, float high) {
+    __m512 a = _mm512_mul_ps(floats<0>(w), _mm512_loadu_ps(x)), b = _mm512_mul_ps(floats<2>(w), _mm512_loadu_ps(x + 32));
+    a = _mm512_fmadd_ps(floats<1>(w), _mm512_loadu_ps(x + 16), a);
+    b = _mm512_fmadd_ps(floats<3>(w), _mm512_loadu_ps(x + 48), b);
+    return _mm512_fmadd_ps(b, _mm512_set1_ps(high), _mm512_fmadd_ps(a, _mm512_set1_ps(low), s));
+  }
+};
+
 template <int KIND>
 struct Lanes;
 

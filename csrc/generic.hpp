@@ -171,6 +171,34 @@ struct Nibbles {
   }
 };
 
+struct Cells {
+  struct numbers {
+    int8_t of[64];
+  };
+  static numbers bytes(const uint8_t* v) { return at<numbers>(v); }
+  static numbers nibbles(const uint8_t* v, int8_t first, int8_t second) {
+    numbers out;
+    for (int i = 0; i < 64; ++i) out.of[i] = int8_t((v[i / 2] >> (i % 2 * 4) & 15) - (i < 32 ? first : second));
+    return out;
+  }
+  static vf step(vf s, const numbers& w, const uint8_t* x, float low, float high) {
+    const vi a = dot_bytes(vi{}, at<vu>(x), at<vi>(w.of)), b = dot_bytes(vi{}, at<vu>(x + 32), at<vi>(w.of + 32));
+    return s + __builtin_convertvector(a, vf) * low + __builtin_convertvector(b, vf) * high;
+  }
+  static vf floats(const int8_t* v) {
+    typedef int8_t eight __attribute__((vector_size(8)));
+    return __builtin_convertvector(at<eight>(v), vf);
+  }
+  static vf step(vf s, const numbers& w, const float* x, float low, float high) {
+    vf a{}, b{};
+    for (int i = 0; i < 32; i += W) {
+      a += floats(w.of + i) * at<vf>(x + i);
+      b += floats(w.of + 32 + i) * at<vf>(x + 32 + i);
+    }
+    return s + a * low + b * high;
+  }
+};
+
 template <int KIND>
 struct Lanes;
 

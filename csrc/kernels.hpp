@@ -5,11 +5,13 @@
 // From the including unit:
 //   W, MOST        floats of a vector, vectors of a tile that fit the registers
 //   Bits<KIND>     expansion of a bitmask's values, and the product with an input; Nibbles: those of int4
+//   Cells          64 whole numbers, and their product with inputs
 //   Lanes<KIND>    products of 32-bit lanes: 1 fp32, 2 bf16, 4 int8
 //   lanes          W 32-bit numbers; lanes_at, put_lanes; transpose: W of them
 //   past_caches    lanes to memory, of which whole lines are written; seen: other threads see them from here on
 
 #include <cstring>
+#include <type_traits>
 
 #include "settle.hpp"
 
@@ -107,6 +109,12 @@ void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, i
       bit_range<KIND, 1>(w, from, to, in, ldx, y, ldy);
   }
 }
+
+}  // namespace
+
+#include "panels.hpp"
+
+namespace {
 
 // ---- single values, high sparsity ----------------------------------------------------------------------------------
 // One row after the other, each value times M inputs that lie side by side. Sums are many, so that products do not wait

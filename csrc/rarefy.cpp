@@ -158,6 +158,30 @@ int run(const Job<rarefy_bitmask>* jobs, int64_t count, const float* x, int64_t 
   return RAREFY_OK;
 }
 
+int run(const Job<rarefy_panels>* jobs, int64_t count, const float* x, int64_t ldx, int64_t n) {
+  const rarefy_table& t = rarefy_chosen();
+  const rarefy_panels* first = jobs->w;
+  const bool exact = first->exact;
+  const int64_t wide = first->words * 64, bytes = exact ? 4 : 1;
+  const Scratch<0> scratch(size_t(n * wide * bytes + n * 4));
+  char* in = static_cast<char*>(scratch.from);
+  if (!in) return RAREFY_MEMORY;
+  float* scales = reinterpret_cast<float*>(in + n * wide * bytes);
+  for (int64_t i = 0; i < n; ++i) {
+    scales[i] = exact ? 1.0f : step_of(t, x + i * ldx, first->cols);
+    t.convert[exact ? RAREFY_F32 : RAREFY_I8](x + i * ldx, first->cols, wide, 1.0f / scales[i], in + i * wide * bytes);
+  }
+  const auto rows = t.panels[(first->kind == RAREFY_I4 ? 2 : 0) + (exact ? 1 : 0)];
+  const Parts<rarefy_panels> parts(jobs, count, PART);
+  on_threads(parts.all, rows_of(jobs, count) * first->cols / 8 * n > LEAST, [&](int64_t part) {
+    const Job<rarefy_panels>& job = parts.at(part);
+    const int64_t from = part * PART, to = std::min(job.w->rows, from + PART);
+    rows(*job.w, from, to, in, wide, job.y, job.ldy, n);
+    t.settle_panels(*job.w, from, to, exact ? nullptr : scales, job.residual, job.y, job.ldy, n);
+  });
+  return RAREFY_OK;
+}
+
 int run(const Job<rarefy_csr>* jobs, int64_t count, const float* x, int64_t ldx, int64_t n) {
   const rarefy_table& t = rarefy_chosen();
   const int size = n > 8 ? 3 : n > 4 ? 2 : n > 1;  // of 1, 4, 8, 16 inputs side by side
@@ -213,6 +237,12 @@ API int rarefy_run_csr(const rarefy_csr* w, const float* x, int64_t ldx, const f
   return run(&job, 1, x, ldx, n);
 }
 
+API int rarefy_run_panels(const rarefy_panels* w, const float* x, int64_t ldx, const float* residual, float* y,
+                          int64_t ldy, int64_t n) {
+  const Job<rarefy_panels> job{w, residual, y, ldy};
+  return run(&job, 1, x, ldx, n);
+}
+
 API int rarefy_run_together(int32_t format, const void* const* w, int64_t count, const float* x, int64_t ldx,
                             float* const* y, int64_t n) {
   if (count < 1 || count > RAREFY_MOST_JOBS) return RAREFY_BAD;
@@ -220,6 +250,7 @@ API int rarefy_run_together(int32_t format, const void* const* w, int64_t count,
     case RAREFY_BITMASK: return run_all<rarefy_bitmask>(w, count, x, ldx, y, n);
     case RAREFY_CSR: return run_all<rarefy_csr>(w, count, x, ldx, y, n);
     case RAREFY_TILES: return run_all<rarefy_tiles>(w, count, x, ldx, y, n);
+    case RAREFY_PANELS: return run_all<rarefy_panels>(w, count, x, ldx, y, n);
     default: return RAREFY_BAD;
   }
 }
@@ -233,6 +264,13 @@ API int rarefy_check_csr(const rarefy_csr* w, int64_t values) {
     for (int64_t i = w->starts[r]; i < w->starts[r + 1]; ++i)  // no column twice
       if (w->columns[i] >= w->inputs || (i > w->starts[r] && w->columns[i] <= w->columns[i - 1])) return RAREFY_BAD;
   return RAREFY_OK;
+}
+
+API int rarefy_check_panels(const rarefy_panels* w, int64_t values) {
+  if (w->rows < 0 || w->cols < 0 || w->words != (w->cols + 63) / 64) return RAREFY_BAD;
+  if ((w->kind != RAREFY_I8 && w->kind != RAREFY_I4) || w->parts < 0 || w->parts > 2) return RAREFY_BAD;
+  if ((w->parts == 0) == (w->scales != nullptr) || (w->zeros && (!w->parts || w->kind != RAREFY_I4))) return RAREFY_BAD;
+  return (w->rows + 3) / 4 * w->words * 4 * (w->kind == RAREFY_I4 ? 32 : 64) == values ? RAREFY_OK : RAREFY_BAD;
 }
 
 API int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values) {

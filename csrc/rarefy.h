@@ -26,6 +26,22 @@ struct rarefy_bitmask {
   int32_t kind, act;
 };
 
+// Panels of four rows by 64 columns of whole numbers, one row after the other, without gaps: bytes, or nibbles of which
+// the lower comes first and which mean themselves less a zero. Past the last column lie zeros.
+struct rarefy_panels {
+  int64_t rows, cols;       // outputs, inputs
+  int64_t words;            // 64 columns each, (cols + 63) / 64
+  const void* values;       // [rows / 4][words][4][64 or 32]
+  const uint16_t* scales;   // bf16 [rows / 4][words][4][parts], or null
+  const uint8_t* zeros;     // of nibbles, as scales lie; null: 8
+  const float* whole;       // [rows], the scale of a whole row, or null
+  const float* sums;        // [rows], of numbers times scales (but for `whole`)
+  const float* bias;        // [rows] or null
+  int32_t kind, act;        // RAREFY_I8 or RAREFY_I4
+  int32_t parts;            // scales of a row of 64: 0 (it has one for all), 1, or 2 of 32 columns each
+  int32_t exact;            // inputs as they are in fp32; 0: rounded to bytes, each with a scale
+};
+
 // Four rows at a time; the columns of such a tile, sorted by which of its rows have a value there.
 struct rarefy_tiles {
   int64_t rows, inputs;     // outputs, inputs
@@ -66,6 +82,7 @@ void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*));
 // Whether every index leads inside; to be asked of what comes from a file before it runs. O(values).
 int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values);
 int rarefy_check_csr(const rarefy_csr* w, int64_t values);
+int rarefy_check_panels(const rarefy_panels* w, int64_t values);
 int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values);
 int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);
 
@@ -73,12 +90,14 @@ int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);
 // lies as y does, and may be null.
 int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                        int64_t n);
+int rarefy_run_panels(const rarefy_panels* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
+                      int64_t n);
 int rarefy_run_csr(const rarefy_csr* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                    int64_t n);
 int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                      int64_t n);
 // The same inputs times each of several weights of one format and kind, as one call: outputs y[j] are [n][rows of j].
-enum rarefy_format { RAREFY_BITMASK = 0, RAREFY_CSR = 1, RAREFY_TILES = 2 };
+enum rarefy_format { RAREFY_BITMASK = 0, RAREFY_CSR = 1, RAREFY_TILES = 2, RAREFY_PANELS = 3 };
 enum { RAREFY_MOST_JOBS = 16 };
 int rarefy_run_together(int32_t format, const void* const* w, int64_t count, const float* x, int64_t ldx, float* const* y,
                         int64_t n);

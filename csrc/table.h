@@ -20,6 +20,8 @@ struct rarefy_piece {
 struct rarefy_table {
   const char* name;
   void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
+  void (*panels[4])(const rarefy_panels&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
+  void (*settle_panels)(const rarefy_panels&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
   void (*csr[4])(const rarefy_csr&, int64_t, int64_t, const float*, float*, int64_t, int64_t);  // of 1, 4, 8, 16 inputs
   void (*rows)(const rarefy_csr&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
@@ -40,6 +42,8 @@ const rarefy_table& rarefy_chosen();  // what serves this process
 #define RAREFY_TABLE(name)                                                            \
   {name,                                                                              \
    {bit_any<RAREFY_F32>, bit_any<RAREFY_BF16>, bit_any<RAREFY_I8>, bit_any<RAREFY_I4>}, \
+   {panels_any<false, false>, panels_any<false, true>, panels_any<true, false>, panels_any<true, true>}, \
+   settle_panels,                                                                      \
    {csr_any<1>, csr_any<4>, csr_any<8>, csr_any<16>},                                  \
    settle_rows<RAREFY_F32, rarefy_csr>,                                                \
    {tiles_any<RAREFY_F32>, tiles_any<RAREFY_BF16>, tiles_any<RAREFY_I8>},             \

@@ -15,6 +15,7 @@ import torch
 
 from rarefy.errors import FormatError
 from rarefy.runtime import native, packed, reference
+from rarefy.values.quantize import asked, grid_for
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 HERE = native.isa()
@@ -392,6 +393,97 @@ def test_whatever_lies_in_a_buffer_ends_in_an_error_or_a_product(kind, how, isa)
         except FormatError:
             refused += 1
     assert refused
+
+
+GRIDS = [
+    ("int8", None, True), ("int4", None, True), ("int4", 32, True), ("int4", 64, True), ("int4", 32, False),
+    ("int4", None, False), ("int3", "tensor", True), ("int5", 32, True), ("int4", 128, False), ("int2", 96, True),
+]  # fmt: skip
+
+
+def on_grid(O, C, weights, group, symmetric):
+    ask = asked(weights, group, symmetric)
+    shape = (1, 1) if group == "tensor" else (O, 1 if group is None else C // group)
+    W = torch.randn(O, C) + (0 if symmetric else 0.5)
+    grid = grid_for(W, shape, ask)
+    return grid.snap(W), grid
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("way", GRIDS, ids=str)
+@pytest.mark.parametrize("size", [(1, 96), (7, 384), (33, 128), (66, 192), (100, 1536)], ids=str)
+def test_products_of_panels(size, way, exact, isa):
+    (O, C), (_, group, _) = size, way
+    if isinstance(group, int) and C % group:
+        C = group * (C // group or 1)
+    W, grid = on_grid(O, C, *way)
+    weight = packed.pack_panels(W, grid, exact)
+    torch.testing.assert_close(packed.unpack(weight), W, rtol=1e-6, atol=1e-7)
+    assert packed.nbytes(weight) < 4.1 * (-(-O // 4) * 4) * (-(-C // 64) * 64) / (1 if weight.kind == "int8" else 2)
+    bias = torch.randn(O)
+    for N in (1, 2, 3, 4, 9):
+        x = torch.randn(N, C)
+        got = native.Kernel(weight, bias).run(x)
+        want = reference.rounded(x, weight).double() @ packed.unpack(weight).double().T + bias
+        assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
+        if exact:
+            assert torch.equal(reference.rounded(x, weight), x)
+    activations(weight, bias, x, got)
+
+
+def test_panels_of_several_layers_in_one_call(isa):
+    weights = [packed.pack_panels(*on_grid(O, 128, "int4", 32, True)) for O in (5, 64, 70)]
+    kernels, x = [native.Kernel(w) for w in weights], torch.randn(3, 128)
+    assert native.fit_together(kernels)
+    for got, kernel in zip(native.Together(kernels).run(x), kernels):
+        torch.testing.assert_close(got, kernel.run(x))
+    W, grid = on_grid(8, 128, "int4", 32, True)
+    assert not native.fit_together([kernels[0], native.Kernel(packed.pack_panels(W, grid, False))])
+
+
+def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
+    W, grid = on_grid(9, 64, "int8", None, True)
+    x = torch.randn(3, 64)
+    x[1, 5] = float("nan")
+    for exact in (True, False):
+        y = native.Kernel(packed.pack_panels(W, grid, exact)).run(x)
+        assert torch.isnan(y[1]).all() and torch.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [
+        (("int8", None, False), "asymmetric codes of more than 4 bits"),
+        (("int4", 16, True), "groups of 16 inputs"),
+        (("int8", 48, True), "groups of 48 inputs"),
+    ],
+)
+def test_grids_that_no_kernel_reads(way, says):
+    with pytest.raises(FormatError, match=f"no kernel for {says}"):
+        packed.pack_panels(*on_grid(4, 96, *way))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kind": "fp32"}, "unknown kind 'fp32'; choose from int4, int8"),
+        ({"kind": "int8"}, "values: the kernels expect"),
+        ({"parts": 3}, "parts 0 to 2, got True, 3"),
+        ({"parts": 0}, "scales: the kernels expect nothing here"),
+        ({"exact": 1}, "exact is True or False"),
+        ({"scales": None}, "scales: the kernels expect torch.bfloat16 here"),
+        ({"zeros": torch.zeros(2, 2, 4, 1, dtype=torch.uint8)}, "zeros: the kernels expect"),
+        ({"whole": torch.ones(3)}, "whole: the kernels expect"),
+        ({"sums": torch.ones(3)}, "sums: the kernels expect"),
+        ({"values": torch.zeros(2, 2, 4, 31, dtype=torch.uint8)}, "values: the kernels expect"),
+        ({"shape": (8, 64)}, "values: the kernels expect"),
+        ({"shape": (8, -1)}, "shape: whole numbers"),
+    ],
+)
+def test_panels_that_do_not_fit_together_never_run(change, says):
+    weight = packed.pack_panels(*on_grid(8, 96, "int4", 32, True))
+    with pytest.raises(FormatError, match=says):
+        native.Kernel(packed.Panels(**{**vars(weight), **change}))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from conftest import tiny_llama
 from rarefy.errors import ModelError, RarefyError
 from rarefy.runtime import choices, native, ways
 from rarefy.runtime.choose import accelerate_
-from rarefy.runtime.layers import SparseConv, SparseLinear, geometry
+from rarefy.runtime.layers import PanelEmbedding, SparseConv, SparseLinear, geometry
 from rarefy.runtime.packed import pack_bitmask, pack_conv, pack_tiles
 from rarefy.runtime.table import latency_table
 
@@ -128,7 +128,7 @@ def test_what_is_fastest_takes_the_place(monkeypatch):
     model = tiny_llama()
     rarefy.prune_(model, sparsity=0.5, layers="model.layers.*.mlp.*")
     ids = torch.randint(0, 64, (2, 100))
-    with pytest.raises(ModelError, match="masks are still attached to model.layers.0.mlp.*fold_"):
+    with pytest.raises(ModelError, match="masks or grids are still attached to model.layers.0.mlp.*fold_"):
         accelerate_(model)
     rarefy.fold_(model)
     with torch.no_grad():
@@ -650,7 +650,7 @@ def test_an_accelerated_model_is_not_trained(monkeypatch):
 def test_weights_that_are_computed_are_not_timed():
     model = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(pruned()))
     for call in (accelerate_, latency_table):
-        with pytest.raises(ModelError, match="masks are still attached to 0.*remove_parametrizations"):
+        with pytest.raises(ModelError, match="still attached to 0.*remove_parametrizations"):
             call(model)
 
 
@@ -994,3 +994,120 @@ def test_weights_that_do_not_go_together():
             native.Together(some)
     with pytest.raises(RarefyError, match="the weight has 8 inputs, x has 9"):
         native.Together(kernels[:1]).run(torch.ones(2, 9))
+
+
+# weights on grids
+
+
+def gridded(weights="int4", group=32, bias=True):
+    net = nn.Sequential(nn.Linear(64, 48, bias=bias), nn.ReLU(), nn.Linear(48, 10))
+    rarefy.quantize_(net, weights, group=group, layers="0")
+    return rarefy.fold_(net).eval()
+
+
+@needs_kernels
+@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_layers_on_a_grid_read_their_bits(weights, values, monkeypatch):
+    chosen = "panels"
+    monkeypatch.setattr(ways, "fastest", lambda dense, layers, inputs, clock: {n: (chosen, 2.0) for n in inputs})
+    net = gridded(weights, None if weights == "int8" else 32)
+    dense = copy.deepcopy(net)
+    report = rarefy.accelerate_(net, (1, 8), values=values, choices=False)
+    assert isinstance(net[0], SparseLinear) and net[0].about[0][1]["format"] == "panels"
+    assert "panels 2.00x" in report.rows[0]["batch 1"] and report.rows[1]["why"].startswith("dense: 0.00% zeros")
+    assert report.summary["bytes in memory after"] < 0.5 * report.summary["bytes in memory"]
+    for n in (1, 5, 32, 33, 200):  # past 32 inputs by torch's own product
+        x = torch.randn(n, 64)
+        got, want = net[0](x), dense[0](x)
+        apart = float(((got - want).norm() / want.norm()).detach())
+        assert apart < (1e-5 if values is None else 0.02) and (values is None or apart > 1e-5)
+    again = copy.deepcopy(net)
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(x), net(x))
+    x.requires_grad_()
+    net(x).sum().backward()
+    assert x.grad is not None
+
+
+@needs_kernels
+def test_a_grid_that_the_weight_has_left_is_no_grid():
+    net = gridded()
+    with torch.no_grad():
+        net[0].weight.add_(0.01)
+    assert rarefy.accelerate_(net, (1,), choices=False).rows[0]["why"] == "dense: 0.00% zeros"
+
+
+@needs_kernels
+def test_grids_that_no_kernel_reads_stay_dense_and_say_why():
+    net = gridded("int4", 16)
+    assert rarefy.accelerate_(net, (1,), choices=False).rows[0]["why"].endswith("no kernel for groups of 16 inputs")
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3))
+    rarefy.fold_(rarefy.quantize_(conv, "int8") and conv)
+    why = rarefy.accelerate_(conv, example=torch.randn(1, 3, 8, 8), choices=False).rows[0]["why"]
+    assert "no kernel for grids of convolutions yet" in why
+
+
+def test_a_live_grid_is_to_be_folded_first():
+    net = nn.Sequential(nn.Linear(8, 8))
+    rarefy.quantize_(net, "int8")
+    with pytest.raises(ModelError, match="masks or grids are still attached to 0: fold_ the model first"):
+        rarefy.accelerate_(net, choices=False)
+
+
+@needs_kernels
+def test_zeros_and_bits_together(monkeypatch):
+    """A pruned and quantized layer by the kernels that skip zeros, on the grid's own codes."""
+    net = nn.Sequential(nn.Linear(128, 64))
+    rarefy.prune_(net, sparsity=0.7)
+    rarefy.quantize_(net, "int8", fit="mse")
+    rarefy.fold_(net)
+    x, dense = torch.randn(4, 128), copy.deepcopy(net)
+    for way in ("csr", "bitmask", "tiles", "panels"):
+        monkeypatch.setattr(ways, "fastest", lambda d, l, inputs, c, way=way: {n: (way, 2.0) for n in inputs})
+        one = copy.deepcopy(net)
+        rarefy.accelerate_(one, (4,), values="int8", choices=False)
+        assert one[0].about[0][1]["format"] == way
+        torch.testing.assert_close(one[0].weight, dense[0].weight)
+        assert float(((one(x) - dense(x)).norm() / dense(x).norm()).detach()) < 0.02
+
+
+@needs_kernels
+def test_loading_puts_kernels_in_place_of_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(ways, "fastest", lambda dense, layers, inputs, clock: {n: ("panels", 2.0) for n in inputs})
+    net = gridded()
+    rarefy.save(net, tmp_path / "out")
+    fresh = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    fast = rarefy.load(tmp_path / "out", fresh, accelerate={"batch": (1,), "choices": False}).eval()
+    assert isinstance(fast[0], SparseLinear)
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(fast(x), net(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_a_head_and_its_embedding_share_their_bits(values, monkeypatch):
+    monkeypatch.setattr(ways, "fastest", lambda dense, layers, inputs, clock: {n: ("panels", 2.0) for n in inputs})
+    model = tiny_llama()
+    rarefy.quantize_(model, "int8", layers=["Linear", "Embedding"])
+    rarefy.fold_(model)
+    ids, dense = torch.randint(0, 64, (2, 5)), copy.deepcopy(model)
+    report = accelerate_(model, (1,), values=values, choices=False)
+    row = {r["layer"]: r for r in report.rows}["model.embed_tokens"]
+    assert row["why"] == "" and row["batch 1"] == "panels 2.00x"
+    assert isinstance(model.lm_head, SparseLinear) and isinstance(model.model.embed_tokens, PanelEmbedding)
+    held = {b.data_ptr() for b in model.lm_head.buffers()}
+    assert all(b.data_ptr() in held for b in model.model.embed_tokens.buffers())
+    assert torch.equal(model.model.embed_tokens(ids), dense.model.embed_tokens(ids))
+    with torch.no_grad():
+        got, want = model(ids).logits, dense(ids).logits
+    assert float((got - want).norm() / want.norm()) < (1e-4 if values is None else 0.05)
+    assert report.summary["bytes in memory after"] < 0.55 * report.summary["bytes in memory"]
+    assert torch.equal(copy.deepcopy(model).model.embed_tokens(ids), model.model.embed_tokens(ids))
+
+
+@needs_kernels
+def test_a_head_without_a_grid_stays_shared():
+    model = tiny_llama()
+    rows = accelerate_(model, (1,), layers=["Linear", "Embedding"], choices=False).rows
+    assert {r["layer"]: r["why"] for r in rows}["model.embed_tokens"] == "dense: its weight is shared"

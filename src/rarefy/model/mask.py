@@ -178,7 +178,7 @@ def _remove(module: nn.Module, param: str) -> None:
     keep = original(module, param)
     kind = type(module)  # torch gives a copy of a module the same class, and takes the weight off that
     own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(kind.__name__, kind.__bases__, own)
+    module.__class__ = type(kind.__name__, kind.__bases__, own)  # type: ignore[assignment]
     parametrize.remove_parametrizations(module, param, leave_parametrized=False)
     # remove_parametrizations hands back a parameter; with tied weights it must be the shared one
     setattr(module, param, keep)

@@ -15,19 +15,19 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rarefy.errors import ModelError, RarefyError, unknown
 from rarefy.model.batches import tensors_in
-from rarefy.model.select import Layer, Selector, select
+from rarefy.model.grid import notes
+from rarefy.model.select import Layer, Selector, all_layers, select
 from rarefy.model.stats import call, evaluating, on_device
 from rarefy.progress import track
 from rarefy.proof.measure import resident_bytes
 from rarefy.proof.report import Report
 from rarefy.runtime import choices as kept
 from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
-from rarefy.runtime.layers import Sparse, SparseLinear
+from rarefy.runtime.layers import PanelEmbedding, Sparse, SparseLinear
 from rarefy.runtime.observe import Observed, activation, observe, plain
 from rarefy.runtime.packed import MOST_STRIDE
-from rarefy.runtime.ways import NUMBERS, Clock, forms_of, inputs_of, ways_of
+from rarefy.runtime.ways import FEW, NUMBERS, Clock, forms_of, grid_of, inputs_of, ways_of, why_no_panels
 
-FEW = 0.1  # zeros below which nothing is tried
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take the weights of their layers themselves
 
 
@@ -44,8 +44,8 @@ def accelerate_(
     choices: str | Path | bool = True,
     progress: bool = False,
 ) -> Report:
-    """Replace Linear and Conv layers that have zeros by ones that skip them, where that is faster here; return what was
-    chosen.
+    """Replace Linear and Conv layers that have zeros by ones that skip them, and Linear layers on grids of few bits by
+    ones that read those bits, where that is faster here; return what was chosen.
 
     batch    numbers of inputs in a call of a Linear (samples x tokens) for which a choice is made; those between go to
              the nearest
@@ -55,9 +55,9 @@ def accelerate_(
              before it, an activation (ReLU, GELU, SiLU) into the kernel; an Identity stays in their place. Linear
              layers given the same tensor one after the other (queries, keys, values) run in one call. Undone if the
              example's outputs then differ. What the example does not do is not seen: False leaves all be
-    values   "int8": Linear layers that run sparse do so in 8 bits, weights with a scale for each output and inputs with
-             one for each row (as CSR, which may serve a few inputs, as they are), so outputs change a little; None: in
-             the weight's own numbers
+    values   "int8": Linear layers that run sparse or on a grid do so in 8 bits, weights with a scale for each output or
+             on their grid, and inputs with one for each row (as CSR, which may serve a few inputs, as they are), so
+             outputs change a little; None: in the weight's own numbers
     repeats  timings of each way, in turns
     choices  the file that keeps what was fastest, so that it is measured once (`rarefy.runtime.choices` says where
              that file is); False = measure, and keep nothing
@@ -78,6 +78,10 @@ def accelerate_each(model: nn.Module, how: Mapping[str, Any], bring: Callable[[L
     example, fold, values, sizes = how["example"], how["fold"], how["values"], how["batch"]
     file = check_options(sizes, how["repeats"], values, how["choices"])
     chosen, sizes = select(model, how["layers"], how["ignore"]), sorted(set(sizes))
+    if how["layers"] is None:  # what was put on a grid was meant, be it a head
+        left = {id(l) for l in chosen}
+        dropped = {id(l.original) for l in (select(model, how["ignore"]) if how["ignore"] else ())}
+        chosen += [l for l in all_layers(model) if id(l) not in left and _gridded(l) and id(l.original) not in dropped]
     check_plain(chosen, bring is None)
     seen = None if example is None else observe(model, [l.module for l in chosen], example)
     places, before = Places(model, seen, fold), sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
@@ -188,7 +192,7 @@ def check_plain(chosen: Sequence[Layer], here: bool = True) -> None:
     """Raise ModelError for layers whose weight is no plain tensor, or, where it should be `here`, has no values."""
     made = [l.full_name for l in chosen if parametrize.is_parametrized(l.module)]
     if made:
-        masked = f"masks are still attached to {', '.join(made)}: fold_ the model first"
+        masked = f"masks or grids are still attached to {', '.join(made)}: fold_ the model first"
         raise ModelError(
             f"{masked} (parametrizations that are no masks: remove_parametrizations, or ignore= the layers)"
         )
@@ -231,6 +235,42 @@ class Places:
         return self.names[id(module)]
 
 
+def _gridded(layer: Layer) -> bool:
+    return layer.param in notes(layer.module)
+
+
+def _tied(layer: Layer) -> tuple[Any, list[tuple[str, Any]]] | None:
+    """The one Linear layer, and the embeddings, that share a weight on a grid and do nothing else."""
+    linears = [(n, m) for n, m, _ in layer.owners if isinstance(m, nn.Linear)]
+    others = [(n, m) for n, m, _ in layer.owners if not isinstance(m, nn.Linear)]
+    alone = all(type(m) is nn.Embedding and m.max_norm is None and plain(m) for _, m in others)
+    if len(linears) != 1 or not others or not alone or layer.elsewhere or not _gridded(layer):
+        return None
+    return linears[0], others
+
+
+def _settle_tied(
+    layer: Layer, tied: Any, places: Places, row: dict[str, Any], clock: Clock, how: Any
+) -> dict[str, Any]:
+    """Put a head and its embeddings on the same bits, where those are the fastest for all numbers of inputs."""
+    (name, head), others = tied
+    sizes, values = how
+    alone = Layer(name, "weight", ((name, head, "weight"),), layer.layout)
+    why = _why_held(alone, places) or why_dense(alone, row["sparsity"], None)
+    if why is not None:
+        return {**row, "why": f"dense: {why}"}
+    ways, build = ways_of(head, values)
+    best = clock.best(head, ways, build, {n: inputs_of(layer.weight, n, None) for n in sizes})
+    row |= {f"batch {b}": way if way == "dense" else f"{way} {gain:.2f}x" for b, (way, gain) in best.items()}
+    if {way for way, _ in best.values()} != {"panels"}:
+        return {**row, "why": "dense: its weight is shared, and panels are not the fastest"}
+    packed: Any = ways["panels"]
+    places.put(name, build({1: packed}).train(head.training))
+    for at, module in others:
+        places.put(at, PanelEmbedding(packed, module.weight.dtype, module.padding_idx))
+    return {**row, "why": ""}
+
+
 def _settle(layer: Layer, places: Places, sizes: Sequence[int], values: str | None, clock: Clock) -> dict[str, Any]:
     """Put what is fastest in a layer's place; return the row that tells of it."""
     weight, image = layer.weight.detach(), places.seen.images.get(id(layer.module))
@@ -240,6 +280,10 @@ def _settle(layer: Layer, places: Places, sizes: Sequence[int], values: str | No
     row: dict[str, Any] = {"layer": layer.full_name, "shape": shape, "sparsity": zeros}
     row |= {f"batch {b}": "dense" if b in mine else "" for b in columns}
     module, last, taken = layer.module, layer.module, []
+    tied = _tied(layer)
+    if tied is not None:
+        row |= {"takes in": "", "in one call with": ""} if places.reached else {}
+        return _settle_tied(layer, tied, places, row, clock, (sizes, values))
     why = _why_held(layer, places)
     if why is None:
         norm = places.reader(module)
@@ -301,8 +345,9 @@ def why_dense(layer: Layer, zeros: float, reached: bool | None) -> str | None:
         return f"no kernel for {type(module).__name__} yet"
     if layer.weight.dtype not in NUMBERS or layer.weight.device.type != "cpu":
         return f"{layer.weight.dtype} on {layer.weight.device.type}"
-    if zeros < FEW:
-        return f"{zeros:.2%} zeros"
+    grid = grid_of(module) if layer.param == "weight" else None
+    if zeros < FEW and (grid is None or (why := why_no_panels(layer.weight, grid)) is not None):
+        return f"{zeros:.2%} zeros" + ("" if grid is None else f", {why}")
     return _why_dense_conv(module, reached) if conv else None
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from rarefy.errors import ModelError, unknown
 from rarefy.runtime import native, reference
-from rarefy.runtime.packed import Bitmask, ConvTiles, Csr, Packed, Tiles, unpack
+from rarefy.runtime.packed import Bitmask, ConvTiles, Csr, Packed, Panels, Tiles, unpack
 
+MOST_INPUTS = 32  # of a call, up to which panels are multiplied by as they lie
 MOST_SIZES = 64  # of calls for which layers that run together are kept
-FORMATS: dict[str, type] = {"bitmask": Bitmask, "csr": Csr, "tiles": Tiles, "convolution": ConvTiles}
+FORMATS: dict[str, type] = {"bitmask": Bitmask, "csr": Csr, "tiles": Tiles, "convolution": ConvTiles, "panels": Panels}
 
 
 class Sparse(nn.Module):
@@ -101,6 +102,12 @@ class Sparse(nn.Module):
             bias = buffers["bias"]
             W = unpack(self.form(at)).to(x.dtype)  # type: ignore[arg-type]
             y = self.dense(x, W, None if bias is None else bias.to(x.dtype))
+            return reference.ACTIVATIONS[self.activation](y)
+        if inputs > MOST_INPUTS and isinstance(
+            form := self.form(at), Panels
+        ):  # one pass to unpack, then torch's own product
+            bias, rounded = buffers["bias"], reference.rounded(x.float(), form).to(x.dtype)
+            y = self.dense(rounded, unpack(form).to(x.dtype), None if bias is None else bias.to(x.dtype))
             return reference.ACTIVATIONS[self.activation](y)
         if not x.is_floating_point():
             raise ModelError(f"the layer takes floating point, x is {str(x.dtype).removeprefix('torch.')}")
@@ -293,6 +300,34 @@ class SparseConv(Sparse):
         y = self.operator(images) if compiling else self.run(images, images.shape[0])
         y = y.squeeze(2) if spatial == 1 else y
         return y if x.dim() == spatial + 2 else y[0]
+
+
+class PanelEmbedding(nn.Module):
+    """The embedding of a packed weight, whose buffers it shares with the layer that multiplies by it."""
+
+    def __init__(self, packed: Panels, dtype: torch.dtype, padding_idx: int | None = None):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.dtype, self.padding_idx = dtype, padding_idx
+        self.plain = {n: v for n, v in vars(packed).items() if not isinstance(v, Tensor) and v is not None}
+        for name, tensor in vars(packed).items():
+            if isinstance(tensor, Tensor):
+                self.register_buffer(name, tensor)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, unpacked at each call."""
+        return unpack(Panels(**self.plain, **self._buffers)).to(self.dtype)  # type: ignore[arg-type]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of `ids`. O(ids)."""
+        flat = ids.reshape(-1)
+        fours = F.pad(flat, (0, -len(flat) % 4)).view(-1, 4)
+        rows: Any = {n: t for n, t in self._buffers.items() if t is not None}
+        for name, t in rows.items():
+            rows[name] = t[fours].flatten() if t.dim() == 1 else t[fours // 4, :, fours % 4].transpose(1, 2)
+        made = unpack(Panels(**{**self.plain, "shape": (fours.numel(), self.embedding_dim)}, **rows))
+        return made[: len(flat)].to(self.dtype).reshape(*ids.shape, self.embedding_dim)
 
 
 def refuse_traces(compiling: bool) -> None:

@@ -32,12 +32,13 @@ from rarefy.runtime.packed import (
     ConvTiles,
     Csr,
     Packed,
+    Panels,
     Tiles,
 )
 
 ISAS = ("avx512", "avx2", "portable")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-_FORMATS = (Bitmask, Csr, Tiles)  # in the order of csrc/rarefy.h
+_FORMATS = (Bitmask, Csr, Tiles, Panels)  # in the order of csrc/rarefy.h
 MOST_TOGETHER = 16  # weights of one call
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
 
@@ -47,6 +48,14 @@ class _Bitmask(Structure):
         *[(n, c_int64) for n in ("rows", "cols", "words")],
         *[(n, c_void_p) for n in ("masks", "starts", "values", "scales", "sums", "bias")],
         *[(n, c_int32) for n in ("kind", "act")],
+    ]
+
+
+class _Panels(Structure):
+    _fields_ = [
+        *[(n, c_int64) for n in ("rows", "cols", "words")],
+        *[(n, c_void_p) for n in ("values", "scales", "zeros", "whole", "sums", "bias")],
+        *[(n, c_int32) for n in ("kind", "act", "parts", "exact")],
     ]
 
 
@@ -88,13 +97,14 @@ def _open() -> tuple[Any, str | None]:
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels do not load: {error}"
     library.rarefy_isa.restype = c_char_p
-    for name, kind in (("bitmask", _Bitmask), ("csr", _Csr), ("tiles", _Tiles)):
+    for name, kind in (("bitmask", _Bitmask), ("csr", _Csr), ("tiles", _Tiles), ("panels", _Panels)):
         run = getattr(library, f"rarefy_run_{name}")
         run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
     library.rarefy_run_together.argtypes = [c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]
     library.rarefy_run_conv.argtypes = [POINTER(_Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
     library.rarefy_check_conv.argtypes = [POINTER(_Conv), c_int64, c_int64]
     library.rarefy_check_csr.argtypes = [POINTER(_Csr), c_int64]
+    library.rarefy_check_panels.argtypes = [POINTER(_Panels), c_int64]
     library.rarefy_check_bitmask.argtypes = [POINTER(_Bitmask), c_int64]
     library.rarefy_check_tiles.argtypes = [POINTER(_Tiles), c_int64, c_int64]
     wanted = os.environ.get("RAREFY_ISA")
@@ -168,6 +178,13 @@ class Kernel:
             self.call = library.rarefy_run_bitmask
             room = len(packed.values) - PAST // packed.values.element_size()
             wrong = library.rarefy_check_bitmask(byref(self.about), room)
+        elif isinstance(packed, Panels):
+            how = {"parts": packed.parts, "exact": int(packed.exact)}
+            self.about, self.call = (
+                _Panels(cols=inputs, words=-(-inputs // 64), **how, **fields),
+                library.rarefy_run_panels,
+            )
+            wrong = library.rarefy_check_panels(byref(self.about), packed.values.numel())
         elif isinstance(packed, Csr):
             self.about, self.call = _Csr(inputs=inputs, **fields), library.rarefy_run_csr
             wrong = library.rarefy_check_csr(byref(self.about), len(packed.values))
@@ -225,7 +242,7 @@ def fit_together(kernels: Sequence[Any]) -> bool:
     """Return whether one call can run these."""
     if not 1 <= len(kernels) <= MOST_TOGETHER or not all(isinstance(k, Kernel) for k in kernels):
         return False
-    alike = {(type(k.held[0]), k.held[0].kind, k.shape[1]) for k in kernels}
+    alike = {(type(k.held[0]), k.held[0].kind, k.shape[1], getattr(k.held[0], "exact", None)) for k in kernels}
     return len(alike) == 1 and type(kernels[0].held[0]) in _FORMATS
 
 
@@ -296,8 +313,11 @@ def _check_plain(packed: Packed) -> None:
         right = isinstance(values, tuple) and len(values) == wide.get(name, 2)
         if not right or any(type(v) is not int or not least <= v <= most for v in values):
             raise FormatError(f"{name}: whole numbers from {least} to {most} are expected, got {values!r}")
-    if packed.kind not in (_KINDS if isinstance(packed, Bitmask) else LANE):
-        raise FormatError(unknown("kind", str(packed.kind), _KINDS))
+    known = ("int8", "int4") if isinstance(packed, Panels) else _KINDS if isinstance(packed, Bitmask) else tuple(LANE)
+    if packed.kind not in known:
+        raise FormatError(unknown("kind", str(packed.kind), known))
+    if isinstance(packed, Panels) and (type(packed.exact) is not bool or packed.parts not in (0, 1, 2)):
+        raise FormatError(f"panels: exact is True or False, parts 0 to 2, got {packed.exact!r}, {packed.parts!r}")
     if isinstance(packed, ConvTiles) and (packed.shape[0] % packed.groups or packed.kind != "fp32"):
         raise FormatError(f"no kernel for {packed.shape[0]} outputs in {packed.groups} groups of {packed.kind}")
     if packed.kind == "int8" and packed.shape[1] > MOST_BYTES_IN_A_SUM:
@@ -317,6 +337,12 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
             "starts": (torch.int64, (fours,)),
             "values": (KINDS.get(packed.kind, torch.uint8), (None,)),
         }
+    elif isinstance(packed, Panels):
+        cell = (fours, -(-C // 64), 4)
+        want |= {"values": (torch.uint8, (*cell, 64 if packed.kind == "int8" else 32)), "sums": (torch.float32, (O,))}
+        want |= {"scales": (torch.bfloat16, (*cell, packed.parts))} if packed.parts else {}
+        want |= {} if packed.zeros is None else {"zeros": (torch.uint8, (*cell, packed.parts))}
+        want |= {} if packed.whole is None else {"whole": (torch.float32, (O,))}
     elif isinstance(packed, Csr):
         k = packed.columns.numel() if isinstance(packed.columns, Tensor) else None
         want |= {
@@ -332,9 +358,9 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
             "columns": (torch.int16, (None,)),
             "values": (torch.int32, (None,)),
         }
-    if packed.kind == "int4":
+    if packed.kind == "int4" and not isinstance(packed, Panels):
         want |= {"scales": (torch.bfloat16, (fours, -(-C // 64), 4)), "sums": (torch.float32, (O,))}
-    if packed.kind == "int8":
+    if packed.kind == "int8" and not isinstance(packed, Panels):
         want |= {"scales": (torch.float32, (O,))}
         want |= {} if isinstance(packed, Csr) else {"sums": (torch.int32, (O,))}
     given = {n: t for n, t in vars(packed).items() if isinstance(t, Tensor)} | ({} if bias is None else {"bias": bias})

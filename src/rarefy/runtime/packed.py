@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rarefy.errors import FormatError, unknown
 from rarefy.formats.bits import pack_bits, unpack_bits
+from rarefy.model.grid import Grid
 
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LANE = {"fp32": 1, "bf16": 2, "int8": 4}
@@ -98,11 +99,29 @@ class ConvTiles:
         return Tiles((rows, I * kernel[0] * kernel[1]), "fp32", self.block, *parts)
 
 
-Packed = Bitmask | Csr | Tiles | ConvTiles
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """Whole numbers of few bits without gaps, four outputs by 64 inputs at a time: small batches, weights on a grid.
+
+    exact   inputs as they are in fp32; else each row of them in 127 steps"""
+
+    shape: tuple[int, int]
+    kind: str  # int8, or int4: nibbles, the lower first, which mean themselves less a zero
+    exact: bool
+    parts: int  # scales of 64 inputs: 0 (one for the whole row), 1, or 2 of 32 inputs each
+    values: Tensor  # uint8 [O / 4, words, 4, 64 or 32]
+    sums: Tensor  # fp32 [O]: of numbers times scales
+    scales: Tensor | None = None  # bf16 [O / 4, words, 4, parts]
+    zeros: Tensor | None = None  # uint8, of nibbles, as scales lie; None = 8
+    whole: Tensor | None = None  # fp32 [O]: the scale of a whole row
 
 
-def stored(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
-    """Return W in the numbers of `kind`, and int8's scale of each output: the largest magnitude over 127."""
+Packed = Bitmask | Csr | Tiles | ConvTiles | Panels
+
+
+def stored(weight: Tensor, kind: str, grid: Grid | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return W in the numbers of `kind`, and int8's scale of each output: that of the grid where W lies on one with a
+    scale for each output, else the largest magnitude over 127."""
     if kind not in KINDS:
         raise FormatError(unknown("kind", kind, KINDS))
     if kind == "int8" and weight.dim() == 2 and weight.shape[1] > MOST_BYTES_IN_A_SUM:
@@ -114,11 +133,13 @@ def stored(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
     if kind != "int8":
         return weight.detach().to(KINDS[kind]).contiguous(), None
     W = weight.detach().float()
+    if grid is not None and grid.zero is None and grid.scale.shape[1] == 1:
+        return grid.codes(W).to(torch.int8), grid.scale.float().expand(len(W), 1)[:, 0].contiguous()
     scales = W.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (W / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
 
 
-def pack_bitmask(weight: Tensor, kind: str = "fp32") -> Bitmask:
+def pack_bitmask(weight: Tensor, kind: str = "fp32", grid: Grid | None = None) -> Bitmask:
     """Return W [O, C] as `Bitmask`. O(O C).
 
     >>> packed = pack_bitmask(torch.tensor([[0.0, 2.0, 0.0, 3.0]]))
@@ -127,7 +148,7 @@ def pack_bitmask(weight: Tensor, kind: str = "fp32") -> Bitmask:
     """
     if kind == "int4":
         return _pack_nibbles(weight)
-    V, scales = stored(weight, kind)
+    V, scales = stored(weight, kind, grid)
     O, C = V.shape
     words = -(-C // 64)
     panels = _padded(V, 4, 64).reshape(-1, 4, words, 64).transpose(1, 2).contiguous()
@@ -172,14 +193,80 @@ def _unpack_nibbles(packed: Bitmask) -> Tensor:
     return (W * scales.float()[..., None]).transpose(1, 2).reshape(-1, hit.shape[1] * 64)[:O, :C]
 
 
-def pack_csr(weight: Tensor, kind: str = "fp32") -> Csr:
+def pack_panels(weight: Tensor, grid: Grid, exact: bool = True) -> Panels:
+    """Return W [O, C], which lies on `grid`, as `Panels`; FormatError where its scales lie in a way that kernels do not
+    read. O(O C).
+
+    >>> packed = pack_panels(torch.tensor([[1.0, -2.0]]), Grid(4, torch.tensor([[0.5]])))
+    >>> packed.kind, packed.whole.tolist(), packed.sums.tolist(), unpack(packed).tolist()
+    ('int4', [0.5], [-2.0], [[1.0, -2.0]])
+    """
+    O, C = weight.shape
+    rows, groups = grid.scale.shape
+    nibbles, many = grid.bits <= 4, C // groups
+    if rows not in (1, O) or (groups > 1 and many % 32) or (grid.zero is not None and not nibbles):
+        how = "asymmetric codes of more than 4 bits" if many % 32 == 0 or groups == 1 else f"groups of {many} inputs"
+        raise FormatError(f"no kernel for {how}")
+    c, words = grid.codes(weight), -(-C // 64)
+    parts = 0 if groups == 1 and grid.zero is None else 1 if many % 64 == 0 or groups == 1 else 2
+    scale = grid.scale.float().expand(O, groups)
+    whole = scale[:, 0].contiguous() if groups == 1 else None
+    scales = zeros = None
+    by = torch.ones(O, 1)
+    if parts:
+        each = 64 // parts
+        place = (torch.arange(words * parts) * each).clamp(max=C - 1) // many
+        by = torch.ones(O, words * parts) if whole is not None else scale[:, place]
+        zero = None if grid.zero is None else grid.zero.expand(O, groups)[:, place]
+        scales = _panel_cells(by.bfloat16(), words, 0.0)
+        zeros = None if zero is None else _panel_cells(zero, words, 8)
+        by = by.bfloat16().float().repeat_interleave(each, 1)[:, :C]
+    sums = (c.float() * by).sum(1)
+    if nibbles:
+        zero = 8 if grid.zero is None else grid.spread(grid.zero.to(torch.int16), (O, C))
+        full: Any = torch.full((-(-O // 4) * 4, words * 64), 8, dtype=torch.int16)
+        if zeros is not None:
+            full[:O] = grid.zero.expand(O, groups)[:, -1:].to(torch.int16)  # type: ignore[union-attr]
+        full[:O, :C] = c + zero
+        cells = full.to(torch.uint8).reshape(-1, 4, words, 64).transpose(1, 2)
+        values = cells[..., 0::2] | cells[..., 1::2] << 4
+    else:
+        values = (
+            _padded(c.to(torch.int8), 4, 64).reshape(-1, 4, words, 64).transpose(1, 2).contiguous().view(torch.uint8)
+        )
+    return Panels((O, C), "int4" if nibbles else "int8", exact, parts, values.contiguous(), sums, scales, zeros, whole)
+
+
+def _panel_cells(small: Tensor, words: int, rest: float) -> Tensor:
+    """[O, words x parts] -> [O / 4, words, 4, parts]."""
+    O = len(small)
+    full = small.new_full((-(-O // 4) * 4, small.shape[1]), rest)
+    full[:O] = small
+    return full.reshape(len(full) // 4, 4, words, -1).transpose(1, 2).contiguous()
+
+
+def _unpack_panels(packed: Panels) -> Tensor:
+    O, C = packed.shape
+    words = packed.values.shape[1]
+    if packed.kind == "int8":
+        W = packed.values.view(torch.int8).float()
+    else:
+        zero: Any = 8 if packed.zeros is None else packed.zeros.float().repeat_interleave(64 // packed.parts, -1)
+        W = torch.stack([packed.values & 15, packed.values >> 4], -1).flatten(-2).float() - zero
+    if packed.scales is not None:
+        W = W * packed.scales.float().repeat_interleave(64 // packed.parts, -1)
+    W = W.transpose(1, 2).reshape(-1, words * 64)[:O, :C]
+    return W if packed.whole is None else W * packed.whole[:, None]
+
+
+def pack_csr(weight: Tensor, kind: str = "fp32", grid: Grid | None = None) -> Csr:
     """Return W [O, C] as `Csr`. O(O C).
 
     >>> packed = pack_csr(torch.tensor([[0.0, 2.0, 0.0, 3.0], [0.0, 0.0, 4.0, 0.0]]))
     >>> packed.starts.tolist(), packed.columns.tolist(), packed.values.tolist()
     ([0, 2, 3], [1, 3, 2], [2.0, 3.0, 4.0])
     """
-    V, scales = stored(weight, kind)
+    V, scales = stored(weight, kind, grid)
     if V.shape[1] > MOST_COLUMNS:
         raise FormatError(f"columns are counted in 16 bits: at most {MOST_COLUMNS} inputs, got {V.shape[1]}")
     hit = V != 0
@@ -188,7 +275,7 @@ def pack_csr(weight: Tensor, kind: str = "fp32") -> Csr:
     return Csr((V.shape[0], V.shape[1]), kind, torch.cat([ends.new_zeros(1), ends]), columns, V[hit], scales)
 
 
-def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None) -> Tiles:
+def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None, grid: Grid | None = None) -> Tiles:
     """Return W [O, C] as `Tiles` with `block` lanes of inputs to a block: 128 where many fp32 weights are left that do
     not come in fours, else by default all. O(O C log block).
 
@@ -196,7 +283,7 @@ def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None) -> 
     >>> packed.counts[0, 0].nonzero().flatten().tolist(), packed.columns.tolist()  # patterns 0b10, 0b11
     ([2, 3], [0, 1])
     """
-    V, scales = stored(weight, kind)
+    V, scales = stored(weight, kind, grid)
     O, C = V.shape
     each = LANE[kind]
     lanes = -(-C // each)
@@ -261,6 +348,8 @@ def unpack(packed: Packed) -> Tensor:
         O, groups = packed.shape[0], packed.groups
         rows = unpack(packed.tiles).reshape(groups, -1, packed.tiles.shape[1])
         return rows[:, : O // groups].reshape(packed.shape)
+    if isinstance(packed, Panels):
+        return _unpack_panels(packed)
     if packed.kind == "int4":
         return _unpack_nibbles(packed)  # type: ignore[arg-type]
     (O, C), dtype = packed.shape, KINDS[packed.kind]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.runtime.packed import ConvTiles, Csr, Packed, unpack
+from rarefy.runtime.packed import ConvTiles, Csr, Packed, Panels, unpack
 
 ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
     None: lambda y: y,
@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
 def rounded(x: Tensor, packed: Packed) -> Tensor:
     """Return inputs as the kernel of a weight sees them: bf16 as such, for int8 and int4 each row in 127 steps; single
     values meet them as they are."""
-    kind = "fp32" if isinstance(packed, Csr) else packed.kind
+    kind = "fp32" if isinstance(packed, Csr) or (isinstance(packed, Panels) and packed.exact) else packed.kind
     if kind == "bf16":
         return x.bfloat16().float()
     if kind in ("int8", "int4"):

@@ -13,14 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.model.grid import Grid, notes
 from rarefy.proof.measure import Times, compare
 from rarefy.runtime import choices
 from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
-from rarefy.runtime.packed import KINDS, MOST_COLUMNS, Packed, pack_bitmask, pack_conv, pack_csr, pack_tiles
+from rarefy.runtime.packed import (
+    KINDS,
+    MOST_COLUMNS,
+    Packed,
+    Panels,
+    pack_bitmask,
+    pack_conv,
+    pack_csr,
+    pack_panels,
+    pack_tiles,
+)
 
 GAIN = 1.03  # how much faster than dense a kernel must be
 MOST_INPUTS = 32  # of a call that the ways for few inputs are tried for
 FOR_FEW = ("bitmask", "csr")
+FEW = 0.1  # zeros below which nothing is skipped
 SCATTERED = 0.6  # zeros from which single values with their columns are tried
 FLUSH = 64 << 20  # bytes that are read between two runs, so that weights come from memory as they do in a large model
 CACHED = 16 << 20  # bytes of all weights up to which they stay in the cache
@@ -51,7 +63,12 @@ class Clock:
         """Return the fastest way for each number of inputs, and how many times as fast as dense it is."""
         zeros, how = float((dense.weight == 0).float().mean()), geometry(dense) if not _linear(dense) else {}
         shapes = [(x.shape, x.stride()) for x in inputs.values()]
-        about = (list(dense.weight.shape), dense.weight.dtype, [w.kind for w in ways.values()], round(zeros, 2))
+        about = (
+            list(dense.weight.shape),
+            dense.weight.dtype,
+            [(n, w.kind, getattr(w, "exact", None)) for n, w in ways.items()],
+            round(zeros, 2),
+        )
         key = str((*about, _fill(ways), shapes, how, self.flush is None))
         if not _fits(self.known.get(key), ways, list(inputs)):
             self.known[key] = fastest(dense, {n: build({1: w}) for n, w in ways.items()}, inputs, self)
@@ -84,12 +101,35 @@ def ways_of(module: Any, values: str | None = None) -> tuple[dict[str, Packed], 
     """Return the packed forms of a layer's weight, and what builds a layer of some of them."""
     weight = module.weight.detach()
     if _linear(module):
+        grid, zeros = grid_of(module), float((weight == 0).float().mean())
         kind = values or NUMBERS[weight.dtype]
-        ways: dict[str, Packed] = {"bitmask": pack_bitmask(weight, kind), "tiles": pack_tiles(weight, kind)}
-        if weight.shape[1] <= MOST_COLUMNS and float((weight == 0).float().mean()) >= SCATTERED:
-            ways = {"csr": pack_csr(weight, kind), **ways}
+        ways: dict[str, Packed] = {}
+        if grid is not None and why_no_panels(weight, grid) is None:
+            ways["panels"] = pack_panels(weight, grid, values is None)
+        if zeros >= SCATTERED and weight.shape[1] <= MOST_COLUMNS:
+            ways["csr"] = pack_csr(weight, kind, grid)
+        if grid is None or zeros >= FEW:
+            ways["bitmask"] = pack_bitmask(weight, kind, grid)
+        if grid is None or zeros >= FEW or values is not None:
+            ways["tiles"] = pack_tiles(weight, kind, grid=grid)
         return ways, partial(SparseLinear, bias=module.bias)
     return {"convolution": pack_conv(_as_images(weight), **geometry(module))}, partial(SparseConv, like=module)
+
+
+def grid_of(module: Any) -> Grid | None:
+    """Return the grid on which a layer's weight lies, as noted beside it."""
+    grid = notes(module).get("weight")
+    return grid if isinstance(grid, Grid) and grid.holds(module.weight.detach()) else None
+
+
+def why_no_panels(weight: Tensor, grid: Grid) -> str | None:
+    """Return why no kernel reads a weight's grid, or None."""
+    if weight.dim() != 2:
+        return "no kernel for grids of convolutions yet"
+    many = weight.shape[1] // grid.scale.shape[1]
+    if grid.scale.shape[1] > 1 and many % 32:
+        return f"no kernel for groups of {many} inputs"
+    return "no kernel for asymmetric codes of more than 4 bits" if grid.zero is not None and grid.bits > 4 else None
 
 
 def inputs_of(weight: Tensor, n: int, image: Tensor | None) -> Tensor:
@@ -131,4 +171,4 @@ def _fits(choice: choices.Choice | None, ways: Mapping[str, Packed], sizes: Sequ
 def _fill(ways: Mapping[str, Packed]) -> float:
     """How many of four outputs share a column, in the mean: what blocks of zeros change in the time of tiles."""
     tiles: Any = list(ways.values())[-1]
-    return round(len(tiles.values) / max(1, len(tiles.columns)), 1)
+    return 0.0 if isinstance(tiles, Panels) else round(len(tiles.values) / max(1, len(tiles.columns)), 1)
