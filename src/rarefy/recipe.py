@@ -29,6 +29,8 @@ from rarefy.prune.solver import resolve
 from rarefy.stages import Cast, Cut, Data, Evaluate, Factorize, Gradual, Optimizer, Prune, Quantize, Save, Share, Train
 from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
 from rarefy.train.schedule import SCHEDULES, sparsities
+from rarefy.values.activations import KINDS as ACTIVATIONS
+from rarefy.values.activations import OBSERVERS
 from rarefy.values.fit import FITS
 from rarefy.values.lowrank import asked as asked_factors
 from rarefy.values.quantize import asked as asked_values
@@ -96,7 +98,12 @@ OWN: dict[Any, dict[str, tuple[str, ...]]] = {
         "reduce": CUT_REDUCTIONS,
         "repair": REPAIRS,
     },
-    Quantize: {"fit": tuple(FITS), "weights": tuple(f"int{b}" for b in BITS)},
+    Quantize: {
+        "fit": tuple(FITS),
+        "weights": tuple(f"int{b}" for b in BITS),
+        "activations": ACTIVATIONS,
+        "observer": OBSERVERS,
+    },
 }
 AT_LEAST_ONE = frozenset({"samples", "train_samples", "tokens", "batch", "epochs", "steps", "repeats", "prompt", "new"})
 FRACTIONS = frozenset({"sparsity", "first", "start", "end"})

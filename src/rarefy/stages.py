@@ -46,6 +46,8 @@ class Quantize:
     symmetric: bool = True
     fit: str | None = None
     solver: Solver | str = "rtn"
+    activations: str | None = None
+    observer: str | None = None
     pattern: str | None = None
     sparsity: float | None = None
     layers: tuple[str, ...] | None = None
@@ -53,7 +55,7 @@ class Quantize:
 
     def options(self) -> dict[str, Any]:
         """Return what `rarefy.values.quantize.asked` takes."""
-        names = ("weights", "group", "symmetric", "fit", "solver", "pattern", "sparsity")
+        names = ("weights", "group", "symmetric", "fit", "solver", "activations", "observer", "pattern", "sparsity")
         return {n: getattr(self, n) for n in names}
 
 

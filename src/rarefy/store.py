@@ -20,7 +20,7 @@ from rarefy.cut.structure import check_told, restore
 from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
 from rarefy.files import INDEX, blaming, check_target, whole_folder
 from rarefy.formats import container, sparse, values
-from rarefy.model import hf
+from rarefy.model import hf, inputs
 from rarefy.model.grid import get_grid, note_
 from rarefy.model.layout import Layout
 from rarefy.model.mask import plain_state
@@ -74,6 +74,8 @@ def save(
         meta["cut"] = model.rarefy_cut
     if factors.noted(model):
         meta["factors"] = factors.noted(model)
+    if inputs.noted(model):
+        meta["inputs"] = inputs.noted(model)
     extra = dict(files or {})
     if structure["library"]:
         extra.setdefault("config.json", json.dumps(structure["config"], indent=1).encode())
@@ -151,6 +153,7 @@ def load(
     told = saved.meta.get("factors", {})
     if told != factors.noted(model):
         factors.restore_(model, told, path)
+    inputs.restore_(model, saved.meta.get("inputs", {}), path)
     _check_names(saved, model, path)
     slots = _slots(model)
     for name, (module, leaf) in slots.items():

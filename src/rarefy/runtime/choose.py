@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from rarefy.errors import ModelError, RarefyError, unknown
 from rarefy.model.batches import tensors_in
 from rarefy.model.grid import notes
+from rarefy.model.inputs import Inputs, get_inputs
 from rarefy.model.select import Layer, Selector, all_layers, select
 from rarefy.model.stats import call, evaluating, on_device
 from rarefy.progress import track
@@ -329,6 +330,8 @@ def _why_held(layer: Layer, places: Places) -> str | None:
         return "it is the whole model: put it into a module"
     if not plain(module):
         return "its hooks would be lost"
+    if (rounded := get_inputs(module)) is not None and (rounded != Inputs() or not isinstance(module, nn.Linear)):
+        return "no kernel rounds its inputs so"
     if len(layer.owners) > 1 or layer.elsewhere or places.uses[id(module)] > 1:
         return "its weight is shared"
     parent = places.parents[layer.name]

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rarefy.model.batches import tensors_in
+from rarefy.model.inputs import is_ours
 from rarefy.model.stats import call, evaluating, on_device
 from rarefy.runtime.reference import ACTIVATIONS
 
@@ -106,7 +107,7 @@ def observe(model: nn.Module, layers: Collection[nn.Module], example: Any) -> Ob
     readers = {m for m in model.modules() if plain(m) and (_is_norm(m) or activation(m) is not None)}
     convolutions = [m for m in layers if isinstance(m, nn.Conv1d | nn.Conv2d)]
     hooks = [m.register_forward_pre_hook(see) for m in convolutions]
-    hooks += [m.register_forward_pre_hook(given.see) for m in layers if isinstance(m, nn.Linear)]
+    hooks += [m.register_forward_pre_hook(given.see, prepend=True) for m in layers if isinstance(m, nn.Linear)]
     hooks += [m.register_forward_pre_hook(meet) for m in readers]
     hooks += [m.register_forward_hook(keep) for m in {*layers, *readers}]
     try:
@@ -142,8 +143,10 @@ def activation(module: nn.Module) -> str | None:
 
 
 def plain(module: nn.Module) -> bool:
-    """Return whether a module is called as its class says: with no hooks, and no forward of its own."""
-    return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    """Return whether a module is called as its class says: with no hooks but those that round its inputs, and no
+    forward of its own."""
+    strange = any(not is_ours(h) for h in module._forward_pre_hooks.values())
+    return not ("forward" in vars(module) or module._forward_hooks or strange)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.model.grid import Grid, notes
+from rarefy.model.inputs import get_inputs
 from rarefy.proof.measure import Times, compare
 from rarefy.runtime import choices
 from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
@@ -101,12 +102,14 @@ def ways_of(module: Any, values: str | None = None) -> tuple[dict[str, Packed], 
     """Return the packed forms of a layer's weight, and what builds a layer of some of them."""
     weight = module.weight.detach()
     if _linear(module):
+        rounds = get_inputs(module) is not None
+        values = "int8" if rounds else values  # these kernels round inputs just so
         grid, zeros = grid_of(module), float((weight == 0).float().mean())
         kind = values or NUMBERS[weight.dtype]
         ways: dict[str, Packed] = {}
         if grid is not None and why_no_panels(weight, grid) is None:
             ways["panels"] = pack_panels(weight, grid, values is None)
-        if zeros >= SCATTERED and weight.shape[1] <= MOST_COLUMNS:
+        if zeros >= SCATTERED and weight.shape[1] <= MOST_COLUMNS and not rounds:
             ways["csr"] = pack_csr(weight, kind, grid)
         if grid is None or zeros >= FEW:
             ways["bitmask"] = pack_bitmask(weight, kind, grid)

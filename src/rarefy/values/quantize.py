@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.formats.values import sizes
 from rarefy.model.grid import BITS, Grid, Values, get_grid, live_grid, note_, scale_shape, set_grid_, split
+from rarefy.model.inputs import set_inputs_
 from rarefy.model.mask import check_maskable, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, select, unwrap
 from rarefy.model.stats import check_batches
@@ -21,6 +22,7 @@ from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern, check_sparsity, parse
 from rarefy.prune.solver import Solver, resolve
 from rarefy.prune.stage import check_weights, chosen_layers
+from rarefy.values.activations import KINDS, OBSERVERS, inputs_for
 from rarefy.values.fit import FITS, Fit
 
 ROUNDINGS = ("rtn", "obs")
@@ -38,6 +40,8 @@ class Ask:
     solver: Solver | None = None  # None: each weight to its nearest point
     pattern: Pattern | None = None  # zeros that are chosen in the same pass
     sparsity: float = 0.0
+    activations: str | None = None
+    observer: str = "mse"
 
     @property
     def words(self) -> str:
@@ -54,6 +58,8 @@ def quantize_(
     symmetric: bool = True,
     fit: str | None = None,
     solver: str | Solver | dict[str, Any] = "rtn",
+    activations: str | None = None,
+    observer: str | None = None,
     pattern: str | None = None,
     sparsity: float | None = None,
     layers: Selector = None,
@@ -69,6 +75,8 @@ def quantize_(
     fit        minmax, mse or hqq: how a scale is found (`rarefy.values.fit`); by default mse, of 8 bits minmax
     solver     rtn: each weight to its nearest point; obs (GPTQ): rounding errors are spread over weights that are not
                yet rounded, so that the layer's outputs on `data` stay (`rarefy.Solver` sets its options)
+    activations  round what Linear and Conv layers are given to 8 bits too: int8 (a scale for each row, found in each
+               call) or int8-static (one scale and zero, found on `data` by `observer`: minmax, percentile or mse)
     pattern    obs: choose zeros in the same pass, with `sparsity` as in `rarefy.prune_`
 
     What is zero stays zero. Weights stay on their grid through training, whose gradients go straight through (QAT);
@@ -81,10 +89,14 @@ def quantize_(
     >>> report.rows[0]["grid"], len(net[0].weight[0, :32].unique()) <= 16
     ('int4 by 32', True)
     """
-    ask = asked(weights, group, symmetric, fit, solver, pattern, sparsity)
+    ask = asked(weights, group, symmetric, fit, solver, activations, observer, pattern, sparsity)
     check_data(ask, data)
+    data = data if data is None or isinstance(data, list | tuple) else list(data)
     chosen = chosen_layers(model, layers, ignore, ask.pattern) if ask.pattern else select(model, layers, ignore)
     shapes = check_layers(chosen, ask)
+    reach, left = {}, []
+    if ask.activations is not None:
+        reach, left = inputs_for(unwrap(model), chosen, ask.activations, ask.observer, data, progress)
     if ask.solver is None:
         made = [_nearest(l, shapes[l.full_name], ask) for l in track(chosen, "rounding", progress, len(chosen))]
         rows: dict[str, dict[str, Any]] = {l.full_name: {} for l in chosen}
@@ -99,10 +111,16 @@ def quantize_(
         error = {} if rows[layer.full_name] else {"error": relative_error(before, values)}
         told.append(_row(layer, grid, values, ask) | error | rows[layer.full_name])
         put_(layer, grid, values, mask)
+        rounded = reach.get(layer.full_name)
+        if rounded is not None:
+            told[-1]["inputs"] = "dynamic" if rounded.scale is None else f"by {rounded.scale:.4g}"
+            for _, module, _ in layer.owners:
+                set_inputs_(module, rounded)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     stored, dense = (sum(r[k] for r in told) for k in ("bytes", "dense bytes"))
     summary = {"layers": len(told), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
-    return Report("quantized", tuple(told), summary)
+    notes = (f"inputs left as they are: {', '.join(left)}",) if left else ()
+    return Report("quantized", tuple(told), summary, notes)
 
 
 def asked(
@@ -111,6 +129,8 @@ def asked(
     symmetric: Any = True,
     fit: Any = None,
     solver: Any = "rtn",
+    activations: Any = None,
+    observer: Any = None,
     pattern: Any = None,
     sparsity: Any = None,
 ) -> Ask:
@@ -132,6 +152,12 @@ def asked(
     fit = fit or ("minmax" if bits == 8 else "mse")
     if fit not in FITS:
         raise PatternError(unknown("fit", fit, FITS))
+    if activations is not None and activations not in KINDS:
+        raise PatternError(unknown("activations", activations, KINDS))
+    if observer is not None and observer not in OBSERVERS:
+        raise PatternError(unknown("observer", observer, OBSERVERS))
+    if observer is not None and activations != "int8-static":
+        raise PatternError(f"observer={observer!r} has no effect without activations='int8-static'")
     how = None
     if solver != "rtn":
         name = solver.get("name") if isinstance(solver, dict) else getattr(solver, "name", solver)
@@ -156,7 +182,7 @@ def asked(
             raise PatternError(f"groups of {group} inputs and the {plan.b} of pattern {pattern} overlap")
     elif sparsity is not None:
         raise PatternError(f"sparsity={sparsity!r} has no effect without pattern")
-    return Ask(bits, group, symmetric, fit, how, plan, share)
+    return Ask(bits, group, symmetric, fit, how, plan, share, activations, observer or "mse")
 
 
 def check_data(ask: Ask, data: Any) -> None:
@@ -165,7 +191,9 @@ def check_data(ask: Ask, data: Any) -> None:
         check_batches(data)
     if ask.solver is not None and data is None:
         raise DataError("solver obs works on a layer's inputs: give data=batches")
-    if ask.solver is None and data is not None:
+    if ask.activations == "int8-static" and data is None:
+        raise DataError("activations 'int8-static' are calibrated: give data=batches")
+    if ask.solver is None and ask.activations != "int8-static" and data is not None:
         raise DataError("data has no effect: solver 'rtn' rounds each weight by itself; give solver='obs'")
 
 

@@ -1,0 +1,113 @@
+"""Inputs of layers in few bits: rounded before the layer sees them, by a scale that is known (static) or found in each
+call (dynamic), and gradients go straight through.
+
+What a layer's inputs lie on is plain data beside the module, `rarefy_input`, with a hook that rounds them; it is copied
+and pickled with the module, and `save` writes it down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import ContainerError
+
+NOTE = "rarefy_input"
+BITS = range(2, 9)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How inputs are rounded.
+
+    scale   of static ones, with `zero` the code of zero in 0..2^bits - 1; None: dynamic, symmetric, a scale for each
+            row of a Linear's inputs, for each image of a convolution's
+
+    >>> Inputs(8, 0.5, 0)(torch.tensor([0.2, 1.4, -3.0])).tolist(), Inputs()(torch.tensor([[127.0, 0.4]])).tolist()
+    ([0.0, 1.5, 0.0], [[127.0, 0.0]])
+    """
+
+    bits: int = 8
+    scale: float | None = None
+    zero: int = 0
+
+    def __call__(self, x: Tensor, rows: bool = True) -> Tensor:
+        """Return x rounded; `rows`: a scale for each row, else for each of the first dimension."""
+        high = (1 << (self.bits - 1)) - 1
+        with torch.no_grad():
+            if self.scale is None:
+                over = -1 if rows else tuple(range(1, x.dim()))
+                step = x.detach().float().abs().amax(over, keepdim=True) / high
+                step = torch.where(step > 0, step, 1.0)
+                value = (x.detach().float() * (1 / step)).round_().clamp_(-high, high) * step
+                inside = None
+            else:
+                code = (x.detach().float() / self.scale).round_() + self.zero
+                inside = (code >= 0) & (code <= 2 * high + 1)
+                value = (code.clamp_(0, 2 * high + 1) - self.zero) * self.scale
+            value = value.to(x.dtype)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return value
+        through = x if inside is None else torch.where(inside, x, x.detach())
+        return through + (value - through).detach()
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Round what a module is called with."""
+        rows = not isinstance(module, nn.modules.conv._ConvNd)
+        if args:
+            return (self(args[0], rows), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: self(kwargs[first], rows)}
+
+
+def get_inputs(module: nn.Module) -> Inputs | None:
+    """Return how a module's inputs are rounded, or None."""
+    return module.__dict__.get(NOTE)
+
+
+def set_inputs_(module: nn.Module, inputs: Inputs | None) -> None:
+    """Round a module's inputs so from here on, or no more."""
+    for key in [k for k, h in module._forward_pre_hooks.items() if is_ours(h)]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    module.__dict__.pop(NOTE, None)
+    if inputs is not None:
+        module.__dict__[NOTE] = inputs
+        module.register_forward_pre_hook(inputs.hook, with_kwargs=True)
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is one that rounds."""
+    return isinstance(getattr(hook, "__self__", None), Inputs)
+
+
+def noted(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return {module: how its inputs are rounded} as plain data."""
+    return {n: asdict(found) for n, m in model.named_modules() if (found := get_inputs(m)) is not None}
+
+
+def restore_(model: nn.Module, told: Any, path: Any) -> None:
+    """Round inputs as a file says; ContainerError for what does not fit."""
+    if not isinstance(told, Mapping):
+        raise ContainerError(f"{path}: what it says of inputs must be an object, got {type(told).__name__}")
+    modules = dict(model.named_modules())
+    for name, how in told.items():
+        sound = isinstance(how, Mapping) and set(how) == {"bits", "scale", "zero"} and type(how["bits"]) is int
+        sound = sound and how["bits"] in BITS and type(how["zero"]) is int and 0 <= how["zero"] < 1 << how["bits"]
+        sound = sound and (how["scale"] is None or (type(how["scale"]) is float and 0 < how["scale"] < 1e30))
+        if not sound or not takes_inputs(modules.get(name)):
+            raise ContainerError(f"{path}: inputs of {str(name)[:80]!r} cannot be rounded as it says, {str(how)[:80]}")
+    for name in {*noted(model)} - {*told}:
+        set_inputs_(modules[name], None)
+    for name, how in told.items():
+        set_inputs_(modules[name], Inputs(**how))
+
+
+def takes_inputs(module: Any) -> bool:
+    """Whether a module is one whose first argument its weight multiplies."""
+    hf = any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    return hf or isinstance(module, nn.Linear | nn.modules.conv._ConvNd)

@@ -1,0 +1,209 @@
+"""Inputs in 8 bits: by their own formulas, through calibration, saving, copying, kernels and gradients."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from conftest import Net
+from rarefy.errors import ContainerError, DataError, ModelError, PatternError
+from rarefy.model.inputs import Inputs, get_inputs, noted, set_inputs_
+from rarefy.model.select import all_layers
+from rarefy.runtime import native, packed, reference, ways
+from rarefy.runtime.layers import SparseLinear
+from rarefy.values.activations import static
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+
+
+def batches(n=4):
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randn(64, 32, generator=rng) for _ in range(n)]
+
+
+def test_dynamic_is_the_kernels_own_rounding():
+    x = torch.randn(5, 64) * torch.logspace(-3, 3, 5)[:, None]
+    x[2] = 0
+    weight = packed.pack_bitmask(torch.randn(4, 64), "int8")
+    assert torch.equal(Inputs()(x), reference.rounded(x, weight))
+    assert float((Inputs()(x) - x).abs().max(1).values[0] / x[0].abs().max()) <= 0.5 / 127 + 1e-6
+
+
+@pytest.mark.parametrize("low", [-3.0, 0.0])
+def test_static_goes_to_the_nearest_of_256_points(low):
+    x = torch.rand(1000) * (5 - low) + low
+    grid = static(x, "minmax")
+    points = (torch.arange(256) - grid.zero) * grid.scale
+    assert 0.0 in points.tolist()
+    nearest = points[(x[:, None] - points).abs().argmin(1)]
+    torch.testing.assert_close(grid(x), nearest)
+    assert float((grid(x) - x).abs().max()) <= 0.51 * grid.scale
+
+
+def test_observers_leave_out_the_rare():
+    torch.manual_seed(0)
+    x = torch.randn(200_000)
+    x[:3] = 1000.0
+    assert static(x, "percentile").scale < 0.02 * static(x, "minmax").scale
+    heavy = torch.randn(100_000) ** 3
+    off = {o: float((static(heavy, o)(heavy) - heavy).square().sum()) for o in ("minmax", "percentile", "mse")}
+    assert off["mse"] < 0.95 * off["minmax"] and off["mse"] <= off["percentile"]
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+def test_constants_have_a_grid(observer):
+    assert static(torch.full((9,), 3.0), observer)(torch.tensor([3.0])) == pytest.approx(3.0, rel=0.01)
+    assert static(torch.zeros(9), observer)(torch.zeros(3)).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8-static"])
+def test_outputs_stay_near_and_rows_say_how(activations):
+    net, dense, data = mlp(), None, batches()
+    dense = copy.deepcopy(net)
+    report = rarefy.quantize_(net, "int8", activations=activations, data=data if "static" in activations else None)
+    x = data[0]
+    assert 0 < float(((net(x) - dense(x)).norm() / dense(x).norm()).detach()) < 0.03
+    assert all(r["inputs"] == "dynamic" or r["inputs"].startswith("by ") for r in report.rows)
+    assert (get_inputs(net[0]).scale is None) == (activations == "int8")
+    want = net[0].weight @ get_inputs(net[0])(x).T  # the hook rounds, and nothing else
+    torch.testing.assert_close(net[0](x), want.T + net[0].bias)
+    net(x.requires_grad_()).square().sum().backward()
+    assert x.grad.abs().sum() > 0 and net[0].parametrizations.weight.original.grad is not None
+
+
+def test_images_are_rounded_one_by_one():
+    net = Net()
+    rarefy.quantize_(net, "int8", activations="int8")
+    x = torch.randn(3, 3, 12, 12) * torch.tensor([1.0, 100.0, 0.01])[:, None, None, None]
+    alone = torch.cat([net(x[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(net(x), alone)
+    assert set(noted(net)) == {"conv", "deep", "up", "hidden"}
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8-static"])
+def test_they_are_copied_saved_and_loaded(activations, tmp_path):
+    net, data = mlp(), batches()
+    rarefy.quantize_(net, "int8", activations=activations, data=data if "static" in activations else None)
+    x = data[0]
+    want = net(x)
+    assert torch.equal(copy.deepcopy(net)(x), want)
+    other = copy.deepcopy(net)
+    set_inputs_(other[0], None)
+    assert get_inputs(net[0]) is not None and not torch.equal(other(x), want) and torch.equal(net(x), want)
+    assert torch.equal(rarefy.fold_(copy.deepcopy(net))(x), want)
+    rarefy.save(net, tmp_path / "out")
+    again = rarefy.load(tmp_path / "out", mlp())
+    assert torch.equal(again(x), want) and noted(again) == noted(net)
+    rarefy.save(mlp(), tmp_path / "plain")
+    assert noted(again)
+    assert noted(rarefy.load(tmp_path / "plain", again)) == {}  # the file says how its model is called
+
+
+def test_an_attention_keeps_its_inputs_and_says_so():
+    net = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    report = rarefy.quantize_(net, "int8", activations="int8")
+    assert report.notes == ("inputs left as they are: 0.in_proj_weight",)
+    assert "inputs" not in report.rows[0] and "inputs" in report.rows[2]
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.parametrize("sparsity", [None, 0.7])
+def test_kernels_do_what_the_hook_did(sparsity, monkeypatch):
+    net = mlp()
+    if sparsity:
+        rarefy.prune_(net, sparsity=sparsity, layers=["0", "2"])
+    rarefy.quantize_(net, "int8", activations="int8", layers=["0", "2"])
+    rarefy.fold_(net)
+    x, want = batches()[0], net(batches()[0])
+    for way in ("panels", "tiles") if sparsity is None else ("panels", "bitmask", "tiles"):
+        monkeypatch.setattr(ways, "fastest", lambda d, l, inputs, c, way=way: {n: (way, 2.0) for n in inputs})
+        fast = copy.deepcopy(net)
+        report = rarefy.accelerate_(fast, (1, 64), layers=["0", "2"], choices=False)
+        assert isinstance(fast[0], SparseLinear) and report.summary["layers that run sparse"] == "2 of 2"
+        for n in (1, 20, 32 if way == "bitmask" else 64):  # past 32 that one is dense
+            with torch.no_grad():
+                torch.testing.assert_close(fast[0](x[:n]), net[0](x[:n]), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    fast(x[:n]), want[:n], rtol=0, atol=0.03
+                )  # an input at half a step may go either way
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_static_inputs_and_convolutions_stay_dense_and_say_why():
+    net, data = mlp(), batches()
+    rarefy.quantize_(net, "int8", activations="int8-static", data=data)
+    rarefy.fold_(net)
+    assert "no kernel rounds its inputs so" in rarefy.accelerate_(net, choices=False).rows[0]["why"]
+    net = Net().eval()
+    rarefy.prune_(net, sparsity=0.8, layers="conv")
+    rarefy.quantize_(net, "int8", activations="int8", layers="conv")
+    rarefy.fold_(net)
+    rows = rarefy.accelerate_(net, example=torch.randn(1, 3, 12, 12), layers="conv", choices=False).rows
+    assert "no kernel rounds its inputs so" in rows[0]["why"]
+
+
+def test_in_a_recipe(tmp_path):
+    stage = {"quantize": {"weights": "int8", "activations": "int8-static", "observer": "percentile"}}
+    net = mlp()
+    receipt = rarefy.compress_(net, {"stages": [stage]}, batches())
+    assert set(noted(net)) == {"0", "2"} and receipt.stages[0]["title"] == "quantized"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"activations": "int4"}, PatternError, "unknown activations 'int4'; choose from int8, int8-static"),
+        ({"activations": "int8-static"}, DataError, "activations 'int8-static' are calibrated: give data=batches"),
+        (
+            {"activations": "int8-static", "data": []},
+            DataError,
+            "the calibration data is empty, or does not reach 0, 2",
+        ),
+        (
+            {"activations": "int8-static", "data": [torch.full((2, 32), float("inf"))]},
+            ModelError,
+            "0 is given NaN or inf",
+        ),
+        ({"activations": "int8", "data": [torch.zeros(2, 32)]}, DataError, "data has no effect"),
+        ({"observer": "mse"}, PatternError, "observer='mse' has no effect without activations='int8-static'"),
+        ({"activations": "int8-static", "observer": "max", "data": []}, PatternError, "unknown observer 'max'"),
+    ],
+)
+def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
+    net = mlp()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(error, match=says):
+        rarefy.quantize_(net, "int8", **options)
+    assert list(net.state_dict()) == list(before) and not noted(net) and not net[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [], {"0": 3}, {"0": {"bits": 8, "scale": None}}, {"0": {"bits": 9, "scale": None, "zero": 0}},
+        {"0": {"bits": 8, "scale": -1.0, "zero": 0}}, {"0": {"bits": 8, "scale": 1.0, "zero": 256}}, {"1": {"bits": 8, "scale": None, "zero": 0}},
+        {"9": {"bits": 8, "scale": None, "zero": 0}}, {"0": {"bits": 8, "scale": "1", "zero": 0}}, {"0": {"bits": True, "scale": None, "zero": 0}},
+    ],
+)  # fmt: skip
+def test_what_a_file_says_of_inputs_is_checked(told, tmp_path):
+    net = mlp()
+    rarefy.quantize_(net, "int8", activations="int8")
+    rarefy.save(net, tmp_path / "out")
+    index = json.loads((tmp_path / "out/rarefy.json").read_text())
+    index["meta"]["inputs"] = told
+    (tmp_path / "out/rarefy.json").write_text(json.dumps(index))
+    with pytest.raises(ContainerError, match="inputs"):
+        rarefy.load(tmp_path / "out", mlp())
+
+
+def test_all_layers_are_still_found():
+    net = mlp()
+    rarefy.quantize_(net, "int8", activations="int8")
+    assert [l.name for l in all_layers(net)] == ["0", "2"]
