@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rarefy.model.select import Layer, all_layers, select
 from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern, check_sparsity, parse
 from rarefy.prune.stage import asked, check_ask, chosen_layers
+from rarefy.values.factors import cost, most_ranks, why_not
 from rarefy.values.quantize import Ask
 from rarefy.values.quantize import asked as asked_values
 
@@ -26,13 +28,23 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Target:
-    """What a stage works on: zeros of a pattern, numbers on a grid, or both."""
+    """What a stage works on: zeros of a pattern, numbers of few bits, fewer weights."""
 
     number: int
     layers: list[Layer]
     pattern: Pattern | None = None
     sparsity: float = 0.0
-    grid: Ask | None = None
+    few: Few | None = None
+    left: Callable[[Layer], int] | None = None  # weights of a layer's factors
+
+
+@dataclass(frozen=True)
+class Few:
+    """Numbers of few bits: in words, and the bytes of a layer's scales or table."""
+
+    words: str
+    bits: int
+    own: Callable[[Layer], int]
 
 
 @contextmanager
@@ -68,9 +80,11 @@ def targets(
                 found = Target(number, chosen_layers(model, s.layers, s.ignore, pattern), pattern, sparsity)
             elif isinstance(stage, recipes.Quantize):
                 found = _on_grid(model, number, stage)
-            elif isinstance(stage, recipes.Factorize | recipes.Share):
-                select(model, stage.layers, stage.ignore)
-                continue
+            elif isinstance(stage, recipes.Share):
+                few = Few(f"{1 << stage.bits} values", stage.bits, partial(_table_bytes, stage.bits, stage.group))
+                found = Target(number, select(model, stage.layers, stage.ignore), few=few)
+            elif isinstance(stage, recipes.Factorize):
+                found = Target(number, select(model, stage.layers, stage.ignore), left=partial(_factors, stage))
             else:
                 continue
         yield found
@@ -84,7 +98,7 @@ def _on_grid(model: nn.Module, number: int, stage: recipes.Quantize) -> Target:
         chosen = chosen_layers(model, stage.layers, stage.ignore, ask.pattern)
     for layer in chosen:
         scale_shape(layer, ask.group)
-    return Target(number, chosen, ask.pattern, ask.sparsity, ask)
+    return Target(number, chosen, ask.pattern, ask.sparsity, Few(ask.words, ask.bits, partial(_scales, ask)))
 
 
 def _check_lean(plan: recipes.Recipe) -> None:
@@ -102,38 +116,41 @@ def forecast(model: nn.Module, plan: recipes.Recipe, memory: int | None = None) 
 
     Raises what the run would raise for selectors, patterns and options. O(modules).
     """
-    found: dict[str, tuple[Layer, Pattern | None, float, Ask | None]] = {}
+    found: dict[str, Target] = {}
     for target in targets(model, plan, memory, None if memory is None else Path()):
         for layer in target.layers:
-            _, pattern, sparsity, grid = found.get(layer.full_name, (layer, None, 0.0, None))
-            if target.pattern is not None:
-                pattern, sparsity = target.pattern, target.sparsity
-            found[layer.full_name] = (layer, pattern, sparsity, target.grid or grid)
+            before = found.get(layer.full_name, Target(0, [layer]))
+            zeros = target if target.pattern is not None else before
+            few, left = target.few or before.few, target.left or before.left
+            found[layer.full_name] = Target(0, [layer], zeros.pattern, zeros.sparsity, few, left)
     casts = [BYTES[stage.dtype] for stage in plan.stages if isinstance(stage, recipes.Cast)]
     width = casts[-1] if casts else None
     rows: list[dict[str, Any]] = []
-    for name, (layer, pattern, sparsity, grid) in found.items():
-        size = layer.original.numel()
-        each = width or layer.original.element_size()
+    for name, target in found.items():
+        layer, pattern, few = target.layers[0], target.pattern, target.few
+        size, each = layer.original.numel(), width or layer.original.element_size()
+        left = size if target.left is None else min(size, target.left(layer))
+        expected = _expected(left, pattern, target.sparsity, few.bits if few else 8 * each, plan.save.format)
         rows.append(
             {
                 "layer": name,
                 "shape": "x".join(map(str, layer.original.shape)),
                 "pattern": str(pattern or "-"),
-                "asked": sparsity,
-                "grid": grid.words if grid else "-",
+                "asked": target.sparsity,
+                "grid": few.words if few else "-",
+                "weights left": left,
                 "bytes": size * layer.original.element_size(),
-                "expected": _expected(size, pattern, sparsity, grid.bits if grid else 8 * each, plan.save.format)
-                + (_scales(layer, grid) if grid else 0),
+                "expected": expected + (few.own(layer) if few else 0),
             }
         )
-    if not any(g for *_, g in found.values()):
-        rows = [{k: v for k, v in r.items() if k != "grid"} for r in rows]
+    idle = [] if any(t.few for t in found.values()) else ["grid"]
+    idle += [] if any(t.left for t in found.values()) else ["weights left"]
+    rows = [{k: v for k, v in r.items() if k not in idle} for r in rows]
     tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
     before = sum(t.numel() * t.element_size() for t in tensors)
     widths = ((t, width if width and t.is_floating_point() else t.element_size()) for t in tensors)
     rest = sum(t.numel() * w for t, w in widths) - sum(
-        l.original.numel() * (width or l.original.element_size()) for l, *_ in found.values()
+        t.layers[0].original.numel() * (width or t.layers[0].original.element_size()) for t in found.values()
     )
     after = rest + sum(r["expected"] for r in rows)
     summary = {
@@ -145,10 +162,27 @@ def forecast(model: nn.Module, plan: recipes.Recipe, memory: int | None = None) 
     return Report(f"dry run of {plan.name}: nothing computed", tuple(rows), summary)
 
 
-def _scales(layer: Layer, grid: Ask) -> int:
+def _scales(grid: Ask, layer: Layer) -> int:
     """Bytes of a layer's scales and codes of zero."""
     width = (2 if isinstance(grid.group, int) else 4) + (not grid.symmetric)
     return math.prod(scale_shape(layer, grid.group)) * width
+
+
+def _table_bytes(bits: int, group: str | None, layer: Layer) -> int:
+    """Bytes of a layer's codebook."""
+    return math.prod(scale_shape(layer, group)) * 4 << bits
+
+
+def _factors(stage: recipes.Factorize, layer: Layer) -> int:
+    """Weights of a layer's factors, as far as they can be told without its weights: at most as many as it has."""
+    size = layer.original.numel()
+    if why_not(layer.module, stage.beside) is not None or layer.param != "weight":
+        return size
+    if stage.beside and stage.rank:
+        return size  # and the thin ones beside it
+    if stage.rank is not None and len(most := most_ranks(layer.module)) == 1:
+        return cost(layer.module, [min(stage.rank, *most)])
+    return size if stage.keep is None else int(stage.keep * size)
 
 
 def _expected(size: int, pattern: Pattern | None, sparsity: float, bits: int, format: str) -> int:

