@@ -330,3 +330,17 @@ def test_tables_larger_than_what_they_save_are_refused():
 def test_recipes_name_the_line(text, says):
     with pytest.raises(RecipeError, match=says):
         recipes.from_yaml(f"stages:\n{text}", "r.yaml")
+
+
+def test_a_dry_run_foretells_tables_and_factors():
+    from rarefy.plan import forecast
+
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+    for text, dense in (("- share: {bits: 4, layers: '0'}", False), ("- factorize: {keep: 0.5, layers: '0'}", True)):
+        plan = recipes.from_yaml(f"stages:\n{text}\nsave: {{format: dense}}")
+        one = copy.deepcopy(net)
+        expected = forecast(one, plan)
+        receipt = rarefy.compress_(one, plan)
+        got, want = receipt.disk["after"], expected.summary["bytes expected"]
+        assert got == want if not dense else got <= want <= got + 64 * 4 * 2
+        assert "weights left" in expected.rows[0] if dense else expected.rows[0]["grid"] == "16 values"

@@ -16,6 +16,7 @@ from rarefy.model.grid import live_grid, notes
 from rarefy.model.mask import masks as attached
 from rarefy.model.select import all_layers
 from rarefy.model.stats import check_batches
+from rarefy.values import factors
 
 KINDS = ("channel", "neuron", "head", "head of a group", "head dimension", "group")
 LAYER_SCORES = ("similarity", "loss", "random")
@@ -67,6 +68,9 @@ def check_unmasked(model: nn.Module, whole: bool = False) -> None:
     for layer in all_layers(model):
         if live_grid(layer.module, layer.param) is not None or (notes(layer.module) and not whole):
             raise ModelError(f"{layer.full_name} is quantized already: cut first, then quantize")
+    made = next(iter(factors.noted(model)), None)
+    if made is not None:
+        raise ModelError(f"{made} is made of factors: cut first, then factorize")
 
 
 def check_layer_score(score: Any) -> None:
