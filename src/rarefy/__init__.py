@@ -8,6 +8,7 @@ model = rarefy.load("out/")
 __version__ = "0.1.0"
 
 from rarefy.api import cast_, compress_
+from rarefy.compat.onnx import export_onnx
 from rarefy.cut.cut import cut_
 from rarefy.cut.depth import drop_layers_
 from rarefy.cut.heads import prune_heads_
@@ -40,6 +41,7 @@ __all__ = [
     "cut_",
     "drop_layers_",
     "export",
+    "export_onnx",
     "factorize_",
     "fit_",
     "fold_",

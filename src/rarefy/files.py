@@ -27,9 +27,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def write_whole(file: Path, text: str) -> None:
     """Write a file that a reader sees whole: the old one or the new one. Raises OSError, and leaves nothing behind."""
+    write_bytes_whole(file, text.encode())
+
+
+def write_bytes_whole(file: Path, data: bytes) -> None:
+    """The same for bytes."""
     partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

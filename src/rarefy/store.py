@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rarefy.compat import compressed_tensors
 from rarefy.cut.config import adopt_config
 from rarefy.cut.structure import check_told, restore
 from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
@@ -32,7 +33,7 @@ from rarefy.runtime.choose import accelerate_, accelerate_each, check_options
 from rarefy.runtime.layers import Sparse
 from rarefy.values import factors
 
-EXPORTS = ("hf", "safetensors")
+EXPORTS = ("hf", "safetensors", "compressed-tensors")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
 WEIGHTS = (".safetensors", ".xz", INDEX)  # the files that "bytes on disk" counts
 
@@ -223,18 +224,19 @@ def _how_to_accelerate(asked: Any) -> dict[str, Any] | None:
 
 
 def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool = False) -> Path:
-    """Write a saved folder as a plain dense checkpoint that needs no Rarefy: `hf` (a folder that transformers loads)
-    or `safetensors` (one file under a folder, tensors by name). Returns the folder."""
+    """Write a saved folder as a checkpoint that needs no Rarefy: `hf` (a dense folder that transformers loads),
+    `safetensors` (one dense file under a folder, tensors by name) or `compressed-tensors` (a quantized folder that
+    transformers loads with that package). Returns the folder."""
     if to not in EXPORTS:
         raise ContainerError(f"export --to {to!r}: choose from {', '.join(EXPORTS)}")
     if os.path.realpath(out) == os.path.realpath(path):
         raise ContainerError(f"{out} is the folder to export from; give another name")
     check_target(out, overwrite, EXPORTED)
     note = {"from": str(path), "rarefy": _version()}
-    if to == "hf":
+    if to != "safetensors":
         model = load(path)
         if not hf.is_model(model):
-            raise ModelError(f"{path} holds a {type(model).__name__}: only Hugging Face models export to hf")
+            raise ModelError(f"{path} holds a {type(model).__name__}: only Hugging Face models export to {to}")
         if getattr(model, "rarefy_cut", None) and not model.rarefy_cut["config"]:  # type: ignore[index, operator]
             raise ContainerError(
                 f"{path}: a cut left sizes that no config of {type(model).__name__} can tell (layers unlike each "
@@ -246,8 +248,11 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
                 "nothing of: load it with rarefy.load, or export --to safetensors"
             )
     with whole_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, blaming(Path(out)):
-        if to == "hf":
-            model.save_pretrained(partial)  # type: ignore[possibly-unbound, operator]
+        if to != "safetensors":
+            if to == "hf":
+                model.save_pretrained(partial)  # type: ignore[possibly-unbound, operator]
+            else:
+                compressed_tensors.write(model, partial)  # type: ignore[possibly-unbound]
             for name, content in side_files(path).items():
                 (partial / name).write_bytes(content)
         else:

@@ -1,0 +1,128 @@
+"""Quantized models as ONNX with QuantizeLinear and DequantizeLinear, which ONNX Runtime makes integer operators of."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rarefy.errors import ContainerError, ModelError
+from rarefy.files import blaming, write_bytes_whole
+from rarefy.model.grid import Grid, get_grid
+from rarefy.model.inputs import Inputs, get_inputs, set_inputs_
+from rarefy.model.mask import fold_
+from rarefy.model.select import all_layers, unwrap
+
+
+def export_onnx(model: nn.Module, example: Any, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write `model` in evaluation mode as an ONNX file whose first dimension stays open; return its path.
+
+    example   what the model is called with: a tensor, or a tuple of them
+    Weights of 8 bits with a scale an output or tensor are stored in 8 bits and dequantized (QDQ), inputs that are
+    rounded statically are quantized before their layer; all else is stored as the numbers that it is. Needs the extra
+    [export]. Raises ContainerError (something is in the way), ModelError (rows rounded in each call, which ONNX has no
+    operator for; a model that torch cannot export). O(weights).
+    """
+    path = Path(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ContainerError(f"{path} exists: pass overwrite=True, or give another name")
+    _check_packages()
+    dynamic = [n for n, m in model.named_modules() if (i := get_inputs(m)) is not None and i.scale is None]
+    if dynamic:
+        raise ModelError(
+            f"{dynamic[0]} rounds its inputs row by row, for which ONNX has no operator: quantize_ with "
+            "activations='int8-static'"
+        )
+    made = fold_(copy.deepcopy(unwrap(model))).eval()
+    for layer in all_layers(made):
+        grid = get_grid(layer)
+        axis = None if grid is None else _axis(grid)
+        if isinstance(grid, Grid) and axis is not None and len(layer.owners) == 1:
+            parametrize.register_parametrization(layer.module, layer.param, _Stored(layer.weight.detach(), grid, axis))
+    for module in made.modules():
+        inputs = get_inputs(module)
+        if inputs is not None:
+            set_inputs_(module, None)
+            module.register_forward_pre_hook(_QuantizeInput(inputs), with_kwargs=True)
+    args = example if isinstance(example, tuple) else (example,)
+    program = _exported(made, args)
+    with blaming(path):
+        write_bytes_whole(path, program.model_proto.SerializeToString())
+    return path
+
+
+def _check_packages() -> None:
+    try:
+        import onnxscript  # noqa: F401
+        from torch.ao.quantization.fx import _decomposed  # noqa: F401 (registers the operators)
+    except ImportError as error:
+        raise ModelError(f"ONNX needs more packages: pip install 'rarefy[export]' ({error})") from None
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...]) -> Any:
+    batch = torch.export.Dim("batch", min=1)
+    shapes = tuple({0: batch} if isinstance(a, Tensor) and a.dim() else None for a in args)
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.onnx.export(model, args, dynamo=True, dynamic_shapes=shapes, verbose=False, optimize=True)
+    except Exception as error:  # torch raises whatever its stages do
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(f"torch cannot export this {type(model).__name__} to ONNX: {first}") from error
+    finally:
+        quiet.setLevel(level)
+
+
+def _axis(grid: Any) -> int | None:
+    """Which dimension of a weight has scales of its own: 0 where all have one, None where ONNX would not read it so."""
+    if not isinstance(grid, Grid) or grid.bits != 8 or grid.zero is not None:
+        return None
+    wide = [d for d, n in enumerate(grid.scale.shape) if n > 1]
+    return None if len(wide) > 1 else wide[0] if wide else 0
+
+
+class _Stored(nn.Module):
+    """Parametrization: the weight out of its codes, as an operator that ONNX knows."""
+
+    codes: Tensor
+    scale: Tensor
+    zeros: Tensor
+
+    def __init__(self, weight: Tensor, grid: Grid, axis: int):
+        super().__init__()
+        self.axis = axis
+        scale = grid.scale.float().flatten()
+        self.register_buffer("codes", grid.codes(weight).to(torch.int8))
+        self.register_buffer("scale", scale.expand(weight.shape[axis]).contiguous() if len(scale) == 1 else scale)
+        self.register_buffer("zeros", torch.zeros(len(self.scale), dtype=torch.int64))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        do: Any = torch.ops.quantized_decomposed.dequantize_per_channel
+        return do(self.codes, self.scale, self.zeros, self.axis, -128, 127, torch.int8)
+
+
+class _QuantizeInput:
+    """A hook that rounds what a module is called with by operators that ONNX knows."""
+
+    def __init__(self, inputs: Inputs):
+        self.how = (inputs.scale, inputs.zero, 0, 255, torch.uint8)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ops: Any = torch.ops.quantized_decomposed
+
+        def rounded(x: Tensor) -> Tensor:
+            return ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *self.how), *self.how)
+
+        if args:
+            return (rounded(args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: rounded(kwargs[first])}
