@@ -285,6 +285,55 @@ def test_second_order_of_every_kind_of_layer(way):
     assert all(get_grid(l) is not None for l in select(near, None, way.get("ignore")))
 
 
+# rounding that is learnt
+
+
+class Blocks(nn.Module):
+    """Three equal blocks with a nonlinearity and a residual, between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(32, 24)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24)) for _ in range(3))
+        self.last = nn.Linear(24, 8)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{"weights": "int3"}, {"weights": "int3", "group": 8}, {"weights": "int4", "group": 8, "symmetric": False}],
+    ids=str,
+)
+def test_learnt_rounding_is_nearer_on_what_it_has_not_seen(way):
+    dense, data = Blocks(), batches(8)
+    near, far = copy.deepcopy(dense), copy.deepcopy(dense)
+    rarefy.quantize_(far, **way, layers="blocks.*")
+    report = rarefy.quantize_(near, **way, layers="blocks.*", solver={"name": "round", "steps": 100}, data=data)
+    assert off(near, dense, batches(4, 0)) < 0.8 * off(far, dense, batches(4, 0))
+    assert all(r["error"] < r["nearest"] for r in report.rows)
+    assert all(get_grid(l).holds(l.weight.detach()) for l in select(near, "blocks.*"))
+    for a, b, c in zip(select(near, "blocks.*"), select(far, "blocks.*"), select(dense, "blocks.*")):
+        moved = (a.weight - c.weight).abs() / get_grid(b).spread(get_grid(b).scale.float(), a.weight.shape)
+        assert float(moved.detach().quantile(0.99)) < 1.6  # up or down, and a smaller step
+
+
+def test_learnt_rounding_keeps_zeros_and_rounds_what_is_in_no_block():
+    net, data = Blocks(), batches(4)
+    rarefy.prune_(net, "2:4", layers="blocks.*")
+    masks = rarefy.masks(net)
+    report = rarefy.quantize_(net, "int4", solver={"name": "round", "steps": 20}, data=data)
+    assert all(bool((net.get_submodule(n).weight[~m] == 0).all()) for n, m in masks.items())
+    assert set(rarefy.masks(net)) == set(masks)
+    by_name = {r["layer"]: r for r in report.rows}
+    assert "nearest" not in by_name["first"] and "nearest" in by_name["blocks.0.0"]
+    assert all(get_grid(l) is not None for l in all_layers(net))
+
+
 # living with a grid
 
 
@@ -440,8 +489,15 @@ def test_a_recipe_quantizes_and_prunes_at_once():
         ({"group": "row"}, PatternError, "got 'row'"),
         ({"symmetric": 1}, PatternError, "symmetric is True or False, got 1"),
         ({"fit": "mes"}, PatternError, r"unknown fit 'mes'; choose from hqq, minmax, mse \(did you mean 'mse'\?\)"),
-        ({"solver": "gptq"}, PatternError, "GPTQ is called obs here"),
-        ({"solver": "admm"}, PatternError, "unknown solver of quantization 'admm'; choose from obs, rtn"),
+        ({"solver": "gptq"}, PatternError, "gptq is called obs here"),
+        ({"solver": "AutoRound"}, PatternError, "AutoRound is called round here"),
+        ({"solver": "round"}, DataError, "solver round works on a layer's inputs: give data=batches"),
+        ({"solver": {"name": "round", "refits": 3}}, PatternError, "solver round has no refits; it has steps, lr, bf16, blocks"),
+        ({"solver": {"name": "round", "steps": 0}}, PatternError, "steps is a whole number from 1 up, got 0"),
+        ({"solver": {"name": "round", "lr": 2}}, PatternError, "lr lies within 0 and 1, got 2"),
+        ({"solver": "round", "pattern": "2:4"}, PatternError, "by solver='obs' alone"),
+        ({"solver": "round", "data": [torch.zeros(2, 32)]}, ModelError, "has no list of equal blocks"),
+        ({"solver": "admm"}, PatternError, "unknown solver of quantization 'admm'; choose from obs, round, rtn"),
         ({"solver": "obs"}, DataError, "give data=batches"),
         ({"solver": {"name": "obs", "steps": 3}}, PatternError, "solver obs has no steps"),
         ({"solver": {"name": "obs", "reconstruct": 1}}, PatternError, "reconstruct learns weights that are not rounded"),
@@ -500,7 +556,7 @@ def test_constant_weights_and_dead_inputs_are_no_trouble():
         ("- quantize: {weights: int1}", r"unknown weights 'int1'; .* \[r.yaml, line 2\]"),
         ("- quantize:\n    weights: int4\n    group: 1", r"group is a number .* \[r.yaml, line 4\]"),
         ("- quantize:\n    fit: mes", r"unknown fit 'mes'.* \[r.yaml, line 3\]"),
-        ("- quantize:\n    solver: gptq", r"GPTQ is called obs here\) \[r.yaml, line 3\]"),
+        ("- quantize:\n    solver: gptq", r"gptq is called obs here\) \[r.yaml, line 3\]"),
         ("- quantize:\n    pattern: 2:4", r"by solver='obs' alone; prune_ first \[r.yaml, line 3\]"),
         ("- quantize:\n    bits: 4", r"unknown key 'bits'"),
         ("- quantize: {}\n- cut: {keep: 0.5}", r"a cut comes before a stage quantize"),

@@ -219,12 +219,16 @@ def export(
     path: Annotated[Path, typer.Argument(help="A folder of ours.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     to: Annotated[
-        str, typer.Option(help="hf: a dense folder that transformers loads; safetensors: one dense file.")
+        str,
+        typer.Option(
+            help="hf: a dense folder that transformers loads; safetensors: one dense file; compressed-tensors: a "
+            "quantized folder that transformers loads with that package."
+        ),
     ] = "hf",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write a compressed model as a plain dense checkpoint that needs no Rarefy to load."""
+    """Write a compressed model as a checkpoint that needs no Rarefy to load."""
     from rarefy import store
     from rarefy.proof.measure import folder_bytes
     from rarefy.proof.report import Report

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rarefy.model.select import Layer
 from rarefy.model.walk import End, first_tensor
@@ -47,7 +47,7 @@ def reconstruct_(
     kept |= {id(p): p != 0 for p in parameters if id(p) not in kept and p.dim() > 1}
     train, held = calls[:-1] or calls, calls[-1:]
     flags = [p.requires_grad for p in parameters]
-    best, start = [p.detach().clone() for p in parameters], _error(module, held, bf16)
+    best, start = [p.detach().clone() for p in parameters], block_error(module, held, bf16)
     least = start
     masters = [p.detach().float() if p.element_size() < 4 else p.detach() for p in parameters]  # a step may be small
     moves = torch.optim.Adam(masters, lr=lr, betas=(0.9, 0.95))
@@ -60,7 +60,7 @@ def reconstruct_(
                 for group in moves.param_groups:
                     group["lr"] = lr * (1 + math.cos(math.pi * step / total)) / 2
                 with torch.enable_grad():
-                    loss = _loss(module, call, bf16)
+                    loss = block_loss(module, call, bf16)
                     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for p, m, g in zip(parameters, masters, grads):
                     g = torch.where(kept[id(p)], g, 0) if g is not None and id(p) in kept else g
@@ -70,7 +70,7 @@ def reconstruct_(
                     if m.dtype != p.dtype:  # else they are one memory
                         p.data.copy_(m)
                 step += 1
-            now = _error(module, held, bf16)
+            now = block_error(module, held, bf16)
             if now < least:
                 least, best = now, [p.detach().clone() for p in parameters]
     finally:
@@ -81,7 +81,8 @@ def reconstruct_(
     return start, least
 
 
-def _loss(module: nn.Module, call: tuple[tuple, dict[str, Any], Tensor], bf16: bool) -> Tensor:
+def block_loss(module: Any, call: tuple[tuple, dict[str, Any], Tensor], bf16: bool) -> Tensor:
+    """Return the mean over tokens of |y' - y|^2 / |y|^2 of one call of a block, or of what is called in its place."""
     args, kwargs, want = call
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         out = first_tensor(module(*args, **kwargs)).float()
@@ -92,5 +93,6 @@ def _loss(module: nn.Module, call: tuple[tuple, dict[str, Any], Tensor], bf16: b
 
 
 @torch.no_grad()
-def _error(module: nn.Module, calls: Sequence[tuple[tuple, dict[str, Any], Tensor]], bf16: bool) -> float:
-    return sum(float(_loss(module, c, bf16)) for c in calls) / len(calls)
+def block_error(module: Any, calls: Sequence[tuple[tuple, dict[str, Any], Tensor]], bf16: bool) -> float:
+    """Return the mean of `block_loss` over calls, without gradients."""
+    return sum(float(block_loss(module, c, bf16)) for c in calls) / len(calls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from rarefy.prune.stage import check_weights, chosen_layers
 from rarefy.values.activations import KINDS, OBSERVERS, inputs_for
 from rarefy.values.fit import FITS, Fit
 
-ROUNDINGS = ("rtn", "obs")
+ROUNDINGS = ("rtn", "obs", "round")
+ROUND = {"steps": 200, "bf16": False}  # defaults of the solver round, whose lr is 1 / steps
 FLOATS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16", "fp32": "fp32"}
 
 
@@ -74,7 +75,8 @@ def quantize_(
     symmetric  codes lie around 0; False: zero has a code of its own, for weights that lean to one side
     fit        minmax, mse or hqq: how a scale is found (`rarefy.values.fit`); by default mse, of 8 bits minmax
     solver     rtn: each weight to its nearest point; obs (GPTQ): rounding errors are spread over weights that are not
-               yet rounded, so that the layer's outputs on `data` stay (`rarefy.Solver` sets its options)
+               yet rounded, so that the layer's outputs on `data` stay (`rarefy.Solver` sets its options); round
+               (AutoRound): blocks learn in `steps` which way each weight goes
     activations  round what Linear and Conv layers are given to 8 bits too: int8 (a scale for each row, found in each
                call) or int8-static (one scale and zero, found on `data` by `observer`: minmax, percentile or mse)
     pattern    obs: choose zeros in the same pass, with `sparsity` as in `rarefy.prune_`
@@ -102,9 +104,11 @@ def quantize_(
         rows: dict[str, dict[str, Any]] = {l.full_name: {} for l in chosen}
     else:
         from rarefy.values.gptq import solve_
+        from rarefy.values.rounding import round_
 
         assert data is not None
-        rows, made = solve_(unwrap(model), chosen, ask, shapes, data, progress)
+        run = round_ if ask.solver.name == "round" else solve_
+        rows, made = run(unwrap(model), chosen, ask, shapes, data, progress)
     told = []
     for layer, (grid, values, mask) in zip(chosen, made):
         before = layer.weight.detach()
@@ -161,16 +165,17 @@ def asked(
     how = None
     if solver != "rtn":
         name = solver.get("name") if isinstance(solver, dict) else getattr(solver, "name", solver)
-        name = {"gptq": "obs"}.get(str(name).lower(), name) if name not in ROUNDINGS else name
-        if name != "obs" or solver == "gptq":
-            hint = " (GPTQ is called obs here)" if name == "obs" else ""
-            raise PatternError(unknown("solver of quantization", solver, ROUNDINGS) + hint)
-        how = resolve(solver)
+        papers = {"gptq": "obs", "autoround": "round"}
+        meant = papers.get(str(name).lower())
+        if name not in ("obs", "round"):
+            hint = f" ({name} is called {meant} here)" if meant else ""
+            raise PatternError(unknown("solver of quantization", name, ROUNDINGS) + hint)
+        how = _learning(solver) if name == "round" else resolve(solver)
         if how.reconstruct:
             raise PatternError("solver obs: reconstruct learns weights that are not rounded; leave it out here")
     plan, share = None, 0.0
     if pattern is not None:
-        if how is None:
+        if how is None or how.name != "obs":
             raise PatternError(
                 f"pattern {pattern!r}: zeros are chosen along the way by solver='obs' alone; prune_ first"
             )
@@ -185,16 +190,36 @@ def asked(
     return Ask(bits, group, symmetric, fit, how, plan, share, activations, observer or "mse")
 
 
+def _learning(solver: Any) -> Solver:
+    """Return the solver round with its defaults; PatternError for an option that it does not have."""
+    given = solver if isinstance(solver, dict) else {} if isinstance(solver, str) else vars_of(solver)
+    known = ("steps", "lr", "bf16", "blocks")
+    idle = [k for k, v in given.items() if v is not None and k not in ("name", *known)]
+    if idle:
+        raise PatternError(f"solver round has no {', '.join(idle)}; it has {', '.join(known)}")
+    how = Solver(name="round", **{**ROUND, **{k: given[k] for k in known if given.get(k) is not None}})
+    if isinstance(how.steps, bool) or not isinstance(how.steps, int) or how.steps < 1:
+        raise PatternError(f"solver round: steps is a whole number from 1 up, got {how.steps!r}")
+    if how.lr is not None and (not isinstance(how.lr, int | float) or not 0 < how.lr <= 1):
+        raise PatternError(f"solver round: lr lies within 0 and 1, got {how.lr!r}")
+    return how
+
+
+def vars_of(solver: Solver) -> dict[str, Any]:
+    """Return the options of a solver."""
+    return {f.name: getattr(solver, f.name) for f in fields(solver)}
+
+
 def check_data(ask: Ask, data: Any) -> None:
     """Raise DataError for data that is missing, or has no effect."""
     if data is not None:
         check_batches(data)
     if ask.solver is not None and data is None:
-        raise DataError("solver obs works on a layer's inputs: give data=batches")
+        raise DataError(f"solver {ask.solver.name} works on a layer's inputs: give data=batches")
     if ask.activations == "int8-static" and data is None:
         raise DataError("activations 'int8-static' are calibrated: give data=batches")
     if ask.solver is None and ask.activations != "int8-static" and data is not None:
-        raise DataError("data has no effect: solver 'rtn' rounds each weight by itself; give solver='obs'")
+        raise DataError("data has no effect: solver 'rtn' rounds each weight by itself; give solver='obs' or 'round'")
 
 
 def check_layers(chosen: Sequence[Layer], ask: Ask) -> dict[str, tuple[int, ...]]:

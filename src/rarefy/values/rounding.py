@@ -1,0 +1,145 @@
+"""Rounding that is learnt: whole blocks choose for each weight whether it goes up or down, and how large a step is, so
+that their outputs stay (AutoRound, Cheng 2024, eq. 3 and 5), by the sign of the gradient.
+
+    W~ = s clip(round(W / s + V)),   s = a s0,   V in [-1/2, 1/2],   a in [1/2, 1]
+
+Each block learns on the inputs that the blocks before it now give it; the last batch is held out, its error chooses
+among what was passed on the way, and rounding to nearest is among it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rarefy.model.grid import Grid, beside, split
+from rarefy.model.mask import get_mask
+from rarefy.model.select import Layer
+from rarefy.model.walk import End, blocks, order, walk, with_ends
+from rarefy.progress import track
+from rarefy.prune.layerwise import check_solvable
+from rarefy.prune.reconstruct import block_error, block_loss
+from rarefy.prune.solver import passes
+from rarefy.values.quantize import Ask, grid_for
+
+LOOKS = 10  # times that the held-out error is looked at
+Made = tuple[Grid, Tensor, Tensor | None]
+
+
+def round_(
+    model: nn.Module,
+    chosen: Sequence[Layer],
+    ask: Ask,
+    shapes: Mapping[str, tuple[int, ...]],
+    data: Iterable[Any],
+    progress: bool = False,
+) -> tuple[dict[str, dict[str, Any]], list[Made]]:
+    """Round the chosen layers in place, block by block; return what is to be told of each (its block's held-out error
+    before and after), and its grid. Layers in no block are rounded to nearest. O(steps x three passes of a block)."""
+    solver = ask.solver
+    assert solver is not None
+    data = data if isinstance(data, list | tuple) else list(data)
+    first = check_solvable(chosen, data, "solver round")
+    rows: dict[str, dict[str, Any]] = {}
+    made: dict[str, Made] = {}
+    with passes(solver):
+        places = with_ends(order(model, first, chosen, dense=True), blocks(model, chosen, solver.blocks))
+        with closing(walk(model, data, places, dense=True)) as stops:
+            for stop in track(stops, "learning to round", progress, len(places)):
+                if isinstance(stop, End):
+                    with torch.autocast("cpu", enabled=False):
+                        _learn(stop, ask, shapes, rows, made)
+    for layer in chosen:
+        if layer.full_name not in made:
+            weight = layer.weight.detach()
+            grid = grid_for(weight, shapes[layer.full_name], ask)
+            rows[layer.full_name], made[layer.full_name] = {}, (grid, grid.snap(weight), None)
+    return rows, [made[l.full_name] for l in chosen]
+
+
+class Rounded:
+    """A weight that learns how to be rounded."""
+
+    def __init__(self, layer: Layer, grid: Grid):
+        self.layer, self.grid = layer, grid
+        self.W = layer.weight.detach().float()
+        self.V = torch.zeros_like(self.W).requires_grad_()
+        self.a = torch.ones_like(grid.scale, dtype=torch.float32).requires_grad_()
+        self.best = (self.V.detach().clone(), self.a.detach().clone())
+
+    def weight(self) -> Tensor:
+        """The weight as it is rounded now, with gradients for V and a."""
+        low, high = self.grid.range
+        scale = beside(self.grid.scale.float() * self.a)
+        zero = 0 if self.grid.zero is None else beside(self.grid.zero.float())
+        x = split(self.W, self.grid.scale.shape) / scale + split(self.V, self.grid.scale.shape)
+        code = (x + (x.round() - x).detach() + zero).clamp(low, high) - zero
+        code = torch.where(split(self.W, self.grid.scale.shape) == 0, 0.0, code)  # what is zero stays zero
+        return (code * scale).reshape(self.W.shape).to(self.layer.original.dtype)
+
+    @torch.no_grad()
+    def step(self, V: Tensor | None, a: Tensor | None, lr: float) -> None:
+        """Go a step against the signs of the gradients."""
+        if V is not None and a is not None:
+            self.V.sub_(lr * V.sign()).clamp_(-0.5, 0.5)
+            self.a.sub_(lr * a.sign()).clamp_(0.5, 1.0)
+
+    @torch.no_grad()
+    def done(self) -> tuple[Grid, Tensor]:
+        """The grid and the weight on it, of the best that was seen."""
+        V, a = self.best
+        scale = (self.grid.scale.float() * a).to(self.grid.scale.dtype)
+        self.grid = Grid(self.grid.bits, scale, self.grid.zero)
+        self.a.fill_(1.0)
+        self.V.copy_(V)
+        weight = self.weight()
+        return self.grid, torch.where(weight == 0, 0.0, self.grid.snap(weight))
+
+
+def _learn(
+    end: End,
+    ask: Ask,
+    shapes: Mapping[str, tuple[int, ...]],
+    rows: dict[str, dict[str, Any]],
+    made: dict[str, Made],
+) -> None:
+    began, solver = time.perf_counter(), ask.solver
+    assert solver is not None and solver.steps is not None
+    module, layers = end.block.module, end.block.layers
+    names = {id(p): n for n, p in module.named_parameters()}
+    learnt = {names[id(l.original)]: Rounded(l, grid_for(l.weight.detach(), shapes[l.full_name], ask)) for l in layers}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(module, {n: r.weight() for n, r in learnt.items()}, args, kwargs)
+
+    train, held, bf16 = end.calls[:-1] or end.calls, end.calls[-1:], bool(solver.bf16)
+    start = least = block_error(run, held, bf16)
+    tensors = [t for r in learnt.values() for t in (r.V, r.a)]
+    rate = solver.lr or 1 / solver.steps
+    for step in range(solver.steps):
+        with torch.enable_grad():
+            grads = torch.autograd.grad(block_loss(run, train[step % len(train)], bf16), tensors, allow_unused=True)
+        lr = rate * (1 - step / solver.steps)
+        for i, r in enumerate(learnt.values()):
+            r.step(grads[2 * i], grads[2 * i + 1], lr)
+        if (step + 1) % max(1, solver.steps // LOOKS) == 0:
+            now = block_error(run, held, bf16)
+            if now < least:
+                least = now
+                for r in learnt.values():
+                    r.best = r.V.detach().clone(), r.a.detach().clone()
+    seconds = (time.perf_counter() - began) / len(layers)
+    for r in learnt.values():
+        grid, weight = r.done()
+        mask = get_mask(r.layer)
+        with torch.no_grad():
+            r.layer.original.copy_(weight if mask is None else torch.where(mask, weight, r.layer.original))
+        made[r.layer.full_name] = grid, weight, None
+        rows[r.layer.full_name] = {"nearest": start, "error": least, "seconds": seconds}
+    end.changed = True
