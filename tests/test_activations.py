@@ -163,7 +163,7 @@ def test_in_a_recipe(tmp_path):
     ("options", "error", "says"),
     [
         ({"activations": "int4"}, PatternError, "unknown activations 'int4'; choose from int8, int8-static"),
-        ({"activations": "int8-static"}, DataError, "activations 'int8-static' are calibrated: give data=batches"),
+        ({"activations": "int8-static"}, DataError, "activations 'int8-static' reads data: give data=batches"),
         (
             {"activations": "int8-static", "data": []},
             DataError,
@@ -175,6 +175,10 @@ def test_in_a_recipe(tmp_path):
             "0 is given NaN or inf",
         ),
         ({"activations": "int8", "data": [torch.zeros(2, 32)]}, DataError, "data has no effect"),
+        ({"smooth": 0.5}, PatternError, "smooth=0.5 has no effect without activations"),
+        ({"smooth": 1.5, "activations": "int8"}, PatternError, "smooth is a number from 0 to 1, got 1.5"),
+        ({"smooth": 0.5, "activations": "int8"}, DataError, "smooth reads data: give data=batches"),
+        ({"smooth": 0.5, "activations": "int8", "data": []}, DataError, "the calibration data is empty"),
         ({"observer": "mse"}, PatternError, "observer='mse' has no effect without activations='int8-static'"),
         ({"activations": "int8-static", "observer": "max", "data": []}, PatternError, "unknown observer 'max'"),
     ],
@@ -210,3 +214,71 @@ def test_all_layers_are_still_found():
     net = mlp()
     rarefy.quantize_(net, "int8", activations="int8")
     assert [l.name for l in all_layers(net)] == ["0", "2"]
+
+
+# smoothing
+
+
+class Block(nn.Module):
+    """A norm that feeds three layers, a Linear that feeds one past a ReLU, a norm that a residual reads too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.q, self.k = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.up, self.act, self.down = nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)
+        self.after, self.out = nn.LayerNorm(32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        y = self.norm(x)
+        z = self.q(y) * self.k(y)
+        h = self.after(self.down(self.act(self.up(z))))
+        return self.out(h) + h[..., :8]
+
+
+def outliers():
+    torch.manual_seed(0)
+    net = Block().eval()
+    with torch.no_grad():
+        net.norm.weight[3] = 80.0  # a channel that is large for every token, and the weights that read it small
+        for layer in (net.q, net.k):
+            layer.weight[:, 3] *= 0.02
+    return net, [torch.randn(64, 32) for _ in range(3)]
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_smoothing_keeps_the_model_and_makes_its_inputs_easier(pruned):
+    dense, data = outliers()
+    if pruned:
+        rarefy.prune_(dense, "2:4", layers=["q", "k"])
+    from rarefy.model.select import select
+    from rarefy.values.smooth import smooth_
+
+    smoothed = copy.deepcopy(dense)
+    done = smooth_(smoothed, select(smoothed, ["q", "k", "up", "down", "out"]), data, 0.5)
+    assert done == {"q": "norm", "k": "norm", "down": "up"}  # the residual reads `after`, nothing is moved there
+    torch.testing.assert_close(smoothed(data[0]), dense(data[0]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(smoothed.after.weight, dense.after.weight)
+    assert all(torch.equal(a, b) for a, b in zip(rarefy.masks(smoothed).values(), rarefy.masks(dense).values()))
+    off = []
+    for smooth in (None, 0.5):
+        one = copy.deepcopy(dense)
+        rarefy.quantize_(
+            one, "int8", activations="int8", smooth=smooth, layers=["q", "k"], data=data if smooth else None
+        )
+        off.append(float((one.q(one.norm(data[0])) - dense.q(dense.norm(data[0]))).norm().detach()))
+    assert off[1] < 0.5 * off[0]
+
+
+def test_smoothing_of_a_language_model_and_in_a_recipe():
+    from conftest import tiny_llama
+
+    model = tiny_llama().eval()
+    ids = torch.randint(0, 64, (2, 9))
+    data = [{"input_ids": ids}]
+    stage = {"quantize": {"weights": "int8", "activations": "int8", "smooth": 0.5}}
+    dense = copy.deepcopy(model)
+    receipt = rarefy.compress_(model, {"stages": [stage]}, data)
+    assert receipt.notes[0] == "smoothed: 10 of 14 layers"  # q, k, v and gate, up behind norms; o and down are not
+    with torch.no_grad():
+        got, want = model(ids).logits, dense(ids).logits
+    assert float((got - want).norm() / want.norm()) < 0.05

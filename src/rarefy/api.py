@@ -197,7 +197,7 @@ def _calibrates(prune: Any) -> bool:
     if isinstance(prune, recipes.Cut):
         return bool(prune.repair or _needs(prune))
     if isinstance(prune, recipes.Quantize):
-        return prune.solver != "rtn" or prune.activations == "int8-static"
+        return prune.solver != "rtn" or prune.activations == "int8-static" or prune.smooth is not None
     if isinstance(prune, recipes.Factorize | recipes.Share):
         return bool(prune.whiten if isinstance(prune, recipes.Factorize) else prune.weigh)
     score = getattr(prune, "score", None)

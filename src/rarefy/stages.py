@@ -48,6 +48,7 @@ class Quantize:
     solver: Solver | str = "rtn"
     activations: str | None = None
     observer: str | None = None
+    smooth: float | None = None
     pattern: str | None = None
     sparsity: float | None = None
     layers: tuple[str, ...] | None = None
@@ -55,8 +56,8 @@ class Quantize:
 
     def options(self) -> dict[str, Any]:
         """Return what `rarefy.values.quantize.asked` takes."""
-        names = ("weights", "group", "symmetric", "fit", "solver", "activations", "observer", "pattern", "sparsity")
-        return {n: getattr(self, n) for n in names}
+        names = ("weights", "group", "symmetric", "fit", "solver", "activations", "observer", "smooth")
+        return {n: getattr(self, n) for n in (*names, "pattern", "sparsity")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

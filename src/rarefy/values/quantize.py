@@ -24,6 +24,7 @@ from rarefy.prune.solver import Solver, resolve
 from rarefy.prune.stage import check_weights, chosen_layers
 from rarefy.values.activations import KINDS, OBSERVERS, inputs_for
 from rarefy.values.fit import FITS, Fit
+from rarefy.values.smooth import smooth_
 
 ROUNDINGS = ("rtn", "obs", "round")
 ROUND = {"steps": 200, "bf16": False}  # defaults of the solver round, whose lr is 1 / steps
@@ -43,6 +44,7 @@ class Ask:
     sparsity: float = 0.0
     activations: str | None = None
     observer: str = "mse"
+    smooth: float | None = None
 
     @property
     def words(self) -> str:
@@ -61,6 +63,7 @@ def quantize_(
     solver: str | Solver | dict[str, Any] = "rtn",
     activations: str | None = None,
     observer: str | None = None,
+    smooth: float | None = None,
     pattern: str | None = None,
     sparsity: float | None = None,
     layers: Selector = None,
@@ -79,6 +82,8 @@ def quantize_(
                (AutoRound): blocks learn in `steps` which way each weight goes
     activations  round what Linear and Conv layers are given to 8 bits too: int8 (a scale for each row, found in each
                call) or int8-static (one scale and zero, found on `data` by `observer`: minmax, percentile or mse)
+    smooth     0..1, with activations: first move that power of the largest inputs of Linear layers out of them, into
+               the norm or layer that makes them (`rarefy.values.smooth`)
     pattern    obs: choose zeros in the same pass, with `sparsity` as in `rarefy.prune_`
 
     What is zero stays zero. Weights stay on their grid through training, whose gradients go straight through (QAT);
@@ -91,12 +96,16 @@ def quantize_(
     >>> report.rows[0]["grid"], len(net[0].weight[0, :32].unique()) <= 16
     ('int4 by 32', True)
     """
-    ask = asked(weights, group, symmetric, fit, solver, activations, observer, pattern, sparsity)
+    ask = asked(weights, group, symmetric, fit, solver, activations, observer, smooth, pattern, sparsity)
     check_data(ask, data)
     data = data if data is None or isinstance(data, list | tuple) else list(data)
     chosen = chosen_layers(model, layers, ignore, ask.pattern) if ask.pattern else select(model, layers, ignore)
     shapes = check_layers(chosen, ask)
     reach, left = {}, []
+    moved: dict[str, str] = {}
+    if ask.smooth is not None:
+        assert data is not None
+        moved = smooth_(unwrap(model), chosen, data, ask.smooth, progress)
     if ask.activations is not None:
         reach, left = inputs_for(unwrap(model), chosen, ask.activations, ask.observer, data, progress)
     if ask.solver is None:
@@ -123,8 +132,9 @@ def quantize_(
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     stored, dense = (sum(r[k] for r in told) for k in ("bytes", "dense bytes"))
     summary = {"layers": len(told), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
+    smoothed = (f"smoothed: {len(moved)} of {len(chosen)} layers",) if ask.smooth is not None else ()
     notes = (f"inputs left as they are: {', '.join(left)}",) if left else ()
-    return Report("quantized", tuple(told), summary, notes)
+    return Report("quantized", tuple(told), summary, (*smoothed, *notes))
 
 
 def asked(
@@ -135,6 +145,7 @@ def asked(
     solver: Any = "rtn",
     activations: Any = None,
     observer: Any = None,
+    smooth: Any = None,
     pattern: Any = None,
     sparsity: Any = None,
 ) -> Ask:
@@ -162,6 +173,11 @@ def asked(
         raise PatternError(unknown("observer", observer, OBSERVERS))
     if observer is not None and activations != "int8-static":
         raise PatternError(f"observer={observer!r} has no effect without activations='int8-static'")
+    if smooth is not None:
+        if isinstance(smooth, bool) or not isinstance(smooth, int | float) or not 0 <= smooth <= 1:
+            raise PatternError(f"smooth is a number from 0 to 1, got {smooth!r}")
+        if activations is None:
+            raise PatternError(f"smooth={smooth!r} has no effect without activations")
     how = None
     if solver != "rtn":
         name = solver.get("name") if isinstance(solver, dict) else getattr(solver, "name", solver)
@@ -187,7 +203,7 @@ def asked(
             raise PatternError(f"groups of {group} inputs and the {plan.b} of pattern {pattern} overlap")
     elif sparsity is not None:
         raise PatternError(f"sparsity={sparsity!r} has no effect without pattern")
-    return Ask(bits, group, symmetric, fit, how, plan, share, activations, observer or "mse")
+    return Ask(bits, group, symmetric, fit, how, plan, share, activations, observer or "mse", smooth)
 
 
 def _learning(solver: Any) -> Solver:
@@ -216,9 +232,11 @@ def check_data(ask: Ask, data: Any) -> None:
         check_batches(data)
     if ask.solver is not None and data is None:
         raise DataError(f"solver {ask.solver.name} works on a layer's inputs: give data=batches")
-    if ask.activations == "int8-static" and data is None:
-        raise DataError("activations 'int8-static' are calibrated: give data=batches")
-    if ask.solver is None and ask.activations != "int8-static" and data is not None:
+    calibrated = "activations 'int8-static'" if ask.activations == "int8-static" else "smooth"
+    if (ask.activations == "int8-static" or ask.smooth is not None) and data is None:
+        raise DataError(f"{calibrated} reads data: give data=batches")
+    idle = ask.solver is None and ask.activations != "int8-static" and ask.smooth is None
+    if idle and data is not None:
         raise DataError("data has no effect: solver 'rtn' rounds each weight by itself; give solver='obs' or 'round'")
 
 
