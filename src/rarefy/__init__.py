@@ -26,6 +26,7 @@ from rarefy.train.loop import Gradual, fit_
 from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
 from rarefy.values.share import share_
+from rarefy.values.tie import tie_layers_
 
 __all__ = [
     "Gradual",
@@ -54,4 +55,5 @@ __all__ = [
     "quantize_",
     "save",
     "share_",
+    "tie_layers_",
 ]

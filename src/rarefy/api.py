@@ -41,6 +41,7 @@ from rarefy.train.loop import Gradual, fit_, optimizer_of
 from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
 from rarefy.values.share import share_
+from rarefy.values.tie import tie_layers_
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -301,6 +302,10 @@ def _share(
     return [share_(model, s.bits, group=s.group, **of, data=data, progress=progress)]
 
 
+def _tie(model: nn.Module, s: recipes.Tie, given: Given, loss: Loss | None, seed: int, progress: bool) -> list[Report]:
+    return [tie_layers_(model, s.every, blocks=s.blocks, average=s.average)]
+
+
 def _cast(
     model: nn.Module, s: recipes.Cast, given: Given, loss: Loss | None, seed: int, progress: bool
 ) -> list[Report]:
@@ -339,6 +344,7 @@ RUN: dict[type, Callable[..., list[Report]]] = {
     recipes.Quantize: _quantize,
     recipes.Factorize: _factorize,
     recipes.Share: _share,
+    recipes.Tie: _tie,
     recipes.Train: _train,
     recipes.Cut: _cut,
     recipes.Cast: _cast,

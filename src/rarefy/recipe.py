@@ -26,7 +26,21 @@ from rarefy.prune import pattern as patterns
 from rarefy.prune.allocate import ALLOCATIONS
 from rarefy.prune.score import SCORES
 from rarefy.prune.solver import resolve
-from rarefy.stages import Cast, Cut, Data, Evaluate, Factorize, Gradual, Optimizer, Prune, Quantize, Save, Share, Train
+from rarefy.stages import (
+    Cast,
+    Cut,
+    Data,
+    Evaluate,
+    Factorize,
+    Gradual,
+    Optimizer,
+    Prune,
+    Quantize,
+    Save,
+    Share,
+    Tie,
+    Train,
+)
 from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
 from rarefy.train.schedule import SCHEDULES, sparsities
 from rarefy.values.activations import KINDS as ACTIVATIONS
@@ -44,7 +58,7 @@ DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth
 class Recipe:
     """A whole compression, in order."""
 
-    stages: tuple[Cut | Prune | Quantize | Factorize | Share | Train | Cast, ...]
+    stages: tuple[Cut | Prune | Quantize | Factorize | Share | Tie | Train | Cast, ...]
     name: str = "recipe"
     about: str = ""
     data: Data | None = None
@@ -75,8 +89,8 @@ class Recipe:
 
 
 STAGES: dict[str, type] = {
-    "cut": Cut, "prune": Prune, "quantize": Quantize, "factorize": Factorize, "share": Share, "train": Train,
-    "cast": Cast,
+    "cut": Cut, "prune": Prune, "quantize": Quantize, "factorize": Factorize, "share": Share, "tie": Tie,
+    "train": Train, "cast": Cast,
 }  # fmt: skip
 DTYPES = ("bf16", "fp16", "fp32")
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -92,6 +92,15 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tie:
+    """Let neighbouring blocks share their weights. See `rarefy.tie_layers_`."""
+
+    every: int = 2
+    blocks: str | None = None
+    average: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gradual:
     """Put zeros in while training runs from `start` to `end` of its way. See `rarefy.train.loop.Gradual`."""
 

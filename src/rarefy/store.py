@@ -31,7 +31,7 @@ from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
 from rarefy.runtime.choose import accelerate_, accelerate_each, check_options
 from rarefy.runtime.layers import Sparse
-from rarefy.values import factors
+from rarefy.values import factors, tie
 
 EXPORTS = ("hf", "safetensors", "compressed-tensors")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
@@ -75,6 +75,8 @@ def save(
         meta["cut"] = model.rarefy_cut
     if factors.noted(model):
         meta["factors"] = factors.noted(model)
+    if tie.noted(model):
+        meta["tied"] = tie.noted(model)
     if inputs.noted(model):
         meta["inputs"] = inputs.noted(model)
     extra = dict(files or {})
@@ -151,6 +153,7 @@ def load(
         else:
             restore(model, saved.meta["cut"], path)
             adopt_config(model, structure.get("config"))
+    tie.restore_(model, saved.meta.get("tied", {}), path)
     told = saved.meta.get("factors", {})
     if told != factors.noted(model):
         factors.restore_(model, told, path)
