@@ -189,7 +189,7 @@ class Fixed:
     def __init__(self, scale):
         self.scale = scale
 
-    def begin(self, W, first):
+    def begin(self, W, kept, first):
         raise AssertionError("no groups")
 
     def __call__(self, w, column):
@@ -222,7 +222,8 @@ class Told(Fixed):
         super().__init__(scale)
         self.seen = {}
 
-    def begin(self, W, first):
+    def begin(self, W, kept, first):
+        assert kept.shape == W.shape and kept.all()
         self.seen[first] = W.clone()
 
 

@@ -25,8 +25,8 @@ class Snap(Protocol):
 
     group: int  # columns whose scales are found when the first of them is reached; 0: all are known beforehand
 
-    def begin(self, W: Tensor, first: int) -> None:
-        """Find the scales of the columns W [G, group, O] that begin at `first`."""
+    def begin(self, W: Tensor, kept: Tensor, first: int) -> None:
+        """Find the scales of the columns W [G, group, O] that begin at `first`, of which `kept` stay."""
         ...
 
     def __call__(self, w: Tensor, column: int) -> Tensor:
@@ -110,7 +110,8 @@ def obs(
             if snap is not None and snap.group and (a + j) % snap.group == 0:
                 ahead = slice(j, j + snap.group)
                 now = W[:, a:b][:, ahead]
-                snap.begin(torch.baddbmm(now, inner[:, ahead, :j], E[:, :j], alpha=-1) if j else now, a + j)
+                now = torch.baddbmm(now, inner[:, ahead, :j], E[:, :j], alpha=-1) if j else now
+                snap.begin(now, kept[:, ahead], a + j)
             w = W[:, a + j : a + j + 1]
             if j:
                 w = torch.baddbmm(w, inner[:, j : j + 1, :j], E[:, :j], alpha=-1)

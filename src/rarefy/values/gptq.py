@@ -64,21 +64,22 @@ def _solve(layer: Layer, stop: Stop, ask: Ask, shapes: Mapping[str, tuple[int, .
         raise ModelError(f"{layer.full_name}: NaN or inf in its weights")
     U, used = factor([layer], H, solver.damping)
     target = target_of(W, H, stop.gram, solver)
-    columns = _importance(layer, H)
-    snap = OnColumns(layer, target, ask, shapes[layer.full_name], columns)
-    mask = get_mask(layer)
+    columns, shape = _importance(layer, H), tuple(layer.original.shape)
+    mask, fresh = get_mask(layer), None
     if ask.pattern is None:
         kept = torch.ones_like(W, dtype=torch.bool) if mask is None else matrix(layer, mask)
-        new, _ = solve.obs(target, U, given_mask(kept), _edges(W.shape[-1], layer, ask), snap)
-        fresh = None
-    else:
+        edges = _edges(W.shape[-1], ask)
+    else:  # the mask first, then the best weights for it: rounding these to nearby ones costs least
         prune = PruneAsk(ask.pattern, ask.sparsity, {layer.full_name: ask.sparsity}, "layer")
         choose, parts = choosers([layer], prune, {})
         edges = parts[0].edges(_block(ask))
-        new, kept = solve.obs(target, U, choose, edges, snap)
-        fresh = stored(layer, kept, tuple(layer.original.shape))
+        target, kept = solve.obs(target, U, choose, edges)
+        target = solve.refit(target, target_of(W, H, stop.gram, solver), solve.damped(H, used), kept)
+        fresh = stored(layer, kept, shape)
+    snap = OnColumns(layer, torch.where(kept, target, 0.0), ask, shapes[layer.full_name], columns)
+    new, _ = solve.obs(target, U, given_mask(kept), edges, snap)
     grid = snap.grid()
-    weight = stored(layer, new, tuple(layer.original.shape)).to(layer.original.dtype)
+    weight = stored(layer, new, shape).to(layer.original.dtype)
     weight = torch.where(weight == 0, 0.0, grid.snap(weight))  # what half a step of the weight's type has moved
     error, energy = solve.error(matrix(layer, weight.float()), W, H).sum(), solve.error(torch.zeros_like(W), W, H).sum()
     stop.weights[layer.full_name] = weight
@@ -94,7 +95,7 @@ def _block(ask: Ask) -> int:
     return max(1, ask.solver.block // ask.group) * ask.group
 
 
-def _edges(columns: int, layer: Layer, ask: Ask) -> list[int]:
+def _edges(columns: int, ask: Ask) -> list[int]:
     step = _block(ask)
     return [*range(0, columns, step), columns]
 
@@ -119,10 +120,10 @@ class OnColumns:
         self.zero = None if grid.zero is None else matrix(layer, grid.spread(grid.zero.float(), whole.shape))
         self.low, self.high = grid.range
 
-    def begin(self, W: Tensor, first: int) -> None:
+    def begin(self, W: Tensor, kept: Tensor, first: int) -> None:
         """See `rarefy.prune.solve.Snap`."""
         G, n, O = W.shape
-        X = W.transpose(1, 2).reshape(G * O, n)
+        X = torch.where(kept, W, 0.0).transpose(1, 2).reshape(G * O, n)  # zero is a point of every grid
         weigh = self.columns[..., first : first + n].expand(G, O, n).reshape(G * O, n)
         scale, zero = fitted(FITS[self.ask.fit], X, self.ask, weigh)
         self.scale[..., first : first + n] = scale.float().reshape(G, O, 1)
