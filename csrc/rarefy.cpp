@@ -38,7 +38,8 @@ const rarefy_table* of_name(const char* name) {
 float step_of(const rarefy_table& t, const float* x, int64_t n) {
   const uint32_t most = t.largest(x, n);
   if (most >= 0x7f800000u) return std::nanf("");  // NaN or inf: no output of this row means anything
-  return most ? __builtin_bit_cast(float, most) / 127.0f : 1.0f;
+  const float step = __builtin_bit_cast(float, most) / 127.0f;
+  return step > 1e-36f ? step : 1.0f;  // one over less would be infinite
 }
 
 }  // namespace

@@ -112,7 +112,7 @@ def test_they_are_copied_saved_and_loaded(activations, tmp_path):
 def test_an_attention_keeps_its_inputs_and_says_so():
     net = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     report = rarefy.quantize_(net, "int8", activations="int8")
-    assert report.notes == ("inputs left as they are: 0.in_proj_weight",)
+    assert report.notes == ("inputs left as they are: 0.in_proj_weight, 0.out_proj",)
     assert "inputs" not in report.rows[0] and "inputs" in report.rows[2]
 
 
@@ -254,10 +254,13 @@ def test_smoothing_keeps_the_model_and_makes_its_inputs_easier(pruned):
     from rarefy.values.smooth import smooth_
 
     smoothed = copy.deepcopy(dense)
-    done = smooth_(smoothed, select(smoothed, ["q", "k", "up", "down", "out"]), data, 0.5)
+    done, undo = smooth_(smoothed, select(smoothed, ["q", "k", "up", "down", "out"]), data, 0.5)
     assert done == {"q": "norm", "k": "norm", "down": "up"}  # the residual reads `after`, nothing is moved there
     torch.testing.assert_close(smoothed(data[0]), dense(data[0]), rtol=1e-4, atol=1e-4)
     assert torch.equal(smoothed.after.weight, dense.after.weight)
+    undo()
+    assert all(torch.equal(a, b) for a, b in zip(smoothed.state_dict().values(), dense.state_dict().values()))
+    smooth_(smoothed, select(smoothed, ["q", "k", "up", "down", "out"]), data, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(rarefy.masks(smoothed).values(), rarefy.masks(dense).values()))
     off = []
     for smooth in (None, 0.5):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ from rarefy.values import factors, tie
 
 EXPORTS = ("hf", "safetensors", "compressed-tensors")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
+Slots = dict[str, tuple[nn.Module, str]]
 WEIGHTS = (".safetensors", ".xz", INDEX)  # the files that "bytes on disk" counts
 
 
@@ -139,6 +142,7 @@ def load(
     saved = container.read(path, verify=verify)
     structure = saved.meta.get("structure")
     structure = structure if isinstance(structure, dict) else {}
+    given = model is not None
     if model is None:
         if structure.get("library") != "transformers":
             raise ModelError(
@@ -146,22 +150,9 @@ def load(
                 f"rarefy.load({str(path)!r}, model={structure.get('class')}(...))"
             )
         model = hf.build(_before_cuts(saved, structure, path), empty=stream)
-    if saved.meta.get("cut") is not None:
-        check_told(saved.meta["cut"], path)
-        if _fits(saved, model):
-            model.rarefy_cut = saved.meta["cut"]  # type: ignore[assignment]
-        else:
-            restore(model, saved.meta["cut"], path)
-            adopt_config(model, structure.get("config"))
-    tie.restore_(model, saved.meta.get("tied", {}), path)
-    told = saved.meta.get("factors", {})
-    if told != factors.noted(model):
-        factors.restore_(model, told, path)
-    inputs.restore_(model, saved.meta.get("inputs", {}), path)
-    _check_names(saved, model, path)
-    slots = _slots(model)
-    for name, (module, leaf) in slots.items():
-        _check_fit(saved, name, getattr(module, leaf), path)
+    if given and {"cut", "tied", "factors", "inputs"} & set(saved.meta):  # what does not fit leaves the model as it was
+        _restructure(saved, _skeleton(model), structure, path)
+    slots = _restructure(saved, model, structure, path)
     tied = aliases(model)
     for name, first in tied.items():
         if saved.aliases.get(name, name) != saved.aliases.get(first, first):
@@ -210,6 +201,36 @@ def load(
     return model
 
 
+def _restructure(saved: container.Container, model: nn.Module, structure: dict[str, Any], path: Any) -> Slots:
+    """Give a model the structure that was saved, and return its slots; ContainerError where the tensors do not fit."""
+    if saved.meta.get("cut") is not None:
+        check_told(saved.meta["cut"], path)
+        if _fits(saved, model):
+            model.rarefy_cut = saved.meta["cut"]  # type: ignore[assignment]
+        else:
+            restore(model, saved.meta["cut"], path)
+            adopt_config(model, structure.get("config"))
+    tie.restore_(model, saved.meta.get("tied", {}), path)
+    told = saved.meta.get("factors", {})
+    if told != factors.noted(model):
+        factors.restore_(model, told, path)
+    inputs.restore_(model, saved.meta.get("inputs", {}), path)
+    _check_names(saved, model, path)
+    slots = _slots(model)
+    for name, (module, leaf) in slots.items():
+        _check_fit(saved, name, getattr(module, leaf), path)
+    return slots
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model without the values of its tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
 def _how_to_accelerate(asked: Any) -> dict[str, Any] | None:
     """Return all arguments of `accelerate_`, or None; ModelError for what it does not take."""
     if asked is False:
@@ -229,7 +250,7 @@ def _how_to_accelerate(asked: Any) -> dict[str, Any] | None:
 def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool = False) -> Path:
     """Write a saved folder as a checkpoint that needs no Rarefy: `hf` (a dense folder that transformers loads),
     `safetensors` (one dense file under a folder, tensors by name) or `compressed-tensors` (a quantized folder that
-    transformers loads with that package). Returns the folder."""
+    transformers loads with that package). In dense ones inputs are no longer rounded. Returns the folder."""
     if to not in EXPORTS:
         raise ContainerError(f"export --to {to!r}: choose from {', '.join(EXPORTS)}")
     if os.path.realpath(out) == os.path.realpath(path):
@@ -244,6 +265,11 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
             raise ContainerError(
                 f"{path}: a cut left sizes that no config of {type(model).__name__} can tell (layers unlike each "
                 "other, or heads that do not make up the width): load it with rarefy.load, or export --to safetensors"
+            )
+        if tie.noted(model):
+            raise ContainerError(
+                f"{path}: blocks share their weights, which {type(model).__name__} knows nothing of: load it with "
+                "rarefy.load, or export --to safetensors"
             )
         if factors.noted(model):
             raise ContainerError(

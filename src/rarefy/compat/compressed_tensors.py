@@ -46,7 +46,7 @@ def write(model: nn.Module, folder: Path) -> None:
         if layer in grids and name.endswith(".weight"):
             made = _plain(tensor, grids[layer]) if plain else _packed(tensor, grids[layer])
             tensors |= {f"{layer}.{n}": t.contiguous() for n, t in made.items()}
-        elif name not in getattr(model, "_tied_weights_keys", ()) or not _is_tied(model):
+        elif name not in (getattr(model, "_tied_weights_keys", None) or ()) or not _is_tied(model):
             tensors[name] = tensor.detach().cpu().contiguous()
     config: Any = model.config
     told = {**config.to_dict(), "quantization_config": _config(model, layers, grids, FORMATS[plain])}

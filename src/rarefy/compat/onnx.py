@@ -39,6 +39,9 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, *, overwrite: 
             f"{dynamic[0]} rounds its inputs row by row, for which ONNX has no operator: quantize_ with "
             "activations='int8-static'"
         )
+    half = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if half is not None:
+        raise ModelError(f"{half} is {str(model.get_parameter(half).dtype).removeprefix('torch.')}: cast to fp32 first")
     made = fold_(copy.deepcopy(unwrap(model))).eval()
     for layer in all_layers(made):
         grid = get_grid(layer)

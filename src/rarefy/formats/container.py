@@ -41,7 +41,7 @@ from rarefy.model.grid import Values
 SCHEMA = 1
 INDEX_BYTES = 64 * 2**20
 EXPANSION, SLACK = 64, 2**20  # decoded bytes allowed per stored byte, unless the caller knows the shape
-MOST_RAW = 8  # bytes of a compressed shard for each byte that its tensors decode to
+MOST_RATIO = 256  # bytes that a compressed byte may become; what is denser is stored as it is
 INDEX_XZ = "rarefy-index.json.xz"
 _SHARD = re.compile(r"weights-[0-9]{5,8}\.safetensors(\.xz)?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -218,6 +218,8 @@ def _compress_shards(temp: Path, target: Path, index: dict[str, Any]) -> None:
     for file in list(index["shards"]):
         data = (temp / file).read_bytes()
         packed = _compressed(data)
+        if len(data) > _most_raw(len(packed)):
+            continue
         with blaming(target, len(packed)):
             (temp / f"{file}.xz").write_bytes(packed)
         (temp / file).unlink()
@@ -226,7 +228,7 @@ def _compress_shards(temp: Path, target: Path, index: dict[str, Any]) -> None:
         index["shards"][f"{file}.xz"] = about
     for entry in index["tensors"].values():
         for place in entry["parts"].values():
-            place["shard"] += ".xz"
+            place["shard"] += "" if place["shard"] in index["shards"] else ".xz"
 
 
 def _compressed(data: bytes) -> bytes:
@@ -413,7 +415,9 @@ def _opened(saved: Container, name: str) -> Iterator[Any]:
     try:
         if name.endswith(".xz"):
             if name not in saved.unpacked:
-                saved.unpacked[name] = _Shard(load(_decompressed(file, *_raw(saved, name))))
+                known = saved.index["shards"][name]
+                most = _most_raw(min(known["bytes"], file.stat().st_size))
+                saved.unpacked[name] = _Shard(load(_decompressed(file, known["raw"], most)))
             yield saved.unpacked[name]
             return
         with safe_open(file, "pt") as shard:
@@ -432,14 +436,9 @@ class _Shard(dict[str, Tensor]):
         return self[key]
 
 
-def _raw(saved: Container, name: str) -> tuple[int, int]:
-    """How many bytes a shard says that it becomes, and how many it may: more would be no weights but a trap."""
-    decoded = sum(
-        math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
-        for e in saved.index["tensors"].values()
-        if any(place["shard"] == name for place in e["parts"].values())
-    )
-    return saved.index["shards"][name]["raw"], MOST_RAW * decoded + SLACK
+def _most_raw(packed: int) -> int:
+    """How many bytes so many compressed ones may become: more would be no weights but a trap."""
+    return MOST_RATIO * packed + SLACK
 
 
 @contextmanager

@@ -132,7 +132,10 @@ def _inner(p: Packed) -> Packed:
         raise FormatError(f"{p.format}: part 'values' is {sparse.kind(packed)}, must be {want}")
     if n * bits % 8 and int(packed[-1]) >> n * bits % 8:
         raise FormatError(f"{p.format}: part 'values' has bits set after its {n} values")
-    return replace(bare, parts=parts | {"values": unpack_codes(packed, bits, n).view(shape)})
+    codes = unpack_codes(packed, bits, n)
+    if kind == "int" and bits == 8 and bool((codes == 128).any()):
+        raise FormatError(f"{p.format}: part 'values' holds -128, which symmetric codes leave out")
+    return replace(bare, parts=parts | {"values": codes.view(shape)})
 
 
 def _check_own(p: Packed, kind: str, bits: int) -> None:
@@ -151,6 +154,8 @@ def _check_own(p: Packed, kind: str, bits: int) -> None:
             raise FormatError(f"{p.format}: part {name!r} is {sparse.kind(t)}, must be {wanted[0]}")
         if name != "zero" and not bool(torch.isfinite(t).all()):
             raise FormatError(f"{p.format}: part {name!r} holds NaN or inf")
+        if name == "scale" and t.numel() and not float(t.min()) > 0:
+            raise FormatError(f"{p.format}: part 'scale' must be above zero")
     if kind == "uint":
         if p.parts["zero"].shape != p.parts["scale"].shape:
             raise FormatError(f"{p.format}: part 'zero' is {sparse.kind(p.parts['zero'])}, must be as 'scale'")

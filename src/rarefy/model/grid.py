@@ -109,7 +109,7 @@ class Codebook:
         table, order = self.table.float().to(weight.device).flatten(0, -2).sort(-1)
         rows = _rows(split(weight.detach().float(), blocks), blocks)
         middle = (table[:, 1:] + table[:, :-1]) / 2
-        found = order.gather(1, torch.searchsorted(middle.contiguous(), rows))
+        found = order.gather(1, torch.searchsorted(middle.contiguous(), rows.contiguous()))
         return _back(found.to(torch.uint8), blocks, tuple(weight.shape))
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,7 +147,7 @@ def _back(rows: Tensor, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Tens
     """The inverse of `_rows`, in the weight's shape."""
     n = len(blocks)
     tall = rows.reshape(*blocks, *(d // b for b, d in zip(blocks, shape)))
-    return tall.permute([k for d in range(n) for k in (d, n + d)]).reshape(shape)
+    return tall.permute([k for d in range(n) for k in (d, n + d)]).reshape(shape).contiguous()
 
 
 Values = Grid | Codebook
@@ -194,7 +194,7 @@ class OnGrid(nn.Module):
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return snapped
         through = torch.where(grid.inside(weight), weight, weight.detach())
-        return _Straight.apply(through, snapped)  # type: ignore[return-value]  # x + (snapped - x) would round
+        return Straight.apply(through, snapped)  # type: ignore[return-value]  # x + (snapped - x) would round
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnGrid:
         before = self.scale
@@ -209,11 +209,12 @@ class InBook(nn.Module):
 
     index: Tensor
 
-    def __init__(self, book: Codebook, weight: Tensor):
+    def __init__(self, book: Codebook, weight: Tensor, trains: bool = True):
         super().__init__()
+        self.trains = trains  # whether the weight beneath did, which has no gradient from here on
         self.bits = book.bits
         self.register_buffer("index", book.codes(weight))
-        self.table = nn.Parameter(book.table.detach().clone())
+        self.table = nn.Parameter(book.table.detach().clone(), trains)
 
     @property
     def grid(self) -> Codebook:
@@ -229,7 +230,7 @@ class InBook(nn.Module):
 LIVE = (OnGrid, InBook)
 
 
-class _Straight(torch.autograd.Function):
+class Straight(torch.autograd.Function):
     """The second argument, with the gradient going to the first."""
 
     @staticmethod
@@ -277,7 +278,11 @@ def set_grid_(layer: Layer, grid: Values) -> None:
         raise ModelError(f"{layer.full_name} lies on a grid already: rarefy.fold_ the model before quantizing it anew")
     weight = layer.original
     grid = grid.map(lambda t: t.to(weight.device))
-    shared = OnGrid(grid) if isinstance(grid, Grid) else InBook(grid, layer.weight.detach())
+    if isinstance(grid, Grid):
+        shared: nn.Module = OnGrid(grid)
+    else:
+        shared = InBook(grid, layer.weight.detach(), weight.requires_grad)
+        weight.requires_grad_(False)
     for _, module, param in layer.owners:
         note_(module, param, None)
         parametrize.register_parametrization(module, param, shared)

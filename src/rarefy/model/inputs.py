@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import ContainerError
+from rarefy.model.grid import Straight
 
 NOTE = "rarefy_input"
-BITS = range(2, 9)
+TINY = 1e-36  # a step below this is none: one over it would be infinite
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Inputs:
     scale: float | None = None
     zero: int = 0
 
-    def __call__(self, x: Tensor, rows: bool = True) -> Tensor:
-        """Return x rounded; `rows`: a scale for each row, else for each of the first dimension."""
+    def __call__(self, x: Tensor, last: int = 1) -> Tensor:
+        """Return x rounded; dynamic ones share a scale over so many `last` dimensions."""
         high = (1 << (self.bits - 1)) - 1
         with torch.no_grad():
             if self.scale is None:
-                over = -1 if rows else tuple(range(1, x.dim()))
+                over = tuple(range(x.dim() - min(last, x.dim()), x.dim()))
                 step = x.detach().float().abs().amax(over, keepdim=True) / high
-                step = torch.where(step > 0, step, 1.0)
+                step = torch.where(step > TINY, step, 1.0)
                 value = (x.detach().float() * (1 / step)).round_().clamp_(-high, high) * step
                 inside = None
             else:
@@ -53,15 +54,16 @@ class Inputs:
         if not (x.requires_grad and torch.is_grad_enabled()):
             return value
         through = x if inside is None else torch.where(inside, x, x.detach())
-        return through + (value - through).detach()
+        return Straight.apply(through, value)  # type: ignore[return-value]
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Round what a module is called with."""
-        rows = not isinstance(module, nn.modules.conv._ConvNd)
+        kernel: Any = getattr(module, "kernel_size", None)
+        last = 1 if kernel is None else len(kernel) + 1  # an image with its channels, in a batch or alone
         if args:
-            return (self(args[0], rows), *args[1:]), kwargs
+            return (self(args[0], last), *args[1:]), kwargs
         first = next(iter(kwargs))
-        return args, {**kwargs, first: self(kwargs[first], rows)}
+        return args, {**kwargs, first: self(kwargs[first], last)}
 
 
 def get_inputs(module: nn.Module) -> Inputs | None:
@@ -97,14 +99,18 @@ def restore_(model: nn.Module, told: Any, path: Any) -> None:
     modules = dict(model.named_modules())
     for name, how in told.items():
         sound = isinstance(how, Mapping) and set(how) == {"bits", "scale", "zero"} and type(how["bits"]) is int
-        sound = sound and how["bits"] in BITS and type(how["zero"]) is int and 0 <= how["zero"] < 1 << how["bits"]
-        sound = sound and (how["scale"] is None or (type(how["scale"]) is float and 0 < how["scale"] < 1e30))
+        sound = sound and how["bits"] == 8 and type(how["zero"]) is int and 0 <= how["zero"] < 1 << how["bits"]
+        sound = sound and ((how["scale"] is None and how["zero"] == 0) or _is_scale(how["scale"]))
         if not sound or not takes_inputs(modules.get(name)):
             raise ContainerError(f"{path}: inputs of {str(name)[:80]!r} cannot be rounded as it says, {str(how)[:80]}")
     for name in {*noted(model)} - {*told}:
         set_inputs_(modules[name], None)
     for name, how in told.items():
         set_inputs_(modules[name], Inputs(**how))
+
+
+def _is_scale(value: Any) -> bool:
+    return type(value) is float and 0 < value < float("inf")
 
 
 def takes_inputs(module: Any) -> bool:

@@ -14,8 +14,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from rarefy.errors import ModelError
-from rarefy.model.grid import LIVE, live_grid, note_, notes, set_grid_
+from rarefy.model.grid import LIVE, InBook, get_grid, live_grid, note_, notes, set_grid_
 from rarefy.model.select import Layer, Selector, all_layers, original, select
+
+ROUNDED = 0.3  # zeros that rounding to few bits may have made
 
 
 class Mask(nn.Module):
@@ -105,10 +107,13 @@ def fold_(model: nn.Module) -> nn.Module:
         grid = live_grid(layer.module, layer.param)
         with torch.no_grad():
             weight.copy_(effective)
+        trains = next((p.trains for p in _parametrizations(layer.module, layer.param) if isinstance(p, InBook)), None)
         for _, module, param in layer.owners:
             _remove(module, param)
             if grid is not None:
                 note_(module, param, grid)
+        if trains is not None:
+            weight.requires_grad_(trains)
     return model
 
 
@@ -117,7 +122,8 @@ def adopt_(model: nn.Module, layers: Selector = None, at_least: float = 0.01) ->
     Grids that `fold_` or `load` has noted are kept to again too.
 
     `layers` narrows the search as in `select`; a weight with a smaller share of exact zeros than `at_least` is
-    dense by intent and is left alone. Raises ModelError where nothing is pruned. O(weights).
+    dense by intent and is left alone; of weights on a grid, where rounding makes zeros too, below three tenths. Raises
+    ModelError where nothing is pruned. O(weights).
     """
     chosen = select(model, layers) if layers is not None else all_layers(model)
     foreign = _take_foreign_masks_(model, chosen, layers is None)
@@ -126,7 +132,8 @@ def adopt_(model: nn.Module, layers: Selector = None, at_least: float = 0.01) ->
         mask = foreign.get(id(layer.original))
         if mask is None and get_mask(layer) is None:
             kept = layer.weight.detach() != 0
-            mask = kept if kept.numel() and 1 - kept.float().mean().item() >= at_least else None
+            few = at_least if get_grid(layer) is None else max(at_least, ROUNDED)
+            mask = kept if kept.numel() and 1 - kept.float().mean().item() >= few else None
         if mask is not None:
             set_mask_(layer, mask)
         grid = notes(layer.module).get(layer.param)

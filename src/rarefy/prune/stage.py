@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.files import bytes_of, path_of
 from rarefy.model.batches import first_samples, some
+from rarefy.model.grid import live_grid
 from rarefy.model.mask import check_maskable, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, all_layers, select
 from rarefy.model.stats import Loss, Stats, call, check_batches, collect, evaluating, loss_of, on_device
@@ -88,6 +89,11 @@ def prune_(
     check_weights(chosen)
     for layer in chosen:
         check_maskable(layer)
+        if how is not None and live_grid(layer.module, layer.param) is not None:
+            raise ModelError(
+                f"{layer.full_name} lies on a grid, which the weights that solver {how.name} moves would leave: prune "
+                "first, then quantize; or leave solver out"
+            )
     spread = partial(_spread, model, chosen, ask, data, loss, progress)
     rows: list[dict[str, Any]] = []
     if how is not None:

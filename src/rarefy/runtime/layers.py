@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.errors import ModelError, unknown
+from rarefy.model.inputs import Inputs
 from rarefy.runtime import native, reference
 from rarefy.runtime.packed import Bitmask, ConvTiles, Csr, Packed, Panels, Tiles, unpack
 
@@ -29,6 +30,7 @@ class Sparse(nn.Module):
     forms    {first number of inputs: packed weight or a dense one}: {1: Bitmask, 9: Tiles} runs up to 8 inputs by the
              bitmask. Buffers are plain tensors, so `state_dict`, `deepcopy` and pickling work.
     activation  what follows the layer, by its name in `reference.ACTIVATIONS`
+    rounds      whether inputs are rounded to 8 bits row by row, by dense forms too
     For inference: weights are frozen; gradients flow to inputs, at the cost of unpacking. Outputs have the type of
     inputs.
     """
@@ -36,8 +38,15 @@ class Sparse(nn.Module):
     bias: Tensor | None
     unpacked = 0  # how often `weight` was
 
-    def __init__(self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None, activation: str | None = None):
+    def __init__(
+        self,
+        forms: Mapping[int, Packed | Tensor],
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        rounds: bool = False,
+    ):
         super().__init__()
+        self.rounds = rounds
         if activation not in reference.ACTIVATIONS:
             raise ModelError(unknown("activation", str(activation), [str(a) for a in reference.ACTIVATIONS]))
         self.activation = activation
@@ -86,7 +95,8 @@ class Sparse(nn.Module):
     def _tell(self, like: dict[str, Any] | None) -> str:
         """What the operator has to know besides the tensors."""
         forms = [(at, about, [n.removeprefix(f"from{at}_") for n in self.parts[at]]) for at, about in self.about]
-        return json.dumps({"shape": self.shape, "forms": forms, "like": like, "activation": self.activation})
+        told = {"shape": self.shape, "forms": forms, "like": like, "activation": self.activation}
+        return json.dumps({**told, "rounds": self.rounds})
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return what the dense layer would."""
@@ -96,6 +106,8 @@ class Sparse(nn.Module):
         """Return what the dense layer would, by the form that is for so many inputs."""
         at, weight, names = self._serving(inputs)
         buffers: Any = self._buffers
+        if self.rounds and (weight is not None or (x.requires_grad and torch.is_grad_enabled())):
+            x = Inputs()(x)
         if weight is not None:
             return reference.ACTIVATIONS[self.activation](self.dense(x, buffers[weight], buffers["bias"]))
         if x.requires_grad and torch.is_grad_enabled():
@@ -172,8 +184,14 @@ class SparseLinear(Sparse):
     [[[7.0]]]
     """
 
-    def __init__(self, forms: Mapping[int, Packed | Tensor], bias: Tensor | None = None, activation: str | None = None):
-        super().__init__(forms, bias, activation)
+    def __init__(
+        self,
+        forms: Mapping[int, Packed | Tensor],
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        rounds: bool = False,
+    ):
+        super().__init__(forms, bias, activation, rounds)
         self.out_features, self.in_features = self.shape
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -319,9 +337,22 @@ class PanelEmbedding(nn.Module):
         """The dense weight, unpacked at each call."""
         return unpack(Panels(**self.plain, **self._buffers)).to(self.dtype)  # type: ignore[arg-type]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Move with the model; its outputs take the type that is asked for, its packed parts keep theirs."""
+        packed = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        for name, before in packed.items():
+            now = self._buffers[name]
+            if before is not None and now is not None and now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
+        return self
+
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of `ids`. O(ids)."""
+        """Return the rows of `ids`; IndexError for one that is not there. O(ids)."""
         flat = ids.reshape(-1)
+        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_embeddings:
+            raise IndexError(f"an embedding of {self.num_embeddings} rows has no row {int(flat.max())}")
         fours = F.pad(flat, (0, -len(flat) % 4)).view(-1, 4)
         rows: Any = {n: t for n, t in self._buffers.items() if t is not None}
         for name, t in rows.items():
@@ -355,7 +386,7 @@ def rebuilt(parts: Sequence[Tensor], bias: Tensor | None, told: str) -> Sparse:
     forms = {at: _form(how, {n: next(tensors) for n in names}) for at, how, names in about["forms"]}
     like: Any = about["like"] and SimpleNamespace(**about["like"], bias=bias)
     act = about["activation"]
-    layer = SparseConv(forms, like=like, activation=act) if like else SparseLinear(forms, bias, act)
+    layer = SparseConv(forms, like=like, activation=act) if like else SparseLinear(forms, bias, act, about["rounds"])
     layer.bias = None if bias is None else bias.detach()  # not a copy: edits are seen
     return layer
 

@@ -205,7 +205,8 @@ def pack_panels(weight: Tensor, grid: Grid, exact: bool = True) -> Panels:
     rows, groups = grid.scale.shape
     nibbles, many = grid.bits <= 4, C // groups
     if rows not in (1, O) or (groups > 1 and many % 32) or (grid.zero is not None and not nibbles):
-        how = "asymmetric codes of more than 4 bits" if many % 32 == 0 or groups == 1 else f"groups of {many} inputs"
+        how = f"groups of {many} inputs" if groups > 1 and many % 32 else "asymmetric codes of more than 4 bits"
+        how = how if rows in (1, O) else f"scales of {O // rows} outputs"
         raise FormatError(f"no kernel for {how}")
     c, words = grid.codes(weight), -(-C // 64)
     parts = 0 if groups == 1 and grid.zero is None else 1 if many % 64 == 0 or groups == 1 else 2

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rarefy.model.inputs import TINY
 from rarefy.runtime.packed import ConvTiles, Csr, Packed, Panels, unpack
 
 ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
@@ -28,7 +29,7 @@ def rounded(x: Tensor, packed: Packed) -> Tensor:
         return x.bfloat16().float()
     if kind in ("int8", "int4"):
         step = x.abs().amax(-1, keepdim=True) / 127
-        step = torch.where(step > 0, step, 1.0)
+        step = torch.where(step > TINY, step, 1.0)
         return (x * (1 / step)).round() * step
     return x
 
@@ -41,11 +42,12 @@ def run(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Return act(x W^T + bias + residual), fp32 [N, O], for x [N, C], or a convolution of x [N, C, height, width].
-    O(O C) to unpack and O(N O C) to multiply.
+        O(O C) to unpack and O(N O C) to multiply.
 
-    >>> from rarefy.runtime.packed import pack_bitmask
-    >>> run(pack_bitmask(torch.tensor([[0.0, 2.0]])), torch.tensor([[5.0, 3.0]])).tolist()
-    [[6.0]]
+        >>> from rarefy.model.inputs import TINY
+    from rarefy.runtime.packed import pack_bitmask
+        >>> run(pack_bitmask(torch.tensor([[0.0, 2.0]])), torch.tensor([[5.0, 3.0]])).tolist()
+        [[6.0]]
     """
     if isinstance(packed, ConvTiles):
         how: Any = (packed.stride, packed.padding, packed.dilation, packed.groups)

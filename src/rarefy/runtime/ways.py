@@ -115,7 +115,7 @@ def ways_of(module: Any, values: str | None = None) -> tuple[dict[str, Packed], 
             ways["bitmask"] = pack_bitmask(weight, kind, grid)
         if grid is None or zeros >= FEW or values is not None:
             ways["tiles"] = pack_tiles(weight, kind, grid=grid)
-        return ways, partial(SparseLinear, bias=module.bias)
+        return ways, partial(SparseLinear, bias=module.bias, rounds=rounds)
     return {"convolution": pack_conv(_as_images(weight), **geometry(module))}, partial(SparseConv, like=module)
 
 
@@ -130,6 +130,8 @@ def why_no_panels(weight: Tensor, grid: Grid) -> str | None:
     if weight.dim() != 2:
         return "no kernel for grids of convolutions yet"
     many = weight.shape[1] // grid.scale.shape[1]
+    if grid.scale.shape[0] not in (1, len(weight)):
+        return f"no kernel for scales of {len(weight) // grid.scale.shape[0]} outputs"
     if grid.scale.shape[1] > 1 and many % 32:
         return f"no kernel for groups of {many} inputs"
     return "no kernel for asymmetric codes of more than 4 bits" if grid.zero is not None and grid.bits > 4 else None

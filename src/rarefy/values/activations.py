@@ -14,6 +14,7 @@ from rarefy.model.inputs import Inputs, takes_inputs
 from rarefy.model.select import Layer
 from rarefy.model.stats import call, evaluating, on_device
 from rarefy.progress import track
+from rarefy.runtime.choose import READERS
 
 OBSERVERS = ("minmax", "percentile", "mse")
 KINDS = ("int8", "int8-static")  # dynamic: a scale for each row, found in each call; static: one, found beforehand
@@ -32,7 +33,8 @@ def inputs_for(
 ) -> tuple[dict[str, Inputs], list[str]]:
     """Return how the inputs of each layer are to be rounded, by its name, and which layers have none that could be. One
     pass over `data` for static ones; ModelError for inputs that are not finite, DataError for no data."""
-    able = [l for l in layers if l.param == "weight" and takes_inputs(l.module) and l.layout.kind != "embedding"]
+    readers = {id(c) for m in model.modules() if isinstance(m, READERS) for c in m.children()}
+    able = [l for l in layers if l.param == "weight" and modules_of(l) and not {id(m) for m in modules_of(l)} & readers]
     left = [l.full_name for l in layers if l not in able]
     if kind == "int8":
         return {l.full_name: Inputs() for l in able}, left
@@ -42,6 +44,11 @@ def inputs_for(
     if silent:
         raise DataError(f"the calibration data is empty, or does not reach {', '.join(silent)}")
     return {name: static(torch.cat(values), observer) for name, values in seen.items()}, left
+
+
+def modules_of(layer: Layer) -> list[nn.Module]:
+    """Return the owners of a weight that multiply what they are given by it: an embedding is given numbers of rows."""
+    return [m for _, m, _ in layer.owners if takes_inputs(m)]
 
 
 def static(x: Tensor, observer: str) -> Inputs:
@@ -84,7 +91,7 @@ def _watch(model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], progr
 
     with evaluating(model), torch.no_grad(), ExitStack() as stack:
         for layer in layers:
-            for _, module, _ in layer.owners:
+            for module in modules_of(layer):
                 hook = module.register_forward_pre_hook(watch(layer.full_name), with_kwargs=True)
                 stack.callback(hook.remove)
         for batch in track(data, "ranges of inputs", progress):

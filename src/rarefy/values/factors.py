@@ -40,7 +40,7 @@ class LowRank(nn.Module):
     def empty(cls, module: nn.Module, ranks: Sequence[int]) -> LowRank:
         """Return the factors of a layer, with weights to be filled in and its own bias."""
         down, *core, up = _parts(module, ranks)
-        made = cls(down, up, *core)
+        made = cls(down, up, *core).requires_grad_(module.weight.requires_grad)  # type: ignore[union-attr, arg-type]
         bias = getattr(module, "bias", None)
         if bias is not None:
             made.up.bias = bias  # type: ignore[assignment]
@@ -75,14 +75,16 @@ class Corrected(nn.Module):
     def empty(cls, module: nn.Module, rank: int) -> Corrected:
         """Return a layer with thin ones beside it, whose weights are to be filled in."""
         down, up = _parts(module, [rank])
+        trains: Any = module.weight.requires_grad
+        down, up = down.requires_grad_(trains), up.requires_grad_(trains)
         return cls(module, down, up).train(module.training)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         y, small = self.base(x), self.down(x)
-        if torch.is_grad_enabled() or y.dtype != small.dtype:
+        if not y.dtype == small.dtype == self.up.weight.dtype or y.dim() < 2:
             return y + self.up(small)
-        flat = y.view(-1, y.shape[-1])  # ours alone: the sum goes where it lies
-        return torch.addmm(flat, small.view(-1, small.shape[-1]), self.up.weight.t(), out=flat).view_as(y)
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), small.reshape(-1, small.shape[-1]), self.up.weight.t())
+        return flat.view_as(y)
 
     @property
     def weight(self) -> Tensor:

@@ -22,7 +22,7 @@ from rarefy.prune.layerwise import check_solvable, choosers, factor, given_mask,
 from rarefy.prune.solver import Ask as PruneAsk
 from rarefy.prune.solver import passes
 from rarefy.values.fit import FITS
-from rarefy.values.quantize import Ask, fitted, grid_for
+from rarefy.values.quantize import Ask, finite, fitted, grid_for
 
 Made = tuple[Grid, Tensor, Tensor | None]  # grid, weights as stored, mask where it is new
 
@@ -81,6 +81,7 @@ def _solve(layer: Layer, stop: Stop, ask: Ask, shapes: Mapping[str, tuple[int, .
     grid = snap.grid()
     weight = stored(layer, new, shape).to(layer.original.dtype)
     weight = torch.where(weight == 0, 0.0, grid.snap(weight))  # what half a step of the weight's type has moved
+    weight = finite(layer, grid, weight)
     error, energy = solve.error(matrix(layer, weight.float()), W, H).sum(), solve.error(torch.zeros_like(W), W, H).sum()
     stop.weights[layer.full_name] = weight
     told = {"error": float(error / energy.clamp(min=1e-30)), "damping": used, "seconds": time.perf_counter() - began}
@@ -116,8 +117,8 @@ class OnColumns:
         weigh = stored(layer, columns.expand_as(W), tuple(layer.original.shape))
         grid = grid_for(whole, shape, ask, weigh)
         self.group = ask.group if isinstance(ask.group, int) else 0
-        self.scale = matrix(layer, grid.spread(grid.scale.float(), whole.shape))
-        self.zero = None if grid.zero is None else matrix(layer, grid.spread(grid.zero.float(), whole.shape))
+        self.scale = matrix(layer, grid.spread(grid.scale.float(), whole.shape)).contiguous().clone()
+        self.zero = None if grid.zero is None else matrix(layer, grid.spread(grid.zero.float(), whole.shape)).clone()
         self.low, self.high = grid.range
 
     def begin(self, W: Tensor, kept: Tensor, first: int) -> None:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from rarefy.errors import ModelError, PatternError
 from rarefy.model.grid import get_grid
+from rarefy.model.inputs import get_inputs
 from rarefy.model.select import Layer, Selector, select, unwrap
 from rarefy.model.stats import check_batches
 from rarefy.model.walk import Stop, order, walk
@@ -30,6 +31,7 @@ from rarefy.prune import solve
 from rarefy.prune.layerwise import check_solvable, matrix, stored
 from rarefy.prune.stage import check_weights
 from rarefy.runtime.choose import READERS
+from rarefy.runtime.observe import plain
 from rarefy.values.factors import Corrected, LowRank, cost, most_ranks, noted, put_, sizes, why_not
 
 DAMPING = 1e-4  # times the mean of diag(H), so that inputs that were never seen keep a direction
@@ -180,6 +182,8 @@ def _why_left(layer: Layer, model: nn.Module, ask: Ask) -> str | None:
         return f"no factors of {layer.param}" if layer.param != "weight" else reason
     if len(layer.owners) > 1 or layer.elsewhere:
         return "its weight is shared"
+    if not ask.beside and (get_inputs(module) is not None or not plain(module)):
+        return "its hooks would be lost" if get_inputs(module) is None else "its inputs are rounded: factorize first"
     if isinstance(parent, READERS):
         return f"{type(parent).__name__} reads its weight itself"
     if not ask.beside and (parametrize.is_parametrized(module, "weight") or get_grid(layer) is not None):

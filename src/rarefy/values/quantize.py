@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.formats.values import sizes
 from rarefy.model.grid import BITS, Grid, Values, get_grid, live_grid, note_, scale_shape, set_grid_, split
-from rarefy.model.inputs import set_inputs_
+from rarefy.model.inputs import Inputs, set_inputs_
 from rarefy.model.mask import check_maskable, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, select, unwrap
 from rarefy.model.stats import check_batches
@@ -22,7 +22,7 @@ from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern, check_sparsity, parse
 from rarefy.prune.solver import Solver, resolve
 from rarefy.prune.stage import check_weights, chosen_layers
-from rarefy.values.activations import KINDS, OBSERVERS, inputs_for
+from rarefy.values.activations import KINDS, OBSERVERS, inputs_for, modules_of
 from rarefy.values.fit import FITS, Fit
 from rarefy.values.smooth import smooth_
 
@@ -101,23 +101,16 @@ def quantize_(
     data = data if data is None or isinstance(data, list | tuple) else list(data)
     chosen = chosen_layers(model, layers, ignore, ask.pattern) if ask.pattern else select(model, layers, ignore)
     shapes = check_layers(chosen, ask)
-    reach, left = {}, []
     moved: dict[str, str] = {}
+    undo: Callable[[], None] = _nothing
     if ask.smooth is not None:
         assert data is not None
-        moved = smooth_(unwrap(model), chosen, data, ask.smooth, progress)
-    if ask.activations is not None:
-        reach, left = inputs_for(unwrap(model), chosen, ask.activations, ask.observer, data, progress)
-    if ask.solver is None:
-        made = [_nearest(l, shapes[l.full_name], ask) for l in track(chosen, "rounding", progress, len(chosen))]
-        rows: dict[str, dict[str, Any]] = {l.full_name: {} for l in chosen}
-    else:
-        from rarefy.values.gptq import solve_
-        from rarefy.values.rounding import round_
-
-        assert data is not None
-        run = round_ if ask.solver.name == "round" else solve_
-        rows, made = run(unwrap(model), chosen, ask, shapes, data, progress)
+        moved, undo = smooth_(unwrap(model), chosen, data, ask.smooth, progress)
+    try:
+        rows, made, reach, left = _found(model, chosen, shapes, ask, data, progress)
+    except BaseException:
+        undo()
+        raise
     told = []
     for layer, (grid, values, mask) in zip(chosen, made):
         before = layer.weight.detach()
@@ -127,14 +120,43 @@ def quantize_(
         rounded = reach.get(layer.full_name)
         if rounded is not None:
             told[-1]["inputs"] = "dynamic" if rounded.scale is None else f"by {rounded.scale:.4g}"
-            for _, module, _ in layer.owners:
-                set_inputs_(module, rounded)
+        for module in modules_of(layer):
+            set_inputs_(module, rounded)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     stored, dense = (sum(r[k] for r in told) for k in ("bytes", "dense bytes"))
     summary = {"layers": len(told), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
     smoothed = (f"smoothed: {len(moved)} of {len(chosen)} layers",) if ask.smooth is not None else ()
     notes = (f"inputs left as they are: {', '.join(left)}",) if left else ()
     return Report("quantized", tuple(told), summary, (*smoothed, *notes))
+
+
+def _nothing() -> None:
+    pass
+
+
+def _found(
+    model: nn.Module,
+    chosen: Sequence[Layer],
+    shapes: dict[str, tuple[int, ...]],
+    ask: Ask,
+    data: Any,
+    progress: bool,
+) -> tuple[dict[str, dict[str, Any]], list[Any], dict[str, Inputs], list[str]]:
+    """What is to be told of each layer; its grid, weights and mask; how inputs are rounded, and whose are not."""
+    reach, left = {}, []
+    if ask.activations is not None:
+        reach, left = inputs_for(unwrap(model), chosen, ask.activations, ask.observer, data, progress)
+    if ask.solver is None:
+        layers = track(chosen, "rounding", progress, len(chosen))
+        made: list[Any] = [_nearest(l, shapes[l.full_name], ask) for l in layers]
+        return {l.full_name: {} for l in chosen}, made, reach, left
+    from rarefy.values.gptq import solve_
+    from rarefy.values.rounding import round_
+
+    assert data is not None
+    run = round_ if ask.solver.name == "round" else solve_
+    rows, made = run(unwrap(model), chosen, ask, shapes, data, progress)
+    return rows, made, reach, left
 
 
 def asked(
@@ -150,7 +172,7 @@ def asked(
     sparsity: Any = None,
 ) -> Ask:
     """Return what `quantize_` is asked for with its defaults filled in; PatternError for what it does not know."""
-    if weights in FLOATS:
+    if isinstance(weights, str) and weights in FLOATS:
         raise PatternError(
             f"weights={weights!r}: whole models are cast, with what they compute: rarefy.cast_(model, "
             f"{FLOATS[weights]!r}), in recipes the stage cast"
@@ -164,8 +186,8 @@ def asked(
         raise PatternError(f"group is a number of inputs from 2 up, 'tensor', or None for all, got {group!r}")
     if not isinstance(symmetric, bool):
         raise PatternError(f"symmetric is True or False, got {symmetric!r}")
-    fit = fit or ("minmax" if bits == 8 else "mse")
-    if fit not in FITS:
+    fit = ("minmax" if bits == 8 else "mse") if fit is None else fit
+    if not isinstance(fit, str) or fit not in FITS:
         raise PatternError(unknown("fit", fit, FITS))
     if activations is not None and activations not in KINDS:
         raise PatternError(unknown("activations", activations, KINDS))
@@ -244,6 +266,8 @@ def check_layers(chosen: Sequence[Layer], ask: Ask) -> dict[str, tuple[int, ...]
     """Return the shape of each layer's scales; raise ModelError for what cannot lie on such grids."""
     check_weights(chosen)
     for layer in chosen:
+        if layer.original.numel() == 0:
+            raise ModelError(f"{layer.full_name} has no weights ({list(layer.original.shape)}): ignore it")
         check_maskable(layer)
         if live_grid(layer.module, layer.param) is not None or get_grid(layer) is not None:
             raise ModelError(
@@ -285,7 +309,15 @@ def put_(layer: Layer, grid: Values, values: Tensor, mask: Tensor | None) -> Non
 def _nearest(layer: Layer, shape: tuple[int, ...], ask: Ask) -> tuple[Grid, Tensor, None]:
     weight = layer.weight.detach()
     grid = grid_for(weight, shape, ask)
-    return grid, grid.snap(weight), None
+    return grid, finite(layer, grid, grid.snap(weight)), None
+
+
+def finite(layer: Layer, grid: Grid, values: Tensor) -> Tensor:
+    """Return rounded weights; ModelError where they, or their scales, are beyond the numbers of the weight."""
+    if not (torch.isfinite(grid.scale).all() and torch.isfinite(values).all()):
+        most = float(layer.weight.detach().abs().max())
+        raise ModelError(f"{layer.full_name} has weights of {most:g}, for which there is no grid in {values.dtype}")
+    return values
 
 
 def _blocks(weight: Tensor, shape: tuple[int, ...]) -> Tensor:

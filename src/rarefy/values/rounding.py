@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rarefy.errors import ModelError
 from rarefy.model.grid import Grid, beside, split
 from rarefy.model.mask import get_mask
 from rarefy.model.select import Layer
-from rarefy.model.walk import End, blocks, order, walk, with_ends
+from rarefy.model.walk import Block, End, blocks, order, walk, with_ends
 from rarefy.progress import track
 from rarefy.prune.layerwise import check_solvable
 from rarefy.prune.reconstruct import block_error, block_loss
@@ -49,7 +50,7 @@ def round_(
     rows: dict[str, dict[str, Any]] = {}
     made: dict[str, Made] = {}
     with passes(solver):
-        places = with_ends(order(model, first, chosen, dense=True), blocks(model, chosen, solver.blocks))
+        places = with_ends(order(model, first, chosen, dense=True), _found(model, chosen, solver.blocks))
         with closing(walk(model, data, places, dense=True)) as stops:
             for stop in track(stops, "learning to round", progress, len(places)):
                 if isinstance(stop, End):
@@ -61,6 +62,14 @@ def round_(
             grid = grid_for(weight, shapes[layer.full_name], ask)
             rows[layer.full_name], made[layer.full_name] = {}, (grid, grid.snap(weight), None)
     return rows, [made[l.full_name] for l in chosen]
+
+
+def _found(model: nn.Module, chosen: Sequence[Layer], names: str | None) -> list[Block]:
+    try:
+        return blocks(model, chosen, names)
+    except ModelError as error:
+        words = str(error).replace("to reconstruct: leave reconstruct out", "that could learn: take solver='obs'")
+        raise ModelError(words) from None
 
 
 class Rounded:

@@ -10,7 +10,7 @@ tensor that layers are given. Whether nothing else reads it is proved by running
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rarefy.errors import DataError, ModelError
 from rarefy.model.batches import tensors_in
 from rarefy.model.grid import live_grid, notes
+from rarefy.model.inputs import get_inputs
 from rarefy.model.select import Layer
 from rarefy.model.stats import call, evaluating, on_device
 from rarefy.progress import track
@@ -39,9 +40,10 @@ class Fed:
 
 def smooth_(
     model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], alpha: float, progress: bool = False
-) -> dict[str, str]:
+) -> tuple[dict[str, str], Callable[[], None]]:
     """Move scales from the inputs of Linear layers into what makes them, in place; return {layer: maker} of those for
-    which that was possible. Weights with masks keep their zeros. Two calls for each maker, and one pass over `data`."""
+    which that was possible, and what undoes it. Weights with masks keep their zeros. Two calls for each maker, and one
+    pass over `data`."""
     data = data if isinstance(data, list | tuple) else list(data)
     if not data:
         raise DataError("the calibration data is empty: smoothing needs at least one batch")
@@ -50,6 +52,13 @@ def smooth_(
     fed = _makers(model, able, data[0])
     largest = _largest(model, able, data, progress)
     done: dict[str, str] = {}
+    olds: list[tuple[nn.Parameter, Tensor]] = []
+
+    @torch.no_grad()
+    def undo() -> None:
+        for p, value in reversed(olds):
+            p.copy_(value)
+
     before = _outputs(model, data[0])
     wide = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     for one in fed:
@@ -60,11 +69,12 @@ def smooth_(
         _scale(one, scale)
         if _near(_outputs(model, data[0]), before, NEAR if wide else 30 * NEAR):
             done |= {l.full_name: one.name for l in one.layers}
+            olds += old
         else:  # something else reads it too
             with torch.no_grad():
                 for p, value in old:
                     p.copy_(value)
-    return done
+    return done, undo
 
 
 def _makers(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[Fed]:
@@ -80,9 +90,10 @@ def _makers(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[Fed]:
             maker = source[1] if source is not None and source[0]() is args[0] else module
             made[id(output)] = weakref.ref(output), maker
 
-    def given(module: nn.Module, args: Any) -> None:
-        known = made.get(id(args[0])) if args else None
-        if known is not None and known[0]() is args[0] and _scales(known[1], by_module[id(module)].original.shape[1]):
+    def given(module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        known = made.get(id(x))
+        if known is not None and known[0]() is x and _scales(known[1], by_module[id(module)].original.shape[1]):
             fed = found.setdefault(id(known[1]), Fed(known[1], names[known[1]]))
             if by_module[id(module)] not in fed.layers:
                 fed.layers.append(by_module[id(module)])
@@ -92,7 +103,7 @@ def _makers(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[Fed]:
             if not list(module.children()) or isinstance(module, nn.ReLU):
                 stack.callback(module.register_forward_hook(out).remove)
         for layer in layers:
-            stack.callback(layer.module.register_forward_pre_hook(given).remove)
+            stack.callback(layer.module.register_forward_pre_hook(given, with_kwargs=True).remove)
         call(model, on_device(model, batch))
     return list(found.values())
 
@@ -100,7 +111,7 @@ def _makers(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[Fed]:
 def _scales(maker: nn.Module, width: int) -> bool:
     """Whether dividing a module's own numbers divides its outputs: norms with a scale for each, Linear layers."""
     weight = maker._parameters.get("weight")
-    if weight is None:
+    if weight is None or notes(maker) or get_inputs(maker) is not None:  # made from others, or on a grid
         return False
     norm = "Norm" in type(maker).__name__ and tuple(weight.shape) == (width,)
     return norm or (type(maker) is nn.Linear and weight.shape[0] == width)
@@ -110,8 +121,9 @@ def _largest(model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], pro
     found: dict[str, Tensor] = {}
 
     def see(layer: Layer) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            x = args[0].detach().float().reshape(-1, args[0].shape[-1]).abs().amax(0)
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = args[0] if args else next(iter(kwargs.values()))
+            x = given.detach().float().reshape(-1, given.shape[-1]).abs().amax(0)
             if not bool(torch.isfinite(x).all()):
                 raise ModelError(f"{layer.full_name} is given NaN or inf in the calibration data")
             known = found.get(layer.full_name)
@@ -121,7 +133,7 @@ def _largest(model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], pro
 
     with evaluating(model), torch.no_grad(), ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.module.register_forward_pre_hook(see(layer)).remove)
+            stack.callback(layer.module.register_forward_pre_hook(see(layer), with_kwargs=True).remove)
         for batch in track(data, "channels of inputs", progress):
             call(model, on_device(model, batch))
     return found

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from rarefy.cut.depth import stacks
 from rarefy.errors import ContainerError, ModelError, PatternError, unknown
+from rarefy.model.grid import notes
 from rarefy.model.inputs import noted as rounded
 from rarefy.model.select import unwrap
 from rarefy.proof.report import Report
@@ -44,9 +45,12 @@ def tie_layers_(model: nn.Module, every: int = 2, *, blocks: str | None = None, 
         raise PatternError(f"average is True or False, got {average!r}")
     model = unwrap(model)
     busy = next((n for n, m in model.named_modules() if parametrize.is_parametrized(m)), None)
+    busy = busy or next((n for n, m in model.named_modules() if notes(m)), None)
     busy = next(iter([*factorized(model), *rounded(model)]), None) if busy is None else busy
     if busy is not None:
         raise ModelError(f"{busy} is pruned, quantized or factorized already: tie first")
+    if noted(model):
+        raise ModelError(f"blocks of {next(iter(noted(model))) or 'the model'} share weights already")
     known = stacks(model)
     if blocks is not None and blocks not in known:
         raise ModelError(unknown("list of blocks", blocks, known) if known else f"{type(model).__name__} has no blocks")
@@ -111,15 +115,16 @@ def _groups(parts: Any, every: int) -> list[list[int]]:
 
 
 def _shapes(module: nn.Module) -> dict[str, Any]:
-    return {n: (tuple(p.shape), p.dtype) for n, p in module.named_parameters()}
+    return {n: (tuple(p.shape), p.dtype) for n, p in module.named_parameters(remove_duplicate=False)}
 
 
 @torch.no_grad()
 def _share(parts: Any, members: list[int], average: bool) -> None:
-    first = parts[members[0]]
-    for name, p in list(first.named_parameters()):
-        if average:
+    first, seen = parts[members[0]], set()
+    for name, p in list(first.named_parameters(remove_duplicate=False)):
+        if average and id(p) not in seen:  # what is tied within a block has one mean
             p.copy_(torch.stack([parts[i].get_parameter(name).float() for i in members]).mean(0))
+        seen.add(id(p))
         owner, _, leaf = name.rpartition(".")
         for i in members[1:]:
             parts[i].get_submodule(owner)._parameters[leaf] = p
