@@ -42,12 +42,11 @@ def run(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Return act(x W^T + bias + residual), fp32 [N, O], for x [N, C], or a convolution of x [N, C, height, width].
-        O(O C) to unpack and O(N O C) to multiply.
+    O(O C) to unpack and O(N O C) to multiply.
 
-        >>> from rarefy.model.inputs import TINY
-    from rarefy.runtime.packed import pack_bitmask
-        >>> run(pack_bitmask(torch.tensor([[0.0, 2.0]])), torch.tensor([[5.0, 3.0]])).tolist()
-        [[6.0]]
+    >>> from rarefy.runtime.packed import pack_bitmask
+    >>> run(pack_bitmask(torch.tensor([[0.0, 2.0]])), torch.tensor([[5.0, 3.0]])).tolist()
+    [[6.0]]
     """
     if isinstance(packed, ConvTiles):
         how: Any = (packed.stride, packed.padding, packed.dilation, packed.groups)
