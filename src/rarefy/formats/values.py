@@ -59,8 +59,7 @@ def sizes(weight: Tensor, grid: Values, pattern: str | None = None, *, axis: int
     u = _codes(weight, grid)
     own = sum(t.nbytes for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None)
     one, two = (sparse.sizes(u.to(d), pattern, axis=axis) for d in (torch.uint8, torch.int16))
-    known = {f: one[f] - (two[f] - one[f]) + -(-(two[f] - one[f]) * grid.bits // 8) + own for f in INNER if f in one}
-    return known
+    return {f: one[f] - (two[f] - one[f]) + -(-(two[f] - one[f]) * grid.bits // 8) + own for f in INNER if f in one}
 
 
 def grid_of(p: Packed) -> Values | None:

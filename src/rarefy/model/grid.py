@@ -107,7 +107,7 @@ class Codebook:
         """Return the index of each weight's nearest value, uint8. O(n bits)."""
         blocks = self.table.shape[:-1]
         table, order = self.table.float().to(weight.device).flatten(0, -2).sort(-1)
-        rows = _rows(split(weight.detach().float(), blocks), blocks)
+        rows = rows_of(weight.detach().float(), blocks)
         middle = (table[:, 1:] + table[:, :-1]) / 2
         found = order.gather(1, torch.searchsorted(middle.contiguous(), rows.contiguous()))
         return _back(found.to(torch.uint8), blocks, tuple(weight.shape))
@@ -116,7 +116,7 @@ class Codebook:
         """Return W of indices. O(n)."""
         blocks = self.table.shape[:-1]
         table = self.table.to(codes.device, dtype).flatten(0, -2)
-        return _back(table.gather(1, _rows(split(codes, blocks), blocks).long()), blocks, tuple(codes.shape))
+        return _back(table.gather(1, rows_of(codes, blocks).long()), blocks, tuple(codes.shape))
 
     def snap(self, weight: Tensor) -> Tensor:
         """Return each weight's nearest value of the table. O(n bits)."""
@@ -137,14 +137,14 @@ class Codebook:
         return Codebook(self.bits, do(self.table))
 
 
-def _rows(halves: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """What `split` returned as [blocks, weights of one]."""
-    n = len(blocks)
+def rows_of(weight: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Return a weight as [blocks, weights of one], blocks in the shape of scales. O(n)."""
+    n, halves = len(blocks), split(weight, blocks)
     return halves.permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).reshape(math.prod(blocks), -1)
 
 
 def _back(rows: Tensor, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `_rows`, in the weight's shape."""
+    """The inverse of `rows_of`, in the weight's shape."""
     n = len(blocks)
     tall = rows.reshape(*blocks, *(d // b for b, d in zip(blocks, shape)))
     return tall.permute([k for d in range(n) for k in (d, n + d)]).reshape(shape).contiguous()

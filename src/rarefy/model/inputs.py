@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import ContainerError
 from rarefy.model.grid import Straight
+from rarefy.model.layout import is_hf_conv1d
 
 NOTE = "rarefy_input"
 TINY = 1e-36  # a step below this is none: one over it would be infinite
@@ -115,5 +116,4 @@ def _is_scale(value: Any) -> bool:
 
 def takes_inputs(module: Any) -> bool:
     """Whether a module is one whose first argument its weight multiplies."""
-    hf = any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
-    return hf or isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or is_hf_conv1d(module)

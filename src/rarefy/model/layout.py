@@ -78,7 +78,7 @@ def layout(module: nn.Module, param: str) -> Layout | None:
         split = (g, i // g, o // g, *kernel)
         order = (0, *range(3, 3 + len(kernel)), 2, 1)
         return Layout("conv-transposed", split, order, (g, math.prod(kernel), o // g, i // g), in_axis=0)
-    if _is_hf_conv1d(module):
+    if is_hf_conv1d(module):
         i, o = (int(n) for n in module.weight.shape)  # type: ignore
         return Layout("conv1d-hf", (1, i, o), (0, 2, 1), (1, 1, o, i), in_axis=0)
     return None
@@ -116,7 +116,8 @@ def _attention(module: nn.MultiheadAttention, param: str) -> Layout | None:
     return None if width is None else _matrix("attention", e, width)
 
 
-def _is_hf_conv1d(module: nn.Module) -> bool:
+def is_hf_conv1d(module: Any) -> bool:
+    """Return whether a module is the Conv1D of transformers, a Linear layer stored [in, out]."""
     # by name, so that transformers is never imported for it
     named = any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
     weight = getattr(module, "weight", None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, nearest
+from rarefy.model.layout import is_hf_conv1d
 
 NOTE = "rarefy_factors"
 KINDS = ("lowrank", "corrected")
@@ -91,7 +92,7 @@ class Corrected(nn.Module):
         """The sum as one weight, made at each call."""
         product = self.up.weight @ self.down.weight
         base: Any = self.base.weight
-        return base + (product.t() if _is_hf_conv1d(self.base) else product)
+        return base + (product.t() if is_hf_conv1d(self.base) else product)
 
     @property
     def bias(self) -> Any:
@@ -100,7 +101,7 @@ class Corrected(nn.Module):
 
 def why_not(module: nn.Module, beside: bool = False) -> str | None:
     """Return why a layer cannot be factors, or have some beside it; None where it can."""
-    if isinstance(module, nn.Linear) or _is_hf_conv1d(module):
+    if isinstance(module, nn.Linear) or is_hf_conv1d(module):
         return None
     if beside or not isinstance(module, nn.Conv1d | nn.Conv2d):
         return f"no factors of {type(module).__name__}"
@@ -119,7 +120,7 @@ def sizes(module: Any) -> tuple[int, int, int]:
     """Return outputs, inputs and kernel positions of a layer."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features, 1
-    if _is_hf_conv1d(module):
+    if is_hf_conv1d(module):
         return module.weight.shape[1], module.weight.shape[0], 1
     return module.out_channels, module.in_channels, module.weight[0, 0].numel()
 
@@ -174,7 +175,7 @@ def restore_(model: nn.Module, told: Any, path: Any) -> None:
 def _parts(module: Any, ranks: Sequence[int]) -> list[nn.Module]:
     O, I, _ = sizes(module)
     like: dict[str, Any] = {"dtype": module.weight.dtype, "device": module.weight.device}
-    if isinstance(module, nn.Linear) or _is_hf_conv1d(module):
+    if isinstance(module, nn.Linear) or is_hf_conv1d(module):
         return [nn.Linear(I, ranks[0], bias=False, **like), nn.Linear(ranks[0], O, bias=False, **like)]
     conv: Any = type(module) if type(module) in (nn.Conv1d, nn.Conv2d) else nn.Conv2d
     how = {n: getattr(module, n) for n in ("stride", "padding", "dilation")}
@@ -182,7 +183,3 @@ def _parts(module: Any, ranks: Sequence[int]) -> list[nn.Module]:
         return [conv(I, ranks[0], 1, bias=False, **how, **like), conv(ranks[0], O, 1, bias=False, **like)]
     core = conv(ranks[0], ranks[1], module.kernel_size, bias=False, **how, **like)
     return [conv(I, ranks[0], 1, bias=False, **like), core, conv(ranks[1], O, 1, bias=False, **like)]
-
-
-def _is_hf_conv1d(module: nn.Module) -> bool:
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)

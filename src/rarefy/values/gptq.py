@@ -22,9 +22,7 @@ from rarefy.prune.layerwise import check_solvable, choosers, factor, given_mask,
 from rarefy.prune.solver import Ask as PruneAsk
 from rarefy.prune.solver import passes
 from rarefy.values.fit import FITS
-from rarefy.values.quantize import Ask, finite, fitted, grid_for
-
-Made = tuple[Grid, Tensor, Tensor | None]  # grid, weights as stored, mask where it is new
+from rarefy.values.quantize import Ask, Made, finite, fitted, grid_for
 
 
 def solve_(
@@ -117,7 +115,7 @@ class OnColumns:
         weigh = stored(layer, columns.expand_as(W), tuple(layer.original.shape))
         grid = grid_for(whole, shape, ask, weigh)
         self.group = ask.group if isinstance(ask.group, int) else 0
-        self.scale = matrix(layer, grid.spread(grid.scale.float(), whole.shape)).contiguous().clone()
+        self.scale = matrix(layer, grid.spread(grid.scale.float(), whole.shape)).clone()
         self.zero = None if grid.zero is None else matrix(layer, grid.spread(grid.zero.float(), whole.shape)).clone()
         self.low, self.high = grid.range
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.formats.values import sizes
-from rarefy.model.grid import BITS, Grid, Values, get_grid, live_grid, note_, scale_shape, set_grid_, split
+from rarefy.model.grid import BITS, Grid, Values, get_grid, live_grid, note_, rows_of, scale_shape, set_grid_
 from rarefy.model.inputs import Inputs, set_inputs_
 from rarefy.model.mask import check_maskable, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, select, unwrap
@@ -29,6 +29,9 @@ from rarefy.values.smooth import smooth_
 ROUNDINGS = ("rtn", "obs", "round")
 ROUND = {"steps": 200, "bf16": False}  # defaults of the solver round, whose lr is 1 / steps
 FLOATS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16", "fp32": "fp32"}
+
+
+Made = tuple[Values, Tensor, Tensor | None]  # grid, weights as stored, mask where it is new
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,7 @@ def check_layers(chosen: Sequence[Layer], ask: Ask) -> dict[str, tuple[int, ...]
 def grid_for(weight: Tensor, shape: tuple[int, ...], ask: Ask, weigh: Tensor | None = None) -> Grid:
     """Return the grid of a weight as stored; `weigh`, of the same shape, is what each squared error counts."""
     scale, zero = fitted(
-        FITS[ask.fit], _blocks(weight.float(), shape), ask, None if weigh is None else _blocks(weigh, shape)
+        FITS[ask.fit], rows_of(weight.float(), shape), ask, None if weigh is None else rows_of(weigh, shape)
     )
     return Grid(ask.bits, scale.reshape(shape), None if zero is None else zero.reshape(shape))
 
@@ -318,12 +321,6 @@ def finite(layer: Layer, grid: Grid, values: Tensor) -> Tensor:
         most = float(layer.weight.detach().abs().max())
         raise ModelError(f"{layer.full_name} has weights of {most:g}, for which there is no grid in {values.dtype}")
     return values
-
-
-def _blocks(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[scales, weights of one]."""
-    n = len(shape)
-    return split(weight, shape).permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).flatten(0, n - 1).flatten(1)
 
 
 def relative_error(before: Tensor, after: Tensor) -> float:

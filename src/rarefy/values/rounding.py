@@ -27,10 +27,9 @@ from rarefy.progress import track
 from rarefy.prune.layerwise import check_solvable
 from rarefy.prune.reconstruct import block_error, block_loss
 from rarefy.prune.solver import passes
-from rarefy.values.quantize import Ask, grid_for
+from rarefy.values.quantize import Ask, Made, grid_for
 
 LOOKS = 10  # times that the held-out error is looked at
-Made = tuple[Grid, Tensor, Tensor | None]
 
 
 def round_(

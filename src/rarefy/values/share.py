@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError, PatternError
 from rarefy.formats.values import sizes
-from rarefy.model.grid import BITS, Codebook, get_grid, live_grid, scale_shape, split
+from rarefy.model.grid import BITS, Codebook, get_grid, live_grid, rows_of, scale_shape
 from rarefy.model.mask import check_maskable
 from rarefy.model.select import Layer, Selector, select
 from rarefy.model.stats import check_batches, collect
@@ -111,13 +111,8 @@ def check_layers(chosen: Sequence[Layer]) -> None:
 
 def codebook(weight: Tensor, blocks: tuple[int, ...], bits: int, weigh: Tensor | None = None) -> Codebook:
     """Return the best table for a weight, or one for each of its blocks; `weigh` is each squared error's weight."""
-    n = len(blocks)
-
-    def rows(t: Tensor) -> Tensor:
-        return split(t.float(), blocks).permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).flatten(0, n - 1).flatten(1)
-
-    X = rows(weight)
-    W = torch.ones_like(X) if weigh is None else rows(weigh.expand_as(weight))
+    X = rows_of(weight.float(), blocks)
+    W = torch.ones_like(X) if weigh is None else rows_of(weigh.expand_as(weight).float(), blocks)
     tables = [_table(x, w, bits) for x, w in zip(X, W)]
     return Codebook(bits, torch.stack(tables).reshape(*blocks, 1 << bits))
 
