@@ -1,8 +1,10 @@
-"""The other side of `oneshot.py`: llmcompressor on the same model and the same batches, in its own venv.
+"""The other side of `oneshot.py` and `values.py`: llmcompressor on the same model and batches, in its own venv.
 
-    python llmcompressor_side.py MODEL BATCHES.safetensors METHOD SPARSITY PATTERN OUT
+    python llmcompressor_side.py MODEL BATCHES.safetensors sparsegpt|wanda SPARSITY PATTERN OUT
+    python llmcompressor_side.py MODEL BATCHES.safetensors gptq|awq GROUP int4|uint4 OUT
 
-Prints one JSON line: seconds of the compression alone, and peak resident memory.
+The folder OUT holds the weights as the compressed model computes with them. Prints one JSON line: seconds of the
+compression alone, and peak resident memory.
 """
 
 import json
@@ -11,16 +13,47 @@ import time
 from pathlib import Path
 
 import torch
+from compressed_tensors.quantization import (  # pyright: ignore[reportMissingImports]
+    QuantizationArgs,
+    QuantizationScheme,
+)
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # pyright: ignore[reportMissingImports]
 from datasets import Dataset  # pyright: ignore[reportMissingImports]
 from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
+from llmcompressor.modifiers.gptq import GPTQModifier  # pyright: ignore[reportMissingImports]
 from llmcompressor.modifiers.pruning import (  # pyright: ignore[reportMissingImports]
     SparseGPTModifier,
     WandaPruningModifier,
 )
-from safetensors.torch import load_file
+from llmcompressor.modifiers.quantization import QuantizationModifier  # pyright: ignore[reportMissingImports]
+from llmcompressor.modifiers.transform.awq import AWQModifier  # pyright: ignore[reportMissingImports]
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-METHODS = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}
+SPARSE = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}
+HEAD = ["re:.*lm_head"]
+
+
+def rules(method: str, setting: str, shape: str) -> list:
+    if method in SPARSE:
+        return [SPARSE[method](sparsity=float(setting), mask_structure=shape, ignore=HEAD)]
+    weights = QuantizationArgs(num_bits=4, symmetric=shape == "int4", strategy="group", group_size=int(setting))
+    groups = {"all": QuantizationScheme(targets=["Linear"], weights=weights)}
+    if method == "gptq":
+        return [GPTQModifier(config_groups=groups, ignore=HEAD)]
+    return [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=HEAD)]
+
+
+def effective(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state without what quantization added, its weights on their grids."""
+    state = {n: t for n, t in model.state_dict().items() if not n.rpartition(".")[2].startswith("weight_")}
+    for name, layer in model.named_modules():
+        scheme = getattr(layer, "quantization_scheme", None)
+        if scheme is not None and scheme.weights is not None:
+            order = getattr(layer, "weight_g_idx", None)
+            grid = layer.weight_scale, layer.weight_zero_point
+            state[f"{name}.weight"] = fake_quantize(layer.weight, *grid, scheme.weights, order)
+    return {n: t.detach().contiguous().clone() for n, t in state.items() if "lm_head" not in n}
 
 
 def main() -> None:
@@ -29,13 +62,12 @@ def main() -> None:
     ids = load_file(batches)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-    rule = METHODS[method](sparsity=float(sparsity), mask_structure=pattern, ignore=["re:.*lm_head"])
     began = time.perf_counter()
     oneshot(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(folder),
         dataset=data,
-        recipe=[rule],
+        recipe=rules(method, sparsity, pattern),
         num_calibration_samples=len(ids),
         max_seq_length=ids.shape[1],
         batch_size=8,
@@ -44,7 +76,11 @@ def main() -> None:
     seconds = time.perf_counter() - began
     lines = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss begins with what the parent held
     peak = next(int(l.split()[1]) * 1024 for l in lines if l.startswith("VmHWM"))
-    model.save_pretrained(out, safe_serialization=True)
+    if method in SPARSE:
+        model.save_pretrained(out, safe_serialization=True)
+    else:
+        Path(out).mkdir()
+        save_file(effective(model), f"{out}/effective.safetensors")
     print(
         json.dumps({"method": method, "sparsity": sparsity, "pattern": pattern, "seconds": seconds, "peak_rss": peak})
     )

@@ -2,6 +2,7 @@
 
     python values.py leave          SmolLM2 trained until its weights have left the 4-bit grid they came on: build/left
     python values.py language       that copy: perplexity and bytes of its layers on grids, factorized, with zeros
+    python values.py peer --peer VENV/bin/python     llmcompressor on the same copy and batches
     python values.py minilm         MiniLM: description finds article (R@1), cosine with dense embeddings
     python values.py fashion        the small ResNet: static INT8, INT4 with training, deep compression
     python values.py decode         tokens/s of that copy, in turns
@@ -65,6 +66,12 @@ LANGUAGE: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "whitened svd, 10 % less": [("factorize", {"keep": 0.9, "data": True})],
     "whitened svd, 20 % less": [("factorize", {"keep": 0.8, "data": True})],
     "codebook of 4 bits": [("share", {"bits": 4, "data": True})],
+}
+PEERS = {
+    "llmcompressor, int4 by 64, GPTQ": ("gptq", "int4"),
+    "llmcompressor, int4 by 64, AWQ": ("awq", "int4"),
+    "llmcompressor, uint4 by 64, GPTQ": ("gptq", "uint4"),
+    "llmcompressor, uint4 by 64, AWQ": ("awq", "uint4"),
 }
 DO = {"quantize": rarefy.quantize_, "prune": rarefy.prune_, "factorize": rarefy.factorize_, "share": rarefy.share_}
 MINILM: dict[str, dict[str, Any]] = {
@@ -150,6 +157,29 @@ def language(only: list[str]) -> Iterator[Line]:
             "run": "language", "way": way, "perplexity": perplexities(model, tokenizer), "seconds": seconds,
             "of bf16": share_of_bf16(model),
         }  # fmt: skip
+
+
+def peer(python: str, only: list[str]) -> Iterator[Line]:
+    """llmcompressor in its own venv, on the same copy and batches, evaluated here."""
+    import subprocess
+    import tempfile
+
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = hf.load_tokenizer(LEFT)
+    batch: Any = sources.batches("wiki", sources.Take(samples=64, tokens=512, batch=64, seed=0), tokenizer=tokenizer)
+    for way in only or PEERS:
+        method, shape = PEERS[way]
+        with tempfile.TemporaryDirectory() as place:
+            save_file(batch[0], f"{place}/batches.safetensors")
+            words = [str(LEFT), f"{place}/batches.safetensors", method, "64", shape, f"{place}/out"]
+            side = [python, str(HERE / "llmcompressor_side.py"), *words]
+            ran = subprocess.run(side, stdout=subprocess.PIPE, text=True, check=True)
+            model = hf.load_folder(LEFT).float()
+            lost = model.load_state_dict(load_file(f"{place}/out/effective.safetensors"), strict=False)
+            assert not lost.unexpected_keys and lost.missing_keys == ["lm_head.weight"], lost
+            seconds = json.loads(ran.stdout.strip().splitlines()[-1])["seconds"]
+            yield {"run": "language", "way": way, "perplexity": perplexities(model, tokenizer), "seconds": seconds}
 
 
 def share_of_bf16(model: Any) -> float:
@@ -306,16 +336,21 @@ def cell(value: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", choices=["leave", "language", "minilm", "fashion", "decode", []], default=[])
+    parser.add_argument(
+        "runs", nargs="*", choices=["leave", "language", "peer", "minilm", "fashion", "decode", []], default=[]
+    )
     parser.add_argument("--only", nargs="*", default=[], help="ways")
+    parser.add_argument("--peer", help="the python of a venv with llmcompressor 0.14")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     runs: dict[str, Any] = {
         "leave": leave, "language": lambda: language(args.only), "minilm": lambda: minilm(args.only),
-        "fashion": lambda: fashion(args.seeds), "decode": decode,
+        "fashion": lambda: fashion(args.seeds), "decode": decode, "peer": lambda: peer(args.peer, args.only),
     }  # fmt: skip
-    for name in args.runs or ([] if args.table else runs):
+    if "peer" in args.runs and not args.peer:
+        parser.error("llmcompressor runs in a venv of its own: give --peer VENV/bin/python")
+    for name in args.runs or ([] if args.table else [r for r in runs if r != "peer"]):
         for line in runs[name]():
             print(line, flush=True)
             with RESULTS.open("a") as file:
