@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import (  # pyright: ignore[reportMissingImports]
@@ -37,14 +38,15 @@ HEAD = ["re:.*lm_head"]
 def rules(method: str, setting: str, shape: str) -> list:
     if method in SPARSE:
         return [SPARSE[method](sparsity=float(setting), mask_structure=shape, ignore=HEAD)]
-    weights = QuantizationArgs(num_bits=4, symmetric=shape == "int4", strategy="group", group_size=int(setting))
+    grid: Any = {"num_bits": 4, "symmetric": shape == "int4", "strategy": "group", "group_size": int(setting)}
+    weights = QuantizationArgs(**grid)
     groups = {"all": QuantizationScheme(targets=["Linear"], weights=weights)}
     if method == "gptq":
         return [GPTQModifier(config_groups=groups, ignore=HEAD)]
     return [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=HEAD)]
 
 
-def effective(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def effective(model: Any) -> dict[str, torch.Tensor]:
     """Return the state without what quantization added, its weights on their grids."""
     state = {n: t for n, t in model.state_dict().items() if not n.rpartition(".")[2].startswith("weight_")}
     for name, layer in model.named_modules():
