@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "values.jsonl"
 LEFT = HERE / "build" / "left"
 BLOCKS = "model.layers.*"
-STEPS, LR = 150, 2e-4
+STEPS, LR = 400, 1.5e-3
 Line = dict[str, Any]
 # what is done, in order: (function, arguments); "data" is put in where an argument says so
 LANGUAGE: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -87,7 +87,7 @@ def leave() -> Iterator[Line]:
     source = samples.model_folder("smollm2-135m")
     tokenizer = hf.load_tokenizer(source)
     model: Any = hf.load_folder(source).float()
-    take = sources.Take(samples=2 * STEPS, tokens=512, batch=2, seed=1)
+    take = sources.Take(samples=STEPS, tokens=256, batch=1, seed=1)
     batches: Any = sources.batches("wiki", take, tokenizer=tokenizer)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if ".mlp." in n or ".self_attn." in n}
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -95,7 +95,7 @@ def leave() -> Iterator[Line]:
             model,
             [b | {"labels": b["input_ids"]} for b in batches],
             optimizer=lambda p: torch.optim.AdamW(p, lr=LR, betas=(0.9, 0.95), weight_decay=0.0),
-            lr_schedule="linear",
+            lr_schedule="one-cycle",
             seed=0,
             progress=True,
         )

@@ -157,7 +157,7 @@ def test_an_allocation_is_searched_once(tmp_path, monkeypatch):
     for text, message in [
         (good[:9], "each.json is damaged .*remove"),
         (json.dumps(value), "each.json is damaged or of another run"),
-        (json.dumps(value | {"digest": journal._sum(json.dumps(value["value"]))}), "does not fit the model"),
+        (json.dumps(value | {"digest": journal.digest(json.dumps(value["value"]))}), "does not fit the model"),
     ]:
         file.write_text(text)
         with pytest.raises(ContainerError, match=message):

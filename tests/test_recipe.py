@@ -9,12 +9,12 @@ from torch import nn
 
 import rarefy
 from conftest import Net, Tied, tiny_llama
+from rarefy import Gradual, stages
 from rarefy import recipe as recipes
-from rarefy import stages
 from rarefy.errors import ModelError, PatternError, RecipeError, SelectorError
 from rarefy.plan import forecast
 from rarefy.prune.score import SCORES
-from rarefy.train.loop import LR_SCHEDULES, optimizer_of
+from rarefy.train.optimizers import LR_SCHEDULES, optimizer_of
 from rarefy.train.schedule import SCHEDULES
 
 FULL = """\
@@ -72,7 +72,7 @@ def test_every_field_is_read():
         name="sgd", lr=1e-4, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     assert (train.epochs, train.lr_schedule) == (2, "one-cycle")
-    assert train.prune == recipes.Gradual(
+    assert train.prune == Gradual(
         pattern="4x1", sparsity=0.75, schedule="linear", steps=4, first=0.5, start=0.1, end=0.9,
         regrow=True, reduce="l2", scope="global",
     )  # fmt: skip

@@ -8,7 +8,7 @@ import rarefy
 from conftest import Net, image_batches
 from rarefy import Gradual, fit_
 from rarefy.errors import DataError, ModelError, PatternError, RecipeError
-from rarefy.train.loop import LR_SCHEDULES, optimizer_of
+from rarefy.train.optimizers import LR_SCHEDULES, optimizer_of
 from rarefy.train.schedule import sparsities
 
 
@@ -154,7 +154,7 @@ def test_data_may_be_a_function_of_the_epoch():
         (
             {"prune": Gradual(sparsity=0.5, start=0.8, end=0.2)},
             PatternError,
-            "starts and ends within training, 0..1, got 0.8 to 0.2",
+            "pruning starts at 0.8 and ends at 0.2: start comes first",
         ),
     ],
 )

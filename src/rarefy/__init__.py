@@ -22,7 +22,8 @@ from rarefy.prune.stage import prune_
 from rarefy.recipe import Recipe
 from rarefy.runtime.choose import accelerate_
 from rarefy.store import export, inspect, load, save
-from rarefy.train.loop import Gradual, fit_
+from rarefy.train.loop import fit_
+from rarefy.train.plans import Gradual
 from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
 from rarefy.values.share import share_

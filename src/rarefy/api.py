@@ -37,7 +37,9 @@ from rarefy.prune.score import SCORES
 from rarefy.prune.stage import check_weights, prune_, report
 from rarefy.runtime.choose import accelerate_
 from rarefy.runtime.layers import Sparse
-from rarefy.train.loop import Gradual, fit_, optimizer_of
+from rarefy.train.loop import fit_
+from rarefy.train.optimizers import optimizer_of
+from rarefy.train.plans import Movement, SecondOrder
 from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
 from rarefy.values.share import share_
@@ -201,6 +203,8 @@ def _calibrates(prune: Any) -> bool:
         return prune.solver != "rtn" or prune.activations == "int8-static" or prune.smooth is not None
     if isinstance(prune, recipes.Factorize | recipes.Share):
         return bool(prune.whiten if isinstance(prune, recipes.Factorize) else prune.weigh)
+    if isinstance(prune, SecondOrder):
+        return True
     score = getattr(prune, "score", None)
     reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in SLOW
     return reads or (score is not None and bool(SCORES[score].needs))
@@ -238,12 +242,9 @@ def _train(
     model: nn.Module, s: recipes.Train, given: Given, loss: Loss | None, seed: int, progress: bool
 ) -> list[Report]:
     o = s.optimizer
-    gradual, calibrate = None, None
-    if s.prune:
-        fields = {f: getattr(s.prune, f) for f in Gradual.__dataclass_fields__ if f != "seed"}
-        gradual = Gradual(**fields, seed=seed)
-        if SCORES[s.prune.score].needs:
-            calibrate = list(with_labels(model, given.batches("calibrate"), s.prune.score))
+    calibrate = None
+    if _calibrates(s.prune):
+        calibrate = list(with_labels(model, given.batches("calibrate"), getattr(s.prune, "score", "train")))
     train = given.batches("train")
     labelled = (
         (lambda epoch: Labelled(model, train(epoch), "train"))
@@ -257,7 +258,7 @@ def _train(
         optimizer=optimizer_of(o.name, o.lr, **o.options()),
         lr_schedule=s.lr_schedule,
         loss=loss,
-        prune=gradual,
+        prune=s.prune,
         calibrate=calibrate,
         seed=seed,
         progress=progress,
@@ -275,7 +276,7 @@ def _quantize(
 
 def _zeros_of(model: nn.Module, s: Any) -> list[Report]:
     """The table of the zeros that a stage has put in besides its own work."""
-    if s is None or s.pattern is None:
+    if s is None or s.pattern is None or (isinstance(s, Movement) and s.penalty is not None):
         return []
     pattern = parse(s.pattern)
     sparsity, _ = check_sparsity(pattern, s.sparsity, None)

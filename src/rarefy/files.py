@@ -20,6 +20,7 @@ from rarefy.progress import say
 INDEX = "rarefy.json"
 KEY, PARTIAL = "key.json", "partial"  # beside the stops of a long run
 ONCE = ("each.json", "given.json", "loss.json")  # what it found out before its first stop
+TRAINING = "training.safetensors"
 STOP = re.compile(r"stop-[0-9]{6}\.safetensors")
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -112,7 +113,7 @@ def work_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator[P
     try:
         yield work
     except BaseException:
-        if any(f for name in ("stop-*", ONCE[0]) for f in work.glob(f"stage-*/{name}")):
+        if any(f for name in ("stop-*", ONCE[0], TRAINING) for f in work.glob(f"stage-*/{name}")):
             say([f"what was done is kept in {work}, for the same command to go on from there"])
         else:
             remove_state(work)
@@ -150,7 +151,7 @@ def path_of(value: str | os.PathLike[str] | None) -> Path | None:
 
 def is_state(name: str) -> bool:
     """Return whether a file of that name is of a long run's state."""
-    return name in (KEY, PARTIAL, *ONCE) or STOP.fullmatch(name) is not None
+    return name in (KEY, PARTIAL, TRAINING, *ONCE) or STOP.fullmatch(name) is not None
 
 
 def remove_state(work: Path) -> None:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -32,7 +32,6 @@ from rarefy.stages import (
     Data,
     Evaluate,
     Factorize,
-    Gradual,
     Optimizer,
     Prune,
     Quantize,
@@ -41,8 +40,10 @@ from rarefy.stages import (
     Tie,
     Train,
 )
-from rarefy.train.loop import LR_SCHEDULES, OPTIMIZERS, optimizer_of
-from rarefy.train.schedule import SCHEDULES, sparsities
+from rarefy.train.optimizers import LR_SCHEDULES, OPTIMIZERS, optimizer_of
+from rarefy.train.plans import PLANS, Plan, plan_of
+from rarefy.train.plans import asked as asked_plan
+from rarefy.train.schedule import SCHEDULES
 from rarefy.values.activations import KINDS as ACTIVATIONS
 from rarefy.values.activations import OBSERVERS
 from rarefy.values.fit import FITS
@@ -315,12 +316,19 @@ def _value(key: str, node: _Node, kind: Any, choices: Mapping[str, tuple[str, ..
     value = node.value
     if value is None and type(None) in options:
         return None
+    if set(PLANS.values()) <= set(options) and isinstance(value, dict):
+        return _build(_plan(node), node)
     for option in options:
         if dataclasses.is_dataclass(option):
             if str in options and not isinstance(value, dict):
                 continue
             return _build(option, node)
-        if typing.get_origin(option) is tuple:
+        if typing.get_origin(option) is Literal:
+            return value  # the word by which the class was chosen
+        if typing.get_origin(option) is Mapping and isinstance(value, dict):
+            inner = typing.get_args(option)[1]
+            return {k: _value(key, v, inner, choices) for k, v in value.items()}
+        if typing.get_origin(option) in (tuple, Sequence):
             inner = typing.get_args(option)[0]
             items = value if isinstance(value, list) else [node]
             return tuple(_value(key, item, inner, choices) for item in items)
@@ -337,6 +345,15 @@ def _value(key: str, node: _Node, kind: Any, choices: Mapping[str, tuple[str, ..
             return value
     words = [_WORDS.get(o, getattr(o, "__name__", str(o)).lower()) for o in options if o is not type(None)]
     raise RecipeError(f"{key}: expected {' or '.join(words)}, got {_show(value)} [{node.where}]")
+
+
+def _plan(node: _Node) -> type[Plan]:
+    """The class that `method` names."""
+    method = node.value.get("method", _Node("gradual", node.where))
+    try:
+        return plan_of(method.value)
+    except RarefyError as error:
+        raise RecipeError(f"{error} [{method.where}]") from None
 
 
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
@@ -385,20 +402,15 @@ def _check(made: Any, node: _Node) -> None:
     try:
         if isinstance(made, Optimizer):
             optimizer_of(made.name, made.lr, **made.options())
-        if isinstance(made, Prune | Gradual):
+        if isinstance(made, Prune):
             plan = patterns.parse(made.pattern)
             last, _ = patterns.check_sparsity(plan, made.sparsity, made.scope)
             patterns.select_many([], plan, None if plan.kind == "nm" else last, reduce=made.reduce)
-            if isinstance(made, Gradual):
-                sparsities(made.schedule, last, made.steps, made.first)
-                if made.start > made.end:
-                    raise RecipeError(f"pruning starts at {made.start} and ends at {made.end}: start comes first")
+        if isinstance(made, Plan):
+            asked_plan(made)
     except RarefyError as error:
-        key = next(
-            (k for k in ("pattern", "sparsity", "scope", "reduce", "steps", "start", "first") if k in str(error)),
-            "pattern",
-        )
-        raise RecipeError(f"{error} [{place(key)}]") from None
+        names = ("pattern", "sparsity", "scope", "reduce", "steps", "start", "first", *(f.name for f in fields(made)))
+        raise RecipeError(f"{error} [{place(next((k for k in names if k in str(error)), 'pattern'))}]") from None
 
 
 def _check_cut(made: Cut, place: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rarefy.cut.ask import BUDGETS
 from rarefy.prune.solver import Solver
+from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,25 +102,6 @@ class Tie:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gradual:
-    """Put zeros in while training runs from `start` to `end` of its way. See `rarefy.train.loop.Gradual`."""
-
-    pattern: str = "unstructured"
-    score: str = "magnitude"
-    sparsity: float | None = None
-    scope: str | None = None
-    reduce: str | None = None
-    layers: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
-    schedule: str = "cubic"
-    steps: int = 10
-    first: float = 0.0
-    start: float = 0.0
-    end: float = 0.7
-    regrow: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Optimizer:
     """A torch optimizer by name; what the optimizer does not know is an error."""
 
@@ -137,12 +119,12 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Train:
-    """Fine-tune with the masks held; `prune` raises the sparsity on the way."""
+    """Fine-tune with the masks held; `prune` lets zeros in on the way (`rarefy.train.plans`)."""
 
     epochs: int = 1
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_schedule: str = "cosine"
-    prune: Gradual | None = None
+    prune: Gradual | Movement | SecondOrder | Rigl | Alternate | Admm | Rewind | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,3 +56,23 @@ def some(data: Iterable[Any], tokens: int, each: int | None = None) -> list[Any]
         few.append(part)
         left -= tokens_in(part)
     return few
+
+
+def slices(batch: Any, most: int) -> list[Any]:
+    """Return a batch in at most `most` parts of whole samples, as equal as they come.
+
+    >>> import torch
+    >>> [len(p) for p in slices(torch.ones(5, 2), 3)]
+    [2, 2, 1]
+    """
+    count = samples_in(batch)
+    size = math.ceil(count / max(1, min(most, count)))
+    return [batch] if size >= count else [_part(batch, i, i + size) for i in range(0, count, size)]
+
+
+def _part(batch: Any, low: int, high: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[low:high]
+    if hasattr(batch, "keys"):
+        return {k: batch[k][low:high] for k in batch}
+    return tuple(t[low:high] for t in batch)

@@ -21,16 +21,21 @@ ROUNDED = 0.3  # zeros that rounding to few bits may have made
 
 
 class Mask(nn.Module):
-    """Parametrization: weight -> weight where the mask is True, +0 elsewhere (NaN and -0 beneath do not leak)."""
+    """Parametrization: weight -> weight where the mask is True, +0 elsewhere (NaN and -0 beneath do not leak).
+
+    A `probe` of zeros, where there is one, is added on top: its gradient is that of the weight, at masked places too.
+    """
 
     mask: Tensor
 
     def __init__(self, mask: Tensor):
         super().__init__()
         self.register_buffer("mask", mask.bool())
+        self.probe: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        kept = torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        return kept if self.probe is None or not torch.is_grad_enabled() else kept + self.probe
 
 
 def get_mask(layer: Layer) -> Tensor | None:

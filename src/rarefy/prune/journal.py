@@ -63,7 +63,7 @@ class Journal:
             with safe_open(file, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
                 about = opened.metadata()
-            whole = about["key"] == self.key and about["digest"] == _sum(dict(sorted(tensors.items())))
+            whole = about["key"] == self.key and about["digest"] == digest(dict(sorted(tensors.items())))
             rows = json.loads(about["rows"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ContainerError(f"{file} is damaged ({error}): {ANEW.format(self.folder)}") from None
@@ -78,7 +78,7 @@ class Journal:
             return
         tensors = {f"w.{n}": t.contiguous() for n, t in entry.weights.items()}
         tensors |= {f"m.{n}": t for n, t in entry.masks.items()}
-        about = {"rows": json.dumps(entry.rows), "key": self.key, "digest": _sum(dict(sorted(tensors.items())))}
+        about = {"rows": json.dumps(entry.rows), "key": self.key, "digest": digest(dict(sorted(tensors.items())))}
         with blaming(self.folder, sum(t.nbytes for t in tensors.values())):
             save_file(tensors, self.folder / PARTIAL, metadata=about)
             self._name(self.folder, f"stop-{stop:06d}.safetensors")
@@ -100,7 +100,7 @@ class Journal:
             try:
                 about = json.loads(file.read_text(encoding="utf-8"))
                 value = about["value"]
-                whole = about["key"] == self.key and about["digest"] == _sum(json.dumps(value))
+                whole = about["key"] == self.key and about["digest"] == digest(json.dumps(value))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ContainerError(f"{file} is damaged ({error}): {ANEW.format(self.folder)}") from None
             if not whole:
@@ -108,14 +108,14 @@ class Journal:
             return value
         value = find()
         with blaming(self.folder):
-            about = {"key": self.key, "digest": _sum(json.dumps(value)), "value": value}
+            about = {"key": self.key, "digest": digest(json.dumps(value)), "value": value}
             (self.folder / PARTIAL).write_text(json.dumps(about), encoding="utf-8")
             self._name(self.folder, file.name)
         return value
 
     def check_same(self, name: str, what: Any, word: str) -> None:
         """Raise ContainerError where tensors, called `word`, are others than when this run was here before."""
-        made = _sum(what) if self.folder is not None else None
+        made = digest(what) if self.folder is not None else None
         if self.once(name, lambda: made) != made:
             raise ContainerError(
                 f"{self.folder} holds the state of another run (other {word}): {ANEW.format(self.folder)}"
@@ -178,10 +178,11 @@ def _differs(before: str, key: Mapping[str, Any]) -> str:
     return ", ".join(told.get(n, f"other {n}") for n in short or names)
 
 
-def _sum(value: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    _digest(value, digest)
-    return digest.hexdigest()
+def digest(value: Any) -> str:
+    """Return a sum over nested tensors, texts and numbers. O(bytes)."""
+    into = hashlib.blake2b(digest_size=16)
+    _digest(value, into)
+    return into.hexdigest()
 
 
 def key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any
     config: Any = getattr(model, "config", None)
     made = (repr(model), config.to_dict() if hasattr(config, "to_dict") else None)
     state = {**model.state_dict(), **dict(model.named_buffers())}
-    digests = {"model": _sum(made), "weights": _sum(state), "data": _sum(list(data))}
+    digests = {"model": digest(made), "weights": digest(state), "data": digest(list(data))}
     pages.page_out(pages.in_files(state.values()))  # all of a model is read here, a block at a time later
     return {**settings, "rarefy": __version__, "torch": torch.__version__, **digests}
 

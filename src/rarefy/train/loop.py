@@ -1,81 +1,55 @@
-"""A plain fine-tuning loop: masks hold by themselves, amounts can rise on the way, the best epoch is kept."""
+"""A fine-tuning loop: masks hold by themselves, zeros can come in on the way, the best epoch is kept, a killed run goes
+on where it was."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, is_dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from rarefy.errors import DataError, ModelError, PatternError, RecipeError, unknown
-from rarefy.model.select import Layer, Selector, select
+from rarefy.errors import DataError, ModelError, RecipeError, unknown
+from rarefy.files import path_of
 from rarefy.model.stats import Loss, call, check_batches, loss_of, on_device, tokens_in
 from rarefy.progress import track
 from rarefy.proof.report import Report
-from rarefy.prune import stage
-from rarefy.prune.pattern import Pattern, check_sparsity, parse
-from rarefy.prune.score import SCORES
+from rarefy.prune import journal as journals
 from rarefy.runtime.layers import Sparse
-from rarefy.train.schedule import sparsities
+from rarefy.train import checkpoint
+from rarefy.train.logs import Logs
+from rarefy.train.optimizers import LR_SCHEDULES, MakeOptimizer, optimizer_of
+from rarefy.train.plans import Plan
+from rarefy.train.sparsifier import Event, Sparsifier
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]  # batches, or a function of the epoch that gives them
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
-# factor on the learning rate at progress t in 0..1
-LR_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda t: 1.0,
-    "linear": lambda t: 1 - t,
-    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
-    "one-cycle": lambda t: 0.05 + 0.95 * t / 0.25 if t < 0.25 else (1 + math.cos(math.pi * (t - 0.25) / 0.75)) / 2,
-}
+Teach = Callable[[Any, Any, torch.Tensor | None], torch.Tensor]  # (output, batch, own loss) -> loss
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradual:
-    """Prune in `steps` steps while training runs from `start` to `end` of its way; scores are computed anew each time.
+class Steps:
+    """How a step is taken: batches whose gradients are added up, the greatest norm of a gradient, the precision in
+    which the model runs while it trains (`bf16`; None as it is)."""
 
-    `regrow` lets a masked weight come back where its score has become better than a kept one's.
-    """
+    accumulate: int = 1
+    clip: float | None = None
+    autocast: str | None = None
 
-    sparsity: float | None = None
-    pattern: str = "unstructured"
-    score: str = "magnitude"
-    schedule: str = "cubic"
-    steps: int = 10
-    first: float = 0.0
-    start: float = 0.0
-    end: float = 0.7
-    scope: str | None = None
-    reduce: str | None = None
-    layers: Selector = None
-    ignore: Selector = None
-    regrow: bool = False
-    seed: int = 0
-
-
-def optimizer_of(name: str, lr: float, **options: Any) -> MakeOptimizer:
-    """Return a maker of the named optimizer; RecipeError for a name or an option it does not have.
-
-    >>> optimizer_of("sgd", 0.1, momentum=0.9)([nn.Parameter(torch.zeros(1))]).defaults["momentum"]
-    0.9
-    """
-    if name not in OPTIMIZERS:
-        raise RecipeError(unknown("optimizer", name, OPTIMIZERS))
-    try:
-        OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], lr=lr, **options)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"optimizer {name!r} cannot be made with lr={lr}, {options}: {error}") from None
-    return lambda parameters: OPTIMIZERS[name](parameters, lr=lr, **options)
+    def __post_init__(self):
+        if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
+            raise RecipeError(f"accumulate is a whole number of batches, at least 1, got {self.accumulate!r}")
+        if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
+            raise RecipeError(f"clip is the greatest norm of a gradient, over 0, got {self.clip!r}")
+        if self.autocast is not None and self.autocast not in AUTOCAST:
+            raise RecipeError(unknown("autocast", self.autocast, AUTOCAST))
 
 
 def fit_(
@@ -86,24 +60,91 @@ def fit_(
     optimizer: MakeOptimizer | torch.optim.Optimizer | None = None,
     lr_schedule: str = "constant",
     loss: Loss | None = None,
-    prune: Gradual | None = None,
+    prune: Plan | None = None,
     calibrate: Iterable[Any] | None = None,
+    teach: Teach | None = None,
+    at: Mapping[float, Event] | None = None,
+    steps: Steps | None = None,
     validate: Callable[[nn.Module], float] | None = None,
     maximize: bool = True,
+    patience: int | None = None,
     seed: int | None = None,
+    work: str | Path | None = None,
+    log: str | Path | Sequence[str] | None = None,
     progress: bool = False,
 ) -> Report:
     """Train `model` in place and return a row an epoch: loss, sparsity, metric, seconds.
 
-    Masks hold whatever the optimizer does. With `validate` the weights of the best epoch are restored at the end; only
-    epochs whose sparsity is final compete. `prune` raises the sparsity on the way; `calibrate` are the batches its
-    score reads. Raises DataError on empty data, ModelError when the loss is not finite (epoch and step named).
+    data       batches, or a function of the epoch that gives them
+    prune      how zeros come in on the way: Gradual, Movement, SecondOrder, Rigl, Alternate, Admm or Rewind
+    calibrate  batches that the scores of `prune` read
+    teach      a loss instead: a `rarefy.Distiller`, or any callable(output, batch, own loss)
+    at         {progress: function of the model}, called once when training has come that far (0 to 1), such as
+               {0.5: lambda m: rarefy.quantize_(m, "int4")}: from there on weights are trained on their grid
+    validate   callable(model) -> number: the weights of the best epoch are restored at the end; only epochs whose
+               sparsity is final compete
+    patience   stop after so many epochs without a better one
+    work       folder for the state of the run: the same call on the same model goes on there after it was killed, with
+               the same bits. It stays, to be removed when the result is saved
+    log        a file for JSON lines, `tensorboard:FOLDER`, `wandb:PROJECT`, or several of these
 
+    Masks hold whatever the optimizer does. Raises DataError on empty data, ModelError when the loss is not finite
+    (epoch and step named): the best weights so far are then put back, if there are any.
+
+    >>> from rarefy.train.plans import Gradual
     >>> net = nn.Linear(2, 2)
     >>> r = fit_(net, [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))], epochs=2, prune=Gradual(sparsity=0.5, steps=2))
     >>> r.rows[-1]["sparsity"]
     0.5
     """
+    _check(model, data, epochs, lr_schedule, patience, validate)
+    work = path_of(work)
+    journal = _journal(model, data, work, epochs, lr_schedule, prune, steps, patience, seed)
+    if optimizer is None:
+        optimizer = optimizer_of("adamw", 1e-4)
+    modes = [(m, m.training) for m in model.modules()]
+    moves = _optimizer(model, optimizer, teach)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), Logs.open(log) as logs:
+        if seed is not None:
+            torch.manual_seed(seed)
+        told = {"calibrate": calibrate, "loss": loss, "seed": seed or 0, "at": at}
+        sparsifier = Sparsifier(model, prune, optimizer=moves, **told)
+        run = _Run(model, moves, LR_SCHEDULES[lr_schedule], loss_of(loss), sparsifier, steps or Steps(), epochs)
+        run.teach, run.logs, run.journal, run.progress = teach, logs, journal, progress
+        best = _Best(model, maximize)
+        run.best = best
+        try:
+            run.resume()
+            while run.epoch < epochs and not (patience and best.waited >= patience):
+                began = time.perf_counter()
+                row: dict[str, Any] = {"epoch": run.epoch + 1, "loss": run.one(data)}
+                if prune is not None:
+                    row["sparsity"] = sparsifier.sparsity
+                if validate:
+                    model.eval()
+                    row["metric"] = float(validate(model))
+                    if sparsifier.done:
+                        best.offer(row["metric"], run.epoch)
+                row["seconds"] = time.perf_counter() - began
+                run.rows.append(row)
+                logs.write(row)
+                run.keep()
+        except ModelError:
+            best.restore()
+            raise
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            run.restore_rates()
+            journal.close()
+    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
+    summary = {"epochs": len(run.rows), **best.restore()}
+    early = len(run.rows) < epochs
+    notes = (f"stopped after {len(run.rows)} of {epochs} epochs: {patience} without a better one",) if early else ()
+    return Report("trained", tuple(run.rows), summary, notes)
+
+
+def _check(model: nn.Module, data: Any, epochs: Any, lr_schedule: Any, patience: Any, validate: Any) -> None:
     if lr_schedule not in LR_SCHEDULES:
         raise RecipeError(unknown("lr schedule", lr_schedule, LR_SCHEDULES))
     fixed = next((n for n, m in model.named_modules() if isinstance(m, Sparse)), None)
@@ -111,44 +152,32 @@ def fit_(
         raise ModelError(f"{fixed} runs on kernels, which do not learn: train before accelerate_")
     if not isinstance(epochs, int) or epochs < 1:
         raise RecipeError(f"epochs is a whole number, at least 1, got {epochs!r}")
-    if prune is not None and not isinstance(prune, Gradual):
-        raise RecipeError(f"prune is a rarefy.Gradual, such as Gradual(sparsity=0.9), got {prune!r}")
+    if patience is not None and (not isinstance(patience, int) or isinstance(patience, bool) or patience < 1):
+        raise RecipeError(f"patience is a whole number of epochs, at least 1, got {patience!r}")
+    if patience is not None and validate is None:
+        raise RecipeError("patience waits for a better epoch, which needs validate: a function of the model")
     if not callable(data):
         check_batches(data)
-    pruner = _Pruner.of(model, prune, calibrate, loss) if prune else None
-    if optimizer is None:
-        optimizer = optimizer_of("adamw", 1e-4)
-    moves = _optimizer(model, optimizer)
-    run = _Run(model, moves, LR_SCHEDULES[lr_schedule], loss_of(loss), pruner, epochs, progress)
-    best = _Best(model, maximize)
-    rows: list[dict[str, Any]] = []
-    modes = [(m, m.training) for m in model.modules()]
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        try:
-            for epoch in range(epochs):
-                began = time.perf_counter()
-                row: dict[str, Any] = {"epoch": epoch + 1, "loss": run.epoch(epoch, data)}
-                if pruner:
-                    row["sparsity"] = pruner.sparsity
-                if validate:
-                    model.eval()
-                    row["metric"] = float(validate(model))
-                    if pruner is None or pruner.done:
-                        best.offer(row["metric"], epoch + 1)
-                row["seconds"] = time.perf_counter() - began
-                rows.append(row)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            run.restore_rates()
-    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
-    return Report("trained", tuple(rows), {"epochs": epochs, **best.restore()})
+
+
+def _journal(model: nn.Module, data: Any, work: Path | None, *settings: Any) -> journals.Journal:
+    """Where the state of this run is kept, known again by what it was called with."""
+    if work is None:
+        return journals.Journal(None)
+    names = ("epochs", "lr_schedule", "prune", "steps", "patience", "seed")
+    told = {n: asdict(s) if is_dataclass(s) and not isinstance(s, type) else s for n, s in zip(names, settings)}
+    known = data if isinstance(data, list | tuple) else []
+    return journals.open_(work, journals.key(model, known, **told))
 
 
 class _Run:
-    """One training run: what stays the same from epoch to epoch."""
+    """One training run: what stays the same from epoch to epoch, and where it stands."""
+
+    teach: Teach | None
+    logs: Logs
+    journal: journals.Journal
+    best: _Best
+    progress: bool
 
     def __init__(
         self,
@@ -156,46 +185,126 @@ class _Run:
         moves: torch.optim.Optimizer,
         factor: Callable[[float], float],
         loss: Loss,
-        pruner: _Pruner | None,
+        sparsifier: Sparsifier,
+        steps: Steps,
         epochs: int,
-        progress: bool,
     ):
         self.model, self.moves, self.factor, self.loss = model, moves, factor, loss
-        self.pruner, self.epochs, self.progress = pruner, epochs, progress
+        self.sparsifier, self.steps, self.epochs = sparsifier, steps, epochs
         self.rates = [g["lr"] for g in moves.param_groups]
+        self.epoch, self.step, self.total, self.seen = 0, 0, 0.0, 0
+        self.rows: list[dict[str, Any]] = []
+        self.random: dict[str, Any] = {}  # at the epoch's start
+        self.clock = checkpoint.Clock()
+        self.resumed: dict[str, Any] = {}
 
-    def epoch(self, epoch: int, data: Batches) -> float:
-        """Train one epoch and return its mean loss."""
+    def one(self, data: Batches) -> float:
+        """Train one epoch, or what is left of it, and return its mean loss."""
         self.model.train()
-        batches = data(epoch) if callable(data) else data
-        if not isinstance(batches, Sized) and (self.pruner or self.factor is not LR_SCHEDULES["constant"]):
+        self.moves.zero_grad()
+        self.random = checkpoint.random_state() if not self.resumed else self.random
+        batches = data(self.epoch) if callable(data) else data
+        if not isinstance(batches, Sized):
             batches = list(batches)  # a schedule needs to know how far it is
-        steps = len(batches) if isinstance(batches, Sized) else None
-        total, seen = 0.0, 0
-        for step, batch in enumerate(track(batches, f"epoch {epoch + 1}/{self.epochs}", self.progress, steps)):
-            self._advance((epoch + (step / steps if steps else 0.0)) / self.epochs)
-            batch = on_device(self.model, batch)
-            value = self.loss(call(self.model, batch), batch)
-            loss = float(value.detach())
-            if not math.isfinite(loss):
-                raise ModelError(f"the loss is {loss} in epoch {epoch + 1}, step {step + 1}: lower the learning rate")
-            self.moves.zero_grad()
-            value.backward()
-            self.moves.step()
-            count = tokens_in(batch)
-            total, seen = total + loss * count, seen + count
-        if not seen:
+        count = len(batches)
+        name = f"epoch {self.epoch + 1}/{self.epochs}"
+        shown = enumerate(track(batches, name, self.progress, count))
+        if self.resumed:
+            for _ in islice(shown, self.step):  # what was seen already, in the same order
+                pass
+            checkpoint.set_random_state(self.resumed)
+            self.resumed = {}
+        else:
+            self._advance(self.epoch / self.epochs, started=True)
+        many = self.steps.accumulate
+        for index, batch in shown:
+            last = index + 1 == count
+            self._learn(batch, index, min(many, count - index // many * many))
+            self.step = index + 1
+            if (index + 1) % many == 0 or last:
+                self._move()
+                self._advance((self.epoch + (index + 1) / count) / self.epochs)
+                if not last and self.clock.due():
+                    self.keep()
+        if not self.seen:
             raise DataError(
-                f"the training data is empty in epoch {epoch + 1} (an iterator gives its batches only once)"
+                f"the training data is empty in epoch {self.epoch + 1} (an iterator gives its batches only once)"
             )
-        self._advance((epoch + 1) / self.epochs)
-        return total / seen
+        mean = self.total / self.seen
+        self.epoch, self.step, self.total, self.seen = self.epoch + 1, 0, 0.0, 0
+        return mean
 
-    def _advance(self, part: float) -> None:
-        if self.pruner:
-            self.pruner.at(part)
+    def _learn(self, batch: Any, index: int, many: int) -> None:
+        """Add the gradient of one batch of `many` that are taken together."""
+        batch = on_device(self.model, batch)
+        with self._precision():
+            out = call(self.model, batch)
+            value = self.loss(out, batch) if self.teach is None else self._taught(out, batch)
+        loss = float(value.detach())
+        if not math.isfinite(loss):
+            kept = f"; the state before is in {self.journal.folder}" if self.journal.folder else ""
+            raise ModelError(
+                f"the loss is {loss} in epoch {self.epoch + 1}, step {index + 1}: lower the learning rate{kept}"
+            )
+        (value if many == 1 else value / many).backward()
+        count = tokens_in(batch)
+        self.total, self.seen = self.total + loss * count, self.seen + count
+
+    def _taught(self, out: Any, batch: Any) -> torch.Tensor:
+        assert self.teach is not None
+        alone = getattr(self.teach, "task", 1.0) == 0  # the teacher's loss alone, which takes no labels
+        return self.teach(out, batch, None if alone else self.loss(out, batch))
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.steps.autocast is None:
+            return nullcontext()
+        kind = next(self.model.parameters()).device.type
+        # weights are not kept cast: masks and grids make them anew
+        return torch.autocast(kind, AUTOCAST[self.steps.autocast], cache_enabled=False)
+
+    def _move(self) -> None:
+        if self.steps.clip is not None:
+            nn.utils.clip_grad_norm_([p for g in self.moves.param_groups for p in g["params"]], self.steps.clip)
+        self.moves.step()
+
+    def _advance(self, part: float, started: bool = False) -> None:
+        if not started:
+            self.sparsifier.step(part)
+            self.moves.zero_grad()
         for group, rate in zip(self.moves.param_groups, self.rates):
-            group["lr"] = rate * self.factor(part)
+            group["lr"] = rate * self.factor(self.sparsifier.lr_progress)
+
+    def keep(self) -> None:
+        """Put the state on disk, where there is a folder for it."""
+        if self.journal.folder is None:
+            return
+        state = checkpoint.State()
+        state.numbers["run"] = {k: getattr(self, k) for k in ("epoch", "step", "total", "seen", "rows")}
+        state.put("model", self.model.state_dict())
+        state.put("optimizer", checkpoint.optimizer_state(self.moves))
+        state.put("sparsifier", self.sparsifier.state_dict())
+        state.put("best", self.best.to_dict())
+        state.put("random", checkpoint.random_state())
+        state.put("start", self.random)
+        checkpoint.save(self.journal, state)
+
+    def resume(self) -> None:
+        """Go on from the state on disk, if there is one."""
+        state = checkpoint.load(self.journal)
+        if state is None:
+            return
+        for key, value in state.numbers["run"].items():
+            setattr(self, key, value)
+        self.sparsifier.load_state_dict(state.get("sparsifier"))  # first: it makes the structure that the state is of
+        checkpoint.restore_model(self.model, state.get("model"))
+        checkpoint.restore_optimizer(self.moves, state.get("optimizer"))
+        self.best.load(state.get("best"))
+        self.random, self.resumed = state.get("start"), state.get("random")
+        if self.step:
+            checkpoint.set_random_state(self.random)
+        else:
+            checkpoint.set_random_state(self.resumed)
+            self.resumed = {}
 
     def restore_rates(self) -> None:
         for group, rate in zip(self.moves.param_groups, self.rates):
@@ -208,13 +317,15 @@ class _Best:
     def __init__(self, model: nn.Module, maximize: bool):
         self.model, self.sign = model, 1 if maximize else -1
         self.metric: float | None = None
-        self.epoch, self.state = 0, {}
+        self.epoch, self.waited = 0, 0
+        self.state: dict[str, Any] = {}
 
     def offer(self, metric: float, epoch: int) -> None:
         if not math.isfinite(metric):
             raise ModelError(f"the validation metric is {metric} in epoch {epoch}")
+        self.waited += 1
         if self.metric is None or self.sign * metric > self.sign * self.metric:
-            self.metric, self.epoch = metric, epoch
+            self.metric, self.epoch, self.waited = metric, epoch, 0
             self.state = copy.deepcopy(self.model.state_dict())
 
     def restore(self) -> dict[str, Any]:
@@ -223,68 +334,23 @@ class _Best:
         self.model.load_state_dict(self.state)
         return {"best_metric": self.metric, "best_epoch": self.epoch}
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.state, "-metric": self.metric, "-epoch": self.epoch, "-waited": self.waited}
 
-class _Pruner:
-    """Where a gradual pruning stands."""
-
-    def __init__(self, model: nn.Module, plan: Gradual, chosen: Sequence[Layer], pattern: Pattern, scope: str):
-        self.model, self.plan, self.chosen, self.pattern, self.scope = model, plan, chosen, pattern, scope
-        self.left: list[tuple[float, float]] = []  # (training progress, sparsity) still to come
-        self.sparsity = 0.0
-        self.calibrate: Iterable[Any] | None = None
-        self.loss: Loss | None = None
-
-    @classmethod
-    def of(cls, model: nn.Module, plan: Gradual, calibrate: Iterable[Any] | None, loss: Loss | None) -> _Pruner:
-        pattern = parse(plan.pattern)
-        if plan.score not in SCORES:
-            raise PatternError(unknown("score", plan.score, SCORES))
-        scope = plan.scope or stage.default_scope(pattern, plan.score)
-        last, scope = check_sparsity(pattern, plan.sparsity, scope)
-        if not 0 <= plan.start <= plan.end <= 1:
-            raise PatternError(f"pruning starts and ends within training, 0..1, got {plan.start} to {plan.end}")
-        chosen = select(model, plan.layers, plan.ignore)
-        stage.refuse_impossible(chosen, pattern)
-        way = sparsities(plan.schedule, last, plan.steps, plan.first)
-        if plan.regrow and "gradient" in SCORES[plan.score].needs:
-            raise PatternError(f"score {plan.score!r} sees no gradient beneath a mask: regrow would have no effect")
-        if SCORES[plan.score].needs and calibrate is None:
-            raise DataError(f"score {plan.score!r} reads statistics: give calibrate=batches")
-        self = cls(model, plan, chosen, pattern, scope)
-        gap = (plan.end - plan.start) / max(1, plan.steps - 1)
-        self.left = [(plan.start + i * gap, s) for i, s in enumerate(way)]
-        self.calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate
-        self.loss = loss
-        return self
-
-    @property
-    def done(self) -> bool:
-        return not self.left
-
-    def at(self, progress: float) -> None:
-        """Prune as far as the schedule is at this progress."""
-        due = [s for t, s in self.left if t <= progress + 1e-9]
-        if not due:
-            return
-        self.left = self.left[len(due) :]
-        stage.check_weights(self.chosen)
-        stats = stage.calibrate(self.model, self.chosen, self.plan.score, self.calibrate, self.loss, self.plan.seed)
-        found = stage.choose_masks(
-            self.chosen, stats, self.pattern, self.plan.score, due[-1], self.scope, self.plan.reduce, self.plan.regrow
-        )
-        for layer, mask in zip(self.chosen, found):
-            stage.set_mask_(layer, mask)
-        self.sparsity = due[-1]
+    def load(self, values: Mapping[str, Any]) -> None:
+        self.metric, self.epoch, self.waited = (values[f"-{k}"] for k in ("metric", "epoch", "waited"))
+        self.state = {k: v for k, v in values.items() if not k.startswith("-")}
 
 
-def _optimizer(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, optimizer: Any, teach: Any) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         if not callable(optimizer):
             raise RecipeError(
                 "optimizer is a torch optimizer or a function that makes one, such as "
                 f"lambda parameters: torch.optim.SGD(parameters, lr=0.1); got {optimizer!r}"
             )
-        return cast(MakeOptimizer, optimizer)(_trainable(model))
+        own = list(teach.parameters()) if isinstance(teach, nn.Module) else []
+        return cast(MakeOptimizer, optimizer)([*_trainable(model), *own])
     known = {id(p) for p in model.parameters()}
     if not any(id(p) in known for g in optimizer.param_groups for p in g["params"]):
         raise ModelError("the optimizer holds none of the model's parameters: make it from model.parameters()")

@@ -1,0 +1,62 @@
+"""A teacher's answers on disk, a sample at a time, so that no sample is asked twice, in whatever order batches come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rarefy.errors import ContainerError
+from rarefy.files import PARTIAL, blaming
+from rarefy.model.batches import samples_in, slices, tensors_in
+from rarefy.prune.journal import digest
+
+
+class Answers:
+    """A folder of answers by the digest of a sample; each file is whole or not there.
+
+    Answers are kept in half precision: a teacher is an approximation already, and files are half as large.
+    """
+
+    def __init__(self, folder: Path):
+        with blaming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+
+    def of(self, batch: Any, ask: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the answers to a batch; `ask` gives those of all its samples, where one is not known yet."""
+        parts = slices(batch, samples_in(batch))
+        files = [self.folder / f"{digest(tensors_in(_asked(part)))}.safetensors" for part in parts]
+        if not all(f.is_file() for f in files):
+            told = ask(batch)
+            for index, file in enumerate(files):
+                rows = {k: v[index : index + 1] if len(files) > 1 else v for k, v in told.items()}
+                self._write(file, {k: v.half().contiguous() for k, v in rows.items()})
+            return {k: v.half().to(v.dtype) for k, v in told.items()}  # the same the first time as later
+        found = [self._read(f) for f in files]
+        return {k: torch.cat([f[k] for f in found]).float() for k in found[0]}
+
+    def _write(self, file: Path, rows: dict[str, Tensor]) -> None:
+        with blaming(self.folder):
+            save_file(rows, self.folder / PARTIAL)
+            os.replace(self.folder / PARTIAL, file)
+
+    def _read(self, file: Path) -> dict[str, Tensor]:
+        try:
+            with safe_open(file, "pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ContainerError(f"{file} is damaged ({error}): remove it, and the teacher is asked again") from None
+
+
+def _asked(part: Any) -> Any:
+    """What of a sample the teacher sees."""
+    if hasattr(part, "keys"):
+        return {k: part[k] for k in sorted(part) if k != "labels"}
+    return part[0] if isinstance(part, tuple | list) else part

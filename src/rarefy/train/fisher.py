@@ -1,0 +1,118 @@
+"""The inverse of the empirical Fisher matrix in blocks of neighbouring weights, and what it says of pruning (oBERT,
+Kurtic 2022; WoodFisher, Singh & Alistarh 2020).
+
+    F      [n, B, B]  n blocks of B weights, as stored: damp I + 1/m sum over m gradients of g g'
+    w      weights in blocks, [n, B], the last padded with zeros
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.errors import DataError, ModelError
+from rarefy.model.batches import samples_in, slices
+from rarefy.model.select import Layer
+from rarefy.model.stats import Loss, call, evaluating, finite, loss_of, on_device, trainable
+
+FIRST = 16  # gradients whose size sets the damping
+
+
+def inverses(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: Iterable[Any],
+    loss: Loss | None,
+    *,
+    count: int,
+    block: int,
+    damp: float,
+) -> dict[str, Tensor]:
+    """Return F^-1 of each layer, [n, B, B], by m = about `count` rank-one updates (Woodbury; WoodFisher, eq. 5).
+
+    `damp` counts in the mean squared gradient of the layer. O(m weights B) besides m backward passes, weights x B
+    numbers of memory: ModelError where that is more than half of the machine's.
+    """
+    size = sum(l.original.numel() for l in layers)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * size * block > memory / 2:
+        raise ModelError(
+            f"the Fisher matrix of {size:,} weights in blocks of {block} takes {4e-9 * size * block:.1f} GB, more than "
+            f"half of this machine's {memory / 1e9:.1f}: give a smaller block, or name fewer layers"
+        )
+    batches = list(data)
+    if not batches:
+        raise DataError("the calibration data is empty")
+    each = math.ceil(count / len(batches))
+    total = sum(min(each, samples_in(b)) for b in batches)
+    first: list[list[Tensor]] = []
+    found: dict[str, Tensor] = {}
+    for index, grads in enumerate(_gradients(model, layers, batches, loss, each)):
+        if index < min(FIRST, total):
+            first.append(grads)
+        if index == min(FIRST, total) - 1:
+            for k, layer in enumerate(layers):
+                square = float(torch.stack([g[k].square().mean() for g in first]).mean())
+                blocks = math.ceil(layer.original.numel() / block)
+                eye = torch.eye(block, device=layer.original.device) / max(damp * square, 1e-30)
+                found[layer.full_name] = eye.expand(blocks, block, block).clone()
+                for g in first:
+                    _add_(found[layer.full_name], in_blocks(g[k], block), total)
+            first = []
+        elif index >= FIRST:
+            for layer, g in zip(layers, grads):
+                _add_(found[layer.full_name], in_blocks(g, block), total)
+    return found
+
+
+def _gradients(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], loss: Loss | None, each: int
+) -> Iterator[list[Tensor]]:
+    """The gradient of each layer for parts of the batches, at most `each` of one."""
+    of, weights = loss_of(loss), [l.original for l in layers]
+    with evaluating(model), trainable(weights), torch.enable_grad():
+        for index, batch in enumerate(batches):
+            for part in slices(on_device(model, batch), each):
+                value = finite(of(call(model, part), part), index)
+                grads = torch.autograd.grad(value, weights, allow_unused=True)
+                yield [torch.zeros_like(w).float() if g is None else g.float() for g, w in zip(grads, weights)]
+
+
+def _add_(inverse: Tensor, g: Tensor, m: int) -> None:
+    """F + g g' / m, in the inverse (Sherman-Morrison)."""
+    u = torch.bmm(inverse, g[:, :, None])
+    scale = m + (g * u[:, :, 0]).sum(1)
+    inverse.baddbmm_(u, (u / scale[:, None, None]).transpose(1, 2), alpha=-1)
+
+
+def in_blocks(weight: Tensor, block: int) -> Tensor:
+    """Return a tensor as [n, block], padded with zeros. O(weights)."""
+    flat = weight.reshape(-1)
+    return F.pad(flat, (0, -len(flat) % block)).reshape(-1, block)
+
+
+def saliency(weight: Tensor, inverse: Tensor) -> Tensor:
+    """Return what the loss rises by when one weight goes and the rest of its block makes up for it, in the weight's
+    shape: w^2 / (2 [F^-1]_ii) (oBERT, eq. 6)."""
+    w = in_blocks(weight, inverse.shape[-1])
+    found = w.square() / (2 * inverse.diagonal(dim1=1, dim2=2).clamp(min=1e-30))
+    return found.reshape(-1)[: weight.numel()].reshape(weight.shape)
+
+
+def compensated(weight: Tensor, mask: Tensor, inverse: Tensor) -> Tensor:
+    """Return the weights after those without mask went to 0, all of a block at once: w - F^-1 E' (E F^-1 E')^-1 E w
+    (oBERT, eq. 5, for sets). O(weights B^2)."""
+    B = inverse.shape[-1]
+    w, gone = in_blocks(weight, B), ~in_blocks(mask.to(weight.dtype), B).bool()
+    d = gone.to(w.dtype)
+    inside = d[:, :, None] * inverse * d[:, None, :] + torch.diag_embed(1 - d)
+    lagrange = torch.linalg.solve(inside, d * w)
+    moved = w - torch.bmm(inverse, lagrange[:, :, None])[:, :, 0]
+    moved = torch.where(gone, torch.zeros((), dtype=w.dtype), moved)
+    return moved.reshape(-1)[: weight.numel()].reshape(weight.shape)

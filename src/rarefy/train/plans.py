@@ -1,0 +1,257 @@
+"""What can be asked of training: the ways in which zeros come into a model while it learns.
+
+Progress runs from 0 to 1 over the whole training; `start`, `end` and the like are places on that way. Every plan is
+words and numbers, so a recipe holds it as it is (`prune: {method: rigl, sparsity: 0.9}`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rarefy.errors import PatternError, nearest, unknown
+from rarefy.prune import pattern as patterns
+from rarefy.prune.pattern import Pattern, check_sparsity, parse
+from rarefy.prune.score import SCORES
+from rarefy.prune.stage import default_scope
+from rarefy.train.schedule import MOST_STEPS, sparsities
+
+Words = str | Sequence[str] | None
+ALLOCATIONS = ("uniform", "erk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all ways have in common: how much, in which pattern, in which layers."""
+
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    scope: str | None = None
+    layers: Words = None
+    ignore: Words = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradual(Plan):
+    """Prune in `steps` steps while training runs from `start` to `end` of its way; scores are computed anew each time
+    (Zhu & Gupta 2017).
+
+    `ends` gives other final sparsities to the layers that selectors name. `regrow` lets a masked weight come back where
+    its score has become better than a kept one's.
+
+    >>> Gradual(sparsity=0.9, ends={"fc": 0.5}).schedule
+    'cubic'
+    """
+
+    method: Literal["gradual"] = "gradual"
+    score: str = "magnitude"
+    schedule: str = "cubic"
+    steps: int = 10
+    first: float = 0.0
+    start: float = 0.0
+    end: float = 0.7
+    reduce: str | None = None
+    regrow: bool = False
+    ends: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Movement(Plan):
+    """Keep the weights that training moves away from zero: S falls by dL/dw w at every step (Sanh 2020, eq. 3).
+
+    Masked weights gather scores too and may come back. With `penalty` the count is not given but found ("soft"): a
+    weight stays while sigmoid(S) is over `threshold`, and `penalty` pulls every S down; S then moves by `rate` a step.
+    """
+
+    method: Literal["movement"] = "movement"
+    schedule: str = "cubic"
+    steps: int = 20
+    first: float = 0.0
+    start: float = 0.1
+    end: float = 0.7
+    penalty: float | None = None
+    threshold: float = 0.1
+    rate: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondOrder(Plan):
+    """Prune what the loss's curvature says is least missed, and let the kept weights make up for it (oBERT, Kurtic
+    2022): the inverse of an empirical Fisher matrix in blocks, from `gradients` gradients, anew at each of `steps`.
+    """
+
+    method: Literal["second-order"] = "second-order"
+    schedule: str = "cubic"
+    steps: int = 10
+    first: float = 0.0
+    start: float = 0.0
+    end: float = 0.7
+    block: int = 50
+    gradients: int = 256
+    damp: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rigl(Plan):
+    """Sparse from `start` on; `steps` times until `end`, the least weights go and as many come back, at zero, where
+    the loss's gradient is greatest (RigL, Evci 2020): `drop` of them at first, falling to none by a cosine.
+    """
+
+    method: Literal["rigl"] = "rigl"
+    steps: int = 20
+    start: float = 0.0
+    end: float = 0.75
+    drop: float = 0.3
+    allocate: str = "uniform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternate(Plan):
+    """Sparse and dense phases in turn, `cycles` of both between `start` and `end`, then sparse (AC/DC, Peste 2021)."""
+
+    method: Literal["alternate"] = "alternate"
+    cycles: int = 4
+    start: float = 0.1
+    end: float = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admm(Plan):
+    """Train all weights, pulled ever more to their sparse projection Z, renewed `steps` times; cut to it at `end`
+    (ADMM; ELSA 2026): at each step W -= p (W - Z + U), where all p come to `pull`.
+
+    `weigh` projects by the optimizer's second moments, v (W + U)^2, instead of by magnitude.
+    """
+
+    method: Literal["admm"] = "admm"
+    steps: int = 50
+    start: float = 0.0
+    end: float = 0.7
+    pull: float = 5.0
+    weigh: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewind(Plan):
+    """Train, prune by magnitude, go back, train again: `rounds` times (lottery tickets, Frankle 2019).
+
+    Weights go back to what they were at `to` of the first round, and so does the learning rate; `weights: false` only
+    the learning rate (Renda 2020). Each of the `rounds + 1` trainings has the same share of the whole.
+    """
+
+    method: Literal["rewind"] = "rewind"
+    schedule: str = "exponential"
+    rounds: int = 3
+    to: float = 0.05
+    weights: bool = True
+
+
+PLANS: dict[str, type[Plan]] = {
+    "gradual": Gradual, "movement": Movement, "second-order": SecondOrder, "rigl": Rigl, "alternate": Alternate,
+    "admm": Admm, "rewind": Rewind,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A plan with what follows from it filled in."""
+
+    pattern: Pattern
+    sparsity: float
+    scope: str
+
+
+def asked(plan: Plan) -> Asked:
+    """Return what a plan comes to; PatternError for what is impossible or would have no effect.
+
+    >>> asked(Gradual(pattern="2:4")).sparsity
+    0.5
+    """
+    if not isinstance(plan, tuple(PLANS.values())):
+        raise PatternError(f"prune is a plan such as rarefy.Gradual(sparsity=0.9), got {plan!r}")
+    pattern = parse(plan.pattern)
+    if isinstance(plan, Gradual) and (not isinstance(plan.score, str) or plan.score not in SCORES):
+        raise PatternError(unknown("score", plan.score, SCORES))
+    usual = default_scope(pattern, plan.score if isinstance(plan, Gradual) else "magnitude")
+    sparsity: float | None = plan.sparsity
+    if isinstance(plan, Movement) and plan.penalty is not None:
+        _check_soft(plan, pattern)
+        sparsity = 1.0
+    if isinstance(plan, Gradual) and plan.reduce is not None:
+        patterns.select_many([], pattern, None if pattern.kind == "nm" else sparsity, reduce=plan.reduce)
+    last, scope = check_sparsity(pattern, sparsity, plan.scope or usual)
+    _check_way(plan)
+    if isinstance(plan, Gradual | Movement | SecondOrder):
+        sparsities(plan.schedule, last, plan.steps, plan.first)
+    if isinstance(plan, Rewind):
+        sparsities(plan.schedule, last, plan.rounds)
+    if isinstance(plan, Gradual):
+        if plan.regrow and "gradient" in SCORES[plan.score].needs:
+            raise PatternError(f"score {plan.score!r} sees no gradient beneath a mask: regrow would have no effect")
+        _check_ends(plan, pattern, scope)
+    if isinstance(plan, Rigl):
+        if plan.allocate not in ALLOCATIONS:
+            raise PatternError(unknown("allocation", plan.allocate, ALLOCATIONS))
+        if pattern.kind == "nm" and plan.allocate != "uniform":
+            raise PatternError(f"pattern {pattern} decides every layer's sparsity itself: allocate has no effect")
+        if scope == "global":
+            raise PatternError("rigl drops and grows layer by layer: scope 'global' has no effect; allocate spreads")
+    return Asked(pattern, last, scope)
+
+
+def _check_way(plan: Plan) -> None:
+    start, end = getattr(plan, "start", 0.0), getattr(plan, "end", 1.0)
+    if 0 <= end < start <= 1:
+        raise PatternError(f"pruning starts at {start} and ends at {end}: start comes first")
+    if not 0 <= start <= end <= 1:
+        raise PatternError(f"pruning starts and ends within training, 0..1, got {start} to {end}")
+    for name, low, high in (("drop", 0, 1), ("threshold", 0, 1), ("to", 0, 1), ("pull", 0, 100), ("rate", 0, 1)):
+        value = getattr(plan, name, None)
+        if value is not None and not low <= value <= high:
+            raise PatternError(f"{name} lies between {low} and {high}, got {value!r}")
+    for name in ("steps", "cycles", "rounds", "gradients", "block"):
+        value = getattr(plan, name, None)
+        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_STEPS
+        if value is not None and not whole:
+            raise PatternError(f"{name} is a whole number from 1 to {MOST_STEPS:,}, got {value!r}")
+    if isinstance(plan, Alternate) and plan.start == plan.end:
+        raise PatternError(f"phases lie between start and end, got {plan.start} for both")
+    if isinstance(plan, SecondOrder) and not plan.damp > 0:
+        raise PatternError(f"damp is greater than 0, got {plan.damp!r}")
+
+
+def _check_soft(plan: Movement, pattern: Pattern) -> None:
+    if plan.sparsity is not None:
+        raise PatternError("movement finds the sparsity by its penalty: leave sparsity out, or penalty")
+    if pattern.kind == "nm":
+        raise PatternError(f"pattern {pattern} decides the sparsity: penalty has no effect, leave it out")
+    if plan.scope is not None:
+        raise PatternError("movement with a penalty compares each weight with the threshold: scope has no effect")
+    if not plan.penalty or plan.penalty < 0:
+        raise PatternError(f"penalty is greater than 0, got {plan.penalty!r}")
+
+
+def _check_ends(plan: Gradual, pattern: Pattern, scope: str) -> None:
+    if plan.ends is None:
+        return
+    if pattern.kind == "nm" or scope == "global":
+        what = f"pattern {pattern}" if pattern.kind == "nm" else "scope 'global'"
+        raise PatternError(f"{what} decides every layer's sparsity itself: ends has no effect")
+    for words, end in plan.ends.items():
+        if not isinstance(end, int | float) or not plan.first <= end <= 1:
+            raise PatternError(f"ends: {words!r} ends between first ({plan.first:g}) and 1, got {end!r}")
+        sparsities(plan.schedule, float(end), plan.steps, plan.first)
+
+
+def plan_of(method: str) -> type[Plan]:
+    """Return the plan that a method's name means; PatternError with the nearest name."""
+    if method not in PLANS:
+        near = {"acdc": "alternate", "ac/dc": "alternate", "obert": "second-order", "elsa": "admm", "gmp": "gradual",
+                "lottery": "rewind", "magnitude": "gradual", "constant": ""}.get(str(method).lower())  # fmt: skip
+        if near == "":
+            raise PatternError("masks stay as they are when prune is left out: no method 'constant'")
+        hint = f" ({method} is called {near!r} here)" if near and not nearest(str(method), PLANS) else ""
+        raise PatternError(unknown("method", method, PLANS) + hint)
+    return PLANS[method]
