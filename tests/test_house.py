@@ -18,6 +18,7 @@ FLOORS = [
     {"stages", "samples", "data", "store", "compat"},
     {"recipe"},
     {"given", "plan", "doctor", "account"},
+    {"training"},
     {"api"},
     {"cli", "__init__"},
 ]

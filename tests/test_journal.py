@@ -423,5 +423,5 @@ def test_memory_in_bytes():
 
 def test_work_without_a_solver():
     recipe = {"name": "r", "stages": [{"prune": {"score": "magnitude", "sparsity": 0.5}}]}
-    with pytest.raises(RecipeError, match="work has no effect: recipe r has no solver"):
+    with pytest.raises(RecipeError, match="work has no effect: recipe r has no solver or training, whose"):
         rarefy.compress_(fresh("llama"), recipe, work="w")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from rarefy import recipe as recipes
 from rarefy.account import layer_rows, receipt_of, state_of
 from rarefy.cut.cut import cut_
-from rarefy.cut.score import UNIT_SCORES
 from rarefy.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.files import bytes_of, path_of
-from rarefy.given import Given, Labelled, with_labels
+from rarefy.given import Given, Labelled, calibrates, needs_of
 from rarefy.model import hf, pages
 from rarefy.model.batches import tensors_in
 from rarefy.model.grid import OnGrid
@@ -31,15 +30,13 @@ from rarefy.proof import measure
 from rarefy.proof.bench import example_of
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
-from rarefy.prune.allocate import GRADIENTS, SLOW
+from rarefy.prune.allocate import GRADIENTS
 from rarefy.prune.pattern import check_sparsity, parse
-from rarefy.prune.score import SCORES
 from rarefy.prune.stage import check_weights, prune_, report
 from rarefy.runtime.choose import accelerate_
 from rarefy.runtime.layers import Sparse
-from rarefy.train.loop import fit_
-from rarefy.train.optimizers import optimizer_of
-from rarefy.train.plans import Movement, SecondOrder
+from rarefy.train.plans import Movement
+from rarefy.training import train_
 from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
 from rarefy.values.share import share_
@@ -58,6 +55,7 @@ def compress_(
     base: Path | None = None,
     memory: int | str | None = None,
     work: str | Path | None = None,
+    log: str | Path | Sequence[str] | None = None,
     progress: bool = False,
     **overrides: Any,
 ) -> Receipt:
@@ -68,8 +66,9 @@ def compress_(
                what is not given is read from the paths and names in the recipe
     tokenizer  for text named in the recipe
     memory     bytes or such as "4G" to stay near: weights stay in the files they were loaded from, see `rarefy.prune_`
-    work       folder for the state of solvers: the same call goes on there after it was killed. It stays, to be removed
-               when the result is saved
+    work       folder for the state of solvers and training: the same call goes on there after it was killed. It stays,
+               to be removed when the result is saved
+    log        where the rows of training go besides: a file for JSON lines, `tensorboard:FOLDER`, `wandb:PROJECT`
     loss       callable(output, batch) for gradient scores and training; by default the model's own
 
     At the end masks are folded into the weights, so the model runs without them; `rarefy.adopt_` takes them up again.
@@ -82,13 +81,17 @@ def compress_(
         with naming(plan, target.number):
             check_weights(target.layers)
     if work is not None and not plan.solves:
-        raise RecipeError(f"work has no effect: recipe {plan.name} has no solver, whose state could be kept")
+        raise RecipeError(
+            f"work has no effect: recipe {plan.name} has no solver or training, whose state could be kept"
+        )
+    if log is not None and not plan.trains:
+        raise RecipeError(f"log has no effect: recipe {plan.name} has no stage train")
     given = Given(plan, data, tokenizer, base)
     if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
     _check_data(plan, given)
     with pages.keeping(model, memory):
-        return _compress(model, plan, given, loss, memory, work, progress, began)
+        return _compress(model, plan, given, loss, memory, work, log, progress, began)
 
 
 def _compress(
@@ -98,6 +101,7 @@ def _compress(
     loss: Loss | None,
     memory: int | None,
     work: Path | None,
+    log: Any,
     progress: bool,
     began: float,
 ) -> Receipt:
@@ -105,12 +109,15 @@ def _compress(
     timed = plan.evaluate is not None and (plan.evaluate.latency or plan.evaluate.decode)
     before = state_of(model, plan, held_out, progress)
     beside = any(isinstance(s, recipes.Factorize) and s.beside for s in plan.stages)
-    dense = given.before = copy.deepcopy(model) if timed or beside else None
+    taught = any(isinstance(s, recipes.Train) and s.distill is not None for s in plan.stages)
+    dense = given.before = copy.deepcopy(model) if timed or beside or taught else None
     reports = []
     for index, stage in enumerate(plan.stages):
         options: dict[str, Any] = {"seed": plan.seed + index, "progress": progress}
         if isinstance(stage, recipes.Prune) and stage.solver is not None:
             options |= {"memory": memory, "work": None if work is None else work / f"stage-{index + 1}"}
+        if isinstance(stage, recipes.Train):
+            options |= {"log": log, "work": None if work is None else work / f"stage-{index + 1}"}
         reports += RUN[type(stage)](model, stage, given, loss, **options)
     rows = layer_rows(reports)
     fold_(model)
@@ -139,10 +146,10 @@ def rehearse_(
         if not isinstance(stage, recipes.Cut):
             continue
         free = "similarity" if stage.whole else "magnitude"
-        reads = _calibrates(replace(stage, repair=None))
+        reads = calibrates(replace(stage, repair=None))
         options = {**stage.options(), "score": free if reads else stage.score, "repair": True}
         given = Given(plan, None, tokenizer, base)
-        if _calibrates(stage):
+        if calibrates(stage):
             given.batches("calibrate")
         of = {"layers": stage.layers, "ignore": stage.ignore, "seed": plan.seed + index}
         report = cut_(model, cut_example(model, given), **options, **of)
@@ -187,39 +194,17 @@ def _floating_state(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 def _check_data(plan: recipes.Recipe, given: Given) -> None:
     """Read all data before anything is changed, so that a wrong path costs nothing."""
     for stage in plan.stages:
-        if _calibrates(stage.prune if isinstance(stage, recipes.Train) else stage) and callable(
-            given.batches("calibrate")
-        ):
+        if calibrates(stage) and callable(given.batches("calibrate")):
             raise DataError("data['calibrate'] is an iterable of batches; a function of the epoch is for training")
         if isinstance(stage, recipes.Train):
             given.batches("train")
-
-
-def _calibrates(prune: Any) -> bool:
-    """Whether a stage reads calibration data: its solver does, its score, or its repair."""
-    if isinstance(prune, recipes.Cut):
-        return bool(prune.repair or _needs(prune))
-    if isinstance(prune, recipes.Quantize):
-        return prune.solver != "rtn" or prune.activations == "int8-static" or prune.smooth is not None
-    if isinstance(prune, recipes.Factorize | recipes.Share):
-        return bool(prune.whiten if isinstance(prune, recipes.Factorize) else prune.weigh)
-    if isinstance(prune, SecondOrder):
-        return True
-    score = getattr(prune, "score", None)
-    reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in SLOW
-    return reads or (score is not None and bool(SCORES[score].needs))
-
-
-def _needs(s: recipes.Cut) -> str:
-    """What the score of a cut needs of data: "gradient" (a loss), "inputs", or nothing."""
-    if s.whole:
-        return "gradient" if s.score == "loss" else ""
-    return UNIT_SCORES[s.score or "magnitude"].needs
+            if stage.validate is not None:
+                given.batches("validate")
 
 
 def _prune(model: nn.Module, s: recipes.Prune, given: Given, loss: Loss | None, **options: Any) -> list[Report]:
     use = "train" if s.allocate in GRADIENTS else s.score  # both need gradients of the loss
-    data = Labelled(model, given.batches("calibrate"), use) if _calibrates(s) else None
+    data = Labelled(model, given.batches("calibrate"), use) if calibrates(s) else None
     done = prune_(
         model,
         s.pattern,
@@ -239,37 +224,16 @@ def _prune(model: nn.Module, s: recipes.Prune, given: Given, loss: Loss | None, 
 
 
 def _train(
-    model: nn.Module, s: recipes.Train, given: Given, loss: Loss | None, seed: int, progress: bool
+    model: nn.Module, s: recipes.Train, given: Given, loss: Loss | None, seed: int, progress: bool, **options: Any
 ) -> list[Report]:
-    o = s.optimizer
-    calibrate = None
-    if _calibrates(s.prune):
-        calibrate = list(with_labels(model, given.batches("calibrate"), getattr(s.prune, "score", "train")))
-    train = given.batches("train")
-    labelled = (
-        (lambda epoch: Labelled(model, train(epoch), "train"))
-        if callable(train)
-        else (lambda _: Labelled(model, train, "train"))
-    )
-    done = fit_(
-        model,
-        labelled,
-        epochs=s.epochs,
-        optimizer=optimizer_of(o.name, o.lr, **o.options()),
-        lr_schedule=s.lr_schedule,
-        loss=loss,
-        prune=s.prune,
-        calibrate=calibrate,
-        seed=seed,
-        progress=progress,
-    )
-    return [done, *_zeros_of(model, s.prune)]
+    done = train_(model, s, given, loss, seed, progress, **options)
+    return [*done, *_zeros_of(model, s.prune)]
 
 
 def _quantize(
     model: nn.Module, s: recipes.Quantize, given: Given, loss: Loss | None, seed: int, progress: bool
 ) -> list[Report]:
-    data = Labelled(model, given.batches("calibrate"), None) if _calibrates(s) else None
+    data = Labelled(model, given.batches("calibrate"), None) if calibrates(s) else None
     done = quantize_(model, **s.options(), layers=s.layers, ignore=s.ignore, data=data, progress=progress)
     return [done, *_zeros_of(model, s)]
 
@@ -314,7 +278,7 @@ def _cast(
 
 
 def _cut(model: nn.Module, s: recipes.Cut, given: Given, loss: Loss | None, seed: int, progress: bool) -> list[Report]:
-    needs = _needs(s)
+    needs = needs_of(s)
     asked = s.options()
     reads = s.score != "random" if s.whole else bool(needs or asked["repair"])  # else the data is of other stages
     data = None

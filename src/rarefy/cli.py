@@ -78,12 +78,19 @@ def compress(
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew where a killed run could go on.")] = False,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where each epoch's numbers go besides: a file for JSON lines, tensorboard:FOLDER, wandb:PROJECT."
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compress a model by a recipe, write it, and print the receipt.
 
-    A run with a solver keeps its state in .OUT.work beside the output, and goes on from there after it was killed.
+    A run with a solver or training keeps its state in .OUT.work beside the output, and goes on from there after it was
+    killed.
     Exit code 1 means that quality fell further than the recipe allows; the folder is written all the same.
     """
     from rarefy.files import bytes_of, check_target
@@ -91,7 +98,8 @@ def compress(
     plan = _plan(recipe, change, data, eval_data, seed)
     most = bytes_of(memory)
     if fresh and not plan.solves:
-        raise RecipeError(f"--fresh has no effect: recipe {plan.name} has no solver, whose state could be kept")
+        what = "has no solver or training, whose state could be kept"
+        raise RecipeError(f"--fresh has no effect: recipe {plan.name} {what}")
     source = _source(model)
     if dry_run:
         from rarefy.data import find
@@ -100,7 +108,10 @@ def compress(
         base = Path(recipe).parent if Path(recipe).is_file() else None
         if out is not None:
             check_target(out, force)
-        for purpose, source_ in (("calibrate", plan.data), ("train", plan.data), ("data", plan.evaluate)):
+        for purpose, source_ in (
+            *((p, plan.data) for p in ("calibrate", "train", "validate")),
+            ("data", plan.evaluate),
+        ):
             named = getattr(source_, purpose, None)
             if named is not None:
                 find(named, base, purpose)
@@ -124,7 +135,7 @@ def compress(
         state = work_folder(out, fresh) if plan.solves else nullcontext()
         with state as work, pages.keeping(loaded, most):
             receipt = api.compress_(
-                loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, progress=not quiet
+                loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, log=log, progress=not quiet
             )
             files = store.side_files(source)
             how = {"format": plan.save.format, "compress": plan.save.compress}

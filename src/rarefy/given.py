@@ -10,10 +10,13 @@ from torch import nn
 
 from rarefy import data as sources
 from rarefy import recipe as recipes
+from rarefy.cut.score import UNIT_SCORES
 from rarefy.errors import DataError
 from rarefy.model import hf
 from rarefy.model.stats import check_batches
+from rarefy.prune.allocate import SLOW
 from rarefy.prune.score import SCORES
+from rarefy.train.plans import SecondOrder
 
 
 class Given:
@@ -22,7 +25,7 @@ class Given:
     def __init__(self, plan: recipes.Recipe, data: Any, tokenizer: Any, base: Path | None):
         self.plan, self.tokenizer, self.base = plan, tokenizer, base
         self.before: nn.Module | None = None  # the model before the first stage, where one needs it
-        known = {"calibrate", "train", "evaluate"}
+        known = {"calibrate", "train", "validate", "evaluate"}
         if isinstance(data, Mapping):
             wrong = set(data) - known
             if wrong:
@@ -48,7 +51,9 @@ class Given:
                     f"no {purpose} data: name it in the recipe, or pass data={{{purpose!r}: batches}} (shell: --data)"
                 )
             seed = getattr(settings, "seed", 0)
-            samples = settings.train_samples if purpose == "train" else settings.samples
+            samples = getattr(
+                settings, {"train": "train_samples", "validate": "validate_samples"}.get(purpose, "samples")
+            )
             take = sources.Take(samples=samples, tokens=settings.tokens, batch=settings.batch, seed=seed)
             self.found[purpose] = sources.batches(source, take, tokenizer=self.tokenizer, base=self.base, what=purpose)
         return self.found[purpose]
@@ -89,3 +94,27 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def calibrates(prune: Any) -> bool:
+    """Return whether a stage reads calibration data: its solver does, its score, or its repair."""
+    if isinstance(prune, recipes.Train):
+        return calibrates(prune.prune) or (prune.quantize is not None and calibrates(prune.quantize))
+    if isinstance(prune, recipes.Cut):
+        return bool(prune.repair or needs_of(prune))
+    if isinstance(prune, recipes.Quantize):
+        return prune.solver != "rtn" or prune.activations == "int8-static" or prune.smooth is not None
+    if isinstance(prune, recipes.Factorize | recipes.Share):
+        return bool(prune.whiten if isinstance(prune, recipes.Factorize) else prune.weigh)
+    if isinstance(prune, SecondOrder):
+        return True
+    score = getattr(prune, "score", None)
+    reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in SLOW
+    return reads or (score is not None and bool(SCORES[score].needs))
+
+
+def needs_of(s: recipes.Cut) -> str:
+    """Return what the score of a cut needs of data: "gradient" (a loss), "inputs", or nothing."""
+    if s.whole:
+        return "gradient" if s.score == "loss" else ""
+    return UNIT_SCORES[s.score or "magnitude"].needs

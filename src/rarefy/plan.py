@@ -17,8 +17,10 @@ from rarefy.errors import RarefyError, RecipeError
 from rarefy.model.grid import scale_shape
 from rarefy.model.select import Layer, all_layers, select
 from rarefy.proof.report import Report
-from rarefy.prune.pattern import Pattern, check_sparsity, parse
+from rarefy.prune.pattern import Pattern
 from rarefy.prune.stage import asked, check_ask, chosen_layers
+from rarefy.train.plans import Movement
+from rarefy.train.plans import asked as asked_plan
 from rarefy.values.factors import cost, most_ranks, why_not
 from rarefy.values.quantize import Ask
 from rarefy.values.quantize import asked as asked_values
@@ -65,6 +67,7 @@ def targets(
     """
     if memory is not None:
         _check_lean(plan)
+    found: Target | None
     for number, stage in enumerate(plan.stages, 1):
         with naming(plan, number):
             if isinstance(stage, recipes.Prune):
@@ -74,10 +77,10 @@ def targets(
                 chosen = chosen_layers(model, s.layers, s.ignore, ask.plan)
                 found = Target(number, chosen, ask.plan, ask.sparsity)
             elif isinstance(stage, recipes.Train) and stage.prune:
-                s = stage.prune
-                pattern = parse(s.pattern)
-                sparsity, _ = check_sparsity(pattern, s.sparsity, s.scope)
-                found = Target(number, chosen_layers(model, s.layers, s.ignore, pattern), pattern, sparsity)
+                s, ask = stage.prune, asked_plan(stage.prune)
+                soft = isinstance(s, Movement) and s.penalty is not None  # how many zeros it finds, nobody knows yet
+                chosen = chosen_layers(model, s.layers, s.ignore, ask.pattern)
+                found = Target(number, chosen, ask.pattern, 0.0 if soft else ask.sparsity)
             elif isinstance(stage, recipes.Quantize):
                 found = _on_grid(model, number, stage)
             elif isinstance(stage, recipes.Share):
@@ -86,8 +89,13 @@ def targets(
             elif isinstance(stage, recipes.Factorize):
                 found = Target(number, select(model, stage.layers, stage.ignore), left=partial(_factors, stage))
             else:
-                continue
-        yield found
+                found = None
+            if isinstance(stage, recipes.Train) and stage.quantize:
+                if found is not None:
+                    yield found
+                found = _on_grid(model, number, stage.quantize)
+        if found is not None:
+            yield found
 
 
 def _on_grid(model: nn.Module, number: int, stage: recipes.Quantize) -> Target:

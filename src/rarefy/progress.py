@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Sized
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ def say(lines: Iterable[str]) -> None:
             print(line, file=sys.stderr)
 
 
-def track(items: Iterable[T], text: str, shown: bool, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], text: str, shown: bool, total: int | None = None) -> Generator[T, None, None]:
     """Yield the items, drawing a bar with the time left while `shown`.
 
     >>> list(track([1, 2], "counting", shown=False))

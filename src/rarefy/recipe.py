@@ -15,18 +15,16 @@ from typing import Any, Literal
 
 import yaml
 
-from rarefy.cut.ask import BUDGETS, KINDS, LAYER_SCORES, check_cut
-from rarefy.cut.plan import SCOPES as CUT_SCOPES
-from rarefy.cut.repair import REPAIRS
-from rarefy.cut.score import REDUCTIONS as CUT_REDUCTIONS
-from rarefy.cut.score import UNIT_SCORES
+from rarefy.cut.ask import BUDGETS, check_cut
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
-from rarefy.model.grid import BITS
 from rarefy.prune import pattern as patterns
-from rarefy.prune.allocate import ALLOCATIONS
-from rarefy.prune.score import SCORES
 from rarefy.prune.solver import resolve
 from rarefy.stages import (
+    AT_LEAST_ONE,
+    CHOICES,
+    FRACTIONS,
+    OWN,
+    RATES,
     Cast,
     Cut,
     Data,
@@ -40,13 +38,12 @@ from rarefy.stages import (
     Tie,
     Train,
 )
-from rarefy.train.optimizers import LR_SCHEDULES, OPTIMIZERS, optimizer_of
+from rarefy.train.distill import Distill
+from rarefy.train.distill import check as check_distill
+from rarefy.train.loop import Steps
+from rarefy.train.optimizers import OPTIMIZERS, optimizer_of
 from rarefy.train.plans import PLANS, Plan, plan_of
 from rarefy.train.plans import asked as asked_plan
-from rarefy.train.schedule import SCHEDULES
-from rarefy.values.activations import KINDS as ACTIVATIONS
-from rarefy.values.activations import OBSERVERS
-from rarefy.values.fit import FITS
 from rarefy.values.lowrank import asked as asked_factors
 from rarefy.values.quantize import asked as asked_values
 from rarefy.values.share import asked as asked_book
@@ -69,8 +66,13 @@ class Recipe:
 
     @property
     def solves(self) -> bool:
-        """Whether a stage has a solver, whose state can be kept."""
-        return any(isinstance(stage, Prune) and stage.solver is not None for stage in self.stages)
+        """Whether a stage has a solver or trains, and its state can be kept."""
+        return any(isinstance(s, Train) or (isinstance(s, Prune) and s.solver is not None) for s in self.stages)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a stage trains."""
+        return any(isinstance(s, Train) for s in self.stages)
 
     @property
     def cuts(self) -> bool:
@@ -93,36 +95,6 @@ STAGES: dict[str, type] = {
     "cut": Cut, "prune": Prune, "quantize": Quantize, "factorize": Factorize, "share": Share, "tie": Tie,
     "train": Train, "cast": Cast,
 }  # fmt: skip
-DTYPES = ("bf16", "fp16", "fp32")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": DTYPES,
-    "metric": ("perplexity", "accuracy"),
-    "format": ("smallest", "dense", "dense+mask", "bitmask", "csr", "csc", "bsr", "nm"),
-    "lr_schedule": tuple(LR_SCHEDULES),
-    "schedule": tuple(SCHEDULES),
-    "score": tuple(SCORES),
-    "scope": patterns.SCOPES,
-    "allocate": ALLOCATIONS,
-    "reduce": tuple(patterns.REDUCTIONS),
-}
-OWN: dict[Any, dict[str, tuple[str, ...]]] = {
-    Cut: {
-        "units": (*KINDS, "layer"),
-        "score": tuple(dict.fromkeys((*UNIT_SCORES, *LAYER_SCORES))),
-        "scope": CUT_SCOPES,
-        "reduce": CUT_REDUCTIONS,
-        "repair": REPAIRS,
-    },
-    Quantize: {
-        "fit": tuple(FITS),
-        "weights": tuple(f"int{b}" for b in BITS),
-        "activations": ACTIVATIONS,
-        "observer": OBSERVERS,
-    },
-}
-AT_LEAST_ONE = frozenset({"samples", "train_samples", "tokens", "batch", "epochs", "steps", "repeats", "prompt", "new"})
-FRACTIONS = frozenset({"sparsity", "first", "start", "end"})
-RATES = frozenset({"lr", "momentum", "weight_decay"})
 
 
 def folder() -> Path:
@@ -285,7 +257,8 @@ def _build(cls: Any, node: _Node) -> Any:
     if missing:
         raise RecipeError(f"{cls.__name__.lower()} needs {', '.join(missing)} [{node.where}]")
     kinds = typing.get_type_hints(cls)
-    choices = CHOICES | OWN.get(cls, {})
+    own = next((OWN[c] for c in cls.__mro__ if c in OWN), {})
+    choices = {k: v for k, v in (CHOICES | own).items() if v}
     made = {k: _stages(v) if k == "stages" else _value(k, v, kinds[k], choices) for k, v in node.value.items()}
     out = cls(**made)
     _check(out, node)
@@ -395,6 +368,10 @@ def _check(made: Any, node: _Node) -> None:
         _naming(lambda: asked_book(made.bits, made.group), ("bits", "group"), "bits", place)
     if isinstance(made, Factorize):
         _naming(lambda: asked_factors(**made.options()), tuple(made.options()), "rank", place)
+    if isinstance(made, Distill):
+        _naming(lambda: check_distill(made), tuple(f.name for f in fields(made)), "logits", place)
+    if isinstance(made, Train):
+        _check_train(made, place)
     if isinstance(made, Recipe):
         _check_order(made, node)
     if isinstance(made, Optimizer) and made.name not in OPTIMIZERS:
@@ -411,6 +388,13 @@ def _check(made: Any, node: _Node) -> None:
     except RarefyError as error:
         names = ("pattern", "sparsity", "scope", "reduce", "steps", "start", "first", *(f.name for f in fields(made)))
         raise RecipeError(f"{error} [{place(next((k for k in names if k in str(error)), 'pattern'))}]") from None
+
+
+def _check_train(made: Train, place: Any) -> None:
+    steps = ("accumulate", "clip", "autocast")
+    _naming(lambda: Steps(**{k: getattr(made, k) for k in steps}), steps, "accumulate", place)
+    if made.patience is not None and made.validate is None:
+        raise RecipeError(f"patience waits for a better epoch: give validate, a metric [{place('patience')}]")
 
 
 def _check_cut(made: Cut, place: Any) -> None:
@@ -435,7 +419,7 @@ def _check_order(made: Recipe, node: _Node) -> None:
             where = node.value["stages"].value[i].where
             raise RecipeError(f"a cut comes before a stage {last}, whose work it would not fit [{where}]")
         if isinstance(stage, Prune | Quantize | Factorize | Share) or (
-            isinstance(stage, Train) and stage.prune is not None
+            isinstance(stage, Train) and (stage.prune is not None or stage.quantize is not None)
         ):
             last = next(name for name, kind in STAGES.items() if isinstance(stage, kind))
 

@@ -5,9 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rarefy.cut.ask import BUDGETS
+from rarefy.cut.ask import BUDGETS, KINDS, LAYER_SCORES
+from rarefy.cut.plan import SCOPES as CUT_SCOPES
+from rarefy.cut.repair import REPAIRS
+from rarefy.cut.score import REDUCTIONS as CUT_REDUCTIONS
+from rarefy.cut.score import UNIT_SCORES
+from rarefy.model.grid import BITS
+from rarefy.prune import pattern as patterns
+from rarefy.prune.allocate import ALLOCATIONS
+from rarefy.prune.score import SCORES
 from rarefy.prune.solver import Solver
+from rarefy.train.distill import DEPTHS, HIDDEN, OUTPUTS, Distill
+from rarefy.train.loop import AUTOCAST
+from rarefy.train.optimizers import LR_SCHEDULES
 from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
+from rarefy.train.schedule import SCHEDULES
+from rarefy.values.activations import KINDS as ACTIVATIONS
+from rarefy.values.activations import OBSERVERS
+from rarefy.values.fit import FITS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,8 +31,10 @@ class Data:
 
     calibrate: str | None = None
     train: str | None = None
+    validate: str | None = None
     samples: int | None = 64  # windows of text or images to calibrate on
     train_samples: int | None = None
+    validate_samples: int | None = None
     tokens: int = 512
     batch: int = 8
     seed: int = 0
@@ -59,6 +76,13 @@ class Quantize:
         """Return what `rarefy.values.quantize.asked` takes."""
         names = ("weights", "group", "symmetric", "fit", "solver", "activations", "observer", "smooth")
         return {n: getattr(self, n) for n in (*names, "pattern", "sparsity")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aware(Quantize):
+    """Put weights on grids while they are trained, from `start` of the way on (quantization-aware training)."""
+
+    start: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,12 +143,22 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Train:
-    """Fine-tune with the masks held; `prune` lets zeros in on the way (`rarefy.train.plans`)."""
+    """Fine-tune with the masks held. `prune` lets zeros in on the way (`rarefy.train.plans`), `quantize` keeps weights
+    on a grid from its `start` on, `distill` learns from the model as it was before the first stage (or another, in the
+    folder `teacher`). `validate` measures every epoch on `data.validate` and keeps the best; with `patience` it stops
+    early. See `rarefy.fit_`."""
 
     epochs: int = 1
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_schedule: str = "cosine"
     prune: Gradual | Movement | SecondOrder | Rigl | Alternate | Admm | Rewind | None = None
+    distill: Distill | None = None
+    quantize: Aware | None = None
+    validate: str | None = None
+    patience: int | None = None
+    accumulate: int = 1
+    clip: float | None = None
+    autocast: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,3 +239,54 @@ class Save:
 
     format: str = "smallest"
     compress: bool = False
+
+
+# the words that fields allow, by field; and by field of one class
+DTYPES = ("bf16", "fp16", "fp32")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": DTYPES,
+    "metric": ("perplexity", "accuracy"),
+    "validate": ("perplexity", "accuracy"),
+    "autocast": tuple(AUTOCAST),
+    "format": ("smallest", "dense", "dense+mask", "bitmask", "csr", "csc", "bsr", "nm"),
+    "lr_schedule": tuple(LR_SCHEDULES),
+    "schedule": tuple(SCHEDULES),
+    "score": tuple(SCORES),
+    "scope": patterns.SCOPES,
+    "allocate": ALLOCATIONS,
+    "reduce": tuple(patterns.REDUCTIONS),
+}
+OWN: dict[Any, dict[str, tuple[str, ...]]] = {
+    Cut: {
+        "units": (*KINDS, "layer"),
+        "score": tuple(dict.fromkeys((*UNIT_SCORES, *LAYER_SCORES))),
+        "scope": CUT_SCOPES,
+        "reduce": CUT_REDUCTIONS,
+        "repair": REPAIRS,
+    },
+    Data: {"validate": ()},
+    Distill: {"by": tuple(OUTPUTS), "hidden": tuple(HIDDEN), "depth": tuple(DEPTHS)},
+    Quantize: {
+        "fit": tuple(FITS),
+        "weights": tuple(f"int{b}" for b in BITS),
+        "activations": ACTIVATIONS,
+        "observer": OBSERVERS,
+    },
+}
+AT_LEAST_ONE = frozenset(
+    {
+        "samples",
+        "train_samples",
+        "validate_samples",
+        "patience",
+        "tokens",
+        "batch",
+        "epochs",
+        "steps",
+        "repeats",
+        "prompt",
+        "new",
+    }
+)
+FRACTIONS = frozenset({"sparsity", "first", "start", "end"})
+RATES = frozenset({"lr", "momentum", "weight_decay"})

@@ -23,7 +23,7 @@ from rarefy.errors import ContainerError, ModelError
 from rarefy.files import PARTIAL, TRAINING, blaming, sync
 from rarefy.prune.journal import ANEW, Journal, digest
 
-EVERY = 120.0  # seconds between two states within an epoch
+EVERY = 60.0  # seconds between two states
 
 
 @dataclass
@@ -128,8 +128,8 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 class Clock:
     """Whether it is time for another state."""
 
-    def __init__(self, every: float = EVERY):
-        self.every, self.last = every, time.monotonic()
+    def __init__(self, every: float | None = None):
+        self.every, self.last = EVERY if every is None else every, time.monotonic()
 
     def due(self) -> bool:
         """Return whether `every` seconds have passed since this last returned True."""

@@ -116,7 +116,9 @@ class Distill:
     at          the modules whose outputs are hidden states (default: the model's equal blocks); `teacher_at` theirs
     depth       how blocks are matched where the student has fewer: `even` or `last`
     relations   weight of the relations of queries, keys and values, in `heads` heads, of the last block
-    cache       folder for the teacher's answers, which are then computed once for each sample
+    cache       keep the teacher's answers on disk, so that each sample is asked about once: for data that does not
+                change from epoch to epoch
+    teacher     (recipes) the folder of another teacher than the model itself was
     """
 
     task: float = 1.0
@@ -132,7 +134,7 @@ class Distill:
     relations: float = 0.0
     heads: int = 12
     teacher: str | None = None
-    cache: str | None = None
+    cache: bool = False
 
 
 def check(plan: Distill) -> None:
@@ -157,8 +159,9 @@ def check(plan: Distill) -> None:
 class Distiller(nn.Module):
     """The loss of a student with its teacher: `distiller(output, batch, own_loss)` after the student's call.
 
-    The teacher runs without gradients, in evaluation mode; a copy of it is never made. Where widths of hidden states
-    differ, a projector learns along (FitNets, Romero 2015): its parameters are `distiller.parameters()`.
+    The teacher runs without gradients, in evaluation mode; its answers are kept in the folder `cache`, if given, one
+    file a sample. `example`, a batch, checks that both models match before training begins. Where widths of hidden
+    states differ, a projector learns along (FitNets, Romero 2015): its parameters are `distiller.parameters()`.
 
     >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
     >>> distiller, x = Distiller(student, teacher, Distill(task=0.0)), torch.randn(2, 4)
@@ -166,17 +169,27 @@ class Distiller(nn.Module):
     True
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, plan: Distill | None = None, *, example: Any = None):
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        plan: Distill | None = None,
+        *,
+        example: Any = None,
+        cache: str | Path | None = None,
+    ):
         super().__init__()
         plan = plan or Distill()
         check(plan)
+        if plan.cache and cache is None:
+            raise RecipeError("cache keeps the teacher's answers in a folder: give Distiller(..., cache=FOLDER)")
         self.plan, self.task = plan, plan.task
         self._models = (student, teacher)  # a tuple, so that neither is a part of this module
         self._pairs = _pairs(student, teacher, plan) if plan.hidden else []
         self._related = _related(student, teacher) if plan.relations else []
         self.projectors = nn.ModuleDict()
         self._seen: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
-        self._answers = Answers(Path(plan.cache).expanduser()) if plan.cache else None
+        self._answers = Answers(Path(cache).expanduser()) if cache is not None else None
         self._stack = ExitStack()
         for side in (0, 1):
             wanted = [pair[side] for pair in (*self._pairs, *self._related)]

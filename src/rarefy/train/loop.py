@@ -6,8 +6,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import islice
 from pathlib import Path
@@ -128,7 +128,8 @@ def fit_(
                 row["seconds"] = time.perf_counter() - began
                 run.rows.append(row)
                 logs.write(row)
-                run.keep()
+                if run.epoch == epochs or run.clock.due():
+                    run.keep()
         except ModelError:
             best.restore()
             raise
@@ -208,7 +209,18 @@ class _Run:
             batches = list(batches)  # a schedule needs to know how far it is
         count = len(batches)
         name = f"epoch {self.epoch + 1}/{self.epochs}"
-        shown = enumerate(track(batches, name, self.progress, count))
+        with closing(track(batches, name, self.progress, count)) as bar:
+            self._through(enumerate(bar), count)
+        if not self.seen:
+            raise DataError(
+                f"the training data is empty in epoch {self.epoch + 1} (an iterator gives its batches only once)"
+            )
+        mean = self.total / self.seen
+        self.epoch, self.step, self.total, self.seen = self.epoch + 1, 0, 0.0, 0
+        return mean
+
+    def _through(self, shown: Iterator[tuple[int, Any]], count: int) -> None:
+        """Learn from the batches of an epoch, or from those that are left of it."""
         if self.resumed:
             for _ in islice(shown, self.step):  # what was seen already, in the same order
                 pass
@@ -226,13 +238,6 @@ class _Run:
                 self._advance((self.epoch + (index + 1) / count) / self.epochs)
                 if not last and self.clock.due():
                     self.keep()
-        if not self.seen:
-            raise DataError(
-                f"the training data is empty in epoch {self.epoch + 1} (an iterator gives its batches only once)"
-            )
-        mean = self.total / self.seen
-        self.epoch, self.step, self.total, self.seen = self.epoch + 1, 0, 0.0, 0
-        return mean
 
     def _learn(self, batch: Any, index: int, many: int) -> None:
         """Add the gradient of one batch of `many` that are taken together."""

@@ -1,0 +1,220 @@
+"""Losses against their formulas; a distiller against doing it by hand; what does not match is said."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rarefy
+from conftest import Net, image_batches
+from rarefy.errors import ContainerError, DataError, ModelError, RecipeError, SelectorError
+from rarefy.train import distill
+from rarefy.train.distill import Distill, Distiller
+
+
+class Deep(nn.Module):
+    """Blocks of one width, an output of classes."""
+
+    def __init__(self, blocks=4, width=8, classes=5):
+        super().__init__()
+        self.stem = nn.Linear(6, width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(blocks))
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(self.drop(x))
+
+
+def rows(n=12, c=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, c, generator=g), torch.randn(n, c, generator=g)
+
+
+def test_kl_is_its_formula_and_top_joins_the_rest():
+    s, t = rows()
+    p, q = (t / 2).softmax(-1), (s / 2).softmax(-1)
+    want = 4 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(distill.kl(s, t, 2.0), want)
+    index = p.argsort(-1, descending=True)[:, :2]
+    a, b = p.gather(-1, index), q.gather(-1, index)
+    a, b = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (a, b))
+    torch.testing.assert_close(distill.kl(s, t, 2.0, top=2), 4 * (a * (a / b).log()).sum(-1).mean())
+    assert distill.kl(s, t, 2.0, top=9) == distill.kl(s, t, 2.0)
+
+
+def test_hidden_losses_are_their_formulas():
+    s, t = rows(c=8)
+    torch.testing.assert_close(distill.squarehead(s, t), ((s - t) ** 2).mean() / (t**2).mean())
+    torch.testing.assert_close(distill.cosine(s, t), 1 - (s * t).sum(1).div(s.norm(dim=1) * t.norm(dim=1)).mean())
+    a, b = F.normalize(s, dim=1), F.normalize(t, dim=1)
+    want = -torch.stack([((a[i] @ b.T) / 0.1).log_softmax(0)[i] for i in range(12)]).mean()
+    torch.testing.assert_close(distill.contrastive(s, t), want)
+    p, q = t.softmax(-1), s.softmax(-1)
+    inter = 1 - torch.stack([torch.corrcoef(torch.stack([p[i], q[i]]))[0, 1] for i in range(12)]).mean()
+    intra = 1 - torch.stack([torch.corrcoef(torch.stack([p[:, i], q[:, i]]))[0, 1] for i in range(8)]).mean()
+    torch.testing.assert_close(distill.dist(s, t), inter + intra)
+
+
+def test_relations_are_minilms():
+    s, t = torch.randn(2, 4, 6), torch.randn(2, 4, 12)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    total = []
+    for b in range(2):
+        n = int(mask[b].sum())
+        for i in range(n):
+            each = []
+            for h in range(2):
+                p, q = (
+                    ((x[b, i, h * d : h * d + d] @ x[b, :n, h * d : h * d + d].T) / math.sqrt(d)).softmax(-1)
+                    for x, d in ((t, 6), (s, 3))
+                )
+                each.append((p * (p / q).log()).sum())
+            total.append(torch.stack(each).mean())
+    torch.testing.assert_close(distill.relations(s, t, 2, mask), torch.stack(total).mean())
+    with pytest.raises(RecipeError, match="relations in 5 heads do not divide 6 features|do not divide 12"):
+        distill.relations(s, t, 5, mask)
+
+
+def test_a_distiller_adds_what_its_plan_says():
+    torch.manual_seed(0)
+    student, teacher = Deep(2), Deep(4).train()
+    x, y = torch.randn(7, 6), torch.randint(5, (7,))
+    plan = Distill(task=0.5, logits=2.0, temperature=3.0, hidden="squarehead", hidden_weight=0.25)
+    distiller = Distiller(student, teacher, plan, example=(x, y))
+    out = student(x)
+    got = distiller(out, (x, y), F.cross_entropy(out, y))
+    assert teacher.training and teacher.drop.training  # as it was, although it answered without dropout
+    teacher.eval()
+    seen = {}
+    for name, model in (("s", student), ("t", teacher)):
+        hooks = [
+            b.register_forward_hook(lambda m, a, o, k=(name, i): seen.__setitem__(k, o))
+            for i, b in enumerate(model.blocks)
+        ]
+        seen[name] = model.eval()(x)
+        for h in hooks:
+            h.remove()
+    hidden = [distill.squarehead(seen["s", i], seen["t", j]) for i, j in ((0, 1), (1, 3))]
+    want = 2 * distill.kl(out, seen["t"], 3.0) + 0.25 * sum(hidden) / 2 + 0.5 * F.cross_entropy(out, y)
+    torch.testing.assert_close(got, want)
+    got.backward()
+    assert all(p.grad is None for p in teacher.parameters()) and student.stem.weight.grad is not None
+    distiller.close()
+    assert not any(m._forward_hooks for m in (*student.modules(), *teacher.modules()))
+
+
+def test_blocks_are_matched_evenly_or_at_the_end():
+    teacher, student = Deep(6), Deep(3)
+    for depth, want in (("even", [1, 3, 5]), ("last", [3, 4, 5])):
+        pairs = distill._pairs(student, teacher, Distill(hidden="mse", depth=depth))
+        assert [list(teacher.blocks).index(t) for _, t in pairs] == want
+        assert [s for s, _ in pairs] == list(student.blocks)
+
+
+def test_a_projector_learns_where_widths_differ():
+    torch.manual_seed(0)
+    student, teacher, x = Deep(2, width=4), Deep(2, width=8), torch.randn(9, 6)
+    distiller = Distiller(student, teacher, Distill(task=0, logits=0, hidden="mse"), example=x)
+    assert [tuple(p.shape) for p in distiller.parameters()] == [(8, 4)] * 2
+    before = [p.detach().clone() for p in distiller.parameters()]
+    first = float(distiller(student(x), x).detach())
+    report = rarefy.fit_(student, [x] * 30, teach=distiller, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), epochs=2)
+    assert report.rows[-1]["loss"] < first / 2
+    assert not any(torch.equal(a, b) for a, b in zip(before, distiller.parameters()))
+
+
+def test_padding_and_unlabelled_tokens_are_left_out():
+    out = torch.randn(2, 3, 5)
+    mask, labels = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([[-100, 1, 1], [2, 2, -100]])
+    got = distill._rows(out, mask, labels)
+    assert torch.equal(got, out[torch.tensor([[False, True, False], [True, True, False]])])
+    image = torch.randn(2, 4, 3, 3)
+    assert torch.equal(distill._rows(image, None)[10], image[1, :, 0, 1])
+
+
+def test_answers_are_asked_for_once_in_any_order(tmp_path):
+    torch.manual_seed(0)
+    student, teacher = Deep(2).eval(), Deep(2)
+    asked = []
+    teacher.register_forward_hook(lambda m, a, o: asked.append(len(a[0])))
+    xs = torch.randn(6, 6)
+    plan = Distill(task=0, hidden="cosine", cache=True)
+    distiller = Distiller(student, teacher, plan, cache=tmp_path / "answers")
+    first = distiller(student(xs[:4]), xs[:4])
+    again = distiller(student(xs[:4]), xs[:4])
+    order = torch.tensor([3, 0, 2])
+    mixed = distiller(student(xs[order]), xs[order])
+    assert asked == [4] and torch.equal(first, again)
+    free = Distiller(student, teacher, Distill(task=0, hidden="cosine"))
+    torch.testing.assert_close(mixed, free(student(xs[order]), xs[order]), atol=1e-3, rtol=1e-3)
+    distiller(student(xs[3:]), xs[3:])
+    assert len(list((tmp_path / "answers").glob("*.safetensors"))) == 6
+    for file in (tmp_path / "answers").glob("*.safetensors"):
+        file.write_bytes(b"nonsense")
+    with pytest.raises(ContainerError, match="is damaged .* remove it, and the teacher is asked again"):
+        distiller(student(xs[:4]), xs[:4])
+
+
+def test_what_is_learnt_from_the_teacher_comes_nearer():
+    torch.manual_seed(0)
+    teacher = Net().eval()
+    student = rarefy.fold_(copy.deepcopy(teacher))
+    rarefy.prune_(student, sparsity=0.7)
+    data = [x for x, _ in image_batches()]
+    far = float(sum(F.mse_loss(student(x), teacher(x)) for x in data).detach())
+    with torch.enable_grad():
+        distiller = Distiller(student, teacher, Distill(task=0.0, by="mse"), example=data[0])
+        rarefy.fit_(student, data, epochs=20, teach=distiller, optimizer=lambda p: torch.optim.Adam(p, lr=5e-3))
+    distiller.close()
+    assert float(sum(F.mse_loss(student(x), teacher(x)) for x in data).detach()) < far / 4
+    assert int((student.hidden.weight == 0).sum()) == round(0.7 * 128)
+
+
+def hf_like(**named):
+    class Model(nn.Module):
+        def forward(self, input_ids=None, **_):
+            return SimpleNamespace(**named)
+
+    return Model()
+
+
+BAD = {
+    "classes": (lambda: Distiller(Deep(classes=5), Deep(classes=7), example=torch.randn(2, 6)), ModelError, "outputs do not match: the student .Deep. gives float32 2x5, the teacher .Deep. float32 2x7"),
+    "features": (lambda: _lost(Deep(2, width=4), Deep(2), Distill(task=0, logits=0, hidden="mse")), ModelError, "hidden states of student and teacher do not match.*prepare"),
+    "deeper": (lambda: Distiller(Deep(4), Deep(2), Distill(hidden="mse")), ModelError, "the student has 4 hidden states and the teacher 2"),
+    "no blocks": (lambda: Distiller(Net(), Net(), Distill(hidden="mse")), ModelError, "Net has no list of equal blocks: name modules with at"),
+    "no module": (lambda: Distiller(Net(), Net(), Distill(hidden="mse", at="layer*")), SelectorError, "at: layer. matches no module of Net"),
+    "nothing": (lambda: Distiller(Net(), Net(), Distill(logits=0)), RecipeError, "nothing is learnt from the teacher"),
+    "by": (lambda: Distiller(Net(), Net(), Distill(by="kll")), RecipeError, "unknown by 'kll'.*did you mean 'kl'"),
+    "hidden": (lambda: Distiller(Net(), Net(), Distill(hidden="squareheat")), RecipeError, "did you mean 'squarehead'"),
+    "weight": (lambda: Distiller(Net(), Net(), Distill(logits=-1)), RecipeError, "logits is a weight from 0 up, got -1"),
+    "temperature": (lambda: Distiller(Net(), Net(), Distill(temperature=0)), RecipeError, "temperature is greater than 0"),
+    "top": (lambda: Distiller(Net(), Net(), Distill(by="mse", top=3)), RecipeError, "top keeps the likeliest classes"),
+    "at without hidden": (lambda: Distiller(Net(), Net(), Distill(at="x")), RecipeError, "at names modules for hidden"),
+    "no labels": (lambda: _lost(Net(), Net(), Distill()), DataError, "task > 0 takes the model's own loss"),
+    "one number": (lambda: _lost(nn.Linear(6, 1), nn.Linear(6, 1), Distill(task=0)), ModelError, "one number, which has no distribution for kl: take by='mse'"),
+    "hidden states": (lambda: Distiller(hf_like(last_hidden_state=torch.ones(1, 2, 3)), hf_like(last_hidden_state=torch.ones(1, 2, 3)), example={"input_ids": torch.ones(1, 2).long()}), ModelError, "gives hidden states, no logits: take logits=0"),
+    "relations": (lambda: Distiller(Deep(), Deep(), Distill(relations=1.0)), ModelError, "Deep has none"),
+    "cache": (lambda: Distiller(Net(), Net(), Distill(cache=True)), RecipeError, "give Distiller.*cache=FOLDER"),
+    "not called": (lambda: Distiller(Deep(), Deep(), Distill(task=0, hidden="mse"))(torch.randn(2, 5), torch.randn(2, 6)), ModelError, "the student was not called before its loss"),
+}  # fmt: skip
+
+
+def _lost(student, teacher, plan):
+    x = torch.randn(2, 6) if not isinstance(student, Net) else image_batches()[0][0]
+    return Distiller(student, teacher, plan)(student(x), x)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_match_is_said(case):
+    make, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        make()
