@@ -124,7 +124,7 @@ def write(model: Any, folder: Path, source: Path) -> None:
 @torch.no_grad()
 def rotate_(model: Any) -> None:
     """Turn the residual stream of a Llama by a random rotation Q that its weights take up; outputs stay (QuaRot,
-    Ashkboos 2024, section 4). Norm weights go into the layers behind them first, and the head gets a weight of its own."""
+    Ashkboos 2024, section 4). Norm weights go into the layers behind them; the head gets a weight of its own."""
     width = model.config.hidden_size
     Q = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double())[0]
     if model.config.tie_word_embeddings:

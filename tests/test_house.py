@@ -19,7 +19,7 @@ FLOORS = [
     {"recipe"},
     {"given", "plan", "doctor", "account"},
     {"training"},
-    {"api"},
+    {"api", "adapters"},
     {"cli", "__init__"},
 ]
 

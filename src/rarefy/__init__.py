@@ -22,20 +22,31 @@ from rarefy.prune.stage import prune_
 from rarefy.recipe import Recipe
 from rarefy.runtime.choose import accelerate_
 from rarefy.store import export, inspect, load, save
+from rarefy.train.distill import Distill, Distiller
 from rarefy.train.loop import fit_
-from rarefy.train.plans import Gradual
+from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
+from rarefy.training import Sparsifier
 from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
 from rarefy.values.share import share_
 from rarefy.values.tie import tie_layers_
 
 __all__ = [
+    "Admm",
+    "Alternate",
+    "Distill",
+    "Distiller",
     "Gradual",
+    "Movement",
     "RarefyError",
     "Receipt",
     "Recipe",
     "Report",
+    "Rewind",
+    "Rigl",
+    "SecondOrder",
     "Solver",
+    "Sparsifier",
     "accelerate_",
     "adopt_",
     "cast_",

@@ -21,7 +21,7 @@ INDEX = "rarefy.json"
 KEY, PARTIAL = "key.json", "partial"  # beside the stops of a long run
 ONCE = ("each.json", "given.json", "loss.json")  # what it found out before its first stop
 TRAINING = "training.safetensors"
-STOP = re.compile(r"stop-[0-9]{6}\.safetensors")
+STOP = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # of a walk; a teacher's answer
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -108,6 +108,7 @@ def work_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator[P
     kept when it does not, for the next run to go on from."""
     target = Path(os.path.realpath(path))
     work = target.with_name(f".{target.name}.work")
+    new = [p for p in target.parents if not p.exists()]
     if fresh:
         remove_state(work)
     try:
@@ -117,6 +118,9 @@ def work_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator[P
             say([f"what was done is kept in {work}, for the same command to go on from there"])
         else:
             remove_state(work)
+            with suppress(OSError):  # something else is in one
+                for folder in new:
+                    folder.rmdir()
         raise
     remove_state(work)
 

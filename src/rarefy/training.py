@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 
 from rarefy import recipe as recipes
 from rarefy import store
-from rarefy.errors import DataError, ModelError
+from rarefy.errors import DataError, ModelError, RecipeError
 from rarefy.files import INDEX
 from rarefy.given import Given, Labelled, calibrates, with_labels
 from rarefy.model import hf
-from rarefy.model.stats import Loss, on_device
+from rarefy.model.stats import Loss, loss_of, on_device
 from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.proof.report import Report
+from rarefy.train import sparsifier
 from rarefy.train.distill import Distiller, frozen_copy
 from rarefy.train.loop import Steps, fit_
 from rarefy.train.optimizers import optimizer_of
+from rarefy.train.plans import Plan
+from rarefy.train.sparsifier import check_steps
 from rarefy.values.quantize import quantize_
 
 
@@ -139,3 +144,91 @@ def other(folder: str, base: Path | None, before: nn.Module) -> nn.Module:
     if not (path / "config.json").is_file():
         raise ModelError(f"teacher {folder!r} is no folder of a model: neither config.json nor {INDEX} is in it")
     return frozen_copy(hf.load_folder(path))
+
+
+class Sparsifier(sparsifier.Sparsifier):
+    """A recipe's stage `train` in anybody's loop: zeros, grids and a teacher, on the steps of that loop.
+
+        sparsifier = rarefy.Sparsifier(model, "recipe.yaml", steps_per_epoch=len(loader), optimizer=optimizer)
+        for batch in loader:
+            output = model(**batch)
+            sparsifier.loss(output, batch).backward()    # the model's own loss, where the recipe names no teacher
+            optimizer.step()
+            sparsifier.step()
+            optimizer.zero_grad()
+
+    recipe           a preset, file, dict or Recipe with one stage, `train`; or a plan such as rarefy.Gradual; its
+                     optimizer, rates and data are the loop's own business
+    steps_per_epoch  optimizer steps in one of the stage's `epochs`; or `steps` in all; or neither, and `step(progress)`
+    teacher          what the model learns from where the recipe says distill (default: the model as it is now)
+    calibrate        batches for scores that read data, and for static activations
+    example          a batch, by which student and teacher are checked at once
+    cache            folder for the teacher's answers
+
+    Everything else as in `rarefy.train.sparsifier.Sparsifier`. `rarefy.fold_(model)` makes an ordinary model of it.
+
+    >>> net = nn.Linear(8, 8)
+    >>> s = Sparsifier(net, {"stages": [{"train": {"epochs": 2, "prune": {"sparsity": 0.5, "steps": 2, "end": 1.0}}}]},
+    ...     steps_per_epoch=2)
+    >>> for _ in range(4): s.step()
+    >>> s.sparsity
+    0.5
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: str | Path | Mapping[str, Any] | recipes.Recipe | Plan,
+        *,
+        steps_per_epoch: int | None = None,
+        steps: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        teacher: nn.Module | None = None,
+        calibrate: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        example: Any = None,
+        cache: str | Path | None = None,
+        **overrides: Any,
+    ):
+        stage, seed, given = recipes.Train(prune=None), 0, None
+        if isinstance(recipe, Plan):
+            stage = replace(stage, prune=recipe)
+            if overrides:
+                raise RecipeError(f"a plan takes no overrides: {', '.join(overrides)}; change the plan")
+        else:
+            whole = recipes.load(recipe, **overrides)
+            stage, seed = _only_train(whole), whole.seed
+            if calibrate is not None:
+                given = Given(whole, {"calibrate": calibrate}, None, None)
+        if steps_per_epoch is not None and steps is not None:
+            raise RecipeError("give steps_per_epoch or steps, not both")
+        if steps_per_epoch is not None:
+            check_steps(steps_per_epoch, "steps_per_epoch")
+            steps = steps_per_epoch * stage.epochs
+        if teacher is not None and stage.distill is None:
+            raise RecipeError("teacher has no effect: the recipe's train stage has no distill")
+        self.own, self.distiller = loss_of(loss), None
+        if stage.distill is not None:
+            wise = frozen_copy(model) if teacher is None else teacher
+            self.distiller = Distiller(model, wise, stage.distill, example=example, cache=cache)
+        labels = None if calibrate is None else list(with_labels(model, calibrate, "train"))
+        at = happenings(stage, given, False, [])
+        told = {"optimizer": optimizer, "calibrate": labels, "loss": loss, "seed": seed, "at": at}
+        super().__init__(model, stage.prune, steps=steps, **told)
+
+    def loss(self, output: Any, batch: Any) -> torch.Tensor:
+        """Return the loss of a step: the teacher's and the model's own, as the recipe weighs them."""
+        if self.distiller is None:
+            return self.own(output, batch)
+        return self.distiller(output, batch, self.own(output, batch) if self.distiller.task else None)
+
+
+def _only_train(recipe: recipes.Recipe) -> recipes.Train:
+    names = {cls: name for name, cls in recipes.STAGES.items()}
+    if len(recipe.stages) != 1 or not isinstance(recipe.stages[0], recipes.Train):
+        found = ", ".join(names[type(s)] for s in recipe.stages)
+        raise RecipeError(
+            f"a loop takes a recipe with one stage, train; {recipe.name} has {found}: run the others by compress_, "
+            "before or after"
+        )
+    return recipe.stages[0]

@@ -16,6 +16,7 @@ from torch.nn.utils import prune as torch_prune
 from rarefy.errors import ModelError
 from rarefy.model.grid import LIVE, InBook, get_grid, live_grid, note_, notes, set_grid_
 from rarefy.model.select import Layer, Selector, all_layers, original, select
+from rarefy.model.shards import sharded, whole
 
 ROUNDED = 0.3  # zeros that rounding to few bits may have made
 
@@ -64,6 +65,14 @@ def set_mask_(layer: Layer, mask: Tensor) -> None:
     shared = Mask(mask)  # one object at all owners: one buffer, one truth
     for _, module, param in layer.owners:
         parametrize.register_parametrization(module, param, shared)
+
+
+def effective(layer: Layer) -> Tensor:
+    """Return the weight as it counts, without gradients, as stored: masked, and whole where processes share it."""
+    if not sharded(layer.original):
+        return layer.weight.detach()
+    weight, mask = whole(layer.original.detach()), get_mask(layer)
+    return weight if mask is None else torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
 
 
 def check_maskable(layer: Layer) -> None:

@@ -17,8 +17,9 @@ from rarefy.errors import DataError, ModelError, PatternError, unknown
 from rarefy.files import bytes_of, path_of
 from rarefy.model.batches import first_samples, some
 from rarefy.model.grid import live_grid
-from rarefy.model.mask import check_maskable, get_mask, set_mask_
+from rarefy.model.mask import check_maskable, effective, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, all_layers, select
+from rarefy.model.shards import whole
 from rarefy.model.stats import Loss, Stats, call, check_batches, collect, evaluating, loss_of, on_device
 from rarefy.progress import track
 from rarefy.proof.report import Report
@@ -283,7 +284,7 @@ def check_weights(chosen: Sequence[Layer]) -> None:
     for layer in chosen:
         if layer.original.is_meta:
             raise ModelError(f"{layer.full_name} is on the meta device: it has no values yet; load its weights first")
-        if not torch.isfinite(layer.weight).all():
+        if not torch.isfinite(effective(layer)).all():
             raise ModelError(f"{layer.full_name}: NaN or inf in its weights")
 
 
@@ -304,8 +305,8 @@ def choose_masks(
     scores = []
     with torch.no_grad():
         for layer in chosen:
-            weight = layer.original if regrow else layer.weight
-            s = SCORES[score].of(layer.layout.view(weight.detach().float()), stats[layer.full_name])
+            weight = whole(layer.original.detach()) if regrow else effective(layer)
+            s = SCORES[score].of(layer.layout.view(weight.float()), stats[layer.full_name])
             mask = None if regrow else get_mask(layer)
             if mask is not None:
                 s = torch.where(layer.layout.view(mask), s, float("-inf"))

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import PatternError
-from rarefy.model.mask import get_mask, set_mask_
+from rarefy.model.mask import effective, get_mask, set_mask_
 from rarefy.model.select import Layer, select
+from rarefy.model.shards import spread_as, whole
 from rarefy.model.stats import Loss
 from rarefy.prune import stage
 from rarefy.prune.allocate import erk
@@ -38,7 +39,7 @@ class Work:
     optimizer: torch.optim.Optimizer | None = None
     calibrate: Iterable[Any] | None = None
     loss: Loss | None = None
-    gradient: Callable[[Layer], Tensor] = lambda layer: torch.zeros_like(layer.original)
+    gradient: Callable[[Layer], Tensor] = lambda layer: torch.zeros(layer.original.shape)
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -57,7 +58,7 @@ class Work:
 
     def effective(self, layer: Layer) -> Tensor:
         """The weight as it counts, [G, K, O, I]."""
-        return self.view(layer, layer.weight)
+        return self.view(layer, effective(layer))
 
     def zeros(self) -> float:
         """The share of zeros of all layers together."""
@@ -117,7 +118,7 @@ def _move(work: Work, before: float, now: float) -> None:
     """S -= g w, or for soft movement a normalised step, and the pull of the penalty (Sanh 2020, eqs. 3 and 5)."""
     plan: Movement = work.plan
     for layer in work.layers:
-        push = work.gradient(layer).float() * layer.original.detach().float()
+        push = work.gradient(layer).float() * whole(layer.original.detach()).float()
         if not torch.isfinite(push).all():
             continue  # a step that a loss scaler throws away
         score = _kept(work, "score", layer)
@@ -218,7 +219,7 @@ def _alternate(work: Work, phase: str) -> float:
         work.put([work.effective(l).abs() for l in work.layers], work.asked.sparsity)
         return work.asked.sparsity
     for layer in work.layers:
-        set_mask_(layer, torch.ones_like(layer.original, dtype=torch.bool))
+        set_mask_(layer, open_mask(layer))
     return 0.0
 
 
@@ -238,7 +239,9 @@ def _pull(work: Work, before: float, now: float) -> None:
     with torch.no_grad():
         for layer in work.layers:
             z, u = (work.kept[f"{k}/{layer.full_name}"] for k in "zu")
-            layer.original.sub_((layer.original.float() - z + u).to(layer.original.dtype), alpha=p)
+            W = whole(layer.original)
+            W = W - p * (W.float() - z + u).to(W.dtype)
+            layer.original.copy_(spread_as(W, layer.original))
 
 
 def _raised(t: float) -> float:
@@ -248,7 +251,7 @@ def _raised(t: float) -> float:
 
 def _admm(work: Work, what: str) -> float:
     """Z = projection of W + U; U += W - Z."""
-    W = {l.full_name: l.original.detach().float() for l in work.layers}
+    W = {l.full_name: whole(l.original.detach()).float() for l in work.layers}
     U = {l.full_name: _kept(work, "u", l) for l in work.layers}
     scores = []
     for layer in work.layers:
@@ -271,11 +274,13 @@ def _second_moment(work: Work, layer: Layer) -> Tensor:
     state = work.optimizer.state.get(layer.original, {}) if work.optimizer is not None else {}
     if "exp_avg_sq" not in state:
         if work.optimizer is not None and not work.optimizer.state:
-            return torch.ones_like(layer.original)  # before the first step there are none
+            return torch.ones(
+                layer.original.shape, device=layer.original.device
+            )  # before the first step there are none
         raise PatternError(
             "admm weighs by second moments, which the optimizer does not keep: take adam, or weigh=False"
         )
-    return state["exp_avg_sq"].float().sqrt() + 1e-12
+    return whole(state["exp_avg_sq"]).float().sqrt() + 1e-12
 
 
 def _tickets(plan: Rewind, last: float) -> list[tuple[float, Any]]:
@@ -320,13 +325,18 @@ def lr_progress(plan: Any, t: float) -> float:
 def _kept(work: Work, kind: str, layer: Layer) -> Tensor:
     key = f"{kind}/{layer.full_name}"
     if key not in work.kept:
-        work.kept[key] = torch.zeros_like(layer.original, dtype=torch.float32).detach()
+        work.kept[key] = torch.zeros(layer.original.shape, device=layer.original.device)
     return work.kept[key]
 
 
 def _mask(layer: Layer) -> Tensor:
     found = get_mask(layer)
-    return torch.ones_like(layer.original, dtype=torch.bool) if found is None else found
+    return open_mask(layer) if found is None else found
+
+
+def open_mask(layer: Layer) -> Tensor:
+    """Return a mask that masks nothing."""
+    return torch.ones(layer.original.shape, dtype=torch.bool, device=layer.original.device)
 
 
 METHODS: dict[type[Plan], Method] = {

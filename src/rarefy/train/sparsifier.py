@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from rarefy.errors import DataError, ModelError, PatternError
 from rarefy.model.mask import Mask, check_maskable, get_mask, masks, set_mask_
 from rarefy.model.select import Layer, all_layers, select
+from rarefy.model.shards import everyones, sharded, spread_as
 from rarefy.model.stats import Loss
 from rarefy.prune import stage
 from rarefy.prune.score import SCORES
-from rarefy.train.methods import METHODS, Work, lr_progress
+from rarefy.train.methods import METHODS, Work, lr_progress, open_mask
 from rarefy.train.plans import Gradual, Movement, Plan, SecondOrder, asked
 
 Event = Callable[[nn.Module], Any]
@@ -66,8 +66,7 @@ class Sparsifier:
         seed: int = 0,
         at: Mapping[float, Event] | None = None,
     ):
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-            raise PatternError(f"steps is the number of training steps, at least 1, got {steps!r}")
+        check_steps(steps)
         self.model, self.plan, self.steps, self.sparsity = model, plan, steps, 0.0
         self.count, self.progress, self.stride = 0, 0.0, 0.0
         self.optimizer = optimizer
@@ -97,7 +96,7 @@ class Sparsifier:
             check_maskable(layer)
         for layer in self._layers:
             if get_mask(layer) is None:
-                set_mask_(layer, torch.ones_like(layer.original, dtype=torch.bool))
+                set_mask_(layer, open_mask(layer))
         data = list(calibrate) if isinstance(calibrate, Iterator) else calibrate
         seed = plan.seed if plan.seed is not None else seed
         self._work = Work(model, self._layers, plan, told, seed, optimizer, data, loss, self._gradient)
@@ -126,6 +125,13 @@ class Sparsifier:
         self.progress = max(before, min(1.0, now))
         self.stride = self.progress - before
         self._advance(before, self.progress)
+
+    def use(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Take an optimizer that was made later: its state of masked weights is zeroed from now on."""
+        self.optimizer = optimizer
+        if self.plan is not None:
+            self._work.optimizer = optimizer
+        self._clean()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a run needs to go on: numbers, and tensors. The masks are in the model's own state."""
@@ -161,6 +167,10 @@ class Sparsifier:
         if needs and calibrate is None:
             what = f"score {plan.score!r}" if isinstance(plan, Gradual) else "second-order pruning"
             raise DataError(f"{what} reads statistics: give calibrate=batches")
+        if needs and any(sharded(l.original) for l in self._layers):
+            raise ModelError(
+                "scores of data are not taken from weights that processes share: make the sparsifier before fully_shard"
+            )
 
     def _advance(self, before: float, now: float) -> None:
         if self.plan is None:
@@ -194,7 +204,7 @@ class Sparsifier:
             with torch.no_grad():
                 for value in (*state.values(), *(() if hidden else (weight,))):
                     if isinstance(value, Tensor) and value.shape == mask.shape:
-                        value.masked_fill_(~mask, 0)
+                        value.masked_fill_(spread_as(~mask, value), 0)
 
     @property
     def _probed(self) -> bool:
@@ -209,7 +219,9 @@ class Sparsifier:
             wanted = any(t <= self.progress + 1.5 * self.stride for t, _ in self._left)
         for layer in self._layers:
             mask = _mask_of(layer)
-            mask.probe = torch.zeros_like(layer.original).detach().requires_grad_() if wanted else None
+            W = layer.original
+            probe = torch.zeros(W.shape, dtype=W.dtype, device=W.device, requires_grad=True)
+            mask.probe = probe if wanted else None
 
     def _gradient(self, layer: Layer) -> Tensor:
         """The gradient since the last step, at masked places too."""
@@ -218,14 +230,15 @@ class Sparsifier:
             raise ModelError(
                 f"{layer.full_name} has no gradient: call sparsifier.step() after backward, for each optimizer step"
             )
-        return probe.grad
+        return everyones(probe.grad)
+
+
+def check_steps(steps: Any, what: str = "steps") -> None:
+    """Raise PatternError for what is no number of steps."""
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise PatternError(f"{what} is the number of training steps, at least 1, got {steps!r}")
 
 
 def _mask_of(layer: Layer) -> Mask:
     parametrizations: Any = layer.module.parametrizations
     return next(p for p in getattr(parametrizations, layer.param) if isinstance(p, Mask))
-
-
-def seeded(plan: Plan | None, seed: int) -> Plan | None:
-    """Return the plan with that seed where it names none."""
-    return plan if plan is None or plan.seed is not None else replace(plan, seed=seed)

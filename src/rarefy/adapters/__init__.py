@@ -1,0 +1,1 @@
+"""Rarefy inside the training loops of other libraries."""

@@ -1,0 +1,68 @@
+"""Inside the Trainer of Lightning.
+
+from rarefy.adapters.lightning import SparsifyCallback
+trainer = lightning.Trainer(max_epochs=3, callbacks=[SparsifyCallback("recipe.yaml")])
+trainer.fit(module, loader)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from rarefy.model.mask import fold_
+from rarefy.training import Sparsifier
+
+
+class SparsifyCallback(Callback):
+    """Carry out a recipe's stage `train` in a LightningModule's steps; arguments as of `rarefy.Sparsifier`.
+
+    `of` names the part of the module that is made sparse (default: all of it). Masks are attached before the strategy
+    wraps the module, their state goes into Lightning's checkpoints, and `fold` writes them into the weights when
+    training ends. Where the recipe says distill, `training_step` returns `callback.sparsifier.loss(output, batch)`.
+    """
+
+    def __init__(self, recipe: Any, *, of: str = "", fold: bool = True, **options: Any):
+        self.recipe, self.of, self.fold, self.options = recipe, of, fold, options
+        self.sparsifier: Sparsifier | None = None
+        self._done, self._state = 0, None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Attach the masks, before a checkpoint is loaded."""
+        if stage == "fit" and self.sparsifier is None:
+            self.sparsifier = Sparsifier(pl_module.get_submodule(self.of), self.recipe, **self.options)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take the optimizer, and the state of a checkpoint."""
+        assert self.sparsifier is not None
+        optimizers = trainer.optimizers
+        self.sparsifier.use(optimizers[0] if optimizers else None)
+        self._done = trainer.global_step
+        if self._state is not None:
+            self.sparsifier.load_state_dict(self._state)
+            self._state = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """One step, where the optimizer made one; its gradients are there still."""
+        if trainer.global_step == self._done:
+            return  # gradients are being added up
+        assert self.sparsifier is not None
+        self._done = trainer.global_step
+        self.sparsifier.step(trainer.global_step / max(1, trainer.estimated_stepping_batches))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Make an ordinary model of it."""
+        assert self.sparsifier is not None
+        if self.sparsifier.distiller is not None:
+            self.sparsifier.distiller.close()
+        if self.fold:
+            fold_(self.sparsifier.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sparsifier's state for a checkpoint."""
+        return {} if self.sparsifier is None else self.sparsifier.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until training starts."""
+        self._state = state_dict or None

@@ -1,0 +1,249 @@
+"""What a run of training keeps, and how it goes on: the same bits whenever it was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import rarefy
+from conftest import Net, image_batches
+from rarefy import fit_
+from rarefy.errors import ContainerError, DataError, ModelError, RecipeError
+from rarefy.train import checkpoint
+from rarefy.train.loop import Steps
+from rarefy.train.plans import Gradual, Movement, Rigl
+
+ADAM = lambda p: torch.optim.Adam(p, lr=1e-2)  # noqa: E731
+
+
+class Noisy(nn.Module):
+    """Layers that draw random numbers and keep running means."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 16))
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.out(self.body(x))
+
+
+def loader(batch=8):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 12, generator=g), torch.randint(4, (64,), generator=g)
+    return DataLoader(TensorDataset(x, y), batch_size=batch, shuffle=True)
+
+
+class Stop(Exception):
+    pass
+
+
+class Breaking:
+    """Batches of a loader; the whole stops before the nth of all."""
+
+    def __init__(self, at):
+        self.at, self.seen = at, 0
+
+    def __call__(self, epoch):
+        self.batches = loader()
+        return self
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches:
+            if self.seen == self.at:
+                raise Stop
+            self.seen += 1
+            yield batch
+
+
+def quantized(model):
+    rarefy.quantize_(model, "int4", layers="body.4")
+
+
+RUNS = {
+    "plain": {},
+    "gradual": {"prune": Gradual(sparsity=0.8, steps=5)},
+    "movement": {"prune": Movement(sparsity=0.8, steps=5)},
+    "rigl": {"prune": Rigl(sparsity=0.8, steps=4)},
+    "on a grid": {"at": {0.4: quantized}, "prune": Gradual(sparsity=0.5, steps=3)},
+    "best": {"validate": lambda m: float(-m.out.weight.detach().abs().sum())},
+    "in pairs": {"steps": Steps(accumulate=3, clip=0.5, autocast="bf16")},
+}
+
+
+def run(how, data, work=None):
+    torch.manual_seed(3)
+    model = Noisy()
+    report = fit_(model, data, epochs=4, optimizer=ADAM, lr_schedule="cosine", seed=5, work=work, **RUNS[how])
+    return model, report
+
+
+@pytest.mark.parametrize("how", RUNS)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(how, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    want, told = run(how, lambda epoch: loader())
+    for at in (2, 8, 13, 31):
+        work = tmp_path / str(at)
+        with pytest.raises(Stop):
+            run(how, Breaking(at), work)
+        got, again = run(how, lambda epoch: loader(), work)
+        assert [{k: v for k, v in r.items() if k != "seconds"} for r in told.rows] == [
+            {k: v for k, v in r.items() if k != "seconds"} for r in again.rows
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), got.state_dict().values()))
+        assert told.summary == again.summary
+    once_more, _ = run(how, Breaking(0), tmp_path / "31")  # nothing is left to do
+    assert torch.equal(once_more.out.weight, want.out.weight)
+
+
+def test_killed_and_gone_on(tmp_path):
+    code = f"""
+import sys, time, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_loop import *
+checkpoint.EVERY = 0.0
+def slow(epoch):
+    for batch in loader():
+        time.sleep(float(sys.argv[2]))
+        yield batch
+model, report = run("gradual", slow, sys.argv[1])
+torch.save([p.detach() for p in model.parameters()], sys.argv[1] + ".pt")
+"""
+    work = tmp_path / "work"
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", code, str(work), "0.2"])
+        file, before = work / "training.safetensors", None
+        for _ in range(600):  # killed while it is in the middle of an epoch
+            now = file.stat().st_mtime_ns if file.is_file() else None
+            if before is not None and now != before:
+                break
+            before = now if before is None else before
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, "-c", code, str(work), "0"], check=True)
+    want, _ = run("gradual", lambda epoch: loader())
+    got = torch.load(f"{work}.pt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(want.parameters(), got))
+
+
+def test_a_state_of_another_run_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    with pytest.raises(Stop):
+        run("plain", Breaking(9), tmp_path / "w")
+    torch.manual_seed(3)
+    with pytest.raises(ContainerError, match="holds the state of another run .*epochs 4 -> 5"):
+        fit_(Noisy(), lambda e: loader(), epochs=5, optimizer=ADAM, lr_schedule="cosine", seed=5, work=tmp_path / "w")
+    file = tmp_path / "w" / "training.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 255
+    file.write_bytes(data)
+    with pytest.raises(ContainerError, match="is damaged or of another run: remove"):
+        run("plain", lambda e: loader(), tmp_path / "w")
+
+
+def test_gradients_of_several_batches_are_those_of_their_mean():
+    torch.manual_seed(0)
+    x, y, loss = torch.randn(5, 4), torch.randint(3, (5,)), nn.CrossEntropyLoss()
+    models = [nn.Linear(4, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    data = [(x[i : i + 1], y[i : i + 1]) for i in range(5)]
+    fit_(models[0], data, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), steps=Steps(accumulate=2, clip=0.3))
+    plain = torch.optim.SGD(models[1].parameters(), lr=1.0)
+    for part in ([0, 1], [2, 3], [4]):
+        plain.zero_grad()
+        loss(models[1](x[part]), y[part]).backward()
+        nn.utils.clip_grad_norm_(models[1].parameters(), 0.3)
+        plain.step()
+    torch.testing.assert_close(models[0].weight, models[1].weight)
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better():
+    scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    report = fit_(Net(), image_batches(), epochs=5, validate=lambda m: next(scores), patience=2)
+    assert len(report.rows) == 4 and report.summary["best_epoch"] == 2
+    assert report.notes == ("stopped after 4 of 5 epochs: 2 without a better one",)
+
+
+def test_rows_go_to_files_and_boards(tmp_path):
+    file, board = tmp_path / "logs" / "run.jsonl", tmp_path / "board"
+    report = fit_(Net(), image_batches(), epochs=2, log=[str(file), f"tensorboard:{board}"])
+    assert [json.loads(l) for l in file.read_text().splitlines()] == [dict(r) for r in report.rows]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(board)).Reload()
+    found = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert found == [(r["epoch"], pytest.approx(r["loss"])) for r in report.rows]
+
+
+def test_a_loss_that_is_no_number_leaves_the_best_weights():
+    model, states = Net(), []
+
+    def loss(out, batch):
+        return nn.functional.cross_entropy(out, batch[1]) * (float("nan") if len(states) == 2 else 1.0)
+
+    def validate(m):
+        states.append(m.fc.weight.detach().clone())
+        return -float(len(states))
+
+    with pytest.raises(ModelError, match="the loss is nan in epoch 3, step 1: lower the learning rate"):
+        fit_(model, image_batches(), epochs=4, loss=loss, validate=validate)
+    assert torch.equal(model.fc.weight, states[0])
+
+
+def test_a_loss_that_is_no_number_says_where_the_state_before_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    bad = iter([1.0] * 6 + [float("nan")])
+    loss = lambda out, batch: nn.functional.cross_entropy(out, batch[1]) * next(bad)  # noqa: E731
+    with pytest.raises(ModelError, match="the state before is in .*/w"):
+        fit_(Net(), image_batches(), epochs=4, loss=loss, work=tmp_path / "w")
+    assert (tmp_path / "w" / "training.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"patience": 0, "validate": lambda m: 1.0}, RecipeError, "patience is a whole number of epochs, at least 1"),
+        ({"patience": 2}, RecipeError, "patience waits for a better epoch, which needs validate"),
+        ({"log": "tensorboard:"}, RecipeError, "log 'tensorboard:' lacks a name: tensorboard:FOLDER"),
+        ({"log": "wandb:"}, RecipeError, "log 'wandb:' lacks a name: wandb:PROJECT"),
+        ({"at": {1.5: print}}, ValueError, "at: 1.5 is not within training, 0 to 1"),
+        ({"data": lambda epoch: []}, DataError, "the training data is empty in epoch 1"),
+    ],
+)
+def test_settings_that_cannot_be(settings, error, message):
+    data = settings.pop("data", image_batches())
+    with pytest.raises(error, match=message):
+        fit_(Net(), data, **settings)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RecipeError, match="log 'wandb:x' needs the package wandb: pip install wandb"):
+        fit_(Net(), image_batches(), log="wandb:x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate": 0}, "accumulate is a whole number of batches, at least 1, got 0"),
+        ({"clip": -1.0}, "clip is the greatest norm of a gradient, over 0, got -1.0"),
+        ({"autocast": "bf8"}, "unknown autocast 'bf8'.*did you mean 'bf16'"),
+    ],
+)
+def test_steps_that_cannot_be(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        Steps(**settings)
