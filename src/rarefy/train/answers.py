@@ -40,7 +40,7 @@ class Answers:
                 self._write(file, {k: v.half().contiguous() for k, v in rows.items()})
             return {k: v.half().to(v.dtype) for k, v in told.items()}  # the same the first time as later
         found = [self._read(f) for f in files]
-        return {k: torch.cat([f[k] for f in found]).float() for k in found[0]}
+        return {k: torch.cat([f[k].float() for f in found]) for k in found[0]}
 
     def _write(self, file: Path, rows: dict[str, Tensor]) -> None:
         with blaming(self.folder):

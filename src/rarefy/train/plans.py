@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rarefy.errors import PatternError, nearest, unknown
+from rarefy.errors import PatternError, unknown
 from rarefy.prune import pattern as patterns
 from rarefy.prune.pattern import Pattern, check_sparsity, parse
 from rarefy.prune.score import SCORES
@@ -245,13 +245,17 @@ def _check_ends(plan: Gradual, pattern: Pattern, scope: str) -> None:
         sparsities(plan.schedule, float(end), plan.steps, plan.first)
 
 
+ELSEWHERE = {"acdc": "alternate", "ac/dc": "alternate", "obert": "second-order", "elsa": "admm", "gmp": "gradual",
+             "lottery": "rewind", "magnitude": "gradual"}  # fmt: skip
+
+
 def plan_of(method: str) -> type[Plan]:
     """Return the plan that a method's name means; PatternError with the nearest name."""
-    if method not in PLANS:
-        near = {"acdc": "alternate", "ac/dc": "alternate", "obert": "second-order", "elsa": "admm", "gmp": "gradual",
-                "lottery": "rewind", "magnitude": "gradual", "constant": ""}.get(str(method).lower())  # fmt: skip
-        if near == "":
-            raise PatternError("masks stay as they are when prune is left out: no method 'constant'")
-        hint = f" ({method} is called {near!r} here)" if near and not nearest(str(method), PLANS) else ""
-        raise PatternError(unknown("method", method, PLANS) + hint)
-    return PLANS[method]
+    if method in PLANS:
+        return PLANS[method]
+    if method == "constant":
+        raise PatternError("masks stay as they are when prune is left out: there is no method 'constant'")
+    here = ELSEWHERE.get(str(method).lower())
+    if here is not None:
+        raise PatternError(f"unknown method {method!r}; {method} is called {here!r} here")
+    raise PatternError(unknown("method", method, PLANS))

@@ -1,0 +1,214 @@
+"""The stage `train` of recipes, whole: cut, learn from what the model was, prune, put on a grid, go on after a kill."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from conftest import text_model, tiny_llama
+from rarefy import recipe as recipes
+from rarefy.errors import DataError, ModelError, RecipeError
+from rarefy.model.grid import get_grid
+from rarefy.model.select import all_layers
+from rarefy.train import checkpoint
+
+pytest.importorskip("transformers")
+
+
+class Small(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.body = nn.Conv2d(width, width, 3, padding=1)
+        self.fc = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        return self.fc(self.body(x).relu().mean((2, 3)))
+
+
+def data(n=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(n):
+        y = torch.randint(4, (16,), generator=g)
+        x = torch.randn(16, 1, 6, 6, generator=g) + y[:, None, None, None]
+        batches.append((x, y))
+    return batches
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(0)
+    model = Small()
+    rarefy.fit_(model, data(), epochs=10, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), seed=0)
+    return model.eval()
+
+
+WHOLE = """
+name: student
+stages:
+  - cut: {units: channel, keep: 0.5, repair: false}
+  - train: {epochs: 3, optimizer: {name: adam, lr: 0.01}, distill: {logits: 1.0, temperature: 2.0, by: mse}}
+  - train:
+      epochs: 3
+      optimizer: {name: adam, lr: 0.01}
+      prune: {method: rigl, sparsity: 0.5, steps: 3, layers: [body, stem]}
+      distill: {task: 0.5, logits: 1.0, hidden: cosine, at: norm, cache: true}
+      accumulate: 2
+      clip: 1.0
+      autocast: bf16
+  - train:
+      epochs: 2
+      optimizer: {name: adam, lr: 0.01}
+      quantize: {weights: int4, layers: [body, stem, fc], start: 0.5}
+      validate: accuracy
+      patience: 2
+evaluate: {metric: accuracy}
+"""
+
+
+def test_a_student_is_cut_taught_pruned_and_put_on_a_grid(dense, tmp_path):
+    model = copy.deepcopy(dense)
+    given = {"train": data(), "calibrate": data(2), "validate": data(2, 1), "evaluate": data(3, 2)}
+    receipt = rarefy.compress_(model, recipes.from_yaml(WHOLE), given, work=tmp_path / "work")
+    assert model.body.weight.shape == (8, 8, 3, 3)
+    assert float((model.body.weight == 0).float().mean()) > 0.45 and model.stem.in_channels == 1
+    grids = {l.name: get_grid(l) for l in all_layers(model)}
+    assert grids["body"] is not None and grids["body"].bits == 4 and grids["fc"] is not None
+    assert receipt.quality["after"] > 0.7
+    rarefy.save(model, tmp_path / "out", receipt=receipt)
+    again = rarefy.load(tmp_path / "out", Small()).eval()
+    x = data(1, 3)[0][0]
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_training_goes_on_where_it_was_killed(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+
+    class Stop(Exception):
+        pass
+
+    class Breaking(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                self.left -= 1
+                if self.left < 0:
+                    raise Stop
+                yield batch
+
+    plan = recipes.from_yaml(
+        "stages:\n- train: {epochs: 2, prune: {sparsity: 0.5, steps: 3}}\n"
+        "- train: {epochs: 2, distill: {logits: 1.0}, optimizer: {name: sgd, lr: 0.1, momentum: 0.9}}\n"
+    )
+    want = copy.deepcopy(dense)
+    rarefy.compress_(want, plan, {"train": data()})
+    for left in (5, 16, 24):
+        batches = Breaking(data())
+        batches.left = left
+        with pytest.raises(Stop):
+            rarefy.compress_(copy.deepcopy(dense), plan, {"train": batches}, work=tmp_path / f"{left}")
+        got = copy.deepcopy(dense)
+        rarefy.compress_(got, plan, {"train": data()}, work=tmp_path / f"{left}")
+        assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), got.state_dict().values()))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    model, folder = tiny_llama(), tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder / "hf")
+    rarefy.save(model, folder / "ours", format="dense")
+    return model, folder
+
+
+def texts(n=4):
+    g = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(64, (2, 12), generator=g)} for _ in range(n)]
+
+
+@pytest.mark.parametrize("kind", ["hf", "ours"])
+def test_a_teacher_may_come_from_a_folder(llama, kind, monkeypatch):
+    model, folder = llama
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    far = (student.lm_head.weight - model.lm_head.weight).norm()
+    recipe = {
+        "stages": [
+            {
+                "train": {
+                    "epochs": 6, "optimizer": {"lr": 2e-3},
+                    "distill": {
+                        "teacher": str(folder / kind), "task": 0, "hidden": "squarehead", "relations": 0.1, "heads": 4,
+                        "logits": 1.0, "top": 16,
+                    },
+                }
+            }
+        ]
+    }  # fmt: skip
+    losses = []
+    fit = rarefy.training.fit_
+    monkeypatch.setattr("rarefy.training.fit_", lambda *a, **k: losses.append(fit(*a, **k)) or losses[-1])
+    rarefy.compress_(student, recipe, {"train": texts()})
+    rows = losses[0].rows
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2 and far > 0
+
+
+ERRORS = {
+    "no folder": ("stages: [{train: {distill: {teacher: nowhere}}}]", ModelError, "teacher 'nowhere' is no folder of a model"),
+    "no data to validate": ("stages: [{train: {validate: accuracy}}]", DataError, "no validate data: name it in the recipe"),
+    "method": ("stages:\n- train:\n    prune: {method: acdc, sparsity: 0.5}", RecipeError, r"unknown method 'acdc'; acdc is called 'alternate' here \[r.yaml, line 3\]"),
+    "constant": ("stages:\n- train:\n    prune: {method: constant}", RecipeError, r"masks stay as they are when prune is left out.*\[r.yaml, line 3\]"),
+    "option of another method": ("stages:\n- train:\n    prune: {method: rigl, regrow: true}", RecipeError, r"unknown key 'regrow'.*\[r.yaml, line 3\]"),
+    "patience": ("stages:\n- train:\n    patience: 3", RecipeError, r"patience waits for a better epoch: give validate, a metric \[r.yaml, line 3\]"),
+    "metric": ("stages:\n- train:\n    validate: acuracy", RecipeError, r"unknown validate 'acuracy'.*did you mean 'accuracy'.*line 3"),
+    "autocast": ("stages:\n- train:\n    autocast: bf8", RecipeError, r"unknown autocast 'bf8'.*line 3"),
+    "accumulate": ("stages:\n- train:\n    accumulate: 0", RecipeError, r"accumulate is a whole number of batches, at least 1, got 0 \[r.yaml, line 3\]"),
+    "distill": ("stages:\n- train:\n    distill: {logits: 0}", RecipeError, r"nothing is learnt from the teacher.*line 3"),
+    "hidden": ("stages:\n- train:\n    distill: {hidden: squarehaed}", RecipeError, r"unknown hidden 'squarehaed'.*did you mean 'squarehead'.*line 3"),
+    "bits": ("stages:\n- train:\n    quantize: {weights: int9}", RecipeError, r"unknown weights 'int9'.*line 3"),
+    "ends": ("stages:\n- train:\n    prune: {sparsity: 0.5, ends: {fc: 2.0}}", RecipeError, r"'fc' ends between first .0. and 1, got 2.0 \[r.yaml, line 3\]"),
+    "ends of words": ("stages:\n- train:\n    prune: {sparsity: 0.5, ends: {fc: much}}", RecipeError, r"ends: expected a number, got 'much' \[r.yaml, line 3\]"),
+    "cut after a grid": ("stages:\n- train: {quantize: {weights: int4}}\n- cut: {keep: 0.5}", RecipeError, "a cut comes before a stage train"),
+    "beyond the end": ("stages:\n- train:\n    prune: {sparsity: 0.5, end: 1.5}", RecipeError, r"end is a fraction between 0 and 1, got 1.5 \[r.yaml, line 3\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_recipes_that_cannot_be(dense, case):
+    text, error, message = ERRORS[case]
+    model = copy.deepcopy(dense)
+    with pytest.raises(error, match=message):
+        rarefy.compress_(model, recipes.from_yaml(text, "r.yaml"), {"train": data()})
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), dense.state_dict().values()))
+
+
+def test_a_resolved_recipe_reads_back():
+    plan = recipes.from_yaml(WHOLE)
+    assert recipes.from_yaml(plan.to_yaml()) == plan
+    ends = recipes.from_yaml("stages: [{train: {prune: {sparsity: 0.9, ends: {fc: 0.5, 'body*': 0.8}}}}]")
+    assert recipes.from_yaml(ends.to_yaml()) == ends and ends.stages[0].prune.ends == {"fc": 0.5, "body*": 0.8}
+
+
+def test_a_log_without_training_has_no_effect(dense):
+    with pytest.raises(RecipeError, match="log has no effect: recipe recipe has no stage train"):
+        rarefy.compress_(copy.deepcopy(dense), {"stages": [{"prune": {"sparsity": 0.5}}]}, log="x.jsonl")
+
+
+def test_rows_of_the_command_line_go_to_a_file(run, tmp_path):
+    text_model(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        "data: {train: text.txt, tokens: 8, batch: 2, train_samples: 4}\n"
+        "stages: [{train: {epochs: 2, prune: {sparsity: 0.5}}}]\n"
+    )
+    log = tmp_path / "rows.jsonl"
+    ran = run("compress", tmp_path / "model", "-r", tmp_path / "r.yaml", "-o", tmp_path / "out", "--log", log)
+    assert ran.code == 0, ran
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [r["epoch"] for r in rows] == [1, 2] and rows[-1]["sparsity"] == 0.5
+    assert not (tmp_path / ".out.work").exists()
