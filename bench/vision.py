@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import rarefy
 from rarefy.proof.measure import commit, machine
-from rarefy.train.loop import optimizer_of
+from rarefy.train.optimizers import optimizer_of
 from vision_net import SmallResNet, accuracy, augment, load
 
 HERE = Path(__file__).parent

@@ -1,0 +1,228 @@
+"""README's tables of recovery: what training brings back, by schedule, with and without a teacher.
+
+    python train.py fashion --seeds 0 1      the small ResNet at 95 % and 98 %, every plan; taught; a cut student
+    python train.py language                 SmolLM2 at 2:4 and 60 %: one shot, then a short distillation
+    python train.py minilm                   MiniLM at 80 % in 4x1 blocks, SquareHead; cosine with dense, speed
+    python train.py --table                  only print what was measured last
+
+Appends a JSON line a run to results/train.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rarefy
+from rarefy import data as sources
+from rarefy import samples
+from rarefy.model import hf
+from rarefy.proof.measure import commit, compare, machine
+from rarefy.train.loop import Steps
+from rarefy.train.optimizers import optimizer_of
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "train.jsonl"
+Line = dict[str, Any]
+EPOCHS, LR = 8, 0.1
+STEM = {"ignore": ["stem*"], "scope": "global"}
+PLANS: dict[str, Any] = {
+    "gradual magnitude": rarefy.Gradual(steps=30, end=0.5, **STEM),
+    "gradual taylor": rarefy.Gradual(steps=30, end=0.5, score="taylor", **STEM),
+    "movement": rarefy.Movement(steps=30, end=0.5, **STEM),
+    "second-order (oBERT)": rarefy.SecondOrder(steps=10, end=0.5, gradients=256, **STEM),
+    "rigl": rarefy.Rigl(steps=60, ignore=["stem*"], allocate="erk"),
+    "alternate (AC/DC)": rarefy.Alternate(cycles=5, end=0.6, **STEM),
+    "admm": rarefy.Admm(steps=100, end=0.6, **STEM),
+    "rewind": rarefy.Rewind(rounds=3, **STEM),
+}
+
+
+def fashion_one(task: tuple[str, float, int]) -> Line:
+    """One network: dense, trained on, or pruned by a plan, alone or taught."""
+    from values import plain
+    from vision import DENSE_EPOCHS, SGD, data_of, fast, train_dense
+    from vision_net import SmallResNet, accuracy, load
+
+    way, sparsity, seed = task
+    images, began = load(), time.perf_counter()
+    torch.manual_seed(seed)
+    model = SmallResNet()
+    base = HERE / "build" / f"fashion-{seed}.safetensors"
+    if base.is_file():
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(base))
+    else:
+        from safetensors.torch import save_file
+
+        train_dense(model, images, seed, DENSE_EPOCHS, 0.2)
+        base.parent.mkdir(exist_ok=True)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, base)
+    teacher = copy.deepcopy(model)
+    data, plan, teach = data_of(images, seed), None, None
+    name, _, taught = way.partition(", ")
+    with fast(model), fast(teacher):
+        if name == "student":
+            rarefy.cut_(model, data["calibrate"][0][0][:2], parameters=0.1, data=data["calibrate"])
+        elif name != "dense":
+            plan = type(PLANS[name])(**{**PLANS[name].__dict__, "sparsity": sparsity})
+        if taught:
+            teach = rarefy.Distiller(
+                model, teacher.eval(), rarefy.Distill(temperature=4.0, task=0.3), example=data["calibrate"][0]
+            )
+        rarefy.fit_(
+            model, data["train"], epochs=EPOCHS, optimizer=optimizer_of("sgd", LR, **SGD), lr_schedule="one-cycle",
+            prune=plan, calibrate=data["calibrate"], teach=teach, seed=seed,
+        )  # fmt: skip
+    rarefy.fold_(model)
+    right = accuracy(plain(model), *images[2:])
+    return {
+        "run": "fashion", "way": way, "sparsity": sparsity, "seed": seed, "accuracy": 100 * right,
+        "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+def fashion(seeds: list[int], only: list[str]) -> Iterator[Line]:
+    """Every plan at both sparsities, every seed; two processes of one thread."""
+    ways = [("dense", 0.0)]
+    ways += [(name, s) for s in (0.95, 0.98) for name in PLANS]
+    ways += [
+        ("gradual magnitude, taught", 0.98),
+        ("gradual magnitude, taught", 0.95),
+        ("student", 0.0),
+        ("student, taught", 0.0),
+    ]
+    ways = [w for w in ways if not only or w[0] in only]
+    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        if not all((HERE / "build" / f"fashion-{s}.safetensors").is_file() for s in seeds):
+            list(pool.map(fashion_one, [("dense", 0.0, s) for s in seeds]))  # makes what all begin with
+        yield from pool.map(fashion_one, [(w, p, s) for w, p in ways for s in seeds])
+
+
+LANGUAGE = {
+    "2:4": {"pattern": "2:4", "solver": "admm"},
+    "60 %": {"sparsity": 0.6, "solver": "admm"},
+}
+STEPS, TOKENS = 120, 512
+
+
+def language(only: list[str]) -> Iterator[Line]:
+    """One shot, then learning from the dense model on the calibration corpus."""
+    from values import perplexities
+
+    source = samples.model_folder("smollm2-135m")
+    tokenizer = hf.load_tokenizer(source)
+    dense = hf.load_folder(source).float()
+    few: Any = sources.batches("wiki", sources.Take(samples=64, tokens=512, batch=8, seed=0), tokenizer=tokenizer)
+    many: Any = sources.batches(
+        "wiki", sources.Take(samples=2 * STEPS, tokens=TOKENS, batch=2, seed=1), tokenizer=tokenizer
+    )
+    yield {"run": "language", "way": "dense", "perplexity": perplexities(dense, tokenizer)}
+    for way, how in LANGUAGE.items():
+        if only and way not in only:
+            continue
+        model, began = copy.deepcopy(dense), time.perf_counter()
+        rarefy.prune_(model, layers="model.layers.*", data=few, **how)
+        shot, first = time.perf_counter() - began, perplexities(model, tokenizer)
+        began = time.perf_counter()
+        plan = rarefy.Distill(task=0.0, logits=1.0, hidden="squarehead", hidden_weight=0.5)
+        distiller = rarefy.Distiller(model, dense, plan, example=many[0])
+        steps = Steps(autocast="bf16", clip=1.0)
+        rarefy.fit_(
+            model, many, teach=distiller, optimizer=optimizer_of("adamw", 2e-4, weight_decay=0.0),
+            lr_schedule="one-cycle", steps=steps, seed=0, progress=True,
+        )  # fmt: skip
+        distiller.close()
+        rarefy.fold_(model)
+        yield {
+            "run": "language", "way": way, "one shot": first, "perplexity": perplexities(model, tokenizer),
+            "seconds": shot, "training": time.perf_counter() - began, "steps": STEPS,
+        }  # fmt: skip
+
+
+def minilm() -> Iterator[Line]:
+    """80 % in 4x1 blocks: one shot, then learning hidden states; on the engine."""
+    from oneshot import embed
+
+    source = samples.model_folder("minilm")
+    dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
+    model, want = copy.deepcopy(dense), embed(dense, tokenizer)
+    take = sources.Take(samples=4800, tokens=128, batch=16, seed=0)
+    data: Any = sources.batches("wiki", take, tokenizer=tokenizer)
+    began = time.perf_counter()
+    layers = "encoder.layer.*"
+    rarefy.prune_(model, "4x1", sparsity=0.5, layers=layers, data=data[:16], solver="admm")
+    plan = rarefy.Distill(task=0.0, logits=0.0, hidden="squarehead")
+    distiller = rarefy.Distiller(model, dense, plan, example=data[0])
+    gradual = rarefy.Gradual(pattern="4x1", sparsity=0.8, first=0.5, steps=20, end=0.5, layers=layers)
+    rarefy.fit_(
+        model, data, epochs=3, teach=distiller, prune=gradual, optimizer=optimizer_of("adamw", 3e-4),
+        lr_schedule="one-cycle", seed=0, progress=True,
+    )  # fmt: skip
+    distiller.close()
+    rarefy.fold_(model).eval()
+    cosine = float((embed(model, tokenizer) * want).sum(-1).mean())
+    line: Line = {
+        "run": "minilm",
+        "way": "4x1, 80 %, taught",
+        "cosine": cosine,
+        "training": time.perf_counter() - began,
+    }
+    words = {"input_ids": torch.randint(1000, 20000, (16, 128))}
+    fast = copy.deepcopy(model)
+    rarefy.accelerate_(fast, (16,), words, choices=False)
+    with torch.no_grad():
+        times = compare({"dense": lambda: dense(**words), "ours": lambda: fast(**words)}, repeats=30)
+    yield {**line, **{f"{k} ms": 1000 * t.median for k, t in times.items()}}
+
+
+def table(lines: list[Line]) -> str:
+    """Return means and spreads over seeds."""
+    out = []
+    for run in dict.fromkeys(l["run"] for l in lines):
+        here = [l for l in lines if l["run"] == run]
+        last = {(l["way"], l.get("sparsity"), l.get("seed")): l for l in here}
+        numbers = [k for k in here[-1] if k not in ("run", "way", "sparsity", "seed", "commit", "machine")]
+        out += ["", f"| {run} | sparsity | {' | '.join(numbers)} | seeds |", "|---" * (len(numbers) + 3) + "|"]
+        for way, sparsity in dict.fromkeys((w, s) for w, s, _ in last):
+            same = [l for (w, s, _), l in last.items() if (w, s) == (way, sparsity)]
+            cells = []
+            for n in numbers:
+                found = [l[n] for l in same if n in l]
+                spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 and n == "accuracy" else ""
+                cells.append(f"{statistics.mean(found):,.4g}{spread}" if found else "")
+            out.append(f"| {way} | {sparsity if sparsity else ''} | {' | '.join(cells)} | {len(same)} |")
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", choices=["fashion", "language", "minilm", []], default=[])
+    parser.add_argument("--only", nargs="*", default=[], help="ways")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    runs: dict[str, Any] = {
+        "fashion": lambda: fashion(args.seeds, args.only), "language": lambda: language(args.only), "minilm": minilm,
+    }  # fmt: skip
+    for name in args.runs or ([] if args.table else runs):
+        for line in runs[name]():
+            print(line, flush=True)
+            with RESULTS.open("a") as file:
+                print(json.dumps({**line, "commit": commit(HERE), "machine": machine()}), file=file)
+    print(table([json.loads(l) for l in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []))
+
+
+if __name__ == "__main__":
+    main()
