@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from rarefy.model.batches import first_samples, samples_in, some
-from rarefy.model.stats import tokens_in
+from rarefy.model.batches import first_samples, samples_in, some, tokens_in
 
 
 @pytest.mark.parametrize(

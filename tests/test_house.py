@@ -21,6 +21,7 @@ FLOORS = [
     {"training"},
     {"api", "adapters"},
     {"cli", "__init__"},
+    {"__main__"},
 ]
 
 

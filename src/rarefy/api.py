@@ -19,7 +19,7 @@ from rarefy.cut.cut import cut_
 from rarefy.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.files import bytes_of, path_of
 from rarefy.given import Given, Labelled, calibrates, needs_of
-from rarefy.model import hf, pages
+from rarefy.model import hf, pages, ranks
 from rarefy.model.batches import tensors_in
 from rarefy.model.grid import OnGrid
 from rarefy.model.mask import fold_
@@ -84,6 +84,8 @@ def compress_(
         raise RecipeError(
             f"work has no effect: recipe {plan.name} has no solver or training, whose state could be kept"
         )
+    if work is not None and ranks.size() > 1:
+        raise RecipeError("work keeps the state of one process: leave it out where there are several (torchrun)")
     if log is not None and not plan.trains:
         raise RecipeError(f"log has no effect: recipe {plan.name} has no stage train")
     given = Given(plan, data, tokenizer, base)
@@ -107,6 +109,7 @@ def _compress(
 ) -> Receipt:
     held_out = given.batches("evaluate") if plan.evaluate else []
     timed = plan.evaluate is not None and (plan.evaluate.latency or plan.evaluate.decode)
+    timed = timed and ranks.rank() == 0  # several at once would time each other
     before = state_of(model, plan, held_out, progress)
     beside = any(isinstance(s, recipes.Factorize) and s.beside for s in plan.stages)
     taught = any(isinstance(s, recipes.Train) and s.distill is not None for s in plan.stages)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,7 +91,7 @@ def compress(
     """Compress a model by a recipe, write it, and print the receipt.
 
     A run with a solver or training keeps its state in .OUT.work beside the output, and goes on from there after it was
-    killed.
+    killed. torchrun --nproc-per-node 2 -m rarefy compress ... shares the work among processes, and keeps no state.
     Exit code 1 means that quality fell further than the recipe allows; the folder is written all the same.
     """
     from rarefy.files import bytes_of, check_target
@@ -129,14 +130,15 @@ def compress(
     from rarefy.files import work_folder
     from rarefy.model import pages
 
-    with _threads(threads):
+    with _threads(threads), _processes() as (rank, many):
         loaded, tokenizer = _load(source)
         base = Path(recipe).parent if Path(recipe).is_file() else None
-        state = work_folder(out, fresh) if plan.solves else nullcontext()
+        state = work_folder(out, fresh) if plan.solves and many == 1 else nullcontext()
         with state as work, pages.keeping(loaded, most):
-            receipt = api.compress_(
-                loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, log=log, progress=not quiet
-            )
+            told = {"log": log if rank == 0 else None, "progress": not quiet and rank == 0}
+            receipt = api.compress_(loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, **told)
+            if rank != 0:
+                return
             files = store.side_files(source)
             how = {"format": plan.save.format, "compress": plan.save.compress}
             store.save(loaded, out, receipt=receipt, files=files, overwrite=force, **how)
@@ -293,6 +295,38 @@ def main() -> None:
             raise
         print("rarefy: interrupted; nothing was written", file=sys.stderr)
         sys.exit(end.code if isinstance(end, SystemExit) else 130)
+    finally:
+        _leave(sys.exc_info()[1])
+
+
+def _leave(error: BaseException | None) -> None:
+    """Where processes were joined, end at once: their threads may hold Python objects, and the interpreter's end would
+    stop them in the middle (SIGABRT)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    code = error.code if isinstance(error, SystemExit) else 0 if error is None else 1
+    if error is not None and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1 if code else 0)
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """Join the processes that torchrun has started, if it has; give this one's number and how many there are."""
+    rank, many = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if many == 1:
+        yield 0, 1
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    yield rank, many
+    dist.barrier()  # none leaves while another still asks it for sums
 
 
 def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str | None, seed: int | None) -> Any:

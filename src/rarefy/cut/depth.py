@@ -25,9 +25,9 @@ from rarefy.cut.readers import feed
 from rarefy.cut.structure import NUMBERS, keep_blocks, remember_blocks, restoring_notes
 from rarefy.cut.surgery import Removal, outputs, prove
 from rarefy.errors import DataError, ModelError, SelectorError, nearest
-from rarefy.model.batches import tensors_in
+from rarefy.model.batches import tensors_in, tokens_in
 from rarefy.model.select import unwrap
-from rarefy.model.stats import Loss, call, evaluating, finite, hooked, loss_of, on_device, tokens_in
+from rarefy.model.stats import Loss, call, evaluating, finite, hooked, loss_of, on_device
 from rarefy.progress import track
 from rarefy.proof.report import Report
 

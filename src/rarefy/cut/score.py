@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from rarefy.cut.readers import Moments, Reader, observe, readers_of
 from rarefy.errors import DataError, ModelError
 from rarefy.model.axes import Axis, coordinates, leaves
+from rarefy.model.batches import tokens_in
 from rarefy.model.graph import Graph, Group
-from rarefy.model.stats import Loss, call, check_batches, evaluating, finite, loss_of, on_device, tokens_in, trainable
+from rarefy.model.stats import Loss, call, check_batches, evaluating, finite, loss_of, on_device, trainable
 
 AT_ONCE = 64  # of what is left one unit in so many goes in a step of obs
 REDUCTIONS = ("sum", "mean", "max")

@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
-
-from rarefy.model.stats import tokens_in
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
@@ -17,6 +16,20 @@ def tensors_in(batch: Any) -> list[Tensor]:
         return [batch]
     parts = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, tuple | list) else ()
     return [t for part in parts for t in tensors_in(part)]
+
+
+def tokens_in(batch: Any) -> int:
+    """Return how many tokens (or samples) a batch holds, padding left out: its weight in every average."""
+    if hasattr(batch, "keys"):
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            return int(mask.sum())
+        first = next((v for v in batch.values() if isinstance(v, Tensor)), None)
+    else:
+        first = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(first, Tensor) or not first.dim():
+        return 1
+    return first.numel() if first.dtype in (torch.int64, torch.int32) else len(first)
 
 
 def samples_in(batch: Any) -> int:
@@ -67,10 +80,11 @@ def slices(batch: Any, most: int) -> list[Any]:
     """
     count = samples_in(batch)
     size = math.ceil(count / max(1, min(most, count)))
-    return [batch] if size >= count else [_part(batch, i, i + size) for i in range(0, count, size)]
+    return [batch] if size >= count else [cut(batch, i, i + size) for i in range(0, count, size)]
 
 
-def _part(batch: Any, low: int, high: int) -> Any:
+def cut(batch: Any, low: int, high: int) -> Any:
+    """Return the samples from `low` to `high` of a batch."""
     if isinstance(batch, Tensor):
         return batch[low:high]
     if hasattr(batch, "keys"):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.model import ranks
 from rarefy.model.select import Layer
 
 PIECE = 256  # columns that are mirrored at a time
@@ -68,6 +69,22 @@ class Gram:
             H[:, b:, a:b] = H[:, a:b, b:].transpose(-2, -1)
         held = None if self.held is None else self.held.finish()
         return Gram(H.div_(n), None if self.cross is None else self.cross.div_(n), self.tokens, held)
+
+
+def everyones(gram: Gram | None, layer: Layer, dense: bool) -> Gram | None:
+    """Return the sums over all processes of what each has of a layer; None where none has any. O(C^2) is sent."""
+    tokens = ranks.number(0.0 if gram is None else gram.tokens)
+    if not tokens:
+        return None
+    G, K, _, I = layer.layout.shape
+    C = K * I if layer.layout.kind == "conv" else I
+    own = gram or Gram()
+    H = ranks.summed(own.H, (G, C, C))
+    cross = ranks.summed(own.cross, (G, C, C)) if dense else None
+    held = None
+    if dense and ranks.number(float(own.held is not None)):
+        held = everyones(own.held, layer, dense)
+    return Gram(H, cross, tokens, held)
 
 
 def _add_upper(H: Tensor, x: Tensor) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from rarefy.errors import DataError, ModelError, RarefyError
+from rarefy.model import ranks
+from rarefy.model.batches import tokens_in
 from rarefy.model.experts import Rows, watching
 from rarefy.model.gram import pad_as_called, token_rows
 from rarefy.model.select import Layer, unwrap
@@ -144,20 +146,6 @@ def _move(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def tokens_in(batch: Any) -> int:
-    """Return how many tokens (or samples) a batch holds, padding left out: its weight in every average."""
-    if hasattr(batch, "keys"):
-        mask = batch.get("attention_mask")
-        if mask is not None:
-            return int(mask.sum())
-        first = next((v for v in batch.values() if isinstance(v, Tensor)), None)
-    else:
-        first = batch[0] if isinstance(batch, tuple | list) else batch
-    if not isinstance(first, Tensor) or not first.dim():
-        return 1
-    return first.numel() if first.dtype in (torch.int64, torch.int32) else len(first)
-
-
 def loss_of(loss: Any) -> Loss:
     """Return the loss function that is meant: None is `default_loss`, a criterion such as nn.CrossEntropyLoss() gets
     (logits, target), any other callable gets (output, batch)."""
@@ -247,7 +235,7 @@ def collect(
                 stack.enter_context(watching(module, partial(_add_experts, known, stats, current)))
         if "gradient" in needs:
             stack.enter_context(trainable([l.original for l in layers]))
-        for index, batch in enumerate(data):
+        for index, batch in ranks.mine(data):
             batch = on_device(model, batch)
             current.update(batch=batch, index=index)
             if "gradient" in needs:
@@ -256,16 +244,29 @@ def collect(
                 with torch.no_grad():
                     call(model, batch)
             batches += 1
-    if not batches:
+    if not ranks.number(batches):
         raise DataError("the calibration data is empty: the score needs at least one batch")
     for layer in layers:
         found = stats[layer.full_name]
+        if ranks.shared() > 1:
+            _everyones(found, layer)
         if needs & {"input", "output"} and found.in_square is None:
             raise DataError(
                 f"{layer.full_name} was never called on the calibration data: ignore it, "
                 "or take a score that needs no activations (magnitude)"
             )
     return stats
+
+
+def _everyones(s: Stats, layer: Layer) -> None:
+    """Add up what each process has seen."""
+    G, K, O, I = layer.layout.shape
+    ins = (1, 1, O, 1) if layer.layout.kind == "embedding" else (G, K, 1, I)
+    shapes = {"in_square": ins, "out_square": (G, 1, O, 1), "grad_abs": (G, K, O, I), "grad_square": (G, K, O, I)}
+    for name, shape in shapes.items():
+        own = getattr(s, name)
+        setattr(s, name, ranks.summed(own, shape if own is None else tuple(own.shape)))
+    s.tokens, s.weight = ranks.number(s.tokens), ranks.number(s.weight)
 
 
 def _add_gradients(

@@ -24,9 +24,9 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError, nearest
-from rarefy.model import pages
+from rarefy.model import pages, ranks
 from rarefy.model.batches import first_samples, tensors_in
-from rarefy.model.gram import Gram, columns, same_columns
+from rarefy.model.gram import Gram, columns, everyones, same_columns
 from rarefy.model.select import Layer
 from rarefy.model.stats import call, evaluating, on_device
 from rarefy.model.taps import taps
@@ -241,7 +241,7 @@ class _Walk:
                     hook = block.module.register_forward_pre_hook(partial(self.enter, i), with_kwargs=True)
                     self.stack.callback(hook.remove)
             self.own()
-            for index, batch in enumerate(data):
+            for index, batch in ranks.mine(data):
                 batch = on_device(self.model, batch)
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side)
@@ -334,13 +334,16 @@ class _Walk:
             return End(place, self.ends.pop(gate, []))
         if gate < self.passed:
             return Stop(place, Gram())
-        if gate not in self.grams:
+        gram = self.grams.pop(gate, None)
+        if ranks.shared() > 1:
+            gram = everyones(gram, place.layers[0], self.dense)
+        if gram is None:
             names = ", ".join(l.full_name for l in place.layers)
             raise DataError(
                 f"{names} was never called on the calibration data (nor in a thread of its own): "
                 "ignore it, or prune it by magnitude"
             )
-        return Stop(place, self.grams.pop(gate).finish())
+        return Stop(place, gram.finish())
 
     def arrive(self, layer: Layer, module: nn.Module, x: Any) -> None:
         """A layer is about to be called: count its inputs, and wait at its last call."""

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, PatternError
+from rarefy.model.batches import tokens_in
 from rarefy.model.select import Layer
-from rarefy.model.stats import Loss, Stats, call, evaluating, finite, loss_of, on_device, tokens_in, trainable
+from rarefy.model.stats import Loss, Stats, call, evaluating, finite, loss_of, on_device, trainable
 
 ALLOCATIONS = ("uniform", "erk", "line", "owl", "errors", "search")
 GRADIENTS = ("errors", "search")  # read gradients of the loss

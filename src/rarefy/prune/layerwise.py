@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from rarefy.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.formats.bits import pack_bits, unpack_bits
-from rarefy.model import pages
-from rarefy.model.batches import samples_in
+from rarefy.model import pages, ranks
+from rarefy.model.batches import samples_in, tokens_in
 from rarefy.model.gram import Gram
 from rarefy.model.mask import get_mask, set_mask_
 from rarefy.model.select import Layer, unwrap
-from rarefy.model.stats import Stats, tokens_in
+from rarefy.model.stats import Stats
 from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
 from rarefy.progress import say, track
 from rarefy.prune import journal, solve
@@ -67,6 +67,7 @@ def solve_(
     masks: dict[str, Tensor] = {}  # in bits: all layers' together are a thirtieth of their weights
     dense = bool(solver.asymmetric or solver.reconstruct)
     with (
+        ranks.together() if solver.reconstruct else nullcontext(),  # blocks learn on all batches, everywhere the same
         closing(journal.open_(work, journal.key(model, data, **settings) if work else {})) as known,
         passes(solver),
     ):
@@ -108,7 +109,7 @@ def solve_(
                         if isinstance(stop, End):
                             entry = _learn(stop, chosen, masks, solver, lean, progress)
                         else:
-                            entry = _solve(stop, ask, solver, masked or {})
+                            entry = _solve_together(stop, ask, solver, masked or {})
                             say([_told(chosen, r) for r in entry.rows] if progress else [])
                         known.write(index, entry)
                         if lean:
@@ -259,7 +260,31 @@ def choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> 
     return choose, parts
 
 
-def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> journal.Entry:
+def _solve_together(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> journal.Entry:
+    """Solve a group's layers, each on one of several processes; all processes get all of them."""
+    layers, many = stop.group.layers, ranks.size()
+    if many == 1:
+        return _solve(stop, ask, s, given)
+    done = journal.Entry({}, {})
+    own = layers[ranks.rank() :: many]
+    if own:
+        wanted = None
+        if s.asymmetric and stop.gram.H is not None:  # how far targets are shifted is asked of all layers together
+            parts = [matrix(l, l.weight.detach().float()) for l in layers]
+            shifted = target_of(torch.cat(parts, 1), stop.gram.H, stop.gram, s).split([p.shape[1] for p in parts], 1)
+            wanted = torch.cat(shifted[ranks.rank() :: many], 1)
+        done = _solve(Stop(replace(stop.group, layers=own), stop.gram), ask, s, given, wanted)
+    rows = []
+    for index, layer in enumerate(layers):
+        name, source, numel = layer.full_name, index % many, layer.original.numel()
+        empty = torch.empty_like(layer.original), torch.empty((numel + 7) // 8, dtype=torch.uint8)
+        stop.weights[name] = ranks.sent(done.weights.get(name, empty[0]).detach(), source)
+        done.masks[name] = ranks.sent(done.masks.get(name, empty[1]), source)
+        rows.append(ranks.told(next((r for r in done.rows if r["layer"] == name), None), source))
+    return journal.Entry(dict(stop.weights), {l.full_name: done.masks[l.full_name] for l in layers}, rows)
+
+
+def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor], wanted: Tensor | None = None) -> journal.Entry:
     began, score = time.perf_counter(), ask.score
     layers = stop.group.layers
     W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
@@ -272,7 +297,7 @@ def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> jour
     if s.name == "obs":
         assert s.block is not None
         U, used = factor(layers, H, used)
-        target = target_of(W, H, stop.gram, s)
+        target = target_of(W, H, stop.gram, s) if wanted is None else wanted
         edges = chosen[0].edges(s.block)
         if score is not None or ask.plan.kind in LINES:  # a line crosses all blocks: its mask comes first
             own = (W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square()
@@ -284,7 +309,7 @@ def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> jour
     else:
         assert s.refits is not None
         Hd = solve.damped(H, used)
-        target = target_of(W, H, stop.gram, s)
+        target = target_of(W, H, stop.gram, s) if wanted is None else wanted
         if s.name == "admm" and score is None and not given:
             assert s.steps is not None
             new, mask = solve.admm(target, Hd, choose, steps=s.steps, refits=s.refits)

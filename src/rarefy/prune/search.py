@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import ModelError
-from rarefy.model.batches import first_samples, some, tensors_in
+from rarefy.model.batches import first_samples, some, tensors_in, tokens_in
 from rarefy.model.hf import gives_tokens
 from rarefy.model.select import Layer
-from rarefy.model.stats import Loss, call, default_loss, evaluating, has_loss, loss_of, on_device, tokens_in
+from rarefy.model.stats import Loss, call, default_loss, evaluating, has_loss, loss_of, on_device
 from rarefy.progress import track
 from rarefy.prune.allocate import LEVELS, balanced, least, line
 

@@ -18,7 +18,10 @@ from torch import nn
 
 from rarefy.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.files import path_of
-from rarefy.model.stats import Loss, call, check_batches, loss_of, on_device, tokens_in
+from rarefy.model import ranks
+from rarefy.model.batches import tokens_in
+from rarefy.model.shards import everyones
+from rarefy.model.stats import Loss, call, check_batches, loss_of, on_device
 from rarefy.progress import track
 from rarefy.proof.report import Report
 from rarefy.prune import journal as journals
@@ -193,6 +196,11 @@ class _Run:
         self.model, self.moves, self.factor, self.loss = model, moves, factor, loss
         self.sparsifier, self.steps, self.epochs = sparsifier, steps, epochs
         self.rates = [g["lr"] for g in moves.param_groups]
+        self.run: nn.Module = model
+        if ranks.size() > 1:
+            self.run = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        own = {id(p) for p in model.parameters()}
+        self.others = [p for g in moves.param_groups for p in g["params"] if id(p) not in own]  # of the teacher's loss
         self.epoch, self.step, self.total, self.seen = 0, 0, 0.0, 0
         self.rows: list[dict[str, Any]] = []
         self.random: dict[str, Any] = {}  # at the epoch's start
@@ -215,7 +223,7 @@ class _Run:
             raise DataError(
                 f"the training data is empty in epoch {self.epoch + 1} (an iterator gives its batches only once)"
             )
-        mean = self.total / self.seen
+        mean = ranks.number(self.total) / ranks.number(self.seen)
         self.epoch, self.step, self.total, self.seen = self.epoch + 1, 0, 0.0, 0
         return mean
 
@@ -241,17 +249,17 @@ class _Run:
 
     def _learn(self, batch: Any, index: int, many: int) -> None:
         """Add the gradient of one batch of `many` that are taken together."""
-        batch = on_device(self.model, batch)
+        batch, share = ranks.part_of(on_device(self.model, batch))
         with self._precision():
-            out = call(self.model, batch)
+            out = call(self.run, batch)
             value = self.loss(out, batch) if self.teach is None else self._taught(out, batch)
         loss = float(value.detach())
-        if not math.isfinite(loss):
+        if ranks.number(float(not math.isfinite(loss))):
             kept = f"; the state before is in {self.journal.folder}" if self.journal.folder else ""
             raise ModelError(
                 f"the loss is {loss} in epoch {self.epoch + 1}, step {index + 1}: lower the learning rate{kept}"
             )
-        (value if many == 1 else value / many).backward()
+        (value if many == 1 and share == 1 else value * (share / many)).backward()
         count = tokens_in(batch)
         self.total, self.seen = self.total + loss * count, self.seen + count
 
@@ -268,6 +276,8 @@ class _Run:
         return torch.autocast(kind, AUTOCAST[self.steps.autocast], cache_enabled=False)
 
     def _move(self) -> None:
+        for p in self.others if ranks.size() > 1 else ():
+            p.grad = None if p.grad is None else everyones(p.grad)
         if self.steps.clip is not None:
             nn.utils.clip_grad_norm_([p for g in self.moves.param_groups for p in g["params"]], self.steps.clip)
         self.moves.step()

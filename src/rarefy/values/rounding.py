@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rarefy.errors import ModelError
+from rarefy.model import ranks
 from rarefy.model.grid import Grid, beside, split
 from rarefy.model.mask import get_mask
 from rarefy.model.select import Layer
@@ -48,7 +49,7 @@ def round_(
     first = check_solvable(chosen, data, "solver round")
     rows: dict[str, dict[str, Any]] = {}
     made: dict[str, Made] = {}
-    with passes(solver):
+    with ranks.together(), passes(solver):
         places = with_ends(order(model, first, chosen, dense=True), _found(model, chosen, solver.blocks))
         with closing(walk(model, data, places, dense=True)) as stops:
             for stop in track(stops, "learning to round", progress, len(places)):

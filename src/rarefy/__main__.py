@@ -1,0 +1,6 @@
+"""python -m rarefy"""
+
+from rarefy.cli import main
+
+if __name__ == "__main__":
+    main()
