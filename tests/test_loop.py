@@ -189,6 +189,14 @@ def test_rows_go_to_files_and_boards(tmp_path):
     assert found == [(r["epoch"], pytest.approx(r["loss"])) for r in report.rows]
 
 
+def test_rows_go_to_wandb(tmp_path, monkeypatch):
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+    fit_(Net(), image_batches(), epochs=2, log="wandb:toy")
+    (file,) = tmp_path.rglob("run-*.wandb")
+    assert file.read_bytes().count(b"loss") >= 2
+
+
 def test_a_loss_that_is_no_number_leaves_the_best_weights():
     model, states = Net(), []
 
