@@ -187,11 +187,13 @@ def hf_like(**named):
 
 
 BAD = {
+    "no module": (lambda: Distiller(Net(), "teacher/"), ModelError, "the teacher is a torch.nn.Module, got 'teacher/'"),
+    "itself": (lambda: (lambda m: Distiller(m, m))(Net()), ModelError, "student and teacher are one model"),
     "classes": (lambda: Distiller(Deep(classes=5), Deep(classes=7), example=torch.randn(2, 6)), ModelError, "outputs do not match: the student .Deep. gives float32 2x5, the teacher .Deep. float32 2x7"),
     "features": (lambda: _lost(Deep(2, width=4), Deep(2), Distill(task=0, logits=0, hidden="mse")), ModelError, "hidden states of student and teacher do not match.*prepare"),
     "deeper": (lambda: Distiller(Deep(4), Deep(2), Distill(hidden="mse")), ModelError, "the student has 4 hidden states and the teacher 2"),
     "no blocks": (lambda: Distiller(Net(), Net(), Distill(hidden="mse")), ModelError, "Net has no list of equal blocks: name modules with at"),
-    "no module": (lambda: Distiller(Net(), Net(), Distill(hidden="mse", at="layer*")), SelectorError, "at: layer. matches no module of Net"),
+    "no such module": (lambda: Distiller(Net(), Net(), Distill(hidden="mse", at="layer*")), SelectorError, "at: layer. matches no module of Net"),
     "nothing": (lambda: Distiller(Net(), Net(), Distill(logits=0)), RecipeError, "nothing is learnt from the teacher"),
     "by": (lambda: Distiller(Net(), Net(), Distill(by="kll")), RecipeError, "unknown by 'kll'.*did you mean 'kl'"),
     "hidden": (lambda: Distiller(Net(), Net(), Distill(hidden="squareheat")), RecipeError, "did you mean 'squarehead'"),

@@ -61,7 +61,7 @@ class Breaking:
 
     def __iter__(self):
         for batch in self.batches:
-            if self.seen == self.at:
+            if self.seen > self.at:  # the first look is at what data this is
                 raise Stop
             self.seen += 1
             yield batch
@@ -77,6 +77,10 @@ RUNS = {
     "movement": {"prune": Movement(sparsity=0.8, steps=5)},
     "rigl": {"prune": Rigl(sparsity=0.8, steps=4)},
     "on a grid": {"at": {0.4: quantized}, "prune": Gradual(sparsity=0.5, steps=3)},
+    "best, on a grid": {
+        "validate": lambda m: float(-m.out.weight.detach().abs().sum()),
+        "at": {0.4: quantized},
+    },
     "best": {"validate": lambda m: float(-m.out.weight.detach().abs().sum())},
     "in pairs": {"steps": Steps(accumulate=3, clip=0.5, autocast="bf16")},
 }
@@ -231,7 +235,12 @@ def test_a_loss_that_is_no_number_says_where_the_state_before_is(tmp_path, monke
         ({"patience": 0, "validate": lambda m: 1.0}, RecipeError, "patience is a whole number of epochs, at least 1"),
         ({"patience": 2}, RecipeError, "patience waits for a better epoch, which needs validate"),
         ({"log": "tensorboard:"}, RecipeError, "log 'tensorboard:' lacks a name: tensorboard:FOLDER"),
+        ({"log": "tensorbord:x"}, RecipeError, "unknown log 'tensorbord'.*did you mean 'tensorboard'.*without a colon"),
+        ({"at": {0.5: 3}}, RecipeError, "at: 0.5 has a function of the model, such as a lambda, got 3"),
+        ({"teach": Net()}, RecipeError, "teach is a rarefy.Distiller.model, teacher. or a callable.*got Net"),
+        ({"validate": lambda m: None}, RecipeError, "validate returns a number, got NoneType"),
         ({"log": "wandb:"}, RecipeError, "log 'wandb:' lacks a name: wandb:PROJECT"),
+        ({"steps": "fast"}, RecipeError, "steps is a rarefy.train.loop.Steps"),
         ({"at": {1.5: print}}, ValueError, "at: 1.5 is not within training, 0 to 1"),
         ({"data": lambda epoch: []}, DataError, "the training data is empty in epoch 1"),
     ],
@@ -240,6 +249,55 @@ def test_settings_that_cannot_be(settings, error, message):
     data = settings.pop("data", image_batches())
     with pytest.raises(error, match=message):
         fit_(Net(), data, **settings)
+
+
+def test_weights_that_are_no_numbers_are_named_before_training():
+    model = Net()
+    model.fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="fc.weight: NaN or inf in its weights, before training"):
+        fit_(model, image_batches())
+
+
+def test_a_loader_that_does_not_know_its_length():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(image_batches())
+
+    loader = DataLoader(Endless(), batch_size=None)
+    report = fit_(Net(), loader, epochs=2, prune=Gradual(sparsity=0.5, steps=2))
+    assert report.rows[-1]["sparsity"] == 0.5
+
+
+def test_what_comes_to_be_trained_on_the_way_is_trained():
+    model, tables = Net(), []
+
+    def share(m):
+        rarefy.share_(m, 3, layers="hidden")
+        tables.append(next(p for n, p in m.named_parameters() if n.endswith("table")))
+        tables.append(tables[0].detach().clone())
+
+    fit_(model, image_batches(), epochs=3, at={0.3: share}, optimizer=ADAM)
+    assert not torch.equal(tables[0], tables[1])
+
+
+def test_weights_stay_on_the_grids_that_were_noted(tmp_path):
+    model = Net()
+    rarefy.share_(model, 3, layers="hidden")
+    rarefy.quantize_(model, "int4", layers="conv")
+    rarefy.save(rarefy.fold_(model), tmp_path / "out")
+    again = rarefy.load(tmp_path / "out", Net())
+    before = again.hidden.weight.detach().clone()
+    fit_(again, image_batches(), epochs=2, optimizer=ADAM)
+    rarefy.fold_(again)
+    assert len(again.hidden.weight.unique()) <= 8 and not torch.equal(again.hidden.weight, before)
+    assert all(len(row.unique()) <= 16 for row in again.conv.weight)
+
+
+def test_zeros_without_a_mask_are_said_to_be_lost():
+    model = Net()
+    rarefy.prune_(model, sparsity=0.6, layers="hidden")
+    report = fit_(rarefy.fold_(model), image_batches(), optimizer=ADAM)
+    assert report.notes == ("zeros without a mask were filled in hidden: rarefy.adopt_(model) before keeps them",)
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -324,7 +324,7 @@ def _processes() -> Iterator[tuple[int, int]]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield rank, many
     dist.barrier()  # none leaves while another still asks it for sums
 

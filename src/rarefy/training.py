@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,6 +67,7 @@ def train_(
             patience=s.patience,
             seed=seed,
             work=work,
+            also=asdict(s),
             log=log,
             progress=progress,
         )
@@ -193,28 +194,47 @@ class Sparsifier(sparsifier.Sparsifier):
         stage, seed, given = recipes.Train(prune=None), 0, None
         if isinstance(recipe, Plan):
             stage = replace(stage, prune=recipe)
+            if steps_per_epoch is not None:
+                raise RecipeError("a plan does not say how many epochs there are: give steps, of the whole training")
             if overrides:
                 raise RecipeError(f"a plan takes no overrides: {', '.join(overrides)}; change the plan")
         else:
             whole = recipes.load(recipe, **overrides)
             stage, seed = _only_train(whole), whole.seed
             if calibrate is not None:
+                calibrate = list(calibrate)
                 given = Given(whole, {"calibrate": calibrate}, None, None)
         if steps_per_epoch is not None and steps is not None:
             raise RecipeError("give steps_per_epoch or steps, not both")
         if steps_per_epoch is not None:
             check_steps(steps_per_epoch, "steps_per_epoch")
             steps = steps_per_epoch * stage.epochs
+        if teacher is not None and stage.distill is not None and stage.distill.teacher is not None:
+            raise RecipeError("the recipe names a teacher's folder: leave teacher out, or take it from the recipe")
         if teacher is not None and stage.distill is None:
             raise RecipeError("teacher has no effect: the recipe's train stage has no distill")
         self.own, self.distiller = loss_of(loss), None
         if stage.distill is not None:
             wise = frozen_copy(model) if teacher is None else teacher
+            if stage.distill.teacher is not None:
+                wise = other(stage.distill.teacher, None, wise)
             self.distiller = Distiller(model, wise, stage.distill, example=example, cache=cache)
         labels = None if calibrate is None else list(with_labels(model, calibrate, "train"))
         at = happenings(stage, given, False, [])
         told = {"optimizer": optimizer, "calibrate": labels, "loss": loss, "seed": seed, "at": at}
-        super().__init__(model, stage.prune, steps=steps, **told)
+        try:
+            super().__init__(model, stage.prune, steps=steps, **told)
+        except BaseException:
+            if self.distiller is not None:
+                self.distiller.close()
+            raise
+        self.use(optimizer)
+
+    def use(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Take an optimizer that was made later; it trains the projectors of the teacher's loss too."""
+        super().use(optimizer)
+        if optimizer is not None and self.distiller is not None:
+            self.distiller.join(optimizer)
 
     def loss(self, output: Any, batch: Any) -> torch.Tensor:
         """Return the loss of a step: the teacher's and the model's own, as the recipe weighs them."""

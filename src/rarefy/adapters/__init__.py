@@ -1,1 +1,16 @@
 """Rarefy inside the training loops of other libraries."""
+
+from __future__ import annotations
+
+from rarefy.errors import RecipeError
+from rarefy.train.plans import Rewind
+from rarefy.training import Sparsifier
+
+
+def refuse_rewind(sparsifier: Sparsifier) -> None:
+    """Raise RecipeError for a plan whose learning rate goes back, which another library's schedule does not."""
+    if isinstance(sparsifier.plan, Rewind):
+        raise RecipeError(
+            "rewind sends the learning rate back, and this trainer's schedule does not follow: use rarefy.fit_, or a "
+            "loop of your own with sparsifier.lr_progress"
+        )

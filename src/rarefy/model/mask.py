@@ -36,7 +36,7 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         kept = torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-        return kept if self.probe is None or not torch.is_grad_enabled() else kept + self.probe
+        return kept if self.probe is None or not torch.is_grad_enabled() else kept + self.probe.to(weight.device)
 
 
 def get_mask(layer: Layer) -> Tensor | None:
@@ -150,14 +150,30 @@ def adopt_(model: nn.Module, layers: Selector = None, at_least: float = 0.01) ->
             mask = kept if kept.numel() and 1 - kept.float().mean().item() >= few else None
         if mask is not None:
             set_mask_(layer, mask)
-        grid = notes(layer.module).get(layer.param)
-        if grid is not None and grid.holds(layer.weight.detach()):
-            set_grid_(layer, grid)
+        _resume_grid(layer)
         if get_mask(layer) is not None or live_grid(layer.module, layer.param) is not None:
             taken.append(layer.full_name)
     if not taken:
         raise ModelError(f"nothing to adopt: no mask and no weight with {at_least:.0%} zeros or more")
     return taken
+
+
+def resume_grids_(model: nn.Module) -> None:
+    """Keep weights to the grids again that `fold_` or `load` has noted of them. O(weights that have one)."""
+    for layer in all_layers(model):
+        _resume_grid(layer)
+
+
+def _resume_grid(layer: Layer) -> None:
+    grid = notes(layer.module).get(layer.param)
+    if grid is not None and live_grid(layer.module, layer.param) is None and grid.holds(layer.weight.detach()):
+        set_grid_(layer, grid)
+
+
+def zeros_of(layer: Layer) -> float:
+    """Return the share of a layer's weights that are zero."""
+    weight = effective(layer)
+    return 0.0 if weight.is_meta else 1 - float(weight.count_nonzero()) / max(1, weight.numel())
 
 
 def plain_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -24,6 +24,11 @@ def size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def _place() -> torch.device:
+    """Where a tensor of the group's backend lies that belongs to no model."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def rank() -> int:
     """Return the number of this process, from 0."""
     return dist.get_rank() if size() > 1 else 0
@@ -73,11 +78,11 @@ def summed(tensor: Tensor | None, shape: tuple[int, ...] = ()) -> Tensor | None:
     """Return the sum over processes; None where none has one, zeros where this one has none."""
     if shared() == 1:
         return tensor
-    have = torch.tensor([0 if tensor is None else 1])
+    have = torch.tensor([0 if tensor is None else 1], device=_place())
     dist.all_reduce(have)
     if not int(have):
         return None
-    total = torch.zeros(shape) if tensor is None else tensor.contiguous()
+    total = torch.zeros(shape, device=_place()) if tensor is None else tensor.contiguous()
     dist.all_reduce(total)
     return total
 
@@ -86,7 +91,7 @@ def number(value: float) -> float:
     """Return the sum of a number over processes."""
     if shared() == 1:
         return value
-    total = torch.tensor([value], dtype=torch.float64)
+    total = torch.tensor([value], dtype=torch.float64, device=_place())
     dist.all_reduce(total)
     return float(total)
 
@@ -96,9 +101,12 @@ def told(value: Any, source: int) -> Any:
     if size() == 1:
         return value
     text = json.dumps(value).encode() if rank() == source else b""
-    long = torch.tensor([len(text)])
+    long = torch.tensor([len(text)], device=_place())
     dist.broadcast(long, source)
-    raw = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.zeros(int(long), dtype=torch.uint8)
+    raw = torch.zeros(int(long), dtype=torch.uint8)
+    if text:
+        raw = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    raw = raw.to(_place())
     dist.broadcast(raw, source)
     return json.loads(bytes(raw.tolist()))
 

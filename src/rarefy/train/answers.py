@@ -19,26 +19,28 @@ from rarefy.prune.journal import digest
 
 
 class Answers:
-    """A folder of answers by the digest of a sample; each file is whole or not there.
+    """A folder of answers by the digest of who was asked what, and of the sample; each file is whole or not there.
 
-    Answers are kept in half precision: a teacher is an approximation already, and files are half as large.
+    Answers are kept in half precision where that holds them: a teacher is an approximation already.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, who: str):
         with blaming(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.folder, self.who = folder, who
 
     def of(self, batch: Any, ask: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the answers to a batch; `ask` gives those of all its samples, where one is not known yet."""
         parts = slices(batch, samples_in(batch))
-        files = [self.folder / f"{digest(tensors_in(_asked(part)))}.safetensors" for part in parts]
+        files = [self.folder / f"{digest([self.who, tensors_in(_asked(part))])}.safetensors" for part in parts]
         if not all(f.is_file() for f in files):
             told = ask(batch)
-            for index, file in enumerate(files):
-                rows = {k: v[index : index + 1] if len(files) > 1 else v for k, v in told.items()}
-                self._write(file, {k: v.half().contiguous() for k, v in rows.items()})
-            return {k: v.half().to(v.dtype) for k, v in told.items()}  # the same the first time as later
+            one = len(files) == 1
+            parts = [{k: _short(v if one else v[i : i + 1]) for k, v in told.items()} for i in range(len(files))]
+            for file, rows in zip(files, parts):
+                self._write(file, rows)
+            # rounded as they will be the next time
+            return {k: torch.cat([rows[k].float() for rows in parts]) for k in told}
         found = [self._read(f) for f in files]
         return {k: torch.cat([f[k].float() for f in found]) for k in found[0]}
 
@@ -53,6 +55,12 @@ class Answers:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, ValueError) as error:
             raise ContainerError(f"{file} is damaged ({error}): remove it, and the teacher is asked again") from None
+
+
+def _short(answer: Tensor) -> Tensor:
+    """In half precision, unless that overflows."""
+    half = answer.half()
+    return (half if bool(torch.isfinite(half).all()) else answer.float()).contiguous()
 
 
 def _asked(part: Any) -> Any:

@@ -105,12 +105,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Any])
 def random_state() -> dict[str, Any]:
     """Return the state of torch's and of Python's random numbers."""
     version, words, gauss = random.getstate()
-    return {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    if torch.cuda.is_available():
+        state |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Put back what `random_state` returned."""
     torch.set_rng_state(state["torch"])
+    for name in (n for n in state if n.startswith("cuda.")):
+        torch.cuda.set_rng_state(state[name], int(name.removeprefix("cuda.")))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError, RecipeError, SelectorError, unknown
+from rarefy.model.batches import tensors_in
 from rarefy.model.mask import fold_
 from rarefy.model.select import all_layers
-from rarefy.model.stats import call, describe
+from rarefy.model.stats import call, describe, evaluating
 from rarefy.model.walk import blocks, first_tensor
+from rarefy.prune.journal import digest
 from rarefy.train.answers import Answers
 
 Words = str | Sequence[str] | None
@@ -179,7 +181,12 @@ class Distiller(nn.Module):
         cache: str | Path | None = None,
     ):
         super().__init__()
-        plan = plan or Distill()
+        for name, side in (("student", student), ("teacher", teacher)):
+            if not isinstance(side, nn.Module):
+                raise ModelError(f"the {name} is a torch.nn.Module, got {side!r}; rarefy.load(path) reads one")
+        if student is teacher:
+            raise ModelError("student and teacher are one model: give a copy as it was, copy.deepcopy(model)")
+        plan, self.prepared = plan or Distill(), False
         check(plan)
         if plan.cache and cache is None:
             raise RecipeError("cache keeps the teacher's answers in a folder: give Distiller(..., cache=FOLDER)")
@@ -189,14 +196,34 @@ class Distiller(nn.Module):
         self._related = _related(student, teacher) if plan.relations else []
         self.projectors = nn.ModuleDict()
         self._seen: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
-        self._answers = Answers(Path(cache).expanduser()) if cache is not None else None
+        self._answers = None
+        if cache is not None:
+            asked = {
+                k: v
+                for k, v in asdict(plan).items()
+                if k in ("logits", "hidden", "relations", "at", "teacher_at", "depth")
+            }
+            places = [len(self._pairs), len(self._related)]
+            who = digest([repr(asked), places, dict(teacher.state_dict())])
+            self._answers = Answers(Path(cache).expanduser(), who)
         self._stack = ExitStack()
         for side in (0, 1):
             wanted = [pair[side] for pair in (*self._pairs, *self._related)]
             for module in {id(m): m for m in wanted}.values():
                 self._stack.callback(module.register_forward_hook(self._watch(side)).remove)
-        if example is not None:
-            self.prepare(example)
+        try:
+            if example is not None:
+                self.prepare(example)
+        except BaseException:
+            self.close()
+            raise
+
+    def join(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer train the projectors too, if there are any and it does not yet."""
+        held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        new = [p for p in self.parameters() if id(p) not in held]
+        if new:
+            optimizer.add_param_group({"params": new})
 
     def close(self) -> None:
         """Take the hooks off both models."""
@@ -206,7 +233,9 @@ class Distiller(nn.Module):
     def prepare(self, example: Any) -> None:
         """Call both models once, and make projectors where widths differ; ModelError where outputs do not match."""
         student, teacher = self._models
-        out, told = call(student, example), self._asked(example)
+        with evaluating(student):
+            out = call(student, example)
+        told = self._asked(example)
         if self.plan.logits:
             _same(_logits(out), told["logits"], student, teacher)
         for index, pair in enumerate(self._pairs):
@@ -218,8 +247,9 @@ class Distiller(nn.Module):
                 )
             width = (1,) if s.dim() >= 4 else (-1,)
             if s.shape[width[0]] != t.shape[width[0]]:
-                self.projectors[str(index)] = nn.Linear(s.shape[width[0]], t.shape[width[0]], bias=False).to(s.device)
+                self.projectors[str(index)] = _projector(s.shape[width[0]], t.shape[width[0]], index).to(s.device)
         self._seen[0].clear()
+        self.prepared = True
 
     def forward(self, out: Any, batch: Any, own: Tensor | None = None) -> Tensor:
         """Return the loss. `out` is the student's output for `batch`, `own` its own loss (needed where task > 0)."""
@@ -235,6 +265,8 @@ class Distiller(nn.Module):
             s, t = _logits(out), told["logits"]
             _same(s, t, *self._models)
             labels = batch.get("labels") if hasattr(batch, "keys") and s.dim() == 3 else None
+            if labels is not None and _causal(self._models[0]):  # a row of outputs is about the next token
+                labels = F.pad(labels[:, 1:], (0, 1), value=-100)
             parts.append(plan.logits * self._outputs(_rows(s, mask, labels), _rows(t, mask, labels)))
         if plan.hidden:
             each = []
@@ -283,7 +315,8 @@ class Distiller(nn.Module):
         """The teacher's answers to a batch, from the cache where it has them."""
         if self._answers is None:
             return self._ask(batch)
-        return self._answers.of(batch, self._ask)
+        place = tensors_in(batch)[0].device
+        return {k: v.to(place) for k, v in self._answers.of(batch, self._ask).items()}
 
     def _ask(self, batch: Any) -> dict[str, Tensor]:
         teacher = self._models[1]
@@ -305,14 +338,12 @@ class Distiller(nn.Module):
         return told
 
 
-@contextmanager
-def teaching(student: nn.Module, teacher: nn.Module, plan: Distill, example: Any):
-    """Give a Distiller whose hooks are off again afterwards."""
-    distiller = Distiller(student, teacher, plan, example=example)
-    try:
-        yield distiller
-    finally:
-        distiller.close()
+def _projector(inputs: int, outputs: int, seed: int) -> nn.Linear:
+    """A linear map that begins the same in every run."""
+    made = nn.Linear(inputs, outputs, bias=False)
+    noise = torch.rand(made.weight.shape, generator=torch.Generator().manual_seed(seed))
+    made.weight.data.copy_((2 * noise - 1) / math.sqrt(inputs))
+    return made
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -381,13 +412,13 @@ def _related(student: nn.Module, teacher: nn.Module) -> list[tuple[nn.Module, nn
         for name, module in model.named_modules():
             leaf = name.rpartition(".")[2]
             if leaf in PROJECTIONS and isinstance(module, nn.Linear):
-                found[leaf] = module  # the last of each name
+                found[leaf[0]] = module  # queries, keys, values: the last of each
         if len(found) != 3:
             raise ModelError(
                 f"relations need a model's projections of queries, keys and values ({', '.join(PROJECTIONS)}): "
                 f"{type(model).__name__} has {', '.join(found) or 'none'}"
             )
-        sides.append(list(found.values()))
+        sides.append([found[role] for role in "qkv"])
     return list(zip(*sides))
 
 
@@ -402,12 +433,16 @@ def _rows(x: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> Tenso
     """[..., features] -> [real tokens, features]; images [B, C, H, W] as rows of C features."""
     if x.dim() >= 4:
         return x.flatten(2).transpose(1, 2).flatten(0, 1)
-    if x.dim() == 3 and mask is not None and mask.shape == x.shape[:2]:
-        keep = mask.bool()
-        if labels is not None and labels.shape == keep.shape:
-            keep = keep & (labels != -100)
-        return x[keep]
+    told = [t for t in (mask, None if labels is None else labels != -100) if t is not None and t.shape == x.shape[:2]]
+    if x.dim() == 3 and told:
+        return x[torch.stack([t.bool() for t in told]).all(0)]
     return x.flatten(0, -2) if x.dim() > 2 else x
+
+
+def _causal(model: nn.Module) -> bool:
+    """Whether a language model's outputs are about the next token."""
+    able = getattr(model, "can_generate", None)
+    return bool(able and able())
 
 
 def _same(s: Tensor, t: Tensor, student: nn.Module, teacher: nn.Module) -> None:

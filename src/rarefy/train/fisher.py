@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError
-from rarefy.model.batches import samples_in, slices
+from rarefy.model.batches import slices
 from rarefy.model.select import Layer
 from rarefy.model.stats import Loss, call, evaluating, finite, loss_of, on_device, trainable
 
@@ -50,7 +50,7 @@ def inverses(
     if not batches:
         raise DataError("the calibration data is empty")
     each = math.ceil(count / len(batches))
-    total = sum(min(each, samples_in(b)) for b in batches)
+    total = sum(len(slices(b, each)) for b in batches)
     first: list[list[Tensor]] = []
     found: dict[str, Tensor] = {}
     for index, grads in enumerate(_gradients(model, layers, batches, loss, each)):

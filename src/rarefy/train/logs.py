@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarefy.errors import RecipeError
+from rarefy.errors import RecipeError, unknown
 from rarefy.files import blaming
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -44,6 +44,8 @@ def _writer(word: str, stack: ExitStack) -> Write:
             return (_tensorboard if kind == "tensorboard" else _wandb)(rest, stack)
         except ImportError as error:
             raise RecipeError(f"log {word!r} needs the package {kind}: pip install {kind} ({error})") from None
+    if colon and "/" not in kind and len(kind) > 1:  # one letter is a drive
+        raise RecipeError(unknown("log", kind, ("tensorboard", "wandb")) + "; or a file's name without a colon")
     file = Path(word).expanduser()
     with blaming(file):
         file.parent.mkdir(parents=True, exist_ok=True)

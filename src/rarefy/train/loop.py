@@ -20,6 +20,8 @@ from rarefy.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.files import path_of
 from rarefy.model import ranks
 from rarefy.model.batches import tokens_in
+from rarefy.model.mask import ROUNDED, get_mask, resume_grids_, zeros_of
+from rarefy.model.select import all_layers
 from rarefy.model.shards import everyones
 from rarefy.model.stats import Loss, call, check_batches, loss_of, on_device
 from rarefy.progress import track
@@ -27,6 +29,7 @@ from rarefy.proof.report import Report
 from rarefy.prune import journal as journals
 from rarefy.runtime.layers import Sparse
 from rarefy.train import checkpoint
+from rarefy.train.distill import Distiller
 from rarefy.train.logs import Logs
 from rarefy.train.optimizers import LR_SCHEDULES, MakeOptimizer, optimizer_of
 from rarefy.train.plans import Plan
@@ -34,7 +37,7 @@ from rarefy.train.sparsifier import Event, Sparsifier
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]  # batches, or a function of the epoch that gives them
 Teach = Callable[[Any, Any, torch.Tensor | None], torch.Tensor]  # (output, batch, own loss) -> loss
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16}  # fp16 would need its loss scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,7 @@ def fit_(
     patience: int | None = None,
     seed: int | None = None,
     work: str | Path | None = None,
+    also: Any = None,
     log: str | Path | Sequence[str] | None = None,
     progress: bool = False,
 ) -> Report:
@@ -84,14 +88,16 @@ def fit_(
     teach      a loss instead: a `rarefy.Distiller`, or any callable(output, batch, own loss)
     at         {progress: function of the model}, called once when training has come that far (0 to 1), such as
                {0.5: lambda m: rarefy.quantize_(m, "int4")}: from there on weights are trained on their grid
-    validate   callable(model) -> number: the weights of the best epoch are restored at the end; only epochs whose
-               sparsity is final compete
-    patience   stop after so many epochs without a better one
+    validate   callable(model) -> number: the weights of the best epoch are restored at the end; only epochs compete
+               after which no more zeros come in and nothing else happens (`at`)
+    patience   stop after so many of these without a better one
     work       folder for the state of the run: the same call on the same model goes on there after it was killed, with
                the same bits. It stays, to be removed when the result is saved
+    also       plain data that must agree too for a run to go on: what `loss`, `teach` and `at` cannot say of themselves
     log        a file for JSON lines, `tensorboard:FOLDER`, `wandb:PROJECT`, or several of these
 
-    Masks hold whatever the optimizer does. Raises DataError on empty data, ModelError when the loss is not finite
+    Masks hold whatever the optimizer does, and weights that `load` or `fold_` has noted a grid of are kept to it again.
+    Raises DataError on empty data, ModelError when the loss is not finite
     (epoch and step named): the best weights so far are then put back, if there are any.
 
     >>> from rarefy.train.plans import Gradual
@@ -101,12 +107,21 @@ def fit_(
     0.5
     """
     _check(model, data, epochs, lr_schedule, patience, validate)
+    _check_given(model, teach, at, steps)
     work = path_of(work)
-    journal = _journal(model, data, work, epochs, lr_schedule, prune, steps, patience, seed)
+    if isinstance(teach, Distiller) and not teach.prepared and not hasattr(data, "__next__"):
+        teach.prepare(on_device(model, _first(data)))
+    open_ = [l.full_name for l in all_layers(model) if get_mask(l) is None and zeros_of(l) > ROUNDED]
+    resume_grids_(model)
     if optimizer is None:
         optimizer = optimizer_of("adamw", 1e-4)
     modes = [(m, m.training) for m in model.modules()]
     moves = _optimizer(model, optimizer, teach)
+    journal, key = journals.Journal(None), {}
+    if work is not None:
+        told = {"epochs": epochs, "lr_schedule": lr_schedule, "prune": prune, "steps": steps, "patience": patience}
+        told |= {"seed": seed, "maximize": maximize, "at": sorted(at or {}), "also": also, "teach": teach}
+        key = _key(model, data, moves, told)
     with torch.random.fork_rng(devices=[], enabled=seed is not None), Logs.open(log) as logs:
         if seed is not None:
             torch.manual_seed(seed)
@@ -117,6 +132,8 @@ def fit_(
         best = _Best(model, maximize)
         run.best = best
         try:
+            if work is not None:
+                run.journal = journals.open_(work, key)
             run.resume()
             while run.epoch < epochs and not (patience and best.waited >= patience):
                 began = time.perf_counter()
@@ -125,8 +142,8 @@ def fit_(
                     row["sparsity"] = sparsifier.sparsity
                 if validate:
                     model.eval()
-                    row["metric"] = float(validate(model))
-                    if sparsifier.done:
+                    row["metric"] = _number(validate(model))
+                    if sparsifier.settled:
                         best.offer(row["metric"], run.epoch)
                 row["seconds"] = time.perf_counter() - began
                 run.rows.append(row)
@@ -139,12 +156,16 @@ def fit_(
         finally:
             for module, mode in modes:
                 module.training = mode
+            sparsifier.rest()
             run.restore_rates()
-            journal.close()
+            run.journal.close()
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     summary = {"epochs": len(run.rows), **best.restore()}
     early = len(run.rows) < epochs
     notes = (f"stopped after {len(run.rows)} of {epochs} epochs: {patience} without a better one",) if early else ()
+    lost = [l.full_name for l in all_layers(model) if l.full_name in open_ and zeros_of(l) <= ROUNDED]
+    if lost:
+        notes += (f"zeros without a mask were filled in {', '.join(lost)}: rarefy.adopt_(model) before keeps them",)
     return Report("trained", tuple(run.rows), summary, notes)
 
 
@@ -164,14 +185,50 @@ def _check(model: nn.Module, data: Any, epochs: Any, lr_schedule: Any, patience:
         check_batches(data)
 
 
-def _journal(model: nn.Module, data: Any, work: Path | None, *settings: Any) -> journals.Journal:
-    """Where the state of this run is kept, known again by what it was called with."""
-    if work is None:
-        return journals.Journal(None)
-    names = ("epochs", "lr_schedule", "prune", "steps", "patience", "seed")
-    told = {n: asdict(s) if is_dataclass(s) and not isinstance(s, type) else s for n, s in zip(names, settings)}
-    known = data if isinstance(data, list | tuple) else []
-    return journals.open_(work, journals.key(model, known, **told))
+def _check_given(model: nn.Module, teach: Any, at: Any, steps: Any) -> None:
+    """Raise for what would only be found wrong in the middle of training."""
+    for when, event in (at or {}).items():
+        if not callable(event):
+            raise RecipeError(f"at: {when!r} has a function of the model, such as a lambda, got {event!r}")
+    plain = isinstance(teach, nn.Module) and not isinstance(teach, Distiller)
+    if teach is not None and (plain or not callable(teach)):
+        what = "teach is a rarefy.Distiller(model, teacher) or a callable(output, batch, own loss)"
+        raise RecipeError(f"{what}, got {type(teach).__name__}")
+    if steps is not None and not isinstance(steps, Steps):
+        raise RecipeError(f"steps is a rarefy.train.loop.Steps, which says how a step is taken, got {steps!r}")
+    wrong = next((n for n, p in model.named_parameters() if not p.is_meta and not torch.isfinite(p).all()), None)
+    if wrong is not None:
+        raise ModelError(f"{wrong}: NaN or inf in its weights, before training")
+
+
+def _first(data: Any) -> Any:
+    """The first batch, as if nobody had looked."""
+    before = checkpoint.random_state()
+    batches: Any = data(0) if callable(data) else data
+    first = next(iter(batches), None)
+    checkpoint.set_random_state(before)
+    if first is None:
+        raise DataError("the training data is empty in epoch 1 (an iterator gives its batches only once)")
+    return first
+
+
+def _key(model: nn.Module, data: Any, moves: torch.optim.Optimizer, told: dict[str, Any]) -> dict[str, Any]:
+    """By what a run is known again: what it was called with, the model, and data (of a function of the epoch: its first
+    batch)."""
+    plain = {n: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for n, v in told.items()}
+    plain["teach"] = asdict(told["teach"].plan) if isinstance(told["teach"], Distiller) else told["teach"] is not None
+    rates = [{k: v for k, v in g.items() if isinstance(v, int | float | str)} for g in moves.param_groups]
+    plain["optimizer"] = [type(moves).__name__, rates]
+    known = data
+    if not isinstance(data, list | tuple):
+        known = [] if hasattr(data, "__next__") else [_first(data)]
+    return journals.key(model, known, **plain)
+
+
+def _number(metric: Any) -> float:
+    if not isinstance(metric, int | float) and not (isinstance(metric, torch.Tensor) and metric.numel() == 1):
+        raise RecipeError(f"validate returns a number, got {type(metric).__name__}")
+    return float(metric)
 
 
 class _Run:
@@ -213,9 +270,11 @@ class _Run:
         self.moves.zero_grad()
         self.random = checkpoint.random_state() if not self.resumed else self.random
         batches = data(self.epoch) if callable(data) else data
-        if not isinstance(batches, Sized):
+        try:
+            count = len(cast(Sized, batches))
+        except TypeError:
             batches = list(batches)  # a schedule needs to know how far it is
-        count = len(batches)
+            count = len(batches)
         name = f"epoch {self.epoch + 1}/{self.epochs}"
         with closing(track(batches, name, self.progress, count)) as bar:
             self._through(enumerate(bar), count)
@@ -286,6 +345,8 @@ class _Run:
         if not started:
             self.sparsifier.step(part)
             self.moves.zero_grad()
+        new = self.moves.param_groups[len(self.rates) :]  # what came to be trained on the way
+        self.rates += [self.rates[0]] * len(new)
         for group, rate in zip(self.moves.param_groups, self.rates):
             group["lr"] = rate * self.factor(self.sparsifier.lr_progress)
 
@@ -301,6 +362,8 @@ class _Run:
         state.put("best", self.best.to_dict())
         state.put("random", checkpoint.random_state())
         state.put("start", self.random)
+        if isinstance(self.teach, nn.Module):
+            state.put("teach", self.teach.state_dict())
         checkpoint.save(self.journal, state)
 
     def resume(self) -> None:
@@ -312,6 +375,8 @@ class _Run:
             setattr(self, key, value)
         self.sparsifier.load_state_dict(state.get("sparsifier"))  # first: it makes the structure that the state is of
         checkpoint.restore_model(self.model, state.get("model"))
+        if isinstance(self.teach, nn.Module):
+            checkpoint.restore_model(self.teach, state.get("teach"))
         checkpoint.restore_optimizer(self.moves, state.get("optimizer"))
         self.best.load(state.get("best"))
         self.random, self.resumed = state.get("start"), state.get("random")
@@ -367,8 +432,11 @@ def _optimizer(model: nn.Module, optimizer: Any, teach: Any) -> torch.optim.Opti
         own = list(teach.parameters()) if isinstance(teach, nn.Module) else []
         return cast(MakeOptimizer, optimizer)([*_trainable(model), *own])
     known = {id(p) for p in model.parameters()}
-    if not any(id(p) in known for g in optimizer.param_groups for p in g["params"]):
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    if not held & known:
         raise ModelError("the optimizer holds none of the model's parameters: make it from model.parameters()")
+    if isinstance(teach, Distiller):
+        teach.join(optimizer)
     return optimizer
 
 

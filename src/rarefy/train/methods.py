@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import PatternError
+from rarefy.errors import PatternError, SelectorError
+from rarefy.model import ranks
 from rarefy.model.mask import effective, get_mask, set_mask_
 from rarefy.model.select import Layer, select
 from rarefy.model.shards import spread_as, whole
@@ -89,12 +90,16 @@ def _stairs(plan: Any, last: float) -> list[tuple[float, Any]]:
     return [(plan.start + i * gap, i) for i in range(plan.steps)]
 
 
-def _ways(work: Work) -> list[tuple[float, list[Layer]]]:
-    """Layers by the sparsity they end with."""
+def ways(work: Work) -> list[tuple[float, list[Layer]]]:
+    """Return the layers by the sparsity they end with; SelectorError where `ends` names what is no layer, or none that
+    is pruned."""
     plan, last = work.plan, work.asked.sparsity
     ends = {id(l.original): last for l in work.layers}
     for words, end in (getattr(plan, "ends", None) or {}).items():
-        ends |= {id(l.original): float(end) for l in select(work.model, words) if id(l.original) in ends}
+        named = {id(l.original): float(end) for l in select(work.model, words) if id(l.original) in ends}
+        if not named:
+            raise SelectorError(f"ends: {words!r} names no layer that is pruned")
+        ends |= named
     return [(end, [l for l in work.layers if ends[id(l.original)] == end]) for end in dict.fromkeys(ends.values())]
 
 
@@ -103,22 +108,37 @@ def _gradual(work: Work, index: int) -> float:
     stage.check_weights(work.layers)
     stats = stage.calibrate(work.model, work.layers, plan.score, work.calibrate, work.loss, work.seed)
     found: list[tuple[Layer, Tensor]] = []
-    asked = 0.0
-    for end, layers in _ways(work):
+    asked, before = 0.0, work.zeros()
+    for end, layers in ways(work):
         sparsity = sparsities(plan.schedule, end, plan.steps, plan.first)[index]
-        how = (plan.score, sparsity, work.asked.scope, plan.reduce, plan.regrow)
-        found += zip(layers, stage.choose_masks(layers, stats, work.pattern, *how))
+        for some, least in _parts(work, layers, sparsity, plan.regrow):
+            how = (plan.score, least, work.asked.scope, plan.reduce, plan.regrow)
+            found += zip(some, stage.choose_masks(some, stats, work.pattern, *how))
         asked += sparsity * sum(l.original.numel() for l in layers)
     for layer, mask in found:
         set_mask_(layer, mask)
-    return asked / max(1, sum(l.original.numel() for l in work.layers))
+    return max(before, asked / max(1, sum(l.original.numel() for l in work.layers)))
+
+
+def _parts(
+    work: Work, layers: Sequence[Layer], sparsity: float, regrow: bool = False
+) -> list[tuple[Sequence[Layer], float]]:
+    """Layers with the sparsity to choose for them: no less than they have, where what is masked stays so."""
+    had = {id(l): 1 - _mask(l).float().mean().item() for l in layers}
+    if regrow or max(had.values(), default=0.0) <= sparsity:
+        return [(layers, sparsity)]
+    if work.asked.scope == "global":
+        sizes = [l.original.numel() for l in layers]
+        return [(layers, max(sparsity, sum(had[id(l)] * n for l, n in zip(layers, sizes)) / sum(sizes)))]
+    return [([l], max(sparsity, had[id(l)])) for l in layers]
 
 
 def _move(work: Work, before: float, now: float) -> None:
-    """S -= g w, or for soft movement a normalised step, and the pull of the penalty (Sanh 2020, eqs. 3 and 5)."""
+    """S -= g w, both of the same moment; for soft movement a normalised step, and the pull of the penalty (Sanh 2020,
+    eqs. 3 and 5)."""
     plan: Movement = work.plan
     for layer in work.layers:
-        push = work.gradient(layer).float() * whole(layer.original.detach()).float()
+        push = work.gradient(layer).float()  # times the weight already
         if not torch.isfinite(push).all():
             continue  # a step that a loss scaler throws away
         score = _kept(work, "score", layer)
@@ -133,6 +153,8 @@ def _move(work: Work, before: float, now: float) -> None:
 
 def _movement(work: Work, index: int) -> float:
     plan: Movement = work.plan
+    if not work.kept:
+        return work.zeros()  # before the first step nothing has moved
     scores = [work.view(l, _kept(work, "score", l)) for l in work.layers]
     if plan.penalty is None:
         sparsity = sparsities(plan.schedule, work.asked.sparsity, plan.steps, plan.first)[index]
@@ -167,17 +189,19 @@ def _second_order(work: Work, index: int) -> float:
     assert work.calibrate is not None
     how = {"count": plan.gradients, "block": plan.block, "damp": plan.damp}
     inverse = fisher.inverses(work.model, work.layers, work.calibrate, work.loss, **how)
-    scores = []
+    scores: dict[int, Tensor] = {}
     for layer in work.layers:
         flat = fisher.saliency(layer.weight.detach().float(), inverse[layer.full_name])
         score = work.view(layer, flat)
-        scores.append(torch.where(layer.layout.view(_mask(layer)), score, float("-inf")))
-    work.put(scores, sparsity)
+        scores[id(layer)] = torch.where(layer.layout.view(_mask(layer)), score, float("-inf"))
+    for some, least in _parts(work, work.layers, sparsity):
+        work.put([scores[id(l)] for l in some], least, some)
     for layer in work.layers:
         moved = fisher.compensated(layer.original.detach().float(), _mask(layer), inverse[layer.full_name])
-        with torch.no_grad():
-            layer.original.copy_(moved)
-    return sparsity
+        with torch.no_grad():  # its sums do not add up over processes: all take those of the first
+            layer.original.copy_(ranks.sent(moved, 0))
+        set_mask_(layer, ranks.sent(_mask(layer).to(torch.uint8), 0).bool())
+    return work.zeros()
 
 
 def _drops(plan: Rigl, last: float) -> list[tuple[float, Any]]:
@@ -238,10 +262,17 @@ def _pull(work: Work, before: float, now: float) -> None:
     p = -math.expm1(-plan.pull * (_raised(high) - _raised(low)))
     with torch.no_grad():
         for layer in work.layers:
-            z, u = (work.kept[f"{k}/{layer.full_name}"] for k in "zu")
+            z, u = (_kept(work, k, layer) for k in "zu")
             W = whole(layer.original)
-            W = W - p * (W.float() - z + u).to(W.dtype)
-            layer.original.copy_(spread_as(W, layer.original))
+            if W.dtype == torch.float32:
+                new = W - p * (W - z + u)
+            else:  # what a step of few bits is too coarse for is kept for the next
+                rest = _kept(work, "rest", layer)
+                fine = W.float() + rest
+                fine = fine - p * (fine - z + u)
+                new = fine.to(W.dtype)
+                rest.copy_(fine - new.float())
+            layer.original.copy_(spread_as(new, layer.original))
 
 
 def _raised(t: float) -> float:
@@ -280,7 +311,7 @@ def _second_moment(work: Work, layer: Layer) -> Tensor:
         raise PatternError(
             "admm weighs by second moments, which the optimizer does not keep: take adam, or weigh=False"
         )
-    return whole(state["exp_avg_sq"]).float().sqrt() + 1e-12
+    return whole(state["exp_avg_sq"]).float() + 1e-30
 
 
 def _tickets(plan: Rewind, last: float) -> list[tuple[float, Any]]:
@@ -290,7 +321,8 @@ def _tickets(plan: Rewind, last: float) -> list[tuple[float, Any]]:
 
 def _rewind(work: Work, what: Any) -> float:
     plan: Rewind = work.plan
-    here = {n: p for n, p in work.model.named_parameters()}
+    here = {_plain(n): p for n, p in work.model.named_parameters()}
+    here |= {_plain(n): b for n, b in work.model.named_buffers() if ".parametrizations." not in f".{n}"}
     if what == "keep":
         if plan.weights:
             work.kept.update({f"w/{n}": p.detach().clone() for n, p in here.items()})
@@ -300,12 +332,17 @@ def _rewind(work: Work, what: Any) -> float:
     work.put(scores, sparsity)
     with torch.no_grad():
         for name, p in here.items():
-            if plan.weights:
+            if f"w/{name}" in work.kept:
                 p.copy_(work.kept[f"w/{name}"])
             for value in () if work.optimizer is None else work.optimizer.state.get(p, {}).values():
                 if isinstance(value, Tensor):
                     value.zero_()
     return sparsity
+
+
+def _plain(name: str) -> str:
+    """A parameter's name whether something is attached to it or not."""
+    return name.replace("parametrizations.", "").removesuffix(".original")
 
 
 def lr_progress(plan: Any, t: float) -> float:
@@ -324,6 +361,8 @@ def lr_progress(plan: Any, t: float) -> float:
 
 def _kept(work: Work, kind: str, layer: Layer) -> Tensor:
     key = f"{kind}/{layer.full_name}"
+    if key in work.kept and work.kept[key].device != layer.original.device:
+        work.kept[key] = work.kept[key].to(layer.original.device)  # the model was moved, or the state was read
     if key not in work.kept:
         work.kept[key] = torch.zeros(layer.original.shape, device=layer.original.device)
     return work.kept[key]

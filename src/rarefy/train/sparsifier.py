@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError, PatternError
+from rarefy.model import ranks
 from rarefy.model.mask import Mask, check_maskable, get_mask, masks, set_mask_
 from rarefy.model.select import Layer, all_layers, select
-from rarefy.model.shards import everyones, sharded, spread_as
+from rarefy.model.shards import everyones, sharded, spread_as, whole
 from rarefy.model.stats import Loss
 from rarefy.prune import stage
 from rarefy.prune.score import SCORES
-from rarefy.train.methods import METHODS, Work, lr_progress, open_mask
+from rarefy.train.methods import METHODS, Work, lr_progress, open_mask, ways
 from rarefy.train.plans import Gradual, Movement, Plan, SecondOrder, asked
 
 Event = Callable[[nn.Module], Any]
@@ -68,7 +70,7 @@ class Sparsifier:
     ):
         check_steps(steps)
         self.model, self.plan, self.steps, self.sparsity = model, plan, steps, 0.0
-        self.count, self.progress, self.stride = 0, 0.0, 0.0
+        self.count, self.progress, self.stride, self._scale = 0, 0.0, 0.0, 1.0
         self.optimizer = optimizer
         self._left: list[tuple[float, Any]] = []
         self._layers: list[Layer] = []
@@ -84,7 +86,8 @@ class Sparsifier:
         told = asked(plan)
         self._layers = select(model, plan.layers, plan.ignore)
         stage.refuse_impossible(self._layers, told.pattern)
-        self._check(plan, calibrate)
+        data = list(calibrate) if isinstance(calibrate, Iterator) else calibrate
+        self._check(plan, data)
         self._method = METHODS[type(plan)]
         self._left = self._method.events(plan, told.sparsity)
         if steps is not None and len(self._left) > steps + 1 and not isinstance(plan, COARSE):
@@ -92,14 +95,14 @@ class Sparsifier:
                 f"the plan has {len(self._left)} events and training only {steps} steps: train longer, or give "
                 "fewer steps, cycles or rounds"
             )
+        seed = plan.seed if plan.seed is not None else seed
+        self._work = Work(model, self._layers, plan, told, seed, optimizer, data, loss, self._gradient)
+        ways(self._work)  # for its checks
         for layer in self._layers:
             check_maskable(layer)
         for layer in self._layers:
             if get_mask(layer) is None:
                 set_mask_(layer, open_mask(layer))
-        data = list(calibrate) if isinstance(calibrate, Iterator) else calibrate
-        seed = plan.seed if plan.seed is not None else seed
-        self._work = Work(model, self._layers, plan, told, seed, optimizer, data, loss, self._gradient)
         self.sparsity = self._work.zeros()
         self._advance(0.0, 0.0)
 
@@ -109,13 +112,19 @@ class Sparsifier:
         return not self._left
 
     @property
+    def settled(self) -> bool:
+        """Whether nothing more happens to the weights but training."""
+        return not self._left and not self._at
+
+    @property
     def lr_progress(self) -> float:
         """Where a schedule of the learning rate should stand, 0 to 1: `Rewind` sends it back each round."""
         return lr_progress(self.plan, self.progress)
 
-    def step(self, progress: float | None = None) -> None:
+    def step(self, progress: float | None = None, *, scale: float = 1.0) -> None:
         """Note one step of training, and do what is due. O(1) where nothing is, but for `Movement` and `Admm`.
 
+        `scale` is what a loss scaler has multiplied this step's loss by (`scaler.get_scale()` before its `update()`).
         Raises PatternError where neither `steps` nor `progress` says how far training is.
         """
         if progress is None and self.steps is None:
@@ -123,11 +132,12 @@ class Sparsifier:
         self.count += 1
         before, now = self.progress, self.count / self.steps if progress is None and self.steps else progress or 0.0
         self.progress = max(before, min(1.0, now))
-        self.stride = self.progress - before
+        self.stride, self._scale = self.progress - before, scale
         self._advance(before, self.progress)
 
     def use(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Take an optimizer that was made later: its state of masked weights is zeroed from now on."""
+        """Take an optimizer that was made later: its state of masked weights is zeroed from now on, and what comes to
+        be trained on the way (the values of codebooks) is added to it."""
         self.optimizer = optimizer
         if self.plan is not None:
             self._work.optimizer = optimizer
@@ -167,6 +177,8 @@ class Sparsifier:
         if needs and calibrate is None:
             what = f"score {plan.score!r}" if isinstance(plan, Gradual) else "second-order pruning"
             raise DataError(f"{what} reads statistics: give calibrate=batches")
+        if needs and next(iter(calibrate or ()), None) is None:
+            raise DataError("the calibration data is empty")
         if needs and any(sharded(l.original) for l in self._layers):
             raise ModelError(
                 "scores of data are not taken from weights that processes share: make the sparsifier before fully_shard"
@@ -179,7 +191,7 @@ class Sparsifier:
         if self._method.each is not None and now > before and self._left:
             self._method.each(self._work, before, now)
         due = [v for t, v in self._left if t <= now + 1e-9]
-        if self._method.gradients == "events" and any(v is not None for v in due) and not self._probed:
+        if self._method.gradients == "events" and any(v is not None for v in due) and not self._told():
             due = [v for v in due if v is None]  # the others, with the gradient of the next step
         self._left = self._left[len(due) :]
         for value in due[-1:] if isinstance(self.plan, COARSE) else due:
@@ -189,9 +201,22 @@ class Sparsifier:
         self._happen()
         self._probe()
 
+    def rest(self) -> None:
+        """Take off what the model carries for reading gradients; masks stay."""
+        for layer in self._layers:
+            if get_mask(layer) is not None:
+                _mask_of(layer).probe = None
+
     def _happen(self) -> None:
-        for when in [t for t in self._at if t <= self.progress + 1e-9]:
+        due = [t for t in self._at if t <= self.progress + 1e-9]
+        if not due:
+            return
+        before = {id(p) for p in self.model.parameters()}
+        for when in due:
             self._at.pop(when)(self.model)
+        new = [p for p in self.model.parameters() if id(p) not in before and p.requires_grad]
+        if new and self.optimizer is not None:
+            self.optimizer.add_param_group({"params": new})
 
     def _clean(self) -> None:
         """Nothing beneath a mask: no weight, no momentum; so none comes back with either."""
@@ -206,9 +231,11 @@ class Sparsifier:
                     if isinstance(value, Tensor) and value.shape == mask.shape:
                         value.masked_fill_(spread_as(~mask, value), 0)
 
-    @property
-    def _probed(self) -> bool:
-        return all(_mask_of(l).probe is not None for l in self._layers)
+    def _told(self) -> bool:
+        """Whether there are gradients, and all are finite: not where a loss scaler throws the step away."""
+        if any(_mask_of(l).probe is None for l in self._layers):
+            return False
+        return all(bool(torch.isfinite(self._gradient(l)).all()) for l in self._layers)
 
     def _probe(self) -> None:
         """Let masks tell gradients at masked places, where they will be read at the next step, a stride ahead."""
@@ -218,19 +245,30 @@ class Sparsifier:
         if self._method.gradients == "events":
             wanted = any(t <= self.progress + 1.5 * self.stride for t, _ in self._left)
         for layer in self._layers:
-            mask = _mask_of(layer)
-            W = layer.original
-            probe = torch.zeros(W.shape, dtype=W.dtype, device=W.device, requires_grad=True)
-            mask.probe = probe if wanted else None
+            mask, W = _mask_of(layer), layer.original
+            mask.probe = None
+            if wanted:
+                mask.probe = torch.zeros(W.shape, dtype=W.dtype, device=W.device, requires_grad=True)
+                if self._method.gradients == "steps":
+                    mask.probe.register_hook(partial(_times, layer))  # before the optimizer moves it
 
     def _gradient(self, layer: Layer) -> Tensor:
-        """The gradient since the last step, at masked places too."""
-        probe = _mask_of(layer).probe
-        if probe is None or probe.grad is None:
+        """The gradient since the last step, at masked places too (times the weight, where a method reads it at every
+        step): zero for a layer that was not used. ModelError where none was."""
+        probes = [_mask_of(l).probe for l in self._layers]
+        if not ranks.number(float(any(p is not None and p.grad is not None for p in probes))):
             raise ModelError(
                 f"{layer.full_name} has no gradient: call sparsifier.step() after backward, for each optimizer step"
             )
-        return everyones(probe.grad)
+        probe, W = _mask_of(layer).probe, layer.original
+        own = None if probe is None else probe.grad
+        if own is None:
+            own = torch.zeros(W.shape, dtype=W.dtype, device=W.device)
+        return everyones(own) / self._scale
+
+
+def _times(layer: Layer, gradient: Tensor) -> Tensor:
+    return gradient * whole(layer.original.detach())
 
 
 def check_steps(steps: Any, what: str = "steps") -> None:
