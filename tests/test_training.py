@@ -13,6 +13,7 @@ from rarefy import recipe as recipes
 from rarefy.errors import DataError, ModelError, RecipeError
 from rarefy.model.grid import get_grid
 from rarefy.model.select import all_layers
+from rarefy.plan import forecast
 from rarefy.train import checkpoint
 
 pytest.importorskip("transformers")
@@ -186,6 +187,53 @@ def test_recipes_that_cannot_be(dense, case):
     with pytest.raises(error, match=message):
         rarefy.compress_(model, recipes.from_yaml(text, "r.yaml"), {"train": data()})
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), dense.state_dict().values()))
+
+
+REFUSED_EARLY = {
+    "quantized twice": ("- quantize: {layers: fc}\n- quantize: {layers: fc}", "fc is quantized or shared by an earlier stage already"),
+    "shared, then quantized": ("- share: {layers: fc}\n- train: {quantize: {layers: fc}}", "fc is quantized or shared by an earlier stage"),
+    "pruned, then factorized": ("- prune: {sparsity: 0.5, layers: fc}\n- factorize: {keep: 0.5, layers: fc}", "fc has zeros by then, which factors would not keep"),
+    "solved on a grid": ("- quantize: {layers: fc}\n- prune: {sparsity: 0.5, layers: fc, solver: obs}", "fc lies on a grid by then, which a solver's weights would leave"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_EARLY)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(dense, case):
+    stages, message = REFUSED_EARLY[case]
+    model, plan = copy.deepcopy(dense), recipes.from_yaml(f"stages:\n{stages}\n", "r.yaml")
+    with pytest.raises(ModelError, match=f"{message}.*stage 2"):
+        rarefy.compress_(model, plan, data())
+    with pytest.raises(ModelError, match=message):
+        forecast(model, plan)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), dense.state_dict().values()))
+
+
+def test_a_metric_that_cannot_be_measured_is_found_before_training(llama):
+    recipe = {"stages": [{"train": {"epochs": 3, "validate": "accuracy"}}]}
+    with pytest.raises(DataError, match="accuracy needs"):
+        rarefy.compress_(copy.deepcopy(llama[0]), recipe, {"train": texts(), "validate": texts()})
+    with pytest.raises(DataError, match="data has trian.*did you mean 'train'"):
+        rarefy.compress_(copy.deepcopy(llama[0]), recipe, {"trian": texts()})
+
+
+def test_a_dry_run_and_a_receipt_say_what_is_trained(dense):
+    text = "stages:\n- train: {epochs: 2, prune: {method: rigl, sparsity: 0.5, steps: 2}, distill: {logits: 1.0}, quantize: {layers: fc}}"
+    plan = recipes.from_yaml(text)
+    (note,) = forecast(dense, plan).notes
+    assert (
+        note
+        == "stage 1 trains 2 epochs by adamw at 0.0001, zeros by rigl, taught by the model as it was, int8 from 50% on"
+    )
+    receipt = str(rarefy.compress_(copy.deepcopy(dense), plan, {"train": data()}))
+    assert "trained: epochs 2, loss " in receipt and "quantized: " in receipt
+
+
+def test_all_that_a_recipe_can_say(run):
+    ran = run("recipes", "--fields", "--json")
+    rows = {r["where"]: r for r in json.loads(ran.out)["rows"]}
+    assert rows["train.prune (rigl).drop"]["default"] == "0.3" and "train.distill.hidden" in rows
+    assert rows["quantize.fit"]["what"] == "minmax | mse | hqq" and rows["data.validate"]["default"] == "null"
+    assert run("recipes", "int8", "--fields").code == 2
 
 
 def test_a_resolved_recipe_reads_back():

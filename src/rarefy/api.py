@@ -36,7 +36,7 @@ from rarefy.prune.stage import check_weights, prune_, report
 from rarefy.runtime.choose import accelerate_
 from rarefy.runtime.layers import Sparse
 from rarefy.train.plans import Movement
-from rarefy.training import train_
+from rarefy.training import check_stage, train_
 from rarefy.values.lowrank import factorize_
 from rarefy.values.quantize import quantize_
 from rarefy.values.share import share_
@@ -62,7 +62,7 @@ def compress_(
     """Run a recipe on `model` in place, measure before and after, and return the receipt.
 
     recipe     preset name, path, dict or Recipe; `overrides` replace its fields of that name (`sparsity=0.4`)
-    data       batches for calibration and training, or {"calibrate": ..., "train": ..., "evaluate": ...};
+    data       batches for calibration and training, or a dict of "calibrate", "train", "validate" and "evaluate";
                what is not given is read from the paths and names in the recipe
     tokenizer  for text named in the recipe
     memory     bytes or such as "4G" to stay near: weights stay in the files they were loaded from, see `rarefy.prune_`
@@ -91,7 +91,7 @@ def compress_(
     given = Given(plan, data, tokenizer, base)
     if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
-    _check_data(plan, given)
+    _check_data(model, plan, given)
     with pages.keeping(model, memory):
         return _compress(model, plan, given, loss, memory, work, log, progress, began)
 
@@ -194,15 +194,14 @@ def _floating_state(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return ((n, t) for n, t in state if isinstance(t, Tensor) and t.is_floating_point() and id(t) not in scales)
 
 
-def _check_data(plan: recipes.Recipe, given: Given) -> None:
+def _check_data(model: nn.Module, plan: recipes.Recipe, given: Given) -> None:
     """Read all data before anything is changed, so that a wrong path costs nothing."""
     for stage in plan.stages:
         if calibrates(stage) and callable(given.batches("calibrate")):
             raise DataError("data['calibrate'] is an iterable of batches; a function of the epoch is for training")
         if isinstance(stage, recipes.Train):
             given.batches("train")
-            if stage.validate is not None:
-                given.batches("validate")
+            check_stage(stage, given, model)
 
 
 def _prune(model: nn.Module, s: recipes.Prune, given: Given, loss: Loss | None, **options: Any) -> list[Report]:

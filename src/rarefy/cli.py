@@ -103,8 +103,11 @@ def compress(
         raise RecipeError(f"--fresh has no effect: recipe {plan.name} {what}")
     source = _source(model)
     if dry_run:
+        from rarefy import recipe as recipes
         from rarefy.data import find
+        from rarefy.given import Given
         from rarefy.plan import forecast
+        from rarefy.training import check_stage
 
         base = Path(recipe).parent if Path(recipe).is_file() else None
         if out is not None:
@@ -116,6 +119,9 @@ def compress(
             named = getattr(source_, purpose, None)
             if named is not None:
                 find(named, base, purpose)
+        for stage in plan.stages:
+            if isinstance(stage, recipes.Train):
+                check_stage(stage, Given(plan, None, None, base), None)
         if plan.cuts:
             _rehearse(source, plan, base, most, as_json, quiet)
         else:
@@ -255,13 +261,20 @@ def export(
 @app.command("recipes")
 def recipes_(
     name: Annotated[str | None, typer.Argument(help="Print this recipe instead of the list.")] = None,
+    fields: Annotated[
+        bool, typer.Option("--fields", help="Show instead all that a recipe can say: stages, their fields, defaults.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the recipes that ship with Rarefy, or print one."""
+    """List the recipes that ship with Rarefy, print one, or show all that recipes can say."""
     from rarefy import recipe as recipes
     from rarefy.proof.report import Report
 
-    if name is None:
+    if fields:
+        if name is not None:
+            raise RecipeError(f"--fields shows what all recipes can say: leave {name!r} out")
+        _show(Report("what a recipe can say", recipes.vocabulary()), as_json, False)
+    elif name is None:
         rows = tuple({"recipe": n, "about": recipes.load(n).about} for n in recipes.presets())
         _show(Report("recipes", rows), as_json, False)
     elif as_json:

@@ -11,7 +11,7 @@ from torch import nn
 from rarefy import data as sources
 from rarefy import recipe as recipes
 from rarefy.cut.score import UNIT_SCORES
-from rarefy.errors import DataError
+from rarefy.errors import DataError, nearest
 from rarefy.model import hf
 from rarefy.model.stats import check_batches
 from rarefy.prune.allocate import SLOW
@@ -29,7 +29,9 @@ class Given:
         if isinstance(data, Mapping):
             wrong = set(data) - known
             if wrong:
-                raise DataError(f"data has {', '.join(sorted(wrong))}; known are {', '.join(sorted(known))}")
+                near = nearest(min(wrong), known)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise DataError(f"data has {', '.join(sorted(wrong))}; known are {', '.join(sorted(known))}{hint}")
             for purpose, batches in data.items():
                 if not callable(batches):
                     check_batches(batches, f"data[{purpose!r}]")

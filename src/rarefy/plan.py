@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from rarefy import recipe as recipes
-from rarefy.errors import RarefyError, RecipeError
+from rarefy.errors import ModelError, RarefyError, RecipeError
 from rarefy.model.grid import scale_shape
 from rarefy.model.select import Layer, all_layers, select
 from rarefy.proof.report import Report
@@ -68,6 +68,7 @@ def targets(
     if memory is not None:
         _check_lean(plan)
     found: Target | None
+    had: dict[int, str] = {}  # what a stage before has made of a weight
     for number, stage in enumerate(plan.stages, 1):
         with naming(plan, number):
             if isinstance(stage, recipes.Prune):
@@ -92,10 +93,31 @@ def targets(
                 found = None
             if isinstance(stage, recipes.Train) and stage.quantize:
                 if found is not None:
+                    _note(found, stage, had)
                     yield found
                 found = _on_grid(model, number, stage.quantize)
+            if found is not None:
+                _note(found, stage, had)
         if found is not None:
             yield found
+
+
+def _note(target: Target, stage: Any, had: dict[int, str]) -> None:
+    """Raise ModelError where what a stage before has made of a weight is in the way; remember what this one makes."""
+    beside = isinstance(stage, recipes.Factorize) and stage.beside
+    for layer in target.layers:
+        before, name = had.get(id(layer.original)), layer.full_name
+        if before == "grid" and target.few is not None:
+            raise ModelError(f"{name} is quantized or shared by an earlier stage already: one of them a layer")
+        if before == "grid" and isinstance(stage, recipes.Prune) and stage.solver is not None:
+            raise ModelError(f"{name} lies on a grid by then, which a solver's weights would leave: prune first")
+        if before is not None and target.left is not None and not beside:
+            what = "lies on a grid" if before == "grid" else "has zeros"
+            raise ModelError(f"{name} {what} by then, which factors would not keep: factorize first, or beside: true")
+        if target.few is not None:
+            had[id(layer.original)] = "grid"
+        elif target.pattern is not None:
+            had.setdefault(id(layer.original), "zeros")
 
 
 def _on_grid(model: nn.Module, number: int, stage: recipes.Quantize) -> Target:
@@ -167,7 +189,22 @@ def forecast(model: nn.Module, plan: recipes.Recipe, memory: int | None = None) 
         "bytes expected": after,
         "ratio expected": after / max(before, 1),
     }
-    return Report(f"dry run of {plan.name}: nothing computed", tuple(rows), summary)
+    return Report(f"dry run of {plan.name}: nothing computed", tuple(rows), summary, tuple(_not_counted(plan)))
+
+
+def _not_counted(plan: recipes.Recipe) -> Iterator[str]:
+    """What a dry run says besides its table."""
+    for number, s in enumerate(plan.stages, 1):
+        if isinstance(s, recipes.Tie):
+            yield f"stage {number} ties blocks, which are stored once: fewer bytes than that"
+        if isinstance(s, recipes.Factorize) and s.beside:
+            yield f"stage {number} puts factors beside layers: more bytes than that"
+        if isinstance(s, recipes.Train):
+            parts = [f"{s.epochs} epochs by {s.optimizer.name} at {s.optimizer.lr:g}"]
+            parts += [f"zeros by {getattr(s.prune, 'method', '')}"] if s.prune else []
+            parts += [f"taught by {s.distill.teacher or 'the model as it was'}"] if s.distill else []
+            parts += [f"{s.quantize.weights} from {s.quantize.start:.0%} on"] if s.quantize else []
+            yield f"stage {number} trains {', '.join(parts)}"
 
 
 def _scales(grid: Ask, layer: Layer) -> int:

@@ -97,6 +97,36 @@ STAGES: dict[str, type] = {
 }  # fmt: skip
 
 
+def vocabulary() -> tuple[dict[str, str], ...]:
+    """Return a row for each field of a recipe: where it stands, its type, its default."""
+    rows: list[dict[str, str]] = []
+    methods = {cls: name for name, cls in PLANS.items()}
+
+    def add(place: str, cls: Any) -> None:
+        kinds: dict[str, Any] = typing.get_type_hints(cls)
+        for f in fields(cls):
+            options = typing.get_args(kinds[f.name]) if isinstance(kinds[f.name], types.UnionType) else (kinds[f.name],)
+            inner: list[Any] = [o for o in options if dataclasses.is_dataclass(o)]
+            made = f.default_factory is not dataclasses.MISSING
+            default = "" if made or f.default is dataclasses.MISSING else str(_plain(f.default)).lower()
+            default = {"none": "null"}.get(default, default)
+            own = next((OWN[c] for c in cls.__mro__ if c in OWN), {})
+            allowed = (CHOICES | own).get(f.name) or ()
+            words = " | ".join(map(str, allowed)) or str(f.type).replace("tuple[str, ...]", "words").replace(
+                " | None", ""
+            )
+            if not inner:
+                rows.append({"where": f"{place}.{f.name}", "what": words, "default": default})
+            for option in inner:
+                add(f"{place}.{f.name}" + (f" ({methods[option]})" if option in methods else ""), option)
+
+    for name, cls in STAGES.items():
+        add(name, cls)
+    for f in ("data", "evaluate", "save"):
+        add(f, {"data": Data, "evaluate": Evaluate, "save": Save}[f])
+    return tuple(rows)
+
+
 def folder() -> Path:
     """Return the folder of the recipes that ship with Rarefy."""
     installed = Path(__file__).parent / "recipes"

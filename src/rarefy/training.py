@@ -132,18 +132,42 @@ def teacher(
             distiller.close()
 
 
+def check_stage(s: recipes.Train, given: Given, model: nn.Module | None) -> None:
+    """Raise for what a stage would only find in the middle: no data to validate on, or data or a model that its metric
+    cannot read, a teacher that is not there."""
+    if s.distill is not None and s.distill.teacher is not None:
+        _teacher_folder(s.distill.teacher, given.base)
+    if s.validate is None:
+        return
+    if not given.has("validate"):
+        raise DataError(
+            "no validate data: name it in the recipe (data: {validate: ...}), or pass data={'validate': ...}"
+        )
+    if model is None:
+        return
+    first = next(iter(given.batches("validate")), None)
+    if first is None:
+        raise DataError("the validation data is empty")
+    METRICS[s.validate](model, [first])
+
+
+def _teacher_folder(folder: str, base: Path | None) -> Path:
+    path = Path(folder).expanduser()
+    path = path if path.is_absolute() or base is None or path.exists() else base / path
+    if not (path / INDEX).is_file() and not (path / "config.json").is_file():
+        raise ModelError(f"teacher {folder!r} is no folder of a model: neither config.json nor {INDEX} is in it")
+    return path
+
+
 def other(folder: str, base: Path | None, before: nn.Module) -> nn.Module:
     """Return the teacher in a folder: a Hugging Face model, or one of ours, whose class is that of the student where
     the folder does not say. ModelError where it is neither."""
-    path = Path(folder).expanduser()
-    path = path if path.is_absolute() or base is None or path.exists() else base / path
+    path = _teacher_folder(folder, base)
     if (path / INDEX).is_file():
         try:
             return frozen_copy(store.load(path))
         except ModelError:
             return frozen_copy(store.load(path, copy.deepcopy(before)))
-    if not (path / "config.json").is_file():
-        raise ModelError(f"teacher {folder!r} is no folder of a model: neither config.json nor {INDEX} is in it")
     return frozen_copy(hf.load_folder(path))
 
 

@@ -21,9 +21,10 @@ from rarefy.model.select import all_layers, unwrap
 
 
 def export_onnx(model: nn.Module, example: Any, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write `model` in evaluation mode as an ONNX file whose first dimension stays open; return its path.
+    """Write `model` in evaluation mode as an ONNX file whose first dimension stays open (others are the example's);
+    return its path.
 
-    example   what the model is called with: a tensor, or a tuple of them
+    example   what the model is called with: a tensor, a tuple of them, or a dict of keywords
     Weights of 8 bits with a scale an output or tensor are stored in 8 bits and dequantized (QDQ), inputs that are
     rounded statically are quantized before their layer; all else is stored as the numbers that it is. Needs the extra
     [export]. Raises ContainerError (something is in the way), ModelError (rows rounded in each call, which ONNX has no
@@ -53,8 +54,15 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, *, overwrite: 
         if inputs is not None:
             set_inputs_(module, None)
             module.register_forward_pre_hook(_QuantizeInput(inputs), with_kwargs=True)
-    args = example if isinstance(example, tuple) else (example,)
-    program = _exported(made, args)
+    config: Any = getattr(made, "config", None)
+    if getattr(config, "use_cache", None) is True:
+        config.use_cache = False  # keys and values of another call are no output that ONNX has a form for
+    given = dict(example) if hasattr(example, "keys") else {}
+    args = () if given else example if isinstance(example, tuple) else (example,)
+    strange = [type(a).__name__ for a in (*args, *given.values()) if not isinstance(a, Tensor)]
+    if strange:
+        raise ModelError(f"example is a tensor, a tuple of tensors, or a dict of them; it holds {strange[0]}")
+    program = _exported(made, args, given)
     with blaming(path):
         write_bytes_whole(path, program.model_proto.SerializeToString())
     return path
@@ -68,18 +76,24 @@ def _check_packages() -> None:
         raise ModelError(f"ONNX needs more packages: pip install 'rarefy[export]' ({error})") from None
 
 
-def _exported(model: nn.Module, args: tuple[Any, ...]) -> Any:
+def _exported(model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
     batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} if isinstance(a, Tensor) and a.dim() else None for a in args)
+    shapes: Any = tuple({0: batch} if a.dim() else None for a in args)
+    if given:
+        shapes = {k: {0: batch} if a.dim() else None for k, a in given.items()}
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.onnx.export(model, args, dynamo=True, dynamic_shapes=shapes, verbose=False, optimize=True)
+            how: dict[str, Any] = {"dynamo": True, "dynamic_shapes": shapes, "verbose": False, "optimize": True}
+            return torch.onnx.export(model, args, kwargs=given or None, **how)
     except Exception as error:  # torch raises whatever its stages do
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what a stage says is behind what torch says of the stage
+            cause = cause.__cause__
+        first = str(cause).strip().splitlines()[0][:200] if str(cause).strip() else type(cause).__name__
         raise ModelError(f"torch cannot export this {type(model).__name__} to ONNX: {first}") from error
     finally:
         quiet.setLevel(level)

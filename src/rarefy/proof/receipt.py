@@ -63,6 +63,7 @@ class Receipt:
             )
             state = f"seed {settings.get('seed', '?')}, load {machine.get('load', '?')}"
             lines.append(f"{settings.get('seconds', 0):.0f} s on {where}, {state}")
+        lines += [f"{s['title']}: {_told(s)}" for s in self.stages if s["title"] not in SHOWN and _told(s)]
         lines += [f"note: {n}" for n in self.notes]
         return "\n".join(lines).rstrip()
 
@@ -160,3 +161,13 @@ def _grouped(layers: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return out
+
+
+SHOWN = ("pruned", "cut", "layers", "accelerated")  # stages whose rows are in the tables
+
+
+def _told(stage: Mapping[str, Any]) -> str:
+    """A stage in a line: what its report sums up, of training its first and last loss."""
+    parts = [f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in stage["summary"].items()]
+    losses = [r["loss"] for r in stage["rows"] if "loss" in r]
+    return ", ".join([*parts, *([f"loss {losses[0]:.4g} -> {losses[-1]:.4g}"] if losses else [])])

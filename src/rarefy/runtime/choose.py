@@ -80,9 +80,8 @@ def accelerate_each(model: nn.Module, how: Mapping[str, Any], bring: Callable[[L
     file = check_options(sizes, how["repeats"], values, how["choices"])
     chosen, sizes = select(model, how["layers"], how["ignore"]), sorted(set(sizes))
     if how["layers"] is None:  # what was put on a grid was meant, be it a head
-        left = {id(l) for l in chosen}
-        dropped = {id(l.original) for l in (select(model, how["ignore"]) if how["ignore"] else ())}
-        chosen += [l for l in all_layers(model) if id(l) not in left and _gridded(l) and id(l.original) not in dropped]
+        known = {id(l.original) for l in [*chosen, *(select(model, how["ignore"]) if how["ignore"] else ())]}
+        chosen += [l for l in all_layers(model) if id(l.original) not in known and _gridded(l)]
     check_plain(chosen, bring is None)
     seen = None if example is None else observe(model, [l.module for l in chosen], example)
     places, before = Places(model, seen, fold), sum(t.nbytes for t in [*model.parameters(), *model.buffers()])

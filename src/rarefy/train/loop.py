@@ -111,7 +111,7 @@ def fit_(
     work = path_of(work)
     if isinstance(teach, Distiller) and not teach.prepared and not hasattr(data, "__next__"):
         teach.prepare(on_device(model, _first(data)))
-    open_ = [l.full_name for l in all_layers(model) if get_mask(l) is None and zeros_of(l) > ROUNDED]
+    open_ = {l.full_name: z for l in all_layers(model) if get_mask(l) is None and (z := zeros_of(l)) > ROUNDED}
     resume_grids_(model)
     if optimizer is None:
         optimizer = optimizer_of("adamw", 1e-4)
@@ -163,7 +163,7 @@ def fit_(
     summary = {"epochs": len(run.rows), **best.restore()}
     early = len(run.rows) < epochs
     notes = (f"stopped after {len(run.rows)} of {epochs} epochs: {patience} without a better one",) if early else ()
-    lost = [l.full_name for l in all_layers(model) if l.full_name in open_ and zeros_of(l) <= ROUNDED]
+    lost = [l.full_name for l in all_layers(model) if zeros_of(l) < open_.get(l.full_name, 0.0) - 0.01]
     if lost:
         notes += (f"zeros without a mask were filled in {', '.join(lost)}: rarefy.adopt_(model) before keeps them",)
     return Report("trained", tuple(run.rows), summary, notes)
