@@ -8,6 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -87,15 +88,16 @@ def save(
         extra.setdefault("config.json", json.dumps(structure["config"], indent=1).encode())
     if receipt is not None:
         extra.update({"receipt.json": receipt.to_json().encode(), "receipt.txt": str(receipt).encode()})
-    packed = ((n, packed) for n, packed in pack(model, dict(state), format) if n not in tied)
+    packed = ((n, packed) for n, packed in pack(model, dict(state), format, compress) if n not in tied)
     container.write(path, packed, aliases=tied, meta=meta, files=extra, overwrite=overwrite, compress=compress)
     return folder_bytes(os.path.realpath(path), WEIGHTS)
 
 
 def pack(
-    model: nn.Module, state: Mapping[str, Tensor], format: str = "smallest"
+    model: nn.Module, state: Mapping[str, Tensor], format: str = "smallest", compress: bool = False
 ) -> Iterator[tuple[str, sparse.Packed]]:
-    """Yield (name, packed) for each tensor of a plain state: prunable weights in `format`, all else dense."""
+    """Yield (name, packed) for each tensor of a plain state: prunable weights in `format`, all else dense. What is
+    `smallest` counts after LZMA where the file is compressed."""
     layers = {f"{n}.{p}" if n else p: l for l in all_layers(model) for n, _, p in l.owners}
     patterns = {r["layer"]: r["pattern"] for r in _layer_rows(model)}
     for name, tensor in state.items():
@@ -109,11 +111,14 @@ def pack(
         pattern = pattern if pattern[:1].isdigit() else None
         if grid is not None:
             known = values.sizes(tensor, grid, pattern, axis=layout.in_axis)
-            best = format if format in known else min(known, key=lambda f: known[f])
-            yield name, values.encode(tensor, grid, best, pattern, axis=layout.in_axis)
+            make = partial(values.encode, tensor, grid, pattern=pattern, axis=layout.in_axis)
+            yield name, make(format) if format in known else container.least(make, known, compress)
             continue
         sizes = sparse.sizes(tensor, pattern, axis=layout.in_axis)
-        if format == "smallest" or format not in sizes:
+        if compress and format == "smallest":
+            make = partial(sparse.encode, tensor, pattern=pattern, axis=layout.in_axis)
+            yield name, container.least(make, sizes, True)
+        elif format == "smallest" or format not in sizes:
             yield name, sparse.smallest(tensor, pattern, axis=layout.in_axis)
         else:
             yield name, sparse.encode(tensor, format, pattern, axis=layout.in_axis)

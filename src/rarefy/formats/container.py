@@ -22,12 +22,13 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -42,6 +43,7 @@ SCHEMA = 1
 INDEX_BYTES = 64 * 2**20
 EXPANSION, SLACK = 64, 2**20  # decoded bytes allowed per stored byte, unless the caller knows the shape
 MOST_RATIO = 256  # bytes that a compressed byte may become; what is denser is stored as it is
+SQUEEZED = 1 << 24  # bytes of a tensor that is tried in several formats
 INDEX_XZ = "rarefy-index.json.xz"
 _SHARD = re.compile(r"weights-[0-9]{5,8}\.safetensors(\.xz)?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -229,6 +231,20 @@ def _compress_shards(temp: Path, target: Path, index: dict[str, Any]) -> None:
     for entry in index["tensors"].values():
         for place in entry["parts"].values():
             place["shard"] += "" if place["shard"] in index["shards"] else ".xz"
+
+
+def least(make: Callable[[str], Packed], sizes: Mapping[str, int], compress: bool) -> Packed:
+    """Return a tensor in the smallest of the formats that `sizes` has bytes of; with `compress` what is smallest after
+    LZMA, among those of at most four times the bytes: positions of zeros do not pack, bits that say little do."""
+    best = min(sizes, key=lambda f: sizes[f])
+    if not compress or sizes[best] > SQUEEZED:
+        return make(best)
+    near = [make(f) for f in sizes if sizes[f] <= 4 * sizes[best]]
+    return min(near, key=lambda p: sum(len(lzma.compress(_bytes(t))) for t in p.parts.values()))
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _compressed(data: bytes) -> bytes:
