@@ -284,11 +284,11 @@ def minilm(only: list[str]) -> Iterator[Line]:
         yield {"run": "minilm", "way": way, "R@1": hit, "cosine": float((got * want).sum(-1).mean())}
 
 
-def fashion(seeds: list[int]) -> Iterator[Line]:
+def fashion(seeds: list[int], only: list[str]) -> Iterator[Line]:
     """Static INT8 without training; INT4 with; 90 % zeros, 16 values and LZMA, each trained a little."""
     import tempfile
 
-    from vision import DENSE_EPOCHS, MORE_EPOCHS, data_of, train_dense
+    from vision import DENSE_EPOCHS, train_dense
     from vision_net import SmallResNet, accuracy, load
 
     images = load()
@@ -296,30 +296,53 @@ def fashion(seeds: list[int]) -> Iterator[Line]:
         torch.manual_seed(seed)
         dense = SmallResNet()
         train_dense(dense, images, seed, DENSE_EPOCHS, 0.2)
-        dense = dense.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        data = data_of(images, seed)
-        with tempfile.TemporaryDirectory() as place:
-            raw = rarefy.save(dense, f"{place}/dense", format="dense")
-            told: Line = {"run": "fashion", "seed": seed}
-            longer = copy.deepcopy(dense)
-            train_dense(longer, images, seed, MORE_EPOCHS, 0.02)
-            ends = accuracy(dense, *images[2:]), accuracy(plain(longer), *images[2:])
-            yield {**told, "way": "dense", "accuracy": ends[0], "trained": ends[1], "bytes": raw}
-            static, everything = copy.deepcopy(dense), ["Linear", "Conv2d"]
-            rarefy.quantize_(static, "int8", activations="int8-static", data=data["calibrate"], layers=everything)
-            size = rarefy.save(static, f"{place}/static")
-            yield {**told, "way": "int8, static", "accuracy": accuracy(static, *images[2:]), "bytes": size}
-            four = copy.deepcopy(dense)
-            rarefy.quantize_(four, "int4", layers=everything)
-            before = accuracy(four, *images[2:])
-            train_dense(four, images, seed, MORE_EPOCHS, 0.02)
-            size = rarefy.save(plain(four), f"{place}/four")
-            ends = before, accuracy(four, *images[2:])
-            yield {**told, "way": "int4, trained", "accuracy": ends[0], "trained": ends[1], "bytes": size}
-            deep = copy.deepcopy(dense)
-            rarefy.compress_(deep, "deep-compression", data, seed=seed)
-            size = rarefy.save(plain(deep), f"{place}/deep", compress=True)
-            yield {**told, "way": "deep compression", "accuracy": accuracy(deep, *images[2:]), "bytes": size}
+        dense = plain(dense)
+        for way, make in FASHION.items():
+            if only and way not in only:
+                continue
+            with tempfile.TemporaryDirectory() as place:
+                model, more = make(copy.deepcopy(dense), images, seed)
+                form = {"format": "dense"} if way == "dense" else {"compress": way == "deep compression"}
+                size = rarefy.save(model, f"{place}/it", **form)  # type: ignore[arg-type]
+                right = accuracy(model, *images[2:])
+                yield {"run": "fashion", "seed": seed, "way": way, "accuracy": right, **more, "bytes": size}
+
+
+def _longer(dense: Any, images: Any, seed: int) -> tuple[Any, Line]:
+    from vision import MORE_EPOCHS, train_dense
+    from vision_net import accuracy
+
+    longer = copy.deepcopy(dense)
+    train_dense(longer, images, seed, MORE_EPOCHS, 0.02)
+    return dense, {"trained": accuracy(plain(longer), *images[2:])}
+
+
+def _static(model: Any, images: Any, seed: int) -> tuple[Any, Line]:
+    from vision import data_of
+
+    data = data_of(images, seed)["calibrate"]
+    rarefy.quantize_(model, "int8", activations="int8-static", data=data, layers=["Linear", "Conv2d"])
+    return model, {}
+
+
+def _four(model: Any, images: Any, seed: int) -> tuple[Any, Line]:
+    from vision import MORE_EPOCHS, train_dense
+    from vision_net import accuracy
+
+    rarefy.quantize_(model, "int4", layers=["Linear", "Conv2d"])
+    before = accuracy(model, *images[2:])
+    train_dense(model, images, seed, MORE_EPOCHS, 0.02)
+    return plain(model), {"untrained": before}
+
+
+def _deep(model: Any, images: Any, seed: int) -> tuple[Any, Line]:
+    from vision import data_of
+
+    rarefy.compress_(model, "deep-compression", data_of(images, seed), seed=seed)
+    return plain(model), {}
+
+
+FASHION = {"dense": _longer, "int8, static": _static, "int4, trained": _four, "deep compression": _deep}
 
 
 def plain(model: Any) -> Any:
@@ -383,7 +406,7 @@ def main() -> None:
     args = parser.parse_args()
     runs: dict[str, Any] = {
         "leave": leave, "language": lambda: language(args.only), "minilm": lambda: minilm(args.only),
-        "fashion": lambda: fashion(args.seeds), "decode": decode, "peer": lambda: peer(args.peer, args.only),
+        "fashion": lambda: fashion(args.seeds, args.only), "decode": decode, "peer": lambda: peer(args.peer, args.only),
     }  # fmt: skip
     if "peer" in args.runs and not args.peer:
         parser.error("llmcompressor runs in a venv of its own: give --peer VENV/bin/python")
