@@ -61,6 +61,7 @@ def effective(model: Any) -> dict[str, torch.Tensor]:
 def main() -> None:
     folder, batches, method, sparsity, pattern, out = sys.argv[1:]
     torch.set_num_threads(2)
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]  # AWQ asks for it where no GPU is
     ids = load_file(batches)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
