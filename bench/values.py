@@ -364,7 +364,7 @@ def decode() -> Iterator[Line]:
         model = copy.deepcopy(dense)
         rarefy.quantize_(model, **options)
         if "head" in way:
-            rarefy.quantize_(model, "int8", layers="model.embed_tokens")
+            rarefy.quantize_(model, "int8", layers=["lm_head", "model.embed_tokens"])
         rarefy.fold_(model)
         models[way] = model
         told = rarefy.accelerate_(model, (1,), values=values, choices=False)
