@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -27,9 +26,10 @@ import rarefy
 from rarefy import data as sources
 from rarefy import samples
 from rarefy.model import hf
-from rarefy.proof.measure import commit, compare, machine
+from rarefy.proof.measure import compare
 from rarefy.train.loop import Steps
 from rarefy.train.optimizers import optimizer_of
+from values import keep, kept, perplexities, plain
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train.jsonl"
@@ -50,7 +50,6 @@ PLANS: dict[str, Any] = {
 
 def fashion_one(task: tuple[str, float, int]) -> Line:
     """One network: dense, trained on, or pruned by a plan, alone or taught."""
-    from values import plain
     from vision import DENSE_EPOCHS, SGD, data_of, fast, train_dense
     from vision_net import SmallResNet, accuracy, load
 
@@ -119,8 +118,6 @@ STEPS, TOKENS = 120, 512
 
 def language(only: list[str]) -> Iterator[Line]:
     """One shot, then learning from the dense model on the calibration corpus."""
-    from values import perplexities
-
     source = samples.model_folder("smollm2-135m")
     tokenizer = hf.load_tokenizer(source)
     dense = hf.load_folder(source).float()
@@ -216,12 +213,8 @@ def main() -> None:
     runs: dict[str, Any] = {
         "fashion": lambda: fashion(args.seeds, args.only), "language": lambda: language(args.only), "minilm": minilm,
     }  # fmt: skip
-    for name in args.runs or ([] if args.table else runs):
-        for line in runs[name]():
-            print(line, flush=True)
-            with RESULTS.open("a") as file:
-                print(json.dumps({**line, "commit": commit(HERE), "machine": machine()}), file=file)
-    print(table([json.loads(l) for l in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []))
+    keep(RESULTS, (runs[n] for n in args.runs or ([] if args.table else runs)))
+    print(table(kept(RESULTS)))
 
 
 if __name__ == "__main__":

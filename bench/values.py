@@ -17,7 +17,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +394,20 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value or "")
 
 
+def keep(results: Path, runs: Iterable[Callable[[], Iterable[Line]]]) -> None:
+    """Run, and add each line to a file as soon as it is there."""
+    for run in runs:
+        for line in run():
+            print(line, flush=True)
+            with results.open("a") as file:
+                print(json.dumps({**line, "commit": commit(HERE), "machine": machine()}), file=file)
+
+
+def kept(results: Path) -> list[Line]:
+    """Return what a file has of earlier runs."""
+    return [json.loads(l) for l in results.read_text().splitlines()] if results.is_file() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -410,12 +424,8 @@ def main() -> None:
     }  # fmt: skip
     if "peer" in args.runs and not args.peer:
         parser.error("llmcompressor runs in a venv of its own: give --peer VENV/bin/python")
-    for name in args.runs or ([] if args.table else [r for r in runs if r != "peer"]):
-        for line in runs[name]():
-            print(line, flush=True)
-            with RESULTS.open("a") as file:
-                print(json.dumps({**line, "commit": commit(HERE), "machine": machine()}), file=file)
-    print(table([json.loads(l) for l in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []))
+    keep(RESULTS, (runs[n] for n in args.runs or ([] if args.table else [r for r in runs if r != "peer"])))
+    print(table(kept(RESULTS)))
 
 
 if __name__ == "__main__":

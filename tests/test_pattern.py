@@ -10,6 +10,7 @@ import rarefy
 from conftest import image_batches
 from rarefy.errors import PatternError
 from rarefy.model.mask import masks
+from rarefy.prune import pattern as patterns
 from rarefy.prune.pattern import masks_at, parse, select, select_many
 from rarefy.prune.score import SCORES
 
@@ -191,3 +192,15 @@ def test_empty_layers(pattern, shape, scope):
     if scope == "row" and pattern in ("row", "column"):
         return
     assert select(torch.rand(shape), pattern, 0.5, scope=scope).shape == shape
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "4x1", "2x3", "row", "column"])
+def test_entries_score_as_the_mean_of_their_unit(pattern):
+    s = torch.randn(2, 3, 6, 7)
+    got = patterns.per_unit(s, patterns.parse(pattern))
+    r, c = {"unstructured": (1, 1), "4x1": (4, 1), "2x3": (2, 3), "row": (1, 7), "column": (6, 1)}[pattern]
+    whole = pattern in ("row", "column")
+    for g, k, o, i in itertools.product(range(2), range(3), range(6), range(7)):
+        a, b = o // r * r, i // c * c
+        unit = s[g, :, a : a + r, b : b + c] if whole else s[g, k, a : a + r, b : b + c]
+        assert got[g, k, o, i] == pytest.approx(float(unit.mean()), abs=1e-6)

@@ -117,9 +117,8 @@ def teacher(
         yield None
         return
     assert given.before is not None
-    wise = frozen_copy(given.before)
-    if s.distill.teacher is not None:
-        wise = other(s.distill.teacher, given.base, wise)
+    folder, before = s.distill.teacher, given.before
+    wise = frozen_copy(before) if folder is None else other(folder, given.base, before)
     example = next(iter(batches(0)), None)
     if example is None:
         raise DataError("the training data is empty")
@@ -239,9 +238,9 @@ class Sparsifier(sparsifier.Sparsifier):
             raise RecipeError("teacher has no effect: the recipe's train stage has no distill")
         self.own, self.distiller = loss_of(loss), None
         if stage.distill is not None:
-            wise = frozen_copy(model) if teacher is None else teacher
-            if stage.distill.teacher is not None:
-                wise = other(stage.distill.teacher, None, wise)
+            folder, wise = stage.distill.teacher, teacher
+            if wise is None:
+                wise = frozen_copy(model) if folder is None else other(folder, None, model)
             self.distiller = Distiller(model, wise, stage.distill, example=example, cache=cache)
         labels = None if calibrate is None else list(with_labels(model, calibrate, "train"))
         at = happenings(stage, given, False, [])

@@ -57,31 +57,42 @@ class Journal:
 
     def read(self, stop: int) -> Entry:
         """Return what was done at a stop, weights mapped from the file; ContainerError where it is not whole."""
-        assert self.folder is not None
-        file = self.folder / f"stop-{stop:06d}.safetensors"
-        try:
-            with safe_open(file, "pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-                about = opened.metadata()
-            whole = about["key"] == self.key and about["digest"] == digest(dict(sorted(tensors.items())))
-            rows = json.loads(about["rows"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ContainerError(f"{file} is damaged ({error}): {ANEW.format(self.folder)}") from None
-        if not whole:
-            raise ContainerError(f"{file} is damaged or of another run: {ANEW.format(self.folder)}")
+        tensors, rows = self.take(f"stop-{stop:06d}.safetensors", "rows")
         part = {p: {n[2:]: t for n, t in tensors.items() if n.startswith(f"{p}.")} for p in "wm"}
         return Entry(part["w"], part["m"], rows)
 
     def write(self, stop: int, entry: Entry) -> None:
         """Put an entry on disk; ContainerError where there is no space."""
-        if self.folder is None:
-            return
         tensors = {f"w.{n}": t.contiguous() for n, t in entry.weights.items()}
         tensors |= {f"m.{n}": t for n, t in entry.masks.items()}
-        about = {"rows": json.dumps(entry.rows), "key": self.key, "digest": digest(dict(sorted(tensors.items())))}
+        self.put(f"stop-{stop:06d}.safetensors", tensors, "rows", entry.rows)
+
+    def take(self, name: str, word: str) -> tuple[dict[str, Tensor], Any]:
+        """Return the tensors of a file, mapped, and what `put` noted under `word`; ContainerError where the file is
+        damaged or of another run."""
+        assert self.folder is not None
+        file = self.folder / name
+        try:
+            with safe_open(file, "pt") as opened:
+                tensors = {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118 (not a dict)
+                about = opened.metadata()
+            whole = about["key"] == self.key and about["digest"] == digest(dict(sorted(tensors.items())))
+            value = json.loads(about[word])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise ContainerError(f"{file} is damaged ({error}): {ANEW.format(self.folder)}") from None
+        if not whole:
+            raise ContainerError(f"{file} is damaged or of another run: {ANEW.format(self.folder)}")
+        return tensors, value
+
+    def put(self, name: str, tensors: dict[str, Tensor], word: str, value: Any) -> None:
+        """Put tensors into a file, whole or not at all, with plain data under `word`; ContainerError where there is no
+        space."""
+        if self.folder is None:
+            return
+        about = {word: json.dumps(value), "key": self.key, "digest": digest(dict(sorted(tensors.items())))}
         with blaming(self.folder, sum(t.nbytes for t in tensors.values())):
             save_file(tensors, self.folder / PARTIAL, metadata=about)
-            self._name(self.folder, f"stop-{stop:06d}.safetensors")
+            self._name(self.folder, name)
 
     @staticmethod
     def _name(folder: Path, name: str) -> None:

@@ -174,6 +174,12 @@ def masks_at(
     return [_spread(p.reshape(u.score.shape), u, s.shape) for p, u, s in zip(parts, units, scores)]
 
 
+def per_unit(score: Tensor, pattern: Pattern) -> Tensor:
+    """Return every entry's score [G, K, O, I] as the mean over its unit. O(n)."""
+    units = _units(score, pattern, "mean")
+    return _spread(units.score, units, score.shape)
+
+
 @dataclass(frozen=True)
 class _Units:
     """Scores [G, K, rows, units a row] of the units, and how to spread them back over the entries."""

@@ -6,8 +6,6 @@ the sparsifier, the state of torch's random numbers at the epoch's start and now
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import time
 from collections.abc import Mapping
@@ -15,13 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rarefy.errors import ContainerError, ModelError
-from rarefy.files import PARTIAL, TRAINING, blaming, sync
-from rarefy.prune.journal import ANEW, Journal, digest
+from rarefy.errors import ModelError
+from rarefy.files import TRAINING
+from rarefy.prune.journal import Journal
 
 EVERY = 60.0  # seconds between two states
 
@@ -48,35 +44,14 @@ class State:
 
 def save(journal: Journal, state: State) -> None:
     """Put a state on disk in place of the one before; ContainerError where there is no space."""
-    if journal.folder is None:
-        return
-    about = {
-        "key": journal.key,
-        "numbers": json.dumps(state.numbers),
-        "digest": digest(dict(sorted(state.tensors.items()))),
-    }
-    with blaming(journal.folder):
-        save_file(state.tensors, journal.folder / PARTIAL, about)
-        sync(journal.folder / PARTIAL)
-        os.replace(journal.folder / PARTIAL, journal.folder / TRAINING)
-        sync(journal.folder)
+    journal.put(TRAINING, state.tensors, "numbers", state.numbers)
 
 
 def load(journal: Journal) -> State | None:
     """Return the state on disk, or None; ContainerError where it is damaged or of another run."""
     if journal.folder is None or not (journal.folder / TRAINING).is_file():
         return None
-    file = journal.folder / TRAINING
-    try:
-        with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            about = opened.metadata()
-        whole = about["key"] == journal.key and about["digest"] == digest(dict(sorted(tensors.items())))
-        numbers = json.loads(about["numbers"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ContainerError(f"{file} is damaged ({error}): {ANEW.format(journal.folder)}") from None
-    if not whole:
-        raise ContainerError(f"{file} is damaged or of another run: {ANEW.format(journal.folder)}")
+    tensors, numbers = journal.take(TRAINING, "numbers")
     return State(numbers, tensors)
 
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +246,9 @@ class Distiller(nn.Module):
                     f"hidden states of student and teacher have {tuple(s.shape)} and {tuple(t.shape)} entries: name "
                     "modules whose outputs match with at and teacher_at"
                 )
-            width = (1,) if s.dim() >= 4 else (-1,)
-            if s.shape[width[0]] != t.shape[width[0]]:
-                self.projectors[str(index)] = _projector(s.shape[width[0]], t.shape[width[0]], index).to(s.device)
+            axis = 1 if s.dim() >= 4 else -1
+            if s.shape[axis] != t.shape[axis]:
+                self.projectors[str(index)] = _projector(s.shape[axis], t.shape[axis], index).to(s.device)
         self._seen[0].clear()
         self.prepared = True
 
@@ -320,16 +321,10 @@ class Distiller(nn.Module):
 
     def _ask(self, batch: Any) -> dict[str, Tensor]:
         teacher = self._models[1]
-        modes = [(m, m.training) for m in teacher.modules()]
-        try:
-            teacher.eval()
-            if hasattr(batch, "keys") and "labels" in batch:
-                batch = {k: batch[k] for k in batch if k != "labels"}
-            with torch.no_grad():
-                out = call(teacher, batch)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        if hasattr(batch, "keys") and "labels" in batch:
+            batch = {k: batch[k] for k in batch if k != "labels"}
+        with evaluating(teacher), torch.no_grad():
+            out = call(teacher, batch)
         told = {"logits": _logits(out).detach()} if self.plan.logits else {}
         seen = self._seen[1]
         told.update({f"hidden.{i}": seen[id(p[1])].detach() for i, p in enumerate(self._pairs)})
@@ -388,8 +383,6 @@ def _pairs(student: nn.Module, teacher: nn.Module, plan: Distill) -> list[tuple[
 
 
 def _places(model: nn.Module, words: Words) -> list[nn.Module]:
-    from fnmatch import fnmatchcase
-
     if words is None:
         try:
             return [b.module for b in blocks(model, all_layers(model))]

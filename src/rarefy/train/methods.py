@@ -22,7 +22,7 @@ from rarefy.model.shards import spread_as, whole
 from rarefy.model.stats import Loss
 from rarefy.prune import stage
 from rarefy.prune.allocate import erk
-from rarefy.prune.pattern import REDUCTIONS, Pattern, masks_at
+from rarefy.prune.pattern import Pattern, masks_at, per_unit
 from rarefy.train import fisher
 from rarefy.train.plans import Admm, Alternate, Asked, Gradual, Movement, Plan, Rewind, Rigl, SecondOrder
 from rarefy.train.schedule import sparsities
@@ -162,24 +162,9 @@ def _movement(work: Work, index: int) -> float:
         return sparsity
     limit = math.log(plan.threshold / (1 - plan.threshold)) if 0 < plan.threshold < 1 else math.inf
     for layer, score in zip(work.layers, scores):
-        kept = _per_unit(score, work.pattern) > limit
+        kept = per_unit(score, work.pattern) > limit
         set_mask_(layer, layer.layout.unview(kept, tuple(layer.original.shape)))
     return work.zeros()
-
-
-def _per_unit(score: Tensor, pattern: Pattern) -> Tensor:
-    """Every entry's score as the mean over its unit, [G, K, O, I]."""
-    if pattern.kind == "unstructured":
-        return score
-    if pattern.kind in ("row", "column"):
-        dims = (1, 3) if pattern.kind == "row" else (1, 2)
-        return score.mean(dims, keepdim=True).expand_as(score)
-    G, K, O, I = score.shape
-    R, C = pattern.a, pattern.b
-    padded = [torch.nn.functional.pad(t, (0, -I % C, 0, -O % R)) for t in (score, torch.ones_like(score))]
-    sums = [t.reshape(G, K, t.shape[2] // R, R, t.shape[3] // C, C).sum((3, 5)) for t in padded]
-    mean = REDUCTIONS["mean"](sums[0][..., None], sums[1])
-    return mean.repeat_interleave(R, 2).repeat_interleave(C, 3)[:, :, :O, :I]
 
 
 def _second_order(work: Work, index: int) -> float:

@@ -34,7 +34,18 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradual(Plan):
+class Stairs(Plan):
+    """What rises from `first` in `steps` steps by a schedule, while training runs from `start` to `end` of its way."""
+
+    schedule: str = "cubic"
+    steps: int = 10
+    first: float = 0.0
+    start: float = 0.0
+    end: float = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradual(Stairs):
     """Prune in `steps` steps while training runs from `start` to `end` of its way; scores are computed anew each time
     (Zhu & Gupta 2017).
 
@@ -47,18 +58,13 @@ class Gradual(Plan):
 
     method: Literal["gradual"] = "gradual"
     score: str = "magnitude"
-    schedule: str = "cubic"
-    steps: int = 10
-    first: float = 0.0
-    start: float = 0.0
-    end: float = 0.7
     reduce: str | None = None
     regrow: bool = False
     ends: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Movement(Plan):
+class Movement(Stairs):
     """Keep the weights that training moves away from zero: S falls by dL/dw w at every step (Sanh 2020, eq. 3).
 
     Masked weights gather scores too and may come back. With `penalty` the count is not given but found ("soft"): a
@@ -66,28 +72,20 @@ class Movement(Plan):
     """
 
     method: Literal["movement"] = "movement"
-    schedule: str = "cubic"
     steps: int = 20
-    first: float = 0.0
     start: float = 0.1
-    end: float = 0.7
     penalty: float | None = None
     threshold: float = 0.1
     rate: float = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecondOrder(Plan):
+class SecondOrder(Stairs):
     """Prune what the loss's curvature says is least missed, and let the kept weights make up for it (oBERT, Kurtic
     2022): the inverse of an empirical Fisher matrix in blocks, from `gradients` gradients, anew at each of `steps`.
     """
 
     method: Literal["second-order"] = "second-order"
-    schedule: str = "cubic"
-    steps: int = 10
-    first: float = 0.0
-    start: float = 0.0
-    end: float = 0.7
     block: int = 50
     gradients: int = 256
     damp: float = 0.01
@@ -183,7 +181,7 @@ def asked(plan: Plan) -> Asked:
         patterns.select_many([], pattern, None if pattern.kind == "nm" else sparsity, reduce=plan.reduce)
     last, scope = check_sparsity(pattern, sparsity, plan.scope or usual)
     _check_way(plan)
-    if isinstance(plan, Gradual | Movement | SecondOrder):
+    if isinstance(plan, Stairs):
         sparsities(plan.schedule, last, plan.steps, plan.first)
     if isinstance(plan, Rewind):
         sparsities(plan.schedule, last, plan.rounds)

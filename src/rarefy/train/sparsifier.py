@@ -18,11 +18,10 @@ from rarefy.model.stats import Loss
 from rarefy.prune import stage
 from rarefy.prune.score import SCORES
 from rarefy.train.methods import METHODS, Work, lr_progress, open_mask, ways
-from rarefy.train.plans import Gradual, Movement, Plan, SecondOrder, asked
+from rarefy.train.plans import Gradual, Plan, SecondOrder, Stairs, asked
 
 Event = Callable[[nn.Module], Any]
-COARSE = (Gradual, Movement, SecondOrder)  # of events that fall between two steps of training, the last one counts
-
+COARSE = Stairs  # of events that fall between two steps of training, the last one counts
 STATE = ("count", "progress", "stride", "sparsity")
 
 
@@ -189,6 +188,8 @@ class Sparsifier:
             self._happen()
             return
         if self._method.each is not None and now > before and self._left:
+            if self._method.gradients:
+                self._check_gradients()
             self._method.each(self._work, before, now)
         due = [v for t, v in self._left if t <= now + 1e-9]
         if self._method.gradients == "events" and any(v is not None for v in due) and not self._told():
@@ -235,6 +236,7 @@ class Sparsifier:
         """Whether there are gradients, and all are finite: not where a loss scaler throws the step away."""
         if any(_mask_of(l).probe is None for l in self._layers):
             return False
+        self._check_gradients()
         return all(bool(torch.isfinite(self._gradient(l)).all()) for l in self._layers)
 
     def _probe(self) -> None:
@@ -252,14 +254,16 @@ class Sparsifier:
                 if self._method.gradients == "steps":
                     mask.probe.register_hook(partial(_times, layer))  # before the optimizer moves it
 
-    def _gradient(self, layer: Layer) -> Tensor:
-        """The gradient since the last step, at masked places too (times the weight, where a method reads it at every
-        step): zero for a layer that was not used. ModelError where none was."""
+    def _check_gradients(self) -> None:
+        """Raise ModelError where no layer has a gradient, in any process."""
         probes = [_mask_of(l).probe for l in self._layers]
         if not ranks.number(float(any(p is not None and p.grad is not None for p in probes))):
-            raise ModelError(
-                f"{layer.full_name} has no gradient: call sparsifier.step() after backward, for each optimizer step"
-            )
+            name = self._layers[0].full_name
+            raise ModelError(f"{name} has no gradient: call sparsifier.step() after backward, for each optimizer step")
+
+    def _gradient(self, layer: Layer) -> Tensor:
+        """The gradient since the last step, at masked places too (times the weight, where a method reads it at every
+        step): zero for a layer that was not used."""
         probe, W = _mask_of(layer).probe, layer.original
         own = None if probe is None else probe.grad
         if own is None:
