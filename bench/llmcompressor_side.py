@@ -8,6 +8,7 @@ compression alone, and peak resident memory.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -60,7 +61,7 @@ def effective(model: Any) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     folder, batches, method, sparsity, pattern, out = sys.argv[1:]
-    torch.set_num_threads(2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]  # AWQ asks for it where no GPU is
     ids = load_file(batches)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def fashion_one(task: tuple[str, float, int]) -> Line:
 
 
 def fashion(seeds: list[int], only: list[str]) -> Iterator[Line]:
-    """Every plan at both sparsities, every seed; two processes of one thread."""
+    """Every plan at both sparsities, every seed; a process of one thread a core."""
     ways = [("dense", 0.0)]
     ways += [(name, s) for s in (0.95, 0.98) for name in PLANS]
     ways += [
@@ -103,7 +104,7 @@ def fashion(seeds: list[int], only: list[str]) -> Iterator[Line]:
         ("student, taught", 0.0),
     ]
     ways = [w for w in ways if not only or w[0] in only]
-    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         if not all((HERE / "build" / f"fashion-{s}.safetensors").is_file() for s in seeds):
             list(pool.map(fashion_one, [("dense", 0.0, s) for s in seeds]))  # makes what all begin with
         yield from pool.map(fashion_one, [(w, p, s) for w, p in ways for s in seeds])

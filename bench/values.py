@@ -4,6 +4,7 @@
     python values.py language       that copy: perplexity and bytes of its layers on grids, factorized, with zeros
     python values.py peer --peer VENV/bin/python     llmcompressor on the same copy and batches
     python values.py minilm         MiniLM: description finds article (R@1), cosine with dense embeddings
+    python values.py lowrank        MiniLM's wide layers as factors, sized by a clock: each layer's time and the whole
     python values.py fashion        the small ResNet: static INT8, INT4 with training, deep compression
     python values.py decode         tokens/s of that copy, in turns
     python values.py --table        only print what was measured last
@@ -27,7 +28,7 @@ import rarefy
 from rarefy import data as sources
 from rarefy import samples
 from rarefy.model import hf
-from rarefy.proof.measure import commit, decode_and_prefill, machine
+from rarefy.proof.measure import commit, compare, decode_and_prefill, machine
 from rarefy.store import side_files
 
 HERE = Path(__file__).parent
@@ -284,6 +285,38 @@ def minilm(only: list[str]) -> Iterator[Line]:
         yield {"run": "minilm", "way": way, "R@1": hit, "cosine": float((got * want).sum(-1).mean())}
 
 
+WIDE = ["*.intermediate.dense", "encoder.layer.*.output.dense"]
+
+
+def lowrank() -> Iterator[Line]:
+    """MiniLM's wide layers in two thirds and in half of their time: what was asked, what the clock says, the whole."""
+    source = samples.model_folder("minilm")
+    dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
+    take = sources.Take(samples=64, tokens=256, batch=8, seed=0)
+    data: Any = sources.batches("wiki", take, tokenizer=tokenizer)
+    _, want = retrieval(dense, tokenizer)
+    for share in (0.67, 0.5):
+        model = copy.deepcopy(dense)
+        told = rarefy.factorize_(model, time=share, batch=16 * 128, layers=WIDE, data=data)
+        rows = [r for r in told.rows if r["ranks"]]
+        took = []
+        for row in rows:
+            name = row["layer"].removesuffix(".weight")
+            wide, thin = dense.get_submodule(name), model.get_submodule(name)
+            x = torch.randn(16 * 128, wide.in_features)
+            t = compare({"dense": lambda: wide(x), "thin": lambda: thin(x)}, repeats=20)  # noqa: B023
+            took.append(t["thin"].median / t["dense"].median)
+        hit, got = retrieval(model, tokenizer)
+        line: Line = {"run": "lowrank", "way": f"wide layers in {share} of their time", "R@1": hit,
+                "cosine": float((got * want).sum(-1).mean()), "ranks": ", ".join(r["ranks"] for r in rows),
+                "layers": told.summary["layers"], "slowest layer": max(took), "fastest layer": min(took)}  # fmt: skip
+        for batch in (1, 16):
+            words = {"input_ids": torch.randint(1000, 20000, (batch, 128))}
+            t = compare({"dense": lambda: dense(**words), "thin": lambda: model(**words)}, repeats=30)  # noqa: B023
+            line |= {f"{k}, {batch} x 128, ms": 1000 * v.median for k, v in t.items()}
+        yield line
+
+
 def fashion(seeds: list[int], only: list[str]) -> Iterator[Line]:
     """Static INT8 without training; INT4 with; 90 % zeros, 16 values and LZMA, each trained a little."""
     import tempfile
@@ -411,7 +444,10 @@ def kept(results: Path) -> list[Line]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "runs", nargs="*", choices=["leave", "language", "peer", "minilm", "fashion", "decode", []], default=[]
+        "runs",
+        nargs="*",
+        choices=["leave", "language", "peer", "minilm", "lowrank", "fashion", "decode", []],
+        default=[],
     )
     parser.add_argument("--only", nargs="*", default=[], help="ways")
     parser.add_argument("--peer", help="the python of a venv with llmcompressor 0.14")
@@ -419,9 +455,14 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     runs: dict[str, Any] = {
-        "leave": leave, "language": lambda: language(args.only), "minilm": lambda: minilm(args.only),
-        "fashion": lambda: fashion(args.seeds, args.only), "decode": decode, "peer": lambda: peer(args.peer, args.only),
-    }  # fmt: skip
+        "leave": leave,
+        "language": lambda: language(args.only),
+        "minilm": lambda: minilm(args.only),
+        "lowrank": lowrank,
+        "fashion": lambda: fashion(args.seeds, args.only),
+        "decode": decode,
+        "peer": lambda: peer(args.peer, args.only),
+    }
     if "peer" in args.runs and not args.peer:
         parser.error("llmcompressor runs in a venv of its own: give --peer VENV/bin/python")
     keep(RESULTS, (runs[n] for n in args.runs or ([] if args.table else [r for r in runs if r != "peer"])))

@@ -76,6 +76,20 @@ def test_budgets_are_met_and_the_row_tells_the_truth(budget, whiten):
     assert report.summary["left"] == sum(r["left"] for r in report.rows)
 
 
+@pytest.mark.parametrize(("budget", "up"), [({"keep": 0.6}, False), ({"energy": 0.5}, True)])
+def test_ranks_in_multiples_take_groups(budget, up):
+    found, rounded, conv = mlp(), mlp(), nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU())
+    free = [int(r["ranks"]) for r in rarefy.factorize_(found, **budget).rows]
+    rows = rarefy.factorize_(rounded, **budget, round_to=4).rows
+    assert [int(r["ranks"]) for r in rows] == [-(-n // 4) * 4 if up else n // 4 * 4 for n in free]
+    assert any(n % 4 for n in free)  # else nothing was rounded
+    rarefy.quantize_(rounded, "int4", group=4, layers=["*.up", "*.down"])
+    with pytest.raises(ModelError, match="divide"):
+        rarefy.quantize_(found, "int4", group=4, layers=["*.up", "*.down"])
+    (row, *_) = rarefy.factorize_(conv, **budget, round_to=8).rows
+    assert all(int(n) % 8 == 0 for n in row["ranks"].split(","))
+
+
 def test_whitened_is_nearer_than_plain():
     dense, data = mlp(), batches()
     plain, white = copy.deepcopy(dense), copy.deepcopy(dense)
@@ -243,6 +257,8 @@ def test_a_recipe_factorizes_and_corrects():
         ({"energy": 1.5}, PatternError, "energy is a fraction"),
         ({"time": True}, PatternError, "time is a fraction"),
         ({"time": 0.5, "batch": 0}, PatternError, "batch is a whole number"),
+        ({"keep": 0.5, "round_to": 0}, PatternError, "round_to is a whole number from 1 up, got 0"),
+        ({"rank": 8, "round_to": 4}, PatternError, "round_to=4 is for ranks that are found; rank=8 is given"),
         ({"rank": 2, "data": []}, DataError, "the calibration data is empty"),
         ({"rank": 2, "data": "wiki"}, DataError, "data is an iterable of batches"),
         ({"keep": 0.5, "of": mlp()}, PatternError, "beside one, give rank"),

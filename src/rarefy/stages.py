@@ -95,6 +95,7 @@ class Factorize:
     energy: float | None = None
     time: float | None = None
     batch: int = 128
+    round_to: int = 1
     beside: bool = False
     whiten: bool | None = None
     layers: tuple[str, ...] | None = None
@@ -102,7 +103,7 @@ class Factorize:
 
     def options(self) -> dict[str, Any]:
         """Return what `rarefy.values.lowrank.asked` takes."""
-        return {n: getattr(self, n) for n in ("rank", "keep", "energy", "time", "batch", "beside")}
+        return {n: getattr(self, n) for n in ("rank", "keep", "energy", "time", "batch", "beside", "round_to")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,7 +35,7 @@ from rarefy.runtime.observe import plain
 from rarefy.values.factors import Corrected, LowRank, cost, most_ranks, noted, put_, sizes, why_not
 
 DAMPING = 1e-4  # times the mean of diag(H), so that inputs that were never seen keep a direction
-STEP = 8  # ranks by measured time are multiples of this
+STEP = 8  # ranks by measured time are multiples of this at least
 BUDGETS = ("rank", "keep", "energy", "time")
 
 
@@ -49,6 +49,11 @@ class Ask:
     time: float | None = None
     batch: int = 1
     beside: bool = False
+    round_to: int = 1
+
+    def rounded(self, rank: int, most: int, up: bool = False) -> int:
+        """The nearest multiple below (or above) that is one, as far as there are so many."""
+        return min(most, max(1, rank // self.round_to + (up and rank % self.round_to > 0)) * self.round_to)
 
 
 def factorize_(
@@ -59,6 +64,7 @@ def factorize_(
     energy: float | None = None,
     time: float | None = None,
     batch: int = 128,
+    round_to: int = 1,
     of: nn.Module | None = None,
     layers: Selector = None,
     ignore: Selector = None,
@@ -67,14 +73,15 @@ def factorize_(
 ) -> Report:
     """Put products of thinner layers in the place of the selected ones, in place; return a row a layer.
 
-    rank    of every layer
-    keep    the share of each layer's weights that its factors have
-    energy  the share of each layer's output energy on `data` (without: of its weights' squares) that they keep
-    time    the share of its time, on `batch` inputs on this machine, that they take at most (Linear layers)
-    of      the model before it was pruned or quantized: layers stay, and get the thin layers of `rank` beside them that
-            bring back most of what they have lost against it
-    data    batches: what counts are errors of outputs, of layers on inputs that factors before them have changed;
-            without, errors of weights (plain SVD)
+    rank      of every layer
+    keep      the share of each layer's weights that its factors have
+    energy    the share of each layer's output energy on `data` (without: of its weights' squares) that they keep
+    time      the share of its time, on `batch` inputs on this machine, that they take at most (Linear layers)
+    round_to  ranks found by keep, energy or time are multiples of this: of a group's width, to be quantized by groups
+    of        the model before it was pruned or quantized: layers stay, and get the thin layers of `rank` beside them
+              that bring back most of what they have lost against it
+    data      batches: what counts are errors of outputs, of layers on inputs that factors before them have changed;
+              without, errors of weights (plain SVD)
 
     Convolutions with a kernel become three (Tucker-2). A layer whose factors would not be fewer weights stays, and its
     row says why; ModelError where that is true of all. `save` and `load` know of them. Raises the ValueErrors of
@@ -84,7 +91,7 @@ def factorize_(
     >>> [(r["layer"], r["ranks"], r["why"]) for r in factorize_(net, keep=0.5).rows]
     [('0', '16', ''), ('2', '3', '')]
     """
-    ask = asked(rank, keep, energy, time, batch, of is not None)
+    ask = asked(rank, keep, energy, time, batch, of is not None, round_to)
     if data is not None:
         check_batches(data)
         data = data if isinstance(data, list | tuple) else list(data)
@@ -116,7 +123,7 @@ def factorize_(
     return Report("factorized", tuple(rows.values()), summary)
 
 
-def asked(rank: Any, keep: Any, energy: Any, time: Any, batch: Any, beside: bool) -> Ask:
+def asked(rank: Any, keep: Any, energy: Any, time: Any, batch: Any, beside: bool, round_to: Any = 1) -> Ask:
     """Return what `factorize_` is asked for; PatternError for what it does not know."""
     given = {n: v for n, v in zip(BUDGETS, (rank, keep, energy, time)) if v is not None}
     if len(given) != 1:
@@ -126,11 +133,14 @@ def asked(rank: Any, keep: Any, energy: Any, time: Any, batch: Any, beside: bool
         raise PatternError(f"rank is a whole number from 1 up, got {value!r}")
     if name != "rank" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1):
         raise PatternError(f"{name} is a fraction between 0 and 1, got {value!r}")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise PatternError(f"batch is a whole number from 1 up, got {batch!r}")
+    for what, n in (("batch", batch), ("round_to", round_to)):
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise PatternError(f"{what} is a whole number from 1 up, got {n!r}")
+    if rank is not None and round_to > 1:
+        raise PatternError(f"round_to={round_to} is for ranks that are found; rank={rank} is given: leave it out")
     if beside and name != "rank":
         raise PatternError(f"{name}={value!r} is for factors in a layer's place; beside one, give rank")
-    return Ask(rank, keep, energy, time, batch, beside)
+    return Ask(rank, keep, energy, time, batch, beside, round_to)
 
 
 def truncated(W: Tensor, L: Tensor | None, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,11 +261,11 @@ def _tucker(layer: Layer, W: Tensor, H: Tensor | None, ask: Ask) -> tuple[LowRan
         P, S, _ = torch.linalg.svd(tall, full_matrices=False)
         energy = S.square()
     if ask.energy is not None:
-        r_in = _enough(energy, (1 + ask.energy) / 2)
+        r_in = ask.rounded(_enough(energy, (1 + ask.energy) / 2), I, up=True)
     elif ask.rank is not None:
         r_in = min(ask.rank, I)
     else:
-        r_in = _share_of_both(O, I, K, ask.keep or 1.0)[0]
+        r_in = ask.rounded(_share_of_both(O, I, K, ask.keep or 1.0)[0], I)
     P = P[:, :r_in]  # [I, r]
     wide = torch.block_diag(*[P] * K)  # [K I, K r]
     if H is None:
@@ -265,11 +275,11 @@ def _tucker(layer: Layer, W: Tensor, H: Tensor | None, ask: Ask) -> tuple[LowRan
         Wz, L = torch.linalg.solve(solve.damped(Hz[None], DAMPING)[0], wide.T @ H @ W.T).T, _root(Hz)
     A, B, outputs = truncated(Wz, L)
     if ask.energy is not None:
-        r_out = _enough(outputs, (1 + ask.energy) / 2)
+        r_out = ask.rounded(_enough(outputs, (1 + ask.energy) / 2), min(O, r_in * K), up=True)
     elif ask.rank is not None:
         r_out = min(ask.rank, O, r_in * K)
     else:
-        r_out = min(_share_of_both(O, I, K, ask.keep or 1.0)[1], r_in * K)
+        r_out = ask.rounded(_share_of_both(O, I, K, ask.keep or 1.0)[1], min(O, r_in * K))
     made = LowRank.empty(layer.module, [r_in, r_out])
     _fill(made.down, P.T)
     core: Any = made.core
@@ -302,11 +312,11 @@ def _rank(module: nn.Module, energies: Tensor, ask: Ask, most: int) -> int:
     if ask.rank is not None:
         return min(ask.rank, most)
     if ask.keep is not None:
-        return max(1, min(most, int(ask.keep * O * I * K / (O + I * K))))
+        return ask.rounded(int(ask.keep * O * I * K / (O + I * K)), most)
     if ask.energy is not None:
-        return _enough(energies, ask.energy)
+        return ask.rounded(_enough(energies, ask.energy), most, up=True)
     assert ask.time is not None
-    return _fast_enough(module, ask.time, ask.batch, most)
+    return _fast_enough(module, ask.time, ask.batch, most, math.lcm(STEP, ask.round_to))
 
 
 def _enough(energies: Tensor, share: float) -> int:
@@ -315,20 +325,20 @@ def _enough(energies: Tensor, share: float) -> int:
     return min(len(sums), int((sums < share * sums[-1]).sum()) + 1)
 
 
-def _fast_enough(module: Any, share: float, batch: int, most: int) -> int:
-    """The largest rank, a multiple of `STEP`, that takes at most a share of the time; `most` where none does."""
+def _fast_enough(module: Any, share: float, batch: int, most: int, step: int) -> int:
+    """The largest rank, a multiple of `step`, that takes at most a share of the time; `most` where none does."""
     x = torch.randn(batch, module.in_features, dtype=module.weight.dtype)
-    low, high = 0, max(1, min(most, module.out_features * module.in_features // sum(module.weight.shape)) // STEP)
+    low, high = 0, max(1, min(most, module.out_features * module.in_features // sum(module.weight.shape)) // step)
     with torch.no_grad():
         while low < high:
             middle = (low + high + 1) // 2
-            thin = LowRank.empty(module, [middle * STEP])
+            thin = LowRank.empty(module, [middle * step])
             took = compare({"dense": lambda: module(x), "thin": lambda: thin(x)}, repeats=15)  # noqa: B023
             if took["thin"].median <= share * took["dense"].median:
                 low = middle
             else:
                 high = middle - 1
-    return low * STEP or most
+    return low * step or most
 
 
 @torch.no_grad()
