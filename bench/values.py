@@ -302,7 +302,8 @@ def lowrank() -> Iterator[Line]:
         took = []
         for row in rows:
             name = row["layer"].removesuffix(".weight")
-            wide, thin = dense.get_submodule(name), model.get_submodule(name)
+            wide: Any = dense.get_submodule(name)
+            thin: Any = model.get_submodule(name)
             x = torch.randn(16 * 128, wide.in_features)
             t = compare({"dense": lambda: wide(x), "thin": lambda: thin(x)}, repeats=20)  # noqa: B023
             took.append(t["thin"].median / t["dense"].median)

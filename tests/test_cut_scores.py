@@ -458,9 +458,7 @@ def test_constants_of_images():
     for last in (nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(8, 4, 3, bias=False)):  # zeros at the edge; nowhere to put it
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), last).eval()
         before = copy.deepcopy(net.state_dict())
-        with pytest.raises(
-            ModelError, match="the cut model's outputs are .* from the masked one's, so it was put back"
-        ):
+        with pytest.raises(ModelError, match="the cut model returns numbers .* from the masked one's.*it was put back"):
             rarefy.cut_(net, x)
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 

@@ -12,6 +12,7 @@ from rarefy.compat.onnx import export_onnx
 from rarefy.cut.cut import cut_
 from rarefy.cut.depth import drop_layers_
 from rarefy.cut.heads import prune_heads_
+from rarefy.cut.permute import permute_
 from rarefy.errors import RarefyError
 from rarefy.model.graph import groups
 from rarefy.model.mask import adopt_, fold_, masks
@@ -62,6 +63,7 @@ __all__ = [
     "inspect",
     "load",
     "masks",
+    "permute_",
     "prune_",
     "prune_heads_",
     "quantize_",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rarefy import recipe as recipes
 from rarefy.account import layer_rows, receipt_of, state_of
 from rarefy.cut.cut import cut_
+from rarefy.cut.permute import permute_
 from rarefy.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.files import bytes_of, path_of
 from rarefy.given import Given, Labelled, calibrates, needs_of
@@ -113,15 +114,17 @@ def _compress(
     before = state_of(model, plan, held_out, progress)
     beside = any(isinstance(s, recipes.Factorize) and s.beside for s in plan.stages)
     taught = any(isinstance(s, recipes.Train) and s.distill is not None for s in plan.stages)
-    dense = given.before = copy.deepcopy(model) if timed or beside or taught else None
-    reports = []
+    dense, reports = None, list[Report]()
     for index, stage in enumerate(plan.stages):
+        if dense is None and (timed or beside or taught) and not isinstance(stage, recipes.Permute):
+            dense = given.before = copy.deepcopy(model)
         options: dict[str, Any] = {"seed": plan.seed + index, "progress": progress}
         if isinstance(stage, recipes.Prune) and stage.solver is not None:
             options |= {"memory": memory, "work": None if work is None else work / f"stage-{index + 1}"}
         if isinstance(stage, recipes.Train):
             options |= {"log": log, "work": None if work is None else work / f"stage-{index + 1}"}
         reports += RUN[type(stage)](model, stage, given, loss, **options)
+    dense = copy.deepcopy(model) if dense is None and timed else dense
     rows = layer_rows(reports)
     fold_(model)
     model.rarefy_recipe = plan.to_dict()  # type: ignore[assignment]
@@ -291,7 +294,7 @@ def _cut(model: nn.Module, s: recipes.Cut, given: Given, loss: Loss | None, seed
     return [cut_(model, example, **asked, **options, loss=loss if needs == "gradient" else None)]
 
 
-def cut_example(model: nn.Module, given: Given) -> Any:
+def cut_example(model: nn.Module, given: Given, what: str = "a cut") -> Any:
     """What a model is called with to see what belongs together: one or two samples of any of the recipe's data, for a
     Hugging Face model without any noise."""
     for purpose in ("calibrate", "evaluate", "train"):
@@ -303,7 +306,21 @@ def cut_example(model: nn.Module, given: Given) -> Any:
                 return _resize(one, 2)
     if hf.is_model(model):
         return example_of(model, 32, 2)
-    raise DataError("a cut runs the model once: give calibrate or evaluate data, or call rarefy.cut_ with an example")
+    raise DataError(
+        f"{what} runs the model once: give calibrate or evaluate data, or call it from Python with an example"
+    )
+
+
+def _permute(
+    model: nn.Module, s: recipes.Permute, given: Given, loss: Loss | None, seed: int, progress: bool
+) -> list[Report]:
+    data = Labelled(model, given.batches("calibrate"), s.score) if calibrates(s) else None
+    options = {"score": s.score, "seconds": s.seconds, "layers": s.layers, "ignore": s.ignore, "data": data}
+    return [
+        permute_(
+            model, cut_example(model, given, "permute"), s.pattern, **options, loss=loss, seed=seed, progress=progress
+        )
+    ]
 
 
 RUN: dict[type, Callable[..., list[Report]]] = {
@@ -313,6 +330,7 @@ RUN: dict[type, Callable[..., list[Report]]] = {
     recipes.Share: _share,
     recipes.Tie: _tie,
     recipes.Train: _train,
+    recipes.Permute: _permute,
     recipes.Cut: _cut,
     recipes.Cast: _cast,
 }

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import yaml
 
 from rarefy.cut.ask import BUDGETS, check_cut
+from rarefy.cut.permute import check_permute
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
+from rarefy.nodes import Node, parse, show, unwrap
 from rarefy.prune import pattern as patterns
 from rarefy.prune.solver import resolve
 from rarefy.stages import (
@@ -31,6 +33,7 @@ from rarefy.stages import (
     Evaluate,
     Factorize,
     Optimizer,
+    Permute,
     Prune,
     Quantize,
     Save,
@@ -48,15 +51,12 @@ from rarefy.values.lowrank import asked as asked_factors
 from rarefy.values.quantize import asked as asked_values
 from rarefy.values.share import asked as asked_book
 
-SIZE_LIMIT = 1 << 20
-DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """A whole compression, in order."""
 
-    stages: tuple[Cut | Prune | Quantize | Factorize | Share | Tie | Train | Cast, ...]
+    stages: tuple[Permute | Cut | Prune | Quantize | Factorize | Share | Tie | Train | Cast, ...]
     name: str = "recipe"
     about: str = ""
     data: Data | None = None
@@ -92,8 +92,8 @@ class Recipe:
 
 
 STAGES: dict[str, type] = {
-    "cut": Cut, "prune": Prune, "quantize": Quantize, "factorize": Factorize, "share": Share, "tie": Tie,
-    "train": Train, "cast": Cast,
+    "permute": Permute, "cut": Cut, "prune": Prune, "quantize": Quantize, "factorize": Factorize, "share": Share,
+    "tie": Tie, "train": Train, "cast": Cast,
 }  # fmt: skip
 
 
@@ -158,36 +158,12 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> R
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
     """Return the recipe of plain data."""
-    return _build(Recipe, _Node.of(values, "recipe"))
+    return _build(Recipe, Node.of(values, "recipe"))
 
 
 def from_yaml(text: str, name: str = "recipe") -> Recipe:
     """Return the recipe of YAML text; `name` is what errors call it."""
-    return _build(Recipe, _parse(text, name))
-
-
-def _parse(text: str, name: str) -> _Node:
-    if len(text) > SIZE_LIMIT:
-        raise RecipeError(f"{name} is {len(text):,} characters long; a recipe has at most {SIZE_LIMIT:,}")
-    try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise RecipeError(f"{name}: aliases (*name) are not part of a recipe: write the value out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEPTH_LIMIT:
-                line = event.start_mark.line + 1 if event.start_mark else 1
-                raise RecipeError(f"{name}, line {line}: nested deeper than a recipe goes ({DEPTH_LIMIT})")
-        root = yaml.compose(text, yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        hint = "; indent with spaces, not tabs" if "\\t" in str(error.problem) else ""
-        raise RecipeError(f"{name}, line {line}: not YAML: {error.problem}{hint}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{name}: not YAML: {error}") from None
-    if root is None:
-        raise RecipeError(f"{name} is empty; a recipe has at least stages")
-    return _from_node(root, name)
+    return _build(Recipe, parse(text, name))
 
 
 def value(text: str, where: str) -> Any:
@@ -196,7 +172,7 @@ def value(text: str, where: str) -> Any:
     >>> value("0.5", "--set"), value("2:4", "--set"), value("*.mlp.*", "--set")
     (0.5, '2:4', '*.mlp.*')
     """
-    return text if text[:1] in ("", "*") else _unwrap(_parse(text, where))
+    return text if text[:1] in ("", "*") else unwrap(parse(text, where))
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -225,56 +201,9 @@ def _from_file(source: str | Path) -> Recipe:
         raise RecipeError(f"{path}: a recipe is UTF-8 text") from None
 
 
-@dataclass(frozen=True)
-class _Node:
-    """A value and where it was written."""
-
-    value: Any  # scalar, list of _Node, or dict of str -> _Node
-    where: str
-
-    @classmethod
-    def of(cls, value: Any, where: str) -> _Node:
-        if isinstance(value, Mapping):
-            return cls({str(k): cls.of(v, f"{where}.{k}") for k, v in value.items()}, where)
-        if isinstance(value, list | tuple):
-            return cls([cls.of(v, f"{where}[{i}]") for i, v in enumerate(value)], where)
-        return cls(value, where)
-
-
-_PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-
-
-def _from_node(node: yaml.Node, name: str) -> _Node:
-    where = f"{name}, line {node.start_mark.line + 1}"
-    foreign = RecipeError(f"tag {node.tag!r} is not part of a recipe: only words, numbers and lists [{where}]")
-    if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
-        raise foreign
-    if isinstance(node, yaml.MappingNode):
-        found: dict[str, _Node] = {}
-        for key, value in node.value:
-            line = f"{name}, line {key.start_mark.line + 1}"
-            if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"a key is a word [{line}]")
-            if key.value in found:
-                raise RecipeError(f"key {key.value!r} is given twice [{line}]")
-            inner = _from_node(value, name)
-            found[key.value] = _Node(inner.value, line)
-        return _Node(found, where)
-    if isinstance(node, yaml.SequenceNode):
-        return _Node([_from_node(n, name) for n in node.value], where)
-    try:
-        if node.tag.endswith(":int") and ":" in node.value:  # YAML 1.1 reads 2:4 as a number to base 60
-            return _Node(node.value, where)
-        return _Node(yaml.SafeLoader("").construct_object(node), where)
-    except yaml.YAMLError:
-        raise foreign from None
-    except (ValueError, LookupError, AttributeError, OverflowError) as error:  # `!!int x`, 2024-99-99
-        raise RecipeError(f"{node.value[:60]!r} is no {node.tag.rpartition(':')[2]}: {error} [{where}]") from None
-
-
-def _build(cls: Any, node: _Node) -> Any:
+def _build(cls: Any, node: Node) -> Any:
     if not isinstance(node.value, dict):
-        raise RecipeError(f"{cls.__name__.lower()}: expected keys and values, got {_show(node.value)} [{node.where}]")
+        raise RecipeError(f"{cls.__name__.lower()}: expected keys and values, got {show(node.value)} [{node.where}]")
     known = {f.name: f for f in fields(cls)}
     for key, value in node.value.items():
         if key not in known:
@@ -295,25 +224,25 @@ def _build(cls: Any, node: _Node) -> Any:
     return out
 
 
-def _stages(node: _Node) -> tuple[Any, ...]:
+def _stages(node: Node) -> tuple[Any, ...]:
     if not isinstance(node.value, list) or not node.value:
         raise RecipeError(
-            f"stages is a list such as '- prune: {{sparsity: 0.5}}', got {_show(node.value)} [{node.where}]"
+            f"stages is a list such as '- prune: {{sparsity: 0.5}}', got {show(node.value)} [{node.where}]"
         )
     made = []
     for item in node.value:
         if not isinstance(item.value, dict) or len(item.value) != 1:
             raise RecipeError(
-                f"a stage is one of {', '.join(STAGES)} with its settings, got {_show(item.value)} [{item.where}]"
+                f"a stage is one of {', '.join(STAGES)} with its settings, got {show(item.value)} [{item.where}]"
             )
         [(name, settings)] = item.value.items()
         if name not in STAGES:
             raise RecipeError(unknown("stage", name, STAGES, settings.where))
-        made.append(_build(STAGES[name], settings if settings.value is not None else _Node({}, settings.where)))
+        made.append(_build(STAGES[name], settings if settings.value is not None else Node({}, settings.where)))
     return tuple(made)
 
 
-def _value(key: str, node: _Node, kind: Any, choices: Mapping[str, tuple[str, ...]]) -> Any:
+def _value(key: str, node: Node, kind: Any, choices: Mapping[str, tuple[str, ...]]) -> Any:
     """Return the node's value as the annotated type, or raise naming both."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     value = node.value
@@ -347,12 +276,12 @@ def _value(key: str, node: _Node, kind: Any, choices: Mapping[str, tuple[str, ..
                 raise RecipeError(unknown(key, value, choices[key], node.where))
             return value
     words = [_WORDS.get(o, getattr(o, "__name__", str(o)).lower()) for o in options if o is not type(None)]
-    raise RecipeError(f"{key}: expected {' or '.join(words)}, got {_show(value)} [{node.where}]")
+    raise RecipeError(f"{key}: expected {' or '.join(words)}, got {show(value)} [{node.where}]")
 
 
-def _plan(node: _Node) -> type[Plan]:
+def _plan(node: Node) -> type[Plan]:
     """The class that `method` names."""
-    method = node.value.get("method", _Node("gradual", node.where))
+    method = node.value.get("method", Node("gradual", node.where))
     try:
         return plan_of(method.value)
     except RarefyError as error:
@@ -362,7 +291,7 @@ def _plan(node: _Node) -> type[Plan]:
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
 
 
-def _check(made: Any, node: _Node) -> None:
+def _check(made: Any, node: Node) -> None:
     """Checks that need more than one type: ranges, and patterns with their sparsity."""
 
     def place(key: str) -> str:
@@ -372,7 +301,7 @@ def _check(made: Any, node: _Node) -> None:
         value = getattr(made, f.name)
         many = value if isinstance(value, tuple) else (value,)
         if f.name in AT_LEAST_ONE and any(v is not None and v < 1 for v in many):
-            raise RecipeError(f"{f.name} is at least 1, got {_show(value)} [{place(f.name)}]")
+            raise RecipeError(f"{f.name} is at least 1, got {show(value)} [{place(f.name)}]")
         if f.name in FRACTIONS and isinstance(value, float) and not 0 <= value <= 1:
             raise RecipeError(f"{f.name} is a fraction between 0 and 1, got {value!r} [{place(f.name)}]")
         if f.name in RATES and isinstance(value, float) and not 0 <= value < float("inf"):
@@ -392,6 +321,9 @@ def _check(made: Any, node: _Node) -> None:
             raise RecipeError(f"{error} [{place('solver')}]") from None
     if isinstance(made, Cut):
         _check_cut(made, place)
+    if isinstance(made, Permute):
+        of = {"pattern": made.pattern, "score": made.score, "seconds": made.seconds}
+        _naming(lambda: check_permute(**of), tuple(of), "pattern", place)
     if isinstance(made, Quantize):
         _naming(lambda: asked_values(**made.options()), tuple(made.options()), "weights", place)
     if isinstance(made, Share):
@@ -441,15 +373,23 @@ def _naming(check: Callable[[], Any], names: Sequence[str], usual: str, place: C
         raise RecipeError(f"{error} [{place(key)}]") from None
 
 
-def _check_order(made: Recipe, node: _Node) -> None:
-    """Raise RecipeError for a cut of a model that has masks, grids or factors by then."""
+def _check_order(made: Recipe, node: Node) -> None:
+    """Raise RecipeError for a cut or an order of units of a model that has masks, grids or factors by then, or is
+    compared with one whose units stand in another order."""
     last = None
     for i, stage in enumerate(made.stages):
-        if isinstance(stage, Cut) and last:
-            where = node.value["stages"].value[i].where
-            raise RecipeError(f"a cut comes before a stage {last}, whose work it would not fit [{where}]")
-        if isinstance(stage, Prune | Quantize | Factorize | Share) or (
-            isinstance(stage, Train) and (stage.prune is not None or stage.quantize is not None)
+        where = node.value["stages"].value[i].where
+        if isinstance(stage, Cut | Permute) and last:
+            what = "a cut" if isinstance(stage, Cut) else "permute"
+            raise RecipeError(f"{what} comes before a stage {last}, whose work it would not fit [{where}]")
+        late = isinstance(stage, Permute) and not all(isinstance(s, Permute) for s in made.stages[:i])
+        if late and any(isinstance(s, Train) and s.distill and s.distill.hidden for s in made.stages[i:]):
+            raise RecipeError(
+                "distill.hidden compares with the model before the first stage, whose units would stand in another "
+                f"order: permute first [{where}]"
+            )
+        if isinstance(stage, Prune | Quantize | Factorize | Share | Train) and not (
+            isinstance(stage, Train) and stage.prune is None and stage.quantize is None
         ):
             last = next(name for name, kind in STAGES.items() if isinstance(stage, kind))
 
@@ -470,19 +410,7 @@ def _replace(values: Any, key: str, new: Any) -> tuple[int, set[str]]:
     return hits, names
 
 
-def _unwrap(node: _Node) -> Any:
-    if isinstance(node.value, dict):
-        return {k: _unwrap(v) for k, v in node.value.items()}
-    return [_unwrap(v) for v in node.value] if isinstance(node.value, list) else node.value
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"keys {', '.join(value)}"
-    return f"a list of {len(value)}" if isinstance(value, list) else repr(value)

@@ -201,6 +201,17 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Permute:
+    """Put inputs in an order in which N:M loses less; outputs stay. See `rarefy.permute_`."""
+
+    pattern: str = "2:4"
+    score: str = "magnitude"
+    seconds: float = 30.0
+    layers: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
     """Time forward calls on an evaluation batch cut or repeated to each of these sizes."""
 

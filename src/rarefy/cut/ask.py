@@ -60,17 +60,17 @@ def for_units(reduce: Any, scope: Any, least: Any, round_to: Any, steps: Any, re
     }  # fmt: skip
 
 
-def check_unmasked(model: nn.Module, whole: bool = False) -> None:
+def check_unmasked(model: nn.Module, whole: bool = False, doing: str = "cut") -> None:
     """Raise ModelError for a model with masks or grids, which would not fit what a cut leaves; where `whole` layers go,
     grids that are only noted stay with those that remain."""
     if attached(model):
         raise ModelError("masks are still attached: fold_ the model first")
     for layer in all_layers(model):
         if live_grid(layer.module, layer.param) is not None or (notes(layer.module) and not whole):
-            raise ModelError(f"{layer.full_name} is quantized already: cut first, then quantize")
+            raise ModelError(f"{layer.full_name} is quantized already: {doing} first, then quantize")
     made = next(iter(factors.noted(model)), None)
     if made is not None:
-        raise ModelError(f"{made} is made of factors: cut first, then factorize")
+        raise ModelError(f"{made} is made of factors: {doing} first, then factorize")
 
 
 def check_layer_score(score: Any) -> None:

@@ -247,19 +247,24 @@ def prove(model: nn.Module, example: Any, want: Sequence[Tensor]) -> None:
             got = outputs(model, example)
     except RarefyError as error:
         raise DoesNotRun(f"the cut model does not run, so it was put back: {error}", (stack or [""])[-1]) from error
+    text = differs(got, want, "the masked one's")
+    if text:
+        raise Inexact(f"the cut model {text}, so it was put back")
+
+
+def differs(got: Sequence[Tensor], want: Sequence[Tensor], whose: str, near: float = NEAR) -> str:
+    """Return how what a model returns differs from what it should (`whose`), by more than `near` of the largest where
+    numbers are in float32; "" where it does not."""
     if len(got) != len(want):
-        raise Inexact(f"the cut model returns {len(got)} tensors instead of {len(want)}, so it was put back")
+        return f"returns {len(got)} tensors instead of {len(want)}"
     for a, b in zip(got, want):
         if a.shape != b.shape:
-            raise Inexact(f"the cut model returns {list(a.shape)} instead of {list(b.shape)}, so it was put back")
+            return f"returns {list(a.shape)} instead of {list(b.shape)}"
         if b.is_floating_point() and b.numel():
             apart = float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
-            near = NEAR_OF.get(b.dtype, NEAR)
-            if not apart <= near:
-                raise Inexact(
-                    f"the cut model's outputs are {apart:.2g} from the masked one's, so it was put back "
-                    f"({near:g} is allowed)"
-                )
-        elif b.numel() and float((a != b).float().mean()) > FLIPS:
-            share = float((a != b).float().mean())
-            raise Inexact(f"{share:.0%} of the cut model's outputs are not the masked one's, so it was put back")
+            allowed = NEAR_OF.get(b.dtype, near)
+            if not apart <= allowed:
+                return f"returns numbers {apart:.2g} from {whose} ({allowed:g} is allowed)"
+        elif b.numel() and (share := float((a != b).float().mean())) > FLIPS:
+            return f"returns whole numbers of which {share:.0%} are not {whose}"
+    return ""

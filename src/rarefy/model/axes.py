@@ -12,6 +12,7 @@ occurs: that is what "coupled" means.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -290,6 +291,22 @@ def kept(e: Expr, keep: Any) -> Tensor:
     for f in e.of:
         mask = (mask[:, None] & kept(f, keep)[None]).flatten()
     return mask
+
+
+def ordered(e: Expr, order: Any) -> Tensor:
+    """Return the indices of a dimension when the units of its axes stand in the order that `order` gives (or None for
+    as they are). int64 [size]."""
+    e = resolve(e)
+    if isinstance(e, Axis):
+        units = order(e)
+        return torch.arange(e.size) if units is None else units
+    if isinstance(e, Sum):
+        starts = [0, *itertools.accumulate(map(size, e.of))]
+        return torch.cat([first + ordered(t, order) for first, t in zip(starts, e.of)])
+    out = torch.zeros(1, dtype=torch.int64)
+    for f in e.of:
+        out = (out[:, None] * size(f) + ordered(f, order)).flatten()
+    return out
 
 
 def coordinates(e: Expr, axis: Axis) -> Tensor:
