@@ -114,7 +114,7 @@ LANGUAGE = {
     "2:4": {"pattern": "2:4", "solver": "admm"},
     "60 %": {"sparsity": 0.6, "solver": "admm"},
 }
-STEPS, TOKENS = 120, 512
+STEPS, TOKENS = 90, 512
 
 
 def language(only: list[str]) -> Iterator[Line]:
@@ -126,6 +126,7 @@ def language(only: list[str]) -> Iterator[Line]:
     many: Any = sources.batches(
         "wiki", sources.Take(samples=2 * STEPS, tokens=TOKENS, batch=2, seed=1), tokenizer=tokenizer
     )
+    taught = [b | {"labels": b["input_ids"]} for b in many]
     yield {"run": "language", "way": "dense", "perplexity": perplexities(dense, tokenizer)}
     for way, how in LANGUAGE.items():
         if only and way not in only:
@@ -134,11 +135,11 @@ def language(only: list[str]) -> Iterator[Line]:
         rarefy.prune_(model, layers="model.layers.*", data=few, **how)
         shot, first = time.perf_counter() - began, perplexities(model, tokenizer)
         began = time.perf_counter()
-        plan = rarefy.Distill(task=0.0, logits=1.0, hidden="squarehead", hidden_weight=0.5)
+        plan = rarefy.Distill(task=1.0, logits=1.0, hidden="squarehead", hidden_weight=0.5)
         distiller = rarefy.Distiller(model, dense, plan, example=many[0])
         steps = Steps(autocast="bf16", clip=1.0)
         rarefy.fit_(
-            model, many, teach=distiller, optimizer=optimizer_of("adamw", 2e-4, weight_decay=0.0),
+            model, taught, teach=distiller, optimizer=optimizer_of("adamw", 3e-4, weight_decay=0.0),
             lr_schedule="one-cycle", steps=steps, seed=0, progress=True,
         )  # fmt: skip
         distiller.close()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rarefy.errors import ModelError
+from rarefy.model.attach import attach_
 from rarefy.model.select import Layer
 
 BITS = range(2, 9)
@@ -285,7 +286,7 @@ def set_grid_(layer: Layer, grid: Values) -> None:
         weight.requires_grad_(False)
     for _, module, param in layer.owners:
         note_(module, param, None)
-        parametrize.register_parametrization(module, param, shared)
+        attach_(module, param, shared)
 
 
 def scale_shape(layer: Layer, group: int | str | None) -> tuple[int, ...]:

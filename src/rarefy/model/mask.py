@@ -6,7 +6,8 @@ and DDP need to know nothing. The entries under a False are zero whatever happen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from rarefy.errors import ModelError
+from rarefy.model.attach import attach_, detach_
 from rarefy.model.grid import LIVE, InBook, get_grid, live_grid, note_, notes, set_grid_
-from rarefy.model.select import Layer, Selector, all_layers, original, select
+from rarefy.model.select import Layer, Selector, all_layers, parameter, select
 from rarefy.model.shards import sharded, whole
 
 ROUNDED = 0.3  # zeros that rounding to few bits may have made
@@ -64,7 +66,7 @@ def set_mask_(layer: Layer, mask: Tensor) -> None:
         return
     shared = Mask(mask)  # one object at all owners: one buffer, one truth
     for _, module, param in layer.owners:
-        parametrize.register_parametrization(module, param, shared)
+        attach_(module, param, shared)
 
 
 def effective(layer: Layer) -> Tensor:
@@ -95,7 +97,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     >>> masks(net)[""].sum().item()
     2
     """
-    pairs = ((l.full_name, get_mask(l)) for l in all_layers(model))
+    pairs = ((l.full_name, get_mask(l)) for l in (*all_layers(model), *_others(model)))
     return {name: mask.clone() for name, mask in pairs if mask is not None}
 
 
@@ -111,40 +113,62 @@ def fold_(model: nn.Module) -> nn.Module:
     2
     """
     ours = (Mask, *LIVE)
-    made = [l for l in all_layers(model) if any(isinstance(p, ours) for p in _parametrizations(l.module, l.param))]
+    known = (*all_layers(model), *_others(model))
+    made = [l for l in known if any(isinstance(p, ours) for p in _parametrizations(l.module, l.param))]
     for layer in made:
         for name, module, param in layer.owners:
             if not _is_ours(module, param):
                 raise ModelError(f"{name or param} has other parametrizations besides the mask; remove them first")
     for layer in made:
-        weight, effective = layer.original, layer.weight.detach()
-        grid = live_grid(layer.module, layer.param)
-        with torch.no_grad():
-            weight.copy_(effective)
-        trains = next((p.trains for p in _parametrizations(layer.module, layer.param) if isinstance(p, InBook)), None)
-        for _, module, param in layer.owners:
-            _remove(module, param)
-            if grid is not None:
-                note_(module, param, grid)
-        if trains is not None:
-            weight.requires_grad_(trains)
+        fold_parameter_(layer)
     return model
 
 
-def adopt_(model: nn.Module, layers: Selector = None, at_least: float = 0.01) -> list[str]:
-    """Take over foreign masks: models pruned with `torch.nn.utils.prune`, and plain zeros; returns the layer names.
-    Grids that `fold_` or `load` has noted are kept to again too.
+def fold_parameter_(layer: Layer) -> None:
+    """Write the mask and the grid of one parameter into it and take the parametrizations off."""
+    weight, effective = layer.original, layer.weight.detach()
+    grid = live_grid(layer.module, layer.param)
+    with torch.no_grad():
+        weight.copy_(effective)
+    trains = next((p.trains for p in _parametrizations(layer.module, layer.param) if isinstance(p, InBook)), None)
+    for _, module, param in layer.owners:
+        detach_(module, param)
+        if grid is not None:
+            note_(module, param, grid)
+    if trains is not None:
+        weight.requires_grad_(trains)
+
+
+def adopt_(
+    model: nn.Module,
+    layers: Selector = None,
+    at_least: float = 0.01,
+    *,
+    state: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Take over foreign masks: models pruned with `torch.nn.utils.prune` (biases and norms too), and plain zeros of
+    weights; returns the layer names. Grids that `fold_` or `load` has noted are kept to again too.
 
     `layers` narrows the search as in `select`; a weight with a smaller share of exact zeros than `at_least` is
-    dense by intent and is left alone; of weights on a grid, where rounding makes zeros too, below three tenths. Raises
-    ModelError where nothing is pruned. O(weights).
+    dense by intent and is left alone; of weights on a grid, where rounding makes zeros too, below three tenths. `state`
+    is a state dict that torch saved of such a model (with `weight_orig` and `weight_mask`), which is loaded first.
+    Raises ModelError where nothing is pruned. O(weights).
+
+    >>> net = nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+    >>> adopt_(net), int(masks(net)[""].sum())
+    ([''], 8)
     """
+    loaded = {} if state is None else _load_pruned_(model, state)
     chosen = select(model, layers) if layers is not None else all_layers(model)
-    foreign = _take_foreign_masks_(model, chosen, layers is None)
+    foreign = {**loaded, **_take_foreign_masks_(model, chosen, layers is None)}
     taken = []
+    if layers is None:
+        known = {id(l.original) for l in chosen}
+        named = [(n, m, p) for n, m in model.named_modules() for p in m._parameters if id(m._parameters[p]) in foreign]
+        chosen += [parameter(m, p, n) for n, m, p in named if id(m._parameters[p]) not in known]
     for layer in chosen:
         mask = foreign.get(id(layer.original))
-        if mask is None and get_mask(layer) is None:
+        if mask is None and get_mask(layer) is None and layer.layout.kind != "parameter":
             kept = layer.weight.detach() != 0
             few = at_least if get_grid(layer) is None else max(at_least, ROUNDED)
             mask = kept if kept.numel() and 1 - kept.float().mean().item() >= few else None
@@ -203,6 +227,15 @@ def _parametrizations(module: nn.Module, param: str) -> list[nn.Module]:
     return list(getattr(module.parametrizations, param))  # type: ignore[union-attr]
 
 
+def _others(model: nn.Module) -> Iterator[Layer]:
+    """Masked parameters that are no weights of layers."""
+    weights = {(id(m), p) for l in all_layers(model) for _, m, p in l.owners}
+    for name, module in model.named_modules():
+        for param in dict.fromkeys(getattr(module, "parametrizations", ())):
+            if (id(module), param) not in weights and _masks_of(module, param):
+                yield parameter(module, param, name)
+
+
 def _is_ours(module: nn.Module, param: str) -> bool:
     return all(isinstance(p, (Mask, *LIVE)) for p in _parametrizations(module, param))
 
@@ -211,30 +244,37 @@ def _masks_of(module: nn.Module, param: str) -> list[Mask]:
     return [p for p in _parametrizations(module, param) if isinstance(p, Mask)]
 
 
-def _remove(module: nn.Module, param: str) -> None:
-    keep = original(module, param)
-    kind = type(module)  # torch gives a copy of a module the same class, and takes the weight off that
-    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(kind.__name__, kind.__bases__, own)  # type: ignore[assignment]
-    parametrize.remove_parametrizations(module, param, leave_parametrized=False)
-    # remove_parametrizations hands back a parameter; with tied weights it must be the shared one
-    setattr(module, param, keep)
+def _load_pruned_(model: nn.Module, state: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Load a state dict of a model that `torch.nn.utils.prune` has pruned; return {id of the parameter: mask}."""
+    pruned = [
+        k.removesuffix("_orig") for k in state if k.endswith("_orig") and f"{k.removesuffix('_orig')}_mask" in state
+    ]
+    found = {n: state[f"{n}_mask"] for n in pruned}
+    plain = {k: v for k, v in state.items() if not (k.endswith(("_orig", "_mask")) and k[:-5] in found)}
+    try:
+        model.load_state_dict({**plain, **{n: state[f"{n}_orig"] for n in pruned}})
+    except RuntimeError as error:
+        raise ModelError(f"this state does not fit {type(model).__name__}: {error}") from None
+    wrong = next((n for n, m in found.items() if m.shape != model.get_parameter(n).shape), None)
+    if wrong is not None:
+        raise ModelError(f"{wrong}_mask of the state has shape {list(found[wrong].shape)}, unlike its parameter")
+    return {id(model.get_parameter(n)): m != 0 for n, m in found.items()}
 
 
 def _take_foreign_masks_(model: nn.Module, chosen: list[Layer], everything: bool) -> dict[int, Tensor]:
     """Undo the hooks of `torch.nn.utils.prune` on the chosen layers and return {id of the parameter: mask}.
 
-    With `everything` also those of biases and norms, whose zeros are written in.
+    With `everything` also those of biases and norms.
     """
     found: dict[int, Tensor] = {}
     wanted = {(id(m), p) for layer in chosen for _, m, p in layer.owners}
     for module in list(model.modules()):
-        for key, parameter in list(module._parameters.items()):
+        for key, held in list(module._parameters.items()):
             param = key.removesuffix("_orig")
             mask = module._buffers.get(f"{param}_mask")
             if param == key or mask is None or not (everything or (id(module), param) in wanted):
                 continue
             torch_prune.remove(module, param)
-            before = found.get(id(parameter))
-            found[id(parameter)] = mask.bool() if before is None else mask.bool() & before
+            before = found.get(id(held))
+            found[id(held)] = mask.bool() if before is None else mask.bool() & before
     return found

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rarefy.errors import ModelError, SelectorError, nearest
+from rarefy.errors import ModelError, SelectorError, nearest, unknown
 from rarefy.model.layout import CONV, Layout, layout, prunable
 
 Selector = str | Sequence[str] | None
@@ -65,6 +65,20 @@ class Layer:
     def full_name(self) -> str:
         """`name.param`, short for the usual `weight`."""
         return self.name if self.param == "weight" else _join(self.name, self.param)
+
+
+def parameter(module: nn.Module, param: str, name: str = "") -> Layer:
+    """Return any parameter of a module as something that can be masked: a layer's weight as the layer that it is, a
+    bias or a norm as a row of numbers. Raises ModelError where there is none of that name."""
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"a module is a torch.nn.Module, got {type(module).__name__}")
+    weight = original(module, param) if hasattr(module, param) else None
+    if not isinstance(weight, nn.Parameter):
+        known = list(dict(module.named_parameters(recurse=False)))
+        raise ModelError(unknown("parameter", param, known, type(module).__name__))
+    n = weight.numel()
+    plan = layout(module, param) or Layout("parameter", (n,), (0,), (1, 1, 1, n))
+    return Layer(name, param, ((name, module, param),), plan)
 
 
 def original(module: nn.Module, param: str) -> Any:
