@@ -20,7 +20,7 @@ FLOORS = [
     {"recipe"},
     {"given", "plan", "doctor", "account"},
     {"training"},
-    {"api", "adapters"},
+    {"api", "adapters", "migration"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -14,6 +14,7 @@ from rarefy.cut.depth import drop_layers_
 from rarefy.cut.heads import prune_heads_
 from rarefy.cut.permute import permute_
 from rarefy.errors import RarefyError
+from rarefy.migration import Migrated, migrate
 from rarefy.model.graph import groups
 from rarefy.model.mask import adopt_, fold_, masks
 from rarefy.proof.receipt import Receipt
@@ -38,6 +39,7 @@ __all__ = [
     "Distill",
     "Distiller",
     "Gradual",
+    "Migrated",
     "Movement",
     "RarefyError",
     "Receipt",
@@ -63,6 +65,7 @@ __all__ = [
     "inspect",
     "load",
     "masks",
+    "migrate",
     "permute_",
     "prune_",
     "prune_heads_",

@@ -1,4 +1,5 @@
-"""rarefy compress | inspect | bench | export | recipes | doctor. Exit codes: 0 done, 1 a check failed, 2 wrong use."""
+"""rarefy compress | inspect | bench | export | recipes | migrate | doctor. Exit codes: 0 done, 1 a check failed,
+2 wrong use."""
 
 from __future__ import annotations
 
@@ -282,6 +283,33 @@ def recipes_(
     else:
         recipes.load(name)
         print(recipes.presets().get(name, Path(name)).read_text(encoding="utf-8"), end="")
+
+
+@app.command()
+def migrate(
+    source: Annotated[Path, typer.Argument(help="A recipe (.yaml, .md) or config (.json) of another tool.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; else it is printed.")] = None,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave out what has no counterpart, with a comment.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a recipe of another tool into one of ours, with a comment wherever its meaning changed.
+
+    Reads SparseML's recipes (legacy tags, stages, Markdown), llm-compressor's, NNCF configs before version 3, and, as
+    JSON or YAML, a WeightPruningConfig of Neural Compressor and configs of torch.ao.pruning. Runs nothing of a file.
+    """
+    from rarefy.files import write_bytes_whole
+    from rarefy.migration import migrate as migrate_
+
+    made = migrate_(source, skip=skip)
+    if out is not None:
+        if out.is_dir() or (out.exists() and not force):
+            raise RecipeError(f"{out} exists: pass --force, or give another name")
+        write_bytes_whole(out, made.text.encode())
+    if as_json:
+        print(json.dumps({"tool": made.tool, "recipe": made.recipe.to_dict(), "yaml": made.text}, indent=1))
+    elif out is None:
+        print(made.text, end="")
 
 
 @app.command()

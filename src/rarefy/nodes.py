@@ -33,8 +33,15 @@ class Node:
 _PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
-def _from_node(node: yaml.Node, name: str) -> Node:
+def _from_node(node: yaml.Node, name: str, tags: bool = False) -> Node:
     where = f"{name}, line {node.start_mark.line + 1}"
+    if tags and node.tag.startswith("!"):
+        tag, node.tag = node.tag, _PLAIN_TAGS[0]
+        if isinstance(node, yaml.ScalarNode) and not node.value:
+            return Node({tag: Node({}, where)}, where)
+        if isinstance(node, yaml.MappingNode):
+            return Node({tag: _from_node(node, name, tags)}, where)
+        raise RecipeError(f"{tag} is followed by its settings, as keys and values [{where}]")
     foreign = RecipeError(f"tag {node.tag!r} is not part of a recipe: only words, numbers and lists [{where}]")
     if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
         raise foreign
@@ -46,11 +53,11 @@ def _from_node(node: yaml.Node, name: str) -> Node:
                 raise RecipeError(f"a key is a word [{line}]")
             if key.value in found:
                 raise RecipeError(f"key {key.value!r} is given twice [{line}]")
-            inner = _from_node(value, name)
+            inner = _from_node(value, name, tags)
             found[key.value] = Node(inner.value, line)
         return Node(found, where)
     if isinstance(node, yaml.SequenceNode):
-        return Node([_from_node(n, name) for n in node.value], where)
+        return Node([_from_node(n, name, tags) for n in node.value], where)
     try:
         if node.tag.endswith(":int") and ":" in node.value:  # YAML 1.1 reads 2:4 as a number to base 60
             return Node(node.value, where)
@@ -61,14 +68,20 @@ def _from_node(node: yaml.Node, name: str) -> Node:
         raise RecipeError(f"{node.value[:60]!r} is no {node.tag.rpartition(':')[2]}: {error} [{where}]") from None
 
 
-def parse(text: str, name: str) -> Node:
-    """Return the root of YAML text; RecipeError names the line. `name` is what errors call the text."""
+def parse(text: str, name: str, foreign: bool = False) -> Node:
+    """Return the root of YAML text; RecipeError names the line. `name` is what errors call the text. With `foreign` a
+    tag of its own (`!GMPruningModifier`) is read as a key, and single values may be referred to by `*name`.
+    """
     if len(text) > SIZE_LIMIT:
         raise RecipeError(f"{name} is {len(text):,} characters long; a recipe has at most {SIZE_LIMIT:,}")
     try:
-        depth = 0
+        depth, single = 0, set()
         for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
+            if isinstance(event, yaml.ScalarEvent):
+                single.add(event.anchor)
+            elif isinstance(event, yaml.CollectionStartEvent):
+                single.discard(event.anchor)  # what a name means last is what it is
+            if isinstance(event, yaml.AliasEvent) and not (foreign and event.anchor in single):
                 raise RecipeError(f"{name}: aliases (*name) are not part of a recipe: write the value out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEPTH_LIMIT:
@@ -83,7 +96,7 @@ def parse(text: str, name: str) -> Node:
         raise RecipeError(f"{name}: not YAML: {error}") from None
     if root is None:
         raise RecipeError(f"{name} is empty; a recipe has at least stages")
-    return _from_node(root, name)
+    return _from_node(root, name, foreign)
 
 
 def unwrap(node: Node) -> Any:

@@ -147,7 +147,7 @@ class Train:
     """Fine-tune with the masks held. `prune` lets zeros in on the way (`rarefy.train.plans`), `quantize` keeps weights
     on a grid from its `start` on, `distill` learns from the model as it was before the first stage (or another, in the
     folder `teacher`). `validate` measures every epoch on `data.validate` and keeps the best; with `patience` it stops
-    early. See `rarefy.fit_`."""
+    early. With `keep_zeros` zeros that weights have already stay (`rarefy.adopt_`). See `rarefy.fit_`."""
 
     epochs: int = 1
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -160,6 +160,7 @@ class Train:
     accumulate: int = 1
     clip: float | None = None
     autocast: str | None = None
+    keep_zeros: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from rarefy.errors import DataError, ModelError, RecipeError
 from rarefy.files import INDEX
 from rarefy.given import Given, Labelled, calibrates, with_labels
 from rarefy.model import hf
+from rarefy.model.mask import adopt_
 from rarefy.model.stats import Loss, loss_of, on_device
 from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.proof.report import Report
@@ -46,6 +47,8 @@ def train_(
     o = s.optimizer
     batches = labelled(model, given)
     told = list[Report]()
+    if s.keep_zeros:
+        adopt_(model)
     validate = None
     if s.validate is not None:
         validate = partial(METRICS[s.validate], data=given.batches("validate"))
@@ -236,6 +239,8 @@ class Sparsifier(sparsifier.Sparsifier):
             raise RecipeError("the recipe names a teacher's folder: leave teacher out, or take it from the recipe")
         if teacher is not None and stage.distill is None:
             raise RecipeError("teacher has no effect: the recipe's train stage has no distill")
+        if stage.keep_zeros:
+            adopt_(model)
         self.own, self.distiller = loss_of(loss), None
         if stage.distill is not None:
             folder, wise = stage.distill.teacher, teacher

@@ -1,0 +1,267 @@
+"""Configs of NNCF before version 3, Intel Neural Compressor and torch.ao.pruning -> stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rarefy.compat.draft import Draft, Part, known, refuse, selectors
+from rarefy.compat.sparseml import pattern_of, taken_number
+from rarefy.errors import RecipeError
+
+OPTIMIZER = "the optimizer was your script's: name it here (optimizer: {name: adamw, lr: 1e-4})"
+
+
+def nncf(draft: Draft, config: Mapping[str, Any], skip: bool) -> None:
+    """Add what the `compression` of an NNCF config asks for."""
+    found = config.get("compression")
+    many = [found] if isinstance(found, Mapping) else found
+    if not isinstance(many, list) or not all(isinstance(a, Mapping) and "algorithm" in a for a in many):
+        raise RecipeError("an NNCF config has compression: {algorithm: ..., params: {...}} or a list of them")
+    for number, one in enumerate(many):
+        part = Part(str(one["algorithm"]), one, f"compression[{number}]")
+        known(part.name, (NNCF, NNCF_REFUSED), part.where, "algorithm")
+        if part.name in NNCF_REFUSED:
+            if not skip:
+                raise RecipeError(f"{refuse(NNCF_REFUSED, part)} [{part.where}]")
+            draft.remarks.append(refuse(NNCF_REFUSED, part))
+        else:
+            NNCF[part.name](draft, part)
+
+
+def _nncf_where(part: Part, settings: dict[str, Any]) -> list[str]:
+    """Scopes name modules by their classes, which selectors do not: they have to be written anew."""
+    scopes = [k for k in ("ignored_scopes", "target_scopes") if part.settings.get(k)]
+    return [
+        f"{part.name}: {k} {str(part.settings[k])[:80]} has to be written as names: ignore or layers" for k in scopes
+    ]
+
+
+def _nncf_sparsity(draft: Draft, part: Part) -> None:
+    params = part.settings.get("params") or {}
+    taken = Part(part.name, params, part.where).take(
+        sparsity_target=0.5, schedule="exponential", sparsity_freeze_epoch=100
+    )
+    target = taken_number(taken["sparsity_target"], part, "sparsity_target")
+    method = "movement" if part.name == "movement_sparsity" else "gradual"
+    steps = taken["multistep_steps"]
+    epochs = float(taken.number("sparsity_freeze_epoch") if steps is None else max([1, *steps]))
+    until = float(taken.number("sparsity_target_epoch") or epochs)
+    first = taken_number(part.settings.get("sparsity_init") or 0.0, part, "sparsity_init")
+    curve = str(taken["schedule"])
+    plan: dict[str, Any] = {
+        "method": method, "sparsity": target, "first": min(first, target), "end": min(1.0, until / epochs),
+        "steps": max(1, min(200, round(until))),
+        "schedule": {"polynomial": "cubic", "exponential": "exponential"}.get(curve, "linear"),
+    }  # fmt: skip
+    if part.name == "magnitude_sparsity":
+        plan["scope"] = "global"
+    stage = draft.add("train", {"epochs": max(1, math.ceil(epochs)), "prune": plan}, [OPTIMIZER])
+    if curve not in ("polynomial", "exponential"):
+        stage.remarks.append(f"{part.name}: schedule {curve[:30]} rises in a straight line here")
+    if part.name == "rb_sparsity":
+        stage.remarks.append("rb_sparsity learned masks by a penalty; movement, with penalty:, is nearest")
+        stage.settings["prune"] = {**plan, "method": "movement"}
+    if part.name == "movement_sparsity":
+        stage.remarks.append("movement_sparsity learned thresholds: give penalty: for that, or the sparsity you want")
+    stage.remarks += _nncf_where(part, stage.settings)
+    stage.remarks += taken.left(*NNCF_PRIVATE)
+
+
+NNCF_PRIVATE = (
+    "sparsity_level_setting_mode", "update_per_optimizer_step", "steps_per_epoch", "concave", "power", "patience",
+    "multistep_sparsity_levels", "weight_importance", "warmup_start_epoch", "warmup_end_epoch",
+    "importance_regularization_factor", "enable_structured_masking",
+)  # fmt: skip
+
+
+def _nncf_constant(draft: Draft, part: Part) -> None:
+    stage = draft.add("train", {"keep_zeros": True}, [OPTIMIZER])
+    stage.remarks += _nncf_where(part, stage.settings)
+
+
+def _nncf_filters(draft: Draft, part: Part) -> None:
+    params = part.settings.get("params") or {}
+    taken = Part(part.name, params, part.where).take()
+    flops, share = taken.number("pruning_flops_target"), taken.number("pruning_target")
+    level = flops if flops is not None else 0.5 if share is None else share
+    settings: dict[str, Any] = {"flops" if flops is not None else "keep": round(1.0 - level, 6)}
+    score = str(taken["filter_importance"] or "L2")
+    settings["score"] = {"L1": "l1", "L2": "magnitude", "geometric_median": "median"}.get(score, "magnitude")
+    if taken["all_weights"]:
+        settings["scope"] = "global"
+    remarks = [f"{part.name} made filters zero over epochs: here they are cut at once, then trained", OPTIMIZER]
+    draft.add("cut", settings, remarks + _nncf_where(part, settings))
+    epochs = taken.number("num_init_steps") or 0, taken.number("pruning_steps") or 1
+    draft.add("train", {"epochs": max(1, int(sum(epochs)))})
+
+
+def _nncf_quantize(draft: Draft, part: Part) -> None:
+    weights, inputs = part.settings.get("weights") or {}, part.settings.get("activations") or {}
+    bits = int(taken_number(weights.get("bits", 8), part, "weights.bits"))
+    settings: dict[str, Any] = {"weights": f"int{bits}", "activations": "int8-static"}
+    if weights.get("per_channel") is False:
+        settings["group"] = "tensor"
+    if weights.get("mode") == "asymmetric":
+        settings["symmetric"] = False
+    remarks = _nncf_where(part, settings)
+    if inputs.get("bits", 8) != 8:
+        remarks.append(f"quantization: inputs have 8 bits here, not {inputs['bits']}")
+    draft.add(
+        "quantize", settings, [*remarks, "to train on the grid, put these settings as quantize: into a stage train"]
+    )
+
+
+def _nncf_teach(draft: Draft, part: Part) -> None:
+    kind = (part.settings.get("params") or {}).get("type") or part.settings.get("type", "softmax")
+    scale = (part.settings.get("params") or {}).get("scale") or part.settings.get("scale", 1.0)
+    by = "mse" if kind == "mse" else "kl"
+    stage = draft.train()
+    stage.settings["distill"] = {"logits": taken_number(scale, part, "scale"), "by": by}
+
+
+NNCF: dict[str, Any] = {
+    "magnitude_sparsity": _nncf_sparsity,
+    "rb_sparsity": _nncf_sparsity,
+    "movement_sparsity": _nncf_sparsity,
+    "const_sparsity": _nncf_constant,
+    "filter_pruning": _nncf_filters,
+    "quantization": _nncf_quantize,
+    "knowledge_distillation": _nncf_teach,
+}
+NNCF_REFUSED = {
+    "binarization": "nearest are weights of 2 bits, with training",
+    "elasticity": "one network of many sizes; nearest is cut to each of them",
+}
+
+INC_SCORES = {
+    "magnitude": "magnitude", "magnitude_progressive": "magnitude", "gradient": "gradient", "snip": "taylor",
+    "snip_momentum": "taylor", "snip_progressive": "taylor", "snip_momentum_progressive": "taylor",
+}  # fmt: skip
+INC_PRIVATE = (
+    "op_types", "excluded_op_types", "resume_from_pruned_checkpoint", "criterion_type", "reg_type", "parameters",
+    "min_sparsity_ratio_per_op", "max_sparsity_ratio_per_op", "criterion_reduce_type", "low_memory_usage",
+    "quantization",
+)  # fmt: skip
+
+
+def inc(draft: Draft, config: Mapping[str, Any] | Sequence[Any], skip: bool) -> None:
+    """Add what a WeightPruningConfig of Neural Compressor asks for: its dict of defaults and list of local ones."""
+    base = (
+        {k: v for k, v in config.items() if k not in ("pruning_configs", "pruning")}
+        if isinstance(config, Mapping)
+        else {}
+    )
+    several = config.get("pruning_configs") or config.get("pruning") or [{}] if isinstance(config, Mapping) else config
+    if not isinstance(several, list) or not all(isinstance(c, Mapping) for c in several):
+        raise RecipeError("a WeightPruningConfig has pruning_configs: a list of dicts such as {op_names: [...], ...}")
+    plans: list[tuple[dict[str, Any], list[str]]] = []
+    for number, own in enumerate(several):
+        plan = _inc_one(draft, Part("WeightPruningConfig", {**base, **own}, f"pruning_configs[{number}]"))
+        if plan is not None:
+            plans.append(plan)
+    if not plans:
+        return
+    (first, remarks), *others = plans
+    for plan, more in others:
+        if (
+            plan["pattern"] != first["pattern"]
+            or "layers" not in plan
+            or "layers" not in first
+            or "sparsity" not in plan
+        ):
+            raise RecipeError(
+                "pruning_configs of several patterns, or without op_names, have no counterpart in one stage: write a "
+                "stage for each"
+            )
+        ends = first.get("ends") or {l: first["sparsity"] for l in first["layers"]}
+        first["ends"] = ends | {l: plan["sparsity"] for l in plan["layers"]}
+        first["layers"] = [*first["layers"], *plan["layers"]]
+        first["sparsity"] = max(first["ends"].values())
+        remarks += more
+    first.pop("scope", None) if "ends" in first else None
+    remarks += [OPTIMIZER, "its steps are those of your loop: here they are spread over epochs, set these"]
+    draft.add("train", {"epochs": 1, "prune": first}, remarks)
+
+
+def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | None:
+    taken = part.take(
+        target_sparsity=0.9, pruning_type="snip_momentum", pattern="4x1", pruning_scope="global",
+        sparsity_decay_type="exp", start_step=0, end_step=0, pruning_frequency=1,
+    )  # fmt: skip
+    kind, shape = str(taken["pruning_type"]), str(taken["pattern"])
+    target = taken_number(taken["target_sparsity"], part, "target_sparsity")
+    layers = selectors(taken["op_names"], part, "op_names")
+    ignore = selectors(taken["excluded_op_names"], part, "excluded_op_names")
+    remarks = taken.left(*INC_PRIVATE)
+    if kind == "pattern_lock":
+        draft.add("train", {"keep_zeros": True}, [*remarks, OPTIMIZER])
+        return None
+    where: dict[str, Any] = {**({"layers": layers} if layers else {}), **({"ignore": ignore} if ignore else {})}
+    if shape in ("channelx1", "1xchannel"):
+        draft.add("cut", {"keep": round(1 - target, 6), **({"layers": layers} if layers else {})}, remarks)
+        return None
+    if shape == "mha":
+        draft.add("cut", {"units": ["head"], "keep": round(1 - target, 6)}, remarks)
+        return None
+    pattern = (
+        "unstructured"
+        if shape in ("1x1", "unstructured")
+        else pattern_of(
+            [int(n) for n in shape.split("x")] if shape.replace("x", "").isdigit() and "x" in shape else shape, part
+        )
+    )
+    if kind in ("sparse_gpt", "retrain_free", "block_mask"):
+        solver = {"solver": "obs"} if kind == "sparse_gpt" else {"score": "fisher"}
+        settings = {"pattern": pattern, **({} if ":" in pattern else {"sparsity": target}), **solver, **where}
+        draft.add("prune", settings, remarks)
+        return None
+    if kind not in INC_SCORES:
+        raise RecipeError(f"unknown pruning_type {kind[:40]!r}; choose from {', '.join(INC_SCORES)} [{part.where}]")
+    start, end, every = (taken.number(k) or 0 for k in ("start_step", "end_step", "pruning_frequency"))
+    plan: dict[str, Any] = {"method": "gradual", "pattern": pattern, "score": INC_SCORES[kind]}
+    if ":" not in pattern:
+        plan["sparsity"] = target
+        if taken["pruning_scope"] == "global":
+            plan["scope"] = "global"
+    curve = str(taken["sparsity_decay_type"])
+    plan["schedule"] = {"exp": "exponential", "cube": "cubic", "linear": "linear"}.get(curve, "cubic")
+    plan["steps"] = max(1, min(200, round((end - start) / every))) if every and end > start else 10
+    if curve not in ("exp", "cube", "linear"):
+        remarks.append(f"sparsity_decay_type {curve[:30]} is cubic here")
+    if kind.startswith("snip"):
+        remarks.append("snip's |gradient x weight| is taylor here, on calibration data, not summed over steps")
+    return {**plan, **where}, remarks
+
+
+def ao(draft: Draft, config: Sequence[Any], skip: bool) -> None:
+    """Add what the config of torch.ao.pruning's WeightNormSparsifier asks for: a list of layers with their settings."""
+    for number, one in enumerate(config):
+        if not isinstance(one, Mapping) or "tensor_fqn" not in one:
+            raise RecipeError(f"a config of torch.ao.pruning is a list of dicts with tensor_fqn, got {one!r:.60}")
+        part = Part("WeightNormSparsifier", one, f"config[{number}]")
+        taken = part.take(sparsity_level=0.5, sparse_block_shape=[1, 4], zeros_per_block=None)
+        level = taken_number(taken["sparsity_level"], part, "sparsity_level")
+        shape = taken["sparse_block_shape"]
+        if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+            raise RecipeError(f"sparse_block_shape is two whole numbers, got {shape!r:.40} [{part.where}]")
+        entries = shape[0] * shape[1]
+        zeros = taken.number("zeros_per_block")
+        zeros = entries if zeros is None else int(zeros)
+        remarks = taken.left()
+        settings: dict[str, Any] = {"layers": selectors(taken["tensor_fqn"], part, "tensor_fqn")}
+        if entries == 1:
+            settings |= {"pattern": "unstructured", "sparsity": level}
+        elif zeros >= entries:
+            settings |= {"pattern": f"{shape[0]}x{shape[1]}", "sparsity": level, "reduce": "l2"}
+        elif shape[0] == 1:
+            settings |= {"pattern": f"{entries - zeros}:{entries}"}
+            if level < 1:
+                remarks.append(f"sparsity_level {level:g} left some blocks whole: N:M is the same everywhere here")
+        else:
+            raise RecipeError(
+                f"{zeros} zeros in every {shape[0]}x{shape[1]} have no counterpart; in 1x{shape[1]} they have "
+                f"[{part.where}]"
+            )
+        draft.add("prune", settings, remarks)

@@ -1,0 +1,286 @@
+"""SparseML's later recipes and llm-compressor's -> stages `prune`, `quantize`, `train`: one modifier, one stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rarefy.compat.draft import Draft, Part, Stage, Taken, known, refuse, selectors
+from rarefy.compat.sparseml import pattern_of, taken_number
+from rarefy.errors import RecipeError
+
+# what a scheme's name means: bits of weights, width of a group (None: an output), symmetric, bits of inputs
+SCHEMES: dict[str, tuple[int, int | None, bool, int | None]] = {
+    "W8A8": (8, None, True, 8),
+    "INT8": (8, None, True, 8),
+    "W8A16": (8, None, True, None),
+    "W4A16": (4, 128, True, None),
+    "W4A16_ASYM": (4, 128, False, None),
+    "W4A8": (4, 128, True, 8),
+}
+# settings that say how the other tool works, not what comes out
+PRIVATE = (
+    "sequential_update", "sequential_targets", "offload_hessians", "offload_device", "block_size", "update_size",
+    "use_sequential_mse", "kv_cache_scheme", "num_calibration_steps", "calibration_function", "batch_size", "observer",
+    "disable_quantization_observer_epoch", "bypass_divisibility_checks", "preserve_sparsity_mask",
+)  # fmt: skip
+
+
+def convert(draft: Draft, parts: Sequence[Part], skip: bool) -> None:
+    """Add what modifiers ask for to a draft, in order. RecipeError for one that has no counterpart, unless `skip`."""
+    smooth: list[Part] = []
+    ends = [
+        float(v) for p in parts for k in ("end", "start") if isinstance(v := p.settings.get(k), int | float) and v > 0
+    ]
+    epochs = max([1.0, *ends])
+    for part in parts:
+        known(part.name, (HANDLERS, REFUSED, ("SmoothQuantModifier",)), part.where, "modifier")
+        if part.name in REFUSED:
+            if not skip:
+                raise RecipeError(f"{refuse(REFUSED, part)} [{part.where}]")
+            draft.remarks.append(refuse(REFUSED, part))
+        elif part.name == "SmoothQuantModifier":
+            smooth.append(part)
+        else:
+            before = len(draft.stages)
+            HANDLERS[part.name](draft, part, epochs)
+            made = [s for s in draft.stages[before:] if s.name == "quantize"]
+            if smooth and made:
+                _smooth(made, smooth.pop())
+    if smooth:
+        raise RecipeError(
+            "SmoothQuantModifier moves outliers ahead of quantization, and no modifier after it quantizes "
+            f"[{smooth[0].where}]"
+        )
+
+
+def _smooth(stages: Sequence[Stage], part: Part) -> None:
+    taken = part.take(smoothing_strength=0.5)
+    for stage in stages:
+        stage.settings["smooth"] = float(taken.number("smoothing_strength"))
+    if taken["mappings"]:
+        stages[0].remarks.append(
+            "SmoothQuantModifier: which norms take part is found from the model, not from mappings"
+        )
+    stages[0].remarks += taken.left(*PRIVATE, "ignore")
+
+
+def _where(taken: Taken, settings: dict[str, Any]) -> None:
+    layers = selectors(taken["targets"], taken.part, "targets")
+    ignore = selectors(taken["ignore"], taken.part, "ignore")
+    if layers:
+        settings["layers"] = layers
+    if ignore:
+        settings["ignore"] = ignore
+
+
+def _one_shot(solver: str | None) -> Callable[[Draft, Part, float], None]:
+    def handle(draft: Draft, part: Part, epochs: float) -> None:
+        taken = part.take(mask_structure="0:0")
+        pattern = pattern_of(taken["mask_structure"], part)
+        settings: dict[str, Any] = {"pattern": pattern}
+        remarks: list[str] = []
+        sparsity = taken["sparsity"]
+        if isinstance(sparsity, list):
+            numbers = [taken_number(s, part, "sparsity") for s in sparsity]
+            sparsity = round(sum(numbers) / max(1, len(numbers)), 6)
+            settings["allocate"] = "errors"
+            remarks.append(f"{part.name} had a sparsity for each layer: here their mean is spread by measured errors")
+        if re.fullmatch(r"\d+:\d+", pattern) is None:
+            settings["sparsity"] = taken_number(sparsity, part, "sparsity")
+        if solver is None:
+            settings["score"] = "wanda"
+        else:
+            damping = taken.number("dampening_frac")
+            settings["solver"] = {"name": solver} if damping is None else {"name": solver, "damping": damping}
+        profile = taken["sparsity_profile"]
+        if profile == "owl" and "sparsity" in settings:
+            settings["allocate"] = "owl"
+            remarks += [
+                f"{part.name}: owl has its own constants here" for k in ("owl_m", "owl_lmbda") if taken[k] is not None
+            ][:1]
+        elif profile is not None:
+            remarks.append(f"{part.name}: no counterpart of sparsity_profile {str(profile)[:40]} with this pattern")
+        _where(taken, settings)
+        if taken["quantize"]:
+            remarks.append(
+                f"{part.name}: quantize it in a stage of its own, or pattern: in a stage quantize does both at once"
+            )
+        draft.add("prune", settings, remarks + taken.left(*PRIVATE))
+
+    return handle
+
+
+def _magnitude(draft: Draft, part: Part, epochs: float) -> None:
+    taken = part.take(
+        init_sparsity=0.0, mask_structure="unstructured", start=0.0, update_scheduler="cubic", leave_enabled=True
+    )
+    pattern = pattern_of(taken["mask_structure"], part)
+    start, end = float(taken.number("start")), taken.number("end")
+    last = epochs if end is None or end < 0 else float(end)
+    if last < start:
+        raise RecipeError(f"{part.name} ends at {last:g}, before it starts at {start:g} [{part.where}]")
+    stage = draft.train()
+    final = taken_number(taken["final_sparsity"], part, "final_sparsity")
+    plan: dict[str, Any] = {"method": "gradual", "pattern": pattern}
+    if re.fullmatch(r"\d+:\d+", pattern) is None:
+        plan["sparsity"] = final
+    plan["first"] = min(float(taken.number("init_sparsity")), plan.get("sparsity", 0.0))
+    plan |= {"start": start / epochs, "end": last / epochs}
+    every = taken.number("update_frequency")
+    plan["steps"] = min(200, max(1, round((last - start) / every))) if every else 50
+    curve = str(taken["update_scheduler"])
+    plan["schedule"] = curve if curve in ("linear", "cubic") else "cubic"
+    if curve not in ("linear", "cubic"):
+        stage.remarks.append(f"{part.name}: update_scheduler {curve[:40]} is cubic here")
+    if taken["apply_globally"] and pattern == "unstructured":
+        plan["scope"] = "global"
+    _where(taken, plan)
+    if taken["leave_enabled"] is False:
+        stage.remarks.append(f"{part.name} let zeros grow back at its end (leave_enabled: false): here they stay")
+    stage.remarks += taken.left(*PRIVATE, "update_scheduler_args")
+    if "prune" in stage.settings:
+        raise RecipeError(f"{part.name} is a second one that prunes in training: one plan a stage [{part.where}]")
+    stage.settings = {"epochs": max(1, round(epochs)), **stage.settings, "prune": plan}
+    stage.remarks.append("the optimizer was your script's: name it here (optimizer: {name: adamw, lr: 1e-5})")
+
+
+def _constant(draft: Draft, part: Part, epochs: float) -> None:
+    taken = part.take()
+    if part.run == "oneshot":
+        draft.remarks.append(f"{part.name}: zeros stay zeros in later stages anyway")
+        return
+    stage = draft.train()
+    stage.settings["keep_zeros"] = True
+    if selectors(taken["targets"], part, "targets") is not None:
+        stage.remarks.append(
+            f"{part.name} held the zeros of its targets: here those of all layers that are pruned stay"
+        )
+    stage.remarks += taken.left(*PRIVATE, "start", "end", "update_frequency", "leave_enabled")
+
+
+def _distil(draft: Draft, part: Part, epochs: float) -> None:
+    taken, stage = part.take(orig_scale=1.0, distill_scale=1.0), draft.train()
+    stage.settings["distill"] = {
+        "task": float(taken.number("orig_scale")), "logits": float(taken.number("distill_scale")),
+    }  # fmt: skip
+    if taken["targets"]:
+        stage.remarks.append(f"{part.name}: logits teach here; add hidden: squarehead for hidden states")
+    stage.remarks.append(
+        "the teacher was your script's: here it is the model before the first stage, or teacher: FOLDER"
+    )
+    stage.remarks += taken.left(*PRIVATE, "start", "end", "transforms", "comparison")
+
+
+def _quantize(solver: str | None) -> Callable[[Draft, Part, float], None]:
+    def handle(draft: Draft, part: Part, epochs: float) -> None:
+        taken = part.take()
+        groups = _groups(taken)
+        ignore = selectors(taken["ignore"], part, "ignore")
+        remarks = taken.left(
+            *PRIVATE, "actorder", "dampening_frac", "targets", "scheme", "config_groups", "iters", "submodules"
+        )
+        for settings, more in groups:
+            if solver is not None:
+                damping = taken.number("dampening_frac")
+                settings["solver"] = {"name": solver} if damping is None else {"name": solver, "damping": damping}
+            if ignore:
+                settings["ignore"] = ignore
+            draft.add("quantize", settings, [*more, *remarks])
+            remarks = []
+
+    return handle
+
+
+def _groups(taken: Taken) -> list[tuple[dict[str, Any], list[str]]]:
+    """Settings of a stage for each group of layers that has a scheme."""
+    part, groups, scheme = taken.part, taken["config_groups"], taken["scheme"]
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    if isinstance(groups, Mapping):
+        for name, group in groups.items():
+            if not isinstance(group, Mapping):
+                raise RecipeError(
+                    f"{part.name}: config_groups.{name} has keys and values, got {group!r:.60} [{part.where}]"
+                )
+            found.append(_group(group, part))
+    elif isinstance(scheme, Mapping):
+        for name, targets in scheme.items():
+            found.append(_named(str(name), targets, part))
+    else:
+        found.append(_named(str(scheme or "W8A8"), taken["targets"], part))
+    return found
+
+
+def _named(scheme: str, targets: Any, part: Part) -> tuple[dict[str, Any], list[str]]:
+    if scheme.upper() not in SCHEMES:
+        kinds = ", ".join(SCHEMES)
+        raise RecipeError(
+            f"{part.name}: scheme {scheme[:40]} is not of whole numbers; there are {kinds} [{part.where}]"
+        )
+    bits, group, symmetric, inputs = SCHEMES[scheme.upper()]
+    return _settings(bits, group, symmetric, inputs, True, targets, part)
+
+
+def _group(group: Mapping[str, Any], part: Part) -> tuple[dict[str, Any], list[str]]:
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    if not isinstance(weights, Mapping):
+        raise RecipeError(f"{part.name}: a group of layers has weights: {{num_bits: 4, ...}} [{part.where}]")
+    for of in (weights, inputs):
+        if isinstance(of, Mapping) and of.get("type", "int") != "int":
+            raise RecipeError(
+                f"{part.name}: numbers of type {of['type']!r:.20} have no counterpart; int has [{part.where}]"
+            )
+    strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
+    width: Any = {"channel": None, "tensor": "tensor"}.get(str(strategy), weights.get("group_size") or 128)
+    bits = int(taken_number(weights.get("num_bits", 8), part, "num_bits"))
+    rounded = int(taken_number(inputs.get("num_bits", 8), part, "num_bits")) if isinstance(inputs, Mapping) else None
+    dynamic = not isinstance(inputs, Mapping) or bool(inputs.get("dynamic"))
+    made, remarks = _settings(
+        bits, width, weights.get("symmetric") is not False, rounded, dynamic, group.get("targets"), part
+    )
+    if group.get("output_activations"):
+        remarks.append(f"{part.name}: outputs are not rounded here")
+    return made, remarks
+
+
+def _settings(
+    bits: int, group: Any, symmetric: bool, inputs: int | None, dynamic: bool, targets: Any, part: Part
+) -> tuple[dict[str, Any], list[str]]:
+    if not 2 <= bits <= 8 or inputs not in (None, 8):
+        raise RecipeError(f"{part.name}: weights have 2 to 8 bits and inputs 8; got {bits} and {inputs} [{part.where}]")
+    made: dict[str, Any] = {"weights": f"int{bits}"}
+    if group is not None:
+        made["group"] = group
+    if not symmetric:
+        made["symmetric"] = False
+    if inputs is not None:
+        made["activations"] = "int8" if dynamic else "int8-static"
+    layers = selectors(targets, part, "targets")
+    if layers:
+        made["layers"] = layers
+    remarks = (
+        [f"{part.name}: a group of {group} has to divide the inputs of every layer"] if isinstance(group, int) else []
+    )
+    return made, remarks
+
+
+HANDLERS: dict[str, Callable[[Draft, Part, float], None]] = {
+    "ConstantPruningModifier": _constant,
+    "MagnitudePruningModifier": _magnitude,
+    "SparseGPTModifier": _one_shot("obs"),
+    "WandaPruningModifier": _one_shot(None),
+    "GPTQModifier": _quantize("obs"),
+    "QuantizationModifier": _quantize(None),
+    "LegacyQuantizationModifier": _quantize(None),
+    "AutoRoundModifier": _quantize("round"),
+    "OutputDistillationModifier": _distil,
+}
+REFUSED = {
+    "LogarithmicEqualizationModifier": "nearest is smooth: 0.5 in a stage quantize (SmoothQuantModifier)",
+    "AWQModifier": "nearest is solver: obs in a stage quantize (GPTQModifier), which loses less at 4 bits",
+    "SpinQuantModifier": "it rotates weights; nearest is solver: obs in a stage quantize",
+    "QuIPModifier": "it rotates weights; nearest is solver: obs in a stage quantize",
+    "IMatrixGatherer": "it weighs errors by inputs, as solver: obs does",
+    "KVCacheModifier": "keys and values are not rounded here",
+}
