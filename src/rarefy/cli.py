@@ -418,6 +418,7 @@ def _source(name: str) -> Path:
 
 def _load(source: Path) -> tuple[Any, Any]:
     from rarefy import store
+    from rarefy.compat import withdrawn
     from rarefy.files import INDEX, PICKLES
     from rarefy.model import hf
 
@@ -428,6 +429,8 @@ def _load(source: Path) -> tuple[Any, Any]:
         hint = "; a pickle is never opened: load it in Python and call rarefy.compress_"
         hint = hint if source.suffix in PICKLES else ""
         raise ModelError(f"{source} is neither a folder of ours nor a Hugging Face folder (no config.json){hint}")
+    if withdrawn.is_compressed(source):
+        return withdrawn.load(source), hf.load_tokenizer(source)
     return hf.load_folder(source), hf.load_tokenizer(source)
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rarefy.compat import compressed_tensors
+from rarefy.compat import compressed_tensors, withdrawn
 from rarefy.cut.config import adopt_config
 from rarefy.cut.structure import check_told, restore
 from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
@@ -144,6 +144,8 @@ def load(
     stream = how is not None and how["example"] is None
     if model is not None and not isinstance(model, nn.Module):
         raise ModelError(f"model is a torch.nn.Module to load into, such as MyModule(), got {model!r}")
+    if model is None and not how and not (Path(path) / INDEX).is_file() and withdrawn.is_compressed(path):
+        return withdrawn.load(path)
     saved = container.read(path, verify=verify)
     structure = saved.meta.get("structure")
     structure = structure if isinstance(structure, dict) else {}
@@ -366,6 +368,9 @@ def _tensors(what: str | Path | nn.Module) -> Iterator[tuple[str, Tensor, str, i
         for name in saved.names:
             packed = saved.packed(name, _shape(saved, name))
             yield name, values.decode(packed), values.label(packed), packed.nbytes, packed.extra.get("axis", -1)
+        return
+    if withdrawn.is_compressed(path):
+        yield from ((name, t, label, stored, -1) for name, t, _, label, stored in withdrawn.tensors(path))
         return
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:

@@ -107,7 +107,7 @@ KNOWN = (
 )
 
 
-def _variables(root: Node) -> dict[str, float]:
+def _variables(root: Node) -> Mapping[str, float]:
     """Numbers at the top of a recipe and of its stages, those that are computed from others too."""
     found: dict[str, Node] = {}
     for name, node in root.value.items():
