@@ -132,7 +132,9 @@ def folder(path, way, change=lambda parts: None):
     path.mkdir()
     save_file({k: v.contiguous() for k, v in tensors.items()}, path / "model.safetensors", {"format": "pt"})
     told = NAMES.get(way, {"quant_method": "compressed-tensors", "format": "pack-quantized"})
-    (path / "config.json").write_text(json.dumps({**model.config.to_dict(), "quantization_config": told}))
+    (path / "config.json").write_text(
+        json.dumps({**model.config.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": told})
+    )
     return want
 
 
