@@ -533,7 +533,7 @@ def test_groups_whose_cut_is_not_exact_stay():
     report = rarefy.cut_(model, x)
     assert model.a.out_features == 8 and model.b.out_features == 3 and model.c.out_features == 4
     why = {r["group"]: r["stays because"] for r in report.rows}
-    assert why["a.weight:0"].startswith("the cut model's outputs are ")
+    assert why["a.weight:0"].startswith("the cut model returns numbers ")
 
 
 def test_a_dimension_of_two_kinds_of_channels_is_cut_once():

@@ -191,6 +191,8 @@ def test_recipes_run_and_do_what_they_said(name, tmp_path):
 def test_configs_run_and_do_what_they_said(name, tmp_path):
     config, want = CONFIGS[name]
     made = rarefy.migrate(config)
+    told = [l for l in made.text.splitlines() if "no counterpart" in l]
+    assert len(told) == (name == "inc") and all("max_sparsity_ratio_per_op" in l for l in told)
     model = run(made)
     for layer, sparsity in want.items():
         assert zeros(model.get_submodule(layer).weight) == pytest.approx(sparsity, abs=0.02)

@@ -140,9 +140,8 @@ INC_SCORES = {
     "snip_momentum": "taylor", "snip_progressive": "taylor", "snip_momentum_progressive": "taylor",
 }  # fmt: skip
 INC_PRIVATE = (
-    "op_types", "excluded_op_types", "resume_from_pruned_checkpoint", "criterion_type", "reg_type", "parameters",
-    "min_sparsity_ratio_per_op", "max_sparsity_ratio_per_op", "criterion_reduce_type", "low_memory_usage",
-    "quantization",
+    "resume_from_pruned_checkpoint", "criterion_type", "reg_type", "parameters", "criterion_reduce_type",
+    "low_memory_usage", "quantization",
 )  # fmt: skip
 
 
@@ -194,6 +193,8 @@ def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | Non
     target = taken_number(taken["target_sparsity"], part, "target_sparsity")
     layers = selectors(taken["op_names"], part, "op_names")
     ignore = selectors(taken["excluded_op_names"], part, "excluded_op_names")
+    start, end, every = (taken.number(k) or 0 for k in ("start_step", "end_step", "pruning_frequency"))
+    curve, together = str(taken["sparsity_decay_type"]), taken["pruning_scope"] == "global"
     remarks = taken.left(*INC_PRIVATE)
     if kind == "pattern_lock":
         draft.add("train", {"keep_zeros": True}, [*remarks, OPTIMIZER])
@@ -205,13 +206,7 @@ def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | Non
     if shape == "mha":
         draft.add("cut", {"units": ["head"], "keep": round(1 - target, 6)}, remarks)
         return None
-    pattern = (
-        "unstructured"
-        if shape in ("1x1", "unstructured")
-        else pattern_of(
-            [int(n) for n in shape.split("x")] if shape.replace("x", "").isdigit() and "x" in shape else shape, part
-        )
-    )
+    pattern = "unstructured" if shape == "1x1" else pattern_of(shape, part)
     if kind in ("sparse_gpt", "retrain_free", "block_mask"):
         solver = {"solver": "obs"} if kind == "sparse_gpt" else {"score": "fisher"}
         settings = {"pattern": pattern, **({} if ":" in pattern else {"sparsity": target}), **solver, **where}
@@ -219,13 +214,11 @@ def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | Non
         return None
     if kind not in INC_SCORES:
         raise RecipeError(f"unknown pruning_type {kind[:40]!r}; choose from {', '.join(INC_SCORES)} [{part.where}]")
-    start, end, every = (taken.number(k) or 0 for k in ("start_step", "end_step", "pruning_frequency"))
     plan: dict[str, Any] = {"method": "gradual", "pattern": pattern, "score": INC_SCORES[kind]}
     if ":" not in pattern:
         plan["sparsity"] = target
-        if taken["pruning_scope"] == "global":
+        if together:
             plan["scope"] = "global"
-    curve = str(taken["sparsity_decay_type"])
     plan["schedule"] = {"exp": "exponential", "cube": "cubic", "linear": "linear"}.get(curve, "cubic")
     plan["steps"] = max(1, min(200, round((end - start) / every))) if every and end > start else 10
     if curve not in ("exp", "cube", "linear"):
@@ -249,8 +242,8 @@ def ao(draft: Draft, config: Sequence[Any], skip: bool) -> None:
         entries = shape[0] * shape[1]
         zeros = taken.number("zeros_per_block")
         zeros = entries if zeros is None else int(zeros)
-        remarks = taken.left()
         settings: dict[str, Any] = {"layers": selectors(taken["tensor_fqn"], part, "tensor_fqn")}
+        remarks = taken.left()
         if entries == 1:
             settings |= {"pattern": "unstructured", "sparsity": level}
         elif zeros >= entries:

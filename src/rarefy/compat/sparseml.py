@@ -83,7 +83,7 @@ def pattern_of(mask_type: Any, part: Part) -> str:
     if isinstance(mask_type, list) and len(mask_type) == 2 and all(type(n) is int for n in mask_type):
         return f"{mask_type[0]}x{mask_type[1]}"
     text = str(mask_type or "unstructured")
-    nm, block = re.fullmatch(r"(\d+):(\d+)", text), re.fullmatch(r"block_?(\d+)[x_](\d+)", text)
+    nm, block = re.fullmatch(r"(\d+):(\d+)", text), re.fullmatch(r"(?:block_?)?(\d+)[x_](\d+)", text)
     if text in named:
         return named[text]
     if nm:

@@ -227,9 +227,9 @@ def _config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: not JSON: {error}") from None
+        raise ModelError(f"{file.parent}: the config is not usable: not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{file}: a config has keys and values")
+        raise ModelError(f"{file.parent}: the config is not usable: a config has keys and values")
     return config
 
 
