@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -198,6 +199,63 @@ def test_configs_run_and_do_what_they_said(name, tmp_path):
         assert zeros(model.get_submodule(layer).weight) == pytest.approx(sparsity, abs=0.02)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert rarefy.migrate(tmp_path / "config.json").text == made.text
+
+
+JUNK = [
+    None,
+    True,
+    3,
+    -1,
+    0,
+    2.5,
+    1e300,
+    float("nan"),
+    "word",
+    "eval(1",
+    "re:(",
+    "",
+    [],
+    [1],
+    ["a", 2],
+    {},
+    {"a": {"b": 1}},
+]
+
+
+def broken(value, rng):
+    """Plain data with one value in it replaced, or one key gone."""
+    value = copy.deepcopy(value)
+    places = []
+
+    def walk(v):
+        for key in v if isinstance(v, dict) else range(len(v)):
+            places.append((v, key))
+            if isinstance(v[key], dict | list):
+                walk(v[key])
+
+    walk(value)
+    holder, key = rng.choice(places)
+    if isinstance(holder, dict) and rng.random() < 0.1:
+        del holder[key]
+    else:
+        holder[key] = rng.choice(JUNK)
+    return value
+
+
+@pytest.mark.parametrize("name", [*LEGACY, *LATER, *CONFIGS])
+def test_broken_ones_give_a_recipe_or_a_recipe_error(name):
+    from rarefy.nodes import parse, unwrap
+
+    known = CONFIGS.get(name) or (LEGACY | LATER)[name]
+    whole = known[0] if name in CONFIGS else unwrap(parse(known[0], "r.yaml", foreign=True))
+    rng, made = random.Random(name), 0
+    for _ in range(60):
+        try:
+            rarefy.migrate(broken(whole, rng), skip=rng.random() < 0.5)
+            made += 1
+        except RecipeError as error:
+            assert len(str(error)) < 600
+    assert made or name in CONFIGS
 
 
 def test_zeros_that_are_there_are_held():

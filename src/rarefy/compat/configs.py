@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rarefy.compat.draft import Draft, Part, known, refuse, selectors
-from rarefy.compat.sparseml import pattern_of, taken_number
+from rarefy.compat.draft import Draft, Part, known, mapping, number, refuse, selectors
+from rarefy.compat.sparseml import pattern_of
 from rarefy.errors import RecipeError
 
 OPTIMIZER = "the optimizer was your script's: name it here (optimizer: {name: adamw, lr: 1e-4})"
@@ -19,8 +19,8 @@ def nncf(draft: Draft, config: Mapping[str, Any], skip: bool) -> None:
     many = [found] if isinstance(found, Mapping) else found
     if not isinstance(many, list) or not all(isinstance(a, Mapping) and "algorithm" in a for a in many):
         raise RecipeError("an NNCF config has compression: {algorithm: ..., params: {...}} or a list of them")
-    for number, one in enumerate(many):
-        part = Part(str(one["algorithm"]), one, f"compression[{number}]")
+    for nth, one in enumerate(many):
+        part = Part(str(one["algorithm"]), one, f"compression[{nth}]")
         known(part.name, (NNCF, NNCF_REFUSED), part.where, "algorithm")
         if part.name in NNCF_REFUSED:
             if not skip:
@@ -39,16 +39,18 @@ def _nncf_where(part: Part, settings: dict[str, Any]) -> list[str]:
 
 
 def _nncf_sparsity(draft: Draft, part: Part) -> None:
-    params = part.settings.get("params") or {}
+    params = mapping(part.settings.get("params"), part, "params")
     taken = Part(part.name, params, part.where).take(
         sparsity_target=0.5, schedule="exponential", sparsity_freeze_epoch=100
     )
-    target = taken_number(taken["sparsity_target"], part, "sparsity_target")
+    target = number(taken["sparsity_target"], part, "sparsity_target")
     method = "movement" if part.name == "movement_sparsity" else "gradual"
-    steps = taken["multistep_steps"]
-    epochs = float(taken.number("sparsity_freeze_epoch") if steps is None else max([1, *steps]))
+    freeze, steps = taken.number("sparsity_freeze_epoch"), taken["multistep_steps"] or []
+    if not isinstance(steps, list) or any(isinstance(s, bool) or not isinstance(s, int | float) for s in steps):
+        raise RecipeError(f"multistep_steps is a list of epochs, got {steps!r:.60} [{part.where}]")
+    epochs = float(max([1, *steps]) if steps else freeze)
     until = float(taken.number("sparsity_target_epoch") or epochs)
-    first = taken_number(part.settings.get("sparsity_init") or 0.0, part, "sparsity_init")
+    first = number(part.settings.get("sparsity_init") or 0.0, part, "sparsity_init")
     curve = str(taken["schedule"])
     plan: dict[str, Any] = {
         "method": method, "sparsity": target, "first": min(first, target), "end": min(1.0, until / epochs),
@@ -82,7 +84,7 @@ def _nncf_constant(draft: Draft, part: Part) -> None:
 
 
 def _nncf_filters(draft: Draft, part: Part) -> None:
-    params = part.settings.get("params") or {}
+    params = mapping(part.settings.get("params"), part, "params")
     taken = Part(part.name, params, part.where).take()
     flops, share = taken.number("pruning_flops_target"), taken.number("pruning_target")
     level = flops if flops is not None else 0.5 if share is None else share
@@ -98,8 +100,8 @@ def _nncf_filters(draft: Draft, part: Part) -> None:
 
 
 def _nncf_quantize(draft: Draft, part: Part) -> None:
-    weights, inputs = part.settings.get("weights") or {}, part.settings.get("activations") or {}
-    bits = int(taken_number(weights.get("bits", 8), part, "weights.bits"))
+    weights, inputs = (mapping(part.settings.get(k), part, k) for k in ("weights", "activations"))
+    bits = int(number(weights.get("bits", 8), part, "weights.bits"))
     settings: dict[str, Any] = {"weights": f"int{bits}", "activations": "int8-static"}
     if weights.get("per_channel") is False:
         settings["group"] = "tensor"
@@ -114,11 +116,11 @@ def _nncf_quantize(draft: Draft, part: Part) -> None:
 
 
 def _nncf_teach(draft: Draft, part: Part) -> None:
-    kind = (part.settings.get("params") or {}).get("type") or part.settings.get("type", "softmax")
-    scale = (part.settings.get("params") or {}).get("scale") or part.settings.get("scale", 1.0)
+    params = mapping(part.settings.get("params"), part, "params")
+    kind, scale = (params.get(k) or part.settings.get(k, d) for k, d in (("type", "softmax"), ("scale", 1.0)))
     by = "mse" if kind == "mse" else "kl"
     stage = draft.train()
-    stage.settings["distill"] = {"logits": taken_number(scale, part, "scale"), "by": by}
+    stage.settings["distill"] = {"logits": number(scale, part, "scale"), "by": by}
 
 
 NNCF: dict[str, Any] = {
@@ -156,8 +158,8 @@ def inc(draft: Draft, config: Mapping[str, Any] | Sequence[Any], skip: bool) -> 
     if not isinstance(several, list) or not all(isinstance(c, Mapping) for c in several):
         raise RecipeError("a WeightPruningConfig has pruning_configs: a list of dicts such as {op_names: [...], ...}")
     plans: list[tuple[dict[str, Any], list[str]]] = []
-    for number, own in enumerate(several):
-        plan = _inc_one(draft, Part("WeightPruningConfig", {**base, **own}, f"pruning_configs[{number}]"))
+    for nth, own in enumerate(several):
+        plan = _inc_one(draft, Part("WeightPruningConfig", {**base, **own}, f"pruning_configs[{nth}]"))
         if plan is not None:
             plans.append(plan)
     if not plans:
@@ -190,7 +192,7 @@ def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | Non
         sparsity_decay_type="exp", start_step=0, end_step=0, pruning_frequency=1,
     )  # fmt: skip
     kind, shape = str(taken["pruning_type"]), str(taken["pattern"])
-    target = taken_number(taken["target_sparsity"], part, "target_sparsity")
+    target = number(taken["target_sparsity"], part, "target_sparsity")
     layers = selectors(taken["op_names"], part, "op_names")
     ignore = selectors(taken["excluded_op_names"], part, "excluded_op_names")
     start, end, every = (taken.number(k) or 0 for k in ("start_step", "end_step", "pruning_frequency"))
@@ -230,12 +232,12 @@ def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | Non
 
 def ao(draft: Draft, config: Sequence[Any], skip: bool) -> None:
     """Add what the config of torch.ao.pruning's WeightNormSparsifier asks for: a list of layers with their settings."""
-    for number, one in enumerate(config):
+    for nth, one in enumerate(config):
         if not isinstance(one, Mapping) or "tensor_fqn" not in one:
             raise RecipeError(f"a config of torch.ao.pruning is a list of dicts with tensor_fqn, got {one!r:.60}")
-        part = Part("WeightNormSparsifier", one, f"config[{number}]")
+        part = Part("WeightNormSparsifier", one, f"config[{nth}]")
         taken = part.take(sparsity_level=0.5, sparse_block_shape=[1, 4], zeros_per_block=None)
-        level = taken_number(taken["sparsity_level"], part, "sparsity_level")
+        level = number(taken["sparsity_level"], part, "sparsity_level")
         shape = taken["sparse_block_shape"]
         if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
             raise RecipeError(f"sparse_block_shape is two whole numbers, got {shape!r:.40} [{part.where}]")

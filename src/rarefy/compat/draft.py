@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Part:
 
     def take(self, **defaults: Any) -> Taken:
         """Return the settings that a caller knows, with their defaults; it must look at each."""
+        if not isinstance(self.settings, Mapping):
+            raise RecipeError(f"{self.name} has settings, as keys and values, got {self.settings!r:.60} [{self.where}]")
         return Taken(self, dict(self.settings), defaults)
 
 
@@ -53,9 +56,7 @@ class Taken:
     def number(self, name: str) -> Any:
         """Return a number, or None; RecipeError for anything else."""
         value = self[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise RecipeError(f"{self.part.name}: {name} is a number, got {value!r:.60} [{self.part.where}]")
-        return value
+        return None if value is None else number(value, self.part, name)
 
     def left(self, *without_effect: str) -> list[str]:
         """Return a remark for each setting that has no counterpart."""
@@ -97,6 +98,20 @@ class Draft:
             body = yaml.safe_dump(_plain(stage.settings), sort_keys=False, width=WIDTH)
             lines += [f"- {stage.name}:", *(f"    {l}" for l in body.splitlines())]
         return "\n".join(lines) + "\n"
+
+
+def number(value: Any, part: Part, name: str) -> Any:
+    """Return a number; RecipeError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RecipeError(f"{part.name}: {name} is a number, got {value!r:.60} [{part.where}]")
+    return value
+
+
+def mapping(value: Any, part: Part, name: str) -> Mapping[str, Any]:
+    """Return keys and values, none for None; RecipeError for anything else."""
+    if value is not None and not isinstance(value, Mapping):
+        raise RecipeError(f"{part.name}: {name} has keys and values, got {value!r:.60} [{part.where}]")
+    return value or {}
 
 
 def refuse(names: Mapping[str, str], part: Part) -> str:

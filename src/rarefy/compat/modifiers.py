@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rarefy.compat.draft import Draft, Part, Stage, Taken, known, refuse, selectors
-from rarefy.compat.sparseml import pattern_of, taken_number
+from rarefy.compat.draft import Draft, Part, Stage, Taken, known, number, refuse, selectors
+from rarefy.compat.sparseml import pattern_of
 from rarefy.errors import RecipeError
 
 # what a scheme's name means: bits of weights, width of a group (None: an output), symmetric, bits of inputs
@@ -83,12 +83,12 @@ def _one_shot(solver: str | None) -> Callable[[Draft, Part, float], None]:
         remarks: list[str] = []
         sparsity = taken["sparsity"]
         if isinstance(sparsity, list):
-            numbers = [taken_number(s, part, "sparsity") for s in sparsity]
+            numbers = [number(s, part, "sparsity") for s in sparsity]
             sparsity = round(sum(numbers) / max(1, len(numbers)), 6)
             settings["allocate"] = "errors"
             remarks.append(f"{part.name} had a sparsity for each layer: here their mean is spread by measured errors")
         if re.fullmatch(r"\d+:\d+", pattern) is None:
-            settings["sparsity"] = taken_number(sparsity, part, "sparsity")
+            settings["sparsity"] = number(sparsity, part, "sparsity")
         if solver is None:
             settings["score"] = "wanda"
         else:
@@ -122,7 +122,7 @@ def _magnitude(draft: Draft, part: Part, epochs: float) -> None:
     if last < start:
         raise RecipeError(f"{part.name} ends at {last:g}, before it starts at {start:g} [{part.where}]")
     stage = draft.train()
-    final = taken_number(taken["final_sparsity"], part, "final_sparsity")
+    final = number(taken["final_sparsity"], part, "final_sparsity")
     plan: dict[str, Any] = {"method": "gradual", "pattern": pattern}
     if re.fullmatch(r"\d+:\d+", pattern) is None:
         plan["sparsity"] = final
@@ -233,8 +233,8 @@ def _group(group: Mapping[str, Any], part: Part) -> tuple[dict[str, Any], list[s
             )
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
     width: Any = {"channel": None, "tensor": "tensor"}.get(str(strategy), weights.get("group_size") or 128)
-    bits = int(taken_number(weights.get("num_bits", 8), part, "num_bits"))
-    rounded = int(taken_number(inputs.get("num_bits", 8), part, "num_bits")) if isinstance(inputs, Mapping) else None
+    bits = int(number(weights.get("num_bits", 8), part, "num_bits"))
+    rounded = int(number(inputs.get("num_bits", 8), part, "num_bits")) if isinstance(inputs, Mapping) else None
     dynamic = not isinstance(inputs, Mapping) or bool(inputs.get("dynamic"))
     made, remarks = _settings(
         bits, width, weights.get("symmetric") is not False, rounded, dynamic, group.get("targets"), part

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rarefy.compat.draft import Draft, Part, Stage, Taken, known, refuse, selectors, words
+from rarefy.compat.draft import Draft, Part, Stage, Taken, known, mapping, number, refuse, selectors, words
 from rarefy.errors import RecipeError
 
 MOST_STEPS = 200  # of a schedule: each looks at all weights
@@ -106,7 +106,7 @@ def _plan(method: str, scope: str | None = None, **options: Any) -> Callable[[Dr
         last = next((s for s in asked if s is not None), None)
         plan: dict[str, Any] = {"method": method, "pattern": pattern, **options}
         ends = _group_ends(last, part)
-        final = max(ends.values()) if ends else taken_number(last, part, "final_sparsity")
+        final = max(ends.values()) if ends else number(last, part, "final_sparsity")
         if re.fullmatch(r"\d+:\d+", pattern) is None:
             plan["sparsity"] = final
         shared = taken["global_sparsity"]
@@ -150,13 +150,6 @@ def _plan(method: str, scope: str | None = None, **options: Any) -> Callable[[Dr
     return handle
 
 
-def taken_number(value: Any, part: Part, name: str) -> float:
-    """Return a number; RecipeError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecipeError(f"{part.name}: {name} is a number, got {value!r:.60} [{part.where}]")
-    return float(value)
-
-
 def _group_ends(value: Any, part: Part) -> dict[str, float]:
     """Final sparsities by group: {0.8: [names], 0.9: [names]}."""
     if not isinstance(value, Mapping):
@@ -164,11 +157,11 @@ def _group_ends(value: Any, part: Part) -> dict[str, float]:
     found: dict[str, float] = {}
     for sparsity, names in value.items():
         try:
-            number = float(sparsity)
+            share = float(sparsity)
         except ValueError:
             raise RecipeError(f"{part.name}: {sparsity!r:.40} is no sparsity [{part.where}]") from None
         for selector in selectors(names, part, "final_sparsity") or []:
-            found[selector] = number
+            found[selector] = share
     return found
 
 
@@ -253,9 +246,7 @@ def _distil(draft: Draft, part: Part, epochs: float) -> None:
         "the teacher was your script's: here it is the model before the first stage, or teacher: FOLDER"
     )
     if taken["distill_output_keys"]:
-        stage.remarks.append(
-            f"{part.name}: all outputs teach, not only {', '.join(map(str, taken['distill_output_keys']))[:60]}"
-        )
+        stage.remarks.append(f"{part.name}: all outputs teach, not only {str(taken['distill_output_keys'])[:60]}")
     stage.remarks += taken.left(*LOG, "start_epoch", "end_epoch", "update_frequency", "teacher_input_keys")
 
 
@@ -281,8 +272,8 @@ def quantization(draft: Draft, part: Part, epochs: float) -> None:
     bits, activations = 8, True
     scheme = taken["scheme"]
     if isinstance(scheme, Mapping):
-        weights, inputs = scheme.get("weights") or {}, scheme.get("input_activations")
-        bits, activations = int(weights.get("num_bits", 8)), inputs is not None
+        weights, inputs = mapping(scheme.get("weights"), part, "weights"), scheme.get("input_activations")
+        bits, activations = int(number(weights.get("num_bits", 8), part, "num_bits")), inputs is not None
     stage.settings["quantize"] = {"weights": f"int{bits}", "start": min(start, 0.99)}
     ignore = selectors(taken["ignore"], part, "ignore")
     if ignore:
@@ -304,7 +295,7 @@ def quantization(draft: Draft, part: Part, epochs: float) -> None:
 def _structured(draft: Draft, part: Part, epochs: float) -> None:
     taken = part.take()
     last = taken["final_sparsity"] if taken["final_sparsity"] is not None else taken["sparsity"]
-    sparsity = taken_number(last, part, "final_sparsity")
+    sparsity = number(last, part, "final_sparsity")
     remarks = [
         f"{part.name} made units zero on the way and removed them later: here they are cut at once, then trained"
     ]
