@@ -48,7 +48,7 @@ def _nncf_sparsity(draft: Draft, part: Part) -> None:
     freeze, steps = taken.number("sparsity_freeze_epoch"), taken["multistep_steps"] or []
     if not isinstance(steps, list) or any(isinstance(s, bool) or not isinstance(s, int | float) for s in steps):
         raise RecipeError(f"multistep_steps is a list of epochs, got {steps!r:.60} [{part.where}]")
-    epochs = float(max([1, *steps]) if steps else freeze)
+    epochs = float(max([1, *(steps or [freeze])]))
     until = float(taken.number("sparsity_target_epoch") or epochs)
     first = number(part.settings.get("sparsity_init") or 0.0, part, "sparsity_init")
     curve = str(taken["schedule"])

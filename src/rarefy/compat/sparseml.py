@@ -117,10 +117,10 @@ def _plan(method: str, scope: str | None = None, **options: Any) -> Callable[[Dr
             first = taken.number("init_sparsity")
             plan["first"] = min(float(first or 0.0), float(final if "sparsity" in plan else 0.0))
             plan["steps"] = _steps(taken, start, end, epochs, stage)
-            curve = taken["inter_func"] or "cubic"
+            curve = str(taken["inter_func"] or "cubic")
             plan["schedule"] = {"linear": "linear", "cubic": "cubic"}.get(curve, "cubic")
             if curve not in ("linear", "cubic"):
-                stage.remarks.append(f"{part.name}: inter_func {curve} is cubic here")
+                stage.remarks.append(f"{part.name}: inter_func {curve[:40]} is cubic here")
         elif method == "rigl":
             plan["steps"] = _steps(taken, start, end, epochs, stage)
         if method == "alternate":
