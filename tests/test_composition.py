@@ -27,9 +27,12 @@ class Small(nn.Module):
         self.more = nn.Linear(64, 32)
         self.out = nn.Linear(32, 5)
 
-    def forward(self, x):
+    def features(self, x):
         x = self.norm(self.conv(x)).relu().mean((2, 3))
-        return self.out(self.more(self.hidden(x).relu()).relu())
+        return self.more(self.hidden(x).relu()).relu()
+
+    def forward(self, x):
+        return self.out(self.features(x))
 
 
 def data(n=3):

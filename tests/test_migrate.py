@@ -17,6 +17,8 @@ import rarefy
 from rarefy.compat import configs, modifiers, sparseml
 from rarefy.compat.arithmetic import compute
 from rarefy.errors import RecipeError
+from test_composition import Small
+from test_composition import data as batches
 
 ALL_LEGACY = [
     "EpochRange",
@@ -61,27 +63,18 @@ ALL_LATER = [
 ]
 
 
-class Net(nn.Module):
+class Net(Small):
+    """With a list of blocks ahead of the head."""
+
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.hidden = nn.Linear(16, 64)
-        self.more = nn.Linear(64, 32)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(2))
-        self.out = nn.Linear(32, 5)
 
     def forward(self, x):
-        x = self.norm(self.conv(x)).relu().mean((2, 3))
-        x = self.more(self.hidden(x).relu()).relu()
+        x = self.features(x)
         for block in self.blocks:
             x = x + block(x)
         return self.out(x)
-
-
-def batches(n=3):
-    rng = torch.Generator().manual_seed(0)
-    return [(torch.randn(16, 3, 8, 8, generator=rng), torch.randint(0, 5, (16,), generator=rng)) for _ in range(n)]
 
 
 def run(made, model=None):

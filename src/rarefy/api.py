@@ -115,8 +115,10 @@ def _compress(
     beside = any(isinstance(s, recipes.Factorize) and s.beside for s in plan.stages)
     taught = any(isinstance(s, recipes.Train) and s.distill is not None for s in plan.stages)
     dense, reports = None, list[Report]()
+    # what follows is compared with the model whose units stand in the order that they will have
+    first = next((i for i, s in enumerate(plan.stages) if not isinstance(s, recipes.Permute)), 0)
     for index, stage in enumerate(plan.stages):
-        if dense is None and (timed or beside or taught) and not isinstance(stage, recipes.Permute):
+        if index == first and (timed or beside or taught):
             dense = given.before = copy.deepcopy(model)
         options: dict[str, Any] = {"seed": plan.seed + index, "progress": progress}
         if isinstance(stage, recipes.Prune) and stage.solver is not None:
@@ -124,7 +126,6 @@ def _compress(
         if isinstance(stage, recipes.Train):
             options |= {"log": log, "work": None if work is None else work / f"stage-{index + 1}"}
         reports += RUN[type(stage)](model, stage, given, loss, **options)
-    dense = copy.deepcopy(model) if dense is None and timed else dense
     rows = layer_rows(reports)
     fold_(model)
     model.rarefy_recipe = plan.to_dict()  # type: ignore[assignment]
@@ -316,11 +317,8 @@ def _permute(
 ) -> list[Report]:
     data = Labelled(model, given.batches("calibrate"), s.score) if calibrates(s) else None
     options = {"score": s.score, "seconds": s.seconds, "layers": s.layers, "ignore": s.ignore, "data": data}
-    return [
-        permute_(
-            model, cut_example(model, given, "permute"), s.pattern, **options, loss=loss, seed=seed, progress=progress
-        )
-    ]
+    example = cut_example(model, given, "permute")
+    return [permute_(model, example, s.pattern, **options, loss=loss, seed=seed, progress=progress)]
 
 
 RUN: dict[type, Callable[..., list[Report]]] = {

@@ -423,14 +423,12 @@ def _load(source: Path) -> tuple[Any, Any]:
     from rarefy.model import hf
 
     hf.no_bars()
-    if (source / INDEX).is_file():
+    if (source / INDEX).is_file() or withdrawn.is_compressed(source):
         return store.load(source), hf.load_tokenizer(source)
     if not hf.is_folder(source):
         hint = "; a pickle is never opened: load it in Python and call rarefy.compress_"
         hint = hint if source.suffix in PICKLES else ""
         raise ModelError(f"{source} is neither a folder of ours nor a Hugging Face folder (no config.json){hint}")
-    if withdrawn.is_compressed(source):
-        return withdrawn.load(source), hf.load_tokenizer(source)
     return hf.load_folder(source), hf.load_tokenizer(source)
 
 

@@ -106,6 +106,13 @@ def unwrap(node: Node) -> Any:
     return [unwrap(v) for v in node.value] if isinstance(node.value, list) else node.value
 
 
+def plain(value: Any) -> Any:
+    """Return mappings as dicts and tuples as lists, all the way down."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def show(value: Any) -> str:
     """Return a value as errors show it."""
     if isinstance(value, dict):

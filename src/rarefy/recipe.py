@@ -18,7 +18,7 @@ import yaml
 from rarefy.cut.ask import BUDGETS, check_cut
 from rarefy.cut.permute import check_permute
 from rarefy.errors import RarefyError, RecipeError, nearest, unknown
-from rarefy.nodes import Node, parse, show, unwrap
+from rarefy.nodes import Node, parse, plain, show, unwrap
 from rarefy.prune import pattern as patterns
 from rarefy.prune.solver import resolve
 from rarefy.stages import (
@@ -84,7 +84,7 @@ class Recipe:
         out = dataclasses.asdict(self)
         names = {cls: name for name, cls in STAGES.items()}
         out["stages"] = [{names[type(s)]: dataclasses.asdict(s)} for s in self.stages]
-        return _plain(out)
+        return plain(out)
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML."""
@@ -108,7 +108,7 @@ def vocabulary() -> tuple[dict[str, str], ...]:
             options = typing.get_args(kinds[f.name]) if isinstance(kinds[f.name], types.UnionType) else (kinds[f.name],)
             inner: list[Any] = [o for o in options if dataclasses.is_dataclass(o)]
             made = f.default_factory is not dataclasses.MISSING
-            default = "" if made or f.default is dataclasses.MISSING else str(_plain(f.default)).lower()
+            default = "" if made or f.default is dataclasses.MISSING else str(plain(f.default)).lower()
             default = {"none": "null"}.get(default, default)
             own = next((OWN[c] for c in cls.__mro__ if c in OWN), {})
             allowed = (CHOICES | own).get(f.name) or ()
@@ -408,9 +408,3 @@ def _replace(values: Any, key: str, new: Any) -> tuple[int, set[str]]:
         if key in values:
             values[key], hits = new, hits + 1
     return hits, names
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

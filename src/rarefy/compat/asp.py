@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from rarefy.cut.optimizers import check_optimizer
 from rarefy.cut.permute import check_permute, permute_
 from rarefy.errors import ModelError
-from rarefy.model.mask import fold_parameter_, get_mask
+from rarefy.model.mask import clear_, fold_parameter_, mask_of
 from rarefy.model.select import Layer, Selector, select, unwrap
 from rarefy.model.stats import Loss
 from rarefy.proof.report import Report
@@ -79,7 +79,7 @@ def prune_trained_model(
         was, now = told.summary["kept before"], told.summary["kept"]
         notes = (f"inputs put in order: {now:.2%} of the scores are kept, {was:.2%} before",)
     done = prune_(model, pattern, score, **options)
-    masks = {l.original: m.clone() for l in fits if (m := get_mask(l)) is not None}
+    masks = {l.original: mask_of(l).clone() for l in fits}
     for layer in fits:
         fold_parameter_(layer)
     keep_zeros_(optimizer, masks)
@@ -93,20 +93,13 @@ def keep_zeros_(optimizer: Optimizer, masks: dict[nn.Parameter, Tensor]) -> None
     """Have an optimizer keep parameters zero where their masks (bool) are False: their gradients before each of its
     steps, themselves and its state after, and both now."""
 
-    def clear(tensors: Iterable[Any], gone: Tensor) -> None:
-        for t in tensors:
-            if isinstance(t, Tensor) and t.shape == gone.shape:
-                t.masked_fill_(gone.to(t.device), 0)
-
-    @torch.no_grad()
     def before(*_: Any) -> None:
         for p, mask in masks.items():
-            clear((p.grad,), ~mask)
+            clear_((p.grad,), mask)
 
-    @torch.no_grad()
     def after(*_: Any) -> None:
         for p, mask in masks.items():
-            clear((p, *optimizer.state.get(p, {}).values()), ~mask)
+            clear_((p, *optimizer.state.get(p, {}).values()), mask)
 
     after()
     optimizer.register_step_pre_hook(before)

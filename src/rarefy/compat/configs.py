@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rarefy.compat.draft import Draft, Part, known, mapping, number, refuse, selectors
+from rarefy.compat.draft import Draft, Part, mapping, number, refused, selectors, shape, steps
 from rarefy.compat.sparseml import pattern_of
 from rarefy.errors import RecipeError
 
@@ -21,16 +21,11 @@ def nncf(draft: Draft, config: Mapping[str, Any], skip: bool) -> None:
         raise RecipeError("an NNCF config has compression: {algorithm: ..., params: {...}} or a list of them")
     for nth, one in enumerate(many):
         part = Part(str(one["algorithm"]), one, f"compression[{nth}]")
-        known(part.name, (NNCF, NNCF_REFUSED), part.where, "algorithm")
-        if part.name in NNCF_REFUSED:
-            if not skip:
-                raise RecipeError(f"{refuse(NNCF_REFUSED, part)} [{part.where}]")
-            draft.remarks.append(refuse(NNCF_REFUSED, part))
-        else:
+        if not refused(draft, part, (NNCF,), NNCF_REFUSED, "algorithm", skip):
             NNCF[part.name](draft, part)
 
 
-def _nncf_where(part: Part, settings: dict[str, Any]) -> list[str]:
+def _nncf_where(part: Part) -> list[str]:
     """Scopes name modules by their classes, which selectors do not: they have to be written anew."""
     scopes = [k for k in ("ignored_scopes", "target_scopes") if part.settings.get(k)]
     return [
@@ -44,17 +39,17 @@ def _nncf_sparsity(draft: Draft, part: Part) -> None:
         sparsity_target=0.5, schedule="exponential", sparsity_freeze_epoch=100
     )
     target = number(taken["sparsity_target"], part, "sparsity_target")
-    method = "movement" if part.name == "movement_sparsity" else "gradual"
-    freeze, steps = taken.number("sparsity_freeze_epoch"), taken["multistep_steps"] or []
-    if not isinstance(steps, list) or any(isinstance(s, bool) or not isinstance(s, int | float) for s in steps):
-        raise RecipeError(f"multistep_steps is a list of epochs, got {steps!r:.60} [{part.where}]")
-    epochs = float(max([1, *(steps or [freeze])]))
+    method = "gradual" if part.name == "magnitude_sparsity" else "movement"
+    freeze, turns = taken.number("sparsity_freeze_epoch"), taken["multistep_steps"] or []
+    if not isinstance(turns, list) or any(isinstance(t, bool) or not isinstance(t, int | float) for t in turns):
+        raise RecipeError(f"multistep_steps is a list of epochs, got {turns!r:.60} [{part.where}]")
+    epochs = float(max([1, *(turns or [freeze])]))
     until = float(taken.number("sparsity_target_epoch") or epochs)
     first = number(part.settings.get("sparsity_init") or 0.0, part, "sparsity_init")
     curve = str(taken["schedule"])
     plan: dict[str, Any] = {
         "method": method, "sparsity": target, "first": min(first, target), "end": min(1.0, until / epochs),
-        "steps": max(1, min(200, round(until))),
+        "steps": steps(until),
         "schedule": {"polynomial": "cubic", "exponential": "exponential"}.get(curve, "linear"),
     }  # fmt: skip
     if part.name == "magnitude_sparsity":
@@ -64,10 +59,9 @@ def _nncf_sparsity(draft: Draft, part: Part) -> None:
         stage.remarks.append(f"{part.name}: schedule {curve[:30]} rises in a straight line here")
     if part.name == "rb_sparsity":
         stage.remarks.append("rb_sparsity learned masks by a penalty; movement, with penalty:, is nearest")
-        stage.settings["prune"] = {**plan, "method": "movement"}
     if part.name == "movement_sparsity":
         stage.remarks.append("movement_sparsity learned thresholds: give penalty: for that, or the sparsity you want")
-    stage.remarks += _nncf_where(part, stage.settings)
+    stage.remarks += _nncf_where(part)
     stage.remarks += taken.left(*NNCF_PRIVATE)
 
 
@@ -80,7 +74,7 @@ NNCF_PRIVATE = (
 
 def _nncf_constant(draft: Draft, part: Part) -> None:
     stage = draft.add("train", {"keep_zeros": True}, [OPTIMIZER])
-    stage.remarks += _nncf_where(part, stage.settings)
+    stage.remarks += _nncf_where(part)
 
 
 def _nncf_filters(draft: Draft, part: Part) -> None:
@@ -94,7 +88,7 @@ def _nncf_filters(draft: Draft, part: Part) -> None:
     if taken["all_weights"]:
         settings["scope"] = "global"
     remarks = [f"{part.name} made filters zero over epochs: here they are cut at once, then trained", OPTIMIZER]
-    draft.add("cut", settings, remarks + _nncf_where(part, settings))
+    draft.add("cut", settings, remarks + _nncf_where(part))
     epochs = taken.number("num_init_steps") or 0, taken.number("pruning_steps") or 1
     draft.add("train", {"epochs": max(1, int(sum(epochs)))})
 
@@ -107,7 +101,7 @@ def _nncf_quantize(draft: Draft, part: Part) -> None:
         settings["group"] = "tensor"
     if weights.get("mode") == "asymmetric":
         settings["symmetric"] = False
-    remarks = _nncf_where(part, settings)
+    remarks = _nncf_where(part)
     if inputs.get("bits", 8) != 8:
         remarks.append(f"quantization: inputs have 8 bits here, not {inputs['bits']}")
     draft.add(
@@ -147,14 +141,10 @@ INC_PRIVATE = (
 )  # fmt: skip
 
 
-def inc(draft: Draft, config: Mapping[str, Any] | Sequence[Any], skip: bool) -> None:
+def inc(draft: Draft, config: Mapping[str, Any]) -> None:
     """Add what a WeightPruningConfig of Neural Compressor asks for: its dict of defaults and list of local ones."""
-    base = (
-        {k: v for k, v in config.items() if k not in ("pruning_configs", "pruning")}
-        if isinstance(config, Mapping)
-        else {}
-    )
-    several = config.get("pruning_configs") or config.get("pruning") or [{}] if isinstance(config, Mapping) else config
+    base = {k: v for k, v in config.items() if k not in ("pruning_configs", "pruning")}
+    several = config.get("pruning_configs") or config.get("pruning") or [{}]
     if not isinstance(several, list) or not all(isinstance(c, Mapping) for c in several):
         raise RecipeError("a WeightPruningConfig has pruning_configs: a list of dicts such as {op_names: [...], ...}")
     plans: list[tuple[dict[str, Any], list[str]]] = []
@@ -191,7 +181,7 @@ def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | Non
         target_sparsity=0.9, pruning_type="snip_momentum", pattern="4x1", pruning_scope="global",
         sparsity_decay_type="exp", start_step=0, end_step=0, pruning_frequency=1,
     )  # fmt: skip
-    kind, shape = str(taken["pruning_type"]), str(taken["pattern"])
+    kind, form = str(taken["pruning_type"]), str(taken["pattern"])
     target = number(taken["target_sparsity"], part, "target_sparsity")
     layers = selectors(taken["op_names"], part, "op_names")
     ignore = selectors(taken["excluded_op_names"], part, "excluded_op_names")
@@ -202,27 +192,24 @@ def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | Non
         draft.add("train", {"keep_zeros": True}, [*remarks, OPTIMIZER])
         return None
     where: dict[str, Any] = {**({"layers": layers} if layers else {}), **({"ignore": ignore} if ignore else {})}
-    if shape in ("channelx1", "1xchannel"):
+    if form in ("channelx1", "1xchannel"):
         draft.add("cut", {"keep": round(1 - target, 6), **({"layers": layers} if layers else {})}, remarks)
         return None
-    if shape == "mha":
+    if form == "mha":
         draft.add("cut", {"units": ["head"], "keep": round(1 - target, 6)}, remarks)
         return None
-    pattern = "unstructured" if shape == "1x1" else pattern_of(shape, part)
+    pattern = "unstructured" if form == "1x1" else pattern_of(form, part)
     if kind in ("sparse_gpt", "retrain_free", "block_mask"):
         solver = {"solver": "obs"} if kind == "sparse_gpt" else {"score": "fisher"}
-        settings = {"pattern": pattern, **({} if ":" in pattern else {"sparsity": target}), **solver, **where}
-        draft.add("prune", settings, remarks)
+        draft.add("prune", {**shape(pattern, target), **solver, **where}, remarks)
         return None
     if kind not in INC_SCORES:
         raise RecipeError(f"unknown pruning_type {kind[:40]!r}; choose from {', '.join(INC_SCORES)} [{part.where}]")
-    plan: dict[str, Any] = {"method": "gradual", "pattern": pattern, "score": INC_SCORES[kind]}
-    if ":" not in pattern:
-        plan["sparsity"] = target
-        if together:
-            plan["scope"] = "global"
+    plan: dict[str, Any] = {"method": "gradual", **shape(pattern, target), "score": INC_SCORES[kind]}
+    if together and "sparsity" in plan:
+        plan["scope"] = "global"
     plan["schedule"] = {"exp": "exponential", "cube": "cubic", "linear": "linear"}.get(curve, "cubic")
-    plan["steps"] = max(1, min(200, round((end - start) / every))) if every and end > start else 10
+    plan["steps"] = steps((end - start) / every) if every and end > start else 10
     if curve not in ("exp", "cube", "linear"):
         remarks.append(f"sparsity_decay_type {curve[:30]} is cubic here")
     if kind.startswith("snip"):
@@ -230,7 +217,7 @@ def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | Non
     return {**plan, **where}, remarks
 
 
-def ao(draft: Draft, config: Sequence[Any], skip: bool) -> None:
+def ao(draft: Draft, config: Sequence[Any]) -> None:
     """Add what the config of torch.ao.pruning's WeightNormSparsifier asks for: a list of layers with their settings."""
     for nth, one in enumerate(config):
         if not isinstance(one, Mapping) or "tensor_fqn" not in one:
@@ -238,10 +225,10 @@ def ao(draft: Draft, config: Sequence[Any], skip: bool) -> None:
         part = Part("WeightNormSparsifier", one, f"config[{nth}]")
         taken = part.take(sparsity_level=0.5, sparse_block_shape=[1, 4], zeros_per_block=None)
         level = number(taken["sparsity_level"], part, "sparsity_level")
-        shape = taken["sparse_block_shape"]
-        if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-            raise RecipeError(f"sparse_block_shape is two whole numbers, got {shape!r:.40} [{part.where}]")
-        entries = shape[0] * shape[1]
+        block = taken["sparse_block_shape"]
+        if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+            raise RecipeError(f"sparse_block_shape is two whole numbers, got {block!r:.40} [{part.where}]")
+        entries = block[0] * block[1]
         zeros = taken.number("zeros_per_block")
         zeros = entries if zeros is None else int(zeros)
         settings: dict[str, Any] = {"layers": selectors(taken["tensor_fqn"], part, "tensor_fqn")}
@@ -249,14 +236,14 @@ def ao(draft: Draft, config: Sequence[Any], skip: bool) -> None:
         if entries == 1:
             settings |= {"pattern": "unstructured", "sparsity": level}
         elif zeros >= entries:
-            settings |= {"pattern": f"{shape[0]}x{shape[1]}", "sparsity": level, "reduce": "l2"}
-        elif shape[0] == 1:
+            settings |= {"pattern": f"{block[0]}x{block[1]}", "sparsity": level, "reduce": "l2"}
+        elif block[0] == 1:
             settings |= {"pattern": f"{entries - zeros}:{entries}"}
             if level < 1:
                 remarks.append(f"sparsity_level {level:g} left some blocks whole: N:M is the same everywhere here")
         else:
             raise RecipeError(
-                f"{zeros} zeros in every {shape[0]}x{shape[1]} have no counterpart; in 1x{shape[1]} they have "
+                f"{zeros} zeros in every {block[0]}x{block[1]} have no counterpart; in 1x{block[1]} they have "
                 f"[{part.where}]"
             )
         draft.add("prune", settings, remarks)

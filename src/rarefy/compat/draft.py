@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from rarefy.errors import RecipeError, unknown
+from rarefy.nodes import plain
 
 WIDTH = 110
+MOST_STEPS = 200  # of a schedule: each looks at all weights
+CURVES = ("linear", "cubic")
+TEACHER = "the teacher was your script's: here it is the model before the first stage, or teacher: FOLDER"
 Settings = dict[str, Any]
 
 
@@ -88,14 +92,14 @@ class Draft:
         if not self.stages:
             raise RecipeError(f"{self.source} asks for nothing that a recipe would do: {'; '.join(self.remarks)}")
         lines = [f"# from {self.source}, by `rarefy migrate`; what changed its meaning is said in comments"]
-        lines += _comments(self.remarks, "")
+        lines += _comments(self.remarks)
         lines.append("stages:")
         for stage in self.stages:
-            lines += _comments(stage.remarks, "")
+            lines += _comments(stage.remarks)
             if not stage.settings:
                 lines.append(f"- {stage.name}: {{}}")
                 continue
-            body = yaml.safe_dump(_plain(stage.settings), sort_keys=False, width=WIDTH)
+            body = yaml.safe_dump(plain(stage.settings), sort_keys=False, width=WIDTH)
             lines += [f"- {stage.name}:", *(f"    {l}" for l in body.splitlines())]
         return "\n".join(lines) + "\n"
 
@@ -114,16 +118,60 @@ def mapping(value: Any, part: Part, name: str) -> Mapping[str, Any]:
     return value or {}
 
 
-def refuse(names: Mapping[str, str], part: Part) -> str:
-    """Return what is to be said of a part that has no counterpart."""
-    return f"{part.name} has no counterpart: {names[part.name]}"
+def refused(
+    draft: Draft, part: Part, tables: Iterable[Iterable[str]], why: Mapping[str, str], what: str, skip: bool
+) -> bool:
+    """Return whether a part has no counterpart, for a reason in `why`, and is left out with a remark as `skip` wants;
+    else RecipeError, as for a name in none of the `tables` either."""
+    names = [n for t in (*tables, why) for n in t]
+    if part.name not in names:
+        raise RecipeError(unknown(what, part.name, names, part.where))
+    if part.name not in why:
+        return False
+    text = f"{part.name} has no counterpart: {why[part.name]}"
+    if not skip:
+        raise RecipeError(f"{text} [{part.where}]")
+    draft.remarks.append(text)
+    return True
 
 
-def known(name: str, tables: Iterable[Iterable[str]], where: str, what: str) -> None:
-    """Raise RecipeError for a name in none of these tables."""
-    names = [n for t in tables for n in t]
-    if name not in names:
-        raise RecipeError(unknown(what, name, names, where))
+def shape(pattern: str, sparsity: Any) -> Settings:
+    """Return the settings of a pattern, and of its sparsity where N:M does not say it."""
+    return {"pattern": pattern} if ":" in pattern else {"pattern": pattern, "sparsity": sparsity}
+
+
+def solver(name: str, taken: Taken) -> Settings:
+    """Return the settings of a solver that may be damped."""
+    damping = taken.number("dampening_frac")
+    return {"name": name} if damping is None else {"name": name, "damping": damping}
+
+
+def curve(taken: Taken, name: str, stage: Stage) -> str:
+    """Return the schedule that rises as a setting says, or nearly so, which is then said."""
+    text = str(taken[name] or "cubic")
+    if text not in CURVES:
+        stage.remarks.append(f"{taken.part.name}: {name} {text[:40]} is cubic here")
+    return text if text in CURVES else "cubic"
+
+
+def steps(count: float) -> int:
+    """Return how often a schedule looks at the weights."""
+    return max(1, min(MOST_STEPS, round(count)))
+
+
+def ends(taken: Taken, start: float, end: Any, epochs: float) -> float:
+    """Return where a span ends that begins at `start`: with training, where it does not say."""
+    last = epochs if end is None or end < 0 else float(end)
+    if last < start:
+        part = taken.part
+        raise RecipeError(f"{part.name} ends at {last:g}, before it starts at {start:g} [{part.where}]")
+    return last
+
+
+def grows_back(taken: Taken, stage: Stage) -> None:
+    """Say that zeros stay which the other tool let go at the end."""
+    if taken["leave_enabled"] is False:
+        stage.remarks.append(f"{taken.part.name} let zeros grow back at its end (leave_enabled: false): here they stay")
 
 
 def words(value: Any, part: Part, name: str) -> list[str]:
@@ -158,9 +206,9 @@ def _selector(word: str) -> str:
     return word if text.endswith((".*", "weight", "bias")) else f"re:{text}.*"
 
 
-def _comments(remarks: Iterable[str], indent: str) -> list[str]:
+def _comments(remarks: Iterable[str]) -> list[str]:
     clean = (re.sub(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\uffff]+", " ", r) for r in dict.fromkeys(remarks))
-    return [f"{indent}# {r}" for r in clean]
+    return [f"# {r}" for r in clean]
 
 
 def _short(value: Any) -> str:
@@ -169,12 +217,3 @@ def _short(value: Any) -> str:
     except (TypeError, ValueError):
         text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-Convert = Callable[[Draft, Part], None]

@@ -76,7 +76,7 @@ def _convert(root: Node, skip: bool) -> tuple[str, Draft]:
     value = root.value
     if isinstance(value, list) and value and all(isinstance(n.value, dict) and "tensor_fqn" in n.value for n in value):
         draft = Draft("a config of torch.ao.pruning")
-        configs.ao(draft, _plain(root), skip)
+        configs.ao(draft, _plain(root))
         return "torch.ao.pruning", draft
     if isinstance(value, dict) and "compression" in value:
         draft = Draft("a config of NNCF")
@@ -84,7 +84,7 @@ def _convert(root: Node, skip: bool) -> tuple[str, Draft]:
         return "nncf", draft
     if isinstance(value, dict) and {"pruning_configs", "target_sparsity", "pruning_type"} & set(value):
         draft = Draft("a WeightPruningConfig of Neural Compressor")
-        configs.inc(draft, _plain(root), skip)
+        configs.inc(draft, _plain(root))
         return "neural-compressor", draft
     if not isinstance(value, dict):
         raise RecipeError(f"no recipe or config of a tool that is known: {KNOWN} [{root.where}]")

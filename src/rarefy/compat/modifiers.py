@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rarefy.compat.draft import Draft, Part, Stage, Taken, known, number, refuse, selectors
+from rarefy.compat.draft import (
+    TEACHER,
+    Draft,
+    Part,
+    Stage,
+    Taken,
+    curve,
+    ends,
+    grows_back,
+    mapping,
+    number,
+    refused,
+    selectors,
+    shape,
+    solver,
+    steps,
+)
 from rarefy.compat.sparseml import pattern_of
 from rarefy.errors import RecipeError
 
@@ -30,17 +45,14 @@ PRIVATE = (
 def convert(draft: Draft, parts: Sequence[Part], skip: bool) -> None:
     """Add what modifiers ask for to a draft, in order. RecipeError for one that has no counterpart, unless `skip`."""
     smooth: list[Part] = []
-    ends = [
+    times = [
         float(v) for p in parts for k in ("end", "start") if isinstance(v := p.settings.get(k), int | float) and v > 0
     ]
-    epochs = max([1.0, *ends])
+    epochs = max([1.0, *times])
     for part in parts:
-        known(part.name, (HANDLERS, REFUSED, ("SmoothQuantModifier",)), part.where, "modifier")
-        if part.name in REFUSED:
-            if not skip:
-                raise RecipeError(f"{refuse(REFUSED, part)} [{part.where}]")
-            draft.remarks.append(refuse(REFUSED, part))
-        elif part.name == "SmoothQuantModifier":
+        if refused(draft, part, (HANDLERS, ("SmoothQuantModifier",)), REFUSED, "modifier", skip):
+            continue
+        if part.name == "SmoothQuantModifier":
             smooth.append(part)
         else:
             before = len(draft.stages)
@@ -75,25 +87,21 @@ def _where(taken: Taken, settings: dict[str, Any]) -> None:
         settings["ignore"] = ignore
 
 
-def _one_shot(solver: str | None) -> Callable[[Draft, Part, float], None]:
+def _one_shot(by: str | None) -> Callable[[Draft, Part, float], None]:
     def handle(draft: Draft, part: Part, epochs: float) -> None:
         taken = part.take(mask_structure="0:0")
         pattern = pattern_of(taken["mask_structure"], part)
-        settings: dict[str, Any] = {"pattern": pattern}
+        more: dict[str, Any] = {}
         remarks: list[str] = []
         sparsity = taken["sparsity"]
         if isinstance(sparsity, list):
             numbers = [number(s, part, "sparsity") for s in sparsity]
             sparsity = round(sum(numbers) / max(1, len(numbers)), 6)
-            settings["allocate"] = "errors"
+            more["allocate"] = "errors"
             remarks.append(f"{part.name} had a sparsity for each layer: here their mean is spread by measured errors")
-        if re.fullmatch(r"\d+:\d+", pattern) is None:
-            settings["sparsity"] = number(sparsity, part, "sparsity")
-        if solver is None:
-            settings["score"] = "wanda"
-        else:
-            damping = taken.number("dampening_frac")
-            settings["solver"] = {"name": solver} if damping is None else {"name": solver, "damping": damping}
+        asked = None if ":" in pattern else number(sparsity, part, "sparsity")
+        settings = {**shape(pattern, asked), **more}
+        settings |= {"score": "wanda"} if by is None else {"solver": solver(by, taken)}
         profile = taken["sparsity_profile"]
         if profile == "owl" and "sparsity" in settings:
             settings["allocate"] = "owl"
@@ -117,28 +125,20 @@ def _magnitude(draft: Draft, part: Part, epochs: float) -> None:
         init_sparsity=0.0, mask_structure="unstructured", start=0.0, update_scheduler="cubic", leave_enabled=True
     )
     pattern = pattern_of(taken["mask_structure"], part)
-    start, end = float(taken.number("start")), taken.number("end")
-    last = epochs if end is None or end < 0 else float(end)
-    if last < start:
-        raise RecipeError(f"{part.name} ends at {last:g}, before it starts at {start:g} [{part.where}]")
+    start = float(taken.number("start"))
+    last = ends(taken, start, taken.number("end"), epochs)
     stage = draft.train()
     final = number(taken["final_sparsity"], part, "final_sparsity")
-    plan: dict[str, Any] = {"method": "gradual", "pattern": pattern}
-    if re.fullmatch(r"\d+:\d+", pattern) is None:
-        plan["sparsity"] = final
+    plan: dict[str, Any] = {"method": "gradual", **shape(pattern, final)}
     plan["first"] = min(float(taken.number("init_sparsity")), plan.get("sparsity", 0.0))
     plan |= {"start": start / epochs, "end": last / epochs}
     every = taken.number("update_frequency")
-    plan["steps"] = min(200, max(1, round((last - start) / every))) if every else 50
-    curve = str(taken["update_scheduler"])
-    plan["schedule"] = curve if curve in ("linear", "cubic") else "cubic"
-    if curve not in ("linear", "cubic"):
-        stage.remarks.append(f"{part.name}: update_scheduler {curve[:40]} is cubic here")
+    plan["steps"] = steps((last - start) / every) if every else 50
+    plan["schedule"] = curve(taken, "update_scheduler", stage)
     if taken["apply_globally"] and pattern == "unstructured":
         plan["scope"] = "global"
     _where(taken, plan)
-    if taken["leave_enabled"] is False:
-        stage.remarks.append(f"{part.name} let zeros grow back at its end (leave_enabled: false): here they stay")
+    grows_back(taken, stage)
     stage.remarks += taken.left(*PRIVATE, "update_scheduler_args")
     if "prune" in stage.settings:
         raise RecipeError(f"{part.name} is a second one that prunes in training: one plan a stage [{part.where}]")
@@ -167,13 +167,11 @@ def _distil(draft: Draft, part: Part, epochs: float) -> None:
     }  # fmt: skip
     if taken["targets"]:
         stage.remarks.append(f"{part.name}: logits teach here; add hidden: squarehead for hidden states")
-    stage.remarks.append(
-        "the teacher was your script's: here it is the model before the first stage, or teacher: FOLDER"
-    )
+    stage.remarks.append(TEACHER)
     stage.remarks += taken.left(*PRIVATE, "start", "end", "transforms", "comparison")
 
 
-def _quantize(solver: str | None) -> Callable[[Draft, Part, float], None]:
+def _quantize(by: str | None) -> Callable[[Draft, Part, float], None]:
     def handle(draft: Draft, part: Part, epochs: float) -> None:
         taken = part.take()
         groups = _groups(taken)
@@ -182,9 +180,8 @@ def _quantize(solver: str | None) -> Callable[[Draft, Part, float], None]:
             *PRIVATE, "actorder", "dampening_frac", "targets", "scheme", "config_groups", "iters", "submodules"
         )
         for settings, more in groups:
-            if solver is not None:
-                damping = taken.number("dampening_frac")
-                settings["solver"] = {"name": solver} if damping is None else {"name": solver, "damping": damping}
+            if by is not None:
+                settings["solver"] = solver(by, taken)
             if ignore:
                 settings["ignore"] = ignore
             draft.add("quantize", settings, [*more, *remarks])
@@ -199,11 +196,7 @@ def _groups(taken: Taken) -> list[tuple[dict[str, Any], list[str]]]:
     found: list[tuple[dict[str, Any], list[str]]] = []
     if isinstance(groups, Mapping):
         for name, group in groups.items():
-            if not isinstance(group, Mapping):
-                raise RecipeError(
-                    f"{part.name}: config_groups.{name} has keys and values, got {group!r:.60} [{part.where}]"
-                )
-            found.append(_group(group, part))
+            found.append(_group(mapping(group, part, f"config_groups.{name}"), part))
     elif isinstance(scheme, Mapping):
         for name, targets in scheme.items():
             found.append(_named(str(name), targets, part))

@@ -11,25 +11,34 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rarefy.compat.draft import Draft, Part, Stage, Taken, known, mapping, number, refuse, selectors, words
+from rarefy.compat.draft import (
+    MOST_STEPS,
+    TEACHER,
+    Draft,
+    Part,
+    Stage,
+    Taken,
+    curve,
+    ends,
+    grows_back,
+    mapping,
+    number,
+    refused,
+    selectors,
+    shape,
+    steps,
+    words,
+)
 from rarefy.errors import RecipeError
 
-MOST_STEPS = 200  # of a schedule: each looks at all weights
 LOG = ("log_types",)
 
 
 def convert(draft: Draft, parts: Sequence[Part], skip: bool) -> None:
     """Add what legacy modifiers ask for to a draft. RecipeError for one that has no counterpart, unless `skip`."""
-    for part in parts:
-        known(part.name, (HANDLERS, REFUSED), part.where, "modifier")
-    order = sorted(parts, key=lambda p: list(HANDLERS).index(p.name) if p.name in HANDLERS else -1)
+    left = [p for p in parts if not refused(draft, p, (HANDLERS,), REFUSED, "modifier", skip)]
     epochs = _epochs(parts)
-    for part in order:
-        if part.name in REFUSED:
-            if not skip:
-                raise RecipeError(f"{refuse(REFUSED, part)} [{part.where}]")
-            draft.remarks.append(refuse(REFUSED, part))
-            continue
+    for part in sorted(left, key=lambda p: list(HANDLERS).index(p.name)):
         HANDLERS[part.name](draft, part, epochs)
     for stage in draft.stages:
         if stage.name == "train":
@@ -53,13 +62,9 @@ def _epochs(parts: Sequence[Part]) -> float:
     return max(found)
 
 
-def _span(taken: Taken, epochs: float, stage: Stage) -> tuple[float, float]:
-    start, end = taken.number("start_epoch") or 0.0, taken.number("end_epoch")
-    last = epochs if end is None or end < 0 else end
-    if start < 0:
-        start = 0.0
-    if last < start:
-        raise RecipeError(f"{taken.part.name} ends at {last:g}, before it starts at {start:g} [{taken.part.where}]")
+def _span(taken: Taken, epochs: float) -> tuple[float, float]:
+    start = max(0.0, taken.number("start_epoch") or 0.0)
+    last = ends(taken, start, taken.number("end_epoch"), epochs)
     return min(1.0, start / epochs), min(1.0, last / epochs)
 
 
@@ -68,10 +73,10 @@ def _steps(taken: Taken, start: float, end: float, epochs: float, stage: Stage) 
     if every is None or every <= 0:
         stage.remarks.append(f"{taken.part.name} pruned at every step: {MOST_STEPS} times in all here")
         return MOST_STEPS
-    count = max(1, round((end - start) * epochs / every))
+    count = round((end - start) * epochs / every)
     if count > MOST_STEPS:
         stage.remarks.append(f"{taken.part.name} pruned {count:,} times: {MOST_STEPS} here, more changes nothing")
-    return min(count, MOST_STEPS)
+    return steps(count)
 
 
 def pattern_of(mask_type: Any, part: Part) -> str:
@@ -95,38 +100,33 @@ def pattern_of(mask_type: Any, part: Part) -> str:
     )
 
 
-def _plan(method: str, scope: str | None = None, **options: Any) -> Callable[[Draft, Part, float], None]:
+def _plan(method: str, scope: str | None = None) -> Callable[[Draft, Part, float], None]:
     """A handler of modifiers that put zeros in."""
 
     def handle(draft: Draft, part: Part, epochs: float) -> None:
         taken, stage = part.take(init_sparsity=0.05, leave_enabled=True), draft.train()
-        start, end = _span(taken, epochs, stage)
+        start, end = _span(taken, epochs)
         layers, pattern = selectors(taken["params"], part, "params"), pattern_of(taken["mask_type"], part)
         asked = [taken[k] for k in ("final_sparsity", "compression_sparsity", "sparsity")]
         last = next((s for s in asked if s is not None), None)
-        plan: dict[str, Any] = {"method": method, "pattern": pattern, **options}
-        ends = _group_ends(last, part)
-        final = max(ends.values()) if ends else number(last, part, "final_sparsity")
-        if re.fullmatch(r"\d+:\d+", pattern) is None:
-            plan["sparsity"] = final
+        groups = _group_ends(last, part)
+        final = max(groups.values()) if groups else number(last, part, "final_sparsity")
+        plan: dict[str, Any] = {"method": method, **shape(pattern, final)}
         shared = taken["global_sparsity"]
         together = scope == "global" if shared is None else bool(shared)
         if together and (pattern == "unstructured" or "x" in pattern):
             plan["scope"] = "global"
         if method in ("gradual", "movement", "second-order"):
             first = taken.number("init_sparsity")
-            plan["first"] = min(float(first or 0.0), float(final if "sparsity" in plan else 0.0))
+            plan["first"] = min(float(first or 0.0), float(plan.get("sparsity", 0.0)))
             plan["steps"] = _steps(taken, start, end, epochs, stage)
-            curve = str(taken["inter_func"] or "cubic")
-            plan["schedule"] = {"linear": "linear", "cubic": "cubic"}.get(curve, "cubic")
-            if curve not in ("linear", "cubic"):
-                stage.remarks.append(f"{part.name}: inter_func {curve[:40]} is cubic here")
+            plan["schedule"] = curve(taken, "inter_func", stage)
         elif method == "rigl":
             plan["steps"] = _steps(taken, start, end, epochs, stage)
         if method == "alternate":
             every = taken.number("update_frequency") or 5
             plan["cycles"] = max(1, round((end - start) * epochs / (2 * every)))
-        plan |= {"start": start, "end": max(end, start)}
+        plan |= {"start": start, "end": end}
         if method == "second-order":
             plan |= {k: v for k, v in {
                 "gradients": taken.number("num_grads"), "block": taken.number("fisher_block_size"),
@@ -134,11 +134,10 @@ def _plan(method: str, scope: str | None = None, **options: Any) -> Callable[[Dr
             }.items() if v is not None}  # fmt: skip
         if layers is not None:
             plan["layers"] = layers
-        if ends:
+        if groups:
             stage.remarks.append(f"{part.name} had a sparsity for each group of layers: see ends")
-            plan["ends"] = ends
-        if taken["leave_enabled"] is False:
-            stage.remarks.append(f"{part.name} let zeros grow back at its end (leave_enabled: false): here they stay")
+            plan["ends"] = groups
+        grows_back(taken, stage)
         stage.remarks += taken.left(
             *LOG, "phased", "score_type", "num_recomputations", "grad_sampler_kwargs", "num_pages"
         )
@@ -177,12 +176,12 @@ def _join(stage: Stage, plan: dict[str, Any], part: Part) -> None:
             f"{part.name} is a second one that prunes: one plan a stage, or several gradual ones with params of their "
             f"own [{part.where}]"
         )
-    ends = had.pop("ends", None) or {l: had["sparsity"] for l in had["layers"]}
-    ends |= plan.get("ends") or {l: plan["sparsity"] for l in plan["layers"]}
+    groups = had.pop("ends", None) or {l: had["sparsity"] for l in had["layers"]}
+    groups |= plan.get("ends") or {l: plan["sparsity"] for l in plan["layers"]}
     if any(had[k] != plan[k] for k in ("start", "end", "steps", "first", "schedule")):
         stage.remarks.append(f"{part.name} had a span of its own: all groups rise together here, the longer time")
-    had |= {"start": min(had["start"], plan["start"]), "end": max(had["end"], plan["end"]), "ends": ends,
-            "layers": had["layers"] + plan["layers"], "sparsity": max(ends.values()),
+    had |= {"start": min(had["start"], plan["start"]), "end": max(had["end"], plan["end"]), "ends": groups,
+            "layers": had["layers"] + plan["layers"], "sparsity": max(groups.values()),
             "steps": max(had["steps"], plan["steps"]), "first": min(had["first"], plan["first"])}  # fmt: skip
     had.pop("scope", None)
 
@@ -194,18 +193,18 @@ def _range(draft: Draft, part: Part, epochs: float) -> None:
 def _rate(draft: Draft, part: Part, epochs: float) -> None:
     taken, stage = part.take(), draft.train()
     first = taken.number("init_lr") if taken["init_lr"] is not None else taken.number("learning_rate")
-    curve = str(taken["lr_func"] or taken["lr_class"] or "constant")
+    falls = str(taken["lr_func"] or taken["lr_class"] or "constant")
     schedule = {
         "constant": "constant", "linear": "linear", "cosine": "cosine", "CosineAnnealingWarmRestarts": "cosine",
         "cyclic_linear": "linear", "StepLR": "cosine", "MultiStepLR": "cosine", "ExponentialLR": "cosine",
-    }.get(curve, "cosine")  # fmt: skip
+    }.get(falls, "cosine")  # fmt: skip
     optimizer = stage.settings.setdefault("optimizer", {"name": "adamw"})
     if first is not None:
         optimizer["lr"] = max(float(first), float(optimizer.get("lr", 0.0)))
     if stage.settings.get("lr_schedule", "constant") == "constant":
         stage.settings["lr_schedule"] = schedule
-    if curve not in ("constant", "linear", "cosine"):
-        stage.remarks.append(f"{part.name}: {curve} is {schedule} here, over all epochs")
+    if falls not in ("constant", "linear", "cosine"):
+        stage.remarks.append(f"{part.name}: {falls} is {schedule} here, over all epochs")
     final = taken.number("final_lr")
     if final:
         stage.remarks.append(f"{part.name}: the rate falls to 0 here, not to {final:g}")
@@ -242,9 +241,7 @@ def _distil(draft: Draft, part: Part, epochs: float) -> None:
         **stage.settings.get("distill", {}), "task": 1.0 - hard, "logits": float(hard),
         "temperature": float(taken.number("temperature")),
     }  # fmt: skip
-    stage.remarks.append(
-        "the teacher was your script's: here it is the model before the first stage, or teacher: FOLDER"
-    )
+    stage.remarks.append(TEACHER)
     if taken["distill_output_keys"]:
         stage.remarks.append(f"{part.name}: all outputs teach, not only {str(taken['distill_output_keys'])[:60]}")
     stage.remarks += taken.left(*LOG, "start_epoch", "end_epoch", "update_frequency", "teacher_input_keys")
@@ -265,10 +262,10 @@ def _hidden(draft: Draft, part: Part, epochs: float) -> None:
     )
 
 
-def quantization(draft: Draft, part: Part, epochs: float) -> None:
+def _quantization(draft: Draft, part: Part, epochs: float) -> None:
     """QAT: weights on grids from the start of the modifier on."""
     taken, stage = part.take(), draft.train()
-    start, _ = _span(taken, epochs, stage)
+    start, _ = _span(taken, epochs)
     bits, activations = 8, True
     scheme = taken["scheme"]
     if isinstance(scheme, Mapping):
@@ -347,7 +344,7 @@ HANDLERS: dict[str, Callable[[Draft, Part, float], None]] = {
     "StructuredPruningModifier": _structured,
     "LayerThinningModifier": _thinning,
     "LayerPruningModifier": _blocks,
-    "QuantizationModifier": quantization,
+    "QuantizationModifier": _quantization,
     "DistillationModifier": _distil,
     "PerLayerDistillationModifier": _hidden,
 }

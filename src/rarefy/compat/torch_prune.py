@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from rarefy.errors import ModelError, PatternError, unknown
-from rarefy.model.mask import fold_parameter_, get_mask, masks, set_mask_
+from rarefy.model.mask import fold_parameter_, get_mask, mask_of, masks, set_mask_
 from rarefy.model.select import Layer, parameter
 
-Choose = Callable[[Tensor, int], Tensor]  # (scores of what is left, how many go) -> which go, bool
+Choose = Callable[[Tensor, int], Tensor]  # (scores of what is left, how many go) -> the places of those that go
 
 
 def identity(module: nn.Module, name: str) -> nn.Module:
@@ -29,7 +29,7 @@ def identity(module: nn.Module, name: str) -> nn.Module:
     True
     """
     layer = _layer(module, name)
-    return _attach(module, layer, _left(layer))
+    return _attach(layer, mask_of(layer))
 
 
 def random_unstructured(module: nn.Module, name: str, amount: float) -> nn.Module:
@@ -98,10 +98,10 @@ def global_unstructured(
     layers = [_layer(m, n) for m, n in pairs]
     given = importance_scores or {}
     scores = torch.cat([_scores(l, given.get((m, n))).flatten() for l, (m, n) in zip(layers, pairs)])
-    left = torch.cat([_left(l).flatten() for l in layers])
+    left = torch.cat([mask_of(l).flatten() for l in layers])
     gone = _pick(scores, left, amount, METHODS[method])
     for layer, part in zip(layers, (left & ~gone).split([l.original.numel() for l in layers])):
-        _attach(layer.module, layer, part.view(layer.original.shape))
+        _attach(layer, part.view(layer.original.shape))
 
 
 def custom_from_mask(module: nn.Module, name: str, mask: Tensor) -> nn.Module:
@@ -114,7 +114,7 @@ def custom_from_mask(module: nn.Module, name: str, mask: Tensor) -> nn.Module:
     if not isinstance(mask, Tensor) or mask.shape != layer.original.shape:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise PatternError(f"mask has the shape of {name}, {list(layer.original.shape)}; got {shape}")
-    return _attach(module, layer, _left(layer) & (mask != 0).to(layer.original.device))
+    return _attach(layer, mask_of(layer) & (mask != 0).to(layer.original.device))
 
 
 def remove(module: nn.Module, name: str) -> nn.Module:
@@ -145,14 +145,9 @@ def _layer(module: nn.Module, name: str) -> Layer:
     return parameter(module, name)
 
 
-def _left(layer: Layer) -> Tensor:
-    mask = get_mask(layer)
-    return torch.ones(layer.original.shape, dtype=torch.bool, device=layer.original.device) if mask is None else mask
-
-
-def _attach(module: nn.Module, layer: Layer, mask: Tensor) -> nn.Module:
+def _attach(layer: Layer, mask: Tensor) -> nn.Module:
     set_mask_(layer, mask)
-    return module
+    return layer.module
 
 
 def _scores(layer: Layer, given: Tensor | None) -> Tensor:
@@ -165,23 +160,23 @@ def _scores(layer: Layer, given: Tensor | None) -> Tensor:
 
 def _entries(module: nn.Module, name: str, amount: Any, given: Tensor | None, choose: Choose) -> nn.Module:
     layer = _layer(module, name)
-    left = _left(layer)
-    return _attach(module, layer, left & ~_pick(_scores(layer, given), left, amount, choose))
+    left = mask_of(layer)
+    return _attach(layer, left & ~_pick(_scores(layer, given), left, amount, choose))
 
 
 def _pick(scores: Tensor, left: Tensor, amount: Any, choose: Choose) -> Tensor:
     """Which of the entries that are left go."""
-    inside = scores[left]
-    gone = torch.zeros_like(left)
-    gone[left] = choose(inside, how_many(amount, inside.numel()))
-    return gone
+    inside, gone = scores[left], torch.zeros(left.numel(), dtype=torch.bool, device=left.device)
+    places = choose(inside, how_many(amount, inside.numel()))
+    gone[left.flatten().nonzero()[places, 0]] = True
+    return gone.view(left.shape)
 
 
 def _slices(
     module: nn.Module, name: str, amount: Any, dim: Any, given: Tensor | None, norm: Callable[[Tensor, int], Tensor]
 ) -> nn.Module:
     layer = _layer(module, name)
-    scores, left = _scores(layer, given), _left(layer)
+    scores, left = _scores(layer, given), mask_of(layer)
     if scores.dim() < 2:
         raise PatternError(f"{name} has {scores.dim()} dimension: slices are of parameters with two or more")
     if isinstance(dim, bool) or not isinstance(dim, int) or not -scores.dim() <= dim < scores.dim():
@@ -192,7 +187,7 @@ def _slices(
     kept = size.topk(len(there) - how_many(amount, len(there))).indices
     whole = torch.zeros(scores.shape[dim], dtype=torch.bool, device=scores.device)
     whole[there[kept]] = True
-    return _attach(module, layer, left & whole.view([-1 if d == dim else 1 for d in range(scores.dim())]))
+    return _attach(layer, left & whole.view([-1 if d == dim else 1 for d in range(scores.dim())]))
 
 
 def _norm(t: Tensor, n: Any, dim: int) -> Tensor:
@@ -206,15 +201,11 @@ def _norm(t: Tensor, n: Any, dim: int) -> Tensor:
 
 
 def _random(scores: Tensor, count: int) -> Tensor:
-    gone = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    gone[torch.rand_like(scores).topk(count).indices] = True  # the numbers that torch draws, and its choice among them
-    return gone
+    return torch.rand_like(scores).topk(count).indices  # the numbers that torch draws, and its choice among them
 
 
 def _least(scores: Tensor, count: int) -> Tensor:
-    gone = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    gone[scores.abs().topk(count, largest=False).indices] = True
-    return gone
+    return scores.abs().topk(count, largest=False).indices
 
 
 METHODS: dict[str, Choose] = {"L1Unstructured": _least, "RandomUnstructured": _random}

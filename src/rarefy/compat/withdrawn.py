@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,9 +56,9 @@ def load(folder: str | Path) -> nn.Module:
             grids[name] = grid
     plain = {k: v for k, v in config.items() if k not in KEYS}
     with TemporaryDirectory(prefix="rarefy-") as place:
-        for file in path.iterdir():
-            if file.name in hf.TOKENIZER_FILES and file.is_file():
-                (Path(place) / file.name).write_bytes(file.read_bytes())
+        generation = path / "generation_config.json"
+        if generation.is_file():
+            (Path(place) / generation.name).write_bytes(generation.read_bytes())
         (Path(place) / "config.json").write_text(json.dumps(plain))
         save_file({n: t.contiguous() for n, t in found.items()}, Path(place) / "model.safetensors", {"format": "pt"})
         model = hf.load_folder(place)
@@ -74,18 +75,18 @@ def tensors(folder: str | Path) -> Iterator[tuple[str, Tensor, Grid | None, str,
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise ContainerError(f"{folder}: no .safetensors in this folder")
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                where |= dict.fromkeys(opened.keys(), file)
-        except SafetensorError as error:
-            raise ContainerError(f"{file}: not a valid safetensors file: {error}") from None
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}  # the open file of each tensor
+        for file in files:
+            try:
+                opened = stack.enter_context(safe_open(file, "pt"))
+            except SafetensorError as error:
+                raise ContainerError(f"{file}: not a valid safetensors file: {error}") from None
+            where |= dict.fromkeys(opened.keys(), opened)
+        yield from _decoded(folder, where)
 
-    def get(name: str) -> Tensor:
-        with safe_open(where[name], "pt") as opened:
-            return opened.get_tensor(name)
 
+def _decoded(folder: str | Path, where: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Grid | None, str, int]]:
     layers: dict[str, set[str]] = {}
     for name in where:
         prefix, _, leaf = name.rpartition(".")
@@ -96,7 +97,7 @@ def tensors(folder: str | Path) -> Iterator[tuple[str, Tensor, Grid | None, str,
         if not {"compressed", "weight_packed", "weight_scale"} & leaves:
             continue
         own = leaves | ({"weight"} if f"{prefix}.weight" in where else set())
-        parts = {leaf: get(f"{prefix}.{leaf}") for leaf in own}
+        parts = {leaf: where[f"{prefix}.{leaf}"].get_tensor(f"{prefix}.{leaf}") for leaf in own}
         done |= {f"{prefix}.{leaf}" for leaf in own}
         stored = sum(t.numel() * t.element_size() for t in parts.values())
         try:
@@ -106,7 +107,7 @@ def tensors(folder: str | Path) -> Iterator[tuple[str, Tensor, Grid | None, str,
         yield f"{prefix}.weight", tensor, grid, label, stored
     for name in where:
         if name not in done and name.rpartition(".")[2] not in DROPPED:
-            tensor = get(name)
+            tensor = where[name].get_tensor(name)
             yield name, tensor, None, "dense", tensor.numel() * tensor.element_size()
 
 

@@ -11,6 +11,7 @@ undone by more swaps (channel permutation of Pool & Yu, NeurIPS 2021, whose grou
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -76,8 +77,7 @@ class _Groups:
 
     def copy(self) -> _Groups:
         """Return the same groups, to be changed apart."""
-        new = object.__new__(_Groups)
-        new.columns, new.sums, new.n = self.columns, self.sums, self.n
+        new = copy.copy(self)
         new.order, new.group, new.kept, new.P = (t.clone() for t in (self.order, self.group, self.kept, self.P))
         return new
 

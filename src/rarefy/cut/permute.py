@@ -81,8 +81,11 @@ def permute_(
     graph = trace(inner, example)
     scores = _scores(chosen, score, calibrate(model, chosen, score, data, loss, seed))
     stored = set(inner.state_dict(keep_vars=True))
+    names = {id(getattr(*owners[0])): n for n, owners in graph.owners.items()}
+    seen = [(S, graph.places(names[key], dim)) for key, (S, dim) in scores.items()]
     free = [g for g in graph.groups if g.lock is None]
-    read = {g: S for g in free if (S := _read(graph, g, chosen, scores, plan)) is not None}
+    read = {g: S for g in free if (S := _read(seen, g, plan)) is not None}
+    sums = {g: float(S.sum(dtype=torch.float64)) for g, S in read.items()}
     rows, orders = dict[Group, dict[str, Any]](), dict[Axis, Tensor]()
     left, work = float(seconds), sum(map(_work, read.values()))
     for group, S in track(list(read.items()), "ordering inputs", progress, len(read)):
@@ -96,7 +99,7 @@ def permute_(
             why = ("" if found.ended else "time was up") if now > was else "no better order found"
             if now > was:
                 orders[group.axis] = found.order
-        of = float(S.sum(dtype=torch.float64)) or 1.0
+        of = sums[group] or 1.0
         rows[group] = {
             "group": group.name, "kind": group.kind, "units": group.size, "rows": len(S), "kept before": was / of,
             "kept": max(was, now) / of, "swaps": swaps, "seconds": time.perf_counter() - began, "why": why,
@@ -108,7 +111,6 @@ def permute_(
             rows[group] |= {"kept": rows[group]["kept before"], "why": undone[group.axis]}
     if orders:
         model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
-    sums = {g: float(S.sum(dtype=torch.float64)) for g, S in read.items()}
     told = {
         n: sum(rows[g][n] * s for g, s in sums.items()) / (sum(sums.values()) or 1.0) for n in ("kept before", "kept")
     }
@@ -128,32 +130,28 @@ def check_permute(pattern: Any, score: Any, seconds: Any) -> Pattern:
     return plan
 
 
-def _scores(chosen: Sequence[Layer], score: str, stats: Mapping[str, Stats]) -> dict[int, Tensor]:
-    """Scores [G, K, O, I] by the id of the parameter."""
+def _scores(chosen: Sequence[Layer], score: str, stats: Mapping[str, Stats]) -> dict[int, tuple[Tensor, int]]:
+    """By the id of the parameter its scores [G, K, O, I] and the dimension of its inputs, where that has all of them (a
+    transposed convolution in groups has them apart)."""
+    found: dict[int, tuple[Tensor, int]] = {}
     with torch.no_grad():
-        return {
-            id(l.original): SCORES[score]
-            .of(l.layout.view(l.original.detach().float()), stats[l.full_name])
-            .float()
-            .cpu()
-            for l in chosen
-        }
+        for layer in chosen:
+            W = layer.original.detach()
+            S = SCORES[score].of(layer.layout.view(W.float()), stats[layer.full_name]).float().cpu()
+            dim = layer.layout.in_axis % W.dim()
+            if W.shape[dim] == S.shape[-1]:
+                found[id(layer.original)] = S, dim
+    return found
 
 
-def _read(
-    graph: Graph, group: Group, chosen: Sequence[Layer], scores: Mapping[int, Tensor], plan: Pattern
-) -> Tensor | None:
-    """What all selected layers score the units of a group, [rows, units]; None where none reads them one by one."""
+def _read(seen: Sequence[tuple[Tensor, Mapping[Axis, Tensor]]], group: Group, plan: Pattern) -> Tensor | None:
+    """What all layers score the units of a group, [rows, units], where `seen` has scores and which units its columns
+    are; None where none reads them one by one."""
     if group.size % plan.b or group.size == plan.b:
         return None
-    found, names = [], {id(getattr(*owners[0])): n for n, owners in graph.owners.items()}
-    for layer in chosen:
-        W = layer.original
-        dim = layer.layout.in_axis % W.dim()
-        S = scores[id(W)]
-        if W.shape[dim] != S.shape[-1]:
-            continue  # a transposed convolution in groups
-        units = graph.places(names[id(W)], dim).get(group.axis)
+    found = []
+    for S, units_of in seen:
+        units = units_of.get(group.axis)
         if units is None:
             continue
         for first in (units == 0).nonzero()[:, 0].tolist():
@@ -186,13 +184,12 @@ def _apply(
 
     def moved(orders: Mapping[Axis, Tensor]) -> str:
         reorder_(graph, orders, optimizer)
+        text = "raises"  # until it has run
         try:
             text = differs(outputs(model, example), before, "those before", NEAR)
-        except BaseException:
-            reorder_(graph, {a: o.argsort() for a, o in orders.items()}, optimizer)
-            raise
-        if text:
-            reorder_(graph, {a: o.argsort() for a, o in orders.items()}, optimizer)
+        finally:
+            if text:
+                reorder_(graph, {a: o.argsort() for a, o in orders.items()}, optimizer)
         return text
 
     if orders and moved(orders):

@@ -6,7 +6,7 @@ and DDP need to know nothing. The entries under a False are zero whatever happen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from rarefy.errors import ModelError
 from rarefy.model.attach import attach_, detach_
 from rarefy.model.grid import LIVE, InBook, get_grid, live_grid, note_, notes, set_grid_
 from rarefy.model.select import Layer, Selector, all_layers, parameter, select
-from rarefy.model.shards import sharded, whole
+from rarefy.model.shards import sharded, spread_as, whole
 
 ROUNDED = 0.3  # zeros that rounding to few bits may have made
 
@@ -45,6 +45,25 @@ def get_mask(layer: Layer) -> Tensor | None:
     """Return the layer's mask (bool, stored shape, True = kept), or None."""
     found = _masks_of(layer.module, layer.param)
     return found[0].mask if found else None
+
+
+def mask_of(layer: Layer) -> Tensor:
+    """Return the layer's mask, or one that masks nothing where it has none."""
+    found = get_mask(layer)
+    return open_mask(layer) if found is None else found
+
+
+def open_mask(layer: Layer) -> Tensor:
+    """Return a mask that masks nothing."""
+    return torch.ones(layer.original.shape, dtype=torch.bool, device=layer.original.device)
+
+
+def clear_(values: Iterable[Any], mask: Tensor) -> None:
+    """Make those tensors among `values` that have the mask's shape zero where it is False."""
+    with torch.no_grad():
+        for value in values:
+            if isinstance(value, Tensor) and value.shape == mask.shape:
+                value.masked_fill_(spread_as(~mask.to(value.device), value), 0)
 
 
 def set_mask_(layer: Layer, mask: Tensor) -> None:

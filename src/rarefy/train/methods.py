@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import PatternError, SelectorError
 from rarefy.model import ranks
-from rarefy.model.mask import effective, get_mask, set_mask_
+from rarefy.model.mask import effective, mask_of, open_mask, set_mask_
 from rarefy.model.select import Layer, select
 from rarefy.model.shards import spread_as, whole
 from rarefy.model.stats import Loss
@@ -63,7 +63,7 @@ class Work:
 
     def zeros(self) -> float:
         """The share of zeros of all layers together."""
-        kept = sum(int(_mask(l).sum()) for l in self.layers)
+        kept = sum(int(mask_of(l).sum()) for l in self.layers)
         return 1 - kept / max(1, sum(l.original.numel() for l in self.layers))
 
 
@@ -124,7 +124,7 @@ def _parts(
     work: Work, layers: Sequence[Layer], sparsity: float, regrow: bool = False
 ) -> list[tuple[Sequence[Layer], float]]:
     """Layers with the sparsity to choose for them: no less than they have, where what is masked stays so."""
-    had = {id(l): 1 - _mask(l).float().mean().item() for l in layers}
+    had = {id(l): 1 - mask_of(l).float().mean().item() for l in layers}
     if regrow or max(had.values(), default=0.0) <= sparsity:
         return [(layers, sparsity)]
     if work.asked.scope == "global":
@@ -178,14 +178,14 @@ def _second_order(work: Work, index: int) -> float:
     for layer in work.layers:
         flat = fisher.saliency(layer.weight.detach().float(), inverse[layer.full_name])
         score = work.view(layer, flat)
-        scores[id(layer)] = torch.where(layer.layout.view(_mask(layer)), score, float("-inf"))
+        scores[id(layer)] = torch.where(layer.layout.view(mask_of(layer)), score, float("-inf"))
     for some, least in _parts(work, work.layers, sparsity):
         work.put([scores[id(l)] for l in some], least, some)
     for layer in work.layers:
-        moved = fisher.compensated(layer.original.detach().float(), _mask(layer), inverse[layer.full_name])
+        moved = fisher.compensated(layer.original.detach().float(), mask_of(layer), inverse[layer.full_name])
         with torch.no_grad():  # its sums do not add up over processes: all take those of the first
             layer.original.copy_(ranks.sent(moved, 0))
-        set_mask_(layer, ranks.sent(_mask(layer).to(torch.uint8), 0).bool())
+        set_mask_(layer, ranks.sent(mask_of(layer).to(torch.uint8), 0).bool())
     return work.zeros()
 
 
@@ -206,7 +206,7 @@ def _rigl(work: Work, drop: float | None) -> float:
         if drop is None:
             work.put([W], sparsity, [layer])
             continue
-        active = layer.layout.view(_mask(layer))
+        active = layer.layout.view(mask_of(layer))
         W = torch.where(active, W, float("-inf"))
         density = active.float().mean().item()
         flat = work.pattern if work.pattern.kind != "nm" else Pattern("unstructured")
@@ -312,7 +312,7 @@ def _rewind(work: Work, what: Any) -> float:
         if plan.weights:
             work.kept.update({f"w/{n}": p.detach().clone() for n, p in here.items()})
         return work.zeros()
-    scores = [torch.where(l.layout.view(_mask(l)), work.effective(l).abs(), float("-inf")) for l in work.layers]
+    scores = [torch.where(l.layout.view(mask_of(l)), work.effective(l).abs(), float("-inf")) for l in work.layers]
     sparsity = sparsities(plan.schedule, work.asked.sparsity, plan.rounds)[what]
     work.put(scores, sparsity)
     with torch.no_grad():
@@ -351,16 +351,6 @@ def _kept(work: Work, kind: str, layer: Layer) -> Tensor:
     if key not in work.kept:
         work.kept[key] = torch.zeros(layer.original.shape, device=layer.original.device)
     return work.kept[key]
-
-
-def _mask(layer: Layer) -> Tensor:
-    found = get_mask(layer)
-    return open_mask(layer) if found is None else found
-
-
-def open_mask(layer: Layer) -> Tensor:
-    """Return a mask that masks nothing."""
-    return torch.ones(layer.original.shape, dtype=torch.bool, device=layer.original.device)
 
 
 METHODS: dict[type[Plan], Method] = {

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from rarefy.errors import DataError, ModelError, PatternError
 from rarefy.model import ranks
-from rarefy.model.mask import Mask, check_maskable, get_mask, masks, set_mask_
+from rarefy.model.mask import Mask, check_maskable, clear_, get_mask, masks, open_mask, set_mask_
 from rarefy.model.select import Layer, all_layers, select
-from rarefy.model.shards import everyones, sharded, spread_as, whole
+from rarefy.model.shards import everyones, sharded, whole
 from rarefy.model.stats import Loss
 from rarefy.prune import stage
 from rarefy.prune.score import SCORES
-from rarefy.train.methods import METHODS, Work, lr_progress, open_mask, ways
+from rarefy.train.methods import METHODS, Work, lr_progress, ways
 from rarefy.train.plans import Gradual, Plan, SecondOrder, Stairs, asked
 
 Event = Callable[[nn.Module], Any]
@@ -227,10 +227,7 @@ class Sparsifier:
             if mask is None:
                 continue
             state = {} if self.optimizer is None else self.optimizer.state.get(weight, {})
-            with torch.no_grad():
-                for value in (*state.values(), *(() if hidden else (weight,))):
-                    if isinstance(value, Tensor) and value.shape == mask.shape:
-                        value.masked_fill_(spread_as(~mask, value), 0)
+            clear_((*state.values(), *(() if hidden else (weight,))), mask)
 
     def _told(self) -> bool:
         """Whether there are gradients, and all are finite: not where a loss scaler throws the step away."""
