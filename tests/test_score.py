@@ -1,5 +1,7 @@
 """Scores and the statistics beneath them, against sums written out by hand."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,6 +173,7 @@ S = Stats(
 FORMULAS = {
     "magnitude": lambda g, k, o, i: abs(W[g, k, o, i]),
     "l2": lambda g, k, o, i: W[g, k, o, i] ** 2,
+    "lamp": lambda g, k, o, i: W[g, k, o, i] ** 2 / (W**2)[abs(W) >= abs(W[g, k, o, i])].sum(),
     "gradient": lambda g, k, o, i: S.grad_abs[g, k, o, i] / 3,
     "taylor": lambda g, k, o, i: abs(W[g, k, o, i]) * S.grad_abs[g, k, o, i] / 3,
     "fisher": lambda g, k, o, i: W[g, k, o, i] ** 2 * S.grad_square[g, k, o, i] / 3,
@@ -192,6 +195,19 @@ def test_scores_against_their_formulas(name):
 
 def test_every_score_has_a_formula_or_is_noise():
     assert set(SCORES) - set(FORMULAS) == {"random"}
+
+
+def test_lamp_compares_layers_of_any_scale():
+    """Global pruning by magnitude empties the layer whose weights are small for being written so."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    with torch.no_grad():
+        model[0].weight.mul_(1000)
+    plain, layered = copy.deepcopy(model), copy.deepcopy(model)
+    rarefy.prune_(plain, sparsity=0.5, scope="global")
+    rarefy.prune_(layered, sparsity=0.5, score="lamp")
+    assert int(rarefy.masks(plain)["1"].sum()) < 5
+    assert 0.4 < rarefy.masks(layered)["1"].float().mean() < 0.6
+    assert sum(int(m.sum()) for m in rarefy.masks(layered).values()) == 1024
 
 
 def test_random_is_seeded_by_layer():

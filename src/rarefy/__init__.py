@@ -8,6 +8,7 @@ model = rarefy.load("out/")
 __version__ = "0.1.0"
 
 from rarefy.api import cast_, compress_
+from rarefy.compat.from_onnx import from_onnx
 from rarefy.compat.onnx import export_onnx
 from rarefy.cut.cut import cut_
 from rarefy.cut.depth import drop_layers_
@@ -61,6 +62,7 @@ __all__ = [
     "factorize_",
     "fit_",
     "fold_",
+    "from_onnx",
     "groups",
     "inspect",
     "load",

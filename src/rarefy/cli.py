@@ -428,6 +428,7 @@ def _load(source: Path) -> tuple[Any, Any]:
     if not hf.is_folder(source):
         hint = "; a pickle is never opened: load it in Python and call rarefy.compress_"
         hint = hint if source.suffix in PICKLES else ""
+        hint = "; rarefy.from_onnx reads it in Python" if source.suffix == ".onnx" else hint
         raise ModelError(f"{source} is neither a folder of ours nor a Hugging Face folder (no config.json){hint}")
     return hf.load_folder(source), hf.load_tokenizer(source)
 

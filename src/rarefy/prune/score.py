@@ -27,6 +27,15 @@ def l2(W: Tensor, stats: Stats) -> Tensor:
     return W.square()
 
 
+def lamp(W: Tensor, stats: Stats) -> Tensor:
+    """w^2 over the sum of the squares of all weights of the layer that are no smaller (Lee 2021, eq. 3): what removing
+    the weight does to a layer that has lost the smaller ones already. Layers of any scale compare. O(n log n)."""
+    order = W.abs().flatten().argsort(stable=True)
+    squares = W.double().square().flatten()[order]
+    left = squares.flip(0).cumsum(0).flip(0)
+    return torch.empty_like(squares).scatter_(0, order, squares / left.clamp(min=1e-300)).float().view(W.shape)
+
+
 def random(W: Tensor, stats: Stats) -> Tensor:
     """Uniform noise from the layer's seeded generator: the floor every score must beat."""
     return torch.rand(W.shape, generator=stats.generator).to(W.device)
@@ -76,6 +85,7 @@ class Score:
 SCORES = {
     "magnitude": Score(magnitude),
     "l2": Score(l2),
+    "lamp": Score(lamp, scope="global"),
     "random": Score(random),
     "gradient": Score(gradient, frozenset({"gradient"})),
     "taylor": Score(taylor, frozenset({"gradient"})),

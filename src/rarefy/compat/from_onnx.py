@@ -1,0 +1,357 @@
+"""ONNX files as torch modules: for those whose model is a file that DeepSparse or ONNX Runtime ran."""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from rarefy.compat import onnx_codes, onnx_fused, onnx_graph, onnx_modules
+from rarefy.compat.onnx_codes import Rounded
+from rarefy.compat.onnx_graph import OPSET, Graph, attribute
+from rarefy.errors import ContainerError, ModelError, unknown
+from rarefy.model.grid import note_
+from rarefy.model.inputs import get_inputs, set_inputs_
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+STEPS = (
+    onnx_codes.unpack,
+    onnx_codes.integers,
+    onnx_graph.fold,
+    onnx_codes.weights,
+    onnx_graph.fold,
+    onnx_codes.pairs,
+    onnx_graph.identities,
+    onnx_fused.gelus,
+    onnx_fused.layer_norms,
+    onnx_modules.stands,
+    onnx_graph.lower,
+    onnx_graph.end,
+)
+SCOPES = "pkg.torch.onnx.name_scopes"
+MODULES = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "BatchNormalization")
+OPERATOR = re.compile(r"[A-Z][A-Za-z]+(_\d+|_quant)*")
+WEIGHT = re.compile(r"[._]weight$")
+WORD = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def from_onnx(path: str | Path, *, shapes: Mapping[str, Sequence[int]] | None = None) -> nn.Module:
+    """Return the model of an ONNX file, in evaluation mode: called with the file's inputs in their order or by their
+    names, it gives the file's outputs (a tensor, or a list of them).
+
+    Matrix products with constant weights become Linear layers, lookups Embedding, written out norms and GELUs LayerNorm
+    and GELU, convolutions Conv; where the file knows the modules that it came from, layers have their names. Integer
+    operators and QuantizeLinear / DequantizeLinear become weights that lie on their grid and layers whose inputs are
+    rounded, as `quantize_` makes them (where they are rounded in each call, by a scale for each row, not one for all),
+    so `save` stores and `accelerate_` runs their codes. Zeros stay zeros: `adopt_` makes masks of them.
+
+    shapes  input -> its shape from here on, where the file leaves dimensions open: what follows from it is then
+            computed here, not in every call
+    Needs the extra [onnx]. Raises ContainerError (no file, no ONNX), ModelError (what no torch module is known for, by
+    name). Reads nothing outside the file's folder. O(weights).
+    """
+    model = _read(Path(path))
+    _fixed_(model, Path(path), shapes or {})
+    graph = onnx_graph.graph_of(_simplified(model))
+    for step in STEPS:
+        graph.nodes = list(step(graph))
+    onnx_graph.prune(graph)
+    names = _named(graph)
+    proto = _proto(graph)
+    _check(proto)
+    made = _converted(proto)
+    onnx_modules.replace_(made)
+    _stand_in_(made, graph, names)
+    _layers_(made, graph)
+    _rounding_(made)
+    return _renamed(made, {safe: pretty for safe, pretty in names.values()}).eval()
+
+
+def _read(path: Path) -> Any:
+    """The checked protocol buffer of a file, with its weights."""
+    try:
+        import onnx
+        import onnx2torch  # noqa: F401
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise ModelError(f"reading ONNX needs more packages: pip install 'rarefy[onnx]' ({error})") from None
+    if not path.is_file():
+        raise ContainerError(f"{path}: no such file" if not path.exists() else f"{path} is no file")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ContainerError(f"{path}: not an ONNX file: {error}") from None
+    if not model.graph.node:
+        raise ContainerError(f"{path}: not an ONNX file, or one without operators")
+    folder = os.path.realpath(path.parent)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            place = os.path.realpath(os.path.join(folder, entry.value))
+            if entry.key == "location" and not place.startswith(folder + os.sep):
+                raise ContainerError(f"{path}: {tensor.name} lies outside the file's folder: {entry.value!r}")
+    try:
+        onnx.load_external_data_for_model(model, folder)
+        onnx.checker.check_model(model)
+    except Exception as error:  # the checker's own class, and whatever reading weights raises
+        raise ContainerError(f"{path}: not a sound ONNX file: {_first(error)}") from None
+    return model
+
+
+def _fixed_(model: Any, path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give inputs the shapes that the caller names."""
+    held = {i.name for i in model.graph.initializer}
+    inputs = {i.name: i for i in model.graph.input if i.name not in held}
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise ModelError(f"{path}: {unknown('input', name, inputs)}")
+        there = inputs[name].type.tensor_type.shape.dim
+        same = [d.dim_value == n or not d.HasField("dim_value") for d, n in zip(there, shape)]
+        if len(shape) != len(there) or not all(same) or any(isinstance(n, bool) or int(n) != n or n < 1 for n in shape):
+            told = [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in there]
+            raise ModelError(f"{path}: input {name} has the shape {told}, which {list(shape)} does not fit")
+        for dim, n in zip(there, shape):
+            dim.dim_value = int(n)
+
+
+def _simplified(model: Any) -> Any:
+    """The same with what is known beforehand computed."""
+    from onnxscript import ir, optimizer
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = ir.from_proto(model)
+            optimizer.inline(made)
+            optimizer.fold_constants(made)
+            return ir.to_proto(made)
+    except Exception:  # a graph as it was written is as right, with more operators
+        return model
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _named(graph: Graph) -> dict[str, tuple[str, str]]:
+    """Name nodes and values anew, as names in code may be; return what nodes were called: (new name, dotted name)."""
+    values: dict[str, str] = {}
+    inputs = [i.name for i in graph.model.graph.input]
+    for i, name in enumerate(inputs):
+        word = re.sub(r"\W", "_", name, flags=re.ASCII)
+        word = f"input_{word}" if not word[:1].isalpha() or keyword.iskeyword(word) or word == "self" else word
+        values[name] = word if word not in values.values() else f"{word}_{i}"
+    found: dict[str, tuple[str, str]] = {}
+    taken = Counter[str]()
+    for i, node in enumerate(graph.nodes):
+        stands = graph.stands.get(node.output[0])
+        pretty = _path(node, isinstance(stands, (nn.LayerNorm, nn.GELU)))
+        taken[pretty] += 1
+        pretty = pretty if taken[pretty] == 1 else f"{pretty}_{taken[pretty] - 1}"
+        node.name = f"node_{i}"
+        found[node.output[0]] = (node.name, pretty)
+        for side in (node.input, node.output):
+            for at, name in enumerate(side):
+                if name:
+                    side[at] = values.setdefault(name, f"value_{len(values)}")
+    for value in (*graph.model.graph.input, *graph.model.graph.output):
+        value.name = values.setdefault(value.name, f"value_{len(values)}")
+    graph.constants = {values[n]: a for n, a in graph.constants.items() if n in values}
+    graph.rounded = {values[n]: i for n, i in graph.rounded.items() if n in values}
+    graph.grids = {values[n]: g for n, g in graph.grids.items() if n in values}
+    return found
+
+
+def _path(node: Any, module: bool) -> str:
+    """A dotted name for a node: of the module whose weight it reads, of the one it was traced in, or its own."""
+    alone = module or node.op_type in MODULES
+    weights = [n for n in node.input if WEIGHT.search(n)]
+    if weights and alone:
+        return _words(WEIGHT.sub("", weights[0]).split("."))
+    scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "")
+    try:
+        scope = ast.literal_eval(scopes) if len(scopes) < 10_000 else []
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        scope = []
+    if isinstance(scope, list) and len(scope) > 1 and all(isinstance(s, str) for s in scope) and scope[-2]:
+        return _words([*scope[-2].split("."), *(() if alone else (node.op_type,))])
+    words: list[str] = []
+    for word in (node.name or node.op_type).strip("/").split("/"):
+        if words and word.startswith(f"{words[-1]}."):
+            words.pop()  # torch writes "layer1/layer1.0"
+        words.append(word)
+    if alone and len(words) > 1 and OPERATOR.fullmatch(words[-1]):
+        words.pop()
+    return _words([w for word in words for w in word.split(".")])
+
+
+def _words(words: list[str]) -> str:
+    found = [w for word in words if (w := "_".join(WORD.findall(word)))]
+    return ".".join(f"{w}_" if keyword.iskeyword(w) else w for w in found) or "node"
+
+
+def _proto(graph: Graph) -> Any:
+    """The graph as ONNX again."""
+    from onnx import helper, numpy_helper
+
+    old = graph.model
+    held = [numpy_helper.from_array(a.copy(), n) for n, a in graph.constants.items()]
+    domains = {n.domain for n in graph.nodes} - {"", "ai.onnx"}
+    more = [o for o in old.opset_import if o.domain in domains]
+    made = helper.make_graph(graph.nodes, "graph", old.graph.input, old.graph.output, held)
+    opsets = [helper.make_opsetid("", min(graph.opset, OPSET)), *more]
+    return helper.make_model(made, opset_imports=opsets, ir_version=max(3, min(old.ir_version, 10)))
+
+
+def _check(proto: Any) -> None:
+    """ModelError for operators that no torch module is known for, all of them at once."""
+    import onnx
+    from onnx2torch.node_converters import get_converter
+
+    opsets = {o.domain: o.version for o in proto.opset_import}
+    unknown = Counter[str]()
+    for node in proto.graph.node:
+        try:
+            get_converter(node.op_type, opsets.get(node.domain, 1), node.domain)
+        except NotImplementedError:
+            unknown[f"{node.domain}.{node.op_type}".lstrip(".")] += 1
+    if unknown:
+        listed = ", ".join(f"{name} ({count})" for name, count in unknown.most_common())
+        raise ModelError(f"operators without a torch module: {listed}")
+    try:
+        onnx.checker.check_model(proto)
+    except Exception as error:
+        raise ModelError(f"something newer than version {OPSET} of ONNX's operators: {_first(error)}") from None
+
+
+def _converted(proto: Any) -> fx.GraphModule:
+    from onnx2torch import convert
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return convert(proto, save_input_names=True)
+    except Exception as error:  # it raises whatever a node it cannot read makes it raise
+        raise ModelError(f"onnx2torch cannot read this graph: {_first(error)}") from error
+
+
+def _stand_in_(model: fx.GraphModule, graph: Graph, names: dict[str, tuple[str, str]]) -> None:
+    """Put modules where Identities stand for them."""
+    for old, module in graph.stands.items():
+        if old in names:
+            setattr(model, names[old][0], module)
+
+
+def _layers_(model: fx.GraphModule, graph: Graph) -> None:
+    """Matrix products with constants as Linear, lookups as Embedding; weights of one constant are one parameter."""
+    calls = {n.target: n for n in model.graph.nodes if n.op == "call_module"}
+    users, shared = graph.users(), dict[tuple[str, tuple[int, ...]], nn.Parameter]()
+    for node in graph.nodes:
+        call, constant = calls[node.name], next((n for n in node.input if n in graph.constants), "")
+        weight = graph.constants.get(constant)
+        if weight is None or weight.ndim < 2 or weight.dtype.kind != "f":
+            continue
+        if node.op_type == "MatMul" and weight.ndim == 2 and constant == node.input[1]:
+            bias = _bias(graph, users, node, weight.shape[1])
+            layer = nn.Linear(*weight.shape, bias=bias is not None, device="meta")
+            layer.weight = nn.Parameter(torch.from_numpy(weight.T.copy()))
+            call.args = call.args[:1]
+            if bias is not None:
+                add, array = bias
+                layer.bias = nn.Parameter(torch.from_numpy(array.reshape(-1).astype(weight.dtype)))
+                calls[add.name].replace_all_uses_with(call)
+                model.graph.erase_node(calls[add.name])
+            setattr(model, node.name, layer)
+        elif (
+            node.op_type == "Gather"
+            and weight.ndim == 2
+            and constant == node.input[0]
+            and not attribute(node, "axis", 0)
+        ):
+            call.args = call.args[1:]
+            setattr(model, node.name, nn.Embedding.from_pretrained(torch.from_numpy(weight.copy()), freeze=False))
+        module = getattr(model, node.name)
+        layer = next((m for m in module.modules() if isinstance(m, (*LAYERS, nn.Embedding))), None)
+        if layer is None:
+            continue
+        inputs = graph.rounded.get(node.input[0])
+        if inputs is not None and inputs.bits == 8 and isinstance(layer, LAYERS):
+            set_inputs_(layer, inputs)
+        layer.weight = nn.Parameter(layer.weight.detach().contiguous())
+        layer.weight = shared.setdefault((constant, tuple(layer.weight.shape)), layer.weight)
+        grid = graph.grids.get(constant)
+        if grid is not None:
+            turned = tuple(layer.weight.shape) != weight.shape or node.op_type == "MatMul"
+            turned = turned or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
+            note_(layer, "weight", grid.map(lambda t: t.T.contiguous()) if turned else grid)
+
+
+def _bias(graph: Graph, users: dict[str, list[Any]], node: Any, size: int) -> tuple[Any, Any] | None:
+    """The Add that alone reads a product, and the constant it adds to every row."""
+    found = users.get(node.output[0], [])
+    if len(found) != 1 or found[0].op_type != "Add" or node.output[0] in graph.outputs:
+        return None
+    arrays = [graph.constants[n] for n in found[0].input if n in graph.constants]
+    if len(arrays) != 1 or arrays[0].size != size or arrays[0].ndim == 0 or arrays[0].shape[-1] != size:
+        return None
+    return (found[0], arrays[0]) if arrays[0].ndim == 1 else None
+
+
+def _rounding_(model: fx.GraphModule) -> None:
+    """Give layers that round their inputs what is not rounded yet."""
+    modules = dict(model.named_modules())
+    for node in list(model.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules[node.target], Rounded):
+            continue
+        for user in list(node.users):
+            layer = (
+                next((m for m in modules[str(user.target)].modules() if isinstance(m, LAYERS)), None)
+                if user.op == "call_module"
+                else None
+            )
+            if layer is not None and get_inputs(layer) == modules[node.target].inputs:
+                user.replace_input_with(node, node.args[0])
+        if not node.users:
+            model.graph.erase_node(node)
+
+
+def _renamed(model: fx.GraphModule, pretty: dict[str, str]) -> nn.Module:
+    """The same graph with its modules in a tree, by their dotted names."""
+    root, kept = nn.Module(), (*LAYERS, nn.Embedding, nn.LayerNorm)
+    calls = [n for n in model.graph.nodes if n.op == "call_module"]
+    for node in sorted(calls, key=lambda n: not isinstance(getattr(model, n.target), kept)):
+        parent, *words = root, *pretty[node.target].split(".")
+        path = []
+        for word in words[:-1]:
+            while (there := _there(parent, word)) is not None and type(there) is not nn.Module:
+                word += "_"
+            if there is None:
+                parent.add_module(word, nn.Module())
+            path.append(word)
+            parent = parent.get_submodule(word)
+        word = words[-1]
+        while _there(parent, word) is not None:
+            word += "_"
+        parent.add_module(word, getattr(model, node.target))
+        node.target = ".".join((*path, word))
+    for node in list(model.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            model.graph.erase_node(node)
+        elif node.op == "get_attr":
+            name = node.target.replace("initializers.onnx_initializer_", "constant_")
+            root.register_buffer(name, model.get_buffer(node.target))
+            node.target = name
+    return fx.GraphModule(root, model.graph, "OnnxModel")
+
+
+def _there(parent: nn.Module, word: str) -> Any:
+    """What a module has under a name, its own methods included."""
+    return getattr(parent, word, getattr(fx.GraphModule, word, None))

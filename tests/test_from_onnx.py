@@ -1,0 +1,486 @@
+"""ONNX files as torch modules: against the models that they were exported from, and against ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+import rarefy
+import zoo
+from conftest import Net, Tied, tiny_bert
+from rarefy.errors import ContainerError, ModelError
+from rarefy.model.grid import get_grid
+from rarefy.model.inputs import get_inputs
+from rarefy.model.select import all_layers
+
+OPSETS = [11, 13, 17, "dynamo"]
+
+
+def export(model: nn.Module, example: Any, path: Path, opset: Any = 13, names: tuple[str, ...] = ("x",)) -> Path:
+    """By torch's exporter: the one of TorchScript, or the one of today."""
+    example = example if isinstance(example, tuple) else (example,)
+    open_ = {n: {0: "batch"} for n in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if opset == "dynamo":
+            torch.onnx.export(
+                model, example, path, dynamo=True, external_data=False, verbose=False, input_names=list(names)
+            )
+        else:
+            how: dict[str, Any] = {"dynamo": False, "opset_version": opset, "input_names": list(names)}
+            torch.onnx.export(model, example, path, dynamic_axes=open_, **how)
+    return path
+
+
+class Words(nn.Module):
+    """A transformers model as a function of tensors."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+
+
+def bert(path: Path, opset: Any = 14) -> tuple[nn.Module, Path, dict[str, Tensor]]:
+    model = Words(zoo.lively(tiny_bert())).eval()
+    words = {"input_ids": torch.randint(5, 60, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    words["attention_mask"][1, 4:] = 0
+    return model, export(model, tuple(words.values()), path / "bert.onnx", opset, tuple(words)), words
+
+
+def apart(got: Any, want: Tensor) -> float:
+    got = torch.as_tensor(np.asarray(got)) if not isinstance(got, Tensor) else got
+    assert got.shape == want.shape and got.dtype == want.dtype
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def run(path: Path, feeds: dict[str, Tensor], plain: bool = True) -> Tensor:
+    """By ONNX Runtime, operator by operator as written."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    if plain:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {n: t.numpy() for n, t in feeds.items()})[0])
+
+
+@torch.no_grad()
+def same(model: nn.Module, path: Path, example: tuple[Tensor, ...]) -> nn.Module:
+    made = rarefy.from_onnx(path)
+    assert apart(made(*example), model(*example)) < 1e-5 and not made.training
+    more = tuple(torch.cat([t, t]) for t in example)
+    assert apart(made(*more), model(*more)) < 1e-5
+    return made
+
+
+# Graphs of floats
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+def test_a_convolutional_network(opset, tmp_path):
+    model = zoo.lively(Net())
+    x = torch.randn(2, 3, 8, 8)
+    path = export(model, x, tmp_path / "net.onnx", opset)
+    made = rarefy.from_onnx(path) if opset == "dynamo" else same(model, path, (x,))
+    with torch.no_grad():
+        assert apart(made(x=x), model(x)) < 1e-5
+    assert {l.name for l in all_layers(made)} == {"conv", "deep", "up", "hidden", "fc"}
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1", "regnet_y_400mf"])
+def test_networks_of_torchvision(name, opset, tmp_path):
+    from torchvision import models
+
+    model, x = zoo.lively(getattr(models, name)(weights=None, num_classes=7)), zoo.images(64)
+    path = export(model, x, tmp_path / "net.onnx", opset)
+    with torch.no_grad():
+        made = rarefy.from_onnx(path)
+        assert apart(made(x), model(x)) < 1e-5
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert [l.name for l in all_layers(made)] == names
+
+
+@pytest.mark.parametrize("opset", [14, 17, "dynamo"])
+def test_an_encoder(opset, tmp_path):
+    model, path, words = bert(tmp_path, opset)
+    made = rarefy.from_onnx(path)
+    with torch.no_grad():
+        assert apart(made(**words), model(**words)) < 1e-5
+    layers = {l.name for l in all_layers(model) if "pooler" not in l.name}
+    assert {l.name for l in all_layers(made)} | {"model.embeddings.position_embeddings"} == layers
+    kinds = [type(m) for m in made.modules()]
+    assert kinds.count(nn.LayerNorm) == sum(isinstance(m, nn.LayerNorm) for m in model.modules())
+    assert nn.GELU in kinds and not any("Erf" in k.__name__ for k in kinds)
+
+
+def test_one_constant_is_one_parameter(tmp_path):
+    path = export(Tied().eval(), torch.randint(0, 20, (2, 5)), tmp_path / "tied.onnx")
+    assert "lm_head" not in rarefy.from_onnx(path).state_dict()  # its weight is turned, so it is another constant
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.fc(self.fc(x).relu())
+
+    model = Twice().eval()
+    made = same(model, export(model, torch.randn(3, 6), tmp_path / "twice.onnx"), (torch.randn(3, 6),))
+    assert [p.dim() for p in made.parameters()].count(2) == 1
+
+
+def test_shapes_can_be_given(tmp_path):
+    model, path, words = bert(tmp_path)
+    free, fixed = rarefy.from_onnx(path), rarefy.from_onnx(path, shapes={n: (2, 7) for n in words})
+    with torch.no_grad():
+        assert apart(fixed(**words), model(**words)) < 1e-5
+    count = [sum(1 for n in m.graph.nodes) for m in (free, fixed)]  # pyright: ignore[reportAttributeAccessIssue]
+    assert count[1] < count[0]
+    for shapes, says in [
+        ({"input_id": (2, 7)}, "unknown input 'input_id'.*did you mean 'input_ids'"),
+        ({"input_ids": (2, 7, 1)}, r"input input_ids has the shape \['batch', 7\], which \[2, 7, 1\] does not fit"),
+        ({"input_ids": (2, 8)}, "does not fit"),
+        ({"input_ids": (0, 7)}, "does not fit"),
+    ]:
+        with pytest.raises(ModelError, match=says):
+            rarefy.from_onnx(path, shapes=shapes)
+
+
+# What becomes of the model
+
+
+def test_zeros_are_adopted_trained_saved_and_run(tmp_path):
+    model, path, words = bert(tmp_path)
+    rarefy.prune_(model, "4:8", sparsity=0.5, layers="model.encoder.*")
+    zeros = {l.name: l.weight == 0 for l in all_layers(rarefy.fold_(model))}
+    export(model, tuple(words.values()), path, 14, tuple(words))
+    made = rarefy.from_onnx(path)
+    taken = rarefy.adopt_(made, "*.encoder.*")
+    assert len(taken) == 12
+    optimizer = torch.optim.AdamW(made.parameters(), lr=0.01)
+    for _ in range(3):
+        made(**words).square().sum().backward()
+        optimizer.step()
+    rarefy.fold_(made.eval())
+    for layer in all_layers(made):
+        if layer.name in taken:
+            assert torch.equal(layer.weight == 0, zeros[layer.name])
+    rarefy.save(made, tmp_path / "saved")
+    again = rarefy.load(tmp_path / "saved", rarefy.from_onnx(path))
+    with torch.no_grad():
+        want = made(**words)
+        assert torch.equal(again(**words), want)
+        told = rarefy.accelerate_(again, (14,), words, choices=False, repeats=3)
+        assert apart(again(**words), want) < 1e-4
+    assert {r["layer"] for r in told.rows} >= set(taken)
+
+
+# Codes
+
+
+def quantized(path: Path, form: str, feeds: list[dict[str, Tensor]], **how: Any) -> Path:
+    """By ONNX Runtime's own quantizer."""
+    import logging
+
+    from onnxruntime import quantization as q
+
+    class Reader(q.CalibrationDataReader):
+        def __init__(self):
+            self.rest = iter([{k: v.numpy() for k, v in f.items()} for f in feeds])
+
+        def get_next(self):
+            return next(self.rest, None)
+
+    out = path.with_name(f"{form}.onnx")
+    logging.disable(logging.WARNING)
+    try:
+        if form == "dynamic":
+            q.quantize_dynamic(path, out, **how)
+        else:
+            q.quantize_static(path, out, Reader(), quant_format=getattr(q.QuantFormat, form), **how)
+    finally:
+        logging.disable(logging.NOTSET)
+    return out
+
+
+class Small(nn.Module):
+    """Convolutions with a residual and a pool between, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.conv1(x).relu(), 2)
+        return self.fc((x + self.conv2(x)).flatten(1))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+def test_static_quantization_by_onnx_runtime(form, signed, per_channel, tmp_path):
+    from onnxruntime.quantization import QuantType
+
+    x = {"x": torch.randn(4, 3, 8, 8)}
+    path = export(Small().eval(), x["x"], tmp_path / "net.onnx")
+    whole = QuantType.QInt8 if signed else QuantType.QUInt8
+    path = quantized(path, form, [x], per_channel=per_channel, activation_type=whole, weight_type=whole)
+    made = rarefy.from_onnx(path)
+    with torch.no_grad():
+        got, want = made(**x), run(path, x)
+    step = float(want.abs().max()) / 100
+    assert (got - want).abs().max() < 2 * step and ((got - want).abs() < step / 100).float().mean() > 0.9
+    for layer in all_layers(made):
+        grid, inputs = get_grid(layer), get_inputs(layer.module)
+        assert grid is not None and grid.bits == 8 and inputs is not None and inputs.scale is not None
+        assert grid.scale.numel() == (
+            layer.weight.shape[0] if per_channel and layer.name != "fc" else grid.scale.numel()
+        )
+    rarefy.save(made, tmp_path / "saved")
+    assert all(
+        "8" in str(r["format"]) for r in rarefy.inspect(tmp_path / "saved").rows if str(r["tensor"]).endswith("weight")
+    )
+
+
+def test_dynamic_quantization_by_onnx_runtime(tmp_path):
+    model, path, words = bert(tmp_path)
+    path = quantized(path, "dynamic", [])
+    made = rarefy.from_onnx(path)
+    with torch.no_grad():
+        got, want, dense = made(**words), run(path, words), model(**words)
+    # a scale a row here, one for all in DynamicQuantizeLinear
+    assert (got - dense).norm() < 1.2 * (want - dense).norm()
+    layers = [l for l in all_layers(made) if isinstance(l.module, nn.Linear)]
+    assert layers and all(get_grid(l) is not None and get_inputs(l.module) is not None for l in layers)
+    tables = [l for l in all_layers(made) if isinstance(l.module, nn.Embedding)]
+    assert tables and all(get_grid(l) is not None for l in tables)
+
+
+@pytest.mark.parametrize("weights", [{"weights": "int8"}, {"weights": "int8", "activations": "int8-static"}], ids=str)
+def test_back_from_our_own_export(weights, tmp_path):
+    model, x = zoo.lively(Net()), torch.randn(2, 3, 8, 8)
+    rarefy.quantize_(model, data=[x] if "activations" in weights else None, **weights)
+    made = rarefy.from_onnx(rarefy.export_onnx(model, x, tmp_path / "net.onnx"))
+    with torch.no_grad():
+        assert apart(made(x), model(x)) < 0.01
+    ours = {l.name: l for l in all_layers(rarefy.fold_(model))}
+    for layer in all_layers(made):
+        there, here = get_grid(ours[layer.name]), get_grid(layer)
+        if layer.name != "up":  # a transposed convolution's scales lie along another dimension
+            assert torch.equal(layer.weight, ours[layer.name].weight)
+            assert (there is None) == (here is None) == (layer.name == "fc")
+            if there is not None and here is not None:
+                assert torch.equal(here.codes(layer.weight), there.codes(ours[layer.name].weight))
+        rounded, ours_ = get_inputs(layer.module), get_inputs(ours[layer.name].module)
+        assert (rounded is None) == (ours_ is None)
+        if rounded is not None and ours_ is not None:  # a scale is stored in fp32
+            assert (rounded.zero, rounded.scale) == (ours_.zero, pytest.approx(ours_.scale, rel=1e-6))
+
+
+def integer_graph(kind: str, static: bool, bias: bool = True) -> tuple[Any, Tensor, Tensor]:
+    """A product as SparseML wrote it for DeepSparse: codes, a Cast, one Mul by all scales, an Add."""
+    rng = np.random.default_rng(0)
+    conv = kind == "ConvInteger"
+    codes = rng.integers(-127, 128, (6, 4, 3, 3) if conv else (8, 6)).astype(np.int8)
+    codes[rng.random(codes.shape) < 0.5] = 0
+    held = {
+        "w": codes, "wz": np.array(0, np.int8), "xs": np.array(0.02, np.float32), "xz": np.array(110, np.uint8),
+        "s": np.array(0.02 * 0.01 if static else 0.01, np.float32),
+        "b": rng.standard_normal((1, 6, 1, 1) if conv else (6,)).astype(np.float32),
+    }  # fmt: skip
+    shape = (2, 4, 5, 5) if conv else (3, 8)
+    more = {"pads": [1, 1, 1, 1]} if conv else {}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["q"])
+        if static
+        else helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "ds", "xz"]),
+        helper.make_node(kind, ["q", "w", "xz", "wz"], ["i"], name="layer", **more),
+        helper.make_node("Cast", ["i"], ["f"], to=TensorProto.FLOAT),
+        *([] if static else [helper.make_node("Mul", ["ds", "s"], ["all"])]),
+        helper.make_node("Mul", ["f", "s" if static else "all"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["y"]),
+    ]
+    if not static:
+        del held["xs"], held["xz"]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"] * len(shape))], [numpy_helper.from_array(a, n) for n, a in held.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    return model, torch.from_numpy(rng.standard_normal(shape).astype(np.float32)), torch.from_numpy(codes)
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("kind", ["ConvInteger", "MatMulInteger"])
+def test_integer_operators_of_deepsparse_files(kind, static, tmp_path):
+    model, x, codes = integer_graph(kind, static)
+    onnx.save(model, tmp_path / "net.onnx")
+    made = rarefy.from_onnx(tmp_path / "net.onnx")
+    with torch.no_grad():
+        assert apart(made(x), run(tmp_path / "net.onnx", {"x": x})) < (1e-5 if static else 0.02)
+    (layer,) = all_layers(made)
+    grid = get_grid(layer)
+    want = codes if kind == "ConvInteger" else codes.T
+    assert grid is not None and torch.equal(grid.codes(layer.weight), want.to(torch.int16))
+    assert torch.equal(layer.weight == 0, want == 0) and layer.name == "layer"
+    assert rarefy.adopt_(made) == ["layer"]
+
+
+# What cannot be read, and what is meant to do harm
+
+
+def plain_graph(nodes: list[Any], held: dict[str, np.ndarray], opset: int = 13, inputs: Any = None, **more: Any) -> Any:
+    inputs = inputs or [helper.make_tensor_value_info("x", TensorProto.FLOAT, (2, 4))]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", "m"))]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(a, n) for n, a in held.items()])
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8, **more)
+
+
+W = np.ones((4, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: b"", ContainerError, "not an ONNX file"),
+        (lambda: b"\x80\x04K\x01.", ContainerError, "not an ONNX file"),
+        (lambda: plain_graph([], {}).SerializeToString(), ContainerError, "not an ONNX file, or one without operators"),
+        (lambda: integer_graph("MatMulInteger", True)[0].SerializeToString()[:-40], ContainerError, "not (an|a sound) ONNX"),
+        (
+            lambda: plain_graph([helper.make_node("FusedMatMul", ["x", "x"], ["h"], domain="com.microsoft"), helper.make_node("Multinomial", ["h"], ["y"])], {}),
+            ModelError, r"operators without a torch module: com.microsoft.FusedMatMul \(1\), Multinomial \(1\)",
+        ),
+        (
+            lambda: plain_graph([
+                helper.make_node("QuantizeLinear", ["x", "s"], ["q"]),
+                helper.make_node("MatMulInteger", ["q", "w"], ["i"], name="m"), helper.make_node("Cast", ["i"], ["y"], to=1)],
+                {"w": W.astype(np.uint8), "s": np.array(0.1, np.float32)}),
+            ModelError, "m: a MatMulInteger has constant weights, and a Cast and a Mul by its scale behind it",
+        ),
+        (
+            lambda: plain_graph([helper.make_node("QuantizeLinear", ["x", "s"], ["q"], name="q"), helper.make_node("DequantizeLinear", ["q", "s"], ["y"])], {"s": np.array(np.inf, np.float32)}),
+            ModelError, "q: a scale of inf",
+        ),
+        (
+            lambda: plain_graph([helper.make_node("QuantizeLinear", ["x", "s"], ["q"], name="q"), helper.make_node("DequantizeLinear", ["q", "t"], ["y"], name="d")], {"s": np.array(1, np.float32), "t": np.array(2, np.float32)}),
+            ModelError, "d: dequantized with another scale or zero point",
+        ),
+        (
+            lambda: plain_graph([helper.make_node("DequantizeLinear", ["w", "s"], ["d"], name="d", axis=0), helper.make_node("MatMul", ["x", "d"], ["y"])], {"w": W.astype(np.int8), "s": np.ones(3, np.float32)}),
+            ModelError, r"d: scales of \[3\] do not fit weights of \[4, 3\]",
+        ),
+        (
+            lambda: plain_graph([helper.make_node("QuantizeLinear", ["x", "s"], ["q"], name="q", axis=1), helper.make_node("DequantizeLinear", ["q", "s"], ["y"], axis=1)], {"s": np.ones(4, np.float32)}),
+            ModelError, "q: activations in few bits have one scale and zero point, both constants",
+        ),
+        (
+            lambda: plain_graph([helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2], dilations=[2])], {}, 19, [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 2, 8))]),
+            ModelError, "something newer than version 17 of ONNX's operators.*dilations",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read(make, error, says, tmp_path):
+    made = make()
+    (tmp_path / "net.onnx").write_bytes(made if isinstance(made, bytes) else made.SerializeToString())
+    with pytest.raises(error, match=says):
+        rarefy.from_onnx(tmp_path / "net.onnx")
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(ContainerError, match="no such file"):
+        rarefy.from_onnx(tmp_path / "net.onnx")
+    with pytest.raises(ContainerError, match="is no file"):
+        rarefy.from_onnx(tmp_path)
+
+
+def test_names_run_no_code(tmp_path):
+    mark = tmp_path / "pwned"
+    evil = f'x"), open({str(mark)!r}, "w"), getattr(self, "y'
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, (2, 4)) for n in ("self", evil)]
+    nodes = [
+        helper.make_node("MatMul", ["self", f"{evil}.weight"], ["h"], name=evil),
+        helper.make_node("MatMul", [evil, f"{evil}.weight"], ["i"], name="/forward/__class__.graph/MatMul"),
+        helper.make_node("Add", ["h", "i"], ["y"], name="/__init__/class"),
+    ]
+    nodes[1].metadata_props.add(key="pkg.torch.onnx.name_scopes", value="__import__('os').system('touch /tmp/x')")
+    model = plain_graph(nodes, {f"{evil}.weight": W}, inputs=inputs)
+    onnx.save(model, tmp_path / "net.onnx")
+    made = rarefy.from_onnx(tmp_path / "net.onnx")
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        assert torch.allclose(made(x, x), 2 * x @ torch.from_numpy(W), atol=1e-5)
+    assert not mark.exists() and all(re.fullmatch(r"[\w.-]*", n, re.ASCII) for n, _ in made.named_modules())
+    assert next(iter(inspect.signature(made.forward).parameters)) == "input_self"
+
+
+@pytest.mark.parametrize("place", ["../secret", "/etc/hostname", "link"])
+def test_weights_come_from_the_folder_of_the_file(place, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(48))
+    os.symlink(tmp_path / "secret", folder / "link")
+    model = plain_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": W})
+    (w,) = model.graph.initializer
+    w.ClearField("raw_data")
+    w.data_location = TensorProto.EXTERNAL
+    w.external_data.add(key="location", value=place)
+    (folder / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ContainerError, match="lies outside the file's folder"):
+        rarefy.from_onnx(folder / "net.onnx")
+
+
+def test_weights_beside_the_file(tmp_path):
+    model = plain_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": W})
+    onnx.save(model, tmp_path / "net.onnx", save_as_external_data=True, location="net.data", size_threshold=0)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        assert torch.allclose(rarefy.from_onnx(tmp_path / "net.onnx")(x), x @ torch.from_numpy(W))
+    (tmp_path / "net.data").write_bytes(b"123")
+    with pytest.raises(ContainerError, match="not a sound ONNX file"):
+        rarefy.from_onnx(tmp_path / "net.onnx")
+
+
+def test_outputs_keep_their_order(tmp_path):
+    nodes = [helper.make_node("Split", ["x"], ["a", "b"], axis=1), helper.make_node("Relu", ["b"], ["c"])]
+    model = plain_graph(nodes, {"k": W})
+    del model.graph.output[:]
+    model.graph.output.extend(
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ("n", "m")) for n in ("c", "b", "x", "k")
+    )
+    onnx.save(model, tmp_path / "net.onnx")
+    x = torch.randn(2, 4)
+    c, b, same_, k = rarefy.from_onnx(tmp_path / "net.onnx")(x)
+    assert (
+        torch.equal(b, x[:, 2:])
+        and torch.equal(c, b.relu())
+        and torch.equal(same_, x)
+        and torch.equal(k, torch.from_numpy(W))
+    )
+
+
+def test_copies_are_whole(tmp_path):
+    model, path, words = bert(tmp_path)
+    made = rarefy.from_onnx(path)
+    again = copy.deepcopy(made)
+    with torch.no_grad():
+        made.get_submodule("model.encoder.layer.0.output.dense").weight.zero_()
+        assert apart(again(**words), model(**words)) < 1e-5
