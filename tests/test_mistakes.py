@@ -141,7 +141,8 @@ def shell(*words):
 def test_the_command_line_has_one_line_for_each(tmp_path):
     folder = tmp_path / "tiny"
     tiny_llama().save_pretrained(folder)
-    (tmp_path / "m.pt").write_bytes(b"x")
+    for name in ("m.pt", "m.onnx"):
+        (tmp_path / name).write_bytes(b"x")
     torch.manual_seed(0)
     for words, message in [
         (("compress", folder, "-r", "fashion-oneshot-50", "-o", tmp_path / "o"), "'stem*' matches no layer"),
