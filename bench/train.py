@@ -49,26 +49,32 @@ PLANS: dict[str, Any] = {
 }
 
 
-def fashion_one(task: tuple[str, float, int]) -> Line:
-    """One network: dense, trained on, or pruned by a plan, alone or taught."""
-    from vision import DENSE_EPOCHS, SGD, data_of, fast, train_dense
-    from vision_net import SmallResNet, accuracy, load
+def begun(seed: int, width: int) -> Any:
+    """The network that all of a seed begin with: trained for DENSE_EPOCHS, once."""
+    from safetensors.torch import load_file, save_file
 
-    way, sparsity, seed = task
-    images, began = load(), time.perf_counter()
+    from vision import DENSE_EPOCHS, train_dense
+    from vision_net import SmallResNet, load
+
     torch.manual_seed(seed)
-    model = SmallResNet()
-    base = HERE / "build" / f"fashion-{seed}.safetensors"
-    if base.is_file():
-        from safetensors.torch import load_file
+    model = SmallResNet(width=width)
+    file = HERE / "build" / f"fashion-{seed}{'' if width == 1 else f'-{width}x'}.safetensors"
+    if file.is_file():
+        model.load_state_dict(load_file(file))
+        return model
+    train_dense(model, load(), seed, DENSE_EPOCHS, 0.2)
+    file.parent.mkdir(exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
+    return model
 
-        model.load_state_dict(load_file(base))
-    else:
-        from safetensors.torch import save_file
 
-        train_dense(model, images, seed, DENSE_EPOCHS, 0.2)
-        base.parent.mkdir(exist_ok=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, base)
+def fashion_one(task: tuple[str, float, int, int]) -> Line:
+    """One network: dense, trained on, or pruned by a plan, alone or taught."""
+    from vision import SGD, data_of, fast
+    from vision_net import accuracy, load
+
+    way, sparsity, seed, width = task
+    images, began, model = load(), time.perf_counter(), begun(seed, width)
     teacher = copy.deepcopy(model)
     data, plan, teach = data_of(images, seed), None, None
     name, _, taught = way.partition(", ")
@@ -88,26 +94,21 @@ def fashion_one(task: tuple[str, float, int]) -> Line:
     rarefy.fold_(model)
     right = accuracy(plain(model), *images[2:])
     return {
-        "run": "fashion", "way": way, "sparsity": sparsity, "seed": seed, "accuracy": 100 * right,
+        "run": "fashion" if width == 1 else f"fashion, {width} times as wide",
+        "way": way, "sparsity": sparsity, "seed": seed, "accuracy": 100 * right,
         "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
-def fashion(seeds: list[int], only: list[str]) -> Iterator[Line]:
+def fashion(seeds: list[int], only: list[str], sparsity: list[float], width: int) -> Iterator[Line]:
     """Every plan at both sparsities, every seed; a process of one thread a core."""
     ways = [("dense", 0.0)]
-    ways += [(name, s) for s in (0.95, 0.98) for name in PLANS]
-    ways += [
-        ("gradual magnitude, taught", 0.98),
-        ("gradual magnitude, taught", 0.95),
-        ("student", 0.0),
-        ("student, taught", 0.0),
-    ]
+    ways += [(name, s) for s in sparsity for name in (*PLANS, "gradual magnitude, taught")]
+    ways += [("student", 0.0), ("student, taught", 0.0)]
     ways = [w for w in ways if not only or w[0] in only]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        if not all((HERE / "build" / f"fashion-{s}.safetensors").is_file() for s in seeds):
-            list(pool.map(fashion_one, [("dense", 0.0, s) for s in seeds]))  # makes what all begin with
-        yield from pool.map(fashion_one, [(w, p, s) for w, p in ways for s in seeds])
+        list(pool.map(begun, seeds, [width] * len(seeds)))
+        yield from pool.map(fashion_one, [(w, p, s, width) for w, p in ways for s in seeds])
 
 
 LANGUAGE = {
@@ -217,10 +218,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", choices=["fashion", "language", "minilm", []], default=[])
     parser.add_argument("--only", nargs="*", default=[], help="ways")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.95, 0.98])
+    parser.add_argument("--width", type=int, default=1, help="of the small ResNet, as a multiple")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     runs: dict[str, Any] = {
-        "fashion": lambda: fashion(args.seeds, args.only), "language": lambda: language(args.only), "minilm": minilm,
+        "fashion": lambda: fashion(args.seeds, args.only, args.sparsity, args.width),
+        "language": lambda: language(args.only), "minilm": minilm,
     }  # fmt: skip
     keep(RESULTS, (runs[n] for n in args.runs or ([] if args.table else runs)))
     print(table(kept(RESULTS)))

@@ -46,18 +46,19 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Stem to 14x14, residual blocks at 14x14, 7x7 and 4x4, average pool, linear."""
+    """Stem to 14x14, residual blocks at 14x14, 7x7 and 4x4, average pool, linear; channels times `width`."""
 
-    def __init__(self, classes: int = 10):
+    def __init__(self, classes: int = 10, width: int = 1):
         super().__init__()
-        self.stem = nn.Sequential(*conv_bn(1, 32, 5, 2), nn.ReLU())
+        a, b, c = 32 * width, 64 * width, 96 * width
+        self.stem = nn.Sequential(*conv_bn(1, a, 5, 2), nn.ReLU())
         self.blocks = nn.Sequential(
-            Block(32, 32, separable=True),
-            Block(32, 64, stride=2),
-            Block(64, 64, separable=True),
-            Block(64, 96, stride=2),
+            Block(a, a, separable=True),
+            Block(a, b, stride=2),
+            Block(b, b, separable=True),
+            Block(b, c, stride=2),
         )
-        self.fc = nn.Linear(96, classes)
+        self.fc = nn.Linear(c, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem(x))
