@@ -69,6 +69,18 @@ def test_large_gaps_are_closed_and_time_is_kept():
     assert not none.ended and none.swaps == 0 and torch.equal(none.order, torch.arange(128))
 
 
+@pytest.mark.parametrize("width", [132, 1024, 1100])
+def test_many_columns_are_taken_in_parts(width):
+    """Wider than a part, as wide as all are measured against all, and wider; stopped at once, and not."""
+    S = torch.randn(24, width).abs() * torch.randn(width).exp()
+    before, best = kept(S, 2, 4), float(S.topk(width // 2).values.sum())
+    found = search(S, 2, 4, seconds=3.0)
+    assert torch.equal(found.order.sort().values, torch.arange(width))
+    assert kept(S[:, found.order], 2, 4) > before + 0.5 * (best - before)
+    stopped = search(S, 2, 4, seconds=1e-9)
+    assert torch.equal(stopped.order.sort().values, torch.arange(width)) and not stopped.ended and stopped.swaps == 0
+
+
 def test_dimensions_in_order():
     a, b, c = Axis(3), Axis(2), Axis(4)
     orders = {a: torch.tensor([2, 0, 1]), b: torch.tensor([1, 0])}
