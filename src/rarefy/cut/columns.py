@@ -83,9 +83,9 @@ def _parts(S: Tensor, n: int, m: int, until: float, rng: torch.Generator) -> Fou
                 now += float(found.kept.sum())
                 part = part.flatten()[found.order]
             parts.append(part)
-        groups, ended = torch.cat(parts), now <= was * (1 + ENOUGH)
-        if ended or time.perf_counter() >= until:
-            return Found(groups.flatten(), swaps, ended)
+        groups, late = torch.cat(parts), time.perf_counter() >= until
+        if late or now <= was * (1 + ENOUGH):
+            return Found(groups.flatten(), swaps, not late)
 
 
 class _Groups:
