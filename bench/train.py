@@ -43,7 +43,7 @@ PLANS: dict[str, Any] = {
     "movement": rarefy.Movement(steps=30, end=0.5, **STEM),
     "second-order (oBERT)": rarefy.SecondOrder(steps=10, end=0.5, gradients=256, **STEM),
     "rigl": rarefy.Rigl(steps=60, ignore=["stem*"], allocate="erk"),
-    "alternate (AC/DC)": rarefy.Alternate(cycles=5, end=0.6, **STEM),
+    "alternate (AC/DC)": rarefy.Alternate(cycles=3, end=0.4, **STEM),
     "admm": rarefy.Admm(steps=100, end=0.6, **STEM),
     "rewind": rarefy.Rewind(rounds=3, **STEM),
 }
