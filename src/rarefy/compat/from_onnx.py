@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import keyword
-import os
 import re
 import warnings
 from collections import Counter
@@ -18,7 +18,9 @@ from torch import fx, nn
 from rarefy.compat import onnx_codes, onnx_fused, onnx_graph, onnx_modules
 from rarefy.compat.onnx_codes import Rounded
 from rarefy.compat.onnx_graph import OPSET, Graph, attribute
-from rarefy.errors import ContainerError, ModelError, unknown
+from rarefy.compat.onnx_proof import prove
+from rarefy.compat.onnx_read import first_line, fixed_, read, simplified
+from rarefy.errors import ModelError
 from rarefy.model.grid import note_
 from rarefy.model.inputs import get_inputs, set_inputs_
 
@@ -44,7 +46,7 @@ WEIGHT = re.compile(r"[._]weight$")
 WORD = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def from_onnx(path: str | Path, *, shapes: Mapping[str, Sequence[int]] | None = None) -> nn.Module:
+def from_onnx(path: str | Path, *, shapes: Mapping[str, Sequence[int]] | None = None, example: Any = None) -> nn.Module:
     """Return the model of an ONNX file, in evaluation mode: called with the file's inputs in their order or by their
     names, it gives the file's outputs (a tensor, or a list of them).
 
@@ -56,12 +58,17 @@ def from_onnx(path: str | Path, *, shapes: Mapping[str, Sequence[int]] | None = 
 
     shapes  input -> its shape from here on, where the file leaves dimensions open: what follows from it is then
             computed here, not in every call
+    example what the module is compared with ONNX Runtime on: a tensor, a tuple of them, or a dict by the names of the
+            file's inputs; noise by default, in which whole numbers are 0 and 1
+    Every module is proved so before it is returned: outputs are those of ONNX Runtime up to rounding (of the largest
+    1e-3; where activations are rounded to codes 5 % of the norm, half where in each call, as rows then have scales of
+    their own). Where noise of no size can be run, a warning says so. Versions 9 and up of ONNX's operators are read.
     Needs the extra [onnx]. Raises ContainerError (no file, no ONNX), ModelError (what no torch module is known for, by
-    name). Reads nothing outside the file's folder. O(weights).
+    name; other outputs). Reads nothing outside the file's folder. O(weights), and a call.
     """
-    model = _read(Path(path))
-    _fixed_(model, Path(path), shapes or {})
-    graph = onnx_graph.graph_of(_simplified(model))
+    model = read(path)
+    fixed_(model, path, shapes)
+    graph = onnx_graph.graph_of(simplified(model))
     for step in STEPS:
         graph.nodes = list(step(graph))
     onnx_graph.prune(graph)
@@ -73,72 +80,14 @@ def from_onnx(path: str | Path, *, shapes: Mapping[str, Sequence[int]] | None = 
     _stand_in_(made, graph, names)
     _layers_(made, graph)
     _rounding_(made)
-    return _renamed(made, {safe: pretty for safe, pretty in names.values()}).eval()
+    module = _renamed(made, {safe: pretty for safe, pretty in names.values()}).eval()
+    prove(module, path, example, _coded(graph))
+    return module
 
 
-def _read(path: Path) -> Any:
-    """The checked protocol buffer of a file, with its weights."""
-    try:
-        import onnx
-        import onnx2torch  # noqa: F401
-        from google.protobuf.message import DecodeError
-    except ImportError as error:
-        raise ModelError(f"reading ONNX needs more packages: pip install 'rarefy[onnx]' ({error})") from None
-    if not path.is_file():
-        raise ContainerError(f"{path}: no such file" if not path.exists() else f"{path} is no file")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError) as error:
-        raise ContainerError(f"{path}: not an ONNX file: {error}") from None
-    if not model.graph.node:
-        raise ContainerError(f"{path}: not an ONNX file, or one without operators")
-    folder = os.path.realpath(path.parent)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            place = os.path.realpath(os.path.join(folder, entry.value))
-            if entry.key == "location" and not place.startswith(folder + os.sep):
-                raise ContainerError(f"{path}: {tensor.name} lies outside the file's folder: {entry.value!r}")
-    try:
-        onnx.load_external_data_for_model(model, folder)
-        onnx.checker.check_model(model)
-    except Exception as error:  # the checker's own class, and whatever reading weights raises
-        raise ContainerError(f"{path}: not a sound ONNX file: {_first(error)}") from None
-    return model
-
-
-def _fixed_(model: Any, path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Give inputs the shapes that the caller names."""
-    held = {i.name for i in model.graph.initializer}
-    inputs = {i.name: i for i in model.graph.input if i.name not in held}
-    for name, shape in shapes.items():
-        if name not in inputs:
-            raise ModelError(f"{path}: {unknown('input', name, inputs)}")
-        there = inputs[name].type.tensor_type.shape.dim
-        same = [d.dim_value == n or not d.HasField("dim_value") for d, n in zip(there, shape)]
-        if len(shape) != len(there) or not all(same) or any(isinstance(n, bool) or int(n) != n or n < 1 for n in shape):
-            told = [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in there]
-            raise ModelError(f"{path}: input {name} has the shape {told}, which {list(shape)} does not fit")
-        for dim, n in zip(there, shape):
-            dim.dim_value = int(n)
-
-
-def _simplified(model: Any) -> Any:
-    """The same with what is known beforehand computed."""
-    from onnxscript import ir, optimizer
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = ir.from_proto(model)
-            optimizer.inline(made)
-            optimizer.fold_constants(made)
-            return ir.to_proto(made)
-    except Exception:  # a graph as it was written is as right, with more operators
-        return model
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _coded(graph: Graph) -> str:
+    """How activations are rounded: not, by what is known, or in each call."""
+    return max(("dynamic" if i.scale is None else "static" for i in graph.rounded.values()), default="", key=len)
 
 
 def _named(graph: Graph) -> dict[str, tuple[str, str]]:
@@ -147,8 +96,11 @@ def _named(graph: Graph) -> dict[str, tuple[str, str]]:
     inputs = [i.name for i in graph.model.graph.input]
     for i, name in enumerate(inputs):
         word = re.sub(r"\W", "_", name, flags=re.ASCII)
-        word = f"input_{word}" if not word[:1].isalpha() or keyword.iskeyword(word) or word == "self" else word
-        values[name] = word if word not in values.values() else f"{word}_{i}"
+        taken_ = keyword.iskeyword(word) or hasattr(builtins, word) or word in ("self", "torch")
+        word = f"input_{word}" if taken_ or not word[:1].isalpha() else word
+        while word in values.values():
+            word += f"_{i}"
+        values[name] = word
     found: dict[str, tuple[str, str]] = {}
     taken = Counter[str]()
     for i, node in enumerate(graph.nodes):
@@ -161,9 +113,9 @@ def _named(graph: Graph) -> dict[str, tuple[str, str]]:
         for side in (node.input, node.output):
             for at, name in enumerate(side):
                 if name:
-                    side[at] = values.setdefault(name, f"value_{len(values)}")
+                    side[at] = values.setdefault(name, f"value_{len(values)}_")
     for value in (*graph.model.graph.input, *graph.model.graph.output):
-        value.name = values.setdefault(value.name, f"value_{len(values)}")
+        value.name = values.setdefault(value.name, f"value_{len(values)}_")
     graph.constants = {values[n]: a for n, a in graph.constants.items() if n in values}
     graph.rounded = {values[n]: i for n, i in graph.rounded.items() if n in values}
     graph.grids = {values[n]: g for n, g in graph.grids.items() if n in values}
@@ -229,7 +181,7 @@ def _check(proto: Any) -> None:
     try:
         onnx.checker.check_model(proto)
     except Exception as error:
-        raise ModelError(f"something newer than version {OPSET} of ONNX's operators: {_first(error)}") from None
+        raise ModelError(f"something newer than version {OPSET} of ONNX's operators: {first_line(error)}") from None
 
 
 def _converted(proto: Any) -> fx.GraphModule:
@@ -240,7 +192,7 @@ def _converted(proto: Any) -> fx.GraphModule:
             warnings.simplefilter("ignore")
             return convert(proto, save_input_names=True)
     except Exception as error:  # it raises whatever a node it cannot read makes it raise
-        raise ModelError(f"onnx2torch cannot read this graph: {_first(error)}") from error
+        raise ModelError(f"onnx2torch cannot read this graph: {first_line(error)}") from error
 
 
 def _stand_in_(model: fx.GraphModule, graph: Graph, names: dict[str, tuple[str, str]]) -> None:
@@ -253,13 +205,14 @@ def _stand_in_(model: fx.GraphModule, graph: Graph, names: dict[str, tuple[str, 
 def _layers_(model: fx.GraphModule, graph: Graph) -> None:
     """Matrix products with constants as Linear, lookups as Embedding; weights of one constant are one parameter."""
     calls = {n.target: n for n in model.graph.nodes if n.op == "call_module"}
-    users, shared = graph.users(), dict[tuple[str, tuple[int, ...]], nn.Parameter]()
+    users, shared = graph.users(), dict[str, list[nn.Parameter]]()
     for node in graph.nodes:
-        call, constant = calls[node.name], next((n for n in node.input if n in graph.constants), "")
+        at = 0 if node.op_type == "Gather" else 1
+        call, constant = calls[node.name], node.input[at] if len(node.input) > at else ""
         weight = graph.constants.get(constant)
         if weight is None or weight.ndim < 2 or weight.dtype.kind != "f":
             continue
-        if node.op_type == "MatMul" and weight.ndim == 2 and constant == node.input[1]:
+        if node.op_type == "MatMul" and weight.ndim == 2:
             bias = _bias(graph, users, node, weight.shape[1])
             layer = nn.Linear(*weight.shape, bias=bias is not None, device="meta")
             layer.weight = nn.Parameter(torch.from_numpy(weight.T.copy()))
@@ -286,9 +239,13 @@ def _layers_(model: fx.GraphModule, graph: Graph) -> None:
         if inputs is not None and inputs.bits == 8 and isinstance(layer, LAYERS):
             set_inputs_(layer, inputs)
         layer.weight = nn.Parameter(layer.weight.detach().contiguous())
-        layer.weight = shared.setdefault((constant, tuple(layer.weight.shape)), layer.weight)
+        same = [p for p in shared.setdefault(constant, []) if torch.equal(p, layer.weight)]
+        if same:
+            layer.weight = same[0]
+        else:
+            shared[constant].append(layer.weight)
         grid = graph.grids.get(constant)
-        if grid is not None:
+        if grid is not None and attribute(node, "alpha", 1.0) == 1.0:
             turned = tuple(layer.weight.shape) != weight.shape or node.op_type == "MatMul"
             turned = turned or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
             note_(layer, "weight", grid.map(lambda t: t.T.contiguous()) if turned else grid)
@@ -331,14 +288,14 @@ def _renamed(model: fx.GraphModule, pretty: dict[str, str]) -> nn.Module:
         parent, *words = root, *pretty[node.target].split(".")
         path = []
         for word in words[:-1]:
-            while (there := _there(parent, word)) is not None and type(there) is not nn.Module:
+            while not _free(parent, word) and type(parent._modules.get(word)) is not nn.Module:
                 word += "_"
-            if there is None:
+            if _free(parent, word):
                 parent.add_module(word, nn.Module())
             path.append(word)
             parent = parent.get_submodule(word)
         word = words[-1]
-        while _there(parent, word) is not None:
+        while not _free(parent, word):
             word += "_"
         parent.add_module(word, getattr(model, node.target))
         node.target = ".".join((*path, word))
@@ -352,6 +309,6 @@ def _renamed(model: fx.GraphModule, pretty: dict[str, str]) -> nn.Module:
     return fx.GraphModule(root, model.graph, "OnnxModel")
 
 
-def _there(parent: nn.Module, word: str) -> Any:
-    """What a module has under a name, its own methods included."""
-    return getattr(parent, word, getattr(fx.GraphModule, word, None))
+def _free(parent: nn.Module, word: str) -> bool:
+    """Whether nothing of a module, its class's own things included, has a name."""
+    return not hasattr(parent, word) and not hasattr(fx.GraphModule, word)

@@ -96,7 +96,11 @@ def integers(graph: Graph) -> Iterable[Any]:
                 f"{where}: a {node.op_type} has constant weights, and a Cast and a Mul by its scale behind it"
             )
         factor = next(n for n in scaled.input if n != cast.output[0])
-        zero = graph.constants.get(node.input[3], np.zeros(1, weight.dtype)) if len(node.input) > 3 else np.zeros(1)
+        zeros = [*node.input[2:], "", ""][:2]
+        zero = graph.constants.get(zeros[1]) if zeros[1] else np.zeros(1)
+        own = codes.output[2] if codes.op_type == "DynamicQuantizeLinear" else [*codes.input, "", ""][2]
+        if zero is None or not _one_zero(graph, zeros[0], own):
+            raise ModelError(f"{where}: its zero points are those that its inputs were quantized with, and constants")
         if codes.op_type == "QuantizeLinear":
             step, total = graph.scalar(codes.input[1]), graph.constants.get(factor)
             if step is None or total is None:
@@ -112,6 +116,10 @@ def integers(graph: Graph) -> Iterable[Any]:
         else:
             raise ModelError(f"{where}: codes of {codes.op_type}; QuantizeLinear or DynamicQuantizeLinear makes them")
         axis = 0 if node.op_type == "ConvInteger" else weight.ndim - 1
+        wide = [n for n in scale.shape if n > 1]
+        along_outputs = not wide or scale.shape[-1 if axis else max(0, scale.ndim - weight.ndim + 1)] == wide[0]
+        if len(wide) > 1 or not along_outputs or (wide and not axis and scale.ndim < weight.ndim - 1):
+            raise ModelError(f"{where}: a scale of {list(scale.shape)} is not one for each output")
         name = f"{node.output[0]}_rarefy_w"
         dequantize(graph, name, weight, along(scale, weight, axis, where), along(zero, weight, axis, where))
         rounded = f"{node.output[0]}_rarefy_x"
@@ -124,6 +132,14 @@ def integers(graph: Graph) -> Iterable[Any]:
         yield from instead.get(id(node), [])
         if id(node) not in gone:
             yield node
+
+
+def _one_zero(graph: Graph, said: str, own: str) -> bool:
+    """Whether an integer operator takes the zero point off that its inputs were given."""
+    if said == own:
+        return True
+    a, b = (graph.constants.get(n) if n else np.zeros(1) for n in (said, own))
+    return a is not None and b is not None and a.size == b.size == 1 and int(a.reshape(-1)[0]) == int(b.reshape(-1)[0])
 
 
 def weights(graph: Graph) -> Iterable[Any]:
@@ -215,7 +231,7 @@ def pairs(graph: Graph) -> Iterable[Any]:
             made[node.output[0]] = _static(graph, node, where)
             yield graph.stand(node, Rounded(made[node.output[0]]), node.input, node.output)
         elif node.op_type == "DequantizeLinear" and node.input[0] in made:
-            if made[node.input[0]] != _static(graph, node, where):
+            if not _undone(graph, node, made[node.input[0]], where):
                 raise ModelError(f"{where}: dequantized with another scale or zero point than it was quantized with")
             yield make("Identity", node.input[:1], node.output)
         else:
@@ -223,15 +239,27 @@ def pairs(graph: Graph) -> Iterable[Any]:
                 made[node.output[0]] = made[node.input[0]]
             yield node
     for name in made:
+        if name in graph.outputs:
+            raise ModelError(f"{name}: an output of codes; what gives numbers is read")
         strange = [n for n in users.get(name, ()) if n.op_type not in CARRY]
         if strange:
             raise ModelError(f"{strange[0].name or strange[0].output[0]}: {strange[0].op_type} on codes is not read")
     graph.rounded |= made
 
 
+def _undone(graph: Graph, node: Any, made: Inputs, where: str) -> bool:
+    """Whether a DequantizeLinear takes back what made its codes; without a zero point it takes codes as they are."""
+    if len(node.input) > 2 and node.input[2]:
+        return _static(graph, node, where) == made
+    return graph.scalar(node.input[1]) == made.scale and made.zero in (0, 1 << (made.bits - 1))
+
+
 def _static(graph: Graph, node: Any, where: str) -> Inputs:
     scale = graph.scalar(node.input[1])
-    zero = graph.constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1, np.uint8)
+    kind = {0: "uint8", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16"}.get(
+        attribute(node, "output_dtype", 0), "float32"
+    )
+    zero = graph.constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1, kind)
     if scale is None or zero is None or zero.size != 1:
         raise ModelError(f"{where}: activations in few bits have one scale and zero point, both constants")
     if not math.isfinite(scale) or scale <= 0:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rarefy.compat.onnx_graph import Graph, attribute, only
+from rarefy.errors import ModelError
 
 
 def gelus(graph: Graph) -> Iterable[Any]:
@@ -21,6 +22,8 @@ def gelus(graph: Graph) -> Iterable[Any]:
     for node in graph.nodes:
         if node.op_type == "Gelu":
             form = attribute(node, "approximate", b"none").decode()
+            if form not in ("none", "tanh"):
+                raise ModelError(f"{node.name or node.output[0]}: Gelu approximates by none or tanh, got {form!r}")
             instead[id(node)] = graph.stand(node, nn.GELU(form), node.input, node.output)
         elif node.op_type == "Erf":
             found = _gelu(graph, users, producers, node)
@@ -82,7 +85,10 @@ def layer_norms(graph: Graph) -> Iterable[Any]:
     gone: set[int] = set()
     for node in graph.nodes:
         if node.op_type == "LayerNormalization":
-            w, b = (graph.constants.get(n) for n in [*node.input[1:3], ""][:2])
+            names = [*node.input[1:3], ""][:2]
+            w, b = (graph.constants.get(n) for n in names)
+            if names[1] and b is None:
+                continue  # it is computed
             if w is not None and w.ndim == 1 and attribute(node, "axis", -1) == -1 and len(node.output) == 1:
                 eps = float(attribute(node, "epsilon", 1e-5))
                 instead[id(node)] = graph.stand(node, _norm(w, b, eps), node.input, node.output)

@@ -58,6 +58,8 @@ class Graph:
     def new(self, array: np.ndarray) -> str:
         """Give a constant a name."""
         self.made += 1
+        while f"rarefy_constant_{self.made}" in self.constants:
+            self.made += 1
         name = f"rarefy_constant_{self.made}"
         self.constants[name] = array
         return name
@@ -65,7 +67,7 @@ class Graph:
     def scalar(self, name: str) -> float | None:
         """The number that a value always is, if it is one."""
         array = self.constants.get(name)
-        return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+        return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.ndim < 2 else None
 
     def stand(self, node: Any, module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
         """An Identity in the place of `node`, for which `module` will stand."""
@@ -89,7 +91,10 @@ def graph_of(model: Any) -> Graph:
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if proto.sparse_initializer:
         raise ModelError("sparse initializers are not read: write the zeros out")
-    constants = {i.name: numpy_helper.to_array(i) for i in proto.initializer}
+    try:
+        constants = {i.name: numpy_helper.to_array(i) for i in proto.initializer}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"a constant that is no array of numbers: {error}") from None
     nodes = []
     for node in proto.node:
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
@@ -105,6 +110,8 @@ def graph_of(model: Any) -> Graph:
 def _constant(node: Any) -> np.ndarray:
     from onnx import numpy_helper
 
+    if len(node.attribute) != 1:
+        raise ModelError(f"Constant {node.name or node.output[0]} holds {len(node.attribute)} values")
     value = node.attribute[0]
     kinds: dict[str, Callable[[], np.ndarray]] = {
         "value": lambda: numpy_helper.to_array(value.t),
@@ -179,8 +186,12 @@ def lower(graph: Graph) -> Iterable[Any]:
             axes = graph.constants.get(node.input[1]) if len(node.input) > 1 and node.input[1] else None
             if len(node.input) > 1 and node.input[1] and axes is None:
                 raise ModelError(f"{node.name or node.output[0]}: the axes of a {node.op_type} are constants")
+            none = axes is None or not axes.size
+            if none and attribute(node, "noop_with_empty_axes", 0):
+                yield make("Identity", node.input[:1], node.output)
+                continue
             made = make(node.op_type, node.input[:1], node.output, node, without=("noop_with_empty_axes",))
-            if axes is not None:
+            if axes is not None and axes.size:
                 made.attribute.append(helper.make_attribute("axes", axes.reshape(-1).tolist()))
             yield made
         elif node.op_type == "Split":
