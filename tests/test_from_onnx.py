@@ -484,3 +484,170 @@ def test_copies_are_whole(tmp_path):
     with torch.no_grad():
         made.get_submodule("model.encoder.layer.0.output.dense").weight.zero_()
         assert apart(again(**words), model(**words)) < 1e-5
+
+
+# No other numbers than ONNX Runtime's: equal, or an error
+
+S = np.random.default_rng(1).standard_normal((4, 4)).astype(np.float32)
+K = np.random.default_rng(2).standard_normal((3, 2, 3, 3)).astype(np.float32)
+F = TensorProto.FLOAT
+
+
+def floats(*shape: int) -> list[Any]:
+    return [helper.make_tensor_value_info("x", F, shape)]
+
+
+def node(kind: str, inputs: str, outputs: str, **more: Any) -> Any:
+    return helper.make_node(kind, [i if i != "_" else "" for i in inputs.split()], outputs.split(), **more)
+
+
+FAITHFUL = {
+    "a square weight, plain and turned": ([node("Gemm", "x w", "h", transB=1), node("MatMul", "h w", "y")], {"w": S}, 13, None),
+    "a table that is a head too": (
+        [node("Cast", "x", "i", to=7), node("Abs", "i", "j"), node("Mod", "j four", "k"), node("Gather", "w k", "h"), node("MatMul", "h w", "y")],
+        {"w": S, "four": np.array(4, np.int64)}, 13, None,
+    ),
+    "alpha": ([node("Gemm", "x w", "a", alpha=2.0), node("Gemm", "a w", "y")], {"w": S}, 13, None),
+    "a layer of constants": ([node("Gemm", "c w", "a"), node("Gemm", "c v", "b"), node("Add", "a b", "d"), node("Add", "d x", "y")], {"c": S, "w": S + 1, "v": S * 2}, 13, floats(4, 4)),
+    "a computed bias of a norm": (
+        [node("Relu", "x", "r"), node("ReduceMean", "r", "b", axes=[0], keepdims=0), node("LayerNormalization", "x w b", "y")],
+        {"w": S[0]}, 17, None,
+    ),
+    "axes of nothing": ([node("ReduceMean", "x", "y", noop_with_empty_axes=1)], {}, 18, None),
+    "no axes": ([node("ReduceMean", "x", "y")], {}, 18, None),
+    "a GELU that adds a dimension": (
+        [node("Div", "x r", "a"), node("Erf", "a", "b"), node("Add", "b one", "c"), node("Mul", "x c", "d"), node("Mul", "d half", "y")],
+        {"r": np.array(2**0.5, np.float32), "one": np.array(1, np.float32), "half": np.full((1, 1, 1), 0.5, np.float32)}, 13, None,
+    ),
+    "a zero point of no operator": ([node("QuantizeLinear", "x s", "q"), node("DequantizeLinear", "q s z", "y")], {"s": np.array(0.02, np.float32), "z": np.array(0, np.uint8)}, 13, None),
+    "codes with a sign": ([node("QuantizeLinear", "x s z", "q"), node("DequantizeLinear", "q s", "y")], {"s": np.array(0.02, np.float32), "z": np.array(0, np.int8)}, 13, None),
+    "or equal": ([node("GreaterOrEqual", "x s", "b"), node("Where", "b x s", "y")], {"s": np.array(0.1, np.float32)}, 16, None),
+    "from the back": ([node("Slice", "x a b c d", "y")], {"a": np.array([-1]), "b": np.array([-9]), "c": np.array([1]), "d": np.array([-2])}, 13, None),
+    "picked": ([node("Gather", "x i", "y", axis=1)], {"i": np.array(-1)}, 13, floats(2, 3, 4)),
+    "four bits in blocks": (
+        [node("DequantizeLinear", "w s", "d", axis=0, block_size=2), node("MatMul", "x d", "y")],
+        {"w": helper.make_tensor("w", TensorProto.INT4, (4, 4), np.arange(-8, 8).tolist()), "s": np.abs(S[:2]) + 0.1}, 21, None,
+    ),
+}  # fmt: skip
+REFUSED = {
+    "uneven parts": ([node("Split", "x", "y z w", num_outputs=3, axis=1)], {}, 18, floats(2, 7), "is not what ONNX Runtime gives"),
+    "slopes of the last axis": ([node("PRelu", "x w", "y")], {"w": S[0]}, 13, floats(1, 4, 4, 4), "off by"),
+    "a size asked for": ([node("ConvTranspose", "x w", "y", strides=[2, 2], output_shape=[8, 8])], {"w": K.transpose(1, 0, 2, 3)[:, :2]}, 13, floats(1, 2, 4, 4), "where that gives"),
+    "a way to resize": ([node("Resize", "x _ s", "y", mode="linear", coordinate_transformation_mode="asymmetric")], {"s": np.array([1, 1, 2, 2], np.float32)}, 13, floats(1, 2, 4, 4), "off by|cannot read"),
+    "an output of codes": ([node("QuantizeLinear", "x s z", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8)}, 13, None, "y: an output of codes"),
+    "no zero point": (
+        [node("QuantizeLinear", "x s z", "q"), node("MatMulInteger", "q w", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f s", "y")],
+        {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "w": (S * 20).astype(np.int8)}, 13, None, "m: its zero points are those",
+    ),
+    "a scale a row": (
+        [node("QuantizeLinear", "x s z", "q"), node("MatMulInteger", "q w z", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f r", "y")],
+        {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "w": (S * 20).astype(np.int8), "r": np.abs(S[:, :1])}, 13, floats(4, 4), r"m: a scale of \[4, 1\] is not one for each output",
+    ),
+    "codes of a sum": ([node("QuantizeLinear", "x s", "q"), node("Cast", "q", "c", to=1), node("QuantizeLinear", "c s", "r"), node("DequantizeLinear", "r s", "y")], {"s": np.array(0.1, np.float32)}, 13, None, "Cast on codes is not read"),
+    "a scale that is no number": ([node("QuantizeLinear", "x s z", "q"), node("MatMulInteger", "q w z", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f x", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "w": (S * 20).astype(np.int8)}, 13, floats(4, 4), "m: the scales before and behind"),
+    "codes of nothing": ([node("Cast", "x", "q", to=2), node("MatMulInteger", "q w", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f s", "y")], {"s": np.array(0.1, np.float32), "w": (S * 20).astype(np.int8)}, 13, None, "m: codes of Cast; QuantizeLinear or DynamicQuantizeLinear"),
+    "axes that come later": ([node("Cast", "x", "a", to=7), node("ReduceMean", "x a", "y", name="r")], {}, 18, None, "r: the axes of a ReduceMean are constants"),
+    "another operator's GELU": ([node("Gelu", "x", "y", approximate="cubic")], {}, 20, None, "Gelu approximates by none or tanh, got 'cubic'|ONNX Runtime does not run"),
+    "a stranger": ([node("Gelu", "x", "y", domain="evil.dom")], {}, 13, None, "operators of 'evil.dom', which is not known"),
+    "a constant of nothing": ([node("Constant", "", "c"), node("Add", "x c", "y")], {}, 13, None, "holds 0 values|not a sound ONNX file"),
+    "words": ([node("Constant", "", "c", value_string="a"), node("Add", "x c", "y")], {}, 13, None, "holds a value_string: arrays and numbers are read|ONNX Runtime"),
+    "a bomb": ([node("Expand", "x n", "h"), node("ReduceSum", "h", "y")], {"n": np.array([1 << 16, 1 << 15])}, 13, floats(1, 1), "elements; up to 134,217,728 are read"),
+}  # fmt: skip
+
+
+def file_of(case: Any, path: Path) -> Path:
+    nodes, held, opset, inputs = case[:4]
+    inputs = inputs or floats(2, 4)
+    tensors = [a if isinstance(a, TensorProto) else numpy_helper.from_array(a, n) for n, a in held.items()]
+    kind = TensorProto.UINT8 if nodes[-1].op_type == "QuantizeLinear" else F
+    outputs = [
+        helper.make_tensor_value_info(o, kind, [f"{o}{i}" for i in range(_rank(nodes, tensors, inputs, opset, o))])
+        for o in nodes[-1].output
+    ]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("evil.dom", 1)]
+    path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    return path
+
+
+def _rank(nodes: Any, tensors: Any, inputs: Any, opset: int, name: str) -> int:
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_empty_tensor_value_info(name)], tensors)
+    made = onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("evil.dom", 1)])
+    )
+    return len(made.graph.output[0].type.tensor_type.shape.dim)
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_the_numbers_of_onnx_runtime(name, tmp_path):
+    path = file_of(FAITHFUL[name], tmp_path / "net.onnx")
+    shape = [d.dim_value for d in (FAITHFUL[name][3] or floats(2, 4))[0].type.tensor_type.shape.dim]
+    x = 2 * torch.randn(shape)
+    with torch.no_grad():
+        assert apart(rarefy.from_onnx(path)(x), run(path, {"x": x})) < 1e-5
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_other_numbers(name, tmp_path):
+    path = file_of(REFUSED[name], tmp_path / "net.onnx")
+    with pytest.raises((ModelError, ContainerError), match=REFUSED[name][4]):
+        rarefy.from_onnx(path)
+
+
+def test_functions_that_double(tmp_path):
+    bodies = [
+        helper.make_function("evil.dom", f"f{i}", ["a"], ["b"], [helper.make_node(f"f{i + 1}" if i < 24 else "Relu", ["a"], ["c"], domain="evil.dom" if i < 24 else ""), helper.make_node(f"f{i + 1}" if i < 24 else "Relu", ["c"], ["b"], domain="evil.dom" if i < 24 else "")], [helper.make_opsetid("", 13), helper.make_opsetid("evil.dom", 1)])
+        for i in range(25)
+    ]  # fmt: skip
+    graph = helper.make_graph(
+        [node("f0", "x", "y", domain="evil.dom")], "g", floats(2, 4), [helper.make_tensor_value_info("y", F, (2, 4))]
+    )
+    model = helper.make_model(
+        graph,
+        functions=bodies,
+        opset_imports=[helper.make_opsetid("", 13), helper.make_opsetid("evil.dom", 1)],
+        ir_version=10,
+    )
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises((ModelError, ContainerError), match="operators once its functions are written out|not a sound"):
+        rarefy.from_onnx(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "says"),
+    [
+        (3, {}, "path is that of an ONNX file, got int"),
+        (None, {"shapes": [1]}, r"shapes are \{input: its shape\}, got list"),
+        (None, {"shapes": {"x": 3}}, "does not fit"),
+        (None, {"shapes": {"x": ("a", 4)}}, "does not fit"),
+        (None, {"shapes": {"x": (float("nan"), 4)}}, "does not fit"),
+        (None, {"example": torch.zeros(2, 5)}, "ONNX Runtime does not run the example"),
+        (None, {"example": {"z": torch.zeros(2, 4)}}, "takes tensors x; example holds z"),
+    ],
+)
+def test_wrong_arguments(path, more, says, tmp_path):
+    file = file_of(FAITHFUL["alpha"], tmp_path / "net.onnx")
+    with pytest.raises(ModelError, match=says):
+        rarefy.from_onnx(file if path is None else path, **more)
+
+
+def test_what_no_noise_can_show(tmp_path):
+    """The shape of the second input depends on values of the first: a warning, or an example."""
+    inputs = [*floats(2, 4), helper.make_tensor_value_info("n", TensorProto.INT64, (2,))]
+    path = file_of(([node("Reshape", "x n", "y")], {}, 13, inputs), tmp_path / "net.onnx")
+    with pytest.warns(UserWarning, match="not compared with ONNX Runtime"):
+        rarefy.from_onnx(path)
+    made = rarefy.from_onnx(path, example=(torch.randn(2, 4), torch.tensor([4, 2])))
+    assert made(torch.randn(2, 4), torch.tensor([8, 1])).shape == (8, 1)
+
+
+@pytest.mark.parametrize(
+    "names", [["value_1", "value_2"], ["value.1", "value_1"], ["a_b", "a.b"], ["getattr", "print"], ["def", "self"]]
+)
+def test_names_of_inputs(names, tmp_path):
+    inputs = [helper.make_tensor_value_info(n, F, (2, 4)) for n in names]
+    path = file_of(
+        ([helper.make_node("Sub", names, ["h"]), node("Relu", "h", "y")], {}, 13, inputs), tmp_path / "net.onnx"
+    )
+    a, b = torch.randn(2, 4), torch.randn(2, 4)
+    assert torch.equal(rarefy.from_onnx(path)(a, b), (a - b).relu())
