@@ -161,3 +161,18 @@ def test_mistakes_change_nothing(options, error, says):
         asp.prune_trained_model(model, optimizer, **options)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not getattr(optimizer, "_optimizer_step_post_hooks", None)
+
+
+def test_batches_that_can_be_read_once():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    data = (torch.randn(4, 8) for _ in range(2))
+    moves = torch.optim.SGD(model.parameters(), lr=0.1)
+    asp.prune_trained_model(
+        model, moves, layers="Linear", score="wanda", data=data, example=torch.randn(4, 8), seconds=0.5
+    )
+    assert all(int((l.weight.view(-1, 4) != 0).sum(1).max()) <= 2 for l in (model[0], model[2]))
+
+
+def test_no_model():
+    with pytest.raises(ModelError, match="model is a torch.nn.Module, got NoneType"):
+        asp.prune_trained_model(None, None)

@@ -319,7 +319,7 @@ ATTACKS = [
     "__import__('os').system('touch {file}')", "().__class__.__bases__[0].__subclasses__()", "open('{file}', 'w')", "a.real", "a[0]",
     "[x for x in (1,)]", "lambda: 1", "'a' * 10", "9 ** 9 ** 9", "10.0 ** 400", "1 / 0", "(" * 150 + "1" + ")" * 150, "1 if a else 2",
     "f'{a}'", "a := 2", "eval('1')", "max(key=a)", "max(*a)", "True", "None", "1j", "", "nosuch + 1", "1" * 300, "-" * 190 + "1", "a < b",
-    "int('7')", "float('nan')", "float('1e5')", "min()",
+    "round(5, -999999999)", "round(5, 1e300)", "a ** 30 * 1e14", "9" * 16, "int('7')", "float('nan')", "float('1e5')", "min()",
 ]  # fmt: skip
 
 
@@ -404,6 +404,8 @@ MISTAKES = {
     "smooth alone": ("a_stage: {x_modifiers: {SmoothQuantModifier: {}}}", "no modifier after it quantizes"),
     "awq": ("a_stage: {x_modifiers: {AWQModifier: {}}}", "AWQModifier has no counterpart: nearest is solver: obs"),
     "nothing left": ("a_stage: {run_type: oneshot, x_modifiers: {ConstantPruningModifier: {}}}", "asks for nothing that a recipe would do"),
+    "a number of 400 digits": (legacy(RANGE, f"GMPruningModifier {{params: [hidden], final_sparsity: 0.5, end_epoch: {'9' * 400}}}"), "a number that nothing can be computed with"),
+    "an update in no time": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, start_epoch: 0, end_epoch: 2, update_frequency: 5.0e-324}"), "a number that nothing can be computed with"),
     "not yaml": ("modifiers: [", "not YAML"),
     "empty": ("", "is empty"),
 }  # fmt: skip
@@ -433,6 +435,12 @@ def test_mistakes(name):
 def test_mistakes_of_configs(config, says):
     with pytest.raises(RecipeError, match=says):
         rarefy.migrate(config)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"x"])
+def test_no_recipe_at_all(source):
+    with pytest.raises(RecipeError, match=f"a recipe is a file, or plain data .*, got {type(source).__name__}"):
+        rarefy.migrate(source)
 
 
 def test_files_that_are_none(tmp_path):

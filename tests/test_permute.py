@@ -339,3 +339,19 @@ def test_a_teacher_has_its_units_in_the_same_order():
 def test_recipes_name_the_line(text, says):
     with pytest.raises(RecipeError, match=says):
         rarefy.recipe.from_yaml(f"stages:\n{text}", "r.yaml")
+
+
+def test_what_the_example_does_not_call_is_named():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.d = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+
+        def forward(self, x, other=False):
+            return (self.d if other else self.c)(self.a(x).relu())
+
+    notes = rarefy.permute_(Branches(), torch.randn(2, 8), seconds=0.5).notes
+    assert notes == ("not called on the example, so a call that does finds its inputs out of order: d",)
+    assert not rarefy.permute_(
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), torch.randn(2, 8), seconds=0.5
+    ).notes

@@ -13,6 +13,7 @@ from rarefy.errors import RecipeError, unknown
 
 LONGEST = 200  # characters
 LARGEST = 1e15
+PLACES = 15
 BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -24,7 +25,7 @@ BINARY: dict[type, Callable[[Any, Any], Any]] = {
 }
 UNARY: dict[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 CALLS: dict[str, Callable[..., Any]] = {
-    "min": min, "max": max, "abs": abs, "round": round, "int": int, "float": float,
+    "min": min, "max": max, "abs": abs, "round": lambda x, places=0: _round(x, places), "int": int, "float": float,
     "floor": math.floor, "ceil": math.ceil,
 }  # fmt: skip
 
@@ -42,24 +43,35 @@ def compute(text: str, names: Mapping[str, float], where: str) -> float:
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise RecipeError(f"{text[:60]!r} is no arithmetic [{where}]") from None
     try:
-        found = _number(tree, names, where)
+        found = _bounded(_number(tree, names, where))
     except (ArithmeticError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(f"{text[:60]!r} cannot be computed: {error} [{where}]") from None
-    if isinstance(found, complex) or not math.isfinite(found) or abs(found) > LARGEST:
-        raise RecipeError(f"{text[:60]!r} comes to {found!r}, which is no number to go by [{where}]")
     return found
+
+
+def _bounded(value: Any) -> Any:
+    """A number that more can be computed with, at every step: a whole one could otherwise grow without end."""
+    if isinstance(value, complex) or not abs(value) <= LARGEST:
+        raise ValueError(f"it comes to {value!r:.60}, which is no number to go by")
+    return value
+
+
+def _round(x: Any, places: Any) -> Any:
+    if not -PLACES <= places <= PLACES:
+        raise ValueError(f"round takes up to {PLACES} places")
+    return round(x, int(places)) if places else round(x)
 
 
 def _number(node: ast.AST, names: Mapping[str, float], where: str) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
-        return node.value
+        return _bounded(node.value)
     if isinstance(node, ast.Name):
         if node.id not in names:
             raise RecipeError(unknown("variable", node.id, names, where))
-        return names[node.id]
+        return _bounded(names[node.id])
     if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
         left, right = _number(node.left, names, where), _number(node.right, names, where)
-        return BINARY[type(node.op)](left, right)
+        return _bounded(BINARY[type(node.op)](left, right))
     if isinstance(node, ast.UnaryOp) and type(node.op) in UNARY:
         return UNARY[type(node.op)](_number(node.operand, names, where))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS and not node.keywords:

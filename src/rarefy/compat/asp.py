@@ -24,7 +24,7 @@ from rarefy.cut.permute import check_permute, permute_
 from rarefy.errors import ModelError
 from rarefy.model.mask import clear_, fold_parameter_, mask_of
 from rarefy.model.select import Layer, Selector, select, unwrap
-from rarefy.model.stats import Loss
+from rarefy.model.stats import Loss, check_batches
 from rarefy.proof.report import Report
 from rarefy.prune.stage import prune_
 
@@ -62,6 +62,8 @@ def prune_trained_model(
     32
     """
     plan = check_permute(pattern, score, seconds)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, Optimizer):
         raise ModelError(f"optimizer is a torch.optim.Optimizer, got {type(optimizer).__name__}")
     check_optimizer(optimizer, unwrap(model))
@@ -72,6 +74,9 @@ def prune_trained_model(
             f"no layer has a multiple of {plan.b} inputs: {chosen[0].full_name} has {chosen[0].layout.shape[-1]}"
         )
     names = [_exactly(l) for l in fits]
+    if data is not None:
+        check_batches(data)
+        data = list(data)  # it is read twice
     options = {"layers": names, "data": data, "loss": loss, "progress": progress}
     notes: tuple[str, ...] = ()
     if example is not None:

@@ -8,6 +8,7 @@ it is run, and it is at most 64 KiB.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,13 +28,18 @@ POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")  # a number that YAML 1.1 r
 
 def translate(source: str | Path | Mapping[str, Any] | list[Any], skip: bool) -> tuple[str, str]:
     """Return (the tool, YAML text) that a file, or a config as plain data, amounts to. See `rarefy.migrate`."""
-    tool, draft = _convert(_read(source), skip)
-    return tool, draft.to_yaml()
+    try:
+        tool, draft = _convert(_read(source), skip)
+        return tool, draft.to_yaml()
+    except ArithmeticError as error:
+        raise RecipeError(f"a number that nothing can be computed with: {error}") from None
 
 
 def _read(source: Any) -> Node:
     if isinstance(source, Mapping | list | tuple):
         return Node.of(_data(source), "config")
+    if not isinstance(source, str | os.PathLike):
+        raise RecipeError(f"a recipe is a file, or plain data (a dict or a list), got {type(source).__name__}")
     path = Path(source)
     if not path.is_file():
         raise RecipeError(f"no file {str(path)!r}: give a recipe or a config of another tool")

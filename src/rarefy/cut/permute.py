@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from rarefy.cut.ask import check_unmasked
 from rarefy.cut.columns import kept, search
@@ -21,7 +23,7 @@ from rarefy.cut.surgery import differs, outputs
 from rarefy.errors import PatternError, unknown
 from rarefy.model.axes import Axis, leaves, ordered
 from rarefy.model.graph import Graph, Group, trace, unruled
-from rarefy.model.select import Layer, Selector, select, unwrap
+from rarefy.model.select import Layer, Selector, all_layers, select, unwrap
 from rarefy.model.stats import Loss, Stats, check_batches
 from rarefy.progress import track
 from rarefy.proof.report import Report
@@ -59,10 +61,11 @@ def permute_(
     seconds    the search takes at most, of all groups together. It goes on through random exchanges until many in a row
                lead nowhere, which takes a second for 64 x 128, and longer than anyone waits for wide layers
 
-    A group stays where no order keeps more, where its units differ in parts that the model's class makes itself (rotary
-    frequencies) or no selected layer takes them one by one. Outputs on `example` are compared before and after; groups
-    that change them by more than 1e-5 of the largest are put back, and their row says so. Raises the ValueErrors of
-    `rarefy.errors`, and then the model is unchanged. O(R C^2) a group of C units that R rows read, and O(R C) a swap.
+    What the example does not call is not seen, and a note names it. A group stays where no order keeps more, where its
+    units differ in parts that the model's class makes itself (rotary frequencies) or no selected layer takes them one
+    by one. Outputs on `example` are compared before and after; groups that change them by more than 1e-5 of the largest
+    are put back, and their row says so. Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged.
+    O(R C^2) a group of C units that R rows read, and O(R C) a swap.
 
     >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     >>> report = permute_(net, torch.randn(2, 8))
@@ -77,7 +80,8 @@ def permute_(
     chosen = select(model, layers, ignore)
     check_weights(chosen)
     check_optimizer(optimizer, inner)
-    before = outputs(inner, example)
+    with _Reads() as reads:
+        before = outputs(inner, example)
     graph = trace(inner, example)
     scores = _scores(chosen, score, calibrate(model, chosen, score, data, loss, seed))
     stored = set(inner.state_dict(keep_vars=True))
@@ -115,7 +119,25 @@ def permute_(
         n: sum(rows[g][n] * s for g, s in sums.items()) / (sum(sums.values()) or 1.0) for n in ("kept before", "kept")
     }
     summary = {"groups": f"{len(orders) - len(undone)} of {len(rows)}", **told}
-    return Report(f"inputs in order for {plan}", tuple(rows.values()), summary, unruled(graph))
+    return Report(f"inputs in order for {plan}", tuple(rows.values()), summary, (*unruled(graph), *reads.idle(inner)))
+
+
+class _Reads(TorchFunctionMode):
+    """What parameters a call reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, nn.Parameter)}
+        return func(*args, **(kwargs or {}))
+
+    def idle(self, model: nn.Module) -> tuple[str, ...]:
+        """Return a note where layers have no part in the call: another call would give them units in another order."""
+        names = [l.full_name for l in all_layers(model) if id(l.original) not in self.seen]
+        said = "not called on the example, so a call that does finds its inputs out of order"
+        return (f"{said}: {', '.join(names)}",) if names else ()
 
 
 def check_permute(pattern: Any, score: Any, seconds: Any) -> Pattern:
