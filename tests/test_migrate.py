@@ -401,6 +401,9 @@ MISTAKES = {
     "fp8": ("a_stage: {x_modifiers: {QuantizationModifier: {scheme: FP8_DYNAMIC}}}", "scheme FP8_DYNAMIC is not of whole numbers; there are W8A8"),
     "float groups": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 4, type: float}}}}}}", "numbers of type 'float' have no counterpart"),
     "16 bits": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 16}}}}}}", "weights have 2 to 8 bits"),
+    "groups a word": ("a_stage: {x_modifiers: {GPTQModifier: {config_groups: hello}}}", "config_groups has keys and values, got 'hello'"),
+    "blocks": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 4, strategy: block}}}}}}", "no counterpart of strategy block; channel, tensor, group have"),
+    "no sparsities": ("a_stage: {x_modifiers: {SparseGPTModifier: {sparsity: []}}}", r"sparsity is a number or one for each layer, got \[\]"),
     "smooth alone": ("a_stage: {x_modifiers: {SmoothQuantModifier: {}}}", "no modifier after it quantizes"),
     "awq": ("a_stage: {x_modifiers: {AWQModifier: {}}}", "AWQModifier has no counterpart: nearest is solver: obs"),
     "nothing left": ("a_stage: {run_type: oneshot, x_modifiers: {ConstantPruningModifier: {}}}", "asks for nothing that a recipe would do"),
@@ -429,12 +432,56 @@ def test_mistakes(name):
         ({"pruning_configs": [{"pattern": "4x1"}, {"pattern": "1x1"}]}, "several patterns, or without op_names"),
         ([{"tensor_fqn": "a.weight", "sparse_block_shape": [4, 4], "zeros_per_block": 3}], "3 zeros in every 4x4"),
         ([{"tensor_fqn": "a.weight", "sparse_block_shape": 4}], "sparse_block_shape is two whole numbers, got 4"),
+        ([{"tensor_fqn": None}], "tensor_fqn is the name of a weight, got None"),
+        ([{"tensor_fqn": "a.weight", "zeros_per_block": 2.7}], "zeros_per_block is a whole number, got 2.7"),
+        (
+            {"pruning_configs": [{"op_names": ["a"], "pruning_type": "magnitude"}, {"op_names": ["b"]}]},
+            "that differ in score have no counterpart in one stage",
+        ),
         ({"compression": torch.ones(2)}, "a config is made of words, numbers and lists, got Tensor"),
     ],
 )
 def test_mistakes_of_configs(config, says):
     with pytest.raises(RecipeError, match=says):
         rarefy.migrate(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            {"compression": {"algorithm": "filter_pruning", "params": {"pruning_target": 0.4, "pruning_flops_target": 0.5, "schedule": "exponential", "prune_first_conv": True}}},
+            ["pruning_target 0.4 gives way to pruning_flops_target", 'no counterpart of schedule: "exponential"', "no counterpart of prune_first_conv: true"],
+        ),
+        (
+            {"compression": {"algorithm": "quantization", "preset": "mixed", "overflow_fix": "disable", "activations": {"mode": "symmetric"}, "weights": {"signed": True}}},
+            ['no counterpart of preset: "mixed"', 'no counterpart of overflow_fix: "disable"', "no counterpart of signed: true", "zero point of their own"],
+        ),
+        ({"pruning_configs": [{"pattern": "mha", "op_names": ["a"], "excluded_op_names": ["b"]}]}, ["layers:", "ignore:"]),
+    ],
+)  # fmt: skip
+def test_what_configs_lose_is_said(config, says):
+    text = rarefy.migrate(config).text
+    assert all(s in text for s in says), text
+
+
+def test_a_temperature_and_a_share_for_all():
+    made = rarefy.migrate(
+        {
+            "compression": [
+                {"algorithm": "magnitude_sparsity"},
+                {"algorithm": "knowledge_distillation", "temperature": 3.0},
+            ]
+        }
+    )
+    assert "temperature: 3.0" in made.text
+    text = migrate_text(
+        legacy(
+            RANGE,
+            "GMPruningModifier {init_sparsity: 0.0, final_sparsity: {0.8: __ALL__, 0.9: [hidden]}, update_frequency: 1}",
+        )
+    )
+    assert "'*': 0.8" in str(text) and "hidden: 0.9" in str(text)
 
 
 @pytest.mark.parametrize("source", [None, 3, b"x"])

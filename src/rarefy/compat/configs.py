@@ -87,34 +87,48 @@ def _nncf_filters(draft: Draft, part: Part) -> None:
     settings["score"] = {"L1": "l1", "L2": "magnitude", "geometric_median": "median"}.get(score, "magnitude")
     if taken["all_weights"]:
         settings["scope"] = "global"
+    if flops is not None and share is not None:
+        draft.remarks.append(f"{part.name}: pruning_target {share} gives way to pruning_flops_target")
     remarks = [f"{part.name} made filters zero over epochs: here they are cut at once, then trained", OPTIMIZER]
-    draft.add("cut", settings, remarks + _nncf_where(part))
     epochs = taken.number("num_init_steps") or 0, taken.number("pruning_steps") or 1
+    draft.add("cut", settings, remarks + _nncf_where(part) + taken.left())
     draft.add("train", {"epochs": max(1, int(sum(epochs)))})
 
 
 def _nncf_quantize(draft: Draft, part: Part) -> None:
-    weights, inputs = (mapping(part.settings.get(k), part, k) for k in ("weights", "activations"))
-    bits = int(number(weights.get("bits", 8), part, "weights.bits"))
+    weights, inputs = (
+        Part(f"{part.name}: {k}", mapping(part.settings.get(k), part, k), part.where).take(bits=8)
+        for k in ("weights", "activations")
+    )
+    bits = int(weights.number("bits"))
     settings: dict[str, Any] = {"weights": f"int{bits}", "activations": "int8-static"}
-    if weights.get("per_channel") is False:
+    if weights["per_channel"] is False:
         settings["group"] = "tensor"
-    if weights.get("mode") == "asymmetric":
+    if weights["mode"] == "asymmetric":
         settings["symmetric"] = False
     remarks = _nncf_where(part)
-    if inputs.get("bits", 8) != 8:
+    if inputs.number("bits") != 8:
         remarks.append(f"quantization: inputs have 8 bits here, not {inputs['bits']}")
+    if inputs["mode"] == "symmetric":
+        remarks.append("quantization: inputs have a zero point of their own here, which symmetric ones do not need")
+    known = ("algorithm", "weights", "activations", "ignored_scopes", "target_scopes", "initializer")
+    remarks += [*weights.left(), *inputs.left(), *part.take().left(*known)]
     draft.add(
         "quantize", settings, [*remarks, "to train on the grid, put these settings as quantize: into a stage train"]
     )
 
 
 def _nncf_teach(draft: Draft, part: Part) -> None:
-    params = mapping(part.settings.get("params"), part, "params")
+    params = {**part.settings, **mapping(part.settings.get("params"), part, "params")}
     kind, scale = (params.get(k) or part.settings.get(k, d) for k, d in (("type", "softmax"), ("scale", 1.0)))
     by = "mse" if kind == "mse" else "kl"
     stage = draft.train()
     stage.settings["distill"] = {"logits": number(scale, part, "scale"), "by": by}
+    if by == "kl" and params.get("temperature") is not None:
+        stage.settings["distill"]["temperature"] = number(params["temperature"], part, "temperature")
+    stage.remarks += (
+        Part(part.name, params, part.where).take().left("algorithm", "params", "type", "scale", "temperature")
+    )
 
 
 NNCF: dict[str, Any] = {
@@ -156,6 +170,11 @@ def inc(draft: Draft, config: Mapping[str, Any]) -> None:
         return
     (first, remarks), *others = plans
     for plan, more in others:
+        apart = [k for k in ("method", "score", "schedule", "steps", "ignore") if plan.get(k) != first.get(k)]
+        if apart:
+            raise RecipeError(
+                f"pruning_configs that differ in {apart[0]} have no counterpart in one stage: write a stage for each"
+            )
         if (
             plan["pattern"] != first["pattern"]
             or "layers" not in plan
@@ -193,10 +212,10 @@ def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | Non
         return None
     where: dict[str, Any] = {**({"layers": layers} if layers else {}), **({"ignore": ignore} if ignore else {})}
     if form in ("channelx1", "1xchannel"):
-        draft.add("cut", {"keep": round(1 - target, 6), **({"layers": layers} if layers else {})}, remarks)
+        draft.add("cut", {"keep": round(1 - target, 6), **where}, remarks)
         return None
     if form == "mha":
-        draft.add("cut", {"units": ["head"], "keep": round(1 - target, 6)}, remarks)
+        draft.add("cut", {"units": ["head"], "keep": round(1 - target, 6), **where}, remarks)
         return None
     pattern = "unstructured" if form == "1x1" else pattern_of(form, part)
     if kind in ("sparse_gpt", "retrain_free", "block_mask"):
@@ -223,6 +242,8 @@ def ao(draft: Draft, config: Sequence[Any]) -> None:
         if not isinstance(one, Mapping) or "tensor_fqn" not in one:
             raise RecipeError(f"a config of torch.ao.pruning is a list of dicts with tensor_fqn, got {one!r:.60}")
         part = Part("WeightNormSparsifier", one, f"config[{nth}]")
+        if one["tensor_fqn"] is None:
+            raise RecipeError(f"WeightNormSparsifier: tensor_fqn is the name of a weight, got None [{part.where}]")
         taken = part.take(sparsity_level=0.5, sparse_block_shape=[1, 4], zeros_per_block=None)
         level = number(taken["sparsity_level"], part, "sparsity_level")
         block = taken["sparse_block_shape"]
@@ -230,6 +251,8 @@ def ao(draft: Draft, config: Sequence[Any]) -> None:
             raise RecipeError(f"sparse_block_shape is two whole numbers, got {block!r:.40} [{part.where}]")
         entries = block[0] * block[1]
         zeros = taken.number("zeros_per_block")
+        if zeros is not None and int(zeros) != zeros:
+            raise RecipeError(f"zeros_per_block is a whole number, got {zeros} [{part.where}]")
         zeros = entries if zeros is None else int(zeros)
         settings: dict[str, Any] = {"layers": selectors(taken["tensor_fqn"], part, "tensor_fqn")}
         remarks = taken.left()

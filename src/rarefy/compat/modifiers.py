@@ -95,8 +95,10 @@ def _one_shot(by: str | None) -> Callable[[Draft, Part, float], None]:
         remarks: list[str] = []
         sparsity = taken["sparsity"]
         if isinstance(sparsity, list):
+            if not sparsity:
+                raise RecipeError(f"{part.name}: sparsity is a number or one for each layer, got [] [{part.where}]")
             numbers = [number(s, part, "sparsity") for s in sparsity]
-            sparsity = round(sum(numbers) / max(1, len(numbers)), 6)
+            sparsity = round(sum(numbers) / len(numbers), 6)
             more["allocate"] = "errors"
             remarks.append(f"{part.name} had a sparsity for each layer: here their mean is spread by measured errors")
         asked = None if ":" in pattern else number(sparsity, part, "sparsity")
@@ -194,8 +196,8 @@ def _groups(taken: Taken) -> list[tuple[dict[str, Any], list[str]]]:
     """Settings of a stage for each group of layers that has a scheme."""
     part, groups, scheme = taken.part, taken["config_groups"], taken["scheme"]
     found: list[tuple[dict[str, Any], list[str]]] = []
-    if isinstance(groups, Mapping):
-        for name, group in groups.items():
+    if groups is not None:
+        for name, group in mapping(groups, part, "config_groups").items():
             found.append(_group(mapping(group, part, f"config_groups.{name}"), part))
     elif isinstance(scheme, Mapping):
         for name, targets in scheme.items():
@@ -225,6 +227,10 @@ def _group(group: Mapping[str, Any], part: Part) -> tuple[dict[str, Any], list[s
                 f"{part.name}: numbers of type {of['type']!r:.20} have no counterpart; int has [{part.where}]"
             )
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
+    if strategy not in ("channel", "tensor", "group"):
+        raise RecipeError(
+            f"{part.name}: no counterpart of strategy {str(strategy)[:30]}; channel, tensor, group have [{part.where}]"
+        )
     width: Any = {"channel": None, "tensor": "tensor"}.get(str(strategy), weights.get("group_size") or 128)
     bits = int(number(weights.get("num_bits", 8), part, "num_bits"))
     rounded = int(number(inputs.get("num_bits", 8), part, "num_bits")) if isinstance(inputs, Mapping) else None

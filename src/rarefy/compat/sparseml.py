@@ -159,8 +159,11 @@ def _group_ends(value: Any, part: Part) -> dict[str, float]:
             share = float(sparsity)
         except ValueError:
             raise RecipeError(f"{part.name}: {sparsity!r:.40} is no sparsity [{part.where}]") from None
-        for selector in selectors(names, part, "final_sparsity") or []:
-            found[selector] = share
+        chosen = selectors(names, part, "final_sparsity")
+        if chosen is None:  # all, but for those that others name
+            found = {"*": share, **found}
+        else:
+            found |= dict.fromkeys(chosen, share)
     return found
 
 
