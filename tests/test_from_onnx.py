@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -405,6 +406,12 @@ def test_what_cannot_be_read(make, error, says, tmp_path):
         rarefy.from_onnx(tmp_path / "net.onnx")
 
 
+def test_without_its_packages(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnx2torch", None)
+    with pytest.raises(ModelError, match=r"reading ONNX needs more packages: pip install 'rarefy\[onnx\]'"):
+        rarefy.from_onnx(tmp_path / "net.onnx")
+
+
 def test_no_file(tmp_path):
     with pytest.raises(ContainerError, match="no such file"):
         rarefy.from_onnx(tmp_path / "net.onnx")
@@ -548,6 +555,17 @@ REFUSED = {
     "codes of nothing": ([node("Cast", "x", "q", to=2), node("MatMulInteger", "q w", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f s", "y")], {"s": np.array(0.1, np.float32), "w": (S * 20).astype(np.int8)}, 13, None, "m: codes of Cast; QuantizeLinear or DynamicQuantizeLinear"),
     "axes that come later": ([node("Cast", "x", "a", to=7), node("ReduceMean", "x a", "y", name="r")], {}, 18, None, "r: the axes of a ReduceMean are constants"),
     "another operator's GELU": ([node("Gelu", "x", "y", approximate="cubic")], {}, 20, None, "Gelu approximates by none or tanh, got 'cubic'|ONNX Runtime does not run"),
+    "codes of 32 bits": ([node("QuantizeLinear", "x s z", "q", name="q"), node("DequantizeLinear", "q s z", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.int32)}, 13, None, "q: activations are rounded to whole numbers of 4, 8 or 16 bits, got int32"),
+    "a computed bias": (
+        [node("QuantizeLinear", "x s z", "q"), node("Cast", "x", "b", to=6), node("QLinearConv", "q s z w s k s z b", "o", name="c"), node("DequantizeLinear", "o s z", "y")],
+        {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "k": np.array(0, np.int8), "w": (K * 20).astype(np.int8)}, 13, floats(1, 2, 4, 4), "c: the bias of a QLinearConv and its scales are constants",
+    ),
+    "no scale of the weights": (
+        [node("DynamicQuantizeLinear", "x", "q d z"), node("MatMulInteger", "q w z", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f d", "y")],
+        {"w": (S * 20).astype(np.int8)}, 13, None, "m: its scale is the product of that of DynamicQuantizeLinear and a constant",
+    ),
+    "half a clip": ([node("Clip", "x _ h", "y")], {"h": np.array(1, np.float32)}, 13, None, "onnx2torch cannot read this graph"),
+    "a second output": ([node("MaxPool", "x", "y i", kernel_shape=[2, 2])], {}, 12, floats(1, 2, 4, 4), "the 2nd output of a MaxPool"),
     "a stranger": ([node("Gelu", "x", "y", domain="evil.dom")], {}, 13, None, "operators of 'evil.dom', which is not known"),
     "a constant of nothing": ([node("Constant", "", "c"), node("Add", "x c", "y")], {}, 13, None, "holds 0 values|not a sound ONNX file"),
     "words": ([node("Constant", "", "c", value_string="a"), node("Add", "x c", "y")], {}, 13, None, "holds a value_string: arrays and numbers are read|ONNX Runtime"),

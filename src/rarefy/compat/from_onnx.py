@@ -40,6 +40,7 @@ STEPS = (
     onnx_graph.end,
 )
 SCOPES = "pkg.torch.onnx.name_scopes"
+ALONE = ("LayerNormalization", "MaxPool", "BatchNormalization", "Dropout")  # of whose outputs the first is read
 MODULES = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "BatchNormalization")
 OPERATOR = re.compile(r"[A-Z][A-Za-z]+(_\d+|_quant)*")
 WEIGHT = re.compile(r"[._]weight$")
@@ -171,6 +172,8 @@ def _check(proto: Any) -> None:
     opsets = {o.domain: o.version for o in proto.opset_import}
     unknown = Counter[str]()
     for node in proto.graph.node:
+        if node.op_type in ALONE and len([o for o in node.output if o]) > 1:
+            raise ModelError(f"the 2nd output of a {node.op_type} is not read")
         try:
             get_converter(node.op_type, opsets.get(node.domain, 1), node.domain)
         except NotImplementedError:

@@ -21,6 +21,7 @@ def read(path: Any) -> Any:
     try:
         import onnx
         import onnx2torch  # noqa: F401
+        import onnxruntime  # noqa: F401
         from google.protobuf.message import DecodeError
     except ImportError as error:
         raise ModelError(f"reading ONNX needs more packages: pip install 'rarefy[onnx]' ({error})") from None

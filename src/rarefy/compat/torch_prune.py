@@ -89,14 +89,16 @@ def global_unstructured(
     >>> sum(int((m.weight == 0).sum()) for m in net)
     8
     """
-    pairs = list(parameters)
+    pairs = list(parameters) if isinstance(parameters, Iterable) else []
     if not pairs or any(not isinstance(p, tuple | list) or len(p) != 2 for p in pairs):
-        raise PatternError(f"parameters is a list of (module, name) pairs, got {pairs!r:.100}")
+        raise PatternError(f"parameters is a list of (module, name) pairs, got {parameters!r:.100}")
     method = pruning_method if isinstance(pruning_method, str) else getattr(pruning_method, "__name__", "")
     if method not in METHODS:
         raise PatternError(unknown("pruning method", method or repr(pruning_method), METHODS))
     layers = [_layer(m, n) for m, n in pairs]
     given = importance_scores or {}
+    if not isinstance(given, Mapping):
+        raise PatternError(f"importance_scores are {{(module, name): scores}}, got {type(given).__name__}")
     scores = torch.cat([_scores(l, given.get((m, n))).flatten() for l, (m, n) in zip(layers, pairs)])
     left = torch.cat([mask_of(l).flatten() for l in layers])
     gone = _pick(scores, left, amount, METHODS[method])
@@ -151,9 +153,10 @@ def _attach(layer: Layer, mask: Tensor) -> nn.Module:
 
 
 def _scores(layer: Layer, given: Tensor | None) -> Tensor:
-    if given is not None and given.shape != layer.original.shape:
+    if given is not None and (not isinstance(given, Tensor) or given.shape != layer.original.shape):
+        got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise PatternError(
-            f"importance_scores have the shape of {layer.param}, {list(layer.original.shape)}; got {list(given.shape)}"
+            f"importance_scores have the shape of {layer.param}, {list(layer.original.shape)}; got {got}"
         )
     return (layer.weight if given is None else given).detach()
 
@@ -224,6 +227,7 @@ def how_many(amount: Any, left: int) -> int:
             raise PatternError(f"amount={amount} is more than the {left} that are left, or below 0")
         return amount
     if not 0.0 <= amount <= 1.0:
-        hint = f"; a count is a whole number: {int(amount)}" if amount == int(amount) and amount > 1 else ""
+        whole = math.isfinite(amount) and amount == int(amount) and amount > 1
+        hint = f"; a count is a whole number: {int(amount)}" if whole else ""
         raise PatternError(f"amount is a fraction between 0.0 and 1.0, got {amount!r}{hint}")
     return round(amount * left)

@@ -72,6 +72,8 @@ def parameter(module: nn.Module, param: str, name: str = "") -> Layer:
     bias or a norm as a row of numbers. Raises ModelError where there is none of that name."""
     if not isinstance(module, nn.Module):
         raise ModelError(f"a module is a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(param, str):
+        raise ModelError(f"a parameter has a name, got {type(param).__name__}")
     weight = original(module, param) if hasattr(module, param) else None
     if not isinstance(weight, nn.Parameter):
         known = list(dict(module.named_parameters(recurse=False)))
