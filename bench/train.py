@@ -175,19 +175,30 @@ def minilm() -> Iterator[Line]:
     yield line
 
 
+def pieces(tokenizer: Any, batch: int = 16, words: int = 90) -> list[Any]:
+    """Batches of pieces of the training articles, as texts are given to an encoder: with its first and last token."""
+    texts = [
+        " ".join(w[i : i + words]) for t in samples.wiki(False) for w in [t.split()] for i in range(0, len(w), words)
+    ]
+    texts = [t for t in texts if t.count(" ") > 20]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    how: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+    picked = [[texts[i] for i in order[first : first + batch]] for first in range(0, len(order), batch)]
+    return [dict(tokenizer(t, **how)) for t in picked]
+
+
 def learn(dense: Any, tokenizer: Any) -> tuple[Any, float]:
-    """Half of the blocks at once, the others while it learns from the dense model; return it and the seconds."""
-    model = copy.deepcopy(dense)
-    take = sources.Take(samples=4800, tokens=128, batch=16, seed=0)
-    data: Any = sources.batches("wiki", take, tokenizer=tokenizer)
-    began = time.perf_counter()
-    layers = "encoder.layer.*"
-    rarefy.prune_(model, "4x1", sparsity=0.5, layers=layers, data=data[:16], solver="admm")
+    """One shot, each block learning the dense one's outputs; then all together from the dense model's hidden states.
+    Return it and the seconds."""
+    model, data = copy.deepcopy(dense), pieces(tokenizer)
+    began, layers = time.perf_counter(), "encoder.layer.*"
+    model.embeddings.requires_grad_(False)  # half of all weights, and none of them is pruned
+    solver = rarefy.Solver(name="admm", asymmetric=0.5, reconstruct=6)
+    rarefy.prune_(model, "4x1", sparsity=0.8, layers=layers, data=data[:64], solver=solver)
     plan = rarefy.Distill(task=0.0, logits=0.0, hidden="squarehead")
     distiller = rarefy.Distiller(model, dense, plan, example=data[0])
-    gradual = rarefy.Gradual(pattern="4x1", sparsity=0.8, first=0.5, steps=20, end=0.5, layers=layers)
     rarefy.fit_(
-        model, data, epochs=3, teach=distiller, prune=gradual, optimizer=optimizer_of("adamw", 3e-4),
+        model, data, epochs=3, teach=distiller, optimizer=optimizer_of("adamw", 1e-3, weight_decay=0.0),
         lr_schedule="one-cycle", seed=0, progress=True,
     )  # fmt: skip
     distiller.close()
