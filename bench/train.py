@@ -194,7 +194,8 @@ def learn(dense: Any, tokenizer: Any) -> tuple[Any, float]:
     began, layers = time.perf_counter(), "encoder.layer.*"
     model.embeddings.requires_grad_(False)  # half of all weights, and none of them is pruned
     solver = rarefy.Solver(name="admm", asymmetric=0.5, reconstruct=6)
-    rarefy.prune_(model, "4x1", sparsity=0.8, layers=layers, data=data[:64], solver=solver)
+    how: dict[str, Any] = {"layers": layers, "data": data[:64], "solver": solver, "allocate": "errors"}
+    rarefy.prune_(model, "4x1", sparsity=0.8, **how)
     plan = rarefy.Distill(task=0.0, logits=0.0, hidden="squarehead")
     distiller = rarefy.Distiller(model, dense, plan, example=data[0])
     rarefy.fit_(
