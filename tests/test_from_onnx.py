@@ -152,6 +152,9 @@ def test_shapes_can_be_given(tmp_path):
     free, fixed = rarefy.from_onnx(path), rarefy.from_onnx(path, shapes={n: (2, 7) for n in words})
     with torch.no_grad():
         assert apart(fixed(**words), model(**words)) < 1e-5
+    one = rarefy.from_onnx(path, shapes={n: (1, 7) for n in words})  # other than noise would have
+    with torch.no_grad():
+        assert apart(one(**{n: w[:1] for n, w in words.items()}), model(**{n: w[:1] for n, w in words.items()})) < 1e-5
     count = [len(list(m.modules())) for m in (free, fixed)]
     assert count[1] < count[0]
     for shapes, says in [

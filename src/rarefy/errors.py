@@ -38,6 +38,15 @@ class ContainerError(RarefyError):
     """A saved folder is missing, damaged, hostile, or in the way."""
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Return what an exception says, cut to its first line, or its class where it says nothing.
+
+    >>> first_line(KeyError()), first_line(OSError("no\\nmore"))
+    ('KeyError', 'no')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
 def nearest(got: str, allowed: Iterable[str], many: int = 1) -> list[str]:
     """Return up to `many` of the allowed words that look like `got`, the likest first.
 

@@ -19,8 +19,8 @@ from rarefy.compat import onnx_codes, onnx_fused, onnx_graph, onnx_modules
 from rarefy.compat.onnx_codes import Rounded
 from rarefy.compat.onnx_graph import OPSET, Graph, attribute
 from rarefy.compat.onnx_proof import prove
-from rarefy.compat.onnx_read import first_line, fixed_, read, simplified
-from rarefy.errors import ModelError
+from rarefy.compat.onnx_read import fixed_, read, simplified
+from rarefy.errors import ModelError, first_line
 from rarefy.model.grid import note_
 from rarefy.model.inputs import get_inputs, set_inputs_
 
@@ -82,13 +82,15 @@ def from_onnx(path: str | Path, *, shapes: Mapping[str, Sequence[int]] | None = 
     _layers_(made, graph)
     _rounding_(made)
     module = _renamed(made, {safe: pretty for safe, pretty in names.values()}).eval()
-    prove(module, path, example, _coded(graph))
+    prove(module, path, example, shapes or {}, _coded(graph))
     return module
 
 
 def _coded(graph: Graph) -> str:
     """How activations are rounded: not, by what is known, or in each call."""
-    return max(("dynamic" if i.scale is None else "static" for i in graph.rounded.values()), default="", key=len)
+    if not graph.rounded:
+        return ""
+    return "dynamic" if any(i.scale is None for i in graph.rounded.values()) else "static"
 
 
 def _named(graph: Graph) -> dict[str, tuple[str, str]]:
@@ -97,8 +99,8 @@ def _named(graph: Graph) -> dict[str, tuple[str, str]]:
     inputs = [i.name for i in graph.model.graph.input]
     for i, name in enumerate(inputs):
         word = re.sub(r"\W", "_", name, flags=re.ASCII)
-        taken_ = keyword.iskeyword(word) or hasattr(builtins, word) or word in ("self", "torch")
-        word = f"input_{word}" if taken_ or not word[:1].isalpha() else word
+        means = keyword.iskeyword(word) or hasattr(builtins, word) or word in ("self", "torch")
+        word = f"input_{word}" if means or not word[:1].isalpha() else word
         while word in values.values():
             word += f"_{i}"
         values[name] = word
@@ -117,9 +119,8 @@ def _named(graph: Graph) -> dict[str, tuple[str, str]]:
                     side[at] = values.setdefault(name, f"value_{len(values)}_")
     for value in (*graph.model.graph.input, *graph.model.graph.output):
         value.name = values.setdefault(value.name, f"value_{len(values)}_")
-    graph.constants = {values[n]: a for n, a in graph.constants.items() if n in values}
-    graph.rounded = {values[n]: i for n, i in graph.rounded.items() if n in values}
-    graph.grids = {values[n]: g for n, g in graph.grids.items() if n in values}
+    for known in ("constants", "rounded", "grids"):
+        setattr(graph, known, {values[n]: v for n, v in getattr(graph, known).items() if n in values})
     return found
 
 
@@ -222,20 +223,14 @@ def _layers_(model: fx.GraphModule, graph: Graph) -> None:
             call.args = call.args[:1]
             if bias is not None:
                 add, array = bias
-                layer.bias = nn.Parameter(torch.from_numpy(array.reshape(-1).astype(weight.dtype)))
+                layer.bias = nn.Parameter(torch.from_numpy(array.astype(weight.dtype)))
                 calls[add.name].replace_all_uses_with(call)
                 model.graph.erase_node(calls[add.name])
             setattr(model, node.name, layer)
-        elif (
-            node.op_type == "Gather"
-            and weight.ndim == 2
-            and constant == node.input[0]
-            and not attribute(node, "axis", 0)
-        ):
+        elif node.op_type == "Gather" and weight.ndim == 2 and not attribute(node, "axis", 0):
             call.args = call.args[1:]
             setattr(model, node.name, nn.Embedding.from_pretrained(torch.from_numpy(weight.copy()), freeze=False))
-        module = getattr(model, node.name)
-        layer = next((m for m in module.modules() if isinstance(m, (*LAYERS, nn.Embedding))), None)
+        layer = _layer_in(getattr(model, node.name))
         if layer is None:
             continue
         inputs = graph.rounded.get(node.input[0])
@@ -260,9 +255,12 @@ def _bias(graph: Graph, users: dict[str, list[Any]], node: Any, size: int) -> tu
     if len(found) != 1 or found[0].op_type != "Add" or node.output[0] in graph.outputs:
         return None
     arrays = [graph.constants[n] for n in found[0].input if n in graph.constants]
-    if len(arrays) != 1 or arrays[0].size != size or arrays[0].ndim == 0 or arrays[0].shape[-1] != size:
-        return None
-    return (found[0], arrays[0]) if arrays[0].ndim == 1 else None
+    return (found[0], arrays[0]) if len(arrays) == 1 and arrays[0].shape == (size,) else None
+
+
+def _layer_in(module: nn.Module) -> Any:
+    """The layer with weights that a module is, or has behind its padding."""
+    return next((m for m in module.modules() if isinstance(m, (*LAYERS, nn.Embedding))), None)
 
 
 def _rounding_(model: fx.GraphModule) -> None:
@@ -272,11 +270,7 @@ def _rounding_(model: fx.GraphModule) -> None:
         if node.op != "call_module" or not isinstance(modules[node.target], Rounded):
             continue
         for user in list(node.users):
-            layer = (
-                next((m for m in modules[str(user.target)].modules() if isinstance(m, LAYERS)), None)
-                if user.op == "call_module"
-                else None
-            )
+            layer = _layer_in(modules[str(user.target)]) if user.op == "call_module" else None
             if layer is not None and get_inputs(layer) == modules[node.target].inputs:
                 user.replace_input_with(node, node.args[0])
         if not node.users:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rarefy.errors import ContainerError, ModelError
+from rarefy.errors import ContainerError, ModelError, first_line
 from rarefy.files import blaming, write_bytes_whole
 from rarefy.model.grid import Grid, get_grid
 from rarefy.model.inputs import Inputs, get_inputs, set_inputs_
@@ -93,8 +93,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) ->
         cause: BaseException = error
         while cause.__cause__ is not None:  # what a stage says is behind what torch says of the stage
             cause = cause.__cause__
-        first = str(cause).strip().splitlines()[0][:200] if str(cause).strip() else type(cause).__name__
-        raise ModelError(f"torch cannot export this {type(model).__name__} to ONNX: {first}") from error
+        raise ModelError(f"torch cannot export this {type(model).__name__} to ONNX: {first_line(cause)}") from error
     finally:
         quiet.setLevel(level)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rarefy.compat.onnx_graph import Graph, attribute, make, only
+from rarefy.compat.onnx_graph import Graph, attribute, make, only, place
 from rarefy.errors import ModelError
 from rarefy.model.grid import Grid
 from rarefy.model.inputs import Inputs
@@ -49,7 +49,7 @@ def unpack(graph: Graph) -> Iterable[Any]:
             yield node
             continue
         kind, count = CODED[node.op_type]
-        name, given, where = node.output[0], [*node.input, "", ""], node.name or node.output[0]
+        name, given, where = node.output[0], [*node.input, "", ""], place(node)
         rest = given[3 * count :]
         bias = rest.pop(0 if kind == "Gemm" else 2) if kind in ("Conv", "Gemm") else ""
         floats = [f"{name}_rarefy_{i}" for i in range(count)]
@@ -87,7 +87,7 @@ def integers(graph: Graph) -> Iterable[Any]:
     for node in graph.nodes:
         if node.op_type not in ("ConvInteger", "MatMulInteger"):
             continue
-        where = node.name or node.output[0]
+        where = place(node)
         weight, codes = graph.constants.get(node.input[1]), producers.get(node.input[0])
         cast = only(users, graph, node.output[0], "Cast")
         scaled = None if cast is None else only(users, graph, cast.output[0], "Mul")
@@ -124,14 +124,11 @@ def integers(graph: Graph) -> Iterable[Any]:
         dequantize(graph, name, weight, along(scale, weight, axis, where), along(zero, weight, axis, where))
         rounded = f"{node.output[0]}_rarefy_x"
         graph.rounded[rounded] = inputs
-        stand = graph.stand(codes, Rounded(inputs), [codes.input[0]], [rounded])
+        stand = graph.stand(codes, Rounded(inputs), to=rounded)
         real = make(node.op_type.removesuffix("Integer"), [rounded, name], [scaled.output[0]], node, same=True)
         instead[id(scaled)] = [stand, real]
-        gone |= {id(node), id(cast), id(scaled)}
-    for node in graph.nodes:
-        yield from instead.get(id(node), [])
-        if id(node) not in gone:
-            yield node
+        gone |= {id(node), id(cast)}
+    yield from graph.replaced(instead, gone)
 
 
 def _one_zero(graph: Graph, said: str, own: str) -> bool:
@@ -146,7 +143,7 @@ def weights(graph: Graph) -> Iterable[Any]:
     """DequantizeLinear of constants, and of rows that are looked up in one, as floats."""
     producers = graph.producers()
     for node in graph.nodes:
-        where, gather = node.name or node.output[0], producers.get(node.input[0]) if node.input else None
+        where, gather = place(node), producers.get(node.input[0]) if node.input else None
         if node.op_type == "DequantizeLinear" and all(n in graph.constants for n in node.input if n):
             codes, scale = (graph.constants[n] for n in node.input[:2])
             zero = graph.constants[node.input[2]] if len(node.input) > 2 and node.input[2] else np.zeros(1)
@@ -226,10 +223,10 @@ def pairs(graph: Graph) -> Iterable[Any]:
     """
     made, users = dict[str, Inputs](), graph.users()
     for node in graph.nodes:
-        where = node.name or node.output[0]
+        where = place(node)
         if node.op_type == "QuantizeLinear":
             made[node.output[0]] = _static(graph, node, where)
-            yield graph.stand(node, Rounded(made[node.output[0]]), node.input, node.output)
+            yield graph.stand(node, Rounded(made[node.output[0]]))
         elif node.op_type == "DequantizeLinear" and node.input[0] in made:
             if not _undone(graph, node, made[node.input[0]], where):
                 raise ModelError(f"{where}: dequantized with another scale or zero point than it was quantized with")

@@ -10,32 +10,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from rarefy.compat.onnx_graph import Graph, attribute, only
+from rarefy.compat.onnx_graph import Graph, attribute, only, place
 from rarefy.errors import ModelError
 
 
 def gelus(graph: Graph) -> Iterable[Any]:
     """x / 2 (1 + erf(x / sqrt 2)), in whatever order, and the operator of that name."""
     users, producers = graph.users(), graph.producers()
-    instead: dict[int, Any] = {}
+    instead: dict[int, list[Any]] = {}
     gone: set[int] = set()
     for node in graph.nodes:
         if node.op_type == "Gelu":
             form = attribute(node, "approximate", b"none").decode()
             if form not in ("none", "tanh"):
-                raise ModelError(f"{node.name or node.output[0]}: Gelu approximates by none or tanh, got {form!r}")
-            instead[id(node)] = graph.stand(node, nn.GELU(form), node.input, node.output)
+                raise ModelError(f"{place(node)}: Gelu approximates by none or tanh, got {form!r}")
+            instead[id(node)] = [graph.stand(node, nn.GELU(form))]
         elif node.op_type == "Erf":
             found = _gelu(graph, users, producers, node)
             if found is not None:
                 inner, last, x = found
                 gone |= {id(n) for n in inner}
-                instead[id(last)] = graph.stand(last, nn.GELU(), [x], last.output)
-    for node in graph.nodes:
-        if id(node) in instead:
-            yield instead[id(node)]
-        elif id(node) not in gone:
-            yield node
+                instead[id(last)] = [graph.stand(last, nn.GELU(), of=x)]
+    yield from graph.replaced(instead, gone)
 
 
 def _gelu(graph: Graph, users: Any, producers: Any, erf: Any) -> tuple[list[Any], Any, str] | None:
@@ -81,7 +77,7 @@ def _with_number(graph: Graph, node: Any, numbers: dict[str, float]) -> str | No
 def layer_norms(graph: Graph) -> Iterable[Any]:
     """(x - mean) / sqrt(mean((x - mean)^2) + eps) w + b over the last dimension, and the operator of that name."""
     users, producers = graph.users(), graph.producers()
-    instead: dict[int, Any] = {}
+    instead: dict[int, list[Any]] = {}
     gone: set[int] = set()
     for node in graph.nodes:
         if node.op_type == "LayerNormalization":
@@ -91,18 +87,14 @@ def layer_norms(graph: Graph) -> Iterable[Any]:
                 continue  # it is computed
             if w is not None and w.ndim == 1 and attribute(node, "axis", -1) == -1 and len(node.output) == 1:
                 eps = float(attribute(node, "epsilon", 1e-5))
-                instead[id(node)] = graph.stand(node, _norm(w, b, eps), node.input, node.output)
+                instead[id(node)] = [graph.stand(node, _norm(w, b, eps))]
         elif node.op_type == "Div":
             found = _layer_norm(graph, users, producers, node)
             if found is not None:
                 inner, last, x, module = found
                 gone |= {id(n) for n in inner}
-                instead[id(last)] = graph.stand(last, module, [x], last.output)
-    for node in graph.nodes:
-        if id(node) in instead:
-            yield instead[id(node)]
-        elif id(node) not in gone:
-            yield node
+                instead[id(last)] = [graph.stand(last, module, of=x)]
+    yield from graph.replaced(instead, gone)
 
 
 def _layer_norm(graph: Graph, users: Any, producers: Any, div: Any) -> tuple[list[Any], Any, str, nn.Module] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,6 @@ class Graph:
     grids: dict[str, Grid] = field(default_factory=dict)
     rounded: dict[str, Inputs] = field(default_factory=dict)
     stands: dict[str, nn.Module] = field(default_factory=dict)
-    made: int = 0
 
     @property
     def outputs(self) -> list[str]:
@@ -57,10 +56,10 @@ class Graph:
 
     def new(self, array: np.ndarray) -> str:
         """Give a constant a name."""
-        self.made += 1
-        while f"rarefy_constant_{self.made}" in self.constants:
-            self.made += 1
-        name = f"rarefy_constant_{self.made}"
+        number = len(self.constants)
+        while f"rarefy_constant_{number}" in self.constants:
+            number += 1
+        name = f"rarefy_constant_{number}"
         self.constants[name] = array
         return name
 
@@ -69,10 +68,22 @@ class Graph:
         array = self.constants.get(name)
         return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.ndim < 2 else None
 
-    def stand(self, node: Any, module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
-        """An Identity in the place of `node`, for which `module` will stand."""
-        self.stands[outputs[0]] = module
-        return make("Identity", list(inputs)[:1], list(outputs)[:1], node)
+    def stand(self, node: Any, module: nn.Module, of: str = "", to: str = "") -> Any:
+        """An Identity for which `module` will stand in the place of `node`: from its first input, or `of`, to its first
+        output, or `to`."""
+        to = to or node.output[0]
+        self.stands[to] = module
+        return make("Identity", [of or node.input[0]], [to], node)
+
+    def replaced(self, instead: Mapping[int, Sequence[Any]], gone: Set[int]) -> Iterable[Any]:
+        """The nodes with others in the place of some, by their id, and without those that are gone."""
+        for node in self.nodes:
+            yield from instead.get(id(node), [node] if id(node) not in gone else [])
+
+
+def place(node: Any) -> str:
+    """What to call a node in a message."""
+    return node.name or node.output[0]
 
 
 def attribute(node: Any, name: str, default: Any) -> Any:
@@ -111,7 +122,7 @@ def _constant(node: Any) -> np.ndarray:
     from onnx import numpy_helper
 
     if len(node.attribute) != 1:
-        raise ModelError(f"Constant {node.name or node.output[0]} holds {len(node.attribute)} values")
+        raise ModelError(f"Constant {place(node)} holds {len(node.attribute)} values")
     value = node.attribute[0]
     kinds: dict[str, Callable[[], np.ndarray]] = {
         "value": lambda: numpy_helper.to_array(value.t),
@@ -121,7 +132,7 @@ def _constant(node: Any) -> np.ndarray:
         "value_ints": lambda: np.array(list(value.ints), np.int64),
     }
     if value.name not in kinds:
-        raise ModelError(f"Constant {node.name or node.output[0]} holds a {value.name}: arrays and numbers are read")
+        raise ModelError(f"Constant {place(node)} holds a {value.name}: arrays and numbers are read")
     return kinds[value.name]()
 
 
@@ -185,7 +196,7 @@ def lower(graph: Graph) -> Iterable[Any]:
         if node.op_type.startswith("Reduce") and kind in REDUCED:
             axes = graph.constants.get(node.input[1]) if len(node.input) > 1 and node.input[1] else None
             if len(node.input) > 1 and node.input[1] and axes is None:
-                raise ModelError(f"{node.name or node.output[0]}: the axes of a {node.op_type} are constants")
+                raise ModelError(f"{place(node)}: the axes of a {node.op_type} are constants")
             none = axes is None or not axes.size
             if none and attribute(node, "noop_with_empty_axes", 0):
                 yield make("Identity", node.input[:1], node.output)
@@ -236,8 +247,8 @@ def end(graph: Graph) -> Iterable[Any]:
             output.name = renamed[output.name]
 
 
-def prune(graph: Graph) -> Graph:
-    """Without what nothing reads."""
+def prune(graph: Graph) -> None:
+    """Leave out what nothing reads."""
     wanted = set(graph.outputs)
     kept: list[Any] = []
     for node in reversed(graph.nodes):
@@ -246,7 +257,6 @@ def prune(graph: Graph) -> Graph:
             wanted |= set(node.input)
     graph.nodes = kept[::-1]
     graph.constants = {n: a for n, a in graph.constants.items() if n in wanted}
-    return graph
 
 
 def only(users: dict[str, list[Any]], graph: Graph, value: str, kind: str) -> Any:

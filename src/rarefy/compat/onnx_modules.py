@@ -84,15 +84,15 @@ def stands(graph: Graph) -> Iterable[object]:
         known = all(g is not None for g, n in zip(given, node.input[1:]) if n)
         kind = node.op_type if node.domain in ("", "ai.onnx") else ""
         if kind == "GlobalAveragePool":
-            yield graph.stand(node, GlobalAverage(), node.input, node.output)
+            yield graph.stand(node, GlobalAverage())
         elif kind == "Flatten":
-            yield graph.stand(node, Flatten(attribute(node, "axis", 1)), node.input, node.output)
+            yield graph.stand(node, Flatten(attribute(node, "axis", 1)))
         elif kind == "Slice" and known and node.input[0] not in graph.constants:
             old = [attribute(node, n, None) for n in ("starts", "ends", "axes")] if len(node.input) == 1 else []
             values = [None if g is None else g.reshape(-1).tolist() for g in given]
-            yield graph.stand(node, Slice(*(old or values)), node.input, node.output)
+            yield graph.stand(node, Slice(*(old or values)))
         elif kind == "Gather" and known and given[0] is not None and given[0].ndim == 0:
-            yield graph.stand(node, Pick(attribute(node, "axis", 0), int(given[0])), node.input, node.output)
+            yield graph.stand(node, Pick(attribute(node, "axis", 0), int(given[0])))
         elif kind in ("GreaterOrEqual", "LessOrEqual"):
             sides = [f"{node.output[0]}_rarefy_{i}" for i in range(2)]
             yield make(kind.removesuffix("OrEqual"), node.input, sides[:1])

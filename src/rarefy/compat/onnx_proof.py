@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rarefy.compat.onnx_read import first_line
-from rarefy.errors import ModelError
+from rarefy.errors import ModelError, first_line
 from rarefy.model.stats import describe
 
 SIZES = (8, 32, 64, 224)  # tried in turn for dimensions that a file leaves open, after 2 for the first
@@ -23,7 +22,7 @@ WHOLE = {f"tensor({n})": n for n in ("int8", "int16", "int32", "int64", "uint8",
 
 
 @torch.no_grad()
-def prove(module: nn.Module, path: Any, example: Any, coded: str) -> None:
+def prove(module: nn.Module, path: Any, example: Any, shapes: Mapping[str, Sequence[int]], coded: str) -> None:
     """ModelError where outputs are others than those of ONNX Runtime, or it does not run the file; a warning where
     noise cannot be run. A call of both."""
     import onnxruntime as ort
@@ -36,7 +35,7 @@ def prove(module: nn.Module, path: Any, example: Any, coded: str) -> None:
     except Exception as error:  # its own classes, one a kind of trouble
         raise ModelError(f"{path}: ONNX Runtime does not run this file: {first_line(error)}") from None
     why = ""
-    for feeds in _tried(session.get_inputs(), example, path):
+    for feeds in _tried(session.get_inputs(), example, shapes, path):
         try:
             want = session.run(None, feeds)
         except Exception as error:
@@ -50,7 +49,9 @@ def prove(module: nn.Module, path: Any, example: Any, coded: str) -> None:
     )
 
 
-def _tried(inputs: Sequence[Any], example: Any, path: Path) -> list[dict[str, np.ndarray]]:
+def _tried(
+    inputs: Sequence[Any], example: Any, shapes: Mapping[str, Sequence[int]], path: Path
+) -> list[dict[str, np.ndarray]]:
     names = [i.name for i in inputs]
     if example is not None:
         given = (
@@ -63,12 +64,12 @@ def _tried(inputs: Sequence[Any], example: Any, path: Path) -> list[dict[str, np
         return [{n: t.numpy() for n, t in given.items()}]
     if any(i.type not in NOISE and i.type not in WHOLE for i in inputs):
         return []
-    return [{i.name: _noise(i, size) for i in inputs} for size in SIZES]
+    return [{i.name: _noise(i, shapes.get(i.name, i.shape), size) for i in inputs} for size in SIZES]
 
 
-def _noise(of: Any, size: int) -> np.ndarray:
+def _noise(of: Any, dims: Sequence[Any], size: int) -> np.ndarray:
     rng = np.random.default_rng(0)
-    shape = [n if isinstance(n, int) and n > 0 else 2 if d == 0 else size for d, n in enumerate(of.shape)]
+    shape = [n if isinstance(n, int) and n > 0 else 2 if d == 0 else size for d, n in enumerate(dims)]
     if of.type in NOISE:
         return rng.standard_normal(shape).astype(NOISE[of.type])
     return rng.integers(0, 2, shape).astype(WHOLE[of.type])

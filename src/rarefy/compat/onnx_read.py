@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rarefy.errors import ContainerError, ModelError, unknown
+from rarefy.errors import ContainerError, ModelError, first_line, unknown
 
 MOST_NODES = 200_000  # once functions are written out
 MOST_ELEMENTS = 1 << 27  # of one value, as far as shapes are known
@@ -122,7 +122,3 @@ def simplified(model: Any) -> Any:
             return ir.to_proto(made)
     except Exception:  # a graph as it was written is as right, with more operators
         return model
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

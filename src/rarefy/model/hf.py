@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.errors import ModelError
+from rarefy.errors import ModelError, first_line
 
 # in order of preference where an architecture is in several
 AUTO = (
@@ -84,7 +84,7 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged folder makes transformers raise anything
-        raise ModelError(f"{path}: the config is not usable: {_first_line(error)}") from None
+        raise ModelError(f"{path}: the config is not usable: {first_line(error, 300)}") from None
     auto = _auto(config, (getattr(config, "architectures", None) or [""])[0])
     kernel = getattr(config, "_attn_implementation", None) or ""
     if "/" in str(kernel):  # transformers would fetch and run a kernel of that name
@@ -104,7 +104,7 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
             output_loading_info=True,
         )
     except Exception as error:
-        raise ModelError(f"{path}: the model does not load: {_first_line(error)}") from None
+        raise ModelError(f"{path}: the model does not load: {first_line(error, 300)}") from None
     lost = sorted([*info["missing_keys"], *(str(k) for k in info["mismatched_keys"])])
     if lost:
         raise ModelError(f"{path}: {len(lost)} weights are missing or of another shape, such as {lost[0]}")
@@ -118,7 +118,7 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{path}: the tokenizer does not load: {_first_line(error)}") from None
+        raise ModelError(f"{path}: the tokenizer does not load: {first_line(error, 300)}") from None
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
         raise
     except Exception as error:  # a hostile config makes transformers raise anything
         raise ModelError(
-            f"the saved config does not make a {values['model_type']} model: {_first_line(error)}"
+            f"the saved config does not make a {values['model_type']} model: {first_line(error, 300)}"
         ) from None
 
 
@@ -188,7 +188,3 @@ def _transformers() -> Any:
     except ImportError:
         raise ModelError("Hugging Face models need transformers: pip install '.[hf]' in Rarefy's folder") from None
     return transformers
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().split("\n")[0][:300]

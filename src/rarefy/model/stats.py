@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from rarefy.errors import DataError, ModelError, RarefyError
+from rarefy.errors import DataError, ModelError, RarefyError, first_line
 from rarefy.model import ranks
 from rarefy.model.batches import tokens_in
 from rarefy.model.experts import Rows, watching
@@ -92,9 +92,9 @@ def call(model: nn.Module, batch: Any) -> Any:
     ) as error:
         inner = unwrap(model)
         takes = ", ".join(list(inspect.signature(inner.forward).parameters)[:4])
-        said = (str(error) or type(error).__name__).strip().split("\n")[0][:200]
         raise DataError(
-            f"{type(inner).__name__} cannot be called with a batch of {describe(batch)}: {said} (it takes {takes})"
+            f"{type(inner).__name__} cannot be called with a batch of {describe(batch)}: {first_line(error)} "
+            f"(it takes {takes})"
         ) from error
 
 
