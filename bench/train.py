@@ -68,12 +68,12 @@ def begun(seed: int, width: int) -> Any:
     return model
 
 
-def fashion_one(task: tuple[str, float, int, int]) -> Line:
+def fashion_one(task: tuple[str, float, int, int, int]) -> Line:
     """One network: dense, trained on, or pruned by a plan, alone or taught."""
     from vision import SGD, data_of, fast
     from vision_net import accuracy, load
 
-    way, sparsity, seed, width = task
+    way, sparsity, seed, width, epochs = task
     images, began, model = load(), time.perf_counter(), begun(seed, width)
     teacher = copy.deepcopy(model)
     data, plan, teach = data_of(images, seed), None, None
@@ -88,19 +88,24 @@ def fashion_one(task: tuple[str, float, int, int]) -> Line:
                 model, teacher.eval(), rarefy.Distill(temperature=4.0, task=0.3), example=data["calibrate"][0]
             )
         rarefy.fit_(
-            model, data["train"], epochs=EPOCHS, optimizer=optimizer_of("sgd", LR, **SGD), lr_schedule="one-cycle",
+            model, data["train"], epochs=epochs, optimizer=optimizer_of("sgd", LR, **SGD), lr_schedule="one-cycle",
             prune=plan, calibrate=data["calibrate"], teach=teach, seed=seed,
         )  # fmt: skip
     rarefy.fold_(model)
     right = accuracy(plain(model), *images[2:])
+    run = (
+        "fashion"
+        + (f", {width} times as wide" if width != 1 else "")
+        + (f", {epochs} epochs" if epochs != EPOCHS else "")
+    )
     return {
-        "run": "fashion" if width == 1 else f"fashion, {width} times as wide",
+        "run": run,
         "way": way, "sparsity": sparsity, "seed": seed, "accuracy": 100 * right,
         "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
-def fashion(seeds: list[int], only: list[str], sparsity: list[float], width: int) -> Iterator[Line]:
+def fashion(seeds: list[int], only: list[str], sparsity: list[float], width: int, epochs: int) -> Iterator[Line]:
     """Every plan at both sparsities, every seed; a process of one thread a core."""
     ways = [("dense", 0.0)]
     ways += [(name, s) for s in sparsity for name in (*PLANS, "gradual magnitude, taught")]
@@ -108,7 +113,7 @@ def fashion(seeds: list[int], only: list[str], sparsity: list[float], width: int
     ways = [w for w in ways if not only or w[0] in only]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         list(pool.map(begun, seeds, [width] * len(seeds)))
-        yield from pool.map(fashion_one, [(w, p, s, width) for w, p in ways for s in seeds])
+        yield from pool.map(fashion_one, [(w, p, s, width, epochs) for w, p in ways for s in seeds])
 
 
 LANGUAGE = {
@@ -232,10 +237,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.95, 0.98])
     parser.add_argument("--width", type=int, default=1, help="of the small ResNet, as a multiple")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the nets' further training, dense ones' too")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     runs: dict[str, Any] = {
-        "fashion": lambda: fashion(args.seeds, args.only, args.sparsity, args.width),
+        "fashion": lambda: fashion(args.seeds, args.only, args.sparsity, args.width, args.epochs),
         "language": lambda: language(args.only), "minilm": minilm,
     }  # fmt: skip
     keep(RESULTS, (runs[n] for n in args.runs or ([] if args.table else runs)))
