@@ -68,8 +68,10 @@ inline vi dot_bytes(vi s, vu x, vi w) {
   const __m256i two = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
   return vi(_mm256_add_epi32(__m256i(s), _mm256_add_epi32(one, two)));
 #else
-  for (int i = 0; i < 32; i += 8) s += vi(x << (24 - i) >> 24) * (w << (24 - i) >> 24);
-  return s;
+  s += vi(x & 255u) * (w << 24 >> 24);
+  s += vi(x >> 8 & 255u) * (w << 16 >> 24);
+  s += vi(x >> 16 & 255u) * (w << 8 >> 24);
+  return s + vi(x >> 24) * (w >> 24);
 #endif
 }
 

@@ -10,10 +10,12 @@
 //   lanes          W 32-bit numbers; lanes_at, put_lanes; transpose: W of them
 //   past_caches    lanes to memory, of which whole lines are written; seen: other threads see them from here on
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
 #include "settle.hpp"
+#include "steps.hpp"
 
 namespace {
 
@@ -113,6 +115,7 @@ void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, i
 }  // namespace
 
 #include "panels.hpp"
+#include "sell.hpp"
 
 namespace {
 

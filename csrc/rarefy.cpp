@@ -100,9 +100,22 @@ int64_t rows_of(const Job<T>* jobs, int64_t count) {
   return rows;
 }
 
-int run(const Job<rarefy_tiles>* jobs, int64_t count, const float* x, int64_t ldx, int64_t n) {
+constexpr int64_t rows_of_part(const rarefy_tiles*) { return CHUNK * R4; }
+constexpr int64_t rows_of_part(const rarefy_sell*) { return SLAB; }
+
+void multiply(const rarefy_table& t, const rarefy_tiles& w, int64_t part, const uint32_t* x, uint32_t* out, int64_t n) {
+  t.tiles[w.kind](w, part * CHUNK, std::min((w.rows + R4 - 1) / R4, (part + 1) * CHUNK), x, out, n);
+}
+
+void multiply(const rarefy_table& t, const rarefy_sell& w, int64_t part, const uint32_t* x, uint32_t* out, int64_t n) {
+  t.sell[w.kind](w, part, x, out, n);
+}
+
+// Tiles and pairs of rows, which both run on packed inputs.
+template <class T>
+int run_packed(const Job<T>* jobs, int64_t count, const float* x, int64_t ldx, int64_t n) {
   const rarefy_table& t = rarefy_chosen();
-  const rarefy_tiles* first = jobs->w;
+  const T* first = jobs->w;
   const int32_t kind = first->kind;
   const bool bytes = kind == RAREFY_I8;
   const int64_t squares = (n + NT - 1) / NT, inputs = first->inputs, cols = first->cols;
@@ -122,18 +135,28 @@ int run(const Job<rarefy_tiles>* jobs, int64_t count, const float* x, int64_t ld
       }
     t.pack[kind](x + s * NT * ldx, ldx, here, inputs, bytes ? inverse + s * NT : nullptr, packed + s * cols * NT);
   });
-  const Parts<rarefy_tiles> parts(jobs, count, CHUNK * R4);
+  constexpr int64_t SIZE = rows_of_part(static_cast<const T*>(nullptr));
+  const Parts<T> parts(jobs, count, SIZE);
   on_threads(parts.all * squares, worth, [&](int64_t i) {
     const int64_t s = i / parts.all, here = std::min(NT, n - s * NT);
     int64_t part = i % parts.all;
-    const Job<rarefy_tiles>& job = parts.at(part);
-    const int64_t from = part * CHUNK, to = std::min((job.w->rows + R4 - 1) / R4, from + CHUNK);
-    alignas(64) uint32_t out[CHUNK * R4 * NT];
-    t.tiles[kind](*job.w, from, to, packed + s * cols * NT, out, here);
-    t.finish[kind](*job.w, from * R4, std::min(to * R4, job.w->rows) - from * R4, out, scales + s * NT, here,
-                   job.residual ? job.residual + s * NT * job.ldy : nullptr, job.y + s * NT * job.ldy, job.ldy);
+    const Job<T>& job = parts.at(part);
+    const int64_t row = part * SIZE;
+    alignas(64) uint32_t out[SIZE * NT];
+    multiply(t, *job.w, part, packed + s * cols * NT, out, here);
+    t.finish[kind]({job.w->scales, job.w->sums, job.w->bias, job.w->act}, row, std::min(SIZE, job.w->rows - row), out,
+                   scales + s * NT, here, job.residual ? job.residual + s * NT * job.ldy : nullptr,
+                   job.y + s * NT * job.ldy, job.ldy);
   });
   return RAREFY_OK;
+}
+
+int run(const Job<rarefy_tiles>* jobs, int64_t count, const float* x, int64_t ldx, int64_t n) {
+  return run_packed(jobs, count, x, ldx, n);
+}
+
+int run(const Job<rarefy_sell>* jobs, int64_t count, const float* x, int64_t ldx, int64_t n) {
+  return run_packed(jobs, count, x, ldx, n);
 }
 
 int run(const Job<rarefy_bitmask>* jobs, int64_t count, const float* x, int64_t ldx, int64_t n) {
@@ -226,6 +249,12 @@ API int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, con
   return run(&job, 1, x, ldx, n);
 }
 
+API int rarefy_run_sell(const rarefy_sell* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
+                        int64_t n) {
+  const Job<rarefy_sell> job{w, residual, y, ldy};
+  return run(&job, 1, x, ldx, n);
+}
+
 API int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, const float* residual, float* y,
                            int64_t ldy, int64_t n) {
   const Job<rarefy_bitmask> job{w, residual, y, ldy};
@@ -251,6 +280,7 @@ API int rarefy_run_together(int32_t format, const void* const* w, int64_t count,
     case RAREFY_BITMASK: return run_all<rarefy_bitmask>(w, count, x, ldx, y, n);
     case RAREFY_CSR: return run_all<rarefy_csr>(w, count, x, ldx, y, n);
     case RAREFY_TILES: return run_all<rarefy_tiles>(w, count, x, ldx, y, n);
+    case RAREFY_SELL: return run_all<rarefy_sell>(w, count, x, ldx, y, n);
     case RAREFY_PANELS: return run_all<rarefy_panels>(w, count, x, ldx, y, n);
     default: return RAREFY_BAD;
   }
@@ -310,4 +340,31 @@ API int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t value
     }
   }
   return column == columns && value == values ? RAREFY_OK : RAREFY_BAD;
+}
+
+API int rarefy_check_sell(const rarefy_sell* w, int64_t values) {
+  const int64_t each = inputs_of_lane(w->kind);
+  if (w->kind < 0 || w->kind > 2 || w->rows < 0 || w->inputs < 0 || w->block < 1 || w->block > 65535) return RAREFY_BAD;
+  if (w->cols != (w->inputs + each - 1) / each) return RAREFY_BAD;
+  const int64_t blocks = (w->cols + w->block - 1) / w->block;
+  int64_t value = 0;
+  for (int64_t at = 0; at < (w->rows + SLAB - 1) / SLAB * blocks; ++at) {
+    if (w->starts[at] != value) return RAREFY_BAD;
+    const int64_t lanes = std::min(w->block, w->cols - at % blocks * w->block);
+    const int64_t rows = std::min(SLAB, w->rows - at / blocks * SLAB), pairs = (rows + 1) / 2;
+    bool known[SLAB] = {};
+    for (int64_t p = 0; p < SLAB / 2; ++p) {
+      const int64_t n = w->counts[at * (SLAB / 2) + p];
+      if (value + n > values || (p >= pairs && n)) return RAREFY_BAD;
+      for (int64_t i = 2 * value; i < 2 * (value + n); ++i)
+        if (w->columns[i] >= lanes) return RAREFY_BAD;
+      value += n;
+      for (int64_t r = 0; r < 2 && p < pairs; ++r) {
+        const uint8_t row = w->order[at * SLAB + 2 * p + r];
+        if (row >= 2 * pairs || known[row]) return RAREFY_BAD;  // each once: a row more than there are lies past the last
+        known[row] = true;
+      }
+    }
+  }
+  return value == values ? RAREFY_OK : RAREFY_BAD;
 }

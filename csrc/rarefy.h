@@ -57,6 +57,23 @@ struct rarefy_tiles {
   int32_t kind, act;
 };
 
+// Pairs of rows of about as many values: SELL-C-sigma. Slabs of 128 rows; in each block of lanes their rows come sorted
+// by how many values they have there, two and two, values and lanes of one beside those of the other.
+struct rarefy_sell {
+  int64_t rows, inputs;     // outputs, inputs
+  int64_t cols;             // inputs in lanes of 4 bytes
+  int64_t block;            // lanes of a block
+  const int64_t* starts;    // [slabs][blocks], where the pairs of values of a block begin
+  const uint16_t* counts;   // [slabs][blocks][64], pairs of values of a pair of rows
+  const uint8_t* order;     // [slabs][blocks][64][2], which rows of the slab these are
+  const uint16_t* columns;  // [n][2], lanes within the block
+  const uint32_t* values;   // [n][2]
+  const float* scales;      // int8: [rows]
+  const int32_t* sums;      // int8: [rows], sums of values
+  const float* bias;
+  int32_t kind, act;
+};
+
 // One row after the other: values that are not zero and their columns, for high sparsity. At most 65,536 inputs.
 struct rarefy_csr {
   int64_t rows, inputs;
@@ -84,6 +101,7 @@ int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values);
 int rarefy_check_csr(const rarefy_csr* w, int64_t values);
 int rarefy_check_panels(const rarefy_panels* w, int64_t values);
 int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values);
+int rarefy_check_sell(const rarefy_sell* w, int64_t values);
 int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);
 
 // y[n][rows] = act(x[n][inputs] times w transposed + bias + residual); rows of x and y are ldx and ldy apart. The residual
@@ -96,11 +114,57 @@ int rarefy_run_csr(const rarefy_csr* w, const float* x, int64_t ldx, const float
                    int64_t n);
 int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                      int64_t n);
+int rarefy_run_sell(const rarefy_sell* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
+                    int64_t n);
 // The same inputs times each of several weights of one format and kind, as one call: outputs y[j] are [n][rows of j].
-enum rarefy_format { RAREFY_BITMASK = 0, RAREFY_CSR = 1, RAREFY_TILES = 2, RAREFY_PANELS = 3 };
+enum rarefy_format { RAREFY_BITMASK = 0, RAREFY_CSR = 1, RAREFY_TILES = 2, RAREFY_PANELS = 3, RAREFY_SELL = 4 };
 enum { RAREFY_MOST_JOBS = 16 };
 int rarefy_run_together(int32_t format, const void* const* w, int64_t count, const float* x, int64_t ldx, float* const* y,
                         int64_t n);
+// A plan: steps on fp32 tensors that lie in tiles of 64 columns (tokens), [tiles][features][64], so that nothing is
+// turned around between products. A sequence begins `apart` columns after the one before.
+enum rarefy_op {
+  RAREFY_PACK = 0,    // x[batch][tokens][features] -> out
+  RAREFY_UNPACK = 1,  // x -> out[batch][tokens][features]
+  RAREFY_PRODUCT = 2, // out = act(w x + bias + more); w: rarefy_tiles, or rarefy_sell with flag; of int8, x and
+                      // sum are what RAREFY_BYTES made
+  RAREFY_BYTES = 3,   // x -> out, in bytes, and sum, the scales of columns
+  RAREFY_NORM = 4,    // out = norm(x + more) gain + bias; flag: whether means are taken off; sum = x + more
+  RAREFY_ADD = 5,     // out = act(x + more)
+  RAREFY_TIMES = 6,   // out = act(x) more
+  RAREFY_ATTEND = 7,  // w: rarefy_attention
+  RAREFY_OPS = 8,
+};
+
+struct rarefy_place {
+  float* at;
+  int64_t tile;  // floats from one tile to the next
+};
+
+struct rarefy_step {
+  int32_t op, act;
+  const void* w;
+  rarefy_place x, more, out, sum;
+  const float *gain, *bias;
+  int64_t columns, features, batch, tokens, apart;  // columns: of all sequences
+  float least;                                       // norm: what is added to the variance
+  int32_t flag;
+};
+
+// out = softmax(q k scale + mask) v for each head, whose features lie one after the other.
+struct rarefy_attention {
+  const float *q, *k, *v;
+  float* out;
+  int64_t q_tile, k_tile, v_tile, out_tile;
+  const float* mask;        // or null; how far its numbers for the next batch, head, query and key are:
+  int64_t mask_batch, mask_head, mask_query, mask_key;
+  int64_t batch, heads, kv_heads, width, queries, keys, apart;
+  float scale;
+  int32_t causal;
+};
+
+int rarefy_run_plan(const rarefy_step* steps, int64_t count);
+
 // y[n][outputs][OH][OW] = act(x[n][inputs][height][width] convolved with w + bias + residual), all contiguous.
 int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual, float* y,
                     int64_t n);

@@ -88,7 +88,7 @@ void settle_rows(const M& w, int64_t from, int64_t to, const float* scales, cons
 // Sums [rows][NT] become outputs y[n][row]. Of W inputs at a time all the rows are written: few lines of y are open at
 // once.
 template <int KIND>
-void finish(const rarefy_tiles& w, int64_t row, int64_t rows, const uint32_t* sums, const float* scales,
+void finish(const rarefy_sums& w, int64_t row, int64_t rows, const uint32_t* sums, const float* scales,
             int64_t columns, const float* residual, float* y, int64_t ldy) {
   lanes square[W];
   for (int64_t n = 0; n < columns; n += W) {

@@ -7,6 +7,7 @@
 #define API extern "C" __attribute__((visibility("default")))
 
 constexpr int64_t NT = 64;  // columns (batch or pixels) of a packed tile of inputs
+constexpr int64_t SLAB = 128;  // rows among which pairs are found
 constexpr int R4 = 4;       // rows of a tile or panel of weights
 constexpr int64_t AHEAD = 2048;  // bytes of weights that are fetched ahead of their use
 constexpr int64_t PIECE = 16;  // floats that are brought together at a time
@@ -17,6 +18,14 @@ struct rarefy_piece {
   int32_t to, size;
 };
 
+// What becomes of the sums of a product, of whatever format.
+struct rarefy_sums {
+  const float* scales;
+  const int32_t* sums;
+  const float* bias;
+  int32_t act;
+};
+
 struct rarefy_table {
   const char* name;
   void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
@@ -25,6 +34,7 @@ struct rarefy_table {
   void (*csr[4])(const rarefy_csr&, int64_t, int64_t, const float*, float*, int64_t, int64_t);  // of 1, 4, 8, 16 inputs
   void (*rows)(const rarefy_csr&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
+  void (*sell[3])(const rarefy_sell&, int64_t, const uint32_t*, uint32_t*, int64_t);
   void (*placed)(const rarefy_tiles&, int64_t, int64_t, const float*, const float*, const int32_t*, const rarefy_piece*,
                  int, uint32_t*, uint32_t*, int64_t);
   void (*put)(const float*, int64_t, int64_t, const float*, const float*, int, float*, int64_t, bool);
@@ -33,8 +43,14 @@ struct rarefy_table {
   void (*pack[3])(const float*, int64_t, int64_t, int64_t, const float*, uint32_t*);
   void (*convert[4])(const float*, int64_t, int64_t, float, void*);
   void (*settle[4])(const rarefy_bitmask&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
-  void (*finish[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, const float*, int64_t, const float*, float*,
+  void (*finish[3])(const rarefy_sums&, int64_t, int64_t, const uint32_t*, const float*, int64_t, const float*, float*,
                     int64_t);
+  void (*norm)(const float*, const float*, int64_t, int64_t, const float*, const float*, float, bool, float*, float*);
+  void (*unpack)(const float*, int64_t, int64_t, float*, int64_t);
+  void (*pair)(const float*, const float*, bool, int, float*, int64_t);
+  void (*to_bytes)(const float*, int64_t, float*, uint32_t*);
+  void (*settle_bytes)(const rarefy_sums&, int64_t, int64_t, const float*, const float*, float*);
+  void (*attend)(const rarefy_attention&, int64_t, int64_t, int64_t);
 };
 
 const rarefy_table& rarefy_chosen();  // what serves this process
@@ -47,6 +63,7 @@ const rarefy_table& rarefy_chosen();  // what serves this process
    {csr_any<1>, csr_any<4>, csr_any<8>, csr_any<16>},                                  \
    settle_rows<RAREFY_F32, rarefy_csr>,                                                \
    {tiles_any<RAREFY_F32>, tiles_any<RAREFY_BF16>, tiles_any<RAREFY_I8>},             \
+   {sell_any<RAREFY_F32>, sell_any<RAREFY_BF16>, sell_any<RAREFY_I8>},                 \
    tiles_placed,                                                                       \
    put,                                                                                \
    halve,                                                                              \
@@ -55,4 +72,10 @@ const rarefy_table& rarefy_chosen();  // what serves this process
    {convert<RAREFY_F32>, convert<RAREFY_BF16>, convert<RAREFY_I8>, convert<RAREFY_I8>}, \
    {settle_rows<RAREFY_F32, rarefy_bitmask>, settle_rows<RAREFY_BF16, rarefy_bitmask>,                 \
     settle_rows<RAREFY_I8, rarefy_bitmask>, settle_rows<RAREFY_I4, rarefy_bitmask>},                   \
-   {finish<RAREFY_F32>, finish<RAREFY_BF16>, finish<RAREFY_I8>}}
+   {finish<RAREFY_F32>, finish<RAREFY_BF16>, finish<RAREFY_I8>},                      \
+   norm,                                                                               \
+   unpack,                                                                             \
+   pair,                                                                               \
+   to_bytes_tile,                                                                      \
+   settle_bytes,                                                                       \
+   attend}

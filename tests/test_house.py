@@ -16,7 +16,7 @@ FLOORS = [
     {"model", "formats", "proof"},
     {"prune", "runtime"},
     {"cut", "values", "train"},
-    {"stages", "samples", "data", "store", "compat"},
+    {"stages", "samples", "data", "store", "compat", "engine"},
     {"recipe"},
     {"given", "plan", "doctor", "account"},
     {"training"},

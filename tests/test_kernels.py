@@ -49,6 +49,8 @@ FORMATS = {
     "bitmask": packed.pack_bitmask,
     "csr": packed.pack_csr,
     "tiles": packed.pack_tiles,
+    "sell": packed.pack_sell,
+    "sell of 32": lambda W, kind: packed.pack_sell(W, kind, 32),
     "tiles of 32": lambda W, kind: packed.pack_tiles(W, kind, 32),
 }
 SHAPES = [
@@ -251,6 +253,14 @@ def add(t, at=0, by=1):
         ("tiles", "starts", lambda t: add(t, 2)),
         ("tiles", "columns", lambda t: t.fill_(-1)),
         ("tiles", "columns", lambda t: t.fill_(100)),
+        ("sell", "counts", lambda t: add(t, 0)),
+        ("sell", "counts", lambda t: add(t, 4, -1)),
+        ("sell", "counts", lambda t: add(t, 63)),
+        ("sell", "starts", lambda t: add(t, 0)),
+        ("sell of int8", "columns", lambda t: t.fill_(25)),
+        ("sell", "columns", lambda t: t.fill_(100)),
+        ("sell", "order", lambda t: t[..., 0].copy_(t[..., 1])),
+        ("sell", "order", lambda t: t[..., 0].fill_(10)),
     ],
 )
 def test_damaged_buffers_never_run(how, name, change):

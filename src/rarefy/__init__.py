@@ -14,6 +14,7 @@ from rarefy.cut.cut import cut_
 from rarefy.cut.depth import drop_layers_
 from rarefy.cut.heads import prune_heads_
 from rarefy.cut.permute import permute_
+from rarefy.engine.compiled import compile
 from rarefy.errors import RarefyError
 from rarefy.migration import Migrated, migrate
 from rarefy.model.graph import groups
@@ -54,6 +55,7 @@ __all__ = [
     "accelerate_",
     "adopt_",
     "cast_",
+    "compile",
     "compress_",
     "cut_",
     "drop_layers_",

@@ -17,11 +17,18 @@ from torch import Tensor, nn
 from rarefy.errors import ModelError, unknown
 from rarefy.model.inputs import Inputs
 from rarefy.runtime import native, reference
-from rarefy.runtime.packed import Bitmask, ConvTiles, Csr, Packed, Panels, Tiles, unpack
+from rarefy.runtime.packed import Bitmask, ConvTiles, Csr, Packed, Panels, Sell, Tiles, unpack
 
 MOST_INPUTS = 32  # of a call, up to which panels are multiplied by as they lie
 MOST_SIZES = 64  # of calls for which layers that run together are kept
-FORMATS: dict[str, type] = {"bitmask": Bitmask, "csr": Csr, "tiles": Tiles, "convolution": ConvTiles, "panels": Panels}
+FORMATS: dict[str, type] = {
+    "bitmask": Bitmask,
+    "csr": Csr,
+    "tiles": Tiles,
+    "convolution": ConvTiles,
+    "panels": Panels,
+    "sell": Sell,
+}
 
 
 class Sparse(nn.Module):

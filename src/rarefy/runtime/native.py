@@ -28,17 +28,19 @@ from rarefy.runtime.packed import (
     MOST_BYTES_IN_A_SUM,
     MOST_STRIDE,
     PAST,
+    SLAB,
     Bitmask,
     ConvTiles,
     Csr,
     Packed,
     Panels,
+    Sell,
     Tiles,
 )
 
 ISAS = ("avx512", "avx2", "portable")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-_FORMATS = (Bitmask, Csr, Tiles, Panels)  # in the order of csrc/rarefy.h
+_FORMATS = (Bitmask, Csr, Tiles, Panels, Sell)  # in the order of csrc/rarefy.h
 MOST_TOGETHER = 16  # weights of one call
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
 
@@ -75,6 +77,14 @@ class _Tiles(Structure):
     ]
 
 
+class _Sell(Structure):
+    _fields_ = [
+        *[(n, c_int64) for n in ("rows", "inputs", "cols", "block")],
+        *[(n, c_void_p) for n in ("starts", "counts", "order", "columns", "values", "scales", "sums", "bias")],
+        *[(n, c_int32) for n in ("kind", "act")],
+    ]
+
+
 class _Conv(Structure):
     _fields_ = [
         ("weight", _Tiles),
@@ -97,13 +107,15 @@ def _open() -> tuple[Any, str | None]:
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels do not load: {error}"
     library.rarefy_isa.restype = c_char_p
-    for name, kind in (("bitmask", _Bitmask), ("csr", _Csr), ("tiles", _Tiles), ("panels", _Panels)):
+    for name, kind in (("bitmask", _Bitmask), ("csr", _Csr), ("tiles", _Tiles), ("panels", _Panels), ("sell", _Sell)):
         run = getattr(library, f"rarefy_run_{name}")
         run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
     library.rarefy_run_together.argtypes = [c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]
+    library.rarefy_run_plan.argtypes = [c_void_p, c_int64]
     library.rarefy_run_conv.argtypes = [POINTER(_Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
     library.rarefy_check_conv.argtypes = [POINTER(_Conv), c_int64, c_int64]
     library.rarefy_check_csr.argtypes = [POINTER(_Csr), c_int64]
+    library.rarefy_check_sell.argtypes = [POINTER(_Sell), c_int64]
     library.rarefy_check_panels.argtypes = [POINTER(_Panels), c_int64]
     library.rarefy_check_bitmask.argtypes = [POINTER(_Bitmask), c_int64]
     library.rarefy_check_tiles.argtypes = [POINTER(_Tiles), c_int64, c_int64]
@@ -116,6 +128,14 @@ def _open() -> tuple[Any, str | None]:
 def missing() -> str | None:
     """Return why there are no kernels here, or None where there are."""
     return _open()[1]
+
+
+def library() -> Any:
+    """Return the library; FormatError where there is none."""
+    found, why = _open()
+    if found is None:
+        raise FormatError(str(why))
+    return found
 
 
 def isa() -> str | None:
@@ -188,6 +208,11 @@ class Kernel:
         elif isinstance(packed, Csr):
             self.about, self.call = _Csr(inputs=inputs, **fields), library.rarefy_run_csr
             wrong = library.rarefy_check_csr(byref(self.about), len(packed.values))
+        elif isinstance(packed, Sell):
+            lanes = -(-inputs // LANE[packed.kind])
+            self.about = _Sell(inputs=inputs, cols=lanes, block=packed.block, **fields)
+            self.call = library.rarefy_run_sell
+            wrong = library.rarefy_check_sell(byref(self.about), len(packed.values))
         else:
             lanes, room = -(-inputs // LANE.get(packed.kind, 4)), (len(packed.columns), len(packed.values))
             self.about = _Tiles(inputs=inputs, cols=lanes, block=packed.block, **fields)
@@ -303,7 +328,7 @@ def _convolution(packed: ConvTiles, weight: _Tiles) -> _Conv:
 def _check_plain(packed: Packed) -> None:
     """Raise FormatError for sizes that a kernel could not count with."""
     numbers: dict[str, tuple[Any, int, int]] = {"shape": (packed.shape, 1, 1 << 31)}
-    if isinstance(packed, Tiles | ConvTiles):
+    if isinstance(packed, Tiles | ConvTiles | Sell):
         numbers["block"] = ((packed.block,), 1, 1 << 16)
     if isinstance(packed, ConvTiles):
         numbers |= {"groups": ((packed.groups,), 1, 1 << 31), "stride": (packed.stride, 1, MOST_STRIDE)}
@@ -350,6 +375,12 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
             "columns": (torch.int16, (k,)),
             "values": (KINDS[packed.kind], (k,)),
         }
+    elif isinstance(packed, Sell):
+        cell = (-(-O // SLAB), -(-lanes // packed.block))
+        n = len(packed.values) if isinstance(packed.values, Tensor) and packed.values.dim() else None
+        want |= {"starts": (torch.int64, cell), "counts": (torch.int16, (*cell, SLAB // 2))}
+        want |= {"order": (torch.uint8, (*cell, SLAB))}
+        want |= {"columns": (torch.int16, (n, 2)), "values": (torch.int32, (n, 2))}
     else:
         blocks = -(-lanes // packed.block)
         want |= {

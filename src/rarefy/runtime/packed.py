@@ -26,6 +26,7 @@ MOST_BYTES_IN_A_SUM = (1 << 31) // (255 * 127)  # inputs of an int8 product: an 
 MOST_COLUMNS = 1 << 16  # of a `Csr`
 MOST_STRIDE = 8  # of a convolution
 NEAR = 128  # lanes of a block whose inputs stay in the first cache
+SLAB = 128  # outputs among which pairs are found
 CONV_BLOCK = 192  # lanes of a convolution that are brought together at once
 
 
@@ -74,6 +75,24 @@ class Tiles:
 
 
 @dataclass(frozen=True, eq=False)
+class Sell:
+    """Lanes that are not zero, two outputs of about as many side by side (SELL-C-sigma, Kreutzer et al. 2014): for
+    larger batches, where outputs share few inputs. Slabs of 128 outputs; in each block of lanes they come sorted by how
+    many values they have there."""
+
+    shape: tuple[int, int]
+    kind: str
+    block: int  # lanes of a block
+    starts: Tensor  # int64 [slabs, blocks]: where the pairs of values of a block begin
+    counts: Tensor  # int16 [slabs, blocks, 64]: pairs of values of two outputs
+    order: Tensor  # uint8 [slabs, blocks, 128]: which outputs of the slab these are
+    columns: Tensor  # int16 [n, 2], read as unsigned: lanes within the block
+    values: Tensor  # int32 [n, 2]: lanes; where one output has fewer, zeros
+    scales: Tensor | None = None
+    sums: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class ConvTiles:
     """A convolution's weight [O, I, rows, columns] as fp32 `Tiles`: outputs of a group, padded to fours, after those
     of the one before; lanes are (input of a group, kernel row, kernel column)."""
@@ -116,7 +135,7 @@ class Panels:
     whole: Tensor | None = None  # fp32 [O]: the scale of a whole row
 
 
-Packed = Bitmask | Csr | Tiles | ConvTiles | Panels
+Packed = Bitmask | Csr | Tiles | ConvTiles | Panels | Sell
 
 
 def stored(weight: Tensor, kind: str, grid: Grid | None = None) -> tuple[Tensor, Tensor | None]:
@@ -310,6 +329,55 @@ def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None, gri
     return Tiles((O, C), kind, block, counts.to(torch.int16), starts, columns, values, scales, _sums(V, scales))
 
 
+def pack_sell(weight: Tensor, kind: str = "fp32", block: int = NEAR, grid: Grid | None = None) -> Sell:
+    """Return W [O, C] as `Sell` with `block` lanes of inputs to a block. O(O C log block).
+
+    >>> packed = pack_sell(torch.tensor([[0.0, 2.0], [0.0, 0.0], [1.0, 3.0]]))
+    >>> packed.order[0, 0, :4].tolist(), packed.counts[0, 0, :2].tolist(), packed.columns.tolist()
+    ([1, 0, 2, 3], [1, 2], [[0, 1], [0, 0], [1, 0]])
+    """
+    V, scales = stored(weight, kind, grid)
+    O, C = V.shape
+    each = LANE[kind]
+    lanes = -(-C // each)
+    block = min(lanes or 1, block, BLOCK)
+    if block < 1:
+        raise FormatError(f"a block has at least one lane, got {block}")
+    full = _padded(V, SLAB, block * each)
+    parts = (
+        full.view(torch.int32).reshape(len(full) // SLAB, SLAB, -1, block).transpose(1, 2)
+    )  # [slabs, blocks, 128, block]
+    hit = (full.reshape(len(full), -1, each) != 0).any(-1).reshape(parts.shape[0], SLAB, -1, block).transpose(1, 2)
+    count = hit.sum(-1)
+    there = torch.arange(len(full)).reshape(-1, 1, SLAB) < O + O % 2
+    order = torch.where(there, count, block + 1).sort(dim=-1, stable=True).indices
+    counts = count.gather(-1, order).unflatten(-1, (-1, 2)).amax(-1)
+    rows = order[..., None].expand(-1, -1, -1, block)
+    hit, parts = hit.gather(2, rows), parts.gather(2, rows)
+    first = hit.to(torch.uint8).sort(dim=-1, descending=True, stable=True)  # lanes with a value before those without
+    kept = first.values.bool()
+    columns = torch.where(kept, first.indices, 0).unflatten(2, (-1, 2)).transpose(-1, -2)  # [.., 64, block, 2]
+    values = torch.where(kept, parts.gather(-1, first.indices), 0).unflatten(2, (-1, 2)).transpose(-1, -2)
+    used = torch.arange(block) < counts[..., None]
+    ends = counts.sum(-1).flatten().cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])[: len(ends)].reshape(counts.shape[:2])
+    made = (starts, counts.to(torch.int16), order.to(torch.uint8), columns[used].to(torch.int16), values[used])
+    return Sell((O, C), kind, block, *made, scales, _sums(V, scales))
+
+
+def _unpack_sell(packed: Sell) -> Tensor:
+    """Its lanes as numbers, [O or more, C or more]."""
+    slabs, blocks = packed.starts.shape
+    counts = packed.counts.long().flatten() & 0xFFFF
+    words = torch.zeros(slabs * blocks * SLAB, packed.block, dtype=torch.int32)
+    place = (torch.arange(slabs * blocks)[:, None] * SLAB + packed.order.flatten(0, 1).long()).reshape(-1, 2)
+    rows, columns = place.repeat_interleave(counts, 0), packed.columns.long() & 0xFFFF
+    kept = packed.values != 0
+    words[rows[kept], columns[kept]] = packed.values[kept]
+    lanes = words.reshape(slabs, blocks, SLAB, packed.block).transpose(1, 2)
+    return lanes.flatten().view(KINDS[packed.kind]).reshape(slabs * SLAB, -1)
+
+
 def _crowded(V: Tensor) -> bool:
     """Whether products keep up with inputs from the first cache: measured, from 35 % of the weights on."""
     hit = _padded(V != 0, 4, 1).view(-1, 4, V.shape[1])
@@ -363,6 +431,8 @@ def unpack(packed: Packed) -> Tensor:
         full = torch.zeros(hit.shape, dtype=dtype)
         full[hit] = packed.values[: int(hit.sum())]
         W = full.reshape(-1, words, 4, 64).transpose(1, 2).reshape(-1, words * 64)
+    elif isinstance(packed, Sell):
+        W = _unpack_sell(packed)
     else:
         tiles, blocks = packed.counts.shape[:2]
         counts = packed.counts.long() & 0xFFFF

@@ -27,6 +27,7 @@ from rarefy.runtime.packed import (
     pack_conv,
     pack_csr,
     pack_panels,
+    pack_sell,
     pack_tiles,
 )
 
@@ -120,6 +121,7 @@ def ways_of(module: Any, values: str | None = None) -> tuple[dict[str, Packed], 
         if grid is None or zeros >= FEW:
             ways["bitmask"] = pack_bitmask(weight, kind, grid)
         if grid is None or zeros >= FEW or values is not None:
+            ways["sell"] = pack_sell(weight, kind, grid=grid)
             ways["tiles"] = pack_tiles(weight, kind, grid=grid)
         return ways, partial(SparseLinear, bias=module.bias, rounds=rounds)
     return {"convolution": pack_conv(_as_images(weight), **geometry(module))}, partial(SparseConv, like=module)

@@ -1,0 +1,56 @@
+// Single values, larger batches: SELL-C-sigma (Kreutzer et al. 2014) with slices of two rows, sorted within slabs, and
+// columns cut into blocks whose inputs stay in the first cache. A value is multiplied by vectors that lie there, and
+// loops end where the one before did, mostly: that is what bounds tiles whose columns share few rows. Part of
+// kernels.hpp, in its unnamed namespace.
+
+namespace {
+
+// One block of columns for the rows of a slab on T vectors of inputs; `out` is [SLAB][NT] sums.
+template <int KIND, int T>
+void sell_part(const uint16_t* counts, const uint8_t* order, const uint16_t* column, const uint32_t* value, int64_t pairs,
+               bool begun, const uint32_t* x, uint32_t* out) {
+  using L = Lanes<KIND>;
+  for (int64_t p = 0; p < pairs; ++p, order += 2) {
+    typename L::sum c[2][T];
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) c[r][t] = begun ? L::sum_at(out + order[r] * NT + t * W) : L::zero();
+    for (int64_t i = counts[p]; i > 0; --i, column += 2, value += 2)
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t* at = x + int64_t(column[r]) * NT;
+        const auto w = L::spread(value[r]);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) c[r][t] = L::step(c[r][t], L::load(at + t * W), w);
+      }
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) L::store(out + order[r] * NT + t * W, c[r][t]);
+  }
+}
+
+// The rows of a slab on `columns` of packed inputs, whole vectors of them.
+template <int KIND>
+void sell_any(const rarefy_sell& w, int64_t slab, const uint32_t* x, uint32_t* out, int64_t columns) {
+  const int64_t blocks = (w.cols + w.block - 1) / w.block;
+  const int64_t pairs = (std::min(SLAB, w.rows - slab * SLAB) + 1) / 2;
+  for (int64_t b = 0; b < blocks; ++b, x += w.block * NT) {
+    const int64_t at = slab * blocks + b, from = w.starts[at] * 2;
+    const uint16_t* counts = w.counts + at * (SLAB / 2);
+    const uint8_t* order = w.order + at * SLAB;
+    int64_t left = (columns + W - 1) / W, v = 0;
+    auto part = [&](auto size) {
+      constexpr int T = decltype(size)::value;
+      sell_part<KIND, T>(counts, order, w.columns + from, w.values + from, pairs, b > 0, x + v * W, out + v * W);
+      left -= T;
+      v += T;
+    };
+    while (left >= 4) part(std::integral_constant<int, 4>{});
+    if (left >= 2) part(std::integral_constant<int, 2>{});
+    if (left >= 1) part(std::integral_constant<int, 1>{});
+  }
+}
+
+}  // namespace

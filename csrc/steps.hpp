@@ -1,0 +1,221 @@
+// What lies between products of matrices, on tiles [features][NT] of columns (tokens): sums over features run down a
+// tile, so no vector is ever added up across. Part of kernels.hpp, in its unnamed namespace.
+
+namespace {
+
+inline vec whole_at(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void put_whole(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+// A vector is a register or a piece of one, whose root compilers find by themselves.
+inline vec root(vec v) {
+  float f[W];
+  std::memcpy(f, &v, sizeof v);
+  for (int i = 0; i < W; ++i) f[i] = __builtin_sqrtf(f[i]);
+  std::memcpy(&v, f, sizeof v);
+  return v;
+}
+
+// (x + more) normed over features for `columns` of a tile; what was normed goes to `sum` too, where there is one.
+void norm(const float* x, const float* more, int64_t features, int64_t columns, const float* gain, const float* bias,
+          float least, bool centred, float* sum, float* out) {
+  constexpr int S = 4;  // sums that do not wait for each other
+  const float part = 1.0f / float(features);
+  for (int64_t n = 0; n < columns; n += W) {
+    vec total[S] = {}, square[S] = {}, mean{};
+    const float* from = x;
+    if (more) {
+      from = sum ? sum : out;
+      for (int64_t f = 0; f < features; ++f)
+        put_whole(const_cast<float*>(from) + f * NT + n, whole_at(x + f * NT + n) + whole_at(more + f * NT + n));
+    }
+    if (centred) {
+      for (int64_t f = 0; f < features; ++f) total[f % S] += whole_at(from + f * NT + n);
+      mean = ((total[0] + total[1]) + (total[2] + total[3])) * part;
+    }
+    for (int64_t f = 0; f < features; ++f) {
+      const vec v = whole_at(from + f * NT + n) - mean;
+      square[f % S] += v * v;
+    }
+    const vec by = 1.0f / root(((square[0] + square[1]) + (square[2] + square[3])) * part + least);
+    for (int64_t f = 0; f < features; ++f) {
+      vec v = (whole_at(from + f * NT + n) - mean) * by;
+      if (gain) v *= gain[f];
+      if (bias) v += bias[f];
+      put_whole(out + f * NT + n, v);
+    }
+  }
+}
+
+// Rows of a tile -> y[n][features], `columns` from the tile's column 0 on.
+void unpack(const float* x, int64_t features, int64_t columns, float* y, int64_t ldy) {
+  lanes square[W];
+  for (int64_t n = 0; n < columns; n += W) {
+    const int64_t some = columns - n < W ? columns - n : W;
+    for (int64_t f = 0; f < features; f += W) {
+      const int64_t here = features - f < W ? features - f : W;
+      for (int64_t i = 0; i < W; ++i) square[i] = lanes_at(x + (f + (i < here ? i : 0)) * NT + n);
+      transpose(square);
+      for (int64_t i = 0; i < some; ++i) put_some(y + (n + i) * ldy + f, vec(square[i]), here);
+    }
+  }
+}
+
+// out = act(a + b) or act(a) b, for `count` floats, a multiple of NT.
+void pair(const float* a, const float* b, bool product, int act, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += W) {
+    const vec v = whole_at(a + i);
+    put_whole(out + i, product ? activated(v, act) * whole_at(b + i) : activated(b ? v + whole_at(b + i) : v, act));
+  }
+}
+
+// Bytes of a tile, four features to a lane, with a scale for each column.
+void to_bytes_tile(const float* x, int64_t features, float* scales, uint32_t* out) {
+  for (int64_t n = 0; n < NT; n += W) {
+    vec most{};
+    for (int64_t f = 0; f < features; ++f) most = larger(most, vec(words(whole_at(x + f * NT + n)) & 0x7fffffffu));
+    vec step = most * (1.0f / 127.0f);
+    step = step > 1e-36f ? step : vec{} + 1.0f;
+    put_whole(scales + n, step);
+    const vec by = 1.0f / step;
+    for (int64_t f = 0; f < features; f += 4) {
+      words lane = words{} + 0x80808080u;
+      for (int64_t i = 0; i < 4 && f + i < features; ++i) {
+        const vec v = whole_at(x + (f + i) * NT + n) * by;
+        const ints whole = __builtin_convertvector((v + 12582912.0f) - 12582912.0f, ints);
+        lane ^= (words(whole) & 255u) << uint32_t(8 * i);
+      }
+      std::memcpy(out + f / 4 * NT + n, &lane, sizeof lane);
+    }
+  }
+}
+
+// Sums of bytes [rows][NT] in place become outputs.
+void settle_bytes(const rarefy_sums& w, int64_t row, int64_t rows, const float* scales, const float* residual, float* y) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t n = 0; n < NT; n += W) {
+      float* at = y + r * NT + n;
+      const words shift = words{} + uint32_t(w.sums[row + r]) * 128u;
+      vec v = __builtin_convertvector(ints(words(whole_at(at)) - shift), vec) * (whole_at(scales + n) * w.scales[row + r]);
+      if (w.bias) v += w.bias[row + r];
+      if (residual) v += whole_at(residual + r * NT + n);
+      put_whole(at, activated(v, w.act));
+    }
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+// Queries are columns, T vectors of them at a time; keys and values of the same sequence are broadcast one number after
+// the other, a tile of them at a time, with the running maximum and sum of softmax (Milakov and Gimelshein 2018).
+
+constexpr float LOWEST = -1e30f;  // less is as good as masked, and differences of it are no NaN
+
+template <int T, int R>
+inline void score_keys(const float* q, const float* k, int64_t width, float scale, vec (*out)[T]) {
+  vec c[R][T] = {};
+  for (int64_t d = 0; d < width; ++d, q += NT, k += NT) {
+    vec in[T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) in[t] = whole_at(q + t * W);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) c[r][t] += in[t] * k[r];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) out[r][t] = c[r][t] * scale;
+}
+
+template <int T, int R>
+inline void add_values(const vec (*p)[T], const float* v, int64_t keys, const vec* back, float* out) {
+  vec c[R][T];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) c[r][t] = whole_at(out + r * NT + t * W) * back[t];
+  for (int64_t j = 0; j < keys; ++j)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) c[r][t] += p[j][t] * v[r * NT + j];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) put_whole(out + r * NT + t * W, c[r][t]);
+}
+
+// `lane`: of the first query in its tile; `place`: of it in its sequence.
+template <int T>
+void attend_part(const rarefy_attention& a, int64_t batch, int64_t head, int64_t lane, int64_t place, const float* q,
+                 float* out) {
+  const int64_t width = a.width, first = batch * a.apart, kv = head / (a.heads / a.kv_heads) * width * NT;
+  vec most[T], sum[T] = {}, back[T];
+  for (int t = 0; t < T; ++t) most[t] = vec{} + LOWEST;
+  for (int64_t d = 0; d < width; ++d)
+    for (int t = 0; t < T; ++t) put_whole(out + d * NT + lane + t * W, vec{});
+  const int64_t last = a.causal ? std::min(a.keys, place + T * W) : a.keys;
+  vec p[NT][T];
+  for (int64_t from = 0; from < last;) {
+    const int64_t at = first + from, column = at % NT, keys = std::min(NT - column, last - from);
+    const float* k = a.k + at / NT * a.k_tile + kv + column;
+    const float* v = a.v + at / NT * a.v_tile + kv + column;
+    int64_t j = 0;
+    for (; j + 4 <= keys; j += 4) score_keys<T, 4>(q + lane, k + j, width, a.scale, p + j);
+    for (; j < keys; ++j) score_keys<T, 1>(q + lane, k + j, width, a.scale, p + j);
+    if (a.mask) {
+      const float* m = a.mask + batch * a.mask_batch + head * a.mask_head + place * a.mask_query + from * a.mask_key;
+      for (j = 0; j < keys; ++j)
+        for (int t = 0; t < T; ++t) {
+          if (!a.mask_query) {
+            p[j][t] += m[j * a.mask_key];
+            continue;
+          }
+          float more[W];
+          for (int i = 0; i < W; ++i)
+            more[i] = place + t * W + i < a.queries ? m[j * a.mask_key + (t * W + i) * a.mask_query] : 0.0f;
+          p[j][t] += whole_at(more);
+        }
+    }
+    if (a.causal && from + keys > place)
+      for (j = 0; j < keys; ++j)
+        for (int t = 0; t < T; ++t)
+          for (int i = 0; i < W; ++i)
+            if (from + j > place + t * W + i) p[j][t][i] = LOWEST * 2;
+    for (int t = 0; t < T; ++t) {
+      vec here = most[t];
+      for (j = 0; j < keys; ++j) here = larger(here, p[j][t]);
+      back[t] = exponential(most[t] - here);
+      most[t] = here;
+      vec more{};
+      for (j = 0; j < keys; ++j) more += p[j][t] = exponential(p[j][t] - here);
+      sum[t] = sum[t] * back[t] + more;
+    }
+    int64_t d = 0;
+    for (; d + 4 <= width; d += 4) add_values<T, 4>(p, v + d * NT, keys, back, out + d * NT + lane);
+    for (; d < width; ++d) add_values<T, 1>(p, v + d * NT, keys, back, out + d * NT + lane);
+    from += keys;
+  }
+  for (int64_t d = 0; d < width; ++d)
+    for (int t = 0; t < T; ++t) {
+      float* at = out + d * NT + lane + t * W;
+      put_whole(at, whole_at(at) / sum[t]);
+    }
+}
+
+// One head of the queries of one sequence that lie in one tile.
+void attend(const rarefy_attention& a, int64_t batch, int64_t head, int64_t tile) {
+  const int64_t first = batch * a.apart, from = std::max(first, tile * NT);
+  const int64_t to = std::min(first + (a.queries + W - 1) / W * W, (tile + 1) * NT);
+  const float* q = a.q + tile * a.q_tile + head * a.width * NT;
+  float* out = a.out + tile * a.out_tile + head * a.width * NT;
+  int64_t at = from;
+  for (; at + MOST * W <= to; at += MOST * W) attend_part<MOST>(a, batch, head, at % NT, at - first, q, out);
+  for (; at < to; at += W) attend_part<1>(a, batch, head, at % NT, at - first, q, out);
+}
+
+}  // namespace

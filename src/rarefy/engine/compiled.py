@@ -1,0 +1,242 @@
+"""`compile`: a whole model as one callable, of native plans and of ATen calls for the rest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from rarefy.engine import words
+from rarefy.engine.plan import LOWER, Plan
+from rarefy.engine.prove import prove
+from rarefy.engine.trace import MOST_SIZE, Node, Traced, trace, two_samples
+from rarefy.errors import DataError, ModelError, unknown
+from rarefy.model.select import all_layers
+from rarefy.runtime import native
+from rarefy.runtime.choose import check_plain
+from rarefy.runtime.packed import nbytes, pack_sell, pack_tiles
+
+SHARED = 2.5  # outputs of four that have a value at the same input, in the mean: from there on tiles are faster
+MOST_SIZES = 16  # of inputs for which plans are kept
+ROUNDED = 0.2  # of outputs' length, how far they may move in 8 bits
+HEAVY = (words.product, words.attention)  # what a plan is worth its packing for
+
+
+def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Compiled:
+    """Return a callable that does what the model does, faster: whole stretches of it run as one native call.
+
+    example  what the model can be called with: a dict of its keywords, a tuple of its arguments, or one tensor. Batches
+             and other sizes may differ in later calls, as far as the model's own code leaves them open
+    values   "int8": products run in 8 bits, weights with a scale for each output and inputs with one for each row, so
+             outputs change a little; None: fp32
+    The callable takes and returns what the model does, without gradients, and may be called by several threads. It
+    holds its own copy of the weights: later changes of the model's are not seen. What no plan knows runs in torch, as
+    `print(compiled)` says. Raises ModelError for a model that torch.export does not take, in training mode, with masks
+    that were not folded, or not on the CPU. O(weights log weights), and a few seconds for the export.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    >>> fast = compile(net, torch.randn(2, 4))
+    >>> x = torch.randn(5, 4)
+    >>> bool((fast(x) - net(x)).abs().max() < 1e-5)
+    True
+    """
+    if values not in (None, "int8"):
+        raise ModelError(unknown("values", str(values), ["int8", "None"]))
+    if model.training:
+        raise ModelError("the model is in training mode: call eval() first")
+    check_plain(list(all_layers(model)))
+    away = next((n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.device.type != "cpu"), None)
+    if away is not None:
+        raise ModelError(f"compiled models run on the CPU, {away} is elsewhere: model.cpu() first")
+    args, kwargs = _called(example)
+    if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
+        raise DataError("the example has no tensor: give what the model is called with")
+    made = Compiled(trace(model, args, kwargs), values)
+    prove(model, made, *(two_samples(args, kwargs) if not made.notes else (args, kwargs)), ROUNDED if values else 1e-3)
+    return made
+
+
+def _called(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if hasattr(example, "keys"):
+        return (), {k: example[k] for k in example.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
+    return tuple(example) if isinstance(example, tuple | list) else (example,), {}
+
+
+class Segment:
+    """Words that one native call runs, and its plans for the sizes that it has met."""
+
+    def __init__(self, nodes: Sequence[Node], kernels: Mapping[Node, Any], constants: Mapping[str, Tensor]):
+        inside = set(nodes)
+        read = dict.fromkeys(a for n in nodes for a in _read(n) if a not in inside)
+        self.nodes, self.kernels, self.constants = list(nodes), kernels, constants
+        self.inputs = list(read)
+        self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
+        self.plans: dict[tuple[Any, ...], list[Plan]] = {}
+        self.lock = Lock()
+
+    def run(self, given: Callable[[Node], Any]) -> list[Tensor]:
+        """Return the outputs. Threads that come at the same time have a plan each."""
+        inputs = {n: given(n) for n in self.inputs}
+        shapes = tuple(tuple(t.shape) for t in inputs.values())
+        with self.lock:
+            free = self.plans.get(shapes, [])
+            plan = free.pop() if free else None
+        if plan is None:
+            sizes = dict(zip(self.inputs, shapes))
+            plan = Plan(self.nodes, self.inputs, self.outputs, sizes, self.kernels, self.constants)
+        out = plan.run(inputs)
+        with self.lock:
+            self.plans.setdefault(shapes, []).append(plan)
+            while len(self.plans) > MOST_SIZES:
+                self.plans.pop(next(iter(self.plans)))
+        return out
+
+
+def _read(node: Node) -> list[Node]:
+    """The tensors that a word is about, without its weights."""
+    weights = {words.product: (1, 2), words.norm: (1, 2)}.get(node.target, ())
+    return [a for i, a in enumerate(node.args) if isinstance(a, fx.Node) and i not in weights]
+
+
+class Compiled:
+    """A compiled model; see `compile`."""
+
+    def __init__(self, traced: Traced, values: str | None):
+        self.traced, self.constants = traced, traced.constants
+        kernels = _kernels(traced, values)
+        self.program = _schedule(traced, kernels)
+        self.packed_bytes = sum(nbytes(k.held[0]) for k in kernels.values())
+        for node in kernels:  # packed: the weight itself is not needed any more
+            self.constants.pop(node.args[1].name, None)
+        self.fixed_nodes = _fixed(traced)
+        self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # what sizes alone decide, for the last ones
+        self.output = next(n for n in traced.graph.nodes if n.op == "output").args[0]
+        self.notes = traced.notes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = self._leaves(args, kwargs)
+        sizes = tuple(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)
+        known = self.fixed.get(sizes)
+        env: dict[Node, Any] = {**dict(zip(self.traced.inputs, leaves)), **(known or {})}
+
+        def given(node: Node) -> Any:
+            return env[node] if node in env else self.constants[node.name]
+
+        with torch.no_grad():
+            for item in self.program:
+                if isinstance(item, Segment):
+                    env.update(zip(item.outputs, item.run(given)))
+                elif item not in env:
+                    a, k = fx.map_arg((item.args, item.kwargs), given)
+                    env[item] = item.target(*a, **k)
+            out = fx.map_arg(self.output, given)
+        if known is None:
+            fixed = {**self.fixed, sizes: {n: env[n] for n in self.fixed_nodes}}
+            self.fixed = dict(list(fixed.items())[-MOST_SIZES:])
+        return pytree.tree_unflatten(list(out), self.traced.out_spec)
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The call's tensors in the graph's order; DataError unless they are as the graph was made for."""
+        spec: Any = self.traced.in_spec
+        names = list(spec.child(1).context) if hasattr(spec, "child") else list(spec.children_specs[1].context)
+        if sorted(kwargs) != sorted(names):
+            raise DataError(
+                f"compiled for the keywords {', '.join(names) or 'none'}, got {', '.join(kwargs) or 'none'}"
+            )
+        leaves, got = pytree.tree_flatten((args, {n: kwargs[n] for n in names}))
+        if got != spec:
+            raise DataError(f"compiled for arguments of another structure: {spec}, got {got}")
+        open_: dict[str, int] = {}
+        for node, value in zip(self.traced.inputs, leaves):
+            want = node.meta.get("val")
+            if isinstance(want, Tensor):
+                _check(node.name, want, value, open_, self.traced.ranges)
+            elif value != want:
+                raise DataError(f"{node.name}: compiled for {want!r}, got {value!r}")
+        return leaves
+
+    def __repr__(self) -> str:
+        plans = [i for i in self.program if isinstance(i, Segment)]
+        calls = Counter(_name(i) for i in self.program if not isinstance(i, Segment) and i not in self.fixed_nodes)
+        ours = Counter(n.target.__name__ for s in plans for n in s.nodes)
+        lines = [f"{len(plans)} native calls: {', '.join(f'{n} {w}' for w, n in ours.most_common()) or 'none'}"]
+        lines += [f"in torch: {', '.join(f'{n} {w}' for w, n in calls.most_common())}"] if calls else []
+        return "\n".join([*lines, *self.notes])
+
+
+def _name(node: Node) -> str:
+    return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
+
+
+def _check(name: str, want: Tensor, value: Any, open_: dict[str, int], ranges: Mapping[str, tuple[int, int]]) -> None:
+    """Raise DataError unless a tensor is of the type and the sizes that the graph takes."""
+    sizes = [str(s) if str(s).isdigit() else "any" for s in want.shape]
+    what = f"{str(want.dtype).removeprefix('torch.')} [{', '.join(sizes)}] on the CPU"
+    if not isinstance(value, Tensor):
+        raise DataError(f"{name}: {what} is expected, got {type(value).__name__}")
+    if value.dtype != want.dtype or value.device.type != "cpu" or value.dim() != want.dim():
+        got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+        raise DataError(f"{name}: {what} is expected, got {got}")
+    for n, size in zip(value.shape, want.shape):
+        fixed = str(size).isdigit()  # export wraps numbers too
+        least, most = (int(size), int(size)) if fixed else ranges.get(str(size), (0, MOST_SIZE))
+        if not least <= n <= most:
+            limits = f"{least} or more" if most == MOST_SIZE else f"{least}" if fixed else f"{least} to {most}"
+            raise DataError(f"{name}: {what} is expected, got {list(value.shape)}: {n} is not {limits}")
+        if not fixed and open_.setdefault(str(size), n) != n:
+            raise DataError(
+                f"{name}: a size that is {open_[str(size)]} in another input is {n} here: {list(value.shape)}"
+            )
+
+
+def _fixed(t: Traced) -> list[Node]:
+    """What follows from sizes and constants alone."""
+    found: dict[Node, None] = {}
+    for n in t.graph.nodes:
+        if n.op != "call_function" or n.target in LOWER:
+            continue
+        random = isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
+        alone = all(a in found or a.name in t.constants for a in n.all_input_nodes)
+        if n.target is torch.ops.aten.sym_size.int or (alone and not random):
+            found[n] = None
+    return list(found)
+
+
+def _kernels(t: Traced, values: str | None) -> dict[Node, Any]:
+    """Packed weights of all products."""
+    if native.missing() is not None:
+        return {}
+    found = {}
+    for node in t.graph.nodes:
+        if node.target is words.product:
+            _, w, bias, _, act = node.args
+            packed: Any = pack_tiles(t.constants[w.name], values or "fp32")
+            if len(packed.values) < SHARED * len(packed.columns):
+                packed = pack_sell(t.constants[w.name], values or "fp32")
+            found[node] = native.Kernel(packed, None if bias is None else t.constants[bias.name], act)
+    return found
+
+
+def _schedule(t: Traced, kernels: Mapping[Node, Any]) -> list[Any]:
+    """Calls in an order that lets words come together: all ATen calls that can be made, then all words, and so on."""
+    nodes = [n for n in t.graph.nodes if n.op == "call_function"]
+    waits = {n: {a for a in n.all_input_nodes if a.op == "call_function"} for n in nodes}
+    program: list[Any] = []
+    in_words = False
+    while waits:
+        taken: dict[Node, None] = {}
+        for n in nodes:
+            if n in waits and (n.target in LOWER and bool(kernels)) == in_words and waits[n] <= taken.keys():
+                taken[n] = None
+                del waits[n]
+        for left in waits.values():
+            left.difference_update(taken)
+        heavy = any(n.target in HEAVY for n in taken)
+        program += [Segment(list(taken), kernels, t.constants)] if in_words and heavy else list(taken)
+        in_words = not in_words
+    return program

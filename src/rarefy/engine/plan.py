@@ -1,0 +1,314 @@
+"""Words of a graph as steps of one native call, for given sizes: where every value lies, and what is done to it.
+
+A value [.., tokens, features] lies in tiles [tiles][features][64 tokens], fp32. Sequences begin at whole vectors, so
+that attention never meets two in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.engine import words
+from rarefy.engine.trace import Node
+from rarefy.runtime import native
+from rarefy.runtime.packed import Sell
+
+NT = 64  # tokens of a tile
+VECTOR = 16  # tokens that a sequence is filled up to, where several lie one after the other
+OPS = {name: i for i, name in enumerate(("pack", "unpack", "product", "bytes", "norm", "add", "times", "attend"))}
+
+
+class Place(Structure):
+    _fields_ = [("at", c_void_p), ("tile", c_int64)]
+
+
+class Step(Structure):
+    _fields_ = [
+        *[(n, c_int32) for n in ("op", "act")],
+        ("w", c_void_p),
+        *[(n, Place) for n in ("x", "more", "out", "sum")],
+        *[(n, c_void_p) for n in ("gain", "bias")],
+        *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "apart")],
+        ("least", c_float),
+        ("flag", c_int32),
+    ]
+
+
+class Attend(Structure):
+    _fields_ = [
+        *[(n, c_void_p) for n in ("q", "k", "v", "out")],
+        *[(n, c_int64) for n in ("q_tile", "k_tile", "v_tile", "out_tile")],
+        ("mask", c_void_p),
+        *[(n, c_int64) for n in ("mask_batch", "mask_head", "mask_query", "mask_key")],
+        *[(n, c_int64) for n in ("batch", "heads", "kv_heads", "width", "queries", "keys", "apart")],
+        ("scale", c_float),
+        ("causal", c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How the tokens of values lie: `batch` sequences of `tokens`, each beginning `apart` columns after the last."""
+
+    batch: int
+    tokens: int
+    apart: int
+
+    @property
+    def columns(self) -> int:
+        return self.batch * self.apart
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.columns // NT)
+
+
+@dataclass
+class Value:
+    """A tensor in tiles: floats of a tile, where it begins in the plan's memory, how long it is needed."""
+
+    tokens: Tokens
+    features: int
+    made: int
+    last: int = -1
+    start: int = 0
+
+    @property
+    def tile(self) -> int:
+        return -(-self.features // 4) * 4 * NT
+
+    @property
+    def floats(self) -> int:
+        return self.tokens.tiles * self.tile
+
+
+class Plan:
+    """The steps of some words for given sizes of their inputs.
+
+    Holds memory of its own, so one thread runs it at a time.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        inputs: Sequence[Node],
+        outputs: Sequence[Node],
+        shapes: Mapping[Node, tuple[int, ...]],
+        kernels: Mapping[Node, Any],
+        constants: Mapping[str, Tensor],
+    ):
+        self.shapes, self.kernels, self.constants = dict(shapes), kernels, constants
+        self.values: dict[Node, Value] = {}
+        self.every: list[Value] = []
+        self.steps: list[tuple[Step, dict[str, Any]]] = []
+        self.held: list[Any] = []
+        self.masks: list[tuple[Node, Attend]] = []
+        self.bytes: dict[Node, tuple[Value, Value]] = {}
+        self.spread = {self._lead(n) for n in nodes if n.target is words.attention}
+        self.inputs = [n for n in inputs if n not in _masks(nodes)]
+        self.entries = [self._enter(n) for n in self.inputs]
+        for node in nodes:
+            LOWER[node.target](self, node)
+        self.exits = [self._leave(n) for n in outputs]
+        self._settle()
+
+    # ---- values
+
+    def _lead(self, node: Node) -> tuple[int, ...]:
+        return self.shape(node)[:-1]
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        if node not in self.shapes:
+            x = node.args[0]
+            last = self.kernels[node].shape[0] if node.target is words.product else None
+            s = self.shape(x)
+            self.shapes[node] = s if last is None else (*s[:-1], last)
+        return self.shapes[node]
+
+    def _tokens(self, lead: tuple[int, ...]) -> Tokens:
+        if lead in self.spread and lead[0] > 1:
+            return Tokens(lead[0], lead[1], -(-lead[1] // VECTOR) * VECTOR)
+        n = prod(lead)
+        return Tokens(1, n, max(n, 1))
+
+    def _new(self, lead: tuple[int, ...], features: int) -> Value:
+        v = Value(self._tokens(lead), features, len(self.steps))
+        self.every.append(v)
+        return v
+
+    def make(self, node: Node) -> Value:
+        *lead, features = self.shape(node)
+        v = self.values[node] = self._new(tuple(lead), features)
+        return v
+
+    def use(self, v: Value) -> Value:
+        v.last = len(self.steps)
+        return v
+
+    # ---- steps
+
+    def step(self, op: str, v: Value, **places: Any) -> Step:
+        """Add a step over the tokens of v; `places` are values, or numbers of the step."""
+        t = v.tokens
+        s = Step(op=OPS[op], columns=t.columns, batch=t.batch, tokens=t.tokens, apart=t.apart, features=v.features)
+        at = {n: p for n, p in places.items() if isinstance(p, Value)}
+        for n, p in places.items():
+            if not isinstance(p, Value):
+                setattr(s, n, p)
+        self.steps.append((s, at))
+        return s
+
+    def _enter(self, node: Node) -> Step:
+        v = self.make(node)
+        return self.step("pack", v, out=self.use(v))
+
+    def _leave(self, node: Node) -> tuple[Step, tuple[int, ...]]:
+        v = self.use(self.values[node])
+        return self.step("unpack", v, x=v), self.shape(node)
+
+    def constant(self, node: Any) -> int | None:
+        if node is None:
+            return None
+        t = self.constants[node.name].float().contiguous()
+        self.held.append(t)
+        return t.data_ptr()
+
+    def _settle(self) -> None:
+        """Give every value its place: what is not needed any more makes room."""
+        free: list[tuple[int, int]] = []  # floats, start
+        end, ends = 0, {}
+        for i in range(len(self.steps) + 1):
+            for v in ends.pop(i, ()):
+                free.append((v.floats, v.start))
+            for v in (v for v in self.every if v.made == i):
+                fit = min((f for f in free if f[0] >= v.floats), default=None)
+                if fit is not None and fit[0] <= 2 * v.floats:
+                    free.remove(fit)
+                    v.start = fit[1]
+                    if fit[0] > v.floats:
+                        free.append((fit[0] - v.floats, fit[1] + v.floats))
+                else:
+                    v.start, end = end, end + v.floats
+                ends.setdefault(max(v.last, v.made) + 1, []).append(v)
+        self.memory = torch.zeros(end + 16)
+        base = (self.memory.data_ptr() + 63) // 64 * 64
+        self.array = (Step * len(self.steps))()
+        for i, (s, places) in enumerate(self.steps):
+            for name, v in places.items():
+                setattr(s, name, Place(base + 4 * v.start, v.tile))
+            self.array[i] = s
+        for a, places in self.held_attention():
+            for name, v in places.items():
+                setattr(a, name, base + 4 * v.start)
+                setattr(a, f"{name}_tile", v.tile)
+        n = len(self.entries)
+        self.first = [self.array[i] for i in range(n)]
+        self.final = [self.array[i] for i in range(len(self.steps) - len(self.exits), len(self.steps))]
+        self.sizes = [shape for _, shape in self.exits]
+        self.call = native.library().rarefy_run_plan
+
+    def held_attention(self) -> list[Any]:
+        return [h for h in self.held if isinstance(h, tuple)]
+
+    def run(self, given: Mapping[Node, Tensor]) -> list[Tensor]:
+        """Return the outputs, row after row."""
+        kept = []
+        for node, step in zip(self.inputs, self.first):
+            x = given[node].contiguous()
+            kept.append(x)
+            step.x.at = x.data_ptr()
+        for node, a in self.masks:
+            m = given[node]
+            m = m[(None,) * (4 - m.dim())]
+            m = m.expand(a.batch, m.shape[1], a.queries, a.keys)
+            kept.append(m)
+            a.mask = m.data_ptr()
+            a.mask_batch, a.mask_head, a.mask_query, a.mask_key = m.stride()
+            if m.shape[1] == 1:
+                a.mask_head = 0
+        out = [torch.empty(s) for s in self.sizes]
+        for y, step in zip(out, self.final):
+            step.out.at = y.data_ptr()
+        if self.call(self.array, len(self.array)):
+            raise MemoryError("no memory to run a compiled model")
+        return out
+
+
+def _masks(nodes: Sequence[Node]) -> set[Any]:
+    return {n.args[3] for n in nodes if n.target is words.attention and n.args[3] is not None}
+
+
+def _product(p: Plan, node: Node) -> None:
+    x, _, _, more, _ = node.args
+    kernel = p.kernels[node]
+    source, extra = p.values[x], {} if more is None else {"more": p.values[more]}
+    if kernel.about.kind == 2:  # int8
+        if x not in p.bytes:
+            small = p._new(p._lead(x), -(-source.features // 4))
+            scales = p._new(p._lead(x), 1)
+            p.step("bytes", source, x=p.use(source), out=p.use(small), sum=p.use(scales))
+            p.bytes[x] = small, scales
+        source, extra["sum"] = p.bytes[x]
+        p.use(extra["sum"])
+    out = p.make(node)
+    p.step(
+        "product",
+        out,
+        x=p.use(source),
+        out=p.use(out),
+        w=addressof(kernel.about),
+        flag=int(isinstance(kernel.held[0], Sell)),
+        **{n: p.use(v) for n, v in extra.items()},
+    )
+
+
+def _norm(p: Plan, node: Node) -> None:
+    x, gain, bias, least, centred = node.args
+    v, out = p.use(p.values[x]), p.make(node)
+    p.step(
+        "norm", out, x=v, out=p.use(out), gain=p.constant(gain), bias=p.constant(bias), least=least, flag=int(centred)
+    )
+
+
+def _pair(p: Plan, node: Node) -> None:
+    x, *rest = node.args
+    more, act = (None, rest[0]) if node.target is words.activation else rest
+    out = p.make(node)
+    extra = {} if more is None else {"more": p.use(p.values[more])}
+    op = "times" if node.target is words.times else "add"
+    p.step(op, out, x=p.use(p.values[x]), out=p.use(out), act=native.ACTIVATIONS.index(act), **extra)
+
+
+def _attention(p: Plan, node: Node) -> None:
+    q, k, v, mask, heads, kv_heads, scale, causal = node.args
+    out = p.make(node)
+    t = out.tokens
+    a = Attend(
+        batch=p.shape(node)[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        width=out.features // heads,
+        queries=p.shape(node)[1],
+        keys=p.shape(k)[1],
+        apart=t.apart,
+        scale=scale,
+        causal=int(causal),
+    )
+    places = {n: p.use(p.values[x]) for n, x in zip("qkv", (q, k, v))} | {"out": p.use(out)}
+    p.held.append((a, places))
+    if mask is not None:
+        p.masks.append((mask, a))
+    p.step("attend", out, w=addressof(a))
+
+
+LOWER: dict[Any, Callable[[Plan, Node], None]] = {
+    words.product: _product, words.norm: _norm, words.add: _pair, words.times: _pair, words.activation: _pair,
+    words.attention: _attention,
+}  # fmt: skip

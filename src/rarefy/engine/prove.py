@@ -1,0 +1,71 @@
+"""Whether a compiled model does what the model does: on its example, and where sizes are one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rarefy.errors import ModelError, RarefyError
+
+
+def prove(model: nn.Module, made: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], apart: float) -> None:
+    """Call both with the example; ModelError if their outputs are further apart than `apart` of their length.
+
+    An exported graph took every open size for two or more. Where model and graph agree on a size of one too, it is
+    allowed from then on. O(open sizes) calls.
+    """
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    far = distance(model, made, leaves, spec)
+    if not far <= apart:
+        raise ModelError(f"the compiled {type(model).__name__} returns other numbers, {far:.2g} of their length apart")
+    for names in _together(made.traced, leaves):
+        before = {n: made.traced.ranges[n] for n in names}
+        made.traced.ranges.update({n: (1, most) for n, (_, most) in before.items()})
+        fewer = [_narrowed(t, n.meta.get("val"), names) for n, t in zip(made.traced.inputs, leaves)]
+        try:
+            agrees = distance(model, made, fewer, spec) <= apart
+        except (RarefyError, RuntimeError, ValueError, LookupError, AssertionError):
+            agrees = False  # the model itself may not take it
+        if not agrees:
+            made.traced.ranges.update(before)
+
+
+def _together(traced: Any, leaves: list[Any]) -> list[set[str]]:
+    """Names of open sizes from two on: those that the example has at the same place of several inputs are one."""
+    found: dict[tuple[int, int], set[str]] = {}
+    for node, t in zip(traced.inputs, leaves):
+        for d, s in enumerate(node.meta["val"].shape if isinstance(t, Tensor) else ()):
+            if traced.ranges.get(str(s), (0, 0))[0] == 2:
+                found.setdefault((d, t.shape[d]), set()).add(str(s))
+    return list(found.values())
+
+
+def _narrowed(t: Any, fake: Any, sizes: set[str]) -> Any:
+    if not isinstance(t, Tensor):
+        return t
+    for d, s in enumerate(fake.shape):
+        t = t.narrow(d, 0, 1) if str(s) in sizes else t
+    return t
+
+
+def distance(model: nn.Module, made: Any, leaves: list[Any], spec: Any) -> float:
+    """Return how far apart outputs are, in the length of the model's: the largest over tensors."""
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    with torch.no_grad():
+        want, got = (
+            [t for t in pytree.tree_leaves(f(*args, **kwargs)) if isinstance(t, Tensor)] for f in (model, made)
+        )
+    if [t.shape for t in want] != [t.shape for t in got]:
+        return float("inf")
+    return max((_apart(a, b) for a, b in zip(want, got)), default=0.0)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    if not a.is_floating_point():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    length = float(a.double().norm())
+    return float((a.double() - b.double()).norm()) / (length if length > 0 else 1.0)

@@ -1,0 +1,309 @@
+"""A model as a graph of words and ATen calls: exported with open sizes, then read again in the engine's words."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, export
+from torch.utils import _pytree as pytree
+
+from rarefy.engine import words
+from rarefy.errors import ModelError, first_line
+from rarefy.runtime import ops  # noqa: F401 (models that run sparse already hold its operator)
+from rarefy.runtime.layers import Sparse, rebuilt
+
+aten = torch.ops.aten
+
+
+MOST_SIZE = 1 << 62  # of an open size, where nothing is known
+Node = Any  # fx.Node, whose arguments are of any kind
+
+
+@dataclass
+class Traced:
+    """A graph, its constants by the names of their placeholders, and how arguments and outputs are laid out.
+
+    inputs  the placeholders of the call's tensors, in their order
+    ranges  from where to where a size that is open may go, by its symbol
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    inputs: list[Node]
+    in_spec: Any
+    out_spec: Any
+    ranges: dict[str, tuple[int, int]]
+    notes: tuple[str, ...] = ()
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Traced:
+    """Export a model with all its sizes open that can be; ModelError with what export said where it cannot be."""
+    two = two_samples(args, kwargs)
+    try:
+        return _read(_export(model, *two))
+    except Exception as error:  # torch.export raises its own kinds, and those of whatever the model calls
+        if isinstance(error, ModelError):
+            raise
+        why = f"{type(model).__name__} cannot be exported: {first_line(error)}"
+        if two[0] is args:
+            raise ModelError(why) from error
+    try:
+        traced = _read(_export(model, args, kwargs))
+    except ModelError:
+        raise
+    except Exception:
+        raise ModelError(why) from None
+    traced.notes = (f"for batches of the example's size alone: {why}",)
+    return traced
+
+
+def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return arguments with two samples where the example has one: export takes a size of one for a constant."""
+    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if not leaves or any(not t.dim() or len(t) != 1 for t in leaves):
+        return args, kwargs
+    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), (args, dict(kwargs)))
+
+
+def _export(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    names = list(inspect.signature(model.forward).parameters)
+    given = {**dict(zip(names, args)), **kwargs}
+    open_ = pytree.tree_map(lambda t: [Dim.AUTO] * t.dim() if isinstance(t, Tensor) else None, given)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own trees
+        program = export(model, args, dict(kwargs), dynamic_shapes=open_, strict=False)
+        changes = any(_changes(n.target) for n in program.graph.nodes if n.op == "call_function")
+        return program.run_decompositions({}) if changes else program  # calls that change their inputs become others
+
+
+def _changes(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _read(program: Any) -> Traced:
+    """The graph in the engine's words."""
+    signature, graph = program.graph_signature, program.graph_module.graph
+    state = {**program.state_dict, **program.constants}
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names |= signature.inputs_to_lifted_tensor_constants
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        raise ModelError("the model changes its buffers or its inputs when it is called: that cannot be compiled")
+    constants = {n: state[t].detach() for n, t in names.items()}
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name not in constants]
+    ranges = {str(k): (int(v.lower), int(min(v.upper, MOST_SIZE))) for k, v in program.range_constraints.items()}
+    traced = Traced(graph, constants, inputs, program.call_spec.in_spec, program.call_spec.out_spec, ranges)
+    for step in STEPS:
+        for node in list(graph.nodes):
+            if node.op == "call_function" and not node._erased:
+                step(traced, node)
+        graph.eliminate_dead_code()
+    graph.lint()
+    return traced
+
+
+# ---- one rule each: of a node, its place in the graph and what the constants are ------------------------------------
+
+
+def shape(node: Any) -> tuple[Any, ...]:
+    """Return the sizes of a node's output, () where it is no tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether sizes agree, whatever the open ones will be."""
+    return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b))
+
+
+def _kind(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _put(t: Traced, node: Node, word: Callable[..., Any], *args: Any) -> Node:
+    with t.graph.inserting_before(node):
+        new = t.graph.call_function(word, args)
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    t.graph.erase_node(node)
+    return new
+
+
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+CHECKS = (
+    aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default,
+)  # fmt: skip
+NOTHING = (
+    aten.dropout.default, aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default,
+    aten.lift_fresh_copy.default, aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
+)  # fmt: skip
+
+
+def _drop(t: Traced, node: Node) -> None:
+    """What does nothing to values."""
+    if node.target in CHECKS:
+        t.graph.erase_node(node)
+        return
+    x = node.args[0] if node.args else None
+    if not isinstance(x, fx.Node) or _kind(x) != _kind(node):
+        return
+    if node.target is aten.dropout.default and node.args[2]:
+        raise ModelError("the model drops out at random: call eval() first")
+    if node.target in NOTHING or (node.target in VIEWS and same(shape(node), shape(x))):
+        node.replace_all_uses_with(x)
+        t.graph.erase_node(node)
+
+
+def _linear(t: Traced, node: Node) -> None:
+    if node.target is aten.linear.default:
+        x, w, *bias = node.args
+        if isinstance(w, fx.Node) and w.name in t.constants and _kind(node) == torch.float32:
+            _put(t, node, words.product, x, w, bias[0] if bias else None, None, None)
+    if node.target is torch.ops.rarefy.sparse.default:
+        _unpack_sparse(t, node)
+
+
+def _unpack_sparse(t: Traced, node: Node) -> None:
+    """A layer that runs sparse already: its weight once more, for the plan to pack."""
+    x, parts, bias, about = node.args
+    layer = rebuilt([t.constants[p.name] for p in parts], None, about)
+    if len(layer.shape) != 2 or layer.rounds or _small(layer):
+        return
+    with t.graph.inserting_before(next(iter(t.graph.nodes))):
+        w = t.graph.placeholder(f"{parts[0].name}_unpacked")
+    t.constants[w.name] = w.meta["val"] = layer.weight.float()
+    _put(t, node, words.product, x, w, bias, None, layer.activation)
+
+
+def _small(layer: Sparse) -> bool:
+    """Whether a layer's weight has other numbers than fp32."""
+    return any(how.get("kind", "fp32") != "fp32" for _, how in layer.about)
+
+
+def _reshaped(t: Traced, node: Node) -> None:
+    """view(product(view(x))): the product alone."""
+    if node.target not in VIEWS or not isinstance(node.args[0], fx.Node):
+        return
+    y = node.args[0]
+    if y.target is not words.product or len(y.users) != 1 or y.args[3] is not None:
+        return
+    x = y.args[0]
+    wide = x.args[0] if x.target in VIEWS else None
+    ends = wide is not None and shape(x)[-1] == shape(wide)[-1] and shape(node)[-1] == shape(y)[-1]
+    if ends and same(shape(wide)[:-1], shape(node)[:-1]):
+        _put(t, node, words.product, wide, *y.args[1:])
+
+
+def _norm(t: Traced, node: Node) -> None:
+    centred = node.target is aten.layer_norm.default
+    if (not centred and node.target is not aten.rms_norm.default) or _kind(node) != torch.float32:
+        return
+    x, over, *rest = node.args
+    usual: tuple[Any, ...] = (None, None, 1e-5) if centred else (None, torch.finfo(torch.float32).eps)
+    given = [*rest, *usual[len(rest) :]]
+    gain, bias, least = given[:3] if centred else (given[0], None, given[1] if given[1] is not None else usual[1])
+    if len(over) == 1 and all(c is None or c.name in t.constants for c in (gain, bias)):
+        _put(t, node, words.norm, x, gain, bias, least, centred)
+
+
+ACTIVATIONS = {
+    aten.relu.default: "relu", aten.silu.default: "silu",
+}  # fmt: skip
+
+
+def _act(node: Node) -> str | None:
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    return ACTIVATIONS.get(node.target)
+
+
+def _pointwise(t: Traced, node: Node) -> None:
+    act = _act(node)
+    if act is not None and _kind(node) == torch.float32:
+        _put(t, node, words.activation, node.args[0], act)
+    if node.target in (aten.add.Tensor, aten.mul.Tensor) and _kind(node) == torch.float32:
+        a, b = node.args
+        whole = isinstance(a, fx.Node) and isinstance(b, fx.Node) and same(shape(a), shape(b)) and not node.kwargs
+        if whole and _kind(a) == _kind(b) == torch.float32 and not {a.name, b.name} & set(t.constants):
+            _put(t, node, words.times if node.target is aten.mul.Tensor else words.add, a, b, None)
+
+
+def _attention(t: Traced, node: Node) -> None:
+    """[batch, tokens, features] split into heads, attention, and joined again."""
+    if node.target is not aten.scaled_dot_product_attention.default or _kind(node) != torch.float32:
+        return
+    q, k, v, *rest = node.args
+    usual = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest)) | node.kwargs
+    mask, drop, causal = (usual.get(n, d) for n, d in (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False)))
+    if drop or len(node.users) != 1:
+        return
+    split = [_split(x) for x in (q, k, v)]
+    turned = next(iter(node.users))
+    if any(s is None for s in split) or not _turns(turned):
+        return
+    joined = next(iter(turned.users)) if len(turned.users) == 1 else None
+    heads, kv_heads, width = shape(q)[1], shape(k)[1], shape(q)[3]
+    if joined is None or joined.target not in VIEWS or not same(shape(joined), shape(split[0])) or shape(v)[3] != width:
+        return
+    if not same(shape(k)[:1] + shape(k)[2:3], shape(q)[:1] + shape(q)[2:3]):
+        return  # keys of other tokens than the queries'
+    if heads % kv_heads or (heads != kv_heads and not node.kwargs.get("enable_gqa")):
+        return
+    scale = node.kwargs.get("scale")
+    if mask is not None:
+        made = next((u for u in mask.users if u.target is words.additive), None)
+        if made is None:
+            with t.graph.inserting_after(mask if mask.op != "placeholder" else t.inputs[-1]):
+                made = t.graph.call_function(words.additive, (mask,))
+            made.meta["val"] = mask.meta["val"].float()
+        mask = made
+    scale = width**-0.5 if scale is None else scale
+    _put(t, joined, words.attention, *split, mask, heads, kv_heads, scale, causal)
+    t.graph.erase_node(turned)
+    t.graph.erase_node(node)
+
+
+def _turns(x: Node) -> bool:
+    """Whether heads and tokens change places."""
+    return x.target is aten.transpose.int and sorted(d % 4 for d in x.args[1:]) == [1, 2]
+
+
+def _split(x: Any) -> Any:
+    """What was split into heads, [batch, tokens, features]."""
+    if not _turns(x):
+        return None
+    v = x.args[0]
+    if v.target not in VIEWS or len(shape(v)) != 4 or len(shape(v.args[0])) != 3:
+        return None
+    return v.args[0] if same(shape(v)[:2], shape(v.args[0])[:2]) else None
+
+
+def _fuse(t: Traced, node: Node) -> None:
+    """Activations and sums that alone read a product go into it."""
+    if node.target is words.activation:
+        y = node.args[0]
+        alone = len(y.users) == 1
+        if alone and y.target is words.product and y.args[4] is None:
+            _put(t, node, words.product, *y.args[:4], node.args[1])
+        elif alone and y.target is words.add and y.args[2] is None:
+            _put(t, node, words.add, *y.args[:2], node.args[1])
+    elif node.target is words.add:
+        a, b, act = node.args
+        for y, more in ((a, b), (b, a)):
+            if y.target is words.product and len(y.users) == 1 and y.args[3:] == (None, None) and more is not y:
+                _put(t, node, words.product, *y.args[:3], more, act)
+                return
+    elif node.target is words.times and node.args[2] is None:
+        for y, more in (node.args[:2], node.args[1::-1]):
+            if y.target is words.activation and len(y.users) == 1:
+                _put(t, node, words.times, y.args[0], more, y.args[1])
+                return
+
+
+STEPS = (_drop, _linear, _norm, _pointwise, _attention, _reshaped, _fuse, _fuse)

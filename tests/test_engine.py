@@ -1,0 +1,359 @@
+"""Whole models through `rarefy.compile`: the same numbers as eager, in whatever sizes, by several threads."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rarefy
+from rarefy import samples
+from rarefy.engine import compiled, prove, words
+from rarefy.engine.compiled import Segment
+from rarefy.errors import DataError, ModelError
+from rarefy.model import hf
+from rarefy.runtime import native
+
+ISAS = [n for n in native.ISAS]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = native.isa()
+    try:
+        native.use(request.param)
+    except rarefy.RarefyError:
+        pytest.skip("not on this CPU")
+    yield request.param
+    native.use(before)
+
+
+def pruned(model, sparsity=0.8, seed=0):
+    """Weights of all Linear layers, most of them zero."""
+    g = torch.Generator().manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            m.weight.data *= torch.rand(m.weight.shape, generator=g) >= sparsity
+    return model.eval()
+
+
+def native_words(made):
+    return [n.target for s in made.program if isinstance(s, Segment) for n in s.nodes]
+
+
+class Attends(nn.Module):
+    """q, k and v of one tensor, attention as models write it, and a product after it."""
+
+    def __init__(self, heads=4, kv_heads=4, width=8, causal=False, scale=None):
+        super().__init__()
+        self.heads, self.kv_heads, self.width, self.causal, self.scale = heads, kv_heads, width, causal, scale
+        C = heads * width
+        self.q, self.k, self.v, self.o = (nn.Linear(C, n) for n in (C, kv_heads * width, kv_heads * width, C))
+
+    def forward(self, x, mask=None):
+        B, S, _ = x.shape
+        q, k, v = (
+            f(x).view(B, S, n, self.width).transpose(1, 2)
+            for f, n in ((self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads))
+        )
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=self.causal, scale=self.scale, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o(y.transpose(1, 2).reshape(B, S, -1)) + x
+
+
+class Gated(nn.Module):
+    """A block as language models have them: RMSNorm, a gate, a residual; and LayerNorm at its end."""
+
+    def __init__(self, C=24, H=50):
+        super().__init__()
+        self.before, self.after = nn.RMSNorm(C, eps=1e-6), nn.LayerNorm(C)
+        self.gate, self.up, self.down = nn.Linear(C, H, bias=False), nn.Linear(C, H), nn.Linear(H, C)
+
+    def forward(self, x):
+        h = self.before(x)
+        return self.after(x + self.down(F.silu(self.gate(h)) * self.up(h)))
+
+
+@pytest.mark.parametrize("size", [(2, 16), (1, 5), (3, 37), (2, 64), (1, 200), (5, 1)], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"causal": True}, {"kv_heads": 2}, {"width": 5, "scale": 0.3}, {"heads": 1, "kv_heads": 1}], ids=str
+)
+def test_attention(how, size, isa):
+    torch.manual_seed(0)
+    net = pruned(Attends(**how), 0.5)
+    x = torch.randn(*size, net.heads * net.width)
+    made = rarefy.compile(net, torch.randn(2, 8, net.heads * net.width))
+    assert native_words(made).count(words.attention) == 1 and len(made.program) - len(made.fixed_nodes) == 1
+    torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["keys", "queries", "heads", "one for all", "added", "causal too"])
+def test_masks(kind, isa):
+    torch.manual_seed(1)
+    net, B, S = pruned(Attends(), 0.5), 3, 70
+    mask = torch.rand(B, 4 if kind == "heads" else 1, 1 if kind == "keys" else S, S) < 0.7
+    mask[..., 0] = True
+    if kind == "keys":
+        mask = mask.expand(B, 1, S, S)
+    if kind == "one for all":
+        mask = mask[:1, 0]
+    if kind == "added":
+        mask = torch.randn(B, 1, S, S)
+    if kind == "causal too":
+        mask = mask & torch.ones(S, S, dtype=torch.bool).tril()
+    x = torch.randn(B, S, 32)
+    made = rarefy.compile(net, (x, mask))
+    assert native_words(made).count(words.attention) == 1
+    torch.testing.assert_close(made(x, mask), net(x, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [(1,), (64,), (65,), (2, 3), (2, 3, 30)], ids=str)
+def test_gates_and_norms(rows, isa):
+    torch.manual_seed(2)
+    net, x = pruned(Gated()), torch.randn(*rows, 24)
+    made = rarefy.compile(net, x)
+    assert set(native_words(made)) == {words.product, words.norm, words.times}
+    torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU()])
+def test_activations_go_into_products(act, isa):
+    net = pruned(nn.Sequential(nn.Linear(30, 140), act, nn.Linear(140, 7)))
+    made = rarefy.compile(net, torch.randn(3, 30))
+    assert native_words(made) == [words.product, words.product]
+    x = torch.randn(90, 30)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_changed_in_place_is_read_as_it_was():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.a(x)
+            y = h * 2
+            h.relu_()
+            return self.b(h) + y + h
+
+    net, x = Net().eval(), torch.randn(4, 8)
+    torch.testing.assert_close(rarefy.compile(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_minilm_pruned_equals_eager():
+    model, tokenizer = hf.load_folder(samples.model_folder("minilm")), hf.load_tokenizer(samples.model_folder("minilm"))
+    rarefy.prune_(model, layers="encoder.layer.*", sparsity=0.8)
+    model = rarefy.fold_(model).eval()
+    texts = ["A short one.", "Sparse matrices have few values, and so on and on, until a line is full of words."]
+    some = tokenizer(texts, padding=True, return_tensors="pt")
+    made = rarefy.compile(model, some)
+    assert native_words(made).count(words.attention) == 6
+    assert "6 attention" in repr(made) and "embedding" in repr(made)
+    for batch in (texts, texts[:1], texts * 9):
+        words_ = tokenizer(batch, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            want, got = model(**words_), made(**words_)
+        assert type(got) is type(want)
+        real = words_["attention_mask"].bool()
+        torch.testing.assert_close(got.last_hidden_state[real], want.last_hidden_state[real], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(got.pooler_output, want.pooler_output, rtol=1e-3, atol=1e-5)
+
+
+def test_eight_bits_equal_their_oracle(isa):
+    torch.manual_seed(3)
+    net = pruned(nn.Sequential(nn.Linear(70, 130), nn.GELU(), nn.Linear(130, 9)))
+    x = torch.randn(100, 70)
+    got = rarefy.compile(net, x, values="int8")(x)
+    y = x
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            packed = compiled.pack_sell(layer.weight, "int8")
+            y = rarefy.runtime.reference.run(packed, y, layer.bias)
+        else:
+            y = layer(y)
+    torch.testing.assert_close(got, y.detach(), rtol=1e-3, atol=1e-3)
+    assert 1e-5 < prove._apart(net(x).detach(), got) < 0.05
+
+
+def test_layers_that_run_sparse_already(monkeypatch):
+    net, x = pruned(Gated(64, 256), 0.9), torch.randn(32, 64)
+    want = net(x)
+    monkeypatch.setattr(rarefy.runtime.ways, "fastest", lambda d, w, i, c: {n: ("tiles", 2.0) for n in i})
+    rarefy.accelerate_(net, (32,), choices=False)
+    made = rarefy.compile(net, x)
+    assert native_words(made).count(words.product) == 3
+    torch.testing.assert_close(made(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_without_kernels_torch_runs_the_words(monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda: "no compiler")
+    net, x = pruned(Attends()), torch.randn(2, 9, 32)
+    made = rarefy.compile(net, x)
+    assert not native_words(made)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_no_plan_knows_runs_in_torch():
+    net, x = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval(),
+        torch.randn(2, 3, 8, 8),
+    )
+    made = rarefy.compile(net, x)
+    assert "conv2d" in repr(made) and "1 product" in repr(made)
+    x = torch.randn(7, 3, 8, 8)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_threads_at_once():
+    net = pruned(Attends(), 0.5)
+    made = rarefy.compile(net, torch.randn(2, 8, 32))
+    wrong = []
+
+    def work(seed):
+        g = torch.Generator().manual_seed(seed)
+        for _ in range(30):
+            x = torch.randn(2, 33 + seed, 32, generator=g)
+            if not torch.allclose(made(x), net(x), atol=1e-4):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(s % 2,)) for s in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_plans_are_few():
+    net = pruned(nn.Sequential(nn.Linear(8, 8)))
+    made = rarefy.compile(net, torch.randn(2, 8))
+    for n in range(2, 60):
+        made(torch.randn(n, 8))
+    assert len(next(i for i in made.program if isinstance(i, Segment)).plans) == compiled.MOST_SIZES
+    assert len(made.fixed) <= compiled.MOST_SIZES
+
+
+def test_weights_are_its_own():
+    net, x = pruned(nn.Sequential(nn.Linear(8, 8))), torch.randn(2, 8)
+    made, want = rarefy.compile(net, x), net(x)
+    net[0].weight.data.zero_()
+    torch.testing.assert_close(made(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: m(torch.randn(2, 9, 31)), r"x: float32 \[any, any, 32\] on the CPU is expected, got \[2, 9, 31\]: 31 is not 32"),
+        (lambda m: m(torch.randn(2, 32)), r"x: float32 \[any, any, 32\] on the CPU is expected, got float32 \[2, 32\]"),
+        (lambda m: m(torch.ones(2, 9, 32, dtype=torch.int64)), "got int64"),
+        (lambda m: m(3.5), "is expected, got float"),
+        (lambda m: m(), "compiled for arguments of another structure"),
+        (lambda m: m(torch.randn(2, 9, 32), torch.ones(9, 9)), "compiled for arguments of another structure"),
+        (lambda m: m(y=torch.randn(2, 9, 32)), "compiled for the keywords none, got y"),
+    ],
+)  # fmt: skip
+def test_calls_that_do_not_fit(call, says):
+    made = rarefy.compile(pruned(Attends()), torch.randn(2, 9, 32))
+    with pytest.raises(DataError, match=says):
+        call(made)
+
+
+def test_sizes_that_belong_together():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x, y):
+            return self.a(x) + self.a(y)
+
+    made = rarefy.compile(Sum().eval(), {"x": torch.randn(3, 8), "y": torch.randn(3, 8)})
+    with pytest.raises(DataError, match="y: "):
+        made(x=torch.randn(4, 8), y=torch.randn(5, 8))
+
+
+class Asks(nn.Module):
+    def forward(self, x):
+        return x * 2 if float(x.sum()) > 0 else x
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return x + self.calls
+
+
+def masked():
+    net = nn.Sequential(nn.Linear(8, 8))
+    rarefy.prune_(net, sparsity=0.5)
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "how", "says"),
+    [
+        (lambda: nn.Linear(2, 2), torch.randn(2, 2), {}, "training mode: call eval"),
+        (lambda: Asks().eval(), torch.randn(2, 2), {}, "Asks cannot be exported: "),
+        (lambda: Counts().eval(), torch.randn(2, 2), {}, "changes its buffers or its inputs"),
+        (masked, torch.randn(2, 8), {}, "masks or grids are still attached"),
+        (lambda: nn.Linear(2, 2).eval(), torch.randn(2, 2), {"values": "int7"}, "unknown values 'int7'"),
+        (lambda: nn.Linear(2, 2, device="meta").eval(), torch.randn(2, 2), {}, "meta"),
+        (lambda: nn.Linear(2, 2).eval(), torch.randn(2, 3), {}, "Linear cannot be exported"),
+    ],
+)
+def test_models_that_cannot_be_compiled(make, example, how, says):
+    with pytest.raises(ModelError, match=says):
+        rarefy.compile(make(), example, **how)
+
+
+def test_an_example_without_tensors():
+    with pytest.raises(DataError, match="the example has no tensor"):
+        rarefy.compile(nn.Linear(2, 2).eval(), {})
+
+
+def test_other_numbers_are_refused(monkeypatch):
+    monkeypatch.setattr(compiled.words, "ACTIVATIONS", {})  # not used by plans, which must not matter
+    monkeypatch.setattr(compiled, "pack_sell", lambda w, kind: rarefy.runtime.packed.pack_sell(w * 1.01, kind))
+    with pytest.raises(ModelError, match="returns other numbers, 0.01 of their length apart"):
+        rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8, bias=False))), torch.randn(2, 8))
+
+
+def test_sizes_of_one_where_the_model_does_something_else():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.a(x) if x.shape[0] > 1 else -self.a(x)
+
+    made = rarefy.compile(Net().eval(), torch.randn(4, 8))
+    with pytest.raises(DataError, match="1 is not 2 or more"):
+        made(torch.randn(1, 8))
+
+
+def test_example_of_one_sample_serves_more():
+    net = pruned(copy.deepcopy(Gated()))
+    made, x = rarefy.compile(net, torch.randn(1, 24)), torch.randn(70, 24)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_does_not_grow():
+    import psutil
+
+    net, x = pruned(Attends()), torch.randn(2, 64, 32)
+    made, me = rarefy.compile(net, x), psutil.Process()
+    for _ in range(300):
+        made(x)
+    before = me.memory_info().rss
+    for _ in range(3000):
+        made(x)
+    assert me.memory_info().rss - before < 4 << 20
