@@ -164,7 +164,7 @@ def minilm() -> Iterator[Line]:
     dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
     folder = HERE / "build" / "minilm"
     if not folder.is_dir():
-        model, seconds = learn(dense, tokenizer)
+        model, seconds = learn(copy.deepcopy(dense), tokenizer)
         rarefy.save(model, folder)
         (HERE / "build" / "minilm.txt").write_text(str(seconds))
     model, want = rarefy.load(folder).eval(), embed(dense, tokenizer)
@@ -173,40 +173,64 @@ def minilm() -> Iterator[Line]:
     line: Line = {"run": "minilm", "way": "4x1, 80 %, taught", "cosine": cosine, "training": seconds}
     for batch in (1, 16):
         words = {"input_ids": torch.randint(1000, 20000, (batch, 128))}
-        fast = copy.deepcopy(model)
-        rarefy.accelerate_(fast, (batch,), words, choices=False)
+        fast = rarefy.compile(model, words)
         times = compare({"dense": lambda: dense(**words), "ours": lambda: fast(**words)}, repeats=30)  # noqa: B023
         line |= {f"{k}, {batch} x 128, ms": 1000 * t.median for k, t in times.items()}
     yield line
 
 
-def pieces(tokenizer: Any, batch: int = 16, words: int = 90) -> list[Any]:
-    """Batches of pieces of the training articles, as texts are given to an encoder: with its first and last token."""
-    texts = [
-        " ".join(w[i : i + words]) for t in samples.wiki(False) for w in [t.split()] for i in range(0, len(w), words)
-    ]
-    texts = [t for t in texts if t.count(" ") > 20]
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+def pieces(tokenizer: Any, epoch: int, batch: int = 16, words: int = 90) -> list[Any]:
+    """Batches of pieces of the training articles, as texts are given to an encoder: with its first and last token. In
+    odd epochs articles are cut elsewhere. Pieces of about the same length come together."""
+    chance, texts = torch.Generator().manual_seed(1000 + epoch), []
+    for text in samples.wiki(False):
+        w = text.split()
+        first = int(torch.randint(0, words, (), generator=chance)) if len(w) > words and epoch % 2 else 0
+        cut = [w[:first], *(w[i : i + words] for i in range(first, len(w), words))]
+        texts += [" ".join(p) for p in cut if len(p) > 20]
+    order = torch.randperm(len(texts), generator=chance).tolist()
+    near = [sorted(order[i : i + 32 * batch], key=lambda j: len(texts[j])) for i in range(0, len(order), 32 * batch)]
+    picked = [n[i : i + batch] for n in near for i in range(0, len(n) - batch + 1, batch)]
     how: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-    picked = [[texts[i] for i in order[first : first + batch]] for first in range(0, len(order), batch)]
-    return [dict(tokenizer(t, **how)) for t in picked]
+    mixed = torch.randperm(len(picked), generator=chance).tolist()
+    return [dict(tokenizer([texts[j] for j in picked[i]], **how)) for i in mixed]
 
 
 def learn(dense: Any, tokenizer: Any) -> tuple[Any, float]:
-    """One shot, each block learning the dense one's outputs; then all together from the dense model's hidden states.
-    Return it and the seconds."""
-    model, data = copy.deepcopy(dense), pieces(tokenizer)
-    began, layers = time.perf_counter(), "encoder.layer.*"
-    model.embeddings.requires_grad_(False)  # half of all weights, and none of them is pruned
-    solver = rarefy.Solver(name="admm", asymmetric=0.5, reconstruct=6)
-    how: dict[str, Any] = {"layers": layers, "data": data[:64], "solver": solver, "allocate": "errors"}
-    rarefy.prune_(model, "4x1", sparsity=0.8, **how)
+    """One shot, each block learning the dense one's outputs; then all together from the dense model's hidden states;
+    then embeddings too, and from its embedding of each text. Return the model and the seconds."""
+    model, began = copy.deepcopy(dense), time.perf_counter()
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0  # the teacher does not drop out either
+    for m in (model, dense):
+        m.set_attn_implementation("eager")  # trains faster here
+    model.requires_grad_(False)
+    model.encoder.requires_grad_(True)
+    solver = rarefy.Solver(name="admm", asymmetric=0.5, reconstruct=2)
+    how: dict[str, Any] = {"layers": "encoder.layer.*", "solver": solver, "allocate": "errors"}
+    first = pieces(tokenizer, 0)
+    rarefy.prune_(model, "4x1", sparsity=0.8, data=first[:64], **how)
     plan = rarefy.Distill(task=0.0, logits=0.0, hidden="squarehead")
-    distiller = rarefy.Distiller(model, dense, plan, example=data[0])
-    rarefy.fit_(
-        model, data, epochs=3, teach=distiller, optimizer=optimizer_of("adamw", 1e-3, weight_decay=0.0),
-        lr_schedule="one-cycle", seed=0, progress=True,
-    )  # fmt: skip
+    distiller = rarefy.Distiller(model, dense, plan, example=first[0])
+    told: dict[str, torch.Tensor] = {}
+    dense.encoder.layer[-1].register_forward_hook(lambda m, a, y: told.update(y=y[0] if isinstance(y, tuple) else y))
+
+    def pooled(hidden: torch.Tensor, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.normalize((hidden.float() * batch["attention_mask"][..., None]).sum(1), dim=-1)
+
+    def both(out: Any, batch: Any, own: Any) -> torch.Tensor:
+        loss = distiller(out, batch)
+        return loss + 3 * (1 - (pooled(out.last_hidden_state, batch) * pooled(told["y"], batch)).sum(-1)).mean()
+
+    both.task = 0  # type: ignore[attr-defined]
+    for epochs, rate, begin, teach in ((7, 1e-3, 0, distiller), (4, 7e-4, 50, both)):
+        rarefy.fit_(
+            model, lambda e: pieces(tokenizer, begin + e), epochs=epochs, teach=teach, seed=0,  # noqa: B023
+            steps=Steps(autocast="bf16", clip=1.0), lr_schedule="one-cycle", progress=True,
+            optimizer=optimizer_of("adamw", rate, weight_decay=0.0),
+        )  # fmt: skip
+        model.embeddings.requires_grad_(True)
     distiller.close()
     return rarefy.fold_(model).eval(), time.perf_counter() - began
 
