@@ -97,8 +97,9 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
   const int64_t lanes = w->weight.cols, inputs = w->inputs * w->groups, outputs = w->outputs * w->groups;
   const int64_t image = inputs * plan.channel, each = plan.oh * plan.ow, all = (n * each + NT - 1) / NT;
   const int64_t tiles = (w->outputs + R4 - 1) / R4, block = w->weight.block;
-  int64_t chunk = std::min(CHUNK, tiles);
-  while (chunk > 8 && all * w->groups * ((tiles + chunk - 1) / chunk) < FEW) chunk /= 2;
+  const int64_t least = w->sell ? SLAB / R4 : 8;  // tiles of a part
+  int64_t chunk = w->sell ? CHUNK : std::min(CHUNK, tiles);
+  while (chunk > least && all * w->groups * ((tiles + chunk - 1) / chunk) < FEW) chunk /= 2;
   const int64_t chunks = (tiles + chunk - 1) / chunk;
   std::atomic<bool> failed{false};
   const int64_t most = plan.direct ? n : std::max<int64_t>(1, std::min(n, ROUND / std::max<int64_t>(1, image)));
@@ -126,8 +127,14 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
       if (!near.from) return failed.store(true);
       rarefy_piece pieces[NT];
       const int count = plan.pieces(q, here, image, pieces);
-      t.placed(w->weight, g * tiles + begin, g * tiles + end, first + g * w->inputs * plan.channel, last, places,
-               pieces, count, static_cast<uint32_t*>(near.from), sums, here);
+      for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
+        uint32_t* in = static_cast<uint32_t*>(near.from);
+        t.bring(first + g * w->inputs * plan.channel, last, places + l, std::min(block, lanes - l), pieces, count, in);
+        if (w->sell)
+          t.sell_one(*w->sell, b, begin * R4 / SLAB, (end * R4 + SLAB - 1) / SLAB, in, sums, here);
+        else
+          t.tiles_one(w->weight, b, g * tiles + begin, g * tiles + end, in, sums, here);
+      }
       const int64_t o = g * w->outputs + begin * R4, rows = std::min(end * R4, w->outputs) - begin * R4;
       const float* bias = w->weight.bias ? w->weight.bias + o : nullptr;
       for (int64_t done = 0, run; done < here; done += run) {
@@ -148,5 +155,8 @@ API int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values)
     if (w->kernel[i] < 1 || w->stride[i] < 1 || w->padding[i] < 0 || w->dilation[i] < 1 || w->stride[i] > 8) return RAREFY_BAD;
   if (w->weight.rows != w->groups * ((w->outputs + R4 - 1) / R4 * R4)) return RAREFY_BAD;
   if (w->weight.inputs != w->inputs * w->kernel[0] * w->kernel[1]) return RAREFY_BAD;
-  return rarefy_check_tiles(&w->weight, columns, values);
+  if (!w->sell) return rarefy_check_tiles(&w->weight, columns, values);
+  const rarefy_sell& s = *w->sell;
+  if (w->groups != 1 || s.kind != RAREFY_F32 || s.rows != w->weight.rows || s.inputs != w->weight.inputs) return RAREFY_BAD;
+  return s.block == w->weight.block && s.cols == w->weight.cols ? rarefy_check_sell(&s, values) : RAREFY_BAD;
 }

@@ -260,24 +260,19 @@ void tiles_any(const rarefy_tiles& w, int64_t from, int64_t to, const uint32_t* 
     tiles_block<KIND>(w, b, from, to, x + b * w.block * NT, out, columns);
 }
 
-// The inputs of lane l are pieces counted from x + places[l], in memory that ends at `last`: a block of them is brought
-// together in `near`, which holds a block in rows of NT and a row more.
-void tiles_placed(const rarefy_tiles& w, int64_t from, int64_t to, const float* x, const float* last,
-                  const int32_t* places, const rarefy_piece* pieces, int count, uint32_t* near, uint32_t* out,
-                  int64_t columns) {
+// A block of lanes of a convolution's inputs, brought together in `near`, in rows of NT and a row more: those of lane l
+// are pieces counted from x + places[l], in memory that ends at `last`.
+void bring(const float* x, const float* last, const int32_t* places, int64_t lanes, const rarefy_piece* pieces, int count,
+           uint32_t* near) {
   const int64_t reach = pieces[count - 1].from + PIECE;
-  for (int64_t b = 0; b * w.block < w.cols; ++b) {
-    const int64_t first = b * w.block, lanes = w.cols - first < w.block ? w.cols - first : w.block;
-    for (int64_t l = 0; l < lanes; ++l) {
-      const float* place = x + places[first + l];
-      for (int64_t c = NT; c < 2 * NT; c += 16) __builtin_prefetch(place + pieces[0].from + c, 0, 2);  // the next square's
-      if (last - place >= reach)  // what is copied past the end of a piece, the next one writes over
-        for (int p = 0; p < count; ++p) std::memcpy(near + l * NT + pieces[p].to, place + pieces[p].from, PIECE * 4);
-      else
-        for (int p = 0; p < count; ++p)
-          std::memcpy(near + l * NT + pieces[p].to, place + pieces[p].from, size_t(pieces[p].size) * 4);
-    }
-    tiles_block<RAREFY_F32>(w, b, from, to, near, out, columns);
+  for (int64_t l = 0; l < lanes; ++l) {
+    const float* place = x + places[l];
+    for (int64_t c = NT; c < 2 * NT; c += 16) __builtin_prefetch(place + pieces[0].from + c, 0, 2);  // the next square's
+    if (last - place >= reach)  // what is copied past the end of a piece, the next one writes over
+      for (int p = 0; p < count; ++p) std::memcpy(near + l * NT + pieces[p].to, place + pieces[p].from, PIECE * 4);
+    else
+      for (int p = 0; p < count; ++p)
+        std::memcpy(near + l * NT + pieces[p].to, place + pieces[p].from, size_t(pieces[p].size) * 4);
   }
 }
 

@@ -89,6 +89,7 @@ struct rarefy_csr {
 // lanes are (input of a group, kernel row, kernel column). fp32.
 struct rarefy_conv {
   rarefy_tiles weight;      // its bias is that of all outputs
+  const rarefy_sell* sell;  // of one group: the weight as pairs of rows, in the place of those tiles; or null
   int64_t groups, outputs, inputs;  // outputs and inputs of a group
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
@@ -102,7 +103,7 @@ int rarefy_check_csr(const rarefy_csr* w, int64_t values);
 int rarefy_check_panels(const rarefy_panels* w, int64_t values);
 int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values);
 int rarefy_check_sell(const rarefy_sell* w, int64_t values);
-int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);
+int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);  // of sell: values alone
 
 // y[n][rows] = act(x[n][inputs] times w transposed + bias + residual); rows of x and y are ldx and ldy apart. The residual
 // lies as y does, and may be null.

@@ -31,26 +31,32 @@ void sell_part(const uint16_t* counts, const uint8_t* order, const uint16_t* col
   }
 }
 
-// The rows of a slab on `columns` of packed inputs, whole vectors of them.
+// The rows of a slab on one block of `columns` of inputs, whole vectors of them.
+template <int KIND>
+void sell_block(const rarefy_sell& w, int64_t slab, int64_t b, const uint32_t* x, uint32_t* out, int64_t columns) {
+  const int64_t pairs = (std::min(SLAB, w.rows - slab * SLAB) + 1) / 2;
+  const int64_t at = slab * ((w.cols + w.block - 1) / w.block) + b, from = w.starts[at] * 2;
+  int64_t left = (columns + W - 1) / W, v = 0;
+  auto part = [&](auto size) {
+    constexpr int T = decltype(size)::value;
+    sell_part<KIND, T>(w.counts + at * (SLAB / 2), w.order + at * SLAB, w.columns + from, w.values + from, pairs, b > 0,
+                       x + v * W, out + v * W);
+    left -= T;
+    v += T;
+  };
+  while (left >= 4) part(std::integral_constant<int, 4>{});
+  if (left >= 2) part(std::integral_constant<int, 2>{});
+  if (left >= 1) part(std::integral_constant<int, 1>{});
+}
+
 template <int KIND>
 void sell_any(const rarefy_sell& w, int64_t slab, const uint32_t* x, uint32_t* out, int64_t columns) {
-  const int64_t blocks = (w.cols + w.block - 1) / w.block;
-  const int64_t pairs = (std::min(SLAB, w.rows - slab * SLAB) + 1) / 2;
-  for (int64_t b = 0; b < blocks; ++b, x += w.block * NT) {
-    const int64_t at = slab * blocks + b, from = w.starts[at] * 2;
-    const uint16_t* counts = w.counts + at * (SLAB / 2);
-    const uint8_t* order = w.order + at * SLAB;
-    int64_t left = (columns + W - 1) / W, v = 0;
-    auto part = [&](auto size) {
-      constexpr int T = decltype(size)::value;
-      sell_part<KIND, T>(counts, order, w.columns + from, w.values + from, pairs, b > 0, x + v * W, out + v * W);
-      left -= T;
-      v += T;
-    };
-    while (left >= 4) part(std::integral_constant<int, 4>{});
-    if (left >= 2) part(std::integral_constant<int, 2>{});
-    if (left >= 1) part(std::integral_constant<int, 1>{});
-  }
+  for (int64_t b = 0; b * w.block < w.cols; ++b) sell_block<KIND>(w, slab, b, x + b * w.block * NT, out, columns);
+}
+
+void sell_one(const rarefy_sell& w, int64_t b, int64_t from, int64_t to, const uint32_t* x, uint32_t* out,
+              int64_t columns) {
+  for (int64_t s = from; s < to; ++s, out += SLAB * NT) sell_block<RAREFY_F32>(w, s, b, x, out, columns);
 }
 
 }  // namespace

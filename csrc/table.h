@@ -35,8 +35,9 @@ struct rarefy_table {
   void (*rows)(const rarefy_csr&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
   void (*sell[3])(const rarefy_sell&, int64_t, const uint32_t*, uint32_t*, int64_t);
-  void (*placed)(const rarefy_tiles&, int64_t, int64_t, const float*, const float*, const int32_t*, const rarefy_piece*,
-                 int, uint32_t*, uint32_t*, int64_t);
+  void (*bring)(const float*, const float*, const int32_t*, int64_t, const rarefy_piece*, int, uint32_t*);
+  void (*tiles_one)(const rarefy_tiles&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
+  void (*sell_one)(const rarefy_sell&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
   void (*put)(const float*, int64_t, int64_t, const float*, const float*, int, float*, int64_t, bool);
   void (*halve)(const float*, int64_t, float*);
   uint32_t (*largest)(const float*, int64_t);
@@ -64,7 +65,9 @@ const rarefy_table& rarefy_chosen();  // what serves this process
    settle_rows<RAREFY_F32, rarefy_csr>,                                                \
    {tiles_any<RAREFY_F32>, tiles_any<RAREFY_BF16>, tiles_any<RAREFY_I8>},             \
    {sell_any<RAREFY_F32>, sell_any<RAREFY_BF16>, sell_any<RAREFY_I8>},                 \
-   tiles_placed,                                                                       \
+   bring,                                                                              \
+   tiles_block<RAREFY_F32>,                                                            \
+   sell_one,                                                                           \
    put,                                                                                \
    halve,                                                                              \
    largest,                                                                            \

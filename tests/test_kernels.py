@@ -132,12 +132,15 @@ CONVOLUTIONS = [  # images, groups, outputs, inputs of a group, kernel, stride, 
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_convolutions(case, sparsity, isa):
+@pytest.mark.parametrize(
+    ("case", "sell"), [(c, s) for c in CONVOLUTIONS for s in ((False, True) if c[1] == 1 else (False,))], ids=str
+)
+def test_convolutions(case, sell, sparsity, isa):
     N, groups, O, I, kernel, stride, padding, dilation, image, block = case
     W = torch.randn(O, I, *kernel) * (torch.rand(O, I, *kernel) >= sparsity)
     bias, x = torch.randn(O), torch.randn(N, groups * I, *image)
-    weight = packed.pack_conv(W, stride=stride, padding=padding, dilation=dilation, groups=groups, block=block or 256)
+    how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "block": block or 256}
+    weight = packed.pack_conv(W, **how, sell=sell)
     assert torch.equal(packed.unpack(weight), W)
     got = native.Kernel(weight, bias).run(x)
     want = torch.nn.functional.conv2d(x.double(), W.double(), bias.double(), stride, padding, dilation, groups)
@@ -345,6 +348,13 @@ def test_convolutions_that_do_not_fit(change, message):
         native.Kernel(packed.ConvTiles(**{**vars(weight), **change}))
 
 
+@pytest.mark.parametrize("name", ["starts", "counts", "order", "columns"])
+def test_damaged_convolutions_never_run(name):
+    weight = packed.pack_conv(random(12, 90, 0.5).view(12, 10, 3, 3), sell=True)
+    with pytest.raises(FormatError, match="is damaged"):
+        native.Kernel(damaged(weight, name, lambda t: t.fill_(90)))
+
+
 def test_images_that_do_not_fit():
     kernel = native.Kernel(packed.pack_conv(torch.ones(4, 3, 3, 3)))
     with pytest.raises(FormatError, match="the weight has 3 inputs, x has 2"):
@@ -356,6 +366,8 @@ def test_images_that_do_not_fit():
     for weight, groups in ((torch.ones(4, 3, 3), 1), (torch.ones(4, 3, 3, 0), 1), (torch.ones(4, 3, 1, 1), 3)):
         with pytest.raises(FormatError, match=f"no convolution of {groups} groups has a weight of shape"):
             packed.pack_conv(weight, groups=groups)
+    with pytest.raises(FormatError, match="pairs of rows are for convolutions of one group, got 2"):
+        packed.pack_conv(torch.ones(4, 3, 1, 1), groups=2, sell=True)
 
 
 def test_errors():

@@ -88,6 +88,7 @@ class _Sell(Structure):
 class _Conv(Structure):
     _fields_ = [
         ("weight", _Tiles),
+        ("sell", c_void_p),
         *[(n, c_int64) for n in ("groups", "outputs", "inputs")],
         *[(n, c_int64 * 2) for n in ("kernel", "stride", "padding", "dilation")],
     ]
@@ -188,7 +189,7 @@ class Kernel:
         _check(packed, bias)
         self.held, self.image = (packed, bias), isinstance(packed, ConvTiles)
         self.shape: Any = packed.shape
-        matrix = packed.tiles if isinstance(packed, ConvTiles) else packed
+        matrix = packed.matrix if isinstance(packed, ConvTiles) else packed
         rows, inputs = matrix.shape
         fields: dict[str, Any] = {n: t.data_ptr() for n, t in vars(matrix).items() if isinstance(t, Tensor)}
         fields |= {"rows": rows, "kind": _KINDS[packed.kind], "act": ACTIVATIONS.index(activation)}
@@ -208,19 +209,17 @@ class Kernel:
         elif isinstance(packed, Csr):
             self.about, self.call = _Csr(inputs=inputs, **fields), library.rarefy_run_csr
             wrong = library.rarefy_check_csr(byref(self.about), len(packed.values))
-        elif isinstance(packed, Sell):
-            lanes = -(-inputs // LANE[packed.kind])
-            self.about = _Sell(inputs=inputs, cols=lanes, block=packed.block, **fields)
-            self.call = library.rarefy_run_sell
-            wrong = library.rarefy_check_sell(byref(self.about), len(packed.values))
         else:
-            lanes, room = -(-inputs // LANE.get(packed.kind, 4)), (len(packed.columns), len(packed.values))
-            self.about = _Tiles(inputs=inputs, cols=lanes, block=packed.block, **fields)
-            self.call, check = library.rarefy_run_tiles, library.rarefy_check_tiles
+            lanes = -(-inputs // LANE.get(packed.kind, 4))
+            sorted_ = isinstance(matrix, Sell)
+            made: Any = (_Sell if sorted_ else _Tiles)(inputs=inputs, cols=lanes, block=matrix.block, **fields)  # type: ignore[union-attr]
+            counted = [len(matrix.values)] if sorted_ else [len(matrix.columns), len(matrix.values)]  # type: ignore[union-attr]
+            self.about, name = made, "sell" if sorted_ else "tiles"
             if isinstance(packed, ConvTiles):
-                self.call, check = library.rarefy_run_conv, library.rarefy_check_conv
-                self.about = _convolution(packed, self.about)
-            wrong = check(byref(self.about), *room)
+                self.inner, self.about, name = made, _convolution(packed, made), "conv"
+                counted = [0, *counted][-2:]
+            self.call = getattr(library, f"rarefy_run_{name}")
+            wrong = getattr(library, f"rarefy_check_{name}")(byref(self.about), *counted)
         if wrong:
             raise FormatError(f"the packed {type(packed).__name__.lower()} of shape {list(packed.shape)} is damaged")
         self.at = byref(self.about)
@@ -318,10 +317,14 @@ def _like(y: Tensor, residual: Tensor) -> Tensor:
     return residual.contiguous()
 
 
-def _convolution(packed: ConvTiles, weight: _Tiles) -> _Conv:
+def _convolution(packed: ConvTiles, weight: Any) -> _Conv:
     O, inputs, *kernel = packed.shape
     pairs = {"kernel": kernel, **{n: getattr(packed, n) for n in ("stride", "padding", "dilation")}}
     arrays: dict[str, Any] = {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
+    if isinstance(weight, _Sell):
+        same = {n: getattr(weight, n) for n in ("rows", "inputs", "cols", "block", "bias", "kind", "act")}
+        arrays |= {"sell": addressof(weight)}
+        weight = _Tiles(**same)
     return _Conv(weight=weight, groups=packed.groups, outputs=O // packed.groups, inputs=inputs, **arrays)
 
 
@@ -352,7 +355,7 @@ def _check_plain(packed: Packed) -> None:
 def _check(packed: Packed, bias: Tensor | None) -> None:
     """Raise FormatError unless every tensor has the type, shape and layout that the kernels read without asking."""
     _check_plain(packed)
-    outputs, matrix = packed.shape[0], packed.tiles if isinstance(packed, ConvTiles) else packed
+    outputs, matrix = packed.shape[0], packed.matrix if isinstance(packed, ConvTiles) else packed
     O, C = matrix.shape
     fours, lanes = -(-O // 4), -(-C // LANE.get(packed.kind, 4))
     want: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
@@ -375,9 +378,9 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
             "columns": (torch.int16, (k,)),
             "values": (KINDS[packed.kind], (k,)),
         }
-    elif isinstance(packed, Sell):
+    elif isinstance(matrix, Sell):
         cell = (-(-O // SLAB), -(-lanes // packed.block))
-        n = len(packed.values) if isinstance(packed.values, Tensor) and packed.values.dim() else None
+        n = len(matrix.values) if isinstance(matrix.values, Tensor) and matrix.values.dim() else None
         want |= {"starts": (torch.int64, cell), "counts": (torch.int16, (*cell, SLAB // 2))}
         want |= {"order": (torch.uint8, (*cell, SLAB))}
         want |= {"columns": (torch.int16, (n, 2)), "values": (torch.int32, (n, 2))}

@@ -94,8 +94,8 @@ class Sell:
 
 @dataclass(frozen=True, eq=False)
 class ConvTiles:
-    """A convolution's weight [O, I, rows, columns] as fp32 `Tiles`: outputs of a group, padded to fours, after those
-    of the one before; lanes are (input of a group, kernel row, kernel column)."""
+    """A convolution's weight [O, I, rows, columns] as fp32 `Tiles`, or, with `order`, as `Sell`: outputs of a group,
+    padded to fours, after those of the one before; lanes are (input of a group, kernel row, kernel column)."""
 
     shape: tuple[int, int, int, int]
     groups: int
@@ -108,14 +108,17 @@ class ConvTiles:
     columns: Tensor
     values: Tensor
     kind: str = "fp32"
+    order: Tensor | None = None  # of one group
 
     @property
-    def tiles(self) -> Tiles:
+    def matrix(self) -> Tiles | Sell:
         """The matrix that the kernel runs through."""
         O, I, *kernel = self.shape
         rows = self.groups * (-(-O // self.groups // 4) * 4)
-        parts = (self.counts, self.starts, self.columns, self.values)
-        return Tiles((rows, I * kernel[0] * kernel[1]), "fp32", self.block, *parts)
+        shape = rows, I * kernel[0] * kernel[1]
+        if self.order is not None:
+            return Sell(shape, "fp32", self.block, self.starts, self.counts, self.order, self.columns, self.values)
+        return Tiles(shape, "fp32", self.block, self.counts, self.starts, self.columns, self.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,8 +396,10 @@ def pack_conv(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     block: int = CONV_BLOCK,
+    sell: bool = False,
 ) -> ConvTiles:
-    """Return a convolution's W [O, I, rows, columns] as `ConvTiles`. O(weights log block).
+    """Return a convolution's W [O, I, rows, columns] as `ConvTiles`, of tiles or, for one group, `Sell`.
+    O(weights log block).
 
     >>> packed = pack_conv(torch.tensor([[[[0.0, 2.0]]], [[[1.0, 3.0]]]]), padding=(0, 1))
     >>> packed.columns.tolist(), unpack(packed)[:, 0, 0].tolist()
@@ -405,9 +410,12 @@ def pack_conv(
     O, I, rows, columns = weight.shape
     W: Any = weight.new_zeros(groups, -(-O // groups // 4) * 4, I * rows * columns, dtype=torch.float32)
     W[:, : O // groups] = weight.detach().reshape(groups, O // groups, -1)
-    tiles = pack_tiles(W.flatten(0, 1), "fp32", block)
-    parts = (tiles.counts, tiles.starts, tiles.columns, tiles.values)
-    return ConvTiles((O, I, rows, columns), groups, stride, padding, dilation, tiles.block, *parts)
+    if sell and groups > 1:
+        raise FormatError(f"pairs of rows are for convolutions of one group, got {groups}")
+    made = (pack_sell if sell else pack_tiles)(W.flatten(0, 1), "fp32", block)
+    parts = (made.counts, made.starts, made.columns, made.values)
+    order = made.order if isinstance(made, Sell) else None
+    return ConvTiles((O, I, rows, columns), groups, stride, padding, dilation, made.block, *parts, order=order)
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -415,7 +423,7 @@ def unpack(packed: Packed) -> Tensor:
     O(O C)."""
     if isinstance(packed, ConvTiles):
         O, groups = packed.shape[0], packed.groups
-        rows = unpack(packed.tiles).reshape(groups, -1, packed.tiles.shape[1])
+        rows = unpack(packed.matrix).reshape(groups, -1, packed.matrix.shape[1])
         return rows[:, : O // groups].reshape(packed.shape)
     if isinstance(packed, Panels):
         return _unpack_panels(packed)

@@ -21,6 +21,7 @@ from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
 from rarefy.runtime.packed import (
     KINDS,
     MOST_COLUMNS,
+    NEAR,
     Packed,
     Panels,
     pack_bitmask,
@@ -124,7 +125,9 @@ def ways_of(module: Any, values: str | None = None) -> tuple[dict[str, Packed], 
             ways["sell"] = pack_sell(weight, kind, grid=grid)
             ways["tiles"] = pack_tiles(weight, kind, grid=grid)
         return ways, partial(SparseLinear, bias=module.bias, rounds=rounds)
-    return {"convolution": pack_conv(_as_images(weight), **geometry(module))}, partial(SparseConv, like=module)
+    image, how = _as_images(weight), geometry(module)
+    sell = {"convolution, sell": pack_conv(image, **how, block=NEAR, sell=True)} if module.groups == 1 else {}
+    return {**sell, "convolution": pack_conv(image, **how)}, partial(SparseConv, like=module)
 
 
 def grid_of(module: Any) -> Grid | None:
