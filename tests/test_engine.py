@@ -203,8 +203,60 @@ def test_what_no_plan_knows_runs_in_torch():
         torch.randn(2, 3, 8, 8),
     )
     made = rarefy.compile(net, x)
-    assert "conv2d" in repr(made) and "1 product" in repr(made)
+    assert "in torch: 1 convolution, 1 flatten" in repr(made) and "1 product" in repr(made)
     x = torch.randn(7, 3, 8, 8)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+class Residual(nn.Module):
+    """Convolutions as ResNets have them."""
+
+    def __init__(self, groups=1, affine=True, inplace=True):
+        super().__init__()
+        self.a = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False, groups=groups)
+        self.b, self.c = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(8, 16, 1, stride=2, bias=False)
+        self.na, self.nb, self.nc = (nn.BatchNorm2d(16, affine=affine) for _ in range(3))
+        self.act, self.head = nn.ReLU(inplace=inplace), nn.Linear(16, 5)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                m.weight.data *= torch.rand(m.weight.shape) < 0.3
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        y = self.nb(self.b(self.act(self.na(self.a(x)))))
+        return self.head(self.act(y + self.nc(self.c(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", [{}, {"groups": 2}, {"affine": False}, {"inplace": False}], ids=str)
+def test_convolutions_take_in_their_norms_and_sums(how, isa):
+    torch.manual_seed(4)
+    net = Residual(**how).eval()
+    made = rarefy.compile(net, torch.randn(2, 8, 12, 12))
+    alone = [i.nodes[0] for i in made.program if isinstance(i, compiled.Alone)]
+    assert [n.args[4] for n in alone].count("relu") == 2 and sum(n.args[3] is not None for n in alone) == 1
+    assert not any(
+        "batch_norm" in str(getattr(i, "target", "")) or "relu" in str(getattr(i, "target", "")) for i in made.program
+    )
+    for size in ((1, 8, 12, 12), (3, 8, 17, 30)):
+        x = torch.randn(*size)
+        torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_that_is_not_alone_stays():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.n = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.n(y) + y
+
+    net, x = Net().eval(), torch.randn(2, 3, 9, 9)
+    made = rarefy.compile(net, x)
+    assert "batch_norm" in repr(made)
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
 

@@ -69,20 +69,22 @@ def test_files_stay_short():
 def test_import_is_light(tmp_path):
     code = """
 import gc, sys, time
+began = time.perf_counter()
 import torch
+torchs = time.perf_counter() - began
 gc.freeze()  # a pass over all of torch's objects is not ours
 began = time.perf_counter()
 import rarefy
 spent = time.perf_counter() - began
 heavy = {"transformers", "torchvision", "matplotlib", "typer", "rich"} & set(sys.modules)
-print(spent, ",".join(sorted(heavy)))
+print(spent / torchs, ",".join(sorted(heavy)))
 """
     spent = []
     # compiled once, as an installation is
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     for _ in range(3):  # the best of three: another process may hold the core
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-        seconds, _, heavy = ran.stdout.strip().partition(" ")
+        part, _, heavy = ran.stdout.strip().partition(" ")
         assert heavy == ""
-        spent.append(float(seconds))
-    assert min(spent) < 0.3
+        spent.append(float(part))
+    assert min(spent) < 0.5  # of torch's own time, however fast this machine is

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.engine import words
+from rarefy.engine import convolve, words
+from rarefy.engine import trace as rules
 from rarefy.engine.plan import LOWER, Plan
 from rarefy.engine.prove import prove
 from rarefy.engine.trace import MOST_SIZE, Node, Traced, trace, two_samples
@@ -21,9 +22,12 @@ from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
 from rarefy.runtime.packed import nbytes, pack_sell, pack_tiles
 
-SHARED = 2.5  # outputs of four that have a value at the same input, in the mean: from there on tiles are faster
 MOST_SIZES = 16  # of inputs for which plans are kept
 ROUNDED = 0.2  # of outputs' length, how far they may move in 8 bits
+RULES = (
+    rules.drop, rules.linear, rules.norm, rules.pointwise, rules.attention, rules.reshaped, convolve.convolution,
+    convolve.batch_norm, rules.fuse, rules.fuse,
+)  # fmt: skip
 HEAVY = (words.product, words.attention)  # what a plan is worth its packing for
 
 
@@ -56,7 +60,7 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     args, kwargs = _called(example)
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
-    made = Compiled(trace(model, args, kwargs), values)
+    made = Compiled(trace(model, args, kwargs, RULES), values)
     prove(model, made, *(two_samples(args, kwargs) if not made.notes else (args, kwargs)), ROUNDED if values else 1e-3)
     return made
 
@@ -65,6 +69,18 @@ def _called(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if hasattr(example, "keys"):
         return (), {k: example[k] for k in example.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
     return tuple(example) if isinstance(example, tuple | list) else (example,), {}
+
+
+class Alone:
+    """A word that has a kernel of its own and stands outside plans: a convolution."""
+
+    def __init__(self, node: Node, kernel: Any):
+        self.nodes, self.outputs, self.kernel = [node], [node], kernel
+
+    def run(self, given: Callable[[Node], Any]) -> list[Tensor]:
+        """Return the output."""
+        x, more = self.nodes[0].args[0], self.nodes[0].args[3]
+        return [self.kernel.run(given(x), None if more is None else given(more))]
 
 
 class Segment:
@@ -129,7 +145,7 @@ class Compiled:
 
         with torch.no_grad():
             for item in self.program:
-                if isinstance(item, Segment):
+                if isinstance(item, Segment | Alone):
                     env.update(zip(item.outputs, item.run(given)))
                 elif item not in env:
                     a, k = fx.map_arg((item.args, item.kwargs), given)
@@ -161,8 +177,10 @@ class Compiled:
         return leaves
 
     def __repr__(self) -> str:
-        plans = [i for i in self.program if isinstance(i, Segment)]
-        calls = Counter(_name(i) for i in self.program if not isinstance(i, Segment) and i not in self.fixed_nodes)
+        plans = [i for i in self.program if isinstance(i, Segment | Alone)]
+        calls = Counter(
+            _name(i) for i in self.program if not isinstance(i, Segment | Alone) and i not in self.fixed_nodes
+        )
         ours = Counter(n.target.__name__ for s in plans for n in s.nodes)
         lines = [f"{len(plans)} native calls: {', '.join(f'{n} {w}' for w, n in ours.most_common()) or 'none'}"]
         lines += [f"in torch: {', '.join(f'{n} {w}' for w, n in calls.most_common())}"] if calls else []
@@ -216,9 +234,11 @@ def _kernels(t: Traced, values: str | None) -> dict[Node, Any]:
         if node.target is words.product:
             _, w, bias, _, act = node.args
             packed: Any = pack_tiles(t.constants[w.name], values or "fp32")
-            if len(packed.values) < SHARED * len(packed.columns):
+            if len(packed.values) < words.SHARED * len(packed.columns):
                 packed = pack_sell(t.constants[w.name], values or "fp32")
             found[node] = native.Kernel(packed, None if bias is None else t.constants[bias.name], act)
+        elif node.target is words.convolution and (kernel := convolve.kernel(t, node)) is not None:
+            found[node] = kernel
     return found
 
 
@@ -237,6 +257,7 @@ def _schedule(t: Traced, kernels: Mapping[Node, Any]) -> list[Any]:
         for left in waits.values():
             left.difference_update(taken)
         heavy = any(n.target in HEAVY for n in taken)
-        program += [Segment(list(taken), kernels, t.constants)] if in_words and heavy else list(taken)
+        calls = [Alone(n, kernels[n]) if n.target is words.convolution and n in kernels else n for n in taken]
+        program += [Segment(list(taken), kernels, t.constants)] if in_words and heavy else calls
         in_words = not in_words
     return program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,11 @@ class Traced:
     notes: tuple[str, ...] = ()
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Traced:
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rules: Sequence[Any]) -> Traced:
     """Export a model with all its sizes open that can be; ModelError with what export said where it cannot be."""
     two = two_samples(args, kwargs)
     try:
-        return _read(_export(model, *two))
+        return read(_export(model, *two), rules)
     except Exception as error:  # torch.export raises its own kinds, and those of whatever the model calls
         if isinstance(error, ModelError):
             raise
@@ -54,7 +54,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         if two[0] is args:
             raise ModelError(why) from error
     try:
-        traced = _read(_export(model, args, kwargs))
+        traced = read(_export(model, args, kwargs), rules)
     except ModelError:
         raise
     except Exception:
@@ -86,8 +86,8 @@ def _changes(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def _read(program: Any) -> Traced:
-    """The graph in the engine's words."""
+def read(program: Any, rules: Sequence[Callable[[Traced, Node], None]]) -> Traced:
+    """Return a program's graph in the engine's words: each rule is shown every node in turn."""
     signature, graph = program.graph_signature, program.graph_module.graph
     state = {**program.state_dict, **program.constants}
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -98,10 +98,10 @@ def _read(program: Any) -> Traced:
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name not in constants]
     ranges = {str(k): (int(v.lower), int(min(v.upper, MOST_SIZE))) for k, v in program.range_constraints.items()}
     traced = Traced(graph, constants, inputs, program.call_spec.in_spec, program.call_spec.out_spec, ranges)
-    for step in STEPS:
+    for rule in rules:
         for node in list(graph.nodes):
             if node.op == "call_function" and not node._erased:
-                step(traced, node)
+                rule(traced, node)
         graph.eliminate_dead_code()
     graph.lint()
     return traced
@@ -121,12 +121,14 @@ def same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b))
 
 
-def _kind(node: Node) -> torch.dtype | None:
+def kind_of(node: Node) -> torch.dtype | None:
+    """Return the type of a node's output, None where it is no tensor."""
     value = node.meta.get("val")
     return value.dtype if isinstance(value, Tensor) else None
 
 
-def _put(t: Traced, node: Node, word: Callable[..., Any], *args: Any) -> Node:
+def put(t: Traced, node: Node, word: Callable[..., Any], *args: Any) -> Node:
+    """Have a word in the place of a node; return it."""
     with t.graph.inserting_before(node):
         new = t.graph.call_function(word, args)
     new.meta["val"] = node.meta["val"]
@@ -145,13 +147,13 @@ NOTHING = (
 )  # fmt: skip
 
 
-def _drop(t: Traced, node: Node) -> None:
+def drop(t: Traced, node: Node) -> None:
     """What does nothing to values."""
     if node.target in CHECKS:
         t.graph.erase_node(node)
         return
     x = node.args[0] if node.args else None
-    if not isinstance(x, fx.Node) or _kind(x) != _kind(node):
+    if not isinstance(x, fx.Node) or kind_of(x) != kind_of(node):
         return
     if node.target is aten.dropout.default and node.args[2]:
         raise ModelError("the model drops out at random: call eval() first")
@@ -160,11 +162,11 @@ def _drop(t: Traced, node: Node) -> None:
         t.graph.erase_node(node)
 
 
-def _linear(t: Traced, node: Node) -> None:
+def linear(t: Traced, node: Node) -> None:
     if node.target is aten.linear.default:
         x, w, *bias = node.args
-        if isinstance(w, fx.Node) and w.name in t.constants and _kind(node) == torch.float32:
-            _put(t, node, words.product, x, w, bias[0] if bias else None, None, None)
+        if isinstance(w, fx.Node) and w.name in t.constants and kind_of(node) == torch.float32:
+            put(t, node, words.product, x, w, bias[0] if bias else None, None, None)
     if node.target is torch.ops.rarefy.sparse.default:
         _unpack_sparse(t, node)
 
@@ -178,7 +180,7 @@ def _unpack_sparse(t: Traced, node: Node) -> None:
     with t.graph.inserting_before(next(iter(t.graph.nodes))):
         w = t.graph.placeholder(f"{parts[0].name}_unpacked")
     t.constants[w.name] = w.meta["val"] = layer.weight.float()
-    _put(t, node, words.product, x, w, bias, None, layer.activation)
+    put(t, node, words.product, x, w, bias, None, layer.activation)
 
 
 def _small(layer: Sparse) -> bool:
@@ -186,7 +188,7 @@ def _small(layer: Sparse) -> bool:
     return any(how.get("kind", "fp32") != "fp32" for _, how in layer.about)
 
 
-def _reshaped(t: Traced, node: Node) -> None:
+def reshaped(t: Traced, node: Node) -> None:
     """view(product(view(x))): the product alone."""
     if node.target not in VIEWS or not isinstance(node.args[0], fx.Node):
         return
@@ -197,19 +199,19 @@ def _reshaped(t: Traced, node: Node) -> None:
     wide = x.args[0] if x.target in VIEWS else None
     ends = wide is not None and shape(x)[-1] == shape(wide)[-1] and shape(node)[-1] == shape(y)[-1]
     if ends and same(shape(wide)[:-1], shape(node)[:-1]):
-        _put(t, node, words.product, wide, *y.args[1:])
+        put(t, node, words.product, wide, *y.args[1:])
 
 
-def _norm(t: Traced, node: Node) -> None:
+def norm(t: Traced, node: Node) -> None:
     centred = node.target is aten.layer_norm.default
-    if (not centred and node.target is not aten.rms_norm.default) or _kind(node) != torch.float32:
+    if (not centred and node.target is not aten.rms_norm.default) or kind_of(node) != torch.float32:
         return
     x, over, *rest = node.args
     usual: tuple[Any, ...] = (None, None, 1e-5) if centred else (None, torch.finfo(torch.float32).eps)
     given = [*rest, *usual[len(rest) :]]
     gain, bias, least = given[:3] if centred else (given[0], None, given[1] if given[1] is not None else usual[1])
     if len(over) == 1 and all(c is None or c.name in t.constants for c in (gain, bias)):
-        _put(t, node, words.norm, x, gain, bias, least, centred)
+        put(t, node, words.norm, x, gain, bias, least, centred)
 
 
 ACTIVATIONS = {
@@ -223,20 +225,20 @@ def _act(node: Node) -> str | None:
     return ACTIVATIONS.get(node.target)
 
 
-def _pointwise(t: Traced, node: Node) -> None:
+def pointwise(t: Traced, node: Node) -> None:
     act = _act(node)
-    if act is not None and _kind(node) == torch.float32:
-        _put(t, node, words.activation, node.args[0], act)
-    if node.target in (aten.add.Tensor, aten.mul.Tensor) and _kind(node) == torch.float32:
+    if act is not None and kind_of(node) == torch.float32:
+        put(t, node, words.activation, node.args[0], act)
+    if node.target in (aten.add.Tensor, aten.mul.Tensor) and kind_of(node) == torch.float32:
         a, b = node.args
         whole = isinstance(a, fx.Node) and isinstance(b, fx.Node) and same(shape(a), shape(b)) and not node.kwargs
-        if whole and _kind(a) == _kind(b) == torch.float32 and not {a.name, b.name} & set(t.constants):
-            _put(t, node, words.times if node.target is aten.mul.Tensor else words.add, a, b, None)
+        if whole and kind_of(a) == kind_of(b) == torch.float32 and not {a.name, b.name} & set(t.constants):
+            put(t, node, words.times if node.target is aten.mul.Tensor else words.add, a, b, None)
 
 
-def _attention(t: Traced, node: Node) -> None:
+def attention(t: Traced, node: Node) -> None:
     """[batch, tokens, features] split into heads, attention, and joined again."""
-    if node.target is not aten.scaled_dot_product_attention.default or _kind(node) != torch.float32:
+    if node.target is not aten.scaled_dot_product_attention.default or kind_of(node) != torch.float32:
         return
     q, k, v, *rest = node.args
     usual = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest)) | node.kwargs
@@ -264,7 +266,7 @@ def _attention(t: Traced, node: Node) -> None:
             made.meta["val"] = mask.meta["val"].float()
         mask = made
     scale = width**-0.5 if scale is None else scale
-    _put(t, joined, words.attention, *split, mask, heads, kv_heads, scale, causal)
+    put(t, joined, words.attention, *split, mask, heads, kv_heads, scale, causal)
     t.graph.erase_node(turned)
     t.graph.erase_node(node)
 
@@ -284,26 +286,26 @@ def _split(x: Any) -> Any:
     return v.args[0] if same(shape(v)[:2], shape(v.args[0])[:2]) else None
 
 
-def _fuse(t: Traced, node: Node) -> None:
+FULL = (words.product, words.convolution)  # words that take what is added and what follows
+
+
+def fuse(t: Traced, node: Node) -> None:
     """Activations and sums that alone read a product go into it."""
     if node.target is words.activation:
         y = node.args[0]
         alone = len(y.users) == 1
-        if alone and y.target is words.product and y.args[4] is None:
-            _put(t, node, words.product, *y.args[:4], node.args[1])
+        if alone and y.target in FULL and y.args[4] is None:
+            put(t, node, y.target, *y.args[:4], node.args[1], *y.args[5:])
         elif alone and y.target is words.add and y.args[2] is None:
-            _put(t, node, words.add, *y.args[:2], node.args[1])
+            put(t, node, words.add, *y.args[:2], node.args[1])
     elif node.target is words.add:
         a, b, act = node.args
         for y, more in ((a, b), (b, a)):
-            if y.target is words.product and len(y.users) == 1 and y.args[3:] == (None, None) and more is not y:
-                _put(t, node, words.product, *y.args[:3], more, act)
+            if y.target in FULL and len(y.users) == 1 and y.args[3:5] == (None, None) and more is not y:
+                put(t, node, y.target, *y.args[:3], more, act, *y.args[5:])
                 return
     elif node.target is words.times and node.args[2] is None:
         for y, more in (node.args[:2], node.args[1::-1]):
             if y.target is words.activation and len(y.users) == 1:
-                _put(t, node, words.times, y.args[0], more, y.args[1])
+                put(t, node, words.times, y.args[0], more, y.args[1])
                 return
-
-
-STEPS = (_drop, _linear, _norm, _pointwise, _attention, _reshaped, _fuse, _fuse)

@@ -12,12 +12,24 @@ from torch import Tensor
 
 from rarefy.runtime.reference import ACTIVATIONS
 
+Pair = tuple[int, int]
+SHARED = 2.5  # outputs of four that have a value at the same input, in the mean: from there on tiles are faster
+
 
 def product(
     x: Tensor, w: Tensor, bias: Tensor | None = None, more: Tensor | None = None, act: str | None = None
 ) -> Tensor:
     """Return act(x w^T + bias + more)."""
     y = F.linear(x, w, bias)
+    return ACTIVATIONS[act](y if more is None else y + more)
+
+
+def convolution(
+    x: Tensor, w: Tensor, bias: Tensor | None, more: Tensor | None, act: str | None, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int,
+) -> Tensor:  # fmt: skip
+    """Return act(x [images, inputs, height, width] convolved with w + bias + more)."""
+    y = F.conv2d(x, w, bias, stride, padding, dilation, groups)
     return ACTIVATIONS[act](y if more is None else y + more)
 
 
@@ -64,6 +76,3 @@ def additive(mask: Tensor) -> Tensor:
     if small.shape[-2] > 1 and bool((small[..., :1, :] == small).all()):
         small = small[..., :1, :]  # the same for all queries
     return torch.zeros(small.shape).masked_fill_(~small, float("-inf")).expand(mask.shape)
-
-
-WORDS = (product, norm, add, times, activation, attention)

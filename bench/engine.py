@@ -1,0 +1,113 @@
+"""Whole compiled models against what else runs them: milliseconds of one call, all in turns.
+
+    python engine.py                  all cases, about a quarter of an hour on two quiet cores
+    python engine.py --only minilm
+    python engine.py --vehicles       ours against torch.compile of the same accelerated model, which was the other way
+    python engine.py --table          only print what was measured last
+
+Ours run the pruned model, the others the dense one, in fp32 (ours of 8 bits too: OpenVINO and ONNX Runtime then in
+theirs). Weights are pruned by magnitude: what counts here is time. Appends a JSON line a case to results/engine.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rarefy
+from models import call, engines, model_of
+from rarefy.model import hf
+from rarefy.proof.measure import compare
+from runtime import keep_memory
+from values import keep, kept
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "engine.jsonl"
+CASES = {"minilm": (1, 16), "resnet50": (1, 16)}
+PLANS = {
+    "dense": ("unstructured", 0.0, None),
+    "80 %": ("unstructured", 0.8, None),
+    "90 %": ("unstructured", 0.9, None),
+    "4x1, 80 %": ("4x1", 0.8, None),
+    "int8, 4x1, 80 %": ("4x1", 0.8, "int8"),
+    "int8, 1x4, 80 %": ("1x4", 0.8, "int8"),
+}
+
+
+def pruned(name: str, batch: int, way: str) -> tuple[Any, Any, tuple[int, ...]]:
+    """Return a model, what it is called with, and the numbers of inputs of its Linear layers."""
+    pattern, sparsity, _ = PLANS[way]
+    model, x, layers, inputs = model_of(name, batch)
+    if sparsity:
+        rarefy.prune_(model, pattern, "magnitude", sparsity, layers=layers)
+        rarefy.fold_(model)
+    return model, x, inputs
+
+
+def run(name: str, batch: int) -> dict[str, Any]:
+    """Return medians in milliseconds of all ways, in turns."""
+    dense, x, _ = pruned(name, batch, "dense")
+    runs: dict[str, Callable[[], Any]] = {"eager, dense": lambda: call(dense, x), **engines(dense, x)}
+    for way, (*_, values) in PLANS.items():
+        if values and name == "resnet50":
+            continue  # no convolution runs in 8 bits yet
+        model, _, _ = pruned(name, batch, way)
+        fast = rarefy.compile(model, x, values=values)
+        runs[f"ours, {way}"] = lambda fast=fast: call(fast, x)
+    times = compare(runs, repeats=10 if batch > 1 else 40)
+    return {k: [1000 * s for s in (t.low, t.median, t.high)] for k, t in times.items()}
+
+
+def vehicles(name: str, batch: int) -> dict[str, Any]:
+    """The same pruned model by `accelerate_` in eager torch, by torch.compile of that, and by a native plan."""
+    model, x, inputs = pruned(name, batch, "80 %")
+    eager = copy.deepcopy(model)
+    rarefy.accelerate_(eager, inputs, x, choices=False)
+    inductor = torch.compile(copy.deepcopy(eager))
+    plan = rarefy.compile(model, x)
+    runs = {"eager": eager, "torch.compile": inductor, "plan": plan}
+    times = compare({k: lambda f=f: call(f, x) for k, f in runs.items()}, repeats=10 if batch > 1 else 40)
+    return {k: [1000 * s for s in (t.low, t.median, t.high)] for k, t in times.items()}
+
+
+def lines(only: str | None, way: Callable[[str, int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for name, batches in CASES.items():
+        for batch in batches if only in (None, name) else ():
+            torch.manual_seed(0)
+            with torch.no_grad():
+                yield {"run": way.__name__, "model": name, "batch": batch, **way(name, batch)}
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Return medians, a row a way and a column a case, of the machine of the last line."""
+    found = [l for l in found if l["machine"]["cpu"] == found[-1]["machine"]["cpu"]]
+    out = []
+    for which in dict.fromkeys(l["run"] for l in found):
+        last = {(l["model"], l["batch"]): l for l in found if l["run"] == which}
+        out += [f"| ms | {' | '.join(f'{m}, batch {b}' for m, b in last)} |", "|---" * (len(last) + 1) + "|"]
+        ways = dict.fromkeys(k for l in last.values() for k, v in l.items() if isinstance(v, list))
+        out += [f"| {w} | {' | '.join(f'{l[w][1]:.1f}' if w in l else '' for l in last.values())} |" for w in ways]
+        out.append("")
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=CASES)
+    parser.add_argument("--vehicles", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    hf.no_bars()
+    keep_memory()
+    if not args.table:
+        keep(RESULTS, [lambda: lines(args.only, vehicles if args.vehicles else run)])
+    print(table(kept(RESULTS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Convolutions of a graph: their BatchNorm goes into their weights, and those with zeros get a kernel."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.engine import words
+from rarefy.engine.trace import Node, Traced, aten, kind_of, put
+from rarefy.runtime import native
+from rarefy.runtime.packed import MOST_STRIDE, NEAR, pack_conv
+
+LEAST = 0.4  # zeros from which a kernel is faster than torch's dense one
+NORMS = {
+    aten._native_batch_norm_legit_no_training.default: 6,
+    aten.batch_norm.default: 7,
+}  # where the variance's least is
+
+
+def convolution(t: Traced, node: Node) -> None:
+    """A convolution of images by a constant weight."""
+    if node.target is not aten.conv2d.default or kind_of(node) != torch.float32:
+        return
+    usual: Any = (None, [1, 1], [0, 0], [1, 1], 1)
+    x, w, *rest = node.args
+    sizes: Any
+    bias, *sizes, groups = (*rest, *usual[len(rest) :])
+    if w.name in t.constants and not any(isinstance(s, str) for s in sizes):
+        pairs = (tuple(s) * 2 if len(s) == 1 else tuple(s) for s in sizes)
+        put(t, node, words.convolution, x, w, bias, None, None, *pairs, groups)
+
+
+def batch_norm(t: Traced, node: Node) -> None:
+    """A BatchNorm after a convolution that nothing else reads: weights and bias of their own."""
+    outer = node
+    if node.target is operator.getitem and node.args[1] == 0 and node.args[0].target in NORMS:
+        node = node.args[0]
+    elif node.target is not aten.batch_norm.default:
+        return
+    y, *norm = node.args[:5]
+    if node.target is aten.batch_norm.default and node.args[5]:
+        return  # by the batch's own numbers
+    if y.target is not words.convolution or len(y.users) != 1 or y.args[3:5] != (None, None):
+        return
+    if (outer is not node and len(node.users) > 1) or not all(n is None or n.name in t.constants for n in norm):
+        return
+    gain, shift, mean, variance = (None if n is None else t.constants[n.name].double() for n in norm)
+    assert mean is not None and variance is not None
+    by = (variance + node.args[NORMS[node.target]]).rsqrt() * (1.0 if gain is None else gain)
+    x, w, bias, *rest = y.args
+    W = t.constants[w.name]
+    b = (0.0 if bias is None else t.constants[bias.name].double()) - mean
+    made = [(W.double() * by.view(-1, 1, 1, 1)).float(), (b * by + (0.0 if shift is None else shift)).float()]
+    put(t, outer, words.convolution, x, *(_constant(t, f"{y.name}_{n}", v) for n, v in zip("wb", made)), *rest)
+
+
+def _constant(t: Traced, name: str, value: Tensor) -> Node:
+    with t.graph.inserting_before(next(iter(t.graph.nodes))):
+        node = t.graph.placeholder(name)
+    t.constants[node.name] = node.meta["val"] = value
+    return node
+
+
+def kernel(t: Traced, node: Node) -> Any:
+    """Return the kernel of a convolution with zeros, None where torch runs it dense."""
+    _, w, bias, _, act, stride, padding, dilation, groups = node.args
+    weight = t.constants[w.name]
+    depthwise = weight.shape[1] == 1 and groups > 1
+    if float((weight == 0).float().mean()) < LEAST or depthwise or max(stride) > MOST_STRIDE:
+        return None
+    how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    packed = pack_conv(weight, **how)
+    if groups == 1 and len(packed.values) < words.SHARED * len(packed.columns):
+        packed = pack_conv(weight, **how, block=NEAR, sell=True)
+    return native.Kernel(packed, None if bias is None else t.constants[bias.name], act)
