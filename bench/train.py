@@ -197,40 +197,25 @@ def pieces(tokenizer: Any, epoch: int, batch: int = 16, words: int = 90) -> list
 
 
 def learn(dense: Any, tokenizer: Any) -> tuple[Any, float]:
-    """One shot, each block learning the dense one's outputs; then all together from the dense model's hidden states;
-    then embeddings too, and from its embedding of each text. Return the model and the seconds."""
+    """One shot, each block learning the dense one's outputs; then all together from the dense model's hidden states.
+    Return the model and the seconds."""
     model, began = copy.deepcopy(dense), time.perf_counter()
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout):
             m.p = 0.0  # the teacher does not drop out either
     for m in (model, dense):
         m.set_attn_implementation("eager")  # trains faster here
-    model.requires_grad_(False)
-    model.encoder.requires_grad_(True)
+    model.embeddings.requires_grad_(False)  # half of all weights, and none of them is pruned
     solver = rarefy.Solver(name="admm", asymmetric=0.5, reconstruct=2)
     how: dict[str, Any] = {"layers": "encoder.layer.*", "solver": solver, "allocate": "errors"}
     first = pieces(tokenizer, 0)
     rarefy.prune_(model, "4x1", sparsity=0.8, data=first[:64], **how)
     plan = rarefy.Distill(task=0.0, logits=0.0, hidden="squarehead")
     distiller = rarefy.Distiller(model, dense, plan, example=first[0])
-    told: dict[str, torch.Tensor] = {}
-    dense.encoder.layer[-1].register_forward_hook(lambda m, a, y: told.update(y=y[0] if isinstance(y, tuple) else y))
-
-    def pooled(hidden: torch.Tensor, batch: Any) -> torch.Tensor:
-        return torch.nn.functional.normalize((hidden.float() * batch["attention_mask"][..., None]).sum(1), dim=-1)
-
-    def both(out: Any, batch: Any, own: Any) -> torch.Tensor:
-        loss = distiller(out, batch)
-        return loss + 3 * (1 - (pooled(out.last_hidden_state, batch) * pooled(told["y"], batch)).sum(-1)).mean()
-
-    both.task = 0  # type: ignore[attr-defined]
-    for epochs, rate, begin, teach in ((7, 1e-3, 0, distiller), (4, 7e-4, 50, both)):
-        rarefy.fit_(
-            model, lambda e: pieces(tokenizer, begin + e), epochs=epochs, teach=teach, seed=0,  # noqa: B023
-            steps=Steps(autocast="bf16", clip=1.0), lr_schedule="one-cycle", progress=True,
-            optimizer=optimizer_of("adamw", rate, weight_decay=0.0),
-        )  # fmt: skip
-        model.embeddings.requires_grad_(True)
+    rarefy.fit_(
+        model, lambda e: pieces(tokenizer, e), epochs=7, teach=distiller, seed=0, steps=Steps(autocast="bf16", clip=1.0),
+        optimizer=optimizer_of("adamw", 1e-3, weight_decay=0.0), lr_schedule="one-cycle", progress=True,
+    )  # fmt: skip
     distiller.close()
     return rarefy.fold_(model).eval(), time.perf_counter() - began
 
