@@ -213,8 +213,8 @@ def learn(dense: Any, tokenizer: Any) -> tuple[Any, float]:
     plan = rarefy.Distill(task=0.0, logits=0.0, hidden="squarehead")
     distiller = rarefy.Distiller(model, dense, plan, example=first[0])
     rarefy.fit_(
-        model, lambda e: pieces(tokenizer, e), epochs=7, teach=distiller, seed=0, steps=Steps(autocast="bf16", clip=1.0),
-        optimizer=optimizer_of("adamw", 1e-3, weight_decay=0.0), lr_schedule="one-cycle", progress=True,
+        model, lambda e: pieces(tokenizer, e), epochs=7, teach=distiller, seed=0, lr_schedule="one-cycle",
+        steps=Steps(autocast="bf16", clip=1.0), optimizer=optimizer_of("adamw", 1e-3, weight_decay=0.0), progress=True,
     )  # fmt: skip
     distiller.close()
     return rarefy.fold_(model).eval(), time.perf_counter() - began
