@@ -374,6 +374,15 @@ def test_second_order_loses_less_than_magnitude():
     assert losses["second-order"] < losses["gradual"]
 
 
+@pytest.mark.parametrize("name", PLANS)
+def test_all_of_training_under_autocast(name):
+    model, data = mlp(), [(torch.randn(6, 3, 9, 9), torch.randint(8, (6,))) for _ in range(8)]
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        rarefy.fit_(model, data, epochs=2, prune=plan_of(name), calibrate=data, seed=0)
+    assert abs(float((model[1].weight == 0).float().mean()) - 0.7) < 0.05
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+
+
 BAD = {
     "no plan": (lambda: Sparsifier(mlp(), "rigl", steps=3), "prune is a plan such as rarefy.Gradual"),
     "steps": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5), steps=0), "steps is the number of training steps, at least 1, got 0"),

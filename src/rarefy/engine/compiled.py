@@ -35,7 +35,8 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     """Return a callable that does what the model does, faster: whole stretches of it run as one native call.
 
     example  what the model can be called with: a dict of its keywords, a tuple of its arguments, or one tensor. Batches
-             and other sizes may differ in later calls, as far as the model's own code leaves them open
+             and other sizes may differ in later calls, as far as the model's own code leaves them open; sizes of images
+             stay
     values   "int8": products run in 8 bits, weights with a scale for each output and inputs with one for each row, so
              outputs change a little; None: fp32
     The callable takes and returns what the model does, without gradients, and may be called by several threads. It
@@ -127,8 +128,9 @@ class Compiled:
         kernels = _kernels(traced, values)
         self.program = _schedule(traced, kernels)
         self.packed_bytes = sum(nbytes(k.held[0]) for k in kernels.values())
-        for node in kernels:  # packed: the weight itself is not needed any more
-            self.constants.pop(node.args[1].name, None)
+        for w in {n.args[1] for n in kernels}:
+            if all(u in kernels for u in w.users):  # packed: the weight itself is not needed any more
+                del self.constants[w.name]
         self.fixed_nodes = _fixed(traced)
         self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # what sizes alone decide, for the last ones
         self.output = next(n for n in traced.graph.nodes if n.op == "output").args[0]

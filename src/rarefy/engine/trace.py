@@ -51,6 +51,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], ru
         if isinstance(error, ModelError):
             raise
         why = f"{type(model).__name__} cannot be exported: {first_line(error)}"
+        if "cache_utils" in str(error):
+            why += " (a language model: put use_cache=False into the example)"
         if two[0] is args:
             raise ModelError(why) from error
     try:
@@ -74,12 +76,17 @@ def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
 def _export(model: nn.Module, args: Any, kwargs: Any) -> Any:
     names = list(inspect.signature(model.forward).parameters)
     given = {**dict(zip(names, args)), **kwargs}
-    open_ = pytree.tree_map(lambda t: [Dim.AUTO] * t.dim() if isinstance(t, Tensor) else None, given)
+    open_ = pytree.tree_map(lambda t: _open(t) if isinstance(t, Tensor) else None, given)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own trees
         program = export(model, args, dict(kwargs), dynamic_shapes=open_, strict=False)
         changes = any(_changes(n.target) for n in program.graph.nodes if n.op == "call_function")
         return program.run_decompositions({}) if changes else program  # calls that change their inputs become others
+
+
+def _open(t: Tensor) -> list[Any]:
+    """Which sizes of an input stay open: all, but of images, of whose sizes export reasons for minutes, the first."""
+    return [Dim.AUTO, *[Dim.STATIC if t.dim() > 3 and t.is_floating_point() else Dim.AUTO] * (t.dim() - 1)][: t.dim()]
 
 
 def _changes(target: Any) -> bool:
@@ -152,6 +159,8 @@ def drop(t: Traced, node: Node) -> None:
     if node.target in CHECKS:
         t.graph.erase_node(node)
         return
+    if node.target in VIEWS:
+        node.target = aten.reshape.default  # what was contiguous by a call that does nothing else may not be so now
     x = node.args[0] if node.args else None
     if not isinstance(x, fx.Node) or kind_of(x) != kind_of(node):
         return

@@ -86,9 +86,10 @@ def _gradients(
 
 def _add_(inverse: Tensor, g: Tensor, m: int) -> None:
     """F + g g' / m, in the inverse (Sherman-Morrison)."""
-    u = torch.bmm(inverse, g[:, :, None])
-    scale = m + (g * u[:, :, 0]).sum(1)
-    inverse.baddbmm_(u, (u / scale[:, None, None]).transpose(1, 2), alpha=-1)
+    with torch.autocast(g.device.type, enabled=False):  # training in bf16 must not round these
+        u = torch.bmm(inverse, g[:, :, None])
+        scale = m + (g * u[:, :, 0]).sum(1)
+        inverse.baddbmm_(u, (u / scale[:, None, None]).transpose(1, 2), alpha=-1)
 
 
 def in_blocks(weight: Tensor, block: int) -> Tensor:
@@ -113,6 +114,7 @@ def compensated(weight: Tensor, mask: Tensor, inverse: Tensor) -> Tensor:
     d = gone.to(w.dtype)
     inside = d[:, :, None] * inverse * d[:, None, :] + torch.diag_embed(1 - d)
     lagrange = torch.linalg.solve(inside, d * w)
-    moved = w - torch.bmm(inverse, lagrange[:, :, None])[:, :, 0]
+    with torch.autocast(w.device.type, enabled=False):
+        moved = w - torch.bmm(inverse, lagrange[:, :, None])[:, :, 0]
     moved = torch.where(gone, torch.zeros((), dtype=w.dtype), moved)
     return moved.reshape(-1)[: weight.numel()].reshape(weight.shape)
