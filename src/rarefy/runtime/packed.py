@@ -337,7 +337,7 @@ def pack_sell(weight: Tensor, kind: str = "fp32", block: int = NEAR, grid: Grid 
 
     >>> packed = pack_sell(torch.tensor([[0.0, 2.0], [0.0, 0.0], [1.0, 3.0]]))
     >>> packed.order[0, 0, :4].tolist(), packed.counts[0, 0, :2].tolist(), packed.columns.tolist()
-    ([1, 0, 2, 3], [1, 2], [[0, 1], [0, 0], [1, 0]])
+    ([1, 3, 0, 2], [0, 2], [[1, 0], [0, 1]])
     """
     V, scales = stored(weight, kind, grid)
     O, C = V.shape
