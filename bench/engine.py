@@ -5,8 +5,8 @@
     python engine.py --vehicles       ours against torch.compile of the same accelerated model, which was the other way
     python engine.py --table          only print what was measured last
 
-Ours run the pruned model, the others the dense one, in fp32 (ours of 8 bits too: OpenVINO and ONNX Runtime then in
-theirs). Weights are pruned by magnitude: what counts here is time. Appends a JSON line a case to results/engine.jsonl.
+Ours run the pruned model, also in 8 bits; the others the dense one, in fp32. Weights are pruned by magnitude: what
+counts here is time. Appends a JSON line a case to results/engine.jsonl.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import torch
 import rarefy
 from models import call, engines, model_of
 from rarefy.model import hf
-from rarefy.proof.measure import compare
-from runtime import keep_memory
+from runtime import in_turns, keep_memory
 from values import keep, kept
 
 HERE = Path(__file__).parent
@@ -59,8 +58,7 @@ def run(name: str, batch: int) -> dict[str, Any]:
         model, _, _ = pruned(name, batch, way)
         fast = rarefy.compile(model, x, values=values)
         runs[f"ours, {way}"] = lambda fast=fast: call(fast, x)
-    times = compare(runs, repeats=10 if batch > 1 else 40)
-    return {k: [1000 * s for s in (t.low, t.median, t.high)] for k, t in times.items()}
+    return in_turns(runs, 10 if batch > 1 else 40)
 
 
 def vehicles(name: str, batch: int) -> dict[str, Any]:
@@ -71,8 +69,7 @@ def vehicles(name: str, batch: int) -> dict[str, Any]:
     inductor = torch.compile(copy.deepcopy(eager))
     plan = rarefy.compile(model, x)
     runs = {"eager": eager, "torch.compile": inductor, "plan": plan}
-    times = compare({k: lambda f=f: call(f, x) for k, f in runs.items()}, repeats=10 if batch > 1 else 40)
-    return {k: [1000 * s for s in (t.low, t.median, t.high)] for k, t in times.items()}
+    return in_turns({k: lambda f=f: call(f, x) for k, f in runs.items()}, 10 if batch > 1 else 40)
 
 
 def lines(only: str | None, way: Callable[[str, int], dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -29,8 +29,8 @@ from torch import nn
 import rarefy
 from rarefy import samples
 from rarefy.model import hf
-from rarefy.proof.measure import commit, compare, machine
-from runtime import keep_memory
+from rarefy.proof.measure import commit, machine
+from runtime import in_turns, keep_memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "models.jsonl"
@@ -135,9 +135,8 @@ def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, oth
         more = engines(model, x) if others else {}
     # Beside `more` only these compare: threads of other engines slow dense torch most.
     runs = {"dense": lambda: call(model, x), "ours": lambda: call(ours, x), **more}
-    times = compare(runs, repeats=10 if batch > 1 else 30)
+    quartiles = in_turns(runs, 10 if batch > 1 else 30)
     apart = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
-    quartiles = {k: [1000 * s for s in (t.low, t.median, t.high)] for k, t in times.items()}
     return {"apart": apart, "layers": chosen.summary["layers that run sparse"], **quartiles}
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,9 @@ def random(O: int, C: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> 
     return torch.randn(O, C) * keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
 
 
-def in_turns(dense: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Return quartiles of both in milliseconds."""
-    times = compare({"dense": dense, "ours": ours}, repeats=repeats)
+def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+    """Return quartiles of all in milliseconds."""
+    times = compare(runs, repeats=repeats)
     return {name: [1000 * s for s in (t.low, t.median, t.high)] for name, t in times.items()}
 
 
@@ -93,7 +93,7 @@ def few(format: str, kind: str, sparsity: float, n: int = 1) -> dict[str, Any]:
     first = (pack_csr if format == "csr" else pack_bitmask)(random(4096, 4096, sparsity), kind)
     more = [copy(first) for _ in range(CACHE // nbytes(first) + 1)]
     kernels = cycle([native.Kernel(p) for p in [first, *more]])
-    return {"bytes": nbytes(first), **in_turns(dense, lambda: next(kernels).run(x), 40)}
+    return {"bytes": nbytes(first), **in_turns({"dense": dense, "ours": lambda: next(kernels).run(x)}, 40)}
 
 
 def overhead() -> dict[str, Any]:
@@ -106,7 +106,7 @@ def overhead() -> dict[str, Any]:
         for _ in range(1000):
             layer(x)
 
-    return {"bytes": 0, **in_turns(lambda: often(dense), lambda: often(ours), 20)}
+    return {"bytes": 0, **in_turns({"dense": lambda: often(dense), "ours": lambda: often(ours)}, 20)}
 
 
 def tiles(kind: str, shape: tuple[int, int], n: int, sparsity: float, block: tuple[int, int]) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def tiles(kind: str, shape: tuple[int, int], n: int, sparsity: float, block: tup
         dense = lambda: F.linear(xs, w)  # noqa: E731
     packed = pack_tiles(random(O, C, sparsity, block), kind)
     kernel = native.Kernel(packed)
-    return {"bytes": nbytes(packed), **in_turns(dense, lambda: kernel.run(x), 25)}
+    return {"bytes": nbytes(packed), **in_turns({"dense": dense, "ours": lambda: kernel.run(x)}, 25)}
 
 
 def convolution(shape: tuple[int, ...], n: int, sparsity: float) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def convolution(shape: tuple[int, ...], n: int, sparsity: float) -> dict[str, An
     packed = pack_conv(random(O, I * k * k, sparsity).view(O, I, k, k), stride=(stride, stride), padding=(pad, pad))
     kernel = native.Kernel(packed)
     dense = lambda: F.conv2d(x, W, None, stride, pad)  # noqa: E731
-    return {"bytes": nbytes(packed), **in_turns(dense, lambda: kernel.run(x), 15 if n > 1 else 30)}
+    return {"bytes": nbytes(packed), **in_turns({"dense": dense, "ours": lambda: kernel.run(x)}, 15 if n > 1 else 30)}
 
 
 def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:

@@ -106,8 +106,7 @@ void run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       break;
     case RAREFY_NORM: {
       const int64_t tile = i * SOME / NT, column = i * SOME % NT;
-      t.norm(s.x.at + tile * s.x.tile + column, s.more.at ? s.more.at + tile * s.more.tile + column : nullptr, s.features,
-             SOME, s.gain, s.bias, s.least, s.flag != 0, s.sum.at ? s.sum.at + tile * s.sum.tile + column : nullptr,
+      t.norm(s.x.at + tile * s.x.tile + column, s.features, SOME, s.gain, s.bias, s.least, s.flag != 0,
              s.out.at + tile * s.out.tile + column);
       break;
     }
@@ -146,9 +145,7 @@ void rest(int& spins) {
 
 API int rarefy_run_plan(const rarefy_step* steps, int64_t count) {
   const rarefy_table& t = rarefy_chosen();
-  uint32_t threads = 1;
-  if (rarefy_run_parallel && rarefy_count_threads) rarefy_count_threads(&threads);
-  threads = std::min<uint32_t>(std::max<uint32_t>(threads, 1), MOST_THREADS);
+  const uint32_t threads = threads_here();
   for (int64_t k = 0; k < count; ++k)
     if (steps[k].op < 0 || steps[k].op >= RAREFY_OPS) return RAREFY_BAD;
   if (threads == 1) {
@@ -170,11 +167,7 @@ API int rarefy_run_plan(const rarefy_step* steps, int64_t count) {
     const uint32_t me = arrived.fetch_add(1) % threads;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t parts = parts_of(steps[k]);
-      int64_t did = 0;
-      Run* mine = runs + k * threads;
-      for (int64_t i; (i = mine[me].first()) >= 0; ++did) run_part(t, steps[k], i);
-      for (uint32_t other = 1; other < threads; ++other)
-        for (int64_t i; (i = mine[(me + other) % threads].last()) >= 0; ++did) run_part(t, steps[k], i);
+      const int64_t did = take_parts(runs + k * threads, threads, me, [&](int64_t i) { run_part(t, steps[k], i); });
       counts[k].done.fetch_add(did, std::memory_order_acq_rel);
       for (int spins = 0; counts[k].done.load(std::memory_order_acquire) < parts;) rest(spins);
     }

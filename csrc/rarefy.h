@@ -130,7 +130,7 @@ enum rarefy_op {
   RAREFY_PRODUCT = 2, // out = act(w x + bias + more); w: rarefy_tiles, or rarefy_sell with flag; of int8, x and
                       // sum are what RAREFY_BYTES made
   RAREFY_BYTES = 3,   // x -> out, in bytes, and sum, the scales of columns
-  RAREFY_NORM = 4,    // out = norm(x + more) gain + bias; flag: whether means are taken off; sum = x + more
+  RAREFY_NORM = 4,    // out = norm(x) gain + bias; flag: whether means are taken off
   RAREFY_ADD = 5,     // out = act(x + more)
   RAREFY_TIMES = 6,   // out = act(x) more
   RAREFY_ATTEND = 7,  // w: rarefy_attention

@@ -22,30 +22,24 @@ inline vec root(vec v) {
   return v;
 }
 
-// (x + more) normed over features for `columns` of a tile; what was normed goes to `sum` too, where there is one.
-void norm(const float* x, const float* more, int64_t features, int64_t columns, const float* gain, const float* bias,
-          float least, bool centred, float* sum, float* out) {
+// x normed over features for `columns` of a tile.
+void norm(const float* x, int64_t features, int64_t columns, const float* gain, const float* bias, float least,
+          bool centred, float* out) {
   constexpr int S = 4;  // sums that do not wait for each other
   const float part = 1.0f / float(features);
   for (int64_t n = 0; n < columns; n += W) {
     vec total[S] = {}, square[S] = {}, mean{};
-    const float* from = x;
-    if (more) {
-      from = sum ? sum : out;
-      for (int64_t f = 0; f < features; ++f)
-        put_whole(const_cast<float*>(from) + f * NT + n, whole_at(x + f * NT + n) + whole_at(more + f * NT + n));
-    }
     if (centred) {
-      for (int64_t f = 0; f < features; ++f) total[f % S] += whole_at(from + f * NT + n);
+      for (int64_t f = 0; f < features; ++f) total[f % S] += whole_at(x + f * NT + n);
       mean = ((total[0] + total[1]) + (total[2] + total[3])) * part;
     }
     for (int64_t f = 0; f < features; ++f) {
-      const vec v = whole_at(from + f * NT + n) - mean;
+      const vec v = whole_at(x + f * NT + n) - mean;
       square[f % S] += v * v;
     }
     const vec by = 1.0f / root(((square[0] + square[1]) + (square[2] + square[3])) * part + least);
     for (int64_t f = 0; f < features; ++f) {
-      vec v = (whole_at(from + f * NT + n) - mean) * by;
+      vec v = (whole_at(x + f * NT + n) - mean) * by;
       if (gain) v *= gain[f];
       if (bias) v += bias[f];
       put_whole(out + f * NT + n, v);

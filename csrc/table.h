@@ -46,7 +46,7 @@ struct rarefy_table {
   void (*settle[4])(const rarefy_bitmask&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
   void (*finish[3])(const rarefy_sums&, int64_t, int64_t, const uint32_t*, const float*, int64_t, const float*, float*,
                     int64_t);
-  void (*norm)(const float*, const float*, int64_t, int64_t, const float*, const float*, float, bool, float*, float*);
+  void (*norm)(const float*, int64_t, int64_t, const float*, const float*, float, bool, float*);
   void (*unpack)(const float*, int64_t, int64_t, float*, int64_t);
   void (*pair)(const float*, const float*, bool, int, float*, int64_t);
   void (*to_bytes)(const float*, int64_t, float*, uint32_t*);

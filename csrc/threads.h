@@ -82,13 +82,28 @@ void body(int64_t begin, int64_t end, void* context) {
   for (int64_t i = begin; i < end; ++i) (*static_cast<F*>(context))();
 }
 
+// What thread `me` does of parts that lie in a run for each thread: its own from the front, then from the ends of the
+// others'. Returns how many it did.
+template <class F>
+int64_t take_parts(Run* runs, uint32_t threads, uint32_t me, F&& part) {
+  int64_t did = 0;
+  for (int64_t i; (i = runs[me].first()) >= 0; ++did) part(i);
+  for (uint32_t other = 1; other < threads; ++other)
+    for (int64_t i; (i = runs[(me + other) % threads].last()) >= 0; ++did) part(i);
+  return did;
+}
+
+inline uint32_t threads_here() {
+  uint32_t threads = 1;
+  if (rarefy_run_parallel && rarefy_count_threads) rarefy_count_threads(&threads);
+  return std::min<uint32_t>(std::max<uint32_t>(threads, 1), MOST_THREADS);
+}
+
 // Parts go to threads in as many runs as there are threads, so that each reads memory in one stream; who is done helps
 // the others, from the ends of their runs.
 template <class F>
 void on_threads(int64_t parts, bool worth, F&& part) {
-  uint32_t threads = 1;
-  if (worth && rarefy_run_parallel && rarefy_count_threads) rarefy_count_threads(&threads);
-  threads = uint32_t(std::min<int64_t>({int64_t(threads), parts, MOST_THREADS}));
+  const uint32_t threads = worth ? uint32_t(std::min<int64_t>(threads_here(), parts)) : 1;
   if (threads <= 1) {
     for (int64_t i = 0; i < parts; ++i) part(i);
     return;
@@ -96,11 +111,6 @@ void on_threads(int64_t parts, bool worth, F&& part) {
   Run runs[MOST_THREADS];
   for (uint32_t t = 0; t < threads; ++t) runs[t].set(parts * t / threads, parts * (t + 1) / threads);
   std::atomic<uint32_t> arrived{0};
-  auto take = [&] {
-    const uint32_t me = arrived.fetch_add(1) % threads;
-    for (int64_t i; (i = runs[me].first()) >= 0;) part(i);
-    for (uint32_t other = 1; other < threads; ++other)
-      for (int64_t i; (i = runs[(me + other) % threads].last()) >= 0;) part(i);
-  };
+  auto take = [&] { take_parts(runs, threads, arrived.fetch_add(1) % threads, part); };
   rarefy_run_parallel(0, threads, 1, body<decltype(take)>, &take);
 }

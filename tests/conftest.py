@@ -21,12 +21,25 @@ from torch import Tensor, nn
 
 from rarefy import samples
 from rarefy.cli import main
-from rarefy.errors import DataError
+from rarefy.errors import DataError, FormatError
+from rarefy.runtime import native
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request):
+    """Run with the kernels of each instruction set that this CPU has."""
+    before = native.isa()
+    try:
+        native.use(request.param)
+    except FormatError as error:
+        pytest.skip(str(error))
+    yield request.param
+    native.use(str(before))
 
 
 class Net(nn.Module):

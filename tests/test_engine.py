@@ -17,19 +17,6 @@ from rarefy.errors import DataError, ModelError
 from rarefy.model import hf
 from rarefy.runtime import native
 
-ISAS = [n for n in native.ISAS]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = native.isa()
-    try:
-        native.use(request.param)
-    except rarefy.RarefyError:
-        pytest.skip("not on this CPU")
-    yield request.param
-    native.use(before)
-
 
 def pruned(model, sparsity=0.8, seed=0):
     """Weights of all Linear layers, most of them zero."""

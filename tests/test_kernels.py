@@ -18,24 +18,6 @@ from rarefy.runtime import native, packed, reference
 from rarefy.values.quantize import asked, grid_for
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-HERE = native.isa()
-
-
-def has(isa):
-    try:
-        native.use(isa)
-    except FormatError:
-        return False
-    finally:
-        native.use(HERE)
-    return True
-
-
-@pytest.fixture(params=[i for i in native.ISAS if native.missing() is None and has(i)])
-def isa(request):
-    native.use(request.param)
-    yield request.param
-    native.use(HERE)
 
 
 def random(O, C, sparsity, rows=1, columns=1):

@@ -20,7 +20,7 @@ from rarefy.errors import DataError, ModelError, unknown
 from rarefy.model.select import all_layers
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
-from rarefy.runtime.packed import nbytes, pack_sell, pack_tiles
+from rarefy.runtime.packed import SHARED, pack_sell, pack_tiles, shared
 
 MOST_SIZES = 16  # of inputs for which plans are kept
 ROUNDED = 0.2  # of outputs' length, how far they may move in 8 bits
@@ -62,7 +62,8 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
     made = Compiled(trace(model, args, kwargs, RULES), values)
-    prove(model, made, *(two_samples(args, kwargs) if not made.notes else (args, kwargs)), ROUNDED if values else 1e-3)
+    shown = (args, kwargs) if made.traced.notes else two_samples(args, kwargs)
+    prove(model, made, *shown, ROUNDED if values else 1e-3)
     return made
 
 
@@ -127,14 +128,15 @@ class Compiled:
         self.traced, self.constants = traced, traced.constants
         kernels = _kernels(traced, values)
         self.program = _schedule(traced, kernels)
-        self.packed_bytes = sum(nbytes(k.held[0]) for k in kernels.values())
         for w in {n.args[1] for n in kernels}:
             if all(u in kernels for u in w.users):  # packed: the weight itself is not needed any more
                 del self.constants[w.name]
         self.fixed_nodes = _fixed(traced)
         self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # what sizes alone decide, for the last ones
+        spec: Any = traced.in_spec
+        keywords = spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
+        self.keywords = dict.fromkeys(keywords.context)  # in the graph's order
         self.output = next(n for n in traced.graph.nodes if n.op == "output").args[0]
-        self.notes = traced.notes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self._leaves(args, kwargs)
@@ -160,9 +162,8 @@ class Compiled:
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The call's tensors in the graph's order; DataError unless they are as the graph was made for."""
-        spec: Any = self.traced.in_spec
-        names = list(spec.child(1).context) if hasattr(spec, "child") else list(spec.children_specs[1].context)
-        if sorted(kwargs) != sorted(names):
+        spec, names = self.traced.in_spec, self.keywords
+        if kwargs.keys() != names.keys():
             raise DataError(
                 f"compiled for the keywords {', '.join(names) or 'none'}, got {', '.join(kwargs) or 'none'}"
             )
@@ -186,7 +187,7 @@ class Compiled:
         ours = Counter(n.target.__name__ for s in plans for n in s.nodes)
         lines = [f"{len(plans)} native calls: {', '.join(f'{n} {w}' for w, n in ours.most_common()) or 'none'}"]
         lines += [f"in torch: {', '.join(f'{n} {w}' for w, n in calls.most_common())}"] if calls else []
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.traced.notes])
 
 
 def _name(node: Node) -> str:
@@ -195,23 +196,26 @@ def _name(node: Node) -> str:
 
 def _check(name: str, want: Tensor, value: Any, open_: dict[str, int], ranges: Mapping[str, tuple[int, int]]) -> None:
     """Raise DataError unless a tensor is of the type and the sizes that the graph takes."""
-    sizes = [str(s) if str(s).isdigit() else "any" for s in want.shape]
-    what = f"{str(want.dtype).removeprefix('torch.')} [{', '.join(sizes)}] on the CPU"
     if not isinstance(value, Tensor):
-        raise DataError(f"{name}: {what} is expected, got {type(value).__name__}")
+        raise DataError(f"{name}: {_described(want)} is expected, got {type(value).__name__}")
     if value.dtype != want.dtype or value.device.type != "cpu" or value.dim() != want.dim():
         got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-        raise DataError(f"{name}: {what} is expected, got {got}")
+        raise DataError(f"{name}: {_described(want)} is expected, got {got}")
     for n, size in zip(value.shape, want.shape):
         fixed = str(size).isdigit()  # export wraps numbers too
         least, most = (int(size), int(size)) if fixed else ranges.get(str(size), (0, MOST_SIZE))
         if not least <= n <= most:
             limits = f"{least} or more" if most == MOST_SIZE else f"{least}" if fixed else f"{least} to {most}"
-            raise DataError(f"{name}: {what} is expected, got {list(value.shape)}: {n} is not {limits}")
+            raise DataError(f"{name}: {_described(want)} is expected, got {list(value.shape)}: {n} is not {limits}")
         if not fixed and open_.setdefault(str(size), n) != n:
             raise DataError(
                 f"{name}: a size that is {open_[str(size)]} in another input is {n} here: {list(value.shape)}"
             )
+
+
+def _described(want: Tensor) -> str:
+    sizes = [str(s) if str(s).isdigit() else "any" for s in want.shape]
+    return f"{str(want.dtype).removeprefix('torch.')} [{', '.join(sizes)}] on the CPU"
 
 
 def _fixed(t: Traced) -> list[Node]:
@@ -236,7 +240,7 @@ def _kernels(t: Traced, values: str | None) -> dict[Node, Any]:
         if node.target is words.product:
             _, w, bias, _, act = node.args
             packed: Any = pack_tiles(t.constants[w.name], values or "fp32")
-            if len(packed.values) < words.SHARED * len(packed.columns):
+            if shared(packed) < SHARED:
                 packed = pack_sell(t.constants[w.name], values or "fp32")
             found[node] = native.Kernel(packed, None if bias is None else t.constants[bias.name], act)
         elif node.target is words.convolution and (kernel := convolve.kernel(t, node)) is not None:

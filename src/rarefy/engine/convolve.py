@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rarefy.engine import words
 from rarefy.engine.trace import Node, Traced, aten, kind_of, put
 from rarefy.runtime import native
-from rarefy.runtime.packed import MOST_STRIDE, NEAR, pack_conv
+from rarefy.runtime.packed import MOST_STRIDE, NEAR, SHARED, pack_conv, shared
 
 LEAST = 0.4  # zeros from which a kernel is faster than torch's dense one
 NORMS = {
@@ -47,14 +48,10 @@ def batch_norm(t: Traced, node: Node) -> None:
         return
     if (outer is not node and len(node.users) > 1) or not all(n is None or n.name in t.constants for n in norm):
         return
-    gain, shift, mean, variance = (None if n is None else t.constants[n.name].double() for n in norm)
-    assert mean is not None and variance is not None
-    by = (variance + node.args[NORMS[node.target]]).rsqrt() * (1.0 if gain is None else gain)
     x, w, bias, *rest = y.args
-    W = t.constants[w.name]
-    b = (0.0 if bias is None else t.constants[bias.name].double()) - mean
-    made = [(W.double() * by.view(-1, 1, 1, 1)).float(), (b * by + (0.0 if shift is None else shift)).float()]
-    put(t, outer, words.convolution, x, *(_constant(t, f"{y.name}_{n}", v) for n, v in zip("wb", made)), *rest)
+    W, b, gain, shift, mean, variance = (None if n is None else t.constants[n.name] for n in (w, bias, *norm))
+    made = fuse_conv_bn_weights(W, b, mean, variance, node.args[NORMS[node.target]], gain, shift)  # type: ignore[arg-type]
+    put(t, outer, words.convolution, x, *(_constant(t, f"{y.name}_{n}", v.detach()) for n, v in zip("wb", made)), *rest)
 
 
 def _constant(t: Traced, name: str, value: Tensor) -> Node:
@@ -73,6 +70,6 @@ def kernel(t: Traced, node: Node) -> Any:
         return None
     how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     packed = pack_conv(weight, **how)
-    if groups == 1 and len(packed.values) < words.SHARED * len(packed.columns):
+    if groups == 1 and shared(packed) < SHARED:
         packed = pack_conv(weight, **how, block=NEAR, sell=True)
     return native.Kernel(packed, None if bias is None else t.constants[bias.name], act)

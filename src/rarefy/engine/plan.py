@@ -108,7 +108,8 @@ class Plan:
         self.values: dict[Node, Value] = {}
         self.every: list[Value] = []
         self.steps: list[tuple[Step, dict[str, Any]]] = []
-        self.held: list[Any] = []
+        self.held: list[Tensor] = []  # whose addresses steps have
+        self.attends: list[tuple[Attend, dict[str, Value]]] = []
         self.masks: list[tuple[Node, Attend]] = []
         self.bytes: dict[Node, tuple[Value, Value]] = {}
         self.spread = {self._lead(n) for n in nodes if n.target is words.attention}
@@ -204,7 +205,7 @@ class Plan:
             for name, v in places.items():
                 setattr(s, name, Place(base + 4 * v.start, v.tile))
             self.array[i] = s
-        for a, places in self.held_attention():
+        for a, places in self.attends:
             for name, v in places.items():
                 setattr(a, name, base + 4 * v.start)
                 setattr(a, f"{name}_tile", v.tile)
@@ -213,9 +214,6 @@ class Plan:
         self.final = [self.array[i] for i in range(len(self.steps) - len(self.exits), len(self.steps))]
         self.sizes = [shape for _, shape in self.exits]
         self.call = native.library().rarefy_run_plan
-
-    def held_attention(self) -> list[Any]:
-        return [h for h in self.held if isinstance(h, tuple)]
 
     def run(self, given: Mapping[Node, Tensor]) -> list[Tensor]:
         """Return the outputs, row after row."""
@@ -302,7 +300,7 @@ def _attention(p: Plan, node: Node) -> None:
         causal=int(causal),
     )
     places = {n: p.use(p.values[x]) for n, x in zip("qkv", (q, k, v))} | {"out": p.use(out)}
-    p.held.append((a, places))
+    p.attends.append((a, places))
     if mask is not None:
         p.masks.append((mask, a))
     p.step("attend", out, w=addressof(a))

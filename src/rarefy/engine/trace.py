@@ -172,6 +172,7 @@ def drop(t: Traced, node: Node) -> None:
 
 
 def linear(t: Traced, node: Node) -> None:
+    """A product with a constant weight, dense or of a layer that runs sparse already."""
     if node.target is aten.linear.default:
         x, w, *bias = node.args
         if isinstance(w, fx.Node) and w.name in t.constants and kind_of(node) == torch.float32:
@@ -212,6 +213,7 @@ def reshaped(t: Traced, node: Node) -> None:
 
 
 def norm(t: Traced, node: Node) -> None:
+    """LayerNorm and RMSNorm over the last dimension."""
     centred = node.target is aten.layer_norm.default
     if (not centred and node.target is not aten.rms_norm.default) or kind_of(node) != torch.float32:
         return
@@ -235,6 +237,7 @@ def _act(node: Node) -> str | None:
 
 
 def pointwise(t: Traced, node: Node) -> None:
+    """Activations, and sums and products of two values of one shape."""
     act = _act(node)
     if act is not None and kind_of(node) == torch.float32:
         put(t, node, words.activation, node.args[0], act)

@@ -13,7 +13,6 @@ from torch import Tensor
 from rarefy.runtime.reference import ACTIVATIONS
 
 Pair = tuple[int, int]
-SHARED = 2.5  # outputs of four that have a value at the same input, in the mean: from there on tiles are faster
 
 
 def product(

@@ -27,6 +27,7 @@ MOST_COLUMNS = 1 << 16  # of a `Csr`
 MOST_STRIDE = 8  # of a convolution
 NEAR = 128  # lanes of a block whose inputs stay in the first cache
 SLAB = 128  # outputs among which pairs are found
+SHARED = 2.5  # outputs of four that have a value at the same input, in the mean: from there on tiles are faster
 CONV_BLOCK = 192  # lanes of a convolution that are brought together at once
 
 
@@ -312,9 +313,7 @@ def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None, gri
     lanes = -(-C // each)
     if block is None:
         block = NEAR if kind == "fp32" and _crowded(V) else BLOCK
-    block = min(lanes or 1, block, BLOCK)
-    if block < 1:
-        raise FormatError(f"a block has at least one lane, got {block}")
+    block = _block(block, lanes)
     full = _padded(V, 4, block * each)
     parts = full.reshape(len(full) // 4, 4, -1, block, each).transpose(1, 2)  # [tiles, blocks, 4, block, each]
     hit = (parts != 0).any(-1).transpose(2, 3)  # [tiles, blocks, block, 4]
@@ -343,14 +342,11 @@ def pack_sell(weight: Tensor, kind: str = "fp32", block: int = NEAR, grid: Grid 
     O, C = V.shape
     each = LANE[kind]
     lanes = -(-C // each)
-    block = min(lanes or 1, block, BLOCK)
-    if block < 1:
-        raise FormatError(f"a block has at least one lane, got {block}")
+    block = _block(block, lanes)
     full = _padded(V, SLAB, block * each)
-    parts = (
-        full.view(torch.int32).reshape(len(full) // SLAB, SLAB, -1, block).transpose(1, 2)
-    )  # [slabs, blocks, 128, block]
-    hit = (full.reshape(len(full), -1, each) != 0).any(-1).reshape(parts.shape[0], SLAB, -1, block).transpose(1, 2)
+    parts = full.view(torch.int32).reshape(-1, SLAB, full.shape[1] // each // block, block).transpose(1, 2)
+    hit = (full.reshape(len(full), -1, each) != 0).any(-1)  # as parts: [slabs, blocks, 128, block]
+    hit = hit.reshape(-1, SLAB, parts.shape[1], block).transpose(1, 2)
     count = hit.sum(-1)
     there = torch.arange(len(full)).reshape(-1, 1, SLAB) < O + O % 2
     order = torch.where(there, count, block + 1).sort(dim=-1, stable=True).indices
@@ -457,9 +453,22 @@ def unpack(packed: Packed) -> Tensor:
     return W if packed.scales is None else W * packed.scales[:, None]
 
 
+def shared(tiles: Tiles | ConvTiles) -> float:
+    """Return how many of four outputs have a value at the same input, in the mean: what blocks of zeros change."""
+    return len(tiles.values) / max(1, len(tiles.columns))
+
+
 def nbytes(packed: Packed) -> int:
     """Return the bytes of all tensors together."""
     return sum(t.nbytes for t in vars(packed).values() if isinstance(t, Tensor))
+
+
+def _block(block: int, lanes: int) -> int:
+    """Lanes of a block, of so many in all."""
+    block = min(lanes or 1, block, BLOCK)
+    if block < 1:
+        raise FormatError(f"a block has at least one lane, got {block}")
+    return block
 
 
 def _padded(V: Tensor, rows: int, columns: int) -> Tensor:

@@ -30,6 +30,7 @@ from rarefy.runtime.packed import (
     pack_panels,
     pack_sell,
     pack_tiles,
+    shared,
 )
 
 GAIN = 1.03  # how much faster than dense a kernel must be
@@ -187,4 +188,4 @@ def _fits(choice: choices.Choice | None, ways: Mapping[str, Packed], sizes: Sequ
 def _fill(ways: Mapping[str, Packed]) -> float:
     """How many of four outputs share a column, in the mean: what blocks of zeros change in the time of tiles."""
     tiles: Any = list(ways.values())[-1]
-    return 0.0 if isinstance(tiles, Panels) else round(len(tiles.values) / max(1, len(tiles.columns)), 1)
+    return 0.0 if isinstance(tiles, Panels) else round(shared(tiles), 1)
