@@ -115,7 +115,9 @@ void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, i
 }  // namespace
 
 #include "panels.hpp"
+#include "rows.hpp"
 #include "sell.hpp"
+#include "unfold.hpp"
 
 namespace {
 

@@ -1,5 +1,6 @@
 // Runs the steps of a plan one after the other, each in parts that threads take: all within one parallel region, so that
-// threads start once. Whoever is there works; nobody waits for a thread that has not come.
+// threads start once. Whoever is there works, and waits only for what a step needs; nobody waits for a thread that has not
+// come.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -16,6 +17,9 @@ namespace {
 
 constexpr int64_t SOME = 16;    // columns of a part of a norm
 constexpr int64_t ROWS = 64;    // features of a part of an addition
+constexpr int64_t UNFOLDED = 32;  // rows that are unfolded at a time
+constexpr int64_t TILES = 4;    // of inputs that unfolded rows are multiplied by
+constexpr int64_t PART = 32;    // rows of a part of a product of few tokens
 constexpr int SPINS = 2000;     // looks at a counter before the processor is given away
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -23,7 +27,29 @@ int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // What of a product is the same whatever its format is.
 struct Product {
   explicit Product(const rarefy_step& s) {
-    s.flag ? take(*static_cast<const rarefy_sell*>(s.w)) : take(*static_cast<const rarefy_tiles*>(s.w));
+    switch (s.flag) {
+      case RAREFY_TILES: take(*static_cast<const rarefy_tiles*>(s.w)); break;
+      case RAREFY_SELL: take(*static_cast<const rarefy_sell*>(s.w)); break;
+      case RAREFY_BITMASK: {
+        const auto& w = *static_cast<const rarefy_bitmask*>(s.w);
+        rows = w.rows;
+        kind = w.kind;
+        words = w.words;
+        cols = w.cols;
+        const bool bytes = kind == RAREFY_I8;
+        sums = {bytes ? static_cast<const float*>(w.scales) : nullptr,
+                bytes ? static_cast<const int32_t*>(w.sums) : nullptr, w.bias, w.act};
+        break;
+      }
+      default: {
+        const auto& w = *static_cast<const rarefy_panels*>(s.w);
+        rows = w.rows;
+        kind = !w.parts && !w.exact ? RAREFY_I8 : RAREFY_F32;
+        words = w.words;
+        cols = w.cols;
+        sums = {w.whole, s.sums, w.bias, w.act};
+      }
+    }
   }
   template <class T>
   void take(const T& w) {
@@ -31,26 +57,32 @@ struct Product {
     kind = w.kind;
     sums = {w.scales, w.sums, w.bias, w.act};
   }
-  int64_t rows;
+  int64_t rows, words = 0, cols = 0;
   int32_t kind;
   rarefy_sums sums;
 };
 
-int64_t chunks_of(const rarefy_step& s) { return over(Product(s).rows, SLAB); }
+bool unfolds(const rarefy_step& s) { return s.flag == RAREFY_BITMASK || s.flag == RAREFY_PANELS; }
 
 int64_t tiles_of(const rarefy_attention& a) { return over(a.queries + NT - 1, NT); }  // that a sequence may touch
 
 int64_t parts_of(const rarefy_step& s) {
   const int64_t tiles = over(s.columns, NT);
+  const auto* a = static_cast<const rarefy_attention*>(s.w);
+  if (s.few) switch (s.op) {
+      case RAREFY_PRODUCT: return over(s.features, PART);
+      case RAREFY_ADD:
+      case RAREFY_TIMES: return 1;
+      case RAREFY_ATTEND: return s.columns * a->heads;
+      default: return s.columns;
+    }
   switch (s.op) {
-    case RAREFY_PRODUCT: return tiles * chunks_of(s);
+    case RAREFY_PRODUCT:
+      return unfolds(s) ? over(tiles, TILES) * over(s.features, UNFOLDED) : tiles * over(s.features, SLAB);
     case RAREFY_NORM: return over(s.columns, SOME);
     case RAREFY_ADD:
     case RAREFY_TIMES: return tiles * over(s.features, ROWS);
-    case RAREFY_ATTEND: {
-      const auto& a = *static_cast<const rarefy_attention*>(s.w);
-      return a.batch * a.heads * tiles_of(a);
-    }
+    case RAREFY_ATTEND: return a->batch * a->heads * tiles_of(*a);
     default: return tiles;
   }
 }
@@ -65,7 +97,105 @@ void tokens_in(const rarefy_step& s, int64_t tile, F&& f) {
   }
 }
 
-void run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+// Where a cache has what a step keeps for a token on, and how many more tokens follow there one after the other.
+float* place_in(const rarefy_step& s, int64_t batch, int64_t token, int64_t& room) {
+  const auto& a = *static_cast<const rarefy_attention*>(s.w);
+  const rarefy_cache& c = *a.cache;
+  const int64_t at = c.past + token, before = s.flag ? a.v_before : a.k_before;
+  room = NT - at % NT;
+  return c.at + (before * c.batch + batch * s.features) * c.capacity + at / NT * s.features * NT + at % NT;
+}
+
+int run_few(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+  const float* x = s.x.at + i * s.x.tile;
+  float* out = s.out.at + i * s.out.tile;
+  const int64_t each = s.features / std::max<int64_t>(1, s.groups);
+  switch (s.op) {
+    case RAREFY_PACK: std::memcpy(out, s.x.at + i * s.features, size_t(s.features) * 4); break;
+    case RAREFY_UNPACK: std::memcpy(s.out.at + i * s.features, x, size_t(s.features) * 4); break;
+    case RAREFY_PRODUCT: {
+      const int64_t from = i * PART, to = std::min(s.features, from + PART), n = s.columns;
+      const int64_t size = s.flag == RAREFY_PANELS ? 1 : 0;
+      const float* scales = s.sum.at;
+      if (size) {
+        const auto& w = *static_cast<const rarefy_panels*>(s.w);
+        const int64_t apart = w.exact ? s.x.tile : s.x.tile * 4;
+        t.panels[(w.kind == RAREFY_I4 ? 2 : 0) + (w.exact ? 1 : 0)](w, from, to, s.x.at, apart, s.out.at, s.out.tile, n);
+        t.settle_panels(w, from, to, w.exact ? nullptr : scales, s.more.at, s.out.at, s.out.tile, n);
+      } else {
+        const auto& w = *static_cast<const rarefy_bitmask*>(s.w);
+        const int64_t apart = s.x.tile * (w.kind >= RAREFY_I8 ? 4 : w.kind == RAREFY_BF16 ? 2 : 1);
+        t.bits[w.kind](w, from, to, s.x.at, apart, s.out.at, s.out.tile, n);
+        t.settle[w.kind](w, from, to, scales, s.more.at, s.out.at, s.out.tile, n);
+      }
+      break;
+    }
+    case RAREFY_BYTES: {
+      const int kind = s.flag;
+      const float step = kind == RAREFY_I8 ? rarefy_step_of(t, x, s.features) : 1.0f;
+      s.sum.at[i] = step;
+      t.convert[kind](x, s.features, over(s.features, 64) * 64, 1.0f / step, out);
+      break;
+    }
+    case RAREFY_NORM:
+      for (int64_t g = 0; g < s.features; g += each)
+        t.norm_row(x + g, each, s.gain, s.bias, s.least, s.flag != 0, out + g);
+      break;
+    case RAREFY_ADD:
+    case RAREFY_TIMES:
+      t.pair(s.x.at, s.more.at, s.op == RAREFY_TIMES, s.act, s.out.at, over(s.columns * s.out.tile, NT) * NT);
+      break;
+    case RAREFY_ROTATE:
+      t.rotate[1](x, s.more.at + i * s.more.tile, s.sum.at + i * s.sum.tile, s.groups, each, out);
+      break;
+    case RAREFY_KEEP: {
+      int64_t room;
+      float* to = place_in(s, i / s.tokens, i % s.tokens, room);
+      for (int64_t f = 0; f < s.features; ++f) to[f * NT] = x[f];
+      break;
+    }
+    case RAREFY_ATTEND: {
+      const auto& a = *static_cast<const rarefy_attention*>(s.w);
+      const int64_t token = i / a.heads;
+      const Scratch<1> near(size_t(over(a.cache->past + a.queries, NT) * NT + a.width * 16) * 4);
+      if (!near.from) return RAREFY_MEMORY;
+      t.attend_row(a, token / a.queries, token % a.queries, i % a.heads, static_cast<float*>(near.from));
+      break;
+    }
+  }
+  return RAREFY_OK;
+}
+
+// Some rows of a weight for few inputs, unfolded once and multiplied by several tiles.
+int run_unfolded(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+  const Product p(s);
+  const int64_t chunks = over(p.rows, UNFOLDED), row = i % chunks * UNFOLDED, first = i / chunks * TILES;
+  const int64_t rows = std::min(UNFOLDED, p.rows - row), fours = over(rows, R4);
+  const bool bytes = p.kind == RAREFY_I8;
+  const int64_t lanes = bytes ? over(p.cols, 4) : p.cols, apart = p.words * (bytes ? 16 : 64) * R4;
+  const Scratch<1> near(size_t(fours * apart) * 4);
+  uint32_t* values = static_cast<uint32_t*>(near.from);
+  if (!values) return RAREFY_MEMORY;
+  for (int64_t f = 0; f < fours; ++f)
+    if (s.flag == RAREFY_PANELS)
+      t.unfold_panels(*static_cast<const rarefy_panels*>(s.w), row + f * R4, bytes, values + f * apart);
+    else
+      t.unfold[p.kind](*static_cast<const rarefy_bitmask*>(s.w), row + f * R4, values + f * apart);
+  for (int64_t tile = first; tile < std::min(first + TILES, over(s.columns, NT)); ++tile) {
+    float* out = s.out.at + tile * s.out.tile + row * NT;
+    const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
+    t.dense[bytes](values, apart, fours, lanes, reinterpret_cast<const uint32_t*>(s.x.at + tile * s.x.tile),
+                   reinterpret_cast<uint32_t*>(out), std::min(NT, s.columns - tile * NT));
+    if (bytes)
+      t.settle_bytes(p.sums, row, rows, s.sum.at + tile * NT, more, out);
+    else
+      t.put(out, rows, NT, p.sums.bias ? p.sums.bias + row : nullptr, more, p.sums.act, out, NT, false);
+  }
+  return RAREFY_OK;
+}
+
+int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+  if (s.few) return run_few(t, s, i);
   switch (s.op) {
     case RAREFY_PACK: {
       float* out = s.out.at + i * s.out.tile;
@@ -83,6 +213,7 @@ void run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       });
       break;
     case RAREFY_PRODUCT: {
+      if (unfolds(s)) return run_unfolded(t, s, i);
       const Product p(s);
       const int64_t chunks = over(p.rows, SLAB), tile = i / chunks, chunk = i % chunks, row = chunk * SLAB;
       const int64_t rows = std::min(SLAB, p.rows - row), columns = std::min(NT, s.columns - tile * NT);
@@ -90,7 +221,7 @@ void run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
       const auto* x = reinterpret_cast<const uint32_t*>(s.x.at + tile * s.x.tile);
       auto* sums = reinterpret_cast<uint32_t*>(out);
-      if (s.flag)
+      if (s.flag == RAREFY_SELL)
         t.sell[p.kind](*static_cast<const rarefy_sell*>(s.w), chunk, x, sums, columns);
       else
         t.tiles[p.kind](*static_cast<const rarefy_tiles*>(s.w), row / R4, over(row + rows, R4), x, sums, columns);
@@ -105,9 +236,10 @@ void run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
                  reinterpret_cast<uint32_t*>(s.out.at + i * s.out.tile));
       break;
     case RAREFY_NORM: {
-      const int64_t tile = i * SOME / NT, column = i * SOME % NT;
-      t.norm(s.x.at + tile * s.x.tile + column, s.features, SOME, s.gain, s.bias, s.least, s.flag != 0,
-             s.out.at + tile * s.out.tile + column);
+      const int64_t tile = i * SOME / NT, column = i * SOME % NT, each = s.features / s.groups;
+      for (int64_t f = 0; f < s.features; f += each)
+        t.norm(s.x.at + tile * s.x.tile + column + f * NT, each, SOME, s.gain, s.bias, s.least, s.flag != 0,
+               s.out.at + tile * s.out.tile + column + f * NT);
       break;
     }
     case RAREFY_ADD:
@@ -125,11 +257,26 @@ void run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       if (tile * NT < b * a.apart + a.queries) t.attend(a, b, head, tile);
       break;
     }
+    case RAREFY_ROTATE:
+      t.rotate[0](s.x.at + i * s.x.tile, s.more.at + i * s.more.tile, s.sum.at + i * s.sum.tile, s.groups,
+                  s.features / s.groups, s.out.at + i * s.out.tile);
+      break;
+    case RAREFY_KEEP:
+      tokens_in(s, i, [&](int64_t b, int64_t token, int64_t column, int64_t n) {
+        for (int64_t done = 0, room; done < n; done += room) {
+          float* to = place_in(s, b, token + done, room);
+          room = std::min(room, n - done);
+          const float* x = s.x.at + i * s.x.tile + column + done;
+          for (int64_t f = 0; f < s.features; ++f) std::memcpy(to + f * NT, x + f * NT, size_t(room) * 4);
+        }
+      });
+      break;
   }
+  return RAREFY_OK;
 }
 
 struct alignas(64) Count {
-  std::atomic<int64_t> done;
+  std::atomic<int64_t> left;  // parts that are not done
 };
 
 void rest(int& spins) {
@@ -147,11 +294,12 @@ API int rarefy_run_plan(const rarefy_step* steps, int64_t count) {
   const rarefy_table& t = rarefy_chosen();
   const uint32_t threads = threads_here();
   for (int64_t k = 0; k < count; ++k)
-    if (steps[k].op < 0 || steps[k].op >= RAREFY_OPS) return RAREFY_BAD;
+    if (steps[k].op < 0 || steps[k].op >= RAREFY_OPS || steps[k].wait < 0 || steps[k].wait > k) return RAREFY_BAD;
   if (threads == 1) {
-    for (int64_t k = 0; k < count; ++k)
-      for (int64_t i = 0, parts = parts_of(steps[k]); i < parts; ++i) run_part(t, steps[k], i);
-    return RAREFY_OK;
+    int failed = RAREFY_OK;
+    for (int64_t k = 0; k < count && !failed; ++k)
+      for (int64_t i = 0, parts = parts_of(steps[k]); i < parts; ++i) failed |= run_part(t, steps[k], i);
+    return failed;
   }
   const Scratch<2> scratch(size_t(count) * (sizeof(Count) + threads * sizeof(Run)));
   if (!scratch.from) return RAREFY_MEMORY;
@@ -159,19 +307,24 @@ API int rarefy_run_plan(const rarefy_step* steps, int64_t count) {
   Run* runs = reinterpret_cast<Run*>(counts + count);
   for (int64_t k = 0; k < count; ++k) {
     const int64_t parts = parts_of(steps[k]);
-    new (&counts[k]) Count{};
-    for (uint32_t o = 0; o < threads; ++o) (new (&runs[k * threads + o]) Run{})->set(parts * o / threads, parts * (o + 1) / threads);
+    (new (&counts[k]) Count{})->left.store(parts, std::memory_order_relaxed);
+    for (uint32_t o = 0; o < threads; ++o)
+      (new (&runs[k * threads + o]) Run{})->set(parts * o / threads, parts * (o + 1) / threads);
   }
   std::atomic<uint32_t> arrived{0};
+  std::atomic<int> failed{RAREFY_OK};
   auto work = [&] {
     const uint32_t me = arrived.fetch_add(1) % threads;
+    int64_t done = 0;  // steps that are
     for (int64_t k = 0; k < count; ++k) {
-      const int64_t parts = parts_of(steps[k]);
-      const int64_t did = take_parts(runs + k * threads, threads, me, [&](int64_t i) { run_part(t, steps[k], i); });
-      counts[k].done.fetch_add(did, std::memory_order_acq_rel);
-      for (int spins = 0; counts[k].done.load(std::memory_order_acquire) < parts;) rest(spins);
+      for (; done < steps[k].wait; ++done)
+        for (int spins = 0; counts[done].left.load(std::memory_order_acquire) > 0;) rest(spins);
+      const int64_t did = take_parts(runs + k * threads, threads, me, [&](int64_t i) {
+        if (const int why = run_part(t, steps[k], i)) failed.store(why, std::memory_order_relaxed);
+      });
+      if (did) counts[k].left.fetch_sub(did, std::memory_order_acq_rel);
     }
   };
   rarefy_run_parallel(0, threads, 1, body<decltype(work)>, &work);
-  return RAREFY_OK;
+  return failed;
 }

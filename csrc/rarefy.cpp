@@ -35,14 +35,14 @@ const rarefy_table* of_name(const char* name) {
   return !name || !std::strcmp(name, "portable") ? &rarefy_portable : nullptr;
 }
 
-float step_of(const rarefy_table& t, const float* x, int64_t n) {
+}  // namespace
+
+float rarefy_step_of(const rarefy_table& t, const float* x, int64_t n) {
   const uint32_t most = t.largest(x, n);
   if (most >= 0x7f800000u) return std::nanf("");  // NaN or inf: no output of this row means anything
   const float step = __builtin_bit_cast(float, most) / 127.0f;
   return step > 1e-36f ? step : 1.0f;  // one over less would be infinite
 }
-
-}  // namespace
 
 rarefy_parallel rarefy_run_parallel = nullptr;
 int (*rarefy_count_threads)(uint32_t*) = nullptr;
@@ -129,7 +129,7 @@ int run_packed(const Job<T>* jobs, int64_t count, const float* x, int64_t ldx, i
     const int64_t here = std::min(NT, n - s * NT);
     if (bytes)
       for (int64_t i = 0; i < NT; ++i) {
-        const float q = i < here ? step_of(t, x + (s * NT + i) * ldx, inputs) : 1.0f;
+        const float q = i < here ? rarefy_step_of(t, x + (s * NT + i) * ldx, inputs) : 1.0f;
         scales[s * NT + i] = q;
         inverse[s * NT + i] = 1.0f / q;
       }
@@ -169,7 +169,7 @@ int run(const Job<rarefy_bitmask>* jobs, int64_t count, const float* x, int64_t 
   if (!in) return RAREFY_MEMORY;
   float* scales = reinterpret_cast<float*>(in + n * wide * bytes);
   for (int64_t i = 0; i < n; ++i) {
-    scales[i] = kind >= RAREFY_I8 ? step_of(t, x + i * ldx, first->cols) : 1.0f;
+    scales[i] = kind >= RAREFY_I8 ? rarefy_step_of(t, x + i * ldx, first->cols) : 1.0f;
     t.convert[kind](x + i * ldx, first->cols, wide, 1.0f / scales[i], in + i * wide * bytes);
   }
   const Parts<rarefy_bitmask> parts(jobs, count, PART);
@@ -192,7 +192,7 @@ int run(const Job<rarefy_panels>* jobs, int64_t count, const float* x, int64_t l
   if (!in) return RAREFY_MEMORY;
   float* scales = reinterpret_cast<float*>(in + n * wide * bytes);
   for (int64_t i = 0; i < n; ++i) {
-    scales[i] = exact ? 1.0f : step_of(t, x + i * ldx, first->cols);
+    scales[i] = exact ? 1.0f : rarefy_step_of(t, x + i * ldx, first->cols);
     t.convert[exact ? RAREFY_F32 : RAREFY_I8](x + i * ldx, first->cols, wide, 1.0f / scales[i], in + i * wide * bytes);
   }
   const auto rows = t.panels[(first->kind == RAREFY_I4 ? 2 : 0) + (exact ? 1 : 0)];

@@ -123,23 +123,27 @@ enum { RAREFY_MOST_JOBS = 16 };
 int rarefy_run_together(int32_t format, const void* const* w, int64_t count, const float* x, int64_t ldx, float* const* y,
                         int64_t n);
 // A plan: steps on fp32 tensors that lie in tiles of 64 columns (tokens), [tiles][features][64], so that nothing is
-// turned around between products. A sequence begins `apart` columns after the one before.
+// turned around between products; or, where tokens are `few`, row after row. A sequence begins `apart` columns after the
+// one before.
 enum rarefy_op {
   RAREFY_PACK = 0,    // x[batch][tokens][features] -> out
   RAREFY_UNPACK = 1,  // x -> out[batch][tokens][features]
-  RAREFY_PRODUCT = 2, // out = act(w x + bias + more); w: rarefy_tiles, or rarefy_sell with flag; of int8, x and
-                      // sum are what RAREFY_BYTES made
-  RAREFY_BYTES = 3,   // x -> out, in bytes, and sum, the scales of columns
-  RAREFY_NORM = 4,    // out = norm(x) gain + bias; flag: whether means are taken off
+  RAREFY_PRODUCT = 2, // out = act(w x + bias + more); w: of the format in flag; of int8, x and sum are what
+                      // RAREFY_BYTES made
+  RAREFY_BYTES = 3,   // x -> out, in bytes, and sum, the scales of columns; of few tokens in the numbers of flag, up to
+                      // whole 64 features
+  RAREFY_NORM = 4,    // out = norm(x) gain + bias, for each of `groups`; flag: whether means are taken off
   RAREFY_ADD = 5,     // out = act(x + more)
   RAREFY_TIMES = 6,   // out = act(x) more
   RAREFY_ATTEND = 7,  // w: rarefy_attention
-  RAREFY_OPS = 8,
+  RAREFY_ROTATE = 8,  // out = x with each of `groups` (heads) turned by the angles of cosines `more` and sines `sum`
+  RAREFY_KEEP = 9,    // x into the cache of w (rarefy_attention): keys, or with flag values
+  RAREFY_OPS = 10,
 };
 
 struct rarefy_place {
   float* at;
-  int64_t tile;  // floats from one tile to the next
+  int64_t tile;  // floats from one tile to the next; of few tokens, from one to the next
 };
 
 struct rarefy_step {
@@ -147,12 +151,24 @@ struct rarefy_step {
   const void* w;
   rarefy_place x, more, out, sum;
   const float *gain, *bias;
+  const int32_t* sums;                               // of panels: of each row's whole numbers, if inputs are bytes
   int64_t columns, features, batch, tokens, apart;  // columns: of all sequences
+  int64_t groups;
+  int64_t wait;                                      // how many of the steps before must be done
   float least;                                       // norm: what is added to the variance
-  int32_t flag;
+  int32_t flag, few;
 };
 
-// out = softmax(q k scale + mask) v for each head, whose features lie one after the other.
+// Keys and values of tokens that were: for each layer its keys, then its values, [batch][capacity / 64][features][64].
+struct rarefy_cache {
+  float* at;
+  const int64_t* starts;    // [batch], the first token of each sequence that counts; or null
+  int64_t batch, capacity;  // tokens, whole tiles of them
+  int64_t past;             // tokens that are there
+};
+
+// out = softmax(q k scale + mask) v for each head, whose features lie one after the other. With a cache, keys and values
+// are its: `k_before`, `v_before` features of it lie before them.
 struct rarefy_attention {
   const float *q, *k, *v;
   float* out;
@@ -160,6 +176,9 @@ struct rarefy_attention {
   const float* mask;        // or null; how far its numbers for the next batch, head, query and key are:
   int64_t mask_batch, mask_head, mask_query, mask_key;
   int64_t batch, heads, kv_heads, width, queries, keys, apart;
+  const rarefy_cache* cache;
+  int64_t k_before, v_before;
+  int64_t window;           // keys that a query sees at most, its own among them; 0: all
   float scale;
   int32_t causal;
 };

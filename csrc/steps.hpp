@@ -143,21 +143,31 @@ inline void add_values(const vec (*p)[T], const float* v, int64_t keys, const ve
     for (int t = 0; t < T; ++t) put_whole(out + r * NT + t * W, c[r][t]);
 }
 
+// Keys or values, those of a cache behind `before` features.
+inline const float* kept(const rarefy_attention& a, const float* own, int64_t before) {
+  return a.cache ? a.cache->at + before * a.cache->batch * a.cache->capacity : own;
+}
+
 // `lane`: of the first query in its tile; `place`: of it in its sequence.
 template <int T>
 void attend_part(const rarefy_attention& a, int64_t batch, int64_t head, int64_t lane, int64_t place, const float* q,
                  float* out) {
-  const int64_t width = a.width, first = batch * a.apart, kv = head / (a.heads / a.kv_heads) * width * NT;
+  const int64_t width = a.width, first = batch * (a.cache ? a.cache->capacity : a.apart);
+  const int64_t kv = head / (a.heads / a.kv_heads) * width * NT;
+  const int64_t past = a.cache ? a.cache->past : 0, all = a.cache ? past + a.queries : a.keys;
+  const int64_t start = a.cache && a.cache->starts ? a.cache->starts[batch] : 0, lowest = past + place;
   vec most[T], sum[T] = {}, back[T];
   for (int t = 0; t < T; ++t) most[t] = vec{} + LOWEST;
   for (int64_t d = 0; d < width; ++d)
     for (int t = 0; t < T; ++t) put_whole(out + d * NT + lane + t * W, vec{});
-  const int64_t last = a.causal ? std::min(a.keys, place + T * W) : a.keys;
+  const int64_t last = a.causal ? std::min(all, lowest + T * W) : all;
+  int64_t begin = a.window ? std::max<int64_t>(0, lowest + 1 - a.window) : 0;
+  if (start <= lowest) begin = std::max(begin, start);  // what fills a sequence up attends to what is there
   vec p[NT][T];
-  for (int64_t from = 0; from < last;) {
+  for (int64_t from = begin / NT * NT; from < last;) {
     const int64_t at = first + from, column = at % NT, keys = std::min(NT - column, last - from);
-    const float* k = a.k + at / NT * a.k_tile + kv + column;
-    const float* v = a.v + at / NT * a.v_tile + kv + column;
+    const float* k = kept(a, a.k, a.k_before) + at / NT * a.k_tile + kv + column;
+    const float* v = kept(a, a.v, a.v_before) + at / NT * a.v_tile + kv + column;
     int64_t j = 0;
     for (; j + 4 <= keys; j += 4) score_keys<T, 4>(q + lane, k + j, width, a.scale, p + j);
     for (; j < keys; ++j) score_keys<T, 1>(q + lane, k + j, width, a.scale, p + j);
@@ -175,11 +185,15 @@ void attend_part(const rarefy_attention& a, int64_t batch, int64_t head, int64_t
           p[j][t] += whole_at(more);
         }
     }
-    if (a.causal && from + keys > place)
+    const bool ends = a.causal && from + keys > lowest, opens = from < start || a.window;
+    if (ends || opens)
       for (j = 0; j < keys; ++j)
         for (int t = 0; t < T; ++t)
-          for (int i = 0; i < W; ++i)
-            if (from + j > place + t * W + i) p[j][t][i] = LOWEST * 2;
+          for (int i = 0; i < W; ++i) {
+            const int64_t key = from + j, query = lowest + t * W + i;
+            if ((a.causal && key > query) || (key < start && start <= query) || (a.window && key + a.window <= query))
+              p[j][t][i] = LOWEST * 2;
+          }
     for (int t = 0; t < T; ++t) {
       vec here = most[t];
       for (j = 0; j < keys; ++j) here = larger(here, p[j][t]);

@@ -52,9 +52,16 @@ struct rarefy_table {
   void (*to_bytes)(const float*, int64_t, float*, uint32_t*);
   void (*settle_bytes)(const rarefy_sums&, int64_t, int64_t, const float*, const float*, float*);
   void (*attend)(const rarefy_attention&, int64_t, int64_t, int64_t);
+  void (*norm_row)(const float*, int64_t, const float*, const float*, float, bool, float*);
+  void (*rotate[2])(const float*, const float*, const float*, int64_t, int64_t, float*);  // a tile, a row
+  void (*attend_row)(const rarefy_attention&, int64_t, int64_t, int64_t, float*);
+  void (*unfold[4])(const rarefy_bitmask&, int64_t, uint32_t*);
+  void (*unfold_panels)(const rarefy_panels&, int64_t, bool, uint32_t*);
+  void (*dense[2])(const uint32_t*, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);  // fp32, bytes
 };
 
 const rarefy_table& rarefy_chosen();  // what serves this process
+float rarefy_step_of(const rarefy_table& t, const float* x, int64_t n);  // of n inputs in bytes
 
 #define RAREFY_TABLE(name)                                                            \
   {name,                                                                              \
@@ -81,4 +88,10 @@ const rarefy_table& rarefy_chosen();  // what serves this process
    pair,                                                                               \
    to_bytes_tile,                                                                      \
    settle_bytes,                                                                       \
-   attend}
+   attend,                                                                             \
+   norm_row,                                                                           \
+   {rotate_tile, rotate_row},                                                          \
+   attend_row,                                                                         \
+   {unfold_bits<RAREFY_F32>, unfold_bits<RAREFY_BF16>, unfold_bits<RAREFY_I8>, unfold_bits<RAREFY_I4>}, \
+   unfold_panels,                                                                      \
+   {dense_any<RAREFY_F32>, dense_any<RAREFY_I8>}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.engine import convolve, words
+from rarefy.engine import convolve, phrases, words
 from rarefy.engine import trace as rules
 from rarefy.engine.plan import LOWER, Plan
 from rarefy.engine.prove import prove
@@ -20,15 +21,16 @@ from rarefy.errors import DataError, ModelError, unknown
 from rarefy.model.select import all_layers
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
-from rarefy.runtime.packed import SHARED, pack_sell, pack_tiles, shared
+from rarefy.runtime.layers import PanelEmbedding
+from rarefy.runtime.packed import SHARED, Panels, pack_sell, pack_tiles, shared
 
 MOST_SIZES = 16  # of inputs for which plans are kept
 ROUNDED = 0.2  # of outputs' length, how far they may move in 8 bits
 RULES = (
-    rules.drop, rules.linear, rules.norm, rules.pointwise, rules.attention, rules.reshaped, convolve.convolution,
-    convolve.batch_norm, rules.fuse, rules.fuse,
+    rules.drop, phrases.constants, phrases.embedding, rules.linear, rules.norm, phrases.rms, phrases.heads, phrases.rotation,
+    phrases.recalled, rules.pointwise, rules.attention, rules.reshaped, convolve.convolution, convolve.batch_norm, rules.fuse, rules.fuse,
 )  # fmt: skip
-HEAVY = (words.product, words.attention)  # what a plan is worth its packing for
+HEAVY = (words.product, words.attention, words.recall)  # what a plan is worth its packing for
 
 
 def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Compiled:
@@ -61,7 +63,8 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     args, kwargs = _called(example)
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
-    made = Compiled(trace(model, args, kwargs, RULES), values)
+    traced = trace(model, args, kwargs, RULES)
+    made = Compiled(traced, kernels_of(traced, lambda w, _: _for_many(w, values)))
     shown = (args, kwargs) if made.traced.notes else two_samples(args, kwargs)
     prove(model, made, *shown, ROUNDED if values else 1e-3)
     return made
@@ -81,7 +84,8 @@ class Alone:
 
     def run(self, given: Callable[[Node], Any]) -> list[Tensor]:
         """Return the output."""
-        x, more = self.nodes[0].args[0], self.nodes[0].args[3]
+        x, _, *rest = self.nodes[0].args
+        more = rest[1] if len(rest) > 1 else None
         return [self.kernel.run(given(x), None if more is None else given(more))]
 
 
@@ -93,6 +97,7 @@ class Segment:
         read = dict.fromkeys(a for n in nodes for a in _read(n) if a not in inside)
         self.nodes, self.kernels, self.constants = list(nodes), kernels, constants
         self.inputs = list(read)
+        self.cache = next((n.args[3] for n in nodes if n.target is words.recall), None)
         self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
         self.plans: dict[tuple[Any, ...], list[Plan]] = {}
         self.lock = Lock()
@@ -107,7 +112,7 @@ class Segment:
         if plan is None:
             sizes = dict(zip(self.inputs, shapes))
             plan = Plan(self.nodes, self.inputs, self.outputs, sizes, self.kernels, self.constants)
-        out = plan.run(inputs)
+        out = plan.run(inputs, None if self.cache is None else given(self.cache))
         with self.lock:
             self.plans.setdefault(shapes, []).append(plan)
             while len(self.plans) > MOST_SIZES:
@@ -117,16 +122,15 @@ class Segment:
 
 def _read(node: Node) -> list[Node]:
     """The tensors that a word is about, without its weights."""
-    weights = {words.product: (1, 2), words.norm: (1, 2)}.get(node.target, ())
+    weights = {words.product: (1, 2), words.norm: (1, 2), words.recall: (3,)}.get(node.target, ())
     return [a for i, a in enumerate(node.args) if isinstance(a, fx.Node) and i not in weights]
 
 
 class Compiled:
     """A compiled model; see `compile`."""
 
-    def __init__(self, traced: Traced, values: str | None):
+    def __init__(self, traced: Traced, kernels: Mapping[Node, Any]):
         self.traced, self.constants = traced, traced.constants
-        kernels = _kernels(traced, values)
         self.program = _schedule(traced, kernels)
         for w in {n.args[1] for n in kernels}:
             if all(u in kernels for u in w.users):  # packed: the weight itself is not needed any more
@@ -139,13 +143,18 @@ class Compiled:
         self.output = next(n for n in traced.graph.nodes if n.op == "output").args[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = self._leaves(args, kwargs)
+        return pytree.tree_unflatten(self.run(self._leaves(args, kwargs)), self.traced.out_spec)
+
+    def run(self, leaves: list[Any], cache: Any = None) -> list[Any]:
+        """Return the outputs for tensors in the graph's order; a language model's tokens are the next of a `Cache`."""
         sizes = tuple(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)
         known = self.fixed.get(sizes)
         env: dict[Node, Any] = {**dict(zip(self.traced.inputs, leaves)), **(known or {})}
 
         def given(node: Node) -> Any:
-            return env[node] if node in env else self.constants[node.name]
+            if node in env:
+                return env[node]
+            return cache if node.name == "cache" else self.constants[node.name]
 
         with torch.no_grad():
             for item in self.program:
@@ -158,7 +167,7 @@ class Compiled:
         if known is None:
             fixed = {**self.fixed, sizes: {n: env[n] for n in self.fixed_nodes}}
             self.fixed = dict(list(fixed.items())[-MOST_SIZES:])
-        return pytree.tree_unflatten(list(out), self.traced.out_spec)
+        return list(out)
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The call's tensors in the graph's order; DataError unless they are as the graph was made for."""
@@ -231,21 +240,42 @@ def _fixed(t: Traced) -> list[Node]:
     return list(found)
 
 
-def _kernels(t: Traced, values: str | None) -> dict[Node, Any]:
-    """Packed weights of all products."""
+def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any]) -> dict[Node, Any]:
+    """Return the kernels of all products, of `pack(weight, its name in the model)`, and of convolutions."""
     if native.missing() is not None:
         return {}
-    found = {}
+    found, known = {}, {}
     for node in t.graph.nodes:
         if node.target is words.product:
             _, w, bias, _, act = node.args
-            packed: Any = pack_tiles(t.constants[w.name], values or "fp32")
-            if shared(packed) < SHARED:
-                packed = pack_sell(t.constants[w.name], values or "fp32")
-            found[node] = native.Kernel(packed, None if bias is None else t.constants[bias.name], act)
+            if w.name not in known:
+                known[w.name] = pack(t.constants[w.name], t.names.get(w.name, ""))
+            found[node] = native.Kernel(known[w.name], None if bias is None else t.constants[bias.name], act)
         elif node.target is words.convolution and (kernel := convolve.kernel(t, node)) is not None:
             found[node] = kernel
+    for node in t.graph.nodes:  # an embedding that is a product's weight too
+        if node.target is words.embedding and isinstance(known.get(node.args[1].name), Panels):
+            found[node] = Lookup(PanelEmbedding(known[node.args[1].name], torch.float32))
     return found
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """An embedding as a kernel."""
+
+    module: PanelEmbedding
+
+    def run(self, ids: Tensor, _: None = None) -> Tensor:
+        """Return rows."""
+        return self.module(ids)
+
+
+def _for_many(weight: Tensor, values: str | None) -> Any:
+    packed: Any = pack_tiles(weight, values or "fp32")
+    return pack_sell(weight, values or "fp32") if shared(packed) < SHARED else packed
+
+
+ALONE = (words.convolution, words.embedding)  # words that stand outside plans
 
 
 def _schedule(t: Traced, kernels: Mapping[Node, Any]) -> list[Any]:
@@ -263,7 +293,7 @@ def _schedule(t: Traced, kernels: Mapping[Node, Any]) -> list[Any]:
         for left in waits.values():
             left.difference_update(taken)
         heavy = any(n.target in HEAVY for n in taken)
-        calls = [Alone(n, kernels[n]) if n.target is words.convolution and n in kernels else n for n in taken]
+        calls = [Alone(n, kernels[n]) if n.target in ALONE and n in kernels else n for n in taken]
         program += [Segment(list(taken), kernels, t.constants)] if in_words and heavy else calls
         in_words = not in_words
     return program

@@ -1,7 +1,7 @@
 """Words of a graph as steps of one native call, for given sizes: where every value lies, and what is done to it.
 
 A value [.., tokens, features] lies in tiles [tiles][features][64 tokens], fp32. Sequences begin at whole vectors, so
-that attention never meets two in one.
+that attention never meets two in one. Where tokens are few, and weights packed for few, values lie row after row.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from torch import Tensor
 from rarefy.engine import words
 from rarefy.engine.trace import Node
 from rarefy.runtime import native
-from rarefy.runtime.packed import Sell
+from rarefy.runtime.packed import LANE, Bitmask, Panels, Sell, Tiles
 
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens that a sequence is filled up to, where several lie one after the other
-OPS = {name: i for i, name in enumerate(("pack", "unpack", "product", "bytes", "norm", "add", "times", "attend"))}
+MOST_FEW = 8  # tokens that are few
+NAMES = ("pack", "unpack", "product", "bytes", "norm", "add", "times", "attend", "rotate", "keep")
+OPS = {name: i for i, name in enumerate(NAMES)}
+FORMATS = {Bitmask: 0, Tiles: 2, Panels: 3, Sell: 4}
+FOR_FEW = (Bitmask, Panels)
+CACHED = 1 << 50  # where the addresses of a cache begin, for the order of steps
 
 
 class Place(Structure):
@@ -34,11 +39,15 @@ class Step(Structure):
         *[(n, c_int32) for n in ("op", "act")],
         ("w", c_void_p),
         *[(n, Place) for n in ("x", "more", "out", "sum")],
-        *[(n, c_void_p) for n in ("gain", "bias")],
-        *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "apart")],
+        *[(n, c_void_p) for n in ("gain", "bias", "sums")],
+        *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "apart", "groups", "wait")],
         ("least", c_float),
-        ("flag", c_int32),
+        *[(n, c_int32) for n in ("flag", "few")],
     ]
+
+
+class Kept(Structure):
+    _fields_ = [(n, c_void_p) for n in ("at", "starts")] + [(n, c_int64) for n in ("batch", "capacity", "past")]
 
 
 class Attend(Structure):
@@ -48,6 +57,8 @@ class Attend(Structure):
         ("mask", c_void_p),
         *[(n, c_int64) for n in ("mask_batch", "mask_head", "mask_query", "mask_key")],
         *[(n, c_int64) for n in ("batch", "heads", "kv_heads", "width", "queries", "keys", "apart")],
+        ("cache", c_void_p),
+        *[(n, c_int64) for n in ("k_before", "v_before", "window")],
         ("scale", c_float),
         ("causal", c_int32),
     ]
@@ -72,21 +83,23 @@ class Tokens:
 
 @dataclass
 class Value:
-    """A tensor in tiles: floats of a tile, where it begins in the plan's memory, how long it is needed."""
+    """A tensor in tiles, or of few tokens in rows: floats of a tile or row, where it begins in the plan's memory, how
+    long it is needed."""
 
     tokens: Tokens
     features: int
     made: int
+    few: bool
     last: int = -1
     start: int = 0
 
     @property
     def tile(self) -> int:
-        return -(-self.features // 4) * 4 * NT
+        return -(-self.features // 16) * 16 if self.few else -(-self.features // 4) * 4 * NT
 
     @property
     def floats(self) -> int:
-        return self.tokens.tiles * self.tile
+        return -(-self.tokens.columns * self.tile // NT) * NT if self.few else self.tokens.tiles * self.tile
 
 
 class Plan:
@@ -107,12 +120,15 @@ class Plan:
         self.shapes, self.kernels, self.constants = dict(shapes), kernels, constants
         self.values: dict[Node, Value] = {}
         self.every: list[Value] = []
-        self.steps: list[tuple[Step, dict[str, Any]]] = []
-        self.held: list[Tensor] = []  # whose addresses steps have
+        self.steps: list[tuple[Step, dict[str, Any], list[tuple[int, int, bool]]]] = []
+        self.held: list[Any] = []  # whose addresses steps have
         self.attends: list[tuple[Attend, dict[str, Value]]] = []
+        self.kept = Kept()
         self.masks: list[tuple[Node, Attend]] = []
-        self.bytes: dict[Node, tuple[Value, Value]] = {}
-        self.spread = {self._lead(n) for n in nodes if n.target is words.attention}
+        self.bytes: dict[tuple[Node, str], tuple[Value, Value]] = {}
+        self.few = self._few(nodes, inputs)
+        attends = (words.attention, words.recall)
+        self.spread = set() if self.few else {self._lead(n) for n in nodes if n.target in attends}
         self.inputs = [n for n in inputs if n not in _masks(nodes)]
         self.entries = [self._enter(n) for n in self.inputs]
         for node in nodes:
@@ -121,6 +137,13 @@ class Plan:
         self._settle()
 
     # ---- values
+
+    def _few(self, nodes: Sequence[Node], inputs: Sequence[Node]) -> bool:
+        """Whether tokens are few, and every step knows them so."""
+        packed = [self.kernels[n].held[0] for n in nodes if n.target is words.product]
+        tokens = max((prod(self.shape(n)[:-1]) for n in inputs), default=0)
+        plain = any(n.target is words.attention for n in nodes)
+        return tokens <= MOST_FEW and not plain and all(isinstance(w, FOR_FEW) for w in packed) and bool(packed)
 
     def _lead(self, node: Node) -> tuple[int, ...]:
         return self.shape(node)[:-1]
@@ -136,11 +159,11 @@ class Plan:
     def _tokens(self, lead: tuple[int, ...]) -> Tokens:
         if lead in self.spread and lead[0] > 1:
             return Tokens(lead[0], lead[1], -(-lead[1] // VECTOR) * VECTOR)
-        n = prod(lead)
-        return Tokens(1, n, max(n, 1))
+        n = prod(lead[1:] if self.few else lead)
+        return Tokens(lead[0] if self.few and lead else 1, n, max(n, 1))
 
     def _new(self, lead: tuple[int, ...], features: int) -> Value:
-        v = Value(self._tokens(lead), features, len(self.steps))
+        v = Value(self._tokens(lead), features, len(self.steps), self.few)
         self.every.append(v)
         return v
 
@@ -155,15 +178,17 @@ class Plan:
 
     # ---- steps
 
-    def step(self, op: str, v: Value, **places: Any) -> Step:
-        """Add a step over the tokens of v; `places` are values, or numbers of the step."""
+    def step(self, op: str, v: Value, kept: Sequence[tuple[int, int, bool]] = (), **places: Any) -> Step:
+        """Add a step over the tokens of v; `places` are values, or numbers of the step. `kept`: from where to where it
+        reads, or writes, in a cache."""
         t = v.tokens
         s = Step(op=OPS[op], columns=t.columns, batch=t.batch, tokens=t.tokens, apart=t.apart, features=v.features)
+        s.groups, s.few = 1, int(self.few)
         at = {n: p for n, p in places.items() if isinstance(p, Value)}
         for n, p in places.items():
             if not isinstance(p, Value):
                 setattr(s, n, p)
-        self.steps.append((s, at))
+        self.steps.append((s, at, list(kept)))
         return s
 
     def _enter(self, node: Node) -> Step:
@@ -201,9 +226,11 @@ class Plan:
         self.memory = torch.zeros(end + 16)
         base = (self.memory.data_ptr() + 63) // 64 * 64
         self.array = (Step * len(self.steps))()
-        for i, (s, places) in enumerate(self.steps):
+        for i, (s, places, _) in enumerate(self.steps):
             for name, v in places.items():
-                setattr(s, name, Place(base + 4 * v.start, v.tile))
+                if hasattr(s, name):  # an attention's lie in its own structure
+                    setattr(s, name, Place(base + 4 * v.start, v.tile))
+            s.wait = self._wait(i)
             self.array[i] = s
         for a, places in self.attends:
             for name, v in places.items():
@@ -215,8 +242,27 @@ class Plan:
         self.sizes = [shape for _, shape in self.exits]
         self.call = native.library().rarefy_run_plan
 
-    def run(self, given: Mapping[Node, Tensor]) -> list[Tensor]:
-        """Return the outputs, row after row."""
+    def _touched(self, i: int) -> list[tuple[int, int, bool]]:
+        """From where to where a step reads, or writes (True)."""
+        s, places, kept = self.steps[i]
+        writes = ("out", "sum") if s.op == OPS["bytes"] else ("out",)
+        return [*((v.start, v.start + v.floats, n in writes) for n, v in places.items()), *kept]
+
+    def _wait(self, i: int) -> int:
+        """How many of the steps before must be done: up to the last that touches what this one does."""
+        mine = self._touched(i)
+        for j in range(i - 1, -1, -1):
+            for a, b, writes in self._touched(j):
+                if any((writes or w) and a < end and start < b for start, end, w in mine):
+                    return j + 1
+        return 0
+
+    def run(self, given: Mapping[Node, Any], cache: Any = None) -> list[Tensor]:
+        """Return the outputs, row after row. With a cache, the tokens are the next ones of it."""
+        if cache is not None:
+            k, starts = self.kept, cache.starts
+            k.at, k.batch, k.capacity, k.past = cache.memory.data_ptr(), cache.batch, cache.capacity, cache.past
+            k.starts = None if starts is None else starts.data_ptr()
         kept = []
         for node, step in zip(self.inputs, self.first):
             x = given[node].contiguous()
@@ -246,33 +292,44 @@ def _masks(nodes: Sequence[Node]) -> set[Any]:
 def _product(p: Plan, node: Node) -> None:
     x, _, _, more, _ = node.args
     kernel = p.kernels[node]
+    packed = kernel.held[0]
     source, extra = p.values[x], {} if more is None else {"more": p.values[more]}
-    if kernel.about.kind == 2:  # int8
-        if x not in p.bytes:
-            small = p._new(p._lead(x), -(-source.features // 4))
-            scales = p._new(p._lead(x), 1)
-            p.step("bytes", source, x=p.use(source), out=p.use(small), sum=p.use(scales))
-            p.bytes[x] = small, scales
-        source, extra["sum"] = p.bytes[x]
-        p.use(extra["sum"])
+    kind = _numbers(packed)
+    if kind == "int8" or (p.few and (kind != "fp32" or source.features % 64)):
+        source, extra["sum"] = _converted(p, x, source, kind)
+    if isinstance(packed, Panels) and kind == "int8" and not p.few:
+        p.held.append(packed.sums.to(torch.int32))
+        extra["sums"] = p.held[-1].data_ptr()
     out = p.make(node)
-    p.step(
-        "product",
-        out,
-        x=p.use(source),
-        out=p.use(out),
-        w=addressof(kernel.about),
-        flag=int(isinstance(kernel.held[0], Sell)),
-        **{n: p.use(v) for n, v in extra.items()},
-    )
+    places = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
+    how = {"w": addressof(kernel.about), "flag": FORMATS[type(packed)]}
+    p.step("product", out, x=p.use(source), out=p.use(out), **how, **places)
+
+
+def _numbers(packed: Any) -> str:
+    """What a kernel takes its inputs in, as far as they are not fp32 tiles."""
+    if isinstance(packed, Panels):
+        return "fp32" if packed.exact else "int8"
+    return "int8" if packed.kind == "int4" else packed.kind
+
+
+def _converted(p: Plan, x: Node, source: Value, kind: str) -> tuple[Value, Value]:
+    """Inputs in the numbers of a kernel, and their scales, made once."""
+    if (x, kind) not in p.bytes:
+        wide = -(-source.features // 64) * 64
+        lanes = wide // LANE[kind] if p.few else -(-source.features // 4)
+        small, scales = p._new(p._lead(x), lanes), p._new(p._lead(x), 1)
+        flag = ("fp32", "bf16", "int8").index(kind) if p.few else 0
+        p.step("bytes", source, x=p.use(source), out=p.use(small), sum=p.use(scales), flag=flag)
+        p.bytes[x, kind] = small, scales
+    return p.bytes[x, kind]
 
 
 def _norm(p: Plan, node: Node) -> None:
-    x, gain, bias, least, centred = node.args
+    x, gain, bias, least, centred, groups = node.args
     v, out = p.use(p.values[x]), p.make(node)
-    p.step(
-        "norm", out, x=v, out=p.use(out), gain=p.constant(gain), bias=p.constant(bias), least=least, flag=int(centred)
-    )
+    weights = {"gain": p.constant(gain), "bias": p.constant(bias)}
+    p.step("norm", out, x=v, out=p.use(out), **weights, least=least, flag=int(centred), groups=groups)
 
 
 def _pair(p: Plan, node: Node) -> None:
@@ -303,10 +360,46 @@ def _attention(p: Plan, node: Node) -> None:
     p.attends.append((a, places))
     if mask is not None:
         p.masks.append((mask, a))
-    p.step("attend", out, w=addressof(a))
+    p.step("attend", out, w=addressof(a), **places)
+
+
+def _rotate(p: Plan, node: Node) -> None:
+    x, cosine, sine, heads = node.args
+    out = p.make(node)
+    angles = {"more": p.use(p.values[cosine]), "sum": p.use(p.values[sine])}
+    p.step("rotate", out, x=p.use(p.values[x]), out=p.use(out), groups=heads, **angles)
+
+
+def _recall(p: Plan, node: Node) -> None:
+    q, k, v, _, before, heads, kv_heads, scale, window = node.args
+    out = p.make(node)
+    width, tokens = out.features // heads, out.tokens
+    a = Attend(
+        batch=p.shape(node)[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        queries=p.shape(node)[1],
+        apart=tokens.apart,
+        cache=addressof(p.kept),
+        k_before=before[0],
+        v_before=before[1],
+        window=window,
+        scale=scale,
+        causal=1,
+    )
+    a.k_tile = a.v_tile = kv_heads * width * NT
+    places = {"q": p.use(p.values[q]), "out": p.use(out)}
+    p.attends.append((a, places))
+    kept = [(CACHED + b, CACHED + b + kv_heads * width) for b in before]
+    for flag, x in enumerate((k, v)):
+        value = p.use(p.values[x])
+        p.step("keep", value, x=value, w=addressof(a), flag=flag, kept=[(*kept[flag], True)])
+    p.use(p.values[q])
+    p.step("attend", out, w=addressof(a), kept=[(*k, False) for k in kept], **places)
 
 
 LOWER: dict[Any, Callable[[Plan, Node], None]] = {
     words.product: _product, words.norm: _norm, words.add: _pair, words.times: _pair, words.activation: _pair,
-    words.attention: _attention,
+    words.attention: _attention, words.rotate: _rotate, words.recall: _recall,
 }  # fmt: skip

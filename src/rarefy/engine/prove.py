@@ -61,10 +61,11 @@ def distance(model: nn.Module, made: Any, leaves: list[Any], spec: Any) -> float
         )
     if [t.shape for t in want] != [t.shape for t in got]:
         return float("inf")
-    return max((_apart(a, b) for a, b in zip(want, got)), default=0.0)
+    return max((apart(a, b) for a, b in zip(want, got)), default=0.0)
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def apart(a: Tensor, b: Tensor) -> float:
+    """Return how far two tensors are apart, in the length of the first."""
     if not a.is_floating_point():
         return 0.0 if torch.equal(a, b) else float("inf")
     length = float(a.double().norm())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from rarefy.runtime.layers import Sparse, rebuilt
 aten = torch.ops.aten
 
 
+WHOLE = (1 << 63) - 1  # where a slice of all ends
 MOST_SIZE = 1 << 62  # of an open size, where nothing is known
 Node = Any  # fx.Node, whose arguments are of any kind
 
@@ -31,6 +32,8 @@ class Traced:
 
     inputs  the placeholders of the call's tensors, in their order
     ranges  from where to where a size that is open may go, by its symbol
+    names   of constants that are the model's own, as it calls them
+    kept    features of keys and values that a cache keeps of a token
     """
 
     graph: fx.Graph
@@ -40,6 +43,8 @@ class Traced:
     out_spec: Any
     ranges: dict[str, tuple[int, int]]
     notes: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    kept: int = 0
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rules: Sequence[Any]) -> Traced:
@@ -104,7 +109,8 @@ def read(program: Any, rules: Sequence[Callable[[Traced, Node], None]]) -> Trace
     constants = {n: state[t].detach() for n, t in names.items()}
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name not in constants]
     ranges = {str(k): (int(v.lower), int(min(v.upper, MOST_SIZE))) for k, v in program.range_constraints.items()}
-    traced = Traced(graph, constants, inputs, program.call_spec.in_spec, program.call_spec.out_spec, ranges)
+    specs = program.call_spec.in_spec, program.call_spec.out_spec
+    traced = Traced(graph, constants, inputs, *specs, ranges, names=names)
     for rule in rules:
         for node in list(graph.nodes):
             if node.op == "call_function" and not node._erased:
@@ -164,6 +170,10 @@ def drop(t: Traced, node: Node) -> None:
     x = node.args[0] if node.args else None
     if not isinstance(x, fx.Node) or kind_of(x) != kind_of(node):
         return
+    if node.target is aten.slice.Tensor and (*node.args, 1)[2] == 0 and len(node.args) == 4 and node.args[3] == WHOLE:
+        node.replace_all_uses_with(x)
+        t.graph.erase_node(node)
+        return
     if node.target is aten.dropout.default and node.args[2]:
         raise ModelError("the model drops out at random: call eval() first")
     if node.target in NOTHING or (node.target in VIEWS and same(shape(node), shape(x))):
@@ -222,7 +232,7 @@ def norm(t: Traced, node: Node) -> None:
     given = [*rest, *usual[len(rest) :]]
     gain, bias, least = given[:3] if centred else (given[0], None, given[1] if given[1] is not None else usual[1])
     if len(over) == 1 and all(c is None or c.name in t.constants for c in (gain, bias)):
-        put(t, node, words.norm, x, gain, bias, least, centred)
+        put(t, node, words.norm, x, gain, bias, least, centred, 1)
 
 
 ACTIVATIONS = {
@@ -257,13 +267,13 @@ def attention(t: Traced, node: Node) -> None:
     mask, drop, causal = (usual.get(n, d) for n, d in (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False)))
     if drop or len(node.users) != 1:
         return
-    split = [_split(x) for x in (q, k, v)]
+    apart = [split(x) for x in (q, k, v)]
     turned = next(iter(node.users))
-    if any(s is None for s in split) or not _turns(turned):
+    if any(s is None for s in apart) or not _turns(turned):
         return
     joined = next(iter(turned.users)) if len(turned.users) == 1 else None
     heads, kv_heads, width = shape(q)[1], shape(k)[1], shape(q)[3]
-    if joined is None or joined.target not in VIEWS or not same(shape(joined), shape(split[0])) or shape(v)[3] != width:
+    if joined is None or joined.target not in VIEWS or not same(shape(joined), shape(apart[0])) or shape(v)[3] != width:
         return
     if not same(shape(k)[:1] + shape(k)[2:3], shape(q)[:1] + shape(q)[2:3]):
         return  # keys of other tokens than the queries'
@@ -278,7 +288,7 @@ def attention(t: Traced, node: Node) -> None:
             made.meta["val"] = mask.meta["val"].float()
         mask = made
     scale = width**-0.5 if scale is None else scale
-    put(t, joined, words.attention, *split, mask, heads, kv_heads, scale, causal)
+    put(t, joined, words.attention, *apart, mask, heads, kv_heads, scale, causal)
     t.graph.erase_node(turned)
     t.graph.erase_node(node)
 
@@ -288,12 +298,12 @@ def _turns(x: Node) -> bool:
     return x.target is aten.transpose.int and sorted(d % 4 for d in x.args[1:]) == [1, 2]
 
 
-def _split(x: Any) -> Any:
-    """What was split into heads, [batch, tokens, features]."""
+def split(x: Any) -> Any:
+    """Return what was split into heads, [batch, tokens, features], or None."""
     if not _turns(x):
         return None
     v = x.args[0]
-    if v.target not in VIEWS or len(shape(v)) != 4 or len(shape(v.args[0])) != 3:
+    if v.target not in (*VIEWS, aten.unflatten.int) or len(shape(v)) != 4 or len(shape(v.args[0])) != 3:
         return None
     return v.args[0] if same(shape(v)[:2], shape(v.args[0])[:2]) else None
 

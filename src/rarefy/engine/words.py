@@ -6,6 +6,8 @@ x      [batch, tokens, features], or [tokens, features], or [features]; w [outpu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,12 +34,18 @@ def convolution(
     return ACTIVATIONS[act](y if more is None else y + more)
 
 
-def norm(x: Tensor, gain: Tensor | None, bias: Tensor | None, least: float, centred: bool) -> Tensor:
-    """Return LayerNorm over features, or, not centred, RMSNorm."""
-    if centred:
-        return F.layer_norm(x, x.shape[-1:], gain, bias, least)
-    y = F.rms_norm(x, x.shape[-1:], gain, least)
-    return y if bias is None else y + bias
+def embedding(ids: Tensor, w: Tensor) -> Tensor:
+    """Return rows of w."""
+    return F.embedding(ids, w)
+
+
+def norm(
+    x: Tensor, gain: Tensor | None, bias: Tensor | None, least: float, centred: bool, groups: int = 1
+) -> Tensor:
+    """Return LayerNorm over features, or, not centred, RMSNorm; of each of `groups` of features by itself."""
+    x = x.unflatten(-1, (groups, -1))
+    y = F.layer_norm(x, x.shape[-1:], gain, bias, least) if centred else F.rms_norm(x, x.shape[-1:], gain, least)
+    return (y if centred or bias is None else y + bias).flatten(-2)
 
 
 def add(x: Tensor, more: Tensor, act: str | None = None) -> Tensor:
@@ -75,3 +83,29 @@ def additive(mask: Tensor) -> Tensor:
     if small.shape[-2] > 1 and bool((small[..., :1, :] == small).all()):
         small = small[..., :1, :]  # the same for all queries
     return torch.zeros(small.shape).masked_fill_(~small, float("-inf")).expand(mask.shape)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
+    """Return rotary positions (Su et al. 2021, eq. 34): of each head, the first half of its features turned with the
+    second by angles whose cosines and sines [batch, tokens, features of a head] are given."""
+    y = x.unflatten(-1, (heads, -1))
+    a, b = y.chunk(2, -1)
+    return (y * cosine[..., None, :] + torch.cat([-b, a], -1) * sine[..., None, :]).flatten(-2)
+
+
+def recall(
+    q: Tensor, k: Tensor, v: Tensor, cache: Any, before: Pair, heads: int, kv_heads: int, scale: float, window: int
+) -> Tensor:
+    """Keep keys and values in a `Cache`, behind so many features of it, and return causal attention to all that is
+    there: to the last `window` tokens, if that is not 0."""
+    keys, values = (cache.keep(at, t) for at, t in zip(before, (k, v)))
+    query = cache.past + torch.arange(q.shape[1])[:, None]
+    key = torch.arange(keys.shape[1])
+    seen = (key <= query) & ((key > query - window) if window else True)
+    if cache.starts is not None:
+        start = cache.starts[:, None, None]
+        seen = seen & ((key >= start) | (query < start))
+    mask = seen if seen.dim() == 2 else seen[:, None]
+    apart = [t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (keys, kv_heads), (values, kv_heads))]
+    y = F.scaled_dot_product_attention(*apart, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads)
+    return y.transpose(1, 2).flatten(2)

@@ -7,7 +7,8 @@ the file's word only has to agree with it. Remote code is never trusted.
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,28 @@ def gives_tokens(model: nn.Module) -> bool:
     no encoder with a decoder."""
     ask = getattr(model, "can_generate", None)
     return is_model(model) and callable(ask) and bool(ask()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+@contextmanager
+def attending(model: Any, attend: Any) -> Iterator[None]:
+    """Have a model's attention run by `attend(module, q, k, v, mask, **how)`, without masks, for a while; ModelError
+    where a model's attention is its own code."""
+    _transformers()
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    before = model.config._attn_implementation
+    AttentionInterface.register("rarefy", attend)
+    AttentionMaskInterface.register("rarefy", lambda *_, **__: None)
+    try:
+        model.set_attn_implementation("rarefy")
+        yield
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{type(model).__name__} takes no other attention: {first_line(error)}") from error
+    finally:
+        model.set_attn_implementation(before)
 
 
 def no_bars() -> None:

@@ -1,0 +1,181 @@
+"""Rules for what models write out in many ATen calls where the engine has one word: RMSNorm, rotary positions, norms of
+heads, attention to what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rarefy.engine import words
+from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, put, same, shape, split
+
+_LIBRARY = torch.library.Library("rarefy", "FRAGMENT")
+_LIBRARY.define("recall(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
+
+
+def _recall(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])  # only its shape counts: a word takes its place
+
+
+_LIBRARY.impl("recall", _recall, "CompositeExplicitAutograd")
+
+MOST_FOLDED = 1 << 26  # numbers of a constant that is made of others
+
+
+def added(t: Traced, before: Node, target: Callable[..., Any], *args: Any) -> Node:
+    """Return a new node in front of another."""
+    with t.graph.inserting_before(before):
+        node = t.graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def constants(t: Traced, node: Node) -> None:
+    """What follows from constants alone is one."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not node.all_input_nodes or not str(value.numel()).isdigit():
+        return
+    if getattr(node.target, "tags", ()) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        return
+    if value.numel() > MOST_FOLDED or any(n.name not in t.constants for n in node.all_input_nodes):
+        return
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: t.constants[n.name])
+    with t.graph.inserting_before(next(iter(t.graph.nodes))):
+        made = t.graph.placeholder(f"{node.name}_known")
+    made.meta["val"] = value
+    t.constants[made.name] = node.target(*args, **kwargs).detach()
+    node.replace_all_uses_with(made)
+    t.graph.erase_node(node)
+
+
+def embedding(t: Traced, node: Node) -> None:
+    """Rows of a constant weight."""
+    if node.target is aten.embedding.default and kind_of(node) == torch.float32 and node.args[0].name in t.constants:
+        put(t, node, words.embedding, node.args[1], node.args[0])
+
+
+def _pair(node: Any, target: Any) -> tuple[Any, Any]:
+    """The two arguments of a call, (None, None) of anything else."""
+    found = isinstance(node, fx.Node) and node.target is target and len(node.args) == 2
+    return (node.args[0], node.args[1]) if found else (None, None)
+
+
+def rms(t: Traced, node: Node) -> None:
+    """x rsqrt(mean(x^2) + least), and its gain behind it."""
+    if node.target is not aten.mul.Tensor or kind_of(node) != torch.float32:
+        return
+    for x, by in (node.args[:2], node.args[1::-1]):
+        if not isinstance(by, fx.Node) or by.target is not aten.rsqrt.default:
+            continue
+        mean, least = _pair(by.args[0], aten.add.Tensor)
+        if mean is None or isinstance(least, fx.Node) or mean.target is not aten.mean.dim:
+            continue
+        dims, keep = mean.args[1], (*mean.args, False)[2]
+        if list(dims) not in ([-1], [len(shape(x)) - 1]) or not keep or not _squares(mean.args[0], x):
+            continue
+        new = put(t, node, words.norm, x, None, None, float(least), False, 1)
+        user = next(iter(new.users)) if len(new.users) == 1 else None
+        a, b = _pair(user, aten.mul.Tensor)
+        gain = b if a is new else a
+        if isinstance(gain, fx.Node) and gain.name in t.constants and shape(gain) == tuple(shape(x)[-1:]):
+            put(t, user, words.norm, x, gain, None, float(least), False, 1)
+            t.graph.erase_node(new)
+        return
+
+
+def _squares(node: Any, x: Node) -> bool:
+    if _pair(node, aten.pow.Tensor_Scalar) == (x, 2):
+        return True
+    return _pair(node, aten.mul.Tensor) == (x, x)
+
+
+def heads(t: Traced, node: Node) -> None:
+    """A norm of each head's features: view, norm. Becomes a norm of groups, and a view behind it."""
+    if node.target is not words.norm or node.args[5] != 1:
+        return
+    v, *rest = node.args
+    if v.target not in VIEWS or len(shape(v)) != 4 or len(shape(v.args[0])) != 3:
+        return
+    x, many, width = v.args[0], *shape(v)[2:]
+    if same(shape(x)[:2], shape(v)[:2]):
+        new = added(t, node, words.norm, x, *rest[:4], many)
+        node.replace_all_uses_with(added(t, node, aten.unflatten.int, new, 2, [many, width]))
+        t.graph.erase_node(node)
+
+
+def rotation(t: Traced, node: Node) -> None:
+    """x cos + cat(-x's second half, its first) sin, of x that was split into heads."""
+    a, b = _pair(node, aten.add.Tensor)
+    for plain, turned in ((a, b), (b, a)):
+        for x, cosine in _either(plain):
+            for halves, sine in _either(turned):
+                y = split(x)
+                if y is not None and _turned(halves, x) and _angles(cosine, x) and _angles(sine, x):
+                    many, width = shape(x)[1], shape(x)[3]
+                    new = added(t, node, words.rotate, y, cosine.args[0], sine.args[0], many)
+                    back = added(t, node, aten.unflatten.int, new, 2, [many, width])
+                    node.replace_all_uses_with(added(t, node, aten.transpose.int, back, 1, 2))
+                    t.graph.erase_node(node)
+                    return
+
+
+def _either(node: Any) -> list[tuple[Any, Any]]:
+    a, b = _pair(node, aten.mul.Tensor)
+    return [] if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) else [(a, b), (b, a)]
+
+
+def _turned(node: Node, x: Node) -> bool:
+    """cat([-x[half:], x[:half]])"""
+    if node.target is not aten.cat.default or len(node.args[0]) != 2 or (*node.args, 0)[1] not in (-1, 3):
+        return False
+    back, front = node.args[0]
+    if back.target is not aten.neg.default or any(n.target is not aten.slice.Tensor for n in (back.args[0], front)):
+        return False
+    half, last = shape(x)[3] // 2, back.args[0]
+    return (
+        front.args == (x, 3, 0, half)
+        and last.args[:3] == (x, 3, half)
+        and last.args[3] >= 2 * half
+        and len(last.args) == 4
+    )
+
+
+def _angles(node: Node, x: Node) -> bool:
+    """[batch, 1, tokens, features of a head], out of [batch, tokens, features of a head]."""
+    if node.target is not aten.unsqueeze.default or node.args[1] != 1 or kind_of(node) != torch.float32:
+        return False
+    small, whole = shape(node.args[0]), shape(x)
+    return len(small) == 3 and same(small, (whole[0], whole[2], whole[3]))
+
+
+def recalled(t: Traced, node: Node) -> None:
+    """rarefy::recall of queries, keys and values in heads: the word, behind the layers before it in the cache."""
+    if node.target is not torch.ops.rarefy.recall.default:
+        return
+    q, k, v, scale, window = node.args
+    many, few, width = shape(q)[1], shape(k)[1], shape(q)[3]
+    cache = next((n for n in t.graph.nodes if n.op == "placeholder" and n.name == "cache"), None)
+    if cache is None:
+        with t.graph.inserting_before(next(iter(t.graph.nodes))):
+            cache = t.graph.placeholder("cache")
+    flat = [split(x) for x in (q, k, v)]
+    joined = [
+        y if y is not None else added(t, node, aten.flatten.using_ints, added(t, node, aten.transpose.int, x, 1, 2), 2)
+        for y, x in zip(flat, (q, k, v))
+    ]
+    before = t.kept, t.kept + few * width
+    t.kept += few * (width + shape(v)[3])
+    args = (*joined, cache, before, many, few, scale, window)
+    with t.graph.inserting_before(node):
+        new = t.graph.call_function(words.recall, args)
+    new.meta["val"] = node.meta["val"].flatten(2)
+    for user in list(node.users):
+        if user.target in VIEWS and same(shape(user), shape(new)):
+            user.replace_all_uses_with(new)
+            t.graph.erase_node(user)
+    if node.users:
+        node.replace_all_uses_with(added(t, node, aten.unflatten.int, new, 2, [many, shape(v)[3]]))
+    t.graph.erase_node(node)
