@@ -164,7 +164,7 @@ def test_eight_bits_equal_their_oracle(isa):
         else:
             y = layer(y)
     torch.testing.assert_close(got, y.detach(), rtol=1e-3, atol=1e-3)
-    assert 1e-5 < prove._apart(net(x).detach(), got) < 0.05
+    assert 1e-5 < prove.apart(net(x).detach(), got) < 0.05
 
 
 def test_layers_that_run_sparse_already(monkeypatch):

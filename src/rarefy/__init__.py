@@ -15,6 +15,8 @@ from rarefy.cut.depth import drop_layers_
 from rarefy.cut.heads import prune_heads_
 from rarefy.cut.permute import permute_
 from rarefy.engine.compiled import compile
+from rarefy.engine.language import decoder
+from rarefy.engine.writing import generate, stream
 from rarefy.errors import RarefyError
 from rarefy.migration import Migrated, migrate
 from rarefy.model.graph import groups
@@ -58,6 +60,7 @@ __all__ = [
     "compile",
     "compress_",
     "cut_",
+    "decoder",
     "drop_layers_",
     "export",
     "export_onnx",
@@ -65,6 +68,7 @@ __all__ = [
     "fit_",
     "fold_",
     "from_onnx",
+    "generate",
     "groups",
     "inspect",
     "load",
@@ -76,5 +80,6 @@ __all__ = [
     "quantize_",
     "save",
     "share_",
+    "stream",
     "tie_layers_",
 ]

@@ -27,8 +27,9 @@ from rarefy.runtime.packed import SHARED, Panels, pack_sell, pack_tiles, shared
 MOST_SIZES = 16  # of inputs for which plans are kept
 ROUNDED = 0.2  # of outputs' length, how far they may move in 8 bits
 RULES = (
-    rules.drop, phrases.constants, phrases.embedding, rules.linear, rules.norm, phrases.rms, phrases.heads, phrases.rotation,
-    phrases.recalled, rules.pointwise, rules.attention, rules.reshaped, convolve.convolution, convolve.batch_norm, rules.fuse, rules.fuse,
+    rules.drop, phrases.constants, phrases.embedding, rules.linear, rules.reshaped, phrases.pieces, rules.norm,
+    phrases.rms, phrases.heads, phrases.rotation, phrases.recalled, rules.pointwise, rules.attention, rules.reshaped,
+    convolve.convolution, convolve.batch_norm, rules.fuse, rules.fuse,
 )  # fmt: skip
 HEAVY = (words.product, words.attention, words.recall)  # what a plan is worth its packing for
 

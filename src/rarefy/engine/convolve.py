@@ -6,11 +6,10 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rarefy.engine import words
-from rarefy.engine.trace import Node, Traced, aten, kind_of, put
+from rarefy.engine.trace import Node, Traced, aten, kind_of, new_constant, put
 from rarefy.runtime import native
 from rarefy.runtime.packed import MOST_STRIDE, NEAR, SHARED, pack_conv, shared
 
@@ -51,14 +50,7 @@ def batch_norm(t: Traced, node: Node) -> None:
     x, w, bias, *rest = y.args
     W, b, gain, shift, mean, variance = (None if n is None else t.constants[n.name] for n in (w, bias, *norm))
     made = fuse_conv_bn_weights(W, b, mean, variance, node.args[NORMS[node.target]], gain, shift)  # type: ignore[arg-type]
-    put(t, outer, words.convolution, x, *(_constant(t, f"{y.name}_{n}", v.detach()) for n, v in zip("wb", made)), *rest)
-
-
-def _constant(t: Traced, name: str, value: Tensor) -> Node:
-    with t.graph.inserting_before(next(iter(t.graph.nodes))):
-        node = t.graph.placeholder(name)
-    t.constants[node.name] = node.meta["val"] = value
-    return node
+    put(t, outer, words.convolution, x, *(new_constant(t, f"{y.name}_{n}", v) for n, v in zip("wb", made)), *rest)
 
 
 def kernel(t: Traced, node: Node) -> Any:

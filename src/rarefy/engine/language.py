@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.engine import compiled, phrases
+from rarefy.engine import compiled
 from rarefy.engine import trace as rules
 from rarefy.engine.cache import TILE, Cache
 from rarefy.engine.compiled import Compiled, kernels_of
@@ -80,7 +80,9 @@ class Decoder:
             traced = rules.trace(Step(model), shown, {}, compiled.RULES)
         if not traced.kept:
             raise ModelError(f"{type(model).__name__} has no attention that a cache can serve")
-        grids = {n: grid_of(m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+        grids = {
+            f"model.{n}": grid_of(m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)
+        }
         kernels = kernels_of(traced, lambda w, name: _packed(w, values, grids.get(name.removesuffix(".weight"))))
         self.compiled = Compiled(traced, kernels)
         config = model.config.get_text_config()
@@ -101,7 +103,9 @@ class Decoder:
                 raise DataError("prompts are to be filled up on the left: mask has zeros after a one")
             if int(starts.max()) == mask.shape[1]:
                 raise DataError("a prompt is empty: its mask has no one")
-        return Cache(self.compiled.traced.kept, batch, capacity, starts if starts is not None and starts.any() else None)
+        return Cache(
+            self.compiled.traced.kept, batch, capacity, starts if starts is not None and starts.any() else None
+        )
 
     def __call__(self, ids: Tensor, cache: Cache | None = None, *, last: bool = False) -> Tensor:
         """Return the logits [batch, tokens, vocabulary] of the next tokens; of the last one alone if asked for.
@@ -142,7 +146,7 @@ class Decoder:
         cache = self.cache(batch, tokens + new, mask)
         done = torch.zeros(batch, dtype=torch.bool)
         ends = torch.tensor(self.ends, dtype=torch.int64)
-        so_far, fed = ids, ids
+        so_far, fed = ids if mask is None else torch.where(mask == 0, ids[:, -1:], ids), ids  # filling is no text
         for _ in range(new):
             logits = self(fed, cache, last=True)[:, -1]
             token = torch.where(done, self.pad, choose(logits, so_far))
@@ -181,4 +185,6 @@ def _prove(model: Any, made: Decoder, most: float) -> None:
     for got in (made(ids), torch.cat(pieces, 1)):
         far = apart(want, got)
         if not far <= most:
-            raise ModelError(f"the decoder of {type(model).__name__} gives other logits, {far:.2g} of their length apart")
+            raise ModelError(
+                f"the decoder of {type(model).__name__} gives other logits, {far:.2g} of their length apart"
+            )

@@ -3,6 +3,7 @@ heads, attention to what was kept."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.engine import words
-from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, put, same, shape, split
+from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape, split
 
 _LIBRARY = torch.library.Library("rarefy", "FRAGMENT")
 _LIBRARY.define("recall(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
@@ -43,10 +44,7 @@ def constants(t: Traced, node: Node) -> None:
     if value.numel() > MOST_FOLDED or any(n.name not in t.constants for n in node.all_input_nodes):
         return
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: t.constants[n.name])
-    with t.graph.inserting_before(next(iter(t.graph.nodes))):
-        made = t.graph.placeholder(f"{node.name}_known")
-    made.meta["val"] = value
-    t.constants[made.name] = node.target(*args, **kwargs).detach()
+    made = new_constant(t, f"{node.name}_known", node.target(*args, **kwargs))
     node.replace_all_uses_with(made)
     t.graph.erase_node(node)
 
@@ -90,6 +88,46 @@ def _squares(node: Any, x: Node) -> bool:
     if _pair(node, aten.pow.Tensor_Scalar) == (x, 2):
         return True
     return _pair(node, aten.mul.Tensor) == (x, x)
+
+
+def pieces(t: Traced, node: Node) -> None:
+    """A piece of a product's outputs is a product with a piece of its weight: queries, keys and values in one."""
+    y, start, end = _piece(node)
+    if y is None or y.target is not words.product or y.args[3] is not None:
+        return
+    x, w, bias, more, act = y.args
+    made = [
+        None if n is None else new_constant(t, f"{node.name}_{part}", t.constants[n.name][start:end])
+        for n, part in ((w, "weight"), (bias, "bias"))
+    ]
+    put(t, node, words.product, x, *made, more, act)
+
+
+def _piece(node: Node) -> tuple[Any, int, int]:
+    """Of which node's last dimension this is a piece, from where to where, if all that read it take pieces."""
+    if node.target is aten.slice.Tensor and _last(node.args[0], node.args[1]):
+        y = node.args[0]
+        whole = all(u.target is aten.slice.Tensor and _last(y, u.args[1]) and len(u.args) == 4 for u in y.users)
+        start, end = node.args[2:] if len(node.args) == 4 else (None, None)
+        if whole and isinstance(start, int) and isinstance(end, int) and 0 <= start < end:
+            return y, start, min(end, shape(y)[-1])
+        return None, 0, 0
+    cut = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(cut, fx.Node) or cut.target not in (aten.split.Tensor, aten.chunk.default, SPLIT):
+        return None, 0, 0
+    y, dim = cut.args[0], (*cut.args, 0)[2]
+    if not isinstance(y, fx.Node) or len(y.users) != 1 or not _last(y, dim):
+        return None, 0, 0
+    widths = [v.shape[-1] for v in cut.meta["val"]]
+    start = sum(widths[: node.args[1]])
+    return y, start, start + widths[node.args[1]]
+
+
+SPLIT = aten.split_with_sizes.default
+
+
+def _last(y: Any, dim: Any) -> bool:
+    return dim in (-1, len(shape(y)) - 1)
 
 
 def heads(t: Traced, node: Node) -> None:

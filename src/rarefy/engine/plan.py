@@ -178,11 +178,11 @@ class Plan:
 
     # ---- steps
 
-    def step(self, op: str, v: Value, kept: Sequence[tuple[int, int, bool]] = (), **places: Any) -> Step:
-        """Add a step over the tokens of v; `places` are values, or numbers of the step. `kept`: from where to where it
-        reads, or writes, in a cache."""
-        t = v.tokens
-        s = Step(op=OPS[op], columns=t.columns, batch=t.batch, tokens=t.tokens, apart=t.apart, features=v.features)
+    def step(self, op: str, over: Value, /, kept: Any = (), **places: Any) -> Step:
+        """Add a step over the tokens of `over`; `places` are values, or numbers of the step. `kept`: from where to
+        where it reads, or writes, in a cache."""
+        t = over.tokens
+        s = Step(op=OPS[op], columns=t.columns, batch=t.batch, tokens=t.tokens, apart=t.apart, features=over.features)
         s.groups, s.few = 1, int(self.few)
         at = {n: p for n, p in places.items() if isinstance(p, Value)}
         for n, p in places.items():
@@ -294,7 +294,7 @@ def _product(p: Plan, node: Node) -> None:
     kernel = p.kernels[node]
     packed = kernel.held[0]
     source, extra = p.values[x], {} if more is None else {"more": p.values[more]}
-    kind = _numbers(packed)
+    kind = _numbers(packed, p.few)
     if kind == "int8" or (p.few and (kind != "fp32" or source.features % 64)):
         source, extra["sum"] = _converted(p, x, source, kind)
     if isinstance(packed, Panels) and kind == "int8" and not p.few:
@@ -306,10 +306,12 @@ def _product(p: Plan, node: Node) -> None:
     p.step("product", out, x=p.use(source), out=p.use(out), **how, **places)
 
 
-def _numbers(packed: Any) -> str:
-    """What a kernel takes its inputs in, as far as they are not fp32 tiles."""
+def _numbers(packed: Any, few: bool) -> str:
+    """What a kernel takes its inputs in. What is unfolded to fp32 for many tokens takes them as they are."""
     if isinstance(packed, Panels):
-        return "fp32" if packed.exact else "int8"
+        return "fp32" if packed.exact or (packed.parts and not few) else "int8"
+    if isinstance(packed, Bitmask) and not few:
+        return "int8" if packed.kind == "int8" else "fp32"
     return "int8" if packed.kind == "int4" else packed.kind
 
 

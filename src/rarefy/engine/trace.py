@@ -150,6 +150,14 @@ def put(t: Traced, node: Node, word: Callable[..., Any], *args: Any) -> Node:
     return new
 
 
+def new_constant(t: Traced, name: str, value: Tensor) -> Node:
+    """Add a constant; return its node."""
+    with t.graph.inserting_before(next(iter(t.graph.nodes))):
+        node = t.graph.placeholder(name)
+    t.constants[node.name] = node.meta["val"] = value.detach().contiguous()
+    return node
+
+
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 CHECKS = (
     aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default,
@@ -157,6 +165,7 @@ CHECKS = (
 NOTHING = (
     aten.dropout.default, aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default,
     aten.lift_fresh_copy.default, aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
+    aten.type_as.default,
 )  # fmt: skip
 
 
@@ -187,6 +196,10 @@ def linear(t: Traced, node: Node) -> None:
         x, w, *bias = node.args
         if isinstance(w, fx.Node) and w.name in t.constants and kind_of(node) == torch.float32:
             put(t, node, words.product, x, w, bias[0] if bias else None, None, None)
+    if node.target is aten.addmm.default and not node.kwargs and kind_of(node) == torch.float32:
+        bias, x, w = node.args
+        if {bias.name, w.name} <= t.constants.keys() and len(shape(bias)) == 1:
+            put(t, node, words.product, x, new_constant(t, f"{w.name}_t", t.constants[w.name].t()), bias, None, None)
     if node.target is torch.ops.rarefy.sparse.default:
         _unpack_sparse(t, node)
 

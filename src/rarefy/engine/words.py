@@ -39,9 +39,7 @@ def embedding(ids: Tensor, w: Tensor) -> Tensor:
     return F.embedding(ids, w)
 
 
-def norm(
-    x: Tensor, gain: Tensor | None, bias: Tensor | None, least: float, centred: bool, groups: int = 1
-) -> Tensor:
+def norm(x: Tensor, gain: Tensor | None, bias: Tensor | None, least: float, centred: bool, groups: int = 1) -> Tensor:
     """Return LayerNorm over features, or, not centred, RMSNorm; of each of `groups` of features by itself."""
     x = x.unflatten(-1, (groups, -1))
     y = F.layer_norm(x, x.shape[-1:], gain, bias, least) if centred else F.rms_norm(x, x.shape[-1:], gain, least)

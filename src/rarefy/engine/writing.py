@@ -1,4 +1,4 @@
-"""`generate`: text by a language model on the engine, one token after the other, chosen as transformers chooses them."""
+"""`generate`: text by a language model on the engine, one token after the other, chosen as transformers does."""
 
 from __future__ import annotations
 
@@ -33,12 +33,18 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        given = {"temperature": self.temperature != 1.0, "top_k": self.top_k is not None, "top_p": self.top_p is not None}
+        given = {
+            "temperature": self.temperature != 1.0,
+            "top_k": self.top_k is not None,
+            "top_p": self.top_p is not None,
+        }
         idle = [n for n, is_given in given.items() if is_given]
         if idle and not self.do_sample:
             raise DataError(f"{idle[0]} has no effect on the likeliest token: do_sample=True")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise DataError(f"temperature is a number above 0, got {self.temperature}; do_sample=False takes the likeliest")
+            raise DataError(
+                f"temperature is a number above 0, got {self.temperature}; do_sample=False takes the likeliest"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise DataError(f"top_k is a number of tokens, 1 or more, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -96,7 +102,9 @@ def stream(
         raise DataError(f"ids are [batch, tokens], and so is attention_mask, got {list(ids.shape)}{mask}")
     longest = ids.shape[1] + max_new_tokens
     if made.most is not None and longest > made.most:
-        raise DataError(f"the model knows {made.most} positions: {ids.shape[1]} tokens and {max_new_tokens} new are more")
+        raise DataError(
+            f"the model knows {made.most} positions: {ids.shape[1]} tokens and {max_new_tokens} new are more"
+        )
     random = None if seed is None else torch.Generator().manual_seed(seed)
     yield from made.stream(ids, max_new_tokens, partial(choose, how=how, random=random), attention_mask)
 

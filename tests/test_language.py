@@ -1,0 +1,384 @@
+"""Language models on the engine: the logits and the text of eager transformers, whatever the pieces they are read in."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from rarefy import samples
+from rarefy.engine import language, plan, words
+from rarefy.engine.cache import Cache
+from rarefy.engine.compiled import Segment
+from rarefy.engine.writing import Sampling, choose
+from rarefy.errors import DataError, ModelError
+from rarefy.model import hf
+from rarefy.runtime import native
+from rarefy.runtime.packed import Bitmask, Panels
+
+transformers = pytest.importorskip("transformers")
+V = 101
+COMMON = {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 1}
+COMMON |= {"max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 2}
+GATED = {**COMMON, "intermediate_size": 96, "num_key_value_heads": 2}
+GPT = {
+    "vocab_size": V,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+FAMILIES = {
+    "Llama": GATED,
+    "Mistral": {**GATED, "sliding_window": 9},
+    "Qwen2": GATED,
+    "Qwen3": {**GATED, "head_dim": 32},
+    "Gemma": {**GATED, "head_dim": 16},
+    "Phi3": GATED,
+    "Olmo2": GATED,
+    "GPT2": {**GPT, "pad_token_id": 0},
+    "GPTNeoX": {**COMMON, "intermediate_size": 96},
+    "OPT": {**COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64},
+}
+OWN_POSITIONS = ("OPT",)  # learned positions that left padding shifts in a way of its own
+WHOLE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Olmo2")  # all their layers run as one native call
+
+
+def small(family="Llama", seed=0, **more):
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**{**FAMILIES[family], **more})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def far(want, got):
+    return float((want - got).norm() / want.norm())
+
+
+def eager(model, ids, mask=None):
+    with torch.no_grad():
+        if mask is None:
+            return model(input_ids=ids, use_cache=False).logits
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
+def in_pieces(made, ids, sizes, mask=None):
+    cache = made.cache(len(ids), ids.shape[1], mask)
+    return torch.cat([made(piece, cache) for piece in ids.split(sizes, 1)], 1)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = small()
+    return model, rarefy.decoder(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_read_as_eager_does(family):
+    model = small(family)
+    made = rarefy.decoder(model)
+    ids = torch.randint(3, V, (3, 150))
+    want = eager(model, ids)
+    assert far(want, made(ids)) < 1e-5
+    assert far(want, in_pieces(made, ids, [70, 1, 2, 1, 76])) < 1e-5  # 3 to 6 tokens are few, 210 are not
+    if family in WHOLE and native.missing() is None:
+        (first, _) = [s for s in made.compiled.program if isinstance(s, Segment)]
+        assert sum(n.target is words.recall for n in first.nodes) == 2
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in OWN_POSITIONS])
+def test_prompts_filled_up_on_the_left(family):
+    model = small(family)
+    made = rarefy.decoder(model)
+    ids = torch.randint(3, V, (2, 90))
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    want = eager(model, ids, mask)
+    for sizes in ([90], [80, 1, 1, 8], [1] * 90):
+        got = in_pieces(made, ids, sizes, mask)
+        assert got.isfinite().all()
+        assert far(want[mask == 1], got[mask == 1]) < 1e-5
+
+
+def test_every_instruction_set(isa, llama):
+    model, made = llama
+    ids = torch.randint(3, V, (2, 100))
+    assert far(eager(model, ids), in_pieces(made, ids, [70, 1, 3, 26])) < 1e-5
+
+
+def test_words_are_their_own_oracle(llama, monkeypatch):
+    """Without kernels the same graph runs in torch, cache and all."""
+    model, _ = llama
+    monkeypatch.setattr(native, "missing", lambda: "none")
+    made = rarefy.decoder(model)
+    assert not any(isinstance(s, Segment) for s in made.compiled.program)
+    ids = torch.randint(3, V, (2, 100))
+    assert far(eager(model, ids), in_pieces(made, ids, [70, 1, 3, 26])) < 1e-5
+
+
+def pruned_to(model, sparsity):
+    rarefy.prune_(model, "unstructured", "magnitude", sparsity, layers="model.layers.*")
+    rarefy.fold_(model)
+    return model
+
+
+def formats(made):
+    packed = [k.held[0] for s in made.compiled.program if isinstance(s, Segment) for k in s.kernels.values()]
+    return {(type(p), p.kind) for p in packed if isinstance(p, Bitmask | Panels)}
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="no kernels")
+@pytest.mark.parametrize(
+    ("sparsity", "quantize", "values", "found", "most"),
+    [
+        (0.6, None, None, {(Bitmask, "fp32")}, 1e-5),
+        (0.0, None, "int8", {(Panels, "int8")}, 0.05),
+        (0.6, None, "int8", {(Bitmask, "int8"), (Panels, "int8")}, 0.05),
+        (0.0, {"weights": "int8"}, None, {(Panels, "int8"), (Bitmask, "fp32")}, 1e-5),
+        (0.0, {"weights": "int4", "group": 32}, None, {(Panels, "int4"), (Bitmask, "fp32")}, 1e-4),
+        (0.0, {"weights": "int4", "group": 32}, "int8", {(Panels, "int4"), (Panels, "int8")}, 0.05),
+        (0.6, {"weights": "int8"}, "int8", {(Bitmask, "int8"), (Panels, "int8")}, 0.05),
+    ],
+)
+def test_formats(isa, sparsity, quantize, values, found, most):
+    """One packed copy serves one token and many: both against eager, and the same bits of rounding in both."""
+    model = pruned_to(small(hidden_size=128, intermediate_size=200), sparsity) if sparsity else small(hidden_size=128)
+    if quantize:
+        rarefy.quantize_(model, layers="model.layers.*", **quantize)
+        rarefy.fold_(model)
+    made = rarefy.decoder(model, values=values)
+    assert formats(made) == found
+    ids = torch.randint(3, V, (1, 80))
+    want = eager(model, ids)
+    many, few = made(ids), in_pieces(made, ids, [1, 4, 8, 5, 8, 8] + [1] * 46)
+    assert far(want, many) < most
+    assert far(want, few) < most
+    assert far(many, few) < (1e-4 if values is None else 0.02)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="no kernels")
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("shape", [(37, 70), (128, 256)])
+def test_unfolded_weights(isa, monkeypatch, kind, shape):
+    """Bitmasks of all numbers, odd sizes, bias, residual and activation: many tokens against the weight unpacked."""
+    from rarefy.runtime.packed import pack_bitmask, unpack
+
+    W = torch.randn(shape) * (torch.rand(shape) < 0.4)
+    packed = pack_bitmask(W, kind)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(*shape[::-1])
+
+        def forward(self, x, more):
+            return torch.relu(self.f(x) + more)
+
+    net = Net().eval()
+    net.f.weight.data = unpack(packed)
+    monkeypatch.setattr("rarefy.engine.compiled._for_many", lambda *_: packed)
+    x, more = torch.randn(3, 50, shape[1]), torch.randn(3, 50, shape[0])
+    made = rarefy.compile(net, {"x": x, "more": more}, values="int8" if kind == "int8" else None)
+    most = {"fp32": 1e-6, "bf16": 5e-3, "int8": 0.02, "int4": 0.02}[kind]  # inputs are rounded too
+    for n in (2, 50):
+        with torch.no_grad():
+            assert far(net(x[:, :n], more[:, :n]), made(x=x[:, :n], more=more[:, :n])) < most
+
+
+def test_steps_wait_for_what_they_touch(llama):
+    """No step runs before what it reads is written, nor writes what an earlier one still reads."""
+    _, made = llama
+    made(torch.randint(3, V, (1, 70)))
+    (first, *_) = [s for s in made.compiled.program if isinstance(s, Segment)]
+    for plans in first.plans.values():
+        p = plans[0]
+        for k, s in enumerate(p.array):
+            for j in range(k):
+                clash = any((w or v) and a < d and c < b for a, b, w in p._touched(j) for c, d, v in p._touched(k))
+                assert not clash or j < s.wait <= k
+        assert any(s.wait < k for k, s in enumerate(p.array))  # queries, keys and values wait for the same
+
+
+def test_two_threads_have_a_cache_each(llama):
+    model, made = llama
+    ids = [torch.randint(3, V, (1, 60)) for _ in range(2)]
+    got = [None, None]
+
+    def read(i):
+        got[i] = in_pieces(made, ids[i], [40] + [1] * 20)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i in range(2):
+        assert far(eager(model, ids[i]), got[i]) < 1e-5
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.7, "top_k": 9},
+        {"do_sample": True, "top_p": 0.8},
+        {"repetition_penalty": 1.7},
+    ],
+)
+def test_text_as_transformers_writes_it(llama, how):
+    model, made = llama
+    ids = torch.randint(3, V, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    torch.manual_seed(3)
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=30, **{"do_sample": False, "top_k": 0, **how})
+    torch.manual_seed(3)
+    assert torch.equal(rarefy.generate(made, ids, attention_mask=mask, max_new_tokens=30, **how), want)
+
+
+def test_real_text():
+    model = hf.load_folder(str(samples.model_folder("smollm2-135m"))).float().eval()
+    made = rarefy.decoder(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(samples.model_folder("smollm2-135m"), padding_side="left")
+    batch = tokenizer(["The capital of France is", "Bread is made of"], return_tensors="pt", padding=True)
+    want = model.generate(**batch, max_new_tokens=40, do_sample=False)
+    got = rarefy.generate(made, batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=40)
+    assert torch.equal(got, want)
+    assert "Paris" in tokenizer.decode(got[0])
+
+
+def test_seeds_streams_and_ends(llama):
+    model, made = llama
+    ids = torch.randint(3, V, (1, 5))
+    a, b, c = (rarefy.generate(made, ids, max_new_tokens=20, do_sample=True, seed=s) for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    tokens = list(rarefy.stream(made, ids, max_new_tokens=6))
+    assert torch.equal(torch.stack(tokens, 1), rarefy.generate(made, ids, max_new_tokens=6)[:, 5:])
+    seen = []
+
+    class Streamer:
+        def put(self, ids):
+            seen.append(ids)
+
+        def end(self):
+            seen.append("end")
+
+    out = rarefy.generate(model, ids, max_new_tokens=3, streamer=Streamer())  # a model, which is made a decoder
+    assert seen[-1] == "end"
+    assert torch.equal(torch.cat([s.flatten() for s in seen[:-1]]), out[0])
+
+
+def test_sequences_end(llama, monkeypatch):
+    _, made = llama
+    ids = torch.randint(3, V, (2, 5))
+    free = rarefy.generate(made, ids, max_new_tokens=10)
+    monkeypatch.setattr(made, "ends", (int(free[0, 7]),))
+    out = rarefy.generate(made, ids, max_new_tokens=10)
+    end = int((out[0, 5:] == free[0, 7]).nonzero()[0]) + 5
+    assert torch.equal(out[0, : end + 1], free[0, : end + 1])
+    assert (out[0, end + 1 :] == made.pad).all()
+    single = rarefy.generate(made, ids[:1], max_new_tokens=10)
+    assert single.shape[1] == end + 1  # all have ended: nothing more is written
+
+
+def test_choice_by_probability():
+    """Draws follow softmax of what top_k and top_p leave."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
+    none = torch.zeros(20000, 0, dtype=torch.int64)
+    p = logits[0].softmax(-1)
+    for how, kept in (({}, 4), ({"top_k": 2}, 2), ({"top_p": float(p[0]) + 0.01}, 2), ({"top_p": 0.3}, 1)):
+        drawn = choose(logits, none, Sampling(do_sample=True, **how), torch.Generator().manual_seed(0))
+        share = torch.bincount(drawn, minlength=4) / len(drawn)
+        want = torch.where(torch.arange(4) < kept, p, 0.0)
+        assert (share - want / want.sum()).abs().max() < 0.02
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.5}, "temperature has no effect"),
+        ({"seed": 1}, "seed has no effect"),
+        ({"do_sample": True, "temperature": 0.0}, "above 0, got 0.0"),
+        ({"do_sample": True, "top_k": 0}, "top_k is a number of tokens"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p is a probability"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty is a number above 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is a number, 1 or more"),
+        ({"max_new_tokens": 509}, "knows 512 positions: 4 tokens and 509 new are more"),
+        ({"num_beams": 4}, "generate has no option num_beams: allowed are do_sample"),
+        ({"values": "int8"}, "a decoder has its numbers already"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask [1, 3]"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "filled up on the left"),
+        ({"attention_mask": torch.zeros(1, 4)}, "a prompt is empty"),
+    ],
+)
+def test_wrong_options(llama, options, message):
+    with pytest.raises(DataError) as error:
+        rarefy.generate(llama[1], torch.randint(3, V, (1, 4)), **options)
+    assert message in str(error.value)
+
+
+def test_wrong_ids(llama):
+    _, made = llama
+    for ids, message in (
+        (torch.zeros(4, dtype=torch.int64), "int64 [batch, tokens], got torch.int64 [4]"),
+        (torch.zeros(1, 4), "got torch.float32"),
+        (torch.zeros(1, 0, dtype=torch.int64), "[1, 0]"),
+        (torch.tensor([[V]]), f"0..{V - 1}, got {V}"),
+        (torch.tensor([[-1]]), "got -1"),
+    ):
+        with pytest.raises(DataError) as error:
+            made(ids)
+        assert message in str(error.value)
+    cache = made.cache(1, 64)
+    made(torch.randint(3, V, (1, 60)), cache)
+    with pytest.raises(DataError, match="holds 64 tokens, 60 are there and 5 more are too many"):
+        made(torch.randint(3, V, (1, 5)), cache)
+    assert cache.past == 60
+    made(torch.randint(3, V, (1, 4)), cache)  # nothing was lost
+    for other in (made.cache(2, 64), Cache(8, 1, 64)):
+        with pytest.raises(DataError, match="for another model"):
+            made(torch.randint(3, V, (1, 5)), other)
+
+
+def test_wrong_models():
+    with pytest.raises(ModelError, match="no language model of transformers: rarefy.compile takes others"):
+        rarefy.decoder(nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="training mode"):
+        rarefy.decoder(small().train())
+    with pytest.raises(ModelError, match=r"model.float\(\)"):
+        rarefy.decoder(small().bfloat16())
+    with pytest.raises(ModelError, match="choose from None, int8"):
+        rarefy.decoder(small(), values="int3")
+    config = transformers.BloomConfig(vocab_size=V, hidden_size=64, n_layer=2, n_head=4)
+    with pytest.raises(ModelError, match="no attention that a cache can serve"):
+        rarefy.decoder(transformers.AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(ModelError, match="softcap"):
+        rarefy.decoder(
+            transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**GATED, head_dim=16)).eval()
+        )
+
+
+def test_attention_is_given_back():
+    model = small()
+    before = model.config._attn_implementation
+    rarefy.decoder(model)
+    assert model.config._attn_implementation == before
+
+
+def test_a_decoder_is_proved(monkeypatch):
+    monkeypatch.setitem(plan.LOWER, words.times, plan.LOWER[words.add])
+    monkeypatch.setattr(plan, "OPS", {**plan.OPS, "times": plan.OPS["add"]})
+    if native.missing() is None:
+        with pytest.raises(ModelError, match="gives other logits"):
+            language.decoder(small())
