@@ -1,7 +1,7 @@
 """llama.cpp on SmolLM2-135M, what else decodes it on a CPU: tokens a second, and perplexity of its quantized files.
 
-    python language.py                all files with each build of llama.cpp found, a few minutes on two quiet cores
-    python language.py --only Q8_0 Q4_0
+    python language.py                all files in the fastest build of llama.cpp found, four minutes on two quiet cores
+    python language.py --only Q8_0 Q4_0 --builds xllamacpp node-llama-cpp
     python language.py --table        only print what was measured last
 
 Two builds of it come in packages: `pip install xllamacpp` (AVX2 at most) and, with kernels for AVX-512, VNNI and AMX,
@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "language.jsonl"
 FILES = HERE / "build" / "gguf"
 NODE = HERE / "build" / "node_modules" / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
+BUILDS = ("xllamacpp", "node-llama-cpp")
 AS_SHIPPED = "Q4_1"
 KINDS = ("F32", "Q8_0", "Q4_0", AS_SHIPPED)
 PROMPT, NEW, READ = 32, 128, 512  # tokens before decoding, decoded, and read at once
@@ -85,12 +86,16 @@ def libraries() -> dict[str, Path]:
     """Return the builds of llama.cpp that are installed, the fastest last."""
     package = importlib.util.find_spec("xllamacpp")
     places = [Path(p) for p in (package.submodule_search_locations or [])] if package else []
-    found = {"xllamacpp": next((f for p in places for f in p.glob("xllamacpp*.so")), None)}
-    found["node-llama-cpp"] = next(iter(sorted(NODE.glob("libllama.*so*"))), None)
-    for name, file in found.items():
-        if not file:
-            print(f"without llama.cpp of {name}: not installed")
-    return {n: f for n, f in found.items() if f}
+    found = [next((f for p in places for f in p.glob("xllamacpp*.so")), None), next(NODE.glob("libllama.*so*"), None)]
+    return {n: f for n, f in zip(BUILDS, found) if f}
+
+
+def fastest() -> str:
+    """Return the build to measure against: on a CPU with AMX one with it decoded and read twice as fast."""
+    found = list(libraries())
+    if not found:
+        raise RuntimeError("no build of llama.cpp is installed")
+    return found[-1]
 
 
 class Struct(ctypes.Structure):
@@ -171,7 +176,7 @@ class LlamaCpp:
     """A GGUF file in llama.cpp. Its threads live only within a call, so that others can run in between."""
 
     def __init__(self, file: Path, threads: int, library: Path | None = None, context: int = 1024):
-        self.library = library or list(libraries().values())[-1]
+        self.library = library or libraries()[fastest()]
         self.lib, self.threads = load(self.library), threads
         said = len(SAID)
         self.model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
@@ -289,12 +294,19 @@ def rates(models: Mapping[str, Any], ids: list[int], repeats: int = 7) -> dict[s
     return {n: {k: [(q := quartiles(v)).low, q.median, q.high] for k, v in f.items()} for n, f in found.items()}
 
 
-def llama_cpp(only: list[str]) -> Iterator[dict[str, Any]]:
-    """Each file in each build, in turns."""
+def llama_cpp(only: list[str], builds: list[str]) -> Iterator[dict[str, Any]]:
+    """Each file in each build that is installed, in turns; by default in the fastest."""
+    if not libraries():
+        print("without llama.cpp: not installed")
+        return
     threads, text, files = torch.get_num_threads(), windows(), gguf_files()
     models: dict[str, LlamaCpp] = {}
     about: dict[str, dict[str, Any]] = {}
-    for build, library in libraries().items():
+    for build in builds or [fastest()]:
+        library = libraries().get(build)
+        if library is None:
+            print(f"without llama.cpp of {build}: not installed")
+            continue
         print(f"llama.cpp of {build}: {system_info(library)}")
         for kind in only or KINDS:
             model = models[f"{build}, {kind}"] = LlamaCpp(files[kind], threads, library)
@@ -324,11 +336,12 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=KINDS, default=[])
+    parser.add_argument("--builds", nargs="*", choices=BUILDS, default=[])
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     hf.no_bars()
     if not args.table:
-        keep(RESULTS, [lambda: llama_cpp(args.only)])
+        keep(RESULTS, [lambda: llama_cpp(args.only, args.builds)])
     print(table(kept(RESULTS)))
 
 
