@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 DEMO    = build/demo
 
-.PHONY: demo test test-all lint bench-vision bench-runtime bench-engine bench-cuts clean
+.PHONY: demo test test-all lint bench-vision bench-runtime bench-engine bench-language bench-cuts clean
 
 demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
@@ -24,12 +24,17 @@ bench-vision: $(VENV)/dev.done  ## README's vision table, about 15 minutes on tw
 	cd bench && ../$(BIN)/python vision.py
 
 bench-runtime: $(VENV)/dev.done  ## sparse kernels and whole models against dense ones, a quarter of an hour on two quiet cores
-	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino
+	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino nncf
 	cd bench && ../$(BIN)/python runtime.py && ../$(BIN)/python models.py && ../$(BIN)/python models.py --engines
 
-bench-engine: $(VENV)/dev.done  ## compiled models against other engines, ten minutes on two quiet cores
-	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino
+bench-engine: $(VENV)/dev.done  ## compiled models against other engines, a quarter of an hour on two quiet cores
+	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino nncf
 	cd bench && ../$(BIN)/python engine.py
+
+bench-language: $(VENV)/dev.done  ## llama.cpp on SmolLM2-135M, five minutes on two quiet cores
+	$(BIN)/python -m pip install --quiet xllamacpp
+	-npm install --silent --prefix bench/build @node-llama-cpp/linux-x64@3.22.1  # for AVX-512 and AMX; Linux on x86-64
+	cd bench && ../$(BIN)/python language.py
 
 bench-cuts: $(VENV)/dev.done  ## README's tables of cuts and the comparison with Torch-Pruning, an hour and a half
 	$(BIN)/python -m pip install --quiet onnx onnxscript onnxruntime torch-pruning==1.6.1

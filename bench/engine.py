@@ -5,8 +5,8 @@
     python engine.py --vehicles       ours against torch.compile of the same accelerated model, which was the other way
     python engine.py --table          only print what was measured last
 
-Ours run the pruned model, also in 8 bits; the others the dense one, in fp32. Weights are pruned by magnitude: what
-counts here is time. Appends a JSON line a case to results/engine.jsonl.
+Ours run the pruned model, also in 8 bits; the others the dense one, also in bf16 and in 8 bits (rivals.py). Weights are
+pruned by magnitude: what counts here is time. Appends a JSON line a case to results/engine.jsonl.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from typing import Any
 import torch
 
 import rarefy
-from models import call, engines, model_of
+from models import model_of
 from rarefy.model import hf
+from rivals import call, engines
 from runtime import in_turns, keep_memory
 from values import keep, kept
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engine.jsonl"
 CASES = {"minilm": (1, 16), "resnet50": (1, 16)}
+PAUSE = 0.005  # seconds: threads of all engines but ONNX Runtime's look for more work for about one ms after a call
 PLANS = {
     "dense": ("unstructured", 0.0, None),
     "80 %": ("unstructured", 0.8, None),
@@ -58,7 +60,7 @@ def run(name: str, batch: int) -> dict[str, Any]:
         model, _, _ = pruned(name, batch, way)
         fast = rarefy.compile(model, x, values=values)
         runs[f"ours, {way}"] = lambda fast=fast: call(fast, x)
-    return in_turns(runs, 10 if batch > 1 else 40)
+    return in_turns(runs, 10 if batch > 1 else 40, PAUSE)
 
 
 def vehicles(name: str, batch: int) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def vehicles(name: str, batch: int) -> dict[str, Any]:
     inductor = torch.compile(copy.deepcopy(eager))
     plan = rarefy.compile(model, x)
     runs = {"eager": eager, "torch.compile": inductor, "plan": plan}
-    return in_turns({k: lambda f=f: call(f, x) for k, f in runs.items()}, 10 if batch > 1 else 40)
+    return in_turns({k: lambda f=f: call(f, x) for k, f in runs.items()}, 10 if batch > 1 else 40, PAUSE)
 
 
 def lines(only: str | None, way: Callable[[str, int], dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,7 @@
 
     python models.py                  all cases, about eight minutes on two quiet cores
     python models.py --only minilm
-    python models.py --engines        ours at 80 % against what else runs the dense model: torch.compile and, if
-                                      installed, ONNX Runtime and OpenVINO (fp32, as many threads)
+    python models.py --engines        ours at 80 % against what else runs the dense model (rivals.py)
     python models.py --table          only print what was measured last
 
 Weights are pruned by magnitude: what counts here is time (the residual networks have random weights). Writes a JSON
@@ -15,12 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import warnings
-from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,6 +24,7 @@ import rarefy
 from rarefy import samples
 from rarefy.model import hf
 from rarefy.proof.measure import commit, machine
+from rivals import RIVALS, call, engines
 from runtime import in_turns, keep_memory
 
 HERE = Path(__file__).parent
@@ -71,56 +66,6 @@ def model_of(name: str, batch: int) -> tuple[nn.Module, Any, str, tuple[int, ...
     return model, x, "model.layers.*", (batch,)
 
 
-def call(model: Any, x: Any) -> torch.Tensor:
-    """Return the first of a model's outputs."""
-    y = model(**x) if isinstance(x, dict) else model(x)
-    return y if isinstance(y, torch.Tensor) else y[0]
-
-
-class First(nn.Module):
-    """A model that takes what `x` holds one after the other, and returns its first output."""
-
-    def __init__(self, model: nn.Module, x: Any):
-        super().__init__()
-        self.model, self.names = model, list(x) if isinstance(x, dict) else None
-
-    def forward(self, *args: torch.Tensor) -> torch.Tensor:
-        return call(self.model, dict(zip(self.names, args)) if self.names else args[0])
-
-
-def engines(model: nn.Module, x: Any) -> dict[str, Callable[[], Any]]:
-    """Return what else runs this dense model here."""
-    threads, runs = torch.get_num_threads(), {}
-    compiled = torch.compile(copy.deepcopy(model))
-    call(compiled, x)
-    runs["compiled"] = lambda: call(compiled, x)
-    if "logits_to_keep" in (x if isinstance(x, dict) else ()):
-        return runs  # a graph of a language model needs an exporter of its own
-    with TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        file, names = str(Path(folder) / "m.onnx"), list(x) if isinstance(x, dict) else ["x"]
-        args = tuple(x.values()) if isinstance(x, dict) else (x,)
-        torch.onnx.export(First(model, x), args, file, input_names=names, dynamo=False)
-        feed = {n: a.numpy() for n, a in zip(names, args)}
-        if find_spec("onnxruntime"):
-            onnxruntime: Any = import_module("onnxruntime")
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others run in between
-            session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-            runs["onnxruntime"] = lambda: session.run(None, feed)
-        if find_spec("openvino"):
-            openvino: Any = import_module("openvino")
-            settings = {
-                "INFERENCE_NUM_THREADS": threads,
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": "f32",
-            }
-            network = openvino.Core().compile_model(file, "CPU", settings)
-            runs["openvino"] = lambda: network(feed)
-    return runs
-
-
 def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, others: bool) -> dict[str, Any]:
     """Return quartiles of the dense and the accelerated model in milliseconds, and how far their outputs are apart."""
     model, x, layers, inputs = model_of(name, batch)
@@ -146,8 +91,9 @@ def table(lines: list[dict[str, Any]]) -> str:
     int8 is against dense fp32."""
     lines = [{"numbers": "fp32", **l} for l in lines if l["machine"]["cpu"] == lines[-1]["machine"]["cpu"]]
     names = ("model", "batch", "numbers", "pattern", "sparsity")
-    others = ("compiled", "onnxruntime", "openvino")
-    rows = [f"| {' | '.join([*names, 'dense, ms', 'ours, ms', 'times as fast', *others])} |", "|---" * 11 + "|"]
+    others = ("compiled", *RIVALS)
+    head = [*names, "dense, ms", "ours, ms", "times as fast", *others]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in {(*(l[n] for n in names), "compiled" in l): l for l in lines}.values():
         dense, ours = line["dense"][1], line["ours"][1]
         cells = [str(line[n]) for n in names] + [f"{dense:.1f}", f"{ours:.1f}", f"{dense / ours:.2f}"]

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
@@ -60,9 +61,9 @@ def random(O: int, C: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> 
     return torch.randn(O, C) * keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
-    """Return quartiles of all in milliseconds."""
-    times = compare(runs, repeats=repeats)
+def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int, pause: float = 0.0) -> dict[str, Any]:
+    """Return quartiles of all in milliseconds; in `pause` seconds ahead of each run, threads of others fall asleep."""
+    times = compare(runs, repeats=repeats, before=lambda: time.sleep(pause) if pause else None)
     return {name: [1000 * s for s in (t.low, t.median, t.high)] for name, t in times.items()}
 
 

@@ -1,0 +1,349 @@
+"""llama.cpp on SmolLM2-135M, what else decodes it on a CPU: tokens a second, and perplexity of its quantized files.
+
+    python language.py                all files in the fastest build of llama.cpp found, four minutes on two quiet cores
+    python language.py --only Q8_0 Q4_0 --builds xllamacpp node-llama-cpp
+    python language.py --table        only print what was measured last
+
+Two builds of it come in packages: `pip install xllamacpp` (AVX2 at most) and, with kernels for AVX-512, VNNI and AMX,
+`npm install --prefix build @node-llama-cpp/linux-x64@3.22.1`. Their C interface is called directly, so that no
+tokenizer, sampler or server is in the way. Appends a JSON line a file to results/language.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rarefy import data as sources
+from rarefy import samples
+from rarefy.model import hf
+from rarefy.proof.measure import quartiles
+from values import keep, kept
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "language.jsonl"
+FILES = HERE / "build" / "gguf"
+NODE = HERE / "build" / "node_modules" / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
+BUILDS = ("xllamacpp", "node-llama-cpp")
+AS_SHIPPED = "Q4_1"
+KINDS = ("F32", "Q8_0", "Q4_0", AS_SHIPPED)
+PROMPT, NEW, READ = 32, 128, 512  # tokens before decoding, decoded, and read at once
+
+
+def gguf_files(folder: Path = FILES) -> dict[str, Path]:
+    """Return SmolLM2-135M as GGUF files by kind of numbers, made once in `folder` of the file that its package ships.
+
+    They hold the weights of the Hugging Face folder that `samples` makes of the same file; where others have four bits
+    the embedding, which is the head too, has eight: llama.cpp's own quantizer keeps more of it as well.
+    """
+    source = samples.find("smollm2-135m")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {kind: folder / f"smollm2-135m.{kind}.gguf" for kind in KINDS if kind != AS_SHIPPED}
+    for kind, file in files.items():
+        if not file.exists():
+            write_gguf(source, file, kind)
+    return {kind: files.get(kind, source) for kind in KINDS}
+
+
+def write_gguf(source: Path, file: Path, kind: str) -> None:
+    """Copy a GGUF file with all matrices in another kind of numbers."""
+    import gguf
+
+    reader, partial = gguf.GGUFReader(source), file.with_suffix(".partial")
+    about = {n: f for n, f in reader.fields.items() if not n.startswith("GGUF.")}
+    writer = gguf.GGUFWriter(partial, about.pop("general.architecture").contents())
+    about.pop("general.file_type")
+    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")])
+    for name, field in about.items():
+        inner = field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        to = gguf.GGMLQuantizationType[kind if len(tensor.shape) > 1 else "F32"]
+        if tensor.name == "token_embd.weight" and kind == "Q4_0":
+            to = gguf.GGMLQuantizationType.Q8_0
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        writer.add_tensor(tensor.name, gguf.quants.quantize(values, to), raw_dtype=to)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(file)
+
+
+def libraries() -> dict[str, Path]:
+    """Return the builds of llama.cpp that are installed, the fastest last."""
+    package = importlib.util.find_spec("xllamacpp")
+    places = [Path(p) for p in (package.submodule_search_locations or [])] if package else []
+    found = [next((f for p in places for f in p.glob("xllamacpp*.so")), None), next(NODE.glob("libllama.*so*"), None)]
+    return {n: f for n, f in zip(BUILDS, found) if f}
+
+
+def fastest() -> str:
+    """Return the build to measure against: on a CPU with AMX one with it decoded and read twice as fast."""
+    found = list(libraries())
+    if not found:
+        raise RuntimeError("no build of llama.cpp is installed")
+    return found[-1]
+
+
+class Struct(ctypes.Structure):
+    """A structure of llama.cpp passed by value, of which only the first members are known here: more room than any of
+    them needs, which the calling conventions of x86-64 and aarch64 allow for structures passed in memory."""
+
+    _fields_ = (("head", ctypes.c_uint32 * 4), ("rest", ctypes.c_uint64 * 126))
+
+
+class Batch(ctypes.Structure):
+    """llama_batch."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "llama_backend_init": (None, []),
+    "llama_print_system_info": (ctypes.c_char_p, []),
+    "llama_log_set": (None, [LOG, ctypes.c_void_p]),
+    "llama_model_default_params": (Struct, []),
+    "llama_context_default_params": (Struct, []),
+    "llama_model_load_from_file": (ctypes.c_void_p, [ctypes.c_char_p, Struct]),
+    "llama_init_from_model": (ctypes.c_void_p, [ctypes.c_void_p, Struct]),
+    "llama_model_get_vocab": (ctypes.c_void_p, [ctypes.c_void_p]),
+    "llama_vocab_n_tokens": (ctypes.c_int32, [ctypes.c_void_p]),
+    "llama_set_n_threads": (None, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]),
+    "llama_attach_threadpool": (None, [ctypes.c_void_p] * 3),
+    "llama_detach_threadpool": (None, [ctypes.c_void_p]),
+    "llama_get_memory": (ctypes.c_void_p, [ctypes.c_void_p]),
+    "llama_memory_clear": (None, [ctypes.c_void_p, ctypes.c_bool]),
+    "llama_batch_get_one": (Batch, [ctypes.POINTER(ctypes.c_int32), ctypes.c_int32]),
+    "llama_decode": (ctypes.c_int32, [ctypes.c_void_p, Batch]),
+    "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p, ctypes.c_int32]),
+    "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p]),
+    "llama_free": (None, [ctypes.c_void_p]),
+    "llama_model_free": (None, [ctypes.c_void_p]),
+    "ggml_backend_load_all_from_path": (None, [ctypes.c_char_p]),
+    "ggml_backend_reg_by_name": (ctypes.c_void_p, [ctypes.c_char_p]),
+    "ggml_backend_reg_get_proc_address": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]),
+    "ggml_threadpool_params_default": (Struct, [ctypes.c_int]),
+}
+SAID: list[str] = []  # what llama.cpp logged
+
+
+@LOG
+def _log(_level: int, text: bytes, _data: Any) -> None:
+    SAID.append(text.decode(errors="replace"))
+
+
+@cache
+def load(file: Path) -> ctypes.CDLL:
+    """Return a build of llama.cpp, the variant of its kernels for this CPU loaded."""
+    lib = ctypes.CDLL(str(file))
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    lib.llama_log_set(_log, None)
+    lib.ggml_backend_load_all_from_path(str(file.parent).encode())
+    lib.llama_backend_init()
+    return lib
+
+
+def system_info(library: Path) -> str:
+    """Return which vector extensions a build of llama.cpp uses here, as it says itself."""
+    return load(library).llama_print_system_info().decode().strip(" |")
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp. Its threads live only within a call, so that others can run in between."""
+
+    def __init__(self, file: Path, threads: int, library: Path | None = None, context: int = 1024):
+        self.library = library or libraries()[fastest()]
+        self.lib, self.threads = load(self.library), threads
+        said = len(SAID)
+        self.model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
+        params = self.lib.llama_context_default_params()
+        if not self.model or list(params.head)[:3] != [512, 2048, 512]:  # tokens of context, of a batch, of a step
+            raise RuntimeError(f"llama.cpp cannot load {file}: {''.join(SAID[said:])[-500:]}")
+        params.head[0] = context
+        self.context = self.lib.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp has no context for {file}: {''.join(SAID[said:])[-500:]}")
+        self.lib.llama_set_n_threads(self.context, threads, threads)
+        self.vocab: int = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
+        self.buffers = [l.split(":")[-1].strip() for l in "".join(SAID[said:]).splitlines() if "model buffer size" in l]
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self.lib.llama_free(self.context)
+        self.lib.llama_model_free(self.model)
+
+    def decode(self, prompt: list[int], new: int) -> tuple[float, list[int]]:
+        """Return tokens a second of greedy decoding after a prompt, and the tokens."""
+        with self._threads():
+            self._read(prompt)
+            ids, began = [], time.perf_counter()
+            for _ in range(new):
+                ids.append(int(self._last().argmax()))
+                self._step(ids[-1:])
+            self._last()
+            return new / (time.perf_counter() - began), ids
+
+    def prefill(self, ids: list[int]) -> float:
+        """Return tokens a second of reading a prompt, up to the logits of its last token."""
+        with self._threads():
+            began = time.perf_counter()
+            self._read(ids)
+            self._last()
+            return len(ids) / (time.perf_counter() - began)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Return the logits [tokens, vocabulary] after each token of a text."""
+        n = len(ids)
+        token, pos, ones = (ctypes.c_int32 * n)(*ids), (ctypes.c_int32 * n)(*range(n)), (ctypes.c_int32 * n)(*[1] * n)
+        zero, every = ctypes.pointer(ctypes.c_int32(0)), (ctypes.c_int8 * n)(*[1] * n)
+        sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*[zero] * n)
+        with self._threads():
+            self._clear()
+            self._run(Batch(n, token, None, pos, ones, sequences, every))
+            found = self.lib.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(found, (n, self.vocab)).copy()
+
+    def _clear(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
+
+    def _read(self, ids: list[int]) -> None:
+        self._clear()
+        self._step(ids)
+
+    def _step(self, ids: list[int]) -> None:
+        held = (ctypes.c_int32 * len(ids))(*ids)  # the batch only points to them
+        self._run(self.lib.llama_batch_get_one(held, len(ids)))
+
+    def _run(self, batch: Batch) -> None:
+        failed = self.lib.llama_decode(self.context, batch)
+        if failed:
+            raise RuntimeError(f"llama.cpp gave up with {failed}: {''.join(SAID)[-500:]}")
+
+    def _last(self) -> np.ndarray:
+        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, -1), (self.vocab,))
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Have threads that wait actively for work until the end of this, as llama.cpp's own programs have."""
+        params = self.lib.ggml_threadpool_params_default(self.threads)
+        cpu = self.lib.ggml_backend_reg_by_name(b"CPU")
+        find = lambda name: self.lib.ggml_backend_reg_get_proc_address(cpu, name)  # noqa: E731
+        pool = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(find(b"ggml_threadpool_new"))(
+            ctypes.addressof(params)
+        )
+        self.lib.llama_attach_threadpool(self.context, pool, pool)
+        try:
+            yield
+        finally:
+            self.lib.llama_detach_threadpool(self.context)
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(find(b"ggml_threadpool_free"))(pool)
+
+
+def perplexity(model: LlamaCpp, windows: Tensor) -> float:
+    """Return what rarefy.proof.evaluate.perplexity does, of tokens [windows, tokens]."""
+    total, count = 0.0, 0
+    for ids in windows:
+        logits = torch.from_numpy(model.logits(ids.tolist()))[:-1]
+        total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+        count += len(ids) - 1
+    return math.exp(total / count)
+
+
+def windows() -> Tensor:
+    """Return the 24 windows of 512 tokens of held-out articles that all perplexities here are of."""
+    take = sources.Take(samples=24, tokens=512, batch=8)
+    tokenizer = hf.load_tokenizer(samples.model_folder("smollm2-135m"))
+    batches: Any = sources.batches("wiki-test", take, tokenizer=tokenizer)
+    return torch.cat([b["input_ids"] for b in batches])
+
+
+def rates(models: Mapping[str, Any], ids: list[int], repeats: int = 7) -> dict[str, dict[str, Any]]:
+    """Return quartiles of tokens a second of decoding and of reading a prompt, all in turns; `models` have the methods
+    decode and prefill of LlamaCpp."""
+    found: dict[str, dict[str, list[float]]] = {n: {"decode": [], "prefill": []} for n in models}
+    for round_ in range(repeats + 1):
+        for name, model in models.items():
+            decode, prefill = model.decode(ids[:PROMPT], NEW)[0], model.prefill(ids[:READ])
+            if round_:  # the first round warms up
+                found[name]["decode"].append(decode)
+                found[name]["prefill"].append(prefill)
+    return {n: {k: [(q := quartiles(v)).low, q.median, q.high] for k, v in f.items()} for n, f in found.items()}
+
+
+def llama_cpp(only: list[str], builds: list[str]) -> Iterator[dict[str, Any]]:
+    """Each file in each build that is installed, in turns; by default in the fastest."""
+    if not libraries():
+        print("without llama.cpp: not installed")
+        return
+    threads, text, files = torch.get_num_threads(), windows(), gguf_files()
+    models: dict[str, LlamaCpp] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for build in builds or [fastest()]:
+        library = libraries().get(build)
+        if library is None:
+            print(f"without llama.cpp of {build}: not installed")
+            continue
+        print(f"llama.cpp of {build}: {system_info(library)}")
+        for kind in only or KINDS:
+            model = models[f"{build}, {kind}"] = LlamaCpp(files[kind], threads, library)
+            told = {"build": build, "file": kind, "bytes": files[kind].stat().st_size}
+            told |= {"perplexity": perplexity(model, text), "system": system_info(library), "buffers": model.buffers}
+            about[f"{build}, {kind}"] = told
+    for name, found in rates(models, text[0].tolist()).items():
+        yield {"engine": "llama.cpp", **about[name], **found}
+    for model in models.values():
+        model.close()
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Return the last of what was measured on the CPU of the last line, medians."""
+    lines = [l for l in lines if l["machine"]["cpu"] == lines[-1]["machine"]["cpu"]]
+    rows = [
+        "| engine | weights | MB | decode, tokens/s | prefill, tokens/s | perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for l in {(l["engine"], l.get("build"), l["file"]): l for l in lines}.values():
+        engine = f"{l['engine']} ({l['build']})" if l.get("build") else l["engine"]
+        cells = [f"{l['bytes'] / 1e6:.1f}", f"{l['decode'][1]:.1f}", f"{l['prefill'][1]:.0f}", f"{l['perplexity']:.2f}"]
+        rows.append(f"| {' | '.join([engine, l['file'], *cells])} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=KINDS, default=[])
+    parser.add_argument("--builds", nargs="*", choices=BUILDS, default=[])
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    hf.no_bars()
+    if not args.table:
+        keep(RESULTS, [lambda: llama_cpp(args.only, args.builds)])
+    print(table(kept(RESULTS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What else runs a dense model here, each as fast as it goes: torch.compile, and ONNX Runtime and OpenVINO, if they are
+installed, in fp32, in bf16 where the CPU multiplies that, and in int8.
+
+Each gets as many threads as torch. Calls take turns, so threads should not look for work between them: ONNX Runtime's
+are told so; OpenVINO's (TBB) do it for about one ms whatever they are told. Each is right, within a cosine that its
+numbers allow, before it counts.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.proof.measure import cpu_flags
+
+LEAST = {"bf16": 0.99, "int8": 0.95}  # cosine with the dense model's output; of all others 0.9999
+INPUTS = 8  # that int8 is calibrated on
+
+
+def call(model: Any, x: Any) -> Tensor:
+    """Return the first of a model's outputs."""
+    y = model(**x) if isinstance(x, dict) else model(x)
+    return y if isinstance(y, Tensor) else y[0]
+
+
+class First(nn.Module):
+    """A model that takes what `x` holds one after the other, and returns its first output."""
+
+    def __init__(self, model: nn.Module, x: Any):
+        super().__init__()
+        self.model, self.names = model, list(x) if isinstance(x, dict) else None
+        self.train(model.training)  # the exporter leaves all inside in the mode that it found outside
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return call(self.model, dict(zip(self.names, args)) if self.names else args[0])
+
+
+def engines(model: nn.Module, x: Any) -> dict[str, Callable[[], Any]]:
+    """Return what else runs this dense model here, called with `x`. Raises where one computes something else."""
+    with torch.no_grad():
+        want = call(model, x)
+        compiled = torch.compile(copy.deepcopy(model))
+        runs: dict[str, Callable[[], Any]] = {"compiled": lambda: call(compiled, x)}
+        check("compiled", runs["compiled"](), want)
+    if "logits_to_keep" in named(x):
+        return runs  # a graph of a language model needs an exporter of its own
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = Path(folder) / "m.onnx"
+        torch.onnx.export(
+            First(model, x), tuple(named(x).values()), str(file), input_names=list(named(x)), dynamo=False
+        )
+        for name, (needs, possible, make) in RIVALS.items():
+            missing = [n for n in needs if not find_spec(n)]
+            if missing or not possible():
+                print(f"without {name}: {'not installed: ' + ', '.join(missing) if missing else 'not on this CPU'}")
+                continue
+            runs[name] = make(file, x)
+            check(name, runs[name](), want)
+    return runs
+
+
+def check(name: str, got: Any, want: Tensor) -> None:
+    """Raise where an output is not, within what its numbers allow, that of the dense model."""
+    cosine = float(torch.cosine_similarity(torch.as_tensor(got).flatten().double(), want.flatten().double(), dim=0))
+    least = LEAST.get(name.split()[-1], 0.9999)
+    if not cosine > least:
+        raise AssertionError(f"{name} computes something else: cosine {cosine:.4f}, wanted {least}")
+
+
+def named(x: Any) -> dict[str, Tensor]:
+    """Return inputs by the names that an exported graph gives them."""
+    return x if isinstance(x, dict) else {"x": x}
+
+
+def feed(x: Any) -> dict[str, Any]:
+    return {n: a.numpy() for n, a in named(x).items()}
+
+
+def similar(x: Any) -> Iterator[dict[str, Any]]:
+    """Yield inputs like `x` to calibrate on: noise for images, other token ids of its range, the same mask."""
+    random = torch.Generator().manual_seed(1)
+    for _ in range(INPUTS):
+        new = dict(named(x))
+        for name, a in new.items():
+            if a.is_floating_point():
+                new[name] = torch.randn(a.shape, generator=random)
+            elif name == "input_ids":
+                new[name] = torch.randint(int(a.min()), int(a.max()) + 1, a.shape, generator=random)
+        yield feed(new)
+
+
+def onnxruntime_fp32(file: Path, x: Any) -> Callable[[], Any]:
+    onnxruntime: Any = import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    inputs = feed(x)
+    return lambda: session.run(None, inputs)[0]
+
+
+def onnxruntime_int8(file: Path, x: Any) -> Callable[[], Any]:
+    """Weights per channel. What reads tokens quantizes its activations as it runs: on MiniLM that is faster than a
+    static graph in QDQ form (of all that it takes, or of products alone) and right (cosine 0.98 instead of 0.68 and
+    0.84). Products that the optimizer for transformers fused first were no faster."""
+    tools: Any = import_module("onnxruntime.quantization")
+    shapes: Any = import_module("onnxruntime.quantization.shape_inference")
+    source, out = str(file.with_suffix(".shapes.onnx")), file.with_suffix(".int8.onnx")
+    quiet = logging.getLogger()
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)  # it warns that a graph was not prepared, which was just done
+    try:
+        if "input_ids" in named(x):
+            tools.quantize_dynamic(str(file), str(out), per_channel=True, weight_type=tools.QuantType.QInt8)
+        else:
+            shapes.quant_pre_process(str(file), source, skip_symbolic_shape=True)
+            kinds = {"activation_type": tools.QuantType.QUInt8, "weight_type": tools.QuantType.QInt8}
+            tools.quantize_static(source, str(out), Reader(x), per_channel=True, **kinds)
+    finally:
+        quiet.setLevel(level)
+    return onnxruntime_fp32(out, x)
+
+
+class Reader:
+    """Inputs one by one, as ONNX Runtime wants to be given them."""
+
+    def __init__(self, x: Any):
+        self.inputs = similar(x)
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self.inputs, None)
+
+
+def openvino(precision: str, file: Path, x: Any) -> Callable[[], Any]:
+    openvino: Any = import_module("openvino")
+    core = openvino.Core()
+    network: Any = core.read_model(str(file))
+    if precision == "int8":
+        network = nncf_int8(network, x)
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        # in int8 too, since that is of what was not quantized
+        "INFERENCE_PRECISION_HINT": "bf16" if precision != "fp32" and has_bf16() else "f32",
+    }
+    compiled, inputs = core.compile_model(network, "CPU", settings), feed(x)
+    return lambda: compiled(inputs, share_outputs=True)[0]
+
+
+def nncf_int8(network: Any, x: Any) -> Any:
+    """Quantize after training what OpenVINO read."""
+    nncf: Any = import_module("nncf")
+    nncf.set_log_level(logging.ERROR)
+    kind = nncf.ModelType.TRANSFORMER if "input_ids" in named(x) else None
+    with redirect_stdout(io.StringIO()):  # progress bars
+        return nncf.quantize(network, nncf.Dataset(list(similar(x))), model_type=kind, subset_size=INPUTS)
+
+
+def always() -> bool:
+    return True
+
+
+def has_bf16() -> bool:
+    return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "svebf16", "bf16"})
+
+
+# name: (packages, whether this CPU can, how it is made of an ONNX file and inputs)
+RIVALS: dict[str, tuple[list[str], Callable[[], bool], Callable[[Path, Any], Callable[[], Any]]]] = {
+    "onnxruntime": (["onnx", "onnxruntime"], always, onnxruntime_fp32),
+    "onnxruntime int8": (["onnx", "onnxruntime"], always, onnxruntime_int8),
+    "openvino": (["onnx", "openvino"], always, partial(openvino, "fp32")),
+    "openvino bf16": (["onnx", "openvino"], has_bf16, partial(openvino, "bf16")),
+    "openvino int8": (["onnx", "openvino", "nncf"], always, partial(openvino, "int8")),
+}
