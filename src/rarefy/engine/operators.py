@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.immutable_collections import immutable_list
 
 from rarefy.engine import words
 from rarefy.runtime.reference import ACTIVATIONS
@@ -249,7 +250,7 @@ LITERALS: dict[str, tuple[type, ...]] = {
     "MemoryFormat": (torch.memory_format,),
 }
 SIZES = ("int", "float", "number", "bool", "Tensor")  # for which a number that another node gives will do
-LISTS = (list, tuple, fx.immutable_collections.immutable_list)
+LISTS = (list, tuple, immutable_list)
 
 
 def _fits(kind: str, value: Any, given: Mapping[Any, str]) -> bool:
