@@ -37,7 +37,6 @@ WORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "additive": (words.additive, ("tensor",)),
 }
-LEAST = {"product": 2, "add": 2, "times": 2}  # arguments that must be given, where the rest has usual values
 
 # operators on sizes, and how many they take
 PYTHON: dict[str, tuple[Any, int]] = {
@@ -190,7 +189,7 @@ def _check_word(
     word: str, args: Sequence[Any], kwargs: Any, given: Mapping[Any, str], weights: Mapping[Any, bool]
 ) -> None:
     kinds = WORDS[word][1]
-    if kwargs or not LEAST.get(word, len(kinds)) <= len(args) <= len(kinds):
+    if kwargs or len(args) != len(kinds):
         raise ValueError(f"{len(kinds)} arguments expected, got {len(args) + len(kwargs)}")
     for i, (kind, value) in enumerate(zip(kinds, args)):
         name = kind.removesuffix("?")

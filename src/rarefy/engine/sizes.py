@@ -40,7 +40,7 @@ def check(
 def _values(node: Node) -> list[Node]:
     """The values that a word is about, without weights and masks."""
     places = {words.product: (0, 3), words.norm: (0,), words.activation: (0,), words.attention: (0, 1, 2)}
-    found = [node.args[i] for i in places.get(node.target, (0, 1)) if i < len(node.args)]
+    found = [node.args[i] for i in places.get(node.target, (0, 1))]
     return [a for a in found if a is not None]
 
 

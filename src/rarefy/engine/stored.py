@@ -179,7 +179,7 @@ def _check_weights(node: Node, w: Written, constants: Mapping[str, Tensor], pack
             raise ValueError(f"its gain and bias are of shapes {sorted(shapes)}")
     if node.target not in FORMATS:
         return
-    name, bias = w.kernels.get(node), node.args[2] if len(node.args) > 2 else None
+    name, bias = w.kernels.get(node), node.args[2]
     form: Any = constants[node.args[1].name] if name is None else packed[name]
     shape = tuple(form.shape)
     kinds = FORMATS[node.target]
