@@ -1,5 +1,6 @@
 """Compiled models in folders: the same bits without their class, and nothing believed on the way in."""
 
+import copy
 import hashlib
 import json
 import random
@@ -621,9 +622,9 @@ def mutated(told, g):
     at, key = g.choice(places)
     other, where = g.choice(places)
     if g.random() < 0.3:
-        at[key] = other[where]
+        at[key] = copy.deepcopy(other[where])
     elif g.random() < 0.3 and isinstance(at, list):
-        at.insert(key, at[key])
+        at.insert(key, copy.deepcopy(at[key]))
     elif g.random() < 0.3:
         del at[key]
     else:
