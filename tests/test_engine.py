@@ -440,3 +440,14 @@ def test_memory_does_not_grow():
     for _ in range(3000):
         made(x)
     assert me.memory_info().rss - before < 4 << 20
+
+
+def test_later_changes_of_the_model_are_not_seen():
+    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(3, 8)).eval()
+    net.forward = lambda x, ids: net[1](net[0](x)) + net[2](ids)
+    x, ids = torch.randn(5, 8), torch.tensor([0, 2, 1, 1, 0])
+    made = rarefy.compile(net, {"x": x, "ids": ids})
+    before = made(x=x, ids=ids)
+    for p in net.parameters():
+        p.data.add_(1)
+    assert torch.equal(made(x=x, ids=ids), before)

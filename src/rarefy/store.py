@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from rarefy.compat import compressed_tensors, withdrawn
 from rarefy.cut.config import adopt_config
 from rarefy.cut.structure import check_told, restore
+from rarefy.engine import stored
+from rarefy.engine.compiled import Compiled
 from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
 from rarefy.files import INDEX, blaming, check_target, whole_folder
 from rarefy.formats import container, sparse, values
@@ -32,6 +34,7 @@ from rarefy.model.select import Layer, all_layers, original, unwrap
 from rarefy.proof.measure import folder_bytes, sparsity_of
 from rarefy.proof.receipt import Receipt
 from rarefy.proof.report import Report
+from rarefy.prune.pattern import fitting_pattern
 from rarefy.runtime.choose import accelerate_, accelerate_each, check_options
 from rarefy.runtime.layers import Sparse
 from rarefy.values import factors, tie
@@ -39,11 +42,11 @@ from rarefy.values import factors, tie
 EXPORTS = ("hf", "safetensors", "compressed-tensors")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
 Slots = dict[str, tuple[nn.Module, str]]
-WEIGHTS = (".safetensors", ".xz", INDEX)  # the files that "bytes on disk" counts
+WEIGHTS = (".safetensors", ".xz", INDEX, stored.GRAPH)  # the files that "bytes on disk" counts
 
 
 def save(
-    model: nn.Module,
+    model: nn.Module | Compiled,
     path: str | Path,
     *,
     receipt: Receipt | None = None,
@@ -58,8 +61,16 @@ def save(
     Masks are folded in on the way, tied weights stored once. The folder appears whole or not at all. The receipt and
     recipe of `compress_` are taken along by themselves. `format` other than `smallest` is used for every prunable
     weight that it fits. `compress` puts all of it through LZMA: smaller on disk, slower to read, not mapped from there.
-    Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
+    What `compile` returned is saved as it is, its weights packed already: ModelError where its graph calls what no
+    saved one may. Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
     """
+    if isinstance(model, Compiled):
+        if format != "smallest":
+            raise FormatError(f"format {format!r}: a compiled model is saved as its kernels read it, leave format out")
+        extra = {**(files or {}), **(receipt.files() if receipt else {})}
+        meta = {"structure": {"library": None, "class": "Compiled"}, "recipe": recipe, "rarefy": _version()}
+        stored.save(model, path, meta, files=extra, overwrite=overwrite, compress=compress)
+        return folder_bytes(os.path.realpath(path), WEIGHTS)
     model = unwrap(model)
     packed_layers = [n for n, m in model.named_modules() if isinstance(m, Sparse)]
     if packed_layers:
@@ -87,7 +98,7 @@ def save(
     if structure["library"]:
         extra.setdefault("config.json", json.dumps(structure["config"], indent=1).encode())
     if receipt is not None:
-        extra.update({"receipt.json": receipt.to_json().encode(), "receipt.txt": str(receipt).encode()})
+        extra.update(receipt.files())
     packed = ((n, packed) for n, packed in pack(model, dict(state), format, compress) if n not in tied)
     container.write(path, packed, aliases=tied, meta=meta, files=extra, overwrite=overwrite, compress=compress)
     return folder_bytes(os.path.realpath(path), WEIGHTS)
@@ -130,8 +141,9 @@ def load(
     *,
     verify: bool = True,
     accelerate: bool | Mapping[str, Any] = False,
-) -> nn.Module:
+) -> Any:
     """Return the model of a saved folder, bit for bit; `model` receives the weights, or is built from a known config.
+    A compiled model comes back as one, without its class.
 
     accelerate   True or arguments of `accelerate_`, such as {"batch": (1, 128)}: each Linear layer takes its fastest
                  form as soon as its weight is read, so the dense model is never in memory unless `model` is; with an
@@ -147,6 +159,8 @@ def load(
     if model is None and not how and not (Path(path) / INDEX).is_file() and withdrawn.is_compressed(path):
         return withdrawn.load(path)
     saved = container.read(path, verify=verify)
+    if stored.is_compiled(saved):
+        return stored.load(saved, model=model, accelerate=how)
     structure = saved.meta.get("structure")
     structure = structure if isinstance(structure, dict) else {}
     given = model is not None
@@ -293,6 +307,8 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
                 (partial / name).write_bytes(content)
         else:
             saved = container.read(path)
+            if stored.is_compiled(saved):
+                raise ModelError(f"{path} holds a compiled model: export what it was compiled from")
             names = [*saved.names, *saved.aliases]
             save_file({n: saved.tensor(n, _shape(saved, n)) for n in names}, partial / "model.safetensors")
         (partial / EXPORTED).write_text(json.dumps(note))
@@ -309,8 +325,8 @@ def inspect(what: str | Path | nn.Module) -> Report:
 
     `what`: a live model, a folder of ours, a Hugging Face folder, or a .safetensors file. O(weights).
     """
-    rows = []
-    for name, tensor, format, stored, axis in _tensors(what):
+    rows, more = [], {}
+    for name, tensor, format, size, axis in _tensors(what, more):
         zeros = sparsity_of(tensor)
         dense = tensor.numel() * tensor.element_size()
         rows.append(
@@ -321,7 +337,7 @@ def inspect(what: str | Path | nn.Module) -> Report:
                 "format": format,
                 "sparsity": zeros,
                 "pattern": fitting_pattern(tensor, axis) if zeros > 0.01 else "",
-                "bytes": stored,
+                "bytes": size,
                 "dense_bytes": dense,
             }
         )
@@ -330,31 +346,11 @@ def inspect(what: str | Path | nn.Module) -> Report:
     total, dense = sum(r["bytes"] for r in rows), sum(r["dense_bytes"] for r in rows)
     summary = {"tensors": len(rows), "bytes": total, "dense bytes": dense, "ratio": total / max(dense, 1)}
     title = type(what).__name__ if isinstance(what, nn.Module) else str(what)
-    return Report(title, tuple(rows), summary)
+    return Report(f"{title}: a compiled model" if more else title, tuple(rows), {**summary, **more})
 
 
-def fitting_pattern(tensor: Tensor, axis: int = -1) -> str:
-    """Return the first of 1:4, 2:4, 4:8 along the dimension `axis`, or 4x1, 1x4 blocks, that the zeros fit.
-
-    >>> import torch
-    >>> fitting_pattern(torch.tensor([[1.0, 0, 2, 0], [0, 0, 3, 0]]))
-    '2:4'
-    """
-    if tensor.dim() < 2 or tensor.numel() == 0:
-        return ""
-    kept = (tensor != 0).movedim(axis, -1).flatten(0, -2)
-    for n, m in ((1, 4), (2, 4), (4, 8)):
-        if kept.shape[1] % m == 0 and int(kept.reshape(-1, m).sum(1).max()) <= n:
-            return f"{n}:{m}"
-    for r, c in ((4, 1), (1, 4)):
-        if kept.shape[0] % r == 0 and kept.shape[1] % c == 0:
-            count = kept.reshape(kept.shape[0] // r, r, kept.shape[1] // c, c).sum((1, 3))
-            if bool(((count == 0) | (count == r * c)).all()):
-                return f"{r}x{c}"
-    return "unstructured"
-
-
-def _tensors(what: str | Path | nn.Module) -> Iterator[tuple[str, Tensor, str, int, int]]:
+def _tensors(what: str | Path | nn.Module, more: dict[str, Any]) -> Iterator[tuple[str, Tensor, str, int, int]]:
+    """Name, values, format, bytes and axis of each tensor; what there is to say besides goes into `more`."""
     if isinstance(what, nn.Module):
         tied, layouts = aliases(what), _layouts(what)
         for name, tensor in plain_state(what):
@@ -362,15 +358,22 @@ def _tensors(what: str | Path | nn.Module) -> Iterator[tuple[str, Tensor, str, i
                 axis = layouts[name].in_axis if name in layouts else -1
                 yield name, tensor, "dense", tensor.numel() * tensor.element_size(), axis
         return
+    if isinstance(what, Compiled):
+        raise ModelError("a compiled model: print it, or save it and inspect its folder")
     path = Path(what)
     if (path / INDEX).is_file():
         saved = container.read(path)
+        if stored.is_compiled(saved):
+            parts = stored.read(saved)
+            yield from stored.tensors(parts)
+            more.update(stored.summary(parts))
+            return
         for name in saved.names:
             packed = saved.packed(name, _shape(saved, name))
             yield name, values.decode(packed), values.label(packed), packed.nbytes, packed.extra.get("axis", -1)
         return
     if withdrawn.is_compressed(path):
-        yield from ((name, t, label, stored, -1) for name, t, _, label, stored in withdrawn.tensors(path))
+        yield from ((name, t, label, size, -1) for name, t, _, label, size in withdrawn.tensors(path))
         return
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:

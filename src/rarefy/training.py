@@ -167,9 +167,12 @@ def other(folder: str, base: Path | None, before: nn.Module) -> nn.Module:
     path = _teacher_folder(folder, base)
     if (path / INDEX).is_file():
         try:
-            return frozen_copy(store.load(path))
+            teacher = store.load(path)
         except ModelError:
-            return frozen_copy(store.load(path, copy.deepcopy(before)))
+            teacher = store.load(path, copy.deepcopy(before))
+        if not isinstance(teacher, nn.Module):
+            raise ModelError(f"teacher {folder!r} is a compiled model: give the folder of what it was compiled from")
+        return frozen_copy(teacher)
     return frozen_copy(hf.load_folder(path))
 
 

@@ -32,6 +32,7 @@ RULES = (
     convolve.convolution, convolve.batch_norm, rules.fuse, rules.fuse,
 )  # fmt: skip
 HEAVY = (words.product, words.attention, words.recall)  # what a plan is worth its packing for
+Check = Callable[[Sequence[Node], Mapping[Node, Tensor], Mapping[Node, Any], Mapping[str, Tensor]], None]
 
 
 def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Compiled:
@@ -65,7 +66,8 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
     traced = trace(model, args, kwargs, RULES)
-    made = Compiled(traced, kernels_of(traced, lambda w, _: _for_many(w, values)))
+    kernels = kernels_of(traced, lambda w, _: _for_many(w, values))
+    made = Compiled(traced, kernels, [expected(n.meta.get("val")) for n in traced.inputs])
     shown = (args, kwargs) if made.traced.notes else two_samples(args, kwargs)
     prove(model, made, *shown, ROUNDED if values else 1e-3)
     return made
@@ -75,6 +77,25 @@ def _called(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if hasattr(example, "keys"):
         return (), {k: example[k] for k in example.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
     return tuple(example) if isinstance(example, tuple | list) else (example,), {}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a tensor of the call is: its type, and each size, or the symbol of one that is open."""
+
+    dtype: torch.dtype
+    sizes: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        sizes = ["any" if isinstance(s, str) else str(s) for s in self.sizes]
+        return f"{str(self.dtype).removeprefix('torch.')} [{', '.join(sizes)}] on the CPU"
+
+
+def expected(value: Any) -> Any:
+    """Return what export recorded of an argument as `Expected`, or as it is where it is no tensor."""
+    if not isinstance(value, Tensor):
+        return value
+    return Expected(value.dtype, tuple(int(s) if str(s).isdigit() else str(s) for s in value.shape))  # wrapped numbers
 
 
 class Alone:
@@ -93,7 +114,9 @@ class Alone:
 class Segment:
     """Words that one native call runs, and its plans for the sizes that it has met."""
 
-    def __init__(self, nodes: Sequence[Node], kernels: Mapping[Node, Any], constants: Mapping[str, Tensor]):
+    def __init__(
+        self, nodes: Sequence[Node], kernels: Mapping[Node, Any], constants: Mapping[str, Tensor], check: Check | None
+    ):
         inside = set(nodes)
         read = dict.fromkeys(a for n in nodes for a in _read(n) if a not in inside)
         self.nodes, self.kernels, self.constants = list(nodes), kernels, constants
@@ -101,17 +124,19 @@ class Segment:
         self.cache = next((n.args[3] for n in nodes if n.target is words.recall), None)
         self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
         self.plans: dict[tuple[Any, ...], list[Plan]] = {}
-        self.lock = Lock()
+        self.lock, self.check = Lock(), check
 
     def run(self, given: Callable[[Node], Any]) -> list[Tensor]:
         """Return the outputs. Threads that come at the same time have a plan each."""
         inputs = {n: given(n) for n in self.inputs}
-        shapes = tuple(tuple(t.shape) for t in inputs.values())
+        shapes = tuple((t.dtype, *t.shape) for t in inputs.values())
         with self.lock:
             free = self.plans.get(shapes, [])
             plan = free.pop() if free else None
         if plan is None:
-            sizes = dict(zip(self.inputs, shapes))
+            if self.check is not None:
+                self.check(self.nodes, inputs, self.kernels, self.constants)
+            sizes = {n: tuple(t.shape) for n, t in inputs.items()}
             plan = Plan(self.nodes, self.inputs, self.outputs, sizes, self.kernels, self.constants)
         out = plan.run(inputs, None if self.cache is None else given(self.cache))
         with self.lock:
@@ -128,14 +153,23 @@ def _read(node: Node) -> list[Node]:
 
 
 class Compiled:
-    """A compiled model; see `compile`."""
+    """A compiled model; see `compile`.
 
-    def __init__(self, traced: Traced, kernels: Mapping[Node, Any]):
-        self.traced, self.constants = traced, traced.constants
-        self.program = _schedule(traced, kernels)
+    kernels   the packed weights of products and convolutions
+    expected  what the call's tensors are, in the graph's order
+    check     called with words and their inputs before these are run at sizes that are new: for graphs from a file
+    """
+
+    def __init__(
+        self, traced: Traced, kernels: Mapping[Node, Any], expected: Sequence[Any], check: Check | None = None
+    ):
+        self.traced, self.constants, self.kernels, self.expected = traced, traced.constants, kernels, list(expected)
+        self.program = _schedule(traced, kernels, check)
         for w in {n.args[1] for n in kernels}:
             if all(u in kernels for u in w.users):  # packed: the weight itself is not needed any more
-                del self.constants[w.name]
+                self.constants.pop(w.name, None)
+        if check is None:  # made of a model, whose own tensors may change
+            self.constants.update({n: t.clone() for n, t in self.constants.items()})
         self.fixed_nodes = _fixed(traced)
         self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # what sizes alone decide, for the last ones
         spec: Any = traced.in_spec
@@ -181,9 +215,8 @@ class Compiled:
         if got != spec:
             raise DataError(f"compiled for arguments of another structure: {spec}, got {got}")
         open_: dict[str, int] = {}
-        for node, value in zip(self.traced.inputs, leaves):
-            want = node.meta.get("val")
-            if isinstance(want, Tensor):
+        for node, want, value in zip(self.traced.inputs, self.expected, leaves):
+            if isinstance(want, Expected):
                 _check(node.name, want, value, open_, self.traced.ranges)
             elif value != want:
                 raise DataError(f"{node.name}: compiled for {want!r}, got {value!r}")
@@ -204,28 +237,21 @@ def _name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
 
 
-def _check(name: str, want: Tensor, value: Any, open_: dict[str, int], ranges: Mapping[str, tuple[int, int]]) -> None:
+def _check(name: str, want: Expected, value: Any, open_: dict[str, int], ranges: Mapping[str, tuple[int, int]]) -> None:
     """Raise DataError unless a tensor is of the type and the sizes that the graph takes."""
     if not isinstance(value, Tensor):
-        raise DataError(f"{name}: {_described(want)} is expected, got {type(value).__name__}")
-    if value.dtype != want.dtype or value.device.type != "cpu" or value.dim() != want.dim():
+        raise DataError(f"{name}: {want} is expected, got {type(value).__name__}")
+    if value.dtype != want.dtype or value.device.type != "cpu" or value.dim() != len(want.sizes):
         got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-        raise DataError(f"{name}: {_described(want)} is expected, got {got}")
-    for n, size in zip(value.shape, want.shape):
-        fixed = str(size).isdigit()  # export wraps numbers too
-        least, most = (int(size), int(size)) if fixed else ranges.get(str(size), (0, MOST_SIZE))
+        raise DataError(f"{name}: {want} is expected, got {got}")
+    for n, size in zip(value.shape, want.sizes):
+        fixed = isinstance(size, int)
+        least, most = (size, size) if fixed else ranges.get(size, (0, MOST_SIZE))
         if not least <= n <= most:
             limits = f"{least} or more" if most == MOST_SIZE else f"{least}" if fixed else f"{least} to {most}"
-            raise DataError(f"{name}: {_described(want)} is expected, got {list(value.shape)}: {n} is not {limits}")
-        if not fixed and open_.setdefault(str(size), n) != n:
-            raise DataError(
-                f"{name}: a size that is {open_[str(size)]} in another input is {n} here: {list(value.shape)}"
-            )
-
-
-def _described(want: Tensor) -> str:
-    sizes = [str(s) if str(s).isdigit() else "any" for s in want.shape]
-    return f"{str(want.dtype).removeprefix('torch.')} [{', '.join(sizes)}] on the CPU"
+            raise DataError(f"{name}: {want} is expected, got {list(value.shape)}: {n} is not {limits}")
+        if not fixed and open_.setdefault(size, n) != n:
+            raise DataError(f"{name}: a size that is {open_[size]} in another input is {n} here: {list(value.shape)}")
 
 
 def _fixed(t: Traced) -> list[Node]:
@@ -251,7 +277,7 @@ def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any]) -> dict[Node, Any]
             _, w, bias, _, act = node.args
             if w.name not in known:
                 known[w.name] = pack(t.constants[w.name], t.names.get(w.name, ""))
-            found[node] = native.Kernel(known[w.name], None if bias is None else t.constants[bias.name], act)
+            found[node] = native.Kernel(known[w.name], None if bias is None else t.constants[bias.name].clone(), act)
         elif node.target is words.convolution and (kernel := convolve.kernel(t, node)) is not None:
             found[node] = kernel
     for node in t.graph.nodes:  # an embedding that is a product's weight too
@@ -279,7 +305,7 @@ def _for_many(weight: Tensor, values: str | None) -> Any:
 ALONE = (words.convolution, words.embedding)  # words that stand outside plans
 
 
-def _schedule(t: Traced, kernels: Mapping[Node, Any]) -> list[Any]:
+def _schedule(t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> list[Any]:
     """Calls in an order that lets words come together: all ATen calls that can be made, then all words, and so on."""
     nodes = [n for n in t.graph.nodes if n.op == "call_function"]
     waits = {n: {a for a in n.all_input_nodes if a.op == "call_function"} for n in nodes}
@@ -295,6 +321,6 @@ def _schedule(t: Traced, kernels: Mapping[Node, Any]) -> list[Any]:
             left.difference_update(taken)
         heavy = any(n.target in HEAVY for n in taken)
         calls = [Alone(n, kernels[n]) if n.target in ALONE and n in kernels else n for n in taken]
-        program += [Segment(list(taken), kernels, t.constants)] if in_words and heavy else calls
+        program += [Segment(list(taken), kernels, t.constants, check)] if in_words and heavy else calls
         in_words = not in_words
     return program

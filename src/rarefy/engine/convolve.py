@@ -64,4 +64,4 @@ def kernel(t: Traced, node: Node) -> Any:
     packed = pack_conv(weight, **how)
     if groups == 1 and shared(packed) < SHARED:
         packed = pack_conv(weight, **how, block=NEAR, sell=True)
-    return native.Kernel(packed, None if bias is None else t.constants[bias.name], act)
+    return native.Kernel(packed, None if bias is None else t.constants[bias.name].clone(), act)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rarefy.engine import compiled
 from rarefy.engine import trace as rules
 from rarefy.engine.cache import TILE, Cache
-from rarefy.engine.compiled import Compiled, kernels_of
+from rarefy.engine.compiled import Compiled, expected, kernels_of
 from rarefy.engine.plan import MOST_FEW
 from rarefy.engine.prove import apart
 from rarefy.errors import DataError, ModelError, unknown
@@ -84,7 +84,7 @@ class Decoder:
             f"model.{n}": grid_of(m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)
         }
         kernels = kernels_of(traced, lambda w, name: _packed(w, values, grids.get(name.removesuffix(".weight"))))
-        self.compiled = Compiled(traced, kernels)
+        self.compiled = Compiled(traced, kernels, [expected(n.meta.get("val")) for n in traced.inputs])
         config = model.config.get_text_config()
         self.vocabulary, self.most = config.vocab_size, getattr(config, "max_position_embeddings", None)
         settings = getattr(model, "generation_config", config)

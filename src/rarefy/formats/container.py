@@ -159,6 +159,16 @@ def read(path: str | os.PathLike[str], verify: bool = True) -> Container:
     return saved
 
 
+def beside(saved: Container, name: str, known: Any) -> Any:
+    """Return the JSON of a file beside the shards, of which `known` says bytes and sha256; ContainerError where it is
+    another. O(its bytes)."""
+    _fields(known, f"{saved.path / INDEX}: {name}", bytes=int, sha256=str)
+    if known["bytes"] > INDEX_BYTES:
+        raise ContainerError(f"{saved.path / name}: {known['bytes']:,} bytes, at most {INDEX_BYTES:,} are read")
+    _check_shard(saved.path / name, known, True)
+    return _parsed(saved.path / name, (saved.path / name).read_bytes())
+
+
 # writing
 
 

@@ -44,6 +44,10 @@ class Receipt:
         """Return plain data that JSON can hold."""
         return json.loads(self.to_json())
 
+    def files(self) -> dict[str, bytes]:
+        """Return the files that go along with a model."""
+        return {"receipt.json": self.to_json().encode(), "receipt.txt": str(self).encode()}
+
     def to_json(self) -> str:
         """Return the receipt as JSON text."""
         return json.dumps(self.__dict__, indent=1, allow_nan=False)

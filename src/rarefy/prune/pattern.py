@@ -315,5 +315,26 @@ def _partial(s: Tensor, kept: Tensor, part: float) -> Tensor:
     return _keep(rank, None, share)[0].reshape(kept.shape)
 
 
+def fitting_pattern(tensor: Tensor, axis: int = -1) -> str:
+    """Return the first of 1:4, 2:4, 4:8 along the dimension `axis`, or 4x1, 1x4 blocks, that the zeros fit.
+
+    >>> import torch
+    >>> fitting_pattern(torch.tensor([[1.0, 0, 2, 0], [0, 0, 3, 0]]))
+    '2:4'
+    """
+    if tensor.dim() < 2 or tensor.numel() == 0:
+        return ""
+    kept = (tensor != 0).movedim(axis, -1).flatten(0, -2)
+    for n, m in ((1, 4), (2, 4), (4, 8)):
+        if kept.shape[1] % m == 0 and int(kept.reshape(-1, m).sum(1).max()) <= n:
+            return f"{n}:{m}"
+    for r, c in ((4, 1), (1, 4)):
+        if kept.shape[0] % r == 0 and kept.shape[1] % c == 0:
+            count = kept.reshape(kept.shape[0] // r, r, kept.shape[1] // c, c).sum((1, 3))
+            if bool(((count == 0) | (count == r * c)).all()):
+                return f"{r}x{c}"
+    return "unstructured"
+
+
 def _nearest_nm(n: int, m: int) -> str:
     return "2:4" if m <= 4 or n < 1 else "4:8" if m > 64 or n >= m else f"{n}:{m}"

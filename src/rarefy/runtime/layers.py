@@ -71,11 +71,10 @@ class Sparse(nn.Module):
                 self.register_buffer(f"from{at}_weight", form.detach())
                 self.about.append((at, {"format": "dense"}))
                 continue
-            parts = {n: v for n, v in vars(form).items() if isinstance(v, Tensor)}
+            about, parts = taken_apart(form)
             for name, tensor in parts.items():
                 self.register_buffer(f"from{at}_{name}", tensor)
-            plain = {n: v for n, v in vars(form).items() if n not in parts and v is not None}
-            self.about.append((at, {"format": next(k for k, v in FORMATS.items() if type(form) is v), **plain}))
+            self.about.append((at, about))
         self.parts = {at: [n for n in self._buffers if n.startswith(f"from{at}_")] for at in forms}  # buffers of each
         dense = {at: f"from{at}_weight" for at, how in self.about if how["format"] == "dense"}
         self.order = [(at, dense.get(at), ("bias", *self.parts[at])) for at in sorted(forms, reverse=True)]
@@ -97,7 +96,7 @@ class Sparse(nn.Module):
     def form(self, at: int) -> Packed | Tensor:
         """Return the form that begins at `at` inputs."""
         parts: Any = {n.removeprefix(f"from{at}_"): self._buffers[n] for n in self.parts[at]}
-        return _form(dict(self.about)[at], parts)
+        return put_together(dict(self.about)[at], parts)
 
     def _tell(self, like: dict[str, Any] | None) -> str:
         """What the operator has to know besides the tensors."""
@@ -374,7 +373,15 @@ def refuse_traces(compiling: bool) -> None:
         raise ModelError("torch.jit.trace sees no kernels: trace the model before accelerate_")
 
 
-def _form(about: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Packed | Tensor:
+def taken_apart(form: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what of a packed weight is no tensor, with the name of its format, and its tensors."""
+    parts = {n: v for n, v in vars(form).items() if isinstance(v, Tensor)}
+    plain = {n: v for n, v in vars(form).items() if n not in parts and v is not None}
+    return {"format": next(k for k, v in FORMATS.items() if type(form) is v), **plain}, parts
+
+
+def put_together(about: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Packed | Tensor:
+    """Return the weight that was taken apart; what JSON made lists of are tuples again."""
     if about["format"] == "dense":
         return parts["weight"]
     plain = {n: tuple(v) if isinstance(v, list) else v for n, v in about.items() if n != "format"}
@@ -390,7 +397,7 @@ def described(told: str) -> dict[str, Any]:
 def rebuilt(parts: Sequence[Tensor], bias: Tensor | None, told: str) -> Sparse:
     """Return the layer of these tensors, parts in the order of its forms."""
     about, tensors = described(told), iter(parts)
-    forms = {at: _form(how, {n: next(tensors) for n in names}) for at, how, names in about["forms"]}
+    forms = {at: put_together(how, {n: next(tensors) for n in names}) for at, how, names in about["forms"]}
     like: Any = about["like"] and SimpleNamespace(**about["like"], bias=bias)
     act = about["activation"]
     layer = SparseConv(forms, like=like, activation=act) if like else SparseLinear(forms, bias, act, about["rounds"])

@@ -239,6 +239,8 @@ class Kernel:
         return y
 
     def _convolve(self, packed: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+        if x.dim() != 4:
+            raise FormatError(f"the kernel convolves [images, channels, height, width], x is {list(x.shape)}")
         N, C, *image = x.shape
         O, inputs, *kernel = packed.shape
         if inputs * packed.groups != C:

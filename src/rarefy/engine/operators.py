@@ -1,0 +1,276 @@
+"""The operators that a saved graph may call, by name: words, ATen's pure functions, and arithmetic of sizes.
+
+A name from a file is looked up here and nowhere else. What it is called with is checked by its signature, so that a
+graph that was read is one that could have been written: see `check_call`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.immutable_collections import immutable_list
+
+from rarefy.engine import words
+from rarefy.runtime.reference import ACTIVATIONS
+
+TENSOR, NUMBER, SEVERAL = "a tensor", "a number", "several tensors"  # what a node gives
+
+# what each argument of a word is, see ARGUMENTS; "?" where None will do
+WORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "product": (words.product, ("tensor", "weight", "constant?", "tensor?", "act")),
+    "convolution": (
+        words.convolution,
+        ("tensor", "weight", "constant?", "tensor?", "act", "pair", "pair", "pair", "count"),
+    ),
+    "norm": (words.norm, ("tensor", "constant?", "constant?", "number", "flag", "count")),
+    "rotate": (words.rotate, ("tensor", "tensor", "tensor", "count")),
+    "embedding": (words.embedding, ("tensor", "constant")),
+    "add": (words.add, ("tensor", "tensor", "act")),
+    "times": (words.times, ("tensor", "tensor", "act")),
+    "activation": (words.activation, ("tensor", "act")),
+    "attention": (
+        words.attention,
+        ("tensor", "tensor", "tensor", "tensor?", "count", "count", "number", "flag"),
+    ),
+    "additive": (words.additive, ("tensor",)),
+}
+
+# operators on sizes, and how many they take
+PYTHON: dict[str, tuple[Any, int]] = {
+    "operator.getitem": (operator.getitem, 2),
+    "operator.add": (operator.add, 2),
+    "operator.sub": (operator.sub, 2),
+    "operator.mul": (operator.mul, 2),
+    "operator.floordiv": (operator.floordiv, 2),
+    "operator.mod": (operator.mod, 2),
+    "operator.truediv": (operator.truediv, 2),
+    "operator.eq": (operator.eq, 2),
+    "operator.ne": (operator.ne, 2),
+    "operator.lt": (operator.lt, 2),
+    "operator.le": (operator.le, 2),
+    "operator.gt": (operator.gt, 2),
+    "operator.ge": (operator.ge, 2),
+    "operator.neg": (operator.neg, 1),
+    "torch.sym_int": (torch.sym_int, 1),
+    "torch.sym_float": (torch.sym_float, 1),
+    "torch.sym_not": (torch.sym_not, 1),
+    "torch.sym_max": (torch.sym_max, 2),
+    "torch.sym_min": (torch.sym_min, 2),
+    "math.ceil": (math.ceil, 1),
+    "math.floor": (math.floor, 1),
+    "math.trunc": (math.trunc, 1),
+}
+
+# functions of their arguments alone: nothing is changed, drawn at random, read from or written to a file
+_NAMES = """
+__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor
+_adaptive_avg_pool2d.default _log_softmax.default _native_batch_norm_legit.no_stats
+_native_batch_norm_legit_no_training.default _softmax.default _to_copy.default
+abs.default acos.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
+adaptive_max_pool1d.default adaptive_max_pool2d.default add.Scalar add.Tensor addcdiv.default addcmul.default
+addmm.default alias.default all.default all.dim amax.default amin.default any.default any.dim arange.default
+arange.start arange.start_step argmax.default argmin.default argsort.default asin.default atan.default
+atan2.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
+baddbmm.default batch_norm.default bitwise_and.Scalar bitwise_and.Tensor bitwise_not.default bitwise_or.Scalar
+bitwise_or.Tensor bitwise_xor.Scalar bitwise_xor.Tensor bmm.default broadcast_tensors.default broadcast_to.default
+cat.default ceil.default celu.default chunk.default clamp.Tensor clamp.default clamp_max.default clamp_min.default
+clone.default concat.default constant_pad_nd.default contiguous.default conv1d.default conv1d.padding
+conv2d.default conv2d.padding conv3d.default conv3d.padding conv_transpose1d.default conv_transpose2d.input
+conv_transpose3d.input convolution.default cos.default cosh.default cumprod.default cumsum.default
+detach.default diag.default diagonal.default diff.default div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode
+einsum.default elu.default embedding.default eq.Scalar eq.Tensor erf.default erfc.default
+exp.default exp2.default expand.default expand_as.default expm1.default eye.default eye.m
+fill.Scalar flatten.using_ints flip.default floor.default floor_divide.Scalar floor_divide.default fmod.Scalar
+fmod.Tensor full.default full_like.default
+gather.default ge.Scalar ge.Tensor gelu.default glu.default group_norm.default gt.Scalar gt.Tensor
+hardsigmoid.default hardswish.default hardtanh.default
+im2col.default index.Tensor index_select.default instance_norm.default isfinite.default isinf.default isnan.default
+layer_norm.default le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor lift_fresh_copy.default
+linalg_norm.default linalg_vector_norm.default linear.default linspace.default log.default log10.default
+log1p.default log2.default log_sigmoid.default log_softmax.int logical_and.default logical_not.default
+logical_or.default logical_xor.default logsumexp.default lt.Scalar lt.Tensor
+masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim max.other max_pool1d.default
+max_pool2d.default max_pool2d_with_indices.default max_pool3d.default maximum.default mean.default mean.dim
+meshgrid.default meshgrid.indexing min.default min.dim min.other minimum.default mish.default mm.default
+movedim.int movedim.intlist mul.Scalar mul.Tensor mv.default
+narrow.default native_group_norm.default native_layer_norm.default ne.Scalar ne.Tensor neg.default
+new_full.default new_ones.default new_zeros.default norm.ScalarOpt_dim numpy_T.default
+one_hot.default ones.default ones_like.default
+pad.default permute.default pixel_shuffle.default pixel_unshuffle.default pow.Scalar pow.Tensor_Scalar
+pow.Tensor_Tensor prelu.default prod.default prod.dim_int
+reciprocal.default reflection_pad1d.default reflection_pad2d.default relu.default relu6.default remainder.Scalar
+remainder.Tensor repeat.default repeat_interleave.self_int replication_pad1d.default replication_pad2d.default
+reshape.default reshape_as.default rms_norm.default roll.default round.default rsqrt.default rsub.Scalar
+rsub.Tensor
+scalar_tensor.default scaled_dot_product_attention.default scatter.src scatter.value scatter_add.default
+select.int select_scatter.default selu.default sigmoid.default sign.default silu.default sin.default sinh.default
+slice.Tensor slice_scatter.default softmax.int softplus.default sort.default split.Tensor split.sizes
+split_with_sizes.default sqrt.default square.default squeeze.default squeeze.dim squeeze.dims stack.default
+std.correction std.dim sub.Scalar sub.Tensor sum.default sum.dim_IntList swapaxes.default sym_numel.default
+sym_size.int
+t.default tan.default tanh.default tensor_split.indices tensor_split.sections tile.default to.device to.dtype
+to.dtype_layout to.other topk.default transpose.int tril.default triu.default true_divide.Tensor trunc.default
+type_as.default
+unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.default upsample_bicubic2d.vec
+upsample_bilinear2d.default upsample_bilinear2d.vec upsample_linear1d.default upsample_linear1d.vec
+upsample_nearest1d.default upsample_nearest1d.vec upsample_nearest2d.default upsample_nearest2d.vec
+var.correction var.dim var_mean.correction view.default
+where.Scalar where.ScalarOther where.ScalarSelf where.self
+zeros.default zeros_like.default
+"""
+ATEN = frozenset(_NAMES.split())
+ONLY: dict[str, dict[str, Any]] = {  # arguments with which these are such functions
+    "aten.scaled_dot_product_attention.default": {"dropout_p": 0.0},
+    "aten.batch_norm.default": {"training": False},
+    "aten.instance_norm.default": {"running_mean": None, "running_var": None},
+}
+
+
+def find(name: str) -> Any:
+    """Return the operator of a name, None for one that no graph may call. O(1)."""
+    family, _, rest = name.partition(".")
+    if family == "words":
+        return WORDS[rest][0] if rest in WORDS else None
+    if name in PYTHON:
+        return PYTHON[name][0]
+    if family != "aten" or rest not in ATEN:
+        return None
+    packet, _, overload = rest.partition(".")
+    return getattr(getattr(torch.ops.aten, packet, None), overload, None)  # another torch may lack it
+
+
+def name_of(target: Any) -> str | None:
+    """Return the name under which `find` has an operator, None where it has it not. O(operators).
+
+    >>> name_of(torch.ops.aten.relu.default), name_of(operator.mul), name_of(words.norm), name_of(print)
+    ('aten.relu.default', 'operator.mul', 'words.norm', None)
+    """
+    known = {f"words.{n}": f for n, (f, _) in WORDS.items()} | {n: f for n, (f, _) in PYTHON.items()}
+    name = next((n for n, f in known.items() if f is target), str(target))
+    return name if find(name) is target else None
+
+
+def gives(target: Any) -> str:
+    """Return what calls of an operator that `find` has give: TENSOR, NUMBER or SEVERAL."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return NUMBER if any(target is f for f, _ in PYTHON.values()) else TENSOR
+    kinds = [str(r.real_type) for r in target._schema.returns]
+    return SEVERAL if len(kinds) > 1 or "List" in kinds[0] else TENSOR if kinds == ["Tensor"] else NUMBER
+
+
+def check_call(
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Mapping[Any, str], weights: Mapping[Any, bool]
+) -> str:
+    """Return what a call gives; ValueError unless its arguments are as many and of the kinds that the operator takes.
+
+    given    what each earlier node gives
+    weights  the placeholders of constants; False where there is the packed weight alone
+    """
+    word = next((n for n, (f, _) in WORDS.items() if f is target), None)
+    if word is not None:
+        _check_word(word, args, kwargs, given, weights)
+    elif isinstance(target, torch._ops.OpOverload):
+        _check_aten(target, args, kwargs, given)
+    elif target is operator.getitem:
+        if len(args) != 2 or kwargs or not _gives(args[0], SEVERAL, given) or type(args[1]) is not int:
+            raise ValueError("getitem takes several tensors and a whole number")
+        return TENSOR
+    else:
+        many = next(n for f, n in PYTHON.values() if f is target)
+        if len(args) != many or kwargs or not all(_fits("number", a, given) for a in args):
+            raise ValueError(f"{many} number{'s' * (many > 1)} expected, got {_shown(args)}")
+    return gives(target)
+
+
+def _check_word(
+    word: str, args: Sequence[Any], kwargs: Any, given: Mapping[Any, str], weights: Mapping[Any, bool]
+) -> None:
+    kinds = WORDS[word][1]
+    if kwargs or len(args) != len(kinds):
+        raise ValueError(f"{len(kinds)} arguments expected, got {len(args) + len(kwargs)}")
+    for i, (kind, value) in enumerate(zip(kinds, args)):
+        name = kind.removesuffix("?")
+        if (value is not None or name == kind) and not ARGUMENTS[name][0](value, given, weights):
+            raise ValueError(f"argument {i + 1} is {_shown(value)}, {ARGUMENTS[name][1]} is expected")
+
+
+ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
+    "tensor": (lambda v, given, _: _gives(v, TENSOR, given), "an earlier tensor"),
+    "weight": (lambda v, _, weights: isinstance(v, fx.Node) and v in weights, "a weight"),
+    "constant": (lambda v, _, weights: isinstance(v, fx.Node) and weights.get(v, False), "a constant"),
+    "act": (
+        lambda v, *_: (v is None or type(v) is str) and v in ACTIVATIONS,
+        "None or " + ", ".join(a for a in ACTIVATIONS if a),
+    ),
+    "pair": (
+        lambda v, *_: type(v) is tuple and len(v) == 2 and all(type(n) is int and n >= 0 for n in v),
+        "a pair of whole numbers",
+    ),
+    "count": (lambda v, *_: type(v) is int and v > 0, "a whole number from 1 on"),
+    "number": (lambda v, *_: type(v) in (int, float), "a number"),
+    "flag": (lambda v, *_: type(v) is bool, "True or False"),
+}
+
+
+def _check_aten(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Mapping[Any, str]) -> None:
+    wanted = list(target._schema.arguments)
+    positional = [a for a in wanted if not a.kwarg_only]
+    if len(args) > len(positional):
+        raise ValueError(f"{len(positional)} arguments expected, got {len(args)}")
+    named = {a.name: a for a in wanted[len(args) :]}
+    odd = next((n for n in kwargs if n not in named), None)
+    lacking = next((n for n, a in named.items() if n not in kwargs and not a.has_default_value()), None)
+    if odd is not None or lacking is not None:
+        raise ValueError(f"lacks the argument {lacking}" if odd is None else f"takes no argument {_shown(odd)} here")
+    values = {**dict(zip((a.name for a in positional), args)), **kwargs}
+    for about in wanted:
+        kind, value = str(about.real_type), values.get(about.name)
+        one = about.N is not None and type(value) is int  # stands for N of them
+        if about.name in values and not one and not _fits(kind, value, given):
+            raise ValueError(f"argument {about.name} is {_shown(value)}, {kind} is expected")
+    for name, only in ONLY.get(str(target), {}).items():
+        if values.get(name, only) != only:
+            raise ValueError(f"argument {name} is {_shown(values[name])}, {only} is expected")
+
+
+LITERALS: dict[str, tuple[type, ...]] = {
+    "int": (int, bool),
+    "float": (float, int),
+    "number": (float, int, bool),
+    "bool": (bool,),
+    "Tensor": (float, int, bool),  # numbers stand for tensors too
+    "str": (str,),
+    "ScalarType": (torch.dtype,),
+    "Device": (torch.device,),
+    "Layout": (torch.layout,),
+    "MemoryFormat": (torch.memory_format,),
+}
+SIZES = ("int", "float", "number", "bool", "Tensor")  # for which a number that another node gives will do
+LISTS = (list, tuple, immutable_list)
+
+
+def _fits(kind: str, value: Any, given: Mapping[Any, str]) -> bool:
+    """Whether a value is of a schema's kind, such as Optional[List[int]]."""
+    outer, _, inner = kind.removesuffix("]").partition("[")
+    if outer == "Optional":
+        return value is None or _fits(inner, value, given)
+    if isinstance(value, fx.Node):
+        numbers = kind in SIZES and _gives(value, NUMBER, given)
+        return numbers or _gives(value, {"Tensor": TENSOR, "List[Tensor]": SEVERAL}.get(kind), given)
+    if outer == "List":
+        return type(value) in LISTS and all(_fits(inner, v, given) for v in value)
+    return type(value) in LITERALS.get(kind, ())
+
+
+def _gives(value: Any, what: str | None, given: Mapping[Any, str]) -> bool:
+    return isinstance(value, fx.Node) and what is not None and given.get(value) == what
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,92 @@
+"""Whether words fit the sizes that they meet: asked before a native call runs words of a graph that came from a file.
+
+A graph that was exported fits by its making. One from a file may say anything, and a plan counts on sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.engine import words
+from rarefy.engine.trace import Node
+from rarefy.errors import ModelError
+
+Size = tuple[int, ...]
+
+
+def check(
+    nodes: Sequence[Node], inputs: Mapping[Node, Tensor], kernels: Mapping[Node, Any], constants: Mapping[str, Tensor]
+) -> None:
+    """Raise ModelError unless words fit their inputs, and these are fp32. O(words)."""
+    for node, t in inputs.items():
+        if t.dtype != torch.float32 or not t.is_cpu or t.layout != torch.strided or not t.dim():
+            got = f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+            raise ModelError(f"the saved graph does not fit together: {node.name} is {got}, fp32 rows are expected")
+    masks = {n.args[3] for n in nodes if n.target is words.attention}
+    known: dict[Node, Size] = {n: tuple(t.shape) for n, t in inputs.items() if n not in masks}
+    for node in nodes:
+        sizes = [known.get(a) for a in _values(node)]
+        fits = None not in sizes and FITS[node.target](node, sizes, kernels, inputs, constants)
+        if not fits:
+            raise ModelError(f"the saved graph does not fit together: {node.name} is a word on sizes {sizes}")
+        first: Any = sizes[0]
+        known[node] = first if node.target is not words.product else (*first[:-1], kernels[node].shape[0])
+
+
+def _values(node: Node) -> list[Node]:
+    """The values that a word is about, without weights and masks."""
+    places = {words.product: (0, 3), words.norm: (0,), words.activation: (0,), words.attention: (0, 1, 2)}
+    places[words.rotate] = (0, 1, 2)
+    found = [node.args[i] for i in places.get(node.target, (0, 1))]
+    return [a for a in found if a is not None]
+
+
+def _product(node: Node, sizes: Any, kernels: Mapping[Node, Any], *_: Any) -> bool:
+    x, *more = sizes
+    return x[-1] == kernels[node].shape[1] and more in ([], [(*x[:-1], kernels[node].shape[0])])
+
+
+def _norm(node: Node, sizes: Any, _: Any, __: Any, constants: Mapping[str, Tensor]) -> bool:
+    given = [constants[c.name] for c in node.args[1:3] if c is not None]
+    each, rest = divmod(sizes[0][-1], node.args[5])
+    return each > 0 and not rest and all(tuple(c.shape) == (each,) for c in given)
+
+
+def _rotate(node: Node, sizes: Any, *_: Any) -> bool:
+    x, cosine, sine = sizes
+    width, rest = divmod(x[-1], node.args[3])
+    return not rest and width > 0 and not width % 2 and cosine == sine == (*x[:-1], width)
+
+
+def _alike(_: Node, sizes: Any, *__: Any) -> bool:
+    return len(set(sizes)) == 1
+
+
+def _attention(node: Node, sizes: Any, _: Any, inputs: Mapping[Node, Tensor], __: Any) -> bool:
+    mask, heads, kv_heads = node.args[3:6]
+    q, k, v = sizes
+    if len(q) != 3 or k != v or k[:2] != q[:2] or heads % kv_heads or q[2] % heads or not q[2]:
+        return False
+    if k[2] != q[2] // heads * kv_heads:
+        return False
+    if mask is None:
+        return True
+    if mask not in inputs or inputs[mask].dim() > 4:
+        return False
+    m = (1,) * (4 - inputs[mask].dim()) + tuple(inputs[mask].shape)
+    return all(n in (1, s) for n, s in zip(m, (q[0], heads, q[1], q[1])))
+
+
+FITS: dict[Any, Callable[..., bool]] = {
+    words.product: _product,
+    words.norm: _norm,
+    words.add: _alike,
+    words.times: _alike,
+    words.activation: _alike,
+    words.attention: _attention,
+    words.rotate: _rotate,
+}
