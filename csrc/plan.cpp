@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "image.hpp"
 #include "rarefy.h"
 #include "table.h"
 #include "threads.h"
@@ -20,6 +21,9 @@ constexpr int64_t ROWS = 64;    // features of a part of an addition
 constexpr int64_t UNFOLDED = 32;  // rows that are unfolded at a time
 constexpr int64_t TILES = 4;    // of inputs that unfolded rows are multiplied by
 constexpr int64_t PART = 32;    // rows of a part of a product of few tokens
+constexpr int64_t CHANNELS = 8;  // of a part of what runs channel by channel
+constexpr int64_t LANES = 16;   // of a channel that are brought together at once
+constexpr int64_t FOURS = 64;   // of rows of a part of a convolution
 constexpr int SPINS = 2000;     // looks at a counter before the processor is given away
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -66,6 +70,9 @@ bool unfolds(const rarefy_step& s) { return s.flag == RAREFY_BITMASK || s.flag =
 
 int64_t tiles_of(const rarefy_attention& a) { return over(a.queries + NT - 1, NT); }  // that a sequence may touch
 
+// Rows of a part of a convolution: fewer where there are few tiles, so that threads share them.
+int64_t rows_of(const rarefy_step&, int64_t tiles) { return tiles < 8 ? SLAB : FOURS * R4; }
+
 int64_t parts_of(const rarefy_step& s) {
   const int64_t tiles = over(s.columns, NT);
   const auto* a = static_cast<const rarefy_attention*>(s.w);
@@ -83,6 +90,11 @@ int64_t parts_of(const rarefy_step& s) {
     case RAREFY_ADD:
     case RAREFY_TIMES: return tiles * over(s.features, ROWS);
     case RAREFY_ATTEND: return a->batch * a->heads * tiles_of(*a);
+    case RAREFY_PLANES: return s.batch * over(s.features, CHANNELS);
+    case RAREFY_CONVOLVE: return tiles * over(s.features, rows_of(s, tiles));
+    case RAREFY_POOL:
+    case RAREFY_DEPTHWISE: return tiles * over(s.features, CHANNELS);
+    case RAREFY_AVERAGE: return s.columns * over(s.features, ROWS);
     default: return tiles;
   }
 }
@@ -194,11 +206,109 @@ int run_unfolded(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   return RAREFY_OK;
 }
 
+// Planes of some channels of one image.
+int cut_planes(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+  const auto& image = *static_cast<const rarefy_image*>(s.w);
+  const Image plan(*image.w, image.height, image.width);
+  const int64_t parts = over(s.features, CHANNELS), b = i / parts, from = i % parts * CHANNELS;
+  const Scratch<1> near(s.flag ? 4 : size_t(s.tokens + NT) * 4);
+  if (!near.from) return RAREFY_MEMORY;
+  for (int64_t f = from; f < std::min(from + CHANNELS, s.features); ++f) {
+    const float* x = s.x.at + (b * s.features + f) * s.tokens;
+    if (!s.flag) {
+      float* own = static_cast<float*>(near.from);
+      for (int64_t at = b * s.tokens, end = at + s.tokens; at < end;) {
+        const int64_t n = std::min(NT - at % NT, end - at);
+        std::memcpy(own + at - b * s.tokens, s.x.at + at / NT * s.x.tile + f * NT + at % NT, size_t(n) * 4);
+        at += n;
+      }
+      x = own;
+    }
+    float* out = s.out.at + (b * s.features + f) * plan.channel;
+    for (int64_t p = 0; p < plan.phases; ++p) plan.cut(t, x, plan.phase[p], out + p * plan.plane, s.least);
+  }
+  return RAREFY_OK;
+}
+
+// A tile of a convolution's outputs, some rows of them.
+int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+  const auto& image = *static_cast<const rarefy_image*>(s.w);
+  const rarefy_conv& w = *image.w;
+  const Image plan(w, image.height, image.width);
+  const int64_t tiles = over(s.columns, NT), size = rows_of(s, tiles), chunks = over(s.features, size);
+  const int64_t tile = i / chunks, row = i % chunks * size, rows = std::min(size, s.features - row);
+  const int64_t lanes = w.weight.cols, block = w.weight.block, here = std::min(NT, s.columns - tile * NT);
+  const int64_t whole = w.inputs * plan.channel;
+  const Scratch<1> near(size_t(block + 1) * NT * 4);  // a line between: pieces are copied whole
+  uint32_t* in = static_cast<uint32_t*>(near.from);
+  if (!in) return RAREFY_MEMORY;
+  rarefy_piece pieces[NT];
+  const int count = plan.pieces(tile * NT, here, whole, pieces);
+  float* out = s.out.at + tile * s.out.tile + row * NT;
+  auto* sums = reinterpret_cast<uint32_t*>(out);
+  const float* last = s.x.at + s.batch * whole + PIECE;
+  const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
+  const rarefy_end end{w.weight.bias ? w.weight.bias + row : nullptr, more, rows, w.weight.act};
+  for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
+    t.bring(s.x.at, last, image.places + l, std::min(block, lanes - l), pieces, count, in);
+    if (w.sell)
+      t.sell_one(*w.sell, b, row / SLAB, over(row + rows, SLAB), in, sums, here, l + block >= lanes ? &end : nullptr);
+    else
+      t.tiles_one(w.weight, b, row / R4, over(row + rows, R4), in, sums, here);
+  }
+  if (!w.sell) t.put(out, rows, NT, end.bias, more, end.act, out, NT, false);
+  return RAREFY_OK;
+}
+
+// Channel by channel: the largest of the pixels that a kernel takes together, or their sum with weights.
+void each_channel(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+  const auto& image = *static_cast<const rarefy_image*>(s.w);
+  const Image plan(*image.w, image.height, image.width);
+  const int64_t parts = over(s.features, CHANNELS), tile = i / parts, from = i % parts * CHANNELS;
+  const int64_t lanes = image.w->kernel[0] * image.w->kernel[1], here = std::min(NT, s.columns - tile * NT);
+  rarefy_piece pieces[NT];
+  const int count = plan.pieces(tile * NT, here, s.features * plan.channel, pieces);
+  const float* last = s.x.at + s.batch * s.features * plan.channel + PIECE;
+  alignas(64) uint32_t near[(LANES + 1) * NT];
+  for (int64_t f = from; f < std::min(from + CHANNELS, s.features); ++f) {
+    float* out = s.out.at + tile * s.out.tile + f * NT;
+    for (int64_t l = 0; l < lanes; l += LANES) {
+      const int64_t some = std::min(LANES, lanes - l);
+      t.bring(s.x.at + f * plan.channel, last, image.places + l, some, pieces, count, near);
+      t.gathered(reinterpret_cast<const float*>(near), some, s.gain ? s.gain + f * lanes + l : nullptr, l > 0, out);
+    }
+    if (s.gain) t.put(out, 1, NT, s.bias ? s.bias + f : nullptr, nullptr, s.act, out, NT, false);
+  }
+}
+
+// Means of some features of one image.
+void average(const rarefy_step& s, int64_t i) {
+  const int64_t parts = over(s.features, ROWS), b = i / parts, from = i % parts * ROWS;
+  for (int64_t f = from; f < std::min(from + ROWS, s.features); ++f) {
+    float sum = 0.0f;
+    for (int64_t at = b * s.tokens, end = at + s.tokens; at < end;) {
+      const int64_t n = std::min(NT - at % NT, end - at);
+      const float* x = s.x.at + at / NT * s.x.tile + f * NT + at % NT;
+      for (int64_t j = 0; j < n; ++j) sum += x[j];
+      at += n;
+    }
+    s.out.at[b / NT * s.out.tile + f * NT + b % NT] = sum / float(s.tokens);
+  }
+}
+
 int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   if (s.few) return run_few(t, s, i);
   switch (s.op) {
     case RAREFY_PACK: {
       float* out = s.out.at + i * s.out.tile;
+      if (s.flag) {
+        if ((i + 1) * NT > s.columns) std::memset(out, 0, size_t(s.features * NT) * 4);
+        tokens_in(s, i, [&](int64_t b, int64_t token, int64_t column, int64_t n) {
+          const float* x = s.x.at + b * s.features * s.tokens + token;
+          for (int64_t f = 0; f < s.features; ++f) std::memcpy(out + f * NT + column, x + f * s.tokens, size_t(n) * 4);
+        });
+        break;
+      }
       if (s.tokens != s.apart || (i + 1) * NT > s.columns) std::memset(out, 0, size_t(s.features * NT) * 4);
       tokens_in(s, i, [&](int64_t b, int64_t token, int64_t column, int64_t n) {
         t.pack[RAREFY_F32](s.x.at + (b * s.tokens + token) * s.features, s.features, n, s.features, nullptr,
@@ -207,6 +317,14 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       break;
     }
     case RAREFY_UNPACK:
+      if (s.flag) {
+        tokens_in(s, i, [&](int64_t b, int64_t token, int64_t column, int64_t n) {
+          const float* x = s.x.at + i * s.x.tile + column;
+          float* out = s.out.at + b * s.features * s.tokens + token;
+          for (int64_t f = 0; f < s.features; ++f) std::memcpy(out + f * s.tokens, x + f * NT, size_t(n) * 4);
+        });
+        break;
+      }
       tokens_in(s, i, [&](int64_t b, int64_t token, int64_t column, int64_t n) {
         t.unpack(s.x.at + i * s.x.tile + column, s.features, n, s.out.at + (b * s.tokens + token) * s.features,
                  s.features);
@@ -221,14 +339,15 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
       const auto* x = reinterpret_cast<const uint32_t*>(s.x.at + tile * s.x.tile);
       auto* sums = reinterpret_cast<uint32_t*>(out);
+      const rarefy_end end{p.sums.bias ? p.sums.bias + row : nullptr, more, rows, p.sums.act};
       if (s.flag == RAREFY_SELL)
-        t.sell[p.kind](*static_cast<const rarefy_sell*>(s.w), chunk, x, sums, columns);
+        t.sell[p.kind](*static_cast<const rarefy_sell*>(s.w), chunk, x, sums, columns, &end);
       else
         t.tiles[p.kind](*static_cast<const rarefy_tiles*>(s.w), row / R4, over(row + rows, R4), x, sums, columns);
       if (p.kind == RAREFY_I8)
         t.settle_bytes(p.sums, row, rows, s.sum.at + tile * NT, more, out);
-      else
-        t.put(out, rows, NT, p.sums.bias ? p.sums.bias + row : nullptr, more, p.sums.act, out, NT, false);
+      else if (s.flag != RAREFY_SELL)
+        t.put(out, rows, NT, end.bias, more, end.act, out, NT, false);
       break;
     }
     case RAREFY_BYTES:
@@ -257,6 +376,11 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       if (tile * NT < b * a.apart + a.queries) t.attend(a, b, head, tile);
       break;
     }
+    case RAREFY_PLANES: return cut_planes(t, s, i);
+    case RAREFY_CONVOLVE: return convolve(t, s, i);
+    case RAREFY_POOL:
+    case RAREFY_DEPTHWISE: each_channel(t, s, i); break;
+    case RAREFY_AVERAGE: average(s, i); break;
     case RAREFY_ROTATE:
       t.rotate[0](s.x.at + i * s.x.tile, s.more.at + i * s.more.tile, s.sum.at + i * s.sum.tile, s.groups,
                   s.features / s.groups, s.out.at + i * s.out.tile);
@@ -289,6 +413,8 @@ void rest(int& spins) {
 }
 
 }  // namespace
+
+API void rarefy_large_pages(void* p, int64_t bytes) { large_pages(p, size_t(bytes)); }
 
 API int rarefy_run_plan(const rarefy_step* steps, int64_t count) {
   const rarefy_table& t = rarefy_chosen();

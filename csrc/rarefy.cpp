@@ -108,7 +108,7 @@ void multiply(const rarefy_table& t, const rarefy_tiles& w, int64_t part, const 
 }
 
 void multiply(const rarefy_table& t, const rarefy_sell& w, int64_t part, const uint32_t* x, uint32_t* out, int64_t n) {
-  t.sell[w.kind](w, part, x, out, n);
+  t.sell[w.kind](w, part, x, out, n, nullptr);
 }
 
 // Tiles and pairs of rows, which both run on packed inputs.

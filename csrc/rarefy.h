@@ -126,8 +126,8 @@ int rarefy_run_together(int32_t format, const void* const* w, int64_t count, con
 // turned around between products; or, where tokens are `few`, row after row. A sequence begins `apart` columns after the
 // one before.
 enum rarefy_op {
-  RAREFY_PACK = 0,    // x[batch][tokens][features] -> out
-  RAREFY_UNPACK = 1,  // x -> out[batch][tokens][features]
+  RAREFY_PACK = 0,    // x[batch][tokens][features] -> out; with flag x[batch][features][tokens], as images lie
+  RAREFY_UNPACK = 1,  // x -> out[batch][tokens][features]; flag as above
   RAREFY_PRODUCT = 2, // out = act(w x + bias + more); w: of the format in flag; of int8, x and sum are what
                       // RAREFY_BYTES made
   RAREFY_BYTES = 3,   // x -> out, in bytes, and sum, the scales of columns; of few tokens in the numbers of flag, up to
@@ -138,7 +138,13 @@ enum rarefy_op {
   RAREFY_ATTEND = 7,  // w: rarefy_attention
   RAREFY_ROTATE = 8,  // out = x with each of `groups` (heads) turned by the angles of cosines `more` and sines `sum`
   RAREFY_KEEP = 9,    // x into the cache of w (rarefy_attention): keys, or with flag values
-  RAREFY_OPS = 10,
+  RAREFY_PLANES = 10,  // images x -> out, padded planes for w (rarefy_image), with `least` outside; flag: x lies
+                       // [batch][features][pixels]
+  RAREFY_CONVOLVE = 11,  // out = act(planes x convolved with w (rarefy_image) + bias + more)
+  RAREFY_POOL = 12,    // out = the largest of the pixels of planes x that w (rarefy_image) takes together
+  RAREFY_DEPTHWISE = 13, // out = act(planes x, each channel convolved with its weights in gain, + bias)
+  RAREFY_AVERAGE = 14, // means of images x -> out[batch] as tokens
+  RAREFY_OPS = 15,
 };
 
 struct rarefy_place {
@@ -167,6 +173,13 @@ struct rarefy_cache {
   int64_t past;             // tokens that are there
 };
 
+// What a step brings together of padded images; w is of one group, and of a pool or depthwise of one input.
+struct rarefy_image {
+  const rarefy_conv* w;
+  int64_t height, width;    // of images
+  const int32_t* places;    // of lanes
+};
+
 // out = softmax(q k scale + mask) v for each head, whose features lie one after the other. With a cache, keys and values
 // are its: `k_before`, `v_before` features of it lie before them.
 struct rarefy_attention {
@@ -184,6 +197,9 @@ struct rarefy_attention {
 };
 
 int rarefy_run_plan(const rarefy_step* steps, int64_t count);
+void rarefy_large_pages(void* p, int64_t bytes);  // asks for them in memory that nobody has touched yet
+int64_t rarefy_image_floats(const rarefy_conv* w, int64_t height, int64_t width);  // of an image's planes
+void rarefy_image_places(const rarefy_conv* w, int64_t height, int64_t width, int32_t* out);  // [lanes]
 
 // y[n][outputs][OH][OW] = act(x[n][inputs][height][width] convolved with w + bias + residual), all contiguous.
 int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual, float* y,

@@ -5,10 +5,11 @@
 
 namespace {
 
-// One block of columns for the rows of a slab on T vectors of inputs; `out` is [SLAB][NT] sums.
+// One block of columns for the rows of a slab on T vectors of inputs; `out` is [SLAB][NT] sums. `end`: they are whole
+// now, and those of fp32 become outputs.
 template <int KIND, int T>
 void sell_part(const uint16_t* counts, const uint8_t* order, const uint16_t* column, const uint32_t* value, int64_t pairs,
-               bool begun, const uint32_t* x, uint32_t* out) {
+               bool begun, const uint32_t* x, uint32_t* out, const rarefy_end* end, int64_t lane) {
   using L = Lanes<KIND>;
   for (int64_t p = 0; p < pairs; ++p, order += 2) {
     typename L::sum c[2][T];
@@ -24,6 +25,20 @@ void sell_part(const uint16_t* counts, const uint8_t* order, const uint16_t* col
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) c[r][t] = L::step(c[r][t], L::load(at + t * W), w);
       }
+    if constexpr (KIND == RAREFY_F32)
+      if (end) {
+        for (int r = 0; r < 2; ++r) {
+          const int64_t row = order[r];
+          const float bias = end->bias && row < end->rows ? end->bias[row] : 0.0f;
+#pragma GCC unroll 4
+          for (int t = 0; t < T; ++t) {
+            vec v = __builtin_bit_cast(vec, c[r][t]) + bias;
+            if (end->more) v += whole_at(end->more + row * NT + lane + t * W);
+            put_whole(reinterpret_cast<float*>(out + row * NT + t * W), activated(v, end->act));
+          }
+        }
+        continue;
+      }
 #pragma GCC unroll 2
     for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 4
@@ -33,14 +48,15 @@ void sell_part(const uint16_t* counts, const uint8_t* order, const uint16_t* col
 
 // The rows of a slab on one block of `columns` of inputs, whole vectors of them.
 template <int KIND>
-void sell_block(const rarefy_sell& w, int64_t slab, int64_t b, const uint32_t* x, uint32_t* out, int64_t columns) {
+void sell_block(const rarefy_sell& w, int64_t slab, int64_t b, const uint32_t* x, uint32_t* out, int64_t columns,
+                const rarefy_end* end) {
   const int64_t pairs = (std::min(SLAB, w.rows - slab * SLAB) + 1) / 2;
   const int64_t at = slab * ((w.cols + w.block - 1) / w.block) + b, from = w.starts[at] * 2;
   int64_t left = (columns + W - 1) / W, v = 0;
   auto part = [&](auto size) {
     constexpr int T = decltype(size)::value;
     sell_part<KIND, T>(w.counts + at * (SLAB / 2), w.order + at * SLAB, w.columns + from, w.values + from, pairs, b > 0,
-                       x + v * W, out + v * W);
+                       x + v * W, out + v * W, end, v * W);
     left -= T;
     v += T;
   };
@@ -50,13 +66,22 @@ void sell_block(const rarefy_sell& w, int64_t slab, int64_t b, const uint32_t* x
 }
 
 template <int KIND>
-void sell_any(const rarefy_sell& w, int64_t slab, const uint32_t* x, uint32_t* out, int64_t columns) {
-  for (int64_t b = 0; b * w.block < w.cols; ++b) sell_block<KIND>(w, slab, b, x + b * w.block * NT, out, columns);
+void sell_any(const rarefy_sell& w, int64_t slab, const uint32_t* x, uint32_t* out, int64_t columns,
+              const rarefy_end* end) {
+  for (int64_t b = 0; b * w.block < w.cols; ++b)
+    sell_block<KIND>(w, slab, b, x + b * w.block * NT, out, columns, (b + 1) * w.block >= w.cols ? end : nullptr);
 }
 
 void sell_one(const rarefy_sell& w, int64_t b, int64_t from, int64_t to, const uint32_t* x, uint32_t* out,
-              int64_t columns) {
-  for (int64_t s = from; s < to; ++s, out += SLAB * NT) sell_block<RAREFY_F32>(w, s, b, x, out, columns);
+              int64_t columns, const rarefy_end* end) {
+  rarefy_end here{};
+  if (end) here = *end;
+  for (int64_t s = from; s < to; ++s, out += SLAB * NT) {
+    sell_block<RAREFY_F32>(w, s, b, x, out, columns, end ? &here : nullptr);
+    here.bias += here.bias ? SLAB : 0;
+    here.more += here.more ? SLAB * NT : 0;
+    here.rows -= SLAB;
+  }
 }
 
 }  // namespace

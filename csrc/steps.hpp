@@ -103,6 +103,18 @@ void settle_bytes(const rarefy_sums& w, int64_t row, int64_t rows, const float* 
     }
 }
 
+// Of lanes [lanes][NT] of one channel the largest, or their sum with weights; `begun`: with what is in out.
+void gathered(const float* x, int64_t lanes, const float* weights, bool begun, float* out) {
+  for (int64_t n = 0; n < NT; n += W) {
+    vec v = begun ? whole_at(out + n) : weights ? vec{} : whole_at(x + n);
+    for (int64_t l = 0; l < lanes; ++l) {
+      const vec in = whole_at(x + l * NT + n);
+      v = weights ? v + in * weights[l] : (in <= v) | (v != v) ? v : in;  // NaN stays
+    }
+    put_whole(out + n, v);
+  }
+}
+
 // ---- attention -----------------------------------------------------------------------------------------------------
 // Queries are columns, T vectors of them at a time; keys and values of the same sequence are broadcast one number after
 // the other, a tile of them at a time, with the running maximum and sum of softmax (Milakov and Gimelshein 2018).

@@ -26,6 +26,13 @@ struct rarefy_sums {
   int32_t act;
 };
 
+// What becomes of fp32 sums [rows][NT] when the last of them is there: act(sums + bias + more), where they lie.
+struct rarefy_end {
+  const float *bias, *more;
+  int64_t rows;
+  int32_t act;
+};
+
 struct rarefy_table {
   const char* name;
   void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
@@ -34,10 +41,10 @@ struct rarefy_table {
   void (*csr[4])(const rarefy_csr&, int64_t, int64_t, const float*, float*, int64_t, int64_t);  // of 1, 4, 8, 16 inputs
   void (*rows)(const rarefy_csr&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
-  void (*sell[3])(const rarefy_sell&, int64_t, const uint32_t*, uint32_t*, int64_t);
+  void (*sell[3])(const rarefy_sell&, int64_t, const uint32_t*, uint32_t*, int64_t, const rarefy_end*);
   void (*bring)(const float*, const float*, const int32_t*, int64_t, const rarefy_piece*, int, uint32_t*);
   void (*tiles_one)(const rarefy_tiles&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
-  void (*sell_one)(const rarefy_sell&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
+  void (*sell_one)(const rarefy_sell&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t, const rarefy_end*);
   void (*put)(const float*, int64_t, int64_t, const float*, const float*, int, float*, int64_t, bool);
   void (*halve)(const float*, int64_t, float*);
   uint32_t (*largest)(const float*, int64_t);
@@ -52,6 +59,7 @@ struct rarefy_table {
   void (*to_bytes)(const float*, int64_t, float*, uint32_t*);
   void (*settle_bytes)(const rarefy_sums&, int64_t, int64_t, const float*, const float*, float*);
   void (*attend)(const rarefy_attention&, int64_t, int64_t, int64_t);
+  void (*gathered)(const float*, int64_t, const float*, bool, float*);
   void (*norm_row)(const float*, int64_t, const float*, const float*, float, bool, float*);
   void (*rotate[2])(const float*, const float*, const float*, int64_t, int64_t, float*);  // a tile, a row
   void (*attend_row)(const rarefy_attention&, int64_t, int64_t, int64_t, float*);
@@ -89,6 +97,7 @@ float rarefy_step_of(const rarefy_table& t, const float* x, int64_t n);  // of n
    to_bytes_tile,                                                                      \
    settle_bytes,                                                                       \
    attend,                                                                             \
+   gathered,                                                                           \
    norm_row,                                                                           \
    {rotate_tile, rotate_row},                                                          \
    attend_row,                                                                         \

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.engine import convolve, phrases, words
+from rarefy.engine import convolve, images, phrases, words
 from rarefy.engine import trace as rules
-from rarefy.engine.plan import LOWER, Plan
+from rarefy.engine.lower import LOWER
+from rarefy.engine.plan import Plan
 from rarefy.engine.prove import prove
 from rarefy.engine.trace import MOST_SIZE, Node, Traced, trace, two_samples
 from rarefy.errors import DataError, ModelError, unknown
@@ -24,14 +25,15 @@ from rarefy.runtime.choose import check_plain
 from rarefy.runtime.layers import PanelEmbedding
 from rarefy.runtime.packed import SHARED, Panels, pack_sell, pack_tiles, shared
 
+NEAR_BYTES = 56 << 20  # of what images are on their way through a plan
 MOST_SIZES = 16  # of inputs for which plans are kept
 ROUNDED = 0.2  # of outputs' length, how far they may move in 8 bits
 RULES = (
     rules.drop, phrases.constants, phrases.embedding, rules.linear, rules.reshaped, phrases.pieces, rules.norm,
     phrases.rms, phrases.heads, phrases.rotation, phrases.recalled, rules.pointwise, rules.attention, rules.reshaped,
-    convolve.convolution, convolve.batch_norm, rules.fuse, rules.fuse,
+    convolve.convolution, convolve.batch_norm, convolve.pooled, rules.fuse, rules.fuse,
 )  # fmt: skip
-HEAVY = (words.product, words.attention, words.recall)  # what a plan is worth its packing for
+HEAVY = (words.product, words.attention, words.recall, words.convolution)  # what a plan is worth its packing for
 Check = Callable[[Sequence[Node], Mapping[Node, Tensor], Mapping[Node, Any], Mapping[str, Tensor]], None]
 
 
@@ -122,33 +124,65 @@ class Segment:
         self.nodes, self.kernels, self.constants = list(nodes), kernels, constants
         self.inputs = list(read)
         self.cache = next((n.args[3] for n in nodes if n.target is words.recall), None)
+        self.images = images.layouts(nodes) or ()
         self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
         self.plans: dict[tuple[Any, ...], list[Plan]] = {}
+        self.few: dict[tuple[Any, ...], int] = {}  # images at once, by their sizes
         self.lock, self.check = Lock(), check
 
     def run(self, given: Callable[[Node], Any]) -> list[Tensor]:
-        """Return the outputs. Threads that come at the same time have a plan each."""
+        """Return the outputs. Images go through all words a few at a time: what they are on the way stays near."""
         inputs = {n: given(n) for n in self.inputs}
-        shapes = tuple((t.dtype, *t.shape) for t in inputs.values())
+        cache = None if self.cache is None else given(self.cache)
+        images = len(next(iter(inputs.values()))) if self.images else 0
+        if images <= 1 or any(len(t) != images for t in inputs.values()):
+            return self._run(inputs, cache)
+        few = self._at_once({n: t[:1] for n, t in inputs.items()})
+        parts = [self._run({n: t[i : i + few] for n, t in inputs.items()}, cache) for i in range(0, images, few)]
+        return [torch.cat(o) for o in zip(*parts)] if len(parts) > 1 else parts[0]
+
+    def _at_once(self, one: Mapping[Node, Tensor]) -> int:
+        """How many images: as a plan for one needs memory."""
+        key = _shapes(one)
+        if key not in self.few:
+            plan = self._plan(one)
+            self.few[key] = max(1, NEAR_BYTES // plan.memory.nbytes)
+            self._give_back(key, plan)
+        return self.few[key]
+
+    def _run(self, inputs: Mapping[Node, Tensor], cache: Any) -> list[Tensor]:
+        """Threads that come at the same time have a plan each."""
+        shapes = _shapes(inputs)
         with self.lock:
             free = self.plans.get(shapes, [])
             plan = free.pop() if free else None
-        if plan is None:
-            if self.check is not None:
-                self.check(self.nodes, inputs, self.kernels, self.constants)
-            sizes = {n: tuple(t.shape) for n, t in inputs.items()}
-            plan = Plan(self.nodes, self.inputs, self.outputs, sizes, self.kernels, self.constants)
-        out = plan.run(inputs, None if self.cache is None else given(self.cache))
+        plan = self._plan(inputs) if plan is None else plan
+        out = plan.run(inputs, cache)
+        self._give_back(shapes, plan)
+        return out
+
+    def _plan(self, inputs: Mapping[Node, Tensor]) -> Plan:
+        if self.check is not None:
+            self.check(self.nodes, inputs, self.kernels, self.constants)
+        sizes = {n: tuple(t.shape) for n, t in inputs.items()}
+        return Plan(self.nodes, self.inputs, self.outputs, sizes, self.kernels, self.constants, LOWER, self.images)
+
+    def _give_back(self, shapes: tuple[Any, ...], plan: Plan) -> None:
         with self.lock:
             self.plans.setdefault(shapes, []).append(plan)
             while len(self.plans) > MOST_SIZES:
                 self.plans.pop(next(iter(self.plans)))
-        return out
+
+
+def _shapes(inputs: Mapping[Node, Tensor]) -> tuple[Any, ...]:
+    return tuple((t.dtype, *t.shape) for t in inputs.values())
 
 
 def _read(node: Node) -> list[Node]:
     """The tensors that a word is about, without its weights."""
-    weights = {words.product: (1, 2), words.norm: (1, 2), words.recall: (3,)}.get(node.target, ())
+    weights = {words.product: (1, 2), words.norm: (1, 2), words.recall: (3,), words.convolution: (1, 2)}.get(
+        node.target, ()
+    )
     return [a for i, a in enumerate(node.args) if isinstance(a, fx.Node) and i not in weights]
 
 
@@ -305,6 +339,14 @@ def _for_many(weight: Tensor, values: str | None) -> Any:
 ALONE = (words.convolution, words.embedding)  # words that stand outside plans
 
 
+def _plans(t: Traced, node: Node, kernels: Mapping[Node, Any]) -> bool:
+    """Whether a plan knows a call."""
+    if node.target is words.convolution:
+        weight = t.constants.get(node.args[1].name)
+        return (node in kernels and node.args[8] == 1) or (bool(kernels) and images.depthwise(node, weight))
+    return node.target in LOWER and bool(kernels)
+
+
 def _schedule(t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> list[Any]:
     """Calls in an order that lets words come together: all ATen calls that can be made, then all words, and so on."""
     nodes = [n for n in t.graph.nodes if n.op == "call_function"]
@@ -314,12 +356,12 @@ def _schedule(t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> li
     while waits:
         taken: dict[Node, None] = {}
         for n in nodes:
-            if n in waits and (n.target in LOWER and bool(kernels)) == in_words and waits[n] <= taken.keys():
+            if n in waits and _plans(t, n, kernels) == in_words and waits[n] <= taken.keys():
                 taken[n] = None
                 del waits[n]
         for left in waits.values():
             left.difference_update(taken)
-        heavy = any(n.target in HEAVY for n in taken)
+        heavy = any(n.target in HEAVY for n in taken) and images.layouts(list(taken)) is not None
         calls = [Alone(n, kernels[n]) if n.target in ALONE and n in kernels else n for n in taken]
         program += [Segment(list(taken), kernels, t.constants, check)] if in_words and heavy else calls
         in_words = not in_words

@@ -6,12 +6,13 @@ import operator
 from typing import Any
 
 import torch
+from torch import fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rarefy.engine import words
-from rarefy.engine.trace import Node, Traced, aten, kind_of, new_constant, put
+from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape
 from rarefy.runtime import native
-from rarefy.runtime.packed import MOST_STRIDE, NEAR, SHARED, pack_conv, shared
+from rarefy.runtime.packed import CONV_BLOCK, MOST_STRIDE, NEAR, SHARED, pack_conv, shared
 
 LEAST = 0.4  # zeros from which a kernel is faster than torch's dense one
 NORMS = {
@@ -53,15 +54,41 @@ def batch_norm(t: Traced, node: Node) -> None:
     put(t, outer, words.convolution, x, *(new_constant(t, f"{y.name}_{n}", v) for n, v in zip("wb", made)), *rest)
 
 
+def pooled(t: Traced, node: Node) -> None:
+    """The largest, or the mean of all, of pixels."""
+    if kind_of(node) != torch.float32:
+        return
+    if node.target is aten.max_pool2d.default:
+        x, kernel, *rest = node.args
+        stride: Any
+        stride, padding, dilation, ceil = (*rest, *([], [0, 0], [1, 1], False)[len(rest) :])
+        sizes: Any = (kernel, stride or kernel, padding, dilation)
+        pairs = [tuple(v) * 2 if len(v) == 1 else tuple(v) for v in sizes]
+        if not ceil and len(shape(x)) == 4 and max(pairs[1]) <= MOST_STRIDE:
+            put(t, node, words.pool, x, *pairs)
+        return
+    y, over = node, None
+    if node.target in VIEWS and len(shape(node)) == 2:
+        y = node.args[0]
+        alone = isinstance(y, fx.Node) and len(y.users) == 1 and same(shape(node), shape(y)[:2])
+        over = y.args[0] if alone and y.target is aten.adaptive_avg_pool2d.default and shape(y)[2:] == (1, 1) else None
+        if alone and y.target is aten.mean.dim and shape(y)[2:] == (1, 1):
+            over = y.args[0]
+    elif node.target is aten.mean.dim and len(shape(node)) == 2 and sorted(d % 4 for d in node.args[1]) == [2, 3]:
+        over = node.args[0]
+    if isinstance(over, fx.Node) and len(shape(over)) == 4:
+        put(t, node, words.average, over)
+
+
 def kernel(t: Traced, node: Node) -> Any:
-    """Return the kernel of a convolution with zeros, None where torch runs it dense."""
+    """Return the kernel of a convolution, None where torch runs it: with zeros in groups of several, or depthwise."""
     _, w, bias, _, act, stride, padding, dilation, groups = node.args
     weight = t.constants[w.name]
-    depthwise = weight.shape[1] == 1 and groups > 1
-    if float((weight == 0).float().mean()) < LEAST or depthwise or max(stride) > MOST_STRIDE:
+    zeros = float((weight == 0).float().mean())
+    if max(stride) > MOST_STRIDE or (groups > 1 and (zeros < LEAST or weight.shape[1] == 1)):
         return None
     how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    packed = pack_conv(weight, **how)
+    packed = pack_conv(weight, **how, block=CONV_BLOCK if groups > 1 else NEAR)
     if groups == 1 and shared(packed) < SHARED:
         packed = pack_conv(weight, **how, block=NEAR, sell=True)
     return native.Kernel(packed, None if bias is None else t.constants[bias.name].clone(), act)

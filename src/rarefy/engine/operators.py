@@ -29,6 +29,8 @@ WORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "norm": (words.norm, ("tensor", "constant?", "constant?", "number", "flag", "count")),
     "rotate": (words.rotate, ("tensor", "tensor", "tensor", "count")),
+    "pool": (words.pool, ("tensor", "pair", "pair", "pair", "pair")),
+    "average": (words.average, ("tensor",)),
     "embedding": (words.embedding, ("tensor", "constant")),
     "add": (words.add, ("tensor", "tensor", "act")),
     "times": (words.times, ("tensor", "tensor", "act")),

@@ -6,8 +6,8 @@ that attention never meets two in one. Where tokens are few, and weights packed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Callable, Collection, Mapping, Sequence
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,16 +18,19 @@ from torch import Tensor
 from rarefy.engine import words
 from rarefy.engine.trace import Node
 from rarefy.runtime import native
-from rarefy.runtime.packed import LANE, Bitmask, Panels, Sell, Tiles
+from rarefy.runtime.packed import Bitmask, Panels
 
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens that a sequence is filled up to, where several lie one after the other
+PAGE = 2 << 20  # bytes of a large page
 MOST_FEW = 8  # tokens that are few
-NAMES = ("pack", "unpack", "product", "bytes", "norm", "add", "times", "attend", "rotate", "keep")
+NAMES = (
+    "pack", "unpack", "product", "bytes", "norm", "add", "times", "attend", "rotate", "keep", "planes", "convolve",
+    "pool", "depthwise", "average",
+)  # fmt: skip
 OPS = {name: i for i, name in enumerate(NAMES)}
-FORMATS = {Bitmask: 0, Tiles: 2, Panels: 3, Sell: 4}
 FOR_FEW = (Bitmask, Panels)
-CACHED = 1 << 50  # where the addresses of a cache begin, for the order of steps
+BESIDE = (words.add, words.times, words.activation)  # of images, what reads them pixel by pixel
 
 
 class Place(Structure):
@@ -92,6 +95,7 @@ class Value:
     few: bool
     last: int = -1
     start: int = 0
+    size: int | None = None  # floats, where it is neither
 
     @property
     def tile(self) -> int:
@@ -99,6 +103,8 @@ class Value:
 
     @property
     def floats(self) -> int:
+        if self.size is not None:
+            return -(-self.size // NT) * NT
         return -(-self.tokens.columns * self.tile // NT) * NT if self.few else self.tokens.tiles * self.tile
 
 
@@ -116,23 +122,32 @@ class Plan:
         shapes: Mapping[Node, tuple[int, ...]],
         kernels: Mapping[Node, Any],
         constants: Mapping[str, Tensor],
+        lower: Mapping[Any, Callable[[Plan, Node], None]],
+        images: Collection[Node] = (),
     ):
         self.shapes, self.kernels, self.constants = dict(shapes), kernels, constants
+        self.images = images  # of what is [batch, features, rows, columns]
         self.values: dict[Node, Value] = {}
         self.every: list[Value] = []
         self.steps: list[tuple[Step, dict[str, Any], list[tuple[int, int, bool]]]] = []
         self.held: list[Any] = []  # whose addresses steps have
         self.attends: list[tuple[Attend, dict[str, Value]]] = []
         self.kept = Kept()
+        self.planes: dict[tuple[Any, ...], Value] = {}  # of images, by kernel
         self.masks: list[tuple[Node, Attend]] = []
         self.bytes: dict[tuple[Node, str], tuple[Value, Value]] = {}
         self.few = self._few(nodes, inputs)
         attends = (words.attention, words.recall)
         self.spread = set() if self.few else {self._lead(n) for n in nodes if n.target in attends}
-        self.inputs = [n for n in inputs if n not in _masks(nodes)]
-        self.entries = [self._enter(n) for n in self.inputs]
+        masks = {n.args[3] for n in nodes if n.target is words.attention}
+        self.inputs = [n for n in inputs if n not in masks]
+        self.raw: dict[Node, list[int]] = {n: [] for n in self.inputs}  # the steps that read an input as it comes
+        inner = set(nodes)
+        for node in self.inputs:
+            if node not in images or any(u in inner and _by_pixel(node, u) for u in node.users):
+                self._enter(node)
         for node in nodes:
-            LOWER[node.target](self, node)
+            lower[node.target](self, node)
         self.exits = [self._leave(n) for n in outputs]
         self._settle()
 
@@ -149,11 +164,10 @@ class Plan:
         return self.shape(node)[:-1]
 
     def shape(self, node: Node) -> tuple[int, ...]:
+        """Return the sizes of a value: of a word, its first input's, where the word's lowering has not said others."""
         if node not in self.shapes:
-            x = node.args[0]
-            last = self.kernels[node].shape[0] if node.target is words.product else None
-            s = self.shape(x)
-            self.shapes[node] = s if last is None else (*s[:-1], last)
+            s = self.shape(node.args[0])
+            self.shapes[node] = (*s[:-1], self.kernels[node].shape[0]) if node.target is words.product else s
         return self.shapes[node]
 
     def _tokens(self, lead: tuple[int, ...]) -> Tokens:
@@ -167,9 +181,20 @@ class Plan:
         self.every.append(v)
         return v
 
+    def over(self, node: Node) -> Value:
+        """Return what an image would be in tiles, without a place."""
+        batch, features, *sizes = self.shape(node)
+        return Value(Tokens(batch, prod(sizes), prod(sizes)), features, len(self.steps), False)
+
     def make(self, node: Node) -> Value:
-        *lead, features = self.shape(node)
-        v = self.values[node] = self._new(tuple(lead), features)
+        """Return a new value for a node."""
+        if node in self.images:
+            v = self.over(node)
+            self.every.append(v)
+        else:
+            *lead, features = self.shape(node)
+            v = self._new(tuple(lead), features)
+        self.values[node] = v
         return v
 
     def use(self, v: Value) -> Value:
@@ -191,13 +216,14 @@ class Plan:
         self.steps.append((s, at, list(kept)))
         return s
 
-    def _enter(self, node: Node) -> Step:
+    def _enter(self, node: Node) -> None:
         v = self.make(node)
-        return self.step("pack", v, out=self.use(v))
+        self.raw[node].append(len(self.steps))
+        self.step("pack", v, out=self.use(v), flag=int(node in self.images))
 
     def _leave(self, node: Node) -> tuple[Step, tuple[int, ...]]:
         v = self.use(self.values[node])
-        return self.step("unpack", v, x=v), self.shape(node)
+        return self.step("unpack", v, x=v, flag=int(node in self.images)), self.shape(node)
 
     def constant(self, node: Any) -> int | None:
         if node is None:
@@ -223,8 +249,7 @@ class Plan:
                 else:
                     v.start, end = end, end + v.floats
                 ends.setdefault(max(v.last, v.made) + 1, []).append(v)
-        self.memory = torch.zeros(end + 16)
-        base = (self.memory.data_ptr() + 63) // 64 * 64
+        self.memory, base = _fresh(end)
         self.array = (Step * len(self.steps))()
         for i, (s, places, _) in enumerate(self.steps):
             for name, v in places.items():
@@ -236,8 +261,6 @@ class Plan:
             for name, v in places.items():
                 setattr(a, name, base + 4 * v.start)
                 setattr(a, f"{name}_tile", v.tile)
-        n = len(self.entries)
-        self.first = [self.array[i] for i in range(n)]
         self.final = [self.array[i] for i in range(len(self.steps) - len(self.exits), len(self.steps))]
         self.sizes = [shape for _, shape in self.exits]
         self.call = native.library().rarefy_run_plan
@@ -264,10 +287,11 @@ class Plan:
             k.at, k.batch, k.capacity, k.past = cache.memory.data_ptr(), cache.batch, cache.capacity, cache.past
             k.starts = None if starts is None else starts.data_ptr()
         kept = []
-        for node, step in zip(self.inputs, self.first):
+        for node, steps in self.raw.items():
             x = given[node].contiguous()
             kept.append(x)
-            step.x.at = x.data_ptr()
+            for i in steps:
+                self.array[i].x.at = x.data_ptr()
         for node, a in self.masks:
             m = given[node]
             m = m[(None,) * (4 - m.dim())]
@@ -285,123 +309,17 @@ class Plan:
         return out
 
 
-def _masks(nodes: Sequence[Node]) -> set[Any]:
-    return {n.args[3] for n in nodes if n.target is words.attention and n.args[3] is not None}
+def _fresh(floats: int) -> tuple[Tensor, int]:
+    """Zeros, and the address where they begin: a whole page, large ones where they are many."""
+    page = PAGE if 4 * floats > PAGE else 64
+    memory = torch.empty(floats + page // 4)
+    native.library().rarefy_large_pages(memory.data_ptr(), memory.nbytes)
+    memory.zero_()
+    return memory, (memory.data_ptr() + page - 1) // page * page
 
 
-def _product(p: Plan, node: Node) -> None:
-    x, _, _, more, _ = node.args
-    kernel = p.kernels[node]
-    packed = kernel.held[0]
-    source, extra = p.values[x], {} if more is None else {"more": p.values[more]}
-    kind = _numbers(packed, p.few)
-    if kind == "int8" or (p.few and (kind != "fp32" or source.features % 64)):
-        source, extra["sum"] = _converted(p, x, source, kind)
-    if isinstance(packed, Panels) and kind == "int8" and not p.few:
-        p.held.append(packed.sums.to(torch.int32))
-        extra["sums"] = p.held[-1].data_ptr()
-    out = p.make(node)
-    places = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
-    how = {"w": addressof(kernel.about), "flag": FORMATS[type(packed)]}
-    p.step("product", out, x=p.use(source), out=p.use(out), **how, **places)
-
-
-def _numbers(packed: Any, few: bool) -> str:
-    """What a kernel takes its inputs in. What is unfolded to fp32 for many tokens takes them as they are."""
-    if isinstance(packed, Panels):
-        return "fp32" if packed.exact or (packed.parts and not few) else "int8"
-    if isinstance(packed, Bitmask) and not few:
-        return "int8" if packed.kind == "int8" else "fp32"
-    return "int8" if packed.kind == "int4" else packed.kind
-
-
-def _converted(p: Plan, x: Node, source: Value, kind: str) -> tuple[Value, Value]:
-    """Inputs in the numbers of a kernel, and their scales, made once."""
-    if (x, kind) not in p.bytes:
-        wide = -(-source.features // 64) * 64
-        lanes = wide // LANE[kind] if p.few else -(-source.features // 4)
-        small, scales = p._new(p._lead(x), lanes), p._new(p._lead(x), 1)
-        flag = ("fp32", "bf16", "int8").index(kind) if p.few else 0
-        p.step("bytes", source, x=p.use(source), out=p.use(small), sum=p.use(scales), flag=flag)
-        p.bytes[x, kind] = small, scales
-    return p.bytes[x, kind]
-
-
-def _norm(p: Plan, node: Node) -> None:
-    x, gain, bias, least, centred, groups = node.args
-    v, out = p.use(p.values[x]), p.make(node)
-    weights = {"gain": p.constant(gain), "bias": p.constant(bias)}
-    p.step("norm", out, x=v, out=p.use(out), **weights, least=least, flag=int(centred), groups=groups)
-
-
-def _pair(p: Plan, node: Node) -> None:
-    x, *rest = node.args
-    more, act = (None, rest[0]) if node.target is words.activation else rest
-    out = p.make(node)
-    extra = {} if more is None else {"more": p.use(p.values[more])}
-    op = "times" if node.target is words.times else "add"
-    p.step(op, out, x=p.use(p.values[x]), out=p.use(out), act=native.ACTIVATIONS.index(act), **extra)
-
-
-def _attention(p: Plan, node: Node) -> None:
-    q, k, v, mask, heads, kv_heads, scale, causal = node.args
-    out = p.make(node)
-    t = out.tokens
-    a = Attend(
-        batch=p.shape(node)[0],
-        heads=heads,
-        kv_heads=kv_heads,
-        width=out.features // heads,
-        queries=p.shape(node)[1],
-        keys=p.shape(k)[1],
-        apart=t.apart,
-        scale=scale,
-        causal=int(causal),
-    )
-    places = {n: p.use(p.values[x]) for n, x in zip("qkv", (q, k, v))} | {"out": p.use(out)}
-    p.attends.append((a, places))
-    if mask is not None:
-        p.masks.append((mask, a))
-    p.step("attend", out, w=addressof(a), **places)
-
-
-def _rotate(p: Plan, node: Node) -> None:
-    x, cosine, sine, heads = node.args
-    out = p.make(node)
-    angles = {"more": p.use(p.values[cosine]), "sum": p.use(p.values[sine])}
-    p.step("rotate", out, x=p.use(p.values[x]), out=p.use(out), groups=heads, **angles)
-
-
-def _recall(p: Plan, node: Node) -> None:
-    q, k, v, _, before, heads, kv_heads, scale, window = node.args
-    out = p.make(node)
-    width, tokens = out.features // heads, out.tokens
-    a = Attend(
-        batch=p.shape(node)[0],
-        heads=heads,
-        kv_heads=kv_heads,
-        width=width,
-        queries=p.shape(node)[1],
-        apart=tokens.apart,
-        cache=addressof(p.kept),
-        k_before=before[0],
-        v_before=before[1],
-        window=window,
-        scale=scale,
-        causal=1,
-    )
-    a.k_tile = a.v_tile = kv_heads * width * NT
-    places = {"q": p.use(p.values[q]), "out": p.use(out)}
-    p.attends.append((a, places))
-    kept = [(CACHED + b, CACHED + b + kv_heads * width) for b in before]
-    for flag, x in enumerate((k, v)):
-        value = p.use(p.values[x])
-        p.step("keep", value, x=value, w=addressof(a), flag=flag, kept=[(*kept[flag], True)])
-    p.use(p.values[q])
-    p.step("attend", out, w=addressof(a), kept=[(*k, False) for k in kept], **places)
-
-
-LOWER: dict[Any, Callable[[Plan, Node], None]] = {
-    words.product: _product, words.norm: _norm, words.add: _pair, words.times: _pair, words.activation: _pair,
-    words.attention: _attention, words.rotate: _rotate, words.recall: _recall,
-}  # fmt: skip
+def _by_pixel(image: Node, user: Node) -> bool:
+    """Whether a word reads an image's tiles, not its planes."""
+    if user.target is words.convolution:
+        return user.args[3] is image
+    return user.target in (*BESIDE, words.average)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.engine import words
+from rarefy.engine import images, words
 from rarefy.engine.trace import Node
 from rarefy.errors import ModelError
+from rarefy.runtime.packed import MOST_STRIDE
 
 Size = tuple[int, ...]
 
@@ -33,14 +34,60 @@ def check(
         fits = None not in sizes and FITS[node.target](node, sizes, kernels, inputs, constants)
         if not fits:
             raise ModelError(f"the saved graph does not fit together: {node.name} is a word on sizes {sizes}")
-        first: Any = sizes[0]
-        known[node] = first if node.target is not words.product else (*first[:-1], kernels[node].shape[0])
+        known[node] = _made(node, sizes[0], kernels, constants)
+
+
+def _made(node: Node, first: Any, kernels: Mapping[Node, Any], constants: Mapping[str, Tensor]) -> Size:
+    """The sizes of what a word gives."""
+    if node.target is words.product:
+        return (*first[:-1], kernels[node].shape[0])
+    if node.target is words.convolution:
+        return _convolved(node, first, _weight(node, kernels, constants))
+    if node.target is words.pool:
+        return (*first[:2], *images.out_sizes(first[2:], *node.args[1:]))
+    return first[:2] if node.target is words.average else first
+
+
+def _weight(node: Node, kernels: Mapping[Node, Any], constants: Mapping[str, Tensor]) -> Size:
+    return tuple(kernels[node].shape if node in kernels else constants[node.args[1].name].shape)
+
+
+def _convolved(node: Node, first: Any, weight: Size) -> Size:
+    stride, padding, dilation = node.args[5:8]
+    return (first[0], weight[0], *images.out_sizes(first[2:], weight[2:], stride, padding, dilation))
+
+
+def _convolution(node: Node, sizes: Any, kernels: Mapping[Node, Any], _: Any, constants: Mapping[str, Tensor]) -> bool:
+    x, *more = sizes
+    weight = _weight(node, kernels, constants)
+    if len(x) != 4 or len(weight) != 4 or x[1] != weight[1] * node.args[8] or 0 in x:
+        return False
+    if node in kernels:  # which has strides of its own
+        packed = kernels[node].held[0]
+        if (packed.stride, packed.padding, packed.dilation) != tuple(tuple(a) for a in node.args[5:8]):
+            return False
+    out = _convolved(node, x, weight)
+    bias = node.args[2]
+    fits = bias is None or tuple(constants[bias.name].shape) == weight[:1]
+    return min(out) > 0 and more in ([], [out]) and fits
+
+
+def _pool(node: Node, sizes: Any, *_: Any) -> bool:
+    kernel, stride, padding, dilation = node.args[1:]
+    (x,) = sizes
+    if len(x) != 4 or 0 in x or max(stride) > MOST_STRIDE or any(2 * p > k for p, k in zip(padding, kernel)):
+        return False
+    return min(kernel) > 0 and min(images.out_sizes(x[2:], kernel, stride, padding, dilation)) > 0
+
+
+def _average(_: Node, sizes: Any, *__: Any) -> bool:
+    return len(sizes[0]) == 4 and 0 not in sizes[0]
 
 
 def _values(node: Node) -> list[Node]:
     """The values that a word is about, without weights and masks."""
     places = {words.product: (0, 3), words.norm: (0,), words.activation: (0,), words.attention: (0, 1, 2)}
-    places[words.rotate] = (0, 1, 2)
+    places |= {words.rotate: (0, 1, 2), words.convolution: (0, 3), words.pool: (0,), words.average: (0,)}
     found = [node.args[i] for i in places.get(node.target, (0, 1))]
     return [a for a in found if a is not None]
 
@@ -89,4 +136,7 @@ FITS: dict[Any, Callable[..., bool]] = {
     words.activation: _alike,
     words.attention: _attention,
     words.rotate: _rotate,
+    words.convolution: _convolution,
+    words.pool: _pool,
+    words.average: _average,
 }

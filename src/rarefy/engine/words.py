@@ -34,6 +34,16 @@ def convolution(
     return ACTIVATIONS[act](y if more is None else y + more)
 
 
+def pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Return the largest of the pixels of x [images, features, height, width] that a kernel takes together."""
+    return F.max_pool2d(x, kernel, stride, padding, dilation)
+
+
+def average(x: Tensor) -> Tensor:
+    """Return means over pixels, [images, features]."""
+    return x.mean((2, 3))
+
+
 def embedding(ids: Tensor, w: Tensor) -> Tensor:
     """Return rows of w."""
     return F.embedding(ids, w)

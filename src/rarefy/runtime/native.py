@@ -85,7 +85,7 @@ class _Sell(Structure):
     ]
 
 
-class _Conv(Structure):
+class Conv(Structure):
     _fields_ = [
         ("weight", _Tiles),
         ("sell", c_void_p),
@@ -112,9 +112,14 @@ def _open() -> tuple[Any, str | None]:
         run = getattr(library, f"rarefy_run_{name}")
         run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
     library.rarefy_run_together.argtypes = [c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]
+    library.rarefy_image_floats.argtypes = [POINTER(Conv), c_int64, c_int64]
+    library.rarefy_image_floats.restype = c_int64
+    library.rarefy_image_places.argtypes = [POINTER(Conv), c_int64, c_int64, c_void_p]
+    library.rarefy_image_places.restype = None
+    library.rarefy_large_pages.argtypes, library.rarefy_large_pages.restype = [c_void_p, c_int64], None
     library.rarefy_run_plan.argtypes = [c_void_p, c_int64]
-    library.rarefy_run_conv.argtypes = [POINTER(_Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
-    library.rarefy_check_conv.argtypes = [POINTER(_Conv), c_int64, c_int64]
+    library.rarefy_run_conv.argtypes = [POINTER(Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
+    library.rarefy_check_conv.argtypes = [POINTER(Conv), c_int64, c_int64]
     library.rarefy_check_csr.argtypes = [POINTER(_Csr), c_int64]
     library.rarefy_check_sell.argtypes = [POINTER(_Sell), c_int64]
     library.rarefy_check_panels.argtypes = [POINTER(_Panels), c_int64]
@@ -319,7 +324,7 @@ def _like(y: Tensor, residual: Tensor) -> Tensor:
     return residual.contiguous()
 
 
-def _convolution(packed: ConvTiles, weight: Any) -> _Conv:
+def _convolution(packed: ConvTiles, weight: Any) -> Conv:
     O, inputs, *kernel = packed.shape
     pairs = {"kernel": kernel, **{n: getattr(packed, n) for n in ("stride", "padding", "dilation")}}
     arrays: dict[str, Any] = {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
@@ -327,7 +332,7 @@ def _convolution(packed: ConvTiles, weight: Any) -> _Conv:
         same = {n: getattr(weight, n) for n in ("rows", "inputs", "cols", "block", "bias", "kind", "act")}
         arrays |= {"sell": addressof(weight)}
         weight = _Tiles(**same)
-    return _Conv(weight=weight, groups=packed.groups, outputs=O // packed.groups, inputs=inputs, **arrays)
+    return Conv(weight=weight, groups=packed.groups, outputs=O // packed.groups, inputs=inputs, **arrays)
 
 
 def _check_plain(packed: Packed) -> None:

@@ -1,0 +1,139 @@
+"""Words of images as steps of a plan: values [batch, features, rows, columns] whose pixels are tokens.
+
+What a kernel takes together is brought together out of planes: images with their padding, cut so that a kernel's
+position is a shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from ctypes import Structure, addressof, c_int64, c_void_p
+from math import inf
+from typing import Any
+
+import torch
+
+from rarefy.engine import words
+from rarefy.engine.plan import BESIDE, Plan, Value
+from rarefy.engine.trace import Node
+from rarefy.runtime import native
+from rarefy.runtime.packed import MOST_STRIDE, Sell
+
+PIECE = 16  # floats that may be read past the last plane
+MOST_PLANES = 1 << 31  # floats, as places are counted in 32 bits
+OF_IMAGES = (words.convolution, words.pool, words.average)
+
+
+class Image(Structure):
+    _fields_ = [("w", c_void_p), ("height", c_int64), ("width", c_int64), ("places", c_void_p)]
+
+
+def depthwise(node: Node, weight: Any) -> bool:
+    """Whether a convolution has one input and one output in each group, and a kernel's stride."""
+    groups, stride = node.args[8], node.args[5]
+    return groups > 1 and weight.shape[0] == groups and weight.shape[1] == 1 and max(stride) <= MOST_STRIDE
+
+
+def layouts(nodes: Sequence[Node]) -> set[Node] | None:
+    """Return which values are images; None where words that go over the last dimension read them too."""
+    found = {n for n in nodes if n.target in OF_IMAGES[:2]} | {n.args[0] for n in nodes if n.target in OF_IMAGES}
+    found |= {n.args[3] for n in nodes if n.target is words.convolution and n.args[3] is not None}
+    before = -1
+    while before != len(found):
+        before = len(found)
+        for n in (n for n in nodes if n.target in BESIDE):
+            around = {n, *n.all_input_nodes}
+            if around & found:
+                found |= around
+    others = {a for n in nodes if n.target not in (*OF_IMAGES, *BESIDE) for a in (n, *n.all_input_nodes)}
+    others |= {n for n in nodes if n.target is words.average}
+    return None if found & others else found
+
+
+def out_sizes(sizes: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...]:
+    """Return rows and columns of what a kernel makes of images."""
+    return tuple(
+        (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(sizes, kernel, stride, padding, dilation)
+    )
+
+
+def _planes(p: Plan, x: Node, conv: Any, rest: float) -> tuple[Value, Image]:
+    """An image's planes for a kernel, once for all that read it so, and how to read them."""
+    batch, features, height, width = p.shape(x)
+    each = native.library().rarefy_image_floats(conv, height, width) // conv.inputs
+    how = (x, rest, *(tuple(getattr(conv, n)) for n in ("kernel", "stride", "padding", "dilation")))
+    if batch * features * each >= MOST_PLANES:
+        raise MemoryError(f"{batch} images of {features} channels of {height} x {width} are more than a plan counts")
+    lanes = conv.inputs * conv.kernel[0] * conv.kernel[1]
+    places = torch.empty(lanes, dtype=torch.int32)
+    native.library().rarefy_image_places(conv, height, width, places.data_ptr())
+    image = Image(addressof(conv), height, width, places.data_ptr())
+    p.held += [image, places, conv]
+    if how not in p.planes:
+        source = p.values.get(x)
+        tokens = p.over(x) if source is None else source
+        made = Value(tokens.tokens, features, len(p.steps), False, size=batch * features * each + PIECE)
+        p.every.append(made)
+        given: dict[str, Any] = {"flag": 1} if source is None else {"x": p.use(source)}
+        if source is None:
+            p.raw[x].append(len(p.steps))
+        p.step("planes", tokens, out=p.use(made), w=addressof(image), least=rest, **given)
+        p.planes[how] = made
+    return p.use(p.planes[how]), image
+
+
+def convolution(p: Plan, node: Node) -> None:
+    """By tiles or pairs of rows; where kernel and stride are one, a product over features."""
+    x, w, bias, more, act, stride, padding, dilation, _ = node.args
+    batch, _, *sizes = p.shape(x)
+    weight = None if node in p.kernels else p.constants[w.name]
+    shape: Any = p.kernels[node].shape if weight is None else weight.shape
+    p.shapes[node] = (batch, shape[0], *out_sizes(sizes, shape[2:], stride, padding, dilation))
+    beside = {} if more is None else {"more": p.values[more]}
+    if weight is not None:
+        conv = _geometry(shape[2:], stride, padding, dilation)
+        planes, image = _planes(p, x, conv, 0.0)
+        out = p.make(node)
+        acts = native.ACTIVATIONS.index(None if beside else act)
+        weights = {"gain": p.constant(w), "bias": p.constant(bias)}
+        p.step("depthwise", out, x=p.use(planes), out=p.use(out), w=addressof(image), act=acts, batch=batch, **weights)
+        if beside:
+            p.step(
+                "add", out, x=p.use(out), out=p.use(out), act=native.ACTIVATIONS.index(act), more=p.use(beside["more"])
+            )
+        return
+    kernel = p.kernels[node]
+    plain = tuple(shape[2:]) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
+    if plain and x in p.values:
+        source, step = p.values[x], "product"
+        how = {"w": addressof(kernel.inner), "flag": 4 if isinstance(kernel.held[0].matrix, Sell) else 2}
+    else:
+        source, image = _planes(p, x, kernel.about, 0.0)
+        step, how = "convolve", {"w": addressof(image), "batch": batch}
+    out = p.make(node)
+    p.step(step, out, x=p.use(source), out=p.use(out), **how, **{n: p.use(v) for n, v in beside.items()})
+
+
+def pool(p: Plan, node: Node) -> None:
+    """The largest of the pixels that a kernel takes together."""
+    x, kernel, stride, padding, dilation = node.args
+    batch, features, *sizes = p.shape(x)
+    p.shapes[node] = (batch, features, *out_sizes(sizes, kernel, stride, padding, dilation))
+    planes, image = _planes(p, x, _geometry(kernel, stride, padding, dilation), -inf)
+    out = p.make(node)
+    p.step("pool", out, x=p.use(planes), out=p.use(out), w=addressof(image), batch=batch)
+
+
+def average(p: Plan, node: Node) -> None:
+    """Means over pixels."""
+    batch, features, height, width = p.shape(node.args[0])
+    p.shapes[node] = batch, features
+    source = p.values[node.args[0]]
+    out = p.make(node)
+    p.step("average", out, x=p.use(source), out=p.use(out), tokens=height * width)
+
+
+def _geometry(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+    """A convolution of one input without weights."""
+    pairs: Mapping[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    return native.Conv(groups=1, outputs=1, inputs=1, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})

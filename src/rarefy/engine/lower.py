@@ -1,0 +1,137 @@
+"""Words as steps of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import addressof
+from typing import Any
+
+import torch
+
+from rarefy.engine import images, words
+from rarefy.engine.plan import NT, Attend, Plan, Value
+from rarefy.engine.trace import Node
+from rarefy.runtime import native
+from rarefy.runtime.packed import LANE, Bitmask, Panels, Sell, Tiles
+
+FORMATS = {Bitmask: 0, Tiles: 2, Panels: 3, Sell: 4}
+CACHED = 1 << 50  # where the addresses of a cache begin, for the order of steps
+
+
+def _product(p: Plan, node: Node) -> None:
+    x, _, _, more, _ = node.args
+    kernel = p.kernels[node]
+    packed = kernel.held[0]
+    source, extra = p.values[x], {} if more is None else {"more": p.values[more]}
+    kind = _numbers(packed, p.few)
+    if kind == "int8" or (p.few and (kind != "fp32" or source.features % 64)):
+        source, extra["sum"] = _converted(p, x, source, kind)
+    if isinstance(packed, Panels) and kind == "int8" and not p.few:
+        p.held.append(packed.sums.to(torch.int32))
+        extra["sums"] = p.held[-1].data_ptr()
+    out = p.make(node)
+    places = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
+    how = {"w": addressof(kernel.about), "flag": FORMATS[type(packed)]}
+    p.step("product", out, x=p.use(source), out=p.use(out), **how, **places)
+
+
+def _numbers(packed: Any, few: bool) -> str:
+    """What a kernel takes its inputs in. What is unfolded to fp32 for many tokens takes them as they are."""
+    if isinstance(packed, Panels):
+        return "fp32" if packed.exact or (packed.parts and not few) else "int8"
+    if isinstance(packed, Bitmask) and not few:
+        return "int8" if packed.kind == "int8" else "fp32"
+    return "int8" if packed.kind == "int4" else packed.kind
+
+
+def _converted(p: Plan, x: Node, source: Value, kind: str) -> tuple[Value, Value]:
+    """Inputs in the numbers of a kernel, and their scales, made once."""
+    if (x, kind) not in p.bytes:
+        wide = -(-source.features // 64) * 64
+        lanes = wide // LANE[kind] if p.few else -(-source.features // 4)
+        small, scales = p._new(p._lead(x), lanes), p._new(p._lead(x), 1)
+        flag = ("fp32", "bf16", "int8").index(kind) if p.few else 0
+        p.step("bytes", source, x=p.use(source), out=p.use(small), sum=p.use(scales), flag=flag)
+        p.bytes[x, kind] = small, scales
+    return p.bytes[x, kind]
+
+
+def _norm(p: Plan, node: Node) -> None:
+    x, gain, bias, least, centred, groups = node.args
+    v, out = p.use(p.values[x]), p.make(node)
+    weights = {"gain": p.constant(gain), "bias": p.constant(bias)}
+    p.step("norm", out, x=v, out=p.use(out), **weights, least=least, flag=int(centred), groups=groups)
+
+
+def _pair(p: Plan, node: Node) -> None:
+    x, *rest = node.args
+    more, act = (None, rest[0]) if node.target is words.activation else rest
+    out = p.make(node)
+    extra = {} if more is None else {"more": p.use(p.values[more])}
+    op = "times" if node.target is words.times else "add"
+    p.step(op, out, x=p.use(p.values[x]), out=p.use(out), act=native.ACTIVATIONS.index(act), **extra)
+
+
+def _attention(p: Plan, node: Node) -> None:
+    q, k, v, mask, heads, kv_heads, scale, causal = node.args
+    out = p.make(node)
+    t = out.tokens
+    a = Attend(
+        batch=p.shape(node)[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        width=out.features // heads,
+        queries=p.shape(node)[1],
+        keys=p.shape(k)[1],
+        apart=t.apart,
+        scale=scale,
+        causal=int(causal),
+    )
+    places = {n: p.use(p.values[x]) for n, x in zip("qkv", (q, k, v))} | {"out": p.use(out)}
+    p.attends.append((a, places))
+    if mask is not None:
+        p.masks.append((mask, a))
+    p.step("attend", out, w=addressof(a), **places)
+
+
+def _rotate(p: Plan, node: Node) -> None:
+    x, cosine, sine, heads = node.args
+    out = p.make(node)
+    angles = {"more": p.use(p.values[cosine]), "sum": p.use(p.values[sine])}
+    p.step("rotate", out, x=p.use(p.values[x]), out=p.use(out), groups=heads, **angles)
+
+
+def _recall(p: Plan, node: Node) -> None:
+    q, k, v, _, before, heads, kv_heads, scale, window = node.args
+    out = p.make(node)
+    width, tokens = out.features // heads, out.tokens
+    a = Attend(
+        batch=p.shape(node)[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        queries=p.shape(node)[1],
+        apart=tokens.apart,
+        cache=addressof(p.kept),
+        k_before=before[0],
+        v_before=before[1],
+        window=window,
+        scale=scale,
+        causal=1,
+    )
+    a.k_tile = a.v_tile = kv_heads * width * NT
+    places = {"q": p.use(p.values[q]), "out": p.use(out)}
+    p.attends.append((a, places))
+    kept = [(CACHED + b, CACHED + b + kv_heads * width) for b in before]
+    for flag, x in enumerate((k, v)):
+        value = p.use(p.values[x])
+        p.step("keep", value, x=value, w=addressof(a), flag=flag, kept=[(*kept[flag], True)])
+    p.use(p.values[q])
+    p.step("attend", out, w=addressof(a), kept=[(*k, False) for k in kept], **places)
+
+
+LOWER: dict[Any, Callable[[Plan, Node], None]] = {
+    words.product: _product, words.norm: _norm, words.add: _pair, words.times: _pair, words.activation: _pair,
+    words.attention: _attention, words.rotate: _rotate, words.recall: _recall, words.convolution: images.convolution,
+    words.pool: images.pool, words.average: images.average,
+}  # fmt: skip

@@ -1,0 +1,201 @@
+"""Networks of images in native plans: convolutions, pools and means on tiles of pixels, against eager torch."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rarefy
+from rarefy.engine import compiled, images, words
+from rarefy.engine.compiled import Alone, Segment
+from rarefy.runtime import native
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason="no kernels")
+
+
+def far(want, got):
+    return float((want - got).norm() / want.norm())
+
+
+def equal(net, *x, most=1e-5):
+    made = rarefy.compile(net.eval(), x)
+    with torch.no_grad():
+        assert far(net(*x), made(*x)) < most
+    return made
+
+
+def words_of(made):
+    return [n.target for s in made.program if isinstance(s, Segment) for n in s.nodes]
+
+
+class Between(nn.Module):
+    """A layer of images with a product before and behind it, so that all run in one plan."""
+
+    def __init__(self, layer, C, O):
+        super().__init__()
+        self.before, self.layer, self.behind = nn.Conv2d(5, C, 1), layer, nn.Conv2d(O, 7, 1)
+
+    def forward(self, x):
+        return self.behind(torch.relu(self.layer(self.before(x))))
+
+
+def thin(net, sparsity):
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            m.weight.data *= torch.rand(m.weight.shape) >= sparsity
+    return net
+
+
+CONVOLUTIONS = {  # kernel, stride, padding, dilation, rows, columns
+    "pointwise": (1, 1, 0, 1, 9, 11),
+    "pointwise, stride": (1, 2, 0, 1, 9, 12),
+    "pointwise, padding": (1, 1, 1, 1, 6, 5),
+    "square": (3, 1, 1, 1, 14, 9),
+    "square, no padding": (3, 1, 0, 1, 7, 7),
+    "square, stride": (3, 2, 1, 1, 15, 16),
+    "dilation": (3, 1, 2, 2, 12, 10),
+    "wide": (5, 3, 2, 1, 13, 13),
+    "oblong": ((1, 7), 1, (0, 3), 1, 8, 17),
+    "stride past the kernel": (2, 3, 0, 1, 14, 14),
+}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.85])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(isa, name, sparsity):
+    kernel, stride, padding, dilation, rows, columns = CONVOLUTIONS[name]
+    layer = nn.Conv2d(19, 150, kernel, stride, padding, dilation)
+    net = thin(Between(layer, 19, 150), sparsity)
+    made = equal(net, torch.randn(3, 5, rows, columns))
+    assert len(made.program) == 1
+    x = torch.randn(1, 5, rows, columns)
+    with torch.no_grad():
+        assert far(net(x), made(x)) < 1e-5
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (5, 1, 1), (3, 1, 2), (7, 2, 1)])
+def test_depthwise(isa, kernel, stride, dilation):
+    layer = nn.Conv2d(21, 21, kernel, stride, kernel // 2 * dilation, dilation, groups=21)
+    made = equal(Between(layer, 21, 21), torch.randn(2, 5, 17, 15))
+    assert words_of(made).count(words.convolution) == 3
+
+
+@pytest.mark.parametrize("how", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 1, 0, 2), ((2, 3), (1, 2), (1, 0))])
+def test_pools(isa, how):
+    made = equal(Between(nn.MaxPool2d(*how), 19, 19), torch.randn(2, 5, 17, 14))
+    assert words.pool in words_of(made)
+
+
+def test_pools_keep_what_is_no_number():
+    net = Between(nn.MaxPool2d(3, 2, 1), 19, 19).eval()
+    net.before.weight.data[:, 1:] = 0
+    made = rarefy.compile(net, torch.randn(2, 5, 9, 9))
+    x = torch.randn(2, 5, 9, 9)
+    x[0, 0, 4, 4], x[1, 0, 0, 0] = math.nan, -math.inf
+    with torch.no_grad():
+        want, got = net(x).isnan(), made(x).isnan()
+    assert want.any()
+    assert not want.all()
+    assert torch.equal(want, got)
+
+
+class Residual(nn.Module):
+    """Sums of images, also of what comes from outside, BatchNorm, a mean, and a product of features."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(24, 24, 3, padding=1, bias=False), nn.Conv2d(24, 24, 1)
+        self.norm, self.head = nn.BatchNorm2d(24), nn.Linear(24, 10)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x, more):
+        y = F.gelu(self.norm(self.a(x)) + x)
+        y = self.b(y) + more
+        y = F.relu(y + x)
+        return self.head(y.mean((2, 3))), y
+
+
+@pytest.mark.parametrize("batch", [1, 3, 70])
+def test_sums_and_means(isa, batch):
+    net = Residual().eval()
+    made = equal_all(net, torch.randn(batch, 24, 9, 7), torch.randn(batch, 24, 9, 7))
+    assert len(made.program) == 1
+    assert words_of(made).count(words.average) == 1
+
+
+def equal_all(net, *x):
+    made = rarefy.compile(net, x)
+    with torch.no_grad():
+        for want, got in zip(net(*x), made(*x)):
+            assert want.shape == got.shape
+            assert far(want, got) < 1e-5
+    return made
+
+
+def test_images_a_few_at_a_time(monkeypatch):
+    """Batches go through in pieces, of which the last may be smaller."""
+    net = Residual().eval()
+    x, more = torch.randn(7, 24, 9, 7), torch.randn(7, 24, 9, 7)
+    whole = rarefy.compile(net, (x, more))
+    monkeypatch.setattr(compiled, "NEAR_BYTES", 0)
+    made = rarefy.compile(net, (x, more))
+    (segment,) = made.program
+    for few in (1, 3):
+        segment.few = dict.fromkeys(
+            segment.few or {compiled._shapes(dict(zip(segment.inputs, (x[:1], more[:1])))): 0}, few
+        )
+        for want, got in zip(whole(x, more), made(x, more)):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert {k[0][1] for k in segment.plans} >= {1, 3}
+
+
+def test_what_images_and_rows_share_stays_in_torch():
+    """A LayerNorm over the last dimension reads what a convolution makes: no plan holds both."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1), nn.LayerNorm(8)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(y) + y
+
+    made = equal(Both(), torch.randn(2, 6, 8, 8))
+    assert not any(isinstance(s, Segment) for s in made.program)
+    assert any(isinstance(s, Alone) for s in made.program)
+    nodes = [n for n in made.traced.graph.nodes if n.target in (words.convolution, words.norm, words.add)]
+    assert images.layouts(nodes) is None
+    assert images.layouts(nodes[:1]) == {nodes[0], nodes[0].args[0]}
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(pytest.param(n, marks=SLOW) for n in ("mobilenet_v2", "vgg11", "resnext50_32x4d"))]
+)
+def test_real_networks(name):
+    models = pytest.importorskip("torchvision.models")
+    net = getattr(models, name)(weights=None).eval()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+    thin(net, 0.5)
+    made = equal(net, torch.randn(2, 3, 64, 64), most=1e-4)
+    if name == "resnet18":
+        assert len(made.program) == 1
+
+
+def test_saved_and_loaded(tmp_path):
+    net = Residual().eval()
+    x = torch.randn(3, 24, 9, 7), torch.randn(3, 24, 9, 7)
+    made = rarefy.compile(net, x)
+    rarefy.save(made, tmp_path / "net")
+    back = rarefy.load(tmp_path / "net")
+    for want, got in zip(made(*x), back(*x)):
+        assert torch.equal(want, got)
