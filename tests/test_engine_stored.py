@@ -439,7 +439,7 @@ def swap_first_two_calls(told):
         (lambda t: t["constants"].update(p_n_bias=[0, 1]), r"\[0, 1\] are not the dimensions of \[32\]"),
         (without("kernels", "product_2"), "its weight p_a_weight is neither there as it is nor packed"),
         (lambda t: t["kernels"].update(x="p_a_weight"), "kernels: 'x' is no word"),
-        (lambda t: t["kernels"].update(norm="p_a_weight"), "which only products and convolutions do"),
+        (lambda t: t["kernels"].update(norm="p_a_weight"), "which only products, convolutions and embeddings do"),
         (lambda t: t["kernels"].update(product_2=["p_a_weight"]), "must be str"),
         (lambda t: t["kernels"].update(product_2="p_c_weight"), "are not the weights that kernels run on"),
         (packed_as(format="csr"), "is no weight that a word runs on"),

@@ -419,15 +419,16 @@ def _source(name: str) -> Path:
 def _load(source: Path) -> tuple[Any, Any]:
     from rarefy import store
     from rarefy.compat import withdrawn
-    from rarefy.engine.compiled import Compiled
+    from rarefy.engine.language import Decoder
     from rarefy.files import INDEX, PICKLES
     from rarefy.model import hf
 
     hf.no_bars()
     if (source / INDEX).is_file() or withdrawn.is_compressed(source):
         model = store.load(source)
-        if isinstance(model, Compiled):
-            raise ModelError(f"{source} holds a compiled model: give the folder of what it was compiled from")
+        if not hasattr(model, "parameters"):
+            what = "decoder" if isinstance(model, Decoder) else "compiled model"
+            raise ModelError(f"{source} holds a {what}: give the folder of what it was compiled from")
         return model, hf.load_tokenizer(source)
     if not hf.is_folder(source):
         hint = "; a pickle is never opened: load it in Python and call rarefy.compress_"
