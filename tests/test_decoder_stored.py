@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rarefy
-from rarefy import cli, training
+from rarefy import shell, training
 from rarefy.engine import stored
 from rarefy.engine.compiled import Alone
 from rarefy.engine.language import Decoder
@@ -155,7 +155,7 @@ def test_options_without_effect_and_where_modules_are_asked_for(tmp_path):
         with pytest.raises(ModelError, match="Decoder|compiled from"):
             rarefy.export(tmp_path / "out", tmp_path / "dense", to=to)
     with pytest.raises(ModelError, match="holds a decoder: give the folder of what it was compiled from"):
-        cli._load(tmp_path / "out")
+        shell.load(tmp_path / "out")
     with pytest.raises(ModelError, match="teacher 'out' is a compiled model"):
         training.other("out", tmp_path, small())
 
