@@ -266,11 +266,17 @@ def _example(net: Any, tokens: int | None, batch: int | None) -> dict[str, Any]:
 
 
 def bench(
-    model: ModelPath,
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face folder, a folder of ours, compiled or not, or a built-in name.")
+    ],
     against: Annotated[str | None, typer.Option(help="A second model, timed in turns with the first.")] = None,
     accelerate: Annotated[
         bool, typer.Option("--accelerate", help="Time it with layers that skip zeros too, where those are faster here.")
     ] = False,
+    engine: Annotated[
+        bool, typer.Option(help="Time what the engine makes of it too, a decoder or a compiled model, where it can.")
+    ] = True,
+    values: Values = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Length of the input: tokens, or the prompt of a language model.")
     ] = 256,
@@ -285,33 +291,53 @@ def bench(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time a model, or several in turns: tokens per second of a language model, milliseconds of a call otherwise."""
+    """Time a model, or several in turns: tokens per second of a language model, milliseconds of a call otherwise.
+
+    Beside the model itself it times what `rarefy compile` would make of it ("engine"; --values int8: in 8 bits). A
+    folder that `rarefy compile` wrote is timed by itself.
+
+    rarefy bench smollm2-135m --values int8 --tokens 128
+
+    rarefy bench out/ --against smollm2-135m --accelerate
+    """
+    from rarefy.engine.timed import bench_models, engine_of
     from rarefy.files import blaming, write_whole
-    from rarefy.proof.bench import bench_models, example_of, generates
+    from rarefy.proof.bench import example_of, generates
     from rarefy.runtime.choose import accelerate_
     from rarefy.runtime.table import latency_table
 
-    if table is not None and (against or accelerate):
-        raise RecipeError("--table times layers, not models: leave --against and --accelerate out")
+    if table is not None and (against or accelerate or values):
+        raise RecipeError("--table times layers, not models: leave --against, --accelerate and --values out")
     if table is not None and (table.is_dir() or not table.resolve().parent.is_dir()):
         raise RecipeError(f"--table {table}: a file to write, in a folder that exists")
+    if values is not None and not engine:
+        raise RecipeError("--values has no effect without the engine: leave --no-engine out")
     with shell.threads(threads):
-        named = {"model": shell.load(shell.source(model))[0]}
-        net = named["model"]
-        sizes = (1, tokens) if generates(net) else (batch * tokens,)
+        net, _ = shell.load_any(shell.source(model))
+        kind, named = shell.kind_of(net), {"model": net}
+        idle = {"--table": table, "--accelerate": accelerate, "--values": values}
+        odd = next((n for n, given in idle.items() if given), None) if kind != "model" else None
+        if odd is not None:
+            raise RecipeError(f"{odd} has no effect: {model} holds a {kind}, which is timed as it is")
         if table is not None:
+            sizes = (1, tokens) if generates(net) else (batch * tokens,)
             told = latency_table(net, sizes, example_of(net, tokens, batch), repeats=repeats, progress=not quiet)
             with blaming(table):
                 write_whole(table, told.to_json())
             shell.show(told, as_json, quiet)
             return
         if against:
-            named["against"] = shell.load(shell.source(against))[0]
-        chosen = {}
+            named["against"] = shell.load_any(shell.source(against))[0]
+        more: dict[str, Any] = {}
         if accelerate:
             fast = named["accelerated"] = copy.deepcopy(net)
+            sizes = (1, tokens) if generates(net) else (batch * tokens,)
             told = accelerate_(fast, sizes, example_of(fast, tokens, batch), progress=not quiet)
-            chosen = {"layers that run sparse": told.summary["layers that run sparse"]}
+            more["layers that run sparse"] = told.summary["layers that run sparse"]
             shell.show(told, False, as_json or quiet)
+        if engine and kind == "model":
+            made, why = engine_of(net, tokens, batch, values)
+            named |= {} if made is None else {"engine": made}
+            more |= {"no engine": why} if made is None else {}
         report = bench_models(named, tokens, new, batch, repeats, not quiet)
-        shell.show(replace(report, summary={**report.summary, **chosen}), as_json, quiet)
+        shell.show(replace(report, summary={**report.summary, **more}), as_json, quiet)
