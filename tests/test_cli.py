@@ -16,6 +16,7 @@ import rarefy
 from conftest import Net, shell, text_model, tree
 from rarefy import recipe as recipes
 from rarefy import samples
+from rarefy.model import hf
 from rarefy.runtime import native
 
 RECIPE = """\
@@ -463,7 +464,7 @@ def test_bench_two_models_in_turns(run, packed, given):
     )
     report = json.loads(ran.out)
     assert ran.code == 0 and [(r["what"], r["of"]) for r in report["rows"]] == [
-        (k, m) for k in ("prefill", "decode") for m in ("model", "against")
+        (k, m) for k in ("prefill", "decode") for m in ("model", "against", "engine")
     ]
     assert report["summary"]["threads"] == 1
     assert report["summary"]["bytes in memory, against"] < report["summary"]["bytes in memory, model"]
@@ -473,11 +474,30 @@ def test_bench_with_layers_that_skip_zeros(run, packed, tmp_path, monkeypatch):
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
     words = ("bench", packed, "--accelerate", "--tokens", 8, "--new", 2, "--repeats", 2)
     report = json.loads(run(*words, "--json").out)
-    assert {r["of"] for r in report["rows"]} == {"model", "accelerated"}
+    assert {r["of"] for r in report["rows"]} == {"model", "accelerated", "engine"}
     assert re.fullmatch(r"\d+ of \d+", report["summary"]["layers that run sparse"])
     assert (tmp_path / "choices.json").is_file() == (native.missing() is None)
     ran = run(*words)
     assert ran.code == 0 and "batch 8" in ran.out and "instruction set" in ran.out and "decode" in ran.out
+
+
+def test_bench_of_what_was_compiled(run, given, tmp_path):
+    words = ("--tokens", 8, "--new", 2, "--repeats", 2, "--json", "-q")
+    made, out = rarefy.decoder(hf.load_folder(given / "model")), tmp_path / "out"
+    rarefy.save(made, out)
+    report = json.loads(run("bench", out, *words).out)
+    assert [(r["what"], r["of"]) for r in report["rows"]] == [("prefill", "model"), ("decode", "model")]
+    report = json.loads(run("bench", given / "model", "--against", out, "--no-engine", *words).out)
+    assert {r["of"] for r in report["rows"]} == {"model", "against"}
+    for more, message in (
+        (["--values", "int8"], "--values has no effect: "),
+        (["--accelerate"], "--accelerate has no effect: "),
+        (["--table", tmp_path / "t.json"], "--table has no effect: "),
+    ):
+        ran = run("bench", out, *more)
+        assert ran.code == 2 and ran.out == "" and message in ran.err and "holds a decoder" in ran.err
+    ran = run("bench", given / "model", "--no-engine", "--values", "int8")
+    assert ran.code == 2 and "--values has no effect without the engine" in ran.err
 
 
 # recipes, doctor

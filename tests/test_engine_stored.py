@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rarefy
-from rarefy import cli, samples, training
+from rarefy import samples, shell, training
 from rarefy.engine import operators, outputs, stored
 from rarefy.engine.compiled import Alone, Compiled, Segment
 from rarefy.errors import ContainerError, DataError, FormatError, ModelError
@@ -274,7 +274,7 @@ def test_options_without_effect(tmp_path):
 def test_where_modules_are_asked_for(tmp_path):
     rarefy.save(rarefy.compile(mlp(), torch.randn(2, 30)), tmp_path / "out")
     with pytest.raises(ModelError, match="holds a compiled model: give the folder of what it was compiled from"):
-        cli._load(tmp_path / "out")
+        shell.load(tmp_path / "out")
     with pytest.raises(ModelError, match="teacher 'out' is a compiled model"):
         training.other("out", tmp_path, mlp())
 
@@ -439,7 +439,7 @@ def swap_first_two_calls(told):
         (lambda t: t["constants"].update(p_n_bias=[0, 1]), r"\[0, 1\] are not the dimensions of \[32\]"),
         (without("kernels", "product_2"), "its weight p_a_weight is neither there as it is nor packed"),
         (lambda t: t["kernels"].update(x="p_a_weight"), "kernels: 'x' is no word"),
-        (lambda t: t["kernels"].update(norm="p_a_weight"), "which only products and convolutions do"),
+        (lambda t: t["kernels"].update(norm="p_a_weight"), "which only products, convolutions and embeddings do"),
         (lambda t: t["kernels"].update(product_2=["p_a_weight"]), "must be str"),
         (lambda t: t["kernels"].update(product_2="p_c_weight"), "are not the weights that kernels run on"),
         (packed_as(format="csr"), "is no weight that a word runs on"),

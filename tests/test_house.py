@@ -21,6 +21,8 @@ FLOORS = [
     {"given", "plan", "doctor", "account"},
     {"training"},
     {"api", "adapters", "migration"},
+    {"shell"},
+    {"commands"},
     {"cli", "__init__"},
     {"__main__"},
 ]

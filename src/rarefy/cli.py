@@ -1,9 +1,8 @@
-"""rarefy compress | inspect | bench | export | recipes | migrate | doctor. Exit codes: 0 done, 1 a check failed,
-2 wrong use."""
+"""rarefy compress | inspect | generate | compile | bench | export | recipes | migrate | doctor. Exit codes: 0 done,
+1 a check failed, 2 wrong use."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import signal
@@ -17,7 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
+from rarefy import commands, shell
 from rarefy.errors import ModelError, RarefyError, RecipeError
+from rarefy.shell import Force, Json, ModelPath, Quiet, Threads
 
 app = typer.Typer(
     name="rarefy",
@@ -28,12 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no report; errors and files only.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads for torch; by default all cores.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the recipe and its data; the recipe's own by default.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that exists.")]
-ModelPath = Annotated[str, typer.Argument(help="A Hugging Face folder, a folder of ours, or a built-in name.")]
 
 
 def _version(shown: bool) -> None:
@@ -102,7 +98,7 @@ def compress(
     if fresh and not plan.solves:
         what = "has no solver or training, whose state could be kept"
         raise RecipeError(f"--fresh has no effect: recipe {plan.name} {what}")
-    source = _source(model)
+    source = shell.source(model)
     if dry_run:
         from rarefy import recipe as recipes
         from rarefy.data import find
@@ -126,7 +122,7 @@ def compress(
         if plan.cuts:
             _rehearse(source, plan, base, most, as_json, quiet)
         else:
-            _show(forecast(_skeleton(source), plan, most), as_json, quiet)
+            shell.show(forecast(_skeleton(source), plan, most), as_json, quiet)
         return
     if out is None:
         raise RecipeError("compress needs --out FOLDER (or --dry-run)")
@@ -137,8 +133,8 @@ def compress(
     from rarefy.files import work_folder
     from rarefy.model import pages
 
-    with _threads(threads), _processes() as (rank, many):
-        loaded, tokenizer = _load(source)
+    with shell.threads(threads), _processes() as (rank, many):
+        loaded, tokenizer = shell.load(source)
         base = Path(recipe).parent if Path(recipe).is_file() else None
         state = work_folder(out, fresh) if plan.solves and many == 1 else nullcontext()
         with state as work, pages.keeping(loaded, most):
@@ -149,7 +145,7 @@ def compress(
             files = store.side_files(source)
             how = {"format": plan.save.format, "compress": plan.save.compress}
             store.save(loaded, out, receipt=receipt, files=files, overwrite=force, **how)
-    _show(receipt, as_json, quiet)
+    shell.show(receipt, as_json, quiet)
     if not quiet:
         print(f"written to {out}", file=sys.stderr)
     if not receipt.passed:
@@ -172,66 +168,18 @@ def inspect(
     from rarefy import store
 
     if not groups:
-        _show(store.inspect(_source(path)), as_json, False)
+        shell.show(store.inspect(shell.source(path)), as_json, False)
         return
     from rarefy.model import graph
     from rarefy.proof.bench import example_of
 
-    model, _ = _load(_source(path))
-    _show(graph.groups(model, example_of(model, 32, 2)), as_json, False)
+    model, _ = shell.load(shell.source(path))
+    shell.show(graph.groups(model, example_of(model, 32, 2)), as_json, False)
 
 
-@app.command()
-def bench(
-    model: ModelPath,
-    against: Annotated[str | None, typer.Option(help="A second model, timed in turns with the first.")] = None,
-    accelerate: Annotated[
-        bool, typer.Option("--accelerate", help="Time it with layers that skip zeros too, where those are faster here.")
-    ] = False,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Length of the input: tokens, or the prompt of a language model.")
-    ] = 256,
-    new: Annotated[int, typer.Option(min=1, help="Tokens that a language model writes.")] = 24,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size of forward calls (models without generate).")] = 1,
-    repeats: Annotated[int, typer.Option(min=2, help="Repeats after warm-up.")] = 5,
-    table: Annotated[
-        Path | None,
-        typer.Option(help="Write to this JSON file how long each shape of layer takes by format, sparsity and batch."),
-    ] = None,
-    threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Time a model, or several in turns: tokens per second of a language model, milliseconds of a call otherwise."""
-    from rarefy.files import blaming, write_whole
-    from rarefy.proof.bench import bench_models, example_of, generates
-    from rarefy.runtime.choose import accelerate_
-    from rarefy.runtime.table import latency_table
-
-    if table is not None and (against or accelerate):
-        raise RecipeError("--table times layers, not models: leave --against and --accelerate out")
-    if table is not None and (table.is_dir() or not table.resolve().parent.is_dir()):
-        raise RecipeError(f"--table {table}: a file to write, in a folder that exists")
-    with _threads(threads):
-        named = {"model": _load(_source(model))[0]}
-        net = named["model"]
-        sizes = (1, tokens) if generates(net) else (batch * tokens,)
-        if table is not None:
-            told = latency_table(net, sizes, example_of(net, tokens, batch), repeats=repeats, progress=not quiet)
-            with blaming(table):
-                write_whole(table, told.to_json())
-            _show(told, as_json, quiet)
-            return
-        if against:
-            named["against"] = _load(_source(against))[0]
-        chosen = {}
-        if accelerate:
-            fast = named["accelerated"] = copy.deepcopy(net)
-            told = accelerate_(fast, sizes, example_of(fast, tokens, batch), progress=not quiet)
-            chosen = {"layers that run sparse": told.summary["layers that run sparse"]}
-            _show(told, False, as_json or quiet)
-        report = bench_models(named, tokens, new, batch, repeats, not quiet)
-        _show(replace(report, summary={**report.summary, **chosen}), as_json, quiet)
+app.command()(commands.generate)
+app.command("compile")(commands.compile_)
+app.command()(commands.bench)
 
 
 @app.command()
@@ -254,7 +202,7 @@ def export(
     from rarefy.proof.report import Report
 
     store.export(path, out, to=to, overwrite=force)
-    _show(
+    shell.show(
         Report(f"exported to {out}", (), {"format": to, "bytes": folder_bytes(out, (".safetensors",))}), as_json, False
     )
 
@@ -274,10 +222,10 @@ def recipes_(
     if fields:
         if name is not None:
             raise RecipeError(f"--fields shows what all recipes can say: leave {name!r} out")
-        _show(Report("what a recipe can say", recipes.vocabulary()), as_json, False)
+        shell.show(Report("what a recipe can say", recipes.vocabulary()), as_json, False)
     elif name is None:
         rows = tuple({"recipe": n, "about": recipes.load(n).about} for n in recipes.presets())
-        _show(Report("recipes", rows), as_json, False)
+        shell.show(Report("recipes", rows), as_json, False)
     elif as_json:
         print(json.dumps(recipes.load(name).to_dict(), indent=1))
     else:
@@ -317,7 +265,7 @@ def doctor(as_json: Json = False) -> None:
     """Show versions, CPU features, and what is missing and how to get it."""
     from rarefy.doctor import examine
 
-    _show(examine(), as_json, False)
+    shell.show(examine(), as_json, False)
 
 
 def main() -> None:
@@ -332,7 +280,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code not in (130, 143):
+        if isinstance(end, shell.Ended) or (isinstance(end, SystemExit) and end.code not in (130, 143)):
             raise
         print("rarefy: interrupted; nothing was written", file=sys.stderr)
         sys.exit(end.code if isinstance(end, SystemExit) else 130)
@@ -399,50 +347,12 @@ def _here(source: str) -> str:
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
-def _source(name: str) -> Path:
-    """Return the folder of a path or a built-in name."""
-    from rarefy import samples
-    from rarefy.errors import nearest
-
-    if name in samples.MODELS and not Path(name).exists():
-        return samples.model_folder(name)
-    if not Path(name).exists():
-        beside = [str(Path(name).with_name(p.name)) for p in Path(name).parent.glob("*") if p.is_dir()]
-        near = nearest(name, [*samples.MODELS, *beside])
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ModelError(
-            f"no model folder {name!r} and no built-in model of that name ({', '.join(samples.MODELS)}){hint}"
-        )
-    return Path(name)
-
-
-def _load(source: Path) -> tuple[Any, Any]:
-    from rarefy import store
-    from rarefy.compat import withdrawn
-    from rarefy.engine.compiled import Compiled
-    from rarefy.files import INDEX, PICKLES
-    from rarefy.model import hf
-
-    hf.no_bars()
-    if (source / INDEX).is_file() or withdrawn.is_compressed(source):
-        model = store.load(source)
-        if isinstance(model, Compiled):
-            raise ModelError(f"{source} holds a compiled model: give the folder of what it was compiled from")
-        return model, hf.load_tokenizer(source)
-    if not hf.is_folder(source):
-        hint = "; a pickle is never opened: load it in Python and call rarefy.compress_"
-        hint = hint if source.suffix in PICKLES else ""
-        hint = "; rarefy.from_onnx reads it in Python" if source.suffix == ".onnx" else hint
-        raise ModelError(f"{source} is neither a folder of ours nor a Hugging Face folder (no config.json){hint}")
-    return hf.load_folder(source), hf.load_tokenizer(source)
-
-
 def _rehearse(source: Path, plan: Any, base: Path | None, memory: int | None, as_json: bool, quiet: bool) -> None:
     """Show what cuts would take out, and what the other stages would make of the rest."""
     from rarefy.api import rehearse_
     from rarefy.plan import forecast
 
-    model, tokenizer = _load(source)
+    model, tokenizer = shell.load(source)
     told = rehearse_(model, plan, tokenizer=tokenizer, base=base)
     expected = forecast(model, plan, memory)
     expected = replace(expected, title=f"after the cuts: {expected.title}")
@@ -450,7 +360,7 @@ def _rehearse(source: Path, plan: Any, base: Path | None, memory: int | None, as
         print(json.dumps({"cuts": [r.to_dict() for r in told], "forecast": expected.to_dict()}, indent=1))
         return
     for report in (*told, expected):
-        _show(report, False, quiet)
+        shell.show(report, False, quiet)
         if not quiet:
             print()
 
@@ -461,24 +371,6 @@ def _skeleton(source: Path) -> Any:
     if not hf.is_folder(source):
         raise ModelError(f"{source}: a dry run needs the model's config.json")
     return hf.load_folder(source, meta=True)
-
-
-def _show(result: Any, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        print(result.to_json())
-    elif not quiet:
-        print(result)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    from rarefy.proof.measure import threads
-
-    most = os.cpu_count() or 1
-    if count is not None and count > most:
-        raise RecipeError(f"--threads {count}: this machine has {most} cores; more threads only wait for each other")
-    with threads(count):
-        yield
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from rarefy.cut.config import adopt_config
 from rarefy.cut.structure import check_told, restore
 from rarefy.engine import stored
 from rarefy.engine.compiled import Compiled
+from rarefy.engine.language import Decoder
 from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
 from rarefy.files import INDEX, blaming, check_target, whole_folder
 from rarefy.formats import container, sparse, values
@@ -46,7 +47,7 @@ WEIGHTS = (".safetensors", ".xz", INDEX, stored.GRAPH)  # the files that "bytes 
 
 
 def save(
-    model: nn.Module | Compiled,
+    model: nn.Module | Compiled | Decoder,
     path: str | Path,
     *,
     receipt: Receipt | None = None,
@@ -61,14 +62,14 @@ def save(
     Masks are folded in on the way, tied weights stored once. The folder appears whole or not at all. The receipt and
     recipe of `compress_` are taken along by themselves. `format` other than `smallest` is used for every prunable
     weight that it fits. `compress` puts all of it through LZMA: smaller on disk, slower to read, not mapped from there.
-    What `compile` returned is saved as it is, its weights packed already: ModelError where its graph calls what no
-    saved one may. Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
+    What `compile` or `decoder` returned is saved as it is, its weights packed already: ModelError where its graph calls
+    what no saved one may. Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
     """
-    if isinstance(model, Compiled):
+    if isinstance(model, Compiled | Decoder):
         if format != "smallest":
             raise FormatError(f"format {format!r}: a compiled model is saved as its kernels read it, leave format out")
         extra = {**(files or {}), **(receipt.files() if receipt else {})}
-        meta = {"structure": {"library": None, "class": "Compiled"}, "recipe": recipe, "rarefy": _version()}
+        meta = {"structure": {"library": None, "class": type(model).__name__}, "recipe": recipe, "rarefy": _version()}
         stored.save(model, path, meta, files=extra, overwrite=overwrite, compress=compress)
         return folder_bytes(os.path.realpath(path), WEIGHTS)
     model = unwrap(model)
@@ -94,9 +95,8 @@ def save(
         meta["tied"] = tie.noted(model)
     if inputs.noted(model):
         meta["inputs"] = inputs.noted(model)
-    extra = dict(files or {})
-    if structure["library"]:
-        extra.setdefault("config.json", json.dumps(structure["config"], indent=1).encode())
+    extra = {"config.json": json.dumps(structure["config"], indent=1).encode()} if structure["library"] else {}
+    extra |= files or {}
     if receipt is not None:
         extra.update(receipt.files())
     packed = ((n, packed) for n, packed in pack(model, dict(state), format, compress) if n not in tied)
@@ -143,7 +143,7 @@ def load(
     accelerate: bool | Mapping[str, Any] = False,
 ) -> Any:
     """Return the model of a saved folder, bit for bit; `model` receives the weights, or is built from a known config.
-    A compiled model comes back as one, without its class.
+    What `compile` or `decoder` returned comes back as such, without the model's class.
 
     accelerate   True or arguments of `accelerate_`, such as {"batch": (1, 128)}: each Linear layer takes its fastest
                  form as soon as its weight is read, so the dense model is never in memory unless `model` is; with an
@@ -346,7 +346,8 @@ def inspect(what: str | Path | nn.Module) -> Report:
     total, dense = sum(r["bytes"] for r in rows), sum(r["dense_bytes"] for r in rows)
     summary = {"tensors": len(rows), "bytes": total, "dense bytes": dense, "ratio": total / max(dense, 1)}
     title = type(what).__name__ if isinstance(what, nn.Module) else str(what)
-    return Report(f"{title}: a compiled model" if more else title, tuple(rows), {**summary, **more})
+    kind = f": {'a decoder' if stored.NUMBERS in more else 'a compiled model'}" if more else ""
+    return Report(title + kind, tuple(rows), {**summary, **more})
 
 
 def _tensors(what: str | Path | nn.Module, more: dict[str, Any]) -> Iterator[tuple[str, Tensor, str, int, int]]:
@@ -358,7 +359,7 @@ def _tensors(what: str | Path | nn.Module, more: dict[str, Any]) -> Iterator[tup
                 axis = layouts[name].in_axis if name in layouts else -1
                 yield name, tensor, "dense", tensor.numel() * tensor.element_size(), axis
         return
-    if isinstance(what, Compiled):
+    if isinstance(what, Compiled | Decoder):
         raise ModelError("a compiled model: print it, or save it and inspect its folder")
     path = Path(what)
     if (path / INDEX).is_file():

@@ -326,6 +326,12 @@ class Lookup:
 
     module: PanelEmbedding
 
+    @property
+    def held(self) -> tuple[Panels, None]:
+        """The packed weight, and no bias, as kernels of products have them."""
+        tensors: dict[str, Any] = {n: t for n, t in self.module._buffers.items() if t is not None}
+        return Panels(**self.module.plain, **tensors), None
+
     def run(self, ids: Tensor, _: None = None) -> Tensor:
         """Return rows."""
         return self.module(ids)

@@ -44,9 +44,31 @@ def decoder(model: nn.Module, *, values: str | None = None) -> Decoder:
     other = next((n for n, p in model.named_parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None)
     if other is not None:
         raise ModelError(f"decoders are made of fp32 models on the CPU, {other} is not: model.float().cpu() first")
-    made = Decoder(model, values)
+    made = _made(model, values)
     _prove(model, made, 0.2 if values else 1e-3)
     return made
+
+
+def _made(model: Any, values: str | None) -> Decoder:
+    """The decoder of a model, unproved."""
+    with hf.attending(model, _attend), torch.no_grad():
+        shown = torch.arange(2 * SHOWN).view(2, SHOWN), torch.arange(SHOWN).repeat(2, 1), torch.arange(3)
+        traced = rules.trace(Step(model), shown, {}, compiled.RULES)
+    if not traced.kept:
+        raise ModelError(f"{type(model).__name__} has no attention that a cache can serve")
+    grids = {
+        f"model.{n}": grid_of(m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)
+    }
+    kernels = kernels_of(traced, lambda w, name: _packed(w, values, grids.get(name.removesuffix(".weight"))))
+    step = Compiled(traced, kernels, [expected(n.meta.get("val")) for n in traced.inputs])
+    config = model.config.get_text_config()
+    settings = getattr(model, "generation_config", config)
+    ends = settings.eos_token_id if settings.eos_token_id is not None else []
+    many, first = config.vocab_size, tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    known = tuple(e for e in first if 0 <= e < many)  # some configs name tokens that no logit is for
+    pad = settings.pad_token_id if settings.pad_token_id is not None else -1
+    pad = pad if 0 <= pad < many else (*known, 0)[0]
+    return Decoder(step, many, getattr(config, "max_position_embeddings", None), known, pad)
 
 
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: Any = None, **how: Any) -> Any:
@@ -72,25 +94,17 @@ class Step(nn.Module):
 
 
 class Decoder:
-    """A language model with a cache; see `decoder`."""
+    """A language model with a cache; see `decoder`.
 
-    def __init__(self, model: Any, values: str | None):
-        with hf.attending(model, _attend), torch.no_grad():
-            shown = torch.arange(2 * SHOWN).view(2, SHOWN), torch.arange(SHOWN).repeat(2, 1), torch.arange(3)
-            traced = rules.trace(Step(model), shown, {}, compiled.RULES)
-        if not traced.kept:
-            raise ModelError(f"{type(model).__name__} has no attention that a cache can serve")
-        grids = {
-            f"model.{n}": grid_of(m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)
-        }
-        kernels = kernels_of(traced, lambda w, name: _packed(w, values, grids.get(name.removesuffix(".weight"))))
-        self.compiled = Compiled(traced, kernels, [expected(n.meta.get("val")) for n in traced.inputs])
-        config = model.config.get_text_config()
-        self.vocabulary, self.most = config.vocab_size, getattr(config, "max_position_embeddings", None)
-        settings = getattr(model, "generation_config", config)
-        ends = settings.eos_token_id if settings.eos_token_id is not None else []
-        self.ends = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
-        self.pad = settings.pad_token_id if settings.pad_token_id is not None else (*self.ends, 0)[0]
+    compiled    the step: logits of ids, their positions, and which of them are asked for
+    vocabulary  ids are below it
+    most        tokens of a text, by the model's positions; None where they have no end
+    ends        tokens that end a text
+    pad         what lies behind a text that has ended
+    """
+
+    def __init__(self, made: Compiled, vocabulary: int, most: int | None, ends: tuple[int, ...], pad: int):
+        self.compiled, self.vocabulary, self.most, self.ends, self.pad = made, vocabulary, most, ends, pad
 
     def cache(self, batch: int, capacity: int, mask: Tensor | None = None) -> Cache:
         """Return an empty cache for so many sequences of at most so many tokens. mask [batch, tokens]: 0 where a prompt
@@ -136,6 +150,8 @@ class Decoder:
             positions = (positions - cache.starts[:, None]).clamp(min=0)
         keep = torch.tensor([tokens - 1]) if last else torch.arange(tokens)
         logits = self.compiled.run([padded, positions, keep], cache)[0]
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (batch, len(keep)):
+            raise ModelError("the saved graph does not fit together: its step gives no logits")
         cache.past += tokens
         return logits
 

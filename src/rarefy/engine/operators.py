@@ -18,7 +18,7 @@ from torch.fx.immutable_collections import immutable_list
 from rarefy.engine import words
 from rarefy.runtime.reference import ACTIVATIONS
 
-TENSOR, NUMBER, SEVERAL = "a tensor", "a number", "several tensors"  # what a node gives
+TENSOR, NUMBER, SEVERAL, CACHE = "a tensor", "a number", "several tensors", "a cache"  # what a node gives
 
 # what each argument of a word is, see ARGUMENTS; "?" where None will do
 WORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -31,7 +31,7 @@ WORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "rotate": (words.rotate, ("tensor", "tensor", "tensor", "count")),
     "pool": (words.pool, ("tensor", "pair", "pair", "pair", "pair")),
     "average": (words.average, ("tensor",)),
-    "embedding": (words.embedding, ("tensor", "constant")),
+    "embedding": (words.embedding, ("tensor", "weight")),
     "add": (words.add, ("tensor", "tensor", "act")),
     "times": (words.times, ("tensor", "tensor", "act")),
     "activation": (words.activation, ("tensor", "act")),
@@ -40,6 +40,10 @@ WORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
         ("tensor", "tensor", "tensor", "tensor?", "count", "count", "number", "flag"),
     ),
     "additive": (words.additive, ("tensor",)),
+    "recall": (
+        words.recall,
+        ("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window"),
+    ),
 }
 
 # operators on sizes, and how many they take
@@ -214,6 +218,8 @@ ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
         "a pair of whole numbers",
     ),
     "count": (lambda v, *_: type(v) is int and v > 0, "a whole number from 1 on"),
+    "window": (lambda v, *_: type(v) is int and 0 <= v < 1 << 62, "a whole number from 0 on"),
+    "cache": (lambda v, given, _: _gives(v, CACHE, given), "the cache"),
     "number": (lambda v, *_: type(v) in (int, float), "a number"),
     "flag": (lambda v, *_: type(v) is bool, "True or False"),
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rarefy.engine import words
 from rarefy.engine.trace import Node
+from rarefy.errors import ModelError
 from rarefy.runtime import native
 from rarefy.runtime.packed import Bitmask, Panels
 
@@ -150,6 +151,7 @@ class Plan:
             lower[node.target](self, node)
         self.exits = [self._leave(n) for n in outputs]
         self._settle()
+        self.reads = {(a.batch, a.queries) for a, _ in self.attends if a.cache}  # sequences and tokens of a cache
 
     # ---- values
 
@@ -281,7 +283,11 @@ class Plan:
         return 0
 
     def run(self, given: Mapping[Node, Any], cache: Any = None) -> list[Tensor]:
-        """Return the outputs, row after row. With a cache, the tokens are the next ones of it."""
+        """Return the outputs, row after row. With a cache, the tokens are the next ones of it; ModelError for one that
+        is not for so many."""
+        for batch, tokens in self.reads:
+            if cache is None or batch != cache.batch or cache.past + tokens > cache.capacity:
+                raise ModelError(f"no cache for {batch} sequences of {tokens} tokens more: use rarefy.decoder's own")
         if cache is not None:
             k, starts = self.kept, cache.starts
             k.at, k.batch, k.capacity, k.past = cache.memory.data_ptr(), cache.batch, cache.capacity, cache.past

@@ -87,7 +87,8 @@ def _average(_: Node, sizes: Any, *__: Any) -> bool:
 def _values(node: Node) -> list[Node]:
     """The values that a word is about, without weights and masks."""
     places = {words.product: (0, 3), words.norm: (0,), words.activation: (0,), words.attention: (0, 1, 2)}
-    places |= {words.rotate: (0, 1, 2), words.convolution: (0, 3), words.pool: (0,), words.average: (0,)}
+    places |= {words.rotate: (0, 1, 2), words.convolution: (0, 3), words.pool: (0,)}
+    places |= {words.average: (0,), words.recall: (0, 1, 2)}
     found = [node.args[i] for i in places.get(node.target, (0, 1))]
     return [a for a in found if a is not None]
 
@@ -128,6 +129,15 @@ def _attention(node: Node, sizes: Any, _: Any, inputs: Mapping[Node, Tensor], __
     return all(n in (1, s) for n, s in zip(m, (q[0], heads, q[1], q[1])))
 
 
+def _recall(node: Node, sizes: Any, *_: Any) -> bool:
+    """Whether keys and values are as many and as wide as their places in the cache, [batch, tokens, features] all."""
+    (at, after), heads, kv_heads = node.args[4:7]
+    q, k, v = sizes
+    kept = after - at
+    wide = len(q) == 3 and kept > 0 and not kept % kv_heads and not heads % kv_heads
+    return wide and k == v == (*q[:2], kept) and q[2] == heads * (kept // kv_heads)
+
+
 FITS: dict[Any, Callable[..., bool]] = {
     words.product: _product,
     words.norm: _norm,
@@ -139,4 +149,5 @@ FITS: dict[Any, Callable[..., bool]] = {
     words.convolution: _convolution,
     words.pool: _pool,
     words.average: _average,
+    words.recall: _recall,
 }

@@ -12,43 +12,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from rarefy.engine import sizes, words
-from rarefy.engine.compiled import Compiled
+from rarefy.engine.compiled import Compiled, Expected, Lookup
+from rarefy.engine.language import Decoder
 from rarefy.engine.trace import Node, Traced
 from rarefy.engine.written import Written, from_json, to_json
 from rarefy.errors import ContainerError, FormatError
 from rarefy.formats import container
 from rarefy.formats.sparse import encode
 from rarefy.runtime import native
-from rarefy.runtime.layers import put_together, taken_apart
-from rarefy.runtime.packed import SLAB, ConvTiles, Packed, Sell, nbytes, unpack
+from rarefy.runtime.layers import PanelEmbedding, put_together, taken_apart
+from rarefy.runtime.packed import SLAB, Bitmask, ConvTiles, Packed, Panels, Sell, nbytes, unpack
 
 GRAPH = "graph.json"
 META = "compiled"  # what marks such a folder in its index
-FORMATS: dict[Any, tuple[str, ...]] = {words.product: ("tiles", "sell"), words.convolution: ("convolution",)}
+NUMBERS = "decoder"  # and what a decoder knows besides its graph
+FORMATS: dict[Any, tuple[str, ...]] = {
+    words.product: ("tiles", "sell", "bitmask", "panels"),
+    words.convolution: ("convolution",),
+    words.embedding: ("panels",),
+}
 PLAIN: dict[str, tuple[str, ...]] = {  # what of a packed weight is no tensor
     "tiles": ("shape", "kind", "block"),
     "sell": ("shape", "kind", "block"),
     "convolution": ("shape", "kind", "block", "groups", "stride", "padding", "dilation"),
+    "bitmask": ("shape", "kind"),
+    "panels": ("shape", "kind", "exact", "parts"),
 }
-KINDS = ("fp32", "int8")  # that plans know
+KINDS = {"panels": ("int8", "int4")}  # that plans know, of other formats these:
+USUAL = ("fp32", "int8")
+ASKED = ((torch.int64, 2), (torch.int64, 2), (torch.int64, 1))  # of a decoder's step: types and dimensions of inputs
+MOST_IDS, MOST_ENDS = 1 << 31, 1024
 MOST_RATIO, SLACK = 1024, 1 << 20  # bytes that a packed byte may become where there are no kernels
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a compiled model is made of: its graph, its constants, its packed weights by name."""
+    """What a compiled model is made of: its graph, its constants, its packed weights by name, and of a decoder its
+    numbers."""
 
     written: Written
     constants: dict[str, Tensor]
     packed: dict[str, Packed]
+    numbers: Mapping[str, Any]
 
 
-def save(made: Compiled, path: str | Path, meta: Mapping[str, Any], *, files: Mapping[str, bytes], **how: Any) -> None:
-    """Write a compiled model to a folder; the rest is as for `container.write`. ModelError for a graph that calls what
-    no saved one may. O(weights)."""
+def save(
+    model: Compiled | Decoder, path: str | Path, meta: Mapping[str, Any], *, files: Mapping[str, bytes], **how: Any
+) -> None:
+    """Write a compiled model or a decoder to a folder; the rest is as for `container.write`. ModelError for a graph
+    that calls what no saved one may. O(weights)."""
+    made = model.compiled if isinstance(model, Decoder) else model
     packed, kernels = _packed(made)
     used = {n.name for n in made.traced.graph.nodes if n.op == "placeholder" and n.users}
     constants = {n: t for n, t in made.constants.items() if n in used}
@@ -60,7 +76,14 @@ def save(made: Compiled, path: str | Path, meta: Mapping[str, Any], *, files: Ma
     tensors = {f"constant.{n}": t if orders[n] is None else t.permute(orders[n]) for n, t in constants.items()}  # type: ignore[arg-type]
     tensors |= {f"packed.{n}.{p}": t for n, (_, parts) in apart.items() for p, t in parts.items()}
     dense = ((n, encode(t.detach().contiguous(), "dense")) for n, t in tensors.items())
-    container.write(path, dense, meta={**meta, META: about}, files={**files, GRAPH: text}, **how)
+    more = {NUMBERS: _numbers_of(model)} if isinstance(model, Decoder) else {}
+    container.write(path, dense, meta={**meta, META: about, **more}, files={**files, GRAPH: text}, **how)
+
+
+def _numbers_of(made: Decoder) -> dict[str, Any]:
+    """What a decoder knows besides its graph, as JSON."""
+    told = {n: getattr(made, n) for n in ("vocabulary", "most", "pad")}
+    return {**told, "ends": list(made.ends), "kept": made.compiled.traced.kept}
 
 
 def _packed(made: Compiled) -> tuple[dict[str, Packed], dict[Node, str]]:
@@ -89,14 +112,14 @@ def _order(t: Tensor) -> list[int] | None:
 
 
 def is_compiled(saved: container.Container) -> bool:
-    """Return whether a folder holds a compiled model."""
+    """Return whether a folder holds a compiled model or a decoder."""
     return META in saved.meta
 
 
-def load(saved: container.Container, **without: Any) -> Compiled:
-    """Return the compiled model of a folder: the same bits come out of it as of the one that was saved, on the same
-    machine. Where there are no kernels its words run in torch. ContainerError for anything that no saved model has, and
-    for options `without` effect that are not None. O(weights)."""
+def load(saved: container.Container, **without: Any) -> Compiled | Decoder:
+    """Return the compiled model or decoder of a folder: the same bits come out of it as of the one that was saved, on
+    the same machine. Where there are no kernels its words run in torch. ContainerError for anything that no saved model
+    has, and for options `without` effect that are not None. O(weights)."""
     for name, value in without.items():
         if value is not None:
             raise ContainerError(
@@ -105,16 +128,28 @@ def load(saved: container.Container, **without: Any) -> Compiled:
     parts = read(saved)
     w, constants, kernels = parts.written, dict(parts.constants), {}
     for node, name in w.kernels.items():
-        form, bias = parts.packed[name], node.args[2]
+        form = parts.packed[name]
         if native.missing() is None:
             try:
-                kernels[node] = native.Kernel(form, None if bias is None else constants[bias.name], node.args[4])
+                kernels[node] = _kernel(node, form, constants)
             except FormatError as error:
                 raise ContainerError(f"{saved.path}: {node.name}: {error}") from error
         elif node.args[1].name not in constants:
             constants[node.args[1].name] = dense(form, f"{saved.path}: packed {name}")
+    numbers = dict(parts.numbers)
     traced = Traced(w.graph, constants, w.inputs, w.in_spec, w.out_spec, w.ranges, w.notes)
-    return Compiled(traced, kernels, w.expected, sizes.check)
+    traced.kept = numbers.pop("kept", 0)
+    made = Compiled(traced, kernels, w.expected, sizes.check)
+    return Decoder(made, **{**numbers, "ends": tuple(numbers["ends"])}) if numbers else made
+
+
+def _kernel(node: Node, form: Any, constants: Mapping[str, Tensor]) -> Any:
+    """What runs a word on its packed weight; FormatError where that leads outside of itself."""
+    if node.target is words.embedding:
+        native.Kernel(form)
+        return Lookup(PanelEmbedding(form, torch.float32))
+    _, _, bias, _, act, *_ = node.args
+    return native.Kernel(form, None if bias is None else constants[bias.name], act)
 
 
 def read(saved: container.Container) -> Parts:
@@ -140,7 +175,55 @@ def read(saved: container.Container) -> Parts:
             _check_weights(node, written, constants, packed)
         except ValueError as error:
             raise ContainerError(f"{where}: node {node.name}: {error}") from error
-    return Parts(written, constants, packed)
+    try:
+        numbers = _numbers(saved.meta.get(NUMBERS), written)
+    except ValueError as error:
+        raise ContainerError(f"{saved.path}: {error}") from error
+    return Parts(written, constants, packed, numbers)
+
+
+def _numbers(told: Any, w: Written) -> Mapping[str, Any]:
+    """A decoder's numbers, {} of what is none; ValueError unless they and its graph belong together."""
+    kept = _kept(w)
+    if told is None:
+        if kept:
+            raise ValueError("the graph recalls what a cache keeps, but the index tells of no decoder")
+        return {}
+    if type(told) is not dict or set(told) != {"vocabulary", "most", "ends", "pad", "kept"}:
+        raise ValueError(f"a decoder has vocabulary, most, ends, pad, kept, got {str(told)[:200]}")
+    many, ends = told["vocabulary"], told["ends"]
+    ids = [*(ends if type(ends) is list and len(ends) <= MOST_ENDS else [None]), told["pad"]]
+    if not _whole(many, 1, MOST_IDS) or not all(_whole(i, 0, many) for i in ids):
+        raise ValueError(f"a decoder's ends and pad are of its vocabulary, 1 to {MOST_IDS}: got {str(told)[:200]}")
+    if told["most"] is not None and not _whole(told["most"], 1, 1 << 62):
+        raise ValueError(f"a decoder's most is a number of tokens or null, got {str(told['most'])[:80]}")
+    if type(told["kept"]) is not int or not 0 < kept == told["kept"]:
+        raise ValueError(f"a decoder keeps {str(told['kept'])[:80]} numbers of a token, its graph {kept}")
+    asked = tuple((e.dtype, len(e.sizes)) if isinstance(e, Expected) else None for e in w.expected)
+    out = next(n for n in w.graph.nodes if n.op == "output").args[0]
+    if asked != ASKED or len(out) != 1 or not isinstance(out[0], fx.Node):
+        raise ValueError("a decoder's step takes ids, positions and places, and gives logits")
+    return told
+
+
+def _whole(value: Any, least: int, end: int) -> bool:
+    return type(value) is int and least <= value < end
+
+
+def _kept(w: Written) -> int:
+    """How many numbers a graph's recalls keep of a token; ValueError unless they lie one after the other."""
+    kept = 0
+    for node in w.graph.nodes:
+        if node.target is words.recall:
+            (at, after), heads, kv_heads = node.args[4:7]
+            each = after - at
+            if at != kept or each <= 0 or each % kv_heads or heads % kv_heads:
+                raise ValueError(
+                    f"node {node.name}: {heads} heads of {kv_heads} cannot keep keys and values at {at} and {after}: "
+                    f"{kept} numbers lie before them"
+                )
+            kept = after + each
+    return kept
 
 
 def _constant(saved: container.Container, name: str, order: list[int] | None) -> Tensor:
@@ -158,14 +241,17 @@ def _form(saved: container.Container, name: str, about: dict[str, Any], where: s
     """A packed weight, of the sizes and types that its kernel reads; where its numbers lead the kernel looks at."""
     first = f"packed.{name}."
     try:
-        plain = PLAIN.get(about.get("format"), ())  # type: ignore[arg-type]
-        if not plain or about.get("kind") not in KINDS or set(about) != {"format", *plain}:
+        format_: Any = about.get("format")
+        plain = PLAIN.get(format_, ())
+        if not plain or about.get("kind") not in KINDS.get(format_, USUAL) or set(about) != {"format", *plain}:
             raise FormatError(f"{str(about)[:200]} is no weight that a word runs on")
         parts = {n.removeprefix(first): saved.tensor(n) for n in saved.names if n.startswith(first)}
         form: Any = put_together(about, parts)
         native._check(form, None)
         if isinstance(form, ConvTiles) and form.order is not None and form.groups > 1:
             raise FormatError(f"pairs of rows are for convolutions of one group, got {form.groups}")
+        if isinstance(form, Panels) and (type(form.parts) is not int or (not form.parts and form.whole is None)):
+            raise FormatError(f"panels have a scale for each row, or some for each word, got parts {form.parts!r}")
     except (FormatError, TypeError) as error:  # fields that the format has not
         raise ContainerError(f"{where}: packed {name[:80]!r}: {error}") from error
     return form
@@ -177,9 +263,9 @@ def _check_weights(node: Node, w: Written, constants: Mapping[str, Tensor], pack
         shapes = {tuple(constants[c.name].shape) for c in node.args[1:3] if c is not None}
         if len(shapes) > 1 or any(len(s) != 1 for s in shapes):
             raise ValueError(f"its gain and bias are of shapes {sorted(shapes)}")
-    if node.target not in FORMATS:
+    name = w.kernels.get(node)
+    if node.target not in FORMATS or (node.target is words.embedding and name is None):
         return
-    name, bias = w.kernels.get(node), node.args[2]
     form: Any = constants[node.args[1].name] if name is None else packed[name]
     shape = tuple(form.shape)
     kinds = FORMATS[node.target]
@@ -187,6 +273,7 @@ def _check_weights(node: Node, w: Written, constants: Mapping[str, Tensor], pack
         raise ValueError(f"runs on a weight packed as {w.packed[name]['format']}, must be {' or '.join(kinds)}")
     if name is None and (len(shape) != (2 if node.target is words.product else 4) or not form.is_floating_point()):
         raise ValueError(f"its weight is {form.dtype} {list(shape)}")
+    bias = None if node.target is words.embedding else node.args[2]
     if bias is not None and tuple(constants[bias.name].shape) != shape[:1]:
         raise ValueError(f"its bias is {list(constants[bias.name].shape)} for a weight of {list(shape)}")
     if node.target is words.convolution and name is not None:
@@ -197,6 +284,11 @@ def _check_weights(node: Node, w: Written, constants: Mapping[str, Tensor], pack
 
 def dense(form: Packed, where: str) -> Tensor:
     """Return a packed weight from a file as a dense one; ContainerError where that is no weight but a trap."""
+    if isinstance(form, Bitmask | Panels):  # whose bits, or numbers, are as many as the weight's
+        try:
+            return unpack(form)
+        except (IndexError, RuntimeError) as error:
+            raise ContainerError(f"{where} is damaged: {error}") from error
     matrix: Any = form.matrix if isinstance(form, ConvTiles) else form
     rows, blocks = matrix.starts.shape[:2]
     made = 4 * rows * (SLAB if isinstance(matrix, Sell) else 4) * blocks * matrix.block
@@ -223,7 +315,9 @@ def summary(parts: Parts) -> dict[str, Any]:
     """Return what a graph is made of, in a few words."""
     calls = [n for n in parts.written.graph.nodes if n.op == "call_function"]
     ours = Counter(n.target.__name__ for n in calls if n.target.__module__ == words.__name__)
+    kept = {NUMBERS: ", ".join(f"{n} {v}" for n, v in parts.numbers.items())} if parts.numbers else {}
     return {
+        **kept,
         "inputs": ", ".join(f"{n.name} {e}" for n, e in zip(parts.written.inputs, parts.written.expected)),
         "words": ", ".join(f"{n} {w}" for w, n in ours.most_common()),
         "calls of torch": len(calls) - sum(ours.values()),

@@ -28,6 +28,7 @@ from rarefy.formats.sparse import DTYPES
 
 SCHEMA = 1
 MOST_NODES = 50_000  # the order of calls is found in their square
+CACHE = "cache"  # what a language model keeps, by the name of its placeholder
 MOST_DEEP = 16  # levels of arguments in one another
 MOST_INT = 1 << 63
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,499}")
@@ -236,7 +237,10 @@ def _made(graph: fx.Graph, op: str, target: str, args: Any, kwargs: Any, nodes: 
 
 
 def _place(node: Node, name: str, constants: Any, expected: Any, given: dict[Node, str], weights: Any) -> None:
-    """Note what a placeholder stands for: an input, a constant, or a weight that is there packed alone."""
+    """Note what a placeholder stands for: an input, a constant, a weight that is there packed alone, or the cache."""
+    if name == CACHE and name not in expected and name not in constants:
+        given[node] = operators.CACHE
+        return
     if name not in expected:
         weights[node] = name in constants
     want = expected.get(name)
@@ -248,11 +252,11 @@ def _place(node: Node, name: str, constants: Any, expected: Any, given: dict[Nod
 
 def _check_weight(node: Node, name: str, told: Any, weights: Mapping[Node, bool]) -> None:
     """Raise ValueError unless a word with a weight has it: packed, or as it is."""
-    heavy = [operators.WORDS[n][0] for n in ("product", "convolution")]
+    heavy = [operators.WORDS[n][0] for n in ("product", "convolution", "embedding")]
     on = told["kernels"].get(name)
     if node.target not in heavy:
         if on is not None:
-            raise ValueError("runs on a packed weight, which only products and convolutions do")
+            raise ValueError("runs on a packed weight, which only products, convolutions and embeddings do")
     elif on is None and not weights[node.args[1]]:
         raise ValueError(f"its weight {node.args[1].name} is neither there as it is nor packed")
     elif on is None and node.target is heavy[0] and told["kernels"]:

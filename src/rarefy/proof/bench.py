@@ -1,8 +1,7 @@
-"""`rarefy bench`: time one or two models in turns."""
+"""What of a model is timed, and on what inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,36 +9,6 @@ from torch import Tensor, nn
 
 from rarefy.errors import ModelError
 from rarefy.model import hf
-from rarefy.model.stats import call
-from rarefy.proof import measure
-from rarefy.proof.report import Report
-
-
-def bench_models(
-    models: Mapping[str, nn.Module], tokens: int, new: int, batch: int, repeats: int, progress: bool
-) -> Report:
-    """Return a row a model and measurement: tokens a second where it can generate, else milliseconds a forward call."""
-    rows = []
-    for name, model in models.items():
-        config = getattr(model, "config", None)
-        most = getattr(config, "max_position_embeddings", None)
-        if isinstance(most, int) and tokens + new > most:
-            raise ModelError(f"{name} reads at most {most} tokens; asked for {tokens} and {new} new ones")
-    if all(generates(m) for m in models.values()):
-        found = measure.decode_and_prefill(models, prompt=tokens, new=new, repeats=repeats, progress=progress)
-        for kind in ("prefill", "decode"):
-            rows += [{"what": kind, "of": name, "unit": "tokens/s", **rates[kind]} for name, rates in found.items()]
-    else:
-        example = example_of(next(iter(models.values())), tokens, batch)
-        runs = {name: (lambda m=m: call(m, example)) for name, m in models.items()}
-        for name, t in measure.compare(runs, repeats=repeats, progress=progress).items():
-            millis = {"median": 1000 * t.median, "low": 1000 * t.low, "high": 1000 * t.high, "repeats": t.repeats}
-            rows.append({"what": f"forward, batch {batch}", "of": name, "unit": "ms", **millis})
-    memory = {f"bytes in memory, {n}": measure.resident_bytes(m) for n, m in models.items()}
-    here = measure.machine()
-    return Report(
-        "bench", tuple(rows), {**memory, "cpu": here["cpu"], "threads": here["threads"], "load": here["load"]}
-    )
 
 
 def generates(model: Any) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rarefy.model.attention import step_by_step
 from rarefy.progress import track
 
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # ids, and what was kept of those before: logits, and what is kept
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch counts in none of these
 
 
@@ -139,22 +140,38 @@ def decode_and_prefill(
     Random token ids, a key-value cache, greedy choice; the models take turns. `{name: {"prefill": ..., "decode": ...}}`
     with `tokens_per_second` and its quartiles.
     """
-    vocab: int = next(iter(models.values())).config.vocab_size  # type: ignore
-    ids = torch.randint(0, vocab, (1, prompt), generator=torch.Generator().manual_seed(0))
-    spent: dict[str, dict[str, list[float]]] = {n: {"prefill": [], "decode": []} for n in models}
-    accepts = inspect.signature(type(next(iter(models.values()))).forward).parameters
+    vocabulary: int = next(iter(models.values())).config.vocab_size  # type: ignore
+    steps = {n: step_of(m) for n, m in models.items()}
+    return rates(steps, vocabulary, prompt=prompt, new=new, repeats=repeats, progress=progress)
+
+
+def step_of(model: nn.Module) -> Step:
+    """Return a language model of transformers as a step."""
+    accepts = inspect.signature(type(model).forward).parameters
     cache = "cache" if "cache" in accepts else "past_key_values"  # the name changed in transformers 5
+
+    def step(ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        out = model(input_ids=ids, use_cache=True, **({"logits_to_keep": 1} if state is None else {cache: state}))
+        kept = getattr(out, cache, None)
+        return out.logits, out.past_key_values if kept is None else kept
+
+    return step
+
+
+def rates(
+    steps: Mapping[str, Step], vocabulary: int, *, prompt: int, new: int, repeats: int, progress: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Return what `decode_and_prefill` does, of steps that take turns."""
+    ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+    spent: dict[str, dict[str, list[float]]] = {n: {"prefill": [], "decode": []} for n in steps}
     with torch.no_grad():
         for round_ in track(range(repeats + 1), "tokens per second", progress):
-            for name, model in models.items():
+            for name, step in steps.items():
                 began = time.perf_counter()
-                out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+                logits, state = step(ids, None)
                 read = time.perf_counter()
                 for _ in range(new):
-                    token = out.logits[:, -1:].argmax(-1)
-                    state = getattr(out, cache, None)
-                    state = out.past_key_values if state is None else state
-                    out = model(input_ids=token, use_cache=True, **{cache: state})
+                    logits, state = step(logits[:, -1:].argmax(-1), state)
                 wrote = time.perf_counter()
                 if round_:  # the first round warms up
                     spent[name]["prefill"].append(read - began)

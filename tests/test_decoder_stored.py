@@ -1,0 +1,411 @@
+"""Decoders in folders: the same bits without the model's class, and nothing believed on the way in."""
+
+import json
+import random
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rarefy
+from rarefy import shell, training
+from rarefy.engine import stored
+from rarefy.engine.compiled import Alone
+from rarefy.engine.language import Decoder
+from rarefy.errors import ContainerError, DataError, FormatError, ModelError
+from rarefy.files import INDEX
+from rarefy.runtime import native
+from rarefy.runtime.packed import Bitmask, Panels
+from test_engine_stored import SHARD, call, edit, mutated, needs_kernels, seal, set_arg, shard
+from test_language import V, eager, far, in_pieces, pruned_to, small
+
+HOW = {
+    "fp32": ({}, 0.6, None, None),
+    "int8": ({}, 0.0, None, "int8"),
+    "int8 pruned": ({}, 0.6, None, "int8"),
+    "int8 tied": ({"tie_word_embeddings": True}, 0.0, None, "int8"),
+    "int8 pruned, tied": ({"tie_word_embeddings": True}, 0.6, None, "int8"),
+    "int8 grid": ({}, 0.0, {"weights": "int8"}, None),
+    "int4 grid": ({"hidden_size": 128}, 0.0, {"weights": "int4", "group": 32}, None),
+    "int4 asymmetric": ({"hidden_size": 128}, 0.0, {"weights": "int4", "group": 32, "symmetric": False}, None),
+    "int4 and int8": ({"hidden_size": 128}, 0.0, {"weights": "int4", "group": 32}, "int8"),
+}
+
+
+@cache
+def made_of(how):
+    config, sparsity, quantize, values = HOW[how]
+    model = small(**config)
+    if sparsity:
+        pruned_to(model, sparsity)
+    if quantize:
+        rarefy.quantize_(model, layers="model.layers.*", **quantize)
+        rarefy.fold_(model)
+    return rarefy.decoder(model, values=values)
+
+
+def same_logits(a, b):
+    mask = torch.ones(2, 90, dtype=torch.int64)
+    mask[1, :17] = 0
+    ids = torch.randint(3, V, (2, 90))
+    for sizes in ([90], [70, 1, 2, 1, 16]):
+        assert torch.equal(in_pieces(a, ids, sizes, mask), in_pieces(b, ids, sizes, mask))
+    assert torch.equal(a(ids[:1, :3], last=True), b(ids[:1, :3], last=True))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_same_bits_of_all_numbers(tmp_path, how):
+    made = made_of(how)
+    size = rarefy.save(made, tmp_path / "out", files={"tokenizer.json": b"{}"})
+    assert size == sum(f.stat().st_size for f in (tmp_path / "out").iterdir() if f.name != "tokenizer.json")
+    back = rarefy.load(tmp_path / "out")
+    assert type(back) is Decoder and repr(back) == repr(made)
+    names = ("vocabulary", "most", "ends", "pad")
+    assert [getattr(back, n) for n in names] == [getattr(made, n) for n in names] == [V, 512, (1,), 0]
+    same_logits(made, back)
+    ids = torch.randint(3, V, (1, 9))
+    assert torch.equal(*(rarefy.generate(d, ids, max_new_tokens=9, do_sample=True, seed=1) for d in (made, back)))
+    rarefy.save(back, tmp_path / "out", overwrite=True, compress=True)  # what was loaded can be saved
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    same_logits(made, rarefy.load(tmp_path / "out"))
+    held = [k.held[0] for k in made.compiled.kernels.values()]
+    assert native.missing() is not None or {type(p) for p in held} <= {Bitmask, Panels}
+    tied = [i for i in back.compiled.program if isinstance(i, Alone)]
+    assert len(tied) == ("tied" in how and native.missing() is None)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Phi3", "GPT2", "OPT"])
+def test_families(tmp_path, family):
+    made = rarefy.decoder(small(family))
+    rarefy.save(made, tmp_path / "out")
+    ids = torch.randint(3, V, (2, 90))
+    back = rarefy.load(tmp_path / "out")
+    assert torch.equal(in_pieces(made, ids, [80, 1, 9]), in_pieces(back, ids, [80, 1, 9]))
+
+
+def test_in_a_fresh_process_without_transformers(tmp_path):
+    made = made_of("int8 tied")
+    rarefy.save(made, tmp_path / "out")
+    ids = torch.randint(3, V, (2, 70))
+    code = f"""
+import sys
+import rarefy, torch
+from safetensors.torch import load_file, save_file
+made, ids = rarefy.load({str(tmp_path / "out")!r}), load_file({str(tmp_path / "ids")!r})["ids"]
+cache = made.cache(2, 70)
+logits = torch.cat([made(ids[:, :66], cache), made(ids[:, 66:], cache)], 1)
+text = rarefy.generate(made, ids, max_new_tokens=5)
+assert "transformers" not in sys.modules
+save_file({{"logits": logits, "text": text}}, {str(tmp_path / "got")!r})
+"""
+    save_file({"ids": ids}, tmp_path / "ids")
+    subprocess.run([sys.executable, "-c", code], check=True)
+    got = load_file(tmp_path / "got")
+    assert torch.equal(got["logits"], in_pieces(made, ids, [66, 4]))
+    assert torch.equal(got["text"], rarefy.generate(made, ids, max_new_tokens=5))
+
+
+@pytest.mark.parametrize("how", ["fp32", "int8 tied", "int4 asymmetric"])
+def test_without_kernels_torch_runs_the_words(tmp_path, monkeypatch, how):
+    made = made_of(how)
+    rarefy.save(made, tmp_path / "out")
+    ids = torch.randint(3, V, (2, 70))
+    want = in_pieces(made, ids, [66, 4])
+    monkeypatch.setattr(native, "missing", lambda: "no compiler")
+    back = rarefy.load(tmp_path / "out")
+    assert not back.compiled.kernels
+    assert far(want, in_pieces(back, ids, [66, 4])) < (0.05 if how == "int8 tied" else 1e-4)
+    rarefy.save(back, tmp_path / "again")
+    assert torch.equal(rarefy.load(tmp_path / "again")(ids), back(ids))
+
+
+def test_inspect(tmp_path):
+    made = made_of("int8 tied")
+    rarefy.save(made, tmp_path / "out")
+    report = rarefy.inspect(tmp_path / "out")
+    rows = {r["tensor"]: r for r in report.rows}
+    assert str(report).startswith(f"{tmp_path / 'out'}: a decoder") and "vocabulary 101, most 512" in str(report)
+    if native.missing() is None:
+        assert {r["format"] for r in rows.values()} == {"int8:panels", "dense"}
+    with pytest.raises(ModelError, match="print it"):
+        rarefy.inspect(made)
+
+
+def test_numbers_of_configs_that_no_logit_is_for():
+    model = small()
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = -1, [V + 5, 7]
+    made = rarefy.decoder(model)
+    assert (made.ends, made.pad) == ((7,), 7)
+    assert far(eager(model, torch.tensor([[3, 4]])), made(torch.tensor([[3, 4]]))) < 1e-5
+
+
+def test_options_without_effect_and_where_modules_are_asked_for(tmp_path):
+    made = made_of("int8")
+    with pytest.raises(FormatError, match="saved as its kernels read it"):
+        rarefy.save(made, tmp_path / "out", format="csr")
+    rarefy.save(made, tmp_path / "out")
+    with pytest.raises(ContainerError, match="leave model= out"):
+        rarefy.load(tmp_path / "out", small())
+    with pytest.raises(ContainerError, match="leave accelerate= out"):
+        rarefy.load(tmp_path / "out", accelerate=True)
+    for to in ("hf", "safetensors"):
+        with pytest.raises(ModelError, match="Decoder|compiled from"):
+            rarefy.export(tmp_path / "out", tmp_path / "dense", to=to)
+    with pytest.raises(ModelError, match="holds a decoder: give the folder of what it was compiled from"):
+        shell.load(tmp_path / "out")
+    with pytest.raises(ModelError, match="teacher 'out' is a compiled model"):
+        training.other("out", tmp_path, small())
+
+
+# ---- what is no saved decoder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder of bitmasks, panels, a packed embedding and two layers that keep 128 numbers of a token."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    rarefy.save(made_of("int8 pruned, tied"), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A copy of it."""
+    (tmp_path / "m").mkdir()
+    for file in whole.iterdir():
+        (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "m"
+
+
+def renumber(folder, **changed):
+    index = json.loads((folder / INDEX).read_text())
+    index["meta"]["decoder"].update(changed)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"vocabulary": 0}, "ends and pad are of its vocabulary"),
+        ({"vocabulary": 1.5}, "ends and pad are of its vocabulary"),
+        ({"vocabulary": True}, "ends and pad are of its vocabulary"),
+        ({"vocabulary": 1 << 40}, "ends and pad are of its vocabulary"),
+        ({"ends": [V]}, "ends and pad are of its vocabulary"),
+        ({"ends": ["1"]}, "ends and pad are of its vocabulary"),
+        ({"ends": 1}, "ends and pad are of its vocabulary"),
+        ({"ends": [1] * 2000}, "ends and pad are of its vocabulary"),
+        ({"pad": -1}, "ends and pad are of its vocabulary"),
+        ({"pad": None}, "ends and pad are of its vocabulary"),
+        ({"most": 0}, "most is a number of tokens or null"),
+        ({"most": "512"}, "most is a number of tokens or null"),
+        ({"kept": 64}, "keeps 64 numbers of a token, its graph 128"),
+        ({"kept": 1 << 40}, "numbers of a token, its graph 128"),
+        ({"kept": 128.0}, "numbers of a token, its graph 128"),
+        ({"code": 1}, "a decoder has vocabulary, most, ends, pad, kept"),
+    ],
+    ids=str,
+)
+def test_numbers_that_no_decoder_has(folder, changed, says):
+    renumber(folder, **changed)
+    with pytest.raises(ContainerError, match=says) as caught:
+        rarefy.load(folder)
+    assert str(folder) in str(caught.value)
+    with pytest.raises(ContainerError):
+        rarefy.inspect(folder)
+
+
+@pytest.mark.parametrize("about", [None, 7, {}, []], ids=str)
+def test_graphs_with_a_cache_and_no_decoder(folder, about):
+    index = json.loads((folder / INDEX).read_text())
+    index["meta"]["decoder"] = about
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ContainerError, match=r"tells of no decoder|a decoder has vocabulary"):
+        rarefy.load(folder)
+
+
+def test_a_decoder_without_a_cache_is_none(folder, tmp_path):
+    rarefy.save(rarefy.compile(torch.nn.Linear(4, 4).eval(), torch.randn(2, 4)), tmp_path / "plain")
+    index = json.loads((tmp_path / "plain" / INDEX).read_text())
+    index["meta"]["decoder"] = json.loads((folder / INDEX).read_text())["meta"]["decoder"]
+    for kept in (128, 0):
+        index["meta"]["decoder"]["kept"] = kept
+        (tmp_path / "plain" / INDEX).write_text(json.dumps(index))
+        with pytest.raises(ContainerError, match=f"keeps {kept} numbers of a token, its graph 0"):
+            rarefy.load(tmp_path / "plain")
+
+
+def another_recall(told):
+    """The second layer's words once more, in the place of the first's in the cache."""
+    first, second = [n for n in told["nodes"] if n[2] == "words.recall"]
+    second[3][4] = first[3][4]
+
+
+def weight(told):
+    """The name of a weight of a layer."""
+    return next(n for n, about in told["packed"].items() if about["format"] == "bitmask")
+
+
+def odd_panels(**about):
+    return lambda told: next(p for p in told["packed"].values() if p["format"] == "panels").update(about)
+
+
+def embedding_as(name):
+    def change(told):
+        node = call(told, "words.embedding")
+        told["kernels"][node[0]] = weight(told) if name == "a bitmask" else name
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (set_arg("words.recall", 4, {"tuple": [32, 64]}), "cannot keep keys and values at 32 and 64: 0 numbers"),
+        (set_arg("words.recall", 4, {"tuple": [0, 0]}), "cannot keep keys and values at 0 and 0"),
+        (set_arg("words.recall", 4, {"tuple": [32, 0]}), "cannot keep keys and values at 32 and 0"),
+        (set_arg("words.recall", 4, {"tuple": [0, 48]}), "cannot keep keys and values at 64 and 96: 96 numbers"),
+        (set_arg("words.recall", 4, {"tuple": [0, 1 << 60]}), "cannot keep|numbers of a token"),
+        (set_arg("words.recall", 4, {"tuple": [-32, 0]}), "argument 5 is .*, a pair of whole numbers is expected"),
+        (set_arg("words.recall", 4, [0, 32]), "a pair of whole numbers is expected"),
+        (another_recall, "cannot keep keys and values at 0 and 32: 64 numbers lie before them"),
+        (set_arg("words.recall", 5, 3), "3 heads of 2 cannot keep"),
+        (set_arg("words.recall", 6, 3), "4 heads of 3 cannot keep"),
+        (set_arg("words.recall", 6, 0), "a whole number from 1 on is expected"),
+        (set_arg("words.recall", 7, "wide"), "a number is expected"),
+        (set_arg("words.recall", 8, -1), "a whole number from 0 on is expected"),
+        (set_arg("words.recall", 8, 0.5), "a whole number from 0 on is expected"),
+        (set_arg("words.recall", 3, {"node": "ids"}), "the cache is expected"),
+        (set_arg("words.recall", 0, {"node": "cache"}), "an earlier tensor is expected"),
+        (set_arg("aten.unsqueeze.default", 0, {"node": "cache"}), "Tensor is expected"),
+        (lambda t: call(t, "words.recall")[3].pop(), "9 arguments expected, got 8"),
+        (lambda t: t["nodes"][-1].__setitem__(3, [[{"node": "cache"}]]), "an output is cache"),
+        (lambda t: t["nodes"][-1].__setitem__(3, [[7]]), "takes ids, positions and places, and gives logits"),
+        (lambda t: t["inputs"][0][1].update(dtype="int32"), "takes ids, positions and places"),
+        (lambda t: t["inputs"][2][1].update(sizes=["s0", "s1"]), "takes ids, positions and places"),
+        (lambda t: t["packed"][weight(t)].update(kind="bf16"), "is no weight that a word runs on"),
+        (lambda t: t["packed"][weight(t)].update(kind="fp32"), "packed 'p_"),
+        (lambda t: t["packed"][weight(t)].update(shape=[1 << 20, 1 << 20]), "packed 'p_"),
+        (odd_panels(kind="fp32"), "is no weight that a word runs on"),
+        (odd_panels(kind="int4"), "packed 'p_"),
+        (odd_panels(exact=1), "exact is True or False"),
+        (odd_panels(parts=1), "packed 'p_"),
+        (odd_panels(parts=False), "have a scale for each row"),
+        (odd_panels(more=1), "is no weight that a word runs on"),
+        (embedding_as("a bitmask"), "runs on a weight packed as bitmask, must be panels|are not the weights"),
+        (embedding_as("nobody"), "are not the weights that kernels run on"),
+        (lambda t: t["kernels"].pop(call(t, "words.embedding")[0]), "is neither there as it is nor packed"),
+    ],
+)  # fmt: skip
+@needs_kernels
+def test_graphs_that_no_decoder_has(folder, change, says):
+    edit(folder, change)
+    with pytest.raises(ContainerError, match=says) as caught:
+        rarefy.load(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("masks", lambda t: t | 1 << 40),
+        ("masks", torch.zeros_like),
+        ("starts", lambda t: t + 1),
+        ("starts", lambda t: t - 1),
+    ],
+)
+@needs_kernels
+def test_bitmasks_that_lead_outside(folder, part, change):
+    name = weight(json.loads((folder / stored.GRAPH).read_text()))
+    key = f"packed.{name}.{part}.values"
+    shard(folder, **{key: change(load_file(folder / SHARD)[key])})
+    with pytest.raises(ContainerError, match="is damaged"):
+        rarefy.load(folder)
+
+
+@needs_kernels
+def test_panels_without_scales(folder):
+    graph = json.loads((folder / stored.GRAPH).read_text())
+    name = next(n for n, p in graph["packed"].items() if p["format"] == "panels")
+    tensors = load_file(folder / SHARD)
+    del tensors[f"packed.{name}.whole.values"]
+    save_file(tensors, folder / SHARD)
+    index = json.loads((folder / INDEX).read_text())
+    del index["tensors"][f"packed.{name}.whole"]
+    (folder / INDEX).write_text(json.dumps(index))
+    seal(folder)
+    with pytest.raises(ContainerError, match="have a scale for each row"):
+        rarefy.load(folder)
+
+
+def doubled(dim):
+    """A change that gives the first layer's queries, keys and values more sequences, tokens or features."""
+
+    def change(told):
+        node = call(told, "words.recall")
+        at = told["nodes"].index(node)
+        for i in range(3):
+            x = node[3][i]
+            told["nodes"].insert(at, [f"wide{i}", "call_function", "aten.cat.default", [[x, x], dim], {}])
+            node[3][i] = {"node": f"wide{i}"}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (doubled(0), "no cache for 2 sequences of 3 tokens more|does not fit together"),
+        (doubled(1), r"no cache for 1 sequences of \d+ tokens more|does not fit together"),
+        (doubled(2), r"recall\w* is a word on sizes"),
+        (set_arg("words.recall", 5, 8), r"recall\w* is a word on sizes"),
+        (set_arg("words.recall", 0, {"node": "linear_1"}), r"recall\w* is a word on sizes|which is no earlier node"),
+    ],
+)
+@needs_kernels
+def test_sizes_that_do_not_fit_the_cache_are_not_run(folder, change, says):
+    try:
+        edit(folder, change)
+        made = rarefy.load(folder)
+    except ContainerError as error:
+        assert "no earlier node" in str(error) and "no earlier node" in says
+        return
+    for tokens in (3, 40):
+        with pytest.raises(ModelError, match=says.replace("of 3", r"of \d+")):
+            made(torch.randint(3, V, (1, tokens)), made.cache(1, 64) if tokens == 40 else None)
+
+
+@needs_kernels
+def test_steps_are_for_decoders_alone(folder):
+    made = rarefy.load(folder)
+    ids, places = torch.randint(3, V, (2, 4)), torch.arange(4)
+    with pytest.raises(ModelError, match=r"no cache for 2 sequences of 4 tokens more: use rarefy.decoder's own"):
+        made.compiled(ids, places.repeat(2, 1), places)
+    full = made.cache(2, 64)
+    full.past = 61
+    for other in (made.cache(1, 64), full):
+        with pytest.raises(ModelError, match="no cache for 2 sequences"):
+            made.compiled.run([ids, places.repeat(2, 1), places], other)
+
+
+def test_random_changes_end_in_our_errors_or_in_a_decoder(folder):
+    """Whatever is read then runs, or says in torch's words or ours why it does not."""
+    told, g = json.loads((folder / stored.GRAPH).read_text()), random.Random(0)
+    read = 0
+    for _ in range(200):
+        changed = json.loads(json.dumps(told))
+        mutated(changed, g)
+        edit(folder, lambda told, new=changed: told.update(all=new))
+        try:
+            made = rarefy.load(folder)
+        except ContainerError:
+            continue
+        read += 1
+        for ids in (torch.randint(3, V, (2, 40)), torch.randint(3, V, (1, 2))):
+            try:
+                made(ids)
+            except (DataError, ModelError, FormatError, RuntimeError, IndexError, TypeError):
+                continue
+    assert read < 100

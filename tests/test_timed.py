@@ -1,0 +1,95 @@
+"""What `rarefy bench` times besides models: what the engine makes of them, and what was compiled before."""
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from conftest import tiny_bert, tiny_llama
+from rarefy.engine import timed
+from rarefy.engine.compiled import Compiled
+from rarefy.engine.language import Decoder
+from rarefy.engine.timed import bench_models, engine_of, example_for, resident_bytes
+from rarefy.errors import ModelError
+from rarefy.proof import measure
+
+
+def test_language_models_beside_their_decoders():
+    model = tiny_llama(torch.bfloat16)
+    made, why = engine_of(model, 8, 1, "int8")
+    assert isinstance(made, Decoder) and why == "" and model.dtype == torch.bfloat16  # it made a copy
+    report = bench_models({"model": model, "engine": made}, 8, 2, 1, 2, False)
+    assert [(r["what"], r["of"]) for r in report.rows] == [
+        (kind, of) for kind in ("prefill", "decode") for of in ("model", "engine")
+    ]
+    assert all(0 < r["low"] <= r["tokens_per_second"] <= r["high"] for r in report.rows)
+    with pytest.raises(ModelError, match="engine reads at most 128 tokens; asked for 127 and 2 new ones"):
+        bench_models({"engine": made}, 127, 2, 1, 2, False)
+
+
+def test_both_write_the_same_tokens(monkeypatch):
+    model, tokens = tiny_llama(), {"model": [], "engine": []}
+    made, _ = engine_of(model, 8, 1)
+    steps = {"model": measure.step_of(model), "engine": timed._step(made, 12)}
+
+    def listening(name):
+        def step(ids, state):
+            tokens[name].append(ids.tolist())
+            return steps[name](ids, state)
+
+        return step
+
+    measure.rates({n: listening(n) for n in steps}, 64, prompt=8, new=4, repeats=1)
+    assert tokens["model"] == tokens["engine"] and len(tokens["model"]) == 2 * 5
+
+
+def test_an_encoder_beside_what_is_compiled_of_it():
+    model = tiny_bert()
+    made, why = engine_of(model, 8, 1)
+    assert isinstance(made, Compiled) and why == ""
+    rows = bench_models({"model": model, "engine": made}, 8, 2, 1, 2, False).rows
+    assert [(r["what"], r["of"], r["unit"]) for r in rows] == [
+        ("forward, batch 1", n, "ms") for n in ("model", "engine")
+    ]
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+    config = type("C", (), {"to_dict": dict, "model_type": "own", "vocab_size": 9})()
+
+
+def test_why_the_engine_has_nothing():
+    made, why = engine_of(Own().eval(), 8, 1)
+    assert made is None and why.startswith("Own cannot be exported: ")
+    writer = Own().eval()
+    writer.generate, writer.can_generate, writer.config.is_encoder_decoder = None, lambda: True, True
+    made, why = engine_of(writer, 8, 1)
+    assert made is None and why == "Own writes with an encoder, for which the engine has no cache"
+
+
+def test_a_compiled_model_by_itself(tmp_path):
+    x = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+    rarefy.save(rarefy.compile(tiny_bert(), x), tmp_path / "out")
+    made = rarefy.load(tmp_path / "out")
+    args, kwargs = example_for(made, 12, 3)
+    assert args == () and kwargs["input_ids"].shape == (3, 12) and int(kwargs["attention_mask"].sum()) == 36
+    [row] = bench_models({"model": made}, 12, 2, 3, 2, False).rows
+    assert row["what"] == "forward, batch 3" and row["median"] > 0
+    net = rarefy.compile(nn.Linear(5, 3).eval(), torch.randn(2, 5))
+    [row] = bench_models({"model": net}, 12, 2, 7, 2, False).rows
+    assert row["what"] == "forward, batch 7"
+    with pytest.raises(ModelError, match="writes text, and another does not"):
+        bench_models({"model": net, "against": engine_of(tiny_llama(), 8, 1)[0]}, 8, 2, 1, 2, False)
+
+
+def test_bytes_of_what_is_compiled():
+    net = nn.Linear(64, 64).eval()
+    dense = rarefy.compile(net, torch.randn(2, 64))
+    net.weight.data[32:] = 0
+    half, small = (rarefy.compile(net, torch.randn(2, 64), values=v) for v in (None, "int8"))
+    assert resident_bytes(small) < resident_bytes(half) < resident_bytes(dense)
+    made = engine_of(tiny_llama(), 8, 1)[0]
+    weights = sum(p.numel() for p in tiny_llama().parameters())
+    assert 0.5 * 4 * weights < resident_bytes(made) < 3 * 4 * weights
