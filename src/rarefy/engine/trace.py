@@ -47,15 +47,18 @@ class Traced:
     kept: int = 0
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rules: Sequence[Any]) -> Traced:
-    """Export a model with all its sizes open that can be; ModelError with what export said where it cannot be."""
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rules: Sequence[Any], name: str | None = None
+) -> Traced:
+    """Export a model with all its sizes open that can be; ModelError with what export said where it cannot be.
+    name: what the message calls the model, else its class."""
     two = two_samples(args, kwargs)
     try:
         return read(_export(model, *two), rules)
     except Exception as error:  # torch.export raises its own kinds, and those of whatever the model calls
         if isinstance(error, ModelError):
             raise
-        why = f"{type(model).__name__} cannot be exported: {first_line(error)}"
+        why = f"{name or type(model).__name__} cannot be exported: {first_line(error)}"
         if "cache_utils" in str(error):
             why += " (a language model: put use_cache=False into the example)"
         if two[0] is args:
@@ -193,9 +196,10 @@ def drop(t: Traced, node: Node) -> None:
 def linear(t: Traced, node: Node) -> None:
     """A product with a constant weight, dense or of a layer that runs sparse already."""
     if node.target is aten.linear.default:
-        x, w, *bias = node.args
-        if isinstance(w, fx.Node) and w.name in t.constants and kind_of(node) == torch.float32:
-            put(t, node, words.product, x, w, bias[0] if bias else None, None, None)
+        x, w, bias = (*node.args, None)[:3]
+        fixed = all(n is None or n.name in t.constants for n in (w, bias))
+        if fixed and kind_of(node) == torch.float32:
+            put(t, node, words.product, x, w, bias, None, None)
     if node.target is aten.addmm.default and not node.kwargs and kind_of(node) == torch.float32:
         bias, x, w = node.args
         if {bias.name, w.name} <= t.constants.keys() and len(shape(bias)) == 1:
