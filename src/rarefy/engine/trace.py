@@ -137,6 +137,11 @@ def same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b))
 
 
+def is_node(x: Any) -> bool:
+    """Return whether an argument is what a node gives, not a number or text."""
+    return isinstance(x, fx.Node)
+
+
 def kind_of(node: Node) -> torch.dtype | None:
     """Return the type of a node's output, None where it is no tensor."""
     value = node.meta.get("val")
@@ -151,6 +156,14 @@ def put(t: Traced, node: Node, word: Callable[..., Any], *args: Any) -> Node:
     node.replace_all_uses_with(new)
     t.graph.erase_node(node)
     return new
+
+
+def added(t: Traced, before: Node, target: Callable[..., Any], *args: Any) -> Node:
+    """Return a new node in front of another."""
+    with t.graph.inserting_before(before):
+        node = t.graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
 
 
 def new_constant(t: Traced, name: str, value: Tensor) -> Node:
@@ -286,7 +299,7 @@ def attention(t: Traced, node: Node) -> None:
         return
     apart = [split(x) for x in (q, k, v)]
     turned = next(iter(node.users))
-    if any(s is None for s in apart) or not _turns(turned):
+    if any(s is None for s in apart) or not turns(turned):
         return
     joined = next(iter(turned.users)) if len(turned.users) == 1 else None
     heads, kv_heads, width = shape(q)[1], shape(k)[1], shape(q)[3]
@@ -310,14 +323,16 @@ def attention(t: Traced, node: Node) -> None:
     t.graph.erase_node(node)
 
 
-def _turns(x: Node) -> bool:
+def turns(x: Node) -> bool:
     """Whether heads and tokens change places."""
+    if x.target is aten.permute.default:
+        return list(x.args[1]) == [0, 2, 1, 3]
     return x.target is aten.transpose.int and sorted(d % 4 for d in x.args[1:]) == [1, 2]
 
 
 def split(x: Any) -> Any:
     """Return what was split into heads, [batch, tokens, features], or None."""
-    if not _turns(x):
+    if not turns(x):
         return None
     v = x.args[0]
     if v.target not in (*VIEWS, aten.unflatten.int) or len(shape(v)) != 4 or len(shape(v.args[0])) != 3:
