@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.engine import convolve, images, phrases, words
+from rarefy.engine import convolve, formulas, heads, images, phrases, words
 from rarefy.engine import trace as rules
 from rarefy.engine.lower import LOWER
 from rarefy.engine.plan import Plan
@@ -29,9 +29,11 @@ NEAR_BYTES = 56 << 20  # of what images are on their way through a plan
 MOST_SIZES = 16  # of inputs for which plans are kept
 ROUNDED = 0.2  # of outputs' length, how far they may move in 8 bits
 RULES = (
-    rules.drop, phrases.constants, phrases.embedding, rules.linear, rules.reshaped, phrases.pieces, rules.norm,
-    phrases.rms, phrases.heads, phrases.rotation, phrases.recalled, rules.pointwise, rules.attention, rules.reshaped,
-    convolve.convolution, convolve.batch_norm, convolve.pooled, rules.fuse, rules.fuse,
+    rules.drop, phrases.constants, phrases.embedding, rules.linear, rules.reshaped, phrases.pieces, heads.parts,
+    heads.thirds, formulas.layer_scale, formulas.activations, rules.norm, formulas.layer_norm, phrases.rms,
+    phrases.heads, heads.written, heads.scaled, phrases.rotation, phrases.recalled, heads.multihead, rules.pointwise,
+    formulas.quick_gelu, rules.attention, phrases.between_views, convolve.convolution, convolve.batch_norm,
+    convolve.pooled, rules.fuse, rules.fuse,
 )  # fmt: skip
 HEAVY = (words.product, words.attention, words.recall, words.convolution)  # what a plan is worth its packing for
 Check = Callable[[Sequence[Node], Mapping[Node, Tensor], Mapping[Node, Any], Mapping[str, Tensor]], None]

@@ -53,7 +53,7 @@ def _made(model: Any, values: str | None) -> Decoder:
     """The decoder of a model, unproved."""
     with hf.attending(model, _attend), torch.no_grad():
         shown = torch.arange(2 * SHOWN).view(2, SHOWN), torch.arange(SHOWN).repeat(2, 1), torch.arange(3)
-        traced = rules.trace(Step(model), shown, {}, compiled.RULES)
+        traced = rules.trace(Step(model), shown, {}, compiled.RULES, type(model).__name__)
     if not traced.kept:
         raise ModelError(f"{type(model).__name__} has no attention that a cache can serve")
     grids = {

@@ -4,14 +4,14 @@ heads, attention to what was kept."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rarefy.engine import words
-from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape, split
+from rarefy.engine.formulas import gained, over_features
+from rarefy.engine.trace import VIEWS, Node, Traced, added, aten, kind_of, new_constant, put, same, shape, split
 
 _LIBRARY = torch.library.Library("rarefy", "FRAGMENT")
 _LIBRARY.define("recall(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
@@ -22,22 +22,25 @@ def _recall(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tenso
 
 
 _LIBRARY.impl("recall", _recall, "CompositeExplicitAutograd")
+RECALL = torch.ops.rarefy.recall.default
 
 MOST_FOLDED = 1 << 26  # numbers of a constant that is made of others
 
 
-def added(t: Traced, before: Node, target: Callable[..., Any], *args: Any) -> Node:
-    """Return a new node in front of another."""
-    with t.graph.inserting_before(before):
-        node = t.graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-    return node
+FILLED = {  # calls that take of their first argument its type alone
+    aten.new_zeros.default: 0.0, aten.zeros_like.default: 0.0, aten.new_ones.default: 1.0, aten.ones_like.default: 1.0,
+}  # fmt: skip
 
 
 def constants(t: Traced, node: Node) -> None:
-    """What follows from constants alone is one."""
+    """What follows from constants alone is one, and so is what is filled with zeros or ones."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not node.all_input_nodes or not str(value.numel()).isdigit():
+        return
+    if node.target in FILLED and value.numel() <= MOST_FOLDED:
+        filled = torch.full([int(s) for s in value.shape], FILLED[node.target]).to(value.dtype)
+        node.replace_all_uses_with(new_constant(t, f"{node.name}_known", filled))
+        t.graph.erase_node(node)
         return
     if getattr(node.target, "tags", ()) and torch.Tag.nondeterministic_seeded in node.target.tags:
         return
@@ -71,16 +74,9 @@ def rms(t: Traced, node: Node) -> None:
         mean, least = _pair(by.args[0], aten.add.Tensor)
         if mean is None or isinstance(least, fx.Node) or mean.target is not aten.mean.dim:
             continue
-        dims, keep = mean.args[1], (*mean.args, False)[2]
-        if list(dims) not in ([-1], [len(shape(x)) - 1]) or not keep or not _squares(mean.args[0], x):
+        if not over_features(mean, x) or not _squares(mean.args[0], x):
             continue
-        new = put(t, node, words.norm, x, None, None, float(least), False, 1)
-        user = next(iter(new.users)) if len(new.users) == 1 else None
-        a, b = _pair(user, aten.mul.Tensor)
-        gain = b if a is new else a
-        if isinstance(gain, fx.Node) and gain.name in t.constants and shape(gain) == tuple(shape(x)[-1:]):
-            put(t, user, words.norm, x, gain, None, float(least), False, 1)
-            t.graph.erase_node(new)
+        gained(t, put(t, node, words.norm, x, None, None, float(least), False, 1))
         return
 
 
@@ -191,7 +187,7 @@ def _angles(node: Node, x: Node) -> bool:
 
 def recalled(t: Traced, node: Node) -> None:
     """rarefy::recall of queries, keys and values in heads: the word, behind the layers before it in the cache."""
-    if node.target is not torch.ops.rarefy.recall.default:
+    if node.target is not RECALL:
         return
     q, k, v, scale, window = node.args
     many, few, width = shape(q)[1], shape(k)[1], shape(q)[3]
@@ -217,3 +213,51 @@ def recalled(t: Traced, node: Node) -> None:
     if node.users:
         node.replace_all_uses_with(added(t, node, aten.unflatten.int, new, 2, [many, shape(v)[3]]))
     t.graph.erase_node(node)
+
+
+KEEPING = (words.product, words.norm, words.add, words.times, words.activation)  # whose outputs lie as their inputs do
+
+
+def between_views(t: Traced, node: Node) -> None:
+    """Words between two views, the second of which takes back the first, need neither."""
+    if node.target not in VIEWS or not isinstance(node.args[0], fx.Node) or node.args[0].target not in KEEPING:
+        return
+    inside: dict[Node, None] = {}
+    if not _inside(node.args[0], shape(node)[:-1], inside) or shape(node)[-1] != shape(node.args[0])[-1]:
+        return
+    last = node.args[0]
+    if any(u not in inside and u is not node for n in inside for u in n.users) or len(last.users) != 1:
+        return
+    made: dict[Node, Node] = {}
+    for old in (n for n in list(t.graph.nodes) if n in inside):  # in the graph's order
+        places = _tensors(old)
+        args = [made.get(a, a.args[0]) if i in places and a is not None else a for i, a in enumerate(old.args)]
+        with t.graph.inserting_before(node):
+            made[old] = t.graph.call_function(old.target, tuple(args))
+        first: Any = args[0]
+        x = first.meta["val"]
+        made[old].meta["val"] = x.new_empty((*x.shape[:-1], shape(old)[-1]))
+    node.replace_all_uses_with(made[last])
+    t.graph.erase_node(node)
+
+
+def _tensors(node: Node) -> tuple[int, ...]:
+    """Which arguments of a word are values."""
+    return {words.product: (0, 3), words.add: (0, 1), words.times: (0, 1)}.get(node.target, (0,))
+
+
+def _inside(node: Node, lead: tuple[Any, ...], inside: dict[Node, None]) -> bool:
+    """Gather the words that lead from views of values with this lead to a node; False where there is another way."""
+    inside[node] = None
+    for x in (node.args[i] for i in _tensors(node)):
+        if x is None or x in inside:
+            continue
+        if x.target in KEEPING and len(inside) < MOST_INSIDE:
+            if not _inside(x, lead, inside):
+                return False
+        elif x.target not in VIEWS or shape(x)[-1] != shape(x.args[0])[-1] or not same(shape(x.args[0])[:-1], lead):
+            return False
+    return True
+
+
+MOST_INSIDE = 64  # words

@@ -47,15 +47,18 @@ class Traced:
     kept: int = 0
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rules: Sequence[Any]) -> Traced:
-    """Export a model with all its sizes open that can be; ModelError with what export said where it cannot be."""
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rules: Sequence[Any], name: str | None = None
+) -> Traced:
+    """Export a model with all its sizes open that can be; ModelError with what export said where it cannot be.
+    name: what the message calls the model, else its class."""
     two = two_samples(args, kwargs)
     try:
         return read(_export(model, *two), rules)
     except Exception as error:  # torch.export raises its own kinds, and those of whatever the model calls
         if isinstance(error, ModelError):
             raise
-        why = f"{type(model).__name__} cannot be exported: {first_line(error)}"
+        why = f"{name or type(model).__name__} cannot be exported: {first_line(error)}"
         if "cache_utils" in str(error):
             why += " (a language model: put use_cache=False into the example)"
         if two[0] is args:
@@ -134,6 +137,11 @@ def same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b))
 
 
+def is_node(x: Any) -> bool:
+    """Return whether an argument is what a node gives, not a number or text."""
+    return isinstance(x, fx.Node)
+
+
 def kind_of(node: Node) -> torch.dtype | None:
     """Return the type of a node's output, None where it is no tensor."""
     value = node.meta.get("val")
@@ -148,6 +156,14 @@ def put(t: Traced, node: Node, word: Callable[..., Any], *args: Any) -> Node:
     node.replace_all_uses_with(new)
     t.graph.erase_node(node)
     return new
+
+
+def added(t: Traced, before: Node, target: Callable[..., Any], *args: Any) -> Node:
+    """Return a new node in front of another."""
+    with t.graph.inserting_before(before):
+        node = t.graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
 
 
 def new_constant(t: Traced, name: str, value: Tensor) -> Node:
@@ -193,9 +209,10 @@ def drop(t: Traced, node: Node) -> None:
 def linear(t: Traced, node: Node) -> None:
     """A product with a constant weight, dense or of a layer that runs sparse already."""
     if node.target is aten.linear.default:
-        x, w, *bias = node.args
-        if isinstance(w, fx.Node) and w.name in t.constants and kind_of(node) == torch.float32:
-            put(t, node, words.product, x, w, bias[0] if bias else None, None, None)
+        x, w, bias = (*node.args, None)[:3]
+        fixed = all(n is None or n.name in t.constants for n in (w, bias))
+        if fixed and kind_of(node) == torch.float32:
+            put(t, node, words.product, x, w, bias, None, None)
     if node.target is aten.addmm.default and not node.kwargs and kind_of(node) == torch.float32:
         bias, x, w = node.args
         if {bias.name, w.name} <= t.constants.keys() and len(shape(bias)) == 1:
@@ -282,7 +299,7 @@ def attention(t: Traced, node: Node) -> None:
         return
     apart = [split(x) for x in (q, k, v)]
     turned = next(iter(node.users))
-    if any(s is None for s in apart) or not _turns(turned):
+    if any(s is None for s in apart) or not turns(turned):
         return
     joined = next(iter(turned.users)) if len(turned.users) == 1 else None
     heads, kv_heads, width = shape(q)[1], shape(k)[1], shape(q)[3]
@@ -306,14 +323,16 @@ def attention(t: Traced, node: Node) -> None:
     t.graph.erase_node(node)
 
 
-def _turns(x: Node) -> bool:
+def turns(x: Node) -> bool:
     """Whether heads and tokens change places."""
+    if x.target is aten.permute.default:
+        return list(x.args[1]) == [0, 2, 1, 3]
     return x.target is aten.transpose.int and sorted(d % 4 for d in x.args[1:]) == [1, 2]
 
 
 def split(x: Any) -> Any:
     """Return what was split into heads, [batch, tokens, features], or None."""
-    if not _turns(x):
+    if not turns(x):
         return None
     v = x.args[0]
     if v.target not in (*VIEWS, aten.unflatten.int) or len(shape(v)) != 4 or len(shape(v.args[0])) != 3:

@@ -1,0 +1,155 @@
+"""What `rarefy.compile` does with the models that cuts are tested on, and with language models as decoders: whether the
+outputs are eager's, how many native calls there are, and what is left to torch.
+
+    python conformance.py                     all, about half an hour on one core
+    python conformance.py --only swin vit     those whose names begin so
+    python conformance.py --table             only print what was measured last
+
+Half of the weights of Linear and Conv2d layers are zero, drawn at random: here it counts what comes out, not how good.
+Each model has a process of its own. Appends a JSON line a model to results/conformance.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import multiprocessing
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import rarefy
+from rarefy.engine.compiled import Alone, Compiled, Segment, _called, _name
+from rarefy.engine.prove import apart, distance
+from rarefy.errors import ModelError
+from rarefy.model import hf
+from values import keep, kept
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "conformance.jsonl"
+sys.path.insert(0, str(HERE.parent / "tests"))
+LIMIT = 120  # seconds a model
+NEAR = 1e-3  # of the outputs' length
+
+
+def half(model: nn.Module) -> nn.Module:
+    """Make half of the weights of Linear and Conv2d layers zero."""
+    g = torch.Generator().manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, nn.Linear | nn.Conv2d):
+            m.weight.data *= torch.rand(m.weight.shape, generator=g) < 0.5
+    return model.eval()
+
+
+def told(made: Compiled) -> dict[str, Any]:
+    """How many native calls, of which words, and what runs in torch, both most often first."""
+    native = [i for i in made.program if isinstance(i, Segment | Alone)]
+    ours = Counter(n.target.__name__ for s in native for n in s.nodes)
+    rest = Counter(_name(i) for i in made.program if not isinstance(i, Segment | Alone) and i not in made.fixed_nodes)
+    return {"native calls": len(native), "words": dict(ours.most_common()), "torch": dict(rest.most_common())}
+
+
+def compiled(model: nn.Module, x: Any) -> dict[str, Any]:
+    """Compile a model and compare."""
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        x = {**x, "use_cache": False}
+    began = time.perf_counter()
+    made = rarefy.compile(model, x)
+    seconds = time.perf_counter() - began
+    far = distance(model, made, *pytree.tree_flatten(_called(x)))
+    return {"distance": far, "seconds": seconds, **told(made), "notes": list(made.traced.notes)}
+
+
+def decoded(model: Any, x: Any) -> dict[str, Any]:
+    """Make a decoder of a language model and compare."""
+    began = time.perf_counter()
+    made = rarefy.decoder(model)
+    seconds = time.perf_counter() - began
+    with torch.no_grad():
+        want = model(input_ids=x["input_ids"], use_cache=False).logits
+    return {"distance": apart(want, made(x["input_ids"])), "seconds": seconds, **told(made.compiled)}
+
+
+def one(name: str, cases: dict[str, Any]) -> dict[str, Any]:
+    """What comes of one model: `status` is equal, other (numbers), refused or crashed."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    make, x = cases[name.removesuffix(" as decoder")]
+    model = half(make())
+    try:
+        found = (decoded if name.endswith(" as decoder") else compiled)(model, x)
+    except ModelError as error:
+        return {"status": "refused", "error": str(error)}
+    except Exception as error:
+        return {"status": "crashed", "error": f"{type(error).__name__}: {error}"}
+    return {"status": "equal" if found["distance"] <= NEAR else "other", **found}
+
+
+def apart_from_here(name: str, cases: dict[str, Any]) -> dict[str, Any]:
+    """`one` in a process of its own, `LIMIT` seconds at most."""
+    context = multiprocessing.get_context("fork")  # what was imported stays so
+    mine, its = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: its.send(one(name, cases)))
+    process.start()
+    its.close()
+    try:
+        return mine.recv() if mine.poll(LIMIT) else {"status": "slow", "error": f"took longer than {LIMIT} s"}
+    except EOFError:
+        return {"status": "crashed", "error": "the process ended"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def lines(only: list[str]) -> Iterator[dict[str, Any]]:
+    import zoo  # type: ignore
+
+    written = zoo.transformers_cases()
+    cases = {**written, **zoo.timm_cases(), **zoo.torchvision_cases()}
+    names = [*written, *(f"{n} as decoder" for n in WRITERS), *(n for n in cases if n not in written)]
+    for name in names:
+        if not only or any(name.startswith(o) for o in only):
+            yield {"model": name, **apart_from_here(name, cases)}
+
+
+WRITERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Return a row a model as it was measured last, and how many of which status there are."""
+    last = {l["model"]: l for l in found}
+    out = ["| model | status | distance | native calls | words | most in torch | s |", "|---" * 7 + "|"]
+    for name, l in last.items():
+        if "error" in l:
+            out.append(f"| {name} | {l['status']} | | | | {l['error'].splitlines()[0][:160]} | |")
+            continue
+        rest = ", ".join(f"{n} {w}" for w, n in list(l["torch"].items())[:3])
+        words = ", ".join(f"{n} {w}" for w, n in l["words"].items())
+        row = [name, l["status"], f"{l['distance']:.0e}", l["native calls"], words, rest, f"{l['seconds']:.0f}"]
+        out.append(f"| {' | '.join(map(str, row))} |")
+    counts = Counter(l["status"] for l in last.values())
+    return "\n".join([*out, "", ", ".join(f"{n} {s}" for s, n in counts.most_common())])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    hf.no_bars()
+    if not args.table:
+        keep(RESULTS, [lambda: lines(args.only)])
+    print(table(kept(RESULTS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Every model that cuts are tested on through `rarefy.compile`, and language models as decoders: eager's numbers, or a
+ModelError that says why not."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import rarefy
+import zoo
+from rarefy.engine import compiled, prove
+from rarefy.engine.compiled import Alone, Segment
+from rarefy.errors import ModelError
+
+pytest.importorskip("torchvision")
+pytest.importorskip("transformers")
+pytest.importorskip("timm")
+
+CASES = zoo.transformers_cases() | zoo.torchvision_cases() | zoo.timm_cases()
+ELSEWHERE = ("roberta", "distilbert", "vit", "swin", "clip", "llama", "swin_t", "mobilenet_v2")  # in test_engine.py
+DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
+REFUSED: dict[str, str] = {}  # what does not compile, and what the message says
+
+
+def half(model: nn.Module) -> nn.Module:
+    """Half of the weights zero: some convolutions have kernels then."""
+    g = torch.Generator().manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, nn.Linear | nn.Conv2d):
+            m.weight.data *= torch.rand(m.weight.shape, generator=g) < 0.5
+    return model.eval()
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [] if name in zoo.transformers_cases() else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in CASES if n not in ELSEWHERE])
+def test_compiled_equals_eager(name):
+    make, x = CASES[name]
+    model = half(make())
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        x = {**x, "use_cache": False}
+    if name in REFUSED:
+        with pytest.raises(ModelError, match=REFUSED[name]):
+            rarefy.compile(model, x)
+        return
+    made = rarefy.compile(model, x)
+    assert any(isinstance(i, Segment | Alone) for i in made.program)
+    assert prove.distance(model, made, *pytree.tree_flatten(compiled._called(x))) < 1e-4
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_equals_eager(name):
+    make, x = CASES[name]
+    model = half(make())
+    with torch.no_grad():
+        want = model(**x, use_cache=False).logits
+    assert prove.apart(want, rarefy.decoder(model)(x["input_ids"])) < 1e-4
+
+
+def test_biases_that_depend_on_inputs():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return nn.functional.linear(self.a(x), self.b.weight, x.mean(0))
+
+    net, x = Net().eval(), torch.randn(5, 8)
+    torch.testing.assert_close(rarefy.compile(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_that_cannot_be_made_is_named():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4, pad_token_id=0)
+    with pytest.raises(ModelError, match="MambaForCausalLM"):
+        rarefy.decoder(MambaForCausalLM(config).eval())
