@@ -2,6 +2,8 @@
 
 import copy
 import threading
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import rarefy
 import zoo
+from conftest import tiny_llama
 from rarefy import samples
 from rarefy.engine import compiled, prove, words
 from rarefy.engine.compiled import Segment
@@ -429,17 +432,93 @@ def test_example_of_one_sample_serves_more():
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-def test_memory_does_not_grow():
-    import psutil
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    net, x = pruned(Attends()), torch.randn(2, 64, 32)
-    made, me = rarefy.compile(net, x), psutil.Process()
-    for _ in range(300):
-        made(x)
-    before = me.memory_info().rss
-    for _ in range(3000):
-        made(x)
-    assert me.memory_info().rss - before < 4 << 20
+
+def grown(call, threads=1, times=10_000, warm=3000):
+    """Bytes by which the process grows in so many calls behind the first ones, by several threads."""
+
+    def work(n):
+        for i in range(n):
+            call(i)
+
+    def all_of(n):
+        running = [threading.Thread(target=work, args=(n // threads,)) for _ in range(threads)]
+        for t in running:
+            t.start()
+        for t in running:
+            t.join()
+
+    all_of(warm)
+    before = resident()
+    all_of(times)
+    return resident() - before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_does_not_grow(threads):
+    net = pruned(Attends())
+    made = rarefy.compile(net, torch.randn(2, 64, 32))
+    x = torch.randn(3, 96, 32)
+    sizes = [(1 + i % 3, 8 + 4 * (i % 23)) for i in range(69)]  # more than plans are kept for
+    assert grown(lambda i: made(x[: sizes[i % 69][0], : sizes[i % 69][1]]), threads) < 4 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_of_a_decoder_does_not_grow(threads):
+    made = rarefy.decoder(tiny_llama())
+    caches = threading.local()
+
+    def step(i):
+        cache = getattr(caches, "now", None)
+        if cache is None or cache.past + 9 > cache.capacity:
+            cache = caches.now = made.cache(1 + i % 3, 64 * (1 + i % 2))
+            made(torch.arange(cache.batch * (3 + i % 5)).view(cache.batch, -1) % 60, cache)
+        made(torch.full((cache.batch, 1), i % 60), cache)
+
+    assert grown(step, threads) < 4 << 20
+
+
+def test_what_nobody_reads_any_more_goes():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.a(x)
+            for _ in range(30):
+                y = torch.sin(y)
+            return y, x
+
+    net = Deep().eval()
+    made, alive = rarefy.compile(net, torch.randn(4, 8)), []
+    sines = [i for i in made.program if not isinstance(i, Segment)]
+    made.program[-1].target = lambda x: alive.append(len(gone)) or torch.sin(x)
+    gone = []
+    first = sines[0].target
+    sines[0].target = lambda x: (y := first(x), weakref.finalize(y, gone.append, 1))[0]
+    want, got = net(x := torch.randn(5, 8)), made(x)
+    assert alive == [1] and torch.equal(got[1], x)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_is_needed_is_kept():
+    class Threes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.o = nn.Linear(32, 96), nn.Linear(96, 8)
+
+        def forward(self, x):
+            return self.o(torch.cat(self.qkv(x).chunk(3, -1), -1))
+
+    made = rarefy.compile(Threes().eval(), torch.randn(2, 32))
+    assert {n: t.shape for n, t in made.constants.items() if t.dim() > 1} == {}
+    assert not any(s.plans for s in made.program if isinstance(s, Segment)) and not made.fixed
+    assert not any(n.meta for n in made.traced.graph.nodes)
 
 
 def test_later_changes_of_the_model_are_not_seen():

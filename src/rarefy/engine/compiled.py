@@ -74,6 +74,7 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     made = Compiled(traced, kernels, [expected(n.meta.get("val")) for n in traced.inputs])
     shown = (args, kwargs) if made.traced.notes else two_samples(args, kwargs)
     prove(model, made, *shown, ROUNDED if values else 1e-3)
+    made.forget()
     return made
 
 
@@ -201,9 +202,11 @@ class Compiled:
     ):
         self.traced, self.constants, self.kernels, self.expected = traced, traced.constants, kernels, list(expected)
         self.program = _schedule(traced, kernels, check)
-        for w in {n.args[1] for n in kernels}:
-            if all(u in kernels for u in w.users):  # packed: the weight itself is not needed any more
-                self.constants.pop(w.name, None)
+        for n in (n for n in traced.graph.nodes if n.op == "placeholder" and n.name in self.constants):
+            if all(u in kernels and n is u.args[1] for u in n.users):  # packed, or read by nobody
+                self.constants.pop(n.name)
+        for n in traced.graph.nodes:
+            n.meta.clear()  # holds weights, and what export knew
         if check is None:  # made of a model, whose own tensors may change
             self.constants.update({n: t.clone() for n, t in self.constants.items()})
         self.fixed_nodes = _fixed(traced)
@@ -212,6 +215,19 @@ class Compiled:
         keywords = spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
         self.keywords = dict.fromkeys(keywords.context)  # in the graph's order
         self.output = next(n for n in traced.graph.nodes if n.op == "output").args[0]
+        self.ends = self._ends()
+
+    def _ends(self) -> list[list[Node]]:
+        """Of each call, what nobody reads behind it."""
+        stay = {*self.fixed_nodes, *self.traced.inputs}
+        fx.map_arg(self.output, stay.add)
+        ends: list[list[Node]] = []
+        for item in reversed(self.program):
+            made = item.outputs if isinstance(item, Segment | Alone) else [item]
+            reads = dict.fromkeys(n for n in [*_reads(item), *made] if n not in stay)
+            stay |= reads.keys()
+            ends.append(list(reads))
+        return ends[::-1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return pytree.tree_unflatten(self.run(self._leaves(args, kwargs)), self.traced.out_spec)
@@ -228,17 +244,26 @@ class Compiled:
             return cache if node.name == "cache" else self.constants[node.name]
 
         with torch.no_grad():
-            for item in self.program:
+            for item, ends in zip(self.program, self.ends):
                 if isinstance(item, Segment | Alone):
                     env.update(zip(item.outputs, item.run(given)))
                 elif item not in env:
                     a, k = fx.map_arg((item.args, item.kwargs), given)
                     env[item] = item.target(*a, **k)
+                for n in ends:
+                    env.pop(n, None)
             out = fx.map_arg(self.output, given)
         if known is None:
             fixed = {**self.fixed, sizes: {n: env[n] for n in self.fixed_nodes}}
             self.fixed = dict(list(fixed.items())[-MOST_SIZES:])
         return list(out)
+
+    def forget(self) -> None:
+        """Drop what is kept for the sizes of earlier calls; the next call of each size makes it again."""
+        for s in (i for i in self.program if isinstance(i, Segment)):
+            with s.lock:
+                s.plans.clear()
+        self.fixed = {}
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The call's tensors in the graph's order; DataError unless they are as the graph was made for."""
@@ -267,6 +292,12 @@ class Compiled:
         lines = [f"{len(plans)} native calls: {', '.join(f'{n} {w}' for w, n in ours.most_common()) or 'none'}"]
         lines += [f"in torch: {', '.join(f'{n} {w}' for w, n in calls.most_common())}"] if calls else []
         return "\n".join([*lines, *self.traced.notes])
+
+
+def _reads(item: Any) -> list[Node]:
+    """What a call of the program reads."""
+    nodes = item.nodes if isinstance(item, Segment | Alone) else [item]
+    return [a for n in nodes for a in n.all_input_nodes]
 
 
 def _name(node: Node) -> str:

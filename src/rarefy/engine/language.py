@@ -46,6 +46,7 @@ def decoder(model: nn.Module, *, values: str | None = None) -> Decoder:
         raise ModelError(f"decoders are made of fp32 models on the CPU, {other} is not: model.float().cpu() first")
     made = _made(model, values)
     _prove(model, made, 0.2 if values else 1e-3)
+    made.compiled.forget()
     return made
 
 

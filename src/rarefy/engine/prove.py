@@ -22,10 +22,10 @@ def prove(model: nn.Module, made: Any, args: tuple[Any, ...], kwargs: Mapping[st
     far = distance(model, made, leaves, spec)
     if not far <= apart:
         raise ModelError(f"the compiled {type(model).__name__} returns other numbers, {far:.2g} of their length apart")
-    for names in _together(made.traced, leaves):
+    for names in _together(made, leaves):
         before = {n: made.traced.ranges[n] for n in names}
         made.traced.ranges.update({n: (1, most) for n, (_, most) in before.items()})
-        fewer = [_narrowed(t, n.meta.get("val"), names) for n, t in zip(made.traced.inputs, leaves)]
+        fewer = [_narrowed(t, want, names) for want, t in zip(made.expected, leaves)]
         try:
             agrees = distance(model, made, fewer, spec) <= apart
         except (RarefyError, RuntimeError, ValueError, LookupError, AssertionError):
@@ -34,21 +34,21 @@ def prove(model: nn.Module, made: Any, args: tuple[Any, ...], kwargs: Mapping[st
             made.traced.ranges.update(before)
 
 
-def _together(traced: Any, leaves: list[Any]) -> list[set[str]]:
+def _together(made: Any, leaves: list[Any]) -> list[set[str]]:
     """Names of open sizes from two on: those that the example has at the same place of several inputs are one."""
     found: dict[tuple[int, int], set[str]] = {}
-    for node, t in zip(traced.inputs, leaves):
-        for d, s in enumerate(node.meta["val"].shape if isinstance(t, Tensor) else ()):
-            if traced.ranges.get(str(s), (0, 0))[0] == 2:
-                found.setdefault((d, t.shape[d]), set()).add(str(s))
+    for want, t in zip(made.expected, leaves):
+        for d, s in enumerate(want.sizes if isinstance(t, Tensor) else ()):
+            if made.traced.ranges.get(s, (0, 0))[0] == 2:
+                found.setdefault((d, t.shape[d]), set()).add(s)
     return list(found.values())
 
 
-def _narrowed(t: Any, fake: Any, sizes: set[str]) -> Any:
+def _narrowed(t: Any, want: Any, sizes: set[str]) -> Any:
     if not isinstance(t, Tensor):
         return t
-    for d, s in enumerate(fake.shape):
-        t = t.narrow(d, 0, 1) if str(s) in sizes else t
+    for d, s in enumerate(want.sizes):
+        t = t.narrow(d, 0, 1) if s in sizes else t
     return t
 
 
