@@ -31,7 +31,7 @@ bench-engine: $(VENV)/dev.done  ## compiled models against other engines, a quar
 	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino nncf
 	cd bench && ../$(BIN)/python engine.py
 
-bench-language: $(VENV)/dev.done  ## llama.cpp on SmolLM2-135M, five minutes on two quiet cores
+bench-language: $(VENV)/dev.done  ## SmolLM2-135M on the engine and on llama.cpp, ten minutes on two quiet cores
 	$(BIN)/python -m pip install --quiet xllamacpp
 	-npm install --silent --prefix bench/build @node-llama-cpp/linux-x64@3.22.1  # for AVX-512 and AMX; Linux on x86-64
 	cd bench && ../$(BIN)/python language.py

@@ -1,6 +1,7 @@
-"""llama.cpp on SmolLM2-135M, what else decodes it on a CPU: tokens a second, and perplexity of its quantized files.
+"""SmolLM2-135M by `rarefy.decoder` and by llama.cpp, in turns: tokens a second, and perplexity.
 
-    python language.py                all files in the fastest build of llama.cpp found, four minutes on two quiet cores
+    python language.py                all of ours and all files in the fastest build of llama.cpp found, ten minutes on
+                                      two quiet cores
     python language.py --only Q8_0 Q4_0 --builds xllamacpp node-llama-cpp
     python language.py --table        only print what was measured last
 
@@ -20,12 +21,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import rarefy
 from rarefy import data as sources
 from rarefy import samples
 from rarefy.model import hf
@@ -263,7 +266,7 @@ class LlamaCpp:
             ctypes.CFUNCTYPE(None, ctypes.c_void_p)(find(b"ggml_threadpool_free"))(pool)
 
 
-def perplexity(model: LlamaCpp, windows: Tensor) -> float:
+def perplexity(model: Any, windows: Tensor) -> float:
     """Return what rarefy.proof.evaluate.perplexity does, of tokens [windows, tokens]."""
     total, count = 0.0, 0
     for ids in windows:
@@ -294,14 +297,12 @@ def rates(models: Mapping[str, Any], ids: list[int], repeats: int = 7) -> dict[s
     return {n: {k: [(q := quartiles(v)).low, q.median, q.high] for k, v in f.items()} for n, f in found.items()}
 
 
-def llama_cpp(only: list[str], builds: list[str]) -> Iterator[dict[str, Any]]:
-    """Each file in each build that is installed, in turns; by default in the fastest."""
+def llama_cpp(only: list[str], builds: list[str]) -> Iterator[tuple[str, LlamaCpp, dict[str, Any]]]:
+    """Each file in each build that is installed; by default in the fastest."""
     if not libraries():
         print("without llama.cpp: not installed")
         return
-    threads, text, files = torch.get_num_threads(), windows(), gguf_files()
-    models: dict[str, LlamaCpp] = {}
-    about: dict[str, dict[str, Any]] = {}
+    files = gguf_files()
     for build in builds or [fastest()]:
         library = libraries().get(build)
         if library is None:
@@ -309,14 +310,80 @@ def llama_cpp(only: list[str], builds: list[str]) -> Iterator[dict[str, Any]]:
             continue
         print(f"llama.cpp of {build}: {system_info(library)}")
         for kind in only or KINDS:
-            model = models[f"{build}, {kind}"] = LlamaCpp(files[kind], threads, library)
-            told = {"build": build, "file": kind, "bytes": files[kind].stat().st_size}
-            told |= {"perplexity": perplexity(model, text), "system": system_info(library), "buffers": model.buffers}
-            about[f"{build}, {kind}"] = told
+            model = LlamaCpp(files[kind], torch.get_num_threads(), library)
+            told = {"engine": "llama.cpp", "build": build, "file": kind, "bytes": files[kind].stat().st_size}
+            yield f"{build}, {kind}", model, {**told, "system": system_info(library), "buffers": model.buffers}
+
+
+OURS: dict[str, tuple[float, dict[str, Any] | None, str | None]] = {  # sparsity, quantize_'s settings, values
+    "fp32": (0.0, None, None),
+    "8 bits": (0.0, None, "int8"),
+    "4 bits": (0.0, {"weights": "int4", "group": 32}, "int8"),
+    "50 %, 8 bits": (0.5, None, "int8"),
+    "70 %, 8 bits": (0.7, None, "int8"),
+}
+
+
+class Ours:
+    """A decoder with the methods of LlamaCpp."""
+
+    def __init__(self, made: Any):
+        self.made = made
+
+    def decode(self, prompt: list[int], new: int) -> tuple[float, list[int]]:
+        """Return tokens a second of greedy decoding after a prompt, and the tokens."""
+        cache = self.made.cache(1, len(prompt) + new)
+        logits = self.made(torch.tensor([prompt]), cache, last=True)
+        ids, began = [], time.perf_counter()
+        for _ in range(new):
+            ids.append(int(logits[0, -1].argmax()))
+            logits = self.made(torch.tensor([ids[-1:]]), cache, last=True)
+        return new / (time.perf_counter() - began), ids
+
+    def prefill(self, ids: list[int]) -> float:
+        """Return tokens a second of reading a prompt, up to the logits of its last token."""
+        began = time.perf_counter()
+        self.made(torch.tensor([ids]), last=True)
+        return len(ids) / (time.perf_counter() - began)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Return the logits [tokens, vocabulary] after each token of a text."""
+        return self.made(torch.tensor([ids]))[0].numpy()
+
+
+def ours(name: str) -> tuple[Ours, int]:
+    """Return a decoder, and the bytes of its folder. What is pruned is chosen by Wanda and moved by `refit`."""
+    sparsity, quantize, values = OURS[name]
+    folder = samples.model_folder("smollm2-135m")
+    model = hf.load_folder(str(folder)).float().eval()
+    calibration = sources.Take(samples=16, tokens=512, batch=4)
+    if sparsity:
+        data = sources.batches("wiki", calibration, tokenizer=hf.load_tokenizer(folder))
+        settings = {"score": "wanda", "solver": "refit", "layers": "model.layers.*", "data": data}
+        rarefy.prune_(model, "unstructured", sparsity=sparsity, **settings)
+    if quantize:
+        rarefy.quantize_(model, layers="model.layers.*", **quantize)
+    rarefy.fold_(model)
+    made = rarefy.decoder(model, values=values)
+    with TemporaryDirectory() as out:
+        return Ours(made), rarefy.save(made, Path(out) / "decoder")
+
+
+def engines(only: list[str], builds: list[str], ways: list[str]) -> Iterator[dict[str, Any]]:
+    """All of llama.cpp's and ours, in turns."""
+    text, models, about = windows(), {}, {}
+    for name, model, told in llama_cpp(only, builds):
+        models[name], about[name] = model, told
+    for way in ways:
+        models[f"ours, {way}"], size = ours(way)
+        about[f"ours, {way}"] = {"engine": "rarefy", "file": way, "bytes": size}
+    for name, model in models.items():
+        about[name]["perplexity"] = perplexity(model, text)
     for name, found in rates(models, text[0].tolist()).items():
-        yield {"engine": "llama.cpp", **about[name], **found}
+        yield {**about[name], **found}
     for model in models.values():
-        model.close()
+        if isinstance(model, LlamaCpp):
+            model.close()
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -337,11 +404,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=KINDS, default=[])
     parser.add_argument("--builds", nargs="*", choices=BUILDS, default=[])
+    parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS))
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     hf.no_bars()
     if not args.table:
-        keep(RESULTS, [lambda: llama_cpp(args.only, args.builds)])
+        keep(RESULTS, [lambda: engines(args.only, args.builds, args.ours)])
     print(table(kept(RESULTS)))
 
 

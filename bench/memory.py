@@ -106,7 +106,12 @@ def smollm2(_: str) -> dict[str, Any]:
     """A decoder in the process that made it: the model goes first, what it leaves to the allocator is given back."""
     import transformers
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 16,
+    }
     rarefy.decoder(transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes)).eval())
     gc.collect()
     before = resident()
