@@ -56,7 +56,10 @@ def same_logits(a, b):
     assert torch.equal(a(ids[:1, :3], last=True), b(ids[:1, :3], last=True))
 
 
-@pytest.mark.parametrize("how", HOW)
+USUAL = ("fp32", "int8 tied", "int4 asymmetric")  # the others run with the slow tests
+
+
+@pytest.mark.parametrize("how", [pytest.param(h, marks=() if h in USUAL else pytest.mark.slow) for h in HOW])
 def test_the_same_bits_of_all_numbers(tmp_path, how):
     made = made_of(how)
     size = rarefy.save(made, tmp_path / "out", files={"tokenizer.json": b"{}"})
@@ -77,7 +80,9 @@ def test_the_same_bits_of_all_numbers(tmp_path, how):
     assert len(tied) == ("tied" in how and native.missing() is None)
 
 
-@pytest.mark.parametrize("family", ["Mistral", "Phi3", "GPT2", "OPT"])
+@pytest.mark.parametrize(
+    "family", ["Mistral", *(pytest.param(f, marks=pytest.mark.slow) for f in ("Phi3", "GPT2", "OPT"))]
+)
 def test_families(tmp_path, family):
     made = rarefy.decoder(small(family))
     rarefy.save(made, tmp_path / "out")
