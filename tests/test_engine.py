@@ -194,7 +194,7 @@ def test_what_no_plan_knows_runs_in_torch():
         torch.randn(2, 3, 8, 8),
     )
     made = rarefy.compile(net, x)
-    assert "in torch: 1 convolution, 1 flatten" in repr(made) and "1 product" in repr(made)
+    assert "in torch: 1 flatten" in repr(made) and "1 convolution, 1 product" in repr(made)
     x = torch.randn(7, 3, 8, 8)
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
@@ -225,7 +225,8 @@ def test_convolutions_take_in_their_norms_and_sums(how, isa):
     torch.manual_seed(4)
     net = Residual(**how).eval()
     made = rarefy.compile(net, torch.randn(2, 8, 12, 12))
-    alone = [i.nodes[0] for i in made.program if isinstance(i, compiled.Alone)]
+    calls = [n for i in made.program if isinstance(i, Segment | compiled.Alone) for n in i.nodes]
+    alone = [n for n in calls if n.target is words.convolution]
     assert [n.args[4] for n in alone].count("relu") == 2 and sum(n.args[3] is not None for n in alone) == 1
     assert not any(
         "batch_norm" in str(getattr(i, "target", "")) or "relu" in str(getattr(i, "target", "")) for i in made.program
@@ -279,7 +280,11 @@ def test_views_of_what_was_made_contiguous():
     torch.testing.assert_close(rarefy.compile(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["roberta", "distilbert", "vit", "swin", "clip", "llama", "swin_t", "mobilenet_v2"])
+ZOO = ["roberta", "distilbert", "vit", "swin", "clip", "llama"]
+ZOO += [pytest.param(n, marks=pytest.mark.slow) for n in ("swin_t", "mobilenet_v2")]
+
+
+@pytest.mark.parametrize("name", ZOO)
 def test_models_of_the_zoo(name):
     cases = zoo.transformers_cases() if "_" not in name else zoo.torchvision_cases()
     make, example = cases[name]

@@ -381,8 +381,9 @@ ALONE = (words.convolution, words.embedding)  # words that stand outside plans
 def _plans(t: Traced, node: Node, kernels: Mapping[Node, Any]) -> bool:
     """Whether a plan knows a call."""
     if node.target is words.convolution:
-        weight = t.constants.get(node.args[1].name)
-        return (node in kernels and node.args[8] == 1) or (bool(kernels) and images.depthwise(node, weight))
+        if node in kernels:
+            return node.args[8] == 1
+        return bool(kernels) and images.depthwise(node, t.constants[node.args[1].name])
     return node.target in LOWER and bool(kernels)
 
 
