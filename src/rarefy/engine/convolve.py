@@ -29,7 +29,8 @@ def convolution(t: Traced, node: Node) -> None:
     x, w, *rest = node.args
     sizes: Any
     bias, *sizes, groups = (*rest, *usual[len(rest) :])
-    if w.name in t.constants and not any(isinstance(s, str) for s in sizes):
+    known = w.name in t.constants and (bias is None or bias.name in t.constants)
+    if known and not any(isinstance(s, str) for s in sizes):
         pairs = (tuple(s) * 2 if len(s) == 1 else tuple(s) for s in sizes)
         put(t, node, words.convolution, x, w, bias, None, None, *pairs, groups)
 
