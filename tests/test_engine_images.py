@@ -65,6 +65,8 @@ CONVOLUTIONS = {  # kernel, stride, padding, dilation, rows, columns
 @pytest.mark.parametrize("sparsity", [0.0, 0.85])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(isa, name, sparsity):
+    if native.isa() == "avx2" and "stride" not in name:
+        pytest.skip("the generic kernels run as portable")
     kernel, stride, padding, dilation, rows, columns = CONVOLUTIONS[name]
     layer = nn.Conv2d(19, 150, kernel, stride, padding, dilation)
     net = thin(Between(layer, 19, 150), sparsity)
