@@ -236,6 +236,7 @@ def test_load_and_accelerate(tied, tmp_path, monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_peak_memory_of_load_and_accelerate(tmp_path):
     """The dense model is never in memory."""
     code = """
