@@ -71,7 +71,7 @@ bool unfolds(const rarefy_step& s) { return s.flag == RAREFY_BITMASK || s.flag =
 int64_t tiles_of(const rarefy_attention& a) { return over(a.queries + NT - 1, NT); }  // that a sequence may touch
 
 // Rows of a part of a convolution: fewer where there are few tiles, so that threads share them.
-int64_t rows_of(const rarefy_step&, int64_t tiles) { return tiles < 8 ? SLAB : FOURS * R4; }
+int64_t rows_of(int64_t tiles) { return tiles < 8 ? SLAB : FOURS * R4; }
 
 int64_t parts_of(const rarefy_step& s) {
   const int64_t tiles = over(s.columns, NT);
@@ -91,7 +91,7 @@ int64_t parts_of(const rarefy_step& s) {
     case RAREFY_TIMES: return tiles * over(s.features, ROWS);
     case RAREFY_ATTEND: return a->batch * a->heads * tiles_of(*a);
     case RAREFY_PLANES: return s.batch * over(s.features, CHANNELS);
-    case RAREFY_CONVOLVE: return tiles * over(s.features, rows_of(s, tiles));
+    case RAREFY_CONVOLVE: return tiles * over(s.features, rows_of(tiles));
     case RAREFY_POOL:
     case RAREFY_DEPTHWISE: return tiles * over(s.features, CHANNELS);
     case RAREFY_AVERAGE: return s.columns * over(s.features, ROWS);
@@ -127,9 +127,8 @@ int run_few(const rarefy_table& t, const rarefy_step& s, int64_t i) {
     case RAREFY_UNPACK: std::memcpy(s.out.at + i * s.features, x, size_t(s.features) * 4); break;
     case RAREFY_PRODUCT: {
       const int64_t from = i * PART, to = std::min(s.features, from + PART), n = s.columns;
-      const int64_t size = s.flag == RAREFY_PANELS ? 1 : 0;
       const float* scales = s.sum.at;
-      if (size) {
+      if (s.flag == RAREFY_PANELS) {
         const auto& w = *static_cast<const rarefy_panels*>(s.w);
         const int64_t apart = w.exact ? s.x.tile : s.x.tile * 4;
         t.panels[(w.kind == RAREFY_I4 ? 2 : 0) + (w.exact ? 1 : 0)](w, from, to, s.x.at, apart, s.out.at, s.out.tile, n);
@@ -235,7 +234,7 @@ int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const auto& image = *static_cast<const rarefy_image*>(s.w);
   const rarefy_conv& w = *image.w;
   const Image plan(w, image.height, image.width);
-  const int64_t tiles = over(s.columns, NT), size = rows_of(s, tiles), chunks = over(s.features, size);
+  const int64_t tiles = over(s.columns, NT), size = rows_of(tiles), chunks = over(s.features, size);
   const int64_t tile = i / chunks, row = i % chunks * size, rows = std::min(size, s.features - row);
   const int64_t lanes = w.weight.cols, block = w.weight.block, here = std::min(NT, s.columns - tile * NT);
   const int64_t whole = w.inputs * plan.channel;

@@ -253,11 +253,12 @@ class Plan:
                 ends.setdefault(max(v.last, v.made) + 1, []).append(v)
         self.memory, base = _fresh(end)
         self.array = (Step * len(self.steps))()
+        touched = [self._touched(i) for i in range(len(self.steps))]
         for i, (s, places, _) in enumerate(self.steps):
             for name, v in places.items():
                 if hasattr(s, name):  # an attention's lie in its own structure
                     setattr(s, name, Place(base + 4 * v.start, v.tile))
-            s.wait = self._wait(i)
+            s.wait = _wait(touched, i)
             self.array[i] = s
         for a, places in self.attends:
             for name, v in places.items():
@@ -272,15 +273,6 @@ class Plan:
         s, places, kept = self.steps[i]
         writes = ("out", "sum") if s.op == OPS["bytes"] else ("out",)
         return [*((v.start, v.start + v.floats, n in writes) for n, v in places.items()), *kept]
-
-    def _wait(self, i: int) -> int:
-        """How many of the steps before must be done: up to the last that touches what this one does."""
-        mine = self._touched(i)
-        for j in range(i - 1, -1, -1):
-            for a, b, writes in self._touched(j):
-                if any((writes or w) and a < end and start < b for start, end, w in mine):
-                    return j + 1
-        return 0
 
     def run(self, given: Mapping[Node, Any], cache: Any = None) -> list[Tensor]:
         """Return the outputs, row after row. With a cache, the tokens are the next ones of it; ModelError for one that
@@ -313,6 +305,15 @@ class Plan:
         if self.call(self.array, len(self.array)):
             raise MemoryError("no memory to run a compiled model")
         return out
+
+
+def _wait(touched: Sequence[Sequence[tuple[int, int, bool]]], i: int) -> int:
+    """How many of the steps before a step must be done: up to the last that touches what it does."""
+    for j in range(i - 1, -1, -1):
+        for a, b, writes in touched[j]:
+            if any((writes or w) and a < end and start < b for start, end, w in touched[i]):
+                return j + 1
+    return 0
 
 
 def _fresh(floats: int) -> tuple[Tensor, int]:
