@@ -7,11 +7,10 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rarefy.engine import words
-from rarefy.engine.phrases import RECALL
-from rarefy.engine.trace import VIEWS, Node, Traced, added, aten, is_node, kind_of, new_constant, same, shape, turns
+from rarefy.engine.phrases import RECALL, product_of
+from rarefy.engine.trace import VIEWS, Node, Traced, added, aten, is_node, kind_of, same, shape, turns
 
 SDPA = aten.scaled_dot_product_attention.default
 
@@ -22,10 +21,9 @@ def parts(t: Traced, node: Node) -> None:
     if found is None:
         return
     y, sizes, dims, i = found
-    w, bias = y.args[1:3]
     order = torch.arange(shape(y)[-1]).view(sizes)
     rows = order.select(dims[0] - 2, i).flatten()
-    new = _product_of(t, node, y, y.args[0], (w, bias), rows)
+    new = product_of(t, node, y, rows)
     wide = added(t, node, aten.unflatten.int, new, 2, [sizes[5 - dims[0] - 2], sizes[2]])
     node.replace_all_uses_with(added(t, node, aten.transpose.int, wide, 1, 2) if dims[2] != 1 else wide)
     t.graph.erase_node(node)
@@ -55,18 +53,6 @@ def _part(node: Node) -> tuple[Node, tuple[int, ...], list[int], int] | None:
     return (y, sizes, dims, i) if len(shape(y)) == 3 and same(shape(y)[:2], shape(view)[:2]) else None
 
 
-def _product_of(t: Traced, before: Node, y: Node, x: Node, weights: Any, rows: Tensor) -> Node:
-    """The product of some of the rows of a weight and bias with x, which has the lead of `y`'s outputs."""
-    w, bias = (
-        None if n is None else new_constant(t, f"{before.name}_{part}", t.constants[n.name][rows])
-        for n, part in zip(weights, ("weight", "bias"))
-    )
-    with t.graph.inserting_before(before):
-        new = t.graph.call_function(words.product, (x, w, bias, None, y.args[4]))
-    new.meta["val"] = y.meta["val"][..., : len(rows)]
-    return new
-
-
 def thirds(t: Traced, node: Node) -> None:
     """A third of the product in nn.MultiheadAttention: unflatten, unsqueeze, transpose, squeeze, select."""
     if node.target is not aten.select.int or node.args[1] != 0:
@@ -81,7 +67,7 @@ def thirds(t: Traced, node: Node) -> None:
     usual = squeezed == (-2,) and turned == (0, -2) and grown == (0,) and dim in (-1, 2)
     if usual and at.target is words.product and at.args[3] is None and len(at.users) == 1 and len(shape(at)) == 3:
         rows = torch.arange(many * each)[node.args[2] * each :][:each]
-        node.replace_all_uses_with(_product_of(t, node, at, at.args[0], at.args[1:3], rows))
+        node.replace_all_uses_with(product_of(t, node, at, rows))
         t.graph.erase_node(node)
 
 

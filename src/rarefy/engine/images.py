@@ -17,7 +17,7 @@ from rarefy.engine import words
 from rarefy.engine.plan import BESIDE, Plan, Value
 from rarefy.engine.trace import Node
 from rarefy.runtime import native
-from rarefy.runtime.packed import MOST_STRIDE, Sell
+from rarefy.runtime.packed import MOST_STRIDE
 
 PIECE = 16  # floats that may be read past the last plane
 MOST_PLANES = 1 << 31  # floats, as places are counted in 32 bits
@@ -106,7 +106,7 @@ def convolution(p: Plan, node: Node) -> None:
     plain = tuple(shape[2:]) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
     if plain and x in p.values:
         source, step = p.values[x], "product"
-        how = {"w": addressof(kernel.inner), "flag": 4 if isinstance(kernel.held[0].matrix, Sell) else 2}
+        how = {"w": addressof(kernel.inner), "flag": native.FORMATS.index(type(kernel.held[0].matrix))}
     else:
         source, image = _planes(p, x, kernel.about, 0.0)
         step, how = "convolve", {"w": addressof(image), "batch": batch}

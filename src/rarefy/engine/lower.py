@@ -12,9 +12,8 @@ from rarefy.engine import images, words
 from rarefy.engine.plan import NT, Attend, Plan, Value
 from rarefy.engine.trace import Node
 from rarefy.runtime import native
-from rarefy.runtime.packed import LANE, Bitmask, Panels, Sell, Tiles
+from rarefy.runtime.packed import LANE, Bitmask, Panels
 
-FORMATS = {Bitmask: 0, Tiles: 2, Panels: 3, Sell: 4}
 CACHED = 1 << 50  # where the addresses of a cache begin, for the order of steps
 
 
@@ -31,7 +30,7 @@ def _product(p: Plan, node: Node) -> None:
         extra["sums"] = p.held[-1].data_ptr()
     out = p.make(node)
     places = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
-    how = {"w": addressof(kernel.about), "flag": FORMATS[type(packed)]}
+    how = {"w": addressof(kernel.about), "flag": native.FORMATS.index(type(packed))}
     p.step("product", out, x=p.use(source), out=p.use(out), **how, **places)
 
 

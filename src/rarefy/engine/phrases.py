@@ -91,12 +91,21 @@ def pieces(t: Traced, node: Node) -> None:
     y, start, end = _piece(node)
     if y is None or y.target is not words.product or y.args[3] is not None:
         return
-    x, w, bias, more, act = y.args
-    made = [
-        None if n is None else new_constant(t, f"{node.name}_{part}", t.constants[n.name][start:end])
-        for n, part in ((w, "weight"), (bias, "bias"))
-    ]
-    put(t, node, words.product, x, *made, more, act)
+    node.replace_all_uses_with(product_of(t, node, y, torch.arange(start, end)))
+    t.graph.erase_node(node)
+
+
+def product_of(t: Traced, before: Node, y: Node, rows: Tensor) -> Node:
+    """Return the product of some of the rows of a product's weight and bias, of the same inputs, before a node."""
+    x, *weights, _, act = y.args
+    w, bias = (
+        None if n is None else new_constant(t, f"{before.name}_{part}", t.constants[n.name][rows])
+        for n, part in zip(weights, ("weight", "bias"))
+    )
+    with t.graph.inserting_before(before):
+        new = t.graph.call_function(words.product, (x, w, bias, None, act))
+    new.meta["val"] = y.meta["val"][..., : len(rows)]
+    return new
 
 
 def _piece(node: Node) -> tuple[Any, int, int]:

@@ -40,7 +40,7 @@ from rarefy.runtime.packed import (
 
 ISAS = ("avx512", "avx2", "portable")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-_FORMATS = (Bitmask, Csr, Tiles, Panels, Sell)  # in the order of csrc/rarefy.h
+FORMATS = (Bitmask, Csr, Tiles, Panels, Sell)  # in the order of csrc/rarefy.h
 MOST_TOGETHER = 16  # weights of one call
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
 
@@ -274,7 +274,7 @@ def fit_together(kernels: Sequence[Any]) -> bool:
     if not 1 <= len(kernels) <= MOST_TOGETHER or not all(isinstance(k, Kernel) for k in kernels):
         return False
     alike = {(type(k.held[0]), k.held[0].kind, k.shape[1], getattr(k.held[0], "exact", None)) for k in kernels}
-    return len(alike) == 1 and type(kernels[0].held[0]) in _FORMATS
+    return len(alike) == 1 and type(kernels[0].held[0]) in FORMATS
 
 
 class Together:
@@ -286,7 +286,7 @@ class Together:
             raise FormatError(f"one call runs up to {MOST_TOGETHER} matrices of one format, kind and number of inputs")
         self.kernels, self.shape = tuple(kernels), kernels[0].shape
         self.about = (c_void_p * len(kernels))(*(addressof(k.about) for k in kernels))
-        self.format = _FORMATS.index(type(kernels[0].held[0]))
+        self.format = FORMATS.index(type(kernels[0].held[0]))
         self.outputs, self.pointers = [k.shape[0] for k in kernels], c_void_p * len(kernels)
         self.call = _open()[0].rarefy_run_together
 
