@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import rarefy
-from rarefy.engine.compiled import Alone, Compiled, Segment, _called, _name
+from rarefy.engine.compiled import Compiled, _called
 from rarefy.engine.prove import apart, distance
 from rarefy.errors import ModelError
 from rarefy.model import hf
@@ -41,21 +41,15 @@ LIMIT = 120  # seconds a model
 NEAR = 1e-3  # of the outputs' length
 
 
-def half(model: nn.Module) -> nn.Module:
-    """Make half of the weights of Linear and Conv2d layers zero."""
-    g = torch.Generator().manual_seed(0)
-    for m in model.modules():
-        if isinstance(m, nn.Linear | nn.Conv2d):
-            m.weight.data *= torch.rand(m.weight.shape, generator=g) < 0.5
-    return model.eval()
+def zoo() -> Any:
+    """Return the models that lie beside the tests."""
+    return importlib.import_module("zoo")
 
 
 def told(made: Compiled) -> dict[str, Any]:
     """How many native calls, of which words, and what runs in torch, both most often first."""
-    native = [i for i in made.program if isinstance(i, Segment | Alone)]
-    ours = Counter(n.target.__name__ for s in native for n in s.nodes)
-    rest = Counter(_name(i) for i in made.program if not isinstance(i, Segment | Alone) and i not in made.fixed_nodes)
-    return {"native calls": len(native), "words": dict(ours.most_common()), "torch": dict(rest.most_common())}
+    native, ours, rest = made.counts()
+    return {"native calls": native, "words": dict(ours.most_common()), "torch": dict(rest.most_common())}
 
 
 def compiled(model: nn.Module, x: Any) -> dict[str, Any]:
@@ -85,7 +79,7 @@ def one(name: str, cases: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     make, x = cases[name.removesuffix(" as decoder")]
-    model = half(make())
+    model = zoo().half(make())
     try:
         found = (decoded if name.endswith(" as decoder") else compiled)(model, x)
     except ModelError as error:
@@ -112,10 +106,8 @@ def apart_from_here(name: str, cases: dict[str, Any]) -> dict[str, Any]:
 
 
 def lines(only: list[str]) -> Iterator[dict[str, Any]]:
-    zoo: Any = importlib.import_module("zoo")  # beside the tests
-
-    written = zoo.transformers_cases()
-    cases = {**written, **zoo.timm_cases(), **zoo.torchvision_cases()}
+    written = zoo().transformers_cases()
+    cases = {**written, **zoo().timm_cases(), **zoo().torchvision_cases()}
     names = [*written, *(f"{n} as decoder" for n in WRITERS), *(n for n in cases if n not in written)]
     for name in names:
         if not only or any(name.startswith(o) for o in only):

@@ -1,7 +1,6 @@
 """Decoders in folders: the same bits without the model's class, and nothing believed on the way in."""
 
 import json
-import random
 import subprocess
 import sys
 from functools import cache
@@ -19,7 +18,7 @@ from rarefy.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.files import INDEX
 from rarefy.runtime import native
 from rarefy.runtime.packed import Bitmask, Panels
-from test_engine_stored import SHARD, call, edit, mutated, needs_kernels, seal, set_arg, shard
+from test_engine_stored import SHARD, call, edit, needs_kernels, read_of_random_changes, seal, set_arg, shard
 from test_language import V, eager, far, in_pieces, pruned_to, small
 
 HOW = {
@@ -397,16 +396,8 @@ def test_steps_are_for_decoders_alone(folder):
 
 def test_random_changes_end_in_our_errors_or_in_a_decoder(folder):
     """Whatever is read then runs, or says in torch's words or ours why it does not."""
-    told, g = json.loads((folder / stored.GRAPH).read_text()), random.Random(0)
     read = 0
-    for _ in range(200):
-        changed = json.loads(json.dumps(told))
-        mutated(changed, g)
-        edit(folder, lambda told, new=changed: told.update(all=new))
-        try:
-            made = rarefy.load(folder)
-        except ContainerError:
-            continue
+    for made in read_of_random_changes(folder, 200):
         read += 1
         for ids in (torch.randint(3, V, (2, 40)), torch.randint(3, V, (1, 2))):
             try:

@@ -631,11 +631,10 @@ def mutated(told, g):
         at[key] = g.choice(odd)
 
 
-def test_random_changes_end_in_our_errors_or_in_a_model(folder):
-    """Whatever is read then runs, or says in torch's words or ours why it does not."""
+def read_of_random_changes(folder, many):
+    """What loads of so many random changes of a graph."""
     told, g = json.loads((folder / stored.GRAPH).read_text()), random.Random(0)
-    read = 0
-    for _ in range(150):
+    for _ in range(many):
         changed = json.loads(json.dumps(told))
         mutated(changed, g)
         edit(folder, lambda told, new=changed: told.update(all=new))
@@ -643,6 +642,13 @@ def test_random_changes_end_in_our_errors_or_in_a_model(folder):
             made = rarefy.load(folder)
         except ContainerError:
             continue
+        yield made
+
+
+def test_random_changes_end_in_our_errors_or_in_a_model(folder):
+    """Whatever is read then runs, or says in torch's words or ours why it does not."""
+    read = 0
+    for made in read_of_random_changes(folder, 150):
         read += 1
         try:
             made(torch.randn(4, 32))

@@ -25,15 +25,6 @@ DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
 REFUSED: dict[str, str] = {}  # what does not compile, and what the message says
 
 
-def half(model: nn.Module) -> nn.Module:
-    """Half of the weights zero: some convolutions have kernels then."""
-    g = torch.Generator().manual_seed(0)
-    for m in model.modules():
-        if isinstance(m, nn.Linear | nn.Conv2d):
-            m.weight.data *= torch.rand(m.weight.shape, generator=g) < 0.5
-    return model.eval()
-
-
 def marks(name: str) -> list[pytest.MarkDecorator]:
     return [] if name in USUAL else [pytest.mark.slow]
 
@@ -41,7 +32,7 @@ def marks(name: str) -> list[pytest.MarkDecorator]:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in CASES if n not in ELSEWHERE])
 def test_compiled_equals_eager(name):
     make, x = CASES[name]
-    model = half(make())
+    model = zoo.half(make())
     if "use_cache" in inspect.signature(model.forward).parameters:
         x = {**x, "use_cache": False}
     if name in REFUSED:
@@ -56,7 +47,7 @@ def test_compiled_equals_eager(name):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in DECODERS if n not in ("gpt2", "qwen3")])
 def test_decoder_equals_eager(name):
     make, x = CASES[name]
-    model = half(make())
+    model = zoo.half(make())
     with torch.no_grad():
         want = model(**x, use_cache=False).logits
     assert prove.apart(want, rarefy.decoder(model)(x["input_ids"])) < 1e-4

@@ -19,6 +19,15 @@ def ids(high: int = 99) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(5, high, (2, 10), generator=torch.Generator().manual_seed(1))}
 
 
+def half(model: nn.Module) -> nn.Module:
+    """Half of the weights zero: some convolutions have kernels then."""
+    g = torch.Generator().manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, nn.Linear | nn.Conv2d):
+            m.weight.data *= torch.rand(m.weight.shape, generator=g) < 0.5
+    return model.eval()
+
+
 def lively(model: nn.Module) -> nn.Module:
     """Give a fresh model numbers that matter: heads and scales that start at zero would prove nothing."""
     with torch.no_grad():

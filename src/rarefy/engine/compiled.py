@@ -137,11 +137,11 @@ class Segment:
         """Return the outputs. Images go through all words a few at a time: what they are on the way stays near."""
         inputs = {n: given(n) for n in self.inputs}
         cache = None if self.cache is None else given(self.cache)
-        images = len(next(iter(inputs.values()))) if self.images else 0
-        if images <= 1 or any(len(t) != images for t in inputs.values()):
+        many = len(next(iter(inputs.values()))) if self.images else 0
+        if many <= 1 or any(len(t) != many for t in inputs.values()):
             return self._run(inputs, cache)
         few = self._at_once({n: t[:1] for n, t in inputs.items()})
-        parts = [self._run({n: t[i : i + few] for n, t in inputs.items()}, cache) for i in range(0, images, few)]
+        parts = [self._run({n: t[i : i + few] for n, t in inputs.items()}, cache) for i in range(0, many, few)]
         return [torch.cat(o) for o in zip(*parts)] if len(parts) > 1 else parts[0]
 
     def _at_once(self, one: Mapping[Node, Tensor]) -> int:
@@ -283,13 +283,15 @@ class Compiled:
                 raise DataError(f"{node.name}: compiled for {want!r}, got {value!r}")
         return leaves
 
-    def __repr__(self) -> str:
+    def counts(self) -> tuple[int, Counter[str], Counter[str]]:
+        """Return how many native calls there are, of which words they are made, and what runs in torch."""
         plans = [i for i in self.program if isinstance(i, Segment | Alone)]
-        calls = Counter(
-            _name(i) for i in self.program if not isinstance(i, Segment | Alone) and i not in self.fixed_nodes
-        )
-        ours = Counter(n.target.__name__ for s in plans for n in s.nodes)
-        lines = [f"{len(plans)} native calls: {', '.join(f'{n} {w}' for w, n in ours.most_common()) or 'none'}"]
+        rest = (i for i in self.program if not isinstance(i, Segment | Alone) and i not in self.fixed_nodes)
+        return len(plans), Counter(n.target.__name__ for s in plans for n in s.nodes), Counter(map(_name, rest))
+
+    def __repr__(self) -> str:
+        plans, ours, calls = self.counts()
+        lines = [f"{plans} native calls: {', '.join(f'{n} {w}' for w, n in ours.most_common()) or 'none'}"]
         lines += [f"in torch: {', '.join(f'{n} {w}' for w, n in calls.most_common())}"] if calls else []
         return "\n".join([*lines, *self.traced.notes])
 
