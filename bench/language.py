@@ -16,8 +16,9 @@ import argparse
 import ctypes
 import importlib.util
 import math
+import multiprocessing
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -91,14 +92,6 @@ def libraries() -> dict[str, Path]:
     places = [Path(p) for p in (package.submodule_search_locations or [])] if package else []
     found = [next((f for p in places for f in p.glob("xllamacpp*.so")), None), next(NODE.glob("libllama.*so*"), None)]
     return {n: f for n, f in zip(BUILDS, found) if f}
-
-
-def fastest() -> str:
-    """Return the build to measure against: on a CPU with AMX one with it decoded and read twice as fast."""
-    found = list(libraries())
-    if not found:
-        raise RuntimeError("no build of llama.cpp is installed")
-    return found[-1]
 
 
 class Struct(ctypes.Structure):
@@ -179,7 +172,7 @@ class LlamaCpp:
     """A GGUF file in llama.cpp. Its threads live only within a call, so that others can run in between."""
 
     def __init__(self, file: Path, threads: int, library: Path | None = None, context: int = 1024):
-        self.library = library or libraries()[fastest()]
+        self.library = library or list(libraries().values())[-1]
         self.lib, self.threads = load(self.library), threads
         said = len(SAID)
         self.model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
@@ -297,22 +290,12 @@ def rates(models: Mapping[str, Any], ids: list[int], repeats: int = 7) -> dict[s
     return {n: {k: [(q := quartiles(v)).low, q.median, q.high] for k, v in f.items()} for n, f in found.items()}
 
 
-def llama_cpp(only: list[str], builds: list[str]) -> Iterator[tuple[str, LlamaCpp, dict[str, Any]]]:
-    """Each file in each build that is installed; by default in the fastest."""
-    if not libraries():
-        print("without llama.cpp: not installed")
-        return
-    files = gguf_files()
-    for build in builds or [fastest()]:
-        library = libraries().get(build)
-        if library is None:
-            print(f"without llama.cpp of {build}: not installed")
-            continue
-        print(f"llama.cpp of {build}: {system_info(library)}")
-        for kind in only or KINDS:
-            model = LlamaCpp(files[kind], torch.get_num_threads(), library)
-            told = {"engine": "llama.cpp", "build": build, "file": kind, "bytes": files[kind].stat().st_size}
-            yield f"{build}, {kind}", model, {**told, "system": system_info(library), "buffers": model.buffers}
+def llama_cpp(build: str, kind: str) -> tuple[LlamaCpp, dict[str, Any]]:
+    """Return a file in a build, and what is told of it."""
+    library, file = libraries()[build], gguf_files()[kind]
+    model = LlamaCpp(file, torch.get_num_threads(), library)
+    told = {"engine": "llama.cpp", "build": build, "file": kind, "bytes": file.stat().st_size}
+    return model, {**told, "system": system_info(library), "buffers": model.buffers}
 
 
 OURS: dict[str, tuple[float, dict[str, Any] | None, str | None]] = {  # sparsity, quantize_'s settings, values
@@ -351,8 +334,8 @@ class Ours:
         return self.made(torch.tensor([ids]))[0].numpy()
 
 
-def ours(name: str) -> tuple[Ours, int]:
-    """Return a decoder, and the bytes of its folder. What is pruned is chosen by Wanda and moved by `refit`."""
+def ours(name: str) -> tuple[Ours, dict[str, Any]]:
+    """Return a decoder, and what is told of it. What is pruned is chosen by Wanda and moved by `refit`."""
     sparsity, quantize, values = OURS[name]
     folder = samples.model_folder("smollm2-135m")
     model = hf.load_folder(str(folder)).float().eval()
@@ -366,24 +349,75 @@ def ours(name: str) -> tuple[Ours, int]:
     rarefy.fold_(model)
     made = rarefy.decoder(model, values=values)
     with TemporaryDirectory() as out:
-        return Ours(made), rarefy.save(made, Path(out) / "decoder")
+        size = rarefy.save(made, Path(out) / "decoder")
+    return Ours(made), {"engine": "rarefy", "file": name, "bytes": size}
+
+
+class Apart:
+    """A model of `make(*args)` in a process of its own, with the methods of LlamaCpp: it sleeps while others work, and
+    their threads are not its own.
+
+    told    what `make` told of it
+    """
+
+    def __init__(self, make: Callable[..., Any], *args: Any):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, make, args), daemon=True)
+        self.process.start()
+        other.close()
+        self.told: dict[str, Any] = self._answer()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args: (self.pipe.send((name, args)), self._answer())[1]
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(f"the engine's process ended with {self.process.exitcode}") from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.join()
+
+
+def serve(pipe: Any, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """What the process does: make a model, then what it is asked for."""
+    try:
+        hf.no_bars()
+        model, told = make(*args)
+        pipe.send(told)
+        while True:
+            name, given = pipe.recv()
+            pipe.send(perplexity(model, *given) if name == "perplexity" else getattr(model, name)(*given))
+    except EOFError:
+        pass  # nobody asks any more
+    except BaseException as error:
+        pipe.send(error)
+        raise
 
 
 def engines(only: list[str], builds: list[str], ways: list[str]) -> Iterator[dict[str, Any]]:
-    """All of llama.cpp's and ours, in turns."""
-    text, models, about = windows(), {}, {}
-    for name, model, told in llama_cpp(only, builds):
-        models[name], about[name] = model, told
-    for way in ways:
-        models[f"ours, {way}"], size = ours(way)
-        about[f"ours, {way}"] = {"engine": "rarefy", "file": way, "bytes": size}
-    for name, model in models.items():
-        about[name]["perplexity"] = perplexity(model, text)
-    for name, found in rates(models, text[0].tolist()).items():
-        yield {**about[name], **found}
+    """All of llama.cpp's and ours, in turns, each in a process of its own."""
+    found = libraries()
+    for build in [b for b in builds or BUILDS if b not in found]:
+        print(f"without llama.cpp of {build}: not installed")
+    names = {f"{b}, {k}": (llama_cpp, b, k) for b in builds or list(found)[-1:] if b in found for k in only or KINDS}
+    names |= {f"ours, {way}": (ours, way) for way in ways}
+    text, models = windows(), {}
+    for name, how in names.items():
+        models[name] = Apart(*how)
+    quality = {name: model.perplexity(text) for name, model in models.items()}
+    for name, figures in rates(models, text[0].tolist()).items():
+        yield {**models[name].told, "perplexity": quality[name], **figures}
     for model in models.values():
-        if isinstance(model, LlamaCpp):
-            model.close()
+        model.close()
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -20,6 +20,7 @@ constexpr int64_t STREAM = 2 << 20;       // outputs that will not be in a cache
 
 API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual,
                         float* y, int64_t n) {
+  if (w->weight.kind != RAREFY_F32) return RAREFY_BAD;
   const rarefy_table& t = rarefy_chosen();
   const Image plan(*w, height, width);
   const int64_t lanes = w->weight.cols, inputs = w->inputs * w->groups, outputs = w->outputs * w->groups;
@@ -59,9 +60,9 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
         uint32_t* in = static_cast<uint32_t*>(near.from);
         t.bring(first + g * w->inputs * plan.channel, last, places + l, std::min(block, lanes - l), pieces, count, in);
         if (w->sell)
-          t.sell_one(*w->sell, b, begin * R4 / SLAB, (end * R4 + SLAB - 1) / SLAB, in, sums, here, nullptr);
+          t.sell_one[0](*w->sell, b, begin * R4 / SLAB, (end * R4 + SLAB - 1) / SLAB, in, sums, here, nullptr);
         else
-          t.tiles_one(w->weight, b, g * tiles + begin, g * tiles + end, in, sums, here);
+          t.tiles_one[0](w->weight, b, g * tiles + begin, g * tiles + end, in, sums, here);
       }
       const int64_t o = g * w->outputs + begin * R4, rows = std::min(end * R4, w->outputs) - begin * R4;
       const float* bias = w->weight.bias ? w->weight.bias + o : nullptr;
@@ -78,14 +79,16 @@ API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, in
 }
 
 API int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values) {
-  if (w->weight.kind != RAREFY_F32 || w->groups < 1 || w->outputs < 1 || w->inputs < 1) return RAREFY_BAD;
+  if (w->groups < 1 || w->outputs < 1 || w->inputs < 1) return RAREFY_BAD;
+  const bool bytes = w->weight.kind == RAREFY_I8;
+  if (bytes ? w->groups != 1 : w->weight.kind != RAREFY_F32) return RAREFY_BAD;
   for (int i = 0; i < 2; ++i)
     if (w->kernel[i] < 1 || w->stride[i] < 1 || w->padding[i] < 0 || w->dilation[i] < 1 || w->stride[i] > 8) return RAREFY_BAD;
   if (w->weight.rows != w->groups * ((w->outputs + R4 - 1) / R4 * R4)) return RAREFY_BAD;
-  if (w->weight.inputs != w->inputs * w->kernel[0] * w->kernel[1]) return RAREFY_BAD;
+  if (w->weight.inputs != w->inputs * w->kernel[0] * w->kernel[1] * (bytes ? 4 : 1)) return RAREFY_BAD;
   if (!w->sell) return rarefy_check_tiles(&w->weight, columns, values);
   const rarefy_sell& s = *w->sell;
-  if (w->groups != 1 || s.kind != RAREFY_F32 || s.rows != w->weight.rows || s.inputs != w->weight.inputs) return RAREFY_BAD;
+  if (w->groups != 1 || s.kind != w->weight.kind || s.rows != w->weight.rows || s.inputs != w->weight.inputs) return RAREFY_BAD;
   return s.block == w->weight.block && s.cols == w->weight.cols ? rarefy_check_sell(&s, values) : RAREFY_BAD;
 }
 

@@ -205,6 +205,15 @@ int run_unfolded(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   return RAREFY_OK;
 }
 
+// Scales of a tile's columns: of each that of its image, for which the largest magnitudes of columns are given.
+void image_scales(const rarefy_table& t, const rarefy_step& s, int64_t tile, float* out) {
+  for (int64_t at = tile * NT, end = at + NT; at < end;) {
+    const int64_t b = at / s.tokens, n = at < s.columns ? std::min((b + 1) * s.tokens, end) - at : end - at;
+    std::fill_n(out + at % NT, n, at < s.columns ? rarefy_step_of(t, s.more.at + b * s.tokens, s.tokens) : 1.0f);
+    at += n;
+  }
+}
+
 // Planes of some channels of one image.
 int cut_planes(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const auto& image = *static_cast<const rarefy_image*>(s.w);
@@ -248,14 +257,24 @@ int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const float* last = s.x.at + s.batch * whole + PIECE;
   const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
   const rarefy_end end{w.weight.bias ? w.weight.bias + row : nullptr, more, rows, w.weight.act};
+  const bool bytes = w.weight.kind == RAREFY_I8;
   for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
     t.bring(s.x.at, last, image.places + l, std::min(block, lanes - l), pieces, count, in);
     if (w.sell)
-      t.sell_one(*w.sell, b, row / SLAB, over(row + rows, SLAB), in, sums, here, l + block >= lanes ? &end : nullptr);
+      t.sell_one[bytes](*w.sell, b, row / SLAB, over(row + rows, SLAB), in, sums, here,
+                        l + block >= lanes ? &end : nullptr);
     else
-      t.tiles_one(w.weight, b, row / R4, over(row + rows, R4), in, sums, here);
+      t.tiles_one[bytes](w.weight, b, row / R4, over(row + rows, R4), in, sums, here);
   }
-  if (!w.sell) t.put(out, rows, NT, end.bias, more, end.act, out, NT, false);
+  if (bytes) {
+    alignas(64) float scales[NT];
+    const int64_t first = tile * NT, of = image.height * image.width;
+    for (int64_t n = 0; n < NT; ++n)
+      scales[n] = s.sum.at[std::min(first + n, s.columns - 1) / s.tokens * of];
+    t.settle_bytes({w.weight.scales, w.weight.sums, w.weight.bias, w.weight.act}, row, rows, scales, more, out);
+  } else if (!w.sell) {
+    t.put(out, rows, NT, end.bias, more, end.act, out, NT, false);
+  }
   return RAREFY_OK;
 }
 
@@ -349,10 +368,19 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
         t.put(out, rows, NT, end.bias, more, end.act, out, NT, false);
       break;
     }
-    case RAREFY_BYTES:
-      t.to_bytes(s.x.at + i * s.x.tile, s.features, s.sum.at + i * NT,
-                 reinterpret_cast<uint32_t*>(s.out.at + i * s.out.tile));
+    case RAREFY_RANGE: t.ranges(s.x.at + i * s.x.tile, s.features, s.out.at + i * NT); break;
+    case RAREFY_BYTES: {
+      const float* x = s.x.at + i * s.x.tile;
+      float* scales = s.sum.at + i * NT;
+      if (s.more.at) {
+        image_scales(t, s, i, scales);
+      } else {
+        t.ranges(x, s.features, scales);
+        for (int64_t n = 0; n < NT; ++n) scales[n] = scales[n] > 127e-36f ? scales[n] * (1.0f / 127.0f) : 1.0f;
+      }
+      t.to_bytes(x, s.features, scales, reinterpret_cast<uint32_t*>(s.out.at + i * s.out.tile));
       break;
+    }
     case RAREFY_NORM: {
       const int64_t tile = i * SOME / NT, column = i * SOME % NT, each = s.features / s.groups;
       for (int64_t f = 0; f < s.features; f += each)

@@ -86,11 +86,11 @@ struct rarefy_csr {
 };
 
 // A convolution: tiles whose rows are the outputs of one group after the other, padded to fours in each, and whose
-// lanes are (input of a group, kernel row, kernel column). fp32.
+// lanes are (input of a group, kernel row, kernel column). fp32; or int8 of one group, whose lanes are of four inputs.
 struct rarefy_conv {
   rarefy_tiles weight;      // its bias is that of all outputs
   const rarefy_sell* sell;  // of one group: the weight as pairs of rows, in the place of those tiles; or null
-  int64_t groups, outputs, inputs;  // outputs and inputs of a group
+  int64_t groups, outputs, inputs;  // outputs and inputs, or fours of them, of a group
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
@@ -130,8 +130,8 @@ enum rarefy_op {
   RAREFY_UNPACK = 1,  // x -> out[batch][tokens][features]; flag as above
   RAREFY_PRODUCT = 2, // out = act(w x + bias + more); w: of the format in flag; of int8, x and sum are what
                       // RAREFY_BYTES made
-  RAREFY_BYTES = 3,   // x -> out, in bytes, and sum, the scales of columns; of few tokens in the numbers of flag, up to
-                      // whole 64 features
+  RAREFY_BYTES = 3,   // x -> out, in bytes, and sum, the scales of columns, or with `more`, what RAREFY_RANGE made, of
+                      // whole sequences (images); of few tokens in the numbers of flag, up to whole 64 features
   RAREFY_NORM = 4,    // out = norm(x) gain + bias, for each of `groups`; flag: whether means are taken off
   RAREFY_ADD = 5,     // out = act(x + more)
   RAREFY_TIMES = 6,   // out = act(x) more
@@ -140,11 +140,13 @@ enum rarefy_op {
   RAREFY_KEEP = 9,    // x into the cache of w (rarefy_attention): keys, or with flag values
   RAREFY_PLANES = 10,  // images x -> out, padded planes for w (rarefy_image), with `least` outside; flag: x lies
                        // [batch][features][pixels]
-  RAREFY_CONVOLVE = 11,  // out = act(planes x convolved with w (rarefy_image) + bias + more)
+  RAREFY_CONVOLVE = 11,  // out = act(planes x convolved with w (rarefy_image) + bias + more); of int8, x are planes of
+                         // bytes, and sum their images' scales
   RAREFY_POOL = 12,    // out = the largest of the pixels of planes x that w (rarefy_image) takes together
   RAREFY_DEPTHWISE = 13, // out = act(planes x, each channel convolved with its weights in gain, + bias)
   RAREFY_AVERAGE = 14, // means of images x -> out[batch] as tokens
-  RAREFY_OPS = 15,
+  RAREFY_RANGE = 15,   // x -> out, the largest magnitude of each column
+  RAREFY_OPS = 16,
 };
 
 struct rarefy_place {

@@ -72,12 +72,13 @@ void sell_any(const rarefy_sell& w, int64_t slab, const uint32_t* x, uint32_t* o
     sell_block<KIND>(w, slab, b, x + b * w.block * NT, out, columns, (b + 1) * w.block >= w.cols ? end : nullptr);
 }
 
+template <int KIND>
 void sell_one(const rarefy_sell& w, int64_t b, int64_t from, int64_t to, const uint32_t* x, uint32_t* out,
               int64_t columns, const rarefy_end* end) {
   rarefy_end here{};
   if (end) here = *end;
   for (int64_t s = from; s < to; ++s, out += SLAB * NT) {
-    sell_block<RAREFY_F32>(w, s, b, x, out, columns, end ? &here : nullptr);
+    sell_block<KIND>(w, s, b, x, out, columns, end ? &here : nullptr);
     here.bias += here.bias ? SLAB : 0;
     here.more += here.more ? SLAB * NT : 0;
     here.rows -= SLAB;

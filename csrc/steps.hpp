@@ -69,15 +69,19 @@ void pair(const float* a, const float* b, bool product, int act, float* out, int
   }
 }
 
-// Bytes of a tile, four features to a lane, with a scale for each column.
-void to_bytes_tile(const float* x, int64_t features, float* scales, uint32_t* out) {
+// The largest magnitude of each column of a tile.
+void ranges(const float* x, int64_t features, float* out) {
   for (int64_t n = 0; n < NT; n += W) {
     vec most{};
     for (int64_t f = 0; f < features; ++f) most = larger(most, vec(words(whole_at(x + f * NT + n)) & 0x7fffffffu));
-    vec step = most * (1.0f / 127.0f);
-    step = step > 1e-36f ? step : vec{} + 1.0f;
-    put_whole(scales + n, step);
-    const vec by = 1.0f / step;
+    put_whole(out + n, most);
+  }
+}
+
+// Bytes of a tile, four features to a lane; each column has its scale.
+void to_bytes_tile(const float* x, int64_t features, const float* scales, uint32_t* out) {
+  for (int64_t n = 0; n < NT; n += W) {
+    const vec by = 1.0f / whole_at(scales + n);
     for (int64_t f = 0; f < features; f += 4) {
       words lane = words{} + 0x80808080u;
       for (int64_t i = 0; i < 4 && f + i < features; ++i) {

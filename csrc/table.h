@@ -43,8 +43,9 @@ struct rarefy_table {
   void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
   void (*sell[3])(const rarefy_sell&, int64_t, const uint32_t*, uint32_t*, int64_t, const rarefy_end*);
   void (*bring)(const float*, const float*, const int32_t*, int64_t, const rarefy_piece*, int, uint32_t*);
-  void (*tiles_one)(const rarefy_tiles&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
-  void (*sell_one)(const rarefy_sell&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t, const rarefy_end*);
+  void (*tiles_one[2])(const rarefy_tiles&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);  // fp32, bytes
+  void (*sell_one[2])(const rarefy_sell&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t,
+                      const rarefy_end*);
   void (*put)(const float*, int64_t, int64_t, const float*, const float*, int, float*, int64_t, bool);
   void (*halve)(const float*, int64_t, float*);
   uint32_t (*largest)(const float*, int64_t);
@@ -56,7 +57,8 @@ struct rarefy_table {
   void (*norm)(const float*, int64_t, int64_t, const float*, const float*, float, bool, float*);
   void (*unpack)(const float*, int64_t, int64_t, float*, int64_t);
   void (*pair)(const float*, const float*, bool, int, float*, int64_t);
-  void (*to_bytes)(const float*, int64_t, float*, uint32_t*);
+  void (*ranges)(const float*, int64_t, float*);
+  void (*to_bytes)(const float*, int64_t, const float*, uint32_t*);
   void (*settle_bytes)(const rarefy_sums&, int64_t, int64_t, const float*, const float*, float*);
   void (*attend)(const rarefy_attention&, int64_t, int64_t, int64_t);
   void (*gathered)(const float*, int64_t, const float*, bool, float*);
@@ -81,8 +83,8 @@ float rarefy_step_of(const rarefy_table& t, const float* x, int64_t n);  // of n
    {tiles_any<RAREFY_F32>, tiles_any<RAREFY_BF16>, tiles_any<RAREFY_I8>},             \
    {sell_any<RAREFY_F32>, sell_any<RAREFY_BF16>, sell_any<RAREFY_I8>},                 \
    bring,                                                                              \
-   tiles_block<RAREFY_F32>,                                                            \
-   sell_one,                                                                           \
+   {tiles_block<RAREFY_F32>, tiles_block<RAREFY_I8>},                                  \
+   {sell_one<RAREFY_F32>, sell_one<RAREFY_I8>},                                        \
    put,                                                                                \
    halve,                                                                              \
    largest,                                                                            \
@@ -94,6 +96,7 @@ float rarefy_step_of(const rarefy_table& t, const float* x, int64_t n);  // of n
    norm,                                                                               \
    unpack,                                                                             \
    pair,                                                                               \
+   ranges,                                                                             \
    to_bytes_tile,                                                                      \
    settle_bytes,                                                                       \
    attend,                                                                             \

@@ -417,6 +417,12 @@ def test_other_numbers_are_refused(monkeypatch):
         rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8, bias=False))), torch.randn(2, 8))
 
 
+def test_in_bytes_the_graph_is_proved_without_them(monkeypatch):
+    monkeypatch.setitem(compiled.words.ACTIVATIONS, "relu", lambda t: t.relu() * 1.01)  # less than bytes may move
+    with pytest.raises(ModelError, match="returns other numbers, 0.01 of their length apart"):
+        rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), torch.randn(2, 8), values="int8")
+
+
 def test_sizes_of_one_where_the_model_does_something_else():
     class Net(nn.Module):
         def __init__(self):

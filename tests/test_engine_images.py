@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import rarefy
 from rarefy.engine import compiled, images, words
@@ -73,6 +74,68 @@ def test_convolutions(isa, name, sparsity):
     made = equal(net, torch.randn(3, 5, rows, columns))
     assert len(made.program) == 1
     x = torch.randn(1, 5, rows, columns)
+    with torch.no_grad():
+        assert far(net(x), made(x)) < 1e-5
+
+
+def in_steps(t, dims):
+    """What 8 bits keep of a tensor, with a step for all but `dims`."""
+    step = (t.abs().amax(dims, keepdim=True) / 127).clamp(min=1e-30)
+    return (t / step).round() * step
+
+
+NEAR = 1e-3  # a number at the border of two steps may fall on either side
+
+
+class InBytes(nn.Module):
+    """A convolution in 8 bits, as torch does it: a step for each output, and for each image or pixel."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        c = self.conv
+        pixels = c.kernel_size == (1, 1) and c.stride == (1, 1) and c.padding == (0, 0)
+        x = in_steps(x, 1 if pixels else (1, 2, 3))
+        return F.conv2d(x, in_steps(c.weight, (1, 2, 3)), c.bias, c.stride, c.padding, c.dilation)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.85])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_in_bytes(isa, name, sparsity):
+    if native.isa() == "avx2" and "stride" not in name:
+        pytest.skip("the generic kernels run as portable")
+    kernel, stride, padding, dilation, rows, columns = CONVOLUTIONS[name]
+    conv = nn.Conv2d(19, 150, kernel, stride, padding, dilation)
+    net = thin(nn.Sequential(conv), sparsity).eval()
+    x = torch.randn(3, 19, rows, columns) * torch.tensor([0.1, 1.0, 7.0]).view(3, 1, 1, 1)
+    made = rarefy.compile(net, x, values="int8")
+    with torch.no_grad():
+        want, got = InBytes(conv)(x), made(x)
+        for one in zip(want, got):
+            assert far(*one) < NEAR
+        assert 3 * NEAR < far(net(x), got) < 0.05
+        assert far(InBytes(conv)(x[1:2]), made(x[1:2])) < NEAR
+
+
+@pytest.mark.parametrize("batch", [1, 3, 70])
+def test_sums_and_means_in_bytes(isa, batch):
+    net, x = Residual().eval(), (torch.randn(batch, 24, 9, 7), torch.randn(batch, 24, 9, 7))
+    made = rarefy.compile(net, x, values="int8")
+    net.a = fuse_conv_bn_eval(net.a, net.norm)
+    net.norm, net.a, net.b = nn.Identity(), InBytes(net.a), InBytes(net.b)
+    with torch.no_grad():
+        want, got = net(*x), made(*x)
+    assert far(want[1], got[1]) < 2 * NEAR
+    assert made.kernels and {k.held[0].kind for k in made.kernels.values()} == {"int8"}
+    assert len(made.program) == 1
+
+
+def test_groups_stay_exact():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=2), nn.ReLU())
+    thin(net, 0.7)
+    made, x = rarefy.compile(net.eval(), torch.randn(2, 8, 9, 9), values="int8"), torch.randn(2, 8, 9, 9)
     with torch.no_grad():
         assert far(net(x), made(x)) < 1e-5
 
@@ -166,7 +229,12 @@ def test_what_images_and_rows_share_stays_in_torch():
             y = self.conv(x)
             return self.norm(y) + y
 
-    made = equal(Both(), torch.randn(2, 6, 8, 8))
+    net, x = Both().eval(), torch.randn(2, 6, 8, 8)
+    in_bytes = rarefy.compile(net, x, values="int8")  # where the convolution has a plan of its own
+    assert [len(s.nodes) for s in in_bytes.program if isinstance(s, Segment)] == [1]
+    with torch.no_grad():
+        assert 1e-5 < far(net(x), in_bytes(x)) < 0.02
+    made = equal(net, x)
     assert not any(isinstance(s, Segment) for s in made.program)
     assert any(isinstance(s, Alone) for s in made.program)
     nodes = [n for n in made.traced.graph.nodes if n.target in (words.convolution, words.norm, words.add)]

@@ -73,10 +73,11 @@ def test_attention_with_masks_and_other_lengths(tmp_path, how):
         assert torch.equal(back(*args, **kwargs), made(*args, **kwargs))
 
 
+@pytest.mark.parametrize("values", [None, "int8"])
 @pytest.mark.parametrize("how", [{}, {"groups": 2}], ids=str)
-def test_convolutions(tmp_path, how):
+def test_convolutions(tmp_path, how, values):
     torch.manual_seed(2)
-    made = rarefy.compile(Residual(**how).eval(), torch.randn(2, 8, 12, 12))
+    made = rarefy.compile(Residual(**how).eval(), torch.randn(2, 8, 12, 12), values=values)
     back = through(made, tmp_path / "out")
     assert native_calls(back) == native_calls(made)
     x = torch.randn(5, 8, 12, 12)

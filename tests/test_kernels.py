@@ -318,7 +318,8 @@ def test_sums_of_bytes_that_do_not_fit():
         ({"dilation": (1, 0)}, "dilation: whole numbers from 1"),
         ({"shape": (8, 3, 3, 2)}, "counts: the kernels expect"),
         ({"shape": (4, 18)}, "shape: whole numbers from 1"),
-        ({"kind": "int8"}, "no kernel for 4 outputs in 1 groups of int8"),
+        ({"kind": "bf16"}, "no kernel for 4 outputs in 1 groups of bf16"),
+        ({"kind": "int8"}, "scales: the kernels expect torch.float32|counts: the kernels expect"),
         ({"kind": "int9"}, "unknown kind 'int9'"),
         ({"columns": torch.full((72,), 99, dtype=torch.int16)}, "is damaged"),
     ],
@@ -350,6 +351,13 @@ def test_images_that_do_not_fit():
             packed.pack_conv(weight, groups=groups)
     with pytest.raises(FormatError, match="pairs of rows are for convolutions of one group, got 2"):
         packed.pack_conv(torch.ones(4, 3, 1, 1), groups=2, sell=True)
+    with pytest.raises(FormatError, match="int8 are for convolutions of one group, got 2"):
+        packed.pack_conv(torch.ones(4, 3, 1, 1), "int8", groups=2)
+    kernel = native.Kernel(packed.pack_conv(torch.ones(4, 3, 3, 3), "int8"))
+    with pytest.raises(FormatError, match="convolutions in int8 run in plans alone: rarefy.compile makes them"):
+        kernel.run(torch.ones(1, 3, 9, 9))
+    with pytest.raises(FormatError, match="sums of 66348 products of bytes do not fit 32 bits"):
+        native.Kernel(packed.pack_conv(torch.ones(4, 7372, 3, 3), "int8"))
 
 
 def test_errors():

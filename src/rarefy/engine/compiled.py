@@ -27,7 +27,7 @@ from rarefy.runtime.packed import SHARED, Panels, pack_sell, pack_tiles, shared
 
 NEAR_BYTES = 56 << 20  # of what images are on their way through a plan
 MOST_SIZES = 16  # of inputs for which plans are kept
-ROUNDED = 0.2  # of outputs' length, how far they may move in 8 bits
+EXACT, ROUNDED = 1e-3, 0.5  # of outputs' length, how far they may move: in fp32, and in 8 bits
 RULES = (
     rules.drop, phrases.constants, phrases.embedding, rules.linear, rules.reshaped, phrases.pieces, heads.parts,
     heads.thirds, formulas.layer_scale, formulas.activations, rules.norm, formulas.layer_norm, phrases.rms,
@@ -45,8 +45,8 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     example  what the model can be called with: a dict of its keywords, a tuple of its arguments, or one tensor. Batches
              and other sizes may differ in later calls, as far as the model's own code leaves them open; sizes of images
              stay
-    values   "int8": products run in 8 bits, weights with a scale for each output and inputs with one for each row, so
-             outputs change a little; None: fp32
+    values   "int8": products and convolutions run in 8 bits, weights with a scale for each output and inputs with one
+             for each row or image, so outputs change a little; convolutions in groups stay fp32. None: all fp32
     The callable takes and returns what the model does, without gradients, and may be called by several threads. It
     holds its own copy of the weights: later changes of the model's are not seen. What no plan knows runs in torch, as
     `print(compiled)` says. Raises ModelError for a model that torch.export does not take, in training mode, with masks
@@ -70,12 +70,19 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
     traced = trace(model, args, kwargs, RULES)
-    kernels = kernels_of(traced, lambda w, _: _for_many(w, values))
-    made = Compiled(traced, kernels, [expected(n.meta.get("val")) for n in traced.inputs])
-    shown = (args, kwargs) if made.traced.notes else two_samples(args, kwargs)
-    prove(model, made, *shown, ROUNDED if values else 1e-3)
+    want = [expected(n.meta.get("val")) for n in traced.inputs]
+    shown = (args, kwargs) if traced.notes else two_samples(args, kwargs)
+    if values:  # what rounding hides in numbers shows in the graph
+        prove(model, in_torch(traced, want), *shown, EXACT)
+    made = Compiled(traced, kernels_of(traced, lambda w, _: _for_many(w, values), values), want)
+    prove(model, made, *shown, ROUNDED if values else EXACT)
     made.forget()
     return made
+
+
+def in_torch(traced: Traced, expected: Sequence[Any]) -> Compiled:
+    """Return the graph without kernels: what its words mean."""
+    return Compiled(traced, {}, expected, lambda *_: None)
 
 
 def _called(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -336,8 +343,8 @@ def _fixed(t: Traced) -> list[Node]:
     return list(found)
 
 
-def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any]) -> dict[Node, Any]:
-    """Return the kernels of all products, of `pack(weight, its name in the model)`, and of convolutions."""
+def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any], values: str | None = None) -> dict[Node, Any]:
+    """Return the kernels of all products, of `pack(weight, its name in the model)`, and of convolutions in `values`."""
     if native.missing() is not None:
         return {}
     found, known = {}, {}
@@ -347,7 +354,7 @@ def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any]) -> dict[Node, Any]
             if w.name not in known:
                 known[w.name] = pack(t.constants[w.name], t.names.get(w.name, ""))
             found[node] = native.Kernel(known[w.name], None if bias is None else t.constants[bias.name].clone(), act)
-        elif node.target is words.convolution and (kernel := convolve.kernel(t, node)) is not None:
+        elif node.target is words.convolution and (kernel := convolve.kernel(t, node, values)) is not None:
             found[node] = kernel
     for node in t.graph.nodes:  # an embedding that is a product's weight too
         if node.target is words.embedding and isinstance(known.get(node.args[1].name), Panels):
@@ -404,7 +411,18 @@ def _schedule(t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> li
         for left in waits.values():
             left.difference_update(taken)
         heavy = any(n.target in HEAVY for n in taken) and images.layouts(list(taken)) is not None
-        calls = [Alone(n, kernels[n]) if n.target in ALONE and n in kernels else n for n in taken]
-        program += [Segment(list(taken), kernels, t.constants, check)] if in_words and heavy else calls
+        if in_words and heavy:
+            program.append(Segment(list(taken), kernels, t.constants, check))
+        else:
+            program += [_by_itself(n, t, kernels, check) for n in taken]
         in_words = not in_words
     return program
+
+
+def _by_itself(node: Node, t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> Any:
+    """A call outside of plans; in bytes a convolution has a plan of its own."""
+    if node.target not in ALONE or node not in kernels:
+        return node
+    if node.target is words.convolution and kernels[node].held[0].kind == "int8":
+        return Segment([node], kernels, t.constants, check)
+    return Alone(node, kernels[node])

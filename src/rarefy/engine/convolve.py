@@ -81,15 +81,17 @@ def pooled(t: Traced, node: Node) -> None:
         put(t, node, words.average, over)
 
 
-def kernel(t: Traced, node: Node) -> Any:
-    """Return the kernel of a convolution, None where torch runs it: with zeros in groups of several, or depthwise."""
+def kernel(t: Traced, node: Node, values: str | None) -> Any:
+    """Return the kernel of a convolution, None where torch runs it: with zeros in groups of several, or depthwise. In
+    `values`, where that is of one group."""
     _, w, bias, _, act, stride, padding, dilation, groups = node.args
     weight = t.constants[w.name]
     zeros = float((weight == 0).float().mean())
     if max(stride) > MOST_STRIDE or (groups > 1 and (zeros < LEAST or weight.shape[1] == 1)):
         return None
     how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    packed = pack_conv(weight, **how, block=CONV_BLOCK if groups > 1 else NEAR)
+    kind = values or "fp32" if groups == 1 else "fp32"
+    packed = pack_conv(weight, kind, **how, block=CONV_BLOCK if groups > 1 else NEAR)
     if groups == 1 and shared(packed) < SHARED:
-        packed = pack_conv(weight, **how, block=NEAR, sell=True)
+        packed = pack_conv(weight, kind, **how, block=NEAR, sell=True)
     return native.Kernel(packed, None if bias is None else t.constants[bias.name].clone(), act)

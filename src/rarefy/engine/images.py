@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from ctypes import Structure, addressof, c_int64, c_void_p
 from math import inf
+from struct import pack, unpack
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from rarefy.engine import words
 from rarefy.engine.plan import BESIDE, Plan, Value
 from rarefy.engine.trace import Node
 from rarefy.runtime import native
-from rarefy.runtime.packed import MOST_STRIDE
+from rarefy.runtime.packed import LANE, MOST_STRIDE
 
 PIECE = 16  # floats that may be read past the last plane
 MOST_PLANES = 1 << 31  # floats, as places are counted in 32 bits
+NO_BYTES = unpack("f", pack("I", 0x80808080))[0]  # four zeros in bytes, to which 128 was added
 OF_IMAGES = (words.convolution, words.pool, words.average)
 
 
@@ -57,11 +59,31 @@ def out_sizes(sizes: Sequence[int], kernel: Any, stride: Any, padding: Any, dila
     )
 
 
-def _planes(p: Plan, x: Node, conv: Any, rest: float) -> tuple[Value, Image]:
-    """An image's planes for a kernel, once for all that read it so, and how to read them."""
+def converted(p: Plan, x: Node, kind: str, whole: bool = False) -> tuple[Value, Value]:
+    """Return inputs in the numbers of a kernel, and their scales, made once: of each token or pixel, or of images as a
+    `whole`, whose pixels a kernel takes together."""
+    key = x, f"{kind} images" if whole else kind
+    if key not in p.bytes:
+        source = p.values[x]
+        lanes = -(-source.features // 64) * 64 // LANE[kind] if p.few else -(-source.features // 4)
+        most: dict[str, Any] = {}
+        if whole:
+            most["more"] = p.beside(source, 1)
+            p.step("range", source, x=p.use(source), out=p.use(most["more"]))
+        small, scales = p.beside(source, lanes), p.beside(source, 1)
+        flag = ("fp32", "bf16", "int8").index(kind) if p.few else 0
+        most = {n: p.use(v) for n, v in most.items()}
+        p.step("bytes", source, x=p.use(source), out=p.use(small), sum=p.use(scales), flag=flag, **most)
+        p.bytes[key] = small, scales
+    return p.bytes[key]
+
+
+def _planes(p: Plan, x: Node, conv: Any, rest: float, small: Value | None = None) -> tuple[Value, Image]:
+    """An image's planes for a kernel, once for all that read it so, and how to read them; `small`: of its bytes."""
     batch, features, height, width = p.shape(x)
+    features = features if small is None else small.features
     each = native.library().rarefy_image_floats(conv, height, width) // conv.inputs
-    how = (x, rest, *(tuple(getattr(conv, n)) for n in ("kernel", "stride", "padding", "dilation")))
+    how = (x, rest, features, *(tuple(getattr(conv, n)) for n in ("kernel", "stride", "padding", "dilation")))
     if batch * features * each >= MOST_PLANES:
         raise MemoryError(f"{batch} images of {features} channels of {height} x {width} are more than a plan counts")
     lanes = conv.inputs * conv.kernel[0] * conv.kernel[1]
@@ -70,7 +92,7 @@ def _planes(p: Plan, x: Node, conv: Any, rest: float) -> tuple[Value, Image]:
     image = Image(addressof(conv), height, width, places.data_ptr())
     p.held += [image, places, conv]
     if how not in p.planes:
-        source = p.values.get(x)
+        source = p.values.get(x) if small is None else small
         tokens = p.over(x) if source is None else source
         made = Value(tokens.tokens, features, len(p.steps), False, size=batch * features * each + PIECE)
         p.every.append(made)
@@ -104,11 +126,17 @@ def convolution(p: Plan, node: Node) -> None:
         return
     kernel = p.kernels[node]
     plain = tuple(shape[2:]) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
+    bytes_ = kernel.held[0].kind == "int8"
     if plain and x in p.values:
         source, step = p.values[x], "product"
         how = {"w": addressof(kernel.inner), "flag": native.FORMATS.index(type(kernel.held[0].matrix))}
+        if bytes_:
+            source, beside["sum"] = converted(p, x, "int8")
     else:
-        source, image = _planes(p, x, kernel.about, 0.0)
+        small = None
+        if bytes_:
+            small, beside["sum"] = converted(p, x, "int8", True)
+        source, image = _planes(p, x, kernel.about, NO_BYTES if bytes_ else 0.0, small)
         step, how = "convolve", {"w": addressof(image), "batch": batch}
     out = p.make(node)
     p.step(step, out, x=p.use(source), out=p.use(out), **how, **{n: p.use(v) for n, v in beside.items()})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rarefy.engine import compiled
 from rarefy.engine import trace as rules
 from rarefy.engine.cache import TILE, Cache
-from rarefy.engine.compiled import Compiled, expected, kernels_of
+from rarefy.engine.compiled import EXACT, ROUNDED, Compiled, expected, in_torch, kernels_of
 from rarefy.engine.plan import MOST_FEW
 from rarefy.engine.prove import apart
 from rarefy.errors import DataError, ModelError, unknown
@@ -45,13 +45,13 @@ def decoder(model: nn.Module, *, values: str | None = None) -> Decoder:
     if other is not None:
         raise ModelError(f"decoders are made of fp32 models on the CPU, {other} is not: model.float().cpu() first")
     made = _made(model, values)
-    _prove(model, made, 0.2 if values else 1e-3)
+    _prove(model, made, ROUNDED if values else EXACT)
     made.compiled.forget()
     return made
 
 
 def _made(model: Any, values: str | None) -> Decoder:
-    """The decoder of a model, unproved."""
+    """The decoder of a model; where numbers are rounded, its graph is proved without them first."""
     with hf.attending(model, _attend), torch.no_grad():
         shown = torch.arange(2 * SHOWN).view(2, SHOWN), torch.arange(SHOWN).repeat(2, 1), torch.arange(3)
         traced = rules.trace(Step(model), shown, {}, compiled.RULES, type(model).__name__)
@@ -60,8 +60,6 @@ def _made(model: Any, values: str | None) -> Decoder:
     grids = {
         f"model.{n}": grid_of(m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)
     }
-    kernels = kernels_of(traced, lambda w, name: _packed(w, values, grids.get(name.removesuffix(".weight"))))
-    step = Compiled(traced, kernels, [expected(n.meta.get("val")) for n in traced.inputs])
     config = model.config.get_text_config()
     settings = getattr(model, "generation_config", config)
     ends = settings.eos_token_id if settings.eos_token_id is not None else []
@@ -69,7 +67,12 @@ def _made(model: Any, values: str | None) -> Decoder:
     known = tuple(e for e in first if 0 <= e < many)  # some configs name tokens that no logit is for
     pad = settings.pad_token_id if settings.pad_token_id is not None else -1
     pad = pad if 0 <= pad < many else (*known, 0)[0]
-    return Decoder(step, many, getattr(config, "max_position_embeddings", None), known, pad)
+    about = many, getattr(config, "max_position_embeddings", None), known, pad
+    want = [expected(n.meta.get("val")) for n in traced.inputs]
+    if values:
+        _prove(model, Decoder(in_torch(traced, want), *about), EXACT)
+    kernels = kernels_of(traced, lambda w, name: _packed(w, values, grids.get(name.removesuffix(".weight"))))
+    return Decoder(Compiled(traced, kernels, want), *about)
 
 
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: Any = None, **how: Any) -> Any:

@@ -12,7 +12,7 @@ from rarefy.engine import images, words
 from rarefy.engine.plan import NT, Attend, Plan, Value
 from rarefy.engine.trace import Node
 from rarefy.runtime import native
-from rarefy.runtime.packed import LANE, Bitmask, Panels
+from rarefy.runtime.packed import Bitmask, Panels
 
 CACHED = 1 << 50  # where the addresses of a cache begin, for the order of steps
 
@@ -24,7 +24,7 @@ def _product(p: Plan, node: Node) -> None:
     source, extra = p.values[x], {} if more is None else {"more": p.values[more]}
     kind = _numbers(packed, p.few)
     if kind == "int8" or (p.few and (kind != "fp32" or source.features % 64)):
-        source, extra["sum"] = _converted(p, x, source, kind)
+        source, extra["sum"] = images.converted(p, x, kind)
     if isinstance(packed, Panels) and kind == "int8" and not p.few:
         p.held.append(packed.sums.to(torch.int32))
         extra["sums"] = p.held[-1].data_ptr()
@@ -41,18 +41,6 @@ def _numbers(packed: Any, few: bool) -> str:
     if isinstance(packed, Bitmask) and not few:
         return "int8" if packed.kind == "int8" else "fp32"
     return "int8" if packed.kind == "int4" else packed.kind
-
-
-def _converted(p: Plan, x: Node, source: Value, kind: str) -> tuple[Value, Value]:
-    """Inputs in the numbers of a kernel, and their scales, made once."""
-    if (x, kind) not in p.bytes:
-        wide = -(-source.features // 64) * 64
-        lanes = wide // LANE[kind] if p.few else -(-source.features // 4)
-        small, scales = p._new(p._lead(x), lanes), p._new(p._lead(x), 1)
-        flag = ("fp32", "bf16", "int8").index(kind) if p.few else 0
-        p.step("bytes", source, x=p.use(source), out=p.use(small), sum=p.use(scales), flag=flag)
-        p.bytes[x, kind] = small, scales
-    return p.bytes[x, kind]
 
 
 def _norm(p: Plan, node: Node) -> None:

@@ -27,7 +27,7 @@ PAGE = 2 << 20  # bytes of a large page
 MOST_FEW = 8  # tokens that are few
 NAMES = (
     "pack", "unpack", "product", "bytes", "norm", "add", "times", "attend", "rotate", "keep", "planes", "convolve",
-    "pool", "depthwise", "average",
+    "pool", "depthwise", "average", "range",
 )  # fmt: skip
 OPS = {name: i for i, name in enumerate(NAMES)}
 FOR_FEW = (Bitmask, Panels)
@@ -136,7 +136,7 @@ class Plan:
         self.kept = Kept()
         self.planes: dict[tuple[Any, ...], Value] = {}  # of images, by kernel
         self.masks: list[tuple[Node, Attend]] = []
-        self.bytes: dict[tuple[Node, str], tuple[Value, Value]] = {}
+        self.bytes: dict[tuple[Node, str], tuple[Value, Value]] = {}  # inputs in other numbers, and their scales
         self.few = self._few(nodes, inputs)
         attends = (words.attention, words.recall)
         self.spread = set() if self.few else {self._lead(n) for n in nodes if n.target in attends}
@@ -145,7 +145,7 @@ class Plan:
         self.raw: dict[Node, list[int]] = {n: [] for n in self.inputs}  # the steps that read an input as it comes
         inner = set(nodes)
         for node in self.inputs:
-            if node not in images or any(u in inner and _by_pixel(node, u) for u in node.users):
+            if node not in images or any(u in inner and self._by_pixel(node, u) for u in node.users):
                 self._enter(node)
         for node in nodes:
             lower[node.target](self, node)
@@ -188,6 +188,12 @@ class Plan:
         batch, features, *sizes = self.shape(node)
         return Value(Tokens(batch, prod(sizes), prod(sizes)), features, len(self.steps), False)
 
+    def beside(self, v: Value, features: int) -> Value:
+        """Return a new value of the same tokens."""
+        made = Value(v.tokens, features, len(self.steps), self.few)
+        self.every.append(made)
+        return made
+
     def make(self, node: Node) -> Value:
         """Return a new value for a node."""
         if node in self.images:
@@ -202,6 +208,13 @@ class Plan:
     def use(self, v: Value) -> Value:
         v.last = len(self.steps)
         return v
+
+    def _by_pixel(self, image: Node, user: Node) -> bool:
+        """Whether a word reads an image's tiles, not its planes."""
+        if user.target is words.convolution:
+            kernel = self.kernels.get(user)
+            return user.args[3] is image or (kernel is not None and kernel.held[0].kind == "int8")
+        return user.target in (*BESIDE, words.average)
 
     # ---- steps
 
@@ -323,10 +336,3 @@ def _fresh(floats: int) -> tuple[Tensor, int]:
     native.library().rarefy_large_pages(memory.data_ptr(), memory.nbytes)
     memory.zero_()
     return memory, (memory.data_ptr() + page - 1) // page * page
-
-
-def _by_pixel(image: Node, user: Node) -> bool:
-    """Whether a word reads an image's tiles, not its planes."""
-    if user.target is words.convolution:
-        return user.args[3] is image
-    return user.target in (*BESIDE, words.average)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, Structure, addressof, byref, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,8 @@ class Kernel:
     def _convolve(self, packed: Any, x: Tensor, residual: Tensor | None) -> Tensor:
         if x.dim() != 4:
             raise FormatError(f"the kernel convolves [images, channels, height, width], x is {list(x.shape)}")
+        if packed.kind != "fp32":
+            raise FormatError(f"convolutions in {packed.kind} run in plans alone: rarefy.compile makes them")
         N, C, *image = x.shape
         O, inputs, *kernel = packed.shape
         if inputs * packed.groups != C:
@@ -329,10 +332,12 @@ def _convolution(packed: ConvTiles, weight: Any) -> Conv:
     pairs = {"kernel": kernel, **{n: getattr(packed, n) for n in ("stride", "padding", "dilation")}}
     arrays: dict[str, Any] = {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
     if isinstance(weight, _Sell):
-        same = {n: getattr(weight, n) for n in ("rows", "inputs", "cols", "block", "bias", "kind", "act")}
+        fields = ("rows", "inputs", "cols", "block", "scales", "sums", "bias", "kind", "act")
+        same = {n: getattr(weight, n) for n in fields}
         arrays |= {"sell": addressof(weight)}
         weight = _Tiles(**same)
-    return Conv(weight=weight, groups=packed.groups, outputs=O // packed.groups, inputs=inputs, **arrays)
+    each = -(-inputs // LANE[packed.kind])
+    return Conv(weight=weight, groups=packed.groups, outputs=O // packed.groups, inputs=each, **arrays)
 
 
 def _check_plain(packed: Packed) -> None:
@@ -353,10 +358,12 @@ def _check_plain(packed: Packed) -> None:
         raise FormatError(unknown("kind", str(packed.kind), known))
     if isinstance(packed, Panels) and (type(packed.exact) is not bool or packed.parts not in (0, 1, 2)):
         raise FormatError(f"panels: exact is True or False, parts 0 to 2, got {packed.exact!r}, {packed.parts!r}")
-    if isinstance(packed, ConvTiles) and (packed.shape[0] % packed.groups or packed.kind != "fp32"):
+    grouped = isinstance(packed, ConvTiles) and packed.groups > 1
+    known = ("fp32",) if grouped else ("fp32", "int8")
+    if isinstance(packed, ConvTiles) and (packed.shape[0] % packed.groups or packed.kind not in known):
         raise FormatError(f"no kernel for {packed.shape[0]} outputs in {packed.groups} groups of {packed.kind}")
-    if packed.kind == "int8" and packed.shape[1] > MOST_BYTES_IN_A_SUM:
-        raise FormatError(f"sums of {packed.shape[1]} products of bytes do not fit 32 bits")
+    if packed.kind == "int8" and prod(packed.shape[1:]) > MOST_BYTES_IN_A_SUM:
+        raise FormatError(f"sums of {prod(packed.shape[1:])} products of bytes do not fit 32 bits")
 
 
 def _check(packed: Packed, bias: Tensor | None) -> None:

@@ -95,8 +95,9 @@ class Sell:
 
 @dataclass(frozen=True, eq=False)
 class ConvTiles:
-    """A convolution's weight [O, I, rows, columns] as fp32 `Tiles`, or, with `order`, as `Sell`: outputs of a group,
-    padded to fours, after those of the one before; lanes are (input of a group, kernel row, kernel column)."""
+    """A convolution's weight [O, I, rows, columns] as `Tiles`, or, with `order`, as `Sell`: outputs of a group, padded
+    to fours, after those of the one before; lanes are (input of a group, kernel row, kernel column), in int8 of four
+    inputs each. int8 is of one group, and runs in plans alone."""
 
     shape: tuple[int, int, int, int]
     groups: int
@@ -110,16 +111,20 @@ class ConvTiles:
     values: Tensor
     kind: str = "fp32"
     order: Tensor | None = None  # of one group
+    scales: Tensor | None = None
+    sums: Tensor | None = None
 
     @property
     def matrix(self) -> Tiles | Sell:
         """The matrix that the kernel runs through."""
         O, I, *kernel = self.shape
         rows = self.groups * (-(-O // self.groups // 4) * 4)
-        shape = rows, I * kernel[0] * kernel[1]
+        each = LANE.get(self.kind, 1)
+        shape = rows, -(-I // each) * each * kernel[0] * kernel[1]
+        last = self.columns, self.values, self.scales, self.sums
         if self.order is not None:
-            return Sell(shape, "fp32", self.block, self.starts, self.counts, self.order, self.columns, self.values)
-        return Tiles(shape, "fp32", self.block, self.counts, self.starts, self.columns, self.values)
+            return Sell(shape, self.kind, self.block, self.starts, self.counts, self.order, *last)
+        return Tiles(shape, self.kind, self.block, self.counts, self.starts, *last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -386,6 +391,7 @@ def _crowded(V: Tensor) -> bool:
 
 def pack_conv(
     weight: Tensor,
+    kind: str = "fp32",
     *,
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
@@ -404,23 +410,26 @@ def pack_conv(
     if weight.dim() != 4 or 0 in weight.shape or groups < 1 or len(weight) % groups:
         raise FormatError(f"no convolution of {groups} groups has a weight of shape {list(weight.shape)}")
     O, I, rows, columns = weight.shape
-    W: Any = weight.new_zeros(groups, -(-O // groups // 4) * 4, I * rows * columns, dtype=torch.float32)
-    W[:, : O // groups] = weight.detach().reshape(groups, O // groups, -1)
-    if sell and groups > 1:
-        raise FormatError(f"pairs of rows are for convolutions of one group, got {groups}")
-    made = (pack_sell if sell else pack_tiles)(W.flatten(0, 1), "fp32", block)
-    parts = (made.counts, made.starts, made.columns, made.values)
+    if (sell or kind != "fp32") and groups > 1:
+        raise FormatError(f"{'pairs of rows' if sell else kind} are for convolutions of one group, got {groups}")
+    each = LANE.get(kind, 1)
+    full: Any = weight.new_zeros(groups, -(-O // groups // 4) * 4, -(-I // each) * each, rows * columns)
+    full[:, : O // groups, :I] = weight.detach().reshape(groups, O // groups, I, -1)
+    W = full.float().unflatten(2, (-1, each)).transpose(-1, -2).flatten(2).flatten(0, 1)
+    made = (pack_sell if sell else pack_tiles)(W, kind, block)
+    parts = (made.counts, made.starts, made.columns, made.values, kind)
     order = made.order if isinstance(made, Sell) else None
-    return ConvTiles((O, I, rows, columns), groups, stride, padding, dilation, made.block, *parts, order=order)
+    how = (groups, stride, padding, dilation, made.block)
+    return ConvTiles((O, I, rows, columns), *how, *parts, order, made.scales, made.sums)
 
 
 def unpack(packed: Packed) -> Tensor:
     """Return what the kernels multiply by as fp32 [O, C] (or a convolution's shape): int8 values times their scales.
     O(O C)."""
     if isinstance(packed, ConvTiles):
-        O, groups = packed.shape[0], packed.groups
-        rows = unpack(packed.matrix).reshape(groups, -1, packed.matrix.shape[1])
-        return rows[:, : O // groups].reshape(packed.shape)
+        (O, I, *kernel), groups = packed.shape, packed.groups
+        W = unpack(packed.matrix).reshape(groups, packed.matrix.shape[0] // groups, -1, *kernel, LANE[packed.kind])
+        return W.movedim(-1, 3).flatten(2, 3)[:, : O // groups, :I].reshape(packed.shape)
     if isinstance(packed, Panels):
         return _unpack_panels(packed)
     if packed.kind == "int4":
