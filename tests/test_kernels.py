@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rarefy.errors import FormatError
-from rarefy.runtime import native, packed, reference
+from rarefy.runtime import native, packed, pages, reference
 from rarefy.values.quantize import asked, grid_for
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -358,6 +358,31 @@ def test_images_that_do_not_fit():
         kernel.run(torch.ones(1, 3, 9, 9))
     with pytest.raises(FormatError, match="sums of 66348 products of bytes do not fit 32 bits"):
         native.Kernel(packed.pack_conv(torch.ones(4, 7372, 3, 3), "int8"))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_weights_in_large_pages(kind, monkeypatch):
+    monkeypatch.setattr(pages, "LEAST", 1 << 16)  # so that the last weight needs a second piece of memory
+    held, total = pages.Pages(), 0
+    for rows in (5, 30, 300):
+        weight = packed.pack_bitmask(random(rows, 513, 0.5), kind)
+        moved = held.hold(weight)
+        for name, t in vars(weight).items():
+            if isinstance(t, torch.Tensor):
+                there = getattr(moved, name)
+                assert torch.equal(t, there) and t.dtype == there.dtype and there.is_contiguous()
+                assert there.data_ptr() % 64 == 0 and there.data_ptr() != t.data_ptr()
+                total += t.nbytes
+        x = torch.randn(3, 513)
+        assert torch.equal(native.Kernel(moved).run(x), native.Kernel(weight).run(x))
+    assert total > pages.LEAST
+
+
+def test_memory_begins_with_a_page():
+    for nbytes in (0, 100, pages.PAGE + 1, 5 * pages.PAGE):
+        memory = pages.fresh(nbytes)
+        assert memory.nbytes == nbytes
+        assert memory.data_ptr() % (pages.PAGE if nbytes > pages.PAGE else 64) == 0
 
 
 def test_errors():

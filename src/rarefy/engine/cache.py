@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rarefy.runtime.pages import fresh
+
 TILE = 64  # tokens
 
 
@@ -20,7 +22,7 @@ class Cache:
         self.features, self.batch, self.past = features, batch, 0
         self.capacity = -(-capacity // TILE) * TILE
         self.starts = None if starts is None else starts.to(torch.int64).contiguous()
-        self.memory = torch.zeros(features * batch * self.capacity)
+        self.memory = fresh(4 * features * batch * self.capacity).view(torch.float32).zero_()
 
     def _of(self, before: int, features: int) -> Tensor:
         """A view [batch, tiles, 64, features]."""

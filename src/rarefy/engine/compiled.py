@@ -24,6 +24,7 @@ from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
 from rarefy.runtime.layers import PanelEmbedding
 from rarefy.runtime.packed import SHARED, Panels, pack_sell, pack_tiles, shared
+from rarefy.runtime.pages import Pages
 
 NEAR_BYTES = 56 << 20  # of what images are on their way through a plan
 MOST_SIZES = 16  # of inputs for which plans are kept
@@ -347,15 +348,16 @@ def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any], values: str | None
     """Return the kernels of all products, of `pack(weight, its name in the model)`, and of convolutions in `values`."""
     if native.missing() is not None:
         return {}
-    found, known = {}, {}
+    found, known, pages = {}, {}, Pages()
     for node in t.graph.nodes:
         if node.target is words.product:
             _, w, bias, _, act = node.args
             if w.name not in known:
-                known[w.name] = pack(t.constants[w.name], t.names.get(w.name, ""))
+                known[w.name] = pages.hold(pack(t.constants[w.name], t.names.get(w.name, "")))
             found[node] = native.Kernel(known[w.name], None if bias is None else t.constants[bias.name].clone(), act)
-        elif node.target is words.convolution and (kernel := convolve.kernel(t, node, values)) is not None:
-            found[node] = kernel
+        elif node.target is words.convolution and (form := convolve.packed(t, node, values)) is not None:
+            bias, act = node.args[2], node.args[4]
+            found[node] = native.Kernel(pages.hold(form), None if bias is None else t.constants[bias.name].clone(), act)
     for node in t.graph.nodes:  # an embedding that is a product's weight too
         if node.target is words.embedding and isinstance(known.get(node.args[1].name), Panels):
             found[node] = Lookup(PanelEmbedding(known[node.args[1].name], torch.float32))

@@ -11,7 +11,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rarefy.engine import words
 from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape
-from rarefy.runtime import native
 from rarefy.runtime.packed import CONV_BLOCK, MOST_STRIDE, NEAR, SHARED, pack_conv, shared
 
 LEAST = 0.4  # zeros from which a kernel is faster than torch's dense one
@@ -81,17 +80,17 @@ def pooled(t: Traced, node: Node) -> None:
         put(t, node, words.average, over)
 
 
-def kernel(t: Traced, node: Node, values: str | None) -> Any:
-    """Return the kernel of a convolution, None where torch runs it: with zeros in groups of several, or depthwise. In
-    `values`, where that is of one group."""
-    _, w, bias, _, act, stride, padding, dilation, groups = node.args
+def packed(t: Traced, node: Node, values: str | None) -> Any:
+    """Return the packed weight of a convolution, in `values` where it is of one group; None where torch runs it: with
+    few zeros in groups of several, or depthwise."""
+    w, (stride, padding, dilation, groups) = node.args[1], node.args[5:]
     weight = t.constants[w.name]
     zeros = float((weight == 0).float().mean())
     if max(stride) > MOST_STRIDE or (groups > 1 and (zeros < LEAST or weight.shape[1] == 1)):
         return None
     how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     kind = values or "fp32" if groups == 1 else "fp32"
-    packed = pack_conv(weight, kind, **how, block=CONV_BLOCK if groups > 1 else NEAR)
-    if groups == 1 and shared(packed) < SHARED:
-        packed = pack_conv(weight, kind, **how, block=NEAR, sell=True)
-    return native.Kernel(packed, None if bias is None else t.constants[bias.name].clone(), act)
+    form = pack_conv(weight, kind, **how, block=CONV_BLOCK if groups > 1 else NEAR)
+    if groups == 1 and shared(form) < SHARED:
+        form = pack_conv(weight, kind, **how, block=NEAR, sell=True)
+    return form

@@ -20,10 +20,10 @@ from rarefy.engine.trace import Node
 from rarefy.errors import ModelError
 from rarefy.runtime import native
 from rarefy.runtime.packed import Bitmask, Panels
+from rarefy.runtime.pages import fresh
 
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens that a sequence is filled up to, where several lie one after the other
-PAGE = 2 << 20  # bytes of a large page
 MOST_FEW = 8  # tokens that are few
 NAMES = (
     "pack", "unpack", "product", "bytes", "norm", "add", "times", "attend", "rotate", "keep", "planes", "convolve",
@@ -264,7 +264,8 @@ class Plan:
                 else:
                     v.start, end = end, end + v.floats
                 ends.setdefault(max(v.last, v.made) + 1, []).append(v)
-        self.memory, base = _fresh(end)
+        self.memory = fresh(4 * end).view(torch.float32).zero_()
+        base = self.memory.data_ptr()
         self.array = (Step * len(self.steps))()
         touched = [self._touched(i) for i in range(len(self.steps))]
         for i, (s, places, _) in enumerate(self.steps):
@@ -327,12 +328,3 @@ def _wait(touched: Sequence[Sequence[tuple[int, int, bool]]], i: int) -> int:
             if any((writes or w) and a < end and start < b for start, end, w in touched[i]):
                 return j + 1
     return 0
-
-
-def _fresh(floats: int) -> tuple[Tensor, int]:
-    """Zeros, and the address where they begin: a whole page, large ones where they are many."""
-    page = PAGE if 4 * floats > PAGE else 64
-    memory = torch.empty(floats + page // 4)
-    native.library().rarefy_large_pages(memory.data_ptr(), memory.nbytes)
-    memory.zero_()
-    return memory, (memory.data_ptr() + page - 1) // page * page

@@ -25,6 +25,7 @@ from rarefy.formats.sparse import encode
 from rarefy.runtime import native
 from rarefy.runtime.layers import PanelEmbedding, put_together, taken_apart
 from rarefy.runtime.packed import SLAB, Bitmask, ConvTiles, Packed, Panels, Sell, nbytes, unpack
+from rarefy.runtime.pages import Pages
 
 GRAPH = "graph.json"
 META = "compiled"  # what marks such a folder in its index
@@ -127,8 +128,11 @@ def load(saved: container.Container, **without: Any) -> Compiled | Decoder:
             )
     parts = read(saved)
     w, constants, kernels = parts.written, dict(parts.constants), {}
+    pages, held = Pages(), {}
     for node, name in w.kernels.items():
-        form = parts.packed[name]
+        if name not in held:
+            held[name] = pages.hold(parts.packed.pop(name))
+        form = held[name]
         if native.missing() is None:
             try:
                 kernels[node] = _kernel(node, form, constants)
