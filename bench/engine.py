@@ -55,8 +55,6 @@ def run(name: str, batch: int) -> dict[str, Any]:
     dense, x, _ = pruned(name, batch, "dense")
     runs: dict[str, Callable[[], Any]] = {"eager, dense": lambda: call(dense, x), **engines(dense, x)}
     for way, (*_, values) in PLANS.items():
-        if values and name == "resnet50":
-            continue  # no convolution runs in 8 bits yet
         model, _, _ = pruned(name, batch, way)
         fast = rarefy.compile(model, x, values=values)
         runs[f"ours, {way}"] = lambda fast=fast: call(fast, x)

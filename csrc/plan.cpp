@@ -205,13 +205,32 @@ int run_unfolded(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   return RAREFY_OK;
 }
 
-// Scales of a tile's columns: of each that of its image, for which the largest magnitudes of columns are given.
-void image_scales(const rarefy_table& t, const rarefy_step& s, int64_t tile, float* out) {
-  for (int64_t at = tile * NT, end = at + NT; at < end;) {
-    const int64_t b = at / s.tokens, n = at < s.columns ? std::min((b + 1) * s.tokens, end) - at : end - at;
-    std::fill_n(out + at % NT, n, at < s.columns ? rarefy_step_of(t, s.more.at + b * s.tokens, s.tokens) : 1.0f);
-    at += n;
+// Calls f(image, column, how many) for the columns of each image that lie in a tile.
+template <class F>
+void images_in(const rarefy_step& s, int64_t tile, F&& f) {
+  for (int64_t at = tile * NT, end = std::min(at + NT, s.columns), n; at < end; at += n) {
+    n = std::min(s.tokens - at % s.tokens, end - at);
+    f(at / s.tokens, at, n);
   }
+}
+
+// Scales of a tile's columns: of each that of its image, the largest magnitudes of which are given tile by tile.
+void image_scales(const rarefy_table& t, const rarefy_step& s, int64_t tile, float* out) {
+  std::fill_n(out, NT, 1.0f);
+  images_in(s, tile, [&](int64_t b, int64_t column, int64_t n) {
+    uint32_t most = 0;  // bits, of which those of NaN are more than all others
+    for (int64_t at = b * s.tokens, end = at + s.tokens; at < end; at = (at / NT + 1) * NT)
+      most = std::max(most, __builtin_bit_cast(uint32_t, s.more.at[at]));
+    const float largest = __builtin_bit_cast(float, most);
+    std::fill_n(out + column % NT, n, rarefy_step_of(t, &largest, 1));
+  });
+}
+
+// Tells how large outputs are: of a tile, some rows of them, from whole slabs on.
+void tell_ranges(const rarefy_table& t, const rarefy_step& s, int64_t tile, int64_t row, int64_t rows) {
+  for (int64_t done = 0; s.range.at && done < rows; done += SLAB)
+    t.ranges(s.out.at + tile * s.out.tile + (row + done) * NT, std::min(SLAB, rows - done),
+             s.range.at + tile * s.range.tile + (row + done) / SLAB * NT);
 }
 
 // Planes of some channels of one image.
@@ -275,6 +294,7 @@ int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   } else if (!w.sell) {
     t.put(out, rows, NT, end.bias, more, end.act, out, NT, false);
   }
+  tell_ranges(t, s, tile, row, rows);
   return RAREFY_OK;
 }
 
@@ -366,16 +386,25 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
         t.settle_bytes(p.sums, row, rows, s.sum.at + tile * NT, more, out);
       else if (s.flag != RAREFY_SELL)
         t.put(out, rows, NT, end.bias, more, end.act, out, NT, false);
+      tell_ranges(t, s, tile, row, rows);
       break;
     }
-    case RAREFY_RANGE: t.ranges(s.x.at + i * s.x.tile, s.features, s.out.at + i * NT); break;
+    case RAREFY_RANGE: {
+      alignas(64) float near[NT];
+      t.ranges(s.x.at + i * s.x.tile, s.features, near);
+      images_in(s, i, [&](int64_t, int64_t column, int64_t n) {
+        const uint32_t most = t.largest(near + column % NT, n);
+        std::memcpy(s.out.at + column, &most, 4);
+      });
+      break;
+    }
     case RAREFY_BYTES: {
       const float* x = s.x.at + i * s.x.tile;
       float* scales = s.sum.at + i * NT;
-      if (s.more.at) {
+      if (s.flag == 2) {
         image_scales(t, s, i, scales);
       } else {
-        t.ranges(x, s.features, scales);
+        t.ranges(s.flag ? s.more.at + i * s.more.tile : x, s.flag ? s.groups : s.features, scales);
         for (int64_t n = 0; n < NT; ++n) scales[n] = scales[n] > 127e-36f ? scales[n] * (1.0f / 127.0f) : 1.0f;
       }
       t.to_bytes(x, s.features, scales, reinterpret_cast<uint32_t*>(s.out.at + i * s.out.tile));

@@ -130,8 +130,9 @@ enum rarefy_op {
   RAREFY_UNPACK = 1,  // x -> out[batch][tokens][features]; flag as above
   RAREFY_PRODUCT = 2, // out = act(w x + bias + more); w: of the format in flag; of int8, x and sum are what
                       // RAREFY_BYTES made
-  RAREFY_BYTES = 3,   // x -> out, in bytes, and sum, the scales of columns, or with `more`, what RAREFY_RANGE made, of
-                      // whole sequences (images); of few tokens in the numbers of flag, up to whole 64 features
+  RAREFY_BYTES = 3,   // x -> out, in bytes, and sum, the scales of columns. Their largest magnitudes are in `more`: with
+                      // flag 1 `groups` of them for a column, with flag 2 those of whole sequences (images), as
+                      // RAREFY_RANGE made them. Of few tokens in the numbers of flag, up to whole 64 features
   RAREFY_NORM = 4,    // out = norm(x) gain + bias, for each of `groups`; flag: whether means are taken off
   RAREFY_ADD = 5,     // out = act(x + more)
   RAREFY_TIMES = 6,   // out = act(x) more
@@ -145,7 +146,7 @@ enum rarefy_op {
   RAREFY_POOL = 12,    // out = the largest of the pixels of planes x that w (rarefy_image) takes together
   RAREFY_DEPTHWISE = 13, // out = act(planes x, each channel convolved with its weights in gain, + bias)
   RAREFY_AVERAGE = 14, // means of images x -> out[batch] as tokens
-  RAREFY_RANGE = 15,   // x -> out, the largest magnitude of each column
+  RAREFY_RANGE = 15,   // x -> out, the largest magnitude of each image in a tile, at its first column there
   RAREFY_OPS = 16,
 };
 
@@ -158,6 +159,8 @@ struct rarefy_step {
   int32_t op, act;
   const void* w;
   rarefy_place x, more, out, sum;
+  rarefy_place range;                                // product, convolve: of each 128 outputs the largest magnitudes of
+                                                     // columns; or null
   const float *gain, *bias;
   const int32_t* sums;                               // of panels: of each row's whole numbers, if inputs are bytes
   int64_t columns, features, batch, tokens, apart;  // columns: of all sequences

@@ -66,14 +66,15 @@ def converted(p: Plan, x: Node, kind: str, whole: bool = False) -> tuple[Value, 
     if key not in p.bytes:
         source = p.values[x]
         lanes = -(-source.features // 64) * 64 // LANE[kind] if p.few else -(-source.features // 4)
-        most: dict[str, Any] = {}
+        most, flag = p.ranges(source), ("fp32", "bf16", "int8").index(kind) if p.few else 0
         if whole:
-            most["more"] = p.beside(source, 1)
-            p.step("range", source, x=p.use(source), out=p.use(most["more"]))
+            told, most = source if most is None else most, p.beside(source, 1)
+            p.step("range", told, x=p.use(told), out=p.use(most))
+            flag = 2
         small, scales = p.beside(source, lanes), p.beside(source, 1)
-        flag = ("fp32", "bf16", "int8").index(kind) if p.few else 0
-        most = {n: p.use(v) for n, v in most.items()}
-        p.step("bytes", source, x=p.use(source), out=p.use(small), sum=p.use(scales), flag=flag, **most)
+        more = {} if most is None else {"more": p.use(most), "groups": most.features, "flag": flag or 1}
+        places = {"x": p.use(source), "out": p.use(small), "sum": p.use(scales)}
+        p.step("bytes", source, **{"flag": flag, **places, **more})
         p.bytes[key] = small, scales
     return p.bytes[key]
 

@@ -19,7 +19,8 @@ from rarefy.engine import words
 from rarefy.engine.trace import Node
 from rarefy.errors import ModelError
 from rarefy.runtime import native
-from rarefy.runtime.packed import Bitmask, Panels
+from rarefy.runtime.native import FORMATS
+from rarefy.runtime.packed import SLAB, Bitmask, Panels, Sell, Tiles
 from rarefy.runtime.pages import fresh
 
 NT = 64  # tokens of a tile
@@ -42,7 +43,7 @@ class Step(Structure):
     _fields_ = [
         *[(n, c_int32) for n in ("op", "act")],
         ("w", c_void_p),
-        *[(n, Place) for n in ("x", "more", "out", "sum")],
+        *[(n, Place) for n in ("x", "more", "out", "sum", "range")],
         *[(n, c_void_p) for n in ("gain", "bias", "sums")],
         *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "apart", "groups", "wait")],
         ("least", c_float),
@@ -209,6 +210,17 @@ class Plan:
         v.last = len(self.steps)
         return v
 
+    def ranges(self, v: Value) -> Value | None:
+        """Return the largest magnitudes of a value's columns, for each 128 features: where what makes it can tell."""
+        i, made, at = next((i, s, at) for i, (s, at, _) in reversed([*enumerate(self.steps)]) if at.get("out") is v)
+        sorted_ = made.op == OPS["product"] and FORMATS[made.flag] in (Tiles, Sell)
+        if self.few or not (sorted_ or made.op == OPS["convolve"]):
+            return None
+        if "range" not in at:
+            at["range"] = Value(v.tokens, -(-v.features // SLAB), i, False)
+            self.every.append(at["range"])
+        return at["range"]
+
     def _by_pixel(self, image: Node, user: Node) -> bool:
         """Whether a word reads an image's tiles, not its planes."""
         if user.target is words.convolution:
@@ -285,7 +297,7 @@ class Plan:
     def _touched(self, i: int) -> list[tuple[int, int, bool]]:
         """From where to where a step reads, or writes (True)."""
         s, places, kept = self.steps[i]
-        writes = ("out", "sum") if s.op == OPS["bytes"] else ("out",)
+        writes = ("out", "sum") if s.op == OPS["bytes"] else ("out", "range")
         return [*((v.start, v.start + v.floats, n in writes) for n, v in places.items()), *kept]
 
     def run(self, given: Mapping[Node, Any], cache: Any = None) -> list[Tensor]:
