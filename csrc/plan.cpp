@@ -177,6 +177,18 @@ int run_few(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   return RAREFY_OK;
 }
 
+rarefy_end end_of(const rarefy_sums& w, int64_t row, int64_t rows, const float* steps, const float* more) {
+  return {w.bias ? w.bias + row : nullptr, more, rows, w.act, w.scales ? w.scales + row : nullptr, steps,
+          w.sums ? w.sums + row : nullptr};
+}
+
+void settle(const rarefy_table& t, const rarefy_end& end, bool bytes, float* out) {
+  if (bytes)
+    t.settle_bytes(end, out);
+  else
+    t.put(out, end.rows, NT, end.bias, end.more, end.act, out, NT, false);
+}
+
 // Some rows of a weight for few inputs, unfolded once and multiplied by several tiles.
 int run_unfolded(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const Product p(s);
@@ -197,10 +209,7 @@ int run_unfolded(const rarefy_table& t, const rarefy_step& s, int64_t i) {
     const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
     t.dense[bytes](values, apart, fours, lanes, reinterpret_cast<const uint32_t*>(s.x.at + tile * s.x.tile),
                    reinterpret_cast<uint32_t*>(out), std::min(NT, s.columns - tile * NT));
-    if (bytes)
-      t.settle_bytes(p.sums, row, rows, s.sum.at + tile * NT, more, out);
-    else
-      t.put(out, rows, NT, p.sums.bias ? p.sums.bias + row : nullptr, more, p.sums.act, out, NT, false);
+    settle(t, end_of(p.sums, row, rows, s.sum.at ? s.sum.at + tile * NT : nullptr, more), bytes, out);
   }
   return RAREFY_OK;
 }
@@ -275,8 +284,11 @@ int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   auto* sums = reinterpret_cast<uint32_t*>(out);
   const float* last = s.x.at + s.batch * whole + PIECE;
   const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
-  const rarefy_end end{w.weight.bias ? w.weight.bias + row : nullptr, more, rows, w.weight.act};
   const bool bytes = w.weight.kind == RAREFY_I8;
+  alignas(64) float steps[NT];
+  for (int64_t n = 0; bytes && n < NT; ++n)
+    steps[n] = s.sum.at[std::min(tile * NT + n, s.columns - 1) / s.tokens * image.height * image.width];
+  const rarefy_end end = end_of({w.weight.scales, w.weight.sums, w.weight.bias, w.weight.act}, row, rows, steps, more);
   for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
     t.bring(s.x.at, last, image.places + l, std::min(block, lanes - l), pieces, count, in);
     if (w.sell)
@@ -285,15 +297,7 @@ int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
     else
       t.tiles_one[bytes](w.weight, b, row / R4, over(row + rows, R4), in, sums, here);
   }
-  if (bytes) {
-    alignas(64) float scales[NT];
-    const int64_t first = tile * NT, of = image.height * image.width;
-    for (int64_t n = 0; n < NT; ++n)
-      scales[n] = s.sum.at[std::min(first + n, s.columns - 1) / s.tokens * of];
-    t.settle_bytes({w.weight.scales, w.weight.sums, w.weight.bias, w.weight.act}, row, rows, scales, more, out);
-  } else if (!w.sell) {
-    t.put(out, rows, NT, end.bias, more, end.act, out, NT, false);
-  }
+  if (!w.sell) settle(t, end, bytes, out);
   tell_ranges(t, s, tile, row, rows);
   return RAREFY_OK;
 }
@@ -377,15 +381,12 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
       const auto* x = reinterpret_cast<const uint32_t*>(s.x.at + tile * s.x.tile);
       auto* sums = reinterpret_cast<uint32_t*>(out);
-      const rarefy_end end{p.sums.bias ? p.sums.bias + row : nullptr, more, rows, p.sums.act};
+      const rarefy_end end = end_of(p.sums, row, rows, s.sum.at ? s.sum.at + tile * NT : nullptr, more);
       if (s.flag == RAREFY_SELL)
         t.sell[p.kind](*static_cast<const rarefy_sell*>(s.w), chunk, x, sums, columns, &end);
       else
         t.tiles[p.kind](*static_cast<const rarefy_tiles*>(s.w), row / R4, over(row + rows, R4), x, sums, columns);
-      if (p.kind == RAREFY_I8)
-        t.settle_bytes(p.sums, row, rows, s.sum.at + tile * NT, more, out);
-      else if (s.flag != RAREFY_SELL)
-        t.put(out, rows, NT, end.bias, more, end.act, out, NT, false);
+      if (s.flag != RAREFY_SELL) settle(t, end, p.kind == RAREFY_I8, out);
       tell_ranges(t, s, tile, row, rows);
       break;
     }

@@ -6,7 +6,7 @@
 namespace {
 
 // One block of columns for the rows of a slab on T vectors of inputs; `out` is [SLAB][NT] sums. `end`: they are whole
-// now, and those of fp32 become outputs.
+// now, and become outputs.
 template <int KIND, int T>
 void sell_part(const uint16_t* counts, const uint8_t* order, const uint16_t* column, const uint32_t* value, int64_t pairs,
                bool begun, const uint32_t* x, uint32_t* out, const rarefy_end* end, int64_t lane) {
@@ -25,20 +25,12 @@ void sell_part(const uint16_t* counts, const uint8_t* order, const uint16_t* col
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) c[r][t] = L::step(c[r][t], L::load(at + t * W), w);
       }
-    if constexpr (KIND == RAREFY_F32)
-      if (end) {
-        for (int r = 0; r < 2; ++r) {
-          const int64_t row = order[r];
-          const float bias = end->bias && row < end->rows ? end->bias[row] : 0.0f;
-#pragma GCC unroll 4
-          for (int t = 0; t < T; ++t) {
-            vec v = __builtin_bit_cast(vec, c[r][t]) + bias;
-            if (end->more) v += whole_at(end->more + row * NT + lane + t * W);
-            put_whole(reinterpret_cast<float*>(out + row * NT + t * W), activated(v, end->act));
-          }
-        }
-        continue;
-      }
+    if (end) {
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r)
+        finish_row<KIND>(c[r], *end, order[r], lane, reinterpret_cast<float*>(out + order[r] * NT));
+      continue;
+    }
 #pragma GCC unroll 2
     for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 4
@@ -81,6 +73,8 @@ void sell_one(const rarefy_sell& w, int64_t b, int64_t from, int64_t to, const u
     sell_block<KIND>(w, s, b, x, out, columns, end ? &here : nullptr);
     here.bias += here.bias ? SLAB : 0;
     here.more += here.more ? SLAB * NT : 0;
+    here.scales += here.scales ? SLAB : 0;
+    here.sums += here.sums ? SLAB : 0;
     here.rows -= SLAB;
   }
 }

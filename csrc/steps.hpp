@@ -94,16 +94,34 @@ void to_bytes_tile(const float* x, int64_t features, const float* scales, uint32
   }
 }
 
+// Sums of a row, T vectors of them from column `lane` on, become outputs.
+template <int KIND, int T, class S>
+inline void finish_row(const S (&c)[T], const rarefy_end& end, int64_t row, int64_t lane, float* out) {
+  const bool there = row < end.rows;
+  const float bias = end.bias && there ? end.bias[row] : 0.0f;
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t) {
+    vec v;
+    if constexpr (KIND == RAREFY_I8) {
+      const words shift = words{} + uint32_t(there ? end.sums[row] : 0) * 128u;
+      const float scale = there ? end.scales[row] : 0.0f;
+      v = __builtin_convertvector(ints(__builtin_bit_cast(words, c[t]) - shift), vec);
+      v = v * (whole_at(end.steps + lane + t * W) * scale) + bias;
+    } else {
+      v = __builtin_bit_cast(vec, c[t]) + bias;
+    }
+    if (end.more) v += whole_at(end.more + row * NT + lane + t * W);
+    put_whole(out + t * W, activated(v, end.act));
+  }
+}
+
 // Sums of bytes [rows][NT] in place become outputs.
-void settle_bytes(const rarefy_sums& w, int64_t row, int64_t rows, const float* scales, const float* residual, float* y) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t n = 0; n < NT; n += W) {
-      float* at = y + r * NT + n;
-      const words shift = words{} + uint32_t(w.sums[row + r]) * 128u;
-      vec v = __builtin_convertvector(ints(words(whole_at(at)) - shift), vec) * (whole_at(scales + n) * w.scales[row + r]);
-      if (w.bias) v += w.bias[row + r];
-      if (residual) v += whole_at(residual + r * NT + n);
-      put_whole(at, activated(v, w.act));
+void settle_bytes(const rarefy_end& end, float* out) {
+  for (int64_t r = 0; r < end.rows; ++r)
+    for (int64_t n = 0; n < NT; n += 4 * W) {
+      words sum[4];
+      for (int64_t t = 0; t < 4; ++t) sum[t] = __builtin_bit_cast(words, whole_at(out + r * NT + n + t * W));
+      finish_row<RAREFY_I8>(sum, end, r, n, out + r * NT + n);
     }
 }
 

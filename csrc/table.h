@@ -26,11 +26,14 @@ struct rarefy_sums {
   int32_t act;
 };
 
-// What becomes of fp32 sums [rows][NT] when the last of them is there: act(sums + bias + more), where they lie.
+// What becomes of sums [rows][NT] when the last of them is there: act(sums + bias + more), where they lie. Those of bytes
+// are `sums` too large, 128 times, and in steps of rows (`scales`) and columns.
 struct rarefy_end {
   const float *bias, *more;
   int64_t rows;
   int32_t act;
+  const float *scales, *steps;
+  const int32_t* sums;
 };
 
 struct rarefy_table {
@@ -59,7 +62,7 @@ struct rarefy_table {
   void (*pair)(const float*, const float*, bool, int, float*, int64_t);
   void (*ranges)(const float*, int64_t, float*);
   void (*to_bytes)(const float*, int64_t, const float*, uint32_t*);
-  void (*settle_bytes)(const rarefy_sums&, int64_t, int64_t, const float*, const float*, float*);
+  void (*settle_bytes)(const rarefy_end&, float*);
   void (*attend)(const rarefy_attention&, int64_t, int64_t, int64_t);
   void (*gathered)(const float*, int64_t, const float*, bool, float*);
   void (*norm_row)(const float*, int64_t, const float*, const float*, float, bool, float*);
