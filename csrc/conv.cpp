@@ -20,7 +20,7 @@ constexpr int64_t STREAM = 2 << 20;       // outputs that will not be in a cache
 
 API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual,
                         float* y, int64_t n) {
-  if (w->weight.kind != RAREFY_F32) return RAREFY_BAD;
+  if (w->weight.kind != RAREFY_F32 || w->dense) return RAREFY_BAD;
   const rarefy_table& t = rarefy_chosen();
   const Image plan(*w, height, width);
   const int64_t lanes = w->weight.cols, inputs = w->inputs * w->groups, outputs = w->outputs * w->groups;
@@ -84,8 +84,10 @@ API int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values)
   if (bytes ? w->groups != 1 : w->weight.kind != RAREFY_F32) return RAREFY_BAD;
   for (int i = 0; i < 2; ++i)
     if (w->kernel[i] < 1 || w->stride[i] < 1 || w->padding[i] < 0 || w->dilation[i] < 1 || w->stride[i] > 8) return RAREFY_BAD;
-  if (w->weight.rows != w->groups * ((w->outputs + R4 - 1) / R4 * R4)) return RAREFY_BAD;
+  const int64_t rows = w->dense ? w->outputs : w->groups * ((w->outputs + R4 - 1) / R4 * R4);
+  if (w->weight.rows != rows || (w->dense && (w->groups != 1 || bytes || w->weight.block < 1))) return RAREFY_BAD;
   if (w->weight.inputs != w->inputs * w->kernel[0] * w->kernel[1] * (bytes ? 4 : 1)) return RAREFY_BAD;
+  if (w->dense) return w->weight.cols == w->weight.inputs ? RAREFY_OK : RAREFY_BAD;
   if (!w->sell) return rarefy_check_tiles(&w->weight, columns, values);
   const rarefy_sell& s = *w->sell;
   if (w->groups != 1 || s.kind != w->weight.kind || s.rows != w->weight.rows || s.inputs != w->weight.inputs) return RAREFY_BAD;

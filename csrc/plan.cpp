@@ -34,6 +34,14 @@ struct Product {
     switch (s.flag) {
       case RAREFY_TILES: take(*static_cast<const rarefy_tiles*>(s.w)); break;
       case RAREFY_SELL: take(*static_cast<const rarefy_sell*>(s.w)); break;
+      case RAREFY_DENSE: {
+        const auto& w = *static_cast<const rarefy_dense*>(s.w);
+        rows = w.rows;
+        kind = w.kind;
+        cols = w.cols;
+        sums = {nullptr, nullptr, w.bias, w.act};
+        break;
+      }
       case RAREFY_BITMASK: {
         const auto& w = *static_cast<const rarefy_bitmask*>(s.w);
         rows = w.rows;
@@ -177,6 +185,17 @@ int run_few(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   return RAREFY_OK;
 }
 
+rarefy_sgemm sgemm = nullptr;
+
+// Sums [rows][NT] of `columns` of a tile of inputs times a weight as it is, whose rows lie `apart`; `begun`: added to
+// what is there.
+void multiply(int64_t rows, int64_t columns, int64_t lanes, const float* w, int64_t apart, const uint32_t* x, bool begun,
+              float* out) {
+  const float one = 1.0f, before = begun ? 1.0f : 0.0f;
+  const int64_t tile = NT;
+  sgemm("N", "N", &columns, &rows, &lanes, &one, reinterpret_cast<const float*>(x), &tile, w, &apart, &before, out, &tile);
+}
+
 rarefy_end end_of(const rarefy_sums& w, int64_t row, int64_t rows, const float* steps, const float* more) {
   return {w.bias ? w.bias + row : nullptr, more, rows, w.act, w.scales ? w.scales + row : nullptr, steps,
           w.sums ? w.sums + row : nullptr};
@@ -291,7 +310,9 @@ int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const rarefy_end end = end_of({w.weight.scales, w.weight.sums, w.weight.bias, w.weight.act}, row, rows, steps, more);
   for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
     t.bring(s.x.at, last, image.places + l, std::min(block, lanes - l), pieces, count, in);
-    if (w.sell)
+    if (w.dense)
+      multiply(rows, here, std::min(block, lanes - l), w.dense + row * lanes + l, lanes, in, l > 0, out);
+    else if (w.sell)
       t.sell_one[bytes](*w.sell, b, row / SLAB, over(row + rows, SLAB), in, sums, here,
                         l + block >= lanes ? &end : nullptr);
     else
@@ -382,7 +403,9 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       const auto* x = reinterpret_cast<const uint32_t*>(s.x.at + tile * s.x.tile);
       auto* sums = reinterpret_cast<uint32_t*>(out);
       const rarefy_end end = end_of(p.sums, row, rows, s.sum.at ? s.sum.at + tile * NT : nullptr, more);
-      if (s.flag == RAREFY_SELL)
+      if (s.flag == RAREFY_DENSE)
+        multiply(rows, columns, p.cols, static_cast<const rarefy_dense*>(s.w)->values + row * p.cols, p.cols, x, false, out);
+      else if (s.flag == RAREFY_SELL)
         t.sell[p.kind](*static_cast<const rarefy_sell*>(s.w), chunk, x, sums, columns, &end);
       else
         t.tiles[p.kind](*static_cast<const rarefy_tiles*>(s.w), row / R4, over(row + rows, R4), x, sums, columns);
@@ -470,6 +493,17 @@ void rest(int& spins) {
 }
 
 }  // namespace
+
+API int rarefy_use_sgemm(rarefy_sgemm given) {
+  sgemm = given;
+  const float w[2][3] = {{1, 2, 3}, {4, 5, 6}}, x[3][2] = {{1, 10}, {2, 20}, {3, 30}};
+  float in[3 * NT] = {}, out[2 * NT] = {};
+  for (int64_t l = 0; l < 3; ++l) std::copy_n(x[l], 2, in + l * NT);
+  multiply(2, 2, 3, w[0], 3, reinterpret_cast<const uint32_t*>(in), false, out);
+  multiply(2, 2, 3, w[0], 3, reinterpret_cast<const uint32_t*>(in), true, out);
+  const bool right = out[0] == 28 && out[1] == 280 && out[NT] == 64 && out[NT + 1] == 640;
+  return right ? RAREFY_OK : RAREFY_BAD;
+}
 
 API void rarefy_large_pages(void* p, int64_t bytes) { large_pages(p, size_t(bytes)); }
 

@@ -85,11 +85,20 @@ struct rarefy_csr {
   int32_t kind, act;
 };
 
+// A weight as it is, which the library of linear algebra multiplies by: where zeros are few. In plans alone.
+struct rarefy_dense {
+  int64_t rows, cols;
+  const float* values;      // [rows][cols]
+  const float* bias;
+  int32_t kind, act;
+};
+
 // A convolution: tiles whose rows are the outputs of one group after the other, padded to fours in each, and whose
 // lanes are (input of a group, kernel row, kernel column). fp32; or int8 of one group, whose lanes are of four inputs.
 struct rarefy_conv {
   rarefy_tiles weight;      // its bias is that of all outputs
   const rarefy_sell* sell;  // of one group: the weight as pairs of rows, in the place of those tiles; or null
+  const float* dense;       // of one group: the weight as it is, [outputs][lanes], in the place of those tiles; or null
   int64_t groups, outputs, inputs;  // outputs and inputs, or fours of them, of a group
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
@@ -97,6 +106,11 @@ struct rarefy_conv {
 const char* rarefy_isa(void);                      // what serves this process
 int rarefy_use_isa(const char* name);              // "avx512", "avx2", "portable"; RAREFY_BAD where this CPU has it not
 void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*));
+// BLAS's product of matrices in fp32, by whose whole numbers are of 32 or 64 bits. RAREFY_BAD where it multiplies wrong.
+typedef void (*rarefy_sgemm)(const char*, const char*, const int64_t*, const int64_t*, const int64_t*, const float*,
+                             const float*, const int64_t*, const float*, const int64_t*, const float*, float*,
+                             const int64_t*);
+int rarefy_use_sgemm(rarefy_sgemm multiply);
 // Whether every index leads inside; to be asked of what comes from a file before it runs. O(values).
 int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values);
 int rarefy_check_csr(const rarefy_csr* w, int64_t values);
@@ -118,7 +132,10 @@ int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, const f
 int rarefy_run_sell(const rarefy_sell* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                     int64_t n);
 // The same inputs times each of several weights of one format and kind, as one call: outputs y[j] are [n][rows of j].
-enum rarefy_format { RAREFY_BITMASK = 0, RAREFY_CSR = 1, RAREFY_TILES = 2, RAREFY_PANELS = 3, RAREFY_SELL = 4 };
+enum rarefy_format {
+  RAREFY_BITMASK = 0, RAREFY_CSR = 1, RAREFY_TILES = 2, RAREFY_PANELS = 3, RAREFY_SELL = 4,
+  RAREFY_DENSE = 5,  // of plans alone
+};
 enum { RAREFY_MOST_JOBS = 16 };
 int rarefy_run_together(int32_t format, const void* const* w, int64_t count, const float* x, int64_t ldx, float* const* y,
                         int64_t n);

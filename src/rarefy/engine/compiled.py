@@ -23,7 +23,7 @@ from rarefy.model.select import all_layers
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
 from rarefy.runtime.layers import PanelEmbedding
-from rarefy.runtime.packed import SHARED, Panels, pack_sell, pack_tiles, shared
+from rarefy.runtime.packed import SHARED, Panels, pack_dense, pack_sell, pack_tiles, shared
 from rarefy.runtime.pages import Pages
 
 NEAR_BYTES = 56 << 20  # of what images are on their way through a plan
@@ -382,6 +382,8 @@ class Lookup:
 
 
 def _for_many(weight: Tensor, values: str | None) -> Any:
+    if values is None and convolve.few_zeros(weight):
+        return pack_dense(weight)
     packed: Any = pack_tiles(weight, values or "fp32")
     return pack_sell(weight, values or "fp32") if shared(packed) < SHARED else packed
 

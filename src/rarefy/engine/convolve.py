@@ -6,12 +6,22 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rarefy.engine import words
 from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape
-from rarefy.runtime.packed import CONV_BLOCK, MOST_STRIDE, NEAR, SHARED, pack_conv, shared
+from rarefy.runtime import native
+from rarefy.runtime.packed import (
+    CONV_BLOCK,
+    LEAST_ZEROS,
+    MOST_STRIDE,
+    NEAR,
+    SHARED,
+    pack_conv,
+    pack_dense,
+    shared,
+)
 
 LEAST = 0.4  # zeros from which a kernel is faster than torch's dense one
 NORMS = {
@@ -80,6 +90,17 @@ def pooled(t: Traced, node: Node) -> None:
         put(t, node, words.average, over)
 
 
+def few_zeros(weight: Tensor) -> bool:
+    """Return whether a weight is multiplied by faster with its zeros: as many as there may be depends on whether the
+    others come in fours."""
+    if not native.blas():
+        return False
+    W = weight.flatten(1)
+    hit = torch.nn.functional.pad(W != 0, (0, 0, 0, -len(W) % 4)).view(-1, 4, W.shape[1])
+    fours = float(hit.sum()) / max(1.0, float(hit.any(1).sum()))
+    return 1 - float(hit.sum()) / W.numel() < LEAST_ZEROS[fours < SHARED]
+
+
 def packed(t: Traced, node: Node, values: str | None) -> Any:
     """Return the packed weight of a convolution, in `values` where it is of one group; None where torch runs it: with
     few zeros in groups of several, or depthwise."""
@@ -90,6 +111,8 @@ def packed(t: Traced, node: Node, values: str | None) -> Any:
         return None
     how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     kind = values or "fp32" if groups == 1 else "fp32"
+    if groups == 1 and kind == "fp32" and few_zeros(weight):
+        return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
     form = pack_conv(weight, kind, **how, block=CONV_BLOCK if groups > 1 else NEAR)
     if groups == 1 and shared(form) < SHARED:
         form = pack_conv(weight, kind, **how, block=NEAR, sell=True)

@@ -24,14 +24,27 @@ from rarefy.formats import container
 from rarefy.formats.sparse import encode
 from rarefy.runtime import native
 from rarefy.runtime.layers import PanelEmbedding, put_together, taken_apart
-from rarefy.runtime.packed import SLAB, Bitmask, ConvTiles, Packed, Panels, Sell, nbytes, unpack
+from rarefy.runtime.packed import (
+    NEAR,
+    SLAB,
+    Bitmask,
+    ConvTiles,
+    Dense,
+    Packed,
+    Panels,
+    Sell,
+    nbytes,
+    pack_conv,
+    pack_tiles,
+    unpack,
+)
 from rarefy.runtime.pages import Pages
 
 GRAPH = "graph.json"
 META = "compiled"  # what marks such a folder in its index
 NUMBERS = "decoder"  # and what a decoder knows besides its graph
 FORMATS: dict[Any, tuple[str, ...]] = {
-    words.product: ("tiles", "sell", "bitmask", "panels"),
+    words.product: ("tiles", "sell", "bitmask", "panels", "blas"),
     words.convolution: ("convolution",),
     words.embedding: ("panels",),
 }
@@ -40,6 +53,7 @@ PLAIN: dict[str, tuple[str, ...]] = {  # what of a packed weight is no tensor
     "sell": ("shape", "kind", "block"),
     "convolution": ("shape", "kind", "block", "groups", "stride", "padding", "dilation"),
     "bitmask": ("shape", "kind"),
+    "blas": ("shape", "kind"),
     "panels": ("shape", "kind", "exact", "parts"),
 }
 KINDS = {"panels": ("int8", "int4")}  # that plans know, of other formats these:
@@ -153,7 +167,18 @@ def _kernel(node: Node, form: Any, constants: Mapping[str, Tensor]) -> Any:
         native.Kernel(form)
         return Lookup(PanelEmbedding(form, torch.float32))
     _, _, bias, _, act, *_ = node.args
+    if not native.blas():
+        form = _in_tiles(form)
     return native.Kernel(form, None if bias is None else constants[bias.name], act)
+
+
+def _in_tiles(form: Packed) -> Packed:
+    """A weight that is kept as it is, for machines whose torch has nothing to multiply by it."""
+    if isinstance(form, Dense):
+        return pack_tiles(form.values)
+    if isinstance(form, ConvTiles) and form.counts is None:
+        return pack_conv(unpack(form), stride=form.stride, padding=form.padding, dilation=form.dilation, block=NEAR)
+    return form
 
 
 def read(saved: container.Container) -> Parts:
@@ -294,6 +319,8 @@ def dense(form: Packed, where: str) -> Tensor:
         except (IndexError, RuntimeError) as error:
             raise ContainerError(f"{where} is damaged: {error}") from error
     matrix: Any = form.matrix if isinstance(form, ConvTiles) else form
+    if isinstance(matrix, Dense):
+        return unpack(form)
     rows, blocks = matrix.starts.shape[:2]
     made = 4 * rows * (SLAB if isinstance(matrix, Sell) else 4) * blocks * matrix.block
     listed = int((matrix.counts.long() & 0xFFFF).sum())

@@ -33,6 +33,7 @@ from rarefy.runtime.packed import (
     Bitmask,
     ConvTiles,
     Csr,
+    Dense,
     Packed,
     Panels,
     Sell,
@@ -41,7 +42,7 @@ from rarefy.runtime.packed import (
 
 ISAS = ("avx512", "avx2", "portable")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-FORMATS = (Bitmask, Csr, Tiles, Panels, Sell)  # in the order of csrc/rarefy.h
+FORMATS = (Bitmask, Csr, Tiles, Panels, Sell, Dense)  # in the order of csrc/rarefy.h
 MOST_TOGETHER = 16  # weights of one call
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
 
@@ -86,10 +87,18 @@ class _Sell(Structure):
     ]
 
 
+class _Dense(Structure):
+    _fields_ = [
+        *[(n, c_int64) for n in ("rows", "cols")],
+        *[(n, c_void_p) for n in ("values", "bias")],
+        *[(n, c_int32) for n in ("kind", "act")],
+    ]
+
+
 class Conv(Structure):
     _fields_ = [
         ("weight", _Tiles),
-        ("sell", c_void_p),
+        *[(n, c_void_p) for n in ("sell", "dense")],
         *[(n, c_int64) for n in ("groups", "outputs", "inputs")],
         *[(n, c_int64 * 2) for n in ("kernel", "stride", "padding", "dilation")],
     ]
@@ -130,6 +139,17 @@ def _open() -> tuple[Any, str | None]:
     if wanted:
         _use(library, wanted)
     return library, None
+
+
+@cache
+def blas() -> bool:
+    """Return whether torch brings a library of linear algebra that `Dense` weights can be multiplied by."""
+    library, _ = _open()
+    if library is None:
+        return False
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    found = getattr(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)), "sgemm_", None)
+    return found is not None and not library.rarefy_use_sgemm(found)
 
 
 def missing() -> str | None:
@@ -194,8 +214,12 @@ class Kernel:
         packed = type(packed)(**kept)
         _check(packed, bias)
         self.held, self.image = (packed, bias), isinstance(packed, ConvTiles)
+        self.call: Any = None
         self.shape: Any = packed.shape
         matrix = packed.matrix if isinstance(packed, ConvTiles) else packed
+        self.alone = "weights as they are" if isinstance(matrix, Dense) else None
+        if self.image and packed.kind != "fp32":
+            self.alone = f"convolutions in {packed.kind}"
         rows, inputs = matrix.shape
         fields: dict[str, Any] = {n: t.data_ptr() for n, t in vars(matrix).items() if isinstance(t, Tensor)}
         fields |= {"rows": rows, "kind": _KINDS[packed.kind], "act": ACTIVATIONS.index(activation)}
@@ -212,14 +236,20 @@ class Kernel:
                 library.rarefy_run_panels,
             )
             wrong = library.rarefy_check_panels(byref(self.about), packed.values.numel())
+        elif isinstance(packed, Dense):
+            self.about, self.call, wrong = _Dense(cols=inputs, **fields), None, not blas()
         elif isinstance(packed, Csr):
             self.about, self.call = _Csr(inputs=inputs, **fields), library.rarefy_run_csr
             wrong = library.rarefy_check_csr(byref(self.about), len(packed.values))
         else:
             lanes = -(-inputs // LANE.get(packed.kind, 4))
             sorted_ = isinstance(matrix, Sell)
-            made: Any = (_Sell if sorted_ else _Tiles)(inputs=inputs, cols=lanes, block=matrix.block, **fields)  # type: ignore[union-attr]
-            counted = [len(matrix.values)] if sorted_ else [len(matrix.columns), len(matrix.values)]  # type: ignore[union-attr]
+            made: Any
+            if isinstance(matrix, Dense):
+                made, counted = _Dense(cols=inputs, **fields), [0, 0] if blas() else [-1, -1]
+            else:
+                made = (_Sell if sorted_ else _Tiles)(inputs=inputs, cols=lanes, block=matrix.block, **fields)  # type: ignore[union-attr]
+                counted = [len(matrix.values)] if sorted_ else [len(matrix.columns), len(matrix.values)]  # type: ignore[union-attr]
             self.about, name = made, "sell" if sorted_ else "tiles"
             if isinstance(packed, ConvTiles):
                 self.inner, self.about, name = made, _convolution(packed, made), "conv"
@@ -233,6 +263,8 @@ class Kernel:
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return act(x W^T + bias + residual), fp32 [..., O], for x [..., C]; for x [N, C, height, width] its
         convolution. The residual is fp32 of the output's shape."""
+        if self.alone:
+            raise FormatError(f"{self.alone} run in plans alone: rarefy.compile makes them")
         if self.image:
             return self._convolve(self.held[0], x, residual)
         *lead, C = x.shape
@@ -247,8 +279,6 @@ class Kernel:
     def _convolve(self, packed: Any, x: Tensor, residual: Tensor | None) -> Tensor:
         if x.dim() != 4:
             raise FormatError(f"the kernel convolves [images, channels, height, width], x is {list(x.shape)}")
-        if packed.kind != "fp32":
-            raise FormatError(f"convolutions in {packed.kind} run in plans alone: rarefy.compile makes them")
         N, C, *image = x.shape
         O, inputs, *kernel = packed.shape
         if inputs * packed.groups != C:
@@ -277,7 +307,7 @@ def fit_together(kernels: Sequence[Any]) -> bool:
     if not 1 <= len(kernels) <= MOST_TOGETHER or not all(isinstance(k, Kernel) for k in kernels):
         return False
     alike = {(type(k.held[0]), k.held[0].kind, k.shape[1], getattr(k.held[0], "exact", None)) for k in kernels}
-    return len(alike) == 1 and type(kernels[0].held[0]) in FORMATS
+    return len(alike) == 1 and type(kernels[0].held[0]) in FORMATS[: FORMATS.index(Dense)]
 
 
 class Together:
@@ -331,6 +361,10 @@ def _convolution(packed: ConvTiles, weight: Any) -> Conv:
     O, inputs, *kernel = packed.shape
     pairs = {"kernel": kernel, **{n: getattr(packed, n) for n in ("stride", "padding", "dilation")}}
     arrays: dict[str, Any] = {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
+    if isinstance(weight, _Dense):
+        fields = {n: getattr(weight, n) for n in ("rows", "cols", "bias", "kind", "act")}
+        arrays |= {"dense": weight.values}
+        weight = _Tiles(inputs=weight.cols, block=packed.block, **fields)
     if isinstance(weight, _Sell):
         fields = ("rows", "inputs", "cols", "block", "scales", "sums", "bias", "kind", "act")
         same = {n: getattr(weight, n) for n in fields}
@@ -354,6 +388,8 @@ def _check_plain(packed: Packed) -> None:
         if not right or any(type(v) is not int or not least <= v <= most for v in values):
             raise FormatError(f"{name}: whole numbers from {least} to {most} are expected, got {values!r}")
     known = ("int8", "int4") if isinstance(packed, Panels) else _KINDS if isinstance(packed, Bitmask) else tuple(LANE)
+    if isinstance(packed, Dense) or (isinstance(packed, ConvTiles) and packed.counts is None):
+        known = ("fp32",)
     if packed.kind not in known:
         raise FormatError(unknown("kind", str(packed.kind), known))
     if isinstance(packed, Panels) and (type(packed.exact) is not bool or packed.parts not in (0, 1, 2)):
@@ -369,7 +405,8 @@ def _check_plain(packed: Packed) -> None:
 def _check(packed: Packed, bias: Tensor | None) -> None:
     """Raise FormatError unless every tensor has the type, shape and layout that the kernels read without asking."""
     _check_plain(packed)
-    outputs, matrix = packed.shape[0], packed.matrix if isinstance(packed, ConvTiles) else packed
+    outputs = packed.shape[0]
+    matrix: Any = packed.matrix if isinstance(packed, ConvTiles) else packed
     O, C = matrix.shape
     fours, lanes = -(-O // 4), -(-C // LANE.get(packed.kind, 4))
     want: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
@@ -392,14 +429,16 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
             "columns": (torch.int16, (k,)),
             "values": (KINDS[packed.kind], (k,)),
         }
+    elif isinstance(matrix, Dense):
+        want |= {"values": (torch.float32, (O, C))}
     elif isinstance(matrix, Sell):
-        cell = (-(-O // SLAB), -(-lanes // packed.block))
+        cell = (-(-O // SLAB), -(-lanes // matrix.block))
         n = len(matrix.values) if isinstance(matrix.values, Tensor) and matrix.values.dim() else None
         want |= {"starts": (torch.int64, cell), "counts": (torch.int16, (*cell, SLAB // 2))}
         want |= {"order": (torch.uint8, (*cell, SLAB))}
         want |= {"columns": (torch.int16, (n, 2)), "values": (torch.int32, (n, 2))}
     else:
-        blocks = -(-lanes // packed.block)
+        blocks = -(-lanes // matrix.block)
         want |= {
             "counts": (torch.int16, (fours, blocks, 16)),
             "starts": (torch.int64, (fours, blocks, 2)),

@@ -29,6 +29,11 @@ NEAR = 128  # lanes of a block whose inputs stay in the first cache
 SLAB = 128  # outputs among which pairs are found
 SHARED = 2.5  # outputs of four that have a value at the same input, in the mean: from there on tiles are faster
 CONV_BLOCK = 192  # lanes of a convolution that are brought together at once
+WHOLE = 1024  # the same, of a dense one
+LEAST_ZEROS = (
+    0.37,
+    0.6,
+)  # from which weights are multiplied by faster without their zeros: that come in fours, and others
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +99,20 @@ class Sell:
 
 
 @dataclass(frozen=True, eq=False)
+class Dense:
+    """A weight as it is, which torch's library of linear algebra multiplies by: where zeros are few. In plans alone."""
+
+    shape: tuple[int, int]
+    kind: str  # fp32
+    values: Tensor  # [O, C]
+
+
+@dataclass(frozen=True, eq=False)
 class ConvTiles:
     """A convolution's weight [O, I, rows, columns] as `Tiles`, or, with `order`, as `Sell`: outputs of a group, padded
     to fours, after those of the one before; lanes are (input of a group, kernel row, kernel column), in int8 of four
-    inputs each. int8 is of one group, and runs in plans alone."""
+    inputs each. Without counts it is `Dense`, its outputs not padded. That and int8 are of one group, and run in plans
+    alone."""
 
     shape: tuple[int, int, int, int]
     groups: int
@@ -105,19 +120,21 @@ class ConvTiles:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     block: int
-    counts: Tensor
-    starts: Tensor
-    columns: Tensor
     values: Tensor
+    counts: Tensor | None = None
+    starts: Tensor | None = None
+    columns: Tensor | None = None
     kind: str = "fp32"
     order: Tensor | None = None  # of one group
     scales: Tensor | None = None
     sums: Tensor | None = None
 
     @property
-    def matrix(self) -> Tiles | Sell:
+    def matrix(self) -> Tiles | Sell | Dense:
         """The matrix that the kernel runs through."""
         O, I, *kernel = self.shape
+        if self.counts is None or self.starts is None or self.columns is None:
+            return Dense((O, I * kernel[0] * kernel[1]), self.kind, self.values)
         rows = self.groups * (-(-O // self.groups // 4) * 4)
         each = LANE.get(self.kind, 1)
         shape = rows, -(-I // each) * each * kernel[0] * kernel[1]
@@ -144,7 +161,7 @@ class Panels:
     whole: Tensor | None = None  # fp32 [O]: the scale of a whole row
 
 
-Packed = Bitmask | Csr | Tiles | ConvTiles | Panels | Sell
+Packed = Bitmask | Csr | Tiles | ConvTiles | Panels | Sell | Dense
 
 
 def stored(weight: Tensor, kind: str, grid: Grid | None = None) -> tuple[Tensor, Tensor | None]:
@@ -417,10 +434,24 @@ def pack_conv(
     full[:, : O // groups, :I] = weight.detach().reshape(groups, O // groups, I, -1)
     W = full.float().unflatten(2, (-1, each)).transpose(-1, -2).flatten(2).flatten(0, 1)
     made = (pack_sell if sell else pack_tiles)(W, kind, block)
-    parts = (made.counts, made.starts, made.columns, made.values, kind)
-    order = made.order if isinstance(made, Sell) else None
     how = (groups, stride, padding, dilation, made.block)
-    return ConvTiles((O, I, rows, columns), *how, *parts, order, made.scales, made.sums)
+    parts: dict[str, Any] = {n: t for n, t in vars(made).items() if isinstance(t, Tensor)}
+    return ConvTiles((O, I, rows, columns), *how, kind=kind, **parts)
+
+
+def pack_dense(weight: Tensor, **how: Any) -> Dense | ConvTiles:
+    """Return W [O, C] as `Dense`, or a convolution's [O, I, rows, columns] with its `stride`, `padding` and `dilation`
+    as `ConvTiles` without tiles. O(weights).
+
+    >>> pack_dense(torch.ones(2, 3)).values.tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    values, _ = stored(weight.flatten(1), "fp32")
+    values = values.clone() if values.data_ptr() == weight.data_ptr() else values
+    if weight.dim() == 2:
+        return Dense((weight.shape[0], weight.shape[1]), "fp32", values)
+    O, I, rows, columns = weight.shape
+    return ConvTiles((O, I, rows, columns), 1, **how, block=WHOLE, values=values)
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -432,6 +463,8 @@ def unpack(packed: Packed) -> Tensor:
         return W.movedim(-1, 3).flatten(2, 3)[:, : O // groups, :I].reshape(packed.shape)
     if isinstance(packed, Panels):
         return _unpack_panels(packed)
+    if isinstance(packed, Dense):
+        return packed.values.clone()
     if packed.kind == "int4":
         return _unpack_nibbles(packed)  # type: ignore[arg-type]
     (O, C), dtype = packed.shape, KINDS[packed.kind]
@@ -464,7 +497,7 @@ def unpack(packed: Packed) -> Tensor:
 
 def shared(tiles: Tiles | ConvTiles) -> float:
     """Return how many of four outputs have a value at the same input, in the mean: what blocks of zeros change."""
-    return len(tiles.values) / max(1, len(tiles.columns))
+    return len(tiles.values) / max(1, len(tiles.columns))  # type: ignore[arg-type]
 
 
 def nbytes(packed: Packed) -> int:
