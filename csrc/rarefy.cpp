@@ -286,6 +286,25 @@ API int rarefy_run_together(int32_t format, const void* const* w, int64_t count,
   }
 }
 
+API int rarefy_rows_of_panels(const rarefy_panels* w, const int64_t* rows, int64_t n, float* out) {
+  const bool nibbles = w->kind == RAREFY_I4;
+  const int64_t parts = w->parts, each = parts > 1 ? 32 : 64;
+  for (int64_t i = 0; i < n; ++i)
+    if (rows[i] < 0 || rows[i] >= w->rows) return RAREFY_BAD;
+  for (int64_t i = 0; i < n; ++i, out += w->cols)
+    for (int64_t c = 0; c < w->cols; ++c) {
+      const int64_t cell = (rows[i] / R4 * w->words + c / 64) * R4 + rows[i] % R4, at = c % 64;
+      const int64_t part = cell * parts + at / each;
+      float by = w->whole ? w->whole[rows[i]] : 1.0f;
+      if (parts) by *= __builtin_bit_cast(float, uint32_t(w->scales[part]) << 16);
+      const uint8_t* values = static_cast<const uint8_t*>(w->values) + cell * (nibbles ? 32 : 64);
+      const int zero = w->zeros ? w->zeros[part] : 8;
+      const int value = nibbles ? (values[at / 2] >> at % 2 * 4 & 15) - zero : static_cast<int8_t>(values[at]);
+      out[c] = float(value) * by;
+    }
+  return RAREFY_OK;
+}
+
 API int rarefy_check_csr(const rarefy_csr* w, int64_t values) {
   if (w->kind < 0 || w->kind > 2 || w->rows < 0 || w->inputs < 0 || w->inputs > 65536) return RAREFY_BAD;
   if (w->starts[0] || w->starts[w->rows] != values) return RAREFY_BAD;

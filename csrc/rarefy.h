@@ -139,6 +139,8 @@ enum rarefy_format {
 enum { RAREFY_MOST_JOBS = 16 };
 int rarefy_run_together(int32_t format, const void* const* w, int64_t count, const float* x, int64_t ldx, float* const* y,
                         int64_t n);
+// Rows of a weight, out[n][cols]; RAREFY_BAD where it has one of them not.
+int rarefy_rows_of_panels(const rarefy_panels* w, const int64_t* rows, int64_t n, float* out);
 // A plan: steps on fp32 tensors that lie in tiles of 64 columns (tokens), [tiles][features][64], so that nothing is
 // turned around between products; or, where tokens are `few`, row after row. A sequence begins `apart` columns after the
 // one before.

@@ -22,7 +22,6 @@ from rarefy.errors import DataError, ModelError, unknown
 from rarefy.model.select import all_layers
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
-from rarefy.runtime.layers import PanelEmbedding
 from rarefy.runtime.packed import SHARED, Panels, pack_dense, pack_sell, pack_tiles, shared
 from rarefy.runtime.pages import Pages
 
@@ -231,8 +230,9 @@ class Compiled:
         fx.map_arg(self.output, stay.add)
         ends: list[list[Node]] = []
         for item in reversed(self.program):
+            known = item.inputs if isinstance(item, Segment) else _reads(item)
             made = item.outputs if isinstance(item, Segment | Alone) else [item]
-            reads = dict.fromkeys(n for n in [*_reads(item), *made] if n not in stay)
+            reads = dict.fromkeys(n for n in [*known, *made] if n not in stay)
             stay |= reads.keys()
             ends.append(list(reads))
         return ends[::-1]
@@ -360,7 +360,7 @@ def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any], values: str | None
             found[node] = native.Kernel(pages.hold(form), None if bias is None else t.constants[bias.name].clone(), act)
     for node in t.graph.nodes:  # an embedding that is a product's weight too
         if node.target is words.embedding and isinstance(known.get(node.args[1].name), Panels):
-            found[node] = Lookup(PanelEmbedding(known[node.args[1].name], torch.float32))
+            found[node] = Lookup(native.Kernel(known[node.args[1].name]))
     return found
 
 
@@ -368,17 +368,16 @@ def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any], values: str | None
 class Lookup:
     """An embedding as a kernel."""
 
-    module: PanelEmbedding
+    kernel: native.Kernel
 
     @property
     def held(self) -> tuple[Panels, None]:
         """The packed weight, and no bias, as kernels of products have them."""
-        tensors: dict[str, Any] = {n: t for n, t in self.module._buffers.items() if t is not None}
-        return Panels(**self.module.plain, **tensors), None
+        return self.kernel.held[0], None  # type: ignore[return-value]
 
     def run(self, ids: Tensor, _: None = None) -> Tensor:
         """Return rows."""
-        return self.module(ids)
+        return self.kernel.rows(ids)
 
 
 def _for_many(weight: Tensor, values: str | None) -> Any:

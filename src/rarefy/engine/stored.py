@@ -23,7 +23,7 @@ from rarefy.errors import ContainerError, FormatError
 from rarefy.formats import container
 from rarefy.formats.sparse import encode
 from rarefy.runtime import native
-from rarefy.runtime.layers import PanelEmbedding, put_together, taken_apart
+from rarefy.runtime.layers import put_together, taken_apart
 from rarefy.runtime.packed import (
     NEAR,
     SLAB,
@@ -164,8 +164,7 @@ def load(saved: container.Container, **without: Any) -> Compiled | Decoder:
 def _kernel(node: Node, form: Any, constants: Mapping[str, Tensor]) -> Any:
     """What runs a word on its packed weight; FormatError where that leads outside of itself."""
     if node.target is words.embedding:
-        native.Kernel(form)
-        return Lookup(PanelEmbedding(form, torch.float32))
+        return Lookup(native.Kernel(form))
     _, _, bias, _, act, *_ = node.args
     if not native.blas():
         form = _in_tiles(form)

@@ -201,7 +201,8 @@ def drop(t: Traced, node: Node) -> None:
         return
     if node.target is aten.dropout.default and node.args[2]:
         raise ModelError("the model drops out at random: call eval() first")
-    if node.target in NOTHING or (node.target in VIEWS and same(shape(node), shape(x))):
+    by_one = node.target is aten.mul.Tensor and isinstance(node.args[1], int | float) and node.args[1] == 1
+    if by_one or node.target in NOTHING or (node.target in VIEWS and same(shape(node), shape(x))):
         node.replace_all_uses_with(x)
         t.graph.erase_node(node)
 

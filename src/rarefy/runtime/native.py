@@ -129,6 +129,7 @@ def _open() -> tuple[Any, str | None]:
     library.rarefy_large_pages.argtypes, library.rarefy_large_pages.restype = [c_void_p, c_int64], None
     library.rarefy_run_plan.argtypes = [c_void_p, c_int64]
     library.rarefy_run_conv.argtypes = [POINTER(Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
+    library.rarefy_rows_of_panels.argtypes = [POINTER(_Panels), c_void_p, c_int64, c_void_p]
     library.rarefy_check_conv.argtypes = [POINTER(Conv), c_int64, c_int64]
     library.rarefy_check_csr.argtypes = [POINTER(_Csr), c_int64]
     library.rarefy_check_sell.argtypes = [POINTER(_Sell), c_int64]
@@ -275,6 +276,14 @@ class Kernel:
         if N and self.call(self.at, x.data_ptr(), apart, None if more is None else more.data_ptr(), y.data_ptr(), O, N):
             raise MemoryError(f"no memory to run a layer of {O} outputs on {N} inputs")
         return y
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows of panels, fp32 [..., C], for int64 [...]; IndexError for one that is not there. O(ids C)."""
+        ids = ids.contiguous()
+        out = torch.empty(*ids.shape, self.shape[1])
+        if library().rarefy_rows_of_panels(self.at, ids.data_ptr(), ids.numel(), out.data_ptr()):
+            raise IndexError(f"a weight of {self.shape[0]} rows has not all of {int(ids.min())} to {int(ids.max())}")
+        return out
 
     def _convolve(self, packed: Any, x: Tensor, residual: Tensor | None) -> Tensor:
         if x.dim() != 4:
