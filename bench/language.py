@@ -408,7 +408,8 @@ def engines(only: list[str], builds: list[str], ways: list[str]) -> Iterator[dic
     found = libraries()
     for build in [b for b in builds or BUILDS if b not in found]:
         print(f"without llama.cpp of {build}: not installed")
-    names = {f"{b}, {k}": (llama_cpp, b, k) for b in builds or list(found)[-1:] if b in found for k in only or KINDS}
+    names: dict[str, tuple[Any, ...]] = {}
+    names |= {f"{b}, {k}": (llama_cpp, b, k) for b in builds or list(found)[-1:] if b in found for k in only or KINDS}
     names |= {f"ours, {way}": (ours, way) for way in ways}
     text, models = windows(), {}
     for name, how in names.items():

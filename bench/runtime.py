@@ -27,8 +27,9 @@ from torch import Tensor
 
 from rarefy.proof.measure import commit, compare, machine
 from rarefy.runtime import native
+from rarefy.runtime.forms import KINDS
 from rarefy.runtime.layers import SparseLinear
-from rarefy.runtime.packed import KINDS, nbytes, pack_bitmask, pack_conv, pack_csr, pack_tiles
+from rarefy.runtime.packed import nbytes, pack_bitmask, pack_conv, pack_csr, pack_tiles
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runtime.jsonl"

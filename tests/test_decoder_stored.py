@@ -17,7 +17,7 @@ from rarefy.engine.language import Decoder
 from rarefy.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.files import INDEX
 from rarefy.runtime import native
-from rarefy.runtime.packed import Bitmask, Panels
+from rarefy.runtime.forms import Bitmask, Panels
 from test_engine_stored import SHARD, call, edit, needs_kernels, read_of_random_changes, seal, set_arg, shard
 from test_language import V, eager, far, in_pieces, pruned_to, small
 

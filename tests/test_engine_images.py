@@ -12,6 +12,7 @@ import rarefy
 from rarefy.engine import compiled, images, words
 from rarefy.engine.compiled import Alone, Segment
 from rarefy.runtime import native
+from rarefy.runtime.forms import Dense, Sell, Tiles
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="no kernels")
 
@@ -76,6 +77,33 @@ def test_convolutions(isa, name, sparsity):
     x = torch.randn(1, 5, rows, columns)
     with torch.no_grad():
         assert far(net(x), made(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["pointwise", "square", "pointwise, stride", "oblong"])
+def test_convolutions_without_a_library(isa, name, monkeypatch):
+    """Where torch brings nothing to multiply matrices by, dense weights run as tiles."""
+    monkeypatch.setattr(native, "blas", lambda: False)
+    kernel, stride, padding, dilation, rows, columns = CONVOLUTIONS[name]
+    net = Between(nn.Conv2d(19, 150, kernel, stride, padding, dilation), 19, 150)
+    made = equal(net, torch.randn(3, 5, rows, columns))
+    assert {type(k.held[0].matrix) for k in made.kernels.values()} == {Tiles}
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "fours", "form"),
+    [(0.0, False, Dense), (0.5, False, Dense), (0.8, False, Sell), (0.25, True, Dense), (0.5, True, Tiles)],
+)
+def test_zeros_decide_how_weights_run(sparsity, fours, form):
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((64, 96), (64, 32, 3, 3)):
+        few = (shape[0] // 4, *shape[1:]) if fours else shape
+        hit = torch.rand(few, generator=generator) >= sparsity
+        layer = nn.Linear(96, 64) if len(shape) == 2 else nn.Conv2d(32, 64, 3)
+        layer.weight.data *= hit.repeat_interleave(4, 0) if fours else hit
+        net = nn.Sequential(layer).eval()
+        x = torch.randn(7, 96) if len(shape) == 2 else torch.randn(2, 32, 9, 9)
+        (kernel,) = equal(net, x).kernels.values()
+        assert type(getattr(kernel.held[0], "matrix", kernel.held[0])) is form
 
 
 def in_steps(t, dims):
@@ -230,11 +258,12 @@ def test_what_images_and_rows_share_stays_in_torch():
             return self.norm(y) + y
 
     net, x = Both().eval(), torch.randn(2, 6, 8, 8)
-    in_bytes = rarefy.compile(net, x, values="int8")  # where the convolution has a plan of its own
-    assert [len(s.nodes) for s in in_bytes.program if isinstance(s, Segment)] == [1]
-    with torch.no_grad():
-        assert 1e-5 < far(net(x), in_bytes(x)) < 0.02
-    made = equal(net, x)
+    for values, most in (("int8", 0.02), (None, 1e-5)):  # whose convolution has a plan of its own
+        own = rarefy.compile(net, x, values=values)
+        assert [len(s.nodes) for s in own.program if isinstance(s, Segment)] == [1]
+        with torch.no_grad():
+            assert far(net(x), own(x)) < most
+    made = equal(thin(net, 0.9), x)
     assert not any(isinstance(s, Segment) for s in made.program)
     assert any(isinstance(s, Alone) for s in made.program)
     nodes = [n for n in made.traced.graph.nodes if n.target in (words.convolution, words.norm, words.add)]

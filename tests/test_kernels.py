@@ -378,6 +378,26 @@ def test_weights_in_large_pages(kind, monkeypatch):
     assert total > pages.LEAST
 
 
+def test_weights_as_they_are():
+    weight = random(12, 90, 0.1)
+    form = packed.pack_dense(weight)
+    assert torch.equal(packed.unpack(form), weight)
+    assert form.values.data_ptr() != weight.data_ptr(), "later changes of the weight are not seen"
+    image = packed.pack_dense(weight.view(12, 10, 3, 3), stride=(2, 1), padding=(1, 1), dilation=(1, 1))
+    assert torch.equal(packed.unpack(image), weight.view(12, 10, 3, 3))
+    for made in (form, image):
+        with pytest.raises(FormatError, match="weights as they are run in plans alone: rarefy.compile makes them"):
+            native.Kernel(made).run(torch.ones(1, 10, 9, 9) if made is image else torch.ones(1, 90))
+    assert not native.fit_together([native.Kernel(form)])
+    for change in ({"values": form.values[:, 1:]}, {"kind": "int8"}, {"values": form.values.double()}):
+        with pytest.raises(FormatError, match="values: the kernels expect|unknown kind"):
+            native.Kernel(packed.Dense(**{**vars(form), **change}))
+        with pytest.raises(FormatError, match="values: the kernels expect|unknown kind"):
+            native.Kernel(packed.ConvTiles(**{**vars(image), **change}))
+    with pytest.raises(FormatError, match="order: the kernels expect nothing here"):
+        native.Kernel(packed.ConvTiles(**{**vars(image), "order": torch.zeros(1, 1, 128, dtype=torch.uint8)}))
+
+
 def test_memory_begins_with_a_page():
     for nbytes in (0, 100, pages.PAGE + 1, 5 * pages.PAGE):
         memory = pages.fresh(nbytes)
@@ -444,6 +464,17 @@ def on_grid(O, C, weights, group, symmetric):
     W = torch.randn(O, C) + (0 if symmetric else 0.5)
     grid = grid_for(W, shape, ask)
     return grid.snap(W), grid
+
+
+@pytest.mark.parametrize("way", GRIDS, ids=str)
+def test_rows_of_panels(way):
+    W, grid = on_grid(37, 384, *way)
+    kernel, ids = native.Kernel(packed.pack_panels(W, grid)), torch.tensor([[36, 0, 5], [5, 4, 3]])
+    torch.testing.assert_close(kernel.rows(ids), packed.unpack(kernel.held[0])[ids], rtol=1e-6, atol=1e-7)
+    assert kernel.rows(ids[:0]).shape == (0, 3, 384)
+    for wrong in (37, -1):
+        with pytest.raises(IndexError, match="a weight of 37 rows has not all of"):
+            kernel.rows(torch.tensor([0, wrong]))
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -15,7 +15,7 @@ from rarefy.engine.writing import Sampling, choose
 from rarefy.errors import DataError, ModelError
 from rarefy.model import hf
 from rarefy.runtime import native
-from rarefy.runtime.packed import Bitmask, Panels
+from rarefy.runtime.forms import Bitmask, Panels
 
 transformers = pytest.importorskip("transformers")
 V = 101

@@ -22,7 +22,8 @@ from rarefy.errors import DataError, ModelError, unknown
 from rarefy.model.select import all_layers
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
-from rarefy.runtime.packed import SHARED, Panels, pack_dense, pack_sell, pack_tiles, shared
+from rarefy.runtime.forms import SHARED, Panels
+from rarefy.runtime.packed import pack_dense, pack_sell, pack_tiles, shared
 from rarefy.runtime.pages import Pages
 
 NEAR_BYTES = 56 << 20  # of what images are on their way through a plan
@@ -423,9 +424,9 @@ def _schedule(t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> li
 
 
 def _by_itself(node: Node, t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> Any:
-    """A call outside of plans; in bytes a convolution has a plan of its own."""
+    """A call outside of plans; a convolution that knows no other place has a plan of its own."""
     if node.target not in ALONE or node not in kernels:
         return node
-    if node.target is words.convolution and kernels[node].held[0].kind == "int8":
+    if node.target is words.convolution and kernels[node].alone:
         return Segment([node], kernels, t.constants, check)
     return Alone(node, kernels[node])

@@ -12,16 +12,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from rarefy.engine import words
 from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape
 from rarefy.runtime import native
-from rarefy.runtime.packed import (
-    CONV_BLOCK,
-    LEAST_ZEROS,
-    MOST_STRIDE,
-    NEAR,
-    SHARED,
-    pack_conv,
-    pack_dense,
-    shared,
-)
+from rarefy.runtime.forms import CONV_BLOCK, LEAST_ZEROS, MOST_STRIDE, NEAR, SHARED
+from rarefy.runtime.packed import pack_conv, pack_dense, shared
 
 LEAST = 0.4  # zeros from which a kernel is faster than torch's dense one
 NORMS = {

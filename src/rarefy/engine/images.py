@@ -18,7 +18,7 @@ from rarefy.engine import words
 from rarefy.engine.plan import BESIDE, Plan, Value
 from rarefy.engine.trace import Node
 from rarefy.runtime import native
-from rarefy.runtime.packed import LANE, MOST_STRIDE
+from rarefy.runtime.forms import LANE, MOST_STRIDE
 
 PIECE = 16  # floats that may be read past the last plane
 MOST_PLANES = 1 << 31  # floats, as places are counted in 32 bits

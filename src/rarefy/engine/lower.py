@@ -12,7 +12,7 @@ from rarefy.engine import images, words
 from rarefy.engine.plan import NT, Attend, Plan, Value
 from rarefy.engine.trace import Node
 from rarefy.runtime import native
-from rarefy.runtime.packed import Bitmask, Panels
+from rarefy.runtime.forms import Bitmask, Panels
 
 CACHED = 1 << 50  # where the addresses of a cache begin, for the order of steps
 

@@ -19,8 +19,8 @@ from rarefy.engine import words
 from rarefy.engine.trace import Node
 from rarefy.errors import ModelError
 from rarefy.runtime import native
+from rarefy.runtime.forms import SLAB, Bitmask, Panels, Sell, Tiles
 from rarefy.runtime.native import FORMATS
-from rarefy.runtime.packed import SLAB, Bitmask, Panels, Sell, Tiles
 from rarefy.runtime.pages import fresh
 
 NT = 64  # tokens of a tile

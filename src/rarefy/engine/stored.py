@@ -23,21 +23,9 @@ from rarefy.errors import ContainerError, FormatError
 from rarefy.formats import container
 from rarefy.formats.sparse import encode
 from rarefy.runtime import native
+from rarefy.runtime.forms import NEAR, SLAB, Bitmask, ConvTiles, Dense, Packed, Panels, Sell
 from rarefy.runtime.layers import put_together, taken_apart
-from rarefy.runtime.packed import (
-    NEAR,
-    SLAB,
-    Bitmask,
-    ConvTiles,
-    Dense,
-    Packed,
-    Panels,
-    Sell,
-    nbytes,
-    pack_conv,
-    pack_tiles,
-    unpack,
-)
+from rarefy.runtime.packed import nbytes, pack_conv, pack_tiles, unpack
 from rarefy.runtime.pages import Pages
 
 GRAPH = "graph.json"

@@ -19,7 +19,7 @@ from rarefy.model import hf
 from rarefy.proof import measure
 from rarefy.proof.bench import example_of, generates
 from rarefy.proof.report import Report
-from rarefy.runtime.packed import Packed
+from rarefy.runtime.forms import Packed
 
 Subject = nn.Module | Compiled | Decoder
 

@@ -24,9 +24,9 @@ from rarefy.proof.measure import resident_bytes
 from rarefy.proof.report import Report
 from rarefy.runtime import choices as kept
 from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
+from rarefy.runtime.forms import MOST_STRIDE
 from rarefy.runtime.layers import PanelEmbedding, Sparse, SparseLinear
 from rarefy.runtime.observe import Observed, activation, observe, plain
-from rarefy.runtime.packed import MOST_STRIDE
 from rarefy.runtime.ways import FEW, NUMBERS, Clock, forms_of, grid_of, inputs_of, ways_of, why_no_panels
 
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take the weights of their layers themselves

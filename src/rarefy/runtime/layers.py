@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from rarefy.errors import ModelError, unknown
 from rarefy.model.inputs import Inputs
 from rarefy.runtime import native, reference
-from rarefy.runtime.packed import Bitmask, ConvTiles, Csr, Dense, Packed, Panels, Sell, Tiles, unpack
+from rarefy.runtime.forms import Bitmask, ConvTiles, Csr, Dense, Packed, Panels, Sell, Tiles
+from rarefy.runtime.packed import unpack
 
 MOST_INPUTS = 32  # of a call, up to which panels are multiplied by as they lie
 MOST_SIZES = 64  # of calls for which layers that run together are kept

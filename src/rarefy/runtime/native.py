@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rarefy.errors import FormatError, unknown
 from rarefy.runtime import reference
-from rarefy.runtime.packed import (
+from rarefy.runtime.forms import (
     KINDS,
     LANE,
     MOST_BYTES_IN_A_SUM,

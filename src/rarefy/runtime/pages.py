@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.runtime import native
-from rarefy.runtime.packed import Packed
+from rarefy.runtime.forms import Packed
 
 PAGE = 2 << 20  # bytes of a large page
 LEAST, MOST = 4 << 20, 64 << 20  # bytes of the first piece of memory, and of those after many

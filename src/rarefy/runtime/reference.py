@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.model.inputs import TINY
-from rarefy.runtime.packed import ConvTiles, Csr, Packed, Panels, unpack
+from rarefy.runtime.forms import ConvTiles, Csr, Packed, Panels
+from rarefy.runtime.packed import unpack
 
 ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
     None: lambda y: y,

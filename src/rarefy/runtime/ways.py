@@ -17,21 +17,9 @@ from rarefy.model.grid import Grid, notes
 from rarefy.model.inputs import get_inputs
 from rarefy.proof.measure import Times, compare
 from rarefy.runtime import choices
+from rarefy.runtime.forms import KINDS, MOST_COLUMNS, NEAR, Packed, Panels
 from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
-from rarefy.runtime.packed import (
-    KINDS,
-    MOST_COLUMNS,
-    NEAR,
-    Packed,
-    Panels,
-    pack_bitmask,
-    pack_conv,
-    pack_csr,
-    pack_panels,
-    pack_sell,
-    pack_tiles,
-    shared,
-)
+from rarefy.runtime.packed import pack_bitmask, pack_conv, pack_csr, pack_panels, pack_sell, pack_tiles, shared
 
 GAIN = 1.03  # how much faster than dense a kernel must be
 CLOSE = 1.1  # times that timing does not tell apart for certain
