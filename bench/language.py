@@ -19,7 +19,6 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +42,7 @@ NODE = HERE / "build" / "node_modules" / "@node-llama-cpp" / "linux-x64" / "bins
 BUILDS = ("xllamacpp", "node-llama-cpp")
 AS_SHIPPED = "Q4_1"
 KINDS = ("F32", "Q8_0", "Q4_0", AS_SHIPPED)
+PAUSE = 0.2  # seconds, in which the threads of who was before fall asleep
 PROMPT, NEW, READ = 32, 128, 512  # tokens before decoding, decoded, and read at once
 
 
@@ -128,7 +128,6 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_vocab_n_tokens": (ctypes.c_int32, [ctypes.c_void_p]),
     "llama_set_n_threads": (None, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]),
     "llama_attach_threadpool": (None, [ctypes.c_void_p] * 3),
-    "llama_detach_threadpool": (None, [ctypes.c_void_p]),
     "llama_get_memory": (ctypes.c_void_p, [ctypes.c_void_p]),
     "llama_memory_clear": (None, [ctypes.c_void_p, ctypes.c_bool]),
     "llama_batch_get_one": (Batch, [ctypes.POINTER(ctypes.c_int32), ctypes.c_int32]),
@@ -169,7 +168,7 @@ def system_info(library: Path) -> str:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp. Its threads live only within a call, so that others can run in between."""
+    """A GGUF file in llama.cpp, with threads of its own: to be in a process of its own."""
 
     def __init__(self, file: Path, threads: int, library: Path | None = None, context: int = 1024):
         self.library = library or list(libraries().values())[-1]
@@ -184,6 +183,8 @@ class LlamaCpp:
         if not self.context:
             raise RuntimeError(f"llama.cpp has no context for {file}: {''.join(SAID[said:])[-500:]}")
         self.lib.llama_set_n_threads(self.context, threads, threads)
+        pool = self._pool()
+        self.lib.llama_attach_threadpool(self.context, pool, pool)
         self.vocab: int = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
         self.buffers = [l.split(":")[-1].strip() for l in "".join(SAID[said:]).splitlines() if "model buffer size" in l]
 
@@ -194,22 +195,20 @@ class LlamaCpp:
 
     def decode(self, prompt: list[int], new: int) -> tuple[float, list[int]]:
         """Return tokens a second of greedy decoding after a prompt, and the tokens."""
-        with self._threads():
-            self._read(prompt)
-            ids, began = [], time.perf_counter()
-            for _ in range(new):
-                ids.append(int(self._last().argmax()))
-                self._step(ids[-1:])
-            self._last()
-            return new / (time.perf_counter() - began), ids
+        self._read(prompt)
+        ids, began = [], time.perf_counter()
+        for _ in range(new):
+            ids.append(int(self._last().argmax()))
+            self._step(ids[-1:])
+        self._last()
+        return new / (time.perf_counter() - began), ids
 
     def prefill(self, ids: list[int]) -> float:
         """Return tokens a second of reading a prompt, up to the logits of its last token."""
-        with self._threads():
-            began = time.perf_counter()
-            self._read(ids)
-            self._last()
-            return len(ids) / (time.perf_counter() - began)
+        began = time.perf_counter()
+        self._read(ids)
+        self._last()
+        return len(ids) / (time.perf_counter() - began)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Return the logits [tokens, vocabulary] after each token of a text."""
@@ -217,10 +216,9 @@ class LlamaCpp:
         token, pos, ones = (ctypes.c_int32 * n)(*ids), (ctypes.c_int32 * n)(*range(n)), (ctypes.c_int32 * n)(*[1] * n)
         zero, every = ctypes.pointer(ctypes.c_int32(0)), (ctypes.c_int8 * n)(*[1] * n)
         sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*[zero] * n)
-        with self._threads():
-            self._clear()
-            self._run(Batch(n, token, None, pos, ones, sequences, every))
-            found = self.lib.llama_get_logits(self.context)
+        self._clear()
+        self._run(Batch(n, token, None, pos, ones, sequences, every))
+        found = self.lib.llama_get_logits(self.context)
         return np.ctypeslib.as_array(found, (n, self.vocab)).copy()
 
     def _clear(self) -> None:
@@ -242,21 +240,13 @@ class LlamaCpp:
     def _last(self) -> np.ndarray:
         return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, -1), (self.vocab,))
 
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Have threads that wait actively for work until the end of this, as llama.cpp's own programs have."""
+    def _pool(self) -> Any:
+        """Threads that wait actively for work for a while, as llama.cpp's own programs have; they stay, as a backend
+        goes on to point to those that it had."""
         params = self.lib.ggml_threadpool_params_default(self.threads)
         cpu = self.lib.ggml_backend_reg_by_name(b"CPU")
-        find = lambda name: self.lib.ggml_backend_reg_get_proc_address(cpu, name)  # noqa: E731
-        pool = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(find(b"ggml_threadpool_new"))(
-            ctypes.addressof(params)
-        )
-        self.lib.llama_attach_threadpool(self.context, pool, pool)
-        try:
-            yield
-        finally:
-            self.lib.llama_detach_threadpool(self.context)
-            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(find(b"ggml_threadpool_free"))(pool)
+        new = self.lib.ggml_backend_reg_get_proc_address(cpu, b"ggml_threadpool_new")
+        return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(new)(ctypes.addressof(params))
 
 
 def perplexity(model: Any, windows: Tensor) -> float:
@@ -283,6 +273,7 @@ def rates(models: Mapping[str, Any], ids: list[int], repeats: int = 7) -> dict[s
     found: dict[str, dict[str, list[float]]] = {n: {"decode": [], "prefill": []} for n in models}
     for round_ in range(repeats + 1):
         for name, model in models.items():
+            time.sleep(PAUSE)
             decode, prefill = model.decode(ids[:PROMPT], NEW)[0], model.prefill(ids[:READ])
             if round_:  # the first round warms up
                 found[name]["decode"].append(decode)

@@ -4,7 +4,7 @@
     python memory.py --only minilm
     python memory.py --table          only print what was measured last
 
-MiniLM with 80 % zeros, saved and loaded again; SmolLM2 in 8 bits, a decoder in the process that made it. Every
+MiniLM with 80 % zeros and SmolLM2 in 8 bits, saved and loaded again; SmolLM2 also in the process that made it. Every
 measurement has a process of its own, one thread. What Python, torch and Rarefy take before there is a model is taken
 off; where a model is made in place, so are transformers and torch.export, by making a tiny one first.
 Appends a JSON line a case to results/memory.jsonl.
@@ -76,7 +76,11 @@ def measured(made: Compiled, run: Callable[[], int], before: int) -> dict[str, A
 
 
 def make(folder: str) -> None:
-    """Compile MiniLM with 80 % zeros into a folder."""
+    """Compile SmolLM2, or MiniLM with 80 % zeros, into a folder of such a name."""
+    if Path(folder).name.startswith("smollm2"):
+        model = hf.load_folder(samples.model_folder("smollm2-135m")).float().eval()
+        rarefy.save(rarefy.decoder(model, values="int8"), folder)
+        return
     model = hf.load_folder(samples.model_folder("minilm"))
     rarefy.prune_(model, layers="encoder.layer.*", sparsity=0.8)
     model = rarefy.fold_(model).eval()
@@ -102,7 +106,12 @@ def minilm(folder: str) -> dict[str, Any]:
     return measured(made, run, before)
 
 
-def smollm2(_: str) -> dict[str, Any]:
+def smollm2(folder: str) -> dict[str, Any]:
+    before = resident()
+    return written(rarefy.load(folder), before)
+
+
+def smollm2_made(_: str) -> dict[str, Any]:
     """A decoder in the process that made it: the model goes first, what it leaves to the allocator is given back."""
     import transformers
 
@@ -120,6 +129,11 @@ def smollm2(_: str) -> dict[str, Any]:
     del model
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return written(made, before)
+
+
+def written(made: Any, before: int) -> dict[str, Any]:
+    """Read a prompt and write behind it."""
 
     def run() -> int:
         cache = made.cache(1, PROMPT + WRITTEN)
@@ -131,15 +145,14 @@ def smollm2(_: str) -> dict[str, Any]:
     return measured(made.compiled, run, before)
 
 
-CASES = {"minilm": minilm, "smollm2-135m": smollm2}
+CASES = {"minilm": minilm, "smollm2-135m": smollm2, "smollm2-135m, made here": smollm2_made}
 
 
 def lines(only: str | None) -> Iterator[dict[str, Any]]:
     for name in [only] if only else CASES:
         with tempfile.TemporaryDirectory() as folder:
-            parts = ["make", name] if name == "minilm" else [name]
-            for part in parts:
-                words = [sys.executable, __file__, "--part", part, str(Path(folder) / "m")]
+            for part in [name] if name.endswith("made here") else ["make", name]:
+                words = [sys.executable, __file__, "--part", part, str(Path(folder) / name)]
                 ran = subprocess.run(words, check=True, capture_output=True, text=True)
             yield {"model": name, **json.loads(ran.stdout.splitlines()[-1])}
 

@@ -130,11 +130,8 @@ def load(saved: container.Container, **without: Any) -> Compiled | Decoder:
             )
     parts = read(saved)
     w, constants, kernels = parts.written, dict(parts.constants), {}
-    pages, held = Pages(), {}
     for node, name in w.kernels.items():
-        if name not in held:
-            held[name] = pages.hold(parts.packed.pop(name))
-        form = held[name]
+        form = parts.packed[name]
         if native.missing() is None:
             try:
                 kernels[node] = _kernel(node, form, constants)
@@ -182,7 +179,8 @@ def read(saved: container.Container) -> Parts:
     if names != stored or saved.aliases:
         odd = sorted(names ^ stored) or sorted(saved.aliases)
         raise ContainerError(f"{where}: constants are not those of the shards: {odd[0][:80]!r}")
-    packed = {n: _form(saved, n, about, str(where)) for n, about in written.packed.items()}
+    pages = Pages()  # each on its own, so that what was read makes room for the next
+    packed = {n: pages.hold(_form(saved, n, about, str(where))) for n, about in written.packed.items()}
     if len(saved.names) != len(stored) + sum(len(taken_apart(p)[1]) for p in packed.values()):
         raise ContainerError(f"{where}: the shards hold packed weights that no word runs on")
     constants = {n: _constant(saved, n, order) for n, order in written.constants.items()}
