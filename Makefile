@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 DEMO    = build/demo
+WORKERS = -n auto --maxprocesses 4 --dist loadfile  # tests of a file stay together; one thread each, but where they ask for more
 
 .PHONY: demo test test-all lint bench-vision bench-runtime bench-engine bench-language bench-cuts clean
 
@@ -10,10 +11,11 @@ demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
 
 test: $(VENV)/dev.done lint  ## the whole test suite
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-all: $(VENV)/dev.done lint  ## with the slow tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests bench
