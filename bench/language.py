@@ -292,7 +292,7 @@ def llama_cpp(build: str, kind: str) -> tuple[LlamaCpp, dict[str, Any]]:
 OURS: dict[str, tuple[float, dict[str, Any] | None, str | None]] = {  # sparsity, quantize_'s settings, values
     "fp32": (0.0, None, None),
     "8 bits": (0.0, None, "int8"),
-    "4 bits": (0.0, {"weights": "int4", "group": 32}, "int8"),
+    "4 bits": (0.0, {"weights": "int4", "group": 32, "symmetric": False}, "int8"),
     "50 %, 8 bits": (0.5, None, "int8"),
     "70 %, 8 bits": (0.7, None, "int8"),
 }
@@ -397,7 +397,7 @@ def serve(pipe: Any, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
 def engines(only: list[str], builds: list[str], ways: list[str]) -> Iterator[dict[str, Any]]:
     """All of llama.cpp's and ours, in turns, each in a process of its own."""
     found = libraries()
-    for build in [b for b in builds or BUILDS if b not in found]:
+    for build in [b for b in builds or (BUILDS if not found else ()) if b not in found]:
         print(f"without llama.cpp of {build}: not installed")
     names: dict[str, tuple[Any, ...]] = {}
     names |= {f"{b}, {k}": (llama_cpp, b, k) for b in builds or list(found)[-1:] if b in found for k in only or KINDS}

@@ -92,27 +92,58 @@ struct Nibbles {
   }
 };
 
+// The compiler would make constants anew in a loop, on the one port for shuffles.
+inline __m512i constant(__m512i v) {
+  asm("" : "+v"(v));
+  return v;
+}
+
 struct Cells {
-  static __m512i bytes(const uint8_t* v) { return _mm512_loadu_si512(v); }
-  static __m512i nibbles(const uint8_t* v, int8_t first, int8_t second) {
-    const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)));
-    const __m512i wide = _mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), _mm512_set1_epi8(15));
-    return _mm512_sub_epi8(wide, _mm512_mask_set1_epi8(_mm512_set1_epi8(first), 0xffffffff00000000ull, second));
+  const int64_t parts;
+  const __m512i fifteen = constant(_mm512_set1_epi8(15)), eight = constant(_mm512_set1_epi8(8));
+  const __m512i halves = constant(_mm512_mask_blend_epi8(0xffffffff00000000ull, _mm512_setzero_si512(), _mm512_set1_epi8(1)));
+  const __m512i shifts = constant(_mm512_mask_blend_epi32(0xff00, _mm512_set1_epi32(16), _mm512_setzero_si512()));
+  const __m512i high = constant(_mm512_set1_epi32(int(0xffff0000)));
+
+  // Zeros and scales of two halves come by loads to every place, of which each half keeps its own.
+  __m512i zeros(const uint8_t* z) const {
+    if (!z) return eight;
+    if (parts < 2) return _mm512_set1_epi8(char(*z));
+    uint16_t both;
+    std::memcpy(&both, z, 2);
+    return _mm512_shuffle_epi8(_mm512_set1_epi16(short(both)), halves);
   }
-  static __m512 step(__m512 s, __m512i w, const uint8_t* x, float low, float high) {
+  __m512 scales(const uint16_t* s) const {
+    if (!parts) return _mm512_set1_ps(1.0f);
+    uint32_t both;
+    __m512i places;
+    if (parts > 1) {
+      std::memcpy(&both, s, 4);
+      places = _mm512_set1_epi32(int(both));
+    } else {
+      places = _mm512_set1_epi16(short(*s));
+    }
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_sllv_epi32(places, shifts), high));
+  }
+  __m512i bytes(const uint8_t* v) const { return _mm512_loadu_si512(v); }
+  __m512i nibbles(const uint8_t* v, __m512i zero) const {
+    const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)));
+    return _mm512_sub_epi8(_mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), fifteen), zero);
+  }
+  __m512 step(__m512 s, __m512i w, const uint8_t* x, __m512 by) const {
     const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(x), w);
-    const __m512 by = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), by, s);
   }
   template <int PART>
   static __m512 floats(__m512i w) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, PART)));
   }
-  static __m512 step(__m512 s, __m512i w, const float* x, float low, float high) {
+  __m512 step(__m512 s, __m512i w, const float* x, __m512 by) const {
     __m512 a = _mm512_mul_ps(floats<0>(w), _mm512_loadu_ps(x)), b = _mm512_mul_ps(floats<2>(w), _mm512_loadu_ps(x + 32));
     a = _mm512_fmadd_ps(floats<1>(w), _mm512_loadu_ps(x + 16), a);
     b = _mm512_fmadd_ps(floats<3>(w), _mm512_loadu_ps(x + 48), b);
-    return _mm512_fmadd_ps(b, _mm512_set1_ps(high), _mm512_fmadd_ps(a, _mm512_set1_ps(low), s));
+    const __m512 low = _mm512_shuffle_f32x4(by, by, 0x00), last = _mm512_shuffle_f32x4(by, by, 0xff);
+    return _mm512_fmadd_ps(b, last, _mm512_fmadd_ps(a, low, s));
   }
 };
 

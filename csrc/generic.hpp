@@ -174,30 +174,43 @@ struct Nibbles {
 };
 
 struct Cells {
+  const int64_t parts;
   struct numbers {
     int8_t of[64];
   };
-  static numbers bytes(const uint8_t* v) { return at<numbers>(v); }
-  static numbers nibbles(const uint8_t* v, int8_t first, int8_t second) {
+  numbers bytes(const uint8_t* v) const { return at<numbers>(v); }
+  struct zero {
+    int8_t first, second;
+  };
+  zero zeros(const uint8_t* z) const {
+    return z ? zero{int8_t(z[0]), int8_t(z[parts > 1])} : zero{8, 8};
+  }
+  struct scale {
+    float low, high;
+  };
+  scale scales(const uint16_t* s) const {
+    return parts ? scale{from_bf16(s[0]), from_bf16(s[parts > 1])} : scale{1.0f, 1.0f};
+  }
+  numbers nibbles(const uint8_t* v, zero z) const {
     numbers out;
-    for (int i = 0; i < 64; ++i) out.of[i] = int8_t((v[i / 2] >> (i % 2 * 4) & 15) - (i < 32 ? first : second));
+    for (int i = 0; i < 64; ++i) out.of[i] = int8_t((v[i / 2] >> (i % 2 * 4) & 15) - (i < 32 ? z.first : z.second));
     return out;
   }
-  static vf step(vf s, const numbers& w, const uint8_t* x, float low, float high) {
+  vf step(vf s, const numbers& w, const uint8_t* x, scale by) const {
     const vi a = dot_bytes(vi{}, at<vu>(x), at<vi>(w.of)), b = dot_bytes(vi{}, at<vu>(x + 32), at<vi>(w.of + 32));
-    return s + __builtin_convertvector(a, vf) * low + __builtin_convertvector(b, vf) * high;
+    return s + __builtin_convertvector(a, vf) * by.low + __builtin_convertvector(b, vf) * by.high;
   }
   static vf floats(const int8_t* v) {
     typedef int8_t eight __attribute__((vector_size(8)));
     return __builtin_convertvector(at<eight>(v), vf);
   }
-  static vf step(vf s, const numbers& w, const float* x, float low, float high) {
+  vf step(vf s, const numbers& w, const float* x, scale by) const {
     vf a{}, b{};
     for (int i = 0; i < 32; i += W) {
       a += floats(w.of + i) * at<vf>(x + i);
       b += floats(w.of + 32 + i) * at<vf>(x + 32 + i);
     }
-    return s + a * low + b * high;
+    return s + a * by.low + b * by.high;
   }
 };
 

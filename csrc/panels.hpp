@@ -3,8 +3,6 @@
 
 namespace {
 
-inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
-
 // Four rows on M inputs: NIBBLES of the weight, inputs EXACT in fp32 or in bytes.
 template <bool NIBBLES, bool EXACT, int M>
 inline void panel_rows(const rarefy_panels& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
@@ -20,19 +18,15 @@ inline void panel_rows(const rarefy_panels& w, int64_t row, const void* x, int64
   const uint16_t* scale = w.scales + cell * parts;
   const uint8_t* zero = w.zeros ? w.zeros + cell * parts : nullptr;
   const input* in = static_cast<const input*>(x);
+  const Cells cells{parts};
   for (int64_t word = 0; word < w.words; ++word, in += 64) {
 #pragma GCC unroll 4
     for (int r = 0; r < R4; ++r, value += bytes, scale += parts) {
-      const float low = parts ? from_bf16(scale[0]) : 1.0f, high = parts > 1 ? from_bf16(scale[1]) : low;
-      int8_t first = 8, second = 8;
-      if (NIBBLES && zero) {
-        first = int8_t(zero[0]);
-        second = int8_t(parts > 1 ? zero[1] : zero[0]);
-        zero += parts;
-      }
-      const auto wide = NIBBLES ? Cells::nibbles(value, first, second) : Cells::bytes(value);
+      const auto by = cells.scales(scale);
+      const auto wide = NIBBLES ? cells.nibbles(value, cells.zeros(zero)) : cells.bytes(value);
+      zero += zero ? parts : 0;
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sum[r][m] = Cells::step(sum[r][m], wide, in + m * ldx, low, high);
+      for (int m = 0; m < M; ++m) sum[r][m] = cells.step(sum[r][m], wide, in + m * ldx, by);
       ahead(value);
     }
   }

@@ -3,6 +3,7 @@
 // come.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "image.hpp"
@@ -397,7 +398,7 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       if (unfolds(s)) return run_unfolded(t, s, i);
       const Product p(s);
       const int64_t chunks = over(p.rows, SLAB), tile = i / chunks, chunk = i % chunks, row = chunk * SLAB;
-      const int64_t rows = std::min(SLAB, p.rows - row), columns = std::min(NT, s.columns - tile * NT);
+      const int64_t rows = std::min(SLAB, s.features - row), columns = std::min(NT, s.columns - tile * NT);
       float* out = s.out.at + tile * s.out.tile + row * NT;
       const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
       const auto* x = reinterpret_cast<const uint32_t*>(s.x.at + tile * s.x.tile);
@@ -429,7 +430,8 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
         image_scales(t, s, i, scales);
       } else {
         t.ranges(s.flag ? s.more.at + i * s.more.tile : x, s.flag ? s.groups : s.features, scales);
-        for (int64_t n = 0; n < NT; ++n) scales[n] = scales[n] > 127e-36f ? scales[n] * (1.0f / 127.0f) : 1.0f;
+        for (int64_t n = 0; n < NT; ++n)  // as rarefy_step_of has it
+          scales[n] = !(scales[n] < INFINITY) ? NAN : scales[n] > 127e-36f ? scales[n] * (1.0f / 127.0f) : 1.0f;
       }
       t.to_bytes(x, s.features, scales, reinterpret_cast<uint32_t*>(s.out.at + i * s.out.tile));
       break;
@@ -502,6 +504,7 @@ API int rarefy_use_sgemm(rarefy_sgemm given) {
   multiply(2, 2, 3, w[0], 3, reinterpret_cast<const uint32_t*>(in), false, out);
   multiply(2, 2, 3, w[0], 3, reinterpret_cast<const uint32_t*>(in), true, out);
   const bool right = out[0] == 28 && out[1] == 280 && out[NT] == 64 && out[NT + 1] == 640;
+  if (!right) sgemm = nullptr;
   return right ? RAREFY_OK : RAREFY_BAD;
 }
 

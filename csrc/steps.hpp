@@ -69,12 +69,15 @@ void pair(const float* a, const float* b, bool product, int act, float* out, int
   }
 }
 
-// The largest magnitude of each column of a tile.
+// The largest magnitude of each column of a tile: of their bits, of which those of NaN are the largest.
 void ranges(const float* x, int64_t features, float* out) {
   for (int64_t n = 0; n < NT; n += W) {
-    vec most{};
-    for (int64_t f = 0; f < features; ++f) most = larger(most, vec(words(whole_at(x + f * NT + n)) & 0x7fffffffu));
-    put_whole(out + n, most);
+    ints most{};
+    for (int64_t f = 0; f < features; ++f) {
+      const ints here = ints(words(whole_at(x + f * NT + n)) & 0x7fffffffu);
+      most = here > most ? here : most;
+    }
+    put_whole(out + n, vec(most));
   }
 }
 

@@ -12,6 +12,8 @@ constexpr int R4 = 4;       // rows of a tile or panel of weights
 constexpr int64_t AHEAD = 2048;  // bytes of weights that are fetched ahead of their use
 constexpr int64_t PIECE = 16;  // floats that are brought together at a time
 
+inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
+
 // Some of the outputs of a square: where they are read, counted from the place of a lane, and which they are.
 struct rarefy_piece {
   int64_t from;

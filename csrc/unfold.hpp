@@ -59,6 +59,7 @@ void unfold_bits(const rarefy_bitmask& w, int64_t row, uint32_t* out) {
 // `bytes`: they stay bytes, for inputs in bytes; else whole numbers times all their scales.
 void unfold_panels(const rarefy_panels& w, int64_t row, bool bytes, uint32_t* out) {
   const bool nibbles = w.kind == RAREFY_I4;
+  const Cells cells{w.parts};
   const int64_t at = row * w.words, parts = w.parts;
   const uint8_t* value = static_cast<const uint8_t*>(w.values) + at * (nibbles ? 32 : 64);
   for (int64_t cell = at; cell < at + R4 * w.words; ++cell) {
@@ -70,13 +71,9 @@ void unfold_panels(const rarefy_panels& w, int64_t row, bool bytes, uint32_t* ou
       const float whole = w.whole && row + r < w.rows ? w.whole[row + r] : 1.0f;
       const float low = whole * (parts ? from_bf16(w.scales[cell * parts]) : 1.0f);
       const float high = parts > 1 ? whole * from_bf16(w.scales[cell * parts + 1]) : low;
-      int8_t first = 8, second = 8;
-      if (w.zeros) {
-        first = int8_t(w.zeros[cell * parts]);
-        second = int8_t(w.zeros[cell * parts + (parts > 1)]);
-      }
+      const auto zero = cells.zeros(w.zeros ? w.zeros + cell * parts : nullptr);
       alignas(64) int8_t small[64];
-      const auto wide = nibbles ? Cells::nibbles(value, first, second) : Cells::bytes(value);
+      const auto wide = nibbles ? cells.nibbles(value, zero) : cells.bytes(value);
       std::memcpy(small, &wide, 64);
       for (int64_t c = 0; c < 64; ++c)
         out[c * R4 + r] = __builtin_bit_cast(uint32_t, float(small[c]) * (c < 32 ? low : high));

@@ -423,6 +423,20 @@ def test_in_bytes_the_graph_is_proved_without_them(monkeypatch):
         rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), torch.randn(2, 8), values="int8")
 
 
+def test_in_bytes_a_size_of_one_must_be_exact_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.a(x) * (1.3 if x.shape[0] == 1 else 1.0)
+
+    made = rarefy.compile(Net().eval(), torch.randn(4, 8), values="int8")
+    with pytest.raises(DataError, match="1 is not 2 or more"):
+        made(torch.randn(1, 8))
+
+
 def test_sizes_of_one_where_the_model_does_something_else():
     class Net(nn.Module):
         def __init__(self):

@@ -11,8 +11,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import rarefy
 from rarefy.engine import compiled, images, words
 from rarefy.engine.compiled import Alone, Segment
+from rarefy.proof.measure import threads
 from rarefy.runtime import native
 from rarefy.runtime.forms import Dense, Sell, Tiles
+from rarefy.runtime.packed import pack_bitmask
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="no kernels")
 
@@ -158,6 +160,83 @@ def test_sums_and_means_in_bytes(isa, batch):
     assert far(want[1], got[1]) < 2 * NEAR
     assert made.kernels and {k.held[0].kind for k in made.kernels.values()} == {"int8"}
     assert len(made.program) == 1
+
+
+class Uneven(nn.Module):
+    """Outputs that are no fours, with a sum behind them that a pool makes, before a convolution."""
+
+    def __init__(self, O):
+        super().__init__()
+        self.before = nn.Sequential(*(nn.Conv2d(16, 16, 1) for _ in range(3)), nn.Conv2d(16, O, 1))
+        self.sum, self.behind = nn.Conv2d(O, O, 1), nn.Conv2d(O, 9, 3)
+
+    def forward(self, x):
+        b = self.before(x)
+        return self.behind(F.relu(self.sum(b) + F.max_pool2d(b, 3, 1, 1)))
+
+
+@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("O", [5, 6, 7, 8])
+def test_what_lay_in_memory_does_not_matter(isa, O, values):
+    net, x = Uneven(O).eval(), torch.randn(2, 16, 12, 12)
+    made = rarefy.compile(net, x, values=values)
+    first = made(x)
+    for segment in made.program:
+        for plan in (p for plans in segment.plans.values() for p in plans):
+            plan.memory.fill_(1e6)
+    assert torch.equal(made(x), first)
+    with torch.no_grad():
+        assert far(net(x), first) < (0.05 if values else 1e-5)
+
+
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_what_is_no_number_stays_so(isa, values):
+    for net, shape in (
+        (nn.Linear(9, 6), (5, 9)),
+        (nn.Conv2d(9, 6, 3), (5, 9, 4, 4)),
+        (nn.Conv2d(9, 6, 1), (5, 9, 4, 4)),
+    ):
+        x = torch.randn(shape)
+        made = rarefy.compile(nn.Sequential(net, nn.ReLU()).eval(), x, values=values)
+        for feature in (0, 4, 8):
+            bad = x.clone()
+            bad.view(5, 9, -1)[3, feature, 0] = math.nan
+            got = made(bad).view(5, 6, -1)
+            assert got[3, :, 0].isnan().all()
+            assert torch.equal(got[[0, 1, 2, 4]], made(x).view(5, 6, -1)[[0, 1, 2, 4]])
+
+
+def test_convolutions_too_wide_for_sums_of_bytes_stay_exact():
+    net, x = nn.Conv2d(1850, 4, 6), torch.randn(1, 1850, 6, 6)
+    made = rarefy.compile(nn.Sequential(net, nn.ReLU()).eval(), x, values="int8")
+    with torch.no_grad():
+        assert far(F.relu(net(x)), made(x)) < 1e-5
+
+
+def test_weights_for_few_inputs_do_not_make_images_few(monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.l = nn.Conv2d(1, 1, 3, padding=1), nn.Linear(1, 3)
+
+        def forward(self, x):
+            return self.l((self.c(x) + x).mean((2, 3)))
+
+    monkeypatch.setattr(compiled, "_for_many", lambda w, _: pack_bitmask(w))
+    equal(Net(), torch.randn(2, 1, 4, 300))
+
+
+@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+def test_two_threads_do_what_one_does(isa, sparsity, values):
+    net, x = thin(Residual(), sparsity).eval(), (torch.randn(3, 24, 19, 17), torch.randn(3, 24, 19, 17))
+    made = rarefy.compile(net, x, values=values)
+    with threads(1):
+        want = made(*x)
+    with threads(2):
+        for _ in range(20):
+            for a, b in zip(want, made(*x)):
+                assert torch.equal(a, b)
 
 
 def test_groups_stay_exact():

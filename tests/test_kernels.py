@@ -378,7 +378,7 @@ def test_weights_in_large_pages(kind, monkeypatch):
     assert total > pages.LEAST
 
 
-def test_weights_as_they_are():
+def test_weights_as_they_are(monkeypatch):
     weight = random(12, 90, 0.1)
     form = packed.pack_dense(weight)
     assert torch.equal(packed.unpack(form), weight)
@@ -394,6 +394,13 @@ def test_weights_as_they_are():
             native.Kernel(packed.Dense(**{**vars(form), **change}))
         with pytest.raises(FormatError, match="values: the kernels expect|unknown kind"):
             native.Kernel(packed.ConvTiles(**{**vars(image), **change}))
+    with pytest.raises(FormatError, match="weights as they are are of one group, got more"):
+        native.Kernel(packed.ConvTiles(**{**vars(image), "groups": 2}))
+    monkeypatch.setattr(native, "blas", lambda: False)
+    for made in (form, image):
+        with pytest.raises(FormatError, match="is damaged"):
+            native.Kernel(made)
+    monkeypatch.undo()
     with pytest.raises(FormatError, match="order: the kernels expect nothing here"):
         native.Kernel(packed.ConvTiles(**{**vars(image), "order": torch.zeros(1, 1, 128, dtype=torch.uint8)}))
 
@@ -475,6 +482,9 @@ def test_rows_of_panels(way):
     for wrong in (37, -1):
         with pytest.raises(IndexError, match="a weight of 37 rows has not all of"):
             kernel.rows(torch.tensor([0, wrong]))
+    assert torch.equal(kernel.rows(ids.int()), kernel.rows(ids))
+    with pytest.raises(FormatError, match="rows are asked for by whole numbers on the CPU, got torch.float32"):
+        kernel.rows(ids.float())
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -73,10 +73,9 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     traced = trace(model, args, kwargs, RULES)
     want = [expected(n.meta.get("val")) for n in traced.inputs]
     shown = (args, kwargs) if traced.notes else two_samples(args, kwargs)
-    if values:  # what rounding hides in numbers shows in the graph
-        prove(model, in_torch(traced, want), *shown, EXACT)
+    exact = prove(model, in_torch(traced, want), *shown, EXACT) if values else None  # rounding hides what is wrong
     made = Compiled(traced, kernels_of(traced, lambda w, _: _for_many(w, values), values), want)
-    prove(model, made, *shown, ROUNDED if values else EXACT)
+    prove(model, made, *shown, ROUNDED if values else EXACT, exact)
     made.forget()
     return made
 

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from rarefy.engine import words
 from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape
 from rarefy.runtime import native
-from rarefy.runtime.forms import CONV_BLOCK, LEAST_ZEROS, MOST_STRIDE, NEAR, SHARED
+from rarefy.runtime.forms import CONV_BLOCK, LEAST_ZEROS, MOST_BYTES_IN_A_SUM, MOST_STRIDE, NEAR, SHARED
 from rarefy.runtime.packed import pack_conv, pack_dense, shared
 
 LEAST = 0.4  # zeros from which a kernel is faster than torch's dense one
@@ -102,7 +102,8 @@ def packed(t: Traced, node: Node, values: str | None) -> Any:
     if max(stride) > MOST_STRIDE or (groups > 1 and (zeros < LEAST or weight.shape[1] == 1)):
         return None
     how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    kind = values or "fp32" if groups == 1 else "fp32"
+    wide = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MOST_BYTES_IN_A_SUM
+    kind = "fp32" if groups > 1 or wide else values or "fp32"
     if groups == 1 and kind == "fp32" and few_zeros(weight):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
     form = pack_conv(weight, kind, **how, block=CONV_BLOCK if groups > 1 else NEAR)

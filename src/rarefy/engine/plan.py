@@ -161,7 +161,13 @@ class Plan:
         packed = [self.kernels[n].held[0] for n in nodes if n.target is words.product]
         tokens = max((prod(self.shape(n)[:-1]) for n in inputs), default=0)
         plain = any(n.target is words.attention for n in nodes)
-        return tokens <= MOST_FEW and not plain and all(isinstance(w, FOR_FEW) for w in packed) and bool(packed)
+        return (
+            tokens <= MOST_FEW
+            and not self.images
+            and not plain
+            and all(isinstance(w, FOR_FEW) for w in packed)
+            and bool(packed)
+        )
 
     def _lead(self, node: Node) -> tuple[int, ...]:
         return self.shape(node)[:-1]

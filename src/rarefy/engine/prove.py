@@ -12,17 +12,28 @@ from torch.utils import _pytree as pytree
 from rarefy.errors import ModelError, RarefyError
 
 
-def prove(model: nn.Module, made: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], apart: float) -> None:
+def prove(
+    model: nn.Module,
+    made: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    apart: float,
+    allowed: list[set[str]] | None = None,
+) -> list[set[str]]:
     """Call both with the example; ModelError if their outputs are further apart than `apart` of their length.
 
     An exported graph took every open size for two or more. Where model and graph agree on a size of one too, it is
-    allowed from then on. O(open sizes) calls.
+    allowed from then on; returns which. What was `allowed` so already must be as near. O(open sizes) calls.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    far = distance(model, made, leaves, spec)
-    if not far <= apart:
-        raise ModelError(f"the compiled {type(model).__name__} returns other numbers, {far:.2g} of their length apart")
-    for names in _together(made, leaves):
+    for names in [set[str](), *(allowed or [])]:
+        fewer = [_narrowed(t, want, names) for want, t in zip(made.expected, leaves)]
+        far = distance(model, made, fewer, spec)
+        if not far <= apart:
+            what = f"the compiled {type(model).__name__} returns other numbers"
+            raise ModelError(f"{what}, {far:.2g} of their length apart{' where a size is one' if names else ''}")
+    found: list[set[str]] = []
+    for names in _together(made, leaves) if allowed is None else []:
         before = {n: made.traced.ranges[n] for n in names}
         made.traced.ranges.update({n: (1, most) for n, (_, most) in before.items()})
         fewer = [_narrowed(t, want, names) for want, t in zip(made.expected, leaves)]
@@ -30,8 +41,11 @@ def prove(model: nn.Module, made: Any, args: tuple[Any, ...], kwargs: Mapping[st
             agrees = distance(model, made, fewer, spec) <= apart
         except (RarefyError, RuntimeError, ValueError, LookupError, AssertionError):
             agrees = False  # the model itself may not take it
-        if not agrees:
+        if agrees:
+            found.append(names)
+        else:
             made.traced.ranges.update(before)
+    return found
 
 
 def _together(made: Any, leaves: list[Any]) -> list[set[str]]:

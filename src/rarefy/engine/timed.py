@@ -133,7 +133,7 @@ def example_for(made: Compiled, tokens: int, batch: int) -> tuple[tuple[Any, ...
 
 
 def resident_bytes(subject: Subject) -> int:
-    """Return the bytes that weights hold in memory, shared storage once."""
+    """Return the bytes that weights hold in memory, shared ones once."""
     if isinstance(subject, nn.Module):
         return measure.resident_bytes(subject)
     made = subject.compiled if isinstance(subject, Decoder) else subject
@@ -141,5 +141,4 @@ def resident_bytes(subject: Subject) -> int:
     for kernel in made.kernels.values():
         packed: tuple[Packed, Tensor | None] = kernel.held
         tensors += [t for t in [*vars(packed[0]).values(), packed[1]] if isinstance(t, Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())  # several lie in one piece of memory

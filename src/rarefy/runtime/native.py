@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from ctypes import POINTER, Structure, addressof, byref, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +237,7 @@ class Kernel:
             )
             wrong = library.rarefy_check_panels(byref(self.about), packed.values.numel())
         elif isinstance(packed, Dense):
-            self.about, self.call, wrong = _Dense(cols=inputs, **fields), None, not blas()
+            self.about, wrong = _Dense(cols=inputs, **fields), not blas()
         elif isinstance(packed, Csr):
             self.about, self.call = _Csr(inputs=inputs, **fields), library.rarefy_run_csr
             wrong = library.rarefy_check_csr(byref(self.about), len(packed.values))
@@ -247,7 +246,7 @@ class Kernel:
             sorted_ = isinstance(matrix, Sell)
             made: Any
             if isinstance(matrix, Dense):
-                made, counted = _Dense(cols=inputs, **fields), [0, 0] if blas() else [-1, -1]
+                made, counted = _Dense(cols=inputs, **fields), [0, 0]
             else:
                 made = (_Sell if sorted_ else _Tiles)(inputs=inputs, cols=lanes, block=matrix.block, **fields)  # type: ignore[union-attr]
                 counted = [len(matrix.values)] if sorted_ else [len(matrix.columns), len(matrix.values)]  # type: ignore[union-attr]
@@ -257,6 +256,7 @@ class Kernel:
                 counted = [0, *counted][-2:]
             self.call = getattr(library, f"rarefy_run_{name}")
             wrong = getattr(library, f"rarefy_check_{name}")(byref(self.about), *counted)
+            wrong = wrong or (isinstance(matrix, Dense) and not blas())
         if wrong:
             raise FormatError(f"the packed {type(packed).__name__.lower()} of shape {list(packed.shape)} is damaged")
         self.at = byref(self.about)
@@ -278,9 +278,12 @@ class Kernel:
         return y
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Return rows of panels, fp32 [..., C], for int64 [...]; IndexError for one that is not there. O(ids C)."""
-        ids = ids.contiguous()
-        out = torch.empty(*ids.shape, self.shape[1])
+        """Return rows of panels, fp32 [..., C], for whole numbers [...]; IndexError for one that is not there.
+        O(ids C)."""
+        if not ids.is_cpu or ids.is_floating_point() or ids.is_complex():
+            raise FormatError(f"rows are asked for by whole numbers on the CPU, got {ids.dtype} on {ids.device}")
+        ids = ids.to(torch.int64).contiguous()
+        out = torch.empty(*ids.shape, self.shape[1], dtype=torch.float32, device="cpu")
         if library().rarefy_rows_of_panels(self.at, ids.data_ptr(), ids.numel(), out.data_ptr()):
             raise IndexError(f"a weight of {self.shape[0]} rows has not all of {int(ids.min())} to {int(ids.max())}")
         return out
@@ -404,11 +407,14 @@ def _check_plain(packed: Packed) -> None:
     if isinstance(packed, Panels) and (type(packed.exact) is not bool or packed.parts not in (0, 1, 2)):
         raise FormatError(f"panels: exact is True or False, parts 0 to 2, got {packed.exact!r}, {packed.parts!r}")
     grouped = isinstance(packed, ConvTiles) and packed.groups > 1
+    if grouped and packed.counts is None:  # type: ignore[union-attr]
+        raise FormatError("weights as they are are of one group, got more")
     known = ("fp32",) if grouped else ("fp32", "int8")
     if isinstance(packed, ConvTiles) and (packed.shape[0] % packed.groups or packed.kind not in known):
         raise FormatError(f"no kernel for {packed.shape[0]} outputs in {packed.groups} groups of {packed.kind}")
-    if packed.kind == "int8" and prod(packed.shape[1:]) > MOST_BYTES_IN_A_SUM:
-        raise FormatError(f"sums of {prod(packed.shape[1:])} products of bytes do not fit 32 bits")
+    inputs = packed.matrix.shape[1] if isinstance(packed, ConvTiles) else packed.shape[1]
+    if packed.kind == "int8" and inputs > MOST_BYTES_IN_A_SUM:
+        raise FormatError(f"sums of {inputs} products of bytes do not fit 32 bits")
 
 
 def _check(packed: Packed, bias: Tensor | None) -> None:
