@@ -13,9 +13,8 @@ demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 test: $(VENV)/dev.done lint  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
-test-all: $(VENV)/dev.done lint  ## with the slow tests
+test-all: test  ## with the slow tests
 	$(BIN)/python -m pytest -m slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests bench

@@ -74,7 +74,7 @@ inline void nibble_rows(const rarefy_bitmask& w, int64_t row, const void* x, int
 #pragma GCC unroll 4
     for (int r = 0; r < R4; ++r) {
       const auto wide = Nibbles::expand(none, mask + r, value);
-      const float by = __builtin_bit_cast(float, uint32_t(scale[r]) << 16);
+      const float by = from_bf16(scale[r]);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) sum[r][m] = Nibbles::step(sum[r][m], wide, in + m * ldx, by);
       value += (__builtin_popcountll(mask[r]) + 1) / 2;
@@ -126,7 +126,7 @@ namespace {
 // for each other; gathering a vector of inputs is slower than loads one by one.
 
 inline float wide(float v) { return v; }
-inline float wide(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
+inline float wide(uint16_t v) { return from_bf16(v); }
 inline float wide(int8_t v) { return v; }
 
 template <int M>

@@ -23,7 +23,6 @@ constexpr int64_t UNFOLDED = 32;  // rows that are unfolded at a time
 constexpr int64_t TILES = 4;    // of inputs that unfolded rows are multiplied by
 constexpr int64_t PART = 32;    // rows of a part of a product of few tokens
 constexpr int64_t CHANNELS = 8;  // of a part of what runs channel by channel
-constexpr int64_t LANES = 16;   // of a channel that are brought together at once
 constexpr int64_t FOURS = 64;   // of rows of a part of a convolution
 constexpr int SPINS = 2000;     // looks at a counter before the processor is given away
 
@@ -234,27 +233,6 @@ int run_unfolded(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   return RAREFY_OK;
 }
 
-// Calls f(image, column, how many) for the columns of each image that lie in a tile.
-template <class F>
-void images_in(const rarefy_step& s, int64_t tile, F&& f) {
-  for (int64_t at = tile * NT, end = std::min(at + NT, s.columns), n; at < end; at += n) {
-    n = std::min(s.tokens - at % s.tokens, end - at);
-    f(at / s.tokens, at, n);
-  }
-}
-
-// Scales of a tile's columns: of each that of its image, the largest magnitudes of which are given tile by tile.
-void image_scales(const rarefy_table& t, const rarefy_step& s, int64_t tile, float* out) {
-  std::fill_n(out, NT, 1.0f);
-  images_in(s, tile, [&](int64_t b, int64_t column, int64_t n) {
-    uint32_t most = 0;  // bits, of which those of NaN are more than all others
-    for (int64_t at = b * s.tokens, end = at + s.tokens; at < end; at = (at / NT + 1) * NT)
-      most = std::max(most, __builtin_bit_cast(uint32_t, s.more.at[at]));
-    const float largest = __builtin_bit_cast(float, most);
-    std::fill_n(out + column % NT, n, rarefy_step_of(t, &largest, 1));
-  });
-}
-
 // Tells how large outputs are: of a tile, some rows of them, from whole slabs on.
 void tell_ranges(const rarefy_table& t, const rarefy_step& s, int64_t tile, int64_t row, int64_t rows) {
   for (int64_t done = 0; s.range.at && done < rows; done += SLAB)
@@ -262,103 +240,11 @@ void tell_ranges(const rarefy_table& t, const rarefy_step& s, int64_t tile, int6
              s.range.at + tile * s.range.tile + (row + done) / SLAB * NT);
 }
 
-// Planes of some channels of one image.
-int cut_planes(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  const auto& image = *static_cast<const rarefy_image*>(s.w);
-  const Image plan(*image.w, image.height, image.width);
-  const int64_t parts = over(s.features, CHANNELS), b = i / parts, from = i % parts * CHANNELS;
-  const Scratch<1> near(s.flag ? 4 : size_t(s.tokens + NT) * 4);
-  if (!near.from) return RAREFY_MEMORY;
-  for (int64_t f = from; f < std::min(from + CHANNELS, s.features); ++f) {
-    const float* x = s.x.at + (b * s.features + f) * s.tokens;
-    if (!s.flag) {
-      float* own = static_cast<float*>(near.from);
-      for (int64_t at = b * s.tokens, end = at + s.tokens; at < end;) {
-        const int64_t n = std::min(NT - at % NT, end - at);
-        std::memcpy(own + at - b * s.tokens, s.x.at + at / NT * s.x.tile + f * NT + at % NT, size_t(n) * 4);
-        at += n;
-      }
-      x = own;
-    }
-    float* out = s.out.at + (b * s.features + f) * plan.channel;
-    for (int64_t p = 0; p < plan.phases; ++p) plan.cut(t, x, plan.phase[p], out + p * plan.plane, s.least);
-  }
-  return RAREFY_OK;
-}
+}  // namespace
 
-// A tile of a convolution's outputs, some rows of them.
-int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  const auto& image = *static_cast<const rarefy_image*>(s.w);
-  const rarefy_conv& w = *image.w;
-  const Image plan(w, image.height, image.width);
-  const int64_t tiles = over(s.columns, NT), size = rows_of(tiles), chunks = over(s.features, size);
-  const int64_t tile = i / chunks, row = i % chunks * size, rows = std::min(size, s.features - row);
-  const int64_t lanes = w.weight.cols, block = w.weight.block, here = std::min(NT, s.columns - tile * NT);
-  const int64_t whole = w.inputs * plan.channel;
-  const Scratch<1> near(size_t(block + 1) * NT * 4);  // a line between: pieces are copied whole
-  uint32_t* in = static_cast<uint32_t*>(near.from);
-  if (!in) return RAREFY_MEMORY;
-  rarefy_piece pieces[NT];
-  const int count = plan.pieces(tile * NT, here, whole, pieces);
-  float* out = s.out.at + tile * s.out.tile + row * NT;
-  auto* sums = reinterpret_cast<uint32_t*>(out);
-  const float* last = s.x.at + s.batch * whole + PIECE;
-  const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
-  const bool bytes = w.weight.kind == RAREFY_I8;
-  alignas(64) float steps[NT];
-  for (int64_t n = 0; bytes && n < NT; ++n)
-    steps[n] = s.sum.at[std::min(tile * NT + n, s.columns - 1) / s.tokens * image.height * image.width];
-  const rarefy_end end = end_of({w.weight.scales, w.weight.sums, w.weight.bias, w.weight.act}, row, rows, steps, more);
-  for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
-    t.bring(s.x.at, last, image.places + l, std::min(block, lanes - l), pieces, count, in);
-    if (w.dense)
-      multiply(rows, here, std::min(block, lanes - l), w.dense + row * lanes + l, lanes, in, l > 0, out);
-    else if (w.sell)
-      t.sell_one[bytes](*w.sell, b, row / SLAB, over(row + rows, SLAB), in, sums, here,
-                        l + block >= lanes ? &end : nullptr);
-    else
-      t.tiles_one[bytes](w.weight, b, row / R4, over(row + rows, R4), in, sums, here);
-  }
-  if (!w.sell) settle(t, end, bytes, out);
-  tell_ranges(t, s, tile, row, rows);
-  return RAREFY_OK;
-}
+#include "pixels.hpp"
 
-// Channel by channel: the largest of the pixels that a kernel takes together, or their sum with weights.
-void each_channel(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  const auto& image = *static_cast<const rarefy_image*>(s.w);
-  const Image plan(*image.w, image.height, image.width);
-  const int64_t parts = over(s.features, CHANNELS), tile = i / parts, from = i % parts * CHANNELS;
-  const int64_t lanes = image.w->kernel[0] * image.w->kernel[1], here = std::min(NT, s.columns - tile * NT);
-  rarefy_piece pieces[NT];
-  const int count = plan.pieces(tile * NT, here, s.features * plan.channel, pieces);
-  const float* last = s.x.at + s.batch * s.features * plan.channel + PIECE;
-  alignas(64) uint32_t near[(LANES + 1) * NT];
-  for (int64_t f = from; f < std::min(from + CHANNELS, s.features); ++f) {
-    float* out = s.out.at + tile * s.out.tile + f * NT;
-    for (int64_t l = 0; l < lanes; l += LANES) {
-      const int64_t some = std::min(LANES, lanes - l);
-      t.bring(s.x.at + f * plan.channel, last, image.places + l, some, pieces, count, near);
-      t.gathered(reinterpret_cast<const float*>(near), some, s.gain ? s.gain + f * lanes + l : nullptr, l > 0, out);
-    }
-    if (s.gain) t.put(out, 1, NT, s.bias ? s.bias + f : nullptr, nullptr, s.act, out, NT, false);
-  }
-}
-
-// Means of some features of one image.
-void average(const rarefy_step& s, int64_t i) {
-  const int64_t parts = over(s.features, ROWS), b = i / parts, from = i % parts * ROWS;
-  for (int64_t f = from; f < std::min(from + ROWS, s.features); ++f) {
-    float sum = 0.0f;
-    for (int64_t at = b * s.tokens, end = at + s.tokens; at < end;) {
-      const int64_t n = std::min(NT - at % NT, end - at);
-      const float* x = s.x.at + at / NT * s.x.tile + f * NT + at % NT;
-      for (int64_t j = 0; j < n; ++j) sum += x[j];
-      at += n;
-    }
-    s.out.at[b / NT * s.out.tile + f * NT + b % NT] = sum / float(s.tokens);
-  }
-}
+namespace {
 
 int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   if (s.few) return run_few(t, s, i);

@@ -296,7 +296,7 @@ API int rarefy_rows_of_panels(const rarefy_panels* w, const int64_t* rows, int64
       const int64_t cell = (rows[i] / R4 * w->words + c / 64) * R4 + rows[i] % R4, at = c % 64;
       const int64_t part = cell * parts + at / each;
       float by = w->whole ? w->whole[rows[i]] : 1.0f;
-      if (parts) by *= __builtin_bit_cast(float, uint32_t(w->scales[part]) << 16);
+      if (parts) by *= from_bf16(w->scales[part]);
       const uint8_t* values = static_cast<const uint8_t*>(w->values) + cell * (nibbles ? 32 : 64);
       const int zero = w->zeros ? w->zeros[part] : 8;
       const int value = nibbles ? (values[at / 2] >> at % 2 * 4 & 15) - zero : static_cast<int8_t>(values[at]);

@@ -13,7 +13,7 @@ from rarefy.engine import compiled, images, words
 from rarefy.engine.compiled import Alone, Segment
 from rarefy.proof.measure import threads
 from rarefy.runtime import native
-from rarefy.runtime.forms import Dense, Sell, Tiles
+from rarefy.runtime.forms import Bitmask, Dense, Sell, Tiles
 from rarefy.runtime.packed import pack_bitmask
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="no kernels")
@@ -66,13 +66,23 @@ CONVOLUTIONS = {  # kernel, stride, padding, dilation, rows, columns
 }
 
 
+def convolution(name):
+    """A layer, and the size of images for it."""
+    kernel, stride, padding, dilation, rows, columns = CONVOLUTIONS[name]
+    return nn.Conv2d(19, 150, kernel, stride, padding, dilation), rows, columns
+
+
+def not_twice(name):
+    """AVX2 shares its kernels with portable: it runs some of the cases."""
+    if native.isa() == "avx2" and "stride" not in name:
+        pytest.skip("the generic kernels run as portable")
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.85])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(isa, name, sparsity):
-    if native.isa() == "avx2" and "stride" not in name:
-        pytest.skip("the generic kernels run as portable")
-    kernel, stride, padding, dilation, rows, columns = CONVOLUTIONS[name]
-    layer = nn.Conv2d(19, 150, kernel, stride, padding, dilation)
+    not_twice(name)
+    layer, rows, columns = convolution(name)
     net = thin(Between(layer, 19, 150), sparsity)
     made = equal(net, torch.randn(3, 5, rows, columns))
     assert len(made.program) == 1
@@ -85,8 +95,8 @@ def test_convolutions(isa, name, sparsity):
 def test_convolutions_without_a_library(isa, name, monkeypatch):
     """Where torch brings nothing to multiply matrices by, dense weights run as tiles."""
     monkeypatch.setattr(native, "blas", lambda: False)
-    kernel, stride, padding, dilation, rows, columns = CONVOLUTIONS[name]
-    net = Between(nn.Conv2d(19, 150, kernel, stride, padding, dilation), 19, 150)
+    layer, rows, columns = convolution(name)
+    net = Between(layer, 19, 150)
     made = equal(net, torch.randn(3, 5, rows, columns))
     assert {type(k.held[0].matrix) for k in made.kernels.values()} == {Tiles}
 
@@ -134,10 +144,8 @@ class InBytes(nn.Module):
 @pytest.mark.parametrize("sparsity", [0.0, 0.85])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_in_bytes(isa, name, sparsity):
-    if native.isa() == "avx2" and "stride" not in name:
-        pytest.skip("the generic kernels run as portable")
-    kernel, stride, padding, dilation, rows, columns = CONVOLUTIONS[name]
-    conv = nn.Conv2d(19, 150, kernel, stride, padding, dilation)
+    not_twice(name)
+    conv, rows, columns = convolution(name)
     net = thin(nn.Sequential(conv), sparsity).eval()
     x = torch.randn(3, 19, rows, columns) * torch.tensor([0.1, 1.0, 7.0]).view(3, 1, 1, 1)
     made = rarefy.compile(net, x, values="int8")
@@ -223,7 +231,8 @@ def test_weights_for_few_inputs_do_not_make_images_few(monkeypatch):
             return self.l((self.c(x) + x).mean((2, 3)))
 
     monkeypatch.setattr(compiled, "_for_many", lambda w, _: pack_bitmask(w))
-    equal(Net(), torch.randn(2, 1, 4, 300))
+    made = equal(Net(), torch.randn(2, 1, 4, 300))
+    assert Bitmask in {type(k.held[0]) for k in made.kernels.values()}
 
 
 @pytest.mark.parametrize("values", [None, "int8"])

@@ -66,15 +66,15 @@ def converted(p: Plan, x: Node, kind: str, whole: bool = False) -> tuple[Value, 
     if key not in p.bytes:
         source = p.values[x]
         lanes = -(-source.features // 64) * 64 // LANE[kind] if p.few else -(-source.features // 4)
-        most, flag = p.ranges(source), ("fp32", "bf16", "int8").index(kind) if p.few else 0
+        most = None if p.few else p.ranges(source)
         if whole:
             told, most = source if most is None else most, p.beside(source, 1)
             p.step("range", told, x=p.use(told), out=p.use(most))
-            flag = 2
+        known = 2 if whole else int(most is not None)
+        flag = ("fp32", "bf16", "int8").index(kind) if p.few else known
         small, scales = p.beside(source, lanes), p.beside(source, 1)
-        more = {} if most is None else {"more": p.use(most), "groups": most.features, "flag": flag or 1}
-        places = {"x": p.use(source), "out": p.use(small), "sum": p.use(scales)}
-        p.step("bytes", source, **{"flag": flag, **places, **more})
+        more = {} if most is None else {"more": p.use(most), "groups": most.features}
+        p.step("bytes", source, x=p.use(source), out=p.use(small), sum=p.use(scales), flag=flag, **more)
         p.bytes[key] = small, scales
     return p.bytes[key]
 

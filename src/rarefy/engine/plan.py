@@ -218,9 +218,10 @@ class Plan:
 
     def ranges(self, v: Value) -> Value | None:
         """Return the largest magnitudes of a value's columns, for each 128 features: where what makes it can tell."""
-        i, made, at = next((i, s, at) for i, (s, at, _) in reversed([*enumerate(self.steps)]) if at.get("out") is v)
+        i = next(i for i in reversed(range(len(self.steps))) if self.steps[i][1].get("out") is v)
+        made, at, _ = self.steps[i]
         sorted_ = made.op == OPS["product"] and FORMATS[made.flag] in (Tiles, Sell)
-        if self.few or not (sorted_ or made.op == OPS["convolve"]):
+        if not (sorted_ or made.op == OPS["convolve"]):
             return None
         if "range" not in at:
             at["range"] = Value(v.tokens, -(-v.features // SLAB), i, False)

@@ -103,6 +103,12 @@ class Conv(Structure):
     ]
 
 
+def _torch() -> ctypes.CDLL:
+    """torch's own library, whose threads and products of matrices the kernels use."""
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+
+
 @cache
 def _open() -> tuple[Any, str | None]:
     """The library, or why there is none."""
@@ -111,8 +117,7 @@ def _open() -> tuple[Any, str | None]:
         return None, "no compiled kernels: install again where there is a C++20 compiler"
     try:
         library = ctypes.CDLL(found.origin)
-        name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
-        pool = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        pool = _torch()
         library.rarefy_use_parallel(pool.torch_parallel_for, pool.torch_get_num_threads)
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels do not load: {error}"
@@ -147,8 +152,7 @@ def blas() -> bool:
     library, _ = _open()
     if library is None:
         return False
-    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
-    found = getattr(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)), "sgemm_", None)
+    found = getattr(_torch(), "sgemm_", None)
     return found is not None and not library.rarefy_use_sgemm(found)
 
 
