@@ -7,7 +7,7 @@
 #include "table.h"
 
 #if defined(__AVX2__)
-#include <immintrin.h>
+#include "avx2.hpp"
 #endif
 
 namespace {
@@ -86,18 +86,6 @@ inline void scatter(const char* bits, const T* v, T (&out)[N]) {
   }
 }
 
-#if defined(__AVX2__)
-struct Ranks {  // for each mask of eight, how many bits lie below each place
-  uint64_t of[256];
-  constexpr Ranks() : of() {
-    for (int mask = 0; mask < 256; ++mask)
-      for (int place = 0, rank = 0; place < 8; rank += mask >> place & 1, ++place)
-        of[mask] |= uint64_t(rank) << (8 * place);
-  }
-};
-constexpr Ranks ranks{};
-#endif
-
 template <int KIND>
 struct Bits;
 
@@ -109,10 +97,10 @@ struct Bits<RAREFY_F32> : FloatSums {
   static int none() { return 0; }
   static vf expand(int, const char* bits, const float* v) {
 #if defined(__AVX2__)
-    const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(ranks.of[uint8_t(*bits)])));
+    const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(places.ranks[uint8_t(*bits)])));
     const __m256i here = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
     const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(uint8_t(*bits)), here), here);
-    return vf(_mm256_and_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(v), places), _mm256_castsi256_ps(kept)));
+    return vf(_mm256_and_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(v), from), _mm256_castsi256_ps(kept)));
 #else
     float out[8];
     scatter(bits, v, out);
@@ -129,9 +117,13 @@ struct Bits<RAREFY_BF16> : FloatSums {
   static constexpr int cell = 16;
   static int none() { return 0; }
   static vu expand(int, const char* bits, const uint16_t* v) {
+#if defined(__AVX2__)
+    return vu(expand_pairs(bits, v));
+#else
     uint16_t out[16];
     scatter(bits, v, out);
     return at<vu>(out);
+#endif
   }
   static vf step(vf s, vu w, const uint16_t* x) {
     const vu in = at<vu>(x);
@@ -146,9 +138,13 @@ struct Bits<RAREFY_I8> : IntegerSums {
   static constexpr int cell = 32;
   static int none() { return 0; }
   static vi expand(int, const char* bits, const int8_t* v) {
+#if defined(__AVX2__)
+    return vi(expand_bytes(bits, v));
+#else
     int8_t out[32];
     scatter(bits, v, out);
     return at<vi>(out);
+#endif
   }
   static vi step(vi s, vi w, const uint8_t* x) { return dot_bytes(s, at<vu>(x), w); }
 };
@@ -159,13 +155,23 @@ struct Nibbles {
   };
   static int none() { return 0; }
   static bytes expand(int, const uint64_t* mask, const uint8_t* v) {
-    int8_t out[64];
+    int8_t out[72];
+#if defined(__AVX2__)
+    const char* bits = reinterpret_cast<const char*>(mask);
+    for (int half = 0; half < 2; ++half) {
+      const __m256i wide = _mm256_sub_epi8(from_nibbles(v + 16 * half), _mm256_set1_epi8(8));
+      std::memcpy(out + 32 * half, &wide, 32);
+    }
+    std::memset(out + 64, 0, 8);
+    return {{vi(expand_bytes(bits, out)), vi(expand_bytes(bits + 4, out + __builtin_popcountll(*mask << 32)))}};
+#else
     for (int i = 0, k = 0; i < 64; ++i) {
       const bool here = *mask >> i & 1;
       out[i] = here ? int8_t((v[k / 2] >> (k % 2 * 4) & 15) - 8) : int8_t(0);
       k += here;
     }
     return {{at<vi>(out), at<vi>(out + 32)}};
+#endif
   }
   static vf step(vf s, bytes w, const uint8_t* x, float by) {
     const vi dot = dot_bytes(dot_bytes(vi{}, at<vu>(x), w.of[0]), at<vu>(x + 32), w.of[1]);
@@ -193,7 +199,15 @@ struct Cells {
   }
   numbers nibbles(const uint8_t* v, zero z) const {
     numbers out;
+#if defined(__AVX2__)
+    for (int half = 0; half < 2; ++half) {
+      const __m256i less = _mm256_set1_epi8(half ? z.second : z.first), wide = from_nibbles(v + 16 * half);
+      const __m256i whole = _mm256_sub_epi8(wide, less);
+      std::memcpy(out.of + 32 * half, &whole, 32);
+    }
+#else
     for (int i = 0; i < 64; ++i) out.of[i] = int8_t((v[i / 2] >> (i % 2 * 4) & 15) - (i < 32 ? z.first : z.second));
+#endif
     return out;
   }
   vf step(vf s, const numbers& w, const uint8_t* x, scale by) const {
@@ -216,6 +230,17 @@ struct Cells {
 
 template <int KIND>
 struct Lanes;
+
+#if defined(__AVX2__)
+// Of n numbers at x as many as there is room for, with zeros behind.
+template <int N>
+inline const float* filled(const float* x, int64_t n, float (&room)[N]) {
+  if (n >= N) return x;
+  std::memset(room, 0, sizeof room);
+  std::memcpy(room, x, size_t(n) * 4);
+  return room;
+}
+#endif
 
 struct Floats : FloatSums {
   static vf sum_at(const uint32_t* o) { return at<vf>(o); }
@@ -244,10 +269,15 @@ struct Lanes<RAREFY_BF16> : Floats {
   static vu spread(uint32_t w) { return vu{} + w; }
   static vf step(vf s, vu x, vu w) { return s + low_half(w) * low_half(x) + high_half(w) * high_half(x); }
   static lanes to_lanes(const float* x, int64_t n, float) {
+#if defined(__AVX2__)
+    float all[2 * W];
+    return lanes(to_pairs(filled(x, n, all)));
+#else
     lanes v;
     for (int64_t i = 0; i < W; ++i)
       v[i] = (2 * i < n ? to_bf16(x[2 * i]) : 0) | (2 * i + 1 < n ? to_bf16(x[2 * i + 1]) : 0) << 16;
     return v;
+#endif
   }
 };
 
@@ -261,9 +291,14 @@ struct Lanes<RAREFY_I8> : IntegerSums {
   static vi spread(uint32_t w) { return vi(vu{} + w); }
   static vi step(vi s, vu x, vi w) { return dot_bytes(s, x, w); }
   static lanes to_lanes(const float* x, int64_t n, float scale) {
+#if defined(__AVX2__)
+    float all[4 * W];
+    return lanes(to_bytes(filled(x, n, all), scale));
+#else
     uint8_t bytes[4 * W];
     for (int64_t i = 0; i < 4 * W; ++i) bytes[i] = i < n ? uint8_t(nearest(x[i] * scale) + 128) : 128;
     return lanes_at(bytes);
+#endif
   }
   static int nearest(float f) {  // even where two are as near; NaN and what is too large become the ends
     const float most = f < 127.0f ? (f > -128.0f ? f : -128.0f) : 127.0f;
@@ -272,12 +307,16 @@ struct Lanes<RAREFY_I8> : IntegerSums {
 };
 
 inline void transpose(lanes (&r)[W]) {
+#if defined(__AVX2__)
+  transpose_eight(reinterpret_cast<__m256(&)[W]>(r));
+#else
   for (int i = 0; i < W; ++i)
     for (int j = 0; j < i; ++j) {
       const uint32_t t = r[i][j];
       r[i][j] = r[j][i];
       r[j][i] = t;
     }
+#endif
 }
 
 inline void past_caches(float* to, lanes v) {
