@@ -53,13 +53,13 @@ inline __m256i from_nibbles(const uint8_t* v) {
   return _mm256_and_si256(_mm256_or_si256(w, _mm256_slli_epi16(w, 4)), _mm256_set1_epi8(15));
 }
 
-// 32 numbers in bytes, to which 128 is added.
+// 32 numbers in bytes.
 inline __m256i to_bytes(const float* x, float scale) {
   const __m256 by = _mm256_set1_ps(scale);
   const auto whole = [&](int n) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + n), by)); };
   const __m256i fours = _mm256_packs_epi16(_mm256_packs_epi32(whole(0), whole(8)), _mm256_packs_epi32(whole(16), whole(24)));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  return _mm256_xor_si256(_mm256_permutevar8x32_epi32(fours, order), _mm256_set1_epi8(char(0x80)));
+  return _mm256_permutevar8x32_epi32(fours, order);
 }
 
 // 16 numbers in bf16, to the nearest, even where two are as near; NaN stays NaN.

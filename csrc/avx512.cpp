@@ -5,6 +5,7 @@
 
 namespace {
 constexpr int W = 16, MOST = 4;
+constexpr int32_t ADDED = 128;
 
 // Zen 4 and 5 make a zero-masked expansion wait for the register that it overwrites. So it is merged into zeros that
 // the compiler cannot know to be zeros.
@@ -180,7 +181,7 @@ struct Lanes<RAREFY_BF16> : Floats {
 
 inline __m128i to_bytes(const float* x, uint32_t mask, __m512 scale) {
   const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(__mmask16(mask), x), scale));
-  return _mm_xor_si128(_mm512_cvtsepi32_epi8(q), _mm_set1_epi8(char(0x80)));
+  return _mm_xor_si128(_mm512_cvtsepi32_epi8(q), _mm_set1_epi8(char(ADDED)));
 }
 
 template <>

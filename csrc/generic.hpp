@@ -15,8 +15,10 @@ namespace {
 constexpr int W = 8;
 #if defined(__AVX2__)
 constexpr int MOST = 2;  // vectors of a tile that fit sixteen registers
+constexpr int32_t ADDED = 0;
 #else
 constexpr int MOST = 1;
+constexpr int32_t ADDED = 128;
 #endif
 
 typedef float vf __attribute__((vector_size(32)));
@@ -60,13 +62,13 @@ inline uint32_t to_bf16(float f) {  // to the nearest, even where two are as nea
 inline vf low_half(vu x) { return vf(x << 16); }
 inline vf high_half(vu x) { return vf(x & 0xffff0000u); }
 
-// bytes of inputs (unsigned) times bytes of weights (signed), four to a sum
+// bytes of inputs times bytes of weights (signed), four to a sum
 inline vi dot_bytes(vi s, vu x, vi w) {
 #if defined(__AVX2__)
-  const __m256i a = __m256i(x), b = __m256i(w), even = _mm256_set1_epi16(0xff);
-  const __m256i one = _mm256_madd_epi16(_mm256_and_si256(a, even), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
-  const __m256i two = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
-  return vi(_mm256_add_epi32(__m256i(s), _mm256_add_epi32(one, two)));
+  // pairs stay within 16 bits, as inputs are at most 127 and weights 128, where unsigned inputs would not
+  const __m256i signs = _mm256_sign_epi8(__m256i(x), __m256i(w));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(__m256i(w)), signs);
+  return vi(_mm256_add_epi32(__m256i(s), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
 #else
   s += vi(x & 255u) * (w << 24 >> 24);
   s += vi(x >> 8 & 255u) * (w << 16 >> 24);
@@ -296,7 +298,7 @@ struct Lanes<RAREFY_I8> : IntegerSums {
     return lanes(to_bytes(filled(x, n, all), scale));
 #else
     uint8_t bytes[4 * W];
-    for (int64_t i = 0; i < 4 * W; ++i) bytes[i] = i < n ? uint8_t(nearest(x[i] * scale) + 128) : 128;
+    for (int64_t i = 0; i < 4 * W; ++i) bytes[i] = i < n ? uint8_t(nearest(x[i] * scale) + ADDED) : ADDED;
     return lanes_at(bytes);
 #endif
   }

@@ -4,6 +4,7 @@
 //
 // From the including unit:
 //   W, MOST        floats of a vector, vectors of a tile that fit the registers
+//   ADDED          what is added to inputs in bytes: 128 where products take them without a sign, else 0
 //   Bits<KIND>     expansion of a bitmask's values, and the product with an input; Nibbles: those of int4
 //   Cells          64 whole numbers, and their product with inputs
 //   Lanes<KIND>    products of 32-bit lanes: 1 fp32, 2 bf16, 4 int8
@@ -13,6 +14,10 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+
+namespace {
+constexpr uint32_t NO_BYTES = uint32_t(ADDED) * 0x01010101u;  // four zeros in bytes
+}
 
 #include "settle.hpp"
 #include "steps.hpp"

@@ -56,8 +56,7 @@ void panels_any(const rarefy_panels& w, int64_t from, int64_t to, const void* x,
   }
 }
 
-// Outputs `from`..`to` of n inputs, whose sums lie where the outputs will; `scales`: of inputs in bytes, to which 128 was
-// added, or null.
+// Outputs `from`..`to` of n inputs, whose sums lie where the outputs will; `scales`: of inputs in bytes, or null.
 void settle_panels(const rarefy_panels& w, int64_t from, int64_t to, const float* scales, const float* residual, float* y,
                    int64_t ldy, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
@@ -65,7 +64,7 @@ void settle_panels(const rarefy_panels& w, int64_t from, int64_t to, const float
       const int64_t here = to - r;
       float* at = y + i * ldy + r;
       vec v = some_at(at, here);
-      if (scales) v = (v - some_at(w.sums + r, here) * 128.0f) * scales[i];
+      if (scales) v = (v - some_at(w.sums + r, here) * float(ADDED)) * scales[i];
       if (w.whole) v *= some_at(w.whole + r, here);
       if (w.bias) v += some_at(w.bias + r, here);
       if (residual) v += some_at(residual + i * ldy + r, here);

@@ -30,11 +30,13 @@ int cut_planes(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const auto& image = *static_cast<const rarefy_image*>(s.w);
   const Image plan(*image.w, image.height, image.width);
   const int64_t parts = over(s.features, CHANNELS), b = i / parts, from = i % parts * CHANNELS;
-  const Scratch<1> near(s.flag ? 4 : size_t(s.tokens + NT) * 4);
+  const bool raw = s.flag == 1;
+  const float rest = s.flag == 2 ? t.no_bytes : s.least;
+  const Scratch<1> near(raw ? 4 : size_t(s.tokens + NT) * 4);
   if (!near.from) return RAREFY_MEMORY;
   for (int64_t f = from; f < std::min(from + CHANNELS, s.features); ++f) {
     const float* x = s.x.at + (b * s.features + f) * s.tokens;
-    if (!s.flag) {
+    if (!raw) {
       float* own = static_cast<float*>(near.from);
       for (int64_t at = b * s.tokens, end = at + s.tokens; at < end;) {
         const int64_t n = std::min(NT - at % NT, end - at);
@@ -44,7 +46,7 @@ int cut_planes(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       x = own;
     }
     float* out = s.out.at + (b * s.features + f) * plan.channel;
-    for (int64_t p = 0; p < plan.phases; ++p) plan.cut(t, x, plan.phase[p], out + p * plan.plane, s.least);
+    for (int64_t p = 0; p < plan.phases; ++p) plan.cut(t, x, plan.phase[p], out + p * plan.plane, rest);
   }
   return RAREFY_OK;
 }

@@ -158,8 +158,8 @@ enum rarefy_op {
   RAREFY_ATTEND = 7,  // w: rarefy_attention
   RAREFY_ROTATE = 8,  // out = x with each of `groups` (heads) turned by the angles of cosines `more` and sines `sum`
   RAREFY_KEEP = 9,    // x into the cache of w (rarefy_attention): keys, or with flag values
-  RAREFY_PLANES = 10,  // images x -> out, padded planes for w (rarefy_image), with `least` outside; flag: x lies
-                       // [batch][features][pixels]
+  RAREFY_PLANES = 10,  // images x -> out, padded planes for w (rarefy_image), with `least` outside; flag 1: x lies
+                       // [batch][features][pixels], 2: of bytes, with zeros outside
   RAREFY_CONVOLVE = 11,  // out = act(planes x convolved with w (rarefy_image) + bias + more); of int8, x are planes of
                          // bytes, and sum their images' scales
   RAREFY_POOL = 12,    // out = the largest of the pixels of planes x that w (rarefy_image) takes together

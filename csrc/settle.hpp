@@ -58,15 +58,15 @@ inline vec activated(vec v, int act) {
 }
 
 // Sums of one input for W outputs from `row` on, `here` of which exist, become outputs: act(sums by scale + bias +
-// residual). `by`: the scale of the input; int8 and int4 inputs had 128 added.
+// residual). `by`: the scale of the input, of int8 and int4.
 template <int KIND, class M>
 inline void settle(const M& w, int64_t row, int64_t here, vec sums, float by, const float* residual, float* y) {
   vec v = sums;
   if constexpr (KIND == RAREFY_I8) {
-    const words shift = words(some_at(reinterpret_cast<const float*>(w.sums) + row, here)) * 128u;
+    const words shift = words(some_at(reinterpret_cast<const float*>(w.sums) + row, here)) * uint32_t(ADDED);
     v = __builtin_convertvector(ints(words(sums) - shift), vec) * (some_at(static_cast<const float*>(w.scales) + row, here) * by);
   } else if constexpr (KIND == RAREFY_I4) {
-    v = (sums - some_at(static_cast<const float*>(w.sums) + row, here) * 128.0f) * by;
+    v = (sums - some_at(static_cast<const float*>(w.sums) + row, here) * float(ADDED)) * by;
   }
   if (w.bias) v += some_at(w.bias + row, here);
   if (residual) v += some_at(residual, here);

@@ -86,7 +86,7 @@ void to_bytes_tile(const float* x, int64_t features, const float* scales, uint32
   for (int64_t n = 0; n < NT; n += W) {
     const vec by = 1.0f / whole_at(scales + n);
     for (int64_t f = 0; f < features; f += 4) {
-      words lane = words{} + 0x80808080u;
+      words lane = words{} + NO_BYTES;
       for (int64_t i = 0; i < 4 && f + i < features; ++i) {
         const vec v = whole_at(x + (f + i) * NT + n) * by;
         const ints whole = __builtin_convertvector((v + 12582912.0f) - 12582912.0f, ints);
@@ -106,7 +106,7 @@ inline void finish_row(const S (&c)[T], const rarefy_end& end, int64_t row, int6
   for (int t = 0; t < T; ++t) {
     vec v;
     if constexpr (KIND == RAREFY_I8) {
-      const words shift = words{} + uint32_t(there ? end.sums[row] : 0) * 128u;
+      const words shift = words{} + uint32_t(there ? end.sums[row] : 0) * uint32_t(ADDED);
       const float scale = there ? end.scales[row] : 0.0f;
       v = __builtin_convertvector(ints(__builtin_bit_cast(words, c[t]) - shift), vec);
       v = v * (whole_at(end.steps + lane + t * W) * scale) + bias;

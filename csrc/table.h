@@ -29,7 +29,7 @@ struct rarefy_sums {
 };
 
 // What becomes of sums [rows][NT] when the last of them is there: act(sums + bias + more), where they lie. Those of bytes
-// are `sums` too large, 128 times, and in steps of rows (`scales`) and columns.
+// are `sums` too large, as often as what was added to inputs, and in steps of rows (`scales`) and columns.
 struct rarefy_end {
   const float *bias, *more;
   int64_t rows;
@@ -40,6 +40,7 @@ struct rarefy_end {
 
 struct rarefy_table {
   const char* name;
+  float no_bytes;  // four zeros in bytes, as inputs have them
   void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
   void (*panels[4])(const rarefy_panels&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
   void (*settle_panels)(const rarefy_panels&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
@@ -80,6 +81,7 @@ float rarefy_step_of(const rarefy_table& t, const float* x, int64_t n);  // of n
 
 #define RAREFY_TABLE(name)                                                            \
   {name,                                                                              \
+   __builtin_bit_cast(float, NO_BYTES),                                                \
    {bit_any<RAREFY_F32>, bit_any<RAREFY_BF16>, bit_any<RAREFY_I8>, bit_any<RAREFY_I4>}, \
    {panels_any<false, false>, panels_any<false, true>, panels_any<true, false>, panels_any<true, true>}, \
    settle_panels,                                                                      \

@@ -153,6 +153,14 @@ def test_integers_are_summed_exactly(N, how, isa):
 
 
 @pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("N", [1, 64])
+def test_the_largest_integers_do_not_overflow(N, how, isa):
+    signs = torch.tensor([[127.0], [-127.0]])
+    W, x = signs.expand(2, 515).repeat(25, 1), signs.expand(2, 515).repeat(N, 1)[:N].contiguous()
+    assert torch.equal(native.Kernel(FORMATS[how](W, "int8")).run(x), x @ W.T)
+
+
+@pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("blocks", [(4, 1), (1, 4), (1, 2), (16, 1)])
 def test_blocks(blocks, how, isa):
     W, x = random(96, 200, 0.8, *blocks), torch.randn(40, 200)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from ctypes import Structure, addressof, c_int64, c_void_p
 from math import inf
-from struct import pack, unpack
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from rarefy.runtime.forms import LANE, MOST_STRIDE
 
 PIECE = 16  # floats that may be read past the last plane
 MOST_PLANES = 1 << 31  # floats, as places are counted in 32 bits
-NO_BYTES = unpack("f", pack("I", 0x80808080))[0]  # four zeros in bytes, to which 128 was added
 OF_IMAGES = (words.convolution, words.pool, words.average)
 
 
@@ -97,7 +95,9 @@ def _planes(p: Plan, x: Node, conv: Any, rest: float, small: Value | None = None
         tokens = p.over(x) if source is None else source
         made = Value(tokens.tokens, features, len(p.steps), False, size=batch * features * each + PIECE)
         p.every.append(made)
-        given: dict[str, Any] = {"flag": 1} if source is None else {"x": p.use(source)}
+        given: dict[str, Any] = (
+            {"flag": 1} if source is None else {"x": p.use(source), "flag": 0 if small is None else 2}
+        )
         if source is None:
             p.raw[x].append(len(p.steps))
         p.step("planes", tokens, out=p.use(made), w=addressof(image), least=rest, **given)
@@ -137,7 +137,7 @@ def convolution(p: Plan, node: Node) -> None:
         small = None
         if bytes_:
             small, beside["sum"] = converted(p, x, "int8", True)
-        source, image = _planes(p, x, kernel.about, NO_BYTES if bytes_ else 0.0, small)
+        source, image = _planes(p, x, kernel.about, 0.0, small)
         step, how = "convolve", {"w": addressof(image), "batch": batch}
     out = p.make(node)
     p.step(step, out, x=p.use(source), out=p.use(out), **how, **{n: p.use(v) for n, v in beside.items()})
