@@ -77,7 +77,7 @@ int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
     t.bring(s.x.at, last, image.places + l, std::min(block, lanes - l), pieces, count, in);
     if (w.dense)
-      multiply(rows, here, std::min(block, lanes - l), w.dense + row * lanes + l, lanes, in, l > 0, out);
+      multiply(t, w.dense, lanes, row, rows, l, std::min(block, lanes - l), in, here, sums);
     else if (w.sell)
       t.sell_one[bytes](*w.sell, b, row / SLAB, over(row + rows, SLAB), in, sums, here,
                         l + block >= lanes ? &end : nullptr);

@@ -185,15 +185,11 @@ int run_few(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   return RAREFY_OK;
 }
 
-rarefy_sgemm sgemm = nullptr;
-
-// Sums [rows][NT] of `columns` of a tile of inputs times a weight as it is, whose rows lie `apart`; `begun`: added to
-// what is there.
-void multiply(int64_t rows, int64_t columns, int64_t lanes, const float* w, int64_t apart, const uint32_t* x, bool begun,
-              float* out) {
-  const float one = 1.0f, before = begun ? 1.0f : 0.0f;
-  const int64_t tile = NT;
-  sgemm("N", "N", &columns, &rows, &lanes, &one, reinterpret_cast<const float*>(x), &tile, w, &apart, &before, out, &tile);
+// Sums [rows][NT] of `columns` of a tile of inputs times lanes `lane`..`lane` + `some` of a weight as it is, from `row` on.
+void multiply(const rarefy_table& t, const float* values, int64_t lanes, int64_t row, int64_t rows, int64_t lane,
+              int64_t some, const uint32_t* x, int64_t columns, uint32_t* out) {
+  const auto* from = reinterpret_cast<const uint32_t*>(values + row * lanes + lane * R4);
+  t.dense[0](from, lanes * R4, over(rows, R4), some, x, out, columns, lane > 0);
 }
 
 rarefy_end end_of(const rarefy_sums& w, int64_t row, int64_t rows, const float* steps, const float* more) {
@@ -227,7 +223,7 @@ int run_unfolded(const rarefy_table& t, const rarefy_step& s, int64_t i) {
     float* out = s.out.at + tile * s.out.tile + row * NT;
     const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
     t.dense[bytes](values, apart, fours, lanes, reinterpret_cast<const uint32_t*>(s.x.at + tile * s.x.tile),
-                   reinterpret_cast<uint32_t*>(out), std::min(NT, s.columns - tile * NT));
+                   reinterpret_cast<uint32_t*>(out), std::min(NT, s.columns - tile * NT), false);
     settle(t, end_of(p.sums, row, rows, s.sum.at ? s.sum.at + tile * NT : nullptr, more), bytes, out);
   }
   return RAREFY_OK;
@@ -291,7 +287,7 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       auto* sums = reinterpret_cast<uint32_t*>(out);
       const rarefy_end end = end_of(p.sums, row, rows, s.sum.at ? s.sum.at + tile * NT : nullptr, more);
       if (s.flag == RAREFY_DENSE)
-        multiply(rows, columns, p.cols, static_cast<const rarefy_dense*>(s.w)->values + row * p.cols, p.cols, x, false, out);
+        multiply(t, static_cast<const rarefy_dense*>(s.w)->values, p.cols, row, rows, 0, p.cols, x, columns, sums);
       else if (s.flag == RAREFY_SELL)
         t.sell[p.kind](*static_cast<const rarefy_sell*>(s.w), chunk, x, sums, columns, &end);
       else
@@ -381,18 +377,6 @@ void rest(int& spins) {
 }
 
 }  // namespace
-
-API int rarefy_use_sgemm(rarefy_sgemm given) {
-  sgemm = given;
-  const float w[2][3] = {{1, 2, 3}, {4, 5, 6}}, x[3][2] = {{1, 10}, {2, 20}, {3, 30}};
-  float in[3 * NT] = {}, out[2 * NT] = {};
-  for (int64_t l = 0; l < 3; ++l) std::copy_n(x[l], 2, in + l * NT);
-  multiply(2, 2, 3, w[0], 3, reinterpret_cast<const uint32_t*>(in), false, out);
-  multiply(2, 2, 3, w[0], 3, reinterpret_cast<const uint32_t*>(in), true, out);
-  const bool right = out[0] == 28 && out[1] == 280 && out[NT] == 64 && out[NT + 1] == 640;
-  if (!right) sgemm = nullptr;
-  return right ? RAREFY_OK : RAREFY_BAD;
-}
 
 API void rarefy_large_pages(void* p, int64_t bytes) { large_pages(p, size_t(bytes)); }
 

@@ -85,10 +85,10 @@ struct rarefy_csr {
   int32_t kind, act;
 };
 
-// A weight as it is, which the library of linear algebra multiplies by: where zeros are few. In plans alone.
+// A weight as it is, where zeros are few. In plans alone.
 struct rarefy_dense {
   int64_t rows, cols;
-  const float* values;      // [rows][cols]
+  const float* values;      // [rows / 4][cols][4]
   const float* bias;
   int32_t kind, act;
 };
@@ -98,7 +98,7 @@ struct rarefy_dense {
 struct rarefy_conv {
   rarefy_tiles weight;      // its bias is that of all outputs
   const rarefy_sell* sell;  // of one group: the weight as pairs of rows, in the place of those tiles; or null
-  const float* dense;       // of one group: the weight as it is, [outputs][lanes], in the place of those tiles; or null
+  const float* dense;       // of one group: the weight as it is, [outputs / 4][lanes][4], in their place; or null
   int64_t groups, outputs, inputs;  // outputs and inputs, or fours of them, of a group
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
@@ -106,11 +106,6 @@ struct rarefy_conv {
 const char* rarefy_isa(void);                      // what serves this process
 int rarefy_use_isa(const char* name);              // "avx512", "avx2", "portable"; RAREFY_BAD where this CPU has it not
 void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*));
-// BLAS's product of matrices in fp32, by whose whole numbers are of 32 or 64 bits. RAREFY_BAD where it multiplies wrong.
-typedef void (*rarefy_sgemm)(const char*, const char*, const int64_t*, const int64_t*, const int64_t*, const float*,
-                             const float*, const int64_t*, const float*, const int64_t*, const float*, float*,
-                             const int64_t*);
-int rarefy_use_sgemm(rarefy_sgemm multiply);
 // Whether every index leads inside; to be asked of what comes from a file before it runs. O(values).
 int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values);
 int rarefy_check_csr(const rarefy_csr* w, int64_t values);

@@ -73,7 +73,7 @@ struct rarefy_table {
   void (*attend_row)(const rarefy_attention&, int64_t, int64_t, int64_t, float*);
   void (*unfold[4])(const rarefy_bitmask&, int64_t, uint32_t*);
   void (*unfold_panels)(const rarefy_panels&, int64_t, bool, uint32_t*);
-  void (*dense[2])(const uint32_t*, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);  // fp32, bytes
+  void (*dense[2])(const uint32_t*, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t, bool);  // fp32, bytes
 };
 
 const rarefy_table& rarefy_chosen();  // what serves this process

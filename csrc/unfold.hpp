@@ -1,5 +1,5 @@
-// Weights for few inputs, unfolded four rows at a time into dense lanes [column][4], which many inputs are multiplied by:
-// so one copy of a weight serves one token and a thousand. Part of kernels.hpp, in its unnamed namespace.
+// Dense lanes [column][4] of four rows, which many inputs are multiplied by; and weights for few inputs, unfolded into
+// such: so one copy of a weight serves one token and a thousand. Part of kernels.hpp, in its unnamed namespace.
 
 namespace {
 
@@ -111,19 +111,22 @@ void dense_part(const uint32_t* values, int64_t apart, int64_t fours, int64_t la
   }
 }
 
-// Dense lanes of `fours`, `apart` from each other, times `columns` of a tile of inputs: sums [4 fours][NT].
+// Dense lanes of `fours`, `apart` from each other, times `columns` of a tile of inputs: sums [4 fours][NT]; `begun`: added
+// to what is there.
 template <int KIND>
 void dense_any(const uint32_t* values, int64_t apart, int64_t fours, int64_t lanes, const uint32_t* x, uint32_t* out,
-               int64_t columns) {
+               int64_t columns, bool begun) {
   for (int64_t b = 0; b < lanes; b += CLOSE) {
     const int64_t some = std::min(CLOSE, lanes - b);
     int64_t left = (columns + W - 1) / W, at = 0;
     auto part = [&](auto size) {
       constexpr int T = decltype(size)::value;
-      dense_part<KIND, T>(values + b * R4, apart, fours, some, b > 0, x + b * NT + at, out + at);
+      dense_part<KIND, T>(values + b * R4, apart, fours, some, begun || b > 0, x + b * NT + at, out + at);
       left -= T;
       at += T * W;
     };
+    if constexpr (MOST == 2)
+      while (left == 3 || left > 4) part(std::integral_constant<int, 3>{});  // sixteen registers, and none left over
     while (left >= MOST) part(std::integral_constant<int, MOST>{});
     if constexpr (MOST > 2)
       if (left >= 2) part(std::integral_constant<int, 2>{});

@@ -72,16 +72,9 @@ def convolution(name):
     return nn.Conv2d(19, 150, kernel, stride, padding, dilation), rows, columns
 
 
-def not_twice(name):
-    """AVX2 shares its kernels with portable: it runs some of the cases."""
-    if native.isa() == "avx2" and "stride" not in name:
-        pytest.skip("the generic kernels run as portable")
-
-
 @pytest.mark.parametrize("sparsity", [0.0, 0.85])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(isa, name, sparsity):
-    not_twice(name)
     layer, rows, columns = convolution(name)
     net = thin(Between(layer, 19, 150), sparsity)
     made = equal(net, torch.randn(3, 5, rows, columns))
@@ -89,16 +82,6 @@ def test_convolutions(isa, name, sparsity):
     x = torch.randn(1, 5, rows, columns)
     with torch.no_grad():
         assert far(net(x), made(x)) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["pointwise", "square", "pointwise, stride", "oblong"])
-def test_convolutions_without_a_library(isa, name, monkeypatch):
-    """Where torch brings nothing to multiply matrices by, dense weights run as tiles."""
-    monkeypatch.setattr(native, "blas", lambda: False)
-    layer, rows, columns = convolution(name)
-    net = Between(layer, 19, 150)
-    made = equal(net, torch.randn(3, 5, rows, columns))
-    assert {type(k.held[0].matrix) for k in made.kernels.values()} == {Tiles}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +127,6 @@ class InBytes(nn.Module):
 @pytest.mark.parametrize("sparsity", [0.0, 0.85])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_in_bytes(isa, name, sparsity):
-    not_twice(name)
     conv, rows, columns = convolution(name)
     net = thin(nn.Sequential(conv), sparsity).eval()
     x = torch.randn(3, 19, rows, columns) * torch.tensor([0.1, 1.0, 7.0]).view(3, 1, 1, 1)

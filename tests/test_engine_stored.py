@@ -22,7 +22,6 @@ from rarefy.files import INDEX
 from rarefy.model import hf
 from rarefy.proof.measure import threads
 from rarefy.runtime import native
-from rarefy.runtime.forms import Dense
 from test_engine import Attends, Gated, Residual, pruned
 
 SHARD = "weights-00001.safetensors"
@@ -85,16 +84,6 @@ def test_convolutions(tmp_path, how, values):
     assert torch.equal(back(x), made(x))
     kept = {r["tensor"] for r in rarefy.inspect(tmp_path / "out").rows}
     assert not any("running" in n or n.startswith("p_na") for n in kept)  # BatchNorms are in the convolutions
-
-
-def test_where_torch_has_nothing_to_multiply_by(tmp_path, monkeypatch):
-    made, x = rarefy.compile(Residual().eval(), torch.randn(2, 8, 12, 12)), torch.randn(3, 8, 12, 12)
-    rarefy.save(made, tmp_path / "out")
-    monkeypatch.setattr(native, "blas", lambda: False)
-    back = rarefy.load(tmp_path / "out")
-    forms = [k.held[0] for k in back.kernels.values()]
-    assert Dense not in {type(getattr(f, "matrix", f)) for f in forms}
-    torch.testing.assert_close(back(x), made(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rarefy.engine import words
 from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape
-from rarefy.runtime import native
 from rarefy.runtime.forms import CONV_BLOCK, LEAST_ZEROS, MOST_BYTES_IN_A_SUM, MOST_STRIDE, NEAR, SHARED
 from rarefy.runtime.packed import pack_conv, pack_dense, shared
 
@@ -85,8 +84,6 @@ def pooled(t: Traced, node: Node) -> None:
 def few_zeros(weight: Tensor) -> bool:
     """Return whether a weight is multiplied by faster with its zeros: as many as there may be depends on whether the
     others come in fours."""
-    if not native.blas():
-        return False
     W = weight.flatten(1)
     hit = torch.nn.functional.pad(W != 0, (0, 0, 0, -len(W) % 4)).view(-1, 4, W.shape[1])
     fours = float(hit.sum()) / max(1.0, float(hit.any(1).sum()))

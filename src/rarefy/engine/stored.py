@@ -23,16 +23,16 @@ from rarefy.errors import ContainerError, FormatError
 from rarefy.formats import container
 from rarefy.formats.sparse import encode
 from rarefy.runtime import native
-from rarefy.runtime.forms import NEAR, SLAB, Bitmask, ConvTiles, Dense, Packed, Panels, Sell
+from rarefy.runtime.forms import SLAB, Bitmask, ConvTiles, Dense, Packed, Panels, Sell
 from rarefy.runtime.layers import put_together, taken_apart
-from rarefy.runtime.packed import nbytes, pack_conv, pack_tiles, unpack
+from rarefy.runtime.packed import nbytes, unpack
 from rarefy.runtime.pages import Pages
 
 GRAPH = "graph.json"
 META = "compiled"  # what marks such a folder in its index
 NUMBERS = "decoder"  # and what a decoder knows besides its graph
 FORMATS: dict[Any, tuple[str, ...]] = {
-    words.product: ("tiles", "sell", "bitmask", "panels", "blas"),
+    words.product: ("tiles", "sell", "bitmask", "panels", "fours"),
     words.convolution: ("convolution",),
     words.embedding: ("panels",),
 }
@@ -41,7 +41,7 @@ PLAIN: dict[str, tuple[str, ...]] = {  # what of a packed weight is no tensor
     "sell": ("shape", "kind", "block"),
     "convolution": ("shape", "kind", "block", "groups", "stride", "padding", "dilation"),
     "bitmask": ("shape", "kind"),
-    "blas": ("shape", "kind"),
+    "fours": ("shape", "kind"),
     "panels": ("shape", "kind", "exact", "parts"),
 }
 KINDS = {"panels": ("int8", "int4")}  # that plans know, of other formats these:
@@ -151,18 +151,7 @@ def _kernel(node: Node, form: Any, constants: Mapping[str, Tensor]) -> Any:
     if node.target is words.embedding:
         return Lookup(native.Kernel(form))
     _, _, bias, _, act, *_ = node.args
-    if not native.blas():
-        form = _in_tiles(form)
     return native.Kernel(form, None if bias is None else constants[bias.name], act)
-
-
-def _in_tiles(form: Packed) -> Packed:
-    """A weight that is kept as it is, for machines whose torch has nothing to multiply by it."""
-    if isinstance(form, Dense):
-        return pack_tiles(form.values)
-    if isinstance(form, ConvTiles) and form.counts is None:
-        return pack_conv(unpack(form), stride=form.stride, padding=form.padding, dilation=form.dilation, block=NEAR)
-    return form
 
 
 def read(saved: container.Container) -> Parts:

@@ -95,18 +95,18 @@ class Sell:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A weight as it is, which torch's library of linear algebra multiplies by: where zeros are few. In plans alone."""
+    """A weight as it is, where zeros are few: four outputs side by side. In plans alone."""
 
     shape: tuple[int, int]
     kind: str  # fp32
-    values: Tensor  # [O, C]
+    values: Tensor  # [O / 4, C, 4], the outputs padded to fours
 
 
 @dataclass(frozen=True, eq=False)
 class ConvTiles:
     """A convolution's weight [O, I, rows, columns] as `Tiles`, or, with `order`, as `Sell`: outputs of a group, padded
     to fours, after those of the one before; lanes are (input of a group, kernel row, kernel column), in int8 of four
-    inputs each. Without counts it is `Dense`, its outputs not padded. That and int8 are of one group, and run in plans
+    inputs each. Without counts it is `Dense`. That and int8 are of one group, and run in plans
     alone."""
 
     shape: tuple[int, int, int, int]

@@ -29,7 +29,7 @@ FORMATS: dict[str, type] = {
     "convolution": ConvTiles,
     "panels": Panels,
     "sell": Sell,
-    "blas": Dense,
+    "fours": Dense,
 }
 
 

@@ -103,12 +103,6 @@ class Conv(Structure):
     ]
 
 
-def _torch() -> ctypes.CDLL:
-    """torch's own library, whose threads and products of matrices the kernels use."""
-    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-
-
 @cache
 def _open() -> tuple[Any, str | None]:
     """The library, or why there is none."""
@@ -117,7 +111,8 @@ def _open() -> tuple[Any, str | None]:
         return None, "no compiled kernels: install again where there is a C++20 compiler"
     try:
         library = ctypes.CDLL(found.origin)
-        pool = _torch()
+        name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+        pool = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
         library.rarefy_use_parallel(pool.torch_parallel_for, pool.torch_get_num_threads)
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels do not load: {error}"
@@ -144,16 +139,6 @@ def _open() -> tuple[Any, str | None]:
     if wanted:
         _use(library, wanted)
     return library, None
-
-
-@cache
-def blas() -> bool:
-    """Return whether torch brings a library of linear algebra that `Dense` weights can be multiplied by."""
-    library, _ = _open()
-    if library is None:
-        return False
-    found = getattr(_torch(), "sgemm_", None)
-    return found is not None and not library.rarefy_use_sgemm(found)
 
 
 def missing() -> str | None:
@@ -241,7 +226,7 @@ class Kernel:
             )
             wrong = library.rarefy_check_panels(byref(self.about), packed.values.numel())
         elif isinstance(packed, Dense):
-            self.about, wrong = _Dense(cols=inputs, **fields), not blas()
+            self.about, wrong = _Dense(cols=inputs, **fields), 0
         elif isinstance(packed, Csr):
             self.about, self.call = _Csr(inputs=inputs, **fields), library.rarefy_run_csr
             wrong = library.rarefy_check_csr(byref(self.about), len(packed.values))
@@ -260,7 +245,6 @@ class Kernel:
                 counted = [0, *counted][-2:]
             self.call = getattr(library, f"rarefy_run_{name}")
             wrong = getattr(library, f"rarefy_check_{name}")(byref(self.about), *counted)
-            wrong = wrong or (isinstance(matrix, Dense) and not blas())
         if wrong:
             raise FormatError(f"the packed {type(packed).__name__.lower()} of shape {list(packed.shape)} is damaged")
         self.at = byref(self.about)
@@ -449,7 +433,7 @@ def _check(packed: Packed, bias: Tensor | None) -> None:
             "values": (KINDS[packed.kind], (k,)),
         }
     elif isinstance(matrix, Dense):
-        want |= {"values": (torch.float32, (O, C))}
+        want |= {"values": (torch.float32, (fours, C, 4))}
     elif isinstance(matrix, Sell):
         cell = (-(-O // SLAB), -(-lanes // matrix.block))
         n = len(matrix.values) if isinstance(matrix.values, Tensor) and matrix.values.dim() else None

@@ -311,11 +311,11 @@ def pack_dense(weight: Tensor, **how: Any) -> Dense | ConvTiles:
     """Return W [O, C] as `Dense`, or a convolution's [O, I, rows, columns] with its `stride`, `padding` and `dilation`
     as `ConvTiles` without tiles. O(weights).
 
-    >>> pack_dense(torch.ones(2, 3)).values.tolist()
-    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    >>> pack_dense(torch.tensor([[1.0, 2], [3, 4]])).values.tolist()
+    [[[1.0, 3.0, 0.0, 0.0], [2.0, 4.0, 0.0, 0.0]]]
     """
     values, _ = stored(weight.flatten(1), "fp32")
-    values = values.clone() if values.data_ptr() == weight.data_ptr() else values
+    values = _padded(values, 4, 1).unflatten(0, (-1, 4)).transpose(1, 2).contiguous()
     if weight.dim() == 2:
         return Dense((weight.shape[0], weight.shape[1]), "fp32", values)
     O, I, rows, columns = weight.shape
@@ -332,7 +332,7 @@ def unpack(packed: Packed) -> Tensor:
     if isinstance(packed, Panels):
         return _unpack_panels(packed)
     if isinstance(packed, Dense):
-        return packed.values.clone()
+        return packed.values.transpose(1, 2).flatten(0, 1)[: packed.shape[0]].contiguous()
     if packed.kind == "int4":
         return _unpack_nibbles(packed)  # type: ignore[arg-type]
     (O, C), dtype = packed.shape, KINDS[packed.kind]
