@@ -157,14 +157,13 @@ struct Nibbles {
   };
   static int none() { return 0; }
   static bytes expand(int, const uint64_t* mask, const uint8_t* v) {
-    int8_t out[72];
+    int8_t out[64];
 #if defined(__AVX2__)
     const char* bits = reinterpret_cast<const char*>(mask);
     for (int half = 0; half < 2; ++half) {
       const __m256i wide = _mm256_sub_epi8(from_nibbles(v + 16 * half), _mm256_set1_epi8(8));
       std::memcpy(out + 32 * half, &wide, 32);
     }
-    std::memset(out + 64, 0, 8);
     return {{vi(expand_bytes(bits, out)), vi(expand_bytes(bits + 4, out + __builtin_popcountll(*mask << 32)))}};
 #else
     for (int i = 0, k = 0; i < 64; ++i) {

@@ -76,7 +76,8 @@ inline void settle(const M& w, int64_t row, int64_t here, vec sums, float by, co
     const words shift = words(some_at(reinterpret_cast<const float*>(w.sums) + row, here)) * uint32_t(ADDED);
     v = __builtin_convertvector(ints(words(sums) - shift), vec) * (some_at(static_cast<const float*>(w.scales) + row, here) * by);
   } else if constexpr (KIND == RAREFY_I4) {
-    v = (sums - some_at(static_cast<const float*>(w.sums) + row, here) * float(ADDED)) * by;
+    if constexpr (ADDED != 0) v -= some_at(static_cast<const float*>(w.sums) + row, here) * float(ADDED);
+    v *= by;
   }
   if (w.bias) v += some_at(w.bias + row, here);
   if (residual) v += some_at(residual, here);

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import rarefy
-from rarefy.engine import compiled, images, words
+from rarefy.engine import compiled, convolve, images, words
 from rarefy.engine.compiled import Alone, Segment
 from rarefy.proof.measure import threads
 from rarefy.runtime import native
@@ -137,6 +137,46 @@ def test_convolutions_in_bytes(isa, name, sparsity):
             assert far(*one) < NEAR
         assert 3 * NEAR < far(net(x), got) < 0.05
         assert far(InBytes(conv)(x[1:2]), made(x[1:2])) < NEAR
+
+
+def test_instruction_sets_may_change_between_calls():
+    """What is added to bytes, and to what surrounds images, is theirs."""
+    net, x = nn.Sequential(nn.Conv2d(5, 9, 3, padding=2), nn.Conv2d(9, 4, 1)).eval(), torch.randn(2, 5, 9, 8)
+    made, before, found = rarefy.compile(net, x, values="int8"), str(native.isa()), []
+    try:
+        for name in (before, "portable", before):
+            native.use(name)
+            found.append(made(x))
+    finally:
+        native.use(before)
+    assert far(found[0], found[1]) < NEAR and torch.equal(found[0], found[2])
+
+
+class OneChannel(nn.Module):
+    """Two convolutions of the same geometry on one channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.a, self.b = nn.Conv2d(3, 1, 1), *(nn.Conv2d(1, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        x = self.before(x)
+        return self.a(x) + self.b(x)
+
+
+def test_planes_of_bytes_and_of_floats_are_two(monkeypatch):
+    pack, seen = convolve.packed, []
+
+    def mixed(traced, node, values):
+        seen.append(node)
+        return pack(traced, node, "int8" if len(seen) == 2 else None)
+
+    monkeypatch.setattr(convolve, "packed", mixed)
+    net, x = OneChannel().eval(), torch.randn(2, 3, 12, 12)
+    made = rarefy.compile(net, x, values="int8")
+    assert sorted(k.held[0].kind for k in made.kernels.values()) == ["fp32", "fp32", "int8"]
+    with torch.no_grad():
+        assert far(net(x), made(x)) < 0.05
 
 
 @pytest.mark.parametrize("batch", [1, 3, 70])

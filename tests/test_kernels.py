@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,8 +33,8 @@ FORMATS = {
     "csr": packed.pack_csr,
     "tiles": packed.pack_tiles,
     "sell": packed.pack_sell,
-    "sell of 32": lambda W, kind: packed.pack_sell(W, kind, 32),
-    "tiles of 32": lambda W, kind: packed.pack_tiles(W, kind, 32),
+    "sell of 32": partial(packed.pack_sell, block=32),
+    "tiles of 32": partial(packed.pack_tiles, block=32),
 }
 SHAPES = [
     (1, 1, 1, 0.0), (4, 64, 1, 0.5), (7, 70, 3, 0.5), (33, 129, 8, 0.9), (64, 512, 70, 0.5), (100, 300, 130, 0.8),
@@ -391,6 +392,8 @@ def test_weights_as_they_are():
     form = packed.pack_dense(weight)
     assert torch.equal(packed.unpack(form), weight)
     assert form.values.data_ptr() != weight.data_ptr(), "later changes of the weight are not seen"
+    column = packed.pack_dense(torch.ones(8, 1))
+    assert packed.unpack(column).data_ptr() != column.values.data_ptr()
     image = packed.pack_dense(weight.view(12, 10, 3, 3), stride=(2, 1), padding=(1, 1), dilation=(1, 1))
     assert torch.equal(packed.unpack(image), weight.view(12, 10, 3, 3))
     for made in (form, image):

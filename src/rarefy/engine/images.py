@@ -82,7 +82,7 @@ def _planes(p: Plan, x: Node, conv: Any, rest: float, small: Value | None = None
     batch, features, height, width = p.shape(x)
     features = features if small is None else small.features
     each = native.library().rarefy_image_floats(conv, height, width) // conv.inputs
-    how = (x, rest, features, *(tuple(getattr(conv, n)) for n in ("kernel", "stride", "padding", "dilation")))
+    how = (x, small is None, rest, *(tuple(getattr(conv, n)) for n in ("kernel", "stride", "padding", "dilation")))
     if batch * features * each >= MOST_PLANES:
         raise MemoryError(f"{batch} images of {features} channels of {height} x {width} are more than a plan counts")
     lanes = conv.inputs * conv.kernel[0] * conv.kernel[1]

@@ -24,7 +24,6 @@ NEAR = 128  # lanes of a block whose inputs stay in the first cache
 SLAB = 128  # outputs among which pairs are found
 SHARED = 2.5  # outputs of four that have a value at the same input, in the mean: from there on tiles are faster
 CONV_BLOCK = 192  # lanes of a convolution that are brought together at once
-WHOLE = 1024  # the same, of a dense one
 LEAST_ZEROS = (
     0.37,
     0.6,
@@ -106,8 +105,7 @@ class Dense:
 class ConvTiles:
     """A convolution's weight [O, I, rows, columns] as `Tiles`, or, with `order`, as `Sell`: outputs of a group, padded
     to fours, after those of the one before; lanes are (input of a group, kernel row, kernel column), in int8 of four
-    inputs each. Without counts it is `Dense`. That and int8 are of one group, and run in plans
-    alone."""
+    inputs each. Without counts it is `Dense`. That and int8 are of one group, and run in plans alone."""
 
     shape: tuple[int, int, int, int]
     groups: int

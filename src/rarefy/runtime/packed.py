@@ -20,7 +20,6 @@ from rarefy.runtime.forms import (
     NEAR,
     PAST,
     SLAB,
-    WHOLE,
     Bitmask,
     ConvTiles,
     Csr,
@@ -319,7 +318,7 @@ def pack_dense(weight: Tensor, **how: Any) -> Dense | ConvTiles:
     if weight.dim() == 2:
         return Dense((weight.shape[0], weight.shape[1]), "fp32", values)
     O, I, rows, columns = weight.shape
-    return ConvTiles((O, I, rows, columns), 1, **how, block=WHOLE, values=values)
+    return ConvTiles((O, I, rows, columns), 1, **how, block=NEAR, values=values)
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -332,7 +331,9 @@ def unpack(packed: Packed) -> Tensor:
     if isinstance(packed, Panels):
         return _unpack_panels(packed)
     if isinstance(packed, Dense):
-        return packed.values.transpose(1, 2).flatten(0, 1)[: packed.shape[0]].contiguous()
+        return (
+            packed.values.transpose(1, 2).flatten(0, 1)[: packed.shape[0]].clone(memory_format=torch.contiguous_format)
+        )
     if packed.kind == "int4":
         return _unpack_nibbles(packed)  # type: ignore[arg-type]
     (O, C), dtype = packed.shape, KINDS[packed.kind]
