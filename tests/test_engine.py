@@ -344,13 +344,45 @@ def test_weights_are_its_own():
         (lambda m: m(3.5), "is expected, got float"),
         (lambda m: m(), "compiled for arguments of another structure"),
         (lambda m: m(torch.randn(2, 9, 32), torch.ones(9, 9)), "compiled for arguments of another structure"),
-        (lambda m: m(y=torch.randn(2, 9, 32)), "compiled for the keywords none, got y"),
+        (lambda m: m(y=torch.randn(2, 9, 32)), "compiled for the keywords none, got y: leave out y, or compile with an"),
     ],
 )  # fmt: skip
 def test_calls_that_do_not_fit(call, says):
     made = rarefy.compile(pruned(Attends()), torch.randn(2, 9, 32))
     with pytest.raises(DataError, match=says):
         call(made)
+
+
+class Looks(nn.Module):
+    """An operator that torch runs, and that not all numbers suit."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, at):
+        return self.a(x)[at]
+
+
+def test_what_torch_refuses_in_a_call_is_told_with_the_operator():
+    made = rarefy.compile(Looks().eval(), {"x": torch.randn(4, 8), "at": torch.tensor([0, 3])})
+    with pytest.raises(DataError, match="index.Tensor does not take what was given: index 9 is out of bounds"):
+        made(x=torch.randn(4, 8), at=torch.tensor([0, 9]))
+    with pytest.raises(DataError, match="compiled for the keywords x, at, got x, to: leave out to, .*; at is missing"):
+        made(x=torch.randn(4, 8), to=torch.tensor([0]))
+
+
+def test_what_is_no_model():
+    x = torch.randn(2, 8)
+    net = nn.Linear(8, 8).eval()
+    for model, told in (
+        ("out/", r"got str: rarefy.load"),
+        (rarefy.compile(net, x), "got Compiled: it is compiled already"),
+    ):
+        with pytest.raises(ModelError, match=told):
+            rarefy.compile(model, x)
+    with pytest.raises(ModelError, match=r"weight is bfloat16: model.float\(\) first"):
+        rarefy.compile(nn.Linear(8, 8).bfloat16().eval(), x.bfloat16())
 
 
 def test_sizes_that_belong_together():

@@ -4,12 +4,14 @@ import io
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import rarefy
 from conftest import Net, text_model, tiny_bert
+from rarefy import commands
 from rarefy.engine.language import Decoder
 from rarefy.engine.text import Text, ids_in, ids_of, left_padded
 from rarefy.errors import DataError, ModelError
@@ -126,7 +128,7 @@ def test_what_was_written_stays_when_it_is_stopped(run, given, monkeypatch, json
     ("words", "message"),
     [
         ("{decoder}", "generate needs --prompt TEXT"),
-        ("{decoder} --prompt a --ids 1", "generate needs --prompt TEXT"),
+        ("{decoder} --prompt a --ids 1", "give --prompt or --ids, not both"),
         ("{decoder} --ids 1 --chat", "--chat has no effect on --ids"),
         ("{decoder} --prompt - --prompt -", "standard input is read once"),
         ("{decoder} --ids one", "ids are whole numbers, such as '1 2 3', got 'one'"),
@@ -191,11 +193,27 @@ def test_an_encoder_is_compiled_for_other_batches(run, given, tmp_path):
     assert run("compile", given / "bert", "-o", tmp_path / "out", "--force", "--quiet").out == ""
 
 
+def test_an_encoder_takes_what_its_tokenizer_gives():
+    tokenizer = SimpleNamespace(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    example = commands._example(tiny_bert(), 9, 2, tokenizer)
+    made = rarefy.compile(tiny_bert(), example)
+    given = {n: torch.zeros(3, 5, dtype=torch.int64) for n in tokenizer.model_input_names}
+    assert made(**given | {"attention_mask": torch.ones(3, 5, dtype=torch.int64)}).last_hidden_state.shape[:2] == (3, 5)
+    assert "token_type_ids" not in commands._example(tiny_bert(), 9, 2, None)
+
+
+def test_a_built_in_model_is_no_folder_to_export(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = run("export", "minilm", "-o", tmp_path / "out")
+    assert ran.code == 2 and "minilm is a built-in model, and export writes folders of ours: rarefy compress" in ran.err
+
+
 def test_compile_errors(run, given, tmp_path):
     rarefy.save(Net(), tmp_path / "net")
     for words, message in (
         ((given / "model", "--tokens", 9), "--batch and --tokens have no effect"),
         ((given / "model", "--values", "int3"), "unknown values 'int3'"),
+        ((given / "bert", "--tokens", 5000), "--tokens is at most 64, as many as the model has positions, got 5000"),
         ((given / "decoder",), "holds a decoder: give the folder of what it was compiled from"),
         ((tmp_path / "net",), "holds a Net, which is built in Python"),
     ):

@@ -325,10 +325,15 @@ def test_choice_by_probability():
         ({"repetition_penalty": -1.0}, "repetition_penalty is a number above 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is a number, 1 or more"),
         ({"max_new_tokens": 509}, "knows 512 positions: 4 tokens and 509 new are more"),
-        ({"num_beams": 4}, "generate has no option num_beams: allowed are do_sample"),
+        ({"num_beams": 4}, "unknown option 'num_beams'; choose from attention_mask, do_sample, max_new_tokens"),
+        ({"max_new_token": 4}, "(did you mean 'max_new_tokens'?)"),
         ({"values": "int8"}, "a decoder has its numbers already"),
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask [1, 3]"),
         ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "filled up on the left"),
+        (
+            {"attention_mask": torch.full((1, 4), 0.5)},
+            "attention_mask is 0 where a prompt was filled up, and 1 elsewhere",
+        ),
         ({"attention_mask": torch.zeros(1, 4)}, "a prompt is empty"),
     ],
 )
@@ -361,6 +366,35 @@ def test_wrong_ids(llama):
             made(torch.randint(3, V, (1, 5)), other)
 
 
+def test_caches_hold_what_was_asked_for():
+    made = rarefy.decoder(small())
+    cache = made.cache(1, 4)
+    made(torch.ones(1, 3, dtype=torch.int64), cache)
+    with pytest.raises(DataError, match="the cache holds 4 tokens, 3 are there and 2 more are too many"):
+        made(torch.ones(1, 2, dtype=torch.int64), cache)
+    assert made(torch.ones(1, 1, dtype=torch.int64), cache).shape == (1, 1, V)
+    for batch, capacity, told in ((1, 0, "capacity"), (0, 4, "batch"), (1, 8.5, "capacity"), (True, 4, "batch")):
+        with pytest.raises(DataError, match=f"{told} of a cache is a whole number, 1 or more, got"):
+            made.cache(batch, capacity)
+    with pytest.raises(MemoryError, match="a cache of 10,000,000,000,000 tokens for 1 sequences takes"):
+        made.cache(1, 10**13)
+
+
+def test_what_are_no_ids():
+    made = rarefy.decoder(small())
+    for ids, told in (
+        ([5, 6], "got list"),
+        ("hello", "got str"),
+        (torch.ones(1, 0, dtype=torch.int64), "the prompt is empty"),
+    ):
+        for model in (made, small()):
+            with pytest.raises(DataError, match=told):
+                rarefy.generate(model, ids)
+    for model, told in (("decoder/", r"got str: rarefy.load\(folder\) reads one"), (3, "got int")):
+        with pytest.raises(ModelError, match=told):
+            rarefy.generate(model, torch.ones(1, 2, dtype=torch.int64))
+
+
 def test_wrong_models():
     with pytest.raises(ModelError, match="no language model of transformers: rarefy.compile takes others"):
         rarefy.decoder(nn.Linear(2, 2))
@@ -368,7 +402,7 @@ def test_wrong_models():
         rarefy.decoder(small().train())
     with pytest.raises(ModelError, match=r"model.float\(\)"):
         rarefy.decoder(small().bfloat16())
-    with pytest.raises(ModelError, match="choose from None, int8"):
+    with pytest.raises(ModelError, match="unknown values 'int3'; choose from int8"):
         rarefy.decoder(small(), values="int3")
     config = transformers.BloomConfig(vocab_size=V, hidden_size=64, n_layer=2, n_head=4)
     with pytest.raises(ModelError, match="no attention that a cache can serve"):

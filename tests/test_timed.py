@@ -75,12 +75,14 @@ def test_a_compiled_model_by_itself(tmp_path):
     made = rarefy.load(tmp_path / "out")
     args, kwargs = example_for(made, 12, 3)
     assert args == () and kwargs["input_ids"].shape == (3, 12) and int(kwargs["attention_mask"].sum()) == 36
+    with pytest.raises(ModelError, match="input_ids has room for 64 tokens, asked for 65"):
+        example_for(made, 65, 3)
     [row] = bench_models({"model": made}, 12, 2, 3, 2, False).rows
     assert row["what"] == "forward, batch 3" and row["median"] > 0
     net = rarefy.compile(nn.Linear(5, 3).eval(), torch.randn(2, 5))
     [row] = bench_models({"model": net}, 12, 2, 7, 2, False).rows
     assert row["what"] == "forward, batch 7"
-    with pytest.raises(ModelError, match="writes text, and another does not"):
+    with pytest.raises(ModelError, match="against writes text, and model does not"):
         bench_models({"model": net, "against": engine_of(tiny_llama(), 8, 1)[0]}, 8, 2, 1, 2, False)
 
 

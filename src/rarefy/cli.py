@@ -197,10 +197,12 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a compressed model as a checkpoint that needs no Rarefy to load."""
-    from rarefy import store
+    from rarefy import samples, store
     from rarefy.proof.measure import folder_bytes
     from rarefy.proof.report import Report
 
+    if str(path) in samples.MODELS and not path.exists():
+        raise ModelError(f"{path} is a built-in model, and export writes folders of ours: rarefy compress {path} first")
     store.export(path, out, to=to, overwrite=force)
     shell.show(
         Report(f"exported to {out}", (), {"format": to, "bytes": folder_bytes(out, (".safetensors",))}), as_json, False

@@ -77,7 +77,8 @@ def generate(
     """Write text with a language model on the engine, as it comes, to standard output.
 
     The likeliest token is taken, unless one of --temperature, --top-k, --top-p, --seed has them drawn. How fast it was
-    goes to standard error. Making a decoder of a model takes seconds: `rarefy compile` does it once. Ctrl-C ends the
+    goes to standard error. Making a decoder of a model takes half a
+    minute or more: `rarefy compile` does it once. Ctrl-C ends the
     text, which stays, with exit code 130.
 
     rarefy generate smollm2-135m --prompt "The capital of France is" --max-new-tokens 20
@@ -102,6 +103,8 @@ def generate(
     with shell.threads(threads):
         net, tokenizer = _writer(shell.source(model), values)
         prompts = _ids(texts, tokenizer, bool(ids), chat, model)
+        if shell.kind_of(net) != "decoder" and not quiet and sys.stderr.isatty():
+            print("making a decoder of the model; rarefy compile makes one that stays", file=sys.stderr)
         made = net if shell.kind_of(net) == "decoder" else decoder(net.float(), values=values)
         written = [Writing(p, Text(tokenizer, p)) for p in prompts]
         given, mask = left_padded(prompts, made.pad)
@@ -115,7 +118,9 @@ def generate(
 
 def _asked(prompts: list[str] | None, ids: list[str] | None, chat: bool) -> list[str]:
     """The prompts of the command line, standard input read."""
-    if bool(prompts) == bool(ids):
+    if prompts and ids:
+        raise RecipeError("give --prompt or --ids, not both")
+    if not prompts and not ids:
         raise RecipeError("generate needs --prompt TEXT (- reads standard input), or else --ids '1 2 3'")
     if chat and ids:
         raise RecipeError("--chat has no effect on --ids: give --prompt")
@@ -230,14 +235,14 @@ def compile_(
     check_target(out, force)
     source = shell.source(model)
     with shell.threads(threads):
-        net, _ = shell.load(source)
+        net, tokenizer = shell.load(source)
         net = net.float()
         if hf.gives_tokens(net):
             if batch or tokens:
                 raise RecipeError("--batch and --tokens have no effect: a decoder of a language model takes any")
             made: Any = decoder(net, values=values)
         else:
-            made = compile(net, _example(net, tokens, batch), values=values)
+            made = compile(net, _example(net, tokens, batch, tokenizer), values=values)
         names = ("config.json",)  # by which transformers knows the tokenizer
         files = store.side_files(source) | {n: (source / n).read_bytes() for n in names if (source / n).is_file()}
         receipt = getattr(net, "rarefy_receipt", None)
@@ -247,8 +252,8 @@ def compile_(
     shell.show(Report(f"compiled to {out}", (), told), as_json, quiet)
 
 
-def _example(net: Any, tokens: int | None, batch: int | None) -> dict[str, Any]:
-    """What a model of transformers is compiled with."""
+def _example(net: Any, tokens: int | None, batch: int | None, tokenizer: Any) -> dict[str, Any]:
+    """What a model of transformers is compiled with: all that its tokenizer gives and it takes."""
     import inspect
 
     import torch
@@ -256,12 +261,17 @@ def _example(net: Any, tokens: int | None, batch: int | None) -> dict[str, Any]:
     from rarefy.proof.bench import example_of
 
     most = getattr(getattr(net, "config", None), "max_position_embeddings", None)
+    if tokens and isinstance(most, int) and tokens > most:
+        raise RecipeError(f"--tokens is at most {most}, as many as the model has positions, got {tokens}")
     length = tokens or min(128, most if isinstance(most, int) else 128)
     example = example_of(net, length, batch or 2)
     if tokens and "input_ids" not in example:
         raise RecipeError("--tokens has no effect: the model takes images")
-    if "input_ids" in example and "attention_mask" in inspect.signature(net.forward).parameters:
-        example["attention_mask"] = torch.ones_like(example["input_ids"])
+    if "input_ids" in example:
+        given = getattr(tokenizer, "model_input_names", ["attention_mask"])
+        fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+        takes = inspect.signature(net.forward).parameters
+        example |= {n: f(example["input_ids"]) for n, f in fill.items() if n in given and n in takes}
     return example
 
 

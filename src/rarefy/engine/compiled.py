@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from threading import Lock
 from typing import Any
 
@@ -18,7 +19,7 @@ from rarefy.engine.lower import LOWER
 from rarefy.engine.plan import Plan
 from rarefy.engine.prove import prove
 from rarefy.engine.trace import MOST_SIZE, Node, Traced, trace, two_samples
-from rarefy.errors import DataError, ModelError, unknown
+from rarefy.errors import DataError, ModelError, first_line, unknown
 from rarefy.model.select import all_layers
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
@@ -60,13 +61,18 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     True
     """
     if values not in (None, "int8"):
-        raise ModelError(unknown("values", str(values), ["int8", "None"]))
+        raise ModelError(unknown("values", str(values), ["int8"]))
+    check_module(model)
     if model.training:
         raise ModelError("the model is in training mode: call eval() first")
     check_plain(list(all_layers(model)))
     away = next((n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.device.type != "cpu"), None)
     if away is not None:
         raise ModelError(f"compiled models run on the CPU, {away} is elsewhere: model.cpu() first")
+    other = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if other is not None:
+        kind = str(model.get_parameter(other).dtype).removeprefix("torch.")
+        raise ModelError(f"compiled models are made of models in fp32, {other} is {kind}: model.float() first")
     args, kwargs = _called(example)
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
@@ -78,6 +84,14 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     prove(model, made, *shown, ROUNDED if values else EXACT, exact)
     made.forget()
     return made
+
+
+def check_module(model: Any) -> None:
+    """Raise ModelError for what is no model of torch."""
+    if not isinstance(model, nn.Module):
+        hint = ": rarefy.load(folder) reads one" if isinstance(model, str | PathLike) else ""
+        hint = ": it is compiled already" if callable(model) and hasattr(model, "counts") else hint
+        raise ModelError(f"a torch.nn.Module is expected, got {type(model).__name__}{hint}")
 
 
 def in_torch(traced: Traced, expected: Sequence[Any]) -> Compiled:
@@ -253,11 +267,15 @@ class Compiled:
 
         with torch.no_grad():
             for item, ends in zip(self.program, self.ends):
-                if isinstance(item, Segment | Alone):
-                    env.update(zip(item.outputs, item.run(given)))
-                elif item not in env:
-                    a, k = fx.map_arg((item.args, item.kwargs), given)
-                    env[item] = item.target(*a, **k)
+                try:
+                    if isinstance(item, Segment | Alone):
+                        env.update(zip(item.outputs, item.run(given)))
+                    elif item not in env:
+                        a, k = fx.map_arg((item.args, item.kwargs), given)
+                        env[item] = item.target(*a, **k)
+                except (RuntimeError, IndexError, TypeError) as error:  # torch's own
+                    where = _name(item.nodes[0] if isinstance(item, Segment | Alone) else item)
+                    raise DataError(f"{where} does not take what was given: {first_line(error)}") from error
                 for n in ends:
                     env.pop(n, None)
             out = fx.map_arg(self.output, given)
@@ -277,9 +295,11 @@ class Compiled:
         """The call's tensors in the graph's order; DataError unless they are as the graph was made for."""
         spec, names = self.traced.in_spec, self.keywords
         if kwargs.keys() != names.keys():
-            raise DataError(
-                f"compiled for the keywords {', '.join(names) or 'none'}, got {', '.join(kwargs) or 'none'}"
-            )
+            more, lacks = [n for n in kwargs if n not in names], [n for n in names if n not in kwargs]
+            told = [f"leave out {', '.join(more)}, or compile with an example that has it"] if more else []
+            told += [f"{', '.join(lacks)} is missing"] if lacks else []
+            got = f"compiled for the keywords {', '.join(names) or 'none'}, got {', '.join(kwargs) or 'none'}"
+            raise DataError(f"{got}: {'; '.join(told)}")
         leaves, got = pytree.tree_flatten((args, {n: kwargs[n] for n in names}))
         if got != spec:
             raise DataError(f"compiled for arguments of another structure: {spec}, got {got}")

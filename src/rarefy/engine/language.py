@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rarefy.engine import compiled
 from rarefy.engine import trace as rules
 from rarefy.engine.cache import TILE, Cache
-from rarefy.engine.compiled import EXACT, ROUNDED, Compiled, expected, in_torch, kernels_of
+from rarefy.engine.compiled import EXACT, ROUNDED, Compiled, check_module, expected, in_torch, kernels_of
 from rarefy.engine.plan import MOST_FEW
 from rarefy.engine.prove import apart
 from rarefy.errors import DataError, ModelError, unknown
@@ -35,7 +35,8 @@ def decoder(model: nn.Module, *, values: str | None = None) -> Decoder:
     and ten seconds for the export.
     """
     if values not in (None, "int8"):
-        raise ModelError(unknown("values", str(values), ["int8", "None"]))
+        raise ModelError(unknown("values", str(values), ["int8"]))
+    check_module(model)
     if not hf.gives_tokens(model):
         raise ModelError(f"{type(model).__name__} is no language model of transformers: rarefy.compile takes others")
     if model.training:
@@ -97,6 +98,16 @@ class Step(nn.Module):
         return self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
 
 
+def check_ids(ids: Any) -> None:
+    """Raise DataError for what are no tokens of texts."""
+    if not isinstance(ids, Tensor):
+        raise DataError(f"ids are an int64 tensor [batch, tokens], got {type(ids).__name__}")
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise DataError(f"ids are int64 [batch, tokens], got {ids.dtype} {list(ids.shape)}")
+    if not ids.numel():
+        raise DataError(f"the prompt is empty: ids are {list(ids.shape)}")
+
+
 class Decoder:
     """A language model with a cache; see `decoder`.
 
@@ -112,9 +123,12 @@ class Decoder:
 
     def cache(self, batch: int, capacity: int, mask: Tensor | None = None) -> Cache:
         """Return an empty cache for so many sequences of at most so many tokens. mask [batch, tokens]: 0 where a prompt
-        was filled up on the left. DataError for one that has zeros elsewhere."""
+        was filled up on the left. DataError for one that has zeros elsewhere, or other numbers than zeros and ones;
+        MemoryError where there is no room."""
         starts = None
         if mask is not None:
+            if not bool(((mask == 0) | (mask == 1)).all()):
+                raise DataError("attention_mask is 0 where a prompt was filled up, and 1 elsewhere; got other numbers")
             starts = (mask == 0).sum(1)
             filled = torch.arange(mask.shape[1]) >= starts[:, None]
             if mask.dim() != 2 or len(mask) != batch or not torch.equal(filled, mask != 0):
@@ -131,8 +145,7 @@ class Decoder:
         Without a cache they are a text of their own. DataError where ids are none of the vocabulary, or do not fit the
         cache.
         """
-        if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
-            raise DataError(f"ids are int64 [batch, tokens], got {ids.dtype} {list(ids.shape)}")
+        check_ids(ids)
         least, most = (int(i) for i in ids.aminmax())
         if least < 0 or most >= self.vocabulary:
             raise DataError(f"ids lie in 0..{self.vocabulary - 1}, got {least if least < 0 else most}")
@@ -140,9 +153,9 @@ class Decoder:
         cache = self.cache(batch, tokens) if cache is None else cache
         if batch != cache.batch or cache.features != self.compiled.traced.kept:
             raise DataError(f"the cache is for {cache.batch} sequences, got {batch}, or for another model")
-        if cache.past + tokens > cache.capacity:
+        if cache.past + tokens > cache.most:
             raise DataError(
-                f"the cache holds {cache.capacity} tokens, {cache.past} are there and {tokens} more are too many: "
+                f"the cache holds {cache.most} tokens, {cache.past} are there and {tokens} more are too many: "
                 "make it larger, decoder.cache(batch, capacity)"
             )
         # fewer sizes, fewer plans: what is added is read by nobody, and overwritten

@@ -95,7 +95,8 @@ def _calls(
 ) -> list[Mapping[str, Any]]:
     alone = next((n for n, s in subjects.items() if isinstance(s, Decoder)), None)
     if alone is not None:
-        raise ModelError(f"{alone} writes text, and another does not: they cannot be timed in turns")
+        other = next(n for n, s in subjects.items() if not isinstance(s, Decoder))
+        raise ModelError(f"{alone} writes text, and {other} does not: they cannot be timed in turns")
     fixed = next((s for s in subjects.values() if isinstance(s, Compiled)), None)
     first = next(iter(subjects.values()))
     given = isinstance(first, nn.Module) and hf.is_model(first)
@@ -124,7 +125,10 @@ def example_for(made: Compiled, tokens: int, batch: int) -> tuple[tuple[Any, ...
         for d, size in enumerate(want.sizes):
             if isinstance(size, str):
                 least, most = made.traced.ranges.get(size, (1, MOST_SIZE))
-                known.setdefault(size, min(max(tokens if d else batch, least), most))
+                n = tokens if d else batch
+                if n > most:
+                    raise ModelError(f"{node.name} has room for {most} {'tokens' if d else 'samples'}, asked for {n}")
+                known.setdefault(size, max(n, least))
         shape = [known[s] if isinstance(s, str) else s for s in want.sizes]
         full = 1 if "mask" in node.name or want.dtype == torch.bool else 0
         whole = torch.full(shape, full, dtype=want.dtype)

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.engine.language import Decoder, decoder
+from rarefy.engine.language import Decoder, check_ids, decoder
 from rarefy.errors import DataError
+from rarefy.errors import unknown as unknown_name
+
+OPTIONS = ("max_new_tokens", "attention_mask", "seed", "values")  # of text; beside those of sampling
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def stream(
     """Yield the next token [batch] of each sequence as soon as it is there; see `generate`."""
     unknown = [n for n in sampling if n not in Sampling.__dataclass_fields__]
     if unknown:
-        raise DataError(f"generate has no option {unknown[0]}: allowed are {', '.join(Sampling.__dataclass_fields__)}")
+        raise DataError(unknown_name("option", unknown[0], [*OPTIONS, *Sampling.__dataclass_fields__]))
     how = Sampling(**sampling)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise DataError(f"max_new_tokens is a number, 1 or more, got {max_new_tokens!r}")
@@ -96,10 +99,11 @@ def stream(
         raise DataError("seed has no effect on the likeliest token: do_sample=True")
     if isinstance(model, Decoder) and values is not None:
         raise DataError("a decoder has its numbers already: give values to rarefy.decoder")
+    check_ids(ids)
     made = model if isinstance(model, Decoder) else decoder(model, values=values)
-    if ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
-        mask = "" if attention_mask is None else f", attention_mask {list(attention_mask.shape)}"
-        raise DataError(f"ids are [batch, tokens], and so is attention_mask, got {list(ids.shape)}{mask}")
+    if attention_mask is not None and attention_mask.shape != ids.shape:
+        got = f"{list(ids.shape)}, attention_mask {list(attention_mask.shape)}"
+        raise DataError(f"ids are [batch, tokens], and so is attention_mask, got {got}")
     longest = ids.shape[1] + max_new_tokens
     if made.most is not None and longest > made.most:
         raise DataError(
