@@ -9,6 +9,7 @@ from conftest import Attention, Net, image_batches, tiny_llama
 from rarefy import recipe as recipes
 from rarefy.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.select import all_layers, select
+from rarefy.prune import solver as solvers
 from rarefy.prune.layerwise import matrix
 from rarefy.prune.solver import SOLVERS
 from test_solve import textbook_obs
@@ -213,3 +214,11 @@ def test_matrix_of_each_layout_keeps_every_weight_once():
     for layer in all_layers(Net()):
         W = matrix(layer, layer.original.detach())
         assert torch.equal(W.flatten().sort().values, layer.original.detach().flatten().sort().values)
+
+
+def test_passes_in_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
+    for native in (True, False):
+        monkeypatch.setattr(solvers, "native_bf16", lambda native=native: native)
+        with solvers.passes(rarefy.Solver(name="refit", bf16=True)):
+            got = nn.Linear(4, 4)(torch.randn(2, 4)).dtype
+        assert got == (torch.bfloat16 if native else torch.float32)

@@ -8,7 +8,7 @@ import torch
 
 from rarefy import samples
 from rarefy.errors import DataError
-from rarefy.proof.measure import machine
+from rarefy.proof.measure import NATIVE_BF16, machine
 from rarefy.proof.report import Report
 from rarefy.runtime import native
 
@@ -53,7 +53,7 @@ def examine() -> Report:
         "threads": here["threads"],
         "python": here["python"],
         "bf16 products": "native"
-        if _native_bf16(here["extensions"])
+        if NATIVE_BF16 & set(here["extensions"])
         else "emulated: expect bf16 to be slower than fp32",
         "CUDA": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "kernels": native.isa() or native.missing(),
@@ -67,7 +67,3 @@ def version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _native_bf16(extensions: list[str]) -> bool:
-    return bool({"avx512_bf16", "amx_bf16", "bf16", "svebf16"} & set(extensions))

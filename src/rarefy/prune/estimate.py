@@ -13,7 +13,7 @@ from rarefy.model.walk import Group
 from rarefy.prune.allocate import GRADIENTS, LEVELS, TOKENS
 from rarefy.prune.search import TOKENS as TRIAL_TOKENS
 from rarefy.prune.search import TRIALS
-from rarefy.prune.solver import Solver
+from rarefy.prune.solver import Solver, in_bf16
 
 OVERHEAD = 1.5  # of a forward pass over its products: attention, norms, copies, lookups
 SLOW = {"factor": 4.0, "columns": 3.0, "eigen": 40.0}  # times slower than a product of as many operations
@@ -74,12 +74,12 @@ def estimate(
             solving += product * (2 * (solver.refits or 0) + 2) + SLOW["factor"] * G * C**3
         if solver.name == "admm":
             solving += product * 2 * (solver.steps or 0) + SLOW["eigen"] * G * C**3
-        width = 4 if not solver.bf16 else 3
+        width = 3 if in_bf16(solver) else 4
         alive = rows * (G * C + PARKED * min(G * C, max(s[0] * s[2] for s in shapes))) * width
         parked, held = max(parked, alive * streams), held + alive
         work = max(work, 4 * G * (5 * C * C + 8 * O * C))
     slow = rate or _rate(torch.float32)
-    fast = rate or (_rate(torch.bfloat16) if solver.bf16 else slow)
+    fast = rate or (_rate(torch.bfloat16) if in_bf16(solver) else slow)
     weights = sum(l.original.numel() for g in groups for l in g.layers)
     parked = parked if most is None else min(parked, most)
     share = {k: min(1.0, v / max(tokens, 1)) for k, v in {**TOKENS, "trial": TRIAL_TOKENS}.items()}

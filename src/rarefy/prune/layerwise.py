@@ -28,7 +28,7 @@ from rarefy.prune.allocate import SLOW
 from rarefy.prune.estimate import estimate
 from rarefy.prune.reconstruct import reconstruct_
 from rarefy.prune.score import SCORES
-from rarefy.prune.solver import COMMON, LINES, SOLVERS, Ask, Solver, passes
+from rarefy.prune.solver import COMMON, LINES, SOLVERS, Ask, Solver, in_bf16, passes
 
 MISFIT = "the state of this run does not fit the model: remove its folder to start anew"
 Spread = Callable[[], tuple[dict[str, float], list[str]]]
@@ -158,7 +158,7 @@ def _learn(
     for p in module.parameters() if lean else ():
         p.data = p.data.clone()  # training in place would copy the pages of the file, and keep both
     before, after = reconstruct_(
-        stop, masks, layers=chosen, epochs=solver.reconstruct, lr=solver.lr, bf16=bool(solver.bf16)
+        stop, masks, layers=chosen, epochs=solver.reconstruct, lr=solver.lr, bf16=in_bf16(solver)
     )
     say([f"{name} learnt: held-out error {100 * before:.3f} -> {100 * after:.3f} %"] if progress else [])
     return journal.Entry({f"{name}/{n}": p.data for n, p in module.named_parameters()}, {})

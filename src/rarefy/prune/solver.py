@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rarefy.errors import PatternError, unknown
+from rarefy.proof.measure import native_bf16
 from rarefy.prune import pattern as patterns
 from rarefy.prune.score import SCORES
 
@@ -22,7 +23,7 @@ class Solver:
     damping     times the mean of diag(H) is added to the diagonal
     asymmetric  0..1: how far the target moves towards the outputs of the dense model on its own inputs, as a share of
                 what is best on a batch that is held out
-    bf16        run the model's forward passes in bf16 where torch allows
+    bf16        run the model's forward passes in bf16, on a CPU that multiplies it; elsewhere in fp32, which is faster
     block       obs: columns whose mask is chosen together
     steps       admm: iterations
     refits      admm, refit: conjugate gradient steps once the mask is fixed
@@ -138,4 +139,9 @@ def resolve(solver: str | Solver | Mapping[str, Any]) -> Solver:
 def passes(solver: Solver) -> AbstractContextManager[Any]:
     """The precision in which a solver runs the model."""
     # no cache: it would keep the weights of the first pass for as long as the context lasts
-    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if solver.bf16 else nullcontext()
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if in_bf16(solver) else nullcontext()
+
+
+def in_bf16(solver: Solver) -> bool:
+    """Return whether a solver's passes run in bf16 here."""
+    return bool(solver.bf16) and native_bf16()

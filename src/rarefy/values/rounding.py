@@ -27,7 +27,7 @@ from rarefy.model.walk import Block, End, blocks, order, walk, with_ends
 from rarefy.progress import track
 from rarefy.prune.layerwise import check_solvable
 from rarefy.prune.reconstruct import block_error, block_loss
-from rarefy.prune.solver import passes
+from rarefy.prune.solver import in_bf16, passes
 from rarefy.values.quantize import Ask, Made, grid_for
 
 LOOKS = 10  # times that the held-out error is looked at
@@ -127,7 +127,7 @@ def _learn(
     def run(*args: Any, **kwargs: Any) -> Any:
         return functional_call(module, {n: r.weight() for n, r in learnt.items()}, args, kwargs)
 
-    train, held, bf16 = end.calls[:-1] or end.calls, end.calls[-1:], bool(solver.bf16)
+    train, held, bf16 = end.calls[:-1] or end.calls, end.calls[-1:], in_bf16(solver)
     start = least = block_error(run, held, bf16)
     tensors = [t for r in learnt.values() for t in (r.V, r.a)]
     rate = solver.lr or 1 / solver.steps
