@@ -47,10 +47,14 @@ inline __m256i expand_pairs(const char* bits, const uint16_t* v) {
                              _mm256_set_m128i(load(places.pairs[high]), load(places.pairs[low])));
 }
 
-// 32 nibbles as bytes, the lower first.
-inline __m256i from_nibbles(const uint8_t* v) {
-  const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v)));
-  return _mm256_and_si256(_mm256_or_si256(w, _mm256_slli_epi16(w, 4)), _mm256_set1_epi8(15));
+// 64 nibbles as bytes, the lower first, each less a zero, of which either half has its own.
+inline void from_nibbles(const uint8_t* v, int8_t first, int8_t second, int8_t (&out)[64]) {
+  for (int half = 0; half < 2; ++half) {
+    const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 16 * half)));
+    const __m256i bytes = _mm256_and_si256(_mm256_or_si256(w, _mm256_slli_epi16(w, 4)), _mm256_set1_epi8(15));
+    const __m256i whole = _mm256_sub_epi8(bytes, _mm256_set1_epi8(half ? second : first));
+    std::memcpy(out + 32 * half, &whole, 32);
+  }
 }
 
 // 32 numbers in bytes.

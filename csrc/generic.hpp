@@ -160,10 +160,7 @@ struct Nibbles {
     int8_t out[64];
 #if defined(__AVX2__)
     const char* bits = reinterpret_cast<const char*>(mask);
-    for (int half = 0; half < 2; ++half) {
-      const __m256i wide = _mm256_sub_epi8(from_nibbles(v + 16 * half), _mm256_set1_epi8(8));
-      std::memcpy(out + 32 * half, &wide, 32);
-    }
+    from_nibbles(v, 8, 8, out);
     return {{vi(expand_bytes(bits, out)), vi(expand_bytes(bits + 4, out + __builtin_popcountll(*mask << 32)))}};
 #else
     for (int i = 0, k = 0; i < 64; ++i) {
@@ -201,11 +198,7 @@ struct Cells {
   numbers nibbles(const uint8_t* v, zero z) const {
     numbers out;
 #if defined(__AVX2__)
-    for (int half = 0; half < 2; ++half) {
-      const __m256i less = _mm256_set1_epi8(half ? z.second : z.first), wide = from_nibbles(v + 16 * half);
-      const __m256i whole = _mm256_sub_epi8(wide, less);
-      std::memcpy(out.of + 32 * half, &whole, 32);
-    }
+    from_nibbles(v, z.first, z.second, out.of);
 #else
     for (int i = 0; i < 64; ++i) out.of[i] = int8_t((v[i / 2] >> (i % 2 * 4) & 15) - (i < 32 ? z.first : z.second));
 #endif

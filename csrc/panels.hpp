@@ -64,9 +64,10 @@ void settle_panels(const rarefy_panels& w, int64_t from, int64_t to, const float
       const int64_t here = to - r;
       float* at = y + i * ldy + r;
       vec v = some_at(at, here);
-      if constexpr (ADDED != 0)
-        if (scales) v -= some_at(w.sums + r, here) * float(ADDED);
-      if (scales) v *= scales[i];
+      if (scales) {
+        if constexpr (ADDED != 0) v -= some_at(w.sums + r, here) * float(ADDED);
+        v *= scales[i];
+      }
       if (w.whole) v *= some_at(w.whole + r, here);
       if (w.bias) v += some_at(w.bias + r, here);
       if (residual) v += some_at(residual + i * ldy + r, here);

@@ -41,8 +41,7 @@ inline vec exponential(vec x) {
 
 // erf to 4e-7: x P(x^2) / Q(x^2), fitted for the least error on [0, 4], from where on it is one. NaN stays.
 inline vec error_function(vec x) {
-  vec u = x * x;
-  u = u > 16.0f ? vec{} + 16.0f : u;
+  const vec u = x * x;
   vec p = u * 1.92172909e-8f - 1.99013334e-6f;
   p = p * u + 1.55498303e-4f;
   p = p * u + 4.29155584e-3f;

@@ -75,7 +75,8 @@ def test_activations_of_whatever_value(isa):
     )
     for name, act in reference.ACTIVATIONS.items():
         y, want = native.Kernel(packed.pack_tiles(torch.ones(1, 1)), None, name).run(x[:, None])[:, 0], act(x.double())
-        assert ((y - want).abs() <= 1e-6 * want.abs().clamp(min=1)).all(), name
+        most = 1e-6 if name == "gelu" else 5e-7
+        assert ((y - want).abs() <= most * want.abs().clamp(min=1)).all(), name
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -77,9 +77,8 @@ def generate(
     """Write text with a language model on the engine, as it comes, to standard output.
 
     The likeliest token is taken, unless one of --temperature, --top-k, --top-p, --seed has them drawn. How fast it was
-    goes to standard error. Making a decoder of a model takes half a
-    minute or more: `rarefy compile` does it once. Ctrl-C ends the
-    text, which stays, with exit code 130.
+    goes to standard error. Making a decoder of a model takes half a minute or more: `rarefy compile` does it once.
+    Ctrl-C ends the text, which stays, with exit code 130.
 
     rarefy generate smollm2-135m --prompt "The capital of France is" --max-new-tokens 20
 
@@ -103,9 +102,10 @@ def generate(
     with shell.threads(threads):
         net, tokenizer = _writer(shell.source(model), values)
         prompts = _ids(texts, tokenizer, bool(ids), chat, model)
-        if shell.kind_of(net) != "decoder" and not quiet and sys.stderr.isatty():
+        ready = shell.kind_of(net) == "decoder"
+        if not ready and not quiet and sys.stderr.isatty():
             print("making a decoder of the model; rarefy compile makes one that stays", file=sys.stderr)
-        made = net if shell.kind_of(net) == "decoder" else decoder(net.float(), values=values)
+        made = net if ready else decoder(net.float(), values=values)
         written = [Writing(p, Text(tokenizer, p)) for p in prompts]
         given, mask = left_padded(prompts, made.pad)
         room = 128 if made.most is None else min(128, max(1, made.most - given.shape[1]))

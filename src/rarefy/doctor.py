@@ -8,7 +8,7 @@ import torch
 
 from rarefy import samples
 from rarefy.errors import DataError
-from rarefy.proof.measure import NATIVE_BF16, machine
+from rarefy.proof.measure import machine, native_bf16
 from rarefy.proof.report import Report
 from rarefy.runtime import native
 
@@ -52,9 +52,7 @@ def examine() -> Report:
         "cores": here["cores"],
         "threads": here["threads"],
         "python": here["python"],
-        "bf16 products": "native"
-        if NATIVE_BF16 & set(here["extensions"])
-        else "emulated: expect bf16 to be slower than fp32",
+        "bf16 products": "native" if native_bf16() else "emulated: expect bf16 to be slower than fp32",
         "CUDA": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "kernels": native.isa() or native.missing(),
     }

@@ -52,7 +52,7 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     The callable takes and returns what the model does, without gradients, and may be called by several threads. It
     holds its own copy of the weights: later changes of the model's are not seen. What no plan knows runs in torch, as
     `print(compiled)` says. Raises ModelError for a model that torch.export does not take, in training mode, with masks
-    that were not folded, or not on the CPU. O(weights log weights), and a few seconds for the export.
+    that were not folded, not in fp32, or not on the CPU. O(weights log weights), and a few seconds for the export.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     >>> fast = compile(net, torch.randn(2, 4))
@@ -63,16 +63,7 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     if values not in (None, "int8"):
         raise ModelError(unknown("values", str(values), ["int8"]))
     check_module(model)
-    if model.training:
-        raise ModelError("the model is in training mode: call eval() first")
-    check_plain(list(all_layers(model)))
-    away = next((n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.device.type != "cpu"), None)
-    if away is not None:
-        raise ModelError(f"compiled models run on the CPU, {away} is elsewhere: model.cpu() first")
-    other = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    if other is not None:
-        kind = str(model.get_parameter(other).dtype).removeprefix("torch.")
-        raise ModelError(f"compiled models are made of models in fp32, {other} is {kind}: model.float() first")
+    check_ready(model)
     args, kwargs = _called(example)
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
@@ -89,9 +80,24 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
 def check_module(model: Any) -> None:
     """Raise ModelError for what is no model of torch."""
     if not isinstance(model, nn.Module):
-        hint = ": rarefy.load(folder) reads one" if isinstance(model, str | PathLike) else ""
-        hint = ": it is compiled already" if callable(model) and hasattr(model, "counts") else hint
+        hints = {str | PathLike: ": rarefy.load(folder) reads one", Compiled: ": it is compiled already"}
+        hint = next((h for kind, h in hints.items() if isinstance(model, kind)), "")
         raise ModelError(f"a torch.nn.Module is expected, got {type(model).__name__}{hint}")
+
+
+def check_ready(model: nn.Module) -> None:
+    """Raise ModelError for a model that the engine does not run as it stands."""
+    if model.training:
+        raise ModelError("the model is in training mode: call eval() first")
+    check_plain(list(all_layers(model)))
+    away = next((n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.device.type != "cpu"), None)
+    if away is not None:
+        raise ModelError(f"the engine runs on the CPU, {away} is elsewhere: model.cpu() first")
+    kinds = {n: p.dtype for n, p in model.named_parameters() if p.is_floating_point()}
+    other = next((n for n, kind in kinds.items() if kind != torch.float32), None)
+    if other is not None:
+        kind = str(kinds[other]).removeprefix("torch.")
+        raise ModelError(f"the engine takes models in fp32, {other} is {kind}: model.float() first")
 
 
 def in_torch(traced: Traced, expected: Sequence[Any]) -> Compiled:

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from rarefy.engine import compiled
 from rarefy.engine import trace as rules
 from rarefy.engine.cache import TILE, Cache
-from rarefy.engine.compiled import EXACT, ROUNDED, Compiled, check_module, expected, in_torch, kernels_of
+from rarefy.engine.compiled import EXACT, ROUNDED, Compiled, check_module, check_ready, expected, in_torch, kernels_of
 from rarefy.engine.plan import MOST_FEW
 from rarefy.engine.prove import apart
 from rarefy.errors import DataError, ModelError, unknown
 from rarefy.model import hf
 from rarefy.model.grid import Grid
-from rarefy.model.select import all_layers
-from rarefy.runtime.choose import check_plain
 from rarefy.runtime.packed import pack_bitmask, pack_panels
 from rarefy.runtime.ways import FEW, grid_of, why_no_panels
 
@@ -39,12 +37,7 @@ def decoder(model: nn.Module, *, values: str | None = None) -> Decoder:
     check_module(model)
     if not hf.gives_tokens(model):
         raise ModelError(f"{type(model).__name__} is no language model of transformers: rarefy.compile takes others")
-    if model.training:
-        raise ModelError("the model is in training mode: call eval() first")
-    check_plain(list(all_layers(model)))
-    other = next((n for n, p in model.named_parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None)
-    if other is not None:
-        raise ModelError(f"decoders are made of fp32 models on the CPU, {other} is not: model.float().cpu() first")
+    check_ready(model)
     made = _made(model, values)
     _prove(model, made, ROUNDED if values else EXACT)
     made.compiled.forget()

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.engine.language import Decoder, check_ids, decoder
-from rarefy.errors import DataError
-from rarefy.errors import unknown as unknown_name
+from rarefy.errors import DataError, unknown
 
 OPTIONS = ("max_new_tokens", "attention_mask", "seed", "values")  # of text; beside those of sampling
 
@@ -89,9 +88,9 @@ def stream(
     **sampling: Any,
 ) -> Iterator[Tensor]:
     """Yield the next token [batch] of each sequence as soon as it is there; see `generate`."""
-    unknown = [n for n in sampling if n not in Sampling.__dataclass_fields__]
-    if unknown:
-        raise DataError(unknown_name("option", unknown[0], [*OPTIONS, *Sampling.__dataclass_fields__]))
+    strange = [n for n in sampling if n not in Sampling.__dataclass_fields__]
+    if strange:
+        raise DataError(unknown("option", strange[0], [*OPTIONS, *Sampling.__dataclass_fields__]))
     how = Sampling(**sampling)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise DataError(f"max_new_tokens is a number, 1 or more, got {max_new_tokens!r}")

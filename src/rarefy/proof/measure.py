@@ -221,13 +221,10 @@ def cpu_flags() -> set[str]:
     return set(_cpuinfo("flags").split()) | set(_cpuinfo("Features").split())
 
 
-NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})  # flags of CPUs that multiply bf16
-
-
 @cache
 def native_bf16() -> bool:
     """Return whether this CPU multiplies bf16 itself: elsewhere torch takes up to fifty times as long as for fp32."""
-    return bool(NATIVE_BF16 & cpu_flags())
+    return bool({"avx512_bf16", "amx_bf16", "bf16", "svebf16"} & cpu_flags())
 
 
 def commit(folder: str | Path) -> str:

@@ -331,9 +331,8 @@ def unpack(packed: Packed) -> Tensor:
     if isinstance(packed, Panels):
         return _unpack_panels(packed)
     if isinstance(packed, Dense):
-        return (
-            packed.values.transpose(1, 2).flatten(0, 1)[: packed.shape[0]].clone(memory_format=torch.contiguous_format)
-        )
+        rows = packed.values.transpose(1, 2).flatten(0, 1)[: packed.shape[0]]
+        return rows.clone(memory_format=torch.contiguous_format)
     if packed.kind == "int4":
         return _unpack_nibbles(packed)  # type: ignore[arg-type]
     (O, C), dtype = packed.shape, KINDS[packed.kind]
