@@ -123,6 +123,7 @@ void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, i
 #include "rows.hpp"
 #include "sell.hpp"
 #include "unfold.hpp"
+#include "winograd.hpp"
 
 namespace {
 

@@ -89,6 +89,75 @@ int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   return RAREFY_OK;
 }
 
+// Two by two outputs of a convolution by squares: how many there are, and of them a part.
+struct Squares {
+  explicit Squares(const rarefy_step& s)
+      : image(*static_cast<const rarefy_image*>(s.w)), w(*image.w), plan(w, image.height, image.width) {
+    height = image.height + 2 * w.padding[0] - 2;
+    width = image.width + 2 * w.padding[1] - 2;
+    plan.oh = over(height, 2);
+    plan.ow = over(width, 2);
+    all = s.batch * plan.oh * plan.ow;
+    const int64_t tiles = over(all, NT);
+    part = over(over(all, tiles + (tiles > 1) * tiles % 2), 8) * 8;  // as even as may be, for two threads as well
+    parts = over(all, part);
+  }
+  // What of a tile of outputs lies where, for squares from `at` on: their place in the plan, and in two rows of pixels.
+  int runs(const rarefy_step& s, int64_t at, int64_t here, rarefy_piece* out) const {
+    int count = 0;
+    for (int64_t done = 0, n; done < here; done += n) {
+      const int64_t row = (at + done) / plan.ow, column = (at + done) % plan.ow;
+      n = std::min(plan.ow - column, here - done);
+      for (int64_t a = 0; a < 2; ++a) {
+        const int64_t y = row % plan.oh * 2 + a, first = (row / plan.oh * height + y) * width + 2 * column;
+        const int64_t end = y < height ? first + std::min(2 * n, width - 2 * column) : first;
+        for (int64_t q = first, some; q < end; q += some) {
+          some = std::min(NT - q % NT, end - q);
+          out[count++] = {q / NT * s.out.tile + q % NT, int32_t((a * NT + done) * 2 + q - first), int32_t(some)};
+        }
+      }
+    }
+    return count;
+  }
+  const rarefy_image& image;
+  const rarefy_conv& w;
+  Image plan;
+  int64_t height, width, all, part, parts;
+};
+
+int64_t parts_of_squares(const rarefy_step& s) { return Squares(s).parts * over(s.features, SQUARED); }
+
+// Some squares of outputs, some rows of them.
+int convolve_squares(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+  const Squares squares(s);
+  const rarefy_conv& w = squares.w;
+  const int64_t chunks = over(s.features, SQUARED), at = i / chunks * squares.part, row = i % chunks * SQUARED;
+  const int64_t rows = std::min(SQUARED, s.features - row), here = std::min(squares.part, squares.all - at);
+  const int64_t fours = over(s.features, R4), in_apart = (w.inputs + 1) * NT, out_apart = (over(rows, R4) * R4 + 1) * NT;
+  const Scratch<1> near(size_t(in_apart + out_apart) * 16 * 4);
+  float* in = static_cast<float*>(near.from);
+  if (!in) return RAREFY_MEMORY;
+  float* products = in + in_apart * 16;
+  rarefy_piece pieces[NT], runs[5 * NT];
+  int count = squares.plan.pieces(at, here, w.inputs * squares.plan.channel, pieces);
+  t.squares_in(s.x.at, squares.image.places, w.inputs, pieces, count, in, in_apart);
+  for (int64_t k = 0; k < 16; ++k)
+    t.dense[0](reinterpret_cast<const uint32_t*>(w.dense) + (k * fours * R4 + row) * w.inputs, w.inputs * R4, over(rows, R4),
+               w.inputs, reinterpret_cast<const uint32_t*>(in + k * in_apart),
+               reinterpret_cast<uint32_t*>(products + k * out_apart), here, false);
+  count = squares.runs(s, at, here, runs);
+  alignas(64) float pixels[4 * NT], more[4 * NT];
+  for (int64_t r = row; r < row + rows; ++r, products += NT) {
+    for (int p = 0; s.more.at && p < count; ++p)
+      std::memcpy(more + runs[p].to, s.more.at + runs[p].from + r * NT, size_t(runs[p].size) * 4);
+    t.squares_out(products, out_apart, here, w.weight.bias ? w.weight.bias[r] : 0.0f, s.more.at ? more : nullptr,
+                  w.weight.act, pixels);
+    for (int p = 0; p < count; ++p)
+      std::memcpy(s.out.at + runs[p].from + r * NT, pixels + runs[p].to, size_t(runs[p].size) * 4);
+  }
+  return RAREFY_OK;
+}
+
 // Channel by channel: the largest of the pixels that a kernel takes together, or their sum with weights.
 void each_channel(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const auto& image = *static_cast<const rarefy_image*>(s.w);

@@ -24,6 +24,7 @@ constexpr int64_t TILES = 4;    // of inputs that unfolded rows are multiplied b
 constexpr int64_t PART = 32;    // rows of a part of a product of few tokens
 constexpr int64_t CHANNELS = 8;  // of a part of what runs channel by channel
 constexpr int64_t FOURS = 64;   // of rows of a part of a convolution
+constexpr int64_t SQUARED = 64;  // rows of a part of a convolution by squares
 constexpr int SPINS = 2000;     // looks at a counter before the processor is given away
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -81,6 +82,8 @@ int64_t tiles_of(const rarefy_attention& a) { return over(a.queries + NT - 1, NT
 // Rows of a part of a convolution: fewer where there are few tiles, so that threads share them.
 int64_t rows_of(int64_t tiles) { return tiles < 8 ? SLAB : FOURS * R4; }
 
+int64_t parts_of_squares(const rarefy_step& s);
+
 int64_t parts_of(const rarefy_step& s) {
   const int64_t tiles = over(s.columns, NT);
   const auto* a = static_cast<const rarefy_attention*>(s.w);
@@ -99,7 +102,7 @@ int64_t parts_of(const rarefy_step& s) {
     case RAREFY_TIMES: return tiles * over(s.features, ROWS);
     case RAREFY_ATTEND: return a->batch * a->heads * tiles_of(*a);
     case RAREFY_PLANES: return s.batch * over(s.features, CHANNELS);
-    case RAREFY_CONVOLVE: return tiles * over(s.features, rows_of(tiles));
+    case RAREFY_CONVOLVE: return s.flag ? parts_of_squares(s) : tiles * over(s.features, rows_of(tiles));
     case RAREFY_POOL:
     case RAREFY_DEPTHWISE: return tiles * over(s.features, CHANNELS);
     case RAREFY_AVERAGE: return s.columns * over(s.features, ROWS);
@@ -341,7 +344,7 @@ int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
       break;
     }
     case RAREFY_PLANES: return cut_planes(t, s, i);
-    case RAREFY_CONVOLVE: return convolve(t, s, i);
+    case RAREFY_CONVOLVE: return s.flag ? convolve_squares(t, s, i) : convolve(t, s, i);
     case RAREFY_POOL:
     case RAREFY_DEPTHWISE: each_channel(t, s, i); break;
     case RAREFY_AVERAGE: average(s, i); break;

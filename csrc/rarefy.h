@@ -156,7 +156,8 @@ enum rarefy_op {
   RAREFY_PLANES = 10,  // images x -> out, padded planes for w (rarefy_image), with `least` outside; flag 1: x lies
                        // [batch][features][pixels], 2: of bytes, with zeros outside
   RAREFY_CONVOLVE = 11,  // out = act(planes x convolved with w (rarefy_image) + bias + more); of int8, x are planes of
-                         // bytes, and sum their images' scales
+                         // bytes, and sum their images' scales. With flag 1 by squares of two by two outputs: w has
+                         // kernel 4, stride 2, and dense weights [16][outputs / 4][inputs][4]
   RAREFY_POOL = 12,    // out = the largest of the pixels of planes x that w (rarefy_image) takes together
   RAREFY_DEPTHWISE = 13, // out = act(planes x, each channel convolved with its weights in gain, + bias)
   RAREFY_AVERAGE = 14, // means of images x -> out[batch] as tokens

@@ -74,6 +74,8 @@ struct rarefy_table {
   void (*unfold[4])(const rarefy_bitmask&, int64_t, uint32_t*);
   void (*unfold_panels)(const rarefy_panels&, int64_t, bool, uint32_t*);
   void (*dense[2])(const uint32_t*, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t, bool);  // fp32, bytes
+  void (*squares_in)(const float*, const int32_t*, int64_t, const rarefy_piece*, int, float*, int64_t);
+  void (*squares_out)(const float*, int64_t, int64_t, float, const float*, int, float*);
 };
 
 const rarefy_table& rarefy_chosen();  // what serves this process
@@ -113,4 +115,6 @@ float rarefy_step_of(const rarefy_table& t, const float* x, int64_t n);  // of n
    attend_row,                                                                         \
    {unfold_bits<RAREFY_F32>, unfold_bits<RAREFY_BF16>, unfold_bits<RAREFY_I8>, unfold_bits<RAREFY_I4>}, \
    unfold_panels,                                                                      \
-   {dense_any<RAREFY_F32>, dense_any<RAREFY_I8>}}
+   {dense_any<RAREFY_F32>, dense_any<RAREFY_I8>},                                      \
+   squares_in,                                                                         \
+   squares_out}

@@ -11,7 +11,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rarefy.engine import words
 from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape
-from rarefy.runtime.forms import CONV_BLOCK, LEAST_ZEROS, MOST_BYTES_IN_A_SUM, MOST_STRIDE, NEAR, SHARED
+from rarefy.runtime import squares
+from rarefy.runtime.forms import (
+    CONV_BLOCK,
+    LEAST_ZEROS,
+    LEAST_ZEROS_OF_SQUARES,
+    MOST_BYTES_IN_A_SUM,
+    MOST_STRIDE,
+    NEAR,
+    SHARED,
+)
 from rarefy.runtime.packed import pack_conv, pack_dense, shared
 
 LEAST = 0.4  # zeros from which a kernel is faster than torch's dense one
@@ -81,13 +90,13 @@ def pooled(t: Traced, node: Node) -> None:
         put(t, node, words.average, over)
 
 
-def few_zeros(weight: Tensor) -> bool:
+def few_zeros(weight: Tensor, least: tuple[float, float] = LEAST_ZEROS) -> bool:
     """Return whether a weight is multiplied by faster with its zeros: as many as there may be depends on whether the
     others come in fours."""
     W = weight.flatten(1)
     hit = torch.nn.functional.pad(W != 0, (0, 0, 0, -len(W) % 4)).view(-1, 4, W.shape[1])
     fours = float(hit.sum()) / max(1.0, float(hit.any(1).sum()))
-    return 1 - float(hit.sum()) / W.numel() < LEAST_ZEROS[fours < SHARED]
+    return 1 - float(hit.sum()) / W.numel() < least[fours < SHARED]
 
 
 def packed(t: Traced, node: Node, values: str | None) -> Any:
@@ -101,7 +110,9 @@ def packed(t: Traced, node: Node, values: str | None) -> Any:
     how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     wide = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MOST_BYTES_IN_A_SUM
     kind = "fp32" if groups > 1 or wide else values or "fp32"
-    if groups == 1 and kind == "fp32" and few_zeros(weight):
+    by_squares = squares.fit(tuple(weight.shape), tuple(stride), tuple(dilation))
+    least = LEAST_ZEROS_OF_SQUARES if by_squares else LEAST_ZEROS
+    if groups == 1 and kind == "fp32" and few_zeros(weight, least):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
     form = pack_conv(weight, kind, **how, block=CONV_BLOCK if groups > 1 else NEAR)
     if groups == 1 and shared(form) < SHARED:

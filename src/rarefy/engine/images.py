@@ -16,7 +16,7 @@ import torch
 from rarefy.engine import words
 from rarefy.engine.plan import BESIDE, Plan, Value
 from rarefy.engine.trace import Node
-from rarefy.runtime import native
+from rarefy.runtime import native, squares
 from rarefy.runtime.forms import LANE, MOST_STRIDE
 
 PIECE = 16  # floats that may be read past the last plane
@@ -137,8 +137,10 @@ def convolution(p: Plan, node: Node) -> None:
         small = None
         if bytes_:
             small, beside["sum"] = converted(p, x, "int8", True)
-        source, image = _planes(p, x, kernel.about, 0.0, small)
-        step, how = "convolve", {"w": addressof(image), "batch": batch}
+        by_squares = squares.worth(kernel.held[0], batch, *p.shape(node)[2:])
+        about = squares.of(kernel).about if by_squares else kernel.about
+        source, image = _planes(p, x, about, 0.0, small)
+        step, how = "convolve", {"w": addressof(image), "batch": batch, "flag": int(by_squares)}
     out = p.make(node)
     p.step(step, out, x=p.use(source), out=p.use(out), **how, **{n: p.use(v) for n, v in beside.items()})
 

@@ -221,7 +221,7 @@ class Plan:
         i = next(i for i in reversed(range(len(self.steps))) if self.steps[i][1].get("out") is v)
         made, at, _ = self.steps[i]
         sorted_ = made.op == OPS["product"] and FORMATS[made.flag] in (Tiles, Sell)
-        if not (sorted_ or made.op == OPS["convolve"]):
+        if not (sorted_ or (made.op == OPS["convolve"] and not made.flag)):
             return None
         if "range" not in at:
             at["range"] = Value(v.tokens, -(-v.features // SLAB), i, False)

@@ -204,6 +204,7 @@ class Kernel:
         _check(packed, bias)
         self.held, self.image = (packed, bias), isinstance(packed, ConvTiles)
         self.call: Any = None
+        self.squares: Any = None  # once a plan has asked for them
         self.shape: Any = packed.shape
         matrix = packed.matrix if isinstance(packed, ConvTiles) else packed
         self.alone = "weights as they are" if isinstance(matrix, Dense) else None
