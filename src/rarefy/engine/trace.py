@@ -87,6 +87,7 @@ def _export(model: nn.Module, args: Any, kwargs: Any) -> Any:
     open_ = pytree.tree_map(lambda t: _open(t) if isinstance(t, Tensor) else None, given)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own trees
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # caches; the proof tells
         program = export(model, args, dict(kwargs), dynamic_shapes=open_, strict=False)
         changes = any(_changes(n.target) for n in program.graph.nodes if n.op == "call_function")
         return program.run_decompositions({}) if changes else program  # calls that change their inputs become others
