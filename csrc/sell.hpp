@@ -11,31 +11,34 @@ template <int KIND, int T>
 void sell_part(const uint16_t* counts, const uint8_t* order, const uint16_t* column, const uint32_t* value, int64_t pairs,
                bool begun, const uint32_t* x, uint32_t* out, const rarefy_end* end, int64_t lane) {
   using L = Lanes<KIND>;
-  for (int64_t p = 0; p < pairs; ++p, order += 2) {
-    typename L::sum c[2][T];
+  constexpr int R = T > 4 ? 1 : 2;  // rows at a time
+  for (int64_t p = 0; p < pairs; column += 2 * counts[p], value += 2 * counts[p], ++p, order += 2)
+    for (int first = 0; first < 2; first += R) {
+      const uint8_t* row = order + first;
+      typename L::sum c[R][T];
 #pragma GCC unroll 2
-    for (int r = 0; r < 2; ++r)
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) c[r][t] = begun ? L::sum_at(out + order[r] * NT + t * W) : L::zero();
-    for (int64_t i = counts[p]; i > 0; --i, column += 2, value += 2)
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) c[r][t] = begun ? L::sum_at(out + row[r] * NT + t * W) : L::zero();
+      const uint16_t* from = column + first;
+      const uint32_t* by = value + first;
+      for (int64_t i = counts[p]; i > 0; --i, from += 2, by += 2)
 #pragma GCC unroll 2
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t* at = x + int64_t(column[r]) * NT;
-        const auto w = L::spread(value[r]);
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) c[r][t] = L::step(c[r][t], L::load(at + t * W), w);
-      }
-    if (end) {
+        for (int r = 0; r < R; ++r) {
+          const uint32_t* at = x + int64_t(from[r]) * NT;
+          const auto w = L::spread(by[r]);
+#pragma GCC unroll 8
+          for (int t = 0; t < T; ++t) c[r][t] = L::step(c[r][t], L::load(at + t * W), w);
+        }
 #pragma GCC unroll 2
-      for (int r = 0; r < 2; ++r)
-        finish_row<KIND>(c[r], *end, order[r], lane, reinterpret_cast<float*>(out + order[r] * NT));
-      continue;
+      for (int r = 0; r < R; ++r)
+        if (end) {
+          finish_row<KIND>(c[r], *end, row[r], lane, reinterpret_cast<float*>(out + row[r] * NT));
+        } else {
+#pragma GCC unroll 8
+          for (int t = 0; t < T; ++t) L::store(out + row[r] * NT + t * W, c[r][t]);
+        }
     }
-#pragma GCC unroll 2
-    for (int r = 0; r < 2; ++r)
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) L::store(out + order[r] * NT + t * W, c[r][t]);
-  }
 }
 
 // The rows of a slab on one block of `columns` of inputs, whole vectors of them.
@@ -52,6 +55,8 @@ void sell_block(const rarefy_sell& w, int64_t slab, int64_t b, const uint32_t* x
     left -= T;
     v += T;
   };
+  if constexpr (MOST == 2)
+    while (left >= 8) part(std::integral_constant<int, 8>{});
   while (left >= 4) part(std::integral_constant<int, 4>{});
   if (left >= 2) part(std::integral_constant<int, 2>{});
   if (left >= 1) part(std::integral_constant<int, 1>{});
