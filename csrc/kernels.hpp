@@ -255,6 +255,8 @@ template <int KIND>
 void tiles_block(const rarefy_tiles& w, int64_t b, int64_t from, int64_t to, const uint32_t* x, uint32_t* out,
                  int64_t columns) {
   int64_t left = (columns + W - 1) / W, at = 0;
+  if constexpr (MOST == 2)
+    for (; left == 3 || left > 4; left -= 3, at += 3 * W) tiles_part<KIND, 3>(w, b, from, to, x + at, out + at);
   for (; left >= MOST; left -= MOST, at += MOST * W) tiles_part<KIND, MOST>(w, b, from, to, x + at, out + at);
   if constexpr (MOST > 2)
     for (; left >= 2; left -= 2, at += 2 * W) tiles_part<KIND, 2>(w, b, from, to, x + at, out + at);
