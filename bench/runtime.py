@@ -13,8 +13,6 @@ import argparse
 import ctypes
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from itertools import cycle
@@ -30,11 +28,11 @@ from rarefy.runtime import native
 from rarefy.runtime.forms import KINDS
 from rarefy.runtime.layers import SparseLinear
 from rarefy.runtime.packed import nbytes, pack_bitmask, pack_conv, pack_csr, pack_tiles
+from rarefy.runtime.pages import last_cache
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runtime.jsonl"
-L3 = os.sysconf(194) if sys.platform == "linux" else 0  # _SC_LEVEL3_CACHE_SIZE of glibc
-CACHE = max(100 << 20, L3)  # bytes of distinct weights at batch 1
+CACHE = max(100 << 20, last_cache())  # bytes of distinct weights at batch 1
 SHAPES = [(4096, 1024), (768, 3072)]
 # Of ResNet-50 at 224 x 224: outputs, inputs, kernel, stride, size of images, how many such layers it has.
 CONVOLUTIONS = [

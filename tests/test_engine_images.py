@@ -11,9 +11,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import rarefy
 from rarefy.engine import compiled, convolve, images, words
 from rarefy.engine.compiled import Alone, Segment
-from rarefy.engine.plan import OPS
 from rarefy.proof.measure import threads
-from rarefy.runtime import native, squares
+from rarefy.runtime import native, pages
 from rarefy.runtime.forms import Bitmask, Dense, Sell, Tiles
 from rarefy.runtime.packed import pack_bitmask
 
@@ -108,63 +107,6 @@ def test_zeros_decide_how_weights_run(sparsity, fours, product, by_squares):
         x = torch.randn(7, 96) if len(shape) == 2 else torch.randn(2, 32, 9, 9)
         (kernel,) = equal(net, x).kernels.values()
         assert type(getattr(kernel.held[0], "matrix", kernel.held[0])) is form
-
-
-class Squared(nn.Module):
-    """A convolution whose outputs come two by two, between products, with a sum and without."""
-
-    def __init__(self, C, O, padding, more):
-        super().__init__()
-        self.before, self.conv, self.behind = (
-            nn.Conv2d(3, C, 1),
-            nn.Conv2d(C, O, 3, padding=padding),
-            nn.Conv2d(O, 5, 1),
-        )
-        self.beside = nn.Conv2d(3, O, 3, padding=padding) if more else None
-
-    def forward(self, x):
-        y = self.conv(self.before(x))
-        return self.behind(torch.relu(y if self.beside is None else y + self.beside(x)))
-
-
-SQUARES = {  # images, inputs, outputs, padding, rows, columns
-    "even": (2, 16, 64, 1, 16, 24),
-    "odd": (3, 17, 70, 1, 15, 9),
-    "no padding": (5, 6, 4, 0, 9, 12),
-    "much padding": (1, 5, 130, 3, 10, 7),
-    "single pixels": (33, 4, 8, 1, 1, 1),
-    "one column": (2, 4, 9, 1, 60, 1),
-    "wider than a tile": (1, 3, 5, 1, 3, 301),
-    "many parts": (4, 8, 136, 1, 37, 38),
-}
-
-
-@pytest.mark.parametrize("more", [False, True])
-@pytest.mark.parametrize("name", SQUARES)
-def test_squares_of_outputs(isa, name, more):
-    batch, C, O, padding, *sizes = SQUARES[name]
-    x = torch.randn(batch, 3, *sizes)
-    made = equal(Squared(C, O, padding, more), x, most=1e-6)
-    by_squares = [k.squares is not None for n, k in made.kernels.items() if k.shape[2:] == (3, 3)]
-    assert by_squares == [True] * (1 + more) and len(made.program) == 1
-
-
-def test_few_squares_are_not_worth_their_weights():
-    made = equal(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)), torch.randn(2, 4, 8, 10))  # 20 of an image
-    with torch.no_grad():
-        made(torch.randn(1, 4, 8, 10))
-    (segment,) = made.program
-    for shapes, (plan,) in segment.plans.items():
-        flags = [s.flag for s in plan.array if s.op == OPS["convolve"]]
-        assert flags == [int(shapes[0][1] * 20 >= squares.LEAST)]
-    assert {s[0][1] for s in segment.plans} == {1, 2}
-
-
-@pytest.mark.parametrize("how", [{"stride": 2}, {"dilation": 2}, {"groups": 2}, {"kernel_size": (3, 5)}])
-def test_other_convolutions_have_no_squares(how):
-    layer = nn.Conv2d(4, 8, **{"kernel_size": 3, "padding": 2, **how})
-    made = equal(nn.Sequential(layer), torch.randn(3, 4, 20, 20))
-    assert all(k.squares is None for k in made.kernels.values())
 
 
 def in_steps(t, dims):
@@ -409,7 +351,7 @@ def test_images_a_few_at_a_time(monkeypatch):
     net = Residual().eval()
     x, more = torch.randn(7, 24, 9, 7), torch.randn(7, 24, 9, 7)
     whole = rarefy.compile(net, (x, more))
-    monkeypatch.setattr(compiled, "NEAR_BYTES", 0)
+    monkeypatch.setattr(images, "NEAR_BYTES", 0)
     made = rarefy.compile(net, (x, more))
     (segment,) = made.program
     for few in (1, 3):
@@ -419,6 +361,32 @@ def test_images_a_few_at_a_time(monkeypatch):
         for want, got in zip(whole(x, more), made(x, more)):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert {k[0][1] for k in segment.plans} >= {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("memory", "weights", "cache", "few"),
+    [
+        (10, 8, 32, 1),
+        (10, 30, 32, 1),
+        (10, 100, 32, 5),
+        (10, 8, 480, 5),
+        (10, 8, 0, 5),
+        (3, 0, 32, 5),
+        (70, 500, 32, 1),
+    ],
+)
+def test_how_many_images_go_together(memory, weights, cache, few):
+    assert images.at_once(memory << 20, weights << 20, cache << 20) == few
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_the_last_cache_may_be_unknown(monkeypatch, system):
+    def none(number):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(pages.sys, "platform", system)
+    monkeypatch.setattr(pages.os, "sysconf", none)
+    assert pages.last_cache.__wrapped__() == 0
 
 
 def test_what_images_and_rows_share_stays_in_torch():

@@ -573,7 +573,7 @@ def test_panels_that_do_not_fit_together_never_run(change, says):
 
 @pytest.mark.slow
 def test_under_sanitizers(tmp_path):
-    """All of this file, and plans of images, with kernels built with ASan and UBSan."""
+    """All of this file, plans of images and squares, with kernels built with ASan and UBSan."""
     root = Path(__file__).parents[1]
     for words in (["-S", root, "-B", tmp_path, "-DRAREFY_SANITIZE=ON", "-DRAREFY_STRICT=ON"], ["--build", tmp_path]):
         ran = subprocess.run(["cmake", *map(str, words)], capture_output=True, text=True)
@@ -584,7 +584,7 @@ import sys, types
 import pytest
 from rarefy.runtime import native
 native.find_spec = lambda name: types.SimpleNamespace(origin={str(tmp_path / "_kernels.so")!r})
-files = [{str(Path(__file__))!r}, {str(Path(__file__).with_name("test_engine_images.py"))!r}]
+files = [{str(Path(__file__).parent)!r} + "/" + n for n in ("test_kernels.py", "test_engine_images.py", "test_squares.py")]
 sys.exit(pytest.main([*files, "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]))
 """
     env = os.environ | {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}

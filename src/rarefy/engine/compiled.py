@@ -24,10 +24,9 @@ from rarefy.model.select import all_layers
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
 from rarefy.runtime.forms import SHARED, Panels
-from rarefy.runtime.packed import pack_dense, pack_sell, pack_tiles, shared
-from rarefy.runtime.pages import Pages
+from rarefy.runtime.packed import nbytes, pack_dense, pack_sell, pack_tiles, shared
+from rarefy.runtime.pages import Pages, last_cache
 
-NEAR_BYTES = 56 << 20  # of what images are on their way through a plan
 MOST_SIZES = 16  # of inputs for which plans are kept
 EXACT, ROUNDED = 1e-3, 0.5  # of outputs' length, how far they may move: in fp32, and in 8 bits
 RULES = (
@@ -176,7 +175,8 @@ class Segment:
         key = _shapes(one)
         if key not in self.few:
             plan = self._plan(one)
-            self.few[key] = max(1, NEAR_BYTES // plan.memory.nbytes)
+            weights = {id(k): nbytes(k.held[0]) for n in self.nodes if (k := self.kernels.get(n)) is not None}
+            self.few[key] = images.at_once(plan.memory.nbytes, sum(weights.values()), last_cache())
             self._give_back(key, plan)
         return self.few[key]
 

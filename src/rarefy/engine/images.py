@@ -22,6 +22,7 @@ from rarefy.runtime.forms import LANE, MOST_STRIDE
 PIECE = 16  # floats that may be read past the last plane
 MOST_PLANES = 1 << 31  # floats, as places are counted in 32 bits
 OF_IMAGES = (words.convolution, words.pool, words.average)
+NEAR_BYTES = 56 << 20  # of what images are on their way through a plan, at most
 
 
 class Image(Structure):
@@ -32,6 +33,18 @@ def depthwise(node: Node, weight: Any) -> bool:
     """Whether a convolution has one input and one output in each group, and a kernel's stride."""
     groups, stride = node.args[8], node.args[5]
     return groups > 1 and weight.shape[0] == groups and weight.shape[1] == 1 and max(stride) <= MOST_STRIDE
+
+
+def at_once(memory: int, weights: int, cache: int) -> int:
+    """Return how many images go through a plan together, one of which has `memory` on its way: as many as half the last
+    cache holds, more where reading the weights once more for each would be the larger part. Bytes. O(1).
+
+    >>> at_once(10 << 20, 8 << 20, 32 << 20), at_once(10 << 20, 100 << 20, 32 << 20)
+    (1, 5)
+    """
+    most = NEAR_BYTES // memory
+    near = min(NEAR_BYTES, cache // 2 or NEAR_BYTES) // memory
+    return max(1, near, min(most, weights // (2 * memory)))
 
 
 def layouts(nodes: Sequence[Node]) -> set[Node] | None:

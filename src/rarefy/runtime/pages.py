@@ -3,6 +3,9 @@ language model's step)."""
 
 from __future__ import annotations
 
+import os
+import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +17,16 @@ from rarefy.runtime.forms import Packed
 PAGE = 2 << 20  # bytes of a large page
 LEAST, MOST = 4 << 20, 64 << 20  # bytes of the first piece of memory, and of those after many
 LINE = 64
+LAST_CACHE = 194  # glibc's _SC_LEVEL3_CACHE_SIZE
+
+
+@cache
+def last_cache() -> int:
+    """Return the bytes of the processor's third cache, 0 where the system does not tell. O(1)."""
+    try:
+        return max(0, os.sysconf(LAST_CACHE)) if sys.platform == "linux" else 0
+    except (OSError, ValueError):  # libraries without that number
+        return 0
 
 
 def fresh(nbytes: int) -> Tensor:
