@@ -1,4 +1,10 @@
+#if defined(RAREFY_EMULATED)
+#include "emulated.hpp"
+#define HIDE(how, v)
+#else
 #include <immintrin.h>
+#define HIDE(how, v) how("" : "+v"(v))
+#endif
 
 #include "rarefy.h"
 #include "table.h"
@@ -11,14 +17,14 @@ constexpr int32_t ADDED = 128;
 // the compiler cannot know to be zeros.
 inline __m512i zeros() {
   __m512i z = _mm512_setzero_si512();
-  asm volatile("" : "+v"(z));
+  HIDE(asm volatile, z);
   return z;
 }
 
 // Expansion out of memory is slower than a load and an expansion of a register, into which compilers like to fold it.
 inline __m512i in_register(const void* p) {
   __m512i v = _mm512_loadu_si512(p);
-  asm("" : "+v"(v));
+  HIDE(asm, v);
   return v;
 }
 
@@ -95,7 +101,7 @@ struct Nibbles {
 
 // The compiler would make constants anew in a loop, on the one port for shuffles.
 inline __m512i constant(__m512i v) {
-  asm("" : "+v"(v));
+  HIDE(asm, v);
   return v;
 }
 

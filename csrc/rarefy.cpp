@@ -25,10 +25,14 @@ const rarefy_table* of_name(const char* name) {
 #if defined(RAREFY_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+#if defined(RAREFY_EMULATED)
+  const bool avx512 = avx2;
+#else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
                       __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+#endif
   if (avx512 && (!name || !std::strcmp(name, "avx512"))) return &rarefy_avx512;
   if (avx2 && (!name || !std::strcmp(name, "avx2"))) return &rarefy_avx2;
 #endif

@@ -97,6 +97,7 @@ void dense_part(const uint32_t* values, int64_t apart, int64_t fours, int64_t la
       typename L::input in[T];
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) in[t] = L::load(x + l * NT + t * W);
+      __builtin_prefetch(values + apart + l * R4);  // of the next four, which lie elsewhere
 #pragma GCC unroll 4
       for (int r = 0; r < R4; ++r) {
         const auto w = L::spread(values[l * R4 + r]);

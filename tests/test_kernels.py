@@ -571,25 +571,39 @@ def test_panels_that_do_not_fit_together_never_run(change, says):
         native.Kernel(packed.Panels(**{**vars(weight), **change}))
 
 
-@pytest.mark.slow
-def test_under_sanitizers(tmp_path):
-    """All of this file, plans of images and squares, with kernels built with ASan and UBSan."""
-    root = Path(__file__).parents[1]
-    for words in (["-S", root, "-B", tmp_path, "-DRAREFY_SANITIZE=ON", "-DRAREFY_STRICT=ON"], ["--build", tmp_path]):
-        ran = subprocess.run(["cmake", *map(str, words)], capture_output=True, text=True)
+def run_with_kernels(tmp_path, option, *words, **env):
+    """This file, and tests of plans of images, with kernels built with an option."""
+    root, tests = Path(__file__).parents[1], Path(__file__).parent
+    for call in (["-S", root, "-B", tmp_path, f"-D{option}=ON", "-DRAREFY_STRICT=ON"], ["--build", tmp_path]):
+        ran = subprocess.run(["cmake", *map(str, call)], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
-    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    files = [str(tests / n) for n in ("test_kernels.py", "test_engine_images.py", "test_squares.py")]
     code = f"""
 import sys, types
 import pytest
 from rarefy.runtime import native
 native.find_spec = lambda name: types.SimpleNamespace(origin={str(tmp_path / "_kernels.so")!r})
-files = [{str(Path(__file__).parent)!r} + "/" + n for n in ("test_kernels.py", "test_engine_images.py", "test_squares.py")]
-sys.exit(pytest.main([*files, "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]))
+sys.exit(pytest.main([*{files!r}, "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *{words!r}]))
 """
-    env = os.environ | {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=root)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env, cwd=root)
     assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
+    return ran.stdout
+
+
+@pytest.mark.slow
+def test_under_sanitizers(tmp_path):
+    """ASan and UBSan."""
+    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    how = {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    run_with_kernels(tmp_path, "RAREFY_SANITIZE", **how)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/usr/include/simde/x86/avx512.h").exists(), reason="needs SIMDe: libsimde-dev")
+def test_avx512_in_software(tmp_path):
+    """What this CPU may not have."""
+    told = run_with_kernels(tmp_path, "RAREFY_EMULATE", "-rs", "-k", "not expansion_waits", RAREFY_ISA="avx512")
+    assert "no avx512" not in told
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
