@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from rarefy.engine.plan import OPS
+from rarefy.engine.timed import resident_bytes
 from rarefy.runtime import native, squares
 from test_engine_images import equal
 
@@ -66,3 +67,10 @@ def test_other_convolutions_have_no_squares(how):
     layer = nn.Conv2d(4, 8, **{"kernel_size": 3, "padding": 2, **how})
     made = equal(nn.Sequential(layer), torch.randn(3, 4, 20, 20))
     assert all(k.squares is None for k in made.kernels.values())
+
+
+def test_what_squares_take_is_told():
+    made = equal(nn.Sequential(nn.Conv2d(4, 8, 3, bias=False)), torch.randn(1, 4, 20, 20))
+    weight = 4 * 8 * 9 * 4
+    constants = sum(t.nbytes for t in made.constants.values())
+    assert resident_bytes(made) == constants + weight + weight * 16 // 9

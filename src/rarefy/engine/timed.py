@@ -144,5 +144,6 @@ def resident_bytes(subject: Subject) -> int:
     tensors = list(made.constants.values())
     for kernel in made.kernels.values():
         packed: tuple[Packed, Tensor | None] = kernel.held
-        tensors += [t for t in [*vars(packed[0]).values(), packed[1]] if isinstance(t, Tensor)]
+        by_squares = getattr(getattr(kernel, "squares", None), "values", None)
+        tensors += [t for t in [*vars(packed[0]).values(), packed[1], by_squares] if isinstance(t, Tensor)]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())  # several lie in one piece of memory
