@@ -102,7 +102,7 @@ template <int KIND, int T, class S>
 inline void finish_row(const S (&c)[T], const rarefy_end& end, int64_t row, int64_t lane, float* out) {
   const bool there = row < end.rows;
   const float bias = end.bias && there ? end.bias[row] : 0.0f;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     vec v;
     if constexpr (KIND == RAREFY_I8) {

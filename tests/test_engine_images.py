@@ -98,13 +98,18 @@ def test_convolutions(isa, name, sparsity):
 )
 def test_zeros_decide_how_weights_run(sparsity, fours, product, by_squares):
     generator = torch.Generator().manual_seed(0)
-    for shape, form in (((64, 96), product), ((64, 32, 3, 5), product), ((64, 32, 3, 3), by_squares)):
-        few = (shape[0] // 4, *shape[1:]) if fours else shape
-        hit = torch.rand(few, generator=generator) >= sparsity
+    few, many = (5, 9), (16, 12)  # pixels
+    for shape, size, form in (
+        ((64, 96), None, product),
+        ((64, 32, 3, 5), many, product),
+        ((64, 32, 3, 3), few, product),
+        ((64, 32, 3, 3), many, by_squares),
+    ):
+        hit = torch.rand((shape[0] // 4, *shape[1:]) if fours else shape, generator=generator) >= sparsity
         layer = nn.Linear(96, 64) if len(shape) == 2 else nn.Conv2d(32, 64, shape[2:])
         layer.weight.data *= hit.repeat_interleave(4, 0) if fours else hit
         net = nn.Sequential(layer).eval()
-        x = torch.randn(7, 96) if len(shape) == 2 else torch.randn(2, 32, 9, 9)
+        x = torch.randn(7, 96) if size is None else torch.randn(9, 32, *size)
         (kernel,) = equal(net, x).kernels.values()
         assert type(getattr(kernel.held[0], "matrix", kernel.held[0])) is form
 
@@ -379,13 +384,25 @@ def test_how_many_images_go_together(memory, weights, cache, few):
     assert images.at_once(memory << 20, weights << 20, cache << 20) == few
 
 
+@pytest.mark.parametrize(("outputs", "few"), [(8, 1), (900, 5)])
+def test_weights_that_are_the_larger_part_are_shared_by_images(monkeypatch, outputs, few):
+    monkeypatch.setattr(compiled, "last_cache", lambda: 1 << 16)
+    net = nn.Sequential(nn.Conv2d(900, outputs, 1), nn.Conv2d(outputs, 8, 1))
+    (segment,) = equal(net, torch.randn(6, 900, 4, 4)).program
+    (plan,) = segment.plans[next(k for k in segment.plans if k[0][1] == 1)]
+    weights = 4 * 900 * outputs + 4 * 8 * outputs + 4 * (outputs + 8)
+    assert list(segment.few.values()) == [max(1, weights // (2 * plan.memory.nbytes))] == [few]
+
+
 @pytest.mark.parametrize("system", ["linux", "darwin"])
 def test_the_last_cache_may_be_unknown(monkeypatch, system):
-    def none(number):
-        raise ValueError("unrecognized configuration name")
+    def told(number):
+        if system == "linux":
+            raise ValueError("unrecognized configuration name")
+        return 5  # the number means another thing there
 
     monkeypatch.setattr(pages.sys, "platform", system)
-    monkeypatch.setattr(pages.os, "sysconf", none)
+    monkeypatch.setattr(pages.os, "sysconf", told)
     assert pages.last_cache.__wrapped__() == 0
 
 

@@ -24,7 +24,7 @@ from rarefy.model.select import all_layers
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
 from rarefy.runtime.forms import SHARED, Panels
-from rarefy.runtime.packed import nbytes, pack_dense, pack_sell, pack_tiles, shared
+from rarefy.runtime.packed import pack_dense, pack_sell, pack_tiles, shared
 from rarefy.runtime.pages import Pages, last_cache
 
 MOST_SIZES = 16  # of inputs for which plans are kept
@@ -175,7 +175,8 @@ class Segment:
         key = _shapes(one)
         if key not in self.few:
             plan = self._plan(one)
-            weights = {id(k): nbytes(k.held[0]) for n in self.nodes if (k := self.kernels.get(n)) is not None}
+            kernels = [self.kernels[n] for n in self.nodes if n in self.kernels]
+            weights = {t.data_ptr(): t.nbytes for k in kernels for t in k.tensors()}
             self.few[key] = images.at_once(plan.memory.nbytes, sum(weights.values()), last_cache())
             self._give_back(key, plan)
         return self.few[key]
@@ -400,6 +401,10 @@ class Lookup:
     def held(self) -> tuple[Panels, None]:
         """The packed weight, and no bias, as kernels of products have them."""
         return self.kernel.held[0], None  # type: ignore[return-value]
+
+    def tensors(self) -> list[Tensor]:
+        """Return what it holds in memory. O(1)."""
+        return self.kernel.tensors()
 
     def run(self, ids: Tensor, _: None = None) -> Tensor:
         """Return rows."""

@@ -110,7 +110,7 @@ def packed(t: Traced, node: Node, values: str | None) -> Any:
     how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     wide = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MOST_BYTES_IN_A_SUM
     kind = "fp32" if groups > 1 or wide else values or "fp32"
-    by_squares = squares.fit(tuple(weight.shape), tuple(stride), tuple(dilation))
+    by_squares = squares.fit(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
     least = LEAST_ZEROS_OF_SQUARES if by_squares else LEAST_ZEROS
     if groups == 1 and kind == "fp32" and few_zeros(weight, least):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))

@@ -150,8 +150,11 @@ def convolution(p: Plan, node: Node) -> None:
         small = None
         if bytes_:
             small, beside["sum"] = converted(p, x, "int8", True)
-        by_squares = squares.worth(kernel.held[0], batch, *p.shape(node)[2:])
-        about = squares.of(kernel).about if by_squares else kernel.about
+        by_squares, about = squares.worth(kernel.held[0], p.shape(node)[2:]), kernel.about
+        if by_squares:
+            made = squares.of(kernel)
+            about = made.about
+            p.held.append(made)
         source, image = _planes(p, x, about, 0.0, small)
         step, how = "convolve", {"w": addressof(image), "batch": batch, "flag": int(by_squares)}
     out = p.make(node)

@@ -19,7 +19,6 @@ from rarefy.model import hf
 from rarefy.proof import measure
 from rarefy.proof.bench import example_of, generates
 from rarefy.proof.report import Report
-from rarefy.runtime.forms import Packed
 
 Subject = nn.Module | Compiled | Decoder
 
@@ -141,9 +140,5 @@ def resident_bytes(subject: Subject) -> int:
     if isinstance(subject, nn.Module):
         return measure.resident_bytes(subject)
     made = subject.compiled if isinstance(subject, Decoder) else subject
-    tensors = list(made.constants.values())
-    for kernel in made.kernels.values():
-        packed: tuple[Packed, Tensor | None] = kernel.held
-        by_squares = getattr(getattr(kernel, "squares", None), "values", None)
-        tensors += [t for t in [*vars(packed[0]).values(), packed[1], by_squares] if isinstance(t, Tensor)]
+    tensors = [*made.constants.values(), *(t for k in made.kernels.values() for t in k.tensors())]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())  # several lie in one piece of memory

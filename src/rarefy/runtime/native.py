@@ -250,6 +250,11 @@ class Kernel:
             raise FormatError(f"the packed {type(packed).__name__.lower()} of shape {list(packed.shape)} is damaged")
         self.at = byref(self.about)
 
+    def tensors(self) -> list[Tensor]:
+        """Return what it holds in memory. O(1)."""
+        more = () if self.squares is None else (self.squares.values,)
+        return [t for t in (*vars(self.held[0]).values(), self.held[1], *more) if isinstance(t, Tensor)]
+
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return act(x W^T + bias + residual), fp32 [..., O], for x [..., C]; for x [N, C, height, width] its
         convolution. The residual is fp32 of the output's shape."""

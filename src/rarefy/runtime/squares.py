@@ -1,9 +1,14 @@
 """Convolutions of 3 x 3 with few zeros by squares of two by two outputs, 16 products in the place of 36: F(2x2, 3x3) of
-Winograd, in plans alone (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016, section 4.1)."""
+Winograd, in plans alone (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016, section 4.1).
+
+Outputs are as exact as the largest inputs of their square allow, not their own: rounding is 1e-7 of those. Where an
+input is infinite, they may be NaN.
+"""
 
 from __future__ import annotations
 
 from ctypes import c_int64
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,18 +20,21 @@ from rarefy.runtime.packed import pack_dense, unpack
 from rarefy.runtime.pages import fresh
 
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-LEAST = 32  # squares of a call from which they are worth their larger weights
+MAKING = Lock()
+LEAST = 32  # squares of an image from which they are worth their larger weights
 
 
-def fit(shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> bool:
-    """Return whether a convolution's outputs can be made by squares."""
-    return (*shape[2:], *stride, *dilation) == (3, 3, 1, 1, 1, 1)
+def fit(shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], sizes: tuple[Any, ...]) -> bool:
+    """Return whether a convolution of that weight makes its outputs, rows and columns of `sizes`, by squares: whatever
+    the number of images, so that an image's outputs do not depend on those beside it."""
+    plain = (*shape[2:], *stride, *dilation) == (3, 3, 1, 1, 1, 1)
+    known = len(sizes) == 2 and all(isinstance(n, int) for n in sizes)
+    return plain and known and -(-sizes[0] // 2) * -(-sizes[1] // 2) >= LEAST
 
 
-def worth(packed: ConvTiles, images: int, rows: int, columns: int) -> bool:
-    """Return whether so many outputs of a packed weight are made by squares."""
-    plain = packed.counts is None and fit(packed.shape, packed.stride, packed.dilation)
-    return plain and images * -(-rows // 2) * -(-columns // 2) >= LEAST
+def worth(packed: ConvTiles, sizes: tuple[int, ...]) -> bool:
+    """Return whether outputs of those sizes are made by squares: of a weight packed with its zeros."""
+    return packed.counts is None and fit(packed.shape, packed.stride, packed.dilation, sizes)
 
 
 def transformed(weight: Tensor) -> Tensor:
@@ -41,7 +49,8 @@ def transformed(weight: Tensor) -> Tensor:
 
 
 class Squares:
-    """A convolution's weights for squares of outputs, and how a plan reads its images: four by four, two apart."""
+    """A convolution's weights for squares of outputs, beside the packed one and 16/9 as large, and how a plan reads its
+    images: four by four, two apart."""
 
     def __init__(self, kernel: Any):
         form = kernel.held[0]
@@ -55,6 +64,7 @@ class Squares:
 
 
 def of(kernel: Any) -> Squares:
-    """Return a convolution's squares, made once. O(weights)."""
-    kernel.squares = kernel.squares or Squares(kernel)
-    return kernel.squares
+    """Return a convolution's squares, made once, whichever thread comes first. O(weights)."""
+    with MAKING:
+        kernel.squares = kernel.squares or Squares(kernel)
+        return kernel.squares
