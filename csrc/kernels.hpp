@@ -27,6 +27,24 @@ namespace {
 // Weights are read once, in streams that Intel's own fetching does not keep up with (1.5 to 2 times faster).
 inline void ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + AHEAD, 0, 3); }
 
+// Calls part(how many vectors, the first column) for whole vectors of `columns` that together fit the registers as sums
+// of four rows: of sixteen registers three vectors leave none over.
+template <class F>
+inline void by_vectors(int64_t columns, F&& part) {
+  int64_t left = (columns + W - 1) / W, at = 0;
+  auto take = [&](auto size) {
+    part(size, at);
+    left -= size;
+    at += size * W;
+  };
+  if constexpr (MOST == 2)
+    while (left == 3 || left > 4) take(std::integral_constant<int, 3>{});
+  while (left >= MOST) take(std::integral_constant<int, MOST>{});
+  if constexpr (MOST > 2)
+    if (left >= 2) take(std::integral_constant<int, 2>{});
+  while (left >= 1) take(std::integral_constant<int, 1>{});
+}
+
 // ---- bitmask, small batches ----------------------------------------------------------------------------------------
 // Four rows by 64 columns at a time: their values lie one after the other, so memory is read in one stream. Where each
 // cell's values begin is counted from the beginning of its panel, so cells do not wait for each other.
@@ -250,17 +268,11 @@ void tiles_part(const rarefy_tiles& w, int64_t b, int64_t from, int64_t to, cons
   }
 }
 
-// `columns` of the inputs are in use: whole vectors of them, at most MOST at a time.
+// `columns` of the inputs are in use.
 template <int KIND>
 void tiles_block(const rarefy_tiles& w, int64_t b, int64_t from, int64_t to, const uint32_t* x, uint32_t* out,
                  int64_t columns) {
-  int64_t left = (columns + W - 1) / W, at = 0;
-  if constexpr (MOST == 2)
-    for (; left == 3 || left > 4; left -= 3, at += 3 * W) tiles_part<KIND, 3>(w, b, from, to, x + at, out + at);
-  for (; left >= MOST; left -= MOST, at += MOST * W) tiles_part<KIND, MOST>(w, b, from, to, x + at, out + at);
-  if constexpr (MOST > 2)
-    for (; left >= 2; left -= 2, at += 2 * W) tiles_part<KIND, 2>(w, b, from, to, x + at, out + at);
-  for (; left >= 1; left -= 1, at += W) tiles_part<KIND, 1>(w, b, from, to, x + at, out + at);
+  by_vectors(columns, [&](auto size, int64_t at) { tiles_part<KIND, size>(w, b, from, to, x + at, out + at); });
 }
 
 // Blocks of columns go round outside, so that the inputs of a block stay in the first cache for all the tiles.

@@ -119,19 +119,9 @@ void dense_any(const uint32_t* values, int64_t apart, int64_t fours, int64_t lan
                int64_t columns, bool begun) {
   for (int64_t b = 0; b < lanes; b += CLOSE) {
     const int64_t some = std::min(CLOSE, lanes - b);
-    int64_t left = (columns + W - 1) / W, at = 0;
-    auto part = [&](auto size) {
-      constexpr int T = decltype(size)::value;
-      dense_part<KIND, T>(values + b * R4, apart, fours, some, begun || b > 0, x + b * NT + at, out + at);
-      left -= T;
-      at += T * W;
-    };
-    if constexpr (MOST == 2)
-      while (left == 3 || left > 4) part(std::integral_constant<int, 3>{});  // sixteen registers, and none left over
-    while (left >= MOST) part(std::integral_constant<int, MOST>{});
-    if constexpr (MOST > 2)
-      if (left >= 2) part(std::integral_constant<int, 2>{});
-    while (left >= 1) part(std::integral_constant<int, 1>{});
+    by_vectors(columns, [&](auto size, int64_t at) {
+      dense_part<KIND, size>(values + b * R4, apart, fours, some, begun || b > 0, x + b * NT + at, out + at);
+    });
   }
 }
 
