@@ -1,4 +1,4 @@
-// What AVX2's own instructions do better than what compilers make of loops. Part of generic.hpp, in its unnamed namespace.
+// What AVX2's own instructions do better than what compilers make of loops. Part of simd256.hpp, in its unnamed namespace.
 
 #include <immintrin.h>
 

@@ -1,5 +1,5 @@
 #if defined(RAREFY_EMULATED)
-#include "emulated.hpp"
+#include "avx512_emulation.hpp"
 #define HIDE(how, v)
 #else
 #include <immintrin.h>
@@ -7,7 +7,7 @@
 #endif
 
 #include "rarefy.h"
-#include "table.h"
+#include "kernel_table.h"
 
 namespace {
 constexpr int W = 16, MOST = 4;
@@ -239,6 +239,6 @@ inline void seen() { _mm_sfence(); }
 
 }  // namespace
 
-#include "kernels.hpp"
+#include "spmm.hpp"
 
 extern const rarefy_table rarefy_avx512 = RAREFY_TABLE("avx512");

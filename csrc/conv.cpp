@@ -1,14 +1,14 @@
 // Convolution by zero-skipping tiles, without im2col. NT outputs in a row, of however many images, are a square: for each
-// a block of lanes is brought together in pieces (image.hpp), and the tiles run on it as on a packed batch, in the first
+// a block of lanes is brought together in pieces (conv_indirection.hpp), and the tiles run on it as on a packed batch, in the first
 // cache and on aligned loads.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 
-#include "image.hpp"
+#include "conv_indirection.hpp"
 #include "rarefy.h"
-#include "table.h"
-#include "threads.h"
+#include "kernel_table.h"
+#include "parallel.h"
 
 namespace {
 

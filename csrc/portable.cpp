@@ -1,5 +1,5 @@
-#include "generic.hpp"
+#include "simd256.hpp"
 //
-#include "kernels.hpp"
+#include "spmm.hpp"
 
 extern const rarefy_table rarefy_portable = RAREFY_TABLE("portable");

@@ -6,10 +6,10 @@
 #include <cmath>
 #include <cstring>
 
-#include "image.hpp"
+#include "conv_indirection.hpp"
 #include "rarefy.h"
-#include "table.h"
-#include "threads.h"
+#include "kernel_table.h"
+#include "parallel.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -241,7 +241,7 @@ void tell_ranges(const rarefy_table& t, const rarefy_step& s, int64_t tile, int6
 
 }  // namespace
 
-#include "pixels.hpp"
+#include "conv_ops.hpp"
 
 namespace {
 

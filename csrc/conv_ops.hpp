@@ -1,4 +1,4 @@
-// Steps of images: values whose tokens are pixels. Part of plan.cpp, in its unnamed namespace.
+// Steps of images: values whose tokens are pixels. Part of executor.cpp, in its unnamed namespace.
 
 namespace {
 

@@ -1,5 +1,5 @@
 // Steps of few tokens, whose features lie one after the other; and what keeps keys and values for later tokens, in tiles
-// [tile][features][NT]. Part of kernels.hpp, in its unnamed namespace.
+// [tile][features][NT]. Part of spmm.hpp, in its unnamed namespace.
 
 namespace {
 

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "table.h"
-#include "threads.h"
+#include "kernel_table.h"
+#include "parallel.h"
 
 extern const rarefy_table rarefy_portable;
 #if defined(RAREFY_X86)

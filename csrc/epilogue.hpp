@@ -1,4 +1,4 @@
-// What becomes of sums: scale, bias, residual, activation. Part of kernels.hpp, in its unnamed namespace.
+// What becomes of sums: scale, bias, residual, activation. Part of spmm.hpp, in its unnamed namespace.
 
 namespace {
 

@@ -1,5 +1,5 @@
 // What lies between products of matrices, on tiles [features][NT] of columns (tokens): sums over features run down a
-// tile, so no vector is ever added up across. Part of kernels.hpp, in its unnamed namespace.
+// tile, so no vector is ever added up across. Part of spmm.hpp, in its unnamed namespace.
 
 namespace {
 

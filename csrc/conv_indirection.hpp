@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "rarefy.h"
-#include "table.h"
+#include "kernel_table.h"
 
 namespace {
 

@@ -19,8 +19,8 @@ namespace {
 constexpr uint32_t NO_BYTES = uint32_t(ADDED) * 0x01010101u;  // four zeros in bytes
 }
 
-#include "settle.hpp"
-#include "steps.hpp"
+#include "epilogue.hpp"
+#include "tile_ops.hpp"
 
 namespace {
 
@@ -137,10 +137,10 @@ void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, i
 
 }  // namespace
 
-#include "panels.hpp"
-#include "rows.hpp"
-#include "sell.hpp"
-#include "unfold.hpp"
+#include "quantized_gemv.hpp"
+#include "decode_ops.hpp"
+#include "spmm_sell.hpp"
+#include "weight_decompress.hpp"
 #include "winograd.hpp"
 
 namespace {

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "rarefy.h"
-#include "table.h"
+#include "kernel_table.h"
 
 #if defined(__AVX2__)
 #include "avx2.hpp"

@@ -1,4 +1,4 @@
-// Weights of few bits without gaps, small batches: whole numbers times scales. Part of kernels.hpp, in its unnamed
+// Weights of few bits without gaps, small batches: whole numbers times scales. Part of spmm.hpp, in its unnamed
 // namespace; `Cells` of the including unit makes bytes of 64 values and multiplies them by inputs.
 
 namespace {
