@@ -1,5 +1,4 @@
-#include "simd256.hpp"
-//
-#include "spmm.hpp"
+// The kernels for AVX2.
+#include "all_kernels.hpp"
 
-extern const rarefy_table rarefy_avx2 = RAREFY_TABLE("avx2");
+extern const rarefy_table rarefy_avx2 = all_kernels("avx2");

@@ -1,6 +1,9 @@
-// What AVX2's own instructions do better than what compilers make of loops. Part of simd256.hpp, in its unnamed namespace.
-
+// What AVX2's own instructions do better than what compilers make of loops.
+#pragma once
 #include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
 
 namespace {
 

@@ -6,9 +6,9 @@
 #include <cstring>
 
 #include "conv_indirection.hpp"
-#include "rarefy.h"
 #include "kernel_table.h"
 #include "parallel.h"
+#include "rarefy.h"
 
 namespace {
 

@@ -1,12 +1,28 @@
-// Steps of images: values whose tokens are pixels. Part of executor.cpp, in its unnamed namespace.
+// Steps of images: values whose tokens are pixels.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "conv_indirection.hpp"
+#include "kernel_table.h"
+#include "parallel.h"
+#include "rarefy.h"
+#include "step_common.hpp"
 
 namespace {
 
+constexpr int64_t CHANNELS = 8;  // of a part of what runs channel by channel
+constexpr int64_t FOURS = 64;   // of rows of a part of a convolution
+constexpr int64_t SQUARED = 64;  // rows of a part of a convolution by squares
 constexpr int64_t LANES = 16;   // of a channel that are brought together at once
+
+// Rows of a part of a convolution: fewer where there are few tiles, so that threads share them.
+inline int64_t rows_of(int64_t tiles) { return tiles < 8 ? SLAB : FOURS * R4; }
 
 // Calls f(image, column, how many) for the columns of each image that lie in a tile.
 template <class F>
-void images_in(const rarefy_step& s, int64_t tile, F&& f) {
+inline void images_in(const rarefy_step& s, int64_t tile, F&& f) {
   for (int64_t at = tile * NT, end = std::min(at + NT, s.columns), n; at < end; at += n) {
     n = std::min(s.tokens - at % s.tokens, end - at);
     f(at / s.tokens, at, n);
@@ -14,7 +30,7 @@ void images_in(const rarefy_step& s, int64_t tile, F&& f) {
 }
 
 // Scales of a tile's columns: of each that of its image, the largest magnitudes of which are given tile by tile.
-void image_scales(const rarefy_table& t, const rarefy_step& s, int64_t tile, float* out) {
+inline void image_scales(const rarefy_table& t, const rarefy_step& s, int64_t tile, float* out) {
   std::fill_n(out, NT, 1.0f);
   images_in(s, tile, [&](int64_t b, int64_t column, int64_t n) {
     uint32_t most = 0;  // bits, of which those of NaN are more than all others
@@ -26,7 +42,7 @@ void image_scales(const rarefy_table& t, const rarefy_step& s, int64_t tile, flo
 }
 
 // Planes of some channels of one image.
-int cut_planes(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+inline int cut_planes(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const auto& image = *static_cast<const rarefy_image*>(s.w);
   const Image plan(*image.w, image.height, image.width);
   const int64_t parts = over(s.features, CHANNELS), b = i / parts, from = i % parts * CHANNELS;
@@ -52,7 +68,7 @@ int cut_planes(const rarefy_table& t, const rarefy_step& s, int64_t i) {
 }
 
 // A tile of a convolution's outputs, some rows of them.
-int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+inline int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const auto& image = *static_cast<const rarefy_image*>(s.w);
   const rarefy_conv& w = *image.w;
   const Image plan(w, image.height, image.width);
@@ -125,10 +141,10 @@ struct Squares {
   int64_t height, width, all, part, parts;
 };
 
-int64_t parts_of_squares(const rarefy_step& s) { return Squares(s).parts * over(s.features, SQUARED); }
+inline int64_t parts_of_squares(const rarefy_step& s) { return Squares(s).parts * over(s.features, SQUARED); }
 
 // Some squares of outputs, some rows of them.
-int convolve_squares(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+inline int convolve_squares(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const Squares squares(s);
   const rarefy_conv& w = squares.w;
   const int64_t chunks = over(s.features, SQUARED), at = i / chunks * squares.part, row = i % chunks * SQUARED;
@@ -159,7 +175,7 @@ int convolve_squares(const rarefy_table& t, const rarefy_step& s, int64_t i) {
 }
 
 // Channel by channel: the largest of the pixels that a kernel takes together, or their sum with weights.
-void each_channel(const rarefy_table& t, const rarefy_step& s, int64_t i) {
+inline void each_channel(const rarefy_table& t, const rarefy_step& s, int64_t i) {
   const auto& image = *static_cast<const rarefy_image*>(s.w);
   const Image plan(*image.w, image.height, image.width);
   const int64_t parts = over(s.features, CHANNELS), tile = i / parts, from = i % parts * CHANNELS;
@@ -180,7 +196,7 @@ void each_channel(const rarefy_table& t, const rarefy_step& s, int64_t i) {
 }
 
 // Means of some features of one image.
-void average(const rarefy_step& s, int64_t i) {
+inline void average(const rarefy_step& s, int64_t i) {
   const int64_t parts = over(s.features, ROWS), b = i / parts, from = i % parts * ROWS;
   for (int64_t f = from; f < std::min(from + ROWS, s.features); ++f) {
     float sum = 0.0f;

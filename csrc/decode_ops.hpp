@@ -1,5 +1,15 @@
 // Steps of few tokens, whose features lie one after the other; and what keeps keys and values for later tokens, in tiles
-// [tile][features][NT]. Part of spmm.hpp, in its unnamed namespace.
+// [tile][features][NT].
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "epilogue.hpp"
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd.hpp"
+#include "tile_ops.hpp"
 
 namespace {
 

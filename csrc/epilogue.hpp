@@ -1,27 +1,12 @@
-// What becomes of sums: scale, bias, residual, activation. Part of spmm.hpp, in its unnamed namespace.
+// What becomes of sums: scale, bias, residual, activation.
+#pragma once
+#include <cstdint>
+
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd.hpp"
 
 namespace {
-
-typedef float vec __attribute__((vector_size(W * 4)));
-typedef int32_t ints __attribute__((vector_size(W * 4)));
-typedef uint32_t words __attribute__((vector_size(W * 4)));
-
-// The first n floats at p, zeros behind.
-inline vec some_at(const float* p, int64_t n) {
-  vec v{};
-  if (n >= W)
-    std::memcpy(&v, p, sizeof v);
-  else
-    std::memcpy(&v, p, size_t(n) * 4);
-  return v;
-}
-
-inline void put_some(float* p, vec v, int64_t n) {
-  if (n >= W)
-    std::memcpy(p, &v, sizeof v);
-  else
-    std::memcpy(p, &v, size_t(n) * 4);
-}
 
 // e^x to 1e-7 of itself: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes). NaN stays.
 inline vec exponential(vec x) {

@@ -1,5 +1,4 @@
-#include "simd256.hpp"
-//
-#include "spmm.hpp"
+// The kernels for any CPU.
+#include "all_kernels.hpp"
 
-extern const rarefy_table rarefy_portable = RAREFY_TABLE("portable");
+extern const rarefy_table rarefy_portable = all_kernels("portable");

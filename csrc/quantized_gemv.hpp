@@ -1,5 +1,12 @@
-// Weights of few bits without gaps, small batches: whole numbers times scales. Part of spmm.hpp, in its unnamed
-// namespace; `Cells` of the including unit makes bytes of 64 values and multiplies them by inputs.
+// Weights of few bits without gaps, small batches: whole numbers times scales.; `Cells` of the including unit makes bytes of 64 values and multiplies them by inputs.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "epilogue.hpp"
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd.hpp"
 
 namespace {
 

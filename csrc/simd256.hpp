@@ -1,5 +1,6 @@
 // Vectors of eight numbers in the compiler's own notation: the same text serves every CPU, and AVX2 with the few places
 // where its instructions do better than what compilers make of it.
+#pragma once
 #include <cstdint>
 #include <cstring>
 

@@ -1,49 +1,13 @@
-// The kernels, written once over the vectors of one instruction set. Each translation unit defines those vectors and
-// then includes this. All of it is in an unnamed namespace: an inline function compiled for AVX-512 must never be the
-// one that the linker picks for another unit.
-//
-// From the including unit:
-//   W, MOST        floats of a vector, vectors of a tile that fit the registers
-//   ADDED          what is added to inputs in bytes: 128 where products take them without a sign, else 0
-//   Bits<KIND>     expansion of a bitmask's values, and the product with an input; Nibbles: those of int4
-//   Cells          64 whole numbers, and their product with inputs
-//   Lanes<KIND>    products of 32-bit lanes: 1 fp32, 2 bf16, 4 int8
-//   lanes          W 32-bit numbers; lanes_at, put_lanes; transpose: W of them
-//   past_caches    lanes to memory, of which whole lines are written; seen: other threads see them from here on
-
-#include <algorithm>
+// Products with sparse weights: bitmasks, single values (CSR), tiles of four rows.
+#pragma once
+#include <cstdint>
 #include <cstring>
-#include <type_traits>
+
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd.hpp"
 
 namespace {
-constexpr uint32_t NO_BYTES = uint32_t(ADDED) * 0x01010101u;  // four zeros in bytes
-}
-
-#include "epilogue.hpp"
-#include "tile_ops.hpp"
-
-namespace {
-
-// Weights are read once, in streams that Intel's own fetching does not keep up with (1.5 to 2 times faster).
-inline void ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + AHEAD, 0, 3); }
-
-// Calls part(how many vectors, the first column) for whole vectors of `columns` that together fit the registers as sums
-// of four rows: of sixteen registers three vectors leave none over.
-template <class F>
-inline void by_vectors(int64_t columns, F&& part) {
-  int64_t left = (columns + W - 1) / W, at = 0;
-  auto take = [&](auto size) {
-    part(size, at);
-    left -= size;
-    at += size * W;
-  };
-  if constexpr (MOST == 2)
-    while (left == 3 || left > 4) take(std::integral_constant<int, 3>{});
-  while (left >= MOST) take(std::integral_constant<int, MOST>{});
-  if constexpr (MOST > 2)
-    if (left >= 2) take(std::integral_constant<int, 2>{});
-  while (left >= 1) take(std::integral_constant<int, 1>{});
-}
 
 // ---- bitmask, small batches ----------------------------------------------------------------------------------------
 // Four rows by 64 columns at a time: their values lie one after the other, so memory is read in one stream. Where each
@@ -134,16 +98,6 @@ void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, i
       bit_range<KIND, 1>(w, from, to, in, ldx, y, ldy);
   }
 }
-
-}  // namespace
-
-#include "quantized_gemv.hpp"
-#include "decode_ops.hpp"
-#include "spmm_sell.hpp"
-#include "weight_decompress.hpp"
-#include "winograd.hpp"
-
-namespace {
 
 // ---- single values, high sparsity ----------------------------------------------------------------------------------
 // One row after the other, each value times M inputs that lie side by side. Sums are many, so that products do not wait
@@ -280,71 +234,6 @@ template <int KIND>
 void tiles_any(const rarefy_tiles& w, int64_t from, int64_t to, const uint32_t* x, uint32_t* out, int64_t columns) {
   for (int64_t b = 0; b * w.block < w.cols; ++b)
     tiles_block<KIND>(w, b, from, to, x + b * w.block * NT, out, columns);
-}
-
-// A block of lanes of a convolution's inputs, brought together in `near`, in rows of NT and a row more: those of lane l
-// are pieces counted from x + places[l], in memory that ends at `last`.
-void bring(const float* x, const float* last, const int32_t* places, int64_t lanes, const rarefy_piece* pieces, int count,
-           uint32_t* near) {
-  const int64_t reach = pieces[count - 1].from + PIECE;
-  for (int64_t l = 0; l < lanes; ++l) {
-    const float* place = x + places[l];
-    for (int64_t c = NT; c < 2 * NT; c += 16) __builtin_prefetch(place + pieces[0].from + c, 0, 2);  // the next square's
-    if (last - place >= reach)  // what is copied past the end of a piece, the next one writes over
-      for (int p = 0; p < count; ++p) std::memcpy(near + l * NT + pieces[p].to, place + pieces[p].from, PIECE * 4);
-    else
-      for (int p = 0; p < count; ++p)
-        std::memcpy(near + l * NT + pieces[p].to, place + pieces[p].from, size_t(pieces[p].size) * 4);
-  }
-}
-
-// Every second float.
-void halve(const float* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = x[2 * i];
-}
-
-// The bits of the largest magnitude; magnitudes of floats are ordered as integers are.
-uint32_t largest(const float* x, int64_t n) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t here = __builtin_bit_cast(uint32_t, x[i]) & 0x7fffffffu;
-    most = here > most ? here : most;
-  }
-  return most;
-}
-
-// ---- inputs packed into [lanes][NT] --------------------------------------------------------------------------------
-
-// Rows of fp32 inputs become rows of lanes (`to_lanes`), W of them at a time are transposed.
-template <int KIND>
-void pack(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out) {
-  using L = Lanes<KIND>;
-  constexpr int64_t each = L::width;  // inputs of a lane
-  const int64_t depth = (width + each - 1) / each;
-  lanes square[W];
-  for (int64_t n = 0; n < rows; n += W) {
-    const int64_t here = rows - n < W ? rows - n : W;
-    for (int64_t k = 0; k < depth; k += W) {
-      const int64_t some = depth - k < W ? depth - k : W, inputs = width - k * each;
-      for (int64_t i = 0; i < W; ++i)
-        square[i] = i < here ? L::to_lanes(x + (n + i) * ldx + k * each, inputs < W * each ? inputs : W * each,
-                                           scales ? scales[n + i] : 1.0f)
-                             : lanes{};
-      transpose(square);
-      for (int64_t i = 0; i < some; ++i) put_lanes(out + (k + i) * NT + n, square[i]);
-    }
-  }
-}
-
-// One row of inputs as the bitmask kernels read it, with zeros behind.
-template <int KIND>
-void convert(const float* x, int64_t n, int64_t wide, float scale, void* out) {
-  using L = Lanes<KIND>;
-  constexpr int64_t step = W * L::width;
-  for (int64_t k = 0; k < wide; k += step) {
-    const int64_t some = n - k < step ? (n > k ? n - k : 0) : step;
-    put_lanes(static_cast<uint32_t*>(out) + k / L::width, L::to_lanes(x + (n > k ? k : 0), some, scale));
-  }
 }
 
 }  // namespace

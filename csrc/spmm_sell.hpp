@@ -1,7 +1,15 @@
 // Single values, larger batches: SELL-C-sigma (Kreutzer et al. 2014) with slices of two rows, sorted within slabs, and
 // columns cut into blocks whose inputs stay in the first cache. A value is multiplied by vectors that lie there, and
-// loops end where the one before did, mostly: that is what bounds tiles whose columns share few rows. Part of
-// spmm.hpp, in its unnamed namespace.
+// loops end where the one before did, mostly: that is what bounds tiles whose columns share few rows.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd.hpp"
+#include "tile_ops.hpp"
 
 namespace {
 

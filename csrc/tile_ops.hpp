@@ -1,26 +1,16 @@
 // What lies between products of matrices, on tiles [features][NT] of columns (tokens): sums over features run down a
-// tile, so no vector is ever added up across. Part of spmm.hpp, in its unnamed namespace.
+// tile, so no vector is ever added up across.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "epilogue.hpp"
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd.hpp"
 
 namespace {
-
-inline vec whole_at(const float* p) {
-  vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline void put_whole(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
-
-inline vec larger(vec a, vec b) { return a > b ? a : b; }
-
-// A vector is a register or a piece of one, whose root compilers find by themselves.
-inline vec root(vec v) {
-  float f[W];
-  std::memcpy(f, &v, sizeof v);
-  for (int i = 0; i < W; ++i) f[i] = __builtin_sqrtf(f[i]);
-  std::memcpy(&v, f, sizeof v);
-  return v;
-}
 
 // x normed over features for `columns` of a tile.
 void norm(const float* x, int64_t features, int64_t columns, const float* gain, const float* bias, float least,

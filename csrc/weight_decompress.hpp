@@ -1,5 +1,13 @@
 // Dense lanes [column][4] of four rows, which many inputs are multiplied by; and weights for few inputs, unfolded into
-// such: so one copy of a weight serves one token and a thousand. Part of spmm.hpp, in its unnamed namespace.
+// such: so one copy of a weight serves one token and a thousand.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd.hpp"
 
 namespace {
 

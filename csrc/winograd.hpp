@@ -1,6 +1,12 @@
 // Convolutions of 3 x 3 by F(2x2, 3x3) of Winograd (Lavin and Gray 2016, section 4.1): a square of two by two outputs
 // takes 16 products of an input with a weight, not 36. Squares are columns of a tile; each of the 16 places of a
-// transformed square is a product of matrices of its own. Part of spmm.hpp.
+// transformed square is a product of matrices of its own.
+#pragma once
+#include <cstdint>
+
+#include "epilogue.hpp"
+#include "kernel_table.h"
+#include "simd.hpp"
 
 namespace {
 
