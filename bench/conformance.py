@@ -28,9 +28,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import rarefy
+from rarefy.common.errors import ModelError
 from rarefy.engine.compiled import Compiled, _called
 from rarefy.engine.prove import apart, distance
-from rarefy.errors import ModelError
 from rarefy.model import hf
 from values import keep, kept
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rarefy import samples
 from rarefy.cli import main
-from rarefy.errors import DataError, FormatError
+from rarefy.common.errors import DataError, FormatError
 from rarefy.runtime import native
 
 

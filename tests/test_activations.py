@@ -11,7 +11,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net
-from rarefy.errors import ContainerError, DataError, ModelError, PatternError
+from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.model.inputs import Inputs, get_inputs, noted, set_inputs_
 from rarefy.model.select import all_layers
 from rarefy.runtime import native, packed, reference, ways

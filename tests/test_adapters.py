@@ -11,7 +11,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net, image_batches
-from rarefy.errors import ContainerError, PatternError, RecipeError
+from rarefy.common.errors import ContainerError, PatternError, RecipeError
 from rarefy.train.plans import Gradual, Movement, Rigl
 from rarefy.train.sparsifier import Sparsifier as Bare
 

@@ -9,7 +9,7 @@ from torch import nn
 import rarefy
 from conftest import Net, image_batches, tiny_llama
 from rarefy import recipe as recipes
-from rarefy.errors import DataError, ModelError, PatternError, RecipeError
+from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.hf import gives_tokens
 from rarefy.model.select import all_layers, select
 from rarefy.plan import forecast

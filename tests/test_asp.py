@@ -9,8 +9,8 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
+from rarefy.common.errors import ModelError, PatternError, RarefyError
 from rarefy.compat import asp
-from rarefy.errors import ModelError, PatternError, RarefyError
 from rarefy.prune.pattern import select as choose
 from test_permute import Attends, Everything, spread_
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
 from rarefy.model.grid import get_grid
 from rarefy.model.select import all_layers
 from rarefy.values.factors import noted

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rarefy import files
-from rarefy.errors import ContainerError, FormatError
+from rarefy.common import atomic_io
+from rarefy.common.errors import ContainerError, FormatError
 from rarefy.formats import container
 from rarefy.formats.container import INDEX, read, write
 from rarefy.formats.sparse import FORMATS, Packed, encode
@@ -129,7 +129,7 @@ def test_folders_on_the_way_are_made_and_a_link_is_followed(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two steps"])
 def test_overwrite_puts_the_new_folder_in_place_of_the_old(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(atomic_io, "_exchange", lambda a, b: False)
     small(tmp_path / "m", files={"old.txt": b"old"})
     write(tmp_path / "m", [("new", encode(torch.ones(2), "dense"))], overwrite=True)
     assert read(tmp_path / "m").names == ["new"] and sorted(tree(tmp_path)) == [f"m/{INDEX}", f"m/{SHARD}"]
@@ -169,7 +169,7 @@ def test_a_failure_between_the_two_steps_puts_the_old_folder_back(tmp_path, monk
             raise OSError(5, "broken disk")
         rename(a, b)
 
-    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic_io, "_exchange", lambda a, b: False)
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(ContainerError, match=r"cannot write .*m: .*broken disk; nothing was written"):
         write(tmp_path / "m", [], overwrite=True)
@@ -250,7 +250,7 @@ def test_what_cannot_be_written(tmp_path, tensors, options, message):
 
 FULL_DISK = """
 import sys, pathlib, torch
-from rarefy.errors import ContainerError
+from rarefy.common.errors import ContainerError
 from rarefy import files
 from rarefy.formats import container
 from rarefy.formats.sparse import encode

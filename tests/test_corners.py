@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
-from rarefy.errors import DataError, ModelError, PatternError
+from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model.select import select
 from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
 from rarefy.prune.solver import SOLVERS

@@ -11,8 +11,8 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
+from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.cut.absent import Absent
-from rarefy.errors import ContainerError, ModelError, RarefyError
 from rarefy.model.attention import OwnHeads
 from rarefy.model.axes import Algebra, Axis, Prod, Sum, kept, leaves, size
 from rarefy.model.graph import trace

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
+from rarefy.common.errors import ContainerError, ModelError
 from rarefy.cut import cut as module
 from rarefy.cut.structure import restore
-from rarefy.errors import ContainerError, ModelError
 from test_cut import IDS, language
 
 transformers = pytest.importorskip("transformers")

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
+from rarefy.common.errors import ContainerError, DataError, ModelError, SelectorError
 from rarefy.cut.depth import droppable, layer_scores, skipping
-from rarefy.errors import ContainerError, DataError, ModelError, SelectorError
 from test_cut import CASES, IDS, IMAGE, language, outputs, vision
 
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ from torch import nn
 import rarefy
 from conftest import Run, shell, text_model, tiny_llama, tree
 from rarefy import recipe as recipes
-from rarefy.errors import DataError, ModelError, RecipeError
+from rarefy.common.errors import DataError, ModelError, RecipeError
 
 
 def cut(settings):

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
+from rarefy.common.errors import DataError, ModelError
 from rarefy.cut import plan
 from rarefy.cut.score import UNIT_SCORES, along, joined, removal_errors, unit_scores
-from rarefy.errors import DataError, ModelError
 from rarefy.model.graph import trace
 from rarefy.proof.measure import flops
 from test_cut import CASES, IDS, IMAGE, language, vision

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from conftest import sample
 from rarefy import samples
+from rarefy.common.errors import DataError
 from rarefy.data import READERS, Take, batches
-from rarefy.errors import DataError
 
 
 class Letters:

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import rarefy
 from rarefy import shell, training
+from rarefy.common.atomic_io import INDEX
+from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.engine import stored
 from rarefy.engine.compiled import Alone
 from rarefy.engine.language import Decoder
-from rarefy.errors import ContainerError, DataError, FormatError, ModelError
-from rarefy.files import INDEX
 from rarefy.runtime import native
 from rarefy.runtime.forms import Bitmask, Panels
 from test_engine_stored import SHARD, call, edit, needs_kernels, read_of_random_changes, seal, set_arg, shard

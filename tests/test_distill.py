@@ -11,7 +11,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net, image_batches
-from rarefy.errors import ContainerError, DataError, ModelError, RecipeError, SelectorError
+from rarefy.common.errors import ContainerError, DataError, ModelError, RecipeError, SelectorError
 from rarefy.train import distill
 from rarefy.train.distill import Distill, Distiller
 

@@ -14,9 +14,9 @@ import rarefy
 import zoo
 from conftest import tiny_llama
 from rarefy import samples
+from rarefy.common.errors import DataError, ModelError
 from rarefy.engine import compiled, prove, words
 from rarefy.engine.compiled import Segment
-from rarefy.errors import DataError, ModelError
 from rarefy.model import hf
 from rarefy.runtime import native
 

@@ -15,10 +15,10 @@ from torch import nn
 
 import rarefy
 from rarefy import samples, shell, training
+from rarefy.common.atomic_io import INDEX
+from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.engine import operators, outputs, stored
 from rarefy.engine.compiled import Alone, Compiled, Segment
-from rarefy.errors import ContainerError, DataError, FormatError, ModelError
-from rarefy.files import INDEX
 from rarefy.model import hf
 from rarefy.proof.measure import threads
 from rarefy.runtime import native

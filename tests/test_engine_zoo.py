@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 
 import rarefy
 import zoo
+from rarefy.common.errors import ModelError
 from rarefy.engine import compiled, prove
 from rarefy.engine.compiled import Alone, Segment
-from rarefy.errors import ModelError
 
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rarefy.errors import FormatError
+from rarefy.common.errors import FormatError
 from rarefy.formats.sparse import (
     DTYPES,
     FORMATS,

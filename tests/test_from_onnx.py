@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import rarefy
 import zoo
 from conftest import Net, Tied, tiny_bert
-from rarefy.errors import ContainerError, ModelError
+from rarefy.common.errors import ContainerError, ModelError
 from rarefy.model.grid import get_grid
 from rarefy.model.inputs import get_inputs
 from rarefy.model.select import all_layers

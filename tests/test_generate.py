@@ -12,9 +12,9 @@ import torch
 import rarefy
 from conftest import Net, text_model, tiny_bert
 from rarefy import commands
+from rarefy.common.errors import DataError, ModelError
 from rarefy.engine.language import Decoder
 from rarefy.engine.text import Text, ids_in, ids_of, left_padded
-from rarefy.errors import DataError, ModelError
 from rarefy.model import hf
 
 PROMPT = [4, 5, 6]  # "w1 w2 w3"

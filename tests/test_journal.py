@@ -13,8 +13,9 @@ from torch import nn
 
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
-from rarefy import cli, files
-from rarefy.errors import ContainerError, DataError, PatternError, RecipeError
+from rarefy import cli
+from rarefy.common import atomic_io
+from rarefy.common.errors import ContainerError, DataError, PatternError, RecipeError
 from rarefy.model import pages
 from rarefy.prune import journal, layerwise, stage
 
@@ -380,7 +381,7 @@ def test_killed_and_gone_on(job, more):
 def test_what_is_kept_is_said_and_what_is_removed_was_ours(tmp_path, capsys):
     stage = tmp_path / ".out.work" / "stage-1"
     stage.mkdir(parents=True)
-    with pytest.raises(KeyboardInterrupt), files.work_folder(tmp_path / "out"):
+    with pytest.raises(KeyboardInterrupt), atomic_io.work_folder(tmp_path / "out"):
         raise KeyboardInterrupt
     assert not stage.exists() and capsys.readouterr().err == ""  # nothing was done yet
     for anew in (False, True):
@@ -389,11 +390,11 @@ def test_what_is_kept_is_said_and_what_is_removed_was_ours(tmp_path, capsys):
         (stage / "key.json").touch()
         (stage.parent / "thesis.txt").touch()
         if not anew:
-            with pytest.raises(KeyboardInterrupt), files.work_folder(tmp_path / "out"):
+            with pytest.raises(KeyboardInterrupt), atomic_io.work_folder(tmp_path / "out"):
                 raise KeyboardInterrupt
             assert f"what was done is kept in {stage.parent}, for the same command" in capsys.readouterr().err
             assert (stage / "stop-000000.safetensors").exists()
-        with files.work_folder(tmp_path / "out", fresh=anew):
+        with atomic_io.work_folder(tmp_path / "out", fresh=anew):
             assert stage.exists() != anew
         assert [p.name for p in stage.parent.iterdir()] == ["thesis.txt"]
 
@@ -418,7 +419,7 @@ def test_memory_in_other_types(wrong, tmp_path):
 
 def test_memory_in_bytes():
     texts = ("4G", "1.5g", "300M", "2GiB", "600000kb", 1 << 30)
-    assert [files.bytes_of(t) for t in texts] == [4 << 30, 3 << 29, 300 << 20, 2 << 30, 600000 << 10, 1 << 30]
+    assert [atomic_io.bytes_of(t) for t in texts] == [4 << 30, 3 << 29, 300 << 20, 2 << 30, 600000 << 10, 1 << 30]
 
 
 def test_work_without_a_solver():

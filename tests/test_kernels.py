@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rarefy.errors import FormatError
+from rarefy.common.errors import FormatError
 from rarefy.runtime import native, packed, pages, reference
 from rarefy.values.quantize import asked, grid_for
 

@@ -8,11 +8,11 @@ from torch import nn
 
 import rarefy
 from rarefy import samples
+from rarefy.common.errors import DataError, ModelError
 from rarefy.engine import language, plan, words
 from rarefy.engine.cache import Cache
 from rarefy.engine.compiled import Segment
 from rarefy.engine.writing import Sampling, choose
-from rarefy.errors import DataError, ModelError
 from rarefy.model import hf
 from rarefy.runtime import native
 from rarefy.runtime.forms import Bitmask, Panels

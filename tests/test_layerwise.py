@@ -7,7 +7,7 @@ from torch import nn
 import rarefy
 from conftest import Attention, Net, image_batches, tiny_llama
 from rarefy import recipe as recipes
-from rarefy.errors import DataError, ModelError, PatternError, RecipeError
+from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.select import all_layers, select
 from rarefy.prune import solver as solvers
 from rarefy.prune.layerwise import matrix
@@ -115,7 +115,7 @@ def test_zeros_stay_and_more_come():
 
 def test_asymmetric_targets_follow_the_dense_model():
     torch.manual_seed(3)
-    make = lambda: nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(16, 16), nn.ReLU())]).eval()  # noqa: E731
+    make = lambda: nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(16, 16), nn.ReLU())]).eval()
     net, data = make(), [torch.randn(256, 16) for _ in range(4)]
     state, want, errors = net.state_dict(), outputs(net, data), []
     for a in (0.0, 0.5):

@@ -11,7 +11,7 @@ from torch import nn
 import rarefy
 from conftest import Net
 from rarefy import recipe as recipes
-from rarefy.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
+from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.values.factors import Corrected, LowRank, noted
 from rarefy.values.lowrank import truncated
 

@@ -11,7 +11,7 @@ from torch.nn.utils import prune as torch_prune
 
 import rarefy
 from conftest import Net, Tied, image_batches
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
 from rarefy.model.mask import get_mask, masks, plain_state, set_mask_
 from rarefy.model.select import all_layers, original, select
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import rarefy
+from rarefy.common.errors import RecipeError
 from rarefy.compat import configs, modifiers, sparseml
 from rarefy.compat.arithmetic import compute
-from rarefy.errors import RecipeError
 from test_composition import Small
 from test_composition import data as batches
 
@@ -237,7 +237,7 @@ def broken(value, rng):
 
 @pytest.mark.parametrize("name", [*LEGACY, *LATER, *CONFIGS])
 def test_broken_ones_give_a_recipe_or_a_recipe_error(name):
-    from rarefy.nodes import parse, unwrap
+    from rarefy.common.located_yaml import parse, unwrap
 
     known = CONFIGS.get(name) or (LEGACY | LATER)[name]
     whole = known[0] if name in CONFIGS else unwrap(parse(known[0], "r.yaml", foreign=True))

@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 import rarefy
 from conftest import Net, image_batches, tiny_llama
 from rarefy import recipe as recipes
-from rarefy.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
-from rarefy.files import check_target
+from rarefy.common.atomic_io import check_target
+from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.proof.evaluate import perplexity
 
 
@@ -161,7 +161,7 @@ def test_the_command_line_has_one_line_for_each(tmp_path):
 
 def test_sigterm_leaves_nothing_behind(tmp_path):
     code = (
-        "import time, sys; from rarefy import cli; from rarefy.files import whole_folder\n"
+        "import time, sys; from rarefy import cli; from rarefy.common.atomic_io import whole_folder\n"
         "def slow(*a, **k):\n"
         "    with whole_folder(sys.argv[1]) as p:\n"
         "        (p / 'x').write_text('x'); print('in', flush=True); time.sleep(60)\n"

@@ -8,7 +8,7 @@ from torch import nn
 
 import rarefy
 from conftest import image_batches
-from rarefy.errors import PatternError
+from rarefy.common.errors import PatternError
 from rarefy.model.mask import masks
 from rarefy.prune import pattern as patterns
 from rarefy.prune.pattern import masks_at, parse, select, select_many

@@ -10,9 +10,9 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
+from rarefy.common.errors import ModelError, PatternError, RecipeError
 from rarefy.cut import permute as module
 from rarefy.cut.columns import _Groups, kept, search
-from rarefy.errors import ModelError, PatternError, RecipeError
 from rarefy.model.axes import Axis, Prod, Sum, coordinates, ordered, size
 from rarefy.prune.pattern import select as choose
 

@@ -17,13 +17,13 @@ from torch import nn
 import rarefy
 from conftest import Net, Tied, image_batches, tiny_llama
 from rarefy import doctor, samples
+from rarefy.common.errors import DataError, ModelError
+from rarefy.common.progress import track
+from rarefy.common.report import Report, table
 from rarefy.engine.timed import bench_models
-from rarefy.errors import DataError, ModelError
-from rarefy.progress import track
 from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS, accuracy, perplexity
 from rarefy.proof.receipt import Receipt
-from rarefy.proof.report import Report, table
 
 # operations
 

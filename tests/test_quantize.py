@@ -12,7 +12,7 @@ from torch import nn
 import rarefy
 from conftest import Net, Tied
 from rarefy import recipe as recipes
-from rarefy.errors import DataError, ModelError, PatternError, RecipeError
+from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.grid import Codebook, Grid, get_grid, live_grid, notes, scale_shape
 from rarefy.model.mask import get_mask
 from rarefy.model.select import all_layers, select

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
-from rarefy.errors import RecipeError
+from rarefy.common.errors import RecipeError
 from rarefy.model import ranks
 from rarefy.train.loop import Steps
 

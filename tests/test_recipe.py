@@ -11,7 +11,7 @@ import rarefy
 from conftest import Net, Tied, tiny_llama
 from rarefy import Gradual, stages
 from rarefy import recipe as recipes
-from rarefy.errors import ModelError, PatternError, RecipeError, SelectorError
+from rarefy.common.errors import ModelError, PatternError, RecipeError, SelectorError
 from rarefy.plan import forecast
 from rarefy.prune.score import SCORES
 from rarefy.train.optimizers import LR_SCHEDULES, optimizer_of

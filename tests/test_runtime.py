@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 import rarefy
 from conftest import tiny_llama
-from rarefy.errors import ModelError, RarefyError
+from rarefy.common.errors import ModelError, RarefyError
 from rarefy.runtime import choices, native, ways
 from rarefy.runtime.choose import accelerate_
 from rarefy.runtime.layers import PanelEmbedding, SparseConv, SparseLinear, geometry

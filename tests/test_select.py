@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from conftest import Attention, Net, Tied, tiny_llama
-from rarefy.errors import ModelError, SelectorError
+from rarefy.common.errors import ModelError, SelectorError
 from rarefy.model.layout import layout, prunable
 from rarefy.model.select import all_layers, select
 

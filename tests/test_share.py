@@ -15,7 +15,7 @@ from torch import nn
 import rarefy
 from conftest import Net, Tied
 from rarefy import recipe as recipes
-from rarefy.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
+from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.formats import container
 from rarefy.formats.sparse import encode
 from rarefy.model.grid import Codebook, get_grid

@@ -8,7 +8,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net, image_batches
-from rarefy.errors import DataError, ModelError, PatternError
+from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model.select import all_layers
 from rarefy.train import fisher
 from rarefy.train.methods import lr_progress
@@ -146,7 +146,7 @@ def test_a_run_that_is_taken_up_again_ends_with_the_same_bits(name):
         torch.manual_seed(1)
         model, batches = mlp(), data_of()
         optimizer = OPTIMIZERS["adam"](model.parameters())
-        make = lambda m, o: Sparsifier(m, plan, steps=20, optimizer=o, calibrate=data_of()[:4])  # noqa: E731
+        make = lambda m, o: Sparsifier(m, plan, steps=20, optimizer=o, calibrate=data_of()[:4])
         sparsifier = make(model, optimizer)
         train(model, optimizer, sparsifier, batches[:cut])
         if cut is not None:

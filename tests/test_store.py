@@ -11,7 +11,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net, Tied, tiny_llama
-from rarefy.errors import ContainerError, ModelError
+from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats import container
 from rarefy.runtime import native, ways
 from rarefy.runtime.layers import SparseLinear

@@ -12,7 +12,7 @@ from torch import nn
 import rarefy
 from conftest import tiny_llama
 from rarefy import recipe as recipes
-from rarefy.errors import ContainerError, ModelError, PatternError
+from rarefy.common.errors import ContainerError, ModelError, PatternError
 from rarefy.values.tie import noted
 
 

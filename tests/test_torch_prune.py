@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import prune as theirs
 
 import rarefy
+from rarefy.common.errors import ModelError, PatternError
 from rarefy.compat import torch_prune as ours
-from rarefy.errors import ModelError, PatternError
 
 MODULES = {
     "linear": lambda: nn.Linear(12, 10),

@@ -7,7 +7,7 @@ from torch import nn
 import rarefy
 from conftest import Net, image_batches
 from rarefy import Gradual, fit_
-from rarefy.errors import DataError, ModelError, PatternError, RecipeError
+from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.train.optimizers import LR_SCHEDULES, optimizer_of
 from rarefy.train.schedule import sparsities
 

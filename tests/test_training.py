@@ -10,7 +10,7 @@ from torch import nn
 import rarefy
 from conftest import text_model, tiny_llama
 from rarefy import recipe as recipes
-from rarefy.errors import DataError, ModelError, RecipeError
+from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.model.grid import get_grid
 from rarefy.model.select import all_layers
 from rarefy.plan import forecast

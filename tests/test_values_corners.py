@@ -14,7 +14,7 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
-from rarefy.errors import ContainerError, ModelError
+from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats import container
 from rarefy.formats.sparse import encode
 from rarefy.formats.values import check

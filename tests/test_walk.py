@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import Attention, Net
-from rarefy.errors import DataError, ModelError
+from rarefy.common.errors import DataError, ModelError
 from rarefy.model import pages
 from rarefy.model.gram import PIECE, Gram, columns
 from rarefy.model.select import all_layers, select

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import rarefy
 from conftest import tiny_llama
+from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.compat import withdrawn
-from rarefy.errors import ContainerError, ModelError, RarefyError
 from rarefy.model.grid import get_grid
 from rarefy.model.select import all_layers
 

@@ -5,9 +5,11 @@ rarefy.save(model, "out/")
 model = rarefy.load("out/")
 """
 
-__version__ = "0.1.0"
+from rarefy.common.version import __version__
 
 from rarefy.api import cast_, compress_
+from rarefy.common.errors import RarefyError
+from rarefy.common.report import Report
 from rarefy.compat.from_onnx import from_onnx
 from rarefy.compat.onnx import export_onnx
 from rarefy.cut.cut import cut_
@@ -17,12 +19,10 @@ from rarefy.cut.permute import permute_
 from rarefy.engine.compiled import compile
 from rarefy.engine.language import decoder
 from rarefy.engine.writing import generate, stream
-from rarefy.errors import RarefyError
 from rarefy.migration import Migrated, migrate
 from rarefy.model.graph import groups
 from rarefy.model.mask import adopt_, fold_, masks
 from rarefy.proof.receipt import Receipt
-from rarefy.proof.report import Report
 from rarefy.prune.solver import Solver
 from rarefy.prune.stage import prune_
 from rarefy.recipe import Recipe

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from rarefy import recipe as recipes
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
+from rarefy.common.report import Report
 from rarefy.formats.values import label
 from rarefy.model.mask import plain_state
 from rarefy.model.select import all_layers
@@ -18,7 +19,6 @@ from rarefy.model.stats import call, evaluating, on_device
 from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.proof.receipt import Receipt
-from rarefy.proof.report import Report
 from rarefy.store import aliases, pack
 
 EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"

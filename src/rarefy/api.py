@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from rarefy import recipe as recipes
 from rarefy.account import layer_rows, receipt_of, state_of
+from rarefy.common.atomic_io import bytes_of, path_of
+from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
+from rarefy.common.report import Report
 from rarefy.cut.cut import cut_
 from rarefy.cut.permute import permute_
-from rarefy.errors import DataError, ModelError, RecipeError, unknown
-from rarefy.files import bytes_of, path_of
 from rarefy.given import Given, Labelled, calibrates, needs_of
 from rarefy.model import hf, pages, ranks
 from rarefy.model.batches import tensors_in
@@ -30,7 +31,6 @@ from rarefy.plan import naming, targets
 from rarefy.proof import measure
 from rarefy.proof.bench import example_of
 from rarefy.proof.receipt import Receipt
-from rarefy.proof.report import Report
 from rarefy.prune.allocate import GRADIENTS
 from rarefy.prune.pattern import check_sparsity, parse
 from rarefy.prune.stage import check_weights, prune_, report
@@ -73,7 +73,7 @@ def compress_(
     loss       callable(output, batch) for gradient scores and training; by default the model's own
 
     At the end masks are folded into the weights, so the model runs without them; `rarefy.adopt_` takes them up again.
-    An error before the first stage leaves the model as it was. Raises the ValueErrors of `rarefy.errors`.
+    An error before the first stage leaves the model as it was. Raises the ValueErrors of `rarefy.common.errors`.
     """
     began = time.perf_counter()
     plan = recipes.load(recipe, **overrides)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy import commands, shell
-from rarefy.errors import ModelError, RarefyError, RecipeError
+from rarefy.common.errors import ModelError, RarefyError, RecipeError
 from rarefy.shell import Force, Json, ModelPath, Quiet, Threads
 
 app = typer.Typer(
@@ -34,7 +34,7 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the recipe and its data;
 
 def _version(shown: bool) -> None:
     if shown:
-        from rarefy import __version__
+        from rarefy.common.version import __version__
 
         print(__version__)
         raise typer.Exit()
@@ -91,7 +91,7 @@ def compress(
     killed. torchrun --nproc-per-node 2 -m rarefy compress ... shares the work among processes, and keeps no state.
     Exit code 1 means that quality fell further than the recipe allows; the folder is written all the same.
     """
-    from rarefy.files import bytes_of, check_target
+    from rarefy.common.atomic_io import bytes_of, check_target
 
     plan = _plan(recipe, change, data, eval_data, seed)
     most = bytes_of(memory)
@@ -130,7 +130,7 @@ def compress(
     from contextlib import nullcontext
 
     from rarefy import api, store
-    from rarefy.files import work_folder
+    from rarefy.common.atomic_io import work_folder
     from rarefy.model import pages
 
     with shell.threads(threads), _processes() as (rank, many):
@@ -198,8 +198,8 @@ def export(
 ) -> None:
     """Write a compressed model as a checkpoint that needs no Rarefy to load."""
     from rarefy import samples, store
+    from rarefy.common.report import Report
     from rarefy.proof.measure import folder_bytes
-    from rarefy.proof.report import Report
 
     if str(path) in samples.MODELS and not path.exists():
         raise ModelError(f"{path} is a built-in model, and export writes folders of ours: rarefy compress {path} first")
@@ -219,7 +219,7 @@ def recipes_(
 ) -> None:
     """List the recipes that ship with Rarefy, print one, or show all that recipes can say."""
     from rarefy import recipe as recipes
-    from rarefy.proof.report import Report
+    from rarefy.common.report import Report
 
     if fields:
         if name is not None:
@@ -248,7 +248,7 @@ def migrate(
     Reads SparseML's recipes (legacy tags, stages, Markdown), llm-compressor's, NNCF configs before version 3, and, as
     JSON or YAML, a WeightPruningConfig of Neural Compressor and configs of torch.ao.pruning. Runs nothing of a file.
     """
-    from rarefy.files import write_bytes_whole
+    from rarefy.common.atomic_io import write_bytes_whole
     from rarefy.migration import migrate as migrate_
 
     made = migrate_(source, skip=skip)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy import shell
-from rarefy.errors import ModelError, RecipeError
+from rarefy.common.errors import ModelError, RecipeError
 from rarefy.shell import Force, Json, ModelPath, Quiet, Threads, Values
 
 
@@ -226,11 +226,11 @@ def compile_(
     rarefy compile minilm --out fast/ --tokens 128
     """
     from rarefy import store
+    from rarefy.common.atomic_io import check_target
+    from rarefy.common.report import Report
     from rarefy.engine.compiled import compile
     from rarefy.engine.language import decoder
-    from rarefy.files import check_target
     from rarefy.model import hf
-    from rarefy.proof.report import Report
 
     check_target(out, force)
     source = shell.source(model)
@@ -310,8 +310,8 @@ def bench(
 
     rarefy bench out/ --against smollm2-135m --accelerate
     """
+    from rarefy.common.atomic_io import blaming, write_whole
     from rarefy.engine.timed import bench_models, engine_of
-    from rarefy.files import blaming, write_whole
     from rarefy.proof.bench import example_of, generates
     from rarefy.runtime.choose import accelerate_
     from rarefy.runtime.table import latency_table

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rarefy import samples as builtin
-from rarefy.errors import DataError, nearest
+from rarefy.common.errors import DataError, nearest
 
 Batch = dict[str, Tensor] | tuple[Tensor, Tensor]
 

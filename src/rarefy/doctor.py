@@ -7,9 +7,9 @@ import importlib.metadata as metadata
 import torch
 
 from rarefy import samples
-from rarefy.errors import DataError
+from rarefy.common.errors import DataError
+from rarefy.common.report import Report
 from rarefy.proof.measure import machine, native_bf16
-from rarefy.proof.report import Report
 from rarefy.runtime import native
 
 CORE = ("torch", "safetensors", "numpy", "pyyaml", "rich", "typer", "greenlet")

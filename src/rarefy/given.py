@@ -10,8 +10,8 @@ from torch import nn
 
 from rarefy import data as sources
 from rarefy import recipe as recipes
+from rarefy.common.errors import DataError, nearest
 from rarefy.cut.score import UNIT_SCORES
-from rarefy.errors import DataError, nearest
 from rarefy.model import hf
 from rarefy.model.stats import check_batches
 from rarefy.prune.allocate import SLOW

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rarefy.common.errors import RarefyError, RecipeError
 from rarefy.compat.migrate import translate
-from rarefy.errors import RarefyError, RecipeError
 from rarefy.recipe import Recipe, from_yaml
 
 

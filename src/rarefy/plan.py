@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from rarefy import recipe as recipes
-from rarefy.errors import ModelError, RarefyError, RecipeError
+from rarefy.common.errors import ModelError, RarefyError, RecipeError
+from rarefy.common.report import Report
 from rarefy.model.grid import scale_shape
 from rarefy.model.select import Layer, all_layers, select
-from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern
 from rarefy.prune.stage import asked, check_ask, chosen_layers
 from rarefy.train.plans import Movement

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import yaml
 
+from rarefy.common.errors import RarefyError, RecipeError, nearest, unknown
+from rarefy.common.located_yaml import Node, parse, plain, show, unwrap
 from rarefy.cut.ask import BUDGETS, check_cut
 from rarefy.cut.permute import check_permute
-from rarefy.errors import RarefyError, RecipeError, nearest, unknown
-from rarefy.nodes import Node, parse, plain, show, unwrap
 from rarefy.prune import pattern as patterns
 from rarefy.prune.solver import resolve
 from rarefy.stages import (

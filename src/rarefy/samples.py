@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.errors import DataError
-from rarefy.files import blaming, whole_folder
+from rarefy.common.atomic_io import blaming, whole_folder
+from rarefy.common.errors import DataError
 from rarefy.model import hf
 
 

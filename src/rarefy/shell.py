@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.errors import ModelError, RecipeError
+from rarefy.common.errors import ModelError, RecipeError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no report; errors and files only.")]
@@ -29,7 +29,7 @@ class Ended(SystemExit):
 def source(name: str) -> Path:
     """Return the folder of a path or a built-in name; ModelError with the nearest where there is none."""
     from rarefy import samples
-    from rarefy.errors import nearest
+    from rarefy.common.errors import nearest
 
     if name in samples.MODELS and not Path(name).exists():
         return samples.model_folder(name)
@@ -47,8 +47,8 @@ def load_any(folder: Path) -> tuple[Any, Any]:
     """Return what a folder holds, a model, a compiled one or a decoder, and its tokenizer or None; ModelError for what
     is none. O(weights)."""
     from rarefy import store
+    from rarefy.common.atomic_io import INDEX, PICKLES
     from rarefy.compat import withdrawn
-    from rarefy.files import INDEX, PICKLES
     from rarefy.model import hf
 
     if (folder / INDEX).is_file():  # a decoder needs no transformers

@@ -18,14 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rarefy.common.atomic_io import INDEX, blaming, check_target, whole_folder
+from rarefy.common.errors import ContainerError, FormatError, ModelError, nearest, unknown
+from rarefy.common.report import Report
 from rarefy.compat import compressed_tensors, withdrawn
 from rarefy.cut.config import adopt_config
 from rarefy.cut.structure import check_told, restore
 from rarefy.engine import stored
 from rarefy.engine.compiled import Compiled
 from rarefy.engine.language import Decoder
-from rarefy.errors import ContainerError, FormatError, ModelError, nearest, unknown
-from rarefy.files import INDEX, blaming, check_target, whole_folder
 from rarefy.formats import container, sparse, values
 from rarefy.model import hf, inputs
 from rarefy.model.grid import get_grid, note_
@@ -34,7 +35,6 @@ from rarefy.model.mask import plain_state
 from rarefy.model.select import Layer, all_layers, original, unwrap
 from rarefy.proof.measure import folder_bytes, sparsity_of
 from rarefy.proof.receipt import Receipt
-from rarefy.proof.report import Report
 from rarefy.prune.pattern import fitting_pattern
 from rarefy.runtime.choose import accelerate_, accelerate_each, check_options
 from rarefy.runtime.layers import Sparse
@@ -382,7 +382,7 @@ def _tensors(what: str | Path | nn.Module, more: dict[str, Any]) -> Iterator[tup
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                for name in opened.keys():
                     tensor = opened.get_tensor(name)
                     yield name, tensor, "dense", tensor.numel() * tensor.element_size(), -1
         except SafetensorError as error:
@@ -495,6 +495,6 @@ def _remember(model: nn.Module, receipt: Path, recipe: Any) -> None:
 
 
 def _version() -> str:
-    from rarefy import __version__
+    from rarefy.common.version import __version__
 
     return __version__

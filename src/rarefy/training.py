@@ -16,14 +16,14 @@ from torch import nn
 
 from rarefy import recipe as recipes
 from rarefy import store
-from rarefy.errors import DataError, ModelError, RecipeError
-from rarefy.files import INDEX
+from rarefy.common.atomic_io import INDEX
+from rarefy.common.errors import DataError, ModelError, RecipeError
+from rarefy.common.report import Report
 from rarefy.given import Given, Labelled, calibrates, with_labels
 from rarefy.model import hf
 from rarefy.model.mask import adopt_
 from rarefy.model.stats import Loss, loss_of, on_device
 from rarefy.proof.evaluate import BETTER, METRICS
-from rarefy.proof.report import Report
 from rarefy.train import sparsifier
 from rarefy.train.distill import Distiller, frozen_copy
 from rarefy.train.loop import Steps, fit_

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rarefy.errors import RecipeError
+from rarefy.common.errors import RecipeError
 from rarefy.train.plans import Rewind
 from rarefy.training import Sparsifier
 

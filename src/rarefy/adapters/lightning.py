@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from rarefy.adapters import refuse_rewind
-from rarefy.errors import RecipeError
+from rarefy.common.errors import RecipeError
 from rarefy.model.mask import fold_
 from rarefy.training import Sparsifier
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rarefy.adapters import refuse_rewind
-from rarefy.errors import ContainerError, ModelError, RecipeError
+from rarefy.common.errors import ContainerError, ModelError, RecipeError
 from rarefy.model.mask import fold_
 from rarefy.model.select import unwrap
 from rarefy.training import Sparsifier
@@ -73,7 +73,7 @@ class SparsifyCallback(TrainerCallback):
         if file is None:
             raise ContainerError(f"no {FILE} in {places[-1]}: the checkpoint was made without this callback")
         with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             numbers = json.loads((opened.metadata() or {}).get("numbers", "{}"))
         before = set(self.sparsifier.model.state_dict())
         self.sparsifier.load_state_dict({**numbers, **tensors})
@@ -129,7 +129,7 @@ def _reread(model: Any, folder: Path) -> None:
     state: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
-            state.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+            state.update({name: opened.get_tensor(name) for name in opened.keys()})
     lost = model.load_state_dict(state, strict=False)
     known = {t.data_ptr() for n, t in model.state_dict().items() if n in state}
     missing = [

@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rarefy.errors import RecipeError, unknown
+from rarefy.common.errors import RecipeError, unknown
 
 LONGEST = 200  # characters
 LARGEST = 1e15

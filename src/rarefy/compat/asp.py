@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rarefy.common.errors import ModelError
+from rarefy.common.report import Report
 from rarefy.cut.optimizers import check_optimizer
 from rarefy.cut.permute import check_permute, permute_
-from rarefy.errors import ModelError
 from rarefy.model.mask import clear_, fold_parameter_, mask_of
 from rarefy.model.select import Layer, Selector, select, unwrap
 from rarefy.model.stats import Loss, check_batches
-from rarefy.proof.report import Report
 from rarefy.prune.stage import prune_
 
 CAPABILITY = (8, 0)  # of GPUs whose matrix units skip 2:4 zeros
@@ -51,7 +51,7 @@ def prune_trained_model(
              `seconds` at most), with outputs unchanged
     score    what is pruned first; some read `data`
     Linear and convolution layers and projections of attention take part whose inputs M divides; the rest, embeddings
-    and the output layer stay dense until named in `layers`. Raises the ValueErrors of `rarefy.errors`, and then the
+    and the output layer stay dense until named in `layers`. Raises the ValueErrors of `rarefy.common.errors`, and then the
     model is unchanged. O(weights) a step of the optimizer.
 
     >>> net = nn.Linear(8, 8)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
 from rarefy.formats.bits import pack_codes
 from rarefy.model.grid import Grid, get_grid
 from rarefy.model.inputs import get_inputs

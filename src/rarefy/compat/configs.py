@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rarefy.common.errors import RecipeError
 from rarefy.compat.draft import Draft, Part, mapping, number, refused, selectors, shape, steps
 from rarefy.compat.sparseml import pattern_of
-from rarefy.errors import RecipeError
 
 OPTIMIZER = "the optimizer was your script's: name it here (optimizer: {name: adamw, lr: 1e-4})"
 

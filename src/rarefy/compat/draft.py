@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from rarefy.errors import RecipeError, unknown
-from rarefy.nodes import plain
+from rarefy.common.errors import RecipeError, unknown
+from rarefy.common.located_yaml import plain
 
 WIDTH = 110
 MOST_STEPS = 200  # of a schedule: each looks at all weights

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rarefy.common.errors import ModelError, first_line
 from rarefy.compat import onnx_codes, onnx_fused, onnx_graph, onnx_modules
 from rarefy.compat.onnx_codes import Rounded
 from rarefy.compat.onnx_graph import OPSET, Graph, attribute
 from rarefy.compat.onnx_proof import prove
 from rarefy.compat.onnx_read import fixed_, read, simplified
-from rarefy.errors import ModelError, first_line
 from rarefy.model.grid import note_
 from rarefy.model.inputs import get_inputs, set_inputs_
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rarefy.common.errors import RecipeError
+from rarefy.common.located_yaml import Node, parse
 from rarefy.compat import configs, modifiers, sparseml
 from rarefy.compat.arithmetic import compute
 from rarefy.compat.draft import Draft, Part
-from rarefy.errors import RecipeError
-from rarefy.nodes import Node, parse
 
 LONGEST = 64 << 10  # characters of a file
 FRONT = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)  # of Markdown

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rarefy.common.errors import RecipeError
 from rarefy.compat.draft import (
     TEACHER,
     Draft,
@@ -23,7 +24,6 @@ from rarefy.compat.draft import (
     steps,
 )
 from rarefy.compat.sparseml import pattern_of
-from rarefy.errors import RecipeError
 
 # what a scheme's name means: bits of weights, width of a group (None: an output), symmetric, bits of inputs
 SCHEMES: dict[str, tuple[int, int | None, bool, int | None]] = {

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rarefy.errors import ContainerError, ModelError, first_line
-from rarefy.files import blaming, write_bytes_whole
+from rarefy.common.atomic_io import blaming, write_bytes_whole
+from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.model.grid import Grid, get_grid
 from rarefy.model.inputs import Inputs, get_inputs, set_inputs_
 from rarefy.model.mask import fold_

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from rarefy.common.errors import ModelError
 from rarefy.compat.onnx_graph import Graph, attribute, make, only, place
-from rarefy.errors import ModelError
 from rarefy.model.grid import Grid
 from rarefy.model.inputs import Inputs
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from rarefy.common.errors import ModelError
 from rarefy.compat.onnx_graph import Graph, attribute, only, place
-from rarefy.errors import ModelError
 
 
 def gelus(graph: Graph) -> Iterable[Any]:

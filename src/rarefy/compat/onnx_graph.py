@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
 from rarefy.model.grid import Grid
 from rarefy.model.inputs import Inputs
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ModelError, first_line
+from rarefy.common.errors import ModelError, first_line
 from rarefy.model.stats import describe
 
 SIZES = (8, 32, 64, 224)  # tried in turn for dimensions that a file leaves open, after 2 for the first

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rarefy.errors import ContainerError, ModelError, first_line, unknown
+from rarefy.common.errors import ContainerError, ModelError, first_line, unknown
 
 MOST_NODES = 200_000  # once functions are written out
 MOST_ELEMENTS = 1 << 27  # of one value, as far as shapes are known

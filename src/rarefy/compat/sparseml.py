@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rarefy.common.errors import RecipeError
 from rarefy.compat.draft import (
     MOST_STEPS,
     TEACHER,
@@ -29,7 +30,6 @@ from rarefy.compat.draft import (
     steps,
     words,
 )
-from rarefy.errors import RecipeError
 
 LOG = ("log_types",)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from rarefy.errors import ModelError, PatternError, unknown
+from rarefy.common.errors import ModelError, PatternError, unknown
 from rarefy.model.mask import fold_parameter_, get_mask, mask_of, masks, set_mask_
 from rarefy.model.select import Layer, parameter
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rarefy.errors import ContainerError, ModelError
+from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats.bits import unpack_bits
 from rarefy.model import hf
 from rarefy.model.grid import Grid, note_

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from rarefy.common.errors import DataError, ModelError, unknown
 from rarefy.cut import plan
 from rarefy.cut.repair import REPAIRS
 from rarefy.cut.score import REDUCTIONS, UNIT_SCORES
-from rarefy.errors import DataError, ModelError, unknown
 from rarefy.model.grid import live_grid, notes
 from rarefy.model.mask import masks as attached
 from rarefy.model.select import all_layers

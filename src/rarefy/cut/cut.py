@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.common.errors import ModelError
+from rarefy.common.progress import track
+from rarefy.common.report import Report, alike
 from rarefy.cut import plan
 from rarefy.cut.ask import BUDGETS, Ask, asked_of, check_layers, check_unmasked, for_units, repairs_of
 from rarefy.cut.config import follow_config, joined
@@ -20,15 +23,12 @@ from rarefy.cut.readers import observe
 from rarefy.cut.repair import batch_norms, losing, make_up, renew_batch_norms
 from rarefy.cut.score import UNIT_SCORES, unit_scores
 from rarefy.cut.surgery import DoesNotRun, Inexact, Removal, give_own_heads, restoring, take_out
-from rarefy.errors import ModelError
 from rarefy.model.attention import OwnHeads
 from rarefy.model.axes import Axis, kept, leaves, products, size
 from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.select import Selector, all_layers, select, unwrap
 from rarefy.model.stats import Loss, call, evaluating, on_device
-from rarefy.progress import track
 from rarefy.proof.measure import compare
-from rarefy.proof.report import Report, alike
 
 NOT_ASKED = "not asked for"
 UNEVEN = "a chunk takes as many of it as of something that stays"

@@ -18,18 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.common.errors import DataError, ModelError, SelectorError, nearest
+from rarefy.common.progress import track
+from rarefy.common.report import Report
 from rarefy.cut.ask import check_fraction, check_layer_score, check_repeatable, check_unmasked
 from rarefy.cut.config import cut_lists, follow_config
 from rarefy.cut.optimizers import check_optimizer, forget_parameters
 from rarefy.cut.readers import feed
 from rarefy.cut.structure import NUMBERS, keep_blocks, remember_blocks, restoring_notes
 from rarefy.cut.surgery import Removal, outputs, prove
-from rarefy.errors import DataError, ModelError, SelectorError, nearest
 from rarefy.model.batches import tensors_in, tokens_in
 from rarefy.model.select import unwrap
 from rarefy.model.stats import Loss, call, evaluating, finite, hooked, loss_of, on_device
-from rarefy.progress import track
-from rarefy.proof.report import Report
 
 LISTS = (nn.ModuleList, nn.Sequential)
 

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.common.errors import ModelError, nearest
+from rarefy.common.report import Report
 from rarefy.cut.ask import check_unmasked
 from rarefy.cut.config import follow_config
 from rarefy.cut.cut import row
 from rarefy.cut.optimizers import carry, check_optimizer
 from rarefy.cut.plan import sizes
 from rarefy.cut.surgery import give_own_heads, take_out
-from rarefy.errors import ModelError, nearest
 from rarefy.model.axes import Axis, leaves
 from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.select import unwrap
-from rarefy.proof.report import Report
 
 
 def prune_heads_(
@@ -40,7 +40,7 @@ def prune_heads_(
 
     >>> prune_heads_(nn.Sequential(nn.Linear(2, 2)), {"0": [0]}, torch.randn(1, 2))
     Traceback (most recent call last):
-    rarefy.errors.ModelError: '0' has no heads; attention modules: none
+    rarefy.common.errors.ModelError: '0' has no heads; attention modules: none
     """
     inner = unwrap(model)
     check_unmasked(inner)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
 
 Replaced = Iterable[tuple[Tensor, Tensor, Mapping[int, Tensor]]]  # old, new, indices kept by dimension
 

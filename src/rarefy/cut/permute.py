@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from rarefy.common.errors import PatternError, unknown
+from rarefy.common.progress import track
+from rarefy.common.report import Report
 from rarefy.cut.ask import check_unmasked
 from rarefy.cut.columns import kept, search
 from rarefy.cut.optimizers import check_optimizer
 from rarefy.cut.surgery import differs, outputs
-from rarefy.errors import PatternError, unknown
 from rarefy.model.axes import Axis, leaves, ordered
 from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.select import Layer, Selector, all_layers, select, unwrap
 from rarefy.model.stats import Loss, Stats, check_batches
-from rarefy.progress import track
-from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern, parse
 from rarefy.prune.score import SCORES
 from rarefy.prune.stage import calibrate, check_weights
@@ -64,7 +64,7 @@ def permute_(
     What the example does not call is not seen, and a note names it. A group stays where no order keeps more, where its
     units differ in parts that the model's class makes itself (rotary frequencies) or no selected layer takes them one
     by one. Outputs on `example` are compared before and after; groups that change them by more than 1e-5 of the largest
-    are put back, and their row says so. Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged.
+    are put back, and their row says so. Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged.
     O(R C^2) a group of C units that R rows read, and O(R C) a swap.
 
     >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
 from rarefy.model.axes import Axis, count, leaves, resolve, size
 from rarefy.model.graph import Graph, Group
 

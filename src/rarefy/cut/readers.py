@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, ModelError
+from rarefy.common.errors import DataError, ModelError
 from rarefy.model.axes import Algebra, Axis, Expr, Prod, leaves
 from rarefy.model.graph import Graph, Group
 from rarefy.model.layout import layout

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.common.errors import DataError, ModelError
 from rarefy.cut.readers import Moments, Reader, all_readers
-from rarefy.errors import DataError, ModelError
 from rarefy.model.axes import Axis, kept
 from rarefy.model.graph import Graph
 from rarefy.model.stats import call, evaluating, on_device

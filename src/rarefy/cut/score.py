@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.common.errors import DataError, ModelError
 from rarefy.cut.readers import Moments, Reader, observe, readers_of
-from rarefy.errors import DataError, ModelError
 from rarefy.model.axes import Axis, coordinates, leaves
 from rarefy.model.batches import tokens_in
 from rarefy.model.graph import Graph, Group

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ContainerError, unknown
+from rarefy.common.errors import ContainerError, unknown
 from rarefy.model import hf
 from rarefy.model.attention import with_own_heads
 

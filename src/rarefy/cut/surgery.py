@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.common.errors import ModelError, RarefyError
 from rarefy.cut.absent import Absent
 from rarefy.cut.attributes import follow
 from rarefy.cut.readers import Reader, all_readers
 from rarefy.cut.structure import named_tensors, remember, remember_attention, restoring_notes
-from rarefy.errors import ModelError, RarefyError
 from rarefy.model.attention import with_own_heads
 from rarefy.model.axes import Axis, kept, leaves
 from rarefy.model.batches import tensors_in

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rarefy.errors import DataError
+from rarefy.common.errors import DataError
 from rarefy.runtime.pages import fresh
 
 TILE = 64  # tokens

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from rarefy.common.errors import DataError, ModelError, first_line, unknown
 from rarefy.engine import convolve, formulas, heads, images, phrases, words
 from rarefy.engine import trace as rules
 from rarefy.engine.lower import LOWER
 from rarefy.engine.plan import Plan
 from rarefy.engine.prove import prove
 from rarefy.engine.trace import MOST_SIZE, Node, Traced, trace, two_samples
-from rarefy.errors import DataError, ModelError, first_line, unknown
 from rarefy.model.select import all_layers
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
@@ -106,7 +106,7 @@ def in_torch(traced: Traced, expected: Sequence[Any]) -> Compiled:
 
 def _called(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if hasattr(example, "keys"):
-        return (), {k: example[k] for k in example.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
+        return (), {k: example[k] for k in example.keys()}
     return tuple(example) if isinstance(example, tuple | list) else (example,), {}
 
 

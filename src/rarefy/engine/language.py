@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.common.errors import DataError, ModelError, unknown
 from rarefy.engine import compiled
 from rarefy.engine import trace as rules
 from rarefy.engine.cache import TILE, Cache
 from rarefy.engine.compiled import EXACT, ROUNDED, Compiled, check_module, check_ready, expected, in_torch, kernels_of
 from rarefy.engine.plan import MOST_FEW
 from rarefy.engine.prove import apart
-from rarefy.errors import DataError, ModelError, unknown
 from rarefy.model import hf
 from rarefy.model.grid import Grid
 from rarefy.runtime.packed import pack_bitmask, pack_panels

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
 
 LEAF = "*"
 MOST_DEEP = 64  # levels of what lies in one another

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.common.errors import ModelError
 from rarefy.engine import words
 from rarefy.engine.trace import Node
-from rarefy.errors import ModelError
 from rarefy.runtime import native
 from rarefy.runtime.forms import SLAB, Bitmask, Panels, Sell, Tiles
 from rarefy.runtime.native import FORMATS

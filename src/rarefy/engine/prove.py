@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.errors import ModelError, RarefyError
+from rarefy.common.errors import ModelError, RarefyError
 
 
 def prove(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.common.errors import ModelError
 from rarefy.engine import images, words
 from rarefy.engine.trace import Node
-from rarefy.errors import ModelError
 from rarefy.runtime.forms import MOST_STRIDE
 
 Size = tuple[int, ...]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rarefy.common.errors import ContainerError, FormatError
 from rarefy.engine import sizes, words
 from rarefy.engine.compiled import Compiled, Expected, Lookup
 from rarefy.engine.language import Decoder
 from rarefy.engine.trace import Node, Traced
 from rarefy.engine.written import Written, from_json, to_json
-from rarefy.errors import ContainerError, FormatError
 from rarefy.formats import container
 from rarefy.formats.sparse import encode
 from rarefy.runtime import native

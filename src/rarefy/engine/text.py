@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.errors import DataError, ModelError, first_line
+from rarefy.common.errors import DataError, ModelError, first_line
 
 BEFORE = 4  # tokens of a prompt, behind which the next one is read: some tokenizers leave out a first blank
 HALF = "\ufffd"  # what stands for bytes that are no letter yet

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rarefy.common.errors import ModelError, RarefyError
+from rarefy.common.report import Report
 from rarefy.engine.compiled import Compiled, Expected, compile
 from rarefy.engine.language import Decoder, decoder
 from rarefy.engine.trace import MOST_SIZE
-from rarefy.errors import ModelError, RarefyError
 from rarefy.model import hf
 from rarefy.proof import measure
 from rarefy.proof.bench import example_of, generates
-from rarefy.proof.report import Report
 
 Subject = nn.Module | Compiled | Decoder
 

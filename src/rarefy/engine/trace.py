@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
+from rarefy.common.errors import ModelError, first_line
 from rarefy.engine import words
-from rarefy.errors import ModelError, first_line
 from rarefy.runtime import ops  # noqa: F401 (models that run sparse already hold its operator)
 from rarefy.runtime.layers import Sparse, rebuilt
 

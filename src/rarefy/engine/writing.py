@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.common.errors import DataError, unknown
 from rarefy.engine.language import Decoder, check_ids, decoder
-from rarefy.errors import DataError, unknown
 
 OPTIONS = ("max_new_tokens", "attention_mask", "seed", "values")  # of text; beside those of sampling
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rarefy.common.errors import ContainerError, ModelError
 from rarefy.engine import operators
 from rarefy.engine.compiled import Compiled, Expected
 from rarefy.engine.outputs import spec_of, tree
 from rarefy.engine.trace import MOST_SIZE, Node
-from rarefy.errors import ContainerError, ModelError
 from rarefy.formats.sparse import DTYPES
 
 SCHEMA = 1

@@ -33,8 +33,8 @@ from safetensors import safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from rarefy.errors import ContainerError, FormatError, nearest, unknown
-from rarefy.files import INDEX, PICKLES, blaming, check_target, whole_folder
+from rarefy.common.atomic_io import INDEX, PICKLES, blaming, check_target, whole_folder
+from rarefy.common.errors import ContainerError, FormatError, nearest, unknown
 from rarefy.formats.sparse import DTYPES, Packed
 from rarefy.formats.values import PARTS, check, decode, grid_of
 from rarefy.model.grid import Values

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rarefy.errors import FormatError, unknown
+from rarefy.common.errors import FormatError, unknown
 from rarefy.formats.bits import pack_bits, unpack_bits
 
 # fmt: off
@@ -109,7 +109,7 @@ def check(p: Packed) -> None:
 
     >>> check(Packed("dense", (2,), torch.int8, {"values": torch.zeros(7)}, {}))
     Traceback (most recent call last):
-    rarefy.errors.FormatError: dense: part 'values' is float32 [7], must be int8 [2]
+    rarefy.common.errors.FormatError: dense: part 'values' is float32 [7], must be int8 [2]
     """
     _check(p)
 

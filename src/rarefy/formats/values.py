@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rarefy.errors import FormatError, unknown
+from rarefy.common.errors import FormatError, unknown
 from rarefy.formats import sparse
 from rarefy.formats.bits import pack_codes, unpack_codes
 from rarefy.formats.sparse import Packed

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
+from rarefy.common.report import Report, alike
 from rarefy.model.attention import step_by_step
 from rarefy.model.axes import Algebra, Axis, Expr, coordinates, fixed, is_fixed, leaves, lock
 from rarefy.model.batches import tensors_in
 from rarefy.model.select import unwrap
 from rarefy.model.stats import call, evaluating, hooked, on_device
-from rarefy.proof.report import Report, alike
 
 KERNEL = "a kernel has its size"  # of convolutions: no units
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
 from rarefy.model.attach import attach_
 from rarefy.model.select import Layer
 

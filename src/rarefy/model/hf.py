@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.errors import ModelError, first_line
+from rarefy.common.errors import ModelError, first_line
 
 # in order of preference where an architecture is in several
 AUTO = (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ContainerError
+from rarefy.common.errors import ContainerError
 from rarefy.model.grid import Straight
 from rarefy.model.layout import is_hf_conv1d
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
 from rarefy.model.attach import attach_, detach_
 from rarefy.model.grid import LIVE, InBook, get_grid, live_grid, note_, notes, set_grid_
 from rarefy.model.select import Layer, Selector, all_layers, parameter, select

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.files import blaming
+from rarefy.common.atomic_io import blaming
 
 PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: clean pages of a file are dropped, changed ones stay
 SMALL = 1 << 16  # bytes of a tensor that is not worth moving

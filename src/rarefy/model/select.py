@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rarefy.errors import ModelError, SelectorError, nearest, unknown
+from rarefy.common.errors import ModelError, SelectorError, nearest, unknown
 from rarefy.model.layout import CONV, Layout, layout, prunable
 
 Selector = str | Sequence[str] | None

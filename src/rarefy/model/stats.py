@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from rarefy.errors import DataError, ModelError, RarefyError, first_line
+from rarefy.common.errors import DataError, ModelError, RarefyError, first_line
 from rarefy.model import ranks
 from rarefy.model.batches import tokens_in
 from rarefy.model.experts import Rows, watching

@@ -23,7 +23,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, ModelError, nearest
+from rarefy.common.errors import DataError, ModelError, nearest
 from rarefy.model import pages, ranks
 from rarefy.model.batches import first_samples, tensors_in
 from rarefy.model.gram import Gram, columns, everyones, same_columns

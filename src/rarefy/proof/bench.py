@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
 from rarefy.model import hf
 
 

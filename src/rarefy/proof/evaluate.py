@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.errors import DataError
+from rarefy.common.errors import DataError
+from rarefy.common.progress import track
 from rarefy.model.stats import call, check_batches, describe, evaluating, on_device
-from rarefy.progress import track
 
 
 @torch.no_grad()

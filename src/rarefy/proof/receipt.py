@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rarefy.proof.report import table
+from rarefy.common.report import table
 
 SIDES = ("before", "after")
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, PatternError
+from rarefy.common.errors import DataError, PatternError
 from rarefy.model.batches import tokens_in
 from rarefy.model.select import Layer
 from rarefy.model.stats import Loss, Stats, call, evaluating, finite, loss_of, on_device, trainable
@@ -114,7 +114,7 @@ def sensitivities(
         for layer in layers:
             if layer.layout.kind in ("linear", "conv1d-hf", "conv", "conv-transposed"):
                 for _, module, _ in layer.owners:
-                    hook = lambda m, a, out, name=layer.full_name: watch(name, out)  # noqa: E731
+                    hook = lambda m, a, out, name=layer.full_name: watch(name, out)
                     stack.callback(module.register_forward_hook(hook).remove)
         weights = [l.original for l in layers]
         stack.enter_context(trainable(weights))

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rarefy.errors import ContainerError, DataError
-from rarefy.files import KEY, ONCE, PARTIAL, blaming, is_state, sync
+from rarefy.common.atomic_io import KEY, ONCE, PARTIAL, blaming, is_state, sync
+from rarefy.common.errors import ContainerError, DataError
 from rarefy.model import pages
 
 ANEW = "remove {} (shell: --fresh) to start anew, or give another name"
@@ -74,7 +74,7 @@ class Journal:
         file = self.folder / name
         try:
             with safe_open(file, "pt") as opened:
-                tensors = {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118 (not a dict)
+                tensors = {n: opened.get_tensor(n) for n in opened.keys()}
                 about = opened.metadata()
             whole = about["key"] == self.key and about["digest"] == digest(dict(sorted(tensors.items())))
             value = json.loads(about[word])
@@ -162,7 +162,7 @@ def open_(folder: Path | None, key: Mapping[str, Any]) -> Journal:
 
 
 def _locked(file: Path) -> Any:
-    opened = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+    opened = open(file, "a+", encoding="utf-8")
     try:
         import fcntl
 
@@ -199,7 +199,7 @@ def digest(value: Any) -> str:
 def key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any]:
     """Return what must agree for a run to go on: settings, versions, digests of the modules, their weights and the
     data. Raises DataError for data that has no bytes to go by. O(data + weights)."""
-    from rarefy import __version__
+    from rarefy.common.version import __version__
 
     config: Any = getattr(model, "config", None)
     made = (repr(model), config.to_dict() if hasattr(config, "to_dict") else None)
@@ -216,7 +216,7 @@ def _digest(value: Any, into: Any) -> None:
         into.update(f"{tuple(value.shape)} {value.dtype}".encode())
         into.update(_bytes(value))
     elif hasattr(value, "keys"):
-        for name in value.keys():  # noqa: SIM118 (not always a dict)
+        for name in value.keys():
             into.update(repr(name).encode())
             _digest(value[name], into)
     elif isinstance(value, tuple | list | set):

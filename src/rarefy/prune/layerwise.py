@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ContainerError, DataError, ModelError, PatternError
+from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
+from rarefy.common.progress import say, track
 from rarefy.formats.bits import pack_bits, unpack_bits
 from rarefy.model import pages, ranks
 from rarefy.model.batches import samples_in, tokens_in
@@ -21,7 +22,6 @@ from rarefy.model.mask import get_mask, set_mask_
 from rarefy.model.select import Layer, unwrap
 from rarefy.model.stats import Stats
 from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
-from rarefy.progress import say, track
 from rarefy.prune import journal, solve
 from rarefy.prune import pattern as patterns
 from rarefy.prune.allocate import SLOW

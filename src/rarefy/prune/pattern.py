@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.errors import PatternError, unknown
+from rarefy.common.errors import PatternError, unknown
 
 SCOPES = ("row", "layer", "global")
 WORDS = ("unstructured", "row", "channel", "column")

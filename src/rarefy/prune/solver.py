@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rarefy.errors import PatternError, unknown
+from rarefy.common.errors import PatternError, unknown
 from rarefy.proof.measure import native_bf16
 from rarefy.prune import pattern as patterns
 from rarefy.prune.score import SCORES

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rarefy.errors import DataError, ModelError, PatternError, unknown
-from rarefy.files import bytes_of, path_of
+from rarefy.common.atomic_io import bytes_of, path_of
+from rarefy.common.errors import DataError, ModelError, PatternError, unknown
+from rarefy.common.progress import track
+from rarefy.common.report import Report
 from rarefy.model.batches import first_samples, some
 from rarefy.model.grid import live_grid
 from rarefy.model.mask import check_maskable, effective, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, all_layers, select
 from rarefy.model.shards import whole
 from rarefy.model.stats import Loss, Stats, call, check_batches, collect, evaluating, loss_of, on_device
-from rarefy.progress import track
-from rarefy.proof.report import Report
 from rarefy.prune import allocate as allocate_
 from rarefy.prune import pattern as patterns
 from rarefy.prune.layerwise import Spread, check_solvable, measure, solve_
@@ -69,7 +69,7 @@ def prune_(
               killed. It stays, to be removed when the result is saved
 
     Masked entries stay masked. Masks survive training; `rarefy.fold_` writes them into the weights.
-    Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged (a solver that fails half way leaves the
+    Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged (a solver that fails half way leaves the
     layers before pruned). O(weights log weights) besides the pass; with a solver see `rarefy.prune.layerwise`.
 
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))

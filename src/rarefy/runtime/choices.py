@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rarefy.files import write_whole
+from rarefy.common.atomic_io import write_whole
 from rarefy.proof.measure import machine
 from rarefy.runtime import native
 

@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rarefy.errors import ModelError, RarefyError, unknown
+from rarefy.common.errors import ModelError, RarefyError, unknown
+from rarefy.common.progress import track
+from rarefy.common.report import Report
 from rarefy.model.batches import tensors_in
 from rarefy.model.grid import notes
 from rarefy.model.inputs import Inputs, get_inputs
 from rarefy.model.select import Layer, Selector, all_layers, select
 from rarefy.model.stats import call, evaluating, on_device
-from rarefy.progress import track
 from rarefy.proof.measure import resident_bytes
-from rarefy.proof.report import Report
 from rarefy.runtime import choices as kept
 from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
 from rarefy.runtime.forms import MOST_STRIDE

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.errors import ModelError, unknown
+from rarefy.common.errors import ModelError, unknown
 from rarefy.model.inputs import Inputs
 from rarefy.runtime import native, reference
 from rarefy.runtime.forms import Bitmask, ConvTiles, Csr, Dense, Packed, Panels, Sell, Tiles

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.errors import FormatError, unknown
+from rarefy.common.errors import FormatError, unknown
 from rarefy.runtime import reference
 from rarefy.runtime.forms import (
     KINDS,

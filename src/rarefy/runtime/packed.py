@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.errors import FormatError, unknown
+from rarefy.common.errors import FormatError, unknown
 from rarefy.formats.bits import pack_bits, unpack_bits
 from rarefy.model.grid import Grid
 from rarefy.runtime.forms import (

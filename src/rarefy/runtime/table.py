@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rarefy.common.progress import track
+from rarefy.common.report import Report
 from rarefy.model.select import Layer, Selector, select
-from rarefy.progress import track
 from rarefy.proof.measure import machine, resident_bytes
-from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern, check_sparsity, masks_at, parse
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain, check_sizes, why_dense

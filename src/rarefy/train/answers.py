@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rarefy.errors import ContainerError
-from rarefy.files import PARTIAL, blaming
+from rarefy.common.atomic_io import PARTIAL, blaming
+from rarefy.common.errors import ContainerError
 from rarefy.model.batches import samples_in, slices, tensors_in
 from rarefy.prune.journal import digest
 
@@ -52,7 +52,7 @@ class Answers:
     def _read(self, file: Path) -> dict[str, Tensor]:
         try:
             with safe_open(file, "pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+                return {name: opened.get_tensor(name) for name in opened.keys()}
         except (SafetensorError, OSError, ValueError) as error:
             raise ContainerError(f"{file} is damaged ({error}): remove it, and the teacher is asked again") from None
 

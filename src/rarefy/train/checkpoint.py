@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ModelError
-from rarefy.files import TRAINING
+from rarefy.common.atomic_io import TRAINING
+from rarefy.common.errors import ModelError
 from rarefy.prune.journal import Journal
 
 EVERY = 60.0  # seconds between two states

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, ModelError, RecipeError, SelectorError, unknown
+from rarefy.common.errors import DataError, ModelError, RecipeError, SelectorError, unknown
 from rarefy.model.batches import tensors_in
 from rarefy.model.mask import fold_
 from rarefy.model.select import all_layers

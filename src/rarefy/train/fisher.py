@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, ModelError
+from rarefy.common.errors import DataError, ModelError
 from rarefy.model.batches import slices
 from rarefy.model.select import Layer
 from rarefy.model.stats import Loss, call, evaluating, finite, loss_of, on_device, trainable

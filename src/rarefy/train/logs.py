@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarefy.errors import RecipeError, unknown
-from rarefy.files import blaming
+from rarefy.common.atomic_io import blaming
+from rarefy.common.errors import RecipeError, unknown
 
 Write = Callable[[Mapping[str, Any]], None]
 

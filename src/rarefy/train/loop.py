@@ -16,16 +16,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rarefy.errors import DataError, ModelError, RecipeError, unknown
-from rarefy.files import path_of
+from rarefy.common.atomic_io import path_of
+from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
+from rarefy.common.progress import track
+from rarefy.common.report import Report
 from rarefy.model import ranks
 from rarefy.model.batches import tokens_in
 from rarefy.model.mask import ROUNDED, get_mask, resume_grids_, zeros_of
 from rarefy.model.select import all_layers
 from rarefy.model.shards import everyones
 from rarefy.model.stats import Loss, call, check_batches, loss_of, on_device
-from rarefy.progress import track
-from rarefy.proof.report import Report
 from rarefy.prune import journal as journals
 from rarefy.runtime.layers import Sparse
 from rarefy.train import checkpoint

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import PatternError, SelectorError
+from rarefy.common.errors import PatternError, SelectorError
 from rarefy.model import ranks
 from rarefy.model.mask import effective, mask_of, open_mask, set_mask_
 from rarefy.model.select import Layer, select

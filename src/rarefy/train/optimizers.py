@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.errors import RecipeError, unknown
+from rarefy.common.errors import RecipeError, unknown
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

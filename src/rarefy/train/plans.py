@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rarefy.errors import PatternError, unknown
+from rarefy.common.errors import PatternError, unknown
 from rarefy.prune import pattern as patterns
 from rarefy.prune.pattern import Pattern, check_sparsity, parse
 from rarefy.prune.score import SCORES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rarefy.errors import PatternError, unknown
+from rarefy.common.errors import PatternError, unknown
 
 
 def linear(t: float, first: float, last: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, ModelError, PatternError
+from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model import ranks
 from rarefy.model.mask import Mask, check_maskable, clear_, get_mask, masks, open_mask, set_mask_
 from rarefy.model.select import Layer, all_layers, select

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ContainerError, nearest
+from rarefy.common.errors import ContainerError, nearest
 from rarefy.model.layout import is_hf_conv1d
 
 NOTE = "rarefy_factors"

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rarefy.errors import ModelError, PatternError
+from rarefy.common.errors import ModelError, PatternError
+from rarefy.common.progress import track
+from rarefy.common.report import Report
 from rarefy.model.grid import get_grid
 from rarefy.model.inputs import get_inputs
 from rarefy.model.select import Layer, Selector, select, unwrap
 from rarefy.model.stats import check_batches
 from rarefy.model.walk import Stop, order, walk
-from rarefy.progress import track
 from rarefy.proof.measure import compare
-from rarefy.proof.report import Report
 from rarefy.prune import solve
 from rarefy.prune.layerwise import check_solvable, matrix, stored
 from rarefy.prune.stage import check_weights
@@ -85,7 +85,7 @@ def factorize_(
 
     Convolutions with a kernel become three (Tucker-2). A layer whose factors would not be fewer weights stays, and its
     row says why; ModelError where that is true of all. `save` and `load` know of them. Raises the ValueErrors of
-    `rarefy.errors`, and then the model is unchanged. O(O C min(O, C)) a layer besides the pass.
+    `rarefy.common.errors`, and then the model is unchanged. O(O C min(O, C)) a layer besides the pass.
 
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
     >>> [(r["layer"], r["ranks"], r["why"]) for r in factorize_(net, keep=0.5).rows]
@@ -333,7 +333,7 @@ def _fast_enough(module: Any, share: float, batch: int, most: int, step: int) ->
         while low < high:
             middle = (low + high + 1) // 2
             thin = LowRank.empty(module, [middle * step])
-            took = compare({"dense": lambda: module(x), "thin": lambda: thin(x)}, repeats=15)  # noqa: B023
+            took = compare({"dense": lambda: module(x), "thin": lambda: thin(x)}, repeats=15)
             if took["thin"].median <= share * took["dense"].median:
                 low = middle
             else:

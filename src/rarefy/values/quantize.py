@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, ModelError, PatternError, unknown
+from rarefy.common.errors import DataError, ModelError, PatternError, unknown
+from rarefy.common.progress import track
+from rarefy.common.report import Report
 from rarefy.formats.values import sizes
 from rarefy.model.grid import BITS, Grid, Values, get_grid, live_grid, note_, rows_of, scale_shape, set_grid_
 from rarefy.model.inputs import Inputs, set_inputs_
 from rarefy.model.mask import check_maskable, get_mask, set_mask_
 from rarefy.model.select import Layer, Selector, select, unwrap
 from rarefy.model.stats import check_batches
-from rarefy.progress import track
-from rarefy.proof.report import Report
 from rarefy.prune.pattern import Pattern, check_sparsity, parse
 from rarefy.prune.solver import Solver, resolve
 from rarefy.prune.stage import check_weights, chosen_layers
@@ -91,7 +91,7 @@ def quantize_(
 
     What is zero stays zero. Weights stay on their grid through training, whose gradients go straight through (QAT);
     `rarefy.fold_` writes them into plain weights and remembers the grid, `save` then stores the codes.
-    Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged (obs that fails half way leaves the
+    Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged (obs that fails half way leaves the
     layers before rounded). O(weights) besides the pass.
 
     >>> net = nn.Sequential(nn.Linear(64, 8))

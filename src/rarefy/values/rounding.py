@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rarefy.errors import ModelError
+from rarefy.common.errors import ModelError
+from rarefy.common.progress import track
 from rarefy.model import ranks
 from rarefy.model.grid import Grid, beside, split
 from rarefy.model.mask import get_mask
 from rarefy.model.select import Layer
 from rarefy.model.walk import Block, End, blocks, order, walk, with_ends
-from rarefy.progress import track
 from rarefy.prune.layerwise import check_solvable
 from rarefy.prune.reconstruct import block_error, block_loss
 from rarefy.prune.solver import in_bf16, passes

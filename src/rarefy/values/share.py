@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, ModelError, PatternError
+from rarefy.common.errors import DataError, ModelError, PatternError
+from rarefy.common.progress import track
+from rarefy.common.report import Report
 from rarefy.formats.values import sizes
 from rarefy.model.grid import BITS, Codebook, get_grid, live_grid, rows_of, scale_shape
 from rarefy.model.mask import check_maskable
 from rarefy.model.select import Layer, Selector, select
 from rarefy.model.stats import check_batches, collect
-from rarefy.progress import track
-from rarefy.proof.report import Report
 from rarefy.prune.stage import check_weights
 from rarefy.values.quantize import put_, relative_error
 
@@ -46,7 +46,7 @@ def share_(
     data    batches: a weight's error counts as much as the mean square of its input
 
     Which weight has which value is fixed from here on; training moves the values (Deep Compression, Han 2016). `save`
-    stores indices of `bits` bits. Raises the ValueErrors of `rarefy.errors`, and then the model is unchanged.
+    stores indices of `bits` bits. Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged.
     O(n log n + 2^bits BINS^2) a layer besides the pass.
 
     >>> net = nn.Sequential(nn.Linear(64, 32))

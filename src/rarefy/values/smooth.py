@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import DataError, ModelError
+from rarefy.common.errors import DataError, ModelError
+from rarefy.common.progress import track
 from rarefy.model.batches import tensors_in
 from rarefy.model.grid import live_grid, notes
 from rarefy.model.inputs import get_inputs
 from rarefy.model.select import Layer
 from rarefy.model.stats import call, evaluating, on_device
-from rarefy.progress import track
 
 NEAR = 1e-3  # of outputs, in fp32; a scale that is read elsewhere changes them by much more
 

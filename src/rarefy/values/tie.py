@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from rarefy.common.errors import ContainerError, ModelError, PatternError, unknown
+from rarefy.common.report import Report
 from rarefy.cut.depth import stacks
-from rarefy.errors import ContainerError, ModelError, PatternError, unknown
 from rarefy.model.grid import notes
 from rarefy.model.inputs import noted as rounded
 from rarefy.model.select import unwrap
-from rarefy.proof.report import Report
 from rarefy.values.factors import noted as factorized
 
 NOTE = "rarefy_tied"

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rarefy.errors import RecipeError
+from rarefy.common.errors import RecipeError
 
 SIZE_LIMIT = 1 << 20
 DEPTH_LIMIT = 16  # the parser's time is quadratic in the depth

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rarefy.errors import ContainerError, RecipeError
-from rarefy.progress import say
+from rarefy.common.errors import ContainerError, RecipeError
+from rarefy.common.progress import say
 
 INDEX = "rarefy.json"
 KEY, PARTIAL = "key.json", "partial"  # beside the stops of a long run
