@@ -21,7 +21,7 @@ import rarefy
 from rarefy import samples
 from rarefy.compat.asp import prune_trained_model
 from rarefy.model import hf
-from rarefy.model.select import all_layers
+from rarefy.model.layers import all_layers
 from values import keep, kept
 
 RESULTS = Path(__file__).parent / "results" / "permute.jsonl"

@@ -222,7 +222,7 @@ def peer(python: str, only: list[str]) -> Iterator[Line]:
 
 def share_of_bf16(model: Any) -> float:
     """Return the bytes of the layers that were worked on as stored, over those of bf16."""
-    from rarefy.model.mask import plain_state
+    from rarefy.model.masks import plain_state
     from rarefy.store import pack
 
     model = copy.deepcopy(model).to(torch.bfloat16)

@@ -12,8 +12,8 @@ from torch import nn
 import rarefy
 from conftest import Net
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
-from rarefy.model.inputs import Inputs, get_inputs, noted, set_inputs_
-from rarefy.model.select import all_layers
+from rarefy.model.activation_quant import Inputs, get_inputs, noted, set_inputs_
+from rarefy.model.layers import all_layers
 from rarefy.runtime import native, packed, reference, ways
 from rarefy.runtime.layers import SparseLinear
 from rarefy.values.activations import static
@@ -250,7 +250,7 @@ def test_smoothing_keeps_the_model_and_makes_its_inputs_easier(pruned):
     dense, data = outliers()
     if pruned:
         rarefy.prune_(dense, "2:4", layers=["q", "k"])
-    from rarefy.model.select import select
+    from rarefy.model.layers import select
     from rarefy.values.smooth import smooth_
 
     smoothed = copy.deepcopy(dense)

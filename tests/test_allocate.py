@@ -11,7 +11,7 @@ from conftest import Net, image_batches, tiny_llama
 from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.hf import gives_tokens
-from rarefy.model.select import all_layers, select
+from rarefy.model.layers import all_layers, select
 from rarefy.plan import forecast
 from rarefy.prune import allocate
 from rarefy.prune.allocate import LEVELS

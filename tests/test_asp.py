@@ -11,7 +11,7 @@ import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ModelError, PatternError, RarefyError
 from rarefy.compat import asp
-from rarefy.prune.pattern import select as choose
+from rarefy.model.sparsity_pattern import select as choose
 from test_permute import Attends, Everything, spread_
 
 OPTIMIZERS = {

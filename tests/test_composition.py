@@ -11,9 +11,9 @@ from torch import nn
 
 import rarefy
 from rarefy.common.errors import ModelError
-from rarefy.model.grid import get_grid
-from rarefy.model.select import all_layers
-from rarefy.values.factors import noted
+from rarefy.model.layers import all_layers
+from rarefy.model.lowrank_modules import noted
+from rarefy.model.quant_grid import get_grid
 
 
 class Small(nn.Module):

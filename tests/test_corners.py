@@ -7,7 +7,7 @@ from torch import nn
 
 import rarefy
 from rarefy.common.errors import DataError, ModelError, PatternError
-from rarefy.model.select import select
+from rarefy.model.layers import select
 from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
 from rarefy.prune.solver import SOLVERS
 

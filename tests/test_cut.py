@@ -13,9 +13,9 @@ import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.cut.absent import Absent
-from rarefy.model.attention import OwnHeads
 from rarefy.model.axes import Algebra, Axis, Prod, Sum, kept, leaves, size
 from rarefy.model.graph import trace
+from rarefy.model.mha import OwnHeads
 
 # ---- the algebra against torch: what stays of a tensor must be a grid, whatever happens to it ------------------------
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import rarefy
 from rarefy.model.batches import samples_in
-from rarefy.model.select import select
+from rarefy.model.layers import select
 from rarefy.model.walk import order
 from rarefy.prune.estimate import Cost, estimate
 from rarefy.prune.solver import SOLVERS, resolve

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import rarefy
-from rarefy.model.experts import is_experts, watching
-from rarefy.model.select import select
+from rarefy.model.layers import select
+from rarefy.model.moe import is_experts, watching
 
 transformers = pytest.importorskip("transformers")
 

@@ -22,9 +22,9 @@ import rarefy
 import zoo
 from conftest import Net, Tied, tiny_bert
 from rarefy.common.errors import ContainerError, ModelError
-from rarefy.model.grid import get_grid
-from rarefy.model.inputs import get_inputs
-from rarefy.model.select import all_layers
+from rarefy.model.activation_quant import get_inputs
+from rarefy.model.layers import all_layers
+from rarefy.model.quant_grid import get_grid
 
 OPSETS = [11, 13, 17, "dynamo"]
 

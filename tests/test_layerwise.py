@@ -8,7 +8,7 @@ import rarefy
 from conftest import Attention, Net, image_batches, tiny_llama
 from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
-from rarefy.model.select import all_layers, select
+from rarefy.model.layers import all_layers, select
 from rarefy.prune import solver as solvers
 from rarefy.prune.layerwise import matrix
 from rarefy.prune.solver import SOLVERS

@@ -12,7 +12,7 @@ import rarefy
 from conftest import Net
 from rarefy import recipe as recipes
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
-from rarefy.values.factors import Corrected, LowRank, noted
+from rarefy.model.lowrank_modules import Corrected, LowRank, noted
 from rarefy.values.lowrank import truncated
 
 

@@ -12,8 +12,8 @@ from torch.nn.utils import prune as torch_prune
 import rarefy
 from conftest import Net, Tied, image_batches
 from rarefy.common.errors import ModelError
-from rarefy.model.mask import get_mask, masks, plain_state, set_mask_
-from rarefy.model.select import all_layers, original, select
+from rarefy.model.layers import all_layers, original, select
+from rarefy.model.masks import get_mask, masks, plain_state, set_mask_
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),

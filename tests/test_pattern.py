@@ -9,9 +9,9 @@ from torch import nn
 import rarefy
 from conftest import image_batches
 from rarefy.common.errors import PatternError
-from rarefy.model.mask import masks
-from rarefy.prune import pattern as patterns
-from rarefy.prune.pattern import masks_at, parse, select, select_many
+from rarefy.model import sparsity_pattern as patterns
+from rarefy.model.masks import masks
+from rarefy.model.sparsity_pattern import masks_at, parse, select, select_many
 from rarefy.prune.score import SCORES
 
 UNITS = ["unstructured", "4x1", "1x4", "3x2", "row", "channel", "column"]

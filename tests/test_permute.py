@@ -14,7 +14,7 @@ from rarefy.common.errors import ModelError, PatternError, RecipeError
 from rarefy.cut import permute as module
 from rarefy.cut.columns import _Groups, kept, search
 from rarefy.model.axes import Axis, Prod, Sum, coordinates, ordered, size
-from rarefy.prune.pattern import select as choose
+from rarefy.model.sparsity_pattern import select as choose
 
 PATTERNS = [(2, 4), (1, 2), (1, 4), (3, 4), (4, 8)]
 

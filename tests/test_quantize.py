@@ -13,9 +13,9 @@ import rarefy
 from conftest import Net, Tied
 from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
-from rarefy.model.grid import Codebook, Grid, get_grid, live_grid, notes, scale_shape
-from rarefy.model.mask import get_mask
-from rarefy.model.select import all_layers, select
+from rarefy.model.layers import all_layers, select
+from rarefy.model.masks import get_mask
+from rarefy.model.quant_grid import Codebook, Grid, get_grid, live_grid, notes, scale_shape
 from rarefy.plan import forecast
 from rarefy.prune import solve
 from rarefy.values.fit import FITS
@@ -343,7 +343,7 @@ def test_gradients_go_straight_through_within_the_ends():
     grid = Grid(4, torch.tensor([[1.0]]))
     with torch.no_grad():
         net.weight.copy_(torch.tensor([[1.2, -3.0, 9.0, -9.0]]))
-    from rarefy.model.grid import set_grid_
+    from rarefy.model.quant_grid import set_grid_
 
     set_grid_(all_layers(nn.Sequential(net))[0], grid)
     assert net.weight.tolist() == [[1.0, -3.0, 7.0, -8.0]]

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
 from rarefy.common.errors import RecipeError
-from rarefy.model import ranks
+from rarefy.model import distributed
 from rarefy.train.loop import Steps
 
 pytest.importorskip("transformers")
@@ -70,9 +70,9 @@ def _worker(rank: int, out: str) -> None:
     for name in WORK:
         found.update({f"{name}/{k}": v for k, v in work(name).items()})
     x, y = image_batches()[0]
-    part, share = ranks.part_of((x[:3], y[:3]))
+    part, share = distributed.part_of((x[:3], y[:3]))
     found["share"] = torch.tensor([len(part[0]), share])
-    found["alone"] = torch.tensor([len(ranks.part_of((x[:1], y[:1]))[0][0])])
+    found["alone"] = torch.tensor([len(distributed.part_of((x[:1], y[:1]))[0][0])])
     try:
         rarefy.compress_(Net(), {"stages": [{"train": {}}]}, {"train": image_batches()}, work=f"{out}/w")
     except RecipeError as error:

@@ -7,7 +7,7 @@ from torch import nn
 import rarefy
 from conftest import Net, tiny_bert, tiny_llama
 from rarefy.common.errors import ModelError, PatternError
-from rarefy.model.select import select
+from rarefy.model.layers import select
 from rarefy.model.walk import Block, End, Stop, blocks, order, walk, with_ends
 from rarefy.prune import layerwise
 from rarefy.prune.reconstruct import reconstruct_

@@ -10,7 +10,7 @@ from torch import nn
 import rarefy
 from conftest import Attention, Net, Tied, image_batches
 from rarefy.common.errors import DataError, ModelError, PatternError
-from rarefy.model.select import all_layers, select
+from rarefy.model.layers import all_layers, select
 from rarefy.model.stats import Stats, collect
 from rarefy.prune.score import SCORES
 

@@ -4,8 +4,8 @@ from torch import nn
 
 from conftest import Attention, Net, Tied, tiny_llama
 from rarefy.common.errors import ModelError, SelectorError
+from rarefy.model.layers import all_layers, select
 from rarefy.model.layout import layout, prunable
-from rarefy.model.select import all_layers, select
 
 NET = ["conv", "deep", "up", "hidden", "fc"]
 

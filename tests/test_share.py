@@ -18,8 +18,8 @@ from rarefy import recipe as recipes
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.formats import container
 from rarefy.formats.sparse import encode
-from rarefy.model.grid import Codebook, get_grid
-from rarefy.model.select import all_layers
+from rarefy.model.layers import all_layers
+from rarefy.model.quant_grid import Codebook, get_grid
 from rarefy.values.share import best_values, codebook
 
 

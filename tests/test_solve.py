@@ -5,8 +5,8 @@ import torch
 
 import rarefy
 from rarefy.model.gram import Gram
+from rarefy.model.sparsity_pattern import masks_at, parse
 from rarefy.prune import layerwise, solve
-from rarefy.prune.pattern import masks_at, parse
 from rarefy.prune.solver import resolve
 
 

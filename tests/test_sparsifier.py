@@ -9,7 +9,7 @@ from torch import nn
 import rarefy
 from conftest import Net, image_batches
 from rarefy.common.errors import DataError, ModelError, PatternError
-from rarefy.model.select import all_layers
+from rarefy.model.layers import all_layers
 from rarefy.train import fisher
 from rarefy.train.methods import lr_progress
 from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder, asked

@@ -11,8 +11,8 @@ import rarefy
 from conftest import text_model, tiny_llama
 from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, ModelError, RecipeError
-from rarefy.model.grid import get_grid
-from rarefy.model.select import all_layers
+from rarefy.model.layers import all_layers
+from rarefy.model.quant_grid import get_grid
 from rarefy.plan import forecast
 from rarefy.train import checkpoint
 

@@ -19,9 +19,9 @@ from rarefy.formats import container
 from rarefy.formats.sparse import encode
 from rarefy.formats.values import check
 from rarefy.formats.values import encode as encode_values
-from rarefy.model.grid import Grid, get_grid, note_
-from rarefy.model.inputs import Inputs, get_inputs, noted
-from rarefy.model.select import all_layers
+from rarefy.model.activation_quant import Inputs, get_inputs, noted
+from rarefy.model.layers import all_layers
+from rarefy.model.quant_grid import Grid, get_grid, note_
 from rarefy.runtime import native, ways
 from rarefy.runtime.layers import PanelEmbedding
 from rarefy.runtime.packed import pack_panels

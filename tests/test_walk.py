@@ -11,9 +11,9 @@ from torch import nn
 from conftest import Attention, Net
 from rarefy.common.errors import DataError, ModelError
 from rarefy.model import pages
+from rarefy.model.forward import call
 from rarefy.model.gram import PIECE, Gram, columns
-from rarefy.model.select import all_layers, select
-from rarefy.model.stats import call
+from rarefy.model.layers import all_layers, select
 from rarefy.model.taps import taps
 from rarefy.model.walk import order, walk
 from rarefy.prune.layerwise import matrix

@@ -13,8 +13,8 @@ import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.compat import withdrawn
-from rarefy.model.grid import get_grid
-from rarefy.model.select import all_layers
+from rarefy.model.layers import all_layers
+from rarefy.model.quant_grid import get_grid
 
 transformers = pytest.importorskip("transformers")
 

@@ -5,11 +5,10 @@ rarefy.save(model, "out/")
 model = rarefy.load("out/")
 """
 
-from rarefy.common.version import __version__
-
 from rarefy.api import cast_, compress_
 from rarefy.common.errors import RarefyError
 from rarefy.common.report import Report
+from rarefy.common.version import __version__
 from rarefy.compat.from_onnx import from_onnx
 from rarefy.compat.onnx import export_onnx
 from rarefy.cut.cut import cut_
@@ -21,7 +20,7 @@ from rarefy.engine.language import decoder
 from rarefy.engine.writing import generate, stream
 from rarefy.migration import Migrated, migrate
 from rarefy.model.graph import groups
-from rarefy.model.mask import adopt_, fold_, masks
+from rarefy.model.masks import adopt_, fold_, masks
 from rarefy.proof.receipt import Receipt
 from rarefy.prune.solver import Solver
 from rarefy.prune.stage import prune_

@@ -13,9 +13,9 @@ from rarefy import recipe as recipes
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
 from rarefy.formats.values import label
-from rarefy.model.mask import plain_state
-from rarefy.model.select import all_layers
-from rarefy.model.stats import call, evaluating, on_device
+from rarefy.model.forward import call, evaluating, on_device
+from rarefy.model.layers import all_layers
+from rarefy.model.masks import plain_state
 from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.proof.receipt import Receipt

@@ -21,18 +21,19 @@ from rarefy.common.report import Report
 from rarefy.cut.cut import cut_
 from rarefy.cut.permute import permute_
 from rarefy.given import Given, Labelled, calibrates, needs_of
-from rarefy.model import hf, pages, ranks
+from rarefy.model import distributed, hf, pages
 from rarefy.model.batches import tensors_in
-from rarefy.model.grid import OnGrid
-from rarefy.model.mask import fold_
-from rarefy.model.select import select
-from rarefy.model.stats import Loss, call, evaluating, on_device
+from rarefy.model.forward import call, evaluating, on_device
+from rarefy.model.layers import select
+from rarefy.model.losses import Loss
+from rarefy.model.masks import fold_
+from rarefy.model.quant_grid import OnGrid
+from rarefy.model.sparsity_pattern import check_sparsity, parse
 from rarefy.plan import naming, targets
 from rarefy.proof import measure
 from rarefy.proof.bench import example_of
 from rarefy.proof.receipt import Receipt
 from rarefy.prune.allocate import GRADIENTS
-from rarefy.prune.pattern import check_sparsity, parse
 from rarefy.prune.stage import check_weights, prune_, report
 from rarefy.runtime.choose import accelerate_
 from rarefy.runtime.layers import Sparse
@@ -85,7 +86,7 @@ def compress_(
         raise RecipeError(
             f"work has no effect: recipe {plan.name} has no solver or training, whose state could be kept"
         )
-    if work is not None and ranks.size() > 1:
+    if work is not None and distributed.size() > 1:
         raise RecipeError("work keeps the state of one process: leave it out where there are several (torchrun)")
     if log is not None and not plan.trains:
         raise RecipeError(f"log has no effect: recipe {plan.name} has no stage train")
@@ -110,7 +111,7 @@ def _compress(
 ) -> Receipt:
     held_out = given.batches("evaluate") if plan.evaluate else []
     timed = plan.evaluate is not None and (plan.evaluate.latency or plan.evaluate.decode)
-    timed = timed and ranks.rank() == 0  # several at once would time each other
+    timed = timed and distributed.rank() == 0  # several at once would time each other
     before = state_of(model, plan, held_out, progress)
     beside = any(isinstance(s, recipes.Factorize) and s.beside for s in plan.stages)
     taught = any(isinstance(s, recipes.Train) and s.distill is not None for s in plan.stages)

@@ -13,7 +13,7 @@ from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, nearest
 from rarefy.cut.score import UNIT_SCORES
 from rarefy.model import hf
-from rarefy.model.stats import check_batches
+from rarefy.model.forward import check_batches
 from rarefy.prune.allocate import SLOW
 from rarefy.prune.score import SCORES
 from rarefy.train.plans import SecondOrder

@@ -15,13 +15,13 @@ from torch import nn
 from rarefy import recipe as recipes
 from rarefy.common.errors import ModelError, RarefyError, RecipeError
 from rarefy.common.report import Report
-from rarefy.model.grid import scale_shape
-from rarefy.model.select import Layer, all_layers, select
-from rarefy.prune.pattern import Pattern
+from rarefy.model.layers import Layer, all_layers, select
+from rarefy.model.lowrank_modules import cost, most_ranks, why_not
+from rarefy.model.quant_grid import scale_shape
+from rarefy.model.sparsity_pattern import Pattern
 from rarefy.prune.stage import asked, check_ask, chosen_layers
 from rarefy.train.plans import Movement
 from rarefy.train.plans import asked as asked_plan
-from rarefy.values.factors import cost, most_ranks, why_not
 from rarefy.values.quantize import Ask
 from rarefy.values.quantize import asked as asked_values
 

@@ -10,8 +10,8 @@ from rarefy.cut.plan import SCOPES as CUT_SCOPES
 from rarefy.cut.repair import REPAIRS
 from rarefy.cut.score import REDUCTIONS as CUT_REDUCTIONS
 from rarefy.cut.score import UNIT_SCORES
-from rarefy.model.grid import BITS
-from rarefy.prune import pattern as patterns
+from rarefy.model import sparsity_pattern as patterns
+from rarefy.model.quant_grid import BITS
 from rarefy.prune.allocate import ALLOCATIONS
 from rarefy.prune.score import SCORES
 from rarefy.prune.solver import Solver

@@ -28,17 +28,17 @@ from rarefy.engine import stored
 from rarefy.engine.compiled import Compiled
 from rarefy.engine.language import Decoder
 from rarefy.formats import container, sparse, values
-from rarefy.model import hf, inputs
-from rarefy.model.grid import get_grid, note_
+from rarefy.model import activation_quant, hf, lowrank_modules
+from rarefy.model.layers import Layer, all_layers, original, unwrap
 from rarefy.model.layout import Layout
-from rarefy.model.mask import plain_state
-from rarefy.model.select import Layer, all_layers, original, unwrap
+from rarefy.model.masks import plain_state
+from rarefy.model.quant_grid import get_grid, note_
+from rarefy.model.sparsity_pattern import fitting_pattern
 from rarefy.proof.measure import folder_bytes, sparsity_of
 from rarefy.proof.receipt import Receipt
-from rarefy.prune.pattern import fitting_pattern
 from rarefy.runtime.choose import accelerate_, accelerate_each, check_options
 from rarefy.runtime.layers import Sparse
-from rarefy.values import factors, tie
+from rarefy.values import tie
 
 EXPORTS = ("hf", "safetensors", "compressed-tensors")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
@@ -89,12 +89,12 @@ def save(
     meta = {"structure": structure, "recipe": recipe, "rarefy": _version()}
     if getattr(model, "rarefy_cut", None):
         meta["cut"] = model.rarefy_cut
-    if factors.noted(model):
-        meta["factors"] = factors.noted(model)
+    if lowrank_modules.noted(model):
+        meta["factors"] = lowrank_modules.noted(model)
     if tie.noted(model):
         meta["tied"] = tie.noted(model)
-    if inputs.noted(model):
-        meta["inputs"] = inputs.noted(model)
+    if activation_quant.noted(model):
+        meta["inputs"] = activation_quant.noted(model)
     extra = {"config.json": json.dumps(structure["config"], indent=1).encode()} if structure["library"] else {}
     extra |= files or {}
     if receipt is not None:
@@ -233,9 +233,9 @@ def _restructure(saved: container.Container, model: nn.Module, structure: dict[s
             adopt_config(model, structure.get("config"))
     tie.restore_(model, saved.meta.get("tied", {}), path)
     told = saved.meta.get("factors", {})
-    if told != factors.noted(model):
-        factors.restore_(model, told, path)
-    inputs.restore_(model, saved.meta.get("inputs", {}), path)
+    if told != lowrank_modules.noted(model):
+        lowrank_modules.restore_(model, told, path)
+    activation_quant.restore_(model, saved.meta.get("inputs", {}), path)
     _check_names(saved, model, path)
     slots = _slots(model)
     for name, (module, leaf) in slots.items():
@@ -292,9 +292,9 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
                 f"{path}: blocks share their weights, which {type(model).__name__} knows nothing of: load it with "
                 "rarefy.load, or export --to safetensors"
             )
-        if factors.noted(model):
+        if lowrank_modules.noted(model):
             raise ContainerError(
-                f"{path}: {next(iter(factors.noted(model)))} is made of factors, which {type(model).__name__} knows "
+                f"{path}: {next(iter(lowrank_modules.noted(model)))} is made of factors, which {type(model).__name__} knows "
                 "nothing of: load it with rarefy.load, or export --to safetensors"
             )
     with whole_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, blaming(Path(out)):

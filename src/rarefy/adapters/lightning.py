@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 
 from rarefy.adapters import refuse_rewind
 from rarefy.common.errors import RecipeError
-from rarefy.model.mask import fold_
+from rarefy.model.masks import fold_
 from rarefy.training import Sparsifier
 
 

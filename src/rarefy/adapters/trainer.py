@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 
 from rarefy.adapters import refuse_rewind
 from rarefy.common.errors import ContainerError, ModelError, RecipeError
-from rarefy.model.mask import fold_
-from rarefy.model.select import unwrap
+from rarefy.model.layers import unwrap
+from rarefy.model.masks import fold_
 from rarefy.training import Sparsifier
 
 FILE = "rarefy_sparsifier.safetensors"

@@ -23,9 +23,10 @@ from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
 from rarefy.cut.optimizers import check_optimizer
 from rarefy.cut.permute import check_permute, permute_
-from rarefy.model.mask import clear_, fold_parameter_, mask_of
-from rarefy.model.select import Layer, Selector, select, unwrap
-from rarefy.model.stats import Loss, check_batches
+from rarefy.model.forward import check_batches
+from rarefy.model.layers import Layer, Selector, select, unwrap
+from rarefy.model.losses import Loss
+from rarefy.model.masks import clear_, fold_parameter_, mask_of
 from rarefy.prune.stage import prune_
 
 CAPABILITY = (8, 0)  # of GPUs whose matrix units skip 2:4 zeros

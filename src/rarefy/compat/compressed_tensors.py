@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
 from rarefy.formats.bits import pack_codes
-from rarefy.model.grid import Grid, get_grid
-from rarefy.model.inputs import get_inputs
-from rarefy.model.mask import plain_state
-from rarefy.model.select import Layer, all_layers
+from rarefy.model.activation_quant import get_inputs
+from rarefy.model.layers import Layer, all_layers
+from rarefy.model.masks import plain_state
+from rarefy.model.quant_grid import Grid, get_grid
 
 FORMATS = ("pack-quantized", "int-quantized")
 

@@ -21,8 +21,8 @@ from rarefy.compat.onnx_codes import Rounded
 from rarefy.compat.onnx_graph import OPSET, Graph, attribute
 from rarefy.compat.onnx_proof import prove
 from rarefy.compat.onnx_read import fixed_, read, simplified
-from rarefy.model.grid import note_
-from rarefy.model.inputs import get_inputs, set_inputs_
+from rarefy.model.activation_quant import get_inputs, set_inputs_
+from rarefy.model.quant_grid import note_
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 STEPS = (

@@ -14,10 +14,10 @@ from torch.nn.utils import parametrize
 
 from rarefy.common.atomic_io import blaming, write_bytes_whole
 from rarefy.common.errors import ContainerError, ModelError, first_line
-from rarefy.model.grid import Grid, get_grid
-from rarefy.model.inputs import Inputs, get_inputs, set_inputs_
-from rarefy.model.mask import fold_
-from rarefy.model.select import all_layers, unwrap
+from rarefy.model.activation_quant import Inputs, get_inputs, set_inputs_
+from rarefy.model.layers import all_layers, unwrap
+from rarefy.model.masks import fold_
+from rarefy.model.quant_grid import Grid, get_grid
 
 
 def export_onnx(model: nn.Module, example: Any, path: str | Path, *, overwrite: bool = False) -> Path:

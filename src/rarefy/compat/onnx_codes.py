@@ -16,8 +16,8 @@ from torch import nn
 
 from rarefy.common.errors import ModelError
 from rarefy.compat.onnx_graph import Graph, attribute, make, only, place
-from rarefy.model.grid import Grid
-from rarefy.model.inputs import Inputs
+from rarefy.model.activation_quant import Inputs
+from rarefy.model.quant_grid import Grid
 
 CARRY = (
     "Transpose",

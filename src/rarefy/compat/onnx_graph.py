@@ -11,8 +11,8 @@ import numpy as np
 from torch import nn
 
 from rarefy.common.errors import ModelError
-from rarefy.model.grid import Grid
-from rarefy.model.inputs import Inputs
+from rarefy.model.activation_quant import Inputs
+from rarefy.model.quant_grid import Grid
 
 OPSET = 17  # what newer graphs are brought to
 SHAPES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Flatten")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, first_line
-from rarefy.model.stats import describe
+from rarefy.model.forward import describe
 
 SIZES = (8, 32, 64, 224)  # tried in turn for dimensions that a file leaves open, after 2 for the first
 NEAR = {"": 1e-3, "static": 0.05, "dynamic": 0.5}  # of the largest; of the norm where activations are rounded

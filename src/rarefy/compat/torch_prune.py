@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from rarefy.common.errors import ModelError, PatternError, unknown
-from rarefy.model.mask import fold_parameter_, get_mask, mask_of, masks, set_mask_
-from rarefy.model.select import Layer, parameter
+from rarefy.model.layers import Layer, parameter
+from rarefy.model.masks import fold_parameter_, get_mask, mask_of, masks, set_mask_
 
 Choose = Callable[[Tensor, int], Tensor]  # (scores of what is left, how many go) -> the places of those that go
 

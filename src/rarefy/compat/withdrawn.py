@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats.bits import unpack_bits
 from rarefy.model import hf
-from rarefy.model.grid import Grid, note_
-from rarefy.model.select import all_layers
+from rarefy.model.layers import all_layers
+from rarefy.model.quant_grid import Grid, note_
 
 KEYS = ("quantization_config", "compression_config", "sparsity_config")
 SPARSE = ("compressed", "bitmask", "row_offsets", "shape")

@@ -12,11 +12,11 @@ from rarefy.common.errors import DataError, ModelError, unknown
 from rarefy.cut import plan
 from rarefy.cut.repair import REPAIRS
 from rarefy.cut.score import REDUCTIONS, UNIT_SCORES
-from rarefy.model.grid import live_grid, notes
-from rarefy.model.mask import masks as attached
-from rarefy.model.select import all_layers
-from rarefy.model.stats import check_batches
-from rarefy.values import factors
+from rarefy.model import lowrank_modules
+from rarefy.model.forward import check_batches
+from rarefy.model.layers import all_layers
+from rarefy.model.masks import masks as attached
+from rarefy.model.quant_grid import live_grid, notes
 
 KINDS = ("channel", "neuron", "head", "head of a group", "head dimension", "group")
 LAYER_SCORES = ("similarity", "loss", "random")
@@ -68,7 +68,7 @@ def check_unmasked(model: nn.Module, whole: bool = False, doing: str = "cut") ->
     for layer in all_layers(model):
         if live_grid(layer.module, layer.param) is not None or (notes(layer.module) and not whole):
             raise ModelError(f"{layer.full_name} is quantized already: {doing} first, then quantize")
-    made = next(iter(factors.noted(model)), None)
+    made = next(iter(lowrank_modules.noted(model)), None)
     if made is not None:
         raise ModelError(f"{made} is made of factors: {doing} first, then factorize")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rarefy.model.attention import OwnHeads
 from rarefy.model.axes import Algebra, Axis, Expr, kept, leaves, size
 from rarefy.model.graph import Graph
+from rarefy.model.mha import OwnHeads
 
 HEAD_DIMENSION = re.compile(r"head_?(dim|size|features)|(dim|size|features|per|d)_?(per_)?head|d_kv")
 # what models call their width, for others to read: not named in a view

@@ -7,7 +7,6 @@ loss        how much the loss rises when the block is skipped
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ from rarefy.cut.readers import feed
 from rarefy.cut.structure import NUMBERS, keep_blocks, remember_blocks, restoring_notes
 from rarefy.cut.surgery import Removal, outputs, prove
 from rarefy.model.batches import tensors_in, tokens_in
-from rarefy.model.select import unwrap
-from rarefy.model.stats import Loss, call, evaluating, finite, hooked, loss_of, on_device
-
-LISTS = (nn.ModuleList, nn.Sequential)
+from rarefy.model.block_lists import _blocks, stacks
+from rarefy.model.forward import call, evaluating, hooked, on_device
+from rarefy.model.layers import unwrap
+from rarefy.model.losses import Loss, finite, loss_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,29 +44,6 @@ class Block:
     @property
     def name(self) -> str:
         return f"{self.stack}.{self.number}" if self.stack else str(self.number)
-
-
-def stacks(model: nn.Module) -> dict[str, Any]:
-    """Return the lists that have several blocks of a class, none within a block, by name. O(modules).
-
-    >>> net = nn.Sequential(nn.Sequential(*[nn.TransformerEncoderLayer(4, 2) for _ in range(3)]), nn.ReLU())
-    >>> list(stacks(net))
-    ['0']
-    """
-    found: dict[str, Any] = {}
-    within: tuple[str, ...] = ()  # blocks, in which no others are looked for
-    for name, module in model.named_modules():
-        if isinstance(module, LISTS) and not f"{name}.".startswith(within or ("\0",)) and _blocks(module):
-            found[name] = module
-            within += tuple(f"{name}.{i}.".removeprefix(".") for i in _blocks(module))
-    return found
-
-
-def _blocks(parts: Any) -> list[int]:
-    """The numbers of the blocks in a list: modules that are no single layers and no lists, at least two of a class."""
-    whole = [i for i, m in enumerate(parts) if not isinstance(m, LISTS) and next(m.children(), None) is not None]
-    classes = Counter(type(parts[i]) for i in whole)
-    return [i for i in whole if classes[type(parts[i])] > 1]
 
 
 def droppable(model: nn.Module, example: Any) -> list[Block]:

@@ -18,7 +18,7 @@ from rarefy.cut.plan import sizes
 from rarefy.cut.surgery import give_own_heads, take_out
 from rarefy.model.axes import Axis, leaves
 from rarefy.model.graph import Graph, Group, trace, unruled
-from rarefy.model.select import unwrap
+from rarefy.model.layers import unwrap
 
 
 def prune_heads_(

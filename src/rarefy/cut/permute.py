@@ -24,10 +24,12 @@ from rarefy.cut.columns import kept, search
 from rarefy.cut.optimizers import check_optimizer
 from rarefy.cut.surgery import differs, outputs
 from rarefy.model.axes import Axis, leaves, ordered
+from rarefy.model.forward import check_batches
 from rarefy.model.graph import Graph, Group, trace, unruled
-from rarefy.model.select import Layer, Selector, all_layers, select, unwrap
-from rarefy.model.stats import Loss, Stats, check_batches
-from rarefy.prune.pattern import Pattern, parse
+from rarefy.model.layers import Layer, Selector, all_layers, select, unwrap
+from rarefy.model.losses import Loss
+from rarefy.model.sparsity_pattern import Pattern, parse
+from rarefy.model.stats import Stats
 from rarefy.prune.score import SCORES
 from rarefy.prune.stage import calibrate, check_weights
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.model.axes import Algebra, Axis, Expr, Prod, leaves
+from rarefy.model.forward import call, evaluating, hooked, on_device
 from rarefy.model.graph import Graph, Group
 from rarefy.model.layout import layout
-from rarefy.model.stats import call, evaluating, hooked, on_device
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

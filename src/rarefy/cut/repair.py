@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from rarefy.common.errors import DataError, ModelError
 from rarefy.cut.readers import Moments, Reader, all_readers
 from rarefy.model.axes import Axis, kept
+from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.graph import Graph
-from rarefy.model.stats import call, evaluating, on_device
 
 REPAIRS = ("ridge", "bias", "batchnorm")
 RIDGE = 1e-3  # of the mean variance

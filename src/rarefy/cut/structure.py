@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ContainerError, unknown
 from rarefy.model import hf
-from rarefy.model.attention import with_own_heads
+from rarefy.model.mha import with_own_heads
 
 # sizes that torch's own layers know of themselves
 SIZES = frozenset({

@@ -15,11 +15,11 @@ from rarefy.cut.absent import Absent
 from rarefy.cut.attributes import follow
 from rarefy.cut.readers import Reader, all_readers
 from rarefy.cut.structure import named_tensors, remember, remember_attention, restoring_notes
-from rarefy.model.attention import with_own_heads
 from rarefy.model.axes import Axis, kept, leaves
 from rarefy.model.batches import tensors_in
+from rarefy.model.forward import call, evaluating, hooked, on_device
 from rarefy.model.graph import Graph, Group, forget, plainly, running
-from rarefy.model.stats import call, evaluating, hooked, on_device
+from rarefy.model.mha import with_own_heads
 
 # how far outputs of the cut model may be from those of the masked one, relative to the largest: sums round otherwise
 NEAR = 1e-4

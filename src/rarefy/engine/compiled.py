@@ -20,7 +20,7 @@ from rarefy.engine.lower import LOWER
 from rarefy.engine.plan import Plan
 from rarefy.engine.prove import prove
 from rarefy.engine.trace import MOST_SIZE, Node, Traced, trace, two_samples
-from rarefy.model.select import all_layers
+from rarefy.model.layers import all_layers
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain
 from rarefy.runtime.forms import SHARED, Panels

@@ -16,7 +16,7 @@ from rarefy.engine.compiled import EXACT, ROUNDED, Compiled, check_module, check
 from rarefy.engine.plan import MOST_FEW
 from rarefy.engine.prove import apart
 from rarefy.model import hf
-from rarefy.model.grid import Grid
+from rarefy.model.quant_grid import Grid
 from rarefy.runtime.packed import pack_bitmask, pack_panels
 from rarefy.runtime.ways import FEW, grid_of, why_no_panels
 

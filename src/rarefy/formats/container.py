@@ -37,7 +37,7 @@ from rarefy.common.atomic_io import INDEX, PICKLES, blaming, check_target, whole
 from rarefy.common.errors import ContainerError, FormatError, nearest, unknown
 from rarefy.formats.sparse import DTYPES, Packed
 from rarefy.formats.values import PARTS, check, decode, grid_of
-from rarefy.model.grid import Values
+from rarefy.model.quant_grid import Values
 
 SCHEMA = 1
 INDEX_BYTES = 64 * 2**20

@@ -3,7 +3,7 @@ a codebook (`codebook`), each in any of the sparse formats: `int:dense`, `uint:b
 
     u      uint8 in 0..2^bits - 1, in the weight's shape; 0 where the weight is 0, so that sparse formats store it as
            they store any tensor with zeros
-    scale  see `rarefy.model.grid`;   table  [*blocks, 2^bits]
+    scale  see `rarefy.model.quant_grid`;   table  [*blocks, 2^bits]
 
 Stored are the parts of u in its sparse format, its `values` packed to `bits` bits, least significant first. `check` and
 `decode` here also do what `rarefy.formats.sparse` does, for every format of `ALL`.
@@ -21,7 +21,7 @@ from rarefy.common.errors import FormatError, unknown
 from rarefy.formats import sparse
 from rarefy.formats.bits import pack_codes, unpack_codes
 from rarefy.formats.sparse import Packed
-from rarefy.model.grid import BITS, Codebook, Grid, Values, fits
+from rarefy.model.quant_grid import BITS, Codebook, Grid, Values, fits
 
 INNER = ("dense", "bitmask", "csr", "bsr", "nm")
 KINDS: dict[str, tuple[str, ...]] = {"int": ("scale",), "uint": ("scale", "zero"), "codebook": ("table",)}

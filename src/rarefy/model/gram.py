@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.model import ranks
-from rarefy.model.select import Layer
+from rarefy.model import distributed
+from rarefy.model.layers import Layer
 
 PIECE = 256  # columns that are mirrored at a time
 LEAST = 192  # columns of a diagonal square that is multiplied whole
@@ -73,16 +73,16 @@ class Gram:
 
 def everyones(gram: Gram | None, layer: Layer, dense: bool) -> Gram | None:
     """Return the sums over all processes of what each has of a layer; None where none has any. O(C^2) is sent."""
-    tokens = ranks.number(0.0 if gram is None else gram.tokens)
+    tokens = distributed.number(0.0 if gram is None else gram.tokens)
     if not tokens:
         return None
     G, K, _, I = layer.layout.shape
     C = K * I if layer.layout.kind == "conv" else I
     own = gram or Gram()
-    H = ranks.summed(own.H, (G, C, C))
-    cross = ranks.summed(own.cross, (G, C, C)) if dense else None
+    H = distributed.summed(own.H, (G, C, C))
+    cross = distributed.summed(own.cross, (G, C, C)) if dense else None
     held = None
-    if dense and ranks.number(float(own.held is not None)):
+    if dense and distributed.number(float(own.held is not None)):
         held = everyones(own.held, layer, dense)
     return Gram(H, cross, tokens, held)
 

@@ -20,11 +20,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report, alike
-from rarefy.model.attention import step_by_step
 from rarefy.model.axes import Algebra, Axis, Expr, coordinates, fixed, is_fixed, leaves, lock
 from rarefy.model.batches import tensors_in
-from rarefy.model.select import unwrap
-from rarefy.model.stats import call, evaluating, hooked, on_device
+from rarefy.model.forward import call, evaluating, hooked, on_device
+from rarefy.model.layers import unwrap
+from rarefy.model.mha import step_by_step
 
 KERNEL = "a kernel has its size"  # of convolutions: no units
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rarefy.model.experts import NAMES, weights_of
+from rarefy.model.moe import NAMES, weights_of
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

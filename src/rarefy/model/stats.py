@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
 
-from rarefy.common.errors import DataError, ModelError, RarefyError, first_line
-from rarefy.model import ranks
+from rarefy.common.errors import DataError, ModelError
+from rarefy.model import distributed
 from rarefy.model.batches import tokens_in
-from rarefy.model.experts import Rows, watching
+from rarefy.model.forward import call, check_batches, evaluating, on_device, trainable
 from rarefy.model.gram import pad_as_called, token_rows
-from rarefy.model.select import Layer, unwrap
+from rarefy.model.layers import Layer
+from rarefy.model.losses import Loss, finite, loss_of
+from rarefy.model.moe import Rows, watching
 from rarefy.model.taps import identity_like
-
-Loss = Callable[[Any, Any], Tensor]
 
 
 @dataclass
@@ -66,141 +64,6 @@ class Stats:
         return self.grad_square / max(self.weight, 1)
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """Return the model's output for one batch: a dict as keywords, (inputs, target) as inputs, else as it is.
-
-    Raises DataError, with what the batch holds and what the model takes, where the model cannot be called with it.
-    """
-    try:
-        if hasattr(batch, "keys"):
-            return model(**batch)
-        if isinstance(batch, tuple | list):
-            if len(batch) == 0:
-                raise DataError("a batch is an empty tuple: give (inputs, target), a tensor or a dict")
-            return model(batch[0])
-        return model(batch)
-    except RarefyError:
-        raise
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        NotImplementedError,
-        AssertionError,
-    ) as error:
-        inner = unwrap(model)
-        takes = ", ".join(list(inspect.signature(inner.forward).parameters)[:4])
-        raise DataError(
-            f"{type(inner).__name__} cannot be called with a batch of {describe(batch)}: {first_line(error)} "
-            f"(it takes {takes})"
-        ) from error
-
-
-def describe(batch: Any) -> str:
-    """Return in words what a batch holds.
-
-    >>> describe((torch.zeros(8, 3), torch.zeros(8).long()))
-    'float32 8x3 and int64 8'
-    """
-    if isinstance(batch, Tensor):
-        shape = "x".join(map(str, batch.shape)) or "of no dimension"
-        return f"{str(batch.dtype).removeprefix('torch.')} {shape}"
-    if hasattr(batch, "keys"):
-        return ", ".join(f"{k}: {describe(batch[k])}" for k in batch) or "an empty dict"
-    if isinstance(batch, tuple | list):
-        return " and ".join(describe(b) for b in batch[:4])
-    return type(batch).__name__
-
-
-def check_batches(data: Any, what: str = "data") -> None:
-    """Raise DataError for what is no iterable of batches but looks like one: a path, one tensor, a Dataset."""
-    if isinstance(data, str | bytes | Path):
-        raise DataError(
-            f"{what} is an iterable of batches, got the text {str(data)[:60]!r}: name files and built-in data in a "
-            "recipe's `data:`"
-        )
-    if isinstance(data, Tensor):
-        raise DataError(f"{what} is an iterable of batches, got one tensor ({describe(data)}): give a list, [tensor]")
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise DataError(f"{what} is an iterable of batches, got a {type(data).__name__}: wrap it in a DataLoader")
-    if not hasattr(data, "__iter__"):
-        raise DataError(f"{what} is an iterable of batches, got {type(data).__name__}")
-
-
-def on_device(model: nn.Module, batch: Any) -> Any:
-    """Return the batch on the device of the model's parameters, and fp32 inputs as bf16 or fp16 if those are."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if isinstance(batch, Tensor):
-        half = batch.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
-        return batch.to(weight.device, weight.dtype if half else batch.dtype)
-    if hasattr(batch, "keys"):
-        return {k: on_device(model, batch[k]) for k in batch}
-    if isinstance(batch, tuple | list):  # inputs first; targets keep their precision
-        return tuple(on_device(model, b) if i == 0 else _move(b, weight.device) for i, b in enumerate(batch))
-    return batch
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def loss_of(loss: Any) -> Loss:
-    """Return the loss function that is meant: None is `default_loss`, a criterion such as nn.CrossEntropyLoss() gets
-    (logits, target), any other callable gets (output, batch)."""
-    if loss is None:
-        return default_loss
-    if isinstance(loss, nn.Module):
-        return lambda output, batch: loss(getattr(output, "logits", output), _target(batch))
-    if callable(loss):
-        return cast(Loss, loss)
-    raise DataError(f"loss is a callable(output, batch) or a criterion such as nn.CrossEntropyLoss(), got {loss!r}")
-
-
-def _target(batch: Any) -> Any:
-    if hasattr(batch, "keys") and "labels" in batch:
-        return batch["labels"]
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[1]
-    raise DataError(f"a criterion needs (inputs, target) batches or dicts with labels, got {describe(batch)}")
-
-
-def has_loss(output: Any, batch: Any) -> bool:
-    """Return whether `default_loss` finds one: the model's own, or that of (inputs, classes) batches."""
-    target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
-    classes = isinstance(target, Tensor) and not target.is_floating_point()
-    return isinstance(getattr(output, "loss", None), Tensor) or (
-        classes and isinstance(getattr(output, "logits", output), Tensor)
-    )
-
-
-def default_loss(output: Any, batch: Any) -> Tensor:
-    """Return the loss that a model gives by itself (`output.loss`), or cross entropy for (inputs, classes) batches."""
-    own = getattr(output, "loss", None)
-    if isinstance(own, Tensor):
-        return own
-    if has_loss(output, batch):
-        logits, target = getattr(output, "logits", output), batch[1]
-        if target.numel() and logits.dim() > 1 and int(target.max()) >= logits.shape[1]:
-            raise DataError(f"a class is {int(target.max())}, the model has {logits.shape[1]} outputs (0 is the first)")
-        return F.cross_entropy(logits.float(), target)
-    raise DataError(
-        "no loss: the model's output has no .loss (are there labels in the batch?) and the batch is not "
-        "(inputs, integer classes); pass loss=callable(output, batch)"
-    )
-
-
-def finite(loss: Tensor, index: int) -> Tensor:
-    """Return the loss of a calibration batch; ModelError where it is NaN or inf."""
-    if not torch.isfinite(loss).all():
-        raise ModelError(
-            f"the loss of calibration batch {index} is {float(loss.detach())}: "
-            "NaN or inf in weights or inputs, or no label but -100"
-        )
-    return loss
-
-
 def collect(
     model: nn.Module,
     data: Iterable[Any],
@@ -235,7 +98,7 @@ def collect(
                 stack.enter_context(watching(module, partial(_add_experts, known, stats, current)))
         if "gradient" in needs:
             stack.enter_context(trainable([l.original for l in layers]))
-        for index, batch in ranks.mine(data):
+        for index, batch in distributed.mine(data):
             batch = on_device(model, batch)
             current.update(batch=batch, index=index)
             if "gradient" in needs:
@@ -244,11 +107,11 @@ def collect(
                 with torch.no_grad():
                     call(model, batch)
             batches += 1
-    if not ranks.number(batches):
+    if not distributed.number(batches):
         raise DataError("the calibration data is empty: the score needs at least one batch")
     for layer in layers:
         found = stats[layer.full_name]
-        if ranks.shared() > 1:
+        if distributed.shared() > 1:
             _everyones(found, layer)
         if needs & {"input", "output"} and found.in_square is None:
             raise DataError(
@@ -265,8 +128,8 @@ def _everyones(s: Stats, layer: Layer) -> None:
     shapes = {"in_square": ins, "out_square": (G, 1, O, 1), "grad_abs": (G, K, O, I), "grad_square": (G, K, O, I)}
     for name, shape in shapes.items():
         own = getattr(s, name)
-        setattr(s, name, ranks.summed(own, shape if own is None else tuple(own.shape)))
-    s.tokens, s.weight = ranks.number(s.tokens), ranks.number(s.weight)
+        setattr(s, name, distributed.summed(own, shape if own is None else tuple(own.shape)))
+    s.tokens, s.weight = distributed.number(s.tokens), distributed.number(s.weight)
 
 
 def _add_gradients(
@@ -429,47 +292,3 @@ def _out_proj_hook(parent: nn.MultiheadAttention, add: Callable[[Tensor, Tensor]
         add(x, F.linear(x, real.weight, real.bias))
 
     return hook
-
-
-@contextmanager
-def hooked(handles: Sequence[Any]) -> Iterator[None]:
-    """Run with hooks that these are the handles of; they are removed afterwards."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with the model in evaluation mode and without key-value caches, which only cost memory here and would make a
-    block that is run again see its own past; each module's own mode comes back afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    caching = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}.values()
-    try:
-        model.eval()
-        for config in caching:
-            with suppress(AttributeError, TypeError):  # one that cannot be changed
-                config.use_cache = False
-        yield
-    finally:
-        for config in caching:
-            with suppress(AttributeError, TypeError):
-                config.use_cache = True
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Run with gradients for these parameters; those that were frozen are so again afterwards."""
-    frozen = [p for p in parameters if not p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.model.experts import Rows, watching
-from rarefy.model.select import Layer
+from rarefy.model.layers import Layer
+from rarefy.model.moe import Rows, watching
 
 Arrive = Callable[[Layer, nn.Module, Any], None]
 

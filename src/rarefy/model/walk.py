@@ -24,11 +24,11 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError, nearest
-from rarefy.model import pages, ranks
+from rarefy.model import distributed, pages
 from rarefy.model.batches import first_samples, tensors_in
+from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.gram import Gram, columns, everyones, same_columns
-from rarefy.model.select import Layer
-from rarefy.model.stats import call, evaluating, on_device
+from rarefy.model.layers import Layer
 from rarefy.model.taps import taps
 
 SLACK = 32 << 20  # bytes; giving memory back costs a fault a page when it is taken again
@@ -241,7 +241,7 @@ class _Walk:
                     hook = block.module.register_forward_pre_hook(partial(self.enter, i), with_kwargs=True)
                     self.stack.callback(hook.remove)
             self.own()
-            for index, batch in ranks.mine(data):
+            for index, batch in distributed.mine(data):
                 batch = on_device(self.model, batch)
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side)
@@ -335,7 +335,7 @@ class _Walk:
         if gate < self.passed:
             return Stop(place, Gram())
         gram = self.grams.pop(gate, None)
-        if ranks.shared() > 1:
+        if distributed.shared() > 1:
             gram = everyones(gram, place.layers[0], self.dense)
         if gram is None:
             names = ", ".join(l.full_name for l in place.layers)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError
 from rarefy.common.progress import track
-from rarefy.model.stats import call, check_batches, describe, evaluating, on_device
+from rarefy.model.forward import call, check_batches, describe, evaluating, on_device
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.progress import track
-from rarefy.model.attention import step_by_step
+from rarefy.model.mha import step_by_step
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # ids, and what was kept of those before: logits, and what is kept
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch counts in none of these

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.common.progress import say, track
 from rarefy.formats.bits import pack_bits, unpack_bits
-from rarefy.model import pages, ranks
+from rarefy.model import distributed, pages
+from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.batches import samples_in, tokens_in
 from rarefy.model.gram import Gram
-from rarefy.model.mask import get_mask, set_mask_
-from rarefy.model.select import Layer, unwrap
+from rarefy.model.layers import Layer, unwrap
+from rarefy.model.masks import get_mask, set_mask_
 from rarefy.model.stats import Stats
 from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
 from rarefy.prune import journal, solve
-from rarefy.prune import pattern as patterns
 from rarefy.prune.allocate import SLOW
 from rarefy.prune.estimate import estimate
 from rarefy.prune.reconstruct import reconstruct_
@@ -67,7 +67,9 @@ def solve_(
     masks: dict[str, Tensor] = {}  # in bits: all layers' together are a thirtieth of their weights
     dense = bool(solver.asymmetric or solver.reconstruct)
     with (
-        ranks.together() if solver.reconstruct else nullcontext(),  # blocks learn on all batches, everywhere the same
+        distributed.together()
+        if solver.reconstruct
+        else nullcontext(),  # blocks learn on all batches, everywhere the same
         closing(journal.open_(work, journal.key(model, data, **settings) if work else {})) as known,
         passes(solver),
     ):
@@ -262,25 +264,25 @@ def choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> 
 
 def _solve_together(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> journal.Entry:
     """Solve a group's layers, each on one of several processes; all processes get all of them."""
-    layers, many = stop.group.layers, ranks.size()
+    layers, many = stop.group.layers, distributed.size()
     if many == 1:
         return _solve(stop, ask, s, given)
     done = journal.Entry({}, {})
-    own = layers[ranks.rank() :: many]
+    own = layers[distributed.rank() :: many]
     if own:
         wanted = None
         if s.asymmetric and stop.gram.H is not None:  # how far targets are shifted is asked of all layers together
             parts = [matrix(l, l.weight.detach().float()) for l in layers]
             shifted = target_of(torch.cat(parts, 1), stop.gram.H, stop.gram, s).split([p.shape[1] for p in parts], 1)
-            wanted = torch.cat(shifted[ranks.rank() :: many], 1)
+            wanted = torch.cat(shifted[distributed.rank() :: many], 1)
         done = _solve(Stop(replace(stop.group, layers=own), stop.gram), ask, s, given, wanted)
     rows = []
     for index, layer in enumerate(layers):
         name, source, numel = layer.full_name, index % many, layer.original.numel()
         empty = torch.empty_like(layer.original), torch.empty((numel + 7) // 8, dtype=torch.uint8)
-        stop.weights[name] = ranks.sent(done.weights.get(name, empty[0]).detach(), source)
-        done.masks[name] = ranks.sent(done.masks.get(name, empty[1]), source)
-        rows.append(ranks.told(next((r for r in done.rows if r["layer"] == name), None), source))
+        stop.weights[name] = distributed.sent(done.weights.get(name, empty[0]).detach(), source)
+        done.masks[name] = distributed.sent(done.masks.get(name, empty[1]), source)
+        rows.append(distributed.told(next((r for r in done.rows if r["layer"] == name), None), source))
     return journal.Entry(dict(stop.weights), {l.full_name: done.masks[l.full_name] for l in layers}, rows)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.model.select import Layer
+from rarefy.model.layers import Layer
 from rarefy.model.walk import End, first_tensor
 
 

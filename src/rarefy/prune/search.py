@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.model.batches import first_samples, some, tensors_in, tokens_in
+from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.hf import gives_tokens
-from rarefy.model.select import Layer
-from rarefy.model.stats import Loss, call, default_loss, evaluating, has_loss, loss_of, on_device
+from rarefy.model.layers import Layer
+from rarefy.model.losses import Loss, default_loss, has_loss, loss_of
 from rarefy.prune.allocate import LEVELS, balanced, least, line
 
 TRIALS = 16

@@ -17,14 +17,16 @@ from rarefy.common.atomic_io import bytes_of, path_of
 from rarefy.common.errors import DataError, ModelError, PatternError, unknown
 from rarefy.common.progress import track
 from rarefy.common.report import Report
+from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.batches import first_samples, some
-from rarefy.model.grid import live_grid
-from rarefy.model.mask import check_maskable, effective, get_mask, set_mask_
-from rarefy.model.select import Layer, Selector, all_layers, select
+from rarefy.model.forward import call, check_batches, evaluating, on_device
+from rarefy.model.layers import Layer, Selector, all_layers, select
+from rarefy.model.losses import Loss, loss_of
+from rarefy.model.masks import check_maskable, effective, get_mask, set_mask_
+from rarefy.model.quant_grid import live_grid
 from rarefy.model.shards import whole
-from rarefy.model.stats import Loss, Stats, call, check_batches, collect, evaluating, loss_of, on_device
+from rarefy.model.stats import Stats, collect
 from rarefy.prune import allocate as allocate_
-from rarefy.prune import pattern as patterns
 from rarefy.prune.layerwise import Spread, check_solvable, measure, solve_
 from rarefy.prune.score import SCORES
 from rarefy.prune.search import lacks_loss, probe, search
@@ -52,7 +54,7 @@ def prune_(
 ) -> Report:
     """Attach masks with the asked sparsity to the selected layers of `model` in place; return what was achieved.
 
-    pattern   where zeros may lie (`rarefy.prune.pattern`): unstructured, 2:4, 4x1, row, channel, column
+    pattern   where zeros may lie (`rarefy.model.sparsity_pattern`): unstructured, 2:4, 4x1, row, channel, column
     score     what is pruned first (`rarefy.prune.score.SCORES`); some need `data`, gradients need labels or `loss`;
               by default magnitude, or the solver's own criterion
     solver    obs (SparseGPT), admm or refit: move the kept weights so that each layer's outputs on `data` stay

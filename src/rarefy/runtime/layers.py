@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, unknown
-from rarefy.model.inputs import Inputs
+from rarefy.model.activation_quant import Inputs
 from rarefy.runtime import native, reference
 from rarefy.runtime.forms import Bitmask, ConvTiles, Csr, Dense, Packed, Panels, Sell, Tiles
 from rarefy.runtime.packed import unpack

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rarefy.model.activation_quant import is_ours
 from rarefy.model.batches import tensors_in
-from rarefy.model.inputs import is_ours
-from rarefy.model.stats import call, evaluating, on_device
+from rarefy.model.forward import call, evaluating, on_device
 from rarefy.runtime.reference import ACTIVATIONS
 
 TRANSFORMERS = ("GELUActivation", "NewGELUActivation", "PytorchGELUTanh", "GELUTanh", "SiLUActivation")

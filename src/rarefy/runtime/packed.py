@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rarefy.common.errors import FormatError, unknown
 from rarefy.formats.bits import pack_bits, unpack_bits
-from rarefy.model.grid import Grid
+from rarefy.model.quant_grid import Grid
 from rarefy.runtime.forms import (
     BLOCK,
     CONV_BLOCK,

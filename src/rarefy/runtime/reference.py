@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.model.inputs import TINY
+from rarefy.model.activation_quant import TINY
 from rarefy.runtime.forms import ConvTiles, Csr, Packed, Panels
 from rarefy.runtime.packed import unpack
 

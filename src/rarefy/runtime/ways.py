@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.model.grid import Grid, notes
-from rarefy.model.inputs import get_inputs
+from rarefy.model.activation_quant import get_inputs
+from rarefy.model.quant_grid import Grid, notes
 from rarefy.proof.measure import Times, compare
 from rarefy.runtime import choices
 from rarefy.runtime.forms import KINDS, MOST_COLUMNS, NEAR, Packed, Panels

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError, RecipeError, SelectorError, unknown
 from rarefy.model.batches import tensors_in
-from rarefy.model.mask import fold_
-from rarefy.model.select import all_layers
-from rarefy.model.stats import call, describe, evaluating
+from rarefy.model.forward import call, describe, evaluating
+from rarefy.model.layers import all_layers
+from rarefy.model.masks import fold_
 from rarefy.model.walk import blocks, first_tensor
 from rarefy.prune.journal import digest
 from rarefy.train.answers import Answers

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.model.batches import slices
-from rarefy.model.select import Layer
-from rarefy.model.stats import Loss, call, evaluating, finite, loss_of, on_device, trainable
+from rarefy.model.forward import call, evaluating, on_device, trainable
+from rarefy.model.layers import Layer
+from rarefy.model.losses import Loss, finite, loss_of
 
 FIRST = 16  # gradients whose size sets the damping
 

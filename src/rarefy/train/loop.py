@@ -20,12 +20,13 @@ from rarefy.common.atomic_io import path_of
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.common.progress import track
 from rarefy.common.report import Report
-from rarefy.model import ranks
+from rarefy.model import distributed
 from rarefy.model.batches import tokens_in
-from rarefy.model.mask import ROUNDED, get_mask, resume_grids_, zeros_of
-from rarefy.model.select import all_layers
+from rarefy.model.forward import call, check_batches, on_device
+from rarefy.model.layers import all_layers
+from rarefy.model.losses import Loss, loss_of
+from rarefy.model.masks import ROUNDED, get_mask, resume_grids_, zeros_of
 from rarefy.model.shards import everyones
-from rarefy.model.stats import Loss, call, check_batches, loss_of, on_device
 from rarefy.prune import journal as journals
 from rarefy.runtime.layers import Sparse
 from rarefy.train import checkpoint
@@ -254,7 +255,7 @@ class _Run:
         self.sparsifier, self.steps, self.epochs = sparsifier, steps, epochs
         self.rates = [g["lr"] for g in moves.param_groups]
         self.run: nn.Module = model
-        if ranks.size() > 1:
+        if distributed.size() > 1:
             self.run = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         own = {id(p) for p in model.parameters()}
         self.others = [p for g in moves.param_groups for p in g["params"] if id(p) not in own]  # of the teacher's loss
@@ -282,7 +283,7 @@ class _Run:
             raise DataError(
                 f"the training data is empty in epoch {self.epoch + 1} (an iterator gives its batches only once)"
             )
-        mean = ranks.number(self.total) / ranks.number(self.seen)
+        mean = distributed.number(self.total) / distributed.number(self.seen)
         self.epoch, self.step, self.total, self.seen = self.epoch + 1, 0, 0.0, 0
         return mean
 
@@ -308,12 +309,12 @@ class _Run:
 
     def _learn(self, batch: Any, index: int, many: int) -> None:
         """Add the gradient of one batch of `many` that are taken together."""
-        batch, share = ranks.part_of(on_device(self.model, batch))
+        batch, share = distributed.part_of(on_device(self.model, batch))
         with self._precision():
             out = call(self.run, batch)
             value = self.loss(out, batch) if self.teach is None else self._taught(out, batch)
         loss = float(value.detach())
-        if ranks.number(float(not math.isfinite(loss))):
+        if distributed.number(float(not math.isfinite(loss))):
             kept = f"; the state before is in {self.journal.folder}" if self.journal.folder else ""
             raise ModelError(
                 f"the loss is {loss} in epoch {self.epoch + 1}, step {index + 1}: lower the learning rate{kept}"
@@ -335,7 +336,7 @@ class _Run:
         return torch.autocast(kind, AUTOCAST[self.steps.autocast], cache_enabled=False)
 
     def _move(self) -> None:
-        for p in self.others if ranks.size() > 1 else ():
+        for p in self.others if distributed.size() > 1 else ():
             p.grad = None if p.grad is None else everyones(p.grad)
         if self.steps.clip is not None:
             nn.utils.clip_grad_norm_([p for g in self.moves.param_groups for p in g["params"]], self.steps.clip)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import PatternError, SelectorError
-from rarefy.model import ranks
-from rarefy.model.mask import effective, mask_of, open_mask, set_mask_
-from rarefy.model.select import Layer, select
+from rarefy.model import distributed
+from rarefy.model.layers import Layer, select
+from rarefy.model.losses import Loss
+from rarefy.model.masks import effective, mask_of, open_mask, set_mask_
 from rarefy.model.shards import spread_as, whole
-from rarefy.model.stats import Loss
+from rarefy.model.sparsity_pattern import Pattern, masks_at, per_unit
 from rarefy.prune import stage
 from rarefy.prune.allocate import erk
-from rarefy.prune.pattern import Pattern, masks_at, per_unit
 from rarefy.train import fisher
 from rarefy.train.plans import Admm, Alternate, Asked, Gradual, Movement, Plan, Rewind, Rigl, SecondOrder
 from rarefy.train.schedule import sparsities
@@ -184,8 +184,8 @@ def _second_order(work: Work, index: int) -> float:
     for layer in work.layers:
         moved = fisher.compensated(layer.original.detach().float(), mask_of(layer), inverse[layer.full_name])
         with torch.no_grad():  # its sums do not add up over processes: all take those of the first
-            layer.original.copy_(ranks.sent(moved, 0))
-        set_mask_(layer, ranks.sent(mask_of(layer).to(torch.uint8), 0).bool())
+            layer.original.copy_(distributed.sent(moved, 0))
+        set_mask_(layer, distributed.sent(mask_of(layer).to(torch.uint8), 0).bool())
     return work.zeros()
 
 

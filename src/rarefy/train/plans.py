@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rarefy.common.errors import PatternError, unknown
-from rarefy.prune import pattern as patterns
-from rarefy.prune.pattern import Pattern, check_sparsity, parse
+from rarefy.model import sparsity_pattern as patterns
+from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse
 from rarefy.prune.score import SCORES
 from rarefy.prune.stage import default_scope
 from rarefy.train.schedule import MOST_STEPS, sparsities

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError, PatternError
-from rarefy.model import ranks
-from rarefy.model.mask import Mask, check_maskable, clear_, get_mask, masks, open_mask, set_mask_
-from rarefy.model.select import Layer, all_layers, select
+from rarefy.model import distributed
+from rarefy.model.layers import Layer, all_layers, select
+from rarefy.model.losses import Loss
+from rarefy.model.masks import Mask, check_maskable, clear_, get_mask, masks, open_mask, set_mask_
 from rarefy.model.shards import everyones, sharded, whole
-from rarefy.model.stats import Loss
 from rarefy.prune import stage
 from rarefy.prune.score import SCORES
 from rarefy.train.methods import METHODS, Work, lr_progress, ways
@@ -254,7 +254,7 @@ class Sparsifier:
     def _check_gradients(self) -> None:
         """Raise ModelError where no layer has a gradient, in any process."""
         probes = [_mask_of(l).probe for l in self._layers]
-        if not ranks.number(float(any(p is not None and p.grad is not None for p in probes))):
+        if not distributed.number(float(any(p is not None and p.grad is not None for p in probes))):
             name = self._layers[0].full_name
             raise ModelError(f"{name} has no gradient: call sparsifier.step() after backward, for each optimizer step")
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
-from rarefy.model.inputs import Inputs, takes_inputs
-from rarefy.model.select import Layer
-from rarefy.model.stats import call, evaluating, on_device
+from rarefy.model.activation_quant import Inputs, takes_inputs
+from rarefy.model.forward import call, evaluating, on_device
+from rarefy.model.layers import Layer
 from rarefy.runtime.choose import READERS
 
 OBSERVERS = ("minmax", "percentile", "mse")

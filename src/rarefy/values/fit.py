@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rarefy.model.grid import Grid
+from rarefy.model.quant_grid import Grid
 
 Fit = Callable[[Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor | None]]
 SHRINKS = 40  # sizes of a grid that are tried, down to a fifth

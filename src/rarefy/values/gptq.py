@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
-from rarefy.model.grid import Grid, split
-from rarefy.model.mask import get_mask
-from rarefy.model.select import Layer
+from rarefy.model.layers import Layer
+from rarefy.model.masks import get_mask
+from rarefy.model.quant_grid import Grid, split
 from rarefy.model.walk import Stop, order, walk
 from rarefy.prune import solve
 from rarefy.prune.layerwise import check_solvable, choosers, factor, given_mask, matrix, stored, target_of

@@ -21,10 +21,11 @@ from torch.nn.utils import parametrize
 from rarefy.common.errors import ModelError, PatternError
 from rarefy.common.progress import track
 from rarefy.common.report import Report
-from rarefy.model.grid import get_grid
-from rarefy.model.inputs import get_inputs
-from rarefy.model.select import Layer, Selector, select, unwrap
-from rarefy.model.stats import check_batches
+from rarefy.model.activation_quant import get_inputs
+from rarefy.model.forward import check_batches
+from rarefy.model.layers import Layer, Selector, select, unwrap
+from rarefy.model.lowrank_modules import Corrected, LowRank, cost, most_ranks, noted, put_, sizes, why_not
+from rarefy.model.quant_grid import get_grid
 from rarefy.model.walk import Stop, order, walk
 from rarefy.proof.measure import compare
 from rarefy.prune import solve
@@ -32,7 +33,6 @@ from rarefy.prune.layerwise import check_solvable, matrix, stored
 from rarefy.prune.stage import check_weights
 from rarefy.runtime.choose import READERS
 from rarefy.runtime.observe import plain
-from rarefy.values.factors import Corrected, LowRank, cost, most_ranks, noted, put_, sizes, why_not
 
 DAMPING = 1e-4  # times the mean of diag(H), so that inputs that were never seen keep a direction
 STEP = 8  # ranks by measured time are multiples of this at least

@@ -14,12 +14,12 @@ from rarefy.common.errors import DataError, ModelError, PatternError, unknown
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.formats.values import sizes
-from rarefy.model.grid import BITS, Grid, Values, get_grid, live_grid, note_, rows_of, scale_shape, set_grid_
-from rarefy.model.inputs import Inputs, set_inputs_
-from rarefy.model.mask import check_maskable, get_mask, set_mask_
-from rarefy.model.select import Layer, Selector, select, unwrap
-from rarefy.model.stats import check_batches
-from rarefy.prune.pattern import Pattern, check_sparsity, parse
+from rarefy.model.activation_quant import Inputs, set_inputs_
+from rarefy.model.forward import check_batches
+from rarefy.model.layers import Layer, Selector, select, unwrap
+from rarefy.model.masks import check_maskable, get_mask, set_mask_
+from rarefy.model.quant_grid import BITS, Grid, Values, get_grid, live_grid, note_, rows_of, scale_shape, set_grid_
+from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse
 from rarefy.prune.solver import Solver, resolve
 from rarefy.prune.stage import check_weights, chosen_layers
 from rarefy.values.activations import KINDS, OBSERVERS, inputs_for, modules_of

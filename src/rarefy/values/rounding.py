@@ -20,10 +20,10 @@ from torch.func import functional_call
 
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
-from rarefy.model import ranks
-from rarefy.model.grid import Grid, beside, split
-from rarefy.model.mask import get_mask
-from rarefy.model.select import Layer
+from rarefy.model import distributed
+from rarefy.model.layers import Layer
+from rarefy.model.masks import get_mask
+from rarefy.model.quant_grid import Grid, beside, split
 from rarefy.model.walk import Block, End, blocks, order, walk, with_ends
 from rarefy.prune.layerwise import check_solvable
 from rarefy.prune.reconstruct import block_error, block_loss
@@ -49,7 +49,7 @@ def round_(
     first = check_solvable(chosen, data, "solver round")
     rows: dict[str, dict[str, Any]] = {}
     made: dict[str, Made] = {}
-    with ranks.together(), passes(solver):
+    with distributed.together(), passes(solver):
         places = with_ends(order(model, first, chosen, dense=True), _found(model, chosen, solver.blocks))
         with closing(walk(model, data, places, dense=True)) as stops:
             for stop in track(stops, "learning to round", progress, len(places)):

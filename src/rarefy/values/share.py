@@ -17,10 +17,11 @@ from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.formats.values import sizes
-from rarefy.model.grid import BITS, Codebook, get_grid, live_grid, rows_of, scale_shape
-from rarefy.model.mask import check_maskable
-from rarefy.model.select import Layer, Selector, select
-from rarefy.model.stats import check_batches, collect
+from rarefy.model.forward import check_batches
+from rarefy.model.layers import Layer, Selector, select
+from rarefy.model.masks import check_maskable
+from rarefy.model.quant_grid import BITS, Codebook, get_grid, live_grid, rows_of, scale_shape
+from rarefy.model.stats import collect
 from rarefy.prune.stage import check_weights
 from rarefy.values.quantize import put_, relative_error
 

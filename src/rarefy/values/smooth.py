@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
+from rarefy.model.activation_quant import get_inputs
 from rarefy.model.batches import tensors_in
-from rarefy.model.grid import live_grid, notes
-from rarefy.model.inputs import get_inputs
-from rarefy.model.select import Layer
-from rarefy.model.stats import call, evaluating, on_device
+from rarefy.model.forward import call, evaluating, on_device
+from rarefy.model.layers import Layer
+from rarefy.model.quant_grid import live_grid, notes
 
 NEAR = 1e-3  # of outputs, in fp32; a scale that is read elsewhere changes them by much more
 

@@ -16,11 +16,11 @@ from torch.nn.utils import parametrize
 
 from rarefy.common.errors import ContainerError, ModelError, PatternError, unknown
 from rarefy.common.report import Report
-from rarefy.cut.depth import stacks
-from rarefy.model.grid import notes
-from rarefy.model.inputs import noted as rounded
-from rarefy.model.select import unwrap
-from rarefy.values.factors import noted as factorized
+from rarefy.model.activation_quant import noted as rounded
+from rarefy.model.block_lists import stacks
+from rarefy.model.layers import unwrap
+from rarefy.model.lowrank_modules import noted as factorized
+from rarefy.model.quant_grid import notes
 
 NOTE = "rarefy_tied"
 

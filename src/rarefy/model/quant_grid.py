@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rarefy.common.errors import ModelError
-from rarefy.model.attach import attach_
-from rarefy.model.select import Layer
+from rarefy.model.layers import Layer
+from rarefy.model.parametrize import attach_
 
 BITS = range(2, 9)
 NOTE = "rarefy_grids"
@@ -293,7 +293,7 @@ def scale_shape(layer: Layer, group: int | str | None) -> tuple[int, ...]:
     """Return the shape of a layer's scales: one an output (None), one for a `group` of inputs, or one in all
     ("tensor"). Raises ModelError where the group does not divide the inputs.
 
-    >>> from rarefy.model.select import all_layers
+    >>> from rarefy.model.layers import all_layers
     >>> scale_shape(all_layers(nn.Linear(64, 8))[0], 32), scale_shape(all_layers(nn.Conv2d(4, 6, 3))[0], None)
     ((8, 2), (6, 1, 1, 1))
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rarefy.model.select import original
+from rarefy.model.layers import original
 
 ORDER = "rarefy_order"  # names of a module's parameters, while some are parametrized
 

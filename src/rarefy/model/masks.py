@@ -15,9 +15,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from rarefy.common.errors import ModelError
-from rarefy.model.attach import attach_, detach_
-from rarefy.model.grid import LIVE, InBook, get_grid, live_grid, note_, notes, set_grid_
-from rarefy.model.select import Layer, Selector, all_layers, parameter, select
+from rarefy.model.layers import Layer, Selector, all_layers, parameter, select
+from rarefy.model.parametrize import attach_, detach_
+from rarefy.model.quant_grid import LIVE, InBook, get_grid, live_grid, note_, notes, set_grid_
 from rarefy.model.shards import sharded, spread_as, whole
 
 ROUNDED = 0.3  # zeros that rounding to few bits may have made

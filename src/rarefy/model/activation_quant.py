@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import ContainerError
-from rarefy.model.grid import Straight
 from rarefy.model.layout import is_hf_conv1d
+from rarefy.model.quant_grid import Straight
 
 NOTE = "rarefy_input"
 TINY = 1e-36  # a step below this is none: one over it would be infinite

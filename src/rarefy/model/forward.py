@@ -1,0 +1,140 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from rarefy.common.errors import DataError, RarefyError, first_line
+from rarefy.model.layers import unwrap
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Return the model's output for one batch: a dict as keywords, (inputs, target) as inputs, else as it is.
+
+    Raises DataError, with what the batch holds and what the model takes, where the model cannot be called with it.
+    """
+    try:
+        if hasattr(batch, "keys"):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            if len(batch) == 0:
+                raise DataError("a batch is an empty tuple: give (inputs, target), a tensor or a dict")
+            return model(batch[0])
+        return model(batch)
+    except RarefyError:
+        raise
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        NotImplementedError,
+        AssertionError,
+    ) as error:
+        inner = unwrap(model)
+        takes = ", ".join(list(inspect.signature(inner.forward).parameters)[:4])
+        raise DataError(
+            f"{type(inner).__name__} cannot be called with a batch of {describe(batch)}: {first_line(error)} "
+            f"(it takes {takes})"
+        ) from error
+
+
+def describe(batch: Any) -> str:
+    """Return in words what a batch holds.
+
+    >>> describe((torch.zeros(8, 3), torch.zeros(8).long()))
+    'float32 8x3 and int64 8'
+    """
+    if isinstance(batch, Tensor):
+        shape = "x".join(map(str, batch.shape)) or "of no dimension"
+        return f"{str(batch.dtype).removeprefix('torch.')} {shape}"
+    if hasattr(batch, "keys"):
+        return ", ".join(f"{k}: {describe(batch[k])}" for k in batch) or "an empty dict"
+    if isinstance(batch, tuple | list):
+        return " and ".join(describe(b) for b in batch[:4])
+    return type(batch).__name__
+
+
+def check_batches(data: Any, what: str = "data") -> None:
+    """Raise DataError for what is no iterable of batches but looks like one: a path, one tensor, a Dataset."""
+    if isinstance(data, str | bytes | Path):
+        raise DataError(
+            f"{what} is an iterable of batches, got the text {str(data)[:60]!r}: name files and built-in data in a "
+            "recipe's `data:`"
+        )
+    if isinstance(data, Tensor):
+        raise DataError(f"{what} is an iterable of batches, got one tensor ({describe(data)}): give a list, [tensor]")
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise DataError(f"{what} is an iterable of batches, got a {type(data).__name__}: wrap it in a DataLoader")
+    if not hasattr(data, "__iter__"):
+        raise DataError(f"{what} is an iterable of batches, got {type(data).__name__}")
+
+
+def on_device(model: nn.Module, batch: Any) -> Any:
+    """Return the batch on the device of the model's parameters, and fp32 inputs as bf16 or fp16 if those are."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if isinstance(batch, Tensor):
+        half = batch.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
+        return batch.to(weight.device, weight.dtype if half else batch.dtype)
+    if hasattr(batch, "keys"):
+        return {k: on_device(model, batch[k]) for k in batch}
+    if isinstance(batch, tuple | list):  # inputs first; targets keep their precision
+        return tuple(on_device(model, b) if i == 0 else _move(b, weight.device) for i, b in enumerate(batch))
+    return batch
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Run with hooks that these are the handles of; they are removed afterwards."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run with the model in evaluation mode and without key-value caches, which only cost memory here and would make a
+    block that is run again see its own past; each module's own mode comes back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    caching = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}.values()
+    try:
+        model.eval()
+        for config in caching:
+            with suppress(AttributeError, TypeError):  # one that cannot be changed
+                config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            with suppress(AttributeError, TypeError):
+                config.use_cache = True
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Run with gradients for these parameters; those that were frozen are so again afterwards."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)

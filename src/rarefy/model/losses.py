@@ -1,0 +1,70 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.common.errors import DataError, ModelError
+from rarefy.model.forward import describe
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def loss_of(loss: Any) -> Loss:
+    """Return the loss function that is meant: None is `default_loss`, a criterion such as nn.CrossEntropyLoss() gets
+    (logits, target), any other callable gets (output, batch)."""
+    if loss is None:
+        return default_loss
+    if isinstance(loss, nn.Module):
+        return lambda output, batch: loss(getattr(output, "logits", output), _target(batch))
+    if callable(loss):
+        return cast(Loss, loss)
+    raise DataError(f"loss is a callable(output, batch) or a criterion such as nn.CrossEntropyLoss(), got {loss!r}")
+
+
+def _target(batch: Any) -> Any:
+    if hasattr(batch, "keys") and "labels" in batch:
+        return batch["labels"]
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[1]
+    raise DataError(f"a criterion needs (inputs, target) batches or dicts with labels, got {describe(batch)}")
+
+
+def has_loss(output: Any, batch: Any) -> bool:
+    """Return whether `default_loss` finds one: the model's own, or that of (inputs, classes) batches."""
+    target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+    classes = isinstance(target, Tensor) and not target.is_floating_point()
+    return isinstance(getattr(output, "loss", None), Tensor) or (
+        classes and isinstance(getattr(output, "logits", output), Tensor)
+    )
+
+
+def default_loss(output: Any, batch: Any) -> Tensor:
+    """Return the loss that a model gives by itself (`output.loss`), or cross entropy for (inputs, classes) batches."""
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    if has_loss(output, batch):
+        logits, target = getattr(output, "logits", output), batch[1]
+        if target.numel() and logits.dim() > 1 and int(target.max()) >= logits.shape[1]:
+            raise DataError(f"a class is {int(target.max())}, the model has {logits.shape[1]} outputs (0 is the first)")
+        return F.cross_entropy(logits.float(), target)
+    raise DataError(
+        "no loss: the model's output has no .loss (are there labels in the batch?) and the batch is not "
+        "(inputs, integer classes); pass loss=callable(output, batch)"
+    )
+
+
+def finite(loss: Tensor, index: int) -> Tensor:
+    """Return the loss of a calibration batch; ModelError where it is NaN or inf."""
+    if not torch.isfinite(loss).all():
+        raise ModelError(
+            f"the loss of calibration batch {index} is {float(loss.detach())}: "
+            "NaN or inf in weights or inputs, or no label but -100"
+        )
+    return loss
