@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
+from rarefy.calibration.sequential import End, Stop, blocks, order, walk, with_ends
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model.layers import select
-from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
 from rarefy.prune.solver import SOLVERS
 
 LEARN = rarefy.Solver(name="refit", reconstruct=4, lr=1e-2)

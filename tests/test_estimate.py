@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import rarefy
+from rarefy.calibration.sequential import order
 from rarefy.model.batches import samples_in
 from rarefy.model.layers import select
-from rarefy.model.walk import order
 from rarefy.prune.estimate import Cost, estimate
 from rarefy.prune.solver import SOLVERS, resolve
 

@@ -14,10 +14,10 @@ from torch import nn
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
 from rarefy import cli
+from rarefy.calibration import offload, resume
 from rarefy.common import atomic_io
 from rarefy.common.errors import ContainerError, DataError, PatternError, RecipeError
-from rarefy.model import pages
-from rarefy.prune import journal, layerwise, stage
+from rarefy.prune import layerwise, stage
 
 HOWS = {
     "obs": "obs",
@@ -66,7 +66,7 @@ def same(a, b):
 
 def stopping(monkeypatch, writes):
     """Interrupt a run after so many stops are on disk."""
-    real, count = journal.Journal.write, [0]
+    real, count = resume.Journal.write, [0]
 
     def write(self, stop, entry):
         real(self, stop, entry)
@@ -74,7 +74,7 @@ def stopping(monkeypatch, writes):
         if count[0] == writes:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(journal.Journal, "write", write)
+    monkeypatch.setattr(resume.Journal, "write", write)
 
 
 def counting(monkeypatch):
@@ -158,7 +158,7 @@ def test_an_allocation_is_searched_once(tmp_path, monkeypatch):
     for text, message in [
         (good[:9], "each.json is damaged .*remove"),
         (json.dumps(value), "each.json is damaged or of another run"),
-        (json.dumps(value | {"digest": journal.digest(json.dumps(value["value"]))}), "does not fit the model"),
+        (json.dumps(value | {"digest": resume.digest(json.dumps(value["value"]))}), "does not fit the model"),
     ]:
         file.write_text(text)
         with pytest.raises(ContainerError, match=message):
@@ -189,7 +189,7 @@ def test_other_masks_are_another_run(tmp_path):
 
 def test_two_runs_do_not_share_a_state(tmp_path):
     how = {"sparsity": 0.5, "solver": "obs", "work": tmp_path / "w", "data": tokens()}
-    first = journal.open_(tmp_path / "w", {"a": 1})
+    first = resume.open_(tmp_path / "w", {"a": 1})
     with pytest.raises(ContainerError, match="w is in use by another run; wait for it, or give another name"):
         rarefy.prune_(fresh("llama"), **how)
     first.close()
@@ -246,11 +246,11 @@ def test_suspended_activations_may_lie_in_files(name, how, tmp_path, monkeypatch
     data, what = MODELS[name][1](), {"sparsity": 0.5, "solver": HOWS[how]}
     want, model = fresh(name), fresh(name)
     rarefy.prune_(want, data=data, **what)
-    moved, real = [], pages.to_file
-    monkeypatch.setattr(pages, "SMALL", 1)
-    monkeypatch.setattr(pages, "available", lambda: 0)
+    moved, real = [], offload.to_file
+    monkeypatch.setattr(offload, "SMALL", 1)
+    monkeypatch.setattr(offload, "available", lambda: 0)
     monkeypatch.setattr(
-        pages, "to_file", lambda groups, folder: moved.append(pages.nbytes(groups)) or real(groups, folder)
+        offload, "to_file", lambda groups, folder: moved.append(offload.nbytes(groups)) or real(groups, folder)
     )
     rarefy.prune_(model, data=data, **what)
     assert same(model, want) and sum(moved) > 1000
@@ -258,13 +258,13 @@ def test_suspended_activations_may_lie_in_files(name, how, tmp_path, monkeypatch
 
 def test_only_what_is_over_the_budget_goes_to_a_file(monkeypatch):
     moved, kept = [], []
-    real = pages.to_file
-    monkeypatch.setattr(pages, "SMALL", 1)
-    monkeypatch.setattr(pages, "available", lambda: 2 * 30_000)
+    real = offload.to_file
+    monkeypatch.setattr(offload, "SMALL", 1)
+    monkeypatch.setattr(offload, "available", lambda: 2 * 30_000)
     monkeypatch.setattr(
-        pages, "to_file", lambda groups, folder: moved.append(pages.nbytes(groups)) or real(groups, folder)
+        offload, "to_file", lambda groups, folder: moved.append(offload.nbytes(groups)) or real(groups, folder)
     )
-    monkeypatch.setattr(pages, "movable", lambda *a, real=pages.movable: kept.append(real(*a)) or kept[-1])
+    monkeypatch.setattr(offload, "movable", lambda *a, real=offload.movable: kept.append(real(*a)) or kept[-1])
     rarefy.prune_(fresh("llama"), sparsity=0.5, solver="obs", data=tokens(4))
     assert 0 < len(moved) < len(kept)
 
@@ -272,10 +272,10 @@ def test_only_what_is_over_the_budget_goes_to_a_file(monkeypatch):
 def test_tensors_that_others_see_stay():
     x = torch.randn(100, 300)
     view, other = x[3:], torch.randn(100, 300)
-    assert pages.movable([x], set()) == []  # `view` would not follow
-    assert [len(g) for g in pages.movable([x, view, other], pages.storages([other]))] == [2]
+    assert offload.movable([x], set()) == []  # `view` would not follow
+    assert [len(g) for g in offload.movable([x, view, other], offload.storages([other]))] == [2]
     before, ptr = x.clone(), x.data_ptr()
-    pages.to_file(pages.movable([x, view], set()))
+    offload.to_file(offload.movable([x, view], set()))
     assert x.data_ptr() != ptr and torch.equal(x, before) and torch.equal(view, before[3:])
     x.add_(1)
     assert torch.equal(view, before[3:] + 1)

@@ -9,10 +9,10 @@ import rarefy
 from conftest import sample
 from rarefy import data as sources
 from rarefy import samples
+from rarefy.calibration.sequential import order, walk
 from rarefy.model import hf
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.layers import select
-from rarefy.model.walk import order, walk
 from rarefy.proof.evaluate import accuracy
 from rarefy.prune import solve
 from rarefy.prune.layerwise import matrix

@@ -6,9 +6,9 @@ from torch import nn
 
 import rarefy
 from conftest import Net, tiny_bert, tiny_llama
+from rarefy.calibration.sequential import Block, End, Stop, blocks, order, walk, with_ends
 from rarefy.common.errors import ModelError, PatternError
 from rarefy.model.layers import select
-from rarefy.model.walk import Block, End, Stop, blocks, order, walk, with_ends
 from rarefy.prune import layerwise
 from rarefy.prune.reconstruct import reconstruct_
 

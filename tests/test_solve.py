@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rarefy
-from rarefy.model.gram import Gram
+from rarefy.calibration.gram import Gram
 from rarefy.model.sparsity_pattern import masks_at, parse
 from rarefy.prune import layerwise, solve
 from rarefy.prune.solver import resolve

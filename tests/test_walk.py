@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import Attention, Net
+from rarefy.calibration import offload
+from rarefy.calibration.gram import PIECE, Gram, columns
+from rarefy.calibration.sequential import order, walk
+from rarefy.calibration.weight_hooks import taps
 from rarefy.common.errors import DataError, ModelError
-from rarefy.model import pages
 from rarefy.model.forward import call
-from rarefy.model.gram import PIECE, Gram, columns
 from rarefy.model.layers import all_layers, select
-from rarefy.model.taps import taps
-from rarefy.model.walk import order, walk
 from rarefy.prune.layerwise import matrix
 
 
@@ -220,14 +220,14 @@ def test_embeddings_leave_memory_once_read(tmp_path):
     model = nn.Sequential(nn.Embedding(1, 1), rows)
     model[0].weight = nn.Parameter(load_file(tmp_path / "words.safetensors")["words"], requires_grad=False)
     assert torch.equal(model[0].weight, words)  # all of it is in memory
-    before = pages.resident()[1]
+    before = offload.resident()[1]
     data = [torch.arange(64)]
     with closing(walk(model, data, order(model, data[0], select(model)))) as stops:
         next(stops)
-        assert before - pages.resident()[1] > 40 << 20  # of 51 MB
+        assert before - offload.resident()[1] > 40 << 20  # of 51 MB
     assert torch.equal(model[0].weight, words)
     own = torch.randn(1 << 20)  # in no file: would be swapped
-    assert [t is model[0].weight for t in pages.in_files([own, model[0].weight, torch.empty(2, device="meta")])] == [
+    assert [t is model[0].weight for t in offload.in_files([own, model[0].weight, torch.empty(2, device="meta")])] == [
         True
     ]
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from rarefy import recipe as recipes
 from rarefy.account import layer_rows, receipt_of, state_of
+from rarefy.calibration import offload
 from rarefy.common.atomic_io import bytes_of, path_of
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.common.report import Report
 from rarefy.cut.cut import cut_
 from rarefy.cut.permute import permute_
 from rarefy.given import Given, Labelled, calibrates, needs_of
-from rarefy.model import distributed, hf, pages
+from rarefy.model import distributed, hf
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import select
@@ -94,7 +95,7 @@ def compress_(
     if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
     _check_data(model, plan, given)
-    with pages.keeping(model, memory):
+    with offload.keeping(model, memory):
         return _compress(model, plan, given, loss, memory, work, log, progress, began)
 
 

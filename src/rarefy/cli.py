@@ -130,14 +130,14 @@ def compress(
     from contextlib import nullcontext
 
     from rarefy import api, store
+    from rarefy.calibration import offload
     from rarefy.common.atomic_io import work_folder
-    from rarefy.model import pages
 
     with shell.threads(threads), _processes() as (rank, many):
         loaded, tokenizer = shell.load(source)
         base = Path(recipe).parent if Path(recipe).is_file() else None
         state = work_folder(out, fresh) if plan.solves and many == 1 else nullcontext()
-        with state as work, pages.keeping(loaded, most):
+        with state as work, offload.keeping(loaded, most):
             told = {"log": log if rank == 0 else None, "progress": not quiet and rank == 0}
             receipt = api.compress_(loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, **told)
             if rank != 0:

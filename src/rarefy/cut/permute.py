@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from rarefy.calibration.statistics import Stats
 from rarefy.common.errors import PatternError, unknown
 from rarefy.common.progress import track
 from rarefy.common.report import Report
@@ -29,7 +30,6 @@ from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.layers import Layer, Selector, all_layers, select, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.sparsity_pattern import Pattern, parse
-from rarefy.model.stats import Stats
 from rarefy.prune.score import SCORES
 from rarefy.prune.stage import calibrate, check_weights
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.statistics import Stats
 from rarefy.common.errors import DataError, PatternError
 from rarefy.model.batches import tokens_in
 from rarefy.model.forward import call, evaluating, on_device, trainable
 from rarefy.model.layers import Layer
 from rarefy.model.losses import Loss, finite, loss_of
-from rarefy.model.stats import Stats
 
 ALLOCATIONS = ("uniform", "erk", "line", "owl", "errors", "search")
 GRADIENTS = ("errors", "search")  # read gradients of the loss

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rarefy.model import pages
-from rarefy.model.walk import Group
+from rarefy.calibration import offload
+from rarefy.calibration.sequential import Group
 from rarefy.prune.allocate import GRADIENTS, LEVELS, TOKENS
 from rarefy.prune.search import TOKENS as TRIAL_TOKENS
 from rarefy.prune.search import TRIALS
@@ -90,7 +90,7 @@ def estimate(
     if allocate in GRADIENTS:  # gradients with all activations; then all weights at each level
         peak = max(peak, 4 * weights + held * share["pass"], weights * (4 + 2 * len(LEVELS)))
     seconds = OVERHEAD * passes / fast + (grams + solving) / slow
-    return Cost(seconds, sum(pages.resident()) + round(peak))
+    return Cost(seconds, sum(offload.resident()) + round(peak))
 
 
 def _rate(dtype: torch.dtype) -> float:

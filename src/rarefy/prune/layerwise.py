@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration import offload, resume
+from rarefy.calibration.gram import Gram
+from rarefy.calibration.sequential import End, Stop, blocks, order, walk, with_ends
+from rarefy.calibration.statistics import Stats
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.common.progress import say, track
 from rarefy.formats.bits import pack_bits, unpack_bits
-from rarefy.model import distributed, pages
+from rarefy.model import distributed
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.batches import samples_in, tokens_in
-from rarefy.model.gram import Gram
 from rarefy.model.layers import Layer, unwrap
 from rarefy.model.masks import get_mask, set_mask_
-from rarefy.model.stats import Stats
-from rarefy.model.walk import End, Stop, blocks, order, walk, with_ends
-from rarefy.prune import journal, solve
+from rarefy.prune import solve
 from rarefy.prune.allocate import SLOW
 from rarefy.prune.estimate import estimate
 from rarefy.prune.reconstruct import reconstruct_
@@ -58,7 +59,7 @@ def solve_(
     work      folder for the state of the run, from which a killed one with the same arguments goes on
     Returns a row a layer (its relative error, damping, seconds, zeros), `ask` with the sparsity of each layer, and what
     `spread` said. An error in the middle leaves the layers before it pruned.
-    O(one forward pass) + the solver's cost; memory as `rarefy.model.walk.walk`.
+    O(one forward pass) + the solver's cost; memory as `rarefy.calibration.sequential.walk`.
     """
     first = check_solvable(chosen, data, f"solver {solver.name}")
     lean, model = memory is not None, unwrap(model)
@@ -70,7 +71,7 @@ def solve_(
         distributed.together()
         if solver.reconstruct
         else nullcontext(),  # blocks learn on all batches, everywhere the same
-        closing(journal.open_(work, journal.key(model, data, **settings) if work else {})) as known,
+        closing(resume.open_(work, resume.key(model, data, **settings) if work else {})) as known,
         passes(solver),
     ):
         groups = order(model, first, chosen, dense=dense)
@@ -147,7 +148,7 @@ def _told(layers: Sequence[Layer], row: Mapping[str, Any] | None = None) -> str:
 
 def _learn(
     stop: End, chosen: Sequence[Layer], solved: Mapping[str, Tensor], solver: Solver, lean: bool, progress: bool
-) -> journal.Entry:
+) -> resume.Entry:
     """Reconstruct a block whose layers are solved, with their masks in bits; return all its parameters."""
     assert solver.reconstruct and solver.lr is not None
     module, name = stop.block.module, stop.block.name
@@ -163,13 +164,13 @@ def _learn(
         stop, masks, layers=chosen, epochs=solver.reconstruct, lr=solver.lr, bf16=in_bf16(solver)
     )
     say([f"{name} learnt: held-out error {100 * before:.3f} -> {100 * after:.3f} %"] if progress else [])
-    return journal.Entry({f"{name}/{n}": p.data for n, p in module.named_parameters()}, {})
+    return resume.Entry({f"{name}/{n}": p.data for n, p in module.named_parameters()}, {})
 
 
-def _put(stop: Stop | End, entry: journal.Entry, lean: bool) -> None:
+def _put(stop: Stop | End, entry: resume.Entry, lean: bool) -> None:
     """Take up what was done at a stop."""
     if lean:  # masks are not wanted before they are saved; weights are, and the walk lets them go
-        pages.page_out(pages.in_files(entry.masks.values()))
+        offload.page_out(offload.in_files(entry.masks.values()))
     if isinstance(stop, Stop):
         stop.weights.update(entry.weights)
         slots = {l.full_name: l.original for l in stop.group.layers}
@@ -262,12 +263,12 @@ def choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> 
     return choose, parts
 
 
-def _solve_together(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> journal.Entry:
+def _solve_together(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> resume.Entry:
     """Solve a group's layers, each on one of several processes; all processes get all of them."""
     layers, many = stop.group.layers, distributed.size()
     if many == 1:
         return _solve(stop, ask, s, given)
-    done = journal.Entry({}, {})
+    done = resume.Entry({}, {})
     own = layers[distributed.rank() :: many]
     if own:
         wanted = None
@@ -283,10 +284,10 @@ def _solve_together(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]
         stop.weights[name] = distributed.sent(done.weights.get(name, empty[0]).detach(), source)
         done.masks[name] = distributed.sent(done.masks.get(name, empty[1]), source)
         rows.append(distributed.told(next((r for r in done.rows if r["layer"] == name), None), source))
-    return journal.Entry(dict(stop.weights), {l.full_name: done.masks[l.full_name] for l in layers}, rows)
+    return resume.Entry(dict(stop.weights), {l.full_name: done.masks[l.full_name] for l in layers}, rows)
 
 
-def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor], wanted: Tensor | None = None) -> journal.Entry:
+def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor], wanted: Tensor | None = None) -> resume.Entry:
     began, score = time.perf_counter(), ask.score
     layers = stop.group.layers
     W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
@@ -338,7 +339,7 @@ def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor], wanted:
         )
         if layer.layout.kind == "experts":  # their masks went by magnitude, their weights stay
             rows[-1]["idle"] = (stop.gram.diagonal.sum(-1) == 0).nonzero()[:, 0].tolist()
-    return journal.Entry(dict(stop.weights), masks, rows)
+    return resume.Entry(dict(stop.weights), masks, rows)
 
 
 def target_of(W: Tensor, H: Tensor, gram: Gram, s: Solver) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.calibration.sequential import End, first_tensor
 from rarefy.model.layers import Layer
-from rarefy.model.walk import End, first_tensor
 
 
 def reconstruct_(

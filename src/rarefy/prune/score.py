@@ -1,7 +1,7 @@
 """How much each weight matters: f(W, stats) -> score, the least is pruned first.
 
     W      [G, K, O, I]  weight as `rarefy.model.layout` reads it
-    stats  what calibration saw, broadcastable to the same shape (`rarefy.model.stats`)
+    stats  what calibration saw, broadcastable to the same shape (`rarefy.calibration.statistics`)
 
 A new score is one function here and one line in SCORES.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rarefy.model.stats import Stats
+from rarefy.calibration.statistics import Stats
 
 
 def magnitude(W: Tensor, stats: Stats) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from rarefy.calibration.statistics import Stats, collect
 from rarefy.common.atomic_io import bytes_of, path_of
 from rarefy.common.errors import DataError, ModelError, PatternError, unknown
 from rarefy.common.progress import track
@@ -25,7 +26,6 @@ from rarefy.model.losses import Loss, loss_of
 from rarefy.model.masks import check_maskable, effective, get_mask, set_mask_
 from rarefy.model.quant_grid import live_grid
 from rarefy.model.shards import whole
-from rarefy.model.stats import Stats, collect
 from rarefy.prune import allocate as allocate_
 from rarefy.prune.layerwise import Spread, check_solvable, measure, solve_
 from rarefy.prune.score import SCORES

@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rarefy.calibration.resume import digest
 from rarefy.common.atomic_io import PARTIAL, blaming
 from rarefy.common.errors import ContainerError
 from rarefy.model.batches import samples_in, slices, tensors_in
-from rarefy.prune.journal import digest
 
 
 class Answers:

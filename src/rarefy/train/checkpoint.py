@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.resume import Journal
 from rarefy.common.atomic_io import TRAINING
 from rarefy.common.errors import ModelError
-from rarefy.prune.journal import Journal
 
 EVERY = 60.0  # seconds between two states
 

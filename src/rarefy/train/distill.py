@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.calibration.resume import digest
+from rarefy.calibration.sequential import blocks, first_tensor
 from rarefy.common.errors import DataError, ModelError, RecipeError, SelectorError, unknown
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, describe, evaluating
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import fold_
-from rarefy.model.walk import blocks, first_tensor
-from rarefy.prune.journal import digest
 from rarefy.train.answers import Answers
 
 Words = str | Sequence[str] | None

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from rarefy.calibration import resume as journals
 from rarefy.common.atomic_io import path_of
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.common.progress import track
@@ -27,7 +28,6 @@ from rarefy.model.layers import all_layers
 from rarefy.model.losses import Loss, loss_of
 from rarefy.model.masks import ROUNDED, get_mask, resume_grids_, zeros_of
 from rarefy.model.shards import everyones
-from rarefy.prune import journal as journals
 from rarefy.runtime.layers import Sparse
 from rarefy.train import checkpoint
 from rarefy.train.distill import Distiller

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.sequential import Stop, order, walk
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.model.layers import Layer
 from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Grid, split
-from rarefy.model.walk import Stop, order, walk
 from rarefy.prune import solve
 from rarefy.prune.layerwise import check_solvable, choosers, factor, given_mask, matrix, stored, target_of
 from rarefy.prune.solver import Ask as PruneAsk

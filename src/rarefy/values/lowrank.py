@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rarefy.calibration.sequential import Stop, order, walk
 from rarefy.common.errors import ModelError, PatternError
 from rarefy.common.progress import track
 from rarefy.common.report import Report
@@ -26,7 +27,6 @@ from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select, unwrap
 from rarefy.model.lowrank_modules import Corrected, LowRank, cost, most_ranks, noted, put_, sizes, why_not
 from rarefy.model.quant_grid import get_grid
-from rarefy.model.walk import Stop, order, walk
 from rarefy.proof.measure import compare
 from rarefy.prune import solve
 from rarefy.prune.layerwise import check_solvable, matrix, stored

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rarefy.calibration.sequential import Block, End, blocks, order, walk, with_ends
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.model import distributed
 from rarefy.model.layers import Layer
 from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Grid, beside, split
-from rarefy.model.walk import Block, End, blocks, order, walk, with_ends
 from rarefy.prune.layerwise import check_solvable
 from rarefy.prune.reconstruct import block_error, block_loss
 from rarefy.prune.solver import in_bf16, passes

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.statistics import collect
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.common.progress import track
 from rarefy.common.report import Report
@@ -21,7 +22,6 @@ from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select
 from rarefy.model.masks import check_maskable
 from rarefy.model.quant_grid import BITS, Codebook, get_grid, live_grid, rows_of, scale_shape
-from rarefy.model.stats import collect
 from rarefy.prune.stage import check_weights
 from rarefy.values.quantize import put_, relative_error
 

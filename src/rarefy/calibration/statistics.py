@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.calibration.gram import pad_as_called, token_rows
+from rarefy.calibration.weight_hooks import identity_like
 from rarefy.common.errors import DataError, ModelError
 from rarefy.model import distributed
 from rarefy.model.batches import tokens_in
 from rarefy.model.forward import call, check_batches, evaluating, on_device, trainable
-from rarefy.model.gram import pad_as_called, token_rows
 from rarefy.model.layers import Layer
 from rarefy.model.losses import Loss, finite, loss_of
 from rarefy.model.moe import Rows, watching
-from rarefy.model.taps import identity_like
 
 
 @dataclass

@@ -23,13 +23,14 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from rarefy.calibration import offload
+from rarefy.calibration.gram import Gram, columns, everyones, same_columns
+from rarefy.calibration.weight_hooks import taps
 from rarefy.common.errors import DataError, ModelError, nearest
-from rarefy.model import distributed, pages
+from rarefy.model import distributed
 from rarefy.model.batches import first_samples, tensors_in
 from rarefy.model.forward import call, evaluating, on_device
-from rarefy.model.gram import Gram, columns, everyones, same_columns
 from rarefy.model.layers import Layer
-from rarefy.model.taps import taps
 
 SLACK = 32 << 20  # bytes; giving memory back costs a fault a page when it is taken again
 
@@ -196,7 +197,7 @@ def walk(
     Memory: the suspended frames, about three activations a token, and one Gram matrix.
     """
     if most is None:
-        free = pages.available()
+        free = offload.available()
         most = None if free is None else free // 2
     return _Walk(model, stops, dense, passed, assign, most, folder).run(data)
 
@@ -247,7 +248,7 @@ class _Walk:
                     self.start(index, batch, side)
             inside = set() if self.assign else {id(l.original) for g in groups for l in g.layers}
             read = [p.data for p in self.model.parameters() if id(p) not in inside]  # embeddings above all
-            pages.page_out(pages.in_files(read))
+            offload.page_out(offload.in_files(read))
             for gate, place in enumerate(self.stops):
                 self.own()
                 stop = self.stop(gate)
@@ -271,7 +272,7 @@ class _Walk:
                     else:
                         self.advance(fibre)
                 if isinstance(stop, Stop) and self.assign:  # not needed before they are saved
-                    pages.page_out(pages.in_files(stop.weights.values()))
+                    offload.page_out(offload.in_files(stop.weights.values()))
                 del place, stop
 
     def start(self, index: int, batch: Any, side: int) -> None:
@@ -295,29 +296,29 @@ class _Walk:
         if not fibre.dead:
             self.streams[fibre.side][fibre] = gate
             self.park(fibre)
-        if pages.resident()[0] > self.high + SLACK:  # more than was ever held between two passes: holes in the heap
+        if offload.resident()[0] > self.high + SLACK:  # more than was ever held between two passes: holes in the heap
             self.trim()
 
     def trim(self) -> None:
         """Give the holes in the heap back to the system."""
-        pages.trim()
-        self.high = max(self.high, pages.resident()[0])
+        offload.trim()
+        self.high = max(self.high, offload.resident()[0])
 
     def own(self) -> None:
         """Note what belongs to the model; new weights may have taken the place of old ones."""
-        self.owned = pages.storages([*self.model.parameters(), *self.model.buffers()])
+        self.owned = offload.storages([*self.model.parameters(), *self.model.buffers()])
 
     def park(self, fibre: Any) -> None:
         """Count what a suspended pass holds, and move it to a file where it is too much."""
         if self.most is None:
             return
         rows = [t for (index, _), t in self.untouched.items() if index == fibre.batch] if fibre.side == 0 else []
-        tensors = {id(t): t for t in [*pages.of_frames(fibre.gr_frame), *rows]}.values()
-        groups = pages.movable(tensors, self.owned | pages.storages(tensors_in(fibre.data)))
-        size = pages.nbytes(groups)
+        tensors = {id(t): t for t in [*offload.of_frames(fibre.gr_frame), *rows]}.values()
+        groups = offload.movable(tensors, self.owned | offload.storages(tensors_in(fibre.data)))
+        size = offload.nbytes(groups)
         if self.parked + size > self.most:
             unchanged = [(seen, i) for seen in fibre.seen.values() for i, (t, v) in enumerate(seen) if t._version == v]
-            pages.to_file(groups, self.folder)
+            offload.to_file(groups, self.folder)
             for seen, i in unchanged:  # moving counts as a change
                 seen[i] = (seen[i][0], seen[i][0]._version)
         else:
@@ -439,7 +440,7 @@ def _install(group: Group, weights: dict[str, Tensor], assign: bool) -> None:
     for layer in group.layers:
         if layer.full_name in weights:
             if assign:
-                pages.page_out(pages.in_files([layer.original.data]))
+                offload.page_out(offload.in_files([layer.original.data]))
                 layer.original.data = weights[layer.full_name]
             else:
                 layer.original.data.copy_(weights[layer.full_name])

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rarefy.calibration import offload
 from rarefy.common.atomic_io import KEY, ONCE, PARTIAL, blaming, is_state, sync
 from rarefy.common.errors import ContainerError, DataError
-from rarefy.model import pages
 
 ANEW = "remove {} (shell: --fresh) to start anew, or give another name"
 
@@ -205,7 +205,7 @@ def key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any
     made = (repr(model), config.to_dict() if hasattr(config, "to_dict") else None)
     state = {**model.state_dict(), **dict(model.named_buffers())}
     digests = {"model": digest(made), "weights": digest(state), "data": digest(list(data))}
-    pages.page_out(pages.in_files(state.values()))  # all of a model is read here, a block at a time later
+    offload.page_out(offload.in_files(state.values()))  # all of a model is read here, a block at a time later
     return {**settings, "rarefy": __version__, "torch": torch.__version__, **digests}
 
 
