@@ -20,7 +20,7 @@ from rarefy.common import atomic_io
 from rarefy.common.errors import ContainerError, FormatError
 from rarefy.formats import container
 from rarefy.formats.container import INDEX, read, write
-from rarefy.formats.sparse import FORMATS, Packed, encode
+from rarefy.formats.sparse_encodings import FORMATS, Packed, encode
 
 SHARD = "weights-00001.safetensors"
 
@@ -253,7 +253,7 @@ import sys, pathlib, torch
 from rarefy.common.errors import ContainerError
 from rarefy import files
 from rarefy.formats import container
-from rarefy.formats.sparse import encode
+from rarefy.formats.sparse_encodings import encode
 root = pathlib.Path(sys.argv[1])
 container.write(root / "old", [("a", encode(torch.ones(9), "dense"))])
 big = encode(torch.rand(2**16), "dense")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rarefy.common.errors import FormatError
-from rarefy.formats.sparse import (
+from rarefy.formats.sparse_encodings import (
     DTYPES,
     FORMATS,
     Packed,

@@ -17,7 +17,7 @@ from conftest import Net, Tied
 from rarefy import recipe as recipes
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.formats import container
-from rarefy.formats.sparse import encode
+from rarefy.formats.sparse_encodings import encode
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import Codebook, get_grid
 from rarefy.values.share import best_values, codebook

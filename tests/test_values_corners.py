@@ -16,9 +16,9 @@ import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats import container
-from rarefy.formats.sparse import encode
-from rarefy.formats.values import check
-from rarefy.formats.values import encode as encode_values
+from rarefy.formats.quantized_encodings import check
+from rarefy.formats.quantized_encodings import encode as encode_values
+from rarefy.formats.sparse_encodings import encode
 from rarefy.model.activation_quant import Inputs, get_inputs, noted
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import Grid, get_grid, note_

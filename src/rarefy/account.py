@@ -12,7 +12,7 @@ from torch import nn
 from rarefy import recipe as recipes
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
-from rarefy.formats.values import label
+from rarefy.formats.quantized_encodings import label
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import plain_state

@@ -27,7 +27,7 @@ from rarefy.cut.structure import check_told, restore
 from rarefy.engine import stored
 from rarefy.engine.compiled import Compiled
 from rarefy.engine.language import Decoder
-from rarefy.formats import container, sparse, values
+from rarefy.formats import container, quantized_encodings, sparse_encodings
 from rarefy.model import activation_quant, hf, lowrank_modules
 from rarefy.model.layers import Layer, all_layers, original, unwrap
 from rarefy.model.layout import Layout
@@ -79,8 +79,8 @@ def save(
             f"{packed_layers[0]} and {len(packed_layers) - 1} more run on kernels chosen for this machine: save before "
             "accelerate_, and accelerate_ what load returns"
         )
-    if format != "smallest" and format not in sparse.FORMATS:
-        raise FormatError(unknown("format", format, ["smallest", *sparse.FORMATS]))
+    if format != "smallest" and format not in sparse_encodings.FORMATS:
+        raise FormatError(unknown("format", format, ["smallest", *sparse_encodings.FORMATS]))
     receipt = receipt or getattr(model, "rarefy_receipt", None)
     recipe = recipe or getattr(model, "rarefy_recipe", None)
     state = list(plain_state(model))
@@ -106,7 +106,7 @@ def save(
 
 def pack(
     model: nn.Module, state: Mapping[str, Tensor], format: str = "smallest", compress: bool = False
-) -> Iterator[tuple[str, sparse.Packed]]:
+) -> Iterator[tuple[str, sparse_encodings.Packed]]:
     """Yield (name, packed) for each tensor of a plain state: prunable weights in `format`, all else dense. What is
     `smallest` counts after LZMA where the file is compressed."""
     layers = {f"{n}.{p}" if n else p: l for l in all_layers(model) for n, _, p in l.owners}
@@ -116,23 +116,23 @@ def pack(
         layout = layers[name].layout if name in layers else None
         grid = get_grid(layers[name]) if name in layers else None
         if layout is None or (format == "dense" and grid is None):
-            yield name, sparse.encode(tensor, "dense")
+            yield name, sparse_encodings.encode(tensor, "dense")
             continue
         pattern = patterns.get(name.removesuffix(".weight")) or fitting_pattern(tensor, layout.in_axis)
         pattern = pattern if pattern[:1].isdigit() else None
         if grid is not None:
-            known = values.sizes(tensor, grid, pattern, axis=layout.in_axis)
-            make = partial(values.encode, tensor, grid, pattern=pattern, axis=layout.in_axis)
+            known = quantized_encodings.sizes(tensor, grid, pattern, axis=layout.in_axis)
+            make = partial(quantized_encodings.encode, tensor, grid, pattern=pattern, axis=layout.in_axis)
             yield name, make(format) if format in known else container.least(make, known, compress)
             continue
-        sizes = sparse.sizes(tensor, pattern, axis=layout.in_axis)
+        sizes = sparse_encodings.sizes(tensor, pattern, axis=layout.in_axis)
         if compress and format == "smallest":
-            make = partial(sparse.encode, tensor, pattern=pattern, axis=layout.in_axis)
+            make = partial(sparse_encodings.encode, tensor, pattern=pattern, axis=layout.in_axis)
             yield name, container.least(make, sizes, True)
         elif format == "smallest" or format not in sizes:
-            yield name, sparse.smallest(tensor, pattern, axis=layout.in_axis)
+            yield name, sparse_encodings.smallest(tensor, pattern, axis=layout.in_axis)
         else:
-            yield name, sparse.encode(tensor, format, pattern, axis=layout.in_axis)
+            yield name, sparse_encodings.encode(tensor, format, pattern, axis=layout.in_axis)
 
 
 def load(
@@ -179,7 +179,7 @@ def load(
         if saved.aliases.get(name, name) != saved.aliases.get(first, first):
             raise ContainerError(f"{path}: {name} is tied to {first} in this {type(model).__name__}, but stored apart")
     done: dict[str, Tensor] = {}
-    grids: dict[str, values.Values | None] = {}
+    grids: dict[str, quantized_encodings.Values | None] = {}
 
     def bring(name: str) -> None:
         name = tied.get(name, name)  # the tensor it shares is put in under the other name
@@ -371,7 +371,13 @@ def _tensors(what: str | Path | nn.Module, more: dict[str, Any]) -> Iterator[tup
             return
         for name in saved.names:
             packed = saved.packed(name, _shape(saved, name))
-            yield name, values.decode(packed), values.label(packed), packed.nbytes, packed.extra.get("axis", -1)
+            yield (
+                name,
+                quantized_encodings.decode(packed),
+                quantized_encodings.label(packed),
+                packed.nbytes,
+                packed.extra.get("axis", -1),
+            )
         return
     if withdrawn.is_compressed(path):
         yield from ((name, t, label, size, -1) for name, t, _, label, size in withdrawn.tensors(path))
@@ -466,7 +472,7 @@ def _check_fit(saved: container.Container, name: str, old: Tensor, path: str | P
     entry = saved.index["tensors"][saved.aliases.get(name, name)]
     if tuple(entry["shape"]) != tuple(old.shape):
         raise ContainerError(f"{path}: {name} is {entry['shape']} in the folder, and {list(old.shape)} in the model")
-    if sparse.DTYPES[entry["dtype"]].is_floating_point != old.is_floating_point():
+    if sparse_encodings.DTYPES[entry["dtype"]].is_floating_point != old.is_floating_point():
         raise ContainerError(f"{path}: {name} is {entry['dtype']} in the folder, and {old.dtype} in the model")
 
 
@@ -485,7 +491,12 @@ def _put(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
 def _remember(model: nn.Module, receipt: Path, recipe: Any) -> None:
     try:
         values = json.loads(receipt.read_text(encoding="utf-8"))
-        known = Receipt(**{**values, **{k: tuple(values.get(k, ())) for k in ("speed", "stages", "notes")}})
+        known = Receipt(
+            **{
+                **quantized_encodings,
+                **{k: tuple(quantized_encodings.get(k, ())) for k in ("speed", "stages", "notes")},
+            }
+        )
         _ = str(known) + known.to_json()  # what cannot be printed cannot be kept
         if any(not isinstance(r["layer"] + r["pattern"], str) for r in known.sparsity.get("layers", ())):
             return

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
-from rarefy.formats.bits import pack_codes
+from rarefy.formats.bitpacking import pack_codes
 from rarefy.model.activation_quant import get_inputs
 from rarefy.model.layers import Layer, all_layers
 from rarefy.model.masks import plain_state

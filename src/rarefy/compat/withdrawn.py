@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.common.errors import ContainerError, ModelError
-from rarefy.formats.bits import unpack_bits
+from rarefy.formats.bitpacking import unpack_bits
 from rarefy.model import hf
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import Grid, note_

@@ -21,7 +21,7 @@ from rarefy.engine.language import Decoder
 from rarefy.engine.trace import Node, Traced
 from rarefy.engine.written import Written, from_json, to_json
 from rarefy.formats import container
-from rarefy.formats.sparse import encode
+from rarefy.formats.sparse_encodings import encode
 from rarefy.runtime import native
 from rarefy.runtime.forms import SLAB, Bitmask, ConvTiles, Dense, Packed, Panels, Sell
 from rarefy.runtime.layers import put_together, taken_apart

@@ -24,7 +24,7 @@ from rarefy.engine import operators
 from rarefy.engine.compiled import Compiled, Expected
 from rarefy.engine.outputs import spec_of, tree
 from rarefy.engine.trace import MOST_SIZE, Node
-from rarefy.formats.sparse import DTYPES
+from rarefy.formats.sparse_encodings import DTYPES
 
 SCHEMA = 1
 MOST_NODES = 50_000  # the order of calls is found in their square

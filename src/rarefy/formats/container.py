@@ -35,8 +35,8 @@ from torch import Tensor
 
 from rarefy.common.atomic_io import INDEX, PICKLES, blaming, check_target, whole_folder
 from rarefy.common.errors import ContainerError, FormatError, nearest, unknown
-from rarefy.formats.sparse import DTYPES, Packed
-from rarefy.formats.values import PARTS, check, decode, grid_of
+from rarefy.formats.quantized_encodings import PARTS, check, decode, grid_of
+from rarefy.formats.sparse_encodings import DTYPES, Packed
 from rarefy.model.quant_grid import Values
 
 SCHEMA = 1
@@ -117,7 +117,7 @@ def write(
     tensor, meta that is not JSON.
 
     >>> import tempfile, torch
-    >>> from rarefy.formats.sparse import encode
+    >>> from rarefy.formats.sparse_encodings import encode
     >>> folder = tempfile.mkdtemp() + "/model"
     >>> index = write(folder, [("w", encode(torch.eye(3), "bitmask"))], aliases={"tied": "w"})
     >>> read(folder).tensor("tied").sum()

@@ -18,7 +18,7 @@ from rarefy.calibration.sequential import End, Stop, blocks, order, walk, with_e
 from rarefy.calibration.statistics import Stats
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.common.progress import say, track
-from rarefy.formats.bits import pack_bits, unpack_bits
+from rarefy.formats.bitpacking import pack_bits, unpack_bits
 from rarefy.model import distributed
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.batches import samples_in, tokens_in

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import FormatError, unknown
-from rarefy.formats.bits import pack_bits, unpack_bits
+from rarefy.formats.bitpacking import pack_bits, unpack_bits
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime.forms import (
     BLOCK,

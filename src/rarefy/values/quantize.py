@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rarefy.common.errors import DataError, ModelError, PatternError, unknown
 from rarefy.common.progress import track
 from rarefy.common.report import Report
-from rarefy.formats.values import sizes
+from rarefy.formats.quantized_encodings import sizes
 from rarefy.model.activation_quant import Inputs, set_inputs_
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select, unwrap

@@ -17,7 +17,7 @@ from rarefy.calibration.statistics import collect
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.common.progress import track
 from rarefy.common.report import Report
-from rarefy.formats.values import sizes
+from rarefy.formats.quantized_encodings import sizes
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select
 from rarefy.model.masks import check_maskable

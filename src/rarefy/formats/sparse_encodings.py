@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import FormatError, unknown
-from rarefy.formats.bits import pack_bits, unpack_bits
+from rarefy.formats.bitpacking import pack_bits, unpack_bits
 
 # fmt: off
 DTYPES: dict[str, torch.dtype] = {

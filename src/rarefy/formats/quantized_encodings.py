@@ -6,7 +6,7 @@ a codebook (`codebook`), each in any of the sparse formats: `int:dense`, `uint:b
     scale  see `rarefy.model.quant_grid`;   table  [*blocks, 2^bits]
 
 Stored are the parts of u in its sparse format, its `values` packed to `bits` bits, least significant first. `check` and
-`decode` here also do what `rarefy.formats.sparse` does, for every format of `ALL`.
+`decode` here also do what `rarefy.formats.sparse_encodings` does, for every format of `ALL`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import FormatError, unknown
-from rarefy.formats import sparse
-from rarefy.formats.bits import pack_codes, unpack_codes
-from rarefy.formats.sparse import Packed
+from rarefy.formats import sparse_encodings
+from rarefy.formats.bitpacking import pack_codes, unpack_codes
+from rarefy.formats.sparse_encodings import Packed
 from rarefy.model.quant_grid import BITS, Codebook, Grid, Values, fits
 
 INNER = ("dense", "bitmask", "csr", "bsr", "nm")
 KINDS: dict[str, tuple[str, ...]] = {"int": ("scale",), "uint": ("scale", "zero"), "codebook": ("table",)}
-PARTS: dict[str, tuple[str, ...]] = {name: codec.parts for name, codec in sparse.FORMATS.items()}
-PARTS |= {f"{kind}:{f}": (*sparse.FORMATS[f].parts, *more) for kind, more in KINDS.items() for f in INNER}
+PARTS: dict[str, tuple[str, ...]] = {name: codec.parts for name, codec in sparse_encodings.FORMATS.items()}
+PARTS |= {f"{kind}:{f}": (*sparse_encodings.FORMATS[f].parts, *more) for kind, more in KINDS.items() for f in INNER}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -47,7 +47,7 @@ def encode(weight: Tensor, grid: Values, format: str, pattern: str | None = None
     """
     if format not in INNER:
         raise FormatError(unknown("format of few values", format, INNER))
-    inner = sparse.encode(_codes(weight, grid), format, pattern, axis=axis)
+    inner = sparse_encodings.encode(_codes(weight, grid), format, pattern, axis=axis)
     parts = inner.parts | {"values": pack_codes(inner.parts["values"].flatten(), grid.bits)}
     own = {n: t.detach().cpu().contiguous() for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None}
     p = Packed(f"{kind_of(grid)}:{format}", tuple(weight.shape), weight.dtype, parts | own, inner.extra)
@@ -58,7 +58,7 @@ def sizes(weight: Tensor, grid: Values, pattern: str | None = None, *, axis: int
     """Return the exact bytes of a weight in each format of `INNER` that can hold it. O(n)."""
     u = _codes(weight, grid)
     own = sum(t.nbytes for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None)
-    one, two = (sparse.sizes(u.to(d), pattern, axis=axis) for d in (torch.uint8, torch.int16))
+    one, two = (sparse_encodings.sizes(u.to(d), pattern, axis=axis) for d in (torch.uint8, torch.int16))
     return {f: one[f] - (two[f] - one[f]) + -(-(two[f] - one[f]) * grid.bits // 8) + own for f in INNER if f in one}
 
 
@@ -75,16 +75,16 @@ def grid_of(p: Packed) -> Values | None:
 def check(p: Packed) -> None:
     """Raise FormatError unless all that `p` holds agrees, as `sparse.check`. O(stored bytes)."""
     if ":" not in p.format:
-        return sparse.check(p)
-    sparse.check(_inner(p))
+        return sparse_encodings.check(p)
+    sparse_encodings.check(_inner(p))
 
 
 def decode(p: Packed) -> Tensor:
     """Return the dense tensor of any format; checks first. O(n)."""
     grid = grid_of(p) if p.format in PARTS else None
     if ":" not in p.format or grid is None:
-        return sparse.decode(p)
-    u = sparse.decode(_inner(p))
+        return sparse_encodings.decode(p)
+    u = sparse_encodings.decode(_inner(p))
     if isinstance(grid, Codebook):
         return grid.values(u, p.dtype)
     half = 1 << (grid.bits - 1)
@@ -124,11 +124,11 @@ def _inner(p: Packed) -> Packed:
         raise FormatError(f"{p.format}: dtype {p.dtype} is no floating point that values could have")
     _check_own(p, kind, bits)
     parts = {n: t for n, t in p.parts.items() if n not in KINDS[kind]}
-    shape = sparse.values_shape(replace(bare, parts=parts))
+    shape = sparse_encodings.values_shape(replace(bare, parts=parts))
     n, packed = math.prod(shape), parts["values"]
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (-(-n * bits // 8),):
         want = f"uint8 [{-(-n * bits // 8)}]"
-        raise FormatError(f"{p.format}: part 'values' is {sparse.kind(packed)}, must be {want}")
+        raise FormatError(f"{p.format}: part 'values' is {sparse_encodings.kind(packed)}, must be {want}")
     if n * bits % 8 and int(packed[-1]) >> n * bits % 8:
         raise FormatError(f"{p.format}: part 'values' has bits set after its {n} values")
     codes = unpack_codes(packed, bits, n)
@@ -144,20 +144,26 @@ def _check_own(p: Packed, kind: str, bits: int) -> None:
         shape = tuple(t.shape)
         if name == "table":
             if shape[-1:] != (1 << bits,):
-                raise FormatError(f"{p.format}: part 'table' is {sparse.kind(t)}, its last size must be {1 << bits}")
+                raise FormatError(
+                    f"{p.format}: part 'table' is {sparse_encodings.kind(t)}, its last size must be {1 << bits}"
+                )
             shape = shape[:-1]
         if not fits(shape, p.shape):
-            raise FormatError(f"{p.format}: part {name!r} is {sparse.kind(t)}, no part of a weight {list(p.shape)}")
+            raise FormatError(
+                f"{p.format}: part {name!r} is {sparse_encodings.kind(t)}, no part of a weight {list(p.shape)}"
+            )
         wanted = (torch.uint8,) if name == "zero" else FLOATS
         if t.dtype not in wanted:
-            raise FormatError(f"{p.format}: part {name!r} is {sparse.kind(t)}, must be {wanted[0]}")
+            raise FormatError(f"{p.format}: part {name!r} is {sparse_encodings.kind(t)}, must be {wanted[0]}")
         if name != "zero" and not bool(torch.isfinite(t).all()):
             raise FormatError(f"{p.format}: part {name!r} holds NaN or inf")
         if name == "scale" and t.numel() and not float(t.min()) > 0:
             raise FormatError(f"{p.format}: part 'scale' must be above zero")
     if kind == "uint":
         if p.parts["zero"].shape != p.parts["scale"].shape:
-            raise FormatError(f"{p.format}: part 'zero' is {sparse.kind(p.parts['zero'])}, must be as 'scale'")
+            raise FormatError(
+                f"{p.format}: part 'zero' is {sparse_encodings.kind(p.parts['zero'])}, must be as 'scale'"
+            )
         if p.parts["zero"].numel() and int(p.parts["zero"].max()) >= 1 << bits:
             raise FormatError(f"{p.format}: part 'zero' holds codes that {bits} bits do not")
     if kind == "codebook" and bool(p.parts["table"][..., 0].any()):
