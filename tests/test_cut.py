@@ -13,8 +13,8 @@ import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.cut.absent import Absent
-from rarefy.model.axes import Algebra, Axis, Prod, Sum, kept, leaves, size
-from rarefy.model.graph import trace
+from rarefy.dependency.graph import trace
+from rarefy.dependency.symbolic_dims import Algebra, Axis, Prod, Sum, kept, leaves, size
 from rarefy.model.mha import OwnHeads
 
 # ---- the algebra against torch: what stays of a tensor must be a grid, whatever happens to it ------------------------

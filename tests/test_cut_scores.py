@@ -11,7 +11,7 @@ import rarefy
 from rarefy.common.errors import DataError, ModelError
 from rarefy.cut import plan
 from rarefy.cut.score import UNIT_SCORES, along, joined, removal_errors, unit_scores
-from rarefy.model.graph import trace
+from rarefy.dependency.graph import trace
 from rarefy.proof.measure import flops
 from test_cut import CASES, IDS, IMAGE, language, vision
 

@@ -13,7 +13,7 @@ from conftest import tiny_llama
 from rarefy.common.errors import ModelError, PatternError, RecipeError
 from rarefy.cut import permute as module
 from rarefy.cut.columns import _Groups, kept, search
-from rarefy.model.axes import Axis, Prod, Sum, coordinates, ordered, size
+from rarefy.dependency.symbolic_dims import Axis, Prod, Sum, coordinates, ordered, size
 from rarefy.model.sparsity_pattern import select as choose
 
 PATTERNS = [(2, 4), (1, 2), (1, 4), (3, 4), (4, 8)]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 import rarefy
 import zoo
 from rarefy.cut.absent import Absent
-from rarefy.model.axes import coordinates
+from rarefy.dependency.graph import trace
+from rarefy.dependency.symbolic_dims import coordinates
 from rarefy.model.batches import tensors_in
-from rarefy.model.graph import trace
 
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")

@@ -15,11 +15,11 @@ from rarefy.cut.cut import cut_
 from rarefy.cut.depth import drop_layers_
 from rarefy.cut.heads import prune_heads_
 from rarefy.cut.permute import permute_
+from rarefy.dependency.graph import groups
 from rarefy.engine.compiled import compile
 from rarefy.engine.language import decoder
 from rarefy.engine.writing import generate, stream
 from rarefy.migration import Migrated, migrate
-from rarefy.model.graph import groups
 from rarefy.model.masks import adopt_, fold_, masks
 from rarefy.proof.receipt import Receipt
 from rarefy.prune.solver import Solver

@@ -170,7 +170,7 @@ def inspect(
     if not groups:
         shell.show(store.inspect(shell.source(path)), as_json, False)
         return
-    from rarefy.model import graph
+    from rarefy.dependency import graph
     from rarefy.proof.bench import example_of
 
     model, _ = shell.load(shell.source(path))

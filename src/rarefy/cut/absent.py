@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rarefy.model.axes import Axis, kept, size
-from rarefy.model.graph import Graph
-from rarefy.model.operators import OPERATORS, layers
-from rarefy.model.rules import adds_bias, averages_features
+from rarefy.dependency.graph import Graph
+from rarefy.dependency.op_table import OPERATORS, layers
+from rarefy.dependency.shape_rules import adds_bias, averages_features
+from rarefy.dependency.symbolic_dims import Axis, kept, size
 
 PLAIN = frozenset(("mm", "bmm", "mv", "dot"))  # products that have no bias
 PRODUCTS = frozenset(n for rule in (layers.product, layers.convolution) for n in OPERATORS[rule].split())

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rarefy.model.axes import Algebra, Axis, Expr, kept, leaves, size
-from rarefy.model.graph import Graph
+from rarefy.dependency.graph import Graph
+from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, kept, leaves, size
 from rarefy.model.mha import OwnHeads
 
 HEAD_DIMENSION = re.compile(r"head_?(dim|size|features)|(dim|size|features|per|d)_?(per_)?head|d_kv")

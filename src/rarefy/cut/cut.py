@@ -23,9 +23,9 @@ from rarefy.cut.readers import observe
 from rarefy.cut.repair import batch_norms, losing, make_up, renew_batch_norms
 from rarefy.cut.score import UNIT_SCORES, unit_scores
 from rarefy.cut.surgery import DoesNotRun, Inexact, Removal, give_own_heads, restoring, take_out
-from rarefy.model.axes import Axis, kept, leaves, products, size
+from rarefy.dependency.graph import Graph, Group, trace, unruled
+from rarefy.dependency.symbolic_dims import Axis, kept, leaves, products, size
 from rarefy.model.forward import call, evaluating, on_device
-from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.layers import Selector, all_layers, select, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.mha import OwnHeads

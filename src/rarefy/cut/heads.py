@@ -16,8 +16,8 @@ from rarefy.cut.cut import row
 from rarefy.cut.optimizers import carry, check_optimizer
 from rarefy.cut.plan import sizes
 from rarefy.cut.surgery import give_own_heads, take_out
-from rarefy.model.axes import Axis, leaves
-from rarefy.model.graph import Graph, Group, trace, unruled
+from rarefy.dependency.graph import Graph, Group, trace, unruled
+from rarefy.dependency.symbolic_dims import Axis, leaves
 from rarefy.model.layers import unwrap
 
 

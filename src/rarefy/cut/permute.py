@@ -24,9 +24,9 @@ from rarefy.cut.ask import check_unmasked
 from rarefy.cut.columns import kept, search
 from rarefy.cut.optimizers import check_optimizer
 from rarefy.cut.surgery import differs, outputs
-from rarefy.model.axes import Axis, leaves, ordered
+from rarefy.dependency.graph import Graph, Group, trace, unruled
+from rarefy.dependency.symbolic_dims import Axis, leaves, ordered
 from rarefy.model.forward import check_batches
-from rarefy.model.graph import Graph, Group, trace, unruled
 from rarefy.model.layers import Layer, Selector, all_layers, select, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.sparsity_pattern import Pattern, parse

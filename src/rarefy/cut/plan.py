@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
-from rarefy.model.axes import Axis, count, leaves, resolve, size
-from rarefy.model.graph import Graph, Group
+from rarefy.dependency.graph import Graph, Group
+from rarefy.dependency.symbolic_dims import Axis, count, leaves, resolve, size
 
 SCOPES = ("layer", "global", "isomorphic")
 DIGITS = re.compile(r"\d+")

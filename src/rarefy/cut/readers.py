@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
-from rarefy.model.axes import Algebra, Axis, Expr, Prod, leaves
+from rarefy.dependency.graph import Graph, Group
+from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, Prod, leaves
 from rarefy.model.forward import call, evaluating, hooked, on_device
-from rarefy.model.graph import Graph, Group
 from rarefy.model.layout import layout
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.cut.readers import Moments, Reader, all_readers
-from rarefy.model.axes import Axis, kept
+from rarefy.dependency.graph import Graph
+from rarefy.dependency.symbolic_dims import Axis, kept
 from rarefy.model.forward import call, evaluating, on_device
-from rarefy.model.graph import Graph
 
 REPAIRS = ("ridge", "bias", "batchnorm")
 RIDGE = 1e-3  # of the mean variance

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.cut.readers import Moments, Reader, observe, readers_of
-from rarefy.model.axes import Axis, coordinates, leaves
+from rarefy.dependency.graph import Graph, Group
+from rarefy.dependency.symbolic_dims import Axis, coordinates, leaves
 from rarefy.model.batches import tokens_in
 from rarefy.model.forward import call, check_batches, evaluating, on_device, trainable
-from rarefy.model.graph import Graph, Group
 from rarefy.model.losses import Loss, finite, loss_of
 
 AT_ONCE = 64  # of what is left one unit in so many goes in a step of obs

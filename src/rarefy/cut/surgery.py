@@ -15,10 +15,11 @@ from rarefy.cut.absent import Absent
 from rarefy.cut.attributes import follow
 from rarefy.cut.readers import Reader, all_readers
 from rarefy.cut.structure import named_tensors, remember, remember_attention, restoring_notes
-from rarefy.model.axes import Axis, kept, leaves
+from rarefy.dependency.graph import Graph, Group
+from rarefy.dependency.symbolic_dims import Axis, kept, leaves
+from rarefy.dependency.tracer import forget, plainly, running
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, hooked, on_device
-from rarefy.model.graph import Graph, Group, forget, plainly, running
 from rarefy.model.mha import with_own_heads
 
 # how far outputs of the cut model may be from those of the masked one, relative to the largest: sums round otherwise

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rarefy.model import layer_rules as layers
-from rarefy.model import rules as shapes
+from rarefy.dependency import layer_rules as layers
+from rarefy.dependency import shape_rules as shapes
 
 # By name, without `aten`: operators that torch marks as pointwise need no line.
 OPERATORS: dict[Any, str] = {

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rarefy.model.axes import ONE, Expr, Prod, fixed, leaves, lock, size
+from rarefy.dependency.shape_rules import arg, note
+from rarefy.dependency.symbolic_dims import ONE, Expr, Prod, fixed, leaves, lock, size
+from rarefy.dependency.tracer import KERNEL, Trace
 from rarefy.model.batches import tensors_in
-from rarefy.model.graph import KERNEL, Trace
-from rarefy.model.rules import arg, note
 
 
 def product(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:

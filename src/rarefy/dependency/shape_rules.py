@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rarefy.model.axes import ONE, Axis, Expr, Prod, Sum, fixed, is_fixed, leaves, lock, size
+from rarefy.dependency.symbolic_dims import ONE, Axis, Expr, Prod, Sum, fixed, is_fixed, leaves, lock, size
+from rarefy.dependency.tracer import Trace, opaque
 from rarefy.model.batches import tensors_in
-from rarefy.model.graph import Trace, opaque
 
 
 def arg(func: Any, args: Any, kwargs: Any, name: str, default: Any = None) -> Any:
