@@ -93,11 +93,10 @@ def contiguous(model: nn.Module) -> Any:
 def language(seeds: list[int]) -> Iterator[Line]:
     """Take a quarter of the neurons out of every MLP."""
     from oneshot import quality
-    from rarefy import data as sources
-    from rarefy import samples
+    from rarefy.data import builtin, sources
     from rarefy.model import hf
 
-    source = samples.model_folder("smollm2-135m")
+    source = builtin.model_folder("smollm2-135m")
     tokenizer = hf.load_tokenizer(source)
     yield {"run": "language", "score": "dense", **quality(hf.load_folder(source).float(), None, tokenizer)}
     for seed in seeds:

@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 import rarefy
-from rarefy import data as sources
-from rarefy import samples
+from rarefy.data import builtin, sources
 from rarefy.model import hf
 from rarefy.proof.measure import quartiles
 from values import keep, kept
@@ -52,7 +51,7 @@ def gguf_files(folder: Path = FILES) -> dict[str, Path]:
     They hold the weights of the Hugging Face folder that `samples` makes of the same file; where others have four bits
     the embedding, which is the head too, has eight: llama.cpp's own quantizer keeps more of it as well.
     """
-    source = samples.find("smollm2-135m")
+    source = builtin.find("smollm2-135m")
     folder.mkdir(parents=True, exist_ok=True)
     files = {kind: folder / f"smollm2-135m.{kind}.gguf" for kind in KINDS if kind != AS_SHIPPED}
     for kind, file in files.items():
@@ -262,7 +261,7 @@ def perplexity(model: Any, windows: Tensor) -> float:
 def windows() -> Tensor:
     """Return the 24 windows of 512 tokens of held-out articles that all perplexities here are of."""
     take = sources.Take(samples=24, tokens=512, batch=8)
-    tokenizer = hf.load_tokenizer(samples.model_folder("smollm2-135m"))
+    tokenizer = hf.load_tokenizer(builtin.model_folder("smollm2-135m"))
     batches: Any = sources.batches("wiki-test", take, tokenizer=tokenizer)
     return torch.cat([b["input_ids"] for b in batches])
 
@@ -328,7 +327,7 @@ class Ours:
 def ours(name: str) -> tuple[Ours, dict[str, Any]]:
     """Return a decoder, and what is told of it. What is pruned is chosen by Wanda and moved by `refit`."""
     sparsity, quantize, values = OURS[name]
-    folder = samples.model_folder("smollm2-135m")
+    folder = builtin.model_folder("smollm2-135m")
     model = hf.load_folder(str(folder)).float().eval()
     calibration = sources.Take(samples=16, tokens=512, batch=4)
     if sparsity:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import rarefy
-from rarefy import samples
+from rarefy.data import builtin
 from rarefy.engine.compiled import Compiled, Lookup, Segment
 from rarefy.model import hf
 from rarefy.proof.measure import peak_rss
@@ -78,10 +78,10 @@ def measured(made: Compiled, run: Callable[[], int], before: int) -> dict[str, A
 def make(folder: str) -> None:
     """Compile SmolLM2, or MiniLM with 80 % zeros, into a folder of such a name."""
     if Path(folder).name.startswith("smollm2"):
-        model = hf.load_folder(samples.model_folder("smollm2-135m")).float().eval()
+        model = hf.load_folder(builtin.model_folder("smollm2-135m")).float().eval()
         rarefy.save(rarefy.decoder(model, values="int8"), folder)
         return
-    model = hf.load_folder(samples.model_folder("minilm"))
+    model = hf.load_folder(builtin.model_folder("minilm"))
     rarefy.prune_(model, layers="encoder.layer.*", sparsity=0.8)
     model = rarefy.fold_(model).eval()
     rarefy.save(rarefy.compile(model, inputs(2)), folder)
@@ -124,7 +124,7 @@ def smollm2_made(_: str) -> dict[str, Any]:
     rarefy.decoder(transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes)).eval())
     gc.collect()
     before = resident()
-    model = hf.load_folder(samples.model_folder("smollm2-135m")).float().eval()
+    model = hf.load_folder(builtin.model_folder("smollm2-135m")).float().eval()
     made = rarefy.decoder(model, values="int8")
     del model
     gc.collect()

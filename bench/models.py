@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy import samples
+from rarefy.data import builtin
 from rarefy.model import hf
 from rarefy.proof.measure import commit, machine
 from rivals import RIVALS, call, engines
@@ -56,7 +56,7 @@ def model_of(name: str, batch: int) -> tuple[nn.Module, Any, str, tuple[int, ...
         from vision_net import SmallResNet
 
         return SmallResNet().eval(), torch.randn(batch, 1, 28, 28), "blocks.*", (batch,)
-    model = hf.load_folder(str(samples.model_folder(name))).float().eval()
+    model = hf.load_folder(str(builtin.model_folder(name))).float().eval()
     size = (batch, TOKENS) if name == "minilm" else (1, batch)
     ids = torch.randint(1000, 20000, size)
     x: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -30,8 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 import rarefy
-from rarefy import data as sources
-from rarefy import samples
+from rarefy.data import builtin, sources
 from rarefy.model import hf
 from rarefy.proof.evaluate import perplexity
 from rarefy.proof.measure import commit, machine, peak_rss
@@ -95,7 +94,7 @@ def quality(model: Any, folder: Path | None, tokenizer: Any) -> dict[str, float 
 def embed(model: Any, tokenizer: Any) -> torch.Tensor:
     """Return unit embeddings [texts, width] of 512 held-out articles, cut to 128 tokens: means over tokens."""
     found = []
-    texts = samples.wiki(True)[:512]
+    texts = builtin.wiki(True)[:512]
     for first in range(0, len(texts), 32):
         words = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
         batch = tokenizer(texts[first : first + 32], **words)
@@ -106,7 +105,7 @@ def embed(model: Any, tokenizer: Any) -> torch.Tensor:
 
 def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -> dict[str, Any]:
     """Run one method in this process and return its line."""
-    source = samples.model_folder(name)
+    source = builtin.model_folder(name)
     model, tokenizer = hf.load_folder(source), hf.load_tokenizer(source)
     dense = embed(model, tokenizer) if name == "minilm" else None
     how = dict(METHODS.get(method, {}))
@@ -133,7 +132,7 @@ def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -
 
 def theirs(python: str, method: str, setting: str, seed: int, folder: Path | None) -> dict[str, Any]:
     """Run llmcompressor on the same batches in its own venv, evaluate here, and return the line."""
-    source = samples.model_folder("smollm2-135m")
+    source = builtin.model_folder("smollm2-135m")
     tokenizer = hf.load_tokenizer(source)
     take = sources.Take(samples=64, tokens=512, batch=64, seed=seed)
     batch: Any = sources.batches("wiki", take, tokenizer=tokenizer)[0]
@@ -177,7 +176,7 @@ def main() -> None:
     known = ["dense", *METHODS, *PEERS]
     parser.add_argument("--methods", nargs="+", default=["dense", *METHODS], choices=known, metavar="METHOD")
     parser.add_argument("--settings", nargs="+", default=["0.5"], help="sparsities or N:M")
-    parser.add_argument("--model", default="smollm2-135m", choices=samples.MODELS)
+    parser.add_argument("--model", default="smollm2-135m", choices=builtin.MODELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--brown", type=Path)
     parser.add_argument("--peer", help="the python of a venv with llmcompressor 0.14")

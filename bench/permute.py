@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import rarefy
-from rarefy import samples
 from rarefy.compat.asp import prune_trained_model
+from rarefy.data import builtin
 from rarefy.model import hf
 from rarefy.model.layers import all_layers
 from values import keep, kept
@@ -63,7 +63,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "BERT, tiny": lambda: tiny("bert"),
     "Llama, tiny": lambda: tiny("llama"),
     "MiniLM": lambda: (
-        hf.load_folder(samples.model_folder("minilm")).eval(),
+        hf.load_folder(builtin.model_folder("minilm")).eval(),
         {"input_ids": torch.randint(1000, 20000, (2, 32))},
     ),
 }

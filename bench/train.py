@@ -24,8 +24,7 @@ from typing import Any
 import torch
 
 import rarefy
-from rarefy import data as sources
-from rarefy import samples
+from rarefy.data import builtin, sources
 from rarefy.model import hf
 from rarefy.proof.measure import compare
 from rarefy.train.loop import Steps
@@ -125,7 +124,7 @@ STEPS, TOKENS = 90, 512
 
 def language(only: list[str]) -> Iterator[Line]:
     """One shot, then learning from the dense model on the calibration corpus."""
-    source = samples.model_folder("smollm2-135m")
+    source = builtin.model_folder("smollm2-135m")
     tokenizer = hf.load_tokenizer(source)
     dense = hf.load_folder(source).float()
     few: Any = sources.batches("wiki", sources.Take(samples=64, tokens=512, batch=8, seed=0), tokenizer=tokenizer)
@@ -160,7 +159,7 @@ def minilm() -> Iterator[Line]:
     """80 % in 4x1 blocks: one shot, then learning hidden states; on the engine. Trained once, kept in build/minilm."""
     from oneshot import embed
 
-    source = samples.model_folder("minilm")
+    source = builtin.model_folder("minilm")
     dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
     folder = HERE / "build" / "minilm"
     if not folder.is_dir():
@@ -183,7 +182,7 @@ def pieces(tokenizer: Any, epoch: int, batch: int = 16, words: int = 90) -> list
     """Batches of pieces of the training articles, as texts are given to an encoder: with its first and last token. In
     odd epochs articles are cut elsewhere. Pieces of about the same length come together."""
     chance, texts = torch.Generator().manual_seed(1000 + epoch), []
-    for text in samples.wiki(False):
+    for text in builtin.wiki(False):
         w = text.split()
         first = int(torch.randint(0, words, (), generator=chance)) if len(w) > words and epoch % 2 else 0
         cut = [w[:first], *(w[i : i + words] for i in range(first, len(w), words))]

@@ -25,8 +25,7 @@ from typing import Any
 import torch
 
 import rarefy
-from rarefy import data as sources
-from rarefy import samples
+from rarefy.data import builtin, sources
 from rarefy.model import hf
 from rarefy.proof.measure import commit, compare, decode_and_prefill, machine
 from rarefy.store import side_files
@@ -90,7 +89,7 @@ def leave() -> Iterator[Line]:
     Training alone does not do it: 150 steps at 2e-4 leave weights 0.03 of a step from where they lay (0.25 is as if
     they had never lain there), and at 1.5e-3 the loss goes from 2.4 to 5. A rotation changes all weights, no output.
     """
-    source = samples.model_folder("smollm2-135m")
+    source = builtin.model_folder("smollm2-135m")
     tokenizer = hf.load_tokenizer(source)
     model: Any = hf.load_folder(source).float()
     take = sources.Take(samples=2 * STEPS, tokens=512, batch=2, seed=1)
@@ -269,7 +268,7 @@ def articles() -> list[dict[str, Any]]:
 
 def minilm(only: list[str]) -> Iterator[Line]:
     """MiniLM on grids, and how well descriptions still find their articles."""
-    source = samples.model_folder("minilm")
+    source = builtin.model_folder("minilm")
     dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
     take = sources.Take(samples=64, tokens=256, batch=8, seed=0)
     data: Any = sources.batches("wiki", take, tokenizer=tokenizer)
@@ -290,7 +289,7 @@ WIDE = ["*.intermediate.dense", "encoder.layer.*.output.dense"]
 
 def lowrank() -> Iterator[Line]:
     """MiniLM's wide layers in two thirds and in half of their time: what was asked, what the clock says, the whole."""
-    source = samples.model_folder("minilm")
+    source = builtin.model_folder("minilm")
     dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
     take = sources.Take(samples=64, tokens=256, batch=8, seed=0)
     data: Any = sources.batches("wiki", take, tokenizer=tokenizer)

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rarefy import samples
 from rarefy.cli import main
 from rarefy.common.errors import DataError, FormatError
+from rarefy.data import builtin
 from rarefy.runtime import native
 
 
@@ -144,7 +144,7 @@ def text_model(folder: Path) -> None:
 def sample(name: str):
     """Skip, visibly, where the package of a real model or data set is missing."""
     try:
-        return samples.find(name)
+        return builtin.find(name)
     except DataError as error:
         pytest.skip(str(error))
 

@@ -15,7 +15,7 @@ import torch
 import rarefy
 from conftest import Net, shell, text_model, tree
 from rarefy import recipe as recipes
-from rarefy import samples
+from rarefy.data import builtin
 from rarefy.model import hf
 from rarefy.runtime import native
 
@@ -525,7 +525,7 @@ def test_a_recipe_file_is_printed_too(run, given):
 
 def test_doctor(run, monkeypatch):
     monkeypatch.setitem(
-        samples.SOURCES, "wiki", samples.Source("no_such_package_x", "a", "pip install wiki-please", "MIT")
+        builtin.SOURCES, "wiki", builtin.Source("no_such_package_x", "a", "pip install wiki-please", "MIT")
     )
     rows = {r["what"]: r for r in json.loads(run("doctor", "--json").out)["rows"]}
     assert rows["torch"]["is"] == torch.__version__

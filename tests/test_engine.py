@@ -13,8 +13,8 @@ from torch import nn
 import rarefy
 import zoo
 from conftest import tiny_llama
-from rarefy import samples
 from rarefy.common.errors import DataError, ModelError
+from rarefy.data import builtin
 from rarefy.engine import compiled, prove, words
 from rarefy.engine.compiled import Segment
 from rarefy.model import hf
@@ -136,7 +136,7 @@ def test_what_is_changed_in_place_is_read_as_it_was():
 
 
 def test_minilm_pruned_equals_eager():
-    model, tokenizer = hf.load_folder(samples.model_folder("minilm")), hf.load_tokenizer(samples.model_folder("minilm"))
+    model, tokenizer = hf.load_folder(builtin.model_folder("minilm")), hf.load_tokenizer(builtin.model_folder("minilm"))
     rarefy.prune_(model, layers="encoder.layer.*", sparsity=0.8)
     model = rarefy.fold_(model).eval()
     texts = ["A short one.", "Sparse matrices have few values, and so on and on, until a line is full of words."]

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rarefy
-from rarefy import samples, shell, training
+from rarefy import shell, training
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
+from rarefy.data import builtin
 from rarefy.engine import operators, outputs, stored
 from rarefy.engine.compiled import Alone, Compiled, Segment
 from rarefy.model import hf
@@ -89,13 +90,13 @@ def test_convolutions(tmp_path, how, values):
 @pytest.fixture(scope="module")
 def minilm():
     """The real one, nine of ten of its weights zero in blocks of 4x1."""
-    model = hf.load_folder(samples.model_folder("minilm")).eval()
+    model = hf.load_folder(builtin.model_folder("minilm")).eval()
     g = torch.Generator().manual_seed(0)
     for m in model.encoder.modules():
         if isinstance(m, nn.Linear):
             O, I = m.weight.shape
             m.weight.data *= (torch.rand(O // 4, 1, I, generator=g) < 0.1).expand(-1, 4, -1).reshape(O, I)
-    return model, hf.load_tokenizer(samples.model_folder("minilm"))
+    return model, hf.load_tokenizer(builtin.model_folder("minilm"))
 
 
 @pytest.mark.parametrize("values", [None, "int8"])

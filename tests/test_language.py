@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy import samples
 from rarefy.common.errors import DataError, ModelError
+from rarefy.data import builtin
 from rarefy.engine import language, plan, words
 from rarefy.engine.cache import Cache
 from rarefy.engine.compiled import Segment
@@ -254,9 +254,9 @@ def test_text_as_transformers_writes_it(llama, how):
 
 @SLOW
 def test_real_text():
-    model = hf.load_folder(str(samples.model_folder("smollm2-135m"))).float().eval()
+    model = hf.load_folder(str(builtin.model_folder("smollm2-135m"))).float().eval()
     made = rarefy.decoder(model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(samples.model_folder("smollm2-135m"), padding_side="left")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(builtin.model_folder("smollm2-135m"), padding_side="left")
     batch = tokenizer(["The capital of France is", "Bread is made of"], return_tensors="pt", padding=True)
     want = model.generate(**batch, max_new_tokens=16, do_sample=False)
     got = rarefy.generate(made, batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=16)

@@ -16,10 +16,11 @@ from torch import nn
 
 import rarefy
 from conftest import Net, Tied, image_batches, tiny_llama
-from rarefy import doctor, samples
+from rarefy import doctor
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
 from rarefy.common.report import Report, table
+from rarefy.data import builtin
 from rarefy.engine.timed import bench_models
 from rarefy.proof import measure
 from rarefy.proof.evaluate import BETTER, METRICS, accuracy, perplexity
@@ -613,9 +614,9 @@ def test_bench_needs_a_config():
 
 def test_doctor_names_the_command_for_what_is_missing(monkeypatch):
     monkeypatch.setitem(
-        samples.SOURCES, "wiki", samples.Source("no_such_package_x", "a", "pip install wiki-please", "MIT")
+        builtin.SOURCES, "wiki", builtin.Source("no_such_package_x", "a", "pip install wiki-please", "MIT")
     )
-    monkeypatch.setitem(samples.SOURCES, "minilm", samples.Source("", os.sep, "never shown", "MIT"))  # exists
+    monkeypatch.setitem(builtin.SOURCES, "minilm", builtin.Source("", os.sep, "never shown", "MIT"))  # exists
     monkeypatch.setitem(doctor.EXTRAS, "no-such-distribution", "vision")
     rows = {r["what"]: (r["is"], r["get it with"]) for r in doctor.examine().rows}
     assert rows["sample wiki"] == ("missing", "pip install wiki-please")

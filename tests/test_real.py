@@ -7,9 +7,8 @@ import torch
 
 import rarefy
 from conftest import sample
-from rarefy import data as sources
-from rarefy import samples
 from rarefy.calibration.sequential import order, walk
+from rarefy.data import builtin, sources
 from rarefy.model import hf
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.layers import select
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.real
 def smollm2(tmp_path_factory):
     pytest.importorskip("transformers")
     sample("smollm2-135m")
-    return samples.model_folder("smollm2-135m")
+    return builtin.model_folder("smollm2-135m")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +48,7 @@ def test_smollm2_is_smaller_on_disk_and_the_same_when_reloaded(smollm2, tmp_path
 def test_minilm_prunes_without_losing_its_sense(tmp_path):
     pytest.importorskip("transformers")
     sample("minilm")
-    folder = samples.model_folder("minilm")
+    folder = builtin.model_folder("minilm")
     model, tokenizer = hf.load_folder(folder), hf.load_tokenizer(folder)
     texts = ["A kitten sleeps on the sofa.", "The cat naps on the couch.", "Stocks fell sharply on Monday."]
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
@@ -78,8 +77,8 @@ def fashion():
     from vision_net import SmallResNet
 
     torch.manual_seed(0)
-    x, y = samples.fashion_mnist(False)
-    tx, ty = samples.fashion_mnist(True)
+    x, y = builtin.fashion_mnist(False)
+    tx, ty = builtin.fashion_mnist(True)
     train = list(zip(x[:10240].split(256), y[:10240].split(256)))
     test = list(zip(tx[:2000].split(500), ty[:2000].split(500)))
     model = SmallResNet()

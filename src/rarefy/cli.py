@@ -101,7 +101,7 @@ def compress(
     source = shell.source(model)
     if dry_run:
         from rarefy import recipe as recipes
-        from rarefy.data import find
+        from rarefy.data.sources import find
         from rarefy.given import Given
         from rarefy.plan import forecast
         from rarefy.training import check_stage
@@ -197,11 +197,12 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a compressed model as a checkpoint that needs no Rarefy to load."""
-    from rarefy import samples, store
+    from rarefy import store
     from rarefy.common.report import Report
+    from rarefy.data import builtin
     from rarefy.proof.measure import folder_bytes
 
-    if str(path) in samples.MODELS and not path.exists():
+    if str(path) in builtin.MODELS and not path.exists():
         raise ModelError(f"{path} is a built-in model, and export writes folders of ours: rarefy compress {path} first")
     store.export(path, out, to=to, overwrite=force)
     shell.show(

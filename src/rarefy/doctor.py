@@ -6,9 +6,9 @@ import importlib.metadata as metadata
 
 import torch
 
-from rarefy import samples
 from rarefy.common.errors import DataError
 from rarefy.common.report import Report
+from rarefy.data import builtin
 from rarefy.proof.measure import machine, native_bf16
 from rarefy.runtime import native
 
@@ -35,9 +35,9 @@ def examine() -> Report:
                 "get it with": "" if found else f"pip install '.[{extra}]' in Rarefy's folder",
             }
         )
-    for name, source in samples.SOURCES.items():
+    for name, source in builtin.SOURCES.items():
         try:
-            samples.find(name)
+            builtin.find(name)
             found = "installed"
         except DataError:
             found = "missing"

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from rarefy import data as sources
 from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, nearest
 from rarefy.cut.score import UNIT_SCORES
+from rarefy.data import sources
 from rarefy.model import hf
 from rarefy.model.forward import check_batches
 from rarefy.prune.allocate import SLOW

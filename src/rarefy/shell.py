@@ -28,17 +28,17 @@ class Ended(SystemExit):
 
 def source(name: str) -> Path:
     """Return the folder of a path or a built-in name; ModelError with the nearest where there is none."""
-    from rarefy import samples
     from rarefy.common.errors import nearest
+    from rarefy.data import builtin
 
-    if name in samples.MODELS and not Path(name).exists():
-        return samples.model_folder(name)
+    if name in builtin.MODELS and not Path(name).exists():
+        return builtin.model_folder(name)
     if not Path(name).exists():
         beside = [str(Path(name).with_name(p.name)) for p in Path(name).parent.glob("*") if p.is_dir()]
-        near = nearest(name, [*samples.MODELS, *beside])
+        near = nearest(name, [*builtin.MODELS, *beside])
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ModelError(
-            f"no model folder {name!r} and no built-in model of that name ({', '.join(samples.MODELS)}){hint}"
+            f"no model folder {name!r} and no built-in model of that name ({', '.join(builtin.MODELS)}){hint}"
         )
     return Path(name)
 

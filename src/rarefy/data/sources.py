@@ -3,7 +3,7 @@
 articles.txt, articles.jsonl    text, or {"text": ...} a line, cut into windows of tokens   -> {"input_ids"}
 images/                         a folder of class folders of pictures (needs the vision extra) -> (images, classes)
 x.npz, x.safetensors            tensors with a common first dimension                        -> dict, or (x, y)
-wiki, fashion-mnist             built-in samples (`rarefy.samples`); `-test` is held out
+wiki, fashion-mnist             built-in samples (`rarefy.data.builtin`); `-test` is held out
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy import samples as builtin
 from rarefy.common.errors import DataError, nearest
+from rarefy.data import builtin
 
 Batch = dict[str, Tensor] | tuple[Tensor, Tensor]
 
