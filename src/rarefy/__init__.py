@@ -9,8 +9,6 @@ from rarefy.api import cast_, compress_
 from rarefy.common.errors import RarefyError
 from rarefy.common.report import Report
 from rarefy.common.version import __version__
-from rarefy.compat.from_onnx import from_onnx
-from rarefy.compat.onnx import export_onnx
 from rarefy.cut.cut import cut_
 from rarefy.cut.depth import drop_layers_
 from rarefy.cut.heads import prune_heads_
@@ -21,6 +19,8 @@ from rarefy.engine.language import decoder
 from rarefy.engine.writing import generate, stream
 from rarefy.migration import Migrated, migrate
 from rarefy.model.masks import adopt_, fold_, masks
+from rarefy.onnx.export import export_onnx
+from rarefy.onnx.load import from_onnx
 from rarefy.proof.receipt import Receipt
 from rarefy.prune.solver import Solver
 from rarefy.prune.stage import prune_

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.compat.onnx_graph import Graph, attribute, make
+from rarefy.onnx.graph import Graph, attribute, make
 
 
 class GlobalAverage(nn.Module):

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from rarefy.common.errors import ModelError
-from rarefy.compat.onnx_graph import Graph, attribute, make, only, place
 from rarefy.model.activation_quant import Inputs
 from rarefy.model.quant_grid import Grid
+from rarefy.onnx.graph import Graph, attribute, make, only, place
 
 CARRY = (
     "Transpose",

@@ -16,25 +16,27 @@ import torch
 from torch import fx, nn
 
 from rarefy.common.errors import ModelError, first_line
-from rarefy.compat import onnx_codes, onnx_fused, onnx_graph, onnx_modules
-from rarefy.compat.onnx_codes import Rounded
-from rarefy.compat.onnx_graph import OPSET, Graph, attribute
-from rarefy.compat.onnx_proof import prove
-from rarefy.compat.onnx_read import fixed_, read, simplified
 from rarefy.model.activation_quant import get_inputs, set_inputs_
 from rarefy.model.quant_grid import note_
+from rarefy.onnx import fusions, qdq
+from rarefy.onnx import graph as onnx_graph
+from rarefy.onnx import modules as onnx_modules
+from rarefy.onnx.graph import OPSET, Graph, attribute
+from rarefy.onnx.qdq import Rounded
+from rarefy.onnx.read import fixed_, read, simplified
+from rarefy.onnx.verify import prove
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 STEPS = (
-    onnx_codes.unpack,
-    onnx_codes.integers,
+    qdq.unpack,
+    qdq.integers,
     onnx_graph.fold,
-    onnx_codes.weights,
+    qdq.weights,
     onnx_graph.fold,
-    onnx_codes.pairs,
+    qdq.pairs,
     onnx_graph.identities,
-    onnx_fused.gelus,
-    onnx_fused.layer_norms,
+    fusions.gelus,
+    fusions.layer_norms,
     onnx_modules.stands,
     onnx_graph.lower,
     onnx_graph.end,

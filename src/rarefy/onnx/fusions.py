@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rarefy.common.errors import ModelError
-from rarefy.compat.onnx_graph import Graph, attribute, only, place
+from rarefy.onnx.graph import Graph, attribute, only, place
 
 
 def gelus(graph: Graph) -> Iterable[Any]:
