@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.proof.measure import commit, machine
+from rarefy.evaluation.profiling import commit, machine
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "cut_zoo.jsonl"

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy.proof.measure import commit, compare, flops, machine
+from rarefy.evaluation.profiling import commit, compare, flops, machine
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "cuts.jsonl"

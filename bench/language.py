@@ -30,8 +30,8 @@ from torch import Tensor
 
 import rarefy
 from rarefy.data import builtin, sources
+from rarefy.evaluation.profiling import quartiles
 from rarefy.model import hf
-from rarefy.proof.measure import quartiles
 from values import keep, kept
 
 HERE = Path(__file__).parent
@@ -249,7 +249,7 @@ class LlamaCpp:
 
 
 def perplexity(model: Any, windows: Tensor) -> float:
-    """Return what rarefy.proof.evaluate.perplexity does, of tokens [windows, tokens]."""
+    """Return what rarefy.evaluation.metrics.perplexity does, of tokens [windows, tokens]."""
     total, count = 0.0, 0
     for ids in windows:
         logits = torch.from_numpy(model.logits(ids.tolist()))[:-1]

@@ -29,8 +29,8 @@ from torch import Tensor
 import rarefy
 from rarefy.data import builtin
 from rarefy.engine.compiled import Compiled, Lookup, Segment
+from rarefy.evaluation.profiling import peak_rss
 from rarefy.model import hf
-from rarefy.proof.measure import peak_rss
 from rarefy.runtime.packed import nbytes
 from values import keep, kept
 

@@ -22,8 +22,8 @@ from torch import nn
 
 import rarefy
 from rarefy.data import builtin
+from rarefy.evaluation.profiling import commit, machine
 from rarefy.model import hf
-from rarefy.proof.measure import commit, machine
 from rivals import RIVALS, call, engines
 from runtime import in_turns, keep_memory
 

@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 
 import rarefy
 from rarefy.data import builtin, sources
+from rarefy.evaluation.metrics import perplexity
+from rarefy.evaluation.profiling import commit, machine, peak_rss
 from rarefy.model import hf
-from rarefy.proof.evaluate import perplexity
-from rarefy.proof.measure import commit, machine, peak_rss
 from rarefy.prune.allocate import GRADIENTS
 
 HERE = Path(__file__).parent

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.proof.measure import cpu_flags
+from rarefy.evaluation.profiling import cpu_flags
 
 LEAST = {"bf16": 0.99, "int8": 0.95}  # cosine with the dense model's output; of all others 0.9999
 INPUTS = 8  # that int8 is calibrated on

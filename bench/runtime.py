@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.proof.measure import commit, compare, machine
+from rarefy.evaluation.profiling import commit, compare, machine
 from rarefy.runtime import native
 from rarefy.runtime.forms import KINDS
 from rarefy.runtime.layers import SparseLinear

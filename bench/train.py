@@ -25,8 +25,8 @@ import torch
 
 import rarefy
 from rarefy.data import builtin, sources
+from rarefy.evaluation.profiling import compare
 from rarefy.model import hf
-from rarefy.proof.measure import compare
 from rarefy.train.loop import Steps
 from rarefy.train.optimizers import optimizer_of
 from values import keep, kept, perplexities, plain

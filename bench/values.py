@@ -26,8 +26,8 @@ import torch
 
 import rarefy
 from rarefy.data import builtin, sources
+from rarefy.evaluation.profiling import commit, compare, decode_and_prefill, machine
 from rarefy.model import hf
-from rarefy.proof.measure import commit, compare, decode_and_prefill, machine
 from rarefy.store import side_files
 
 HERE = Path(__file__).parent

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import rarefy
-from rarefy.proof.measure import commit, machine
+from rarefy.evaluation.profiling import commit, machine
 from rarefy.train.optimizers import optimizer_of
 from vision_net import SmallResNet, accuracy, augment, load
 

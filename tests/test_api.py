@@ -7,7 +7,7 @@ from torch import nn
 import rarefy
 from conftest import Net, Tied, image_batches, tiny_llama
 from rarefy.common.errors import DataError, ModelError, RecipeError
-from rarefy.proof.evaluate import accuracy
+from rarefy.evaluation.metrics import accuracy
 from rarefy.runtime.layers import Sparse
 
 HALF = {"stages": [{"prune": {"sparsity": 0.5}}]}

@@ -12,7 +12,7 @@ from rarefy.common.errors import DataError, ModelError
 from rarefy.cut import plan
 from rarefy.cut.score import UNIT_SCORES, along, joined, removal_errors, unit_scores
 from rarefy.dependency.graph import trace
-from rarefy.proof.measure import flops
+from rarefy.evaluation.profiling import flops
 from test_cut import CASES, IDS, IMAGE, language, vision
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import rarefy
 from rarefy.engine import compiled, convolve, images, words
 from rarefy.engine.compiled import Alone, Segment
-from rarefy.proof.measure import threads
+from rarefy.evaluation.profiling import threads
 from rarefy.runtime import native, pages
 from rarefy.runtime.forms import Bitmask, Dense, Sell, Tiles
 from rarefy.runtime.packed import pack_bitmask

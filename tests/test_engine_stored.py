@@ -20,8 +20,8 @@ from rarefy.common.errors import ContainerError, DataError, FormatError, ModelEr
 from rarefy.data import builtin
 from rarefy.engine import operators, outputs, stored
 from rarefy.engine.compiled import Alone, Compiled, Segment
+from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
-from rarefy.proof.measure import threads
 from rarefy.runtime import native
 from test_engine import Attends, Gated, Residual, pruned
 

@@ -200,7 +200,7 @@ def test_factors_are_ordinary_layers():
 
 
 def test_as_fast_as_was_asked():
-    from rarefy.proof.measure import compare
+    from rarefy.evaluation.profiling import compare
 
     net = nn.Sequential(nn.Linear(512, 512))
     dense = copy.deepcopy(net)

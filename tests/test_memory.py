@@ -16,7 +16,7 @@ import torch
 torch.set_num_threads(2)
 import rarefy
 from rarefy.model import hf, pages
-from rarefy.proof.measure import peak_rss
+from rarefy.evaluation.profiling import peak_rss
 source, out, memory, samples, solver = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5])
 hf.no_bars()
 model = hf.load_folder(source)

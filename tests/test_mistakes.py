@@ -15,7 +15,7 @@ from conftest import Net, image_batches, tiny_llama
 from rarefy import recipe as recipes
 from rarefy.common.atomic_io import check_target
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
-from rarefy.proof.evaluate import perplexity
+from rarefy.evaluation.metrics import perplexity
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from rarefy.common.progress import track
 from rarefy.common.report import Report, table
 from rarefy.data import builtin
 from rarefy.engine.timed import bench_models
-from rarefy.proof import measure
-from rarefy.proof.evaluate import BETTER, METRICS, accuracy, perplexity
-from rarefy.proof.receipt import Receipt
+from rarefy.evaluation import profiling
+from rarefy.evaluation.metrics import BETTER, METRICS, accuracy, perplexity
+from rarefy.evaluation.receipt import Receipt
 
 # operations
 
@@ -73,15 +73,15 @@ def nothing():
 )
 def test_operations_against_hand_counts(make):
     net, run, want = make()
-    assert measure.flops(net, run) == want
+    assert profiling.flops(net, run) == want
 
 
 def test_a_zero_in_a_dense_weight_costs_what_any_number_costs():
     net, x = Net(), image_batches(1)[0][0]
-    before = measure.flops(net, lambda: net(x))
+    before = profiling.flops(net, lambda: net(x))
     rarefy.prune_(net, sparsity=0.9)
     rarefy.fold_(net)
-    assert measure.flops(net, lambda: net(x)) == before > 0
+    assert profiling.flops(net, lambda: net(x)) == before > 0
 
 
 def test_operations_of_a_language_model():
@@ -93,7 +93,7 @@ def test_operations_of_a_language_model():
     rotary = 2 * b * (h // heads // 2) * s  # the angles: positions times frequencies
     want = c.num_hidden_layers * layer + 2 * b * s * h * c.vocab_size
     ids = torch.zeros(b, s, dtype=torch.int64)
-    assert measure.flops(model, lambda: model(input_ids=ids)) in (want, want + rotary, want + rotary // b)
+    assert profiling.flops(model, lambda: model(input_ids=ids)) in (want, want + rotary, want + rotary // b)
 
 
 # bytes
@@ -101,46 +101,46 @@ def test_operations_of_a_language_model():
 
 def test_bytes_in_memory_count_tied_weights_once():
     model = Tied()
-    assert measure.resident_bytes(model) == 4 * (20 * 8 + 8 + 8 + 8 * 8 + 8)
+    assert profiling.resident_bytes(model) == 4 * (20 * 8 + 8 + 8 + 8 * 8 + 8)
 
 
 def test_bytes_in_memory_count_buffers_and_views_once():
     model = nn.BatchNorm1d(4)  # weight, bias, mean, variance, and a count of 8 bytes
-    assert measure.resident_bytes(model) == 4 * 4 * 4 + 8
+    assert profiling.resident_bytes(model) == 4 * 4 * 4 + 8
     base = torch.zeros(100)
     model.register_buffer("a", base[:10])
     model.register_buffer("b", base[50:])
-    assert measure.resident_bytes(model) == 72 + 400  # what is held is the storage, not the view
+    assert profiling.resident_bytes(model) == 72 + 400  # what is held is the storage, not the view
     with torch.device("meta"):
-        assert measure.resident_bytes(nn.Linear(3, 3)) == 0
+        assert profiling.resident_bytes(nn.Linear(3, 3)) == 0
 
 
 def test_a_cast_halves_the_bytes():
     model = Net()
-    before = measure.resident_bytes(model)
+    before = profiling.resident_bytes(model)
     rarefy.cast_(model, "bf16")
-    assert measure.resident_bytes(model) * 2 == before
+    assert profiling.resident_bytes(model) * 2 == before
 
 
 def test_bytes_of_a_folder(tmp_path):
     for name, size in {"a.safetensors": 10, "b.safetensors": 20, "rarefy.json": 5, "README": 100}.items():
         (tmp_path / name).write_bytes(b"x" * size)
     (tmp_path / "inner.safetensors").mkdir()
-    assert measure.folder_bytes(tmp_path) == 135
-    assert measure.folder_bytes(tmp_path, (".safetensors",)) == 30
-    assert measure.folder_bytes(str(tmp_path), (".safetensors", "rarefy.json")) == 35
-    assert measure.folder_bytes(tmp_path / "README") == 100
-    assert measure.folder_bytes(tmp_path, (".bin",)) == 0
+    assert profiling.folder_bytes(tmp_path) == 135
+    assert profiling.folder_bytes(tmp_path, (".safetensors",)) == 30
+    assert profiling.folder_bytes(str(tmp_path), (".safetensors", "rarefy.json")) == 35
+    assert profiling.folder_bytes(tmp_path / "README") == 100
+    assert profiling.folder_bytes(tmp_path, (".bin",)) == 0
 
 
 def test_peak_memory_counts_bytes():
     held = torch.zeros(1 << 22)  # 16 MiB, touched
-    assert measure.peak_rss() > held.numel() * 4
+    assert profiling.peak_rss() > held.numel() * 4
 
 
 def test_peak_memory_is_not_that_of_the_parent():
     held = torch.ones(1 << 27)  # 512 MiB, touched
-    words = [sys.executable, "-c", "from rarefy.proof.measure import peak_rss; print(peak_rss())"]
+    words = [sys.executable, "-c", "from rarefy.evaluation.profiling import peak_rss; print(peak_rss())"]
     assert int(subprocess.run(words, capture_output=True, text=True, check=True).stdout) < held.nbytes
 
 
@@ -148,7 +148,7 @@ def test_peak_memory_is_not_that_of_the_parent():
     ("values", "want"), [([0, 0, 1, 0], 0.75), ([1, 2], 0.0), ([-0.0], 1.0), ([], 1.0), ([float("nan")], 0.0)]
 )
 def test_sparsity_counts_exact_zeros(values, want):
-    assert measure.sparsity_of(torch.tensor(values, dtype=torch.float32)) == want
+    assert profiling.sparsity_of(torch.tensor(values, dtype=torch.float32)) == want
 
 
 # seconds
@@ -156,7 +156,7 @@ def test_sparsity_counts_exact_zeros(values, want):
 
 @pytest.mark.parametrize("values", [[3.0, 1.0, 2.0, 4.0], [1.0, 2.0], list(map(float, range(11)))])
 def test_quartiles(values):
-    got = measure.quartiles(values)
+    got = profiling.quartiles(values)
     want = torch.quantile(
         torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     )
@@ -166,7 +166,7 @@ def test_quartiles(values):
 
 
 def test_quartiles_of_one():
-    assert measure.quartiles([2.0]) == measure.Times(2.0, 2.0, 2.0, 1)
+    assert profiling.quartiles([2.0]) == profiling.Times(2.0, 2.0, 2.0, 1)
 
 
 def test_runs_take_turns_after_warm_up():
@@ -175,13 +175,13 @@ def test_runs_take_turns_after_warm_up():
     def run(name):
         return lambda: (order.append(name), grads.append(torch.is_grad_enabled()))
 
-    found = measure.compare({"a": run("a"), "b": run("b"), "c": run("c")}, repeats=4, warmup=2)
+    found = profiling.compare({"a": run("a"), "b": run("b"), "c": run("c")}, repeats=4, warmup=2)
     assert order == ["a", "b", "c"] * 6 and not any(grads)
     assert list(found) == ["a", "b", "c"] and all(t.repeats == 4 for t in found.values())
 
 
 def test_times_are_seconds():
-    found = measure.compare({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, repeats=3, warmup=0)
+    found = profiling.compare({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, repeats=3, warmup=0)
     assert 0.02 <= found["slow"].low <= found["slow"].median <= found["slow"].high < 0.2
     assert found["fast"].median < 0.002
 
@@ -196,7 +196,7 @@ def test_tokens_a_second_of_a_language_model():
             ),
             with_kwargs=True,
         )
-    found = measure.decode_and_prefill(models, prompt=12, new=3, repeats=2)
+    found = profiling.decode_and_prefill(models, prompt=12, new=3, repeats=2)
     one_round = [
         (n, length, cached) for n in models for length, cached in ((12, False), (1, True), (1, True), (1, True))
     ]
@@ -211,7 +211,7 @@ def test_tokens_a_second_of_a_language_model():
 def test_tokens_are_those_that_generate_would_write():
     model, written = tiny_llama(), []
     model.register_forward_pre_hook(lambda m, a, k: written.append(k["input_ids"][0].tolist()), with_kwargs=True)
-    measure.decode_and_prefill({"m": model}, prompt=9, new=4, repeats=1)
+    profiling.decode_and_prefill({"m": model}, prompt=9, new=4, repeats=1)
     prompt, steps = written[0], [t for [t] in written[1:5]]
     written.clear()
     with torch.no_grad():
@@ -222,23 +222,23 @@ def test_tokens_are_those_that_generate_would_write():
 
 def test_threads_come_back():
     before = torch.get_num_threads()
-    with measure.threads(None):
+    with profiling.threads(None):
         assert torch.get_num_threads() == before
-    with pytest.raises(KeyError), measure.threads(before + 1):
+    with pytest.raises(KeyError), profiling.threads(before + 1):
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
 
 
 def test_the_machine_says_what_figures_depend_on():
-    here = measure.machine()
+    here = profiling.machine()
     assert here["cpu"] and here["cores"] == os.cpu_count() and here["threads"] == torch.get_num_threads()
-    assert here["torch"] == torch.__version__ and set(here["extensions"]) <= measure.cpu_flags()
+    assert here["torch"] == torch.__version__ and set(here["extensions"]) <= profiling.cpu_flags()
     json.dumps(here)
 
 
 def test_the_commit_of_a_folder(tmp_path):
-    assert measure.commit(tmp_path) == "" and measure.commit(tmp_path / "none") == ""
+    assert profiling.commit(tmp_path) == "" and profiling.commit(tmp_path / "none") == ""
 
     def git(*words):
         subprocess.run(
@@ -251,10 +251,10 @@ def test_the_commit_of_a_folder(tmp_path):
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("commit", "-qm", "one")
-    clean = measure.commit(tmp_path)
+    clean = profiling.commit(tmp_path)
     assert len(clean) == 12 and int(clean, 16)
     (tmp_path / "a").write_text("2")
-    assert measure.commit(tmp_path) == f"{clean}-dirty"
+    assert profiling.commit(tmp_path) == f"{clean}-dirty"
 
 
 # quality
@@ -584,7 +584,7 @@ def test_bench_of_language_models():
     ]
     assert all(0 < r["low"] <= r["tokens_per_second"] <= r["high"] for r in report.rows)
     bytes_of = {k: v for k, v in report.summary.items() if k.startswith("bytes in memory")}
-    assert bytes_of["bytes in memory, model"] == measure.resident_bytes(model) > bytes_of["bytes in memory, against"]
+    assert bytes_of["bytes in memory, model"] == profiling.resident_bytes(model) > bytes_of["bytes in memory, against"]
     assert json.loads(report.to_json()) == report.to_dict()
 
 
@@ -628,7 +628,7 @@ def test_doctor_names_the_command_for_what_is_missing(monkeypatch):
 
 def test_doctor_knows_what_it_runs_on():
     summary = doctor.examine().summary
-    here = measure.machine()
+    here = profiling.machine()
     assert summary["cpu"] == here["cpu"] and summary["threads"] == here["threads"]
     assert ("native" in summary["bf16 products"]) == bool({"avx512_bf16", "amx_tile", "sve"} & set(here["extensions"]))
     assert doctor.version("no-such-distribution") is None

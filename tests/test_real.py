@@ -9,10 +9,10 @@ import rarefy
 from conftest import sample
 from rarefy.calibration.sequential import order, walk
 from rarefy.data import builtin, sources
+from rarefy.evaluation.metrics import accuracy
 from rarefy.model import hf
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.layers import select
-from rarefy.proof.evaluate import accuracy
 from rarefy.prune import solve
 from rarefy.prune.layerwise import matrix
 

@@ -11,7 +11,7 @@ from rarefy.engine import timed
 from rarefy.engine.compiled import Compiled
 from rarefy.engine.language import Decoder
 from rarefy.engine.timed import bench_models, engine_of, example_for, resident_bytes
-from rarefy.proof import measure
+from rarefy.evaluation import profiling
 
 
 def test_language_models_beside_their_decoders():
@@ -30,7 +30,7 @@ def test_language_models_beside_their_decoders():
 def test_both_write_the_same_tokens(monkeypatch):
     model, tokens = tiny_llama(), {"model": [], "engine": []}
     made, _ = engine_of(model, 8, 1)
-    steps = {"model": measure.step_of(model), "engine": timed._step(made, 12)}
+    steps = {"model": profiling.step_of(model), "engine": timed._step(made, 12)}
 
     def listening(name):
         def step(ids, state):
@@ -39,7 +39,7 @@ def test_both_write_the_same_tokens(monkeypatch):
 
         return step
 
-    measure.rates({n: listening(n) for n in steps}, 64, prompt=8, new=4, repeats=1)
+    profiling.rates({n: listening(n) for n in steps}, 64, prompt=8, new=4, repeats=1)
     assert tokens["model"] == tokens["engine"] and len(tokens["model"]) == 2 * 5
 
 

@@ -17,11 +17,11 @@ from rarefy.dependency.graph import groups
 from rarefy.engine.compiled import compile
 from rarefy.engine.language import decoder
 from rarefy.engine.writing import generate, stream
+from rarefy.evaluation.receipt import Receipt
 from rarefy.migration import Migrated, migrate
 from rarefy.model.masks import adopt_, fold_, masks
 from rarefy.onnx.export import export_onnx
 from rarefy.onnx.load import from_onnx
-from rarefy.proof.receipt import Receipt
 from rarefy.prune.solver import Solver
 from rarefy.prune.stage import prune_
 from rarefy.recipe import Recipe

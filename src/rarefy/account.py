@@ -12,13 +12,13 @@ from torch import nn
 from rarefy import recipe as recipes
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
+from rarefy.evaluation import profiling
+from rarefy.evaluation.metrics import BETTER, METRICS
+from rarefy.evaluation.receipt import Receipt
 from rarefy.formats.quantized_encodings import label
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import plain_state
-from rarefy.proof import measure
-from rarefy.proof.evaluate import BETTER, METRICS
-from rarefy.proof.receipt import Receipt
 from rarefy.store import aliases, pack
 
 EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
@@ -28,7 +28,7 @@ EXECUTED_WIDE = "stored in few bits, computed in the model's own numbers: no spe
 def state_of(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool) -> dict[str, Any]:
     """What is measured before and again after."""
     out: dict[str, Any] = {
-        "memory": measure.resident_bytes(model),
+        "memory": profiling.resident_bytes(model),
         "disk": packed_bytes(model, plan.save.format),
         "sparsity": _model_sparsity(model),
     }
@@ -39,7 +39,7 @@ def state_of(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bo
         out["quality"] = quality
         example = on_device(model, next(iter(held_out)))
         with evaluating(model):
-            out["flops"] = measure.flops(model, lambda: call(model, example))
+            out["flops"] = profiling.flops(model, lambda: call(model, example))
     return out
 
 
@@ -117,12 +117,12 @@ def receipt_of(
         name=plan.name,
         quality=quality,
         disk={"before": first, "after": now, "same_precision": sum(dense.values())},
-        memory={"before": before["memory"], "after": after["memory"], "peak_rss": measure.peak_rss()},
+        memory={"before": before["memory"], "after": after["memory"], "peak_rss": profiling.peak_rss()},
         sparsity=sparsity if rows else {},
         speed=speed,
         flops=flops,
         stages=tuple(r.to_dict() for r in reports if r.title != "pruned"),
-        settings={"seed": plan.seed, "seconds": seconds, "machine": measure.machine()},
+        settings={"seed": plan.seed, "seconds": seconds, "machine": profiling.machine()},
         notes=tuple(notes),
     )
 

@@ -21,6 +21,9 @@ from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.common.report import Report
 from rarefy.cut.cut import cut_
 from rarefy.cut.permute import permute_
+from rarefy.evaluation import profiling
+from rarefy.evaluation.example_inputs import example_of
+from rarefy.evaluation.receipt import Receipt
 from rarefy.given import Given, Labelled, calibrates, needs_of
 from rarefy.model import distributed, hf
 from rarefy.model.batches import tensors_in
@@ -31,9 +34,6 @@ from rarefy.model.masks import fold_
 from rarefy.model.quant_grid import OnGrid
 from rarefy.model.sparsity_pattern import check_sparsity, parse
 from rarefy.plan import naming, targets
-from rarefy.proof import measure
-from rarefy.proof.bench import example_of
-from rarefy.proof.receipt import Receipt
 from rarefy.prune.allocate import GRADIENTS
 from rarefy.prune.stage import check_weights, prune_, report
 from rarefy.runtime.choose import accelerate_
@@ -190,7 +190,7 @@ def cast_(model: nn.Module, dtype: str) -> Report:
     for _, tensor in _floating_state(model):
         tensor.data = tensor.data.to(to)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
-    return Report("cast", (), {"dtype": dtype, "bytes": measure.resident_bytes(model)})
+    return Report("cast", (), {"dtype": dtype, "bytes": profiling.resident_bytes(model)})
 
 
 def _floating_state(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -363,7 +363,7 @@ def _speed(
     rows: list[Mapping[str, Any]] = []
     if plan.evaluate.decode:
         d = plan.evaluate.decode
-        rates = measure.decode_and_prefill(pair, prompt=d.prompt, new=d.new, repeats=d.repeats, progress=progress)
+        rates = profiling.decode_and_prefill(pair, prompt=d.prompt, new=d.new, repeats=d.repeats, progress=progress)
         for kind, what in (("prefill", f"prefill of {d.prompt}"), ("decode", f"decode of {d.new}, batch 1")):
             sides = {side: {**r[kind], "median": r[kind]["tokens_per_second"]} for side, r in rates.items()}
             rows.append({"what": what, "unit": "tokens/s", **sides})
@@ -371,7 +371,7 @@ def _speed(
         for size in plan.evaluate.latency.batch:
             example = _resize(next(iter(held_out)), size)
             runs = {side: partial(call, m, on_device(m, example)) for side, m in pair.items()}
-            times = measure.compare(runs, repeats=plan.evaluate.latency.repeats, progress=progress)
+            times = profiling.compare(runs, repeats=plan.evaluate.latency.repeats, progress=progress)
             sides = {k: {n: 1000 * v for n, v in t.to_dict().items() if n != "repeats"} for k, t in times.items()}
             rows.append({"what": f"forward, batch {size}", "unit": "ms", **sides})
     return tuple(rows)

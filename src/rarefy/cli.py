@@ -171,7 +171,7 @@ def inspect(
         shell.show(store.inspect(shell.source(path)), as_json, False)
         return
     from rarefy.dependency import graph
-    from rarefy.proof.bench import example_of
+    from rarefy.evaluation.example_inputs import example_of
 
     model, _ = shell.load(shell.source(path))
     shell.show(graph.groups(model, example_of(model, 32, 2)), as_json, False)
@@ -200,7 +200,7 @@ def export(
     from rarefy import store
     from rarefy.common.report import Report
     from rarefy.data import builtin
-    from rarefy.proof.measure import folder_bytes
+    from rarefy.evaluation.profiling import folder_bytes
 
     if str(path) in builtin.MODELS and not path.exists():
         raise ModelError(f"{path} is a built-in model, and export writes folders of ours: rarefy compress {path} first")

@@ -258,7 +258,7 @@ def _example(net: Any, tokens: int | None, batch: int | None, tokenizer: Any) ->
 
     import torch
 
-    from rarefy.proof.bench import example_of
+    from rarefy.evaluation.example_inputs import example_of
 
     most = getattr(getattr(net, "config", None), "max_position_embeddings", None)
     if tokens and isinstance(most, int) and tokens > most:
@@ -312,7 +312,7 @@ def bench(
     """
     from rarefy.common.atomic_io import blaming, write_whole
     from rarefy.engine.timed import bench_models, engine_of
-    from rarefy.proof.bench import example_of, generates
+    from rarefy.evaluation.example_inputs import example_of, generates
     from rarefy.runtime.choose import accelerate_
     from rarefy.runtime.table import latency_table
 

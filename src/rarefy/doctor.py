@@ -9,7 +9,7 @@ import torch
 from rarefy.common.errors import DataError
 from rarefy.common.report import Report
 from rarefy.data import builtin
-from rarefy.proof.measure import machine, native_bf16
+from rarefy.evaluation.profiling import machine, native_bf16
 from rarefy.runtime import native
 
 CORE = ("torch", "safetensors", "numpy", "pyyaml", "rich", "typer", "greenlet")

@@ -92,7 +92,7 @@ def show(result: Any, as_json: bool, quiet: bool) -> None:
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Run with so many threads; RecipeError for more than there are cores."""
-    from rarefy.proof.measure import threads
+    from rarefy.evaluation.profiling import threads
 
     most = os.cpu_count() or 1
     if count is not None and count > most:

@@ -27,6 +27,8 @@ from rarefy.cut.structure import check_told, restore
 from rarefy.engine import stored
 from rarefy.engine.compiled import Compiled
 from rarefy.engine.language import Decoder
+from rarefy.evaluation.profiling import folder_bytes, sparsity_of
+from rarefy.evaluation.receipt import Receipt
 from rarefy.formats import container, quantized_encodings, sparse_encodings
 from rarefy.model import activation_quant, hf, lowrank_modules
 from rarefy.model.layers import Layer, all_layers, original, unwrap
@@ -34,8 +36,6 @@ from rarefy.model.layout import Layout
 from rarefy.model.masks import plain_state
 from rarefy.model.quant_grid import get_grid, note_
 from rarefy.model.sparsity_pattern import fitting_pattern
-from rarefy.proof.measure import folder_bytes, sparsity_of
-from rarefy.proof.receipt import Receipt
 from rarefy.runtime.choose import accelerate_, accelerate_each, check_options
 from rarefy.runtime.layers import Sparse
 from rarefy.values import tie

@@ -19,12 +19,12 @@ from rarefy import store
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.common.report import Report
+from rarefy.evaluation.metrics import BETTER, METRICS
 from rarefy.given import Given, Labelled, calibrates, with_labels
 from rarefy.model import hf
 from rarefy.model.forward import on_device
 from rarefy.model.losses import Loss, loss_of
 from rarefy.model.masks import adopt_
-from rarefy.proof.evaluate import BETTER, METRICS
 from rarefy.train import sparsifier
 from rarefy.train.distill import Distiller, frozen_copy
 from rarefy.train.loop import Steps, fit_

@@ -25,11 +25,11 @@ from rarefy.cut.score import UNIT_SCORES, unit_scores
 from rarefy.cut.surgery import DoesNotRun, Inexact, Removal, give_own_heads, restoring, take_out
 from rarefy.dependency.graph import Graph, Group, trace, unruled
 from rarefy.dependency.symbolic_dims import Axis, kept, leaves, products, size
+from rarefy.evaluation.profiling import compare
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Selector, all_layers, select, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.mha import OwnHeads
-from rarefy.proof.measure import compare
 
 NOT_ASKED = "not asked for"
 UNEVEN = "a chunk takes as many of it as of something that stays"

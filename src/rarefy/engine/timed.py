@@ -16,9 +16,9 @@ from rarefy.common.report import Report
 from rarefy.engine.compiled import Compiled, Expected, compile
 from rarefy.engine.language import Decoder, decoder
 from rarefy.engine.trace import MOST_SIZE
+from rarefy.evaluation import profiling
+from rarefy.evaluation.example_inputs import example_of, generates
 from rarefy.model import hf
-from rarefy.proof import measure
-from rarefy.proof.bench import example_of, generates
 
 Subject = nn.Module | Compiled | Decoder
 
@@ -57,7 +57,7 @@ def bench_models(
     else:
         rows = _calls(subjects, tokens, batch, repeats, progress)
     memory = {f"bytes in memory, {n}": resident_bytes(s) for n, s in subjects.items()}
-    here = measure.machine()
+    here = profiling.machine()
     return Report(
         "bench", tuple(rows), {**memory, "cpu": here["cpu"], "threads": here["threads"], "load": here["load"]}
     )
@@ -68,10 +68,10 @@ def _writes(subject: Subject) -> bool:
 
 
 def _rates(subjects: Mapping[str, Any], tokens: int, new: int, repeats: int, progress: bool) -> list[Mapping[str, Any]]:
-    steps = {n: _step(s, tokens + new) if isinstance(s, Decoder) else measure.step_of(s) for n, s in subjects.items()}
+    steps = {n: _step(s, tokens + new) if isinstance(s, Decoder) else profiling.step_of(s) for n, s in subjects.items()}
     first = next(iter(subjects.values()))
     many = first.vocabulary if isinstance(first, Decoder) else first.config.vocab_size
-    found = measure.rates(steps, many, prompt=tokens, new=new, repeats=repeats, progress=progress)
+    found = profiling.rates(steps, many, prompt=tokens, new=new, repeats=repeats, progress=progress)
     return [
         {"what": kind, "of": name, "unit": "tokens/s", **rates[kind]}
         for kind in ("prefill", "decode")
@@ -79,7 +79,7 @@ def _rates(subjects: Mapping[str, Any], tokens: int, new: int, repeats: int, pro
     ]
 
 
-def _step(made: Decoder, most: int) -> measure.Step:
+def _step(made: Decoder, most: int) -> profiling.Step:
     """A decoder's step, of texts of at most so many tokens."""
 
     def step(ids: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -105,7 +105,7 @@ def _calls(
     many = next(len(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     runs: dict[str, Callable[[], Any]] = {name: partial(s, *args, **kwargs) for name, s in subjects.items()}
     rows: list[Mapping[str, Any]] = []
-    for name, t in measure.compare(runs, repeats=repeats, progress=progress).items():
+    for name, t in profiling.compare(runs, repeats=repeats, progress=progress).items():
         millis = {"median": 1000 * t.median, "low": 1000 * t.low, "high": 1000 * t.high, "repeats": t.repeats}
         rows.append({"what": f"forward, batch {many}", "of": name, "unit": "ms", **millis})
     return rows
@@ -138,7 +138,7 @@ def example_for(made: Compiled, tokens: int, batch: int) -> tuple[tuple[Any, ...
 def resident_bytes(subject: Subject) -> int:
     """Return the bytes that weights hold in memory, shared ones once."""
     if isinstance(subject, nn.Module):
-        return measure.resident_bytes(subject)
+        return profiling.resident_bytes(subject)
     made = subject.compiled if isinstance(subject, Decoder) else subject
     tensors = [*made.constants.values(), *(t for k in made.kernels.values() for t in k.tensors())]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())  # several lie in one piece of memory

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from rarefy.common.errors import PatternError, unknown
+from rarefy.evaluation.profiling import native_bf16
 from rarefy.model import sparsity_pattern as patterns
-from rarefy.proof.measure import native_bf16
 from rarefy.prune.score import SCORES
 
 

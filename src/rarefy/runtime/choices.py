@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rarefy.common.atomic_io import write_whole
-from rarefy.proof.measure import machine
+from rarefy.evaluation.profiling import machine
 from rarefy.runtime import native
 
 MOST_BYTES = 16 << 20  # of a file that is read

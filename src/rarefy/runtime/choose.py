@@ -16,12 +16,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from rarefy.common.errors import ModelError, RarefyError, unknown
 from rarefy.common.progress import track
 from rarefy.common.report import Report
+from rarefy.evaluation.profiling import resident_bytes
 from rarefy.model.activation_quant import Inputs, get_inputs
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer, Selector, all_layers, select
 from rarefy.model.quant_grid import notes
-from rarefy.proof.measure import resident_bytes
 from rarefy.runtime import choices as kept
 from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
 from rarefy.runtime.forms import MOST_STRIDE

@@ -11,9 +11,9 @@ from torch import nn
 
 from rarefy.common.progress import track
 from rarefy.common.report import Report
+from rarefy.evaluation.profiling import machine, resident_bytes
 from rarefy.model.layers import Layer, Selector, select
 from rarefy.model.sparsity_pattern import Pattern, check_sparsity, masks_at, parse
-from rarefy.proof.measure import machine, resident_bytes
 from rarefy.runtime import native
 from rarefy.runtime.choose import check_plain, check_sizes, why_dense
 from rarefy.runtime.layers import geometry

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.evaluation.profiling import Times, compare
 from rarefy.model.activation_quant import get_inputs
 from rarefy.model.quant_grid import Grid, notes
-from rarefy.proof.measure import Times, compare
 from rarefy.runtime import choices
 from rarefy.runtime.forms import KINDS, MOST_COLUMNS, NEAR, Packed, Panels
 from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry

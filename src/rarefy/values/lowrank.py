@@ -22,12 +22,12 @@ from rarefy.calibration.sequential import Stop, order, walk
 from rarefy.common.errors import ModelError, PatternError
 from rarefy.common.progress import track
 from rarefy.common.report import Report
+from rarefy.evaluation.profiling import compare
 from rarefy.model.activation_quant import get_inputs
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select, unwrap
 from rarefy.model.lowrank_modules import Corrected, LowRank, cost, most_ranks, noted, put_, sizes, why_not
 from rarefy.model.quant_grid import get_grid
-from rarefy.proof.measure import compare
 from rarefy.prune import solve
 from rarefy.prune.layerwise import check_solvable, matrix, stored
 from rarefy.prune.stage import check_weights
