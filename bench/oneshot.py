@@ -34,7 +34,7 @@ from rarefy.data import builtin, sources
 from rarefy.evaluation.metrics import perplexity
 from rarefy.evaluation.profiling import commit, machine, peak_rss
 from rarefy.model import hf
-from rarefy.prune.allocate import GRADIENTS
+from rarefy.prune.allocation import GRADIENTS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "oneshot.jsonl"

@@ -13,9 +13,9 @@ from rarefy.common.errors import DataError, ModelError, PatternError, RecipeErro
 from rarefy.model.hf import gives_tokens
 from rarefy.model.layers import all_layers, select
 from rarefy.plan import forecast
-from rarefy.prune import allocate
-from rarefy.prune.allocate import LEVELS
-from rarefy.prune.search import TRIALS, probe, search
+from rarefy.prune import allocation
+from rarefy.prune.allocation import LEVELS
+from rarefy.prune.allocation_search import TRIALS, probe, search
 
 
 def mean(found, sizes):
@@ -25,15 +25,15 @@ def mean(found, sizes):
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7, 0.95, 1.0])
 def test_balanced_meets_the_budget_within_bounds(sparsity):
     sizes = {"a": 100, "b": 10, "c": 1000}
-    found = allocate.balanced({"a": 0.9, "b": 0.1, "c": 0.5}, sizes, sparsity)
+    found = allocation.balanced({"a": 0.9, "b": 0.1, "c": 0.5}, sizes, sparsity)
     assert mean(found, sizes) == pytest.approx(sparsity, abs=1e-6)
-    assert all(0 <= s <= max(allocate.MOST, sparsity) for s in found.values())
+    assert all(0 <= s <= max(allocation.MOST, sparsity) for s in found.values())
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
 def test_erk_is_proportional_and_meets_the_budget(sparsity):
     layers = all_layers(Net())
-    found = allocate.erk(layers, sparsity)
+    found = allocation.erk(layers, sparsity)
     sizes = {l.full_name: l.original.numel() for l in layers}
     assert mean(found, sizes) == pytest.approx(sparsity)
     ratios = set()
@@ -46,7 +46,7 @@ def test_erk_is_proportional_and_meets_the_budget(sparsity):
 
 def test_line_rises_with_depth():
     layers = all_layers(nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)]))
-    found = list(allocate.line(layers, 0.5, 0.2).values())
+    found = list(allocation.line(layers, 0.5, 0.2).values())
     assert found == pytest.approx([0.4, 0.45, 0.5, 0.55, 0.6])
 
 
@@ -64,12 +64,12 @@ def test_owl_keeps_layers_with_outliers():
 def test_least_is_the_best_of_all():
     costs = {"a": [1.0, 4.0, 20.0], "b": [0.1, 0.2, 0.9], "c": [3.0, 5.0, 7.0]}
     sizes = {"a": 100, "b": 100, "c": 200}
-    found = allocate.least(costs, sizes, 0.6)
+    found = allocation.least(costs, sizes, 0.6)
     assert mean(found, sizes) == pytest.approx(0.6, abs=1e-6)
     grid = [i / 50 for i in range(49)]
 
     def total(choice):
-        return sum(float(allocate.curve(costs[n], torch.tensor([0.0, s]))[1]) for n, s in zip(costs, choice))
+        return sum(float(allocation.curve(costs[n], torch.tensor([0.0, s]))[1]) for n, s in zip(costs, choice))
 
     rivals = (c for c in itertools.product(grid[::4], repeat=3) if abs(mean(dict(zip(costs, c)), sizes) - 0.6) < 1e-9)
     assert total(found.values()) <= min(map(total, rivals)) * 1.01
@@ -77,15 +77,15 @@ def test_least_is_the_best_of_all():
 
 def test_curve_goes_through_what_was_measured_and_never_falls():
     errors = [0.01, 0.1, 0.5]
-    assert allocate.curve(errors, torch.tensor(allocate.LEVELS)).tolist() == pytest.approx(errors)
-    values = allocate.curve(errors, torch.arange(97) / 100)
+    assert allocation.curve(errors, torch.tensor(allocation.LEVELS)).tolist() == pytest.approx(errors)
+    values = allocation.curve(errors, torch.arange(97) / 100)
     assert values[0] == 0 and (values.diff() >= 0).all()
 
 
 def test_sensitivities_are_squared_gradients_of_outputs():
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 5))
     x, y = torch.randn(6, 4), torch.randint(0, 5, (6,))
-    found = allocate.sensitivities(net, [(x, y)], all_layers(net))
+    found = allocation.sensitivities(net, [(x, y)], all_layers(net))
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     want = torch.zeros(3)
     for i in range(6):  # each sample's own loss
@@ -95,7 +95,7 @@ def test_sensitivities_are_squared_gradients_of_outputs():
     torch.testing.assert_close(found["0"], want / 6)
 
 
-@pytest.mark.parametrize("how", allocate.ALLOCATIONS)
+@pytest.mark.parametrize("how", allocation.ALLOCATIONS)
 @pytest.mark.parametrize("settings", [{"score": "magnitude"}, {"solver": "obs"}, {"solver": "refit"}])
 def test_the_asked_budget_is_the_achieved_one(how, settings):
     model = tiny_llama()
@@ -150,7 +150,7 @@ def test_search_finds_what_measured_errors_hide(names):
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("how", allocate.GRADIENTS)
+@pytest.mark.parametrize("how", allocation.GRADIENTS)
 def test_a_model_without_a_loss_goes_by_its_own_outputs(how):
     """An encoder: what its outputs do not depend on is pruned first."""
     torch.manual_seed(0)
@@ -196,7 +196,7 @@ def test_errors(settings, kind, message):
         rarefy.prune_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), **{"sparsity": 0.5, **settings})
 
 
-@pytest.mark.parametrize("how", allocate.GRADIENTS)
+@pytest.mark.parametrize("how", allocation.GRADIENTS)
 def test_targets_are_not_dropped_where_a_loss_is_missing(how):
     told = {"sparsity": 0.5, "solver": "obs", "allocate": how}
     with pytest.raises(DataError, match=r"no loss.*are there labels in the batch"):

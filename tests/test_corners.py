@@ -9,7 +9,7 @@ import rarefy
 from rarefy.calibration.sequential import End, Stop, blocks, order, walk, with_ends
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model.layers import select
-from rarefy.prune.solver import SOLVERS
+from rarefy.prune.solver_config import SOLVERS
 
 LEARN = rarefy.Solver(name="refit", reconstruct=4, lr=1e-2)
 
@@ -270,7 +270,7 @@ def test_half_precision_learns(dtype):
     net, data = nn.Sequential(block(), block()).to(dtype), [x.to(dtype) for x in rows()]
     ends = []
     chosen = select(net)
-    from rarefy.prune.reconstruct import reconstruct_
+    from rarefy.prune.reconstruction import reconstruct_
 
     masks = {l.full_name: torch.rand(l.original.shape) > 0.5 for l in chosen}
     for stop in walk(net, data, with_ends(order(net, data[0], chosen, dense=True), blocks(net, chosen)), dense=True):

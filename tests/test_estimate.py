@@ -10,8 +10,8 @@ import rarefy
 from rarefy.calibration.sequential import order
 from rarefy.model.batches import samples_in
 from rarefy.model.layers import select
-from rarefy.prune.estimate import Cost, estimate
-from rarefy.prune.solver import SOLVERS, resolve
+from rarefy.prune.cost_model import Cost, estimate
+from rarefy.prune.solver_config import SOLVERS, resolve
 
 
 def deep(width=512, depth=4):

@@ -17,7 +17,7 @@ from rarefy import cli
 from rarefy.calibration import offload, resume
 from rarefy.common import atomic_io
 from rarefy.common.errors import ContainerError, DataError, PatternError, RecipeError
-from rarefy.prune import layerwise, stage
+from rarefy.prune import layerwise, prune
 
 HOWS = {
     "obs": "obs",
@@ -145,7 +145,7 @@ def test_an_allocation_is_searched_once(tmp_path, monkeypatch):
         with pytest.raises(pytest.fail.Exception):
             rarefy.prune_(model, work=work, **how)
     assert {p.name for p in work.iterdir()} == {"key.json", "each.json"}
-    monkeypatch.setattr(stage, "search", lambda *a, **k: pytest.fail("searched again"))
+    monkeypatch.setattr(prune, "search", lambda *a, **k: pytest.fail("searched again"))
     with pytest.raises(ContainerError, match="another run .seed 0 -> 1"):
         rarefy.prune_(fresh("llama"), work=work, seed=1, **how)
     again = rarefy.prune_(model, work=work, **how).rows
@@ -380,23 +380,23 @@ def test_killed_and_gone_on(job, more):
 
 def test_what_is_kept_is_said_and_what_is_removed_was_ours(tmp_path, capsys):
     stage = tmp_path / ".out.work" / "stage-1"
-    stage.mkdir(parents=True)
+    prune.mkdir(parents=True)
     with pytest.raises(KeyboardInterrupt), atomic_io.work_folder(tmp_path / "out"):
         raise KeyboardInterrupt
-    assert not stage.exists() and capsys.readouterr().err == ""  # nothing was done yet
+    assert not prune.exists() and capsys.readouterr().err == ""  # nothing was done yet
     for anew in (False, True):
-        stage.mkdir(parents=True)
-        (stage / "stop-000000.safetensors").touch()
-        (stage / "key.json").touch()
-        (stage.parent / "thesis.txt").touch()
+        prune.mkdir(parents=True)
+        (prune / "stop-000000.safetensors").touch()
+        (prune / "key.json").touch()
+        (prune.parent / "thesis.txt").touch()
         if not anew:
             with pytest.raises(KeyboardInterrupt), atomic_io.work_folder(tmp_path / "out"):
                 raise KeyboardInterrupt
-            assert f"what was done is kept in {stage.parent}, for the same command" in capsys.readouterr().err
-            assert (stage / "stop-000000.safetensors").exists()
+            assert f"what was done is kept in {prune.parent}, for the same command" in capsys.readouterr().err
+            assert (prune / "stop-000000.safetensors").exists()
         with atomic_io.work_folder(tmp_path / "out", fresh=anew):
-            assert stage.exists() != anew
-        assert [p.name for p in stage.parent.iterdir()] == ["thesis.txt"]
+            assert prune.exists() != anew
+        assert [p.name for p in prune.parent.iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("text", ["4", "G", "-1G", "4 potatoes", "", "0G", "100M"])

@@ -12,7 +12,7 @@ from rarefy.common.errors import PatternError
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.masks import masks
 from rarefy.model.sparsity_pattern import masks_at, parse, select, select_many
-from rarefy.prune.score import SCORES
+from rarefy.prune.scores import SCORES
 
 UNITS = ["unstructured", "4x1", "1x4", "3x2", "row", "channel", "column"]
 

@@ -17,7 +17,7 @@ from rarefy.model.layers import all_layers, select
 from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Codebook, Grid, get_grid, live_grid, notes, scale_shape
 from rarefy.plan import forecast
-from rarefy.prune import solve
+from rarefy.prune import solvers
 from rarefy.values.fit import FITS
 from rarefy.values.quantize import asked, grid_for
 
@@ -206,8 +206,8 @@ def test_second_order_is_the_textbook(masked):
     H = X @ X.T / 300
     keep = torch.rand(6, 20, generator=rng) < (0.5 if masked else 2)
     scale = W.abs().amax(1) / 7
-    U, _ = solve.inverse_factor(H[None], 0.0)
-    got, mask = solve.obs(W[None], U, lambda s, a, b: keep[None, :, a:b], [0, 8, 16, 20], Fixed(scale[None]))
+    U, _ = solvers.inverse_factor(H[None], 0.0)
+    got, mask = solvers.obs(W[None], U, lambda s, a, b: keep[None, :, a:b], [0, 8, 16, 20], Fixed(scale[None]))
     want = textbook_gptq(W, H, lambda w: (w / scale).round().clamp(-8, 7) * scale, keep)
     torch.testing.assert_close(got[0], want, rtol=1e-6, atol=1e-8)
     assert torch.equal(mask[0], keep)
@@ -233,11 +233,11 @@ def test_a_group_begins_with_the_errors_of_those_before():
     X = torch.randn(16, 200, generator=rng, dtype=torch.float64)
     H = X @ X.T / 200 + 0.5
     scale = W.abs().amax(1) / 3
-    U, _ = solve.inverse_factor(H[None], 0.0)
+    U, _ = solvers.inverse_factor(H[None], 0.0)
     all_ = torch.ones(1, 5, 16, dtype=torch.bool)
     snaps = [Told(scale[None]) for _ in range(2)]
     for snap, edges in zip(snaps, ([0, 16], [0, 4, 8, 12, 16])):
-        solve.obs(W[None], U, lambda s, a, b: all_[..., a:b], edges, snap)
+        solvers.obs(W[None], U, lambda s, a, b: all_[..., a:b], edges, snap)
     assert sorted(snaps[0].seen) == [0, 4, 8, 12]
     for first, seen in snaps[0].seen.items():  # in one block or in several: the same
         torch.testing.assert_close(seen, snaps[1].seen[first])

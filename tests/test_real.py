@@ -13,7 +13,7 @@ from rarefy.evaluation.metrics import accuracy
 from rarefy.model import hf
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.layers import select
-from rarefy.prune import solve
+from rarefy.prune import solvers
 from rarefy.prune.layerwise import matrix
 
 pytestmark = pytest.mark.real
@@ -146,11 +146,11 @@ def test_refit_reaches_least_squares_on_real_layers(smollm2):
     chosen = select(model, "model.layers.[01].*")
     for stop in walk(model, data, order(model, data[0], chosen)):
         W = torch.cat([matrix(l, l.weight.detach()) for l in stop.group.layers], 1)[:, ::64]
-        H = solve.damped(stop.gram.H, 0.01)
+        H = solvers.damped(stop.gram.H, 0.01)
         scores = (W.abs() * stop.gram.diagonal.sqrt())[:, None]
         mask = patterns.masks_at([scores], patterns.parse("unstructured"), 0.5, "row")[0][:, 0]
-        new = solve.refit(W, W, H, mask, 20)
-        found, start = solve.error(new, W, H)[0], solve.error(W * mask, W, H)[0]
+        new = solvers.refit(W, W, H, mask, 20)
+        found, start = solvers.error(new, W, H)[0], solvers.error(W * mask, W, H)[0]
         R = torch.linalg.cholesky(H[0].double()).T
         best = torch.zeros_like(found, dtype=torch.float64)
         for i, (row, keep) in enumerate(zip(W[0].double(), mask[0])):

@@ -13,7 +13,7 @@ from rarefy import Gradual, stages
 from rarefy import recipe as recipes
 from rarefy.common.errors import ModelError, PatternError, RecipeError, SelectorError
 from rarefy.plan import forecast
-from rarefy.prune.score import SCORES
+from rarefy.prune.scores import SCORES
 from rarefy.train.optimizers import LR_SCHEDULES, optimizer_of
 from rarefy.train.schedule import SCHEDULES
 

@@ -10,7 +10,7 @@ from rarefy.calibration.sequential import Block, End, Stop, blocks, order, walk,
 from rarefy.common.errors import ModelError, PatternError
 from rarefy.model.layers import select
 from rarefy.prune import layerwise
-from rarefy.prune.reconstruct import reconstruct_
+from rarefy.prune.reconstruction import reconstruct_
 
 
 class Residual(nn.Module):

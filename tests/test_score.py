@@ -12,7 +12,7 @@ from conftest import Attention, Net, Tied, image_batches
 from rarefy.calibration.statistics import Stats, collect
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model.layers import all_layers, select
-from rarefy.prune.score import SCORES
+from rarefy.prune.scores import SCORES
 
 INPUT, OUTPUT, GRADIENT = frozenset({"input"}), frozenset({"input", "output"}), frozenset({"gradient"})
 

@@ -6,8 +6,8 @@ import torch
 import rarefy
 from rarefy.calibration.gram import Gram
 from rarefy.model.sparsity_pattern import masks_at, parse
-from rarefy.prune import layerwise, solve
-from rarefy.prune.solver import resolve
+from rarefy.prune import layerwise, solvers
+from rarefy.prune.solver_config import resolve
 
 
 def problem(G=1, O=6, C=12, tokens=400, seed=0, dtype=torch.float64):
@@ -48,13 +48,13 @@ def textbook_obs(W, H, mask):
 def test_error_is_that_of_the_outputs():
     W, X, H = problem(G=2)
     V = W + torch.randn_like(W)
-    torch.testing.assert_close(solve.error(V, W, H) * X.shape[-1], ((V - W) @ X).square().sum(-1))
+    torch.testing.assert_close(solvers.error(V, W, H) * X.shape[-1], ((V - W) @ X).square().sum(-1))
 
 
 @pytest.mark.parametrize("C", [1, 7, 40])
 def test_factor_is_that_of_the_inverse(C):
     _, _, H = problem(G=3, C=C)
-    U, used = solve.inverse_factor(H, 0.01)
+    U, used = solvers.inverse_factor(H, 0.01)
     assert used == 0.01
     torch.testing.assert_close(U, U.triu())
     want = torch.linalg.inv(H + 0.01 * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(C))
@@ -63,23 +63,23 @@ def test_factor_is_that_of_the_inverse(C):
 
 def test_damping_climbs_and_is_reported():
     H = torch.tensor([[[1.0, 1.02], [1.02, 1.0]]], dtype=torch.float64)
-    U, used = solve.inverse_factor(H, 0.001)
+    U, used = solvers.inverse_factor(H, 0.001)
     assert used == pytest.approx(0.1)
-    torch.testing.assert_close(U.transpose(1, 2) @ U, torch.linalg.inv(solve.damped(H, 0.1)))
+    torch.testing.assert_close(U.transpose(1, 2) @ U, torch.linalg.inv(solvers.damped(H, 0.1)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -1.0])
 def test_no_silent_identity(bad):
     with pytest.raises(ArithmeticError, match="not positive definite even with damping 10"):
-        solve.inverse_factor(torch.full((1, 2, 2), bad), 0.01)
+        solvers.inverse_factor(torch.full((1, 2, 2), bad), 0.01)
 
 
 def test_inputs_that_were_always_zero_do_no_harm():
     W, X, _ = problem()
     X[:, 3] = 0
     H = X @ X.transpose(1, 2)
-    U, _ = solve.inverse_factor(H, 0.01)
-    new, mask = solve.obs(W, U, chooser("unstructured", 0.5), range(0, 13, 4))
+    U, _ = solvers.inverse_factor(H, 0.01)
+    new, mask = solvers.obs(W, U, chooser("unstructured", 0.5), range(0, 13, 4))
     assert torch.isfinite(new).all()
     assert (new[mask] != 0).all()
 
@@ -88,19 +88,19 @@ def test_inputs_that_were_always_zero_do_no_harm():
 def test_obs_is_the_textbooks(edges):
     W, _, H = problem(G=2)
     mask = torch.rand(W.shape) > 0.5
-    U, _ = solve.inverse_factor(H, 0.01)
-    new, same = solve.obs(W, U, lambda _, a, b: mask[..., a:b], edges)
+    U, _ = solvers.inverse_factor(H, 0.01)
+    new, same = solvers.obs(W, U, lambda _, a, b: mask[..., a:b], edges)
     assert torch.equal(same, mask)
     for g in range(2):
-        torch.testing.assert_close(new[g], textbook_obs(W[g], solve.damped(H, 0.01)[g], mask[g]))
+        torch.testing.assert_close(new[g], textbook_obs(W[g], solvers.damped(H, 0.01)[g], mask[g]))
 
 
 def test_obs_chooses_by_the_error_it_will_make():
     """One column at a time: its least w^2 / [H^-1]_jj, weights moved by those before it."""
     W, _, H = problem(O=8, C=6)
-    U, _ = solve.inverse_factor(H, 0.01)
-    _, mask = solve.obs(W, U, chooser("unstructured", 0.5), range(7))
-    Hd, moved = solve.damped(H, 0.01)[0], W[0].clone()
+    U, _ = solvers.inverse_factor(H, 0.01)
+    _, mask = solvers.obs(W, U, chooser("unstructured", 0.5), range(7))
+    Hd, moved = solvers.damped(H, 0.01)[0], W[0].clone()
     for j in range(6):
         inverse = torch.linalg.inv(Hd[j:, j:])
         loss = moved[:, j].square() / inverse[0, 0]
@@ -112,8 +112,8 @@ def test_obs_chooses_by_the_error_it_will_make():
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])
 def test_obs_at_the_ends(sparsity):
     W, _, H = problem()
-    U, _ = solve.inverse_factor(H, 0.01)
-    new, _ = solve.obs(W, U, chooser("unstructured", sparsity), [0, 6, 12])
+    U, _ = solvers.inverse_factor(H, 0.01)
+    new, _ = solvers.obs(W, U, chooser("unstructured", sparsity), [0, 6, 12])
     torch.testing.assert_close(new, W * (1 - sparsity))
 
 
@@ -124,14 +124,14 @@ def test_refit_comes_within_one_percent_of_least_squares_and_never_above_its_sta
         mask = torch.rand(W.shape) > 0.6
     else:
         mask = chooser(kind if kind != "magnitude" else "unstructured", None if ":" in kind else 0.6)(W.abs(), 0, 48)
-    best = solve.error(exact_fit(W, H, mask), W, H).sum()
+    best = solvers.error(exact_fit(W, H, mask), W, H).sum()
     starts = [W, torch.randn_like(W), exact_fit(W, H, mask)]
     for start in starts:
-        new = solve.refit(start, W, H, mask, steps=20)
+        new = solvers.refit(start, W, H, mask, steps=20)
         assert (new[~mask] == 0).all()
-        assert (solve.error(new, W, H) <= solve.error(torch.where(mask, start, 0), W, H)).all()
-        assert solve.error(new, W, H).sum() <= 1.01 * best
-    errors = [float(solve.error(solve.refit(W, W, H, mask, n), W, H).sum()) for n in range(12)]
+        assert (solvers.error(new, W, H) <= solvers.error(torch.where(mask, start, 0), W, H)).all()
+        assert solvers.error(new, W, H).sum() <= 1.01 * best
+    errors = [float(solvers.error(solvers.refit(W, W, H, mask, n), W, H).sum()) for n in range(12)]
     assert errors == sorted(errors, reverse=True)
 
 
@@ -140,31 +140,31 @@ def test_refit_survives_rows_without_weights_and_inputs_without_energy():
     H[:, 3] = H[:, :, 3] = 0
     mask = torch.ones_like(W, dtype=torch.bool)
     mask[:, 0] = False
-    new = solve.refit(W, W, H, mask)
+    new = solvers.refit(W, W, H, mask)
     assert torch.isfinite(new).all() and (new[:, 0] == 0).all()
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5), ("3:5", 0.4), ("2x2", 0.5)])
 def test_admm_finds_better_masks_than_obs_and_magnitude(pattern, sparsity):
     W, _, H = problem(O=32, C=40, tokens=2000)
-    Hd, choose = solve.damped(H, 0.01), chooser(pattern, None if ":" in pattern else sparsity)
-    new, mask = solve.admm(W, Hd, choose)
+    Hd, choose = solvers.damped(H, 0.01), chooser(pattern, None if ":" in pattern else sparsity)
+    new, mask = solvers.admm(W, Hd, choose)
     assert (new[~mask] == 0).all()
     if ":" in pattern:
         n, m = map(int, pattern.split(":"))
         assert (mask.reshape(-1, m).sum(1) == n).all()
     else:
         assert mask.float().mean().item() == pytest.approx(1 - sparsity, abs=1e-3)
-    U, _ = solve.inverse_factor(H, 0.01)
+    U, _ = solvers.inverse_factor(H, 0.01)
     greedy = choose(W.square() / U.diagonal(dim1=1, dim2=2)[:, None].square(), 0, 40)
-    rivals = [solve.refit(W, W, Hd, m, 60) for m in (greedy, choose(W.abs(), 0, 40))]
-    assert all(solve.error(new, W, Hd).sum() < solve.error(r, W, Hd).sum() for r in rivals)
+    rivals = [solvers.refit(W, W, Hd, m, 60) for m in (greedy, choose(W.abs(), 0, 40))]
+    assert all(solvers.error(new, W, Hd).sum() < solvers.error(r, W, Hd).sum() for r in rivals)
 
 
 def test_admm_of_a_given_mask_is_least_squares():
     W, _, H = problem(G=2)
     mask = torch.rand(W.shape) > 0.5
-    new, same = solve.admm(W, H, lambda _, a, b: mask[..., a:b], refits=20)
+    new, same = solvers.admm(W, H, lambda _, a, b: mask[..., a:b], refits=20)
     assert torch.equal(mask, same)
     torch.testing.assert_close(new, exact_fit(W, H, mask), rtol=1e-3, atol=1e-3)
 
@@ -174,11 +174,11 @@ def test_shifted_target_is_the_asymmetric_problem():
     W, X, _ = problem(O=4)
     Y = X + 0.3 * torch.randn_like(X)
     H = Y @ Y.transpose(1, 2)
-    target = W + solve.shift(W, (X - Y) @ Y.transpose(1, 2), torch.linalg.cholesky(H))
+    target = W + solvers.shift(W, (X - Y) @ Y.transpose(1, 2), torch.linalg.cholesky(H))
     gaps = []
     for seed in range(3):
         V = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed), dtype=W.dtype)
-        gaps.append((V @ Y - W @ X).square().sum() - solve.error(V, target, H).sum())
+        gaps.append((V @ Y - W @ X).square().sum() - solvers.error(V, target, H).sum())
     torch.testing.assert_close(gaps[0], gaps[1])
     torch.testing.assert_close(gaps[0], gaps[2])
 
@@ -187,7 +187,7 @@ def test_the_best_amount_of_a_shift_is_the_best_of_all():
     W, X, _ = problem(O=4)
     Y = X + 0.3 * torch.randn_like(X)
     move = torch.randn_like(W)
-    best = float(solve.best_shift(W, move, Y @ Y.transpose(1, 2), (X - Y) @ Y.transpose(1, 2)))
+    best = float(solvers.best_shift(W, move, Y @ Y.transpose(1, 2), (X - Y) @ Y.transpose(1, 2)))
     errors = {a: float(((W + a * move) @ Y - W @ X).square().sum()) for a in (best - 0.01, best, best + 0.01)}
     assert min(errors, key=lambda a: errors[a]) == best
 

@@ -22,8 +22,8 @@ from rarefy.migration import Migrated, migrate
 from rarefy.model.masks import adopt_, fold_, masks
 from rarefy.onnx.export import export_onnx
 from rarefy.onnx.load import from_onnx
-from rarefy.prune.solver import Solver
-from rarefy.prune.stage import prune_
+from rarefy.prune.prune import prune_
+from rarefy.prune.solver_config import Solver
 from rarefy.recipe import Recipe
 from rarefy.runtime.choose import accelerate_
 from rarefy.store import export, inspect, load, save

@@ -34,8 +34,8 @@ from rarefy.model.masks import fold_
 from rarefy.model.quant_grid import OnGrid
 from rarefy.model.sparsity_pattern import check_sparsity, parse
 from rarefy.plan import naming, targets
-from rarefy.prune.allocate import GRADIENTS
-from rarefy.prune.stage import check_weights, prune_, report
+from rarefy.prune.allocation import GRADIENTS
+from rarefy.prune.prune import check_weights, prune_, report
 from rarefy.runtime.choose import accelerate_
 from rarefy.runtime.layers import Sparse
 from rarefy.train.plans import Movement

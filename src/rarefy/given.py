@@ -14,8 +14,8 @@ from rarefy.cut.score import UNIT_SCORES
 from rarefy.data import sources
 from rarefy.model import hf
 from rarefy.model.forward import check_batches
-from rarefy.prune.allocate import SLOW
-from rarefy.prune.score import SCORES
+from rarefy.prune.allocation import SLOW
+from rarefy.prune.scores import SCORES
 from rarefy.train.plans import SecondOrder
 
 

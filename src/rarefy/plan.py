@@ -19,7 +19,7 @@ from rarefy.model.layers import Layer, all_layers, select
 from rarefy.model.lowrank_modules import cost, most_ranks, why_not
 from rarefy.model.quant_grid import scale_shape
 from rarefy.model.sparsity_pattern import Pattern
-from rarefy.prune.stage import asked, check_ask, chosen_layers
+from rarefy.prune.prune import asked, check_ask, chosen_layers
 from rarefy.train.plans import Movement
 from rarefy.train.plans import asked as asked_plan
 from rarefy.values.quantize import Ask

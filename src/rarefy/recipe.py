@@ -20,7 +20,7 @@ from rarefy.common.located_yaml import Node, parse, plain, show, unwrap
 from rarefy.cut.ask import BUDGETS, check_cut
 from rarefy.cut.permute import check_permute
 from rarefy.model import sparsity_pattern as patterns
-from rarefy.prune.solver import resolve
+from rarefy.prune.solver_config import resolve
 from rarefy.stages import (
     AT_LEAST_ONE,
     CHOICES,

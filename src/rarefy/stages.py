@@ -12,9 +12,9 @@ from rarefy.cut.score import REDUCTIONS as CUT_REDUCTIONS
 from rarefy.cut.score import UNIT_SCORES
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.quant_grid import BITS
-from rarefy.prune.allocate import ALLOCATIONS
-from rarefy.prune.score import SCORES
-from rarefy.prune.solver import Solver
+from rarefy.prune.allocation import ALLOCATIONS
+from rarefy.prune.scores import SCORES
+from rarefy.prune.solver_config import Solver
 from rarefy.train.distill import DEPTHS, HIDDEN, OUTPUTS, Distill
 from rarefy.train.loop import AUTOCAST
 from rarefy.train.optimizers import LR_SCHEDULES

@@ -27,7 +27,7 @@ from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.masks import clear_, fold_parameter_, mask_of
-from rarefy.prune.stage import prune_
+from rarefy.prune.prune import prune_
 
 CAPABILITY = (8, 0)  # of GPUs whose matrix units skip 2:4 zeros
 

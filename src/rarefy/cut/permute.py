@@ -30,8 +30,8 @@ from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, all_layers, select, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.sparsity_pattern import Pattern, parse
-from rarefy.prune.score import SCORES
-from rarefy.prune.stage import calibrate, check_weights
+from rarefy.prune.prune import calibrate, check_weights
+from rarefy.prune.scores import SCORES
 
 ROWS = 2048  # from so many, spread over all, an order is found; what it keeps is counted on all
 NEAR = 1e-5  # how far outputs may be from those before, relative to the largest: sums round otherwise
@@ -58,7 +58,7 @@ def permute_(
 
     example    what the model can be called with: one call shows which slices of which parameters belong together
     pattern    N:M
-    score      what is to be kept (`rarefy.prune.score.SCORES`); some read `data`
+    score      what is to be kept (`rarefy.prune.scores.SCORES`); some read `data`
     optimizer  one that trains the model: its state goes along
     seconds    the search takes at most, of all groups together. It goes on through random exchanges until many in a row
                lead nowhere, which takes a second for 64 x 128, and longer than anyone waits for wide layers

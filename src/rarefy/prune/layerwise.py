@@ -24,12 +24,12 @@ from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.batches import samples_in, tokens_in
 from rarefy.model.layers import Layer, unwrap
 from rarefy.model.masks import get_mask, set_mask_
-from rarefy.prune import solve
-from rarefy.prune.allocate import SLOW
-from rarefy.prune.estimate import estimate
-from rarefy.prune.reconstruct import reconstruct_
-from rarefy.prune.score import SCORES
-from rarefy.prune.solver import COMMON, LINES, SOLVERS, Ask, Solver, in_bf16, passes
+from rarefy.prune import solvers
+from rarefy.prune.allocation import SLOW
+from rarefy.prune.cost_model import estimate
+from rarefy.prune.reconstruction import reconstruct_
+from rarefy.prune.scores import SCORES
+from rarefy.prune.solver_config import COMMON, LINES, SOLVERS, Ask, Solver, in_bf16, passes
 
 MISFIT = "the state of this run does not fit the model: remove its folder to start anew"
 Spread = Callable[[], tuple[dict[str, float], list[str]]]
@@ -226,9 +226,9 @@ def _measure(
         if ask.plan.kind in LINES:
             mask = choose((W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square(), 0, W.shape[-1])
             choose = given_mask(mask)
-        new, _ = solve.obs(W, U, choose, parts[0].edges(SOLVERS["obs"]["block"]))
+        new, _ = solvers.obs(W, U, choose, parts[0].edges(SOLVERS["obs"]["block"]))
         widths = [c.rows for c in parts]
-        errors = solve.error(new, W, H).split(widths, 1)
+        errors = solvers.error(new, W, H).split(widths, 1)
         for layer, error, w in zip(layers, errors, new.split(widths, 1)):
             if solved is not None:
                 kept = stored(layer, w, tuple(layer.original.shape)).bfloat16()
@@ -237,7 +237,7 @@ def _measure(
             costs[layer.full_name].append(float((by_output * weights[layer.full_name].reshape(-1)).sum()))
 
 
-def given_mask(mask: Tensor) -> solve.Choose:
+def given_mask(mask: Tensor) -> solvers.Choose:
     """A choice that was made before."""
     return lambda _, a, b: mask[..., a:b]
 
@@ -245,14 +245,14 @@ def given_mask(mask: Tensor) -> solve.Choose:
 def factor(layers: Sequence[Layer], H: Tensor, damping: float) -> tuple[Tensor, float]:
     """Return `solve.inverse_factor`; ModelError naming the layers where there is none."""
     try:
-        return solve.inverse_factor(H, damping)
+        return solvers.inverse_factor(H, damping)
     except ArithmeticError as error:
         raise ModelError(
             f"{', '.join(l.full_name for l in layers)}: the Gram matrix of its inputs is {error}"
         ) from None
 
 
-def choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> tuple[solve.Choose, list[_Chooser]]:
+def choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> tuple[solvers.Choose, list[_Chooser]]:
     """One choice for the stacked rows of several layers, each by itself."""
     parts = [_Chooser(l, ask, given.get(l.full_name)) for l in layers]
     widths = [c.rows for c in parts]
@@ -306,22 +306,22 @@ def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor], wanted:
             own = (W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square()
             scores = own if score is None or given else _scores(layers, score, W, stop.gram)
             mask = choose(scores, 0, W.shape[-1])
-            new, mask = solve.obs(target, U, given_mask(mask), edges)
+            new, mask = solvers.obs(target, U, given_mask(mask), edges)
         else:
-            new, mask = solve.obs(target, U, choose, edges)
+            new, mask = solvers.obs(target, U, choose, edges)
     else:
         assert s.refits is not None
-        Hd = solve.damped(H, used)
+        Hd = solvers.damped(H, used)
         target = target_of(W, H, stop.gram, s) if wanted is None else wanted
         if s.name == "admm" and score is None and not given:
             assert s.steps is not None
-            new, mask = solve.admm(target, Hd, choose, steps=s.steps, refits=s.refits)
+            new, mask = solvers.admm(target, Hd, choose, steps=s.steps, refits=s.refits)
         else:
             scores = W if given else _scores(layers, score or "wanda", W, stop.gram)  # given masks need none
             mask = choose(scores, 0, W.shape[-1])
-            new = solve.refit(target, target, Hd, mask, s.refits)
-    error = solve.error(new, W, H).sum(0).split(widths)
-    energy = solve.error(torch.zeros_like(W), W, H).sum(0).split(widths)
+            new = solvers.refit(target, target, Hd, mask, s.refits)
+    error = solvers.error(new, W, H).sum(0).split(widths)
+    energy = solvers.error(torch.zeros_like(W), W, H).sum(0).split(widths)
     seconds = (time.perf_counter() - began) / len(layers)
     masks, rows = {}, []
     for layer, w, m, e, all_ in zip(layers, new.split(widths, 1), mask.split(widths, 1), error, energy):
@@ -346,14 +346,14 @@ def target_of(W: Tensor, H: Tensor, gram: Gram, s: Solver) -> Tensor:
     """Return the weights whose outputs are wanted: the dense ones, or shifted towards the dense model's outputs."""
     if not s.asymmetric or gram.cross is None:
         return W
-    L = torch.linalg.cholesky(solve.damped(H, max(s.damping or 0, 0.01)))
+    L = torch.linalg.cholesky(solvers.damped(H, max(s.damping or 0, 0.01)))
     amount, held = s.asymmetric, gram.held
     if held is not None and gram.tokens > held.tokens:  # what is right for tokens that the shift was not made of
         assert held.H is not None and held.cross is not None
-        seen = solve.shift(W, gram.cross - held.cross * (held.tokens / gram.tokens), L)
-        best = float(solve.best_shift(W, seen, held.H, held.cross)) * (1 - held.tokens / gram.tokens)
+        seen = solvers.shift(W, gram.cross - held.cross * (held.tokens / gram.tokens), L)
+        best = float(solvers.best_shift(W, seen, held.H, held.cross)) * (1 - held.tokens / gram.tokens)
         amount *= min(1.0, max(0.0, best))
-    return W + amount * solve.shift(W, gram.cross, L)
+    return W + amount * solvers.shift(W, gram.cross, L)
 
 
 def _scores(layers: Sequence[Layer], score: str, W: Tensor, gram: Gram) -> Tensor:

@@ -21,8 +21,8 @@ from rarefy.model.losses import Loss
 from rarefy.model.masks import effective, mask_of, open_mask, set_mask_
 from rarefy.model.shards import spread_as, whole
 from rarefy.model.sparsity_pattern import Pattern, masks_at, per_unit
-from rarefy.prune import stage
-from rarefy.prune.allocate import erk
+from rarefy.prune import prune
+from rarefy.prune.allocation import erk
 from rarefy.train import fisher
 from rarefy.train.plans import Admm, Alternate, Asked, Gradual, Movement, Plan, Rewind, Rigl, SecondOrder
 from rarefy.train.schedule import sparsities
@@ -105,15 +105,15 @@ def ways(work: Work) -> list[tuple[float, list[Layer]]]:
 
 def _gradual(work: Work, index: int) -> float:
     plan: Gradual = work.plan
-    stage.check_weights(work.layers)
-    stats = stage.calibrate(work.model, work.layers, plan.score, work.calibrate, work.loss, work.seed)
+    prune.check_weights(work.layers)
+    stats = prune.calibrate(work.model, work.layers, plan.score, work.calibrate, work.loss, work.seed)
     found: list[tuple[Layer, Tensor]] = []
     asked, before = 0.0, work.zeros()
     for end, layers in ways(work):
         sparsity = sparsities(plan.schedule, end, plan.steps, plan.first)[index]
         for some, least in _parts(work, layers, sparsity, plan.regrow):
             how = (plan.score, least, work.asked.scope, plan.reduce, plan.regrow)
-            found += zip(some, stage.choose_masks(some, stats, work.pattern, *how))
+            found += zip(some, prune.choose_masks(some, stats, work.pattern, *how))
         asked += sparsity * sum(l.original.numel() for l in layers)
     for layer, mask in found:
         set_mask_(layer, mask)
@@ -169,7 +169,7 @@ def _movement(work: Work, index: int) -> float:
 
 def _second_order(work: Work, index: int) -> float:
     plan: SecondOrder = work.plan
-    stage.check_weights(work.layers)
+    prune.check_weights(work.layers)
     sparsity = sparsities(plan.schedule, work.asked.sparsity, plan.steps, plan.first)[index]
     assert work.calibrate is not None
     how = {"count": plan.gradients, "block": plan.block, "damp": plan.damp}

@@ -13,8 +13,8 @@ from typing import Literal
 from rarefy.common.errors import PatternError, unknown
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse
-from rarefy.prune.score import SCORES
-from rarefy.prune.stage import default_scope
+from rarefy.prune.prune import default_scope
+from rarefy.prune.scores import SCORES
 from rarefy.train.schedule import MOST_STEPS, sparsities
 
 Words = str | Sequence[str] | None

@@ -15,8 +15,8 @@ from rarefy.model.layers import Layer, all_layers, select
 from rarefy.model.losses import Loss
 from rarefy.model.masks import Mask, check_maskable, clear_, get_mask, masks, open_mask, set_mask_
 from rarefy.model.shards import everyones, sharded, whole
-from rarefy.prune import stage
-from rarefy.prune.score import SCORES
+from rarefy.prune import prune
+from rarefy.prune.scores import SCORES
 from rarefy.train.methods import METHODS, Work, lr_progress, ways
 from rarefy.train.plans import Gradual, Plan, SecondOrder, Stairs, asked
 
@@ -84,7 +84,7 @@ class Sparsifier:
             return
         told = asked(plan)
         self._layers = select(model, plan.layers, plan.ignore)
-        stage.refuse_impossible(self._layers, told.pattern)
+        prune.refuse_impossible(self._layers, told.pattern)
         data = list(calibrate) if isinstance(calibrate, Iterator) else calibrate
         self._check(plan, data)
         self._method = METHODS[type(plan)]

@@ -17,10 +17,10 @@ from rarefy.common.progress import track
 from rarefy.model.layers import Layer
 from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Grid, split
-from rarefy.prune import solve
+from rarefy.prune import solvers
 from rarefy.prune.layerwise import check_solvable, choosers, factor, given_mask, matrix, stored, target_of
-from rarefy.prune.solver import Ask as PruneAsk
-from rarefy.prune.solver import passes
+from rarefy.prune.solver_config import Ask as PruneAsk
+from rarefy.prune.solver_config import passes
 from rarefy.values.fit import FITS
 from rarefy.values.quantize import Ask, Made, finite, fitted, grid_for
 
@@ -71,16 +71,19 @@ def _solve(layer: Layer, stop: Stop, ask: Ask, shapes: Mapping[str, tuple[int, .
         prune = PruneAsk(ask.pattern, ask.sparsity, {layer.full_name: ask.sparsity}, "layer")
         choose, parts = choosers([layer], prune, {})
         edges = parts[0].edges(_block(ask))
-        target, kept = solve.obs(target, U, choose, edges)
-        target = solve.refit(target, target_of(W, H, stop.gram, solver), solve.damped(H, used), kept)
+        target, kept = solvers.obs(target, U, choose, edges)
+        target = solvers.refit(target, target_of(W, H, stop.gram, solver), solvers.damped(H, used), kept)
         fresh = stored(layer, kept, shape)
     snap = OnColumns(layer, torch.where(kept, target, 0.0), ask, shapes[layer.full_name], columns)
-    new, _ = solve.obs(target, U, given_mask(kept), edges, snap)
+    new, _ = solvers.obs(target, U, given_mask(kept), edges, snap)
     grid = snap.grid()
     weight = stored(layer, new, shape).to(layer.original.dtype)
     weight = torch.where(weight == 0, 0.0, grid.snap(weight))  # what half a step of the weight's type has moved
     weight = finite(layer, grid, weight)
-    error, energy = solve.error(matrix(layer, weight.float()), W, H).sum(), solve.error(torch.zeros_like(W), W, H).sum()
+    error, energy = (
+        solvers.error(matrix(layer, weight.float()), W, H).sum(),
+        solvers.error(torch.zeros_like(W), W, H).sum(),
+    )
     stop.weights[layer.full_name] = weight
     told = {"error": float(error / energy.clamp(min=1e-30)), "damping": used, "seconds": time.perf_counter() - began}
     return told, (grid, weight, fresh)
@@ -120,7 +123,7 @@ class OnColumns:
         self.low, self.high = grid.range
 
     def begin(self, W: Tensor, kept: Tensor, first: int) -> None:
-        """See `rarefy.prune.solve.Snap`."""
+        """See `rarefy.prune.solvers.Snap`."""
         G, n, O = W.shape
         X = torch.where(kept, W, 0.0).transpose(1, 2).reshape(G * O, n)  # zero is a point of every grid
         weigh = self.columns[..., first : first + n].expand(G, O, n).reshape(G * O, n)
@@ -130,7 +133,7 @@ class OnColumns:
             self.zero[..., first : first + n] = zero.float().reshape(G, O, 1)
 
     def __call__(self, w: Tensor, column: int) -> Tensor:
-        """See `rarefy.prune.solve.Snap`."""
+        """See `rarefy.prune.solvers.Snap`."""
         scale = self.scale[..., column]
         zero = 0 if self.zero is None else self.zero[..., column]
         return ((w / scale).round() + zero).clamp(self.low, self.high).sub(zero) * scale

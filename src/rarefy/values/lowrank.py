@@ -28,9 +28,9 @@ from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select, unwrap
 from rarefy.model.lowrank_modules import Corrected, LowRank, cost, most_ranks, noted, put_, sizes, why_not
 from rarefy.model.quant_grid import get_grid
-from rarefy.prune import solve
+from rarefy.prune import solvers
 from rarefy.prune.layerwise import check_solvable, matrix, stored
-from rarefy.prune.stage import check_weights
+from rarefy.prune.prune import check_weights
 from rarefy.runtime.choose import READERS
 from rarefy.runtime.observe import plain
 
@@ -272,7 +272,7 @@ def _tucker(layer: Layer, W: Tensor, H: Tensor | None, ask: Ask) -> tuple[LowRan
         Wz, L = W @ wide, None
     else:
         Hz = wide.T @ H @ wide
-        Wz, L = torch.linalg.solve(solve.damped(Hz[None], DAMPING)[0], wide.T @ H @ W.T).T, _root(Hz)
+        Wz, L = torch.linalg.solve(solvers.damped(Hz[None], DAMPING)[0], wide.T @ H @ W.T).T, _root(Hz)
     A, B, outputs = truncated(Wz, L)
     if ask.energy is not None:
         r_out = ask.rounded(_enough(outputs, (1 + ask.energy) / 2), min(O, r_in * K), up=True)
@@ -301,7 +301,7 @@ def _share_of_both(O: int, I: int, K: int, keep: float) -> tuple[int, int]:
 def _root(H: Tensor) -> Tensor:
     """L with L L^T = H, damped."""
     for damping in (DAMPING, 100 * DAMPING, 1.0):
-        L, info = torch.linalg.cholesky_ex(solve.damped(H[None], damping)[0])
+        L, info = torch.linalg.cholesky_ex(solvers.damped(H[None], damping)[0])
         if not info.any():
             return L
     raise ModelError("the Gram matrix of a layer's inputs is not positive definite: NaN or inf in its inputs?")

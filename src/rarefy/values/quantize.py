@@ -20,8 +20,8 @@ from rarefy.model.layers import Layer, Selector, select, unwrap
 from rarefy.model.masks import check_maskable, get_mask, set_mask_
 from rarefy.model.quant_grid import BITS, Grid, Values, get_grid, live_grid, note_, rows_of, scale_shape, set_grid_
 from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse
-from rarefy.prune.solver import Solver, resolve
-from rarefy.prune.stage import check_weights, chosen_layers
+from rarefy.prune.prune import check_weights, chosen_layers
+from rarefy.prune.solver_config import Solver, resolve
 from rarefy.values.activations import KINDS, OBSERVERS, inputs_for, modules_of
 from rarefy.values.fit import FITS, Fit
 from rarefy.values.smooth import smooth_

@@ -26,8 +26,8 @@ from rarefy.model.layers import Layer
 from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Grid, beside, split
 from rarefy.prune.layerwise import check_solvable
-from rarefy.prune.reconstruct import block_error, block_loss
-from rarefy.prune.solver import in_bf16, passes
+from rarefy.prune.reconstruction import block_error, block_loss
+from rarefy.prune.solver_config import in_bf16, passes
 from rarefy.values.quantize import Ask, Made, grid_for
 
 LOOKS = 10  # times that the held-out error is looked at

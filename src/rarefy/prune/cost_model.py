@@ -10,10 +10,10 @@ import torch
 
 from rarefy.calibration import offload
 from rarefy.calibration.sequential import Group
-from rarefy.prune.allocate import GRADIENTS, LEVELS, TOKENS
-from rarefy.prune.search import TOKENS as TRIAL_TOKENS
-from rarefy.prune.search import TRIALS
-from rarefy.prune.solver import Solver, in_bf16
+from rarefy.prune.allocation import GRADIENTS, LEVELS, TOKENS
+from rarefy.prune.allocation_search import TOKENS as TRIAL_TOKENS
+from rarefy.prune.allocation_search import TRIALS
+from rarefy.prune.solver_config import Solver, in_bf16
 
 OVERHEAD = 1.5  # of a forward pass over its products: attention, norms, copies, lookups
 SLOW = {"factor": 4.0, "columns": 3.0, "eigen": 40.0}  # times slower than a product of as many operations

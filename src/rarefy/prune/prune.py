@@ -26,11 +26,11 @@ from rarefy.model.losses import Loss, loss_of
 from rarefy.model.masks import check_maskable, effective, get_mask, set_mask_
 from rarefy.model.quant_grid import live_grid
 from rarefy.model.shards import whole
-from rarefy.prune import allocate as allocate_
+from rarefy.prune import allocation as allocate_
+from rarefy.prune.allocation_search import lacks_loss, probe, search
 from rarefy.prune.layerwise import Spread, check_solvable, measure, solve_
-from rarefy.prune.score import SCORES
-from rarefy.prune.search import lacks_loss, probe, search
-from rarefy.prune.solver import Ask, Solver, resolve
+from rarefy.prune.scores import SCORES
+from rarefy.prune.solver_config import Ask, Solver, resolve
 
 
 def prune_(
@@ -55,12 +55,12 @@ def prune_(
     """Attach masks with the asked sparsity to the selected layers of `model` in place; return what was achieved.
 
     pattern   where zeros may lie (`rarefy.model.sparsity_pattern`): unstructured, 2:4, 4x1, row, channel, column
-    score     what is pruned first (`rarefy.prune.score.SCORES`); some need `data`, gradients need labels or `loss`;
+    score     what is pruned first (`rarefy.prune.scores.SCORES`); some need `data`, gradients need labels or `loss`;
               by default magnitude, or the solver's own criterion
     solver    obs (SparseGPT), admm or refit: move the kept weights so that each layer's outputs on `data` stay
               (`rarefy.Solver` sets its options); the layers are then pruned in the order in which the model runs
     sparsity  fraction of zeros; N:M patterns decide it themselves
-    allocate  how `sparsity` is spread over layers (`rarefy.prune.allocate`): uniform, erk, line, owl, errors or
+    allocate  how `sparsity` is spread over layers (`rarefy.prune.allocation`): uniform, erk, line, owl, errors or
               search (these two read gradients of the loss or, where a model has none, of its outputs)
     scope     where scores compete: row, layer or global; by default what the score's paper does
     reduce    how a unit of several weights is scored: mean, sum, max or l2

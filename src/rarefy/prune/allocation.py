@@ -6,7 +6,7 @@ line      rises with depth by `slope` from the first layer to the last (Huang 20
 owl       layers whose Wanda scores have more outliers stay denser (Yin 2024, OWL)
 errors    least sum of predicted losses: measured errors of each layer x its outputs' squared gradients, by dynamic
           programming over the budget (Frantar 2022, SPDY)
-search    `errors`, then a short search on the true loss around them (`rarefy.prune.search`)
+search    `errors`, then a short search on the true loss around them (`rarefy.prune.allocation_search`)
 """
 
 from __future__ import annotations

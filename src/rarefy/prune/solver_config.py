@@ -12,7 +12,7 @@ import torch
 from rarefy.common.errors import PatternError, unknown
 from rarefy.evaluation.profiling import native_bf16
 from rarefy.model import sparsity_pattern as patterns
-from rarefy.prune.score import SCORES
+from rarefy.prune.scores import SCORES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.hf import gives_tokens
 from rarefy.model.layers import Layer
 from rarefy.model.losses import Loss, default_loss, has_loss, loss_of
-from rarefy.prune.allocate import LEVELS, balanced, least, line
+from rarefy.prune.allocation import LEVELS, balanced, least, line
 
 TRIALS = 16
 TOKENS = 2048  # (or samples) of the calibration data, from its end: gradients come from its beginning
