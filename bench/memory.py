@@ -31,7 +31,7 @@ from rarefy.data import builtin
 from rarefy.engine.compiled import Compiled, Lookup, Segment
 from rarefy.evaluation.profiling import peak_rss
 from rarefy.model import hf
-from rarefy.runtime.packed import nbytes
+from rarefy.runtime.packing import nbytes
 from values import keep, kept
 
 HERE = Path(__file__).parent

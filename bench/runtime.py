@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.evaluation.profiling import commit, compare, machine
-from rarefy.runtime import native
-from rarefy.runtime.forms import KINDS
-from rarefy.runtime.layers import SparseLinear
-from rarefy.runtime.packed import nbytes, pack_bitmask, pack_conv, pack_csr, pack_tiles
-from rarefy.runtime.pages import last_cache
+from rarefy.runtime import bindings
+from rarefy.runtime.huge_pages import last_cache
+from rarefy.runtime.kernel import Kernel
+from rarefy.runtime.packed_formats import KINDS
+from rarefy.runtime.packing import nbytes, pack_bitmask, pack_conv, pack_csr, pack_tiles
+from rarefy.runtime.sparse_layers import SparseLinear
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runtime.jsonl"
@@ -92,7 +93,7 @@ def few(format: str, kind: str, sparsity: float, n: int = 1) -> dict[str, Any]:
         dense = lambda: F.linear(xs, next(weights))
     first = (pack_csr if format == "csr" else pack_bitmask)(random(4096, 4096, sparsity), kind)
     more = [copy(first) for _ in range(CACHE // nbytes(first) + 1)]
-    kernels = cycle([native.Kernel(p) for p in [first, *more]])
+    kernels = cycle([Kernel(p) for p in [first, *more]])
     return {"bytes": nbytes(first), **in_turns({"dense": dense, "ours": lambda: next(kernels).run(x)}, 40)}
 
 
@@ -120,7 +121,7 @@ def tiles(kind: str, shape: tuple[int, int], n: int, sparsity: float, block: tup
         xs, w = x.to(KINDS[kind]), torch.randn(O, C).to(KINDS[kind])
         dense = lambda: F.linear(xs, w)
     packed = pack_tiles(random(O, C, sparsity, block), kind)
-    kernel = native.Kernel(packed)
+    kernel = Kernel(packed)
     return {"bytes": nbytes(packed), **in_turns({"dense": dense, "ours": lambda: kernel.run(x)}, 25)}
 
 
@@ -129,7 +130,7 @@ def convolution(shape: tuple[int, ...], n: int, sparsity: float) -> dict[str, An
     O, I, k, stride, size, _ = shape
     x, W, pad = torch.randn(n, I, size, size), torch.randn(O, I, k, k), k // 2
     packed = pack_conv(random(O, I * k * k, sparsity).view(O, I, k, k), stride=(stride, stride), padding=(pad, pad))
-    kernel = native.Kernel(packed)
+    kernel = Kernel(packed)
     dense = lambda: F.conv2d(x, W, None, stride, pad)
     return {"bytes": nbytes(packed), **in_turns({"dense": dense, "ours": lambda: kernel.run(x)}, 15 if n > 1 else 30)}
 
@@ -202,7 +203,7 @@ def main() -> None:
     for format, about, run in [] if args.table else cases():
         if args.only not in (None, format):
             continue
-        line = {"format": format, **about, **run(), "isa": native.isa(), "threads": torch.get_num_threads()}
+        line = {"format": format, **about, **run(), "isa": bindings.isa(), "threads": torch.get_num_threads()}
         line |= {"commit": commit(HERE), "machine": machine()}
         with args.out.open("a") as file:
             print(json.dumps(line), file=file)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rarefy.cli import main
 from rarefy.common.errors import DataError, FormatError
 from rarefy.data import builtin
-from rarefy.runtime import native
+from rarefy.runtime import bindings
 
 
 @pytest.fixture(autouse=True)
@@ -30,16 +30,16 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=native.ISAS)
+@pytest.fixture(params=bindings.ISAS)
 def isa(request):
     """Run with the kernels of each instruction set that this CPU has."""
-    before = native.isa()
+    before = bindings.isa()
     try:
-        native.use(request.param)
+        bindings.use(request.param)
     except FormatError as error:
         pytest.skip(str(error))
     yield request.param
-    native.use(str(before))
+    bindings.use(str(before))
 
 
 class Net(nn.Module):

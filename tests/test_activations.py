@@ -14,8 +14,8 @@ from conftest import Net
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.model.activation_quant import Inputs, get_inputs, noted, set_inputs_
 from rarefy.model.layers import all_layers
-from rarefy.runtime import native, packed, reference, ways
-from rarefy.runtime.layers import SparseLinear
+from rarefy.runtime import bindings, candidates, packing, reference
+from rarefy.runtime.sparse_layers import SparseLinear
 from rarefy.values.activations import static
 
 
@@ -31,7 +31,7 @@ def batches(n=4):
 def test_dynamic_is_the_kernels_own_rounding():
     x = torch.randn(5, 64) * torch.logspace(-3, 3, 5)[:, None]
     x[2] = 0
-    weight = packed.pack_bitmask(torch.randn(4, 64), "int8")
+    weight = packing.pack_bitmask(torch.randn(4, 64), "int8")
     assert torch.equal(Inputs()(x), reference.rounded(x, weight))
     assert float((Inputs()(x) - x).abs().max(1).values[0] / x[0].abs().max()) <= 0.5 / 127 + 1e-6
 
@@ -116,7 +116,7 @@ def test_an_attention_keeps_its_inputs_and_says_so():
     assert "inputs" not in report.rows[0] and "inputs" in report.rows[2]
 
 
-@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 @pytest.mark.parametrize("sparsity", [None, 0.7])
 def test_kernels_do_what_the_hook_did(sparsity, monkeypatch):
     net = mlp()
@@ -126,7 +126,7 @@ def test_kernels_do_what_the_hook_did(sparsity, monkeypatch):
     rarefy.fold_(net)
     x, want = batches()[0], net(batches()[0])
     for way in ("panels", "tiles") if sparsity is None else ("panels", "bitmask", "tiles"):
-        monkeypatch.setattr(ways, "fastest", lambda d, l, inputs, c, way=way: {n: (way, 2.0) for n in inputs})
+        monkeypatch.setattr(candidates, "fastest", lambda d, l, inputs, c, way=way: {n: (way, 2.0) for n in inputs})
         fast = copy.deepcopy(net)
         report = rarefy.accelerate_(fast, (1, 64), layers=["0", "2"], choices=False)
         assert isinstance(fast[0], SparseLinear) and report.summary["layers that run sparse"] == "2 of 2"
@@ -138,7 +138,7 @@ def test_kernels_do_what_the_hook_did(sparsity, monkeypatch):
                 )  # an input at half a step may go either way
 
 
-@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 def test_static_inputs_and_convolutions_stay_dense_and_say_why():
     net, data = mlp(), batches()
     rarefy.quantize_(net, "int8", activations="int8-static", data=data)

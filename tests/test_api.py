@@ -8,7 +8,7 @@ import rarefy
 from conftest import Net, Tied, image_batches, tiny_llama
 from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.evaluation.metrics import accuracy
-from rarefy.runtime.layers import Sparse
+from rarefy.runtime.sparse_layers import Sparse
 
 HALF = {"stages": [{"prune": {"sparsity": 0.5}}]}
 

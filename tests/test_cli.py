@@ -17,7 +17,7 @@ from conftest import Net, shell, text_model, tree
 from rarefy import recipe as recipes
 from rarefy.data import builtin
 from rarefy.model import hf
-from rarefy.runtime import native
+from rarefy.runtime import bindings
 
 RECIPE = """\
 name: tiny
@@ -476,7 +476,7 @@ def test_bench_with_layers_that_skip_zeros(run, packed, tmp_path, monkeypatch):
     report = json.loads(run(*words, "--json").out)
     assert {r["of"] for r in report["rows"]} == {"model", "accelerated", "engine"}
     assert re.fullmatch(r"\d+ of \d+", report["summary"]["layers that run sparse"])
-    assert (tmp_path / "choices.json").is_file() == (native.missing() is None)
+    assert (tmp_path / "choices.json").is_file() == (bindings.missing() is None)
     ran = run(*words)
     assert ran.code == 0 and "batch 8" in ran.out and "instruction set" in ran.out and "decode" in ran.out
 

@@ -16,8 +16,8 @@ from rarefy.common.errors import ContainerError, DataError, FormatError, ModelEr
 from rarefy.engine import stored
 from rarefy.engine.compiled import Alone
 from rarefy.engine.language import Decoder
-from rarefy.runtime import native
-from rarefy.runtime.forms import Bitmask, Panels
+from rarefy.runtime import bindings
+from rarefy.runtime.packed_formats import Bitmask, Panels
 from test_engine_stored import SHARD, call, edit, needs_kernels, read_of_random_changes, seal, set_arg, shard
 from test_language import V, eager, far, in_pieces, pruned_to, small
 
@@ -74,9 +74,9 @@ def test_the_same_bits_of_all_numbers(tmp_path, how):
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     same_logits(made, rarefy.load(tmp_path / "out"))
     held = [k.held[0] for k in made.compiled.kernels.values()]
-    assert native.missing() is not None or {type(p) for p in held} <= {Bitmask, Panels}
+    assert bindings.missing() is not None or {type(p) for p in held} <= {Bitmask, Panels}
     tied = [i for i in back.compiled.program if isinstance(i, Alone)]
-    assert len(tied) == ("tied" in how and native.missing() is None)
+    assert len(tied) == ("tied" in how and bindings.missing() is None)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_without_kernels_torch_runs_the_words(tmp_path, monkeypatch, how):
     rarefy.save(made, tmp_path / "out")
     ids = torch.randint(3, V, (2, 70))
     want = in_pieces(made, ids, [66, 4])
-    monkeypatch.setattr(native, "missing", lambda: "no compiler")
+    monkeypatch.setattr(bindings, "missing", lambda: "no compiler")
     back = rarefy.load(tmp_path / "out")
     assert not back.compiled.kernels
     assert far(want, in_pieces(back, ids, [66, 4])) < (0.05 if how == "int8 tied" else 1e-4)
@@ -132,7 +132,7 @@ def test_inspect(tmp_path):
     report = rarefy.inspect(tmp_path / "out")
     rows = {r["tensor"]: r for r in report.rows}
     assert str(report).startswith(f"{tmp_path / 'out'}: a decoder") and "vocabulary 101, most 512" in str(report)
-    if native.missing() is None:
+    if bindings.missing() is None:
         assert {r["format"] for r in rows.values()} == {"int8:panels", "dense"}
     with pytest.raises(ModelError, match="print it"):
         rarefy.inspect(made)

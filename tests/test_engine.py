@@ -18,7 +18,7 @@ from rarefy.data import builtin
 from rarefy.engine import compiled, prove, words
 from rarefy.engine.compiled import Segment
 from rarefy.model import hf
-from rarefy.runtime import native
+from rarefy.runtime import bindings
 
 
 def pruned(model, sparsity=0.8, seed=0):
@@ -181,7 +181,7 @@ def test_layers_that_run_sparse_already(monkeypatch):
 
 
 def test_without_kernels_torch_runs_the_words(monkeypatch):
-    monkeypatch.setattr(native, "missing", lambda: "no compiler")
+    monkeypatch.setattr(bindings, "missing", lambda: "no compiler")
     net, x = pruned(Attends()), torch.randn(2, 9, 32)
     made = rarefy.compile(net, x)
     assert not native_words(made)

@@ -12,11 +12,11 @@ import rarefy
 from rarefy.engine import compiled, convolve, images, words
 from rarefy.engine.compiled import Alone, Segment
 from rarefy.evaluation.profiling import threads
-from rarefy.runtime import native, pages
-from rarefy.runtime.forms import Bitmask, Dense, Sell, Tiles
-from rarefy.runtime.packed import pack_bitmask
+from rarefy.runtime import bindings, huge_pages
+from rarefy.runtime.packed_formats import Bitmask, Dense, Sell, Tiles
+from rarefy.runtime.packing import pack_bitmask
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason="no kernels")
+pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 
 
 def far(want, got):
@@ -155,13 +155,13 @@ def test_convolutions_in_bytes(isa, name, sparsity):
 def test_instruction_sets_may_change_between_calls():
     """What is added to bytes, and to what surrounds images, is theirs."""
     net, x = nn.Sequential(nn.Conv2d(5, 9, 3, padding=2), nn.Conv2d(9, 4, 1)).eval(), torch.randn(2, 5, 9, 8)
-    made, before, found = rarefy.compile(net, x, values="int8"), str(native.isa()), []
+    made, before, found = rarefy.compile(net, x, values="int8"), str(bindings.isa()), []
     try:
         for name in (before, "portable", before):
-            native.use(name)
+            bindings.use(name)
             found.append(made(x))
     finally:
-        native.use(before)
+        bindings.use(before)
     assert far(found[0], found[1]) < NEAR and torch.equal(found[0], found[2])
 
 
@@ -401,9 +401,9 @@ def test_the_last_cache_may_be_unknown(monkeypatch, system):
             raise ValueError("unrecognized configuration name")
         return 5  # the number means another thing there
 
-    monkeypatch.setattr(pages.sys, "platform", system)
-    monkeypatch.setattr(pages.os, "sysconf", told)
-    assert pages.last_cache.__wrapped__() == 0
+    monkeypatch.setattr(huge_pages.sys, "platform", system)
+    monkeypatch.setattr(huge_pages.os, "sysconf", told)
+    assert huge_pages.last_cache.__wrapped__() == 0
 
 
 def test_what_images_and_rows_share_stays_in_torch():

@@ -22,11 +22,11 @@ from rarefy.engine import operators, outputs, stored
 from rarefy.engine.compiled import Alone, Compiled, Segment
 from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
-from rarefy.runtime import native
+from rarefy.runtime import bindings
 from test_engine import Attends, Gated, Residual, pruned
 
 SHARD = "weights-00001.safetensors"
-needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+needs_kernels = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 
 
 def mlp():
@@ -190,7 +190,7 @@ def test_without_kernels_torch_runs_the_words(tmp_path, monkeypatch, make):
     x = torch.randn(2, 8, 12, 12) if make is Residual else torch.randn(2, 30)
     made = rarefy.compile(make().eval(), x)
     rarefy.save(made, tmp_path / "out")
-    monkeypatch.setattr(native, "missing", lambda: "no compiler")
+    monkeypatch.setattr(bindings, "missing", lambda: "no compiler")
     back = rarefy.load(tmp_path / "out")
     assert not native_calls(back)
     torch.testing.assert_close(back(x), made(x), rtol=1e-4, atol=1e-4)
@@ -501,7 +501,7 @@ def test_packed_weights_that_lead_outside(folder, part, change, says):
 
 
 def test_packed_weights_that_lead_outside_where_there_are_no_kernels(folder, monkeypatch):
-    monkeypatch.setattr(native, "missing", lambda: "no compiler")
+    monkeypatch.setattr(bindings, "missing", lambda: "no compiler")
     columns = load_file(folder / SHARD)["packed.p_a_weight.columns.values"]
     shard(folder, **{"packed.p_a_weight.columns.values": columns | 0x7F00})
     with pytest.raises(ContainerError, match="packed p_a_weight is damaged"):

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from rarefy.common.errors import FormatError
-from rarefy.runtime import native, packed, pages, reference
+from rarefy.runtime import bindings, huge_pages, packing, reference
+from rarefy.runtime.kernel import Kernel, Together, fit_together
 from rarefy.values.quantize import asked, grid_for
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 
 
 def random(O, C, sparsity, rows=1, columns=1):
@@ -29,12 +30,12 @@ def random(O, C, sparsity, rows=1, columns=1):
 
 
 FORMATS = {
-    "bitmask": packed.pack_bitmask,
-    "csr": packed.pack_csr,
-    "tiles": packed.pack_tiles,
-    "sell": packed.pack_sell,
-    "sell of 32": partial(packed.pack_sell, block=32),
-    "tiles of 32": partial(packed.pack_tiles, block=32),
+    "bitmask": packing.pack_bitmask,
+    "csr": packing.pack_csr,
+    "tiles": packing.pack_tiles,
+    "sell": packing.pack_sell,
+    "sell of 32": partial(packing.pack_sell, block=32),
+    "tiles of 32": partial(packing.pack_tiles, block=32),
 }
 SHAPES = [
     (1, 1, 1, 0.0), (4, 64, 1, 0.5), (7, 70, 3, 0.5), (33, 129, 8, 0.9), (64, 512, 70, 0.5), (100, 300, 130, 0.8),
@@ -43,16 +44,16 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("how", FORMATS)
-@pytest.mark.parametrize("kind", packed.KINDS)
+@pytest.mark.parametrize("kind", packing.KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products(shape, kind, how, isa):
     O, C, N, sparsity = shape
     W, bias, x = random(O, C, sparsity), torch.randn(O), torch.randn(N, C)
     weight = FORMATS[how](W, kind)
-    V, scales = packed.stored(W, kind)
-    assert torch.equal(packed.unpack(weight), V.float() if scales is None else V.float() * scales[:, None])
-    got = native.Kernel(weight, bias).run(x)
-    want = reference.rounded(x, weight).double() @ packed.unpack(weight).double().T + bias
+    V, scales = packing.stored(W, kind)
+    assert torch.equal(packing.unpack(weight), V.float() if scales is None else V.float() * scales[:, None])
+    got = Kernel(weight, bias).run(x)
+    want = reference.rounded(x, weight).double() @ packing.unpack(weight).double().T + bias
     assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
     torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
     activations(weight, bias, x, got)
@@ -62,7 +63,7 @@ def activations(weight, bias, x, got):
     """What follows the sums, against torch in double precision on the kernel's own outputs."""
     more = torch.randn(got.shape)
     for name, act in reference.ACTIVATIONS.items():
-        kernel = native.Kernel(weight, bias, name)
+        kernel = Kernel(weight, bias, name)
         for residual in (None, more):
             before = got.double() if residual is None else got.double() + residual
             y, want = kernel.run(x, residual), act(before)
@@ -74,7 +75,7 @@ def test_activations_of_whatever_value(isa):
         [torch.linspace(-12, 12, 100_001), torch.tensor([-3e38, -1e30, -200, -88, -0.0, 0, 1e-30, 88, 200, 1e30, 3e38])]
     )
     for name, act in reference.ACTIVATIONS.items():
-        y, want = native.Kernel(packed.pack_tiles(torch.ones(1, 1)), None, name).run(x[:, None])[:, 0], act(x.double())
+        y, want = Kernel(packing.pack_tiles(torch.ones(1, 1)), None, name).run(x[:, None])[:, 0], act(x.double())
         most = 1e-6 if name == "gelu" else 5e-7
         assert ((y - want).abs() <= most * want.abs().clamp(min=1)).all(), name
 
@@ -83,14 +84,14 @@ def test_activations_of_whatever_value(isa):
 def test_nibbles(shape, isa):
     O, C, N, sparsity = shape
     W, bias, x = random(O, C, sparsity), torch.randn(O), torch.randn(N, C)
-    weight = packed.pack_bitmask(W, "int4")
-    V = packed.unpack(weight)
+    weight = packing.pack_bitmask(W, "int4")
+    V = packing.unpack(weight)
     assert V.shape == W.shape and bool((V[W == 0] == 0).all())
     steps = (
         torch.nn.functional.pad(W, (0, -C % 64)).reshape(O, -1, 64).abs().amax(-1).repeat_interleave(64, 1)[:, :C] / 7
     )
     assert bool(((V - W).abs() <= 0.53 * steps).all())  # half a step, and what bf16 takes from the scale
-    got = native.Kernel(weight, bias).run(x)
+    got = Kernel(weight, bias).run(x)
     want = reference.rounded(x, weight).double() @ V.double().T + bias
     assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
     torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
@@ -124,24 +125,26 @@ def test_convolutions(case, sell, sparsity, isa):
     W = torch.randn(O, I, *kernel) * (torch.rand(O, I, *kernel) >= sparsity)
     bias, x = torch.randn(O), torch.randn(N, groups * I, *image)
     how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "block": block or 256}
-    weight = packed.pack_conv(W, **how, sell=sell)
-    assert torch.equal(packed.unpack(weight), W)
-    got = native.Kernel(weight, bias).run(x)
+    weight = packing.pack_conv(W, **how, sell=sell)
+    assert torch.equal(packing.unpack(weight), W)
+    got = Kernel(weight, bias).run(x)
     want = torch.nn.functional.conv2d(x.double(), W.double(), bias.double(), stride, padding, dilation, groups)
     assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
     torch.testing.assert_close(reference.run(weight, x, bias), want.float(), rtol=1e-4, atol=1e-4)
     activations(weight, bias, x, got)
-    assert torch.equal(native.Kernel(weight).run(x.to(memory_format=torch.channels_last)), native.Kernel(weight).run(x))
+    assert torch.equal(Kernel(weight).run(x.to(memory_format=torch.channels_last)), Kernel(weight).run(x))
 
 
 def test_nothing_is_read_past_the_end_of_an_image():
     mmap = pytest.importorskip("mmap")
     pages = mmap.mmap(-1, 1 << 20)
     for C, H, W in ((3, 7, 7), (5, 14, 14), (1, 4, 4), (2, 5, 13), (1, 1, 3)):
-        x = torch.frombuffer(pages, dtype=torch.float32)[-C * H * W :].view(1, C, H, W)  # what follows is not mapped
+        x = torch.frombuffer(pages, dtype=torch.float32)[-C * H * W :].view(
+            1, C, H, W
+        )  # what follows is not mapped
         x.copy_(torch.randn(1, C, H, W))
         weight = torch.randn(6, C, 1, 1)
-        got = native.Kernel(packed.pack_conv(weight)).run(x)
+        got = Kernel(packing.pack_conv(weight)).run(x)
         torch.testing.assert_close(got, torch.nn.functional.conv2d(x, weight), rtol=1e-4, atol=1e-5)
 
 
@@ -151,7 +154,7 @@ def test_integers_are_summed_exactly(N, how, isa):
     W = torch.randint(-127, 128, (50, 515)).float() * (torch.rand(50, 515) > 0.5)
     x = torch.randint(-127, 128, (N, 515)).float()
     W[:, 0], x[:, 0] = 127, -127  # so that both scales are 1
-    assert torch.equal(native.Kernel(FORMATS[how](W, "int8")).run(x), x @ W.T)
+    assert torch.equal(Kernel(FORMATS[how](W, "int8")).run(x), x @ W.T)
 
 
 @pytest.mark.parametrize("how", FORMATS)
@@ -159,20 +162,20 @@ def test_integers_are_summed_exactly(N, how, isa):
 def test_the_largest_integers_do_not_overflow(N, how, isa):
     signs = torch.tensor([[127.0], [-127.0]])
     W, x = signs.expand(2, 515).repeat(25, 1), signs.expand(2, 515).repeat(N, 1)[:N].contiguous()
-    assert torch.equal(native.Kernel(FORMATS[how](W, "int8")).run(x), x @ W.T)
+    assert torch.equal(Kernel(FORMATS[how](W, "int8")).run(x), x @ W.T)
 
 
 @pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("blocks", [(4, 1), (1, 4), (1, 2), (16, 1)])
 def test_blocks(blocks, how, isa):
     W, x = random(96, 200, 0.8, *blocks), torch.randn(40, 200)
-    torch.testing.assert_close(native.Kernel(FORMATS[how](W, "fp32")).run(x), x @ W.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Kernel(FORMATS[how](W, "fp32")).run(x), x @ W.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", FORMATS)
 def test_inputs_of_any_kind(how):
     W = random(24, 100, 0.5)
-    kernel = native.Kernel(FORMATS[how](W, "fp32"))
+    kernel = Kernel(FORMATS[how](W, "fp32"))
     wide = torch.randn(9, 300)
     for x in (wide[:, :100], wide[:, 100:200], wide[::2, :100], wide.T[:100].T, wide[:, :300:3], wide[:0, :100]):
         torch.testing.assert_close(kernel.run(x), x @ W.T, rtol=1e-4, atol=1e-4)
@@ -184,7 +187,7 @@ def test_inputs_of_any_kind(how):
 
 def test_all_threads_at_once_and_any_number_of_them(isa):
     W, x = random(512, 512, 0.5), torch.randn(100, 512)
-    kernels = [native.Kernel(pack(W, "fp32")) for pack in FORMATS.values()]
+    kernels = [Kernel(pack(W, "fp32")) for pack in FORMATS.values()]
     want, wrong = [k.run(x) for k in kernels], []
 
     def work():
@@ -204,7 +207,7 @@ def test_all_threads_at_once_and_any_number_of_them(isa):
 
 def test_after_a_fork():
     W, x = random(256, 256, 0.5), torch.randn(3, 256)
-    kernel = native.Kernel(packed.pack_bitmask(W))
+    kernel = Kernel(packing.pack_bitmask(W))
     want, before = kernel.run(x), torch.get_num_threads()
     torch.set_num_threads(1)  # torch's own pool does not outlive a fork
     try:
@@ -264,7 +267,7 @@ def test_damaged_buffers_never_run(how, name, change):
     how, _, kind = how.partition(" of ")
     weight = FORMATS[how](W, kind or "fp32")
     with pytest.raises(FormatError, match=r"of shape \[10, 100\] is damaged"):
-        native.Kernel(damaged(weight, name, change))
+        Kernel(damaged(weight, name, change))
 
 
 @pytest.mark.parametrize(
@@ -279,36 +282,36 @@ def test_damaged_buffers_never_run(how, name, change):
 )
 def test_tensors_that_do_not_fit(change, message):
     for lost in ("values", "columns", "starts"):
-        csr = packed.pack_csr(random(10, 100, 0.5))
+        csr = packing.pack_csr(random(10, 100, 0.5))
         with pytest.raises(FormatError, match=f"{lost}: the kernels expect torch"):
-            native.Kernel(packed.Csr(**{**vars(csr), lost: None}))
-    weight = packed.pack_bitmask(random(10, 100, 0.5))
+            Kernel(packing.Csr(**{**vars(csr), lost: None}))
+    weight = packing.pack_bitmask(random(10, 100, 0.5))
     with pytest.raises(FormatError, match=message):
-        native.Kernel(packed.Bitmask(**{**vars(weight), **change}))
+        Kernel(packing.Bitmask(**{**vars(weight), **change}))
 
 
 def test_images_that_are_too_many_to_count():
-    kernel = native.Kernel(packed.pack_conv(torch.ones(4, 64, 3, 3)))
+    kernel = Kernel(packing.pack_conv(torch.ones(4, 64, 3, 3)))
     with pytest.raises(FormatError, match="64 channels of 6000x6000 are more than the kernel counts"):
         kernel.run(torch.empty(1, 1, 1, 1).expand(1, 64, 6000, 6000))
 
 
 def test_columns_that_do_not_fit():
     with pytest.raises(FormatError, match="columns are counted in 16 bits: at most 65536 inputs, got 65537"):
-        packed.pack_csr(torch.ones(1, 65537))
+        packing.pack_csr(torch.ones(1, 65537))
     W = torch.zeros(2, 65536)
     W[1, [0, 40_000, 65_535]] = torch.tensor([1.0, 2.0, 3.0])
-    weight = packed.pack_csr(W)
-    assert torch.equal(packed.unpack(weight), W)
-    assert native.Kernel(weight).run(torch.arange(65_536.0)[None]).tolist() == [[0.0, 2 * 40_000.0 + 3 * 65_535]]
+    weight = packing.pack_csr(W)
+    assert torch.equal(packing.unpack(weight), W)
+    assert Kernel(weight).run(torch.arange(65_536.0)[None]).tolist() == [[0.0, 2 * 40_000.0 + 3 * 65_535]]
 
 
 def test_sums_of_bytes_that_do_not_fit():
     with pytest.raises(FormatError, match="sums of 70000 products of bytes do not fit 32 bits"):
-        packed.pack_tiles(torch.ones(4, 70000), "int8")
-    most = packed.MOST_BYTES_IN_A_SUM
-    for pack in (packed.pack_tiles, packed.pack_bitmask):
-        y = native.Kernel(pack(torch.ones(4, most), "int8")).run(torch.ones(2, most))
+        packing.pack_tiles(torch.ones(4, 70000), "int8")
+    most = packing.MOST_BYTES_IN_A_SUM
+    for pack in (packing.pack_tiles, packing.pack_bitmask):
+        y = Kernel(pack(torch.ones(4, most), "int8")).run(torch.ones(2, most))
         torch.testing.assert_close(y, torch.full((2, 4), float(most)), rtol=1e-5, atol=0)
 
 
@@ -335,21 +338,21 @@ def test_sums_of_bytes_that_do_not_fit():
     ],
 )
 def test_convolutions_that_do_not_fit(change, message):
-    weight = packed.pack_conv(torch.ones(4, 3, 3, 2))
-    assert native.Kernel(weight)
+    weight = packing.pack_conv(torch.ones(4, 3, 3, 2))
+    assert Kernel(weight)
     with pytest.raises(FormatError, match=message):
-        native.Kernel(packed.ConvTiles(**{**vars(weight), **change}))
+        Kernel(packing.ConvTiles(**{**vars(weight), **change}))
 
 
 @pytest.mark.parametrize("name", ["starts", "counts", "order", "columns"])
 def test_damaged_convolutions_never_run(name):
-    weight = packed.pack_conv(random(12, 90, 0.5).view(12, 10, 3, 3), sell=True)
+    weight = packing.pack_conv(random(12, 90, 0.5).view(12, 10, 3, 3), sell=True)
     with pytest.raises(FormatError, match="is damaged"):
-        native.Kernel(damaged(weight, name, lambda t: t.fill_(90)))
+        Kernel(damaged(weight, name, lambda t: t.fill_(90)))
 
 
 def test_images_that_do_not_fit():
-    kernel = native.Kernel(packed.pack_conv(torch.ones(4, 3, 3, 3)))
+    kernel = Kernel(packing.pack_conv(torch.ones(4, 3, 3, 3)))
     with pytest.raises(FormatError, match="the weight has 3 inputs, x has 2"):
         kernel.run(torch.ones(1, 2, 9, 9))
     with pytest.raises(FormatError, match="a kernel of 3x3 does not run over images of 2x9"):
@@ -358,24 +361,24 @@ def test_images_that_do_not_fit():
         kernel.run(torch.ones(1, 3, 9, 9, device="meta"))
     for weight, groups in ((torch.ones(4, 3, 3), 1), (torch.ones(4, 3, 3, 0), 1), (torch.ones(4, 3, 1, 1), 3)):
         with pytest.raises(FormatError, match=f"no convolution of {groups} groups has a weight of shape"):
-            packed.pack_conv(weight, groups=groups)
+            packing.pack_conv(weight, groups=groups)
     with pytest.raises(FormatError, match="pairs of rows are for convolutions of one group, got 2"):
-        packed.pack_conv(torch.ones(4, 3, 1, 1), groups=2, sell=True)
+        packing.pack_conv(torch.ones(4, 3, 1, 1), groups=2, sell=True)
     with pytest.raises(FormatError, match="int8 are for convolutions of one group, got 2"):
-        packed.pack_conv(torch.ones(4, 3, 1, 1), "int8", groups=2)
-    kernel = native.Kernel(packed.pack_conv(torch.ones(4, 3, 3, 3), "int8"))
+        packing.pack_conv(torch.ones(4, 3, 1, 1), "int8", groups=2)
+    kernel = Kernel(packing.pack_conv(torch.ones(4, 3, 3, 3), "int8"))
     with pytest.raises(FormatError, match="convolutions in int8 run in plans alone: rarefy.compile makes them"):
         kernel.run(torch.ones(1, 3, 9, 9))
     with pytest.raises(FormatError, match="sums of 66348 products of bytes do not fit 32 bits"):
-        native.Kernel(packed.pack_conv(torch.ones(4, 7372, 3, 3), "int8"))
+        Kernel(packing.pack_conv(torch.ones(4, 7372, 3, 3), "int8"))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_weights_in_large_pages(kind, monkeypatch):
-    monkeypatch.setattr(pages, "LEAST", 1 << 16)  # so that the last weight needs a second piece of memory
-    held, total = pages.Pages(), 0
+    monkeypatch.setattr(huge_pages, "LEAST", 1 << 16)  # so that the last weight needs a second piece of memory
+    held, total = huge_pages.Pages(), 0
     for rows in (5, 30, 300):
-        weight = packed.pack_bitmask(random(rows, 513, 0.5), kind)
+        weight = packing.pack_bitmask(random(rows, 513, 0.5), kind)
         moved = held.hold(weight)
         for name, t in vars(weight).items():
             if isinstance(t, torch.Tensor):
@@ -384,71 +387,71 @@ def test_weights_in_large_pages(kind, monkeypatch):
                 assert there.data_ptr() % 64 == 0 and there.data_ptr() != t.data_ptr()
                 total += t.nbytes
         x = torch.randn(3, 513)
-        assert torch.equal(native.Kernel(moved).run(x), native.Kernel(weight).run(x))
-    assert total > pages.LEAST
+        assert torch.equal(Kernel(moved).run(x), Kernel(weight).run(x))
+    assert total > huge_pages.LEAST
 
 
 def test_weights_as_they_are():
     weight = random(12, 90, 0.1)
-    form = packed.pack_dense(weight)
-    assert torch.equal(packed.unpack(form), weight)
+    form = packing.pack_dense(weight)
+    assert torch.equal(packing.unpack(form), weight)
     assert form.values.data_ptr() != weight.data_ptr(), "later changes of the weight are not seen"
-    column = packed.pack_dense(torch.ones(8, 1))
-    assert packed.unpack(column).data_ptr() != column.values.data_ptr()
-    image = packed.pack_dense(weight.view(12, 10, 3, 3), stride=(2, 1), padding=(1, 1), dilation=(1, 1))
-    assert torch.equal(packed.unpack(image), weight.view(12, 10, 3, 3))
+    column = packing.pack_dense(torch.ones(8, 1))
+    assert packing.unpack(column).data_ptr() != column.values.data_ptr()
+    image = packing.pack_dense(weight.view(12, 10, 3, 3), stride=(2, 1), padding=(1, 1), dilation=(1, 1))
+    assert torch.equal(packing.unpack(image), weight.view(12, 10, 3, 3))
     for made in (form, image):
         with pytest.raises(FormatError, match="weights as they are run in plans alone: rarefy.compile makes them"):
-            native.Kernel(made).run(torch.ones(1, 10, 9, 9) if made is image else torch.ones(1, 90))
-    assert not native.fit_together([native.Kernel(form)])
+            Kernel(made).run(torch.ones(1, 10, 9, 9) if made is image else torch.ones(1, 90))
+    assert not fit_together([Kernel(form)])
     for change in ({"values": form.values[:, 1:]}, {"kind": "int8"}, {"values": form.values.double()}):
         with pytest.raises(FormatError, match="values: the kernels expect|unknown kind"):
-            native.Kernel(packed.Dense(**{**vars(form), **change}))
+            Kernel(packing.Dense(**{**vars(form), **change}))
         with pytest.raises(FormatError, match="values: the kernels expect|unknown kind"):
-            native.Kernel(packed.ConvTiles(**{**vars(image), **change}))
+            Kernel(packing.ConvTiles(**{**vars(image), **change}))
     with pytest.raises(FormatError, match="weights as they are are of one group, got more"):
-        native.Kernel(packed.ConvTiles(**{**vars(image), "groups": 2}))
+        Kernel(packing.ConvTiles(**{**vars(image), "groups": 2}))
     with pytest.raises(FormatError, match="order: the kernels expect nothing here"):
-        native.Kernel(packed.ConvTiles(**{**vars(image), "order": torch.zeros(1, 1, 128, dtype=torch.uint8)}))
+        Kernel(packing.ConvTiles(**{**vars(image), "order": torch.zeros(1, 1, 128, dtype=torch.uint8)}))
 
 
 def test_memory_begins_with_a_page():
-    for nbytes in (0, 100, pages.PAGE + 1, 5 * pages.PAGE):
-        memory = pages.fresh(nbytes)
+    for nbytes in (0, 100, huge_pages.PAGE + 1, 5 * huge_pages.PAGE):
+        memory = huge_pages.fresh(nbytes)
         assert memory.nbytes == nbytes
-        assert memory.data_ptr() % (pages.PAGE if nbytes > pages.PAGE else 64) == 0
+        assert memory.data_ptr() % (huge_pages.PAGE if nbytes > huge_pages.PAGE else 64) == 0
 
 
 def test_errors():
     with pytest.raises(FormatError, match="unknown kind 'int9'.*did you mean 'int8'"):
-        packed.pack_tiles(torch.ones(2, 2), "int9")
+        packing.pack_tiles(torch.ones(2, 2), "int9")
     with pytest.raises(FormatError, match=r"kernels multiply by matrices, got a weight of shape \[2\]"):
-        packed.pack_bitmask(torch.ones(2))
+        packing.pack_bitmask(torch.ones(2))
     with pytest.raises(FormatError, match="a block has at least one lane"):
-        packed.pack_tiles(torch.ones(2, 2), block=-1)
+        packing.pack_tiles(torch.ones(2, 2), block=-1)
     with pytest.raises(FormatError, match="unknown instruction set 'avx51'.*avx512"):
-        native.use("avx51")
-    weight = packed.pack_bitmask(torch.ones(2, 2))
+        bindings.use("avx51")
+    weight = packing.pack_bitmask(torch.ones(2, 2))
     with pytest.raises(FormatError, match="unknown activation 'rely'.*relu"):
-        native.Kernel(weight, activation="rely")
-    kernel, x = native.Kernel(packed.pack_tiles(torch.ones(2, 2))), torch.ones(3, 2)
+        Kernel(weight, activation="rely")
+    kernel, x = Kernel(packing.pack_tiles(torch.ones(2, 2))), torch.ones(3, 2)
     for residual in (torch.ones(3, 1), torch.ones(3, 2).double(), torch.ones(2), torch.ones(3, 2, device="meta")):
         with pytest.raises(FormatError, match=r"the residual is fp32 \[3, 2\] on the CPU, got"):
             kernel.run(x, residual)
     assert torch.equal(kernel.run(x, torch.arange(6.0).view(2, 3).T), torch.arange(6.0).view(2, 3).T + 2)
     with pytest.raises(FormatError, match=r"bias: .*\[2\], got float32 \[3\]"):
-        native.Kernel(weight, torch.ones(3))
+        Kernel(weight, torch.ones(3))
 
 
 @pytest.mark.parametrize(
     ("how", "kind"),
-    [*((how, kind) for how in FORMATS for kind in packed.KINDS), ("bitmask", "int4"), ("convolution", "fp32")],
+    [*((how, kind) for how in FORMATS for kind in packing.KINDS), ("bitmask", "int4"), ("convolution", "fp32")],
 )
 def test_whatever_lies_in_a_buffer_ends_in_an_error_or_a_product(kind, how, isa):
     """Random damage: what passes the check must be safe to run (`make test-all` runs this under ASan too)."""
     g, refused = torch.Generator().manual_seed(0), 0
     if how == "convolution":
-        weight: packed.Packed = packed.pack_conv(random(13, 90, 0.6).view(13, 10, 3, 3), padding=(1, 1))
+        weight: packing.Packed = packing.pack_conv(random(13, 90, 0.6).view(13, 10, 3, 3), padding=(1, 1))
         x = torch.randn(2, 10, 8, 8)
     else:
         weight, x = FORMATS[how](random(13, 150, 0.6), kind), torch.randn(5, 150)
@@ -460,7 +463,7 @@ def test_whatever_lies_in_a_buffer_ends_in_an_error_or_a_product(kind, how, isa)
         for _ in range(int(torch.randint(1, 4, (), generator=g))):
             bits[int(torch.randint(len(bits), (), generator=g))] ^= 1 << int(torch.randint(8, (), generator=g))
         try:
-            native.Kernel(type(weight)(**{**vars(weight), name: tensor})).run(x)
+            Kernel(type(weight)(**{**vars(weight), name: tensor})).run(x)
         except FormatError:
             refused += 1
     assert refused
@@ -483,8 +486,8 @@ def on_grid(O, C, weights, group, symmetric):
 @pytest.mark.parametrize("way", GRIDS, ids=str)
 def test_rows_of_panels(way):
     W, grid = on_grid(37, 384, *way)
-    kernel, ids = native.Kernel(packed.pack_panels(W, grid)), torch.tensor([[36, 0, 5], [5, 4, 3]])
-    torch.testing.assert_close(kernel.rows(ids), packed.unpack(kernel.held[0])[ids], rtol=1e-6, atol=1e-7)
+    kernel, ids = Kernel(packing.pack_panels(W, grid)), torch.tensor([[36, 0, 5], [5, 4, 3]])
+    torch.testing.assert_close(kernel.rows(ids), packing.unpack(kernel.held[0])[ids], rtol=1e-6, atol=1e-7)
     assert kernel.rows(ids[:0]).shape == (0, 3, 384)
     for wrong in (37, -1):
         with pytest.raises(IndexError, match="a weight of 37 rows has not all of"):
@@ -502,14 +505,14 @@ def test_products_of_panels(size, way, exact, isa):
     if isinstance(group, int) and C % group:
         C = group * (C // group or 1)
     W, grid = on_grid(O, C, *way)
-    weight = packed.pack_panels(W, grid, exact)
-    torch.testing.assert_close(packed.unpack(weight), W, rtol=1e-6, atol=1e-7)
-    assert packed.nbytes(weight) < 4.1 * (-(-O // 4) * 4) * (-(-C // 64) * 64) / (1 if weight.kind == "int8" else 2)
+    weight = packing.pack_panels(W, grid, exact)
+    torch.testing.assert_close(packing.unpack(weight), W, rtol=1e-6, atol=1e-7)
+    assert packing.nbytes(weight) < 4.1 * (-(-O // 4) * 4) * (-(-C // 64) * 64) / (1 if weight.kind == "int8" else 2)
     bias = torch.randn(O)
     for N in (1, 2, 3, 4, 9):
         x = torch.randn(N, C)
-        got = native.Kernel(weight, bias).run(x)
-        want = reference.rounded(x, weight).double() @ packed.unpack(weight).double().T + bias
+        got = Kernel(weight, bias).run(x)
+        want = reference.rounded(x, weight).double() @ packing.unpack(weight).double().T + bias
         assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
         if exact:
             assert torch.equal(reference.rounded(x, weight), x)
@@ -517,13 +520,13 @@ def test_products_of_panels(size, way, exact, isa):
 
 
 def test_panels_of_several_layers_in_one_call(isa):
-    weights = [packed.pack_panels(*on_grid(O, 128, "int4", 32, True)) for O in (5, 64, 70)]
-    kernels, x = [native.Kernel(w) for w in weights], torch.randn(3, 128)
-    assert native.fit_together(kernels)
-    for got, kernel in zip(native.Together(kernels).run(x), kernels):
+    weights = [packing.pack_panels(*on_grid(O, 128, "int4", 32, True)) for O in (5, 64, 70)]
+    kernels, x = [Kernel(w) for w in weights], torch.randn(3, 128)
+    assert fit_together(kernels)
+    for got, kernel in zip(Together(kernels).run(x), kernels):
         torch.testing.assert_close(got, kernel.run(x))
     W, grid = on_grid(8, 128, "int4", 32, True)
-    assert not native.fit_together([kernels[0], native.Kernel(packed.pack_panels(W, grid, False))])
+    assert not fit_together([kernels[0], Kernel(packing.pack_panels(W, grid, False))])
 
 
 def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
@@ -531,7 +534,7 @@ def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
     x = torch.randn(3, 64)
     x[1, 5] = float("nan")
     for exact in (True, False):
-        y = native.Kernel(packed.pack_panels(W, grid, exact)).run(x)
+        y = Kernel(packing.pack_panels(W, grid, exact)).run(x)
         assert torch.isnan(y[1]).all() and torch.isfinite(y[[0, 2]]).all()
 
 
@@ -545,7 +548,7 @@ def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
 )
 def test_grids_that_no_kernel_reads(way, says):
     with pytest.raises(FormatError, match=f"no kernel for {says}"):
-        packed.pack_panels(*on_grid(4, 96, *way))
+        packing.pack_panels(*on_grid(4, 96, *way))
 
 
 @pytest.mark.parametrize(
@@ -566,9 +569,9 @@ def test_grids_that_no_kernel_reads(way, says):
     ],
 )
 def test_panels_that_do_not_fit_together_never_run(change, says):
-    weight = packed.pack_panels(*on_grid(8, 96, "int4", 32, True))
+    weight = packing.pack_panels(*on_grid(8, 96, "int4", 32, True))
     with pytest.raises(FormatError, match=says):
-        native.Kernel(packed.Panels(**{**vars(weight), **change}))
+        Kernel(packing.Panels(**{**vars(weight), **change}))
 
 
 def run_with_kernels(tmp_path, option, *words, **env):
@@ -618,7 +621,7 @@ def test_no_expansion_waits_for_its_register_or_for_memory():
 
 def test_torchs_defaults_are_not_ours():
     W, x = random(8, 32, 0.5), torch.randn(3, 32)
-    kernel, before = native.Kernel(packed.pack_bitmask(W)), torch.get_default_dtype()
+    kernel, before = Kernel(packing.pack_bitmask(W)), torch.get_default_dtype()
     want = kernel.run(x)
     try:
         torch.set_default_dtype(torch.float64)
@@ -631,11 +634,11 @@ def test_torchs_defaults_are_not_ours():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", packed.KINDS)
+@pytest.mark.parametrize("kind", packing.KINDS)
 @pytest.mark.parametrize("how", FORMATS)
 def test_what_is_not_finite_stays_so(how, kind, bad, isa):
     W, x = random(9, 40, 0.0).abs() + 0.1, torch.rand(6, 40)
     x[2, 7] = bad
-    for activation in native.ACTIVATIONS:
-        y = native.Kernel(FORMATS[how](W, kind), None, activation).run(x)
+    for activation in bindings.ACTIVATIONS:
+        y = Kernel(FORMATS[how](W, kind), None, activation).run(x)
         assert not y[2].isfinite().any() and y[[0, 1, 3, 4, 5]].isfinite().all()

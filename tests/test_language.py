@@ -14,8 +14,8 @@ from rarefy.engine.cache import Cache
 from rarefy.engine.compiled import Segment
 from rarefy.engine.writing import Sampling, choose
 from rarefy.model import hf
-from rarefy.runtime import native
-from rarefy.runtime.forms import Bitmask, Panels
+from rarefy.runtime import bindings
+from rarefy.runtime.packed_formats import Bitmask, Panels
 
 transformers = pytest.importorskip("transformers")
 V = 101
@@ -91,7 +91,7 @@ def test_families_read_as_eager_does(family):
     want = eager(model, ids)
     assert far(want, made(ids)) < 1e-5
     assert far(want, in_pieces(made, ids, [70, 1, 2, 1, 76])) < 1e-5  # 3 to 6 tokens are few, 210 are not
-    if family in WHOLE and native.missing() is None:
+    if family in WHOLE and bindings.missing() is None:
         (first, _) = [s for s in made.compiled.program if isinstance(s, Segment)]
         assert sum(n.target is words.recall for n in first.nodes) == 2
 
@@ -119,7 +119,7 @@ def test_every_instruction_set(isa, llama):
 def test_words_are_their_own_oracle(llama, monkeypatch):
     """Without kernels the same graph runs in torch, cache and all."""
     model, _ = llama
-    monkeypatch.setattr(native, "missing", lambda: "none")
+    monkeypatch.setattr(bindings, "missing", lambda: "none")
     made = rarefy.decoder(model)
     assert not any(isinstance(s, Segment) for s in made.compiled.program)
     ids = torch.randint(3, V, (2, 100))
@@ -137,7 +137,7 @@ def formats(made):
     return {(type(p), p.kind) for p in packed if isinstance(p, Bitmask | Panels)}
 
 
-@pytest.mark.skipif(native.missing() is not None, reason="no kernels")
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize(
     ("sparsity", "quantize", "values", "found", "most"),
     [
@@ -152,7 +152,7 @@ def formats(made):
 )
 def test_formats(isa, sparsity, quantize, values, found, most):
     """One packed copy serves one token and many: both against eager, and the same bits of rounding in both."""
-    if native.isa() == "avx2" and (sparsity, quantize, values) not in ALL_ISAS:
+    if bindings.isa() == "avx2" and (sparsity, quantize, values) not in ALL_ISAS:
         pytest.skip("the generic kernels run as portable")
     model = pruned_to(small(hidden_size=128, intermediate_size=200), sparsity) if sparsity else small(hidden_size=128)
     if quantize:
@@ -168,12 +168,12 @@ def test_formats(isa, sparsity, quantize, values, found, most):
     assert far(many, few) < (1e-4 if values is None else 0.02)
 
 
-@pytest.mark.skipif(native.missing() is not None, reason="no kernels")
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("shape", [(37, 70), (128, 256)])
 def test_unfolded_weights(isa, monkeypatch, kind, shape):
     """Bitmasks of all numbers, odd sizes, bias, residual and activation: many tokens against the weight unpacked."""
-    from rarefy.runtime.packed import pack_bitmask, unpack
+    from rarefy.runtime.packing import pack_bitmask, unpack
 
     W = torch.randn(shape) * (torch.rand(shape) < 0.4)
     packed = pack_bitmask(W, kind)
@@ -422,6 +422,6 @@ def test_attention_is_given_back():
 
 def test_a_decoder_is_proved(monkeypatch):
     monkeypatch.setattr(plan, "OPS", {**plan.OPS, "times": plan.OPS["add"]})
-    if native.missing() is None:
+    if bindings.missing() is None:
         with pytest.raises(ModelError, match="gives other logits"):
             language.decoder(small())

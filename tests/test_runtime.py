@@ -16,11 +16,12 @@ from transformers.activations import ACT2FN
 import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ModelError, RarefyError
-from rarefy.runtime import choices, native, ways
-from rarefy.runtime.choose import accelerate_
-from rarefy.runtime.layers import PanelEmbedding, SparseConv, SparseLinear, geometry
-from rarefy.runtime.packed import pack_bitmask, pack_conv, pack_tiles
-from rarefy.runtime.table import latency_table
+from rarefy.runtime import bindings, candidates, tuning_cache
+from rarefy.runtime.autotune import accelerate_
+from rarefy.runtime.kernel import Kernel, Together
+from rarefy.runtime.latency_table import latency_table
+from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_tiles
+from rarefy.runtime.sparse_layers import PanelEmbedding, SparseConv, SparseLinear, geometry
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def _no_choices_of_others(tmp_path, monkeypatch):
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path / "cache"))
 
 
-needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+needs_kernels = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 
 
 def pruned(O=48, C=70, sparsity=0.6):
@@ -46,9 +47,9 @@ def sparse(layer, forms=None):
 @pytest.fixture(params=["kernels", "reference"])
 def path(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(native, "missing", lambda: "no compiled kernels: for the test")
-    elif native.missing():
-        pytest.skip(str(native.missing()))
+        monkeypatch.setattr(bindings, "missing", lambda: "no compiled kernels: for the test")
+    elif bindings.missing():
+        pytest.skip(str(bindings.missing()))
 
 
 @pytest.mark.parametrize("shape", [(70,), (1, 70), (4, 70), (2, 3, 70), (0, 70), (7, 7, 70), (3, 0, 70)])
@@ -123,7 +124,7 @@ def fixed(times):
 @needs_kernels
 def test_what_is_fastest_takes_the_place(monkeypatch):
     monkeypatch.setattr(
-        ways, "fastest", fixed(lambda b, w: {1: ("bitmask", 3.0), 16: ("dense", 1.0)}.get(b, ("tiles", 2.0)))
+        candidates, "fastest", fixed(lambda b, w: {1: ("bitmask", 3.0), 16: ("dense", 1.0)}.get(b, ("tiles", 2.0)))
     )
     model = tiny_llama()
     rarefy.prune_(model, sparsity=0.5, layers="model.layers.*.mlp.*")
@@ -182,7 +183,7 @@ def test_layers_that_stay_dense_say_why():
 
 
 def test_without_kernels_all_stays_dense(monkeypatch):
-    monkeypatch.setattr(native, "missing", lambda: "no compiled kernels: for the test")
+    monkeypatch.setattr(bindings, "missing", lambda: "no compiled kernels: for the test")
     net = nn.Sequential(pruned())
     report = accelerate_(net)
     assert type(net[0]) is nn.Linear and report.rows[0]["why"] == "dense: no compiled kernels: for the test"
@@ -191,7 +192,7 @@ def test_without_kernels_all_stays_dense(monkeypatch):
 def test_what_would_be_lost_stays_dense():
     hooked, alone = pruned(), pruned()
     hooked.register_forward_hook(lambda *a: None)
-    if native.missing() is None:
+    if bindings.missing() is None:
         assert accelerate_(nn.Sequential(hooked)).rows[0]["why"] == "dense: its hooks would be lost"
         assert accelerate_(alone).rows[0]["why"] == "dense: it is the whole model: put it into a module"
         assert type(alone) is nn.Linear and not list(alone.children())
@@ -201,7 +202,7 @@ def test_what_would_be_lost_stays_dense():
 def test_modules_that_look_at_weights_find_them(monkeypatch):
     from transformers import T5Config, T5ForConditionalGeneration
 
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     model = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=64))
     model.eval()
     rarefy.prune_(model, sparsity=0.5, layers="*.DenseReluDense.*")
@@ -222,13 +223,13 @@ def test_modules_that_look_at_weights_find_them(monkeypatch):
 
 @needs_kernels
 def test_a_bitmask_gives_way_to_dense_where_it_was_not_tried(monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     net = nn.Sequential(pruned())
     accelerate_(net, batch=(1,))
     layer: Any = net[0]
     assert [(a, p["format"]) for a, p in layer.about] == [
         (1, "bitmask"),
-        (ways.MOST_INPUTS + 1, "dense"),
+        (candidates.MOST_INPUTS + 1, "dense"),
     ]
 
 
@@ -246,7 +247,7 @@ def test_wrong_batches(batch):
 
 @needs_kernels
 def test_a_model_is_saved_before_it_is_accelerated(tmp_path, monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     net = nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48))
     x = torch.randn(3, 70)
     with torch.no_grad():
@@ -334,7 +335,7 @@ class Pictures(nn.Module):
 
 @needs_kernels
 def test_convolutions_are_chosen_on_the_images_of_the_example(monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("convolution", 2.0) if b == 1 else ("dense", 1.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("convolution", 2.0) if b == 1 else ("dense", 1.0)))
     model, x = Pictures().eval(), torch.randn(9, 3, 8, 8)
     with torch.no_grad():
         want = model(x)
@@ -413,7 +414,7 @@ class Norms(nn.Module):
 )  # fmt: skip
 @pytest.mark.parametrize("way", ["convolution", "dense"])
 def test_a_batch_norm_goes_into_the_convolution_before_it(way, how, folds, monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: (way, 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: (way, 2.0)))
     model, x = Norms(how).train(how == "training"), torch.randn(3, 8, 6, 6)
     want = copy.deepcopy(model).eval()(x)
     report = accelerate_(model, example=x)
@@ -460,7 +461,7 @@ class Acts(nn.Module):
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["tiles", "dense"])
 def test_an_activation_goes_into_the_layer_before_it(form, how, act, name, monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: (form if b == 1 else "dense", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: (form if b == 1 else "dense", 2.0)))
     model, x = Acts(how, act).eval(), torch.randn(5, 16)
     want = copy.deepcopy(model)(x)
     report = accelerate_(model, (1, 16), x)
@@ -504,7 +505,7 @@ def test_a_table_of_latencies_times_each_shape_once():
 
 @needs_kernels
 def test_eight_bits_are_chosen_only_when_asked(monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("bitmask" if b < 8 else "tiles", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("bitmask" if b < 8 else "tiles", 2.0)))
     model, x = nn.Sequential(pruned(), nn.ReLU(), pruned(30, 48)), torch.randn(20, 70)
     want, exact = model(x), copy.deepcopy(model)
     accelerate_(exact, (1, 16))
@@ -571,7 +572,7 @@ class Odd(nn.Module):
 @needs_kernels
 @pytest.mark.parametrize("how", ["std", "doubled", "clipped", "listed", "dataclass", "kept", "reads the norm", "tied"])
 def test_what_is_not_only_read_by_one_stays(how, monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("convolution", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("convolution", 2.0)))
     model, x = Odd(how).eval(), torch.randn(2, 8, 6, 6)
 
     def told(m):
@@ -590,7 +591,7 @@ def test_what_is_not_only_read_by_one_stays(how, monkeypatch):
 
 @needs_kernels
 def test_nothing_is_folded_where_it_is_not_wanted(monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("convolution", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("convolution", 2.0)))
     model = Norms("alone").eval()
     report = accelerate_(model, example=torch.randn(2, 8, 6, 6), fold=False)
     assert isinstance(model.norm, nn.BatchNorm2d) and report.rows[0]["takes in"] == ""
@@ -603,7 +604,7 @@ def test_nothing_is_folded_where_it_is_not_wanted(monkeypatch):
 
 @needs_kernels
 def test_layers_made_in_inference_mode_and_inputs_of_whole_numbers(monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("tiles", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("tiles", 2.0)))
     model, x = nn.Sequential(pruned()), torch.randn(3, 70)
     want = model(x).detach()
     with torch.inference_mode():
@@ -615,7 +616,7 @@ def test_layers_made_in_inference_mode_and_inputs_of_whole_numbers(monkeypatch):
 
 @needs_kernels
 def test_a_compiled_convolution_takes_channels_last(monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("dense", 1.0) if b == 1 else ("convolution", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("dense", 1.0) if b == 1 else ("convolution", 2.0)))
     model, x = nn.Sequential(convolution(nn.Conv2d, 6, 10, 3)), torch.randn(4, 6, 9, 9)
     x = x.to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -639,7 +640,7 @@ def test_choices_that_are_no_file(how, message):
 
 @needs_kernels
 def test_an_accelerated_model_is_not_trained(monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("tiles", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("tiles", 2.0)))
     model = nn.Sequential(pruned())
     accelerate_(model)
     with pytest.raises(ModelError, match="0 runs on kernels, which do not learn: train before accelerate_"):
@@ -693,19 +694,19 @@ def test_layers_compile_and_export_with_open_batches(kind):
 
 
 def test_the_operator_sees_edits_and_forgets_the_dead():
-    from rarefy.runtime import ops
+    from rarefy.runtime import torch_ops
 
     gc.collect()
     layer, x = sparse(pruned(), {1: pack_tiles(pruned().weight)}), torch.randn(2, 70)
     parts = [layer._buffers[n] for n in layer.parts[1]]
     before = torch.ops.rarefy.sparse(x, parts, layer.bias, layer.told)
-    known = len(ops._layers)
+    known = len(torch_ops._layers)
     layer.bias += 1
     torch.testing.assert_close(torch.ops.rarefy.sparse(x, parts, layer.bias, layer.told), before + 1)
-    assert len(ops._layers) == known
+    assert len(torch_ops._layers) == known
     del layer, parts
     gc.collect()
-    assert len(ops._layers) == known - 1
+    assert len(torch_ops._layers) == known - 1
 
 
 @pytest.mark.slow
@@ -734,10 +735,10 @@ def test_choices_are_kept(named, tmp_path, monkeypatch):
     named = named if named is True else named.format(tmp=tmp_path)
     file = tmp_path / "cache" / "choices.json" if named is True else tmp_path / "mine" / "file.json"
     best = {1: ("bitmask", 3.0), 16: ("dense", 1.0), 128: ("tiles", 2.0)}
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: best[b]))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: best[b]))
     first = accelerate_(nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48)), choices=named)
     assert [p.name for p in file.parent.iterdir()] == [file.name]
-    monkeypatch.setattr(ways, "fastest", refuse)
+    monkeypatch.setattr(candidates, "fastest", refuse)
     torch.manual_seed(0)
     again = accelerate_(nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48)), choices=named)
     assert [r["batch 128"] for r in again.rows] == [r["batch 128"] for r in first.rows] == ["tiles 2.00x"] * 2
@@ -768,25 +769,25 @@ def test_choices_are_kept(named, tmp_path, monkeypatch):
         lambda text: text.replace('"1"', '"one"'),
         lambda text: text.replace("2.0", "null"),
         lambda text: "[" * 100_000,
-        lambda text: text + " " * (choices.MOST_BYTES + 1),
-        lambda text: '{"' + choices.this_machine() + '": 7}',
+        lambda text: text + " " * (tuning_cache.MOST_BYTES + 1),
+        lambda text: '{"' + tuning_cache.this_machine() + '": 7}',
     ],
 )
 def test_choices_that_cannot_be_read_are_made_anew(damage, monkeypatch):
     net = nn.Sequential(pruned())
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     accelerate_(copy.deepcopy(net), (1,))
-    file = choices.usual_file()
+    file = tuning_cache.usual_file()
     file.write_text(damage(file.read_text()))
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("tiles", 4.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("tiles", 4.0)))
     assert accelerate_(copy.deepcopy(net), (1,)).rows[0]["batch 1"] == "tiles 4.00x"
-    monkeypatch.setattr(ways, "fastest", refuse)
+    monkeypatch.setattr(candidates, "fastest", refuse)
     assert accelerate_(copy.deepcopy(net), (1,)).rows[0]["batch 1"] == "tiles 4.00x"
 
 
 @needs_kernels
 def test_choices_that_cannot_be_kept_cost_nothing_but_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: ("tiles", 4.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("tiles", 4.0)))
     (tmp_path / "file").write_text("")
     assert accelerate_(nn.Sequential(pruned()), (1,), choices=tmp_path / "file" / "below").rows[0]["why"] == ""
     with pytest.raises(ModelError, match="choices is the path of a file, True or False, got 3"):
@@ -795,13 +796,13 @@ def test_choices_that_cannot_be_kept_cost_nothing_but_time(tmp_path, monkeypatch
 
 def test_where_choices_are_kept(monkeypatch):
     monkeypatch.setenv("RAREFY_CACHE", "/a")
-    assert str(choices.usual_file()) == "/a/choices.json"
+    assert str(tuning_cache.usual_file()) == "/a/choices.json"
     monkeypatch.delenv("RAREFY_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert str(choices.usual_file()) == "/b/rarefy/choices.json"
+    assert str(tuning_cache.usual_file()) == "/b/rarefy/choices.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
-    assert str(choices.usual_file()) == "/c/.cache/rarefy/choices.json"
+    assert str(tuning_cache.usual_file()) == "/c/.cache/rarefy/choices.json"
 
 
 class Attention(nn.Module):
@@ -823,7 +824,7 @@ class Attention(nn.Module):
 
 
 def together(monkeypatch, model, x, best=None):
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: (best or {}).get(b, ("tiles", 2.0))))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: (best or {}).get(b, ("tiles", 2.0))))
     return accelerate_(model, batch=(1, 16), example=x, choices=False)
 
 
@@ -836,8 +837,8 @@ def test_layers_on_the_same_inputs_run_in_one_call(monkeypatch, how):
     joined = {r["layer"]: r["in one call with"] for r in report.rows}
     want = {"plain": ["q", "q"], "sometimes": ["q", "q"], "another": ["", ""], "in between": ["", "k"]}[how]
     assert [joined["k"], joined["v"]] == want and joined["q"] == joined["out"] == ""
-    run = native.Together.run
-    monkeypatch.setattr(native.Together, "run", lambda self, x: calls.append(len(self.kernels)) or run(self, x))
+    run = Together.run
+    monkeypatch.setattr(Together, "run", lambda self, x: calls.append(len(self.kernels)) or run(self, x))
     with torch.no_grad():
         for x in (
             torch.randn(1, 70),
@@ -933,7 +934,7 @@ def test_outputs_of_one_call_are_taken_only_where_they_are_what_would_be_made(mo
 def test_only_layers_of_the_same_forms_are_said_to_run_together(monkeypatch):
     model = Attention()
     way = {16: "bitmask", 20: "tiles", 48: "bitmask"}
-    monkeypatch.setattr(ways, "fastest", fixed(lambda b, w: (way.get(len(w), "tiles"), 2.0)))
+    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: (way.get(len(w), "tiles"), 2.0)))
     report = accelerate_(model, batch=(1, 16), example=torch.randn(4, 70), choices=False)
     assert {r["layer"]: r["in one call with"] for r in report.rows} == {"q": "", "k": "q", "v": "", "out": ""}
     assert model.q.beside == (model.k,) and model.v.beside == ()
@@ -986,14 +987,14 @@ def test_layers_that_go_back_to_dense_leave_the_call(monkeypatch):
 
 @needs_kernels
 def test_weights_that_do_not_go_together():
-    kernels = [native.Kernel(pack_bitmask(torch.ones(4, 8))), native.Kernel(pack_tiles(torch.ones(4, 8)))]
-    for some in (kernels, [], [kernels[0], native.Kernel(pack_bitmask(torch.ones(4, 9)))], kernels[:1] * 17):
+    kernels = [Kernel(pack_bitmask(torch.ones(4, 8))), Kernel(pack_tiles(torch.ones(4, 8)))]
+    for some in (kernels, [], [kernels[0], Kernel(pack_bitmask(torch.ones(4, 9)))], kernels[:1] * 17):
         with pytest.raises(
             RarefyError, match="one call runs up to 16 matrices of one format, kind and number of inputs"
         ):
-            native.Together(some)
+            Together(some)
     with pytest.raises(RarefyError, match="the weight has 8 inputs, x has 9"):
-        native.Together(kernels[:1]).run(torch.ones(2, 9))
+        Together(kernels[:1]).run(torch.ones(2, 9))
 
 
 # weights on grids
@@ -1010,7 +1011,7 @@ def gridded(weights="int4", group=32, bias=True):
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_layers_on_a_grid_read_their_bits(weights, values, monkeypatch):
     chosen = "panels"
-    monkeypatch.setattr(ways, "fastest", lambda dense, layers, inputs, clock: {n: (chosen, 2.0) for n in inputs})
+    monkeypatch.setattr(candidates, "fastest", lambda dense, layers, inputs, clock: {n: (chosen, 2.0) for n in inputs})
     net = gridded(weights, None if weights == "int8" else 32)
     dense = copy.deepcopy(net)
     report = rarefy.accelerate_(net, (1, 8), values=values, choices=False)
@@ -1064,7 +1065,7 @@ def test_zeros_and_bits_together(monkeypatch):
     rarefy.fold_(net)
     x, dense = torch.randn(4, 128), copy.deepcopy(net)
     for way in ("csr", "bitmask", "tiles", "panels"):
-        monkeypatch.setattr(ways, "fastest", lambda d, l, inputs, c, way=way: {n: (way, 2.0) for n in inputs})
+        monkeypatch.setattr(candidates, "fastest", lambda d, l, inputs, c, way=way: {n: (way, 2.0) for n in inputs})
         one = copy.deepcopy(net)
         rarefy.accelerate_(one, (4,), values="int8", choices=False)
         assert one[0].about[0][1]["format"] == way
@@ -1074,7 +1075,9 @@ def test_zeros_and_bits_together(monkeypatch):
 
 @needs_kernels
 def test_loading_puts_kernels_in_place_of_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(ways, "fastest", lambda dense, layers, inputs, clock: {n: ("panels", 2.0) for n in inputs})
+    monkeypatch.setattr(
+        candidates, "fastest", lambda dense, layers, inputs, clock: {n: ("panels", 2.0) for n in inputs}
+    )
     net = gridded()
     rarefy.save(net, tmp_path / "out")
     fresh = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
@@ -1087,7 +1090,9 @@ def test_loading_puts_kernels_in_place_of_bits(tmp_path, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("values", [None, "int8"])
 def test_a_head_and_its_embedding_share_their_bits(values, monkeypatch):
-    monkeypatch.setattr(ways, "fastest", lambda dense, layers, inputs, clock: {n: ("panels", 2.0) for n in inputs})
+    monkeypatch.setattr(
+        candidates, "fastest", lambda dense, layers, inputs, clock: {n: ("panels", 2.0) for n in inputs}
+    )
     model = tiny_llama()
     rarefy.quantize_(model, "int8", layers=["Linear", "Embedding"])
     rarefy.fold_(model)

@@ -8,10 +8,10 @@ from torch import nn
 
 from rarefy.engine.plan import OPS
 from rarefy.engine.timed import resident_bytes
-from rarefy.runtime import native, squares
+from rarefy.runtime import bindings, winograd
 from test_engine_images import equal
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason="no kernels")
+pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 
 
 class Squared(nn.Module):
@@ -46,7 +46,7 @@ SQUARES = {  # images, inputs, outputs, padding, rows, columns
 @pytest.mark.parametrize("more", [False, True])
 @pytest.mark.parametrize("name", SQUARES)
 def test_squares_of_outputs(isa, monkeypatch, name, more):
-    monkeypatch.setattr(squares, "LEAST", 1)
+    monkeypatch.setattr(winograd, "LEAST", 1)
     batch, C, O, padding, *sizes = SQUARES[name]
     x = torch.randn(batch, 3, *sizes)
     made = equal(Squared(C, O, padding, more), x, most=1e-6)
@@ -81,7 +81,7 @@ def test_threads_that_come_first_share_squares():
 
         def come(together=together, found=found):
             together.wait()
-            found.append(squares.of(kernel))
+            found.append(winograd.of(kernel))
 
         threads = [Thread(target=come) for _ in range(4)]
         for t in threads:

@@ -13,10 +13,10 @@ import rarefy
 from conftest import Net, Tied, tiny_llama
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats import container
-from rarefy.runtime import native, ways
-from rarefy.runtime.layers import SparseLinear
+from rarefy.runtime import bindings, candidates
+from rarefy.runtime.sparse_layers import SparseLinear
 
-needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+needs_kernels = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -205,7 +205,7 @@ def test_hostile_structures(tmp_path, structure, message):
 @pytest.mark.parametrize("tied", [False, True])
 def test_load_and_accelerate(tied, tmp_path, monkeypatch):
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
-    monkeypatch.setattr(ways, "fastest", lambda dense, layers, inputs, clock: {b: ("tiles", 2.0) for b in inputs})
+    monkeypatch.setattr(candidates, "fastest", lambda dense, layers, inputs, clock: {b: ("tiles", 2.0) for b in inputs})
     model = tiny_llama(tie=tied)
     rarefy.prune_(model, sparsity=0.6)
     rarefy.save(model, tmp_path / "m")

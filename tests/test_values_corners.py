@@ -22,9 +22,9 @@ from rarefy.formats.sparse_encodings import encode
 from rarefy.model.activation_quant import Inputs, get_inputs, noted
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import Grid, get_grid, note_
-from rarefy.runtime import native, ways
-from rarefy.runtime.layers import PanelEmbedding
-from rarefy.runtime.packed import pack_panels
+from rarefy.runtime import bindings, candidates
+from rarefy.runtime.packing import pack_panels
+from rarefy.runtime.sparse_layers import PanelEmbedding
 
 
 def linear(width=64, out=64):
@@ -94,14 +94,14 @@ def test_what_is_nearly_nothing_is_stored_as_it_is(tmp_path):
     assert not container.read(tmp_path / "out").tensor("w", (4 << 20,)).any()
 
 
-@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 def test_a_dense_form_rounds_inputs_too(monkeypatch):
     net = linear(128, 128)
     rarefy.prune_(net, sparsity=0.7)
     rarefy.quantize_(net, "int8", activations="int8")
     rarefy.fold_(net)
     fast = copy.deepcopy(net)
-    monkeypatch.setattr(ways, "fastest", lambda d, l, inputs, c: {n: ("bitmask", 2.0) for n in inputs})
+    monkeypatch.setattr(candidates, "fastest", lambda d, l, inputs, c: {n: ("bitmask", 2.0) for n in inputs})
     rarefy.accelerate_(fast, (1,), choices=False)
     x = torch.randn(128, 128)
     layer: Any = fast[0]
@@ -273,7 +273,7 @@ def test_grids_that_are_sound_but_strange(tmp_path):
     rarefy.save(net, tmp_path / "out")
     again = rarefy.load(tmp_path / "out", linear(64, 8))
     rarefy.accelerate_(again, (1,), choices=False)
-    assert ways.why_no_panels(net[0].weight, grid) == "no kernel for scales of 2 outputs"
+    assert candidates.why_no_panels(net[0].weight, grid) == "no kernel for scales of 2 outputs"
     with pytest.raises(ValueError, match="no kernel for scales of 2 outputs"):
         pack_panels(net[0].weight.detach(), grid)
     p = encode_values(torch.ones(1, 4), Grid(8, torch.ones(1, 1)), "dense")

@@ -8,7 +8,7 @@ model = rarefy.load("out/")
 from rarefy.api import cast_, compress_
 from rarefy.common.errors import RarefyError
 from rarefy.common.report import Report
-from rarefy.common.version import __version__
+from rarefy.common.version import __version__ as __version__
 from rarefy.cut.cut import cut_
 from rarefy.cut.depth import drop_layers_
 from rarefy.cut.heads import prune_heads_
@@ -25,7 +25,7 @@ from rarefy.onnx.load import from_onnx
 from rarefy.prune.prune import prune_
 from rarefy.prune.solver_config import Solver
 from rarefy.recipe import Recipe
-from rarefy.runtime.choose import accelerate_
+from rarefy.runtime.autotune import accelerate_
 from rarefy.store import export, inspect, load, save
 from rarefy.train.distill import Distill, Distiller
 from rarefy.train.loop import fit_

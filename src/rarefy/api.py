@@ -36,8 +36,8 @@ from rarefy.model.sparsity_pattern import check_sparsity, parse
 from rarefy.plan import naming, targets
 from rarefy.prune.allocation import GRADIENTS
 from rarefy.prune.prune import check_weights, prune_, report
-from rarefy.runtime.choose import accelerate_
-from rarefy.runtime.layers import Sparse
+from rarefy.runtime.autotune import accelerate_
+from rarefy.runtime.sparse_layers import Sparse
 from rarefy.train.plans import Movement
 from rarefy.training import check_stage, train_
 from rarefy.values.lowrank import factorize_

@@ -313,8 +313,8 @@ def bench(
     from rarefy.common.atomic_io import blaming, write_whole
     from rarefy.engine.timed import bench_models, engine_of
     from rarefy.evaluation.example_inputs import example_of, generates
-    from rarefy.runtime.choose import accelerate_
-    from rarefy.runtime.table import latency_table
+    from rarefy.runtime.autotune import accelerate_
+    from rarefy.runtime.latency_table import latency_table
 
     if table is not None and (against or accelerate or values):
         raise RecipeError("--table times layers, not models: leave --against, --accelerate and --values out")

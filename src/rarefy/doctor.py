@@ -10,7 +10,7 @@ from rarefy.common.errors import DataError
 from rarefy.common.report import Report
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import machine, native_bf16
-from rarefy.runtime import native
+from rarefy.runtime import bindings
 
 CORE = ("torch", "safetensors", "numpy", "pyyaml", "rich", "typer", "greenlet")
 EXTRAS = {
@@ -54,7 +54,7 @@ def examine() -> Report:
         "python": here["python"],
         "bf16 products": "native" if native_bf16() else "emulated: expect bf16 to be slower than fp32",
         "CUDA": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
-        "kernels": native.isa() or native.missing(),
+        "kernels": bindings.isa() or bindings.missing(),
     }
     return Report("rarefy doctor", tuple(rows), summary)
 

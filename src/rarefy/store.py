@@ -36,8 +36,8 @@ from rarefy.model.layout import Layout
 from rarefy.model.masks import plain_state
 from rarefy.model.quant_grid import get_grid, note_
 from rarefy.model.sparsity_pattern import fitting_pattern
-from rarefy.runtime.choose import accelerate_, accelerate_each, check_options
-from rarefy.runtime.layers import Sparse
+from rarefy.runtime.autotune import accelerate_, accelerate_each, check_options
+from rarefy.runtime.sparse_layers import Sparse
 from rarefy.values import tie
 
 EXPORTS = ("hf", "safetensors", "compressed-tensors")
@@ -493,8 +493,8 @@ def _remember(model: nn.Module, receipt: Path, recipe: Any) -> None:
         values = json.loads(receipt.read_text(encoding="utf-8"))
         known = Receipt(
             **{
-                **quantized_encodings,
-                **{k: tuple(quantized_encodings.get(k, ())) for k in ("speed", "stages", "notes")},
+                **values,
+                **{k: tuple(values.get(k, ())) for k in ("speed", "stages", "notes")},
             }
         )
         _ = str(known) + known.to_json()  # what cannot be printed cannot be kept

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import DataError
-from rarefy.runtime.pages import fresh
+from rarefy.runtime.huge_pages import fresh
 
 TILE = 64  # tokens
 

@@ -21,11 +21,12 @@ from rarefy.engine.plan import Plan
 from rarefy.engine.prove import prove
 from rarefy.engine.trace import MOST_SIZE, Node, Traced, trace, two_samples
 from rarefy.model.layers import all_layers
-from rarefy.runtime import native
-from rarefy.runtime.choose import check_plain
-from rarefy.runtime.forms import SHARED, Panels
-from rarefy.runtime.packed import pack_dense, pack_sell, pack_tiles, shared
-from rarefy.runtime.pages import Pages, last_cache
+from rarefy.runtime import bindings
+from rarefy.runtime.autotune import check_plain
+from rarefy.runtime.huge_pages import Pages, last_cache
+from rarefy.runtime.kernel import Kernel
+from rarefy.runtime.packed_formats import SHARED, Panels
+from rarefy.runtime.packing import pack_dense, pack_sell, pack_tiles, shared
 
 MOST_SIZES = 16  # of inputs for which plans are kept
 EXACT, ROUNDED = 1e-3, 0.5  # of outputs' length, how far they may move: in fp32, and in 8 bits
@@ -373,7 +374,7 @@ def _fixed(t: Traced) -> list[Node]:
 
 def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any], values: str | None = None) -> dict[Node, Any]:
     """Return the kernels of all products, of `pack(weight, its name in the model)`, and of convolutions in `values`."""
-    if native.missing() is not None:
+    if bindings.missing() is not None:
         return {}
     found, known, pages = {}, {}, Pages()
     for node in t.graph.nodes:
@@ -381,13 +382,13 @@ def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any], values: str | None
             _, w, bias, _, act = node.args
             if w.name not in known:
                 known[w.name] = pages.hold(pack(t.constants[w.name], t.names.get(w.name, "")))
-            found[node] = native.Kernel(known[w.name], None if bias is None else t.constants[bias.name].clone(), act)
+            found[node] = Kernel(known[w.name], None if bias is None else t.constants[bias.name].clone(), act)
         elif node.target is words.convolution and (form := convolve.packed(t, node, values)) is not None:
             bias, act = node.args[2], node.args[4]
-            found[node] = native.Kernel(pages.hold(form), None if bias is None else t.constants[bias.name].clone(), act)
+            found[node] = Kernel(pages.hold(form), None if bias is None else t.constants[bias.name].clone(), act)
     for node in t.graph.nodes:  # an embedding that is a product's weight too
         if node.target is words.embedding and isinstance(known.get(node.args[1].name), Panels):
-            found[node] = Lookup(native.Kernel(known[node.args[1].name]))
+            found[node] = Lookup(Kernel(known[node.args[1].name]))
     return found
 
 
@@ -395,7 +396,7 @@ def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any], values: str | None
 class Lookup:
     """An embedding as a kernel."""
 
-    kernel: native.Kernel
+    kernel: Kernel
 
     @property
     def held(self) -> tuple[Panels, None]:

@@ -11,8 +11,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rarefy.engine import words
 from rarefy.engine.trace import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape
-from rarefy.runtime import squares
-from rarefy.runtime.forms import (
+from rarefy.runtime import winograd
+from rarefy.runtime.packed_formats import (
     CONV_BLOCK,
     LEAST_ZEROS,
     LEAST_ZEROS_OF_SQUARES,
@@ -21,7 +21,7 @@ from rarefy.runtime.forms import (
     NEAR,
     SHARED,
 )
-from rarefy.runtime.packed import pack_conv, pack_dense, shared
+from rarefy.runtime.packing import pack_conv, pack_dense, shared
 
 LEAST = 0.4  # zeros from which a kernel is faster than torch's dense one
 NORMS = {
@@ -110,7 +110,7 @@ def packed(t: Traced, node: Node, values: str | None) -> Any:
     how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     wide = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MOST_BYTES_IN_A_SUM
     kind = "fp32" if groups > 1 or wide else values or "fp32"
-    by_squares = squares.fit(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
+    by_squares = winograd.fit(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
     least = LEAST_ZEROS_OF_SQUARES if by_squares else LEAST_ZEROS
     if groups == 1 and kind == "fp32" and few_zeros(weight, least):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))

@@ -16,8 +16,8 @@ import torch
 from rarefy.engine import words
 from rarefy.engine.plan import BESIDE, Plan, Value
 from rarefy.engine.trace import Node
-from rarefy.runtime import native, squares
-from rarefy.runtime.forms import LANE, MOST_STRIDE
+from rarefy.runtime import bindings, winograd
+from rarefy.runtime.packed_formats import LANE, MOST_STRIDE
 
 PIECE = 16  # floats that may be read past the last plane
 MOST_PLANES = 1 << 31  # floats, as places are counted in 32 bits
@@ -94,13 +94,13 @@ def _planes(p: Plan, x: Node, conv: Any, rest: float, small: Value | None = None
     """An image's planes for a kernel, once for all that read it so, and how to read them; `small`: of its bytes."""
     batch, features, height, width = p.shape(x)
     features = features if small is None else small.features
-    each = native.library().rarefy_image_floats(conv, height, width) // conv.inputs
+    each = bindings.library().rarefy_image_floats(conv, height, width) // conv.inputs
     how = (x, small is None, rest, *(tuple(getattr(conv, n)) for n in ("kernel", "stride", "padding", "dilation")))
     if batch * features * each >= MOST_PLANES:
         raise MemoryError(f"{batch} images of {features} channels of {height} x {width} are more than a plan counts")
     lanes = conv.inputs * conv.kernel[0] * conv.kernel[1]
     places = torch.empty(lanes, dtype=torch.int32)
-    native.library().rarefy_image_places(conv, height, width, places.data_ptr())
+    bindings.library().rarefy_image_places(conv, height, width, places.data_ptr())
     image = Image(addressof(conv), height, width, places.data_ptr())
     p.held += [image, places, conv]
     if how not in p.planes:
@@ -130,12 +130,17 @@ def convolution(p: Plan, node: Node) -> None:
         conv = _geometry(shape[2:], stride, padding, dilation)
         planes, image = _planes(p, x, conv, 0.0)
         out = p.make(node)
-        acts = native.ACTIVATIONS.index(None if beside else act)
+        acts = bindings.ACTIVATIONS.index(None if beside else act)
         weights = {"gain": p.constant(w), "bias": p.constant(bias)}
         p.step("depthwise", out, x=p.use(planes), out=p.use(out), w=addressof(image), act=acts, batch=batch, **weights)
         if beside:
             p.step(
-                "add", out, x=p.use(out), out=p.use(out), act=native.ACTIVATIONS.index(act), more=p.use(beside["more"])
+                "add",
+                out,
+                x=p.use(out),
+                out=p.use(out),
+                act=bindings.ACTIVATIONS.index(act),
+                more=p.use(beside["more"]),
             )
         return
     kernel = p.kernels[node]
@@ -143,16 +148,16 @@ def convolution(p: Plan, node: Node) -> None:
     bytes_ = kernel.held[0].kind == "int8"
     if plain and x in p.values:
         source, step = p.values[x], "product"
-        how = {"w": addressof(kernel.inner), "flag": native.FORMATS.index(type(kernel.held[0].matrix))}
+        how = {"w": addressof(kernel.inner), "flag": bindings.FORMATS.index(type(kernel.held[0].matrix))}
         if bytes_:
             source, beside["sum"] = converted(p, x, "int8")
     else:
         small = None
         if bytes_:
             small, beside["sum"] = converted(p, x, "int8", True)
-        by_squares, about = squares.worth(kernel.held[0], p.shape(node)[2:]), kernel.about
+        by_squares, about = winograd.worth(kernel.held[0], p.shape(node)[2:]), kernel.about
         if by_squares:
-            made = squares.of(kernel)
+            made = winograd.of(kernel)
             about = made.about
             p.held.append(made)
         source, image = _planes(p, x, about, 0.0, small)
@@ -183,4 +188,4 @@ def average(p: Plan, node: Node) -> None:
 def _geometry(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
     """A convolution of one input without weights."""
     pairs: Mapping[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    return native.Conv(groups=1, outputs=1, inputs=1, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})
+    return bindings.Conv(groups=1, outputs=1, inputs=1, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})

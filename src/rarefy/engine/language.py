@@ -17,8 +17,8 @@ from rarefy.engine.plan import MOST_FEW
 from rarefy.engine.prove import apart
 from rarefy.model import hf
 from rarefy.model.quant_grid import Grid
-from rarefy.runtime.packed import pack_bitmask, pack_panels
-from rarefy.runtime.ways import FEW, grid_of, why_no_panels
+from rarefy.runtime.candidates import FEW, grid_of, why_no_panels
+from rarefy.runtime.packing import pack_bitmask, pack_panels
 
 SHOWN = 7  # tokens that a model is exported and proved with
 

@@ -11,8 +11,8 @@ import torch
 from rarefy.engine import images, words
 from rarefy.engine.plan import NT, Attend, Plan, Value
 from rarefy.engine.trace import Node
-from rarefy.runtime import native
-from rarefy.runtime.forms import Bitmask, Panels
+from rarefy.runtime import bindings
+from rarefy.runtime.packed_formats import Bitmask, Panels
 
 CACHED = 1 << 50  # where the addresses of a cache begin, for the order of steps
 
@@ -30,7 +30,7 @@ def _product(p: Plan, node: Node) -> None:
         extra["sums"] = p.held[-1].data_ptr()
     out = p.make(node)
     places = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
-    how = {"w": addressof(kernel.about), "flag": native.FORMATS.index(type(packed))}
+    how = {"w": addressof(kernel.about), "flag": bindings.FORMATS.index(type(packed))}
     p.step("product", out, x=p.use(source), out=p.use(out), **how, **places)
 
 
@@ -56,7 +56,7 @@ def _pair(p: Plan, node: Node) -> None:
     out = p.make(node)
     extra = {} if more is None else {"more": p.use(p.values[more])}
     op = "times" if node.target is words.times else "add"
-    p.step(op, out, x=p.use(p.values[x]), out=p.use(out), act=native.ACTIVATIONS.index(act), **extra)
+    p.step(op, out, x=p.use(p.values[x]), out=p.use(out), act=bindings.ACTIVATIONS.index(act), **extra)
 
 
 def _attention(p: Plan, node: Node) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor
 from rarefy.common.errors import ModelError
 from rarefy.engine import words
 from rarefy.engine.trace import Node
-from rarefy.runtime import native
-from rarefy.runtime.forms import SLAB, Bitmask, Panels, Sell, Tiles
-from rarefy.runtime.native import FORMATS
-from rarefy.runtime.pages import fresh
+from rarefy.runtime import bindings
+from rarefy.runtime.bindings import FORMATS
+from rarefy.runtime.huge_pages import fresh
+from rarefy.runtime.packed_formats import SLAB, Bitmask, Panels, Sell, Tiles
 
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens that a sequence is filled up to, where several lie one after the other
@@ -299,7 +299,7 @@ class Plan:
                 setattr(a, f"{name}_tile", v.tile)
         self.final = [self.array[i] for i in range(len(self.steps) - len(self.exits), len(self.steps))]
         self.sizes = [shape for _, shape in self.exits]
-        self.call = native.library().rarefy_run_plan
+        self.call = bindings.library().rarefy_run_plan
 
     def _touched(self, i: int) -> list[tuple[int, int, bool]]:
         """From where to where a step reads, or writes (True)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from rarefy.common.errors import ModelError
 from rarefy.engine import images, words
 from rarefy.engine.trace import Node
-from rarefy.runtime.forms import MOST_STRIDE
+from rarefy.runtime.packed_formats import MOST_STRIDE
 
 Size = tuple[int, ...]
 

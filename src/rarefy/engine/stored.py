@@ -22,11 +22,12 @@ from rarefy.engine.trace import Node, Traced
 from rarefy.engine.written import Written, from_json, to_json
 from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
-from rarefy.runtime import native
-from rarefy.runtime.forms import SLAB, Bitmask, ConvTiles, Dense, Packed, Panels, Sell
-from rarefy.runtime.layers import put_together, taken_apart
-from rarefy.runtime.packed import nbytes, unpack
-from rarefy.runtime.pages import Pages
+from rarefy.runtime import bindings
+from rarefy.runtime.huge_pages import Pages
+from rarefy.runtime.kernel import Kernel, _check
+from rarefy.runtime.packed_formats import SLAB, Bitmask, ConvTiles, Dense, Packed, Panels, Sell
+from rarefy.runtime.packing import nbytes, unpack
+from rarefy.runtime.sparse_layers import put_together, taken_apart
 
 GRAPH = "graph.json"
 META = "compiled"  # what marks such a folder in its index
@@ -132,7 +133,7 @@ def load(saved: container.Container, **without: Any) -> Compiled | Decoder:
     w, constants, kernels = parts.written, dict(parts.constants), {}
     for node, name in w.kernels.items():
         form = parts.packed[name]
-        if native.missing() is None:
+        if bindings.missing() is None:
             try:
                 kernels[node] = _kernel(node, form, constants)
             except FormatError as error:
@@ -149,9 +150,9 @@ def load(saved: container.Container, **without: Any) -> Compiled | Decoder:
 def _kernel(node: Node, form: Any, constants: Mapping[str, Tensor]) -> Any:
     """What runs a word on its packed weight; FormatError where that leads outside of itself."""
     if node.target is words.embedding:
-        return Lookup(native.Kernel(form))
+        return Lookup(Kernel(form))
     _, _, bias, _, act, *_ = node.args
-    return native.Kernel(form, None if bias is None else constants[bias.name], act)
+    return Kernel(form, None if bias is None else constants[bias.name], act)
 
 
 def read(saved: container.Container) -> Parts:
@@ -250,7 +251,7 @@ def _form(saved: container.Container, name: str, about: dict[str, Any], where: s
             raise FormatError(f"{str(about)[:200]} is no weight that a word runs on")
         parts = {n.removeprefix(first): saved.tensor(n) for n in saved.names if n.startswith(first)}
         form: Any = put_together(about, parts)
-        native._check(form, None)
+        _check(form, None)
         if isinstance(form, ConvTiles) and form.order is not None and form.groups > 1:
             raise FormatError(f"pairs of rows are for convolutions of one group, got {form.groups}")
         if isinstance(form, Panels) and (type(form.parts) is not int or (not form.parts and form.whole is None)):

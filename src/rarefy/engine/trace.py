@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, first_line
 from rarefy.engine import words
-from rarefy.runtime import ops  # noqa: F401 (models that run sparse already hold its operator)
-from rarefy.runtime.layers import Sparse, rebuilt
+from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
+from rarefy.runtime.sparse_layers import Sparse, rebuilt
 
 aten = torch.ops.aten
 

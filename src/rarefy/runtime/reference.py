@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.model.activation_quant import TINY
-from rarefy.runtime.forms import ConvTiles, Csr, Packed, Panels
-from rarefy.runtime.packed import unpack
+from rarefy.runtime.packed_formats import ConvTiles, Csr, Packed, Panels
+from rarefy.runtime.packing import unpack
 
 ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
     None: lambda y: y,
@@ -45,7 +45,7 @@ def run(
     """Return act(x W^T + bias + residual), fp32 [N, O], for x [N, C], or a convolution of x [N, C, height, width].
     O(O C) to unpack and O(N O C) to multiply.
 
-    >>> from rarefy.runtime.packed import pack_bitmask
+    >>> from rarefy.runtime.packing import pack_bitmask
     >>> run(pack_bitmask(torch.tensor([[0.0, 2.0]])), torch.tensor([[5.0, 3.0]])).tolist()
     [[6.0]]
     """

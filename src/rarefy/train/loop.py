@@ -28,7 +28,7 @@ from rarefy.model.layers import all_layers
 from rarefy.model.losses import Loss, loss_of
 from rarefy.model.masks import ROUNDED, get_mask, resume_grids_, zeros_of
 from rarefy.model.shards import everyones
-from rarefy.runtime.layers import Sparse
+from rarefy.runtime.sparse_layers import Sparse
 from rarefy.train import checkpoint
 from rarefy.train.distill import Distiller
 from rarefy.train.logs import Logs

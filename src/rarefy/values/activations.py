@@ -14,7 +14,7 @@ from rarefy.common.progress import track
 from rarefy.model.activation_quant import Inputs, takes_inputs
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
-from rarefy.runtime.choose import READERS
+from rarefy.runtime.autotune import READERS
 
 OBSERVERS = ("minmax", "percentile", "mse")
 KINDS = ("int8", "int8-static")  # dynamic: a scale for each row, found in each call; static: one, found beforehand

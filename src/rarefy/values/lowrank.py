@@ -31,8 +31,8 @@ from rarefy.model.quant_grid import get_grid
 from rarefy.prune import solvers
 from rarefy.prune.layerwise import check_solvable, matrix, stored
 from rarefy.prune.prune import check_weights
-from rarefy.runtime.choose import READERS
-from rarefy.runtime.observe import plain
+from rarefy.runtime.autotune import READERS
+from rarefy.runtime.fusion_analysis import plain
 
 DAMPING = 1e-4  # times the mean of diag(H), so that inputs that were never seen keep a direction
 STEP = 8  # ranks by measured time are multiples of this at least

@@ -22,12 +22,13 @@ from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer, Selector, all_layers, select
 from rarefy.model.quant_grid import notes
-from rarefy.runtime import choices as kept
-from rarefy.runtime import native, ops  # noqa: F401 (torch.compile needs the operator)
-from rarefy.runtime.forms import MOST_STRIDE
-from rarefy.runtime.layers import PanelEmbedding, Sparse, SparseLinear
-from rarefy.runtime.observe import Observed, activation, observe, plain
-from rarefy.runtime.ways import FEW, NUMBERS, Clock, forms_of, grid_of, inputs_of, ways_of, why_no_panels
+from rarefy.runtime import bindings
+from rarefy.runtime import tuning_cache as kept
+from rarefy.runtime.candidates import FEW, NUMBERS, Clock, forms_of, grid_of, inputs_of, ways_of, why_no_panels
+from rarefy.runtime.fusion_analysis import Observed, activation, observe, plain
+from rarefy.runtime.kernel import MOST_TOGETHER
+from rarefy.runtime.packed_formats import MOST_STRIDE
+from rarefy.runtime.sparse_layers import PanelEmbedding, Sparse, SparseLinear
 
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take the weights of their layers themselves
 
@@ -60,7 +61,7 @@ def accelerate_(
              on their grid, and inputs with one for each row (as CSR, which may serve a few inputs, as they are), so
              outputs change a little; None: in the weight's own numbers
     repeats  timings of each way, in turns
-    choices  the file that keeps what was fastest, so that it is measured once (`rarefy.runtime.choices` says where
+    choices  the file that keeps what was fastest, so that it is measured once (`rarefy.runtime.tuning_cache` says where
              that file is); False = measure, and keep nothing
     Masks must have been folded. Outputs stay the same up to rounding, unless `values` is given. Raises ModelError,
     SelectorError. O(ways x calls), once for each distinct shape.
@@ -115,7 +116,7 @@ def accelerate_each(model: nn.Module, how: Mapping[str, Any], bring: Callable[[L
         if joined:
             _join(places, rows, chosen)  # but for those that have just gone back
     faster = sum(not r["why"] for r in rows)
-    summary = {"layers that run sparse": f"{faster} of {len(rows)}", "instruction set": native.isa() or "none"}
+    summary = {"layers that run sparse": f"{faster} of {len(rows)}", "instruction set": bindings.isa() or "none"}
     summary |= {"bytes in memory": before, "bytes in memory after": resident_bytes(model)}
     return Report("accelerated", tuple(rows), summary, notes)
 
@@ -135,8 +136,8 @@ def _join(places: Places, rows: Sequence[dict[str, Any]], chosen: Sequence[Layer
                 forms = tuple((at, how["format"], how.get("kind")) for at, how in module.about)
                 alike.setdefault(forms, []).append((name, module))
         for same in alike.values():
-            for start in range(0, len(same) - 1, native.MOST_TOGETHER):
-                (leader, first), *others = same[start : start + native.MOST_TOGETHER]
+            for start in range(0, len(same) - 1, MOST_TOGETHER):
+                (leader, first), *others = same[start : start + MOST_TOGETHER]
                 first.join([m for _, m in others])
                 found = found or bool(others)
                 for name, _ in others:
@@ -341,8 +342,8 @@ def why_dense(layer: Layer, zeros: float, reached: bool | None) -> str | None:
     """Why a layer is not even tried, or None; `reached`: by the example, None where there is none."""
     module: Any = layer.module
     conv = _convolves(module)
-    if native.missing() is not None:
-        return native.missing()
+    if bindings.missing() is not None:
+        return bindings.missing()
     if layer.param != "weight" or not (conv or type(module).forward is nn.Linear.forward):
         return f"no kernel for {type(module).__name__} yet"
     if layer.weight.dtype not in NUMBERS or layer.weight.device.type != "cpu":

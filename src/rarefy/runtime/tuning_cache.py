@@ -17,7 +17,7 @@ import torch
 
 from rarefy.common.atomic_io import write_whole
 from rarefy.evaluation.profiling import machine
-from rarefy.runtime import native
+from rarefy.runtime import bindings
 
 MOST_BYTES = 16 << 20  # of a file that is read
 Choice = dict[int, tuple[str, float]]  # number of inputs -> (way, times as fast as dense)
@@ -36,10 +36,10 @@ def this_machine() -> str:
     told = (
         here["cpu"],
         " ".join(here["extensions"]),
-        native.isa(),
+        bindings.isa(),
         here["threads"],
         torch.__version__,
-        native.digest(),
+        bindings.digest(),
     )
     return " | ".join(map(str, told))
 

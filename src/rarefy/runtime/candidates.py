@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from rarefy.evaluation.profiling import Times, compare
 from rarefy.model.activation_quant import get_inputs
 from rarefy.model.quant_grid import Grid, notes
-from rarefy.runtime import choices
-from rarefy.runtime.forms import KINDS, MOST_COLUMNS, NEAR, Packed, Panels
-from rarefy.runtime.layers import Sparse, SparseConv, SparseLinear, geometry
-from rarefy.runtime.packed import pack_bitmask, pack_conv, pack_csr, pack_panels, pack_sell, pack_tiles, shared
+from rarefy.runtime import tuning_cache
+from rarefy.runtime.packed_formats import KINDS, MOST_COLUMNS, NEAR, Packed, Panels
+from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_csr, pack_panels, pack_sell, pack_tiles, shared
+from rarefy.runtime.sparse_layers import Sparse, SparseConv, SparseLinear, geometry
 
 GAIN = 1.03  # how much faster than dense a kernel must be
 CLOSE = 1.1  # times that timing does not tell apart for certain
@@ -43,16 +43,16 @@ class Clock:
     repeats: int
     flush: Tensor | None
     file: Path | None
-    known: dict[str, choices.Choice] = field(default_factory=dict)
+    known: dict[str, tuning_cache.Choice] = field(default_factory=dict)
 
     @classmethod
     def of(cls, repeats: int, model_bytes: int, file: Path | None = None) -> Clock:
         flush = torch.zeros(FLUSH // 4) if model_bytes > CACHED else None
-        return cls(repeats, flush, file, {} if file is None else choices.read(file))
+        return cls(repeats, flush, file, {} if file is None else tuning_cache.read(file))
 
     def best(
         self, dense: Any, ways: Mapping[str, Packed], build: Callable[..., Sparse], inputs: Mapping[int, Tensor]
-    ) -> choices.Choice:
+    ) -> tuning_cache.Choice:
         """Return the fastest way for each number of inputs, and how many times as fast as dense it is."""
         zeros, how = float((dense.weight == 0).float().mean()), geometry(dense) if not _linear(dense) else {}
         shapes = [(x.shape, x.stride()) for x in inputs.values()]
@@ -66,7 +66,7 @@ class Clock:
         if not _fits(self.known.get(key), ways, list(inputs)):
             self.known[key] = fastest(dense, {n: build({1: w}) for n, w in ways.items()}, inputs, self)
             if self.file is not None:
-                choices.write(self.file, {key: self.known[key]})
+                tuning_cache.write(self.file, {key: self.known[key]})
         return self.known[key]
 
     def times(self, dense: nn.Module, layers: Mapping[str, Sparse], x: Tensor) -> dict[str, Times]:
@@ -79,7 +79,7 @@ class Clock:
 
 def fastest(
     dense: nn.Module, layers: Mapping[str, Sparse], inputs: Mapping[int, Tensor], clock: Clock
-) -> choices.Choice:
+) -> tuning_cache.Choice:
     """Return the fastest way for each number of inputs; dense where none is faster by 3 %. Of those as fast to a tenth
     it is the one of fewest bytes: alone a layer finds the caches empty, in a model it shares them."""
     best = {}
@@ -145,7 +145,7 @@ def inputs_of(weight: Tensor, n: int, image: Tensor | None) -> Tensor:
     return torch.randn(n, *image.shape[1:], dtype=image.dtype).contiguous(memory_format=form)
 
 
-def forms_of(module: Any, ways: Mapping[str, Packed], best: choices.Choice) -> dict[int, Packed | Tensor]:
+def forms_of(module: Any, ways: Mapping[str, Packed], best: tuning_cache.Choice) -> dict[int, Packed | Tensor]:
     """Return the chosen form of a weight from each number of inputs on."""
     sizes, weight = sorted(best), _as_images(module.weight.detach())
     starts = [1, *(math.isqrt(a * b) + 1 for a, b in pairwise(sizes))]
@@ -168,7 +168,7 @@ def _as_images(weight: Tensor) -> Tensor:
     return weight.unsqueeze(2) if weight.dim() == 3 else weight
 
 
-def _fits(choice: choices.Choice | None, ways: Mapping[str, Packed], sizes: Sequence[int]) -> bool:
+def _fits(choice: tuning_cache.Choice | None, ways: Mapping[str, Packed], sizes: Sequence[int]) -> bool:
     """Whether a choice that was kept is one for these numbers of inputs, among these ways."""
     return choice is not None and list(choice) == list(sizes) and {n for n, _ in choice.values()} <= {*ways, "dense"}
 

@@ -14,11 +14,11 @@ from rarefy.common.report import Report
 from rarefy.evaluation.profiling import machine, resident_bytes
 from rarefy.model.layers import Layer, Selector, select
 from rarefy.model.sparsity_pattern import Pattern, check_sparsity, masks_at, parse
-from rarefy.runtime import native
-from rarefy.runtime.choose import check_plain, check_sizes, why_dense
-from rarefy.runtime.layers import geometry
-from rarefy.runtime.observe import observe
-from rarefy.runtime.ways import Clock, inputs_of, ways_of
+from rarefy.runtime import bindings
+from rarefy.runtime.autotune import check_plain, check_sizes, why_dense
+from rarefy.runtime.candidates import Clock, inputs_of, ways_of
+from rarefy.runtime.fusion_analysis import observe
+from rarefy.runtime.sparse_layers import geometry
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 PATTERNS = ("unstructured", "4x1")
@@ -69,7 +69,7 @@ def latency_table(
         inputs = {n: inputs_of(same[0].weight, n, image) for n in sizes}
         rows += [{**_about(same), **row} for row in _times(same[0].module, wanted, inputs, clock)]
     here: Mapping[str, Any] = machine()
-    told = {"cpu": here["cpu"], "threads": here["threads"], "instruction set": native.isa() or "none"}
+    told = {"cpu": here["cpu"], "threads": here["threads"], "instruction set": bindings.isa() or "none"}
     return Report("latency", tuple(rows), {**told, "load": here["load"]})
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rarefy.common.errors import FormatError, unknown
 from rarefy.formats.bitpacking import pack_bits, unpack_bits
 from rarefy.model.quant_grid import Grid
-from rarefy.runtime.forms import (
+from rarefy.runtime.packed_formats import (
     BLOCK,
     CONV_BLOCK,
     KINDS,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rarefy.runtime.layers import Sparse, described, geometry, rebuilt
+from rarefy.runtime.sparse_layers import Sparse, described, geometry, rebuilt
 
 _LIBRARY = torch.library.Library("rarefy", "DEF")
 _LIBRARY.define("sparse(Tensor x, Tensor[] parts, Tensor? bias, str about) -> Tensor")

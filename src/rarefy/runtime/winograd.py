@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.runtime import native
-from rarefy.runtime.forms import ConvTiles
-from rarefy.runtime.packed import pack_dense, unpack
-from rarefy.runtime.pages import fresh
+from rarefy.runtime import bindings
+from rarefy.runtime.huge_pages import fresh
+from rarefy.runtime.packed_formats import ConvTiles
+from rarefy.runtime.packing import pack_dense, unpack
 
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 MAKING = Lock()
@@ -58,7 +58,7 @@ class Squares:
         self.values = fresh(moved.nbytes).view(torch.float32).view(moved.shape).copy_(moved)
         pairs: dict[str, Any] = {"kernel": (4, 4), "stride": (2, 2), "padding": form.padding, "dilation": (1, 1)}
         old, arrays = kernel.about, {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
-        self.about = native.Conv(
+        self.about = bindings.Conv(
             weight=old.weight, dense=self.values.data_ptr(), groups=1, outputs=old.outputs, inputs=old.inputs, **arrays
         )
 

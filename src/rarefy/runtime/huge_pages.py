@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.runtime import native
-from rarefy.runtime.forms import Packed
+from rarefy.runtime import bindings
+from rarefy.runtime.packed_formats import Packed
 
 PAGE = 2 << 20  # bytes of a large page
 LEAST, MOST = 4 << 20, 64 << 20  # bytes of the first piece of memory, and of those after many
@@ -33,8 +33,8 @@ def fresh(nbytes: int) -> Tensor:
     """Return bytes of new memory, which begin with a large page where they fill one. O(1)."""
     page = PAGE if nbytes > PAGE else LINE
     memory = torch.empty(nbytes + page, dtype=torch.uint8)
-    if native.missing() is None:
-        native.library().rarefy_large_pages(memory.data_ptr(), memory.nbytes)
+    if bindings.missing() is None:
+        bindings.library().rarefy_large_pages(memory.data_ptr(), memory.nbytes)
     return memory[-memory.data_ptr() % page :][:nbytes]
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, unknown
 from rarefy.model.activation_quant import Inputs
-from rarefy.runtime import native, reference
-from rarefy.runtime.forms import Bitmask, ConvTiles, Csr, Dense, Packed, Panels, Sell, Tiles
-from rarefy.runtime.packed import unpack
+from rarefy.runtime import bindings, reference
+from rarefy.runtime.kernel import Kernel, Together, fit_together
+from rarefy.runtime.packed_formats import Bitmask, ConvTiles, Csr, Dense, Packed, Panels, Sell, Tiles
+from rarefy.runtime.packing import unpack
 
 MOST_INPUTS = 32  # of a call, up to which panels are multiplied by as they lie
 MOST_SIZES = 64  # of calls for which layers that run together are kept
@@ -159,8 +160,8 @@ class Sparse(nn.Module):
     def _kernel(self, at: int) -> Any:
         """What runs a form, made at its first call; it holds addresses, so it is neither copied nor saved."""
         form: Any = self.form(at)
-        if native.missing() is None:
-            return native.Kernel(form, self.bias, self.activation)
+        if bindings.missing() is None:
+            return Kernel(form, self.bias, self.activation)
         bias = None if self.bias is None else self.bias.float()
         return SimpleNamespace(run=lambda x: reference.run(form, x, bias, self.activation))
 
@@ -186,7 +187,7 @@ class Sparse(nn.Module):
 class SparseLinear(Sparse):
     """act(x W^T + bias) with W packed; its forms are chosen by the number of rows of x.
 
-    >>> from rarefy.runtime.packed import pack_bitmask
+    >>> from rarefy.runtime.packing import pack_bitmask
     >>> layer = SparseLinear({1: pack_bitmask(torch.tensor([[0.0, 2.0]]))}, torch.tensor([1.0]))
     >>> layer(torch.tensor([[[5.0, 3.0]]])).tolist()
     [[[7.0]]]
@@ -236,7 +237,7 @@ class SparseLinear(Sparse):
         whose, before, joint = known
         kernels = [l._current(at, names) for l, at, names in whose]
         if kernels != before:
-            joint = native.Together(kernels) if native.fit_together(kernels) else None
+            joint = Together(kernels) if fit_together(kernels) else None
         if kernels != before or n not in self._joint:
             if before or len(self._joint) >= MOST_SIZES:
                 self._joint.clear()  # the others hold old weights too
@@ -292,7 +293,7 @@ class SparseConv(Sparse):
     like    the convolution in whose place it stands: its strides, padding, dilation, groups
     An image may come without a batch dimension, as in `nn.Conv2d`; outputs are contiguous.
 
-    >>> from rarefy.runtime.packed import pack_conv
+    >>> from rarefy.runtime.packing import pack_conv
     >>> layer = SparseConv({1: pack_conv(torch.tensor([[[[0.0, 2.0]]]]))}, like=nn.Conv2d(1, 1, (1, 2), bias=False))
     >>> layer(torch.tensor([[[5.0, 3.0, 4.0]]])).tolist()
     [[[6.0, 8.0]]]

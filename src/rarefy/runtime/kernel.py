@@ -1,28 +1,30 @@
-"""The compiled kernels, where this installation has them: found, told to use torch's threads, called by pointers.
-
-`RAREFY_ISA` (avx512, avx2, portable) forces an instruction set. Without kernels `missing()` says why, and
-`rarefy.runtime.reference` does the same in torch.
-"""
+"""TODO."""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import os
-import sys
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, addressof, byref, c_char_p, c_int32, c_int64, c_void_p
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
+from ctypes import addressof, byref, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy.common.errors import FormatError, unknown
-from rarefy.runtime import reference
-from rarefy.runtime.forms import (
+from rarefy.runtime.bindings import (
+    _KINDS,
+    ACTIVATIONS,
+    FORMATS,
+    Conv,
+    _Bitmask,
+    _Csr,
+    _Dense,
+    _open,
+    _Panels,
+    _Sell,
+    _Tiles,
+    library,
+)
+from rarefy.runtime.packed_formats import (
     KINDS,
     LANE,
     MOST_BYTES_IN_A_SUM,
@@ -39,149 +41,7 @@ from rarefy.runtime.forms import (
     Tiles,
 )
 
-ISAS = ("avx512", "avx2", "portable")
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
-FORMATS = (Bitmask, Csr, Tiles, Panels, Sell, Dense)  # in the order of csrc/rarefy.h
 MOST_TOGETHER = 16  # weights of one call
-_KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
-
-
-class _Bitmask(Structure):
-    _fields_ = [
-        *[(n, c_int64) for n in ("rows", "cols", "words")],
-        *[(n, c_void_p) for n in ("masks", "starts", "values", "scales", "sums", "bias")],
-        *[(n, c_int32) for n in ("kind", "act")],
-    ]
-
-
-class _Panels(Structure):
-    _fields_ = [
-        *[(n, c_int64) for n in ("rows", "cols", "words")],
-        *[(n, c_void_p) for n in ("values", "scales", "zeros", "whole", "sums", "bias")],
-        *[(n, c_int32) for n in ("kind", "act", "parts", "exact")],
-    ]
-
-
-class _Csr(Structure):
-    _fields_ = [
-        *[(n, c_int64) for n in ("rows", "inputs")],
-        *[(n, c_void_p) for n in ("starts", "columns", "values", "scales", "bias")],
-        *[(n, c_int32) for n in ("kind", "act")],
-    ]
-
-
-class _Tiles(Structure):
-    _fields_ = [
-        *[(n, c_int64) for n in ("rows", "inputs", "cols", "block")],
-        *[(n, c_void_p) for n in ("counts", "starts", "columns", "values", "scales", "sums", "bias")],
-        *[(n, c_int32) for n in ("kind", "act")],
-    ]
-
-
-class _Sell(Structure):
-    _fields_ = [
-        *[(n, c_int64) for n in ("rows", "inputs", "cols", "block")],
-        *[(n, c_void_p) for n in ("starts", "counts", "order", "columns", "values", "scales", "sums", "bias")],
-        *[(n, c_int32) for n in ("kind", "act")],
-    ]
-
-
-class _Dense(Structure):
-    _fields_ = [
-        *[(n, c_int64) for n in ("rows", "cols")],
-        *[(n, c_void_p) for n in ("values", "bias")],
-        *[(n, c_int32) for n in ("kind", "act")],
-    ]
-
-
-class Conv(Structure):
-    _fields_ = [
-        ("weight", _Tiles),
-        *[(n, c_void_p) for n in ("sell", "dense")],
-        *[(n, c_int64) for n in ("groups", "outputs", "inputs")],
-        *[(n, c_int64 * 2) for n in ("kernel", "stride", "padding", "dilation")],
-    ]
-
-
-@cache
-def _open() -> tuple[Any, str | None]:
-    """The library, or why there is none."""
-    found = find_spec("rarefy.runtime._kernels")
-    if found is None or found.origin is None:
-        return None, "no compiled kernels: install again where there is a C++20 compiler"
-    try:
-        library = ctypes.CDLL(found.origin)
-        name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
-        pool = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-        library.rarefy_use_parallel(pool.torch_parallel_for, pool.torch_get_num_threads)
-    except (OSError, AttributeError) as error:
-        return None, f"the compiled kernels do not load: {error}"
-    library.rarefy_isa.restype = c_char_p
-    for name, kind in (("bitmask", _Bitmask), ("csr", _Csr), ("tiles", _Tiles), ("panels", _Panels), ("sell", _Sell)):
-        run = getattr(library, f"rarefy_run_{name}")
-        run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
-    library.rarefy_run_together.argtypes = [c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]
-    library.rarefy_image_floats.argtypes = [POINTER(Conv), c_int64, c_int64]
-    library.rarefy_image_floats.restype = c_int64
-    library.rarefy_image_places.argtypes = [POINTER(Conv), c_int64, c_int64, c_void_p]
-    library.rarefy_image_places.restype = None
-    library.rarefy_large_pages.argtypes, library.rarefy_large_pages.restype = [c_void_p, c_int64], None
-    library.rarefy_run_plan.argtypes = [c_void_p, c_int64]
-    library.rarefy_run_conv.argtypes = [POINTER(Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
-    library.rarefy_rows_of_panels.argtypes = [POINTER(_Panels), c_void_p, c_int64, c_void_p]
-    library.rarefy_check_conv.argtypes = [POINTER(Conv), c_int64, c_int64]
-    library.rarefy_check_csr.argtypes = [POINTER(_Csr), c_int64]
-    library.rarefy_check_sell.argtypes = [POINTER(_Sell), c_int64]
-    library.rarefy_check_panels.argtypes = [POINTER(_Panels), c_int64]
-    library.rarefy_check_bitmask.argtypes = [POINTER(_Bitmask), c_int64]
-    library.rarefy_check_tiles.argtypes = [POINTER(_Tiles), c_int64, c_int64]
-    wanted = os.environ.get("RAREFY_ISA")
-    if wanted:
-        _use(library, wanted)
-    return library, None
-
-
-def missing() -> str | None:
-    """Return why there are no kernels here, or None where there are."""
-    return _open()[1]
-
-
-def library() -> Any:
-    """Return the library; FormatError where there is none."""
-    found, why = _open()
-    if found is None:
-        raise FormatError(str(why))
-    return found
-
-
-def isa() -> str | None:
-    """Return the instruction set that the kernels use, or None where there are none."""
-    library, _ = _open()
-    return None if library is None else library.rarefy_isa().decode()
-
-
-@cache
-def digest() -> str | None:
-    """Return a digest of the compiled kernels, or None where there are none: other kernels have other times."""
-    found = find_spec("rarefy.runtime._kernels")
-    if found is None or found.origin is None:
-        return None
-    return hashlib.blake2b(Path(found.origin).read_bytes(), digest_size=8).hexdigest()
-
-
-def use(name: str) -> None:
-    """Use an instruction set from now on; FormatError for one that this machine has not."""
-    library, why = _open()
-    if library is None:
-        raise FormatError(str(why))
-    _use(library, name)
-
-
-def _use(library: Any, name: str) -> None:
-    if name not in ISAS:
-        raise FormatError(unknown("instruction set", name, ISAS))
-    if library.rarefy_use_isa(name.encode()):
-        raise FormatError(f"this CPU has no {name}; RAREFY_ISA=portable runs everywhere")
 
 
 class Kernel:
