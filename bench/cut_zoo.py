@@ -57,7 +57,7 @@ def apart(got: list[Tensor], want: list[Tensor]) -> float:
 
 def ours(model: nn.Module, x: Any) -> dict[str, Any]:
     import rarefy
-    from rarefy.cut.absent import Absent
+    from rarefy.structured.masked_reference import Absent
 
     masked = copy.deepcopy(model)
     began = time.perf_counter()
@@ -73,7 +73,7 @@ def theirs(model: Any, x: Any) -> dict[str, Any]:
     import torch_pruning as tp  # type: ignore
     from torchvision.models import VisionTransformer
 
-    from rarefy.cut.absent import Absent
+    from rarefy.structured.masked_reference import Absent
 
     masked = copy.deepcopy(model)
     for p in model.parameters():

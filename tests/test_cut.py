@@ -12,10 +12,10 @@ from torch import nn
 import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
-from rarefy.cut.absent import Absent
 from rarefy.dependency.graph import trace
 from rarefy.dependency.symbolic_dims import Algebra, Axis, Prod, Sum, kept, leaves, size
 from rarefy.model.mha import OwnHeads
+from rarefy.structured.masked_reference import Absent
 
 # ---- the algebra against torch: what stays of a tensor must be a grid, whatever happens to it ------------------------
 
@@ -367,7 +367,7 @@ def test_tied_weights_stay_tied_and_modules_know_their_sizes():
     rarefy.cut_(model, torch.randint(0, 11, (2, 6)))  # and once more
     assert model.num_heads == 1 and model.embed.embedding_dim == 4 and model.out.weight is model.embed.weight
     again = Attention()
-    from rarefy.cut.structure import restore
+    from rarefy.structured.structure_record import restore
 
     restore(again, model.rarefy_cut, "here")
     assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
@@ -458,7 +458,7 @@ def test_a_size_written_into_forward_undoes_the_cut():
     ],
 )
 def test_damaged_structures(change, message):
-    from rarefy.cut.structure import restore
+    from rarefy.structured.structure_record import restore
 
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(ContainerError, match=message):
@@ -509,8 +509,8 @@ def test_readers_get_what_they_lost_from_what_is_left(kind):
 
 
 def test_the_ridge_regression_is_the_one_of_a_solver():
-    from rarefy.cut.readers import Moments
-    from rarefy.cut.repair import RIDGE, compensation
+    from rarefy.structured.compensation import RIDGE, compensation
+    from rarefy.structured.consumers import Moments
 
     x = torch.randn(500, 7) @ torch.randn(7, 7) + torch.randn(7)
     left = torch.tensor([True, False, True, True, False, True, False])

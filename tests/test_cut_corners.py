@@ -10,8 +10,8 @@ from torch import nn
 
 import rarefy
 from rarefy.common.errors import ContainerError, ModelError
-from rarefy.cut import cut as module
-from rarefy.cut.structure import restore
+from rarefy.structured import cut as module
+from rarefy.structured.structure_record import restore
 from test_cut import IDS, language
 
 transformers = pytest.importorskip("transformers")
@@ -379,7 +379,7 @@ def test_hostile_notes_of_a_model_that_fits(tmp_path):
 
 
 def test_a_saved_config_changes_no_ids():
-    from rarefy.cut.config import adopt_config
+    from rarefy.structured.hf_config import adopt_config
 
     model = language("Llama", num_key_value_heads=2)
     before = {k: getattr(model.config, k) for k in ("eos_token_id", "pad_token_id", "max_position_embeddings")}

@@ -11,7 +11,7 @@ from torch import nn
 
 import rarefy
 from rarefy.common.errors import ContainerError, DataError, ModelError, SelectorError
-from rarefy.cut.depth import droppable, layer_scores, skipping
+from rarefy.structured.layer_drop import droppable, layer_scores, skipping
 from test_cut import CASES, IDS, IMAGE, language, outputs, vision
 
 transformers = pytest.importorskip("transformers")
@@ -194,7 +194,7 @@ def test_a_saved_config_sets_nothing_but_smaller_numbers(tmp_path):
     rarefy.save(model, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "rarefy.json").read_text())
     index["meta"]["structure"]["config"] |= {"vocab_size": 10**9, "rope_theta": "evil", "num_hidden_layers": -1}
-    from rarefy.cut.config import adopt_config
+    from rarefy.structured.hf_config import adopt_config
 
     fresh = language("Llama", num_key_value_heads=2)
     adopt_config(fresh, index["meta"]["structure"]["config"])

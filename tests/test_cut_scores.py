@@ -9,10 +9,10 @@ from torch import nn
 
 import rarefy
 from rarefy.common.errors import DataError, ModelError
-from rarefy.cut import plan
-from rarefy.cut.score import UNIT_SCORES, along, joined, removal_errors, unit_scores
 from rarefy.dependency.graph import trace
 from rarefy.evaluation.profiling import flops
+from rarefy.structured import budget
+from rarefy.structured.importance import UNIT_SCORES, along, joined, removal_errors, unit_scores
 from test_cut import CASES, IDS, IMAGE, language, vision
 
 
@@ -164,7 +164,7 @@ def test_obs_removes_what_others_can_say():
 
 
 @pytest.mark.parametrize("score", [s for s in UNIT_SCORES if s != "scale"])
-@pytest.mark.parametrize("scope", plan.SCOPES)
+@pytest.mark.parametrize("scope", budget.SCOPES)
 def test_every_score_in_every_scope(score, scope):
     net = mlp()
     given = data() if UNIT_SCORES[score].needs else None
@@ -219,8 +219,8 @@ def test_operations_of_the_graph_are_those_that_run(name):
     model = make().eval()
     graph = trace(model, x)
     ran = flops(model, lambda: model(**x) if isinstance(x, dict) else model(x))
-    assert plan.flops(graph, {}) == ran
-    assert plan.parameters(graph, {}) == sum(p.numel() for p in model.parameters())
+    assert budget.flops(graph, {}) == ran
+    assert budget.parameters(graph, {}) == sum(p.numel() for p in model.parameters())
     report = rarefy.cut_(model, x)
     after = flops(model, lambda: model(**x) if isinstance(x, dict) else model(x))
     assert report.summary["flops"].startswith(f"{ran:,} -> {after:,} (")
@@ -313,7 +313,7 @@ def test_mistakes(how, error, message):
 # ---- steps, optimizers, rehearsals ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", plan.SCOPES)
+@pytest.mark.parametrize("scope", budget.SCOPES)
 def test_steps_end_where_one_cut_does(scope):
     one, many = mlp(), mlp()
     how = {"score": "taylor", "scope": scope, "data": data(), "repair": False}

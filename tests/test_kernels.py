@@ -139,9 +139,7 @@ def test_nothing_is_read_past_the_end_of_an_image():
     mmap = pytest.importorskip("mmap")
     pages = mmap.mmap(-1, 1 << 20)
     for C, H, W in ((3, 7, 7), (5, 14, 14), (1, 4, 4), (2, 5, 13), (1, 1, 3)):
-        x = torch.frombuffer(pages, dtype=torch.float32)[-C * H * W :].view(
-            1, C, H, W
-        )  # what follows is not mapped
+        x = torch.frombuffer(pages, dtype=torch.float32)[-C * H * W :].view(1, C, H, W)  # what follows is not mapped
         x.copy_(torch.randn(1, C, H, W))
         weight = torch.randn(6, C, 1, 1)
         got = Kernel(packing.pack_conv(weight)).run(x)

@@ -11,10 +11,10 @@ from torch import nn
 import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ModelError, PatternError, RecipeError
-from rarefy.cut import permute as module
-from rarefy.cut.columns import _Groups, kept, search
 from rarefy.dependency.symbolic_dims import Axis, Prod, Sum, coordinates, ordered, size
 from rarefy.model.sparsity_pattern import select as choose
+from rarefy.structured import permutation as module
+from rarefy.structured.permutation_search import _Groups, kept, search
 
 PATTERNS = [(2, 4), (1, 2), (1, 4), (3, 4), (4, 8)]
 

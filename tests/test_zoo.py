@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import rarefy
 import zoo
-from rarefy.cut.absent import Absent
 from rarefy.dependency.graph import trace
 from rarefy.dependency.symbolic_dims import coordinates
 from rarefy.model.batches import tensors_in
+from rarefy.structured.masked_reference import Absent
 
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")

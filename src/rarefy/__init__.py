@@ -9,10 +9,6 @@ from rarefy.api import cast_, compress_
 from rarefy.common.errors import RarefyError
 from rarefy.common.report import Report
 from rarefy.common.version import __version__ as __version__
-from rarefy.cut.cut import cut_
-from rarefy.cut.depth import drop_layers_
-from rarefy.cut.heads import prune_heads_
-from rarefy.cut.permute import permute_
 from rarefy.dependency.graph import groups
 from rarefy.engine.compiled import compile
 from rarefy.engine.language import decoder
@@ -27,6 +23,10 @@ from rarefy.prune.solver_config import Solver
 from rarefy.recipe import Recipe
 from rarefy.runtime.autotune import accelerate_
 from rarefy.store import export, inspect, load, save
+from rarefy.structured.cut import cut_
+from rarefy.structured.head_pruning import prune_heads_
+from rarefy.structured.layer_drop import drop_layers_
+from rarefy.structured.permutation import permute_
 from rarefy.train.distill import Distill, Distiller
 from rarefy.train.loop import fit_
 from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder

@@ -19,8 +19,6 @@ from rarefy.calibration import offload
 from rarefy.common.atomic_io import bytes_of, path_of
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.common.report import Report
-from rarefy.cut.cut import cut_
-from rarefy.cut.permute import permute_
 from rarefy.evaluation import profiling
 from rarefy.evaluation.example_inputs import example_of
 from rarefy.evaluation.receipt import Receipt
@@ -38,6 +36,8 @@ from rarefy.prune.allocation import GRADIENTS
 from rarefy.prune.prune import check_weights, prune_, report
 from rarefy.runtime.autotune import accelerate_
 from rarefy.runtime.sparse_layers import Sparse
+from rarefy.structured.cut import cut_
+from rarefy.structured.permutation import permute_
 from rarefy.train.plans import Movement
 from rarefy.training import check_stage, train_
 from rarefy.values.lowrank import factorize_

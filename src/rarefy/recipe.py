@@ -17,8 +17,6 @@ import yaml
 
 from rarefy.common.errors import RarefyError, RecipeError, nearest, unknown
 from rarefy.common.located_yaml import Node, parse, plain, show, unwrap
-from rarefy.cut.ask import BUDGETS, check_cut
-from rarefy.cut.permute import check_permute
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.prune.solver_config import resolve
 from rarefy.stages import (
@@ -41,6 +39,8 @@ from rarefy.stages import (
     Tie,
     Train,
 )
+from rarefy.structured.options import BUDGETS, check_cut
+from rarefy.structured.permutation import check_permute
 from rarefy.train.distill import Distill
 from rarefy.train.distill import check as check_distill
 from rarefy.train.loop import Steps

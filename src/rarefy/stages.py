@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rarefy.cut.ask import BUDGETS, KINDS, LAYER_SCORES
-from rarefy.cut.plan import SCOPES as CUT_SCOPES
-from rarefy.cut.repair import REPAIRS
-from rarefy.cut.score import REDUCTIONS as CUT_REDUCTIONS
-from rarefy.cut.score import UNIT_SCORES
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.quant_grid import BITS
 from rarefy.prune.allocation import ALLOCATIONS
 from rarefy.prune.scores import SCORES
 from rarefy.prune.solver_config import Solver
+from rarefy.structured.budget import SCOPES as CUT_SCOPES
+from rarefy.structured.compensation import REPAIRS
+from rarefy.structured.importance import REDUCTIONS as CUT_REDUCTIONS
+from rarefy.structured.importance import UNIT_SCORES
+from rarefy.structured.options import BUDGETS, KINDS, LAYER_SCORES
 from rarefy.train.distill import DEPTHS, HIDDEN, OUTPUTS, Distill
 from rarefy.train.loop import AUTOCAST
 from rarefy.train.optimizers import LR_SCHEDULES
@@ -196,7 +196,7 @@ class Cut:
         return "layer" in self.units
 
     def options(self) -> dict[str, Any]:
-        """Return what `rarefy.cut.ask.check_cut` takes."""
+        """Return what `rarefy.structured.options.check_cut` takes."""
         names = ("units", *BUDGETS, "score", "reduce", "scope", "least", "round_to", "steps")
         return {**{n: getattr(self, n) for n in names}, "repair": True if self.repair is None else self.repair}
 

@@ -22,8 +22,6 @@ from rarefy.common.atomic_io import INDEX, blaming, check_target, whole_folder
 from rarefy.common.errors import ContainerError, FormatError, ModelError, nearest, unknown
 from rarefy.common.report import Report
 from rarefy.compat import compressed_tensors, withdrawn
-from rarefy.cut.config import adopt_config
-from rarefy.cut.structure import check_told, restore
 from rarefy.engine import stored
 from rarefy.engine.compiled import Compiled
 from rarefy.engine.language import Decoder
@@ -38,6 +36,8 @@ from rarefy.model.quant_grid import get_grid, note_
 from rarefy.model.sparsity_pattern import fitting_pattern
 from rarefy.runtime.autotune import accelerate_, accelerate_each, check_options
 from rarefy.runtime.sparse_layers import Sparse
+from rarefy.structured.hf_config import adopt_config
+from rarefy.structured.structure_record import check_told, restore
 from rarefy.values import tie
 
 EXPORTS = ("hf", "safetensors", "compressed-tensors")

@@ -21,13 +21,13 @@ from torch.optim import Optimizer
 
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
-from rarefy.cut.optimizers import check_optimizer
-from rarefy.cut.permute import check_permute, permute_
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.masks import clear_, fold_parameter_, mask_of
 from rarefy.prune.prune import prune_
+from rarefy.structured.optimizer_state import check_optimizer
+from rarefy.structured.permutation import check_permute, permute_
 
 CAPABILITY = (8, 0)  # of GPUs whose matrix units skip 2:4 zeros
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
-from rarefy.cut.readers import Moments, Reader, all_readers
 from rarefy.dependency.graph import Graph
 from rarefy.dependency.symbolic_dims import Axis, kept
 from rarefy.model.forward import call, evaluating, on_device
+from rarefy.structured.consumers import Moments, Reader, all_readers
 
 REPAIRS = ("ridge", "bias", "batchnorm")
 RIDGE = 1e-3  # of the mean variance

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.cut.surgery import NEAR, NEAR_OF, outputs
 from rarefy.model import hf
+from rarefy.structured.surgery import NEAR, NEAR_OF, outputs
 
 TRIES = 512  # combinations of numbers
 OTHERWISE = ("n_inner", "head_dim", "intermediate_size")  # None there means a multiple or quotient of other numbers

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, RarefyError
-from rarefy.cut.absent import Absent
-from rarefy.cut.attributes import follow
-from rarefy.cut.readers import Reader, all_readers
-from rarefy.cut.structure import named_tensors, remember, remember_attention, restoring_notes
 from rarefy.dependency.graph import Graph, Group
 from rarefy.dependency.symbolic_dims import Axis, kept, leaves
 from rarefy.dependency.tracer import forget, plainly, running
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, hooked, on_device
 from rarefy.model.mha import with_own_heads
+from rarefy.structured.consumers import Reader, all_readers
+from rarefy.structured.masked_reference import Absent
+from rarefy.structured.size_attributes import follow
+from rarefy.structured.structure_record import named_tensors, remember, remember_attention, restoring_notes
 
 # how far outputs of the cut model may be from those of the masked one, relative to the largest: sums round otherwise
 NEAR = 1e-4

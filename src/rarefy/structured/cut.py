@@ -14,15 +14,6 @@ from torch import Tensor, nn
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.common.report import Report, alike
-from rarefy.cut import plan
-from rarefy.cut.ask import BUDGETS, Ask, asked_of, check_layers, check_unmasked, for_units, repairs_of
-from rarefy.cut.config import follow_config, joined
-from rarefy.cut.depth import drop_layers_
-from rarefy.cut.optimizers import carry, check_optimizer
-from rarefy.cut.readers import observe
-from rarefy.cut.repair import batch_norms, losing, make_up, renew_batch_norms
-from rarefy.cut.score import UNIT_SCORES, unit_scores
-from rarefy.cut.surgery import DoesNotRun, Inexact, Removal, give_own_heads, restoring, take_out
 from rarefy.dependency.graph import Graph, Group, trace, unruled
 from rarefy.dependency.symbolic_dims import Axis, kept, leaves, products, size
 from rarefy.evaluation.profiling import compare
@@ -30,6 +21,15 @@ from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Selector, all_layers, select, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.mha import OwnHeads
+from rarefy.structured import budget
+from rarefy.structured.compensation import batch_norms, losing, make_up, renew_batch_norms
+from rarefy.structured.consumers import observe
+from rarefy.structured.hf_config import follow_config, joined
+from rarefy.structured.importance import UNIT_SCORES, unit_scores
+from rarefy.structured.layer_drop import drop_layers_
+from rarefy.structured.optimizer_state import carry, check_optimizer
+from rarefy.structured.options import BUDGETS, Ask, asked_of, check_layers, check_unmasked, for_units, repairs_of
+from rarefy.structured.surgery import DoesNotRun, Inexact, Removal, give_own_heads, restoring, take_out
 
 NOT_ASKED = "not asked for"
 UNEVEN = "a chunk takes as many of it as of something that stays"
@@ -73,7 +73,7 @@ def cut_(
     parameters, flops, latency
               the fraction of the model's that is to be left: parameters, operations of a call on `example`, both met
               within 1 %; or its time, found by timing cuts in turns with the dense model
-    score     how much a unit matters, see `rarefy.cut.score`: magnitude (the default), l1, scale, median, random; from
+    score     how much a unit matters, see `rarefy.structured.importance`: magnitude (the default), l1, scale, median, random; from
               data also activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient
     reduce    how the slices of a unit are joined: sum, mean, max
     scope     units are compared in their group ("layer"), with all ("global"), or in groups built alike ("isomorphic")
@@ -135,7 +135,7 @@ def cut_(
     done: list[Removal] = []
     own: list[Removal] = []
     first = trace(inner, example)
-    whole = {k: of(first, {}) for k, of in plan.MEASURES.items()}
+    whole = {k: of(first, {}) for k, of in budget.MEASURES.items()}
     history = History(first)
     try:
         for step in track(range(1, ask.steps + 1), "cutting", progress and ask.steps > 1):
@@ -151,7 +151,7 @@ def cut_(
                     done.append(own[-1])
             done.append(removal)
             history.add(graph, masks)
-            sizes = joined(sizes, plan.sizes(graph, masks))
+            sizes = joined(sizes, budget.sizes(graph, masks))
         if not (mask_only or dry_run):
             follow_config(inner, example, sizes)
     except BaseException:
@@ -225,15 +225,15 @@ class _Cut:
                 if not (isinstance(error, DoesNotRun) and self._leave_alone(error)):
                     self._try_each(error, target)
 
-    def _plan(self, target: float) -> plan.Counts:
+    def _plan(self, target: float) -> budget.Counts:
         """How many units of each group stay."""
         a, order = self.ask, self._order([g for g in self.groups if g.axis not in self.stays])
         if a.budget == "keep":
-            left = plan.counts(order, 1 - target)
+            left = budget.counts(order, 1 - target)
         elif a.budget == "latency":
             left = self._timed(order, target)
         else:
-            left = plan.budget(order, a.budget, target, self.whole[a.budget])
+            left = budget.budget(order, a.budget, target, self.whole[a.budget])
         if not left:
             raise ModelError(f"nothing would go: {UNEVEN}")
         if all(n == axis.size for axis, n in left.items()):
@@ -246,30 +246,30 @@ class _Cut:
         if self.ask.budget != "keep":
             return False
         order = self._order([g for g in self.groups if g.axis not in self.stays])
-        return set(plan.counts(order, 1 - target)) != set(plan.counts(replace(order, swap=False), 1 - target))
+        return set(budget.counts(order, 1 - target)) != set(budget.counts(replace(order, swap=False), 1 - target))
 
-    def _order(self, groups: list[Group]) -> plan.Order:
+    def _order(self, groups: list[Group]) -> budget.Order:
         a = self.ask
-        places = plan.rank(self.graph, groups, self.scores, self.origin, a.scope, UNIT_SCORES[a.score].comparable)
-        return plan.Order(self.graph, groups, places, self.origin, a.least, a.round_to, a.scope == "layer", self.swap)
+        places = budget.rank(self.graph, groups, self.scores, self.origin, a.scope, UNIT_SCORES[a.score].comparable)
+        return budget.Order(self.graph, groups, places, self.origin, a.least, a.round_to, a.scope == "layer", self.swap)
 
-    def _masks(self, left: plan.Counts) -> dict[Axis, Tensor]:
+    def _masks(self, left: budget.Counts) -> dict[Axis, Tensor]:
         new = [g for g in self.graph.groups if g.axis in left and g.axis not in self.scores]
         self.scores |= self._scored(new) if new else {}
-        return plan.masks(self.scores, left)
+        return budget.masks(self.scores, left)
 
-    def _timed(self, order: plan.Order, target: float) -> plan.Counts:
+    def _timed(self, order: budget.Order, target: float) -> budget.Counts:
         """The shallowest cut that takes `target` of the dense model's time, by bisection over trial cuts."""
         low, high, best = 0.0, 1.0, None
         for trial in range(TRIALS):
             depth = high if trial == 0 else (low + high) / 2
-            left = plan.counts(order, depth, smooth=True)
+            left = budget.counts(order, depth, smooth=True)
             removal = take_out(self.model, self.example, self.graph, self._masks(left))
             try:
                 share = self._share_of_time()
             finally:
                 removal.put_back()
-            if share <= target * (1 + plan.NEAR):
+            if share <= target * (1 + budget.NEAR):
                 high, best, self.time = depth, left, share
             elif trial == 0:
                 raise ModelError(
@@ -293,7 +293,7 @@ class _Cut:
     def _leave_alone(self, error: DoesNotRun) -> bool:
         """Keep the groups whose sizes the modules that failed have in their code, and those like them: heads first.
         Return whether there are any, and others."""
-        alike = {n for n in dict(self.model.named_modules()) if plan.unnumbered(n) == plan.unnumbered(error.module)}
+        alike = {n for n in dict(self.model.named_modules()) if budget.unnumbered(n) == budget.unnumbered(error.module)}
         axes = {a for n in alike for e in self.graph.sizes.get(n, []) for a in leaves(e)}
         axes |= {g.axis for g in self.groups for m in g.members if m.name.rpartition(".")[0] in alike}
         left = [g for g in self.groups if g.axis in axes and g.axis not in self.stays]
@@ -310,9 +310,9 @@ class _Cut:
             raise error
         self.tried, self.stays = True, {}
         fine: list[Group] = []
-        for groups in plan.by_form(self.groups):
+        for groups in budget.by_form(self.groups):
             try:
-                masks = self._masks(plan.counts(self._order([*fine, *groups]), 1 - target))
+                masks = self._masks(budget.counts(self._order([*fine, *groups]), 1 - target))
                 take_out(self.model, self.example, self.graph, masks).put_back()
                 fine += groups
             except (DoesNotRun, Inexact) as reason:
@@ -332,7 +332,7 @@ class _Cut:
             rows.append(row(g, self.origin[g.axis], n, why))
         left = {axis: int(m.sum()) for axis, m in masks.items()}
         summary: dict[str, Any] = {}
-        for what, of in plan.MEASURES.items():
+        for what, of in budget.MEASURES.items():
             before, after = self.whole[what], of(self.graph, left)
             summary[what] = f"{before:,} -> {after:,} ({after / max(before, 1):.3f})"
         if self.time is not None:

@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from rarefy.common.errors import DataError, ModelError, unknown
-from rarefy.cut import plan
-from rarefy.cut.repair import REPAIRS
-from rarefy.cut.score import REDUCTIONS, UNIT_SCORES
 from rarefy.model import lowrank_modules
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import masks as attached
 from rarefy.model.quant_grid import live_grid, notes
+from rarefy.structured import budget as plan
+from rarefy.structured.compensation import REPAIRS
+from rarefy.structured.importance import REDUCTIONS, UNIT_SCORES
 
 KINDS = ("channel", "neuron", "head", "head of a group", "head dimension", "group")
 LAYER_SCORES = ("similarity", "loss", "random")

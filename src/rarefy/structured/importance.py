@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
-from rarefy.cut.readers import Moments, Reader, observe, readers_of
 from rarefy.dependency.graph import Graph, Group
 from rarefy.dependency.symbolic_dims import Axis, coordinates, leaves
 from rarefy.model.batches import tokens_in
 from rarefy.model.forward import call, check_batches, evaluating, on_device, trainable
 from rarefy.model.losses import Loss, finite, loss_of
+from rarefy.structured.consumers import Moments, Reader, observe, readers_of
 
 AT_ONCE = 64  # of what is left one unit in so many goes in a step of obs
 REDUCTIONS = ("sum", "mean", "max")

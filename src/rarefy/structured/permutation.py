@@ -20,10 +20,6 @@ from rarefy.calibration.statistics import Stats
 from rarefy.common.errors import PatternError, unknown
 from rarefy.common.progress import track
 from rarefy.common.report import Report
-from rarefy.cut.ask import check_unmasked
-from rarefy.cut.columns import kept, search
-from rarefy.cut.optimizers import check_optimizer
-from rarefy.cut.surgery import differs, outputs
 from rarefy.dependency.graph import Graph, Group, trace, unruled
 from rarefy.dependency.symbolic_dims import Axis, leaves, ordered
 from rarefy.model.forward import check_batches
@@ -32,6 +28,10 @@ from rarefy.model.losses import Loss
 from rarefy.model.sparsity_pattern import Pattern, parse
 from rarefy.prune.prune import calibrate, check_weights
 from rarefy.prune.scores import SCORES
+from rarefy.structured.optimizer_state import check_optimizer
+from rarefy.structured.options import check_unmasked
+from rarefy.structured.permutation_search import kept, search
+from rarefy.structured.surgery import differs, outputs
 
 ROWS = 2048  # from so many, spread over all, an order is found; what it keeps is counted on all
 NEAR = 1e-5  # how far outputs may be from those before, relative to the largest: sums round otherwise

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, nearest
 from rarefy.common.report import Report
-from rarefy.cut.ask import check_unmasked
-from rarefy.cut.config import follow_config
-from rarefy.cut.cut import row
-from rarefy.cut.optimizers import carry, check_optimizer
-from rarefy.cut.plan import sizes
-from rarefy.cut.surgery import give_own_heads, take_out
 from rarefy.dependency.graph import Graph, Group, trace, unruled
 from rarefy.dependency.symbolic_dims import Axis, leaves
 from rarefy.model.layers import unwrap
+from rarefy.structured.budget import sizes
+from rarefy.structured.cut import row
+from rarefy.structured.hf_config import follow_config
+from rarefy.structured.optimizer_state import carry, check_optimizer
+from rarefy.structured.options import check_unmasked
+from rarefy.structured.surgery import give_own_heads, take_out
 
 
 def prune_heads_(

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from rarefy.common.errors import DataError, ModelError, SelectorError, nearest
 from rarefy.common.progress import track
 from rarefy.common.report import Report
-from rarefy.cut.ask import check_fraction, check_layer_score, check_repeatable, check_unmasked
-from rarefy.cut.config import cut_lists, follow_config
-from rarefy.cut.optimizers import check_optimizer, forget_parameters
-from rarefy.cut.readers import feed
-from rarefy.cut.structure import NUMBERS, keep_blocks, remember_blocks, restoring_notes
-from rarefy.cut.surgery import Removal, outputs, prove
 from rarefy.model.batches import tensors_in, tokens_in
 from rarefy.model.block_lists import _blocks, stacks
 from rarefy.model.forward import call, evaluating, hooked, on_device
 from rarefy.model.layers import unwrap
 from rarefy.model.losses import Loss, finite, loss_of
+from rarefy.structured.consumers import feed
+from rarefy.structured.hf_config import cut_lists, follow_config
+from rarefy.structured.optimizer_state import check_optimizer, forget_parameters
+from rarefy.structured.options import check_fraction, check_layer_score, check_repeatable, check_unmasked
+from rarefy.structured.structure_record import NUMBERS, keep_blocks, remember_blocks, restoring_notes
+from rarefy.structured.surgery import Removal, outputs, prove
 
 
 @dataclass(frozen=True, eq=False)
