@@ -14,9 +14,9 @@ from conftest import Net
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.model.activation_quant import Inputs, get_inputs, noted, set_inputs_
 from rarefy.model.layers import all_layers
+from rarefy.quantization.activation_observers import static
 from rarefy.runtime import bindings, candidates, packing, reference
 from rarefy.runtime.sparse_layers import SparseLinear
-from rarefy.values.activations import static
 
 
 def mlp():
@@ -251,7 +251,7 @@ def test_smoothing_keeps_the_model_and_makes_its_inputs_easier(pruned):
     if pruned:
         rarefy.prune_(dense, "2:4", layers=["q", "k"])
     from rarefy.model.layers import select
-    from rarefy.values.smooth import smooth_
+    from rarefy.quantization.smoothquant import smooth_
 
     smoothed = copy.deepcopy(dense)
     done, undo = smooth_(smoothed, select(smoothed, ["q", "k", "up", "down", "out"]), data, 0.5)

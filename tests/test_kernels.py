@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from rarefy.common.errors import FormatError
+from rarefy.quantization.config import asked
+from rarefy.quantization.grids import grid_for
 from rarefy.runtime import bindings, huge_pages, packing, reference
 from rarefy.runtime.kernel import Kernel, Together, fit_together
-from rarefy.values.quantize import asked, grid_for
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 

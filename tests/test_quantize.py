@@ -18,8 +18,9 @@ from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Codebook, Grid, get_grid, live_grid, notes, scale_shape
 from rarefy.plan import forecast
 from rarefy.prune import solvers
-from rarefy.values.fit import FITS
-from rarefy.values.quantize import asked, grid_for
+from rarefy.quantization.config import asked
+from rarefy.quantization.grids import grid_for
+from rarefy.quantization.scale_fitting import FITS
 
 WAYS = [
     {"weights": "int8"},

@@ -20,7 +20,7 @@ from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import Codebook, get_grid
-from rarefy.values.share import best_values, codebook
+from rarefy.quantization.codebook import best_values, codebook
 
 
 def mlp():

@@ -20,6 +20,8 @@ from rarefy.onnx.export import export_onnx
 from rarefy.onnx.load import from_onnx
 from rarefy.prune.prune import prune_
 from rarefy.prune.solver_config import Solver
+from rarefy.quantization.codebook import share_
+from rarefy.quantization.quantize import quantize_
 from rarefy.recipe import Recipe
 from rarefy.runtime.autotune import accelerate_
 from rarefy.store import export, inspect, load, save
@@ -32,8 +34,6 @@ from rarefy.train.loop import fit_
 from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
 from rarefy.training import Sparsifier
 from rarefy.values.lowrank import factorize_
-from rarefy.values.quantize import quantize_
-from rarefy.values.share import share_
 from rarefy.values.tie import tie_layers_
 
 __all__ = [

@@ -34,6 +34,8 @@ from rarefy.model.sparsity_pattern import check_sparsity, parse
 from rarefy.plan import naming, targets
 from rarefy.prune.allocation import GRADIENTS
 from rarefy.prune.prune import check_weights, prune_, report
+from rarefy.quantization.codebook import share_
+from rarefy.quantization.quantize import quantize_
 from rarefy.runtime.autotune import accelerate_
 from rarefy.runtime.sparse_layers import Sparse
 from rarefy.structured.cut import cut_
@@ -41,8 +43,6 @@ from rarefy.structured.permutation import permute_
 from rarefy.train.plans import Movement
 from rarefy.training import check_stage, train_
 from rarefy.values.lowrank import factorize_
-from rarefy.values.quantize import quantize_
-from rarefy.values.share import share_
 from rarefy.values.tie import tie_layers_
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

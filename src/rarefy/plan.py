@@ -20,10 +20,10 @@ from rarefy.model.lowrank_modules import cost, most_ranks, why_not
 from rarefy.model.quant_grid import scale_shape
 from rarefy.model.sparsity_pattern import Pattern
 from rarefy.prune.prune import asked, check_ask, chosen_layers
+from rarefy.quantization.config import Ask
+from rarefy.quantization.config import asked as asked_values
 from rarefy.train.plans import Movement
 from rarefy.train.plans import asked as asked_plan
-from rarefy.values.quantize import Ask
-from rarefy.values.quantize import asked as asked_values
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 

@@ -19,6 +19,8 @@ from rarefy.common.errors import RarefyError, RecipeError, nearest, unknown
 from rarefy.common.located_yaml import Node, parse, plain, show, unwrap
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.prune.solver_config import resolve
+from rarefy.quantization.codebook import asked as asked_book
+from rarefy.quantization.config import asked as asked_values
 from rarefy.stages import (
     AT_LEAST_ONE,
     CHOICES,
@@ -48,8 +50,6 @@ from rarefy.train.optimizers import OPTIMIZERS, optimizer_of
 from rarefy.train.plans import PLANS, Plan, plan_of
 from rarefy.train.plans import asked as asked_plan
 from rarefy.values.lowrank import asked as asked_factors
-from rarefy.values.quantize import asked as asked_values
-from rarefy.values.share import asked as asked_book
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

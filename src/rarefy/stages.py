@@ -10,6 +10,9 @@ from rarefy.model.quant_grid import BITS
 from rarefy.prune.allocation import ALLOCATIONS
 from rarefy.prune.scores import SCORES
 from rarefy.prune.solver_config import Solver
+from rarefy.quantization.activation_observers import KINDS as ACTIVATIONS
+from rarefy.quantization.activation_observers import OBSERVERS
+from rarefy.quantization.scale_fitting import FITS
 from rarefy.structured.budget import SCOPES as CUT_SCOPES
 from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.importance import REDUCTIONS as CUT_REDUCTIONS
@@ -20,9 +23,6 @@ from rarefy.train.loop import AUTOCAST
 from rarefy.train.optimizers import LR_SCHEDULES
 from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
 from rarefy.train.schedule import SCHEDULES
-from rarefy.values.activations import KINDS as ACTIVATIONS
-from rarefy.values.activations import OBSERVERS
-from rarefy.values.fit import FITS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ class Quantize:
     ignore: tuple[str, ...] | None = None
 
     def options(self) -> dict[str, Any]:
-        """Return what `rarefy.values.quantize.asked` takes."""
+        """Return what `rarefy.quantization.config.asked` takes."""
         names = ("weights", "group", "symmetric", "fit", "solver", "activations", "observer", "smooth")
         return {n: getattr(self, n) for n in (*names, "pattern", "sparsity")}
 

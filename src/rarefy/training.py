@@ -25,13 +25,13 @@ from rarefy.model import hf
 from rarefy.model.forward import on_device
 from rarefy.model.losses import Loss, loss_of
 from rarefy.model.masks import adopt_
+from rarefy.quantization.quantize import quantize_
 from rarefy.train import sparsifier
 from rarefy.train.distill import Distiller, frozen_copy
 from rarefy.train.loop import Steps, fit_
 from rarefy.train.optimizers import optimizer_of
 from rarefy.train.plans import Plan
 from rarefy.train.sparsifier import check_steps
-from rarefy.values.quantize import quantize_
 
 
 def train_(

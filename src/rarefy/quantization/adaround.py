@@ -28,7 +28,8 @@ from rarefy.model.quant_grid import Grid, beside, split
 from rarefy.prune.layerwise import check_solvable
 from rarefy.prune.reconstruction import block_error, block_loss
 from rarefy.prune.solver_config import in_bf16, passes
-from rarefy.values.quantize import Ask, Made, grid_for
+from rarefy.quantization.config import Ask, Made
+from rarefy.quantization.grids import grid_for
 
 LOOKS = 10  # times that the held-out error is looked at
 

@@ -21,8 +21,9 @@ from rarefy.prune import solvers
 from rarefy.prune.layerwise import check_solvable, choosers, factor, given_mask, matrix, stored, target_of
 from rarefy.prune.solver_config import Ask as PruneAsk
 from rarefy.prune.solver_config import passes
-from rarefy.values.fit import FITS
-from rarefy.values.quantize import Ask, Made, finite, fitted, grid_for
+from rarefy.quantization.config import Ask, Made
+from rarefy.quantization.grids import finite, fitted, grid_for
+from rarefy.quantization.scale_fitting import FITS
 
 
 def solve_(

@@ -23,7 +23,7 @@ from rarefy.model.layers import Layer, Selector, select
 from rarefy.model.masks import check_maskable
 from rarefy.model.quant_grid import BITS, Codebook, get_grid, live_grid, rows_of, scale_shape
 from rarefy.prune.prune import check_weights
-from rarefy.values.quantize import put_, relative_error
+from rarefy.quantization.quantize import put_, relative_error
 
 BINS = 1024  # of the histogram
 LLOYD = 15  # steps on the weights themselves

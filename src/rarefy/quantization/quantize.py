@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.common.errors import DataError, ModelError, PatternError, unknown
+from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.formats.quantized_encodings import sizes
@@ -18,42 +16,13 @@ from rarefy.model.activation_quant import Inputs, set_inputs_
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select, unwrap
 from rarefy.model.masks import check_maskable, get_mask, set_mask_
-from rarefy.model.quant_grid import BITS, Grid, Values, get_grid, live_grid, note_, rows_of, scale_shape, set_grid_
-from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse
+from rarefy.model.quant_grid import Grid, Values, get_grid, live_grid, note_, scale_shape, set_grid_
 from rarefy.prune.prune import check_weights, chosen_layers
-from rarefy.prune.solver_config import Solver, resolve
-from rarefy.values.activations import KINDS, OBSERVERS, inputs_for, modules_of
-from rarefy.values.fit import FITS, Fit
-from rarefy.values.smooth import smooth_
-
-ROUNDINGS = ("rtn", "obs", "round")
-ROUND = {"steps": 200, "bf16": False}  # defaults of the solver round, whose lr is 1 / steps
-FLOATS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16", "fp32": "fp32"}
-
-
-Made = tuple[Values, Tensor, Tensor | None]  # grid, weights as stored, mask where it is new
-
-
-@dataclass(frozen=True)
-class Ask:
-    """How weights are to lie: bits, who shares a scale, how it is found, how weights are rounded."""
-
-    bits: int
-    group: int | str | None = None
-    symmetric: bool = True
-    fit: str = "mse"
-    solver: Solver | None = None  # None: each weight to its nearest point
-    pattern: Pattern | None = None  # zeros that are chosen in the same pass
-    sparsity: float = 0.0
-    activations: str | None = None
-    observer: str = "mse"
-    smooth: float | None = None
-
-    @property
-    def words(self) -> str:
-        """The grid in a word or two: `int4 by 128`."""
-        kind = ("int" if self.symmetric else "uint") + str(self.bits)
-        return kind if self.group is None else f"{kind} by {self.group}"
+from rarefy.prune.solver_config import Solver
+from rarefy.quantization.activation_observers import inputs_for, modules_of
+from rarefy.quantization.config import Ask, asked
+from rarefy.quantization.grids import finite, grid_for
+from rarefy.quantization.smoothquant import smooth_
 
 
 def quantize_(
@@ -79,14 +48,14 @@ def quantize_(
     weights    int2 to int8
     group      how many inputs share a scale; None: all of an output; "tensor": the whole weight
     symmetric  codes lie around 0; False: zero has a code of its own, for weights that lean to one side
-    fit        minmax, mse or hqq: how a scale is found (`rarefy.values.fit`); by default mse, of 8 bits minmax
+    fit        minmax, mse or hqq: how a scale is found (`rarefy.quantization.scale_fitting`); by default mse, of 8 bits minmax
     solver     rtn: each weight to its nearest point; obs (GPTQ): rounding errors are spread over weights that are not
                yet rounded, so that the layer's outputs on `data` stay (`rarefy.Solver` sets its options); round
                (AutoRound): blocks learn in `steps` which way each weight goes
     activations  round what Linear and Conv layers are given to 8 bits too: int8 (a scale for each row, found in each
                call) or int8-static (one scale and zero, found on `data` by `observer`: minmax, percentile or mse)
     smooth     0..1, with activations: first move that power of the largest inputs of Linear layers out of them, into
-               the norm or layer that makes them (`rarefy.values.smooth`)
+               the norm or layer that makes them (`rarefy.quantization.smoothquant`)
     pattern    obs: choose zeros in the same pass, with `sparsity` as in `rarefy.prune_`
 
     What is zero stays zero. Weights stay on their grid through training, whose gradients go straight through (QAT);
@@ -153,102 +122,13 @@ def _found(
         layers = track(chosen, "rounding", progress, len(chosen))
         made: list[Any] = [_nearest(l, shapes[l.full_name], ask) for l in layers]
         return {l.full_name: {} for l in chosen}, made, reach, left
-    from rarefy.values.gptq import solve_
-    from rarefy.values.rounding import round_
+    from rarefy.quantization.adaround import round_
+    from rarefy.quantization.gptq import solve_
 
     assert data is not None
     run = round_ if ask.solver.name == "round" else solve_
     rows, made = run(unwrap(model), chosen, ask, shapes, data, progress)
     return rows, made, reach, left
-
-
-def asked(
-    weights: Any = "int8",
-    group: Any = None,
-    symmetric: Any = True,
-    fit: Any = None,
-    solver: Any = "rtn",
-    activations: Any = None,
-    observer: Any = None,
-    smooth: Any = None,
-    pattern: Any = None,
-    sparsity: Any = None,
-) -> Ask:
-    """Return what `quantize_` is asked for with its defaults filled in; PatternError for what it does not know."""
-    if isinstance(weights, str) and weights in FLOATS:
-        raise PatternError(
-            f"weights={weights!r}: whole models are cast, with what they compute: rarefy.cast_(model, "
-            f"{FLOATS[weights]!r}), in recipes the stage cast"
-        )
-    found = re.fullmatch(r"int(\d+)", str(weights))
-    if found is None or int(found[1]) not in BITS:
-        raise PatternError(unknown("weights", weights, [f"int{b}" for b in BITS]))
-    bits = int(found[1])
-    whole = isinstance(group, int) and not isinstance(group, bool) and group > 1
-    if not (group is None or group == "tensor" or whole):
-        raise PatternError(f"group is a number of inputs from 2 up, 'tensor', or None for all, got {group!r}")
-    if not isinstance(symmetric, bool):
-        raise PatternError(f"symmetric is True or False, got {symmetric!r}")
-    fit = ("minmax" if bits == 8 else "mse") if fit is None else fit
-    if not isinstance(fit, str) or fit not in FITS:
-        raise PatternError(unknown("fit", fit, FITS))
-    if activations is not None and activations not in KINDS:
-        raise PatternError(unknown("activations", activations, KINDS))
-    if observer is not None and observer not in OBSERVERS:
-        raise PatternError(unknown("observer", observer, OBSERVERS))
-    if observer is not None and activations != "int8-static":
-        raise PatternError(f"observer={observer!r} has no effect without activations='int8-static'")
-    if smooth is not None:
-        if isinstance(smooth, bool) or not isinstance(smooth, int | float) or not 0 <= smooth <= 1:
-            raise PatternError(f"smooth is a number from 0 to 1, got {smooth!r}")
-        if activations is None:
-            raise PatternError(f"smooth={smooth!r} has no effect without activations")
-    how = None
-    if solver != "rtn":
-        name = solver.get("name") if isinstance(solver, dict) else getattr(solver, "name", solver)
-        papers = {"gptq": "obs", "autoround": "round"}
-        meant = papers.get(str(name).lower())
-        if name not in ("obs", "round"):
-            hint = f" ({name} is called {meant} here)" if meant else ""
-            raise PatternError(unknown("solver of quantization", name, ROUNDINGS) + hint)
-        how = _learning(solver) if name == "round" else resolve(solver)
-        if how.reconstruct:
-            raise PatternError("solver obs: reconstruct learns weights that are not rounded; leave it out here")
-    plan, share = None, 0.0
-    if pattern is not None:
-        if how is None or how.name != "obs":
-            raise PatternError(
-                f"pattern {pattern!r}: zeros are chosen along the way by solver='obs' alone; prune_ first"
-            )
-        plan = parse(pattern)
-        share, _ = check_sparsity(plan, sparsity, None)
-        if plan.kind not in ("unstructured", "nm", "block"):
-            raise PatternError(f"pattern {pattern} crosses all columns: prune_ first, then quantize")
-        if plan.kind == "nm" and isinstance(group, int) and group % plan.b:
-            raise PatternError(f"groups of {group} inputs and the {plan.b} of pattern {pattern} overlap")
-    elif sparsity is not None:
-        raise PatternError(f"sparsity={sparsity!r} has no effect without pattern")
-    return Ask(bits, group, symmetric, fit, how, plan, share, activations, observer or "mse", smooth)
-
-
-def _learning(solver: Any) -> Solver:
-    """Return the solver round with its defaults; PatternError for an option that it does not have."""
-    given = solver if isinstance(solver, dict) else {} if isinstance(solver, str) else vars_of(solver)
-    known = ("steps", "lr", "bf16", "blocks")
-    idle = [k for k, v in given.items() if v is not None and k not in ("name", *known)]
-    if idle:
-        raise PatternError(f"solver round has no {', '.join(idle)}; it has {', '.join(known)}")
-    how = Solver(name="round", **{**ROUND, **{k: given[k] for k in known if given.get(k) is not None}})
-    if isinstance(how.steps, bool) or not isinstance(how.steps, int) or how.steps < 1:
-        raise PatternError(f"solver round: steps is a whole number from 1 up, got {how.steps!r}")
-    if how.lr is not None and (not isinstance(how.lr, int | float) or not 0 < how.lr <= 1):
-        raise PatternError(f"solver round: lr lies within 0 and 1, got {how.lr!r}")
-    return how
-
-
-def vars_of(solver: Solver) -> dict[str, Any]:
-    """Return the options of a solver."""
-    return {f.name: getattr(solver, f.name) for f in fields(solver)}
 
 
 def check_data(ask: Ask, data: Any) -> None:
@@ -280,22 +160,6 @@ def check_layers(chosen: Sequence[Layer], ask: Ask) -> dict[str, tuple[int, ...]
     return {l.full_name: scale_shape(l, ask.group) for l in chosen}
 
 
-def grid_for(weight: Tensor, shape: tuple[int, ...], ask: Ask, weigh: Tensor | None = None) -> Grid:
-    """Return the grid of a weight as stored; `weigh`, of the same shape, is what each squared error counts."""
-    scale, zero = fitted(
-        FITS[ask.fit], rows_of(weight.float(), shape), ask, None if weigh is None else rows_of(weigh, shape)
-    )
-    return Grid(ask.bits, scale.reshape(shape), None if zero is None else zero.reshape(shape))
-
-
-def fitted(fit: Fit, X: Tensor, ask: Ask, weigh: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return scales as they are stored (of groups in bf16, which costs no accuracy: codes go by the scale as it is)
-    and codes of zero, uint8."""
-    scale, zero = fit(X, ask.bits, ask.symmetric, weigh)
-    scale = scale.bfloat16() if isinstance(ask.group, int) else scale
-    return scale, None if zero is None else zero.to(torch.uint8)
-
-
 def put_(layer: Layer, grid: Values, values: Tensor, mask: Tensor | None) -> None:
     """Give a layer its rounded weights, its mask if it is new, and keep it on its grid."""
     if mask is not None:
@@ -313,14 +177,6 @@ def _nearest(layer: Layer, shape: tuple[int, ...], ask: Ask) -> tuple[Grid, Tens
     weight = layer.weight.detach()
     grid = grid_for(weight, shape, ask)
     return grid, finite(layer, grid, grid.snap(weight)), None
-
-
-def finite(layer: Layer, grid: Grid, values: Tensor) -> Tensor:
-    """Return rounded weights; ModelError where they, or their scales, are beyond the numbers of the weight."""
-    if not (torch.isfinite(grid.scale).all() and torch.isfinite(values).all()):
-        most = float(layer.weight.detach().abs().max())
-        raise ModelError(f"{layer.full_name} has weights of {most:g}, for which there is no grid in {values.dtype}")
-    return values
 
 
 def relative_error(before: Tensor, after: Tensor) -> float:
