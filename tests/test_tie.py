@@ -13,7 +13,7 @@ import rarefy
 from conftest import tiny_llama
 from rarefy import recipe as recipes
 from rarefy.common.errors import ContainerError, ModelError, PatternError
-from rarefy.values.tie import noted
+from rarefy.lowrank.layer_tying import noted
 
 
 class Block(nn.Module):

@@ -14,6 +14,8 @@ from rarefy.engine.compiled import compile
 from rarefy.engine.language import decoder
 from rarefy.engine.writing import generate, stream
 from rarefy.evaluation.receipt import Receipt
+from rarefy.lowrank.layer_tying import tie_layers_
+from rarefy.lowrank.svd import factorize_
 from rarefy.migration import Migrated, migrate
 from rarefy.model.masks import adopt_, fold_, masks
 from rarefy.onnx.export import export_onnx
@@ -33,8 +35,6 @@ from rarefy.train.distill import Distill, Distiller
 from rarefy.train.loop import fit_
 from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
 from rarefy.training import Sparsifier
-from rarefy.values.lowrank import factorize_
-from rarefy.values.tie import tie_layers_
 
 __all__ = [
     "Admm",

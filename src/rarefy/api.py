@@ -23,6 +23,8 @@ from rarefy.evaluation import profiling
 from rarefy.evaluation.example_inputs import example_of
 from rarefy.evaluation.receipt import Receipt
 from rarefy.given import Given, Labelled, calibrates, needs_of
+from rarefy.lowrank.layer_tying import tie_layers_
+from rarefy.lowrank.svd import factorize_
 from rarefy.model import distributed, hf
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
@@ -42,8 +44,6 @@ from rarefy.structured.cut import cut_
 from rarefy.structured.permutation import permute_
 from rarefy.train.plans import Movement
 from rarefy.training import check_stage, train_
-from rarefy.values.lowrank import factorize_
-from rarefy.values.tie import tie_layers_
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

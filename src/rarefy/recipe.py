@@ -17,6 +17,7 @@ import yaml
 
 from rarefy.common.errors import RarefyError, RecipeError, nearest, unknown
 from rarefy.common.located_yaml import Node, parse, plain, show, unwrap
+from rarefy.lowrank.svd import asked as asked_factors
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.prune.solver_config import resolve
 from rarefy.quantization.codebook import asked as asked_book
@@ -49,7 +50,6 @@ from rarefy.train.loop import Steps
 from rarefy.train.optimizers import OPTIMIZERS, optimizer_of
 from rarefy.train.plans import PLANS, Plan, plan_of
 from rarefy.train.plans import asked as asked_plan
-from rarefy.values.lowrank import asked as asked_factors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -102,7 +102,7 @@ class Factorize:
     ignore: tuple[str, ...] | None = None
 
     def options(self) -> dict[str, Any]:
-        """Return what `rarefy.values.lowrank.asked` takes."""
+        """Return what `rarefy.lowrank.svd.asked` takes."""
         return {n: getattr(self, n) for n in ("rank", "keep", "energy", "time", "batch", "beside", "round_to")}
 
 

@@ -28,6 +28,7 @@ from rarefy.engine.language import Decoder
 from rarefy.evaluation.profiling import folder_bytes, sparsity_of
 from rarefy.evaluation.receipt import Receipt
 from rarefy.formats import container, quantized_encodings, sparse_encodings
+from rarefy.lowrank import layer_tying
 from rarefy.model import activation_quant, hf, lowrank_modules
 from rarefy.model.layers import Layer, all_layers, original, unwrap
 from rarefy.model.layout import Layout
@@ -38,7 +39,6 @@ from rarefy.runtime.autotune import accelerate_, accelerate_each, check_options
 from rarefy.runtime.sparse_layers import Sparse
 from rarefy.structured.hf_config import adopt_config
 from rarefy.structured.structure_record import check_told, restore
-from rarefy.values import tie
 
 EXPORTS = ("hf", "safetensors", "compressed-tensors")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
@@ -91,8 +91,8 @@ def save(
         meta["cut"] = model.rarefy_cut
     if lowrank_modules.noted(model):
         meta["factors"] = lowrank_modules.noted(model)
-    if tie.noted(model):
-        meta["tied"] = tie.noted(model)
+    if layer_tying.noted(model):
+        meta["tied"] = layer_tying.noted(model)
     if activation_quant.noted(model):
         meta["inputs"] = activation_quant.noted(model)
     extra = {"config.json": json.dumps(structure["config"], indent=1).encode()} if structure["library"] else {}
@@ -231,7 +231,7 @@ def _restructure(saved: container.Container, model: nn.Module, structure: dict[s
         else:
             restore(model, saved.meta["cut"], path)
             adopt_config(model, structure.get("config"))
-    tie.restore_(model, saved.meta.get("tied", {}), path)
+    layer_tying.restore_(model, saved.meta.get("tied", {}), path)
     told = saved.meta.get("factors", {})
     if told != lowrank_modules.noted(model):
         lowrank_modules.restore_(model, told, path)
@@ -287,7 +287,7 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
                 f"{path}: a cut left sizes that no config of {type(model).__name__} can tell (layers unlike each "
                 "other, or heads that do not make up the width): load it with rarefy.load, or export --to safetensors"
             )
-        if tie.noted(model):
+        if layer_tying.noted(model):
             raise ContainerError(
                 f"{path}: blocks share their weights, which {type(model).__name__} knows nothing of: load it with "
                 "rarefy.load, or export --to safetensors"
