@@ -27,7 +27,7 @@ import rarefy
 from rarefy.data import builtin, sources
 from rarefy.evaluation.profiling import compare
 from rarefy.model import hf
-from rarefy.train.loop import Steps
+from rarefy.train.fit import Steps
 from rarefy.train.optimizers import optimizer_of
 from values import keep, kept, perplexities, plain
 

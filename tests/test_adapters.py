@@ -12,8 +12,8 @@ from torch import nn
 import rarefy
 from conftest import Net, image_batches
 from rarefy.common.errors import ContainerError, PatternError, RecipeError
-from rarefy.train.plans import Gradual, Movement, Rigl
 from rarefy.train.sparsifier import Sparsifier as Bare
+from rarefy.train.sparsity_config import Gradual, Movement, Rigl
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -18,8 +18,8 @@ from conftest import Net, image_batches
 from rarefy import fit_
 from rarefy.common.errors import ContainerError, DataError, ModelError, RecipeError
 from rarefy.train import checkpoint
-from rarefy.train.loop import Steps
-from rarefy.train.plans import Gradual, Movement, Rigl
+from rarefy.train.fit import Steps
+from rarefy.train.sparsity_config import Gradual, Movement, Rigl
 
 ADAM = lambda p: torch.optim.Adam(p, lr=1e-2)
 
@@ -239,7 +239,7 @@ def test_a_loss_that_is_no_number_says_where_the_state_before_is(tmp_path, monke
         ({"teach": Net()}, RecipeError, "teach is a rarefy.Distiller.model, teacher. or a callable.*got Net"),
         ({"validate": lambda m: None}, RecipeError, "validate returns a number, got NoneType"),
         ({"log": "wandb:"}, RecipeError, "log 'wandb:' lacks a name: wandb:PROJECT"),
-        ({"steps": "fast"}, RecipeError, "steps is a rarefy.train.loop.Steps"),
+        ({"steps": "fast"}, RecipeError, "steps is a rarefy.train.fit.Steps"),
         ({"at": {1.5: print}}, ValueError, "at: 1.5 is not within training, 0 to 1"),
         ({"data": lambda epoch: []}, DataError, "the training data is empty in epoch 1"),
     ],

@@ -14,7 +14,7 @@ import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
 from rarefy.common.errors import RecipeError
 from rarefy.model import distributed
-from rarefy.train.loop import Steps
+from rarefy.train.fit import Steps
 
 pytest.importorskip("transformers")
 

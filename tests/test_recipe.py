@@ -15,7 +15,7 @@ from rarefy.common.errors import ModelError, PatternError, RecipeError, Selector
 from rarefy.plan import forecast
 from rarefy.prune.scores import SCORES
 from rarefy.train.optimizers import LR_SCHEDULES, optimizer_of
-from rarefy.train.schedule import SCHEDULES
+from rarefy.train.sparsity_schedule import SCHEDULES
 
 FULL = """\
 name: full

@@ -11,10 +11,10 @@ from conftest import Net, image_batches
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model.layers import all_layers
 from rarefy.train import fisher
-from rarefy.train.methods import lr_progress
-from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder, asked
-from rarefy.train.schedule import sparsities
 from rarefy.train.sparsifier import Sparsifier
+from rarefy.train.sparsity_config import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder, asked
+from rarefy.train.sparsity_methods import lr_progress
+from rarefy.train.sparsity_schedule import sparsities
 
 PLANS = {
     "gradual": Gradual(steps=4, end=0.6),

@@ -9,7 +9,7 @@ from conftest import Net, image_batches
 from rarefy import Gradual, fit_
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.train.optimizers import LR_SCHEDULES, optimizer_of
-from rarefy.train.schedule import sparsities
+from rarefy.train.sparsity_schedule import sparsities
 
 
 @pytest.mark.parametrize(

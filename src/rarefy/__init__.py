@@ -32,8 +32,8 @@ from rarefy.structured.head_pruning import prune_heads_
 from rarefy.structured.layer_drop import drop_layers_
 from rarefy.structured.permutation import permute_
 from rarefy.train.distill import Distill, Distiller
-from rarefy.train.loop import fit_
-from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
+from rarefy.train.fit import fit_
+from rarefy.train.sparsity_config import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
 from rarefy.training import Sparsifier
 
 __all__ = [

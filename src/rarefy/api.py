@@ -42,7 +42,7 @@ from rarefy.runtime.autotune import accelerate_
 from rarefy.runtime.sparse_layers import Sparse
 from rarefy.structured.cut import cut_
 from rarefy.structured.permutation import permute_
-from rarefy.train.plans import Movement
+from rarefy.train.sparsity_config import Movement
 from rarefy.training import check_stage, train_
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

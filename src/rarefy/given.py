@@ -16,7 +16,7 @@ from rarefy.model.forward import check_batches
 from rarefy.prune.allocation import SLOW
 from rarefy.prune.scores import SCORES
 from rarefy.structured.importance import UNIT_SCORES
-from rarefy.train.plans import SecondOrder
+from rarefy.train.sparsity_config import SecondOrder
 
 
 class Given:

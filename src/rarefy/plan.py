@@ -22,8 +22,8 @@ from rarefy.model.sparsity_pattern import Pattern
 from rarefy.prune.prune import asked, check_ask, chosen_layers
 from rarefy.quantization.config import Ask
 from rarefy.quantization.config import asked as asked_values
-from rarefy.train.plans import Movement
-from rarefy.train.plans import asked as asked_plan
+from rarefy.train.sparsity_config import Movement
+from rarefy.train.sparsity_config import asked as asked_plan
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 

@@ -46,10 +46,10 @@ from rarefy.structured.options import BUDGETS, check_cut
 from rarefy.structured.permutation import check_permute
 from rarefy.train.distill import Distill
 from rarefy.train.distill import check as check_distill
-from rarefy.train.loop import Steps
+from rarefy.train.fit import Steps
 from rarefy.train.optimizers import OPTIMIZERS, optimizer_of
-from rarefy.train.plans import PLANS, Plan, plan_of
-from rarefy.train.plans import asked as asked_plan
+from rarefy.train.sparsity_config import PLANS, Plan, plan_of
+from rarefy.train.sparsity_config import asked as asked_plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,10 +19,10 @@ from rarefy.structured.importance import REDUCTIONS as CUT_REDUCTIONS
 from rarefy.structured.importance import UNIT_SCORES
 from rarefy.structured.options import BUDGETS, KINDS, LAYER_SCORES
 from rarefy.train.distill import DEPTHS, HIDDEN, OUTPUTS, Distill
-from rarefy.train.loop import AUTOCAST
+from rarefy.train.fit import AUTOCAST
 from rarefy.train.optimizers import LR_SCHEDULES
-from rarefy.train.plans import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
-from rarefy.train.schedule import SCHEDULES
+from rarefy.train.sparsity_config import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
+from rarefy.train.sparsity_schedule import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +144,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Train:
-    """Fine-tune with the masks held. `prune` lets zeros in on the way (`rarefy.train.plans`), `quantize` keeps weights
+    """Fine-tune with the masks held. `prune` lets zeros in on the way (`rarefy.train.sparsity_config`), `quantize` keeps weights
     on a grid from its `start` on, `distill` learns from the model as it was before the first stage (or another, in the
     folder `teacher`). `validate` measures every epoch on `data.validate` and keeps the best; with `patience` it stops
     early. With `keep_zeros` zeros that weights have already stay (`rarefy.adopt_`). See `rarefy.fit_`."""

@@ -28,10 +28,10 @@ from rarefy.model.masks import adopt_
 from rarefy.quantization.quantize import quantize_
 from rarefy.train import sparsifier
 from rarefy.train.distill import Distiller, frozen_copy
-from rarefy.train.loop import Steps, fit_
+from rarefy.train.fit import Steps, fit_
 from rarefy.train.optimizers import optimizer_of
-from rarefy.train.plans import Plan
 from rarefy.train.sparsifier import check_steps
+from rarefy.train.sparsity_config import Plan
 
 
 def train_(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rarefy.common.errors import RecipeError
-from rarefy.train.plans import Rewind
+from rarefy.train.sparsity_config import Rewind
 from rarefy.training import Sparsifier
 
 

@@ -32,7 +32,7 @@ from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, describe, evaluating
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import fold_
-from rarefy.train.answers import Answers
+from rarefy.train.teacher_cache import Answers
 
 Words = str | Sequence[str] | None
 

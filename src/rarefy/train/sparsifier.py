@@ -17,8 +17,8 @@ from rarefy.model.masks import Mask, check_maskable, clear_, get_mask, masks, op
 from rarefy.model.shards import everyones, sharded, whole
 from rarefy.prune import prune
 from rarefy.prune.scores import SCORES
-from rarefy.train.methods import METHODS, Work, lr_progress, ways
-from rarefy.train.plans import Gradual, Plan, SecondOrder, Stairs, asked
+from rarefy.train.sparsity_config import Gradual, Plan, SecondOrder, Stairs, asked
+from rarefy.train.sparsity_methods import METHODS, Work, lr_progress, ways
 
 Event = Callable[[nn.Module], Any]
 COARSE = Stairs  # of events that fall between two steps of training, the last one counts

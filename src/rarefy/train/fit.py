@@ -31,10 +31,10 @@ from rarefy.model.shards import everyones
 from rarefy.runtime.sparse_layers import Sparse
 from rarefy.train import checkpoint
 from rarefy.train.distill import Distiller
-from rarefy.train.logs import Logs
+from rarefy.train.loggers import Logs
 from rarefy.train.optimizers import LR_SCHEDULES, MakeOptimizer, optimizer_of
-from rarefy.train.plans import Plan
 from rarefy.train.sparsifier import Event, Sparsifier
+from rarefy.train.sparsity_config import Plan
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]  # batches, or a function of the epoch that gives them
 Teach = Callable[[Any, Any, torch.Tensor | None], torch.Tensor]  # (output, batch, own loss) -> loss
@@ -101,7 +101,7 @@ def fit_(
     Raises DataError on empty data, ModelError when the loss is not finite
     (epoch and step named): the best weights so far are then put back, if there are any.
 
-    >>> from rarefy.train.plans import Gradual
+    >>> from rarefy.train.sparsity_config import Gradual
     >>> net = nn.Linear(2, 2)
     >>> r = fit_(net, [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))], epochs=2, prune=Gradual(sparsity=0.5, steps=2))
     >>> r.rows[-1]["sparsity"]
@@ -196,7 +196,7 @@ def _check_given(model: nn.Module, teach: Any, at: Any, steps: Any) -> None:
         what = "teach is a rarefy.Distiller(model, teacher) or a callable(output, batch, own loss)"
         raise RecipeError(f"{what}, got {type(teach).__name__}")
     if steps is not None and not isinstance(steps, Steps):
-        raise RecipeError(f"steps is a rarefy.train.loop.Steps, which says how a step is taken, got {steps!r}")
+        raise RecipeError(f"steps is a rarefy.train.fit.Steps, which says how a step is taken, got {steps!r}")
     wrong = next((n for n, p in model.named_parameters() if not p.is_meta and not torch.isfinite(p).all()), None)
     if wrong is not None:
         raise ModelError(f"{wrong}: NaN or inf in its weights, before training")

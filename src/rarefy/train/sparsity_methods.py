@@ -24,8 +24,8 @@ from rarefy.model.sparsity_pattern import Pattern, masks_at, per_unit
 from rarefy.prune import prune
 from rarefy.prune.allocation import erk
 from rarefy.train import fisher
-from rarefy.train.plans import Admm, Alternate, Asked, Gradual, Movement, Plan, Rewind, Rigl, SecondOrder
-from rarefy.train.schedule import sparsities
+from rarefy.train.sparsity_config import Admm, Alternate, Asked, Gradual, Movement, Plan, Rewind, Rigl, SecondOrder
+from rarefy.train.sparsity_schedule import sparsities
 
 
 @dataclass

@@ -15,7 +15,7 @@ from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse
 from rarefy.prune.prune import default_scope
 from rarefy.prune.scores import SCORES
-from rarefy.train.schedule import MOST_STEPS, sparsities
+from rarefy.train.sparsity_schedule import MOST_STEPS, sparsities
 
 Words = str | Sequence[str] | None
 ALLOCATIONS = ("uniform", "erk")
