@@ -29,8 +29,9 @@ from torch.utils import _pytree as pytree
 
 import rarefy
 from rarefy.common.errors import ModelError
-from rarefy.engine.compiled import Compiled, _called
-from rarefy.engine.prove import apart, distance
+from rarefy.compiler.compile import _called
+from rarefy.compiler.executor import Compiled
+from rarefy.compiler.verify import apart, distance
 from rarefy.model import hf
 from values import keep, kept
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 import rarefy
+from rarefy.compiler.executor import Compiled, Lookup, Segment
 from rarefy.data import builtin
-from rarefy.engine.compiled import Compiled, Lookup, Segment
 from rarefy.evaluation.profiling import peak_rss
 from rarefy.model import hf
 from rarefy.runtime.packing import nbytes

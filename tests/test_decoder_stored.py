@@ -13,8 +13,8 @@ import rarefy
 from rarefy import shell, training
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
+from rarefy.compiler.executor import Alone
 from rarefy.engine import stored
-from rarefy.engine.compiled import Alone
 from rarefy.engine.language import Decoder
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels

@@ -14,9 +14,9 @@ import rarefy
 import zoo
 from conftest import tiny_llama
 from rarefy.common.errors import DataError, ModelError
+from rarefy.compiler import compile, ops, verify
+from rarefy.compiler.executor import MOST_SIZES, Alone, Segment
 from rarefy.data import builtin
-from rarefy.engine import compiled, prove, words
-from rarefy.engine.compiled import Segment
 from rarefy.model import hf
 from rarefy.runtime import bindings
 
@@ -77,7 +77,7 @@ def test_attention(how, size, isa):
     net = pruned(Attends(**how), 0.5)
     x = torch.randn(*size, net.heads * net.width)
     made = rarefy.compile(net, torch.randn(2, 8, net.heads * net.width))
-    assert native_words(made).count(words.attention) == 1 and len(made.program) - len(made.fixed_nodes) == 1
+    assert native_words(made).count(ops.attention) == 1 and len(made.program) - len(made.fixed_nodes) == 1
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
 
@@ -97,7 +97,7 @@ def test_masks(kind, isa):
         mask = mask & torch.ones(S, S, dtype=torch.bool).tril()
     x = torch.randn(B, S, 32)
     made = rarefy.compile(net, (x, mask))
-    assert native_words(made).count(words.attention) == 1
+    assert native_words(made).count(ops.attention) == 1
     torch.testing.assert_close(made(x, mask), net(x, mask), rtol=1e-4, atol=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_gates_and_norms(rows, isa):
     torch.manual_seed(2)
     net, x = pruned(Gated()), torch.randn(*rows, 24)
     made = rarefy.compile(net, x)
-    assert set(native_words(made)) == {words.product, words.norm, words.times}
+    assert set(native_words(made)) == {ops.product, ops.norm, ops.times}
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_gates_and_norms(rows, isa):
 def test_activations_go_into_products(act, isa):
     net = pruned(nn.Sequential(nn.Linear(30, 140), act, nn.Linear(140, 7)))
     made = rarefy.compile(net, torch.randn(3, 30))
-    assert native_words(made) == [words.product, words.product]
+    assert native_words(made) == [ops.product, ops.product]
     x = torch.randn(90, 30)
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
@@ -142,7 +142,7 @@ def test_minilm_pruned_equals_eager():
     texts = ["A short one.", "Sparse matrices have few values, and so on and on, until a line is full of words."]
     some = tokenizer(texts, padding=True, return_tensors="pt")
     made = rarefy.compile(model, some)
-    assert native_words(made).count(words.attention) == 6
+    assert native_words(made).count(ops.attention) == 6
     assert "6 attention" in repr(made) and "embedding" in repr(made)
     for batch in (texts, texts[:1], texts * 9):
         words_ = tokenizer(batch, padding=True, return_tensors="pt")
@@ -162,12 +162,12 @@ def test_eight_bits_equal_their_oracle(isa):
     y = x
     for layer in net:
         if isinstance(layer, nn.Linear):
-            packed = compiled.pack_sell(layer.weight, "int8")
+            packed = compile.pack_sell(layer.weight, "int8")
             y = rarefy.runtime.reference.run(packed, y, layer.bias)
         else:
             y = layer(y)
     torch.testing.assert_close(got, y.detach(), rtol=1e-3, atol=1e-3)
-    assert 1e-5 < prove.apart(net(x).detach(), got) < 0.05
+    assert 1e-5 < verify.apart(net(x).detach(), got) < 0.05
 
 
 def test_layers_that_run_sparse_already(monkeypatch):
@@ -176,7 +176,7 @@ def test_layers_that_run_sparse_already(monkeypatch):
     monkeypatch.setattr(rarefy.runtime.ways, "fastest", lambda d, w, i, c: {n: ("tiles", 2.0) for n in i})
     rarefy.accelerate_(net, (32,), choices=False)
     made = rarefy.compile(net, x)
-    assert native_words(made).count(words.product) == 3
+    assert native_words(made).count(ops.product) == 3
     torch.testing.assert_close(made(x), want, rtol=1e-4, atol=1e-5)
 
 
@@ -225,8 +225,8 @@ def test_convolutions_take_in_their_norms_and_sums(how, isa):
     torch.manual_seed(4)
     net = Residual(**how).eval()
     made = rarefy.compile(net, torch.randn(2, 8, 12, 12))
-    calls = [n for i in made.program if isinstance(i, Segment | compiled.Alone) for n in i.nodes]
-    alone = [n for n in calls if n.target is words.convolution]
+    calls = [n for i in made.program if isinstance(i, Segment | Alone) for n in i.nodes]
+    alone = [n for n in calls if n.target is ops.convolution]
     assert [n.args[4] for n in alone].count("relu") == 2 and sum(n.args[3] is not None for n in alone) == 1
     assert not any(
         "batch_norm" in str(getattr(i, "target", "")) or "relu" in str(getattr(i, "target", "")) for i in made.program
@@ -294,9 +294,9 @@ def test_models_of_the_zoo(name):
             rarefy.compile(model, example)
         example = {**example, "use_cache": False}
     made = rarefy.compile(model, example)
-    assert native_words(made).count(words.product) > 0
-    args, kwargs = compiled._called(example)
-    assert prove.distance(model, made, *torch.utils._pytree.tree_flatten((args, kwargs))) < 1e-4
+    assert native_words(made).count(ops.product) > 0
+    args, kwargs = compile._called(example)
+    assert verify.distance(model, made, *torch.utils._pytree.tree_flatten((args, kwargs))) < 1e-4
 
 
 def test_threads_at_once():
@@ -324,8 +324,8 @@ def test_plans_are_few():
     made = rarefy.compile(net, torch.randn(2, 8))
     for n in range(2, 60):
         made(torch.randn(n, 8))
-    assert len(next(i for i in made.program if isinstance(i, Segment)).plans) == compiled.MOST_SIZES
-    assert len(made.fixed) <= compiled.MOST_SIZES
+    assert len(next(i for i in made.program if isinstance(i, Segment)).plans) == MOST_SIZES
+    assert len(made.fixed) <= MOST_SIZES
 
 
 def test_weights_are_its_own():
@@ -443,14 +443,14 @@ def test_an_example_without_tensors():
 
 
 def test_other_numbers_are_refused(monkeypatch):
-    monkeypatch.setattr(compiled.words, "ACTIVATIONS", {})  # not used by plans, which must not matter
-    monkeypatch.setattr(compiled, "pack_sell", lambda w, kind: rarefy.runtime.packed.pack_sell(w * 1.01, kind))
+    monkeypatch.setattr(compile.words, "ACTIVATIONS", {})  # not used by plans, which must not matter
+    monkeypatch.setattr(compile, "pack_sell", lambda w, kind: rarefy.runtime.packed.pack_sell(w * 1.01, kind))
     with pytest.raises(ModelError, match="returns other numbers, 0.01 of their length apart"):
         rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8, bias=False))), torch.randn(2, 8))
 
 
 def test_in_bytes_the_graph_is_proved_without_them(monkeypatch):
-    monkeypatch.setitem(compiled.words.ACTIVATIONS, "relu", lambda t: t.relu() * 1.01)  # less than bytes may move
+    monkeypatch.setitem(compile.words.ACTIVATIONS, "relu", lambda t: t.relu() * 1.01)  # less than bytes may move
     with pytest.raises(ModelError, match="returns other numbers, 0.01 of their length apart"):
         rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), torch.randn(2, 8), values="int8")
 

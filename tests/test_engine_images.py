@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import rarefy
-from rarefy.engine import compiled, convolve, images, words
-from rarefy.engine.compiled import Alone, Segment
+from rarefy.compiler import compile, conv_lowering, ops
+from rarefy.compiler.executor import Alone, Segment, _shapes
+from rarefy.compiler.kernel_selection import packed
+from rarefy.engine import convolve
 from rarefy.evaluation.profiling import threads
 from rarefy.runtime import bindings, huge_pages
 from rarefy.runtime.packed_formats import Bitmask, Dense, Sell, Tiles
@@ -178,7 +180,7 @@ class OneChannel(nn.Module):
 
 
 def test_planes_of_bytes_and_of_floats_are_two(monkeypatch):
-    pack, seen = convolve.packed, []
+    pack, seen = packed, []
 
     def mixed(traced, node, values):
         seen.append(node)
@@ -265,7 +267,7 @@ def test_weights_for_few_inputs_do_not_make_images_few(monkeypatch):
         def forward(self, x):
             return self.l((self.c(x) + x).mean((2, 3)))
 
-    monkeypatch.setattr(compiled, "_for_many", lambda w, _: pack_bitmask(w))
+    monkeypatch.setattr(compile, "_for_many", lambda w, _: pack_bitmask(w))
     made = equal(Net(), torch.randn(2, 1, 4, 300))
     assert Bitmask in {type(k.held[0]) for k in made.kernels.values()}
 
@@ -295,13 +297,13 @@ def test_groups_stay_exact():
 def test_depthwise(isa, kernel, stride, dilation):
     layer = nn.Conv2d(21, 21, kernel, stride, kernel // 2 * dilation, dilation, groups=21)
     made = equal(Between(layer, 21, 21), torch.randn(2, 5, 17, 15))
-    assert words_of(made).count(words.convolution) == 3
+    assert words_of(made).count(ops.convolution) == 3
 
 
 @pytest.mark.parametrize("how", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 1, 0, 2), ((2, 3), (1, 2), (1, 0))])
 def test_pools(isa, how):
     made = equal(Between(nn.MaxPool2d(*how), 19, 19), torch.randn(2, 5, 17, 14))
-    assert words.pool in words_of(made)
+    assert ops.pool in words_of(made)
 
 
 def test_pools_keep_what_is_no_number():
@@ -339,7 +341,7 @@ def test_sums_and_means(isa, batch):
     net = Residual().eval()
     made = equal_all(net, torch.randn(batch, 24, 9, 7), torch.randn(batch, 24, 9, 7))
     assert len(made.program) == 1
-    assert words_of(made).count(words.average) == 1
+    assert words_of(made).count(ops.average) == 1
 
 
 def equal_all(net, *x):
@@ -356,13 +358,11 @@ def test_images_a_few_at_a_time(monkeypatch):
     net = Residual().eval()
     x, more = torch.randn(7, 24, 9, 7), torch.randn(7, 24, 9, 7)
     whole = rarefy.compile(net, (x, more))
-    monkeypatch.setattr(images, "NEAR_BYTES", 0)
+    monkeypatch.setattr(conv_lowering, "NEAR_BYTES", 0)
     made = rarefy.compile(net, (x, more))
     (segment,) = made.program
     for few in (1, 3):
-        segment.few = dict.fromkeys(
-            segment.few or {compiled._shapes(dict(zip(segment.inputs, (x[:1], more[:1])))): 0}, few
-        )
+        segment.few = dict.fromkeys(segment.few or {_shapes(dict(zip(segment.inputs, (x[:1], more[:1])))): 0}, few)
         for want, got in zip(whole(x, more), made(x, more)):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert {k[0][1] for k in segment.plans} >= {1, 3}
@@ -381,12 +381,12 @@ def test_images_a_few_at_a_time(monkeypatch):
     ],
 )
 def test_how_many_images_go_together(memory, weights, cache, few):
-    assert images.at_once(memory << 20, weights << 20, cache << 20) == few
+    assert conv_lowering.at_once(memory << 20, weights << 20, cache << 20) == few
 
 
 @pytest.mark.parametrize(("outputs", "few"), [(8, 1), (900, 5)])
 def test_weights_that_are_the_larger_part_are_shared_by_images(monkeypatch, outputs, few):
-    monkeypatch.setattr(compiled, "last_cache", lambda: 1 << 16)
+    monkeypatch.setattr(compile, "last_cache", lambda: 1 << 16)
     net = nn.Sequential(nn.Conv2d(900, outputs, 1), nn.Conv2d(outputs, 8, 1))
     (segment,) = equal(net, torch.randn(6, 900, 4, 4)).program
     (plan,) = segment.plans[next(k for k in segment.plans if k[0][1] == 1)]
@@ -427,9 +427,9 @@ def test_what_images_and_rows_share_stays_in_torch():
     made = equal(thin(net, 0.9), x)
     assert not any(isinstance(s, Segment) for s in made.program)
     assert any(isinstance(s, Alone) for s in made.program)
-    nodes = [n for n in made.traced.graph.nodes if n.target in (words.convolution, words.norm, words.add)]
-    assert images.layouts(nodes) is None
-    assert images.layouts(nodes[:1]) == {nodes[0], nodes[0].args[0]}
+    nodes = [n for n in made.traced.graph.nodes if n.target in (ops.convolution, ops.norm, ops.add)]
+    assert conv_lowering.layouts(nodes) is None
+    assert conv_lowering.layouts(nodes[:1]) == {nodes[0], nodes[0].args[0]}
 
 
 SLOW = pytest.mark.slow

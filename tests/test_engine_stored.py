@@ -17,9 +17,10 @@ import rarefy
 from rarefy import shell, training
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
+from rarefy.compiler import op_registry, pytree_json
+from rarefy.compiler.executor import Alone, Compiled, Segment
 from rarefy.data import builtin
-from rarefy.engine import operators, outputs, stored
-from rarefy.engine.compiled import Alone, Compiled, Segment
+from rarefy.engine import stored
 from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
 from rarefy.runtime import bindings
@@ -246,9 +247,9 @@ def test_operators_outside_the_list(tmp_path, net, says):
 def test_layers_that_run_sparse_already_in_eight_bits(tmp_path, monkeypatch):
     net = pruned(nn.Sequential(nn.Linear(64, 64)), 0.9)
     monkeypatch.setattr(rarefy.runtime.ways, "fastest", lambda d, w, i, c: {n: ("tiles:int8", 2.0) for n in i})
-    monkeypatch.setattr(operators, "ATEN", operators.ATEN - {"aten.reshape.default"})
+    monkeypatch.setattr(op_registry, "ATEN", op_registry.ATEN - {"aten.reshape.default"})
     made = rarefy.compile(net, torch.randn(32, 64))
-    made.traced.graph.find_nodes(op="call_function", target=operators.words.product)[
+    made.traced.graph.find_nodes(op="call_function", target=op_registry.words.product)[
         0
     ].target = torch.ops.rarefy.sparse.default
     with pytest.raises(ModelError, match="compile the model as it was before accelerate_"):
@@ -282,16 +283,19 @@ def test_where_modules_are_asked_for(tmp_path):
 
 
 def test_what_the_list_holds_is_pure():
-    for name in operators.ATEN:
-        found = operators.find(f"aten.{name}")
-        assert found is not None and operators.name_of(found) == f"aten.{name}"
+    for name in op_registry.ATEN:
+        found = op_registry.find(f"aten.{name}")
+        assert found is not None and op_registry.name_of(found) == f"aten.{name}"
         assert not found._schema.is_mutable
         random_ = torch.Tag.nondeterministic_seeded in found.tags
-        assert not random_ or f"aten.{name}" in operators.ONLY, name
+        assert not random_ or f"aten.{name}" in op_registry.ONLY, name
     assert (
-        operators.find("aten.relu_.default") is operators.find("words.nothing") is operators.find("os.system") is None
+        op_registry.find("aten.relu_.default")
+        is op_registry.find("words.nothing")
+        is op_registry.find("os.system")
+        is None
     )
-    assert operators.find("aten.__class__.mro") is None
+    assert op_registry.find("aten.__class__.mro") is None
 
 
 # ---- what is no saved model
@@ -670,6 +674,6 @@ def test_outputs_of_transformers_are_looked_up_by_no_other_name():
         ("os.Output", False),
         ("transformers.modeling_outputs.MaskedLMOutput", False),  # has no such field
     ):
-        made = outputs._made({"outputs": [name, ["last_hidden_state"], ["*"]]}, 0)
+        made = pytree_json._made({"outputs": [name, ["last_hidden_state"], ["*"]]}, 0)
         assert (type(made).__name__ == "BaseModelOutput") == real and made[0].shape == leaf.shape
-        assert (type(made) is outputs.Outputs) != real
+        assert (type(made) is pytree_json.Outputs) != real

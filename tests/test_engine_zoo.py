@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 import rarefy
 import zoo
 from rarefy.common.errors import ModelError
-from rarefy.engine import compiled, prove
-from rarefy.engine.compiled import Alone, Segment
+from rarefy.compiler import compile, verify
+from rarefy.compiler.executor import Alone, Segment
 
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")
@@ -41,7 +41,7 @@ def test_compiled_equals_eager(name):
         return
     made = rarefy.compile(model, x)
     assert any(isinstance(i, Segment | Alone) for i in made.program)
-    assert prove.distance(model, made, *pytree.tree_flatten(compiled._called(x))) < 1e-4
+    assert verify.distance(model, made, *pytree.tree_flatten(compile._called(x))) < 1e-4
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in DECODERS if n not in ("gpt2", "qwen3")])
@@ -50,7 +50,7 @@ def test_decoder_equals_eager(name):
     model = zoo.half(make())
     with torch.no_grad():
         want = model(**x, use_cache=False).logits
-    assert prove.apart(want, rarefy.decoder(model)(x["input_ids"])) < 1e-4
+    assert verify.apart(want, rarefy.decoder(model)(x["input_ids"])) < 1e-4
 
 
 def test_biases_that_depend_on_inputs():

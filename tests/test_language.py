@@ -8,10 +8,11 @@ from torch import nn
 
 import rarefy
 from rarefy.common.errors import DataError, ModelError
+from rarefy.compiler import ops, program
+from rarefy.compiler.executor import Segment
 from rarefy.data import builtin
-from rarefy.engine import language, plan, words
+from rarefy.engine import language
 from rarefy.engine.cache import Cache
-from rarefy.engine.compiled import Segment
 from rarefy.engine.writing import Sampling, choose
 from rarefy.model import hf
 from rarefy.runtime import bindings
@@ -93,7 +94,7 @@ def test_families_read_as_eager_does(family):
     assert far(want, in_pieces(made, ids, [70, 1, 2, 1, 76])) < 1e-5  # 3 to 6 tokens are few, 210 are not
     if family in WHOLE and bindings.missing() is None:
         (first, _) = [s for s in made.compiled.program if isinstance(s, Segment)]
-        assert sum(n.target is words.recall for n in first.nodes) == 2
+        assert sum(n.target is ops.recall for n in first.nodes) == 2
 
 
 @pytest.mark.parametrize("family", families(f for f in FAMILIES if f not in (*OWN_POSITIONS, "Qwen3", "GPT2")))
@@ -188,7 +189,7 @@ def test_unfolded_weights(isa, monkeypatch, kind, shape):
 
     net = Net().eval()
     net.f.weight.data = unpack(packed)
-    monkeypatch.setattr("rarefy.engine.compiled._for_many", lambda *_: packed)
+    monkeypatch.setattr("rarefy.compiler.kernel_selection._for_many", lambda *_: packed)
     x, more = torch.randn(3, 50, shape[1]), torch.randn(3, 50, shape[0])
     made = rarefy.compile(net, {"x": x, "more": more}, values="int8" if kind == "int8" else None)
     most = {"fp32": 1e-6, "bf16": 5e-3, "int8": 0.02, "int4": 0.02}[kind]  # inputs are rounded too
@@ -421,7 +422,7 @@ def test_attention_is_given_back():
 
 
 def test_a_decoder_is_proved(monkeypatch):
-    monkeypatch.setattr(plan, "OPS", {**plan.OPS, "times": plan.OPS["add"]})
+    monkeypatch.setattr(program, "OPS", {**program.OPS, "times": program.OPS["add"]})
     if bindings.missing() is None:
         with pytest.raises(ModelError, match="gives other logits"):
             language.decoder(small())

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy.engine import words
-from rarefy.engine.compiled import Segment
+from rarefy.compiler import ops
+from rarefy.compiler.executor import Segment
 
 
 class Says(nn.Module):
@@ -79,7 +79,7 @@ def test_what_is_nearly_an_activation(name):
 
 def test_an_activation_that_is_read_twice_stays_apart():
     made, _ = compiled(Says(lambda _, x: x * torch.sigmoid(1.702 * x) + x), torch.randn(2, 24))
-    assert made.count(words.product) == 2
+    assert made.count(ops.product) == 2
 
 
 def norm(m, x, spread, root):
@@ -102,7 +102,7 @@ def test_layer_norm_that_is_written_out(spread, root, behind):
         return y if not behind else m.gain * y if behind == 1 else m.gain * y + m.bias
 
     made, calls = compiled(Says(f), torch.randn(2, 5, 24))
-    assert made == [words.product, words.norm, words.product] and len(calls) == 1
+    assert made == [ops.product, ops.norm, ops.product] and len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_layer_norm_that_is_written_out(spread, root, behind):
 )
 def test_what_is_nearly_a_layer_norm(f):
     made, _ = compiled(Says(f), torch.randn(2, 5, 24))
-    assert words.norm not in made
+    assert ops.norm not in made
 
 
 @pytest.mark.parametrize("f", [lambda m, x: m.gain * x, lambda m, x: x * m.gain[None], lambda m, x: x * m.gain.relu()])
 def test_scales_of_layers_go_into_products(f):
     made, calls = compiled(Says(f), torch.randn(2, 5, 24))
-    assert made == [words.product, words.product] and len(calls) == 1
+    assert made == [ops.product, ops.product] and len(calls) == 1
 
 
 def test_a_scale_of_what_others_read_stays():
@@ -168,7 +168,7 @@ class Threes(nn.Module):
 )  # fmt: skip
 def test_attention_of_one_product(how):
     made, calls = compiled(Threes(**how), torch.randn(2, 9, 32))
-    assert made.count(words.product) == 4 and made.count(words.attention) == 1 and len(calls) == 1
+    assert made.count(ops.product) == 4 and made.count(ops.attention) == 1 and len(calls) == 1
 
 
 def test_parts_of_a_product_that_is_read_whole_stay():
@@ -198,26 +198,26 @@ class Attends(nn.Module):
 
 def test_multihead_attention_is_one_call():
     made, calls = compiled(Attends(batch_first=True), torch.randn(2, 9, 32))
-    assert made == [*[words.product] * 3, words.attention, *[words.product] * 2] and len(calls) == 1
+    assert made == [*[ops.product] * 3, ops.attention, *[ops.product] * 2] and len(calls) == 1
 
 
 def test_multihead_attention_with_tokens_first():
     made, _ = compiled(Attends(), torch.randn(2, 9, 32))
-    assert words.attention in made
+    assert ops.attention in made
 
 
 def test_multihead_attention_with_a_mask():
     net, x = Attends(batch_first=True).eval(), torch.randn(2, 9, 32)
     mask = torch.ones(9, 9, dtype=torch.bool).triu(1)
     made = rarefy.compile(net, (x, mask))
-    assert words.attention in native_words(made)
+    assert ops.attention in native_words(made)
     torch.testing.assert_close(made(x, mask), net(x, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_encoder_layers_are_one_call():
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True, activation="gelu")
     made, calls = compiled(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 9, 32))
-    assert made.count(words.attention) == 2 and len(calls) == 1
+    assert made.count(ops.attention) == 2 and len(calls) == 1
 
 
 class Windows(nn.Module):
@@ -236,7 +236,7 @@ class Windows(nn.Module):
 
 def test_views_between_words_go():
     made, calls = compiled(Windows(), torch.randn(2, 3, 5, 8))
-    assert made.count(words.product) == 3 and len(calls) == 1
+    assert made.count(ops.product) == 3 and len(calls) == 1
 
 
 def test_masks_that_are_filled_are_constants():

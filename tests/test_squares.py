@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy.engine.plan import OPS
+from rarefy.compiler.program import OPS
 from rarefy.engine.timed import resident_bytes
 from rarefy.runtime import bindings, winograd
 from test_engine_images import equal

@@ -7,8 +7,8 @@ from torch import nn
 import rarefy
 from conftest import tiny_bert, tiny_llama
 from rarefy.common.errors import ModelError
+from rarefy.compiler.executor import Compiled
 from rarefy.engine import timed
-from rarefy.engine.compiled import Compiled
 from rarefy.engine.language import Decoder
 from rarefy.engine.timed import bench_models, engine_of, example_for, resident_bytes
 from rarefy.evaluation import profiling

@@ -9,8 +9,8 @@ from rarefy.api import cast_, compress_
 from rarefy.common.errors import RarefyError
 from rarefy.common.report import Report
 from rarefy.common.version import __version__ as __version__
+from rarefy.compiler.compile import compile
 from rarefy.dependency.graph import groups
-from rarefy.engine.compiled import compile
 from rarefy.engine.language import decoder
 from rarefy.engine.writing import generate, stream
 from rarefy.evaluation.receipt import Receipt

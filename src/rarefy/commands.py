@@ -228,7 +228,7 @@ def compile_(
     from rarefy import store
     from rarefy.common.atomic_io import check_target
     from rarefy.common.report import Report
-    from rarefy.engine.compiled import compile
+    from rarefy.compiler.compile import compile
     from rarefy.engine.language import decoder
     from rarefy.model import hf
 

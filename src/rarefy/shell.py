@@ -75,7 +75,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 def kind_of(made: Any) -> str:
     """Return "model", "compiled model" or "decoder"."""
-    from rarefy.engine.compiled import Compiled
+    from rarefy.compiler.executor import Compiled
     from rarefy.engine.language import Decoder
 
     return "decoder" if isinstance(made, Decoder) else "compiled model" if isinstance(made, Compiled) else "model"

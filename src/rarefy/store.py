@@ -22,8 +22,8 @@ from rarefy.common.atomic_io import INDEX, blaming, check_target, whole_folder
 from rarefy.common.errors import ContainerError, FormatError, ModelError, nearest, unknown
 from rarefy.common.report import Report
 from rarefy.compat import compressed_tensors, withdrawn
+from rarefy.compiler.executor import Compiled
 from rarefy.engine import stored
-from rarefy.engine.compiled import Compiled
 from rarefy.engine.language import Decoder
 from rarefy.evaluation.profiling import folder_bytes, sparsity_of
 from rarefy.evaluation.receipt import Receipt

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.engine import words
-from rarefy.engine.trace import Node, Traced, aten, is_node, kind_of, new_constant, put, shape
+from rarefy.compiler import ops
+from rarefy.compiler.fx_utils import Node, Traced, aten, is_node, kind_of, new_constant, put, shape
 
 CLOSE = 1e-3  # of constants, which some models round to three digits
 QUICK = 1.702  # of sigmoid in the GELU of OpenAI's CLIP
@@ -63,12 +63,12 @@ def activations(t: Traced, node: Node) -> None:
         return
     for x, y in (found, found[::-1]):
         if abs(number - 1) <= CLOSE and y.target is aten.sigmoid.default and y.args[0] is x:
-            put(t, node, words.activation, x, "silu")
+            put(t, node, ops.activation, x, "silu")
             return
         inner: Any = _more_than(y, 1)
         act = None if abs(number - 0.5) > CLOSE or inner is None else _gelu(inner, x)
         if act is not None:
-            put(t, node, words.activation, x, act)
+            put(t, node, ops.activation, x, act)
             return
 
 
@@ -90,18 +90,18 @@ def _gelu(inner: Node, x: Node) -> str | None:
 
 def quick_gelu(t: Traced, node: Node) -> None:
     """x sigmoid(1.702 x) between two products: SiLU, and the number goes into both weights."""
-    if node.target is not words.times or node.args[2] is not None or len(node.users) != 1:
+    if node.target is not ops.times or node.args[2] is not None or len(node.users) != 1:
         return
     y = next(iter(node.users))
     for x, chance in (node.args[:2], node.args[1::-1]):
         inner = chance.args[0] if chance.target is aten.sigmoid.default and len(chance.users) == 1 else None
-        if not _is(inner, QUICK, [x]) or x.target is not words.product or set(x.users) != {inner, node}:
+        if not _is(inner, QUICK, [x]) or x.target is not ops.product or set(x.users) != {inner, node}:
             continue
-        if y.target is words.product and y.args[0] is node and x.args[3:] == (None, None):
+        if y.target is ops.product and y.args[0] is node and x.args[3:] == (None, None):
             made = _times(t, node, x.args[1:3], QUICK)
-            new = put(t, node, words.product, x.args[0], *made, None, "silu")
+            new = put(t, node, ops.product, x.args[0], *made, None, "silu")
             w = _times(t, y, y.args[1:2], 1 / QUICK)
-            put(t, y, words.product, new, *w, *y.args[2:])
+            put(t, y, ops.product, new, *w, *y.args[2:])
             return
 
 
@@ -123,9 +123,9 @@ def layer_scale(t: Traced, node: Node) -> None:
         if not is_node(y) or not is_node(gain) or gain.name not in t.constants:
             continue
         by = t.constants[gain.name]
-        alone = y.target is words.product and len(y.users) == 1 and y.args[3:] == (None, None)
+        alone = y.target is ops.product and len(y.users) == 1 and y.args[3:] == (None, None)
         if alone and by.dim() and by.numel() == by.shape[-1] == shape(y)[-1] and by.dim() <= len(shape(y)):
-            put(t, node, words.product, y.args[0], *_times(t, node, y.args[1:3], by.flatten()), None, None)
+            put(t, node, ops.product, y.args[0], *_times(t, node, y.args[1:3], by.flatten()), None, None)
             return
 
 
@@ -139,7 +139,7 @@ def layer_norm(t: Traced, node: Node) -> None:
             continue
         x, (spread, least) = _from_mean(away), by.args[0].args
         if x is not None and not is_node(least) and _variance(spread, x):
-            gained(t, put(t, node, words.norm, x, None, None, float(least), True, 1))
+            gained(t, put(t, node, ops.norm, x, None, None, float(least), True, 1))
             return
 
 
@@ -183,6 +183,6 @@ def gained(t: Traced, node: Node) -> None:
         if is_node(c) and c.name in t.constants and shape(c) == tuple(shape(node)[-1:]):
             args = list(node.args)
             args[place] = c
-            new = put(t, user, words.norm, *args)
+            new = put(t, user, ops.norm, *args)
             t.graph.erase_node(node)
             node = new

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from rarefy.engine import words
+from rarefy.compiler import ops
+from rarefy.compiler.export import turns
+from rarefy.compiler.fx_utils import VIEWS, Node, Traced, added, aten, is_node, kind_of, same, shape
 from rarefy.engine.phrases import RECALL, product_of
-from rarefy.engine.trace import VIEWS, Node, Traced, added, aten, is_node, kind_of, same, shape, turns
 
 SDPA = aten.scaled_dot_product_attention.default
 
@@ -48,7 +49,7 @@ def _part(node: Node) -> tuple[Node, tuple[int, ...], list[int], int] | None:
     y, sizes = view.args[0], shape(view)[2:]
     whole = len(view.users) == 1 and len(y.users) == 1 and all(isinstance(s, int) for s in sizes)
     apart = dims[0] in (2, 3) and dims[1:] in ([0, 5 - dims[0], 1, 4], [0, 1, 5 - dims[0], 4])
-    if not whole or not apart or y.target is not words.product or y.args[3] is not None or i < 0:
+    if not whole or not apart or y.target is not ops.product or y.args[3] is not None or i < 0:
         return None
     return (y, sizes, dims, i) if len(shape(y)) == 3 and same(shape(y)[:2], shape(view)[:2]) else None
 
@@ -65,7 +66,7 @@ def thirds(t: Traced, node: Node) -> None:
         at = at.args[0]
     squeezed, turned, grown, (dim, (many, each)) = chain
     usual = squeezed == (-2,) and turned == (0, -2) and grown == (0,) and dim in (-1, 2)
-    if usual and at.target is words.product and at.args[3] is None and len(at.users) == 1 and len(shape(at)) == 3:
+    if usual and at.target is ops.product and at.args[3] is None and len(at.users) == 1 and len(shape(at)) == 3:
         rows = torch.arange(many * each)[node.args[2] * each :][:each]
         node.replace_all_uses_with(product_of(t, node, at, rows))
         t.graph.erase_node(node)
@@ -81,7 +82,7 @@ def multihead(t: Traced, node: Node) -> None:
         return
     flat = _only_user(turned)
     y = _only_user(flat) if flat is not None and flat.target in VIEWS else None
-    view = _only_user(y) if y is not None and y.target is words.product and y.args[3] is None else None
+    view = _only_user(y) if y is not None and y.target is ops.product and y.args[3] is None else None
     if y is None or view is None or view.target not in VIEWS or len(shape(view)) != 3:
         return
     (batch, _, tokens, _), (_, many, _, width) = node.args[0].args[1], shape(node.args[0])
@@ -93,7 +94,7 @@ def multihead(t: Traced, node: Node) -> None:
     joined = added(t, turned, aten.transpose.int, node, 1, 2)
     with t.graph.inserting_before(turned):
         rows = t.graph.call_function(aten.reshape.default, (joined, [batch, tokens, many * width]))
-        new = t.graph.call_function(words.product, (rows, *y.args[1:]))
+        new = t.graph.call_function(ops.product, (rows, *y.args[1:]))
     rows.meta["val"] = joined.meta["val"].flatten(2)
     new.meta["val"] = view.meta["val"].transpose(0, 1)
     for user in list(view.users):
@@ -125,9 +126,9 @@ def _flips(x: Node) -> bool:
 
 def _batch_first(t: Traced, before: Node, p: Node) -> Node:
     """[batch, tokens, features] of [tokens, batch, features], before a product where there is one."""
-    if p.target is words.product and _flips(p.args[0]) and p.args[3] is None:
+    if p.target is ops.product and _flips(p.args[0]) and p.args[3] is None:
         with t.graph.inserting_before(before):
-            new = t.graph.call_function(words.product, (p.args[0].args[0], *p.args[1:]))
+            new = t.graph.call_function(ops.product, (p.args[0].args[0], *p.args[1:]))
         new.meta["val"] = p.meta["val"].transpose(0, 1)
         return new
     return added(t, before, aten.transpose.int, p, 0, 1)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError, unknown
-from rarefy.engine import compiled
-from rarefy.engine import trace as rules
+from rarefy.compiler import compile
+from rarefy.compiler import export as rules
+from rarefy.compiler.compile import EXACT, ROUNDED, check_module, check_ready, in_torch
+from rarefy.compiler.executor import Compiled, expected
+from rarefy.compiler.kernel_selection import kernels_of
+from rarefy.compiler.program import MOST_FEW
+from rarefy.compiler.verify import apart
 from rarefy.engine.cache import TILE, Cache
-from rarefy.engine.compiled import EXACT, ROUNDED, Compiled, check_module, check_ready, expected, in_torch, kernels_of
-from rarefy.engine.plan import MOST_FEW
-from rarefy.engine.prove import apart
 from rarefy.model import hf
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime.candidates import FEW, grid_of, why_no_panels
@@ -48,7 +50,7 @@ def _made(model: Any, values: str | None) -> Decoder:
     """The decoder of a model; where numbers are rounded, its graph is proved without them first."""
     with hf.attending(model, _attend), torch.no_grad():
         shown = torch.arange(2 * SHOWN).view(2, SHOWN), torch.arange(SHOWN).repeat(2, 1), torch.arange(3)
-        traced = rules.trace(Step(model), shown, {}, compiled.RULES, type(model).__name__)
+        traced = rules.trace(Step(model), shown, {}, compile.RULES, type(model).__name__)
     if not traced.kept:
         raise ModelError(f"{type(model).__name__} has no attention that a cache can serve")
     grids = {

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.engine import words
+from rarefy.compiler import ops
+from rarefy.compiler.export import split
+from rarefy.compiler.fx_utils import VIEWS, Node, Traced, added, aten, kind_of, new_constant, put, same, shape
 from rarefy.engine.formulas import gained, over_features
-from rarefy.engine.trace import VIEWS, Node, Traced, added, aten, kind_of, new_constant, put, same, shape, split
 
 _LIBRARY = torch.library.Library("rarefy", "FRAGMENT")
 _LIBRARY.define("recall(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
@@ -55,7 +56,7 @@ def constants(t: Traced, node: Node) -> None:
 def embedding(t: Traced, node: Node) -> None:
     """Rows of a constant weight."""
     if node.target is aten.embedding.default and kind_of(node) == torch.float32 and node.args[0].name in t.constants:
-        put(t, node, words.embedding, node.args[1], node.args[0])
+        put(t, node, ops.embedding, node.args[1], node.args[0])
 
 
 def _pair(node: Any, target: Any) -> tuple[Any, Any]:
@@ -76,7 +77,7 @@ def rms(t: Traced, node: Node) -> None:
             continue
         if not over_features(mean, x) or not _squares(mean.args[0], x):
             continue
-        gained(t, put(t, node, words.norm, x, None, None, float(least), False, 1))
+        gained(t, put(t, node, ops.norm, x, None, None, float(least), False, 1))
         return
 
 
@@ -89,7 +90,7 @@ def _squares(node: Any, x: Node) -> bool:
 def pieces(t: Traced, node: Node) -> None:
     """A piece of a product's outputs is a product with a piece of its weight: queries, keys and values in one."""
     y, start, end = _piece(node)
-    if y is None or y.target is not words.product or y.args[3] is not None:
+    if y is None or y.target is not ops.product or y.args[3] is not None:
         return
     node.replace_all_uses_with(product_of(t, node, y, torch.arange(start, end)))
     t.graph.erase_node(node)
@@ -103,7 +104,7 @@ def product_of(t: Traced, before: Node, y: Node, rows: Tensor) -> Node:
         for n, part in zip(weights, ("weight", "bias"))
     )
     with t.graph.inserting_before(before):
-        new = t.graph.call_function(words.product, (x, w, bias, None, act))
+        new = t.graph.call_function(ops.product, (x, w, bias, None, act))
     new.meta["val"] = y.meta["val"][..., : len(rows)]
     return new
 
@@ -137,14 +138,14 @@ def _last(y: Any, dim: Any) -> bool:
 
 def heads(t: Traced, node: Node) -> None:
     """A norm of each head's features: view, norm. Becomes a norm of groups, and a view behind it."""
-    if node.target is not words.norm or node.args[5] != 1:
+    if node.target is not ops.norm or node.args[5] != 1:
         return
     v, *rest = node.args
     if v.target not in VIEWS or len(shape(v)) != 4 or len(shape(v.args[0])) != 3:
         return
     x, many, width = v.args[0], *shape(v)[2:]
     if same(shape(x)[:2], shape(v)[:2]):
-        new = added(t, node, words.norm, x, *rest[:4], many)
+        new = added(t, node, ops.norm, x, *rest[:4], many)
         node.replace_all_uses_with(added(t, node, aten.unflatten.int, new, 2, [many, width]))
         t.graph.erase_node(node)
 
@@ -158,7 +159,7 @@ def rotation(t: Traced, node: Node) -> None:
                 y = split(x)
                 if y is not None and _turned(halves, x) and _angles(cosine, x) and _angles(sine, x):
                     many, width = shape(x)[1], shape(x)[3]
-                    new = added(t, node, words.rotate, y, cosine.args[0], sine.args[0], many)
+                    new = added(t, node, ops.rotate, y, cosine.args[0], sine.args[0], many)
                     back = added(t, node, aten.unflatten.int, new, 2, [many, width])
                     node.replace_all_uses_with(added(t, node, aten.transpose.int, back, 1, 2))
                     t.graph.erase_node(node)
@@ -213,7 +214,7 @@ def recalled(t: Traced, node: Node) -> None:
     t.kept += few * (width + shape(v)[3])
     args = (*joined, cache, before, many, few, scale, window)
     with t.graph.inserting_before(node):
-        new = t.graph.call_function(words.recall, args)
+        new = t.graph.call_function(ops.recall, args)
     new.meta["val"] = node.meta["val"].flatten(2)
     for user in list(node.users):
         if user.target in VIEWS and same(shape(user), shape(new)):
@@ -224,7 +225,7 @@ def recalled(t: Traced, node: Node) -> None:
     t.graph.erase_node(node)
 
 
-KEEPING = (words.product, words.norm, words.add, words.times, words.activation)  # whose outputs lie as their inputs do
+KEEPING = (ops.product, ops.norm, ops.add, ops.times, ops.activation)  # whose outputs lie as their inputs do
 
 
 def between_views(t: Traced, node: Node) -> None:
@@ -252,7 +253,7 @@ def between_views(t: Traced, node: Node) -> None:
 
 def _tensors(node: Node) -> tuple[int, ...]:
     """Which arguments of a word are values."""
-    return {words.product: (0, 3), words.add: (0, 1), words.times: (0, 1)}.get(node.target, (0,))
+    return {ops.product: (0, 3), ops.add: (0, 1), ops.times: (0, 1)}.get(node.target, (0,))
 
 
 def _inside(node: Node, lead: tuple[Any, ...], inside: dict[Node, None]) -> bool:

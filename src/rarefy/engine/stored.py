@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.common.errors import ContainerError, FormatError
-from rarefy.engine import sizes, words
-from rarefy.engine.compiled import Compiled, Expected, Lookup
+from rarefy.compiler import ops, shape_checks
+from rarefy.compiler.executor import Compiled, Expected, Lookup
+from rarefy.compiler.fx_utils import Node, Traced
+from rarefy.compiler.graph_json import Written, from_json, to_json
 from rarefy.engine.language import Decoder
-from rarefy.engine.trace import Node, Traced
-from rarefy.engine.written import Written, from_json, to_json
 from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
 from rarefy.runtime import bindings
@@ -33,9 +33,9 @@ GRAPH = "graph.json"
 META = "compiled"  # what marks such a folder in its index
 NUMBERS = "decoder"  # and what a decoder knows besides its graph
 FORMATS: dict[Any, tuple[str, ...]] = {
-    words.product: ("tiles", "sell", "bitmask", "panels", "fours"),
-    words.convolution: ("convolution",),
-    words.embedding: ("panels",),
+    ops.product: ("tiles", "sell", "bitmask", "panels", "fours"),
+    ops.convolution: ("convolution",),
+    ops.embedding: ("panels",),
 }
 PLAIN: dict[str, tuple[str, ...]] = {  # what of a packed weight is no tensor
     "tiles": ("shape", "kind", "block"),
@@ -143,13 +143,13 @@ def load(saved: container.Container, **without: Any) -> Compiled | Decoder:
     numbers = dict(parts.numbers)
     traced = Traced(w.graph, constants, w.inputs, w.in_spec, w.out_spec, w.ranges, w.notes)
     traced.kept = numbers.pop("kept", 0)
-    made = Compiled(traced, kernels, w.expected, sizes.check)
+    made = Compiled(traced, kernels, w.expected, shape_checks.check)
     return Decoder(made, **{**numbers, "ends": tuple(numbers["ends"])}) if numbers else made
 
 
 def _kernel(node: Node, form: Any, constants: Mapping[str, Tensor]) -> Any:
     """What runs a word on its packed weight; FormatError where that leads outside of itself."""
-    if node.target is words.embedding:
+    if node.target is ops.embedding:
         return Lookup(Kernel(form))
     _, _, bias, _, act, *_ = node.args
     return Kernel(form, None if bias is None else constants[bias.name], act)
@@ -218,7 +218,7 @@ def _kept(w: Written) -> int:
     """How many numbers a graph's recalls keep of a token; ValueError unless they lie one after the other."""
     kept = 0
     for node in w.graph.nodes:
-        if node.target is words.recall:
+        if node.target is ops.recall:
             (at, after), heads, kv_heads = node.args[4:7]
             each = after - at
             if at != kept or each <= 0 or each % kv_heads or heads % kv_heads:
@@ -263,24 +263,24 @@ def _form(saved: container.Container, name: str, about: dict[str, Any], where: s
 
 def _check_weights(node: Node, w: Written, constants: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> None:
     """Raise ValueError unless a word's weights are of sizes that it can be called with."""
-    if node.target is words.norm:
+    if node.target is ops.norm:
         shapes = {tuple(constants[c.name].shape) for c in node.args[1:3] if c is not None}
         if len(shapes) > 1 or any(len(s) != 1 for s in shapes):
             raise ValueError(f"its gain and bias are of shapes {sorted(shapes)}")
     name = w.kernels.get(node)
-    if node.target not in FORMATS or (node.target is words.embedding and name is None):
+    if node.target not in FORMATS or (node.target is ops.embedding and name is None):
         return
     form: Any = constants[node.args[1].name] if name is None else packed[name]
     shape = tuple(form.shape)
     kinds = FORMATS[node.target]
     if name is not None and w.packed[name]["format"] not in kinds:
         raise ValueError(f"runs on a weight packed as {w.packed[name]['format']}, must be {' or '.join(kinds)}")
-    if name is None and (len(shape) != (2 if node.target is words.product else 4) or not form.is_floating_point()):
+    if name is None and (len(shape) != (2 if node.target is ops.product else 4) or not form.is_floating_point()):
         raise ValueError(f"its weight is {form.dtype} {list(shape)}")
-    bias = None if node.target is words.embedding else node.args[2]
+    bias = None if node.target is ops.embedding else node.args[2]
     if bias is not None and tuple(constants[bias.name].shape) != shape[:1]:
         raise ValueError(f"its bias is {list(constants[bias.name].shape)} for a weight of {list(shape)}")
-    if node.target is words.convolution and name is not None:
+    if node.target is ops.convolution and name is not None:
         told = (form.stride, form.padding, form.dilation, form.groups)
         if told != tuple(node.args[5:9]):
             raise ValueError(f"is a convolution of {node.args[5:9]}, its packed weight one of {told}")
@@ -320,7 +320,7 @@ def tensors(parts: Parts) -> Iterator[tuple[str, Tensor, str, int, int]]:
 def summary(parts: Parts) -> dict[str, Any]:
     """Return what a graph is made of, in a few words."""
     calls = [n for n in parts.written.graph.nodes if n.op == "call_function"]
-    ours = Counter(n.target.__name__ for n in calls if n.target.__module__ == words.__name__)
+    ours = Counter(n.target.__name__ for n in calls if n.target.__module__ == ops.__name__)
     kept = {NUMBERS: ", ".join(f"{n} {v}" for n, v in parts.numbers.items())} if parts.numbers else {}
     return {
         **kept,

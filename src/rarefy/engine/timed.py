@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, RarefyError
 from rarefy.common.report import Report
-from rarefy.engine.compiled import Compiled, Expected, compile
+from rarefy.compiler.compile import compile
+from rarefy.compiler.executor import Compiled, Expected
+from rarefy.compiler.export import MOST_SIZE
 from rarefy.engine.language import Decoder, decoder
-from rarefy.engine.trace import MOST_SIZE
 from rarefy.evaluation import profiling
 from rarefy.evaluation.example_inputs import example_of, generates
 from rarefy.model import hf

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import ModelError
-from rarefy.engine import words
-from rarefy.engine.trace import Node
+from rarefy.compiler import ops
+from rarefy.compiler.fx_utils import Node
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS
 from rarefy.runtime.huge_pages import fresh
@@ -32,7 +32,7 @@ NAMES = (
 )  # fmt: skip
 OPS = {name: i for i, name in enumerate(NAMES)}
 FOR_FEW = (Bitmask, Panels)
-BESIDE = (words.add, words.times, words.activation)  # of images, what reads them pixel by pixel
+BESIDE = (ops.add, ops.times, ops.activation)  # of images, what reads them pixel by pixel
 
 
 class Place(Structure):
@@ -139,9 +139,9 @@ class Plan:
         self.masks: list[tuple[Node, Attend]] = []
         self.bytes: dict[tuple[Node, str], tuple[Value, Value]] = {}  # inputs in other numbers, and their scales
         self.few = self._few(nodes, inputs)
-        attends = (words.attention, words.recall)
+        attends = (ops.attention, ops.recall)
         self.spread = set() if self.few else {self._lead(n) for n in nodes if n.target in attends}
-        masks = {n.args[3] for n in nodes if n.target is words.attention}
+        masks = {n.args[3] for n in nodes if n.target is ops.attention}
         self.inputs = [n for n in inputs if n not in masks]
         self.raw: dict[Node, list[int]] = {n: [] for n in self.inputs}  # the steps that read an input as it comes
         inner = set(nodes)
@@ -158,9 +158,9 @@ class Plan:
 
     def _few(self, nodes: Sequence[Node], inputs: Sequence[Node]) -> bool:
         """Whether tokens are few, and every step knows them so."""
-        packed = [self.kernels[n].held[0] for n in nodes if n.target is words.product]
+        packed = [self.kernels[n].held[0] for n in nodes if n.target is ops.product]
         tokens = max((prod(self.shape(n)[:-1]) for n in inputs), default=0)
-        plain = any(n.target is words.attention for n in nodes)
+        plain = any(n.target is ops.attention for n in nodes)
         return (
             tokens <= MOST_FEW
             and not self.images
@@ -176,7 +176,7 @@ class Plan:
         """Return the sizes of a value: of a word, its first input's, where the word's lowering has not said others."""
         if node not in self.shapes:
             s = self.shape(node.args[0])
-            self.shapes[node] = (*s[:-1], self.kernels[node].shape[0]) if node.target is words.product else s
+            self.shapes[node] = (*s[:-1], self.kernels[node].shape[0]) if node.target is ops.product else s
         return self.shapes[node]
 
     def _tokens(self, lead: tuple[int, ...]) -> Tokens:
@@ -230,10 +230,10 @@ class Plan:
 
     def _by_pixel(self, image: Node, user: Node) -> bool:
         """Whether a word reads an image's tiles, not its planes."""
-        if user.target is words.convolution:
+        if user.target is ops.convolution:
             kernel = self.kernels.get(user)
             return user.args[3] is image or (kernel is not None and kernel.held[0].kind == "int8")
-        return user.target in (*BESIDE, words.average)
+        return user.target in (*BESIDE, ops.average)
 
     # ---- steps
 

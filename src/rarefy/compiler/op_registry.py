@@ -15,33 +15,33 @@ import torch
 from torch import fx
 from torch.fx.immutable_collections import immutable_list
 
-from rarefy.engine import words
+from rarefy.compiler import ops
 from rarefy.runtime.reference import ACTIVATIONS
 
 TENSOR, NUMBER, SEVERAL, CACHE = "a tensor", "a number", "several tensors", "a cache"  # what a node gives
 
 # what each argument of a word is, see ARGUMENTS; "?" where None will do
 WORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "product": (words.product, ("tensor", "weight", "constant?", "tensor?", "act")),
+    "product": (ops.product, ("tensor", "weight", "constant?", "tensor?", "act")),
     "convolution": (
-        words.convolution,
+        ops.convolution,
         ("tensor", "weight", "constant?", "tensor?", "act", "pair", "pair", "pair", "count"),
     ),
-    "norm": (words.norm, ("tensor", "constant?", "constant?", "number", "flag", "count")),
-    "rotate": (words.rotate, ("tensor", "tensor", "tensor", "count")),
-    "pool": (words.pool, ("tensor", "pair", "pair", "pair", "pair")),
-    "average": (words.average, ("tensor",)),
-    "embedding": (words.embedding, ("tensor", "weight")),
-    "add": (words.add, ("tensor", "tensor", "act")),
-    "times": (words.times, ("tensor", "tensor", "act")),
-    "activation": (words.activation, ("tensor", "act")),
+    "norm": (ops.norm, ("tensor", "constant?", "constant?", "number", "flag", "count")),
+    "rotate": (ops.rotate, ("tensor", "tensor", "tensor", "count")),
+    "pool": (ops.pool, ("tensor", "pair", "pair", "pair", "pair")),
+    "average": (ops.average, ("tensor",)),
+    "embedding": (ops.embedding, ("tensor", "weight")),
+    "add": (ops.add, ("tensor", "tensor", "act")),
+    "times": (ops.times, ("tensor", "tensor", "act")),
+    "activation": (ops.activation, ("tensor", "act")),
     "attention": (
-        words.attention,
+        ops.attention,
         ("tensor", "tensor", "tensor", "tensor?", "count", "count", "number", "flag"),
     ),
-    "additive": (words.additive, ("tensor",)),
+    "additive": (ops.additive, ("tensor",)),
     "recall": (
-        words.recall,
+        ops.recall,
         ("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window"),
     ),
 }

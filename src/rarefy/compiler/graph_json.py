@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.common.errors import ContainerError, ModelError
-from rarefy.engine import operators
-from rarefy.engine.compiled import Compiled, Expected
-from rarefy.engine.outputs import spec_of, tree
-from rarefy.engine.trace import MOST_SIZE, Node
+from rarefy.compiler import op_registry
+from rarefy.compiler.executor import Compiled, Expected
+from rarefy.compiler.export import MOST_SIZE
+from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.pytree_json import spec_of, tree
 from rarefy.formats.sparse_encodings import DTYPES
 
 SCHEMA = 1
@@ -106,7 +107,7 @@ def _told_input(node: Node, want: Any) -> dict[str, Any]:
 def _told_node(node: Node) -> list[Any]:
     if node.op == "placeholder":
         return [node.name, node.op, node.name, [], {}]
-    target = "output" if node.op == "output" else operators.name_of(node.target)
+    target = "output" if node.op == "output" else op_registry.name_of(node.target)
     if target is None or node.op not in ("call_function", "output"):
         hint = ": compile the model as it was before accelerate_" if "rarefy.sparse" in str(node.target) else ""
         raise ModelError(
@@ -209,7 +210,7 @@ def _graph(told: Any, expected: dict[str, Any]) -> tuple[fx.Graph, dict[str, Nod
             elif op == "output":
                 _check_output(node, given)
             else:
-                given[node] = operators.check_call(node.target, node.args, node.kwargs, given, weights)
+                given[node] = op_registry.check_call(node.target, node.args, node.kwargs, given, weights)
                 _check_weight(node, name, told, weights)
         except ValueError as error:
             raise ValueError(f"node {_short(name)}: {error}") from error
@@ -229,7 +230,7 @@ def _made(graph: fx.Graph, op: str, target: str, args: Any, kwargs: Any, nodes: 
         return graph.placeholder("x")  # named by the caller
     if op == "output" and len(args) == 1 and not kwargs and isinstance(args[0], list | tuple):
         return graph.output(tuple(args[0]))
-    found = operators.find(target) if op == "call_function" else None
+    found = op_registry.find(target) if op == "call_function" else None
     if found is None:
         raise ValueError(f"{_short(op)} of {_short(target)} is nothing that a saved graph may do")
     values = {n: _value(v, nodes, 0) for n, v in kwargs.items()}
@@ -239,20 +240,20 @@ def _made(graph: fx.Graph, op: str, target: str, args: Any, kwargs: Any, nodes: 
 def _place(node: Node, name: str, constants: Any, expected: Any, given: dict[Node, str], weights: Any) -> None:
     """Note what a placeholder stands for: an input, a constant, a weight that is there packed alone, or the cache."""
     if name == CACHE and name not in expected and name not in constants:
-        given[node] = operators.CACHE
+        given[node] = op_registry.CACHE
         return
     if name not in expected:
         weights[node] = name in constants
     want = expected.get(name)
     if name in constants or isinstance(want, Expected):
-        given[node] = operators.TENSOR
+        given[node] = op_registry.TENSOR
     elif name in expected and type(want) in (bool, int, float):
-        given[node] = operators.NUMBER
+        given[node] = op_registry.NUMBER
 
 
 def _check_weight(node: Node, name: str, told: Any, weights: Mapping[Node, bool]) -> None:
     """Raise ValueError unless a word with a weight has it: packed, or as it is."""
-    heavy = [operators.WORDS[n][0] for n in ("product", "convolution", "embedding")]
+    heavy = [op_registry.WORDS[n][0] for n in ("product", "convolution", "embedding")]
     on = told["kernels"].get(name)
     if node.target not in heavy:
         if on is not None:
@@ -265,7 +266,7 @@ def _check_weight(node: Node, name: str, told: Any, weights: Mapping[Node, bool]
 
 def _check_output(node: Node, given: Mapping[Node, str]) -> None:
     for value in node.args[0]:
-        tensor = isinstance(value, fx.Node) and given.get(value) in (operators.TENSOR, operators.NUMBER)
+        tensor = isinstance(value, fx.Node) and given.get(value) in (op_registry.TENSOR, op_registry.NUMBER)
         if not tensor and not (value is None or type(value) in (bool, int, float, str)):
             raise ValueError(f"an output is {_short(value)}")
 

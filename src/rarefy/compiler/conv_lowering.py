@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from rarefy.engine import words
-from rarefy.engine.plan import BESIDE, Plan, Value
-from rarefy.engine.trace import Node
+from rarefy.compiler import ops
+from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.program import BESIDE, Plan, Value
 from rarefy.runtime import bindings, winograd
 from rarefy.runtime.packed_formats import LANE, MOST_STRIDE
 
 PIECE = 16  # floats that may be read past the last plane
 MOST_PLANES = 1 << 31  # floats, as places are counted in 32 bits
-OF_IMAGES = (words.convolution, words.pool, words.average)
+OF_IMAGES = (ops.convolution, ops.pool, ops.average)
 NEAR_BYTES = 56 << 20  # of what images are on their way through a plan, at most
 
 
@@ -50,7 +50,7 @@ def at_once(memory: int, weights: int, cache: int) -> int:
 def layouts(nodes: Sequence[Node]) -> set[Node] | None:
     """Return which values are images; None where words that go over the last dimension read them too."""
     found = {n for n in nodes if n.target in OF_IMAGES[:2]} | {n.args[0] for n in nodes if n.target in OF_IMAGES}
-    found |= {n.args[3] for n in nodes if n.target is words.convolution and n.args[3] is not None}
+    found |= {n.args[3] for n in nodes if n.target is ops.convolution and n.args[3] is not None}
     before = -1
     while before != len(found):
         before = len(found)
@@ -59,7 +59,7 @@ def layouts(nodes: Sequence[Node]) -> set[Node] | None:
             if around & found:
                 found |= around
     others = {a for n in nodes if n.target not in (*OF_IMAGES, *BESIDE) for a in (n, *n.all_input_nodes)}
-    others |= {n for n in nodes if n.target is words.average}
+    others |= {n for n in nodes if n.target is ops.average}
     return None if found & others else found
 
 

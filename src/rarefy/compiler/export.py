@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,37 +13,13 @@ from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, first_line
-from rarefy.engine import words
+from rarefy.compiler import ops
+from rarefy.compiler.fx_utils import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape
 from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
 from rarefy.runtime.sparse_layers import Sparse, rebuilt
 
-aten = torch.ops.aten
-
-
 WHOLE = (1 << 63) - 1  # where a slice of all ends
 MOST_SIZE = 1 << 62  # of an open size, where nothing is known
-Node = Any  # fx.Node, whose arguments are of any kind
-
-
-@dataclass
-class Traced:
-    """A graph, its constants by the names of their placeholders, and how arguments and outputs are laid out.
-
-    inputs  the placeholders of the call's tensors, in their order
-    ranges  from where to where a size that is open may go, by its symbol
-    names   of constants that are the model's own, as it calls them
-    kept    features of keys and values that a cache keeps of a token
-    """
-
-    graph: fx.Graph
-    constants: dict[str, Tensor]
-    inputs: list[Node]
-    in_spec: Any
-    out_spec: Any
-    ranges: dict[str, tuple[int, int]]
-    notes: tuple[str, ...] = ()
-    names: Mapping[str, str] = field(default_factory=dict)
-    kept: int = 0
 
 
 def trace(
@@ -127,55 +102,6 @@ def read(program: Any, rules: Sequence[Callable[[Traced, Node], None]]) -> Trace
 # ---- one rule each: of a node, its place in the graph and what the constants are ------------------------------------
 
 
-def shape(node: Any) -> tuple[Any, ...]:
-    """Return the sizes of a node's output, () where it is no tensor."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether sizes agree, whatever the open ones will be."""
-    return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b))
-
-
-def is_node(x: Any) -> bool:
-    """Return whether an argument is what a node gives, not a number or text."""
-    return isinstance(x, fx.Node)
-
-
-def kind_of(node: Node) -> torch.dtype | None:
-    """Return the type of a node's output, None where it is no tensor."""
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, Tensor) else None
-
-
-def put(t: Traced, node: Node, word: Callable[..., Any], *args: Any) -> Node:
-    """Have a word in the place of a node; return it."""
-    with t.graph.inserting_before(node):
-        new = t.graph.call_function(word, args)
-    new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    t.graph.erase_node(node)
-    return new
-
-
-def added(t: Traced, before: Node, target: Callable[..., Any], *args: Any) -> Node:
-    """Return a new node in front of another."""
-    with t.graph.inserting_before(before):
-        node = t.graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-    return node
-
-
-def new_constant(t: Traced, name: str, value: Tensor) -> Node:
-    """Add a constant; return its node."""
-    with t.graph.inserting_before(next(iter(t.graph.nodes))):
-        node = t.graph.placeholder(name)
-    t.constants[node.name] = node.meta["val"] = value.detach().contiguous()
-    return node
-
-
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 CHECKS = (
     aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default,
 )  # fmt: skip
@@ -214,11 +140,11 @@ def linear(t: Traced, node: Node) -> None:
         x, w, bias = (*node.args, None)[:3]
         fixed = all(n is None or n.name in t.constants for n in (w, bias))
         if fixed and kind_of(node) == torch.float32:
-            put(t, node, words.product, x, w, bias, None, None)
+            put(t, node, ops.product, x, w, bias, None, None)
     if node.target is aten.addmm.default and not node.kwargs and kind_of(node) == torch.float32:
         bias, x, w = node.args
         if {bias.name, w.name} <= t.constants.keys() and len(shape(bias)) == 1:
-            put(t, node, words.product, x, new_constant(t, f"{w.name}_t", t.constants[w.name].t()), bias, None, None)
+            put(t, node, ops.product, x, new_constant(t, f"{w.name}_t", t.constants[w.name].t()), bias, None, None)
     if node.target is torch.ops.rarefy.sparse.default:
         _unpack_sparse(t, node)
 
@@ -232,7 +158,7 @@ def _unpack_sparse(t: Traced, node: Node) -> None:
     with t.graph.inserting_before(next(iter(t.graph.nodes))):
         w = t.graph.placeholder(f"{parts[0].name}_unpacked")
     t.constants[w.name] = w.meta["val"] = layer.weight.float()
-    put(t, node, words.product, x, w, bias, None, layer.activation)
+    put(t, node, ops.product, x, w, bias, None, layer.activation)
 
 
 def _small(layer: Sparse) -> bool:
@@ -245,13 +171,13 @@ def reshaped(t: Traced, node: Node) -> None:
     if node.target not in VIEWS or not isinstance(node.args[0], fx.Node):
         return
     y = node.args[0]
-    if y.target is not words.product or len(y.users) != 1 or y.args[3] is not None:
+    if y.target is not ops.product or len(y.users) != 1 or y.args[3] is not None:
         return
     x = y.args[0]
     wide = x.args[0] if x.target in VIEWS else None
     ends = wide is not None and shape(x)[-1] == shape(wide)[-1] and shape(node)[-1] == shape(y)[-1]
     if ends and same(shape(wide)[:-1], shape(node)[:-1]):
-        put(t, node, words.product, wide, *y.args[1:])
+        put(t, node, ops.product, wide, *y.args[1:])
 
 
 def norm(t: Traced, node: Node) -> None:
@@ -264,7 +190,7 @@ def norm(t: Traced, node: Node) -> None:
     given = [*rest, *usual[len(rest) :]]
     gain, bias, least = given[:3] if centred else (given[0], None, given[1] if given[1] is not None else usual[1])
     if len(over) == 1 and all(c is None or c.name in t.constants for c in (gain, bias)):
-        put(t, node, words.norm, x, gain, bias, least, centred, 1)
+        put(t, node, ops.norm, x, gain, bias, least, centred, 1)
 
 
 ACTIVATIONS = {
@@ -282,12 +208,12 @@ def pointwise(t: Traced, node: Node) -> None:
     """Activations, and sums and products of two values of one shape."""
     act = _act(node)
     if act is not None and kind_of(node) == torch.float32:
-        put(t, node, words.activation, node.args[0], act)
+        put(t, node, ops.activation, node.args[0], act)
     if node.target in (aten.add.Tensor, aten.mul.Tensor) and kind_of(node) == torch.float32:
         a, b = node.args
         whole = isinstance(a, fx.Node) and isinstance(b, fx.Node) and same(shape(a), shape(b)) and not node.kwargs
         if whole and kind_of(a) == kind_of(b) == torch.float32 and not {a.name, b.name} & set(t.constants):
-            put(t, node, words.times if node.target is aten.mul.Tensor else words.add, a, b, None)
+            put(t, node, ops.times if node.target is aten.mul.Tensor else ops.add, a, b, None)
 
 
 def attention(t: Traced, node: Node) -> None:
@@ -313,14 +239,14 @@ def attention(t: Traced, node: Node) -> None:
         return
     scale = node.kwargs.get("scale")
     if mask is not None:
-        made = next((u for u in mask.users if u.target is words.additive), None)
+        made = next((u for u in mask.users if u.target is ops.additive), None)
         if made is None:
             with t.graph.inserting_after(mask if mask.op != "placeholder" else t.inputs[-1]):
-                made = t.graph.call_function(words.additive, (mask,))
+                made = t.graph.call_function(ops.additive, (mask,))
             made.meta["val"] = mask.meta["val"].float()
         mask = made
     scale = width**-0.5 if scale is None else scale
-    put(t, joined, words.attention, *apart, mask, heads, kv_heads, scale, causal)
+    put(t, joined, ops.attention, *apart, mask, heads, kv_heads, scale, causal)
     t.graph.erase_node(turned)
     t.graph.erase_node(node)
 
@@ -342,26 +268,26 @@ def split(x: Any) -> Any:
     return v.args[0] if same(shape(v)[:2], shape(v.args[0])[:2]) else None
 
 
-FULL = (words.product, words.convolution)  # words that take what is added and what follows
+FULL = (ops.product, ops.convolution)  # words that take what is added and what follows
 
 
 def fuse(t: Traced, node: Node) -> None:
     """Activations and sums that alone read a product go into it."""
-    if node.target is words.activation:
+    if node.target is ops.activation:
         y = node.args[0]
         alone = len(y.users) == 1
         if alone and y.target in FULL and y.args[4] is None:
             put(t, node, y.target, *y.args[:4], node.args[1], *y.args[5:])
-        elif alone and y.target is words.add and y.args[2] is None:
-            put(t, node, words.add, *y.args[:2], node.args[1])
-    elif node.target is words.add:
+        elif alone and y.target is ops.add and y.args[2] is None:
+            put(t, node, ops.add, *y.args[:2], node.args[1])
+    elif node.target is ops.add:
         a, b, act = node.args
         for y, more in ((a, b), (b, a)):
             if y.target in FULL and len(y.users) == 1 and y.args[3:5] == (None, None) and more is not y:
                 put(t, node, y.target, *y.args[:3], more, act, *y.args[5:])
                 return
-    elif node.target is words.times and node.args[2] is None:
+    elif node.target is ops.times and node.args[2] is None:
         for y, more in (node.args[:2], node.args[1::-1]):
-            if y.target is words.activation and len(y.users) == 1:
-                put(t, node, words.times, y.args[0], more, y.args[1])
+            if y.target is ops.activation and len(y.users) == 1:
+                put(t, node, ops.times, y.args[0], more, y.args[1])
                 return

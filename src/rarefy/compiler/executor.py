@@ -1,114 +1,34 @@
-"""`compile`: a whole model as one callable, of native plans and of ATen calls for the rest."""
+"""TODO."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rarefy.common.errors import DataError, ModelError, first_line, unknown
-from rarefy.engine import convolve, formulas, heads, images, phrases, words
-from rarefy.engine import trace as rules
-from rarefy.engine.lower import LOWER
-from rarefy.engine.plan import Plan
-from rarefy.engine.prove import prove
-from rarefy.engine.trace import MOST_SIZE, Node, Traced, trace, two_samples
-from rarefy.model.layers import all_layers
-from rarefy.runtime import bindings
-from rarefy.runtime.autotune import check_plain
-from rarefy.runtime.huge_pages import Pages, last_cache
+from rarefy.common.errors import DataError, first_line
+from rarefy.compiler import conv_lowering, ops
+from rarefy.compiler.export import MOST_SIZE
+from rarefy.compiler.fx_utils import Node, Traced
+from rarefy.compiler.lowering import LOWER
+from rarefy.compiler.program import Plan
+from rarefy.runtime.huge_pages import last_cache
 from rarefy.runtime.kernel import Kernel
-from rarefy.runtime.packed_formats import SHARED, Panels
-from rarefy.runtime.packing import pack_dense, pack_sell, pack_tiles, shared
+from rarefy.runtime.packed_formats import Panels
 
 MOST_SIZES = 16  # of inputs for which plans are kept
-EXACT, ROUNDED = 1e-3, 0.5  # of outputs' length, how far they may move: in fp32, and in 8 bits
-RULES = (
-    rules.drop, phrases.constants, phrases.embedding, rules.linear, rules.reshaped, phrases.pieces, heads.parts,
-    heads.thirds, formulas.layer_scale, formulas.activations, rules.norm, formulas.layer_norm, phrases.rms,
-    phrases.heads, heads.written, heads.scaled, phrases.rotation, phrases.recalled, heads.multihead, rules.pointwise,
-    formulas.quick_gelu, rules.attention, phrases.between_views, convolve.convolution, convolve.batch_norm,
-    convolve.pooled, rules.fuse, rules.fuse,
-)  # fmt: skip
-HEAVY = (words.product, words.attention, words.recall, words.convolution)  # what a plan is worth its packing for
+
+
+HEAVY = (ops.product, ops.attention, ops.recall, ops.convolution)  # what a plan is worth its packing for
+
+
 Check = Callable[[Sequence[Node], Mapping[Node, Tensor], Mapping[Node, Any], Mapping[str, Tensor]], None]
-
-
-def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Compiled:
-    """Return a callable that does what the model does, faster: whole stretches of it run as one native call.
-
-    example  what the model can be called with: a dict of its keywords, a tuple of its arguments, or one tensor. Batches
-             and other sizes may differ in later calls, as far as the model's own code leaves them open; sizes of images
-             stay
-    values   "int8": products and convolutions run in 8 bits, weights with a scale for each output and inputs with one
-             for each row or image, so outputs change a little; convolutions in groups stay fp32. None: all fp32
-    The callable takes and returns what the model does, without gradients, and may be called by several threads. It
-    holds its own copy of the weights: later changes of the model's are not seen. What no plan knows runs in torch, as
-    `print(compiled)` says. Raises ModelError for a model that torch.export does not take, in training mode, with masks
-    that were not folded, not in fp32, or not on the CPU. O(weights log weights), and a few seconds for the export.
-
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
-    >>> fast = compile(net, torch.randn(2, 4))
-    >>> x = torch.randn(5, 4)
-    >>> bool((fast(x) - net(x)).abs().max() < 1e-5)
-    True
-    """
-    if values not in (None, "int8"):
-        raise ModelError(unknown("values", str(values), ["int8"]))
-    check_module(model)
-    check_ready(model)
-    args, kwargs = _called(example)
-    if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
-        raise DataError("the example has no tensor: give what the model is called with")
-    traced = trace(model, args, kwargs, RULES)
-    want = [expected(n.meta.get("val")) for n in traced.inputs]
-    shown = (args, kwargs) if traced.notes else two_samples(args, kwargs)
-    exact = prove(model, in_torch(traced, want), *shown, EXACT) if values else None  # rounding hides what is wrong
-    made = Compiled(traced, kernels_of(traced, lambda w, _: _for_many(w, values), values), want)
-    prove(model, made, *shown, ROUNDED if values else EXACT, exact)
-    made.forget()
-    return made
-
-
-def check_module(model: Any) -> None:
-    """Raise ModelError for what is no model of torch."""
-    if not isinstance(model, nn.Module):
-        hints = {str | PathLike: ": rarefy.load(folder) reads one", Compiled: ": it is compiled already"}
-        hint = next((h for kind, h in hints.items() if isinstance(model, kind)), "")
-        raise ModelError(f"a torch.nn.Module is expected, got {type(model).__name__}{hint}")
-
-
-def check_ready(model: nn.Module) -> None:
-    """Raise ModelError for a model that the engine does not run as it stands."""
-    if model.training:
-        raise ModelError("the model is in training mode: call eval() first")
-    check_plain(list(all_layers(model)))
-    away = next((n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.device.type != "cpu"), None)
-    if away is not None:
-        raise ModelError(f"the engine runs on the CPU, {away} is elsewhere: model.cpu() first")
-    kinds = {n: p.dtype for n, p in model.named_parameters() if p.is_floating_point()}
-    other = next((n for n, kind in kinds.items() if kind != torch.float32), None)
-    if other is not None:
-        kind = str(kinds[other]).removeprefix("torch.")
-        raise ModelError(f"the engine takes models in fp32, {other} is {kind}: model.float() first")
-
-
-def in_torch(traced: Traced, expected: Sequence[Any]) -> Compiled:
-    """Return the graph without kernels: what its words mean."""
-    return Compiled(traced, {}, expected, lambda *_: None)
-
-
-def _called(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if hasattr(example, "keys"):
-        return (), {k: example[k] for k in example.keys()}
-    return tuple(example) if isinstance(example, tuple | list) else (example,), {}
 
 
 @dataclass(frozen=True)
@@ -153,8 +73,8 @@ class Segment:
         read = dict.fromkeys(a for n in nodes for a in _read(n) if a not in inside)
         self.nodes, self.kernels, self.constants = list(nodes), kernels, constants
         self.inputs = list(read)
-        self.cache = next((n.args[3] for n in nodes if n.target is words.recall), None)
-        self.images = images.layouts(nodes) or ()
+        self.cache = next((n.args[3] for n in nodes if n.target is ops.recall), None)
+        self.images = conv_lowering.layouts(nodes) or ()
         self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
         self.plans: dict[tuple[Any, ...], list[Plan]] = {}
         self.few: dict[tuple[Any, ...], int] = {}  # images at once, by their sizes
@@ -178,7 +98,7 @@ class Segment:
             plan = self._plan(one)
             kernels = [self.kernels[n] for n in self.nodes if n in self.kernels]
             weights = {t.data_ptr(): t.nbytes for k in kernels for t in k.tensors()}
-            self.few[key] = images.at_once(plan.memory.nbytes, sum(weights.values()), last_cache())
+            self.few[key] = conv_lowering.at_once(plan.memory.nbytes, sum(weights.values()), last_cache())
             self._give_back(key, plan)
         return self.few[key]
 
@@ -212,9 +132,7 @@ def _shapes(inputs: Mapping[Node, Tensor]) -> tuple[Any, ...]:
 
 def _read(node: Node) -> list[Node]:
     """The tensors that a word is about, without its weights."""
-    weights = {words.product: (1, 2), words.norm: (1, 2), words.recall: (3,), words.convolution: (1, 2)}.get(
-        node.target, ()
-    )
+    weights = {ops.product: (1, 2), ops.norm: (1, 2), ops.recall: (3,), ops.convolution: (1, 2)}.get(node.target, ())
     return [a for i, a in enumerate(node.args) if isinstance(a, fx.Node) and i not in weights]
 
 
@@ -372,26 +290,6 @@ def _fixed(t: Traced) -> list[Node]:
     return list(found)
 
 
-def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any], values: str | None = None) -> dict[Node, Any]:
-    """Return the kernels of all products, of `pack(weight, its name in the model)`, and of convolutions in `values`."""
-    if bindings.missing() is not None:
-        return {}
-    found, known, pages = {}, {}, Pages()
-    for node in t.graph.nodes:
-        if node.target is words.product:
-            _, w, bias, _, act = node.args
-            if w.name not in known:
-                known[w.name] = pages.hold(pack(t.constants[w.name], t.names.get(w.name, "")))
-            found[node] = Kernel(known[w.name], None if bias is None else t.constants[bias.name].clone(), act)
-        elif node.target is words.convolution and (form := convolve.packed(t, node, values)) is not None:
-            bias, act = node.args[2], node.args[4]
-            found[node] = Kernel(pages.hold(form), None if bias is None else t.constants[bias.name].clone(), act)
-    for node in t.graph.nodes:  # an embedding that is a product's weight too
-        if node.target is words.embedding and isinstance(known.get(node.args[1].name), Panels):
-            found[node] = Lookup(Kernel(known[node.args[1].name]))
-    return found
-
-
 @dataclass(frozen=True)
 class Lookup:
     """An embedding as a kernel."""
@@ -412,22 +310,15 @@ class Lookup:
         return self.kernel.rows(ids)
 
 
-def _for_many(weight: Tensor, values: str | None) -> Any:
-    if values is None and convolve.few_zeros(weight):
-        return pack_dense(weight)
-    packed: Any = pack_tiles(weight, values or "fp32")
-    return pack_sell(weight, values or "fp32") if shared(packed) < SHARED else packed
-
-
-ALONE = (words.convolution, words.embedding)  # words that stand outside plans
+ALONE = (ops.convolution, ops.embedding)  # words that stand outside plans
 
 
 def _plans(t: Traced, node: Node, kernels: Mapping[Node, Any]) -> bool:
     """Whether a plan knows a call."""
-    if node.target is words.convolution:
+    if node.target is ops.convolution:
         if node in kernels:
             return node.args[8] == 1
-        return bool(kernels) and images.depthwise(node, t.constants[node.args[1].name])
+        return bool(kernels) and conv_lowering.depthwise(node, t.constants[node.args[1].name])
     return node.target in LOWER and bool(kernels)
 
 
@@ -445,7 +336,7 @@ def _schedule(t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> li
                 del waits[n]
         for left in waits.values():
             left.difference_update(taken)
-        heavy = any(n.target in HEAVY for n in taken) and images.layouts(list(taken)) is not None
+        heavy = any(n.target in HEAVY for n in taken) and conv_lowering.layouts(list(taken)) is not None
         if in_words and heavy:
             program.append(Segment(list(taken), kernels, t.constants, check))
         else:
@@ -458,6 +349,6 @@ def _by_itself(node: Node, t: Traced, kernels: Mapping[Node, Any], check: Check 
     """A call outside of plans; a convolution that knows no other place has a plan of its own."""
     if node.target not in ALONE or node not in kernels:
         return node
-    if node.target is words.convolution and kernels[node].alone:
+    if node.target is ops.convolution and kernels[node].alone:
         return Segment([node], kernels, t.constants, check)
     return Alone(node, kernels[node])

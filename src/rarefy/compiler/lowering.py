@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from rarefy.engine import images, words
-from rarefy.engine.plan import NT, Attend, Plan, Value
-from rarefy.engine.trace import Node
+from rarefy.compiler import conv_lowering, ops
+from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.program import NT, Attend, Plan, Value
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels
 
@@ -24,7 +24,7 @@ def _product(p: Plan, node: Node) -> None:
     source, extra = p.values[x], {} if more is None else {"more": p.values[more]}
     kind = _numbers(packed, p.few)
     if kind == "int8" or (p.few and (kind != "fp32" or source.features % 64)):
-        source, extra["sum"] = images.converted(p, x, kind)
+        source, extra["sum"] = conv_lowering.converted(p, x, kind)
     if isinstance(packed, Panels) and kind == "int8" and not p.few:
         p.held.append(packed.sums.to(torch.int32))
         extra["sums"] = p.held[-1].data_ptr()
@@ -52,10 +52,10 @@ def _norm(p: Plan, node: Node) -> None:
 
 def _pair(p: Plan, node: Node) -> None:
     x, *rest = node.args
-    more, act = (None, rest[0]) if node.target is words.activation else rest
+    more, act = (None, rest[0]) if node.target is ops.activation else rest
     out = p.make(node)
     extra = {} if more is None else {"more": p.use(p.values[more])}
-    op = "times" if node.target is words.times else "add"
+    op = "times" if node.target is ops.times else "add"
     p.step(op, out, x=p.use(p.values[x]), out=p.use(out), act=bindings.ACTIVATIONS.index(act), **extra)
 
 
@@ -118,7 +118,7 @@ def _recall(p: Plan, node: Node) -> None:
 
 
 LOWER: dict[Any, Callable[[Plan, Node], None]] = {
-    words.product: _product, words.norm: _norm, words.add: _pair, words.times: _pair, words.activation: _pair,
-    words.attention: _attention, words.rotate: _rotate, words.recall: _recall, words.convolution: images.convolution,
-    words.pool: images.pool, words.average: images.average,
+    ops.product: _product, ops.norm: _norm, ops.add: _pair, ops.times: _pair, ops.activation: _pair,
+    ops.attention: _attention, ops.rotate: _rotate, ops.recall: _recall, ops.convolution: conv_lowering.convolution,
+    ops.pool: conv_lowering.pool, ops.average: conv_lowering.average,
 }  # fmt: skip

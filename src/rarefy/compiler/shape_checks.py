@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import ModelError
-from rarefy.engine import images, words
-from rarefy.engine.trace import Node
+from rarefy.compiler import conv_lowering, ops
+from rarefy.compiler.fx_utils import Node
 from rarefy.runtime.packed_formats import MOST_STRIDE
 
 Size = tuple[int, ...]
@@ -27,7 +27,7 @@ def check(
         if t.dtype != torch.float32 or not t.is_cpu or t.layout != torch.strided or not t.dim():
             got = f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
             raise ModelError(f"the saved graph does not fit together: {node.name} is {got}, fp32 rows are expected")
-    masks = {n.args[3] for n in nodes if n.target is words.attention}
+    masks = {n.args[3] for n in nodes if n.target is ops.attention}
     known: dict[Node, Size] = {n: tuple(t.shape) for n, t in inputs.items() if n not in masks}
     for node in nodes:
         sizes = [known.get(a) for a in _values(node)]
@@ -39,13 +39,13 @@ def check(
 
 def _made(node: Node, first: Any, kernels: Mapping[Node, Any], constants: Mapping[str, Tensor]) -> Size:
     """The sizes of what a word gives."""
-    if node.target is words.product:
+    if node.target is ops.product:
         return (*first[:-1], kernels[node].shape[0])
-    if node.target is words.convolution:
+    if node.target is ops.convolution:
         return _convolved(node, first, _weight(node, kernels, constants))
-    if node.target is words.pool:
-        return (*first[:2], *images.out_sizes(first[2:], *node.args[1:]))
-    return first[:2] if node.target is words.average else first
+    if node.target is ops.pool:
+        return (*first[:2], *conv_lowering.out_sizes(first[2:], *node.args[1:]))
+    return first[:2] if node.target is ops.average else first
 
 
 def _weight(node: Node, kernels: Mapping[Node, Any], constants: Mapping[str, Tensor]) -> Size:
@@ -54,7 +54,7 @@ def _weight(node: Node, kernels: Mapping[Node, Any], constants: Mapping[str, Ten
 
 def _convolved(node: Node, first: Any, weight: Size) -> Size:
     stride, padding, dilation = node.args[5:8]
-    return (first[0], weight[0], *images.out_sizes(first[2:], weight[2:], stride, padding, dilation))
+    return (first[0], weight[0], *conv_lowering.out_sizes(first[2:], weight[2:], stride, padding, dilation))
 
 
 def _convolution(node: Node, sizes: Any, kernels: Mapping[Node, Any], _: Any, constants: Mapping[str, Tensor]) -> bool:
@@ -77,7 +77,7 @@ def _pool(node: Node, sizes: Any, *_: Any) -> bool:
     (x,) = sizes
     if len(x) != 4 or 0 in x or max(stride) > MOST_STRIDE or any(2 * p > k for p, k in zip(padding, kernel)):
         return False
-    return min(kernel) > 0 and min(images.out_sizes(x[2:], kernel, stride, padding, dilation)) > 0
+    return min(kernel) > 0 and min(conv_lowering.out_sizes(x[2:], kernel, stride, padding, dilation)) > 0
 
 
 def _average(_: Node, sizes: Any, *__: Any) -> bool:
@@ -86,9 +86,9 @@ def _average(_: Node, sizes: Any, *__: Any) -> bool:
 
 def _values(node: Node) -> list[Node]:
     """The values that a word is about, without weights and masks."""
-    places = {words.product: (0, 3), words.norm: (0,), words.activation: (0,), words.attention: (0, 1, 2)}
-    places |= {words.rotate: (0, 1, 2), words.convolution: (0, 3), words.pool: (0,)}
-    places |= {words.average: (0,), words.recall: (0, 1, 2)}
+    places = {ops.product: (0, 3), ops.norm: (0,), ops.activation: (0,), ops.attention: (0, 1, 2)}
+    places |= {ops.rotate: (0, 1, 2), ops.convolution: (0, 3), ops.pool: (0,)}
+    places |= {ops.average: (0,), ops.recall: (0, 1, 2)}
     found = [node.args[i] for i in places.get(node.target, (0, 1))]
     return [a for a in found if a is not None]
 
@@ -139,15 +139,15 @@ def _recall(node: Node, sizes: Any, *_: Any) -> bool:
 
 
 FITS: dict[Any, Callable[..., bool]] = {
-    words.product: _product,
-    words.norm: _norm,
-    words.add: _alike,
-    words.times: _alike,
-    words.activation: _alike,
-    words.attention: _attention,
-    words.rotate: _rotate,
-    words.convolution: _convolution,
-    words.pool: _pool,
-    words.average: _average,
-    words.recall: _recall,
+    ops.product: _product,
+    ops.norm: _norm,
+    ops.add: _alike,
+    ops.times: _alike,
+    ops.activation: _alike,
+    ops.attention: _attention,
+    ops.rotate: _rotate,
+    ops.convolution: _convolution,
+    ops.pool: _pool,
+    ops.average: _average,
+    ops.recall: _recall,
 }
