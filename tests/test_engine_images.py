@@ -12,7 +12,7 @@ import rarefy
 from rarefy.compiler import compile, conv_lowering, ops
 from rarefy.compiler.executor import Alone, Segment, _shapes
 from rarefy.compiler.kernel_selection import packed
-from rarefy.engine import convolve
+from rarefy.compiler.passes import conv as convolve
 from rarefy.evaluation.profiling import threads
 from rarefy.runtime import bindings, huge_pages
 from rarefy.runtime.packed_formats import Bitmask, Dense, Sell, Tiles

@@ -11,23 +11,29 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import DataError, ModelError, unknown
-from rarefy.compiler import export as rules
 from rarefy.compiler.executor import Compiled, expected
 from rarefy.compiler.export import trace, two_samples
 from rarefy.compiler.fx_utils import Traced
 from rarefy.compiler.kernel_selection import _for_many, kernels_of
+from rarefy.compiler.passes import activation, attention, conv, kv_attention
+from rarefy.compiler.passes.activation import pointwise
+from rarefy.compiler.passes.attention import attention
+from rarefy.compiler.passes.cleanup import constants, drop
+from rarefy.compiler.passes.fusion import fuse
+from rarefy.compiler.passes.linear import between_views, embedding, layer_scale, linear, pieces, reshaped
+from rarefy.compiler.passes.norm import heads, layer_norm, norm, rms
+from rarefy.compiler.passes.rope import rotation
 from rarefy.compiler.verify import prove
-from rarefy.engine import convolve, formulas, heads, phrases
 from rarefy.model.layers import all_layers
 from rarefy.runtime.autotune import check_plain
 
 EXACT, ROUNDED = 1e-3, 0.5  # of outputs' length, how far they may move: in fp32, and in 8 bits
 RULES = (
-    rules.drop, phrases.constants, phrases.embedding, rules.linear, rules.reshaped, phrases.pieces, heads.parts,
-    heads.thirds, formulas.layer_scale, formulas.activations, rules.norm, formulas.layer_norm, phrases.rms,
-    phrases.heads, heads.written, heads.scaled, phrases.rotation, phrases.recalled, heads.multihead, rules.pointwise,
-    formulas.quick_gelu, rules.attention, phrases.between_views, convolve.convolution, convolve.batch_norm,
-    convolve.pooled, rules.fuse, rules.fuse,
+    drop, constants, embedding, linear, reshaped, pieces, attention.parts,
+    attention.thirds, layer_scale, activation.activations, norm, layer_norm, rms,
+    heads, attention.written, attention.scaled, rotation, kv_attention.recalled, attention.multihead, pointwise,
+    activation.quick_gelu, attention, between_views, conv.convolution, conv.batch_norm,
+    conv.pooled, fuse, fuse,
 )  # fmt: skip
 
 

@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import fx
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import Node, Traced, aten, is_node, kind_of, new_constant, put, shape
+from rarefy.compiler.fx_utils import Node, Traced, aten, is_node, kind_of, put, same, shape
+from rarefy.compiler.passes.linear import _times
+from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
 
 CLOSE = 1e-3  # of constants, which some models round to three digits
 QUICK = 1.702  # of sigmoid in the GELU of OpenAI's CLIP
@@ -105,84 +107,24 @@ def quick_gelu(t: Traced, node: Node) -> None:
             return
 
 
-def _times(t: Traced, at: Node, weights: Any, by: Any) -> list[Node | None]:
-    """Weights and biases times a number, or each output by its own."""
-    made: list[Node | None] = []
-    for n in weights:
-        w = None if n is None else t.constants[n.name]
-        each = by.view(-1, *[1] * (w.dim() - 1)) if isinstance(by, Tensor) and w is not None else by
-        made.append(None if w is None else new_constant(t, f"{at.name}_scaled", w * each))
-    return made
+ACTIVATIONS = {
+    aten.relu.default: "relu", aten.silu.default: "silu",
+}  # fmt: skip
 
 
-def layer_scale(t: Traced, node: Node) -> None:
-    """A product's outputs times a constant each: that goes into its weight and bias."""
-    if node.target is not aten.mul.Tensor or kind_of(node) != torch.float32:
-        return
-    for y, gain in (node.args, node.args[::-1]):
-        if not is_node(y) or not is_node(gain) or gain.name not in t.constants:
-            continue
-        by = t.constants[gain.name]
-        alone = y.target is ops.product and len(y.users) == 1 and y.args[3:] == (None, None)
-        if alone and by.dim() and by.numel() == by.shape[-1] == shape(y)[-1] and by.dim() <= len(shape(y)):
-            put(t, node, ops.product, y.args[0], *_times(t, node, y.args[1:3], by.flatten()), None, None)
-            return
+def _act(node: Node) -> str | None:
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    return ACTIVATIONS.get(node.target)
 
 
-def layer_norm(t: Traced, node: Node) -> None:
-    """(x - mean) / sqrt(variance + least), its gain and its bias behind it."""
-    if node.target not in (aten.div.Tensor, aten.mul.Tensor) or kind_of(node) != torch.float32 or node.kwargs:
-        return
-    for away, by in (node.args, node.args[::-1])[: 1 if node.target is aten.div.Tensor else 2]:
-        root = aten.sqrt.default if node.target is aten.div.Tensor else aten.rsqrt.default
-        if not is_node(by) or by.target is not root or by.args[0].target is not aten.add.Tensor:
-            continue
-        x, (spread, least) = _from_mean(away), by.args[0].args
-        if x is not None and not is_node(least) and _variance(spread, x):
-            gained(t, put(t, node, ops.norm, x, None, None, float(least), True, 1))
-            return
-
-
-def _from_mean(node: Any) -> Any:
-    """x of x - mean(x) over features, None of anything else."""
-    if not is_node(node) or node.target is not aten.sub.Tensor or node.kwargs:
-        return None
-    x, m = node.args
-    fits = is_node(x) and is_node(m) and m.target is aten.mean.dim and m.args[0] is x
-    return x if fits and not m.kwargs and over_features(m, x) else None
-
-
-def over_features(node: Node, x: Node) -> bool:
-    """Whether a mean is over the last dimension, which stays."""
-    return list(node.args[1]) in ([-1], [len(shape(x)) - 1]) and bool((*node.args, False)[2])
-
-
-def _variance(node: Any, x: Node) -> bool:
-    if not is_node(node):
-        return False
-    if node.target in (aten.var.correction, aten.var.dim):
-        how = {n: v for n, v in zip(("dim", "unbiased", "keepdim"), node.args[1:])} | node.kwargs
-        whole = how.get("correction") == 0 or how.get("unbiased") is False
-        last = list(how.get("dim") or ()) in ([-1], [len(shape(x)) - 1])
-        return node.args[0] is x and whole and last and bool(how.get("keepdim"))
-    if node.target is not aten.mean.dim or node.kwargs or not over_features(node, x):
-        return False
-    square = node.args[0]
-    if square.target is aten.pow.Tensor_Scalar:
-        return square.args[1] == 2 and _from_mean(square.args[0]) is x
-    return square.target is aten.mul.Tensor and all(_from_mean(a) is x for a in square.args)
-
-
-def gained(t: Traced, node: Node) -> None:
-    """A constant that alone multiplies a norm is its gain, what is added then its bias."""
-    for place, target in ((1, aten.mul.Tensor), (2, aten.add.Tensor)):
-        user = next(iter(node.users)) if len(node.users) == 1 else None
-        if user is None or user.target is not target or len(user.args) != 2 or user.kwargs:
-            continue
-        c = user.args[1] if user.args[0] is node else user.args[0]
-        if is_node(c) and c.name in t.constants and shape(c) == tuple(shape(node)[-1:]):
-            args = list(node.args)
-            args[place] = c
-            new = put(t, user, ops.norm, *args)
-            t.graph.erase_node(node)
-            node = new
+def pointwise(t: Traced, node: Node) -> None:
+    """Activations, and sums and products of two values of one shape."""
+    act = _act(node)
+    if act is not None and kind_of(node) == torch.float32:
+        put(t, node, ops.activation, node.args[0], act)
+    if node.target in (aten.add.Tensor, aten.mul.Tensor) and kind_of(node) == torch.float32:
+        a, b = node.args
+        whole = isinstance(a, fx.Node) and isinstance(b, fx.Node) and same(shape(a), shape(b)) and not node.kwargs
+        if whole and kind_of(a) == kind_of(b) == torch.float32 and not {a.name, b.name} & set(t.constants):
+            put(t, node, ops.times if node.target is aten.mul.Tensor else ops.add, a, b, None)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from rarefy.compiler import ops
-from rarefy.compiler.export import turns
-from rarefy.compiler.fx_utils import VIEWS, Node, Traced, added, aten, is_node, kind_of, same, shape
-from rarefy.engine.phrases import RECALL, product_of
+from rarefy.compiler.fx_utils import VIEWS, Node, Traced, added, aten, is_node, kind_of, put, same, shape
+from rarefy.compiler.passes.kv_attention import RECALL
+from rarefy.compiler.passes.linear import product_of
+from rarefy.compiler.passes.matchers import split, turns
+from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
 
 SDPA = aten.scaled_dot_product_attention.default
 
@@ -204,3 +206,38 @@ def _number(x: Node) -> tuple[Node, float] | None:
             return None
         x = x.args[0]
     return None
+
+
+def attention(t: Traced, node: Node) -> None:
+    """[batch, tokens, features] split into heads, attention, and joined again."""
+    if node.target is not aten.scaled_dot_product_attention.default or kind_of(node) != torch.float32:
+        return
+    q, k, v, *rest = node.args
+    usual = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest)) | node.kwargs
+    mask, drop, causal = (usual.get(n, d) for n, d in (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False)))
+    if drop or len(node.users) != 1:
+        return
+    apart = [split(x) for x in (q, k, v)]
+    turned = next(iter(node.users))
+    if any(s is None for s in apart) or not turns(turned):
+        return
+    joined = next(iter(turned.users)) if len(turned.users) == 1 else None
+    heads, kv_heads, width = shape(q)[1], shape(k)[1], shape(q)[3]
+    if joined is None or joined.target not in VIEWS or not same(shape(joined), shape(apart[0])) or shape(v)[3] != width:
+        return
+    if not same(shape(k)[:1] + shape(k)[2:3], shape(q)[:1] + shape(q)[2:3]):
+        return  # keys of other tokens than the queries'
+    if heads % kv_heads or (heads != kv_heads and not node.kwargs.get("enable_gqa")):
+        return
+    scale = node.kwargs.get("scale")
+    if mask is not None:
+        made = next((u for u in mask.users if u.target is ops.additive), None)
+        if made is None:
+            with t.graph.inserting_after(mask if mask.op != "placeholder" else t.inputs[-1]):
+                made = t.graph.call_function(ops.additive, (mask,))
+            made.meta["val"] = mask.meta["val"].float()
+        mask = made
+    scale = width**-0.5 if scale is None else scale
+    put(t, joined, ops.attention, *apart, mask, heads, kv_heads, scale, causal)
+    t.graph.erase_node(turned)
+    t.graph.erase_node(node)
