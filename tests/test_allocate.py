@@ -8,7 +8,6 @@ from torch import nn
 
 import rarefy
 from conftest import Net, image_batches, tiny_llama
-from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.hf import gives_tokens
 from rarefy.model.layers import all_layers, select
@@ -16,6 +15,7 @@ from rarefy.plan import forecast
 from rarefy.prune import allocation
 from rarefy.prune.allocation import LEVELS
 from rarefy.prune.allocation_search import TRIALS, probe, search
+from rarefy.recipe import parser as recipes
 
 
 def mean(found, sizes):

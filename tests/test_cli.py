@@ -14,9 +14,9 @@ import torch
 
 import rarefy
 from conftest import Net, shell, text_model, tree
-from rarefy import recipe as recipes
 from rarefy.data import builtin
 from rarefy.model import hf
+from rarefy.recipe import parser as recipes
 from rarefy.runtime import bindings
 
 RECIPE = """\

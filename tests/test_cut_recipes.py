@@ -8,8 +8,8 @@ from torch import nn
 
 import rarefy
 from conftest import Run, shell, text_model, tiny_llama, tree
-from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, ModelError, RecipeError
+from rarefy.recipe import parser as recipes
 
 
 def cut(settings):

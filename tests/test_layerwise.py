@@ -6,12 +6,12 @@ from torch import nn
 
 import rarefy
 from conftest import Attention, Net, image_batches, tiny_llama
-from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.layers import all_layers, select
 from rarefy.prune import solver_config as solvers
 from rarefy.prune.layerwise import matrix
 from rarefy.prune.solver_config import SOLVERS
+from rarefy.recipe import parser as recipes
 from test_solve import textbook_obs
 
 SETTINGS = [("unstructured", 0.5), ("2:4", None), ("2x2", 0.5), ("column", 0.5), ("row", 0.25)]

@@ -10,10 +10,10 @@ from torch import nn
 
 import rarefy
 from conftest import Net
-from rarefy import recipe as recipes
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.lowrank.svd import truncated
 from rarefy.model.lowrank_modules import Corrected, LowRank, noted
+from rarefy.recipe import parser as recipes
 
 
 def batches(width=32, n=4, seed=0):

@@ -12,10 +12,10 @@ from torch.utils.data import TensorDataset
 
 import rarefy
 from conftest import Net, image_batches, tiny_llama
-from rarefy import recipe as recipes
 from rarefy.common.atomic_io import check_target
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.evaluation.metrics import perplexity
+from rarefy.recipe import parser as recipes
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from torch import nn
 
 import rarefy
 from conftest import Net, Tied
-from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.layers import all_layers, select
 from rarefy.model.masks import get_mask
@@ -21,6 +20,7 @@ from rarefy.prune import solvers
 from rarefy.quantization.config import asked
 from rarefy.quantization.grids import grid_for
 from rarefy.quantization.scale_fitting import FITS
+from rarefy.recipe import parser as recipes
 
 WAYS = [
     {"weights": "int8"},

@@ -9,11 +9,12 @@ from torch import nn
 
 import rarefy
 from conftest import Net, Tied, tiny_llama
-from rarefy import Gradual, stages
-from rarefy import recipe as recipes
+from rarefy import Gradual
 from rarefy.common.errors import ModelError, PatternError, RecipeError, SelectorError
 from rarefy.plan import forecast
 from rarefy.prune.scores import SCORES
+from rarefy.recipe import parser as recipes
+from rarefy.recipe import schema
 from rarefy.train.optimizers import LR_SCHEDULES, optimizer_of
 from rarefy.train.sparsity_schedule import SCHEDULES
 
@@ -77,8 +78,8 @@ def test_every_field_is_read():
         regrow=True, reduce="l2", scope="global",
     )  # fmt: skip
     assert cast == recipes.Cast(dtype="bf16")
-    assert r.evaluate and r.evaluate.latency == stages.Latency(batch=(1, 4), repeats=3)
-    assert r.evaluate.decode == stages.Decode(prompt=16, new=4, repeats=2) and r.evaluate.at_most_worse == 0.15
+    assert r.evaluate and r.evaluate.latency == schema.Latency(batch=(1, 4), repeats=3)
+    assert r.evaluate.decode == schema.Decode(prompt=16, new=4, repeats=2) and r.evaluate.at_most_worse == 0.15
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from torch import nn
 
 import rarefy
 from conftest import Net, Tied
-from rarefy import recipe as recipes
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import Codebook, get_grid
 from rarefy.quantization.codebook import best_values, codebook
+from rarefy.recipe import parser as recipes
 
 
 def mlp():

@@ -11,9 +11,9 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
-from rarefy import recipe as recipes
 from rarefy.common.errors import ContainerError, ModelError, PatternError
 from rarefy.lowrank.layer_tying import noted
+from rarefy.recipe import parser as recipes
 
 
 class Block(nn.Module):

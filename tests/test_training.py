@@ -9,11 +9,11 @@ from torch import nn
 
 import rarefy
 from conftest import text_model, tiny_llama
-from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import get_grid
 from rarefy.plan import forecast
+from rarefy.recipe import parser as recipes
 from rarefy.train import checkpoint
 
 pytest.importorskip("transformers")

@@ -24,7 +24,7 @@ from rarefy.prune.prune import prune_
 from rarefy.prune.solver_config import Solver
 from rarefy.quantization.codebook import share_
 from rarefy.quantization.quantize import quantize_
-from rarefy.recipe import Recipe
+from rarefy.recipe.parser import Recipe
 from rarefy.runtime.autotune import accelerate_
 from rarefy.store import export, inspect, load, save
 from rarefy.structured.cut import cut_

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy import recipe as recipes
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
 from rarefy.evaluation import profiling
@@ -19,6 +18,7 @@ from rarefy.formats.quantized_encodings import label
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import plain_state
+from rarefy.recipe import parser as recipes
 from rarefy.store import aliases, pack
 
 EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy import recipe as recipes
 from rarefy.account import layer_rows, receipt_of, state_of
 from rarefy.calibration import offload
 from rarefy.common.atomic_io import bytes_of, path_of
@@ -38,6 +37,7 @@ from rarefy.prune.allocation import GRADIENTS
 from rarefy.prune.prune import check_weights, prune_, report
 from rarefy.quantization.codebook import share_
 from rarefy.quantization.quantize import quantize_
+from rarefy.recipe import parser as recipes
 from rarefy.runtime.autotune import accelerate_
 from rarefy.runtime.sparse_layers import Sparse
 from rarefy.structured.cut import cut_

@@ -100,10 +100,10 @@ def compress(
         raise RecipeError(f"--fresh has no effect: recipe {plan.name} {what}")
     source = shell.source(model)
     if dry_run:
-        from rarefy import recipe as recipes
         from rarefy.data.sources import find
         from rarefy.given import Given
         from rarefy.plan import forecast
+        from rarefy.recipe import parser as recipes
         from rarefy.training import check_stage
 
         base = Path(recipe).parent if Path(recipe).is_file() else None
@@ -219,8 +219,8 @@ def recipes_(
     as_json: Json = False,
 ) -> None:
     """List the recipes that ship with Rarefy, print one, or show all that recipes can say."""
-    from rarefy import recipe as recipes
     from rarefy.common.report import Report
+    from rarefy.recipe import parser as recipes
 
     if fields:
         if name is not None:
@@ -323,7 +323,7 @@ def _processes() -> Iterator[tuple[int, int]]:
 
 def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str | None, seed: int | None) -> Any:
     """The recipe with what the command line changes in it; paths of the command line start here, not at the recipe."""
-    from rarefy import recipe as recipes
+    from rarefy.recipe import parser as recipes
 
     changes: dict[str, Any] = {}
     for pair in pairs or []:

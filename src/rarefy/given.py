@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from rarefy import recipe as recipes
 from rarefy.common.errors import DataError, nearest
 from rarefy.data import sources
 from rarefy.model import hf
 from rarefy.model.forward import check_batches
 from rarefy.prune.allocation import SLOW
 from rarefy.prune.scores import SCORES
+from rarefy.recipe import parser as recipes
 from rarefy.structured.importance import UNIT_SCORES
 from rarefy.train.sparsity_config import SecondOrder
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rarefy.common.errors import RarefyError, RecipeError
 from rarefy.compat.migrate import translate
-from rarefy.recipe import Recipe, from_yaml
+from rarefy.recipe.parser import Recipe, from_yaml
 
 
 @dataclass(frozen=True)

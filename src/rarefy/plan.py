@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from rarefy import recipe as recipes
 from rarefy.common.errors import ModelError, RarefyError, RecipeError
 from rarefy.common.report import Report
 from rarefy.model.layers import Layer, all_layers, select
@@ -22,6 +21,7 @@ from rarefy.model.sparsity_pattern import Pattern
 from rarefy.prune.prune import asked, check_ask, chosen_layers
 from rarefy.quantization.config import Ask
 from rarefy.quantization.config import asked as asked_values
+from rarefy.recipe import parser as recipes
 from rarefy.train.sparsity_config import Movement
 from rarefy.train.sparsity_config import asked as asked_plan
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy import recipe as recipes
 from rarefy import store
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import DataError, ModelError, RecipeError
@@ -26,6 +25,7 @@ from rarefy.model.forward import on_device
 from rarefy.model.losses import Loss, loss_of
 from rarefy.model.masks import adopt_
 from rarefy.quantization.quantize import quantize_
+from rarefy.recipe import parser as recipes
 from rarefy.train import sparsifier
 from rarefy.train.distill import Distiller, frozen_copy
 from rarefy.train.fit import Steps, fit_

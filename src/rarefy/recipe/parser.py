@@ -22,7 +22,7 @@ from rarefy.model import sparsity_pattern as patterns
 from rarefy.prune.solver_config import resolve
 from rarefy.quantization.codebook import asked as asked_book
 from rarefy.quantization.config import asked as asked_values
-from rarefy.stages import (
+from rarefy.recipe.schema import (
     AT_LEAST_ONE,
     CHOICES,
     FRACTIONS,
