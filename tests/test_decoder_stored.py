@@ -15,7 +15,7 @@ from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.compiler.executor import Alone
 from rarefy.engine import stored
-from rarefy.engine.language import Decoder
+from rarefy.generation.decoder import Decoder
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels
 from test_engine_stored import SHARD, call, edit, needs_kernels, read_of_random_changes, seal, set_arg, shard

@@ -13,8 +13,8 @@ import rarefy
 from conftest import Net, text_model, tiny_bert
 from rarefy import commands
 from rarefy.common.errors import DataError, ModelError
-from rarefy.engine.language import Decoder
-from rarefy.engine.text import Text, ids_in, ids_of, left_padded
+from rarefy.generation.decoder import Decoder
+from rarefy.generation.tokenization import Text, ids_in, ids_of, left_padded
 from rarefy.model import hf
 
 PROMPT = [4, 5, 6]  # "w1 w2 w3"

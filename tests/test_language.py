@@ -11,9 +11,9 @@ from rarefy.common.errors import DataError, ModelError
 from rarefy.compiler import ops, program
 from rarefy.compiler.executor import Segment
 from rarefy.data import builtin
-from rarefy.engine import language
-from rarefy.engine.cache import Cache
-from rarefy.engine.writing import Sampling, choose
+from rarefy.generation import decoder
+from rarefy.generation.kv_cache import Cache
+from rarefy.generation.sampling import Sampling, choose
 from rarefy.model import hf
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels
@@ -425,4 +425,4 @@ def test_a_decoder_is_proved(monkeypatch):
     monkeypatch.setattr(program, "OPS", {**program.OPS, "times": program.OPS["add"]})
     if bindings.missing() is None:
         with pytest.raises(ModelError, match="gives other logits"):
-            language.decoder(small())
+            decoder.decoder(small())

@@ -9,9 +9,9 @@ from conftest import tiny_bert, tiny_llama
 from rarefy.common.errors import ModelError
 from rarefy.compiler.executor import Compiled
 from rarefy.engine import timed
-from rarefy.engine.language import Decoder
 from rarefy.engine.timed import bench_models, engine_of, example_for, resident_bytes
 from rarefy.evaluation import profiling
+from rarefy.generation.decoder import Decoder
 
 
 def test_language_models_beside_their_decoders():

@@ -11,9 +11,9 @@ from rarefy.common.report import Report
 from rarefy.common.version import __version__ as __version__
 from rarefy.compiler.compile import compile
 from rarefy.dependency.graph import groups
-from rarefy.engine.language import decoder
-from rarefy.engine.writing import generate, stream
 from rarefy.evaluation.receipt import Receipt
+from rarefy.generation.decoder import decoder
+from rarefy.generation.sampling import generate, stream
 from rarefy.lowrank.layer_tying import tie_layers_
 from rarefy.lowrank.svd import factorize_
 from rarefy.migration import Migrated, migrate

@@ -86,9 +86,9 @@ def generate(
 
     echo "Bread is made of" | rarefy generate smollm2-135m --prompt - --values int8
     """
-    from rarefy.engine.language import decoder
-    from rarefy.engine.text import Text, left_padded
-    from rarefy.engine.writing import Sampling, stream
+    from rarefy.generation.decoder import decoder
+    from rarefy.generation.sampling import Sampling, stream
+    from rarefy.generation.tokenization import Text, left_padded
 
     draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     how: dict[str, Any] = {n: v for n, v in draws.items() if v is not None}
@@ -132,7 +132,7 @@ def _asked(prompts: list[str] | None, ids: list[str] | None, chat: bool) -> list
 
 
 def _ids(texts: list[str], tokenizer: Any, listed: bool, chat: bool, model: str) -> list[list[int]]:
-    from rarefy.engine.text import ids_in, ids_of
+    from rarefy.generation.tokenization import ids_in, ids_of
 
     if listed:
         return [ids_in(t) for t in texts]
@@ -229,7 +229,7 @@ def compile_(
     from rarefy.common.atomic_io import check_target
     from rarefy.common.report import Report
     from rarefy.compiler.compile import compile
-    from rarefy.engine.language import decoder
+    from rarefy.generation.decoder import decoder
     from rarefy.model import hf
 
     check_target(out, force)

@@ -76,7 +76,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 def kind_of(made: Any) -> str:
     """Return "model", "compiled model" or "decoder"."""
     from rarefy.compiler.executor import Compiled
-    from rarefy.engine.language import Decoder
+    from rarefy.generation.decoder import Decoder
 
     return "decoder" if isinstance(made, Decoder) else "compiled model" if isinstance(made, Compiled) else "model"
 

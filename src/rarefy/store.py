@@ -24,10 +24,10 @@ from rarefy.common.report import Report
 from rarefy.compat import compressed_tensors, withdrawn
 from rarefy.compiler.executor import Compiled
 from rarefy.engine import stored
-from rarefy.engine.language import Decoder
 from rarefy.evaluation.profiling import folder_bytes, sparsity_of
 from rarefy.evaluation.receipt import Receipt
 from rarefy.formats import container, quantized_encodings, sparse_encodings
+from rarefy.generation.decoder import Decoder
 from rarefy.lowrank import layer_tying
 from rarefy.model import activation_quant, hf, lowrank_modules
 from rarefy.model.layers import Layer, all_layers, original, unwrap

@@ -19,9 +19,9 @@ from rarefy.compiler import ops, shape_checks
 from rarefy.compiler.executor import Compiled, Expected, Lookup
 from rarefy.compiler.fx_utils import Node, Traced
 from rarefy.compiler.graph_json import Written, from_json, to_json
-from rarefy.engine.language import Decoder
 from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
+from rarefy.generation.decoder import Decoder
 from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import Pages
 from rarefy.runtime.kernel import Kernel, _check

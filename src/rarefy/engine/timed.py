@@ -16,9 +16,9 @@ from rarefy.common.report import Report
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled, Expected
 from rarefy.compiler.export import MOST_SIZE
-from rarefy.engine.language import Decoder, decoder
 from rarefy.evaluation import profiling
 from rarefy.evaluation.example_inputs import example_of, generates
+from rarefy.generation.decoder import Decoder, decoder
 from rarefy.model import hf
 
 Subject = nn.Module | Compiled | Decoder

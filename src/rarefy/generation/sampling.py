@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, unknown
-from rarefy.engine.language import Decoder, check_ids, decoder
+from rarefy.generation.decoder import Decoder, check_ids, decoder
 
 OPTIONS = ("max_new_tokens", "attention_mask", "seed", "values")  # of text; beside those of sampling
 

@@ -16,7 +16,7 @@ from rarefy.compiler.executor import Compiled, expected
 from rarefy.compiler.kernel_selection import kernels_of
 from rarefy.compiler.program import MOST_FEW
 from rarefy.compiler.verify import apart
-from rarefy.engine.cache import TILE, Cache
+from rarefy.generation.kv_cache import TILE, Cache
 from rarefy.model import hf
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime.candidates import FEW, grid_of, why_no_panels
