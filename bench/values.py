@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 import rarefy
+from rarefy.checkpoint.export import side_files
 from rarefy.data import builtin, sources
 from rarefy.evaluation.profiling import commit, compare, decode_and_prefill, machine
 from rarefy.model import hf
-from rarefy.store import side_files
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "values.jsonl"
@@ -221,8 +221,8 @@ def peer(python: str, only: list[str]) -> Iterator[Line]:
 
 def share_of_bf16(model: Any) -> float:
     """Return the bytes of the layers that were worked on as stored, over those of bf16."""
+    from rarefy.checkpoint.save import pack
     from rarefy.model.masks import plain_state
-    from rarefy.store import pack
 
     model = copy.deepcopy(model).to(torch.bfloat16)
     stored = dense = 0

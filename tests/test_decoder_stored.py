@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import rarefy
 from rarefy import shell, training
+from rarefy.checkpoint import compiled_model
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.compiler.executor import Alone
-from rarefy.engine import stored
 from rarefy.generation.decoder import Decoder
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels
@@ -322,7 +322,7 @@ def test_graphs_that_no_decoder_has(folder, change, says):
 )
 @needs_kernels
 def test_bitmasks_that_lead_outside(folder, part, change):
-    name = weight(json.loads((folder / stored.GRAPH).read_text()))
+    name = weight(json.loads((folder / compiled_model.GRAPH).read_text()))
     key = f"packed.{name}.{part}.values"
     shard(folder, **{key: change(load_file(folder / SHARD)[key])})
     with pytest.raises(ContainerError, match="is damaged"):
@@ -331,7 +331,7 @@ def test_bitmasks_that_lead_outside(folder, part, change):
 
 @needs_kernels
 def test_panels_without_scales(folder):
-    graph = json.loads((folder / stored.GRAPH).read_text())
+    graph = json.loads((folder / compiled_model.GRAPH).read_text())
     name = next(n for n, p in graph["packed"].items() if p["format"] == "panels")
     tensors = load_file(folder / SHARD)
     del tensors[f"packed.{name}.whole.values"]

@@ -15,12 +15,12 @@ from torch import nn
 
 import rarefy
 from rarefy import shell, training
+from rarefy.checkpoint import compiled_model
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.compiler import op_registry, pytree_json
 from rarefy.compiler.executor import Alone, Compiled, Segment
 from rarefy.data import builtin
-from rarefy.engine import stored
 from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
 from rarefy.runtime import bindings
@@ -180,7 +180,7 @@ def test_weights_that_several_share_are_stored_once(tmp_path):
     made = rarefy.compile(net, ids)
     back = through(made, tmp_path / "out")
     assert torch.equal(back(ids), made(ids))
-    packed = json.loads((tmp_path / "out" / stored.GRAPH).read_text())["packed"]
+    packed = json.loads((tmp_path / "out" / compiled_model.GRAPH).read_text())["packed"]
     assert len(packed) == 2 and len(made.kernels) == 3
     kept = next(t for n, t in back.constants.items() if "table" in n)
     assert kept.stride() == net.table.stride() and torch.equal(kept, net.table)
@@ -203,7 +203,7 @@ def test_compressed_and_with_a_receipt(tmp_path):
     made = rarefy.compile(mlp(), x)
     rarefy.save(made, tmp_path / "out", compress=True, receipt=rarefy.Receipt(name="mine"), files={"a.txt": b"a"})
     assert torch.equal(rarefy.load(tmp_path / "out")(x), made(x))
-    assert {"receipt.json", "a.txt", stored.GRAPH} <= {f.name for f in (tmp_path / "out").iterdir()}
+    assert {"receipt.json", "a.txt", compiled_model.GRAPH} <= {f.name for f in (tmp_path / "out").iterdir()}
     rarefy.save(made, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "a.txt").exists()
 
@@ -332,7 +332,7 @@ def folder(whole, tmp_path):
 def seal(folder):
     """Make the index agree with the files, so that only what they mean can be wrong."""
     index = json.loads((folder / INDEX).read_text())
-    places = [(index["meta"]["compiled"], stored.GRAPH), (index["shards"], SHARD)]
+    places = [(index["meta"]["compiled"], compiled_model.GRAPH), (index["shards"], SHARD)]
     for known, name in places:
         data = (folder / name).read_bytes()
         known[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
@@ -340,10 +340,10 @@ def seal(folder):
 
 
 def edit(folder, change):
-    told = json.loads((folder / stored.GRAPH).read_text())
+    told = json.loads((folder / compiled_model.GRAPH).read_text())
     change(told)
     make = told.pop("text", str)
-    (folder / stored.GRAPH).write_text(make(json.dumps(told.get("all", told))))
+    (folder / compiled_model.GRAPH).write_text(make(json.dumps(told.get("all", told))))
     seal(folder)
 
 
@@ -521,11 +521,11 @@ def test_files_that_were_cut_or_changed(folder):
     with pytest.raises(ContainerError, match="sha256"):
         rarefy.load(folder)
     (folder / SHARD).write_bytes(data)
-    graph = (folder / stored.GRAPH).read_text()
-    (folder / stored.GRAPH).write_text(graph.replace("softmax", "sigmoid"))
+    graph = (folder / compiled_model.GRAPH).read_text()
+    (folder / compiled_model.GRAPH).write_text(graph.replace("softmax", "sigmoid"))
     with pytest.raises(ContainerError, match="sha256"):
         rarefy.load(folder)
-    (folder / stored.GRAPH).unlink()
+    (folder / compiled_model.GRAPH).unlink()
     with pytest.raises(ContainerError, match="graph.json: missing"):
         rarefy.load(folder)
 
@@ -639,7 +639,7 @@ def mutated(told, g):
 
 def read_of_random_changes(folder, many):
     """What loads of so many random changes of a graph."""
-    told, g = json.loads((folder / stored.GRAPH).read_text()), random.Random(0)
+    told, g = json.loads((folder / compiled_model.GRAPH).read_text()), random.Random(0)
     for _ in range(many):
         changed = json.loads(json.dumps(told))
         mutated(changed, g)

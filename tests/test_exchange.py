@@ -11,8 +11,8 @@ from torch import nn
 
 import rarefy
 from conftest import Net, tiny_llama
+from rarefy.checkpoint.compressed_tensors import words
 from rarefy.common.errors import ContainerError, ModelError
-from rarefy.compat.compressed_tensors import words
 
 # compressed-tensors
 

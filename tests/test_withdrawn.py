@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import rarefy
 from conftest import tiny_llama
+from rarefy.checkpoint import legacy_layouts
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
-from rarefy.compat import withdrawn
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import get_grid
 
@@ -183,7 +183,7 @@ def test_older_names_of_the_config_and_other_methods(tmp_path):
         (tmp_path / "in" / "config.json").write_text(json.dumps({**config, key: told["sparsity_config"]}))
         assert torch.equal(rarefy.load(tmp_path / "in").state_dict()["lm_head.weight"], want["lm_head.weight"])
     (tmp_path / "in" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    assert not withdrawn.is_compressed(tmp_path / "in")
+    assert not legacy_layouts.is_compressed(tmp_path / "in")
 
 
 def test_zeros_that_sparseml_left_in_dense_files_are_adopted():

@@ -6,6 +6,10 @@ model = rarefy.load("out/")
 """
 
 from rarefy.api import cast_, compress_
+from rarefy.checkpoint.export import export
+from rarefy.checkpoint.inspect import inspect
+from rarefy.checkpoint.load import load
+from rarefy.checkpoint.save import save
 from rarefy.common.errors import RarefyError
 from rarefy.common.report import Report
 from rarefy.common.version import __version__ as __version__
@@ -26,7 +30,6 @@ from rarefy.quantization.codebook import share_
 from rarefy.quantization.quantize import quantize_
 from rarefy.recipe.parser import Recipe
 from rarefy.runtime.autotune import accelerate_
-from rarefy.store import export, inspect, load, save
 from rarefy.structured.cut import cut_
 from rarefy.structured.head_pruning import prune_heads_
 from rarefy.structured.layer_drop import drop_layers_

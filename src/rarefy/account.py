@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rarefy.checkpoint.save import pack
+from rarefy.checkpoint.tensor_slots import aliases
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
 from rarefy.evaluation import profiling
@@ -19,7 +21,6 @@ from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import plain_state
 from rarefy.recipe import parser as recipes
-from rarefy.store import aliases, pack
 
 EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
 EXECUTED_WIDE = "stored in few bits, computed in the model's own numbers: no speed-up is claimed for the bits"

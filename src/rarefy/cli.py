@@ -129,8 +129,10 @@ def compress(
     check_target(out, force)
     from contextlib import nullcontext
 
-    from rarefy import api, store
+    from rarefy import api
     from rarefy.calibration import offload
+    from rarefy.checkpoint.export import side_files
+    from rarefy.checkpoint.save import save
     from rarefy.common.atomic_io import work_folder
 
     with shell.threads(threads), _processes() as (rank, many):
@@ -142,9 +144,9 @@ def compress(
             receipt = api.compress_(loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, **told)
             if rank != 0:
                 return
-            files = store.side_files(source)
+            files = side_files(source)
             how = {"format": plan.save.format, "compress": plan.save.compress}
-            store.save(loaded, out, receipt=receipt, files=files, overwrite=force, **how)
+            save(loaded, out, receipt=receipt, files=files, overwrite=force, **how)
     shell.show(receipt, as_json, quiet)
     if not quiet:
         print(f"written to {out}", file=sys.stderr)
@@ -165,10 +167,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show every tensor of a checkpoint: shape, type, format, sparsity, pattern, bytes."""
-    from rarefy import store
+    from rarefy.checkpoint.inspect import inspect
 
     if not groups:
-        shell.show(store.inspect(shell.source(path)), as_json, False)
+        shell.show(inspect(shell.source(path)), as_json, False)
         return
     from rarefy.dependency import graph
     from rarefy.evaluation.example_inputs import example_of
@@ -197,14 +199,14 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a compressed model as a checkpoint that needs no Rarefy to load."""
-    from rarefy import store
+    from rarefy.checkpoint.export import export
     from rarefy.common.report import Report
     from rarefy.data import builtin
     from rarefy.evaluation.profiling import folder_bytes
 
     if str(path) in builtin.MODELS and not path.exists():
         raise ModelError(f"{path} is a built-in model, and export writes folders of ours: rarefy compress {path} first")
-    store.export(path, out, to=to, overwrite=force)
+    export(path, out, to=to, overwrite=force)
     shell.show(
         Report(f"exported to {out}", (), {"format": to, "bytes": folder_bytes(out, (".safetensors",))}), as_json, False
     )

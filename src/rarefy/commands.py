@@ -225,7 +225,8 @@ def compile_(
 
     rarefy compile minilm --out fast/ --tokens 128
     """
-    from rarefy import store
+    from rarefy.checkpoint.export import side_files
+    from rarefy.checkpoint.save import save
     from rarefy.common.atomic_io import check_target
     from rarefy.common.report import Report
     from rarefy.compiler.compile import compile
@@ -244,9 +245,9 @@ def compile_(
         else:
             made = compile(net, _example(net, tokens, batch, tokenizer), values=values)
         names = ("config.json",)  # by which transformers knows the tokenizer
-        files = store.side_files(source) | {n: (source / n).read_bytes() for n in names if (source / n).is_file()}
+        files = side_files(source) | {n: (source / n).read_bytes() for n in names if (source / n).is_file()}
         receipt = getattr(net, "rarefy_receipt", None)
-        size = store.save(made, out, files=files, receipt=receipt, overwrite=force)
+        size = save(made, out, files=files, receipt=receipt, overwrite=force)
     step = made.compiled if hf.gives_tokens(net) else made
     told = {"holds": f"a {shell.kind_of(made)}", "bytes": size, "runs": "; ".join(repr(step).splitlines())}
     shell.show(Report(f"compiled to {out}", (), told), as_json, quiet)

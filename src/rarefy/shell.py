@@ -46,15 +46,15 @@ def source(name: str) -> Path:
 def load_any(folder: Path) -> tuple[Any, Any]:
     """Return what a folder holds, a model, a compiled one or a decoder, and its tokenizer or None; ModelError for what
     is none. O(weights)."""
-    from rarefy import store
+    from rarefy.checkpoint import legacy_layouts
+    from rarefy.checkpoint import load as store
     from rarefy.common.atomic_io import INDEX, PICKLES
-    from rarefy.compat import withdrawn
     from rarefy.model import hf
 
     if (folder / INDEX).is_file():  # a decoder needs no transformers
         return store.load(folder), hf.load_tokenizer(folder)
     hf.no_bars()
-    if withdrawn.is_compressed(folder):
+    if legacy_layouts.is_compressed(folder):
         return store.load(folder), hf.load_tokenizer(folder)
     if not hf.is_folder(folder):
         hint = "; a pickle is never opened: load it in Python and call rarefy.compress_"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy import store
+from rarefy.checkpoint import load
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.common.report import Report
@@ -168,9 +168,9 @@ def other(folder: str, base: Path | None, before: nn.Module) -> nn.Module:
     path = _teacher_folder(folder, base)
     if (path / INDEX).is_file():
         try:
-            teacher = store.load(path)
+            teacher = load.load(path)
         except ModelError:
-            teacher = store.load(path, copy.deepcopy(before))
+            teacher = load.load(path, copy.deepcopy(before))
         if not isinstance(teacher, nn.Module):
             raise ModelError(f"teacher {folder!r} is a compiled model: give the folder of what it was compiled from")
         return frozen_copy(teacher)
