@@ -15,8 +15,8 @@ from torch import nn
 
 import rarefy
 from rarefy.common.errors import RecipeError
-from rarefy.compat import configs, modifiers, sparseml
-from rarefy.compat.arithmetic import compute
+from rarefy.migration import llm_compressor, nncf_neural_compressor, sparseml
+from rarefy.migration.safe_arithmetic import compute
 from test_composition import Small
 from test_composition import data as batches
 
@@ -91,7 +91,7 @@ def zeros(weight):
 
 
 def legacy(*modifiers, head=""):
-    return f"{head}\npruning_modifiers:\n" + "\n".join(f"  - !{m}" for m in modifiers)
+    return f"{head}\npruning_modifiers:\n" + "\n".join(f"  - !{m}" for m in llm_compressor)
 
 
 RANGE = "EpochRangeModifier {start_epoch: 0.0, end_epoch: 10.0}"
@@ -278,8 +278,8 @@ def test_every_legacy_name_is_mapped_or_refused_with_the_nearest_thing(name):
 @pytest.mark.parametrize("name", ALL_LATER)
 def test_every_later_name_is_mapped_or_refused_with_the_nearest_thing(name):
     part = f"{name}Modifier"
-    assert part in modifiers.HANDLERS or part in modifiers.REFUSED or part == "SmoothQuantModifier"
-    for reason in modifiers.REFUSED.values():
+    assert part in llm_compressor.HANDLERS or part in llm_compressor.REFUSED or part == "SmoothQuantModifier"
+    for reason in llm_compressor.REFUSED.values():
         assert "nearest" in reason or "here" in reason or "as solver" in reason
 
 
@@ -529,4 +529,4 @@ def test_from_a_shell(tmp_path):
 
 def test_tables_name_reasons():
     assert {f"{n}Modifier" for n in ALL_LEGACY} == set(sparseml.HANDLERS) | set(sparseml.REFUSED)
-    assert configs.NNCF and copy.copy(configs.NNCF_REFUSED)
+    assert nncf_neural_compressor.NNCF and copy.copy(nncf_neural_compressor.NNCF_REFUSED)

@@ -20,7 +20,7 @@ from rarefy.generation.decoder import decoder
 from rarefy.generation.sampling import generate, stream
 from rarefy.lowrank.layer_tying import tie_layers_
 from rarefy.lowrank.svd import factorize_
-from rarefy.migration import Migrated, migrate
+from rarefy.migration.migrate import Migrated, migrate
 from rarefy.model.masks import adopt_, fold_, masks
 from rarefy.onnx.export import export_onnx
 from rarefy.onnx.load import from_onnx

@@ -252,7 +252,7 @@ def migrate(
     JSON or YAML, a WeightPruningConfig of Neural Compressor and configs of torch.ao.pruning. Runs nothing of a file.
     """
     from rarefy.common.atomic_io import write_bytes_whole
-    from rarefy.migration import migrate as migrate_
+    from rarefy.migration.migrate import migrate as migrate_
 
     made = migrate_(source, skip=skip)
     if out is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rarefy.common.errors import RecipeError
-from rarefy.compat.draft import (
+from rarefy.migration.recipe_draft import (
     TEACHER,
     Draft,
     Part,
@@ -23,7 +23,7 @@ from rarefy.compat.draft import (
     solver,
     steps,
 )
-from rarefy.compat.sparseml import pattern_of
+from rarefy.migration.sparseml import pattern_of
 
 # what a scheme's name means: bits of weights, width of a group (None: an output), symmetric, bits of inputs
 SCHEMES: dict[str, tuple[int, int | None, bool, int | None]] = {

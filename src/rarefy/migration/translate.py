@@ -16,9 +16,9 @@ from typing import Any
 
 from rarefy.common.errors import RecipeError
 from rarefy.common.located_yaml import Node, parse
-from rarefy.compat import configs, modifiers, sparseml
-from rarefy.compat.arithmetic import compute
-from rarefy.compat.draft import Draft, Part
+from rarefy.migration import llm_compressor, nncf_neural_compressor, sparseml
+from rarefy.migration.recipe_draft import Draft, Part
+from rarefy.migration.safe_arithmetic import compute
 
 LONGEST = 64 << 10  # characters of a file
 FRONT = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)  # of Markdown
@@ -82,15 +82,15 @@ def _convert(root: Node, skip: bool) -> tuple[str, Draft]:
     value = root.value
     if isinstance(value, list) and value and all(isinstance(n.value, dict) and "tensor_fqn" in n.value for n in value):
         draft = Draft("a config of torch.ao.pruning")
-        configs.ao(draft, _plain(root))
+        nncf_neural_compressor.ao(draft, _plain(root))
         return "torch.ao.pruning", draft
     if isinstance(value, dict) and "compression" in value:
         draft = Draft("a config of NNCF")
-        configs.nncf(draft, _plain(root), skip)
+        nncf_neural_compressor.nncf(draft, _plain(root), skip)
         return "nncf", draft
     if isinstance(value, dict) and {"pruning_configs", "target_sparsity", "pruning_type"} & set(value):
         draft = Draft("a WeightPruningConfig of Neural Compressor")
-        configs.inc(draft, _plain(root))
+        nncf_neural_compressor.inc(draft, _plain(root))
         return "neural-compressor", draft
     if not isinstance(value, dict):
         raise RecipeError(f"no recipe or config of a tool that is known: {KNOWN} [{root.where}]")
@@ -103,7 +103,7 @@ def _convert(root: Node, skip: bool) -> tuple[str, Draft]:
     if not legacy and not later:
         raise RecipeError(f"no modifiers and no config of a tool that is known: {KNOWN} [{root.where}]")
     draft = Draft("a recipe of SparseML" if legacy else "a recipe of SparseML or llm-compressor")
-    (sparseml if legacy else modifiers).convert(draft, legacy or later, skip)
+    (sparseml if legacy else llm_compressor).convert(draft, legacy or later, skip)
     return "sparseml" if legacy else "llm-compressor", draft
 
 

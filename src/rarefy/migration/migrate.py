@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.common.errors import RarefyError, RecipeError
-from rarefy.compat.migrate import translate
+from rarefy.migration.translate import translate
 from rarefy.recipe.parser import Recipe, from_yaml
 
 

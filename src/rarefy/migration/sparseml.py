@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rarefy.common.errors import RecipeError
-from rarefy.compat.draft import (
+from rarefy.migration.recipe_draft import (
     MOST_STEPS,
     TEACHER,
     Draft,

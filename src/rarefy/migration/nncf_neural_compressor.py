@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rarefy.common.errors import RecipeError
-from rarefy.compat.draft import Draft, Part, mapping, number, refused, selectors, shape, steps
-from rarefy.compat.sparseml import pattern_of
+from rarefy.migration.recipe_draft import Draft, Part, mapping, number, refused, selectors, shape, steps
+from rarefy.migration.sparseml import pattern_of
 
 OPTIMIZER = "the optimizer was your script's: name it here (optimizer: {name: adamw, lr: 1e-4})"
 
