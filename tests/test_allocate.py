@@ -11,7 +11,7 @@ from conftest import Net, image_batches, tiny_llama
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.hf import gives_tokens
 from rarefy.model.layers import all_layers, select
-from rarefy.plan import forecast
+from rarefy.pipeline.dry_run import forecast
 from rarefy.prune import allocation
 from rarefy.prune.allocation import LEVELS
 from rarefy.prune.allocation_search import TRIALS, probe, search

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rarefy
-from rarefy import shell, training
+from rarefy import shell
 from rarefy.checkpoint import compiled_model
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.compiler.executor import Alone
 from rarefy.generation.decoder import Decoder
+from rarefy.pipeline import train_stage
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels
 from test_engine_stored import SHARD, call, edit, needs_kernels, read_of_random_changes, seal, set_arg, shard
@@ -161,7 +162,7 @@ def test_options_without_effect_and_where_modules_are_asked_for(tmp_path):
     with pytest.raises(ModelError, match="holds a decoder: give the folder of what it was compiled from"):
         shell.load(tmp_path / "out")
     with pytest.raises(ModelError, match="teacher 'out' is a compiled model"):
-        training.other("out", tmp_path, small())
+        train_stage.other("out", tmp_path, small())
 
 
 # ---- what is no saved decoder

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rarefy
-from rarefy import shell, training
+from rarefy import shell
 from rarefy.checkpoint import compiled_model
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
@@ -23,6 +23,7 @@ from rarefy.compiler.executor import Alone, Compiled, Segment
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
+from rarefy.pipeline import train_stage
 from rarefy.runtime import bindings
 from test_engine import Attends, Gated, Residual, pruned
 
@@ -279,7 +280,7 @@ def test_where_modules_are_asked_for(tmp_path):
     with pytest.raises(ModelError, match="holds a compiled model: give the folder of what it was compiled from"):
         shell.load(tmp_path / "out")
     with pytest.raises(ModelError, match="teacher 'out' is a compiled model"):
-        training.other("out", tmp_path, mlp())
+        train_stage.other("out", tmp_path, mlp())
 
 
 def test_what_the_list_holds_is_pure():

@@ -15,7 +15,7 @@ from rarefy.common.errors import DataError, ModelError, PatternError, RecipeErro
 from rarefy.model.layers import all_layers, select
 from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Codebook, Grid, get_grid, live_grid, notes, scale_shape
-from rarefy.plan import forecast
+from rarefy.pipeline.dry_run import forecast
 from rarefy.prune import solvers
 from rarefy.quantization.config import asked
 from rarefy.quantization.grids import grid_for

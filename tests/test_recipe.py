@@ -11,7 +11,7 @@ import rarefy
 from conftest import Net, Tied, tiny_llama
 from rarefy import Gradual
 from rarefy.common.errors import ModelError, PatternError, RecipeError, SelectorError
-from rarefy.plan import forecast
+from rarefy.pipeline.dry_run import forecast
 from rarefy.prune.scores import SCORES
 from rarefy.recipe import parser as recipes
 from rarefy.recipe import schema

@@ -333,7 +333,7 @@ def test_recipes_name_the_line(text, says):
 
 
 def test_a_dry_run_foretells_tables_and_factors():
-    from rarefy.plan import forecast
+    from rarefy.pipeline.dry_run import forecast
 
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
     for text, dense in (("- share: {bits: 4, layers: '0'}", False), ("- factorize: {keep: 0.5, layers: '0'}", True)):

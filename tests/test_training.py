@@ -12,7 +12,7 @@ from conftest import text_model, tiny_llama
 from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import get_grid
-from rarefy.plan import forecast
+from rarefy.pipeline.dry_run import forecast
 from rarefy.recipe import parser as recipes
 from rarefy.train import checkpoint
 
@@ -154,7 +154,7 @@ def test_a_teacher_may_come_from_a_folder(llama, kind, monkeypatch):
     }  # fmt: skip
     losses = []
     fit = rarefy.training.fit_
-    monkeypatch.setattr("rarefy.training.fit_", lambda *a, **k: losses.append(fit(*a, **k)) or losses[-1])
+    monkeypatch.setattr("rarefy.pipeline.train_stage.fit_", lambda *a, **k: losses.append(fit(*a, **k)) or losses[-1])
     rarefy.compress_(student, recipe, {"train": texts()})
     rows = losses[0].rows
     assert rows[-1]["loss"] < rows[0]["loss"] / 2 and far > 0

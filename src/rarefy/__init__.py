@@ -5,7 +5,6 @@ rarefy.save(model, "out/")
 model = rarefy.load("out/")
 """
 
-from rarefy.api import cast_, compress_
 from rarefy.checkpoint.export import export
 from rarefy.checkpoint.inspect import inspect
 from rarefy.checkpoint.load import load
@@ -24,6 +23,8 @@ from rarefy.migration.migrate import Migrated, migrate
 from rarefy.model.masks import adopt_, fold_, masks
 from rarefy.onnx.export import export_onnx
 from rarefy.onnx.load import from_onnx
+from rarefy.pipeline.compress import cast_, compress_
+from rarefy.pipeline.train_stage import Sparsifier
 from rarefy.prune.prune import prune_
 from rarefy.prune.solver_config import Solver
 from rarefy.quantization.codebook import share_
@@ -37,7 +38,6 @@ from rarefy.structured.permutation import permute_
 from rarefy.train.distill import Distill, Distiller
 from rarefy.train.fit import fit_
 from rarefy.train.sparsity_config import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
-from rarefy.training import Sparsifier
 
 __all__ = [
     "Admm",

@@ -101,10 +101,10 @@ def compress(
     source = shell.source(model)
     if dry_run:
         from rarefy.data.sources import find
-        from rarefy.given import Given
-        from rarefy.plan import forecast
+        from rarefy.pipeline.dry_run import forecast
+        from rarefy.pipeline.run_data import Given
+        from rarefy.pipeline.train_stage import check_stage
         from rarefy.recipe import parser as recipes
-        from rarefy.training import check_stage
 
         base = Path(recipe).parent if Path(recipe).is_file() else None
         if out is not None:
@@ -129,11 +129,11 @@ def compress(
     check_target(out, force)
     from contextlib import nullcontext
 
-    from rarefy import api
     from rarefy.calibration import offload
     from rarefy.checkpoint.export import side_files
     from rarefy.checkpoint.save import save
     from rarefy.common.atomic_io import work_folder
+    from rarefy.pipeline import compress as api
 
     with shell.threads(threads), _processes() as (rank, many):
         loaded, tokenizer = shell.load(source)
@@ -354,8 +354,8 @@ def _here(source: str) -> str:
 
 def _rehearse(source: Path, plan: Any, base: Path | None, memory: int | None, as_json: bool, quiet: bool) -> None:
     """Show what cuts would take out, and what the other stages would make of the rest."""
-    from rarefy.api import rehearse_
-    from rarefy.plan import forecast
+    from rarefy.pipeline.compress import rehearse_
+    from rarefy.pipeline.dry_run import forecast
 
     model, tokenizer = shell.load(source)
     told = rehearse_(model, plan, tokenizer=tokenizer, base=base)

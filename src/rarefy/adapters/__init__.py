@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rarefy.common.errors import RecipeError
+from rarefy.pipeline.train_stage import Sparsifier
 from rarefy.train.sparsity_config import Rewind
-from rarefy.training import Sparsifier
 
 
 def refuse_rewind(sparsifier: Sparsifier) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from rarefy.adapters import refuse_rewind
 from rarefy.common.errors import RecipeError
 from rarefy.model.masks import fold_
-from rarefy.training import Sparsifier
+from rarefy.pipeline.train_stage import Sparsifier
 
 
 class SparsifyCallback(Callback):

@@ -21,7 +21,7 @@ from rarefy.adapters import refuse_rewind
 from rarefy.common.errors import ContainerError, ModelError, RecipeError
 from rarefy.model.layers import unwrap
 from rarefy.model.masks import fold_
-from rarefy.training import Sparsifier
+from rarefy.pipeline.train_stage import Sparsifier
 
 FILE = "rarefy_sparsifier.safetensors"
 

@@ -19,11 +19,11 @@ from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.common.report import Report
 from rarefy.evaluation.metrics import BETTER, METRICS
-from rarefy.given import Given, Labelled, calibrates, with_labels
 from rarefy.model import hf
 from rarefy.model.forward import on_device
 from rarefy.model.losses import Loss, loss_of
 from rarefy.model.masks import adopt_
+from rarefy.pipeline.run_data import Given, Labelled, calibrates, with_labels
 from rarefy.quantization.quantize import quantize_
 from rarefy.recipe import parser as recipes
 from rarefy.train import sparsifier

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.account import layer_rows, receipt_of, state_of
 from rarefy.calibration import offload
 from rarefy.common.atomic_io import bytes_of, path_of
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
@@ -21,7 +20,6 @@ from rarefy.common.report import Report
 from rarefy.evaluation import profiling
 from rarefy.evaluation.example_inputs import example_of
 from rarefy.evaluation.receipt import Receipt
-from rarefy.given import Given, Labelled, calibrates, needs_of
 from rarefy.lowrank.layer_tying import tie_layers_
 from rarefy.lowrank.svd import factorize_
 from rarefy.model import distributed, hf
@@ -32,7 +30,10 @@ from rarefy.model.losses import Loss
 from rarefy.model.masks import fold_
 from rarefy.model.quant_grid import OnGrid
 from rarefy.model.sparsity_pattern import check_sparsity, parse
-from rarefy.plan import naming, targets
+from rarefy.pipeline.dry_run import naming, targets
+from rarefy.pipeline.measurements import layer_rows, receipt_of, state_of
+from rarefy.pipeline.run_data import Given, Labelled, calibrates, needs_of
+from rarefy.pipeline.train_stage import check_stage, train_
 from rarefy.prune.allocation import GRADIENTS
 from rarefy.prune.prune import check_weights, prune_, report
 from rarefy.quantization.codebook import share_
@@ -43,7 +44,6 @@ from rarefy.runtime.sparse_layers import Sparse
 from rarefy.structured.cut import cut_
 from rarefy.structured.permutation import permute_
 from rarefy.train.sparsity_config import Movement
-from rarefy.training import check_stage, train_
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
