@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rarefy.cli import main
+from rarefy.cli.main import main
 from rarefy.common.errors import DataError, FormatError
 from rarefy.data import builtin
 from rarefy.runtime import bindings
@@ -177,7 +177,7 @@ def run(monkeypatch, capsys) -> Run:
 
 def shell(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "rarefy.cli", *map(str, words)], capture_output=True, text=True, timeout=100
+        [sys.executable, "-m", "rarefy.cli.main", *map(str, words)], capture_output=True, text=True, timeout=100
     )
 
 

@@ -337,9 +337,7 @@ def test_interrupting_leaves_nothing(given, tmp_path):
     )
     inside = tmp_path / "inside"
     # a shell's background job ignores SIGINT, and so would Python
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from rarefy.cli import main; main()"
-    )
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from rarefy.cli.main import main; main()"
     words = ["compress", given / "model", "-r", tmp_path / "r.yaml", "-o", inside / "a" / "out"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rarefy
-from rarefy import shell
 from rarefy.checkpoint import compiled_model
+from rarefy.cli import shared
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.compiler.executor import Alone
@@ -160,7 +160,7 @@ def test_options_without_effect_and_where_modules_are_asked_for(tmp_path):
         with pytest.raises(ModelError, match="Decoder|compiled from"):
             rarefy.export(tmp_path / "out", tmp_path / "dense", to=to)
     with pytest.raises(ModelError, match="holds a decoder: give the folder of what it was compiled from"):
-        shell.load(tmp_path / "out")
+        shared.load(tmp_path / "out")
     with pytest.raises(ModelError, match="teacher 'out' is a compiled model"):
         train_stage.other("out", tmp_path, small())
 

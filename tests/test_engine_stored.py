@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rarefy
-from rarefy import shell
 from rarefy.checkpoint import compiled_model
+from rarefy.cli import shared
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.compiler import op_registry, pytree_json
@@ -278,7 +278,7 @@ def test_options_without_effect(tmp_path):
 def test_where_modules_are_asked_for(tmp_path):
     rarefy.save(rarefy.compile(mlp(), torch.randn(2, 30)), tmp_path / "out")
     with pytest.raises(ModelError, match="holds a compiled model: give the folder of what it was compiled from"):
-        shell.load(tmp_path / "out")
+        shared.load(tmp_path / "out")
     with pytest.raises(ModelError, match="teacher 'out' is a compiled model"):
         train_stage.other("out", tmp_path, mlp())
 

@@ -11,7 +11,7 @@ import torch
 
 import rarefy
 from conftest import Net, text_model, tiny_bert
-from rarefy import commands
+from rarefy.cli import inference_commands
 from rarefy.common.errors import DataError, ModelError
 from rarefy.generation.decoder import Decoder
 from rarefy.generation.tokenization import Text, ids_in, ids_of, left_padded
@@ -25,7 +25,7 @@ def given(tmp_path_factory):
     """Folders: a language model with its tokenizer, saved and not, its decoder, one without tokenizer; an encoder."""
     from typer.testing import CliRunner
 
-    from rarefy.cli import app
+    from rarefy.cli.main import app
 
     folder = tmp_path_factory.mktemp("given")
     text_model(folder)
@@ -195,11 +195,11 @@ def test_an_encoder_is_compiled_for_other_batches(run, given, tmp_path):
 
 def test_an_encoder_takes_what_its_tokenizer_gives():
     tokenizer = SimpleNamespace(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
-    example = commands._example(tiny_bert(), 9, 2, tokenizer)
+    example = inference_commands._example(tiny_bert(), 9, 2, tokenizer)
     made = rarefy.compile(tiny_bert(), example)
     given = {n: torch.zeros(3, 5, dtype=torch.int64) for n in tokenizer.model_input_names}
     assert made(**given | {"attention_mask": torch.ones(3, 5, dtype=torch.int64)}).last_hidden_state.shape[:2] == (3, 5)
-    assert "token_type_ids" not in commands._example(tiny_bert(), 9, 2, None)
+    assert "token_type_ids" not in inference_commands._example(tiny_bert(), 9, 2, None)
 
 
 def test_a_built_in_model_is_no_folder_to_export(run, tmp_path, monkeypatch):

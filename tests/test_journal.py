@@ -13,8 +13,8 @@ from torch import nn
 
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
-from rarefy import cli
 from rarefy.calibration import offload, resume
+from rarefy.cli import main
 from rarefy.common import atomic_io
 from rarefy.common.errors import ContainerError, DataError, PatternError, RecipeError
 from rarefy.prune import layerwise, prune
@@ -348,7 +348,17 @@ evaluate: {metric: perplexity, data: text.txt, samples: 4, tokens: 32}
 
 
 def words(tmp_path, out, *more):
-    place = [sys.executable, "-m", "rarefy.cli", "compress", tmp_path / "model", "-r", tmp_path / "r.yaml", "-o", out]
+    place = [
+        sys.executable,
+        "-m",
+        "rarefy.cli.main",
+        "compress",
+        tmp_path / "model",
+        "-r",
+        tmp_path / "r.yaml",
+        "-o",
+        out,
+    ]
     return [str(w) for w in [*place, "--threads", "1", *more]]
 
 
@@ -404,7 +414,7 @@ def test_memory_in_words(text, monkeypatch, capsys, tmp_path):
     words = ["rarefy", "compress", "x", "-r", "fast", "-o", str(tmp_path / "o"), "--memory", text]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     assert end.value.code == 2
     why = "is too little to work in: at least 256M" if text in ("0G", "100M") else "write bytes as a whole number, or"
     printed = capsys.readouterr().err

@@ -134,7 +134,7 @@ def test_a_place_that_cannot_be_written_is_known_at_once():
 
 def shell(*words):
     return subprocess.run(
-        [sys.executable, "-m", "rarefy.cli", *map(str, words)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "rarefy.cli.main", *map(str, words)], capture_output=True, text=True, timeout=120
     )
 
 

@@ -16,12 +16,12 @@ from torch import nn
 
 import rarefy
 from conftest import Net, Tied, image_batches, tiny_llama
-from rarefy import doctor
+from rarefy.cli import doctor
+from rarefy.cli.benchmark import bench_models
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
 from rarefy.common.report import Report, table
 from rarefy.data import builtin
-from rarefy.engine.timed import bench_models
 from rarefy.evaluation import profiling
 from rarefy.evaluation.metrics import BETTER, METRICS, accuracy, perplexity
 from rarefy.evaluation.receipt import Receipt

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from rarefy.cli.benchmark import resident_bytes
 from rarefy.compiler.program import OPS
-from rarefy.engine.timed import resident_bytes
 from rarefy.runtime import bindings, winograd
 from test_engine_images import equal
 

@@ -6,10 +6,10 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_bert, tiny_llama
+from rarefy.cli import benchmark
+from rarefy.cli.benchmark import bench_models, engine_of, example_for, resident_bytes
 from rarefy.common.errors import ModelError
 from rarefy.compiler.executor import Compiled
-from rarefy.engine import timed
-from rarefy.engine.timed import bench_models, engine_of, example_for, resident_bytes
 from rarefy.evaluation import profiling
 from rarefy.generation.decoder import Decoder
 
@@ -30,7 +30,7 @@ def test_language_models_beside_their_decoders():
 def test_both_write_the_same_tokens(monkeypatch):
     model, tokens = tiny_llama(), {"model": [], "engine": []}
     made, _ = engine_of(model, 8, 1)
-    steps = {"model": profiling.step_of(model), "engine": timed._step(made, 12)}
+    steps = {"model": profiling.step_of(model), "engine": benchmark._step(made, 12)}
 
     def listening(name):
         def step(ids, state):

@@ -1,6 +1,6 @@
 """python -m rarefy"""
 
-from rarefy.cli import main
+from rarefy.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy import shell
+from rarefy.cli import shared
+from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads, Values
 from rarefy.common.errors import ModelError, RecipeError
-from rarefy.shell import Force, Json, ModelPath, Quiet, Threads, Values
 
 
 @dataclass
@@ -99,10 +99,10 @@ def generate(
         raise RecipeError("--temperature is a number above 0: leave it out for the likeliest token")
     Sampling(**{n: v for n, v in how.items() if n != "seed"})  # says what is wrong before the model is read
     texts = _asked(prompt, ids, chat)
-    with shell.threads(threads):
-        net, tokenizer = _writer(shell.source(model), values)
+    with shared.threads(threads):
+        net, tokenizer = _writer(shared.source(model), values)
         prompts = _ids(texts, tokenizer, bool(ids), chat, model)
-        ready = shell.kind_of(net) == "decoder"
+        ready = shared.kind_of(net) == "decoder"
         if not ready and not quiet and sys.stderr.isatty():
             print("making a decoder of the model; rarefy compile makes one that stays", file=sys.stderr)
         made = net if ready else decoder(net.float(), values=values)
@@ -113,7 +113,7 @@ def generate(
         spent, stopped = _write(steps, written, made.ends, len(written) == 1 and not as_json)
     _tell(written, spent, as_json, quiet, len(written) > 1)
     if stopped is not None:
-        raise shell.Ended(stopped)
+        raise shared.Ended(stopped)
 
 
 def _asked(prompts: list[str] | None, ids: list[str] | None, chat: bool) -> list[str]:
@@ -145,8 +145,8 @@ def _ids(texts: list[str], tokenizer: Any, listed: bool, chat: bool, model: str)
 
 def _writer(folder: Path, values: str | None) -> tuple[Any, Any]:
     """What a folder holds that can write, or be made to, and its tokenizer."""
-    made, tokenizer = shell.load_any(folder)
-    kind = shell.kind_of(made)
+    made, tokenizer = shared.load_any(folder)
+    kind = shared.kind_of(made)
     if kind == "compiled model":
         raise ModelError(f"{folder} holds a compiled model, which has no cache: give a language model, or its decoder")
     if kind == "decoder" and values is not None:
@@ -234,9 +234,9 @@ def compile_(
     from rarefy.model import hf
 
     check_target(out, force)
-    source = shell.source(model)
-    with shell.threads(threads):
-        net, tokenizer = shell.load(source)
+    source = shared.source(model)
+    with shared.threads(threads):
+        net, tokenizer = shared.load(source)
         net = net.float()
         if hf.gives_tokens(net):
             if batch or tokens:
@@ -249,8 +249,8 @@ def compile_(
         receipt = getattr(net, "rarefy_receipt", None)
         size = save(made, out, files=files, receipt=receipt, overwrite=force)
     step = made.compiled if hf.gives_tokens(net) else made
-    told = {"holds": f"a {shell.kind_of(made)}", "bytes": size, "runs": "; ".join(repr(step).splitlines())}
-    shell.show(Report(f"compiled to {out}", (), told), as_json, quiet)
+    told = {"holds": f"a {shared.kind_of(made)}", "bytes": size, "runs": "; ".join(repr(step).splitlines())}
+    shared.show(Report(f"compiled to {out}", (), told), as_json, quiet)
 
 
 def _example(net: Any, tokens: int | None, batch: int | None, tokenizer: Any) -> dict[str, Any]:
@@ -311,8 +311,8 @@ def bench(
 
     rarefy bench out/ --against smollm2-135m --accelerate
     """
+    from rarefy.cli.benchmark import bench_models, engine_of
     from rarefy.common.atomic_io import blaming, write_whole
-    from rarefy.engine.timed import bench_models, engine_of
     from rarefy.evaluation.example_inputs import example_of, generates
     from rarefy.runtime.autotune import accelerate_
     from rarefy.runtime.latency_table import latency_table
@@ -323,9 +323,9 @@ def bench(
         raise RecipeError(f"--table {table}: a file to write, in a folder that exists")
     if values is not None and not engine:
         raise RecipeError("--values has no effect without the engine: leave --no-engine out")
-    with shell.threads(threads):
-        net, _ = shell.load_any(shell.source(model))
-        kind, named = shell.kind_of(net), {"model": net}
+    with shared.threads(threads):
+        net, _ = shared.load_any(shared.source(model))
+        kind, named = shared.kind_of(net), {"model": net}
         idle = {"--table": table, "--accelerate": accelerate, "--values": values}
         odd = next((n for n, given in idle.items() if given), None) if kind != "model" else None
         if odd is not None:
@@ -335,20 +335,20 @@ def bench(
             told = latency_table(net, sizes, example_of(net, tokens, batch), repeats=repeats, progress=not quiet)
             with blaming(table):
                 write_whole(table, told.to_json())
-            shell.show(told, as_json, quiet)
+            shared.show(told, as_json, quiet)
             return
         if against:
-            named["against"] = shell.load_any(shell.source(against))[0]
+            named["against"] = shared.load_any(shared.source(against))[0]
         more: dict[str, Any] = {}
         if accelerate:
             fast = named["accelerated"] = copy.deepcopy(net)
             sizes = (1, tokens) if generates(net) else (batch * tokens,)
             told = accelerate_(fast, sizes, example_of(fast, tokens, batch), progress=not quiet)
             more["layers that run sparse"] = told.summary["layers that run sparse"]
-            shell.show(told, False, as_json or quiet)
+            shared.show(told, False, as_json or quiet)
         if engine and kind == "model":
             made, why = engine_of(net, tokens, batch, values)
             named |= {} if made is None else {"engine": made}
             more |= {"no engine": why} if made is None else {}
         report = bench_models(named, tokens, new, batch, repeats, not quiet)
-        shell.show(replace(report, summary={**report.summary, **more}), as_json, quiet)
+        shared.show(replace(report, summary={**report.summary, **more}), as_json, quiet)

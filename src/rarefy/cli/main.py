@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy import commands, shell
+from rarefy.cli import inference_commands, shared
+from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import ModelError, RarefyError, RecipeError
-from rarefy.shell import Force, Json, ModelPath, Quiet, Threads
 
 app = typer.Typer(
     name="rarefy",
@@ -98,7 +98,7 @@ def compress(
     if fresh and not plan.solves:
         what = "has no solver or training, whose state could be kept"
         raise RecipeError(f"--fresh has no effect: recipe {plan.name} {what}")
-    source = shell.source(model)
+    source = shared.source(model)
     if dry_run:
         from rarefy.data.sources import find
         from rarefy.pipeline.dry_run import forecast
@@ -122,7 +122,7 @@ def compress(
         if plan.cuts:
             _rehearse(source, plan, base, most, as_json, quiet)
         else:
-            shell.show(forecast(_skeleton(source), plan, most), as_json, quiet)
+            shared.show(forecast(_skeleton(source), plan, most), as_json, quiet)
         return
     if out is None:
         raise RecipeError("compress needs --out FOLDER (or --dry-run)")
@@ -135,8 +135,8 @@ def compress(
     from rarefy.common.atomic_io import work_folder
     from rarefy.pipeline import compress as api
 
-    with shell.threads(threads), _processes() as (rank, many):
-        loaded, tokenizer = shell.load(source)
+    with shared.threads(threads), _processes() as (rank, many):
+        loaded, tokenizer = shared.load(source)
         base = Path(recipe).parent if Path(recipe).is_file() else None
         state = work_folder(out, fresh) if plan.solves and many == 1 else nullcontext()
         with state as work, offload.keeping(loaded, most):
@@ -147,7 +147,7 @@ def compress(
             files = side_files(source)
             how = {"format": plan.save.format, "compress": plan.save.compress}
             save(loaded, out, receipt=receipt, files=files, overwrite=force, **how)
-    shell.show(receipt, as_json, quiet)
+    shared.show(receipt, as_json, quiet)
     if not quiet:
         print(f"written to {out}", file=sys.stderr)
     if not receipt.passed:
@@ -170,18 +170,18 @@ def inspect(
     from rarefy.checkpoint.inspect import inspect
 
     if not groups:
-        shell.show(inspect(shell.source(path)), as_json, False)
+        shared.show(inspect(shared.source(path)), as_json, False)
         return
     from rarefy.dependency import graph
     from rarefy.evaluation.example_inputs import example_of
 
-    model, _ = shell.load(shell.source(path))
-    shell.show(graph.groups(model, example_of(model, 32, 2)), as_json, False)
+    model, _ = shared.load(shared.source(path))
+    shared.show(graph.groups(model, example_of(model, 32, 2)), as_json, False)
 
 
-app.command()(commands.generate)
-app.command("compile")(commands.compile_)
-app.command()(commands.bench)
+app.command()(inference_commands.generate)
+app.command("compile")(inference_commands.compile_)
+app.command()(inference_commands.bench)
 
 
 @app.command()
@@ -207,7 +207,7 @@ def export(
     if str(path) in builtin.MODELS and not path.exists():
         raise ModelError(f"{path} is a built-in model, and export writes folders of ours: rarefy compress {path} first")
     export(path, out, to=to, overwrite=force)
-    shell.show(
+    shared.show(
         Report(f"exported to {out}", (), {"format": to, "bytes": folder_bytes(out, (".safetensors",))}), as_json, False
     )
 
@@ -227,10 +227,10 @@ def recipes_(
     if fields:
         if name is not None:
             raise RecipeError(f"--fields shows what all recipes can say: leave {name!r} out")
-        shell.show(Report("what a recipe can say", recipes.vocabulary()), as_json, False)
+        shared.show(Report("what a recipe can say", recipes.vocabulary()), as_json, False)
     elif name is None:
         rows = tuple({"recipe": n, "about": recipes.load(n).about} for n in recipes.presets())
-        shell.show(Report("recipes", rows), as_json, False)
+        shared.show(Report("recipes", rows), as_json, False)
     elif as_json:
         print(json.dumps(recipes.load(name).to_dict(), indent=1))
     else:
@@ -268,9 +268,9 @@ def migrate(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Show versions, CPU features, and what is missing and how to get it."""
-    from rarefy.doctor import examine
+    from rarefy.cli.doctor import examine
 
-    shell.show(examine(), as_json, False)
+    shared.show(examine(), as_json, False)
 
 
 def main() -> None:
@@ -285,7 +285,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, shell.Ended) or (isinstance(end, SystemExit) and end.code not in (130, 143)):
+        if isinstance(end, shared.Ended) or (isinstance(end, SystemExit) and end.code not in (130, 143)):
             raise
         print("rarefy: interrupted; nothing was written", file=sys.stderr)
         sys.exit(end.code if isinstance(end, SystemExit) else 130)
@@ -357,7 +357,7 @@ def _rehearse(source: Path, plan: Any, base: Path | None, memory: int | None, as
     from rarefy.pipeline.compress import rehearse_
     from rarefy.pipeline.dry_run import forecast
 
-    model, tokenizer = shell.load(source)
+    model, tokenizer = shared.load(source)
     told = rehearse_(model, plan, tokenizer=tokenizer, base=base)
     expected = forecast(model, plan, memory)
     expected = replace(expected, title=f"after the cuts: {expected.title}")
@@ -365,7 +365,7 @@ def _rehearse(source: Path, plan: Any, base: Path | None, memory: int | None, as
         print(json.dumps({"cuts": [r.to_dict() for r in told], "forecast": expected.to_dict()}, indent=1))
         return
     for report in (*told, expected):
-        shell.show(report, False, quiet)
+        shared.show(report, False, quiet)
         if not quiet:
             print()
 
