@@ -63,7 +63,7 @@ def trainer_of(model, callback, folder, **more):
 
 
 def test_inside_the_trainer_of_transformers(tmp_path):
-    from rarefy.adapters.trainer import SparsifyCallback
+    from rarefy.integrations.hf_trainer import SparsifyCallback
 
     model = llama()
     callback = SparsifyCallback(RECIPE)
@@ -89,7 +89,7 @@ def test_inside_the_trainer_of_transformers(tmp_path):
 
 
 def test_the_loss_of_a_step_is_the_teachers_and_the_models(tmp_path):
-    from rarefy.adapters.trainer import SparsifyCallback
+    from rarefy.integrations.hf_trainer import SparsifyCallback
 
     model, callback = llama(), SparsifyCallback(RECIPE)
     trainer = trainer_of(model, callback, tmp_path / "a")
@@ -108,7 +108,7 @@ def test_the_loss_of_a_step_is_the_teachers_and_the_models(tmp_path):
 
 
 def test_a_checkpoint_without_the_sparsifier_is_said(tmp_path):
-    from rarefy.adapters.trainer import FILE, SparsifyCallback
+    from rarefy.integrations.hf_trainer import FILE, SparsifyCallback
 
     trainer_of(llama(), SparsifyCallback(RECIPE), tmp_path / "a", max_steps=4).train()
     (tmp_path / "a" / "checkpoint-3" / FILE).unlink()
@@ -119,7 +119,7 @@ def test_a_checkpoint_without_the_sparsifier_is_said(tmp_path):
 
 def test_inside_the_trainer_of_lightning(tmp_path):
     lightning = pytest.importorskip("lightning")
-    from rarefy.adapters.lightning import SparsifyCallback
+    from rarefy.integrations.lightning import SparsifyCallback
 
     class Module(lightning.LightningModule):
         def __init__(self):

@@ -1,6 +1,6 @@
 """Inside the Trainer of Lightning.
 
-from rarefy.adapters.lightning import SparsifyCallback
+from rarefy.integrations.lightning import SparsifyCallback
 trainer = lightning.Trainer(max_epochs=3, callbacks=[SparsifyCallback("recipe.yaml")])
 trainer.fit(module, loader)
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from rarefy.adapters import refuse_rewind
 from rarefy.common.errors import RecipeError
+from rarefy.integrations import refuse_rewind
 from rarefy.model.masks import fold_
 from rarefy.pipeline.train_stage import Sparsifier
 

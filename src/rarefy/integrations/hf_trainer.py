@@ -1,6 +1,6 @@
 """Inside the Trainer of Hugging Face transformers.
 
-from rarefy.adapters.trainer import SparsifyCallback
+from rarefy.integrations.hf_trainer import SparsifyCallback
 trainer = Trainer(model, args, train_dataset=data, callbacks=[SparsifyCallback("recipe.yaml")])
 trainer.train()
 """
@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rarefy.adapters import refuse_rewind
 from rarefy.common.errors import ContainerError, ModelError, RecipeError
+from rarefy.integrations import refuse_rewind
 from rarefy.model.layers import unwrap
 from rarefy.model.masks import fold_
 from rarefy.pipeline.train_stage import Sparsifier
