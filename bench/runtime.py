@@ -78,19 +78,19 @@ def few(format: str, kind: str, sparsity: float, n: int = 1) -> dict[str, Any]:
     copies = -(-CACHE // (4096 * 4096 * KINDS[kind].itemsize)) + 1 if kind != "int4" else CACHE // (4096 * 2048) + 1
     if kind == "int4":
         xs, by = x.bfloat16(), torch.rand(4096 // 64, 4096, 2).bfloat16()
-        pack = lambda: torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+        pack = lambda: torch.ops.aten._convert_weight_to_int4pack_for_cpu(  # noqa: E731
             torch.randint(0, 16, (4096, 4096), dtype=torch.int32), 1
         )
         weights = cycle([pack() for _ in range(copies)])
-        dense = lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(xs, next(weights), 64, by)
+        dense = lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(xs, next(weights), 64, by)  # noqa: E731
     elif kind == "int8":
         xs, scales = x.bfloat16(), torch.rand(4096).bfloat16()
         weights = cycle([torch.randint(-127, 128, (4096, 4096)).to(torch.int8) for _ in range(copies)])
-        dense = lambda: torch.ops.aten._weight_int8pack_mm(xs, next(weights), scales)
+        dense = lambda: torch.ops.aten._weight_int8pack_mm(xs, next(weights), scales)  # noqa: E731
     else:
         xs = x.to(KINDS[kind])
         weights = cycle([torch.randn(4096, 4096).to(KINDS[kind]) for _ in range(copies)])
-        dense = lambda: F.linear(xs, next(weights))
+        dense = lambda: F.linear(xs, next(weights))  # noqa: E731
     first = (pack_csr if format == "csr" else pack_bitmask)(random(4096, 4096, sparsity), kind)
     more = [copy(first) for _ in range(CACHE // nbytes(first) + 1)]
     kernels = cycle([Kernel(p) for p in [first, *more]])
@@ -116,10 +116,10 @@ def tiles(kind: str, shape: tuple[int, int], n: int, sparsity: float, block: tup
     x = torch.randn(n, C)
     if kind == "int8":
         xi, wi = (torch.randint(-127, 128, s).to(torch.int8) for s in ((n, C), (O, C)))
-        dense = lambda: torch.ops.aten._int_mm(xi, wi.T)
+        dense = lambda: torch.ops.aten._int_mm(xi, wi.T)  # noqa: E731
     else:
         xs, w = x.to(KINDS[kind]), torch.randn(O, C).to(KINDS[kind])
-        dense = lambda: F.linear(xs, w)
+        dense = lambda: F.linear(xs, w)  # noqa: E731
     packed = pack_tiles(random(O, C, sparsity, block), kind)
     kernel = Kernel(packed)
     return {"bytes": nbytes(packed), **in_turns({"dense": dense, "ours": lambda: kernel.run(x)}, 25)}
@@ -131,7 +131,7 @@ def convolution(shape: tuple[int, ...], n: int, sparsity: float) -> dict[str, An
     x, W, pad = torch.randn(n, I, size, size), torch.randn(O, I, k, k), k // 2
     packed = pack_conv(random(O, I * k * k, sparsity).view(O, I, k, k), stride=(stride, stride), padding=(pad, pad))
     kernel = Kernel(packed)
-    dense = lambda: F.conv2d(x, W, None, stride, pad)
+    dense = lambda: F.conv2d(x, W, None, stride, pad)  # noqa: E731
     return {"bytes": nbytes(packed), **in_turns({"dense": dense, "ours": lambda: kernel.run(x)}, 15 if n > 1 else 30)}
 
 
@@ -158,7 +158,7 @@ def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
                     pattern = "unstructured" if block == (1, 1) else "x".join(map(str, block))
                     about = {"kind": kind, "shape": "x".join(map(str, shape)), "batch": n}
                     about |= {"pattern": pattern, "sparsity": s}
-                    run = lambda k=kind, sh=shape, n=n, s=s, b=block: tiles(k, sh, n, s, b)
+                    run = lambda k=kind, sh=shape, n=n, s=s, b=block: tiles(k, sh, n, s, b)  # noqa: E731
                     found.append(("tiles", about, run))
     for n in (1, 16):
         for conv in CONVOLUTIONS:

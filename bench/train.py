@@ -173,7 +173,7 @@ def minilm() -> Iterator[Line]:
     for batch in (1, 16):
         words = {"input_ids": torch.randint(1000, 20000, (batch, 128))}
         fast = rarefy.compile(model, words)
-        times = compare({"dense": lambda: dense(**words), "ours": lambda: fast(**words)}, repeats=30)
+        times = compare({"dense": lambda: dense(**words), "ours": lambda: fast(**words)}, repeats=30)  # noqa: B023
         line |= {f"{k}, {batch} x 128, ms": 1000 * t.median for k, t in times.items()}
     yield line
 

@@ -304,7 +304,7 @@ def lowrank() -> Iterator[Line]:
             wide: Any = dense.get_submodule(name)
             thin: Any = model.get_submodule(name)
             x = torch.randn(16 * 128, wide.in_features)
-            t = compare({"dense": lambda: wide(x), "thin": lambda: thin(x)}, repeats=20)
+            t = compare({"dense": lambda: wide(x), "thin": lambda: thin(x)}, repeats=20)  # noqa: B023
             took.append(t["thin"].median / t["dense"].median)
         hit, got = retrieval(model, tokenizer)
         line: Line = {"run": "lowrank", "way": f"wide layers in {share} of their time", "R@1": hit,
@@ -312,7 +312,7 @@ def lowrank() -> Iterator[Line]:
                 "layers": told.summary["layers"], "slowest layer": max(took), "fastest layer": min(took)}  # fmt: skip
         for batch in (1, 16):
             words = {"input_ids": torch.randint(1000, 20000, (batch, 128))}
-            t = compare({"dense": lambda: dense(**words), "thin": lambda: model(**words)}, repeats=30)
+            t = compare({"dense": lambda: dense(**words), "thin": lambda: model(**words)}, repeats=30)  # noqa: B023
             line |= {f"{k}, {batch} x 128, ms": 1000 * v.median for k, v in t.items()}
         yield line
 

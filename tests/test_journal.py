@@ -389,7 +389,7 @@ def test_killed_and_gone_on(job, more):
 
 
 def test_what_is_kept_is_said_and_what_is_removed_was_ours(tmp_path, capsys):
-    stage = tmp_path / ".out.work" / "stage-1"
+    prune = tmp_path / ".out.work" / "stage-1"
     prune.mkdir(parents=True)
     with pytest.raises(KeyboardInterrupt), atomic_io.work_folder(tmp_path / "out"):
         raise KeyboardInterrupt

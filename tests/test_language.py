@@ -189,7 +189,7 @@ def test_unfolded_weights(isa, monkeypatch, kind, shape):
 
     net = Net().eval()
     net.f.weight.data = unpack(packed)
-    monkeypatch.setattr("rarefy.compiler.kernel_selection._for_many", lambda *_: packed)
+    monkeypatch.setattr("rarefy.compiler.kernel_selection.pack_for_batches", lambda *_: packed)
     x, more = torch.randn(3, 50, shape[1]), torch.randn(3, 50, shape[0])
     made = rarefy.compile(net, {"x": x, "more": more}, values="int8" if kind == "int8" else None)
     most = {"fp32": 1e-6, "bf16": 5e-3, "int8": 0.02, "int4": 0.02}[kind]  # inputs are rounded too

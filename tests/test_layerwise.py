@@ -115,7 +115,7 @@ def test_zeros_stay_and_more_come():
 
 def test_asymmetric_targets_follow_the_dense_model():
     torch.manual_seed(3)
-    make = lambda: nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(16, 16), nn.ReLU())]).eval()
+    make = lambda: nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(16, 16), nn.ReLU())]).eval()  # noqa: E731
     net, data = make(), [torch.randn(256, 16) for _ in range(4)]
     state, want, errors = net.state_dict(), outputs(net, data), []
     for a in (0.0, 0.5):

@@ -21,7 +21,7 @@ from rarefy.train import checkpoint
 from rarefy.train.fit import Steps
 from rarefy.train.sparsity_config import Gradual, Movement, Rigl
 
-ADAM = lambda p: torch.optim.Adam(p, lr=1e-2)
+ADAM = lambda p: torch.optim.Adam(p, lr=1e-2)  # noqa: E731
 
 
 class Noisy(nn.Module):
@@ -222,7 +222,7 @@ def test_a_loss_that_is_no_number_leaves_the_best_weights():
 def test_a_loss_that_is_no_number_says_where_the_state_before_is(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     bad = iter([1.0] * 6 + [float("nan")])
-    loss = lambda out, batch: nn.functional.cross_entropy(out, batch[1]) * next(bad)
+    loss = lambda out, batch: nn.functional.cross_entropy(out, batch[1]) * next(bad)  # noqa: E731
     with pytest.raises(ModelError, match="the state before is in .*/w"):
         fit_(Net(), image_batches(), epochs=4, loss=loss, work=tmp_path / "w")
     assert (tmp_path / "w" / "training.safetensors").is_file()

@@ -146,7 +146,7 @@ def test_a_run_that_is_taken_up_again_ends_with_the_same_bits(name):
         torch.manual_seed(1)
         model, batches = mlp(), data_of()
         optimizer = OPTIMIZERS["adam"](model.parameters())
-        make = lambda m, o: Sparsifier(m, plan, steps=20, optimizer=o, calibrate=data_of()[:4])
+        make = lambda m, o: Sparsifier(m, plan, steps=20, optimizer=o, calibrate=data_of()[:4])  # noqa: E731
         sparsifier = make(model, optimizer)
         train(model, optimizer, sparsifier, batches[:cut])
         if cut is not None:

@@ -3,41 +3,107 @@
 receipt = rarefy.compress_(model, "recipe.yaml", data=batches)
 rarefy.save(model, "out/")
 model = rarefy.load("out/")
+
+Public names load on first use (PEP 562), so `import rarefy` does not import torch.
 """
 
-from rarefy.checkpoint.export import export
-from rarefy.checkpoint.inspect import inspect
-from rarefy.checkpoint.load import load
-from rarefy.checkpoint.save import save
-from rarefy.common.errors import RarefyError
-from rarefy.common.report import Report
-from rarefy.common.version import __version__ as __version__
-from rarefy.compiler.compile import compile
-from rarefy.dependency.graph import groups
-from rarefy.evaluation.receipt import Receipt
-from rarefy.generation.decoder import decoder
-from rarefy.generation.sampling import generate, stream
-from rarefy.lowrank.layer_tying import tie_layers_
-from rarefy.lowrank.svd import factorize_
-from rarefy.migration.migrate import Migrated, migrate
-from rarefy.model.masks import adopt_, fold_, masks
-from rarefy.onnx.export import export_onnx
-from rarefy.onnx.load import from_onnx
-from rarefy.pipeline.compress import cast_, compress_
-from rarefy.pipeline.train_stage import Sparsifier
-from rarefy.prune.prune import prune_
-from rarefy.prune.solver_config import Solver
-from rarefy.quantization.codebook import share_
-from rarefy.quantization.quantize import quantize_
-from rarefy.recipe.parser import Recipe
-from rarefy.runtime.autotune import accelerate_
-from rarefy.structured.cut import cut_
-from rarefy.structured.head_pruning import prune_heads_
-from rarefy.structured.layer_drop import drop_layers_
-from rarefy.structured.permutation import permute_
-from rarefy.train.distill import Distill, Distiller
-from rarefy.train.fit import fit_
-from rarefy.train.sparsity_config import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rarefy.common.version import __version__
+
+if TYPE_CHECKING:
+    from rarefy.checkpoint.export import export as export
+    from rarefy.checkpoint.inspect import inspect as inspect
+    from rarefy.checkpoint.load import load as load
+    from rarefy.checkpoint.save import save as save
+    from rarefy.common.errors import RarefyError as RarefyError
+    from rarefy.common.report import Report as Report
+    from rarefy.compiler.compile import compile as compile
+    from rarefy.dependency.graph import groups as groups
+    from rarefy.evaluation.receipt import Receipt as Receipt
+    from rarefy.generation.decoder import decoder as decoder
+    from rarefy.generation.sampling import generate as generate
+    from rarefy.generation.sampling import stream as stream
+    from rarefy.lowrank.layer_tying import tie_layers_ as tie_layers_
+    from rarefy.lowrank.svd import factorize_ as factorize_
+    from rarefy.migration.migrate import Migrated as Migrated
+    from rarefy.migration.migrate import migrate as migrate
+    from rarefy.model.masks import adopt_ as adopt_
+    from rarefy.model.masks import fold_ as fold_
+    from rarefy.model.masks import masks as masks
+    from rarefy.onnx.export import export_onnx as export_onnx
+    from rarefy.onnx.load import from_onnx as from_onnx
+    from rarefy.pipeline.compress import cast_ as cast_
+    from rarefy.pipeline.compress import compress_ as compress_
+    from rarefy.pipeline.train_stage import Sparsifier as Sparsifier
+    from rarefy.prune.prune import prune_ as prune_
+    from rarefy.prune.solver_config import Solver as Solver
+    from rarefy.quantization.codebook import share_ as share_
+    from rarefy.quantization.quantize import quantize_ as quantize_
+    from rarefy.recipe.parser import Recipe as Recipe
+    from rarefy.runtime.autotune import accelerate_ as accelerate_
+    from rarefy.structured.cut import cut_ as cut_
+    from rarefy.structured.head_pruning import prune_heads_ as prune_heads_
+    from rarefy.structured.layer_drop import drop_layers_ as drop_layers_
+    from rarefy.structured.permutation import permute_ as permute_
+    from rarefy.train.distill import Distill as Distill
+    from rarefy.train.distill import Distiller as Distiller
+    from rarefy.train.fit import fit_ as fit_
+    from rarefy.train.sparsity_config import Admm as Admm
+    from rarefy.train.sparsity_config import Alternate as Alternate
+    from rarefy.train.sparsity_config import Gradual as Gradual
+    from rarefy.train.sparsity_config import Movement as Movement
+    from rarefy.train.sparsity_config import Rewind as Rewind
+    from rarefy.train.sparsity_config import Rigl as Rigl
+    from rarefy.train.sparsity_config import SecondOrder as SecondOrder
+
+_MODULES = {  # public name -> module that defines it
+    "Admm": "rarefy.train.sparsity_config",
+    "Alternate": "rarefy.train.sparsity_config",
+    "Distill": "rarefy.train.distill",
+    "Distiller": "rarefy.train.distill",
+    "Gradual": "rarefy.train.sparsity_config",
+    "Migrated": "rarefy.migration.migrate",
+    "Movement": "rarefy.train.sparsity_config",
+    "RarefyError": "rarefy.common.errors",
+    "Receipt": "rarefy.evaluation.receipt",
+    "Recipe": "rarefy.recipe.parser",
+    "Report": "rarefy.common.report",
+    "Rewind": "rarefy.train.sparsity_config",
+    "Rigl": "rarefy.train.sparsity_config",
+    "SecondOrder": "rarefy.train.sparsity_config",
+    "Solver": "rarefy.prune.solver_config",
+    "Sparsifier": "rarefy.pipeline.train_stage",
+    "accelerate_": "rarefy.runtime.autotune",
+    "adopt_": "rarefy.model.masks",
+    "cast_": "rarefy.pipeline.compress",
+    "compile": "rarefy.compiler.compile",
+    "compress_": "rarefy.pipeline.compress",
+    "cut_": "rarefy.structured.cut",
+    "decoder": "rarefy.generation.decoder",
+    "drop_layers_": "rarefy.structured.layer_drop",
+    "export": "rarefy.checkpoint.export",
+    "export_onnx": "rarefy.onnx.export",
+    "factorize_": "rarefy.lowrank.svd",
+    "fit_": "rarefy.train.fit",
+    "fold_": "rarefy.model.masks",
+    "from_onnx": "rarefy.onnx.load",
+    "generate": "rarefy.generation.sampling",
+    "groups": "rarefy.dependency.graph",
+    "inspect": "rarefy.checkpoint.inspect",
+    "load": "rarefy.checkpoint.load",
+    "masks": "rarefy.model.masks",
+    "migrate": "rarefy.migration.migrate",
+    "permute_": "rarefy.structured.permutation",
+    "prune_": "rarefy.prune.prune",
+    "prune_heads_": "rarefy.structured.head_pruning",
+    "quantize_": "rarefy.quantization.quantize",
+    "save": "rarefy.checkpoint.save",
+    "share_": "rarefy.quantization.codebook",
+    "stream": "rarefy.generation.sampling",
+    "tie_layers_": "rarefy.lowrank.layer_tying",
+}
 
 __all__ = [
     "Admm",
@@ -56,6 +122,7 @@ __all__ = [
     "SecondOrder",
     "Solver",
     "Sparsifier",
+    "__version__",
     "accelerate_",
     "adopt_",
     "cast_",
@@ -85,3 +152,15 @@ __all__ = [
     "stream",
     "tie_layers_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'rarefy' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)  # a name out of the table above, never out of a file
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -74,7 +74,7 @@ class Journal:
         file = self.folder / name
         try:
             with safe_open(file, "pt") as opened:
-                tensors = {n: opened.get_tensor(n) for n in opened.keys()}
+                tensors = {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118 (not a dict)
                 about = opened.metadata()
             whole = about["key"] == self.key and about["digest"] == digest(dict(sorted(tensors.items())))
             value = json.loads(about[word])
@@ -162,7 +162,7 @@ def open_(folder: Path | None, key: Mapping[str, Any]) -> Journal:
 
 
 def _locked(file: Path) -> Any:
-    opened = open(file, "a+", encoding="utf-8")
+    opened = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
     try:
         import fcntl
 
@@ -216,7 +216,7 @@ def _digest(value: Any, into: Any) -> None:
         into.update(f"{tuple(value.shape)} {value.dtype}".encode())
         into.update(_bytes(value))
     elif hasattr(value, "keys"):
-        for name in value.keys():
+        for name in value.keys():  # noqa: SIM118 (not always a dict)
             into.update(repr(name).encode())
             _digest(value[name], into)
     elif isinstance(value, tuple | list | set):

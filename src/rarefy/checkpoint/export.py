@@ -49,8 +49,8 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
             )
         if lowrank_modules.noted(model):
             raise ContainerError(
-                f"{path}: {next(iter(lowrank_modules.noted(model)))} is made of factors, which {type(model).__name__} knows "
-                "nothing of: load it with rarefy.load, or export --to safetensors"
+                f"{path}: {next(iter(lowrank_modules.noted(model)))} is made of factors, which "
+                f"{type(model).__name__} knows nothing of: load it with rarefy.load, or export --to safetensors"
             )
     with whole_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, blaming(Path(out)):
         if to != "safetensors":

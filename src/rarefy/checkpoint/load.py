@@ -178,7 +178,7 @@ def _fits(saved: container.Container, model: nn.Module) -> bool:
         return False  # nothing to tell it by
     apart = tuple(f"{n}." for n in saved.meta.get("factors") or ())
     stored = {n: tuple(saved.index["tensors"][n]["shape"]) for n in saved.names}
-    shapes = {n: s for n, s in compiled_model.items() if not n.startswith(apart)}
+    shapes = {n: s for n, s in stored.items() if not n.startswith(apart)}
     known = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(apart)}
     return all(known.get(n) == s for n, s in shapes.items()) and set(known) <= {*shapes, *saved.aliases}
 

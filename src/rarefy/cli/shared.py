@@ -47,15 +47,15 @@ def load_any(folder: Path) -> tuple[Any, Any]:
     """Return what a folder holds, a model, a compiled one or a decoder, and its tokenizer or None; ModelError for what
     is none. O(weights)."""
     from rarefy.checkpoint import legacy_layouts
-    from rarefy.checkpoint import load as store
+    from rarefy.checkpoint.load import load as load_folder
     from rarefy.common.atomic_io import INDEX, PICKLES
     from rarefy.model import hf
 
     if (folder / INDEX).is_file():  # a decoder needs no transformers
-        return store.load(folder), hf.load_tokenizer(folder)
+        return load_folder(folder), hf.load_tokenizer(folder)
     hf.no_bars()
     if legacy_layouts.is_compressed(folder):
-        return store.load(folder), hf.load_tokenizer(folder)
+        return load_folder(folder), hf.load_tokenizer(folder)
     if not hf.is_folder(folder):
         hint = "; a pickle is never opened: load it in Python and call rarefy.compress_"
         hint = hint if folder.suffix in PICKLES else ""

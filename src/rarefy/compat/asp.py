@@ -52,8 +52,8 @@ def prune_trained_model(
              `seconds` at most), with outputs unchanged
     score    what is pruned first; some read `data`
     Linear and convolution layers and projections of attention take part whose inputs M divides; the rest, embeddings
-    and the output layer stay dense until named in `layers`. Raises the ValueErrors of `rarefy.common.errors`, and then the
-    model is unchanged. O(weights) a step of the optimizer.
+    and the output layer stay dense until named in `layers`. Raises the ValueErrors of `rarefy.common.errors`, and
+    then the model is unchanged. O(weights) a step of the optimizer.
 
     >>> net = nn.Linear(8, 8)
     >>> moves = torch.optim.AdamW(net.parameters())

@@ -14,12 +14,13 @@ from rarefy.common.errors import DataError, ModelError, unknown
 from rarefy.compiler.executor import Compiled, expected
 from rarefy.compiler.export import trace, two_samples
 from rarefy.compiler.fx_utils import Traced
-from rarefy.compiler.kernel_selection import _for_many, kernels_of
-from rarefy.compiler.passes import activation, attention, conv, kv_attention
+from rarefy.compiler.kernel_selection import kernels_of, pack_for_batches
+from rarefy.compiler.passes import activation, conv
 from rarefy.compiler.passes.activation import pointwise
-from rarefy.compiler.passes.attention import attention
+from rarefy.compiler.passes.attention import attention, multihead, parts, scaled, thirds, written
 from rarefy.compiler.passes.cleanup import constants, drop
 from rarefy.compiler.passes.fusion import fuse
+from rarefy.compiler.passes.kv_attention import recalled
 from rarefy.compiler.passes.linear import between_views, embedding, layer_scale, linear, pieces, reshaped
 from rarefy.compiler.passes.norm import heads, layer_norm, norm, rms
 from rarefy.compiler.passes.rope import rotation
@@ -29,9 +30,9 @@ from rarefy.runtime.autotune import check_plain
 
 EXACT, ROUNDED = 1e-3, 0.5  # of outputs' length, how far they may move: in fp32, and in 8 bits
 RULES = (
-    drop, constants, embedding, linear, reshaped, pieces, attention.parts,
-    attention.thirds, layer_scale, activation.activations, norm, layer_norm, rms,
-    heads, attention.written, attention.scaled, rotation, kv_attention.recalled, attention.multihead, pointwise,
+    drop, constants, embedding, linear, reshaped, pieces, parts,
+    thirds, layer_scale, activation.activations, norm, layer_norm, rms,
+    heads, written, scaled, rotation, recalled, multihead, pointwise,
     activation.quick_gelu, attention, between_views, conv.convolution, conv.batch_norm,
     conv.pooled, fuse, fuse,
 )  # fmt: skip
@@ -67,7 +68,7 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     want = [expected(n.meta.get("val")) for n in traced.inputs]
     shown = (args, kwargs) if traced.notes else two_samples(args, kwargs)
     exact = prove(model, in_torch(traced, want), *shown, EXACT) if values else None  # rounding hides what is wrong
-    made = Compiled(traced, kernels_of(traced, lambda w, _: _for_many(w, values), values), want)
+    made = Compiled(traced, kernels_of(traced, lambda w, _: pack_for_batches(w, values), values), want)
     prove(model, made, *shown, ROUNDED if values else EXACT, exact)
     made.forget()
     return made
@@ -103,5 +104,5 @@ def in_torch(traced: Traced, expected: Sequence[Any]) -> Compiled:
 
 def _called(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if hasattr(example, "keys"):
-        return (), {k: example[k] for k in example.keys()}
+        return (), {k: example[k] for k in example.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
     return tuple(example) if isinstance(example, tuple | list) else (example,), {}

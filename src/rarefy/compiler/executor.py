@@ -1,4 +1,4 @@
-"""TODO."""
+"""Run a compiled graph: native programs for fused subgraphs, one ATen call for each other node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The exported graph and small helpers that read and change its FX nodes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-
-from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Which kernel runs each linear layer and convolution: formats chosen from the number of zeros."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from rarefy.compiler import ops
 from rarefy.compiler.executor import Lookup
 from rarefy.compiler.fx_utils import Node, Traced, shape
-from rarefy.compiler.kernel_selection import few_zeros, packed
 from rarefy.runtime import bindings, winograd
 from rarefy.runtime.huge_pages import Pages
 from rarefy.runtime.kernel import Kernel
@@ -48,7 +47,7 @@ def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any], values: str | None
     return found
 
 
-def _for_many(weight: Tensor, values: str | None) -> Any:
+def pack_for_batches(weight: Tensor, values: str | None) -> Any:
     if values is None and few_zeros(weight):
         return pack_dense(weight)
     packed: Any = pack_tiles(weight, values or "fp32")

@@ -73,7 +73,7 @@ class SparsifyCallback(TrainerCallback):
         if file is None:
             raise ContainerError(f"no {FILE} in {places[-1]}: the checkpoint was made without this callback")
         with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
             numbers = json.loads((opened.metadata() or {}).get("numbers", "{}"))
         before = set(self.sparsifier.model.state_dict())
         self.sparsifier.load_state_dict({**numbers, **tensors})
@@ -129,7 +129,7 @@ def _reread(model: Any, folder: Path) -> None:
     state: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
-            state.update({name: opened.get_tensor(name) for name in opened.keys()})
+            state.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
     lost = model.load_state_dict(state, strict=False)
     known = {t.data_ptr() for n, t in model.state_dict().items() if n in state}
     missing = [

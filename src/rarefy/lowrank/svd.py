@@ -333,7 +333,7 @@ def _fast_enough(module: Any, share: float, batch: int, most: int, step: int) ->
         while low < high:
             middle = (low + high + 1) // 2
             thin = LowRank.empty(module, [middle * step])
-            took = compare({"dense": lambda: module(x), "thin": lambda: thin(x)}, repeats=15)
+            took = compare({"dense": lambda: module(x), "thin": lambda: thin(x)}, repeats=15)  # noqa: B023
             if took["thin"].median <= share * took["dense"].median:
                 low = middle
             else:

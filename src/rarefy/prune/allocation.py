@@ -116,7 +116,7 @@ def sensitivities(
         for layer in layers:
             if layer.layout.kind in ("linear", "conv1d-hf", "conv", "conv-transposed"):
                 for _, module, _ in layer.owners:
-                    hook = lambda m, a, out, name=layer.full_name: watch(name, out)
+                    hook = lambda m, a, out, name=layer.full_name: watch(name, out)  # noqa: E731
                     stack.callback(module.register_forward_hook(hook).remove)
         weights = [l.original for l in layers]
         stack.enter_context(trainable(weights))

@@ -71,7 +71,8 @@ def prune_(
               killed. It stays, to be removed when the result is saved
 
     Masked entries stay masked. Masks survive training; `rarefy.fold_` writes them into the weights.
-    Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged (a solver that fails half way leaves the
+    Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged (a solver that fails half way
+    leaves the
     layers before pruned). O(weights log weights) besides the pass; with a solver see `rarefy.prune.layerwise`.
 
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))

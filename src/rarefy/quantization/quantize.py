@@ -48,7 +48,8 @@ def quantize_(
     weights    int2 to int8
     group      how many inputs share a scale; None: all of an output; "tensor": the whole weight
     symmetric  codes lie around 0; False: zero has a code of its own, for weights that lean to one side
-    fit        minmax, mse or hqq: how a scale is found (`rarefy.quantization.scale_fitting`); by default mse, of 8 bits minmax
+    fit        minmax, mse or hqq: how a scale is found (`rarefy.quantization.scale_fitting`);
+               by default mse, of 8 bits minmax
     solver     rtn: each weight to its nearest point; obs (GPTQ): rounding errors are spread over weights that are not
                yet rounded, so that the layer's outputs on `data` stay (`rarefy.Solver` sets its options); round
                (AutoRound): blocks learn in `steps` which way each weight goes
@@ -60,7 +61,8 @@ def quantize_(
 
     What is zero stays zero. Weights stay on their grid through training, whose gradients go straight through (QAT);
     `rarefy.fold_` writes them into plain weights and remembers the grid, `save` then stores the codes.
-    Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged (obs that fails half way leaves the
+    Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged (obs that fails half way
+    leaves the
     layers before rounded). O(weights) besides the pass.
 
     >>> net = nn.Sequential(nn.Linear(64, 8))

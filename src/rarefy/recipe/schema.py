@@ -144,7 +144,8 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Train:
-    """Fine-tune with the masks held. `prune` lets zeros in on the way (`rarefy.train.sparsity_config`), `quantize` keeps weights
+    """Fine-tune with the masks held. `prune` lets zeros in on the way (`rarefy.train.sparsity_config`),
+    `quantize` keeps weights
     on a grid from its `start` on, `distill` learns from the model as it was before the first stage (or another, in the
     folder `teacher`). `validate` measures every epoch on `data.validate` and keeps the best; with `patience` it stops
     early. With `keep_zeros` zeros that weights have already stay (`rarefy.adopt_`). See `rarefy.fit_`."""

@@ -73,8 +73,8 @@ def cut_(
     parameters, flops, latency
               the fraction of the model's that is to be left: parameters, operations of a call on `example`, both met
               within 1 %; or its time, found by timing cuts in turns with the dense model
-    score     how much a unit matters, see `rarefy.structured.importance`: magnitude (the default), l1, scale, median, random; from
-              data also activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient
+    score     how much a unit matters, see `rarefy.structured.importance`: magnitude (the default), l1, scale, median,
+              random; from data also activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient
     reduce    how the slices of a unit are joined: sum, mean, max
     scope     units are compared in their group ("layer"), with all ("global"), or in groups built alike ("isomorphic")
     least     no group keeps less than this fraction

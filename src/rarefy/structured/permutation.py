@@ -66,8 +66,8 @@ def permute_(
     What the example does not call is not seen, and a note names it. A group stays where no order keeps more, where its
     units differ in parts that the model's class makes itself (rotary frequencies) or no selected layer takes them one
     by one. Outputs on `example` are compared before and after; groups that change them by more than 1e-5 of the largest
-    are put back, and their row says so. Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged.
-    O(R C^2) a group of C units that R rows read, and O(R C) a swap.
+    are put back, and their row says so. Raises the ValueErrors of `rarefy.common.errors`, and then the model is
+    unchanged. O(R C^2) a group of C units that R rows read, and O(R C) a swap.
 
     >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     >>> report = permute_(net, torch.randn(2, 8))

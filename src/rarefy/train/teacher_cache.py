@@ -52,7 +52,7 @@ class Answers:
     def _read(self, file: Path) -> dict[str, Tensor]:
         try:
             with safe_open(file, "pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, ValueError) as error:
             raise ContainerError(f"{file} is damaged ({error}): remove it, and the teacher is asked again") from None
 

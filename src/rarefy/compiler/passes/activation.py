@@ -10,8 +10,7 @@ from torch import fx
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import Node, Traced, aten, is_node, kind_of, put, same, shape
-from rarefy.compiler.passes.linear import _times
-from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
+from rarefy.compiler.passes.linear import scale_rows
 
 CLOSE = 1e-3  # of constants, which some models round to three digits
 QUICK = 1.702  # of sigmoid in the GELU of OpenAI's CLIP
@@ -100,9 +99,9 @@ def quick_gelu(t: Traced, node: Node) -> None:
         if not _is(inner, QUICK, [x]) or x.target is not ops.product or set(x.users) != {inner, node}:
             continue
         if y.target is ops.product and y.args[0] is node and x.args[3:] == (None, None):
-            made = _times(t, node, x.args[1:3], QUICK)
+            made = scale_rows(t, node, x.args[1:3], QUICK)
             new = put(t, node, ops.product, x.args[0], *made, None, "silu")
-            w = _times(t, y, y.args[1:2], 1 / QUICK)
+            w = scale_rows(t, y, y.args[1:2], 1 / QUICK)
             put(t, y, ops.product, new, *w, *y.args[2:])
             return
 

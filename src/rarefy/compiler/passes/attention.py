@@ -13,7 +13,6 @@ from rarefy.compiler.fx_utils import VIEWS, Node, Traced, added, aten, is_node, 
 from rarefy.compiler.passes.kv_attention import RECALL
 from rarefy.compiler.passes.linear import product_of
 from rarefy.compiler.passes.matchers import split, turns
-from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
 
 SDPA = aten.scaled_dot_product_attention.default
 

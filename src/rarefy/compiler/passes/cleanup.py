@@ -1,4 +1,4 @@
-"""TODO."""
+"""Passes that remove operators without effect and fold constants."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor, fx
 
 from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import VIEWS, Node, Traced, aten, kind_of, new_constant, same, shape
-from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
 
 WHOLE = (1 << 63) - 1  # where a slice of all ends
 

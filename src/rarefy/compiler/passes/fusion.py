@@ -1,10 +1,9 @@
-"""TODO."""
+"""The fusion pass: activations and residual sums move into the operator before them."""
 
 from __future__ import annotations
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import Node, Traced, put
-from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
 
 FULL = (ops.product, ops.convolution)  # words that take what is added and what follows
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Passes for linear layers: recognize them, split and merge them, absorb scales, and handle embeddings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import VIEWS, Node, Traced, aten, is_node, kind_of, new_constant, put, same, shape
-from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
 from rarefy.runtime.sparse_layers import Sparse, rebuilt
 
 
@@ -60,7 +59,7 @@ def reshaped(t: Traced, node: Node) -> None:
         put(t, node, ops.product, wide, *y.args[1:])
 
 
-def _times(t: Traced, at: Node, weights: Any, by: Any) -> list[Node | None]:
+def scale_rows(t: Traced, at: Node, weights: Any, by: Any) -> list[Node | None]:
     """Weights and biases times a number, or each output by its own."""
     made: list[Node | None] = []
     for n in weights:
@@ -80,7 +79,7 @@ def layer_scale(t: Traced, node: Node) -> None:
         by = t.constants[gain.name]
         alone = y.target is ops.product and len(y.users) == 1 and y.args[3:] == (None, None)
         if alone and by.dim() and by.numel() == by.shape[-1] == shape(y)[-1] and by.dim() <= len(shape(y)):
-            put(t, node, ops.product, y.args[0], *_times(t, node, y.args[1:3], by.flatten()), None, None)
+            put(t, node, ops.product, y.args[0], *scale_rows(t, node, y.args[1:3], by.flatten()), None, None)
             return
 
 

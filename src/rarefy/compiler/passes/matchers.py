@@ -1,4 +1,4 @@
-"""TODO."""
+"""Matchers that several passes use."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from typing import Any
 
 from torch import fx
 
-from rarefy.compiler.fx_utils import VIEWS, Node, aten, same, shape
-from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
-
-pass
 from rarefy.compiler.fx_utils import VIEWS, Node, aten, same, shape
 
 
@@ -30,7 +26,7 @@ def split(x: Any) -> Any:
     return v.args[0] if same(shape(v)[:2], shape(v.args[0])[:2]) else None
 
 
-def _pair(node: Any, target: Any) -> tuple[Any, Any]:
+def args_of_pair(node: Any, target: Any) -> tuple[Any, Any]:
     """The two arguments of a call, (None, None) of anything else."""
     found = isinstance(node, fx.Node) and node.target is target and len(node.args) == 2
     return (node.args[0], node.args[1]) if found else (None, None)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Passes that recognize LayerNorm and RMSNorm, also where a model writes them out, and norms of heads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from torch import fx
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import VIEWS, Node, Traced, added, aten, is_node, kind_of, put, same, shape
-from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
-
-pass
-from rarefy.compiler.passes.matchers import _pair
+from rarefy.compiler.passes.matchers import args_of_pair
 
 
 def norm(t: Traced, node: Node) -> None:
@@ -94,7 +91,7 @@ def rms(t: Traced, node: Node) -> None:
     for x, by in (node.args[:2], node.args[1::-1]):
         if not isinstance(by, fx.Node) or by.target is not aten.rsqrt.default:
             continue
-        mean, least = _pair(by.args[0], aten.add.Tensor)
+        mean, least = args_of_pair(by.args[0], aten.add.Tensor)
         if mean is None or isinstance(least, fx.Node) or mean.target is not aten.mean.dim:
             continue
         if not over_features(mean, x) or not _squares(mean.args[0], x):
@@ -104,9 +101,9 @@ def rms(t: Traced, node: Node) -> None:
 
 
 def _squares(node: Any, x: Node) -> bool:
-    if _pair(node, aten.pow.Tensor_Scalar) == (x, 2):
+    if args_of_pair(node, aten.pow.Tensor_Scalar) == (x, 2):
         return True
-    return _pair(node, aten.mul.Tensor) == (x, x)
+    return args_of_pair(node, aten.mul.Tensor) == (x, x)
 
 
 def heads(t: Traced, node: Node) -> None:

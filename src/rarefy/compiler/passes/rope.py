@@ -1,4 +1,4 @@
-"""TODO."""
+"""The pass that recognizes rotary position embeddings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import fx
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import Node, Traced, added, aten, kind_of, same, shape
-from rarefy.compiler.passes.matchers import _pair, split
+from rarefy.compiler.passes.matchers import args_of_pair, split
 
 
 def rotation(t: Traced, node: Node) -> None:
     """x cos + cat(-x's second half, its first) sin, of x that was split into heads."""
-    a, b = _pair(node, aten.add.Tensor)
+    a, b = args_of_pair(node, aten.add.Tensor)
     for plain, turned in ((a, b), (b, a)):
         for x, cosine in _either(plain):
             for halves, sine in _either(turned):
@@ -29,7 +29,7 @@ def rotation(t: Traced, node: Node) -> None:
 
 
 def _either(node: Any) -> list[tuple[Any, Any]]:
-    a, b = _pair(node, aten.mul.Tensor)
+    a, b = args_of_pair(node, aten.mul.Tensor)
     return [] if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) else [(a, b), (b, a)]
 
 
