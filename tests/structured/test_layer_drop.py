@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cut import CASES, IDS, IMAGE, language, outputs, vision
 from torch import nn
 
 import rarefy
 from rarefy.common.errors import ContainerError, DataError, ModelError, SelectorError
 from rarefy.structured.layer_drop import droppable, layer_scores, skipping
-from test_cut import CASES, IDS, IMAGE, language, outputs, vision
 
 transformers = pytest.importorskip("transformers")
 

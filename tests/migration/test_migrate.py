@@ -11,14 +11,14 @@ import time
 
 import pytest
 import torch
+from test_composition import Small
+from test_composition import data as batches
 from torch import nn
 
 import rarefy
 from rarefy.common.errors import RecipeError
 from rarefy.migration import llm_compressor, nncf_neural_compressor, sparseml
 from rarefy.migration.safe_arithmetic import compute
-from test_composition import Small
-from test_composition import data as batches
 
 ALL_LEGACY = [
     "EpochRange",

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cut import IDS, language
 from torch import nn
 
 import rarefy
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.structured import cut as module
 from rarefy.structured.structure_record import restore
-from test_cut import IDS, language
 
 transformers = pytest.importorskip("transformers")
 

@@ -115,7 +115,7 @@ def test_killed_and_gone_on(tmp_path):
     code = f"""
 import sys, time, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_loop import *
+from test_fit import *
 checkpoint.EVERY = 0.0
 def slow(epoch):
     for batch in loader():

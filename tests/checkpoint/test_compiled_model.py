@@ -11,6 +11,7 @@ from collections import OrderedDict, namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_compile import Attends, Gated, Residual, pruned
 from torch import nn
 
 import rarefy
@@ -25,7 +26,6 @@ from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
 from rarefy.pipeline import train_stage
 from rarefy.runtime import bindings
-from test_engine import Attends, Gated, Residual, pruned
 
 SHARD = "weights-00001.safetensors"
 needs_kernels = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))

@@ -161,7 +161,7 @@ def test_the_command_line_has_one_line_for_each(tmp_path):
 
 def test_sigterm_leaves_nothing_behind(tmp_path):
     code = (
-        "import time, sys; from rarefy import cli; from rarefy.common.atomic_io import whole_folder\n"
+        "import time, sys; from rarefy.cli import main as cli; from rarefy.common.atomic_io import whole_folder\n"
         "def slow(*a, **k):\n"
         "    with whole_folder(sys.argv[1]) as p:\n"
         "        (p / 'x').write_text('x'); print('in', flush=True); time.sleep(60)\n"

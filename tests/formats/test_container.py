@@ -251,7 +251,7 @@ def test_what_cannot_be_written(tmp_path, tensors, options, message):
 FULL_DISK = """
 import sys, pathlib, torch
 from rarefy.common.errors import ContainerError
-from rarefy import files
+from rarefy.common import atomic_io
 from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
 root = pathlib.Path(sys.argv[1])
@@ -290,9 +290,9 @@ def test_a_disk_that_is_really_full(tmp_path, how):
 
 def test_a_file_size_limit_counts_as_no_space(tmp_path):
     code = (
-        "import resource, sys, torch; from rarefy.formats import container, sparse\n"
+        "import resource, sys, torch; from rarefy.formats import container, sparse_encodings\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "container.write(sys.argv[1] + '/m', [('a', sparse.encode(torch.ones(999), 'dense'))])"
+        "container.write(sys.argv[1] + '/m', [('a', sparse_encodings.encode(torch.ones(999), 'dense'))])"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(container.__file__).parents[2])}
     ran = subprocess.run([sys.executable, "-B", "-c", code, tmp_path], capture_output=True, text=True, env=env)

@@ -15,7 +15,8 @@ import json, sys
 import torch
 torch.set_num_threads(2)
 import rarefy
-from rarefy.model import hf, pages
+from rarefy.calibration import offload as pages
+from rarefy.model import hf
 from rarefy.evaluation.profiling import peak_rss
 source, out, memory, samples, solver = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5])
 hf.no_bars()

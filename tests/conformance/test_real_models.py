@@ -73,7 +73,7 @@ def fashion():
     import sys
     from pathlib import Path
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
     from vision_net import SmallResNet
 
     torch.manual_seed(0)

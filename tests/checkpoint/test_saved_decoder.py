@@ -8,6 +8,8 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_compiled_model import SHARD, call, edit, needs_kernels, read_of_random_changes, seal, set_arg, shard
+from test_decoder import V, eager, far, in_pieces, pruned_to, small
 
 import rarefy
 from rarefy.checkpoint import compiled_model
@@ -19,8 +21,6 @@ from rarefy.generation.decoder import Decoder
 from rarefy.pipeline import train_stage
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels
-from test_engine_stored import SHARD, call, edit, needs_kernels, read_of_random_changes, seal, set_arg, shard
-from test_language import V, eager, far, in_pieces, pruned_to, small
 
 HOW = {
     "fp32": ({}, 0.6, None, None),

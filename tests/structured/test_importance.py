@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cut import CASES, IDS, IMAGE, language, vision
 from torch import nn
 
 import rarefy
@@ -13,7 +14,6 @@ from rarefy.dependency.graph import trace
 from rarefy.evaluation.profiling import flops
 from rarefy.structured import budget
 from rarefy.structured.importance import UNIT_SCORES, along, joined, removal_errors, unit_scores
-from test_cut import CASES, IDS, IMAGE, language, vision
 
 
 def mlp(seed=0, bias=True):

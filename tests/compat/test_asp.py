@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from test_permutation import Attends, Everything, spread_
 from torch import nn
 
 import rarefy
@@ -12,7 +13,6 @@ from conftest import tiny_llama
 from rarefy.common.errors import ModelError, PatternError, RarefyError
 from rarefy.compat import asp
 from rarefy.model.sparsity_pattern import select as choose
-from test_permute import Attends, Everything, spread_
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),

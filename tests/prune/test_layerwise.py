@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_solvers import textbook_obs
 from torch import nn
 
 import rarefy
@@ -12,7 +13,6 @@ from rarefy.prune import solver_config as solvers
 from rarefy.prune.layerwise import matrix
 from rarefy.prune.solver_config import SOLVERS
 from rarefy.recipe import parser as recipes
-from test_solve import textbook_obs
 
 SETTINGS = [("unstructured", 0.5), ("2:4", None), ("2x2", 0.5), ("column", 0.5), ("row", 0.25)]
 

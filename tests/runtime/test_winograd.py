@@ -4,12 +4,12 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+from test_conv import equal
 from torch import nn
 
 from rarefy.cli.benchmark import resident_bytes
 from rarefy.compiler.program import OPS
 from rarefy.runtime import bindings, winograd
-from test_engine_images import equal
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 

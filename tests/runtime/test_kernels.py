@@ -575,16 +575,16 @@ def test_panels_that_do_not_fit_together_never_run(change, says):
 
 def run_with_kernels(tmp_path, option, *words, **env):
     """This file, and tests of plans of images, with kernels built with an option."""
-    root, tests = Path(__file__).parents[1], Path(__file__).parent
+    root, tests = Path(__file__).parents[2], Path(__file__).parents[1]
     for call in (["-S", root, "-B", tmp_path, f"-D{option}=ON", "-DRAREFY_STRICT=ON"], ["--build", tmp_path]):
         ran = subprocess.run(["cmake", *map(str, call)], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
-    files = [str(tests / n) for n in ("test_kernels.py", "test_engine_images.py", "test_squares.py")]
+    files = [str(tests / n) for n in ("runtime/test_kernels.py", "compiler/test_conv.py", "runtime/test_winograd.py")]
     code = f"""
 import sys, types
 import pytest
-from rarefy.runtime import native
-native.find_spec = lambda name: types.SimpleNamespace(origin={str(tmp_path / "_kernels.so")!r})
+from rarefy.runtime import bindings
+bindings.find_spec = lambda name: types.SimpleNamespace(origin={str(tmp_path / "_kernels.so")!r})
 sys.exit(pytest.main([*{files!r}, "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *{words!r}]))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env, cwd=root)
