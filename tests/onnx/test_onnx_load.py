@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-import onnx
 import rarefy
 import zoo
 from conftest import Net, Tied, tiny_bert
-from onnx import TensorProto, helper, numpy_helper
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.model.activation_quant import get_inputs
 from rarefy.model.layers import all_layers
