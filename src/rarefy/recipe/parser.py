@@ -129,8 +129,8 @@ def vocabulary() -> tuple[dict[str, str], ...]:
 
 def folder() -> Path:
     """Return the folder of the recipes that ship with Rarefy."""
-    installed = Path(__file__).parent / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+    installed = Path(__file__).parents[1] / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "recipes"
 
 
 def presets() -> dict[str, Path]:
