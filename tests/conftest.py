@@ -24,6 +24,8 @@ from rarefy.common.errors import DataError, FormatError
 from rarefy.data import builtin
 from rarefy.runtime import bindings
 
+collect_ignore = ["fixtures"]  # scripts of earlier versions
+
 
 @pytest.fixture(autouse=True)
 def _seed():
