@@ -530,3 +530,17 @@ def test_doctor(run, monkeypatch):
     assert rows["sample wiki"]["is"] == "missing" and rows["sample wiki"]["get it with"] == "pip install wiki-please"
     ran = run("doctor")
     assert ran.code == 0 and ran.out.startswith("rarefy doctor\n") and "pip install wiki-please" in ran.out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["compress", "--help"], ["--show-completion", "bash"]])
+def test_help_and_version_do_not_import_torch(words):
+    code = (
+        "import sys; from rarefy.cli.main import main\n"
+        f"sys.argv = ['rarefy', *{words!r}]\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    env = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr
+    assert ran.stderr.strip().splitlines()[-1] == "[]", ran.stderr

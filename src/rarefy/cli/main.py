@@ -25,7 +25,6 @@ app = typer.Typer(
     help="Makes trained PyTorch models smaller and faster, and proves it.\n\n"
     "Start with: rarefy compress smollm2-135m --recipe smollm2-demo --out out/",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
