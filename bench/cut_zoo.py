@@ -57,14 +57,14 @@ def apart(got: list[Tensor], want: list[Tensor]) -> float:
 
 def ours(model: nn.Module, x: Any) -> dict[str, Any]:
     import rarefy
-    from rarefy.structured.masked_reference import Absent
+    from rarefy.structured.masked_reference import MaskedReference
 
     masked = copy.deepcopy(model)
     began = time.perf_counter()
     rarefy.cut_(model, x, keep=0.5)
     seconds = time.perf_counter() - began
     rarefy.cut_(masked, x, keep=0.5, mask_only=True)
-    with Absent():
+    with MaskedReference():
         want = call(masked, x)
     return {"seconds": seconds, "apart": apart(call(model, x), want)}
 
@@ -73,7 +73,7 @@ def theirs(model: Any, x: Any) -> dict[str, Any]:
     import torch_pruning as tp  # type: ignore
     from torchvision.models import VisionTransformer
 
-    from rarefy.structured.masked_reference import Absent
+    from rarefy.structured.masked_reference import MaskedReference
 
     masked = copy.deepcopy(model)
     for p in model.parameters():
@@ -112,7 +112,7 @@ def theirs(model: Any, x: Any) -> dict[str, Any]:
         model.hidden_dim = model.conv_proj.out_channels  # type: ignore[assignment]
     seconds = time.perf_counter() - began
     got = call(model, x)
-    with Absent():
+    with MaskedReference():
         want = call(masked, x)
     return {"seconds": seconds, "apart": apart(got, want)}
 

@@ -12,7 +12,7 @@ import zoo
 from rarefy.dependency.graph import trace
 from rarefy.dependency.symbolic_dims import coordinates
 from rarefy.model.batches import tensors_in
-from rarefy.structured.masked_reference import Absent
+from rarefy.structured.masked_reference import MaskedReference
 
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")
@@ -100,7 +100,7 @@ def test_a_cut_is_exact_and_the_model_lives_on(name, keep, tmp_path):
     masked = copy.deepcopy(model)
     before = sum(p.numel() for p in model.parameters())
     rarefy.cut_(masked, x, keep=keep, mask_only=True)
-    with torch.no_grad(), Absent(**_going(model, masked, x) if name in MIXING else {}):
+    with torch.no_grad(), MaskedReference(**_going(model, masked, x) if name in MIXING else {}):
         want = call(masked, x)
     del masked
     rarefy.cut_(model, x, keep=keep)
@@ -120,7 +120,7 @@ def test_a_cut_is_exact_and_the_model_lives_on(name, keep, tmp_path):
 
 
 def _going(dense: nn.Module, masked: nn.Module, x: object) -> dict[str, Any]:
-    """What `Absent` is told of units that go, read from the weights: they are zero wherever they are made."""
+    """Return the arguments of `MaskedReference` for removed units, read from the weights: they are zero where they are made."""
     graph, there = trace(dense, x), dict(masked.named_parameters())
     masks = {}
     for g in (g for g in graph.groups if g.lock is None):

@@ -14,7 +14,7 @@ from conftest import Net
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.model.activation_quant import Inputs, get_inputs, noted, set_inputs_
 from rarefy.model.layers import all_layers
-from rarefy.quantization.activation_observers import static
+from rarefy.quantization.activation_observers import static_grid
 from rarefy.runtime import bindings, candidates, packing, reference
 from rarefy.runtime.sparse_layers import SparseLinear
 
@@ -39,7 +39,7 @@ def test_dynamic_is_the_kernels_own_rounding():
 @pytest.mark.parametrize("low", [-3.0, 0.0])
 def test_static_goes_to_the_nearest_of_256_points(low):
     x = torch.rand(1000) * (5 - low) + low
-    grid = static(x, "minmax")
+    grid = static_grid(x, "minmax")
     points = (torch.arange(256) - grid.zero) * grid.scale
     assert 0.0 in points.tolist()
     nearest = points[(x[:, None] - points).abs().argmin(1)]
@@ -51,17 +51,17 @@ def test_observers_leave_out_the_rare():
     torch.manual_seed(0)
     x = torch.randn(200_000)
     x[:3] = 1000.0
-    narrow, whole = (static(x, o).scale or 0.0 for o in ("percentile", "minmax"))
+    narrow, whole = (static_grid(x, o).scale or 0.0 for o in ("percentile", "minmax"))
     assert 0 < narrow < 0.02 * whole
     heavy = torch.randn(100_000) ** 3
-    off = {o: float((static(heavy, o)(heavy) - heavy).square().sum()) for o in ("minmax", "percentile", "mse")}
+    off = {o: float((static_grid(heavy, o)(heavy) - heavy).square().sum()) for o in ("minmax", "percentile", "mse")}
     assert off["mse"] < 0.95 * off["minmax"] and off["mse"] <= off["percentile"]
 
 
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
 def test_constants_have_a_grid(observer):
-    assert static(torch.full((9,), 3.0), observer)(torch.tensor([3.0])) == pytest.approx(3.0, rel=0.01)
-    assert static(torch.zeros(9), observer)(torch.zeros(3)).tolist() == [0.0] * 3
+    assert static_grid(torch.full((9,), 3.0), observer)(torch.tensor([3.0])) == pytest.approx(3.0, rel=0.01)
+    assert static_grid(torch.zeros(9), observer)(torch.zeros(3)).tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("activations", ["int8", "int8-static"])

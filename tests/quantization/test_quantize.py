@@ -18,7 +18,7 @@ from rarefy.model.quant_grid import Codebook, Grid, get_grid, live_grid, notes, 
 from rarefy.pipeline.dry_run import forecast
 from rarefy.prune import solvers
 from rarefy.quantization.config import asked
-from rarefy.quantization.grids import grid_for
+from rarefy.quantization.grids import fit_grid
 from rarefy.quantization.scale_fitting import FITS
 from rarefy.recipe import parser as recipes
 
@@ -57,7 +57,7 @@ def off(model, dense, data):
 def test_a_weight_goes_to_its_nearest_point(bits, symmetric):
     torch.manual_seed(bits)
     W = torch.randn(3, 8) + (0 if symmetric else 1)
-    grid = grid_for(W, (3, 2), asked(f"int{bits}", 4, symmetric))
+    grid = fit_grid(W, (3, 2), asked(f"int{bits}", 4, symmetric))
     got = grid.snap(W)
     low, high = grid.range
     for i, j in product(range(3), range(8)):
@@ -98,7 +98,7 @@ def test_mse_weighs_each_error():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_values_in_other_types_stay_on_their_grid(dtype, bits):
     W = torch.randn(8, 64).to(dtype)
-    grid = grid_for(W, (8, 1), asked(f"int{bits}", None, False))
+    grid = fit_grid(W, (8, 1), asked(f"int{bits}", None, False))
     got = grid.snap(W)
     assert got.dtype == dtype and grid.holds(got)
     assert not grid.holds(got + grid.scale.to(dtype) / 3)
@@ -113,7 +113,7 @@ def test_scales_lie_as_weights_do():
     assert scale_shape(select(net, "up")[0], 4) == (2, 4, 2, 2) and scale_shape(select(net, "up")[0], 2) == (4, 4, 2, 2)
     assert scale_shape(all_layers(nn.MultiheadAttention(8, 2))[0], 4) == (24, 2)
     for layer in all_layers(net):  # one scale an output: rows of the matrix do not see each other
-        grid = grid_for(layer.weight.detach(), shapes[layer.name], asked("int8"))
+        grid = fit_grid(layer.weight.detach(), shapes[layer.name], asked("int8"))
         G, _, O, _ = layer.layout.shape
         spread = layer.layout.view(grid.spread(grid.scale, layer.weight.shape))
         top = layer.layout.view(layer.weight.detach()).abs().amax((1, 3))

@@ -16,7 +16,7 @@ import torch
 
 from rarefy.common.errors import FormatError
 from rarefy.quantization.config import asked
-from rarefy.quantization.grids import grid_for
+from rarefy.quantization.grids import fit_grid
 from rarefy.runtime import bindings, huge_pages, packing, reference
 from rarefy.runtime.kernel import Kernel, Together, fit_together
 
@@ -478,7 +478,7 @@ def on_grid(O, C, weights, group, symmetric):
     ask = asked(weights, group, symmetric)
     shape = (1, 1) if group == "tensor" else (O, 1 if group is None else C // group)
     W = torch.randn(O, C) + (0 if symmetric else 0.5)
-    grid = grid_for(W, shape, ask)
+    grid = fit_grid(W, shape, ask)
     return grid.snap(W), grid
 
 

@@ -15,7 +15,7 @@ from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.dependency.graph import trace
 from rarefy.dependency.symbolic_dims import Algebra, Axis, Prod, Sum, kept, leaves, size
 from rarefy.model.mha import OwnHeads
-from rarefy.structured.masked_reference import Absent
+from rarefy.structured.masked_reference import MaskedReference
 
 # ---- the algebra against torch: what stays of a tensor must be a grid, whatever happens to it ------------------------
 
@@ -263,7 +263,7 @@ def test_a_cut_model_is_the_masked_one(name, keep, tmp_path):
     rarefy.cut_(masked, x, keep=keep, mask_only=True)
     report = rarefy.cut_(cut, x, keep=keep)
     with torch.no_grad():
-        with Absent():
+        with MaskedReference():
             want = outputs(masked, x)
         got = outputs(cut, x)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max() and want.abs().max() > 1e-3
@@ -671,7 +671,7 @@ def test_attention_of_torch_is_cut_where_heads_do_not_divide(keep, tmp_path):
     assert model[1].layers[0].self_attn.num_heads == round(5 * keep + 0.01) and model[0].out_features == round(
         80 * keep
     )
-    with Absent(), torch.no_grad():
+    with MaskedReference(), torch.no_grad():
         want = masked(x)
     torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
     rarefy.save(model, tmp_path / "out")

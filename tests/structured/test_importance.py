@@ -13,7 +13,7 @@ from rarefy.common.errors import DataError, ModelError
 from rarefy.dependency.graph import trace
 from rarefy.evaluation.profiling import flops
 from rarefy.structured import budget
-from rarefy.structured.importance import UNIT_SCORES, along, joined, removal_errors, unit_scores
+from rarefy.structured.importance import UNIT_SCORES, reduce_slices, removal_errors, sum_along, unit_scores
 
 
 def mlp(seed=0, bias=True):
@@ -196,7 +196,7 @@ def test_global_and_isomorphic_orders():
 def test_joined_is_fair_between_parameters_of_other_scales():
     where = torch.arange(3)
     a, b = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[300.0], [200.0], [100.0]])
-    fair = joined([(*along(a, 0), where), (*along(b, 0), where)], 3, "sum", fair=True)
+    fair = reduce_slices([(*sum_along(a, 0), where), (*sum_along(b, 0), where)], 3, "sum", fair=True)
     assert torch.allclose(fair, torch.full((3,), 2.0, dtype=torch.float64))
 
 

@@ -194,10 +194,10 @@ def test_a_saved_config_sets_nothing_but_smaller_numbers(tmp_path):
     rarefy.save(model, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "rarefy.json").read_text())
     index["meta"]["structure"]["config"] |= {"vocab_size": 10**9, "rope_theta": "evil", "num_hidden_layers": -1}
-    from rarefy.structured.hf_config import adopt_config
+    from rarefy.structured.hf_config import shrink_config
 
     fresh = language("Llama", num_key_value_heads=2)
-    adopt_config(fresh, index["meta"]["structure"]["config"])
+    shrink_config(fresh, index["meta"]["structure"]["config"])
     assert fresh.config.vocab_size == 100 and fresh.config.num_hidden_layers == 2 and fresh.config.hidden_size == 24
 
 

@@ -14,7 +14,7 @@ from rarefy.common.errors import ModelError, PatternError, RecipeError
 from rarefy.dependency.symbolic_dims import Axis, Prod, Sum, coordinates, ordered, size
 from rarefy.model.sparsity_pattern import select as choose
 from rarefy.structured import permutation as module
-from rarefy.structured.permutation_search import _Groups, kept, search
+from rarefy.structured.permutation_search import _Groups, kept_score, search
 
 PATTERNS = [(2, 4), (1, 2), (1, 4), (3, 4), (4, 8)]
 
@@ -28,7 +28,7 @@ def scores(rows, columns, seed=0):
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_kept_is_what_the_pattern_keeps(n, m):
     S = scores(5, 16)
-    assert kept(S, n, m) == pytest.approx(float(S[choose(S, f"{n}:{m}")].sum()), rel=1e-5)
+    assert kept_score(S, n, m) == pytest.approx(float(S[choose(S, f"{n}:{m}")].sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
@@ -36,7 +36,7 @@ def test_gains_of_all_swaps_are_what_swapping_gains(n, m):
     S = scores(6, 16)
     groups = _Groups(S, n, m)
     groups.swap([(0, 15), (3, 9)] if m < 8 else [(0, 15)])  # not only the first order
-    order, before = groups.order.flatten(), kept(S[:, groups.order.flatten()], n, m)
+    order, before = groups.order.flatten(), kept_score(S[:, groups.order.flatten()], n, m)
     assert before == pytest.approx(float(groups.kept.sum()), rel=1e-5)
     for i, j in itertools.combinations(range(16), 2):
         a, b = groups.group[i], groups.group[j]
@@ -44,27 +44,27 @@ def test_gains_of_all_swaps_are_what_swapping_gains(n, m):
             continue
         gain = groups.P[i, j] + groups.P[j, i] - groups.kept[a] - groups.kept[b]
         swapped = torch.where(order == i, j, torch.where(order == j, i, order))
-        assert float(gain) == pytest.approx(kept(S[:, swapped], n, m) - before, abs=1e-3 * before)
+        assert float(gain) == pytest.approx(kept_score(S[:, swapped], n, m) - before, abs=1e-3 * before)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_small_ones_are_solved(seed):
     S = torch.rand(4, 8, generator=torch.Generator().manual_seed(seed))
     best = max(
-        kept(S[:, [*a, *(c for c in range(8) if c not in a)]], 2, 4) for a in itertools.combinations(range(8), 4)
+        kept_score(S[:, [*a, *(c for c in range(8) if c not in a)]], 2, 4) for a in itertools.combinations(range(8), 4)
     )
     found = search(S, 2, 4, seconds=20, seed=seed)
     assert found.ended and found.order.sort().values.tolist() == [*range(8)]
-    assert kept(S[:, found.order], 2, 4) == pytest.approx(best, rel=1e-5)
+    assert kept_score(S[:, found.order], 2, 4) == pytest.approx(best, rel=1e-5)
     assert torch.equal(found.order, search(S, 2, 4, seconds=20, seed=seed).order)
 
 
 def test_large_gaps_are_closed_and_time_is_kept():
     """64 x 128 of normal weights: of what 2:4 keeps less than the best half would, NVIDIA's search gets 35 % back."""
     W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).abs()
-    best, before = float(W.flatten().topk(W.numel() // 2).values.sum()), kept(W, 2, 4)
+    best, before = float(W.flatten().topk(W.numel() // 2).values.sum()), kept_score(W, 2, 4)
     found = search(W, 2, 4, seconds=20)
-    assert (kept(W[:, found.order], 2, 4) - before) / (best - before) > 0.42
+    assert (kept_score(W[:, found.order], 2, 4) - before) / (best - before) > 0.42
     none = search(scores(64, 128), 2, 4, seconds=1e-9)
     assert not none.ended and none.swaps == 0 and torch.equal(none.order, torch.arange(128))
 
@@ -73,10 +73,10 @@ def test_large_gaps_are_closed_and_time_is_kept():
 def test_many_columns_are_taken_in_parts(width):
     """Wider than a part, as wide as all are measured against all, and wider; stopped at once, and not."""
     S = torch.randn(24, width).abs() * torch.randn(width).exp()
-    before, best = kept(S, 2, 4), float(S.topk(width // 2).values.sum())
+    before, best = kept_score(S, 2, 4), float(S.topk(width // 2).values.sum())
     found = search(S, 2, 4, seconds=3.0)
     assert torch.equal(found.order.sort().values, torch.arange(width))
-    assert kept(S[:, found.order], 2, 4) > before + 0.5 * (best - before)
+    assert kept_score(S[:, found.order], 2, 4) > before + 0.5 * (best - before)
     stopped = search(S, 2, 4, seconds=1e-9)
     assert torch.equal(stopped.order.sort().values, torch.arange(width)) and not stopped.ended and stopped.swaps == 0
 
@@ -181,7 +181,7 @@ def test_what_a_row_says_is_counted_on_the_layers():
     for row, W in ((first, model[2].weight), (second, model[4].weight)):
         A = W.detach().abs()
         assert row["units"] == A.shape[1] and row["rows"] == len(A)
-        assert row["kept"] == pytest.approx(kept(A, 2, 4) / float(A.sum()), rel=1e-5)
+        assert row["kept"] == pytest.approx(kept_score(A, 2, 4) / float(A.sum()), rel=1e-5)
 
 
 def test_rotary_heads_stay_and_others_move():

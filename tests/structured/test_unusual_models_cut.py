@@ -379,11 +379,11 @@ def test_hostile_notes_of_a_model_that_fits(tmp_path):
 
 
 def test_a_saved_config_changes_no_ids():
-    from rarefy.structured.hf_config import adopt_config
+    from rarefy.structured.hf_config import shrink_config
 
     model = language("Llama", num_key_value_heads=2)
     before = {k: getattr(model.config, k) for k in ("eos_token_id", "pad_token_id", "max_position_embeddings")}
-    adopt_config(model, {"eos_token_id": 0, "pad_token_id": 1, "max_position_embeddings": 1, "hidden_size": 24})
+    shrink_config(model, {"eos_token_id": 0, "pad_token_id": 1, "max_position_embeddings": 1, "hidden_size": 24})
     assert {k: getattr(model.config, k) for k in before} == before and model.config.hidden_size == 24
 
 

@@ -12,7 +12,7 @@ from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model.layers import all_layers
 from rarefy.train import fisher
 from rarefy.train.sparsifier import Sparsifier
-from rarefy.train.sparsity_config import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder, asked
+from rarefy.train.sparsity_config import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder, resolve_config
 from rarefy.train.sparsity_methods import lr_progress
 from rarefy.train.sparsity_schedule import sparsities
 
@@ -387,23 +387,23 @@ BAD = {
     "no plan": (lambda: Sparsifier(mlp(), "rigl", steps=3), "prune is a plan such as rarefy.Gradual"),
     "steps": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5), steps=0), "steps is the number of training steps, at least 1, got 0"),
     "no progress": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5)).step(), "is told how far training is"),
-    "beyond the end": (lambda: asked(Rigl(sparsity=0.5, end=1.2)), "starts and ends within training, 0..1, got 0.0 to 1.2"),
+    "beyond the end": (lambda: resolve_config(Rigl(sparsity=0.5, end=1.2)), "starts and ends within training, 0..1, got 0.0 to 1.2"),
     "too short": (lambda: Sparsifier(mlp(), Alternate(sparsity=0.5, cycles=8), steps=10), "has 17 events and training only 10 steps"),
-    "soft with sparsity": (lambda: asked(Movement(sparsity=0.5, penalty=1.0)), "leave sparsity out, or penalty"),
-    "soft N:M": (lambda: asked(Movement(pattern="2:4", penalty=1.0)), "decides the sparsity: penalty has no effect"),
-    "soft scope": (lambda: asked(Movement(scope="global", penalty=1.0)), "scope has no effect"),
-    "penalty": (lambda: asked(Movement(penalty=-1.0)), "penalty is greater than 0, got -1.0"),
-    "drop": (lambda: asked(Rigl(sparsity=0.5, drop=1.5)), "drop lies between 0 and 1, got 1.5"),
-    "rounds": (lambda: asked(Rewind(sparsity=0.5, rounds=0)), "at least one step and at most 100,000, got 0|rounds is a whole number"),
-    "cycles": (lambda: asked(Alternate(sparsity=0.5, cycles=2.5)), "cycles is a whole number from 1 to 100,000, got 2.5"),
-    "phases": (lambda: asked(Alternate(sparsity=0.5, start=0.5, end=0.5)), "phases lie between start and end"),
-    "damp": (lambda: asked(SecondOrder(sparsity=0.5, damp=0.0)), "damp is greater than 0, got 0.0"),
-    "allocate": (lambda: asked(Rigl(sparsity=0.5, allocate="owl")), "unknown allocation 'owl'"),
-    "allocate N:M": (lambda: asked(Rigl(pattern="2:4", allocate="erk")), "allocate has no effect"),
-    "rigl global": (lambda: asked(Rigl(sparsity=0.5, scope="global")), "scope 'global' has no effect"),
-    "ends N:M": (lambda: asked(Gradual(pattern="2:4", ends={"1": 0.5})), "ends has no effect"),
-    "ends": (lambda: asked(Gradual(sparsity=0.5, first=0.3, ends={"1": 0.2})), "'1' ends between first .0.3. and 1, got 0.2"),
-    "start after end": (lambda: asked(Gradual(sparsity=0.5, start=0.9)), "pruning starts at 0.9 and ends at 0.7: start comes first"),
+    "soft with sparsity": (lambda: resolve_config(Movement(sparsity=0.5, penalty=1.0)), "leave sparsity out, or penalty"),
+    "soft N:M": (lambda: resolve_config(Movement(pattern="2:4", penalty=1.0)), "decides the sparsity: penalty has no effect"),
+    "soft scope": (lambda: resolve_config(Movement(scope="global", penalty=1.0)), "scope has no effect"),
+    "penalty": (lambda: resolve_config(Movement(penalty=-1.0)), "penalty is greater than 0, got -1.0"),
+    "drop": (lambda: resolve_config(Rigl(sparsity=0.5, drop=1.5)), "drop lies between 0 and 1, got 1.5"),
+    "rounds": (lambda: resolve_config(Rewind(sparsity=0.5, rounds=0)), "at least one step and at most 100,000, got 0|rounds is a whole number"),
+    "cycles": (lambda: resolve_config(Alternate(sparsity=0.5, cycles=2.5)), "cycles is a whole number from 1 to 100,000, got 2.5"),
+    "phases": (lambda: resolve_config(Alternate(sparsity=0.5, start=0.5, end=0.5)), "phases lie between start and end"),
+    "damp": (lambda: resolve_config(SecondOrder(sparsity=0.5, damp=0.0)), "damp is greater than 0, got 0.0"),
+    "allocate": (lambda: resolve_config(Rigl(sparsity=0.5, allocate="owl")), "unknown allocation 'owl'"),
+    "allocate N:M": (lambda: resolve_config(Rigl(pattern="2:4", allocate="erk")), "allocate has no effect"),
+    "rigl global": (lambda: resolve_config(Rigl(sparsity=0.5, scope="global")), "scope 'global' has no effect"),
+    "ends N:M": (lambda: resolve_config(Gradual(pattern="2:4", ends={"1": 0.5})), "ends has no effect"),
+    "ends": (lambda: resolve_config(Gradual(sparsity=0.5, first=0.3, ends={"1": 0.2})), "'1' ends between first .0.3. and 1, got 0.2"),
+    "start after end": (lambda: resolve_config(Gradual(sparsity=0.5, start=0.9)), "pruning starts at 0.9 and ends at 0.7: start comes first"),
     "no data": (lambda: Sparsifier(mlp(), SecondOrder(sparsity=0.5), steps=30), "second-order pruning reads statistics: give calibrate"),
     "score without data": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5, score="wanda"), steps=30), "score 'wanda' reads statistics"),
     "empty data": (lambda: Sparsifier(mlp(), SecondOrder(sparsity=0.5), steps=30, calibrate=[]), "the calibration data is empty"),

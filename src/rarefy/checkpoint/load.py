@@ -25,8 +25,8 @@ from rarefy.model import activation_quant, hf, lowrank_modules
 from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import note_
 from rarefy.runtime.autotune import accelerate_, accelerate_each, check_options
-from rarefy.structured.hf_config import adopt_config
-from rarefy.structured.structure_record import check_told, restore
+from rarefy.structured.hf_config import shrink_config
+from rarefy.structured.structure_record import check_record, restore
 
 
 def load(
@@ -119,12 +119,12 @@ def load(
 def _restructure(saved: container.Container, model: nn.Module, structure: dict[str, Any], path: Any) -> Slots:
     """Give a model the structure that was saved, and return its slots; ContainerError where the tensors do not fit."""
     if saved.meta.get("cut") is not None:
-        check_told(saved.meta["cut"], path)
+        check_record(saved.meta["cut"], path)
         if _fits(saved, model):
             model.rarefy_cut = saved.meta["cut"]  # type: ignore[assignment]
         else:
             restore(model, saved.meta["cut"], path)
-            adopt_config(model, structure.get("config"))
+            shrink_config(model, structure.get("config"))
     layer_tying.restore_(model, saved.meta.get("tied", {}), path)
     told = saved.meta.get("factors", {})
     if told != lowrank_modules.noted(model):
@@ -167,7 +167,7 @@ def _before_cuts(saved: container.Container, structure: dict[str, Any], path: st
     cut = saved.meta.get("cut")
     if cut is None:
         return structure
-    check_told(cut, path)
+    check_record(cut, path)
     return structure if cut["config"] or not cut["base"] else {**structure, "config": cut["base"]}
 
 

@@ -22,8 +22,7 @@ from rarefy.prune.prune import asked, check_ask, chosen_layers
 from rarefy.quantization.config import Ask
 from rarefy.quantization.config import asked as asked_values
 from rarefy.recipe import parser as recipes
-from rarefy.train.sparsity_config import Movement
-from rarefy.train.sparsity_config import asked as asked_plan
+from rarefy.train.sparsity_config import Movement, resolve_config
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -78,7 +77,7 @@ def targets(
                 chosen = chosen_layers(model, s.layers, s.ignore, ask.plan)
                 found = Target(number, chosen, ask.plan, ask.sparsity)
             elif isinstance(stage, recipes.Train) and stage.prune:
-                s, ask = stage.prune, asked_plan(stage.prune)
+                s, ask = stage.prune, resolve_config(stage.prune)
                 soft = isinstance(s, Movement) and s.penalty is not None  # how many zeros it finds, nobody knows yet
                 chosen = chosen_layers(model, s.layers, s.ignore, ask.pattern)
                 found = Target(number, chosen, ask.pattern, 0.0 if soft else ask.sparsity)

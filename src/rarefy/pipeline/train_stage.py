@@ -31,7 +31,7 @@ from rarefy.train.distill import Distiller, frozen_copy
 from rarefy.train.fit import Steps, fit_
 from rarefy.train.optimizers import optimizer_of
 from rarefy.train.sparsifier import check_steps
-from rarefy.train.sparsity_config import Plan
+from rarefy.train.sparsity_config import SparsityConfig
 
 
 def train_(
@@ -209,7 +209,7 @@ class Sparsifier(sparsifier.Sparsifier):
     def __init__(
         self,
         model: nn.Module,
-        recipe: str | Path | Mapping[str, Any] | recipes.Recipe | Plan,
+        recipe: str | Path | Mapping[str, Any] | recipes.Recipe | SparsityConfig,
         *,
         steps_per_epoch: int | None = None,
         steps: int | None = None,
@@ -222,7 +222,7 @@ class Sparsifier(sparsifier.Sparsifier):
         **overrides: Any,
     ):
         stage, seed, given = recipes.Train(prune=None), 0, None
-        if isinstance(recipe, Plan):
+        if isinstance(recipe, SparsityConfig):
             stage = replace(stage, prune=recipe)
             if steps_per_epoch is not None:
                 raise RecipeError("a plan does not say how many epochs there are: give steps, of the whole training")

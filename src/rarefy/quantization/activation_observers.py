@@ -23,7 +23,7 @@ TAIL = 1e-4  # share of the values that a percentile leaves out at each end
 SHRINKS = 30
 
 
-def inputs_for(
+def input_grids(
     model: nn.Module,
     layers: Sequence[Layer],
     kind: str,
@@ -34,7 +34,11 @@ def inputs_for(
     """Return how the inputs of each layer are to be rounded, by its name, and which layers have none that could be. One
     pass over `data` for static ones; ModelError for inputs that are not finite, DataError for no data."""
     readers = {id(c) for m in model.modules() if isinstance(m, READERS) for c in m.children()}
-    able = [l for l in layers if l.param == "weight" and modules_of(l) and not {id(m) for m in modules_of(l)} & readers]
+    able = [
+        l
+        for l in layers
+        if l.param == "weight" and matmul_modules(l) and not {id(m) for m in matmul_modules(l)} & readers
+    ]
     left = [l.full_name for l in layers if l not in able]
     if kind == "int8":
         return {l.full_name: Inputs() for l in able}, left
@@ -43,15 +47,15 @@ def inputs_for(
     silent = [n for n, values in seen.items() if not values]
     if silent:
         raise DataError(f"the calibration data is empty, or does not reach {', '.join(silent)}")
-    return {name: static(torch.cat(values), observer) for name, values in seen.items()}, left
+    return {name: static_grid(torch.cat(values), observer) for name, values in seen.items()}, left
 
 
-def modules_of(layer: Layer) -> list[nn.Module]:
+def matmul_modules(layer: Layer) -> list[nn.Module]:
     """Return the owners of a weight that multiply what they are given by it: an embedding is given numbers of rows."""
     return [m for _, m, _ in layer.owners if takes_inputs(m)]
 
 
-def static(x: Tensor, observer: str) -> Inputs:
+def static_grid(x: Tensor, observer: str) -> Inputs:
     """Return the grid of 8 bits for values like x; zero is one of its points.
 
     >>> static(torch.tensor([0.0, 2.55]), "minmax")
@@ -91,7 +95,7 @@ def _watch(model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], progr
 
     with evaluating(model), torch.no_grad(), ExitStack() as stack:
         for layer in layers:
-            for module in modules_of(layer):
+            for module in matmul_modules(layer):
                 hook = module.register_forward_pre_hook(watch(layer.full_name), with_kwargs=True)
                 stack.callback(hook.remove)
         for batch in track(data, "ranges of inputs", progress):

@@ -28,20 +28,20 @@ from rarefy.model.quant_grid import Grid, beside, split
 from rarefy.prune.layerwise import check_solvable
 from rarefy.prune.reconstruction import block_error, block_loss
 from rarefy.prune.solver_config import in_bf16, passes
-from rarefy.quantization.config import Ask, Made
-from rarefy.quantization.grids import grid_for
+from rarefy.quantization.config import Ask, QuantizedWeight
+from rarefy.quantization.grids import fit_grid
 
 LOOKS = 10  # times that the held-out error is looked at
 
 
-def round_(
+def learn_rounding_(
     model: nn.Module,
     chosen: Sequence[Layer],
     ask: Ask,
     shapes: Mapping[str, tuple[int, ...]],
     data: Iterable[Any],
     progress: bool = False,
-) -> tuple[dict[str, dict[str, Any]], list[Made]]:
+) -> tuple[dict[str, dict[str, Any]], list[QuantizedWeight]]:
     """Round the chosen layers in place, block by block; return what is to be told of each (its block's held-out error
     before and after), and its grid. Layers in no block are rounded to nearest. O(steps x three passes of a block)."""
     solver = ask.solver
@@ -49,7 +49,7 @@ def round_(
     data = data if isinstance(data, list | tuple) else list(data)
     first = check_solvable(chosen, data, "solver round")
     rows: dict[str, dict[str, Any]] = {}
-    made: dict[str, Made] = {}
+    made: dict[str, QuantizedWeight] = {}
     with distributed.together(), passes(solver):
         places = with_ends(order(model, first, chosen, dense=True), _found(model, chosen, solver.blocks))
         with closing(walk(model, data, places, dense=True)) as stops:
@@ -60,7 +60,7 @@ def round_(
     for layer in chosen:
         if layer.full_name not in made:
             weight = layer.weight.detach()
-            grid = grid_for(weight, shapes[layer.full_name], ask)
+            grid = fit_grid(weight, shapes[layer.full_name], ask)
             rows[layer.full_name], made[layer.full_name] = {}, (grid, grid.snap(weight), None)
     return rows, [made[l.full_name] for l in chosen]
 
@@ -73,7 +73,7 @@ def _found(model: nn.Module, chosen: Sequence[Layer], names: str | None) -> list
         raise ModelError(words) from None
 
 
-class Rounded:
+class LearnedRounding:
     """A weight that learns how to be rounded."""
 
     def __init__(self, layer: Layer, grid: Grid):
@@ -117,13 +117,15 @@ def _learn(
     ask: Ask,
     shapes: Mapping[str, tuple[int, ...]],
     rows: dict[str, dict[str, Any]],
-    made: dict[str, Made],
+    made: dict[str, QuantizedWeight],
 ) -> None:
     began, solver = time.perf_counter(), ask.solver
     assert solver is not None and solver.steps is not None
     module, layers = end.block.module, end.block.layers
     names = {id(p): n for n, p in module.named_parameters()}
-    learnt = {names[id(l.original)]: Rounded(l, grid_for(l.weight.detach(), shapes[l.full_name], ask)) for l in layers}
+    learnt = {
+        names[id(l.original)]: LearnedRounding(l, fit_grid(l.weight.detach(), shapes[l.full_name], ask)) for l in layers
+    }
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return functional_call(module, {n: r.weight() for n, r in learnt.items()}, args, kwargs)

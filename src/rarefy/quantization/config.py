@@ -24,7 +24,7 @@ ROUND = {"steps": 200, "bf16": False}  # defaults of the solver round, whose lr 
 FLOATS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16", "fp32": "fp32"}
 
 
-Made = tuple[Values, Tensor, Tensor | None]  # grid, weights as stored, mask where it is new
+QuantizedWeight = tuple[Values, Tensor, Tensor | None]  # grid, weights as stored, mask where it is new
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,19 @@ from rarefy.prune import solvers
 from rarefy.prune.layerwise import check_solvable, choosers, factor, given_mask, matrix, stored, target_of
 from rarefy.prune.solver_config import Ask as PruneAsk
 from rarefy.prune.solver_config import passes
-from rarefy.quantization.config import Ask, Made
-from rarefy.quantization.grids import finite, fitted, grid_for
+from rarefy.quantization.config import Ask, QuantizedWeight
+from rarefy.quantization.grids import check_finite, fit_grid, fit_scales
 from rarefy.quantization.scale_fitting import FITS
 
 
-def solve_(
+def gptq_(
     model: nn.Module,
     chosen: Sequence[Layer],
     ask: Ask,
     shapes: Mapping[str, tuple[int, ...]],
     data: Iterable[Any],
     progress: bool = False,
-) -> tuple[dict[str, dict[str, Any]], list[Made]]:
+) -> tuple[dict[str, dict[str, Any]], list[QuantizedWeight]]:
     """Round the chosen layers in place, each on the inputs that it gets from layers rounded before it; return what is
     to be told of each (its relative error on these inputs, damping, seconds), and its grid. One forward pass + solver.
     """
@@ -43,7 +43,7 @@ def solve_(
     first = check_solvable(chosen, data, f"solver {solver.name}")
     dense = bool(solver.asymmetric)
     rows: dict[str, dict[str, Any]] = {}
-    made: dict[str, Made] = {}
+    made: dict[str, QuantizedWeight] = {}
     with passes(solver):
         groups = order(model, first, chosen, dense=dense)
         with closing(walk(model, data, groups, dense=dense)) as stops:
@@ -55,7 +55,9 @@ def solve_(
     return rows, [made[l.full_name] for l in chosen]
 
 
-def _solve(layer: Layer, stop: Stop, ask: Ask, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], Made]:
+def _solve(
+    layer: Layer, stop: Stop, ask: Ask, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Any], QuantizedWeight]:
     began, H, solver = time.perf_counter(), stop.gram.H, ask.solver
     assert H is not None and solver is not None and solver.damping is not None and solver.block is not None
     W = matrix(layer, layer.weight.detach().float())
@@ -75,12 +77,12 @@ def _solve(layer: Layer, stop: Stop, ask: Ask, shapes: Mapping[str, tuple[int, .
         target, kept = solvers.obs(target, U, choose, edges)
         target = solvers.refit(target, target_of(W, H, stop.gram, solver), solvers.damped(H, used), kept)
         fresh = stored(layer, kept, shape)
-    snap = OnColumns(layer, torch.where(kept, target, 0.0), ask, shapes[layer.full_name], columns)
+    snap = ColumnGrid(layer, torch.where(kept, target, 0.0), ask, shapes[layer.full_name], columns)
     new, _ = solvers.obs(target, U, given_mask(kept), edges, snap)
     grid = snap.grid()
     weight = stored(layer, new, shape).to(layer.original.dtype)
     weight = torch.where(weight == 0, 0.0, grid.snap(weight))  # what half a step of the weight's type has moved
-    weight = finite(layer, grid, weight)
+    weight = check_finite(layer, grid, weight)
     error, energy = (
         solvers.error(matrix(layer, weight.float()), W, H).sum(),
         solvers.error(torch.zeros_like(W), W, H).sum(),
@@ -109,7 +111,7 @@ def _importance(layer: Layer, H: Tensor) -> Tensor:
     return (d + 1e-3 * d.mean(-1, keepdim=True) + 1e-12)[:, None]
 
 
-class OnColumns:
+class ColumnGrid:
     """A layer's grid, a column of its matrix [G, O, C] at a time. Scales that groups of inputs share are found when the
     group is reached, from weights that have taken up the errors of those before; all others from the layer's own."""
 
@@ -117,7 +119,7 @@ class OnColumns:
         self.layer, self.ask, self.shape, self.columns = layer, ask, shape, columns
         whole = stored(layer, W, tuple(layer.original.shape))
         weigh = stored(layer, columns.expand_as(W), tuple(layer.original.shape))
-        grid = grid_for(whole, shape, ask, weigh)
+        grid = fit_grid(whole, shape, ask, weigh)
         self.group = ask.group if isinstance(ask.group, int) else 0
         self.scale = matrix(layer, grid.spread(grid.scale.float(), whole.shape)).clone()
         self.zero = None if grid.zero is None else matrix(layer, grid.spread(grid.zero.float(), whole.shape)).clone()
@@ -128,7 +130,7 @@ class OnColumns:
         G, n, O = W.shape
         X = torch.where(kept, W, 0.0).transpose(1, 2).reshape(G * O, n)  # zero is a point of every grid
         weigh = self.columns[..., first : first + n].expand(G, O, n).reshape(G * O, n)
-        scale, zero = fitted(FITS[self.ask.fit], X, self.ask, weigh)
+        scale, zero = fit_scales(FITS[self.ask.fit], X, self.ask, weigh)
         self.scale[..., first : first + n] = scale.float().reshape(G, O, 1)
         if self.zero is not None and zero is not None:
             self.zero[..., first : first + n] = zero.float().reshape(G, O, 1)

@@ -19,9 +19,9 @@ from rarefy.model.masks import check_maskable, get_mask, set_mask_
 from rarefy.model.quant_grid import Grid, Values, get_grid, live_grid, note_, scale_shape, set_grid_
 from rarefy.prune.prune import check_weights, chosen_layers
 from rarefy.prune.solver_config import Solver
-from rarefy.quantization.activation_observers import inputs_for, modules_of
+from rarefy.quantization.activation_observers import input_grids, matmul_modules
 from rarefy.quantization.config import Ask, asked
-from rarefy.quantization.grids import finite, grid_for
+from rarefy.quantization.grids import check_finite, fit_grid
 from rarefy.quantization.smoothquant import smooth_
 
 
@@ -94,7 +94,7 @@ def quantize_(
         rounded = reach.get(layer.full_name)
         if rounded is not None:
             told[-1]["inputs"] = "dynamic" if rounded.scale is None else f"by {rounded.scale:.4g}"
-        for module in modules_of(layer):
+        for module in matmul_modules(layer):
             set_inputs_(module, rounded)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     stored, dense = (sum(r[k] for r in told) for k in ("bytes", "dense bytes"))
@@ -119,16 +119,16 @@ def _found(
     """What is to be told of each layer; its grid, weights and mask; how inputs are rounded, and whose are not."""
     reach, left = {}, []
     if ask.activations is not None:
-        reach, left = inputs_for(unwrap(model), chosen, ask.activations, ask.observer, data, progress)
+        reach, left = input_grids(unwrap(model), chosen, ask.activations, ask.observer, data, progress)
     if ask.solver is None:
         layers = track(chosen, "rounding", progress, len(chosen))
         made: list[Any] = [_nearest(l, shapes[l.full_name], ask) for l in layers]
         return {l.full_name: {} for l in chosen}, made, reach, left
-    from rarefy.quantization.adaround import round_
-    from rarefy.quantization.gptq import solve_
+    from rarefy.quantization.adaround import learn_rounding_
+    from rarefy.quantization.gptq import gptq_
 
     assert data is not None
-    run = round_ if ask.solver.name == "round" else solve_
+    run = learn_rounding_ if ask.solver.name == "round" else gptq_
     rows, made = run(unwrap(model), chosen, ask, shapes, data, progress)
     return rows, made, reach, left
 
@@ -177,8 +177,8 @@ def put_(layer: Layer, grid: Values, values: Tensor, mask: Tensor | None) -> Non
 
 def _nearest(layer: Layer, shape: tuple[int, ...], ask: Ask) -> tuple[Grid, Tensor, None]:
     weight = layer.weight.detach()
-    grid = grid_for(weight, shape, ask)
-    return grid, finite(layer, grid, grid.snap(weight)), None
+    grid = fit_grid(weight, shape, ask)
+    return grid, check_finite(layer, grid, grid.snap(weight)), None
 
 
 def relative_error(before: Tensor, after: Tensor) -> float:

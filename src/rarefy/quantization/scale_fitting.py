@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rarefy.model.quant_grid import Grid
 
-Fit = Callable[[Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor | None]]
+ScaleFit = Callable[[Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor | None]]
 SHRINKS = 40  # sizes of a grid that are tried, down to a fifth
 TURNS = 20  # of the half-quadratic solver
 
@@ -75,7 +75,7 @@ def hqq(X: Tensor, bits: int, symmetric: bool, weigh: Tensor | None = None) -> t
     return kept
 
 
-FITS: dict[str, Fit] = {"minmax": minmax, "mse": mse, "hqq": hqq}
+FITS: dict[str, ScaleFit] = {"minmax": minmax, "mse": mse, "hqq": hqq}
 
 
 def _between(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:

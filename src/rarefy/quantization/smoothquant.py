@@ -30,7 +30,7 @@ NEAR = 1e-3  # of outputs, in fp32; a scale that is read elsewhere changes them 
 
 
 @dataclass
-class Fed:
+class SmoothGroup:
     """What makes a tensor, and the layers that are given it."""
 
     maker: nn.Module
@@ -77,10 +77,10 @@ def smooth_(
     return done, undo
 
 
-def _makers(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[Fed]:
+def _makers(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[SmoothGroup]:
     """What makes the inputs of layers, in the order in which the model runs."""
     made: dict[int, tuple[Any, nn.Module]] = {}  # by id of a tensor: it, weakly, and its maker
-    found: dict[int, Fed] = {}
+    found: dict[int, SmoothGroup] = {}
     names = {m: n for n, m in model.named_modules()}
     by_module = {id(l.module): l for l in layers}
 
@@ -94,7 +94,7 @@ def _makers(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[Fed]:
         x = args[0] if args else next(iter(kwargs.values()))
         known = made.get(id(x))
         if known is not None and known[0]() is x and _scales(known[1], by_module[id(module)].original.shape[1]):
-            fed = found.setdefault(id(known[1]), Fed(known[1], names[known[1]]))
+            fed = found.setdefault(id(known[1]), SmoothGroup(known[1], names[known[1]]))
             if by_module[id(module)] not in fed.layers:
                 fed.layers.append(by_module[id(module)])
 
@@ -139,13 +139,13 @@ def _largest(model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], pro
     return found
 
 
-def _touched(fed: Fed) -> list[nn.Parameter]:
+def _touched(fed: SmoothGroup) -> list[nn.Parameter]:
     own = [p for n in ("weight", "bias") if (p := fed.maker._parameters.get(n)) is not None]
     return [*own, *(l.original for l in fed.layers)]
 
 
 @torch.no_grad()
-def _scale(fed: Fed, scale: Tensor) -> None:
+def _scale(fed: SmoothGroup, scale: Tensor) -> None:
     for name in ("weight", "bias"):
         p = fed.maker._parameters.get(name)
         if p is not None:

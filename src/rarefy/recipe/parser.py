@@ -48,8 +48,7 @@ from rarefy.train.distill import Distill
 from rarefy.train.distill import check as check_distill
 from rarefy.train.fit import Steps
 from rarefy.train.optimizers import OPTIMIZERS, optimizer_of
-from rarefy.train.sparsity_config import PLANS, Plan, plan_of
-from rarefy.train.sparsity_config import asked as asked_plan
+from rarefy.train.sparsity_config import SPARSITY_CONFIGS, SparsityConfig, config_class, resolve_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +99,7 @@ STAGES: dict[str, type] = {
 def vocabulary() -> tuple[dict[str, str], ...]:
     """Return a row for each field of a recipe: where it stands, its type, its default."""
     rows: list[dict[str, str]] = []
-    methods = {cls: name for name, cls in PLANS.items()}
+    methods = {cls: name for name, cls in SPARSITY_CONFIGS.items()}
 
     def add(place: str, cls: Any) -> None:
         kinds: dict[str, Any] = typing.get_type_hints(cls)
@@ -248,7 +247,7 @@ def _value(key: str, node: Node, kind: Any, choices: Mapping[str, tuple[str, ...
     value = node.value
     if value is None and type(None) in options:
         return None
-    if set(PLANS.values()) <= set(options) and isinstance(value, dict):
+    if set(SPARSITY_CONFIGS.values()) <= set(options) and isinstance(value, dict):
         return _build(_plan(node), node)
     for option in options:
         if dataclasses.is_dataclass(option):
@@ -279,11 +278,11 @@ def _value(key: str, node: Node, kind: Any, choices: Mapping[str, tuple[str, ...
     raise RecipeError(f"{key}: expected {' or '.join(words)}, got {show(value)} [{node.where}]")
 
 
-def _plan(node: Node) -> type[Plan]:
+def _plan(node: Node) -> type[SparsityConfig]:
     """The class that `method` names."""
     method = node.value.get("method", Node("gradual", node.where))
     try:
-        return plan_of(method.value)
+        return config_class(method.value)
     except RarefyError as error:
         raise RecipeError(f"{error} [{method.where}]") from None
 
@@ -345,8 +344,8 @@ def _check(made: Any, node: Node) -> None:
             plan = patterns.parse(made.pattern)
             last, _ = patterns.check_sparsity(plan, made.sparsity, made.scope)
             patterns.select_many([], plan, None if plan.kind == "nm" else last, reduce=made.reduce)
-        if isinstance(made, Plan):
-            asked_plan(made)
+        if isinstance(made, SparsityConfig):
+            resolve_config(made)
     except RarefyError as error:
         names = ("pattern", "sparsity", "scope", "reduce", "steps", "start", "first", *(f.name for f in fields(made)))
         raise RecipeError(f"{error} [{place(next((k for k in names if k in str(error)), 'pattern'))}]") from None

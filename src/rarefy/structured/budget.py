@@ -27,7 +27,7 @@ Counts = dict[Axis, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class CutOrder:
     """Positions of the units of each group, [units] each; `origin`: how many units there were before any cut, `least`:
     the fraction of them that stays at any depth; `step`: they stay in multiples of it; `local`: groups are cut alike,
     so heads may have to give way to their dimensions."""
@@ -42,7 +42,7 @@ class Order:
     swap: bool = False
 
 
-def rank(
+def rank_units(
     graph: Graph,
     groups: Sequence[Group],
     scores: Mapping[Axis, Tensor],
@@ -95,32 +95,32 @@ def _twins(graph: Graph, known: set[Axis]) -> list[tuple[Axis, Axis]]:
     return [(a, b) for a, b in pairs if isinstance(a, Axis) and isinstance(b, Axis) and a is not b and {a, b} <= known]
 
 
-def form(group: Group) -> tuple[str, str]:
+def group_signature(group: Group) -> tuple[str, str]:
     """Return what blocks alike have in common: a group's kind and its name without numbers."""
-    return group.kind, unnumbered(group.name)
+    return group.kind, strip_indices(group.name)
 
 
-def unnumbered(name: str) -> str:
+def strip_indices(name: str) -> str:
     """Return a name without its numbers: that of all blocks alike."""
     return DIGITS.sub("*", name)
 
 
-def by_form(groups: Iterable[Group]) -> list[list[Group]]:
+def groups_by_signature(groups: Iterable[Group]) -> list[list[Group]]:
     """Return groups together with those of their form."""
     found: dict[Any, list[Group]] = {}
     for g in groups:
-        found.setdefault(form(g), []).append(g)
+        found.setdefault(group_signature(g), []).append(g)
     return list(found.values())
 
 
-def counts(order: Order, depth: float, *, smooth: bool = False) -> Counts:
+def units_kept(order: CutOrder, depth: float, *, smooth: bool = False) -> Counts:
     """Return how many units of each group stay at a depth, 0 (all) to 1. `smooth`: groups of other forms lose their
     units at depths a little apart, for a budget to be met nearly; those of a form stay alike. O(units)."""
     groups = _whole(order, 1 - depth) if order.swap and order.local and not smooth else order.groups
-    out, numbers = {}, {f: i for i, f in enumerate(dict.fromkeys(form(g) for g in groups))}
+    out, numbers = {}, {f: i for i, f in enumerate(dict.fromkeys(group_signature(g) for g in groups))}
     for g in groups:
         size = order.origin[g.axis]
-        phase = ((numbers[form(g)] * 0.618034) % 1 - 0.5) / size if smooth and order.local else 0.0
+        phase = ((numbers[group_signature(g)] * 0.618034) % 1 - 0.5) / size if smooth and order.local else 0.0
         at = order.positions.get(g.axis)
         n = round(size * (1 - depth)) if at is None else int((at + phase >= depth - 1e-9).sum())
         n = min(max(n, 1, math.ceil(size * order.least - 1e-9)), g.size)
@@ -130,7 +130,7 @@ def counts(order: Order, depth: float, *, smooth: bool = False) -> Counts:
     return _even(order.graph, out)
 
 
-def _whole(order: Order, keep: float) -> list[Group]:
+def _whole(order: CutOrder, keep: float) -> list[Group]:
     """The groups, with the dimensions of heads in place of heads whose number cannot be cut by that fraction: models
     take one as the quotient of their width and the other."""
     graph, inside = order.graph, dict[Axis, list[Group]]()
@@ -159,7 +159,7 @@ def _even(graph: Graph, left: Counts) -> Counts:
         left = {axis: n for axis, n in left.items() if axis not in drop}
 
 
-def masks(scores: Mapping[Axis, Tensor], left: Counts) -> dict[Axis, Tensor]:
+def keep_masks(scores: Mapping[Axis, Tensor], left: Counts) -> dict[Axis, Tensor]:
     """Return which units of each group stay, bool [units]: as many as asked, those with the highest scores."""
     out = {}
     for axis, n in left.items():
@@ -193,13 +193,13 @@ def _product(dims: Sequence[Any], left: Counts) -> int:
 MEASURES: Mapping[str, Callable[[Graph, Counts], int]] = {"parameters": parameters, "flops": flops}
 
 
-def budget(order: Order, what: str, target: float, whole: int) -> Counts:
+def meet_budget(order: CutOrder, what: str, target: float, whole: int) -> Counts:
     """Return the counts that leave `target` of `whole` parameters or flops, within 1 % of it. Raises ModelError, which
     says what the rest is made of, where no depth does. O(log x operators)."""
     measure = MEASURES[what]
 
     def at(depth: float) -> float:
-        return measure(order.graph, counts(order, depth, smooth=True)) / whole
+        return measure(order.graph, units_kept(order, depth, smooth=True)) / whole
 
     if at(1.0) > target * (1 + NEAR):
         raise ModelError(
@@ -211,8 +211,8 @@ def budget(order: Order, what: str, target: float, whole: int) -> Counts:
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if at(middle) <= target else (middle, high)
-    found = counts(order, high, smooth=True)
-    forms = [[g.axis for g in groups] for groups in by_form(g for g in order.groups if g.axis in found)]
+    found = units_kept(order, high, smooth=True)
+    forms = [[g.axis for g in groups] for groups in groups_by_signature(g for g in order.groups if g.axis in found)]
     for together in (forms, [[axis] for axis in found]):  # blocks stay alike where that will do
         found = _fill(order, found, together, lambda left: measure(order.graph, left) / whole, target)
     got = measure(order.graph, found) / whole
@@ -229,7 +229,7 @@ def budget(order: Order, what: str, target: float, whole: int) -> Counts:
 
 
 def _fill(
-    order: Order, left: Counts, together: Sequence[Sequence[Axis]], share: Callable[[Counts], float], target: float
+    order: CutOrder, left: Counts, together: Sequence[Sequence[Axis]], share: Callable[[Counts], float], target: float
 ) -> Counts:
     """Give groups a step of units back, some together, until the target is near enough, and never pass it."""
     for axes in sorted(together, key=lambda axes: sum(a.size for a in axes)):
@@ -241,11 +241,11 @@ def _fill(
     return left
 
 
-def _blocks(order: Order, what: str) -> str:
+def _blocks(order: CutOrder, what: str) -> str:
     """What keeps the most of a budget: groups that are locked or left out, by what would be there without them."""
     asked = set(order.groups)
     shares = {}
-    here = counts(order, 1.0, smooth=True)
+    here = units_kept(order, 1.0, smooth=True)
     rest = MEASURES[what](order.graph, here)
     for g in order.graph.groups:
         if g not in asked and g.size > 1:
@@ -254,7 +254,7 @@ def _blocks(order: Order, what: str) -> str:
     return "what stays most: " + "; ".join(f"{g.name} ({g.lock or 'not asked for'})" for g in most)
 
 
-def sizes(graph: Graph, masks: Mapping[Axis, Tensor]) -> dict[int, set[int]]:
+def size_changes(graph: Graph, masks: Mapping[Axis, Tensor]) -> dict[int, set[int]]:
     """Return what each size becomes, wherever one changes: of parameters, of views, of units."""
     left = {axis: int(m.sum()) for axis, m in masks.items()}
     exprs = [e for dims in (*graph.dims.values(), *graph.sizes.values()) for e in dims]

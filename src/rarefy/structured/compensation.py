@@ -21,15 +21,15 @@ from rarefy.common.errors import DataError, ModelError
 from rarefy.dependency.graph import Graph
 from rarefy.dependency.symbolic_dims import Axis, kept
 from rarefy.model.forward import call, evaluating, on_device
-from rarefy.structured.consumers import Moments, Reader, all_readers
+from rarefy.structured.consumers import Consumer, Moments, all_consumers
 
 REPAIRS = ("ridge", "bias", "batchnorm")
 RIDGE = 1e-3  # of the mean variance
 
 
-def losing(graph: Graph, masks: Mapping[Axis, Tensor]) -> list[Reader]:
+def layers_losing_inputs(graph: Graph, masks: Mapping[Axis, Tensor]) -> list[Consumer]:
     """Return the layers that lose inputs and can be repaired: plain Linear and ungrouped convolutions."""
-    some = [(r, kept(r.inputs, masks.get)) for r in all_readers(graph) if r.plain]
+    some = [(r, kept(r.inputs, masks.get)) for r in all_consumers(graph) if r.plain]
     return [r for r, left in some if 0 < int(left.sum()) < len(left)]
 
 
@@ -56,8 +56,8 @@ def compensation(moments: Moments, left: Tensor, intercept: bool) -> tuple[Tenso
     return B, mean - B @ mean[left]
 
 
-def make_up(
-    layers: Sequence[Reader],
+def compensate_(
+    layers: Sequence[Consumer],
     graph: Graph,
     masks: Mapping[Axis, Tensor],
     dense: Mapping[str, Tensor],
@@ -99,7 +99,7 @@ def batch_norms(model: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if isinstance(m, kind) and m.running_mean is not None}
 
 
-def renew_batch_norms(model: nn.Module, norms: Mapping[str, Any], data: Iterable[Any]) -> None:
+def recalibrate_batch_norms(model: nn.Module, norms: Mapping[str, Any], data: Iterable[Any]) -> None:
     """Take the running statistics of BatchNorms anew, as the mean over the data. Raises DataError for data without a
     batch, ModelError for statistics that are not finite; what undoes it is the caller's."""
     if not norms:

@@ -15,11 +15,11 @@ from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, Prod, leaves
 from rarefy.model.forward import call, evaluating, hooked, on_device
 from rarefy.model.layout import layout
 
-READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONSUMER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class Consumer:
     """A layer whose weight takes units in: Linear, convolution, HF's Conv1D.
 
     name    of its weight
@@ -54,7 +54,7 @@ class Reader:
         return images.movedim(1, -1).flatten(0, -2)
 
 
-def all_readers(graph: Graph) -> list[Reader]:
+def all_consumers(graph: Graph) -> list[Consumer]:
     """Return every layer of a graph that can be read this way; one that shares its weight is left out."""
     found = []
     for name, owners in graph.owners.items():
@@ -62,21 +62,21 @@ def all_readers(graph: Graph) -> list[Reader]:
         if len(owners) != 1 or owners[0][1] != "weight":
             continue
         plan = layout(module, "weight")
-        if type(module) not in READERS and (plan is None or plan.kind != "conv1d-hf"):
+        if type(module) not in CONSUMER_TYPES and (plan is None or plan.kind != "conv1d-hf"):
             continue
-        axis = 1 if type(module) in READERS else 0
+        axis = 1 if type(module) in CONSUMER_TYPES else 0
         dims, groups = graph.dims[name], getattr(module, "groups", 1)
         inputs = dims[axis]
         if groups > 1:
             inputs = Prod((Algebra().factor(dims[0], groups)[0], dims[1]))
-        found.append(Reader(name, module, axis, inputs, groups == 1))
+        found.append(Consumer(name, module, axis, inputs, groups == 1))
     return found
 
 
-def readers_of(graph: Graph, groups: Iterable[Group]) -> dict[Group, list[Reader]]:
+def consumers_of(graph: Graph, groups: Iterable[Group]) -> dict[Group, list[Consumer]]:
     """Return the layers that read the units of each group, none that also makes them (depthwise convolutions)."""
-    reading: dict[Axis, list[Reader]] = {}
-    for r in all_readers(graph):
+    reading: dict[Axis, list[Consumer]] = {}
+    for r in all_consumers(graph):
         for axis in dict.fromkeys(leaves(r.inputs)):
             reading.setdefault(axis, []).append(r)
     makes = {g: {m.name for m in g.members if m.role == "out"} for g in groups}
@@ -123,7 +123,7 @@ class Moments:
         return (self.more["square"] / n - (self.first / n).square()).clamp(min=0)
 
 
-def feed(model: nn.Module, data: Iterable[Any], padding: list[Tensor | None] | None = None) -> int:
+def run_batches(model: nn.Module, data: Iterable[Any], padding: list[Tensor | None] | None = None) -> int:
     """Run the model in evaluation mode over the data for what its hooks see; return how many batches there were.
     `padding` [1] holds during each call which positions the batch's `attention_mask` counts, or None."""
     batches = 0
@@ -138,15 +138,15 @@ def feed(model: nn.Module, data: Iterable[Any], padding: list[Tensor | None] | N
     return batches
 
 
-def observe(
-    model: nn.Module, layers: Sequence[Reader], data: Iterable[Any], *, gram: bool = True
+def collect_moments(
+    model: nn.Module, layers: Sequence[Consumer], data: Iterable[Any], *, gram: bool = True
 ) -> dict[str, Moments]:
     """Run the model over the data and return the moments of what these layers are given, by name; padding of an
     `attention_mask` is left out. What no batch reaches is missing. O(calls + inputs x C^2)."""
     moments: dict[str, Moments] = {}
     padding: list[Tensor | None] = [None]
 
-    def see(reader: Reader) -> Any:
+    def see(reader: Consumer) -> Any:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
             x = (args or tuple(kwargs.values()))[0].detach()
             mask = padding[0]
@@ -159,7 +159,7 @@ def observe(
 
     layers = list({r.name: r for r in layers}.values())
     with hooked([r.module.register_forward_pre_hook(see(r), with_kwargs=True) for r in layers]):
-        batches = feed(model, data, padding)
+        batches = run_batches(model, data, padding)
     if not batches:
         raise DataError("the data gave no batch: repair and scores need some")
     for name, m in moments.items():

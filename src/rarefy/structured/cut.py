@@ -22,14 +22,21 @@ from rarefy.model.layers import Selector, all_layers, select, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.mha import OwnHeads
 from rarefy.structured import budget
-from rarefy.structured.compensation import batch_norms, losing, make_up, renew_batch_norms
-from rarefy.structured.consumers import observe
-from rarefy.structured.hf_config import follow_config, joined
+from rarefy.structured.compensation import batch_norms, compensate_, layers_losing_inputs, recalibrate_batch_norms
+from rarefy.structured.consumers import collect_moments
+from rarefy.structured.hf_config import merge_sizes, update_config
 from rarefy.structured.importance import UNIT_SCORES, unit_scores
 from rarefy.structured.layer_drop import drop_layers_
-from rarefy.structured.optimizer_state import carry, check_optimizer
+from rarefy.structured.optimizer_state import check_optimizer, replace_parameters
 from rarefy.structured.options import BUDGETS, Ask, asked_of, check_layers, check_unmasked, for_units, repairs_of
-from rarefy.structured.surgery import DoesNotRun, Inexact, Removal, give_own_heads, restoring, take_out
+from rarefy.structured.surgery import (
+    ForwardFailed,
+    OutputMismatch,
+    Removal,
+    give_own_heads,
+    remove_units,
+    value_restorer,
+)
 
 NOT_ASKED = "not asked for"
 UNEVEN = "a chunk takes as many of it as of something that stays"
@@ -151,9 +158,9 @@ def cut_(
                     done.append(own[-1])
             done.append(removal)
             history.add(graph, masks)
-            sizes = joined(sizes, budget.sizes(graph, masks))
+            sizes = merge_sizes(sizes, budget.size_changes(graph, masks))
         if not (mask_only or dry_run):
-            follow_config(inner, example, sizes)
+            update_config(inner, example, sizes)
     except BaseException:
         _put_back(done)
         raise
@@ -163,7 +170,7 @@ def cut_(
         _put_back(own)
     elif optimizer is not None:
         for removal in done:
-            carry(optimizer, removal.replaced)
+            replace_parameters(optimizer, removal.replaced)
     return cut.report(masks, done[-1], dry_run, mask_only)  # type: ignore[possibly-unbound]
 
 
@@ -214,26 +221,26 @@ class _Cut:
                 return take_out_and_repair(
                     self.model, self.example, self.graph, masks, how, self.data, stay=mask_only
                 ), masks
-            except (DoesNotRun, Inexact) as error:
-                place = error.module if isinstance(error, DoesNotRun) else ""
+            except (ForwardFailed, OutputMismatch) as error:
+                place = error.module if isinstance(error, ForwardFailed) else ""
                 if place and OwnHeads.can_be(self.model.get_submodule(place)):
                     raise _Rigid from error
-                if isinstance(error, DoesNotRun) and not self.swap:
+                if isinstance(error, ForwardFailed) and not self.swap:
                     self.swap = True  # first of all, heads may give way to their dimensions
                     if self._plan_changes(target):
                         continue
-                if not (isinstance(error, DoesNotRun) and self._leave_alone(error)):
+                if not (isinstance(error, ForwardFailed) and self._leave_alone(error)):
                     self._try_each(error, target)
 
     def _plan(self, target: float) -> budget.Counts:
         """How many units of each group stay."""
         a, order = self.ask, self._order([g for g in self.groups if g.axis not in self.stays])
         if a.budget == "keep":
-            left = budget.counts(order, 1 - target)
+            left = budget.units_kept(order, 1 - target)
         elif a.budget == "latency":
             left = self._timed(order, target)
         else:
-            left = budget.budget(order, a.budget, target, self.whole[a.budget])
+            left = budget.meet_budget(order, a.budget, target, self.whole[a.budget])
         if not left:
             raise ModelError(f"nothing would go: {UNEVEN}")
         if all(n == axis.size for axis, n in left.items()):
@@ -246,25 +253,31 @@ class _Cut:
         if self.ask.budget != "keep":
             return False
         order = self._order([g for g in self.groups if g.axis not in self.stays])
-        return set(budget.counts(order, 1 - target)) != set(budget.counts(replace(order, swap=False), 1 - target))
+        return set(budget.units_kept(order, 1 - target)) != set(
+            budget.units_kept(replace(order, swap=False), 1 - target)
+        )
 
-    def _order(self, groups: list[Group]) -> budget.Order:
+    def _order(self, groups: list[Group]) -> budget.CutOrder:
         a = self.ask
-        places = budget.rank(self.graph, groups, self.scores, self.origin, a.scope, UNIT_SCORES[a.score].comparable)
-        return budget.Order(self.graph, groups, places, self.origin, a.least, a.round_to, a.scope == "layer", self.swap)
+        places = budget.rank_units(
+            self.graph, groups, self.scores, self.origin, a.scope, UNIT_SCORES[a.score].comparable
+        )
+        return budget.CutOrder(
+            self.graph, groups, places, self.origin, a.least, a.round_to, a.scope == "layer", self.swap
+        )
 
     def _masks(self, left: budget.Counts) -> dict[Axis, Tensor]:
         new = [g for g in self.graph.groups if g.axis in left and g.axis not in self.scores]
         self.scores |= self._scored(new) if new else {}
-        return budget.masks(self.scores, left)
+        return budget.keep_masks(self.scores, left)
 
-    def _timed(self, order: budget.Order, target: float) -> budget.Counts:
+    def _timed(self, order: budget.CutOrder, target: float) -> budget.Counts:
         """The shallowest cut that takes `target` of the dense model's time, by bisection over trial cuts."""
         low, high, best = 0.0, 1.0, None
         for trial in range(TRIALS):
             depth = high if trial == 0 else (low + high) / 2
-            left = budget.counts(order, depth, smooth=True)
-            removal = take_out(self.model, self.example, self.graph, self._masks(left))
+            left = budget.units_kept(order, depth, smooth=True)
+            removal = remove_units(self.model, self.example, self.graph, self._masks(left))
             try:
                 share = self._share_of_time()
             finally:
@@ -290,10 +303,12 @@ class _Cut:
             times = compare(runs, repeats=TIMINGS)
         return times["cut"].median / times["dense"].median
 
-    def _leave_alone(self, error: DoesNotRun) -> bool:
+    def _leave_alone(self, error: ForwardFailed) -> bool:
         """Keep the groups whose sizes the modules that failed have in their code, and those like them: heads first.
         Return whether there are any, and others."""
-        alike = {n for n in dict(self.model.named_modules()) if budget.unnumbered(n) == budget.unnumbered(error.module)}
+        alike = {
+            n for n in dict(self.model.named_modules()) if budget.strip_indices(n) == budget.strip_indices(error.module)
+        }
         axes = {a for n in alike for e in self.graph.sizes.get(n, []) for a in leaves(e)}
         axes |= {g.axis for g in self.groups for m in g.members if m.name.rpartition(".")[0] in alike}
         left = [g for g in self.groups if g.axis in axes and g.axis not in self.stays]
@@ -310,12 +325,12 @@ class _Cut:
             raise error
         self.tried, self.stays = True, {}
         fine: list[Group] = []
-        for groups in budget.by_form(self.groups):
+        for groups in budget.groups_by_signature(self.groups):
             try:
-                masks = self._masks(budget.counts(self._order([*fine, *groups]), 1 - target))
-                take_out(self.model, self.example, self.graph, masks).put_back()
+                masks = self._masks(budget.units_kept(self._order([*fine, *groups]), 1 - target))
+                remove_units(self.model, self.example, self.graph, masks).put_back()
                 fine += groups
-            except (DoesNotRun, Inexact) as reason:
+            except (ForwardFailed, OutputMismatch) as reason:
                 self.stays |= {g.axis: _said(reason) for g in groups}
         if not fine:
             raise error
@@ -374,21 +389,21 @@ def take_out_and_repair(
     stay: bool = False,
 ) -> Removal:
     """Remove the units that `masks` does not keep, prove it, and let the others make up for them."""
-    hit = losing(graph, masks) if {"ridge", "bias"} & set(how) and not stay else []
+    hit = layers_losing_inputs(graph, masks) if {"ridge", "bias"} & set(how) and not stay else []
     before = {r.name: r.module.weight.detach().clone() for r in hit} if data is not None else {}
-    moments = observe(model, hit, data) if data is not None and hit else {}
-    removal = take_out(model, example, graph, masks, stay=stay)
+    moments = collect_moments(model, hit, data) if data is not None and hit else {}
+    removal = remove_units(model, example, graph, masks, stay=stay)
     try:
         if not stay:
             for name in set(before) & set(removal.scaled):  # attention divides by another root now
                 dim, rows, by = removal.scaled[name]
                 before[name].index_copy_(dim, rows, before[name].index_select(dim, rows) * by)
-            removal.undo += [restoring(r.module.bias) for r in hit if r.module.bias is not None]
-            removal.repaired += make_up(hit, graph, masks, before, moments, removal.constants, how)
+            removal.undo += [value_restorer(r.module.bias) for r in hit if r.module.bias is not None]
+            removal.repaired += compensate_(hit, graph, masks, before, moments, removal.constants, how)
             if "batchnorm" in how and data is not None:
                 norms = batch_norms(model)
-                removal.undo += [restoring(b) for m in norms.values() for b in m.buffers()]
-                renew_batch_norms(model, norms, data)
+                removal.undo += [value_restorer(b) for m in norms.values() for b in m.buffers()]
+                recalibrate_batch_norms(model, norms, data)
                 removal.repaired += norms
     except BaseException:
         removal.put_back()

@@ -13,12 +13,12 @@ from rarefy.common.report import Report
 from rarefy.dependency.graph import Graph, Group, trace, unruled
 from rarefy.dependency.symbolic_dims import Axis, leaves
 from rarefy.model.layers import unwrap
-from rarefy.structured.budget import sizes
+from rarefy.structured.budget import size_changes
 from rarefy.structured.cut import row
-from rarefy.structured.hf_config import follow_config
-from rarefy.structured.optimizer_state import carry, check_optimizer
+from rarefy.structured.hf_config import update_config
+from rarefy.structured.optimizer_state import check_optimizer, replace_parameters
 from rarefy.structured.options import check_unmasked
-from rarefy.structured.surgery import give_own_heads, take_out
+from rarefy.structured.surgery import give_own_heads, remove_units
 
 
 def prune_heads_(
@@ -55,14 +55,14 @@ def prune_heads_(
         for name, numbers in heads.items():
             group = _group(graph, name)
             masks[group.axis] = _kept(graph, group, name, numbers)
-        removal = take_out(inner, example, graph, masks)
+        removal = remove_units(inner, example, graph, masks)
         own.undo += removal.undo
-        follow_config(inner, example, sizes(graph, masks))
+        update_config(inner, example, size_changes(graph, masks))
     except BaseException:
         own.put_back()
         raise
     if optimizer is not None:
-        carry(optimizer, removal.replaced)
+        replace_parameters(optimizer, removal.replaced)
     after = sum(p.numel() for p in inner.parameters())
     rows = [row(g, g.size, int(masks[g.axis].sum()), "") for g in graph.groups if g.axis in masks]
     return Report("heads", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, unruled(graph))

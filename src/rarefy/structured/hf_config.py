@@ -19,7 +19,7 @@ KEPT = ("id", "ids", "vocab_size", "positions", "embeddings", "length", "window"
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 
 
-def follow_config(model: nn.Module, example: Any, sizes: Mapping[int, set[int]]) -> None:
+def update_config(model: nn.Module, example: Any, sizes: Mapping[int, set[int]]) -> None:
     """Give the config numbers with which the model's class builds what the model now is, if there are any: the same
     shapes, and on `example` the same outputs; the model's notes of its cuts say so. `sizes`: what each size has become
     somewhere in the model. O(combinations of numbers that could be meant) skeletons."""
@@ -35,12 +35,12 @@ def follow_config(model: nn.Module, example: Any, sizes: Mapping[int, set[int]])
         for (path, name, _), value in zip(slots, values):
             setattr(_at(fresh, path), name, value)
         if _builds(model, fresh, want, example):
-            own_config(model, fresh)
+            copy_config_(model, fresh)
             model.rarefy_cut["config"] = True  # type: ignore[index, operator]
             return
 
 
-def own_config(model: nn.Module, new: Any = None) -> Any:
+def copy_config_(model: nn.Module, new: Any = None) -> Any:
     """Give a model a config of its own, which may be changed: other models may have been made from the same. Return
     it."""
     old: Any = model.config
@@ -53,7 +53,7 @@ def own_config(model: nn.Module, new: Any = None) -> Any:
     return new
 
 
-def joined(sizes: Mapping[int, set[int]], more: Mapping[int, set[int]]) -> dict[int, set[int]]:
+def merge_sizes(sizes: Mapping[int, set[int]], more: Mapping[int, set[int]]) -> dict[int, set[int]]:
     """Return what sizes have become after both of two cuts."""
     out = {old: {n for to in new for n in more.get(to, {to})} for old, new in sizes.items()}
     for old, new in more.items():
@@ -61,11 +61,11 @@ def joined(sizes: Mapping[int, set[int]], more: Mapping[int, set[int]]) -> dict[
     return out
 
 
-def adopt_config(model: nn.Module, values: Any) -> None:
+def shrink_config(model: nn.Module, values: Any) -> None:
     """Give the config of a model of the original class the smaller numbers of a saved one."""
     if not hf.is_model(model) or not isinstance(values, dict):
         return
-    for path, part in _parts(own_config(model)):
+    for path, part in _parts(copy_config_(model)):
         saved = _within(values, path)
         for name, old in list(vars(part).items()):
             new = saved.get(name)
@@ -137,7 +137,7 @@ def _combinations(slots: Sequence[tuple[tuple[str, ...], str, list[Any]]]) -> It
             yield tuple(s[2][p] for s, p in zip(slots, chosen))
 
 
-def cut_lists(model: nn.Module, kept: Sequence[int], before: int) -> list[Callable[[], Any]]:
+def shrink_config_lists(model: nn.Module, kept: Sequence[int], before: int) -> list[Callable[[], Any]]:
     """Leave in the config's lists with an entry a block those of blocks that stay; return what undoes it."""
     old: Any = getattr(model, "config", None)
     lists = [
@@ -148,10 +148,10 @@ def cut_lists(model: nn.Module, kept: Sequence[int], before: int) -> list[Callab
     ]
     if not lists:
         return []
-    new = own_config(model)
+    new = copy_config_(model)
     for path, name, value in lists:
         setattr(_at(new, path), name, [value[i] for i in kept])
-    return [lambda: own_config(model, old)]
+    return [lambda: copy_config_(model, old)]
 
 
 def _builds(model: Any, config: Any, want: Mapping[str, torch.Size], example: Any) -> bool:

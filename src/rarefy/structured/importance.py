@@ -20,7 +20,7 @@ from rarefy.dependency.symbolic_dims import Axis, coordinates, leaves
 from rarefy.model.batches import tokens_in
 from rarefy.model.forward import call, check_batches, evaluating, on_device, trainable
 from rarefy.model.losses import Loss, finite, loss_of
-from rarefy.structured.consumers import Moments, Reader, observe, readers_of
+from rarefy.structured.consumers import Consumer, Moments, collect_moments, consumers_of
 
 AT_ONCE = 64  # of what is left one unit in so many goes in a step of obs
 REDUCTIONS = ("sum", "mean", "max")
@@ -29,7 +29,7 @@ Slices = Sequence[tuple[Tensor, int, Tensor]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class ScoreInputs:
     """What a score is computed from."""
 
     model: nn.Module
@@ -41,7 +41,7 @@ class Asked:
     seed: int
 
 
-def joined(slices: Slices, units: int, reduce: str, *, fair: bool) -> Tensor:
+def reduce_slices(slices: Slices, units: int, reduce: str, *, fair: bool) -> Tensor:
     """Return one number a unit: the sum, the mean or the largest parameter's mean of its values. `fair`: each parameter
     counts alike, whatever the scale of its values. fp64 [units]. O(indices)."""
     sums, counts = torch.zeros(units, dtype=torch.float64), torch.zeros(units, dtype=torch.float64)
@@ -57,13 +57,13 @@ def joined(slices: Slices, units: int, reduce: str, *, fair: bool) -> Tensor:
     return {"sum": sums, "mean": sums / counts.clamp(min=1), "max": largest}[reduce]
 
 
-def along(values: Tensor, dim: int) -> tuple[Tensor, int]:
+def sum_along(values: Tensor, dim: int) -> tuple[Tensor, int]:
     """Return the sums of values at each index of a dimension, fp64 on the CPU, and how many each is of. O(values)."""
     size = values.shape[dim]
     return values.transpose(0, dim).reshape(size, -1).sum(1, dtype=torch.float64).cpu(), values.numel() // size
 
 
-class Sums:
+class SliceSums:
     """Values of parameters, summed along each dimension that has units: once, though many groups may share it."""
 
     def __init__(self, graph: Graph, values: Callable[[str, nn.Parameter], Tensor | None]):
@@ -87,14 +87,14 @@ class Sums:
             values = self.values(name, W)
             dims = self.graph.dims[name]
             free = [d for d in range(W.dim()) if any(a.lock is None for a in leaves(dims[d]))]
-            self.known[name] = {} if values is None else {d: along(values, d) for d in free}
+            self.known[name] = {} if values is None else {d: sum_along(values, d) for d in free}
         return self.known[name]
 
 
-def _of_weights(of: Callable[[Tensor], Tensor]) -> Callable[[Asked], dict[Axis, Tensor]]:
-    def score(a: Asked) -> dict[Axis, Tensor]:
-        sums = Sums(a.graph, lambda _, W: of(W.detach().float()))
-        return {g.axis: joined(sums.of(g), g.size, a.reduce, fair=True) for g in a.groups}
+def _of_weights(of: Callable[[Tensor], Tensor]) -> Callable[[ScoreInputs], dict[Axis, Tensor]]:
+    def score(a: ScoreInputs) -> dict[Axis, Tensor]:
+        sums = SliceSums(a.graph, lambda _, W: of(W.detach().float()))
+        return {g.axis: reduce_slices(sums.of(g), g.size, a.reduce, fair=True) for g in a.groups}
 
     return score
 
@@ -102,23 +102,23 @@ def _of_weights(of: Callable[[Tensor], Tensor]) -> Callable[[Asked], dict[Axis, 
 def _of_gradients(of: Callable[[Tensor, Tensor], Tensor], *, signed: bool = False) -> Any:
     """A score of weights and gradients, its mean over the batches; `signed`: the terms of a unit may cancel."""
 
-    def score(a: Asked) -> dict[Axis, Tensor]:
+    def score(a: ScoreInputs) -> dict[Axis, Tensor]:
         total = {g.axis: torch.zeros(g.size, dtype=torch.float64) for g in a.groups}
         for grads, weight in _gradients(a):
 
             def values(name: str, W: nn.Parameter, grads: Any = grads) -> Tensor | None:
                 return of(W.detach().float(), grads[name].float()) if grads.get(name) is not None else None
 
-            sums = Sums(a.graph, values)
+            sums = SliceSums(a.graph, values)
             for g in a.groups:
-                one = joined(sums.of(g), g.size, a.reduce, fair=False)
+                one = reduce_slices(sums.of(g), g.size, a.reduce, fair=False)
                 total[g.axis] += weight * (one.abs() if signed else one)
         return total
 
     return score
 
 
-def _gradients(a: Asked) -> Iterable[tuple[dict[str, Tensor | None], int]]:
+def _gradients(a: ScoreInputs) -> Iterable[tuple[dict[str, Tensor | None], int]]:
     names = list(dict.fromkeys(m.name for g in a.groups for m in g.members))
     found = {n: getattr(*a.graph.owners[n][0]) for n in names}
     found = {n: p for n, p in found.items() if isinstance(p, nn.Parameter)}
@@ -130,23 +130,23 @@ def _gradients(a: Asked) -> Iterable[tuple[dict[str, Tensor | None], int]]:
             yield dict(zip(found, grads)), tokens_in(batch)
 
 
-def _of_inputs(of: Callable[[Moments, Reader], Tensor]) -> Callable[[Asked], dict[Axis, Tensor]]:
+def _of_inputs(of: Callable[[Moments, Consumer], Tensor]) -> Callable[[ScoreInputs], dict[Axis, Tensor]]:
     """A score of what readers are given: its sum over all readers of a group."""
 
-    def score(a: Asked) -> dict[Axis, Tensor]:
+    def score(a: ScoreInputs) -> dict[Axis, Tensor]:
         reading = _readers(a)
-        seen = observe(a.model, [r for each in reading.values() for r in each], _data(a), gram=False)
+        seen = collect_moments(a.model, [r for each in reading.values() for r in each], _data(a), gram=False)
         out = {}
         for g, found in reading.items():
             slices = [(of(seen[r.name], r).cpu(), 1, coordinates(r.inputs, g.axis)) for r in _reached(g, found, seen)]
-            out[g.axis] = joined(slices, g.size, a.reduce, fair=False)
+            out[g.axis] = reduce_slices(slices, g.size, a.reduce, fair=False)
         return out
 
     return score
 
 
-def _readers(a: Asked) -> dict[Group, list[Reader]]:
-    reading = readers_of(a.graph, a.groups)
+def _readers(a: ScoreInputs) -> dict[Group, list[Consumer]]:
+    reading = consumers_of(a.graph, a.groups)
     for g, found in reading.items():
         if not found:
             raise ModelError(f"no Linear or convolution reads the units of {g.name} ({g.kind}): ignore it, or take "
@@ -154,21 +154,21 @@ def _readers(a: Asked) -> dict[Group, list[Reader]]:
     return reading
 
 
-def _reached(group: Group, readers: list[Reader], seen: Mapping[str, Moments]) -> list[Reader]:
+def _reached(group: Group, readers: list[Consumer], seen: Mapping[str, Moments]) -> list[Consumer]:
     found = [r for r in readers if r.name in seen]
     if not found:
         raise DataError(f"no batch of the data reaches {readers[0].name}, which reads the units of {group.name}")
     return found
 
 
-def _data(a: Asked) -> Iterable[Any]:
+def _data(a: ScoreInputs) -> Iterable[Any]:
     if a.data is None:
         raise DataError("this score needs data: give batches")
     check_batches(a.data)
     return a.data
 
 
-def scale(a: Asked) -> dict[Axis, Tensor]:
+def scale(a: ScoreInputs) -> dict[Axis, Tensor]:
     """|gamma| of the norm that units go through (Liu 2017, Network Slimming)."""
     out = {}
     for g in a.groups:
@@ -177,14 +177,14 @@ def scale(a: Asked) -> dict[Axis, Tensor]:
             module, attribute = a.graph.owners[m.name][0]
             if attribute == "weight" and "Norm" in type(module).__name__:
                 gamma = getattr(module, attribute).detach().float().abs()
-                slices.append((*along(gamma, m.dim), a.graph.places(m.name, m.dim)[g.axis]))
+                slices.append((*sum_along(gamma, m.dim), a.graph.places(m.name, m.dim)[g.axis]))
         if not slices:
             raise ModelError(f"no norm scales the units of {g.name} ({g.kind}): ignore it, or take another score")
-        out[g.axis] = joined(slices, g.size, a.reduce, fair=True)
+        out[g.axis] = reduce_slices(slices, g.size, a.reduce, fair=True)
     return out
 
 
-def median(a: Asked) -> dict[Axis, Tensor]:
+def median(a: ScoreInputs) -> dict[Axis, Tensor]:
     """Sum of distances to all other units' weights: those near the geometric median can be replaced (He 2019, FPGM)."""
     out = {}
     for g in a.groups:
@@ -201,13 +201,13 @@ def median(a: Asked) -> dict[Axis, Tensor]:
     return out
 
 
-def random(a: Asked) -> dict[Axis, Tensor]:
+def random(a: ScoreInputs) -> dict[Axis, Tensor]:
     """Uniform noise: the floor that every score must beat."""
     generator = torch.Generator().manual_seed(a.seed)
     return {g.axis: torch.rand(g.size, generator=generator, dtype=torch.float64) for g in a.groups}
 
 
-def obs(a: Asked) -> dict[Axis, Tensor]:
+def obs(a: ScoreInputs) -> dict[Axis, Tensor]:
     """The error that removal adds to the readers' outputs, those left making up for it: units go one by one, the
     cheapest first (of many the cheapest 64th at once), each time with the inverse Gram matrix of those left (SlimGPT,
     arXiv 2412.18110; Hassibi 1993). The score is the error at which a unit goes. O(64 log(units) x inputs x (inputs +
@@ -219,12 +219,12 @@ def obs(a: Asked) -> dict[Axis, Tensor]:
             raise ModelError(
                 f"{grouped.name} reads the units of {g.name} in groups, obs knows none: take another score"
             )
-    seen = observe(a.model, [r for each in reading.values() for r in each], _data(a))
+    seen = collect_moments(a.model, [r for each in reading.values() for r in each], _data(a))
     problems = {g: [_problem(seen[r.name], r, g) for r in _reached(g, found, seen)] for g, found in reading.items()}
     return {g.axis: removal_errors(each) for g, each in problems.items()}
 
 
-def _problem(moments: Moments, reader: Reader, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+def _problem(moments: Moments, reader: Consumer, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """Weights [inputs, outputs], Gram matrix [inputs, inputs] and the columns of each unit [units, columns]."""
     assert moments.second is not None
     W = reader.matrix().double()
@@ -290,7 +290,7 @@ def _costs(W: Tensor, inv: Tensor, columns: Tensor) -> Tensor:
 class UnitScore:
     """A function, what it reads besides weights, and whether its numbers mean the same in all groups."""
 
-    of: Callable[[Asked], dict[Axis, Tensor]]
+    of: Callable[[ScoreInputs], dict[Axis, Tensor]]
     needs: str = ""  # "", "inputs", "gradient"
     comparable: bool = False
 
@@ -325,7 +325,7 @@ def unit_scores(
 ) -> dict[Axis, Tensor]:
     """Return how much each unit of each group matters, fp64 [units]. Raises DataError without the data that the score
     needs, ModelError for a group that it cannot see or numbers that are not finite."""
-    out = UNIT_SCORES[score].of(Asked(model, graph, groups, reduce, data, loss, seed))
+    out = UNIT_SCORES[score].of(ScoreInputs(model, graph, groups, reduce, data, loss, seed))
     for g in groups:
         if not torch.isfinite(out[g.axis]).all():
             raise ModelError(f"the {score} score of {g.name} is not finite: NaN or inf in weights or data")

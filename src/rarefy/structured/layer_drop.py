@@ -25,12 +25,12 @@ from rarefy.model.block_lists import _blocks, stacks
 from rarefy.model.forward import call, evaluating, hooked, on_device
 from rarefy.model.layers import unwrap
 from rarefy.model.losses import Loss, finite, loss_of
-from rarefy.structured.consumers import feed
-from rarefy.structured.hf_config import cut_lists, follow_config
-from rarefy.structured.optimizer_state import check_optimizer, forget_parameters
+from rarefy.structured.consumers import run_batches
+from rarefy.structured.hf_config import shrink_config_lists, update_config
+from rarefy.structured.optimizer_state import check_optimizer, remove_parameters
 from rarefy.structured.options import check_fraction, check_layer_score, check_repeatable, check_unmasked
-from rarefy.structured.structure_record import NUMBERS, keep_blocks, remember_blocks, restoring_notes
-from rarefy.structured.surgery import Removal, outputs, prove
+from rarefy.structured.structure_record import NUMBERS, keep_blocks, record_kept_blocks, record_restorer
+from rarefy.structured.surgery import Removal, outputs, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,30 +136,30 @@ def _similarity(model: nn.Module, blocks: Sequence[Block], data: Iterable[Any]) 
 
     images = [any(isinstance(m, nn.Conv2d) for m in b.module.modules()) for b in blocks]
     with hooked([b.module.register_forward_hook(see(i), with_kwargs=True) for i, b in enumerate(blocks)]):
-        feed(model, data, padding)
+        run_batches(model, data, padding)
     missed = [b.name for b, n in zip(blocks, counts) if not n]
     if missed:
         raise DataError(f"no batch of the data reaches {missed[0]}: the score needs at least one")
     return sums / counts
 
 
-def drop(model: nn.Module, example: Any, blocks: Sequence[Block], *, stay: bool = False) -> Removal:
+def drop_blocks(model: nn.Module, example: Any, blocks: Sequence[Block], *, stay: bool = False) -> Removal:
     """Remove blocks and prove it: the outputs are those of the model that skips them; `stay`: put them back. Raises
     ModelError, and the model is as it was."""
     with skipping(blocks):
         want = outputs(model, example)
     done = Removal(model)
-    done.undo.append(restoring_notes(model))
+    done.undo.append(record_restorer(model))
     try:
         for name, parts in stacks(model).items():
             gone = {b.number for b in blocks if b.stack == name}
             if gone:
                 kept = [i for i in range(len(parts)) if i not in gone]
-                done.undo += cut_lists(model, kept, len(parts))
+                done.undo += shrink_config_lists(model, kept, len(parts))
                 done.undo.append(keep_blocks(parts, kept))
                 numbers = _renumber(name, parts, kept, done)
-                remember_blocks(model, name, kept, numbers)
-        prove(model, example, want)
+                record_kept_blocks(model, name, kept, numbers)
+        verify(model, example, want)
     except BaseException:
         done.put_back()
         raise
@@ -181,7 +181,7 @@ def _renumber(name: str, parts: Any, kept: list[int], done: Removal) -> dict[str
     return numbers
 
 
-def choose(model: nn.Module, blocks: Sequence[Block], scores: Tensor, many: int) -> list[Block]:
+def choose_blocks(model: nn.Module, blocks: Sequence[Block], scores: Tensor, many: int) -> list[Block]:
     """Return the blocks that go, those with the least scores; one of each list stays."""
     left = {name: len(parts) for name, parts in stacks(model).items()}
     gone: list[Block] = []
@@ -236,22 +236,22 @@ def drop_layers_(
     blocks = _named(inner, every, layers, ignore)
     many = _how_many(len(every), len(blocks) if layers else None, keep)
     scores = layer_scores(inner, blocks, score, [example] if data is None else data, loss, seed, progress=progress)
-    gone = choose(inner, blocks, scores, many)
+    gone = choose_blocks(inner, blocks, scores, many)
     before = list(inner.parameters())
     lengths = {n: len(parts) for n, parts in stacks(inner).items()}
     stay = mask_only or dry_run
-    removal = drop(inner, example, gone, stay=stay)
+    removal = drop_blocks(inner, example, gone, stay=stay)
     try:
         shorter: dict[int, set[int]] = {}
         for name, old in lengths.items():
             shorter.setdefault(old, set()).add(old - sum(b.stack == name for b in gone))
         if not stay:
-            follow_config(inner, example, shorter)
+            update_config(inner, example, shorter)
     except BaseException:
         removal.put_back()
         raise
     if optimizer is not None:
-        forget_parameters(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
+        remove_parameters(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
     column = {"similarity": "change", "loss": "loss rises by"}.get(score, score)
     rows = [{"block": b.name, column: float(s), "goes": b in gone} for b, s in zip(blocks, scores)]
     notes = ("scored on the example: no data was given",) if data is None and score != "random" else ()

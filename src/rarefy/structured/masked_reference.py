@@ -19,7 +19,7 @@ PLAIN = frozenset(("mm", "bmm", "mv", "dot"))  # products that have no bias
 PRODUCTS = frozenset(n for rule in (layers.product, layers.convolution) for n in OPERATORS[rule].split())
 
 
-class Absent(TorchDispatchMode):
+class MaskedReference(TorchDispatchMode):
     """Runs with statistics over the features that are not zero everywhere: LayerNorm, means over the last dimension.
 
     A cut model takes its means over the units that are left, a masked one over zeros too. Under this mode the masked

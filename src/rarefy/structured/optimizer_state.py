@@ -35,7 +35,7 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
                 )
 
 
-def carry(optimizer: torch.optim.Optimizer, replaced: Replaced) -> None:
+def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Replaced) -> None:
     """Put parameters that replaced others into an optimizer, each with the state of the units that stay."""
     new_of = {id(old): (new, kept_of) for old, new, kept_of in replaced}
     for group in optimizer.param_groups:
@@ -49,7 +49,7 @@ def carry(optimizer: torch.optim.Optimizer, replaced: Replaced) -> None:
                 optimizer.state[new] = {k: _cut_like(v, p, kept_of) for k, v in state.items()}
 
 
-def forget_parameters(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
+def remove_parameters(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
     """Take parameters that have gone out of an optimizer, by their ids."""
     for group in optimizer.param_groups:
         for p in [p for p in group["params"] if id(p) in gone]:

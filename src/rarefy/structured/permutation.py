@@ -30,8 +30,8 @@ from rarefy.prune.prune import calibrate, check_weights
 from rarefy.prune.scores import SCORES
 from rarefy.structured.optimizer_state import check_optimizer
 from rarefy.structured.options import check_unmasked
-from rarefy.structured.permutation_search import kept, search
-from rarefy.structured.surgery import differs, outputs
+from rarefy.structured.permutation_search import kept_score, search
+from rarefy.structured.surgery import output_difference, outputs
 
 ROWS = 2048  # from so many, spread over all, an order is found; what it keeps is counted on all
 NEAR = 1e-5  # how far outputs may be from those before, relative to the largest: sums round otherwise
@@ -97,11 +97,11 @@ def permute_(
     for group, S in track(list(read.items()), "ordering inputs", progress, len(read)):
         began, share = time.perf_counter(), left * _work(S) / work
         made = next((m.name for m in group.members if m.name not in stored), None)
-        was = now = kept(S, plan.a, plan.b)
+        was = now = kept_score(S, plan.a, plan.b)
         swaps, why = 0, "" if made is None else f"{made} is made by its class"
         if made is None:
             found = search(_some(S), plan.a, plan.b, seconds=share, seed=seed)
-            swaps, now = found.swaps, kept(S[:, found.order], plan.a, plan.b)
+            swaps, now = found.swaps, kept_score(S[:, found.order], plan.a, plan.b)
             why = ("" if found.ended else "time was up") if now > was else "no better order found"
             if now > was:
                 orders[group.axis] = found.order
@@ -210,7 +210,7 @@ def _apply(
         reorder_(graph, orders, optimizer)
         text = "raises"  # until it has run
         try:
-            text = differs(outputs(model, example), before, "those before", NEAR)
+            text = output_difference(outputs(model, example), before, "those before", NEAR)
         finally:
             if text:
                 reorder_(graph, {a: o.argsort() for a, o in orders.items()}, optimizer)

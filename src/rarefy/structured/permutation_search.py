@@ -28,7 +28,7 @@ PATIENCE = 64  # how many times in a row none is
 
 
 @dataclass(frozen=True)
-class Found:
+class ColumnOrder:
     """An order [C] of columns, how many swaps it took, and whether the search ended before its time did."""
 
     order: Tensor
@@ -36,7 +36,7 @@ class Found:
     ended: bool
 
 
-def kept(S: Tensor, n: int, m: int) -> float:
+def kept_score(S: Tensor, n: int, m: int) -> float:
     """Return the sum of what N:M keeps of scores. O(R C).
 
     >>> kept(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), 1, 2)
@@ -45,7 +45,7 @@ def kept(S: Tensor, n: int, m: int) -> float:
     return float(S.reshape(len(S), -1, m).topk(n, -1).values.sum(dtype=torch.float64))
 
 
-def search(S: Tensor, n: int, m: int, *, seconds: float, seed: int = 0) -> Found:
+def search(S: Tensor, n: int, m: int, *, seconds: float, seed: int = 0) -> ColumnOrder:
     """Return an order of the columns of non-negative scores; M divides their number. The same for the same seed where
     time does not end it. O(R C^2) at first, O(R C) a swap.
 
@@ -54,7 +54,7 @@ def search(S: Tensor, n: int, m: int, *, seconds: float, seed: int = 0) -> Found
     7.0
     """
     until, rng, S = time.perf_counter() + seconds, torch.Generator().manual_seed(seed), S.float()
-    found = Found(torch.arange(S.shape[1]), 0, True)
+    found = ColumnOrder(torch.arange(S.shape[1]), 0, True)
     if S.shape[1] > PART:
         found = _parts(S, n, m, until, rng)
     if not found.ended or S.shape[1] > MOST:
@@ -67,10 +67,10 @@ def search(S: Tensor, n: int, m: int, *, seconds: float, seed: int = 0) -> Found
         swaps += other.improve(until)
         better = float(other.kept.sum()) > float(best.kept.sum()) * (1 + LEAST)
         best, idle = (other, 0) if better else (best, idle + 1)
-    return Found(found.order[best.order.flatten()], swaps, len(best.order) < 2 or idle >= PATIENCE)
+    return ColumnOrder(found.order[best.order.flatten()], swaps, len(best.order) < 2 or idle >= PATIENCE)
 
 
-def _parts(S: Tensor, n: int, m: int, until: float, rng: torch.Generator) -> Found:
+def _parts(S: Tensor, n: int, m: int, until: float, rng: torch.Generator) -> ColumnOrder:
     """Swaps within random parts of the groups, other parts each round, until a round gains next to nothing."""
     groups, swaps = torch.arange(S.shape[1]).view(-1, m), 0
     while True:
@@ -85,7 +85,7 @@ def _parts(S: Tensor, n: int, m: int, until: float, rng: torch.Generator) -> Fou
             parts.append(part)
         groups, late = torch.cat(parts), time.perf_counter() >= until
         if late or now <= was * (1 + ENOUGH):
-            return Found(groups.flatten(), swaps, not late)
+            return ColumnOrder(groups.flatten(), swaps, not late)
 
 
 class _Groups:

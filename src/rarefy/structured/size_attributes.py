@@ -36,7 +36,9 @@ OF: dict[type, dict[str, tuple[str, int]]] = {
 }
 
 
-def follow(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor]) -> tuple[list[Any], dict[str, Any]]:
+def update_size_attributes(
+    model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor]
+) -> tuple[list[Any], dict[str, Any]]:
     """Set what modules know of the sizes of their parameters and views; return what undoes it, and what was set."""
     undo: list[Any] = []
     numbers: dict[str, Any] = {}

@@ -25,7 +25,7 @@ NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")  # by which blo
 PARTS = {"numbers": dict, "shapes": dict, "kept": dict, "blocks": dict, "attention": list, "base": dict, "config": bool}
 
 
-def told(model: nn.Module) -> dict[str, Any]:
+def cut_record(model: nn.Module) -> dict[str, Any]:
     """Return what is remembered of the cuts of a model so far."""
     fresh = {name: kind() for name, kind in PARTS.items()}
     if hf.is_model(model):
@@ -33,7 +33,7 @@ def told(model: nn.Module) -> dict[str, Any]:
     return getattr(model, "rarefy_cut", None) or fresh
 
 
-def restoring_notes(model: nn.Module) -> Callable[[], None]:
+def record_restorer(model: nn.Module) -> Callable[[], None]:
     """Return what gives a model the notes of its cuts that it has now, if it has any."""
     before = getattr(model, "rarefy_cut", None)
 
@@ -46,9 +46,9 @@ def restoring_notes(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
-def remember_blocks(model: nn.Module, name: str, kept: list[int], numbers: Mapping[str, Any]) -> None:
+def record_kept_blocks(model: nn.Module, name: str, kept: list[int], numbers: Mapping[str, Any]) -> None:
     """Note on the model that of a list of blocks those with these numbers were kept, and which numbers changed."""
-    old = told(model)
+    old = cut_record(model)
     before = old["blocks"].get(name)
     prefix = f"{name}." if name else ""
 
@@ -69,15 +69,15 @@ def remember_blocks(model: nn.Module, name: str, kept: list[int], numbers: Mappi
     model.rarefy_cut = {**old, **renamed, "blocks": blocks, "attention": attention, "config": False}  # type: ignore[assignment]
 
 
-def remember_attention(model: nn.Module, names: Iterable[str]) -> None:
+def record_attention(model: nn.Module, names: Iterable[str]) -> None:
     """Note on the model that these attention modules have heads of their own."""
-    old = told(model)
+    old = cut_record(model)
     model.rarefy_cut = {**old, "attention": [*old["attention"], *names], "config": False}  # type: ignore[assignment]
 
 
-def remember(model: nn.Module, numbers: Mapping[str, Any], kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+def record_cut(model: nn.Module, numbers: Mapping[str, Any], kept: Mapping[str, Mapping[int, Tensor]]) -> None:
     """Note on the model which numbers of modules changed, and which indices of its tensors were kept, by dimension."""
-    old = told(model)
+    old = cut_record(model)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     stored = set(model.state_dict(keep_vars=True))
     shapes, loose = dict(old["shapes"]), {n: dict(d) for n, d in old["kept"].items()}
@@ -92,27 +92,31 @@ def remember(model: nn.Module, numbers: Mapping[str, Any], kept: Mapping[str, Ma
     model.rarefy_cut = {**old, "numbers": numbers, "shapes": shapes, "kept": loose, "config": False}  # type: ignore[assignment]
 
 
-def check_told(told: Any, path: Any) -> None:
+def check_record(record: Any, path: Any) -> None:
     """Raise ContainerError for what are no notes of cuts."""
-    if not isinstance(told, dict) or set(told) != set(PARTS) or any(type(told[p]) is not k for p, k in PARTS.items()):
+    if (
+        not isinstance(record, dict)
+        or set(record) != set(PARTS)
+        or any(type(record[p]) is not k for p, k in PARTS.items())
+    ):
         raise ContainerError(f"{path}: the structure that a cut left is damaged")
 
 
-def restore(model: nn.Module, told: Any, path: Any) -> None:
+def restore(model: nn.Module, record: Any, path: Any) -> None:
     """Give a model of the original class the structure that a cut left: its numbers, and empty tensors in the right
     shapes. Raises ContainerError for what does not fit the class: whole numbers of modules can become smaller, of
     torch's own layers only their sizes, and tensors can only lose indices."""
-    check_told(told, path)
-    for name, kept in told["blocks"].items():
+    check_record(record, path)
+    for name, kept in record["blocks"].items():
         _keep_blocks(model, name, kept, path)
-    for name in told["attention"]:
+    for name in record["attention"]:
         if not isinstance(name, str) or not with_own_heads(model, [name]):
             raise ContainerError(f"{path}: {type(model).__name__} has no attention {name!r} that could have own heads")
     modules = dict(model.named_modules())
-    for name, value in told["numbers"].items():
+    for name, value in record["numbers"].items():
         _set_number(model, modules, name, value, path)
     slots = {n: (m, a) for n, m, a in named_tensors(modules)}
-    fresh = {**_shaped(slots, told["shapes"], path), **_picked(slots, told["kept"], path)}
+    fresh = {**_shaped(slots, record["shapes"], path), **_picked(slots, record["kept"], path)}
     made: dict[int, Any] = {}  # tied ones stay so
     for module, attribute in slots.values():
         old: Any = getattr(module, attribute)
@@ -121,7 +125,7 @@ def restore(model: nn.Module, told: Any, path: Any) -> None:
             if isinstance(old, nn.Parameter):
                 new = made.setdefault(id(old), nn.Parameter(new, old.requires_grad))
             setattr(module, attribute, new)
-    model.rarefy_cut = told  # type: ignore[assignment]
+    model.rarefy_cut = record  # type: ignore[assignment]
 
 
 def _set_number(model: nn.Module, modules: Mapping[str, nn.Module], name: str, value: Any, path: Any) -> None:

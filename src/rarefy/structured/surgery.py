@@ -17,10 +17,10 @@ from rarefy.dependency.tracer import forget, plainly, running
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, hooked, on_device
 from rarefy.model.mha import with_own_heads
-from rarefy.structured.consumers import Reader, all_readers
-from rarefy.structured.masked_reference import Absent
-from rarefy.structured.size_attributes import follow
-from rarefy.structured.structure_record import named_tensors, remember, remember_attention, restoring_notes
+from rarefy.structured.consumers import Consumer, all_consumers
+from rarefy.structured.masked_reference import MaskedReference
+from rarefy.structured.size_attributes import update_size_attributes
+from rarefy.structured.structure_record import named_tensors, record_attention, record_cut, record_restorer
 
 # how far outputs of the cut model may be from those of the masked one, relative to the largest: sums round otherwise
 NEAR = 1e-4
@@ -29,7 +29,7 @@ FLIPS = 0.01  # how many whole numbers may differ: the largest of two that are n
 Undo = list[Callable[[], Any]]
 
 
-class DoesNotRun(ModelError):
+class ForwardFailed(ModelError):
     """The cut model raises; `module` is what was running."""
 
     def __init__(self, message: str, module: str = ""):
@@ -37,7 +37,7 @@ class DoesNotRun(ModelError):
         self.module = module
 
 
-class Inexact(ModelError):
+class OutputMismatch(ModelError):
     """The cut model returns something else."""
 
 
@@ -70,18 +70,18 @@ class Removal:
             forget(self.model)
 
 
-def take_out(
+def remove_units(
     model: nn.Module, example: Any, graph: Graph, masks: Mapping[Axis, Tensor], *, stay: bool = False
 ) -> Removal:
     """Remove the units that `masks` does not keep and prove it; `stay`: put them back, as zeros. Raises ModelError,
     and the model is as it was. Three calls."""
     done = Removal(model)
     dense = outputs(model, example)
-    done.undo += zero(graph, masks)
+    done.undo += zero_units_(graph, masks)
     zeros = len(done.undo)
     try:
-        readers = [r for r in all_readers(graph) if not bool(kept(r.inputs, masks.get).all())]
-        with plainly(), Absent(graph, masks), _constants(readers, graph, masks, done.constants):
+        readers = [r for r in all_consumers(graph) if not bool(kept(r.inputs, masks.get).all())]
+        with plainly(), MaskedReference(graph, masks), _constants(readers, graph, masks, done.constants):
             want = outputs(model, example)
         done.unseen = all(torch.equal(a, b) for a, b in zip(dense, want))
         _remove_exactly(model, example, graph, masks, want, done)
@@ -96,11 +96,11 @@ def take_out(
 
 def give_own_heads(model: nn.Module, names: Any = None) -> Removal:
     """Replace torch's attention modules by such as can lose heads and width; the model remembers which."""
-    done = Removal(model, [restoring_notes(model)])
+    done = Removal(model, [record_restorer(model)])
     replaced = with_own_heads(model, names)
     done.undo += [lambda w=w: setattr(w[0], w[1], w[2]) for w in replaced.values()]
     if replaced:
-        remember_attention(model, replaced)
+        record_attention(model, replaced)
     return done
 
 
@@ -109,10 +109,10 @@ def _remove_exactly(
 ) -> None:
     """Take the units out; where attention divides by the root of a dimension that shrinks, queries make up for it."""
     first = len(done.undo)
-    remove(model, graph, masks, done)
+    remove_slices(model, graph, masks, done)
     try:
-        return prove(model, example, want)
-    except Inexact:
+        return verify(model, example, want)
+    except OutputMismatch:
         scaled = [g for g in graph.groups if g.axis in masks and g.axis.scores]
         if not scaled:
             raise
@@ -120,8 +120,8 @@ def _remove_exactly(
     done.replaced.clear()
     for group in scaled:
         _scale_queries(graph, group, float(masks[group.axis].float().mean()) ** 0.5, done)
-    remove(model, graph, masks, done)
-    prove(model, example, want)
+    remove_slices(model, graph, masks, done)
+    verify(model, example, want)
 
 
 def _scale_queries(graph: Graph, group: Group, by: float, done: Removal) -> None:
@@ -138,18 +138,18 @@ def _scale_queries(graph: Graph, group: Group, by: float, done: Removal) -> None
         if graph.owners[m.name][0][0] is module:
             W = getattr(*graph.owners[m.name][0])
             rows = (graph.places(m.name, m.dim)[group.axis] >= 0).nonzero()[:many, 0].to(W.device)
-            done.undo.append(restoring(W))
+            done.undo.append(value_restorer(W))
             W.data.index_copy_(m.dim, rows, W.data.index_select(m.dim, rows) * by)
             done.scaled[m.name] = m.dim, rows, by
 
 
-def restoring(W: Tensor) -> Callable[[], Any]:
+def value_restorer(W: Tensor) -> Callable[[], Any]:
     """Return what gives a tensor the values that it has now."""
     old = W.detach().clone()
     return lambda: W.data.copy_(old)
 
 
-def zero(graph: Graph, masks: Mapping[Axis, Tensor]) -> Undo:
+def zero_units_(graph: Graph, masks: Mapping[Axis, Tensor]) -> Undo:
     """Make units zero where parameters make them; return what undoes it."""
     undo: Undo = []
     made: dict[str, set[int]] = {}
@@ -159,17 +159,17 @@ def zero(graph: Graph, masks: Mapping[Axis, Tensor]) -> Undo:
         W = getattr(*graph.owners[name][0])
         if not isinstance(W, nn.Parameter):
             continue
-        undo.append(restoring(W))
+        undo.append(value_restorer(W))
         for d in dims:
             gone = ~kept(graph.dims[name][d], masks.get)
             W.data.index_fill_(d, gone.nonzero()[:, 0].to(W.device), 0)
     return undo
 
 
-def remove(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor], done: Removal) -> None:
+def remove_slices(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor], done: Removal) -> None:
     """Take units out of parameters, buffers and the numbers of modules, which the model remembers."""
-    done.undo.append(restoring_notes(model))
-    more, numbers = follow(model, graph, masks)
+    done.undo.append(record_restorer(model))
+    more, numbers = update_size_attributes(model, graph, masks)
     done.undo += more
     names = {(id(m), a): n for n, m, a in named_tensors(dict(model.named_modules()))}
     indices: dict[str, dict[int, Tensor]] = {}
@@ -194,17 +194,19 @@ def remove(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor], done: R
             done.undo.append(lambda m=module, a=attribute, o=old: setattr(m, a, o))
     for name, constant in done.constants.items():
         bias: Any = graph.owners[name][0][0].bias
-        done.undo.append(restoring(bias))
+        done.undo.append(value_restorer(bias))
         bias.data.add_(constant.to(bias))
-    remember(model, numbers, indices)
+    record_cut(model, numbers, indices)
 
 
 @contextmanager
-def _constants(readers: Sequence[Reader], graph: Graph, masks: Mapping[Axis, Tensor], found: dict[str, Tensor]) -> Any:
+def _constants(
+    readers: Sequence[Consumer], graph: Graph, masks: Mapping[Axis, Tensor], found: dict[str, Tensor]
+) -> Any:
     """Note what units that are zero where they are made add to outputs all the same, because something between makes a
     constant of zero (a sigmoid, an exponential); `found`: outputs by the weight's name."""
 
-    def see(reader: Reader) -> Any:
+    def see(reader: Consumer) -> Any:
         gone = ~kept(reader.inputs, masks.get)
 
         def hook(module: Any, args: tuple, kwargs: dict) -> None:
@@ -240,20 +242,20 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
         return [t.detach().clone() for t in tensors_in(call(model, on_device(model, example)))]
 
 
-def prove(model: nn.Module, example: Any, want: Sequence[Tensor]) -> None:
+def verify(model: nn.Module, example: Any, want: Sequence[Tensor]) -> None:
     """Raise ModelError unless the cut model runs and returns what the masked one did."""
     stack: list[str] = []
     try:
         with running(model, stack, unwind=False):
             got = outputs(model, example)
     except RarefyError as error:
-        raise DoesNotRun(f"the cut model does not run, so it was put back: {error}", (stack or [""])[-1]) from error
-    text = differs(got, want, "the masked one's")
+        raise ForwardFailed(f"the cut model does not run, so it was put back: {error}", (stack or [""])[-1]) from error
+    text = output_difference(got, want, "the masked one's")
     if text:
-        raise Inexact(f"the cut model {text}, so it was put back")
+        raise OutputMismatch(f"the cut model {text}, so it was put back")
 
 
-def differs(got: Sequence[Tensor], want: Sequence[Tensor], whose: str, near: float = NEAR) -> str:
+def output_difference(got: Sequence[Tensor], want: Sequence[Tensor], whose: str, near: float = NEAR) -> str:
     """Return how what a model returns differs from what it should (`whose`), by more than `near` of the largest where
     numbers are in float32; "" where it does not."""
     if len(got) != len(want):

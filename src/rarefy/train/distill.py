@@ -32,7 +32,7 @@ from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, describe, evaluating
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import fold_
-from rarefy.train.teacher_cache import Answers
+from rarefy.train.teacher_cache import TeacherCache
 
 Words = str | Sequence[str] | None
 
@@ -206,7 +206,7 @@ class Distiller(nn.Module):
             }
             places = [len(self._pairs), len(self._related)]
             who = digest([repr(asked), places, dict(teacher.state_dict())])
-            self._answers = Answers(Path(cache).expanduser(), who)
+            self._answers = TeacherCache(Path(cache).expanduser(), who)
         self._stack = ExitStack()
         for side in (0, 1):
             wanted = [pair[side] for pair in (*self._pairs, *self._related)]

@@ -31,10 +31,10 @@ from rarefy.model.shards import everyones
 from rarefy.runtime.sparse_layers import Sparse
 from rarefy.train import checkpoint
 from rarefy.train.distill import Distiller
-from rarefy.train.loggers import Logs
+from rarefy.train.loggers import Loggers
 from rarefy.train.optimizers import LR_SCHEDULES, MakeOptimizer, optimizer_of
 from rarefy.train.sparsifier import Event, Sparsifier
-from rarefy.train.sparsity_config import Plan
+from rarefy.train.sparsity_config import SparsityConfig
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]  # batches, or a function of the epoch that gives them
 Teach = Callable[[Any, Any, torch.Tensor | None], torch.Tensor]  # (output, batch, own loss) -> loss
@@ -67,7 +67,7 @@ def fit_(
     optimizer: MakeOptimizer | torch.optim.Optimizer | None = None,
     lr_schedule: str = "constant",
     loss: Loss | None = None,
-    prune: Plan | None = None,
+    prune: SparsityConfig | None = None,
     calibrate: Iterable[Any] | None = None,
     teach: Teach | None = None,
     at: Mapping[float, Event] | None = None,
@@ -123,7 +123,7 @@ def fit_(
         told = {"epochs": epochs, "lr_schedule": lr_schedule, "prune": prune, "steps": steps, "patience": patience}
         told |= {"seed": seed, "maximize": maximize, "at": sorted(at or {}), "also": also, "teach": teach}
         key = _key(model, data, moves, told)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), Logs.open(log) as logs:
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), Loggers.open(log) as logs:
         if seed is not None:
             torch.manual_seed(seed)
         told = {"calibrate": calibrate, "loss": loss, "seed": seed or 0, "at": at}
@@ -236,7 +236,7 @@ class _Run:
     """One training run: what stays the same from epoch to epoch, and where it stands."""
 
     teach: Teach | None
-    logs: Logs
+    logs: Loggers
     journal: journals.Journal
     best: _Best
     progress: bool

@@ -16,18 +16,18 @@ Write = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Logs:
+class Loggers:
     """Writers of rows; a row is {name: number}, with its epoch."""
 
     writers: tuple[Write, ...] = ()
 
     @staticmethod
     @contextmanager
-    def open(where: str | Path | Sequence[str] | None) -> Iterator[Logs]:
+    def open(where: str | Path | Sequence[str] | None) -> Iterator[Loggers]:
         """Open what is named: a file, `tensorboard:FOLDER`, `wandb:PROJECT`. RecipeError where a library is missing."""
         words = [] if where is None else [where] if isinstance(where, str | Path) else list(where)
         with ExitStack() as stack:
-            yield Logs(tuple(_writer(str(w), stack) for w in words))
+            yield Loggers(tuple(_writer(str(w), stack) for w in words))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a row to all of them."""

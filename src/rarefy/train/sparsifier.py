@@ -17,11 +17,11 @@ from rarefy.model.masks import Mask, check_maskable, clear_, get_mask, masks, op
 from rarefy.model.shards import everyones, sharded, whole
 from rarefy.prune import prune
 from rarefy.prune.scores import SCORES
-from rarefy.train.sparsity_config import Gradual, Plan, SecondOrder, Stairs, asked
-from rarefy.train.sparsity_methods import METHODS, Work, lr_progress, ways
+from rarefy.train.sparsity_config import Gradual, ScheduledConfig, SecondOrder, SparsityConfig, resolve_config
+from rarefy.train.sparsity_methods import METHODS, MethodContext, layers_by_final_sparsity, lr_progress
 
 Event = Callable[[nn.Module], Any]
-COARSE = Stairs  # of events that fall between two steps of training, the last one counts
+COARSE = ScheduledConfig  # of events that fall between two steps of training, the last one counts
 STATE = ("count", "progress", "stride", "sparsity")
 
 
@@ -58,7 +58,7 @@ class Sparsifier:
     def __init__(
         self,
         model: nn.Module,
-        plan: Plan | None,
+        plan: SparsityConfig | None,
         *,
         steps: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
@@ -82,7 +82,7 @@ class Sparsifier:
             self._clean()
             self._happen()
             return
-        told = asked(plan)
+        told = resolve_config(plan)
         self._layers = select(model, plan.layers, plan.ignore)
         prune.refuse_impossible(self._layers, told.pattern)
         data = list(calibrate) if isinstance(calibrate, Iterator) else calibrate
@@ -95,8 +95,8 @@ class Sparsifier:
                 "fewer steps, cycles or rounds"
             )
         seed = plan.seed if plan.seed is not None else seed
-        self._work = Work(model, self._layers, plan, told, seed, optimizer, data, loss, self._gradient)
-        ways(self._work)  # for its checks
+        self._work = MethodContext(model, self._layers, plan, told, seed, optimizer, data, loss, self._gradient)
+        layers_by_final_sparsity(self._work)  # for its checks
         for layer in self._layers:
             check_maskable(layer)
         for layer in self._layers:
@@ -171,7 +171,7 @@ class Sparsifier:
             if name is not None:
                 set_mask_(layer, here[name])
 
-    def _check(self, plan: Plan, calibrate: Iterable[Any] | None) -> None:
+    def _check(self, plan: SparsityConfig, calibrate: Iterable[Any] | None) -> None:
         needs = isinstance(plan, SecondOrder) or (isinstance(plan, Gradual) and SCORES[plan.score].needs)
         if needs and calibrate is None:
             what = f"score {plan.score!r}" if isinstance(plan, Gradual) else "second-order pruning"

@@ -15,14 +15,14 @@ from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse
 from rarefy.prune.prune import default_scope
 from rarefy.prune.scores import SCORES
-from rarefy.train.sparsity_schedule import MOST_STEPS, sparsities
+from rarefy.train.sparsity_schedule import MAX_STEPS, sparsities
 
 Words = str | Sequence[str] | None
 ALLOCATIONS = ("uniform", "erk")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SparsityConfig:
     """What all ways have in common: how much, in which pattern, in which layers."""
 
     sparsity: float | None = None
@@ -34,7 +34,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stairs(Plan):
+class ScheduledConfig(SparsityConfig):
     """What rises from `first` in `steps` steps by a schedule, while training runs from `start` to `end` of its way."""
 
     schedule: str = "cubic"
@@ -45,7 +45,7 @@ class Stairs(Plan):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradual(Stairs):
+class Gradual(ScheduledConfig):
     """Prune in `steps` steps while training runs from `start` to `end` of its way; scores are computed anew each time
     (Zhu & Gupta 2017).
 
@@ -64,7 +64,7 @@ class Gradual(Stairs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Movement(Stairs):
+class Movement(ScheduledConfig):
     """Keep the weights that training moves away from zero: S falls by dL/dw w at every step (Sanh 2020, eq. 3).
 
     Masked weights gather scores too and may come back. With `penalty` the count is not given but found ("soft"): a
@@ -80,7 +80,7 @@ class Movement(Stairs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecondOrder(Stairs):
+class SecondOrder(ScheduledConfig):
     """Prune what the loss's curvature says is least missed, and let the kept weights make up for it (oBERT, Kurtic
     2022): the inverse of an empirical Fisher matrix in blocks, from `gradients` gradients, anew at each of `steps`.
     """
@@ -92,7 +92,7 @@ class SecondOrder(Stairs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rigl(Plan):
+class Rigl(SparsityConfig):
     """Sparse from `start` on; `steps` times until `end`, the least weights go and as many come back, at zero, where
     the loss's gradient is greatest (RigL, Evci 2020): `drop` of them at first, falling to none by a cosine.
     """
@@ -106,7 +106,7 @@ class Rigl(Plan):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alternate(Plan):
+class Alternate(SparsityConfig):
     """Sparse and dense phases in turn, `cycles` of both between `start` and `end`, then sparse (AC/DC, Peste 2021)."""
 
     method: Literal["alternate"] = "alternate"
@@ -116,7 +116,7 @@ class Alternate(Plan):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Admm(Plan):
+class Admm(SparsityConfig):
     """Train all weights, pulled ever more to their sparse projection Z, renewed `steps` times; cut to it at `end`
     (ADMM; ELSA 2026): at each step W -= p (W - Z + U), where all p come to `pull`.
 
@@ -132,7 +132,7 @@ class Admm(Plan):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewind(Plan):
+class Rewind(SparsityConfig):
     """Train, prune by magnitude, go back, train again: `rounds` times (lottery tickets, Frankle 2019).
 
     Weights go back to what they were at `to` of the first round, and so does the learning rate; `weights: false` only
@@ -146,14 +146,14 @@ class Rewind(Plan):
     weights: bool = True
 
 
-PLANS: dict[str, type[Plan]] = {
+SPARSITY_CONFIGS: dict[str, type[SparsityConfig]] = {
     "gradual": Gradual, "movement": Movement, "second-order": SecondOrder, "rigl": Rigl, "alternate": Alternate,
     "admm": Admm, "rewind": Rewind,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Asked:
+class ResolvedConfig:
     """A plan with what follows from it filled in."""
 
     pattern: Pattern
@@ -161,13 +161,13 @@ class Asked:
     scope: str
 
 
-def asked(plan: Plan) -> Asked:
+def resolve_config(plan: SparsityConfig) -> ResolvedConfig:
     """Return what a plan comes to; PatternError for what is impossible or would have no effect.
 
     >>> asked(Gradual(pattern="2:4")).sparsity
     0.5
     """
-    if not isinstance(plan, tuple(PLANS.values())):
+    if not isinstance(plan, tuple(SPARSITY_CONFIGS.values())):
         raise PatternError(f"prune is a plan such as rarefy.Gradual(sparsity=0.9), got {plan!r}")
     pattern = parse(plan.pattern)
     if isinstance(plan, Gradual) and (not isinstance(plan.score, str) or plan.score not in SCORES):
@@ -181,7 +181,7 @@ def asked(plan: Plan) -> Asked:
         patterns.select_many([], pattern, None if pattern.kind == "nm" else sparsity, reduce=plan.reduce)
     last, scope = check_sparsity(pattern, sparsity, plan.scope or usual)
     _check_way(plan)
-    if isinstance(plan, Stairs):
+    if isinstance(plan, ScheduledConfig):
         sparsities(plan.schedule, last, plan.steps, plan.first)
     if isinstance(plan, Rewind):
         sparsities(plan.schedule, last, plan.rounds)
@@ -196,10 +196,10 @@ def asked(plan: Plan) -> Asked:
             raise PatternError(f"pattern {pattern} decides every layer's sparsity itself: allocate has no effect")
         if scope == "global":
             raise PatternError("rigl drops and grows layer by layer: scope 'global' has no effect; allocate spreads")
-    return Asked(pattern, last, scope)
+    return ResolvedConfig(pattern, last, scope)
 
 
-def _check_way(plan: Plan) -> None:
+def _check_way(plan: SparsityConfig) -> None:
     start, end = getattr(plan, "start", 0.0), getattr(plan, "end", 1.0)
     if 0 <= end < start <= 1:
         raise PatternError(f"pruning starts at {start} and ends at {end}: start comes first")
@@ -211,9 +211,9 @@ def _check_way(plan: Plan) -> None:
             raise PatternError(f"{name} lies between {low} and {high}, got {value!r}")
     for name in ("steps", "cycles", "rounds", "gradients", "block"):
         value = getattr(plan, name, None)
-        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_STEPS
+        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_STEPS
         if value is not None and not whole:
-            raise PatternError(f"{name} is a whole number from 1 to {MOST_STEPS:,}, got {value!r}")
+            raise PatternError(f"{name} is a whole number from 1 to {MAX_STEPS:,}, got {value!r}")
     if isinstance(plan, Alternate) and plan.start == plan.end:
         raise PatternError(f"phases lie between start and end, got {plan.start} for both")
     if isinstance(plan, SecondOrder) and not plan.damp > 0:
@@ -247,13 +247,13 @@ ELSEWHERE = {"acdc": "alternate", "ac/dc": "alternate", "obert": "second-order",
              "lottery": "rewind", "magnitude": "gradual"}  # fmt: skip
 
 
-def plan_of(method: str) -> type[Plan]:
+def config_class(method: str) -> type[SparsityConfig]:
     """Return the plan that a method's name means; PatternError with the nearest name."""
-    if method in PLANS:
-        return PLANS[method]
+    if method in SPARSITY_CONFIGS:
+        return SPARSITY_CONFIGS[method]
     if method == "constant":
         raise PatternError("masks stay as they are when prune is left out: there is no method 'constant'")
     here = ELSEWHERE.get(str(method).lower())
     if here is not None:
         raise PatternError(f"unknown method {method!r}; {method} is called {here!r} here")
-    raise PatternError(unknown("method", method, PLANS))
+    raise PatternError(unknown("method", method, SPARSITY_CONFIGS))

@@ -24,18 +24,28 @@ from rarefy.model.sparsity_pattern import Pattern, masks_at, per_unit
 from rarefy.prune import prune
 from rarefy.prune.allocation import erk
 from rarefy.train import fisher
-from rarefy.train.sparsity_config import Admm, Alternate, Asked, Gradual, Movement, Plan, Rewind, Rigl, SecondOrder
+from rarefy.train.sparsity_config import (
+    Admm,
+    Alternate,
+    Gradual,
+    Movement,
+    ResolvedConfig,
+    Rewind,
+    Rigl,
+    SecondOrder,
+    SparsityConfig,
+)
 from rarefy.train.sparsity_schedule import sparsities
 
 
 @dataclass
-class Work:
+class MethodContext:
     """What a method works on. `kept` is all that it remembers, tensors by name, so that a run can go on elsewhere."""
 
     model: nn.Module
     layers: Sequence[Layer]
     plan: Any
-    asked: Asked
+    asked: ResolvedConfig
     seed: int = 0
     optimizer: torch.optim.Optimizer | None = None
     calibrate: Iterable[Any] | None = None
@@ -79,8 +89,8 @@ class Method:
     """
 
     events: Callable[[Any, float], list[tuple[float, Any]]]
-    act: Callable[[Work, Any], float]
-    each: Callable[[Work, float, float], None] | None = None
+    act: Callable[[MethodContext, Any], float]
+    each: Callable[[MethodContext, float, float], None] | None = None
     gradients: str = ""
     hidden: Callable[[Any], bool] = lambda plan: False
 
@@ -90,7 +100,7 @@ def _stairs(plan: Any, last: float) -> list[tuple[float, Any]]:
     return [(plan.start + i * gap, i) for i in range(plan.steps)]
 
 
-def ways(work: Work) -> list[tuple[float, list[Layer]]]:
+def layers_by_final_sparsity(work: MethodContext) -> list[tuple[float, list[Layer]]]:
     """Return the layers by the sparsity they end with; SelectorError where `ends` names what is no layer, or none that
     is pruned."""
     plan, last = work.plan, work.asked.sparsity
@@ -103,13 +113,13 @@ def ways(work: Work) -> list[tuple[float, list[Layer]]]:
     return [(end, [l for l in work.layers if ends[id(l.original)] == end]) for end in dict.fromkeys(ends.values())]
 
 
-def _gradual(work: Work, index: int) -> float:
+def _gradual(work: MethodContext, index: int) -> float:
     plan: Gradual = work.plan
     prune.check_weights(work.layers)
     stats = prune.calibrate(work.model, work.layers, plan.score, work.calibrate, work.loss, work.seed)
     found: list[tuple[Layer, Tensor]] = []
     asked, before = 0.0, work.zeros()
-    for end, layers in ways(work):
+    for end, layers in layers_by_final_sparsity(work):
         sparsity = sparsities(plan.schedule, end, plan.steps, plan.first)[index]
         for some, least in _parts(work, layers, sparsity, plan.regrow):
             how = (plan.score, least, work.asked.scope, plan.reduce, plan.regrow)
@@ -121,7 +131,7 @@ def _gradual(work: Work, index: int) -> float:
 
 
 def _parts(
-    work: Work, layers: Sequence[Layer], sparsity: float, regrow: bool = False
+    work: MethodContext, layers: Sequence[Layer], sparsity: float, regrow: bool = False
 ) -> list[tuple[Sequence[Layer], float]]:
     """Layers with the sparsity to choose for them: no less than they have, where what is masked stays so."""
     had = {id(l): 1 - mask_of(l).float().mean().item() for l in layers}
@@ -133,7 +143,7 @@ def _parts(
     return [([l], max(sparsity, had[id(l)])) for l in layers]
 
 
-def _move(work: Work, before: float, now: float) -> None:
+def _move(work: MethodContext, before: float, now: float) -> None:
     """S -= g w, both of the same moment; for soft movement a normalised step, and the pull of the penalty (Sanh 2020,
     eqs. 3 and 5)."""
     plan: Movement = work.plan
@@ -151,7 +161,7 @@ def _move(work: Work, before: float, now: float) -> None:
         score.sub_(push / root + 4 * plan.penalty * ramp * sigma * (1 - sigma), alpha=plan.rate)
 
 
-def _movement(work: Work, index: int) -> float:
+def _movement(work: MethodContext, index: int) -> float:
     plan: Movement = work.plan
     if not work.kept:
         return work.zeros()  # before the first step nothing has moved
@@ -167,7 +177,7 @@ def _movement(work: Work, index: int) -> float:
     return work.zeros()
 
 
-def _second_order(work: Work, index: int) -> float:
+def _second_order(work: MethodContext, index: int) -> float:
     plan: SecondOrder = work.plan
     prune.check_weights(work.layers)
     sparsity = sparsities(plan.schedule, work.asked.sparsity, plan.steps, plan.first)[index]
@@ -196,7 +206,7 @@ def _drops(plan: Rigl, last: float) -> list[tuple[float, Any]]:
     return [(plan.start, None), *later]
 
 
-def _rigl(work: Work, drop: float | None) -> float:
+def _rigl(work: MethodContext, drop: float | None) -> float:
     """Drop by magnitude, grow by the gradient (Evci 2020, section 3); kept weights score above all that may grow."""
     each = {l.full_name: work.asked.sparsity for l in work.layers}
     if work.plan.allocate == "erk":
@@ -223,7 +233,7 @@ def _phases(plan: Alternate, last: float) -> list[tuple[float, Any]]:
     ]
 
 
-def _alternate(work: Work, phase: str) -> float:
+def _alternate(work: MethodContext, phase: str) -> float:
     if phase == "sparse":
         work.put([work.effective(l).abs() for l in work.layers], work.asked.sparsity)
         return work.asked.sparsity
@@ -237,7 +247,7 @@ def _updates(plan: Admm, last: float) -> list[tuple[float, Any]]:
     return [(plan.start + i * gap, "first" if i == 0 else "renew") for i in range(plan.steps)] + [(plan.end, "cut")]
 
 
-def _pull(work: Work, before: float, now: float) -> None:
+def _pull(work: MethodContext, before: float, now: float) -> None:
     """W -= p (W - Z + U); p rises by half a cosine and comes to `pull` over the way."""
     plan: Admm = work.plan
     long = plan.end - plan.start
@@ -265,7 +275,7 @@ def _raised(t: float) -> float:
     return t - math.sin(math.pi * t) / math.pi
 
 
-def _admm(work: Work, what: str) -> float:
+def _admm(work: MethodContext, what: str) -> float:
     """Z = projection of W + U; U += W - Z."""
     W = {l.full_name: whole(l.original.detach()).float() for l in work.layers}
     U = {l.full_name: _kept(work, "u", l) for l in work.layers}
@@ -286,7 +296,7 @@ def _admm(work: Work, what: str) -> float:
     return 0.0
 
 
-def _second_moment(work: Work, layer: Layer) -> Tensor:
+def _second_moment(work: MethodContext, layer: Layer) -> Tensor:
     state = work.optimizer.state.get(layer.original, {}) if work.optimizer is not None else {}
     if "exp_avg_sq" not in state:
         if work.optimizer is not None and not work.optimizer.state:
@@ -304,7 +314,7 @@ def _tickets(plan: Rewind, last: float) -> list[tuple[float, Any]]:
     return [(plan.to * part, "keep"), *(((i + 1) * part, i) for i in range(plan.rounds))]
 
 
-def _rewind(work: Work, what: Any) -> float:
+def _rewind(work: MethodContext, what: Any) -> float:
     plan: Rewind = work.plan
     here = {_plain(n): p for n, p in work.model.named_parameters()}
     here |= {_plain(n): b for n, b in work.model.named_buffers() if ".parametrizations." not in f".{n}"}
@@ -344,7 +354,7 @@ def lr_progress(plan: Any, t: float) -> float:
     return inside if turn == 0 else plan.to + (1 - plan.to) * inside
 
 
-def _kept(work: Work, kind: str, layer: Layer) -> Tensor:
+def _kept(work: MethodContext, kind: str, layer: Layer) -> Tensor:
     key = f"{kind}/{layer.full_name}"
     if key in work.kept and work.kept[key].device != layer.original.device:
         work.kept[key] = work.kept[key].to(layer.original.device)  # the model was moved, or the state was read
@@ -353,7 +363,7 @@ def _kept(work: Work, kind: str, layer: Layer) -> Tensor:
     return work.kept[key]
 
 
-METHODS: dict[type[Plan], Method] = {
+METHODS: dict[type[SparsityConfig], Method] = {
     Gradual: Method(_stairs, _gradual, hidden=lambda plan: plan.regrow),
     Movement: Method(_stairs, _movement, _move, "steps", hidden=lambda plan: True),
     SecondOrder: Method(_stairs, _second_order),

@@ -20,7 +20,7 @@ def exponential(t: float, first: float, last: float) -> float:
     return 1 - (1 - first) * ((1 - last) / (1 - first)) ** t
 
 
-MOST_STEPS = 100_000
+MAX_STEPS = 100_000
 
 SCHEDULES = {"linear": linear, "cubic": cubic, "exponential": exponential}
 
@@ -37,8 +37,8 @@ def sparsities(kind: str, last: float, steps: int, first: float = 0.0) -> list[f
     """
     if kind not in SCHEDULES:
         raise PatternError(unknown("schedule", kind, SCHEDULES))
-    if not 1 <= steps <= MOST_STEPS:
-        raise PatternError(f"a schedule has at least one step and at most {MOST_STEPS:,}, got {steps}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise PatternError(f"a schedule has at least one step and at most {MAX_STEPS:,}, got {steps}")
     if not 0 <= first <= last <= 1:
         raise PatternError(f"a schedule rises from first to last within 0..1, got {first} to {last}")
     if kind == "exponential" and (last == 1 or first == 1):

@@ -18,7 +18,7 @@ from rarefy.common.errors import ContainerError
 from rarefy.model.batches import samples_in, slices, tensors_in
 
 
-class Answers:
+class TeacherCache:
     """A folder of answers by the digest of who was asked what, and of the sample; each file is whole or not there.
 
     Answers are kept in half precision where that holds them: a teacher is an approximation already.
