@@ -1,20 +1,141 @@
-"""Every Python block of the migration pages runs, those of a page one after another."""
+"""README and docs: Python blocks run, shell blocks name real options, recipes parse, links lead somewhere, tables are
+up to date."""
 
+import doctest
+import io
 import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "migrate").glob("*.md"))
+from rarefy import recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.name != "log.md"]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_code_blocks_run(page, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    exec(compile("\n".join(blocks), page.name, "exec"), {"__name__": page.stem})
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Return the fenced blocks of a page, hidden ones in HTML comments too, as (language, text)."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
-def test_pages_are_linked():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert PAGES and all(f"docs/migrate/{p.name}" in text for p in PAGES)
+def of_kind(language: str) -> list[Path]:
+    return [p for p in PAGES if any(kind == language for kind, _ in blocks(p))]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", of_kind("python"), ids=name_of)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """Run the blocks of a page in one namespace and an empty folder; a `text` block after one is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page.stem}
+    printed = None
+    for kind, text in blocks(page):
+        if kind == "python":
+            with redirect_stdout(io.StringIO()) as output:
+                exec(compile(text, name_of(page), "exec"), names)
+            printed = output.getvalue()
+        elif kind == "text" and printed is not None:
+            options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            assert doctest.OutputChecker().check_output(text, printed, options), f"the page:\n{text}\nprinted:\n{printed}"
+            printed = None
+
+
+@pytest.mark.parametrize("page", of_kind("yaml"), ids=name_of)
+def test_recipes_parse(page):
+    found = [text for kind, text in blocks(page) if kind == "yaml"]
+    for text in found:
+        whole = text if "stages:" in text else "stages:\n" + text
+        assert recipe.from_yaml(whole).stages
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the commands of a page's shell blocks as words, without comments, pipes and redirections."""
+    lines = [line for kind, text in blocks(page) if kind == "sh" for line in text.replace("\\\n", " ").splitlines()]
+    parts = [part for line in lines for part in re.split(r"\s(?:&&|\|)\s", line)]
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
+
+
+def options_of(run, command: str, cache: dict[str, set[str]]) -> set[str]:
+    if command not in cache:
+        result = run(command, "--help")
+        assert result.code == 0, f"rarefy has no command {command}"
+        cache[command] = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", result.out))
+    return cache[command]
+
+
+@pytest.mark.parametrize("page", of_kind("sh"), ids=name_of)
+def test_shell_blocks_name_what_exists(page, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    cache: dict[str, set[str]] = {}
+    for words in commands(page):
+        if "rarefy" in words[:6] and words[0] in ("rarefy", "torchrun"):
+            command, *rest = words[words.index("rarefy") + 1 :]
+            given = {word.split("=")[0] for word in rest if word.startswith("-") and len(word) > 1}
+            known = set() if command.startswith("-") else options_of(run, command, cache)
+            assert command in ("--version", "--help") or given <= known, f"{' '.join(words)}: {given - known}"
+        elif words[0] == "make":
+            assert set(words[1:]) <= set(targets), f"no such target: {' '.join(words)}"
+        elif words[:2] == ["python", "-m"]:
+            assert words[2] in ("venv", "pytest", "rarefy"), words
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), f"no such file: {words[1]}"
+        elif words[0] == "pip":
+            for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+                assert all(re.search(rf"^{e} = \[", extras, re.MULTILINE) for e in extra.split(",")), words
+        else:
+            assert words[0] in ("git", "cd", "source", "ruff", "pyright", "OMP_NUM_THREADS=1", "cat", "echo"), words
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for target, anchor in LINK.findall(text):
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{name_of(page)} links to {target}, which does not exist"
+        assert not anchor or anchor in anchors(path), f"{name_of(page)} links to {target}#{anchor}: no such heading"
+
+
+def test_every_page_is_linked():
+    linked = {
+        (page.parent / target).resolve()
+        for page in PAGES
+        for target, _ in LINK.findall(page.read_text(encoding="utf-8"))
+        if target and not target.startswith("http")
+    }
+    assert not [name_of(p) for p in PAGES if p.name != "README.md" and p.resolve() not in linked]
+
+
+def test_tables_are_up_to_date():
+    script = [sys.executable, str(ROOT / "bench" / "tables.py"), "--check"]
+    result = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_stale_table_is_noticed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import tables
+
+    text = "<!-- table: train-minilm -->\nold\n<!-- end table -->\n"
+    new = tables.render(text)
+    assert new != text and "MiniLM" not in new and "| --- |" in new
+    assert tables.render(new) == new

@@ -1,0 +1,240 @@
+"""Tables of what was timed: language models, whole models, sparse layers, kernels, and the demo's receipt."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+
+from records import RESULTS, Row, by, latest, machine, number, per_machine, percent, read, speedup, table
+
+# Language models on the engine
+
+WEIGHTS = {
+    "Q8_0": "8-bit Q8_0",
+    "Q4_1": "4-bit Q4_1",
+    "Q4_0": "4-bit Q4_0",
+    "F32": "fp32",
+    "fp32": "fp32",
+    "8 bits": "8 bits",
+}
+WEIGHTS |= {
+    "4 bits": "4 bits, groups of 32",
+    "50 %, 8 bits": "50 % zeros, 8 bits",
+    "70 %, 8 bits": "70 % zeros, 8 bits",
+}
+
+
+def _language() -> list[Row]:
+    rows = latest(read("language"), "label", "engine", "file")
+    names = list(WEIGHTS)
+    return sorted(rows, key=lambda row: (row["label"], row["engine"], names.index(row["file"])))
+
+
+def _engine_name(row: Row) -> str:
+    return f"{'Rarefy' if row['engine'] == 'rarefy' else row['engine']}, {WEIGHTS.get(row['file'], row['file'])}"
+
+
+def language() -> str:
+    """SmolLM2-135M on the engine and on llama.cpp: size, perplexity and tokens per second."""
+
+    def make(rows: list[Row]) -> str:
+        cells = [
+            [_engine_name(r), number(r["bytes"] / 1e6), f"{r['perplexity']:.2f}"]
+            + [number(r[phase][1]) for phase in ("decode", "prefill")]
+            for r in rows
+        ]
+        return table(["engine, weights", "MB", "perplexity", "decode, tokens/s", "prompt of 512, tokens/s"], cells)
+
+    return per_machine(_language(), make)
+
+
+def readme() -> str:
+    """README's table: the rows of `language` that two machines have, perplexity beside each speed."""
+    rows = [r for r in _language() if r["file"] not in ("F32", "fp32", "70 %, 8 bits")]
+    labels = list(by(rows, "label"))[::-1]
+    head = ["SmolLM2-135M, engine and weights", "MB", "perplexity"]
+    for label in labels:
+        head += [f"{label}: decode", "prompt"]
+    cells = []
+    for name, same in by([{**r, "name": _engine_name(r)} for r in rows], "name").items():
+        line = [name, number(same[0]["bytes"] / 1e6), f"{same[0]['perplexity']:.2f}"]
+        for label in labels:
+            here = [r for r in same if r["label"] == label]
+            line += [number(here[0][n][1]) if here else "" for n in ("decode", "prefill")]
+        cells.append(line)
+    cells.sort(key=lambda line: line[0].startswith("Rarefy"))
+    return table(head, cells)
+
+
+# Whole models
+
+ENGINES = {
+    "eager, dense": ("eager torch, fp32", "exact"),
+    "compiled": ("torch.compile, fp32", "exact"),
+    "onnxruntime": ("ONNX Runtime, fp32", "exact"),
+    "openvino": ("OpenVINO, fp32", "exact"),
+    "ours, dense": ("Rarefy, dense fp32", "exact"),
+    "openvino bf16": ("OpenVINO, bf16", "not recorded"),
+    "onnxruntime int8": ("ONNX Runtime, int8", "not recorded"),
+    "openvino int8": ("OpenVINO, int8", "not recorded"),
+    "ours, 80 %": ("Rarefy, 80 % zeros, fp32", "timing only"),
+    "ours, 90 %": ("Rarefy, 90 % zeros, fp32", "timing only"),
+    "ours, 4x1, 80 %": ("Rarefy, 80 % zeros in 4x1 blocks, fp32", "timing only"),
+    "ours, int8, 4x1, 80 %": ("Rarefy, 80 % zeros in 4x1 blocks, 8 bits", "timing only"),
+    "ours, int8, 1x4, 80 %": ("Rarefy, 80 % zeros in 1x4 blocks, 8 bits", "timing only"),
+}
+
+
+def engine() -> str:
+    """Compiled MiniLM and ResNet-50 beside other engines, ms per call."""
+
+    def make(rows: list[Row]) -> str:
+        cases = [("minilm", 1), ("minilm", 16), ("resnet50", 1), ("resnet50", 16)]
+        found = {(r["model"], r["batch"]): r for r in rows}
+        cells = [
+            [name, quality, *(number(found[case][key][1]) if key in found[case] else "" for case in cases)]
+            for key, (name, quality) in ENGINES.items()
+            if any(key in r for r in rows)
+        ]
+        head = ["engine", "quality", "MiniLM 1 x 128, ms", "16 x 128, ms", "ResNet-50 1 image, ms", "16 images, ms"]
+        return table(head, cells)
+
+    return per_machine(latest(read("engine"), "label", "model", "batch"), make)
+
+
+def memory() -> str:
+    """Resident memory of compiled models, MB."""
+    names = {"loaded": "loaded", "peak": "peak", "weights": "weights", "plans": "work space", "outputs": "outputs"}
+
+    def make(rows: list[Row]) -> str:
+        cells = [
+            [
+                r["model"].replace("made here", "compiled in the process"),
+                *(number(r[n] / 1e6) for n in names),
+                f"{r['times']:.2f}",
+            ]
+            for r in rows
+        ]
+        return table(["model", *(f"{n}, MB" for n in names.values()), "peak / (weights + work space + outputs)"], cells)
+
+    return per_machine(latest(read("memory"), "label", "model"), make)
+
+
+def conformance() -> str:
+    """How many architectures compile and return what eager torch returns."""
+
+    def make(rows: list[Row]) -> str:
+        equal = [r for r in rows if r["status"] == "equal"]
+        others = ", ".join(f"{r['model']} ({r['status']})" for r in rows if r["status"] != "equal") or "none"
+        worst = max(r["distance"] for r in equal)
+        return table(
+            [
+                "models tried",
+                "outputs equal eager's",
+                "largest relative difference",
+                "not equal or over the time limit",
+            ],
+            [[str(len(rows)), str(len(equal)), f"{worst:.1e}", others]],
+        )
+
+    return per_machine(latest(read("conformance"), "label", "model"), make)
+
+
+# Sparse layers in eager torch
+
+MODELS = {"minilm": "MiniLM", "smollm2-135m": "SmolLM2", "resnet50": "ResNet-50", "fashion": "Fashion-MNIST network"}
+UNITS = {"minilm": "x 128 tokens", "smollm2-135m": "token(s)", "resnet50": "image(s)", "fashion": "image(s)"}
+
+
+def accelerate() -> str:
+    """Models run by accelerate_ in eager torch, ms: dense and with zeros skipped."""
+
+    def make(rows: list[Row]) -> str:
+        columns = [("fp32", "unstructured", s) for s in (0.5, 0.8, 0.9)] + [("fp32", "4x1", s) for s in (0.8, 0.9)]
+        columns += [("int8", "1x4", 0.9), ("bf16", "unstructured", 0.5), ("bf16", "4x1", 0.8)]
+        found = {(r["model"], r["batch"], r.get("numbers", "fp32"), r["pattern"], r["sparsity"]): r for r in rows}
+        columns = [c for c in columns if any(key[2:] == c for key in found)]
+        cells = []
+        for model, batch in dict.fromkeys(key[:2] for key in found):
+            line = [f"{MODELS[model]}, {batch} {UNITS[model]}"]
+            for column in columns:
+                r = found.get((model, batch, *column))
+                line.append(speedup(r["dense"][1], r["ours"][1]) if r else "")
+            cells.append(line)
+        names = [f"{p}, {percent(s)}" + ("" if n == "fp32" else f", {n}") for n, p, s in columns]
+        return table(["dense -> sparse, ms", *names], cells)
+
+    rows = [r for r in read("models") if "compiled" not in r]  # without other engines' threads in the process
+    rows = latest(rows, "label", "model", "batch", "numbers", "pattern", "sparsity")
+    return per_machine(rows, make)
+
+
+def accelerate_engines() -> str:
+    """The same dense models on other engines, ms; ours at 80 % in eager torch."""
+
+    def make(rows: list[Row]) -> str:
+        cells = [
+            [f"{MODELS[r['model']]}, {r['batch']} {UNITS[r['model']]}"]
+            + [number(r[n][1]) if n in r else "" for n in ("ours", "compiled", "onnxruntime", "openvino")]
+            for r in rows
+        ]
+        head = ["ms", "Rarefy, eager torch, 80 % zeros", "torch.compile", "ONNX Runtime", "OpenVINO"]
+        return table(head, cells)
+
+    return per_machine(latest([r for r in read("models") if "compiled" in r], "label", "model", "batch"), make)
+
+
+def kernels() -> str:
+    """Speed-up of sparse kernels over torch's dense ones: geometric mean over shapes."""
+
+    def make(rows: list[Row]) -> str:
+        cells = []
+        keys = ("format", "kind", "pattern", "batch")
+        sparsities = sorted({r["sparsity"] for r in rows})
+        for key in dict.fromkeys(tuple(r[k] for k in keys) for r in rows):
+            line = [str(part) for part in key]
+            for s in sparsities:
+                ratios = [
+                    r["dense"][1] / r["ours"][1] for r in rows if (*(r[k] for k in keys), r["sparsity"]) == (*key, s)
+                ]
+                line.append(f"{math.exp(statistics.mean(map(math.log, ratios))):.2f}x" if ratios else "")
+            cells.append(line)
+        return table([*keys, *(percent(s) for s in sparsities)], cells)
+
+    rows = [r for r in read("runtime") if r["format"] != "overhead"]
+    return per_machine(latest(rows, "label", "format", "kind", "shape", "batch", "pattern", "sparsity"), make)
+
+
+def demo() -> str:
+    """The receipt of `make demo`."""
+    receipt = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    quality, disk, settings = receipt["quality"], receipt["disk"], receipt["settings"]
+    row = {"machine": settings["machine"], "commit": ""}
+    lines = [
+        ("perplexity", f"{quality['before']:.2f}", f"{quality['after']:.2f}", f"{quality['change']:+.1%}"),
+        ("bytes on disk", f"{disk['before']:,}", f"{disk['after']:,}", f"{disk['after'] / disk['before']:.2f}x"),
+    ]
+    for item in receipt["speed"]:
+        before, after = (item[side]["tokens_per_second"] for side in ("before", "after"))
+        lines.append((f"{item['what']}, {item['unit']}", number(before), number(after), f"{after / before:.2f}x"))
+        if "accelerated" in item:
+            after = item["accelerated"]["tokens_per_second"]
+            lines.append(("  with sparse layers", number(before), number(after), f"{after / before:.2f}x"))
+    text = "\n".join(f"{a:<32} {b:>14} {c:>14} {d:>8}" for a, b, c, d in [("", "before", "after", "change"), *lines])
+    where = f"{machine(row)}, {settings['machine']['threads']} threads, {settings['seconds']:.0f} s"
+    return f"```text\n{text}\n```\n\n{where}."
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accelerate": accelerate,
+    "accelerate-engines": accelerate_engines,
+    "conformance": conformance,
+    "demo": demo,
+    "engine": engine,
+    "kernels": kernels,
+    "language": language,
+    "memory": memory,
+    "readme": readme,
+}
