@@ -259,7 +259,16 @@ def train_fashion() -> str:
             seeds = [r for r in same if (r["way"], r["sparsity"]) == (way, sparsity)]
             accuracy = spread([r["accuracy"] for r in seeds])
             name = run.removeprefix("fashion").strip(", ") or "8 epochs"
-            cells.append([name, f"{seeds[0]['parameters']:,}", way.replace("taught", "with a teacher"), percent(sparsity), accuracy, str(len(seeds))])
+            cells.append(
+                [
+                    name,
+                    f"{seeds[0]['parameters']:,}",
+                    way.replace("taught", "with a teacher"),
+                    percent(sparsity),
+                    accuracy,
+                    str(len(seeds)),
+                ]
+            )
     return table(["run", "parameters", "method", "zeros", "accuracy, %", "seeds"], cells)
 
 

@@ -224,7 +224,7 @@ def demo() -> str:
             lines.append(("  with sparse layers", number(before), number(after), f"{after / before:.2f}x"))
     text = "\n".join(f"{a:<32} {b:>14} {c:>14} {d:>8}" for a, b, c, d in [("", "before", "after", "change"), *lines])
     where = f"{machine(row)}, {settings['machine']['threads']} threads, {settings['seconds']:.0f} s"
-    return f"```text\n{text}\n```\n\n{where}."
+    return f"```\n{text}\n```\n\n{where}."
 
 
 TABLES: dict[str, Callable[[], str]] = {
