@@ -88,7 +88,7 @@ def fashion_one(task: tuple[str, float, int, int, int]) -> Line:
             )
         rarefy.fit_(
             model, data["train"], epochs=epochs, optimizer=optimizer_of("sgd", LR, **SGD), lr_schedule="one-cycle",
-            prune=plan, calibrate=data["calibrate"], teach=teach, seed=seed,
+            prune=plan, calibrate=data["calibrate"], distill=teach, seed=seed,
         )  # fmt: skip
     rarefy.fold_(model)
     right = accuracy(plain(model), *images[2:])
@@ -144,7 +144,7 @@ def language(only: list[str]) -> Iterator[Line]:
         distiller = rarefy.Distiller(model, dense, plan, example=many[0])
         steps = Steps(autocast="bf16", clip=1.0)
         rarefy.fit_(
-            model, taught, teach=distiller, optimizer=optimizer_of("adamw", 3e-4, weight_decay=0.0),
+            model, taught, distill=distiller, optimizer=optimizer_of("adamw", 3e-4, weight_decay=0.0),
             lr_schedule="one-cycle", steps=steps, seed=0, progress=True,
         )  # fmt: skip
         distiller.close()
@@ -212,7 +212,7 @@ def learn(dense: Any, tokenizer: Any) -> tuple[Any, float]:
     plan = rarefy.Distill(task=0.0, logits=0.0, hidden="squarehead")
     distiller = rarefy.Distiller(model, dense, plan, example=first[0])
     rarefy.fit_(
-        model, lambda e: pieces(tokenizer, e), epochs=7, teach=distiller, seed=0, lr_schedule="one-cycle",
+        model, lambda e: pieces(tokenizer, e), epochs=7, distill=distiller, seed=0, lr_schedule="one-cycle",
         steps=Steps(autocast="bf16", clip=1.0), optimizer=optimizer_of("adamw", 1e-3, weight_decay=0.0), progress=True,
     )  # fmt: skip
     distiller.close()

@@ -26,7 +26,7 @@ data = [{"input_ids": torch.randint(0, 2048, (2, 128), generator=g)} for _ in ra
 prune = {"sparsity": 0.5, "solver": solver, "layers": "model.layers.*"}
 recipe = {"name": "deep", "stages": [{"prune": prune}]}
 with pages.keeping(model, memory):
-    rarefy.compress_(model, recipe, data, memory=memory, work=out + ".work")
+    rarefy.compress_(model, recipe, data, memory=memory, resume_dir=out + ".work")
     rarefy.save(model, out)
 print(json.dumps({"peak": peak_rss()}))
 """

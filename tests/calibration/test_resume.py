@@ -88,7 +88,7 @@ def counting(monkeypatch):
 def test_an_interrupted_run_goes_on_to_the_same_bits(name, how, tmp_path, monkeypatch):
     data, what = MODELS[name][1](), {"sparsity": 0.5, "solver": HOWS[how]}
     want = fresh(name)
-    rows = rarefy.prune_(want, data=data, work=tmp_path / "whole", **what).rows
+    rows = rarefy.prune_(want, data=data, resume_dir=tmp_path / "whole", **what).rows
     solved = counting(monkeypatch)
     rarefy.prune_(fresh(name), data=data, **what)
     count = len(list((tmp_path / "whole").glob("stop-*")))
@@ -97,9 +97,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, how, tmp_path, monkey
         with monkeypatch.context() as patch:
             stopping(patch, writes)
             with pytest.raises(KeyboardInterrupt):
-                rarefy.prune_(fresh(name), data=data, work=work, **what)
+                rarefy.prune_(fresh(name), data=data, resume_dir=work, **what)
         model, _ = fresh(name), solved.clear()
-        again = rarefy.prune_(model, data=data, work=work, **what).rows
+        again = rarefy.prune_(model, data=data, resume_dir=work, **what).rows
         assert same(model, want)
         assert len(solved) == sum(1 for i in range(writes, count) if how != "reconstruct" or i % 5 != 4)
         assert [dict(r, seconds=0) for r in again] == [dict(r, seconds=0) for r in rows]
@@ -107,9 +107,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, how, tmp_path, monkey
 
 def test_a_finished_run_only_passes(tmp_path, monkeypatch):
     first, second = fresh("llama"), fresh("llama")
-    rarefy.prune_(first, sparsity=0.5, solver="obs", data=tokens(), work=tmp_path / "w")
+    rarefy.prune_(first, sparsity=0.5, solver="obs", data=tokens(), resume_dir=tmp_path / "w")
     monkeypatch.setattr(layerwise, "_solve", lambda *a: pytest.fail("solved again"))
-    rarefy.prune_(second, sparsity=0.5, solver="obs", data=tokens(), work=tmp_path / "w")
+    rarefy.prune_(second, sparsity=0.5, solver="obs", data=tokens(), resume_dir=tmp_path / "w")
     assert same(first, second)
 
 
@@ -125,12 +125,12 @@ def test_a_finished_run_only_passes(tmp_path, monkeypatch):
 )
 def test_the_state_of_another_run_is_neither_used_nor_lost(change, message, tmp_path):
     how = {"sparsity": 0.5, "solver": "obs", "data": tokens()}
-    rarefy.prune_(fresh("llama"), work=tmp_path / "w", **how)
+    rarefy.prune_(fresh("llama"), resume_dir=tmp_path / "w", **how)
     before = {p.name: p.read_bytes() for p in (tmp_path / "w").iterdir()}
     model, change = fresh("llama"), dict(change)
     change.pop("model", lambda m: None)(model)
     with pytest.raises(ContainerError, match=f"holds the state of another run .*{message}.*remove .*w .*to start anew"):
-        rarefy.prune_(model, work=tmp_path / "w", **(how | change))
+        rarefy.prune_(model, resume_dir=tmp_path / "w", **(how | change))
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "w").iterdir()}
 
 
@@ -143,12 +143,12 @@ def test_an_allocation_is_searched_once(tmp_path, monkeypatch):
         real = layerwise.walk
         patch.setattr(layerwise, "walk", lambda *a, **k: pytest.fail("killed") if "passed" in k else real(*a, **k))
         with pytest.raises(pytest.fail.Exception):
-            rarefy.prune_(model, work=work, **how)
+            rarefy.prune_(model, resume_dir=work, **how)
     assert {p.name for p in work.iterdir()} == {"key.json", "each.json"}
     monkeypatch.setattr(prune, "search", lambda *a, **k: pytest.fail("searched again"))
     with pytest.raises(ContainerError, match="another run .seed 0 -> 1"):
-        rarefy.prune_(fresh("llama"), work=work, seed=1, **how)
-    again = rarefy.prune_(model, work=work, **how).rows
+        rarefy.prune_(fresh("llama"), resume_dir=work, seed=1, **how)
+    again = rarefy.prune_(model, resume_dir=work, **how).rows
     assert same(model, want) and [dict(r, seconds=0) for r in again] == [dict(r, seconds=0) for r in rows]
     file = work / "each.json"
     good = file.read_text()
@@ -162,7 +162,7 @@ def test_an_allocation_is_searched_once(tmp_path, monkeypatch):
     ]:
         file.write_text(text)
         with pytest.raises(ContainerError, match=message):
-            rarefy.prune_(fresh("llama"), work=work, **how)
+            rarefy.prune_(fresh("llama"), resume_dir=work, **how)
 
 
 def test_another_loss_is_another_run(tmp_path):
@@ -199,25 +199,25 @@ def test_two_runs_do_not_share_a_state(tmp_path):
 
 def test_what_lies_in_the_folder_is_not_trusted(tmp_path):
     how, work = {"sparsity": 0.5, "solver": "obs", "data": tokens()}, tmp_path / "w"
-    rarefy.prune_(fresh("llama"), work=work, **how)
+    rarefy.prune_(fresh("llama"), resume_dir=work, **how)
     file = work / "stop-000001.safetensors"
     good, other = file.read_bytes(), work / "stop-000000.safetensors"
     flipped = good[:-20] + bytes([good[-20] ^ 1]) + good[-19:]
     for bad in (good[:100], flipped, other.read_bytes(), b""):
         file.write_bytes(bad)
         with pytest.raises(ContainerError, match=r"stop-000001.* is damaged.*start anew|does not fit the model"):
-            rarefy.prune_(fresh("llama"), work=work, **how)
+            rarefy.prune_(fresh("llama"), resume_dir=work, **how)
     file.unlink()  # a hole: what comes after it is made again
     model, want = fresh("llama"), fresh("llama")
-    rarefy.prune_(model, work=work, **how)
+    rarefy.prune_(model, resume_dir=work, **how)
     rarefy.prune_(want, **how)
     assert same(model, want) and file.is_file()
     (work / "key.json").unlink()
     with pytest.raises(ContainerError, match="has lost its key.json"):
-        rarefy.prune_(fresh("llama"), work=work, **how)
+        rarefy.prune_(fresh("llama"), resume_dir=work, **how)
     (work / "key.json").write_text("{")
     with pytest.raises(ContainerError, match="its key.json is not readable"):
-        rarefy.prune_(fresh("llama"), work=work, **how)
+        rarefy.prune_(fresh("llama"), resume_dir=work, **how)
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "key.json"])
@@ -228,17 +228,17 @@ def test_a_folder_of_someone_else_stays(name, tmp_path):
     with pytest.raises(
         ContainerError, match=r"mine (is for the state of a run, but holds thesis|holds the state of an)"
     ):
-        rarefy.prune_(fresh("llama"), work=tmp_path / "mine", **how)
+        rarefy.prune_(fresh("llama"), resume_dir=tmp_path / "mine", **how)
     assert (tmp_path / "mine" / name).read_text() == "years of work"
     with pytest.raises(ContainerError, match=r"key.json|thesis.txt is a file; give the name of a folder"):
-        rarefy.prune_(fresh("llama"), work=tmp_path / "mine" / name, **how)
+        rarefy.prune_(fresh("llama"), resume_dir=tmp_path / "mine" / name, **how)
     with pytest.raises(ContainerError, match=r"a folder is given by its path, got 3"):
-        rarefy.prune_(fresh("llama"), work=3, **how)
+        rarefy.prune_(fresh("llama"), resume_dir=3, **how)
 
 
 def test_data_without_bytes_cannot_be_known_again(tmp_path):
-    with pytest.raises(DataError, match="work needs data by which a run can be known again.*got object"):
-        rarefy.prune_(fresh("llama"), sparsity=0.5, solver="obs", data=[*tokens(), object()], work=tmp_path / "w")
+    with pytest.raises(DataError, match="resume_dir needs data that identifies a run.*got object"):
+        rarefy.prune_(fresh("llama"), sparsity=0.5, solver="obs", data=[*tokens(), object()], resume_dir=tmp_path / "w")
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)
@@ -289,7 +289,7 @@ def test_weights_stay_in_their_files(how, tmp_path):
 
     want, model = hf.load_folder(tmp_path / "hf"), hf.load_folder(tmp_path / "hf")
     a = rarefy.prune_(want, **what)
-    b = rarefy.prune_(model, memory=1 << 28, work=tmp_path / "w", **what)
+    b = rarefy.prune_(model, memory=1 << 28, resume_dir=tmp_path / "w", **what)
     assert not rarefy.masks(model)
     assert same(model, rarefy.fold_(want))
     assert [r["kept"] for r in a.rows] == [r["kept"] for r in b.rows]
@@ -300,8 +300,8 @@ def test_weights_stay_in_their_files(how, tmp_path):
     ("how", "message"),
     [
         ({"memory": 1 << 30}, "memory is for solvers"),
-        ({"work": "w"}, "work is for solvers"),
-        ({"memory": 1 << 30, "solver": "obs"}, "memory needs work=FOLDER"),
+        ({"resume_dir": "w"}, "resume_dir is for solvers"),
+        ({"memory": 1 << 30, "solver": "obs"}, "memory needs resume_dir=FOLDER"),
         ({"memory": 1 << 30, "solver": "refit", "work": "w", "score": "taylor"}, "score 'taylor' over all layers"),
         ({"memory": 1 << 30, "solver": "obs", "work": "w", "allocate": "errors"}, "allocate='errors' holds all"),
     ],
@@ -332,7 +332,7 @@ STAGE = {"prune": {"sparsity": 0.5, "solver": "obs"}}
 )
 def test_recipes_that_need_the_whole_model(recipe, message):
     with pytest.raises(RecipeError, match=message):
-        rarefy.compress_(fresh("llama"), {"name": "r", **recipe}, tokens(), memory=1 << 30, work="w")
+        rarefy.compress_(fresh("llama"), {"name": "r", **recipe}, tokens(), memory=1 << 30, resume_dir="w")
 
 
 # a real kill, through the command line
@@ -424,7 +424,9 @@ def test_memory_in_words(text, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("wrong", [4e9, True, float("nan"), 5])
 def test_memory_in_other_types(wrong, tmp_path):
     with pytest.raises(RecipeError, match="memory"):
-        rarefy.prune_(fresh("llama"), sparsity=0.5, solver="obs", data=tokens(), work=tmp_path / "w", memory=wrong)
+        rarefy.prune_(
+            fresh("llama"), sparsity=0.5, solver="obs", data=tokens(), resume_dir=tmp_path / "w", memory=wrong
+        )
 
 
 def test_memory_in_bytes():
@@ -434,5 +436,5 @@ def test_memory_in_bytes():
 
 def test_work_without_a_solver():
     recipe = {"name": "r", "stages": [{"prune": {"score": "magnitude", "sparsity": 0.5}}]}
-    with pytest.raises(RecipeError, match="work has no effect: recipe r has no solver or training, whose"):
-        rarefy.compress_(fresh("llama"), recipe, work="w")
+    with pytest.raises(RecipeError, match="resume_dir has no effect: recipe r has no solver or training, whose"):
+        rarefy.compress_(fresh("llama"), recipe, resume_dir="w")

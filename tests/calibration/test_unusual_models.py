@@ -73,8 +73,8 @@ def test_a_run_goes_on_between_a_group_and_its_block(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             stopping(patch, writes)
             with pytest.raises(KeyboardInterrupt):
-                rarefy.prune_(nets[0], sparsity=0.5, solver=LEARN, data=rows(), work=tmp_path / f"{writes}")
-        rarefy.prune_(nets[1], sparsity=0.5, solver=LEARN, data=rows(), work=tmp_path / f"{writes}")
+                rarefy.prune_(nets[0], sparsity=0.5, solver=LEARN, data=rows(), resume_dir=tmp_path / f"{writes}")
+        rarefy.prune_(nets[1], sparsity=0.5, solver=LEARN, data=rows(), resume_dir=tmp_path / f"{writes}")
         assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), nets[1].state_dict().values()))
 
 

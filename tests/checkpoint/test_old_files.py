@@ -74,7 +74,7 @@ def test_a_stopped_prune_goes_on(tmp_path):
     shutil.copytree(FOLDER / "resume-prune", tmp_path / "state")
     model = models.mlp()
     data = [x for x, _ in models.batches()]
-    rarefy.prune_(model, sparsity=0.5, solver="obs", data=data, work=tmp_path / "state")
+    rarefy.prune_(model, sparsity=0.5, solver="obs", data=data, resume_dir=tmp_path / "state")
     assert close(model(models.inputs("mlp")).detach(), "resume-prune")
 
 
@@ -89,7 +89,7 @@ def test_a_stopped_training_goes_on(tmp_path):
 
     plan = rarefy.Gradual(sparsity=0.5, steps=2)
     state = tmp_path / "state"
-    rarefy.fit_(model, models.batches(), epochs=3, prune=plan, seed=0, validate=validate, work=state)
+    rarefy.fit_(model, models.batches(), epochs=3, prune=plan, seed=0, validate=validate, resume_dir=state)
     assert len(validated) == 2  # the first of the three epochs was done
     assert close(model(models.inputs("mlp")).detach(), "resume-fit")
 

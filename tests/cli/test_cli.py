@@ -208,12 +208,12 @@ def test_force_does_not_replace_what_is_not_ours(run, given, tmp_path):
 
 def test_a_failed_check_is_exit_code_1_and_writes_the_folder(run, given, tmp_path):
     words = ("compress", given / "model", "-r", given / "tiny.yaml", "-o", tmp_path / "out")
-    ran = run(*words, "--set", "at_most_worse=-0.9")
+    ran = run(*words, "--set", "max_degradation=-0.9")
     assert ran.code == 1 and "OVER -90%" in ran.out
     assert ran.err.rstrip().endswith("check failed: perplexity got worse than the recipe allows")
     assert json.loads((tmp_path / "out" / "receipt.json").read_text())["quality"]["passed"] is False
     assert rarefy.load(tmp_path / "out")
-    ran = run(*words, "--set", "at_most_worse=1.0", "--force")
+    ran = run(*words, "--set", "max_degradation=1.0", "--force")
     assert ran.code == 0 and "within 100%" in ran.out
 
 

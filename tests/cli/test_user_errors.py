@@ -119,9 +119,11 @@ def test_hints():
         rarefy.prune_(Net(), "2:4", layers="deep")
     with pytest.raises(RecipeError, match="line 2: not YAML.*indent with spaces, not tabs"):
         recipes.from_yaml("stages:\n\t- prune: {sparsity: 0.5}\n")
-    with pytest.raises(RecipeError, match=r"at_most_worse is a fraction such as 0.15 for 15 %, got 15.0 \[r, line 3\]"):
+    with pytest.raises(
+        RecipeError, match=r"max_degradation is a fraction such as 0.15 for 15 %, got 15.0 \[r, line 3\]"
+    ):
         recipes.from_yaml(
-            "stages: [{prune: {sparsity: 0.5}}]\nevaluate:\n  {metric: accuracy, at_most_worse: 15}\n", "r"
+            "stages: [{prune: {sparsity: 0.5}}]\nevaluate:\n  {metric: accuracy, max_degradation: 15}\n", "r"
         )
     with pytest.raises(RecipeError, match=r"unknown key 'stage'.* \[r, line 2\]"):
         recipes.from_yaml("name: a\nstage:\n  - prune: {sparsity: 0.3}\n", "r")

@@ -505,7 +505,7 @@ def test_a_cast_model_is_evaluated_on_the_images_it_had_before():
 
 
 def test_a_receipt_round_trips_through_json_and_prints_its_figures():
-    receipt = compressed(latency={"repeats": 2}, at_most_worse=0.5)
+    receipt = compressed(latency={"repeats": 2}, max_degradation=0.5)
     values = json.loads(receipt.to_json())
     assert values == receipt.to_dict()
     again = Receipt(**{**values, **{k: tuple(values[k]) for k in ("speed", "stages", "notes")}})
@@ -547,7 +547,7 @@ def test_whether_a_receipt_passed(quality, passed, text):
 
 @pytest.mark.parametrize(("allowed", "metric"), [(0.5, "accuracy"), (-0.99, "accuracy")])
 def test_the_check_of_a_recipe_decides(allowed, metric):
-    receipt = compressed(at_most_worse=allowed)
+    receipt = compressed(max_degradation=allowed)
     q = receipt.quality
     loss = (q["before"] - q["after"]) / q["before"]
     assert q["change"] == pytest.approx(-loss) and q["allowed"] == allowed

@@ -53,7 +53,7 @@ def taught(model):
         for p in model.parameters():
             p.mul_(1.1)
     distiller = rarefy.Distiller(model, teacher, rarefy.Distill(hidden="mse"), example=texts(1)[0])
-    rarefy.fit_(model, texts(), teach=distiller, optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
+    rarefy.fit_(model, texts(), distill=distiller, optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
     distiller.close()
 
 
@@ -74,7 +74,7 @@ def _worker(rank: int, out: str) -> None:
     found["share"] = torch.tensor([len(part[0]), share])
     found["alone"] = torch.tensor([len(distributed.part_of((x[:1], y[:1]))[0][0])])
     try:
-        rarefy.compress_(Net(), {"stages": [{"train": {}}]}, {"train": image_batches()}, work=f"{out}/w")
+        rarefy.compress_(Net(), {"stages": [{"train": {}}]}, {"train": image_batches()}, resume_dir=f"{out}/w")
     except RecipeError as error:
         found["refused"] = torch.tensor([float("one process" in str(error))])
     torch.save(found, f"{out}/{rank}.pt")

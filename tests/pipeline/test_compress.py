@@ -129,7 +129,10 @@ def test_language_models_get_their_labels():
 def test_a_check_on_quality(allowed, passed):
     pytest.importorskip("transformers")
     model, data = tiny_llama(), [{"input_ids": torch.randint(0, 64, (2, 12))}]
-    recipe = {"stages": [{"prune": {"sparsity": 0.6}}], "evaluate": {"metric": "perplexity", "at_most_worse": allowed}}
+    recipe = {
+        "stages": [{"prune": {"sparsity": 0.6}}],
+        "evaluate": {"metric": "perplexity", "max_degradation": allowed},
+    }
     # prune towards worse: the tiny model is random, so make its own text likely first
     rarefy.fit_(
         model,

@@ -24,7 +24,7 @@ def test_every_field_is_read():
       score: taylor
       reduce: mean
       scope: isomorphic
-      least: 0.2
+      min_keep: 0.2
       round_to: 8
       steps: 3
       repair: [ridge, bias]
@@ -36,7 +36,7 @@ def test_every_field_is_read():
 """
     one, two, three, four = recipes.from_yaml(text).stages
     assert one == recipes.Cut(
-        units=("channel", "head"), keep=0.75, score="taylor", reduce="mean", scope="isomorphic", least=0.2, round_to=8,
+        units=("channel", "head"), keep=0.75, score="taylor", reduce="mean", scope="isomorphic", min_keep=0.2, round_to=8,
         steps=3, repair=("ridge", "bias"), layers=("model.*",), ignore=("lm_head",),
     )  # fmt: skip
     assert two == recipes.Cut(units=("layer",), keep=0.5, score="loss") and two.whole
@@ -60,7 +60,7 @@ def test_every_field_is_read():
             r"keep is a fraction above 0 and at most 1, got 1.5 \[r.yaml, line 4\]",
         ),
         (cut("{keep: 0.5, flops: 0.5}"), r"keep and flops are given: a cut has one budget \[r.yaml, line 2\]"),
-        (cut("{least: 2}"), r"least is a fraction from 0 to 1, got 2.0"),
+        (cut("{min_keep: 2}"), r"min_keep is a fraction from 0 to 1, got 2.0"),
         (cut("{steps: 0}"), r"steps is at least 1, got 0"),
         (cut("{round_to: 0}"), r"round_to is a whole number from 1 up, got 0"),
         (cut("{units: [layer, head]}"), r"layers are cut by themselves: units='layer'"),

@@ -76,7 +76,7 @@ evaluate: {metric: accuracy}
 def test_a_student_is_cut_taught_pruned_and_put_on_a_grid(dense, tmp_path):
     model = copy.deepcopy(dense)
     given = {"train": data(), "calibrate": data(2), "validate": data(2, 1), "evaluate": data(3, 2)}
-    receipt = rarefy.compress_(model, recipes.from_yaml(WHOLE), given, work=tmp_path / "work")
+    receipt = rarefy.compress_(model, recipes.from_yaml(WHOLE), given, resume_dir=tmp_path / "work")
     assert model.body.weight.shape == (8, 8, 3, 3)
     assert float((model.body.weight == 0).float().mean()) > 0.45 and model.stem.in_channels == 1
     grids = {l.name: get_grid(l) for l in all_layers(model)}
@@ -112,9 +112,9 @@ def test_training_goes_on_where_it_was_killed(dense, tmp_path, monkeypatch):
         batches = Breaking(data())
         batches.left = left
         with pytest.raises(Stop):
-            rarefy.compress_(copy.deepcopy(dense), plan, {"train": batches}, work=tmp_path / f"{left}")
+            rarefy.compress_(copy.deepcopy(dense), plan, {"train": batches}, resume_dir=tmp_path / f"{left}")
         got = copy.deepcopy(dense)
-        rarefy.compress_(got, plan, {"train": data()}, work=tmp_path / f"{left}")
+        rarefy.compress_(got, plan, {"train": data()}, resume_dir=tmp_path / f"{left}")
         assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), got.state_dict().values()))
 
 

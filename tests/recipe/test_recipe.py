@@ -45,7 +45,7 @@ evaluate:
   metric: perplexity
   data: wiki-test
   samples: 4
-  at_most_worse: 0.15
+  max_degradation: 0.15
   latency: {batch: [1, 4], repeats: 3}
   decode: {prompt: 16, new: 4, repeats: 2}
 save: {format: csr}
@@ -79,7 +79,7 @@ def test_every_field_is_read():
     )  # fmt: skip
     assert cast == recipes.Cast(dtype="bf16")
     assert r.evaluate and r.evaluate.latency == schema.Latency(batch=(1, 4), repeats=3)
-    assert r.evaluate.decode == schema.Decode(prompt=16, new=4, repeats=2) and r.evaluate.at_most_worse == 0.15
+    assert r.evaluate.decode == schema.Decode(prompt=16, new=4, repeats=2) and r.evaluate.max_degradation == 0.15
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ ERRORS = {
     "lr nan": ("stages: [{train: {optimizer: {lr: .nan}}}]\n", r"lr is .*got nan \[r.yaml, line 1\]"),
     "lr -1": ("stages: [{train: {optimizer: {lr: -1}}}]\n", r"lr is .*got -1.0 \[r.yaml, line 1\]"),
     "accelerate alone": ("evaluate: {metric: accuracy, accelerate: true}\n" + STAGES, r"accelerate has no effect: it is timed by latency or decode, give one \[r.yaml, line 1\]"),
-    "at_most_worse nan": ("evaluate: {metric: accuracy, at_most_worse: .nan}\n" + STAGES, r"at_most_worse is .*got nan \[r.yaml, line 1\]"),
+    "max_degradation nan": ("evaluate: {metric: accuracy, max_degradation: .nan}\n" + STAGES, r"max_degradation is .*got nan \[r.yaml, line 1\]"),
     "a seed that torch cannot take": ("seed: 99999999999999999999\n" + STAGES, r"seed is .*got 99999999999999999999 \[r.yaml, line 1\]"),
     # patterns
     "3:2": (prune("pattern: 3:2"), r"pattern '3:2' keeps 3 of every 2: N:M needs 1 <= N < M <= 64, such as 2:4 \(N counts what is kept\) \[r.yaml, line 3\]"),

@@ -185,7 +185,7 @@ def test_global_and_isomorphic_orders():
     one, two, three = (copy.deepcopy(net) for _ in range(3))
     rarefy.cut_(one, x, score="taylor", scope="global", data=[(x, y)], repair=False)
     assert one[7].out_features <= 2 and sum(m.out_features for m in (one[5], one[7])) > 7
-    rarefy.cut_(two, x, score="taylor", scope="global", data=[(x, y)], repair=False, least=0.4)
+    rarefy.cut_(two, x, score="taylor", scope="global", data=[(x, y)], repair=False, min_keep=0.4)
     assert two[7].out_features == 4
     assert all(n >= 0.4 for n in (two[0].out_channels / 8, two[2].out_channels / 8, two[5].out_features / 10))
     rarefy.cut_(three, x, score="taylor", scope="isomorphic", data=[(x, y)], repair=False)
@@ -281,7 +281,7 @@ def test_a_latency_is_found_by_timing_cuts():
         ({"scope": "globl"}, ModelError, "unknown scope 'globl'.*did you mean 'global'"),
         ({"keep": 0.5, "flops": 0.5}, ModelError, "keep and flops are given: a cut has one budget"),
         ({"flops": 1.5}, ModelError, "flops is a fraction above 0 and at most 1, got 1.5"),
-        ({"least": -1}, ModelError, "least is a fraction from 0 to 1, got -1"),
+        ({"min_keep": -1}, ModelError, "min_keep is a fraction from 0 to 1, got -1"),
         ({"steps": 0}, ModelError, "steps is a whole number from 1 up, got 0"),
         ({"score": "taylor"}, DataError, "score taylor needs data: give batches"),
         ({"score": "obs", "data": []}, DataError, "the data gave no batch: repair and scores need some"),

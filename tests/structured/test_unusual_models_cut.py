@@ -157,7 +157,7 @@ def test_queries_alone_are_scaled_and_repair_knows():
     torch.manual_seed(0)
     model, x = Attends(), torch.randn(2, 5, 6)
     masked = copy.deepcopy(model)
-    how = {"units": ("neuron", "head dimension"), "keep": 0.75}
+    how = {"units": ("neuron", "head_dim"), "keep": 0.75}
     rarefy.cut_(masked, x, mask_only=True, **how)
     report = rarefy.cut_(model, x, **how)
     assert model.q.out_features == model.v.out_features == 12 and not [
@@ -174,7 +174,7 @@ def test_queries_alone_are_scaled_and_repair_knows():
             f.bias[6:8] *= 1e-4
             f.bias[14:] *= 1e-4
     dense, data = copy.deepcopy(repaired), [torch.randn(64, 5, 6) for _ in range(4)]
-    rarefy.cut_(repaired, data[0], units=("neuron", "head dimension"), keep=0.75, layers=["emb", "q", "k"], data=data)
+    rarefy.cut_(repaired, data[0], units=("neuron", "head_dim"), keep=0.75, layers=["emb", "q", "k"], data=data)
     assert repaired.q.out_features == 12
     y, want = repaired(data[1]), dense(data[1])
     assert float((y - want).detach().norm() / want.detach().norm()) < 2e-3
@@ -324,7 +324,7 @@ def test_half_precision(dtype):
         ({"units": 0.5}, "units is a kind or a list of kinds, such as 'channel', got 0.5; keep=0.5 is by name"),
         ({"units": "channel"}, "no group of channel can be cut: .*; it has neuron"),
         ({"round_to": 1000}, "nothing would go: keep 0.5 leaves every unit of every group in multiples of 1000"),
-        ({"parameters": 0.3, "least": 0.9}, r"parameters 0.3 is out of reach: .* \(least=0.9\); what stays most"),
+        ({"parameters": 0.3, "min_keep": 0.9}, r"parameters 0.3 is out of reach: .* \(min_keep=0.9\); what stays most"),
     ],
 )
 def test_mistakes_of_a_new_user(how, message):

@@ -126,7 +126,9 @@ def test_a_projector_learns_where_widths_differ():
     assert [tuple(p.shape) for p in distiller.parameters()] == [(8, 4)] * 2
     before = [p.detach().clone() for p in distiller.parameters()]
     first = float(distiller(student(x), x).detach())
-    report = rarefy.fit_(student, [x] * 30, teach=distiller, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), epochs=2)
+    report = rarefy.fit_(
+        student, [x] * 30, distill=distiller, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), epochs=2
+    )
     assert report.rows[-1]["loss"] < first / 2
     assert not any(torch.equal(a, b) for a, b in zip(before, distiller.parameters()))
 
@@ -172,7 +174,7 @@ def test_what_is_learnt_from_the_teacher_comes_nearer():
     far = float(sum(F.mse_loss(student(x), teacher(x)) for x in data).detach())
     with torch.enable_grad():
         distiller = Distiller(student, teacher, Distill(task=0.0, by="mse"), example=data[0])
-        rarefy.fit_(student, data, epochs=20, teach=distiller, optimizer=lambda p: torch.optim.Adam(p, lr=5e-3))
+        rarefy.fit_(student, data, epochs=20, distill=distiller, optimizer=lambda p: torch.optim.Adam(p, lr=5e-3))
     distiller.close()
     assert float(sum(F.mse_loss(student(x), teacher(x)) for x in data).detach()) < far / 4
     assert int((student.hidden.weight == 0).sum()) == round(0.7 * 128)

@@ -86,10 +86,12 @@ RUNS = {
 }
 
 
-def run(how, data, work=None):
+def run(how, data, resume_dir=None):
     torch.manual_seed(3)
     model = Noisy()
-    report = fit_(model, data, epochs=4, optimizer=ADAM, lr_schedule="cosine", seed=5, work=work, **RUNS[how])
+    report = fit_(
+        model, data, epochs=4, optimizer=ADAM, lr_schedule="cosine", seed=5, resume_dir=resume_dir, **RUNS[how]
+    )
     return model, report
 
 
@@ -150,7 +152,15 @@ def test_a_state_of_another_run_is_not_taken(tmp_path, monkeypatch):
         run("plain", Breaking(9), tmp_path / "w")
     torch.manual_seed(3)
     with pytest.raises(ContainerError, match="holds the state of another run .*epochs 4 -> 5"):
-        fit_(Noisy(), lambda e: loader(), epochs=5, optimizer=ADAM, lr_schedule="cosine", seed=5, work=tmp_path / "w")
+        fit_(
+            Noisy(),
+            lambda e: loader(),
+            epochs=5,
+            optimizer=ADAM,
+            lr_schedule="cosine",
+            seed=5,
+            resume_dir=tmp_path / "w",
+        )
     file = tmp_path / "w" / "training.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 255
@@ -224,7 +234,7 @@ def test_a_loss_that_is_no_number_says_where_the_state_before_is(tmp_path, monke
     bad = iter([1.0] * 6 + [float("nan")])
     loss = lambda out, batch: nn.functional.cross_entropy(out, batch[1]) * next(bad)  # noqa: E731
     with pytest.raises(ModelError, match="the state before is in .*/w"):
-        fit_(Net(), image_batches(), epochs=4, loss=loss, work=tmp_path / "w")
+        fit_(Net(), image_batches(), epochs=4, loss=loss, resume_dir=tmp_path / "w")
     assert (tmp_path / "w" / "training.safetensors").is_file()
 
 
@@ -236,7 +246,7 @@ def test_a_loss_that_is_no_number_says_where_the_state_before_is(tmp_path, monke
         ({"log": "tensorboard:"}, RecipeError, "log 'tensorboard:' lacks a name: tensorboard:FOLDER"),
         ({"log": "tensorbord:x"}, RecipeError, "unknown log 'tensorbord'.*did you mean 'tensorboard'.*without a colon"),
         ({"at": {0.5: 3}}, RecipeError, "at: 0.5 has a function of the model, such as a lambda, got 3"),
-        ({"teach": Net()}, RecipeError, "teach is a rarefy.Distiller.model, teacher. or a callable.*got Net"),
+        ({"distill": Net()}, RecipeError, "distill is a rarefy.Distiller.model, teacher. or a callable.*got Net"),
         ({"validate": lambda m: None}, RecipeError, "validate returns a number, got NoneType"),
         ({"log": "wandb:"}, RecipeError, "log 'wandb:' lacks a name: wandb:PROJECT"),
         ({"steps": "fast"}, RecipeError, "steps is a rarefy.train.fit.Steps"),

@@ -226,7 +226,7 @@ def _digest(value: Any, into: Any) -> None:
         into.update(repr(value).encode())
     else:
         raise DataError(
-            f"work needs data by which a run can be known again: tensors, arrays, text; got {type(value).__name__}"
+            f"resume_dir needs data that identifies a run: tensors, arrays or text, got {type(value).__name__}"
         )
 
 

@@ -24,6 +24,7 @@ from rarefy.lowrank import layer_tying
 from rarefy.model import activation_quant, hf, lowrank_modules
 from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import note_
+from rarefy.recipe import old_names
 from rarefy.runtime.autotune import accelerate_, accelerate_each, check_options
 from rarefy.structured.hf_config import shrink_config
 from rarefy.structured.structure_record import check_record, restore
@@ -234,6 +235,7 @@ def _remember(model: nn.Module, receipt: Path, recipe: Any) -> None:
         _ = str(known) + known.to_json()  # what cannot be printed cannot be kept
         if any(not isinstance(r["layer"] + r["pattern"], str) for r in known.sparsity.get("layers", ())):
             return
+        recipe = old_names.upgrade(recipe)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return  # a receipt is a record, not a part of the model
     model.rarefy_receipt, model.rarefy_recipe = known, recipe  # type: ignore[assignment]

@@ -140,7 +140,7 @@ def compress(
         state = work_folder(out, fresh) if plan.solves and many == 1 else nullcontext()
         with state as work, offload.keeping(loaded, most):
             told = {"log": log if rank == 0 else None, "progress": not quiet and rank == 0}
-            receipt = api.compress_(loaded, plan, tokenizer=tokenizer, base=base, memory=most, work=work, **told)
+            receipt = api.compress_(loaded, plan, tokenizer=tokenizer, base=base, memory=most, resume_dir=work, **told)
             if rank != 0:
                 return
             files = side_files(source)

@@ -38,7 +38,7 @@ class Group:
 
     name    the parameter and the dimension that make it; unique among groups of its kind
     kind    channel or group of a convolution, neuron of a Linear, head (with the queries that share it), head of a
-            group, head dimension
+            group, head_dim
     lock    why no unit may go, None where they may
     notes   what a removal changes besides the units, such as the mean that a LayerNorm takes
     """
@@ -150,7 +150,7 @@ def _graph(model: nn.Module, run: Trace) -> Graph:
 
 
 def _kind(axis: Axis, members: list[Member], owners: Mapping[str, list[tuple[nn.Module, str]]]) -> str:
-    if axis.kind in ("head", "head of a group", "head dimension", "group"):
+    if axis.kind in ("head", "query_head", "head_dim", "group"):
         return axis.kind
     convolves = any(isinstance(owners[m.name][0][0], nn.modules.conv._ConvNd) for m in members)
     return "channel" if convolves else "neuron"

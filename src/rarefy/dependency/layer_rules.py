@@ -25,7 +25,7 @@ def product(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     if a.dim() == 3:
         t.same(da[0], db[0])
     if a.dim() == 3 and a not in t.source and b not in t.source:
-        for e, kind in ((da[0], "head"), (da[-1], "head dimension"), (db[-1], "head dimension")):
+        for e, kind in ((da[0], "head"), (da[-1], "head_dim"), (db[-1], "head_dim")):
             is_a(e, kind)
         for axis in leaves(da[-1]):
             axis.scores = True
@@ -42,7 +42,7 @@ def product(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 def is_a(e: Expr, kind: str) -> None:
     """Say what the free axes of a dimension are; where queries share keys, the heads of a group come second."""
     for i, axis in enumerate(dict.fromkeys(a for a in leaves(e) if not a.lock)):
-        axis.kind = "head of a group" if kind == "head" and i else kind
+        axis.kind = "query_head" if kind == "head" and i else kind
 
 
 def convolution(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -218,8 +218,8 @@ def attention(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             t.same(many, k[d])
         t.same(k[d], v[d])
     is_a(q[-3], "head") if len(q) > 3 else None
-    is_a(q[-1], "head dimension")
-    is_a(v[-1], "head dimension")
+    is_a(q[-1], "head_dim")
+    is_a(v[-1], "head_dim")
     t.costs += [(1, [*q[:-1], k[-2], d]) for d in (q[-1], v[-1])]
     mask = arg(func, args, kwargs, "attn_mask")
     mask = arg(func, args, kwargs, "attn_bias") if mask is None else mask

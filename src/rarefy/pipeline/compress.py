@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rarefy.calibration import offload
 from rarefy.common.atomic_io import bytes_of, path_of
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
+from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
 from rarefy.evaluation import profiling
 from rarefy.evaluation.example_inputs import example_of
@@ -48,6 +49,7 @@ from rarefy.train.sparsity_config import Movement
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+@renamed_parameters(work="resume_dir")
 def compress_(
     model: nn.Module,
     recipe: str | Path | Mapping[str, Any] | recipes.Recipe,
@@ -57,7 +59,7 @@ def compress_(
     loss: Loss | None = None,
     base: Path | None = None,
     memory: int | str | None = None,
-    work: str | Path | None = None,
+    resume_dir: str | Path | None = None,
     log: str | Path | Sequence[str] | None = None,
     progress: bool = False,
     **overrides: Any,
@@ -69,8 +71,8 @@ def compress_(
                what is not given is read from the paths and names in the recipe
     tokenizer  for text named in the recipe
     memory     bytes or such as "4G" to stay near: weights stay in the files they were loaded from, see `rarefy.prune_`
-    work       folder for the state of solvers and training: the same call goes on there after it was killed. It stays,
-               to be removed when the result is saved
+    resume_dir folder for the state of solvers and training: the same call goes on there after it was killed. It stays
+               until you remove it
     log        where the rows of training go besides: a file for JSON lines, `tensorboard:FOLDER`, `wandb:PROJECT`
     loss       callable(output, batch) for gradient scores and training; by default the model's own
 
@@ -79,16 +81,16 @@ def compress_(
     """
     began = time.perf_counter()
     plan = recipes.load(recipe, **overrides)
-    memory, work = bytes_of(memory), path_of(work)
-    for target in targets(model, plan, memory, work):
+    memory, resume_dir = bytes_of(memory), path_of(resume_dir)
+    for target in targets(model, plan, memory, resume_dir):
         with naming(plan, target.number):
             check_weights(target.layers)
-    if work is not None and not plan.solves:
+    if resume_dir is not None and not plan.solves:
         raise RecipeError(
-            f"work has no effect: recipe {plan.name} has no solver or training, whose state could be kept"
+            f"resume_dir has no effect: recipe {plan.name} has no solver or training, whose state could be kept"
         )
-    if work is not None and distributed.size() > 1:
-        raise RecipeError("work keeps the state of one process: leave it out where there are several (torchrun)")
+    if resume_dir is not None and distributed.size() > 1:
+        raise RecipeError("resume_dir keeps the state of one process: leave it out where there are several (torchrun)")
     if log is not None and not plan.trains:
         raise RecipeError(f"log has no effect: recipe {plan.name} has no stage train")
     given = Given(plan, data, tokenizer, base)
@@ -96,7 +98,7 @@ def compress_(
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
     _check_data(model, plan, given)
     with offload.keeping(model, memory):
-        return _compress(model, plan, given, loss, memory, work, log, progress, began)
+        return _compress(model, plan, given, loss, memory, resume_dir, log, progress, began)
 
 
 def _compress(
@@ -105,7 +107,7 @@ def _compress(
     given: Given,
     loss: Loss | None,
     memory: int | None,
-    work: Path | None,
+    resume_dir: Path | None,
     log: Any,
     progress: bool,
     began: float,
@@ -124,9 +126,12 @@ def _compress(
             dense = given.before = copy.deepcopy(model)
         options: dict[str, Any] = {"seed": plan.seed + index, "progress": progress}
         if isinstance(stage, recipes.Prune) and stage.solver is not None:
-            options |= {"memory": memory, "work": None if work is None else work / f"stage-{index + 1}"}
+            options |= {
+                "memory": memory,
+                "resume_dir": None if resume_dir is None else resume_dir / f"stage-{index + 1}",
+            }
         if isinstance(stage, recipes.Train):
-            options |= {"log": log, "work": None if work is None else work / f"stage-{index + 1}"}
+            options |= {"log": log, "resume_dir": None if resume_dir is None else resume_dir / f"stage-{index + 1}"}
         reports += RUN[type(stage)](model, stage, given, loss, **options)
     rows = layer_rows(reports)
     fold_(model)

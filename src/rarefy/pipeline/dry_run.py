@@ -58,7 +58,7 @@ def naming(plan: recipes.Recipe, number: int) -> Iterator[None]:
 
 
 def targets(
-    model: nn.Module, plan: recipes.Recipe, memory: int | None = None, work: Path | None = None
+    model: nn.Module, plan: recipes.Recipe, memory: int | None = None, resume_dir: Path | None = None
 ) -> Iterator[Target]:
     """Yield what each stage that prunes or quantizes works on.
 
@@ -73,7 +73,7 @@ def targets(
             if isinstance(stage, recipes.Prune):
                 s = stage
                 how, ask = asked(s.pattern, s.score, s.sparsity, s.solver, s.allocate, s.scope, s.reduce)
-                check_ask(how, ask, memory if how else None, work if how else None)
+                check_ask(how, ask, memory if how else None, resume_dir if how else None)
                 chosen = chosen_layers(model, s.layers, s.ignore, ask.plan)
                 found = Target(number, chosen, ask.plan, ask.sparsity)
             elif isinstance(stage, recipes.Train) and stage.prune:

@@ -88,13 +88,13 @@ def receipt_of(
     if e:
         worse = (after["quality"] - before["quality"]) / max(abs(before["quality"]), 1e-12)
         loss = worse if BETTER[e.metric] is min else -worse
-        passed = None if e.at_most_worse is None else loss <= e.at_most_worse
+        passed = None if e.max_degradation is None else loss <= e.max_degradation
         quality = {
             "metric": e.metric,
             "before": before["quality"],
             "after": after["quality"],
             "change": worse,
-            "allowed": e.at_most_worse,
+            "allowed": e.max_degradation,
             "passed": passed,
         }
         flops = {"what": "one evaluation batch", "before": before["flops"], "after": after["flops"]}

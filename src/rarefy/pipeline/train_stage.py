@@ -41,7 +41,7 @@ def train_(
     loss: Loss | None,
     seed: int,
     progress: bool,
-    work: Path | None = None,
+    resume_dir: Path | None = None,
     log: Any = None,
 ) -> list[Report]:
     """Train as a stage says, on the recipe's data, and return what was done."""
@@ -53,7 +53,7 @@ def train_(
     validate = None
     if s.validate is not None:
         validate = partial(METRICS[s.validate], data=given.batches("validate"))
-    with teacher(model, s, given, work, batches) as teach:
+    with teacher(model, s, given, resume_dir, batches) as distill:
         done = fit_(
             model,
             batches,
@@ -63,14 +63,14 @@ def train_(
             loss=loss,
             prune=s.prune,
             calibrate=calibration(model, s, given),
-            teach=teach,
+            distill=distill,
             at=happenings(s, given, progress, told),
             steps=Steps(accumulate=s.accumulate, clip=s.clip, autocast=s.autocast),
             validate=validate,
             maximize=s.validate is None or BETTER[s.validate] is max,
             patience=s.patience,
             seed=seed,
-            work=work,
+            resume_dir=resume_dir,
             also=asdict(s),
             log=log,
             progress=progress,
@@ -114,7 +114,7 @@ def happenings(
 
 @contextmanager
 def teacher(
-    model: nn.Module, s: recipes.Train, given: Given, work: Path | None, batches: Callable[[int], Labelled]
+    model: nn.Module, s: recipes.Train, given: Given, resume_dir: Path | None, batches: Callable[[int], Labelled]
 ) -> Iterator[Distiller | None]:
     """Give what a stage learns from, with a folder for its answers if it keeps them; None where it has no teacher."""
     if s.distill is None:
@@ -127,7 +127,11 @@ def teacher(
     if example is None:
         raise DataError("the training data is empty")
     with TemporaryDirectory() as place:
-        cache = (place if work is None else work.with_name(f"{work.name}-answers")) if s.distill.cache else None
+        cache = (
+            (place if resume_dir is None else resume_dir.with_name(f"{resume_dir.name}-answers"))
+            if s.distill.cache
+            else None
+        )
         distiller = Distiller(model, wise, s.distill, example=on_device(model, example), cache=cache)
         try:
             yield distiller

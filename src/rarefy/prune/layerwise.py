@@ -46,7 +46,7 @@ def solve_(
     given: Callable[[Ask], Mapping[str, Tensor] | None] = lambda _: None,
     mark: Callable[[], Tensor] | None = None,
     memory: int | None = None,
-    work: Path | None = None,
+    resume_dir: Path | None = None,
     progress: bool = False,
 ) -> tuple[list[dict[str, Any]], Ask, list[str]]:
     """Prune the chosen layers in place, each solved on the inputs it gets from the layers pruned before it.
@@ -55,8 +55,8 @@ def solve_(
     spread    finds the sparsity of each layer, and what is to be said of it; called once a run
     given     chooses masks beforehand, by layer name
     mark      by what the loss that `spread` reads can be known again
-    memory    bytes to stay near: weights stay in their files, new ones in `work`, without masks; activations spill
-    work      folder for the state of the run, from which a killed one with the same arguments goes on
+    memory    bytes to stay near: weights stay in their files, new ones in `resume_dir`, no masks; activations spill
+    resume_dir folder for the state of the run, from which a killed one with the same arguments goes on
     Returns a row a layer (its relative error, damping, seconds, zeros), `ask` with the sparsity of each layer, and what
     `spread` said. An error in the middle leaves the layers before it pruned.
     O(one forward pass) + the solver's cost; memory as `rarefy.calibration.sequential.walk`.
@@ -71,7 +71,7 @@ def solve_(
         distributed.together()
         if solver.reconstruct
         else nullcontext(),  # blocks learn on all batches, everywhere the same
-        closing(resume.open_(work, resume.key(model, data, **settings) if work else {})) as known,
+        closing(resume.open_(resume_dir, resume.key(model, data, **settings) if resume_dir else {})) as known,
         passes(solver),
     ):
         groups = order(model, first, chosen, dense=dense)
@@ -82,7 +82,7 @@ def solve_(
             say([f"pruning by {solver.name} takes {cost} if nothing else runs"])
             if known.known:
                 say([f"goes on after {known.known} of {len(places)} steps that were done before"])
-        if work and mark is not None:
+        if resume_dir and mark is not None:
             known.check_same("loss", mark(), "loss")
         each, notes = known.once("each", spread) if ask.allocate in SLOW else spread()
         if each.keys() != {l.full_name for l in chosen} or not all(0 <= s <= 1 for s in each.values()):
@@ -100,7 +100,7 @@ def solve_(
             passed=known.known,
             assign=lean,
             most=memory and memory // 4,
-            folder=work,
+            folder=resume_dir,
         )
         with closing(stops):  # hooks and modes go with it, whoever holds the traceback of an error
             for index, stop in enumerate(track(stops, f"pruning by {solver.name}", progress, len(places))):

@@ -17,6 +17,7 @@ from rarefy.calibration.statistics import Stats, collect
 from rarefy.common.atomic_io import bytes_of, path_of
 from rarefy.common.errors import DataError, ModelError, PatternError, unknown
 from rarefy.common.progress import track
+from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.batches import first_samples, some
@@ -33,6 +34,7 @@ from rarefy.prune.scores import SCORES
 from rarefy.prune.solver_config import Ask, Solver, resolve
 
 
+@renamed_parameters(work="resume_dir")
 def prune_(
     model: nn.Module,
     pattern: str = "unstructured",
@@ -49,7 +51,7 @@ def prune_(
     loss: Loss | None = None,
     seed: int = 0,
     memory: int | str | None = None,
-    work: str | Path | None = None,
+    resume_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Report:
     """Attach masks with the asked sparsity to the selected layers of `model` in place; return what was achieved.
@@ -66,8 +68,8 @@ def prune_(
     reduce    how a unit of several weights is scored: mean, sum, max or l2
     data      batches that `model` can be called with
     memory    bytes or such as "4G" to stay near (solvers): weights stay in the files they were loaded from, new ones
-              go to `work`, and zeros are written into the weights, without masks
-    work      folder for the state of a solver's run: the same call on the same model goes on there after it was
+              go to `resume_dir`, and zeros are written into the weights, without masks
+    resume_dir folder for the state of a solver's run: the same call on the same model goes on there after it was
               killed. It stays, to be removed when the result is saved
 
     Masked entries stay masked. Masks survive training; `rarefy.fold_` writes them into the weights.
@@ -82,13 +84,13 @@ def prune_(
     how, ask = asked(pattern, score, sparsity, solver, allocate, scope, reduce, seed)
     if data is not None:
         check_batches(data)
-        # allocation, score, solver and the key of `work` each go through it
-        data = data if isinstance(data, list | tuple | DataLoader) and work is None else list(data)
+        # allocation, score, solver and the key of `resume_dir` each go through it
+        data = data if isinstance(data, list | tuple | DataLoader) and resume_dir is None else list(data)
         gone = next((i for i, batch in enumerate(data) if batch is None), None) if isinstance(data, list) else None
         if gone is not None:
             raise DataError(f"batch {gone} of the data is None")
-    memory, work = bytes_of(memory), path_of(work)
-    check_ask(how, ask, memory, work)
+    memory, resume_dir = bytes_of(memory), path_of(resume_dir)
+    check_ask(how, ask, memory, resume_dir)
     chosen = chosen_layers(model, layers, ignore, ask.plan)
     check_weights(chosen)
     for layer in chosen:
@@ -101,7 +103,7 @@ def prune_(
     spread = partial(_spread, model, chosen, ask, data, loss, progress)
     rows: list[dict[str, Any]] = []
     if how is not None:
-        options = {"memory": memory, "work": work, "progress": progress}
+        options = {"memory": memory, "resume_dir": resume_dir, "progress": progress}
         rows, ask, notes = _solve(model, chosen, ask, how, data, loss, seed, spread, **options)
     else:
         each, notes = spread()
@@ -185,7 +187,7 @@ def _solve(
     return solve_(model, chosen, ask, how, data, spread=spread, given=given, mark=mark if read else None, **options)
 
 
-def check_ask(how: Solver | None, ask: Ask, memory: int | None, work: Path | None) -> None:
+def check_ask(how: Solver | None, ask: Ask, memory: int | None, resume_dir: Path | None) -> None:
     """Raise PatternError for what has no effect, or cannot be kept to."""
     if how is not None and ask.score is None and (ask.scope == "global" or ask.reduce is not None):
         idle = "scope 'global'" if ask.scope == "global" else f"reduce={ask.reduce!r}"
@@ -196,13 +198,13 @@ def check_ask(how: Solver | None, ask: Ask, memory: int | None, work: Path | Non
             f"{what} decides every layer's sparsity itself: allocate={ask.allocate!r} has no effect, "
             "take 'uniform' (shell: --set allocate=uniform)"
         )
-    if how is None and (memory is not None or work is not None):
-        what = "memory" if memory is not None else "work"
+    if how is None and (memory is not None or resume_dir is not None):
+        what = "memory" if memory is not None else "resume_dir"
         raise PatternError(f"{what} is for solvers, which go layer by layer: give solver='refit', 'obs' or 'admm'")
     if memory is None:
         return
-    if work is None:
-        raise PatternError("memory needs work=FOLDER, where the new weights go")
+    if resume_dir is None:
+        raise PatternError("memory needs resume_dir=FOLDER, where the new weights go")
     if ask.first or ask.allocate in allocate_.GRADIENTS:
         what = f"score {ask.score!r} over all layers" if ask.first else f"allocate={ask.allocate!r}"
         instead = "leave it out" if ask.first else "take 'uniform' (shell: --set allocate=uniform)"

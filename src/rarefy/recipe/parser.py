@@ -22,6 +22,7 @@ from rarefy.model import sparsity_pattern as patterns
 from rarefy.prune.solver_config import resolve
 from rarefy.quantization.codebook import asked as asked_book
 from rarefy.quantization.config import asked as asked_values
+from rarefy.recipe.old_names import FIELDS, UNITS
 from rarefy.recipe.schema import (
     AT_LEAST_ONE,
     CHOICES,
@@ -206,6 +207,8 @@ def _build(cls: Any, node: Node) -> Any:
     known = {f.name: f for f in fields(cls)}
     for key, value in node.value.items():
         if key not in known:
+            if key in FIELDS:
+                raise RecipeError(f"{key} is called {FIELDS[key]} now [{value.where}]")
             raise RecipeError(unknown("key", key, known, value.where))
     missing = [
         f.name
@@ -272,6 +275,8 @@ def _value(key: str, node: Node, kind: Any, choices: Mapping[str, tuple[str, ...
                 continue
         if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             if key in choices and not isinstance(value, bool) and value not in choices[key]:
+                if key == "units" and value in UNITS:
+                    raise RecipeError(f"units {value!r} is called {UNITS[value]!r} now [{node.where}]")
                 raise RecipeError(unknown(key, value, choices[key], node.where))
             return value
     words = [_WORDS.get(o, getattr(o, "__name__", str(o)).lower()) for o in options if o is not type(None)]
@@ -305,8 +310,8 @@ def _check(made: Any, node: Node) -> None:
             raise RecipeError(f"{f.name} is a fraction between 0 and 1, got {value!r} [{place(f.name)}]")
         if f.name in RATES and isinstance(value, float) and not 0 <= value < float("inf"):
             raise RecipeError(f"{f.name} is a number from 0 up, got {value!r} [{place(f.name)}]")
-        if f.name == "at_most_worse" and isinstance(value, float) and not -1 < value <= 1:
-            raise RecipeError(f"at_most_worse is a fraction such as 0.15 for 15 %, got {value!r} [{place(f.name)}]")
+        if f.name == "max_degradation" and isinstance(value, float) and not -1 < value <= 1:
+            raise RecipeError(f"max_degradation is a fraction such as 0.15 for 15 %, got {value!r} [{place(f.name)}]")
         if f.name == "seed" and isinstance(value, int) and not 0 <= value < 1 << 32:
             raise RecipeError(f"seed is a whole number from 0 to {(1 << 32) - 1}, got {value} [{place(f.name)}]")
     if isinstance(made, Evaluate) and made.accelerate and not (made.latency or made.decode):
@@ -359,7 +364,7 @@ def _check_train(made: Train, place: Any) -> None:
 
 
 def _check_cut(made: Cut, place: Any) -> None:
-    names = (*BUDGETS, "units", "score", "least", "round_to", "steps", "scope", "reduce", "repair")
+    names = (*BUDGETS, "units", "score", "min_keep", "round_to", "steps", "scope", "reduce", "repair")
     _naming(lambda: check_cut(**made.options()), names, "units", place)
 
 

@@ -184,7 +184,7 @@ class Cut:
     score: str | None = None
     reduce: str = "sum"
     scope: str = "layer"
-    least: float = 0.0
+    min_keep: float = 0.0
     round_to: int = 1
     steps: int = 1
     repair: bool | tuple[str, ...] | None = None
@@ -198,7 +198,7 @@ class Cut:
 
     def options(self) -> dict[str, Any]:
         """Return what `rarefy.structured.options.check_cut` takes."""
-        names = ("units", *BUDGETS, "score", "reduce", "scope", "least", "round_to", "steps")
+        names = ("units", *BUDGETS, "score", "reduce", "scope", "min_keep", "round_to", "steps")
         return {**{n: getattr(self, n) for n in names}, "repair": True if self.repair is None else self.repair}
 
 
@@ -232,7 +232,7 @@ class Decode:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluate:
-    """Measure before and after on held-out data. `at_most_worse: 0.15` makes a larger relative loss a failed check;
+    """Measure before and after on held-out data. `max_degradation: 0.15` makes a larger relative loss a failed check;
     `accelerate: true` times the model also with layers that skip zeros (`accelerate_`)."""
 
     metric: str
@@ -243,7 +243,7 @@ class Evaluate:
     latency: Latency | None = None
     decode: Decode | None = None
     accelerate: bool = False
-    at_most_worse: float | None = None
+    max_degradation: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

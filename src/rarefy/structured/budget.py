@@ -28,15 +28,15 @@ Counts = dict[Axis, int]
 
 @dataclass(frozen=True, eq=False)
 class CutOrder:
-    """Positions of the units of each group, [units] each; `origin`: how many units there were before any cut, `least`:
-    the fraction of them that stays at any depth; `step`: they stay in multiples of it; `local`: groups are cut alike,
-    so heads may have to give way to their dimensions."""
+    """Positions of the units of each group, [units] each; `origin`: how many units there were before any cut;
+    `min_keep`: the fraction of them that stays at any depth; `step`: they stay in multiples of it; `local`: groups are
+    cut alike, so heads may have to give way to their dimensions."""
 
     graph: Graph
     groups: Sequence[Group]
     positions: Mapping[Axis, Tensor]
     origin: Mapping[Axis, int]
-    least: float
+    min_keep: float
     step: int
     local: bool
     swap: bool = False
@@ -123,7 +123,7 @@ def units_kept(order: CutOrder, depth: float, *, smooth: bool = False) -> Counts
         phase = ((numbers[group_signature(g)] * 0.618034) % 1 - 0.5) / size if smooth and order.local else 0.0
         at = order.positions.get(g.axis)
         n = round(size * (1 - depth)) if at is None else int((at + phase >= depth - 1e-9).sum())
-        n = min(max(n, 1, math.ceil(size * order.least - 1e-9)), g.size)
+        n = min(max(n, 1, math.ceil(size * order.min_keep - 1e-9)), g.size)
         if order.step > 1:
             n = max(order.step, n // order.step * order.step) if g.size >= order.step else g.size
         out[g.axis] = n
@@ -142,7 +142,7 @@ def _whole(order: CutOrder, keep: float) -> list[Group]:
     for group in order.groups:
         if group.kind == "head" and uneven(group):
             beside = [a for m in group.members for a in leaves(graph.dims[m.name][m.dim])]
-            dims = [by_axis[a] for a in dict.fromkeys(beside) if a.kind == "head dimension" and a in by_axis]
+            dims = [by_axis[a] for a in dict.fromkeys(beside) if a.kind == "head_dim" and a in by_axis]
             if dims and all(d.lock is None and not uneven(d) for d in dims):
                 inside[group.axis] = dims
     found = [new for g in order.groups for new in inside.get(g.axis, [g])]
@@ -204,7 +204,7 @@ def meet_budget(order: CutOrder, what: str, target: float, whole: int) -> Counts
     if at(1.0) > target * (1 + NEAR):
         raise ModelError(
             f"{what} {target:g} is out of reach: {at(1.0):.3f} are left with as few units as may stay"
-            + (f" (least={order.least:g}); " if order.least else "; ")
+            + (f" (min_keep={order.min_keep:g}); " if order.min_keep else "; ")
             + f"{_blocks(order, what)}"
         )
     low, high = 0.0, 1.0  # more than the target stays at low, no more at high

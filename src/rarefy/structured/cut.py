@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
+from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report, alike
 from rarefy.dependency.graph import Graph, Group, trace, unruled
 from rarefy.dependency.symbolic_dims import Axis, kept, leaves, products, size
@@ -44,6 +45,7 @@ TRIALS = 8  # cuts that are timed to find one of a latency
 TIMINGS = 15
 
 
+@renamed_parameters(least="min_keep")
 def cut_(
     model: nn.Module,
     example: Any,
@@ -56,7 +58,7 @@ def cut_(
     score: str | None = None,
     reduce: str = "sum",
     scope: str = "layer",
-    least: float = 0.0,
+    min_keep: float = 0.0,
     layers: Selector = None,
     ignore: Selector = None,
     round_to: int = 1,
@@ -74,7 +76,7 @@ def cut_(
 
     example   what the model can be called with: it is run, to see what belongs together and to prove the result
     units     kinds of units: channel or group of a convolution, neuron of a Linear (the width of a transformer too),
-              head (with the queries that share its keys), head dimension, head of a group (of queries that share); or
+              head (with the queries that share its keys), head_dim, query_head (of queries that share keys); or
               "layer" alone: whole blocks, see `drop_layers_`
     keep      the fraction of units that stays (0.5 if no budget is given); or instead of it one of
     parameters, flops, latency
@@ -84,7 +86,7 @@ def cut_(
               random; from data also activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient
     reduce    how the slices of a unit are joined: sum, mean, max
     scope     units are compared in their group ("layer"), with all ("global"), or in groups built alike ("isomorphic")
-    least     no group keeps less than this fraction
+    min_keep  no group keeps less than this fraction
     layers    groups at least half of whose makers these layers are ("*.mlp.*" means the neurons of MLPs, and not the
               width of the whole model, which they also write); None: all
     ignore    layers that must not lose outputs: no group that one of them makes is cut
@@ -117,7 +119,7 @@ def cut_(
         raise ModelError(f"units is a kind or a list of kinds, such as 'channel', got {units!r}; keep=0.5 is by name")
     budgets: dict[str, Any] = dict(zip(BUDGETS, (keep, parameters, flops, latency)))
     if "layer" in ((units,) if isinstance(units, str) else units):
-        check_layers(units, budgets, score, for_units(reduce, scope, least, round_to, steps, repair))
+        check_layers(units, budgets, score, for_units(reduce, scope, min_keep, round_to, steps, repair))
         return drop_layers_(
             inner, example, keep, score=score or "similarity", layers=layers, ignore=ignore,
             data=data, loss=loss, optimizer=optimizer, mask_only=mask_only, dry_run=dry_run, seed=seed,
@@ -129,7 +131,7 @@ def cut_(
         score or "magnitude",
         reduce,
         scope,
-        least,
+        min_keep,
         round_to,
         steps,
         seed,
@@ -263,7 +265,7 @@ class _Cut:
             self.graph, groups, self.scores, self.origin, a.scope, UNIT_SCORES[a.score].comparable
         )
         return budget.CutOrder(
-            self.graph, groups, places, self.origin, a.least, a.round_to, a.scope == "layer", self.swap
+            self.graph, groups, places, self.origin, a.min_keep, a.round_to, a.scope == "layer", self.swap
         )
 
     def _masks(self, left: budget.Counts) -> dict[Axis, Tensor]:

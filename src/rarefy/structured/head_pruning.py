@@ -87,7 +87,7 @@ def _kept(graph: Graph, group: Group, name: str, numbers: Any) -> Tensor:
     shared = 1  # queries of a key
     for m in group.members:
         for axis in leaves(graph.dims[m.name][m.dim]):
-            shared = max(shared, axis.size if axis.kind == "head of a group" else 1)
+            shared = max(shared, axis.size if axis.kind == "query_head" else 1)
     total = group.size * shared
     wrong = not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) == 0
     if wrong or any(type(h) is not int or not 0 <= h < total for h in numbers):

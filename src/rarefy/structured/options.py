@@ -18,7 +18,8 @@ from rarefy.structured import budget as plan
 from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.importance import REDUCTIONS, UNIT_SCORES
 
-KINDS = ("channel", "neuron", "head", "head of a group", "head dimension", "group")
+RENAMED_KINDS = {"head of a group": "query_head", "head dimension": "head_dim"}
+KINDS = ("channel", "neuron", "head", "query_head", "head_dim", "group")
 LAYER_SCORES = ("similarity", "loss", "random")
 BUDGETS = ("keep", "parameters", "flops", "latency")
 
@@ -33,7 +34,7 @@ class Ask:
     score: str
     reduce: str
     scope: str
-    least: float
+    min_keep: float
     round_to: int
     steps: int
     seed: int
@@ -41,21 +42,21 @@ class Ask:
 
 def check_cut(
     *, units: Any, keep: Any, parameters: Any, flops: Any, latency: Any, score: Any, reduce: Any, scope: Any,
-    least: Any, round_to: Any, steps: Any, repair: Any,
+    min_keep: Any, round_to: Any, steps: Any, repair: Any,
 ) -> None:  # fmt: skip
     """Raise ModelError for what `cut_` would refuse without having seen a model."""
     budgets: dict[str, Any] = dict(zip(BUDGETS, (keep, parameters, flops, latency)))
     if "layer" in ((units,) if isinstance(units, str) else units):
-        check_layers(units, budgets, score, for_units(reduce, scope, least, round_to, steps, repair))
+        check_layers(units, budgets, score, for_units(reduce, scope, min_keep, round_to, steps, repair))
     else:
-        asked_of(units, budgets, score or "magnitude", reduce, scope, least, round_to, steps, 0)
+        asked_of(units, budgets, score or "magnitude", reduce, scope, min_keep, round_to, steps, 0)
         _names(repair)
 
 
-def for_units(reduce: Any, scope: Any, least: Any, round_to: Any, steps: Any, repair: Any) -> dict[str, bool]:
+def for_units(reduce: Any, scope: Any, min_keep: Any, round_to: Any, steps: Any, repair: Any) -> dict[str, bool]:
     """Which options were given that blocks know nothing of."""
     return {
-        "reduce": reduce != "sum", "scope": scope != "layer", "least": least != 0, "round_to": round_to != 1,
+        "reduce": reduce != "sum", "scope": scope != "layer", "min_keep": min_keep != 0, "round_to": round_to != 1,
         "steps": steps != 1, "repair": repair is not True,
     }  # fmt: skip
 
@@ -107,12 +108,14 @@ def check_layers(units: Any, budgets: Mapping[str, Any], score: Any, others: Map
 
 
 def asked_of(
-    units: Any, budgets: Mapping[str, Any], score: Any, reduce: Any, scope: Any, least: Any, round_to: Any, steps: Any,
-    seed: int,
+    units: Any, budgets: Mapping[str, Any], score: Any, reduce: Any, scope: Any, min_keep: Any, round_to: Any,
+    steps: Any, seed: int,
 ) -> Ask:  # fmt: skip
     """Return what is asked for, checked. Raises ModelError."""
     kinds = (units,) if isinstance(units, str) else tuple(units)
     for kind in kinds:
+        if kind in RENAMED_KINDS:
+            raise ModelError(f"units {kind!r} is called {RENAMED_KINDS[kind]!r} now")
         if kind not in KINDS:
             raise ModelError(unknown("units", str(kind), (*KINDS, "layer")))
     for what, got, allowed in (
@@ -129,12 +132,12 @@ def asked_of(
         raise ModelError(f"{' and '.join(given)} are given: a cut has one budget")
     [(budget, target)] = given.items()
     check_fraction(budget, target)
-    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
-        raise ModelError(f"least is a fraction from 0 to 1, got {least!r}")
+    if isinstance(min_keep, bool) or not isinstance(min_keep, int | float) or not 0 <= min_keep <= 1:
+        raise ModelError(f"min_keep is a fraction from 0 to 1, got {min_keep!r}")
     for what, n in (("round_to", round_to), ("steps", steps)):
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ModelError(f"{what} is a whole number from 1 up, got {n!r}")
-    return Ask(kinds, budget, float(target), score, reduce, scope, float(least), round_to, steps, seed)
+    return Ask(kinds, budget, float(target), score, reduce, scope, float(min_keep), round_to, steps, seed)
 
 
 def _names(repair: Any) -> tuple[str, ...]:

@@ -105,11 +105,11 @@ def _new_size(value: int, attribute: str, seen: list[Expr], masks: Mapping[Axis,
     """What an int attribute becomes: it has the size of dimensions that the module names, all of which change alike."""
     if value < 2:
         return None
-    wanted = "head dimension" if HEAD_DIMENSION.search(attribute) else "head" if "head" in attribute else None
+    wanted = "head_dim" if HEAD_DIMENSION.search(attribute) else "head" if "head" in attribute else None
     found = set()
     for e in seen:
         axes = list(leaves(e))
-        kind = axes[0].kind if len(axes) == 1 and axes[0].kind in ("head", "head dimension") else None
+        kind = axes[0].kind if len(axes) == 1 and axes[0].kind in ("head", "head_dim") else None
         if size(e) == value and (wanted is None or kind == wanted):
             found.add(int(kept(e, masks.get).sum()))
     return found.pop() if len(found) == 1 else None

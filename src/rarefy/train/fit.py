@@ -20,6 +20,7 @@ from rarefy.calibration import resume as journals
 from rarefy.common.atomic_io import path_of
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.common.progress import track
+from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
 from rarefy.model import distributed
 from rarefy.model.batches import tokens_in
@@ -37,7 +38,7 @@ from rarefy.train.sparsifier import Event, Sparsifier
 from rarefy.train.sparsity_config import SparsityConfig
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]  # batches, or a function of the epoch that gives them
-Teach = Callable[[Any, Any, torch.Tensor | None], torch.Tensor]  # (output, batch, own loss) -> loss
+DistillLoss = Callable[[Any, Any, torch.Tensor | None], torch.Tensor]  # (output, batch, own loss) -> loss
 AUTOCAST = {"bf16": torch.bfloat16}  # fp16 would need its loss scaled
 
 
@@ -59,6 +60,7 @@ class Steps:
             raise RecipeError(unknown("autocast", self.autocast, AUTOCAST))
 
 
+@renamed_parameters(work="resume_dir", teach="distill")
 def fit_(
     model: nn.Module,
     data: Batches,
@@ -69,14 +71,14 @@ def fit_(
     loss: Loss | None = None,
     prune: SparsityConfig | None = None,
     calibrate: Iterable[Any] | None = None,
-    teach: Teach | None = None,
+    distill: DistillLoss | None = None,
     at: Mapping[float, Event] | None = None,
     steps: Steps | None = None,
     validate: Callable[[nn.Module], float] | None = None,
     maximize: bool = True,
     patience: int | None = None,
     seed: int | None = None,
-    work: str | Path | None = None,
+    resume_dir: str | Path | None = None,
     also: Any = None,
     log: str | Path | Sequence[str] | None = None,
     progress: bool = False,
@@ -86,15 +88,15 @@ def fit_(
     data       batches, or a function of the epoch that gives them
     prune      how zeros come in on the way: Gradual, Movement, SecondOrder, Rigl, Alternate, Admm or Rewind
     calibrate  batches that the scores of `prune` read
-    teach      a loss instead: a `rarefy.Distiller`, or any callable(output, batch, own loss)
+    distill      a loss instead: a `rarefy.Distiller`, or any callable(output, batch, own loss)
     at         {progress: function of the model}, called once when training has come that far (0 to 1), such as
                {0.5: lambda m: rarefy.quantize_(m, "int4")}: from there on weights are trained on their grid
     validate   callable(model) -> number: the weights of the best epoch are restored at the end; only epochs compete
                after which no more zeros come in and nothing else happens (`at`)
     patience   stop after so many of these without a better one
-    work       folder for the state of the run: the same call on the same model goes on there after it was killed, with
-               the same bits. It stays, to be removed when the result is saved
-    also       plain data that must agree too for a run to go on: what `loss`, `teach` and `at` cannot say of themselves
+    resume_dir folder for the state of the run: the same call on the same model goes on there after it was killed, to
+               the same bits. It stays until you remove it
+    also       plain data that must agree too for a run to go on, about `loss`, `distill` and `at`
     log        a file for JSON lines, `tensorboard:FOLDER`, `wandb:PROJECT`, or several of these
 
     Masks hold whatever the optimizer does, and weights that `load` or `fold_` has noted a grid of are kept to it again.
@@ -108,20 +110,20 @@ def fit_(
     0.5
     """
     _check(model, data, epochs, lr_schedule, patience, validate)
-    _check_given(model, teach, at, steps)
-    work = path_of(work)
-    if isinstance(teach, Distiller) and not teach.prepared and not hasattr(data, "__next__"):
-        teach.prepare(on_device(model, _first(data)))
+    _check_given(model, distill, at, steps)
+    resume_dir = path_of(resume_dir)
+    if isinstance(distill, Distiller) and not distill.prepared and not hasattr(data, "__next__"):
+        distill.prepare(on_device(model, _first(data)))
     open_ = {l.full_name: z for l in all_layers(model) if get_mask(l) is None and (z := zeros_of(l)) > ROUNDED}
     resume_grids_(model)
     if optimizer is None:
         optimizer = optimizer_of("adamw", 1e-4)
     modes = [(m, m.training) for m in model.modules()]
-    moves = _optimizer(model, optimizer, teach)
+    moves = _optimizer(model, optimizer, distill)
     journal, key = journals.Journal(None), {}
-    if work is not None:
+    if resume_dir is not None:
         told = {"epochs": epochs, "lr_schedule": lr_schedule, "prune": prune, "steps": steps, "patience": patience}
-        told |= {"seed": seed, "maximize": maximize, "at": sorted(at or {}), "also": also, "teach": teach}
+        told |= {"seed": seed, "maximize": maximize, "at": sorted(at or {}), "also": also, "teach": distill}
         key = _key(model, data, moves, told)
     with torch.random.fork_rng(devices=[], enabled=seed is not None), Loggers.open(log) as logs:
         if seed is not None:
@@ -129,12 +131,12 @@ def fit_(
         told = {"calibrate": calibrate, "loss": loss, "seed": seed or 0, "at": at}
         sparsifier = Sparsifier(model, prune, optimizer=moves, **told)
         run = _Run(model, moves, LR_SCHEDULES[lr_schedule], loss_of(loss), sparsifier, steps or Steps(), epochs)
-        run.teach, run.logs, run.journal, run.progress = teach, logs, journal, progress
+        run.distill, run.logs, run.journal, run.progress = distill, logs, journal, progress
         best = _Best(model, maximize)
         run.best = best
         try:
-            if work is not None:
-                run.journal = journals.open_(work, key)
+            if resume_dir is not None:
+                run.journal = journals.open_(resume_dir, key)
             run.resume()
             while run.epoch < epochs and not (patience and best.waited >= patience):
                 began = time.perf_counter()
@@ -186,15 +188,15 @@ def _check(model: nn.Module, data: Any, epochs: Any, lr_schedule: Any, patience:
         check_batches(data)
 
 
-def _check_given(model: nn.Module, teach: Any, at: Any, steps: Any) -> None:
+def _check_given(model: nn.Module, distill: Any, at: Any, steps: Any) -> None:
     """Raise for what would only be found wrong in the middle of training."""
     for when, event in (at or {}).items():
         if not callable(event):
             raise RecipeError(f"at: {when!r} has a function of the model, such as a lambda, got {event!r}")
-    plain = isinstance(teach, nn.Module) and not isinstance(teach, Distiller)
-    if teach is not None and (plain or not callable(teach)):
-        what = "teach is a rarefy.Distiller(model, teacher) or a callable(output, batch, own loss)"
-        raise RecipeError(f"{what}, got {type(teach).__name__}")
+    plain = isinstance(distill, nn.Module) and not isinstance(distill, Distiller)
+    if distill is not None and (plain or not callable(distill)):
+        what = "distill is a rarefy.Distiller(model, teacher) or a callable(output, batch, own loss)"
+        raise RecipeError(f"{what}, got {type(distill).__name__}")
     if steps is not None and not isinstance(steps, Steps):
         raise RecipeError(f"steps is a rarefy.train.fit.Steps, which says how a step is taken, got {steps!r}")
     wrong = next((n for n, p in model.named_parameters() if not p.is_meta and not torch.isfinite(p).all()), None)
@@ -217,7 +219,8 @@ def _key(model: nn.Module, data: Any, moves: torch.optim.Optimizer, told: dict[s
     """By what a run is known again: what it was called with, the model, and data (of a function of the epoch: its first
     batch)."""
     plain = {n: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for n, v in told.items()}
-    plain["teach"] = asdict(told["teach"].plan) if isinstance(told["teach"], Distiller) else told["teach"] is not None
+    distill = told["teach"]  # by its name in states of before
+    plain["teach"] = asdict(distill.plan) if isinstance(distill, Distiller) else distill is not None
     rates = [{k: v for k, v in g.items() if isinstance(v, int | float | str)} for g in moves.param_groups]
     plain["optimizer"] = [type(moves).__name__, rates]
     known = data
@@ -235,7 +238,7 @@ def _number(metric: Any) -> float:
 class _Run:
     """One training run: what stays the same from epoch to epoch, and where it stands."""
 
-    teach: Teach | None
+    distill: DistillLoss | None
     logs: Loggers
     journal: journals.Journal
     best: _Best
@@ -312,7 +315,7 @@ class _Run:
         batch, share = distributed.part_of(on_device(self.model, batch))
         with self._precision():
             out = call(self.run, batch)
-            value = self.loss(out, batch) if self.teach is None else self._taught(out, batch)
+            value = self.loss(out, batch) if self.distill is None else self._distill_loss(out, batch)
         loss = float(value.detach())
         if distributed.number(float(not math.isfinite(loss))):
             kept = f"; the state before is in {self.journal.folder}" if self.journal.folder else ""
@@ -323,10 +326,10 @@ class _Run:
         count = tokens_in(batch)
         self.total, self.seen = self.total + loss * count, self.seen + count
 
-    def _taught(self, out: Any, batch: Any) -> torch.Tensor:
-        assert self.teach is not None
-        alone = getattr(self.teach, "task", 1.0) == 0  # the teacher's loss alone, which takes no labels
-        return self.teach(out, batch, None if alone else self.loss(out, batch))
+    def _distill_loss(self, out: Any, batch: Any) -> torch.Tensor:
+        assert self.distill is not None
+        alone = getattr(self.distill, "task", 1.0) == 0  # the teacher's loss alone, which takes no labels
+        return self.distill(out, batch, None if alone else self.loss(out, batch))
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.steps.autocast is None:
@@ -363,8 +366,8 @@ class _Run:
         state.put("best", self.best.to_dict())
         state.put("random", checkpoint.random_state())
         state.put("start", self.random)
-        if isinstance(self.teach, nn.Module):
-            state.put("teach", self.teach.state_dict())
+        if isinstance(self.distill, nn.Module):
+            state.put("teach", self.distill.state_dict())
         checkpoint.save(self.journal, state)
 
     def resume(self) -> None:
@@ -376,8 +379,8 @@ class _Run:
             setattr(self, key, value)
         self.sparsifier.load_state_dict(state.get("sparsifier"))  # first: it makes the structure that the state is of
         checkpoint.restore_model(self.model, state.get("model"))
-        if isinstance(self.teach, nn.Module):
-            checkpoint.restore_model(self.teach, state.get("teach"))
+        if isinstance(self.distill, nn.Module):
+            checkpoint.restore_model(self.distill, state.get("teach"))
         checkpoint.restore_optimizer(self.moves, state.get("optimizer"))
         self.best.load(state.get("best"))
         self.random, self.resumed = state.get("start"), state.get("random")
@@ -423,21 +426,21 @@ class _Best:
         self.state = {k: v for k, v in values.items() if not k.startswith("-")}
 
 
-def _optimizer(model: nn.Module, optimizer: Any, teach: Any) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, optimizer: Any, distill: Any) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         if not callable(optimizer):
             raise RecipeError(
                 "optimizer is a torch optimizer or a function that makes one, such as "
                 f"lambda parameters: torch.optim.SGD(parameters, lr=0.1); got {optimizer!r}"
             )
-        own = list(teach.parameters()) if isinstance(teach, nn.Module) else []
+        own = list(distill.parameters()) if isinstance(distill, nn.Module) else []
         return cast(MakeOptimizer, optimizer)([*_trainable(model), *own])
     known = {id(p) for p in model.parameters()}
     held = {id(p) for g in optimizer.param_groups for p in g["params"]}
     if not held & known:
         raise ModelError("the optimizer holds none of the model's parameters: make it from model.parameters()")
-    if isinstance(teach, Distiller):
-        teach.join(optimizer)
+    if isinstance(distill, Distiller):
+        distill.join(optimizer)
     return optimizer
 
 
