@@ -153,7 +153,7 @@ def test_a_teacher_may_come_from_a_folder(llama, kind, monkeypatch):
         ]
     }  # fmt: skip
     losses = []
-    fit = rarefy.training.fit_
+    fit = rarefy.fit_
     monkeypatch.setattr("rarefy.pipeline.train_stage.fit_", lambda *a, **k: losses.append(fit(*a, **k)) or losses[-1])
     rarefy.compress_(student, recipe, {"train": texts()})
     rows = losses[0].rows
