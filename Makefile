@@ -21,23 +21,23 @@ lint: $(VENV)/dev.done
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench-vision: $(VENV)/dev.done  ## README's vision table, about 15 minutes on two quiet cores
+bench-vision: $(VENV)/dev.done  ## pruning scores on Fashion-MNIST, 15 minutes on two idle cores
 	cd bench && ../$(BIN)/python vision.py
 
-bench-runtime: $(VENV)/dev.done  ## sparse kernels and whole models against dense ones, a quarter of an hour on two quiet cores
+bench-runtime: $(VENV)/dev.done  ## sparse kernels and whole models against dense ones, 15 minutes on two idle cores
 	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino nncf
 	cd bench && ../$(BIN)/python runtime.py && ../$(BIN)/python models.py && ../$(BIN)/python models.py --engines
 
-bench-engine: $(VENV)/dev.done  ## compiled models against other engines, a quarter of an hour on two quiet cores
+bench-engine: $(VENV)/dev.done  ## compiled models against other engines, 15 minutes on two idle cores
 	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino nncf
 	cd bench && ../$(BIN)/python engine.py
 
-bench-language: $(VENV)/dev.done  ## SmolLM2-135M on the engine and on llama.cpp, ten minutes on two quiet cores
+bench-language: $(VENV)/dev.done  ## SmolLM2-135M on the engine and on llama.cpp, 10 minutes on two idle cores
 	$(BIN)/python -m pip install --quiet xllamacpp
 	-npm install --silent --prefix bench/build @node-llama-cpp/linux-x64@3.22.1  # for AVX-512 and AMX; Linux on x86-64
 	cd bench && ../$(BIN)/python language.py
 
-bench-cuts: $(VENV)/dev.done  ## README's tables of cuts and the comparison with Torch-Pruning, an hour and a half
+bench-cuts: $(VENV)/dev.done  ## structured pruning, and the comparison with Torch-Pruning, 90 minutes
 	$(BIN)/python -m pip install --quiet onnx onnxscript onnxruntime torch-pruning==1.6.1
 	cd bench && ../$(BIN)/python cuts.py && ../$(BIN)/python cut_zoo.py
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tables
 from rarefy.evaluation.profiling import commit, machine
 
 HERE = Path(__file__).parent
@@ -169,38 +170,6 @@ def bench(names: list[str]) -> None:
             print(name, side, told, flush=True)
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Return how many models each side handles, exactly, how long that took, and where they differ."""
-    last = {(l["model"], l["side"]): l for l in lines}
-    names = list(dict.fromkeys(m for m, _ in last))
-    out = ["| | " + " | ".join(SIDES) + " |", "|---|---|---|"]
-    ran = {s: {n: last[n, s] for n in names if (n, s) in last and "error" not in last[n, s]} for s in SIDES}
-    both = [n for n in names if all(n in ran[s] for s in SIDES)]
-    cells: dict[str, list[str]] = {
-        f"of {len(names)} models: run after the cut": [str(len(ran[s])) for s in SIDES],
-        "outputs within 1e-4 of the masked model's": [
-            str(sum(l["apart"] <= 1e-4 for l in ran[s].values())) for s in SIDES
-        ],
-        f"seconds to trace and cut, all {len(both)} that both do": [
-            f"{sum(ran[s][n]['seconds'] for n in both):.0f}" for s in SIDES
-        ],
-        "parameters left, median of those": [
-            _median(ran[s][n]["left"] / ran[s][n]["parameters"] for n in both) for s in SIDES
-        ],
-    }
-    out += [f"| {what} | {' | '.join(values)} |" for what, values in cells.items()]
-    for side in SIDES:
-        failed = [n for n in names if n not in ran[side]]
-        wrong = [n for n, l in ran[side].items() if not l["apart"] <= 1e-4]
-        out.append(f"\n{side} does not run: {', '.join(failed) or 'none'}. Not exact: {', '.join(wrong) or 'none'}.")
-    return "\n".join(out)
-
-
-def _median(values: Any) -> str:
-    found = sorted(values)
-    return f"{found[len(found) // 2]:.3f}" if found else "-"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*")
@@ -214,7 +183,7 @@ def main() -> None:
         from zoo import torchvision_cases  # type: ignore
 
         bench(args.models or list(torchvision_cases()))
-    print(table([json.loads(l) for l in RESULTS.read_text().splitlines()]))
+    tables.show("structured-coverage")
 
 
 if __name__ == "__main__":

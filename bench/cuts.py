@@ -1,4 +1,4 @@
-"""README's tables of cuts: what repair gives back, a language model with fewer neurons, a ResNet-50 of half the work.
+"""Structured pruning: what repair recovers, a language model with fewer neurons, a ResNet-50 with half of its FLOPs.
 
     python cuts.py fashion [--seeds 0 1 2]   a small ResNet at a quarter of its operations: score x repair, then trained
     python cuts.py language                  SmolLM2-135M with three quarters of its MLP neurons: score x repair
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 
 import rarefy
+import tables
 from rarefy.evaluation.profiling import commit, compare, flops, machine
 
 HERE = Path(__file__).parent
@@ -149,44 +149,6 @@ def resnet50(seeds: list[int]) -> Iterator[Line]:
 RUNS = {"fashion": fashion, "language": language, "resnet50": resnet50}
 
 
-def table(lines: list[Line]) -> str:
-    """Return README's tables of the last run of each kind."""
-    out = []
-    fashion_lines = [l for l in lines if l["run"] == "fashion"]
-    if fashion_lines:
-        out += ["| score | scope | repair | after the cut, % | after training, % |", "|---|---|---|---|---|"]
-        keys = dict.fromkeys((l["score"], l.get("scope", "-"), str(l.get("repair", "-"))) for l in fashion_lines)
-        for key in keys:
-            same = [l for l in fashion_lines if (l["score"], l.get("scope", "-"), str(l.get("repair", "-"))) == key]
-            cells = [f"{mean(100 * l[n] for l in same)}" for n in ("before", "trained")]
-            out.append(f"| {' | '.join((*key, *cells))} |")
-    language_lines = [l for l in lines if l["run"] == "language"]
-    if language_lines:
-        out += ["", "| score | repair | perplexity | seconds |", "|---|---|---|---|"]
-        for l in language_lines:
-            out.append(f"| {l['score']} | {l.get('repair', '-')} | {l['articles']:.2f} | {l.get('seconds', 0):.0f} |")
-    times = [l for l in lines if l["run"] == "resnet50"]
-    if times:
-        out += ["", "| units in multiples of | batch | dense, ms | cut, ms | faster |", "|---|---|---|---|---|"]
-        for l in times:
-            a, b = l["dense"], l["cut"]
-            out.append(
-                f"| {l['round_to']} | {l['batch']} | {a['median']:.1f} | {b['median']:.1f} "
-                f"| {a['median'] / b['median']:.2f}x |"
-            )
-    out += [
-        f"ONNX Runtime, multiples of {l['round_to']}: {l['apart']:.1e} apart"
-        for l in lines
-        if l["run"] == "resnet50 onnx"
-    ]
-    return "\n".join(out)
-
-
-def mean(values: Any) -> str:
-    values = list(values)
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", choices=[*RUNS, []], default=[])
@@ -200,7 +162,7 @@ def main() -> None:
             lines.append({**line, "commit": commit(HERE), "machine": machine()})
             print({k: v for k, v in line.items() if k != "cut"}, flush=True)
             RESULTS.write_text("".join(json.dumps(l) + "\n" for l in lines))
-    print(table(lines))
+    tables.show("structured-fashion", "structured-language", "structured-resnet50")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 import rarefy
+import tables
 from models import model_of
 from rarefy.model import hf
 from rivals import call, engines
 from runtime import in_turns, keep_memory
-from values import keep, kept
+from values import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engine.jsonl"
@@ -80,19 +81,6 @@ def lines(only: str | None, way: Callable[[str, int], dict[str, Any]]) -> Iterat
                 yield {"run": way.__name__, "model": name, "batch": batch, **way(name, batch)}
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Return medians, a row a way and a column a case, of the machine of the last line."""
-    found = [l for l in found if l["machine"]["cpu"] == found[-1]["machine"]["cpu"]]
-    out = []
-    for which in dict.fromkeys(l["run"] for l in found):
-        last = {(l["model"], l["batch"]): l for l in found if l["run"] == which}
-        out += [f"| ms | {' | '.join(f'{m}, batch {b}' for m, b in last)} |", "|---" * (len(last) + 1) + "|"]
-        ways = dict.fromkeys(k for l in last.values() for k, v in l.items() if isinstance(v, list))
-        out += [f"| {w} | {' | '.join(f'{l[w][1]:.1f}' if w in l else '' for l in last.values())} |" for w in ways]
-        out.append("")
-    return "\n".join(out)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CASES)
@@ -103,7 +91,7 @@ def main() -> None:
     keep_memory()
     if not args.table:
         keep(RESULTS, [lambda: lines(args.only, vehicles if args.vehicles else run)])
-    print(table(kept(RESULTS)))
+    tables.show("engine")
 
 
 if __name__ == "__main__":

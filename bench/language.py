@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 import rarefy
+import tables
 from rarefy.data import builtin, sources
 from rarefy.evaluation.profiling import quartiles
 from rarefy.model import hf
-from values import keep, kept
+from values import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "language.jsonl"
@@ -411,20 +412,6 @@ def engines(only: list[str], builds: list[str], ways: list[str]) -> Iterator[dic
         model.close()
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Return the last of what was measured on the CPU of the last line, medians."""
-    lines = [l for l in lines if l["machine"]["cpu"] == lines[-1]["machine"]["cpu"]]
-    rows = [
-        "| engine | weights | MB | decode, tokens/s | prefill, tokens/s | perplexity |",
-        "|---|---|---|---|---|---|",
-    ]
-    for l in {(l["engine"], l.get("build"), l["file"]): l for l in lines}.values():
-        engine = f"{l['engine']} ({l['build']})" if l.get("build") else l["engine"]
-        cells = [f"{l['bytes'] / 1e6:.1f}", f"{l['decode'][1]:.1f}", f"{l['prefill'][1]:.0f}", f"{l['perplexity']:.2f}"]
-        rows.append(f"| {' | '.join([engine, l['file'], *cells])} |")
-    return "\n".join(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=KINDS, default=[])
@@ -435,7 +422,7 @@ def main() -> None:
     hf.no_bars()
     if not args.table:
         keep(RESULTS, [lambda: engines(args.only, args.builds, args.ours)])
-    print(table(kept(RESULTS)))
+    tables.show("language")
 
 
 if __name__ == "__main__":

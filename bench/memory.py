@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 import rarefy
+import tables
 from rarefy.compiler.executor import Compiled, Lookup, Segment
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import peak_rss
 from rarefy.model import hf
 from rarefy.runtime.packing import nbytes
-from values import keep, kept
+from values import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "memory.jsonl"
@@ -157,15 +158,6 @@ def lines(only: str | None) -> Iterator[dict[str, Any]]:
             yield {"model": name, **json.loads(ran.stdout.splitlines()[-1])}
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Return megabytes, a row a model as it was measured last."""
-    names = ("loaded", "peak", "weights", "plans", "outputs")
-    out = [f"| MB | {' | '.join(names)} | peak / need |", "|---" * (len(names) + 2) + "|"]
-    for name, l in {l["model"]: l for l in found}.items():
-        out.append(f"| {name} | {' | '.join(f'{l[n] / 1e6:.0f}' for n in names)} | {l['times']:.2f} |")
-    return "\n".join(out)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CASES)
@@ -180,7 +172,7 @@ def main() -> None:
         return
     if not args.table:
         keep(RESULTS, [lambda: lines(args.only)])
-    print(table(kept(RESULTS)))
+    tables.show("memory")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 import rarefy
+import tables
 from rarefy.data import builtin, sources
 from rarefy.evaluation.metrics import perplexity
 from rarefy.evaluation.profiling import commit, machine, peak_rss
@@ -152,25 +152,6 @@ def theirs(python: str, method: str, setting: str, seed: int, folder: Path | Non
         }
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Return a table of means over seeds, median seconds and most GB; of what was run twice the last counts."""
-    lines = list({(l["model"], l["setting"], l["method"], l["seed"]): l for l in lines}.values())
-    names = [n for n in ("articles", "brown", "cosine") if any(n in l for l in lines)]
-    heads = ["model", "setting", "method", *names, "seconds", "peak RSS, GB", "seeds"]
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    keys = sorted({(l["model"], l["setting"]) for l in lines})
-    for model, setting in keys:
-        here = [l for l in lines if (l["model"], l["setting"]) == (model, setting)]
-        for method in dict.fromkeys(l["method"] for l in here):
-            same = [l for l in here if l["method"] == method]
-            means = [statistics.mean(l[n] for l in same) if n in same[0] else float("nan") for n in names]
-            cells = [f"{m:.4f}" if n == "cosine" else f"{m:.2f}" for m, n in zip(means, names)]
-            cells.append(f"{statistics.median(l['seconds'] for l in same):.0f}")
-            cells += [f"{max(l['peak_rss'] for l in same) / 1e9:.2f}", str(len(same))]
-            rows.append(f"| {model} | {setting} | {method.strip()} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ["dense", *METHODS, *PEERS]
@@ -212,8 +193,8 @@ def main() -> None:
                 with args.out.open("a") as file:
                     print(json.dumps(line), file=file)
                 print(json.dumps({k: v for k, v in line.items() if k != "machine"}), flush=True)
-    if args.out.is_file():
-        print(table([json.loads(l) for l in args.out.read_text().splitlines()]))
+    if args.out == RESULTS:
+        tables.show("one-shot", "one-shot-minilm")
 
 
 if __name__ == "__main__":

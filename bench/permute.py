@@ -1,4 +1,4 @@
-"""README's table of channel permutation: what 2:4 keeps of the magnitudes before and after, and what outputs do.
+"""Channel permutation: the share of the magnitudes that a 2:4 mask keeps, before and after, and the change of outputs.
 
     python permute.py          ResNet-50, MobileNetV2, ViT-B/16, Swin-T (random weights), BERT and Llama (tiny), MiniLM
     python permute.py --table  only print what was measured last
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import rarefy
+import tables
 from rarefy.compat.asp import prune_trained_model
 from rarefy.data import builtin
 from rarefy.model import hf
 from rarefy.model.layers import all_layers
-from values import keep, kept
+from values import keep
 
 RESULTS = Path(__file__).parent / "results" / "permute.jsonl"
 
@@ -104,11 +105,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     keep(RESULTS, [] if args.table else [lambda: permuted(args.only)])
-    last = {line["model"]: line for line in kept(RESULTS)}
-    print("| | groups ordered | 2:4 keeps | outputs moved by | seconds |\n|---|---|---|---|---|")
-    for name, l in last.items():
-        keeps = f"{l['kept before']:.4f} -> {l['kept']:.4f}"
-        print(f"| {name} | {l['groups']} | {keeps} | {l['outputs moved']:.1e} | {l['seconds']:.0f} |")
+    tables.show("permute")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DO
 TABLES = speed_tables.TABLES | quality_tables.TABLES
 
 
+def show(*names: str) -> None:
+    """Print tables: what a benchmark script does at its end."""
+    print("\n\n".join(TABLES[name]() for name in names))
+
+
 def pages() -> list[Path]:
     """Return README.md and all pages below docs/."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

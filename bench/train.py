@@ -1,4 +1,4 @@
-"""README's tables of recovery: what training brings back, by schedule, with and without a teacher.
+"""Training of pruned models: the quality it recovers, by method, with and without a teacher.
 
     python train.py fashion --seeds 0 1      the small ResNet at 95 % and 98 %, every plan; taught; a cut student
     python train.py language                 SmolLM2 at 2:4 and 60 %: one shot, then a short distillation
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,12 +23,13 @@ from typing import Any
 import torch
 
 import rarefy
+import tables
 from rarefy.data import builtin, sources
 from rarefy.evaluation.profiling import compare
 from rarefy.model import hf
 from rarefy.train.fit import Steps
 from rarefy.train.optimizers import optimizer_of
-from values import keep, kept, perplexities, plain
+from values import keep, perplexities, plain
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train.jsonl"
@@ -219,25 +219,6 @@ def learn(dense: Any, tokenizer: Any) -> tuple[Any, float]:
     return rarefy.fold_(model).eval(), time.perf_counter() - began
 
 
-def table(lines: list[Line]) -> str:
-    """Return means and spreads over seeds."""
-    out = []
-    for run in dict.fromkeys(l["run"] for l in lines):
-        here = [l for l in lines if l["run"] == run]
-        last = {(l["way"], l.get("sparsity"), l.get("seed")): l for l in here}
-        numbers = [k for k in here[-1] if k not in ("run", "way", "sparsity", "seed", "commit", "machine")]
-        out += ["", f"| {run} | sparsity | {' | '.join(numbers)} | seeds |", "|---" * (len(numbers) + 3) + "|"]
-        for way, sparsity in dict.fromkeys((w, s) for w, s, _ in last):
-            same = [l for (w, s, _), l in last.items() if (w, s) == (way, sparsity)]
-            cells = []
-            for n in numbers:
-                found = [l[n] for l in same if n in l]
-                spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 and n == "accuracy" else ""
-                cells.append(f"{statistics.mean(found):,.4g}{spread}" if found else "")
-            out.append(f"| {way} | {sparsity if sparsity else ''} | {' | '.join(cells)} | {len(same)} |")
-    return "\n".join(out)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", choices=["fashion", "language", "minilm", []], default=[])
@@ -253,7 +234,7 @@ def main() -> None:
         "language": lambda: language(args.only), "minilm": minilm,
     }  # fmt: skip
     keep(RESULTS, (runs[n] for n in args.runs or ([] if args.table else runs)))
-    print(table(kept(RESULTS)))
+    tables.show("train-fashion", "train-language", "train-minilm")
 
 
 if __name__ == "__main__":

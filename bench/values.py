@@ -1,4 +1,4 @@
-"""README's tables of fewer bits and fewer values.
+"""Quantization, codebooks and low rank: quality, bytes and speed.
 
     python values.py leave          SmolLM2 trained and turned, so that its weights leave the 4-bit grid they came on
     python values.py language       that copy: perplexity and bytes of its layers on grids, factorized, with zeros
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 import rarefy
+import tables
 from rarefy.checkpoint.export import side_files
 from rarefy.data import builtin, sources
 from rarefy.evaluation.profiling import commit, compare, decode_and_prefill, machine
@@ -407,26 +408,6 @@ def decode() -> Iterator[Line]:
         yield {"run": "decode", "way": way, **{k: v["tokens_per_second"] for k, v in rates.items()}}
 
 
-def table(lines: list[Line]) -> str:
-    """Return what was measured last, a table a run."""
-    out = []
-    for run in dict.fromkeys(l["run"] for l in lines):
-        last = {(l.get("way"), l.get("seed")): l for l in lines if l["run"] == run}
-        names = dict.fromkeys(k for l in last.values() for k in l if k not in ("run", "commit", "machine"))
-        out += ["", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        for l in last.values():
-            cells = [cell(l.get(n)) for n in names]
-            out.append(f"| {' | '.join(cells)} |")
-    return "\n".join(out)
-
-
-def cell(value: Any) -> str:
-    """Return a number with as many digits as it is worth."""
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1 else f"{value:,.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value or "")
-
-
 def keep(results: Path, runs: Iterable[Callable[[], Iterable[Line]]]) -> None:
     """Run, and add each line to a file as soon as it is there."""
     for run in runs:
@@ -466,7 +447,7 @@ def main() -> None:
     if "peer" in args.runs and not args.peer:
         parser.error("llmcompressor runs in a venv of its own: give --peer VENV/bin/python")
     keep(RESULTS, (runs[n] for n in args.runs or ([] if args.table else [r for r in runs if r != "peer"])))
-    print(table(kept(RESULTS)))
+    tables.show("quantize-language", "quantize-minilm", "quantize-fashion", "quantize-decode", "low-rank")
 
 
 if __name__ == "__main__":

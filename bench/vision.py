@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import rarefy
+import tables
 from rarefy.evaluation.profiling import commit, machine
 from rarefy.train.optimizers import optimizer_of
 from vision_net import SmallResNet, accuracy, augment, load
@@ -137,24 +138,6 @@ def bench(seeds: list[int], scores: tuple[str, ...], out: Path) -> None:
                 )
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Return the README table: mean accuracy and spread over seeds, in percent."""
-
-    def cell(run: str, score: str) -> str:
-        found = [100 * l["accuracy"] for l in lines if l["run"] == run and l["score"] == score]
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        return f"{statistics.mean(found):.2f} ± {spread:.2f}" if found else "-"
-
-    heads = ["criterion", "50 % one shot, no training", "90 % one shot, then trained", "90 % iterative"]
-    rows = [[score, *(cell(run, score) for run in SHOTS)] for score in CRITERIA]
-    lines_ = [" | ".join(r) for r in [heads, ["---"] * 4, *rows]]
-    seeds = len({l["seed"] for l in lines})
-    return "\n".join(f"| {l} |" for l in lines_) + (
-        f"\n\nDense {cell('dense', '-')}, dense trained equally long {cell('dense-longer', '-')}; "
-        f"test accuracy in %, mean ± standard deviation of {seeds} seeds."
-    )
-
-
 def lost(lines: list[dict[str, Any]]) -> float:
     """Return how many points of accuracy the best criterion loses at 90 % iterative, against dense trained as long."""
 
@@ -175,7 +158,8 @@ def main() -> None:
     if not args.table:
         bench(args.seeds, tuple(args.scores), args.out)
     lines = [json.loads(l) for l in args.out.read_text().splitlines()]
-    print(table(lines))
+    if args.out == RESULTS:
+        tables.show("vision")
     if lost(lines) > ALLOWED:
         raise SystemExit(f"vision: 90 % iterative loses {lost(lines):.2f} points, {ALLOWED} allowed")
 
