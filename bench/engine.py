@@ -66,7 +66,7 @@ def vehicles(name: str, batch: int) -> dict[str, Any]:
     """The same pruned model by `accelerate_` in eager torch, by torch.compile of that, and by a native plan."""
     model, x, inputs = pruned(name, batch, "80 %")
     eager = copy.deepcopy(model)
-    rarefy.accelerate_(eager, inputs, x, choices=False)
+    rarefy.accelerate_(eager, inputs, x, tuning_cache=False)
     inductor = torch.compile(copy.deepcopy(eager))
     plan = rarefy.compile(model, x)
     runs = {"eager": eager, "torch.compile": inductor, "plan": plan}

@@ -74,7 +74,7 @@ def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, oth
     if numbers == "bf16":
         model = model.bfloat16()
     ours = copy.deepcopy(model)
-    chosen = rarefy.accelerate_(ours, inputs, x, values="int8" if numbers == "int8" else None, choices=False)
+    chosen = rarefy.accelerate_(ours, inputs, x, precision="int8" if numbers == "int8" else None, tuning_cache=False)
     with torch.no_grad():
         outputs = [call(m, x).float() for m in (model, ours)]
         more = engines(model, x) if others else {}

@@ -401,7 +401,7 @@ def decode() -> Iterator[Line]:
             rarefy.quantize_(model, "int8", layers=["lm_head", "model.embed_tokens"])
         rarefy.fold_(model)
         models[way] = model
-        told = rarefy.accelerate_(model, (1,), values=values, choices=False)
+        told = rarefy.accelerate_(model, (1,), precision=values, tuning_cache=False)
         yield {"run": "decode", "way": f"{way}: bytes", "bytes": told.summary["bytes in memory after"],
                "perplexity": perplexities(copy.deepcopy(model).eval(), tokenizer)}  # fmt: skip
     for way, rates in decode_and_prefill(models, prompt=64, new=24, repeats=7).items():

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from rarefy.quantization.codebook import share_ as share_
     from rarefy.quantization.quantize import quantize_ as quantize_
     from rarefy.recipe.parser import Recipe as Recipe
-    from rarefy.runtime.autotune import accelerate_ as accelerate_
+    from rarefy.runtime.accelerate import accelerate_ as accelerate_
     from rarefy.structured.cut import cut_ as cut_
     from rarefy.structured.head_pruning import prune_heads_ as prune_heads_
     from rarefy.structured.layer_drop import drop_layers_ as drop_layers_
@@ -75,7 +75,7 @@ _MODULES = {  # public name -> module that defines it
     "SecondOrder": "rarefy.train.sparsity_config",
     "Solver": "rarefy.prune.solver_config",
     "Sparsifier": "rarefy.pipeline.train_stage",
-    "accelerate_": "rarefy.runtime.autotune",
+    "accelerate_": "rarefy.runtime.accelerate",
     "adopt_": "rarefy.model.masks",
     "cast_": "rarefy.pipeline.compress",
     "compile": "rarefy.compiler.compile",

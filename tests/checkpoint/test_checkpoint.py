@@ -13,7 +13,7 @@ import rarefy
 from conftest import Net, Tied, tiny_llama
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats import container
-from rarefy.runtime import bindings, candidates
+from rarefy.runtime import autotune, bindings
 from rarefy.runtime.sparse_layers import SparseLinear
 
 needs_kernels = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
@@ -205,7 +205,7 @@ def test_hostile_structures(tmp_path, structure, message):
 @pytest.mark.parametrize("tied", [False, True])
 def test_load_and_accelerate(tied, tmp_path, monkeypatch):
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
-    monkeypatch.setattr(candidates, "fastest", lambda dense, layers, inputs, clock: {b: ("tiles", 2.0) for b in inputs})
+    monkeypatch.setattr(autotune, "fastest", lambda dense, layers, inputs, clock: {b: ("tiles", 2.0) for b in inputs})
     model = tiny_llama(tie=tied)
     rarefy.prune_(model, sparsity=0.6)
     rarefy.save(model, tmp_path / "m")
@@ -228,7 +228,7 @@ def test_load_and_accelerate(tied, tmp_path, monkeypatch):
         given = rarefy.load(tmp_path / "m", tiny_llama(tie=tied), accelerate=True)
         torch.testing.assert_close(given.eval()(ids).logits, want, rtol=1e-4, atol=1e-4)
     for wrong, message in [
-        (3, "accelerate is True, False or a dict"),
+        (3, "accelerate: expected True, False or a dict"),
         ({"bach": (1,)}, "unknown argument of .*'batch'"),
     ]:
         with pytest.raises(ModelError, match=message):
@@ -257,10 +257,10 @@ if sys.argv[2] == "save":
 else:
     tiny = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=1))
     tiny(torch.zeros(1, 2, dtype=torch.long))
-    rarefy.prune_(tiny, sparsity=0.9), rarefy.fold_(tiny), rarefy.accelerate_(tiny, (1,), repeats=1, choices=False)
+    rarefy.prune_(tiny, sparsity=0.9), rarefy.fold_(tiny), rarefy.accelerate_(tiny, (1,), repeats=1, tuning_cache=False)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    model = rarefy.load(sys.argv[1], accelerate={"batch": (1, 64), "repeats": 5, "choices": False})
+    model = rarefy.load(sys.argv[1], accelerate={"batch": (1, 64), "repeats": 5, "tuning_cache": False})
     print(status("VmHWM") - before, model.rarefy_accelerated.summary["layers that run sparse"].split()[0])
 """
     ran = [

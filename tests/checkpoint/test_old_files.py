@@ -99,7 +99,7 @@ def test_an_old_tuning_cache_does_no_harm(tmp_path):
     shutil.copy(FOLDER / "choices.json", tmp_path / "cache.json")
     before = json.loads((tmp_path / "cache.json").read_text())
     model = rarefy.load(FOLDER / "sparse-csr", models.mlp())
-    report = rarefy.accelerate_(model, (1, 16), repeats=1, choices=tmp_path / "cache.json")
+    report = rarefy.accelerate_(model, (1, 16), repeats=1, tuning_cache=tmp_path / "cache.json")
     assert len(report.rows) == 3 and close(model(models.inputs("mlp")).detach(), "sparse-csr")
     after = json.loads((tmp_path / "cache.json").read_text())
     assert set(before) <= set(after)

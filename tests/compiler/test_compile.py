@@ -174,7 +174,7 @@ def test_layers_that_run_sparse_already(monkeypatch):
     net, x = pruned(Gated(64, 256), 0.9), torch.randn(32, 64)
     want = net(x)
     monkeypatch.setattr(rarefy.runtime.ways, "fastest", lambda d, w, i, c: {n: ("tiles", 2.0) for n in i})
-    rarefy.accelerate_(net, (32,), choices=False)
+    rarefy.accelerate_(net, (32,), tuning_cache=False)
     made = rarefy.compile(net, x)
     assert native_words(made).count(ops.product) == 3
     torch.testing.assert_close(made(x), want, rtol=1e-4, atol=1e-5)

@@ -194,7 +194,7 @@ def test_factors_are_ordinary_layers():
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     net(batches()[0]).square().mean().backward()
     optimizer.step()
-    assert rarefy.accelerate_(rarefy.fold_(net), choices=False).rows
+    assert rarefy.accelerate_(rarefy.fold_(net), tuning_cache=False).rows
     with pytest.raises(ModelError, match="no layer has factors .* it is a factor itself"):
         rarefy.factorize_(copy.deepcopy(net), keep=0.5, layers="*.down")
 

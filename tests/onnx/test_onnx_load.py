@@ -191,7 +191,7 @@ def test_zeros_are_adopted_trained_saved_and_run(tmp_path):
     with torch.no_grad():
         want = made(**words)
         assert torch.equal(again(**words), want)
-        told = rarefy.accelerate_(again, (14,), words, choices=False, repeats=3)
+        told = rarefy.accelerate_(again, (14,), words, tuning_cache=False, repeats=3)
         assert apart(again(**words), want) < 1e-4
     assert {r["layer"] for r in told.rows} >= set(taken)
 

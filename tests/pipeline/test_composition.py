@@ -140,5 +140,5 @@ def test_three_and_four_in_a_row(tmp_path):
     with torch.no_grad():
         want = model.eval()(x)
         torch.testing.assert_close(again(x), want)
-        rarefy.accelerate_(again, (16,), choices=False)
+        rarefy.accelerate_(again, (16,), tuning_cache=False)
         assert float((again(x) - want).norm() / want.norm()) < 0.05

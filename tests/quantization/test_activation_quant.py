@@ -15,7 +15,7 @@ from rarefy.common.errors import ContainerError, DataError, ModelError, PatternE
 from rarefy.model.activation_quant import Inputs, get_inputs, noted, set_inputs_
 from rarefy.model.layers import all_layers
 from rarefy.quantization.activation_observers import static_grid
-from rarefy.runtime import bindings, candidates, packing, reference
+from rarefy.runtime import autotune, bindings, packing, reference
 from rarefy.runtime.sparse_layers import SparseLinear
 
 
@@ -126,9 +126,9 @@ def test_kernels_do_what_the_hook_did(sparsity, monkeypatch):
     rarefy.fold_(net)
     x, want = batches()[0], net(batches()[0])
     for way in ("panels", "tiles") if sparsity is None else ("panels", "bitmask", "tiles"):
-        monkeypatch.setattr(candidates, "fastest", lambda d, l, inputs, c, way=way: {n: (way, 2.0) for n in inputs})
+        monkeypatch.setattr(autotune, "fastest", lambda d, l, inputs, c, way=way: {n: (way, 2.0) for n in inputs})
         fast = copy.deepcopy(net)
-        report = rarefy.accelerate_(fast, (1, 64), layers=["0", "2"], choices=False)
+        report = rarefy.accelerate_(fast, (1, 64), layers=["0", "2"], tuning_cache=False)
         assert isinstance(fast[0], SparseLinear) and report.summary["layers that run sparse"] == "2 of 2"
         for n in (1, 20, 32 if way == "bitmask" else 64):  # past 32 that one is dense
             with torch.no_grad():
@@ -143,13 +143,13 @@ def test_static_inputs_and_convolutions_stay_dense_and_say_why():
     net, data = mlp(), batches()
     rarefy.quantize_(net, "int8", activations="int8-static", data=data)
     rarefy.fold_(net)
-    assert "no kernel rounds its inputs so" in rarefy.accelerate_(net, choices=False).rows[0]["why"]
+    assert "no kernel quantizes its inputs in this way" in rarefy.accelerate_(net, tuning_cache=False).rows[0]["why"]
     net = Net().eval()
     rarefy.prune_(net, sparsity=0.8, layers="conv")
     rarefy.quantize_(net, "int8", activations="int8", layers="conv")
     rarefy.fold_(net)
-    rows = rarefy.accelerate_(net, example=torch.randn(1, 3, 12, 12), layers="conv", choices=False).rows
-    assert "no kernel rounds its inputs so" in rows[0]["why"]
+    rows = rarefy.accelerate_(net, example=torch.randn(1, 3, 12, 12), layers="conv", tuning_cache=False).rows
+    assert "no kernel quantizes its inputs in this way" in rows[0]["why"]
 
 
 def test_in_a_recipe(tmp_path):

@@ -22,7 +22,7 @@ from rarefy.formats.sparse_encodings import encode
 from rarefy.model.activation_quant import Inputs, get_inputs, noted
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import Grid, get_grid, note_
-from rarefy.runtime import bindings, candidates
+from rarefy.runtime import autotune, bindings, candidates
 from rarefy.runtime.packing import pack_panels
 from rarefy.runtime.sparse_layers import PanelEmbedding
 
@@ -101,11 +101,11 @@ def test_a_dense_form_rounds_inputs_too(monkeypatch):
     rarefy.quantize_(net, "int8", activations="int8")
     rarefy.fold_(net)
     fast = copy.deepcopy(net)
-    monkeypatch.setattr(candidates, "fastest", lambda d, l, inputs, c: {n: ("bitmask", 2.0) for n in inputs})
-    rarefy.accelerate_(fast, (1,), choices=False)
+    monkeypatch.setattr(autotune, "fastest", lambda d, l, inputs, c: {n: ("bitmask", 2.0) for n in inputs})
+    rarefy.accelerate_(fast, (1,), tuning_cache=False)
     x = torch.randn(128, 128)
     layer: Any = fast[0]
-    assert [a for a, _ in layer.about] == [1, 33]
+    assert [a for a, _ in layer.formats] == [1, 33]
     with torch.no_grad():
         torch.testing.assert_close(fast(x), net(x))
     torch.testing.assert_close(fast(x.clone().requires_grad_()), net(x))
@@ -272,8 +272,8 @@ def test_grids_that_are_sound_but_strange(tmp_path):
     note_(net[0], "weight", grid)
     rarefy.save(net, tmp_path / "out")
     again = rarefy.load(tmp_path / "out", linear(64, 8))
-    rarefy.accelerate_(again, (1,), choices=False)
-    assert candidates.why_no_panels(net[0].weight, grid) == "no kernel for scales of 2 outputs"
+    rarefy.accelerate_(again, (1,), tuning_cache=False)
+    assert candidates.why_not_quantized(net[0].weight, grid) == "no kernel for scales of 2 outputs"
     with pytest.raises(ValueError, match="no kernel for scales of 2 outputs"):
         pack_panels(net[0].weight.detach(), grid)
     p = encode_values(torch.ones(1, 4), Grid(8, torch.ones(1, 1)), "dense")

@@ -16,8 +16,8 @@ from transformers.activations import ACT2FN
 import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ModelError, RarefyError
-from rarefy.runtime import bindings, candidates, tuning_cache
-from rarefy.runtime.autotune import accelerate_
+from rarefy.runtime import autotune, bindings, candidates, tuning_cache
+from rarefy.runtime.accelerate import accelerate_
 from rarefy.runtime.kernel import Kernel, Together
 from rarefy.runtime.latency_table import latency_table
 from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_tiles
@@ -104,9 +104,9 @@ def test_gradients_reach_inputs(path):
 
 def test_layers_that_cannot_be():
     layer = pruned()
-    with pytest.raises(ModelError, match="from one input on"):
+    with pytest.raises(ModelError, match="serves a batch of one input"):
         sparse(layer, {2: layer.weight})
-    with pytest.raises(ModelError, match=r"one shape, got \[\(48, 70\), \(70, 48\)\]"):
+    with pytest.raises(ModelError, match=r"must have one shape, got \[\(48, 70\), \(70, 48\)\]"):
         sparse(layer, {1: layer.weight, 2: layer.weight.T})
     with pytest.raises(ModelError, match="the layer has 70 inputs, x has 7"):
         sparse(layer)(torch.randn(10, 7))
@@ -124,22 +124,20 @@ def fixed(times):
 @needs_kernels
 def test_what_is_fastest_takes_the_place(monkeypatch):
     monkeypatch.setattr(
-        candidates, "fastest", fixed(lambda b, w: {1: ("bitmask", 3.0), 16: ("dense", 1.0)}.get(b, ("tiles", 2.0)))
+        autotune, "fastest", fixed(lambda b, w: {1: ("bitmask", 3.0), 16: ("dense", 1.0)}.get(b, ("tiles", 2.0)))
     )
     model = tiny_llama()
     rarefy.prune_(model, sparsity=0.5, layers="model.layers.*.mlp.*")
     ids = torch.randint(0, 64, (2, 100))
-    with pytest.raises(ModelError, match="masks or grids are still attached to model.layers.0.mlp.*fold_"):
-        accelerate_(model)
-    rarefy.fold_(model)
     with torch.no_grad():
         want = [model(ids[:, :n]).logits for n in (1, 8, 100)]
         report = accelerate_(model, batch=(1, 16, 128))
         for n, y in zip((1, 8, 100), want):
             torch.testing.assert_close(model(ids[:, :n]).logits, y, rtol=1e-4, atol=1e-4)
     ours = [m for m in model.modules() if isinstance(m, SparseLinear)]
-    assert ours and all([a for a, _ in m.about] == [1, 5, math.isqrt(16 * 128) + 1] for m in ours)
+    assert ours and all([a for a, _ in m.formats] == [1, 5, math.isqrt(16 * 128) + 1] for m in ours)
     assert report.summary["layers that run sparse"] == f"{len(ours)} of {len(report.rows)}"
+    assert report.notes == ("masks or quantization grids of 6 weights were folded in first",)
     by_name = {r["layer"]: r for r in report.rows}
     assert by_name["model.layers.0.mlp.up_proj"]["batch 1"] == "bitmask 3.00x"
     assert by_name["model.layers.0.self_attn.q_proj"]["why"] == "dense: 0.00% zeros"
@@ -202,7 +200,7 @@ def test_what_would_be_lost_stays_dense():
 def test_modules_that_look_at_weights_find_them(monkeypatch):
     from transformers import T5Config, T5ForConditionalGeneration
 
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     model = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=64))
     model.eval()
     rarefy.prune_(model, sparsity=0.5, layers="*.DenseReluDense.*")
@@ -223,31 +221,31 @@ def test_modules_that_look_at_weights_find_them(monkeypatch):
 
 @needs_kernels
 def test_a_bitmask_gives_way_to_dense_where_it_was_not_tried(monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     net = nn.Sequential(pruned())
     accelerate_(net, batch=(1,))
     layer: Any = net[0]
-    assert [(a, p["format"]) for a, p in layer.about] == [
+    assert [(a, p["format"]) for a, p in layer.formats] == [
         (1, "bitmask"),
-        (candidates.MOST_INPUTS + 1, "dense"),
+        (candidates.MAX_SMALL_BATCH + 1, "dense"),
     ]
 
 
 @pytest.mark.parametrize("repeats", [0, 1.5])
 def test_wrong_repeats(repeats):
-    with pytest.raises(ModelError, match="repeats is a whole number from 1 up"):
+    with pytest.raises(ModelError, match="repeats: expected a whole number from 1 up"):
         accelerate_(nn.Sequential(pruned()), repeats=repeats)
 
 
 @pytest.mark.parametrize("batch", [(), (0,), (1.5,), (True,), 16])
 def test_wrong_batches(batch):
-    with pytest.raises(ModelError, match="batch is a list of whole numbers from 1 up"):
+    with pytest.raises(ModelError, match="batch: expected whole numbers from 1 up"):
         accelerate_(nn.Sequential(pruned()), batch=batch)
 
 
 @needs_kernels
 def test_a_model_is_saved_before_it_is_accelerated(tmp_path, monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     net = nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48))
     x = torch.randn(3, 70)
     with torch.no_grad():
@@ -335,7 +333,7 @@ class Pictures(nn.Module):
 
 @needs_kernels
 def test_convolutions_are_chosen_on_the_images_of_the_example(monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("convolution", 2.0) if b == 1 else ("dense", 1.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("convolution", 2.0) if b == 1 else ("dense", 1.0)))
     model, x = Pictures().eval(), torch.randn(9, 3, 8, 8)
     with torch.no_grad():
         want = model(x)
@@ -343,7 +341,7 @@ def test_convolutions_are_chosen_on_the_images_of_the_example(monkeypatch):
         report = accelerate_(model, (1, 16), x)
         torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(x[:1]), want[:1], rtol=1e-4, atol=1e-4)
-    assert blind["first"] == "dense: give an example: its images have no size yet"
+    assert blind["first"] == "dense: give an example: its image size is not known"
     assert {r["layer"]: r["why"] for r in report.rows} == {
         "first": "",
         "deep": "dense: it is depthwise",
@@ -356,7 +354,7 @@ def test_convolutions_are_chosen_on_the_images_of_the_example(monkeypatch):
     assert report.rows[0]["batch 1"] == "convolution 2.00x" and report.rows[0]["batch 9"] == "dense"
     assert report.rows[0]["batch 16"] == ""
     layer: Any = model.first
-    assert [(a, p["format"]) for a, p in layer.about] == [(1, "convolution"), (4, "dense")]
+    assert [(a, p["format"]) for a, p in layer.formats] == [(1, "convolution"), (4, "dense")]
 
 
 @needs_kernels
@@ -414,13 +412,13 @@ class Norms(nn.Module):
 )  # fmt: skip
 @pytest.mark.parametrize("way", ["convolution", "dense"])
 def test_a_batch_norm_goes_into_the_convolution_before_it(way, how, folds, monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: (way, 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: (way, 2.0)))
     model, x = Norms(how).train(how == "training"), torch.randn(3, 8, 6, 6)
     want = copy.deepcopy(model).eval()(x)
     report = accelerate_(model, example=x)
     torch.testing.assert_close(model.eval()(x), want, rtol=1e-4, atol=1e-4)
     assert isinstance(model.norm, nn.Identity) is folds
-    assert report.rows[0]["takes in"] == ("norm" if folds else "")
+    assert report.rows[0]["fused"] == ("norm" if folds else "")
     assert any("call eval() first" in n for n in report.notes) is (how == "training")
     assert isinstance(model.conv, SparseConv) is (way == "convolution")
     assert all(p.is_leaf for p in model.parameters())
@@ -461,7 +459,7 @@ class Acts(nn.Module):
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["tiles", "dense"])
 def test_an_activation_goes_into_the_layer_before_it(form, how, act, name, monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: (form if b == 1 else "dense", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: (form if b == 1 else "dense", 2.0)))
     model, x = Acts(how, act).eval(), torch.randn(5, 16)
     want = copy.deepcopy(model)(x)
     report = accelerate_(model, (1, 16), x)
@@ -469,7 +467,7 @@ def test_an_activation_goes_into_the_layer_before_it(form, how, act, name, monke
     torch.testing.assert_close(model(x[:1]), want[:1], rtol=1e-4, atol=1e-4)
     took = form == "tiles" and name is not None
     assert (isinstance(model.act, nn.Identity) and not isinstance(act, nn.Identity)) is took
-    assert report.rows[0]["takes in"] == ("act" if took else "") and getattr(model.up, "activation", None) == (
+    assert report.rows[0]["fused"] == ("act" if took else "") and getattr(model.up, "activation", None) == (
         name if took else None
     )
     gradient = x.clone().requires_grad_()
@@ -505,21 +503,21 @@ def test_a_table_of_latencies_times_each_shape_once():
 
 @needs_kernels
 def test_eight_bits_are_chosen_only_when_asked(monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("bitmask" if b < 8 else "tiles", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("bitmask" if b < 8 else "tiles", 2.0)))
     model, x = nn.Sequential(pruned(), nn.ReLU(), pruned(30, 48)), torch.randn(20, 70)
     want, exact = model(x), copy.deepcopy(model)
     accelerate_(exact, (1, 16))
-    report = accelerate_(model, (1, 16), values="int8")
+    report = accelerate_(model, (1, 16), precision="int8")
     assert report.summary["layers that run sparse"] == "2 of 2"
     layer: Any = model[0]
-    assert [(a, p["format"], p["kind"]) for a, p in layer.about] == [(1, "bitmask", "int8"), (5, "tiles", "int8")]
+    assert [(a, p["format"], p["kind"]) for a, p in layer.formats] == [(1, "bitmask", "int8"), (5, "tiles", "int8")]
     with torch.no_grad():
         torch.testing.assert_close(exact(x), want, rtol=1e-4, atol=1e-4)
         for some in (x, x[:2]):
             apart = (model(some) - want[: len(some)]).norm() / want[: len(some)].norm()
             assert 1e-4 < apart < 0.03
-    with pytest.raises(ModelError, match="unknown values 'int7'; choose from None, int8 .did you mean 'int8'"):
-        accelerate_(model, values="int7")
+    with pytest.raises(ModelError, match="unknown precision 'int7'; choose from None, int8 .did you mean 'int8'"):
+        accelerate_(model, precision="int7")
 
 
 class StdConv(nn.Conv2d):
@@ -572,7 +570,7 @@ class Odd(nn.Module):
 @needs_kernels
 @pytest.mark.parametrize("how", ["std", "doubled", "clipped", "listed", "dataclass", "kept", "reads the norm", "tied"])
 def test_what_is_not_only_read_by_one_stays(how, monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("convolution", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("convolution", 2.0)))
     model, x = Odd(how).eval(), torch.randn(2, 8, 6, 6)
 
     def told(m):
@@ -585,16 +583,16 @@ def test_what_is_not_only_read_by_one_stays(how, monkeypatch):
     for a, b in zip(told(model), want):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     undone = how in ("reads the norm", "tied")
-    assert any("others" in n for n in report.notes) is undone
+    assert any("outputs of the example changed" in n for n in report.notes) is undone
     assert isinstance(model.conv, SparseConv) is (how not in ("std", "doubled", "tied"))
 
 
 @needs_kernels
 def test_nothing_is_folded_where_it_is_not_wanted(monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("convolution", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("convolution", 2.0)))
     model = Norms("alone").eval()
     report = accelerate_(model, example=torch.randn(2, 8, 6, 6), fold=False)
-    assert isinstance(model.norm, nn.BatchNorm2d) and report.rows[0]["takes in"] == ""
+    assert isinstance(model.norm, nn.BatchNorm2d) and report.rows[0]["fused"] == ""
     line = nn.Sequential(convolution(nn.Conv1d, 4, 16, 3, padding=1), nn.BatchNorm1d(16)).eval()
     x = torch.randn(4, 16)  # without a batch: BatchNorm takes its second dimension, the length, for channels
     want = copy.deepcopy(line)(x)
@@ -604,7 +602,7 @@ def test_nothing_is_folded_where_it_is_not_wanted(monkeypatch):
 
 @needs_kernels
 def test_layers_made_in_inference_mode_and_inputs_of_whole_numbers(monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("tiles", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("tiles", 2.0)))
     model, x = nn.Sequential(pruned()), torch.randn(3, 70)
     want = model(x).detach()
     with torch.inference_mode():
@@ -616,7 +614,7 @@ def test_layers_made_in_inference_mode_and_inputs_of_whole_numbers(monkeypatch):
 
 @needs_kernels
 def test_a_compiled_convolution_takes_channels_last(monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("dense", 1.0) if b == 1 else ("convolution", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("dense", 1.0) if b == 1 else ("convolution", 2.0)))
     model, x = nn.Sequential(convolution(nn.Conv2d, 6, 10, 3)), torch.randn(4, 6, 9, 9)
     x = x.to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -630,8 +628,8 @@ def test_a_compiled_convolution_takes_channels_last(monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize(
     ("how", "message"),
-    [({"choices": ""}, "choices is the path of a file"), ({"choices": "a\0b"}, "choices is the path of a file"),
-     ({"choices": "~no such user/x"}, "is no path here")],
+    [({"tuning_cache": ""}, "tuning_cache: expected the path of a file"), ({"tuning_cache": "a\0b"}, "tuning_cache: expected the path of a file"),
+     ({"tuning_cache": "~no such user/x"}, "is not a path on this machine")],
 )  # fmt: skip
 def test_choices_that_are_no_file(how, message):
     with pytest.raises(ModelError, match=message):
@@ -640,7 +638,7 @@ def test_choices_that_are_no_file(how, message):
 
 @needs_kernels
 def test_an_accelerated_model_is_not_trained(monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("tiles", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("tiles", 2.0)))
     model = nn.Sequential(pruned())
     accelerate_(model)
     with pytest.raises(ModelError, match="0 runs on kernels, which do not learn: train before accelerate_"):
@@ -666,11 +664,11 @@ def small(kind):
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_the_operator_is_what_torch_expects_of_one(kind, path):
     layer, shape = small(kind)
-    parts = [layer._buffers[n] for names in layer.parts.values() for n in names]
+    parts = [layer._buffers[n] for names in layer.buffer_names.values() for n in names]
     for n in (2, 60):
         x = torch.randn(n, *shape)
-        torch.testing.assert_close(torch.ops.rarefy.sparse(x, parts, layer.bias, layer.told), layer(x))
-        given = (x.requires_grad_(), parts, layer.bias, layer.told)
+        torch.testing.assert_close(torch.ops.rarefy.sparse(x, parts, layer.bias, layer.spec), layer(x))
+        given = (x.requires_grad_(), parts, layer.bias, layer.spec)
         assert set(torch.library.opcheck(torch.ops.rarefy.sparse.default, given).values()) == {"SUCCESS"}
 
 
@@ -698,11 +696,11 @@ def test_the_operator_sees_edits_and_forgets_the_dead():
 
     gc.collect()
     layer, x = sparse(pruned(), {1: pack_tiles(pruned().weight)}), torch.randn(2, 70)
-    parts = [layer._buffers[n] for n in layer.parts[1]]
-    before = torch.ops.rarefy.sparse(x, parts, layer.bias, layer.told)
+    parts = [layer._buffers[n] for n in layer.buffer_names[1]]
+    before = torch.ops.rarefy.sparse(x, parts, layer.bias, layer.spec)
     known = len(torch_ops._layers)
     layer.bias += 1
-    torch.testing.assert_close(torch.ops.rarefy.sparse(x, parts, layer.bias, layer.told), before + 1)
+    torch.testing.assert_close(torch.ops.rarefy.sparse(x, parts, layer.bias, layer.spec), before + 1)
     assert len(torch_ops._layers) == known
     del layer, parts
     gc.collect()
@@ -733,19 +731,19 @@ def refuse(*given):
 @pytest.mark.parametrize("named", [True, "{tmp}/mine/file.json"])
 def test_choices_are_kept(named, tmp_path, monkeypatch):
     named = named if named is True else named.format(tmp=tmp_path)
-    file = tmp_path / "cache" / "choices.json" if named is True else tmp_path / "mine" / "file.json"
+    file = tmp_path / "cache" / "tuning_cache.json" if named is True else tmp_path / "mine" / "file.json"
     best = {1: ("bitmask", 3.0), 16: ("dense", 1.0), 128: ("tiles", 2.0)}
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: best[b]))
-    first = accelerate_(nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48)), choices=named)
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: best[b]))
+    first = accelerate_(nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48)), tuning_cache=named)
     assert [p.name for p in file.parent.iterdir()] == [file.name]
-    monkeypatch.setattr(candidates, "fastest", refuse)
+    monkeypatch.setattr(autotune, "fastest", refuse)
     torch.manual_seed(0)
-    again = accelerate_(nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48)), choices=named)
+    again = accelerate_(nn.Sequential(pruned(), nn.ReLU(), pruned(70, 48)), tuning_cache=named)
     assert [r["batch 128"] for r in again.rows] == [r["batch 128"] for r in first.rows] == ["tiles 2.00x"] * 2
     for change in (
-        lambda: accelerate_(nn.Sequential(pruned()), choices=False),
-        lambda: accelerate_(nn.Sequential(pruned()), (1, 16), choices=named),  # other batches
-        lambda: accelerate_(nn.Sequential(pruned(64, 64)), choices=named),
+        lambda: accelerate_(nn.Sequential(pruned()), tuning_cache=False),
+        lambda: accelerate_(nn.Sequential(pruned()), (1, 16), tuning_cache=named),  # other batches
+        lambda: accelerate_(nn.Sequential(pruned(64, 64)), tuning_cache=named),
     ):
         with pytest.raises(AssertionError, match="it was to be known"):
             change()
@@ -753,7 +751,7 @@ def test_choices_are_kept(named, tmp_path, monkeypatch):
     torch.set_num_threads(threads + 1)
     try:
         with pytest.raises(AssertionError, match="it was to be known"):  # another machine
-            accelerate_(nn.Sequential(pruned()), choices=named)
+            accelerate_(nn.Sequential(pruned()), tuning_cache=named)
     finally:
         torch.set_num_threads(threads)
 
@@ -769,40 +767,40 @@ def test_choices_are_kept(named, tmp_path, monkeypatch):
         lambda text: text.replace('"1"', '"one"'),
         lambda text: text.replace("2.0", "null"),
         lambda text: "[" * 100_000,
-        lambda text: text + " " * (tuning_cache.MOST_BYTES + 1),
-        lambda text: '{"' + tuning_cache.this_machine() + '": 7}',
+        lambda text: text + " " * (tuning_cache.MAX_BYTES + 1),
+        lambda text: '{"' + tuning_cache.machine_key() + '": 7}',
     ],
 )
 def test_choices_that_cannot_be_read_are_made_anew(damage, monkeypatch):
     net = nn.Sequential(pruned())
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("bitmask", 2.0)))
     accelerate_(copy.deepcopy(net), (1,))
-    file = tuning_cache.usual_file()
+    file = tuning_cache.default_file()
     file.write_text(damage(file.read_text()))
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("tiles", 4.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("tiles", 4.0)))
     assert accelerate_(copy.deepcopy(net), (1,)).rows[0]["batch 1"] == "tiles 4.00x"
-    monkeypatch.setattr(candidates, "fastest", refuse)
+    monkeypatch.setattr(autotune, "fastest", refuse)
     assert accelerate_(copy.deepcopy(net), (1,)).rows[0]["batch 1"] == "tiles 4.00x"
 
 
 @needs_kernels
 def test_choices_that_cannot_be_kept_cost_nothing_but_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: ("tiles", 4.0)))
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: ("tiles", 4.0)))
     (tmp_path / "file").write_text("")
-    assert accelerate_(nn.Sequential(pruned()), (1,), choices=tmp_path / "file" / "below").rows[0]["why"] == ""
-    with pytest.raises(ModelError, match="choices is the path of a file, True or False, got 3"):
-        accelerate_(nn.Sequential(pruned()), choices=3)  # type: ignore[arg-type]
+    assert accelerate_(nn.Sequential(pruned()), (1,), tuning_cache=tmp_path / "file" / "below").rows[0]["why"] == ""
+    with pytest.raises(ModelError, match="tuning_cache: expected the path of a file, True or False, got 3"):
+        accelerate_(nn.Sequential(pruned()), tuning_cache=3)  # type: ignore[arg-type]
 
 
 def test_where_choices_are_kept(monkeypatch):
     monkeypatch.setenv("RAREFY_CACHE", "/a")
-    assert str(tuning_cache.usual_file()) == "/a/choices.json"
+    assert str(tuning_cache.default_file()) == "/a/tuning_cache.json"
     monkeypatch.delenv("RAREFY_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert str(tuning_cache.usual_file()) == "/b/rarefy/choices.json"
+    assert str(tuning_cache.default_file()) == "/b/rarefy/tuning_cache.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
-    assert str(tuning_cache.usual_file()) == "/c/.cache/rarefy/choices.json"
+    assert str(tuning_cache.default_file()) == "/c/.cache/rarefy/tuning_cache.json"
 
 
 class Attention(nn.Module):
@@ -824,8 +822,8 @@ class Attention(nn.Module):
 
 
 def together(monkeypatch, model, x, best=None):
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: (best or {}).get(b, ("tiles", 2.0))))
-    return accelerate_(model, batch=(1, 16), example=x, choices=False)
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: (best or {}).get(b, ("tiles", 2.0))))
+    return accelerate_(model, batch=(1, 16), example=x, tuning_cache=False)
 
 
 @needs_kernels
@@ -834,7 +832,7 @@ def test_layers_on_the_same_inputs_run_in_one_call(monkeypatch, how):
     model, calls = Attention(how), []
     dense, x = copy.deepcopy(model), torch.randn(3, 9, 70)
     report = together(monkeypatch, model, x.clone(), {1: ("bitmask", 2.0)})
-    joined = {r["layer"]: r["in one call with"] for r in report.rows}
+    joined = {r["layer"]: r["grouped_with"] for r in report.rows}
     want = {"plain": ["q", "q"], "sometimes": ["q", "q"], "another": ["", ""], "in between": ["", "k"]}[how]
     assert [joined["k"], joined["v"]] == want and joined["q"] == joined["out"] == ""
     run = Together.run
@@ -852,7 +850,9 @@ def test_layers_on_the_same_inputs_run_in_one_call(monkeypatch, how):
             torch.testing.assert_close(model(torch.ones(4, 70)), dense(torch.ones(4, 70)), rtol=1e-4, atol=1e-5)
     assert calls == {"plain": [3] * 5, "sometimes": [3] * 5, "another": [], "in between": [2] * 5}[how]
     gc.collect()
-    assert not any(m._ready for m in model.modules() if isinstance(m, SparseLinear))  # nothing is kept that nobody took
+    assert not any(
+        m._computed for m in model.modules() if isinstance(m, SparseLinear)
+    )  # nothing is kept that nobody took
     if how == "in between":
         return
     x = torch.randn(5, 70, requires_grad=True)  # gradients go through each layer
@@ -880,14 +880,14 @@ def test_outputs_of_one_call_belong_to_its_inputs(monkeypatch):
         model.k.bias += 1
         torch.testing.assert_close(model(x), with_bias(dense, 1)(x), rtol=1e-4, atol=1e-5)
         again = copy.deepcopy(model)
-        assert again.q.beside == (again.k, again.v) and list(again.state_dict()) == list(model.state_dict())
+        assert again.q.grouped == (again.k, again.v) and list(again.state_dict()) == list(model.state_dict())
         model.k.bias -= 1
         torch.testing.assert_close(again(x), with_bias(dense, 0)(x), rtol=1e-4, atol=1e-5)
         file = io.BytesIO()
         torch.save(again, file)
         file.seek(0)
         loaded = torch.load(file, weights_only=False)
-        assert loaded.q.beside == (loaded.k, loaded.v) and torch.equal(loaded(x), again(x))
+        assert loaded.q.grouped == (loaded.k, loaded.v) and torch.equal(loaded(x), again(x))
         half = again.bfloat16()
         torch.testing.assert_close(half(x.bfloat16()).float(), loaded(x), rtol=5e-2, atol=5e-2)
 
@@ -921,12 +921,12 @@ def test_outputs_of_one_call_are_taken_only_where_they_are_what_would_be_made(mo
         model.q(x)
         x.mul_(2)
         torch.testing.assert_close(model.k(x), alone(x))
-        report = accelerate_(Attention(), batch=(1, 16), example=torch.randn(4, 70), choices=False)
-    assert all(r["in one call with"] == "" for r in report.rows)
+        report = accelerate_(Attention(), batch=(1, 16), example=torch.randn(4, 70), tuning_cache=False)
+    assert all(r["grouped_with"] == "" for r in report.rows)
     model.k.load_state_dict({n: b.clone() for n, b in model.k.state_dict().items()}, assign=True)
     model.q(torch.randn(4, 70)), model.q(torch.randn(2, 70)), model.q(torch.randn(2, 70))
-    assert len(model.q._joint) == 2 and all(
-        k[1][1] is model.k._current(1, model.k.order[-1][2]) for k in model.q._joint.values()
+    assert len(model.q._grouped_calls) == 2 and all(
+        k[1][1] is model.k._kernel_for(1, model.k._descending[-1][2]) for k in model.q._grouped_calls.values()
     )
 
 
@@ -934,10 +934,10 @@ def test_outputs_of_one_call_are_taken_only_where_they_are_what_would_be_made(mo
 def test_only_layers_of_the_same_forms_are_said_to_run_together(monkeypatch):
     model = Attention()
     way = {16: "bitmask", 20: "tiles", 48: "bitmask"}
-    monkeypatch.setattr(candidates, "fastest", fixed(lambda b, w: (way.get(len(w), "tiles"), 2.0)))
-    report = accelerate_(model, batch=(1, 16), example=torch.randn(4, 70), choices=False)
-    assert {r["layer"]: r["in one call with"] for r in report.rows} == {"q": "", "k": "q", "v": "", "out": ""}
-    assert model.q.beside == (model.k,) and model.v.beside == ()
+    monkeypatch.setattr(autotune, "fastest", fixed(lambda b, w: (way.get(len(w), "tiles"), 2.0)))
+    report = accelerate_(model, batch=(1, 16), example=torch.randn(4, 70), tuning_cache=False)
+    assert {r["layer"]: r["grouped_with"] for r in report.rows} == {"q": "", "k": "q", "v": "", "out": ""}
+    assert model.q.grouped == (model.k,) and model.v.grouped == ()
 
     class Wide(nn.Module):
         def __init__(self):
@@ -950,7 +950,7 @@ def test_only_layers_of_the_same_forms_are_said_to_run_together(monkeypatch):
     wide, x = Wide(), torch.randn(4, 70)
     want = wide(x)
     report = together(monkeypatch, wide, x)
-    assert [len(m.beside) for m in wide.each if m.beside] == [15, 1]
+    assert [len(m.grouped) for m in wide.each if m.grouped] == [15, 1]
     torch.testing.assert_close(wide(x), want, rtol=1e-4, atol=1e-5)
 
 
@@ -980,8 +980,8 @@ def test_layers_that_go_back_to_dense_leave_the_call(monkeypatch):
     model, x = Reads(), torch.randn(4, 70)
     dense = copy.deepcopy(model)
     report = together(monkeypatch, model, x)
-    assert type(model.k) is nn.Linear and model.q.beside == (model.v,)
-    assert {r["layer"]: r["in one call with"] for r in report.rows} == {"q": "", "k": "", "v": "q", "out": ""}
+    assert type(model.k) is nn.Linear and model.q.grouped == (model.v,)
+    assert {r["layer"]: r["grouped_with"] for r in report.rows} == {"q": "", "k": "", "v": "q", "out": ""}
     torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
 
 
@@ -1011,11 +1011,11 @@ def gridded(weights="int4", group=32, bias=True):
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_layers_on_a_grid_read_their_bits(weights, values, monkeypatch):
     chosen = "panels"
-    monkeypatch.setattr(candidates, "fastest", lambda dense, layers, inputs, clock: {n: (chosen, 2.0) for n in inputs})
+    monkeypatch.setattr(autotune, "fastest", lambda dense, layers, inputs, clock: {n: (chosen, 2.0) for n in inputs})
     net = gridded(weights, None if weights == "int8" else 32)
     dense = copy.deepcopy(net)
-    report = rarefy.accelerate_(net, (1, 8), values=values, choices=False)
-    assert isinstance(net[0], SparseLinear) and net[0].about[0][1]["format"] == "panels"
+    report = rarefy.accelerate_(net, (1, 8), precision=values, tuning_cache=False)
+    assert isinstance(net[0], SparseLinear) and net[0].formats[0][1]["format"] == "panels"
     assert "panels 2.00x" in report.rows[0]["batch 1"] and report.rows[1]["why"].startswith("dense: 0.00% zeros")
     assert report.summary["bytes in memory after"] < 0.5 * report.summary["bytes in memory"]
     for n in (1, 5, 32, 33, 200):  # past 32 inputs by torch's own product
@@ -1036,24 +1036,33 @@ def test_a_grid_that_the_weight_has_left_is_no_grid():
     net = gridded()
     with torch.no_grad():
         net[0].weight.add_(0.01)
-    assert rarefy.accelerate_(net, (1,), choices=False).rows[0]["why"] == "dense: 0.00% zeros"
+    assert rarefy.accelerate_(net, (1,), tuning_cache=False).rows[0]["why"] == "dense: 0.00% zeros"
 
 
 @needs_kernels
 def test_grids_that_no_kernel_reads_stay_dense_and_say_why():
     net = gridded("int4", 16)
-    assert rarefy.accelerate_(net, (1,), choices=False).rows[0]["why"].endswith("no kernel for groups of 16 inputs")
+    assert (
+        rarefy.accelerate_(net, (1,), tuning_cache=False).rows[0]["why"].endswith("no kernel for groups of 16 inputs")
+    )
     conv = nn.Sequential(nn.Conv2d(3, 4, 3))
     rarefy.fold_(rarefy.quantize_(conv, "int8") and conv)
-    why = rarefy.accelerate_(conv, example=torch.randn(1, 3, 8, 8), choices=False).rows[0]["why"]
-    assert "no kernel for grids of convolutions yet" in why
+    why = rarefy.accelerate_(conv, example=torch.randn(1, 3, 8, 8), tuning_cache=False).rows[0]["why"]
+    assert "no kernel for quantized convolutions yet" in why
 
 
-def test_a_live_grid_is_to_be_folded_first():
+def test_an_attached_grid_is_folded_first():
     net = nn.Sequential(nn.Linear(8, 8))
     rarefy.quantize_(net, "int8")
-    with pytest.raises(ModelError, match="masks or grids are still attached to 0: fold_ the model first"):
-        rarefy.accelerate_(net, choices=False)
+    report = rarefy.accelerate_(net, tuning_cache=False)
+    assert report.notes == ("masks or quantization grids of 1 weight were folded in first",)
+    assert isinstance(net[0], nn.Linear | SparseLinear) and not hasattr(net[0], "parametrizations")
+
+
+@pytest.mark.parametrize(("old", "new"), [("values", "precision"), ("choices", "tuning_cache")])
+def test_old_parameter_names_are_refused(old, new):
+    with pytest.raises(TypeError, match=f"accelerate_.. has no parameter '{old}': it is called '{new}' now"):
+        accelerate_(nn.Sequential(nn.Linear(8, 8)), **{old: None})
 
 
 @needs_kernels
@@ -1065,23 +1074,21 @@ def test_zeros_and_bits_together(monkeypatch):
     rarefy.fold_(net)
     x, dense = torch.randn(4, 128), copy.deepcopy(net)
     for way in ("csr", "bitmask", "tiles", "panels"):
-        monkeypatch.setattr(candidates, "fastest", lambda d, l, inputs, c, way=way: {n: (way, 2.0) for n in inputs})
+        monkeypatch.setattr(autotune, "fastest", lambda d, l, inputs, c, way=way: {n: (way, 2.0) for n in inputs})
         one = copy.deepcopy(net)
-        rarefy.accelerate_(one, (4,), values="int8", choices=False)
-        assert one[0].about[0][1]["format"] == way
+        rarefy.accelerate_(one, (4,), precision="int8", tuning_cache=False)
+        assert one[0].formats[0][1]["format"] == way
         torch.testing.assert_close(one[0].weight, dense[0].weight)
         assert float(((one(x) - dense(x)).norm() / dense(x).norm()).detach()) < 0.02
 
 
 @needs_kernels
 def test_loading_puts_kernels_in_place_of_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        candidates, "fastest", lambda dense, layers, inputs, clock: {n: ("panels", 2.0) for n in inputs}
-    )
+    monkeypatch.setattr(autotune, "fastest", lambda dense, layers, inputs, clock: {n: ("panels", 2.0) for n in inputs})
     net = gridded()
     rarefy.save(net, tmp_path / "out")
     fresh = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
-    fast = rarefy.load(tmp_path / "out", fresh, accelerate={"batch": (1,), "choices": False}).eval()
+    fast = rarefy.load(tmp_path / "out", fresh, accelerate={"batch": (1,), "tuning_cache": False}).eval()
     assert isinstance(fast[0], SparseLinear)
     x = torch.randn(2, 64)
     torch.testing.assert_close(fast(x), net(x))
@@ -1090,14 +1097,12 @@ def test_loading_puts_kernels_in_place_of_bits(tmp_path, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("values", [None, "int8"])
 def test_a_head_and_its_embedding_share_their_bits(values, monkeypatch):
-    monkeypatch.setattr(
-        candidates, "fastest", lambda dense, layers, inputs, clock: {n: ("panels", 2.0) for n in inputs}
-    )
+    monkeypatch.setattr(autotune, "fastest", lambda dense, layers, inputs, clock: {n: ("panels", 2.0) for n in inputs})
     model = tiny_llama()
     rarefy.quantize_(model, "int8", layers=["Linear", "Embedding"])
     rarefy.fold_(model)
     ids, dense = torch.randint(0, 64, (2, 5)), copy.deepcopy(model)
-    report = accelerate_(model, (1,), values=values, choices=False)
+    report = accelerate_(model, (1,), precision=values, tuning_cache=False)
     row = {r["layer"]: r for r in report.rows}["model.embed_tokens"]
     assert row["why"] == "" and row["batch 1"] == "panels 2.00x"
     assert isinstance(model.lm_head, SparseLinear) and isinstance(model.model.embed_tokens, PanelEmbedding)
@@ -1114,5 +1119,5 @@ def test_a_head_and_its_embedding_share_their_bits(values, monkeypatch):
 @needs_kernels
 def test_a_head_without_a_grid_stays_shared():
     model = tiny_llama()
-    rows = accelerate_(model, (1,), layers=["Linear", "Embedding"], choices=False).rows
+    rows = accelerate_(model, (1,), layers=["Linear", "Embedding"], tuning_cache=False).rows
     assert {r["layer"]: r["why"] for r in rows}["model.embed_tokens"] == "dense: its weight is shared"

@@ -25,9 +25,18 @@ from rarefy.generation.decoder import Decoder
 from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import Pages
 from rarefy.runtime.kernel import Kernel, _check
-from rarefy.runtime.packed_formats import SLAB, Bitmask, ConvTiles, Dense, Packed, Panels, Sell
+from rarefy.runtime.packed_formats import (
+    SLAB,
+    Bitmask,
+    ConvTiles,
+    Dense,
+    Packed,
+    Panels,
+    Sell,
+    from_tensors,
+    to_tensors,
+)
 from rarefy.runtime.packing import nbytes, unpack
-from rarefy.runtime.sparse_layers import put_together, taken_apart
 
 GRAPH = "graph.json"
 META = "compiled"  # what marks such a folder in its index
@@ -73,7 +82,7 @@ def save(
     used = {n.name for n in made.traced.graph.nodes if n.op == "placeholder" and n.users}
     constants = {n: t for n, t in made.constants.items() if n in used}
     orders = {n: _order(t) for n, t in constants.items()}
-    apart = {n: taken_apart(p) for n, p in packed.items()}
+    apart = {n: to_tensors(p) for n, p in packed.items()}
     told = to_json(made, orders, kernels, {n: about for n, (about, _) in apart.items()})
     text = json.dumps(told, allow_nan=False, separators=(",", ":")).encode()
     about = {GRAPH: {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
@@ -103,7 +112,7 @@ def _packed(made: Compiled) -> tuple[dict[str, Packed], dict[Node, str]]:
 
 
 def _same(a: Packed, b: Packed) -> bool:
-    (one, parts), (other, others) = taken_apart(a), taken_apart(b)
+    (one, parts), (other, others) = to_tensors(a), to_tensors(b)
     return one == other and parts.keys() == others.keys() and all(torch.equal(parts[n], others[n]) for n in parts)
 
 
@@ -171,7 +180,7 @@ def read(saved: container.Container) -> Parts:
         raise ContainerError(f"{where}: constants are not those of the shards: {odd[0][:80]!r}")
     pages = Pages()  # each on its own, so that what was read makes room for the next
     packed = {n: pages.hold(_form(saved, n, about, str(where))) for n, about in written.packed.items()}
-    if len(saved.names) != len(stored) + sum(len(taken_apart(p)[1]) for p in packed.values()):
+    if len(saved.names) != len(stored) + sum(len(to_tensors(p)[1]) for p in packed.values()):
         raise ContainerError(f"{where}: the shards hold packed weights that no word runs on")
     constants = {n: _constant(saved, n, order) for n, order in written.constants.items()}
     for node in written.graph.nodes:
@@ -250,7 +259,7 @@ def _form(saved: container.Container, name: str, about: dict[str, Any], where: s
         if not plain or about.get("kind") not in KINDS.get(format_, USUAL) or set(about) != {"format", *plain}:
             raise FormatError(f"{str(about)[:200]} is no weight that a word runs on")
         parts = {n.removeprefix(first): saved.tensor(n) for n in saved.names if n.startswith(first)}
-        form: Any = put_together(about, parts)
+        form: Any = from_tensors(about, parts)
         _check(form, None)
         if isinstance(form, ConvTiles) and form.order is not None and form.groups > 1:
             raise FormatError(f"pairs of rows are for convolutions of one group, got {form.groups}")

@@ -7,7 +7,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from rarefy.checkpoint import compiled_model, legacy_layouts
 from rarefy.checkpoint.tensor_slots import Slots, _slots, aliases
 from rarefy.common.atomic_io import INDEX
-from rarefy.common.errors import ContainerError, ModelError, nearest, unknown
+from rarefy.common.errors import ContainerError, ModelError, nearest
 from rarefy.evaluation.receipt import Receipt
 from rarefy.formats import container, quantized_encodings, sparse_encodings
 from rarefy.lowrank import layer_tying
@@ -25,7 +24,7 @@ from rarefy.model import activation_quant, hf, lowrank_modules
 from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import note_
 from rarefy.recipe import old_names
-from rarefy.runtime.autotune import accelerate_, accelerate_each, check_options
+from rarefy.runtime.accelerate import AccelerateOptions, accelerate_each
 from rarefy.structured.hf_config import shrink_config
 from rarefy.structured.structure_record import check_record, restore
 
@@ -47,15 +46,15 @@ def load(
     Raises ContainerError (damaged, hostile, names or shapes that differ) and ModelError. Memory: the model and one
     tensor more.
     """
-    how = _how_to_accelerate(accelerate)
-    stream = how is not None and how["example"] is None
+    options = _accelerate_options(accelerate)
+    stream = options is not None and options.example is None
     if model is not None and not isinstance(model, nn.Module):
         raise ModelError(f"model is a torch.nn.Module to load into, such as MyModule(), got {model!r}")
-    if model is None and not how and not (Path(path) / INDEX).is_file() and legacy_layouts.is_compressed(path):
+    if model is None and options is None and not (Path(path) / INDEX).is_file() and legacy_layouts.is_compressed(path):
         return legacy_layouts.load(path)
     saved = container.read(path, verify=verify)
     if compiled_model.is_compiled(saved):
-        return compiled_model.load(saved, model=model, accelerate=how)
+        return compiled_model.load(saved, model=model, accelerate=options)
     structure = saved.meta.get("structure")
     structure = structure if isinstance(structure, dict) else {}
     given = model is not None
@@ -100,7 +99,7 @@ def load(
     for name in slots:
         if name not in tied and name not in late:
             bring(name)
-    if how is not None:
+    if options is not None:
         names = {id(slots[n][0]): n for n in late}
 
         def bring_late(layer: Layer) -> None:
@@ -108,7 +107,7 @@ def load(
             if name is not None and layer.param == "weight":
                 bring(name)
 
-        model.rarefy_accelerated = accelerate_each(model, how, bring_late if stream else None)  # type: ignore
+        model.rarefy_accelerated = accelerate_each(model, options, bring_late if stream else None)  # type: ignore
         for name in names.values():  # what was not chosen to be accelerated
             bring(name)
     receipt = Path(path) / "receipt.json"
@@ -147,20 +146,13 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _how_to_accelerate(asked: Any) -> dict[str, Any] | None:
-    """Return all arguments of `accelerate_`, or None; ModelError for what it does not take."""
-    if asked is False:
+def _accelerate_options(accelerate: Any) -> AccelerateOptions | None:
+    """The options of `accelerate_`, or None; ModelError for what it does not take."""
+    if accelerate is False:
         return None
-    asked = {} if asked is True else asked
-    if not isinstance(asked, Mapping):
-        raise ModelError(f"accelerate is True, False or a dict of accelerate_'s arguments, got {asked!r}")
-    allowed = [n for n in signature(accelerate_).parameters if n != "model"]
-    for name in asked:
-        if name not in allowed:
-            raise ModelError(unknown("argument of accelerate_", name, allowed))
-    how = {n: p.default for n, p in signature(accelerate_).parameters.items() if n != "model"} | dict(asked)
-    check_options(*(how[n] for n in ("batch", "repeats", "values", "choices")))
-    return how
+    if accelerate is not True and not isinstance(accelerate, Mapping):
+        raise ModelError(f"accelerate: expected True, False or a dict of accelerate_'s arguments, got {accelerate!r}")
+    return AccelerateOptions.of({} if accelerate is True else accelerate)
 
 
 def _before_cuts(saved: container.Container, structure: dict[str, Any], path: str | Path) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def bench(
     from rarefy.cli.benchmark import bench_models, engine_of
     from rarefy.common.atomic_io import blaming, write_whole
     from rarefy.evaluation.example_inputs import example_of, generates
-    from rarefy.runtime.autotune import accelerate_
+    from rarefy.runtime.accelerate import accelerate_
     from rarefy.runtime.latency_table import latency_table
 
     if table is not None and (against or accelerate or values):

@@ -26,7 +26,7 @@ from rarefy.compiler.passes.norm import heads, layer_norm, norm, rms
 from rarefy.compiler.passes.rope import rotation
 from rarefy.compiler.verify import prove
 from rarefy.model.layers import all_layers
-from rarefy.runtime.autotune import check_plain
+from rarefy.runtime.accelerate import check_plain
 
 EXACT, ROUNDED = 1e-3, 0.5  # of outputs' length, how far they may move: in fp32, and in 8 bits
 RULES = (

@@ -19,7 +19,7 @@ from rarefy.compiler.verify import apart
 from rarefy.generation.kv_cache import TILE, Cache
 from rarefy.model import hf
 from rarefy.model.quant_grid import Grid
-from rarefy.runtime.candidates import FEW, grid_of, why_no_panels
+from rarefy.runtime.candidates import MIN_ZEROS, grid_of, why_not_quantized
 from rarefy.runtime.packing import pack_bitmask, pack_panels
 
 SHOWN = 7  # tokens that a model is exported and proved with
@@ -192,11 +192,11 @@ class Decoder:
 def _packed(weight: Tensor, values: str | None, grid: Grid | None) -> Any:
     """A weight for few inputs: as panels where it is whole numbers with few zeros among them, else as a bitmask."""
     zeros = float((weight == 0).float().mean())
-    if grid is not None and why_no_panels(weight, grid) is None and (zeros < FEW or grid.scale.shape[1] > 1):
+    if grid is not None and why_not_quantized(weight, grid) is None and (zeros < MIN_ZEROS or grid.scale.shape[1] > 1):
         return pack_panels(weight, grid, values is None)
     if values is None:
         return pack_bitmask(weight)
-    if zeros >= FEW:
+    if zeros >= MIN_ZEROS:
         return pack_bitmask(weight, values, grid)
     scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return pack_panels(weight, Grid(8, scale), False)

@@ -31,8 +31,8 @@ from rarefy.model.quant_grid import get_grid
 from rarefy.prune import solvers
 from rarefy.prune.layerwise import check_solvable, matrix, stored
 from rarefy.prune.prune import check_weights
-from rarefy.runtime.autotune import READERS
-from rarefy.runtime.fusion_analysis import plain
+from rarefy.runtime.accelerate import WEIGHT_READERS
+from rarefy.runtime.fusion_analysis import is_plain
 
 DAMPING = 1e-4  # times the mean of diag(H), so that inputs that were never seen keep a direction
 STEP = 8  # ranks by measured time are multiples of this at least
@@ -192,9 +192,9 @@ def _why_left(layer: Layer, model: nn.Module, ask: Ask) -> str | None:
         return f"no factors of {layer.param}" if layer.param != "weight" else reason
     if len(layer.owners) > 1 or layer.elsewhere:
         return "its weight is shared"
-    if not ask.beside and (get_inputs(module) is not None or not plain(module)):
+    if not ask.beside and (get_inputs(module) is not None or not is_plain(module)):
         return "its hooks would be lost" if get_inputs(module) is None else "its inputs are rounded: factorize first"
-    if isinstance(parent, READERS):
+    if isinstance(parent, WEIGHT_READERS):
         return f"{type(parent).__name__} reads its weight itself"
     if not ask.beside and (parametrize.is_parametrized(module, "weight") or get_grid(layer) is not None):
         return "it is pruned or quantized: factorize first, or give of= the model before"

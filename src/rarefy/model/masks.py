@@ -131,16 +131,29 @@ def fold_(model: nn.Module) -> nn.Module:
     >>> int((fold_(net).weight == 0).sum())
     2
     """
-    ours = (Mask, *LIVE)
-    known = (*all_layers(model), *_others(model))
-    made = [l for l in known if any(isinstance(p, ours) for p in _parametrizations(l.module, l.param))]
-    for layer in made:
+    attached = _attached(model)
+    for layer in attached:
         for name, module, param in layer.owners:
             if not _is_ours(module, param):
                 raise ModelError(f"{name or param} has other parametrizations besides the mask; remove them first")
-    for layer in made:
+    for layer in attached:
         fold_parameter_(layer)
     return model
+
+
+def fold_attached_(model: nn.Module) -> str | None:
+    """Fold the masks and grids that are attached; return a sentence for a report, None where there are none."""
+    count = len(_attached(model))
+    if count == 0:
+        return None
+    fold_(model)
+    return f"masks or quantization grids of {count} {'weight' if count == 1 else 'weights'} were folded in first"
+
+
+def _attached(model: nn.Module) -> list[Layer]:
+    """The parameters with a mask or a grid on them."""
+    layers = (*all_layers(model), *_others(model))
+    return [l for l in layers if any(isinstance(p, (Mask, *LIVE)) for p in _parametrizations(l.module, l.param))]
 
 
 def fold_parameter_(layer: Layer) -> None:

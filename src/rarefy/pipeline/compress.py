@@ -40,7 +40,7 @@ from rarefy.prune.prune import check_weights, prune_, report
 from rarefy.quantization.codebook import share_
 from rarefy.quantization.quantize import quantize_
 from rarefy.recipe import parser as recipes
-from rarefy.runtime.autotune import accelerate_
+from rarefy.runtime.accelerate import accelerate_
 from rarefy.runtime.sparse_layers import Sparse
 from rarefy.structured.cut import cut_
 from rarefy.structured.permutation import permute_

@@ -14,7 +14,7 @@ from rarefy.common.progress import track
 from rarefy.model.activation_quant import Inputs, takes_inputs
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
-from rarefy.runtime.autotune import READERS
+from rarefy.runtime.accelerate import WEIGHT_READERS
 
 OBSERVERS = ("minmax", "percentile", "mse")
 KINDS = ("int8", "int8-static")  # dynamic: a scale for each row, found in each call; static: one, found beforehand
@@ -33,7 +33,7 @@ def input_grids(
 ) -> tuple[dict[str, Inputs], list[str]]:
     """Return how the inputs of each layer are to be rounded, by its name, and which layers have none that could be. One
     pass over `data` for static ones; ModelError for inputs that are not finite, DataError for no data."""
-    readers = {id(c) for m in model.modules() if isinstance(m, READERS) for c in m.children()}
+    readers = {id(c) for m in model.modules() if isinstance(m, WEIGHT_READERS) for c in m.children()}
     able = [
         l
         for l in layers

@@ -1,179 +1,152 @@
-"""The ways in which a layer can run, and how long each takes here."""
+"""The kernels that can run a layer. `autotune` times them and chooses; nothing is timed or replaced here."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.evaluation.profiling import Times, compare
 from rarefy.model.activation_quant import get_inputs
+from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import Grid, notes
-from rarefy.runtime import tuning_cache
-from rarefy.runtime.packed_formats import KINDS, MOST_COLUMNS, NEAR, Packed, Panels
-from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_csr, pack_panels, pack_sell, pack_tiles, shared
+from rarefy.runtime import bindings
+from rarefy.runtime.packed_formats import KINDS, MOST_COLUMNS, MOST_STRIDE, NEAR, Packed
+from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_csr, pack_panels, pack_sell, pack_tiles
 from rarefy.runtime.sparse_layers import Sparse, SparseConv, SparseLinear, geometry
 
-GAIN = 1.03  # how much faster than dense a kernel must be
-CLOSE = 1.1  # times that timing does not tell apart for certain
-MOST_INPUTS = 32  # of a call that the ways for few inputs are tried for
-FOR_FEW = ("bitmask", "csr")
-FEW = 0.1  # zeros below which nothing is skipped
-SCATTERED = 0.6  # zeros from which single values with their columns are tried
-FLUSH = 64 << 20  # bytes that are read between two runs, so that weights come from memory as they do in a large model
-CACHED = 16 << 20  # bytes of all weights up to which they stay in the cache
-NUMBERS = {dtype: kind for kind, dtype in KINDS.items() if dtype.is_floating_point}  # that a layer may have
+MAX_SMALL_BATCH = 32  # inputs of a call up to which kernels for small batches are tried
+MIN_ZEROS = 0.1  # share of zeros below which no kernel skips them
+MIN_ZEROS_CSR = 0.6  # share of zeros from which CSR is tried
+DTYPES = {dtype: kind for kind, dtype in KINDS.items() if dtype.is_floating_point}  # of a weight that kernels take
 
 
-@dataclass
-class Clock:
-    """Finds what is fastest for a layer, or knows it: `file` keeps it where there is one.
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A kernel that can run a layer.
 
-    repeats  timings of each way, in turns
-    flush    what is read between two runs, None for small models
+    Attributes:
+        name: the kernel, as reports and the tuning cache call it.
+        packed: the layer's weight in the kernel's format.
+        max_batch: calls with more inputs are not for this kernel; None: no limit.
     """
 
-    repeats: int
-    flush: Tensor | None
-    file: Path | None
-    known: dict[str, tuning_cache.Choice] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, repeats: int, model_bytes: int, file: Path | None = None) -> Clock:
-        flush = torch.zeros(FLUSH // 4) if model_bytes > CACHED else None
-        return cls(repeats, flush, file, {} if file is None else tuning_cache.read(file))
-
-    def best(
-        self, dense: Any, ways: Mapping[str, Packed], build: Callable[..., Sparse], inputs: Mapping[int, Tensor]
-    ) -> tuning_cache.Choice:
-        """Return the fastest way for each number of inputs, and how many times as fast as dense it is."""
-        zeros, how = float((dense.weight == 0).float().mean()), geometry(dense) if not _linear(dense) else {}
-        shapes = [(x.shape, x.stride()) for x in inputs.values()]
-        about = (
-            list(dense.weight.shape),
-            dense.weight.dtype,
-            [(n, w.kind, getattr(w, "exact", None)) for n, w in ways.items()],
-            round(zeros, 2),
-        )
-        key = str((*about, _fill(ways), shapes, how, self.flush is None))
-        if not _fits(self.known.get(key), ways, list(inputs)):
-            self.known[key] = fastest(dense, {n: build({1: w}) for n, w in ways.items()}, inputs, self)
-            if self.file is not None:
-                tuning_cache.write(self.file, {key: self.known[key]})
-        return self.known[key]
-
-    def times(self, dense: nn.Module, layers: Mapping[str, Sparse], x: Tensor) -> dict[str, Times]:
-        """Return the times of the dense layer and of each sparse one that fits so many inputs, in turns."""
-        fitting = {n: l for n, l in layers.items() if n not in FOR_FEW or len(x) <= MOST_INPUTS}
-        runs: dict[str, Callable[[], Any]] = {n: partial(l, x) for n, l in {"dense": dense, **fitting}.items()}
-        before = self.flush.sum if self.flush is not None else lambda: None
-        return compare(runs, repeats=self.repeats, warmup=1, before=before)
+    name: str
+    packed: Packed
+    max_batch: int | None = None
 
 
-def fastest(
-    dense: nn.Module, layers: Mapping[str, Sparse], inputs: Mapping[int, Tensor], clock: Clock
-) -> tuning_cache.Choice:
-    """Return the fastest way for each number of inputs; dense where none is faster by 3 %. Of those as fast to a tenth
-    it is the one of fewest bytes: alone a layer finds the caches empty, in a model it shares them."""
-    best = {}
-    size_of = {n: sum(t.nbytes for t in (*l.parameters(), *l.buffers())) for n, l in layers.items()}
-    for size, x in inputs.items():
-        medians = {name: t.median for name, t in clock.times(dense, layers, x).items()}
-        name = min(medians, key=lambda n: medians[n])
-        if name != "dense":
-            close = [n for n in layers if n in medians and medians[n] <= CLOSE * medians[name]]
-            name = min(close, key=lambda n: size_of[n])
-        gain = medians["dense"] / medians[name]
-        best[size] = (name, gain) if gain >= GAIN else ("dense", 1.0)
-    return best
+def list_candidates(module: Any, precision: str | None = None) -> tuple[Candidate, ...]:
+    """Return the kernels that can run a Linear or a convolution, its weight packed for each. O(weights) each.
+
+    Args:
+        module: the dense layer.
+        precision: "int8" quantizes weights and inputs of Linear layers to 8 bits; None keeps the weight's own.
+    """
+    if not isinstance(module, nn.Linear):
+        return _convolution_candidates(module)
+    weight, grid = module.weight.detach(), grid_of(module)
+    int8_inputs = get_inputs(module) is not None  # these kernels quantize inputs in the same way
+    precision = "int8" if int8_inputs else precision
+    zeros = float((weight == 0).float().mean())
+    kind = precision or DTYPES[weight.dtype]
+    sparse = grid is None or zeros >= MIN_ZEROS
+    candidates = []
+    if grid is not None and why_not_quantized(weight, grid) is None:
+        candidates.append(Candidate("panels", pack_panels(weight, grid, precision is None)))
+    if zeros >= MIN_ZEROS_CSR and weight.shape[1] <= MOST_COLUMNS and not int8_inputs:
+        candidates.append(Candidate("csr", pack_csr(weight, kind, grid), MAX_SMALL_BATCH))
+    if sparse:
+        candidates.append(Candidate("bitmask", pack_bitmask(weight, kind, grid), MAX_SMALL_BATCH))
+    if sparse or precision is not None:
+        candidates.append(Candidate("sell", pack_sell(weight, kind, grid=grid)))
+        candidates.append(Candidate("tiles", pack_tiles(weight, kind, grid=grid)))
+    return tuple(candidates)
 
 
-def ways_of(module: Any, values: str | None = None) -> tuple[dict[str, Packed], Callable[..., Sparse]]:
-    """Return the packed forms of a layer's weight, and what builds a layer of some of them."""
-    weight = module.weight.detach()
-    if _linear(module):
-        rounds = get_inputs(module) is not None
-        values = "int8" if rounds else values  # these kernels round inputs just so
-        grid, zeros = grid_of(module), float((weight == 0).float().mean())
-        kind = values or NUMBERS[weight.dtype]
-        ways: dict[str, Packed] = {}
-        if grid is not None and why_no_panels(weight, grid) is None:
-            ways["panels"] = pack_panels(weight, grid, values is None)
-        if zeros >= SCATTERED and weight.shape[1] <= MOST_COLUMNS and not rounds:
-            ways["csr"] = pack_csr(weight, kind, grid)
-        if grid is None or zeros >= FEW:
-            ways["bitmask"] = pack_bitmask(weight, kind, grid)
-        if grid is None or zeros >= FEW or values is not None:
-            ways["sell"] = pack_sell(weight, kind, grid=grid)
-            ways["tiles"] = pack_tiles(weight, kind, grid=grid)
-        return ways, partial(SparseLinear, bias=module.bias, rounds=rounds)
-    image, how = _as_images(weight), geometry(module)
-    sell = {"convolution, sell": pack_conv(image, **how, block=NEAR, sell=True)} if module.groups == 1 else {}
-    return {**sell, "convolution": pack_conv(image, **how)}, partial(SparseConv, like=module)
+def _convolution_candidates(module: Any) -> tuple[Candidate, ...]:
+    weight, options = as_images(module.weight.detach()), geometry(module)
+    tiles = Candidate("convolution", pack_conv(weight, **options))
+    if module.groups > 1:
+        return (tiles,)
+    return Candidate("convolution, sell", pack_conv(weight, **options, block=NEAR, sell=True)), tiles
+
+
+def build_layer(module: Any, weights: Mapping[int, Packed | Tensor], activation: str | None = None) -> Sparse:
+    """Return the layer that replaces a dense one.
+
+    Args:
+        module: the dense layer.
+        weights: the packed (or dense) weight by the smallest batch that it serves.
+        activation: the name of an activation that is fused into the layer.
+    """
+    if isinstance(module, nn.Linear):
+        return SparseLinear(weights, module.bias, activation, get_inputs(module) is not None)
+    return SparseConv(weights, like=module, activation=activation)
+
+
+def why_dense(layer: Layer, zeros: float, reached: bool | None) -> str | None:
+    """Return why no kernel can run a layer faster than torch does, or None.
+
+    Args:
+        layer: the layer.
+        zeros: the share of its weights that are zero.
+        reached: whether the example calls the layer; None without an example.
+    """
+    module: Any = layer.module
+    is_conv = is_convolution(module)
+    if bindings.missing() is not None:
+        return bindings.missing()
+    if layer.param != "weight" or not (is_conv or type(module).forward is nn.Linear.forward):
+        return f"no kernel for {type(module).__name__} yet"
+    if layer.weight.dtype not in DTYPES or layer.weight.device.type != "cpu":
+        return f"{layer.weight.dtype} on {layer.weight.device.type}"
+    grid = grid_of(module) if layer.param == "weight" else None
+    if zeros < MIN_ZEROS and (grid is None or (why := why_not_quantized(layer.weight, grid)) is not None):
+        return f"{zeros:.2%} zeros" + ("" if grid is None else f", {why}")
+    return _why_dense_convolution(module, reached) if is_conv else None
+
+
+def _why_dense_convolution(conv: Any, reached: bool | None) -> str | None:
+    if conv.weight.dtype != torch.float32:
+        return f"no kernel for convolutions in {str(conv.weight.dtype).removeprefix('torch.')} yet"
+    if conv.weight.shape[1] == 1 and conv.groups > 1:
+        return "it is depthwise"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or max(conv.stride) > MOST_STRIDE:
+        return f"no kernel for padding {conv.padding} of {conv.padding_mode}, stride {conv.stride}"
+    if not reached:
+        return "the example does not reach it" if reached is False else "give an example: its image size is not known"
+    return None
+
+
+def why_not_quantized(weight: Tensor, grid: Grid) -> str | None:
+    """Return why no kernel reads a quantized weight as it is, or None."""
+    if weight.dim() != 2:
+        return "no kernel for quantized convolutions yet"
+    group = weight.shape[1] // grid.scale.shape[1]
+    if grid.scale.shape[0] not in (1, len(weight)):
+        return f"no kernel for scales of {len(weight) // grid.scale.shape[0]} outputs"
+    if grid.scale.shape[1] > 1 and group % 32:
+        return f"no kernel for groups of {group} inputs"
+    return "no kernel for asymmetric codes of more than 4 bits" if grid.zero is not None and grid.bits > 4 else None
 
 
 def grid_of(module: Any) -> Grid | None:
-    """Return the grid on which a layer's weight lies, as noted beside it."""
+    """Return the quantization grid of a layer's weight, as noted beside it, if the weight still lies on it."""
     grid = notes(module).get("weight")
     return grid if isinstance(grid, Grid) and grid.holds(module.weight.detach()) else None
 
 
-def why_no_panels(weight: Tensor, grid: Grid) -> str | None:
-    """Return why no kernel reads a weight's grid, or None."""
-    if weight.dim() != 2:
-        return "no kernel for grids of convolutions yet"
-    many = weight.shape[1] // grid.scale.shape[1]
-    if grid.scale.shape[0] not in (1, len(weight)):
-        return f"no kernel for scales of {len(weight) // grid.scale.shape[0]} outputs"
-    if grid.scale.shape[1] > 1 and many % 32:
-        return f"no kernel for groups of {many} inputs"
-    return "no kernel for asymmetric codes of more than 4 bits" if grid.zero is not None and grid.bits > 4 else None
+def is_convolution(module: Any) -> bool:
+    """Return whether a module computes a plain convolution, not a subclass with a forward of its own."""
+    return any(
+        isinstance(module, c) and type(module).forward is c.forward and type(module)._conv_forward is c._conv_forward
+        for c in (nn.Conv1d, nn.Conv2d)
+    )
 
 
-def inputs_of(weight: Tensor, n: int, image: Tensor | None) -> Tensor:
-    """Return what a layer is timed on; `image`: what the example gives it."""
-    if image is None:
-        return torch.randn(n, weight.shape[1]).to(weight.dtype)
-    form = torch.channels_last if image.dim() == 4 and not image.is_contiguous() else torch.contiguous_format
-    return torch.randn(n, *image.shape[1:], dtype=image.dtype).contiguous(memory_format=form)
-
-
-def forms_of(module: Any, ways: Mapping[str, Packed], best: tuning_cache.Choice) -> dict[int, Packed | Tensor]:
-    """Return the chosen form of a weight from each number of inputs on."""
-    sizes, weight = sorted(best), _as_images(module.weight.detach())
-    starts = [1, *(math.isqrt(a * b) + 1 for a, b in pairwise(sizes))]
-    forms: dict[int, Packed | Tensor] = {}
-    last = None
-    for start, size in zip(starts, sizes):
-        if best[size][0] != last:
-            last = best[size][0]
-            forms[start] = weight if last == "dense" else ways[last]
-    if last in FOR_FEW:  # not tried beyond
-        forms.setdefault(MOST_INPUTS + 1, weight)
-    return forms
-
-
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _as_images(weight: Tensor) -> Tensor:
+def as_images(weight: Tensor) -> Tensor:
+    """Return a Conv1d's weight as one of images that are one pixel high; others as they are."""
     return weight.unsqueeze(2) if weight.dim() == 3 else weight
-
-
-def _fits(choice: tuning_cache.Choice | None, ways: Mapping[str, Packed], sizes: Sequence[int]) -> bool:
-    """Whether a choice that was kept is one for these numbers of inputs, among these ways."""
-    return choice is not None and list(choice) == list(sizes) and {n for n, _ in choice.values()} <= {*ways, "dense"}
-
-
-def _fill(ways: Mapping[str, Packed]) -> float:
-    """How many of four outputs share a column, in the mean: what blocks of zeros change in the time of tiles."""
-    tiles: Any = list(ways.values())[-1]
-    return 0.0 if isinstance(tiles, Panels) else round(shared(tiles), 1)

@@ -1,4 +1,4 @@
-"""What a model gives its layers and does with what they return, seen in one run on an example."""
+"""What an example shows of a model: the inputs of its layers, and which module alone reads what a layer returns."""
 
 from __future__ import annotations
 
@@ -23,42 +23,49 @@ TRANSFORMERS = ("GELUActivation", "NewGELUActivation", "PytorchGELUTanh", "GELUT
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """By the id of a module: what a convolution is given (without values), and the module that alone reads what a layer
-    or a BatchNorm returns: a BatchNorm or an activation. Linear layers that are always given the same tensor, one
-    right after the other, such as those of queries, keys and values. And the tensors that the model returned."""
+    """What one run on an example showed.
+
+    Attributes:
+        images: by the id of a convolution, an empty tensor like its input.
+        consumers: by the id of a layer or BatchNorm, the BatchNorm or activation that alone reads its output.
+        groups: Linear layers that are always called with the same tensor, right after each other, such as those of
+            queries, keys and values.
+        outputs: the tensors that the model returned.
+    """
 
     images: dict[int, Tensor]
-    readers: dict[int, nn.Module]
+    consumers: dict[int, nn.Module]
     groups: tuple[tuple[nn.Module, ...], ...] = ()
     outputs: tuple[Tensor, ...] = ()
 
 
-class _Uses(TorchDispatchMode):
-    """Counts how often the outputs of each module are read: by operators, a reader's all together being one."""
+class _ReadCounter(TorchDispatchMode):
+    """Counts how often the outputs of each module are read by operators; a consumer's operators count as one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made_by: Any = WeakTensorKeyDictionary()  # output -> module
+        self.producer: Any = WeakTensorKeyDictionary()  # output -> module
         self.count: Counter[int] = Counter()
-        self.reading: Tensor | None = None  # what a reader was given that runs now
+        self.reading: Tensor | None = None  # the input of the consumer that runs now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tensors_in([list(args), kwargs or {}]):
-            if t in self.made_by and t is not self.reading:
-                self.count[id(self.made_by[t])] += 1
+            if t in self.producer and t is not self.reading:
+                self.count[id(self.producer[t])] += 1
         return func(*args, **(kwargs or {}))
 
 
-class _Given:
-    """Which Linear layers are called with one and the same tensor, one after the other."""
+class _InputGroups:
+    """Finds Linear layers that are called with the same tensor, right after each other."""
 
     def __init__(self) -> None:
         self.runs: list[list[nn.Module]] = []
         self.last: tuple[Any, int] = (lambda: None, 0)
 
-    def see(self, module: nn.Module, args: tuple) -> None:
+    def observe(self, module: nn.Module, args: tuple) -> None:
+        """Forward hook of a Linear layer."""
         x = args[0] if args else None
-        if not isinstance(x, Tensor) or x.is_inference():  # nothing tells whether it is edited
+        if not isinstance(x, Tensor) or x.is_inference():  # torch does not count edits of inference tensors
             self.last = (lambda: None, 0)
             self.runs.append([module])
         elif self.last[0]() is x and self.last[1] == x._version and module not in self.runs[-1]:
@@ -68,63 +75,79 @@ class _Given:
             self.runs.append([module])
 
     def groups(self) -> tuple[tuple[nn.Module, ...], ...]:
-        """Return the runs of two and more whose modules are called in no other."""
-        kinds = dict.fromkeys(tuple(run) for run in self.runs)
-        often = Counter(m for run in kinds for m in run)
-        return tuple(run for run in kinds if len(run) > 1 and all(often[m] == 1 for m in run))
+        """Return the runs of two and more whose modules are called in no other run."""
+        runs = dict.fromkeys(tuple(run) for run in self.runs)
+        count = Counter(m for run in runs for m in run)
+        return tuple(run for run in runs if len(run) > 1 and all(count[m] == 1 for m in run))
+
+
+class _Observer:
+    """The hooks of `observe` and what they note."""
+
+    def __init__(self, model: nn.Module):
+        self.images: dict[int, Tensor] = {}
+        self.calls: Counter[int] = Counter()
+        self.reads, self.inputs = _ReadCounter(), _InputGroups()
+        self.readers: dict[int, list[nn.Module]] = {}  # by the id of a producer: consumers that read its outputs
+        self.consumers = {m for m in model.modules() if is_plain(m) and (_is_norm(m) or activation(m) is not None)}
+
+    def register(self, layers: Collection[nn.Module]) -> list[Any]:
+        """Register the hooks; return their handles."""
+        convolutions = [m for m in layers if isinstance(m, nn.Conv1d | nn.Conv2d)]
+        linears = [m for m in layers if isinstance(m, nn.Linear)]
+        handles = [m.register_forward_pre_hook(self._note_image) for m in convolutions]
+        handles += [m.register_forward_pre_hook(self.inputs.observe, prepend=True) for m in linears]
+        handles += [m.register_forward_pre_hook(self._note_consumer) for m in self.consumers]
+        return handles + [m.register_forward_hook(self._note_output) for m in {*layers, *self.consumers}]
+
+    def _note_image(self, module: Any, args: tuple) -> None:
+        if args and args[0].dim() == len(module.kernel_size) + 2:
+            self.images.setdefault(id(module), torch.empty_like(args[0]))
+
+    def _note_consumer(self, consumer: nn.Module, args: tuple) -> None:
+        self.calls[id(consumer)] += 1
+        if args and isinstance(args[0], Tensor) and args[0] in self.reads.producer:
+            producer = id(self.reads.producer[args[0]])
+            self.readers.setdefault(producer, []).append(consumer)
+            self.reads.count[producer] += 1
+            self.reads.reading = args[0]
+
+    def _note_output(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.reads.reading = None
+        self.calls[id(module)] += module not in self.consumers
+        if isinstance(output, Tensor):
+            self.reads.producer[output] = module  # an activation in place becomes the producer of its input
+
+    def only_consumers(self) -> dict[int, nn.Module]:
+        """Return, by the id of a producer, the consumer that alone reads each of its outputs."""
+        alive = {id(producer) for producer in self.reads.producer.values()}  # outputs that are returned or kept
+        return {
+            producer: readers[0]
+            for producer, readers in self.readers.items()
+            if producer not in alive
+            and len({id(n) for n in readers}) == 1
+            and len(readers) == self.calls[producer] == self.reads.count[producer] == self.calls[id(readers[0])]
+        }
 
 
 def observe(model: nn.Module, layers: Collection[nn.Module], example: Any) -> Observed:
-    """Run the model in evaluation mode on `example` and return what becomes of what `layers` return.
+    """Run the model in evaluation mode on `example` and return what it shows of `layers`.
 
-    A reader counts where it alone reads each output of a layer, nobody holds that output later, and it has no hooks
-    that would see less; a BatchNorm, where it keeps running statistics and is in evaluation mode. What the example does
-    not take, such as a branch that depends on the data, is not seen.
+    A consumer counts if it alone reads each output of a layer, nobody holds that output afterwards, and it has no hooks
+    that would see less; a BatchNorm, if it keeps running statistics and is in evaluation mode. Branches that the
+    example does not take are not seen.
     """
-    images: dict[int, Tensor] = {}
-    calls: Counter[int] = Counter()
-    pairs: dict[int, list[nn.Module]] = {}
-    uses, given = _Uses(), _Given()
-
-    def see(module: Any, args: tuple) -> None:
-        if args and args[0].dim() == len(module.kernel_size) + 2:
-            images.setdefault(id(module), torch.empty_like(args[0]))
-
-    def meet(reader: nn.Module, args: tuple) -> None:
-        calls[id(reader)] += 1
-        if args and isinstance(args[0], Tensor) and args[0] in uses.made_by:
-            maker = id(uses.made_by[args[0]])
-            pairs.setdefault(maker, []).append(reader)
-            uses.count[maker] += 1
-            uses.reading = args[0]
-
-    def keep(module: nn.Module, args: tuple, output: Any) -> None:
-        uses.reading = None
-        calls[id(module)] += module not in readers
-        if isinstance(output, Tensor):
-            uses.made_by[output] = module  # an activation in place takes over what it was given
-
-    readers = {m for m in model.modules() if plain(m) and (_is_norm(m) or activation(m) is not None)}
-    convolutions = [m for m in layers if isinstance(m, nn.Conv1d | nn.Conv2d)]
-    hooks = [m.register_forward_pre_hook(see) for m in convolutions]
-    hooks += [m.register_forward_pre_hook(given.see, prepend=True) for m in layers if isinstance(m, nn.Linear)]
-    hooks += [m.register_forward_pre_hook(meet) for m in readers]
-    hooks += [m.register_forward_hook(keep) for m in {*layers, *readers}]
+    observer = _Observer(model)
+    handles = observer.register(layers)
     try:
-        with evaluating(model), torch.no_grad(), uses:
+        with evaluating(model), torch.no_grad(), observer.reads:
             output = call(model, on_device(model, example))
     finally:
-        for hook in hooks:
-            hook.remove()
-    held = {id(maker) for maker in uses.made_by.values()}  # outputs that are alive: returned, or kept somewhere
-    alone = {
-        maker: met[0]
-        for maker, met in pairs.items()
-        if maker not in held
-        and len({id(n) for n in met}) == 1
-        and len(met) == calls[maker] == uses.count[maker] == calls[id(met[0])]
-    }
-    return Observed(images, alone, given.groups(), tuple(t.detach().clone() for t in tensors_in(output)))
+        for handle in handles:
+            handle.remove()
+    consumers = observer.only_consumers()
+    outputs = tuple(t.detach().clone() for t in tensors_in(output))
+    return Observed(observer.images, consumers, observer.inputs.groups(), outputs)
 
 
 def activation(module: nn.Module) -> str | None:
@@ -138,15 +161,15 @@ def activation(module: nn.Module) -> str | None:
         x = torch.cat([torch.linspace(-6, 6, 121), torch.tensor([-1e4, -100, 100, 1e4])])
         with torch.no_grad():
             y = module(x.clone())
-        return next((n for n, of in ACTIVATIONS.items() if n and torch.allclose(y, of(x), 1e-6, 1e-6)), None)
+        return next((n for n, f in ACTIVATIONS.items() if n and torch.allclose(y, f(x), 1e-6, 1e-6)), None)
     return None
 
 
-def plain(module: nn.Module) -> bool:
-    """Return whether a module is called as its class says: with no hooks but those that round its inputs, and no
-    forward of its own."""
-    strange = any(not is_ours(h) for h in module._forward_pre_hooks.values())
-    return not ("forward" in vars(module) or module._forward_hooks or strange)
+def is_plain(module: nn.Module) -> bool:
+    """Return whether a module is called as its class says: without hooks, except those that quantize its inputs, and
+    without a forward of its own."""
+    foreign = any(not is_ours(h) for h in module._forward_pre_hooks.values())
+    return not ("forward" in vars(module) or module._forward_hooks or foreign)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -15,8 +15,9 @@ from rarefy.evaluation.profiling import machine, resident_bytes
 from rarefy.model.layers import Layer, Selector, select
 from rarefy.model.sparsity_pattern import Pattern, check_sparsity, masks_at, parse
 from rarefy.runtime import bindings
-from rarefy.runtime.autotune import check_plain, check_sizes, why_dense
-from rarefy.runtime.candidates import Clock, inputs_of, ways_of
+from rarefy.runtime.accelerate import check_batches, check_plain
+from rarefy.runtime.autotune import Autotuner, example_inputs
+from rarefy.runtime.candidates import build_layer, list_candidates, why_dense
 from rarefy.runtime.fusion_analysis import observe
 from rarefy.runtime.sparse_layers import geometry
 
@@ -36,73 +37,95 @@ def latency_table(
     repeats: int = 11,
     progress: bool = False,
 ) -> Report:
-    """Return, for every distinct shape of layer, seconds of a call: dense, and in each format at each sparsity.
+    """Return the seconds of a call for every distinct shape of layer: dense, and with each kernel at each sparsity.
 
-    batch, example    as in `accelerate_`
-    A row: layers (the first of this shape), count (how many there are), shape, numbers, format, pattern, sparsity,
-    batch, and seconds (median), low, high (quartiles). N:M patterns have one sparsity, their own. Weights are random;
-    the model is left as it is. Raises ModelError, SelectorError, PatternError.
-    O(shapes x patterns x sparsities x ways x calls).
+    Weights are random; the model is left as it is. Costs the calls of all kernels for each shape, pattern and sparsity.
 
-    >>> rows = latency_table(nn.Sequential(nn.Linear(64, 64)), (1,), sparsities=(0.9,), patterns=("4x1",)).rows
-    >>> rows[0]["format"], rows[0]["shape"], rows[0]["seconds"] > 0
-    ('dense', '64x64', True)
+    Args:
+        model: the model, on the CPU.
+        batch: numbers of inputs in a call of a Linear layer that are timed.
+        example: what the model can be called with; convolutions need it, and are timed at its image sizes.
+        sparsities: shares of zeros; an N:M pattern has its own.
+        patterns: sparsity patterns, such as "unstructured" or "4x1".
+        layers: names or classes of the layers; all by default.
+        ignore: names or classes of layers to leave out.
+        repeats: timings of each kernel, alternating.
+        progress: show a progress bar.
+
+    Returns:
+        A report with one row for each time: layers (the first of this shape), count (how many there are), shape,
+        numbers (dtype), format, pattern, sparsity, batch, seconds (median), low and high (quartiles).
+
+    Raises:
+        ModelError: an argument is wrong, or masks are attached.
+        SelectorError: `layers` or `ignore` matches no layer.
+        PatternError: a pattern or sparsity is wrong.
+
+    Example:
+        >>> rows = latency_table(nn.Sequential(nn.Linear(64, 64)), (1,), sparsities=(0.9,), patterns=("4x1",)).rows
+        >>> rows[0]["format"], rows[0]["shape"], rows[0]["seconds"] > 0
+        ('dense', '64x64', True)
     """
-    check_sizes(batch, repeats)
-    wanted = [(p, s) for p in map(parse, patterns) for s in _sparsities(p, sparsities)]
-    for pattern, sparsity in wanted:
+    check_batches(batch, repeats)
+    cases = [(p, s) for p in map(parse, patterns) for s in _sparsities(p, sparsities)]
+    for pattern, sparsity in cases:
         check_sparsity(pattern, sparsity, None)
     chosen = select(model, layers, ignore)
     check_plain(chosen)
     images = {} if example is None else observe(model, [l.module for l in chosen], example).images
+    alike = _by_shape(chosen, images, example is not None)
+    tuner = Autotuner.for_model(repeats, resident_bytes(model))
+    rows: list[dict[str, Any]] = []
+    for same in track(alike, "timing layers", progress, len(alike)):
+        image = images.get(id(same[0].module))
+        batches = sorted(set(batch)) if image is None else sorted({1, len(image)})
+        inputs = {n: example_inputs(same[0].weight, n, image) for n in batches}
+        rows += [{**_shape_columns(same), **row} for row in _times(same[0].module, cases, inputs, tuner)]
+    cpu: Mapping[str, Any] = machine()
+    summary = {"cpu": cpu["cpu"], "threads": cpu["threads"], "instruction set": bindings.isa() or "none"}
+    return Report("latency", tuple(rows), {**summary, "load": cpu["load"]})
+
+
+def _by_shape(chosen: Sequence[Layer], images: Mapping[int, torch.Tensor], has_example: bool) -> list[list[Layer]]:
+    """The layers that kernels can run, those that take the same time together."""
     alike: dict[str, list[Layer]] = {}
     for layer in chosen:
         image = images.get(id(layer.module))
-        if why_dense(layer, 1.0, None if example is None else image is not None) is None:
-            how = () if image is None else (image.shape[1:], *geometry(layer.module).values())
-            alike.setdefault(str((list(layer.weight.shape), layer.weight.dtype, how)), []).append(layer)
-    clock = Clock.of(repeats, resident_bytes(model))
-    rows: list[dict[str, Any]] = []
-    for same in track(list(alike.values()), "timing layers", progress, len(alike)):
-        image = images.get(id(same[0].module))
-        sizes = sorted(set(batch)) if image is None else sorted({1, len(image)})
-        inputs = {n: inputs_of(same[0].weight, n, image) for n in sizes}
-        rows += [{**_about(same), **row} for row in _times(same[0].module, wanted, inputs, clock)]
-    here: Mapping[str, Any] = machine()
-    told = {"cpu": here["cpu"], "threads": here["threads"], "instruction set": bindings.isa() or "none"}
-    return Report("latency", tuple(rows), {**told, "load": here["load"]})
+        if why_dense(layer, 1.0, image is not None if has_example else None) is None:
+            options = () if image is None else (image.shape[1:], *geometry(layer.module).values())
+            alike.setdefault(str((list(layer.weight.shape), layer.weight.dtype, options)), []).append(layer)
+    return list(alike.values())
 
 
-def _about(same: Sequence[Layer]) -> dict[str, Any]:
+def _shape_columns(same: Sequence[Layer]) -> dict[str, Any]:
     weight = same[0].weight
     shape, numbers = "x".join(map(str, weight.shape)), str(weight.dtype).removeprefix("torch.")
     return {"layers": same[0].full_name, "count": len(same), "shape": shape, "numbers": numbers}
 
 
 def _times(
-    dense: Any, wanted: Sequence[tuple[Pattern, float]], inputs: Mapping[int, torch.Tensor], clock: Clock
+    dense: Any, cases: Sequence[tuple[Pattern, float]], inputs: Mapping[int, torch.Tensor], tuner: Autotuner
 ) -> list[dict[str, Any]]:
-    """Rows of one layer: dense once for each number of inputs, and each way of each pattern and sparsity."""
+    """Rows of one layer: dense once for each batch, and each kernel for each pattern and sparsity."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for pattern, sparsity in wanted:
+    for pattern, sparsity in cases:
         module = copy.deepcopy(dense)
         module.weight.data = _random(module.weight, pattern, sparsity)
-        ways, build = ways_of(module)
-        layers = {n: build({1: w}) for n, w in ways.items()}
-        for size, x in inputs.items():
-            for name, t in clock.times(dense, layers, x).items():
-                about = (name, "", 0.0, size) if name == "dense" else (name, str(pattern), sparsity, size)
-                row = dict(zip(("format", "pattern", "sparsity", "batch"), about))
-                rows.setdefault(about, {**row, "seconds": t.median, "low": t.low, "high": t.high})
+        layers = {c: build_layer(module, {1: c.packed}) for c in list_candidates(module)}
+        for batch, x in inputs.items():
+            for name, t in tuner.time(dense, layers, x).items():
+                key = (name, "", 0.0, batch) if name == "dense" else (name, str(pattern), sparsity, batch)
+                row = dict(zip(("format", "pattern", "sparsity", "batch"), key))
+                rows.setdefault(key, {**row, "seconds": t.median, "low": t.low, "high": t.high})
     return list(rows.values())
 
 
-def _sparsities(pattern: Pattern, asked: Sequence[float]) -> Sequence[float]:
-    return asked if pattern.fixed_sparsity is None else (pattern.fixed_sparsity,)
+def _sparsities(pattern: Pattern, sparsities: Sequence[float]) -> Sequence[float]:
+    return sparsities if pattern.fixed_sparsity is None else (pattern.fixed_sparsity,)
 
 
 def _random(weight: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
-    """A weight of this shape and type with random zeros in the pattern."""
+    """A weight of this shape and dtype with random zeros in the pattern."""
     score = torch.rand(1, 1, len(weight), weight[0].numel())
     mask = masks_at([score], pattern, sparsity, "layer")[0].reshape(weight.shape)
     return torch.randn(weight.shape).to(weight.dtype) * mask

@@ -8,7 +8,9 @@ tile   4 x block     four outputs by a block of lanes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,3 +155,25 @@ class Panels:
 
 
 Packed = Bitmask | Csr | Tiles | ConvTiles | Panels | Sell | Dense
+FORMATS: dict[str, type] = {
+    "bitmask": Bitmask,
+    "csr": Csr,
+    "tiles": Tiles,
+    "convolution": ConvTiles,
+    "panels": Panels,
+    "sell": Sell,
+    "fours": Dense,
+}
+
+
+def to_tensors(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the format's name with the numbers of a packed weight, and its tensors."""
+    tensors = {n: v for n, v in vars(packed).items() if isinstance(v, Tensor)}
+    numbers = {n: v for n, v in vars(packed).items() if n not in tensors and v is not None}
+    return {"format": next(k for k, v in FORMATS.items() if type(packed) is v), **numbers}, tensors
+
+
+def from_tensors(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Packed:
+    """Return the packed weight that `to_tensors` took apart; lists from JSON become tuples again."""
+    numbers = {n: tuple(v) if isinstance(v, list) else v for n, v in metadata.items() if n != "format"}
+    return FORMATS[metadata["format"]](**numbers, **tensors)

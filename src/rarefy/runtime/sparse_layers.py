@@ -18,31 +18,25 @@ from rarefy.common.errors import ModelError, unknown
 from rarefy.model.activation_quant import Inputs
 from rarefy.runtime import bindings, reference
 from rarefy.runtime.kernel import Kernel, Together, fit_together
-from rarefy.runtime.packed_formats import Bitmask, ConvTiles, Csr, Dense, Packed, Panels, Sell, Tiles
+from rarefy.runtime.packed_formats import Packed, Panels, from_tensors, to_tensors
 from rarefy.runtime.packing import unpack
 
-MOST_INPUTS = 32  # of a call, up to which panels are multiplied by as they lie
-MOST_SIZES = 64  # of calls for which layers that run together are kept
-FORMATS: dict[str, type] = {
-    "bitmask": Bitmask,
-    "csr": Csr,
-    "tiles": Tiles,
-    "convolution": ConvTiles,
-    "panels": Panels,
-    "sell": Sell,
-    "fours": Dense,
-}
+MAX_PANEL_BATCH = 32  # inputs of a call up to which panels run on their kernel; more: unpacked, then torch's product
+MAX_BATCHES = 64  # batches for which calls of grouped layers are kept
 
 
 class Sparse(nn.Module):
-    """A layer with its weight packed; by the number of inputs in a call, one of several forms of the same weight.
+    """A layer whose weight is packed, in one format or, by the number of inputs in a call, in several.
 
-    forms    {first number of inputs: packed weight or a dense one}: {1: Bitmask, 9: Tiles} runs up to 8 inputs by the
-             bitmask. Buffers are plain tensors, so `state_dict`, `deepcopy` and pickling work.
-    activation  what follows the layer, by its name in `reference.ACTIVATIONS`
-    rounds      whether inputs are rounded to 8 bits row by row, by dense forms too
-    For inference: weights are frozen; gradients flow to inputs, at the cost of unpacking. Outputs have the type of
-    inputs.
+    For inference: weights are frozen; gradients flow to inputs, at the cost of unpacking. Outputs have the dtype of the
+    inputs. Buffers are plain tensors, so `state_dict`, `deepcopy` and pickling work.
+
+    Args:
+        weights: the packed or dense weight by the smallest batch that it serves: {1: Bitmask, 9: Tiles} runs up to 8
+            inputs on the bitmask.
+        bias: fp32 [outputs], or None.
+        activation: what follows the layer, a name in `reference.ACTIVATIONS`.
+        int8_inputs: whether inputs are quantized to 8 bits row by row, for dense weights too.
     """
 
     bias: Tensor | None
@@ -50,126 +44,131 @@ class Sparse(nn.Module):
 
     def __init__(
         self,
-        forms: Mapping[int, Packed | Tensor],
+        weights: Mapping[int, Packed | Tensor],
         bias: Tensor | None = None,
         activation: str | None = None,
-        rounds: bool = False,
+        int8_inputs: bool = False,
     ):
         super().__init__()
-        self.rounds = rounds
+        self.int8_inputs = int8_inputs
         if activation not in reference.ACTIVATIONS:
             raise ModelError(unknown("activation", str(activation), [str(a) for a in reference.ACTIVATIONS]))
         self.activation = activation
-        if not forms or min(forms) != 1:
-            raise ModelError("a layer needs a form of its weight from one input on")
-        shapes = {tuple(f.shape) for f in forms.values()}
+        if not weights or min(weights) != 1:
+            raise ModelError("a layer needs a weight that serves a batch of one input")
+        shapes = {tuple(w.shape) for w in weights.values()}
         if len(shapes) != 1:
-            raise ModelError(f"forms of one weight have one shape, got {sorted(shapes)}")
+            raise ModelError(f"the packed weights of a layer must have one shape, got {sorted(shapes)}")
         self.shape = shapes.pop()
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self.about: list[tuple[int, dict[str, Any]]] = []  # where a form begins, and what of it is no tensor
-        for at in sorted(forms):
-            form = forms[at]
-            if isinstance(form, Tensor):
-                self.register_buffer(f"from{at}_weight", form.detach())
-                self.about.append((at, {"format": "dense"}))
-                continue
-            about, parts = taken_apart(form)
-            for name, tensor in parts.items():
-                self.register_buffer(f"from{at}_{name}", tensor)
-            self.about.append((at, about))
-        self.parts = {at: [n for n in self._buffers if n.startswith(f"from{at}_")] for at in forms}  # buffers of each
-        dense = {at: f"from{at}_weight" for at, how in self.about if how["format"] == "dense"}
-        self.order = [(at, dense.get(at), ("bias", *self.parts[at])) for at in sorted(forms, reverse=True)]
-        self.told = self._tell(None)
+        self.formats: list[tuple[int, dict[str, Any]]] = []  # (smallest batch, format and its numbers)
+        for start in sorted(weights):
+            packed = weights[start]
+            tensors: dict[str, Tensor]
+            if isinstance(packed, Tensor):
+                metadata, tensors = {"format": "dense"}, {"weight": packed.detach()}
+            else:
+                metadata, tensors = to_tensors(packed)
+            for name, tensor in tensors.items():
+                self.register_buffer(f"from{start}_{name}", tensor)
+            self.formats.append((start, metadata))
+        self.buffer_names = {start: [n for n in self._buffers if n.startswith(f"from{start}_")] for start in weights}
+        dense = {start: f"from{start}_weight" for start, f in self.formats if f["format"] == "dense"}
+        self._descending = [
+            (start, dense.get(start), ("bias", *self.buffer_names[start])) for start in sorted(weights, reverse=True)
+        ]
+        self.spec = self._spec(None)
         self._kernels: dict[int, tuple[Any, Any]] = {}
-        self.beside: tuple[SparseLinear, ...] = ()  # layers that are given the same inputs after this one
-        self._joint: dict[int, Any] = {}  # by number of inputs: whose forms, their kernels, all as one
-        self._ready: dict[int, Any] = {}  # by thread: (inputs, their version, outputs), made by the layer before
+        self.grouped: tuple[SparseLinear, ...] = ()  # layers that have the same inputs after this one
+        self._grouped_calls: dict[int, Any] = {}  # by batch: (layers and buffers, their kernels, all in one call)
+        self._computed: dict[int, Any] = {}  # by thread: (inputs, their state, kernel, outputs), by the leading layer
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, unpacked at each call: for modules that look at their layers' weights."""
-        form = self.form(1)
-        if isinstance(form, Tensor):
-            return form
+        packed = self.packed_weight(1)
+        if isinstance(packed, Tensor):
+            return packed
         self.unpacked += 1
-        return unpack(form).to(torch.bfloat16 if form.kind == "bf16" else torch.float32)
+        return unpack(packed).to(torch.bfloat16 if packed.kind == "bf16" else torch.float32)
 
-    def form(self, at: int) -> Packed | Tensor:
-        """Return the form that begins at `at` inputs."""
-        parts: Any = {n.removeprefix(f"from{at}_"): self._buffers[n] for n in self.parts[at]}
-        return put_together(dict(self.about)[at], parts)
+    def packed_weight(self, start: int) -> Packed | Tensor:
+        """Return the weight that serves batches from `start` on."""
+        parts: Any = {n.removeprefix(f"from{start}_"): self._buffers[n] for n in self.buffer_names[start]}
+        metadata = dict(self.formats)[start]
+        return parts["weight"] if metadata["format"] == "dense" else from_tensors(metadata, parts)
 
-    def _tell(self, like: dict[str, Any] | None) -> str:
-        """What the operator has to know besides the tensors."""
-        forms = [(at, about, [n.removeprefix(f"from{at}_") for n in self.parts[at]]) for at, about in self.about]
-        told = {"shape": self.shape, "forms": forms, "like": like, "activation": self.activation}
-        return json.dumps({**told, "rounds": self.rounds})
+    def _spec(self, like: dict[str, Any] | None) -> str:
+        """What the operator needs besides the tensors, as JSON."""
+        formats = [
+            (start, f, [n.removeprefix(f"from{start}_") for n in self.buffer_names[start]]) for start, f in self.formats
+        ]
+        spec = {"shape": self.shape, "formats": formats, "like": like, "activation": self.activation}
+        return json.dumps({**spec, "int8_inputs": self.int8_inputs})
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return what the dense layer would."""
         raise NotImplementedError
 
-    def run(self, x: Tensor, inputs: int) -> Tensor:
-        """Return what the dense layer would, by the form that is for so many inputs."""
-        at, weight, names = self._serving(inputs)
-        buffers: Any = self._buffers
-        if self.rounds and (weight is not None or (x.requires_grad and torch.is_grad_enabled())):
+    def run(self, x: Tensor, batch: int) -> Tensor:
+        """Return what the dense layer would, by the weight that serves this batch."""
+        start, dense, names = self._serving(batch)
+        needs_gradient = x.requires_grad and torch.is_grad_enabled()
+        if self.int8_inputs and (dense is not None or needs_gradient):
             x = Inputs()(x)
-        if weight is not None:
-            return reference.ACTIVATIONS[self.activation](self.dense(x, buffers[weight], buffers["bias"]))
-        if x.requires_grad and torch.is_grad_enabled():
-            bias = buffers["bias"]
-            W = unpack(self.form(at)).to(x.dtype)  # type: ignore[arg-type]
-            y = self.dense(x, W, None if bias is None else bias.to(x.dtype))
-            return reference.ACTIVATIONS[self.activation](y)
-        if inputs > MOST_INPUTS and isinstance(
-            form := self.form(at), Panels
-        ):  # one pass to unpack, then torch's own product
-            bias, rounded = buffers["bias"], reference.rounded(x.float(), form).to(x.dtype)
-            y = self.dense(rounded, unpack(form).to(x.dtype), None if bias is None else bias.to(x.dtype))
-            return reference.ACTIVATIONS[self.activation](y)
+        if dense is not None:
+            return self._run_dense(x, self._buffers[dense], self._buffers["bias"])
+        if needs_gradient:
+            return self._run_dense(x, unpack(self.packed_weight(start)))  # type: ignore[arg-type]
+        if batch > MAX_PANEL_BATCH and isinstance(packed := self.packed_weight(start), Panels):
+            return self._run_dense(reference.rounded(x.float(), packed).to(x.dtype), unpack(packed))
         if not x.is_floating_point():
             raise ModelError(f"the layer takes floating point, x is {str(x.dtype).removeprefix('torch.')}")
-        y = self._current(at, names).run(x)
+        y = self._kernel_for(start, names).run(x)
         return y if y.dtype is x.dtype else y.to(x.dtype)
 
-    def _serving(self, inputs: int) -> tuple[int, str | None, tuple[str, ...]]:
-        """Of the form for so many inputs: where it begins, the buffer of a dense one, all its buffers."""
-        for form in self.order:
-            if form[0] <= inputs:
-                return form
-        return self.order[-1]
+    def _run_dense(self, x: Tensor, weight: Any, bias: Any = ...) -> Tensor:
+        """act(dense(x)); without `bias` the layer's, and the weight, in the dtype of x."""
+        if bias is ...:
+            own = self._buffers["bias"]
+            weight, bias = weight.to(x.dtype), None if own is None else own.to(x.dtype)
+        return reference.ACTIVATIONS[self.activation](self.dense(x, weight, bias))
 
-    def _current(self, at: int, names: tuple[str, ...]) -> Any:
-        """The kernel of a form, made anew where its tensors have been edited, swapped or loaded since."""
+    def _serving(self, batch: int) -> tuple[int, str | None, tuple[str, ...]]:
+        """Of the weight for this batch: where it starts, the buffer of a dense one, all its buffers."""
+        for entry in self._descending:
+            if entry[0] <= batch:
+                return entry
+        return self._descending[-1]
+
+    def _kernel_for(self, start: int, names: tuple[str, ...]) -> Any:
+        """The kernel of a weight, rebuilt if its tensors were edited, swapped or loaded since."""
         buffers: Any = self._buffers
         state = [(b.data_ptr(), _version(b)) for n in names if (b := buffers[n]) is not None]
-        kernel, made_of = self._kernels.get(at, (None, None))
-        if made_of != state:
-            kernel = self._kernel(at)
-            self._kernels[at] = kernel, state
+        kernel, built_from = self._kernels.get(start, (None, None))
+        if built_from != state:
+            kernel = self._new_kernel(start)
+            self._kernels[start] = kernel, state
         return kernel
 
     def operator(self, x: Tensor) -> Tensor:
         """Return the same for a compiler to see: a call of `rarefy::sparse`."""
-        parts = [self._buffers[n] for names in self.parts.values() for n in names]
-        return torch.ops.rarefy.sparse(x, parts, self.bias, self.told)
+        parts = [self._buffers[n] for names in self.buffer_names.values() for n in names]
+        return torch.ops.rarefy.sparse(x, parts, self.bias, self.spec)
 
-    def _kernel(self, at: int) -> Any:
-        """What runs a form, made at its first call; it holds addresses, so it is neither copied nor saved."""
-        form: Any = self.form(at)
+    def _new_kernel(self, start: int) -> Any:
+        """A kernel holds addresses, so it is neither copied nor pickled."""
+        packed: Any = self.packed_weight(start)
         if bindings.missing() is None:
-            return Kernel(form, self.bias, self.activation)
+            return Kernel(packed, self.bias, self.activation)
         bias = None if self.bias is None else self.bias.float()
-        return SimpleNamespace(run=lambda x: reference.run(form, x, bias, self.activation))
+        return SimpleNamespace(run=lambda x: reference.run(packed, x, bias, self.activation))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernels": {}, "_joint": {}, "_ready": {}}
+        return {**self.__dict__, "_kernels": {}, "_grouped_calls": {}, "_computed": {}}
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        """Move with the model, but keep the numbers of packed parts: they are not for `half()` to change."""
+        """Move with the model, but keep the dtype of packed tensors, which `half()` must not change."""
         packed = {n: b for n, b in self._buffers.items() if n.startswith("from") and not n.endswith("_weight")}
         super()._apply(fn, recurse)
         for name, before in packed.items():
@@ -179,13 +178,13 @@ class Sparse(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        forms = ", ".join(f"{a}+: {p['format']}" for a, p in self.about)
+        formats = ", ".join(f"{start}+: {f['format']}" for start, f in self.formats)
         act = "" if self.activation is None else f", {self.activation}"
-        return f"shape={list(self.shape)}, bias={self.bias is not None}, {forms}{act}"
+        return f"shape={list(self.shape)}, bias={self.bias is not None}, {formats}{act}"
 
 
 class SparseLinear(Sparse):
-    """act(x W^T + bias) with W packed; its forms are chosen by the number of rows of x.
+    """act(x W^T + bias) with W [outputs, inputs] packed; the weight is chosen by the number of rows of x.
 
     >>> from rarefy.runtime.packing import pack_bitmask
     >>> layer = SparseLinear({1: pack_bitmask(torch.tensor([[0.0, 2.0]]))}, torch.tensor([1.0]))
@@ -195,12 +194,12 @@ class SparseLinear(Sparse):
 
     def __init__(
         self,
-        forms: Mapping[int, Packed | Tensor],
+        weights: Mapping[int, Packed | Tensor],
         bias: Tensor | None = None,
         activation: str | None = None,
-        rounds: bool = False,
+        int8_inputs: bool = False,
     ):
-        super().__init__(forms, bias, activation, rounds)
+        super().__init__(weights, bias, activation, int8_inputs)
         self.out_features, self.in_features = self.shape
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -213,62 +212,61 @@ class SparseLinear(Sparse):
             raise ModelError(f"the layer has {inputs} inputs, x has {x.shape[-1]}")
         if compiling:
             return self.operator(x.reshape(-1, inputs)).view(*x.shape[:-1], self.out_features)
-        n = x.numel() // inputs
-        if self._ready and (y := self._made(x, n)) is not None:
+        batch = x.numel() // inputs
+        if self._computed and (y := self._take_computed(x, batch)) is not None:
             return y
-        if self.beside and _plain(x) and x.is_floating_point():
-            y = self._with_others(x, n)
+        if self.grouped and _may_share_outputs(x) and x.is_floating_point():
+            y = self._run_grouped(x, batch)
             if y is not None:
                 return y
-        return self.run(x, n)
+        return self.run(x, batch)
 
-    def join(self, others: Sequence[SparseLinear]) -> None:
-        """Run these in the same call, which are given the same inputs after this one."""
-        self.beside, self._joint = tuple(others), {}
+    def group_with(self, others: Sequence[SparseLinear]) -> None:
+        """Compute these layers, which have the same inputs after this one, in the same call."""
+        self.grouped, self._grouped_calls = tuple(others), {}
 
-    def _with_others(self, x: Tensor, n: int) -> Tensor | None:
-        """Run the layers beside this one too, in one call, and leave them their outputs; None where forms differ."""
-        known = self._joint.get(n)
+    def _run_grouped(self, x: Tensor, batch: int) -> Tensor | None:
+        """Run the grouped layers too, in one call, and leave them their outputs; None where their formats differ."""
+        known = self._grouped_calls.get(batch)
         if known is None:
-            layers = (self, *self.beside)
-            forms = [(l, *l._serving(n)) for l in layers]
-            fit = all(weight is None for _, _, weight, _ in forms)
-            known = [(l, at, names) for l, at, _, names in forms] if fit else [], [], None
-        whose, before, joint = known
-        kernels = [l._current(at, names) for l, at, names in whose]
+            serving = [(l, *l._serving(batch)) for l in (self, *self.grouped)]
+            packed = all(dense is None for _, _, dense, _ in serving)
+            known = [(l, start, names) for l, start, _, names in serving] if packed else [], [], None
+        members, before, grouped = known
+        kernels = [l._kernel_for(start, names) for l, start, names in members]
         if kernels != before:
-            joint = Together(kernels) if fit_together(kernels) else None
-        if kernels != before or n not in self._joint:
-            if before or len(self._joint) >= MOST_SIZES:
-                self._joint.clear()  # the others hold old weights too
-            self._joint[n] = whose, kernels, joint
-        if joint is None:
+            grouped = Together(kernels) if fit_together(kernels) else None
+        if kernels != before or batch not in self._grouped_calls:
+            if before or len(self._grouped_calls) >= MAX_BATCHES:
+                self._grouped_calls.clear()  # other batches hold old weights too
+            self._grouped_calls[batch] = members, kernels, grouped
+        if grouped is None:
             return None
-        y, *others = joint.run(x)
+        y, *others = grouped.run(x)
         if x.dtype is not torch.float32:
             y, others = y.to(x.dtype), [t.to(x.dtype) for t in others]
-        me, state = get_ident(), _state(x)
-        for layer, kernel, other in zip(self.beside, kernels[1:], others):
-            if len(layer._ready) >= MOST_SIZES:  # of threads that are gone
-                layer._ready.clear()
-            layer._ready[me] = weakref.ref(x, partial(_forget, layer._ready, me)), state, kernel, other
+        thread, state = get_ident(), _state(x)
+        for layer, kernel, other in zip(self.grouped, kernels[1:], others):
+            if len(layer._computed) >= MAX_BATCHES:  # of threads that have ended
+                layer._computed.clear()
+            layer._computed[thread] = weakref.ref(x, partial(_forget, layer._computed, thread)), state, kernel, other
         return y
 
-    def _made(self, x: Tensor, n: int) -> Tensor | None:
-        """What the layer before has made for this one out of x, once: if neither x nor this layer is another since."""
-        of, state, kernel, y = self._ready.pop(get_ident(), (None, None, None, None))
-        if of is None or of() is not x or not _plain(x) or state != _state(x):
+    def _take_computed(self, x: Tensor, batch: int) -> Tensor | None:
+        """The outputs that the leading layer computed for this one from x, once: None if x or this layer changed."""
+        ref, state, kernel, y = self._computed.pop(get_ident(), (None, None, None, None))
+        if ref is None or ref() is not x or not _may_share_outputs(x) or state != _state(x):
             return None
-        at, _, names = self._serving(n)
-        return y if self._current(at, names) is kernel else None
+        start, _, names = self._serving(batch)
+        return y if self._kernel_for(start, names) is kernel else None
 
 
 def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether outputs for x may be kept for another layer: no gradient is wanted, and edits of x are counted."""
+def _may_share_outputs(x: Tensor) -> bool:
+    """Whether outputs for x may be kept for another layer: no gradient is needed, and torch counts edits of x."""
     return (
         not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_inference_mode_enabled()
@@ -280,18 +278,20 @@ def _state(x: Tensor) -> tuple[Any, ...]:
     return x._version, x.data_ptr(), x.shape, x.dtype
 
 
-def _forget(ready: dict[int, Any], thread: int, ref: Any) -> None:
-    """Drop outputs whose inputs are gone."""
-    if ready.get(thread, (None,))[0] is ref:
-        ready.pop(thread, None)
+def _forget(computed: dict[int, Any], thread: int, ref: Any) -> None:
+    """Drop outputs whose inputs no longer exist."""
+    if computed.get(thread, (None,))[0] is ref:
+        computed.pop(thread, None)
 
 
 class SparseConv(Sparse):
-    """A convolution of images, or of lines (images one pixel high), with W [O, I, rows, columns] packed; its forms are
-    chosen by the number of images.
+    """A convolution of images [N, C, H, W] or lines [N, C, L], with W [O, I, rows, columns] packed; the weight is
+    chosen by the number of images. An image may have no batch dimension, as in `nn.Conv2d`; outputs are contiguous.
 
-    like    the convolution in whose place it stands: its strides, padding, dilation, groups
-    An image may come without a batch dimension, as in `nn.Conv2d`; outputs are contiguous.
+    Args:
+        weights: as for `Sparse`.
+        like: the convolution that it replaces: its strides, padding, dilation, groups and bias.
+        activation: as for `Sparse`.
 
     >>> from rarefy.runtime.packing import pack_conv
     >>> layer = SparseConv({1: pack_conv(torch.tensor([[[[0.0, 2.0]]]]))}, like=nn.Conv2d(1, 1, (1, 2), bias=False))
@@ -300,13 +300,13 @@ class SparseConv(Sparse):
     """
 
     def __init__(
-        self, forms: Mapping[int, Packed | Tensor], *, like: nn.Conv1d | nn.Conv2d, activation: str | None = None
+        self, weights: Mapping[int, Packed | Tensor], *, like: nn.Conv1d | nn.Conv2d, activation: str | None = None
     ):
-        super().__init__(forms, like.bias, activation)
+        super().__init__(weights, like.bias, activation)
         self.in_channels, self.out_channels, self.kernel_size = like.in_channels, like.out_channels, like.kernel_size
         self.stride, self.padding, self.dilation, self.groups = like.stride, like.padding, like.dilation, like.groups
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-        self.told = self._tell({n: getattr(self, n) for n in names})
+        self.spec = self._spec({n: getattr(self, n) for n in names})
 
     @property
     def weight(self) -> Tensor:
@@ -330,13 +330,13 @@ class SparseConv(Sparse):
 
 
 class PanelEmbedding(nn.Module):
-    """The embedding of a packed weight, whose buffers it shares with the layer that multiplies by it."""
+    """An embedding that reads a packed weight, whose buffers it shares with the layer that multiplies by it."""
 
     def __init__(self, packed: Panels, dtype: torch.dtype, padding_idx: int | None = None):
         super().__init__()
         self.num_embeddings, self.embedding_dim = packed.shape
         self.dtype, self.padding_idx = dtype, padding_idx
-        self.plain = {n: v for n, v in vars(packed).items() if not isinstance(v, Tensor) and v is not None}
+        self.metadata = {n: v for n, v in vars(packed).items() if not isinstance(v, Tensor) and v is not None}
         for name, tensor in vars(packed).items():
             if isinstance(tensor, Tensor):
                 self.register_buffer(name, tensor)
@@ -344,10 +344,10 @@ class PanelEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, unpacked at each call."""
-        return unpack(Panels(**self.plain, **self._buffers)).to(self.dtype)  # type: ignore[arg-type]
+        return unpack(Panels(**self.metadata, **self._buffers)).to(self.dtype)  # type: ignore[arg-type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        """Move with the model; its outputs take the type that is asked for, its packed parts keep theirs."""
+        """Move with the model: outputs change their dtype, packed tensors keep theirs."""
         packed = dict(self._buffers)
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -358,52 +358,44 @@ class PanelEmbedding(nn.Module):
         return self
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of `ids`; IndexError for one that is not there. O(ids)."""
+        """Return rows [..., embedding_dim] for ids [...]; IndexError for an id out of range. O(ids)."""
         flat = ids.reshape(-1)
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_embeddings:
             raise IndexError(f"an embedding of {self.num_embeddings} rows has no row {int(flat.max())}")
         fours = F.pad(flat, (0, -len(flat) % 4)).view(-1, 4)
-        rows: Any = {n: t for n, t in self._buffers.items() if t is not None}
-        for name, t in rows.items():
-            rows[name] = t[fours].flatten() if t.dim() == 1 else t[fours // 4, :, fours % 4].transpose(1, 2)
-        made = unpack(Panels(**{**self.plain, "shape": (fours.numel(), self.embedding_dim)}, **rows))
-        return made[: len(flat)].to(self.dtype).reshape(*ids.shape, self.embedding_dim)
+        parts: Any = {n: t for n, t in self._buffers.items() if t is not None}
+        for name, t in parts.items():
+            parts[name] = t[fours].flatten() if t.dim() == 1 else t[fours // 4, :, fours % 4].transpose(1, 2)
+        rows = unpack(Panels(**{**self.metadata, "shape": (fours.numel(), self.embedding_dim)}, **parts))
+        return rows[: len(flat)].to(self.dtype).reshape(*ids.shape, self.embedding_dim)
 
 
 def refuse_traces(compiling: bool) -> None:
-    """Raise ModelError within torch.jit.trace, which would record what a kernel returned once."""
+    """Raise ModelError within torch.jit.trace, which would record the outputs of a kernel as constants."""
     if not compiling and torch._C._is_tracing():
         raise ModelError("torch.jit.trace sees no kernels: trace the model before accelerate_")
 
 
-def taken_apart(form: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what of a packed weight is no tensor, with the name of its format, and its tensors."""
-    parts = {n: v for n, v in vars(form).items() if isinstance(v, Tensor)}
-    plain = {n: v for n, v in vars(form).items() if n not in parts and v is not None}
-    return {"format": next(k for k, v in FORMATS.items() if type(form) is v), **plain}, parts
-
-
-def put_together(about: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Packed | Tensor:
-    """Return the weight that was taken apart; what JSON made lists of are tuples again."""
-    if about["format"] == "dense":
-        return parts["weight"]
-    plain = {n: tuple(v) if isinstance(v, list) else v for n, v in about.items() if n != "format"}
-    return FORMATS[about["format"]](**plain, **parts)
-
-
 @cache
-def described(told: str) -> dict[str, Any]:
-    """Return what a layer told the operator about itself."""
-    return json.loads(told)
+def read_spec(spec: str) -> dict[str, Any]:
+    """Return the spec that a layer passed to the operator."""
+    return json.loads(spec)
 
 
-def rebuilt(parts: Sequence[Tensor], bias: Tensor | None, told: str) -> Sparse:
-    """Return the layer of these tensors, parts in the order of its forms."""
-    about, tensors = described(told), iter(parts)
-    forms = {at: put_together(how, {n: next(tensors) for n in names}) for at, how, names in about["forms"]}
-    like: Any = about["like"] and SimpleNamespace(**about["like"], bias=bias)
-    act = about["activation"]
-    layer = SparseConv(forms, like=like, activation=act) if like else SparseLinear(forms, bias, act, about["rounds"])
+def from_spec(parts: Sequence[Tensor], bias: Tensor | None, text: str) -> Sparse:
+    """Return the layer of a spec and its tensors, in the order of its buffers."""
+    spec, tensors = read_spec(text), iter(parts)
+    weights = {}
+    for start, metadata, names in spec["formats"]:
+        named = {n: next(tensors) for n in names}
+        weights[start] = named["weight"] if metadata["format"] == "dense" else from_tensors(metadata, named)
+    like: Any = spec["like"] and SimpleNamespace(**spec["like"], bias=bias)
+    act = spec["activation"]
+    layer = (
+        SparseConv(weights, like=like, activation=act)
+        if like
+        else SparseLinear(weights, bias, act, spec["int8_inputs"])
+    )
     layer.bias = None if bias is None else bias.detach()  # not a copy: edits are seen
     return layer
 

@@ -1,7 +1,8 @@
-"""What was fastest for a layer, kept in a file: timings hold for one CPU, instruction set, number of threads and torch.
+"""The tuning cache: which kernel was fastest for a layer, kept in a file so that it is measured once.
 
-The file is `choices.json` in `$RAREFY_CACHE`, or in `rarefy` where the user's caches are (`$XDG_CACHE_HOME`, ~/.cache).
-It may be deleted at any time; what cannot be read in it is measured anew.
+Timings hold for one CPU, instruction set, number of threads, build of the kernels and version of torch. The file is
+`tuning_cache.json` in `$RAREFY_CACHE`, else in the folder `rarefy` of the user's caches (`$XDG_CACHE_HOME` or
+~/.cache). It may be deleted at any time; entries that cannot be read are measured again.
 """
 
 from __future__ import annotations
@@ -19,54 +20,47 @@ from rarefy.common.atomic_io import write_whole
 from rarefy.evaluation.profiling import machine
 from rarefy.runtime import bindings
 
-MOST_BYTES = 16 << 20  # of a file that is read
-Choice = dict[int, tuple[str, float]]  # number of inputs -> (way, times as fast as dense)
+MAX_BYTES = 16 << 20  # a larger file is not read
+Choice = dict[int, tuple[str, float]]  # batch -> (name of the fastest kernel, speedup over dense)
 
 
-def usual_file() -> Path:
-    """Return where choices are kept unless another file is named."""
-    own = os.environ.get("RAREFY_CACHE")
+def default_file() -> Path:
+    """Return the file of the tuning cache where the user names no other."""
+    folder = os.environ.get("RAREFY_CACHE")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(own) if own else caches / "rarefy") / "choices.json"
+    return (Path(folder) if folder else caches / "rarefy") / "tuning_cache.json"
 
 
-def this_machine() -> str:
-    """Return what choices depend on besides the layer."""
-    here = machine()
-    told = (
-        here["cpu"],
-        " ".join(here["extensions"]),
-        bindings.isa(),
-        here["threads"],
-        torch.__version__,
-        bindings.digest(),
-    )
-    return " | ".join(map(str, told))
+def machine_key() -> str:
+    """Return a text of all that timings depend on besides the layer."""
+    cpu = machine()
+    software = bindings.isa(), cpu["threads"], torch.__version__, bindings.digest()
+    return " | ".join(map(str, (cpu["cpu"], " ".join(cpu["extensions"]), *software)))
 
 
 def read(file: Path) -> dict[str, Choice]:
-    """Return the choices made on this machine, by layer; none where the file is missing or not what it should be."""
-    held = _held(file).get(this_machine())
-    found = {}
-    for layer, choice in held.items() if isinstance(held, dict) else ():
+    """Return the choices made on this machine by layer; empty where the file is missing or not readable."""
+    entries = _entries(file).get(machine_key())
+    choices = {}
+    for layer, choice in entries.items() if isinstance(entries, dict) else ():
         with suppress(ValueError, TypeError, AttributeError):
-            found[layer] = {int(n): (str(way), float(gain)) for n, (way, gain) in choice.items()}
-    return found
+            choices[layer] = {int(n): (str(name), float(speedup)) for n, (name, speedup) in choice.items()}
+    return choices
 
 
-def write(file: Path, known: Mapping[str, Choice]) -> None:
-    """Add choices to the file, for this machine; a file that cannot be written costs the next run its time."""
-    held = _held(file)
-    old = held.get(this_machine())
-    held[this_machine()] = {**(old if isinstance(old, dict) else {}), **known}
+def write(file: Path, choices: Mapping[str, Choice]) -> None:
+    """Add choices of this machine to the file. A file that cannot be written is no error: the next run measures."""
+    entries = _entries(file)
+    old = entries.get(machine_key())
+    entries[machine_key()] = {**(old if isinstance(old, dict) else {}), **choices}
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(held, indent=0))
+        write_whole(file, json.dumps(entries, indent=0))
 
 
-def _held(file: Path) -> dict[str, Any]:
+def _entries(file: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError):
-        if file.stat().st_size <= MOST_BYTES:
-            held = json.loads(file.read_text(encoding="utf-8"))
-            return held if isinstance(held, dict) else {}
+        if file.stat().st_size <= MAX_BYTES:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+            return entries if isinstance(entries, dict) else {}
     return {}

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import VIEWS, Node, Traced, aten, is_node, kind_of, new_constant, put, same, shape
-from rarefy.runtime.sparse_layers import Sparse, rebuilt
+from rarefy.runtime.sparse_layers import Sparse, from_spec
 
 
 def linear(t: Traced, node: Node) -> None:
@@ -31,8 +31,8 @@ def linear(t: Traced, node: Node) -> None:
 def _unpack_sparse(t: Traced, node: Node) -> None:
     """A layer that runs sparse already: its weight once more, for the plan to pack."""
     x, parts, bias, about = node.args
-    layer = rebuilt([t.constants[p.name] for p in parts], None, about)
-    if len(layer.shape) != 2 or layer.rounds or _small(layer):
+    layer = from_spec([t.constants[p.name] for p in parts], None, about)
+    if len(layer.shape) != 2 or layer.int8_inputs or _small(layer):
         return
     with t.graph.inserting_before(next(iter(t.graph.nodes))):
         w = t.graph.placeholder(f"{parts[0].name}_unpacked")
@@ -42,7 +42,7 @@ def _unpack_sparse(t: Traced, node: Node) -> None:
 
 def _small(layer: Sparse) -> bool:
     """Whether a layer's weight has other numbers than fp32."""
-    return any(how.get("kind", "fp32") != "fp32" for _, how in layer.about)
+    return any(how.get("kind", "fp32") != "fp32" for _, how in layer.formats)
 
 
 def reshaped(t: Traced, node: Node) -> None:
