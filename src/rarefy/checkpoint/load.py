@@ -221,7 +221,7 @@ def _remember(model: nn.Module, receipt: Path, recipe: Any) -> None:
         known = Receipt(
             **{
                 **values,
-                **{k: tuple(values.get(k, ())) for k in ("speed", "stages", "notes")},
+                **{k: tuple(values.get(k, ())) for k in ("speed", "stages", "notes", "samples")},
             }
         )
         _ = str(known) + known.to_json()  # what cannot be printed cannot be kept

@@ -20,6 +20,8 @@ from rarefy.evaluation import profiling
 from rarefy.evaluation.example_inputs import example_of, generates
 from rarefy.generation.decoder import Decoder, decoder
 from rarefy.model import hf
+from rarefy.pipeline import engine_evaluation
+from rarefy.pipeline.engine_evaluation import decode_step
 
 Subject = nn.Module | Compiled | Decoder
 
@@ -69,7 +71,9 @@ def _writes(subject: Subject) -> bool:
 
 
 def _rates(subjects: Mapping[str, Any], tokens: int, new: int, repeats: int, progress: bool) -> list[Mapping[str, Any]]:
-    steps = {n: _step(s, tokens + new) if isinstance(s, Decoder) else profiling.step_of(s) for n, s in subjects.items()}
+    steps = {
+        n: decode_step(s, tokens + new) if isinstance(s, Decoder) else profiling.step_of(s) for n, s in subjects.items()
+    }
     first = next(iter(subjects.values()))
     many = first.vocabulary if isinstance(first, Decoder) else first.config.vocab_size
     found = profiling.rates(steps, many, prompt=tokens, new=new, repeats=repeats, progress=progress)
@@ -78,16 +82,6 @@ def _rates(subjects: Mapping[str, Any], tokens: int, new: int, repeats: int, pro
         for kind in ("prefill", "decode")
         for name, rates in found.items()
     ]
-
-
-def _step(made: Decoder, most: int) -> profiling.Step:
-    """A decoder's step, of texts of at most so many tokens."""
-
-    def step(ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-        cache = made.cache(len(ids), most) if state is None else state
-        return made(ids, cache, last=True), cache
-
-    return step
 
 
 def _calls(
@@ -140,6 +134,4 @@ def resident_bytes(subject: Subject) -> int:
     """Return the bytes that weights hold in memory, shared ones once."""
     if isinstance(subject, nn.Module):
         return profiling.resident_bytes(subject)
-    made = subject.compiled if isinstance(subject, Decoder) else subject
-    tensors = [*made.constants.values(), *(t for k in made.kernels.values() for t in k.tensors())]
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())  # several lie in one piece of memory
+    return engine_evaluation.resident_bytes(subject)

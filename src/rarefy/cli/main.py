@@ -81,6 +81,7 @@ def compress(
             help="Where each epoch's numbers go besides: a file for JSON lines, tensorboard:FOLDER, wandb:PROJECT."
         ),
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print the receipt with its table of layers.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -146,7 +147,7 @@ def compress(
             files = side_files(source)
             how = {"format": plan.save.format, "compress": plan.save.compress}
             save(loaded, out, receipt=receipt, files=files, overwrite=force, **how)
-    shared.show(receipt, as_json, quiet)
+    shared.show(receipt if as_json or verbose else receipt.summary(), as_json, quiet)
     if not quiet:
         print(f"written to {out}", file=sys.stderr)
     if not receipt.passed:

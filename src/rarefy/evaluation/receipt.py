@@ -22,6 +22,7 @@ class Receipt:
     sparsity  asked, achieved, weights, zeros, layers: one row a layer
     speed     a row a measurement: what, before, after (accelerated), unit, with quartiles
     flops     what, before, after
+    samples   prompt, before, after: what both models write after a prompt
     """
 
     name: str
@@ -34,6 +35,7 @@ class Receipt:
     stages: tuple[Mapping[str, Any], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    samples: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -53,13 +55,24 @@ class Receipt:
         return json.dumps(self.__dict__, indent=1, allow_nan=False)
 
     def __str__(self) -> str:
+        return self._text(layers=True)
+
+    def summary(self) -> str:
+        """Return the receipt as text without the table of layers: what the command line prints."""
+        return self._text(layers=False)
+
+    def _text(self, layers: bool) -> str:
         lines = [f"Receipt: {self.name}", ""]
-        if self.sparsity.get("layers"):
+        if layers and self.sparsity.get("layers"):
             lines += [table(_grouped(self.sparsity["layers"])), ""]
         rows = [*self._quality(), *self._units(), *self._bytes(), *self._speed()]
         if rows:
             lines += [table(rows), ""]
         settings = self.settings
+        for sample in self.samples:
+            lines += [f"{sample['prompt']} ...", *(f"  {s}: {sample[s]}" for s in SIDES if s in sample), ""]
+        if settings.get("runs"):
+            lines.append("; ".join(f"{side}: {settings['runs'][side]}" for side in SIDES))
         if settings:
             machine = settings.get("machine", {})
             where = (

@@ -32,6 +32,7 @@ from rarefy.model.masks import fold_
 from rarefy.model.quant_grid import OnGrid
 from rarefy.model.sparsity_pattern import check_sparsity, parse
 from rarefy.pipeline.dry_run import naming, targets
+from rarefy.pipeline.engine_evaluation import check_sample, engine_of, sample_of, token_rates
 from rarefy.pipeline.measurements import layer_rows, receipt_of, state_of
 from rarefy.pipeline.run_data import Given, Labelled, calibrates, needs_of
 from rarefy.pipeline.train_stage import check_stage, train_
@@ -96,6 +97,7 @@ def compress_(
     given = Given(plan, data, tokenizer, base)
     if plan.evaluate and plan.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
+    check_sample(plan, tokenizer)
     _check_data(model, plan, given)
     with offload.keeping(model, memory):
         return _compress(model, plan, given, loss, memory, resume_dir, log, progress, began)
@@ -136,16 +138,21 @@ def _compress(
     rows = layer_rows(reports)
     fold_(model)
     model.rarefy_recipe = plan.to_dict()  # type: ignore[assignment]
-    after = state_of(model, plan, held_out, progress)
+    engine = engine_of(model, plan, held_out) if plan.evaluate and plan.evaluate.engine else None
+    after = state_of(model, plan, held_out, progress, engine)
     speed: tuple[Mapping[str, Any], ...] = ()
+    samples: tuple[Mapping[str, Any], ...] = ()
     if dense is not None and timed:
         with evaluating(model), evaluating(dense):
-            models = {"before": dense, "after": model}
+            models = {"before": dense, "after": model if engine is None else engine}
             if plan.evaluate and plan.evaluate.accelerate:
                 models["accelerated"], told = _accelerated(plan, model, held_out, progress)
                 reports.append(told)
             speed = _speed(plan, models, held_out, progress)
-    receipt = receipt_of(plan, model, before, after, rows, speed, reports, time.perf_counter() - began)
+            if plan.evaluate and plan.evaluate.decode and plan.evaluate.decode.text:
+                samples = (sample_of(models, given.tokenizer, plan.evaluate.decode.text),)
+    seconds = time.perf_counter() - began
+    receipt = receipt_of(plan, model, before, after, rows, speed, reports, seconds, engine, samples)
     model.rarefy_receipt = receipt  # type: ignore[assignment]
     return receipt
 
@@ -368,7 +375,7 @@ def _speed(
     rows: list[Mapping[str, Any]] = []
     if plan.evaluate.decode:
         d = plan.evaluate.decode
-        rates = profiling.decode_and_prefill(pair, prompt=d.prompt, new=d.new, repeats=d.repeats, progress=progress)
+        rates = token_rates(pair, prompt=d.prompt, new=d.new, repeats=d.repeats, progress=progress)
         for kind, what in (("prefill", f"prefill of {d.prompt}"), ("decode", f"decode of {d.new}, batch 1")):
             sides = {side: {**r[kind], "median": r[kind]["tokens_per_second"]} for side, r in rates.items()}
             rows.append({"what": what, "unit": "tokens/s", **sides})

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy.checkpoint.save import pack
 from rarefy.checkpoint.tensor_slots import aliases
@@ -20,21 +20,34 @@ from rarefy.formats.quantized_encodings import label
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import plain_state
+from rarefy.pipeline.engine_evaluation import EngineModule, resident_bytes, skips_zeros
 from rarefy.recipe import parser as recipes
 
 EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
+ENGINE_DENSE = "the zeros make files smaller, not the engine faster: too few to skip, so the kernels run dense"
+EAGER = "eager torch, fp32"
 EXECUTED_WIDE = "stored in few bits, computed in the model's own numbers: no speed-up is claimed for the bits"
 
 
-def state_of(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool) -> dict[str, Any]:
-    """What is measured before and again after."""
+def state_of(
+    model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool, engine: EngineModule | None = None
+) -> dict[str, Any]:
+    """Measure what a receipt has of one side, before or after.
+
+    Args:
+        model: the model in eager torch.
+        plan: the recipe.
+        held_out: the evaluation batches.
+        progress: whether to draw progress bars.
+        engine: the model on the engine, where quality and memory are those of the engine.
+    """
     out: dict[str, Any] = {
-        "memory": profiling.resident_bytes(model),
-        "disk": packed_bytes(model, plan.save.format),
+        "memory": profiling.resident_bytes(model) if engine is None else resident_bytes(engine.engine),
+        "dense_bytes": sum(t.numel() * t.element_size() for t in _stored(model).values()),
         "sparsity": _model_sparsity(model),
     }
     if plan.evaluate:
-        quality = METRICS[plan.evaluate.metric](model, held_out, progress=progress)
+        quality = METRICS[plan.evaluate.metric](engine or model, held_out, progress=progress)
         if not math.isfinite(quality):
             raise ModelError(f"the {plan.evaluate.metric} is {quality} on the evaluation data")
         out["quality"] = quality
@@ -46,12 +59,17 @@ def state_of(model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bo
 
 def packed_bytes(model: nn.Module, format: str) -> dict[str, Any]:
     """Exact bytes of every stored tensor, by name, dense and in the save format."""
-    tied = aliases(model)
     dense, packed, formats = {}, {}, {}
-    state = {n: t for n, t in plain_state(model) if n not in tied}
+    state = _stored(model)
     for name, p in pack(model, state, format):
         dense[name], packed[name], formats[name] = state[name].numel() * state[name].element_size(), p.nbytes, label(p)
     return {"dense": dense, "packed": packed, "formats": formats}
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a saved model has, tied ones once."""
+    tied = aliases(model)
+    return {n: t for n, t in plain_state(model) if n not in tied}
 
 
 def _model_sparsity(model: nn.Module) -> float:
@@ -77,13 +95,16 @@ def receipt_of(
     speed: tuple[Mapping[str, Any], ...],
     reports: list[Report],
     seconds: float,
+    engine: EngineModule | None = None,
+    samples: tuple[Mapping[str, Any], ...] = (),
 ) -> Receipt:
-    dense, packed, formats = (after["disk"][k] for k in ("dense", "packed", "formats"))
+    disk = packed_bytes(model, plan.save.format)
+    dense, packed, formats = (disk[k] for k in ("dense", "packed", "formats"))
     rows = [row for row in rows if _name_of(row["layer"], packed)]
     for row in rows:
         name = _name_of(row["layer"], packed)
         row.update(format=formats[name], bytes=packed[name], dense_bytes=dense[name])
-    first, now = sum(before["disk"]["dense"].values()), sum(packed.values())
+    first, now = before["dense_bytes"], sum(packed.values())
     e, quality, flops = plan.evaluate, {}, {}
     if e:
         worse = (after["quality"] - before["quality"]) / max(abs(before["quality"]), 1e-12)
@@ -111,7 +132,9 @@ def receipt_of(
         "layers": rows,
     }
     notes = [n for r in reports for n in r.notes]
-    if not any(r.title == "accelerated" for r in reports):
+    if engine is not None:
+        notes += [ENGINE_DENSE] if zeros and not skips_zeros(engine.engine) else []
+    elif not any(r.title == "accelerated" for r in reports):
         notes += [EXECUTED_DENSE] if any(not f.endswith("dense") for f in formats.values()) else []
         notes += [EXECUTED_WIDE] if any(":" in f for f in formats.values()) else []
     return Receipt(
@@ -123,9 +146,20 @@ def receipt_of(
         speed=speed,
         flops=flops,
         stages=tuple(r.to_dict() for r in reports if r.title != "pruned"),
-        settings={"seed": plan.seed, "seconds": seconds, "machine": profiling.machine()},
+        samples=samples,
+        settings={
+            "seed": plan.seed,
+            "seconds": seconds,
+            "machine": profiling.machine(),
+            **({} if engine is None else {"runs": {"before": EAGER, "after": _engine_name(plan)}}),
+        },
         notes=tuple(notes),
     )
+
+
+def _engine_name(plan: recipes.Recipe) -> str:
+    precision = plan.evaluate.precision if plan.evaluate else None
+    return "Rarefy's engine" + (f", {precision}" if precision else "")
 
 
 def _name_of(layer: str, stored: Mapping[str, Any]) -> str | None:

@@ -318,6 +318,12 @@ def _check(made: Any, node: Node) -> None:
         raise RecipeError(
             f"accelerate has no effect: it is timed by latency or decode, give one [{place('accelerate')}]"
         )
+    if isinstance(made, Evaluate) and made.precision is not None and not made.engine:
+        raise RecipeError(f"precision has no effect without engine: true [{place('precision')}]")
+    if isinstance(made, Evaluate) and made.accelerate and made.engine:
+        raise RecipeError(
+            f"accelerate times eager torch and engine the engine: leave one of them out [{place('accelerate')}]"
+        )
     if isinstance(made, Prune) and made.solver is not None:
         try:
             resolve(made.solver)

@@ -223,17 +223,21 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decode:
-    """Time a causal language model at batch 1: reading a prompt, writing new tokens."""
+    """Time a causal language model at batch 1: a prompt of so many tokens (prefill), then so many new ones (decode).
+    `text` is the beginning of a sentence that both models finish, for the receipt."""
 
     prompt: int = 256
     new: int = 24
     repeats: int = 5
+    text: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluate:
     """Measure before and after on held-out data. `max_degradation: 0.15` makes a larger relative loss a failed check;
-    `accelerate: true` times the model also with layers that skip zeros (`accelerate_`)."""
+    `accelerate: true` times the model also with layers that skip zeros (`accelerate_`). `engine: true` evaluates and
+    times the result on the engine instead of eager torch: with `rarefy.decoder` for causal language models, with
+    `rarefy.compile` for others, in `precision` (int8, or null for that of the model)."""
 
     metric: str
     data: str | None = None
@@ -243,6 +247,8 @@ class Evaluate:
     latency: Latency | None = None
     decode: Decode | None = None
     accelerate: bool = False
+    engine: bool = False
+    precision: str | None = None
     max_degradation: float | None = None
 
 
@@ -260,6 +266,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": DTYPES,
     "metric": ("perplexity", "accuracy"),
+    "precision": ("int8",),
     "validate": ("perplexity", "accuracy"),
     "autocast": tuple(AUTOCAST),
     "format": ("smallest", "dense", "dense+mask", "bitmask", "csr", "csc", "bsr", "nm"),
