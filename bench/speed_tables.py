@@ -240,6 +240,8 @@ def demo() -> str:
             after = item["accelerated"]["tokens_per_second"]
             lines.append(("  with sparse layers", number(before), number(after), f"{after / before:.2f}x"))
     text = "\n".join(f"{a:<32} {b:>14} {c:>14} {d:>8}" for a, b, c, d in [("", "before", "after", "change"), *lines])
+    for sample in receipt.get("samples", ()):
+        text += f"\n\n{sample['prompt']} ...\n  before: {sample['before']}\n  after:  {sample['after']}"
     where = f"{machine(row)}, {settings['machine']['threads']} threads, {settings['seconds']:.0f} s"
     return f"```\n{text}\n```\n\n{where}."
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from conftest import sample
 from rarefy.recipe import parser
 
 ROOT = Path(__file__).parents[1]
-PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.name != "log.md"]
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*TOP, *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "log.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
@@ -52,6 +54,8 @@ def test_outputs_are_compared():
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """Run the blocks of a page in one namespace and an empty folder; a `text` block after one is what it prints."""
     monkeypatch.chdir(tmp_path)
+    for name in re.findall(r'model_folder\("([\w-]+)"\)', page.read_text(encoding="utf-8")):
+        sample(name)
     names = {"__name__": page.stem}
     printed = None
     for kind, text in blocks(page):
@@ -159,3 +163,11 @@ def test_readme_is_short():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150 and len(text.split()) <= 1600
     assert "make demo" in text and "make test" in text
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/troubleshooting.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_named_files_exist(page):
+    """A path in backticks, such as `prune/scores.py` or `csrc/`, is one of the repository or of the package."""
+    spans = re.findall(r"`([\w./]+/(?:[\w.]*))`", BLOCK.sub("", (ROOT / page).read_text(encoding="utf-8")))
+    paths = [s for s in spans if not s.startswith(("~", "out/"))]
+    assert not [p for p in paths if not (ROOT / p).exists() and not (ROOT / "src" / "rarefy" / p).exists()]
