@@ -172,7 +172,7 @@ def test_in_a_recipe(tmp_path):
         (
             {"activations": "int8-static", "data": [torch.full((2, 32), float("inf"))]},
             ModelError,
-            "0 is given NaN or inf",
+            "0 gets NaN or inf",
         ),
         ({"activations": "int8", "data": [torch.zeros(2, 32)]}, DataError, "data has no effect"),
         ({"smooth": 0.5}, PatternError, "smooth=0.5 has no effect without activations"),

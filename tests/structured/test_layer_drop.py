@@ -121,7 +121,7 @@ def test_depth_after_width_and_twice(tmp_path):
     again = rarefy.load(tmp_path / "out", model=make()).eval()
     torch.testing.assert_close(outputs(again, IDS).detach(), got)
     with pytest.raises(ContainerError, match="a cut left sizes that no config of LlamaForCausalLM can tell"):
-        rarefy.store.export(tmp_path / "out", tmp_path / "hf")
+        rarefy.export(tmp_path / "out", tmp_path / "hf")
     torch.testing.assert_close(outputs(rarefy.load(tmp_path / "out").eval(), IDS).detach(), got)
 
 
@@ -152,7 +152,7 @@ def test_configs_follow_and_transformers_loads_the_result(name, tmp_path):
     given = rarefy.load(tmp_path / "out", model=original)  # from the class, as it was before the cut
     torch.testing.assert_close(outputs(given.eval(), IDS).detach(), got)
     assert given.config.to_dict() == model.config.to_dict()
-    rarefy.store.export(tmp_path / "out", tmp_path / "hf")
+    rarefy.export(tmp_path / "out", tmp_path / "hf")
     auto = {"Bert": transformers.AutoModelForSequenceClassification}.get(family, transformers.AutoModelForCausalLM)
     plain = auto.from_pretrained(tmp_path / "hf").eval()
     torch.testing.assert_close(outputs(plain, IDS).detach(), got)

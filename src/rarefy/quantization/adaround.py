@@ -1,10 +1,11 @@
-"""Rounding that is learnt: whole blocks choose for each weight whether it goes up or down, and how large a step is, so
-that their outputs stay (AutoRound, Cheng 2024, eq. 3 and 5), by the sign of the gradient.
+"""Learned rounding: each weight goes up or down, and scales shrink, so that the outputs of whole blocks are preserved.
+
+AutoRound (Cheng 2024, eq. 3 and 5), trained by the sign of the gradient:
 
     W~ = s clip(round(W / s + V)),   s = a s0,   V in [-1/2, 1/2],   a in [1/2, 1]
 
-Each block learns on the inputs that the blocks before it now give it; the last batch is held out, its error chooses
-among what was passed on the way, and rounding to nearest is among it.
+Each block trains on inputs from the rounded blocks before it. The last batch is held out: its error selects the best
+state, and rounding to nearest is one of the candidates.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rarefy.prune.solver_config import in_bf16, passes
 from rarefy.quantization.config import Ask, QuantizedWeight
 from rarefy.quantization.grids import fit_grid
 
-LOOKS = 10  # times that the held-out error is looked at
+EVALUATIONS = 10  # of the held-out error
 
 
 def learn_rounding_(
@@ -42,39 +43,43 @@ def learn_rounding_(
     data: Iterable[Any],
     progress: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], list[QuantizedWeight]]:
-    """Round the chosen layers in place, block by block; return what is to be told of each (its block's held-out error
-    before and after), and its grid. Layers in no block are rounded to nearest. O(steps x three passes of a block)."""
+    """Round the selected layers in place, block by block; return their report rows and their grids.
+
+    A row holds the held-out error of the layer's block before and after. Layers outside of blocks are rounded to
+    nearest. O(steps x three passes of a block).
+    """
     solver = ask.solver
     assert solver is not None
     data = data if isinstance(data, list | tuple) else list(data)
     first = check_solvable(chosen, data, "solver round")
     rows: dict[str, dict[str, Any]] = {}
-    made: dict[str, QuantizedWeight] = {}
+    quantized: dict[str, QuantizedWeight] = {}
     with distributed.together(), passes(solver):
-        places = with_ends(order(model, first, chosen, dense=True), _found(model, chosen, solver.blocks))
-        with closing(walk(model, data, places, dense=True)) as stops:
-            for stop in track(stops, "learning to round", progress, len(places)):
+        groups = with_ends(order(model, first, chosen, dense=True), _blocks_of(model, chosen, solver.blocks))
+        with closing(walk(model, data, groups, dense=True)) as stops:
+            for stop in track(stops, "learning to round", progress, len(groups)):
                 if isinstance(stop, End):
                     with torch.autocast("cpu", enabled=False):
-                        _learn(stop, ask, shapes, rows, made)
+                        _learn(stop, ask, shapes, rows, quantized)
     for layer in chosen:
-        if layer.full_name not in made:
+        if layer.full_name not in quantized:
             weight = layer.weight.detach()
             grid = fit_grid(weight, shapes[layer.full_name], ask)
-            rows[layer.full_name], made[layer.full_name] = {}, (grid, grid.snap(weight), None)
-    return rows, [made[l.full_name] for l in chosen]
+            rows[layer.full_name], quantized[layer.full_name] = {}, (grid, grid.snap(weight), None)
+    return rows, [quantized[l.full_name] for l in chosen]
 
 
-def _found(model: nn.Module, chosen: Sequence[Layer], names: str | None) -> list[Block]:
+def _blocks_of(model: nn.Module, chosen: Sequence[Layer], names: str | None) -> list[Block]:
+    """Return the blocks to train. Raises ModelError for a model without blocks."""
     try:
         return blocks(model, chosen, names)
     except ModelError as error:
-        words = str(error).replace("to reconstruct: leave reconstruct out", "that could learn: take solver='obs'")
-        raise ModelError(words) from None
+        message = str(error).replace("to reconstruct: leave reconstruct out", "that could learn: take solver='obs'")
+        raise ModelError(message) from None
 
 
 class LearnedRounding:
-    """A weight that learns how to be rounded."""
+    """A weight with trainable rounding offsets V and scale factors a."""
 
     def __init__(self, layer: Layer, grid: Grid):
         self.layer, self.grid = layer, grid
@@ -84,25 +89,25 @@ class LearnedRounding:
         self.best = (self.V.detach().clone(), self.a.detach().clone())
 
     def weight(self) -> Tensor:
-        """The weight as it is rounded now, with gradients for V and a."""
+        """Return the rounded weight, with gradients for V and a."""
         low, high = self.grid.range
         scale = beside(self.grid.scale.float() * self.a)
         zero = 0 if self.grid.zero is None else beside(self.grid.zero.float())
         x = split(self.W, self.grid.scale.shape) / scale + split(self.V, self.grid.scale.shape)
         code = (x + (x.round() - x).detach() + zero).clamp(low, high) - zero
-        code = torch.where(split(self.W, self.grid.scale.shape) == 0, 0.0, code)  # what is zero stays zero
+        code = torch.where(split(self.W, self.grid.scale.shape) == 0, 0.0, code)  # zeros stay zero
         return (code * scale).reshape(self.W.shape).to(self.layer.original.dtype)
 
     @torch.no_grad()
     def step(self, V: Tensor | None, a: Tensor | None, lr: float) -> None:
-        """Go a step against the signs of the gradients."""
+        """Take a step against the signs of the gradients."""
         if V is not None and a is not None:
             self.V.sub_(lr * V.sign()).clamp_(-0.5, 0.5)
             self.a.sub_(lr * a.sign()).clamp_(0.5, 1.0)
 
     @torch.no_grad()
     def done(self) -> tuple[Grid, Tensor]:
-        """The grid and the weight on it, of the best that was seen."""
+        """Return the grid and the rounded weight of the best state."""
         V, a = self.best
         scale = (self.grid.scale.float() * a).to(self.grid.scale.dtype)
         self.grid = Grid(self.grid.bits, scale, self.grid.zero)
@@ -117,41 +122,42 @@ def _learn(
     ask: Ask,
     shapes: Mapping[str, tuple[int, ...]],
     rows: dict[str, dict[str, Any]],
-    made: dict[str, QuantizedWeight],
+    quantized: dict[str, QuantizedWeight],
 ) -> None:
-    began, solver = time.perf_counter(), ask.solver
+    """Train the rounding of one block and write its weights."""
+    started, solver = time.perf_counter(), ask.solver
     assert solver is not None and solver.steps is not None
     module, layers = end.block.module, end.block.layers
     names = {id(p): n for n, p in module.named_parameters()}
-    learnt = {
+    roundings = {
         names[id(l.original)]: LearnedRounding(l, fit_grid(l.weight.detach(), shapes[l.full_name], ask)) for l in layers
     }
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(module, {n: r.weight() for n, r in learnt.items()}, args, kwargs)
+        return functional_call(module, {n: r.weight() for n, r in roundings.items()}, args, kwargs)
 
     train, held, bf16 = end.calls[:-1] or end.calls, end.calls[-1:], in_bf16(solver)
-    start = least = block_error(run, held, bf16)
-    tensors = [t for r in learnt.values() for t in (r.V, r.a)]
+    start = best = block_error(run, held, bf16)
+    tensors = [t for r in roundings.values() for t in (r.V, r.a)]
     rate = solver.lr or 1 / solver.steps
     for step in range(solver.steps):
         with torch.enable_grad():
             grads = torch.autograd.grad(block_loss(run, train[step % len(train)], bf16), tensors, allow_unused=True)
         lr = rate * (1 - step / solver.steps)
-        for i, r in enumerate(learnt.values()):
+        for i, r in enumerate(roundings.values()):
             r.step(grads[2 * i], grads[2 * i + 1], lr)
-        if (step + 1) % max(1, solver.steps // LOOKS) == 0:
-            now = block_error(run, held, bf16)
-            if now < least:
-                least = now
-                for r in learnt.values():
+        if (step + 1) % max(1, solver.steps // EVALUATIONS) == 0:
+            error = block_error(run, held, bf16)
+            if error < best:
+                best = error
+                for r in roundings.values():
                     r.best = r.V.detach().clone(), r.a.detach().clone()
-    seconds = (time.perf_counter() - began) / len(layers)
-    for r in learnt.values():
+    seconds = (time.perf_counter() - started) / len(layers)
+    for r in roundings.values():
         grid, weight = r.done()
         mask = get_mask(r.layer)
         with torch.no_grad():
             r.layer.original.copy_(weight if mask is None else torch.where(mask, weight, r.layer.original))
-        made[r.layer.full_name] = grid, weight, None
-        rows[r.layer.full_name] = {"nearest": start, "error": least, "seconds": seconds}
+        quantized[r.layer.full_name] = grid, weight, None
+        rows[r.layer.full_name] = {"nearest": start, "error": best, "seconds": seconds}
     end.changed = True

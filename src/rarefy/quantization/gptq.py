@@ -1,5 +1,8 @@
-"""Rounding by second order: one walk through the model, each group of layers put on its grids on the inputs it really
-gets, zeros chosen along the way where a pattern asks for them."""
+"""GPTQ (Frantar 2023): second-order rounding in one pass through the model, layer by layer.
+
+Each layer is rounded on the inputs that it gets from layers rounded before it. With a pattern, zeros are chosen in the
+same pass.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,9 @@ def gptq_(
     data: Iterable[Any],
     progress: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], list[QuantizedWeight]]:
-    """Round the chosen layers in place, each on the inputs that it gets from layers rounded before it; return what is
-    to be told of each (its relative error on these inputs, damping, seconds), and its grid. One forward pass + solver.
+    """Round the selected layers in place; return their report rows (relative error, damping, seconds) and their grids.
+
+    Each layer is rounded on the inputs from layers rounded before it. One forward pass and the solver.
     """
     solver = ask.solver
     assert solver is not None
@@ -43,7 +47,7 @@ def gptq_(
     first = check_solvable(chosen, data, f"solver {solver.name}")
     dense = bool(solver.asymmetric)
     rows: dict[str, dict[str, Any]] = {}
-    made: dict[str, QuantizedWeight] = {}
+    quantized: dict[str, QuantizedWeight] = {}
     with passes(solver):
         groups = order(model, first, chosen, dense=dense)
         with closing(walk(model, data, groups, dense=dense)) as stops:
@@ -51,49 +55,51 @@ def gptq_(
                 assert isinstance(stop, Stop)
                 with torch.autocast("cpu", enabled=False):
                     for layer in stop.group.layers:
-                        rows[layer.full_name], made[layer.full_name] = _solve(layer, stop, ask, shapes)
-    return rows, [made[l.full_name] for l in chosen]
+                        rows[layer.full_name], quantized[layer.full_name] = _solve(layer, stop, ask, shapes)
+    return rows, [quantized[l.full_name] for l in chosen]
 
 
 def _solve(
     layer: Layer, stop: Stop, ask: Ask, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any], QuantizedWeight]:
-    began, H, solver = time.perf_counter(), stop.gram.H, ask.solver
+    """Round one layer; return its report row and its quantized weight."""
+    start, H, solver = time.perf_counter(), stop.gram.H, ask.solver
     assert H is not None and solver is not None and solver.damping is not None and solver.block is not None
     W = matrix(layer, layer.weight.detach().float())
     if not torch.isfinite(W).all():
         raise ModelError(f"{layer.full_name}: NaN or inf in its weights")
-    U, used = factor([layer], H, solver.damping)
+    U, damping = factor([layer], H, solver.damping)
     target = target_of(W, H, stop.gram, solver)
     columns, shape = _importance(layer, H), tuple(layer.original.shape)
-    mask, fresh = get_mask(layer), None
+    mask, new_mask = get_mask(layer), None
     if ask.pattern is None:
-        kept = torch.ones_like(W, dtype=torch.bool) if mask is None else matrix(layer, mask)
+        keep = torch.ones_like(W, dtype=torch.bool) if mask is None else matrix(layer, mask)
         edges = _edges(W.shape[-1], ask)
-    else:  # the mask first, then the best weights for it: rounding these to nearby ones costs least
+    else:  # choose the mask, refit the weights to it, then round: this has the least error
         prune = PruneAsk(ask.pattern, ask.sparsity, {layer.full_name: ask.sparsity}, "layer")
         choose, parts = choosers([layer], prune, {})
         edges = parts[0].edges(_block(ask))
-        target, kept = solvers.obs(target, U, choose, edges)
-        target = solvers.refit(target, target_of(W, H, stop.gram, solver), solvers.damped(H, used), kept)
-        fresh = stored(layer, kept, shape)
-    snap = ColumnGrid(layer, torch.where(kept, target, 0.0), ask, shapes[layer.full_name], columns)
-    new, _ = solvers.obs(target, U, given_mask(kept), edges, snap)
-    grid = snap.grid()
-    weight = stored(layer, new, shape).to(layer.original.dtype)
-    weight = torch.where(weight == 0, 0.0, grid.snap(weight))  # what half a step of the weight's type has moved
+        target, keep = solvers.obs(target, U, choose, edges)
+        target = solvers.refit(target, target_of(W, H, stop.gram, solver), solvers.damped(H, damping), keep)
+        new_mask = stored(layer, keep, shape)
+    column_grid = ColumnGrid(layer, torch.where(keep, target, 0.0), ask, shapes[layer.full_name], columns)
+    rounded, _ = solvers.obs(target, U, given_mask(keep), edges, column_grid)
+    grid = column_grid.grid()
+    weight = stored(layer, rounded, shape).to(layer.original.dtype)
+    # casting to the weight's dtype may have moved it off the grid
+    weight = torch.where(weight == 0, 0.0, grid.snap(weight))
     weight = check_finite(layer, grid, weight)
     error, energy = (
         solvers.error(matrix(layer, weight.float()), W, H).sum(),
         solvers.error(torch.zeros_like(W), W, H).sum(),
     )
     stop.weights[layer.full_name] = weight
-    told = {"error": float(error / energy.clamp(min=1e-30)), "damping": used, "seconds": time.perf_counter() - began}
-    return told, (grid, weight, fresh)
+    row = {"error": float(error / energy.clamp(min=1e-30)), "damping": damping, "seconds": time.perf_counter() - start}
+    return row, (grid, weight, new_mask)
 
 
 def _block(ask: Ask) -> int:
-    """Columns of a block: whole groups of them."""
+    """Return the columns of a block: whole groups."""
     assert ask.solver is not None and ask.solver.block is not None
     if not isinstance(ask.group, int):
         return ask.solver.block
@@ -101,19 +107,23 @@ def _block(ask: Ask) -> int:
 
 
 def _edges(columns: int, ask: Ask) -> list[int]:
+    """Return the block boundaries of that many columns."""
     step = _block(ask)
     return [*range(0, columns, step), columns]
 
 
 def _importance(layer: Layer, H: Tensor) -> Tensor:
-    """How much the error of each weight in a column counts, [G, 1, C]; inputs that are always zero count a little."""
+    """Return the error weight of each column, [G, 1, C]; inputs that are always zero have a small one."""
     d = H.diagonal(dim1=-2, dim2=-1)
     return (d + 1e-3 * d.mean(-1, keepdim=True) + 1e-12)[:, None]
 
 
 class ColumnGrid:
-    """A layer's grid, a column of its matrix [G, O, C] at a time. Scales that groups of inputs share are found when the
-    group is reached, from weights that have taken up the errors of those before; all others from the layer's own."""
+    """The quantization grid of a layer, one column of its matrix [G, O, C] at a time.
+
+    Scales of input groups are fitted when the group is reached, on weights that hold the propagated errors of earlier
+    groups. All other scales are fitted on the original weights.
+    """
 
     def __init__(self, layer: Layer, W: Tensor, ask: Ask, shape: tuple[int, ...], columns: Tensor):
         self.layer, self.ask, self.shape, self.columns = layer, ask, shape, columns
@@ -126,7 +136,7 @@ class ColumnGrid:
         self.low, self.high = grid.range
 
     def begin(self, W: Tensor, kept: Tensor, first: int) -> None:
-        """See `rarefy.prune.solvers.Snap`."""
+        """Fit the scales of the group that starts at column `first`; see `rarefy.prune.solvers.Snap`."""
         G, n, O = W.shape
         X = torch.where(kept, W, 0.0).transpose(1, 2).reshape(G * O, n)  # zero is a point of every grid
         weigh = self.columns[..., first : first + n].expand(G, O, n).reshape(G * O, n)
@@ -136,19 +146,19 @@ class ColumnGrid:
             self.zero[..., first : first + n] = zero.float().reshape(G, O, 1)
 
     def __call__(self, w: Tensor, column: int) -> Tensor:
-        """See `rarefy.prune.solvers.Snap`."""
+        """Round a column to the grid; see `rarefy.prune.solvers.Snap`."""
         scale = self.scale[..., column]
         zero = 0 if self.zero is None else self.zero[..., column]
         return ((w / scale).round() + zero).clamp(self.low, self.high).sub(zero) * scale
 
     def grid(self) -> Grid:
-        """Return the grid as the layer stores its weight."""
-        kept = [self._first(self.scale)] + ([] if self.zero is None else [self._first(self.zero)])
-        scale = kept[0].bfloat16() if isinstance(self.ask.group, int) else kept[0]
-        return Grid(self.ask.bits, scale, kept[1].to(torch.uint8) if len(kept) > 1 else None)
+        """Return the grid in the shape in which the layer stores its weight."""
+        fields = [self._first(self.scale)] + ([] if self.zero is None else [self._first(self.zero)])
+        scale = fields[0].bfloat16() if isinstance(self.ask.group, int) else fields[0]
+        return Grid(self.ask.bits, scale, fields[1].to(torch.uint8) if len(fields) > 1 else None)
 
     def _first(self, full: Tensor) -> Tensor:
-        """The first of each block: all are equal."""
+        """Return one entry of each block, whose entries are all equal."""
         halves = split(stored(self.layer, full, tuple(self.layer.original.shape)), self.shape)
         for dim in reversed(range(1, halves.dim(), 2)):
             halves = halves.select(dim, 0)

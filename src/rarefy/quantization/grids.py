@@ -1,4 +1,4 @@
-"""TODO."""
+"""Quantization grids of whole weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rarefy.quantization.scale_fitting import FITS, ScaleFit
 
 
 def fit_grid(weight: Tensor, shape: tuple[int, ...], ask: Ask, weigh: Tensor | None = None) -> Grid:
-    """Return the grid of a weight as stored; `weigh`, of the same shape, is what each squared error counts."""
+    """Return the grid of a weight in its stored shape; `weigh`, of the same shape, weights the squared errors."""
     scale, zero = fit_scales(
         FITS[ask.fit], rows_of(weight.float(), shape), ask, None if weigh is None else rows_of(weigh, shape)
     )
@@ -21,16 +21,18 @@ def fit_grid(weight: Tensor, shape: tuple[int, ...], ask: Ask, weigh: Tensor | N
 
 
 def fit_scales(fit: ScaleFit, X: Tensor, ask: Ask, weigh: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return scales as they are stored (of groups in bf16, which costs no accuracy: codes go by the scale as it is)
-    and codes of zero, uint8."""
+    """Return the scales as they are stored, and the zero points in uint8.
+
+    Scales of input groups are stored in bf16. That costs no accuracy, since codes are computed with the stored scale.
+    """
     scale, zero = fit(X, ask.bits, ask.symmetric, weigh)
     scale = scale.bfloat16() if isinstance(ask.group, int) else scale
     return scale, None if zero is None else zero.to(torch.uint8)
 
 
 def check_finite(layer: Layer, grid: Grid, values: Tensor) -> Tensor:
-    """Return rounded weights; ModelError where they, or their scales, are beyond the numbers of the weight."""
+    """Return the rounded weights. Raises ModelError where they or their scales overflow the weight's dtype."""
     if not (torch.isfinite(grid.scale).all() and torch.isfinite(values).all()):
-        most = float(layer.weight.detach().abs().max())
-        raise ModelError(f"{layer.full_name} has weights of {most:g}, for which there is no grid in {values.dtype}")
+        max_weight = float(layer.weight.detach().abs().max())
+        raise ModelError(f"{layer.full_name} has weights of {max_weight:g}: their grid overflows {values.dtype}")
     return values

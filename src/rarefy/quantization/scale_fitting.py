@@ -1,9 +1,9 @@
-"""Grids for weights: how many units a step is. Pure functions of
+"""Scale fitting: the step of a quantization grid. Pure functions of
 
-    X       [B, n]   weights in blocks that share a scale
-    weigh   [B, n]   how much each weight's squared error counts (the Gram matrix's diagonal), or None
+X       [B, n]   weights in blocks that share a scale
+weigh   [B, n]   weight of each squared error (the diagonal of the Gram matrix), or None
 
-Each returns the scale [B] and, for asymmetric grids, the code of zero [B]; zero is always a point of the grid.
+Each returns the scale [B] and, for asymmetric grids, the zero point [B]. Zero is always a point of the grid.
 """
 
 from __future__ import annotations
@@ -16,86 +16,95 @@ from torch import Tensor
 from rarefy.model.quant_grid import Grid
 
 ScaleFit = Callable[[Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor | None]]
-SHRINKS = 40  # sizes of a grid that are tried, down to a fifth
-TURNS = 20  # of the half-quadratic solver
+NUM_RANGES = 40  # ranges that `mse` tries, down to a fifth of the largest
+HQQ_ITERATIONS = 20
 
 
 def minmax(X: Tensor, bits: int, symmetric: bool, weigh: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The grid whose ends are the largest weights. O(n).
+    """Return the grid whose ends are the largest weights. O(n).
 
     >>> minmax(torch.tensor([[-1.0, 0.5, 3.0]]), 4, False)
     (tensor([0.2667]), tensor([4.]))
     """
-    return _between(X.amin(1).clamp(max=0), X.amax(1).clamp(min=0), bits, symmetric)
+    return _grid_of_range(X.amin(1).clamp(max=0), X.amax(1).clamp(min=0), bits, symmetric)
 
 
 def mse(X: Tensor, bits: int, symmetric: bool, weigh: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The grid of least squared error among `SHRINKS` whose ends lie further and further in: a few large weights are
-    clipped where that makes the many small ones finer. O(SHRINKS n)."""
+    """Return the grid of least squared error among `NUM_RANGES` with ever smaller ranges. O(NUM_RANGES n).
+
+    A few large weights are clipped where that makes the step of the many small ones finer.
+    """
     low, high = X.amin(1).clamp(max=0), X.amax(1).clamp(min=0)
-    best, scale, zero = _between(low, high, bits, symmetric), *_between(low, high, bits, symmetric)
-    least = _error(X, bits, *best, weigh)
-    for step in range(1, SHRINKS):
-        share = 1 - 0.8 * step / SHRINKS
-        now = _between(low * share, high * share, bits, symmetric)
-        error = _error(X, bits, *now, weigh)
-        better = error < least
-        least = torch.where(better, error, least)
-        scale = torch.where(better, now[0], scale)
-        zero = None if zero is None or now[1] is None else torch.where(better, now[1], zero)
+    best, scale, zero = _grid_of_range(low, high, bits, symmetric), *_grid_of_range(low, high, bits, symmetric)
+    min_error = _squared_error(X, bits, *best, weigh)
+    for step in range(1, NUM_RANGES):
+        fraction = 1 - 0.8 * step / NUM_RANGES
+        candidate = _grid_of_range(low * fraction, high * fraction, bits, symmetric)
+        error = _squared_error(X, bits, *candidate, weigh)
+        better = error < min_error
+        min_error = torch.where(better, error, min_error)
+        scale = torch.where(better, candidate[0], scale)
+        zero = None if zero is None or candidate[1] is None else torch.where(better, candidate[1], zero)
     return scale, zero
 
 
 def hqq(X: Tensor, bits: int, symmetric: bool, weigh: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The grid that half-quadratic splitting finds for the error's 0.7-norm, which cares little for a few large errors
-    (Badri and Shaji 2023): the scale by least squares on codes, outliers taken out by a generalized soft threshold.
-    The code of zero is a whole number here, so that zeros stay. O(TURNS n)."""
+    """Return the grid that half-quadratic splitting finds for the 0.7-norm of the error. O(HQQ_ITERATIONS n).
+
+    The norm is insensitive to a few large errors (HQQ; Badri and Shaji 2023). The scale is fitted by least squares on
+    the codes, with outliers removed by a generalized soft threshold. The zero point is rounded, so that zeros stay
+    zero.
+    """
     scale, zero = minmax(X, bits, symmetric)
     beta, p = 10.0, 0.7
-    kept, least = (scale, zero), _error(X, bits, scale, zero, weigh)
-    for _ in range(TURNS):
-        c = _codes(X, bits, scale, zero)
-        off = X - c * scale[:, None]
-        size = off.abs()
-        outliers = off.sign() * (size - (size + 1e-9).pow(p - 1) / (beta / scale[:, None].square())).clamp(min=0)
+    best, min_error = (scale, zero), _squared_error(X, bits, scale, zero, weigh)
+    for _ in range(HQQ_ITERATIONS):
+        codes = _quantize(X, bits, scale, zero)
+        residual = X - codes * scale[:, None]
+        magnitude = residual.abs()
+        threshold = (magnitude + 1e-9).pow(p - 1) / (beta / scale[:, None].square())
+        outliers = residual.sign() * (magnitude - threshold).clamp(min=0)
         clean = X - outliers
-        scale = (c * clean).sum(1) / c.square().sum(1).clamp(min=1e-12)
-        scale = torch.where(scale > 0, scale, kept[0])
+        scale = (codes * clean).sum(1) / codes.square().sum(1).clamp(min=1e-12)
+        scale = torch.where(scale > 0, scale, best[0])
         if zero is not None:
-            q = c + zero[:, None]
+            q = codes + zero[:, None]
             zero = (q - clean / scale[:, None]).mean(1).round().clamp(0, (1 << bits) - 1)
         beta *= 1.05
-        error = _error(X, bits, scale, zero, weigh)
-        better = error < least
-        least = torch.where(better, error, least)
-        kept = (
-            torch.where(better, scale, kept[0]),
-            None if zero is None or kept[1] is None else torch.where(better, zero, kept[1]),
+        error = _squared_error(X, bits, scale, zero, weigh)
+        better = error < min_error
+        min_error = torch.where(better, error, min_error)
+        best = (
+            torch.where(better, scale, best[0]),
+            None if zero is None or best[1] is None else torch.where(better, zero, best[1]),
         )
-    return kept
+    return best
 
 
 FITS: dict[str, ScaleFit] = {"minmax": minmax, "mse": mse, "hqq": hqq}
 
 
-def _between(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+def _grid_of_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the scale and zero point of a grid from `low` to `high`."""
     tiny = torch.finfo(torch.float32).tiny
     if symmetric:
-        least, most = Grid(bits, high).range
-        scale = torch.maximum(high / most, low / least)
+        min_code, max_code = Grid(bits, high).range
+        scale = torch.maximum(high / max_code, low / min_code)
         return torch.where(scale < tiny, 1.0, scale), None
-    most = (1 << bits) - 1
-    scale = (high - low) / most
+    max_code = (1 << bits) - 1
+    scale = (high - low) / max_code
     scale = torch.where(scale < tiny, 1.0, scale)
-    return scale, (-low / scale).round().clamp(0, most)
+    return scale, (-low / scale).round().clamp(0, max_code)
 
 
-def _codes(X: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> Tensor:
+def _quantize(X: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Return the codes of X, less the zero point."""
     low, high = Grid(bits, scale, zero).range
     z = 0 if zero is None else zero[:, None]
     return (X / scale[:, None]).round_().add_(z).clamp_(low, high).sub_(z)
 
 
-def _error(X: Tensor, bits: int, scale: Tensor, zero: Tensor | None, weigh: Tensor | None) -> Tensor:
-    off = _codes(X, bits, scale, zero).mul_(scale[:, None]).sub_(X).square_()
-    return (off if weigh is None else off.mul_(weigh)).sum(1)
+def _squared_error(X: Tensor, bits: int, scale: Tensor, zero: Tensor | None, weigh: Tensor | None) -> Tensor:
+    """Return the weighted squared error of each block."""
+    error = _quantize(X, bits, scale, zero).mul_(scale[:, None]).sub_(X).square_()
+    return (error if weigh is None else error.mul_(weigh)).sum(1)

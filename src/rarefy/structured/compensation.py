@@ -1,11 +1,10 @@
-"""What the units that are left can make up for: their readers learn the lost ones from them, in closed form.
+"""Compensate for removed units: update the weights of their consumers in closed form, then recalibrate BatchNorms.
 
-h [C]     inputs of a layer that reads units, S those that stay; one dense run over the data gives E[h h'] and E[h]
+h [C]     inputs of a consumer, S those that stay; one pass of the dense model over the data gives E[h h'] and E[h]
 B [C, S]  ridge regression of all inputs on those that stay (GRAIL, arXiv 2602.23795, section 3): h ~ B h_S
-W B       the layer's weight then: what it got out of lost units it gets out of the others, as far as they tell
+W B       the new weight: it replaces the contribution of removed units by that of the remaining ones
 
-With the means taken off first the regression has an intercept, which goes into the layer's bias (as FLAP's does). After
-that, BatchNorms take their statistics anew.
+With the means subtracted first, the regression has an intercept that is added to the bias (as in FLAP).
 """
 
 from __future__ import annotations
@@ -24,36 +23,38 @@ from rarefy.model.forward import call, evaluating, on_device
 from rarefy.structured.consumers import Consumer, Moments, all_consumers
 
 REPAIRS = ("ridge", "bias", "batchnorm")
-RIDGE = 1e-3  # of the mean variance
+RIDGE = 1e-3  # times the mean variance of the inputs that stay
 
 
 def layers_losing_inputs(graph: Graph, masks: Mapping[Axis, Tensor]) -> list[Consumer]:
-    """Return the layers that lose inputs and can be repaired: plain Linear and ungrouped convolutions."""
-    some = [(r, kept(r.inputs, masks.get)) for r in all_consumers(graph) if r.plain]
-    return [r for r, left in some if 0 < int(left.sum()) < len(left)]
+    """Return the consumers that lose some inputs and can be compensated: Linear and ungrouped convolutions."""
+    masked = [(consumer, kept(consumer.inputs, masks.get)) for consumer in all_consumers(graph) if consumer.plain]
+    return [consumer for consumer, mask in masked if 0 < int(mask.sum()) < len(mask)]
 
 
-def compensation(moments: Moments, left: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
-    """Return B [C, S] and the intercept [C] (zeros without), fp64: h ~ B h_S + intercept. O(C S^2).
+def compensation(moments: Moments, keep: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
+    """Return B [C, S] and the intercept [C] (zeros without `intercept`), fp64: h ~ B h_S + intercept. O(C S^2).
 
-    >>> seen = Moments.of(2)
-    >>> seen.add(torch.tensor([[1.0, 2.0], [3.0, 6.0], [2.0, 4.0]]).repeat(999, 1))  # the second is twice the first
-    >>> B, _ = compensation(seen, torch.tensor([True, False]), intercept=False)
+    `keep`, bool [C], says which inputs stay.
+
+    >>> moments = Moments.of(2)
+    >>> moments.add(torch.tensor([[1.0, 2.0], [3.0, 6.0], [2.0, 4.0]]).repeat(999, 1))  # the second is twice the first
+    >>> B, _ = compensation(moments, torch.tensor([True, False]), intercept=False)
     >>> [round(float(b), 2) for b in B.flatten()]
     [1.0, 2.0]
     """
     assert moments.second is not None
     n = max(moments.count, 1)
-    left = left.to(moments.first.device)
+    keep = keep.to(moments.first.device)
     mean = moments.first / n if intercept else torch.zeros_like(moments.first)
     cov = moments.second / n - mean[:, None] * mean
-    inner = cov[left][:, left]
-    # with few rows the regression would learn their noise
-    ridge = (RIDGE + (len(inner) / n) ** 2) * inner.diagonal().mean().clamp(min=1e-12)
-    B = torch.linalg.solve(inner + ridge * torch.eye(len(inner), dtype=cov.dtype, device=cov.device), cov[left]).T
-    own = torch.eye(len(left), dtype=cov.dtype, device=cov.device)[:, left]
-    B[left] = own[left]  # what is still there is itself
-    return B, mean - B @ mean[left]
+    cov_kept = cov[keep][:, keep]
+    # with few rows the regression would fit their noise
+    ridge = (RIDGE + (len(cov_kept) / n) ** 2) * cov_kept.diagonal().mean().clamp(min=1e-12)
+    B = torch.linalg.solve(cov_kept + ridge * torch.eye(len(cov_kept), dtype=cov.dtype, device=cov.device), cov[keep]).T
+    identity = torch.eye(len(keep), dtype=cov.dtype, device=cov.device)[:, keep]
+    B[keep] = identity[keep]  # an input that stays predicts itself
+    return B, mean - B @ mean[keep]
 
 
 def compensate_(
@@ -63,68 +64,77 @@ def compensate_(
     dense: Mapping[str, Tensor],
     moments: Mapping[str, Moments],
     constants: Mapping[str, Tensor],
-    how: Iterable[str],
+    methods: Iterable[str],
 ) -> list[str]:
-    """Give cut layers weights that make up for lost inputs; `dense`: weights before the cut, `constants`: what their
-    biases got for constant inputs. Return their names."""
-    done = []
-    for reader in layers:
-        name, layer = reader.name, reader.module
+    """Write compensated weights into the cut layers, in place; return the names of these layers.
+
+    dense      weights before the cut
+    moments    moments of the layers' inputs before the cut
+    constants  what the cut added to biases for constant inputs: the regression accounts for it, so it is taken off
+    methods    of REPAIRS
+    """
+    names = []
+    for consumer in layers:
+        name, layer = consumer.name, consumer.module
         if name not in moments:
             continue
-        left, rows = (kept(graph.dims[name][d], masks.get) for d in (reader.axis, 1 - reader.axis))
-        B, shift = compensation(moments[name], left, "bias" in how and layer.bias is not None)
-        W = dense[name].transpose(0, reader.axis).transpose(0, 1)[rows.to(dense[name].device)].double()
-        lost = torch.einsum("oc...,cs->os...", W, B)
+        keep, rows = (kept(graph.dims[name][d], masks.get) for d in (consumer.axis, 1 - consumer.axis))
+        B, shift = compensation(moments[name], keep, "bias" in methods and layer.bias is not None)
+        W = dense[name].transpose(0, consumer.axis).transpose(0, 1)[rows.to(dense[name].device)].double()
+        compensated = torch.einsum("oc...,cs->os...", W, B)
         with torch.no_grad():
-            if "ridge" in how:
-                layer.weight.copy_(lost if reader.axis else lost.transpose(0, 1))
+            if "ridge" in methods:
+                layer.weight.copy_(compensated if consumer.axis else compensated.transpose(0, 1))
             if layer.bias is not None and name in constants:
-                layer.bias.sub_(constants[name].to(layer.bias))  # the regression has it
-            if "bias" in how and layer.bias is not None:
-                more = shift if "ridge" in how else _mean_of_lost(moments[name], left)
-                layer.bias.add_(torch.einsum("oc...,c->o", W, more).to(layer.bias.dtype))
-        done.append(name)
-    return done
+                layer.bias.sub_(constants[name].to(layer.bias))  # the intercept includes it
+            if "bias" in methods and layer.bias is not None:
+                offset = shift if "ridge" in methods else _mean_of_removed(moments[name], keep)
+                layer.bias.add_(torch.einsum("oc...,c->o", W, offset).to(layer.bias.dtype))
+        names.append(name)
+    return names
 
 
-def _mean_of_lost(moments: Moments, left: Tensor) -> Tensor:
+def _mean_of_removed(moments: Moments, keep: Tensor) -> Tensor:
+    """Return the mean input [C], zero for inputs that stay."""
     mean = moments.first / max(moments.count, 1)
-    return torch.where(left.to(mean.device), torch.zeros_like(mean), mean)
+    return torch.where(keep.to(mean.device), torch.zeros_like(mean), mean)
 
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:
-    """Return the BatchNorms that keep statistics, by name."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return {n: m for n, m in model.named_modules() if isinstance(m, kind) and m.running_mean is not None}
+    """Return the BatchNorms that keep running statistics, by name."""
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    return {n: m for n, m in model.named_modules() if isinstance(m, batch_norm) and m.running_mean is not None}
 
 
 def recalibrate_batch_norms(model: nn.Module, norms: Mapping[str, Any], data: Iterable[Any]) -> None:
-    """Take the running statistics of BatchNorms anew, as the mean over the data. Raises DataError for data without a
-    batch, ModelError for statistics that are not finite; what undoes it is the caller's."""
+    """Set the running statistics of BatchNorms to their mean over the data.
+
+    The caller restores them if needed. Raises DataError for data without a batch, ModelError for statistics that are
+    not finite.
+    """
     if not norms:
         return
-    many = 0
+    batches = 0
     with evaluating(model), torch.no_grad(), _averaging(norms.values()):
         for batch in data:
             call(model, on_device(model, batch))
-            many += 1
-    if not many:
-        raise DataError("the data gave no batch: BatchNorms need some for their statistics")
-    wrong = next((n for n, m in norms.items() if not all(torch.isfinite(b).all() for b in m.buffers())), None)
-    if wrong is not None:
-        raise ModelError(f"{wrong}: its statistics are not finite on this data: NaN or inf in inputs or weights")
+            batches += 1
+    if not batches:
+        raise DataError("the data gave no batch: BatchNorm statistics need at least one")
+    name = next((n for n, m in norms.items() if not all(torch.isfinite(b).all() for b in m.buffers())), None)
+    if name is not None:
+        raise ModelError(f"{name}: running statistics are not finite on this data: NaN or inf in inputs or weights")
 
 
 @contextmanager
 def _averaging(norms: Iterable[Any]) -> Any:
-    """Have BatchNorms average over all batches that they see."""
-    before = [(m, m.momentum) for m in norms]
+    """Make BatchNorms average over all batches of the context."""
+    momenta = [(norm, norm.momentum) for norm in norms]
     try:
-        for m, _ in before:
-            m.reset_running_stats()
-            m.momentum, m.training = None, True
+        for norm, _ in momenta:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True
         yield
     finally:
-        for m, momentum in before:
-            m.momentum = momentum
+        for norm, momentum in momenta:
+            norm.momentum = momentum

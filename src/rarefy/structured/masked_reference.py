@@ -1,4 +1,7 @@
-"""What a model with zeroed units returns if nothing counts those units: the oracle of a cut."""
+"""The reference of a cut: the output of the model with masked units, where normalization ignores these units.
+
+A cut model normalizes over the units that remain; a masked model would count the zeros too.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,15 @@ from rarefy.dependency.op_table import OPERATORS, layers
 from rarefy.dependency.shape_rules import adds_bias, averages_features
 from rarefy.dependency.symbolic_dims import Axis, kept, size
 
-PLAIN = frozenset(("mm", "bmm", "mv", "dot"))  # products that have no bias
+UNBIASED = frozenset(("mm", "bmm", "mv", "dot"))  # matrix products without a bias
 PRODUCTS = frozenset(n for rule in (layers.product, layers.convolution) for n in OPERATORS[rule].split())
 
 
 class MaskedReference(TorchDispatchMode):
-    """Runs with statistics over the features that are not zero everywhere: LayerNorm, means over the last dimension.
+    """Run a masked model with feature statistics (LayerNorm, mean over features) of the remaining units only.
 
-    A cut model takes its means over the units that are left, a masked one over zeros too. Under this mode the masked
-    one does as the cut one will. With a graph and masks, what products return is zero for units that go: the bias of a
-    product over tokens would come back into every channel.
+    With a graph and masks, removed units of each matrix product are set to zero as well, since a bias would fill them
+    again. Without, units count as removed where they are zero in the whole tensor.
     """
 
     def __init__(self, graph: Graph | None = None, masks: Mapping[Axis, Tensor] | None = None):
@@ -36,64 +38,69 @@ class MaskedReference(TorchDispatchMode):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         out = func(*args, **kwargs)
         if name in PRODUCTS or (isinstance(out, Tensor) and adds_bias(func, args, out)):
-            return self._without(name, out, name not in PLAIN and (name != "convolution" or args[2] is not None))
+            biased = name not in UNBIASED and (name != "convolution" or args[2] is not None)
+            return self._zero_removed(name, out, biased)
         if name == "native_layer_norm" and len(args[1]) == 1:
-            return _layer_norm(out[0], self._here(name, args[0], -1), *args[:5]), *out[1:]
+            return _layer_norm(out[0], self._kept_units(name, args[0], -1), *args[:5]), *out[1:]
         if name in ("_fused_rms_norm", "rms_norm"):
-            here = self._here(name, args[0], -1)
+            keep = self._kept_units(name, args[0], -1)
             y = out[0] if isinstance(out, tuple) else out
-            y = y * (here.sum() / here.numel()).sqrt().to(y.dtype)  # but for eps, which is small
+            y = y * (keep.sum() / keep.numel()).sqrt().to(y.dtype)  # exact up to eps
             return (y, *out[1:]) if isinstance(out, tuple) else y
         if averages_features(func, args):
-            here = self._here(name, args[0], -1)
-            return out * (here.numel() / here.sum().clamp(min=1)).to(out.dtype)
+            keep = self._kept_units(name, args[0], -1)
+            return out * (keep.numel() / keep.sum().clamp(min=1)).to(out.dtype)
         if name == "native_group_norm":
-            return _group_norm(self._here(name, args[0], 1), *args[:8]), *out[1:]
+            return _group_norm(self._kept_units(name, args[0], 1), *args[:8]), *out[1:]
         return out
 
-    def _dims(self, name: str, shape: Any) -> list[Any] | None:
-        """The dimensions of the next operator of those that the trace noted; without them from where runs part."""
+    def _traced_dims(self, name: str, shape: Any) -> list[Any] | None:
+        """Return the dimensions that the trace recorded for this operator; None once the runs differ."""
         operator, dims = next(self.products, ("", []))
         if operator == name and [size(e) for e in dims] == list(shape):
             return dims
         self.products = iter(())
         return None
 
-    def _here(self, name: str, x: Tensor, d: int) -> Tensor:
-        """Which indices of a dimension stay: by the masks, or without a graph those that are anywhere not zero."""
-        dims = self._dims(name, x.shape)
+    def _kept_units(self, name: str, x: Tensor, d: int) -> Tensor:
+        """Return which indices of dimension `d` stay: by the masks, or those that are nonzero anywhere."""
+        dims = self._traced_dims(name, x.shape)
         if dims is not None:
             return kept(dims[d], self.masks.get).to(x.device)
         return (x != 0).movedim(d, 0).flatten(1).any(1) if x.dim() > 1 else x != 0
 
-    def _without(self, name: str, out: Any, biased: bool) -> Any:
-        """The product with what goes as zero, where a bias could have made it something else: what follows from zeros
-        without one is a constant that `_constants` finds."""
-        for d, e in enumerate(self._dims(name, out.shape) or ()):
+    def _zero_removed(self, name: str, out: Any, biased: bool) -> Any:
+        """Set removed units of an output to zero where a bias may have changed them.
+
+        Without a bias they are a constant, which `surgery._constants` records.
+        """
+        for d, e in enumerate(self._traced_dims(name, out.shape) or ()):
             if not biased:
                 break
-            left = kept(e, self.masks.get)
-            if not left.all():
-                out = out.index_fill_(d, (~left).nonzero()[:, 0].to(out.device), 0)
+            keep = kept(e, self.masks.get)
+            if not keep.all():
+                out = out.index_fill_(d, (~keep).nonzero()[:, 0].to(out.device), 0)
         return out
 
 
 def _layer_norm(
-    out: Tensor, here: Tensor, x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+    out: Tensor, keep: Tensor, x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    y = torch.zeros_like(out)
-    scale, shift = (None if p is None else p[here] for p in (weight, bias))
-    y[..., here] = F.layer_norm(x[..., here], (int(here.sum()),), scale, shift, eps)
-    return y
+    """Return LayerNorm over the features that stay; the others are zero."""
+    normed = torch.zeros_like(out)
+    scale, shift = (None if p is None else p[keep] for p in (weight, bias))
+    normed[..., keep] = F.layer_norm(x[..., keep], (int(keep.sum()),), scale, shift, eps)
+    return normed
 
 
 def _group_norm(
-    here: Tensor, x: Tensor, weight: Any, bias: Any, N: int, C: int, HxW: int, groups: int, eps: float
+    keep: Tensor, x: Tensor, weight: Any, bias: Any, N: int, C: int, HxW: int, groups: int, eps: float
 ) -> Tensor:
-    y = torch.zeros_like(x)
+    """Return GroupNorm over the channels that stay; the others are zero."""
+    normed = torch.zeros_like(x)
     for g in range(groups):
-        where = torch.arange(g * C // groups, (g + 1) * C // groups)[here.view(groups, -1)[g].cpu()]
-        if len(where):
-            scale, shift = (None if p is None else p[where] for p in (weight, bias))
-            y[:, where] = F.group_norm(x[:, where], 1, scale, shift, eps)
-    return y
+        channels = torch.arange(g * C // groups, (g + 1) * C // groups)[keep.view(groups, -1)[g].cpu()]
+        if len(channels):
+            scale, shift = (None if p is None else p[channels] for p in (weight, bias))
+            normed[:, channels] = F.group_norm(x[:, channels], 1, scale, shift, eps)
+    return normed

@@ -1,4 +1,4 @@
-"""An optimizer, after a cut: it trains what is left, with the state of the units that stay."""
+"""Keep an optimizer valid after a cut: replace its parameters and slice its state."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ Replaced = Iterable[tuple[Tensor, Tensor, Mapping[int, Tensor]]]  # old, new, in
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:
-    """Raise ModelError for what is no optimizer of this model, or has state that cannot be cut: for each parameter it
-    has to be numbers, or tensors of the parameter's shape."""
+    """Raise ModelError for an object that is no optimizer of this model, or whose state cannot be sliced.
+
+    State of a parameter must be numbers, or tensors of the parameter's shape.
+    """
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ModelError(f"optimizer is a torch.optim.Optimizer, got {optimizer!r}")
-    own = {id(p) for p in model.parameters()}
-    if not any(id(p) in own for g in optimizer.param_groups for p in g["params"]):
+    parameters = {id(p) for p in model.parameters()}
+    if not any(id(p) in parameters for g in optimizer.param_groups for p in g["params"]):
         raise ModelError(f"optimizer trains none of this {type(model).__name__}'s parameters")
     for p, state in optimizer.state.items():
         for name, value in state.items():
@@ -30,13 +32,13 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
             )
             if not number and not (isinstance(value, Tensor) and value.shape == p.shape):
                 raise ModelError(
-                    f"{type(optimizer).__name__} keeps {name!r}, which does not have the shape of a parameter: "
-                    "cut without optimizer, and make a new one"
+                    f"{type(optimizer).__name__} keeps {name!r}, which does not have the shape of its parameter: "
+                    "cut without optimizer=, then create a new one"
                 )
 
 
 def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Replaced) -> None:
-    """Put parameters that replaced others into an optimizer, each with the state of the units that stay."""
+    """Replace cut parameters in an optimizer, each with the state of the slices that stay."""
     new_of = {id(old): (new, kept_of) for old, new, kept_of in replaced}
     for group in optimizer.param_groups:
         for i, p in enumerate(group["params"]):
@@ -46,18 +48,19 @@ def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Replaced) -> 
             group["params"][i] = new
             if p in optimizer.state:
                 state = optimizer.state.pop(p)
-                optimizer.state[new] = {k: _cut_like(v, p, kept_of) for k, v in state.items()}
+                optimizer.state[new] = {k: _slice_state(v, p, kept_of) for k, v in state.items()}
 
 
-def remove_parameters(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
-    """Take parameters that have gone out of an optimizer, by their ids."""
+def remove_parameters(optimizer: torch.optim.Optimizer, removed: set[int]) -> None:
+    """Remove parameters from an optimizer, by their ids."""
     for group in optimizer.param_groups:
-        for p in [p for p in group["params"] if id(p) in gone]:
+        for p in [p for p in group["params"] if id(p) in removed]:
             optimizer.state.pop(p, None)
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
+        group["params"] = [p for p in group["params"] if id(p) not in removed]
 
 
-def _cut_like(value: Any, old: Tensor, kept_of: Mapping[int, Tensor]) -> Any:
+def _slice_state(value: Any, old: Tensor, kept_of: Mapping[int, Tensor]) -> Any:
+    """Return the slices of a state tensor that stay; other values unchanged."""
     if isinstance(value, Tensor) and value.shape == old.shape and value.dim():
         for d, indices in kept_of.items():
             value = value.index_select(d, indices.to(value.device))

@@ -102,7 +102,7 @@ def permute_(
         if made is None:
             found = search(_some(S), plan.a, plan.b, seconds=share, seed=seed)
             swaps, now = found.swaps, kept_score(S[:, found.order], plan.a, plan.b)
-            why = ("" if found.ended else "time was up") if now > was else "no better order found"
+            why = ("" if found.converged else "time was up") if now > was else "no better order found"
             if now > was:
                 orders[group.axis] = found.order
         of = sums[group] or 1.0

@@ -1,4 +1,4 @@
-"""The numbers that modules keep of their sizes, after a cut."""
+"""Update the sizes that modules store as attributes, after a cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, kept, leaves, s
 from rarefy.model.mha import OwnHeads
 
 HEAD_DIMENSION = re.compile(r"head_?(dim|size|features)|(dim|size|features|per|d)_?(per_)?head|d_kv")
-# what models call their width, for others to read: not named in a view
+# names of a model's width that other modules read; no view has this size
 WIDTHS = (
     "embed_dim",
     "num_features",
@@ -25,8 +25,8 @@ WIDTHS = (
     "dim",
     "width",
 )
-# class -> {attribute: (parameter, dimension)}: it is the size of that dimension
-OF: dict[type, dict[str, tuple[str, int]]] = {
+# class -> {attribute: (parameter, dimension)}: the attribute is the size of that dimension
+SIZE_OF: dict[type, dict[str, tuple[str, int]]] = {
     nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
     nn.Embedding: {"embedding_dim": ("weight", 1)},
     nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
@@ -39,85 +39,108 @@ OF: dict[type, dict[str, tuple[str, int]]] = {
 def update_size_attributes(
     model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Set what modules know of the sizes of their parameters and views; return what undoes it, and what was set."""
-    undo: list[Any] = []
-    numbers: dict[str, Any] = {}
-    whose = {id(m): n for n, m in model.named_modules()}
-    names = {(id(m), a): n for n, owners in graph.owners.items() for m, a in owners}
+    """Set the attributes that hold sizes of parameters and views; return what undoes it, and {name: new value}."""
+    sizes = _Sizes(model, graph, masks)
+    for prefix, module in model.named_modules():
+        known = _update_known(module, sizes)
+        for attribute, value in list(vars(module).items()):
+            if attribute not in known and not attribute.startswith("_"):
+                _update_other(prefix, module, attribute, value, sizes)
+    return sizes.undo, sizes.numbers
 
-    def put(module: nn.Module, attribute: str, value: Any) -> None:
+
+class _Sizes:
+    """The sizes after a cut, and the attributes that were set."""
+
+    def __init__(self, model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor]):
+        self.graph, self.masks = graph, masks
+        self.undo: list[Any] = []
+        self.numbers: dict[str, Any] = {}
+        self.prefixes = {id(m): n for n, m in model.named_modules()}
+        self.names = {(id(m), a): n for n, owners in graph.owners.items() for m, a in owners}
+
+    def set(self, module: nn.Module, attribute: str, value: Any) -> None:
+        """Set an attribute, if it changes."""
         old = getattr(module, attribute)
         if old != value:
             setattr(module, attribute, value)
-            name = f"{whose[id(module)]}.{attribute}".removeprefix(".")
-            numbers[name] = list(value) if isinstance(value, tuple) else value
-            undo.append(lambda: setattr(module, attribute, old))
+            name = f"{self.prefixes[id(module)]}.{attribute}".removeprefix(".")
+            self.numbers[name] = list(value) if isinstance(value, tuple) else value
+            self.undo.append(lambda: setattr(module, attribute, old))
 
-    def after(module: nn.Module, parameter: str, dim: int) -> int | None:
-        name = names.get((id(module), parameter))
-        return None if name is None else int(kept(graph.dims[name][dim], masks.get).sum())
+    def after(self, module: nn.Module, parameter: str, dim: int) -> int | None:
+        """Return the size of a parameter's dimension after the cut; None for one that the graph does not have."""
+        name = self.names.get((id(module), parameter))
+        return None if name is None else self.kept(self.graph.dims[name][dim])
 
-    for prefix, module in model.named_modules():
-        known: set[str] = set()
-        for kind, attributes in OF.items():
-            if isinstance(module, kind):
-                for attribute, (parameter, dim) in attributes.items():
-                    n = after(module, parameter, dim)
-                    n = after(module, "running_mean", 0) if n is None and attribute == "num_features" else n
-                    if n is not None:  # else it is like any other number, as of norms without parameters
-                        put(module, attribute, n)
-                        known.add(attribute)
-        if isinstance(module, nn.modules.conv._ConvNd):
-            _convolution(module, graph, names, masks, put)
-            known |= {*module.__constants__, *vars(module)}
-        if isinstance(module, nn.LayerNorm) and names.get((id(module), "weight")):
-            dims = graph.dims[names[id(module), "weight"]]
-            put(module, "normalized_shape", tuple(int(kept(e, masks.get).sum()) for e in dims))
-            known.add("normalized_shape")
-        for attribute, value in list(vars(module).items()):
-            if attribute in known or attribute.startswith("_"):
-                continue
-            seen = graph.sizes.get(prefix, [])
-            if type(value) is int:
-                if isinstance(module, nn.modules.batchnorm._NormBase):  # not places, which may be as many
-                    seen = [e for e in seen if int(kept(e, masks.get).sum()) != size(e)]
-                new = _new_size(value, attribute, seen, masks)
-                new = _new_width(value, prefix, graph, masks) if new is None and attribute in WIDTHS else new
-                if new is not None:
-                    put(module, attribute, new)
-            elif type(value) is tuple and value and all(type(n) is int for n in value):
-                news = [_new_size(n, attribute, seen, masks) for n in value]
-                put(module, attribute, tuple(n if new is None else new for n, new in zip(value, news)))
-    return undo, numbers
+    def kept(self, expr: Expr) -> int:
+        """Return the size of a dimension after the cut."""
+        return int(kept(expr, self.masks.get).sum())
 
 
-def _convolution(module: Any, graph: Graph, names: Mapping[Any, str], masks: Mapping[Axis, Tensor], put: Any) -> None:
-    dims = graph.dims[names[id(module), "weight"]]
-    turned = module.transposed
+def _update_known(module: nn.Module, sizes: _Sizes) -> set[str]:
+    """Set the sizes of torch's own layers; return the names of attributes that are done."""
+    known: set[str] = set()
+    for kind, attributes in SIZE_OF.items():
+        if isinstance(module, kind):
+            for attribute, (parameter, dim) in attributes.items():
+                n = sizes.after(module, parameter, dim)
+                n = sizes.after(module, "running_mean", 0) if n is None and attribute == "num_features" else n
+                if n is not None:  # otherwise an ordinary number, such as of norms without parameters
+                    sizes.set(module, attribute, n)
+                    known.add(attribute)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        _update_convolution(module, sizes)
+        known |= {*module.__constants__, *vars(module)}
+    if isinstance(module, nn.LayerNorm) and sizes.names.get((id(module), "weight")):
+        dims = sizes.graph.dims[sizes.names[id(module), "weight"]]
+        sizes.set(module, "normalized_shape", tuple(sizes.kept(e) for e in dims))
+        known.add("normalized_shape")
+    return known
+
+
+def _update_other(prefix: str, module: nn.Module, attribute: str, value: Any, sizes: _Sizes) -> None:
+    """Set an int, or a tuple of ints, that equals a size which changes."""
+    dims = sizes.graph.sizes.get(prefix, [])
+    if type(value) is int:
+        if isinstance(module, nn.modules.batchnorm._NormBase):  # not pixel counts, which may be equal
+            dims = [e for e in dims if sizes.kept(e) != size(e)]
+        new = _new_size(value, attribute, dims, sizes)
+        new = _new_width(value, prefix, sizes) if new is None and attribute in WIDTHS else new
+        if new is not None:
+            sizes.set(module, attribute, new)
+    elif type(value) is tuple and value and all(type(n) is int for n in value):
+        news = [_new_size(n, attribute, dims, sizes) for n in value]
+        sizes.set(module, attribute, tuple(n if new is None else new for n, new in zip(value, news)))
+
+
+def _update_convolution(module: Any, sizes: _Sizes) -> None:
+    """Set groups and channels of a convolution."""
+    dims = sizes.graph.dims[sizes.names[id(module), "weight"]]
     outer, inner = Algebra().factor(dims[0], module.groups)
-    groups, a, b = (int(kept(e, masks.get).sum()) for e in (outer, inner, dims[1]))
-    put(module, "groups", groups)
-    put(module, "in_channels", groups * (a if turned else b))
-    put(module, "out_channels", groups * (b if turned else a))
+    groups, a, b = (sizes.kept(e) for e in (outer, inner, dims[1]))
+    sizes.set(module, "groups", groups)
+    sizes.set(module, "in_channels", groups * (a if module.transposed else b))
+    sizes.set(module, "out_channels", groups * (b if module.transposed else a))
 
 
-def _new_size(value: int, attribute: str, seen: list[Expr], masks: Mapping[Axis, Tensor]) -> int | None:
-    """What an int attribute becomes: it has the size of dimensions that the module names, all of which change alike."""
+def _new_size(value: int, attribute: str, dims: list[Expr], sizes: _Sizes) -> int | None:
+    """Return what an int attribute becomes: it equals the size of dimensions of the module that all change alike."""
     if value < 2:
         return None
-    wanted = "head_dim" if HEAD_DIMENSION.search(attribute) else "head" if "head" in attribute else None
-    found = set()
-    for e in seen:
+    named = "head_dim" if HEAD_DIMENSION.search(attribute) else "head" if "head" in attribute else None
+    new_sizes = set()
+    for e in dims:
         axes = list(leaves(e))
         kind = axes[0].kind if len(axes) == 1 and axes[0].kind in ("head", "head_dim") else None
-        if size(e) == value and (wanted is None or kind == wanted):
-            found.add(int(kept(e, masks.get).sum()))
-    return found.pop() if len(found) == 1 else None
+        if size(e) == value and (named is None or kind == named):
+            new_sizes.add(sizes.kept(e))
+    return new_sizes.pop() if len(new_sizes) == 1 else None
 
 
-def _new_width(value: int, prefix: str, graph: Graph, masks: Mapping[Axis, Tensor]) -> int | None:
-    """What a width becomes: that of all biases, scales and statistics of that size in the module, if they agree."""
+def _new_width(value: int, prefix: str, sizes: _Sizes) -> int | None:
+    """Return what a width becomes: the size of all vectors of that size in the module, where they agree."""
     inside = f"{prefix}." if prefix else ""
-    vectors = [dims[0] for name, dims in graph.dims.items() if len(dims) == 1 and name.startswith(inside)]
-    found = {int(kept(e, masks.get).sum()) for e in vectors if size(e) == value}
-    return found.pop() if len(found) == 1 else None
+    vectors = [dims[0] for name, dims in sizes.graph.dims.items() if len(dims) == 1 and name.startswith(inside)]
+    new_sizes = {sizes.kept(e) for e in vectors if size(e) == value}
+    return new_sizes.pop() if len(new_sizes) == 1 else None

@@ -1,4 +1,4 @@
-"""What a cut changed of a model, in a form that a file can hold and the original class can be given again."""
+"""The record of a cut: what changed in a model, in a form that is saved and applied to the original class again."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from rarefy.common.errors import ContainerError, unknown
 from rarefy.model import hf
 from rarefy.model.mha import with_own_heads
 
-# sizes that torch's own layers know of themselves
+# attributes of torch's own layers that hold sizes
 SIZES = frozenset({
     "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_channels",
     "num_groups", "normalized_shape", "embedding_dim", "input_size", "hidden_size", "proj_size", "embed_dim", "kdim",
     "vdim", "num_heads", "head_dim",
 })  # fmt: skip
-NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")  # by which blocks know their place
-# numbers of modules and shapes of tensors as they are now; indices kept of tensors that the class makes; blocks kept of
-# lists, by their first numbers; attention modules that have heads of their own; the config before any cut; whether that
-# of now says it all
+NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")  # attributes that hold the index of a block
+# numbers: size attributes of modules; shapes: of tensors; kept: indices kept of tensors that the class computes;
+# blocks: original indices of blocks kept, by list; attention: modules replaced by OwnHeads; base: the config before any
+# cut; config: whether the class builds the model from its present config
 PARTS = {"numbers": dict, "shapes": dict, "kept": dict, "blocks": dict, "attention": list, "base": dict, "config": bool}
 
 
 def cut_record(model: nn.Module) -> dict[str, Any]:
-    """Return what is remembered of the cuts of a model so far."""
-    fresh = {name: kind() for name, kind in PARTS.items()}
+    """Return the record of a model's cuts so far."""
+    empty = {name: kind() for name, kind in PARTS.items()}
     if hf.is_model(model):
-        fresh["base"] = hf.structure(model)["config"]
-    return getattr(model, "rarefy_cut", None) or fresh
+        empty["base"] = hf.structure(model)["config"]
+    return getattr(model, "rarefy_cut", None) or empty
 
 
 def record_restorer(model: nn.Module) -> Callable[[], None]:
-    """Return what gives a model the notes of its cuts that it has now, if it has any."""
+    """Return a function that restores the present record of a model."""
     before = getattr(model, "rarefy_cut", None)
 
     def put_back() -> None:
@@ -46,69 +46,74 @@ def record_restorer(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
-def record_kept_blocks(model: nn.Module, name: str, kept: list[int], numbers: Mapping[str, Any]) -> None:
-    """Note on the model that of a list of blocks those with these numbers were kept, and which numbers changed."""
-    old = cut_record(model)
-    before = old["blocks"].get(name)
+def record_kept_blocks(model: nn.Module, name: str, kept_blocks: list[int], numbers: Mapping[str, Any]) -> None:
+    """Record which blocks of a list were kept, by their indices, and which block indices in modules changed."""
+    record = cut_record(model)
+    before = record["blocks"].get(name)
     prefix = f"{name}." if name else ""
 
-    def now(key: str) -> str | None:
-        """The name of something in a block, which has a new number or is gone."""
+    def renumbered(key: str) -> str | None:
+        """Return the new name of a module or tensor; None in a removed block."""
         index, dot, rest = key.removeprefix(prefix).partition(".")
         if not key.startswith(prefix) or not index.isdecimal():
             return key
-        return f"{prefix}{kept.index(int(index))}{dot}{rest}" if int(index) in kept else None
+        return f"{prefix}{kept_blocks.index(int(index))}{dot}{rest}" if int(index) in kept_blocks else None
 
     renamed = {
-        part: {new: v for k, v in old[part].items() if (new := now(k))} for part in ("numbers", "shapes", "kept")
+        part: {new: v for k, v in record[part].items() if (new := renumbered(k))}
+        for part in ("numbers", "shapes", "kept")
     }
-    blocks = {new: v for k, v in old["blocks"].items() if (new := now(k))}
-    blocks[name] = kept if before is None else [before[i] for i in kept]
+    blocks = {new: v for k, v in record["blocks"].items() if (new := renumbered(k))}
+    blocks[name] = kept_blocks if before is None else [before[i] for i in kept_blocks]
     renamed["numbers"] |= numbers
-    attention = [new for k in old["attention"] if (new := now(k))]
-    model.rarefy_cut = {**old, **renamed, "blocks": blocks, "attention": attention, "config": False}  # type: ignore[assignment]
+    attention = [new for k in record["attention"] if (new := renumbered(k))]
+    model.rarefy_cut = {**record, **renamed, "blocks": blocks, "attention": attention, "config": False}  # type: ignore[assignment]
 
 
 def record_attention(model: nn.Module, names: Iterable[str]) -> None:
-    """Note on the model that these attention modules have heads of their own."""
-    old = cut_record(model)
-    model.rarefy_cut = {**old, "attention": [*old["attention"], *names], "config": False}  # type: ignore[assignment]
+    """Record the attention modules that were replaced by OwnHeads."""
+    record = cut_record(model)
+    model.rarefy_cut = {**record, "attention": [*record["attention"], *names], "config": False}  # type: ignore[assignment]
 
 
-def record_cut(model: nn.Module, numbers: Mapping[str, Any], kept: Mapping[str, Mapping[int, Tensor]]) -> None:
-    """Note on the model which numbers of modules changed, and which indices of its tensors were kept, by dimension."""
-    old = cut_record(model)
+def record_cut(
+    model: nn.Module, numbers: Mapping[str, Any], indices_by_name: Mapping[str, Mapping[int, Tensor]]
+) -> None:
+    """Record changed size attributes, and which indices of tensors were kept, by dimension."""
+    record = cut_record(model)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    stored = set(model.state_dict(keep_vars=True))
-    shapes, loose = dict(old["shapes"]), {n: dict(d) for n, d in old["kept"].items()}
-    for name, dims in kept.items():
-        if name in stored:
+    saved = set(model.state_dict(keep_vars=True))
+    shapes, computed = dict(record["shapes"]), {n: dict(d) for n, d in record["kept"].items()}
+    for name, dims in indices_by_name.items():
+        if name in saved:
             shapes[name] = list(tensors[name].shape)
             continue
-        for d, indices in dims.items():  # is made by the class: what to keep of it has to be told
-            before = loose.setdefault(name, {}).get(str(d))
-            loose[name][str(d)] = (indices if before is None else torch.tensor(before)[indices]).tolist()
-    numbers = {**old["numbers"], **numbers}
-    model.rarefy_cut = {**old, "numbers": numbers, "shapes": shapes, "kept": loose, "config": False}  # type: ignore[assignment]
+        for d, indices in dims.items():  # computed by the class: `restore` has to select from it
+            before = computed.setdefault(name, {}).get(str(d))
+            computed[name][str(d)] = (indices if before is None else torch.tensor(before)[indices]).tolist()
+    numbers = {**record["numbers"], **numbers}
+    model.rarefy_cut = {**record, "numbers": numbers, "shapes": shapes, "kept": computed, "config": False}  # type: ignore[assignment]
 
 
 def check_record(record: Any, path: Any) -> None:
-    """Raise ContainerError for what are no notes of cuts."""
+    """Raise ContainerError for a damaged record."""
     if (
         not isinstance(record, dict)
         or set(record) != set(PARTS)
         or any(type(record[p]) is not k for p, k in PARTS.items())
     ):
-        raise ContainerError(f"{path}: the structure that a cut left is damaged")
+        raise ContainerError(f"{path}: the record of its cuts is damaged")
 
 
 def restore(model: nn.Module, record: Any, path: Any) -> None:
-    """Give a model of the original class the structure that a cut left: its numbers, and empty tensors in the right
-    shapes. Raises ContainerError for what does not fit the class: whole numbers of modules can become smaller, of
-    torch's own layers only their sizes, and tensors can only lose indices."""
+    """Apply a record to a model of the original class: size attributes, and empty tensors in the right shapes.
+
+    Raises ContainerError for a record that does not fit the class. Integer attributes can only become smaller, of
+    torch's own layers only sizes, and tensors can only lose indices.
+    """
     check_record(record, path)
-    for name, kept in record["blocks"].items():
-        _keep_blocks(model, name, kept, path)
+    for name, kept_blocks in record["blocks"].items():
+        _keep_blocks(model, name, kept_blocks, path)
     for name in record["attention"]:
         if not isinstance(name, str) or not with_own_heads(model, [name]):
             raise ContainerError(f"{path}: {type(model).__name__} has no attention {name!r} that could have own heads")
@@ -116,84 +121,91 @@ def restore(model: nn.Module, record: Any, path: Any) -> None:
     for name, value in record["numbers"].items():
         _set_number(model, modules, name, value, path)
     slots = {n: (m, a) for n, m, a in named_tensors(modules)}
-    fresh = {**_shaped(slots, record["shapes"], path), **_picked(slots, record["kept"], path)}
-    made: dict[int, Any] = {}  # tied ones stay so
+    replacements = {**_resized(slots, record["shapes"], path), **_selected(slots, record["kept"], path)}
+    parameters: dict[int, Any] = {}  # tied parameters stay tied
     for module, attribute in slots.values():
         old: Any = getattr(module, attribute)
-        if id(old) in fresh:
-            new = fresh[id(old)]
+        if id(old) in replacements:
+            tensor = replacements[id(old)]
             if isinstance(old, nn.Parameter):
-                new = made.setdefault(id(old), nn.Parameter(new, old.requires_grad))
-            setattr(module, attribute, new)
+                tensor = parameters.setdefault(id(old), nn.Parameter(tensor, old.requires_grad))
+            setattr(module, attribute, tensor)
     model.rarefy_cut = record  # type: ignore[assignment]
 
 
 def _set_number(model: nn.Module, modules: Mapping[str, nn.Module], name: str, value: Any, path: Any) -> None:
+    """Set a size attribute of a module. Raises ContainerError for one that a cut cannot have made."""
     prefix, _, attribute = name.rpartition(".")
     old = vars(modules[prefix]).get(attribute) if prefix in modules else None
     if old is not None and type(modules[prefix]).__module__.startswith("torch.nn.") and attribute not in SIZES:
         old = None
-    least = 0 if attribute in NUMBERS else 1
-    olds, values = (old, value) if isinstance(old, tuple) and isinstance(value, list) else ((old,), [value])
-    sizes = zip(olds, values)
-    if len(olds) != len(values) or not all(type(o) is int and type(n) is int and least <= n <= o for o, n in sizes):
+    minimum = 0 if attribute in NUMBERS else 1
+    old_sizes, new_sizes = (old, value) if isinstance(old, tuple) and isinstance(value, list) else ((old,), [value])
+    sizes = zip(old_sizes, new_sizes)
+    if len(old_sizes) != len(new_sizes) or not all(
+        type(o) is int and type(n) is int and minimum <= n <= o for o, n in sizes
+    ):
         raise ContainerError(f"{path}: {type(model).__name__} has no size {name} that a cut could make {value!r}")
     setattr(modules[prefix], attribute, tuple(value) if isinstance(value, list) else value)
 
 
-def _shaped(slots: Mapping[str, tuple[nn.Module, str]], shapes: Mapping[str, Any], path: Any) -> dict[int, Tensor]:
-    """Empty tensors of the shapes that a cut left, by the ids of those whose place they take."""
-    fresh: dict[int, Tensor] = {}
+def _resized(slots: Mapping[str, tuple[nn.Module, str]], shapes: Mapping[str, Any], path: Any) -> dict[int, Tensor]:
+    """Return empty tensors of the recorded shapes, by the ids of the tensors they replace."""
+    tensors: dict[int, Tensor] = {}
     for name, shape in shapes.items():
-        old = _slot(slots, name, path)
+        old = _tensor(slots, name, path)
         fits = isinstance(shape, list) and len(shape) == old.dim()
         if not fits or any(type(n) is not int or not 1 <= n <= o for n, o in zip(shape, old.shape)):
             raise ContainerError(f"{path}: {name} is {list(old.shape)} in this class; no cut makes it {shape!r}")
         if list(old.shape) != shape:
-            fresh[id(old)] = torch.empty(shape, dtype=old.dtype, device=old.device)
-    return fresh
+            tensors[id(old)] = torch.empty(shape, dtype=old.dtype, device=old.device)
+    return tensors
 
 
-def _picked(slots: Mapping[str, tuple[nn.Module, str]], kept: Mapping[str, Any], path: Any) -> dict[int, Tensor]:
-    """What a cut kept of tensors that the class makes itself, by their ids."""
-    fresh: dict[int, Tensor] = {}
-    for name, dims in kept.items():
-        old = new = _slot(slots, name, path)
+def _selected(
+    slots: Mapping[str, tuple[nn.Module, str]], kept_indices: Mapping[str, Any], path: Any
+) -> dict[int, Tensor]:
+    """Return the recorded indices of tensors that the class computes, by the ids of the tensors they replace."""
+    tensors: dict[int, Tensor] = {}
+    for name, dims in kept_indices.items():
+        old = new = _tensor(slots, name, path)
         for d, indices in (dims if isinstance(dims, dict) else {"": []}).items():
             fits = d.isdecimal() and int(d) < old.dim() and isinstance(indices, list) and len(indices) >= 1
-            rising = fits and all(type(i) is int for i in indices) and indices == sorted(set(indices))
-            if not rising or not 0 <= indices[0] <= indices[-1] < old.shape[int(d)]:
+            sorted_indices = fits and all(type(i) is int for i in indices) and indices == sorted(set(indices))
+            if not sorted_indices or not 0 <= indices[0] <= indices[-1] < old.shape[int(d)]:
                 raise ContainerError(f"{path}: what a cut kept of {name} does not fit its shape {list(old.shape)}")
             new = new.index_select(int(d), torch.tensor(indices, device=new.device))
-        fresh[id(old)] = new
-    return fresh
+        tensors[id(old)] = new
+    return tensors
 
 
-def _keep_blocks(model: nn.Module, name: str, kept: Any, path: Any) -> None:
-    parts = dict(model.named_modules()).get(name)
-    fits = isinstance(parts, nn.ModuleList | nn.Sequential) and isinstance(kept, list) and len(kept) > 0
-    if not fits or any(type(i) is not int or not 0 <= i < len(parts) for i in kept) or kept != sorted(set(kept)):  # type: ignore[arg-type]
+def _keep_blocks(model: nn.Module, name: str, indices: Any, path: Any) -> None:
+    """Keep the recorded blocks of a list. Raises ContainerError where the class has no such list."""
+    block_list = dict(model.named_modules()).get(name)
+    fits = isinstance(block_list, nn.ModuleList | nn.Sequential) and isinstance(indices, list) and len(indices) > 0
+    fits = fits and all(type(i) is int and 0 <= i < len(block_list) for i in indices)  # type: ignore[arg-type]
+    if not fits or indices != sorted(set(indices)):
         raise ContainerError(
-            f"{path}: {type(model).__name__} has no list of blocks {name} of which a cut could keep {kept!r}"
+            f"{path}: {type(model).__name__} has no list of blocks {name} of which a cut could keep {indices!r}"
         )
-    keep_blocks(parts, kept)  # type: ignore[arg-type]
+    keep_blocks(block_list, indices)  # type: ignore[arg-type]
 
 
-def keep_blocks(parts: nn.ModuleList | nn.Sequential, kept: list[int]) -> Any:
-    """Leave these blocks in a list, numbered anew; return what undoes it."""
-    before = dict(parts._modules)
+def keep_blocks(block_list: nn.ModuleList | nn.Sequential, kept_blocks: list[int]) -> Any:
+    """Keep these blocks of a list and renumber them; return what undoes it."""
+    before = dict(block_list._modules)
     blocks = list(before.values())
 
-    def put(modules: Mapping[str, Any]) -> None:
-        parts._modules.clear()
-        parts._modules.update(modules)
+    def set_modules(modules: Mapping[str, Any]) -> None:
+        block_list._modules.clear()
+        block_list._modules.update(modules)
 
-    put({str(n): blocks[i] for n, i in enumerate(kept)})
-    return lambda: put(before)
+    set_modules({str(n): blocks[i] for n, i in enumerate(kept_blocks)})
+    return lambda: set_modules(before)
 
 
 def named_tensors(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, str]]:
-    """Return (name, module, attribute) of each parameter and buffer; shared ones at each of their places."""
+    """Return (name, module, attribute) of each parameter and buffer; shared ones once for each name."""
     return [
         (f"{n}.{a}" if n else a, m, a)
         for n, m in modules.items()
@@ -202,7 +214,8 @@ def named_tensors(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module
     ]
 
 
-def _slot(slots: Mapping[str, tuple[nn.Module, str]], name: str, path: Any) -> Tensor:
+def _tensor(slots: Mapping[str, tuple[nn.Module, str]], name: str, path: Any) -> Tensor:
+    """Return a tensor by name. Raises ContainerError for an unknown name."""
     if name not in slots:
         raise ContainerError(f"{path}: " + unknown("tensor of a cut", name, list(slots)))
     return getattr(*slots[name])

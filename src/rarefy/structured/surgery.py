@@ -1,4 +1,4 @@
-"""Units leave a model: made zero, taken out, proved, and put back where the proof fails."""
+"""Remove units from a model: zero them, slice parameters, verify the outputs, and undo everything where that fails."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from rarefy.structured.masked_reference import MaskedReference
 from rarefy.structured.size_attributes import update_size_attributes
 from rarefy.structured.structure_record import named_tensors, record_attention, record_cut, record_restorer
 
-# how far outputs of the cut model may be from those of the masked one, relative to the largest: sums round otherwise
+# allowed difference between outputs of the cut and the masked model, relative to the largest: sums round differently
 NEAR = 1e-4
 NEAR_OF = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
-FLIPS = 0.01  # how many whole numbers may differ: the largest of two that are nearly equal
+FLIPS = 0.01  # share of integer outputs that may differ: an argmax of nearly equal numbers can flip
 Undo = list[Callable[[], Any]]
 
 
 class ForwardFailed(ModelError):
-    """The cut model raises; `module` is what was running."""
+    """The cut model raises; `module` is the name of the module that was running."""
 
     def __init__(self, message: str, module: str = ""):
         super().__init__(message)
@@ -38,19 +38,19 @@ class ForwardFailed(ModelError):
 
 
 class OutputMismatch(ModelError):
-    """The cut model returns something else."""
+    """The outputs of the cut model differ from the masked reference."""
 
 
 @dataclass(eq=False)
 class Removal:
-    """What was done.
+    """What a removal changed, and how to undo it.
 
-    undo       how to undo it
-    replaced   tensors that were: old, new, indices kept by dimension
-    constants  what removed units still said, added to biases, by the weight's name
+    undo       functions that undo it, in order
+    replaced   tensors that were replaced: old, new, indices kept by dimension
+    constants  constant outputs of removed units that were added to biases, by the weight's name
     scaled     rows of weights that were multiplied: name -> (dimension, rows before the cut, factor)
-    unseen     the example's outputs do not depend on what went, so that nothing was proved
-    repaired   layers whose weights make up for lost inputs
+    unseen     the example's outputs do not depend on the removed units, so nothing was verified
+    repaired   names of layers with compensated weights
     """
 
     model: nn.Module | None = None
@@ -73,163 +73,179 @@ class Removal:
 def remove_units(
     model: nn.Module, example: Any, graph: Graph, masks: Mapping[Axis, Tensor], *, stay: bool = False
 ) -> Removal:
-    """Remove the units that `masks` does not keep and prove it; `stay`: put them back, as zeros. Raises ModelError,
-    and the model is as it was. Three calls."""
-    done = Removal(model)
+    """Remove the units that `masks` does not keep, and verify the outputs against the masked model.
+
+    With `stay` the slices are put back, and the units only become zero. Raises ModelError; the model is then unchanged.
+    Three calls.
+    """
+    removal = Removal(model)
     dense = outputs(model, example)
-    done.undo += zero_units_(graph, masks)
-    zeros = len(done.undo)
+    removal.undo += zero_units_(graph, masks)
+    zeroed = len(removal.undo)
     try:
-        readers = [r for r in all_consumers(graph) if not bool(kept(r.inputs, masks.get).all())]
-        with plainly(), MaskedReference(graph, masks), _constants(readers, graph, masks, done.constants):
-            want = outputs(model, example)
-        done.unseen = all(torch.equal(a, b) for a, b in zip(dense, want))
-        _remove_exactly(model, example, graph, masks, want, done)
+        consumers = [c for c in all_consumers(graph) if not bool(kept(c.inputs, masks.get).all())]
+        with plainly(), MaskedReference(graph, masks), _constants(consumers, graph, masks, removal.constants):
+            reference = outputs(model, example)
+        removal.unseen = all(torch.equal(a, b) for a, b in zip(dense, reference))
+        _remove_exactly(model, example, graph, masks, reference, removal)
     except BaseException:
-        done.put_back()
+        removal.put_back()
         raise
     if stay:
-        done.put_back(zeros)
-        done.replaced.clear()
-    return done
+        removal.put_back(zeroed)
+        removal.replaced.clear()
+    return removal
 
 
 def give_own_heads(model: nn.Module, names: Any = None) -> Removal:
-    """Replace torch's attention modules by such as can lose heads and width; the model remembers which."""
-    done = Removal(model, [record_restorer(model)])
+    """Replace torch's attention modules by ones that can lose heads and width; the model records which."""
+    removal = Removal(model, [record_restorer(model)])
     replaced = with_own_heads(model, names)
-    done.undo += [lambda w=w: setattr(w[0], w[1], w[2]) for w in replaced.values()]
+    removal.undo += [lambda slot=slot: setattr(slot[0], slot[1], slot[2]) for slot in replaced.values()]
     if replaced:
         record_attention(model, replaced)
-    return done
+    return removal
 
 
 def _remove_exactly(
-    model: nn.Module, example: Any, graph: Graph, masks: Mapping[Axis, Tensor], want: Sequence[Tensor], done: Removal
+    model: nn.Module,
+    example: Any,
+    graph: Graph,
+    masks: Mapping[Axis, Tensor],
+    reference: Sequence[Tensor],
+    removal: Removal,
 ) -> None:
-    """Take the units out; where attention divides by the root of a dimension that shrinks, queries make up for it."""
-    first = len(done.undo)
-    remove_slices(model, graph, masks, done)
+    """Remove the units and verify.
+
+    Where attention divides by the square root of a dimension that shrinks, the query weights are scaled to compensate.
+    """
+    first = len(removal.undo)
+    remove_slices(model, graph, masks, removal)
     try:
-        return verify(model, example, want)
+        return verify(model, example, reference)
     except OutputMismatch:
         scaled = [g for g in graph.groups if g.axis in masks and g.axis.scores]
         if not scaled:
             raise
-    done.put_back(first)
-    done.replaced.clear()
+    removal.put_back(first)
+    removal.replaced.clear()
     for group in scaled:
-        _scale_queries(graph, group, float(masks[group.axis].float().mean()) ** 0.5, done)
-    remove_slices(model, graph, masks, done)
-    verify(model, example, want)
+        _scale_queries(graph, group, float(masks[group.axis].float().mean()) ** 0.5, removal)
+    remove_slices(model, graph, masks, removal)
+    verify(model, example, reference)
 
 
-def _scale_queries(graph: Graph, group: Group, by: float, done: Removal) -> None:
-    """Multiply what makes queries: of the parameters that make the dimensions of heads the first, of its rows the first
-    of each head."""
-    heads = [a for m in group.members for a in leaves(graph.dims[m.name][m.dim]) if a.kind == "head"]
-    many = group.size * (heads[0].size if heads else 1)
-    makers = [m for m in group.members if m.role == "out"]
-    weight = next((m for m in makers if getattr(*graph.owners[m.name][0]).dim() > 1), None)
+def _scale_queries(graph: Graph, group: Group, factor: float, removal: Removal) -> None:
+    """Multiply the weights that produce queries.
+
+    These are in the first parameter that produces the head dimensions, its first rows of each head.
+    """
+    axes = (a for m in group.members for a in leaves(graph.dims[m.name][m.dim]))
+    heads = [a for a in axes if a.kind == "head"]
+    num_rows = group.size * (heads[0].size if heads else 1)
+    producers = [member for member in group.members if member.role == "out"]
+    weight = next((member for member in producers if getattr(*graph.owners[member.name][0]).dim() > 1), None)
     if weight is None:
         return
     module = graph.owners[weight.name][0][0]
-    for m in makers:
-        if graph.owners[m.name][0][0] is module:
-            W = getattr(*graph.owners[m.name][0])
-            rows = (graph.places(m.name, m.dim)[group.axis] >= 0).nonzero()[:many, 0].to(W.device)
-            done.undo.append(value_restorer(W))
-            W.data.index_copy_(m.dim, rows, W.data.index_select(m.dim, rows) * by)
-            done.scaled[m.name] = m.dim, rows, by
+    for member in producers:
+        if graph.owners[member.name][0][0] is module:
+            W = getattr(*graph.owners[member.name][0])
+            rows = (graph.places(member.name, member.dim)[group.axis] >= 0).nonzero()[:num_rows, 0].to(W.device)
+            removal.undo.append(value_restorer(W))
+            W.data.index_copy_(member.dim, rows, W.data.index_select(member.dim, rows) * factor)
+            removal.scaled[member.name] = member.dim, rows, factor
 
 
 def value_restorer(W: Tensor) -> Callable[[], Any]:
-    """Return what gives a tensor the values that it has now."""
+    """Return a function that restores the current values of a tensor."""
     old = W.detach().clone()
     return lambda: W.data.copy_(old)
 
 
 def zero_units_(graph: Graph, masks: Mapping[Axis, Tensor]) -> Undo:
-    """Make units zero where parameters make them; return what undoes it."""
+    """Set removed units to zero in the parameters that produce them; return what undoes it."""
     undo: Undo = []
-    made: dict[str, set[int]] = {}
+    dims_of: dict[str, set[int]] = {}
     for member in (m for g in graph.groups if g.axis in masks for m in g.members if m.role == "out"):
-        made.setdefault(member.name, set()).add(member.dim)
-    for name, dims in made.items():
+        dims_of.setdefault(member.name, set()).add(member.dim)
+    for name, dims in dims_of.items():
         W = getattr(*graph.owners[name][0])
         if not isinstance(W, nn.Parameter):
             continue
         undo.append(value_restorer(W))
         for d in dims:
-            gone = ~kept(graph.dims[name][d], masks.get)
-            W.data.index_fill_(d, gone.nonzero()[:, 0].to(W.device), 0)
+            removed = ~kept(graph.dims[name][d], masks.get)
+            W.data.index_fill_(d, removed.nonzero()[:, 0].to(W.device), 0)
     return undo
 
 
-def remove_slices(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor], done: Removal) -> None:
-    """Take units out of parameters, buffers and the numbers of modules, which the model remembers."""
-    done.undo.append(record_restorer(model))
-    more, numbers = update_size_attributes(model, graph, masks)
-    done.undo += more
+def remove_slices(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor], removal: Removal) -> None:
+    """Slice parameters, buffers and size attributes of modules; the model records the cut."""
+    removal.undo.append(record_restorer(model))
+    undo, numbers = update_size_attributes(model, graph, masks)
+    removal.undo += undo
     names = {(id(m), a): n for n, m, a in named_tensors(dict(model.named_modules()))}
     indices: dict[str, dict[int, Tensor]] = {}
     for name, dims in graph.dims.items():
         old = getattr(*graph.owners[name][0])
         new = old.detach()
-        kept_of: dict[int, Tensor] = {}
+        kept_indices: dict[int, Tensor] = {}
         for d, e in enumerate(dims):
-            left = kept(e, masks.get)
-            if not left.all():
-                kept_of[d] = left.nonzero()[:, 0]
-                new = new.index_select(d, kept_of[d].to(new.device))
-        if not kept_of:
+            keep = kept(e, masks.get)
+            if not keep.all():
+                kept_indices[d] = keep.nonzero()[:, 0]
+                new = new.index_select(d, kept_indices[d].to(new.device))
+        if not kept_indices:
             continue
         for module, attribute in graph.owners[name]:
-            indices[names[id(module), attribute]] = kept_of
+            indices[names[id(module), attribute]] = kept_indices
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new.clone(), old.requires_grad)
-        done.replaced.append((old, new, kept_of))
+        removal.replaced.append((old, new, kept_indices))
         for module, attribute in graph.owners[name]:
-            setattr(module, attribute, new)  # not past it: recurrent layers keep a list of their weights
-            done.undo.append(lambda m=module, a=attribute, o=old: setattr(m, a, o))
-    for name, constant in done.constants.items():
+            setattr(module, attribute, new)  # by setattr: recurrent layers keep a list of their weights
+            removal.undo.append(lambda m=module, a=attribute, o=old: setattr(m, a, o))
+    for name, constant in removal.constants.items():
         bias: Any = graph.owners[name][0][0].bias
-        done.undo.append(value_restorer(bias))
+        removal.undo.append(value_restorer(bias))
         bias.data.add_(constant.to(bias))
     record_cut(model, numbers, indices)
 
 
 @contextmanager
 def _constants(
-    readers: Sequence[Consumer], graph: Graph, masks: Mapping[Axis, Tensor], found: dict[str, Tensor]
+    consumers: Sequence[Consumer], graph: Graph, masks: Mapping[Axis, Tensor], constants: dict[str, Tensor]
 ) -> Any:
-    """Note what units that are zero where they are made add to outputs all the same, because something between makes a
-    constant of zero (a sigmoid, an exponential); `found`: outputs by the weight's name."""
+    """Record the constant outputs of removed units, by the weight's name.
 
-    def see(reader: Consumer) -> Any:
-        gone = ~kept(reader.inputs, masks.get)
+    A unit that is zero where it is produced can still be a nonzero constant at its consumer: behind a sigmoid, say.
+    """
+
+    def record(consumer: Consumer) -> Any:
+        removed = ~kept(consumer.inputs, masks.get)
 
         def hook(module: Any, args: tuple, kwargs: dict) -> None:
-            x = reader.rows((args or tuple(kwargs.values()))[0].detach()).float()
-            x = x[:, gone.to(x.device)]
+            x = consumer.rows((args or tuple(kwargs.values()))[0].detach()).float()
+            x = x[:, removed.to(x.device)]
             if len(x) < 2 or not x.any() or module.bias is None or _pads(module):
-                return  # of one row nothing tells whether it is always so
+                return  # a single row does not show whether it is constant
             low, high = x.amin(0), x.amax(0)
             constant = torch.where(high - low <= 1e-6 * high.abs().clamp(min=1), x.mean(0), torch.zeros_like(low))
-            W = module.weight.detach().float().transpose(0, reader.axis)[gone.to(x.device)]
+            W = module.weight.detach().float().transpose(0, consumer.axis)[removed.to(x.device)]
             W = W.flatten(2).sum(2) if W.dim() > 2 else W
-            rows = kept(graph.dims[reader.name][1 - reader.axis], masks.get)
-            found[reader.name] = (constant @ W)[rows.to(x.device)]
+            rows = kept(graph.dims[consumer.name][1 - consumer.axis], masks.get)
+            constants[consumer.name] = (constant @ W)[rows.to(x.device)]
 
         return hook
 
-    plain = [r for r in readers if r.plain]
-    with hooked([r.module.register_forward_pre_hook(see(r), with_kwargs=True) for r in plain]):
+    plain = [c for c in consumers if c.plain]
+    with hooked([c.module.register_forward_pre_hook(record(c), with_kwargs=True) for c in plain]):
         yield
 
 
 def _pads(module: Any) -> bool:
-    """Whether a convolution reads zeros around its image, where a constant is missing."""
+    """Return whether a convolution pads with zeros, where the constant is missing."""
     if not isinstance(module, nn.modules.conv._ConvNd) or module.padding_mode != "zeros":
         return False
     return module.padding == "same" or (module.padding != "valid" and any(module.padding))
@@ -242,32 +258,35 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
         return [t.detach().clone() for t in tensors_in(call(model, on_device(model, example)))]
 
 
-def verify(model: nn.Module, example: Any, want: Sequence[Tensor]) -> None:
-    """Raise ModelError unless the cut model runs and returns what the masked one did."""
+def verify(model: nn.Module, example: Any, reference: Sequence[Tensor]) -> None:
+    """Raise ModelError unless the cut model runs and returns what the masked model returned."""
     stack: list[str] = []
     try:
         with running(model, stack, unwind=False):
-            got = outputs(model, example)
+            result = outputs(model, example)
     except RarefyError as error:
         raise ForwardFailed(f"the cut model does not run, so it was put back: {error}", (stack or [""])[-1]) from error
-    text = output_difference(got, want, "the masked one's")
-    if text:
-        raise OutputMismatch(f"the cut model {text}, so it was put back")
+    difference = output_difference(result, reference, "the masked model's")
+    if difference:
+        raise OutputMismatch(f"the cut model {difference}, so it was put back")
 
 
-def output_difference(got: Sequence[Tensor], want: Sequence[Tensor], whose: str, near: float = NEAR) -> str:
-    """Return how what a model returns differs from what it should (`whose`), by more than `near` of the largest where
-    numbers are in float32; "" where it does not."""
-    if len(got) != len(want):
-        return f"returns {len(got)} tensors instead of {len(want)}"
-    for a, b in zip(got, want):
+def output_difference(result: Sequence[Tensor], expected: Sequence[Tensor], whose: str, near: float = NEAR) -> str:
+    """Return how two lists of outputs differ, or "" where they agree.
+
+    Floating-point outputs may differ by `near` of the largest entry (more in half precision). `whose` names the owner
+    of the expected outputs.
+    """
+    if len(result) != len(expected):
+        return f"returns {len(result)} tensors instead of {len(expected)}"
+    for a, b in zip(result, expected):
         if a.shape != b.shape:
             return f"returns {list(a.shape)} instead of {list(b.shape)}"
         if b.is_floating_point() and b.numel():
-            apart = float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
+            difference = float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
             allowed = NEAR_OF.get(b.dtype, near)
-            if not apart <= allowed:
-                return f"returns numbers {apart:.2g} from {whose} ({allowed:g} is allowed)"
+            if not difference <= allowed:
+                return f"returns outputs that differ from {whose} by {difference:.2g} (at most {allowed:g} is allowed)"
         elif b.numel() and (share := float((a != b).float().mean())) > FLIPS:
-            return f"returns whole numbers of which {share:.0%} are not {whose}"
+            return f"returns integers of which {share:.0%} differ from {whose}"
     return ""

@@ -164,7 +164,7 @@ class ResolvedConfig:
 def resolve_config(plan: SparsityConfig) -> ResolvedConfig:
     """Return what a plan comes to; PatternError for what is impossible or would have no effect.
 
-    >>> asked(Gradual(pattern="2:4")).sparsity
+    >>> resolve_config(Gradual(pattern="2:4")).sparsity
     0.5
     """
     if not isinstance(plan, tuple(SPARSITY_CONFIGS.values())):
