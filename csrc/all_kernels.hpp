@@ -1,4 +1,4 @@
-// All kernels of one instruction set, as the table that the rest of the library calls.
+// The kernel table of the instruction set that this translation unit is compiled for.
 #pragma once
 #include "decode_ops.hpp"
 #include "epilogue.hpp"
@@ -7,49 +7,57 @@
 #include "quantized_gemv.hpp"
 #include "spmm.hpp"
 #include "spmm_sell.hpp"
+#include "tile_attention.hpp"
 #include "tile_ops.hpp"
 #include "weight_decompress.hpp"
 #include "winograd.hpp"
 
 namespace {
 
-constexpr rarefy_table all_kernels(const char* name) {
-  return {name,
-   __builtin_bit_cast(float, NO_BYTES),
-   {bit_any<RAREFY_F32>, bit_any<RAREFY_BF16>, bit_any<RAREFY_I8>, bit_any<RAREFY_I4>},
-   {panels_any<false, false>, panels_any<false, true>, panels_any<true, false>, panels_any<true, true>},
-   settle_panels,
-   {csr_any<1>, csr_any<4>, csr_any<8>, csr_any<16>},
-   settle_rows<RAREFY_F32, rarefy_csr>,
-   {tiles_any<RAREFY_F32>, tiles_any<RAREFY_BF16>, tiles_any<RAREFY_I8>},
-   {sell_any<RAREFY_F32>, sell_any<RAREFY_BF16>, sell_any<RAREFY_I8>},
-   bring,
-   {tiles_block<RAREFY_F32>, tiles_block<RAREFY_I8>},
-   {sell_one<RAREFY_F32>, sell_one<RAREFY_I8>},
-   put,
-   halve,
-   largest,
-   {pack<RAREFY_F32>, pack<RAREFY_BF16>, pack<RAREFY_I8>},
-   {convert<RAREFY_F32>, convert<RAREFY_BF16>, convert<RAREFY_I8>, convert<RAREFY_I8>},
-   {settle_rows<RAREFY_F32, rarefy_bitmask>, settle_rows<RAREFY_BF16, rarefy_bitmask>,
-   settle_rows<RAREFY_I8, rarefy_bitmask>, settle_rows<RAREFY_I4, rarefy_bitmask>},
-   {finish<RAREFY_F32>, finish<RAREFY_BF16>, finish<RAREFY_I8>},
-   norm,
-   unpack,
-   pair,
-   ranges,
-   to_bytes_tile,
-   settle_bytes,
-   attend,
-   gathered,
-   norm_row,
-   {rotate_tile, rotate_row},
-   attend_row,
-   {unfold_bits<RAREFY_F32>, unfold_bits<RAREFY_BF16>, unfold_bits<RAREFY_I8>, unfold_bits<RAREFY_I4>},
-   unfold_panels,
-   {dense_any<RAREFY_F32>, dense_any<RAREFY_I8>},
-   squares_in,
-   squares_out};
+constexpr rarefy_kernel_table all_kernels(const char* name) {
+  return {
+      .name = name,
+      .packed_zeros = __builtin_bit_cast(float, PACKED_ZEROS),
+      .pack_inputs = {pack_inputs<RAREFY_F32>, pack_inputs<RAREFY_BF16>, pack_inputs<RAREFY_I8>},
+      .convert_row = {convert_row<RAREFY_F32>, convert_row<RAREFY_BF16>, convert_row<RAREFY_I8>,
+                      convert_row<RAREFY_I8>},
+      .absmax_bits = absmax_bits,
+      .take_even = take_even,
+      .gather_lanes = gather_lanes,
+      .bitmask_gemv = {bitmask_gemv<RAREFY_F32>, bitmask_gemv<RAREFY_BF16>, bitmask_gemv<RAREFY_I8>,
+                       bitmask_gemv<RAREFY_I4>},
+      .bitmask_epilogue = {rows_epilogue<RAREFY_F32, rarefy_bitmask>, rows_epilogue<RAREFY_BF16, rarefy_bitmask>,
+                           rows_epilogue<RAREFY_I8, rarefy_bitmask>, rows_epilogue<RAREFY_I4, rarefy_bitmask>},
+      .quantized_gemv = {quantized_gemv<false, false>, quantized_gemv<false, true>, quantized_gemv<true, false>,
+                         quantized_gemv<true, true>},
+      .quantized_epilogue = quantized_epilogue,
+      .csr_spmm = {csr_spmm<1>, csr_spmm<4>, csr_spmm<8>, csr_spmm<16>},
+      .csr_epilogue = rows_epilogue<RAREFY_F32, rarefy_csr>,
+      .tiles_spmm = {tiles_spmm<RAREFY_F32>, tiles_spmm<RAREFY_BF16>, tiles_spmm<RAREFY_I8>},
+      .tiles_spmm_block = {tiles_spmm_block<RAREFY_F32>, tiles_spmm_block<RAREFY_I8>},
+      .sell_spmm = {sell_spmm<RAREFY_F32>, sell_spmm<RAREFY_BF16>, sell_spmm<RAREFY_I8>},
+      .sell_spmm_block = {sell_spmm_block<RAREFY_F32>, sell_spmm_block<RAREFY_I8>},
+      .dense_gemm = {dense_gemm<RAREFY_F32>, dense_gemm<RAREFY_I8>},
+      .decompress_bitmask = {decompress_bitmask<RAREFY_F32>, decompress_bitmask<RAREFY_BF16>,
+                             decompress_bitmask<RAREFY_I8>, decompress_bitmask<RAREFY_I4>},
+      .decompress_quantized = decompress_quantized,
+      .transposed_epilogue = {transposed_epilogue<RAREFY_F32>, transposed_epilogue<RAREFY_BF16>,
+                              transposed_epilogue<RAREFY_I8>},
+      .f32_epilogue = f32_epilogue,
+      .dequantize_epilogue = dequantize_epilogue,
+      .unpack_tile = unpack_tile,
+      .add_or_mul = add_or_mul,
+      .norm_tile = norm_tile,
+      .column_absmax = column_absmax,
+      .quantize_tile = quantize_tile,
+      .pool_or_depthwise = pool_or_depthwise,
+      .attention_tile = attention_tile,
+      .winograd_input = winograd_input,
+      .winograd_output = winograd_output,
+      .norm_row = norm_row,
+      .rope = {rope_tile, rope_row},
+      .attention_row = attention_row,
+  };
 }
 
 }  // namespace

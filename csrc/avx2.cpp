@@ -1,4 +1,4 @@
-// The kernels for AVX2.
+// Kernels compiled for AVX2.
 #include "all_kernels.hpp"
 
-extern const rarefy_table rarefy_avx2 = all_kernels("avx2");
+extern const rarefy_kernel_table rarefy_avx2 = all_kernels("avx2");

@@ -1,4 +1,5 @@
-// What AVX2's own instructions do better than what compilers make of loops.
+// AVX2 intrinsics for what compilers translate badly: expansion by a bitmask, int4 unpacking, rounding to int8 and
+// bf16, transposition.
 #pragma once
 #include <immintrin.h>
 
@@ -7,82 +8,85 @@
 
 namespace {
 
-// For each mask of eight: which of the values that follow each other lies at each place. Bytes that no value goes to
-// have the highest bit, of which a shuffle makes zeros.
-struct Places {
-  uint64_t ranks[256];        // without that bit
-  uint64_t bytes[256];
-  uint64_t pairs[256][2];     // of numbers of two bytes
-  constexpr Places() : ranks(), bytes(), pairs() {
+// Shuffle indices that expand consecutive values by a mask of eight bits. Positions without a bit have the highest bit
+// set in `bytes` and `pairs`: a byte shuffle writes zeros there.
+struct ExpansionTables {
+  uint64_t ranks[256];     // for 32-bit elements, without that bit
+  uint64_t bytes[256];     // for 8-bit elements
+  uint64_t pairs[256][2];  // for 16-bit elements
+  constexpr ExpansionTables() : ranks(), bytes(), pairs() {
     for (int mask = 0; mask < 256; ++mask)
-      for (int place = 0, rank = 0; place < 8; rank += mask >> place & 1, ++place) {
-        const bool here = mask >> place & 1;
-        ranks[mask] |= uint64_t(rank) << (8 * place);
-        bytes[mask] |= uint64_t(here ? rank : 128) << (8 * place);
-        pairs[mask][place / 4] |= uint64_t(here ? (2 * rank + 1) << 8 | 2 * rank : 128 << 8 | 128) << (16 * (place % 4));
+      for (int position = 0, rank = 0; position < 8; rank += mask >> position & 1, ++position) {
+        const bool nonzero = mask >> position & 1;
+        const uint64_t pair = nonzero ? (2 * rank + 1) << 8 | 2 * rank : 128 << 8 | 128;
+        ranks[mask] |= uint64_t(rank) << (8 * position);
+        bytes[mask] |= uint64_t(nonzero ? rank : 128) << (8 * position);
+        pairs[mask][position / 4] |= pair << (16 * (position % 4));
       }
   }
 };
-constexpr Places places{};
+constexpr ExpansionTables expansions{};
 
-inline __m128i two_eights(const void* low, const void* high) {
+inline __m128i load_two_halves(const void* low, const void* high) {
   const __m128i first = _mm_loadl_epi64(static_cast<const __m128i*>(low));
   return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(first), static_cast<const __m64*>(high)));
 }
 
-// Values at the places of 32 bits, zeros elsewhere; eight bytes may be read past the last.
-inline __m256i expand_bytes(const char* bits, const int8_t* v) {
+// Expand int8 values by 32 mask bits; reads up to eight bytes past the last value.
+inline __m256i expand_8bit(const char* bits, const int8_t* v) {
   uint32_t mask;
   std::memcpy(&mask, bits, 4);
-  const auto past = [&](int n) { return v + __builtin_popcount(mask << (32 - n)); };
-  const auto at = [&](int n) { return places.bytes + (mask >> n & 255); };
-  const __m256i upper = _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0);  // of each half
-  const __m256i values = _mm256_set_m128i(two_eights(past(16), past(24)), two_eights(v, past(8)));
-  const __m256i from = _mm256_set_m128i(two_eights(at(16), at(24)), two_eights(at(0), at(8)));
-  return _mm256_shuffle_epi8(values, _mm256_or_si256(from, upper));
+  const auto values_from = [&](int n) { return v + __builtin_popcount(mask << (32 - n)); };
+  const auto indices_from = [&](int n) { return expansions.bytes + (mask >> n & 255); };
+  const __m256i upper = _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0);  // second half of 16 bytes
+  const __m256i values =
+      _mm256_set_m128i(load_two_halves(values_from(16), values_from(24)), load_two_halves(v, values_from(8)));
+  const __m256i indices = _mm256_set_m128i(load_two_halves(indices_from(16), indices_from(24)),
+                                           load_two_halves(indices_from(0), indices_from(8)));
+  return _mm256_shuffle_epi8(values, _mm256_or_si256(indices, upper));
 }
 
-// The same of 16 bits, for numbers of two bytes.
-inline __m256i expand_pairs(const char* bits, const uint16_t* v) {
+// Expand 16-bit values by 16 mask bits.
+inline __m256i expand_16bit(const char* bits, const uint16_t* v) {
   const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
   const uint8_t low = uint8_t(bits[0]), high = uint8_t(bits[1]);
   return _mm256_shuffle_epi8(_mm256_set_m128i(load(v + __builtin_popcount(low)), load(v)),
-                             _mm256_set_m128i(load(places.pairs[high]), load(places.pairs[low])));
+                             _mm256_set_m128i(load(expansions.pairs[high]), load(expansions.pairs[low])));
 }
 
-// 64 nibbles as bytes, the lower first, each less a zero, of which either half has its own.
-inline void from_nibbles(const uint8_t* v, int8_t first, int8_t second, int8_t (&out)[64]) {
+// Unpack 64 nibbles to int8, low nibble first, and subtract the zero point of either half.
+inline void unpack_int4(const uint8_t* v, int8_t low_zero, int8_t high_zero, int8_t (&out)[64]) {
   for (int half = 0; half < 2; ++half) {
     const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 16 * half)));
-    const __m256i bytes = _mm256_and_si256(_mm256_or_si256(w, _mm256_slli_epi16(w, 4)), _mm256_set1_epi8(15));
-    const __m256i whole = _mm256_sub_epi8(bytes, _mm256_set1_epi8(half ? second : first));
-    std::memcpy(out + 32 * half, &whole, 32);
+    const __m256i nibbles = _mm256_and_si256(_mm256_or_si256(w, _mm256_slli_epi16(w, 4)), _mm256_set1_epi8(15));
+    const __m256i values = _mm256_sub_epi8(nibbles, _mm256_set1_epi8(half ? high_zero : low_zero));
+    std::memcpy(out + 32 * half, &values, 32);
   }
 }
 
-// 32 numbers in bytes.
-inline __m256i to_bytes(const float* x, float scale) {
-  const __m256 by = _mm256_set1_ps(scale);
-  const auto whole = [&](int n) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + n), by)); };
-  const __m256i fours = _mm256_packs_epi16(_mm256_packs_epi32(whole(0), whole(8)), _mm256_packs_epi32(whole(16), whole(24)));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  return _mm256_permutevar8x32_epi32(fours, order);
+inline __m256i quantize_32(const float* x, float scale) {
+  const __m256 s = _mm256_set1_ps(scale);
+  const auto rounded = [&](int n) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + n), s)); };
+  const __m256i bytes =
+      _mm256_packs_epi16(_mm256_packs_epi32(rounded(0), rounded(8)), _mm256_packs_epi32(rounded(16), rounded(24)));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs works on halves of 16 bytes
+  return _mm256_permutevar8x32_epi32(bytes, order);
 }
 
-// 16 numbers in bf16, to the nearest, even where two are as near; NaN stays NaN.
-inline __m256i to_pairs(const float* x) {
+// Round to nearest even; NaN stays NaN.
+inline __m256i round_16_to_bf16(const float* x) {
   const auto half = [&](int n) {
     const __m256 f = _mm256_loadu_ps(x + n);
     const __m256i u = _mm256_castps_si256(f), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    const __m256i near = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i none = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
-    return _mm256_srli_epi32(_mm256_blendv_epi8(near, none, nan), 16);
+    const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet_nan = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet_nan, is_nan), 16);
   };
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(half(0), half(8)), 0xd8);
 }
 
-inline void transpose_eight(__m256 (&r)[8]) {
+inline void transpose_8x8(__m256 (&r)[8]) {
   __m256 t[8], u[8];
   for (int i = 0; i < 4; ++i) {
     t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);

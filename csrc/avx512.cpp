@@ -1,5 +1,5 @@
-// The kernels for AVX-512.
+// Kernels compiled for AVX-512.
 #define RAREFY_SIMD512
 #include "all_kernels.hpp"
 
-extern const rarefy_table rarefy_avx512 = all_kernels("avx512");
+extern const rarefy_kernel_table rarefy_avx512 = all_kernels("avx512");

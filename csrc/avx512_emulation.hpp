@@ -1,5 +1,5 @@
-// AVX-512 in software, by SIMDe (Debian's libsimde-dev) and what it lacks, so that tests run those kernels on CPUs that
-// have no such instructions. In no build that anybody uses.
+// AVX-512 emulated by SIMDe (Debian's libsimde-dev) and by the intrinsics below that SIMDe lacks, so that tests run the
+// AVX-512 kernels on CPUs without those instructions. For tests only (RAREFY_EMULATE in CMakeLists.txt).
 #pragma once
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -11,12 +11,12 @@
 namespace {
 
 template <class T, int N>
-struct numbers {
+struct elements {
   T of[N];
 };
 
 template <class To, class From>
-To same_bits(const From& from) {
+To bit_cast_to(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
@@ -24,66 +24,66 @@ To same_bits(const From& from) {
 }
 
 template <class T>
-T mask_at(const T* p) {
+T load_mask(const T* p) {
   T mask;
   std::memcpy(&mask, p, sizeof mask);
   return mask;
 }
 
-// The next of v's numbers wherever the mask has a bit.
+// Put consecutive elements of v where the mask has bits; the others keep those of `base`.
 template <class T, int N, class V, class M>
-V expanded(V at, M mask, V v) {
-  auto out = same_bits<numbers<T, N>>(at);
-  const auto in = same_bits<numbers<T, N>>(v);
+V expand_elements(V base, M mask, V v) {
+  auto out = bit_cast_to<elements<T, N>>(base);
+  const auto in = bit_cast_to<elements<T, N>>(v);
   for (int i = 0, k = 0; i < N; ++i)
     if (mask >> i & 1) out.of[i] = in.of[k++];
-  return same_bits<V>(out);
+  return bit_cast_to<V>(out);
 }
 
 template <class To, class From, int N, class V>
-__m512i widened(V v) {
-  const auto in = same_bits<numbers<From, N>>(v);
-  numbers<To, N> out;
+__m512i widen_elements(V v) {
+  const auto in = bit_cast_to<elements<From, N>>(v);
+  elements<To, N> out;
   for (int i = 0; i < N; ++i) out.of[i] = in.of[i];
-  return same_bits<__m512i>(out);
+  return bit_cast_to<__m512i>(out);
 }
 
-// As the processor adds: halves upon halves.
+// Add in the order of _mm512_reduce_add: halves onto halves.
 template <class T, class V>
-T sum_of(V v) {
-  auto all = same_bits<numbers<T, 16>>(v);
+T reduce_elements(V v) {
+  auto all = bit_cast_to<elements<T, 16>>(v);
   for (int n = 8; n; n /= 2)
     for (int i = 0; i < n; ++i) all.of[i] += all.of[i + n];
   return all.of[0];
 }
 
-uint16_t bf16_of(float f) {  // to the nearest, even where two are as near; what is less than normal becomes zero
-  const uint32_t u = same_bits<uint32_t>(f);
+uint16_t round_to_bf16(float f) {  // to nearest even; subnormals become zero, as in hardware
+  const uint32_t u = bit_cast_to<uint32_t>(f);
   if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 0x40);
   return uint16_t(u & 0x7f800000 ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : u >> 16 & 0x8000);
 }
 
-__m512bh bf16_of_both(__m512 high, __m512 low) {
-  const auto a = same_bits<numbers<float, 16>>(low), b = same_bits<numbers<float, 16>>(high);
-  numbers<uint16_t, 32> out;
+__m512bh round_both_to_bf16(__m512 high, __m512 low) {
+  const auto a = bit_cast_to<elements<float, 16>>(low), b = bit_cast_to<elements<float, 16>>(high);
+  elements<uint16_t, 32> out;
   for (int i = 0; i < 16; ++i) {
-    out.of[i] = bf16_of(a.of[i]);
-    out.of[16 + i] = bf16_of(b.of[i]);
+    out.of[i] = round_to_bf16(a.of[i]);
+    out.of[16 + i] = round_to_bf16(b.of[i]);
   }
-  return same_bits<__m512bh>(out);
+  return bit_cast_to<__m512bh>(out);
 }
 
 }  // namespace
 
-#define _load_mask16 mask_at
-#define _load_mask32 mask_at
-#define _load_mask64 mask_at
-#define _mm512_cvtepi8_epi32 widened<int32_t, int8_t, 16>
-#define _mm512_cvtepu8_epi16 widened<uint16_t, uint8_t, 32>
-#define _mm512_cvtne2ps_pbh bf16_of_both
-#define _mm512_mask_expand_ps expanded<float, 16>
-#define _mm512_mask_expand_epi16 expanded<uint16_t, 32>
-#define _mm512_mask_expand_epi8 expanded<uint8_t, 64>
-#define _mm512_reduce_add_epi32 sum_of<int32_t>
-#define _mm512_reduce_add_ps sum_of<float>
+#define _load_mask16 load_mask
+#define _load_mask32 load_mask
+#define _load_mask64 load_mask
+#define _mm512_cvtepi8_epi32 widen_elements<int32_t, int8_t, 16>
+#define _mm512_cvtepu8_epi16 widen_elements<uint16_t, uint8_t, 32>
+#define _mm512_cvtne2ps_pbh round_both_to_bf16
+#define _mm512_mask_expand_ps expand_elements<float, 16>
+#define _mm512_mask_expand_epi16 expand_elements<uint16_t, 32>
+#define _mm512_mask_expand_epi8 expand_elements<uint8_t, 64>
+#define _mm512_reduce_add_epi32 reduce_elements<int32_t>
+#define _mm512_reduce_add_ps reduce_elements<float>
 #define _mm512_stream_si512(p, v) std::memcpy(p, &(v), 64)

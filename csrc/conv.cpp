@@ -1,6 +1,6 @@
-// Convolution by zero-skipping tiles, without im2col. NT outputs in a row, of however many images, are a square: for each
-// a block of lanes is brought together in pieces (conv_indirection.hpp), and the tiles run on it as on a packed batch, in the first
-// cache and on aligned loads.
+// Sparse convolution of NCHW tensors without im2col. 64 consecutive outputs, across images, form a column tile: for
+// each, the inputs of a block of lanes are gathered out of padded planes (conv_indirection.hpp) into the L1 cache,
+// where the kernels run on them as on packed inputs.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -12,92 +12,130 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 64, FEW = 4;    // tiles of weights that a thread takes at once; parts that are too few
-constexpr int64_t ROUND = 1 << 20;        // floats of padded images that are made at once: they stay in the caches
-constexpr int64_t STREAM = 2 << 20;       // outputs that will not be in a cache when they are read: they go past it
+constexpr int64_t MAX_CHUNK = 64;           // row tiles of a part
+constexpr int64_t MIN_PARTS = 4;            // fewer than that: parts become smaller
+constexpr int64_t ROUND_FLOATS = 1 << 20;   // padded images of one round, small enough for the caches
+constexpr int64_t STREAM_FLOATS = 2 << 20;  // larger outputs are written past the caches
+
+// A convolution of n images, in rounds of images; each round pads its images, then computes their outputs.
+struct ConvRun {
+  ConvRun(const rarefy_conv& conv, const float* input, int64_t height, int64_t width, const float* added, float* output,
+          int64_t images)
+      : w(conv),
+        x(input),
+        residual(added),
+        y(output),
+        n(images),
+        t(rarefy_active_kernels()),
+        geometry(w, height, width) {
+    lanes = w.weight.lanes;
+    block = w.weight.block;
+    inputs = w.inputs * w.groups;
+    outputs = w.outputs * w.groups;
+    image_floats = inputs * geometry.channel_floats;
+    pixels = geometry.out_height * geometry.out_width;
+    row_tiles = (w.outputs + TILE_ROWS - 1) / TILE_ROWS;
+    const int64_t column_tiles = (n * pixels + TILE_COLS - 1) / TILE_COLS;
+    const int64_t min_chunk = w.sell ? SLAB_ROWS / TILE_ROWS : 8;
+    chunk = w.sell ? MAX_CHUNK : std::min(MAX_CHUNK, row_tiles);
+    while (chunk > min_chunk && column_tiles * w.groups * ((row_tiles + chunk - 1) / chunk) < MIN_PARTS) chunk /= 2;
+    round = geometry.direct ? n : std::max<int64_t>(1, std::min(n, ROUND_FLOATS / std::max<int64_t>(1, image_floats)));
+    parallel = w.weight.rows * lanes / 8 * pixels * n > MIN_PARALLEL_WORK;
+    stream = n * outputs * pixels > STREAM_FLOATS;
+  }
+
+  void pad_images(int64_t from, int64_t images, float* planes) const {
+    for_each_part(geometry.direct ? 0 : images * inputs, parallel, [&](int64_t i) {
+      for (int64_t p = 0; p < geometry.num_planes; ++p)
+        geometry.copy_phase(t, x + (from * inputs + i) * geometry.height * geometry.width, geometry.phases[p],
+                            planes + i * geometry.channel_floats + p * geometry.plane_floats);
+    });
+  }
+
+  // Some row tiles of one group for one column tile of a round. `end`: of the readable memory of the planes.
+  bool run_part(int64_t part, int64_t from, int64_t images, const float* planes, const float* end,
+                const int32_t* offsets) const {
+    const int64_t chunks = (row_tiles + chunk - 1) / chunk, begin = part % chunks * chunk;
+    const int64_t group = part / chunks % w.groups, column = part / chunks / w.groups * TILE_COLS;
+    const int64_t columns = std::min(TILE_COLS, images * pixels - column);
+    const int64_t end_tile = std::min(row_tiles, begin + chunk);
+    const ScratchBuffer<1> scratch(size_t(block + 1 + chunk * TILE_ROWS) * TILE_COLS * 4);
+    uint32_t* gathered = static_cast<uint32_t*>(scratch.data);
+    if (!gathered) return false;
+    uint32_t* acc = gathered + (block + 1) * TILE_COLS;  // gather_lanes writes into one more row
+    rarefy_segment segments[TILE_COLS];
+    const int count = geometry.output_segments(column, columns, image_floats, segments);
+    for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
+      t.gather_lanes(planes + group * w.inputs * geometry.channel_floats, end, offsets + l, std::min(block, lanes - l),
+                     segments, count, gathered);
+      if (w.sell)
+        t.sell_spmm_block[0](*w.sell, b, begin * TILE_ROWS / SLAB_ROWS,
+                             (end_tile * TILE_ROWS + SLAB_ROWS - 1) / SLAB_ROWS, gathered, acc, columns, nullptr);
+      else
+        t.tiles_spmm_block[0](w.weight, b, group * row_tiles + begin, group * row_tiles + end_tile, gathered, acc,
+                              columns);
+    }
+    const int64_t row = group * w.outputs + begin * TILE_ROWS;
+    const int64_t rows = std::min(end_tile * TILE_ROWS, w.outputs) - begin * TILE_ROWS;
+    const float* bias = w.weight.bias ? w.weight.bias + row : nullptr;
+    for (int64_t done = 0, run; done < columns; done += run) {  // one image at a time
+      const int64_t image = (column + done) / pixels, pixel = (column + done) % pixels;
+      run = std::min(columns - done, pixels - pixel);
+      const int64_t offset = ((from + image) * outputs + row) * pixels + pixel;
+      t.f32_epilogue(reinterpret_cast<const float*>(acc) + done, rows, run, bias,
+                     residual ? residual + offset : nullptr, w.weight.act, y + offset, pixels, stream);
+    }
+    return true;
+  }
+
+  int run() const {
+    const int64_t chunks = (row_tiles + chunk - 1) / chunk, offsets_size = (lanes + 63) / 64 * 64;
+    std::atomic<bool> no_memory{false};
+    const int64_t planes_floats = geometry.direct ? 0 : round * image_floats + SEGMENT_FLOATS;
+    const ScratchBuffer<0> scratch(size_t(offsets_size + planes_floats) * 4);
+    int32_t* offsets = static_cast<int32_t*>(scratch.data);
+    if (!offsets) return RAREFY_NO_MEMORY;
+    geometry.lane_offsets(offsets);
+    float* padded = reinterpret_cast<float*>(offsets + offsets_size);
+    if (stream) advise_huge_pages(y, size_t(n * outputs * pixels) * 4);
+    for (int64_t from = 0; from < n; from += round) {
+      const int64_t images = std::min(round, n - from), column_tiles = (images * pixels + TILE_COLS - 1) / TILE_COLS;
+      const float* planes = geometry.direct ? x : padded;
+      const float* end = geometry.direct ? x + n * image_floats : padded + planes_floats;
+      pad_images(from, images, padded);
+      for_each_part(column_tiles * w.groups * chunks, parallel, [&](int64_t part) {
+        if (!run_part(part, from, images, planes, end, offsets)) no_memory.store(true);
+      });
+    }
+    return no_memory ? RAREFY_NO_MEMORY : RAREFY_OK;
+  }
+
+  const rarefy_conv& w;
+  const float *x, *residual;
+  float* y;
+  int64_t n;
+  const rarefy_kernel_table& t;
+  ConvGeometry geometry;
+  int64_t lanes, block, inputs, outputs, image_floats;
+  int64_t pixels;     // outputs of an image and channel
+  int64_t row_tiles;  // of a group
+  int64_t chunk;      // row tiles of a part
+  int64_t round;      // images of a round
+  bool parallel, stream;
+};
 
 }  // namespace
 
 API int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual,
                         float* y, int64_t n) {
-  if (w->weight.kind != RAREFY_F32 || w->dense) return RAREFY_BAD;
-  const rarefy_table& t = rarefy_chosen();
-  const Image plan(*w, height, width);
-  const int64_t lanes = w->weight.cols, inputs = w->inputs * w->groups, outputs = w->outputs * w->groups;
-  const int64_t image = inputs * plan.channel, each = plan.oh * plan.ow, all = (n * each + NT - 1) / NT;
-  const int64_t tiles = (w->outputs + R4 - 1) / R4, block = w->weight.block;
-  const int64_t least = w->sell ? SLAB / R4 : 8;  // tiles of a part
-  int64_t chunk = w->sell ? CHUNK : std::min(CHUNK, tiles);
-  while (chunk > least && all * w->groups * ((tiles + chunk - 1) / chunk) < FEW) chunk /= 2;
-  const int64_t chunks = (tiles + chunk - 1) / chunk;
-  std::atomic<bool> failed{false};
-  const int64_t most = plan.direct ? n : std::max<int64_t>(1, std::min(n, ROUND / std::max<int64_t>(1, image)));
-  const Scratch<0> scratch(size_t((lanes + 63) / 64 * 64 + (plan.direct ? 0 : most * image + PIECE)) * 4);
-  int32_t* places = static_cast<int32_t*>(scratch.from);
-  if (!places) return RAREFY_MEMORY;
-  plan.places(places);
-  float* made = reinterpret_cast<float*>(places + (lanes + 63) / 64 * 64);
-  const bool worth = w->weight.rows * lanes / 8 * each * n > LEAST;
-  const bool stream = n * outputs * each > STREAM;
-  if (stream) large_pages(y, size_t(n * outputs * each) * 4);
-  for (int64_t from = 0; from < n; from += most) {  // a round of images
-    const int64_t some = std::min(most, n - from), squares = (some * each + NT - 1) / NT;
-    const float* first = plan.direct ? x : made;
-    const float* last = plan.direct ? x + n * image : made + most * image + PIECE;
-    on_threads(plan.direct ? 0 : some * inputs, worth, [&](int64_t i) {
-      for (int64_t p = 0; p < plan.phases; ++p)
-        plan.cut(t, x + (from * inputs + i) * height * width, plan.phase[p], made + i * plan.channel + p * plan.plane);
-    });
-    on_threads(squares * w->groups * chunks, worth, [&](int64_t part) {
-      const int64_t c = part % chunks, g = part / chunks % w->groups, q = part / chunks / w->groups * NT;
-      const int64_t here = std::min(NT, some * each - q), begin = c * chunk, end = std::min(tiles, begin + chunk);
-      const Scratch<1> near(size_t(block + 1 + chunk * R4) * NT * 4);  // a line between: pieces are copied whole
-      uint32_t* sums = static_cast<uint32_t*>(near.from) + (block + 1) * NT;
-      if (!near.from) return failed.store(true);
-      rarefy_piece pieces[NT];
-      const int count = plan.pieces(q, here, image, pieces);
-      for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
-        uint32_t* in = static_cast<uint32_t*>(near.from);
-        t.bring(first + g * w->inputs * plan.channel, last, places + l, std::min(block, lanes - l), pieces, count, in);
-        if (w->sell)
-          t.sell_one[0](*w->sell, b, begin * R4 / SLAB, (end * R4 + SLAB - 1) / SLAB, in, sums, here, nullptr);
-        else
-          t.tiles_one[0](w->weight, b, g * tiles + begin, g * tiles + end, in, sums, here);
-      }
-      const int64_t o = g * w->outputs + begin * R4, rows = std::min(end * R4, w->outputs) - begin * R4;
-      const float* bias = w->weight.bias ? w->weight.bias + o : nullptr;
-      for (int64_t done = 0, run; done < here; done += run) {
-        const int64_t i = (q + done) / each, at = (q + done) % each;
-        run = std::min(here - done, each - at);
-        const int64_t to = ((from + i) * outputs + o) * each + at;
-        t.put(reinterpret_cast<const float*>(sums) + done, rows, run, bias, residual ? residual + to : nullptr,
-              w->weight.act, y + to, each, stream);
-      }
-    });
-  }
-  return failed ? RAREFY_MEMORY : RAREFY_OK;
+  if (w->weight.dtype != RAREFY_F32 || w->dense) return RAREFY_INVALID;
+  return ConvRun(*w, x, height, width, residual, y, n).run();
 }
 
-API int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values) {
-  if (w->groups < 1 || w->outputs < 1 || w->inputs < 1) return RAREFY_BAD;
-  const bool bytes = w->weight.kind == RAREFY_I8;
-  if (bytes ? w->groups != 1 : w->weight.kind != RAREFY_F32) return RAREFY_BAD;
-  for (int i = 0; i < 2; ++i)
-    if (w->kernel[i] < 1 || w->stride[i] < 1 || w->padding[i] < 0 || w->dilation[i] < 1 || w->stride[i] > 8) return RAREFY_BAD;
-  const int64_t rows = w->dense ? w->outputs : w->groups * ((w->outputs + R4 - 1) / R4 * R4);
-  if (w->weight.rows != rows || (w->dense && (w->groups != 1 || bytes || w->weight.block < 1))) return RAREFY_BAD;
-  if (w->weight.inputs != w->inputs * w->kernel[0] * w->kernel[1] * (bytes ? 4 : 1)) return RAREFY_BAD;
-  if (w->dense) return w->weight.cols == w->weight.inputs ? RAREFY_OK : RAREFY_BAD;
-  if (!w->sell) return rarefy_check_tiles(&w->weight, columns, values);
-  const rarefy_sell& s = *w->sell;
-  if (w->groups != 1 || s.kind != w->weight.kind || s.rows != w->weight.rows || s.inputs != w->weight.inputs) return RAREFY_BAD;
-  return s.block == w->weight.block && s.cols == w->weight.cols ? rarefy_check_sell(&s, values) : RAREFY_BAD;
+API int64_t rarefy_padded_image_floats(const rarefy_conv* w, int64_t height, int64_t width) {
+  return w->inputs * ConvGeometry(*w, height, width).channel_floats;
 }
 
-API int64_t rarefy_image_floats(const rarefy_conv* w, int64_t height, int64_t width) {
-  return w->inputs * Image(*w, height, width).channel;
-}
-
-API void rarefy_image_places(const rarefy_conv* w, int64_t height, int64_t width, int32_t* out) {
-  Image(*w, height, width).places(out);
+API void rarefy_indirection_offsets(const rarefy_conv* w, int64_t height, int64_t width, int32_t* out) {
+  ConvGeometry(*w, height, width).lane_offsets(out);
 }

@@ -1,82 +1,91 @@
-// A padded image, cut into stride x stride phases: planes in which a kernel position is a shift. An output reads its
-// place in a plane plus places[lane], whatever the lane.
+// How a convolution reads its inputs. A padded image is split into stride x stride planes, in which moving the kernel
+// by one position is a constant offset: an output reads, for every lane, its own position plus the offset of that lane.
 #pragma once
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
-#include "rarefy.h"
 #include "kernel_table.h"
+#include "rarefy.h"
 
 namespace {
 
-struct Image {
+struct ConvGeometry {
   const rarefy_conv& w;
-  int64_t height, width, oh, ow;
-  int64_t rows, columns;      // of a phase
-  int64_t plane, channel;     // floats of a phase, of all phases of a channel that are read
-  int64_t phase[64];          // which phase (row of it times stride + column) lies where
-  int64_t phases = 0;
-  bool direct;                // x itself is its only phase
+  int64_t height, width, out_height, out_width;
+  int64_t plane_height, plane_width;
+  int64_t plane_floats, channel_floats;  // of one plane; of the planes of a channel that are read
+  int64_t phases[64];                    // phase (its row times stride + its column) of each plane that is read
+  int64_t num_planes = 0;                // of a channel
+  bool direct;                           // the image itself is the only plane
 
-  Image(const rarefy_conv& c, int64_t h, int64_t wd) : w(c), height(h), width(wd) {
-    oh = (h + 2 * c.padding[0] - c.dilation[0] * (c.kernel[0] - 1) - 1) / c.stride[0] + 1;
-    ow = (wd + 2 * c.padding[1] - c.dilation[1] * (c.kernel[1] - 1) - 1) / c.stride[1] + 1;
-    rows = (h + 2 * c.padding[0] + c.stride[0] - 1) / c.stride[0];
-    columns = (wd + 2 * c.padding[1] + c.stride[1] - 1) / c.stride[1];
-    plane = rows * columns;
+  ConvGeometry(const rarefy_conv& c, int64_t h, int64_t wd) : w(c), height(h), width(wd) {
+    out_height = (h + 2 * c.padding[0] - c.dilation[0] * (c.kernel[0] - 1) - 1) / c.stride[0] + 1;
+    out_width = (wd + 2 * c.padding[1] - c.dilation[1] * (c.kernel[1] - 1) - 1) / c.stride[1] + 1;
+    plane_height = (h + 2 * c.padding[0] + c.stride[0] - 1) / c.stride[0];
+    plane_width = (wd + 2 * c.padding[1] + c.stride[1] - 1) / c.stride[1];
+    plane_floats = plane_height * plane_width;
     for (int64_t i = 0; i < c.kernel[0]; ++i)
       for (int64_t j = 0; j < c.kernel[1]; ++j) {
-        const int64_t p = i * c.dilation[0] % c.stride[0] * c.stride[1] + j * c.dilation[1] % c.stride[1];
-        if (std::find(phase, phase + phases, p) == phase + phases) phase[phases++] = p;
+        const int64_t phase = phase_of(i * c.dilation[0], j * c.dilation[1]);
+        if (std::find(phases, phases + num_planes, phase) == phases + num_planes) phases[num_planes++] = phase;
       }
-    channel = phases * plane;
+    channel_floats = num_planes * plane_floats;
     direct = c.stride[0] == 1 && c.stride[1] == 1 && !c.padding[0] && !c.padding[1];
   }
 
-  // Where outputs `q`.. of images that follow each other are read: pieces of a row, or of a plane where rows join.
-  int pieces(int64_t q, int64_t here, int64_t image, rarefy_piece* out) const {
-    const int64_t each = oh * ow, wide = columns == ow ? each : ow;
-    int count = 0;
-    for (int64_t done = 0; done < here;) {
-      const int64_t at = (q + done) % each;
-      const int64_t some = std::min({here - done, wide - at % wide, PIECE});
-      out[count++] = {(q + done) / each * image + at / wide * columns + at % wide, int32_t(done), int32_t(some)};
-      done += some;
+  int64_t phase_of(int64_t row, int64_t column) const { return row % w.stride[0] * w.stride[1] + column % w.stride[1]; }
+
+  // Where `count` outputs from output `first` on, of consecutive images, are read: segments within a row, or within a
+  // plane where rows are contiguous. Returns how many.
+  int output_segments(int64_t first, int64_t count, int64_t image_floats, rarefy_segment* out) const {
+    const int64_t outputs = out_height * out_width, run = plane_width == out_width ? outputs : out_width;
+    int segments = 0;
+    for (int64_t done = 0; done < count;) {
+      const int64_t at = (first + done) % outputs;
+      const int64_t size = std::min({count - done, run - at % run, SEGMENT_FLOATS});
+      out[segments++] = {(first + done) / outputs * image_floats + at / run * plane_width + at % run, int32_t(done),
+                         int32_t(size)};
+      done += size;
     }
-    return count;
+    return segments;
   }
 
-  void places(int32_t* out) const {
+  // The offsets of all lanes (input, kernel row, kernel column): the indirection buffer.
+  void lane_offsets(int32_t* out) const {
     for (int64_t c = 0; c < w.inputs; ++c)
       for (int64_t i = 0; i < w.kernel[0]; ++i)
         for (int64_t j = 0; j < w.kernel[1]; ++j) {
-          const int64_t a = i * w.dilation[0], b = j * w.dilation[1];
-          const int64_t p = a % w.stride[0] * w.stride[1] + b % w.stride[1];
-          const int64_t at = std::find(phase, phase + phases, p) - phase;
-          *out++ = int32_t(c * channel + at * plane + a / w.stride[0] * columns + b / w.stride[1]);
+          const int64_t row = i * w.dilation[0], column = j * w.dilation[1];
+          const int64_t plane = std::find(phases, phases + num_planes, phase_of(row, column)) - phases;
+          *out++ = int32_t(c * channel_floats + plane * plane_floats + row / w.stride[0] * plane_width +
+                           column / w.stride[1]);
         }
   }
 
-  // One phase of one channel: x[i * stride + a - padding][j * stride + b - padding], `rest` outside.
-  void cut(const rarefy_table& t, const float* x, int64_t p, float* out, float rest = 0.0f) const {
-    const int64_t a = p / w.stride[1] - w.padding[0], b = p % w.stride[1] - w.padding[1], s = w.stride[1];
-    const int64_t first = b < 0 ? (-b + s - 1) / s : 0;                              // column that lies inside
-    const int64_t end = std::max(first, std::min(columns, (width - b + s - 1) / s));  // and past the last
-    for (int64_t i = 0; i < rows; ++i, out += columns) {
-      const int64_t r = i * w.stride[0] + a;
-      if (r < 0 || r >= height) {
-        std::fill(out, out + columns, rest);
+  // Copy one phase of one channel into a plane: x[i * stride + row - padding][j * stride + column - padding],
+  // `pad_value` outside the image.
+  void copy_phase(const rarefy_kernel_table& t, const float* x, int64_t phase, float* out,
+                  float pad_value = 0.0f) const {
+    const int64_t row = phase / w.stride[1] - w.padding[0], column = phase % w.stride[1] - w.padding[1];
+    const int64_t s = w.stride[1];
+    const int64_t first = column < 0 ? (-column + s - 1) / s : 0;  // columns of the plane inside the image
+    const int64_t end = std::max(first, std::min(plane_width, (width - column + s - 1) / s));
+    for (int64_t i = 0; i < plane_height; ++i, out += plane_width) {
+      const int64_t source_row = i * w.stride[0] + row;
+      if (source_row < 0 || source_row >= height) {
+        std::fill(out, out + plane_width, pad_value);
         continue;
       }
-      const float* row = x + r * width + b;
-      std::fill(out, out + std::min(first, columns), rest);
+      const float* source = x + source_row * width + column;
+      std::fill(out, out + std::min(first, plane_width), pad_value);
       if (s == 1)
-        std::memcpy(out + first, row + first, size_t(end - first) * 4);
+        std::memcpy(out + first, source + first, size_t(end - first) * 4);
       else if (s == 2)
-        t.halve(row + first * 2, end - first, out + first);
+        t.take_even(source + first * 2, end - first, out + first);
       else
-        for (int64_t j = first; j < end; ++j) out[j] = row[j * s];
-      std::fill(out + end, out + columns, rest);
+        for (int64_t j = first; j < end; ++j) out[j] = source[j * s];
+      std::fill(out + end, out + plane_width, pad_value);
     }
   }
 };

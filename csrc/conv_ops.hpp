@@ -1,4 +1,4 @@
-// Steps of images: values whose tokens are pixels.
+// Convolution, pooling and their preparation, as steps of a program on column tiles whose columns are pixels.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -12,201 +12,221 @@
 
 namespace {
 
-constexpr int64_t CHANNELS = 8;  // of a part of what runs channel by channel
-constexpr int64_t FOURS = 64;   // of rows of a part of a convolution
-constexpr int64_t SQUARED = 64;  // rows of a part of a convolution by squares
-constexpr int64_t LANES = 16;   // of a channel that are brought together at once
+constexpr int64_t CHANNELS_PER_PART = 8;     // pooling, depthwise convolution, padding
+constexpr int64_t CONV_ROWS_PER_PART = 256;  // convolution
+constexpr int64_t WINOGRAD_ROWS_PER_PART = 64;
+constexpr int64_t GATHERED_LANES = 16;  // of a channel that are gathered at a time
 
-// Rows of a part of a convolution: fewer where there are few tiles, so that threads share them.
-inline int64_t rows_of(int64_t tiles) { return tiles < 8 ? SLAB : FOURS * R4; }
+// Rows of a part of a convolution: fewer where there are few tiles, so that all threads have work.
+inline int64_t conv_rows_per_part(int64_t tiles) { return tiles < 8 ? SLAB_ROWS : CONV_ROWS_PER_PART; }
 
-// Calls f(image, column, how many) for the columns of each image that lie in a tile.
+// Call f(image, first column, columns) for each image in a tile.
 template <class F>
-inline void images_in(const rarefy_step& s, int64_t tile, F&& f) {
-  for (int64_t at = tile * NT, end = std::min(at + NT, s.columns), n; at < end; at += n) {
+inline void for_each_image(const rarefy_step& s, int64_t tile, F&& f) {
+  for (int64_t at = tile * TILE_COLS, end = std::min(at + TILE_COLS, s.columns), n; at < end; at += n) {
     n = std::min(s.tokens - at % s.tokens, end - at);
     f(at / s.tokens, at, n);
   }
 }
 
-// Scales of a tile's columns: of each that of its image, the largest magnitudes of which are given tile by tile.
-inline void image_scales(const rarefy_table& t, const rarefy_step& s, int64_t tile, float* out) {
-  std::fill_n(out, NT, 1.0f);
-  images_in(s, tile, [&](int64_t b, int64_t column, int64_t n) {
-    uint32_t most = 0;  // bits, of which those of NaN are more than all others
-    for (int64_t at = b * s.tokens, end = at + s.tokens; at < end; at = (at / NT + 1) * NT)
-      most = std::max(most, __builtin_bit_cast(uint32_t, s.more.at[at]));
-    const float largest = __builtin_bit_cast(float, most);
-    std::fill_n(out + column % NT, n, rarefy_step_of(t, &largest, 1));
+// The int8 scales of a tile's columns: each that of its image. in_absmax has the largest magnitude of each image in
+// each tile, at its first column there.
+inline void image_scales(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile, float* out) {
+  std::fill_n(out, TILE_COLS, 1.0f);
+  for_each_image(s, tile, [&](int64_t image, int64_t column, int64_t n) {
+    uint32_t bits = 0;  // compared as integers, so that NaN is larger than all others
+    for (int64_t at = image * s.tokens, end = at + s.tokens; at < end; at = (at / TILE_COLS + 1) * TILE_COLS)
+      bits = std::max(bits, __builtin_bit_cast(uint32_t, s.in_absmax.data[at]));
+    const float absmax = __builtin_bit_cast(float, bits);
+    std::fill_n(out + column % TILE_COLS, n, rarefy_input_scale(t, &absmax, 1));
   });
 }
 
-// Planes of some channels of one image.
-inline int cut_planes(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  const auto& image = *static_cast<const rarefy_image*>(s.w);
-  const Image plan(*image.w, image.height, image.width);
-  const int64_t parts = over(s.features, CHANNELS), b = i / parts, from = i % parts * CHANNELS;
-  const bool raw = s.flag == 1;
-  const float rest = s.flag == 2 ? t.no_bytes : s.least;
-  const Scratch<1> near(raw ? 4 : size_t(s.tokens + NT) * 4);
-  if (!near.from) return RAREFY_MEMORY;
-  for (int64_t f = from; f < std::min(from + CHANNELS, s.features); ++f) {
-    const float* x = s.x.at + (b * s.features + f) * s.tokens;
-    if (!raw) {
-      float* own = static_cast<float*>(near.from);
-      for (int64_t at = b * s.tokens, end = at + s.tokens; at < end;) {
-        const int64_t n = std::min(NT - at % NT, end - at);
-        std::memcpy(own + at - b * s.tokens, s.x.at + at / NT * s.x.tile + f * NT + at % NT, size_t(n) * 4);
+// The planes of some channels of one image.
+inline int run_pad_planes(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const rarefy_indirection& in = *s.indirection;
+  const ConvGeometry geometry(*in.conv, in.height, in.width);
+  const int64_t chunks = ceil_div(s.features, CHANNELS_PER_PART), image = part / chunks;
+  const int64_t from = part % chunks * CHANNELS_PER_PART, to = std::min(from + CHANNELS_PER_PART, s.features);
+  const float pad_value = s.dtype == RAREFY_I8 ? t.packed_zeros : s.pad_value;
+  const ScratchBuffer<1> scratch(s.channels_first ? 4 : size_t(s.tokens + TILE_COLS) * 4);
+  if (!scratch.data) return RAREFY_NO_MEMORY;
+  for (int64_t f = from; f < to; ++f) {
+    const float* x = s.x.data + (image * s.features + f) * s.tokens;
+    if (!s.channels_first) {  // collect the channel out of the tiles
+      float* channel = static_cast<float*>(scratch.data);
+      for (int64_t at = image * s.tokens, end = at + s.tokens; at < end;) {
+        const int64_t n = std::min(TILE_COLS - at % TILE_COLS, end - at);
+        std::memcpy(channel + at - image * s.tokens, tile_of(s.x, at / TILE_COLS) + f * TILE_COLS + at % TILE_COLS,
+                    size_t(n) * 4);
         at += n;
       }
-      x = own;
+      x = channel;
     }
-    float* out = s.out.at + (b * s.features + f) * plan.channel;
-    for (int64_t p = 0; p < plan.phases; ++p) plan.cut(t, x, plan.phase[p], out + p * plan.plane, rest);
+    float* out = s.out.data + (image * s.features + f) * geometry.channel_floats;
+    for (int64_t p = 0; p < geometry.num_planes; ++p)
+      geometry.copy_phase(t, x, geometry.phases[p], out + p * geometry.plane_floats, pad_value);
   }
   return RAREFY_OK;
 }
 
-// A tile of a convolution's outputs, some rows of them.
-inline int convolve(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  const auto& image = *static_cast<const rarefy_image*>(s.w);
-  const rarefy_conv& w = *image.w;
-  const Image plan(w, image.height, image.width);
-  const int64_t tiles = over(s.columns, NT), size = rows_of(tiles), chunks = over(s.features, size);
-  const int64_t tile = i / chunks, row = i % chunks * size, rows = std::min(size, s.features - row);
-  const int64_t lanes = w.weight.cols, block = w.weight.block, here = std::min(NT, s.columns - tile * NT);
-  const int64_t whole = w.inputs * plan.channel;
-  const Scratch<1> near(size_t(block + 1) * NT * 4);  // a line between: pieces are copied whole
-  uint32_t* in = static_cast<uint32_t*>(near.from);
-  if (!in) return RAREFY_MEMORY;
-  rarefy_piece pieces[NT];
-  const int count = plan.pieces(tile * NT, here, whole, pieces);
-  float* out = s.out.at + tile * s.out.tile + row * NT;
-  auto* sums = reinterpret_cast<uint32_t*>(out);
-  const float* last = s.x.at + s.batch * whole + PIECE;
-  const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
-  const bool bytes = w.weight.kind == RAREFY_I8;
-  alignas(64) float steps[NT];
-  for (int64_t n = 0; bytes && n < NT; ++n)
-    steps[n] = s.sum.at[std::min(tile * NT + n, s.columns - 1) / s.tokens * image.height * image.width];
-  const rarefy_end end = end_of({w.weight.scales, w.weight.sums, w.weight.bias, w.weight.act}, row, rows, steps, more);
+// Some output rows of one column tile of a convolution.
+inline int run_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const rarefy_indirection& in = *s.indirection;
+  const rarefy_conv& w = *in.conv;
+  const ConvGeometry geometry(w, in.height, in.width);
+  const int64_t tiles = ceil_div(s.columns, TILE_COLS), size = conv_rows_per_part(tiles);
+  const int64_t chunks = ceil_div(s.features, size), tile = part / chunks, row = part % chunks * size;
+  const int64_t rows = std::min(size, s.features - row), columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
+  const int64_t lanes = w.weight.lanes, block = w.weight.block, image_floats = w.inputs * geometry.channel_floats;
+  const ScratchBuffer<1> scratch(size_t(block + 1) * TILE_COLS * 4);  // gather_lanes writes into one more row
+  uint32_t* gathered = static_cast<uint32_t*>(scratch.data);
+  if (!gathered) return RAREFY_NO_MEMORY;
+  rarefy_segment segments[TILE_COLS];
+  const int count = geometry.output_segments(tile * TILE_COLS, columns, image_floats, segments);
+  float* out = tile_of(s.out, tile) + row * TILE_COLS;
+  auto* acc = reinterpret_cast<uint32_t*>(out);
+  const float* end = s.x.data + s.batch * image_floats + SEGMENT_FLOATS;
+  const bool int8 = w.weight.dtype == RAREFY_I8;
+  alignas(64) float col_scales[TILE_COLS];
+  for (int64_t n = 0; int8 && n < TILE_COLS; ++n)
+    col_scales[n] = s.in_scales.data[std::min(tile * TILE_COLS + n, s.columns - 1) / s.tokens * in.height * in.width];
+  const rarefy_tile_epilogue epilogue = tile_epilogue({w.weight.scales, w.weight.row_sums, w.weight.bias, w.weight.act},
+                                                      row, rows, col_scales, optional_rows(s.residual, tile, row));
   for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
-    t.bring(s.x.at, last, image.places + l, std::min(block, lanes - l), pieces, count, in);
+    const int64_t block_lanes = std::min(block, lanes - l);
+    t.gather_lanes(s.x.data, end, in.offsets + l, block_lanes, segments, count, gathered);
     if (w.dense)
-      multiply(t, w.dense, lanes, row, rows, l, std::min(block, lanes - l), in, here, sums);
+      multiply_dense(t, w.dense, lanes, row, rows, l, block_lanes, gathered, columns, acc);
     else if (w.sell)
-      t.sell_one[bytes](*w.sell, b, row / SLAB, over(row + rows, SLAB), in, sums, here,
-                        l + block >= lanes ? &end : nullptr);
+      t.sell_spmm_block[int8](*w.sell, b, row / SLAB_ROWS, ceil_div(row + rows, SLAB_ROWS), gathered, acc, columns,
+                              l + block >= lanes ? &epilogue : nullptr);
     else
-      t.tiles_one[bytes](w.weight, b, row / R4, over(row + rows, R4), in, sums, here);
+      t.tiles_spmm_block[int8](w.weight, b, row / TILE_ROWS, ceil_div(row + rows, TILE_ROWS), gathered, acc, columns);
   }
-  if (!w.sell) settle(t, end, bytes, out);
-  tell_ranges(t, s, tile, row, rows);
+  if (!w.sell) apply_epilogue(t, epilogue, int8, out);
+  write_absmax(t, s, tile, row, rows);
   return RAREFY_OK;
 }
 
-// Two by two outputs of a convolution by squares: how many there are, and of them a part.
-struct Squares {
-  explicit Squares(const rarefy_step& s)
-      : image(*static_cast<const rarefy_image*>(s.w)), w(*image.w), plan(w, image.height, image.width) {
-    height = image.height + 2 * w.padding[0] - 2;
-    width = image.width + 2 * w.padding[1] - 2;
-    plan.oh = over(height, 2);
-    plan.ow = over(width, 2);
-    all = s.batch * plan.oh * plan.ow;
-    const int64_t tiles = over(all, NT);
-    part = over(over(all, tiles + (tiles > 1) * tiles % 2), 8) * 8;  // as even as may be, for two threads as well
-    parts = over(all, part);
+// The 2x2 output tiles of a Winograd convolution, and how they are split into parts.
+struct WinogradTiling {
+  explicit WinogradTiling(const rarefy_step& s) : in(*s.indirection), w(*in.conv), geometry(w, in.height, in.width) {
+    height = in.height + 2 * w.padding[0] - 2;
+    width = in.width + 2 * w.padding[1] - 2;
+    geometry.out_height = ceil_div(height, 2);
+    geometry.out_width = ceil_div(width, 2);
+    num_tiles = s.batch * geometry.out_height * geometry.out_width;
+    const int64_t column_tiles = ceil_div(num_tiles, TILE_COLS);
+    const int64_t even = column_tiles + (column_tiles > 1) * column_tiles % 2;  // two threads get as much
+    tiles_per_part = ceil_div(ceil_div(num_tiles, even), 8) * 8;
+    parts = ceil_div(num_tiles, tiles_per_part);
   }
-  // What of a tile of outputs lies where, for squares from `at` on: their place in the plan, and in two rows of pixels.
-  int runs(const rarefy_step& s, int64_t at, int64_t here, rarefy_piece* out) const {
-    int count = 0;
-    for (int64_t done = 0, n; done < here; done += n) {
-      const int64_t row = (at + done) / plan.ow, column = (at + done) % plan.ow;
-      n = std::min(plan.ow - column, here - done);
+  // Segments of the outputs of `count` Winograd tiles from tile `first` on: their offset in the step's output, and
+  // their position in two rows of pixels [2][2 TILE_COLS]. Returns how many.
+  int output_segments(const rarefy_step& s, int64_t first, int64_t count, rarefy_segment* out) const {
+    int segments = 0;
+    for (int64_t done = 0, n; done < count; done += n) {
+      const int64_t row = (first + done) / geometry.out_width, column = (first + done) % geometry.out_width;
+      n = std::min(geometry.out_width - column, count - done);
       for (int64_t a = 0; a < 2; ++a) {
-        const int64_t y = row % plan.oh * 2 + a, first = (row / plan.oh * height + y) * width + 2 * column;
-        const int64_t end = y < height ? first + std::min(2 * n, width - 2 * column) : first;
-        for (int64_t q = first, some; q < end; q += some) {
-          some = std::min(NT - q % NT, end - q);
-          out[count++] = {q / NT * s.out.tile + q % NT, int32_t((a * NT + done) * 2 + q - first), int32_t(some)};
+        const int64_t y = row % geometry.out_height * 2 + a;
+        const int64_t begin = (row / geometry.out_height * height + y) * width + 2 * column;
+        const int64_t end = y < height ? begin + std::min(2 * n, width - 2 * column) : begin;
+        for (int64_t q = begin, size; q < end; q += size) {
+          size = std::min(TILE_COLS - q % TILE_COLS, end - q);
+          out[segments++] = {q / TILE_COLS * s.out.stride + q % TILE_COLS,
+                             int32_t((a * TILE_COLS + done) * 2 + q - begin), int32_t(size)};
         }
       }
     }
-    return count;
+    return segments;
   }
-  const rarefy_image& image;
+  const rarefy_indirection& in;
   const rarefy_conv& w;
-  Image plan;
-  int64_t height, width, all, part, parts;
+  ConvGeometry geometry;  // its outputs are Winograd tiles
+  int64_t height, width;  // of the outputs
+  int64_t num_tiles, tiles_per_part, parts;
 };
 
-inline int64_t parts_of_squares(const rarefy_step& s) { return Squares(s).parts * over(s.features, SQUARED); }
+inline int64_t winograd_parts(const rarefy_step& s) {
+  return WinogradTiling(s).parts * ceil_div(s.features, WINOGRAD_ROWS_PER_PART);
+}
 
-// Some squares of outputs, some rows of them.
-inline int convolve_squares(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  const Squares squares(s);
-  const rarefy_conv& w = squares.w;
-  const int64_t chunks = over(s.features, SQUARED), at = i / chunks * squares.part, row = i % chunks * SQUARED;
-  const int64_t rows = std::min(SQUARED, s.features - row), here = std::min(squares.part, squares.all - at);
-  const int64_t fours = over(s.features, R4), in_apart = (w.inputs + 1) * NT, out_apart = (over(rows, R4) * R4 + 1) * NT;
-  const Scratch<1> near(size_t(in_apart + out_apart) * 16 * 4);
-  float* in = static_cast<float*>(near.from);
-  if (!in) return RAREFY_MEMORY;
-  float* products = in + in_apart * 16;
-  rarefy_piece pieces[NT], runs[5 * NT];
-  int count = squares.plan.pieces(at, here, w.inputs * squares.plan.channel, pieces);
-  t.squares_in(s.x.at, squares.image.places, w.inputs, pieces, count, in, in_apart);
+// Some output rows of some Winograd tiles: input transform, 16 GEMMs, output transform.
+inline int run_winograd_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const WinogradTiling tiling(s);
+  const rarefy_conv& w = tiling.w;
+  const int64_t chunks = ceil_div(s.features, WINOGRAD_ROWS_PER_PART), first = part / chunks * tiling.tiles_per_part;
+  const int64_t row = part % chunks * WINOGRAD_ROWS_PER_PART, rows = std::min(WINOGRAD_ROWS_PER_PART, s.features - row);
+  const int64_t tiles = std::min(tiling.tiles_per_part, tiling.num_tiles - first);
+  const int64_t row_tiles = ceil_div(rows, TILE_ROWS);
+  const int64_t weight_rows = ceil_div(s.features, TILE_ROWS) * TILE_ROWS;
+  const int64_t in_stride = (w.inputs + 1) * TILE_COLS, out_stride = (row_tiles * TILE_ROWS + 1) * TILE_COLS;
+  const ScratchBuffer<1> scratch(size_t(in_stride + out_stride) * 16 * 4);
+  float* in = static_cast<float*>(scratch.data);
+  if (!in) return RAREFY_NO_MEMORY;
+  float* products = in + in_stride * 16;
+  rarefy_segment inputs[TILE_COLS], outputs[5 * TILE_COLS];
+  int count = tiling.geometry.output_segments(first, tiles, w.inputs * tiling.geometry.channel_floats, inputs);
+  t.winograd_input(s.x.data, tiling.in.offsets, w.inputs, inputs, count, in, in_stride);
   for (int64_t k = 0; k < 16; ++k)
-    t.dense[0](reinterpret_cast<const uint32_t*>(w.dense) + (k * fours * R4 + row) * w.inputs, w.inputs * R4, over(rows, R4),
-               w.inputs, reinterpret_cast<const uint32_t*>(in + k * in_apart),
-               reinterpret_cast<uint32_t*>(products + k * out_apart), here, false);
-  count = squares.runs(s, at, here, runs);
-  alignas(64) float pixels[4 * NT], more[4 * NT];
-  for (int64_t r = row; r < row + rows; ++r, products += NT) {
-    for (int p = 0; s.more.at && p < count; ++p)
-      std::memcpy(more + runs[p].to, s.more.at + runs[p].from + r * NT, size_t(runs[p].size) * 4);
-    t.squares_out(products, out_apart, here, w.weight.bias ? w.weight.bias[r] : 0.0f, s.more.at ? more : nullptr,
-                  w.weight.act, pixels);
+    t.dense_gemm[0](reinterpret_cast<const uint32_t*>(w.dense) + (k * weight_rows + row) * w.inputs,
+                    w.inputs * TILE_ROWS, row_tiles, w.inputs, reinterpret_cast<const uint32_t*>(in + k * in_stride),
+                    reinterpret_cast<uint32_t*>(products + k * out_stride), tiles, false);
+  count = tiling.output_segments(s, first, tiles, outputs);
+  alignas(64) float pixels[4 * TILE_COLS], residual[4 * TILE_COLS];
+  for (int64_t r = row; r < row + rows; ++r, products += TILE_COLS) {
+    for (int p = 0; s.residual.data && p < count; ++p)
+      std::memcpy(residual + outputs[p].column, s.residual.data + outputs[p].source + r * TILE_COLS,
+                  size_t(outputs[p].size) * 4);
+    t.winograd_output(products, out_stride, tiles, w.weight.bias ? w.weight.bias[r] : 0.0f,
+                      s.residual.data ? residual : nullptr, w.weight.act, pixels);
     for (int p = 0; p < count; ++p)
-      std::memcpy(s.out.at + runs[p].from + r * NT, pixels + runs[p].to, size_t(runs[p].size) * 4);
+      std::memcpy(s.out.data + outputs[p].source + r * TILE_COLS, pixels + outputs[p].column,
+                  size_t(outputs[p].size) * 4);
   }
   return RAREFY_OK;
 }
 
-// Channel by channel: the largest of the pixels that a kernel takes together, or their sum with weights.
-inline void each_channel(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  const auto& image = *static_cast<const rarefy_image*>(s.w);
-  const Image plan(*image.w, image.height, image.width);
-  const int64_t parts = over(s.features, CHANNELS), tile = i / parts, from = i % parts * CHANNELS;
-  const int64_t lanes = image.w->kernel[0] * image.w->kernel[1], here = std::min(NT, s.columns - tile * NT);
-  rarefy_piece pieces[NT];
-  const int count = plan.pieces(tile * NT, here, s.features * plan.channel, pieces);
-  const float* last = s.x.at + s.batch * s.features * plan.channel + PIECE;
-  alignas(64) uint32_t near[(LANES + 1) * NT];
-  for (int64_t f = from; f < std::min(from + CHANNELS, s.features); ++f) {
-    float* out = s.out.at + tile * s.out.tile + f * NT;
-    for (int64_t l = 0; l < lanes; l += LANES) {
-      const int64_t some = std::min(LANES, lanes - l);
-      t.bring(s.x.at + f * plan.channel, last, image.places + l, some, pieces, count, near);
-      t.gathered(reinterpret_cast<const float*>(near), some, s.gain ? s.gain + f * lanes + l : nullptr, l > 0, out);
+// Some channels of one column tile: max pooling, or depthwise convolution where the step has weights for it.
+inline void run_channelwise(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const rarefy_indirection& in = *s.indirection;
+  const ConvGeometry geometry(*in.conv, in.height, in.width);
+  const int64_t chunks = ceil_div(s.features, CHANNELS_PER_PART), tile = part / chunks;
+  const int64_t from = part % chunks * CHANNELS_PER_PART, to = std::min(from + CHANNELS_PER_PART, s.features);
+  const int64_t lanes = in.conv->kernel[0] * in.conv->kernel[1];
+  const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
+  rarefy_segment segments[TILE_COLS];
+  const int count = geometry.output_segments(tile * TILE_COLS, columns, s.features * geometry.channel_floats, segments);
+  const float* end = s.x.data + s.batch * s.features * geometry.channel_floats + SEGMENT_FLOATS;
+  alignas(64) uint32_t gathered[(GATHERED_LANES + 1) * TILE_COLS];
+  for (int64_t f = from; f < to; ++f) {
+    float* out = tile_of(s.out, tile) + f * TILE_COLS;
+    for (int64_t l = 0; l < lanes; l += GATHERED_LANES) {
+      const int64_t n = std::min(GATHERED_LANES, lanes - l);
+      t.gather_lanes(s.x.data + f * geometry.channel_floats, end, in.offsets + l, n, segments, count, gathered);
+      t.pool_or_depthwise(reinterpret_cast<const float*>(gathered), n,
+                          s.depthwise_weights ? s.depthwise_weights + f * lanes + l : nullptr, l > 0, out);
     }
-    if (s.gain) t.put(out, 1, NT, s.bias ? s.bias + f : nullptr, nullptr, s.act, out, NT, false);
+    if (s.depthwise_weights)
+      t.f32_epilogue(out, 1, TILE_COLS, s.bias ? s.bias + f : nullptr, nullptr, s.act, out, TILE_COLS, false);
   }
 }
 
-// Means of some features of one image.
-inline void average(const rarefy_step& s, int64_t i) {
-  const int64_t parts = over(s.features, ROWS), b = i / parts, from = i % parts * ROWS;
-  for (int64_t f = from; f < std::min(from + ROWS, s.features); ++f) {
+// Some features of one image.
+inline void run_global_avg_pool(const rarefy_step& s, int64_t part) {
+  const int64_t chunks = ceil_div(s.features, FEATURES_PER_PART), image = part / chunks;
+  const int64_t from = part % chunks * FEATURES_PER_PART, to = std::min(from + FEATURES_PER_PART, s.features);
+  for (int64_t f = from; f < to; ++f) {
     float sum = 0.0f;
-    for (int64_t at = b * s.tokens, end = at + s.tokens; at < end;) {
-      const int64_t n = std::min(NT - at % NT, end - at);
-      const float* x = s.x.at + at / NT * s.x.tile + f * NT + at % NT;
+    for (int64_t at = image * s.tokens, end = at + s.tokens; at < end;) {
+      const int64_t n = std::min(TILE_COLS - at % TILE_COLS, end - at);
+      const float* x = tile_of(s.x, at / TILE_COLS) + f * TILE_COLS + at % TILE_COLS;
       for (int64_t j = 0; j < n; ++j) sum += x[j];
       at += n;
     }
-    s.out.at[b / NT * s.out.tile + f * NT + b % NT] = sum / float(s.tokens);
+    tile_of(s.out, image / TILE_COLS)[f * TILE_COLS + image % TILE_COLS] = sum / float(s.tokens);
   }
 }
 

@@ -1,4 +1,4 @@
-// Steps of few tokens, whose features lie one after the other.
+// Decode steps of a program: few tokens, activations row-major. Also where the KV cache stores a token.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,70 +11,89 @@
 
 namespace {
 
-// Where a cache has what a step keeps for a token on, and how many more tokens follow there one after the other.
-inline float* place_in(const rarefy_step& s, int64_t batch, int64_t token, int64_t& room) {
-  const auto& a = *static_cast<const rarefy_attention*>(s.w);
-  const rarefy_cache& c = *a.cache;
-  const int64_t at = c.past + token, before = s.flag ? a.v_before : a.k_before;
-  room = NT - at % NT;
-  return c.at + (before * c.batch + batch * s.features) * c.capacity + at / NT * s.features * NT + at % NT;
+// Where the cache stores what a KV_STORE step writes for a token; `room`: how many tokens follow in the same tile, the
+// token included.
+inline float* cache_slot(const rarefy_step& s, int64_t batch, int64_t token, int64_t& room) {
+  const rarefy_attention& a = *s.attention;
+  const rarefy_kv_cache& c = *a.cache;
+  const int64_t position = c.length + token, offset = s.store_values ? a.v_offset : a.k_offset;
+  room = TILE_COLS - position % TILE_COLS;
+  return c.data + (offset * c.batch + batch * s.features) * c.capacity + position / TILE_COLS * s.features * TILE_COLS +
+         position % TILE_COLS;
 }
 
-inline int run_few(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  const float* x = s.x.at + i * s.x.tile;
-  float* out = s.out.at + i * s.out.tile;
-  const int64_t each = s.features / std::max<int64_t>(1, s.groups);
+inline void run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const int64_t from = part * DECODE_ROWS_PER_PART, to = std::min(s.features, from + DECODE_ROWS_PER_PART);
+  const float* scales = s.in_scales.data;
+  if (s.format == RAREFY_QUANTIZED) {
+    const auto& w = *static_cast<const rarefy_quantized*>(s.weight);
+    const int64_t ldx = w.fp32_inputs ? s.x.stride : s.x.stride * 4;
+    t.quantized_gemv[(w.dtype == RAREFY_I4 ? 2 : 0) + (w.fp32_inputs ? 1 : 0)](w, from, to, s.x.data, ldx, s.out.data,
+                                                                               s.out.stride, s.columns);
+    t.quantized_epilogue(w, from, to, w.fp32_inputs ? nullptr : scales, s.residual.data, s.out.data, s.out.stride,
+                         s.columns);
+  } else {
+    const auto& w = *static_cast<const rarefy_bitmask*>(s.weight);
+    const int64_t ldx = s.x.stride * (w.dtype >= RAREFY_I8 ? 4 : w.dtype == RAREFY_BF16 ? 2 : 1);
+    t.bitmask_gemv[w.dtype](w, from, to, s.x.data, ldx, s.out.data, s.out.stride, s.columns);
+    t.bitmask_epilogue[w.dtype](w, from, to, scales, s.residual.data, s.out.data, s.out.stride, s.columns);
+  }
+}
+
+inline int run_decode_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
+  const int64_t token = part / a.heads;
+  const int64_t keys = ceil_div(a.cache->length + a.queries, TILE_COLS) * TILE_COLS;
+  const ScratchBuffer<1> scratch(size_t(keys + a.head_dim * 16) * 4);
+  if (!scratch.data) return RAREFY_NO_MEMORY;
+  t.attention_row(a, token / a.queries, token % a.queries, part % a.heads, static_cast<float*>(scratch.data));
+  return RAREFY_OK;
+}
+
+inline int64_t decode_parts(const rarefy_step& s) {
   switch (s.op) {
-    case RAREFY_PACK: std::memcpy(out, s.x.at + i * s.features, size_t(s.features) * 4); break;
-    case RAREFY_UNPACK: std::memcpy(s.out.at + i * s.features, x, size_t(s.features) * 4); break;
-    case RAREFY_PRODUCT: {
-      const int64_t from = i * PART, to = std::min(s.features, from + PART), n = s.columns;
-      const float* scales = s.sum.at;
-      if (s.flag == RAREFY_PANELS) {
-        const auto& w = *static_cast<const rarefy_panels*>(s.w);
-        const int64_t apart = w.exact ? s.x.tile : s.x.tile * 4;
-        t.panels[(w.kind == RAREFY_I4 ? 2 : 0) + (w.exact ? 1 : 0)](w, from, to, s.x.at, apart, s.out.at, s.out.tile, n);
-        t.settle_panels(w, from, to, w.exact ? nullptr : scales, s.more.at, s.out.at, s.out.tile, n);
-      } else {
-        const auto& w = *static_cast<const rarefy_bitmask*>(s.w);
-        const int64_t apart = s.x.tile * (w.kind >= RAREFY_I8 ? 4 : w.kind == RAREFY_BF16 ? 2 : 1);
-        t.bits[w.kind](w, from, to, s.x.at, apart, s.out.at, s.out.tile, n);
-        t.settle[w.kind](w, from, to, scales, s.more.at, s.out.at, s.out.tile, n);
-      }
+    case RAREFY_OP_LINEAR: return ceil_div(s.features, DECODE_ROWS_PER_PART);
+    case RAREFY_OP_ADD:
+    case RAREFY_OP_MUL: return 1;
+    case RAREFY_OP_ATTENTION: return s.columns * s.attention->heads;
+    default: return s.columns;  // one token each
+  }
+}
+
+inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const float* x = s.x.data + part * s.x.stride;
+  float* out = s.out.data + part * s.out.stride;
+  switch (s.op) {
+    case RAREFY_OP_PACK: std::memcpy(out, s.x.data + part * s.features, size_t(s.features) * 4); break;
+    case RAREFY_OP_UNPACK: std::memcpy(s.out.data + part * s.features, x, size_t(s.features) * 4); break;
+    case RAREFY_OP_LINEAR: run_decode_linear(t, s, part); break;
+    case RAREFY_OP_CONVERT: {
+      const float scale = s.dtype == RAREFY_I8 ? rarefy_input_scale(t, x, s.features) : 1.0f;
+      s.out_scales.data[part] = scale;
+      t.convert_row[s.dtype](x, s.features, ceil_div(s.features, 64) * 64, 1.0f / scale, out);
       break;
     }
-    case RAREFY_BYTES: {
-      const int kind = s.flag;
-      const float step = kind == RAREFY_I8 ? rarefy_step_of(t, x, s.features) : 1.0f;
-      s.sum.at[i] = step;
-      t.convert[kind](x, s.features, over(s.features, 64) * 64, 1.0f / step, out);
+    case RAREFY_OP_NORM: {
+      const int64_t group = s.features / std::max<int64_t>(1, s.groups);
+      for (int64_t f = 0; f < s.features; f += group)
+        t.norm_row(x + f, group, s.gamma, s.bias, s.eps, s.subtract_mean != 0, out + f);
       break;
     }
-    case RAREFY_NORM:
-      for (int64_t g = 0; g < s.features; g += each)
-        t.norm_row(x + g, each, s.gain, s.bias, s.least, s.flag != 0, out + g);
+    case RAREFY_OP_ADD:
+    case RAREFY_OP_MUL:
+      t.add_or_mul(s.x.data, s.other.data, s.op == RAREFY_OP_MUL, s.act, s.out.data,
+                   ceil_div(s.columns * s.out.stride, TILE_COLS) * TILE_COLS);
       break;
-    case RAREFY_ADD:
-    case RAREFY_TIMES:
-      t.pair(s.x.at, s.more.at, s.op == RAREFY_TIMES, s.act, s.out.at, over(s.columns * s.out.tile, NT) * NT);
+    case RAREFY_OP_ROPE:
+      t.rope[1](x, s.cos.data + part * s.cos.stride, s.sin.data + part * s.sin.stride, s.heads,
+                s.features / std::max<int64_t>(1, s.heads), out);
       break;
-    case RAREFY_ROTATE:
-      t.rotate[1](x, s.more.at + i * s.more.tile, s.sum.at + i * s.sum.tile, s.groups, each, out);
-      break;
-    case RAREFY_KEEP: {
+    case RAREFY_OP_KV_STORE: {
       int64_t room;
-      float* to = place_in(s, i / s.tokens, i % s.tokens, room);
-      for (int64_t f = 0; f < s.features; ++f) to[f * NT] = x[f];
+      float* slot = cache_slot(s, part / s.tokens, part % s.tokens, room);
+      for (int64_t f = 0; f < s.features; ++f) slot[f * TILE_COLS] = x[f];
       break;
     }
-    case RAREFY_ATTEND: {
-      const auto& a = *static_cast<const rarefy_attention*>(s.w);
-      const int64_t token = i / a.heads;
-      const Scratch<1> near(size_t(over(a.cache->past + a.queries, NT) * NT + a.width * 16) * 4);
-      if (!near.from) return RAREFY_MEMORY;
-      t.attend_row(a, token / a.queries, token % a.queries, i % a.heads, static_cast<float*>(near.from));
-      break;
-    }
+    case RAREFY_OP_ATTENTION: return run_decode_attention(t, *s.attention, part);
   }
   return RAREFY_OK;
 }

@@ -1,4 +1,5 @@
-// What becomes of sums: scale, bias, residual, activation.
+// Epilogues: what turns the accumulators of a kernel into outputs. Scale, bias, residual, activation; and the
+// activation functions themselves.
 #pragma once
 #include <cstdint>
 
@@ -8,114 +9,152 @@
 
 namespace {
 
-// e^x to 1e-7 of itself: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes). NaN stays.
-inline vec exponential(vec x) {
-  x = x < -87.0f ? vec{} - 87.0f : x;
-  x = x > 88.0f ? vec{} + 88.0f : x;
-  const vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
-  const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+// e^x with a relative error of 1e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes). NaN stays NaN.
+inline f32_vec exp_vec(f32_vec x) {
+  x = x < -87.0f ? f32_vec{} - 87.0f : x;
+  x = x > 88.0f ? f32_vec{} + 88.0f : x;
+  const f32_vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // x / ln 2, rounded: 1.5 * 2^23 drops the fraction
+  const f32_vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f32_vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const vec power = vec((words(__builtin_convertvector(n == n ? n : vec{}, ints)) + 127u) << 23);
+  const f32_vec power = f32_vec((u32_vec(__builtin_convertvector(n == n ? n : f32_vec{}, i32_vec)) + 127u) << 23);
   return p * power;
 }
 
-// erf to 4e-7: x P(x^2) / Q(x^2), fitted for the least error on [0, 4], from where on it is one. NaN stays.
-inline vec error_function(vec x) {
-  const vec u = x * x;
-  vec p = u * 1.92172909e-8f - 1.99013334e-6f;
+// erf(x) with an error of 4e-7: x P(x^2) / Q(x^2), a minimax fit on [0, 4]; beyond, one. NaN stays NaN.
+inline f32_vec erf_vec(f32_vec x) {
+  const f32_vec u = x * x;
+  f32_vec p = u * 1.92172909e-8f - 1.99013334e-6f;
   p = p * u + 1.55498303e-4f;
   p = p * u + 4.29155584e-3f;
   p = p * u + 5.24288602e-2f;
   p = p * u + 2.13910177e-1f;
   p = p * u + 1.12837863f;
-  vec q = u * 1.09766598e-3f + 1.55481091e-2f;
+  f32_vec q = u * 1.09766598e-3f + 1.55481091e-2f;
   q = q * u + 1.20785296e-1f;
   q = q * u + 5.22900641e-1f;
   q = q * u + 1.0f;
-  const vec whole = vec((words(x) & 0x80000000u) | 0x3f800000u);
-  return u < 16.0f ? x * p / q : u != u ? x : whole;
+  const f32_vec sign = f32_vec((u32_vec(x) & 0x80000000u) | 0x3f800000u);
+  return u < 16.0f ? x * p / q : u != u ? x : sign;
 }
 
-inline vec activated(vec v, int act) {
+inline f32_vec activate(f32_vec v, int act) {
   switch (act) {
-    case RAREFY_RELU: return v < 0.0f ? vec{} : v;
-    case RAREFY_GELU: return v * 0.5f * (error_function(v * 0.70710678f) + 1.0f);
-    case RAREFY_GELU_TANH: return v < -12.0f ? vec{} : v / (exponential((v * v * 0.044715f + 1.0f) * v * -1.59576912f) + 1.0f);
-    case RAREFY_SILU: return v < -87.0f ? vec{} : v / (exponential(-v) + 1.0f);
+    case RAREFY_RELU: return v < 0.0f ? f32_vec{} : v;
+    case RAREFY_GELU: return v * 0.5f * (erf_vec(v * 0.70710678f) + 1.0f);
+    case RAREFY_GELU_TANH:
+      return v < -12.0f ? f32_vec{} : v / (exp_vec((v * v * 0.044715f + 1.0f) * v * -1.59576912f) + 1.0f);
+    case RAREFY_SILU: return v < -87.0f ? f32_vec{} : v / (exp_vec(-v) + 1.0f);
     default: return v;
   }
 }
 
-// Sums of one input for W outputs from `row` on, `here` of which exist, become outputs: act(sums by scale + bias +
-// residual). `by`: the scale of the input, of int8 and int4.
-template <int KIND, class M>
-inline void settle(const M& w, int64_t row, int64_t here, vec sums, float by, const float* residual, float* y) {
-  vec v = sums;
-  if constexpr (KIND == RAREFY_I8) {
-    const words shift = words(some_at(reinterpret_cast<const float*>(w.sums) + row, here)) * uint32_t(ADDED);
-    v = __builtin_convertvector(ints(words(sums) - shift), vec) * (some_at(static_cast<const float*>(w.scales) + row, here) * by);
-  } else if constexpr (KIND == RAREFY_I4) {
-    if constexpr (ADDED != 0) v -= some_at(static_cast<const float*>(w.sums) + row, here) * float(ADDED);
-    v *= by;
+// Outputs of one input from its accumulators, for rows `row` on; `n` of the vector's elements exist. `scale` is the
+// int8 scale of the input.
+template <int DTYPE, class Weight>
+inline void vec_epilogue(const Weight& w, int64_t row, int64_t n, f32_vec acc, float scale, const float* residual,
+                         float* y) {
+  f32_vec v = acc;
+  if constexpr (DTYPE == RAREFY_I8) {
+    const u32_vec zero_point_term =
+        u32_vec(load_partial(reinterpret_cast<const float*>(w.row_sums) + row, n)) * uint32_t(INPUT_ZERO_POINT);
+    v = __builtin_convertvector(i32_vec(u32_vec(acc) - zero_point_term), f32_vec) *
+        (load_partial(static_cast<const float*>(w.scales) + row, n) * scale);
+  } else if constexpr (DTYPE == RAREFY_I4) {
+    if constexpr (INPUT_ZERO_POINT != 0)
+      v -= load_partial(static_cast<const float*>(w.row_sums) + row, n) * float(INPUT_ZERO_POINT);
+    v *= scale;
   }
-  if (w.bias) v += some_at(w.bias + row, here);
-  if (residual) v += some_at(residual, here);
-  put_some(y, activated(v, w.act), here);
+  if (w.bias) v += load_partial(w.bias + row, n);
+  if (residual) v += load_partial(residual, n);
+  store_partial(y, activate(v, w.act), n);
 }
 
-// Outputs `from`..`to` of n inputs, whose sums lie where the outputs will.
-template <int KIND, class M>
-void settle_rows(const M& w, int64_t from, int64_t to, const float* scales, const float* residual, float* y,
-                 int64_t ldy, int64_t n) {
+// Epilogue in place on y[n][rows], of rows `from`..`to`. `scales`: the int8 scales of the inputs, or null.
+template <int DTYPE, class Weight>
+void rows_epilogue(const Weight& w, int64_t from, int64_t to, const float* scales, const float* residual, float* y,
+                   int64_t ldy, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t r = from; r < to; r += W) {
-      float* at = y + i * ldy + r;
-      settle<KIND>(w, r, to - r, some_at(at, to - r), scales ? scales[i] : 1.0f,
-                   residual ? residual + i * ldy + r : nullptr, at);
+    for (int64_t r = from; r < to; r += SIMD_WIDTH) {
+      float* out = y + i * ldy + r;
+      vec_epilogue<DTYPE>(w, r, to - r, load_partial(out, to - r), scales ? scales[i] : 1.0f,
+                          residual ? residual + i * ldy + r : nullptr, out);
     }
 }
 
-// Sums [rows][NT] become outputs y[n][row]. Of W inputs at a time all the rows are written: few lines of y are open at
-// once.
-template <int KIND>
-void finish(const rarefy_sums& w, int64_t row, int64_t rows, const uint32_t* sums, const float* scales,
-            int64_t columns, const float* residual, float* y, int64_t ldy) {
-  lanes square[W];
-  for (int64_t n = 0; n < columns; n += W) {
-    const int64_t some = columns - n < W ? columns - n : W;
-    for (int64_t r = 0; r < rows; r += W) {
-      const int64_t here = rows - r < W ? rows - r : W, at = n * ldy + row + r;
-      for (int64_t i = 0; i < W; ++i) square[i] = lanes_at(sums + (r + (i < here ? i : 0)) * NT + n);
+// Epilogue of accumulators [rows][TILE_COLS], transposed into y[columns][row..]. The loop over rows is the inner one,
+// so that only a few cache lines of y are written at a time.
+template <int DTYPE>
+void transposed_epilogue(const rarefy_weight_epilogue& w, int64_t row, int64_t rows, const uint32_t* acc,
+                         const float* scales, int64_t columns, const float* residual, float* y, int64_t ldy) {
+  raw_vec square[SIMD_WIDTH];
+  for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
+    const int64_t num_cols = columns - n < SIMD_WIDTH ? columns - n : SIMD_WIDTH;
+    for (int64_t r = 0; r < rows; r += SIMD_WIDTH) {
+      const int64_t num_rows = rows - r < SIMD_WIDTH ? rows - r : SIMD_WIDTH, offset = n * ldy + row + r;
+      for (int64_t i = 0; i < SIMD_WIDTH; ++i) square[i] = load_raw(acc + (r + (i < num_rows ? i : 0)) * TILE_COLS + n);
       transpose(square);
-      for (int64_t i = 0; i < some; ++i)
-        settle<KIND>(w, row + r, here, vec(square[i]), KIND == RAREFY_I8 ? scales[n + i] : 1.0f,
-                     residual ? residual + at + i * ldy : nullptr, y + at + i * ldy);
+      for (int64_t i = 0; i < num_cols; ++i)
+        vec_epilogue<DTYPE>(w, row + r, num_rows, f32_vec(square[i]), DTYPE == RAREFY_I8 ? scales[n + i] : 1.0f,
+                            residual ? residual + offset + i * ldy : nullptr, y + offset + i * ldy);
     }
   }
 }
 
-// `n` sums of each row become outputs of a convolution, rows of which are `apart`; past the caches if they fill whole
-// lines there.
-void put(const float* sums, int64_t rows, int64_t n, const float* bias, const float* residual, int act, float* y,
-         int64_t apart, bool stream) {
-  stream = stream && n == NT && apart % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
-  for (int64_t r = 0; r < rows; ++r, sums += NT, y += apart) {
-    for (int64_t i = 0; i < n; i += W) {
-      vec v = some_at(sums + i, n - i) + (bias ? bias[r] : 0.0f);
-      if (residual) v += some_at(residual + r * apart + i, n - i);
-      v = activated(v, act);
+// fp32 epilogue of the first n columns of accumulators [rows][TILE_COLS], into rows of y that are ldy floats apart.
+// `stream`: bypass the caches, where the outputs fill whole cache lines.
+void f32_epilogue(const float* acc, int64_t rows, int64_t n, const float* bias, const float* residual, int act,
+                  float* y, int64_t ldy, bool stream) {
+  stream = stream && n == TILE_COLS && ldy % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+  for (int64_t r = 0; r < rows; ++r, acc += TILE_COLS, y += ldy) {
+    for (int64_t i = 0; i < n; i += SIMD_WIDTH) {
+      f32_vec v = load_partial(acc + i, n - i) + (bias ? bias[r] : 0.0f);
+      if (residual) v += load_partial(residual + r * ldy + i, n - i);
+      v = activate(v, act);
       if (stream)
-        past_caches(y + i, lanes(v));
+        stream_store(y + i, raw_vec(v));
       else
-        put_some(y + i, v, n - i);
+        store_partial(y + i, v, n - i);
     }
   }
-  if (stream) seen();
+  if (stream) stream_fence();
+}
+
+// Outputs of VECS vectors of one row from column `column` on.
+template <int DTYPE, int VECS, class Acc>
+inline void tile_row_epilogue(const Acc (&acc)[VECS], const rarefy_tile_epilogue& e, int64_t row, int64_t column,
+                              float* out) {
+  const bool exists = row < e.rows;  // the last row tile may be padded
+  const float bias = e.bias && exists ? e.bias[row] : 0.0f;
+#pragma GCC unroll 8
+  for (int t = 0; t < VECS; ++t) {
+    f32_vec v;
+    if constexpr (DTYPE == RAREFY_I8) {
+      const u32_vec zero_point_term = u32_vec{} + uint32_t(exists ? e.row_sums[row] : 0) * uint32_t(INPUT_ZERO_POINT);
+      const float scale = exists ? e.row_scales[row] : 0.0f;
+      v = __builtin_convertvector(i32_vec(__builtin_bit_cast(u32_vec, acc[t]) - zero_point_term), f32_vec);
+      v = v * (load_vec(e.col_scales + column + t * SIMD_WIDTH) * scale) + bias;
+    } else {
+      v = __builtin_bit_cast(f32_vec, acc[t]) + bias;
+    }
+    if (e.residual) v += load_vec(e.residual + row * TILE_COLS + column + t * SIMD_WIDTH);
+    store_vec(out + t * SIMD_WIDTH, activate(v, e.act));
+  }
+}
+
+// int8 epilogue in place on accumulators [rows][TILE_COLS].
+void dequantize_epilogue(const rarefy_tile_epilogue& e, float* acc) {
+  for (int64_t r = 0; r < e.rows; ++r)
+    for (int64_t n = 0; n < TILE_COLS; n += 4 * SIMD_WIDTH) {
+      u32_vec sums[4];
+      for (int64_t t = 0; t < 4; ++t)
+        sums[t] = __builtin_bit_cast(u32_vec, load_vec(acc + r * TILE_COLS + n + t * SIMD_WIDTH));
+      tile_row_epilogue<RAREFY_I8>(sums, e, r, n, acc + r * TILE_COLS + n);
+    }
 }
 
 }  // namespace

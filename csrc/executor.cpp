@@ -1,10 +1,11 @@
-// Runs the steps of a plan one after the other, each in parts that threads take: all within one parallel region, so that
-// threads start once. Whoever is there works, and waits only for what a step needs; nobody waits for a thread that has not
-// come.
+// Runs a program: its steps in order, each split into parts that threads take. All steps run within one parallel
+// region, so that threads start once. A thread waits only for the steps that its next step depends on, and never for
+// threads that have not started yet.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <new>
 
 #include "conv_ops.hpp"
 #include "decode_steps.hpp"
@@ -20,191 +21,198 @@
 
 namespace {
 
-constexpr int64_t SOME = 16;    // columns of a part of a norm
-constexpr int SPINS = 2000;     // looks at a counter before the processor is given away
+constexpr int64_t NORM_COLUMNS_PER_PART = 16;
+constexpr int SPINS_BEFORE_YIELD = 2000;
 
-int64_t tiles_of(const rarefy_attention& a) { return over(a.queries + NT - 1, NT); }  // that a sequence may touch
+// Column tiles that a sequence may touch.
+int64_t attention_tiles(const rarefy_attention& a) { return ceil_div(a.queries + TILE_COLS - 1, TILE_COLS); }
 
-int64_t parts_of(const rarefy_step& s) {
-  const int64_t tiles = over(s.columns, NT);
-  const auto* a = static_cast<const rarefy_attention*>(s.w);
-  if (s.few) switch (s.op) {
-      case RAREFY_PRODUCT: return over(s.features, PART);
-      case RAREFY_ADD:
-      case RAREFY_TIMES: return 1;
-      case RAREFY_ATTEND: return s.columns * a->heads;
-      default: return s.columns;
-    }
+int64_t num_parts(const rarefy_step& s) {
+  if (s.decode) return decode_parts(s);
+  const int64_t tiles = ceil_div(s.columns, TILE_COLS);
   switch (s.op) {
-    case RAREFY_PRODUCT:
-      return unfolds(s) ? over(tiles, TILES) * over(s.features, UNFOLDED) : tiles * over(s.features, SLAB);
-    case RAREFY_NORM: return over(s.columns, SOME);
-    case RAREFY_ADD:
-    case RAREFY_TIMES: return tiles * over(s.features, ROWS);
-    case RAREFY_ATTEND: return a->batch * a->heads * tiles_of(*a);
-    case RAREFY_PLANES: return s.batch * over(s.features, CHANNELS);
-    case RAREFY_CONVOLVE: return s.flag ? parts_of_squares(s) : tiles * over(s.features, rows_of(tiles));
-    case RAREFY_POOL:
-    case RAREFY_DEPTHWISE: return tiles * over(s.features, CHANNELS);
-    case RAREFY_AVERAGE: return s.columns * over(s.features, ROWS);
+    case RAREFY_OP_LINEAR: return linear_parts(s, tiles);
+    case RAREFY_OP_NORM: return ceil_div(s.columns, NORM_COLUMNS_PER_PART);
+    case RAREFY_OP_ADD:
+    case RAREFY_OP_MUL: return tiles * ceil_div(s.features, FEATURES_PER_PART);
+    case RAREFY_OP_ATTENTION: return s.attention->batch * s.attention->heads * attention_tiles(*s.attention);
+    case RAREFY_OP_PAD_PLANES: return s.batch * ceil_div(s.features, CHANNELS_PER_PART);
+    case RAREFY_OP_CONV:
+      return s.winograd ? winograd_parts(s) : tiles * ceil_div(s.features, conv_rows_per_part(tiles));
+    case RAREFY_OP_MAX_POOL:
+    case RAREFY_OP_DEPTHWISE_CONV: return tiles * ceil_div(s.features, CHANNELS_PER_PART);
+    case RAREFY_OP_GLOBAL_AVG_POOL: return s.columns * ceil_div(s.features, FEATURES_PER_PART);
     default: return tiles;
   }
 }
 
-int run_part(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  if (s.few) return run_few(t, s, i);
+void run_pack(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
+  float* out = tile_of(s.out, tile);
+  const bool has_gaps = (tile + 1) * TILE_COLS > s.columns || (!s.channels_first && s.tokens != s.seq_stride);
+  if (has_gaps) std::memset(out, 0, size_t(s.features * TILE_COLS) * 4);
+  for_each_token_run(s, tile, [&](int64_t sequence, int64_t token, int64_t column, int64_t n) {
+    if (s.channels_first) {
+      const float* x = s.x.data + sequence * s.features * s.tokens + token;
+      for (int64_t f = 0; f < s.features; ++f)
+        std::memcpy(out + f * TILE_COLS + column, x + f * s.tokens, size_t(n) * 4);
+    } else {
+      t.pack_inputs[RAREFY_F32](s.x.data + (sequence * s.tokens + token) * s.features, s.features, n, s.features,
+                                nullptr, reinterpret_cast<uint32_t*>(out + column));
+    }
+  });
+}
+
+void run_unpack(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
+  for_each_token_run(s, tile, [&](int64_t sequence, int64_t token, int64_t column, int64_t n) {
+    const float* x = tile_of(s.x, tile) + column;
+    if (s.channels_first) {
+      float* out = s.out.data + sequence * s.features * s.tokens + token;
+      for (int64_t f = 0; f < s.features; ++f) std::memcpy(out + f * s.tokens, x + f * TILE_COLS, size_t(n) * 4);
+    } else {
+      t.unpack_tile(x, s.features, n, s.out.data + (sequence * s.tokens + token) * s.features, s.features);
+    }
+  });
+}
+
+void run_image_absmax(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
+  alignas(64) float absmax[TILE_COLS];
+  t.column_absmax(tile_of(s.x, tile), s.features, absmax);
+  for_each_image(s, tile, [&](int64_t, int64_t column, int64_t n) {
+    const uint32_t bits = t.absmax_bits(absmax + column % TILE_COLS, n);
+    std::memcpy(s.out.data + column, &bits, 4);
+  });
+}
+
+void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
+  const float* x = tile_of(s.x, tile);
+  float* scales = s.out_scales.data + tile * TILE_COLS;
+  if (s.per_image) {
+    image_scales(t, s, tile, scales);
+  } else {
+    if (s.in_absmax.data)
+      t.column_absmax(tile_of(s.in_absmax, tile), s.absmax_rows, scales);
+    else
+      t.column_absmax(x, s.features, scales);
+    for (int64_t n = 0; n < TILE_COLS; ++n)  // as in rarefy_input_scale
+      scales[n] = !(scales[n] < INFINITY) ? NAN : scales[n] > 127e-36f ? scales[n] * (1.0f / 127.0f) : 1.0f;
+  }
+  t.quantize_tile(x, s.features, scales, reinterpret_cast<uint32_t*>(tile_of(s.out, tile)));
+}
+
+void run_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const int64_t first = part * NORM_COLUMNS_PER_PART, tile = first / TILE_COLS, column = first % TILE_COLS;
+  const int64_t group = s.features / s.groups;
+  for (int64_t f = 0; f < s.features; f += group)
+    t.norm_tile(tile_of(s.x, tile) + column + f * TILE_COLS, group, NORM_COLUMNS_PER_PART, s.gamma, s.bias, s.eps,
+                s.subtract_mean != 0, tile_of(s.out, tile) + column + f * TILE_COLS);
+}
+
+void run_add_or_mul(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const int64_t chunks = ceil_div(s.features, FEATURES_PER_PART), tile = part / chunks;
+  const int64_t row = part % chunks * FEATURES_PER_PART;
+  t.add_or_mul(tile_of(s.x, tile) + row * TILE_COLS, optional_rows(s.other, tile, row), s.op == RAREFY_OP_MUL, s.act,
+               tile_of(s.out, tile) + row * TILE_COLS, std::min(FEATURES_PER_PART, s.features - row) * TILE_COLS);
+}
+
+void run_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
+  const int64_t tiles = attention_tiles(a), head = part / tiles % a.heads, sequence = part / tiles / a.heads;
+  const int64_t tile = sequence * a.seq_stride / TILE_COLS + part % tiles;
+  if (tile * TILE_COLS < sequence * a.seq_stride + a.queries) t.attention_tile(a, sequence, head, tile);
+}
+
+void run_kv_store(const rarefy_step& s, int64_t tile) {
+  for_each_token_run(s, tile, [&](int64_t sequence, int64_t token, int64_t column, int64_t n) {
+    for (int64_t done = 0, count; done < n; done += count) {
+      float* slot = cache_slot(s, sequence, token + done, count);
+      count = std::min(count, n - done);
+      const float* x = tile_of(s.x, tile) + column + done;
+      for (int64_t f = 0; f < s.features; ++f) std::memcpy(slot + f * TILE_COLS, x + f * TILE_COLS, size_t(count) * 4);
+    }
+  });
+}
+
+int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  if (s.decode) return run_decode_step(t, s, part);
   switch (s.op) {
-    case RAREFY_PACK: {
-      float* out = s.out.at + i * s.out.tile;
-      if (s.flag) {
-        if ((i + 1) * NT > s.columns) std::memset(out, 0, size_t(s.features * NT) * 4);
-        tokens_in(s, i, [&](int64_t b, int64_t token, int64_t column, int64_t n) {
-          const float* x = s.x.at + b * s.features * s.tokens + token;
-          for (int64_t f = 0; f < s.features; ++f) std::memcpy(out + f * NT + column, x + f * s.tokens, size_t(n) * 4);
-        });
-        break;
-      }
-      if (s.tokens != s.apart || (i + 1) * NT > s.columns) std::memset(out, 0, size_t(s.features * NT) * 4);
-      tokens_in(s, i, [&](int64_t b, int64_t token, int64_t column, int64_t n) {
-        t.pack[RAREFY_F32](s.x.at + (b * s.tokens + token) * s.features, s.features, n, s.features, nullptr,
-                           reinterpret_cast<uint32_t*>(out + column));
-      });
+    case RAREFY_OP_PACK: run_pack(t, s, part); break;
+    case RAREFY_OP_UNPACK: run_unpack(t, s, part); break;
+    case RAREFY_OP_LINEAR: return run_linear(t, s, part);
+    case RAREFY_OP_CONVERT: run_convert(t, s, part); break;
+    case RAREFY_OP_NORM: run_norm(t, s, part); break;
+    case RAREFY_OP_ADD:
+    case RAREFY_OP_MUL: run_add_or_mul(t, s, part); break;
+    case RAREFY_OP_ATTENTION: run_attention(t, *s.attention, part); break;
+    case RAREFY_OP_ROPE:
+      t.rope[0](tile_of(s.x, part), tile_of(s.cos, part), tile_of(s.sin, part), s.heads, s.features / s.heads,
+                tile_of(s.out, part));
       break;
-    }
-    case RAREFY_UNPACK:
-      if (s.flag) {
-        tokens_in(s, i, [&](int64_t b, int64_t token, int64_t column, int64_t n) {
-          const float* x = s.x.at + i * s.x.tile + column;
-          float* out = s.out.at + b * s.features * s.tokens + token;
-          for (int64_t f = 0; f < s.features; ++f) std::memcpy(out + f * s.tokens, x + f * NT, size_t(n) * 4);
-        });
-        break;
-      }
-      tokens_in(s, i, [&](int64_t b, int64_t token, int64_t column, int64_t n) {
-        t.unpack(s.x.at + i * s.x.tile + column, s.features, n, s.out.at + (b * s.tokens + token) * s.features,
-                 s.features);
-      });
-      break;
-    case RAREFY_PRODUCT: return run_linear(t, s, i);
-    case RAREFY_RANGE: {
-      alignas(64) float near[NT];
-      t.ranges(s.x.at + i * s.x.tile, s.features, near);
-      images_in(s, i, [&](int64_t, int64_t column, int64_t n) {
-        const uint32_t most = t.largest(near + column % NT, n);
-        std::memcpy(s.out.at + column, &most, 4);
-      });
-      break;
-    }
-    case RAREFY_BYTES: {
-      const float* x = s.x.at + i * s.x.tile;
-      float* scales = s.sum.at + i * NT;
-      if (s.flag == 2) {
-        image_scales(t, s, i, scales);
-      } else {
-        t.ranges(s.flag ? s.more.at + i * s.more.tile : x, s.flag ? s.groups : s.features, scales);
-        for (int64_t n = 0; n < NT; ++n)  // as rarefy_step_of has it
-          scales[n] = !(scales[n] < INFINITY) ? NAN : scales[n] > 127e-36f ? scales[n] * (1.0f / 127.0f) : 1.0f;
-      }
-      t.to_bytes(x, s.features, scales, reinterpret_cast<uint32_t*>(s.out.at + i * s.out.tile));
-      break;
-    }
-    case RAREFY_NORM: {
-      const int64_t tile = i * SOME / NT, column = i * SOME % NT, each = s.features / s.groups;
-      for (int64_t f = 0; f < s.features; f += each)
-        t.norm(s.x.at + tile * s.x.tile + column + f * NT, each, SOME, s.gain, s.bias, s.least, s.flag != 0,
-               s.out.at + tile * s.out.tile + column + f * NT);
-      break;
-    }
-    case RAREFY_ADD:
-    case RAREFY_TIMES: {
-      const int64_t chunks = over(s.features, ROWS), tile = i / chunks, row = i % chunks * ROWS;
-      t.pair(s.x.at + tile * s.x.tile + row * NT, s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr,
-             s.op == RAREFY_TIMES, s.act, s.out.at + tile * s.out.tile + row * NT,
-             std::min(ROWS, s.features - row) * NT);
-      break;
-    }
-    case RAREFY_ATTEND: {
-      const auto& a = *static_cast<const rarefy_attention*>(s.w);
-      const int64_t most = tiles_of(a), head = i / most % a.heads, b = i / most / a.heads;
-      const int64_t tile = b * a.apart / NT + i % most;
-      if (tile * NT < b * a.apart + a.queries) t.attend(a, b, head, tile);
-      break;
-    }
-    case RAREFY_PLANES: return cut_planes(t, s, i);
-    case RAREFY_CONVOLVE: return s.flag ? convolve_squares(t, s, i) : convolve(t, s, i);
-    case RAREFY_POOL:
-    case RAREFY_DEPTHWISE: each_channel(t, s, i); break;
-    case RAREFY_AVERAGE: average(s, i); break;
-    case RAREFY_ROTATE:
-      t.rotate[0](s.x.at + i * s.x.tile, s.more.at + i * s.more.tile, s.sum.at + i * s.sum.tile, s.groups,
-                  s.features / s.groups, s.out.at + i * s.out.tile);
-      break;
-    case RAREFY_KEEP:
-      tokens_in(s, i, [&](int64_t b, int64_t token, int64_t column, int64_t n) {
-        for (int64_t done = 0, room; done < n; done += room) {
-          float* to = place_in(s, b, token + done, room);
-          room = std::min(room, n - done);
-          const float* x = s.x.at + i * s.x.tile + column + done;
-          for (int64_t f = 0; f < s.features; ++f) std::memcpy(to + f * NT, x + f * NT, size_t(room) * 4);
-        }
-      });
-      break;
+    case RAREFY_OP_KV_STORE: run_kv_store(s, part); break;
+    case RAREFY_OP_PAD_PLANES: return run_pad_planes(t, s, part);
+    case RAREFY_OP_CONV: return s.winograd ? run_winograd_conv(t, s, part) : run_conv(t, s, part);
+    case RAREFY_OP_MAX_POOL:
+    case RAREFY_OP_DEPTHWISE_CONV: run_channelwise(t, s, part); break;
+    case RAREFY_OP_GLOBAL_AVG_POOL: run_global_avg_pool(s, part); break;
+    case RAREFY_OP_IMAGE_ABSMAX: run_image_absmax(t, s, part); break;
   }
   return RAREFY_OK;
 }
 
-struct alignas(64) Count {
-  std::atomic<int64_t> left;  // parts that are not done
+struct alignas(64) PartCounter {
+  std::atomic<int64_t> remaining;
 };
 
-void rest(int& spins) {
+void pause_or_yield(int& spins) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
 #if defined(__linux__)
-  if (++spins % SPINS == 0) sched_yield();
+  if (++spins % SPINS_BEFORE_YIELD == 0) sched_yield();
 #endif
+}
+
+int run_on_one_thread(const rarefy_kernel_table& t, const rarefy_step* steps, int64_t count) {
+  int error = RAREFY_OK;
+  for (int64_t k = 0; k < count && !error; ++k)
+    for (int64_t i = 0, parts = num_parts(steps[k]); i < parts; ++i) error |= run_part(t, steps[k], i);
+  return error;
 }
 
 }  // namespace
 
-API void rarefy_large_pages(void* p, int64_t bytes) { large_pages(p, size_t(bytes)); }
+API void rarefy_advise_huge_pages(void* p, int64_t bytes) { advise_huge_pages(p, size_t(bytes)); }
 
-API int rarefy_run_plan(const rarefy_step* steps, int64_t count) {
-  const rarefy_table& t = rarefy_chosen();
-  const uint32_t threads = threads_here();
-  for (int64_t k = 0; k < count; ++k)
-    if (steps[k].op < 0 || steps[k].op >= RAREFY_OPS || steps[k].wait < 0 || steps[k].wait > k) return RAREFY_BAD;
-  if (threads == 1) {
-    int failed = RAREFY_OK;
-    for (int64_t k = 0; k < count && !failed; ++k)
-      for (int64_t i = 0, parts = parts_of(steps[k]); i < parts; ++i) failed |= run_part(t, steps[k], i);
-    return failed;
-  }
-  const Scratch<2> scratch(size_t(count) * (sizeof(Count) + threads * sizeof(Run)));
-  if (!scratch.from) return RAREFY_MEMORY;
-  Count* counts = static_cast<Count*>(scratch.from);
-  Run* runs = reinterpret_cast<Run*>(counts + count);
+API int rarefy_run_program(const rarefy_step* steps, int64_t count) {
+  const rarefy_kernel_table& t = rarefy_active_kernels();
+  const uint32_t threads = num_threads();
   for (int64_t k = 0; k < count; ++k) {
-    const int64_t parts = parts_of(steps[k]);
-    (new (&counts[k]) Count{})->left.store(parts, std::memory_order_relaxed);
-    for (uint32_t o = 0; o < threads; ++o)
-      (new (&runs[k * threads + o]) Run{})->set(parts * o / threads, parts * (o + 1) / threads);
+    const rarefy_step& s = steps[k];
+    if (s.op < 0 || s.op >= RAREFY_OP_COUNT || s.depends_on < 0 || s.depends_on > k) return RAREFY_INVALID;
+  }
+  if (threads == 1) return run_on_one_thread(t, steps, count);
+  const ScratchBuffer<2> scratch(size_t(count) * (sizeof(PartCounter) + threads * sizeof(WorkRange)));
+  if (!scratch.data) return RAREFY_NO_MEMORY;
+  PartCounter* counters = static_cast<PartCounter*>(scratch.data);
+  WorkRange* ranges = reinterpret_cast<WorkRange*>(counters + count);
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t parts = num_parts(steps[k]);
+    (new (&counters[k]) PartCounter{})->remaining.store(parts, std::memory_order_relaxed);
+    for (uint32_t i = 0; i < threads; ++i)
+      (new (&ranges[k * threads + i]) WorkRange{})->set(parts * i / threads, parts * (i + 1) / threads);
   }
   std::atomic<uint32_t> arrived{0};
-  std::atomic<int> failed{RAREFY_OK};
+  std::atomic<int> error{RAREFY_OK};
   auto work = [&] {
-    const uint32_t me = arrived.fetch_add(1) % threads;
-    int64_t done = 0;  // steps that are
+    const uint32_t thread = arrived.fetch_add(1) % threads;
+    int64_t finished = 0;  // leading steps known to be done
     for (int64_t k = 0; k < count; ++k) {
-      for (; done < steps[k].wait; ++done)
-        for (int spins = 0; counts[done].left.load(std::memory_order_acquire) > 0;) rest(spins);
-      const int64_t did = take_parts(runs + k * threads, threads, me, [&](int64_t i) {
-        if (const int why = run_part(t, steps[k], i)) failed.store(why, std::memory_order_relaxed);
+      for (; finished < steps[k].depends_on; ++finished)
+        for (int spins = 0; counters[finished].remaining.load(std::memory_order_acquire) > 0;) pause_or_yield(spins);
+      const int64_t ran = run_and_steal(ranges + k * threads, threads, thread, [&](int64_t part) {
+        if (const int code = run_part(t, steps[k], part)) error.store(code, std::memory_order_relaxed);
       });
-      if (did) counts[k].left.fetch_sub(did, std::memory_order_acq_rel);
+      if (ran) counters[k].remaining.fetch_sub(ran, std::memory_order_acq_rel);
     }
   };
-  rarefy_run_parallel(0, threads, 1, body<decltype(work)>, &work);
-  return failed;
+  rarefy_parallel_for(0, threads, 1, run_range<decltype(work)>, &work);
+  return error;
 }

@@ -1,4 +1,5 @@
-// Inputs in the layouts that kernels read, and the largest magnitude of a row.
+// Inputs in the layouts that kernels read: lanes [lanes][TILE_COLS] for column tiles, zero-padded rows for few inputs,
+// and the gather of a convolution's inputs out of padded planes.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -9,66 +10,70 @@
 
 namespace {
 
-// A block of lanes of a convolution's inputs, brought together in `near`, in rows of NT and a row more: those of lane l
-// are pieces counted from x + places[l], in memory that ends at `last`.
-void bring(const float* x, const float* last, const int32_t* places, int64_t lanes, const rarefy_piece* pieces, int count,
-           uint32_t* near) {
-  const int64_t reach = pieces[count - 1].from + PIECE;
-  for (int64_t l = 0; l < lanes; ++l) {
-    const float* place = x + places[l];
-    for (int64_t c = NT; c < 2 * NT; c += 16) __builtin_prefetch(place + pieces[0].from + c, 0, 2);  // the next square's
-    if (last - place >= reach)  // what is copied past the end of a piece, the next one writes over
-      for (int p = 0; p < count; ++p) std::memcpy(near + l * NT + pieces[p].to, place + pieces[p].from, PIECE * 4);
-    else
-      for (int p = 0; p < count; ++p)
-        std::memcpy(near + l * NT + pieces[p].to, place + pieces[p].from, size_t(pieces[p].size) * 4);
-  }
-}
-
-// Every second float.
-void halve(const float* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = x[2 * i];
-}
-
-// The bits of the largest magnitude; magnitudes of floats are ordered as integers are.
-uint32_t largest(const float* x, int64_t n) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t here = __builtin_bit_cast(uint32_t, x[i]) & 0x7fffffffu;
-    most = here > most ? here : most;
-  }
-  return most;
-}
-
-// Rows of fp32 inputs become rows of lanes (`to_lanes`), W of them at a time are transposed.
-template <int KIND>
-void pack(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out) {
-  using L = Lanes<KIND>;
-  constexpr int64_t each = L::width;  // inputs of a lane
-  const int64_t depth = (width + each - 1) / each;
-  lanes square[W];
-  for (int64_t n = 0; n < rows; n += W) {
-    const int64_t here = rows - n < W ? rows - n : W;
-    for (int64_t k = 0; k < depth; k += W) {
-      const int64_t some = depth - k < W ? depth - k : W, inputs = width - k * each;
-      for (int64_t i = 0; i < W; ++i)
-        square[i] = i < here ? L::to_lanes(x + (n + i) * ldx + k * each, inputs < W * each ? inputs : W * each,
+// Pack rows of fp32 inputs into lanes [lanes][TILE_COLS]: SIMD_WIDTH rows at a time are converted and transposed.
+// `scales`: reciprocals of the int8 scales of the rows, or null.
+template <int DTYPE>
+void pack_inputs(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out) {
+  using L = LaneOps<DTYPE>;
+  constexpr int64_t inputs_per_lane = L::INPUTS, step = SIMD_WIDTH * inputs_per_lane;
+  const int64_t lanes = (width + inputs_per_lane - 1) / inputs_per_lane;
+  raw_vec square[SIMD_WIDTH];
+  for (int64_t n = 0; n < rows; n += SIMD_WIDTH) {
+    const int64_t num_rows = rows - n < SIMD_WIDTH ? rows - n : SIMD_WIDTH;
+    for (int64_t k = 0; k < lanes; k += SIMD_WIDTH) {
+      const int64_t num_lanes = lanes - k < SIMD_WIDTH ? lanes - k : SIMD_WIDTH, inputs = width - k * inputs_per_lane;
+      for (int64_t i = 0; i < SIMD_WIDTH; ++i)
+        square[i] = i < num_rows ? L::pack(x + (n + i) * ldx + k * inputs_per_lane, inputs < step ? inputs : step,
                                            scales ? scales[n + i] : 1.0f)
-                             : lanes{};
+                                 : raw_vec{};
       transpose(square);
-      for (int64_t i = 0; i < some; ++i) put_lanes(out + (k + i) * NT + n, square[i]);
+      for (int64_t i = 0; i < num_lanes; ++i) store_raw(out + (k + i) * TILE_COLS + n, square[i]);
     }
   }
 }
 
-// One row of inputs as the bitmask kernels read it, with zeros behind.
-template <int KIND>
-void convert(const float* x, int64_t n, int64_t wide, float scale, void* out) {
-  using L = Lanes<KIND>;
-  constexpr int64_t step = W * L::width;
-  for (int64_t k = 0; k < wide; k += step) {
-    const int64_t some = n - k < step ? (n > k ? n - k : 0) : step;
-    put_lanes(static_cast<uint32_t*>(out) + k / L::width, L::to_lanes(x + (n > k ? k : 0), some, scale));
+// Convert one row of n inputs, zero-padded to `padded`. `scale`: the reciprocal of its int8 scale.
+template <int DTYPE>
+void convert_row(const float* x, int64_t n, int64_t padded, float scale, void* out) {
+  using L = LaneOps<DTYPE>;
+  constexpr int64_t step = SIMD_WIDTH * L::INPUTS;
+  for (int64_t k = 0; k < padded; k += step) {
+    const int64_t count = n - k < step ? (n > k ? n - k : 0) : step;
+    store_raw(static_cast<uint32_t*>(out) + k / L::INPUTS, L::pack(x + (n > k ? k : 0), count, scale));
+  }
+}
+
+// The bits of the largest magnitude. Magnitudes of floats are ordered like integers, with NaN above all others.
+uint32_t absmax_bits(const float* x, int64_t n) {
+  uint32_t max = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = __builtin_bit_cast(uint32_t, x[i]) & 0x7fffffffu;
+    max = magnitude > max ? magnitude : max;
+  }
+  return max;
+}
+
+// Every second float.
+void take_even(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[2 * i];
+}
+
+// Gather lanes of a convolution's inputs into out [lanes + 1][TILE_COLS]: lane l of each segment is read from
+// x + offsets[l] on, in memory that ends at `end`. Copies have a fixed size; what they write past a segment, the next
+// one overwrites, and the last of a lane runs into the next row.
+void gather_lanes(const float* x, const float* end, const int32_t* offsets, int64_t lanes,
+                  const rarefy_segment* segments, int count, uint32_t* out) {
+  const int64_t reach = segments[count - 1].source + SEGMENT_FLOATS;
+  for (int64_t l = 0; l < lanes; ++l) {
+    const float* lane = x + offsets[l];
+    for (int64_t c = TILE_COLS; c < 2 * TILE_COLS; c += 16)  // the inputs of the next tile
+      __builtin_prefetch(lane + segments[0].source + c, 0, 2);
+    if (end - lane >= reach)
+      for (int p = 0; p < count; ++p)
+        std::memcpy(out + l * TILE_COLS + segments[p].column, lane + segments[p].source, SEGMENT_FLOATS * 4);
+    else
+      for (int p = 0; p < count; ++p)
+        std::memcpy(out + l * TILE_COLS + segments[p].column, lane + segments[p].source, size_t(segments[p].size) * 4);
   }
 }
 

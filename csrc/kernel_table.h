@@ -1,82 +1,111 @@
-// What each instruction set provides; one table a translation unit.
+// Types and constants shared by all kernels, and the table of functions that each instruction set provides.
 #pragma once
-#include <cstring>
+#include <cstdint>
 
 #include "rarefy.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
-constexpr int64_t NT = 64;  // columns (batch or pixels) of a packed tile of inputs
-constexpr int64_t SLAB = 128;  // rows among which pairs are found
-constexpr int R4 = 4;       // rows of a tile or panel of weights
-constexpr int64_t AHEAD = 2048;  // bytes of weights that are fetched ahead of their use
-constexpr int64_t PIECE = 16;  // floats that are brought together at a time
+constexpr int64_t TILE_COLS = 64;         // columns of a column tile
+constexpr int TILE_ROWS = 4;              // rows of a row tile
+constexpr int64_t SLAB_ROWS = 128;        // rows of a SELL slab
+constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
+constexpr int64_t SEGMENT_FLOATS = 16;    // maximum length of a segment; copies always have this size
 
-inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
+static inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
 
-// Some of the outputs of a square: where they are read, counted from the place of a lane, and which they are.
-struct rarefy_piece {
-  int64_t from;
-  int32_t to, size;
+static inline int64_t inputs_per_lane(int32_t dtype) { return dtype >= RAREFY_I8 ? 4 : dtype == RAREFY_BF16 ? 2 : 1; }
+
+// Consecutive columns of a tile whose inputs are consecutive in memory too.
+struct rarefy_segment {
+  int64_t source;        // where they are read, from the offset of a lane on
+  int32_t column, size;  // first column, number of columns
 };
 
-// What becomes of the sums of a product, of whatever format.
-struct rarefy_sums {
+// Dequantization, bias and activation of a weight, whatever its format.
+struct rarefy_weight_epilogue {
   const float* scales;
-  const int32_t* sums;
+  const int32_t* row_sums;
   const float* bias;
   int32_t act;
 };
 
-// What becomes of sums [rows][NT] when the last of them is there: act(sums + bias + more), where they lie. Those of bytes
-// are `sums` too large, as often as what was added to inputs, and in steps of rows (`scales`) and columns.
-struct rarefy_end {
-  const float *bias, *more;
+// Epilogue of accumulators [rows][TILE_COLS]: act(accumulators + bias + residual), in place. int8 accumulators are
+// first corrected for the inputs' zero point by the row sums and multiplied by the scales of rows and of columns.
+struct rarefy_tile_epilogue {
+  const float *bias, *residual;
   int64_t rows;
   int32_t act;
-  const float *scales, *steps;
-  const int32_t* sums;
+  const float *row_scales, *col_scales;
+  const int32_t* row_sums;
 };
 
-struct rarefy_table {
+struct rarefy_kernel_table {
   const char* name;
-  float no_bytes;  // four zeros in bytes, as inputs have them
-  void (*bits[4])(const rarefy_bitmask&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
-  void (*panels[4])(const rarefy_panels&, int64_t, int64_t, const void*, int64_t, float*, int64_t, int64_t);
-  void (*settle_panels)(const rarefy_panels&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
-  void (*csr[4])(const rarefy_csr&, int64_t, int64_t, const float*, float*, int64_t, int64_t);  // of 1, 4, 8, 16 inputs
-  void (*rows)(const rarefy_csr&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
-  void (*tiles[3])(const rarefy_tiles&, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);
-  void (*sell[3])(const rarefy_sell&, int64_t, const uint32_t*, uint32_t*, int64_t, const rarefy_end*);
-  void (*bring)(const float*, const float*, const int32_t*, int64_t, const rarefy_piece*, int, uint32_t*);
-  void (*tiles_one[2])(const rarefy_tiles&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t);  // fp32, bytes
-  void (*sell_one[2])(const rarefy_sell&, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t,
-                      const rarefy_end*);
-  void (*put)(const float*, int64_t, int64_t, const float*, const float*, int, float*, int64_t, bool);
-  void (*halve)(const float*, int64_t, float*);
-  uint32_t (*largest)(const float*, int64_t);
-  void (*pack[3])(const float*, int64_t, int64_t, int64_t, const float*, uint32_t*);
-  void (*convert[4])(const float*, int64_t, int64_t, float, void*);
-  void (*settle[4])(const rarefy_bitmask&, int64_t, int64_t, const float*, const float*, float*, int64_t, int64_t);
-  void (*finish[3])(const rarefy_sums&, int64_t, int64_t, const uint32_t*, const float*, int64_t, const float*, float*,
-                    int64_t);
-  void (*norm)(const float*, int64_t, int64_t, const float*, const float*, float, bool, float*);
-  void (*unpack)(const float*, int64_t, int64_t, float*, int64_t);
-  void (*pair)(const float*, const float*, bool, int, float*, int64_t);
-  void (*ranges)(const float*, int64_t, float*);
-  void (*to_bytes)(const float*, int64_t, const float*, uint32_t*);
-  void (*settle_bytes)(const rarefy_end&, float*);
-  void (*attend)(const rarefy_attention&, int64_t, int64_t, int64_t);
-  void (*gathered)(const float*, int64_t, const float*, bool, float*);
-  void (*norm_row)(const float*, int64_t, const float*, const float*, float, bool, float*);
-  void (*rotate[2])(const float*, const float*, const float*, int64_t, int64_t, float*);  // a tile, a row
-  void (*attend_row)(const rarefy_attention&, int64_t, int64_t, int64_t, float*);
-  void (*unfold[4])(const rarefy_bitmask&, int64_t, uint32_t*);
-  void (*unfold_panels)(const rarefy_panels&, int64_t, bool, uint32_t*);
-  void (*dense[2])(const uint32_t*, int64_t, int64_t, int64_t, const uint32_t*, uint32_t*, int64_t, bool);  // fp32, bytes
-  void (*squares_in)(const float*, const int32_t*, int64_t, const rarefy_piece*, int, float*, int64_t);
-  void (*squares_out)(const float*, int64_t, int64_t, float, const float*, int, float*);
+  float packed_zeros;  // the bits of four int8 inputs that are zero
+
+  // Input packing.
+  void (*pack_inputs[3])(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out);
+  void (*convert_row[4])(const float* x, int64_t n, int64_t padded, float scale, void* out);
+  uint32_t (*absmax_bits)(const float* x, int64_t n);
+  void (*take_even)(const float* x, int64_t n, float* out);
+  void (*gather_lanes)(const float* x, const float* end, const int32_t* offsets, int64_t lanes,
+                       const rarefy_segment* segments, int count, uint32_t* out);
+
+  // Few inputs: rows `from`..`to` of a weight, then the epilogue on the same rows.
+  void (*bitmask_gemv[4])(const rarefy_bitmask&, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
+                          int64_t ldy, int64_t n);
+  void (*bitmask_epilogue[4])(const rarefy_bitmask&, int64_t from, int64_t to, const float* scales,
+                              const float* residual, float* y, int64_t ldy, int64_t n);
+  void (*quantized_gemv[4])(const rarefy_quantized&, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
+                            int64_t ldy, int64_t n);  // int8, int8 with fp32 inputs, int4, int4 with fp32 inputs
+  void (*quantized_epilogue)(const rarefy_quantized&, int64_t from, int64_t to, const float* scales,
+                             const float* residual, float* y, int64_t ldy, int64_t n);
+  void (*csr_spmm[4])(const rarefy_csr&, int64_t from, int64_t to, const float* x, float* y, int64_t ldy,
+                      int64_t count);  // on 1, 4, 8, 16 interleaved inputs
+  void (*csr_epilogue)(const rarefy_csr&, int64_t from, int64_t to, const float* scales, const float* residual,
+                       float* y, int64_t ldy, int64_t n);
+
+  // Column tiles: accumulators, and their epilogues.
+  void (*tiles_spmm[3])(const rarefy_tiles&, int64_t from, int64_t to, const uint32_t* x, uint32_t* acc,
+                        int64_t columns);
+  void (*tiles_spmm_block[2])(const rarefy_tiles&, int64_t block, int64_t from, int64_t to, const uint32_t* x,
+                              uint32_t* acc, int64_t columns);  // fp32, int8
+  void (*sell_spmm[3])(const rarefy_sell&, int64_t slab, const uint32_t* x, uint32_t* acc, int64_t columns,
+                       const rarefy_tile_epilogue*);
+  void (*sell_spmm_block[2])(const rarefy_sell&, int64_t block, int64_t from, int64_t to, const uint32_t* x,
+                             uint32_t* acc, int64_t columns, const rarefy_tile_epilogue*);  // fp32, int8
+  void (*dense_gemm[2])(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, const uint32_t* x,
+                        uint32_t* acc, int64_t columns, bool accumulate);  // fp32, int8
+  void (*decompress_bitmask[4])(const rarefy_bitmask&, int64_t row, uint32_t* out);
+  void (*decompress_quantized)(const rarefy_quantized&, int64_t row, bool to_int8, uint32_t* out);
+  void (*transposed_epilogue[3])(const rarefy_weight_epilogue&, int64_t row, int64_t rows, const uint32_t* acc,
+                                 const float* scales, int64_t columns, const float* residual, float* y, int64_t ldy);
+  void (*f32_epilogue)(const float* acc, int64_t rows, int64_t n, const float* bias, const float* residual, int act,
+                       float* y, int64_t ldy, bool stream);
+  void (*dequantize_epilogue)(const rarefy_tile_epilogue&, float* acc);
+
+  // Other operators on column tiles.
+  void (*unpack_tile)(const float* x, int64_t features, int64_t columns, float* y, int64_t ldy);
+  void (*add_or_mul)(const float* a, const float* b, bool mul, int act, float* out, int64_t count);
+  void (*norm_tile)(const float* x, int64_t features, int64_t columns, const float* gamma, const float* bias, float eps,
+                    bool subtract_mean, float* out);
+  void (*column_absmax)(const float* x, int64_t features, float* out);
+  void (*quantize_tile)(const float* x, int64_t features, const float* scales, uint32_t* out);
+  void (*pool_or_depthwise)(const float* x, int64_t lanes, const float* weights, bool accumulate, float* out);
+  void (*attention_tile)(const rarefy_attention&, int64_t batch, int64_t head, int64_t tile);
+  void (*winograd_input)(const float* x, const int32_t* offsets, int64_t inputs, const rarefy_segment* segments,
+                         int count, float* out, int64_t stride);
+  void (*winograd_output)(const float* products, int64_t stride, int64_t tiles, float bias, const float* residual,
+                          int act, float* out);
+
+  // Decode steps, row-major; rope has both layouts.
+  void (*norm_row)(const float* x, int64_t features, const float* gamma, const float* bias, float eps,
+                   bool subtract_mean, float* out);
+  void (*rope[2])(const float* x, const float* cos, const float* sin, int64_t heads, int64_t head_dim,
+                  float* out);  // column tile, row
+  void (*attention_row)(const rarefy_attention&, int64_t batch, int64_t token, int64_t head, float* scratch);
 };
 
-const rarefy_table& rarefy_chosen();  // what serves this process
-float rarefy_step_of(const rarefy_table& t, const float* x, int64_t n);  // of n inputs in bytes
+const rarefy_kernel_table& rarefy_active_kernels();
+float rarefy_input_scale(const rarefy_kernel_table& t, const float* x, int64_t n);  // int8 scale of n inputs

@@ -1,4 +1,4 @@
-// Steps that multiply tiles of inputs by a weight.
+// Linear layers on column tiles, for each weight format.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -10,100 +10,116 @@
 
 namespace {
 
-constexpr int64_t UNFOLDED = 32;  // rows that are unfolded at a time
-constexpr int64_t TILES = 4;    // of inputs that unfolded rows are multiplied by
+constexpr int64_t DECOMPRESSED_ROWS = 32;  // rows that are decompressed at a time
+constexpr int64_t DECOMPRESSED_TILES = 4;  // column tiles that they are multiplied by
 
-// What of a product is the same whatever its format is.
-struct Product {
-  explicit Product(const rarefy_step& s) {
-    switch (s.flag) {
-      case RAREFY_TILES: take(*static_cast<const rarefy_tiles*>(s.w)); break;
-      case RAREFY_SELL: take(*static_cast<const rarefy_sell*>(s.w)); break;
+// What the formats have in common.
+struct LinearWeight {
+  explicit LinearWeight(const rarefy_step& s) {
+    switch (s.format) {
+      case RAREFY_TILES: set_sparse(*static_cast<const rarefy_tiles*>(s.weight)); break;
+      case RAREFY_SELL: set_sparse(*static_cast<const rarefy_sell*>(s.weight)); break;
       case RAREFY_DENSE: {
-        const auto& w = *static_cast<const rarefy_dense*>(s.w);
+        const auto& w = *static_cast<const rarefy_dense*>(s.weight);
         rows = w.rows;
-        kind = w.kind;
+        dtype = w.dtype;
         cols = w.cols;
-        sums = {nullptr, nullptr, w.bias, w.act};
+        epilogue = {nullptr, nullptr, w.bias, w.act};
         break;
       }
       case RAREFY_BITMASK: {
-        const auto& w = *static_cast<const rarefy_bitmask*>(s.w);
+        const auto& w = *static_cast<const rarefy_bitmask*>(s.weight);
         rows = w.rows;
-        kind = w.kind;
-        words = w.words;
+        dtype = w.dtype;
+        col_blocks = w.col_blocks;
         cols = w.cols;
-        const bool bytes = kind == RAREFY_I8;
-        sums = {bytes ? static_cast<const float*>(w.scales) : nullptr,
-                bytes ? static_cast<const int32_t*>(w.sums) : nullptr, w.bias, w.act};
+        const bool int8 = dtype == RAREFY_I8;
+        epilogue = {int8 ? static_cast<const float*>(w.scales) : nullptr,
+                    int8 ? static_cast<const int32_t*>(w.row_sums) : nullptr, w.bias, w.act};
         break;
       }
       default: {
-        const auto& w = *static_cast<const rarefy_panels*>(s.w);
+        const auto& w = *static_cast<const rarefy_quantized*>(s.weight);
         rows = w.rows;
-        kind = !w.parts && !w.exact ? RAREFY_I8 : RAREFY_F32;
-        words = w.words;
+        dtype = !w.scale_groups && !w.fp32_inputs ? RAREFY_I8 : RAREFY_F32;
+        col_blocks = w.col_blocks;
         cols = w.cols;
-        sums = {w.whole, s.sums, w.bias, w.act};
+        epilogue = {w.row_scales, s.row_sums, w.bias, w.act};
       }
     }
   }
   template <class T>
-  void take(const T& w) {
+  void set_sparse(const T& w) {
     rows = w.rows;
-    kind = w.kind;
-    sums = {w.scales, w.sums, w.bias, w.act};
+    dtype = w.dtype;
+    epilogue = {w.scales, w.row_sums, w.bias, w.act};
   }
-  int64_t rows, words = 0, cols = 0;
-  int32_t kind;
-  rarefy_sums sums;
+  int64_t rows, col_blocks = 0, cols = 0;
+  int32_t dtype;  // of the multiplication
+  rarefy_weight_epilogue epilogue;
 };
 
-inline bool unfolds(const rarefy_step& s) { return s.flag == RAREFY_BITMASK || s.flag == RAREFY_PANELS; }
+// Formats for few inputs are decompressed for column tiles.
+inline bool is_decompressed(const rarefy_step& s) { return s.format == RAREFY_BITMASK || s.format == RAREFY_QUANTIZED; }
 
-// Some rows of a weight for few inputs, unfolded once and multiplied by several tiles.
-inline int run_unfolded(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  const Product p(s);
-  const int64_t chunks = over(p.rows, UNFOLDED), row = i % chunks * UNFOLDED, first = i / chunks * TILES;
-  const int64_t rows = std::min(UNFOLDED, p.rows - row), fours = over(rows, R4);
-  const bool bytes = p.kind == RAREFY_I8;
-  const int64_t lanes = bytes ? over(p.cols, 4) : p.cols, apart = p.words * (bytes ? 16 : 64) * R4;
-  const Scratch<1> near(size_t(fours * apart) * 4);
-  uint32_t* values = static_cast<uint32_t*>(near.from);
-  if (!values) return RAREFY_MEMORY;
-  for (int64_t f = 0; f < fours; ++f)
-    if (s.flag == RAREFY_PANELS)
-      t.unfold_panels(*static_cast<const rarefy_panels*>(s.w), row + f * R4, bytes, values + f * apart);
+inline int64_t linear_parts(const rarefy_step& s, int64_t tiles) {
+  return is_decompressed(s) ? ceil_div(tiles, DECOMPRESSED_TILES) * ceil_div(s.features, DECOMPRESSED_ROWS)
+                            : tiles * ceil_div(s.features, SLAB_ROWS);
+}
+
+// Decompress some rows of a weight once and multiply several column tiles by them.
+inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const LinearWeight w(s);
+  const int64_t chunks = ceil_div(w.rows, DECOMPRESSED_ROWS), row = part % chunks * DECOMPRESSED_ROWS;
+  const int64_t first_tile = part / chunks * DECOMPRESSED_TILES, rows = std::min(DECOMPRESSED_ROWS, w.rows - row);
+  const int64_t row_tiles = ceil_div(rows, TILE_ROWS);
+  const bool int8 = w.dtype == RAREFY_I8;
+  const int64_t lanes = int8 ? ceil_div(w.cols, 4) : w.cols, tile_stride = w.col_blocks * (int8 ? 16 : 64) * TILE_ROWS;
+  const ScratchBuffer<1> scratch(size_t(row_tiles * tile_stride) * 4);
+  uint32_t* values = static_cast<uint32_t*>(scratch.data);
+  if (!values) return RAREFY_NO_MEMORY;
+  for (int64_t i = 0; i < row_tiles; ++i)
+    if (s.format == RAREFY_QUANTIZED)
+      t.decompress_quantized(*static_cast<const rarefy_quantized*>(s.weight), row + i * TILE_ROWS, int8,
+                             values + i * tile_stride);
     else
-      t.unfold[p.kind](*static_cast<const rarefy_bitmask*>(s.w), row + f * R4, values + f * apart);
-  for (int64_t tile = first; tile < std::min(first + TILES, over(s.columns, NT)); ++tile) {
-    float* out = s.out.at + tile * s.out.tile + row * NT;
-    const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
-    t.dense[bytes](values, apart, fours, lanes, reinterpret_cast<const uint32_t*>(s.x.at + tile * s.x.tile),
-                   reinterpret_cast<uint32_t*>(out), std::min(NT, s.columns - tile * NT), false);
-    settle(t, end_of(p.sums, row, rows, s.sum.at ? s.sum.at + tile * NT : nullptr, more), bytes, out);
+      t.decompress_bitmask[w.dtype](*static_cast<const rarefy_bitmask*>(s.weight), row + i * TILE_ROWS,
+                                    values + i * tile_stride);
+  const int64_t end_tile = std::min(first_tile + DECOMPRESSED_TILES, ceil_div(s.columns, TILE_COLS));
+  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+    float* out = tile_of(s.out, tile) + row * TILE_COLS;
+    t.dense_gemm[int8](values, tile_stride, row_tiles, lanes, reinterpret_cast<const uint32_t*>(tile_of(s.x, tile)),
+                       reinterpret_cast<uint32_t*>(out), std::min(TILE_COLS, s.columns - tile * TILE_COLS), false);
+    const float* col_scales = s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr;
+    apply_epilogue(t, tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row)), int8,
+                   out);
   }
   return RAREFY_OK;
 }
 
-inline int run_linear(const rarefy_table& t, const rarefy_step& s, int64_t i) {
-  if (unfolds(s)) return run_unfolded(t, s, i);
-  const Product p(s);
-  const int64_t chunks = over(p.rows, SLAB), tile = i / chunks, chunk = i % chunks, row = chunk * SLAB;
-  const int64_t rows = std::min(SLAB, s.features - row), columns = std::min(NT, s.columns - tile * NT);
-  float* out = s.out.at + tile * s.out.tile + row * NT;
-  const float* more = s.more.at ? s.more.at + tile * s.more.tile + row * NT : nullptr;
-  const auto* x = reinterpret_cast<const uint32_t*>(s.x.at + tile * s.x.tile);
-  auto* sums = reinterpret_cast<uint32_t*>(out);
-  const rarefy_end end = end_of(p.sums, row, rows, s.sum.at ? s.sum.at + tile * NT : nullptr, more);
-  if (s.flag == RAREFY_DENSE)
-    multiply(t, static_cast<const rarefy_dense*>(s.w)->values, p.cols, row, rows, 0, p.cols, x, columns, sums);
-  else if (s.flag == RAREFY_SELL)
-    t.sell[p.kind](*static_cast<const rarefy_sell*>(s.w), chunk, x, sums, columns, &end);
+// One slab of rows of one column tile.
+inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  if (is_decompressed(s)) return run_decompressed_linear(t, s, part);
+  const LinearWeight w(s);
+  const int64_t slabs = ceil_div(w.rows, SLAB_ROWS), tile = part / slabs, slab = part % slabs, row = slab * SLAB_ROWS;
+  const int64_t rows = std::min(SLAB_ROWS, s.features - row);
+  const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
+  float* out = tile_of(s.out, tile) + row * TILE_COLS;
+  const auto* x = reinterpret_cast<const uint32_t*>(tile_of(s.x, tile));
+  auto* acc = reinterpret_cast<uint32_t*>(out);
+  const float* col_scales = s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr;
+  const rarefy_tile_epilogue epilogue =
+      tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row));
+  if (s.format == RAREFY_DENSE)
+    multiply_dense(t, static_cast<const rarefy_dense*>(s.weight)->values, w.cols, row, rows, 0, w.cols, x, columns,
+                   acc);
+  else if (s.format == RAREFY_SELL)
+    t.sell_spmm[w.dtype](*static_cast<const rarefy_sell*>(s.weight), slab, x, acc, columns, &epilogue);
   else
-    t.tiles[p.kind](*static_cast<const rarefy_tiles*>(s.w), row / R4, over(row + rows, R4), x, sums, columns);
-  if (s.flag != RAREFY_SELL) settle(t, end, p.kind == RAREFY_I8, out);
-  tell_ranges(t, s, tile, row, rows);
+    t.tiles_spmm[w.dtype](*static_cast<const rarefy_tiles*>(s.weight), row / TILE_ROWS, ceil_div(row + rows, TILE_ROWS),
+                          x, acc, columns);
+  if (s.format != RAREFY_SELL) apply_epilogue(t, epilogue, w.dtype == RAREFY_I8, out);
+  write_absmax(t, s, tile, row, rows);
   return RAREFY_OK;
 }
 

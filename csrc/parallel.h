@@ -1,7 +1,8 @@
-// Parts of the work for torch's threads, and scratch memory.
+// Work split over torch's threads with work stealing, and scratch memory.
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -12,105 +13,105 @@
 #include <sys/mman.h>
 #endif
 
-extern rarefy_parallel rarefy_run_parallel;
-extern int (*rarefy_count_threads)(uint32_t*);
+extern rarefy_parallel_for_fn rarefy_parallel_for;
+extern int (*rarefy_get_num_threads)(uint32_t*);
 
-constexpr size_t PAGE = 2 << 20;
+constexpr size_t HUGE_PAGE = 2 << 20;
 
-// Ask for large pages in fresh memory: small ones cost most of the time of a layer with 50 MB of outputs, and their
-// addresses are too many for the processor to hold while columns are read in any order.
-inline void large_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
+// Ask for huge pages in untouched memory. Faults on small pages dominate the time of a layer with 50 MB of outputs, and
+// columns read in random order exceed the TLB.
+inline void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t from = (reinterpret_cast<uintptr_t>(p) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t to = (reinterpret_cast<uintptr_t>(p) + bytes) / PAGE * PAGE;
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / HUGE_PAGE * HUGE_PAGE;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
-struct Free {
+struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Memory of a call; up to KEPT bytes of it stay with the thread for its next one. A part of the work takes another slot
-// than the call that waits for it.
+// Temporary memory of a call. Up to MAX_CACHED bytes stay allocated for the thread's next call. Code that runs inside a
+// parallel region uses another slot than the call that waits for the region.
 template <int SLOT>
-class Scratch {
+class ScratchBuffer {
  public:
-  explicit Scratch(size_t bytes) {
-    if (bytes > KEPT) {
-      own.reset(fresh(bytes));
-    } else if (bytes > size) {
-      kept.reset(fresh(bytes));
-      size = kept ? bytes : 0;
+  explicit ScratchBuffer(size_t bytes) {
+    if (bytes > MAX_CACHED) {
+      owned.reset(allocate(bytes));
+    } else if (bytes > cached_bytes) {
+      cached.reset(allocate(bytes));
+      cached_bytes = cached ? bytes : 0;
     }
-    from = bytes > KEPT ? own.get() : kept.get();
+    data = bytes > MAX_CACHED ? owned.get() : cached.get();
   }
-  void* from;
+  void* data;  // null where there is no memory
 
  private:
-  static constexpr size_t KEPT = 16 << 20;
-  static void* fresh(size_t bytes) {
-    const size_t page = bytes < PAGE / 4 ? 4096 : PAGE, whole = (bytes + page - 1) / page * page;
-    void* p = std::aligned_alloc(page, whole);
-    if (p) large_pages(p, whole);
+  static constexpr size_t MAX_CACHED = 16 << 20;
+  static void* allocate(size_t bytes) {
+    const size_t page = bytes < HUGE_PAGE / 4 ? 4096 : HUGE_PAGE, rounded = (bytes + page - 1) / page * page;
+    void* p = std::aligned_alloc(page, rounded);
+    if (p) advise_huge_pages(p, rounded);
     return p;
   }
-  std::unique_ptr<void, Free> own;
-  inline static thread_local std::unique_ptr<void, Free> kept;
-  inline static thread_local size_t size = 0;
+  std::unique_ptr<void, FreeDeleter> owned;
+  inline static thread_local std::unique_ptr<void, FreeDeleter> cached;
+  inline static thread_local size_t cached_bytes = 0;
 };
 
-constexpr int64_t MOST_THREADS = 256;
-constexpr int64_t LEAST = 20000;  // products worth a second thread
+constexpr int64_t MAX_THREADS = 256;
+constexpr int64_t MIN_PARALLEL_WORK = 20000;  // multiplications for which a second thread pays off
 
-// A run of parts, taken from both ends: begin and end in one word.
-struct alignas(64) Run {
-  std::atomic<uint64_t> span;
-  void set(int64_t begin, int64_t end) { span.store(uint64_t(begin) << 32 | uint64_t(end)); }
-  int64_t first() { return take(1ull << 32, 0); }
-  int64_t last() { return take(0, 1); }
-  int64_t take(uint64_t more, uint64_t less) {
-    uint64_t s = span.load(std::memory_order_relaxed);
+// A range of parts that is taken from both ends. Begin and end share one atomic integer.
+struct alignas(64) WorkRange {
+  std::atomic<uint64_t> packed;
+  void set(int64_t begin, int64_t end) { packed.store(uint64_t(begin) << 32 | uint64_t(end)); }
+  int64_t take_first() { return take(1ull << 32, 0); }
+  int64_t take_last() { return take(0, 1); }
+  int64_t take(uint64_t add, uint64_t subtract) {
+    uint64_t s = packed.load(std::memory_order_relaxed);
     while (s >> 32 < (s & 0xffffffff))
-      if (span.compare_exchange_weak(s, s + more - less)) return int64_t(less ? (s & 0xffffffff) - 1 : s >> 32);
+      if (packed.compare_exchange_weak(s, s + add - subtract))
+        return int64_t(subtract ? (s & 0xffffffff) - 1 : s >> 32);
     return -1;
   }
 };
 
 template <class F>
-void body(int64_t begin, int64_t end, void* context) {
+void run_range(int64_t begin, int64_t end, void* context) {
   for (int64_t i = begin; i < end; ++i) (*static_cast<F*>(context))();
 }
 
-// What thread `me` does of parts that lie in a run for each thread: its own from the front, then from the ends of the
-// others'. Returns how many it did.
+// Run the parts of thread `thread`'s own range from its front, then steal from the ends of the other ranges. Return how
+// many parts it ran.
 template <class F>
-int64_t take_parts(Run* runs, uint32_t threads, uint32_t me, F&& part) {
-  int64_t did = 0;
-  for (int64_t i; (i = runs[me].first()) >= 0; ++did) part(i);
+int64_t run_and_steal(WorkRange* ranges, uint32_t threads, uint32_t thread, F&& part) {
+  int64_t count = 0;
+  for (int64_t i; (i = ranges[thread].take_first()) >= 0; ++count) part(i);
   for (uint32_t other = 1; other < threads; ++other)
-    for (int64_t i; (i = runs[(me + other) % threads].last()) >= 0; ++did) part(i);
-  return did;
+    for (int64_t i; (i = ranges[(thread + other) % threads].take_last()) >= 0; ++count) part(i);
+  return count;
 }
 
-inline uint32_t threads_here() {
+inline uint32_t num_threads() {
   uint32_t threads = 1;
-  if (rarefy_run_parallel && rarefy_count_threads) rarefy_count_threads(&threads);
-  return std::min<uint32_t>(std::max<uint32_t>(threads, 1), MOST_THREADS);
+  if (rarefy_parallel_for && rarefy_get_num_threads) rarefy_get_num_threads(&threads);
+  return std::min<uint32_t>(std::max<uint32_t>(threads, 1), MAX_THREADS);
 }
 
-// Parts go to threads in as many runs as there are threads, so that each reads memory in one stream; who is done helps
-// the others, from the ends of their runs.
+// Run part(0) to part(parts - 1). Each thread gets a contiguous range, so that it reads memory in one stream.
 template <class F>
-void on_threads(int64_t parts, bool worth, F&& part) {
-  const uint32_t threads = worth ? uint32_t(std::min<int64_t>(threads_here(), parts)) : 1;
+void for_each_part(int64_t parts, bool parallel, F&& part) {
+  const uint32_t threads = parallel ? uint32_t(std::min<int64_t>(num_threads(), parts)) : 1;
   if (threads <= 1) {
     for (int64_t i = 0; i < parts; ++i) part(i);
     return;
   }
-  Run runs[MOST_THREADS];
-  for (uint32_t t = 0; t < threads; ++t) runs[t].set(parts * t / threads, parts * (t + 1) / threads);
+  WorkRange ranges[MAX_THREADS];
+  for (uint32_t t = 0; t < threads; ++t) ranges[t].set(parts * t / threads, parts * (t + 1) / threads);
   std::atomic<uint32_t> arrived{0};
-  auto take = [&] { take_parts(runs, threads, arrived.fetch_add(1) % threads, part); };
-  rarefy_run_parallel(0, threads, 1, body<decltype(take)>, &take);
+  auto work = [&] { run_and_steal(ranges, threads, arrived.fetch_add(1) % threads, part); };
+  rarefy_parallel_for(0, threads, 1, run_range<decltype(work)>, &work);
 }

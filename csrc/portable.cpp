@@ -1,4 +1,4 @@
-// The kernels for any CPU.
+// Kernels compiled for any CPU.
 #include "all_kernels.hpp"
 
-extern const rarefy_table rarefy_portable = all_kernels("portable");
+extern const rarefy_kernel_table rarefy_portable = all_kernels("portable");

@@ -1,4 +1,4 @@
-// Weights of few bits without gaps, small batches: whole numbers times scales.; `Cells` of the including unit makes bytes of 64 values and multiplies them by inputs.
+// Multiplication by dense int8 and int4 weights for few inputs, and its epilogue.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -10,75 +10,77 @@
 
 namespace {
 
-// Four rows on M inputs: NIBBLES of the weight, inputs EXACT in fp32 or in bytes.
-template <bool NIBBLES, bool EXACT, int M>
-inline void panel_rows(const rarefy_panels& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
-  using input = typename std::conditional<EXACT, float, uint8_t>::type;
-  constexpr int64_t bytes = NIBBLES ? 32 : 64;
-  FloatSums::sum sum[R4][M];
+// Four rows on INPUTS inputs, which are fp32 or int8.
+template <bool INT4, bool FP32_INPUTS, int INPUTS>
+inline void quantized_rows(const rarefy_quantized& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
+  using input = typename std::conditional<FP32_INPUTS, float, uint8_t>::type;
+  constexpr int64_t cell_bytes = INT4 ? 32 : 64;  // a row in a block of 64 columns
+  F32Accumulator::acc acc[TILE_ROWS][INPUTS];
 #pragma GCC unroll 4
-  for (int r = 0; r < R4; ++r)
+  for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) sum[r][m] = FloatSums::zero();
-  const int64_t cell = row * w.words, parts = w.parts;
-  const uint8_t* value = static_cast<const uint8_t*>(w.values) + cell * bytes;
-  const uint16_t* scale = w.scales + cell * parts;
-  const uint8_t* zero = w.zeros ? w.zeros + cell * parts : nullptr;
+    for (int m = 0; m < INPUTS; ++m) acc[r][m] = F32Accumulator::zero();
+  const int64_t cell = row * w.col_blocks, groups = w.scale_groups;
+  const uint8_t* value = static_cast<const uint8_t*>(w.values) + cell * cell_bytes;
+  const uint16_t* scale = w.scales + cell * groups;
+  const uint8_t* zero_point = w.zeros ? w.zeros + cell * groups : nullptr;
   const input* in = static_cast<const input*>(x);
-  const Cells cells{parts};
-  for (int64_t word = 0; word < w.words; ++word, in += 64) {
+  const QuantizedOps ops{groups};
+  for (int64_t block = 0; block < w.col_blocks; ++block, in += 64) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R4; ++r, value += bytes, scale += parts) {
-      const auto by = cells.scales(scale);
-      const auto wide = NIBBLES ? cells.nibbles(value, cells.zeros(zero)) : cells.bytes(value);
-      zero += zero ? parts : 0;
+    for (int r = 0; r < TILE_ROWS; ++r, value += cell_bytes, scale += groups) {
+      const auto scales = ops.scales(scale);
+      const auto values = INT4 ? ops.load_int4(value, ops.zero_points(zero_point)) : ops.load_int8(value);
+      zero_point += zero_point ? groups : 0;
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sum[r][m] = cells.step(sum[r][m], wide, in + m * ldx, by);
-      ahead(value);
+      for (int m = 0; m < INPUTS; ++m) acc[r][m] = ops.multiply_add(acc[r][m], values, in + m * ldx, scales);
+      prefetch_ahead(value);
     }
   }
-  for (int r = 0; r < R4 && row + r < w.rows; ++r)
-    for (int m = 0; m < M; ++m) y[m * ldy + row + r] = FloatSums::total(sum[r][m]);
+  for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r)
+    for (int m = 0; m < INPUTS; ++m) y[m * ldy + row + r] = F32Accumulator::reduce(acc[r][m]);
 }
 
-template <bool NIBBLES, bool EXACT, int M>
-void panel_range(const rarefy_panels& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y, int64_t ldy) {
-  for (int64_t row = from; row < to; row += R4) panel_rows<NIBBLES, EXACT, M>(w, row, x, ldx, y, ldy);
+template <bool INT4, bool FP32_INPUTS, int INPUTS>
+void quantized_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
+                         int64_t ldy) {
+  for (int64_t row = from; row < to; row += TILE_ROWS)
+    quantized_rows<INT4, FP32_INPUTS, INPUTS>(w, row, x, ldx, y, ldy);
 }
 
-// Rows `from`..`to` (from: of fours) for n inputs, four of these at a time.
-template <bool NIBBLES, bool EXACT>
-void panels_any(const rarefy_panels& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y, int64_t ldy,
-                int64_t n) {
-  const auto* in = static_cast<const typename std::conditional<EXACT, float, uint8_t>::type*>(x);
+// Rows `from` (a multiple of four) to `to` on n inputs, four of them at a time.
+template <bool INT4, bool FP32_INPUTS>
+void quantized_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
+                    int64_t ldy, int64_t n) {
+  const auto* in = static_cast<const typename std::conditional<FP32_INPUTS, float, uint8_t>::type*>(x);
   for (; n > 0; n -= 4, in += 4 * ldx, y += 4 * ldy) {
     if (n >= 4)
-      panel_range<NIBBLES, EXACT, 4>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<INT4, FP32_INPUTS, 4>(w, from, to, in, ldx, y, ldy);
     else if (n == 3)
-      panel_range<NIBBLES, EXACT, 3>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<INT4, FP32_INPUTS, 3>(w, from, to, in, ldx, y, ldy);
     else if (n == 2)
-      panel_range<NIBBLES, EXACT, 2>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<INT4, FP32_INPUTS, 2>(w, from, to, in, ldx, y, ldy);
     else
-      panel_range<NIBBLES, EXACT, 1>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<INT4, FP32_INPUTS, 1>(w, from, to, in, ldx, y, ldy);
   }
 }
 
-// Outputs `from`..`to` of n inputs, whose sums lie where the outputs will; `scales`: of inputs in bytes, or null.
-void settle_panels(const rarefy_panels& w, int64_t from, int64_t to, const float* scales, const float* residual, float* y,
-                   int64_t ldy, int64_t n) {
+// Epilogue in place on y[n][rows], of rows `from`..`to`. `scales`: the int8 scales of the inputs; null for fp32 inputs.
+void quantized_epilogue(const rarefy_quantized& w, int64_t from, int64_t to, const float* scales, const float* residual,
+                        float* y, int64_t ldy, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t r = from; r < to; r += W) {
-      const int64_t here = to - r;
-      float* at = y + i * ldy + r;
-      vec v = some_at(at, here);
+    for (int64_t r = from; r < to; r += SIMD_WIDTH) {
+      const int64_t count = to - r;
+      float* out = y + i * ldy + r;
+      f32_vec v = load_partial(out, count);
       if (scales) {
-        if constexpr (ADDED != 0) v -= some_at(w.sums + r, here) * float(ADDED);
+        if constexpr (INPUT_ZERO_POINT != 0) v -= load_partial(w.row_sums + r, count) * float(INPUT_ZERO_POINT);
         v *= scales[i];
       }
-      if (w.whole) v *= some_at(w.whole + r, here);
-      if (w.bias) v += some_at(w.bias + r, here);
-      if (residual) v += some_at(residual + i * ldy + r, here);
-      put_some(at, activated(v, w.act), here);
+      if (w.row_scales) v *= load_partial(w.row_scales + r, count);
+      if (w.bias) v += load_partial(w.bias + r, count);
+      if (residual) v += load_partial(residual + i * ldy + r, count);
+      store_partial(out, activate(v, w.act), count);
     }
 }
 

@@ -1,227 +1,261 @@
-// Sparse CPU kernels behind a plain C interface: pointers and sizes in, an error number out. Nothing here allocates
-// weights, throws or knows torch; the one thing borrowed is a function that runs chunks in parallel.
+// C interface of the CPU kernels: pointers and sizes in, an error code out. The library keeps no weights, throws no
+// exceptions and does not depend on torch; the caller lends it a parallel-for function.
+//
+// Terms used in all files:
+//   row, column    an output feature of a weight, and an input feature; of activations, a column is a token or a pixel
+//   column tile    64 columns of activations, stored as [features][64]
+//   row tile       four rows of a weight that a kernel processes together
+//   lane           32 bits of one column: 1 fp32, 2 bf16 or 4 int8 inputs
+//   decode step    a step on few tokens, whose activations are stored row-major, one token after the other
 #pragma once
 #include <cstdint>
 
 extern "C" {
 
-enum rarefy_error { RAREFY_OK = 0, RAREFY_BAD = 1, RAREFY_MEMORY = 2 };
-enum rarefy_kind { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // of values; int4 in bitmasks alone
-enum rarefy_act { RAREFY_NONE = 0, RAREFY_RELU = 1, RAREFY_GELU = 2, RAREFY_GELU_TANH = 3, RAREFY_SILU = 4 };
+// Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
+enum { RAREFY_ABI_VERSION = 2 };
 
-typedef void (*rarefy_body)(int64_t begin, int64_t end, void* context);
-typedef int (*rarefy_parallel)(int64_t begin, int64_t end, int64_t grain, rarefy_body body, void* context);
+enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
+enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
+enum rarefy_activation { RAREFY_NONE = 0, RAREFY_RELU = 1, RAREFY_GELU = 2, RAREFY_GELU_TANH = 3, RAREFY_SILU = 4 };
 
-// Panels of four rows by 64 columns: their masks in bits, and one row after the other the values that are not zero.
-// Those of int4 are nibbles (value + 8), the lower first; each row of a panel begins with a byte and has a scale.
+typedef void (*rarefy_range_fn)(int64_t begin, int64_t end, void* context);
+typedef int (*rarefy_parallel_for_fn)(int64_t begin, int64_t end, int64_t grain, rarefy_range_fn body, void* context);
+
+// Sparse weight as bitmasks, in blocks of four rows by 64 columns: the nonzero values of each row follow its mask.
+// int4 values are nibbles (value + 8), low nibble first; each row of a block starts at a byte and has its own scale.
 struct rarefy_bitmask {
-  int64_t rows, cols;       // outputs, inputs
-  int64_t words;            // 64-bit words of a row's mask, (cols + 63) / 64
-  const uint64_t* masks;    // [rows / 4][words][4], bit j of word w is column 64 w + j; rows are padded to fours
-  const int64_t* starts;    // [rows / 4], where the values of four rows begin
-  const void* values;       // 64 bytes may be read past the last
-  const void* scales;       // int8: float [rows]; int4: bf16 [rows / 4][words][4]
-  const void* sums;         // int8: int32 [rows], sums of values; int4: float [rows], of values times their scales
-  const float* bias;        // [rows] or null
-  int32_t kind, act;
+  int64_t rows, cols;     // outputs, inputs
+  int64_t col_blocks;     // blocks of 64 columns, (cols + 63) / 64
+  const uint64_t* masks;  // [rows / 4][col_blocks][4]; bit j of block b is column 64 b + j; rows padded to fours
+  const int64_t* starts;  // [rows / 4], index of the first value of each row tile
+  const void* values;     // readable for 64 bytes past the last value
+  const void* scales;     // int8: float [rows]; int4: bf16 [rows / 4][col_blocks][4]
+  const void* row_sums;   // int8: int32 [rows], sum of values; int4: float [rows], sum of values times scales
+  const float* bias;      // [rows] or null
+  int32_t dtype, act;
 };
 
-// Panels of four rows by 64 columns of whole numbers, one row after the other, without gaps: bytes, or nibbles of which
-// the lower comes first and which mean themselves less a zero. Past the last column lie zeros.
-struct rarefy_panels {
+// Dense int8 or int4 weight in blocks of four rows by 64 columns, zero-padded after the last column. int4 values are
+// nibbles, low nibble first, minus a zero point.
+struct rarefy_quantized {
   int64_t rows, cols;       // outputs, inputs
-  int64_t words;            // 64 columns each, (cols + 63) / 64
-  const void* values;       // [rows / 4][words][4][64 or 32]
-  const uint16_t* scales;   // bf16 [rows / 4][words][4][parts], or null
-  const uint8_t* zeros;     // of nibbles, as scales lie; null: 8
-  const float* whole;       // [rows], the scale of a whole row, or null
-  const float* sums;        // [rows], of numbers times scales (but for `whole`)
+  int64_t col_blocks;       // blocks of 64 columns, (cols + 63) / 64
+  const void* values;       // [rows / 4][col_blocks][4][64 or 32 bytes]
+  const uint16_t* scales;   // bf16 [rows / 4][col_blocks][4][scale_groups], or null
+  const uint8_t* zeros;     // int4: zero points, shaped like scales; null: all are 8
+  const float* row_scales;  // [rows], one scale for a whole row, or null
+  const float* row_sums;    // [rows], sum of values times `scales` (without row_scales)
   const float* bias;        // [rows] or null
-  int32_t kind, act;        // RAREFY_I8 or RAREFY_I4
-  int32_t parts;            // scales of a row of 64: 0 (it has one for all), 1, or 2 of 32 columns each
-  int32_t exact;            // inputs as they are in fp32; 0: rounded to bytes, each with a scale
+  int32_t dtype, act;       // RAREFY_I8 or RAREFY_I4
+  int32_t scale_groups;     // scales of a row in a block: 0 (row_scales only), 1, or 2 (32 columns each)
+  int32_t fp32_inputs;      // 1: inputs stay fp32; 0: each input row is quantized to int8
 };
 
-// Four rows at a time; the columns of such a tile, sorted by which of its rows have a value there.
+// Sparse weight in row tiles. In each tile the columns are sorted by pattern: which of the four rows are nonzero there.
 struct rarefy_tiles {
-  int64_t rows, inputs;     // outputs, inputs
-  int64_t cols;             // inputs in lanes of 4 bytes (1 fp32, 2 bf16, 4 int8)
-  int64_t block;            // lanes of a block of columns; columns count from its beginning
-  const uint16_t* counts;   // [tiles][blocks][16], columns of each pattern; that of pattern 0 is 0
-  const int64_t* starts;    // [tiles][blocks][2], where its columns and values begin
+  int64_t rows, inputs;    // outputs, inputs
+  int64_t lanes;           // inputs in lanes
+  int64_t block;           // lanes of a column block; column indices count from its start
+  const uint16_t* counts;  // [tiles][blocks][16], columns of each pattern; pattern 0 has none
+  const int64_t* starts;   // [tiles][blocks][2], index of the first column and of the first value
   const uint16_t* columns;
   const uint32_t* values;
   const float* scales;      // int8: [rows]
-  const int32_t* sums;      // int8: [rows], sums of values
+  const int32_t* row_sums;  // int8: [rows], sum of values
   const float* bias;
-  int32_t kind, act;
+  int32_t dtype, act;
 };
 
-// Pairs of rows of about as many values: SELL-C-sigma. Slabs of 128 rows; in each block of lanes their rows come sorted
-// by how many values they have there, two and two, values and lanes of one beside those of the other.
+// Sparse weight as SELL-C-sigma with slices of two rows. In each column block, the rows of a slab of 128 are sorted by
+// their number of nonzeros and paired; the values and columns of the two rows of a pair are interleaved.
 struct rarefy_sell {
   int64_t rows, inputs;     // outputs, inputs
-  int64_t cols;             // inputs in lanes of 4 bytes
-  int64_t block;            // lanes of a block
-  const int64_t* starts;    // [slabs][blocks], where the pairs of values of a block begin
-  const uint16_t* counts;   // [slabs][blocks][64], pairs of values of a pair of rows
-  const uint8_t* order;     // [slabs][blocks][64][2], which rows of the slab these are
+  int64_t lanes;            // inputs in lanes
+  int64_t block;            // lanes of a column block
+  const int64_t* starts;    // [slabs][blocks], index of the first pair of values of a block
+  const uint16_t* counts;   // [slabs][blocks][64], pairs of values of each pair of rows
+  const uint8_t* order;     // [slabs][blocks][64][2], the two rows of each pair, within the slab
   const uint16_t* columns;  // [n][2], lanes within the block
   const uint32_t* values;   // [n][2]
   const float* scales;      // int8: [rows]
-  const int32_t* sums;      // int8: [rows], sums of values
+  const int32_t* row_sums;  // int8: [rows], sum of values
   const float* bias;
-  int32_t kind, act;
+  int32_t dtype, act;
 };
 
-// One row after the other: values that are not zero and their columns, for high sparsity. At most 65,536 inputs.
+// Compressed sparse rows, for high sparsity. At most 65,536 inputs.
 struct rarefy_csr {
   int64_t rows, inputs;
-  const int64_t* starts;    // [rows + 1], where the values of a row begin
+  const int64_t* starts;  // [rows + 1], index of the first value of each row
   const uint16_t* columns;
   const void* values;
-  const float* scales;      // int8: [rows]
+  const float* scales;  // int8: [rows]
   const float* bias;
-  int32_t kind, act;
+  int32_t dtype, act;
 };
 
-// A weight as it is, where zeros are few. In plans alone.
+// Dense fp32 weight, for layers with few zeros. Runs in programs only.
 struct rarefy_dense {
   int64_t rows, cols;
-  const float* values;      // [rows / 4][cols][4]
+  const float* values;  // [rows / 4][cols][4]
   const float* bias;
-  int32_t kind, act;
+  int32_t dtype, act;
 };
 
-// A convolution: tiles whose rows are the outputs of one group after the other, padded to fours in each, and whose
-// lanes are (input of a group, kernel row, kernel column). fp32; or int8 of one group, whose lanes are of four inputs.
+// Convolution weight. Its rows are the outputs of one group after the other, each group padded to whole row tiles; its
+// lanes are (input of the group, kernel row, kernel column). fp32, or int8 with one group and four inputs in a lane.
 struct rarefy_conv {
-  rarefy_tiles weight;      // its bias is that of all outputs
-  const rarefy_sell* sell;  // of one group: the weight as pairs of rows, in the place of those tiles; or null
-  const float* dense;       // of one group: the weight as it is, [outputs / 4][lanes][4], in their place; or null
-  int64_t groups, outputs, inputs;  // outputs and inputs, or fours of them, of a group
+  rarefy_tiles weight;              // its bias covers all outputs
+  const rarefy_sell* sell;          // one group: used in place of the tiles, or null
+  const float* dense;               // one group: dense weight [outputs / 4][lanes][4] in place of the tiles, or null
+  int64_t groups, outputs, inputs;  // outputs and inputs (int8: lanes of four inputs) of a group
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
-const char* rarefy_isa(void);                      // what serves this process
-int rarefy_use_isa(const char* name);              // "avx512", "avx2", "portable"; RAREFY_BAD where this CPU has it not
-void rarefy_use_parallel(rarefy_parallel run, int (*threads)(uint32_t*));
-// Whether every index leads inside; to be asked of what comes from a file before it runs. O(values).
+int32_t rarefy_abi_version(void);
+const char* rarefy_isa(void);          // the active instruction set
+int rarefy_set_isa(const char* name);  // "avx512", "avx2", "portable"; RAREFY_INVALID where the CPU lacks it
+void rarefy_set_parallel_for(rarefy_parallel_for_fn run, int (*num_threads)(uint32_t*));
+
+// Bounds-check every index of a weight. Call these before running a weight that comes from a file. O(values).
 int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values);
 int rarefy_check_csr(const rarefy_csr* w, int64_t values);
-int rarefy_check_panels(const rarefy_panels* w, int64_t values);
+int rarefy_check_quantized(const rarefy_quantized* w, int64_t values);
 int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values);
 int rarefy_check_sell(const rarefy_sell* w, int64_t values);
-int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);  // of sell: values alone
+int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values);  // SELL: columns is unused
 
-// y[n][rows] = act(x[n][inputs] times w transposed + bias + residual); rows of x and y are ldx and ldy apart. The residual
-// lies as y does, and may be null.
-int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
-                       int64_t n);
-int rarefy_run_panels(const rarefy_panels* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
-                      int64_t n);
+// y[n][rows] = act(x[n][inputs] w^T + bias + residual). ldx and ldy are the row strides of x and y in floats. The
+// residual is laid out like y and may be null.
+int rarefy_run_bitmask(const rarefy_bitmask* w, const float* x, int64_t ldx, const float* residual, float* y,
+                       int64_t ldy, int64_t n);
+int rarefy_run_quantized(const rarefy_quantized* w, const float* x, int64_t ldx, const float* residual, float* y,
+                         int64_t ldy, int64_t n);
 int rarefy_run_csr(const rarefy_csr* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                    int64_t n);
 int rarefy_run_tiles(const rarefy_tiles* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                      int64_t n);
 int rarefy_run_sell(const rarefy_sell* w, const float* x, int64_t ldx, const float* residual, float* y, int64_t ldy,
                     int64_t n);
-// The same inputs times each of several weights of one format and kind, as one call: outputs y[j] are [n][rows of j].
+
 enum rarefy_format {
-  RAREFY_BITMASK = 0, RAREFY_CSR = 1, RAREFY_TILES = 2, RAREFY_PANELS = 3, RAREFY_SELL = 4,
-  RAREFY_DENSE = 5,  // of plans alone
+  RAREFY_BITMASK = 0,
+  RAREFY_CSR = 1,
+  RAREFY_TILES = 2,
+  RAREFY_QUANTIZED = 3,
+  RAREFY_SELL = 4,
+  RAREFY_DENSE = 5,  // in programs only
 };
-enum { RAREFY_MOST_JOBS = 16 };
-int rarefy_run_together(int32_t format, const void* const* w, int64_t count, const float* x, int64_t ldx, float* const* y,
-                        int64_t n);
-// Rows of a weight, out[n][cols]; RAREFY_BAD where it has one of them not.
-int rarefy_rows_of_panels(const rarefy_panels* w, const int64_t* rows, int64_t n, float* out);
-// A plan: steps on fp32 tensors that lie in tiles of 64 columns (tokens), [tiles][features][64], so that nothing is
-// turned around between products; or, where tokens are `few`, row after row. A sequence begins `apart` columns after the
-// one before.
+enum { RAREFY_MAX_GROUPED = 16 };
+// Multiply the same inputs by several weights of one format and dtype: y[j] is [n][rows of weight j].
+int rarefy_run_grouped(int32_t format, const void* const* w, int64_t count, const float* x, int64_t ldx,
+                       float* const* y, int64_t n);
+// Dequantize rows of a weight, out[n][cols]; RAREFY_INVALID for a row index out of range.
+int rarefy_dequantize_rows(const rarefy_quantized* w, const int64_t* rows, int64_t n, float* out);
+
+// y[n][outputs][OH][OW] = act(x[n][inputs][height][width] convolved with w + bias + residual), all contiguous.
+int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual,
+                    float* y, int64_t n);
+
+// ---- programs -------------------------------------------------------------------------------------------------------
+// A program is a list of steps on fp32 activations. Activations are stored in column tiles [tiles][features][64], so
+// that no step transposes; in decode steps they are stored row-major, [tokens][features].
+
 enum rarefy_op {
-  RAREFY_PACK = 0,    // x[batch][tokens][features] -> out; with flag x[batch][features][tokens], as images lie
-  RAREFY_UNPACK = 1,  // x -> out[batch][tokens][features]; flag as above
-  RAREFY_PRODUCT = 2, // out = act(w x + bias + more); w: of the format in flag; of int8, x and sum are what
-                      // RAREFY_BYTES made
-  RAREFY_BYTES = 3,   // x -> out, in bytes, and sum, the scales of columns. Their largest magnitudes are in `more`: with
-                      // flag 1 `groups` of them for a column, with flag 2 those of whole sequences (images), as
-                      // RAREFY_RANGE made them. Of few tokens in the numbers of flag, up to whole 64 features
-  RAREFY_NORM = 4,    // out = norm(x) gain + bias, for each of `groups`; flag: whether means are taken off
-  RAREFY_ADD = 5,     // out = act(x + more)
-  RAREFY_TIMES = 6,   // out = act(x) more
-  RAREFY_ATTEND = 7,  // w: rarefy_attention
-  RAREFY_ROTATE = 8,  // out = x with each of `groups` (heads) turned by the angles of cosines `more` and sines `sum`
-  RAREFY_KEEP = 9,    // x into the cache of w (rarefy_attention): keys, or with flag values
-  RAREFY_PLANES = 10,  // images x -> out, padded planes for w (rarefy_image), with `least` outside; flag 1: x lies
-                       // [batch][features][pixels], 2: of bytes, with zeros outside
-  RAREFY_CONVOLVE = 11,  // out = act(planes x convolved with w (rarefy_image) + bias + more); of int8, x are planes of
-                         // bytes, and sum their images' scales. With flag 1 by squares of two by two outputs: w has
-                         // kernel 4, stride 2, and dense weights [16][outputs / 4][inputs][4]
-  RAREFY_POOL = 12,    // out = the largest of the pixels of planes x that w (rarefy_image) takes together
-  RAREFY_DEPTHWISE = 13, // out = act(planes x, each channel convolved with its weights in gain, + bias)
-  RAREFY_AVERAGE = 14, // means of images x -> out[batch] as tokens
-  RAREFY_RANGE = 15,   // x -> out, the largest magnitude of each image in a tile, at its first column there
-  RAREFY_OPS = 16,
+  RAREFY_OP_PACK = 0,         // x[batch][tokens][features], or with channels_first x[batch][features][tokens] -> out
+  RAREFY_OP_UNPACK = 1,       // x -> out[batch][tokens][features], or as above
+  RAREFY_OP_LINEAR = 2,       // out = act(weight x + bias + residual)
+  RAREFY_OP_CONVERT = 3,      // out = x in `dtype`, and out_scales; in column tiles always int8
+  RAREFY_OP_NORM = 4,         // out = norm(x) gamma + bias, for each of `groups` groups of features
+  RAREFY_OP_ADD = 5,          // out = act(x + other)
+  RAREFY_OP_MUL = 6,          // out = act(x) other
+  RAREFY_OP_ATTENTION = 7,    // as `attention` says
+  RAREFY_OP_ROPE = 8,         // out = x with rotary positions in each of `heads` heads
+  RAREFY_OP_KV_STORE = 9,     // write x into the KV cache of `attention`
+  RAREFY_OP_PAD_PLANES = 10,  // out = images x in padded planes, for the convolution of `indirection`
+  RAREFY_OP_CONV = 11,        // out = act(convolution of the planes x + bias + residual)
+  RAREFY_OP_MAX_POOL = 12,    // out = maximum over the kernel window of the planes x
+  RAREFY_OP_DEPTHWISE_CONV = 13,   // out = act(depthwise convolution of the planes x + bias)
+  RAREFY_OP_GLOBAL_AVG_POOL = 14,  // out[batch] = mean over the pixels of each image of x
+  RAREFY_OP_IMAGE_ABSMAX = 15,     // out = largest magnitude of each image in a tile, at its first column there
+  RAREFY_OP_COUNT = 16,
 };
 
-struct rarefy_place {
-  float* at;
-  int64_t tile;  // floats from one tile to the next; of few tokens, from one to the next
+struct rarefy_view {
+  float* data;     // null: the step has no such operand
+  int64_t stride;  // floats from one column tile to the next; in decode steps from one token to the next
 };
 
-struct rarefy_step {
-  int32_t op, act;
-  const void* w;
-  rarefy_place x, more, out, sum;
-  rarefy_place range;                                // product, convolve: of each 128 outputs the largest magnitudes of
-                                                     // columns; or null
-  const float *gain, *bias;
-  const int32_t* sums;                               // of panels: of each row's whole numbers, if inputs are bytes
-  int64_t columns, features, batch, tokens, apart;  // columns: of all sequences
-  int64_t groups;
-  int64_t wait;                                      // how many of the steps before must be done
-  float least;                                       // norm: what is added to the variance
-  int32_t flag, few;
+// Keys and values of the tokens so far: for each layer its keys, then its values, [batch][capacity / 64][features][64].
+struct rarefy_kv_cache {
+  float* data;
+  const int64_t* starts;    // [batch], the first token of each sequence that is not padding; or null
+  int64_t batch, capacity;  // capacity in tokens, a multiple of 64
+  int64_t length;           // tokens in the cache
 };
 
-// Keys and values of tokens that were: for each layer its keys, then its values, [batch][capacity / 64][features][64].
-struct rarefy_cache {
-  float* at;
-  const int64_t* starts;    // [batch], the first token of each sequence that counts; or null
-  int64_t batch, capacity;  // tokens, whole tiles of them
-  int64_t past;             // tokens that are there
+// How a convolution reads padded planes: for each lane, the offset of its first input from an output's position.
+struct rarefy_indirection {
+  const rarefy_conv* conv;  // of one group; of one input for pooling and depthwise convolutions
+  int64_t height, width;    // of the images
+  const int32_t* offsets;   // [lanes]
 };
 
-// What a step brings together of padded images; w is of one group, and of a pool or depthwise of one input.
-struct rarefy_image {
-  const rarefy_conv* w;
-  int64_t height, width;    // of images
-  const int32_t* places;    // of lanes
-};
-
-// out = softmax(q k scale + mask) v for each head, whose features lie one after the other. With a cache, keys and values
-// are its: `k_before`, `v_before` features of it lie before them.
+// out = softmax(q k scale + mask) v for each head; the features of a head are contiguous. With a cache, keys and values
+// come from the cache.
 struct rarefy_attention {
   const float *q, *k, *v;
   float* out;
-  int64_t q_tile, k_tile, v_tile, out_tile;
-  const float* mask;        // or null; how far its numbers for the next batch, head, query and key are:
-  int64_t mask_batch, mask_head, mask_query, mask_key;
-  int64_t batch, heads, kv_heads, width, queries, keys, apart;
-  const rarefy_cache* cache;
-  int64_t k_before, v_before;
-  int64_t window;           // keys that a query sees at most, its own among them; 0: all
+  int64_t q_stride, k_stride, v_stride, out_stride;  // as in rarefy_view
+  const float* mask;                                 // additive, or null
+  int64_t mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride;
+  int64_t batch, heads, kv_heads, head_dim, queries, keys;
+  int64_t seq_stride;  // columns from one sequence to the next
+  const rarefy_kv_cache* cache;
+  int64_t k_offset, v_offset;  // features of earlier layers in the cache
+  int64_t window;              // keys that a query attends to at most, itself included; 0: all
   float scale;
   int32_t causal;
 };
 
-int rarefy_run_plan(const rarefy_step* steps, int64_t count);
-void rarefy_large_pages(void* p, int64_t bytes);  // asks for them in memory that nobody has touched yet
-int64_t rarefy_image_floats(const rarefy_conv* w, int64_t height, int64_t width);  // of an image's planes
-void rarefy_image_places(const rarefy_conv* w, int64_t height, int64_t width, int32_t* out);  // [lanes]
+struct rarefy_step {
+  int32_t op, act;         // rarefy_op, rarefy_activation
+  int32_t decode;          // 1: a decode step, activations are row-major
+  int32_t format;          // LINEAR: rarefy_format of `weight`
+  int32_t dtype;           // CONVERT, PAD_PLANES: rarefy_dtype of `out`
+  int32_t channels_first;  // PACK, UNPACK, PAD_PLANES: the external tensor is [batch][features][tokens]
+  int32_t per_image;       // CONVERT: one scale for each image instead of one for each column
+  int32_t subtract_mean;   // NORM: LayerNorm; 0: RMSNorm
+  int32_t winograd;  // CONV: F(2x2, 3x3); conv has kernel 4, stride 2 and dense weights [16][outputs / 4][inputs][4]
+  int32_t store_values;                   // KV_STORE: x are values; 0: keys
+  float eps;                              // NORM: added to the variance
+  float pad_value;                        // PAD_PLANES: value outside the image; int8 planes are padded with zeros
+  const void* weight;                     // LINEAR
+  const rarefy_attention* attention;      // ATTENTION, KV_STORE
+  const rarefy_indirection* indirection;  // PAD_PLANES, CONV, MAX_POOL, DEPTHWISE_CONV
+  rarefy_view x, out;
+  rarefy_view other;          // ADD (may be null), MUL: second operand
+  rarefy_view residual;       // LINEAR, CONV: or null
+  rarefy_view in_scales;      // LINEAR, CONV of int8: scales of the columns of x, or of its images
+  rarefy_view in_absmax;      // CONVERT: largest magnitudes of x, [absmax_rows][64] of each tile; null: computed from x
+  rarefy_view out_scales;     // CONVERT: scales of the columns of out
+  rarefy_view out_absmax;     // LINEAR, CONV: receives the columns' largest magnitudes for every 128 outputs; or null
+  rarefy_view cos, sin;       // ROPE: of the angles, [head_dim] for each column
+  const float *gamma, *bias;  // NORM: [features / groups]; bias also DEPTHWISE_CONV: [features]; or null
+  const float* depthwise_weights;  // DEPTHWISE_CONV: [features][kernel height * width]
+  const int32_t* row_sums;         // LINEAR of RAREFY_QUANTIZED with int8 inputs: [rows], sum of values
+  int64_t columns, features;       // of x and out; columns of all sequences
+  int64_t batch, tokens;           // sequences (images), tokens (pixels) of each
+  int64_t seq_stride;              // columns from one sequence to the next
+  int64_t groups;                  // NORM
+  int64_t heads;                   // ROPE
+  int64_t absmax_rows;             // CONVERT
+  int64_t depends_on;              // the first `depends_on` steps must be done before this one
+};
 
-// y[n][outputs][OH][OW] = act(x[n][inputs][height][width] convolved with w + bias + residual), all contiguous.
-int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_t width, const float* residual, float* y,
-                    int64_t n);
+int rarefy_run_program(const rarefy_step* steps, int64_t count);
+void rarefy_advise_huge_pages(void* p, int64_t bytes);  // for memory that has not been touched yet
+int64_t rarefy_padded_image_floats(const rarefy_conv* w, int64_t height, int64_t width);  // planes of one image
+void rarefy_indirection_offsets(const rarefy_conv* w, int64_t height, int64_t width, int32_t* out);  // [lanes]
 }

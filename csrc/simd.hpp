@@ -1,14 +1,16 @@
-// The vectors of the instruction set that a translation unit is compiled for, and what all kernels do with them. All of it is in an unnamed namespace: an inline function compiled for AVX-512 must never be the
-// one that the linker picks for another unit.
+// Vectors of one instruction set, in which all kernels are written: simd512.hpp where RAREFY_SIMD512 is defined, else
+// simd256.hpp. Each translation unit compiles the kernels for its own instruction set. Everything is in an unnamed
+// namespace: the linker must never merge an inline function compiled for AVX-512 with that of another unit.
 //
-// From simd256.hpp or, where RAREFY_SIMD512 is defined, simd512.hpp:
-//   W, MOST        floats of a vector, vectors of a tile that fit the registers
-//   ADDED          what is added to inputs in bytes: 128 where products take them without a sign, else 0
-//   Bits<KIND>     expansion of a bitmask's values, and the product with an input; Nibbles: those of int4
-//   Cells          64 whole numbers, and their product with inputs
-//   Lanes<KIND>    products of 32-bit lanes: 1 fp32, 2 bf16, 4 int8
-//   lanes          W 32-bit numbers; lanes_at, put_lanes; transpose: W of them
-//   past_caches    lanes to memory, of which whole lines are written; seen: other threads see them from here on
+// What either file provides:
+//   SIMD_WIDTH, MAX_VECS   32-bit elements of a vector; vectors per row of a 4-row tile whose accumulators fit
+//   registers INPUT_ZERO_POINT       added to int8 inputs: 128 where the dot product takes them unsigned, else 0
+//   raw_vec                SIMD_WIDTH 32-bit elements of any type; load_raw, store_raw; transpose: SIMD_WIDTH of them
+//   F32Accumulator, I32Accumulator   a vector of sums, and its reduction to one number
+//   BitmaskOps<DTYPE>      expand the values of a bitmask, multiply them by an input; Int4BitmaskOps: int4
+//   QuantizedOps           dequantize 64 values of a quantized weight, multiply them by an input
+//   LaneOps<DTYPE>         multiply-accumulate of 32-bit lanes: 1 fp32, 2 bf16, 4 int8 inputs
+//   stream_store, stream_fence   stores that bypass the caches, and the fence that makes them visible
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -23,65 +25,65 @@
 
 namespace {
 
-constexpr uint32_t NO_BYTES = uint32_t(ADDED) * 0x01010101u;  // four zeros in bytes
+constexpr uint32_t PACKED_ZEROS = uint32_t(INPUT_ZERO_POINT) * 0x01010101u;  // four int8 inputs that are zero
 
-typedef float vec __attribute__((vector_size(W * 4)));
-typedef int32_t ints __attribute__((vector_size(W * 4)));
-typedef uint32_t words __attribute__((vector_size(W * 4)));
+typedef float f32_vec __attribute__((vector_size(SIMD_WIDTH * 4)));
+typedef int32_t i32_vec __attribute__((vector_size(SIMD_WIDTH * 4)));
+typedef uint32_t u32_vec __attribute__((vector_size(SIMD_WIDTH * 4)));
 
-// The first n floats at p, zeros behind.
-inline vec some_at(const float* p, int64_t n) {
-  vec v{};
-  if (n >= W)
+inline f32_vec load_vec(const float* p) {
+  f32_vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store_vec(float* p, f32_vec v) { std::memcpy(p, &v, sizeof v); }
+
+// The first n floats at p, then zeros; n may be larger than a vector.
+inline f32_vec load_partial(const float* p, int64_t n) {
+  f32_vec v{};
+  if (n >= SIMD_WIDTH)
     std::memcpy(&v, p, sizeof v);
   else
     std::memcpy(&v, p, size_t(n) * 4);
   return v;
 }
 
-inline void put_some(float* p, vec v, int64_t n) {
-  if (n >= W)
+inline void store_partial(float* p, f32_vec v, int64_t n) {
+  if (n >= SIMD_WIDTH)
     std::memcpy(p, &v, sizeof v);
   else
     std::memcpy(p, &v, size_t(n) * 4);
 }
 
-inline vec whole_at(const float* p) {
-  vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+inline f32_vec max_vec(f32_vec a, f32_vec b) { return a > b ? a : b; }
 
-inline void put_whole(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
-
-inline vec larger(vec a, vec b) { return a > b ? a : b; }
-
-// A vector is a register or a piece of one, whose root compilers find by themselves.
-inline vec root(vec v) {
-  float f[W];
+// Compilers turn the loop into vector square roots; the vector extension has none.
+inline f32_vec sqrt_vec(f32_vec v) {
+  float f[SIMD_WIDTH];
   std::memcpy(f, &v, sizeof v);
-  for (int i = 0; i < W; ++i) f[i] = __builtin_sqrtf(f[i]);
+  for (int i = 0; i < SIMD_WIDTH; ++i) f[i] = __builtin_sqrtf(f[i]);
   std::memcpy(&v, f, sizeof v);
   return v;
 }
 
-// Weights are read once, in streams that Intel's own fetching does not keep up with (1.5 to 2 times faster).
-inline void ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + AHEAD, 0, 3); }
+// Prefetch a weight, which is read once in streams: Intel's hardware prefetcher alone is 1.5 to 2 times slower.
+inline void prefetch_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + PREFETCH_BYTES, 0, 3); }
 
-// Calls part(how many vectors, the first column) for whole vectors of `columns` that together fit the registers as sums
-// of four rows: of sixteen registers three vectors leave none over.
+// Split `columns` into groups of vectors whose accumulators for four rows fit the registers, and call
+// part(vectors, first column) for each. With sixteen registers, groups of three use all of them.
 template <class F>
-inline void by_vectors(int64_t columns, F&& part) {
-  int64_t left = (columns + W - 1) / W, at = 0;
-  auto take = [&](auto size) {
-    part(size, at);
-    left -= size;
-    at += size * W;
+inline void for_each_vector_group(int64_t columns, F&& part) {
+  int64_t left = (columns + SIMD_WIDTH - 1) / SIMD_WIDTH, column = 0;
+  auto take = [&](auto vectors) {
+    part(vectors, column);
+    left -= vectors;
+    column += vectors * SIMD_WIDTH;
   };
-  if constexpr (MOST == 2)
+  if constexpr (MAX_VECS == 2)
     while (left == 3 || left > 4) take(std::integral_constant<int, 3>{});
-  while (left >= MOST) take(std::integral_constant<int, MOST>{});
-  if constexpr (MOST > 2)
+  while (left >= MAX_VECS) take(std::integral_constant<int, MAX_VECS>{});
+  if constexpr (MAX_VECS > 2)
     if (left >= 2) take(std::integral_constant<int, 2>{});
   while (left >= 1) take(std::integral_constant<int, 1>{});
 }

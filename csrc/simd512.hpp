@@ -1,11 +1,11 @@
-// Vectors of sixteen numbers: AVX-512 with VNNI, BF16 and VBMI2.
+// Vectors of sixteen 32-bit elements: AVX-512 with VNNI, BF16 and VBMI2. Section by section what simd.hpp lists.
 #pragma once
 #if defined(RAREFY_EMULATED)
 #include "avx512_emulation.hpp"
-#define HIDE(how, v)
+#define HIDE_FROM_COMPILER(asm_keyword, v)
 #else
 #include <immintrin.h>
-#define HIDE(how, v) how("" : "+v"(v))
+#define HIDE_FROM_COMPILER(asm_keyword, v) asm_keyword("" : "+v"(v))
 #endif
 
 #include <cstdint>
@@ -15,202 +15,208 @@
 #include "rarefy.h"
 
 namespace {
-constexpr int W = 16, MOST = 4;
-constexpr int32_t ADDED = 128;
+constexpr int SIMD_WIDTH = 16, MAX_VECS = 4;
+constexpr int32_t INPUT_ZERO_POINT = 128;
 
-// Zen 4 and 5 make a zero-masked expansion wait for the register that it overwrites. So it is merged into zeros that
-// the compiler cannot know to be zeros.
-inline __m512i zeros() {
+// On Zen 4 and 5 a zero-masked expansion waits for the register that it overwrites. So values are merged into zeros
+// that the compiler cannot recognize as zeros.
+inline __m512i opaque_zeros() {
   __m512i z = _mm512_setzero_si512();
-  HIDE(asm volatile, z);
+  HIDE_FROM_COMPILER(asm volatile, z);
   return z;
 }
 
-// Expansion out of memory is slower than a load and an expansion of a register, into which compilers like to fold it.
-inline __m512i in_register(const void* p) {
+// An expansion from memory is slower than a load and an expansion from a register; compilers like to fuse the two.
+inline __m512i load_to_register(const void* p) {
   __m512i v = _mm512_loadu_si512(p);
-  HIDE(asm, v);
+  HIDE_FROM_COMPILER(asm, v);
   return v;
 }
 
-using lanes = __m512i;
+using raw_vec = __m512i;
 
-inline lanes lanes_at(const void* p) { return _mm512_loadu_si512(p); }
-inline void put_lanes(void* p, lanes v) { _mm512_storeu_si512(p, v); }
+inline raw_vec load_raw(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_raw(void* p, raw_vec v) { _mm512_storeu_si512(p, v); }
 
-struct FloatSums {
-  using sum = __m512;
+struct F32Accumulator {
+  using acc = __m512;
   static __m512 zero() { return _mm512_setzero_ps(); }
-  static float total(__m512 s) { return _mm512_reduce_add_ps(s); }
+  static float reduce(__m512 s) { return _mm512_reduce_add_ps(s); }
 };
 
-struct IntegerSums {  // their total is the bits of a float
-  using sum = __m512i;
+struct I32Accumulator {  // its sum is returned as the bits of a float
+  using acc = __m512i;
   static __m512i zero() { return _mm512_setzero_si512(); }
-  static float total(__m512i s) { return __builtin_bit_cast(float, _mm512_reduce_add_epi32(s)); }
+  static float reduce(__m512i s) { return __builtin_bit_cast(float, _mm512_reduce_add_epi32(s)); }
 };
 
-template <int KIND>
-struct Bits;
+template <int DTYPE>
+struct BitmaskOps;
 
 template <>
-struct Bits<RAREFY_F32> : FloatSums {
+struct BitmaskOps<RAREFY_F32> : F32Accumulator {
   using value = float;
   using input = float;
-  static constexpr int cell = 16;
-  static __m512 none() { return _mm512_castsi512_ps(zeros()); }
-  static __m512 expand(__m512 none, const char* bits, const float* v) {
-    return _mm512_mask_expand_ps(none, _load_mask16((__mmask16*)bits), _mm512_castsi512_ps(in_register(v)));
+  static constexpr int CELL = 16;  // columns of one expansion
+  static __m512 zeros() { return _mm512_castsi512_ps(opaque_zeros()); }
+  static __m512 expand(__m512 zeros, const char* bits, const float* v) {
+    return _mm512_mask_expand_ps(zeros, _load_mask16((__mmask16*)bits), _mm512_castsi512_ps(load_to_register(v)));
   }
-  static __m512 step(__m512 s, __m512 w, const float* x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), s); }
+  static __m512 multiply_add(__m512 s, __m512 w, const float* x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), s); }
 };
 
 template <>
-struct Bits<RAREFY_BF16> : FloatSums {
+struct BitmaskOps<RAREFY_BF16> : F32Accumulator {
   using value = uint16_t;
   using input = uint16_t;
-  static constexpr int cell = 32;
-  static __m512i none() { return zeros(); }
-  static __m512i expand(__m512i none, const char* bits, const uint16_t* v) {
-    return _mm512_mask_expand_epi16(none, _load_mask32((__mmask32*)bits), in_register(v));
+  static constexpr int CELL = 32;
+  static __m512i zeros() { return opaque_zeros(); }
+  static __m512i expand(__m512i zeros, const char* bits, const uint16_t* v) {
+    return _mm512_mask_expand_epi16(zeros, _load_mask32((__mmask32*)bits), load_to_register(v));
   }
-  static __m512 step(__m512 s, __m512i w, const uint16_t* x) {
+  static __m512 multiply_add(__m512 s, __m512i w, const uint16_t* x) {
     return _mm512_dpbf16_ps(s, __m512bh(w), __m512bh(_mm512_loadu_si512(x)));
   }
 };
 
 template <>
-struct Bits<RAREFY_I8> : IntegerSums {
+struct BitmaskOps<RAREFY_I8> : I32Accumulator {
   using value = int8_t;
   using input = uint8_t;
-  static constexpr int cell = 64;
-  static __m512i none() { return zeros(); }
-  static __m512i expand(__m512i none, const char* bits, const int8_t* v) {
-    return _mm512_mask_expand_epi8(none, _load_mask64((__mmask64*)bits), in_register(v));
+  static constexpr int CELL = 64;
+  static __m512i zeros() { return opaque_zeros(); }
+  static __m512i expand(__m512i zeros, const char* bits, const int8_t* v) {
+    return _mm512_mask_expand_epi8(zeros, _load_mask64((__mmask64*)bits), load_to_register(v));
   }
-  static __m512i step(__m512i s, __m512i w, const uint8_t* x) { return _mm512_dpbusd_epi32(s, _mm512_loadu_si512(x), w); }
+  static __m512i multiply_add(__m512i s, __m512i w, const uint8_t* x) {
+    return _mm512_dpbusd_epi32(s, _mm512_loadu_si512(x), w);
+  }
 };
 
-struct Nibbles {
-  static __m512i none() { return zeros(); }
-  static __m512i expand(__m512i none, const uint64_t* mask, const uint8_t* v) {
+struct Int4BitmaskOps {
+  static __m512i zeros() { return opaque_zeros(); }
+  static __m512i expand(__m512i zeros, const uint64_t* mask, const uint8_t* v) {
     const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)));
     const __m512i bytes = _mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), _mm512_set1_epi8(15));
-    return _mm512_mask_expand_epi8(none, _load_mask64((__mmask64*)mask), _mm512_sub_epi8(bytes, _mm512_set1_epi8(8)));
+    return _mm512_mask_expand_epi8(zeros, _load_mask64((__mmask64*)mask), _mm512_sub_epi8(bytes, _mm512_set1_epi8(8)));
   }
-  static __m512 step(__m512 s, __m512i w, const uint8_t* x, float by) {
+  static __m512 multiply_add(__m512 s, __m512i w, const uint8_t* x, float scale) {
     const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(x), w);
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(by), s);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale), s);
   }
 };
 
-// The compiler would make constants anew in a loop, on the one port for shuffles.
-inline __m512i constant(__m512i v) {
-  HIDE(asm, v);
+// Keep a constant in a register: the compiler would rebuild it in the loop, on the only shuffle port.
+inline __m512i in_register(__m512i v) {
+  HIDE_FROM_COMPILER(asm, v);
   return v;
 }
 
-struct Cells {
-  const int64_t parts;
-  const __m512i fifteen = constant(_mm512_set1_epi8(15)), eight = constant(_mm512_set1_epi8(8));
-  const __m512i halves = constant(_mm512_mask_blend_epi8(0xffffffff00000000ull, _mm512_setzero_si512(), _mm512_set1_epi8(1)));
-  const __m512i shifts = constant(_mm512_mask_blend_epi32(0xff00, _mm512_set1_epi32(16), _mm512_setzero_si512()));
-  const __m512i high = constant(_mm512_set1_epi32(int(0xffff0000)));
+struct QuantizedOps {
+  const int64_t scale_groups;
+  const __m512i fifteen = in_register(_mm512_set1_epi8(15)), eight = in_register(_mm512_set1_epi8(8));
+  const __m512i byte_of_half =
+      in_register(_mm512_mask_blend_epi8(0xffffffff00000000ull, _mm512_setzero_si512(), _mm512_set1_epi8(1)));
+  const __m512i shifts = in_register(_mm512_mask_blend_epi32(0xff00, _mm512_set1_epi32(16), _mm512_setzero_si512()));
+  const __m512i high_bits = in_register(_mm512_set1_epi32(int(0xffff0000)));
 
-  // Zeros and scales of two halves come by loads to every place, of which each half keeps its own.
-  __m512i zeros(const uint8_t* z) const {
+  // The zero points (and scales) of both halves are broadcast together; each half then selects its own.
+  __m512i zero_points(const uint8_t* z) const {
     if (!z) return eight;
-    if (parts < 2) return _mm512_set1_epi8(char(*z));
+    if (scale_groups < 2) return _mm512_set1_epi8(char(*z));
     uint16_t both;
     std::memcpy(&both, z, 2);
-    return _mm512_shuffle_epi8(_mm512_set1_epi16(short(both)), halves);
+    return _mm512_shuffle_epi8(_mm512_set1_epi16(short(both)), byte_of_half);
   }
   __m512 scales(const uint16_t* s) const {
-    if (!parts) return _mm512_set1_ps(1.0f);
+    if (!scale_groups) return _mm512_set1_ps(1.0f);
     uint32_t both;
-    __m512i places;
-    if (parts > 1) {
+    __m512i pairs;
+    if (scale_groups > 1) {
       std::memcpy(&both, s, 4);
-      places = _mm512_set1_epi32(int(both));
+      pairs = _mm512_set1_epi32(int(both));
     } else {
-      places = _mm512_set1_epi16(short(*s));
+      pairs = _mm512_set1_epi16(short(*s));
     }
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_sllv_epi32(places, shifts), high));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_sllv_epi32(pairs, shifts), high_bits));
   }
-  __m512i bytes(const uint8_t* v) const { return _mm512_loadu_si512(v); }
-  __m512i nibbles(const uint8_t* v, __m512i zero) const {
+  __m512i load_int8(const uint8_t* v) const { return _mm512_loadu_si512(v); }
+  __m512i load_int4(const uint8_t* v, __m512i zero_point) const {
     const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)));
-    return _mm512_sub_epi8(_mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), fifteen), zero);
+    return _mm512_sub_epi8(_mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), fifteen), zero_point);
   }
-  __m512 step(__m512 s, __m512i w, const uint8_t* x, __m512 by) const {
+  __m512 multiply_add(__m512 s, __m512i w, const uint8_t* x, __m512 scale) const {
     const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(x), w);
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), by, s);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, s);
   }
-  template <int PART>
-  static __m512 floats(__m512i w) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, PART)));
+  template <int QUARTER>
+  static __m512 to_f32(__m512i w) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, QUARTER)));
   }
-  __m512 step(__m512 s, __m512i w, const float* x, __m512 by) const {
-    __m512 a = _mm512_mul_ps(floats<0>(w), _mm512_loadu_ps(x)), b = _mm512_mul_ps(floats<2>(w), _mm512_loadu_ps(x + 32));
-    a = _mm512_fmadd_ps(floats<1>(w), _mm512_loadu_ps(x + 16), a);
-    b = _mm512_fmadd_ps(floats<3>(w), _mm512_loadu_ps(x + 48), b);
-    const __m512 low = _mm512_shuffle_f32x4(by, by, 0x00), last = _mm512_shuffle_f32x4(by, by, 0xff);
-    return _mm512_fmadd_ps(b, last, _mm512_fmadd_ps(a, low, s));
+  __m512 multiply_add(__m512 s, __m512i w, const float* x, __m512 scale) const {
+    __m512 a = _mm512_mul_ps(to_f32<0>(w), _mm512_loadu_ps(x)),
+           b = _mm512_mul_ps(to_f32<2>(w), _mm512_loadu_ps(x + 32));
+    a = _mm512_fmadd_ps(to_f32<1>(w), _mm512_loadu_ps(x + 16), a);
+    b = _mm512_fmadd_ps(to_f32<3>(w), _mm512_loadu_ps(x + 48), b);
+    const __m512 low = _mm512_shuffle_f32x4(scale, scale, 0x00), high = _mm512_shuffle_f32x4(scale, scale, 0xff);
+    return _mm512_fmadd_ps(b, high, _mm512_fmadd_ps(a, low, s));
   }
 };
 
-template <int KIND>
-struct Lanes;
+template <int DTYPE>
+struct LaneOps;
 
-struct Floats : FloatSums {
+struct F32LaneOps : F32Accumulator {
   using input = __m512;
   static __m512 load(const uint32_t* x) { return _mm512_load_ps(x); }
-  static __m512 spread(uint32_t w) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(w))); }
-  static __m512 sum_at(const uint32_t* o) { return _mm512_load_ps(o); }
-  static void store(uint32_t* o, __m512 s) { _mm512_store_ps(o, s); }
+  static __m512 broadcast(uint32_t w) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(w))); }
+  static __m512 load_acc(const uint32_t* o) { return _mm512_load_ps(o); }
+  static void store_acc(uint32_t* o, __m512 s) { _mm512_store_ps(o, s); }
 };
 
 template <>
-struct Lanes<RAREFY_F32> : Floats {
-  static constexpr int width = 1;
-  static __m512 step(__m512 s, __m512 x, __m512 w) { return _mm512_fmadd_ps(w, x, s); }
-  static lanes to_lanes(const float* x, int64_t n, float) {
+struct LaneOps<RAREFY_F32> : F32LaneOps {
+  static constexpr int INPUTS = 1;  // of a lane
+  static __m512 multiply_add(__m512 s, __m512 x, __m512 w) { return _mm512_fmadd_ps(w, x, s); }
+  static raw_vec pack(const float* x, int64_t n, float) {
     return _mm512_castps_si512(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), x));
   }
 };
 
 template <>
-struct Lanes<RAREFY_BF16> : Floats {
-  static constexpr int width = 2;
-  static __m512 step(__m512 s, __m512 x, __m512 w) { return _mm512_dpbf16_ps(s, __m512bh(x), __m512bh(w)); }
-  static lanes to_lanes(const float* x, int64_t n, float) {
+struct LaneOps<RAREFY_BF16> : F32LaneOps {
+  static constexpr int INPUTS = 2;
+  static __m512 multiply_add(__m512 s, __m512 x, __m512 w) { return _mm512_dpbf16_ps(s, __m512bh(x), __m512bh(w)); }
+  static raw_vec pack(const float* x, int64_t n, float) {
     const uint32_t mask = n >= 32 ? ~0u : (1u << n) - 1;
-    const __m512 a = _mm512_maskz_loadu_ps(__mmask16(mask), x), b = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
+    const __m512 a = _mm512_maskz_loadu_ps(__mmask16(mask), x),
+                 b = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
     return __m512i(_mm512_cvtne2ps_pbh(b, a));
   }
 };
 
-inline __m128i to_bytes(const float* x, uint32_t mask, __m512 scale) {
+// Quantize sixteen floats, those without a mask bit as zeros.
+inline __m128i quantize_16(const float* x, uint32_t mask, __m512 scale) {
   const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(__mmask16(mask), x), scale));
-  return _mm_xor_si128(_mm512_cvtsepi32_epi8(q), _mm_set1_epi8(char(ADDED)));
+  return _mm_xor_si128(_mm512_cvtsepi32_epi8(q), _mm_set1_epi8(char(INPUT_ZERO_POINT)));
 }
 
 template <>
-struct Lanes<RAREFY_I8> : IntegerSums {
+struct LaneOps<RAREFY_I8> : I32Accumulator {
   using input = __m512i;
-  static constexpr int width = 4;
+  static constexpr int INPUTS = 4;
   static __m512i load(const uint32_t* x) { return _mm512_load_si512(x); }
-  static __m512i spread(uint32_t w) { return _mm512_set1_epi32(int(w)); }
-  static __m512i step(__m512i s, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(s, x, w); }
-  static __m512i sum_at(const uint32_t* o) { return _mm512_load_si512(o); }
-  static void store(uint32_t* o, __m512i s) { _mm512_store_si512(o, s); }
-  static lanes to_lanes(const float* x, int64_t n, float scale) {
+  static __m512i broadcast(uint32_t w) { return _mm512_set1_epi32(int(w)); }
+  static __m512i multiply_add(__m512i s, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(s, x, w); }
+  static __m512i load_acc(const uint32_t* o) { return _mm512_load_si512(o); }
+  static void store_acc(uint32_t* o, __m512i s) { _mm512_store_si512(o, s); }
+  static raw_vec pack(const float* x, int64_t n, float scale) {
     const uint64_t mask = n >= 64 ? ~0ull : (1ull << n) - 1;
     const __m512 s = _mm512_set1_ps(scale);
-    __m512i v = _mm512_castsi128_si512(to_bytes(x, uint32_t(mask) & 0xffff, s));
-    v = _mm512_inserti32x4(v, to_bytes(x + 16, uint32_t(mask >> 16) & 0xffff, s), 1);
-    v = _mm512_inserti32x4(v, to_bytes(x + 32, uint32_t(mask >> 32) & 0xffff, s), 2);
-    return _mm512_inserti32x4(v, to_bytes(x + 48, uint32_t(mask >> 48) & 0xffff, s), 3);
+    __m512i v = _mm512_castsi128_si512(quantize_16(x, uint32_t(mask) & 0xffff, s));
+    v = _mm512_inserti32x4(v, quantize_16(x + 16, uint32_t(mask >> 16) & 0xffff, s), 1);
+    v = _mm512_inserti32x4(v, quantize_16(x + 32, uint32_t(mask >> 32) & 0xffff, s), 2);
+    return _mm512_inserti32x4(v, quantize_16(x + 48, uint32_t(mask >> 48) & 0xffff, s), 3);
   }
 };
 
@@ -238,8 +244,8 @@ inline void transpose(__m512i (&r)[16]) {
   }
 }
 
-inline void past_caches(float* to, lanes v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v); }
+inline void stream_store(float* p, raw_vec v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v); }
 
-inline void seen() { _mm_sfence(); }
+inline void stream_fence() { _mm_sfence(); }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Products with sparse weights: bitmasks, single values (CSR), tiles of four rows.
+// Multiplication by sparse weights: bitmasks and CSR for few inputs, row tiles sorted by pattern for column tiles.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -9,231 +9,235 @@
 
 namespace {
 
-// ---- bitmask, small batches ----------------------------------------------------------------------------------------
-// Four rows by 64 columns at a time: their values lie one after the other, so memory is read in one stream. Where each
-// cell's values begin is counted from the beginning of its panel, so cells do not wait for each other.
+// ---- bitmask, few inputs -------------------------------------------------------------------------------------------
+// Four rows by 64 columns at a time: their values are contiguous, so that memory is read in one stream. The position of
+// each cell's values follows from a popcount of the mask alone, so cells do not depend on each other.
 
-template <int KIND, int M>
-inline void bit_rows(const rarefy_bitmask& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
-  using B = Bits<KIND>;
-  typename B::sum sum[R4][M];
+template <int DTYPE, int INPUTS>
+inline void bitmask_rows(const rarefy_bitmask& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
+  using B = BitmaskOps<DTYPE>;
+  typename B::acc acc[TILE_ROWS][INPUTS];
 #pragma GCC unroll 4
-  for (int r = 0; r < R4; ++r)
+  for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) sum[r][m] = B::zero();
-  const uint64_t* mask = w.masks + row * w.words;
-  const auto* value = static_cast<const typename B::value*>(w.values) + w.starts[row / R4];
-  const auto none = B::none();
+    for (int m = 0; m < INPUTS; ++m) acc[r][m] = B::zero();
+  const uint64_t* mask = w.masks + row * w.col_blocks;
+  const auto* value = static_cast<const typename B::value*>(w.values) + w.starts[row / TILE_ROWS];
+  const auto zeros = B::zeros();
   const auto* in = static_cast<const typename B::input*>(x);
-  for (int64_t word = 0; word < w.words; ++word, in += 64, mask += R4) {
+  for (int64_t block = 0; block < w.col_blocks; ++block, in += 64, mask += TILE_ROWS) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R4; ++r) {
+    for (int r = 0; r < TILE_ROWS; ++r) {
 #pragma GCC unroll 4
-      for (int part = 0; part < 64; part += B::cell) {
-        const auto* from = part ? value + __builtin_popcountll(mask[r] << (64 - part)) : value;
-        const auto wide = B::expand(none, reinterpret_cast<const char*>(mask + r) + part / 8, from);
+      for (int column = 0; column < 64; column += B::CELL) {
+        const auto* cell = column ? value + __builtin_popcountll(mask[r] << (64 - column)) : value;
+        const auto dense = B::expand(zeros, reinterpret_cast<const char*>(mask + r) + column / 8, cell);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) sum[r][m] = B::step(sum[r][m], wide, in + m * ldx + part);
+        for (int m = 0; m < INPUTS; ++m) acc[r][m] = B::multiply_add(acc[r][m], dense, in + m * ldx + column);
       }
       value += __builtin_popcountll(mask[r]);
-      ahead(value);
+      prefetch_ahead(value);
     }
-    ahead(mask);
+    prefetch_ahead(mask);
   }
-  for (int r = 0; r < R4 && row + r < w.rows; ++r)
-    for (int m = 0; m < M; ++m) y[m * ldy + row + r] = B::total(sum[r][m]);
+  for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r)
+    for (int m = 0; m < INPUTS; ++m) y[m * ldy + row + r] = B::reduce(acc[r][m]);
 }
 
-// The same for int4: 64 values become bytes in a register, and their integer products are scaled as a group.
-template <int M>
-inline void nibble_rows(const rarefy_bitmask& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
-  FloatSums::sum sum[R4][M];
+// int4: the 64 values of a row in a block become int8 in a register; the scale is applied to their integer dot product.
+template <int INPUTS>
+inline void int4_bitmask_rows(const rarefy_bitmask& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
+  F32Accumulator::acc acc[TILE_ROWS][INPUTS];
 #pragma GCC unroll 4
-  for (int r = 0; r < R4; ++r)
+  for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) sum[r][m] = FloatSums::zero();
-  const uint64_t* mask = w.masks + row * w.words;
-  const uint8_t* value = static_cast<const uint8_t*>(w.values) + w.starts[row / R4];
-  const uint16_t* scale = static_cast<const uint16_t*>(w.scales) + row * w.words;
-  const auto none = Nibbles::none();
+    for (int m = 0; m < INPUTS; ++m) acc[r][m] = F32Accumulator::zero();
+  const uint64_t* mask = w.masks + row * w.col_blocks;
+  const uint8_t* value = static_cast<const uint8_t*>(w.values) + w.starts[row / TILE_ROWS];
+  const uint16_t* scale = static_cast<const uint16_t*>(w.scales) + row * w.col_blocks;
+  const auto zeros = Int4BitmaskOps::zeros();
   const uint8_t* in = static_cast<const uint8_t*>(x);
-  for (int64_t word = 0; word < w.words; ++word, in += 64, mask += R4, scale += R4) {
+  for (int64_t block = 0; block < w.col_blocks; ++block, in += 64, mask += TILE_ROWS, scale += TILE_ROWS) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R4; ++r) {
-      const auto wide = Nibbles::expand(none, mask + r, value);
-      const float by = from_bf16(scale[r]);
+    for (int r = 0; r < TILE_ROWS; ++r) {
+      const auto dense = Int4BitmaskOps::expand(zeros, mask + r, value);
+      const float s = from_bf16(scale[r]);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sum[r][m] = Nibbles::step(sum[r][m], wide, in + m * ldx, by);
+      for (int m = 0; m < INPUTS; ++m) acc[r][m] = Int4BitmaskOps::multiply_add(acc[r][m], dense, in + m * ldx, s);
       value += (__builtin_popcountll(mask[r]) + 1) / 2;
     }
-    ahead(value);
-    ahead(mask);
+    prefetch_ahead(value);
+    prefetch_ahead(mask);
   }
-  for (int r = 0; r < R4 && row + r < w.rows; ++r)
-    for (int m = 0; m < M; ++m) y[m * ldy + row + r] = FloatSums::total(sum[r][m]);
+  for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r)
+    for (int m = 0; m < INPUTS; ++m) y[m * ldy + row + r] = F32Accumulator::reduce(acc[r][m]);
 }
 
-template <int KIND, int M>
-void bit_range(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y, int64_t ldy) {
-  for (int64_t row = from; row < to; row += R4)
-    if constexpr (KIND == RAREFY_I4)
-      nibble_rows<M>(w, row, x, ldx, y, ldy);
+template <int DTYPE, int INPUTS>
+void bitmask_row_range(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
+                       int64_t ldy) {
+  for (int64_t row = from; row < to; row += TILE_ROWS)
+    if constexpr (DTYPE == RAREFY_I4)
+      int4_bitmask_rows<INPUTS>(w, row, x, ldx, y, ldy);
     else
-      bit_rows<KIND, M>(w, row, x, ldx, y, ldy);
+      bitmask_rows<DTYPE, INPUTS>(w, row, x, ldx, y, ldy);
 }
 
-// Rows `from`..`to` (from: of fours) for n inputs, four of these at a time.
-template <int KIND>
-void bit_any(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y, int64_t ldy,
-             int64_t n) {
-  const auto* in = static_cast<const typename Bits<KIND == RAREFY_I4 ? int(RAREFY_I8) : KIND>::input*>(x);
+// Rows `from` (a multiple of four) to `to` on n inputs, four of them at a time.
+template <int DTYPE>
+void bitmask_gemv(const rarefy_bitmask& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y, int64_t ldy,
+                  int64_t n) {
+  const auto* in = static_cast<const typename BitmaskOps<DTYPE == RAREFY_I4 ? int(RAREFY_I8) : DTYPE>::input*>(x);
   for (; n > 0; n -= 4, in += 4 * ldx, y += 4 * ldy) {
     if (n >= 4)
-      bit_range<KIND, 4>(w, from, to, in, ldx, y, ldy);
+      bitmask_row_range<DTYPE, 4>(w, from, to, in, ldx, y, ldy);
     else if (n == 3)
-      bit_range<KIND, 3>(w, from, to, in, ldx, y, ldy);
+      bitmask_row_range<DTYPE, 3>(w, from, to, in, ldx, y, ldy);
     else if (n == 2)
-      bit_range<KIND, 2>(w, from, to, in, ldx, y, ldy);
+      bitmask_row_range<DTYPE, 2>(w, from, to, in, ldx, y, ldy);
     else
-      bit_range<KIND, 1>(w, from, to, in, ldx, y, ldy);
+      bitmask_row_range<DTYPE, 1>(w, from, to, in, ldx, y, ldy);
   }
 }
 
-// ---- single values, high sparsity ----------------------------------------------------------------------------------
-// One row after the other, each value times M inputs that lie side by side. Sums are many, so that products do not wait
-// for each other; gathering a vector of inputs is slower than loads one by one.
+// ---- CSR, high sparsity --------------------------------------------------------------------------------------------
+// Row by row, each value times INPUTS interleaved inputs. Eight accumulators hide the latency of the multiply-adds;
+// scalar loads are faster than gathering a vector of inputs.
 
-inline float wide(float v) { return v; }
-inline float wide(uint16_t v) { return from_bf16(v); }
-inline float wide(int8_t v) { return v; }
+inline float to_float(float v) { return v; }
+inline float to_float(uint16_t v) { return from_bf16(v); }
+inline float to_float(int8_t v) { return v; }
 
-template <int M>
-struct side_by_side {
-  typedef float type __attribute__((vector_size(M * 4)));
+template <int INPUTS>
+struct interleaved {
+  typedef float type __attribute__((vector_size(INPUTS * 4)));
 };
 template <>
-struct side_by_side<1> {
+struct interleaved<1> {
   typedef float type;
 };
 
-// y[m][row] for rows `from`..`to`, `some` of M inputs x[column][M].
-template <class T, int M>
-void csr_rows(const rarefy_csr& w, int64_t from, int64_t to, const float* x, float* y, int64_t ldy, int64_t some) {
-  using V = typename side_by_side<M>::type;
-  constexpr int S = 8;
+// y[input][row] for rows `from`..`to` and the first `count` of the inputs x[column][INPUTS].
+template <class T, int INPUTS>
+void csr_rows(const rarefy_csr& w, int64_t from, int64_t to, const float* x, float* y, int64_t ldy, int64_t count) {
+  using V = typename interleaved<INPUTS>::type;
+  constexpr int ACCUMULATORS = 8;
   for (int64_t row = from; row < to; ++row) {
     const int64_t size = w.starts[row + 1] - w.starts[row];
     const T* value = static_cast<const T*>(w.values) + w.starts[row];
     const uint16_t* column = w.columns + w.starts[row];
-    V sum[S] = {}, in;
+    V acc[ACCUMULATORS] = {}, in;
     int64_t k = 0;
-    for (; k + S <= size; k += S) {
-      ahead(value + k);
-      ahead(column + k);
+    for (; k + ACCUMULATORS <= size; k += ACCUMULATORS) {
+      prefetch_ahead(value + k);
+      prefetch_ahead(column + k);
 #pragma GCC unroll 8
-      for (int s = 0; s < S; ++s) {
-        std::memcpy(&in, x + column[k + s] * int64_t(M), sizeof in);
-        sum[s] += in * wide(value[k + s]);
+      for (int s = 0; s < ACCUMULATORS; ++s) {
+        std::memcpy(&in, x + column[k + s] * int64_t(INPUTS), sizeof in);
+        acc[s] += in * to_float(value[k + s]);
       }
     }
     for (; k < size; ++k) {
-      std::memcpy(&in, x + column[k] * int64_t(M), sizeof in);
-      sum[0] += in * wide(value[k]);
+      std::memcpy(&in, x + column[k] * int64_t(INPUTS), sizeof in);
+      acc[0] += in * to_float(value[k]);
     }
-    V total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+    V total = ((acc[0] + acc[1]) + (acc[2] + acc[3])) + ((acc[4] + acc[5]) + (acc[6] + acc[7]));
     if (w.scales) total *= w.scales[row];
-    float out[M];
+    float out[INPUTS];
     std::memcpy(out, &total, sizeof out);
-    for (int64_t m = 0; m < some; ++m) y[m * ldy + row] = out[m];
+    for (int64_t m = 0; m < count; ++m) y[m * ldy + row] = out[m];
   }
 }
 
-template <int M>
-void csr_any(const rarefy_csr& w, int64_t from, int64_t to, const float* x, float* y, int64_t ldy, int64_t some) {
-  switch (w.kind) {
-    case RAREFY_F32: return csr_rows<float, M>(w, from, to, x, y, ldy, some);
-    case RAREFY_BF16: return csr_rows<uint16_t, M>(w, from, to, x, y, ldy, some);
-    default: return csr_rows<int8_t, M>(w, from, to, x, y, ldy, some);
+template <int INPUTS>
+void csr_spmm(const rarefy_csr& w, int64_t from, int64_t to, const float* x, float* y, int64_t ldy, int64_t count) {
+  switch (w.dtype) {
+    case RAREFY_F32: return csr_rows<float, INPUTS>(w, from, to, x, y, ldy, count);
+    case RAREFY_BF16: return csr_rows<uint16_t, INPUTS>(w, from, to, x, y, ldy, count);
+    default: return csr_rows<int8_t, INPUTS>(w, from, to, x, y, ldy, count);
   }
 }
 
-// ---- tiles, larger batches ----------------------------------------------------------------------------------------
-// The columns of a tile of four rows come sorted by pattern (which of the four have a value there): fifteen loops
-// without a branch, T vectors of inputs loaded once and used by every row of the pattern.
+// ---- row tiles, column tiles of inputs -----------------------------------------------------------------------------
+// The columns of a row tile are sorted by pattern (which of the four rows are nonzero there): fifteen loops without a
+// branch. Each loads VECS vectors of inputs once and uses them for every row of the pattern.
 
-template <int KIND, int T, int P>
-inline void pattern(typename Lanes<KIND>::sum (&c)[R4][T], const uint32_t* x, int64_t count, const uint16_t*& column,
-                    const uint32_t*& value) {
-  using L = Lanes<KIND>;
+template <int DTYPE, int VECS, int PATTERN>
+inline void pattern_columns(typename LaneOps<DTYPE>::acc (&acc)[TILE_ROWS][VECS], const uint32_t* x, int64_t count,
+                            const uint16_t*& column, const uint32_t*& value) {
+  using L = LaneOps<DTYPE>;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t* from = x + int64_t(*column++) * NT;
-    typename L::input in[T];
+    const uint32_t* lane = x + int64_t(*column++) * TILE_COLS;
+    typename L::input in[VECS];
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) in[t] = L::load(from + t * W);
+    for (int t = 0; t < VECS; ++t) in[t] = L::load(lane + t * SIMD_WIDTH);
 #pragma GCC unroll 4
-    for (int r = 0; r < R4; ++r)
-      if (P >> r & 1) {
-        const auto wide = L::spread(*value++);
+    for (int r = 0; r < TILE_ROWS; ++r)
+      if (PATTERN >> r & 1) {
+        const auto w = L::broadcast(*value++);
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) c[r][t] = L::step(c[r][t], in[t], wide);
+        for (int t = 0; t < VECS; ++t) acc[r][t] = L::multiply_add(acc[r][t], in[t], w);
       }
   }
 }
 
-template <int KIND, int T>
-inline void tile(typename Lanes<KIND>::sum (&c)[R4][T], const uint32_t* x, const uint16_t* counts,
-                 const uint16_t*& column, const uint32_t*& value) {
-  pattern<KIND, T, 1>(c, x, counts[1], column, value);
-  pattern<KIND, T, 2>(c, x, counts[2], column, value);
-  pattern<KIND, T, 3>(c, x, counts[3], column, value);
-  pattern<KIND, T, 4>(c, x, counts[4], column, value);
-  pattern<KIND, T, 5>(c, x, counts[5], column, value);
-  pattern<KIND, T, 6>(c, x, counts[6], column, value);
-  pattern<KIND, T, 7>(c, x, counts[7], column, value);
-  pattern<KIND, T, 8>(c, x, counts[8], column, value);
-  pattern<KIND, T, 9>(c, x, counts[9], column, value);
-  pattern<KIND, T, 10>(c, x, counts[10], column, value);
-  pattern<KIND, T, 11>(c, x, counts[11], column, value);
-  pattern<KIND, T, 12>(c, x, counts[12], column, value);
-  pattern<KIND, T, 13>(c, x, counts[13], column, value);
-  pattern<KIND, T, 14>(c, x, counts[14], column, value);
-  pattern<KIND, T, 15>(c, x, counts[15], column, value);
+template <int DTYPE, int VECS>
+inline void row_tile(typename LaneOps<DTYPE>::acc (&acc)[TILE_ROWS][VECS], const uint32_t* x, const uint16_t* counts,
+                     const uint16_t*& column, const uint32_t*& value) {
+  pattern_columns<DTYPE, VECS, 1>(acc, x, counts[1], column, value);
+  pattern_columns<DTYPE, VECS, 2>(acc, x, counts[2], column, value);
+  pattern_columns<DTYPE, VECS, 3>(acc, x, counts[3], column, value);
+  pattern_columns<DTYPE, VECS, 4>(acc, x, counts[4], column, value);
+  pattern_columns<DTYPE, VECS, 5>(acc, x, counts[5], column, value);
+  pattern_columns<DTYPE, VECS, 6>(acc, x, counts[6], column, value);
+  pattern_columns<DTYPE, VECS, 7>(acc, x, counts[7], column, value);
+  pattern_columns<DTYPE, VECS, 8>(acc, x, counts[8], column, value);
+  pattern_columns<DTYPE, VECS, 9>(acc, x, counts[9], column, value);
+  pattern_columns<DTYPE, VECS, 10>(acc, x, counts[10], column, value);
+  pattern_columns<DTYPE, VECS, 11>(acc, x, counts[11], column, value);
+  pattern_columns<DTYPE, VECS, 12>(acc, x, counts[12], column, value);
+  pattern_columns<DTYPE, VECS, 13>(acc, x, counts[13], column, value);
+  pattern_columns<DTYPE, VECS, 14>(acc, x, counts[14], column, value);
+  pattern_columns<DTYPE, VECS, 15>(acc, x, counts[15], column, value);
 }
 
-// Tiles `from`..`to` on T vectors of the inputs of block `b`; `out` is [4 (to - from)][NT] sums.
-template <int KIND, int T>
-void tiles_part(const rarefy_tiles& w, int64_t b, int64_t from, int64_t to, const uint32_t* x, uint32_t* out) {
-  using L = Lanes<KIND>;
-  const int64_t blocks = (w.cols + w.block - 1) / w.block;
-  for (int64_t t = from; t < to; ++t, out += R4 * NT) {
-    const int64_t at = t * blocks + b;
-    const uint16_t* column = w.columns + w.starts[2 * at];
-    const uint32_t* value = w.values + w.starts[2 * at + 1];
-    typename L::sum c[R4][T];
+// Row tiles `from`..`to` on VECS vectors of the inputs of column block `block`; `out` is [4 (to - from)][TILE_COLS].
+// The first block starts the accumulators, the others add to them.
+template <int DTYPE, int VECS>
+void row_tiles(const rarefy_tiles& w, int64_t block, int64_t from, int64_t to, const uint32_t* x, uint32_t* out) {
+  using L = LaneOps<DTYPE>;
+  const int64_t blocks = (w.lanes + w.block - 1) / w.block;
+  for (int64_t tile = from; tile < to; ++tile, out += TILE_ROWS * TILE_COLS) {
+    const int64_t index = tile * blocks + block;
+    const uint16_t* column = w.columns + w.starts[2 * index];
+    const uint32_t* value = w.values + w.starts[2 * index + 1];
+    typename L::acc acc[TILE_ROWS][VECS];
 #pragma GCC unroll 4
-    for (int r = 0; r < R4; ++r)
+    for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < T; ++v) c[r][v] = b ? L::sum_at(out + r * NT + v * W) : L::zero();
-    tile<KIND, T>(c, x, w.counts + at * 16, column, value);
+      for (int t = 0; t < VECS; ++t) acc[r][t] = block ? L::load_acc(out + r * TILE_COLS + t * SIMD_WIDTH) : L::zero();
+    row_tile<DTYPE, VECS>(acc, x, w.counts + index * 16, column, value);
 #pragma GCC unroll 4
-    for (int r = 0; r < R4; ++r)
+    for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < T; ++v) L::store(out + r * NT + v * W, c[r][v]);
+      for (int t = 0; t < VECS; ++t) L::store_acc(out + r * TILE_COLS + t * SIMD_WIDTH, acc[r][t]);
   }
 }
 
-// `columns` of the inputs are in use.
-template <int KIND>
-void tiles_block(const rarefy_tiles& w, int64_t b, int64_t from, int64_t to, const uint32_t* x, uint32_t* out,
-                 int64_t columns) {
-  by_vectors(columns, [&](auto size, int64_t at) { tiles_part<KIND, size>(w, b, from, to, x + at, out + at); });
+// `columns` of the column tile are in use.
+template <int DTYPE>
+void tiles_spmm_block(const rarefy_tiles& w, int64_t block, int64_t from, int64_t to, const uint32_t* x, uint32_t* out,
+                      int64_t columns) {
+  for_each_vector_group(columns, [&](auto vectors, int64_t column) {
+    row_tiles<DTYPE, vectors>(w, block, from, to, x + column, out + column);
+  });
 }
 
-// Blocks of columns go round outside, so that the inputs of a block stay in the first cache for all the tiles.
-template <int KIND>
-void tiles_any(const rarefy_tiles& w, int64_t from, int64_t to, const uint32_t* x, uint32_t* out, int64_t columns) {
-  for (int64_t b = 0; b * w.block < w.cols; ++b)
-    tiles_block<KIND>(w, b, from, to, x + b * w.block * NT, out, columns);
+// The loop over column blocks is the outer one: the inputs of a block stay in the L1 cache for all row tiles.
+template <int DTYPE>
+void tiles_spmm(const rarefy_tiles& w, int64_t from, int64_t to, const uint32_t* x, uint32_t* out, int64_t columns) {
+  for (int64_t block = 0; block * w.block < w.lanes; ++block)
+    tiles_spmm_block<DTYPE>(w, block, from, to, x + block * w.block * TILE_COLS, out, columns);
 }
 
 }  // namespace

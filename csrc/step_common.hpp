@@ -1,4 +1,5 @@
-// What the steps of a plan have in common.
+// What the steps of a program share: their split into parts, the tokens of a column tile, epilogues. A part is the unit
+// of work that a thread takes.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -8,45 +9,56 @@
 
 namespace {
 
-constexpr int64_t ROWS = 64;    // features of a part of an addition
-constexpr int64_t PART = 32;    // rows of a part of a product of few tokens
+constexpr int64_t FEATURES_PER_PART = 64;     // elementwise operators and averages
+constexpr int64_t DECODE_ROWS_PER_PART = 32;  // rows of a weight in decode steps
 
-inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls f(sequence, token, column, how many) for the tokens that lie in a tile.
+inline float* tile_of(const rarefy_view& v, int64_t tile) { return v.data + tile * v.stride; }
+
+// Part of a tile's features, or null where the step has no such operand.
+inline const float* optional_rows(const rarefy_view& v, int64_t tile, int64_t row) {
+  return v.data ? tile_of(v, tile) + row * TILE_COLS : nullptr;
+}
+
+// Call f(sequence, token, column in the tile, count) for each run of tokens in a tile. Columns between sequences hold
+// no token.
 template <class F>
-inline void tokens_in(const rarefy_step& s, int64_t tile, F&& f) {
-  for (int64_t at = tile * NT, end = std::min(at + NT, s.columns); at < end;) {
-    const int64_t b = at / s.apart, token = at % s.apart, left = std::min(s.apart - token, end - at);
-    if (token < s.tokens) f(b, token, at % NT, std::min(left, s.tokens - token));
+inline void for_each_token_run(const rarefy_step& s, int64_t tile, F&& f) {
+  for (int64_t at = tile * TILE_COLS, end = std::min(at + TILE_COLS, s.columns); at < end;) {
+    const int64_t sequence = at / s.seq_stride, token = at % s.seq_stride;
+    const int64_t left = std::min(s.seq_stride - token, end - at);
+    if (token < s.tokens) f(sequence, token, at % TILE_COLS, std::min(left, s.tokens - token));
     at += left;
   }
 }
 
-// Sums [rows][NT] of `columns` of a tile of inputs times lanes `lane`..`lane` + `some` of a weight as it is, from `row` on.
-inline void multiply(const rarefy_table& t, const float* values, int64_t lanes, int64_t row, int64_t rows, int64_t lane,
-              int64_t some, const uint32_t* x, int64_t columns, uint32_t* out) {
-  const auto* from = reinterpret_cast<const uint32_t*>(values + row * lanes + lane * R4);
-  t.dense[0](from, lanes * R4, over(rows, R4), some, x, out, columns, lane > 0);
+// Accumulators [rows][TILE_COLS] of lanes `lane`..`lane + count` of a dense weight, whose row tiles are [lanes][4].
+inline void multiply_dense(const rarefy_kernel_table& t, const float* values, int64_t lanes, int64_t row, int64_t rows,
+                           int64_t lane, int64_t count, const uint32_t* x, int64_t columns, uint32_t* acc) {
+  const auto* first = reinterpret_cast<const uint32_t*>(values + row * lanes + lane * TILE_ROWS);
+  t.dense_gemm[0](first, lanes * TILE_ROWS, ceil_div(rows, TILE_ROWS), count, x, acc, columns, lane > 0);
 }
 
-inline rarefy_end end_of(const rarefy_sums& w, int64_t row, int64_t rows, const float* steps, const float* more) {
-  return {w.bias ? w.bias + row : nullptr, more, rows, w.act, w.scales ? w.scales + row : nullptr, steps,
-          w.sums ? w.sums + row : nullptr};
+inline rarefy_tile_epilogue tile_epilogue(const rarefy_weight_epilogue& w, int64_t row, int64_t rows,
+                                          const float* col_scales, const float* residual) {
+  return {
+      w.bias ? w.bias + row : nullptr,        residual, rows, w.act, w.scales ? w.scales + row : nullptr, col_scales,
+      w.row_sums ? w.row_sums + row : nullptr};
 }
 
-inline void settle(const rarefy_table& t, const rarefy_end& end, bool bytes, float* out) {
-  if (bytes)
-    t.settle_bytes(end, out);
+inline void apply_epilogue(const rarefy_kernel_table& t, const rarefy_tile_epilogue& e, bool int8, float* acc) {
+  if (int8)
+    t.dequantize_epilogue(e, acc);
   else
-    t.put(out, end.rows, NT, end.bias, end.more, end.act, out, NT, false);
+    t.f32_epilogue(acc, e.rows, TILE_COLS, e.bias, e.residual, e.act, acc, TILE_COLS, false);
 }
 
-// Tells how large outputs are: of a tile, some rows of them, from whole slabs on.
-inline void tell_ranges(const rarefy_table& t, const rarefy_step& s, int64_t tile, int64_t row, int64_t rows) {
-  for (int64_t done = 0; s.range.at && done < rows; done += SLAB)
-    t.ranges(s.out.at + tile * s.out.tile + (row + done) * NT, std::min(SLAB, rows - done),
-             s.range.at + tile * s.range.tile + (row + done) / SLAB * NT);
+// Write out_absmax, where the step has one, for some rows of a tile from the start of a slab on.
+inline void write_absmax(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile, int64_t row, int64_t rows) {
+  for (int64_t done = 0; s.out_absmax.data && done < rows; done += SLAB_ROWS)
+    t.column_absmax(tile_of(s.out, tile) + (row + done) * TILE_COLS, std::min(SLAB_ROWS, rows - done),
+                    tile_of(s.out_absmax, tile) + (row + done) / SLAB_ROWS * TILE_COLS);
 }
 
 }  // namespace

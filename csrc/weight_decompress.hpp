@@ -1,5 +1,5 @@
-// Dense lanes [column][4] of four rows, which many inputs are multiplied by; and weights for few inputs, unfolded into
-// such: so one copy of a weight serves one token and a thousand.
+// Decompression of bitmask and quantized weights into dense row tiles [lanes][4], and the dense GEMM that multiplies
+// column tiles by them. So one stored copy of a weight serves single tokens and long prompts.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,124 +11,127 @@
 
 namespace {
 
-constexpr int64_t CLOSE = 128;  // lanes of inputs that stay in the first cache
+constexpr int64_t GEMM_BLOCK = 128;  // lanes of inputs that stay in the L1 cache
 
-// 64 values of a row become every fourth lane.
+// 64 values of one row as fp32 lanes; `out` is that row's element of the first lane.
 template <class T, class F>
-inline void spread_cell(const T (&cell)[64], uint32_t* out, F&& as_float) {
-  for (int64_t c = 0; c < 64; ++c) out[c * R4] = __builtin_bit_cast(uint32_t, float(as_float(cell[c])));
+inline void store_f32_lanes(const T (&values)[64], uint32_t* out, F&& to_f32) {
+  for (int64_t c = 0; c < 64; ++c) out[c * TILE_ROWS] = __builtin_bit_cast(uint32_t, float(to_f32(values[c])));
 }
 
-inline void spread_bytes(const char* cell, uint32_t* out) {
-  for (int64_t c = 0; c < 16; ++c) std::memcpy(out + c * R4, cell + 4 * c, 4);
+inline void store_int8_lanes(const char* values, uint32_t* out) {
+  for (int64_t c = 0; c < 16; ++c) std::memcpy(out + c * TILE_ROWS, values + 4 * c, 4);
 }
 
-// Four rows from `row` on. Bytes stay bytes, four to a lane; all else becomes fp32.
-template <int KIND>
-void unfold_bits(const rarefy_bitmask& w, int64_t row, uint32_t* out) {
-  const uint64_t* mask = w.masks + row * w.words;
-  if constexpr (KIND == RAREFY_I4) {
-    const uint8_t* value = static_cast<const uint8_t*>(w.values) + w.starts[row / R4];
-    const uint16_t* scale = static_cast<const uint16_t*>(w.scales) + row * w.words;
-    const auto none = Nibbles::none();
-    for (int64_t word = 0; word < w.words; ++word, out += 64 * R4)
-      for (int r = 0; r < R4; ++r, ++mask, ++scale) {
-        alignas(64) int8_t cell[64];
-        const auto wide = Nibbles::expand(none, mask, value);
-        std::memcpy(cell, &wide, 64);
-        const float by = from_bf16(*scale);
-        spread_cell(cell, out + r, [&](int8_t v) { return v * by; });
+// Four rows from `row` on. int8 stays int8, four columns to a lane; all other types become fp32.
+template <int DTYPE>
+void decompress_bitmask(const rarefy_bitmask& w, int64_t row, uint32_t* out) {
+  const uint64_t* mask = w.masks + row * w.col_blocks;
+  if constexpr (DTYPE == RAREFY_I4) {
+    const uint8_t* value = static_cast<const uint8_t*>(w.values) + w.starts[row / TILE_ROWS];
+    const uint16_t* scale = static_cast<const uint16_t*>(w.scales) + row * w.col_blocks;
+    const auto zeros = Int4BitmaskOps::zeros();
+    for (int64_t block = 0; block < w.col_blocks; ++block, out += 64 * TILE_ROWS)
+      for (int r = 0; r < TILE_ROWS; ++r, ++mask, ++scale) {
+        alignas(64) int8_t values[64];
+        const auto dense = Int4BitmaskOps::expand(zeros, mask, value);
+        std::memcpy(values, &dense, 64);
+        const float s = from_bf16(*scale);
+        store_f32_lanes(values, out + r, [&](int8_t v) { return v * s; });
         value += (__builtin_popcountll(*mask) + 1) / 2;
       }
   } else {
-    using B = Bits<KIND>;
+    using B = BitmaskOps<DTYPE>;
     using T = typename B::value;
-    const T* value = static_cast<const T*>(w.values) + w.starts[row / R4];
-    const auto none = B::none();
-    for (int64_t word = 0; word < w.words; ++word, out += (KIND == RAREFY_I8 ? 16 : 64) * R4)
-      for (int r = 0; r < R4; ++r, ++mask) {
-        alignas(64) T cell[64];
-        for (int part = 0; part < 64; part += B::cell) {
-          const T* from = part ? value + __builtin_popcountll(*mask << (64 - part)) : value;
-          const auto wide = B::expand(none, reinterpret_cast<const char*>(mask) + part / 8, from);
-          std::memcpy(cell + part, &wide, sizeof(T) * B::cell);
+    const T* value = static_cast<const T*>(w.values) + w.starts[row / TILE_ROWS];
+    const auto zeros = B::zeros();
+    for (int64_t block = 0; block < w.col_blocks; ++block, out += (DTYPE == RAREFY_I8 ? 16 : 64) * TILE_ROWS)
+      for (int r = 0; r < TILE_ROWS; ++r, ++mask) {
+        alignas(64) T values[64];
+        for (int column = 0; column < 64; column += B::CELL) {
+          const T* cell = column ? value + __builtin_popcountll(*mask << (64 - column)) : value;
+          const auto dense = B::expand(zeros, reinterpret_cast<const char*>(mask) + column / 8, cell);
+          std::memcpy(values + column, &dense, sizeof(T) * B::CELL);
         }
         value += __builtin_popcountll(*mask);
-        if constexpr (KIND == RAREFY_F32)
-          spread_cell(cell, out + r, [](float v) { return v; });
-        else if constexpr (KIND == RAREFY_BF16)
-          spread_cell(cell, out + r, [](uint16_t v) { return from_bf16(v); });
+        if constexpr (DTYPE == RAREFY_F32)
+          store_f32_lanes(values, out + r, [](float v) { return v; });
+        else if constexpr (DTYPE == RAREFY_BF16)
+          store_f32_lanes(values, out + r, [](uint16_t v) { return from_bf16(v); });
         else
-          spread_bytes(reinterpret_cast<const char*>(cell), out + r);
+          store_int8_lanes(reinterpret_cast<const char*>(values), out + r);
       }
   }
 }
 
-// `bytes`: they stay bytes, for inputs in bytes; else whole numbers times all their scales.
-void unfold_panels(const rarefy_panels& w, int64_t row, bool bytes, uint32_t* out) {
-  const bool nibbles = w.kind == RAREFY_I4;
-  const Cells cells{w.parts};
-  const int64_t at = row * w.words, parts = w.parts;
-  const uint8_t* value = static_cast<const uint8_t*>(w.values) + at * (nibbles ? 32 : 64);
-  for (int64_t cell = at; cell < at + R4 * w.words; ++cell) {
-    const int64_t r = cell % R4;
-    if (bytes) {
-      spread_bytes(reinterpret_cast<const char*>(value), out + r);
+// Four rows from `row` on. `to_int8`: an int8 weight stays int8, for int8 inputs; else values are dequantized to fp32.
+void decompress_quantized(const rarefy_quantized& w, int64_t row, bool to_int8, uint32_t* out) {
+  const bool int4 = w.dtype == RAREFY_I4;
+  const QuantizedOps ops{w.scale_groups};
+  const int64_t first = row * w.col_blocks, groups = w.scale_groups;
+  const uint8_t* value = static_cast<const uint8_t*>(w.values) + first * (int4 ? 32 : 64);
+  for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell) {
+    const int64_t r = cell % TILE_ROWS;
+    if (to_int8) {
+      store_int8_lanes(reinterpret_cast<const char*>(value), out + r);
       value += 64;
     } else {
-      const float whole = w.whole && row + r < w.rows ? w.whole[row + r] : 1.0f;
-      const float low = whole * (parts ? from_bf16(w.scales[cell * parts]) : 1.0f);
-      const float high = parts > 1 ? whole * from_bf16(w.scales[cell * parts + 1]) : low;
-      const auto zero = cells.zeros(w.zeros ? w.zeros + cell * parts : nullptr);
-      alignas(64) int8_t small[64];
-      const auto wide = nibbles ? cells.nibbles(value, zero) : cells.bytes(value);
-      std::memcpy(small, &wide, 64);
+      const float row_scale = w.row_scales && row + r < w.rows ? w.row_scales[row + r] : 1.0f;
+      const float low = row_scale * (groups ? from_bf16(w.scales[cell * groups]) : 1.0f);
+      const float high = groups > 1 ? row_scale * from_bf16(w.scales[cell * groups + 1]) : low;
+      const auto zero_point = ops.zero_points(w.zeros ? w.zeros + cell * groups : nullptr);
+      alignas(64) int8_t values[64];
+      const auto loaded = int4 ? ops.load_int4(value, zero_point) : ops.load_int8(value);
+      std::memcpy(values, &loaded, 64);
       for (int64_t c = 0; c < 64; ++c)
-        out[c * R4 + r] = __builtin_bit_cast(uint32_t, float(small[c]) * (c < 32 ? low : high));
-      value += nibbles ? 32 : 64;
+        out[c * TILE_ROWS + r] = __builtin_bit_cast(uint32_t, float(values[c]) * (c < 32 ? low : high));
+      value += int4 ? 32 : 64;
     }
-    if (r == R4 - 1) out += (bytes ? 16 : 64) * R4;
+    if (r == TILE_ROWS - 1) out += (to_int8 ? 16 : 64) * TILE_ROWS;
   }
 }
 
-template <int KIND, int T>
-void dense_part(const uint32_t* values, int64_t apart, int64_t fours, int64_t lanes, bool begun, const uint32_t* x,
-                uint32_t* out) {
-  using L = Lanes<KIND>;
-  for (int64_t p = 0; p < fours; ++p, values += apart, out += R4 * NT) {
-    typename L::sum c[R4][T];
+// Row tiles times VECS vectors of inputs, for one block of lanes.
+template <int DTYPE, int VECS>
+void dense_row_tiles(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, bool accumulate,
+                     const uint32_t* x, uint32_t* out) {
+  using L = LaneOps<DTYPE>;
+  for (int64_t p = 0; p < tiles; ++p, values += tile_stride, out += TILE_ROWS * TILE_COLS) {
+    typename L::acc acc[TILE_ROWS][VECS];
 #pragma GCC unroll 4
-    for (int r = 0; r < R4; ++r)
+    for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) c[r][t] = begun ? L::sum_at(out + r * NT + t * W) : L::zero();
+      for (int t = 0; t < VECS; ++t)
+        acc[r][t] = accumulate ? L::load_acc(out + r * TILE_COLS + t * SIMD_WIDTH) : L::zero();
     for (int64_t l = 0; l < lanes; ++l) {
-      typename L::input in[T];
+      typename L::input in[VECS];
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) in[t] = L::load(x + l * NT + t * W);
-      __builtin_prefetch(values + apart + l * R4);  // of the next four, which lie elsewhere
+      for (int t = 0; t < VECS; ++t) in[t] = L::load(x + l * TILE_COLS + t * SIMD_WIDTH);
+      __builtin_prefetch(values + tile_stride + l * TILE_ROWS);  // the next row tile is not contiguous to this one
 #pragma GCC unroll 4
-      for (int r = 0; r < R4; ++r) {
-        const auto w = L::spread(values[l * R4 + r]);
+      for (int r = 0; r < TILE_ROWS; ++r) {
+        const auto w = L::broadcast(values[l * TILE_ROWS + r]);
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) c[r][t] = L::step(c[r][t], in[t], w);
+        for (int t = 0; t < VECS; ++t) acc[r][t] = L::multiply_add(acc[r][t], in[t], w);
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R4; ++r)
+    for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) L::store(out + r * NT + t * W, c[r][t]);
+      for (int t = 0; t < VECS; ++t) L::store_acc(out + r * TILE_COLS + t * SIMD_WIDTH, acc[r][t]);
   }
 }
 
-// Dense lanes of `fours`, `apart` from each other, times `columns` of a tile of inputs: sums [4 fours][NT]; `begun`: added
-// to what is there.
-template <int KIND>
-void dense_any(const uint32_t* values, int64_t apart, int64_t fours, int64_t lanes, const uint32_t* x, uint32_t* out,
-               int64_t columns, bool begun) {
-  for (int64_t b = 0; b < lanes; b += CLOSE) {
-    const int64_t some = std::min(CLOSE, lanes - b);
-    by_vectors(columns, [&](auto size, int64_t at) {
-      dense_part<KIND, size>(values + b * R4, apart, fours, some, begun || b > 0, x + b * NT + at, out + at);
+// Dense row tiles, `tile_stride` elements apart, times the first `columns` of a column tile: out [4 tiles][TILE_COLS].
+// `accumulate`: add to what is there.
+template <int DTYPE>
+void dense_gemm(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, const uint32_t* x,
+                uint32_t* out, int64_t columns, bool accumulate) {
+  for (int64_t l = 0; l < lanes; l += GEMM_BLOCK) {
+    const int64_t block = std::min(GEMM_BLOCK, lanes - l);
+    for_each_vector_group(columns, [&](auto vectors, int64_t column) {
+      dense_row_tiles<DTYPE, vectors>(values + l * TILE_ROWS, tile_stride, tiles, block, accumulate || l > 0,
+                                      x + l * TILE_COLS + column, out + column);
     });
   }
 }

@@ -1,6 +1,6 @@
-// Convolutions of 3 x 3 by F(2x2, 3x3) of Winograd (Lavin and Gray 2016, section 4.1): a square of two by two outputs
-// takes 16 products of an input with a weight, not 36. Squares are columns of a tile; each of the 16 places of a
-// transformed square is a product of matrices of its own.
+// Winograd convolution F(2x2, 3x3) (Lavin and Gray 2016, section 4.1): a 2x2 output tile takes 16 multiplications per
+// input channel and output channel instead of 36. Output tiles are the columns of column tiles; each of the 16
+// positions of a transformed tile is one GEMM.
 #pragma once
 #include <cstdint>
 
@@ -10,22 +10,22 @@
 
 namespace {
 
-// Inputs of each channel, four by four for a square, become B^T d B, place k of it at out + k apart. As `bring` does, it
-// writes up to PIECE past a row; planes have as much behind them.
-void squares_in(const float* x, const int32_t* places, int64_t inputs, const rarefy_piece* pieces, int count, float* out,
-                int64_t apart) {
-  for (int64_t c = 0; c < inputs; ++c, places += 16, out += NT)
+// Input transform: the 4x4 inputs of each channel and output tile become B^T d B, whose position k is stored at
+// out + k stride. Like gather_lanes it writes up to SEGMENT_FLOATS past a row, and reads as much past the planes.
+void winograd_input(const float* x, const int32_t* offsets, int64_t inputs, const rarefy_segment* segments, int count,
+                    float* out, int64_t stride) {
+  for (int64_t c = 0; c < inputs; ++c, offsets += 16, out += TILE_COLS)
     for (int p = 0; p < count; ++p)
-      for (int64_t n = 0; n < pieces[p].size; n += W) {
-        const float* from = x + pieces[p].from + n;
-        float* to = out + pieces[p].to + n;
-        auto in = [&](int i, int j) { return whole_at(from + places[4 * i + j]); };
-        auto row = [&](int i, auto sum) {
-          const vec a = sum(0), b = sum(1), c = sum(2), d = sum(3);
-          put_whole(to + 4 * i * apart, a - c);
-          put_whole(to + (4 * i + 1) * apart, b + c);
-          put_whole(to + (4 * i + 2) * apart, c - b);
-          put_whole(to + (4 * i + 3) * apart, b - d);
+      for (int64_t n = 0; n < segments[p].size; n += SIMD_WIDTH) {
+        const float* source = x + segments[p].source + n;
+        float* to = out + segments[p].column + n;
+        auto in = [&](int i, int j) { return load_vec(source + offsets[4 * i + j]); };
+        auto row = [&](int i, auto combine) {
+          const f32_vec a = combine(0), b = combine(1), c = combine(2), d = combine(3);
+          store_vec(to + 4 * i * stride, a - c);
+          store_vec(to + (4 * i + 1) * stride, b + c);
+          store_vec(to + (4 * i + 2) * stride, c - b);
+          store_vec(to + (4 * i + 3) * stride, b - d);
         };
         row(0, [&](int j) { return in(0, j) - in(2, j); });
         row(1, [&](int j) { return in(1, j) + in(2, j); });
@@ -34,26 +34,29 @@ void squares_in(const float* x, const int32_t* places, int64_t inputs, const rar
       }
 }
 
-// Products of one output become act(A^T m A + bias + more): two rows [2][2 NT] of pixels, `more` among them as they lie.
-void squares_out(const float* m, int64_t apart, int64_t squares, float bias, const float* more, int act, float* out) {
-  for (int64_t n = 0; n < squares; n += W) {
-    auto row = [&](int64_t a, auto sum) {
-      const vec s0 = sum(0), s1 = sum(1), s2 = sum(2), s3 = sum(3), even = s0 + s1 + s2, odd = s1 - s2 - s3;
-      float both[2 * W];
-      for (int i = 0; i < W; ++i) {
-        both[2 * i] = even[i];
-        both[2 * i + 1] = odd[i];
+// Output transform of one output channel: act(A^T m A + bias + residual), two rows of pixels [2][2 TILE_COLS]. The
+// residual has the same layout.
+void winograd_output(const float* products, int64_t stride, int64_t tiles, float bias, const float* residual, int act,
+                     float* out) {
+  for (int64_t n = 0; n < tiles; n += SIMD_WIDTH) {
+    auto row = [&](int64_t pixel_row, auto combine) {
+      const f32_vec s0 = combine(0), s1 = combine(1), s2 = combine(2), s3 = combine(3);
+      const f32_vec even = s0 + s1 + s2, odd = s1 - s2 - s3;
+      float interleaved[2 * SIMD_WIDTH];
+      for (int i = 0; i < SIMD_WIDTH; ++i) {
+        interleaved[2 * i] = even[i];
+        interleaved[2 * i + 1] = odd[i];
       }
-      for (int64_t half = 0; half < 2 * W; half += W) {
-        const int64_t to = a * 2 * NT + 2 * n + half;
-        vec v = whole_at(both + half) + bias;
-        if (more) v += whole_at(more + to);
-        put_whole(out + to, activated(v, act));
+      for (int64_t half = 0; half < 2 * SIMD_WIDTH; half += SIMD_WIDTH) {
+        const int64_t offset = pixel_row * 2 * TILE_COLS + 2 * n + half;
+        f32_vec v = load_vec(interleaved + half) + bias;
+        if (residual) v += load_vec(residual + offset);
+        store_vec(out + offset, activate(v, act));
       }
     };
-    auto at = [&](int i, int j) { return whole_at(m + (4 * i + j) * apart + n); };
-    row(0, [&](int j) { return at(0, j) + at(1, j) + at(2, j); });
-    row(1, [&](int j) { return at(1, j) - at(2, j) - at(3, j); });
+    auto m = [&](int i, int j) { return load_vec(products + (4 * i + j) * stride + n); };
+    row(0, [&](int j) { return m(0, j) + m(1, j) + m(2, j); });
+    row(1, [&](int j) { return m(1, j) - m(2, j) - m(3, j); });
   }
 }
 

@@ -10,6 +10,7 @@ import threading
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -641,3 +642,17 @@ def test_what_is_not_finite_stays_so(how, kind, bad, isa):
     for activation in bindings.ACTIVATIONS:
         y = Kernel(FORMATS[how](W, kind), None, activation).run(x)
         assert not y[2].isfinite().any() and y[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+def test_kernels_of_another_version_are_not_used(monkeypatch):
+    says = "the compiled kernels are of another version: install again"
+    monkeypatch.setattr(bindings, "ABI_VERSION", bindings.ABI_VERSION + 1)
+    assert bindings._open.__wrapped__() == (None, says)
+    torch_library = next((Path(torch.__file__).parent / "lib").glob("libc10.*"))  # has no version of ours
+    monkeypatch.setattr(bindings, "find_spec", lambda name: SimpleNamespace(origin=str(torch_library)))
+    assert bindings._open.__wrapped__() == (None, says)
+
+
+def test_versions_of_the_c_interface_agree():
+    header = (Path(__file__).parents[2] / "csrc" / "rarefy.h").read_text(encoding="utf-8")
+    assert f"RAREFY_ABI_VERSION = {bindings.ABI_VERSION} " in header

@@ -25,8 +25,8 @@ OF_IMAGES = (ops.convolution, ops.pool, ops.average)
 NEAR_BYTES = 56 << 20  # of what images are on their way through a plan, at most
 
 
-class Image(Structure):
-    _fields_ = [("w", c_void_p), ("height", c_int64), ("width", c_int64), ("places", c_void_p)]
+class Indirection(Structure):
+    _fields_ = [("conv", c_void_p), ("height", c_int64), ("width", c_int64), ("offsets", c_void_p)]
 
 
 def depthwise(node: Node, weight: Any) -> bool:
@@ -80,28 +80,27 @@ def converted(p: Plan, x: Node, kind: str, whole: bool = False) -> tuple[Value, 
         most = None if p.few else p.ranges(source)
         if whole:
             told, most = source if most is None else most, p.beside(source, 1)
-            p.step("range", told, x=p.use(told), out=p.use(most))
-        known = 2 if whole else int(most is not None)
-        flag = ("fp32", "bf16", "int8").index(kind) if p.few else known
+            p.step("image_absmax", told, x=p.use(told), out=p.use(most))
+        numbers = {"dtype": ("fp32", "bf16", "int8").index(kind), "per_image": int(whole)}
         small, scales = p.beside(source, lanes), p.beside(source, 1)
-        more = {} if most is None else {"more": p.use(most), "groups": most.features}
-        p.step("bytes", source, x=p.use(source), out=p.use(small), sum=p.use(scales), flag=flag, **more)
+        more = {} if most is None else {"in_absmax": p.use(most), "absmax_rows": most.features}
+        p.step("convert", source, x=p.use(source), out=p.use(small), out_scales=p.use(scales), **numbers, **more)
         p.bytes[key] = small, scales
     return p.bytes[key]
 
 
-def _planes(p: Plan, x: Node, conv: Any, rest: float, small: Value | None = None) -> tuple[Value, Image]:
+def _planes(p: Plan, x: Node, conv: Any, rest: float, small: Value | None = None) -> tuple[Value, Indirection]:
     """An image's planes for a kernel, once for all that read it so, and how to read them; `small`: of its bytes."""
     batch, features, height, width = p.shape(x)
     features = features if small is None else small.features
-    each = bindings.library().rarefy_image_floats(conv, height, width) // conv.inputs
+    each = bindings.library().rarefy_padded_image_floats(conv, height, width) // conv.inputs
     how = (x, small is None, rest, *(tuple(getattr(conv, n)) for n in ("kernel", "stride", "padding", "dilation")))
     if batch * features * each >= MOST_PLANES:
         raise MemoryError(f"{batch} images of {features} channels of {height} x {width} are more than a plan counts")
     lanes = conv.inputs * conv.kernel[0] * conv.kernel[1]
     places = torch.empty(lanes, dtype=torch.int32)
-    bindings.library().rarefy_image_places(conv, height, width, places.data_ptr())
-    image = Image(addressof(conv), height, width, places.data_ptr())
+    bindings.library().rarefy_indirection_offsets(conv, height, width, places.data_ptr())
+    image = Indirection(addressof(conv), height, width, places.data_ptr())
     p.held += [image, places, conv]
     if how not in p.planes:
         source = p.values.get(x) if small is None else small
@@ -109,11 +108,11 @@ def _planes(p: Plan, x: Node, conv: Any, rest: float, small: Value | None = None
         made = Value(tokens.tokens, features, len(p.steps), False, size=batch * features * each + PIECE)
         p.every.append(made)
         given: dict[str, Any] = (
-            {"flag": 1} if source is None else {"x": p.use(source), "flag": 0 if small is None else 2}
+            {"channels_first": 1} if source is None else {"x": p.use(source), "dtype": 0 if small is None else 2}
         )
         if source is None:
             p.raw[x].append(len(p.steps))
-        p.step("planes", tokens, out=p.use(made), w=addressof(image), least=rest, **given)
+        p.step("pad_planes", tokens, out=p.use(made), indirection=addressof(image), pad_value=rest, **given)
         p.planes[how] = made
     return p.use(p.planes[how]), image
 
@@ -125,14 +124,23 @@ def convolution(p: Plan, node: Node) -> None:
     weight = None if node in p.kernels else p.constants[w.name]
     shape: Any = p.kernels[node].shape if weight is None else weight.shape
     p.shapes[node] = (batch, shape[0], *out_sizes(sizes, shape[2:], stride, padding, dilation))
-    beside = {} if more is None else {"more": p.values[more]}
+    beside = {} if more is None else {"residual": p.values[more]}
     if weight is not None:
         conv = _geometry(shape[2:], stride, padding, dilation)
         planes, image = _planes(p, x, conv, 0.0)
         out = p.make(node)
         acts = bindings.ACTIVATIONS.index(None if beside else act)
-        weights = {"gain": p.constant(w), "bias": p.constant(bias)}
-        p.step("depthwise", out, x=p.use(planes), out=p.use(out), w=addressof(image), act=acts, batch=batch, **weights)
+        weights = {"depthwise_weights": p.constant(w), "bias": p.constant(bias)}
+        p.step(
+            "depthwise_conv",
+            out,
+            x=p.use(planes),
+            out=p.use(out),
+            indirection=addressof(image),
+            act=acts,
+            batch=batch,
+            **weights,
+        )
         if beside:
             p.step(
                 "add",
@@ -140,28 +148,28 @@ def convolution(p: Plan, node: Node) -> None:
                 x=p.use(out),
                 out=p.use(out),
                 act=bindings.ACTIVATIONS.index(act),
-                more=p.use(beside["more"]),
+                other=p.use(beside["residual"]),
             )
         return
     kernel = p.kernels[node]
     plain = tuple(shape[2:]) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
     bytes_ = kernel.held[0].kind == "int8"
     if plain and x in p.values:
-        source, step = p.values[x], "product"
-        how = {"w": addressof(kernel.inner), "flag": bindings.FORMATS.index(type(kernel.held[0].matrix))}
+        source, step = p.values[x], "linear"
+        how = {"weight": addressof(kernel.inner), "format": bindings.FORMATS.index(type(kernel.held[0].matrix))}
         if bytes_:
-            source, beside["sum"] = converted(p, x, "int8")
+            source, beside["in_scales"] = converted(p, x, "int8")
     else:
         small = None
         if bytes_:
-            small, beside["sum"] = converted(p, x, "int8", True)
+            small, beside["in_scales"] = converted(p, x, "int8", True)
         by_squares, about = winograd.worth(kernel.held[0], p.shape(node)[2:]), kernel.about
         if by_squares:
             made = winograd.of(kernel)
             about = made.about
             p.held.append(made)
         source, image = _planes(p, x, about, 0.0, small)
-        step, how = "convolve", {"w": addressof(image), "batch": batch, "flag": int(by_squares)}
+        step, how = "conv", {"indirection": addressof(image), "batch": batch, "winograd": int(by_squares)}
     out = p.make(node)
     p.step(step, out, x=p.use(source), out=p.use(out), **how, **{n: p.use(v) for n, v in beside.items()})
 
@@ -173,7 +181,7 @@ def pool(p: Plan, node: Node) -> None:
     p.shapes[node] = (batch, features, *out_sizes(sizes, kernel, stride, padding, dilation))
     planes, image = _planes(p, x, _geometry(kernel, stride, padding, dilation), -inf)
     out = p.make(node)
-    p.step("pool", out, x=p.use(planes), out=p.use(out), w=addressof(image), batch=batch)
+    p.step("max_pool", out, x=p.use(planes), out=p.use(out), indirection=addressof(image), batch=batch)
 
 
 def average(p: Plan, node: Node) -> None:
@@ -182,7 +190,7 @@ def average(p: Plan, node: Node) -> None:
     p.shapes[node] = batch, features
     source = p.values[node.args[0]]
     out = p.make(node)
-    p.step("average", out, x=p.use(source), out=p.use(out), tokens=height * width)
+    p.step("global_avg_pool", out, x=p.use(source), out=p.use(out), tokens=height * width)
 
 
 def _geometry(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:

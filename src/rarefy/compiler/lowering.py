@@ -10,7 +10,7 @@ import torch
 
 from rarefy.compiler import conv_lowering, ops
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.program import NT, Attend, Plan, Value
+from rarefy.compiler.program import NT, Attention, Plan, Value
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels
 
@@ -21,17 +21,17 @@ def _product(p: Plan, node: Node) -> None:
     x, _, _, more, _ = node.args
     kernel = p.kernels[node]
     packed = kernel.held[0]
-    source, extra = p.values[x], {} if more is None else {"more": p.values[more]}
+    source, extra = p.values[x], {} if more is None else {"residual": p.values[more]}
     kind = _numbers(packed, p.few)
     if kind == "int8" or (p.few and (kind != "fp32" or source.features % 64)):
-        source, extra["sum"] = conv_lowering.converted(p, x, kind)
+        source, extra["in_scales"] = conv_lowering.converted(p, x, kind)
     if isinstance(packed, Panels) and kind == "int8" and not p.few:
         p.held.append(packed.sums.to(torch.int32))
-        extra["sums"] = p.held[-1].data_ptr()
+        extra["row_sums"] = p.held[-1].data_ptr()
     out = p.make(node)
     places = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
-    how = {"w": addressof(kernel.about), "flag": bindings.FORMATS.index(type(packed))}
-    p.step("product", out, x=p.use(source), out=p.use(out), **how, **places)
+    how = {"weight": addressof(kernel.about), "format": bindings.FORMATS.index(type(packed))}
+    p.step("linear", out, x=p.use(source), out=p.use(out), **how, **places)
 
 
 def _numbers(packed: Any, few: bool) -> str:
@@ -46,16 +46,16 @@ def _numbers(packed: Any, few: bool) -> str:
 def _norm(p: Plan, node: Node) -> None:
     x, gain, bias, least, centred, groups = node.args
     v, out = p.use(p.values[x]), p.make(node)
-    weights = {"gain": p.constant(gain), "bias": p.constant(bias)}
-    p.step("norm", out, x=v, out=p.use(out), **weights, least=least, flag=int(centred), groups=groups)
+    weights = {"gamma": p.constant(gain), "bias": p.constant(bias)}
+    p.step("norm", out, x=v, out=p.use(out), **weights, eps=least, subtract_mean=int(centred), groups=groups)
 
 
 def _pair(p: Plan, node: Node) -> None:
     x, *rest = node.args
     more, act = (None, rest[0]) if node.target is ops.activation else rest
     out = p.make(node)
-    extra = {} if more is None else {"more": p.use(p.values[more])}
-    op = "times" if node.target is ops.times else "add"
+    extra = {} if more is None else {"other": p.use(p.values[more])}
+    op = "mul" if node.target is ops.times else "add"
     p.step(op, out, x=p.use(p.values[x]), out=p.use(out), act=bindings.ACTIVATIONS.index(act), **extra)
 
 
@@ -63,14 +63,14 @@ def _attention(p: Plan, node: Node) -> None:
     q, k, v, mask, heads, kv_heads, scale, causal = node.args
     out = p.make(node)
     t = out.tokens
-    a = Attend(
+    a = Attention(
         batch=p.shape(node)[0],
         heads=heads,
         kv_heads=kv_heads,
-        width=out.features // heads,
+        head_dim=out.features // heads,
         queries=p.shape(node)[1],
         keys=p.shape(k)[1],
-        apart=t.apart,
+        seq_stride=t.apart,
         scale=scale,
         causal=int(causal),
     )
@@ -78,43 +78,43 @@ def _attention(p: Plan, node: Node) -> None:
     p.attends.append((a, places))
     if mask is not None:
         p.masks.append((mask, a))
-    p.step("attend", out, w=addressof(a), **places)
+    p.step("attention", out, attention=addressof(a), **places)
 
 
 def _rotate(p: Plan, node: Node) -> None:
     x, cosine, sine, heads = node.args
     out = p.make(node)
-    angles = {"more": p.use(p.values[cosine]), "sum": p.use(p.values[sine])}
-    p.step("rotate", out, x=p.use(p.values[x]), out=p.use(out), groups=heads, **angles)
+    angles = {"cos": p.use(p.values[cosine]), "sin": p.use(p.values[sine])}
+    p.step("rope", out, x=p.use(p.values[x]), out=p.use(out), heads=heads, **angles)
 
 
 def _recall(p: Plan, node: Node) -> None:
     q, k, v, _, before, heads, kv_heads, scale, window = node.args
     out = p.make(node)
     width, tokens = out.features // heads, out.tokens
-    a = Attend(
+    a = Attention(
         batch=p.shape(node)[0],
         heads=heads,
         kv_heads=kv_heads,
-        width=width,
+        head_dim=width,
         queries=p.shape(node)[1],
-        apart=tokens.apart,
+        seq_stride=tokens.apart,
         cache=addressof(p.kept),
-        k_before=before[0],
-        v_before=before[1],
+        k_offset=before[0],
+        v_offset=before[1],
         window=window,
         scale=scale,
         causal=1,
     )
-    a.k_tile = a.v_tile = kv_heads * width * NT
+    a.k_stride = a.v_stride = kv_heads * width * NT
     places = {"q": p.use(p.values[q]), "out": p.use(out)}
     p.attends.append((a, places))
     kept = [(CACHED + b, CACHED + b + kv_heads * width) for b in before]
     for flag, x in enumerate((k, v)):
         value = p.use(p.values[x])
-        p.step("keep", value, x=value, w=addressof(a), flag=flag, kept=[(*kept[flag], True)])
+        p.step("kv_store", value, x=value, attention=addressof(a), store_values=flag, kept=[(*kept[flag], True)])
     p.use(p.values[q])
-    p.step("attend", out, w=addressof(a), kept=[(*k, False) for k in kept], **places)
+    p.step("attention", out, attention=addressof(a), kept=[(*k, False) for k in kept], **places)
 
 
 LOWER: dict[Any, Callable[[Plan, Node], None]] = {

@@ -26,44 +26,47 @@ from rarefy.runtime.packed_formats import SLAB, Bitmask, Panels, Sell, Tiles
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens that a sequence is filled up to, where several lie one after the other
 MOST_FEW = 8  # tokens that are few
-NAMES = (
-    "pack", "unpack", "product", "bytes", "norm", "add", "times", "attend", "rotate", "keep", "planes", "convolve",
-    "pool", "depthwise", "average", "range",
+NAMES = (  # rarefy_op of csrc/rarefy.h, as are the structs below
+    "pack", "unpack", "linear", "convert", "norm", "add", "mul", "attention", "rope", "kv_store", "pad_planes", "conv",
+    "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax",
 )  # fmt: skip
 OPS = {name: i for i, name in enumerate(NAMES)}
+WRITTEN = ("out", "out_scales", "out_absmax")  # operands that a step writes
 FOR_FEW = (Bitmask, Panels)
 BESIDE = (ops.add, ops.times, ops.activation)  # of images, what reads them pixel by pixel
 
 
-class Place(Structure):
-    _fields_ = [("at", c_void_p), ("tile", c_int64)]
+class View(Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_int64)]
 
 
 class Step(Structure):
     _fields_ = [
-        *[(n, c_int32) for n in ("op", "act")],
-        ("w", c_void_p),
-        *[(n, Place) for n in ("x", "more", "out", "sum", "range")],
-        *[(n, c_void_p) for n in ("gain", "bias", "sums")],
-        *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "apart", "groups", "wait")],
-        ("least", c_float),
-        *[(n, c_int32) for n in ("flag", "few")],
+        *[(n, c_int32) for n in ("op", "act", "decode", "format", "dtype", "channels_first", "per_image")],
+        *[(n, c_int32) for n in ("subtract_mean", "winograd", "store_values")],
+        *[(n, c_float) for n in ("eps", "pad_value")],
+        *[(n, c_void_p) for n in ("weight", "attention", "indirection")],
+        *[(n, View) for n in ("x", "out", "other", "residual", "in_scales", "in_absmax", "out_scales", "out_absmax")],
+        *[(n, View) for n in ("cos", "sin")],
+        *[(n, c_void_p) for n in ("gamma", "bias", "depthwise_weights", "row_sums")],
+        *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "seq_stride")],
+        *[(n, c_int64) for n in ("groups", "heads", "absmax_rows", "depends_on")],
     ]
 
 
-class Kept(Structure):
-    _fields_ = [(n, c_void_p) for n in ("at", "starts")] + [(n, c_int64) for n in ("batch", "capacity", "past")]
+class KVCache(Structure):
+    _fields_ = [(n, c_void_p) for n in ("data", "starts")] + [(n, c_int64) for n in ("batch", "capacity", "length")]
 
 
-class Attend(Structure):
+class Attention(Structure):
     _fields_ = [
         *[(n, c_void_p) for n in ("q", "k", "v", "out")],
-        *[(n, c_int64) for n in ("q_tile", "k_tile", "v_tile", "out_tile")],
+        *[(n, c_int64) for n in ("q_stride", "k_stride", "v_stride", "out_stride")],
         ("mask", c_void_p),
-        *[(n, c_int64) for n in ("mask_batch", "mask_head", "mask_query", "mask_key")],
-        *[(n, c_int64) for n in ("batch", "heads", "kv_heads", "width", "queries", "keys", "apart")],
+        *[(n, c_int64) for n in ("mask_batch_stride", "mask_head_stride", "mask_query_stride", "mask_key_stride")],
+        *[(n, c_int64) for n in ("batch", "heads", "kv_heads", "head_dim", "queries", "keys", "seq_stride")],
         ("cache", c_void_p),
-        *[(n, c_int64) for n in ("k_before", "v_before", "window")],
+        *[(n, c_int64) for n in ("k_offset", "v_offset", "window")],
         ("scale", c_float),
         ("causal", c_int32),
     ]
@@ -133,10 +136,10 @@ class Plan:
         self.every: list[Value] = []
         self.steps: list[tuple[Step, dict[str, Any], list[tuple[int, int, bool]]]] = []
         self.held: list[Any] = []  # whose addresses steps have
-        self.attends: list[tuple[Attend, dict[str, Value]]] = []
-        self.kept = Kept()
+        self.attends: list[tuple[Attention, dict[str, Value]]] = []
+        self.kept = KVCache()
         self.planes: dict[tuple[Any, ...], Value] = {}  # of images, by kernel
-        self.masks: list[tuple[Node, Attend]] = []
+        self.masks: list[tuple[Node, Attention]] = []
         self.bytes: dict[tuple[Node, str], tuple[Value, Value]] = {}  # inputs in other numbers, and their scales
         self.few = self._few(nodes, inputs)
         attends = (ops.attention, ops.recall)
@@ -220,13 +223,13 @@ class Plan:
         """Return the largest magnitudes of a value's columns, for each 128 features: where what makes it can tell."""
         i = next(i for i in reversed(range(len(self.steps))) if self.steps[i][1].get("out") is v)
         made, at, _ = self.steps[i]
-        sorted_ = made.op == OPS["product"] and FORMATS[made.flag] in (Tiles, Sell)
-        if not (sorted_ or (made.op == OPS["convolve"] and not made.flag)):
+        sorted_ = made.op == OPS["linear"] and FORMATS[made.format] in (Tiles, Sell)
+        if not (sorted_ or (made.op == OPS["conv"] and not made.winograd)):
             return None
-        if "range" not in at:
-            at["range"] = Value(v.tokens, -(-v.features // SLAB), i, False)
-            self.every.append(at["range"])
-        return at["range"]
+        if "out_absmax" not in at:
+            at["out_absmax"] = Value(v.tokens, -(-v.features // SLAB), i, False)
+            self.every.append(at["out_absmax"])
+        return at["out_absmax"]
 
     def _by_pixel(self, image: Node, user: Node) -> bool:
         """Whether a word reads an image's tiles, not its planes."""
@@ -241,8 +244,8 @@ class Plan:
         """Add a step over the tokens of `over`; `places` are values, or numbers of the step. `kept`: from where to
         where it reads, or writes, in a cache."""
         t = over.tokens
-        s = Step(op=OPS[op], columns=t.columns, batch=t.batch, tokens=t.tokens, apart=t.apart, features=over.features)
-        s.groups, s.few = 1, int(self.few)
+        s = Step(op=OPS[op], columns=t.columns, batch=t.batch, tokens=t.tokens, features=over.features)
+        s.seq_stride, s.groups, s.decode = t.apart, 1, int(self.few)
         at = {n: p for n, p in places.items() if isinstance(p, Value)}
         for n, p in places.items():
             if not isinstance(p, Value):
@@ -253,11 +256,11 @@ class Plan:
     def _enter(self, node: Node) -> None:
         v = self.make(node)
         self.raw[node].append(len(self.steps))
-        self.step("pack", v, out=self.use(v), flag=int(node in self.images))
+        self.step("pack", v, out=self.use(v), channels_first=int(node in self.images))
 
     def _leave(self, node: Node) -> tuple[Step, tuple[int, ...]]:
         v = self.use(self.values[node])
-        return self.step("unpack", v, x=v, flag=int(node in self.images)), self.shape(node)
+        return self.step("unpack", v, x=v, channels_first=int(node in self.images)), self.shape(node)
 
     def constant(self, node: Any) -> int | None:
         if node is None:
@@ -290,22 +293,21 @@ class Plan:
         for i, (s, places, _) in enumerate(self.steps):
             for name, v in places.items():
                 if hasattr(s, name):  # an attention's lie in its own structure
-                    setattr(s, name, Place(base + 4 * v.start, v.tile))
-            s.wait = _wait(touched, i)
+                    setattr(s, name, View(base + 4 * v.start, v.tile))
+            s.depends_on = _depends_on(touched, i)
             self.array[i] = s
         for a, places in self.attends:
             for name, v in places.items():
                 setattr(a, name, base + 4 * v.start)
-                setattr(a, f"{name}_tile", v.tile)
+                setattr(a, f"{name}_stride", v.tile)
         self.final = [self.array[i] for i in range(len(self.steps) - len(self.exits), len(self.steps))]
         self.sizes = [shape for _, shape in self.exits]
-        self.call = bindings.library().rarefy_run_plan
+        self.call = bindings.library().rarefy_run_program
 
     def _touched(self, i: int) -> list[tuple[int, int, bool]]:
         """From where to where a step reads, or writes (True)."""
-        s, places, kept = self.steps[i]
-        writes = ("out", "sum") if s.op == OPS["bytes"] else ("out", "range")
-        return [*((v.start, v.start + v.floats, n in writes) for n, v in places.items()), *kept]
+        _, places, kept = self.steps[i]
+        return [*((v.start, v.start + v.floats, n in WRITTEN) for n, v in places.items()), *kept]
 
     def run(self, given: Mapping[Node, Any], cache: Any = None) -> list[Tensor]:
         """Return the outputs, row after row. With a cache, the tokens are the next ones of it; ModelError for one that
@@ -315,32 +317,32 @@ class Plan:
                 raise ModelError(f"no cache for {batch} sequences of {tokens} tokens more: use rarefy.decoder's own")
         if cache is not None:
             k, starts = self.kept, cache.starts
-            k.at, k.batch, k.capacity, k.past = cache.memory.data_ptr(), cache.batch, cache.capacity, cache.past
+            k.data, k.batch, k.capacity, k.length = cache.memory.data_ptr(), cache.batch, cache.capacity, cache.past
             k.starts = None if starts is None else starts.data_ptr()
         kept = []
         for node, steps in self.raw.items():
             x = given[node].contiguous()
             kept.append(x)
             for i in steps:
-                self.array[i].x.at = x.data_ptr()
+                self.array[i].x.data = x.data_ptr()
         for node, a in self.masks:
             m = given[node]
             m = m[(None,) * (4 - m.dim())]
             m = m.expand(a.batch, m.shape[1], a.queries, a.keys)
             kept.append(m)
             a.mask = m.data_ptr()
-            a.mask_batch, a.mask_head, a.mask_query, a.mask_key = m.stride()
+            a.mask_batch_stride, a.mask_head_stride, a.mask_query_stride, a.mask_key_stride = m.stride()
             if m.shape[1] == 1:
-                a.mask_head = 0
+                a.mask_head_stride = 0
         out = [torch.empty(s) for s in self.sizes]
         for y, step in zip(out, self.final):
-            step.out.at = y.data_ptr()
+            step.out.data = y.data_ptr()
         if self.call(self.array, len(self.array)):
             raise MemoryError("no memory to run a compiled model")
         return out
 
 
-def _wait(touched: Sequence[Sequence[tuple[int, int, bool]]], i: int) -> int:
+def _depends_on(touched: Sequence[Sequence[tuple[int, int, bool]]], i: int) -> int:
     """How many of the steps before a step must be done: up to the last that touches what it does."""
     for j in range(i - 1, -1, -1):
         for a, b, writes in touched[j]:

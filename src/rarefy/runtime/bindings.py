@@ -31,6 +31,7 @@ from rarefy.runtime.packed_formats import (
 )
 
 ISAS = ("avx512", "avx2", "portable")
+ABI_VERSION = 2  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORMATS = (Bitmask, Csr, Tiles, Panels, Sell, Dense)  # in the order of csrc/rarefy.h
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
@@ -38,17 +39,17 @@ _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
 
 class _Bitmask(Structure):
     _fields_ = [
-        *[(n, c_int64) for n in ("rows", "cols", "words")],
-        *[(n, c_void_p) for n in ("masks", "starts", "values", "scales", "sums", "bias")],
-        *[(n, c_int32) for n in ("kind", "act")],
+        *[(n, c_int64) for n in ("rows", "cols", "col_blocks")],
+        *[(n, c_void_p) for n in ("masks", "starts", "values", "scales", "row_sums", "bias")],
+        *[(n, c_int32) for n in ("dtype", "act")],
     ]
 
 
-class _Panels(Structure):
+class _Quantized(Structure):
     _fields_ = [
-        *[(n, c_int64) for n in ("rows", "cols", "words")],
-        *[(n, c_void_p) for n in ("values", "scales", "zeros", "whole", "sums", "bias")],
-        *[(n, c_int32) for n in ("kind", "act", "parts", "exact")],
+        *[(n, c_int64) for n in ("rows", "cols", "col_blocks")],
+        *[(n, c_void_p) for n in ("values", "scales", "zeros", "row_scales", "row_sums", "bias")],
+        *[(n, c_int32) for n in ("dtype", "act", "scale_groups", "fp32_inputs")],
     ]
 
 
@@ -56,23 +57,23 @@ class _Csr(Structure):
     _fields_ = [
         *[(n, c_int64) for n in ("rows", "inputs")],
         *[(n, c_void_p) for n in ("starts", "columns", "values", "scales", "bias")],
-        *[(n, c_int32) for n in ("kind", "act")],
+        *[(n, c_int32) for n in ("dtype", "act")],
     ]
 
 
 class _Tiles(Structure):
     _fields_ = [
-        *[(n, c_int64) for n in ("rows", "inputs", "cols", "block")],
-        *[(n, c_void_p) for n in ("counts", "starts", "columns", "values", "scales", "sums", "bias")],
-        *[(n, c_int32) for n in ("kind", "act")],
+        *[(n, c_int64) for n in ("rows", "inputs", "lanes", "block")],
+        *[(n, c_void_p) for n in ("counts", "starts", "columns", "values", "scales", "row_sums", "bias")],
+        *[(n, c_int32) for n in ("dtype", "act")],
     ]
 
 
 class _Sell(Structure):
     _fields_ = [
-        *[(n, c_int64) for n in ("rows", "inputs", "cols", "block")],
-        *[(n, c_void_p) for n in ("starts", "counts", "order", "columns", "values", "scales", "sums", "bias")],
-        *[(n, c_int32) for n in ("kind", "act")],
+        *[(n, c_int64) for n in ("rows", "inputs", "lanes", "block")],
+        *[(n, c_void_p) for n in ("starts", "counts", "order", "columns", "values", "scales", "row_sums", "bias")],
+        *[(n, c_int32) for n in ("dtype", "act")],
     ]
 
 
@@ -80,7 +81,7 @@ class _Dense(Structure):
     _fields_ = [
         *[(n, c_int64) for n in ("rows", "cols")],
         *[(n, c_void_p) for n in ("values", "bias")],
-        *[(n, c_int32) for n in ("kind", "act")],
+        *[(n, c_int32) for n in ("dtype", "act")],
     ]
 
 
@@ -101,28 +102,32 @@ def _open() -> tuple[Any, str | None]:
         return None, "no compiled kernels: install again where there is a C++20 compiler"
     try:
         library = ctypes.CDLL(found.origin)
+        version = getattr(library, "rarefy_abi_version", None)
+        if version is None or version() != ABI_VERSION:
+            return None, "the compiled kernels are of another version: install again"
         name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
         pool = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-        library.rarefy_use_parallel(pool.torch_parallel_for, pool.torch_get_num_threads)
+        library.rarefy_set_parallel_for(pool.torch_parallel_for, pool.torch_get_num_threads)
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels do not load: {error}"
     library.rarefy_isa.restype = c_char_p
-    for name, kind in (("bitmask", _Bitmask), ("csr", _Csr), ("tiles", _Tiles), ("panels", _Panels), ("sell", _Sell)):
+    structs = {"bitmask": _Bitmask, "csr": _Csr, "tiles": _Tiles, "quantized": _Quantized, "sell": _Sell}
+    for name, kind in structs.items():
         run = getattr(library, f"rarefy_run_{name}")
         run.argtypes = [POINTER(kind), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
-    library.rarefy_run_together.argtypes = [c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]
-    library.rarefy_image_floats.argtypes = [POINTER(Conv), c_int64, c_int64]
-    library.rarefy_image_floats.restype = c_int64
-    library.rarefy_image_places.argtypes = [POINTER(Conv), c_int64, c_int64, c_void_p]
-    library.rarefy_image_places.restype = None
-    library.rarefy_large_pages.argtypes, library.rarefy_large_pages.restype = [c_void_p, c_int64], None
-    library.rarefy_run_plan.argtypes = [c_void_p, c_int64]
+    library.rarefy_run_grouped.argtypes = [c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]
+    library.rarefy_padded_image_floats.argtypes = [POINTER(Conv), c_int64, c_int64]
+    library.rarefy_padded_image_floats.restype = c_int64
+    library.rarefy_indirection_offsets.argtypes = [POINTER(Conv), c_int64, c_int64, c_void_p]
+    library.rarefy_indirection_offsets.restype = None
+    library.rarefy_advise_huge_pages.argtypes, library.rarefy_advise_huge_pages.restype = [c_void_p, c_int64], None
+    library.rarefy_run_program.argtypes = [c_void_p, c_int64]
     library.rarefy_run_conv.argtypes = [POINTER(Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
-    library.rarefy_rows_of_panels.argtypes = [POINTER(_Panels), c_void_p, c_int64, c_void_p]
+    library.rarefy_dequantize_rows.argtypes = [POINTER(_Quantized), c_void_p, c_int64, c_void_p]
     library.rarefy_check_conv.argtypes = [POINTER(Conv), c_int64, c_int64]
     library.rarefy_check_csr.argtypes = [POINTER(_Csr), c_int64]
     library.rarefy_check_sell.argtypes = [POINTER(_Sell), c_int64]
-    library.rarefy_check_panels.argtypes = [POINTER(_Panels), c_int64]
+    library.rarefy_check_quantized.argtypes = [POINTER(_Quantized), c_int64]
     library.rarefy_check_bitmask.argtypes = [POINTER(_Bitmask), c_int64]
     library.rarefy_check_tiles.argtypes = [POINTER(_Tiles), c_int64, c_int64]
     wanted = os.environ.get("RAREFY_ISA")
@@ -170,5 +175,5 @@ def use(name: str) -> None:
 def _use(library: Any, name: str) -> None:
     if name not in ISAS:
         raise FormatError(unknown("instruction set", name, ISAS))
-    if library.rarefy_use_isa(name.encode()):
+    if library.rarefy_set_isa(name.encode()):
         raise FormatError(f"this CPU has no {name}; RAREFY_ISA=portable runs everywhere")

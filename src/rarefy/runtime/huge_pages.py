@@ -34,7 +34,7 @@ def fresh(nbytes: int) -> Tensor:
     page = PAGE if nbytes > PAGE else LINE
     memory = torch.empty(nbytes + page, dtype=torch.uint8)
     if bindings.missing() is None:
-        bindings.library().rarefy_large_pages(memory.data_ptr(), memory.nbytes)
+        bindings.library().rarefy_advise_huge_pages(memory.data_ptr(), memory.nbytes)
     return memory[-memory.data_ptr() % page :][:nbytes]
 
 

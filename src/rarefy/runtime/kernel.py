@@ -19,7 +19,7 @@ from rarefy.runtime.bindings import (
     _Csr,
     _Dense,
     _open,
-    _Panels,
+    _Quantized,
     _Sell,
     _Tiles,
     library,
@@ -42,6 +42,7 @@ from rarefy.runtime.packed_formats import (
 )
 
 MOST_TOGETHER = 16  # weights of one call
+_FIELDS = {"sums": "row_sums", "whole": "row_scales"}  # names of a packed weight's tensors in the C interface
 
 
 class Kernel:
@@ -71,21 +72,21 @@ class Kernel:
         if self.image and packed.kind != "fp32":
             self.alone = f"convolutions in {packed.kind}"
         rows, inputs = matrix.shape
-        fields: dict[str, Any] = {n: t.data_ptr() for n, t in vars(matrix).items() if isinstance(t, Tensor)}
-        fields |= {"rows": rows, "kind": _KINDS[packed.kind], "act": ACTIVATIONS.index(activation)}
+        fields: dict[str, Any] = {
+            _FIELDS.get(n, n): t.data_ptr() for n, t in vars(matrix).items() if isinstance(t, Tensor)
+        }
+        fields |= {"rows": rows, "dtype": _KINDS[packed.kind], "act": ACTIVATIONS.index(activation)}
         fields["bias"] = None if bias is None else bias.data_ptr()
         if isinstance(packed, Bitmask):
-            self.about: Any = _Bitmask(cols=inputs, words=-(-inputs // 64), **fields)
+            self.about: Any = _Bitmask(cols=inputs, col_blocks=-(-inputs // 64), **fields)
             self.call = library.rarefy_run_bitmask
             room = len(packed.values) - PAST // packed.values.element_size()
             wrong = library.rarefy_check_bitmask(byref(self.about), room)
         elif isinstance(packed, Panels):
-            how = {"parts": packed.parts, "exact": int(packed.exact)}
-            self.about, self.call = (
-                _Panels(cols=inputs, words=-(-inputs // 64), **how, **fields),
-                library.rarefy_run_panels,
-            )
-            wrong = library.rarefy_check_panels(byref(self.about), packed.values.numel())
+            how = {"scale_groups": packed.parts, "fp32_inputs": int(packed.exact)}
+            self.about = _Quantized(cols=inputs, col_blocks=-(-inputs // 64), **how, **fields)
+            self.call = library.rarefy_run_quantized
+            wrong = library.rarefy_check_quantized(byref(self.about), packed.values.numel())
         elif isinstance(packed, Dense):
             self.about, wrong = _Dense(cols=inputs, **fields), 0
         elif isinstance(packed, Csr):
@@ -98,7 +99,7 @@ class Kernel:
             if isinstance(matrix, Dense):
                 made, counted = _Dense(cols=inputs, **fields), [0, 0]
             else:
-                made = (_Sell if sorted_ else _Tiles)(inputs=inputs, cols=lanes, block=matrix.block, **fields)  # type: ignore[union-attr]
+                made = (_Sell if sorted_ else _Tiles)(inputs=inputs, lanes=lanes, block=matrix.block, **fields)  # type: ignore[union-attr]
                 counted = [len(matrix.values)] if sorted_ else [len(matrix.columns), len(matrix.values)]  # type: ignore[union-attr]
             self.about, name = made, "sell" if sorted_ else "tiles"
             if isinstance(packed, ConvTiles):
@@ -138,7 +139,7 @@ class Kernel:
             raise FormatError(f"rows are asked for by whole numbers on the CPU, got {ids.dtype} on {ids.device}")
         ids = ids.to(torch.int64).contiguous()
         out = torch.empty(*ids.shape, self.shape[1], dtype=torch.float32, device="cpu")
-        if library().rarefy_rows_of_panels(self.at, ids.data_ptr(), ids.numel(), out.data_ptr()):
+        if library().rarefy_dequantize_rows(self.at, ids.data_ptr(), ids.numel(), out.data_ptr()):
             raise IndexError(f"a weight of {self.shape[0]} rows has not all of {int(ids.min())} to {int(ids.max())}")
         return out
 
@@ -187,7 +188,7 @@ class Together:
         self.about = (c_void_p * len(kernels))(*(addressof(k.about) for k in kernels))
         self.format = FORMATS.index(type(kernels[0].held[0]))
         self.outputs, self.pointers = [k.shape[0] for k in kernels], c_void_p * len(kernels)
-        self.call = _open()[0].rarefy_run_together
+        self.call = _open()[0].rarefy_run_grouped
 
     def run(self, x: Tensor) -> list[Tensor]:
         """Return what each kernel would."""
@@ -228,11 +229,11 @@ def _convolution(packed: ConvTiles, weight: Any) -> Conv:
     pairs = {"kernel": kernel, **{n: getattr(packed, n) for n in ("stride", "padding", "dilation")}}
     arrays: dict[str, Any] = {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
     if isinstance(weight, _Dense):
-        fields = {n: getattr(weight, n) for n in ("rows", "cols", "bias", "kind", "act")}
+        fields = {n: getattr(weight, n) for n in ("rows", "bias", "dtype", "act")}
         arrays |= {"dense": weight.values}
-        weight = _Tiles(inputs=weight.cols, block=packed.block, **fields)
+        weight = _Tiles(inputs=weight.cols, lanes=weight.cols, block=packed.block, **fields)
     if isinstance(weight, _Sell):
-        fields = ("rows", "inputs", "cols", "block", "scales", "sums", "bias", "kind", "act")
+        fields = ("rows", "inputs", "lanes", "block", "scales", "row_sums", "bias", "dtype", "act")
         same = {n: getattr(weight, n) for n in fields}
         arrays |= {"sell": addressof(weight)}
         weight = _Tiles(**same)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 COMPILER = shutil.which("c++") or shutil.which("clang++")
-FOLDER = Path(__file__).parents[1] / "csrc"
+FOLDER = Path(__file__).parents[2] / "csrc"
 HEADERS = sorted(p.name for p in FOLDER.iterdir() if p.suffix in (".h", ".hpp"))
 X86 = {"avx2.hpp", "simd512.hpp", "avx512_emulation.hpp"}
 SIMDE_HEADER = Path("/usr/include/simde/x86/avx512.h")
