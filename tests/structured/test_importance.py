@@ -257,7 +257,7 @@ def test_budgets_out_of_reach_say_what_stays():
     with pytest.raises(ModelError, match="cannot be met within 1 %.*units stay in multiples of 4: a smaller round_to"):
         rarefy.cut_(mlp(), torch.randn(1, 5), round_to=4, parameters=0.9)
     with pytest.raises(
-        ModelError, match="cannot be met within 1 %: .* is the nearest below: 20 units are too few to come"
+        ModelError, match="cannot be met within 1 %: .* is the closest value below: 20 units are too few to come"
     ):
         rarefy.cut_(mlp(), torch.randn(1, 5), parameters=0.33)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())

@@ -18,7 +18,7 @@ from rarefy.structured import budget as plan
 from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.importance import REDUCTIONS, UNIT_SCORES
 
-RENAMED_KINDS = {"head of a group": "query_head", "head_dim": "head_dim"}
+RENAMED_KINDS = {"head of a group": "query_head", "head dimension": "head_dim"}
 KINDS = ("channel", "neuron", "head", "query_head", "head_dim", "group")
 LAYER_SCORES = ("similarity", "loss", "random")
 BUDGETS = ("keep", "parameters", "flops", "latency")
