@@ -61,7 +61,7 @@ def compiled(model: nn.Module, x: Any) -> dict[str, Any]:
     made = rarefy.compile(model, x)
     seconds = time.perf_counter() - began
     far = distance(model, made, *pytree.tree_flatten(_called(x)))
-    return {"distance": far, "seconds": seconds, **told(made), "notes": list(made.traced.notes)}
+    return {"distance": far, "seconds": seconds, **told(made), "notes": list(made.exported.notes)}
 
 
 def decoded(model: Any, x: Any) -> dict[str, Any]:

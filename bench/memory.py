@@ -28,7 +28,7 @@ from torch import Tensor
 
 import rarefy
 import tables
-from rarefy.compiler.executor import Compiled, Lookup, Segment
+from rarefy.compiler.executor import Compiled, FusedSubgraph, Lookup
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import peak_rss
 from rarefy.model import hf
@@ -53,15 +53,15 @@ def weights_of(made: Compiled) -> int:
         packed, bias = kernel.held
         held[next(t for t in vars(packed).values() if isinstance(t, Tensor)).data_ptr()] = nbytes(packed)
         held |= {} if bias is None else {bias.data_ptr(): bias.nbytes}
-    used = {n.name for n in made.traced.graph.nodes if n.op == "placeholder" and n.users}
+    used = {n.name for n in made.exported.graph.nodes if n.op == "placeholder" and n.users}
     held |= {t.data_ptr(): t.nbytes for n, t in made.constants.items() if n in used}
     return sum(held.values())
 
 
 def plans_of(made: Compiled) -> int:
     """Bytes of the plans that are there."""
-    segments = [i for i in made.program if isinstance(i, Segment)]
-    return sum(p.memory.nbytes for s in segments for plans in s.plans.values() for p in plans)
+    segments = [i for i in made.schedule if isinstance(i, FusedSubgraph)]
+    return sum(p.memory.nbytes for s in segments for plans in s.programs.values() for p in plans)
 
 
 def measured(made: Compiled, run: Callable[[], int], before: int) -> dict[str, Any]:

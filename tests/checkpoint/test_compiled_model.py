@@ -19,8 +19,8 @@ from rarefy.checkpoint import compiled_model
 from rarefy.cli import shared
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
-from rarefy.compiler import op_registry, pytree_json
-from rarefy.compiler.executor import Alone, Compiled, Segment
+from rarefy.compiler import op_registry, ops, pytree_json
+from rarefy.compiler.executor import Compiled, FusedSubgraph, SingleOp
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
@@ -41,7 +41,7 @@ def through(made, folder):
 
 
 def native_calls(made):
-    return [type(i) for i in made.program if isinstance(i, Segment | Alone)]
+    return [type(i) for i in made.schedule if isinstance(i, FusedSubgraph | SingleOp)]
 
 
 # ---- what comes back
@@ -216,7 +216,7 @@ def test_inspect(tmp_path):
     rows = {r["tensor"]: r for r in report.rows}
     assert rows["p_0_weight"]["format"] == "int8:sell" and rows["p_0_weight"]["shape"] == "140x30"
     assert 0.75 < rows["p_0_weight"]["sparsity"] < 0.85 and rows["p_0_bias"]["format"] == "dense"
-    assert report.summary["words"] == "2 product" and "a compiled model" in str(report)
+    assert report.summary["operators"] == "2 linear" and "a compiled model" in str(report)
     with pytest.raises(ModelError, match="print it"):
         rarefy.inspect(made)
 
@@ -247,12 +247,10 @@ def test_operators_outside_the_list(tmp_path, net, says):
 
 def test_layers_that_run_sparse_already_in_eight_bits(tmp_path, monkeypatch):
     net = pruned(nn.Sequential(nn.Linear(64, 64)), 0.9)
-    monkeypatch.setattr(rarefy.runtime.ways, "fastest", lambda d, w, i, c: {n: ("tiles:int8", 2.0) for n in i})
+    monkeypatch.setattr(rarefy.runtime.candidates, "fastest", lambda d, w, i, c: {n: ("tiles:int8", 2.0) for n in i})
     monkeypatch.setattr(op_registry, "ATEN", op_registry.ATEN - {"aten.reshape.default"})
     made = rarefy.compile(net, torch.randn(32, 64))
-    made.traced.graph.find_nodes(op="call_function", target=op_registry.words.product)[
-        0
-    ].target = torch.ops.rarefy.sparse.default
+    made.exported.graph.find_nodes(op="call_function", target=ops.linear)[0].target = torch.ops.rarefy.sparse.default
     with pytest.raises(ModelError, match="compile the model as it was before accelerate_"):
         rarefy.save(made, tmp_path / "out")
 
@@ -292,7 +290,7 @@ def test_what_the_list_holds_is_pure():
         assert not random_ or f"aten.{name}" in op_registry.ONLY, name
     assert (
         op_registry.find("aten.relu_.default")
-        is op_registry.find("words.nothing")
+        is op_registry.find("rarefy.nothing")
         is op_registry.find("os.system")
         is None
     )
@@ -390,29 +388,29 @@ def swap_first_two_calls(told):
         (lambda t: t.update(text=lambda text: text[:-1]), "not JSON that can be read"),
         (lambda t: t.update(text=lambda text: text.replace("1e-05", "1e999")), "1e999 is not JSON"),
         (lambda t: t.update(text=lambda text: "[" * 100_000 + "]" * 100_000), "not JSON that can be read"),
-        (set_arg("words.norm", 3, "least"), "argument 4 is 'least', a number is expected"),
-        (set_arg("words.norm", 0, {"node": "nobody"}), "node 'norm': reads 'nobody', which is no earlier node"),
+        (set_arg("rarefy.norm", 3, "least"), "argument 4 is 'least', a number is expected"),
+        (set_arg("rarefy.norm", 0, {"node": "nobody"}), "node 'norm': reads 'nobody', which is no earlier node"),
         (swap_first_two_calls, "which is no earlier node"),
-        (set_arg("words.norm", 0, {"node": "p_n_weight", "more": 1}), "is no argument"),
-        (set_arg("words.norm", 0, {"tensor": "x"}), "is no argument"),
-        (set_arg("words.norm", 0, {"dtype": "object"}), "is no argument"),
-        (set_arg("words.norm", 0, 1 << 63), "is no argument"),
-        (lambda t: call(t, "words.norm")[3].pop(), "6 arguments expected, got 5"),
-        (lambda t: call(t, "words.norm")[3].append(1), "6 arguments expected, got 7"),
-        (lambda t: call(t, "words.norm")[4].update(more=1), "6 arguments expected, got 7"),
-        (set_arg("words.norm", 1, {"node": "x"}), "a constant is expected"),
-        (set_arg("words.norm", 0, {"node": "p_a_weight"}), "an earlier tensor is expected"),
-        (set_arg("words.product", 1, {"node": "x"}), "a weight is expected"),
-        (set_arg("words.product", 4, "tan"), "argument 5 is 'tan', None or relu, gelu"),
-        (set_arg("words.product", 4, ["relu"]), "argument 5 is "),
-        (set_arg("words.product", 2, {"node": "p_b_bias"}), r"its bias is \[16\] for a weight of \[32, 32\]"),
+        (set_arg("rarefy.norm", 0, {"node": "p_n_weight", "more": 1}), "is no argument"),
+        (set_arg("rarefy.norm", 0, {"tensor": "x"}), "is no argument"),
+        (set_arg("rarefy.norm", 0, {"dtype": "object"}), "is no argument"),
+        (set_arg("rarefy.norm", 0, 1 << 63), "is no argument"),
+        (lambda t: call(t, "rarefy.norm")[3].pop(), "6 arguments expected, got 5"),
+        (lambda t: call(t, "rarefy.norm")[3].append(1), "6 arguments expected, got 7"),
+        (lambda t: call(t, "rarefy.norm")[4].update(more=1), "6 arguments expected, got 7"),
+        (set_arg("rarefy.norm", 1, {"node": "x"}), "a constant is expected"),
+        (set_arg("rarefy.norm", 0, {"node": "p_a_weight"}), "an earlier tensor is expected"),
+        (set_arg("rarefy.linear", 1, {"node": "x"}), "a weight is expected"),
+        (set_arg("rarefy.linear", 4, "tan"), "argument 5 is 'tan', None or relu, gelu"),
+        (set_arg("rarefy.linear", 4, ["relu"]), "argument 5 is "),
+        (set_arg("rarefy.linear", 2, {"node": "p_b_bias"}), r"its bias is \[16\] for a weight of \[32, 32\]"),
         (target_of("aten.softmax.int", "aten.system.default"), "'aten.system.default' is nothing that a saved graph may"),
         (target_of("aten.softmax.int", "aten.relu_.default"), "is nothing that a saved graph may do"),
         (target_of("aten.softmax.int", "os.system"), "is nothing that a saved graph may do"),
         (target_of("aten.softmax.int", "aten.__class__.mro"), "is nothing that a saved graph may do"),
-        (target_of("aten.softmax.int", "words.__globals__"), "is nothing that a saved graph may do"),
+        (target_of("aten.softmax.int", "rarefy.__globals__"), "is nothing that a saved graph may do"),
         (target_of("aten.softmax.int", "aten.from_file.default"), "is nothing that a saved graph may do"),
-        (target_of("aten.softmax.int", "words.norm"), "6 arguments expected, got 2"),
+        (target_of("aten.softmax.int", "rarefy.norm"), "6 arguments expected, got 2"),
         (lambda t: call(t, "aten.softmax.int").__setitem__(1, "call_method"), "is nothing that a saved graph may do"),
         (lambda t: call(t, "aten.softmax.int")[3].append(1.5), "argument dtype is 1.5, "),
         (lambda t: call(t, "aten.softmax.int")[3].extend([None, None]), "3 arguments expected, got 4"),
@@ -556,11 +554,11 @@ def test_tensors_too_many_or_too_few(folder):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (set_arg("words.norm", 0, {"node": "wide"}), r"norm is a word on sizes \[\(4, 64\)\]"),
-        (set_arg("words.product", 0, {"node": "wide"}), r"product_2 is a word on sizes \[\(4, 64\)"),
-        (set_arg("words.product", 3, {"node": "wide"}), r"product_2 is a word on sizes \[\(4, 32\), \(4, 64\)\]"),
-        (set_arg("words.product", 0, {"node": "whole"}), r"whole is int64 \[4, 32\], fp32 rows are expected"),
-        (set_arg("words.product", 3, {"node": "none"}), r"none is float32 \[\], fp32 rows are expected"),
+        (set_arg("rarefy.norm", 0, {"node": "wide"}), r"norm is a word on sizes \[\(4, 64\)\]"),
+        (set_arg("rarefy.linear", 0, {"node": "wide"}), r"product_2 is a word on sizes \[\(4, 64\)"),
+        (set_arg("rarefy.linear", 3, {"node": "wide"}), r"product_2 is a word on sizes \[\(4, 32\), \(4, 64\)\]"),
+        (set_arg("rarefy.linear", 0, {"node": "whole"}), r"whole is int64 \[4, 32\], fp32 rows are expected"),
+        (set_arg("rarefy.linear", 3, {"node": "none"}), r"none is float32 \[\], fp32 rows are expected"),
     ],
 )
 @needs_kernels
@@ -593,8 +591,8 @@ def test_attention_on_sizes_that_do_not_fit_is_not_run(tmp_path, places, fits):
     rarefy.save(made, tmp_path / "out")
 
     def change(told):
-        at = next(i for i, n in enumerate(told["nodes"]) if n[2] == "words.attention")
-        additive = call(told, "words.additive")[0]
+        at = next(i for i, n in enumerate(told["nodes"]) if n[2] == "rarefy.attention")
+        additive = call(told, "rarefy.additive_mask")[0]
         told["nodes"][at:at] = [
             ["wide", "call_function", "aten.cat.default", [[{"node": "x"}, {"node": "x"}], 2], {}],
             ["long", "call_function", "aten.cat.default", [[{"node": "x"}, {"node": "x"}], 1], {}],
@@ -602,7 +600,7 @@ def test_attention_on_sizes_that_do_not_fit_is_not_run(tmp_path, places, fits):
             ["large", "call_function", "aten.repeat.default", [{"node": additive}, [1, 1, 1, 2]], {}],
         ]
         for i, value in places.items():
-            call(told, "words.attention")[3][i] = value
+            call(told, "rarefy.attention")[3][i] = value
 
     edit(tmp_path / "out", change)
     back = rarefy.load(tmp_path / "out")

@@ -16,7 +16,7 @@ from rarefy.checkpoint import compiled_model
 from rarefy.cli import shared
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
-from rarefy.compiler.executor import Alone
+from rarefy.compiler.executor import SingleOp
 from rarefy.generation.decoder import Decoder
 from rarefy.pipeline import train_stage
 from rarefy.runtime import bindings
@@ -76,7 +76,7 @@ def test_the_same_bits_of_all_numbers(tmp_path, how):
     same_logits(made, rarefy.load(tmp_path / "out"))
     held = [k.held[0] for k in made.compiled.kernels.values()]
     assert bindings.missing() is not None or {type(p) for p in held} <= {Bitmask, Panels}
-    tied = [i for i in back.compiled.program if isinstance(i, Alone)]
+    tied = [i for i in back.compiled.schedule if isinstance(i, SingleOp)]
     assert len(tied) == ("tied" in how and bindings.missing() is None)
 
 
@@ -244,7 +244,7 @@ def test_a_decoder_without_a_cache_is_none(folder, tmp_path):
 
 def another_recall(told):
     """The second layer's words once more, in the place of the first's in the cache."""
-    first, second = [n for n in told["nodes"] if n[2] == "words.recall"]
+    first, second = [n for n in told["nodes"] if n[2] == "rarefy.cached_attention"]
     second[3][4] = first[3][4]
 
 
@@ -259,7 +259,7 @@ def odd_panels(**about):
 
 def embedding_as(name):
     def change(told):
-        node = call(told, "words.embedding")
+        node = call(told, "rarefy.embedding")
         told["kernels"][node[0]] = weight(told) if name == "a bitmask" else name
 
     return change
@@ -268,24 +268,24 @@ def embedding_as(name):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (set_arg("words.recall", 4, {"tuple": [32, 64]}), "cannot keep keys and values at 32 and 64: 0 numbers"),
-        (set_arg("words.recall", 4, {"tuple": [0, 0]}), "cannot keep keys and values at 0 and 0"),
-        (set_arg("words.recall", 4, {"tuple": [32, 0]}), "cannot keep keys and values at 32 and 0"),
-        (set_arg("words.recall", 4, {"tuple": [0, 48]}), "cannot keep keys and values at 64 and 96: 96 numbers"),
-        (set_arg("words.recall", 4, {"tuple": [0, 1 << 60]}), "cannot keep|numbers of a token"),
-        (set_arg("words.recall", 4, {"tuple": [-32, 0]}), "argument 5 is .*, a pair of whole numbers is expected"),
-        (set_arg("words.recall", 4, [0, 32]), "a pair of whole numbers is expected"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [32, 64]}), "cannot keep keys and values at 32 and 64: 0 numbers"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [0, 0]}), "cannot keep keys and values at 0 and 0"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [32, 0]}), "cannot keep keys and values at 32 and 0"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [0, 48]}), "cannot keep keys and values at 64 and 96: 96 numbers"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [0, 1 << 60]}), "cannot keep|numbers of a token"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [-32, 0]}), "argument 5 is .*, a pair of whole numbers is expected"),
+        (set_arg("rarefy.cached_attention", 4, [0, 32]), "a pair of whole numbers is expected"),
         (another_recall, "cannot keep keys and values at 0 and 32: 64 numbers lie before them"),
-        (set_arg("words.recall", 5, 3), "3 heads of 2 cannot keep"),
-        (set_arg("words.recall", 6, 3), "4 heads of 3 cannot keep"),
-        (set_arg("words.recall", 6, 0), "a whole number from 1 on is expected"),
-        (set_arg("words.recall", 7, "wide"), "a number is expected"),
-        (set_arg("words.recall", 8, -1), "a whole number from 0 on is expected"),
-        (set_arg("words.recall", 8, 0.5), "a whole number from 0 on is expected"),
-        (set_arg("words.recall", 3, {"node": "ids"}), "the cache is expected"),
-        (set_arg("words.recall", 0, {"node": "cache"}), "an earlier tensor is expected"),
+        (set_arg("rarefy.cached_attention", 5, 3), "3 heads of 2 cannot keep"),
+        (set_arg("rarefy.cached_attention", 6, 3), "4 heads of 3 cannot keep"),
+        (set_arg("rarefy.cached_attention", 6, 0), "a whole number from 1 on is expected"),
+        (set_arg("rarefy.cached_attention", 7, "wide"), "a number is expected"),
+        (set_arg("rarefy.cached_attention", 8, -1), "a whole number from 0 on is expected"),
+        (set_arg("rarefy.cached_attention", 8, 0.5), "a whole number from 0 on is expected"),
+        (set_arg("rarefy.cached_attention", 3, {"node": "ids"}), "the cache is expected"),
+        (set_arg("rarefy.cached_attention", 0, {"node": "cache"}), "an earlier tensor is expected"),
         (set_arg("aten.unsqueeze.default", 0, {"node": "cache"}), "Tensor is expected"),
-        (lambda t: call(t, "words.recall")[3].pop(), "9 arguments expected, got 8"),
+        (lambda t: call(t, "rarefy.cached_attention")[3].pop(), "9 arguments expected, got 8"),
         (lambda t: t["nodes"][-1].__setitem__(3, [[{"node": "cache"}]]), "an output is cache"),
         (lambda t: t["nodes"][-1].__setitem__(3, [[7]]), "takes ids, positions and places, and gives logits"),
         (lambda t: t["inputs"][0][1].update(dtype="int32"), "takes ids, positions and places"),
@@ -301,7 +301,7 @@ def embedding_as(name):
         (odd_panels(more=1), "is no weight that a word runs on"),
         (embedding_as("a bitmask"), "runs on a weight packed as bitmask, must be panels|are not the weights"),
         (embedding_as("nobody"), "are not the weights that kernels run on"),
-        (lambda t: t["kernels"].pop(call(t, "words.embedding")[0]), "is neither there as it is nor packed"),
+        (lambda t: t["kernels"].pop(call(t, "rarefy.embedding")[0]), "is neither there as it is nor packed"),
     ],
 )  # fmt: skip
 @needs_kernels
@@ -349,7 +349,7 @@ def doubled(dim):
     """A change that gives the first layer's queries, keys and values more sequences, tokens or features."""
 
     def change(told):
-        node = call(told, "words.recall")
+        node = call(told, "rarefy.cached_attention")
         at = told["nodes"].index(node)
         for i in range(3):
             x = node[3][i]
@@ -365,8 +365,11 @@ def doubled(dim):
         (doubled(0), "no cache for 2 sequences of 3 tokens more|does not fit together"),
         (doubled(1), r"no cache for 1 sequences of \d+ tokens more|does not fit together"),
         (doubled(2), r"recall\w* is a word on sizes"),
-        (set_arg("words.recall", 5, 8), r"recall\w* is a word on sizes"),
-        (set_arg("words.recall", 0, {"node": "linear_1"}), r"recall\w* is a word on sizes|which is no earlier node"),
+        (set_arg("rarefy.cached_attention", 5, 8), r"recall\w* is a word on sizes"),
+        (
+            set_arg("rarefy.cached_attention", 0, {"node": "linear_1"}),
+            r"recall\w* is a word on sizes|which is no earlier node",
+        ),
     ],
 )
 @needs_kernels

@@ -14,11 +14,11 @@ import rarefy
 import zoo
 from conftest import tiny_llama
 from rarefy.common.errors import DataError, ModelError
-from rarefy.compiler import compile, ops, verify
-from rarefy.compiler.executor import MOST_SIZES, Alone, Segment
+from rarefy.compiler import compile, kernel_selection, ops, verify
+from rarefy.compiler.executor import MOST_SIZES, FusedSubgraph, SingleOp
 from rarefy.data import builtin
 from rarefy.model import hf
-from rarefy.runtime import bindings
+from rarefy.runtime import bindings, packing
 
 
 def pruned(model, sparsity=0.8, seed=0):
@@ -30,8 +30,8 @@ def pruned(model, sparsity=0.8, seed=0):
     return model.eval()
 
 
-def native_words(made):
-    return [n.target for s in made.program if isinstance(s, Segment) for n in s.nodes]
+def native_ops(made):
+    return [n.target for s in made.schedule if isinstance(s, FusedSubgraph) for n in s.nodes]
 
 
 class Attends(nn.Module):
@@ -77,7 +77,7 @@ def test_attention(how, size, isa):
     net = pruned(Attends(**how), 0.5)
     x = torch.randn(*size, net.heads * net.width)
     made = rarefy.compile(net, torch.randn(2, 8, net.heads * net.width))
-    assert native_words(made).count(ops.attention) == 1 and len(made.program) - len(made.fixed_nodes) == 1
+    assert native_ops(made).count(ops.attention) == 1 and len(made.schedule) - len(made.fixed_nodes) == 1
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
 
@@ -97,7 +97,7 @@ def test_masks(kind, isa):
         mask = mask & torch.ones(S, S, dtype=torch.bool).tril()
     x = torch.randn(B, S, 32)
     made = rarefy.compile(net, (x, mask))
-    assert native_words(made).count(ops.attention) == 1
+    assert native_ops(made).count(ops.attention) == 1
     torch.testing.assert_close(made(x, mask), net(x, mask), rtol=1e-4, atol=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_gates_and_norms(rows, isa):
     torch.manual_seed(2)
     net, x = pruned(Gated()), torch.randn(*rows, 24)
     made = rarefy.compile(net, x)
-    assert set(native_words(made)) == {ops.product, ops.norm, ops.times}
+    assert set(native_ops(made)) == {ops.linear, ops.norm, ops.mul}
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_gates_and_norms(rows, isa):
 def test_activations_go_into_products(act, isa):
     net = pruned(nn.Sequential(nn.Linear(30, 140), act, nn.Linear(140, 7)))
     made = rarefy.compile(net, torch.randn(3, 30))
-    assert native_words(made) == [ops.product, ops.product]
+    assert native_ops(made) == [ops.linear, ops.linear]
     x = torch.randn(90, 30)
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
@@ -142,7 +142,7 @@ def test_minilm_pruned_equals_eager():
     texts = ["A short one.", "Sparse matrices have few values, and so on and on, until a line is full of words."]
     some = tokenizer(texts, padding=True, return_tensors="pt")
     made = rarefy.compile(model, some)
-    assert native_words(made).count(ops.attention) == 6
+    assert native_ops(made).count(ops.attention) == 6
     assert "6 attention" in repr(made) and "embedding" in repr(made)
     for batch in (texts, texts[:1], texts * 9):
         words_ = tokenizer(batch, padding=True, return_tensors="pt")
@@ -162,7 +162,7 @@ def test_eight_bits_equal_their_oracle(isa):
     y = x
     for layer in net:
         if isinstance(layer, nn.Linear):
-            packed = compile.pack_sell(layer.weight, "int8")
+            packed = packing.pack_sell(layer.weight, "int8")
             y = rarefy.runtime.reference.run(packed, y, layer.bias)
         else:
             y = layer(y)
@@ -173,10 +173,10 @@ def test_eight_bits_equal_their_oracle(isa):
 def test_layers_that_run_sparse_already(monkeypatch):
     net, x = pruned(Gated(64, 256), 0.9), torch.randn(32, 64)
     want = net(x)
-    monkeypatch.setattr(rarefy.runtime.ways, "fastest", lambda d, w, i, c: {n: ("tiles", 2.0) for n in i})
+    monkeypatch.setattr(rarefy.runtime.candidates, "fastest", lambda d, w, i, c: {n: ("tiles", 2.0) for n in i})
     rarefy.accelerate_(net, (32,), tuning_cache=False)
     made = rarefy.compile(net, x)
-    assert native_words(made).count(ops.product) == 3
+    assert native_ops(made).count(ops.linear) == 3
     torch.testing.assert_close(made(x), want, rtol=1e-4, atol=1e-5)
 
 
@@ -184,7 +184,7 @@ def test_without_kernels_torch_runs_the_words(monkeypatch):
     monkeypatch.setattr(bindings, "missing", lambda: "no compiler")
     net, x = pruned(Attends()), torch.randn(2, 9, 32)
     made = rarefy.compile(net, x)
-    assert not native_words(made)
+    assert not native_ops(made)
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
 
@@ -225,11 +225,11 @@ def test_convolutions_take_in_their_norms_and_sums(how, isa):
     torch.manual_seed(4)
     net = Residual(**how).eval()
     made = rarefy.compile(net, torch.randn(2, 8, 12, 12))
-    calls = [n for i in made.program if isinstance(i, Segment | Alone) for n in i.nodes]
-    alone = [n for n in calls if n.target is ops.convolution]
+    calls = [n for i in made.schedule if isinstance(i, FusedSubgraph | SingleOp) for n in i.nodes]
+    alone = [n for n in calls if n.target is ops.conv2d]
     assert [n.args[4] for n in alone].count("relu") == 2 and sum(n.args[3] is not None for n in alone) == 1
     assert not any(
-        "batch_norm" in str(getattr(i, "target", "")) or "relu" in str(getattr(i, "target", "")) for i in made.program
+        "batch_norm" in str(getattr(i, "target", "")) or "relu" in str(getattr(i, "target", "")) for i in made.schedule
     )
     for size in ((1, 8, 12, 12), (5, 8, 12, 12)):
         x = torch.randn(*size)
@@ -294,7 +294,7 @@ def test_models_of_the_zoo(name):
             rarefy.compile(model, example)
         example = {**example, "use_cache": False}
     made = rarefy.compile(model, example)
-    assert native_words(made).count(ops.product) > 0
+    assert native_ops(made).count(ops.linear) > 0
     args, kwargs = compile._called(example)
     assert verify.distance(model, made, *torch.utils._pytree.tree_flatten((args, kwargs))) < 1e-4
 
@@ -324,7 +324,7 @@ def test_plans_are_few():
     made = rarefy.compile(net, torch.randn(2, 8))
     for n in range(2, 60):
         made(torch.randn(n, 8))
-    assert len(next(i for i in made.program if isinstance(i, Segment)).plans) == MOST_SIZES
+    assert len(next(i for i in made.schedule if isinstance(i, FusedSubgraph)).programs) == MOST_SIZES
     assert len(made.fixed) <= MOST_SIZES
 
 
@@ -443,14 +443,14 @@ def test_an_example_without_tensors():
 
 
 def test_other_numbers_are_refused(monkeypatch):
-    monkeypatch.setattr(compile.words, "ACTIVATIONS", {})  # not used by plans, which must not matter
-    monkeypatch.setattr(compile, "pack_sell", lambda w, kind: rarefy.runtime.packed.pack_sell(w * 1.01, kind))
+    monkeypatch.setattr(ops, "ACTIVATIONS", {})  # not used by plans, which must not matter
+    monkeypatch.setattr(kernel_selection, "pack_sell", lambda w, kind: packing.pack_sell(w * 1.01, kind))
     with pytest.raises(ModelError, match="returns other numbers, 0.01 of their length apart"):
         rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8, bias=False))), torch.randn(2, 8))
 
 
 def test_in_bytes_the_graph_is_proved_without_them(monkeypatch):
-    monkeypatch.setitem(compile.words.ACTIVATIONS, "relu", lambda t: t.relu() * 1.01)  # less than bytes may move
+    monkeypatch.setitem(ops.ACTIVATIONS, "relu", lambda t: t.relu() * 1.01)  # less than bytes may move
     with pytest.raises(ModelError, match="returns other numbers, 0.01 of their length apart"):
         rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), torch.randn(2, 8), values="int8")
 
@@ -553,8 +553,8 @@ def test_what_nobody_reads_any_more_goes():
 
     net = Deep().eval()
     made, alive = rarefy.compile(net, torch.randn(4, 8)), []
-    sines = [i for i in made.program if not isinstance(i, Segment)]
-    made.program[-1].target = lambda x: alive.append(len(gone)) or torch.sin(x)
+    sines = [i for i in made.schedule if not isinstance(i, FusedSubgraph)]
+    made.schedule[-1].target = lambda x: alive.append(len(gone)) or torch.sin(x)
     gone = []
     first = sines[0].target
     sines[0].target = lambda x: (y := first(x), weakref.finalize(y, gone.append, 1))[0]
@@ -574,8 +574,8 @@ def test_only_what_is_needed_is_kept():
 
     made = rarefy.compile(Threes().eval(), torch.randn(2, 32))
     assert {n: t.shape for n, t in made.constants.items() if t.dim() > 1} == {}
-    assert not any(s.plans for s in made.program if isinstance(s, Segment)) and not made.fixed
-    assert not any(n.meta for n in made.traced.graph.nodes)
+    assert not any(s.programs for s in made.schedule if isinstance(s, FusedSubgraph)) and not made.fixed
+    assert not any(n.meta for n in made.exported.graph.nodes)
 
 
 def test_later_changes_of_the_model_are_not_seen():

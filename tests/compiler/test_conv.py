@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import rarefy
-from rarefy.compiler import compile, conv_lowering, ops
-from rarefy.compiler.executor import Alone, Segment, _shapes
+from rarefy.compiler import compile, conv_lowering, executor, ops
+from rarefy.compiler.executor import FusedSubgraph, SingleOp, _shapes
 from rarefy.compiler.kernel_selection import packed
 from rarefy.compiler.passes import conv as convolve
 from rarefy.evaluation.profiling import threads
@@ -32,8 +32,8 @@ def equal(net, *x, most=1e-5):
     return made
 
 
-def words_of(made):
-    return [n.target for s in made.program if isinstance(s, Segment) for n in s.nodes]
+def native_ops(made):
+    return [n.target for s in made.schedule if isinstance(s, FusedSubgraph) for n in s.nodes]
 
 
 class Between(nn.Module):
@@ -80,7 +80,7 @@ def test_convolutions(isa, name, sparsity):
     layer, rows, columns = convolution(name)
     net = thin(Between(layer, 19, 150), sparsity)
     made = equal(net, torch.randn(3, 5, rows, columns))
-    assert len(made.program) == 1
+    assert len(made.schedule) == 1
     x = torch.randn(1, 5, rows, columns)
     with torch.no_grad():
         assert far(net(x), made(x)) < 1e-5
@@ -204,7 +204,7 @@ def test_sums_and_means_in_bytes(isa, batch):
         want, got = net(*x), made(*x)
     assert far(want[1], got[1]) < 2 * NEAR
     assert made.kernels and {k.held[0].kind for k in made.kernels.values()} == {"int8"}
-    assert len(made.program) == 1
+    assert len(made.schedule) == 1
 
 
 class Uneven(nn.Module):
@@ -226,8 +226,8 @@ def test_what_lay_in_memory_does_not_matter(isa, O, values):
     net, x = Uneven(O).eval(), torch.randn(2, 16, 12, 12)
     made = rarefy.compile(net, x, values=values)
     first = made(x)
-    for segment in made.program:
-        for plan in (p for plans in segment.plans.values() for p in plans):
+    for segment in made.schedule:
+        for plan in (p for plans in segment.programs.values() for p in plans):
             plan.memory.fill_(1e6)
     assert torch.equal(made(x), first)
     with torch.no_grad():
@@ -297,13 +297,13 @@ def test_groups_stay_exact():
 def test_depthwise(isa, kernel, stride, dilation):
     layer = nn.Conv2d(21, 21, kernel, stride, kernel // 2 * dilation, dilation, groups=21)
     made = equal(Between(layer, 21, 21), torch.randn(2, 5, 17, 15))
-    assert words_of(made).count(ops.convolution) == 3
+    assert native_ops(made).count(ops.conv2d) == 3
 
 
 @pytest.mark.parametrize("how", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 1, 0, 2), ((2, 3), (1, 2), (1, 0))])
 def test_pools(isa, how):
     made = equal(Between(nn.MaxPool2d(*how), 19, 19), torch.randn(2, 5, 17, 14))
-    assert ops.pool in words_of(made)
+    assert ops.max_pool2d in native_ops(made)
 
 
 def test_pools_keep_what_is_no_number():
@@ -340,8 +340,8 @@ class Residual(nn.Module):
 def test_sums_and_means(isa, batch):
     net = Residual().eval()
     made = equal_all(net, torch.randn(batch, 24, 9, 7), torch.randn(batch, 24, 9, 7))
-    assert len(made.program) == 1
-    assert words_of(made).count(ops.average) == 1
+    assert len(made.schedule) == 1
+    assert native_ops(made).count(ops.global_avg_pool) == 1
 
 
 def equal_all(net, *x):
@@ -360,12 +360,12 @@ def test_images_a_few_at_a_time(monkeypatch):
     whole = rarefy.compile(net, (x, more))
     monkeypatch.setattr(conv_lowering, "NEAR_BYTES", 0)
     made = rarefy.compile(net, (x, more))
-    (segment,) = made.program
+    (segment,) = made.schedule
     for few in (1, 3):
         segment.few = dict.fromkeys(segment.few or {_shapes(dict(zip(segment.inputs, (x[:1], more[:1])))): 0}, few)
         for want, got in zip(whole(x, more), made(x, more)):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert {k[0][1] for k in segment.plans} >= {1, 3}
+    assert {k[0][1] for k in segment.programs} >= {1, 3}
 
 
 @pytest.mark.parametrize(
@@ -386,10 +386,10 @@ def test_how_many_images_go_together(memory, weights, cache, few):
 
 @pytest.mark.parametrize(("outputs", "few"), [(8, 1), (900, 5)])
 def test_weights_that_are_the_larger_part_are_shared_by_images(monkeypatch, outputs, few):
-    monkeypatch.setattr(compile, "last_cache", lambda: 1 << 16)
+    monkeypatch.setattr(executor, "last_cache", lambda: 1 << 16)
     net = nn.Sequential(nn.Conv2d(900, outputs, 1), nn.Conv2d(outputs, 8, 1))
-    (segment,) = equal(net, torch.randn(6, 900, 4, 4)).program
-    (plan,) = segment.plans[next(k for k in segment.plans if k[0][1] == 1)]
+    (segment,) = equal(net, torch.randn(6, 900, 4, 4)).schedule
+    (plan,) = segment.programs[next(k for k in segment.programs if k[0][1] == 1)]
     weights = 4 * 900 * outputs + 4 * 8 * outputs + 4 * (outputs + 8)
     assert list(segment.few.values()) == [max(1, weights // (2 * plan.memory.nbytes))] == [few]
 
@@ -421,13 +421,13 @@ def test_what_images_and_rows_share_stays_in_torch():
     net, x = Both().eval(), torch.randn(2, 6, 8, 8)
     for values, most in (("int8", 0.02), (None, 1e-5)):  # whose convolution has a plan of its own
         own = rarefy.compile(net, x, values=values)
-        assert [len(s.nodes) for s in own.program if isinstance(s, Segment)] == [1]
+        assert [len(s.nodes) for s in own.schedule if isinstance(s, FusedSubgraph)] == [1]
         with torch.no_grad():
             assert far(net(x), own(x)) < most
     made = equal(thin(net, 0.9), x)
-    assert not any(isinstance(s, Segment) for s in made.program)
-    assert any(isinstance(s, Alone) for s in made.program)
-    nodes = [n for n in made.traced.graph.nodes if n.target in (ops.convolution, ops.norm, ops.add)]
+    assert not any(isinstance(s, FusedSubgraph) for s in made.schedule)
+    assert any(isinstance(s, SingleOp) for s in made.schedule)
+    nodes = [n for n in made.exported.graph.nodes if n.target in (ops.conv2d, ops.norm, ops.add)]
     assert conv_lowering.layouts(nodes) is None
     assert conv_lowering.layouts(nodes[:1]) == {nodes[0], nodes[0].args[0]}
 
@@ -448,7 +448,7 @@ def test_real_networks(name):
     thin(net, 0.5)
     made = equal(net, torch.randn(2, 3, 64, 64), most=1e-4)
     if name == "resnet18":
-        assert len(made.program) == 1
+        assert len(made.schedule) == 1
 
 
 def test_saved_and_loaded(tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 
 import rarefy
 from rarefy.compiler import ops
-from rarefy.compiler.executor import Segment
+from rarefy.compiler.executor import FusedSubgraph
 
 
 class Says(nn.Module):
@@ -23,8 +23,8 @@ class Says(nn.Module):
         return self.b(self.f(self, self.a(x)))
 
 
-def native_words(made):
-    return [n.target for s in made.program if isinstance(s, Segment) for n in s.nodes]
+def native_ops(made):
+    return [n.target for s in made.schedule if isinstance(s, FusedSubgraph) for n in s.nodes]
 
 
 def compiled(net, x):
@@ -32,15 +32,15 @@ def compiled(net, x):
     net = net.eval()
     made, more = rarefy.compile(net, x), torch.cat([x, x + 1, x])
     torch.testing.assert_close(made(more), net(more), rtol=1e-4, atol=1e-5)
-    return native_words(made), [i for i in made.program if i not in made.fixed_nodes]
+    return native_ops(made), [i for i in made.schedule if i not in made.fixed_nodes]
 
 
 def acts(f):
     """The activations of the products that a function between two of them leaves, None where there are others."""
     made = rarefy.compile(Says(f).eval(), torch.randn(2, 5, 24))
-    nodes = [n for s in made.program if isinstance(s, Segment) for n in s.nodes]
+    nodes = [n for s in made.schedule if isinstance(s, FusedSubgraph) for n in s.nodes]
     compiled(Says(f), torch.randn(2, 5, 24))
-    return [n.args[4] for n in nodes] if len(made.program) == 1 and len(nodes) == 2 else None
+    return [n.args[4] for n in nodes] if len(made.schedule) == 1 and len(nodes) == 2 else None
 
 
 ROOT = math.sqrt(2 / math.pi)
@@ -79,7 +79,7 @@ def test_what_is_nearly_an_activation(name):
 
 def test_an_activation_that_is_read_twice_stays_apart():
     made, _ = compiled(Says(lambda _, x: x * torch.sigmoid(1.702 * x) + x), torch.randn(2, 24))
-    assert made.count(ops.product) == 2
+    assert made.count(ops.linear) == 2
 
 
 def norm(m, x, spread, root):
@@ -102,7 +102,7 @@ def test_layer_norm_that_is_written_out(spread, root, behind):
         return y if not behind else m.gain * y if behind == 1 else m.gain * y + m.bias
 
     made, calls = compiled(Says(f), torch.randn(2, 5, 24))
-    assert made == [ops.product, ops.norm, ops.product] and len(calls) == 1
+    assert made == [ops.linear, ops.norm, ops.linear] and len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_what_is_nearly_a_layer_norm(f):
 @pytest.mark.parametrize("f", [lambda m, x: m.gain * x, lambda m, x: x * m.gain[None], lambda m, x: x * m.gain.relu()])
 def test_scales_of_layers_go_into_products(f):
     made, calls = compiled(Says(f), torch.randn(2, 5, 24))
-    assert made == [ops.product, ops.product] and len(calls) == 1
+    assert made == [ops.linear, ops.linear] and len(calls) == 1
 
 
 def test_a_scale_of_what_others_read_stays():
@@ -168,7 +168,7 @@ class Threes(nn.Module):
 )  # fmt: skip
 def test_attention_of_one_product(how):
     made, calls = compiled(Threes(**how), torch.randn(2, 9, 32))
-    assert made.count(ops.product) == 4 and made.count(ops.attention) == 1 and len(calls) == 1
+    assert made.count(ops.linear) == 4 and made.count(ops.attention) == 1 and len(calls) == 1
 
 
 def test_parts_of_a_product_that_is_read_whole_stay():
@@ -198,7 +198,7 @@ class Attends(nn.Module):
 
 def test_multihead_attention_is_one_call():
     made, calls = compiled(Attends(batch_first=True), torch.randn(2, 9, 32))
-    assert made == [*[ops.product] * 3, ops.attention, *[ops.product] * 2] and len(calls) == 1
+    assert made == [*[ops.linear] * 3, ops.attention, *[ops.linear] * 2] and len(calls) == 1
 
 
 def test_multihead_attention_with_tokens_first():
@@ -210,7 +210,7 @@ def test_multihead_attention_with_a_mask():
     net, x = Attends(batch_first=True).eval(), torch.randn(2, 9, 32)
     mask = torch.ones(9, 9, dtype=torch.bool).triu(1)
     made = rarefy.compile(net, (x, mask))
-    assert ops.attention in native_words(made)
+    assert ops.attention in native_ops(made)
     torch.testing.assert_close(made(x, mask), net(x, mask), rtol=1e-4, atol=1e-5)
 
 
@@ -236,7 +236,7 @@ class Windows(nn.Module):
 
 def test_views_between_words_go():
     made, calls = compiled(Windows(), torch.randn(2, 3, 5, 8))
-    assert made.count(ops.product) == 3 and len(calls) == 1
+    assert made.count(ops.linear) == 3 and len(calls) == 1
 
 
 def test_masks_that_are_filled_are_constants():
@@ -252,5 +252,5 @@ def test_masks_that_are_filled_are_constants():
 
     net, x = Net().eval(), torch.randn(3, 4, 8)
     made = rarefy.compile(net, x)
-    assert len([i for i in made.program if i not in made.fixed_nodes]) <= 3
+    assert len([i for i in made.schedule if i not in made.fixed_nodes]) <= 3
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)

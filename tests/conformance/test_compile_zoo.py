@@ -12,7 +12,7 @@ import rarefy
 import zoo
 from rarefy.common.errors import ModelError
 from rarefy.compiler import compile, verify
-from rarefy.compiler.executor import Alone, Segment
+from rarefy.compiler.executor import FusedSubgraph, SingleOp
 
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")
@@ -40,7 +40,7 @@ def test_compiled_equals_eager(name):
             rarefy.compile(model, x)
         return
     made = rarefy.compile(model, x)
-    assert any(isinstance(i, Segment | Alone) for i in made.program)
+    assert any(isinstance(i, FusedSubgraph | SingleOp) for i in made.schedule)
     assert verify.distance(model, made, *pytree.tree_flatten(compile._called(x))) < 1e-4
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import rarefy
 from rarefy.common.errors import DataError, ModelError
 from rarefy.compiler import ops, program
-from rarefy.compiler.executor import Segment
+from rarefy.compiler.executor import FusedSubgraph
 from rarefy.data import builtin
 from rarefy.generation import decoder
 from rarefy.generation.kv_cache import Cache
@@ -93,8 +93,8 @@ def test_families_read_as_eager_does(family):
     assert far(want, made(ids)) < 1e-5
     assert far(want, in_pieces(made, ids, [70, 1, 2, 1, 76])) < 1e-5  # 3 to 6 tokens are few, 210 are not
     if family in WHOLE and bindings.missing() is None:
-        (first, _) = [s for s in made.compiled.program if isinstance(s, Segment)]
-        assert sum(n.target is ops.recall for n in first.nodes) == 2
+        (first, _) = [s for s in made.compiled.schedule if isinstance(s, FusedSubgraph)]
+        assert sum(n.target is ops.cached_attention for n in first.nodes) == 2
 
 
 @pytest.mark.parametrize("family", families(f for f in FAMILIES if f not in (*OWN_POSITIONS, "Qwen3", "GPT2")))
@@ -122,7 +122,7 @@ def test_words_are_their_own_oracle(llama, monkeypatch):
     model, _ = llama
     monkeypatch.setattr(bindings, "missing", lambda: "none")
     made = rarefy.decoder(model)
-    assert not any(isinstance(s, Segment) for s in made.compiled.program)
+    assert not any(isinstance(s, FusedSubgraph) for s in made.compiled.schedule)
     ids = torch.randint(3, V, (2, 100))
     assert far(eager(model, ids), in_pieces(made, ids, [70, 1, 3, 26])) < 1e-5
 
@@ -134,7 +134,7 @@ def pruned_to(model, sparsity):
 
 
 def formats(made):
-    packed = [k.held[0] for s in made.compiled.program if isinstance(s, Segment) for k in s.kernels.values()]
+    packed = [k.held[0] for s in made.compiled.schedule if isinstance(s, FusedSubgraph) for k in s.kernels.values()]
     return {(type(p), p.kind) for p in packed if isinstance(p, Bitmask | Panels)}
 
 
@@ -202,8 +202,8 @@ def test_steps_wait_for_what_they_touch(llama):
     """No step runs before what it reads is written, nor writes what an earlier one still reads."""
     _, made = llama
     made(torch.randint(3, V, (1, 70)))
-    (first, *_) = [s for s in made.compiled.program if isinstance(s, Segment)]
-    for plans in first.plans.values():
+    (first, *_) = [s for s in made.compiled.schedule if isinstance(s, FusedSubgraph)]
+    for plans in first.programs.values():
         p = plans[0]
         for k, s in enumerate(p.array):
             for j in range(k):

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from rarefy.common.errors import ContainerError, FormatError
 from rarefy.compiler import ops, shape_checks
 from rarefy.compiler.executor import Compiled, Expected, Lookup
-from rarefy.compiler.fx_utils import Node, Traced
-from rarefy.compiler.graph_json import Written, from_json, to_json
+from rarefy.compiler.fx_utils import ExportedGraph, Node
+from rarefy.compiler.graph_json import GraphDef, from_json, to_json
 from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
 from rarefy.generation.decoder import Decoder
@@ -42,8 +42,8 @@ GRAPH = "graph.json"
 META = "compiled"  # what marks such a folder in its index
 NUMBERS = "decoder"  # and what a decoder knows besides its graph
 FORMATS: dict[Any, tuple[str, ...]] = {
-    ops.product: ("tiles", "sell", "bitmask", "panels", "fours"),
-    ops.convolution: ("convolution",),
+    ops.linear: ("tiles", "sell", "bitmask", "panels", "fours"),
+    ops.conv2d: ("convolution",),
     ops.embedding: ("panels",),
 }
 PLAIN: dict[str, tuple[str, ...]] = {  # what of a packed weight is no tensor
@@ -66,7 +66,7 @@ class Parts:
     """What a compiled model is made of: its graph, its constants, its packed weights by name, and of a decoder its
     numbers."""
 
-    written: Written
+    written: GraphDef
     constants: dict[str, Tensor]
     packed: dict[str, Packed]
     numbers: Mapping[str, Any]
@@ -79,7 +79,7 @@ def save(
     that calls what no saved one may. O(weights)."""
     made = model.compiled if isinstance(model, Decoder) else model
     packed, kernels = _packed(made)
-    used = {n.name for n in made.traced.graph.nodes if n.op == "placeholder" and n.users}
+    used = {n.name for n in made.exported.graph.nodes if n.op == "placeholder" and n.users}
     constants = {n: t for n, t in made.constants.items() if n in used}
     orders = {n: _order(t) for n, t in constants.items()}
     apart = {n: to_tensors(p) for n, p in packed.items()}
@@ -96,7 +96,7 @@ def save(
 def _numbers_of(made: Decoder) -> dict[str, Any]:
     """What a decoder knows besides its graph, as JSON."""
     told = {n: getattr(made, n) for n in ("vocabulary", "most", "pad")}
-    return {**told, "ends": list(made.ends), "kept": made.compiled.traced.kept}
+    return {**told, "ends": list(made.ends), "kept": made.compiled.exported.kept}
 
 
 def _packed(made: Compiled) -> tuple[dict[str, Packed], dict[Node, str]]:
@@ -150,7 +150,7 @@ def load(saved: container.Container, **without: Any) -> Compiled | Decoder:
         elif node.args[1].name not in constants:
             constants[node.args[1].name] = dense(form, f"{saved.path}: packed {name}")
     numbers = dict(parts.numbers)
-    traced = Traced(w.graph, constants, w.inputs, w.in_spec, w.out_spec, w.ranges, w.notes)
+    traced = ExportedGraph(w.graph, constants, w.inputs, w.in_spec, w.out_spec, w.ranges, w.notes)
     traced.kept = numbers.pop("kept", 0)
     made = Compiled(traced, kernels, w.expected, shape_checks.check)
     return Decoder(made, **{**numbers, "ends": tuple(numbers["ends"])}) if numbers else made
@@ -195,7 +195,7 @@ def read(saved: container.Container) -> Parts:
     return Parts(written, constants, packed, numbers)
 
 
-def _numbers(told: Any, w: Written) -> Mapping[str, Any]:
+def _numbers(told: Any, w: GraphDef) -> Mapping[str, Any]:
     """A decoder's numbers, {} of what is none; ValueError unless they and its graph belong together."""
     kept = _kept(w)
     if told is None:
@@ -223,11 +223,11 @@ def _whole(value: Any, least: int, end: int) -> bool:
     return type(value) is int and least <= value < end
 
 
-def _kept(w: Written) -> int:
+def _kept(w: GraphDef) -> int:
     """How many numbers a graph's recalls keep of a token; ValueError unless they lie one after the other."""
     kept = 0
     for node in w.graph.nodes:
-        if node.target is ops.recall:
+        if node.target is ops.cached_attention:
             (at, after), heads, kv_heads = node.args[4:7]
             each = after - at
             if at != kept or each <= 0 or each % kv_heads or heads % kv_heads:
@@ -270,7 +270,7 @@ def _form(saved: container.Container, name: str, about: dict[str, Any], where: s
     return form
 
 
-def _check_weights(node: Node, w: Written, constants: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> None:
+def _check_weights(node: Node, w: GraphDef, constants: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> None:
     """Raise ValueError unless a word's weights are of sizes that it can be called with."""
     if node.target is ops.norm:
         shapes = {tuple(constants[c.name].shape) for c in node.args[1:3] if c is not None}
@@ -284,12 +284,12 @@ def _check_weights(node: Node, w: Written, constants: Mapping[str, Tensor], pack
     kinds = FORMATS[node.target]
     if name is not None and w.packed[name]["format"] not in kinds:
         raise ValueError(f"runs on a weight packed as {w.packed[name]['format']}, must be {' or '.join(kinds)}")
-    if name is None and (len(shape) != (2 if node.target is ops.product else 4) or not form.is_floating_point()):
+    if name is None and (len(shape) != (2 if node.target is ops.linear else 4) or not form.is_floating_point()):
         raise ValueError(f"its weight is {form.dtype} {list(shape)}")
     bias = None if node.target is ops.embedding else node.args[2]
     if bias is not None and tuple(constants[bias.name].shape) != shape[:1]:
         raise ValueError(f"its bias is {list(constants[bias.name].shape)} for a weight of {list(shape)}")
-    if node.target is ops.convolution and name is not None:
+    if node.target is ops.conv2d and name is not None:
         told = (form.stride, form.padding, form.dilation, form.groups)
         if told != tuple(node.args[5:9]):
             raise ValueError(f"is a convolution of {node.args[5:9]}, its packed weight one of {told}")
@@ -334,6 +334,6 @@ def summary(parts: Parts) -> dict[str, Any]:
     return {
         **kept,
         "inputs": ", ".join(f"{n.name} {e}" for n, e in zip(parts.written.inputs, parts.written.expected)),
-        "words": ", ".join(f"{n} {w}" for w, n in ours.most_common()),
+        "operators": ", ".join(f"{n} {w}" for w, n in ours.most_common()),
         "calls of torch": len(calls) - sum(ours.values()),
     }

@@ -112,13 +112,13 @@ def example_for(made: Compiled, tokens: int, batch: int) -> tuple[tuple[Any, ...
     noise = torch.Generator().manual_seed(0)
     known: dict[str, int] = {}
     leaves = []
-    for node, want in zip(made.traced.inputs, made.expected):
+    for node, want in zip(made.exported.inputs, made.expected):
         if not isinstance(want, Expected):
             leaves.append(want)
             continue
         for d, size in enumerate(want.sizes):
             if isinstance(size, str):
-                least, most = made.traced.ranges.get(size, (1, MOST_SIZE))
+                least, most = made.exported.ranges.get(size, (1, MOST_SIZE))
                 n = tokens if d else batch
                 if n > most:
                     raise ModelError(f"{node.name} has room for {most} {'tokens' if d else 'samples'}, asked for {n}")
@@ -127,7 +127,7 @@ def example_for(made: Compiled, tokens: int, batch: int) -> tuple[tuple[Any, ...
         full = 1 if "mask" in node.name or want.dtype == torch.bool else 0
         whole = torch.full(shape, full, dtype=want.dtype)
         leaves.append(torch.randn(shape, generator=noise).to(want.dtype) if want.dtype.is_floating_point else whole)
-    return pytree.tree_unflatten(leaves, made.traced.in_spec)
+    return pytree.tree_unflatten(leaves, made.exported.in_spec)
 
 
 def resident_bytes(subject: Subject) -> int:

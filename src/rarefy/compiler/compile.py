@@ -13,29 +13,51 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import DataError, ModelError, unknown
 from rarefy.compiler.executor import Compiled, expected
 from rarefy.compiler.export import trace, two_samples
-from rarefy.compiler.fx_utils import Traced
+from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.kernel_selection import kernels_of, pack_for_batches
-from rarefy.compiler.passes import activation, conv
-from rarefy.compiler.passes.activation import pointwise
-from rarefy.compiler.passes.attention import attention, multihead, parts, scaled, thirds, written
-from rarefy.compiler.passes.cleanup import constants, drop
-from rarefy.compiler.passes.fusion import fuse
-from rarefy.compiler.passes.kv_attention import recalled
-from rarefy.compiler.passes.linear import between_views, embedding, layer_scale, linear, pieces, reshaped
-from rarefy.compiler.passes.norm import heads, layer_norm, norm, rms
-from rarefy.compiler.passes.rope import rotation
+from rarefy.compiler.passes import activation, attention, cleanup, conv, fusion, kv_attention, linear, norm, rope
 from rarefy.compiler.verify import prove
 from rarefy.model.layers import all_layers
 from rarefy.runtime.accelerate import check_plain
 
 EXACT, ROUNDED = 1e-3, 0.5  # of outputs' length, how far they may move: in fp32, and in 8 bits
-RULES = (
-    drop, constants, embedding, linear, reshaped, pieces, parts,
-    thirds, layer_scale, activation.activations, norm, layer_norm, rms,
-    heads, written, scaled, rotation, recalled, multihead, pointwise,
-    activation.quick_gelu, attention, between_views, conv.convolution, conv.batch_norm,
-    conv.pooled, fuse, fuse,
-)  # fmt: skip
+# Every pass sees each node once, in this order: what a pass matches is what the passes before it left.
+PASSES = (
+    # remove what does nothing, compute what is constant
+    cleanup.remove_noop,
+    cleanup.fold_constants,
+    # linear layers and embeddings; split what computes queries, keys and values at once
+    linear.convert_embedding,
+    linear.convert_linear,
+    linear.remove_views_around_linear,
+    linear.split_linear_outputs,
+    attention.split_qkv_view,
+    attention.split_mha_in_proj,
+    linear.fold_layer_scale,
+    # formulas that a model writes out
+    activation.fuse_gelu_silu,
+    norm.convert_norm,
+    norm.fuse_layer_norm,
+    norm.fuse_rms_norm,
+    norm.fuse_head_norm,
+    attention.fuse_sdpa,
+    attention.fold_attention_scale,
+    rope.fuse_rope,
+    kv_attention.convert_cached_attention,
+    attention.make_mha_batch_first,
+    # elementwise operators, and attention as one operator
+    activation.convert_pointwise,
+    activation.fuse_quick_gelu,
+    attention.fuse_attention,
+    linear.remove_view_pairs,
+    # images
+    conv.convert_conv,
+    conv.fold_batch_norm,
+    conv.convert_pool,
+    # activations and residual sums move into the layer before them: at most one of each kind a run
+    fusion.fuse_epilogue,
+    fusion.fuse_epilogue,
+)
 
 
 def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Compiled:
@@ -64,7 +86,7 @@ def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Com
     args, kwargs = _called(example)
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
-    traced = trace(model, args, kwargs, RULES)
+    traced = trace(model, args, kwargs, PASSES)
     want = [expected(n.meta.get("val")) for n in traced.inputs]
     shown = (args, kwargs) if traced.notes else two_samples(args, kwargs)
     exact = prove(model, in_torch(traced, want), *shown, EXACT) if values else None  # rounding hides what is wrong
@@ -97,7 +119,7 @@ def check_ready(model: nn.Module) -> None:
         raise ModelError(f"the engine takes models in fp32, {other} is {kind}: model.float() first")
 
 
-def in_torch(traced: Traced, expected: Sequence[Any]) -> Compiled:
+def in_torch(traced: ExportedGraph, expected: Sequence[Any]) -> Compiled:
     """Return the graph without kernels: what its words mean."""
     return Compiled(traced, {}, expected, lambda *_: None)
 

@@ -15,13 +15,13 @@ import torch
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.program import BESIDE, Plan, Value
+from rarefy.compiler.program import BESIDE, Program, Value
 from rarefy.runtime import bindings, winograd
 from rarefy.runtime.packed_formats import LANE, MOST_STRIDE
 
 PIECE = 16  # floats that may be read past the last plane
 MOST_PLANES = 1 << 31  # floats, as places are counted in 32 bits
-OF_IMAGES = (ops.convolution, ops.pool, ops.average)
+OF_IMAGES = (ops.conv2d, ops.max_pool2d, ops.global_avg_pool)
 NEAR_BYTES = 56 << 20  # of what images are on their way through a plan, at most
 
 
@@ -50,7 +50,7 @@ def at_once(memory: int, weights: int, cache: int) -> int:
 def layouts(nodes: Sequence[Node]) -> set[Node] | None:
     """Return which values are images; None where words that go over the last dimension read them too."""
     found = {n for n in nodes if n.target in OF_IMAGES[:2]} | {n.args[0] for n in nodes if n.target in OF_IMAGES}
-    found |= {n.args[3] for n in nodes if n.target is ops.convolution and n.args[3] is not None}
+    found |= {n.args[3] for n in nodes if n.target is ops.conv2d and n.args[3] is not None}
     before = -1
     while before != len(found):
         before = len(found)
@@ -59,7 +59,7 @@ def layouts(nodes: Sequence[Node]) -> set[Node] | None:
             if around & found:
                 found |= around
     others = {a for n in nodes if n.target not in (*OF_IMAGES, *BESIDE) for a in (n, *n.all_input_nodes)}
-    others |= {n for n in nodes if n.target is ops.average}
+    others |= {n for n in nodes if n.target is ops.global_avg_pool}
     return None if found & others else found
 
 
@@ -70,7 +70,7 @@ def out_sizes(sizes: Sequence[int], kernel: Any, stride: Any, padding: Any, dila
     )
 
 
-def converted(p: Plan, x: Node, kind: str, whole: bool = False) -> tuple[Value, Value]:
+def converted(p: Program, x: Node, kind: str, whole: bool = False) -> tuple[Value, Value]:
     """Return inputs in the numbers of a kernel, and their scales, made once: of each token or pixel, or of images as a
     `whole`, whose pixels a kernel takes together."""
     key = x, f"{kind} images" if whole else kind
@@ -89,7 +89,7 @@ def converted(p: Plan, x: Node, kind: str, whole: bool = False) -> tuple[Value, 
     return p.bytes[key]
 
 
-def _planes(p: Plan, x: Node, conv: Any, rest: float, small: Value | None = None) -> tuple[Value, Indirection]:
+def _planes(p: Program, x: Node, conv: Any, rest: float, small: Value | None = None) -> tuple[Value, Indirection]:
     """An image's planes for a kernel, once for all that read it so, and how to read them; `small`: of its bytes."""
     batch, features, height, width = p.shape(x)
     features = features if small is None else small.features
@@ -117,7 +117,7 @@ def _planes(p: Plan, x: Node, conv: Any, rest: float, small: Value | None = None
     return p.use(p.planes[how]), image
 
 
-def convolution(p: Plan, node: Node) -> None:
+def convolution(p: Program, node: Node) -> None:
     """By tiles or pairs of rows; where kernel and stride are one, a product over features."""
     x, w, bias, more, act, stride, padding, dilation, _ = node.args
     batch, _, *sizes = p.shape(x)
@@ -174,7 +174,7 @@ def convolution(p: Plan, node: Node) -> None:
     p.step(step, out, x=p.use(source), out=p.use(out), **how, **{n: p.use(v) for n, v in beside.items()})
 
 
-def pool(p: Plan, node: Node) -> None:
+def pool(p: Program, node: Node) -> None:
     """The largest of the pixels that a kernel takes together."""
     x, kernel, stride, padding, dilation = node.args
     batch, features, *sizes = p.shape(x)
@@ -184,7 +184,7 @@ def pool(p: Plan, node: Node) -> None:
     p.step("max_pool", out, x=p.use(planes), out=p.use(out), indirection=addressof(image), batch=batch)
 
 
-def average(p: Plan, node: Node) -> None:
+def average(p: Program, node: Node) -> None:
     """Means over pixels."""
     batch, features, height, width = p.shape(node.args[0])
     p.shapes[node] = batch, features

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import DataError, first_line
 from rarefy.compiler import conv_lowering, ops
 from rarefy.compiler.export import MOST_SIZE
-from rarefy.compiler.fx_utils import Node, Traced
+from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.lowering import LOWER
-from rarefy.compiler.program import Plan
+from rarefy.compiler.program import Program
 from rarefy.runtime.huge_pages import last_cache
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.packed_formats import Panels
@@ -25,7 +25,7 @@ from rarefy.runtime.packed_formats import Panels
 MOST_SIZES = 16  # of inputs for which plans are kept
 
 
-HEAVY = (ops.product, ops.attention, ops.recall, ops.convolution)  # what a plan is worth its packing for
+HEAVY = (ops.linear, ops.attention, ops.cached_attention, ops.conv2d)  # what a plan is worth its packing for
 
 
 Check = Callable[[Sequence[Node], Mapping[Node, Tensor], Mapping[Node, Any], Mapping[str, Tensor]], None]
@@ -50,7 +50,7 @@ def expected(value: Any) -> Any:
     return Expected(value.dtype, tuple(int(s) if str(s).isdigit() else str(s) for s in value.shape))  # wrapped numbers
 
 
-class Alone:
+class SingleOp:
     """A word that has a kernel of its own and stands outside plans: a convolution."""
 
     def __init__(self, node: Node, kernel: Any):
@@ -63,7 +63,7 @@ class Alone:
         return [self.kernel.run(given(x), None if more is None else given(more))]
 
 
-class Segment:
+class FusedSubgraph:
     """Words that one native call runs, and its plans for the sizes that it has met."""
 
     def __init__(
@@ -73,10 +73,10 @@ class Segment:
         read = dict.fromkeys(a for n in nodes for a in _read(n) if a not in inside)
         self.nodes, self.kernels, self.constants = list(nodes), kernels, constants
         self.inputs = list(read)
-        self.cache = next((n.args[3] for n in nodes if n.target is ops.recall), None)
+        self.cache = next((n.args[3] for n in nodes if n.target is ops.cached_attention), None)
         self.images = conv_lowering.layouts(nodes) or ()
         self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
-        self.plans: dict[tuple[Any, ...], list[Plan]] = {}
+        self.programs: dict[tuple[Any, ...], list[Program]] = {}
         self.few: dict[tuple[Any, ...], int] = {}  # images at once, by their sizes
         self.lock, self.check = Lock(), check
 
@@ -106,24 +106,24 @@ class Segment:
         """Threads that come at the same time have a plan each."""
         shapes = _shapes(inputs)
         with self.lock:
-            free = self.plans.get(shapes, [])
+            free = self.programs.get(shapes, [])
             plan = free.pop() if free else None
         plan = self._plan(inputs) if plan is None else plan
         out = plan.run(inputs, cache)
         self._give_back(shapes, plan)
         return out
 
-    def _plan(self, inputs: Mapping[Node, Tensor]) -> Plan:
+    def _plan(self, inputs: Mapping[Node, Tensor]) -> Program:
         if self.check is not None:
             self.check(self.nodes, inputs, self.kernels, self.constants)
         sizes = {n: tuple(t.shape) for n, t in inputs.items()}
-        return Plan(self.nodes, self.inputs, self.outputs, sizes, self.kernels, self.constants, LOWER, self.images)
+        return Program(self.nodes, self.inputs, self.outputs, sizes, self.kernels, self.constants, LOWER, self.images)
 
-    def _give_back(self, shapes: tuple[Any, ...], plan: Plan) -> None:
+    def _give_back(self, shapes: tuple[Any, ...], plan: Program) -> None:
         with self.lock:
-            self.plans.setdefault(shapes, []).append(plan)
-            while len(self.plans) > MOST_SIZES:
-                self.plans.pop(next(iter(self.plans)))
+            self.programs.setdefault(shapes, []).append(plan)
+            while len(self.programs) > MOST_SIZES:
+                self.programs.pop(next(iter(self.programs)))
 
 
 def _shapes(inputs: Mapping[Node, Tensor]) -> tuple[Any, ...]:
@@ -132,7 +132,9 @@ def _shapes(inputs: Mapping[Node, Tensor]) -> tuple[Any, ...]:
 
 def _read(node: Node) -> list[Node]:
     """The tensors that a word is about, without its weights."""
-    weights = {ops.product: (1, 2), ops.norm: (1, 2), ops.recall: (3,), ops.convolution: (1, 2)}.get(node.target, ())
+    weights = {ops.linear: (1, 2), ops.norm: (1, 2), ops.cached_attention: (3,), ops.conv2d: (1, 2)}.get(
+        node.target, ()
+    )
     return [a for i, a in enumerate(node.args) if isinstance(a, fx.Node) and i not in weights]
 
 
@@ -145,10 +147,10 @@ class Compiled:
     """
 
     def __init__(
-        self, traced: Traced, kernels: Mapping[Node, Any], expected: Sequence[Any], check: Check | None = None
+        self, traced: ExportedGraph, kernels: Mapping[Node, Any], expected: Sequence[Any], check: Check | None = None
     ):
-        self.traced, self.constants, self.kernels, self.expected = traced, traced.constants, kernels, list(expected)
-        self.program = _schedule(traced, kernels, check)
+        self.exported, self.constants, self.kernels, self.expected = traced, traced.constants, kernels, list(expected)
+        self.schedule = _schedule(traced, kernels, check)
         for n in (n for n in traced.graph.nodes if n.op == "placeholder" and n.name in self.constants):
             if all(u in kernels and n is u.args[1] for u in n.users):  # packed, or read by nobody
                 self.constants.pop(n.name)
@@ -166,25 +168,25 @@ class Compiled:
 
     def _ends(self) -> list[list[Node]]:
         """Of each call, what nobody reads behind it."""
-        stay = {*self.fixed_nodes, *self.traced.inputs}
+        stay = {*self.fixed_nodes, *self.exported.inputs}
         fx.map_arg(self.output, stay.add)
         ends: list[list[Node]] = []
-        for item in reversed(self.program):
-            known = item.inputs if isinstance(item, Segment) else _reads(item)
-            made = item.outputs if isinstance(item, Segment | Alone) else [item]
+        for item in reversed(self.schedule):
+            known = item.inputs if isinstance(item, FusedSubgraph) else _reads(item)
+            made = item.outputs if isinstance(item, FusedSubgraph | SingleOp) else [item]
             reads = dict.fromkeys(n for n in [*known, *made] if n not in stay)
             stay |= reads.keys()
             ends.append(list(reads))
         return ends[::-1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return pytree.tree_unflatten(self.run(self._leaves(args, kwargs)), self.traced.out_spec)
+        return pytree.tree_unflatten(self.run(self._leaves(args, kwargs)), self.exported.out_spec)
 
     def run(self, leaves: list[Any], cache: Any = None) -> list[Any]:
         """Return the outputs for tensors in the graph's order; a language model's tokens are the next of a `Cache`."""
         sizes = tuple(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)
         known = self.fixed.get(sizes)
-        env: dict[Node, Any] = {**dict(zip(self.traced.inputs, leaves)), **(known or {})}
+        env: dict[Node, Any] = {**dict(zip(self.exported.inputs, leaves)), **(known or {})}
 
         def given(node: Node) -> Any:
             if node in env:
@@ -192,15 +194,15 @@ class Compiled:
             return cache if node.name == "cache" else self.constants[node.name]
 
         with torch.no_grad():
-            for item, ends in zip(self.program, self.ends):
+            for item, ends in zip(self.schedule, self.ends):
                 try:
-                    if isinstance(item, Segment | Alone):
+                    if isinstance(item, FusedSubgraph | SingleOp):
                         env.update(zip(item.outputs, item.run(given)))
                     elif item not in env:
                         a, k = fx.map_arg((item.args, item.kwargs), given)
                         env[item] = item.target(*a, **k)
                 except (RuntimeError, IndexError, TypeError) as error:  # torch's own
-                    where = _name(item.nodes[0] if isinstance(item, Segment | Alone) else item)
+                    where = _name(item.nodes[0] if isinstance(item, FusedSubgraph | SingleOp) else item)
                     raise DataError(f"{where} does not take what was given: {first_line(error)}") from error
                 for n in ends:
                     env.pop(n, None)
@@ -212,14 +214,14 @@ class Compiled:
 
     def forget(self) -> None:
         """Drop what is kept for the sizes of earlier calls; the next call of each size makes it again."""
-        for s in (i for i in self.program if isinstance(i, Segment)):
+        for s in (i for i in self.schedule if isinstance(i, FusedSubgraph)):
             with s.lock:
-                s.plans.clear()
+                s.programs.clear()
         self.fixed = {}
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The call's tensors in the graph's order; DataError unless they are as the graph was made for."""
-        spec, names = self.traced.in_spec, self.keywords
+        spec, names = self.exported.in_spec, self.keywords
         if kwargs.keys() != names.keys():
             more, lacks = [n for n in kwargs if n not in names], [n for n in names if n not in kwargs]
             told = [f"leave out {', '.join(more)}, or compile with an example that has it"] if more else []
@@ -230,29 +232,29 @@ class Compiled:
         if got != spec:
             raise DataError(f"compiled for arguments of another structure: {spec}, got {got}")
         open_: dict[str, int] = {}
-        for node, want, value in zip(self.traced.inputs, self.expected, leaves):
+        for node, want, value in zip(self.exported.inputs, self.expected, leaves):
             if isinstance(want, Expected):
-                _check(node.name, want, value, open_, self.traced.ranges)
+                _check(node.name, want, value, open_, self.exported.ranges)
             elif value != want:
                 raise DataError(f"{node.name}: compiled for {want!r}, got {value!r}")
         return leaves
 
     def counts(self) -> tuple[int, Counter[str], Counter[str]]:
         """Return how many native calls there are, of which words they are made, and what runs in torch."""
-        plans = [i for i in self.program if isinstance(i, Segment | Alone)]
-        rest = (i for i in self.program if not isinstance(i, Segment | Alone) and i not in self.fixed_nodes)
+        plans = [i for i in self.schedule if isinstance(i, FusedSubgraph | SingleOp)]
+        rest = (i for i in self.schedule if not isinstance(i, FusedSubgraph | SingleOp) and i not in self.fixed_nodes)
         return len(plans), Counter(n.target.__name__ for s in plans for n in s.nodes), Counter(map(_name, rest))
 
     def __repr__(self) -> str:
         plans, ours, calls = self.counts()
         lines = [f"{plans} native calls: {', '.join(f'{n} {w}' for w, n in ours.most_common()) or 'none'}"]
         lines += [f"in torch: {', '.join(f'{n} {w}' for w, n in calls.most_common())}"] if calls else []
-        return "\n".join([*lines, *self.traced.notes])
+        return "\n".join([*lines, *self.exported.notes])
 
 
 def _reads(item: Any) -> list[Node]:
     """What a call of the program reads."""
-    nodes = item.nodes if isinstance(item, Segment | Alone) else [item]
+    nodes = item.nodes if isinstance(item, FusedSubgraph | SingleOp) else [item]
     return [a for n in nodes for a in n.all_input_nodes]
 
 
@@ -277,7 +279,7 @@ def _check(name: str, want: Expected, value: Any, open_: dict[str, int], ranges:
             raise DataError(f"{name}: a size that is {open_[size]} in another input is {n} here: {list(value.shape)}")
 
 
-def _fixed(t: Traced) -> list[Node]:
+def _fixed(t: ExportedGraph) -> list[Node]:
     """What follows from sizes and constants alone."""
     found: dict[Node, None] = {}
     for n in t.graph.nodes:
@@ -310,19 +312,19 @@ class Lookup:
         return self.kernel.rows(ids)
 
 
-ALONE = (ops.convolution, ops.embedding)  # words that stand outside plans
+ALONE = (ops.conv2d, ops.embedding)  # words that stand outside plans
 
 
-def _plans(t: Traced, node: Node, kernels: Mapping[Node, Any]) -> bool:
+def _plans(t: ExportedGraph, node: Node, kernels: Mapping[Node, Any]) -> bool:
     """Whether a plan knows a call."""
-    if node.target is ops.convolution:
+    if node.target is ops.conv2d:
         if node in kernels:
             return node.args[8] == 1
         return bool(kernels) and conv_lowering.depthwise(node, t.constants[node.args[1].name])
     return node.target in LOWER and bool(kernels)
 
 
-def _schedule(t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> list[Any]:
+def _schedule(t: ExportedGraph, kernels: Mapping[Node, Any], check: Check | None) -> list[Any]:
     """Calls in an order that lets words come together: all ATen calls that can be made, then all words, and so on."""
     nodes = [n for n in t.graph.nodes if n.op == "call_function"]
     waits = {n: {a for a in n.all_input_nodes if a.op == "call_function"} for n in nodes}
@@ -338,17 +340,17 @@ def _schedule(t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> li
             left.difference_update(taken)
         heavy = any(n.target in HEAVY for n in taken) and conv_lowering.layouts(list(taken)) is not None
         if in_words and heavy:
-            program.append(Segment(list(taken), kernels, t.constants, check))
+            program.append(FusedSubgraph(list(taken), kernels, t.constants, check))
         else:
             program += [_by_itself(n, t, kernels, check) for n in taken]
         in_words = not in_words
     return program
 
 
-def _by_itself(node: Node, t: Traced, kernels: Mapping[Node, Any], check: Check | None) -> Any:
+def _by_itself(node: Node, t: ExportedGraph, kernels: Mapping[Node, Any], check: Check | None) -> Any:
     """A call outside of plans; a convolution that knows no other place has a plan of its own."""
     if node.target not in ALONE or node not in kernels:
         return node
-    if node.target is ops.convolution and kernels[node].alone:
-        return Segment([node], kernels, t.constants, check)
-    return Alone(node, kernels[node])
+    if node.target is ops.conv2d and kernels[node].alone:
+        return FusedSubgraph([node], kernels, t.constants, check)
+    return SingleOp(node, kernels[node])

@@ -13,7 +13,7 @@ from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, first_line
-from rarefy.compiler.fx_utils import Node, Traced
+from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
 
 MOST_SIZE = 1 << 62  # of an open size, where nothing is known
@@ -21,7 +21,7 @@ MOST_SIZE = 1 << 62  # of an open size, where nothing is known
 
 def trace(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rules: Sequence[Any], name: str | None = None
-) -> Traced:
+) -> ExportedGraph:
     """Export a model with all its sizes open that can be; ModelError with what export said where it cannot be.
     name: what the message calls the model, else its class."""
     two = two_samples(args, kwargs)
@@ -74,7 +74,7 @@ def _changes(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def read(program: Any, rules: Sequence[Callable[[Traced, Node], None]]) -> Traced:
+def read(program: Any, rules: Sequence[Callable[[ExportedGraph, Node], None]]) -> ExportedGraph:
     """Return a program's graph in the engine's words: each rule is shown every node in turn."""
     signature, graph = program.graph_signature, program.graph_module.graph
     state = {**program.state_dict, **program.constants}
@@ -86,7 +86,7 @@ def read(program: Any, rules: Sequence[Callable[[Traced, Node], None]]) -> Trace
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name not in constants]
     ranges = {str(k): (int(v.lower), int(min(v.upper, MOST_SIZE))) for k, v in program.range_constraints.items()}
     specs = program.call_spec.in_spec, program.call_spec.out_spec
-    traced = Traced(graph, constants, inputs, *specs, ranges, names=names)
+    traced = ExportedGraph(graph, constants, inputs, *specs, ranges, names=names)
     for rule in rules:
         for node in list(graph.nodes):
             if node.op == "call_function" and not node._erased:

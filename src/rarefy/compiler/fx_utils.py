@@ -16,7 +16,7 @@ Node = Any  # fx.Node, whose arguments are of any kind
 
 
 @dataclass
-class Traced:
+class ExportedGraph:
     """A graph, its constants by the names of their placeholders, and how arguments and outputs are laid out.
 
     inputs  the placeholders of the call's tensors, in their order
@@ -58,7 +58,7 @@ def kind_of(node: Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, Tensor) else None
 
 
-def put(t: Traced, node: Node, word: Callable[..., Any], *args: Any) -> Node:
+def replace_node(t: ExportedGraph, node: Node, word: Callable[..., Any], *args: Any) -> Node:
     """Have a word in the place of a node; return it."""
     with t.graph.inserting_before(node):
         new = t.graph.call_function(word, args)
@@ -68,7 +68,7 @@ def put(t: Traced, node: Node, word: Callable[..., Any], *args: Any) -> Node:
     return new
 
 
-def added(t: Traced, before: Node, target: Callable[..., Any], *args: Any) -> Node:
+def insert_before(t: ExportedGraph, before: Node, target: Callable[..., Any], *args: Any) -> Node:
     """Return a new node in front of another."""
     with t.graph.inserting_before(before):
         node = t.graph.call_function(target, args)
@@ -76,7 +76,7 @@ def added(t: Traced, before: Node, target: Callable[..., Any], *args: Any) -> No
     return node
 
 
-def new_constant(t: Traced, name: str, value: Tensor) -> Node:
+def add_constant(t: ExportedGraph, name: str, value: Tensor) -> Node:
     """Add a constant; return its node."""
     with t.graph.inserting_before(next(iter(t.graph.nodes))):
         node = t.graph.placeholder(name)

@@ -1,6 +1,6 @@
 """A compiled graph as JSON, and a graph from JSON that may be anybody's.
 
-    {"schema": 1, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [least, most]},
+    {"schema": 2, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [least, most]},
      "in": layout, "out": layout, "notes": [text], "constants": {name: order or null},
      "kernels": {word: packed weight}, "packed": {name: form}, "nodes": [[name, op, target, args, kwargs]]}
 
@@ -27,7 +27,7 @@ from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.pytree_json import spec_of, tree
 from rarefy.formats.sparse_encodings import DTYPES
 
-SCHEMA = 1
+SCHEMA = 2  # 1: operators had other names, see `op_registry.OLD_NAMES`
 MOST_NODES = 50_000  # the order of calls is found in their square
 CACHE = "cache"  # what a language model keeps, by the name of its placeholder
 MOST_DEEP = 16  # levels of arguments in one another
@@ -50,7 +50,7 @@ KINDS[torch.memory_format] = "memory_format"
 
 
 @dataclass(frozen=True)
-class Written:
+class GraphDef:
     """A graph that was read and checked, all but its tensors.
 
     constants  the stored tensors, and how the dimensions of one lie in memory that is not row after row
@@ -77,7 +77,7 @@ def to_json(
     made: Compiled, constants: Mapping[str, Any], kernels: Mapping[Node, str], packed: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the graph of a compiled model as JSON; ModelError for what no file can tell, by its name. O(nodes)."""
-    t = made.traced
+    t = made.exported
     used = {*t.inputs, *(n for n in t.graph.nodes if n.op != "placeholder" or n.users)}
     told = {
         "schema": SCHEMA,
@@ -139,7 +139,7 @@ def _told(value: Any, at: Node) -> Any:
 # ---- from JSON ------------------------------------------------------------------------------------------------------
 
 
-def from_json(told: Any, where: str) -> Written:
+def from_json(told: Any, where: str) -> GraphDef:
     """Return the graph that JSON tells of; ContainerError with the place for anything that no compiled model has: a
     node before what it reads, an operator not in `operators`, arguments of other kinds. O(its size)."""
     try:
@@ -148,12 +148,12 @@ def from_json(told: Any, where: str) -> Written:
         raise ContainerError(f"{where}: {error}") from error
 
 
-def _read(told: Any) -> Written:
+def _read(told: Any) -> GraphDef:
     if type(told) is not dict or type(told.get("schema")) is not int:
         raise ValueError('must be an object with a whole number "schema"')
-    if told["schema"] != SCHEMA:
+    if told["schema"] not in (1, SCHEMA):
         newer = "written by a newer Rarefy" if told["schema"] > SCHEMA else "of no known Rarefy"
-        raise ValueError(f"schema {told['schema']} is {newer}; this one reads schema {SCHEMA}")
+        raise ValueError(f"schema {told['schema']} is {newer}; this one reads schemas 1 and {SCHEMA}")
     if set(told) != set(KEYS):
         raise ValueError(f"holds {_short(sorted(told))}, must be an object with {', '.join(KEYS)}")
     for name in KEYS[1:]:
@@ -175,7 +175,7 @@ def _read(told: Any) -> Written:
     if len(inputs) != len(expected):
         raise ValueError("inputs: one is no placeholder of the graph")
     leaves = len(next(n for n in nodes.values() if n.op == "output").args[0])
-    return Written(
+    return GraphDef(
         graph,
         inputs,
         list(expected.values()),
@@ -199,6 +199,8 @@ def _graph(told: Any, expected: dict[str, Any]) -> tuple[fx.Graph, dict[str, Nod
         if type(one) is not list or len(one) != 5 or any(type(x) is not str for x in one[:3]):
             raise ValueError(f"node {i} is {_short(one)}, must be [name, op, target, args, kwargs]")
         name, op, target, args, kwargs = one
+        if told["schema"] == 1:
+            target = op_registry.OLD_NAMES.get(target, target)
         if not NAME.fullmatch(name) or name in nodes:
             raise ValueError(f"node {i}: {_short(name)} must be a name of its own of letters, digits and _")
         try:
@@ -253,7 +255,7 @@ def _place(node: Node, name: str, constants: Any, expected: Any, given: dict[Nod
 
 def _check_weight(node: Node, name: str, told: Any, weights: Mapping[Node, bool]) -> None:
     """Raise ValueError unless a word with a weight has it: packed, or as it is."""
-    heavy = [op_registry.WORDS[n][0] for n in ("product", "convolution", "embedding")]
+    heavy = [op_registry.OPS[n][0] for n in ("linear", "conv2d", "embedding")]
     on = told["kernels"].get(name)
     if node.target not in heavy:
         if on is not None:

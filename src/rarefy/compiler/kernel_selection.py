@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rarefy.compiler import ops
 from rarefy.compiler.executor import Lookup
-from rarefy.compiler.fx_utils import Node, Traced, shape
+from rarefy.compiler.fx_utils import ExportedGraph, Node, shape
 from rarefy.runtime import bindings, winograd
 from rarefy.runtime.huge_pages import Pages
 from rarefy.runtime.kernel import Kernel
@@ -27,18 +27,18 @@ from rarefy.runtime.packed_formats import (
 from rarefy.runtime.packing import pack_conv, pack_dense, pack_sell, pack_tiles, shared
 
 
-def kernels_of(t: Traced, pack: Callable[[Tensor, str], Any], values: str | None = None) -> dict[Node, Any]:
+def kernels_of(t: ExportedGraph, pack: Callable[[Tensor, str], Any], values: str | None = None) -> dict[Node, Any]:
     """Return the kernels of all products, of `pack(weight, its name in the model)`, and of convolutions in `values`."""
     if bindings.missing() is not None:
         return {}
     found, known, pages = {}, {}, Pages()
     for node in t.graph.nodes:
-        if node.target is ops.product:
+        if node.target is ops.linear:
             _, w, bias, _, act = node.args
             if w.name not in known:
                 known[w.name] = pages.hold(pack(t.constants[w.name], t.names.get(w.name, "")))
             found[node] = Kernel(known[w.name], None if bias is None else t.constants[bias.name].clone(), act)
-        elif node.target is ops.convolution and (form := packed(t, node, values)) is not None:
+        elif node.target is ops.conv2d and (form := packed(t, node, values)) is not None:
             bias, act = node.args[2], node.args[4]
             found[node] = Kernel(pages.hold(form), None if bias is None else t.constants[bias.name].clone(), act)
     for node in t.graph.nodes:  # an embedding that is a product's weight too
@@ -66,7 +66,7 @@ def few_zeros(weight: Tensor, least: tuple[float, float] = LEAST_ZEROS) -> bool:
     return 1 - float(hit.sum()) / W.numel() < least[fours < SHARED]
 
 
-def packed(t: Traced, node: Node, values: str | None) -> Any:
+def packed(t: ExportedGraph, node: Node, values: str | None) -> Any:
     """Return the packed weight of a convolution, in `values` where it is of one group; None where torch runs it: with
     few zeros in groups of several, or depthwise."""
     w, (stride, padding, dilation, groups) = node.args[1], node.args[5:]

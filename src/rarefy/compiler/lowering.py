@@ -10,14 +10,14 @@ import torch
 
 from rarefy.compiler import conv_lowering, ops
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.program import NT, Attention, Plan, Value
+from rarefy.compiler.program import NT, Attention, Program, Value
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels
 
 CACHED = 1 << 50  # where the addresses of a cache begin, for the order of steps
 
 
-def _product(p: Plan, node: Node) -> None:
+def _product(p: Program, node: Node) -> None:
     x, _, _, more, _ = node.args
     kernel = p.kernels[node]
     packed = kernel.held[0]
@@ -43,23 +43,23 @@ def _numbers(packed: Any, few: bool) -> str:
     return "int8" if packed.kind == "int4" else packed.kind
 
 
-def _norm(p: Plan, node: Node) -> None:
+def _norm(p: Program, node: Node) -> None:
     x, gain, bias, least, centred, groups = node.args
     v, out = p.use(p.values[x]), p.make(node)
     weights = {"gamma": p.constant(gain), "bias": p.constant(bias)}
     p.step("norm", out, x=v, out=p.use(out), **weights, eps=least, subtract_mean=int(centred), groups=groups)
 
 
-def _pair(p: Plan, node: Node) -> None:
+def _pair(p: Program, node: Node) -> None:
     x, *rest = node.args
     more, act = (None, rest[0]) if node.target is ops.activation else rest
     out = p.make(node)
     extra = {} if more is None else {"other": p.use(p.values[more])}
-    op = "mul" if node.target is ops.times else "add"
+    op = "mul" if node.target is ops.mul else "add"
     p.step(op, out, x=p.use(p.values[x]), out=p.use(out), act=bindings.ACTIVATIONS.index(act), **extra)
 
 
-def _attention(p: Plan, node: Node) -> None:
+def _attention(p: Program, node: Node) -> None:
     q, k, v, mask, heads, kv_heads, scale, causal = node.args
     out = p.make(node)
     t = out.tokens
@@ -81,14 +81,14 @@ def _attention(p: Plan, node: Node) -> None:
     p.step("attention", out, attention=addressof(a), **places)
 
 
-def _rotate(p: Plan, node: Node) -> None:
+def _rotate(p: Program, node: Node) -> None:
     x, cosine, sine, heads = node.args
     out = p.make(node)
     angles = {"cos": p.use(p.values[cosine]), "sin": p.use(p.values[sine])}
     p.step("rope", out, x=p.use(p.values[x]), out=p.use(out), heads=heads, **angles)
 
 
-def _recall(p: Plan, node: Node) -> None:
+def _recall(p: Program, node: Node) -> None:
     q, k, v, _, before, heads, kv_heads, scale, window = node.args
     out = p.make(node)
     width, tokens = out.features // heads, out.tokens
@@ -117,8 +117,8 @@ def _recall(p: Plan, node: Node) -> None:
     p.step("attention", out, attention=addressof(a), kept=[(*k, False) for k in kept], **places)
 
 
-LOWER: dict[Any, Callable[[Plan, Node], None]] = {
-    ops.product: _product, ops.norm: _norm, ops.add: _pair, ops.times: _pair, ops.activation: _pair,
-    ops.attention: _attention, ops.rotate: _rotate, ops.recall: _recall, ops.convolution: conv_lowering.convolution,
-    ops.pool: conv_lowering.pool, ops.average: conv_lowering.average,
+LOWER: dict[Any, Callable[[Program, Node], None]] = {
+    ops.linear: _product, ops.norm: _norm, ops.add: _pair, ops.mul: _pair, ops.activation: _pair,
+    ops.attention: _attention, ops.rope: _rotate, ops.cached_attention: _recall, ops.conv2d: conv_lowering.convolution,
+    ops.max_pool2d: conv_lowering.pool, ops.global_avg_pool: conv_lowering.average,
 }  # fmt: skip

@@ -21,29 +21,45 @@ from rarefy.runtime.reference import ACTIVATIONS
 TENSOR, NUMBER, SEVERAL, CACHE = "a tensor", "a number", "several tensors", "a cache"  # what a node gives
 
 # what each argument of a word is, see ARGUMENTS; "?" where None will do
-WORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "product": (ops.product, ("tensor", "weight", "constant?", "tensor?", "act")),
-    "convolution": (
-        ops.convolution,
+OPS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "linear": (ops.linear, ("tensor", "weight", "constant?", "tensor?", "act")),
+    "conv2d": (
+        ops.conv2d,
         ("tensor", "weight", "constant?", "tensor?", "act", "pair", "pair", "pair", "count"),
     ),
     "norm": (ops.norm, ("tensor", "constant?", "constant?", "number", "flag", "count")),
-    "rotate": (ops.rotate, ("tensor", "tensor", "tensor", "count")),
-    "pool": (ops.pool, ("tensor", "pair", "pair", "pair", "pair")),
-    "average": (ops.average, ("tensor",)),
+    "rope": (ops.rope, ("tensor", "tensor", "tensor", "count")),
+    "max_pool2d": (ops.max_pool2d, ("tensor", "pair", "pair", "pair", "pair")),
+    "global_avg_pool": (ops.global_avg_pool, ("tensor",)),
     "embedding": (ops.embedding, ("tensor", "weight")),
     "add": (ops.add, ("tensor", "tensor", "act")),
-    "times": (ops.times, ("tensor", "tensor", "act")),
+    "mul": (ops.mul, ("tensor", "tensor", "act")),
     "activation": (ops.activation, ("tensor", "act")),
     "attention": (
         ops.attention,
         ("tensor", "tensor", "tensor", "tensor?", "count", "count", "number", "flag"),
     ),
-    "additive": (ops.additive, ("tensor",)),
-    "recall": (
-        ops.recall,
+    "additive_mask": (ops.additive_mask, ("tensor",)),
+    "cached_attention": (
+        ops.cached_attention,
         ("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window"),
     ),
+}
+
+OLD_NAMES = {  # of operators in graphs of schema 1
+    "words.product": "rarefy.linear",
+    "words.convolution": "rarefy.conv2d",
+    "words.norm": "rarefy.norm",
+    "words.rotate": "rarefy.rope",
+    "words.pool": "rarefy.max_pool2d",
+    "words.average": "rarefy.global_avg_pool",
+    "words.embedding": "rarefy.embedding",
+    "words.add": "rarefy.add",
+    "words.times": "rarefy.mul",
+    "words.activation": "rarefy.activation",
+    "words.attention": "rarefy.attention",
+    "words.additive": "rarefy.additive_mask",
+    "words.recall": "rarefy.cached_attention",
 }
 
 # operators on sizes, and how many they take
@@ -140,8 +156,8 @@ ONLY: dict[str, dict[str, Any]] = {  # arguments with which these are such funct
 def find(name: str) -> Any:
     """Return the operator of a name, None for one that no graph may call. O(1)."""
     family, _, rest = name.partition(".")
-    if family == "words":
-        return WORDS[rest][0] if rest in WORDS else None
+    if family == "rarefy":
+        return OPS[rest][0] if rest in OPS else None
     if name in PYTHON:
         return PYTHON[name][0]
     if family != "aten" or rest not in ATEN:
@@ -153,10 +169,10 @@ def find(name: str) -> Any:
 def name_of(target: Any) -> str | None:
     """Return the name under which `find` has an operator, None where it has it not. O(operators).
 
-    >>> name_of(torch.ops.aten.relu.default), name_of(operator.mul), name_of(words.norm), name_of(print)
-    ('aten.relu.default', 'operator.mul', 'words.norm', None)
+    >>> name_of(torch.ops.aten.relu.default), name_of(operator.mul), name_of(ops.norm), name_of(print)
+    ('aten.relu.default', 'operator.mul', 'rarefy.norm', None)
     """
-    known = {f"words.{n}": f for n, (f, _) in WORDS.items()} | {n: f for n, (f, _) in PYTHON.items()}
+    known = {f"rarefy.{n}": f for n, (f, _) in OPS.items()} | {n: f for n, (f, _) in PYTHON.items()}
     name = next((n for n, f in known.items() if f is target), str(target))
     return name if find(name) is target else None
 
@@ -177,7 +193,7 @@ def check_call(
     given    what each earlier node gives
     weights  the placeholders of constants; False where there is the packed weight alone
     """
-    word = next((n for n, (f, _) in WORDS.items() if f is target), None)
+    word = next((n for n, (f, _) in OPS.items() if f is target), None)
     if word is not None:
         _check_word(word, args, kwargs, given, weights)
     elif isinstance(target, torch._ops.OpOverload):
@@ -196,7 +212,7 @@ def check_call(
 def _check_word(
     word: str, args: Sequence[Any], kwargs: Any, given: Mapping[Any, str], weights: Mapping[Any, bool]
 ) -> None:
-    kinds = WORDS[word][1]
+    kinds = OPS[word][1]
     if kwargs or len(args) != len(kinds):
         raise ValueError(f"{len(kinds)} arguments expected, got {len(args) + len(kwargs)}")
     for i, (kind, value) in enumerate(zip(kinds, args)):

@@ -17,7 +17,7 @@ from rarefy.runtime.reference import ACTIVATIONS
 Pair = tuple[int, int]
 
 
-def product(
+def linear(
     x: Tensor, w: Tensor, bias: Tensor | None = None, more: Tensor | None = None, act: str | None = None
 ) -> Tensor:
     """Return act(x w^T + bias + more)."""
@@ -25,7 +25,7 @@ def product(
     return ACTIVATIONS[act](y if more is None else y + more)
 
 
-def convolution(
+def conv2d(
     x: Tensor, w: Tensor, bias: Tensor | None, more: Tensor | None, act: str | None, stride: Pair, padding: Pair,
     dilation: Pair, groups: int,
 ) -> Tensor:  # fmt: skip
@@ -34,12 +34,12 @@ def convolution(
     return ACTIVATIONS[act](y if more is None else y + more)
 
 
-def pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """Return the largest of the pixels of x [images, features, height, width] that a kernel takes together."""
     return F.max_pool2d(x, kernel, stride, padding, dilation)
 
 
-def average(x: Tensor) -> Tensor:
+def global_avg_pool(x: Tensor) -> Tensor:
     """Return means over pixels, [images, features]."""
     return x.mean((2, 3))
 
@@ -61,7 +61,7 @@ def add(x: Tensor, more: Tensor, act: str | None = None) -> Tensor:
     return ACTIVATIONS[act](x + more)
 
 
-def times(x: Tensor, more: Tensor, act: str | None = None) -> Tensor:
+def mul(x: Tensor, more: Tensor, act: str | None = None) -> Tensor:
     """Return act(x) more, as gated networks do."""
     return ACTIVATIONS[act](x) * more
 
@@ -83,7 +83,7 @@ def attention(
     return y.transpose(1, 2).flatten(2)
 
 
-def additive(mask: Tensor) -> Tensor:
+def additive_mask(mask: Tensor) -> Tensor:
     """Return a mask of what counts as a mask to be added, fp32; what was expanded stays so."""
     if mask.dtype != torch.bool:
         return mask.float()
@@ -93,7 +93,7 @@ def additive(mask: Tensor) -> Tensor:
     return torch.zeros(small.shape).masked_fill_(~small, float("-inf")).expand(mask.shape)
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
+def rope(x: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
     """Return rotary positions (Su et al. 2021, eq. 34): of each head, the first half of its features turned with the
     second by angles whose cosines and sines [batch, tokens, features of a head] are given."""
     y = x.unflatten(-1, (heads, -1))
@@ -101,7 +101,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
     return (y * cosine[..., None, :] + torch.cat([-b, a], -1) * sine[..., None, :]).flatten(-2)
 
 
-def recall(
+def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, cache: Any, before: Pair, heads: int, kv_heads: int, scale: float, window: int
 ) -> Tensor:
     """Keep keys and values in a `Cache`, behind so many features of it, and return causal attention to all that is

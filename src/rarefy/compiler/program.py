@@ -33,7 +33,7 @@ NAMES = (  # rarefy_op of csrc/rarefy.h, as are the structs below
 OPS = {name: i for i, name in enumerate(NAMES)}
 WRITTEN = ("out", "out_scales", "out_absmax")  # operands that a step writes
 FOR_FEW = (Bitmask, Panels)
-BESIDE = (ops.add, ops.times, ops.activation)  # of images, what reads them pixel by pixel
+BESIDE = (ops.add, ops.mul, ops.activation)  # of images, what reads them pixel by pixel
 
 
 class View(Structure):
@@ -113,7 +113,7 @@ class Value:
         return -(-self.tokens.columns * self.tile // NT) * NT if self.few else self.tokens.tiles * self.tile
 
 
-class Plan:
+class Program:
     """The steps of some words for given sizes of their inputs.
 
     Holds memory of its own, so one thread runs it at a time.
@@ -127,7 +127,7 @@ class Plan:
         shapes: Mapping[Node, tuple[int, ...]],
         kernels: Mapping[Node, Any],
         constants: Mapping[str, Tensor],
-        lower: Mapping[Any, Callable[[Plan, Node], None]],
+        lower: Mapping[Any, Callable[[Program, Node], None]],
         images: Collection[Node] = (),
     ):
         self.shapes, self.kernels, self.constants = dict(shapes), kernels, constants
@@ -142,7 +142,7 @@ class Plan:
         self.masks: list[tuple[Node, Attention]] = []
         self.bytes: dict[tuple[Node, str], tuple[Value, Value]] = {}  # inputs in other numbers, and their scales
         self.few = self._few(nodes, inputs)
-        attends = (ops.attention, ops.recall)
+        attends = (ops.attention, ops.cached_attention)
         self.spread = set() if self.few else {self._lead(n) for n in nodes if n.target in attends}
         masks = {n.args[3] for n in nodes if n.target is ops.attention}
         self.inputs = [n for n in inputs if n not in masks]
@@ -161,7 +161,7 @@ class Plan:
 
     def _few(self, nodes: Sequence[Node], inputs: Sequence[Node]) -> bool:
         """Whether tokens are few, and every step knows them so."""
-        packed = [self.kernels[n].held[0] for n in nodes if n.target is ops.product]
+        packed = [self.kernels[n].held[0] for n in nodes if n.target is ops.linear]
         tokens = max((prod(self.shape(n)[:-1]) for n in inputs), default=0)
         plain = any(n.target is ops.attention for n in nodes)
         return (
@@ -179,7 +179,7 @@ class Plan:
         """Return the sizes of a value: of a word, its first input's, where the word's lowering has not said others."""
         if node not in self.shapes:
             s = self.shape(node.args[0])
-            self.shapes[node] = (*s[:-1], self.kernels[node].shape[0]) if node.target is ops.product else s
+            self.shapes[node] = (*s[:-1], self.kernels[node].shape[0]) if node.target is ops.linear else s
         return self.shapes[node]
 
     def _tokens(self, lead: tuple[int, ...]) -> Tokens:
@@ -233,10 +233,10 @@ class Plan:
 
     def _by_pixel(self, image: Node, user: Node) -> bool:
         """Whether a word reads an image's tiles, not its planes."""
-        if user.target is ops.convolution:
+        if user.target is ops.conv2d:
             kernel = self.kernels.get(user)
             return user.args[3] is image or (kernel is not None and kernel.held[0].kind == "int8")
-        return user.target in (*BESIDE, ops.average)
+        return user.target in (*BESIDE, ops.global_avg_pool)
 
     # ---- steps
 

@@ -39,13 +39,13 @@ def check(
 
 def _made(node: Node, first: Any, kernels: Mapping[Node, Any], constants: Mapping[str, Tensor]) -> Size:
     """The sizes of what a word gives."""
-    if node.target is ops.product:
+    if node.target is ops.linear:
         return (*first[:-1], kernels[node].shape[0])
-    if node.target is ops.convolution:
+    if node.target is ops.conv2d:
         return _convolved(node, first, _weight(node, kernels, constants))
-    if node.target is ops.pool:
+    if node.target is ops.max_pool2d:
         return (*first[:2], *conv_lowering.out_sizes(first[2:], *node.args[1:]))
-    return first[:2] if node.target is ops.average else first
+    return first[:2] if node.target is ops.global_avg_pool else first
 
 
 def _weight(node: Node, kernels: Mapping[Node, Any], constants: Mapping[str, Tensor]) -> Size:
@@ -86,9 +86,9 @@ def _average(_: Node, sizes: Any, *__: Any) -> bool:
 
 def _values(node: Node) -> list[Node]:
     """The values that a word is about, without weights and masks."""
-    places = {ops.product: (0, 3), ops.norm: (0,), ops.activation: (0,), ops.attention: (0, 1, 2)}
-    places |= {ops.rotate: (0, 1, 2), ops.convolution: (0, 3), ops.pool: (0,)}
-    places |= {ops.average: (0,), ops.recall: (0, 1, 2)}
+    places = {ops.linear: (0, 3), ops.norm: (0,), ops.activation: (0,), ops.attention: (0, 1, 2)}
+    places |= {ops.rope: (0, 1, 2), ops.conv2d: (0, 3), ops.max_pool2d: (0,)}
+    places |= {ops.global_avg_pool: (0,), ops.cached_attention: (0, 1, 2)}
     found = [node.args[i] for i in places.get(node.target, (0, 1))]
     return [a for a in found if a is not None]
 
@@ -139,15 +139,15 @@ def _recall(node: Node, sizes: Any, *_: Any) -> bool:
 
 
 FITS: dict[Any, Callable[..., bool]] = {
-    ops.product: _product,
+    ops.linear: _product,
     ops.norm: _norm,
     ops.add: _alike,
-    ops.times: _alike,
+    ops.mul: _alike,
     ops.activation: _alike,
     ops.attention: _attention,
-    ops.rotate: _rotate,
-    ops.convolution: _convolution,
-    ops.pool: _pool,
-    ops.average: _average,
-    ops.recall: _recall,
+    ops.rope: _rotate,
+    ops.conv2d: _convolution,
+    ops.max_pool2d: _pool,
+    ops.global_avg_pool: _average,
+    ops.cached_attention: _recall,
 }

@@ -34,8 +34,8 @@ def prove(
             raise ModelError(f"{what}, {far:.2g} of their length apart{' where a size is one' if names else ''}")
     found: list[set[str]] = []
     for names in _together(made, leaves) if allowed is None else []:
-        before = {n: made.traced.ranges[n] for n in names}
-        made.traced.ranges.update({n: (1, most) for n, (_, most) in before.items()})
+        before = {n: made.exported.ranges[n] for n in names}
+        made.exported.ranges.update({n: (1, most) for n, (_, most) in before.items()})
         fewer = [_narrowed(t, want, names) for want, t in zip(made.expected, leaves)]
         try:
             agrees = distance(model, made, fewer, spec) <= apart
@@ -44,7 +44,7 @@ def prove(
         if agrees:
             found.append(names)
         else:
-            made.traced.ranges.update(before)
+            made.exported.ranges.update(before)
     return found
 
 
@@ -53,7 +53,7 @@ def _together(made: Any, leaves: list[Any]) -> list[set[str]]:
     found: dict[tuple[int, int], set[str]] = {}
     for want, t in zip(made.expected, leaves):
         for d, s in enumerate(want.sizes if isinstance(t, Tensor) else ()):
-            if made.traced.ranges.get(s, (0, 0))[0] == 2:
+            if made.exported.ranges.get(s, (0, 0))[0] == 2:
                 found.setdefault((d, t.shape[d]), set()).add(s)
     return list(found.values())
 

@@ -50,7 +50,7 @@ def _made(model: Any, values: str | None) -> Decoder:
     """The decoder of a model; where numbers are rounded, its graph is proved without them first."""
     with hf.attending(model, _attend), torch.no_grad():
         shown = torch.arange(2 * SHOWN).view(2, SHOWN), torch.arange(SHOWN).repeat(2, 1), torch.arange(3)
-        traced = rules.trace(Step(model), shown, {}, compile.RULES, type(model).__name__)
+        traced = rules.trace(Step(model), shown, {}, compile.PASSES, type(model).__name__)
     if not traced.kept:
         raise ModelError(f"{type(model).__name__} has no attention that a cache can serve")
     grids = {
@@ -131,7 +131,7 @@ class Decoder:
             if int(starts.max()) == mask.shape[1]:
                 raise DataError("a prompt is empty: its mask has no one")
         return Cache(
-            self.compiled.traced.kept, batch, capacity, starts if starts is not None and starts.any() else None
+            self.compiled.exported.kept, batch, capacity, starts if starts is not None and starts.any() else None
         )
 
     def __call__(self, ids: Tensor, cache: Cache | None = None, *, last: bool = False) -> Tensor:
@@ -146,7 +146,7 @@ class Decoder:
             raise DataError(f"ids lie in 0..{self.vocabulary - 1}, got {least if least < 0 else most}")
         batch, tokens = ids.shape
         cache = self.cache(batch, tokens) if cache is None else cache
-        if batch != cache.batch or cache.features != self.compiled.traced.kept:
+        if batch != cache.batch or cache.features != self.compiled.exported.kept:
             raise DataError(f"the cache is for {cache.batch} sequences, got {batch}, or for another model")
         if cache.past + tokens > cache.most:
             raise DataError(
@@ -186,7 +186,7 @@ class Decoder:
             so_far = torch.cat([so_far, fed], 1)
 
     def __repr__(self) -> str:
-        return f"a language model's step, {self.compiled.traced.kept} numbers kept of a token\n{self.compiled}"
+        return f"a language model's step, {self.compiled.exported.kept} numbers kept of a token\n{self.compiled}"
 
 
 def _packed(weight: Tensor, values: str | None, grid: Grid | None) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import Node, Traced, aten, is_node, kind_of, put, same, shape
+from rarefy.compiler.fx_utils import ExportedGraph, Node, aten, is_node, kind_of, replace_node, same, shape
 from rarefy.compiler.passes.linear import scale_rows
 
 CLOSE = 1e-3  # of constants, which some models round to three digits
@@ -55,7 +55,7 @@ def _more_than(node: Any, number: float) -> Any:
     return a if not is_node(b) and b == number else b if not is_node(a) and a == number else None
 
 
-def activations(t: Traced, node: Node) -> None:
+def fuse_gelu_silu(t: ExportedGraph, node: Node) -> None:
     """x (1 + erf(x / sqrt 2)) / 2, the same with tanh, and x sigmoid(x)."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or kind_of(node) != torch.float32:
         return
@@ -64,12 +64,12 @@ def activations(t: Traced, node: Node) -> None:
         return
     for x, y in (found, found[::-1]):
         if abs(number - 1) <= CLOSE and y.target is aten.sigmoid.default and y.args[0] is x:
-            put(t, node, ops.activation, x, "silu")
+            replace_node(t, node, ops.activation, x, "silu")
             return
         inner: Any = _more_than(y, 1)
         act = None if abs(number - 0.5) > CLOSE or inner is None else _gelu(inner, x)
         if act is not None:
-            put(t, node, ops.activation, x, act)
+            replace_node(t, node, ops.activation, x, act)
             return
 
 
@@ -89,20 +89,20 @@ def _gelu(inner: Node, x: Node) -> str | None:
     return "gelu_tanh" if rest is not None and _is(_more_than(rest, 1), 0.044715, [x, x]) else None
 
 
-def quick_gelu(t: Traced, node: Node) -> None:
+def fuse_quick_gelu(t: ExportedGraph, node: Node) -> None:
     """x sigmoid(1.702 x) between two products: SiLU, and the number goes into both weights."""
-    if node.target is not ops.times or node.args[2] is not None or len(node.users) != 1:
+    if node.target is not ops.mul or node.args[2] is not None or len(node.users) != 1:
         return
     y = next(iter(node.users))
     for x, chance in (node.args[:2], node.args[1::-1]):
         inner = chance.args[0] if chance.target is aten.sigmoid.default and len(chance.users) == 1 else None
-        if not _is(inner, QUICK, [x]) or x.target is not ops.product or set(x.users) != {inner, node}:
+        if not _is(inner, QUICK, [x]) or x.target is not ops.linear or set(x.users) != {inner, node}:
             continue
-        if y.target is ops.product and y.args[0] is node and x.args[3:] == (None, None):
+        if y.target is ops.linear and y.args[0] is node and x.args[3:] == (None, None):
             made = scale_rows(t, node, x.args[1:3], QUICK)
-            new = put(t, node, ops.product, x.args[0], *made, None, "silu")
+            new = replace_node(t, node, ops.linear, x.args[0], *made, None, "silu")
             w = scale_rows(t, y, y.args[1:2], 1 / QUICK)
-            put(t, y, ops.product, new, *w, *y.args[2:])
+            replace_node(t, y, ops.linear, new, *w, *y.args[2:])
             return
 
 
@@ -117,13 +117,13 @@ def _act(node: Node) -> str | None:
     return ACTIVATIONS.get(node.target)
 
 
-def pointwise(t: Traced, node: Node) -> None:
+def convert_pointwise(t: ExportedGraph, node: Node) -> None:
     """Activations, and sums and products of two values of one shape."""
     act = _act(node)
     if act is not None and kind_of(node) == torch.float32:
-        put(t, node, ops.activation, node.args[0], act)
+        replace_node(t, node, ops.activation, node.args[0], act)
     if node.target in (aten.add.Tensor, aten.mul.Tensor) and kind_of(node) == torch.float32:
         a, b = node.args
         whole = isinstance(a, fx.Node) and isinstance(b, fx.Node) and same(shape(a), shape(b)) and not node.kwargs
         if whole and kind_of(a) == kind_of(b) == torch.float32 and not {a.name, b.name} & set(t.constants):
-            put(t, node, ops.times if node.target is aten.mul.Tensor else ops.add, a, b, None)
+            replace_node(t, node, ops.mul if node.target is aten.mul.Tensor else ops.add, a, b, None)

@@ -9,15 +9,26 @@ from typing import Any
 import torch
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import VIEWS, Node, Traced, added, aten, is_node, kind_of, put, same, shape
+from rarefy.compiler.fx_utils import (
+    VIEWS,
+    ExportedGraph,
+    Node,
+    aten,
+    insert_before,
+    is_node,
+    kind_of,
+    replace_node,
+    same,
+    shape,
+)
 from rarefy.compiler.passes.kv_attention import RECALL
-from rarefy.compiler.passes.linear import product_of
+from rarefy.compiler.passes.linear import linear_of_rows
 from rarefy.compiler.passes.matchers import split, turns
 
 SDPA = aten.scaled_dot_product_attention.default
 
 
-def parts(t: Traced, node: Node) -> None:
+def split_qkv_view(t: ExportedGraph, node: Node) -> None:
     """One of queries, keys and values, which a view splits a product's outputs into, is a product of its own."""
     found = _part(node)
     if found is None:
@@ -25,9 +36,9 @@ def parts(t: Traced, node: Node) -> None:
     y, sizes, dims, i = found
     order = torch.arange(shape(y)[-1]).view(sizes)
     rows = order.select(dims[0] - 2, i).flatten()
-    new = product_of(t, node, y, rows)
-    wide = added(t, node, aten.unflatten.int, new, 2, [sizes[5 - dims[0] - 2], sizes[2]])
-    node.replace_all_uses_with(added(t, node, aten.transpose.int, wide, 1, 2) if dims[2] != 1 else wide)
+    new = linear_of_rows(t, node, y, rows)
+    wide = insert_before(t, node, aten.unflatten.int, new, 2, [sizes[5 - dims[0] - 2], sizes[2]])
+    node.replace_all_uses_with(insert_before(t, node, aten.transpose.int, wide, 1, 2) if dims[2] != 1 else wide)
     t.graph.erase_node(node)
 
 
@@ -50,12 +61,12 @@ def _part(node: Node) -> tuple[Node, tuple[int, ...], list[int], int] | None:
     y, sizes = view.args[0], shape(view)[2:]
     whole = len(view.users) == 1 and len(y.users) == 1 and all(isinstance(s, int) for s in sizes)
     apart = dims[0] in (2, 3) and dims[1:] in ([0, 5 - dims[0], 1, 4], [0, 1, 5 - dims[0], 4])
-    if not whole or not apart or y.target is not ops.product or y.args[3] is not None or i < 0:
+    if not whole or not apart or y.target is not ops.linear or y.args[3] is not None or i < 0:
         return None
     return (y, sizes, dims, i) if len(shape(y)) == 3 and same(shape(y)[:2], shape(view)[:2]) else None
 
 
-def thirds(t: Traced, node: Node) -> None:
+def split_mha_in_proj(t: ExportedGraph, node: Node) -> None:
     """A third of the product in nn.MultiheadAttention: unflatten, unsqueeze, transpose, squeeze, select."""
     if node.target is not aten.select.int or node.args[1] != 0:
         return
@@ -67,13 +78,13 @@ def thirds(t: Traced, node: Node) -> None:
         at = at.args[0]
     squeezed, turned, grown, (dim, (many, each)) = chain
     usual = squeezed == (-2,) and turned == (0, -2) and grown == (0,) and dim in (-1, 2)
-    if usual and at.target is ops.product and at.args[3] is None and len(at.users) == 1 and len(shape(at)) == 3:
+    if usual and at.target is ops.linear and at.args[3] is None and len(at.users) == 1 and len(shape(at)) == 3:
         rows = torch.arange(many * each)[node.args[2] * each :][:each]
-        node.replace_all_uses_with(product_of(t, node, at, rows))
+        node.replace_all_uses_with(linear_of_rows(t, node, at, rows))
         t.graph.erase_node(node)
 
 
-def multihead(t: Traced, node: Node) -> None:
+def make_mha_batch_first(t: ExportedGraph, node: Node) -> None:
     """nn.MultiheadAttention, which computes with tokens before batches: batches first, so that all of it is words."""
     if node.target is not SDPA or len(node.users) != 1:
         return
@@ -83,19 +94,19 @@ def multihead(t: Traced, node: Node) -> None:
         return
     flat = _only_user(turned)
     y = _only_user(flat) if flat is not None and flat.target in VIEWS else None
-    view = _only_user(y) if y is not None and y.target is ops.product and y.args[3] is None else None
+    view = _only_user(y) if y is not None and y.target is ops.linear and y.args[3] is None else None
     if y is None or view is None or view.target not in VIEWS or len(shape(view)) != 3:
         return
     (batch, _, tokens, _), (_, many, _, width) = node.args[0].args[1], shape(node.args[0])
     inner = []
     for p, x in zip(found, list(node.args[:3])):
-        wide = added(t, node, aten.unflatten.int, _batch_first(t, node, p), 2, [shape(x)[1], width])
-        inner.append(added(t, node, aten.transpose.int, wide, 1, 2))
+        wide = insert_before(t, node, aten.unflatten.int, _batch_first(t, node, p), 2, [shape(x)[1], width])
+        inner.append(insert_before(t, node, aten.transpose.int, wide, 1, 2))
     node.args = (*inner, *node.args[3:])
-    joined = added(t, turned, aten.transpose.int, node, 1, 2)
+    joined = insert_before(t, turned, aten.transpose.int, node, 1, 2)
     with t.graph.inserting_before(turned):
         rows = t.graph.call_function(aten.reshape.default, (joined, [batch, tokens, many * width]))
-        new = t.graph.call_function(ops.product, (rows, *y.args[1:]))
+        new = t.graph.call_function(ops.linear, (rows, *y.args[1:]))
     rows.meta["val"] = joined.meta["val"].flatten(2)
     new.meta["val"] = view.meta["val"].transpose(0, 1)
     for user in list(view.users):
@@ -103,7 +114,7 @@ def multihead(t: Traced, node: Node) -> None:
             user.replace_all_uses_with(new)
             t.graph.erase_node(user)
     if view.users:
-        view.replace_all_uses_with(added(t, view, aten.transpose.int, new, 0, 1))
+        view.replace_all_uses_with(insert_before(t, view, aten.transpose.int, new, 0, 1))
 
 
 def _only_user(node: Any) -> Any:
@@ -125,17 +136,17 @@ def _flips(x: Node) -> bool:
     return x.target is aten.transpose.int and sorted(x.args[1:]) == [0, 1] and len(shape(x)) == 3
 
 
-def _batch_first(t: Traced, before: Node, p: Node) -> Node:
+def _batch_first(t: ExportedGraph, before: Node, p: Node) -> Node:
     """[batch, tokens, features] of [tokens, batch, features], before a product where there is one."""
-    if p.target is ops.product and _flips(p.args[0]) and p.args[3] is None:
+    if p.target is ops.linear and _flips(p.args[0]) and p.args[3] is None:
         with t.graph.inserting_before(before):
-            new = t.graph.call_function(ops.product, (p.args[0].args[0], *p.args[1:]))
+            new = t.graph.call_function(ops.linear, (p.args[0].args[0], *p.args[1:]))
         new.meta["val"] = p.meta["val"].transpose(0, 1)
         return new
-    return added(t, before, aten.transpose.int, p, 0, 1)
+    return insert_before(t, before, aten.transpose.int, p, 0, 1)
 
 
-def written(t: Traced, node: Node) -> None:
+def fuse_sdpa(t: ExportedGraph, node: Node) -> None:
     """softmax(q k^T scale + mask) v in calls of its own is one."""
     if node.target is not aten.matmul.default or len(shape(node)) != 4 or kind_of(node) != torch.float32:
         return
@@ -165,7 +176,7 @@ def written(t: Traced, node: Node) -> None:
     t.graph.erase_node(node)
 
 
-def _back(t: Traced, before: Node, across: Node) -> Node:
+def _back(t: ExportedGraph, before: Node, across: Node) -> Node:
     """Keys [batch, heads, tokens, width] of [batch, heads, width, tokens]."""
     x = across.args[0] if across.args else None
     if across.target is aten.transpose.int and sorted(d % 4 for d in across.args[1:]) == [2, 3]:
@@ -173,11 +184,11 @@ def _back(t: Traced, before: Node, across: Node) -> Node:
     if across.target is aten.permute.default and list(across.args[1]) == [0, 1, 3, 2]:
         return x
     if across.target is aten.permute.default and list(across.args[1]) == [0, 2, 3, 1]:
-        return added(t, before, aten.transpose.int, x, 1, 2)
-    return added(t, before, aten.transpose.int, across, 2, 3)
+        return insert_before(t, before, aten.transpose.int, x, 1, 2)
+    return insert_before(t, before, aten.transpose.int, across, 2, 3)
 
 
-def scaled(t: Traced, node: Node) -> None:
+def fold_attention_scale(t: ExportedGraph, node: Node) -> None:
     """Queries or keys times a number: that goes into the scale."""
     if node.target not in (SDPA, RECALL):
         return
@@ -207,7 +218,7 @@ def _number(x: Node) -> tuple[Node, float] | None:
     return None
 
 
-def attention(t: Traced, node: Node) -> None:
+def fuse_attention(t: ExportedGraph, node: Node) -> None:
     """[batch, tokens, features] split into heads, attention, and joined again."""
     if node.target is not aten.scaled_dot_product_attention.default or kind_of(node) != torch.float32:
         return
@@ -230,13 +241,13 @@ def attention(t: Traced, node: Node) -> None:
         return
     scale = node.kwargs.get("scale")
     if mask is not None:
-        made = next((u for u in mask.users if u.target is ops.additive), None)
+        made = next((u for u in mask.users if u.target is ops.additive_mask), None)
         if made is None:
             with t.graph.inserting_after(mask if mask.op != "placeholder" else t.inputs[-1]):
-                made = t.graph.call_function(ops.additive, (mask,))
+                made = t.graph.call_function(ops.additive_mask, (mask,))
             made.meta["val"] = mask.meta["val"].float()
         mask = made
     scale = width**-0.5 if scale is None else scale
-    put(t, joined, ops.attention, *apart, mask, heads, kv_heads, scale, causal)
+    replace_node(t, joined, ops.attention, *apart, mask, heads, kv_heads, scale, causal)
     t.graph.erase_node(turned)
     t.graph.erase_node(node)

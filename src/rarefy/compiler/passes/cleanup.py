@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.common.errors import ModelError
-from rarefy.compiler.fx_utils import VIEWS, Node, Traced, aten, kind_of, new_constant, same, shape
+from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, add_constant, aten, kind_of, same, shape
 
 WHOLE = (1 << 63) - 1  # where a slice of all ends
 
@@ -23,7 +23,7 @@ NOTHING = (
 )  # fmt: skip
 
 
-def drop(t: Traced, node: Node) -> None:
+def remove_noop(t: ExportedGraph, node: Node) -> None:
     """What does nothing to values."""
     if node.target in CHECKS:
         t.graph.erase_node(node)
@@ -53,14 +53,14 @@ FILLED = {  # calls that take of their first argument its type alone
 }  # fmt: skip
 
 
-def constants(t: Traced, node: Node) -> None:
+def fold_constants(t: ExportedGraph, node: Node) -> None:
     """What follows from constants alone is one, and so is what is filled with zeros or ones."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not node.all_input_nodes or not str(value.numel()).isdigit():
         return
     if node.target in FILLED and value.numel() <= MOST_FOLDED:
         filled = torch.full([int(s) for s in value.shape], FILLED[node.target]).to(value.dtype)
-        node.replace_all_uses_with(new_constant(t, f"{node.name}_known", filled))
+        node.replace_all_uses_with(add_constant(t, f"{node.name}_known", filled))
         t.graph.erase_node(node)
         return
     if getattr(node.target, "tags", ()) and torch.Tag.nondeterministic_seeded in node.target.tags:
@@ -68,6 +68,6 @@ def constants(t: Traced, node: Node) -> None:
     if value.numel() > MOST_FOLDED or any(n.name not in t.constants for n in node.all_input_nodes):
         return
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: t.constants[n.name])
-    made = new_constant(t, f"{node.name}_known", node.target(*args, **kwargs))
+    made = add_constant(t, f"{node.name}_known", node.target(*args, **kwargs))
     node.replace_all_uses_with(made)
     t.graph.erase_node(node)

@@ -10,7 +10,7 @@ from torch import fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import VIEWS, Node, Traced, aten, kind_of, new_constant, put, same, shape
+from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, add_constant, aten, kind_of, replace_node, same, shape
 from rarefy.runtime.packed_formats import (
     MOST_STRIDE,
 )
@@ -21,7 +21,7 @@ NORMS = {
 }  # where the variance's least is
 
 
-def convolution(t: Traced, node: Node) -> None:
+def convert_conv(t: ExportedGraph, node: Node) -> None:
     """A convolution of images by a constant weight."""
     if node.target is not aten.conv2d.default or kind_of(node) != torch.float32:
         return
@@ -32,10 +32,10 @@ def convolution(t: Traced, node: Node) -> None:
     known = w.name in t.constants and (bias is None or bias.name in t.constants)
     if known and not any(isinstance(s, str) for s in sizes):
         pairs = (tuple(s) * 2 if len(s) == 1 else tuple(s) for s in sizes)
-        put(t, node, ops.convolution, x, w, bias, None, None, *pairs, groups)
+        replace_node(t, node, ops.conv2d, x, w, bias, None, None, *pairs, groups)
 
 
-def batch_norm(t: Traced, node: Node) -> None:
+def fold_batch_norm(t: ExportedGraph, node: Node) -> None:
     """A BatchNorm after a convolution that nothing else reads: weights and bias of their own."""
     outer = node
     if node.target is operator.getitem and node.args[1] == 0 and node.args[0].target in NORMS:
@@ -45,17 +45,17 @@ def batch_norm(t: Traced, node: Node) -> None:
     y, *norm = node.args[:5]
     if node.target is aten.batch_norm.default and node.args[5]:
         return  # by the batch's own numbers
-    if y.target is not ops.convolution or len(y.users) != 1 or y.args[3:5] != (None, None):
+    if y.target is not ops.conv2d or len(y.users) != 1 or y.args[3:5] != (None, None):
         return
     if (outer is not node and len(node.users) > 1) or not all(n is None or n.name in t.constants for n in norm):
         return
     x, w, bias, *rest = y.args
     W, b, gain, shift, mean, variance = (None if n is None else t.constants[n.name] for n in (w, bias, *norm))
     made = fuse_conv_bn_weights(W, b, mean, variance, node.args[NORMS[node.target]], gain, shift)  # type: ignore[arg-type]
-    put(t, outer, ops.convolution, x, *(new_constant(t, f"{y.name}_{n}", v) for n, v in zip("wb", made)), *rest)
+    replace_node(t, outer, ops.conv2d, x, *(add_constant(t, f"{y.name}_{n}", v) for n, v in zip("wb", made)), *rest)
 
 
-def pooled(t: Traced, node: Node) -> None:
+def convert_pool(t: ExportedGraph, node: Node) -> None:
     """The largest, or the mean of all, of pixels."""
     if kind_of(node) != torch.float32:
         return
@@ -66,7 +66,7 @@ def pooled(t: Traced, node: Node) -> None:
         sizes: Any = (kernel, stride or kernel, padding, dilation)
         pairs = [tuple(v) * 2 if len(v) == 1 else tuple(v) for v in sizes]
         if not ceil and len(shape(x)) == 4 and max(pairs[1]) <= MOST_STRIDE:
-            put(t, node, ops.pool, x, *pairs)
+            replace_node(t, node, ops.max_pool2d, x, *pairs)
         return
     y, over = node, None
     if node.target in VIEWS and len(shape(node)) == 2:
@@ -78,4 +78,4 @@ def pooled(t: Traced, node: Node) -> None:
     elif node.target is aten.mean.dim and len(shape(node)) == 2 and sorted(d % 4 for d in node.args[1]) == [2, 3]:
         over = node.args[0]
     if isinstance(over, fx.Node) and len(shape(over)) == 4:
-        put(t, node, ops.average, over)
+        replace_node(t, node, ops.global_avg_pool, over)

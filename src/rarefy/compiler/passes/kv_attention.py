@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import VIEWS, Node, Traced, added, aten, same, shape
+from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, aten, insert_before, same, shape
 from rarefy.compiler.passes.matchers import split
 
 _LIBRARY = torch.library.Library("rarefy", "FRAGMENT")
@@ -22,7 +22,7 @@ _LIBRARY.impl("recall", _recall, "CompositeExplicitAutograd")
 RECALL = torch.ops.rarefy.recall.default
 
 
-def recalled(t: Traced, node: Node) -> None:
+def convert_cached_attention(t: ExportedGraph, node: Node) -> None:
     """rarefy::recall of queries, keys and values in heads: the word, behind the layers before it in the cache."""
     if node.target is not RECALL:
         return
@@ -34,19 +34,21 @@ def recalled(t: Traced, node: Node) -> None:
             cache = t.graph.placeholder("cache")
     flat = [split(x) for x in (q, k, v)]
     joined = [
-        y if y is not None else added(t, node, aten.flatten.using_ints, added(t, node, aten.transpose.int, x, 1, 2), 2)
+        y
+        if y is not None
+        else insert_before(t, node, aten.flatten.using_ints, insert_before(t, node, aten.transpose.int, x, 1, 2), 2)
         for y, x in zip(flat, (q, k, v))
     ]
     before = t.kept, t.kept + few * width
     t.kept += few * (width + shape(v)[3])
     args = (*joined, cache, before, many, few, scale, window)
     with t.graph.inserting_before(node):
-        new = t.graph.call_function(ops.recall, args)
+        new = t.graph.call_function(ops.cached_attention, args)
     new.meta["val"] = node.meta["val"].flatten(2)
     for user in list(node.users):
         if user.target in VIEWS and same(shape(user), shape(new)):
             user.replace_all_uses_with(new)
             t.graph.erase_node(user)
     if node.users:
-        node.replace_all_uses_with(added(t, node, aten.unflatten.int, new, 2, [many, shape(v)[3]]))
+        node.replace_all_uses_with(insert_before(t, node, aten.unflatten.int, new, 2, [many, shape(v)[3]]))
     t.graph.erase_node(node)

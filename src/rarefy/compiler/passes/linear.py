@@ -9,26 +9,39 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import VIEWS, Node, Traced, aten, is_node, kind_of, new_constant, put, same, shape
+from rarefy.compiler.fx_utils import (
+    VIEWS,
+    ExportedGraph,
+    Node,
+    add_constant,
+    aten,
+    is_node,
+    kind_of,
+    replace_node,
+    same,
+    shape,
+)
 from rarefy.runtime.sparse_layers import Sparse, from_spec
 
 
-def linear(t: Traced, node: Node) -> None:
+def convert_linear(t: ExportedGraph, node: Node) -> None:
     """A product with a constant weight, dense or of a layer that runs sparse already."""
     if node.target is aten.linear.default:
         x, w, bias = (*node.args, None)[:3]
         fixed = all(n is None or n.name in t.constants for n in (w, bias))
         if fixed and kind_of(node) == torch.float32:
-            put(t, node, ops.product, x, w, bias, None, None)
+            replace_node(t, node, ops.linear, x, w, bias, None, None)
     if node.target is aten.addmm.default and not node.kwargs and kind_of(node) == torch.float32:
         bias, x, w = node.args
         if {bias.name, w.name} <= t.constants.keys() and len(shape(bias)) == 1:
-            put(t, node, ops.product, x, new_constant(t, f"{w.name}_t", t.constants[w.name].t()), bias, None, None)
+            replace_node(
+                t, node, ops.linear, x, add_constant(t, f"{w.name}_t", t.constants[w.name].t()), bias, None, None
+            )
     if node.target is torch.ops.rarefy.sparse.default:
         _unpack_sparse(t, node)
 
 
-def _unpack_sparse(t: Traced, node: Node) -> None:
+def _unpack_sparse(t: ExportedGraph, node: Node) -> None:
     """A layer that runs sparse already: its weight once more, for the plan to pack."""
     x, parts, bias, about = node.args
     layer = from_spec([t.constants[p.name] for p in parts], None, about)
@@ -37,7 +50,7 @@ def _unpack_sparse(t: Traced, node: Node) -> None:
     with t.graph.inserting_before(next(iter(t.graph.nodes))):
         w = t.graph.placeholder(f"{parts[0].name}_unpacked")
     t.constants[w.name] = w.meta["val"] = layer.weight.float()
-    put(t, node, ops.product, x, w, bias, None, layer.activation)
+    replace_node(t, node, ops.linear, x, w, bias, None, layer.activation)
 
 
 def _small(layer: Sparse) -> bool:
@@ -45,31 +58,31 @@ def _small(layer: Sparse) -> bool:
     return any(how.get("kind", "fp32") != "fp32" for _, how in layer.formats)
 
 
-def reshaped(t: Traced, node: Node) -> None:
+def remove_views_around_linear(t: ExportedGraph, node: Node) -> None:
     """view(product(view(x))): the product alone."""
     if node.target not in VIEWS or not isinstance(node.args[0], fx.Node):
         return
     y = node.args[0]
-    if y.target is not ops.product or len(y.users) != 1 or y.args[3] is not None:
+    if y.target is not ops.linear or len(y.users) != 1 or y.args[3] is not None:
         return
     x = y.args[0]
     wide = x.args[0] if x.target in VIEWS else None
     ends = wide is not None and shape(x)[-1] == shape(wide)[-1] and shape(node)[-1] == shape(y)[-1]
     if ends and same(shape(wide)[:-1], shape(node)[:-1]):
-        put(t, node, ops.product, wide, *y.args[1:])
+        replace_node(t, node, ops.linear, wide, *y.args[1:])
 
 
-def scale_rows(t: Traced, at: Node, weights: Any, by: Any) -> list[Node | None]:
+def scale_rows(t: ExportedGraph, at: Node, weights: Any, by: Any) -> list[Node | None]:
     """Weights and biases times a number, or each output by its own."""
     made: list[Node | None] = []
     for n in weights:
         w = None if n is None else t.constants[n.name]
         each = by.view(-1, *[1] * (w.dim() - 1)) if isinstance(by, Tensor) and w is not None else by
-        made.append(None if w is None else new_constant(t, f"{at.name}_scaled", w * each))
+        made.append(None if w is None else add_constant(t, f"{at.name}_scaled", w * each))
     return made
 
 
-def layer_scale(t: Traced, node: Node) -> None:
+def fold_layer_scale(t: ExportedGraph, node: Node) -> None:
     """A product's outputs times a constant each: that goes into its weight and bias."""
     if node.target is not aten.mul.Tensor or kind_of(node) != torch.float32:
         return
@@ -77,36 +90,36 @@ def layer_scale(t: Traced, node: Node) -> None:
         if not is_node(y) or not is_node(gain) or gain.name not in t.constants:
             continue
         by = t.constants[gain.name]
-        alone = y.target is ops.product and len(y.users) == 1 and y.args[3:] == (None, None)
+        alone = y.target is ops.linear and len(y.users) == 1 and y.args[3:] == (None, None)
         if alone and by.dim() and by.numel() == by.shape[-1] == shape(y)[-1] and by.dim() <= len(shape(y)):
-            put(t, node, ops.product, y.args[0], *scale_rows(t, node, y.args[1:3], by.flatten()), None, None)
+            replace_node(t, node, ops.linear, y.args[0], *scale_rows(t, node, y.args[1:3], by.flatten()), None, None)
             return
 
 
-def embedding(t: Traced, node: Node) -> None:
+def convert_embedding(t: ExportedGraph, node: Node) -> None:
     """Rows of a constant weight."""
     if node.target is aten.embedding.default and kind_of(node) == torch.float32 and node.args[0].name in t.constants:
-        put(t, node, ops.embedding, node.args[1], node.args[0])
+        replace_node(t, node, ops.embedding, node.args[1], node.args[0])
 
 
-def pieces(t: Traced, node: Node) -> None:
+def split_linear_outputs(t: ExportedGraph, node: Node) -> None:
     """A piece of a product's outputs is a product with a piece of its weight: queries, keys and values in one."""
     y, start, end = _piece(node)
-    if y is None or y.target is not ops.product or y.args[3] is not None:
+    if y is None or y.target is not ops.linear or y.args[3] is not None:
         return
-    node.replace_all_uses_with(product_of(t, node, y, torch.arange(start, end)))
+    node.replace_all_uses_with(linear_of_rows(t, node, y, torch.arange(start, end)))
     t.graph.erase_node(node)
 
 
-def product_of(t: Traced, before: Node, y: Node, rows: Tensor) -> Node:
+def linear_of_rows(t: ExportedGraph, before: Node, y: Node, rows: Tensor) -> Node:
     """Return the product of some of the rows of a product's weight and bias, of the same inputs, before a node."""
     x, *weights, _, act = y.args
     w, bias = (
-        None if n is None else new_constant(t, f"{before.name}_{part}", t.constants[n.name][rows])
+        None if n is None else add_constant(t, f"{before.name}_{part}", t.constants[n.name][rows])
         for n, part in zip(weights, ("weight", "bias"))
     )
     with t.graph.inserting_before(before):
-        new = t.graph.call_function(ops.product, (x, w, bias, None, act))
+        new = t.graph.call_function(ops.linear, (x, w, bias, None, act))
     new.meta["val"] = y.meta["val"][..., : len(rows)]
     return new
 
@@ -138,10 +151,10 @@ def _last(y: Any, dim: Any) -> bool:
     return dim in (-1, len(shape(y)) - 1)
 
 
-KEEPING = (ops.product, ops.norm, ops.add, ops.times, ops.activation)  # whose outputs lie as their inputs do
+KEEPING = (ops.linear, ops.norm, ops.add, ops.mul, ops.activation)  # whose outputs lie as their inputs do
 
 
-def between_views(t: Traced, node: Node) -> None:
+def remove_view_pairs(t: ExportedGraph, node: Node) -> None:
     """Words between two views, the second of which takes back the first, need neither."""
     if node.target not in VIEWS or not isinstance(node.args[0], fx.Node) or node.args[0].target not in KEEPING:
         return
@@ -166,7 +179,7 @@ def between_views(t: Traced, node: Node) -> None:
 
 def _tensors(node: Node) -> tuple[int, ...]:
     """Which arguments of a word are values."""
-    return {ops.product: (0, 3), ops.add: (0, 1), ops.times: (0, 1)}.get(node.target, (0,))
+    return {ops.linear: (0, 3), ops.add: (0, 1), ops.mul: (0, 1)}.get(node.target, (0,))
 
 
 def _inside(node: Node, lead: tuple[Any, ...], inside: dict[Node, None]) -> bool:

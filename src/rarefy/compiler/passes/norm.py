@@ -8,11 +8,22 @@ import torch
 from torch import fx
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import VIEWS, Node, Traced, added, aten, is_node, kind_of, put, same, shape
+from rarefy.compiler.fx_utils import (
+    VIEWS,
+    ExportedGraph,
+    Node,
+    aten,
+    insert_before,
+    is_node,
+    kind_of,
+    replace_node,
+    same,
+    shape,
+)
 from rarefy.compiler.passes.matchers import args_of_pair
 
 
-def norm(t: Traced, node: Node) -> None:
+def convert_norm(t: ExportedGraph, node: Node) -> None:
     """LayerNorm and RMSNorm over the last dimension."""
     centred = node.target is aten.layer_norm.default
     if (not centred and node.target is not aten.rms_norm.default) or kind_of(node) != torch.float32:
@@ -22,10 +33,10 @@ def norm(t: Traced, node: Node) -> None:
     given = [*rest, *usual[len(rest) :]]
     gain, bias, least = given[:3] if centred else (given[0], None, given[1] if given[1] is not None else usual[1])
     if len(over) == 1 and all(c is None or c.name in t.constants for c in (gain, bias)):
-        put(t, node, ops.norm, x, gain, bias, least, centred, 1)
+        replace_node(t, node, ops.norm, x, gain, bias, least, centred, 1)
 
 
-def layer_norm(t: Traced, node: Node) -> None:
+def fuse_layer_norm(t: ExportedGraph, node: Node) -> None:
     """(x - mean) / sqrt(variance + least), its gain and its bias behind it."""
     if node.target not in (aten.div.Tensor, aten.mul.Tensor) or kind_of(node) != torch.float32 or node.kwargs:
         return
@@ -35,7 +46,7 @@ def layer_norm(t: Traced, node: Node) -> None:
             continue
         x, (spread, least) = _from_mean(away), by.args[0].args
         if x is not None and not is_node(least) and _variance(spread, x):
-            gained(t, put(t, node, ops.norm, x, None, None, float(least), True, 1))
+            absorb_norm_affine(t, replace_node(t, node, ops.norm, x, None, None, float(least), True, 1))
             return
 
 
@@ -69,7 +80,7 @@ def _variance(node: Any, x: Node) -> bool:
     return square.target is aten.mul.Tensor and all(_from_mean(a) is x for a in square.args)
 
 
-def gained(t: Traced, node: Node) -> None:
+def absorb_norm_affine(t: ExportedGraph, node: Node) -> None:
     """A constant that alone multiplies a norm is its gain, what is added then its bias."""
     for place, target in ((1, aten.mul.Tensor), (2, aten.add.Tensor)):
         user = next(iter(node.users)) if len(node.users) == 1 else None
@@ -79,12 +90,12 @@ def gained(t: Traced, node: Node) -> None:
         if is_node(c) and c.name in t.constants and shape(c) == tuple(shape(node)[-1:]):
             args = list(node.args)
             args[place] = c
-            new = put(t, user, ops.norm, *args)
+            new = replace_node(t, user, ops.norm, *args)
             t.graph.erase_node(node)
             node = new
 
 
-def rms(t: Traced, node: Node) -> None:
+def fuse_rms_norm(t: ExportedGraph, node: Node) -> None:
     """x rsqrt(mean(x^2) + least), and its gain behind it."""
     if node.target is not aten.mul.Tensor or kind_of(node) != torch.float32:
         return
@@ -96,7 +107,7 @@ def rms(t: Traced, node: Node) -> None:
             continue
         if not over_features(mean, x) or not _squares(mean.args[0], x):
             continue
-        gained(t, put(t, node, ops.norm, x, None, None, float(least), False, 1))
+        absorb_norm_affine(t, replace_node(t, node, ops.norm, x, None, None, float(least), False, 1))
         return
 
 
@@ -106,7 +117,7 @@ def _squares(node: Any, x: Node) -> bool:
     return args_of_pair(node, aten.mul.Tensor) == (x, x)
 
 
-def heads(t: Traced, node: Node) -> None:
+def fuse_head_norm(t: ExportedGraph, node: Node) -> None:
     """A norm of each head's features: view, norm. Becomes a norm of groups, and a view behind it."""
     if node.target is not ops.norm or node.args[5] != 1:
         return
@@ -115,6 +126,6 @@ def heads(t: Traced, node: Node) -> None:
         return
     x, many, width = v.args[0], *shape(v)[2:]
     if same(shape(x)[:2], shape(v)[:2]):
-        new = added(t, node, ops.norm, x, *rest[:4], many)
-        node.replace_all_uses_with(added(t, node, aten.unflatten.int, new, 2, [many, width]))
+        new = insert_before(t, node, ops.norm, x, *rest[:4], many)
+        node.replace_all_uses_with(insert_before(t, node, aten.unflatten.int, new, 2, [many, width]))
         t.graph.erase_node(node)

@@ -8,11 +8,11 @@ import torch
 from torch import fx
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import Node, Traced, added, aten, kind_of, same, shape
+from rarefy.compiler.fx_utils import ExportedGraph, Node, aten, insert_before, kind_of, same, shape
 from rarefy.compiler.passes.matchers import args_of_pair, split
 
 
-def rotation(t: Traced, node: Node) -> None:
+def fuse_rope(t: ExportedGraph, node: Node) -> None:
     """x cos + cat(-x's second half, its first) sin, of x that was split into heads."""
     a, b = args_of_pair(node, aten.add.Tensor)
     for plain, turned in ((a, b), (b, a)):
@@ -21,9 +21,9 @@ def rotation(t: Traced, node: Node) -> None:
                 y = split(x)
                 if y is not None and _turned(halves, x) and _angles(cosine, x) and _angles(sine, x):
                     many, width = shape(x)[1], shape(x)[3]
-                    new = added(t, node, ops.rotate, y, cosine.args[0], sine.args[0], many)
-                    back = added(t, node, aten.unflatten.int, new, 2, [many, width])
-                    node.replace_all_uses_with(added(t, node, aten.transpose.int, back, 1, 2))
+                    new = insert_before(t, node, ops.rope, y, cosine.args[0], sine.args[0], many)
+                    back = insert_before(t, node, aten.unflatten.int, new, 2, [many, width])
+                    node.replace_all_uses_with(insert_before(t, node, aten.transpose.int, back, 1, 2))
                     t.graph.erase_node(node)
                     return
 
