@@ -25,7 +25,7 @@ from rarefy.data import builtin
 from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
 from rarefy.pipeline import train_stage
-from rarefy.runtime import bindings
+from rarefy.runtime import autotune, bindings
 
 SHARD = "weights-00001.safetensors"
 needs_kernels = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
@@ -247,7 +247,7 @@ def test_operators_outside_the_list(tmp_path, net, says):
 
 def test_layers_that_run_sparse_already_in_eight_bits(tmp_path, monkeypatch):
     net = pruned(nn.Sequential(nn.Linear(64, 64)), 0.9)
-    monkeypatch.setattr(rarefy.runtime.candidates, "fastest", lambda d, w, i, c: {n: ("tiles:int8", 2.0) for n in i})
+    monkeypatch.setattr(autotune, "fastest", lambda d, w, i, c: {n: ("tiles:int8", 2.0) for n in i})
     monkeypatch.setattr(op_registry, "ATEN", op_registry.ATEN - {"aten.reshape.default"})
     made = rarefy.compile(net, torch.randn(32, 64))
     made.exported.graph.find_nodes(op="call_function", target=ops.linear)[0].target = torch.ops.rarefy.sparse.default

@@ -18,7 +18,7 @@ from rarefy.compiler import compile, kernel_selection, ops, verify
 from rarefy.compiler.executor import MOST_SIZES, FusedSubgraph, SingleOp
 from rarefy.data import builtin
 from rarefy.model import hf
-from rarefy.runtime import bindings, packing
+from rarefy.runtime import autotune, bindings, packing
 
 
 def pruned(model, sparsity=0.8, seed=0):
@@ -173,7 +173,7 @@ def test_eight_bits_equal_their_oracle(isa):
 def test_layers_that_run_sparse_already(monkeypatch):
     net, x = pruned(Gated(64, 256), 0.9), torch.randn(32, 64)
     want = net(x)
-    monkeypatch.setattr(rarefy.runtime.candidates, "fastest", lambda d, w, i, c: {n: ("tiles", 2.0) for n in i})
+    monkeypatch.setattr(autotune, "fastest", lambda d, w, i, c: {n: ("tiles", 2.0) for n in i})
     rarefy.accelerate_(net, (32,), tuning_cache=False)
     made = rarefy.compile(net, x)
     assert native_ops(made).count(ops.linear) == 3
