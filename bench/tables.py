@@ -1,7 +1,7 @@
-"""Write the tables of README.md and docs/ from the records in bench/results/.
+"""Write the tables and figures of README.md and docs/ from the records in bench/results/.
 
-    python bench/tables.py            rewrite every generated block
-    python bench/tables.py --check    exit with 1 if a block is out of date
+    python bench/tables.py            rewrite every generated block and figure
+    python bench/tables.py --check    exit with 1 if one is out of date
 
 A generated block stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is a key of TABLES.
 Of a case that was measured twice on one machine, the last record counts.
@@ -13,6 +13,7 @@ import argparse
 import re
 from pathlib import Path
 
+import figures
 import quality_tables
 import speed_tables
 
@@ -40,13 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a block is out of date")
     arguments = parser.parse_args()
+    new = {page: render(page.read_text(encoding="utf-8")) for page in pages()}
+    new |= {ROOT / name: draw() for name, draw in figures.FIGURES.items()}
     stale = []
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
-        if render(text) != text:
-            stale.append(page.relative_to(ROOT))
+    for path, text in new.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(path.relative_to(ROOT))
             if not arguments.check:
-                page.write_text(render(text), encoding="utf-8")
+                path.write_text(text, encoding="utf-8")
     if arguments.check and stale:
         raise SystemExit(f"out of date, run python bench/tables.py: {', '.join(map(str, stale))}")
 
