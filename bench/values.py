@@ -223,11 +223,11 @@ def peer(python: str, only: list[str]) -> Iterator[Line]:
 def share_of_bf16(model: Any) -> float:
     """Return the bytes of the layers that were worked on as stored, over those of bf16."""
     from rarefy.checkpoint.save import pack
-    from rarefy.model.masks import plain_state
+    from rarefy.model.masks import folded_state
 
     model = copy.deepcopy(model).to(torch.bfloat16)
     stored = dense = 0
-    for name, packed in pack(model, dict(plain_state(model))):
+    for name, packed in pack(model, dict(folded_state(model))):
         if ".layers." in name and name.endswith("_proj.weight"):
             stored += packed.nbytes
             dense += 2 * torch.Size(packed.shape).numel()

@@ -25,7 +25,7 @@ g = torch.Generator().manual_seed(0)
 data = [{"input_ids": torch.randint(0, 2048, (2, 128), generator=g)} for _ in range(samples // 2)]
 prune = {"sparsity": 0.5, "solver": solver, "layers": "model.layers.*"}
 recipe = {"name": "deep", "stages": [{"prune": prune}]}
-with pages.keeping(model, memory):
+with pages.limiting_resident_weights(model, memory):
     rarefy.compress_(model, recipe, data, memory=memory, resume_dir=out + ".work")
     rarefy.save(model, out)
 print(json.dumps({"peak": peak_rss()}))

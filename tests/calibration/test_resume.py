@@ -66,7 +66,7 @@ def same(a, b):
 
 def stopping(monkeypatch, writes):
     """Interrupt a run after so many stops are on disk."""
-    real, count = resume.Journal.write, [0]
+    real, count = resume.ResumeState.write, [0]
 
     def write(self, stop, entry):
         real(self, stop, entry)
@@ -74,13 +74,13 @@ def stopping(monkeypatch, writes):
         if count[0] == writes:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(resume.Journal, "write", write)
+    monkeypatch.setattr(resume.ResumeState, "write", write)
 
 
 def counting(monkeypatch):
     """Return a list that grows with every group that is solved."""
-    solved, real = [], layerwise._solve
-    monkeypatch.setattr(layerwise, "_solve", lambda stop, *a: solved.append(stop) or real(stop, *a))
+    solved, real = [], layerwise._solve_group
+    monkeypatch.setattr(layerwise, "_solve_group", lambda stop, *a: solved.append(stop) or real(stop, *a))
     return solved
 
 
@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, how, tmp_path, monkey
 def test_a_finished_run_only_passes(tmp_path, monkeypatch):
     first, second = fresh("llama"), fresh("llama")
     rarefy.prune_(first, sparsity=0.5, solver="obs", data=tokens(), resume_dir=tmp_path / "w")
-    monkeypatch.setattr(layerwise, "_solve", lambda *a: pytest.fail("solved again"))
+    monkeypatch.setattr(layerwise, "_solve_group", lambda *a: pytest.fail("solved again"))
     rarefy.prune_(second, sparsity=0.5, solver="obs", data=tokens(), resume_dir=tmp_path / "w")
     assert same(first, second)
 
@@ -140,12 +140,16 @@ def test_an_allocation_is_searched_once(tmp_path, monkeypatch):
     want, model, work = fresh("llama"), fresh("llama"), tmp_path / "w"
     rows = rarefy.prune_(want, **how).rows
     with monkeypatch.context() as patch:
-        real = layerwise.walk
-        patch.setattr(layerwise, "walk", lambda *a, **k: pytest.fail("killed") if "passed" in k else real(*a, **k))
+        real = layerwise.calibrate_sequentially
+        patch.setattr(
+            layerwise,
+            "calibrate_sequentially",
+            lambda *a, **k: pytest.fail("killed") if "passed" in k else real(*a, **k),
+        )
         with pytest.raises(pytest.fail.Exception):
             rarefy.prune_(model, resume_dir=work, **how)
     assert {p.name for p in work.iterdir()} == {"key.json", "each.json"}
-    monkeypatch.setattr(prune, "search", lambda *a, **k: pytest.fail("searched again"))
+    monkeypatch.setattr(prune, "search_allocation", lambda *a, **k: pytest.fail("searched again"))
     with pytest.raises(ContainerError, match="another run .seed 0 -> 1"):
         rarefy.prune_(fresh("llama"), resume_dir=work, seed=1, **how)
     again = rarefy.prune_(model, resume_dir=work, **how).rows
@@ -166,7 +170,7 @@ def test_an_allocation_is_searched_once(tmp_path, monkeypatch):
 
 
 def test_another_loss_is_another_run(tmp_path):
-    how = {"sparsity": 0.5, "solver": "obs", "allocate": "errors", "data": tokens(), "work": tmp_path / "w"}
+    how = {"sparsity": 0.5, "solver": "obs", "allocate": "errors", "data": tokens(), "resume_dir": tmp_path / "w"}
     one, other = (lambda o, b, s=s: s * o.logits.square().mean() for s in (1.0, -1.0))
     want, again = fresh("llama"), fresh("llama")
     rarefy.prune_(want, loss=one, **how)
@@ -178,7 +182,7 @@ def test_another_loss_is_another_run(tmp_path):
 
 def test_other_masks_are_another_run(tmp_path):
     data = [b | {"labels": b["input_ids"]} for b in tokens()]
-    how = {"sparsity": 0.5, "solver": "refit", "score": "taylor", "data": data, "work": tmp_path / "w"}
+    how = {"sparsity": 0.5, "solver": "refit", "score": "taylor", "data": data, "resume_dir": tmp_path / "w"}
     want, again = fresh("llama"), fresh("llama")
     rarefy.prune_(want, **how)
     rarefy.prune_(again, **how)
@@ -188,8 +192,8 @@ def test_other_masks_are_another_run(tmp_path):
 
 
 def test_two_runs_do_not_share_a_state(tmp_path):
-    how = {"sparsity": 0.5, "solver": "obs", "work": tmp_path / "w", "data": tokens()}
-    first = resume.open_(tmp_path / "w", {"a": 1})
+    how = {"sparsity": 0.5, "solver": "obs", "resume_dir": tmp_path / "w", "data": tokens()}
+    first = resume.open_state(tmp_path / "w", {"a": 1})
     with pytest.raises(ContainerError, match="w is in use by another run; wait for it, or give another name"):
         rarefy.prune_(fresh("llama"), **how)
     first.close()
@@ -247,8 +251,8 @@ def test_suspended_activations_may_lie_in_files(name, how, tmp_path, monkeypatch
     want, model = fresh(name), fresh(name)
     rarefy.prune_(want, data=data, **what)
     moved, real = [], offload.to_file
-    monkeypatch.setattr(offload, "SMALL", 1)
-    monkeypatch.setattr(offload, "available", lambda: 0)
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+    monkeypatch.setattr(offload, "available_bytes", lambda: 0)
     monkeypatch.setattr(
         offload, "to_file", lambda groups, folder: moved.append(offload.nbytes(groups)) or real(groups, folder)
     )
@@ -259,8 +263,8 @@ def test_suspended_activations_may_lie_in_files(name, how, tmp_path, monkeypatch
 def test_only_what_is_over_the_budget_goes_to_a_file(monkeypatch):
     moved, kept = [], []
     real = offload.to_file
-    monkeypatch.setattr(offload, "SMALL", 1)
-    monkeypatch.setattr(offload, "available", lambda: 2 * 30_000)
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+    monkeypatch.setattr(offload, "available_bytes", lambda: 2 * 30_000)
     monkeypatch.setattr(
         offload, "to_file", lambda groups, folder: moved.append(offload.nbytes(groups)) or real(groups, folder)
     )
@@ -273,7 +277,7 @@ def test_tensors_that_others_see_stay():
     x = torch.randn(100, 300)
     view, other = x[3:], torch.randn(100, 300)
     assert offload.movable([x], set()) == []  # `view` would not follow
-    assert [len(g) for g in offload.movable([x, view, other], offload.storages([other]))] == [2]
+    assert [len(g) for g in offload.movable([x, view, other], offload.storage_pointers([other]))] == [2]
     before, ptr = x.clone(), x.data_ptr()
     offload.to_file(offload.movable([x, view], set()))
     assert x.data_ptr() != ptr and torch.equal(x, before) and torch.equal(view, before[3:])
@@ -302,8 +306,11 @@ def test_weights_stay_in_their_files(how, tmp_path):
         ({"memory": 1 << 30}, "memory is for solvers"),
         ({"resume_dir": "w"}, "resume_dir is for solvers"),
         ({"memory": 1 << 30, "solver": "obs"}, "memory needs resume_dir=FOLDER"),
-        ({"memory": 1 << 30, "solver": "refit", "work": "w", "score": "taylor"}, "score 'taylor' over all layers"),
-        ({"memory": 1 << 30, "solver": "obs", "work": "w", "allocate": "errors"}, "allocate='errors' holds all"),
+        (
+            {"memory": 1 << 30, "solver": "refit", "resume_dir": "w", "score": "taylor"},
+            "score 'taylor' over all layers",
+        ),
+        ({"memory": 1 << 30, "solver": "obs", "resume_dir": "w", "allocate": "errors"}, "allocate='errors' holds all"),
     ],
 )
 def test_what_memory_and_work_cannot_do(how, message, tmp_path, monkeypatch):

@@ -10,22 +10,22 @@ from torch import nn
 
 from conftest import Attention, Net
 from rarefy.calibration import offload
-from rarefy.calibration.gram import PIECE, Gram, columns
-from rarefy.calibration.sequential import order, walk
-from rarefy.calibration.weight_hooks import taps
+from rarefy.calibration.gram import MIRROR_COLUMNS, Gram, input_columns
+from rarefy.calibration.sequential import calibrate_sequentially, layer_groups
+from rarefy.calibration.weight_hooks import weight_hooks
 from rarefy.common.errors import DataError, ModelError
 from rarefy.model.forward import call
-from rarefy.model.layers import all_layers, select
-from rarefy.prune.layerwise import matrix
+from rarefy.model.layers import all_layers, select_layers
+from rarefy.prune.layerwise import to_matrix
 
 
-@pytest.mark.parametrize("C", [5, 2 * PIECE, 2 * PIECE + 3])
+@pytest.mark.parametrize("C", [5, 2 * MIRROR_COLUMNS, 2 * MIRROR_COLUMNS + 3])
 def test_gram_of_pieces_and_parts(C):
     x, dense = torch.randn(2, 9, C), torch.randn(2, 9, C)
     g = Gram()
     g.add(x[:, :4], dense[:, :4])
     g.add(x[:, 4:], dense[:, 4:])
-    done = g.finish()
+    done = g.finalize()
     torch.testing.assert_close(done.H, x.transpose(1, 2) @ x / 9)
     torch.testing.assert_close(done.cross, (dense - x).transpose(1, 2) @ x / 9)
     assert done.tokens == 9
@@ -46,8 +46,8 @@ LAYERS = [
 def test_weights_times_columns_are_the_outputs(module, shape):
     layer = all_layers(module)[0]
     x = torch.randn(shape)
-    cols = columns(layer, module, x, None)  # [G, n, C]
-    out = (matrix(layer, module.weight) @ cols.transpose(1, 2)).detach()  # [G, O, n]
+    cols = input_columns(layer, module, x, None)  # [G, n, C]
+    out = (to_matrix(layer, module.weight) @ cols.transpose(1, 2)).detach()  # [G, O, n]
     y = (module(x) - module.bias.reshape(-1, *[1] * (module.weight.dim() - 2))).detach()
     if isinstance(module, nn.Linear):
         torch.testing.assert_close(out[0].T.reshape(y.shape), y)
@@ -61,7 +61,7 @@ def test_transposed_convolution_is_its_products_before_they_overlap():
     module = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2, bias=False)  # stride = kernel: nothing overlaps
     x = torch.randn(2, 4, 3, 3)
     layer = all_layers(module)[0]
-    out = matrix(layer, module.weight) @ columns(layer, module, x, None).transpose(1, 2)  # [G, K O, n]
+    out = to_matrix(layer, module.weight) @ input_columns(layer, module, x, None).transpose(1, 2)  # [G, K O, n]
     out = out.reshape(2, 2, 2, 3, 2, 3, 3)  # G, kh, kw, O, N, H, W
     want = module(x).reshape(2, 2, 3, 3, 2, 3, 2).permute(1, 4, 6, 2, 0, 3, 5)
     torch.testing.assert_close(out, want)
@@ -107,7 +107,7 @@ def oracle(make, model, data, name):
     fresh.load_state_dict(model.state_dict())
     layer = next(l for l in all_layers(fresh) if l.full_name == name)
     found = []
-    with torch.no_grad(), taps(fresh, [layer], lambda l, m, x: found.append(columns(l, m, x, None))):
+    with torch.no_grad(), weight_hooks(fresh, [layer], lambda l, m, x: found.append(input_columns(l, m, x, None))):
         for batch in data:
             call(fresh, batch)
     x = torch.cat(found, 1)
@@ -120,10 +120,10 @@ def test_every_layer_sees_the_model_as_it_has_become(make, shape, dense):
     model = make().eval()
     data = [torch.randn(shape) for _ in range(3)]
     layers = all_layers(model)
-    groups = order(model, data[0], layers)
+    groups = layer_groups(model, data[0], layers)
     assert sorted(l.full_name for g in groups for l in g.layers) == sorted(l.full_name for l in layers)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    for stop in walk(model, data, groups, dense=dense):
+    for stop in calibrate_sequentially(model, data, groups, dense=dense):
         for layer in stop.group.layers:
             torch.testing.assert_close(stop.gram.H, oracle(make, model, data, layer.full_name))
             stop.weights[layer.full_name] = layer.original.detach() * 0.8
@@ -142,7 +142,7 @@ def test_the_dense_stream_runs_the_untouched_model():
     data = [torch.randn(5, 6) for _ in range(2)]
     x = torch.cat(data)
     dense = model[1](model[0](x)).detach()
-    for stop in walk(model, data, order(model, data[0], all_layers(model)), dense=True):
+    for stop in calibrate_sequentially(model, data, layer_groups(model, data[0], all_layers(model)), dense=True):
         if stop.group.layers[0].name == "0":
             torch.testing.assert_close(stop.gram.cross, torch.zeros(1, 6, 6))
             stop.weights["0"] = model[0].weight.detach() * 0.5
@@ -157,16 +157,16 @@ def test_one_forward_pass_is_enough():
     for m in model:
         m.register_forward_hook(lambda *_: calls.append(1))
     data = [torch.randn(2, 4) for _ in range(3)]
-    groups = order(model, data[0], all_layers(model))
+    groups = layer_groups(model, data[0], all_layers(model))
     calls.clear()
-    for _ in walk(model, data, groups):
+    for _ in calibrate_sequentially(model, data, groups):
         pass
     assert len(calls) == 4 * 3  # the last layer itself is nobody's concern
 
 
 def test_layers_with_one_input_share_a_stop():
     model = Twice().eval()
-    groups = order(model, torch.ones(2, 6), all_layers(model))
+    groups = layer_groups(model, torch.ones(2, 6), all_layers(model))
     assert [[l.name for l in g.layers] for g in groups] == [["a"], ["b", "c"], ["d"]]
     assert groups[0].calls == 2
 
@@ -183,7 +183,7 @@ def test_padding_is_left_out():
     model, x = Masked(), torch.randn(2, 3, 4)
     kept = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"x": x, "attention_mask": kept}
-    [stop] = walk(model, [batch], order(model, batch, all_layers(model)))
+    [stop] = calibrate_sequentially(model, [batch], layer_groups(model, batch, all_layers(model)))
     rows = x[kept.bool()]
     torch.testing.assert_close(stop.gram.H[0], rows.T @ rows / 3)
 
@@ -196,18 +196,22 @@ def test_what_is_never_reached_and_what_is_not_finite():
             layer.bias.fill_(bias)
     data = [torch.randn(2, 6)]
     with pytest.raises(DataError, match=r"d was never called on the calibration data .*: ignore it"):
-        list(walk(model, data, order(model, data[0], all_layers(model))))
+        list(calibrate_sequentially(model, data, layer_groups(model, data[0], all_layers(model))))
     with pytest.raises(ModelError, match="a: NaN or inf in its inputs on calibration batch 1"):
-        list(walk(model, [*data, data[0] / 0], order(model, data[0], select(model, "a"))))
+        list(
+            calibrate_sequentially(model, [*data, data[0] / 0], layer_groups(model, data[0], select_layers(model, "a")))
+        )
     with pytest.raises(DataError, match="a was never called"):
-        list(walk(model, [], order(model, data[0], select(model, "a"))))
+        list(calibrate_sequentially(model, [], layer_groups(model, data[0], select_layers(model, "a"))))
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_walk_that_is_left_early_leaves_nothing():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model.train()
-    steps = walk(model, [torch.randn(2, 4)], order(model, torch.randn(2, 4), all_layers(model)))
+    steps = calibrate_sequentially(
+        model, [torch.randn(2, 4)], layer_groups(model, torch.randn(2, 4), all_layers(model))
+    )
     next(iter(steps))
     steps.close()
     assert model.training and not any(m._forward_pre_hooks for m in model.modules())
@@ -220,16 +224,16 @@ def test_embeddings_leave_memory_once_read(tmp_path):
     model = nn.Sequential(nn.Embedding(1, 1), rows)
     model[0].weight = nn.Parameter(load_file(tmp_path / "words.safetensors")["words"], requires_grad=False)
     assert torch.equal(model[0].weight, words)  # all of it is in memory
-    before = offload.resident()[1]
+    before = offload.resident_bytes()[1]
     data = [torch.arange(64)]
-    with closing(walk(model, data, order(model, data[0], select(model)))) as stops:
+    with closing(calibrate_sequentially(model, data, layer_groups(model, data[0], select_layers(model)))) as stops:
         next(stops)
-        assert before - offload.resident()[1] > 40 << 20  # of 51 MB
+        assert before - offload.resident_bytes()[1] > 40 << 20  # of 51 MB
     assert torch.equal(model[0].weight, words)
     own = torch.randn(1 << 20)  # in no file: would be swapped
-    assert [t is model[0].weight for t in offload.in_files([own, model[0].weight, torch.empty(2, device="meta")])] == [
-        True
-    ]
+    assert [
+        t is model[0].weight for t in offload.file_backed([own, model[0].weight, torch.empty(2, device="meta")])
+    ] == [True]
 
 
 def test_the_held_out_batch_is_the_first_even_where_others_arrive_before_it():
@@ -242,11 +246,11 @@ def test_the_held_out_batch_is_the_first_even_where_others_arrive_before_it():
             return self.b(self.a(x) if x.sum() > 0 else x)
 
     model, data = Skips(), [torch.rand(5, 4), -torch.rand(3, 4), torch.rand(2, 4)]
-    groups = order(model, data[0], select(model, ["a", "b"]))
-    with closing(walk(model, data, groups, dense=True)) as stops:
+    groups = layer_groups(model, data[0], select_layers(model, ["a", "b"]))
+    with closing(calibrate_sequentially(model, data, groups, dense=True)) as stops:
         grams = [stop.gram for stop in stops]
     with torch.no_grad():
         inputs = [data[0], model.a(data[0])]
     for gram, x, tokens in zip(grams, inputs, [7, 10]):
-        assert gram.tokens == tokens and gram.held.tokens == 5
-        torch.testing.assert_close(gram.held.H[0], x.T @ x / 5)
+        assert gram.tokens == tokens and gram.held_out.tokens == 5
+        torch.testing.assert_close(gram.held_out.H[0], x.T @ x / 5)

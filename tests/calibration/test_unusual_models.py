@@ -6,9 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
-from rarefy.calibration.sequential import End, Stop, blocks, order, walk, with_ends
+from rarefy.calibration.sequential import (
+    BlockStep,
+    GroupStep,
+    calibrate_sequentially,
+    find_blocks,
+    layer_groups,
+    with_block_steps,
+)
 from rarefy.common.errors import DataError, ModelError, PatternError
-from rarefy.model.layers import select
+from rarefy.model.layers import select_layers
 from rarefy.prune.solver_config import SOLVERS
 
 LEARN = rarefy.Solver(name="refit", reconstruct=4, lr=1e-2)
@@ -53,7 +60,7 @@ class Decoder(nn.Module):
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_zeros_stay_in_layers_whose_group_is_wider_than_a_block(lean, tmp_path):
-    net, more = Decoder(), {"memory": "1G", "work": tmp_path / "w"} if lean else {}
+    net, more = Decoder(), {"memory": "1G", "resume_dir": tmp_path / "w"} if lean else {}
     report = rarefy.prune_(net, sparsity=0.5, solver=LEARN, data=rows(), **more)
     rarefy.fold_(net)
     for row in report.rows:
@@ -80,13 +87,13 @@ def test_a_run_goes_on_between_a_group_and_its_block(tmp_path, monkeypatch):
 
 def test_a_change_in_place_makes_another_input():
     net = module(lambda m, x: m.b((x := x * 1, y := m.a(x), x.add_(5 * y))[0]), a=lin(), b=lin())
-    assert [[l.name for l in g.layers] for g in order(net, rows()[0], select(net))] == [["a"], ["b"]]
+    assert [[l.name for l in g.layers] for g in layer_groups(net, rows()[0], select_layers(net))] == [["a"], ["b"]]
 
 
 def grams(net, data, change=None, **how):
     """Gram matrices by the first layer of each stop; `change` = a layer that is emptied at its stop."""
     found = {}
-    for stop in walk(net, data, order(net, data[0], select(net), **how), **how):
+    for stop in calibrate_sequentially(net, data, layer_groups(net, data[0], select_layers(net), **how), **how):
         found[stop.group.layers[0].name] = stop.gram
         for layer in stop.group.layers:
             if layer.name == change:
@@ -163,7 +170,7 @@ def test_blocks_of_dicts_and_shared_layers_learn():
     )
     first.f, second.f = shared, shared
     net = nn.Sequential(first, second)
-    assert [b.name for b in blocks(net, select(net))] == ["0", "1"]
+    assert [b.name for b in find_blocks(net, select_layers(net))] == ["0", "1"]
     rarefy.prune_(net, sparsity=0.5, solver=LEARN, data=rows())
     assert float((shared.weight == 0).float().mean()) == 0.5
 
@@ -189,7 +196,7 @@ def test_convolutions_that_pad_in_their_forward(size):
     found = grams(net, data)["0"]
     out = [net(x) for x in data]
     assert found.tokens == sum(o[:, 0].numel() for o in out)
-    W = select(net)[0].layout.view(conv.weight.detach()).transpose(1, 2).flatten(2)
+    W = select_layers(net)[0].layout.view(conv.weight.detach()).transpose(1, 2).flatten(2)
     got = (W @ found.H @ W.transpose(1, 2)).diagonal(dim1=-2, dim2=-1).sum()
     want = sum((o - conv.bias[:, None, None]).square().sum() for o in out) / found.tokens
     torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-5)
@@ -269,15 +276,20 @@ def test_no_damping_at_all(solver):
 def test_half_precision_learns(dtype):
     net, data = nn.Sequential(block(), block()).to(dtype), [x.to(dtype) for x in rows()]
     ends = []
-    chosen = select(net)
+    chosen = select_layers(net)
     from rarefy.prune.reconstruction import reconstruct_
 
     masks = {l.full_name: torch.rand(l.original.shape) > 0.5 for l in chosen}
-    for stop in walk(net, data, with_ends(order(net, data[0], chosen, dense=True), blocks(net, chosen)), dense=True):
-        if isinstance(stop, Stop):
+    for stop in calibrate_sequentially(
+        net,
+        data,
+        with_block_steps(layer_groups(net, data[0], chosen, dense=True), find_blocks(net, chosen)),
+        dense=True,
+    ):
+        if isinstance(stop, GroupStep):
             stop.weights |= {l.full_name: l.original * masks[l.full_name] for l in stop.group.layers}
         else:
-            assert isinstance(stop, End)
+            assert isinstance(stop, BlockStep)
             ends.append(reconstruct_(stop, masks, epochs=5, lr=1e-2))
     assert all(after < before for before, after in ends)
 

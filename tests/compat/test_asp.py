@@ -12,7 +12,7 @@ import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ModelError, PatternError, RarefyError
 from rarefy.compat import asp
-from rarefy.model.sparsity_pattern import select as choose
+from rarefy.model.sparsity_pattern import make_mask as choose
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),

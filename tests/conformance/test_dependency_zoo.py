@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import rarefy
 import zoo
 from rarefy.dependency.graph import trace
-from rarefy.dependency.symbolic_dims import coordinates
+from rarefy.dependency.symbolic_dims import unit_of_index
 from rarefy.model.batches import tensors_in
 from rarefy.structured.masked_reference import MaskedReference
 
@@ -127,7 +127,7 @@ def _going(dense: nn.Module, masked: nn.Module, x: object) -> dict[str, Any]:
         left = torch.zeros(g.size, dtype=torch.bool)
         for m in (m for m in g.members if m.role == "out" and m.name in there):
             rows = there[m.name].detach().transpose(0, m.dim).reshape(there[m.name].shape[m.dim], -1).any(1)
-            where = coordinates(graph.dims[m.name][m.dim], g.axis)
+            where = unit_of_index(graph.dims[m.name][m.dim], g.axis)
             left[where[(where >= 0) & rows]] = True
         if not left.all():
             masks[g.axis] = left

@@ -7,14 +7,14 @@ import torch
 
 import rarefy
 from conftest import sample
-from rarefy.calibration.sequential import order, walk
+from rarefy.calibration.sequential import calibrate_sequentially, layer_groups
 from rarefy.data import builtin, sources
 from rarefy.evaluation.metrics import accuracy
 from rarefy.model import hf
 from rarefy.model import sparsity_pattern as patterns
-from rarefy.model.layers import select
+from rarefy.model.layers import select_layers
 from rarefy.prune import solvers
-from rarefy.prune.layerwise import matrix
+from rarefy.prune.layerwise import to_matrix
 
 pytestmark = pytest.mark.real
 
@@ -35,7 +35,7 @@ def test_smollm2_is_smaller_on_disk_and_the_same_when_reloaded(smollm2, tmp_path
     rarefy.prune_(model, pattern, sparsity=sparsity)
     rarefy.fold_(model)
     rarefy.cast_(model, dtype)
-    linears = {f"{l.name}.weight" for l in select(model)}
+    linears = {f"{l.name}.weight" for l in select_layers(model)}
     assert len(linears) == 210  # embedding and head are left alone
     rarefy.save(model, tmp_path / "out")
     rows = [r for r in rarefy.inspect(tmp_path / "out").rows if r["tensor"] in linears]
@@ -143,14 +143,14 @@ def test_refit_reaches_least_squares_on_real_layers(smollm2):
     model, tokenizer = hf.load_folder(smollm2), hf.load_tokenizer(smollm2)
     take = sources.Take(samples=4, tokens=512, batch=2)
     data = sources.batches("wiki", take, tokenizer=tokenizer)
-    chosen = select(model, "model.layers.[01].*")
-    for stop in walk(model, data, order(model, data[0], chosen)):
-        W = torch.cat([matrix(l, l.weight.detach()) for l in stop.group.layers], 1)[:, ::64]
+    chosen = select_layers(model, "model.layers.[01].*")
+    for stop in calibrate_sequentially(model, data, layer_groups(model, data[0], chosen)):
+        W = torch.cat([to_matrix(l, l.weight.detach()) for l in stop.group.layers], 1)[:, ::64]
         H = solvers.damped(stop.gram.H, 0.01)
         scores = (W.abs() * stop.gram.diagonal.sqrt())[:, None]
-        mask = patterns.masks_at([scores], patterns.parse("unstructured"), 0.5, "row")[0][:, 0]
+        mask = patterns.masks_at_sparsity([scores], patterns.parse_pattern("unstructured"), 0.5, "row")[0][:, 0]
         new = solvers.refit(W, W, H, mask, 20)
-        found, start = solvers.error(new, W, H)[0], solvers.error(W * mask, W, H)[0]
+        found, start = solvers.squared_errors(new, W, H)[0], solvers.squared_errors(W * mask, W, H)[0]
         R = torch.linalg.cholesky(H[0].double()).T
         best = torch.zeros_like(found, dtype=torch.float64)
         for i, (row, keep) in enumerate(zip(W[0].double(), mask[0])):

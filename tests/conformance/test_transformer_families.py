@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import rarefy
-from rarefy.model.layers import select
-from rarefy.model.moe import is_experts, watching
+from rarefy.model.layers import select_layers
+from rarefy.model.moe import is_experts, observing_experts
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,7 +100,7 @@ def test_reconstruction_of_two_towers():
     model.eval()
     solver = rarefy.Solver(name="obs", reconstruct=1)
     rarefy.prune_(model, sparsity=0.5, solver=solver, data=data, layers=["*encoder.layers*"])
-    zeros = [float((l.weight == 0).float().mean()) for l in select(model, "*encoder.layers*")]
+    zeros = [float((l.weight == 0).float().mean()) for l in select_layers(model, "*encoder.layers*")]
     assert zeros == pytest.approx([0.5] * len(zeros), abs=0.01)
 
 
@@ -114,7 +114,7 @@ def test_experts_one_by_one_are_the_experts(family):
     seen = {}
     with torch.no_grad():
         want = module(x, index, share)
-        with watching(module, lambda name, rows, out: seen.setdefault((name, out is None), (rows, out))):
+        with observing_experts(module, lambda name, rows, out: seen.setdefault((name, out is None), (rows, out))):
             got = module(x, index, share)
     torch.testing.assert_close(got, want)
     assert "forward" not in module.__dict__
@@ -153,7 +153,7 @@ def test_scores_of_experts(score):
     model, data = FAMILIES["mixtral"]()
     batches = [b | {"labels": b["input_ids"]} for b in data]
     rarefy.prune_(model.eval(), sparsity=0.5, score=score, data=batches)
-    for layer in select(model, "*experts*"):
+    for layer in select_layers(model, "*experts*"):
         assert float((layer.weight == 0).float().mean()) > 0.1
 
 

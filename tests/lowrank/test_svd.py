@@ -12,7 +12,7 @@ import rarefy
 from conftest import Net
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.lowrank.svd import truncated
-from rarefy.model.lowrank_modules import Corrected, LowRank, noted
+from rarefy.model.lowrank_modules import Corrected, LowRank, factor_records
 from rarefy.recipe import parser as recipes
 
 
@@ -176,7 +176,7 @@ def test_factors_are_saved_and_built_again(tmp_path):
     x = torch.randn(2, 3, 8, 8)
     rarefy.save(net, tmp_path / "out")
     again = rarefy.load(tmp_path / "out", Net()).eval()
-    assert torch.equal(again(x), net(x)) and noted(again) == noted(net)
+    assert torch.equal(again(x), net(x)) and factor_records(again) == factor_records(net)
     assert rarefy.save(again, tmp_path / "again") == rarefy.save(copy.deepcopy(net), tmp_path / "copy")
     over = copy.deepcopy(net)
     assert torch.equal(rarefy.load(tmp_path / "out", over)(x), net(x))  # into a model that has them already

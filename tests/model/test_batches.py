@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rarefy.model.batches import first_samples, samples_in, some, tokens_in
+from rarefy.model.batches import count_samples, count_tokens, first_samples, take_tokens
 
 
 @pytest.mark.parametrize(
@@ -13,17 +13,17 @@ from rarefy.model.batches import first_samples, samples_in, some, tokens_in
 )  # fmt: skip
 def test_some(tokens, each, samples):
     text = [{"input_ids": torch.zeros(4, 10, dtype=torch.long), "attention_mask": torch.ones(4, 10)} for _ in range(3)]
-    found = some(text, tokens, each)
-    assert [samples_in(b) for b in found] == samples
-    assert sum(map(tokens_in, found)) >= min(tokens, 120) or each is not None
+    found = take_tokens(text, tokens, each)
+    assert [count_samples(b) for b in found] == samples
+    assert sum(map(count_tokens, found)) >= min(tokens, 120) or each is not None
 
 
 def test_images_count_as_samples_and_what_cannot_be_cut_stays_whole():
     images = [(torch.zeros(8, 3, 2, 2), torch.zeros(8, dtype=torch.long)) for _ in range(2)]
-    assert [len(b[0]) for b in some(images, 10)] == [8, 2]
+    assert [len(b[0]) for b in take_tokens(images, 10)] == [8, 2]
     odd = {"x": torch.zeros(8, 5), "y": torch.zeros(3)}
-    assert some([odd, odd], 3)[0] is odd and first_samples(odd, 1) is odd
-    assert some([], 5) == [] and some(iter([odd]), 0) == []
+    assert take_tokens([odd, odd], 3)[0] is odd and first_samples(odd, 1) is odd
+    assert take_tokens([], 5) == [] and take_tokens(iter([odd]), 0) == []
 
 
 @pytest.mark.parametrize(
@@ -36,5 +36,5 @@ def test_images_count_as_samples_and_what_cannot_be_cut_stays_whole():
     ],
 )
 def test_token_ids_count_each_however_they_come(batch):
-    assert tokens_in(batch) == 40
-    assert [tokens_in(b) for b in some([batch, batch], 50)] == [40, 10]
+    assert count_tokens(batch) == 40
+    assert [count_tokens(b) for b in take_tokens([batch, batch], 50)] == [40, 10]

@@ -70,9 +70,9 @@ def _worker(rank: int, out: str) -> None:
     for name in WORK:
         found.update({f"{name}/{k}": v for k, v in work(name).items()})
     x, y = image_batches()[0]
-    part, share = distributed.part_of((x[:3], y[:3]))
+    part, share = distributed.local_samples((x[:3], y[:3]))
     found["share"] = torch.tensor([len(part[0]), share])
-    found["alone"] = torch.tensor([len(distributed.part_of((x[:1], y[:1]))[0][0])])
+    found["alone"] = torch.tensor([len(distributed.local_samples((x[:1], y[:1]))[0][0])])
     try:
         rarefy.compress_(Net(), {"stages": [{"train": {}}]}, {"train": image_batches()}, resume_dir=f"{out}/w")
     except RecipeError as error:

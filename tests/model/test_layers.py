@@ -4,7 +4,7 @@ from torch import nn
 
 from conftest import Attention, Net, Tied, tiny_llama
 from rarefy.common.errors import ModelError, SelectorError
-from rarefy.model.layers import all_layers, select
+from rarefy.model.layers import all_layers, select_layers
 from rarefy.model.layout import layout, prunable
 
 NET = ["conv", "deep", "up", "hidden", "fc"]
@@ -31,9 +31,9 @@ NET = ["conv", "deep", "up", "hidden", "fc"]
 def test_selectors(layers, ignore, want):
     if not want:
         with pytest.raises((SelectorError, ModelError)):
-            select(Net(), layers, ignore)
+            select_layers(Net(), layers, ignore)
     else:
-        assert [l.name for l in select(Net(), layers, ignore)] == want
+        assert [l.name for l in select_layers(Net(), layers, ignore)] == want
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_selectors(layers, ignore, want):
 )
 def test_selector_errors(layers, ignore, error, message):
     with pytest.raises(error, match=message):
-        select(Net(), layers, ignore)
+        select_layers(Net(), layers, ignore)
 
 
 def test_model_without_layers():
     with pytest.raises(ModelError, match="ReLU has no layer that can be pruned"):
-        select(nn.ReLU())
+        select_layers(nn.ReLU())
 
 
 def test_tied_weights_are_one_tensor_and_left_alone():
@@ -63,15 +63,15 @@ def test_tied_weights_are_one_tensor_and_left_alone():
     layers = {l.name: l for l in all_layers(model)}
     assert set(layers) == {"embed", "body"}
     assert [n for n, _, _ in layers["embed"].owners] == ["embed", "lm_head"]
-    assert [l.name for l in select(model)] == ["body"]
-    assert [l.name for l in select(model, "lm_head")] == ["embed"]
+    assert [l.name for l in select_layers(model)] == ["body"]
+    assert [l.name for l in select_layers(model, "lm_head")] == ["embed"]
 
 
 def test_hugging_face_head_is_left_alone():
     pytest.importorskip("transformers")
     model = tiny_llama()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # untied: still the head
-    assert "lm_head" not in [l.name for l in select(model)]
+    assert "lm_head" not in [l.name for l in select_layers(model)]
     assert "lm_head" in [l.name for l in all_layers(model)]
 
 
@@ -80,7 +80,7 @@ def test_subclass_is_known_by_its_base():
         pass
 
     model = nn.Sequential(Padded(4, 4, 3))
-    assert [l.name for l in select(model, "Conv2d")] == ["0"] == [l.name for l in select(model, "Padded")]
+    assert [l.name for l in select_layers(model, "Conv2d")] == ["0"] == [l.name for l in select_layers(model, "Padded")]
 
 
 def modules():
@@ -127,7 +127,7 @@ def test_attention_projections_are_found():
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
 def test_the_head_is_known_inside_a_wrapper(wrap):
-    assert not any(l.name.endswith("fc") for l in select(wrap(Net())))
+    assert not any(l.name.endswith("fc") for l in select_layers(wrap(Net())))
 
 
 def test_a_convolution_can_be_the_head():
@@ -137,9 +137,9 @@ def test_a_convolution_can_be_the_head():
             self.features = nn.Conv2d(3, 8, 3)
             self.classifier = nn.Sequential(nn.Dropout(), nn.Conv2d(8, 4, 1))
 
-    assert [l.name for l in select(Squeeze())] == ["features"]
+    assert [l.name for l in select_layers(Squeeze())] == ["features"]
 
 
 def test_selectors_are_words():
     with pytest.raises(SelectorError, match="a word or a list of words, got 5"):
-        select(Net(), 5)  # type: ignore
+        select_layers(Net(), 5)  # type: ignore

@@ -12,8 +12,8 @@ from torch.nn.utils import prune as torch_prune
 import rarefy
 from conftest import Net, Tied, image_batches
 from rarefy.common.errors import ModelError
-from rarefy.model.layers import all_layers, original, select
-from rarefy.model.masks import get_mask, masks, plain_state, set_mask_
+from rarefy.model.layers import all_layers, original, select_layers
+from rarefy.model.masks import folded_state, get_mask, masks, set_mask_
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
@@ -177,7 +177,7 @@ def test_parameters_come_back_in_their_order():
 
 def test_plain_state_is_the_folded_state():
     model = pruned()
-    plain = dict(plain_state(model))
+    plain = dict(folded_state(model))
     folded = rarefy.fold_(copy.deepcopy(model)).state_dict()
     assert sorted(plain) == sorted(folded)
     assert all(torch.equal(plain[k], folded[k]) for k in folded)
@@ -186,8 +186,8 @@ def test_plain_state_is_the_folded_state():
 def test_a_single_layer_has_an_empty_name():
     layer = nn.Linear(4, 4)
     rarefy.prune_(layer, sparsity=0.5)
-    assert list(masks(layer)) == [""] and get_mask(select(layer)[0]) is not None
-    assert list(dict(plain_state(layer))) == ["weight", "bias"] or set(dict(plain_state(layer))) == {"weight", "bias"}
+    assert list(masks(layer)) == [""] and get_mask(select_layers(layer)[0]) is not None
+    assert list(dict(folded_state(layer))) == ["weight", "bias"] or set(dict(folded_state(layer))) == {"weight", "bias"}
 
 
 class Shared(nn.Module):

@@ -11,7 +11,7 @@ from conftest import image_batches
 from rarefy.common.errors import PatternError
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.masks import masks
-from rarefy.model.sparsity_pattern import masks_at, parse, select, select_many
+from rarefy.model.sparsity_pattern import make_mask, make_masks, masks_at_sparsity, parse_pattern
 from rarefy.prune.scores import SCORES
 
 UNITS = ["unstructured", "4x1", "1x4", "3x2", "row", "channel", "column"]
@@ -26,7 +26,7 @@ def sparsity(mask: torch.Tensor) -> float:
 def test_nm_is_the_best_of_all_choices_in_every_group(nm, width):
     n, m = map(int, nm.split(":"))
     score = torch.rand(3, width)
-    mask = select(score, nm)
+    mask = make_mask(score, nm)
     for row, kept in zip(score, mask):
         for start in range(0, width, m):
             group, chosen = row[start : start + m], kept[start : start + m]
@@ -39,7 +39,7 @@ def test_nm_is_the_best_of_all_choices_in_every_group(nm, width):
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
 def test_unstructured_counts_are_exact_and_the_least_go(s, scope):
     scores = [torch.rand(2, 3, 5, 7), torch.rand(1, 1, 11, 13)]
-    kept = select_many(scores, "unstructured", s, scope=scope)
+    kept = make_masks(scores, "unstructured", s, scope=scope)
     if scope == "global":
         every, mask = torch.cat([x.flatten() for x in scores]), torch.cat([k.flatten() for k in kept])
         assert int((~mask).sum()) == round(s * every.numel())
@@ -57,8 +57,8 @@ def test_unstructured_counts_are_exact_and_the_least_go(s, scope):
 def test_ties_do_not_overshoot():
     ones = torch.ones(1, 1, 10, 10)
     for scope in ("row", "layer", "global"):
-        assert int((~select(ones, "unstructured", 0.37, scope=scope)).sum()) == 37
-    assert torch.equal(select(torch.ones(1, 4), "unstructured", 0.5), torch.tensor([[False, False, True, True]]))
+        assert int((~make_mask(ones, "unstructured", 0.37, scope=scope)).sum()) == 37
+    assert torch.equal(make_mask(torch.ones(1, 4), "unstructured", 0.5), torch.tensor([[False, False, True, True]]))
 
 
 @pytest.mark.parametrize("pattern", ["4x1", "1x4", "3x2"])
@@ -66,7 +66,7 @@ def test_ties_do_not_overshoot():
 def test_blocks_against_enumeration(pattern, reduce):
     r, c = map(int, pattern.split("x"))
     score = torch.rand(8, 12)
-    mask = select(score, pattern, 0.5, reduce=reduce)
+    mask = make_mask(score, pattern, 0.5, reduce=reduce)
     of = {"mean": torch.mean, "sum": torch.sum, "max": torch.max, "l2": lambda x: x.norm()}[reduce]
     units = {}
     for i, j in itertools.product(range(0, 8, r), range(0, 12, c)):
@@ -80,17 +80,17 @@ def test_blocks_against_enumeration(pattern, reduce):
 @pytest.mark.parametrize("shape", [(1, 1, 8, 12), (2, 9, 5, 7), (1, 1, 1, 1), (1, 1, 7, 3)])
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
 def test_whole_units_come_nearest_to_the_asked_count(pattern, shape, scope):
-    plan = parse(pattern)
+    plan = parse_pattern(pattern)
     if scope == "row" and plan.kind in ("row", "column"):
         with pytest.raises(PatternError, match="scope 'row' is impossible"):
-            select(torch.rand(shape), pattern, 0.5, scope=scope)
+            make_mask(torch.rand(shape), pattern, 0.5, scope=scope)
         return
     unit = {"row": shape[1] * shape[3], "column": shape[1] * shape[2], "block": plan.a * plan.b}.get(plan.kind, 1)
     for s in (0.0, 0.25, 0.5, 0.9, 1.0):
-        mask = select(torch.rand(shape), pattern, s, scope=scope)
+        mask = make_mask(torch.rand(shape), pattern, s, scope=scope)
         assert abs(int((~mask).sum()) - s * mask.numel()) <= unit / 2 + 0.5, s
-    assert not select(torch.rand(shape), pattern, 1.0, scope=scope).any()
-    assert select(torch.rand(shape), pattern, 0.0, scope=scope).all()
+    assert not make_mask(torch.rand(shape), pattern, 1.0, scope=scope).any()
+    assert make_mask(torch.rand(shape), pattern, 0.0, scope=scope).all()
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "4x1", "row", "column", "2:4"])
@@ -114,9 +114,9 @@ def test_asked_is_achieved_for_every_pattern_scope_and_score(pattern, score):
 
 
 def test_a_schedule_towards_nm_ends_in_it():
-    score, plan = torch.rand(4, 16), parse("2:4")
-    half = masks_at([score], plan, 0.25, "layer")[0]
-    full = masks_at([score], plan, 0.5, "layer")[0]
+    score, plan = torch.rand(4, 16), parse_pattern("2:4")
+    half = masks_at_sparsity([score], plan, 0.25, "layer")[0]
+    full = masks_at_sparsity([score], plan, 0.5, "layer")[0]
     assert sparsity(half) == 0.25 and bool((half | ~full).all())  # what is gone early is gone in the end
     assert bool((full.reshape(-1, 4).sum(1) == 2).all())
 
@@ -126,11 +126,11 @@ def test_infinite_scores_go_first_and_last(pattern):
     score = torch.rand(8, 8)
     score[:4, ::2] = float("-inf")
     if pattern == "2:4":
-        assert not select(score, pattern)[:4, ::2].any()
+        assert not make_mask(score, pattern)[:4, ::2].any()
     elif pattern == "unstructured":
-        assert not select(score, pattern, 0.25)[:4, ::2].any()
+        assert not make_mask(score, pattern, 0.25)[:4, ::2].any()
     else:
-        assert select(score, pattern, 0.5)[4:].any()
+        assert make_mask(score, pattern, 0.5)[4:].any()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_infinite_scores_go_first_and_last(pattern):
 )
 def test_pattern_errors(pattern, settings, message):
     with pytest.raises(PatternError, match=message):
-        select(
+        make_mask(
             torch.rand(4, 8),
             pattern,
             settings.get("sparsity"),
@@ -191,13 +191,13 @@ def test_a_second_pass_adds_to_the_first(pattern, reduce):
 def test_empty_layers(pattern, shape, scope):
     if scope == "row" and pattern in ("row", "column"):
         return
-    assert select(torch.rand(shape), pattern, 0.5, scope=scope).shape == shape
+    assert make_mask(torch.rand(shape), pattern, 0.5, scope=scope).shape == shape
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "4x1", "2x3", "row", "column"])
 def test_entries_score_as_the_mean_of_their_unit(pattern):
     s = torch.randn(2, 3, 6, 7)
-    got = patterns.per_unit(s, patterns.parse(pattern))
+    got = patterns.mean_per_unit(s, patterns.parse_pattern(pattern))
     r, c = {"unstructured": (1, 1), "4x1": (4, 1), "2x3": (2, 3), "row": (1, 7), "column": (6, 1)}[pattern]
     whole = pattern in ("row", "column")
     for g, k, o, i in itertools.product(range(2), range(3), range(6), range(7)):

@@ -22,7 +22,7 @@ import rarefy
 import zoo
 from conftest import Net, Tied, tiny_bert
 from rarefy.common.errors import ContainerError, ModelError
-from rarefy.model.activation_quant import get_inputs
+from rarefy.model.activation_quant import get_activation_quant
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import get_grid
 
@@ -253,7 +253,7 @@ def test_static_quantization_by_onnx_runtime(form, signed, per_channel, tmp_path
     step = float(want.abs().max()) / 100
     assert (got - want).abs().max() < 2 * step and ((got - want).abs() < step / 100).float().mean() > 0.9
     for layer in all_layers(made):
-        grid, inputs = get_grid(layer), get_inputs(layer.module)
+        grid, inputs = get_grid(layer), get_activation_quant(layer.module)
         assert grid is not None and grid.bits == 8 and inputs is not None and inputs.scale is not None
         assert grid.scale.numel() == (
             layer.weight.shape[0] if per_channel and layer.name != "fc" else grid.scale.numel()
@@ -273,7 +273,7 @@ def test_dynamic_quantization_by_onnx_runtime(tmp_path):
     # a scale a row here, one for all in DynamicQuantizeLinear
     assert (got - dense).norm() < 1.2 * (want - dense).norm()
     layers = [l for l in all_layers(made) if isinstance(l.module, nn.Linear)]
-    assert layers and all(get_grid(l) is not None and get_inputs(l.module) is not None for l in layers)
+    assert layers and all(get_grid(l) is not None and get_activation_quant(l.module) is not None for l in layers)
     tables = [l for l in all_layers(made) if isinstance(l.module, nn.Embedding)]
     assert tables and all(get_grid(l) is not None for l in tables)
 
@@ -293,7 +293,7 @@ def test_back_from_our_own_export(weights, tmp_path):
             assert (there is None) == (here is None) == (layer.name == "fc")
             if there is not None and here is not None:
                 assert torch.equal(here.codes(layer.weight), there.codes(ours[layer.name].weight))
-        rounded, ours_ = get_inputs(layer.module), get_inputs(ours[layer.name].module)
+        rounded, ours_ = get_activation_quant(layer.module), get_activation_quant(ours[layer.name].module)
         assert (rounded is None) == (ours_ is None)
         if rounded is not None and ours_ is not None:  # a scale is stored in fp32
             assert (rounded.zero, rounded.scale) == (ours_.zero, pytest.approx(ours_.scale, rel=1e-6))

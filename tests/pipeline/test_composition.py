@@ -12,7 +12,7 @@ from torch import nn
 import rarefy
 from rarefy.common.errors import ModelError
 from rarefy.model.layers import all_layers
-from rarefy.model.lowrank_modules import noted
+from rarefy.model.lowrank_modules import factor_records
 from rarefy.model.quant_grid import get_grid
 
 
@@ -115,10 +115,10 @@ def promises(model, first, second, before, zeros, folded, dense):
         assert all(float((layers[n].weight == 0).float().mean()) > 0.45 for n in pruned)
     if done & {"quantize", "share"} and not (folded and second == "train"):
         on = [l for l in layers.values() if get_grid(l) is not None]
-        assert on and all(get_grid(l).holds(l.weight.detach()) for l in on)
+        assert on and all(get_grid(l).contains(l.weight.detach()) for l in on)
         assert set(before) <= {l.full_name for l in on}
     if "factorize" in done:
-        assert set(noted(model)) == {"hidden", "more"}
+        assert set(factor_records(model)) == {"hidden", "more"}
     if "cut" in done:
         assert sum(p.numel() for p in model.parameters()) < 0.7 * dense
 

@@ -9,12 +9,12 @@ from torch import nn
 import rarefy
 from conftest import Net, image_batches, tiny_llama
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
-from rarefy.model.hf import gives_tokens
-from rarefy.model.layers import all_layers, select
+from rarefy.model.hf import is_causal_lm
+from rarefy.model.layers import all_layers, select_layers
 from rarefy.pipeline.dry_run import forecast
 from rarefy.prune import allocation
 from rarefy.prune.allocation import LEVELS
-from rarefy.prune.allocation_search import TRIALS, probe, search
+from rarefy.prune.allocation_search import TRIALS, output_probe, search_allocation
 from rarefy.recipe import parser as recipes
 
 
@@ -25,9 +25,9 @@ def mean(found, sizes):
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7, 0.95, 1.0])
 def test_balanced_meets_the_budget_within_bounds(sparsity):
     sizes = {"a": 100, "b": 10, "c": 1000}
-    found = allocation.balanced({"a": 0.9, "b": 0.1, "c": 0.5}, sizes, sparsity)
+    found = allocation.shift_to_mean({"a": 0.9, "b": 0.1, "c": 0.5}, sizes, sparsity)
     assert mean(found, sizes) == pytest.approx(sparsity, abs=1e-6)
-    assert all(0 <= s <= max(allocation.MOST, sparsity) for s in found.values())
+    assert all(0 <= s <= max(allocation.MAX_SPARSITY, sparsity) for s in found.values())
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
@@ -64,12 +64,14 @@ def test_owl_keeps_layers_with_outliers():
 def test_least_is_the_best_of_all():
     costs = {"a": [1.0, 4.0, 20.0], "b": [0.1, 0.2, 0.9], "c": [3.0, 5.0, 7.0]}
     sizes = {"a": 100, "b": 100, "c": 200}
-    found = allocation.least(costs, sizes, 0.6)
+    found = allocation.cheapest_allocation(costs, sizes, 0.6)
     assert mean(found, sizes) == pytest.approx(0.6, abs=1e-6)
     grid = [i / 50 for i in range(49)]
 
     def total(choice):
-        return sum(float(allocation.curve(costs[n], torch.tensor([0.0, s]))[1]) for n, s in zip(costs, choice))
+        return sum(
+            float(allocation.interpolate_errors(costs[n], torch.tensor([0.0, s]))[1]) for n, s in zip(costs, choice)
+        )
 
     rivals = (c for c in itertools.product(grid[::4], repeat=3) if abs(mean(dict(zip(costs, c)), sizes) - 0.6) < 1e-9)
     assert total(found.values()) <= min(map(total, rivals)) * 1.01
@@ -77,8 +79,8 @@ def test_least_is_the_best_of_all():
 
 def test_curve_goes_through_what_was_measured_and_never_falls():
     errors = [0.01, 0.1, 0.5]
-    assert allocation.curve(errors, torch.tensor(allocation.LEVELS)).tolist() == pytest.approx(errors)
-    values = allocation.curve(errors, torch.arange(97) / 100)
+    assert allocation.interpolate_errors(errors, torch.tensor(allocation.LEVELS)).tolist() == pytest.approx(errors)
+    values = allocation.interpolate_errors(errors, torch.arange(97) / 100)
     assert values[0] == 0 and (values.diff() >= 0).all()
 
 
@@ -138,15 +140,15 @@ def test_search_finds_what_measured_errors_hide(names):
         for l in layers
     }
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    found = search(net, layers, costs, solved, 0.6, data, loss)
+    found = search_allocation(net, layers, costs, solved, 0.6, data, loss)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     sizes = {l.full_name: l.original.numel() for l in layers}
     assert mean(found, sizes) == pytest.approx(0.6, abs=1e-6)
     assert all(s > 0.7 if names[0] in n else s < 0.5 for n, s in found.items()), found
     assert len(seen) == TRIALS + 4 and min(seen) < 0.5 * min(seen[:4])
-    assert found == search(net, layers, costs, solved, 0.6, data, loss)  # a seed is a seed
+    assert found == search_allocation(net, layers, costs, solved, 0.6, data, loss)  # a seed is a seed
     seen.clear()
-    search(net, layers, costs, solved, 0.6, data, loss, trials=0)
+    search_allocation(net, layers, costs, solved, 0.6, data, loss, trials=0)
     assert len(seen) == 4
 
 
@@ -171,7 +173,7 @@ def test_a_model_without_a_loss_goes_by_its_own_outputs(how):
 
 def test_probe_weighs_every_output_alike():
     y = torch.zeros(50_000, 4, requires_grad=True)
-    (g,) = torch.autograd.grad(probe(y, None), y)
+    (g,) = torch.autograd.grad(output_probe(y, None), y)
     torch.testing.assert_close((g * y.numel()).square().mean(0), torch.ones(4), rtol=0.02, atol=0)
 
 
@@ -179,7 +181,7 @@ def test_errors_of_every_layer_type():
     net = Net().eval()
     report = rarefy.prune_(net, sparsity=0.5, solver="obs", allocate="errors", data=image_batches())
     assert report.summary["sparsity"] == pytest.approx(0.5, abs=0.02)
-    assert len(select(net)) == len(report.rows)
+    assert len(select_layers(net)) == len(report.rows)
 
 
 @pytest.mark.parametrize(
@@ -253,9 +255,9 @@ def test_only_causal_models_are_their_own_target():
     }
     bert = t.BertConfig(**small)
     five = t.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)
-    assert gives_tokens(tiny_llama())
+    assert is_causal_lm(tiny_llama())
     for model in (t.BertForMaskedLM(bert), t.BertModel(bert), t.T5ForConditionalGeneration(five), nn.Linear(2, 2)):
-        assert not gives_tokens(model)
+        assert not is_causal_lm(model)
     data = [{"input_ids": torch.randint(0, 9, (2, 6))}]
     how = {"sparsity": 0.5, "allocate": "errors", "solver": "obs"}
     receipt = rarefy.compress_(t.BertForMaskedLM(bert), {"stages": [{"prune": how}]}, data)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy.calibration.sequential import order
-from rarefy.model.batches import samples_in
-from rarefy.model.layers import select
+from rarefy.calibration.sequential import layer_groups
+from rarefy.model.batches import count_samples
+from rarefy.model.layers import select_layers
 from rarefy.prune.cost_model import Cost, estimate
 from rarefy.prune.solver_config import SOLVERS, resolve
 
@@ -20,16 +20,16 @@ def deep(width=512, depth=4):
 
 
 def test_samples_are_counted_as_the_scout_cuts_them():
-    assert samples_in({"input_ids": torch.zeros(8, 5), "mask": torch.zeros(8, 5)}) == 8
-    assert samples_in((torch.zeros(6, 3), torch.zeros(6))) == 6
-    assert samples_in(torch.zeros(4, 2)) == 4
-    assert samples_in({"x": torch.zeros(8, 5), "y": torch.zeros(3)}) == 1  # run as it is
+    assert count_samples({"input_ids": torch.zeros(8, 5), "mask": torch.zeros(8, 5)}) == 8
+    assert count_samples((torch.zeros(6, 3), torch.zeros(6))) == 6
+    assert count_samples(torch.zeros(4, 2)) == 4
+    assert count_samples({"x": torch.zeros(8, 5), "y": torch.zeros(3)}) == 1  # run as it is
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_more_work_takes_longer(name):
     net, data = deep(), [torch.randn(64, 512) for _ in range(2)]
-    groups = order(net, data[0], select(net))
+    groups = layer_groups(net, data[0], select_layers(net))
     assert {g.rows for g in groups} == {1}
     plain, more = resolve(name), resolve(rarefy.Solver(name=name, asymmetric=0.5, reconstruct=2))
     rate = {"rate": 1e11}
@@ -40,7 +40,7 @@ def test_more_work_takes_longer(name):
 
 def test_an_allocation_costs_too():
     net = deep(16, 60)
-    groups = order(net, torch.randn(4, 16), select(net))
+    groups = layer_groups(net, torch.randn(4, 16), select_layers(net))
     hows = ("uniform", "owl", "errors", "search")
     found = [estimate(groups, 100, 100, resolve("obs"), how, rate=1e11) for how in hows]
     assert all(x.seconds < y.seconds for x, y in pairwise(found)) and found[0].bytes + 100_000 < found[-1].bytes

@@ -8,9 +8,9 @@ from torch import nn
 import rarefy
 from conftest import Attention, Net, image_batches, tiny_llama
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
-from rarefy.model.layers import all_layers, select
+from rarefy.model.layers import all_layers, select_layers
 from rarefy.prune import solver_config as solvers
-from rarefy.prune.layerwise import matrix
+from rarefy.prune.layerwise import to_matrix
 from rarefy.prune.solver_config import SOLVERS
 from rarefy.recipe import parser as recipes
 
@@ -30,7 +30,7 @@ def test_every_layer_type(solver, pattern, sparsity):
     if pattern == "column":
         ignore = ["deep"]  # one input a group: a column is all or nothing
     report = rarefy.prune_(net, pattern, sparsity=sparsity, solver=solver, data=data, ignore=ignore)
-    for layer in select(net, ignore=ignore):
+    for layer in select_layers(net, ignore=ignore):
         mask = layer.layout.view(rarefy.masks(net)[layer.full_name])
         assert (layer.layout.view(layer.original.detach())[~mask] == 0).all()
         if pattern == "2:4":
@@ -212,7 +212,7 @@ def test_cross_attention_and_other_keys():
 
 def test_matrix_of_each_layout_keeps_every_weight_once():
     for layer in all_layers(Net()):
-        W = matrix(layer, layer.original.detach())
+        W = to_matrix(layer, layer.original.detach())
         assert torch.equal(W.flatten().sort().values, layer.original.detach().flatten().sort().values)
 
 

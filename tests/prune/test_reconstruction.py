@@ -6,9 +6,17 @@ from torch import nn
 
 import rarefy
 from conftest import Net, tiny_bert, tiny_llama
-from rarefy.calibration.sequential import Block, End, Stop, blocks, order, walk, with_ends
+from rarefy.calibration.sequential import (
+    Block,
+    BlockStep,
+    GroupStep,
+    calibrate_sequentially,
+    find_blocks,
+    layer_groups,
+    with_block_steps,
+)
 from rarefy.common.errors import ModelError, PatternError
-from rarefy.model.layers import select
+from rarefy.model.layers import select_layers
 from rarefy.prune import layerwise
 from rarefy.prune.reconstruction import reconstruct_
 
@@ -40,14 +48,14 @@ def data(count=6):
 
 def test_blocks_are_the_outermost_lists_of_equal_modules():
     model = tiny_llama()
-    found = blocks(model, select(model))
+    found = find_blocks(model, select_layers(model))
     assert [b.name for b in found] == ["model.layers.0", "model.layers.1"]
     assert all(len(b.layers) == 7 for b in found)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    assert [b.name for b in blocks(encoder, select(encoder))] == ["layers.0", "layers.1"]
+    assert [b.name for b in find_blocks(encoder, select_layers(encoder))] == ["layers.0", "layers.1"]
     with pytest.raises(ModelError, match="Net has no list of equal blocks to reconstruct"):
-        blocks(Net(), select(Net()))
+        find_blocks(Net(), select_layers(Net()))
 
 
 def test_ends_come_with_the_real_arguments_and_the_dense_outputs():
@@ -60,12 +68,17 @@ def test_ends_come_with_the_real_arguments_and_the_dense_outputs():
             model(x)
     for block in model.blocks:
         block._forward_hooks.clear()
-    chosen, seen = select(model), 0
-    for stop in walk(model, batches, with_ends(order(model, batches[0], chosen), blocks(model, chosen)), dense=True):
-        if isinstance(stop, Stop):
+    chosen, seen = select_layers(model), 0
+    for stop in calibrate_sequentially(
+        model,
+        batches,
+        with_block_steps(layer_groups(model, batches[0], chosen), find_blocks(model, chosen)),
+        dense=True,
+    ):
+        if isinstance(stop, GroupStep):
             stop.weights = {l.full_name: l.original.detach() * 0.9 for l in stop.group.layers}
             continue
-        assert isinstance(stop, End) and stop.block.name == f"blocks.{seen}"
+        assert isinstance(stop, BlockStep) and stop.block.name == f"blocks.{seen}"
         for (args, kwargs, target), dense in zip(stop.calls, want[seen]):
             torch.testing.assert_close(target, dense)
             assert kwargs == {"scale": 2.0} and len(args) == 1
@@ -76,9 +89,11 @@ def test_ends_come_with_the_real_arguments_and_the_dense_outputs():
 def test_a_changed_block_is_run_again():
     """What comes after a block sees the weights that it ended with."""
     model, batches = Stack().eval(), data(2)
-    chosen = select(model)
-    for stop in walk(model, batches, with_ends(order(model, batches[0], chosen), blocks(model, chosen))):
-        if isinstance(stop, End):
+    chosen = select_layers(model)
+    for stop in calibrate_sequentially(
+        model, batches, with_block_steps(layer_groups(model, batches[0], chosen), find_blocks(model, chosen))
+    ):
+        if isinstance(stop, BlockStep):
             stop.block.module.b.bias.data += 1.0
             stop.changed = True
         elif stop.group.layers[0].name == "blocks.2.a":
@@ -90,7 +105,7 @@ def test_a_changed_block_is_run_again():
 def test_the_held_out_error_never_rises_and_zeros_stay():
     torch.manual_seed(2)
     block = Residual()
-    layers = select(block)
+    layers = select_layers(block)
     x = data(5)
     with torch.no_grad():
         calls = [((b,), {}, block(b)) for b in x]
@@ -99,7 +114,7 @@ def test_the_held_out_error_never_rises_and_zeros_stay():
             l.original.mul_(masks[l.full_name])
     for lr, better in ((1e-2, True), (1e3, False)):
         before = {k: v.clone() for k, v in block.state_dict().items()}
-        end = End(Block("", block, tuple(layers)), calls)
+        end = BlockStep(Block("", block, tuple(layers)), calls)
         start, now = reconstruct_(end, masks, epochs=4, lr=lr)
         assert (now < 0.7 * start) if better else (now == start)
         assert end.changed is better
@@ -156,13 +171,13 @@ def test_key_value_caches_are_off_meanwhile():
 
 def test_blocks_may_be_named(monkeypatch):
     model = tiny_llama()
-    chosen = select(model, "model.layers.*")
-    parts = blocks(model, chosen, "model.layers.*.self_attn|*.mlp")
+    chosen = select_layers(model, "model.layers.*")
+    parts = find_blocks(model, chosen, "model.layers.*.self_attn|*.mlp")
     assert [b.name for b in parts[:3]] == ["model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.1.self_attn"]
     assert [len(b.layers) for b in parts] == [4, 3, 4, 3]
-    assert [b.name for b in blocks(model, chosen, "model.layers.*")] == ["model.layers.0", "model.layers.1"]
+    assert [b.name for b in find_blocks(model, chosen, "model.layers.*")] == ["model.layers.0", "model.layers.1"]
     with pytest.raises(ModelError, match=r"match no module of LlamaForCausalLM .*did you mean 'model.layers.0.mlp'"):
-        blocks(model, chosen, "model.layer.0.mlp")
+        find_blocks(model, chosen, "model.layer.0.mlp")
     data = [{"input_ids": torch.randint(0, 64, (2, 12))} for _ in range(3)]
     learnt, real = [], layerwise.reconstruct_
 

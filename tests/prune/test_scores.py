@@ -9,16 +9,16 @@ from torch import nn
 
 import rarefy
 from conftest import Attention, Net, Tied, image_batches
-from rarefy.calibration.statistics import Stats, collect
+from rarefy.calibration.statistics import LayerStats, collect_stats
 from rarefy.common.errors import DataError, ModelError, PatternError
-from rarefy.model.layers import all_layers, select
+from rarefy.model.layers import all_layers, select_layers
 from rarefy.prune.scores import SCORES
 
 INPUT, OUTPUT, GRADIENT = frozenset({"input"}), frozenset({"input", "output"}), frozenset({"gradient"})
 
 
 def stats_of(model, data, needs=OUTPUT, layers="*", **kwargs):
-    return collect(model, data, select(model, layers), needs, **kwargs)
+    return collect_stats(model, data, select_layers(model, layers), needs, **kwargs)
 
 
 def test_linear_norms():
@@ -162,7 +162,7 @@ def test_collect_leaves_the_model_as_it_was():
 
 
 W = torch.randn(2, 3, 4, 5)
-S = Stats(
+S = LayerStats(
     in_square=torch.rand(2, 3, 1, 5),
     out_square=torch.rand(2, 1, 4, 1),
     tokens=7.0,

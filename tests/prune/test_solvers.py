@@ -5,7 +5,7 @@ import torch
 
 import rarefy
 from rarefy.calibration.gram import Gram
-from rarefy.model.sparsity_pattern import masks_at, parse
+from rarefy.model.sparsity_pattern import masks_at_sparsity, parse_pattern
 from rarefy.prune import layerwise, solvers
 from rarefy.prune.solver_config import resolve
 
@@ -18,9 +18,9 @@ def problem(G=1, O=6, C=12, tokens=400, seed=0, dtype=torch.float64):
 
 
 def chooser(pattern, sparsity):
-    plan = parse(pattern)
+    plan = parse_pattern(pattern)
     sparsity = plan.fixed_sparsity or sparsity
-    return lambda score, a, b: masks_at([score[:, None]], plan, sparsity, "layer")[0][:, 0]
+    return lambda score, a, b: masks_at_sparsity([score[:, None]], plan, sparsity, "layer")[0][:, 0]
 
 
 def exact_fit(target, H, mask):
@@ -48,7 +48,7 @@ def textbook_obs(W, H, mask):
 def test_error_is_that_of_the_outputs():
     W, X, H = problem(G=2)
     V = W + torch.randn_like(W)
-    torch.testing.assert_close(solvers.error(V, W, H) * X.shape[-1], ((V - W) @ X).square().sum(-1))
+    torch.testing.assert_close(solvers.squared_errors(V, W, H) * X.shape[-1], ((V - W) @ X).square().sum(-1))
 
 
 @pytest.mark.parametrize("C", [1, 7, 40])
@@ -124,14 +124,14 @@ def test_refit_comes_within_one_percent_of_least_squares_and_never_above_its_sta
         mask = torch.rand(W.shape) > 0.6
     else:
         mask = chooser(kind if kind != "magnitude" else "unstructured", None if ":" in kind else 0.6)(W.abs(), 0, 48)
-    best = solvers.error(exact_fit(W, H, mask), W, H).sum()
+    best = solvers.squared_errors(exact_fit(W, H, mask), W, H).sum()
     starts = [W, torch.randn_like(W), exact_fit(W, H, mask)]
     for start in starts:
         new = solvers.refit(start, W, H, mask, steps=20)
         assert (new[~mask] == 0).all()
-        assert (solvers.error(new, W, H) <= solvers.error(torch.where(mask, start, 0), W, H)).all()
-        assert solvers.error(new, W, H).sum() <= 1.01 * best
-    errors = [float(solvers.error(solvers.refit(W, W, H, mask, n), W, H).sum()) for n in range(12)]
+        assert (solvers.squared_errors(new, W, H) <= solvers.squared_errors(torch.where(mask, start, 0), W, H)).all()
+        assert solvers.squared_errors(new, W, H).sum() <= 1.01 * best
+    errors = [float(solvers.squared_errors(solvers.refit(W, W, H, mask, n), W, H).sum()) for n in range(12)]
     assert errors == sorted(errors, reverse=True)
 
 
@@ -158,7 +158,7 @@ def test_admm_finds_better_masks_than_obs_and_magnitude(pattern, sparsity):
     U, _ = solvers.inverse_factor(H, 0.01)
     greedy = choose(W.square() / U.diagonal(dim1=1, dim2=2)[:, None].square(), 0, 40)
     rivals = [solvers.refit(W, W, Hd, m, 60) for m in (greedy, choose(W.abs(), 0, 40))]
-    assert all(solvers.error(new, W, Hd).sum() < solvers.error(r, W, Hd).sum() for r in rivals)
+    assert all(solvers.squared_errors(new, W, Hd).sum() < solvers.squared_errors(r, W, Hd).sum() for r in rivals)
 
 
 def test_admm_of_a_given_mask_is_least_squares():
@@ -174,11 +174,11 @@ def test_shifted_target_is_the_asymmetric_problem():
     W, X, _ = problem(O=4)
     Y = X + 0.3 * torch.randn_like(X)
     H = Y @ Y.transpose(1, 2)
-    target = W + solvers.shift(W, (X - Y) @ Y.transpose(1, 2), torch.linalg.cholesky(H))
+    target = W + solvers.target_shift(W, (X - Y) @ Y.transpose(1, 2), torch.linalg.cholesky(H))
     gaps = []
     for seed in range(3):
         V = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed), dtype=W.dtype)
-        gaps.append((V @ Y - W @ X).square().sum() - solvers.error(V, target, H).sum())
+        gaps.append((V @ Y - W @ X).square().sum() - solvers.squared_errors(V, target, H).sum())
     torch.testing.assert_close(gaps[0], gaps[1])
     torch.testing.assert_close(gaps[0], gaps[2])
 
@@ -187,7 +187,7 @@ def test_the_best_amount_of_a_shift_is_the_best_of_all():
     W, X, _ = problem(O=4)
     Y = X + 0.3 * torch.randn_like(X)
     move = torch.randn_like(W)
-    best = float(solvers.best_shift(W, move, Y @ Y.transpose(1, 2), (X - Y) @ Y.transpose(1, 2)))
+    best = float(solvers.best_shift_amount(W, move, Y @ Y.transpose(1, 2), (X - Y) @ Y.transpose(1, 2)))
     errors = {a: float(((W + a * move) @ Y - W @ X).square().sum()) for a in (best - 0.01, best, best + 0.01)}
     assert min(errors, key=lambda a: errors[a]) == best
 

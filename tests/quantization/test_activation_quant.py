@@ -12,7 +12,12 @@ from torch import nn
 import rarefy
 from conftest import Net
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
-from rarefy.model.activation_quant import Inputs, get_inputs, noted, set_inputs_
+from rarefy.model.activation_quant import (
+    ActivationQuant,
+    activation_quants,
+    get_activation_quant,
+    set_activation_quant_,
+)
 from rarefy.model.layers import all_layers
 from rarefy.quantization.activation_observers import static_grid
 from rarefy.runtime import autotune, bindings, packing, reference
@@ -32,8 +37,8 @@ def test_dynamic_is_the_kernels_own_rounding():
     x = torch.randn(5, 64) * torch.logspace(-3, 3, 5)[:, None]
     x[2] = 0
     weight = packing.pack_bitmask(torch.randn(4, 64), "int8")
-    assert torch.equal(Inputs()(x), reference.rounded(x, weight))
-    assert float((Inputs()(x) - x).abs().max(1).values[0] / x[0].abs().max()) <= 0.5 / 127 + 1e-6
+    assert torch.equal(ActivationQuant()(x), reference.rounded(x, weight))
+    assert float((ActivationQuant()(x) - x).abs().max(1).values[0] / x[0].abs().max()) <= 0.5 / 127 + 1e-6
 
 
 @pytest.mark.parametrize("low", [-3.0, 0.0])
@@ -72,7 +77,7 @@ def test_outputs_stay_near_and_rows_say_how(activations):
     x = data[0]
     assert 0 < float(((net(x) - dense(x)).norm() / dense(x).norm()).detach()) < 0.03
     assert all(r["inputs"] == "dynamic" or r["inputs"].startswith("by ") for r in report.rows)
-    rounds = get_inputs(net[0])
+    rounds = get_activation_quant(net[0])
     assert rounds is not None
     assert (rounds.scale is None) == (activations == "int8")
     want = net[0].weight @ rounds(x).T  # the hook rounds, and nothing else
@@ -87,7 +92,7 @@ def test_images_are_rounded_one_by_one():
     x = torch.randn(3, 3, 12, 12) * torch.tensor([1.0, 100.0, 0.01])[:, None, None, None]
     alone = torch.cat([net(x[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(net(x), alone)
-    assert set(noted(net)) == {"conv", "deep", "up", "hidden"}
+    assert set(activation_quants(net)) == {"conv", "deep", "up", "hidden"}
 
 
 @pytest.mark.parametrize("activations", ["int8", "int8-static"])
@@ -98,15 +103,15 @@ def test_they_are_copied_saved_and_loaded(activations, tmp_path):
     want = net(x)
     assert torch.equal(copy.deepcopy(net)(x), want)
     other = copy.deepcopy(net)
-    set_inputs_(other[0], None)
-    assert get_inputs(net[0]) is not None and not torch.equal(other(x), want) and torch.equal(net(x), want)
+    set_activation_quant_(other[0], None)
+    assert get_activation_quant(net[0]) is not None and not torch.equal(other(x), want) and torch.equal(net(x), want)
     assert torch.equal(rarefy.fold_(copy.deepcopy(net))(x), want)
     rarefy.save(net, tmp_path / "out")
     again = rarefy.load(tmp_path / "out", mlp())
-    assert torch.equal(again(x), want) and noted(again) == noted(net)
+    assert torch.equal(again(x), want) and activation_quants(again) == activation_quants(net)
     rarefy.save(mlp(), tmp_path / "plain")
-    assert noted(again)
-    assert noted(rarefy.load(tmp_path / "plain", again)) == {}  # the file says how its model is called
+    assert activation_quants(again)
+    assert activation_quants(rarefy.load(tmp_path / "plain", again)) == {}  # the file says how its model is called
 
 
 def test_an_attention_keeps_its_inputs_and_says_so():
@@ -156,7 +161,7 @@ def test_in_a_recipe(tmp_path):
     stage = {"quantize": {"weights": "int8", "activations": "int8-static", "observer": "percentile"}}
     net = mlp()
     receipt = rarefy.compress_(net, {"stages": [stage]}, batches())
-    assert set(noted(net)) == {"0", "2"} and receipt.stages[0]["title"] == "quantized"
+    assert set(activation_quants(net)) == {"0", "2"} and receipt.stages[0]["title"] == "quantized"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(error, match=says):
         rarefy.quantize_(net, "int8", **options)
-    assert list(net.state_dict()) == list(before) and not noted(net) and not net[0]._forward_pre_hooks
+    assert list(net.state_dict()) == list(before) and not activation_quants(net) and not net[0]._forward_pre_hooks
 
 
 @pytest.mark.parametrize(
@@ -250,17 +255,17 @@ def test_smoothing_keeps_the_model_and_makes_its_inputs_easier(pruned):
     dense, data = outliers()
     if pruned:
         rarefy.prune_(dense, "2:4", layers=["q", "k"])
-    from rarefy.model.layers import select
+    from rarefy.model.layers import select_layers
     from rarefy.quantization.smoothquant import smooth_
 
     smoothed = copy.deepcopy(dense)
-    done, undo = smooth_(smoothed, select(smoothed, ["q", "k", "up", "down", "out"]), data, 0.5)
+    done, undo = smooth_(smoothed, select_layers(smoothed, ["q", "k", "up", "down", "out"]), data, 0.5)
     assert done == {"q": "norm", "k": "norm", "down": "up"}  # the residual reads `after`, nothing is moved there
     torch.testing.assert_close(smoothed(data[0]), dense(data[0]), rtol=1e-4, atol=1e-4)
     assert torch.equal(smoothed.after.weight, dense.after.weight)
     undo()
     assert all(torch.equal(a, b) for a, b in zip(smoothed.state_dict().values(), dense.state_dict().values()))
-    smooth_(smoothed, select(smoothed, ["q", "k", "up", "down", "out"]), data, 0.5)
+    smooth_(smoothed, select_layers(smoothed, ["q", "k", "up", "down", "out"]), data, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(rarefy.masks(smoothed).values(), rarefy.masks(dense).values()))
     off = []
     for smooth in (None, 0.5):

@@ -118,7 +118,7 @@ def test_training_moves_the_values_and_not_who_has_them():
         assert bool((W[~masks[layer.name]] == 0).all()) and len(W.unique()) <= 8
         for place in range(int(was.max()) + 1):
             assert len(W[was == place].unique()) == 1
-        assert get_grid(layer).holds(W)
+        assert get_grid(layer).contains(W)
 
 
 def test_every_kind_of_layer_and_ties(tmp_path):

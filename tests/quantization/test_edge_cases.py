@@ -19,9 +19,9 @@ from rarefy.formats import container
 from rarefy.formats.quantized_encodings import check
 from rarefy.formats.quantized_encodings import encode as encode_values
 from rarefy.formats.sparse_encodings import encode
-from rarefy.model.activation_quant import Inputs, get_inputs, noted
+from rarefy.model.activation_quant import ActivationQuant, activation_quants, get_activation_quant
 from rarefy.model.layers import all_layers
-from rarefy.model.quant_grid import Grid, get_grid, note_
+from rarefy.model.quant_grid import Grid, get_grid, record_grid_
 from rarefy.runtime import autotune, bindings, candidates
 from rarefy.runtime.packing import pack_panels
 from rarefy.runtime.sparse_layers import PanelEmbedding
@@ -45,9 +45,9 @@ def test_numbers_of_rows_are_not_rounded(tmp_path):
     net = HeadFirst()
     rarefy.quantize_(net, "int8", activations="int8", layers="head")
     ids = torch.tensor([[1, 500, 999]])
-    assert torch.equal(net.emb(ids)[0], net.emb.weight[ids[0]]) and set(noted(net)) == {"head"}
+    assert torch.equal(net.emb(ids)[0], net.emb.weight[ids[0]]) and set(activation_quants(net)) == {"head"}
     rarefy.save(rarefy.fold_(net), tmp_path / "out")
-    assert noted(rarefy.load(tmp_path / "out", HeadFirst())) == noted(net)
+    assert activation_quants(rarefy.load(tmp_path / "out", HeadFirst())) == activation_quants(net)
 
 
 @pytest.mark.parametrize("do", [lambda m: rarefy.share_(m, 3), lambda m: rarefy.quantize_(m, "int8")])
@@ -115,7 +115,7 @@ def test_a_dense_form_rounds_inputs_too(monkeypatch):
 def test_attention_reads_the_weight_of_its_last_layer_itself(activations):
     net, x = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)), torch.randn(2, 5, 32)
     report = rarefy.quantize_(net, "int8", activations=activations, data=[x] if "static" in activations else None)
-    assert "0.self_attn.out_proj" in report.notes[0] and get_inputs(net[0].self_attn.out_proj) is None
+    assert "0.self_attn.out_proj" in report.notes[0] and get_activation_quant(net[0].self_attn.out_proj) is None
 
 
 class Behind(nn.Module):
@@ -157,7 +157,7 @@ def test_a_folder_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
     want = other(x)
     with pytest.raises(ContainerError, match=r"2.weight is \[4, 64\] in the folder, and \[5, 64\] in the model"):
         rarefy.load(tmp_path / "out", other)
-    assert type(other[0]) is nn.Linear and torch.equal(other(x), want) and not noted(other)
+    assert type(other[0]) is nn.Linear and torch.equal(other(x), want) and not activation_quants(other)
 
 
 def test_what_stands_beside_a_layer_leaves_its_outputs_alone():
@@ -224,8 +224,8 @@ def test_half_models_are_cast_before_onnx(tmp_path):
 
 
 def test_rounding_at_the_ends_of_numbers():
-    assert Inputs()(torch.tensor([[1e-37, 0.0]])).tolist() == [[0.0, 0.0]]
-    grid, x = Inputs(8, 0.1, 128), torch.tensor([1e8, 300.0])
+    assert ActivationQuant()(torch.tensor([[1e-37, 0.0]])).tolist() == [[0.0, 0.0]]
+    grid, x = ActivationQuant(8, 0.1, 128), torch.tensor([1e8, 300.0])
     assert torch.equal(grid(x), grid(x.clone().requires_grad_()).detach())
     conv = nn.Sequential(nn.Conv2d(3, 4, 3))
     rarefy.quantize_(conv, "int8", activations="int8")
@@ -269,7 +269,7 @@ def test_shared_values_come_back_in_one_piece(tmp_path):
 def test_grids_that_are_sound_but_strange(tmp_path):
     net, grid = linear(64, 8), Grid(4, torch.full((4, 1), 0.1))
     net[0].weight.data = grid.snap(net[0].weight.data)
-    note_(net[0], "weight", grid)
+    record_grid_(net[0], "weight", grid)
     rarefy.save(net, tmp_path / "out")
     again = rarefy.load(tmp_path / "out", linear(64, 8))
     rarefy.accelerate_(again, (1,), tuning_cache=False)

@@ -12,9 +12,9 @@ from torch import nn
 import rarefy
 from conftest import Net, Tied
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
-from rarefy.model.layers import all_layers, select
+from rarefy.model.layers import all_layers, select_layers
 from rarefy.model.masks import get_mask
-from rarefy.model.quant_grid import Codebook, Grid, get_grid, live_grid, notes, scale_shape
+from rarefy.model.quant_grid import Codebook, Grid, attached_grid, get_grid, recorded_grids, scale_shape
 from rarefy.pipeline.dry_run import forecast
 from rarefy.prune import solvers
 from rarefy.quantization.config import asked
@@ -67,7 +67,7 @@ def test_a_weight_goes_to_its_nearest_point(bits, symmetric):
         assert 0.0 in points
         assert abs(float(got[i, j] - W[i, j])) <= min(abs(p - float(W[i, j])) for p in points) + 1e-6
         assert min(abs(p - float(got[i, j])) for p in points) < 1e-6
-    assert grid.holds(got) and torch.equal(grid.values(grid.codes(W), W.dtype), got)
+    assert grid.contains(got) and torch.equal(grid.values(grid.codes(W), W.dtype), got)
     assert len(range(low, high + 1)) == (2**bits - (bits == 8 and symmetric))
 
 
@@ -100,8 +100,8 @@ def test_values_in_other_types_stay_on_their_grid(dtype, bits):
     W = torch.randn(8, 64).to(dtype)
     grid = fit_grid(W, (8, 1), asked(f"int{bits}", None, False))
     got = grid.snap(W)
-    assert got.dtype == dtype and grid.holds(got)
-    assert not grid.holds(got + grid.scale.to(dtype) / 3)
+    assert got.dtype == dtype and grid.contains(got)
+    assert not grid.contains(got + grid.scale.to(dtype) / 3)
 
 
 def test_scales_lie_as_weights_do():
@@ -110,7 +110,9 @@ def test_scales_lie_as_weights_do():
     assert shapes == {
         "conv": (8, 1, 1, 1), "deep": (8, 1, 1, 1), "up": (2, 4, 1, 1), "hidden": (16, 1), "fc": (5, 1),
     }  # fmt: skip
-    assert scale_shape(select(net, "up")[0], 4) == (2, 4, 2, 2) and scale_shape(select(net, "up")[0], 2) == (4, 4, 2, 2)
+    assert scale_shape(select_layers(net, "up")[0], 4) == (2, 4, 2, 2) and scale_shape(
+        select_layers(net, "up")[0], 2
+    ) == (4, 4, 2, 2)
     assert scale_shape(all_layers(nn.MultiheadAttention(8, 2))[0], 4) == (24, 2)
     for layer in all_layers(net):  # one scale an output: rows of the matrix do not see each other
         grid = fit_grid(layer.weight.detach(), shapes[layer.name], asked("int8"))
@@ -140,7 +142,7 @@ def test_zeros_survive(way, pattern):
         optimizer.step()
     for layer in all_layers(net):
         grid = get_grid(layer)
-        assert grid is not None and grid.holds(layer.weight.detach())
+        assert grid is not None and grid.contains(layer.weight.detach())
         assert bool((layer.weight[~masks[layer.name]] == 0).all())
     rarefy.fold_(net)
     assert all(bool((l.weight[~masks[l.name]] == 0).all()) and get_grid(l) is not None for l in all_layers(net))
@@ -164,7 +166,7 @@ def test_pruning_what_is_quantized_stays_on_the_grid():
     for layer, was in zip(all_layers(net), before):
         kept = get_mask(layer)
         assert kept is not None and torch.equal(layer.weight, torch.where(kept, was, 0.0))
-        assert get_grid(layer).holds(layer.weight.detach())
+        assert get_grid(layer).contains(layer.weight.detach())
     rarefy.fold_(net)
     assert all(get_grid(l) is not None and float((l.weight == 0).float().mean()) >= 0.5 for l in all_layers(net))
 
@@ -253,7 +255,7 @@ def test_second_order_is_nearer_than_rounding(way):
     report = rarefy.quantize_(near, **way, solver="obs", data=data)
     assert off(near, dense, batches(seed=0)) < (0.9 if way["weights"] != "int8" else 1.0) * off(far, dense, data)
     for layer in all_layers(near):
-        assert get_grid(layer).holds(layer.weight.detach())
+        assert get_grid(layer).contains(layer.weight.detach())
         assert get_mask(layer) is None
     assert [r["layer"] for r in report.rows] == ["0", "2"] and all(0 < r["error"] < 1 for r in report.rows)
 
@@ -271,7 +273,7 @@ def test_zeros_chosen_on_the_way(pattern):
         mask = get_mask(layer)
         assert mask is not None and float((~mask).float().mean()) == pytest.approx(0.5, abs=0.01)
         assert pattern != "2:4" or int(mask.reshape(-1, 4).sum(1).max()) == 2
-        assert get_grid(layer).holds(layer.weight.detach())
+        assert get_grid(layer).contains(layer.weight.detach())
 
 
 @pytest.mark.parametrize("way", [WAYS[0], WAYS[3]], ids=str)
@@ -284,7 +286,7 @@ def test_second_order_of_every_kind_of_layer(way):
     rarefy.quantize_(near, **way, solver="obs", data=data)
     rarefy.quantize_(far, **way)
     assert off(near, dense, data) < 1.2 * off(far, dense, data) + 1e-12
-    assert all(get_grid(l) is not None for l in select(near, None, way.get("ignore")))
+    assert all(get_grid(l) is not None for l in select_layers(near, None, way.get("ignore")))
 
 
 # rounding that is learnt
@@ -318,8 +320,10 @@ def test_learnt_rounding_is_nearer_on_what_it_has_not_seen(way):
     report = rarefy.quantize_(near, **way, layers="blocks.*", solver={"name": "round", "steps": 100}, data=data)
     assert off(near, dense, batches(4, 0)) < 0.8 * off(far, dense, batches(4, 0))
     assert all(r["error"] < r["nearest"] for r in report.rows)
-    assert all(get_grid(l).holds(l.weight.detach()) for l in select(near, "blocks.*"))
-    for a, b, c in zip(select(near, "blocks.*"), select(far, "blocks.*"), select(dense, "blocks.*")):
+    assert all(get_grid(l).contains(l.weight.detach()) for l in select_layers(near, "blocks.*"))
+    for a, b, c in zip(
+        select_layers(near, "blocks.*"), select_layers(far, "blocks.*"), select_layers(dense, "blocks.*")
+    ):
         moved = (a.weight - c.weight).abs() / get_grid(b).spread(get_grid(b).scale.float(), a.weight.shape)
         assert float(moved.detach().quantile(0.99)) < 1.6  # up or down, and a smaller step
 
@@ -365,7 +369,7 @@ def test_training_on_the_grid_learns():
             (net(x) - goal(x).detach()).square().mean().backward()
             optimizer.step()
     assert off(net, goal, data) < 0.3 * before
-    assert all(get_grid(l).holds(l.weight.detach()) for l in all_layers(net))
+    assert all(get_grid(l).contains(l.weight.detach()) for l in all_layers(net))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -385,7 +389,7 @@ def test_saved_in_few_bits_and_read_back_bit_for_bit(tmp_path, way, pattern):
     assert kinds == {("int" if way.get("symmetric", True) else "uint") + way["weights"][3:]}
     adopted = rarefy.load(tmp_path / "live", mlp())
     rarefy.adopt_(adopted)
-    assert all(live_grid(l.module, l.param) is not None for l in all_layers(adopted))
+    assert all(attached_grid(l.module, l.param) is not None for l in all_layers(adopted))
 
 
 def test_a_weight_that_has_left_its_grid_is_stored_as_it_is(tmp_path):
@@ -406,7 +410,7 @@ def test_tied_weights_stay_tied(tmp_path):
     rarefy.save(net, tmp_path / "out")
     again = rarefy.load(tmp_path / "out", Tied())
     assert again.lm_head.weight is again.embed.weight and torch.equal(again.embed.weight, net.embed.weight)
-    assert set(notes(again.lm_head)) == {"weight"} == set(notes(again.embed))
+    assert set(recorded_grids(again.lm_head)) == {"weight"} == set(recorded_grids(again.embed))
 
 
 def test_numbers_of_fewer_bits_do_not_move_codes(tmp_path):
@@ -433,7 +437,9 @@ def test_a_copy_and_a_state_dict_keep_the_grid():
     blank.load_state_dict(net.state_dict())
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(all_layers(net), all_layers(blank)))
     folded = rarefy.fold_(other)
-    assert set(folded.state_dict()) == set(mlp().state_dict()) and set(notes(copy.deepcopy(folded)[0])) == {"weight"}
+    assert set(folded.state_dict()) == set(mlp().state_dict()) and set(recorded_grids(copy.deepcopy(folded)[0])) == {
+        "weight"
+    }
 
 
 def test_codebooks_find_the_nearest_value_of_each_block():

@@ -11,8 +11,8 @@ from torch import nn
 import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ModelError, PatternError, RecipeError
-from rarefy.dependency.symbolic_dims import Axis, Prod, Sum, coordinates, ordered, size
-from rarefy.model.sparsity_pattern import select as choose
+from rarefy.dependency.symbolic_dims import Axis, Prod, Sum, reordered_indices, size, unit_of_index
+from rarefy.model.sparsity_pattern import make_mask as choose
 from rarefy.recipe import parser
 from rarefy.structured import permutation as module
 from rarefy.structured.permutation_search import _Groups, kept_score, search
@@ -88,10 +88,10 @@ def test_dimensions_in_order():
     a, b, c = Axis(3), Axis(2), Axis(4)
     orders = {a: torch.tensor([2, 0, 1]), b: torch.tensor([1, 0])}
     for e in (a, c, Prod((a, b)), Prod((c, a)), Sum((b, a, c)), Sum((Prod((b, a)), c)), Prod((Sum((a, c)), b))):
-        index = ordered(e, orders.get)
+        index = reordered_indices(e, orders.get)
         assert index.sort().values.tolist() == [*range(size(e))]
         for axis in (a, b, c):
-            units, order = coordinates(e, axis), orders.get(axis, torch.arange(axis.size))
+            units, order = unit_of_index(e, axis), orders.get(axis, torch.arange(axis.size))
             want = torch.where(units < 0, units, order[units.clamp(min=0)])
             assert torch.equal(units[index], want)
 
@@ -170,7 +170,9 @@ def test_models_return_what_they_did_and_keep_more(name, pattern):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters()))
     for net in (dense, model):
         rarefy.prune_(net, pattern, layers=layers)
-    kept_of = [sum(float(l.weight.detach().abs().sum()) for l in module.select(n, layers)) for n in (dense, model)]
+    kept_of = [
+        sum(float(l.weight.detach().abs().sum()) for l in module.select_layers(n, layers)) for n in (dense, model)
+    ]
     assert kept_of[1] > kept_of[0]
     assert all(
         torch.equal(a.sum(), b.sum()) for a, b in zip(rarefy.masks(dense).values(), rarefy.masks(model).values())
@@ -309,7 +311,7 @@ def test_recipes(tmp_path):
     receipt = rarefy.compress_(model, parser.from_yaml(RECIPE), {"calibrate": [x]})
     rarefy.prune_(alone, "2:4", ignore="deep")
     assert receipt.stages[0]["title"] == "inputs in order for 2:4"
-    left = [sum(float(l.weight.detach().abs().sum()) for l in module.select(m)) for m in (model, alone)]
+    left = [sum(float(l.weight.detach().abs().sum()) for l in module.select_layers(m)) for m in (model, alone)]
     assert left[0] > left[1]
     rarefy.save(model, tmp_path / "out")
     torch.testing.assert_close(rarefy.load(tmp_path / "out", model=Everything()).eval()(x), model(x))

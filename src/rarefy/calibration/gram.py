@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from rarefy.model import distributed
 from rarefy.model.layers import Layer
 
-PIECE = 256  # columns that are mirrored at a time
-LEAST = 192  # columns of a diagonal square that is multiplied whole
-PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+MIRROR_COLUMNS = 256  # columns that are mirrored at a time
+MIN_SPLIT_COLUMNS = 192  # columns of a diagonal square that is multiplied whole
+PLAIN_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 ROWS = 2048  # input vectors in one product, so that their fp32 copy stays small
 
 
@@ -31,7 +31,7 @@ class Gram:
     H: Tensor | None = None  # [G, C, C]; the upper triangle alone until `finish`
     cross: Tensor | None = None  # [G, C, C] (X - X') X'^T, where X are the dense model's inputs
     tokens: float = 0.0
-    held: Gram | None = None  # of batches that are in these sums too, but may be taken out to test on
+    held_out: Gram | None = None  # of batches that are in these sums too, but may be taken out to test on
 
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add inputs [G, tokens, C], and those of the dense model at the same tokens. O(G tokens C^2 / 2)."""
@@ -59,38 +59,38 @@ class Gram:
         assert self.H is not None
         return self.H.diagonal(dim1=-2, dim2=-1)
 
-    def finish(self) -> Gram:
+    def finalize(self) -> Gram:
         """Return the mean over tokens with both triangles filled; this one is used up."""
         assert self.H is not None
         H, n, C = self.H, max(self.tokens, 1), self.H.shape[-1]
-        for a in range(0, C, PIECE):  # in place: of a wide layer these are the largest tensors there are
-            b = min(a + PIECE, C)
+        for a in range(0, C, MIRROR_COLUMNS):  # in place: of a wide layer these are the largest tensors there are
+            b = min(a + MIRROR_COLUMNS, C)
             H[:, a:b, a:b] = H[:, a:b, a:b].triu() + H[:, a:b, a:b].triu(1).transpose(-2, -1)
             H[:, b:, a:b] = H[:, a:b, b:].transpose(-2, -1)
-        held = None if self.held is None else self.held.finish()
+        held = None if self.held_out is None else self.held_out.finalize()
         return Gram(H.div_(n), None if self.cross is None else self.cross.div_(n), self.tokens, held)
 
 
-def everyones(gram: Gram | None, layer: Layer, dense: bool) -> Gram | None:
+def all_reduce_gram(gram: Gram | None, layer: Layer, dense: bool) -> Gram | None:
     """Return the sums over all processes of what each has of a layer; None where none has any. O(C^2) is sent."""
-    tokens = distributed.number(0.0 if gram is None else gram.tokens)
+    tokens = distributed.all_reduce_number(0.0 if gram is None else gram.tokens)
     if not tokens:
         return None
     G, K, _, I = layer.layout.shape
     C = K * I if layer.layout.kind == "conv" else I
     own = gram or Gram()
-    H = distributed.summed(own.H, (G, C, C))
-    cross = distributed.summed(own.cross, (G, C, C)) if dense else None
+    H = distributed.all_reduce_tensor(own.H, (G, C, C))
+    cross = distributed.all_reduce_tensor(own.cross, (G, C, C)) if dense else None
     held = None
-    if dense and distributed.number(float(own.held is not None)):
-        held = everyones(own.held, layer, dense)
+    if dense and distributed.all_reduce_number(float(own.held_out is not None)):
+        held = all_reduce_gram(own.held_out, layer, dense)
     return Gram(H, cross, tokens, held)
 
 
 def _add_upper(H: Tensor, x: Tensor) -> None:
     """H += x^T x for its upper triangle: halves of columns, so that little below the diagonal is computed."""
     C = H.shape[-1]
-    if C <= LEAST:
+    if C <= MIN_SPLIT_COLUMNS:
         H.baddbmm_(x.transpose(1, 2), x)
         return
     m = C // 2
@@ -99,7 +99,7 @@ def _add_upper(H: Tensor, x: Tensor) -> None:
     _add_upper(H[:, m:, m:], x[..., m:])
 
 
-def same_columns(layer: Layer, module: nn.Module) -> tuple[Any, ...]:
+def input_signature(layer: Layer, module: nn.Module) -> tuple[Any, ...]:
     """Return what two layers with the same input tensor must share for their Gram matrices to be the same."""
     G, K, _, I = layer.layout.shape
     if layer.layout.kind == "conv":
@@ -108,15 +108,15 @@ def same_columns(layer: Layer, module: nn.Module) -> tuple[Any, ...]:
     return (G, 1, I)
 
 
-def columns(layer: Layer, module: Any, x: Any, kept: Tensor | None) -> Tensor:
+def input_columns(layer: Layer, module: Any, x: Any, kept: Tensor | None) -> Tensor:
     """Return a layer's input as [G, tokens, C]; `kept` [batch, length] marks what is no padding. O(G tokens C)."""
     G, _, _, I = layer.layout.shape
     if layer.layout.kind == "experts":
-        return _stacked(x)
+        return _pad_and_stack(x)
     if isinstance(x, tuple):  # queries, keys and values of an attention, each with its own matrix
-        return _stacked([token_rows(t, kept, module.batch_first) for t in x])
+        return _pad_and_stack([token_rows(t, kept, module.batch_first) for t in x])
     if layer.layout.kind == "conv":
-        return _unfold(module, pad_as_called(module, x))
+        return _unfold(module, padded_input(module, x))
     if layer.layout.kind == "conv-transposed":
         x = x if x.dim() == len(module.kernel_size) + 2 else x[None]
         return x.reshape(len(x), G, I, -1).permute(1, 0, 3, 2).reshape(G, -1, I)
@@ -134,18 +134,18 @@ def token_rows(x: Tensor, kept: Tensor | None, batch_first: bool = True) -> Tens
     return rows[kept.flatten().bool()] if kept is not None and (fits or flat) else rows
 
 
-def _stacked(parts: list[Tensor]) -> Tensor:
+def _pad_and_stack(parts: list[Tensor]) -> Tensor:
     """Rows of different number: zeros add nothing to a Gram matrix."""
     longest = max(len(p) for p in parts)
     return torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in parts])
 
 
-def pad_as_called(m: Any, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+def padded_input(m: Any, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """Return a convolution's input [N, C, *spatial] with its padding, also where a subclass pads inside its forward
     (TensorFlow's "same"): what `sizes` of the output ask for beyond the module's own goes right-heavy."""
     n = len(m.kernel_size)
     x = x if x.dim() == n + 2 else x[None]
-    if sizes is None and type(m).forward not in PLAIN:
+    if sizes is None and type(m).forward not in PLAIN_FORWARDS:
         with torch.no_grad():
             sizes = type(m).forward(m, x[:1]).shape[2:]
     mode = "constant" if m.padding_mode == "zeros" else m.padding_mode

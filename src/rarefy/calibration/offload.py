@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from rarefy.common.atomic_io import blaming
 
 PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: clean pages of a file are dropped, changed ones stay
-SMALL = 1 << 16  # bytes of a tensor that is not worth moving
+MIN_BYTES = 1 << 16  # bytes of a tensor that is not worth moving
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 
 
-def available() -> int | None:
+def available_bytes() -> int | None:
     """Return the bytes that this process may still take without swapping, or None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -40,7 +40,7 @@ def available() -> int | None:
         return free
 
 
-def resident() -> tuple[int, int]:
+def resident_bytes() -> tuple[int, int]:
     """Return the bytes of this process that are in memory now: its own, and those that belong to files; 0 where the
     system does not say."""
     try:
@@ -50,7 +50,7 @@ def resident() -> tuple[int, int]:
         return 0, 0
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Give freed heap pages back to the system (glibc): activations of many batches leave holes."""
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
@@ -61,13 +61,13 @@ def page_out(tensors: Iterable[Tensor]) -> None:
     if not hasattr(_LIBC, "madvise"):
         return
     for t in tensors:
-        if t.is_meta or t.device.type != "cpu" or t.nbytes < SMALL:
+        if t.is_meta or t.device.type != "cpu" or t.nbytes < MIN_BYTES:
             continue
         start = t.data_ptr() & -mmap.PAGESIZE
         _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(t.data_ptr() + t.nbytes - start), PAGEOUT)
 
 
-def in_files(tensors: Iterable[Tensor]) -> list[Tensor]:
+def file_backed(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return those tensors that lie in mapped files; others would be swapped. O(mappings + tensors log mappings)."""
     try:
         lines = [l.split() for l in Path("/proc/self/maps").read_text().splitlines()]
@@ -83,7 +83,7 @@ def in_files(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def keeping(model: nn.Module, memory: int | None) -> Iterator[None]:
+def limiting_resident_weights(model: nn.Module, memory: int | None) -> Iterator[None]:
     """Keep what is resident of mapped files near what it is now + an eighth of `memory` bytes by paging out the model's
     weights; None = leave them be.
 
@@ -93,11 +93,11 @@ def keeping(model: nn.Module, memory: int | None) -> Iterator[None]:
     if memory is None:
         yield
         return
-    done, before = threading.Event(), resident()[1]
+    done, before = threading.Event(), resident_bytes()[1]
 
     def look() -> None:
         while not done.wait(0.02):
-            if resident()[1] > before + memory // 8:
+            if resident_bytes()[1] > before + memory // 8:
                 page_out(p.data for p in list(model.parameters()))
 
     watch = threading.Thread(target=look, daemon=True)
@@ -109,7 +109,7 @@ def keeping(model: nn.Module, memory: int | None) -> Iterator[None]:
         watch.join()
 
 
-def of_frames(frame: Any) -> list[Tensor]:
+def tensors_in_frames(frame: Any) -> list[Tensor]:
     """Return the tensors that the frames of a suspended coroutine hold, each once."""
     found: dict[int, Tensor] = {}
     while frame is not None:
@@ -130,22 +130,22 @@ def _gather(value: Any, found: dict[int, Tensor], depth: int) -> None:
             _gather(v, found, depth - 1)
 
 
-def storages(tensors: Iterable[Tensor]) -> set[int]:
+def storage_pointers(tensors: Iterable[Tensor]) -> set[int]:
     """Return where the storages of tensors begin."""
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
 def movable(tensors: Iterable[Tensor], taken: set[int]) -> list[list[Tensor]]:
-    """Return those tensors on the CPU that nobody else sees, grouped by storage; `taken` are the `storages` of what
-    belongs to somebody else."""
+    """Return the CPU tensors that nobody else refers to, grouped by storage; `taken` are
+    the `storage_pointers` of tensors with other owners."""
     groups: dict[int, list[Tensor]] = {}
     for t in tensors:
-        if type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided and t.nbytes >= SMALL:
+        if type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided and t.nbytes >= MIN_BYTES:
             groups.setdefault(t.untyped_storage().data_ptr(), []).append(t)
-    return [same for key, same in groups.items() if key not in taken and _alone(same)]
+    return [same for key, same in groups.items() if key not in taken and _is_exclusive(same)]
 
 
-def _alone(same: Sequence[Tensor]) -> bool:
+def _is_exclusive(same: Sequence[Tensor]) -> bool:
     """Whether no tensor but these shares the storage: a change in place through another would be lost."""
     storage = same[0].untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) == len(same) + 1  # and `storage` here

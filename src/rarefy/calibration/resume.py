@@ -25,28 +25,28 @@ from rarefy.calibration import offload
 from rarefy.common.atomic_io import KEY, ONCE, PARTIAL, blaming, is_state, sync
 from rarefy.common.errors import ContainerError, DataError
 
-ANEW = "remove {} (shell: --fresh) to start anew, or give another name"
+START_OVER = "remove {} (shell: --fresh) to start anew, or give another name"
 
 
 @dataclass(frozen=True)
-class Entry:
+class StepState:
     """What changed at one stop."""
 
     weights: dict[str, Tensor]  # by name, as stored
     masks: dict[str, Tensor]  # by layer name, packed into bits
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def plus(self, other: Entry) -> Entry:
+    def merged_with(self, other: StepState) -> StepState:
         """Return both together."""
-        return Entry(self.weights | other.weights, self.masks | other.masks, self.rows + other.rows)
+        return StepState(self.weights | other.weights, self.masks | other.masks, self.rows + other.rows)
 
 
 @dataclass(frozen=True)
-class Journal:
+class ResumeState:
     """A folder of entries; `None` as folder keeps nothing."""
 
     folder: Path | None
-    known: int = 0  # the first stops, which are on disk
+    num_done: int = 0  # the first stops, which are on disk
     key: str = ""
     lock: Any = None  # a file that is locked as long as it is open
 
@@ -55,19 +55,19 @@ class Journal:
         if self.lock is not None:
             self.lock.close()
 
-    def read(self, stop: int) -> Entry:
+    def read(self, stop: int) -> StepState:
         """Return what was done at a stop, weights mapped from the file; ContainerError where it is not whole."""
-        tensors, rows = self.take(f"stop-{stop:06d}.safetensors", "rows")
+        tensors, rows = self.read_tensors(f"stop-{stop:06d}.safetensors", "rows")
         part = {p: {n[2:]: t for n, t in tensors.items() if n.startswith(f"{p}.")} for p in "wm"}
-        return Entry(part["w"], part["m"], rows)
+        return StepState(part["w"], part["m"], rows)
 
-    def write(self, stop: int, entry: Entry) -> None:
+    def write(self, stop: int, entry: StepState) -> None:
         """Put an entry on disk; ContainerError where there is no space."""
         tensors = {f"w.{n}": t.contiguous() for n, t in entry.weights.items()}
         tensors |= {f"m.{n}": t for n, t in entry.masks.items()}
-        self.put(f"stop-{stop:06d}.safetensors", tensors, "rows", entry.rows)
+        self.write_tensors(f"stop-{stop:06d}.safetensors", tensors, "rows", entry.rows)
 
-    def take(self, name: str, word: str) -> tuple[dict[str, Tensor], Any]:
+    def read_tensors(self, name: str, word: str) -> tuple[dict[str, Tensor], Any]:
         """Return the tensors of a file, mapped, and what `put` noted under `word`; ContainerError where the file is
         damaged or of another run."""
         assert self.folder is not None
@@ -79,12 +79,12 @@ class Journal:
             whole = about["key"] == self.key and about["digest"] == digest(dict(sorted(tensors.items())))
             value = json.loads(about[word])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ContainerError(f"{file} is damaged ({error}): {ANEW.format(self.folder)}") from None
+            raise ContainerError(f"{file} is damaged ({error}): {START_OVER.format(self.folder)}") from None
         if not whole:
-            raise ContainerError(f"{file} is damaged or of another run: {ANEW.format(self.folder)}")
+            raise ContainerError(f"{file} is damaged or of another run: {START_OVER.format(self.folder)}")
         return tensors, value
 
-    def put(self, name: str, tensors: dict[str, Tensor], word: str, value: Any) -> None:
+    def write_tensors(self, name: str, tensors: dict[str, Tensor], word: str, value: Any) -> None:
         """Put tensors into a file, whole or not at all, with plain data under `word`; ContainerError where there is no
         space."""
         if self.folder is None:
@@ -101,7 +101,7 @@ class Journal:
         os.replace(folder / PARTIAL, folder / name)
         sync(folder)
 
-    def once(self, name: str, find: Callable[[], Any]) -> Any:
+    def compute_once(self, name: str, find: Callable[[], Any]) -> Any:
         """Return what `find` returns (of what JSON can hold), or what it returned when this run was here before."""
         if self.folder is None:
             return find()
@@ -113,9 +113,9 @@ class Journal:
                 value = about["value"]
                 whole = about["key"] == self.key and about["digest"] == digest(json.dumps(value))
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ContainerError(f"{file} is damaged ({error}): {ANEW.format(self.folder)}") from None
+                raise ContainerError(f"{file} is damaged ({error}): {START_OVER.format(self.folder)}") from None
             if not whole:
-                raise ContainerError(f"{file} is damaged or of another run: {ANEW.format(self.folder)}")
+                raise ContainerError(f"{file} is damaged or of another run: {START_OVER.format(self.folder)}")
             return value
         value = find()
         with blaming(self.folder):
@@ -127,17 +127,17 @@ class Journal:
     def check_same(self, name: str, what: Any, word: str) -> None:
         """Raise ContainerError where tensors, called `word`, are others than when this run was here before."""
         made = digest(what) if self.folder is not None else None
-        if self.once(name, lambda: made) != made:
+        if self.compute_once(name, lambda: made) != made:
             raise ContainerError(
-                f"{self.folder} holds the state of another run (other {word}): {ANEW.format(self.folder)}"
+                f"{self.folder} holds the state of another run (other {word}): {START_OVER.format(self.folder)}"
             )
 
 
-def open_(folder: Path | None, key: Mapping[str, Any]) -> Journal:
+def open_state(folder: Path | None, key: Mapping[str, Any]) -> ResumeState:
     """Return the journal of a run in `folder`, made if need be; ContainerError where the folder holds something else,
     the state of another run, or is in use by one."""
     if folder is None:
-        return Journal(None)
+        return ResumeState(None)
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise ContainerError(f"{folder} is a file; give the name of a folder")
@@ -155,10 +155,10 @@ def open_(folder: Path | None, key: Mapping[str, Any]) -> Journal:
             lock.flush()
         elif before != text:
             lock.close()
-            what = f"holds the state of another run ({_differs(before, key)})" if before else f"has lost its {KEY}"
-            raise ContainerError(f"{folder} {what}: {ANEW.format(folder)}")
+            what = f"holds the state of another run ({_difference(before, key)})" if before else f"has lost its {KEY}"
+            raise ContainerError(f"{folder} {what}: {START_OVER.format(folder)}")
     known = next(i for i in count() if not (folder / f"stop-{i:06d}.safetensors").is_file())
-    return Journal(folder, known, hashlib.sha256(text.encode()).hexdigest(), lock)
+    return ResumeState(folder, known, hashlib.sha256(text.encode()).hexdigest(), lock)
 
 
 def _locked(file: Path) -> Any:
@@ -176,7 +176,7 @@ def _locked(file: Path) -> Any:
     return opened
 
 
-def _differs(before: str, key: Mapping[str, Any]) -> str:
+def _difference(before: str, key: Mapping[str, Any]) -> str:
     """What a state was made for, and what is asked now."""
     try:
         had = json.loads(before)
@@ -196,7 +196,7 @@ def digest(value: Any) -> str:
     return into.hexdigest()
 
 
-def key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any]:
+def run_key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any]:
     """Return what must agree for a run to go on: settings, versions, digests of the modules, their weights and the
     data. Raises DataError for data that has no bytes to go by. O(data + weights)."""
     from rarefy.common.version import __version__
@@ -205,7 +205,7 @@ def key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any
     made = (repr(model), config.to_dict() if hasattr(config, "to_dict") else None)
     state = {**model.state_dict(), **dict(model.named_buffers())}
     digests = {"model": digest(made), "weights": digest(state), "data": digest(list(data))}
-    offload.page_out(offload.in_files(state.values()))  # all of a model is read here, a block at a time later
+    offload.page_out(offload.file_backed(state.values()))  # all of a model is read here, a block at a time later
     return {**settings, "rarefy": __version__, "torch": torch.__version__, **digests}
 
 

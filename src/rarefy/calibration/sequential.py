@@ -24,19 +24,19 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from rarefy.calibration import offload
-from rarefy.calibration.gram import Gram, columns, everyones, same_columns
-from rarefy.calibration.weight_hooks import taps
+from rarefy.calibration.gram import Gram, all_reduce_gram, input_columns, input_signature
+from rarefy.calibration.weight_hooks import weight_hooks
 from rarefy.common.errors import DataError, ModelError, nearest
 from rarefy.model import distributed
 from rarefy.model.batches import first_samples, tensors_in
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
 
-SLACK = 32 << 20  # bytes; giving memory back costs a fault a page when it is taken again
+HEAP_SLACK = 32 << 20  # bytes; giving memory back costs a fault a page when it is taken again
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class LayerGroup:
     """Layers that are fed by one tensor, such as q, k and v: one Gram matrix, one stop."""
 
     layers: tuple[Layer, ...]
@@ -45,11 +45,11 @@ class Group:
 
 
 @dataclass(eq=False)
-class Stop:
+class GroupStep:
     """All batches stand before `group`. Put new weights (as stored) into `weights`; they are in place afterwards.
     `gram` is empty at a stop that is only passed."""
 
-    group: Group
+    group: LayerGroup
     gram: Gram
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Block:
 
 
 @dataclass(eq=False)
-class End:
+class BlockStep:
     """All batches stand at the end of `block`. Where its weights are changed, say so in `changed`: it is run again."""
 
     block: Block
@@ -72,7 +72,7 @@ class End:
     changed: bool = False
 
 
-def order(model: nn.Module, batch: Any, layers: Sequence[Layer], *, dense: bool = False) -> list[Group]:
+def layer_groups(model: nn.Module, batch: Any, layers: Sequence[Layer], *, dense: bool = False) -> list[LayerGroup]:
     """Return the groups of `layers` in the order of their last calls, from one forward pass of a single sample.
 
     dense: for a walk with the untouched model alongside, whose layers must still be untouched when they are called:
@@ -90,32 +90,32 @@ def order(model: nn.Module, batch: Any, layers: Sequence[Layer], *, dense: bool 
             last[:] = [None]
             return
         tensors = x if isinstance(x, tuple | list) else (x,)
-        key = (*same_columns(layer, module), *(t._version for t in tensors))  # a change in place makes another input
+        key = (*input_signature(layer, module), *(t._version for t in tensors))  # a change in place makes another input
         for refs, known, members, _ in made:
             same = known == key and len(refs) == len(tensors) and all(r() is t for r, t in zip(refs, tensors))
             if same and (not dense or last[0] is members):
                 members.append(layer)
                 return
-        made.append(([weakref.ref(t) for t in tensors], key, [layer], columns(layer, module, x, None).shape[1]))
+        made.append(([weakref.ref(t) for t in tensors], key, [layer], input_columns(layer, module, x, None).shape[1]))
         last[:] = [made[-1][2]]
 
-    with evaluating(model), torch.no_grad(), taps(model, layers, arrive):
+    with evaluating(model), torch.no_grad(), weight_hooks(model, layers, arrive):
         call(model, on_device(model, first_samples(batch)))
     groups = []
     for _, _, members, rows in made:
         once = [l for l in members if calls[id(l)] == 1]
-        groups += [Group(tuple(once), rows=rows)] if once else []
-        groups += [Group((l,), calls[id(l)], rows) for l in members if calls[id(l)] > 1]
+        groups += [LayerGroup(tuple(once), rows=rows)] if once else []
+        groups += [LayerGroup((l,), calls[id(l)], rows) for l in members if calls[id(l)] > 1]
     groups.sort(key=lambda g: place[id(g.layers[0])])
     for layer in layers:  # an expert that this sample did not need: after the layer that stands before it in the model
         if id(layer) not in calls:
             before = layers[: list(layers).index(layer)]
             at = next((i + 1 for l in reversed(before) for i, g in enumerate(groups) if l in g.layers), 0)
-            groups.insert(at, Group((layer,)))
+            groups.insert(at, LayerGroup((layer,)))
     return groups
 
 
-def blocks(model: nn.Module, layers: Sequence[Layer], names: str | None = None) -> list[Block]:
+def find_blocks(model: nn.Module, layers: Sequence[Layer], names: str | None = None) -> list[Block]:
     """Return the blocks of a model that hold `layers`: the members of its outermost lists of equal modules, or the
     modules whose names one of the globs in `names` (with | between) matches.
 
@@ -158,9 +158,9 @@ def _named_blocks(model: nn.Module, layers: Sequence[Layer], names: str) -> list
     return found
 
 
-def with_ends(groups: Sequence[Group], blocks: Sequence[Block]) -> list[Group | Block]:
+def with_block_steps(groups: Sequence[LayerGroup], blocks: Sequence[Block]) -> list[LayerGroup | Block]:
     """Return the stops of a walk: the groups in order, each block after the last group that it holds."""
-    stops: list[Group | Block] = list(groups)
+    stops: list[LayerGroup | Block] = list(groups)
     for block in blocks:
         inside = {id(l) for l in block.layers}
         again = [l.full_name for s in groups if s.calls > 1 for l in s.layers if id(l) in inside]
@@ -168,24 +168,26 @@ def with_ends(groups: Sequence[Group], blocks: Sequence[Block]) -> list[Group | 
             raise ModelError(
                 f"{', '.join(again)}: called several times in a pass, {block.name} cannot learn: leave reconstruct out"
             )
-        last = max(i for i, s in enumerate(stops) if isinstance(s, Group) and any(id(l) in inside for l in s.layers))
+        last = max(
+            i for i, s in enumerate(stops) if isinstance(s, LayerGroup) and any(id(l) in inside for l in s.layers)
+        )
         stops.insert(last + 1, block)
     return stops
 
 
-def walk(
+def calibrate_sequentially(
     model: nn.Module,
     data: Iterable[Any],
-    stops: Sequence[Group | Block],
+    stops: Sequence[LayerGroup | Block],
     *,
     dense: bool = False,
     passed: int = 0,
     assign: bool = False,
     most: int | None = None,
     folder: Path | None = None,
-) -> Generator[Stop | End, None, None]:
-    """Yield a `Stop` before each group of layers, in order, with the Gram matrix of its inputs in the model as it is,
-    and an `End` at the end of each block.
+) -> Generator[GroupStep | BlockStep, None, None]:
+    """Yield a `GroupStep` before each group of layers, in order, with the Gram matrix of its inputs in the current
+    model, and a `BlockStep` at the end of each block.
 
     dense   run the untouched model alongside, for `Gram.cross` and blocks; twice the time and memory
     passed  the first stops of a walk that goes on: their weights are known, their Gram matrices not wanted
@@ -197,18 +199,18 @@ def walk(
     Memory: the suspended frames, about three activations a token, and one Gram matrix.
     """
     if most is None:
-        free = offload.available()
+        free = offload.available_bytes()
         most = None if free is None else free // 2
-    return _Walk(model, stops, dense, passed, assign, most, folder).run(data)
+    return _SequentialCalibration(model, stops, dense, passed, assign, most, folder).run(data)
 
 
-class _Walk:
+class _SequentialCalibration:
     """Where a walk stands: `done` is the last stop that all batches have passed."""
 
     def __init__(
         self,
         model: nn.Module,
-        stops: Sequence[Group | Block],
+        stops: Sequence[LayerGroup | Block],
         dense: bool,
         passed: int,
         assign: bool,
@@ -219,7 +221,7 @@ class _Walk:
         self.passed, self.assign, self.most, self.folder = passed, assign, most, folder
         self.parked = 0  # bytes of suspended activations in memory
         self.high = 0  # most bytes that were held once holes in the heap were given back
-        self.gates = {id(s.layers[0]): i for i, s in enumerate(stops) if isinstance(s, Group)}
+        self.gates = {id(s.layers[0]): i for i, s in enumerate(stops) if isinstance(s, LayerGroup)}
         self.grams: dict[int, Gram] = {}
         self.ends: dict[int, list[tuple[tuple, dict[str, Any], Tensor]]] = {}
         self.rerun = False  # the block that ends here has new weights
@@ -227,13 +229,13 @@ class _Walk:
         self.calls: dict[tuple[Any, int], int] = {}
         self.streams: tuple[dict[Any, int], ...] = ({}, {})  # untouched, compressed: coroutine -> where it stands
 
-    def run(self, data: Iterable[Any]) -> Generator[Stop | End, None, None]:
-        groups = [s for s in self.stops if isinstance(s, Group)]
+    def run(self, data: Iterable[Any]) -> Generator[GroupStep | BlockStep, None, None]:
+        groups = [s for s in self.stops if isinstance(s, LayerGroup)]
         with (
             evaluating(self.model),
             torch.no_grad(),
             ExitStack() as self.stack,
-            taps(self.model, [g.layers[0] for g in groups], self.arrive),
+            weight_hooks(self.model, [g.layers[0] for g in groups], self.arrive),
         ):
             for i, block in enumerate(self.stops):
                 if isinstance(block, Block):
@@ -242,13 +244,13 @@ class _Walk:
                     hook = block.module.register_forward_pre_hook(partial(self.enter, i), with_kwargs=True)
                     self.stack.callback(hook.remove)
             self.own()
-            for index, batch in distributed.mine(data):
+            for index, batch in distributed.local_batches(data):
                 batch = on_device(self.model, batch)
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side)
             inside = set() if self.assign else {id(l.original) for g in groups for l in g.layers}
             read = [p.data for p in self.model.parameters() if id(p) not in inside]  # embeddings above all
-            offload.page_out(offload.in_files(read))
+            offload.page_out(offload.file_backed(read))
             for gate, place in enumerate(self.stops):
                 self.own()
                 stop = self.stop(gate)
@@ -258,12 +260,12 @@ class _Walk:
                 for fibre in [] if last else self.standing(0, gate):
                     self.untouched.pop((fibre.batch, gate), None)
                     self.advance(fibre)
-                if isinstance(stop, Stop):
+                if isinstance(stop, GroupStep):
                     _install(stop.group, stop.weights, self.assign)
-                again = isinstance(stop, Stop) and stop.group.calls > 1 and bool(stop.weights)
+                again = isinstance(stop, GroupStep) and stop.group.calls > 1 and bool(stop.weights)
                 if again:  # what later gates have seen came through the old weights
                     self.grams, self.ends = {}, {}
-                self.rerun = isinstance(stop, End) and stop.changed
+                self.rerun = isinstance(stop, BlockStep) and stop.changed
                 for fibre in [] if last else self.standing(1, gate):
                     if again:  # earlier calls of this pass used the old weights
                         fibre.throw()
@@ -271,8 +273,8 @@ class _Walk:
                         self.start(fibre.batch, fibre.data, 1)
                     else:
                         self.advance(fibre)
-                if isinstance(stop, Stop) and self.assign:  # not needed before they are saved
-                    offload.page_out(offload.in_files(stop.weights.values()))
+                if isinstance(stop, GroupStep) and self.assign:  # not needed before they are saved
+                    offload.page_out(offload.file_backed(stop.weights.values()))
                 del place, stop
 
     def start(self, index: int, batch: Any, side: int) -> None:
@@ -296,25 +298,27 @@ class _Walk:
         if not fibre.dead:
             self.streams[fibre.side][fibre] = gate
             self.park(fibre)
-        if offload.resident()[0] > self.high + SLACK:  # more than was ever held between two passes: holes in the heap
+        if (
+            offload.resident_bytes()[0] > self.high + HEAP_SLACK
+        ):  # more than was ever held between two passes: holes in the heap
             self.trim()
 
     def trim(self) -> None:
         """Give the holes in the heap back to the system."""
-        offload.trim()
-        self.high = max(self.high, offload.resident()[0])
+        offload.trim_heap()
+        self.high = max(self.high, offload.resident_bytes()[0])
 
     def own(self) -> None:
         """Note what belongs to the model; new weights may have taken the place of old ones."""
-        self.owned = offload.storages([*self.model.parameters(), *self.model.buffers()])
+        self.owned = offload.storage_pointers([*self.model.parameters(), *self.model.buffers()])
 
     def park(self, fibre: Any) -> None:
         """Count what a suspended pass holds, and move it to a file where it is too much."""
         if self.most is None:
             return
         rows = [t for (index, _), t in self.untouched.items() if index == fibre.batch] if fibre.side == 0 else []
-        tensors = {id(t): t for t in [*offload.of_frames(fibre.gr_frame), *rows]}.values()
-        groups = offload.movable(tensors, self.owned | offload.storages(tensors_in(fibre.data)))
+        tensors = {id(t): t for t in [*offload.tensors_in_frames(fibre.gr_frame), *rows]}.values()
+        groups = offload.movable(tensors, self.owned | offload.storage_pointers(tensors_in(fibre.data)))
         size = offload.nbytes(groups)
         if self.parked + size > self.most:
             unchanged = [(seen, i) for seen in fibre.seen.values() for i, (t, v) in enumerate(seen) if t._version == v]
@@ -328,23 +332,23 @@ class _Walk:
     def standing(self, side: int, gate: int) -> list[Any]:
         return [f for f, at in self.streams[side].items() if at == gate]
 
-    def stop(self, gate: int) -> Stop | End:
+    def stop(self, gate: int) -> GroupStep | BlockStep:
         self.trim()  # what is done at a stop is the peak of a walk
         place = self.stops[gate]
         if isinstance(place, Block):
-            return End(place, self.ends.pop(gate, []))
+            return BlockStep(place, self.ends.pop(gate, []))
         if gate < self.passed:
-            return Stop(place, Gram())
+            return GroupStep(place, Gram())
         gram = self.grams.pop(gate, None)
-        if distributed.shared() > 1:
-            gram = everyones(gram, place.layers[0], self.dense)
+        if distributed.num_data_shards() > 1:
+            gram = all_reduce_gram(gram, place.layers[0], self.dense)
         if gram is None:
             names = ", ".join(l.full_name for l in place.layers)
             raise DataError(
                 f"{names} was never called on the calibration data (nor in a thread of its own): "
                 "ignore it, or prune it by magnitude"
             )
-        return Stop(place, gram.finish())
+        return GroupStep(place, gram.finalize())
 
     def arrive(self, layer: Layer, module: nn.Module, x: Any) -> None:
         """A layer is about to be called: count its inputs, and wait at its last call."""
@@ -353,10 +357,10 @@ class _Walk:
         if gate <= self.done or getattr(here, "walk", None) is not self or here.rerun:  # passed, or from elsewhere
             return
         group = self.stops[gate]
-        assert isinstance(group, Group)
+        assert isinstance(group, LayerGroup)
         self.calls[here, gate] = self.calls.get((here, gate), 0) + 1
         if gate >= self.passed:
-            self.note(here, gate, layer, columns(layer, module, x, here.kept))
+            self.note(here, gate, layer, input_columns(layer, module, x, here.kept))
         if self.calls[here, gate] == group.calls:
             del x
             here.parent.switch(gate)
@@ -364,7 +368,7 @@ class _Walk:
     def note(self, here: Any, gate: int, layer: Layer, rows: Tensor) -> None:
         """Take a layer's inputs into its Gram matrix, or keep those of the untouched model for it."""
         group = self.stops[gate]
-        assert isinstance(group, Group)
+        assert isinstance(group, LayerGroup)
         if here.side == 0:
             if group.calls == 1 and layer.layout.kind != "experts":  # another router, other tokens
                 self.untouched[here.batch, gate] = rows
@@ -373,9 +377,9 @@ class _Walk:
             alone = not gram.tokens
             gram.add(rows, dense)
             if dense is not None and here.batch == 0:
-                gram.held = gram.copy() if alone else Gram()
+                gram.held_out = gram.copy() if alone else Gram()
                 if not alone:  # others, which skipped a layer, were here before
-                    gram.held.add(rows, dense)
+                    gram.held_out.add(rows, dense)
             if not torch.isfinite(gram.diagonal).all():
                 raise ModelError(f"{layer.full_name}: NaN or inf in its inputs on calibration batch {here.batch}")
 
@@ -436,11 +440,11 @@ def _discard(_: Any) -> None:
     return None
 
 
-def _install(group: Group, weights: dict[str, Tensor], assign: bool) -> None:
+def _install(group: LayerGroup, weights: dict[str, Tensor], assign: bool) -> None:
     for layer in group.layers:
         if layer.full_name in weights:
             if assign:
-                offload.page_out(offload.in_files([layer.original.data]))
+                offload.page_out(offload.file_backed([layer.original.data]))
                 layer.original.data = weights[layer.full_name]
             else:
                 layer.original.data.copy_(weights[layer.full_name])

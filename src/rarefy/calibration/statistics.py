@@ -16,19 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.calibration.gram import pad_as_called, token_rows
+from rarefy.calibration.gram import padded_input, token_rows
 from rarefy.calibration.weight_hooks import identity_like
 from rarefy.common.errors import DataError, ModelError
 from rarefy.model import distributed
-from rarefy.model.batches import tokens_in
+from rarefy.model.batches import count_tokens
 from rarefy.model.forward import call, check_batches, evaluating, on_device, trainable
 from rarefy.model.layers import Layer
-from rarefy.model.losses import Loss, finite, loss_of
-from rarefy.model.moe import Rows, watching
+from rarefy.model.losses import Loss, check_finite, resolve_loss
+from rarefy.model.moe import Rows, observing_experts
 
 
 @dataclass
-class Stats:
+class LayerStats:
     """Sums over the calibration set of one layer; the properties are what scores read."""
 
     in_square: Tensor | None = None  # [G, K, 1, I] sum of squared inputs (Embedding: [1, 1, O, 1] token counts)
@@ -64,14 +64,14 @@ class Stats:
         return self.grad_square / max(self.weight, 1)
 
 
-def collect(
+def collect_stats(
     model: nn.Module,
     data: Iterable[Any],
     layers: Sequence[Layer],
     needs: frozenset[str],
     *,
     loss: Loss | None = None,
-) -> dict[str, Stats]:
+) -> dict[str, LayerStats]:
     """Return {layer name: Stats} after one pass of `data` through `model`, which is left as it was.
 
     needs: any of "input", "output", "gradient". Every batch counts once, weighted by its tokens; positions that
@@ -80,7 +80,7 @@ def collect(
     Memory: one vector a layer for norms, two tensors the size of the weights for gradients.
     """
     check_batches(data)
-    stats = {l.full_name: Stats() for l in layers}
+    stats = {l.full_name: LayerStats() for l in layers}
     batches = 0
     with evaluating(model), ExitStack() as stack:
         current: dict[str, Any] = {}
@@ -93,26 +93,26 @@ def collect(
                     if layer.layout.kind == "experts":
                         experts.setdefault(module, {})[param] = layer
                         continue
-                    stack.enter_context(_observe(module, param, layer, stats[layer.full_name], current, parent))
+                    stack.enter_context(_observing(module, param, layer, stats[layer.full_name], current, parent))
             for module, known in experts.items():
-                stack.enter_context(watching(module, partial(_add_experts, known, stats, current)))
+                stack.enter_context(observing_experts(module, partial(_add_experts, known, stats, current)))
         if "gradient" in needs:
             stack.enter_context(trainable([l.original for l in layers]))
-        for index, batch in distributed.mine(data):
+        for index, batch in distributed.local_batches(data):
             batch = on_device(model, batch)
             current.update(batch=batch, index=index)
             if "gradient" in needs:
-                _add_gradients(model, batch, layers, stats, loss_of(loss), index)
+                _add_gradients(model, batch, layers, stats, resolve_loss(loss), index)
             else:
                 with torch.no_grad():
                     call(model, batch)
             batches += 1
-    if not distributed.number(batches):
+    if not distributed.all_reduce_number(batches):
         raise DataError("the calibration data is empty: the score needs at least one batch")
     for layer in layers:
         found = stats[layer.full_name]
-        if distributed.shared() > 1:
-            _everyones(found, layer)
+        if distributed.num_data_shards() > 1:
+            _all_reduce_stats(found, layer)
         if needs & {"input", "output"} and found.in_square is None:
             raise DataError(
                 f"{layer.full_name} was never called on the calibration data: ignore it, "
@@ -121,24 +121,24 @@ def collect(
     return stats
 
 
-def _everyones(s: Stats, layer: Layer) -> None:
+def _all_reduce_stats(s: LayerStats, layer: Layer) -> None:
     """Add up what each process has seen."""
     G, K, O, I = layer.layout.shape
     ins = (1, 1, O, 1) if layer.layout.kind == "embedding" else (G, K, 1, I)
     shapes = {"in_square": ins, "out_square": (G, 1, O, 1), "grad_abs": (G, K, O, I), "grad_square": (G, K, O, I)}
     for name, shape in shapes.items():
         own = getattr(s, name)
-        setattr(s, name, distributed.summed(own, shape if own is None else tuple(own.shape)))
-    s.tokens, s.weight = distributed.number(s.tokens), distributed.number(s.weight)
+        setattr(s, name, distributed.all_reduce_tensor(own, shape if own is None else tuple(own.shape)))
+    s.tokens, s.weight = distributed.all_reduce_number(s.tokens), distributed.all_reduce_number(s.weight)
 
 
 def _add_gradients(
-    model: nn.Module, batch: Any, layers: Sequence[Layer], stats: dict[str, Stats], loss: Loss, index: int
+    model: nn.Module, batch: Any, layers: Sequence[Layer], stats: dict[str, LayerStats], loss: Loss, index: int
 ) -> None:
     with torch.enable_grad():
-        value = finite(loss(call(model, batch), batch), index)
+        value = check_finite(loss(call(model, batch), batch), index)
         grads = torch.autograd.grad(value, [l.original for l in layers], allow_unused=True)
-    weight = tokens_in(batch)
+    weight = count_tokens(batch)
     for layer, grad in zip(layers, grads):
         if grad is None:
             raise DataError(f"the loss does not depend on {layer.full_name}: ignore it, or give another loss")
@@ -151,11 +151,11 @@ def _add_gradients(
 
 
 @contextmanager
-def _observe(
+def _observing(
     module: nn.Module,
     param: str,
     layer: Layer,
-    s: Stats,
+    s: LayerStats,
     current: dict[str, Any],
     parent: nn.MultiheadAttention | None,
 ) -> Iterator[None]:
@@ -165,7 +165,7 @@ def _observe(
     def add(inputs: Tensor, outputs: Tensor) -> None:
         batch = current["batch"]
         mask = batch["attention_mask"] if hasattr(batch, "keys") and "attention_mask" in batch else None
-        _count(s, layer, current, *_squares(module, param, layer, inputs.detach(), outputs.detach(), mask))
+        _accumulate(s, layer, current, *_squared_sums(module, param, layer, inputs.detach(), outputs.detach(), mask))
 
     if parent is not None:
         handles.append(parent.register_forward_hook(_out_proj_hook(parent, add), with_kwargs=True))
@@ -180,7 +180,7 @@ def _observe(
             handle.remove()
 
 
-def _count(s: Stats, layer: Layer, current: dict[str, Any], ins: Tensor, outs: Tensor, tokens: float) -> None:
+def _accumulate(s: LayerStats, layer: Layer, current: dict[str, Any], ins: Tensor, outs: Tensor, tokens: float) -> None:
     if not (torch.isfinite(ins).all() and torch.isfinite(outs).all()):
         raise ModelError(f"{layer.full_name}: NaN or inf in its activations on calibration batch {current['index']}")
     s.in_square = ins if s.in_square is None else s.in_square + ins
@@ -190,7 +190,7 @@ def _count(s: Stats, layer: Layer, current: dict[str, Any], ins: Tensor, outs: T
 
 def _add_experts(
     known: dict[str, Layer],
-    stats: dict[str, Stats],
+    stats: dict[str, LayerStats],
     current: dict[str, Any],
     param: str,
     rows: Rows,
@@ -201,10 +201,10 @@ def _add_experts(
     layer = known[param]
     ins = torch.stack([r.detach().float().square().sum(0) for r in rows])[:, None, None]
     outs = torch.stack([y.detach().float().square().sum(0) for y in out])[:, None, :, None]
-    _count(stats[layer.full_name], layer, current, ins, outs, sum(len(r) for r in rows) / len(rows))
+    _accumulate(stats[layer.full_name], layer, current, ins, outs, sum(len(r) for r in rows) / len(rows))
 
 
-def _squares(
+def _squared_sums(
     module: Any, param: str, layer: Layer, x: Tensor, y: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, float]:
     """Return sums of squares of inputs [G, K, 1, I] and outputs [G, 1, O, 1] in the layer's layout, and their count."""
@@ -215,7 +215,11 @@ def _squares(
         return counts.reshape(1, 1, O, 1), counts.reshape(1, 1, O, 1), kept.numel()
     if layer.layout.kind in ("conv", "conv-transposed"):
         # a transposed convolution sees each input at every kernel position
-        inputs = _conv_squares(module, x, y, K) if layer.layout.kind == "conv" else _spread_squares(module, x, K)
+        inputs = (
+            _conv_squared_sums(module, x, y, K)
+            if layer.layout.kind == "conv"
+            else _conv_transposed_squared_sums(module, x, K)
+        )
         y = y if y.dim() == len(module.kernel_size) + 2 else y[None]
         out = y.float().square().transpose(0, 1).flatten(1).sum(1)
         pixels = y[:, 0].numel() if layer.layout.kind == "conv" else x.numel() // module.in_channels  # type: ignore
@@ -226,14 +230,14 @@ def _squares(
     return squares.reshape(-1, 1, 1, I), out_squares.reshape(-1, 1, O, 1), len(rows)
 
 
-def _conv_squares(module: Any, x: Tensor, y: Tensor, K: int) -> Tensor:
+def _conv_squared_sums(module: Any, x: Tensor, y: Tensor, K: int) -> Tensor:
     """Return [G, K, 1, I]: how much each kernel position saw of each input channel, padding and stride as they are.
 
     Sums over strided windows, so nothing of the size of an unfolded input is made. O(K x input).
     """
     n = len(module.kernel_size)
     y = y if y.dim() == n + 2 else y[None]
-    x = pad_as_called(module, x, y.shape[2:])
+    x = padded_input(module, x, y.shape[2:])
     square = x.float().square().sum(0)
     sums = []
     for position in range(K):
@@ -247,7 +251,7 @@ def _conv_squares(module: Any, x: Tensor, y: Tensor, K: int) -> Tensor:
     return torch.stack(sums).reshape(K, g, 1, -1).transpose(0, 1)
 
 
-def _spread_squares(module: Any, x: Tensor, K: int) -> Tensor:
+def _conv_transposed_squared_sums(module: Any, x: Tensor, K: int) -> Tensor:
     n = len(module.kernel_size)
     x = x if x.dim() == n + 2 else x[None]
     square = x.float().square().sum(0).flatten(1).sum(1)

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from rarefy.model.layers import Layer
-from rarefy.model.moe import Rows, watching
+from rarefy.model.moe import Rows, observing_experts
 
-Arrive = Callable[[Layer, nn.Module, Any], None]
+OnInput = Callable[[Layer, nn.Module, Any], None]
 
 
 @contextmanager
-def taps(model: nn.Module, layers: Sequence[Layer], arrive: Arrive) -> Iterator[None]:
+def weight_hooks(model: nn.Module, layers: Sequence[Layer], arrive: OnInput) -> Iterator[None]:
     """Call `arrive(layer, module, input)` each time a layer's weight is about to be used."""
     parents = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     experts: dict[nn.Module, dict[str, Layer]] = {}
@@ -34,12 +34,12 @@ def taps(model: nn.Module, layers: Sequence[Layer], arrive: Arrive) -> Iterator[
                 else:
                     _on_call(stack, module, _plain_hook(layer, arrive))
         for module, known in experts.items():
-            stack.enter_context(watching(module, partial(_before_experts, module, known, arrive)))
+            stack.enter_context(observing_experts(module, partial(_before_experts, module, known, arrive)))
         yield
 
 
 def _before_experts(
-    module: nn.Module, known: dict[str, Layer], arrive: Arrive, param: str, rows: Rows, out: Rows | None
+    module: nn.Module, known: dict[str, Layer], arrive: OnInput, param: str, rows: Rows, out: Rows | None
 ) -> None:
     if out is None and param in known:
         arrive(known[param], module, rows)
@@ -49,11 +49,11 @@ def _on_call(stack: ExitStack, module: nn.Module, hook: Any) -> None:
     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
-def _plain_hook(layer: Layer, arrive: Arrive) -> Any:
+def _plain_hook(layer: Layer, arrive: OnInput) -> Any:
     return lambda m, args, kwargs: arrive(layer, m, args[0] if args else next(iter(kwargs.values())))
 
 
-def _attention_hook(layer: Layer, arrive: Arrive) -> Any:
+def _attention_hook(layer: Layer, arrive: OnInput) -> Any:
     names = ("query", "key", "value")
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -73,7 +73,7 @@ def identity_like(real: Any) -> Any:
 
 
 @contextmanager
-def _before_out_proj(parent: nn.MultiheadAttention, layer: Layer, arrive: Arrive) -> Iterator[None]:
+def _before_out_proj(parent: nn.MultiheadAttention, layer: Layer, arrive: OnInput) -> Iterator[None]:
     """MultiheadAttention never calls its `out_proj`: it runs with the identity there, the real product comes after."""
     real = parent.out_proj
 

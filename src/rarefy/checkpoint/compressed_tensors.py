@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
 from rarefy.formats.bitpacking import pack_codes
-from rarefy.model.activation_quant import get_inputs
+from rarefy.model.activation_quant import get_activation_quant
 from rarefy.model.layers import Layer, all_layers
-from rarefy.model.masks import plain_state
+from rarefy.model.masks import folded_state
 from rarefy.model.quant_grid import Grid, get_grid
 
 FORMATS = ("pack-quantized", "int-quantized")
@@ -41,7 +41,7 @@ def write(model: nn.Module, folder: Path) -> None:
         grids[name] = grid
     plain = all(g.bits == 8 and g.scale.shape[1] == 1 for g in grids.values())
     tensors: dict[str, Tensor] = {}
-    for name, tensor in plain_state(model):
+    for name, tensor in folded_state(model):
         layer = name.removesuffix(".weight")
         if layer in grids and name.endswith(".weight"):
             made = _plain(tensor, grids[layer]) if plain else _packed(tensor, grids[layer])
@@ -63,7 +63,7 @@ def _why_not(layer: Layer, grid: Any) -> str | None:
         return "a weight that is shared"
     if grid.zero is not None:  # it has one, but its 0.20 does not give it back to transformers
         return "asymmetric codes that transformers would load"
-    inputs = get_inputs(layer.module)
+    inputs = get_activation_quant(layer.module)
     return "static inputs" if inputs is not None and inputs.scale is not None else None
 
 
@@ -110,7 +110,7 @@ def _config(model: nn.Module, layers: Mapping[str, Layer], grids: Mapping[str, G
             "num_bits": grid.bits, "type": "int", "symmetric": True, "strategy": strategy,
             "group_size": many if strategy == "group" else None, "dynamic": False,
         }  # fmt: skip
-        inputs = get_inputs(layers[name].module)
+        inputs = get_activation_quant(layers[name].module)
         token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
         scheme = {"weights": weights, "input_activations": None if inputs is None else token, "format": format}
         key = json.dumps(scheme, sort_keys=True)

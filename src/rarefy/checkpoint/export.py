@@ -47,9 +47,9 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
                 f"{path}: blocks share their weights, which {type(model).__name__} knows nothing of: load it with "
                 "rarefy.load, or export --to safetensors"
             )
-        if lowrank_modules.noted(model):
+        if lowrank_modules.factor_records(model):
             raise ContainerError(
-                f"{path}: {next(iter(lowrank_modules.noted(model)))} is made of factors, which "
+                f"{path}: {next(iter(lowrank_modules.factor_records(model)))} is made of factors, which "
                 f"{type(model).__name__} knows nothing of: load it with rarefy.load, or export --to safetensors"
             )
     with whole_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, blaming(Path(out)):

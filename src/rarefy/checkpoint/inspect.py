@@ -19,8 +19,8 @@ from rarefy.compiler.executor import Compiled
 from rarefy.evaluation.profiling import sparsity_of
 from rarefy.formats import container, quantized_encodings
 from rarefy.generation.decoder import Decoder
-from rarefy.model.masks import plain_state
-from rarefy.model.sparsity_pattern import fitting_pattern
+from rarefy.model.masks import folded_state
+from rarefy.model.sparsity_pattern import detect_pattern
 
 
 def inspect(what: str | Path | nn.Module) -> Report:
@@ -39,7 +39,7 @@ def inspect(what: str | Path | nn.Module) -> Report:
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "format": format,
                 "sparsity": zeros,
-                "pattern": fitting_pattern(tensor, axis) if zeros > 0.01 else "",
+                "pattern": detect_pattern(tensor, axis) if zeros > 0.01 else "",
                 "bytes": size,
                 "dense_bytes": dense,
             }
@@ -57,7 +57,7 @@ def _tensors(what: str | Path | nn.Module, more: dict[str, Any]) -> Iterator[tup
     """Name, values, format, bytes and axis of each tensor; what there is to say besides goes into `more`."""
     if isinstance(what, nn.Module):
         tied, layouts = aliases(what), _layouts(what)
-        for name, tensor in plain_state(what):
+        for name, tensor in folded_state(what):
             if name not in tied:
                 axis = layouts[name].in_axis if name in layouts else -1
                 yield name, tensor, "dense", tensor.numel() * tensor.element_size(), axis

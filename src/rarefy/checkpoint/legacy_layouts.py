@@ -28,7 +28,7 @@ from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats.bitpacking import unpack_bits
 from rarefy.model import hf
 from rarefy.model.layers import all_layers
-from rarefy.model.quant_grid import Grid, note_
+from rarefy.model.quant_grid import Grid, record_grid_
 
 KEYS = ("quantization_config", "compression_config", "sparsity_config")
 SPARSE = ("compressed", "bitmask", "row_offsets", "shape")
@@ -64,9 +64,9 @@ def load(folder: str | Path) -> nn.Module:
         model = hf.load_folder(place)
     for layer in all_layers(model):
         grid = grids.get(f"{layer.name}.{layer.param}")
-        if grid is not None and grid.holds(layer.original.detach()):
+        if grid is not None and grid.contains(layer.original.detach()):
             for _, module, param in layer.owners:
-                note_(module, param, grid)
+                record_grid_(module, param, grid)
     return model
 
 

@@ -22,7 +22,7 @@ from rarefy.formats import container, quantized_encodings, sparse_encodings
 from rarefy.lowrank import layer_tying
 from rarefy.model import activation_quant, hf, lowrank_modules
 from rarefy.model.layers import Layer
-from rarefy.model.quant_grid import note_
+from rarefy.model.quant_grid import record_grid_
 from rarefy.recipe import old_names
 from rarefy.runtime.accelerate import AccelerateOptions, accelerate_each
 from rarefy.structured.hf_config import shrink_config
@@ -73,7 +73,7 @@ def load(
         if saved.aliases.get(name, name) != saved.aliases.get(first, first):
             raise ContainerError(f"{path}: {name} is tied to {first} in this {type(model).__name__}, but stored apart")
     done: dict[str, Tensor] = {}
-    grids: dict[str, quantized_encodings.Values | None] = {}
+    grids: dict[str, quantized_encodings.WeightGrid | None] = {}
 
     def bring(name: str) -> None:
         name = tied.get(name, name)  # the tensor it shares is put in under the other name
@@ -86,12 +86,12 @@ def load(
         else:
             fresh = again.clone()
         fresh = _put(module, leaf, fresh.to(device))
-        note_(module, leaf, grids[source])
+        record_grid_(module, leaf, grids[source])
         if source in shared:
             done[source] = fresh
         for other in (n for n, f in tied.items() if f == name):
             setattr(*slots[other], getattr(module, leaf))
-            note_(*slots[other], grids[source])
+            record_grid_(*slots[other], grids[source])
 
     shared = {s for s, n in Counter(saved.aliases.get(n, n) for n in slots if n not in tied).items() if n > 1}
     late = {n for n in slots if n.endswith(".weight") and isinstance(slots[n][0], nn.Linear)} if stream else set()
@@ -127,9 +127,9 @@ def _restructure(saved: container.Container, model: nn.Module, structure: dict[s
             shrink_config(model, structure.get("config"))
     layer_tying.restore_(model, saved.meta.get("tied", {}), path)
     told = saved.meta.get("factors", {})
-    if told != lowrank_modules.noted(model):
-        lowrank_modules.restore_(model, told, path)
-    activation_quant.restore_(model, saved.meta.get("inputs", {}), path)
+    if told != lowrank_modules.factor_records(model):
+        lowrank_modules.restore_factors_(model, told, path)
+    activation_quant.restore_activation_quants_(model, saved.meta.get("inputs", {}), path)
     _check_names(saved, model, path)
     slots = _slots(model)
     for name, (module, leaf) in slots.items():

@@ -22,9 +22,9 @@ from rarefy.generation.decoder import Decoder
 from rarefy.lowrank import layer_tying
 from rarefy.model import activation_quant, hf, lowrank_modules
 from rarefy.model.layers import all_layers, unwrap
-from rarefy.model.masks import plain_state
+from rarefy.model.masks import folded_state
 from rarefy.model.quant_grid import get_grid
-from rarefy.model.sparsity_pattern import fitting_pattern
+from rarefy.model.sparsity_pattern import detect_pattern
 from rarefy.runtime.sparse_layers import Sparse
 
 
@@ -65,18 +65,18 @@ def save(
         raise FormatError(unknown("format", format, ["smallest", *sparse_encodings.FORMATS]))
     receipt = receipt or getattr(model, "rarefy_receipt", None)
     recipe = recipe or getattr(model, "rarefy_recipe", None)
-    state = list(plain_state(model))
+    state = list(folded_state(model))
     tied = aliases(model)
     structure = hf.structure(model) if hf.is_model(model) else {"library": None, "class": type(model).__name__}
     meta = {"structure": structure, "recipe": recipe, "rarefy": _version()}
     if getattr(model, "rarefy_cut", None):
         meta["cut"] = model.rarefy_cut
-    if lowrank_modules.noted(model):
-        meta["factors"] = lowrank_modules.noted(model)
+    if lowrank_modules.factor_records(model):
+        meta["factors"] = lowrank_modules.factor_records(model)
     if layer_tying.noted(model):
         meta["tied"] = layer_tying.noted(model)
-    if activation_quant.noted(model):
-        meta["inputs"] = activation_quant.noted(model)
+    if activation_quant.activation_quants(model):
+        meta["inputs"] = activation_quant.activation_quants(model)
     extra = {"config.json": json.dumps(structure["config"], indent=1).encode()} if structure["library"] else {}
     extra |= files or {}
     if receipt is not None:
@@ -100,7 +100,7 @@ def pack(
         if layout is None or (format == "dense" and grid is None):
             yield name, sparse_encodings.encode(tensor, "dense")
             continue
-        pattern = patterns.get(name.removesuffix(".weight")) or fitting_pattern(tensor, layout.in_axis)
+        pattern = patterns.get(name.removesuffix(".weight")) or detect_pattern(tensor, layout.in_axis)
         pattern = pattern if pattern[:1].isdigit() else None
         if grid is not None:
             known = quantized_encodings.sizes(tensor, grid, pattern, axis=layout.in_axis)

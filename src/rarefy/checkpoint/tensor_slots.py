@@ -10,7 +10,7 @@ from rarefy.checkpoint import compiled_model
 from rarefy.common.atomic_io import INDEX
 from rarefy.model.layers import all_layers, original
 from rarefy.model.layout import Layout
-from rarefy.model.masks import plain_state
+from rarefy.model.masks import folded_state
 
 Slots = dict[str, tuple[nn.Module, str]]
 
@@ -40,7 +40,7 @@ def aliases(model: nn.Module) -> dict[str, str]:
 def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """{name as in `state_dict` of the folded model: (module, attribute)}."""
     slots: dict[str, tuple[nn.Module, str]] = {}
-    for name, _ in plain_state(model):
+    for name, _ in folded_state(model):
         owner, _, leaf = name.rpartition(".")
         slots[name] = (model.get_submodule(owner), leaf)
     return slots

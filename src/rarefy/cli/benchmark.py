@@ -30,7 +30,7 @@ def engine_of(model: nn.Module, tokens: int, batch: int, values: str | None = No
     """Return what the engine makes of a model, a decoder of one that writes text, or None and why there is nothing.
     O(weights), and seconds for the export."""
     writes = generates(model)
-    if writes and not hf.gives_tokens(model):
+    if writes and not hf.is_causal_lm(model):
         return None, f"{type(model).__name__} writes with an encoder, for which the engine has no cache"
     try:
         plain = all(p.dtype == torch.float32 for p in model.parameters())

@@ -238,7 +238,7 @@ def compile_(
     with shared.threads(threads):
         net, tokenizer = shared.load(source)
         net = net.float()
-        if hf.gives_tokens(net):
+        if hf.is_causal_lm(net):
             if batch or tokens:
                 raise RecipeError("--batch and --tokens have no effect: a decoder of a language model takes any")
             made: Any = decoder(net, values=values)
@@ -248,7 +248,7 @@ def compile_(
         files = side_files(source) | {n: (source / n).read_bytes() for n in names if (source / n).is_file()}
         receipt = getattr(net, "rarefy_receipt", None)
         size = save(made, out, files=files, receipt=receipt, overwrite=force)
-    step = made.compiled if hf.gives_tokens(net) else made
+    step = made.compiled if hf.is_causal_lm(net) else made
     told = {"holds": f"a {shared.kind_of(made)}", "bytes": size, "runs": "; ".join(repr(step).splitlines())}
     shared.show(Report(f"compiled to {out}", (), told), as_json, quiet)
 

@@ -139,7 +139,7 @@ def compress(
         loaded, tokenizer = shared.load(source)
         base = Path(recipe).parent if Path(recipe).is_file() else None
         state = work_folder(out, fresh) if plan.solves and many == 1 else nullcontext()
-        with state as work, offload.keeping(loaded, most):
+        with state as work, offload.limiting_resident_weights(loaded, most):
             told = {"log": log if rank == 0 else None, "progress": not quiet and rank == 0}
             receipt = api.compress_(loaded, plan, tokenizer=tokenizer, base=base, memory=most, resume_dir=work, **told)
             if rank != 0:

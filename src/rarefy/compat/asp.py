@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
 from rarefy.model.forward import check_batches
-from rarefy.model.layers import Layer, Selector, select, unwrap
+from rarefy.model.layers import Layer, Selector, select_layers, unwrap
 from rarefy.model.losses import Loss
-from rarefy.model.masks import clear_, fold_parameter_, mask_of
+from rarefy.model.masks import fold_parameter_, mask_or_dense, zero_masked_
 from rarefy.prune.prune import prune_
 from rarefy.structured.optimizer_state import check_optimizer
 from rarefy.structured.permutation import check_permute, permute_
@@ -68,7 +68,7 @@ def prune_trained_model(
     if not isinstance(optimizer, Optimizer):
         raise ModelError(f"optimizer is a torch.optim.Optimizer, got {type(optimizer).__name__}")
     check_optimizer(optimizer, unwrap(model))
-    chosen = select(model, layers, ignore)
+    chosen = select_layers(model, layers, ignore)
     fits = [l for l in chosen if layers is not None or l.layout.shape[-1] % plan.b == 0]
     if not fits:
         raise ModelError(
@@ -85,7 +85,7 @@ def prune_trained_model(
         was, now = told.summary["kept before"], told.summary["kept"]
         notes = (f"inputs put in order: {now:.2%} of the scores are kept, {was:.2%} before",)
     done = prune_(model, pattern, score, **options)
-    masks = {l.original: mask_of(l).clone() for l in fits}
+    masks = {l.original: mask_or_dense(l).clone() for l in fits}
     for layer in fits:
         fold_parameter_(layer)
     keep_zeros_(optimizer, masks)
@@ -101,11 +101,11 @@ def keep_zeros_(optimizer: Optimizer, masks: dict[nn.Parameter, Tensor]) -> None
 
     def before(*_: Any) -> None:
         for p, mask in masks.items():
-            clear_((p.grad,), mask)
+            zero_masked_((p.grad,), mask)
 
     def after(*_: Any) -> None:
         for p, mask in masks.items():
-            clear_((p, *optimizer.state.get(p, {}).values()), mask)
+            zero_masked_((p, *optimizer.state.get(p, {}).values()), mask)
 
     after()
     optimizer.register_step_pre_hook(before)
@@ -125,7 +125,7 @@ def to_cuda_sparse(model: nn.Module, layers: Selector = None, ignore: Selector =
             "rarefy.accelerate_ runs N:M layers"
         )
     rows = []
-    for layer in select(model, layers, ignore):
+    for layer in select_layers(model, layers, ignore):
         why = _why_not(layer)
         if not why:
             try:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from rarefy.common.errors import ModelError, PatternError, unknown
-from rarefy.model.layers import Layer, parameter
-from rarefy.model.masks import fold_parameter_, get_mask, mask_of, masks, set_mask_
+from rarefy.model.layers import Layer, parameter_layer
+from rarefy.model.masks import fold_parameter_, get_mask, mask_or_dense, masks, set_mask_
 
 Choose = Callable[[Tensor, int], Tensor]  # (scores of what is left, how many go) -> the places of those that go
 
@@ -29,7 +29,7 @@ def identity(module: nn.Module, name: str) -> nn.Module:
     True
     """
     layer = _layer(module, name)
-    return _attach(layer, mask_of(layer))
+    return _attach(layer, mask_or_dense(layer))
 
 
 def random_unstructured(module: nn.Module, name: str, amount: float) -> nn.Module:
@@ -100,7 +100,7 @@ def global_unstructured(
     if not isinstance(given, Mapping):
         raise PatternError(f"importance_scores are {{(module, name): scores}}, got {type(given).__name__}")
     scores = torch.cat([_scores(l, given.get((m, n))).flatten() for l, (m, n) in zip(layers, pairs)])
-    left = torch.cat([mask_of(l).flatten() for l in layers])
+    left = torch.cat([mask_or_dense(l).flatten() for l in layers])
     gone = _pick(scores, left, amount, METHODS[method])
     for layer, part in zip(layers, (left & ~gone).split([l.original.numel() for l in layers])):
         _attach(layer, part.view(layer.original.shape))
@@ -116,7 +116,7 @@ def custom_from_mask(module: nn.Module, name: str, mask: Tensor) -> nn.Module:
     if not isinstance(mask, Tensor) or mask.shape != layer.original.shape:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise PatternError(f"mask has the shape of {name}, {list(layer.original.shape)}; got {shape}")
-    return _attach(layer, mask_of(layer) & (mask != 0).to(layer.original.device))
+    return _attach(layer, mask_or_dense(layer) & (mask != 0).to(layer.original.device))
 
 
 def remove(module: nn.Module, name: str) -> nn.Module:
@@ -143,8 +143,8 @@ def _layer(module: nn.Module, name: str) -> Layer:
     if isinstance(module, nn.Module) and f"{name}_mask" in module._buffers:
         mask = module.get_buffer(f"{name}_mask").bool()
         torch_prune.remove(module, name)
-        set_mask_(parameter(module, name), mask)
-    return parameter(module, name)
+        set_mask_(parameter_layer(module, name), mask)
+    return parameter_layer(module, name)
 
 
 def _attach(layer: Layer, mask: Tensor) -> nn.Module:
@@ -163,7 +163,7 @@ def _scores(layer: Layer, given: Tensor | None) -> Tensor:
 
 def _entries(module: nn.Module, name: str, amount: Any, given: Tensor | None, choose: Choose) -> nn.Module:
     layer = _layer(module, name)
-    left = mask_of(layer)
+    left = mask_or_dense(layer)
     return _attach(layer, left & ~_pick(_scores(layer, given), left, amount, choose))
 
 
@@ -179,7 +179,7 @@ def _slices(
     module: nn.Module, name: str, amount: Any, dim: Any, given: Tensor | None, norm: Callable[[Tensor, int], Tensor]
 ) -> nn.Module:
     layer = _layer(module, name)
-    scores, left = _scores(layer, given), mask_of(layer)
+    scores, left = _scores(layer, given), mask_or_dense(layer)
     if scores.dim() < 2:
         raise PatternError(f"{name} has {scores.dim()} dimension: slices are of parameters with two or more")
     if isinstance(dim, bool) or not isinstance(dim, int) or not -scores.dim() <= dim < scores.dim():

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report, alike
-from rarefy.dependency.symbolic_dims import Axis, Expr, coordinates, fixed, leaves, lock
-from rarefy.dependency.tracer import KERNEL, Trace, forget, plainly, running
+from rarefy.dependency.symbolic_dims import Axis, Expr, fixed, leaves, lock, unit_of_index
+from rarefy.dependency.tracer import KERNEL, Trace, clear_caches, decomposed_ops, tracking_module_names
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import unwrap
@@ -75,14 +75,14 @@ class Graph:
     owners: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
     costs: list[tuple[int, list[Expr]]] = field(default_factory=list)
     products: list[tuple[str, list[Expr]]] = field(default_factory=list)
-    _places: dict[tuple[str, int], dict[Axis, Tensor]] = field(default_factory=dict)
+    _unit_indices: dict[tuple[str, int], dict[Axis, Tensor]] = field(default_factory=dict)
 
-    def places(self, name: str, dim: int) -> dict[Axis, Tensor]:
+    def unit_indices(self, name: str, dim: int) -> dict[Axis, Tensor]:
         """Return which unit of each axis the indices of a dimension belong to, -1 for none. O(size x axes), once."""
-        if (name, dim) not in self._places:
+        if (name, dim) not in self._unit_indices:
             e = self.dims[name][dim]
-            self._places[name, dim] = {a: coordinates(e, a) for a in dict.fromkeys(leaves(e))}
-        return self._places[name, dim]
+            self._unit_indices[name, dim] = {a: unit_of_index(e, a) for a in dict.fromkeys(leaves(e))}
+        return self._unit_indices[name, dim]
 
 
 def trace(model: nn.Module, example: Any) -> Graph:
@@ -100,12 +100,12 @@ def trace(model: nn.Module, example: Any) -> Graph:
     from rarefy.dependency.op_table import RULES  # rules name their trace
 
     model = unwrap(model)
-    forget(model)
+    clear_caches(model)
     run = Trace(model, RULES)
     for t in tensors_in(example):
-        run.known[t] = [fixed(n, "the model is given it") for n in t.shape]
+        run.known_dims[t] = [fixed(n, "the model is given it") for n in t.shape]
     try:
-        with evaluating(model), torch.no_grad(), plainly(), running(model, run.stack), run:
+        with evaluating(model), torch.no_grad(), decomposed_ops(), tracking_module_names(model, run.stack), run:
             output = call(model, on_device(model, example))
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise ModelError(f"the example does not run through {type(model).__name__}: {error}") from error
@@ -123,14 +123,14 @@ def _graph(model: nn.Module, run: Trace) -> Graph:
         for attribute, t in [*module._parameters.items(), *module._buffers.items()]:
             if t is not None:
                 name = first.setdefault(id(t), f"{prefix}.{attribute}" if prefix else attribute)
-                dims[name] = run.own[id(t)]
+                dims[name] = run.param_dims[id(t)]
                 owners.setdefault(name, []).append((module, attribute))
     found: dict[Axis, list[Member]] = {}
     for name, exprs in dims.items():
         t = getattr(*owners[name][0])
         for d, e in enumerate(exprs):
             for axis in dict.fromkeys(leaves(e)):
-                role = "out" if (id(t), d) in run.makes else run.roles.get((id(t), d), "out")
+                role = "out" if (id(t), d) in run.output_dims else run.roles.get((id(t), d), "out")
                 found.setdefault(axis, []).append(Member(name, d, role))
     params = {n for n in dims if isinstance(getattr(*owners[n][0]), nn.Parameter)}
     groups, taken = [], dict[tuple[str, str], int]()
@@ -178,9 +178,9 @@ def groups(model: nn.Module, example: Any) -> Report:
     free = sum(g.lock is None for g in graph.groups)
     summary = {"units that can go": f"{free} of {len(graph.groups)} groups"}
     title = f"groups of {type(unwrap(model)).__name__}"
-    return Report(title, tuple(rows), summary, unruled(graph), tuple(alike(rows, "group")))
+    return Report(title, tuple(rows), summary, unsupported_notes(graph), tuple(alike(rows, "group")))
 
 
-def unruled(graph: Graph) -> tuple[str, ...]:
+def unsupported_notes(graph: Graph) -> tuple[str, ...]:
     """Return a note for each operator without a rule."""
     return tuple(f"no rule for {op} in {place}: what it meets is locked" for op, place in graph.unknown)

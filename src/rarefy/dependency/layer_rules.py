@@ -13,33 +13,33 @@ from rarefy.dependency.tracer import KERNEL, Trace
 from rarefy.model.batches import tensors_in
 
 
-def product(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+def matmul(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """mm, bmm and those that add to them: what is summed over is the same on both sides."""
     name = func.overloadpacket.__name__.rstrip("_")
     more, (a, b) = (args[:1], args[1:3]) if name in ("addmm", "baddbmm", "addmv", "addbmm") else ((), args[:2])
     da, db = t.dims(a), t.dims(b)
-    t.same(da[-1], db[max(b.dim() - 2, 0)])
-    t.reads(a, da[-1])
-    t.reads(b, db[max(b.dim() - 2, 0)])
+    t.unify(da[-1], db[max(b.dim() - 2, 0)])
+    t.mark_input(a, da[-1])
+    t.mark_input(b, db[max(b.dim() - 2, 0)])
     dims = list(da[:-1]) + (list(db[-1:]) if b.dim() > 1 else [])
     if a.dim() == 3:
-        t.same(da[0], db[0])
+        t.unify(da[0], db[0])
     if a.dim() == 3 and a not in t.source and b not in t.source:
         for e, kind in ((da[0], "head"), (da[-1], "head_dim"), (db[-1], "head_dim")):
-            is_a(e, kind)
+            set_kind(e, kind)
         for axis in leaves(da[-1]):
             axis.scores = True
-    t.give(out, dims)
+    t.set_dims(out, dims)
     t.costs.append((1, [*dims, da[-1]]))
     t.products.append((func.overloadpacket.__name__, dims))
     for x in more:
         over = t.dims(x)
         for back in range(1, x.dim() + 1):
             if x.shape[-back] != 1:
-                t.same(over[-back], dims[-back])
+                t.unify(over[-back], dims[-back])
 
 
-def is_a(e: Expr, kind: str) -> None:
+def set_kind(e: Expr, kind: str) -> None:
     """Say what the free axes of a dimension are; where queries share keys, the heads of a group come second."""
     for i, axis in enumerate(dict.fromkeys(a for a in leaves(e) if not a.lock)):
         axis.kind = "query_head" if kind == "head" and i else kind
@@ -53,43 +53,43 @@ def convolution(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> Non
         lock(e, KERNEL)
     inputs, outputs = (W[0], W[1]) if turned else (W[1], W[0])
     if groups == 1:
-        t.same(dims[1], inputs)
+        t.unify(dims[1], inputs)
         made_: Expr = outputs
     else:
         G, each = t.algebra.factor(dims[1], groups)
         if turned:
-            t.same(inputs, Prod((G, each)))
+            t.unify(inputs, Prod((G, each)))
             made_ = Prod((G, outputs))
         else:
             H, _ = t.algebra.factor(outputs, groups)
-            t.same(G, H)
-            t.same(each, inputs)
+            t.unify(G, H)
+            t.unify(each, inputs)
             made_ = outputs
         if size(each) > 1:
-            is_a(G, "group")
+            set_kind(G, "group")
     if w in t.source:  # else it is made of others
         t.roles[t.source[w], 0 if turned else 1] = "in"
     kernel = math.prod(w.shape[2:])
     ends = [fixed(n) for n in (x if turned else out).shape[2:]]
     t.costs.append((kernel, [dims[0], dims[1], W[1], *ends] if turned else [dims[0], made_, inputs, *ends]))
     if bias is not None:
-        t.same(t.dims(bias)[0], made_)
+        t.unify(t.dims(bias)[0], made_)
     dims = [dims[0], made_, *(fixed(n) for n in out.shape[2:])]
     t.products.append((func.overloadpacket.__name__, dims))
-    t.give(out, dims)
+    t.set_dims(out, dims)
 
 
 def batch_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     channel = t.dims(args[0])[1]
     if arg(func, args, kwargs, "training", False):
         for e in t.dims(args[0])[2:]:  # of a weight that is standardized
-            lock(e, f"mean and variance over it in {t.place}")
+            lock(e, f"mean and variance over it in {t.module_name}")
     for p in args[1:]:
         if isinstance(p, Tensor):
-            t.same(channel, t.dims(p)[0])
-    t.give(out[0], list(t.dims(args[0])))
+            t.unify(channel, t.dims(p)[0])
+    t.set_dims(out[0], list(t.dims(args[0])))
     for y in out[1:]:
-        t.give(y, [channel] if y.dim() == 1 and y.shape[0] == args[0].shape[1] else [fixed(n) for n in y.shape])
+        t.set_dims(y, [channel] if y.dim() == 1 and y.shape[0] == args[0].shape[1] else [fixed(n) for n in y.shape])
 
 
 def layer_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -97,17 +97,17 @@ def layer_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dims = t.dims(x)
     if len(shape) == 1:
         t.products.append((func.overloadpacket.__name__, list(dims)))
-    t.asks(dims[-len(shape) :])
+    t.record_sizes(dims[-len(shape) :])
     for e in dims[-len(shape) :]:
-        note(e, f"mean and variance over it in {t.place}")
+        note(e, f"mean and variance over it in {t.module_name}")
     for p in args[2:4]:
         if isinstance(p, Tensor):
             for a, e in zip(t.dims(p), dims[-len(shape) :]):
-                t.same(a, e)
+                t.unify(a, e)
     y, *others = out if isinstance(out, tuple) else (out,)
-    t.give(y, list(dims))
+    t.set_dims(y, list(dims))
     for z in others:
-        t.give(z, [*dims[: -len(shape)], *(ONE for _ in shape)][: z.dim()])
+        t.set_dims(z, [*dims[: -len(shape)], *(ONE for _ in shape)][: z.dim()])
 
 
 def group_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -115,29 +115,29 @@ def group_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dims = t.dims(x)
     t.products.append((func.overloadpacket.__name__, list(dims)))
     outer, inner = t.algebra.factor(dims[1], groups)
-    t.asks([outer])
-    note(inner, f"mean and variance over it in {t.place}")
+    t.record_sizes([outer])
+    note(inner, f"mean and variance over it in {t.module_name}")
     for p in (weight, bias):
         if p is not None:
-            t.same(t.dims(p)[0], dims[1])
-    t.give(out[0], list(dims))
+            t.unify(t.dims(p)[0], dims[1])
+    t.set_dims(out[0], list(dims))
     for z in out[1:]:
-        t.give(z, [fixed(n) for n in z.shape])
+        t.set_dims(z, [fixed(n) for n in z.shape])
 
 
-def spatial(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+def resample(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Pooling, upsampling: images change their size, channels stay."""
     x, name = args[0], func.overloadpacket.__name__
     ends = 3 if "3d" in name else 1 if "1d" in name else 2
     for y in tensors_in([out]):
-        t.give(y, [*t.dims(x)[:-ends], *(fixed(n) for n in y.shape[-ends:])])
+        t.set_dims(y, [*t.dims(x)[:-ends], *(fixed(n) for n in y.shape[-ends:])])
 
 
-def grid(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    t.give(out, [*t.dims(args[0])[:2], *(fixed(n) for n in out.shape[2:])])
+def grid_sample(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    t.set_dims(out, [*t.dims(args[0])[:2], *(fixed(n) for n in out.shape[2:])])
 
 
-def shuffle(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+def pixel_shuffle(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """pixel_shuffle: r x r channels become an image; pixel_unshuffle: the other way."""
     dims, r = list(t.dims(args[0])), args[1]
     sizes = [fixed(n) for n in out.shape[-2:]]
@@ -145,24 +145,24 @@ def shuffle(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         dims[-3] = Prod((dims[-3], fixed(r * r)))
     else:
         dims[-3], square = t.algebra.factor(dims[-3], size(dims[-3]) // (r * r))
-        lock(square, f"they make an image in {t.place}")
-    t.give(out, [*dims[:-2], *sizes])
+        lock(square, f"they make an image in {t.module_name}")
+    t.set_dims(out, [*dims[:-2], *sizes])
 
 
 def channel_shuffle(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     dims = list(t.dims(args[0]))
     a, b = t.algebra.factor(dims[1], args[1])
-    lock(a, f"shuffled in {t.place}")
+    lock(a, f"shuffled in {t.module_name}")
     dims[1] = Prod((b, a))
-    t.give(out, dims)
+    t.set_dims(out, dims)
 
 
 def embedding(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     W = t.dims(args[0])
     lock(W[0], "its rows are looked up")
     if args[0] in t.source:
-        t.makes.add((t.source[args[0]], 1))  # though a head that is tied to it reads the same units
-    t.give(out, [*t.dims(args[1]), *W[1:]])
+        t.output_dims.add((t.source[args[0]], 1))  # though a head that is tied to it reads the same units
+    t.set_dims(out, [*t.dims(args[1]), *W[1:]])
 
 
 def index(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -174,73 +174,73 @@ def index(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     if any(s != 1 for s in spans):
         return all_fixed(t, func, args, out)
     for d in by:
-        lock(dims[d], f"units are picked in {t.place}")
+        lock(dims[d], f"units are picked in {t.module_name}")
     new = out.dim() - (x.dim() - len(by))
     left = [e for d, e in enumerate(dims) if d not in by]
     at = by[0] if by and by[-1] - by[0] == len(by) - 1 else 0
     picked = [fixed(n) for n in out.shape[at : at + new]]
-    t.give(out, [*left[:at], *picked, *left[at:]])
+    t.set_dims(out, [*left[:at], *picked, *left[at:]])
 
 
 def all_fixed(t: Trace, func: Any, args: Any, out: Any) -> None:
     for x in tensors_in([list(args)]):
         for e in t.dims(x):
-            lock(e, f"{func.overloadpacket.__name__} in {t.place}")
+            lock(e, f"{func.overloadpacket.__name__} in {t.module_name}")
     for y in tensors_in([out]):
-        t.give(y, [fixed(n) for n in y.shape])
+        t.set_dims(y, [fixed(n) for n in y.shape])
 
 
-def pick(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+def gather(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """index_select, gather: one dimension is picked from."""
     x, dim = args[0], arg(func, args, kwargs, "dim", 0)
     dims = list(t.dims(x))
     if not dims:
-        return t.give(out, [])
-    lock(dims[dim], f"units are picked in {t.place}")
+        return t.set_dims(out, [])
+    lock(dims[dim], f"units are picked in {t.module_name}")
     dims[dim] = fixed(out.shape[dim])
-    t.give(out, [e if size(e) == n else fixed(n) for e, n in zip(dims, out.shape)])
+    t.set_dims(out, [e if size(e) == n else fixed(n) for e, n in zip(dims, out.shape)])
 
 
 def attention(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """softmax(q k^T / sqrt(d)) v over [batch, heads, length, d]."""
     q, k, v = (list(t.dims(x)) for x in args[:3])
-    t.same(k[-2], v[-2])
+    t.unify(k[-2], v[-2])
     if arg(func, args, kwargs, "scale") is None:
-        lock(q[-1], f"attention divides by the root of its size in {t.place}")
-    t.same(q[-1], k[-1])
+        lock(q[-1], f"attention divides by the root of its size in {t.module_name}")
+    t.unify(q[-1], k[-1])
     for axis in leaves(q[-1]):
         axis.scores = True
     for d in range(len(q) - 2):
         if size(q[d]) == size(k[d]):
-            t.same(q[d], k[d])
+            t.unify(q[d], k[d])
         else:  # queries share keys
             many, _ = t.algebra.factor(q[d], size(k[d]))
-            t.same(many, k[d])
-        t.same(k[d], v[d])
-    is_a(q[-3], "head") if len(q) > 3 else None
-    is_a(q[-1], "head_dim")
-    is_a(v[-1], "head_dim")
+            t.unify(many, k[d])
+        t.unify(k[d], v[d])
+    set_kind(q[-3], "head") if len(q) > 3 else None
+    set_kind(q[-1], "head_dim")
+    set_kind(v[-1], "head_dim")
     t.costs += [(1, [*q[:-1], k[-2], d]) for d in (q[-1], v[-1])]
     mask = arg(func, args, kwargs, "attn_mask")
     mask = arg(func, args, kwargs, "attn_bias") if mask is None else mask
     if isinstance(mask, Tensor):
         for back, e in enumerate(t.dims(mask)[::-1]):
             if 2 <= back < len(q) and mask.shape[-1 - back] != 1:
-                t.same(e, q[-1 - back])
+                t.unify(e, q[-1 - back])
     y, *others = out if isinstance(out, tuple) else (out,)
-    t.give(y, [*q[:-1], v[-1]])
+    t.set_dims(y, [*q[:-1], v[-1]])
     for z in tensors_in(others):
-        t.give(z, [fixed(n) for n in z.shape])
+        t.set_dims(z, [fixed(n) for n in z.shape])
 
 
-def into(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+def scatter(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Numbers are written into a tensor at places: the tensor keeps its units, and what is written too."""
     all_fixed(t, func, [x for x in args if isinstance(x, Tensor)], ())
     if not any(out is a for a in tensors_in([list(args)])):
-        t.give(out, [fixed(n) for n in out.shape])
+        t.set_dims(out, [fixed(n) for n in out.shape])
 
 
 def scalar(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """A number leaves the graph; tensors stay as they are."""
     for y in tensors_in([out]):
-        t.give(y, [fixed(n) for n in y.shape])
+        t.set_dims(y, [fixed(n) for n in y.shape])

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from rarefy.dependency.symbolic_dims import ONE, Axis, Expr, Prod, Sum, fixed, is_fixed, leaves, lock, size
-from rarefy.dependency.tracer import Trace, opaque
+from rarefy.dependency.tracer import Trace, unsupported_op
 from rarefy.model.batches import tensors_in
 
 
@@ -38,7 +38,7 @@ def pointwise(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
                     if before is None:
                         dims[-back] = e
                     else:
-                        t.same(before, e)
+                        t.unify(before, e)
         if any(y is x for x in given):
             if adds_bias(func, args, y):
                 t.products.append((func.overloadpacket.__name__, t.dims(y)))
@@ -46,7 +46,7 @@ def pointwise(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             over = [ONE if n == 1 else e or fixed(n) for e, n in zip(dims, y.shape)]
             if adds_bias(func, args, y):
                 t.products.append((func.overloadpacket.__name__, over))
-            t.give(y, over, given[0] if len(given) == 1 else None)
+            t.set_dims(y, over, given[0] if len(given) == 1 else None)
 
 
 def adds_bias(func: Any, args: Any, out: Any) -> bool:
@@ -63,35 +63,35 @@ def averages_features(func: Any, args: Any) -> bool:
     return given and args[0].dim() > 0 and [d % args[0].dim() for d in args[1]] == [args[0].dim() - 1]
 
 
-def alike(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+def same_shape(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """The output has the dimensions of the first input."""
     for y in tensors_in([out]):
         if y is not args[0]:
-            t.give(y, list(t.dims(args[0])), args[0])
+            t.set_dims(y, list(t.dims(args[0])), args[0])
 
 
-def strided(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+def restrided(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """The same shape with other strides, as pooling to one pixel ends; any other is not known."""
     if len(t.dims(args[0])) == out.dim() and [size(e) for e in t.dims(args[0])] == list(out.shape):
-        return t.give(out, list(t.dims(args[0])), args[0])
-    return opaque(t, func, args, kwargs, out)
+        return t.set_dims(out, list(t.dims(args[0])), args[0])
+    return unsupported_op(t, func, args, kwargs, out)
 
 
 def like(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    t.give(out, [free(n) for n in out.shape] if out.shape != args[0].shape else list(t.dims(args[0])))
+    t.set_dims(out, [free(n) for n in out.shape] if out.shape != args[0].shape else list(t.dims(args[0])))
 
 
-def made(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+def factory(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Constants such as zeros: their sizes are numbers of the module, which may follow."""
     for y in tensors_in([out]):
         dims = [free(n) for n in y.shape]
-        t.give(y, dims)
-        t.asks(dims)
+        t.set_dims(y, dims)
+        t.record_sizes(dims)
 
 
 def constant(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     for y in tensors_in([out]):
-        t.give(y, [fixed(n, f"{t.place} makes it") for n in y.shape])
+        t.set_dims(y, [fixed(n, f"{t.module_name} makes it") for n in y.shape])
 
 
 def free(n: int) -> Expr:
@@ -100,8 +100,8 @@ def free(n: int) -> Expr:
 
 def view(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     x = args[0]
-    t.give(out, regroup(t, t.dims(x), list(x.shape), list(out.shape)), x)
-    t.asks(t.dims(out))
+    t.set_dims(out, regroup(t, t.dims(x), list(x.shape), list(out.shape)), x)
+    t.record_sizes(t.dims(out))
 
 
 def regroup(t: Trace, dims: list[Expr], sizes: list[int], to: list[int]) -> list[Expr]:
@@ -109,7 +109,7 @@ def regroup(t: Trace, dims: list[Expr], sizes: list[int], to: list[int]) -> list
     and split."""
     if 0 in sizes:
         for e in dims:
-            lock(e, f"an empty view in {t.place}")
+            lock(e, f"an empty view in {t.module_name}")
         return [fixed(n) for n in to]
     out: list[Expr] = []
     old, new = list(zip(dims, sizes))[::-1], list(to)[::-1]
@@ -133,7 +133,7 @@ def regroup(t: Trace, dims: list[Expr], sizes: list[int], to: list[int]) -> list
 
 def permute(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     dims = t.dims(args[0])
-    t.give(out, [dims[d] for d in args[1]], args[0])
+    t.set_dims(out, [dims[d] for d in args[1]], args[0])
 
 
 def transpose(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -141,20 +141,20 @@ def transpose(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     if len(dims) > 1:
         a, b = (args[1], args[2]) if len(args) > 2 else (0, 1)
         dims[a], dims[b] = dims[b], dims[a]
-    t.give(out, dims, args[0])
+    t.set_dims(out, dims, args[0])
 
 
 def expand(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     x = args[0]
     dims, lead = t.dims(x), out.dim() - x.dim()
-    new = [fixed(n, f"expanded in {t.place}") for n in out.shape[:lead]]
+    new = [fixed(n, f"expanded in {t.module_name}") for n in out.shape[:lead]]
     new += [e if a == b else free(b) for e, a, b in zip(dims, x.shape, out.shape[lead:])]
-    t.give(out, new, x)
-    t.asks(new)
+    t.set_dims(out, new, x)
+    t.record_sizes(new)
 
 
 def squeeze(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    t.give(out, regroup(t, t.dims(args[0]), list(args[0].shape), list(out.shape)), args[0])
+    t.set_dims(out, regroup(t, t.dims(args[0]), list(args[0].shape), list(out.shape)), args[0])
 
 
 def cat(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -164,9 +164,9 @@ def cat(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     for x in tensors[1:]:
         for d, e in enumerate(t.dims(x)):
             if d != dim:
-                t.same(first[d], e)
+                t.unify(first[d], e)
     first[dim] = Sum(tuple(t.dims(x)[dim] for x in tensors if x.shape[dim]))
-    t.give(out, first)
+    t.set_dims(out, first)
 
 
 def stack(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -174,16 +174,16 @@ def stack(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     first = list(t.dims(args[0][0]))
     for x in args[0][1:]:
         for a, e in zip(first, t.dims(x)):
-            t.same(a, e)
-    first.insert(dim, fixed(out.shape[dim], f"stacked in {t.place}"))
-    t.give(out, first)
+            t.unify(a, e)
+    first.insert(dim, fixed(out.shape[dim], f"stacked in {t.module_name}"))
+    t.set_dims(out, first)
 
 
 def split(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, dim = args[0], arg(func, args, kwargs, "dim", 0) % args[0].dim()
     parts = t.algebra.cut(t.dims(x)[dim], [y.shape[dim] for y in out])
     for y, e in zip(out, parts):
-        t.give(y, [e if d == dim else a for d, a in enumerate(t.dims(x))], x)
+        t.set_dims(y, [e if d == dim else a for d, a in enumerate(t.dims(x))], x)
 
 
 def slice_(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -197,32 +197,32 @@ def slice_(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     elif k == 0 or is_fixed(e):
         dims[dim] = fixed(k)
         if not is_fixed(e):
-            lock(e, f"an empty slice in {t.place}")
+            lock(e, f"an empty slice in {t.module_name}")
     elif step == 1:
         ends = [s for s in (start, k, n - start - k) if s]
         dims[dim] = t.algebra.cut(e, ends)[1 if start else 0]
     elif n % step == 0 and k == n // step:
         dims[dim], inner = t.algebra.factor(e, k)
-        lock(inner, f"every {step}th is taken in {t.place}")
+        lock(inner, f"every {step}th is taken in {t.module_name}")
     else:
-        lock(e, f"every {step}th is taken in {t.place}")
+        lock(e, f"every {step}th is taken in {t.module_name}")
         dims[dim] = fixed(k)
-    t.give(out, dims, x)
+    t.set_dims(out, dims, x)
 
 
 def select(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """One index of a dimension is picked, or each: it keeps its units."""
     dim = arg(func, args, kwargs, "dim", 0) % args[0].dim()
     dims = t.dims(args[0])
-    lock(dims[dim], f"single units are picked in {t.place}")
+    lock(dims[dim], f"single units are picked in {t.module_name}")
     for y in tensors_in([out]):
-        t.give(y, dims[:dim] + dims[dim + 1 :], args[0])
+        t.set_dims(y, dims[:dim] + dims[dim + 1 :], args[0])
 
 
 def repeat(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     x, times = args[0], args[1]
     dims = [ONE] * (len(times) - x.dim()) + list(t.dims(x))
-    t.give(out, [e if r == 1 else Prod((fixed(r, f"repeated in {t.place}"), e)) for e, r in zip(dims, times)])
+    t.set_dims(out, [e if r == 1 else Prod((fixed(r, f"repeated in {t.module_name}"), e)) for e, r in zip(dims, times)])
 
 
 def pad(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -232,26 +232,26 @@ def pad(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         left, right, d = by[2 * i], by[2 * i + 1], x.dim() - 1 - i
         if left or right:
             if left < 0 or right < 0 or not str(func.overloadpacket).endswith("constant_pad_nd"):
-                lock(dims[d], f"padded in {t.place}")
+                lock(dims[d], f"padded in {t.module_name}")
                 dims[d] = fixed(out.shape[d])
             elif is_fixed(dims[d]):
                 dims[d] = fixed(out.shape[d])
             else:
-                ends = [fixed(n, f"padded in {t.place}") for n in (left, right)]
+                ends = [fixed(n, f"padded in {t.module_name}") for n in (left, right)]
                 dims[d] = Sum(tuple(e for e, n in zip([ends[0], dims[d], ends[1]], [left, 1, right]) if n))
-    t.give(out, dims)
+    t.set_dims(out, dims)
 
 
-def moved(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+def order_dependent(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Units change places or depend on their order: those dimensions stay."""
     dims = arg(func, args, kwargs, "dims", None)
     dims = arg(func, args, kwargs, "dim", None) if dims is None else dims
     for d in range(out.dim()) if dims in (None, []) else [dims] if isinstance(dims, int) else dims:
         if args[0].dim():
-            lock(t.dims(args[0])[d], f"{func.overloadpacket.__name__} in {t.place}")
+            lock(t.dims(args[0])[d], f"{func.overloadpacket.__name__} in {t.module_name}")
     for y in tensors_in([out]):
         if y is not args[0]:
-            t.give(y, list(t.dims(args[0])))
+            t.set_dims(y, list(t.dims(args[0])))
 
 
 def reduction(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -266,12 +266,12 @@ def reduction(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if name in ("sum", "linalg_vector_norm", "norm"):
             continue
         if name in ("mean", "var", "var_mean", "std") and x not in t.source:
-            note(e, f"{name} over it in {t.place}")
+            note(e, f"{name} over it in {t.module_name}")
         else:
-            lock(e, f"{name} in {t.place}")
+            lock(e, f"{name} in {t.module_name}")
     for y in tensors_in([out]):
         left = [(ONE if d in gone else e) for d, e in enumerate(t.dims(x)) if keep or d not in gone]
-        t.give(y, left)
+        t.set_dims(y, left)
 
 
 def note(e: Expr, text: str) -> None:

@@ -278,7 +278,7 @@ class Algebra:
         return self.unify(Prod(a.of[1:]), rest)
 
 
-def kept(e: Expr, keep: Any) -> Tensor:
+def kept_indices(e: Expr, keep: Any) -> Tensor:
     """Return which indices of a dimension stay, bool [size], where `keep` gives the units of an axis that do (or
     None for all)."""
     e = resolve(e)
@@ -286,14 +286,14 @@ def kept(e: Expr, keep: Any) -> Tensor:
         mask = keep(e)
         return torch.ones(e.size, dtype=torch.bool) if mask is None else mask
     if isinstance(e, Sum):
-        return torch.cat([kept(t, keep) for t in e.of])
+        return torch.cat([kept_indices(t, keep) for t in e.of])
     mask = torch.ones(1, dtype=torch.bool)
     for f in e.of:
-        mask = (mask[:, None] & kept(f, keep)[None]).flatten()
+        mask = (mask[:, None] & kept_indices(f, keep)[None]).flatten()
     return mask
 
 
-def ordered(e: Expr, order: Any) -> Tensor:
+def reordered_indices(e: Expr, order: Any) -> Tensor:
     """Return the indices of a dimension when the units of its axes stand in the order that `order` gives (or None for
     as they are). int64 [size]."""
     e = resolve(e)
@@ -302,14 +302,14 @@ def ordered(e: Expr, order: Any) -> Tensor:
         return torch.arange(e.size) if units is None else units
     if isinstance(e, Sum):
         starts = [0, *itertools.accumulate(map(size, e.of))]
-        return torch.cat([first + ordered(t, order) for first, t in zip(starts, e.of)])
+        return torch.cat([first + reordered_indices(t, order) for first, t in zip(starts, e.of)])
     out = torch.zeros(1, dtype=torch.int64)
     for f in e.of:
-        out = (out[:, None] * size(f) + ordered(f, order)).flatten()
+        out = (out[:, None] * size(f) + reordered_indices(f, order)).flatten()
     return out
 
 
-def coordinates(e: Expr, axis: Axis) -> Tensor:
+def unit_of_index(e: Expr, axis: Axis) -> Tensor:
     """Return which unit of `axis` each index of a dimension belongs to, -1 for none. int64 [size]."""
     e = resolve(e)
     if isinstance(e, Axis):
@@ -319,21 +319,21 @@ def coordinates(e: Expr, axis: Axis) -> Tensor:
         for part in e.of:
             n = size(part)
             if any(a is axis for a in leaves(part)):
-                out[at : at + n] = coordinates(part, axis)
+                out[at : at + n] = unit_of_index(part, axis)
             at += n
         return out
     out = torch.full((1,), -1)
     for f in e.of:
-        out = torch.maximum(out[:, None], coordinates(f, axis)[None]).flatten()
+        out = torch.maximum(out[:, None], unit_of_index(f, axis)[None]).flatten()
     return out
 
 
-def count(e: Expr, left: Any) -> int:
+def num_kept(e: Expr, left: Any) -> int:
     """Return how many indices of a dimension stay, where `left` gives the number of units of an axis that do (or None
     for all). O(axes)."""
     e = resolve(e)
     if isinstance(e, Axis):
         n = left(e)
         return e.size if n is None else n
-    parts = [count(f, left) for f in e.of]
+    parts = [num_kept(f, left) for f in e.of]
     return math.prod(parts) if isinstance(e, Prod) else sum(parts)

@@ -14,8 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, fixed, is_fixed, leaves, lock
 from rarefy.model.batches import tensors_in
-from rarefy.model.forward import hooked
-from rarefy.model.mha import step_by_step
+from rarefy.model.forward import temporary_hooks
+from rarefy.model.mha import without_mha_fastpath
 
 KERNEL = "a kernel has its size"  # of convolutions: no units
 
@@ -26,50 +26,50 @@ class Trace(TorchDispatchMode):
     def __init__(self, model: nn.Module, rules: Mapping[str, Any]):
         super().__init__()
         self.rules, self.algebra = rules, Algebra()
-        self.known: Any = WeakTensorKeyDictionary()  # tensor -> its dimensions
+        self.known_dims: Any = WeakTensorKeyDictionary()  # tensor -> its dimensions
         self.source: Any = WeakTensorKeyDictionary()  # a view of a parameter -> its id
         self.roles: dict[tuple[int, int], str] = {}
-        self.makes: set[tuple[int, int]] = set()
+        self.output_dims: set[tuple[int, int]] = set()
         self.unknown: dict[tuple[str, str], None] = {}
         self.sizes: dict[str, list[Expr]] = {}
         self.costs: list[tuple[int, list[Expr]]] = []
         self.products: list[tuple[str, list[Expr]]] = []
         self.stack = [""]
-        self.own: dict[int, list[Expr]] = {}
+        self.param_dims: dict[int, list[Expr]] = {}
         for _, t in [*model.named_parameters(), *model.named_buffers()]:
-            self.known[t] = self.own[id(t)] = [fixed(1) if n == 1 else Axis(n) for n in t.shape]
+            self.known_dims[t] = self.param_dims[id(t)] = [fixed(1) if n == 1 else Axis(n) for n in t.shape]
             self.source[t] = id(t)
 
     @property
-    def place(self) -> str:
+    def module_name(self) -> str:
         return self.stack[-1] or "the model itself"
 
     def dims(self, t: Tensor) -> list[Expr]:
         """Return the dimensions of a tensor; those of one that nobody has made keep their sizes."""
-        if t not in self.known:
-            self.known[t] = [fixed(n, f"{self.place} is given it") for n in t.shape]
-        return self.known[t]
+        if t not in self.known_dims:
+            self.known_dims[t] = [fixed(n, f"{self.module_name} is given it") for n in t.shape]
+        return self.known_dims[t]
 
-    def give(self, t: Any, dims: list[Expr], source: Tensor | None = None) -> None:
+    def set_dims(self, t: Any, dims: list[Expr], source: Tensor | None = None) -> None:
         """Say what the dimensions of an output are."""
         if isinstance(t, Tensor):
             assert len(dims) == t.dim(), f"{len(dims)} dimensions for {list(t.shape)}"
-            self.known[t] = dims
+            self.known_dims[t] = dims
             if source is not None and source in self.source:
                 self.source[t] = self.source[source]
 
-    def asks(self, dims: list[Expr]) -> None:
+    def record_sizes(self, dims: list[Expr]) -> None:
         """Say that the module that runs names these sizes: its numbers follow them."""
         self.sizes.setdefault(self.stack[-1], []).extend(dims)
 
-    def same(self, a: Expr, b: Expr) -> None:
+    def unify(self, a: Expr, b: Expr) -> None:
         """Make two dimensions one."""
         self.algebra.unify(a, b)
 
-    def reads(self, t: Tensor, e: Expr) -> None:
+    def mark_input(self, t: Tensor, e: Expr) -> None:
         """Say that a product sums over `e`, a dimension of `t`: if t is a parameter, it reads these units."""
         if t in self.source:
-            held, own = {id(a) for a in leaves(e)}, self.own[self.source[t]]
+            held, own = {id(a) for a in leaves(e)}, self.param_dims[self.source[t]]
             itself = [d for d, dim in enumerate(own) if dim is e]  # both may have the same units, as W in x + W x
             for d, dim in enumerate(own):
                 if d in itself or (not itself and any(id(a) in held for a in leaves(dim))):
@@ -79,31 +79,31 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__ if func.namespace == "aten" else str(func)
-        self.algebra.where = f"{name} in {self.place}"
+        self.algebra.where = f"{name} in {self.module_name}"
         rule = self.rules.get(name)
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = self.rules["pointwise"]
         if rule is None or any(t.is_sparse for t in tensors_in([list(args), kwargs])):
-            rule = opaque
+            rule = unsupported_op
         rule(self, func, args, kwargs, out)
         return out
 
 
-def opaque(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+def unsupported_op(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """An operator without a rule: what goes in keeps its units."""
     name = str(func.overloadpacket)
     for t in tensors_in([list(args), kwargs]):
         if not all(map(is_fixed, trace.dims(t))):
-            trace.unknown[name, trace.place] = None
+            trace.unknown[name, trace.module_name] = None
         for e in trace.dims(t):
-            lock(e, f"no rule for {name} in {trace.place}")
+            lock(e, f"no rule for {name} in {trace.module_name}")
     for t in tensors_in([out]):
         if not any(t is a for a in tensors_in([list(args)])):
-            trace.give(t, [fixed(n, f"made by {name}") for n in t.shape])
+            trace.set_dims(t, [fixed(n, f"made by {name}") for n in t.shape])
 
 
 @contextmanager
-def running(model: nn.Module, stack: list[str], *, unwind: bool = True) -> Any:
+def tracking_module_names(model: nn.Module, stack: list[str], *, unwind: bool = True) -> Any:
     """Keep the names of the modules that run. Without `unwind` those that were running when an error came stay."""
 
     def leave(*_: Any) -> None:
@@ -113,25 +113,25 @@ def running(model: nn.Module, stack: list[str], *, unwind: bool = True) -> Any:
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: stack.append(name)))
         hooks.append(module.register_forward_hook(leave, always_call=unwind))
-    with hooked(hooks):
+    with temporary_hooks(hooks):
         yield
 
 
 @contextmanager
-def plainly() -> Any:
+def decomposed_ops() -> Any:
     """Have torch take no shortcuts through operators that do a whole layer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TF32 of GPUs that are not there
         flags = torch.backends.mkldnn.flags(enabled=False)
         flags.__enter__()
     try:
-        with step_by_step():
+        with without_mha_fastpath():
             yield
     finally:
         flags.__exit__(None, None, None)
 
 
-def forget(model: nn.Module) -> None:
+def clear_caches(model: nn.Module) -> None:
     """Empty what modules say that they keep of calls before (`attention_bias_cache`): it has the sizes of then."""
     for module in model.modules():
         for name, value in vars(module).items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError
 from rarefy.common.progress import track
-from rarefy.model.forward import call, check_batches, describe, evaluating, on_device
+from rarefy.model.forward import call, check_batches, describe_batch, evaluating, on_device
 
 
 @torch.no_grad()
@@ -24,14 +24,14 @@ def perplexity(model: nn.Module, data: Iterable[Any], *, progress: bool = False)
     total, count = 0.0, 0
     for batch in _evaluation(model, data, "perplexity", progress):
         if not hasattr(batch, "keys") or "input_ids" not in batch:
-            raise DataError(f"perplexity needs batches with input_ids, got {describe(batch)}")
+            raise DataError(f"perplexity needs batches with input_ids, got {describe_batch(batch)}")
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         out = call(model, inputs)
         logits = getattr(out, "logits", out)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != batch["input_ids"].shape:
             raise DataError(
                 f"perplexity needs a language model with logits [batch, tokens, vocabulary]; {type(model).__name__} "
-                f"gives {describe(logits) if isinstance(logits, Tensor) else type(out).__name__}"
+                f"gives {describe_batch(logits) if isinstance(logits, Tensor) else type(out).__name__}"
             )
         ids, mask = batch["input_ids"][:, 1:], batch.get("attention_mask")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else (mask[:, 1:] * mask[:, :-1]).bool()
@@ -56,7 +56,7 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -
             else None
         )
         if not isinstance(target, Tensor):
-            raise DataError(f"accuracy needs (inputs, class) batches or dicts with labels, got {describe(batch)}")
+            raise DataError(f"accuracy needs (inputs, class) batches or dicts with labels, got {describe_batch(batch)}")
         out = call(model, batch)
         best = getattr(out, "logits", out).argmax(-1)
         if target.dim() == best.dim() + 1 and target.shape[-1] == 1:

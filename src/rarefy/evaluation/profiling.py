@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.progress import track
-from rarefy.model.mha import step_by_step
+from rarefy.model.mha import without_mha_fastpath
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # ids, and what was kept of those before: logits, and what is kept
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch counts in none of these
@@ -87,7 +87,7 @@ def flops(model: nn.Module, run: Callable[[], Any]) -> int:
     # absent from torch's own table although it is what CPU attention runs
     extra = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=extra)  # type: ignore[arg-type]
-    with torch.no_grad(), step_by_step(), counter:
+    with torch.no_grad(), without_mha_fastpath(), counter:
         run()
     return counter.get_total_flops()
 

@@ -37,7 +37,7 @@ from rarefy.common.atomic_io import INDEX, PICKLES, blaming, check_target, whole
 from rarefy.common.errors import ContainerError, FormatError, nearest, unknown
 from rarefy.formats.quantized_encodings import PARTS, check, decode, grid_of
 from rarefy.formats.sparse_encodings import DTYPES, Packed
-from rarefy.model.quant_grid import Values
+from rarefy.model.quant_grid import WeightGrid
 
 SCHEMA = 1
 INDEX_BYTES = 64 * 2**20
@@ -90,7 +90,7 @@ class Container:
         """Return a stored or tied tensor, decoded, in memory of its own; errors as for `packed`: O(n)."""
         return self.weight(name, expect_shape)[0]
 
-    def weight(self, name: str, expect_shape: tuple[int, ...] | None = None) -> tuple[Tensor, Values | None]:
+    def weight(self, name: str, expect_shape: tuple[int, ...] | None = None) -> tuple[Tensor, WeightGrid | None]:
         """Return what `tensor` does, and the grid or codebook that it lies on: O(n)."""
         p = _load(self, name, expect_shape)
         with _blaming(f"{self.path}: tensor {name!r}"):

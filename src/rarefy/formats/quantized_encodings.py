@@ -21,7 +21,7 @@ from rarefy.common.errors import FormatError, unknown
 from rarefy.formats import sparse_encodings
 from rarefy.formats.bitpacking import pack_codes, unpack_codes
 from rarefy.formats.sparse_encodings import Packed
-from rarefy.model.quant_grid import BITS, Codebook, Grid, Values, fits
+from rarefy.model.quant_grid import BITS, Codebook, Grid, WeightGrid, scale_fits
 
 INNER = ("dense", "bitmask", "csr", "bsr", "nm")
 KINDS: dict[str, tuple[str, ...]] = {"int": ("scale",), "uint": ("scale", "zero"), "codebook": ("table",)}
@@ -30,14 +30,14 @@ PARTS |= {f"{kind}:{f}": (*sparse_encodings.FORMATS[f].parts, *more) for kind, m
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def kind_of(grid: Values) -> str:
+def kind_of(grid: WeightGrid) -> str:
     """Return the first word of a format that holds such values."""
     if isinstance(grid, Codebook):
         return "codebook"
     return "int" if grid.zero is None else "uint"
 
 
-def encode(weight: Tensor, grid: Values, format: str, pattern: str | None = None, *, axis: int = -1) -> Packed:
+def encode(weight: Tensor, grid: WeightGrid, format: str, pattern: str | None = None, *, axis: int = -1) -> Packed:
     """Return a weight that lies on `grid` packed in `format`, one of `INNER`; the rest is as for `sparse.encode`.
     `decode` gives the same bits back. O(n).
 
@@ -54,7 +54,7 @@ def encode(weight: Tensor, grid: Values, format: str, pattern: str | None = None
     return replace(p, extra=p.extra | {"bits": grid.bits})
 
 
-def sizes(weight: Tensor, grid: Values, pattern: str | None = None, *, axis: int = -1) -> dict[str, int]:
+def sizes(weight: Tensor, grid: WeightGrid, pattern: str | None = None, *, axis: int = -1) -> dict[str, int]:
     """Return the exact bytes of a weight in each format of `INNER` that can hold it. O(n)."""
     u = _codes(weight, grid)
     own = sum(t.nbytes for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None)
@@ -62,7 +62,7 @@ def sizes(weight: Tensor, grid: Values, pattern: str | None = None, *, axis: int
     return {f: one[f] - (two[f] - one[f]) + -(-(two[f] - one[f]) * grid.bits // 8) + own for f in INNER if f in one}
 
 
-def grid_of(p: Packed) -> Values | None:
+def grid_of(p: Packed) -> WeightGrid | None:
     """Return the grid or codebook of a checked Packed, or None where it has neither."""
     kind, _, inner = p.format.partition(":")
     if not inner:
@@ -90,7 +90,7 @@ def decode(p: Packed) -> Tensor:
     half = 1 << (grid.bits - 1)
     if grid.zero is None:
         return grid.values(((u.to(torch.int16) + half) & (2 * half - 1)) - half, p.dtype)
-    zero = grid.spread(grid.zero.to(torch.int16), p.shape)
+    zero = grid.expand(grid.zero.to(torch.int16), p.shape)
     return grid.values(((u.to(torch.int16) + zero) & (2 * half - 1)) - zero, p.dtype)
 
 
@@ -100,7 +100,7 @@ def label(p: Packed) -> str:
     return f"{kind}{p.extra['bits']}:{inner}" if inner else kind
 
 
-def _codes(weight: Tensor, grid: Values) -> Tensor:
+def _codes(weight: Tensor, grid: WeightGrid) -> Tensor:
     if isinstance(grid, Codebook):
         return grid.codes(weight)
     return (grid.codes(weight) & ((1 << grid.bits) - 1)).to(torch.uint8)
@@ -148,7 +148,7 @@ def _check_own(p: Packed, kind: str, bits: int) -> None:
                     f"{p.format}: part 'table' is {sparse_encodings.kind(t)}, its last size must be {1 << bits}"
                 )
             shape = shape[:-1]
-        if not fits(shape, p.shape):
+        if not scale_fits(shape, p.shape):
             raise FormatError(
                 f"{p.format}: part {name!r} is {sparse_encodings.kind(t)}, no part of a weight {list(p.shape)}"
             )

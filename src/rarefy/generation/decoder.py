@@ -37,7 +37,7 @@ def decoder(model: nn.Module, *, values: str | None = None) -> Decoder:
     if values not in (None, "int8"):
         raise ModelError(unknown("values", str(values), ["int8"]))
     check_module(model)
-    if not hf.gives_tokens(model):
+    if not hf.is_causal_lm(model):
         raise ModelError(f"{type(model).__name__} is no language model of transformers: rarefy.compile takes others")
     check_ready(model)
     made = _made(model, values)

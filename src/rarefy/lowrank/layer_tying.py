@@ -16,11 +16,11 @@ from torch.nn.utils import parametrize
 
 from rarefy.common.errors import ContainerError, ModelError, PatternError, unknown
 from rarefy.common.report import Report
-from rarefy.model.activation_quant import noted as rounded
-from rarefy.model.block_lists import stacks
+from rarefy.model.activation_quant import activation_quants as rounded
+from rarefy.model.block_lists import block_lists
 from rarefy.model.layers import unwrap
-from rarefy.model.lowrank_modules import noted as factorized
-from rarefy.model.quant_grid import notes
+from rarefy.model.lowrank_modules import factor_records as factorized
+from rarefy.model.quant_grid import recorded_grids
 
 NOTE = "rarefy_tied"
 
@@ -45,13 +45,13 @@ def tie_layers_(model: nn.Module, every: int = 2, *, blocks: str | None = None, 
         raise PatternError(f"average is True or False, got {average!r}")
     model = unwrap(model)
     busy = next((n for n, m in model.named_modules() if parametrize.is_parametrized(m)), None)
-    busy = busy or next((n for n, m in model.named_modules() if notes(m)), None)
+    busy = busy or next((n for n, m in model.named_modules() if recorded_grids(m)), None)
     busy = next(iter([*factorized(model), *rounded(model)]), None) if busy is None else busy
     if busy is not None:
         raise ModelError(f"{busy} is pruned, quantized or factorized already: tie first")
     if noted(model):
         raise ModelError(f"blocks of {next(iter(noted(model))) or 'the model'} share weights already")
-    known = stacks(model)
+    known = block_lists(model)
     if blocks is not None and blocks not in known:
         raise ModelError(unknown("list of blocks", blocks, known) if known else f"{type(model).__name__} has no blocks")
     groups = {n: _groups(s, every) for n, s in known.items() if blocks in (None, n)}
@@ -86,7 +86,7 @@ def restore_(model: nn.Module, told: Any, path: Any) -> None:
         raise ContainerError(
             f"{path}: blocks that share weights must be told as an object, of a model that shares none"
         )
-    known = stacks(model)
+    known = block_lists(model)
     for name, groups in told.items():
         size = len(known[name]) if name in known else 0
         sound = isinstance(groups, list) and all(isinstance(g, list) and len(g) > 1 for g in groups)

@@ -18,18 +18,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rarefy.calibration.sequential import Stop, order, walk
+from rarefy.calibration.sequential import GroupStep, calibrate_sequentially, layer_groups
 from rarefy.common.errors import ModelError, PatternError
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.evaluation.profiling import compare
-from rarefy.model.activation_quant import get_inputs
+from rarefy.model.activation_quant import get_activation_quant
 from rarefy.model.forward import check_batches
-from rarefy.model.layers import Layer, Selector, select, unwrap
-from rarefy.model.lowrank_modules import Corrected, LowRank, cost, most_ranks, noted, put_, sizes, why_not
+from rarefy.model.layers import Layer, Selector, select_layers, unwrap
+from rarefy.model.lowrank_modules import (
+    Corrected,
+    LowRank,
+    factor_records,
+    max_ranks,
+    num_factor_weights,
+    replace_with_factors_,
+    weight_sizes,
+    why_not_factorizable,
+)
 from rarefy.model.quant_grid import get_grid
 from rarefy.prune import solvers
-from rarefy.prune.layerwise import check_solvable, matrix, stored
+from rarefy.prune.layerwise import check_solvable, to_matrix, to_stored
 from rarefy.prune.prune import check_weights
 from rarefy.runtime.accelerate import WEIGHT_READERS
 from rarefy.runtime.fusion_analysis import is_plain
@@ -95,7 +104,7 @@ def factorize_(
     if data is not None:
         check_batches(data)
         data = data if isinstance(data, list | tuple) else list(data)
-    chosen = select(model, layers, ignore)
+    chosen = select_layers(model, layers, ignore)
     check_weights(chosen)
     whole = unwrap(model)
     kept = {l.full_name: _why_left(l, whole, ask) for l in chosen}
@@ -115,7 +124,7 @@ def factorize_(
         raise ModelError(f"no layer has factors that would save anything: {reasons}")
     for layer in able:
         if layer.full_name in made:
-            put_(whole, layer.name, *made[layer.full_name])
+            replace_with_factors_(whole, layer.name, *made[layer.full_name])
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     before = sum(r["weights"] for r in rows.values())
     after = sum(r["left"] for r in rows.values())
@@ -158,7 +167,7 @@ def truncated(W: Tensor, L: Tensor | None, rank: int | None = None) -> tuple[Ten
 
 def _passing(
     model: nn.Module, layers: Sequence[Layer], data: Sequence[Any] | None, progress: bool
-) -> Iterable[tuple[Layer, Tensor | None, Stop | None]]:
+) -> Iterable[tuple[Layer, Tensor | None, GroupStep | None]]:
     """Each layer in the order in which the model runs, with the Gram matrix of its inputs where there is data. The
     weights of `model` are its own again afterwards."""
     if data is None or not layers:
@@ -168,10 +177,10 @@ def _passing(
     first = check_solvable(layers, data, "factorizing with data")
     own = {l.full_name: l.original.detach().clone() for l in layers}
     try:
-        groups = order(model, first, layers)
-        with closing(walk(model, data, groups)) as stops:
+        groups = layer_groups(model, first, layers)
+        with closing(calibrate_sequentially(model, data, groups)) as stops:
             for stop in track(stops, "factorizing", progress, len(groups)):
-                assert isinstance(stop, Stop) and stop.gram.H is not None
+                assert isinstance(stop, GroupStep) and stop.gram.H is not None
                 with torch.autocast("cpu", enabled=False):
                     for layer in stop.group.layers:
                         yield layer, stop.gram.H[0], stop
@@ -186,14 +195,18 @@ def _why_left(layer: Layer, model: nn.Module, ask: Ask) -> str | None:
     parent = model.get_submodule(layer.name.rpartition(".")[0])
     if not layer.name:
         return "it is the whole model: put it into a module"
-    if any(layer.name.startswith(f"{n}.") for n in noted(model)):
+    if any(layer.name.startswith(f"{n}.") for n in factor_records(model)):
         return "it is a factor itself"
-    if layer.param != "weight" or (reason := why_not(module, ask.beside)) is not None:
+    if layer.param != "weight" or (reason := why_not_factorizable(module, ask.beside)) is not None:
         return f"no factors of {layer.param}" if layer.param != "weight" else reason
-    if len(layer.owners) > 1 or layer.elsewhere:
+    if len(layer.owners) > 1 or layer.tied_to:
         return "its weight is shared"
-    if not ask.beside and (get_inputs(module) is not None or not is_plain(module)):
-        return "its hooks would be lost" if get_inputs(module) is None else "its inputs are rounded: factorize first"
+    if not ask.beside and (get_activation_quant(module) is not None or not is_plain(module)):
+        return (
+            "its hooks would be lost"
+            if get_activation_quant(module) is None
+            else "its inputs are rounded: factorize first"
+        )
     if isinstance(parent, WEIGHT_READERS):
         return f"{type(parent).__name__} reads its weight itself"
     if not ask.beside and (parametrize.is_parametrized(module, "weight") or get_grid(layer) is not None):
@@ -211,7 +224,7 @@ def _lost(chosen: Sequence[Layer], of: nn.Module) -> dict[str, Tensor]:
         weight = getattr(before.get(layer.name), layer.param, None)
         if not isinstance(weight, Tensor) or weight.shape != layer.weight.shape:
             raise ModelError(f"of: {type(of).__name__} has no {layer.full_name} of {list(layer.weight.shape)}")
-        lost[layer.full_name] = matrix(layer, weight.detach().float() - layer.weight.detach().float())[0]
+        lost[layer.full_name] = to_matrix(layer, weight.detach().float() - layer.weight.detach().float())[0]
     return lost
 
 
@@ -220,10 +233,10 @@ def _factors(
 ) -> tuple[dict[str, Any], nn.Module | None, tuple[int, ...]]:
     """Return the row of a layer and its factors, None where they would not save."""
     module = layer.module
-    own = matrix(layer, layer.weight.detach().float())[0]
+    own = to_matrix(layer, layer.weight.detach().float())[0]
     W = own if lost is None else lost
     L = None if H is None else _root(H)
-    most = most_ranks(module) if lost is None else (min(sizes(module)[:2]),)
+    most = max_ranks(module) if lost is None else (min(weight_sizes(module)[:2]),)
     if len(most) == 2:
         made, ranks, left = _tucker(layer, W, H, ask)
     else:
@@ -237,8 +250,12 @@ def _factors(
         _fill(made.down, B[:rank] / scale)
         _fill(made.up, A[:, :rank] * scale)
     if lost is not None:
-        return _row(layer, ",".join(map(str, ranks)), "", cost(module, ranks) + own.numel(), left), made, ranks
-    after, before = cost(module, ranks), own.numel()
+        return (
+            _row(layer, ",".join(map(str, ranks)), "", num_factor_weights(module, ranks) + own.numel(), left),
+            made,
+            ranks,
+        )
+    after, before = num_factor_weights(module, ranks), own.numel()
     if after >= before:
         why = f"rank {','.join(map(str, ranks))} is {after:,} weights, it has {before:,}"
         return _row(layer, "", why), None, ranks
@@ -247,7 +264,7 @@ def _factors(
 
 def _tucker(layer: Layer, W: Tensor, H: Tensor | None, ask: Ask) -> tuple[LowRank, tuple[int, ...], float]:
     """Inputs first, by what of them the weights read; then outputs, by what a refit on those inputs leaves."""
-    O, I, K = sizes(layer.module)
+    O, I, K = weight_sizes(layer.module)
     if ask.time is not None:
         raise PatternError("time is for Linear layers")
     tall = W.reshape(O, K, I).permute(2, 0, 1).reshape(I, O * K)
@@ -308,7 +325,7 @@ def _root(H: Tensor) -> Tensor:
 
 
 def _rank(module: nn.Module, energies: Tensor, ask: Ask, most: int) -> int:
-    O, I, K = sizes(module)
+    O, I, K = weight_sizes(module)
     if ask.rank is not None:
         return min(ask.rank, most)
     if ask.keep is not None:
@@ -352,7 +369,7 @@ def _product(layer: Layer, factors: Any) -> Tensor:
         weight = factors.weight
     shape = tuple(layer.original.shape)
     if layer.layout.kind == "conv1d-hf":
-        return stored(layer, weight[None], shape).to(layer.original.dtype)
+        return to_stored(layer, weight[None], shape).to(layer.original.dtype)
     return weight.reshape(shape).to(layer.original.dtype)
 
 

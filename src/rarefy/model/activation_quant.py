@@ -16,21 +16,23 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ContainerError
 from rarefy.model.layout import is_hf_conv1d
-from rarefy.model.quant_grid import Straight
+from rarefy.model.quant_grid import StraightThrough
 
 NOTE = "rarefy_input"
-TINY = 1e-36  # a step below this is none: one over it would be infinite
+MIN_SCALE = 1e-36  # a step below this is none: one over it would be infinite
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ActivationQuant:
     """How inputs are rounded.
 
     scale   of static ones, with `zero` the code of zero in 0..2^bits - 1; None: dynamic, symmetric, a scale for each
             row of a Linear's inputs, for each image of a convolution's
 
-    >>> Inputs(8, 0.5, 0)(torch.tensor([0.2, 1.4, -3.0])).tolist(), Inputs()(torch.tensor([[127.0, 0.4]])).tolist()
-    ([0.0, 1.5, 0.0], [[127.0, 0.0]])
+    >>> ActivationQuant(8, 0.5, 0)(torch.tensor([0.2, 1.4, -3.0])).tolist()
+    [0.0, 1.5, 0.0]
+    >>> ActivationQuant()(torch.tensor([[127.0, 0.4]])).tolist()
+    [[127.0, 0.0]]
     """
 
     bits: int = 8
@@ -44,7 +46,7 @@ class Inputs:
             if self.scale is None:
                 over = tuple(range(x.dim() - min(last, x.dim()), x.dim()))
                 step = x.detach().float().abs().amax(over, keepdim=True) / high
-                step = torch.where(step > TINY, step, 1.0)
+                step = torch.where(step > MIN_SCALE, step, 1.0)
                 value = (x.detach().float() * (1 / step)).round_().clamp_(-high, high) * step
                 inside = None
             else:
@@ -55,7 +57,7 @@ class Inputs:
         if not (x.requires_grad and torch.is_grad_enabled()):
             return value
         through = x if inside is None else torch.where(inside, x, x.detach())
-        return Straight.apply(through, value)  # type: ignore[return-value]
+        return StraightThrough.apply(through, value)  # type: ignore[return-value]
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Round what a module is called with."""
@@ -67,14 +69,14 @@ class Inputs:
         return args, {**kwargs, first: self(kwargs[first], last)}
 
 
-def get_inputs(module: nn.Module) -> Inputs | None:
+def get_activation_quant(module: nn.Module) -> ActivationQuant | None:
     """Return how a module's inputs are rounded, or None."""
     return module.__dict__.get(NOTE)
 
 
-def set_inputs_(module: nn.Module, inputs: Inputs | None) -> None:
+def set_activation_quant_(module: nn.Module, inputs: ActivationQuant | None) -> None:
     """Round a module's inputs so from here on, or no more."""
-    for key in [k for k, h in module._forward_pre_hooks.items() if is_ours(h)]:
+    for key in [k for k, h in module._forward_pre_hooks.items() if is_quant_hook(h)]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
     module.__dict__.pop(NOTE, None)
@@ -83,17 +85,17 @@ def set_inputs_(module: nn.Module, inputs: Inputs | None) -> None:
         module.register_forward_pre_hook(inputs.hook, with_kwargs=True)
 
 
-def is_ours(hook: Any) -> bool:
+def is_quant_hook(hook: Any) -> bool:
     """Whether a hook is one that rounds."""
-    return isinstance(getattr(hook, "__self__", None), Inputs)
+    return isinstance(getattr(hook, "__self__", None), ActivationQuant)
 
 
-def noted(model: nn.Module) -> dict[str, dict[str, Any]]:
+def activation_quants(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return {module: how its inputs are rounded} as plain data."""
-    return {n: asdict(found) for n, m in model.named_modules() if (found := get_inputs(m)) is not None}
+    return {n: asdict(found) for n, m in model.named_modules() if (found := get_activation_quant(m)) is not None}
 
 
-def restore_(model: nn.Module, told: Any, path: Any) -> None:
+def restore_activation_quants_(model: nn.Module, told: Any, path: Any) -> None:
     """Round inputs as a file says; ContainerError for what does not fit."""
     if not isinstance(told, Mapping):
         raise ContainerError(f"{path}: what it says of inputs must be an object, got {type(told).__name__}")
@@ -102,18 +104,18 @@ def restore_(model: nn.Module, told: Any, path: Any) -> None:
         sound = isinstance(how, Mapping) and set(how) == {"bits", "scale", "zero"} and type(how["bits"]) is int
         sound = sound and how["bits"] == 8 and type(how["zero"]) is int and 0 <= how["zero"] < 1 << how["bits"]
         sound = sound and ((how["scale"] is None and how["zero"] == 0) or _is_scale(how["scale"]))
-        if not sound or not takes_inputs(modules.get(name)):
+        if not sound or not has_quantizable_input(modules.get(name)):
             raise ContainerError(f"{path}: inputs of {str(name)[:80]!r} cannot be rounded as it says, {str(how)[:80]}")
-    for name in {*noted(model)} - {*told}:
-        set_inputs_(modules[name], None)
+    for name in {*activation_quants(model)} - {*told}:
+        set_activation_quant_(modules[name], None)
     for name, how in told.items():
-        set_inputs_(modules[name], Inputs(**how))
+        set_activation_quant_(modules[name], ActivationQuant(**how))
 
 
 def _is_scale(value: Any) -> bool:
     return type(value) is float and 0 < value < float("inf")
 
 
-def takes_inputs(module: Any) -> bool:
+def has_quantizable_input(module: Any) -> bool:
     """Whether a module is one whose first argument its weight multiplies."""
     return isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or is_hf_conv1d(module)

@@ -18,7 +18,7 @@ def tensors_in(batch: Any) -> list[Tensor]:
     return [t for part in parts for t in tensors_in(part)]
 
 
-def tokens_in(batch: Any) -> int:
+def count_tokens(batch: Any) -> int:
     """Return how many tokens (or samples) a batch holds, padding left out: its weight in every average."""
     if hasattr(batch, "keys"):
         mask = batch.get("attention_mask")
@@ -32,7 +32,7 @@ def tokens_in(batch: Any) -> int:
     return first.numel() if first.dtype in (torch.int64, torch.int32) else len(first)
 
 
-def samples_in(batch: Any) -> int:
+def count_samples(batch: Any) -> int:
     """Return how many of what `order` runs a batch holds: samples, or 1 where its tensors do not say."""
     one = tensors_in(first_samples(batch))
     return len(tensors_in(batch)[0]) if one and one[0].dim() and len(one[0]) == 1 else 1
@@ -51,39 +51,39 @@ def first_samples(batch: Any, n: int = 1) -> Any:
     return tuple(t[:n] for t in batch)
 
 
-def some(data: Iterable[Any], tokens: int, each: int | None = None) -> list[Any]:
+def take_tokens(data: Iterable[Any], tokens: int, each: int | None = None) -> list[Any]:
     """Return the first batches that hold `tokens` tokens (or samples, where these are no text) together, the last one
     cut to whole samples, and each one to about `each` tokens.
 
     >>> import torch
-    >>> [len(b) for b in some([torch.ones(8, 3), torch.ones(8, 3), torch.ones(8, 3)], 10)]
+    >>> [len(b) for b in take_tokens([torch.ones(8, 3), torch.ones(8, 3), torch.ones(8, 3)], 10)]
     [8, 2]
     """
     few, left = list[Any](), tokens
     for batch in data:
         if left <= 0:
             break
-        long = max(1.0, tokens_in(batch) / samples_in(batch))
+        long = max(1.0, count_tokens(batch) / count_samples(batch))
         n = math.ceil(left / long) if each is None else min(math.ceil(left / long), int(each / long))
         part = first_samples(batch, max(1, n))
         few.append(part)
-        left -= tokens_in(part)
+        left -= count_tokens(part)
     return few
 
 
-def slices(batch: Any, most: int) -> list[Any]:
+def split_batch(batch: Any, most: int) -> list[Any]:
     """Return a batch in at most `most` parts of whole samples, as equal as they come.
 
     >>> import torch
-    >>> [len(p) for p in slices(torch.ones(5, 2), 3)]
+    >>> [len(p) for p in split_batch(torch.ones(5, 2), 3)]
     [2, 2, 1]
     """
-    count = samples_in(batch)
+    count = count_samples(batch)
     size = math.ceil(count / max(1, min(most, count)))
-    return [batch] if size >= count else [cut(batch, i, i + size) for i in range(0, count, size)]
+    return [batch] if size >= count else [slice_batch(batch, i, i + size) for i in range(0, count, size)]
 
 
-def cut(batch: Any, low: int, high: int) -> Any:
+def slice_batch(batch: Any, low: int, high: int) -> Any:
     """Return the samples from `low` to `high` of a batch."""
     if isinstance(batch, Tensor):
         return batch[low:high]

@@ -43,24 +43,24 @@ def call(model: nn.Module, batch: Any) -> Any:
         inner = unwrap(model)
         takes = ", ".join(list(inspect.signature(inner.forward).parameters)[:4])
         raise DataError(
-            f"{type(inner).__name__} cannot be called with a batch of {describe(batch)}: {first_line(error)} "
+            f"{type(inner).__name__} cannot be called with a batch of {describe_batch(batch)}: {first_line(error)} "
             f"(it takes {takes})"
         ) from error
 
 
-def describe(batch: Any) -> str:
+def describe_batch(batch: Any) -> str:
     """Return in words what a batch holds.
 
-    >>> describe((torch.zeros(8, 3), torch.zeros(8).long()))
+    >>> describe_batch((torch.zeros(8, 3), torch.zeros(8).long()))
     'float32 8x3 and int64 8'
     """
     if isinstance(batch, Tensor):
         shape = "x".join(map(str, batch.shape)) or "of no dimension"
         return f"{str(batch.dtype).removeprefix('torch.')} {shape}"
     if hasattr(batch, "keys"):
-        return ", ".join(f"{k}: {describe(batch[k])}" for k in batch) or "an empty dict"
+        return ", ".join(f"{k}: {describe_batch(batch[k])}" for k in batch) or "an empty dict"
     if isinstance(batch, tuple | list):
-        return " and ".join(describe(b) for b in batch[:4])
+        return " and ".join(describe_batch(b) for b in batch[:4])
     return type(batch).__name__
 
 
@@ -72,7 +72,9 @@ def check_batches(data: Any, what: str = "data") -> None:
             "recipe's `data:`"
         )
     if isinstance(data, Tensor):
-        raise DataError(f"{what} is an iterable of batches, got one tensor ({describe(data)}): give a list, [tensor]")
+        raise DataError(
+            f"{what} is an iterable of batches, got one tensor ({describe_batch(data)}): give a list, [tensor]"
+        )
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise DataError(f"{what} is an iterable of batches, got a {type(data).__name__}: wrap it in a DataLoader")
     if not hasattr(data, "__iter__"):
@@ -97,7 +99,7 @@ def _move(value: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def hooked(handles: Sequence[Any]) -> Iterator[None]:
+def temporary_hooks(handles: Sequence[Any]) -> Iterator[None]:
     """Run with hooks that these are the handles of; they are removed afterwards."""
     try:
         yield

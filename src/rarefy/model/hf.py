@@ -67,7 +67,7 @@ def is_model(model: nn.Module) -> bool:
     return hasattr(config, "to_dict") and hasattr(config, "model_type")
 
 
-def gives_tokens(model: nn.Module) -> bool:
+def is_causal_lm(model: nn.Module) -> bool:
     """Return whether a model predicts the next token, so that its text is its own target: no masked language model,
     no encoder with a decoder."""
     ask = getattr(model, "can_generate", None)
@@ -108,7 +108,7 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged folder makes transformers raise anything
         raise ModelError(f"{path}: the config is not usable: {first_line(error, 300)}") from None
-    auto = _auto(config, (getattr(config, "architectures", None) or [""])[0])
+    auto = _auto_class(config, (getattr(config, "architectures", None) or [""])[0])
     kernel = getattr(config, "_attn_implementation", None) or ""
     if "/" in str(kernel):  # transformers would fetch and run a kernel of that name
         raise ModelError(
@@ -167,7 +167,7 @@ def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
     kept = {k: v for k, v in _without(values, CODE_KEYS).items() if k not in STAMPS}
     try:
         config = transformers.AutoConfig.for_model(values["model_type"], **kept)
-        auto = _auto(config, str(saved.get("class")))
+        auto = _auto_class(config, str(saved.get("class")))
         with without_weights() if empty else nullcontext():
             return auto.from_config(config, dtype=dtype).eval()
     except ModelError:
@@ -191,7 +191,7 @@ def _without(values: Any, keys: tuple[str, ...]) -> Any:
     return [_without(v, keys) for v in values] if isinstance(values, list) else values
 
 
-def _auto(config: Any, architecture: str) -> Any:
+def _auto_class(config: Any, architecture: str) -> Any:
     transformers = _transformers()
     for name in AUTO:
         auto = getattr(transformers, name)

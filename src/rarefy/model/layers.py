@@ -44,8 +44,8 @@ class Layer:
     param: str  # attribute of the owner: "weight", "in_proj_weight"
     owners: tuple[tuple[str, nn.Module, str], ...]  # (module name, module, attribute)
     layout: Layout
-    head: bool = False
-    elsewhere: str = ""  # a place that holds the same parameter but is no layer
+    is_output_head: bool = False
+    tied_to: str = ""  # a place that holds the same parameter but is no layer
 
     @property
     def module(self) -> nn.Module:
@@ -67,7 +67,7 @@ class Layer:
         return self.name if self.param == "weight" else _join(self.name, self.param)
 
 
-def parameter(module: nn.Module, param: str, name: str = "") -> Layer:
+def parameter_layer(module: nn.Module, param: str, name: str = "") -> Layer:
     """Return any parameter of a module as something that can be masked: a layer's weight as the layer that it is, a
     bias or a norm as a row of numbers. Raises ModelError where there is none of that name."""
     if not isinstance(module, nn.Module):
@@ -110,7 +110,7 @@ def all_layers(model: nn.Module) -> list[Layer]:
             if not isinstance(weight, nn.Parameter):
                 continue  # made from others at each call (weight norm): there is no weight to mask
             found.setdefault(id(original(module, param)), []).append((name, module, param))
-    heads = _head_weights(unwrap(model))
+    heads = _output_head_ids(unwrap(model))
     slots = {(id(m), p) for owners in found.values() for _, m, p in owners}
     others = {
         id(p): _join(n, k)
@@ -127,7 +127,7 @@ def all_layers(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def select(model: nn.Module, layers: Selector = None, ignore: Selector = None) -> list[Layer]:
+def select_layers(model: nn.Module, layers: Selector = None, ignore: Selector = None) -> list[Layer]:
     """Return the layers that `layers` means, less those that `ignore` means.
 
     Without `layers`: every prunable weight but embeddings and the output head, which are left alone until named.
@@ -135,14 +135,14 @@ def select(model: nn.Module, layers: Selector = None, ignore: Selector = None) -
     O(modules x words).
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    >>> [l.name for l in select(net, ignore="2")]
+    >>> [l.name for l in select_layers(net, ignore="2")]
     ['0']
     """
     known = all_layers(model)
     if not known:
         raise ModelError(f"{type(model).__name__} has no layer that can be pruned (Linear, Conv, Embedding, attention)")
     if layers is None:
-        chosen = [l for l in known if not l.head and l.layout.kind != "embedding"]
+        chosen = [l for l in known if not l.is_output_head and l.layout.kind != "embedding"]
     else:
         chosen = _match_all(known, layers, "layers")
     dropped = set(map(id, _match_all(known, ignore, "ignore"))) if ignore else set()
@@ -159,7 +159,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
-def matches(word: str, layer: Layer) -> bool:
+def matches_selector(word: str, layer: Layer) -> bool:
     """Return whether one selector word means this layer. Raises SelectorError for a bad expression."""
     size = _SIZE.match(word)
     if size:
@@ -185,7 +185,7 @@ def _match_all(known: list[Layer], words: Selector, what: str) -> list[Layer]:
     for word in [words] if isinstance(words, str) else words:
         if not isinstance(word, str):
             raise SelectorError(f"{what}: a selector is a string, got {word!r}")
-        found = [l for l in known if matches(word, l)]
+        found = [l for l in known if matches_selector(word, l)]
         if not found:
             names = [l.full_name for l in known]
             classes = sorted({_classes(l.module)[0].__name__ for l in known})
@@ -210,7 +210,7 @@ def _classes(module: nn.Module) -> list[type]:
     return [c for c in type(module).__mro__[skip:] if c not in (nn.Module, object)]
 
 
-def _head_weights(model: nn.Module) -> set[int]:
+def _output_head_ids(model: nn.Module) -> set[int]:
     """Ids of the parameters that make the output: what the model itself names, else the last Linear of a known name."""
     ids: set[int] = set()
     ask = getattr(model, "get_output_embeddings", None)

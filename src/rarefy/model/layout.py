@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rarefy.model.moe import NAMES, weights_of
+from rarefy.model.moe import EXPERT_WEIGHTS, expert_weights
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -60,7 +60,7 @@ def layout(module: nn.Module, param: str) -> Layout | None:
     """
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module, param)
-    if param in NAMES and param in weights_of(module):
+    if param in EXPERT_WEIGHTS and param in expert_weights(module):
         return _experts(module, param)
     if param != "weight":
         return None
@@ -90,7 +90,7 @@ def prunable(module: nn.Module) -> list[str]:
     >>> prunable(nn.Linear(2, 2)), prunable(nn.LayerNorm(2))
     (['weight'], [])
     """
-    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "weight", *NAMES)
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "weight", *EXPERT_WEIGHTS)
     return [n for n in names if getattr(module, n, None) is not None and layout(module, n) is not None]
 
 

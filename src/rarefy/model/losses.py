@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
-from rarefy.model.forward import describe
+from rarefy.model.forward import describe_batch
 
 Loss = Callable[[Any, Any], Tensor]
 
 
-def loss_of(loss: Any) -> Loss:
+def resolve_loss(loss: Any) -> Loss:
     """Return the loss function that is meant: None is `default_loss`, a criterion such as nn.CrossEntropyLoss() gets
     (logits, target), any other callable gets (output, batch)."""
     if loss is None:
@@ -32,7 +32,7 @@ def _target(batch: Any) -> Any:
         return batch["labels"]
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[1]
-    raise DataError(f"a criterion needs (inputs, target) batches or dicts with labels, got {describe(batch)}")
+    raise DataError(f"a criterion needs (inputs, target) batches or dicts with labels, got {describe_batch(batch)}")
 
 
 def has_loss(output: Any, batch: Any) -> bool:
@@ -60,7 +60,7 @@ def default_loss(output: Any, batch: Any) -> Tensor:
     )
 
 
-def finite(loss: Tensor, index: int) -> Tensor:
+def check_finite(loss: Tensor, index: int) -> Tensor:
     """Return the loss of a calibration batch; ModelError where it is NaN or inf."""
     if not torch.isfinite(loss).all():
         raise ModelError(

@@ -40,7 +40,7 @@ class LowRank(nn.Module):
     @classmethod
     def empty(cls, module: nn.Module, ranks: Sequence[int]) -> LowRank:
         """Return the factors of a layer, with weights to be filled in and its own bias."""
-        down, *core, up = _parts(module, ranks)
+        down, *core, up = _factor_modules(module, ranks)
         made = cls(down, up, *core).requires_grad_(module.weight.requires_grad)  # type: ignore[union-attr, arg-type]
         bias = getattr(module, "bias", None)
         if bias is not None:
@@ -75,7 +75,7 @@ class Corrected(nn.Module):
     @classmethod
     def empty(cls, module: nn.Module, rank: int) -> Corrected:
         """Return a layer with thin ones beside it, whose weights are to be filled in."""
-        down, up = _parts(module, [rank])
+        down, up = _factor_modules(module, [rank])
         trains: Any = module.weight.requires_grad
         down, up = down.requires_grad_(trains), up.requires_grad_(trains)
         return cls(module, down, up).train(module.training)  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ class Corrected(nn.Module):
         return self.base.bias
 
 
-def why_not(module: nn.Module, beside: bool = False) -> str | None:
+def why_not_factorizable(module: nn.Module, beside: bool = False) -> str | None:
     """Return why a layer cannot be factors, or have some beside it; None where it can."""
     if isinstance(module, nn.Linear) or is_hf_conv1d(module):
         return None
@@ -110,13 +110,13 @@ def why_not(module: nn.Module, beside: bool = False) -> str | None:
     return None if module.padding_mode == "zeros" else f"padding of {module.padding_mode}"
 
 
-def most_ranks(module: nn.Module) -> tuple[int, ...]:
+def max_ranks(module: nn.Module) -> tuple[int, ...]:
     """Return the ranks of a layer that has lost nothing: one, of convolutions with a kernel inputs and outputs."""
-    O, I, K = sizes(module)
+    O, I, K = weight_sizes(module)
     return (min(O, I),) if K == 1 else (I, min(O, I * K))
 
 
-def sizes(module: Any) -> tuple[int, int, int]:
+def weight_sizes(module: Any) -> tuple[int, int, int]:
     """Return outputs, inputs and kernel positions of a layer."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features, 1
@@ -125,55 +125,59 @@ def sizes(module: Any) -> tuple[int, int, int]:
     return module.out_channels, module.in_channels, module.weight[0, 0].numel()
 
 
-def cost(module: nn.Module, ranks: Sequence[int]) -> int:
+def num_factor_weights(module: nn.Module, ranks: Sequence[int]) -> int:
     """Return the weights of a layer's factors."""
-    O, I, K = sizes(module)
+    O, I, K = weight_sizes(module)
     if len(ranks) == 1:
         return ranks[0] * (O + I * K)
     return I * ranks[0] + ranks[0] * ranks[1] * K + ranks[1] * O
 
 
-def put_(model: nn.Module, name: str, made: nn.Module, ranks: Sequence[int]) -> None:
+def replace_with_factors_(model: nn.Module, name: str, made: nn.Module, ranks: Sequence[int]) -> None:
     """Put factors in the place of a layer, and note it."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, made)
     told = {"kind": "corrected" if isinstance(made, Corrected) else "lowrank", "ranks": list(ranks)}
-    model.__dict__[NOTE] = {**noted(model), name: told}
+    model.__dict__[NOTE] = {**factor_records(model), name: told}
 
 
-def noted(model: nn.Module) -> dict[str, Any]:
+def factor_records(model: nn.Module) -> dict[str, Any]:
     """Return {layer: {"kind", "ranks"}} of a model's factors."""
     return model.__dict__.get(NOTE, {})
 
 
-def restore_(model: nn.Module, told: Any, path: Any) -> None:
+def restore_factors_(model: nn.Module, told: Any, path: Any) -> None:
     """Build the factors that a file notes, their weights to be read; ContainerError for what does not fit."""
-    if not told and noted(model):
-        raise ContainerError(f"{path} holds no factors; {next(iter(noted(model)))} of this model is made of some")
+    if not told and factor_records(model):
+        raise ContainerError(
+            f"{path} holds no factors; {next(iter(factor_records(model)))} of this model is made of some"
+        )
     if not isinstance(told, Mapping):
         raise ContainerError(f"{path}: what it says of factors must be an object, got {type(told).__name__}")
     known = dict(model.named_modules())
     for name, how in told.items():
-        if noted(model).get(name) == how:
+        if factor_records(model).get(name) == how:
             continue
         if not isinstance(how, Mapping) or set(how) != {"kind", "ranks"} or how["kind"] not in KINDS:
             raise ContainerError(f"{path}: factors of {str(name)[:80]!r} must have kind ({', '.join(KINDS)}) and ranks")
         module = known.get(name)
-        if module is None or not name or why_not(module, how["kind"] == "corrected") is not None:
+        if module is None or not name or why_not_factorizable(module, how["kind"] == "corrected") is not None:
             near = nearest(str(name), known)
             hint = f"; nearest is {near[0]!r}" if near else ""
             raise ContainerError(f"{path}: {type(model).__name__} has no layer {str(name)[:80]!r} to factorize{hint}")
-        most, ranks = most_ranks(module), how["ranks"]
+        most, ranks = max_ranks(module), how["ranks"]
         beside = how["kind"] == "corrected"
-        most = (min(sizes(module)[:2]),) if beside else most
+        most = (min(weight_sizes(module)[:2]),) if beside else most
         fits = isinstance(ranks, list) and len(ranks) == len(most)
         if not fits or any(type(r) is not int or not 1 <= r <= m for r, m in zip(ranks, most)):
             raise ContainerError(f"{path}: ranks of {name} are {str(ranks)[:80]}, at most {list(most)} in this class")
-        put_(model, name, Corrected.empty(module, ranks[0]) if beside else LowRank.empty(module, ranks), ranks)
+        replace_with_factors_(
+            model, name, Corrected.empty(module, ranks[0]) if beside else LowRank.empty(module, ranks), ranks
+        )
 
 
-def _parts(module: Any, ranks: Sequence[int]) -> list[nn.Module]:
-    O, I, _ = sizes(module)
+def _factor_modules(module: Any, ranks: Sequence[int]) -> list[nn.Module]:
+    O, I, _ = weight_sizes(module)
     like: dict[str, Any] = {"dtype": module.weight.dtype, "device": module.weight.device}
     if isinstance(module, nn.Linear) or is_hf_conv1d(module):
         return [nn.Linear(I, ranks[0], bias=False, **like), nn.Linear(ranks[0], O, bias=False, **like)]

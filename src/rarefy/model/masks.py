@@ -15,12 +15,20 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from rarefy.common.errors import ModelError
-from rarefy.model.layers import Layer, Selector, all_layers, parameter, select
+from rarefy.model.distributed import full_tensor, is_sharded, shard_like
+from rarefy.model.layers import Layer, Selector, all_layers, parameter_layer, select_layers
 from rarefy.model.parametrize import attach_, detach_
-from rarefy.model.quant_grid import LIVE, InBook, get_grid, live_grid, note_, notes, set_grid_
-from rarefy.model.shards import sharded, spread_as, whole
+from rarefy.model.quant_grid import (
+    GRID_PARAMETRIZATIONS,
+    CodebookParametrization,
+    attached_grid,
+    get_grid,
+    record_grid_,
+    recorded_grids,
+    set_grid_,
+)
 
-ROUNDED = 0.3  # zeros that rounding to few bits may have made
+MIN_ZEROS_ON_GRID = 0.3  # zeros that rounding to few bits may have made
 
 
 class Mask(nn.Module):
@@ -47,23 +55,23 @@ def get_mask(layer: Layer) -> Tensor | None:
     return found[0].mask if found else None
 
 
-def mask_of(layer: Layer) -> Tensor:
+def mask_or_dense(layer: Layer) -> Tensor:
     """Return the layer's mask, or one that masks nothing where it has none."""
     found = get_mask(layer)
-    return open_mask(layer) if found is None else found
+    return dense_mask(layer) if found is None else found
 
 
-def open_mask(layer: Layer) -> Tensor:
+def dense_mask(layer: Layer) -> Tensor:
     """Return a mask that masks nothing."""
     return torch.ones(layer.original.shape, dtype=torch.bool, device=layer.original.device)
 
 
-def clear_(values: Iterable[Any], mask: Tensor) -> None:
+def zero_masked_(values: Iterable[Any], mask: Tensor) -> None:
     """Make those tensors among `values` that have the mask's shape zero where it is False."""
     with torch.no_grad():
         for value in values:
             if isinstance(value, Tensor) and value.shape == mask.shape:
-                value.masked_fill_(spread_as(~mask.to(value.device), value), 0)
+                value.masked_fill_(shard_like(~mask.to(value.device), value), 0)
 
 
 def set_mask_(layer: Layer, mask: Tensor) -> None:
@@ -88,19 +96,19 @@ def set_mask_(layer: Layer, mask: Tensor) -> None:
         attach_(module, param, shared)
 
 
-def effective(layer: Layer) -> Tensor:
+def effective_weight(layer: Layer) -> Tensor:
     """Return the weight as it counts, without gradients, as stored: masked, and whole where processes share it."""
-    if not sharded(layer.original):
+    if not is_sharded(layer.original):
         return layer.weight.detach()
-    weight, mask = whole(layer.original.detach()), get_mask(layer)
+    weight, mask = full_tensor(layer.original.detach()), get_mask(layer)
     return weight if mask is None else torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
 
 
 def check_maskable(layer: Layer) -> None:
     """Raise ModelError where a layer's weight cannot take a mask, for what else it is or has."""
-    if layer.elsewhere:
+    if layer.tied_to:
         raise ModelError(
-            f"{layer.full_name}: its weight is also the parameter {layer.elsewhere!r}, which is no layer and would go "
+            f"{layer.full_name}: its weight is also the parameter {layer.tied_to!r}, which is no layer and would go "
             "unmasked; ignore this layer, or untie them"
         )
     for name, module, param in layer.owners:
@@ -116,7 +124,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     >>> masks(net)[""].sum().item()
     2
     """
-    pairs = ((l.full_name, get_mask(l)) for l in (*all_layers(model), *_others(model)))
+    pairs = ((l.full_name, get_mask(l)) for l in (*all_layers(model), *_masked_parameters(model)))
     return {name: mask.clone() for name, mask in pairs if mask is not None}
 
 
@@ -152,21 +160,27 @@ def fold_attached_(model: nn.Module) -> str | None:
 
 def _attached(model: nn.Module) -> list[Layer]:
     """The parameters with a mask or a grid on them."""
-    layers = (*all_layers(model), *_others(model))
-    return [l for l in layers if any(isinstance(p, (Mask, *LIVE)) for p in _parametrizations(l.module, l.param))]
+    layers = (*all_layers(model), *_masked_parameters(model))
+    return [
+        l
+        for l in layers
+        if any(isinstance(p, (Mask, *GRID_PARAMETRIZATIONS)) for p in _parametrizations(l.module, l.param))
+    ]
 
 
 def fold_parameter_(layer: Layer) -> None:
     """Write the mask and the grid of one parameter into it and take the parametrizations off."""
     weight, effective = layer.original, layer.weight.detach()
-    grid = live_grid(layer.module, layer.param)
+    grid = attached_grid(layer.module, layer.param)
     with torch.no_grad():
         weight.copy_(effective)
-    trains = next((p.trains for p in _parametrizations(layer.module, layer.param) if isinstance(p, InBook)), None)
+    trains = next(
+        (p.trains for p in _parametrizations(layer.module, layer.param) if isinstance(p, CodebookParametrization)), None
+    )
     for _, module, param in layer.owners:
         detach_(module, param)
         if grid is not None:
-            note_(module, param, grid)
+            record_grid_(module, param, grid)
     if trains is not None:
         weight.requires_grad_(trains)
 
@@ -191,48 +205,48 @@ def adopt_(
     ([''], 8)
     """
     loaded = {} if state is None else _load_pruned_(model, state)
-    chosen = select(model, layers) if layers is not None else all_layers(model)
+    chosen = select_layers(model, layers) if layers is not None else all_layers(model)
     foreign = {**loaded, **_take_foreign_masks_(model, chosen, layers is None)}
     taken = []
     if layers is None:
         known = {id(l.original) for l in chosen}
         named = [(n, m, p) for n, m in model.named_modules() for p in m._parameters if id(m._parameters[p]) in foreign]
-        chosen += [parameter(m, p, n) for n, m, p in named if id(m._parameters[p]) not in known]
+        chosen += [parameter_layer(m, p, n) for n, m, p in named if id(m._parameters[p]) not in known]
     for layer in chosen:
         mask = foreign.get(id(layer.original))
         if mask is None and get_mask(layer) is None and layer.layout.kind != "parameter":
             kept = layer.weight.detach() != 0
-            few = at_least if get_grid(layer) is None else max(at_least, ROUNDED)
+            few = at_least if get_grid(layer) is None else max(at_least, MIN_ZEROS_ON_GRID)
             mask = kept if kept.numel() and 1 - kept.float().mean().item() >= few else None
         if mask is not None:
             set_mask_(layer, mask)
-        _resume_grid(layer)
-        if get_mask(layer) is not None or live_grid(layer.module, layer.param) is not None:
+        _reattach_grid(layer)
+        if get_mask(layer) is not None or attached_grid(layer.module, layer.param) is not None:
             taken.append(layer.full_name)
     if not taken:
         raise ModelError(f"nothing to adopt: no mask and no weight with {at_least:.0%} zeros or more")
     return taken
 
 
-def resume_grids_(model: nn.Module) -> None:
+def reattach_grids_(model: nn.Module) -> None:
     """Keep weights to the grids again that `fold_` or `load` has noted of them. O(weights that have one)."""
     for layer in all_layers(model):
-        _resume_grid(layer)
+        _reattach_grid(layer)
 
 
-def _resume_grid(layer: Layer) -> None:
-    grid = notes(layer.module).get(layer.param)
-    if grid is not None and live_grid(layer.module, layer.param) is None and grid.holds(layer.weight.detach()):
+def _reattach_grid(layer: Layer) -> None:
+    grid = recorded_grids(layer.module).get(layer.param)
+    if grid is not None and attached_grid(layer.module, layer.param) is None and grid.contains(layer.weight.detach()):
         set_grid_(layer, grid)
 
 
-def zeros_of(layer: Layer) -> float:
+def zero_fraction(layer: Layer) -> float:
     """Return the share of a layer's weights that are zero."""
-    weight = effective(layer)
+    weight = effective_weight(layer)
     return 0.0 if weight.is_meta else 1 - float(weight.count_nonzero()) / max(1, weight.numel())
 
 
-def plain_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def folded_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) as `state_dict` would if the masks were folded, one effective tensor at a time.
 
     Tied tensors come under each of their names; compare `data_ptr` of `state_dict` values to find them.
@@ -259,17 +273,17 @@ def _parametrizations(module: nn.Module, param: str) -> list[nn.Module]:
     return list(getattr(module.parametrizations, param))  # type: ignore[union-attr]
 
 
-def _others(model: nn.Module) -> Iterator[Layer]:
+def _masked_parameters(model: nn.Module) -> Iterator[Layer]:
     """Masked parameters that are no weights of layers."""
     weights = {(id(m), p) for l in all_layers(model) for _, m, p in l.owners}
     for name, module in model.named_modules():
         for param in dict.fromkeys(getattr(module, "parametrizations", ())):
             if (id(module), param) not in weights and _masks_of(module, param):
-                yield parameter(module, param, name)
+                yield parameter_layer(module, param, name)
 
 
 def _is_ours(module: nn.Module, param: str) -> bool:
-    return all(isinstance(p, (Mask, *LIVE)) for p in _parametrizations(module, param))
+    return all(isinstance(p, (Mask, *GRID_PARAMETRIZATIONS)) for p in _parametrizations(module, param))
 
 
 def _masks_of(module: nn.Module, param: str) -> list[Mask]:

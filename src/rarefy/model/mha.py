@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def step_by_step() -> Iterator[None]:
+def without_mha_fastpath() -> Iterator[None]:
     """Run without torch's one operator for a whole attention layer, of which neither dimensions nor operations show."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -23,14 +23,14 @@ def step_by_step() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class OwnHeads(nn.MultiheadAttention):
+class PrunableMultiheadAttention(nn.MultiheadAttention):
     """The same weights under the same names, the same call; any number of heads of any size.
 
     in_proj_weight [3 h d, E], out_proj.weight [E, h d], for h heads of size d and inputs of E features. Scores are
     divided by the root of the size that heads had at first.
 
     >>> old = nn.MultiheadAttention(8, 4, batch_first=True).eval()
-    >>> new, x = OwnHeads.of(old), torch.randn(2, 5, 8)
+    >>> new, x = PrunableMultiheadAttention.from_mha(old), torch.randn(2, 5, 8)
     >>> torch.allclose(new(x, x, x)[0], old(x, x, x)[0], atol=1e-6)
     True
     """
@@ -38,13 +38,13 @@ class OwnHeads(nn.MultiheadAttention):
     scale: float  # type: ignore[assignment]
 
     @classmethod
-    def can_be(cls, module: Any) -> bool:
+    def supports(cls, module: Any) -> bool:
         """Return whether a module is torch's attention in a form that this class has: one width, no extra keys."""
         plain = type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim
         return plain and module.bias_k is None and not module.add_zero_attn
 
     @classmethod
-    def of(cls, old: nn.MultiheadAttention) -> OwnHeads:
+    def from_mha(cls, old: nn.MultiheadAttention) -> PrunableMultiheadAttention:
         """Return an attention that shares the weights of another."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
@@ -116,14 +116,14 @@ def _mask(mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | No
     return mask
 
 
-def with_own_heads(model: nn.Module, names: Any = None) -> dict[str, tuple[nn.Module, str, nn.Module]]:
+def replace_mha_(model: nn.Module, names: Any = None) -> dict[str, tuple[nn.Module, str, nn.Module]]:
     """Replace torch's attention modules, all or those of these names, where that can be; return by name where each was,
     and what."""
     done = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if (names is None or name in names) and OwnHeads.can_be(module) and name:
+        if (names is None or name in names) and PrunableMultiheadAttention.supports(module) and name:
             parent, _, leaf = name.rpartition(".")
             owner = model.get_submodule(parent)
             done[name] = owner, leaf, module
-            setattr(owner, leaf, OwnHeads.of(module))  # type: ignore[arg-type]
+            setattr(owner, leaf, PrunableMultiheadAttention.from_mha(module))  # type: ignore[arg-type]
     return done

@@ -12,28 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
-NAMES = ("gate_up_proj", "up_proj", "down_proj")
+EXPERT_ATTRIBUTES = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 Rows = list[Tensor]  # one [tokens, width] an expert
-See = Callable[[str, Rows, Rows | None], None]  # (parameter, inputs, outputs or None before the product)
+ExpertObserver = Callable[[str, Rows, Rows | None], None]  # (parameter, inputs, outputs or None before the product)
 
 
 def is_experts(module: nn.Module) -> bool:
     """Return whether a module holds the weights of several experts as single tensors."""
-    if not all(hasattr(module, m) for m in MARKS):
+    if not all(hasattr(module, m) for m in EXPERT_ATTRIBUTES):
         return False
     down = module.down_proj
     return isinstance(down, Tensor) and down.dim() == 3
 
 
-def weights_of(module: Any) -> list[str]:
+def expert_weights(module: Any) -> list[str]:
     """Return the names of a module's expert weights, in the order of their use."""
     return ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"] if is_experts(module) else []
 
 
 @contextmanager
-def watching(module: nn.Module, see: See) -> Iterator[None]:
+def observing_experts(module: nn.Module, see: ExpertObserver) -> Iterator[None]:
     """Run the module expert by expert, telling `see` the inputs before each product and the outputs after it."""
     own = module.__dict__.get("forward")  # hooks of other libraries may have put one there
     module.forward = lambda hidden_states, top_k_index, top_k_weights: _forward(  # type: ignore[method-assign]
@@ -47,12 +47,12 @@ def watching(module: nn.Module, see: See) -> Iterator[None]:
             module.forward = own  # type: ignore[method-assign]
 
 
-def _forward(m: Any, see: See, x: Tensor, index: Tensor, share: Tensor) -> Tensor:
+def _forward(m: Any, see: ExpertObserver, x: Tensor, index: Tensor, share: Tensor) -> Tensor:
     hits = [torch.where(index == e) for e in range(m.num_experts)]
-    up, down = weights_of(m)
-    inner = _product(m, up, [x[tokens] for tokens, _ in hits], see)
+    up, down = expert_weights(m)
+    inner = _expert_linear(m, up, [x[tokens] for tokens, _ in hits], see)
     inner = [m._apply_gate(h) if m.has_gate else m.act_fn(h) for h in inner]
-    outer = _product(m, down, inner, see)
+    outer = _expert_linear(m, down, inner, see)
     out = torch.zeros_like(x)
     for (tokens, place), y in zip(hits, outer):
         y = m.post_expert_norm(y) if getattr(m, "has_post_expert_norm", False) else y
@@ -60,7 +60,7 @@ def _forward(m: Any, see: See, x: Tensor, index: Tensor, share: Tensor) -> Tenso
     return out
 
 
-def _product(m: Any, name: str, rows: Rows, see: See) -> Rows:
+def _expert_linear(m: Any, name: str, rows: Rows, see: ExpertObserver) -> Rows:
     see(name, rows, None)
     weight = getattr(m, name)  # after `see`, which may have changed it
     weight = weight if m.is_transposed else weight.transpose(1, 2)

@@ -7,13 +7,13 @@ from torch.nn.utils import parametrize
 
 from rarefy.model.layers import original
 
-ORDER = "rarefy_order"  # names of a module's parameters, while some are parametrized
+PARAMETER_ORDER = "rarefy_order"  # names of a module's parameters, while some are parametrized
 
 
 def attach_(module: nn.Module, param: str, made: nn.Module) -> None:
     """Put a parametrization on `module.param`."""
     if not parametrize.is_parametrized(module):
-        module.__dict__[ORDER] = list(module._parameters)
+        module.__dict__[PARAMETER_ORDER] = list(module._parameters)
     parametrize.register_parametrization(module, param, made)
 
 
@@ -28,8 +28,8 @@ def detach_(module: nn.Module, param: str) -> None:
     # remove_parametrizations hands back a parameter; with tied weights it must be the shared one
     setattr(module, param, keep)
     held = module._parameters
-    for name in module.__dict__.get(ORDER, ()):
+    for name in module.__dict__.get(PARAMETER_ORDER, ()):
         if name in held:
             held[name] = held.pop(name)
     if not parametrize.is_parametrized(module):
-        module.__dict__.pop(ORDER, None)
+        module.__dict__.pop(PARAMETER_ORDER, None)

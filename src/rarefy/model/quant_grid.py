@@ -56,28 +56,28 @@ class Grid:
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return W of codes c. O(n)."""
-        c = split(codes.float(), self.scale.shape)
-        return (c * beside(self.scale.float(), codes.device)).reshape(codes.shape).to(dtype)
+        c = split_blocks(codes.float(), self.scale.shape)
+        return (c * broadcast_scales(self.scale.float(), codes.device)).reshape(codes.shape).to(dtype)
 
     def snap(self, weight: Tensor) -> Tensor:
         """Return each weight's nearest point of the grid. O(n)."""
         c, _ = self._round(weight)
-        return (c * beside(self.scale.float(), weight.device)).reshape(weight.shape).to(weight.dtype)
+        return (c * broadcast_scales(self.scale.float(), weight.device)).reshape(weight.shape).to(weight.dtype)
 
-    def inside(self, weight: Tensor) -> Tensor:
+    def in_range(self, weight: Tensor) -> Tensor:
         """Return where weights lie within the grid's ends, bool."""
         return self._round(weight)[1].reshape(weight.shape)
 
-    def holds(self, weight: Tensor) -> bool:
+    def contains(self, weight: Tensor) -> bool:
         """Whether every weight is a point of the grid."""
-        if not fits(self.scale.shape, weight.shape):
+        if not scale_fits(self.scale.shape, weight.shape):
             return False
         return torch.equal(self.snap(weight), weight)
 
-    def spread(self, small: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def expand(self, small: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor in the shape of scales as one in the shape of weights."""
         halves = [n for s, d in zip(small.shape, shape) for n in (s, d // s)]
-        return beside(small).expand(halves).reshape(shape)
+        return broadcast_scales(small).expand(halves).reshape(shape)
 
     def map(self, do: Callable[[Tensor], Tensor]) -> Grid:
         """Return the grid with its tensors changed."""
@@ -85,8 +85,11 @@ class Grid:
 
     def _round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.range
-        x = (split(weight.detach().float(), self.scale.shape) / beside(self.scale.float(), weight.device)).round_()
-        zero = 0 if self.zero is None else beside(self.zero.float(), weight.device)
+        x = (
+            split_blocks(weight.detach().float(), self.scale.shape)
+            / broadcast_scales(self.scale.float(), weight.device)
+        ).round_()
+        zero = 0 if self.zero is None else broadcast_scales(self.zero.float(), weight.device)
         return (x + zero).clamp_(low, high) - zero, (x + zero >= low) & (x + zero <= high)
 
 
@@ -108,28 +111,28 @@ class Codebook:
         """Return the index of each weight's nearest value, uint8. O(n bits)."""
         blocks = self.table.shape[:-1]
         table, order = self.table.float().to(weight.device).flatten(0, -2).sort(-1)
-        rows = rows_of(weight.detach().float(), blocks)
+        rows = block_rows(weight.detach().float(), blocks)
         middle = (table[:, 1:] + table[:, :-1]) / 2
         found = order.gather(1, torch.searchsorted(middle.contiguous(), rows.contiguous()))
-        return _back(found.to(torch.uint8), blocks, tuple(weight.shape))
+        return _from_block_rows(found.to(torch.uint8), blocks, tuple(weight.shape))
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return W of indices. O(n)."""
         blocks = self.table.shape[:-1]
         table = self.table.to(codes.device, dtype).flatten(0, -2)
-        return _back(table.gather(1, rows_of(codes, blocks).long()), blocks, tuple(codes.shape))
+        return _from_block_rows(table.gather(1, block_rows(codes, blocks).long()), blocks, tuple(codes.shape))
 
     def snap(self, weight: Tensor) -> Tensor:
         """Return each weight's nearest value of the table. O(n bits)."""
         return self.values(self.codes(weight), weight.dtype)
 
-    def inside(self, weight: Tensor) -> Tensor:
+    def in_range(self, weight: Tensor) -> Tensor:
         """Return where a weight's gradient passes: everywhere."""
         return torch.ones_like(weight, dtype=torch.bool)
 
-    def holds(self, weight: Tensor) -> bool:
+    def contains(self, weight: Tensor) -> bool:
         """Whether every weight is one of the values."""
-        if not fits(tuple(self.table.shape[:-1]), tuple(weight.shape)):
+        if not scale_fits(tuple(self.table.shape[:-1]), tuple(weight.shape)):
             return False
         return torch.equal(self.snap(weight), weight)
 
@@ -138,42 +141,42 @@ class Codebook:
         return Codebook(self.bits, do(self.table))
 
 
-def rows_of(weight: Tensor, blocks: tuple[int, ...]) -> Tensor:
+def block_rows(weight: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """Return a weight as [blocks, weights of one], blocks in the shape of scales. O(n)."""
-    n, halves = len(blocks), split(weight, blocks)
+    n, halves = len(blocks), split_blocks(weight, blocks)
     return halves.permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).reshape(math.prod(blocks), -1)
 
 
-def _back(rows: Tensor, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `rows_of`, in the weight's shape."""
+def _from_block_rows(rows: Tensor, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `block_rows`, in the weight's shape."""
     n = len(blocks)
     tall = rows.reshape(*blocks, *(d // b for b, d in zip(blocks, shape)))
     return tall.permute([k for d in range(n) for k in (d, n + d)]).reshape(shape).contiguous()
 
 
-Values = Grid | Codebook
+WeightGrid = Grid | Codebook
 
 
-def fits(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+def scale_fits(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether scales of that shape can belong to a weight of that shape.
 
-    >>> fits((4, 2), (4, 128)), fits((4, 3), (4, 128))
+    >>> scale_fits((4, 2), (4, 128)), scale_fits((4, 3), (4, 128))
     (True, False)
     """
     return len(scale) == len(shape) and all(s > 0 and n % s == 0 for s, n in zip(scale, shape))
 
 
-def split(weight: Tensor, scale: tuple[int, ...]) -> Tensor:
+def split_blocks(weight: Tensor, scale: tuple[int, ...]) -> Tensor:
     """Return a weight with every dimension split into (scales, weights of one)."""
     return weight.reshape([n for s, d in zip(scale, weight.shape) for n in (s, d // s)])
 
 
-def beside(scale: Tensor, device: Any = None) -> Tensor:
-    """Return scales so that they broadcast to what `split` returns."""
+def broadcast_scales(scale: Tensor, device: Any = None) -> Tensor:
+    """Return scales so that they broadcast to what `split_blocks` returns."""
     return scale.reshape([n for s in scale.shape for n in (s, 1)]).to(device)
 
 
-class OnGrid(nn.Module):
+class GridParametrization(nn.Module):
     """Parametrization: weight -> its nearest points of a grid; gradients pass where weights lie within its ends."""
 
     scale: Tensor
@@ -194,17 +197,17 @@ class OnGrid(nn.Module):
         snapped = grid.snap(weight)
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return snapped
-        through = torch.where(grid.inside(weight), weight, weight.detach())
-        return Straight.apply(through, snapped)  # type: ignore[return-value]  # x + (snapped - x) would round
+        through = torch.where(grid.in_range(weight), weight, weight.detach())
+        return StraightThrough.apply(through, snapped)  # type: ignore[return-value]  # x + (snapped - x) would round
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnGrid:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GridParametrization:
         before = self.scale
         super()._apply(fn, recurse)
         self.scale = before.to(self.scale.device)  # a scale of fewer bits would be another grid
         return self
 
 
-class InBook(nn.Module):
+class CodebookParametrization(nn.Module):
     """Parametrization: the values of a codebook at fixed places; its gradient goes to the values, and the weight
     beneath plays no part."""
 
@@ -228,10 +231,10 @@ class InBook(nn.Module):
         return torch.cat([torch.zeros_like(self.table[..., :1]), self.table[..., 1:]], -1)  # zero stays
 
 
-LIVE = (OnGrid, InBook)
+GRID_PARAMETRIZATIONS = (GridParametrization, CodebookParametrization)
 
 
-class Straight(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """The second argument, with the gradient going to the first."""
 
     @staticmethod
@@ -243,49 +246,49 @@ class Straight(torch.autograd.Function):
         return grads[0], None
 
 
-def get_grid(layer: Layer) -> Values | None:
+def get_grid(layer: Layer) -> WeightGrid | None:
     """Return the grid of a layer's weight, live or noted, or None; a note that its weight has left does not count."""
-    live = live_grid(layer.module, layer.param)
+    live = attached_grid(layer.module, layer.param)
     if live is not None:
         return live
-    noted = notes(layer.module).get(layer.param)
-    return noted if noted is not None and noted.holds(layer.weight.detach()) else None
+    noted = recorded_grids(layer.module).get(layer.param)
+    return noted if noted is not None and noted.contains(layer.weight.detach()) else None
 
 
-def live_grid(module: nn.Module, param: str) -> Values | None:
+def attached_grid(module: nn.Module, param: str) -> WeightGrid | None:
     """Return the grid or codebook of a parametrization, or None."""
     if not parametrize.is_parametrized(module, param):
         return None
-    found = [p for p in getattr(module.parametrizations, param) if isinstance(p, LIVE)]  # type: ignore[union-attr]
+    found = [p for p in getattr(module.parametrizations, param) if isinstance(p, GRID_PARAMETRIZATIONS)]  # type: ignore[union-attr]
     return found[0].grid if found else None
 
 
-def notes(module: nn.Module) -> dict[str, Values]:
+def recorded_grids(module: nn.Module) -> dict[str, WeightGrid]:
     """Return {parameter: grid} as noted beside a module's plain weights."""
     return module.__dict__.get(NOTE, {})
 
 
-def note_(module: nn.Module, param: str, grid: Values | None) -> None:
+def record_grid_(module: nn.Module, param: str, grid: WeightGrid | None) -> None:
     """Note the grid of a plain weight, or that it has none."""
-    left = {k: g for k, g in notes(module).items() if k != param} | ({} if grid is None else {param: grid})
+    left = {k: g for k, g in recorded_grids(module).items() if k != param} | ({} if grid is None else {param: grid})
     module.__dict__.pop(NOTE, None)
     if left:
         module.__dict__[NOTE] = left
 
 
-def set_grid_(layer: Layer, grid: Values) -> None:
+def set_grid_(layer: Layer, grid: WeightGrid) -> None:
     """Keep the weight of a layer on a grid, or in a codebook, from here on, at every owner. O(n)."""
-    if live_grid(layer.module, layer.param) is not None:
+    if attached_grid(layer.module, layer.param) is not None:
         raise ModelError(f"{layer.full_name} lies on a grid already: rarefy.fold_ the model before quantizing it anew")
     weight = layer.original
     grid = grid.map(lambda t: t.to(weight.device))
     if isinstance(grid, Grid):
-        shared: nn.Module = OnGrid(grid)
+        shared: nn.Module = GridParametrization(grid)
     else:
-        shared = InBook(grid, layer.weight.detach(), weight.requires_grad)
+        shared = CodebookParametrization(grid, layer.weight.detach(), weight.requires_grad)
         weight.requires_grad_(False)
     for _, module, param in layer.owners:
-        note_(module, param, None)
+        record_grid_(module, param, None)
         attach_(module, param, shared)
 
 

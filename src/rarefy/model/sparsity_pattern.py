@@ -25,7 +25,7 @@ from torch import Tensor
 from rarefy.common.errors import PatternError, unknown
 
 SCOPES = ("row", "layer", "global")
-WORDS = ("unstructured", "row", "channel", "column")
+NAMED_PATTERNS = ("unstructured", "row", "channel", "column")
 REDUCTIONS = {
     "mean": lambda s, n: s.sum(-1) / n,
     "sum": lambda s, n: s.sum(-1),
@@ -53,10 +53,10 @@ class Pattern:
         return 1 - self.a / self.b if self.kind == "nm" else None
 
 
-def parse(pattern: str | Pattern) -> Pattern:
+def parse_pattern(pattern: str | Pattern) -> Pattern:
     """Return the Pattern that a string means; PatternError teaches what is allowed.
 
-    >>> parse("2:4").fixed_sparsity, parse("4x1").kind
+    >>> parse_pattern("2:4").fixed_sparsity, parse_pattern("4x1").kind
     (0.5, 'block')
     """
     if isinstance(pattern, Pattern):
@@ -76,9 +76,9 @@ def parse(pattern: str | Pattern) -> Pattern:
         if not (r >= 1 and c >= 1 and 2 <= r * c <= 4096):
             raise PatternError(f"pattern {text!r}: a block RxC has 2 to 4096 entries, such as 4x1 or 1x4")
         return Pattern("block", r, c, text)
-    if text in WORDS:
+    if text in NAMED_PATTERNS:
         return Pattern("row" if text == "channel" else text, text=text)
-    raise PatternError(unknown("pattern", text, [*WORDS, "2:4", "4:8", "4x1", "1x4"]) + "; any N:M, any RxC")
+    raise PatternError(unknown("pattern", text, [*NAMED_PATTERNS, "2:4", "4:8", "4x1", "1x4"]) + "; any N:M, any RxC")
 
 
 def check_sparsity(pattern: Pattern, sparsity: float | None, scope: str | None) -> tuple[float, str]:
@@ -110,7 +110,7 @@ def check_sparsity(pattern: Pattern, sparsity: float | None, scope: str | None) 
     return float(sparsity), scope or "layer"
 
 
-def select(
+def make_mask(
     score: Tensor,
     pattern: str | Pattern,
     sparsity: float | None = None,
@@ -123,13 +123,13 @@ def select(
     score [G, K, O, I] or [O, I]; -inf is pruned before all else. Exactly round(sparsity * entries) are pruned where
     the pattern's units allow, else the nearest count of whole units. Ties go to the earlier entry. O(n log n).
 
-    >>> select(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), "2:4")
+    >>> make_mask(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), "2:4")
     tensor([[ True, False, False,  True]])
     """
-    return select_many([score], pattern, sparsity, scope=scope, reduce=reduce)[0]
+    return make_masks([score], pattern, sparsity, scope=scope, reduce=reduce)[0]
 
 
-def select_many(
+def make_masks(
     scores: Sequence[Tensor],
     pattern: str | Pattern,
     sparsity: float | None = None,
@@ -137,20 +137,20 @@ def select_many(
     scope: str | None = None,
     reduce: str | None = None,
 ) -> list[Tensor]:
-    """Return a mask for each score; scope `global` ranks the units of all tensors together. As `select` otherwise."""
-    pattern = parse(pattern)
+    """Return a mask for each score; scope `global` ranks the units of all tensors together."""
+    pattern = parse_pattern(pattern)
     sparsity, scope = check_sparsity(pattern, sparsity, scope)
     if reduce is not None and reduce not in REDUCTIONS:
         raise PatternError(unknown("reduction", reduce, REDUCTIONS))
     if reduce is not None and pattern.kind in ("unstructured", "nm"):
         raise PatternError(f"pattern {pattern} has units of one entry: reduce={reduce!r} has no effect")
-    return masks_at(scores, pattern, sparsity, scope, reduce or "mean")
+    return masks_at_sparsity(scores, pattern, sparsity, scope, reduce or "mean")
 
 
-def masks_at(
+def masks_at_sparsity(
     scores: Sequence[Tensor], pattern: Pattern, sparsity: float, scope: str, reduce: str = "mean"
 ) -> list[Tensor]:
-    """`select_many` after its checks, also for an N:M mask on its way: below its final sparsity the entries that
+    """`make_masks` after its checks, also for an N:M mask on its way: below its final sparsity the entries that
     the pattern would prune are pruned in order of score, so that a schedule ends in the pattern."""
     full = [s if s.dim() == 4 else s[None, None] for s in scores]
     if pattern.kind == "nm":
@@ -174,7 +174,7 @@ def masks_at(
     return [_spread(p.reshape(u.score.shape), u, s.shape) for p, u, s in zip(parts, units, scores)]
 
 
-def per_unit(score: Tensor, pattern: Pattern) -> Tensor:
+def mean_per_unit(score: Tensor, pattern: Pattern) -> Tensor:
     """Return every entry's score [G, K, O, I] as the mean over its unit. O(n)."""
     units = _units(score, pattern, "mean")
     return _spread(units.score, units, score.shape)
@@ -315,11 +315,11 @@ def _partial(s: Tensor, kept: Tensor, part: float) -> Tensor:
     return _keep(rank, None, share)[0].reshape(kept.shape)
 
 
-def fitting_pattern(tensor: Tensor, axis: int = -1) -> str:
+def detect_pattern(tensor: Tensor, axis: int = -1) -> str:
     """Return the first of 1:4, 2:4, 4:8 along the dimension `axis`, or 4x1, 1x4 blocks, that the zeros fit.
 
     >>> import torch
-    >>> fitting_pattern(torch.tensor([[1.0, 0, 2, 0], [0, 0, 3, 0]]))
+    >>> detect_pattern(torch.tensor([[1.0, 0, 2, 0], [0, 0, 3, 0]]))
     '2:4'
     """
     if tensor.dim() < 2 or tensor.numel() == 0:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from rarefy.common.atomic_io import blaming, write_bytes_whole
 from rarefy.common.errors import ContainerError, ModelError, first_line
-from rarefy.model.activation_quant import Inputs, get_inputs, set_inputs_
+from rarefy.model.activation_quant import ActivationQuant, get_activation_quant, set_activation_quant_
 from rarefy.model.layers import all_layers, unwrap
 from rarefy.model.masks import fold_
 from rarefy.model.quant_grid import Grid, get_grid
@@ -34,7 +34,7 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, *, overwrite: 
     if path.is_dir() or (path.exists() and not overwrite):
         raise ContainerError(f"{path} exists: pass overwrite=True, or give another name")
     _check_packages()
-    dynamic = [n for n, m in model.named_modules() if (i := get_inputs(m)) is not None and i.scale is None]
+    dynamic = [n for n, m in model.named_modules() if (i := get_activation_quant(m)) is not None and i.scale is None]
     if dynamic:
         raise ModelError(
             f"{dynamic[0]} rounds its inputs row by row, for which ONNX has no operator: quantize_ with "
@@ -50,9 +50,9 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, *, overwrite: 
         if isinstance(grid, Grid) and axis is not None and len(layer.owners) == 1:
             parametrize.register_parametrization(layer.module, layer.param, _Stored(layer.weight.detach(), grid, axis))
     for module in made.modules():
-        inputs = get_inputs(module)
+        inputs = get_activation_quant(module)
         if inputs is not None:
-            set_inputs_(module, None)
+            set_activation_quant_(module, None)
             module.register_forward_pre_hook(_QuantizeInput(inputs), with_kwargs=True)
     config: Any = getattr(made, "config", None)
     if getattr(config, "use_cache", None) is True:
@@ -129,7 +129,7 @@ class _Stored(nn.Module):
 class _QuantizeInput:
     """A hook that rounds what a module is called with by operators that ONNX knows."""
 
-    def __init__(self, inputs: Inputs):
+    def __init__(self, inputs: ActivationQuant):
         self.how = (inputs.scale, inputs.zero, 0, 255, torch.uint8)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

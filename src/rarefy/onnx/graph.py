@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from rarefy.common.errors import ModelError
-from rarefy.model.activation_quant import Inputs
+from rarefy.model.activation_quant import ActivationQuant
 from rarefy.model.quant_grid import Grid
 
 OPSET = 17  # what newer graphs are brought to
@@ -36,7 +36,7 @@ class Graph:
     constants: dict[str, np.ndarray]
     opset: int
     grids: dict[str, Grid] = field(default_factory=dict)
-    rounded: dict[str, Inputs] = field(default_factory=dict)
+    rounded: dict[str, ActivationQuant] = field(default_factory=dict)
     stands: dict[str, nn.Module] = field(default_factory=dict)
 
     @property

@@ -16,8 +16,8 @@ import torch
 from torch import fx, nn
 
 from rarefy.common.errors import ModelError, first_line
-from rarefy.model.activation_quant import get_inputs, set_inputs_
-from rarefy.model.quant_grid import note_
+from rarefy.model.activation_quant import get_activation_quant, set_activation_quant_
+from rarefy.model.quant_grid import record_grid_
 from rarefy.onnx import fusions, qdq
 from rarefy.onnx import graph as onnx_graph
 from rarefy.onnx import modules as onnx_modules
@@ -237,7 +237,7 @@ def _layers_(model: fx.GraphModule, graph: Graph) -> None:
             continue
         inputs = graph.rounded.get(node.input[0])
         if inputs is not None and inputs.bits == 8 and isinstance(layer, LAYERS):
-            set_inputs_(layer, inputs)
+            set_activation_quant_(layer, inputs)
         layer.weight = nn.Parameter(layer.weight.detach().contiguous())
         same = [p for p in shared.setdefault(constant, []) if torch.equal(p, layer.weight)]
         if same:
@@ -248,7 +248,7 @@ def _layers_(model: fx.GraphModule, graph: Graph) -> None:
         if grid is not None and attribute(node, "alpha", 1.0) == 1.0:
             turned = tuple(layer.weight.shape) != weight.shape or node.op_type == "MatMul"
             turned = turned or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
-            note_(layer, "weight", grid.map(lambda t: t.T.contiguous()) if turned else grid)
+            record_grid_(layer, "weight", grid.map(lambda t: t.T.contiguous()) if turned else grid)
 
 
 def _bias(graph: Graph, users: dict[str, list[Any]], node: Any, size: int) -> tuple[Any, Any] | None:
@@ -273,7 +273,7 @@ def _rounding_(model: fx.GraphModule) -> None:
             continue
         for user in list(node.users):
             layer = _layer_in(modules[str(user.target)]) if user.op == "call_module" else None
-            if layer is not None and get_inputs(layer) == modules[node.target].inputs:
+            if layer is not None and get_activation_quant(layer) == modules[node.target].inputs:
                 user.replace_input_with(node, node.args[0])
         if not node.users:
             model.graph.erase_node(node)

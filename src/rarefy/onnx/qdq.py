@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rarefy.common.errors import ModelError
-from rarefy.model.activation_quant import Inputs
+from rarefy.model.activation_quant import ActivationQuant
 from rarefy.model.quant_grid import Grid
 from rarefy.onnx.graph import Graph, attribute, make, only, place
 
@@ -112,7 +112,7 @@ def integers(graph: Graph) -> Iterable[Any]:
             of_weight = next((graph.constants[n] for n in parts if n in graph.constants), None)
             if codes.output[1] not in parts or of_weight is None:
                 raise ModelError(f"{where}: its scale is the product of that of DynamicQuantizeLinear and a constant")
-            scale, inputs = of_weight, Inputs()
+            scale, inputs = of_weight, ActivationQuant()
         else:
             raise ModelError(f"{where}: codes of {codes.op_type}; QuantizeLinear or DynamicQuantizeLinear makes them")
         axis = 0 if node.op_type == "ConvInteger" else weight.ndim - 1
@@ -205,7 +205,7 @@ def along(array: np.ndarray, like: np.ndarray, axis: int, where: str, block: int
 class Rounded(nn.Module):
     """Values on the points that codes of 8 bits can mean."""
 
-    def __init__(self, inputs: Inputs):
+    def __init__(self, inputs: ActivationQuant):
         super().__init__()
         self.inputs = inputs
 
@@ -221,7 +221,7 @@ def pairs(graph: Graph) -> Iterable[Any]:
 
     Between them values may be moved about, and the greatest of some taken.
     """
-    made, users = dict[str, Inputs](), graph.users()
+    made, users = dict[str, ActivationQuant](), graph.users()
     for node in graph.nodes:
         where = place(node)
         if node.op_type == "QuantizeLinear":
@@ -244,14 +244,14 @@ def pairs(graph: Graph) -> Iterable[Any]:
     graph.rounded |= made
 
 
-def _undone(graph: Graph, node: Any, made: Inputs, where: str) -> bool:
+def _undone(graph: Graph, node: Any, made: ActivationQuant, where: str) -> bool:
     """Whether a DequantizeLinear takes back what made its codes; without a zero point it takes codes as they are."""
     if len(node.input) > 2 and node.input[2]:
         return _static(graph, node, where) == made
     return graph.scalar(node.input[1]) == made.scale and made.zero in (0, 1 << (made.bits - 1))
 
 
-def _static(graph: Graph, node: Any, where: str) -> Inputs:
+def _static(graph: Graph, node: Any, where: str) -> ActivationQuant:
     scale = graph.scalar(node.input[1])
     kind = {0: "uint8", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16"}.get(
         attribute(node, "output_dtype", 0), "float32"
@@ -265,4 +265,4 @@ def _static(graph: Graph, node: Any, where: str) -> Inputs:
     if bits is None:
         raise ModelError(f"{where}: activations are rounded to whole numbers of 4, 8 or 16 bits, got {zero.dtype}")
     shift = 1 << (bits - 1) if str(zero.dtype).startswith("int") else 0
-    return Inputs(bits, scale, int(zero.reshape(-1)[0]) + shift)
+    return ActivationQuant(bits, scale, int(zero.reshape(-1)[0]) + shift)

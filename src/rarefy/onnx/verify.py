@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, first_line
-from rarefy.model.forward import describe
+from rarefy.model.forward import describe_batch
 
 SIZES = (8, 32, 64, 224)  # tried in turn for dimensions that a file leaves open, after 2 for the first
 NEAR = {"": 1e-3, "static": 0.05, "dynamic": 0.5}  # of the largest; of the norm where activations are rounded
@@ -60,7 +60,7 @@ def _tried(
             else dict(zip(names, example if isinstance(example, tuple) else (example,)))
         )
         if set(given) != set(names) or not all(isinstance(t, Tensor) for t in given.values()):
-            raise ModelError(f"{path} takes tensors {', '.join(names)}; example holds {describe(example)}")
+            raise ModelError(f"{path} takes tensors {', '.join(names)}; example holds {describe_batch(example)}")
         return [{n: t.numpy() for n, t in given.items()}]
     if any(i.type not in NOISE and i.type not in WHOLE for i in inputs):
         return []
@@ -91,7 +91,7 @@ def _same(
         said = f"{path}: output {name} of the module made of it is not what ONNX Runtime gives"
         if tuple(ours.shape) != theirs.shape or str(ours.dtype).removeprefix("torch.") != str(theirs.dtype):
             there = f"{theirs.dtype} {'x'.join(map(str, theirs.shape))}"
-            raise ModelError(f"{said}: {describe(ours)}, where that gives {there}")
+            raise ModelError(f"{said}: {describe_batch(ours)}, where that gives {there}")
         off = _apart(ours, torch.from_numpy(np.asarray(theirs)), coded)
         if not off <= (HALF if ours.dtype in (torch.float16, torch.bfloat16) and not coded else NEAR[coded]):
             raise ModelError(f"{said}: off by {off:.2g}, so some operator is read wrongly")

@@ -26,11 +26,11 @@ from rarefy.lowrank.svd import factorize_
 from rarefy.model import distributed, hf
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
-from rarefy.model.layers import select
+from rarefy.model.layers import select_layers
 from rarefy.model.losses import Loss
 from rarefy.model.masks import fold_
-from rarefy.model.quant_grid import OnGrid
-from rarefy.model.sparsity_pattern import check_sparsity, parse
+from rarefy.model.quant_grid import GridParametrization
+from rarefy.model.sparsity_pattern import check_sparsity, parse_pattern
 from rarefy.pipeline.dry_run import naming, targets
 from rarefy.pipeline.engine_evaluation import check_sample, engine_of, sample_of, token_rates
 from rarefy.pipeline.measurements import layer_rows, receipt_of, state_of
@@ -90,7 +90,7 @@ def compress_(
         raise RecipeError(
             f"resume_dir has no effect: recipe {plan.name} has no solver or training, whose state could be kept"
         )
-    if resume_dir is not None and distributed.size() > 1:
+    if resume_dir is not None and distributed.world_size() > 1:
         raise RecipeError("resume_dir keeps the state of one process: leave it out where there are several (torchrun)")
     if log is not None and not plan.trains:
         raise RecipeError(f"log has no effect: recipe {plan.name} has no stage train")
@@ -99,7 +99,7 @@ def compress_(
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
     check_sample(plan, tokenizer)
     _check_data(model, plan, given)
-    with offload.keeping(model, memory):
+    with offload.limiting_resident_weights(model, memory):
         return _compress(model, plan, given, loss, memory, resume_dir, log, progress, began)
 
 
@@ -207,7 +207,7 @@ def cast_(model: nn.Module, dtype: str) -> Report:
 
 def _floating_state(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """What a cast changes: all but the scales of grids, which would be other grids."""
-    scales = {id(m.scale) for m in model.modules() if isinstance(m, OnGrid)}
+    scales = {id(m.scale) for m in model.modules() if isinstance(m, GridParametrization)}
     state = model.state_dict(keep_vars=True).items()
     return ((n, t) for n, t in state if isinstance(t, Tensor) and t.is_floating_point() and id(t) not in scales)
 
@@ -262,9 +262,9 @@ def _zeros_of(model: nn.Module, s: Any) -> list[Report]:
     """The table of the zeros that a stage has put in besides its own work."""
     if s is None or s.pattern is None or (isinstance(s, Movement) and s.penalty is not None):
         return []
-    pattern = parse(s.pattern)
+    pattern = parse_pattern(s.pattern)
     sparsity, _ = check_sparsity(pattern, s.sparsity, None)
-    return [report(select(model, s.layers, s.ignore), pattern, sparsity)]
+    return [report(select_layers(model, s.layers, s.ignore), pattern, sparsity)]
 
 
 def _factorize(

@@ -14,8 +14,8 @@ from torch import nn
 
 from rarefy.common.errors import ModelError, RarefyError, RecipeError
 from rarefy.common.report import Report
-from rarefy.model.layers import Layer, all_layers, select
-from rarefy.model.lowrank_modules import cost, most_ranks, why_not
+from rarefy.model.layers import Layer, all_layers, select_layers
+from rarefy.model.lowrank_modules import max_ranks, num_factor_weights, why_not_factorizable
 from rarefy.model.quant_grid import scale_shape
 from rarefy.model.sparsity_pattern import Pattern
 from rarefy.prune.prune import asked, check_ask, chosen_layers
@@ -85,9 +85,9 @@ def targets(
                 found = _on_grid(model, number, stage)
             elif isinstance(stage, recipes.Share):
                 few = Few(f"{1 << stage.bits} values", stage.bits, partial(_table_bytes, stage.bits, stage.group))
-                found = Target(number, select(model, stage.layers, stage.ignore), few=few)
+                found = Target(number, select_layers(model, stage.layers, stage.ignore), few=few)
             elif isinstance(stage, recipes.Factorize):
-                found = Target(number, select(model, stage.layers, stage.ignore), left=partial(_factors, stage))
+                found = Target(number, select_layers(model, stage.layers, stage.ignore), left=partial(_factors, stage))
             else:
                 found = None
             if isinstance(stage, recipes.Train) and stage.quantize:
@@ -122,7 +122,7 @@ def _note(target: Target, stage: Any, had: dict[int, str]) -> None:
 def _on_grid(model: nn.Module, number: int, stage: recipes.Quantize) -> Target:
     ask = asked_values(**stage.options())
     if ask.pattern is None:
-        chosen = select(model, stage.layers, stage.ignore)
+        chosen = select_layers(model, stage.layers, stage.ignore)
     else:
         chosen = chosen_layers(model, stage.layers, stage.ignore, ask.pattern)
     for layer in chosen:
@@ -220,12 +220,12 @@ def _table_bytes(bits: int, group: str | None, layer: Layer) -> int:
 def _factors(stage: recipes.Factorize, layer: Layer) -> int:
     """Weights of a layer's factors, as far as they can be told without its weights: at most as many as it has."""
     size = layer.original.numel()
-    if why_not(layer.module, stage.beside) is not None or layer.param != "weight":
+    if why_not_factorizable(layer.module, stage.beside) is not None or layer.param != "weight":
         return size
     if stage.beside and stage.rank:
         return size  # and the thin ones beside it
-    if stage.rank is not None and len(most := most_ranks(layer.module)) == 1:
-        return cost(layer.module, [min(stage.rank, *most)])
+    if stage.rank is not None and len(most := max_ranks(layer.module)) == 1:
+        return num_factor_weights(layer.module, [min(stage.rank, *most)])
     return size if stage.keep is None else int(stage.keep * size)
 
 

@@ -67,7 +67,7 @@ def engine_of(model: nn.Module, plan: Recipe, held_out: Any) -> EngineModule:
     model = model if fp32 else copy.deepcopy(model).float()
     precision = plan.evaluate.precision
     with evaluating(model):
-        if hf.gives_tokens(model):
+        if hf.is_causal_lm(model):
             return EngineModule(decoder(model, values=precision))
         return EngineModule(compile(model, _inputs(next(iter(held_out))), values=precision))
 

@@ -19,7 +19,7 @@ from rarefy.evaluation.receipt import Receipt
 from rarefy.formats.quantized_encodings import label
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import all_layers
-from rarefy.model.masks import plain_state
+from rarefy.model.masks import folded_state
 from rarefy.pipeline.engine_evaluation import EngineModule, resident_bytes, skips_zeros
 from rarefy.recipe import parser as recipes
 
@@ -69,7 +69,7 @@ def packed_bytes(model: nn.Module, format: str) -> dict[str, Any]:
 def _stored(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that a saved model has, tied ones once."""
     tied = aliases(model)
-    return {n: t for n, t in plain_state(model) if n not in tied}
+    return {n: t for n, t in folded_state(model) if n not in tied}
 
 
 def _model_sparsity(model: nn.Module) -> float:

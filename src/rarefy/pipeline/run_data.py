@@ -12,7 +12,7 @@ from rarefy.common.errors import DataError, nearest
 from rarefy.data import sources
 from rarefy.model import hf
 from rarefy.model.forward import check_batches
-from rarefy.prune.allocation import SLOW
+from rarefy.prune.allocation import NEEDS_DATA
 from rarefy.prune.scores import SCORES
 from rarefy.recipe import parser as recipes
 from rarefy.structured.importance import UNIT_SCORES
@@ -78,7 +78,7 @@ def with_labels(model: nn.Module, batches: Iterable[Any], use: str | None) -> It
     wants = use == "train" or (use is not None and "gradient" in SCORES[use].needs)
     for batch in batches:
         text = hasattr(batch, "keys") and "input_ids" in batch and "labels" not in batch
-        if wants and text and hf.gives_tokens(model):
+        if wants and text and hf.is_causal_lm(model):
             labels, mask = batch["input_ids"], batch.get("attention_mask")
             batch = {**batch, "labels": labels if mask is None else labels.masked_fill(mask == 0, -100)}
         yield batch
@@ -111,7 +111,7 @@ def calibrates(prune: Any) -> bool:
     if isinstance(prune, SecondOrder):
         return True
     score = getattr(prune, "score", None)
-    reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in SLOW
+    reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in NEEDS_DATA
     return reads or (score is not None and bool(SCORES[score].needs))
 
 

@@ -21,7 +21,7 @@ from rarefy.common.report import Report
 from rarefy.evaluation.metrics import BETTER, METRICS
 from rarefy.model import hf
 from rarefy.model.forward import on_device
-from rarefy.model.losses import Loss, loss_of
+from rarefy.model.losses import Loss, resolve_loss
 from rarefy.model.masks import adopt_
 from rarefy.pipeline.run_data import Given, Labelled, calibrates, with_labels
 from rarefy.quantization.quantize import quantize_
@@ -249,7 +249,7 @@ class Sparsifier(sparsifier.Sparsifier):
             raise RecipeError("teacher has no effect: the recipe's train stage has no distill")
         if stage.keep_zeros:
             adopt_(model)
-        self.own, self.distiller = loss_of(loss), None
+        self.own, self.distiller = resolve_loss(loss), None
         if stage.distill is not None:
             folder, wise = stage.distill.teacher, teacher
             if wise is None:

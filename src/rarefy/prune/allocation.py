@@ -19,30 +19,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibration.statistics import Stats
+from rarefy.calibration.statistics import LayerStats
 from rarefy.common.errors import DataError, PatternError
-from rarefy.model.batches import tokens_in
+from rarefy.model.batches import count_tokens
 from rarefy.model.forward import call, evaluating, on_device, trainable
 from rarefy.model.layers import Layer
-from rarefy.model.losses import Loss, finite, loss_of
+from rarefy.model.losses import Loss, check_finite, resolve_loss
 
 ALLOCATIONS = ("uniform", "erk", "line", "owl", "errors", "search")
 GRADIENTS = ("errors", "search")  # read gradients of the loss
-SLOW = ("owl", *GRADIENTS)  # read the calibration data
-UNITS = 2000  # parts of the budget in the dynamic program
+NEEDS_DATA = ("owl", *GRADIENTS)  # read the calibration data
+BUDGET_UNITS = 2000  # parts of the budget in the dynamic program
 LEVELS = (0.4, 0.6, 0.8)  # sparsities at which errors are measured
-MOST = 0.97  # no layer is emptied
+MAX_SPARSITY = 0.97  # no layer is emptied
 TOKENS = {"gradients": 4096, "pass": 1024, "errors": 8192}  # or samples; a backward pass holds all activations
 
 
-def balanced(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
+def shift_to_mean(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
     """Return `wanted` sparsities moved by one common amount so that their mean over weights is `sparsity`, each
-    within 0..`MOST` (or the asked one, if that is higher). O(layers).
+    within 0..`MAX_SPARSITY` (or the asked one, if that is higher). O(layers).
 
-    >>> balanced({"a": 0.4, "b": 0.6}, {"a": 1, "b": 1}, 0.7)
+    >>> shift_to_mean({"a": 0.4, "b": 0.6}, {"a": 1, "b": 1}, 0.7)
     {'a': 0.6, 'b': 0.8}
     """
-    top, total = max(MOST, sparsity), sum(sizes.values())
+    top, total = max(MAX_SPARSITY, sparsity), sum(sizes.values())
     low, high = -2.0, 2.0
     for _ in range(60):
         shift = (low + high) / 2
@@ -73,11 +73,11 @@ def line(layers: Sequence[Layer], sparsity: float, slope: float = 0.15) -> dict[
     """Return sparsities that rise by `slope` with depth, the place of a layer among the layers."""
     last = max(len(layers) - 1, 1)
     wanted = {l.full_name: sparsity + slope * (i / last - 0.5) for i, l in enumerate(layers)}
-    return balanced(wanted, {l.full_name: l.original.numel() for l in layers}, sparsity)
+    return shift_to_mean(wanted, {l.full_name: l.original.numel() for l in layers}, sparsity)
 
 
 def owl(
-    layers: Sequence[Layer], sparsity: float, stats: Mapping[str, Stats], width: float = 0.08, times: float = 5.0
+    layers: Sequence[Layer], sparsity: float, stats: Mapping[str, LayerStats], width: float = 0.08, times: float = 5.0
 ) -> dict[str, float]:
     """Return OWL's sparsities, within `sparsity` +- `width`: the share of Wanda scores above `times` their mean makes
     a layer denser."""
@@ -87,7 +87,7 @@ def owl(
         outliers[l.full_name] = float((score > times * score.mean()).float().mean())
     low, high = min(outliers.values()), max(outliers.values())
     spread = {n: 2 * width * (o - low) / max(high - low, 1e-12) for n, o in outliers.items()}
-    return balanced(
+    return shift_to_mean(
         {n: sparsity - s for n, s in spread.items()}, {l.full_name: l.original.numel() for l in layers}, sparsity
     )
 
@@ -122,16 +122,16 @@ def sensitivities(
         stack.enter_context(trainable(weights))
         for index, batch in enumerate(data):
             batch = on_device(model, batch)
-            current["tokens"] = tokens_in(batch)
-            value = finite(loss_of(loss)(call(model, batch), batch), index)
+            current["tokens"] = count_tokens(batch)
+            value = check_finite(resolve_loss(loss)(call(model, batch), batch), index)
             if not value.requires_grad:
                 raise DataError("the loss depends on no layer that is to be pruned: give another loss")
             torch.autograd.grad(value, weights, allow_unused=True)
-            count += tokens_in(batch)
+            count += count_tokens(batch)
     return {n: t / max(count, 1) for n, t in total.items()}
 
 
-def complete(found: dict[str, Tensor], layers: Sequence[Layer]) -> dict[str, Tensor]:
+def fill_missing(found: dict[str, Tensor], layers: Sequence[Layer]) -> dict[str, Tensor]:
     """Return sensitivities [outputs] for all layers; one that is no module's call gets the mean of the others."""
     mean = torch.stack([t.mean() for t in found.values()]).mean() if found else torch.tensor(1.0)
     out = {}
@@ -141,7 +141,7 @@ def complete(found: dict[str, Tensor], layers: Sequence[Layer]) -> dict[str, Ten
     return out
 
 
-def curve(errors: Sequence[float], sparsity: Tensor) -> Tensor:
+def interpolate_errors(errors: Sequence[float], sparsity: Tensor) -> Tensor:
     """Return the error at each sparsity: log-quadratic through the errors measured at `LEVELS`, through 0 at 0."""
     a, b, c = LEVELS
     logs = [math.log(max(e, 1e-30)) for e in errors]
@@ -156,26 +156,28 @@ def curve(errors: Sequence[float], sparsity: Tensor) -> Tensor:
     return value.cummax(0).values
 
 
-def least(costs: Mapping[str, Sequence[float]], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
+def cheapest_allocation(
+    costs: Mapping[str, Sequence[float]], sizes: Mapping[str, int], sparsity: float
+) -> dict[str, float]:
     """Return sparsities of least total cost: `costs` gives the predicted loss of each layer at `LEVELS`.
 
-    Exact over 49 sparsities a layer and a budget of `UNITS` parts. O(layers x 49 x UNITS).
+    Exact over 49 sparsities a layer and a budget of `BUDGET_UNITS` parts. O(layers x 49 x UNITS).
     """
     total = sum(sizes.values())
     grid = torch.arange(49, dtype=torch.float64) / 50  # 0 .. 0.96
     names = list(costs)
-    best = torch.full((UNITS + 1,), float("inf"), dtype=torch.float64)
+    best = torch.full((BUDGET_UNITS + 1,), float("inf"), dtype=torch.float64)
     best[0] = 0.0
     choices = []
     for name in names:
-        cost = curve(costs[name], grid)
-        parts = (grid * sizes[name] / total * UNITS).round().long()
-        options = torch.full((len(grid), UNITS + 1), float("inf"), dtype=torch.float64)
+        cost = interpolate_errors(costs[name], grid)
+        parts = (grid * sizes[name] / total * BUDGET_UNITS).round().long()
+        options = torch.full((len(grid), BUDGET_UNITS + 1), float("inf"), dtype=torch.float64)
         for k, part in enumerate(parts.tolist()):
-            options[k, part:] = best[: UNITS + 1 - part] + cost[k]
+            options[k, part:] = best[: BUDGET_UNITS + 1 - part] + cost[k]
         best, choice = options.min(0)
         choices.append((choice, parts))
-    at = round(sparsity * UNITS)
+    at = round(sparsity * BUDGET_UNITS)
     reachable = torch.isfinite(best).nonzero()[:, 0]
     if not len(reachable):
         raise PatternError("no allocation reaches the budget")
@@ -184,4 +186,4 @@ def least(costs: Mapping[str, Sequence[float]], sizes: Mapping[str, int], sparsi
     for name, (choice, parts) in zip(reversed(names), reversed(choices)):
         k = int(choice[at])
         wanted[name], at = float(grid[k]), at - int(parts[k])
-    return balanced({n: wanted[n] for n in names}, sizes, sparsity)
+    return shift_to_mean({n: wanted[n] for n in names}, sizes, sparsity)

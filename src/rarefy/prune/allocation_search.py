@@ -19,18 +19,18 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
-from rarefy.model.batches import first_samples, some, tensors_in, tokens_in
+from rarefy.model.batches import count_tokens, first_samples, take_tokens, tensors_in
 from rarefy.model.forward import call, evaluating, on_device
-from rarefy.model.hf import gives_tokens
+from rarefy.model.hf import is_causal_lm
 from rarefy.model.layers import Layer
-from rarefy.model.losses import Loss, default_loss, has_loss, loss_of
-from rarefy.prune.allocation import LEVELS, balanced, least, line
+from rarefy.model.losses import Loss, default_loss, has_loss, resolve_loss
+from rarefy.prune.allocation import LEVELS, cheapest_allocation, line, shift_to_mean
 
 TRIALS = 16
 TOKENS = 2048  # (or samples) of the calibration data, from its end: gradients come from its beginning
 
 
-def search(
+def search_allocation(
     model: nn.Module,
     layers: Sequence[Layer],
     costs: Mapping[str, Sequence[float]],
@@ -58,18 +58,18 @@ def search(
     columns = {kind: i for i, kind in enumerate(dict.fromkeys(kinds.values()))}
     depth = {n: 2 * i / max(len(sizes) - 1, 1) - 1 for i, n in enumerate(sizes)}
     uniform = dict.fromkeys(sizes, sparsity)
-    few = some(reversed(data), TOKENS)
+    few = take_tokens(reversed(data), TOKENS)
     noise = torch.Generator().manual_seed(seed)
 
     def allocation(point: Tensor) -> dict[str, float]:
         """point: log factor of each kind, of depth, and the pull towards uniform."""
         *by_kind, slope, pull = point.tolist()
         factors = {n: math.exp(by_kind[columns[k]] + slope * depth[n]) for n, k in kinds.items()}
-        found = least({n: [e * factors[n] for e in c] for n, c in costs.items()}, sizes, sparsity)
+        found = cheapest_allocation({n: [e * factors[n] for e in c] for n, c in costs.items()}, sizes, sparsity)
         share = min(1.0, max(0.0, pull))
-        return balanced({n: s + share * (sparsity - s) for n, s in found.items()}, sizes, sparsity)
+        return shift_to_mean({n: s + share * (sparsity - s) for n, s in found.items()}, sizes, sparsity)
 
-    with _trying(model, layers, solved, few, loss, blind) as loss_at:
+    with _mixed_weights(model, layers, solved, few, loss, blind) as loss_at:
         tried = [(loss_at(a), a) for a in (uniform, line(layers, sparsity))]
         starts = torch.zeros(2, len(columns) + 2)
         starts[1, -1] = 0.5
@@ -97,7 +97,7 @@ def search(
 
 
 @contextmanager
-def _trying(
+def _mixed_weights(
     model: nn.Module,
     layers: Sequence[Layer],
     solved: Mapping[str, Sequence[Tensor]],
@@ -121,14 +121,14 @@ def _trying(
 
     def far(output: Any, batch: Any, dense: Tensor | None) -> float:
         if dense is None:
-            return float(loss_of(loss)(output, batch))
-        return float((output_of(output).float() - dense).square().sum() / dense.square().sum())
+            return float(resolve_loss(loss)(output, batch))
+        return float((output_tensor(output).float() - dense).square().sum() / dense.square().sum())
 
     try:
         with evaluating(model), torch.no_grad():
             batches = [on_device(model, b) for b in data]
-            outputs = [output_of(call(model, b)).float() if blind else None for b in batches]
-            counts = [tokens_in(b) for b in batches]
+            outputs = [output_tensor(call(model, b)).float() if blind else None for b in batches]
+            counts = [count_tokens(b) for b in batches]
             yield loss_at
     finally:
         for l in layers:
@@ -145,21 +145,21 @@ def lacks_loss(model: nn.Module, batch: Any, loss: Loss | None) -> bool:
         output = call(model, one)
     if has_loss(output, one):
         return False
-    aims = gives_tokens(model) or (isinstance(one, tuple | list) and len(one) == 2)
-    if aims or output_of(output) is None:
+    aims = is_causal_lm(model) or (isinstance(one, tuple | list) and len(one) == 2)
+    if aims or output_tensor(output) is None:
         default_loss(output, one)  # says what is missing
     return True
 
 
-def output_of(output: Any) -> Any:
+def output_tensor(output: Any) -> Any:
     """Return what a model gives: its logits or, where there are none, the first of its tensors of floating point, or
     None."""
     found = [getattr(output, "logits", None), *tensors_in(output)]
     return next((t for t in found if isinstance(t, Tensor) and t.is_floating_point()), None)
 
 
-def probe(output: Any, batch: Any) -> Tensor:
+def output_probe(output: Any, batch: Any) -> Tensor:
     """Return outputs times noise: a loss whose squared gradients are, in the mean, the outputs' sensitivities."""
-    y = output_of(output)
+    y = output_tensor(output)
     noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(y.numel()))
     return (y.float() * noise.to(y.device)).mean()

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from rarefy.calibration import offload
-from rarefy.calibration.sequential import Group
+from rarefy.calibration.sequential import LayerGroup
 from rarefy.prune.allocation import GRADIENTS, LEVELS, TOKENS
 from rarefy.prune.allocation_search import TOKENS as TRIAL_TOKENS
 from rarefy.prune.allocation_search import TRIALS
 from rarefy.prune.solver_config import Solver, in_bf16
 
 OVERHEAD = 1.5  # of a forward pass over its products: attention, norms, copies, lookups
-SLOW = {"factor": 4.0, "columns": 3.0, "eigen": 40.0}  # times slower than a product of as many operations
-PARKED = 4  # activations a token, as wide as the layer's outputs, that a suspended pass holds besides its input
+SLOWDOWN = {"factor": 4.0, "columns": 3.0, "eigen": 40.0}  # times slower than a product of as many operations
+SUSPENDED = 4  # activations a token, as wide as the layer's outputs, that a suspended pass holds besides its input
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Cost:
 
 
 def estimate(
-    groups: Sequence[Group],
+    groups: Sequence[LayerGroup],
     samples: int,
     tokens: int,
     solver: Solver,
@@ -64,18 +64,18 @@ def estimate(
         grams += gram * (3 if solver.asymmetric else 1)
         if allocate in GRADIENTS:  # measured errors
             grams += gram * min(1, TOKENS["errors"] / max(tokens, 1))
-            solving += SLOW["factor"] * G * C**3 * 2 / 3 + len(LEVELS) * (SLOW["columns"] + 4) * G * O * C * C
+            solving += SLOWDOWN["factor"] * G * C**3 * 2 / 3 + len(LEVELS) * (SLOWDOWN["columns"] + 4) * G * O * C * C
         product = 2.0 * G * O * C * C
         solving += 2 * product  # errors
         solving += 2 * product if solver.asymmetric else 0
         if solver.name == "obs":
-            solving += SLOW["columns"] * product / 2 + SLOW["factor"] * G * C**3 * 2 / 3
+            solving += SLOWDOWN["columns"] * product / 2 + SLOWDOWN["factor"] * G * C**3 * 2 / 3
         else:
-            solving += product * (2 * (solver.refits or 0) + 2) + SLOW["factor"] * G * C**3
+            solving += product * (2 * (solver.refits or 0) + 2) + SLOWDOWN["factor"] * G * C**3
         if solver.name == "admm":
-            solving += product * 2 * (solver.steps or 0) + SLOW["eigen"] * G * C**3
+            solving += product * 2 * (solver.steps or 0) + SLOWDOWN["eigen"] * G * C**3
         width = 3 if in_bf16(solver) else 4
-        alive = rows * (G * C + PARKED * min(G * C, max(s[0] * s[2] for s in shapes))) * width
+        alive = rows * (G * C + SUSPENDED * min(G * C, max(s[0] * s[2] for s in shapes))) * width
         parked, held = max(parked, alive * streams), held + alive
         work = max(work, 4 * G * (5 * C * C + 8 * O * C))
     slow = rate or _rate(torch.float32)
@@ -90,7 +90,7 @@ def estimate(
     if allocate in GRADIENTS:  # gradients with all activations; then all weights at each level
         peak = max(peak, 4 * weights + held * share["pass"], weights * (4 + 2 * len(LEVELS)))
     seconds = OVERHEAD * passes / fast + (grams + solving) / slow
-    return Cost(seconds, sum(offload.resident()) + round(peak))
+    return Cost(seconds, sum(offload.resident_bytes()) + round(peak))
 
 
 def _rate(dtype: torch.dtype) -> float:

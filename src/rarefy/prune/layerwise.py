@@ -14,35 +14,42 @@ from torch import Tensor, nn
 
 from rarefy.calibration import offload, resume
 from rarefy.calibration.gram import Gram
-from rarefy.calibration.sequential import End, Stop, blocks, order, walk, with_ends
-from rarefy.calibration.statistics import Stats
+from rarefy.calibration.sequential import (
+    BlockStep,
+    GroupStep,
+    calibrate_sequentially,
+    find_blocks,
+    layer_groups,
+    with_block_steps,
+)
+from rarefy.calibration.statistics import LayerStats
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.common.progress import say, track
 from rarefy.formats.bitpacking import pack_bits, unpack_bits
 from rarefy.model import distributed
 from rarefy.model import sparsity_pattern as patterns
-from rarefy.model.batches import samples_in, tokens_in
+from rarefy.model.batches import count_samples, count_tokens
 from rarefy.model.layers import Layer, unwrap
 from rarefy.model.masks import get_mask, set_mask_
 from rarefy.prune import solvers
-from rarefy.prune.allocation import SLOW
+from rarefy.prune.allocation import NEEDS_DATA
 from rarefy.prune.cost_model import estimate
 from rarefy.prune.reconstruction import reconstruct_
 from rarefy.prune.scores import SCORES
 from rarefy.prune.solver_config import COMMON, LINES, SOLVERS, Ask, Solver, in_bf16, passes
 
-MISFIT = "the state of this run does not fit the model: remove its folder to start anew"
-Spread = Callable[[], tuple[dict[str, float], list[str]]]
+STATE_MISFIT = "the state of this run does not fit the model: remove its folder to start anew"
+Allocate = Callable[[], tuple[dict[str, float], list[str]]]
 
 
-def solve_(
+def prune_with_solver_(
     model: nn.Module,
     chosen: Sequence[Layer],
     ask: Ask,
     solver: Solver,
     data: Iterable[Any],
     *,
-    spread: Spread,
+    spread: Allocate,
     given: Callable[[Ask], Mapping[str, Tensor] | None] = lambda _: None,
     mark: Callable[[], Tensor] | None = None,
     memory: int | None = None,
@@ -59,7 +66,7 @@ def solve_(
     resume_dir folder for the state of the run, from which a killed one with the same arguments goes on
     Returns a row a layer (its relative error, damping, seconds, zeros), `ask` with the sparsity of each layer, and what
     `spread` said. An error in the middle leaves the layers before it pruned.
-    O(one forward pass) + the solver's cost; memory as `rarefy.calibration.sequential.walk`.
+    O(one forward pass) + the solver's cost; memory as `rarefy.calibration.sequential.calibrate_sequentially`.
     """
     first = check_solvable(chosen, data, f"solver {solver.name}")
     lean, model = memory is not None, unwrap(model)
@@ -68,36 +75,36 @@ def solve_(
     masks: dict[str, Tensor] = {}  # in bits: all layers' together are a thirtieth of their weights
     dense = bool(solver.asymmetric or solver.reconstruct)
     with (
-        distributed.together()
+        distributed.replicated_data()
         if solver.reconstruct
         else nullcontext(),  # blocks learn on all batches, everywhere the same
-        closing(resume.open_(resume_dir, resume.key(model, data, **settings) if resume_dir else {})) as known,
+        closing(resume.open_state(resume_dir, resume.run_key(model, data, **settings) if resume_dir else {})) as known,
         passes(solver),
     ):
-        groups = order(model, first, chosen, dense=dense)
-        places = with_ends(groups, blocks(model, chosen, solver.blocks) if solver.reconstruct else [])
+        groups = layer_groups(model, first, chosen, dense=dense)
+        places = with_block_steps(groups, find_blocks(model, chosen, solver.blocks) if solver.reconstruct else [])
         if progress:
-            sizes = sum(map(samples_in, data)), sum(map(tokens_in, data))
+            sizes = sum(map(count_samples, data)), sum(map(count_tokens, data))
             cost = estimate(groups, *sizes, solver, ask.allocate, memory and memory // 4)
             say([f"pruning by {solver.name} takes {cost} if nothing else runs"])
-            if known.known:
-                say([f"goes on after {known.known} of {len(places)} steps that were done before"])
+            if known.num_done:
+                say([f"goes on after {known.num_done} of {len(places)} steps that were done before"])
         if resume_dir and mark is not None:
             known.check_same("loss", mark(), "loss")
-        each, notes = known.once("each", spread) if ask.allocate in SLOW else spread()
+        each, notes = known.compute_once("each", spread) if ask.allocate in NEEDS_DATA else spread()
         if each.keys() != {l.full_name for l in chosen} or not all(0 <= s <= 1 for s in each.values()):
-            raise ContainerError(MISFIT)
+            raise ContainerError(STATE_MISFIT)
         ask = replace(ask, each=each)
         masked = given(ask)
         if masked is not None:
             known.check_same("given", masked, "masks")
-        say([_told(chosen)] if progress else [])
-        stops = walk(
+        say([_progress_line(chosen)] if progress else [])
+        stops = calibrate_sequentially(
             model,
             data,
             places,
             dense=dense,
-            passed=known.known,
+            passed=known.num_done,
             assign=lean,
             most=memory and memory // 4,
             folder=resume_dir,
@@ -105,18 +112,18 @@ def solve_(
         with closing(stops):  # hooks and modes go with it, whoever holds the traceback of an error
             for index, stop in enumerate(track(stops, f"pruning by {solver.name}", progress, len(places))):
                 with torch.autocast("cpu", enabled=False):
-                    if index < known.known:
+                    if index < known.num_done:
                         entry = known.read(index)
-                        _put(stop, entry, lean)
+                        _apply_state(stop, entry, lean)
                     else:
-                        if isinstance(stop, End):
-                            entry = _learn(stop, chosen, masks, solver, lean, progress)
+                        if isinstance(stop, BlockStep):
+                            entry = _reconstruct_block(stop, chosen, masks, solver, lean, progress)
                         else:
-                            entry = _solve_together(stop, ask, solver, masked or {})
-                            say([_told(chosen, r) for r in entry.rows] if progress else [])
+                            entry = _solve_distributed(stop, ask, solver, masked or {})
+                            say([_progress_line(chosen, r) for r in entry.rows] if progress else [])
                         known.write(index, entry)
                         if lean:
-                            _put(stop, known.read(index), lean)
+                            _apply_state(stop, known.read(index), lean)
                 rows += entry.rows
                 masks.update(entry.masks if solver.reconstruct or not lean else {})
     for layer in chosen if not lean else ():
@@ -136,7 +143,7 @@ def check_solvable(chosen: Sequence[Layer], data: Iterable[Any], what: str) -> A
     return first
 
 
-def _told(layers: Sequence[Layer], row: Mapping[str, Any] | None = None) -> str:
+def _progress_line(layers: Sequence[Layer], row: Mapping[str, Any] | None = None) -> str:
     """A line of the table that grows while a walk goes on, or its head."""
     width = max(len(l.full_name) for l in layers)
     if row is None:
@@ -146,9 +153,9 @@ def _told(layers: Sequence[Layer], row: Mapping[str, Any] | None = None) -> str:
     return f"{row['layer']:<{width}}  {numbers}"
 
 
-def _learn(
-    stop: End, chosen: Sequence[Layer], solved: Mapping[str, Tensor], solver: Solver, lean: bool, progress: bool
-) -> resume.Entry:
+def _reconstruct_block(
+    stop: BlockStep, chosen: Sequence[Layer], solved: Mapping[str, Tensor], solver: Solver, lean: bool, progress: bool
+) -> resume.StepState:
     """Reconstruct a block whose layers are solved, with their masks in bits; return all its parameters."""
     assert solver.reconstruct and solver.lr is not None
     module, name = stop.block.module, stop.block.name
@@ -164,27 +171,27 @@ def _learn(
         stop, masks, layers=chosen, epochs=solver.reconstruct, lr=solver.lr, bf16=in_bf16(solver)
     )
     say([f"{name} learnt: held-out error {100 * before:.3f} -> {100 * after:.3f} %"] if progress else [])
-    return resume.Entry({f"{name}/{n}": p.data for n, p in module.named_parameters()}, {})
+    return resume.StepState({f"{name}/{n}": p.data for n, p in module.named_parameters()}, {})
 
 
-def _put(stop: Stop | End, entry: resume.Entry, lean: bool) -> None:
+def _apply_state(stop: GroupStep | BlockStep, entry: resume.StepState, lean: bool) -> None:
     """Take up what was done at a stop."""
     if lean:  # masks are not wanted before they are saved; weights are, and the walk lets them go
-        offload.page_out(offload.in_files(entry.masks.values()))
-    if isinstance(stop, Stop):
+        offload.page_out(offload.file_backed(entry.masks.values()))
+    if isinstance(stop, GroupStep):
         stop.weights.update(entry.weights)
         slots = {l.full_name: l.original for l in stop.group.layers}
     else:
         slots = {f"{stop.block.name}/{n}": p for n, p in stop.block.module.named_parameters()}
         stop.changed = True
     if {n: s.shape for n, s in slots.items()} != {n: t.shape for n, t in entry.weights.items()}:
-        raise ContainerError(MISFIT)
-    if isinstance(stop, End):
+        raise ContainerError(STATE_MISFIT)
+    if isinstance(stop, BlockStep):
         for name, p in slots.items():
             p.data = entry.weights[name] if lean else p.data.copy_(entry.weights[name])
 
 
-def measure(
+def measure_errors(
     model: nn.Module,
     chosen: Sequence[Layer],
     ask: Ask,
@@ -200,17 +207,17 @@ def measure(
     in bf16. One forward pass, O(levels) solutions."""
     costs: dict[str, list[float]] = {l.full_name: [] for l in chosen}
     model = unwrap(model)
-    groups = order(model, next(iter(data)), chosen)
-    with closing(walk(model, data, groups)) as stops:
+    groups = layer_groups(model, next(iter(data)), chosen)
+    with closing(calibrate_sequentially(model, data, groups)) as stops:
         for stop in track(stops, "measuring errors", progress, len(groups)):
-            assert isinstance(stop, Stop)
+            assert isinstance(stop, GroupStep)
             with torch.autocast("cpu", enabled=False):
-                _measure(stop, ask, weights, levels, costs, solved)
+                _measure_group(stop, ask, weights, levels, costs, solved)
     return costs
 
 
-def _measure(
-    stop: Stop,
+def _measure_group(
+    stop: GroupStep,
     ask: Ask,
     weights: Mapping[str, Tensor],
     levels: Sequence[float],
@@ -219,30 +226,30 @@ def _measure(
 ) -> None:
     layers, H = stop.group.layers, stop.gram.H
     assert H is not None
-    W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
-    U = factor(layers, H, COMMON["damping"])[0]
+    W = torch.cat([to_matrix(l, l.weight.detach().float()) for l in layers], 1)
+    U = inverse_factor_of(layers, H, COMMON["damping"])[0]
     for level in levels:
-        choose, parts = choosers(layers, replace(ask, each={l.full_name: level for l in layers}), {})
+        choose, parts = mask_choosers(layers, replace(ask, each={l.full_name: level for l in layers}), {})
         if ask.plan.kind in LINES:
             mask = choose((W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square(), 0, W.shape[-1])
-            choose = given_mask(mask)
+            choose = fixed_mask(mask)
         new, _ = solvers.obs(W, U, choose, parts[0].edges(SOLVERS["obs"]["block"]))
         widths = [c.rows for c in parts]
-        errors = solvers.error(new, W, H).split(widths, 1)
+        errors = solvers.squared_errors(new, W, H).split(widths, 1)
         for layer, error, w in zip(layers, errors, new.split(widths, 1)):
             if solved is not None:
-                kept = stored(layer, w, tuple(layer.original.shape)).bfloat16()
+                kept = to_stored(layer, w, tuple(layer.original.shape)).bfloat16()
                 solved.setdefault(layer.full_name, []).append(kept)
             by_output = error.reshape(len(error), -1, layer.layout.shape[2]).sum(1).flatten()
             costs[layer.full_name].append(float((by_output * weights[layer.full_name].reshape(-1)).sum()))
 
 
-def given_mask(mask: Tensor) -> solvers.Choose:
+def fixed_mask(mask: Tensor) -> solvers.ChooseMask:
     """A choice that was made before."""
     return lambda _, a, b: mask[..., a:b]
 
 
-def factor(layers: Sequence[Layer], H: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor_of(layers: Sequence[Layer], H: Tensor, damping: float) -> tuple[Tensor, float]:
     """Return `solve.inverse_factor`; ModelError naming the layers where there is none."""
     try:
         return solvers.inverse_factor(H, damping)
@@ -252,7 +259,9 @@ def factor(layers: Sequence[Layer], H: Tensor, damping: float) -> tuple[Tensor, 
         ) from None
 
 
-def choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> tuple[solvers.Choose, list[_Chooser]]:
+def mask_choosers(
+    layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]
+) -> tuple[solvers.ChooseMask, list[_Chooser]]:
     """One choice for the stacked rows of several layers, each by itself."""
     parts = [_Chooser(l, ask, given.get(l.full_name)) for l in layers]
     widths = [c.rows for c in parts]
@@ -263,50 +272,52 @@ def choosers(layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]) -> 
     return choose, parts
 
 
-def _solve_together(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> resume.Entry:
+def _solve_distributed(stop: GroupStep, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> resume.StepState:
     """Solve a group's layers, each on one of several processes; all processes get all of them."""
-    layers, many = stop.group.layers, distributed.size()
+    layers, many = stop.group.layers, distributed.world_size()
     if many == 1:
-        return _solve(stop, ask, s, given)
-    done = resume.Entry({}, {})
+        return _solve_group(stop, ask, s, given)
+    done = resume.StepState({}, {})
     own = layers[distributed.rank() :: many]
     if own:
         wanted = None
         if s.asymmetric and stop.gram.H is not None:  # how far targets are shifted is asked of all layers together
-            parts = [matrix(l, l.weight.detach().float()) for l in layers]
+            parts = [to_matrix(l, l.weight.detach().float()) for l in layers]
             shifted = target_of(torch.cat(parts, 1), stop.gram.H, stop.gram, s).split([p.shape[1] for p in parts], 1)
             wanted = torch.cat(shifted[distributed.rank() :: many], 1)
-        done = _solve(Stop(replace(stop.group, layers=own), stop.gram), ask, s, given, wanted)
+        done = _solve_group(GroupStep(replace(stop.group, layers=own), stop.gram), ask, s, given, wanted)
     rows = []
     for index, layer in enumerate(layers):
         name, source, numel = layer.full_name, index % many, layer.original.numel()
         empty = torch.empty_like(layer.original), torch.empty((numel + 7) // 8, dtype=torch.uint8)
-        stop.weights[name] = distributed.sent(done.weights.get(name, empty[0]).detach(), source)
-        done.masks[name] = distributed.sent(done.masks.get(name, empty[1]), source)
-        rows.append(distributed.told(next((r for r in done.rows if r["layer"] == name), None), source))
-    return resume.Entry(dict(stop.weights), {l.full_name: done.masks[l.full_name] for l in layers}, rows)
+        stop.weights[name] = distributed.broadcast_tensor(done.weights.get(name, empty[0]).detach(), source)
+        done.masks[name] = distributed.broadcast_tensor(done.masks.get(name, empty[1]), source)
+        rows.append(distributed.broadcast_json(next((r for r in done.rows if r["layer"] == name), None), source))
+    return resume.StepState(dict(stop.weights), {l.full_name: done.masks[l.full_name] for l in layers}, rows)
 
 
-def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor], wanted: Tensor | None = None) -> resume.Entry:
+def _solve_group(
+    stop: GroupStep, ask: Ask, s: Solver, given: Mapping[str, Tensor], wanted: Tensor | None = None
+) -> resume.StepState:
     began, score = time.perf_counter(), ask.score
     layers = stop.group.layers
-    W = torch.cat([matrix(l, l.weight.detach().float()) for l in layers], 1)
+    W = torch.cat([to_matrix(l, l.weight.detach().float()) for l in layers], 1)
     if not torch.isfinite(W).all():
         raise ModelError(f"{', '.join(l.full_name for l in layers)}: NaN or inf in its weights")
-    choose, chosen = choosers(layers, ask, given)
+    choose, chosen = mask_choosers(layers, ask, given)
     widths = [c.rows for c in chosen]
     H, used = stop.gram.H, s.damping
     assert H is not None and used is not None
     if s.name == "obs":
         assert s.block is not None
-        U, used = factor(layers, H, used)
+        U, used = inverse_factor_of(layers, H, used)
         target = target_of(W, H, stop.gram, s) if wanted is None else wanted
         edges = chosen[0].edges(s.block)
         if score is not None or ask.plan.kind in LINES:  # a line crosses all blocks: its mask comes first
             own = (W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square()
             scores = own if score is None or given else _scores(layers, score, W, stop.gram)
             mask = choose(scores, 0, W.shape[-1])
-            new, mask = solvers.obs(target, U, given_mask(mask), edges)
+            new, mask = solvers.obs(target, U, fixed_mask(mask), edges)
         else:
             new, mask = solvers.obs(target, U, choose, edges)
     else:
@@ -320,14 +331,14 @@ def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor], wanted:
             scores = W if given else _scores(layers, score or "wanda", W, stop.gram)  # given masks need none
             mask = choose(scores, 0, W.shape[-1])
             new = solvers.refit(target, target, Hd, mask, s.refits)
-    error = solvers.error(new, W, H).sum(0).split(widths)
-    energy = solvers.error(torch.zeros_like(W), W, H).sum(0).split(widths)
+    error = solvers.squared_errors(new, W, H).sum(0).split(widths)
+    energy = solvers.squared_errors(torch.zeros_like(W), W, H).sum(0).split(widths)
     seconds = (time.perf_counter() - began) / len(layers)
     masks, rows = {}, []
     for layer, w, m, e, all_ in zip(layers, new.split(widths, 1), mask.split(widths, 1), error, energy):
         shape = tuple(layer.original.shape)
-        stop.weights[layer.full_name] = stored(layer, w, shape).to(layer.original.dtype)
-        masks[layer.full_name] = pack_bits(stored(layer, m, shape))
+        stop.weights[layer.full_name] = to_stored(layer, w, shape).to(layer.original.dtype)
+        masks[layer.full_name] = pack_bits(to_stored(layer, m, shape))
         rows.append(
             {
                 "layer": layer.full_name,
@@ -339,7 +350,7 @@ def _solve(stop: Stop, ask: Ask, s: Solver, given: Mapping[str, Tensor], wanted:
         )
         if layer.layout.kind == "experts":  # their masks went by magnitude, their weights stay
             rows[-1]["idle"] = (stop.gram.diagonal.sum(-1) == 0).nonzero()[:, 0].tolist()
-    return resume.Entry(dict(stop.weights), masks, rows)
+    return resume.StepState(dict(stop.weights), masks, rows)
 
 
 def target_of(W: Tensor, H: Tensor, gram: Gram, s: Solver) -> Tensor:
@@ -347,13 +358,13 @@ def target_of(W: Tensor, H: Tensor, gram: Gram, s: Solver) -> Tensor:
     if not s.asymmetric or gram.cross is None:
         return W
     L = torch.linalg.cholesky(solvers.damped(H, max(s.damping or 0, 0.01)))
-    amount, held = s.asymmetric, gram.held
+    amount, held = s.asymmetric, gram.held_out
     if held is not None and gram.tokens > held.tokens:  # what is right for tokens that the shift was not made of
         assert held.H is not None and held.cross is not None
-        seen = solvers.shift(W, gram.cross - held.cross * (held.tokens / gram.tokens), L)
-        best = float(solvers.best_shift(W, seen, held.H, held.cross)) * (1 - held.tokens / gram.tokens)
+        seen = solvers.target_shift(W, gram.cross - held.cross * (held.tokens / gram.tokens), L)
+        best = float(solvers.best_shift_amount(W, seen, held.H, held.cross)) * (1 - held.tokens / gram.tokens)
         amount *= min(1.0, max(0.0, best))
-    return W + amount * solvers.shift(W, gram.cross, L)
+    return W + amount * solvers.target_shift(W, gram.cross, L)
 
 
 def _scores(layers: Sequence[Layer], score: str, W: Tensor, gram: Gram) -> Tensor:
@@ -362,8 +373,8 @@ def _scores(layers: Sequence[Layer], score: str, W: Tensor, gram: Gram) -> Tenso
     for layer, w in zip(layers, W.split(widths, 1)):
         G, K, _, I = layer.layout.shape
         square = gram.diagonal.reshape(G, K if gram.diagonal.shape[1] == K * I else 1, 1, I)
-        found = SCORES[score].of(four(layer, w), Stats(in_square=square, tokens=1))
-        parts.append(flat(found, layer.layout.kind == "conv-transposed"))
+        found = SCORES[score].of(to_gkoi(layer, w), LayerStats(in_square=square, tokens=1))
+        parts.append(flatten_gkoi(found, layer.layout.kind == "conv-transposed"))
     return torch.cat(parts, 1)
 
 
@@ -377,8 +388,8 @@ class _Chooser:
             self.O, self.K = self.O * self.K, 1
         self.rows, self.pruned = self.O, 0
         before = get_mask(layer)
-        self.before = None if before is None else matrix(layer, before)
-        self.given = None if given is None else matrix(layer, given)
+        self.before = None if before is None else to_matrix(layer, before)
+        self.given = None if given is None else to_matrix(layer, given)
 
     def __call__(self, score: Tensor, a: int, b: int) -> Tensor:
         if self.given is not None:
@@ -396,9 +407,9 @@ class _Chooser:
             entries = self.G * self.O
             share = (round(share * entries * b) - self.pruned) / (entries * (b - a))
             share = min(1.0, max(0.0, share))
-        mask = torch.cat([patterns.masks_at([p], self.plan, share, self.scope)[0] for p in parts])
+        mask = torch.cat([patterns.masks_at_sparsity([p], self.plan, share, self.scope)[0] for p in parts])
         if self.layer.layout.kind == "conv-transposed":
-            mask = flat(mask, True)
+            mask = flatten_gkoi(mask, True)
         else:
             mask = mask.transpose(1, 2).reshape(score.shape)
         if self.before is not None:  # a row may hold more zeros than its share
@@ -419,17 +430,17 @@ class _Chooser:
         return [*(k * self.I + i for k in range(self.K) for i in range(0, self.I, step)), C]
 
 
-def matrix(layer: Layer, weight: Tensor) -> Tensor:
+def to_matrix(layer: Layer, weight: Tensor) -> Tensor:
     """Return a weight (as stored) as [G, O, C]; a transposed convolution has its kernel positions among the rows."""
-    return flat(layer.layout.view(weight), layer.layout.kind == "conv-transposed")
+    return flatten_gkoi(layer.layout.view(weight), layer.layout.kind == "conv-transposed")
 
 
-def flat(view: Tensor, positions_are_rows: bool = False) -> Tensor:
+def flatten_gkoi(view: Tensor, positions_are_rows: bool = False) -> Tensor:
     """[G, K, O, I] -> [G, O, K I], or [G, K O, I]."""
     return view.flatten(1, 2) if positions_are_rows else view.transpose(1, 2).flatten(2)
 
 
-def four(layer: Layer, W: Tensor) -> Tensor:
+def to_gkoi(layer: Layer, W: Tensor) -> Tensor:
     """[G, O, C] -> [G, K, O, I]."""
     G, K, O, I = layer.layout.shape
     if layer.layout.kind == "conv-transposed":
@@ -437,6 +448,6 @@ def four(layer: Layer, W: Tensor) -> Tensor:
     return W.reshape(G, O, K, I).transpose(1, 2)
 
 
-def stored(layer: Layer, W: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[G, O, C] -> as stored: the inverse of `matrix`."""
-    return layer.layout.unview(four(layer, W), shape)
+def to_stored(layer: Layer, W: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[G, O, C] -> as stored: the inverse of `to_matrix`."""
+    return layer.layout.unview(to_gkoi(layer, W), shape)

@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rarefy.calibration.statistics import Stats, collect
+from rarefy.calibration.statistics import LayerStats, collect_stats
 from rarefy.common.atomic_io import bytes_of, path_of
 from rarefy.common.errors import DataError, ModelError, PatternError, unknown
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
 from rarefy.model import sparsity_pattern as patterns
-from rarefy.model.batches import first_samples, some
+from rarefy.model.batches import first_samples, take_tokens
+from rarefy.model.distributed import full_tensor
 from rarefy.model.forward import call, check_batches, evaluating, on_device
-from rarefy.model.layers import Layer, Selector, all_layers, select
-from rarefy.model.losses import Loss, loss_of
-from rarefy.model.masks import check_maskable, effective, get_mask, set_mask_
-from rarefy.model.quant_grid import live_grid
-from rarefy.model.shards import whole
+from rarefy.model.layers import Layer, Selector, all_layers, select_layers
+from rarefy.model.losses import Loss, resolve_loss
+from rarefy.model.masks import check_maskable, effective_weight, get_mask, set_mask_
+from rarefy.model.quant_grid import attached_grid
 from rarefy.prune import allocation as allocate_
-from rarefy.prune.allocation_search import lacks_loss, probe, search
-from rarefy.prune.layerwise import Spread, check_solvable, measure, solve_
+from rarefy.prune.allocation_search import lacks_loss, output_probe, search_allocation
+from rarefy.prune.layerwise import Allocate, check_solvable, measure_errors, prune_with_solver_
 from rarefy.prune.scores import SCORES
 from rarefy.prune.solver_config import Ask, Solver, resolve
 
@@ -95,7 +95,7 @@ def prune_(
     check_weights(chosen)
     for layer in chosen:
         check_maskable(layer)
-        if how is not None and live_grid(layer.module, layer.param) is not None:
+        if how is not None and attached_grid(layer.module, layer.param) is not None:
             raise ModelError(
                 f"{layer.full_name} lies on a grid, which the weights that solver {how.name} moves would leave: prune "
                 "first, then quantize; or leave solver out"
@@ -138,7 +138,7 @@ def asked(
     seed: int = 0,
 ) -> tuple[Solver | None, Ask]:
     """Return what `prune_` is asked for with its defaults filled in; PatternError for what it does not know."""
-    plan = patterns.parse(pattern)
+    plan = patterns.parse_pattern(pattern)
     how = None if solver is None else resolve(solver)
     ranks = score or ("magnitude" if how is None else "wanda" if how.name == "refit" else None)
     if ranks is not None and (not isinstance(ranks, str) or ranks not in SCORES):
@@ -152,7 +152,7 @@ def asked(
 
 def chosen_layers(model: nn.Module, layers: Selector, ignore: Selector, plan: patterns.Pattern) -> list[Layer]:
     """Return the selected layers; PatternError where the pattern has nothing to prune in one."""
-    chosen = select(model, layers, ignore)
+    chosen = select_layers(model, layers, ignore)
     refuse_impossible(chosen, plan)
     return chosen
 
@@ -165,7 +165,7 @@ def _solve(
     data: Iterable[Any] | None,
     loss: Loss | None,
     seed: int,
-    spread: Spread,
+    spread: Allocate,
     **options: Any,
 ) -> tuple[list[dict[str, Any]], Ask, list[str]]:
     """Masks and weights by a solver; a score that reads more than inputs, or ranks all layers together, goes first."""
@@ -181,10 +181,12 @@ def _solve(
     def mark() -> Tensor:
         one = on_device(model, first_samples(next(iter(data))))
         with evaluating(model), torch.no_grad():
-            return torch.as_tensor(loss_of(loss)(call(model, one), one))
+            return torch.as_tensor(resolve_loss(loss)(call(model, one), one))
 
     read = ask.allocate in allocate_.GRADIENTS and loss is not None
-    return solve_(model, chosen, ask, how, data, spread=spread, given=given, mark=mark if read else None, **options)
+    return prune_with_solver_(
+        model, chosen, ask, how, data, spread=spread, given=given, mark=mark if read else None, **options
+    )
 
 
 def check_ask(how: Solver | None, ask: Ask, memory: int | None, resume_dir: Path | None) -> None:
@@ -230,22 +232,22 @@ def _spread(
     if data is None:
         raise DataError(f"allocation {how!r} reads activations: give data=batches")
     if how == "owl":
-        return allocate_.owl(chosen, ask.sparsity, collect(model, data, chosen, frozenset({"input"}))), []
+        return allocate_.owl(chosen, ask.sparsity, collect_stats(model, data, chosen, frozenset({"input"}))), []
     check_solvable(chosen, data, f"allocation {how!r}")
     data = list(data)
     tokens = allocate_.TOKENS
-    few = track(some(data, tokens["gradients"], tokens["pass"]), "output gradients", progress)
+    few = track(take_tokens(data, tokens["gradients"], tokens["pass"]), "output gradients", progress)
     blind = lacks_loss(model, data[0], loss)
-    found = allocate_.sensitivities(model, few, chosen, probe if blind else loss)
+    found = allocate_.sensitivities(model, few, chosen, output_probe if blind else loss)
     notes = ["no loss: sparsity was allocated by the model's own outputs"] if blind else []
-    weights = allocate_.complete(found, chosen)
+    weights = allocate_.fill_missing(found, chosen)
     solved: dict[str, list[Tensor]] | None = {} if how == "search" else None
-    part = some(data, tokens["errors"])
-    costs = measure(model, chosen, ask, part, weights, allocate_.LEVELS, solved=solved, progress=progress)
+    part = take_tokens(data, tokens["errors"])
+    costs = measure_errors(model, chosen, ask, part, weights, allocate_.LEVELS, solved=solved, progress=progress)
     if solved is not None:
         told = {"blind": blind, "seed": ask.seed, "progress": progress}
-        return search(model, chosen, costs, solved, ask.sparsity, data, loss, **told), notes
-    return allocate_.least(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity), notes
+        return search_allocation(model, chosen, costs, solved, ask.sparsity, data, loss, **told), notes
+    return allocate_.cheapest_allocation(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity), notes
 
 
 def _masks(
@@ -269,15 +271,15 @@ def default_scope(plan: patterns.Pattern, score: str | None) -> str | None:
 
 def calibrate(
     model: nn.Module, chosen: Sequence[Layer], score: str, data: Iterable[Any] | None, loss: Loss | None, seed: int
-) -> dict[str, Stats]:
+) -> dict[str, LayerStats]:
     """Return the statistics that `score` reads; a pass over `data` only if needed."""
     needs = SCORES[score].needs
     if not needs:
-        stats = {l.full_name: Stats() for l in chosen}
+        stats = {l.full_name: LayerStats() for l in chosen}
     elif data is None:
         raise DataError(f"score {score!r} reads {' and '.join(sorted(needs))} statistics: give data=batches")
     else:
-        stats = collect(model, data, chosen, needs, loss=loss)
+        stats = collect_stats(model, data, chosen, needs, loss=loss)
     for layer in chosen:  # by name, so that a layer's noise does not depend on its neighbours
         noise = torch.Generator().manual_seed((seed * 1_000_003) % (1 << 62) + zlib.crc32(layer.full_name.encode()))
         stats[layer.full_name].generator = noise
@@ -289,13 +291,13 @@ def check_weights(chosen: Sequence[Layer]) -> None:
     for layer in chosen:
         if layer.original.is_meta:
             raise ModelError(f"{layer.full_name} is on the meta device: it has no values yet; load its weights first")
-        if not torch.isfinite(effective(layer)).all():
+        if not torch.isfinite(effective_weight(layer)).all():
             raise ModelError(f"{layer.full_name}: NaN or inf in its weights")
 
 
 def choose_masks(
     chosen: Sequence[Layer],
-    stats: dict[str, Stats],
+    stats: dict[str, LayerStats],
     plan: patterns.Pattern,
     score: str,
     sparsity: float,
@@ -310,15 +312,15 @@ def choose_masks(
     scores = []
     with torch.no_grad():
         for layer in chosen:
-            weight = whole(layer.original.detach()) if regrow else effective(layer)
+            weight = full_tensor(layer.original.detach()) if regrow else effective_weight(layer)
             s = SCORES[score].of(layer.layout.view(weight.float()), stats[layer.full_name])
             mask = None if regrow else get_mask(layer)
             if mask is not None:
                 s = torch.where(layer.layout.view(mask), s, float("-inf"))
             scores.append(s)
         if reduce is not None:  # for its checks
-            patterns.select_many(scores[:0], plan, None if plan.kind == "nm" else sparsity, reduce=reduce)
-        kept = patterns.masks_at(scores, plan, sparsity, scope, reduce or "mean")
+            patterns.make_masks(scores[:0], plan, None if plan.kind == "nm" else sparsity, reduce=reduce)
+        kept = patterns.masks_at_sparsity(scores, plan, sparsity, scope, reduce or "mean")
     masks = [l.layout.unview(k, tuple(l.original.shape)) for l, k in zip(chosen, kept)]
     return masks if regrow else [_keep_zeros(l, m, plan) for l, m in zip(chosen, masks)]
 

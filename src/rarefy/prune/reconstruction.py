@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.calibration.sequential import End, first_tensor
+from rarefy.calibration.sequential import BlockStep, first_tensor
 from rarefy.model.layers import Layer
 
 
 def reconstruct_(
-    end: End,
+    end: BlockStep,
     masks: Mapping[str, Tensor],
     *,
     layers: Sequence[Layer] | None = None,

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rarefy.calibration.statistics import Stats
+from rarefy.calibration.statistics import LayerStats
 
 
-def magnitude(W: Tensor, stats: Stats) -> Tensor:
+def magnitude(W: Tensor, stats: LayerStats) -> Tensor:
     """|w| (LeCun 1989 to Han 2015); its mean over a unit is the L1 norm."""
     return W.abs()
 
 
-def l2(W: Tensor, stats: Stats) -> Tensor:
+def l2(W: Tensor, stats: LayerStats) -> Tensor:
     """w^2: the order of magnitude for single weights, the squared L2 norm for blocks, rows and columns."""
     return W.square()
 
 
-def lamp(W: Tensor, stats: Stats) -> Tensor:
+def lamp(W: Tensor, stats: LayerStats) -> Tensor:
     """w^2 over the sum of the squares of all weights of the layer that are no smaller (Lee 2021, eq. 3): what removing
     the weight does to a layer that has lost the smaller ones already. Layers of any scale compare. O(n log n)."""
     order = W.abs().flatten().argsort(stable=True)
@@ -36,37 +36,37 @@ def lamp(W: Tensor, stats: Stats) -> Tensor:
     return torch.empty_like(squares).scatter_(0, order, squares / left.clamp(min=1e-300)).float().view(W.shape)
 
 
-def random(W: Tensor, stats: Stats) -> Tensor:
+def random(W: Tensor, stats: LayerStats) -> Tensor:
     """Uniform noise from the layer's seeded generator: the floor every score must beat."""
     return torch.rand(W.shape, generator=stats.generator).to(W.device)
 
 
-def gradient(W: Tensor, stats: Stats) -> Tensor:
+def gradient(W: Tensor, stats: LayerStats) -> Tensor:
     """E|g|: weights whose change would move the loss most are kept."""
     return stats.gradient
 
 
-def taylor(W: Tensor, stats: Stats) -> Tensor:
+def taylor(W: Tensor, stats: LayerStats) -> Tensor:
     """|w| E|g|, the first order change of the loss when w goes to 0 (Molchanov 2017, eq. 8 on weights)."""
     return W.abs() * stats.gradient
 
 
-def fisher(W: Tensor, stats: Stats) -> Tensor:
+def fisher(W: Tensor, stats: LayerStats) -> Tensor:
     """w^2 E[g^2] (Theis 2018, eq. 7; Optimal Brain Damage with the empirical Fisher diagonal)."""
     return W.square() * stats.fisher
 
 
-def activation(W: Tensor, stats: Stats) -> Tensor:
+def activation(W: Tensor, stats: LayerStats) -> Tensor:
     """||x_j|| ||y_i||, the activity at both ends of w_ij: rows rank by output (Hu 2016), columns by input."""
     return (stats.in_norm * stats.out_norm).expand(W.shape)
 
 
-def wanda(W: Tensor, stats: Stats) -> Tensor:
+def wanda(W: Tensor, stats: LayerStats) -> Tensor:
     """|w_ij| ||x_j|| (Sun 2024, eq. 1)."""
     return W.abs() * stats.in_norm
 
 
-def ria(W: Tensor, stats: Stats) -> Tensor:
+def ria(W: Tensor, stats: LayerStats) -> Tensor:
     """(|w_ij| / sum of its row + |w_ij| / sum of its column) ||x_j||^0.5 (Zhang 2024, eq. 5)."""
     A = W.abs()
     rows, columns = A.sum((1, 3), keepdim=True), A.sum(2, keepdim=True)
@@ -77,7 +77,7 @@ def ria(W: Tensor, stats: Stats) -> Tensor:
 class Score:
     """A function, the statistics it reads, and the scope its paper compares in."""
 
-    of: Callable[[Tensor, Stats], Tensor]
+    of: Callable[[Tensor, LayerStats], Tensor]
     needs: frozenset[str] = frozenset()
     scope: str = "layer"
 

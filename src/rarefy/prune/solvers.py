@@ -1,7 +1,7 @@
 """Solvers: move the kept weights of one layer so that its outputs on the calibration set stay. A page of a paper each.
 
     W        [G, O, C]   weights of G groups, O outputs, C inputs (a convolution's columns are kernel position x input)
-    target   [G, O, C]   the weights whose outputs are wanted: the dense ones, or those + `shift`
+    target   [G, O, C]   the weights whose outputs are wanted: the dense ones, or those + `target_shift`
     H        [G, C, C]   Gram matrix X X^T of the inputs, here always with its damping already added (see `damped`)
     mask     [G, O, C]   True = kept
 
@@ -17,10 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Choose = Callable[[Tensor, int, int], Tensor]  # score [G, O, b - a] of columns a to b -> mask of the same shape
+ChooseMask = Callable[[Tensor, int, int], Tensor]  # score [G, O, b - a] of columns a to b -> mask of the same shape
 
 
-class Snap(Protocol):
+class ColumnQuantizer(Protocol):
     """A grid that weights are put on column by column, groups of columns sharing their scales."""
 
     group: int  # columns whose scales are found when the first of them is reached; 0: all are known beforehand
@@ -34,14 +34,14 @@ class Snap(Protocol):
         ...
 
 
-LADDER = (10.0, 100.0, 1000.0)
-LEAST = 1e-4  # the damping that is climbed from
+DAMPING_FACTORS = (10.0, 100.0, 1000.0)
+MIN_DAMPING = 1e-4  # the damping that is climbed from
 
 
-def error(W: Tensor, target: Tensor, H: Tensor) -> Tensor:
+def squared_errors(W: Tensor, target: Tensor, H: Tensor) -> Tensor:
     """Return the squared error [G, O] of each output row over the calibration set. O(G O C^2).
 
-    >>> error(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), torch.eye(2)[None])
+    >>> squared_errors(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), torch.eye(2)[None])
     tensor([[2.]])
     """
     D = W - target
@@ -63,13 +63,14 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     """Return U, upper triangular with U^T U = (H + damping x mean(diag H) I)^-1, and the damping that was needed.
 
     One Cholesky and one triangular inverse: with J the exchange matrix, J H J = L L^T makes R = J L J upper with
-    H = R R^T, so U = R^-1. Where Cholesky fails the damping climbs `LADDER`; ArithmeticError if all fail. O(G C^3).
+    H = R R^T, so U = R^-1. Where Cholesky fails the damping grows by `DAMPING_FACTORS`; ArithmeticError
+    if all fail. O(G C^3).
 
     >>> U, used = inverse_factor(torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]), 0.0)
     >>> U[0].diagonal(), used
     (tensor([0.5000, 1.0000]), 0.0)
     """
-    steps = [damping, *(max(damping, LEAST) * s for s in LADDER)]
+    steps = [damping, *(max(damping, MIN_DAMPING) * s for s in DAMPING_FACTORS)]
     for used in steps:
         L, info = torch.linalg.cholesky_ex(damped(H, used).flip(-2, -1))
         if not info.any() and torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all():
@@ -81,7 +82,7 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def obs(
-    target: Tensor, U: Tensor, choose: Choose, edges: Sequence[int], snap: Snap | None = None
+    target: Tensor, U: Tensor, choose: ChooseMask, edges: Sequence[int], snap: ColumnQuantizer | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return (weights, mask) of SparseGPT (Frantar and Alistarh 2023, algorithm 1): columns left to right, the mask
     of each block of columns chosen by w^2 / U_jj^2 when its turn comes, the error of each pruned weight spread over
@@ -152,7 +153,7 @@ def refit(W: Tensor, target: Tensor, H: Tensor, mask: Tensor, steps: int = 6) ->
         alpha = torch.where(curve > 0, rz / curve, 0.0)
         X.addcmul_(alpha, P)
         R = torch.where(mask, R.addcmul_(alpha, Q, value=-1), 0.0)
-    worse = ~(error(X, target, H) <= before)  # rounding, or NaN
+    worse = ~(squared_errors(X, target, H) <= before)  # rounding, or NaN
     return torch.where(worse[..., None], start, X)
 
 
@@ -167,7 +168,7 @@ def _inverse(H: Tensor) -> Tensor:
 def admm(
     target: Tensor,
     H: Tensor,
-    choose: Choose,
+    choose: ChooseMask,
     *,
     steps: int = 10,
     rho: float = 0.3,
@@ -210,7 +211,7 @@ def admm(
     return refit(D / scale, target, H, mask, refits), mask
 
 
-def shift(W: Tensor, cross: Tensor, L: Tensor) -> Tensor:
+def target_shift(W: Tensor, cross: Tensor, L: Tensor) -> Tensor:
     """Return W (X - X') X'^T H^-1. The symmetric problem for the target W + shift on the compressed inputs X' is the
     asymmetric one, || W' X' - W X ||^2 (Li 2025, GPTAQ, for each column; here for any solver).
 
@@ -220,8 +221,8 @@ def shift(W: Tensor, cross: Tensor, L: Tensor) -> Tensor:
     return torch.cholesky_solve((W @ cross).transpose(-2, -1), L).transpose(-2, -1)
 
 
-def best_shift(W: Tensor, shift: Tensor, H: Tensor, cross: Tensor) -> Tensor:
-    """Return the amount of `shift` [G, O, C] that brings W X' closest to W X on other tokens, whose matrices H and
-    cross are: the minimum of || (W + a shift) X' - W X ||^2 over a, in closed form."""
+def best_shift_amount(W: Tensor, shift: Tensor, H: Tensor, cross: Tensor) -> Tensor:
+    """Return the multiple of `shift` [G, O, C] that brings W X' closest to W X on other tokens, which H and cross were
+    summed over: the minimum of || (W + a shift) X' - W X ||^2 over a, in closed form."""
     gain = (W @ cross * shift).sum()
     return gain / (shift @ H * shift).sum().clamp(min=torch.finfo(W.dtype).tiny)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
-from rarefy.model.activation_quant import Inputs, takes_inputs
+from rarefy.model.activation_quant import ActivationQuant, has_quantizable_input
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
 from rarefy.runtime.accelerate import WEIGHT_READERS
@@ -30,7 +30,7 @@ def input_grids(
     observer: str,
     data: Iterable[Any] | None,
     progress: bool = False,
-) -> tuple[dict[str, Inputs], list[str]]:
+) -> tuple[dict[str, ActivationQuant], list[str]]:
     """Return {layer: grid of its inputs}, and the names of layers whose inputs cannot be quantized.
 
     Static grids take one pass over `data`. Raises ModelError for inputs that are not finite, DataError for empty data.
@@ -43,7 +43,7 @@ def input_grids(
             supported.append(layer)
     skipped = [l.full_name for l in layers if l not in supported]
     if kind == "int8":
-        return {l.full_name: Inputs() for l in supported}, skipped
+        return {l.full_name: ActivationQuant() for l in supported}, skipped
     assert data is not None
     samples = _sample_inputs(model, supported, data, progress)
     missed = [n for n, values in samples.items() if not values]
@@ -54,10 +54,10 @@ def input_grids(
 
 def matmul_modules(layer: Layer) -> list[nn.Module]:
     """Return the owners of a weight that multiply their inputs by it (an embedding looks up rows)."""
-    return [m for _, m, _ in layer.owners if takes_inputs(m)]
+    return [m for _, m, _ in layer.owners if has_quantizable_input(m)]
 
 
-def static_grid(x: Tensor, observer: str) -> Inputs:
+def static_grid(x: Tensor, observer: str) -> ActivationQuant:
     """Return the 8-bit grid for values like x; zero is one of its points.
 
     >>> static_grid(torch.tensor([0.0, 2.55]), "minmax")
@@ -73,11 +73,11 @@ def static_grid(x: Tensor, observer: str) -> Inputs:
     return min(candidates, key=lambda g: float((g(x) - x).square().sum()))
 
 
-def _grid_of_range(low: float, high: float) -> Inputs:
+def _grid_of_range(low: float, high: float) -> ActivationQuant:
     """Return the 8-bit grid from `low` to `high`."""
     scale = (high - low) / 255
     scale = scale if scale > 1e-30 else 1.0
-    return Inputs(8, scale, min(255, max(0, round(-low / scale))))
+    return ActivationQuant(8, scale, min(255, max(0, round(-low / scale))))
 
 
 def _sample_inputs(

@@ -19,13 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rarefy.calibration.sequential import Block, End, blocks, order, walk, with_ends
+from rarefy.calibration.sequential import (
+    Block,
+    BlockStep,
+    calibrate_sequentially,
+    find_blocks,
+    layer_groups,
+    with_block_steps,
+)
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.model import distributed
 from rarefy.model.layers import Layer
 from rarefy.model.masks import get_mask
-from rarefy.model.quant_grid import Grid, beside, split
+from rarefy.model.quant_grid import Grid, broadcast_scales, split_blocks
 from rarefy.prune.layerwise import check_solvable
 from rarefy.prune.reconstruction import block_error, block_loss
 from rarefy.prune.solver_config import in_bf16, passes
@@ -54,11 +61,13 @@ def learn_rounding_(
     first = check_solvable(chosen, data, "solver round")
     rows: dict[str, dict[str, Any]] = {}
     quantized: dict[str, QuantizedWeight] = {}
-    with distributed.together(), passes(solver):
-        groups = with_ends(order(model, first, chosen, dense=True), _blocks_of(model, chosen, solver.blocks))
-        with closing(walk(model, data, groups, dense=True)) as stops:
+    with distributed.replicated_data(), passes(solver):
+        groups = with_block_steps(
+            layer_groups(model, first, chosen, dense=True), _blocks_of(model, chosen, solver.blocks)
+        )
+        with closing(calibrate_sequentially(model, data, groups, dense=True)) as stops:
             for stop in track(stops, "learning to round", progress, len(groups)):
-                if isinstance(stop, End):
+                if isinstance(stop, BlockStep):
                     with torch.autocast("cpu", enabled=False):
                         _learn(stop, ask, shapes, rows, quantized)
     for layer in chosen:
@@ -72,7 +81,7 @@ def learn_rounding_(
 def _blocks_of(model: nn.Module, chosen: Sequence[Layer], names: str | None) -> list[Block]:
     """Return the blocks to train. Raises ModelError for a model without blocks."""
     try:
-        return blocks(model, chosen, names)
+        return find_blocks(model, chosen, names)
     except ModelError as error:
         message = str(error).replace("to reconstruct: leave reconstruct out", "that could learn: take solver='obs'")
         raise ModelError(message) from None
@@ -91,11 +100,11 @@ class LearnedRounding:
     def weight(self) -> Tensor:
         """Return the rounded weight, with gradients for V and a."""
         low, high = self.grid.range
-        scale = beside(self.grid.scale.float() * self.a)
-        zero = 0 if self.grid.zero is None else beside(self.grid.zero.float())
-        x = split(self.W, self.grid.scale.shape) / scale + split(self.V, self.grid.scale.shape)
+        scale = broadcast_scales(self.grid.scale.float() * self.a)
+        zero = 0 if self.grid.zero is None else broadcast_scales(self.grid.zero.float())
+        x = split_blocks(self.W, self.grid.scale.shape) / scale + split_blocks(self.V, self.grid.scale.shape)
         code = (x + (x.round() - x).detach() + zero).clamp(low, high) - zero
-        code = torch.where(split(self.W, self.grid.scale.shape) == 0, 0.0, code)  # zeros stay zero
+        code = torch.where(split_blocks(self.W, self.grid.scale.shape) == 0, 0.0, code)  # zeros stay zero
         return (code * scale).reshape(self.W.shape).to(self.layer.original.dtype)
 
     @torch.no_grad()
@@ -118,7 +127,7 @@ class LearnedRounding:
 
 
 def _learn(
-    end: End,
+    end: BlockStep,
     ask: Ask,
     shapes: Mapping[str, tuple[int, ...]],
     rows: dict[str, dict[str, Any]],

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibration.statistics import collect
+from rarefy.calibration.statistics import collect_stats
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.formats.quantized_encodings import sizes
 from rarefy.model.forward import check_batches
-from rarefy.model.layers import Layer, Selector, select
+from rarefy.model.layers import Layer, Selector, select_layers
 from rarefy.model.masks import check_maskable
-from rarefy.model.quant_grid import BITS, Codebook, get_grid, live_grid, rows_of, scale_shape
+from rarefy.model.quant_grid import BITS, Codebook, attached_grid, block_rows, get_grid, scale_shape
 from rarefy.prune.prune import check_weights
 from rarefy.quantization.quantize import put_, relative_error
 
@@ -58,7 +58,7 @@ def share_(
     asked(bits, group)
     if data is not None:
         check_batches(data)
-    chosen = select(model, layers, ignore)
+    chosen = select_layers(model, layers, ignore)
     check_layers(chosen)
     weigh = {} if data is None else _importance(model, chosen, data)
     made = []
@@ -106,14 +106,14 @@ def check_layers(chosen: Sequence[Layer]) -> None:
     check_weights(chosen)
     for layer in chosen:
         check_maskable(layer)
-        if live_grid(layer.module, layer.param) is not None or get_grid(layer) is not None:
+        if attached_grid(layer.module, layer.param) is not None or get_grid(layer) is not None:
             raise ModelError(f"{layer.full_name} is quantized already: its values are few; ignore it")
 
 
 def codebook(weight: Tensor, blocks: tuple[int, ...], bits: int, weigh: Tensor | None = None) -> Codebook:
     """Return the best table for a weight, or one for each of its blocks; `weigh` is each squared error's weight."""
-    X = rows_of(weight.float(), blocks)
-    W = torch.ones_like(X) if weigh is None else rows_of(weigh.expand_as(weight).float(), blocks)
+    X = block_rows(weight.float(), blocks)
+    W = torch.ones_like(X) if weigh is None else block_rows(weigh.expand_as(weight).float(), blocks)
     tables = [_table(x, w, bits) for x, w in zip(X, W)]
     return Codebook(bits, torch.stack(tables).reshape(*blocks, 1 << bits))
 
@@ -209,7 +209,7 @@ def _importance(model: nn.Module, chosen: Sequence[Layer], data: Iterable[Any]) 
     idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
     if idle:
         raise DataError(f"an embedding has no inputs to weigh by: ignore {', '.join(idle)}, or leave data out")
-    stats = collect(model, data, chosen, frozenset({"input"}))
+    stats = collect_stats(model, data, chosen, frozenset({"input"}))
     out = {}
     for layer in chosen:
         square: Any = stats[layer.full_name].in_square

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from rarefy.common.errors import PatternError, unknown
-from rarefy.model.quant_grid import BITS, Values
-from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse
+from rarefy.model.quant_grid import BITS, WeightGrid
+from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse_pattern
 from rarefy.prune.solver_config import Solver, resolve
 from rarefy.quantization.activation_observers import KINDS, OBSERVERS
 from rarefy.quantization.scale_fitting import FITS
@@ -24,7 +24,7 @@ ROUND = {"steps": 200, "bf16": False}  # defaults of the solver round, whose lr 
 FLOATS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16", "fp32": "fp32"}
 
 
-QuantizedWeight = tuple[Values, Tensor, Tensor | None]  # grid, weights as stored, mask where it is new
+QuantizedWeight = tuple[WeightGrid, Tensor, Tensor | None]  # grid, weights as stored, mask where it is new
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def asked(
             raise PatternError(
                 f"pattern {pattern!r}: zeros are chosen along the way by solver='obs' alone; prune_ first"
             )
-        plan = parse(pattern)
+        plan = parse_pattern(pattern)
         share, _ = check_sparsity(plan, sparsity, None)
         if plan.kind not in ("unstructured", "nm", "block"):
             raise PatternError(f"pattern {pattern} crosses all columns: prune_ first, then quantize")

@@ -14,14 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibration.sequential import Stop, order, walk
+from rarefy.calibration.sequential import GroupStep, calibrate_sequentially, layer_groups
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.model.layers import Layer
 from rarefy.model.masks import get_mask
-from rarefy.model.quant_grid import Grid, split
+from rarefy.model.quant_grid import Grid, split_blocks
 from rarefy.prune import solvers
-from rarefy.prune.layerwise import check_solvable, choosers, factor, given_mask, matrix, stored, target_of
+from rarefy.prune.layerwise import (
+    check_solvable,
+    fixed_mask,
+    inverse_factor_of,
+    mask_choosers,
+    target_of,
+    to_matrix,
+    to_stored,
+)
 from rarefy.prune.solver_config import Ask as PruneAsk
 from rarefy.prune.solver_config import passes
 from rarefy.quantization.config import Ask, QuantizedWeight
@@ -49,10 +57,10 @@ def gptq_(
     rows: dict[str, dict[str, Any]] = {}
     quantized: dict[str, QuantizedWeight] = {}
     with passes(solver):
-        groups = order(model, first, chosen, dense=dense)
-        with closing(walk(model, data, groups, dense=dense)) as stops:
+        groups = layer_groups(model, first, chosen, dense=dense)
+        with closing(calibrate_sequentially(model, data, groups, dense=dense)) as stops:
             for stop in track(stops, "rounding by obs", progress, len(groups)):
-                assert isinstance(stop, Stop)
+                assert isinstance(stop, GroupStep)
                 with torch.autocast("cpu", enabled=False):
                     for layer in stop.group.layers:
                         rows[layer.full_name], quantized[layer.full_name] = _solve(layer, stop, ask, shapes)
@@ -60,38 +68,38 @@ def gptq_(
 
 
 def _solve(
-    layer: Layer, stop: Stop, ask: Ask, shapes: Mapping[str, tuple[int, ...]]
+    layer: Layer, stop: GroupStep, ask: Ask, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any], QuantizedWeight]:
     """Round one layer; return its report row and its quantized weight."""
     start, H, solver = time.perf_counter(), stop.gram.H, ask.solver
     assert H is not None and solver is not None and solver.damping is not None and solver.block is not None
-    W = matrix(layer, layer.weight.detach().float())
+    W = to_matrix(layer, layer.weight.detach().float())
     if not torch.isfinite(W).all():
         raise ModelError(f"{layer.full_name}: NaN or inf in its weights")
-    U, damping = factor([layer], H, solver.damping)
+    U, damping = inverse_factor_of([layer], H, solver.damping)
     target = target_of(W, H, stop.gram, solver)
     columns, shape = _importance(layer, H), tuple(layer.original.shape)
     mask, new_mask = get_mask(layer), None
     if ask.pattern is None:
-        keep = torch.ones_like(W, dtype=torch.bool) if mask is None else matrix(layer, mask)
+        keep = torch.ones_like(W, dtype=torch.bool) if mask is None else to_matrix(layer, mask)
         edges = _edges(W.shape[-1], ask)
     else:  # choose the mask, refit the weights to it, then round: this has the least error
         prune = PruneAsk(ask.pattern, ask.sparsity, {layer.full_name: ask.sparsity}, "layer")
-        choose, parts = choosers([layer], prune, {})
+        choose, parts = mask_choosers([layer], prune, {})
         edges = parts[0].edges(_block(ask))
         target, keep = solvers.obs(target, U, choose, edges)
         target = solvers.refit(target, target_of(W, H, stop.gram, solver), solvers.damped(H, damping), keep)
-        new_mask = stored(layer, keep, shape)
+        new_mask = to_stored(layer, keep, shape)
     column_grid = ColumnGrid(layer, torch.where(keep, target, 0.0), ask, shapes[layer.full_name], columns)
-    rounded, _ = solvers.obs(target, U, given_mask(keep), edges, column_grid)
+    rounded, _ = solvers.obs(target, U, fixed_mask(keep), edges, column_grid)
     grid = column_grid.grid()
-    weight = stored(layer, rounded, shape).to(layer.original.dtype)
+    weight = to_stored(layer, rounded, shape).to(layer.original.dtype)
     # casting to the weight's dtype may have moved it off the grid
     weight = torch.where(weight == 0, 0.0, grid.snap(weight))
     weight = check_finite(layer, grid, weight)
     error, energy = (
-        solvers.error(matrix(layer, weight.float()), W, H).sum(),
-        solvers.error(torch.zeros_like(W), W, H).sum(),
+        solvers.squared_errors(to_matrix(layer, weight.float()), W, H).sum(),
+        solvers.squared_errors(torch.zeros_like(W), W, H).sum(),
     )
     stop.weights[layer.full_name] = weight
     row = {"error": float(error / energy.clamp(min=1e-30)), "damping": damping, "seconds": time.perf_counter() - start}
@@ -127,16 +135,16 @@ class ColumnGrid:
 
     def __init__(self, layer: Layer, W: Tensor, ask: Ask, shape: tuple[int, ...], columns: Tensor):
         self.layer, self.ask, self.shape, self.columns = layer, ask, shape, columns
-        whole = stored(layer, W, tuple(layer.original.shape))
-        weigh = stored(layer, columns.expand_as(W), tuple(layer.original.shape))
+        whole = to_stored(layer, W, tuple(layer.original.shape))
+        weigh = to_stored(layer, columns.expand_as(W), tuple(layer.original.shape))
         grid = fit_grid(whole, shape, ask, weigh)
         self.group = ask.group if isinstance(ask.group, int) else 0
-        self.scale = matrix(layer, grid.spread(grid.scale.float(), whole.shape)).clone()
-        self.zero = None if grid.zero is None else matrix(layer, grid.spread(grid.zero.float(), whole.shape)).clone()
+        self.scale = to_matrix(layer, grid.expand(grid.scale.float(), whole.shape)).clone()
+        self.zero = None if grid.zero is None else to_matrix(layer, grid.expand(grid.zero.float(), whole.shape)).clone()
         self.low, self.high = grid.range
 
     def begin(self, W: Tensor, kept: Tensor, first: int) -> None:
-        """Fit the scales of the group that starts at column `first`; see `rarefy.prune.solvers.Snap`."""
+        """Fit the scales of the group that starts at column `first`; see `rarefy.prune.solvers.ColumnQuantizer`."""
         G, n, O = W.shape
         X = torch.where(kept, W, 0.0).transpose(1, 2).reshape(G * O, n)  # zero is a point of every grid
         weigh = self.columns[..., first : first + n].expand(G, O, n).reshape(G * O, n)
@@ -146,7 +154,7 @@ class ColumnGrid:
             self.zero[..., first : first + n] = zero.float().reshape(G, O, 1)
 
     def __call__(self, w: Tensor, column: int) -> Tensor:
-        """Round a column to the grid; see `rarefy.prune.solvers.Snap`."""
+        """Round a column to the grid; see `rarefy.prune.solvers.ColumnQuantizer`."""
         scale = self.scale[..., column]
         zero = 0 if self.zero is None else self.zero[..., column]
         return ((w / scale).round() + zero).clamp(self.low, self.high).sub(zero) * scale
@@ -159,7 +167,7 @@ class ColumnGrid:
 
     def _first(self, full: Tensor) -> Tensor:
         """Return one entry of each block, whose entries are all equal."""
-        halves = split(stored(self.layer, full, tuple(self.layer.original.shape)), self.shape)
+        halves = split_blocks(to_stored(self.layer, full, tuple(self.layer.original.shape)), self.shape)
         for dim in reversed(range(1, halves.dim(), 2)):
             halves = halves.select(dim, 0)
         return halves.contiguous()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rarefy.common.errors import ModelError
 from rarefy.model.layers import Layer
-from rarefy.model.quant_grid import Grid, rows_of
+from rarefy.model.quant_grid import Grid, block_rows
 from rarefy.quantization.config import Ask
 from rarefy.quantization.scale_fitting import FITS, ScaleFit
 
@@ -15,7 +15,7 @@ from rarefy.quantization.scale_fitting import FITS, ScaleFit
 def fit_grid(weight: Tensor, shape: tuple[int, ...], ask: Ask, weigh: Tensor | None = None) -> Grid:
     """Return the grid of a weight in its stored shape; `weigh`, of the same shape, weights the squared errors."""
     scale, zero = fit_scales(
-        FITS[ask.fit], rows_of(weight.float(), shape), ask, None if weigh is None else rows_of(weigh, shape)
+        FITS[ask.fit], block_rows(weight.float(), shape), ask, None if weigh is None else block_rows(weigh, shape)
     )
     return Grid(ask.bits, scale.reshape(shape), None if zero is None else zero.reshape(shape))
 

@@ -12,11 +12,11 @@ from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.formats.quantized_encodings import sizes
-from rarefy.model.activation_quant import Inputs, set_inputs_
+from rarefy.model.activation_quant import ActivationQuant, set_activation_quant_
 from rarefy.model.forward import check_batches
-from rarefy.model.layers import Layer, Selector, select, unwrap
+from rarefy.model.layers import Layer, Selector, select_layers, unwrap
 from rarefy.model.masks import check_maskable, get_mask, set_mask_
-from rarefy.model.quant_grid import Grid, Values, get_grid, live_grid, note_, scale_shape, set_grid_
+from rarefy.model.quant_grid import Grid, WeightGrid, attached_grid, get_grid, record_grid_, scale_shape, set_grid_
 from rarefy.prune.prune import check_weights, chosen_layers
 from rarefy.prune.solver_config import Solver
 from rarefy.quantization.activation_observers import input_grids, matmul_modules
@@ -73,7 +73,7 @@ def quantize_(
     ask = asked(weights, group, symmetric, fit, solver, activations, observer, smooth, pattern, sparsity)
     check_data(ask, data)
     data = data if data is None or isinstance(data, list | tuple) else list(data)
-    chosen = chosen_layers(model, layers, ignore, ask.pattern) if ask.pattern else select(model, layers, ignore)
+    chosen = chosen_layers(model, layers, ignore, ask.pattern) if ask.pattern else select_layers(model, layers, ignore)
     shapes = check_layers(chosen, ask)
     moved: dict[str, str] = {}
     undo: Callable[[], None] = _nothing
@@ -95,7 +95,7 @@ def quantize_(
         if rounded is not None:
             told[-1]["inputs"] = "dynamic" if rounded.scale is None else f"by {rounded.scale:.4g}"
         for module in matmul_modules(layer):
-            set_inputs_(module, rounded)
+            set_activation_quant_(module, rounded)
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     stored, dense = (sum(r[k] for r in told) for k in ("bytes", "dense bytes"))
     summary = {"layers": len(told), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
@@ -115,7 +115,7 @@ def _found(
     ask: Ask,
     data: Any,
     progress: bool,
-) -> tuple[dict[str, dict[str, Any]], list[Any], dict[str, Inputs], list[str]]:
+) -> tuple[dict[str, dict[str, Any]], list[Any], dict[str, ActivationQuant], list[str]]:
     """What is to be told of each layer; its grid, weights and mask; how inputs are rounded, and whose are not."""
     reach, left = {}, []
     if ask.activations is not None:
@@ -154,7 +154,7 @@ def check_layers(chosen: Sequence[Layer], ask: Ask) -> dict[str, tuple[int, ...]
         if layer.original.numel() == 0:
             raise ModelError(f"{layer.full_name} has no weights ({list(layer.original.shape)}): ignore it")
         check_maskable(layer)
-        if live_grid(layer.module, layer.param) is not None or get_grid(layer) is not None:
+        if attached_grid(layer.module, layer.param) is not None or get_grid(layer) is not None:
             raise ModelError(
                 f"{layer.full_name} is quantized already, and its rounding errors would be rounded again: start from "
                 "the weights before, or ignore it"
@@ -162,7 +162,7 @@ def check_layers(chosen: Sequence[Layer], ask: Ask) -> dict[str, tuple[int, ...]
     return {l.full_name: scale_shape(l, ask.group) for l in chosen}
 
 
-def put_(layer: Layer, grid: Values, values: Tensor, mask: Tensor | None) -> None:
+def put_(layer: Layer, grid: WeightGrid, values: Tensor, mask: Tensor | None) -> None:
     """Give a layer its rounded weights, its mask if it is new, and keep it on its grid."""
     if mask is not None:
         set_mask_(layer, mask)
@@ -171,7 +171,7 @@ def put_(layer: Layer, grid: Values, values: Tensor, mask: Tensor | None) -> Non
         weight = layer.original
         weight.copy_(values if kept is None else torch.where(kept, values, weight))  # beneath a mask all stays
     for _, module, param in layer.owners:
-        note_(module, param, None)
+        record_grid_(module, param, None)
     set_grid_(layer, grid)
 
 
@@ -187,7 +187,7 @@ def relative_error(before: Tensor, after: Tensor) -> float:
     return float((after.float() - was).square().sum() / was.square().sum().clamp(min=1e-30))
 
 
-def _row(layer: Layer, grid: Values, values: Tensor, ask: Ask) -> dict[str, Any]:
+def _row(layer: Layer, grid: WeightGrid, values: Tensor, ask: Ask) -> dict[str, Any]:
     stored = min(sizes(values, grid, axis=layer.layout.in_axis).values())
     return {
         "layer": layer.full_name,

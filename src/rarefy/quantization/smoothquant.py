@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
-from rarefy.model.activation_quant import get_inputs
+from rarefy.model.activation_quant import get_activation_quant
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
-from rarefy.model.quant_grid import live_grid, notes
+from rarefy.model.quant_grid import attached_grid, recorded_grids
 
 NEAR = 1e-3  # allowed relative change of outputs in fp32; a scale that is read elsewhere changes them far more
 
@@ -51,8 +51,8 @@ def smooth_(
     data = data if isinstance(data, list | tuple) else list(data)
     if not data:
         raise DataError("the calibration data is empty: smoothing needs at least one batch")
-    supported = [l for l in layers if isinstance(l.module, nn.Linear) and len(l.owners) == 1 and not l.elsewhere]
-    supported = [l for l in supported if live_grid(l.module, l.param) is None and not notes(l.module)]
+    supported = [l for l in layers if isinstance(l.module, nn.Linear) and len(l.owners) == 1 and not l.tied_to]
+    supported = [l for l in supported if attached_grid(l.module, l.param) is None and not recorded_grids(l.module)]
     groups = _groups(model, supported, data[0])
     maxima = _channel_maxima(model, supported, data, progress)
     smoothed: dict[str, str] = {}
@@ -115,7 +115,9 @@ def _groups(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[Smoot
 def _can_absorb(producer: nn.Module, width: int) -> bool:
     """Return whether dividing a module's parameters divides its outputs: norms with a weight, Linear layers."""
     weight = producer._parameters.get("weight")
-    if weight is None or notes(producer) or get_inputs(producer) is not None:  # parametrized, or quantized
+    if (
+        weight is None or recorded_grids(producer) or get_activation_quant(producer) is not None
+    ):  # parametrized, or quantized
         return False
     norm = "Norm" in type(producer).__name__ and tuple(weight.shape) == (width,)
     return norm or (type(producer) is nn.Linear and weight.shape[0] == width)

@@ -352,9 +352,9 @@ def _check(made: Any, node: Node) -> None:
         if isinstance(made, Optimizer):
             optimizer_of(made.name, made.lr, **made.options())
         if isinstance(made, Prune):
-            plan = patterns.parse(made.pattern)
+            plan = patterns.parse_pattern(made.pattern)
             last, _ = patterns.check_sparsity(plan, made.sparsity, made.scope)
-            patterns.select_many([], plan, None if plan.kind == "nm" else last, reduce=made.reduce)
+            patterns.make_masks([], plan, None if plan.kind == "nm" else last, reduce=made.reduce)
         if isinstance(made, SparsityConfig):
             resolve_config(made)
     except RarefyError as error:

@@ -18,12 +18,12 @@ from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
 from rarefy.evaluation.profiling import resident_bytes
-from rarefy.model.activation_quant import Inputs, get_inputs
+from rarefy.model.activation_quant import ActivationQuant, get_activation_quant
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
-from rarefy.model.layers import Layer, Selector, all_layers, select
+from rarefy.model.layers import Layer, Selector, all_layers, select_layers
 from rarefy.model.masks import fold_attached_
-from rarefy.model.quant_grid import notes
+from rarefy.model.quant_grid import recorded_grids
 from rarefy.runtime import bindings, tuning_cache
 from rarefy.runtime.autotune import Autotuner, chosen_weights, example_inputs
 from rarefy.runtime.candidates import build_layer, is_convolution, list_candidates, why_dense
@@ -171,9 +171,9 @@ def accelerate_each(
 
 def _chosen_layers(model: nn.Module, options: AccelerateOptions) -> list[Layer]:
     """The selected layers; by default also those, such as a language model's head, that were quantized."""
-    chosen = select(model, options.layers, options.ignore)
+    chosen = select_layers(model, options.layers, options.ignore)
     if options.layers is None:
-        ignored = select(model, options.ignore) if options.ignore else ()
+        ignored = select_layers(model, options.ignore) if options.ignore else ()
         known = {id(l.original) for l in [*chosen, *ignored]}
         chosen += [l for l in all_layers(model) if id(l.original) not in known and _is_quantized(l)]
     return chosen
@@ -232,7 +232,7 @@ def _tied_embeddings(layer: Layer) -> tuple[Any, list[tuple[str, Any]]] | None:
     linears = [(n, m) for n, m, _ in layer.owners if isinstance(m, nn.Linear)]
     others = [(n, m) for n, m, _ in layer.owners if not isinstance(m, nn.Linear)]
     plain = all(type(m) is nn.Embedding and m.max_norm is None and is_plain(m) for _, m in others)
-    if len(linears) != 1 or not others or not plain or layer.elsewhere or not _is_quantized(layer):
+    if len(linears) != 1 or not others or not plain or layer.tied_to or not _is_quantized(layer):
         return None
     return linears[0], others
 
@@ -369,14 +369,14 @@ def why_fixed(layer: Layer, slots: ModuleSlots) -> str | None:
         return "it is the whole model: put it into a module"
     if not is_plain(module):
         return "its hooks would be lost"
-    inputs = get_inputs(module)
-    if inputs is not None and (inputs != Inputs() or not isinstance(module, nn.Linear)):
+    inputs = get_activation_quant(module)
+    if inputs is not None and (inputs != ActivationQuant() or not isinstance(module, nn.Linear)):
         return "no kernel quantizes its inputs in this way"
-    if len(layer.owners) > 1 or layer.elsewhere or slots.uses[id(module)] > 1:
+    if len(layer.owners) > 1 or layer.tied_to or slots.uses[id(module)] > 1:
         return "its weight is shared"
     parent = slots.parents[layer.name]
     return f"{type(parent).__name__} reads its weight itself" if isinstance(parent, WEIGHT_READERS) else None
 
 
 def _is_quantized(layer: Layer) -> bool:
-    return layer.param in notes(layer.module)
+    return layer.param in recorded_grids(layer.module)

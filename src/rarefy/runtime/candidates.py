@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.model.activation_quant import get_inputs
+from rarefy.model.activation_quant import get_activation_quant
 from rarefy.model.layers import Layer
-from rarefy.model.quant_grid import Grid, notes
+from rarefy.model.quant_grid import Grid, recorded_grids
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import KINDS, MOST_COLUMNS, MOST_STRIDE, NEAR, Packed
 from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_csr, pack_panels, pack_sell, pack_tiles
@@ -48,7 +48,7 @@ def list_candidates(module: Any, precision: str | None = None) -> tuple[Candidat
     if not isinstance(module, nn.Linear):
         return _convolution_candidates(module)
     weight, grid = module.weight.detach(), grid_of(module)
-    int8_inputs = get_inputs(module) is not None  # these kernels quantize inputs in the same way
+    int8_inputs = get_activation_quant(module) is not None  # these kernels quantize inputs in the same way
     precision = "int8" if int8_inputs else precision
     zeros = float((weight == 0).float().mean())
     kind = precision or DTYPES[weight.dtype]
@@ -83,7 +83,7 @@ def build_layer(module: Any, weights: Mapping[int, Packed | Tensor], activation:
         activation: the name of an activation that is fused into the layer.
     """
     if isinstance(module, nn.Linear):
-        return SparseLinear(weights, module.bias, activation, get_inputs(module) is not None)
+        return SparseLinear(weights, module.bias, activation, get_activation_quant(module) is not None)
     return SparseConv(weights, like=module, activation=activation)
 
 
@@ -135,8 +135,8 @@ def why_not_quantized(weight: Tensor, grid: Grid) -> str | None:
 
 def grid_of(module: Any) -> Grid | None:
     """Return the quantization grid of a layer's weight, as noted beside it, if the weight still lies on it."""
-    grid = notes(module).get("weight")
-    return grid if isinstance(grid, Grid) and grid.holds(module.weight.detach()) else None
+    grid = recorded_grids(module).get("weight")
+    return grid if isinstance(grid, Grid) and grid.contains(module.weight.detach()) else None
 
 
 def is_convolution(module: Any) -> bool:

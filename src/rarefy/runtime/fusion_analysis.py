@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rarefy.model.activation_quant import is_ours
+from rarefy.model.activation_quant import is_quant_hook
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.runtime.reference import ACTIVATIONS
@@ -168,7 +168,7 @@ def activation(module: nn.Module) -> str | None:
 def is_plain(module: nn.Module) -> bool:
     """Return whether a module is called as its class says: without hooks, except those that quantize its inputs, and
     without a forward of its own."""
-    foreign = any(not is_ours(h) for h in module._forward_pre_hooks.values())
+    foreign = any(not is_quant_hook(h) for h in module._forward_pre_hooks.values())
     return not ("forward" in vars(module) or module._forward_hooks or foreign)
 
 

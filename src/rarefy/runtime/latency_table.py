@@ -12,8 +12,8 @@ from torch import nn
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.evaluation.profiling import machine, resident_bytes
-from rarefy.model.layers import Layer, Selector, select
-from rarefy.model.sparsity_pattern import Pattern, check_sparsity, masks_at, parse
+from rarefy.model.layers import Layer, Selector, select_layers
+from rarefy.model.sparsity_pattern import Pattern, check_sparsity, masks_at_sparsity, parse_pattern
 from rarefy.runtime import bindings
 from rarefy.runtime.accelerate import check_batches, check_plain
 from rarefy.runtime.autotune import Autotuner, example_inputs
@@ -67,10 +67,10 @@ def latency_table(
         ('dense', '64x64', True)
     """
     check_batches(batch, repeats)
-    cases = [(p, s) for p in map(parse, patterns) for s in _sparsities(p, sparsities)]
+    cases = [(p, s) for p in map(parse_pattern, patterns) for s in _sparsities(p, sparsities)]
     for pattern, sparsity in cases:
         check_sparsity(pattern, sparsity, None)
-    chosen = select(model, layers, ignore)
+    chosen = select_layers(model, layers, ignore)
     check_plain(chosen)
     images = {} if example is None else observe(model, [l.module for l in chosen], example).images
     alike = _by_shape(chosen, images, example is not None)
@@ -127,5 +127,5 @@ def _sparsities(pattern: Pattern, sparsities: Sequence[float]) -> Sequence[float
 def _random(weight: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
     """A weight of this shape and dtype with random zeros in the pattern."""
     score = torch.rand(1, 1, len(weight), weight[0].numel())
-    mask = masks_at([score], pattern, sparsity, "layer")[0].reshape(weight.shape)
+    mask = masks_at_sparsity([score], pattern, sparsity, "layer")[0].reshape(weight.shape)
     return torch.randn(weight.shape).to(weight.dtype) * mask

@@ -136,7 +136,7 @@ def pack_panels(weight: Tensor, grid: Grid, exact: bool = True) -> Panels:
         by = by.bfloat16().float().repeat_interleave(each, 1)[:, :C]
     sums = (c.float() * by).sum(1)
     if nibbles:
-        zero = 8 if grid.zero is None else grid.spread(grid.zero.to(torch.int16), (O, C))
+        zero = 8 if grid.zero is None else grid.expand(grid.zero.to(torch.int16), (O, C))
         full: Any = torch.full((-(-O // 4) * 4, words * 64), 8, dtype=torch.int16)
         if zeros is not None:
             full[:O] = grid.zero.expand(O, groups)[:, -1:].to(torch.int16)  # type: ignore[union-attr]

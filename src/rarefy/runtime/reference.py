@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.model.activation_quant import TINY
+from rarefy.model.activation_quant import MIN_SCALE
 from rarefy.runtime.packed_formats import ConvTiles, Csr, Packed, Panels
 from rarefy.runtime.packing import unpack
 
@@ -30,7 +30,7 @@ def rounded(x: Tensor, packed: Packed) -> Tensor:
         return x.bfloat16().float()
     if kind in ("int8", "int4"):
         step = x.abs().amax(-1, keepdim=True) / 127
-        step = torch.where(step > TINY, step, 1.0)
+        step = torch.where(step > MIN_SCALE, step, 1.0)
         return (x * (1 / step)).round() * step
     return x
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, unknown
-from rarefy.model.activation_quant import Inputs
+from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings, reference
 from rarefy.runtime.kernel import Kernel, Together, fit_together
 from rarefy.runtime.packed_formats import Packed, Panels, from_tensors, to_tensors
@@ -115,7 +115,7 @@ class Sparse(nn.Module):
         start, dense, names = self._serving(batch)
         needs_gradient = x.requires_grad and torch.is_grad_enabled()
         if self.int8_inputs and (dense is not None or needs_gradient):
-            x = Inputs()(x)
+            x = ActivationQuant()(x)
         if dense is not None:
             return self._run_dense(x, self._buffers[dense], self._buffers["bias"])
         if needs_gradient:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
 from rarefy.dependency.graph import Graph, Group
-from rarefy.dependency.symbolic_dims import Axis, count, leaves, resolve, size
+from rarefy.dependency.symbolic_dims import Axis, leaves, num_kept, resolve, size
 
 SCOPES = ("layer", "global", "isomorphic")
 DIGITS = re.compile(r"\d+")
@@ -168,7 +168,7 @@ def _with_head_dims(order: CutOrder, keep: float) -> list[Group]:
 def _drop_uneven(graph: Graph, counts: Counts) -> Counts:
     """Return the counts without groups that would make the equal parts of a `chunk` unequal."""
     while True:
-        uneven = [e for e in graph.equal if count(e[0], counts.get) != count(e[1], counts.get)]
+        uneven = [e for e in graph.equal if num_kept(e[0], counts.get) != num_kept(e[1], counts.get)]
         dropped = {axis for pair in uneven for e in pair for axis in leaves(e)} & set(counts)
         if not dropped:
             return counts
@@ -204,7 +204,7 @@ def flops(graph: Graph, counts: Counts) -> int:
 def _product(dims: Sequence[Any], counts: Counts) -> int:
     total = 1
     for e in dims:
-        total *= count(e, counts.get)
+        total *= num_kept(e, counts.get)
     return total
 
 
@@ -281,7 +281,7 @@ def size_changes(graph: Graph, masks: Mapping[Axis, Tensor]) -> dict[int, set[in
     exprs = [e for dims in (*graph.dims.values(), *graph.sizes.values()) for e in dims]
     changes: dict[int, set[int]] = {}
     for e in [*exprs, *masks]:
-        old, new = size(e), count(e, counts.get)
+        old, new = size(e), num_kept(e, counts.get)
         if old != new:
             changes.setdefault(old, set()).add(new)
     return changes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rarefy.common.errors import DataError, ModelError
 from rarefy.dependency.graph import Graph, Group
 from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, Prod, leaves
-from rarefy.model.forward import call, evaluating, hooked, on_device
+from rarefy.model.forward import call, evaluating, on_device, temporary_hooks
 from rarefy.model.layout import layout
 
 CONSUMER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -176,7 +176,9 @@ def collect_moments(
         return hook
 
     layers = list({consumer.name: consumer for consumer in layers}.values())
-    with hooked([consumer.module.register_forward_pre_hook(record(consumer), with_kwargs=True) for consumer in layers]):
+    with temporary_hooks(
+        [consumer.module.register_forward_pre_hook(record(consumer), with_kwargs=True) for consumer in layers]
+    ):
         batches = run_batches(model, data, padding)
     if not batches:
         raise DataError("the data gave no batch: repair and scores need at least one")

@@ -15,13 +15,13 @@ from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report, alike
-from rarefy.dependency.graph import Graph, Group, trace, unruled
-from rarefy.dependency.symbolic_dims import Axis, kept, leaves, products, size
+from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
+from rarefy.dependency.symbolic_dims import Axis, kept_indices, leaves, products, size
 from rarefy.evaluation.profiling import compare
 from rarefy.model.forward import call, evaluating, on_device
-from rarefy.model.layers import Selector, all_layers, select, unwrap
+from rarefy.model.layers import Selector, all_layers, select_layers, unwrap
 from rarefy.model.losses import Loss
-from rarefy.model.mha import OwnHeads
+from rarefy.model.mha import PrunableMultiheadAttention
 from rarefy.structured import budget
 from rarefy.structured.compensation import batch_norms, compensate_, layers_losing_inputs, recalibrate_batch_norms
 from rarefy.structured.consumers import collect_moments
@@ -225,7 +225,7 @@ class _Cut:
                 ), masks
             except (ForwardFailed, OutputMismatch) as error:
                 place = error.module if isinstance(error, ForwardFailed) else ""
-                if place and OwnHeads.can_be(self.model.get_submodule(place)):
+                if place and PrunableMultiheadAttention.supports(self.model.get_submodule(place)):
                     raise _Rigid from error
                 if isinstance(error, ForwardFailed) and not self.swap:
                     self.swap = True  # first of all, heads may give way to their dimensions
@@ -356,7 +356,7 @@ class _Cut:
             summary["time"] = f"{self.time:.3f} of the dense model's, as timed for the choice"
         if done.repaired:
             summary["repaired"] = f"{len(done.repaired)} layers and norms"
-        notes = unruled(self.graph)
+        notes = unsupported_notes(self.graph)
         if done.unseen:
             notes += ("the example's outputs do not depend on what went: the proof says nothing of it",)
         title = "cut: nothing done" if dry_run else "cut: units are zero, nothing left" if mask_only else "cut"
@@ -423,7 +423,7 @@ class History:
     def add(self, graph: Graph, masks: Mapping[Axis, Tensor]) -> None:
         """Note a cut."""
         for (n, d), indices in self.left.items():
-            self.left[n, d] = indices[kept(graph.dims[n][d], masks.get)]
+            self.left[n, d] = indices[kept_indices(graph.dims[n][d], masks.get)]
 
     def origins(self, graph: Graph) -> dict[Axis, int]:
         """Return how many units each group of a graph had at first: those of the axis whose units its own are."""
@@ -433,9 +433,9 @@ class History:
 
     def _origin(self, graph: Graph, group: Group) -> int:
         for m in group.members:
-            now = graph.places(m.name, m.dim)[group.axis]
+            now = graph.unit_indices(m.name, m.dim)[group.axis]
             there = self.left[m.name, m.dim]
-            for axis, before in self.first.places(m.name, m.dim).items():
+            for axis, before in self.first.unit_indices(m.name, m.dim).items():
                 pairs = {(int(j), int(i)) for j, i in zip(now, before[there]) if j >= 0}
                 if len(pairs) == group.size == len({i for _, i in pairs if i >= 0}):
                     return axis.size
@@ -464,7 +464,7 @@ def chosen(model: nn.Module, graph: Graph, kinds: Sequence[str], layers: Selecto
             g: {id(m) for n in g.members if n.role == "out" for m, _ in graph.owners[n.name]} & known for g in found
         }
         wanted, left = (
-            {id(m) for l in select(model, words) for _, m, _ in l.owners} if words else None
+            {id(m) for l in select_layers(model, words) for _, m, _ in l.owners} if words else None
             for words in (layers, ignore)
         )
         if wanted is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, nearest
 from rarefy.common.report import Report
-from rarefy.dependency.graph import Graph, Group, trace, unruled
+from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
 from rarefy.dependency.symbolic_dims import Axis, leaves
 from rarefy.model.layers import unwrap
 from rarefy.structured.budget import size_changes
@@ -65,7 +65,7 @@ def prune_heads_(
         replace_parameters(optimizer, removal.replaced)
     after = sum(p.numel() for p in inner.parameters())
     rows = [row(g, g.size, int(masks[g.axis].sum()), "") for g in graph.groups if g.axis in masks]
-    return Report("heads", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, unruled(graph))
+    return Report("heads", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, unsupported_notes(graph))
 
 
 def _group(graph: Graph, name: str) -> Group:

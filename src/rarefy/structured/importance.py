@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.dependency.graph import Graph, Group
-from rarefy.dependency.symbolic_dims import Axis, coordinates, leaves
-from rarefy.model.batches import tokens_in
+from rarefy.dependency.symbolic_dims import Axis, leaves, unit_of_index
+from rarefy.model.batches import count_tokens
 from rarefy.model.forward import call, check_batches, evaluating, on_device, trainable
-from rarefy.model.losses import Loss, finite, loss_of
+from rarefy.model.losses import Loss, check_finite, resolve_loss
 from rarefy.structured.consumers import Consumer, Moments, collect_moments, consumers_of
 
 AT_ONCE = 64  # a step of obs removes one in so many of the remaining units
@@ -80,7 +80,7 @@ class SliceSums:
             if isinstance(W, nn.Parameter):
                 sums = self._along(m.name, W).get(m.dim)
                 if sums is not None:
-                    unit_of = self.graph.places(m.name, m.dim)[group.axis]
+                    unit_of = self.graph.unit_indices(m.name, m.dim)[group.axis]
                     slices.append((W.dim() > 1, (*sums, unit_of)))
         return [s for matrix, s in slices if matrix] or [s for _, s in slices]
 
@@ -130,9 +130,9 @@ def _gradients(a: ScoreInputs) -> Iterable[tuple[dict[str, Tensor | None], int]]
     with evaluating(a.model), trainable(list(parameters.values())), torch.enable_grad():
         for index, batch in enumerate(_data(a)):
             batch = on_device(a.model, batch)
-            value = finite(loss_of(a.loss)(call(a.model, batch), batch), index)
+            value = check_finite(resolve_loss(a.loss)(call(a.model, batch), batch), index)
             grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            yield dict(zip(parameters, grads)), tokens_in(batch)
+            yield dict(zip(parameters, grads)), count_tokens(batch)
 
 
 def _input_score(of: Callable[[Moments, Consumer], Tensor]) -> Callable[[ScoreInputs], dict[Axis, Tensor]]:
@@ -144,7 +144,7 @@ def _input_score(of: Callable[[Moments, Consumer], Tensor]) -> Callable[[ScoreIn
         out = {}
         for g, consumers in by_group.items():
             slices = [
-                (of(moments[c.name], c).cpu(), 1, coordinates(c.inputs, g.axis))
+                (of(moments[c.name], c).cpu(), 1, unit_of_index(c.inputs, g.axis))
                 for c in _observed(g, consumers, moments)
             ]
             out[g.axis] = reduce_slices(slices, g.size, a.reduce, fair=False)
@@ -188,7 +188,7 @@ def scale(a: ScoreInputs) -> dict[Axis, Tensor]:
             module, attribute = a.graph.owners[m.name][0]
             if attribute == "weight" and "Norm" in type(module).__name__:
                 gamma = getattr(module, attribute).detach().float().abs()
-                slices.append((*sum_along(gamma, m.dim), a.graph.places(m.name, m.dim)[g.axis]))
+                slices.append((*sum_along(gamma, m.dim), a.graph.unit_indices(m.name, m.dim)[g.axis]))
         if not slices:
             raise ModelError(f"no norm scales the units of {g.name} ({g.kind}): ignore it, or use another score")
         out[g.axis] = reduce_slices(slices, g.size, a.reduce, fair=True)
@@ -205,7 +205,7 @@ def median(a: ScoreInputs) -> dict[Axis, Tensor]:
         total = torch.zeros(g.size, dtype=torch.float64)
         for m in (m for m in g.members if m.role == "out"):
             W = getattr(*a.graph.owners[m.name][0])
-            unit_of = a.graph.places(m.name, m.dim)[g.axis]
+            unit_of = a.graph.unit_indices(m.name, m.dim)[g.axis]
             if isinstance(W, nn.Parameter) and W.dim() > 1:
                 order = _by_unit(unit_of, g.size).to(W.device)
                 rows = W.detach().float().transpose(0, m.dim).flatten(1)[order].flatten(1)
@@ -249,7 +249,7 @@ def _problem(moments: Moments, consumer: Consumer, group: Group) -> tuple[Tensor
     W = consumer.matrix().double()
     H = moments.second / max(moments.count, 1)
     H = H + 1e-2 * H.diagonal().mean().clamp(min=1e-12) * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return W, H, _by_unit(coordinates(consumer.inputs, group.axis), group.size).to(H.device)
+    return W, H, _by_unit(unit_of_index(consumer.inputs, group.axis), group.size).to(H.device)
 
 
 def _by_unit(unit_of: Tensor, units: int) -> Tensor:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from rarefy.common.errors import DataError, ModelError, SelectorError, nearest
 from rarefy.common.progress import track
 from rarefy.common.report import Report
-from rarefy.model.batches import tensors_in, tokens_in
-from rarefy.model.block_lists import _blocks, stacks
-from rarefy.model.forward import call, evaluating, hooked, on_device
+from rarefy.model.batches import count_tokens, tensors_in
+from rarefy.model.block_lists import block_indices, block_lists
+from rarefy.model.forward import call, evaluating, on_device, temporary_hooks
 from rarefy.model.layers import unwrap
-from rarefy.model.losses import Loss, finite, loss_of
+from rarefy.model.losses import Loss, check_finite, resolve_loss
 from rarefy.structured.consumers import run_batches
 from rarefy.structured.hf_config import shrink_config_lists, update_config
 from rarefy.structured.optimizer_state import check_optimizer, remove_parameters
@@ -48,7 +48,7 @@ class Block:
 
 def droppable(model: nn.Module, example: Any) -> list[Block]:
     """Return the blocks that return what has the shape of what they are given: without them the rest still fits."""
-    blocks = [Block(n, i, s[i]) for n, s in stacks(model).items() for i in _blocks(s)]
+    blocks = [Block(n, i, s[i]) for n, s in block_lists(model).items() for i in block_indices(s)]
     fits: dict[nn.Module, bool] = {}
 
     def see(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
@@ -56,7 +56,7 @@ def droppable(model: nn.Module, example: Any) -> list[Block]:
         same = given is not None and got is not None and (given.shape, given.dtype) == (got.shape, got.dtype)
         fits[module] = fits.get(module, True) and same
 
-    with hooked([b.module.register_forward_hook(see, with_kwargs=True) for b in blocks]):
+    with temporary_hooks([b.module.register_forward_hook(see, with_kwargs=True) for b in blocks]):
         outputs(model, example)
     return [b for b in blocks if fits.get(b.module)]
 
@@ -77,7 +77,7 @@ def skipping(blocks: Iterable[Block]) -> Iterator[None]:
             return type(out)(*rest) if hasattr(out, "_fields") else type(out)(rest)
         return given
 
-    with hooked([b.module.register_forward_hook(skip, with_kwargs=True) for b in blocks]):
+    with temporary_hooks([b.module.register_forward_hook(skip, with_kwargs=True) for b in blocks]):
         yield
 
 
@@ -109,8 +109,8 @@ def _loss(model: nn.Module, data: Iterable[Any], loss: Loss | None) -> float:
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(data):
             batch = on_device(model, batch)
-            many = tokens_in(batch)
-            total += many * float(finite(loss_of(loss)(call(model, batch), batch), index))
+            many = count_tokens(batch)
+            total += many * float(check_finite(resolve_loss(loss)(call(model, batch), batch), index))
             weight += many
     if not weight:
         raise DataError("the data is empty: the score needs at least one batch")
@@ -135,7 +135,7 @@ def _similarity(model: nn.Module, blocks: Sequence[Block], data: Iterable[Any]) 
         return hook
 
     images = [any(isinstance(m, nn.Conv2d) for m in b.module.modules()) for b in blocks]
-    with hooked([b.module.register_forward_hook(see(i), with_kwargs=True) for i, b in enumerate(blocks)]):
+    with temporary_hooks([b.module.register_forward_hook(see(i), with_kwargs=True) for i, b in enumerate(blocks)]):
         run_batches(model, data, padding)
     missed = [b.name for b, n in zip(blocks, counts) if not n]
     if missed:
@@ -151,7 +151,7 @@ def drop_blocks(model: nn.Module, example: Any, blocks: Sequence[Block], *, stay
     done = Removal(model)
     done.undo.append(record_restorer(model))
     try:
-        for name, parts in stacks(model).items():
+        for name, parts in block_lists(model).items():
             gone = {b.number for b in blocks if b.stack == name}
             if gone:
                 kept = [i for i in range(len(parts)) if i not in gone]
@@ -183,7 +183,7 @@ def _renumber(name: str, parts: Any, kept: list[int], done: Removal) -> dict[str
 
 def choose_blocks(model: nn.Module, blocks: Sequence[Block], scores: Tensor, many: int) -> list[Block]:
     """Return the blocks that go, those with the least scores; one of each list stays."""
-    left = {name: len(parts) for name, parts in stacks(model).items()}
+    left = {name: len(parts) for name, parts in block_lists(model).items()}
     gone: list[Block] = []
     for i in scores.argsort(stable=True).tolist():
         b = blocks[i]
@@ -238,7 +238,7 @@ def drop_layers_(
     scores = layer_scores(inner, blocks, score, [example] if data is None else data, loss, seed, progress=progress)
     gone = choose_blocks(inner, blocks, scores, many)
     before = list(inner.parameters())
-    lengths = {n: len(parts) for n, parts in stacks(inner).items()}
+    lengths = {n: len(parts) for n, parts in block_lists(inner).items()}
     stay = mask_only or dry_run
     removal = drop_blocks(inner, example, gone, stay=stay)
     try:

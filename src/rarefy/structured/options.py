@@ -13,7 +13,7 @@ from rarefy.model import lowrank_modules
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import masks as attached
-from rarefy.model.quant_grid import live_grid, notes
+from rarefy.model.quant_grid import attached_grid, recorded_grids
 from rarefy.structured import budget as plan
 from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.importance import REDUCTIONS, UNIT_SCORES
@@ -67,9 +67,9 @@ def check_unmasked(model: nn.Module, whole: bool = False, doing: str = "cut") ->
     if attached(model):
         raise ModelError("masks are still attached: fold_ the model first")
     for layer in all_layers(model):
-        if live_grid(layer.module, layer.param) is not None or (notes(layer.module) and not whole):
+        if attached_grid(layer.module, layer.param) is not None or (recorded_grids(layer.module) and not whole):
             raise ModelError(f"{layer.full_name} is quantized already: {doing} first, then quantize")
-    made = next(iter(lowrank_modules.noted(model)), None)
+    made = next(iter(lowrank_modules.factor_records(model)), None)
     if made is not None:
         raise ModelError(f"{made} is made of factors: {doing} first, then factorize")
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from rarefy.calibration.statistics import Stats
+from rarefy.calibration.statistics import LayerStats
 from rarefy.common.errors import PatternError, unknown
 from rarefy.common.progress import track
 from rarefy.common.report import Report
-from rarefy.dependency.graph import Graph, Group, trace, unruled
-from rarefy.dependency.symbolic_dims import Axis, leaves, ordered
+from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
+from rarefy.dependency.symbolic_dims import Axis, leaves, reordered_indices
 from rarefy.model.forward import check_batches
-from rarefy.model.layers import Layer, Selector, all_layers, select, unwrap
+from rarefy.model.layers import Layer, Selector, all_layers, select_layers, unwrap
 from rarefy.model.losses import Loss
-from rarefy.model.sparsity_pattern import Pattern, parse
+from rarefy.model.sparsity_pattern import Pattern, parse_pattern
 from rarefy.prune.prune import calibrate, check_weights
 from rarefy.prune.scores import SCORES
 from rarefy.structured.optimizer_state import check_optimizer
@@ -79,7 +79,7 @@ def permute_(
         check_batches(data)
     inner = unwrap(model)
     check_unmasked(inner, doing="permute")
-    chosen = select(model, layers, ignore)
+    chosen = select_layers(model, layers, ignore)
     check_weights(chosen)
     check_optimizer(optimizer, inner)
     with _Reads() as reads:
@@ -88,7 +88,7 @@ def permute_(
     scores = _scores(chosen, score, calibrate(model, chosen, score, data, loss, seed))
     stored = set(inner.state_dict(keep_vars=True))
     names = {id(getattr(*owners[0])): n for n, owners in graph.owners.items()}
-    seen = [(S, graph.places(names[key], dim)) for key, (S, dim) in scores.items()]
+    seen = [(S, graph.unit_indices(names[key], dim)) for key, (S, dim) in scores.items()]
     free = [g for g in graph.groups if g.lock is None]
     read = {g: S for g in free if (S := _read(seen, g, plan)) is not None}
     sums = {g: float(S.sum(dtype=torch.float64)) for g, S in read.items()}
@@ -121,7 +121,9 @@ def permute_(
         n: sum(rows[g][n] * s for g, s in sums.items()) / (sum(sums.values()) or 1.0) for n in ("kept before", "kept")
     }
     summary = {"groups": f"{len(orders) - len(undone)} of {len(rows)}", **told}
-    return Report(f"inputs in order for {plan}", tuple(rows.values()), summary, (*unruled(graph), *reads.idle(inner)))
+    return Report(
+        f"inputs in order for {plan}", tuple(rows.values()), summary, (*unsupported_notes(graph), *reads.idle(inner))
+    )
 
 
 class _Reads(TorchFunctionMode):
@@ -144,7 +146,7 @@ class _Reads(TorchFunctionMode):
 
 def check_permute(pattern: Any, score: Any, seconds: Any) -> Pattern:
     """Return the pattern that `permute_` is asked for; PatternError for what it does not know."""
-    plan = parse(pattern)
+    plan = parse_pattern(pattern)
     if plan.kind != "nm":
         raise PatternError(f"pattern {str(pattern)!r} is not N:M, such as 2:4, to which the order of inputs matters")
     if score not in SCORES:
@@ -154,7 +156,7 @@ def check_permute(pattern: Any, score: Any, seconds: Any) -> Pattern:
     return plan
 
 
-def _scores(chosen: Sequence[Layer], score: str, stats: Mapping[str, Stats]) -> dict[int, tuple[Tensor, int]]:
+def _scores(chosen: Sequence[Layer], score: str, stats: Mapping[str, LayerStats]) -> dict[int, tuple[Tensor, int]]:
     """By the id of the parameter its scores [G, K, O, I] and the dimension of its inputs, where that has all of them (a
     transposed convolution in groups has them apart)."""
     found: dict[int, tuple[Tensor, int]] = {}
@@ -233,6 +235,6 @@ def reorder_(graph: Graph, orders: Mapping[Axis, Tensor], optimizer: torch.optim
         for d, e in enumerate(dims):
             if not any(a in orders for a in leaves(e)):
                 continue
-            index = ordered(e, orders.get).to(tensor.device)
+            index = reordered_indices(e, orders.get).to(tensor.device)
             for t in (tensor, *(s for s in beside if isinstance(s, Tensor) and s.shape == tensor.shape)):
                 t.copy_(t.index_select(d, index))

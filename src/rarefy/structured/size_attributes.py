@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rarefy.dependency.graph import Graph
-from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, kept, leaves, size
-from rarefy.model.mha import OwnHeads
+from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, kept_indices, leaves, size
+from rarefy.model.mha import PrunableMultiheadAttention
 
 HEAD_DIMENSION = re.compile(r"head_?(dim|size|features)|(dim|size|features|per|d)_?(per_)?head|d_kv")
 # names of a model's width that other modules read; no view has this size
@@ -32,7 +32,7 @@ SIZE_OF: dict[type, dict[str, tuple[str, int]]] = {
     nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
     nn.RNNBase: {"input_size": ("weight_ih_l0", 1)},
     nn.GroupNorm: {"num_channels": ("weight", 0)},
-    OwnHeads: {n: ("in_proj_weight", 1) for n in ("embed_dim", "kdim", "vdim")},
+    PrunableMultiheadAttention: {n: ("in_proj_weight", 1) for n in ("embed_dim", "kdim", "vdim")},
 }
 
 
@@ -75,7 +75,7 @@ class _Sizes:
 
     def kept(self, expr: Expr) -> int:
         """Return the size of a dimension after the cut."""
-        return int(kept(expr, self.masks.get).sum())
+        return int(kept_indices(expr, self.masks.get).sum())
 
 
 def _update_known(module: nn.Module, sizes: _Sizes) -> set[str]:

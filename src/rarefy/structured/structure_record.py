@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ContainerError, unknown
 from rarefy.model import hf
-from rarefy.model.mha import with_own_heads
+from rarefy.model.mha import replace_mha_
 
 # attributes of torch's own layers that hold sizes
 SIZES = frozenset({
@@ -115,7 +115,7 @@ def restore(model: nn.Module, record: Any, path: Any) -> None:
     for name, kept_blocks in record["blocks"].items():
         _keep_blocks(model, name, kept_blocks, path)
     for name in record["attention"]:
-        if not isinstance(name, str) or not with_own_heads(model, [name]):
+        if not isinstance(name, str) or not replace_mha_(model, [name]):
             raise ContainerError(f"{path}: {type(model).__name__} has no attention {name!r} that could have own heads")
     modules = dict(model.named_modules())
     for name, value in record["numbers"].items():

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, RarefyError
 from rarefy.dependency.graph import Graph, Group
-from rarefy.dependency.symbolic_dims import Axis, kept, leaves
-from rarefy.dependency.tracer import forget, plainly, running
+from rarefy.dependency.symbolic_dims import Axis, kept_indices, leaves
+from rarefy.dependency.tracer import clear_caches, decomposed_ops, tracking_module_names
 from rarefy.model.batches import tensors_in
-from rarefy.model.forward import call, evaluating, hooked, on_device
-from rarefy.model.mha import with_own_heads
+from rarefy.model.forward import call, evaluating, on_device, temporary_hooks
+from rarefy.model.mha import replace_mha_
 from rarefy.structured.consumers import Consumer, all_consumers
 from rarefy.structured.masked_reference import MaskedReference
 from rarefy.structured.size_attributes import update_size_attributes
@@ -67,7 +67,7 @@ class Removal:
             step()
         del self.undo[first:]
         if self.model is not None:
-            forget(self.model)
+            clear_caches(self.model)
 
 
 def remove_units(
@@ -83,8 +83,8 @@ def remove_units(
     removal.undo += zero_units_(graph, masks)
     zeroed = len(removal.undo)
     try:
-        consumers = [c for c in all_consumers(graph) if not bool(kept(c.inputs, masks.get).all())]
-        with plainly(), MaskedReference(graph, masks), _constants(consumers, graph, masks, removal.constants):
+        consumers = [c for c in all_consumers(graph) if not bool(kept_indices(c.inputs, masks.get).all())]
+        with decomposed_ops(), MaskedReference(graph, masks), _constants(consumers, graph, masks, removal.constants):
             reference = outputs(model, example)
         removal.unseen = all(torch.equal(a, b) for a, b in zip(dense, reference))
         _remove_exactly(model, example, graph, masks, reference, removal)
@@ -100,7 +100,7 @@ def remove_units(
 def give_own_heads(model: nn.Module, names: Any = None) -> Removal:
     """Replace torch's attention modules by ones that can lose heads and width; the model records which."""
     removal = Removal(model, [record_restorer(model)])
-    replaced = with_own_heads(model, names)
+    replaced = replace_mha_(model, names)
     removal.undo += [lambda slot=slot: setattr(slot[0], slot[1], slot[2]) for slot in replaced.values()]
     if replaced:
         record_attention(model, replaced)
@@ -151,7 +151,7 @@ def _scale_queries(graph: Graph, group: Group, factor: float, removal: Removal) 
     for member in producers:
         if graph.owners[member.name][0][0] is module:
             W = getattr(*graph.owners[member.name][0])
-            rows = (graph.places(member.name, member.dim)[group.axis] >= 0).nonzero()[:num_rows, 0].to(W.device)
+            rows = (graph.unit_indices(member.name, member.dim)[group.axis] >= 0).nonzero()[:num_rows, 0].to(W.device)
             removal.undo.append(value_restorer(W))
             W.data.index_copy_(member.dim, rows, W.data.index_select(member.dim, rows) * factor)
             removal.scaled[member.name] = member.dim, rows, factor
@@ -175,7 +175,7 @@ def zero_units_(graph: Graph, masks: Mapping[Axis, Tensor]) -> Undo:
             continue
         undo.append(value_restorer(W))
         for d in dims:
-            removed = ~kept(graph.dims[name][d], masks.get)
+            removed = ~kept_indices(graph.dims[name][d], masks.get)
             W.data.index_fill_(d, removed.nonzero()[:, 0].to(W.device), 0)
     return undo
 
@@ -192,7 +192,7 @@ def remove_slices(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor], 
         new = old.detach()
         kept_indices: dict[int, Tensor] = {}
         for d, e in enumerate(dims):
-            keep = kept(e, masks.get)
+            keep = kept_indices(e, masks.get)
             if not keep.all():
                 kept_indices[d] = keep.nonzero()[:, 0]
                 new = new.index_select(d, kept_indices[d].to(new.device))
@@ -223,7 +223,7 @@ def _constants(
     """
 
     def record(consumer: Consumer) -> Any:
-        removed = ~kept(consumer.inputs, masks.get)
+        removed = ~kept_indices(consumer.inputs, masks.get)
 
         def hook(module: Any, args: tuple, kwargs: dict) -> None:
             x = consumer.rows((args or tuple(kwargs.values()))[0].detach()).float()
@@ -234,13 +234,13 @@ def _constants(
             constant = torch.where(high - low <= 1e-6 * high.abs().clamp(min=1), x.mean(0), torch.zeros_like(low))
             W = module.weight.detach().float().transpose(0, consumer.axis)[removed.to(x.device)]
             W = W.flatten(2).sum(2) if W.dim() > 2 else W
-            rows = kept(graph.dims[consumer.name][1 - consumer.axis], masks.get)
+            rows = kept_indices(graph.dims[consumer.name][1 - consumer.axis], masks.get)
             constants[consumer.name] = (constant @ W)[rows.to(x.device)]
 
         return hook
 
     plain = [c for c in consumers if c.plain]
-    with hooked([c.module.register_forward_pre_hook(record(c), with_kwargs=True) for c in plain]):
+    with temporary_hooks([c.module.register_forward_pre_hook(record(c), with_kwargs=True) for c in plain]):
         yield
 
 
@@ -253,7 +253,7 @@ def _pads(module: Any) -> bool:
 
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """Return all tensors that a call in evaluation mode returns."""
-    forget(model)
+    clear_caches(model)
     with evaluating(model), torch.no_grad():
         return [t.detach().clone() for t in tensors_in(call(model, on_device(model, example)))]
 
@@ -262,7 +262,7 @@ def verify(model: nn.Module, example: Any, reference: Sequence[Tensor]) -> None:
     """Raise ModelError unless the cut model runs and returns what the masked model returned."""
     stack: list[str] = []
     try:
-        with running(model, stack, unwind=False):
+        with tracking_module_names(model, stack, unwind=False):
             result = outputs(model, example)
     except RarefyError as error:
         raise ForwardFailed(f"the cut model does not run, so it was put back: {error}", (stack or [""])[-1]) from error

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibration.resume import Journal
+from rarefy.calibration.resume import ResumeState
 from rarefy.common.atomic_io import TRAINING
 from rarefy.common.errors import ModelError
 
@@ -42,16 +42,16 @@ class State:
         return {**self.numbers.get(prefix, {}), **own}
 
 
-def save(journal: Journal, state: State) -> None:
+def save(resume_state: ResumeState, state: State) -> None:
     """Put a state on disk in place of the one before; ContainerError where there is no space."""
-    journal.put(TRAINING, state.tensors, "numbers", state.numbers)
+    resume_state.write_tensors(TRAINING, state.tensors, "numbers", state.numbers)
 
 
-def load(journal: Journal) -> State | None:
+def load(resume_state: ResumeState) -> State | None:
     """Return the state on disk, or None; ContainerError where it is damaged or of another run."""
-    if journal.folder is None or not (journal.folder / TRAINING).is_file():
+    if resume_state.folder is None or not (resume_state.folder / TRAINING).is_file():
         return None
-    tensors, numbers = journal.take(TRAINING, "numbers")
+    tensors, numbers = resume_state.read_tensors(TRAINING, "numbers")
     return State(numbers, tensors)
 
 

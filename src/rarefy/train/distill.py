@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.calibration.resume import digest
-from rarefy.calibration.sequential import blocks, first_tensor
+from rarefy.calibration.sequential import find_blocks, first_tensor
 from rarefy.common.errors import DataError, ModelError, RecipeError, SelectorError, unknown
 from rarefy.model.batches import tensors_in
-from rarefy.model.forward import call, describe, evaluating
+from rarefy.model.forward import call, describe_batch, evaluating
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import fold_
 from rarefy.train.teacher_cache import TeacherCache
@@ -385,7 +385,7 @@ def _pairs(student: nn.Module, teacher: nn.Module, plan: Distill) -> list[tuple[
 def _places(model: nn.Module, words: Words) -> list[nn.Module]:
     if words is None:
         try:
-            return [b.module for b in blocks(model, all_layers(model))]
+            return [b.module for b in find_blocks(model, all_layers(model))]
         except ModelError:
             raise ModelError(
                 f"{type(model).__name__} has no list of equal blocks: name modules with at, such as at='layer*'"
@@ -441,6 +441,6 @@ def _causal(model: nn.Module) -> bool:
 def _same(s: Tensor, t: Tensor, student: nn.Module, teacher: nn.Module) -> None:
     if s.shape != t.shape:
         raise ModelError(
-            f"outputs do not match: the student ({type(student).__name__}) gives {describe(s)}, the teacher "
-            f"({type(teacher).__name__}) {describe(t)}"
+            f"outputs do not match: the student ({type(student).__name__}) gives {describe_batch(s)}, the teacher "
+            f"({type(teacher).__name__}) {describe_batch(t)}"
         )

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
-from rarefy.model.batches import slices
+from rarefy.model.batches import split_batch
 from rarefy.model.forward import call, evaluating, on_device, trainable
 from rarefy.model.layers import Layer
-from rarefy.model.losses import Loss, finite, loss_of
+from rarefy.model.losses import Loss, check_finite, resolve_loss
 
 FIRST = 16  # gradients whose size sets the damping
 
@@ -51,7 +51,7 @@ def inverses(
     if not batches:
         raise DataError("the calibration data is empty")
     each = math.ceil(count / len(batches))
-    total = sum(len(slices(b, each)) for b in batches)
+    total = sum(len(split_batch(b, each)) for b in batches)
     first: list[list[Tensor]] = []
     found: dict[str, Tensor] = {}
     for index, grads in enumerate(_gradients(model, layers, batches, loss, each)):
@@ -76,11 +76,11 @@ def _gradients(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], loss: Loss | None, each: int
 ) -> Iterator[list[Tensor]]:
     """The gradient of each layer for parts of the batches, at most `each` of one."""
-    of, weights = loss_of(loss), [l.original for l in layers]
+    of, weights = resolve_loss(loss), [l.original for l in layers]
     with evaluating(model), trainable(weights), torch.enable_grad():
         for index, batch in enumerate(batches):
-            for part in slices(on_device(model, batch), each):
-                value = finite(of(call(model, part), part), index)
+            for part in split_batch(on_device(model, batch), each):
+                value = check_finite(of(call(model, part), part), index)
                 grads = torch.autograd.grad(value, weights, allow_unused=True)
                 yield [torch.zeros_like(w).float() if g is None else g.float() for g, w in zip(grads, weights)]
 

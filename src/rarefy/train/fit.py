@@ -16,19 +16,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rarefy.calibration import resume as journals
+from rarefy.calibration import resume
 from rarefy.common.atomic_io import path_of
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
 from rarefy.model import distributed
-from rarefy.model.batches import tokens_in
+from rarefy.model.batches import count_tokens
+from rarefy.model.distributed import all_reduce_mean
 from rarefy.model.forward import call, check_batches, on_device
 from rarefy.model.layers import all_layers
-from rarefy.model.losses import Loss, loss_of
-from rarefy.model.masks import ROUNDED, get_mask, resume_grids_, zeros_of
-from rarefy.model.shards import everyones
+from rarefy.model.losses import Loss, resolve_loss
+from rarefy.model.masks import MIN_ZEROS_ON_GRID, get_mask, reattach_grids_, zero_fraction
 from rarefy.runtime.sparse_layers import Sparse
 from rarefy.train import checkpoint
 from rarefy.train.distill import Distiller
@@ -114,13 +114,15 @@ def fit_(
     resume_dir = path_of(resume_dir)
     if isinstance(distill, Distiller) and not distill.prepared and not hasattr(data, "__next__"):
         distill.prepare(on_device(model, _first(data)))
-    open_ = {l.full_name: z for l in all_layers(model) if get_mask(l) is None and (z := zeros_of(l)) > ROUNDED}
-    resume_grids_(model)
+    open_ = {
+        l.full_name: z for l in all_layers(model) if get_mask(l) is None and (z := zero_fraction(l)) > MIN_ZEROS_ON_GRID
+    }
+    reattach_grids_(model)
     if optimizer is None:
         optimizer = optimizer_of("adamw", 1e-4)
     modes = [(m, m.training) for m in model.modules()]
     moves = _optimizer(model, optimizer, distill)
-    journal, key = journals.Journal(None), {}
+    resume_state, key = resume.ResumeState(None), {}
     if resume_dir is not None:
         told = {"epochs": epochs, "lr_schedule": lr_schedule, "prune": prune, "steps": steps, "patience": patience}
         told |= {"seed": seed, "maximize": maximize, "at": sorted(at or {}), "also": also, "teach": distill}
@@ -130,13 +132,13 @@ def fit_(
             torch.manual_seed(seed)
         told = {"calibrate": calibrate, "loss": loss, "seed": seed or 0, "at": at}
         sparsifier = Sparsifier(model, prune, optimizer=moves, **told)
-        run = _Run(model, moves, LR_SCHEDULES[lr_schedule], loss_of(loss), sparsifier, steps or Steps(), epochs)
-        run.distill, run.logs, run.journal, run.progress = distill, logs, journal, progress
+        run = _Run(model, moves, LR_SCHEDULES[lr_schedule], resolve_loss(loss), sparsifier, steps or Steps(), epochs)
+        run.distill, run.logs, run.resume_state, run.progress = distill, logs, resume_state, progress
         best = _Best(model, maximize)
         run.best = best
         try:
             if resume_dir is not None:
-                run.journal = journals.open_(resume_dir, key)
+                run.resume_state = resume.open_state(resume_dir, key)
             run.resume()
             while run.epoch < epochs and not (patience and best.waited >= patience):
                 began = time.perf_counter()
@@ -161,12 +163,12 @@ def fit_(
                 module.training = mode
             sparsifier.rest()
             run.restore_rates()
-            run.journal.close()
+            run.resume_state.close()
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
     summary = {"epochs": len(run.rows), **best.restore()}
     early = len(run.rows) < epochs
     notes = (f"stopped after {len(run.rows)} of {epochs} epochs: {patience} without a better one",) if early else ()
-    lost = [l.full_name for l in all_layers(model) if zeros_of(l) < open_.get(l.full_name, 0.0) - 0.01]
+    lost = [l.full_name for l in all_layers(model) if zero_fraction(l) < open_.get(l.full_name, 0.0) - 0.01]
     if lost:
         notes += (f"zeros without a mask were filled in {', '.join(lost)}: rarefy.adopt_(model) before keeps them",)
     return Report("trained", tuple(run.rows), summary, notes)
@@ -226,7 +228,7 @@ def _key(model: nn.Module, data: Any, moves: torch.optim.Optimizer, told: dict[s
     known = data
     if not isinstance(data, list | tuple):
         known = [] if hasattr(data, "__next__") else [_first(data)]
-    return journals.key(model, known, **plain)
+    return resume.run_key(model, known, **plain)
 
 
 def _number(metric: Any) -> float:
@@ -240,7 +242,7 @@ class _Run:
 
     distill: DistillLoss | None
     logs: Loggers
-    journal: journals.Journal
+    resume_state: resume.ResumeState
     best: _Best
     progress: bool
 
@@ -258,7 +260,7 @@ class _Run:
         self.sparsifier, self.steps, self.epochs = sparsifier, steps, epochs
         self.rates = [g["lr"] for g in moves.param_groups]
         self.run: nn.Module = model
-        if distributed.size() > 1:
+        if distributed.world_size() > 1:
             self.run = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         own = {id(p) for p in model.parameters()}
         self.others = [p for g in moves.param_groups for p in g["params"] if id(p) not in own]  # of the teacher's loss
@@ -286,7 +288,7 @@ class _Run:
             raise DataError(
                 f"the training data is empty in epoch {self.epoch + 1} (an iterator gives its batches only once)"
             )
-        mean = distributed.number(self.total) / distributed.number(self.seen)
+        mean = distributed.all_reduce_number(self.total) / distributed.all_reduce_number(self.seen)
         self.epoch, self.step, self.total, self.seen = self.epoch + 1, 0, 0.0, 0
         return mean
 
@@ -312,18 +314,18 @@ class _Run:
 
     def _learn(self, batch: Any, index: int, many: int) -> None:
         """Add the gradient of one batch of `many` that are taken together."""
-        batch, share = distributed.part_of(on_device(self.model, batch))
+        batch, share = distributed.local_samples(on_device(self.model, batch))
         with self._precision():
             out = call(self.run, batch)
             value = self.loss(out, batch) if self.distill is None else self._distill_loss(out, batch)
         loss = float(value.detach())
-        if distributed.number(float(not math.isfinite(loss))):
-            kept = f"; the state before is in {self.journal.folder}" if self.journal.folder else ""
+        if distributed.all_reduce_number(float(not math.isfinite(loss))):
+            kept = f"; the state before is in {self.resume_state.folder}" if self.resume_state.folder else ""
             raise ModelError(
                 f"the loss is {loss} in epoch {self.epoch + 1}, step {index + 1}: lower the learning rate{kept}"
             )
         (value if many == 1 and share == 1 else value * (share / many)).backward()
-        count = tokens_in(batch)
+        count = count_tokens(batch)
         self.total, self.seen = self.total + loss * count, self.seen + count
 
     def _distill_loss(self, out: Any, batch: Any) -> torch.Tensor:
@@ -339,8 +341,8 @@ class _Run:
         return torch.autocast(kind, AUTOCAST[self.steps.autocast], cache_enabled=False)
 
     def _move(self) -> None:
-        for p in self.others if distributed.size() > 1 else ():
-            p.grad = None if p.grad is None else everyones(p.grad)
+        for p in self.others if distributed.world_size() > 1 else ():
+            p.grad = None if p.grad is None else all_reduce_mean(p.grad)
         if self.steps.clip is not None:
             nn.utils.clip_grad_norm_([p for g in self.moves.param_groups for p in g["params"]], self.steps.clip)
         self.moves.step()
@@ -356,7 +358,7 @@ class _Run:
 
     def keep(self) -> None:
         """Put the state on disk, where there is a folder for it."""
-        if self.journal.folder is None:
+        if self.resume_state.folder is None:
             return
         state = checkpoint.State()
         state.numbers["run"] = {k: getattr(self, k) for k in ("epoch", "step", "total", "seen", "rows")}
@@ -368,11 +370,11 @@ class _Run:
         state.put("start", self.random)
         if isinstance(self.distill, nn.Module):
             state.put("teach", self.distill.state_dict())
-        checkpoint.save(self.journal, state)
+        checkpoint.save(self.resume_state, state)
 
     def resume(self) -> None:
         """Go on from the state on disk, if there is one."""
-        state = checkpoint.load(self.journal)
+        state = checkpoint.load(self.resume_state)
         if state is None:
             return
         for key, value in state.numbers["run"].items():

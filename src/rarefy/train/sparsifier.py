@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model import distributed
-from rarefy.model.layers import Layer, all_layers, select
+from rarefy.model.distributed import all_reduce_mean, full_tensor, is_sharded
+from rarefy.model.layers import Layer, all_layers, select_layers
 from rarefy.model.losses import Loss
-from rarefy.model.masks import Mask, check_maskable, clear_, get_mask, masks, open_mask, set_mask_
-from rarefy.model.shards import everyones, sharded, whole
+from rarefy.model.masks import Mask, check_maskable, dense_mask, get_mask, masks, set_mask_, zero_masked_
 from rarefy.prune import prune
 from rarefy.prune.scores import SCORES
 from rarefy.train.sparsity_config import Gradual, ScheduledConfig, SecondOrder, SparsityConfig, resolve_config
@@ -83,7 +83,7 @@ class Sparsifier:
             self._happen()
             return
         told = resolve_config(plan)
-        self._layers = select(model, plan.layers, plan.ignore)
+        self._layers = select_layers(model, plan.layers, plan.ignore)
         prune.refuse_impossible(self._layers, told.pattern)
         data = list(calibrate) if isinstance(calibrate, Iterator) else calibrate
         self._check(plan, data)
@@ -101,7 +101,7 @@ class Sparsifier:
             check_maskable(layer)
         for layer in self._layers:
             if get_mask(layer) is None:
-                set_mask_(layer, open_mask(layer))
+                set_mask_(layer, dense_mask(layer))
         self.sparsity = self._work.zeros()
         self._advance(0.0, 0.0)
 
@@ -178,7 +178,7 @@ class Sparsifier:
             raise DataError(f"{what} reads statistics: give calibrate=batches")
         if needs and next(iter(calibrate or ()), None) is None:
             raise DataError("the calibration data is empty")
-        if needs and any(sharded(l.original) for l in self._layers):
+        if needs and any(is_sharded(l.original) for l in self._layers):
             raise ModelError(
                 "scores of data are not taken from weights that processes share: make the sparsifier before fully_shard"
             )
@@ -227,7 +227,7 @@ class Sparsifier:
             if mask is None:
                 continue
             state = {} if self.optimizer is None else self.optimizer.state.get(weight, {})
-            clear_((*state.values(), *(() if hidden else (weight,))), mask)
+            zero_masked_((*state.values(), *(() if hidden else (weight,))), mask)
 
     def _told(self) -> bool:
         """Whether there are gradients, and all are finite: not where a loss scaler throws the step away."""
@@ -254,7 +254,7 @@ class Sparsifier:
     def _check_gradients(self) -> None:
         """Raise ModelError where no layer has a gradient, in any process."""
         probes = [_mask_of(l).probe for l in self._layers]
-        if not distributed.number(float(any(p is not None and p.grad is not None for p in probes))):
+        if not distributed.all_reduce_number(float(any(p is not None and p.grad is not None for p in probes))):
             name = self._layers[0].full_name
             raise ModelError(f"{name} has no gradient: call sparsifier.step() after backward, for each optimizer step")
 
@@ -265,11 +265,11 @@ class Sparsifier:
         own = None if probe is None else probe.grad
         if own is None:
             own = torch.zeros(W.shape, dtype=W.dtype, device=W.device)
-        return everyones(own) / self._scale
+        return all_reduce_mean(own) / self._scale
 
 
 def _times(layer: Layer, gradient: Tensor) -> Tensor:
-    return gradient * whole(layer.original.detach())
+    return gradient * full_tensor(layer.original.detach())
 
 
 def check_steps(steps: Any, what: str = "steps") -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from rarefy.common.errors import PatternError, unknown
 from rarefy.model import sparsity_pattern as patterns
-from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse
+from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse_pattern
 from rarefy.prune.prune import default_scope
 from rarefy.prune.scores import SCORES
 from rarefy.train.sparsity_schedule import MAX_STEPS, sparsities
@@ -169,7 +169,7 @@ def resolve_config(plan: SparsityConfig) -> ResolvedConfig:
     """
     if not isinstance(plan, tuple(SPARSITY_CONFIGS.values())):
         raise PatternError(f"prune is a plan such as rarefy.Gradual(sparsity=0.9), got {plan!r}")
-    pattern = parse(plan.pattern)
+    pattern = parse_pattern(plan.pattern)
     if isinstance(plan, Gradual) and (not isinstance(plan.score, str) or plan.score not in SCORES):
         raise PatternError(unknown("score", plan.score, SCORES))
     usual = default_scope(pattern, plan.score if isinstance(plan, Gradual) else "magnitude")
@@ -178,7 +178,7 @@ def resolve_config(plan: SparsityConfig) -> ResolvedConfig:
         _check_soft(plan, pattern)
         sparsity = 1.0
     if isinstance(plan, Gradual) and plan.reduce is not None:
-        patterns.select_many([], pattern, None if pattern.kind == "nm" else sparsity, reduce=plan.reduce)
+        patterns.make_masks([], pattern, None if pattern.kind == "nm" else sparsity, reduce=plan.reduce)
     last, scope = check_sparsity(pattern, sparsity, plan.scope or usual)
     _check_way(plan)
     if isinstance(plan, ScheduledConfig):

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import PatternError, SelectorError
 from rarefy.model import distributed
-from rarefy.model.layers import Layer, select
+from rarefy.model.distributed import full_tensor, shard_like
+from rarefy.model.layers import Layer, select_layers
 from rarefy.model.losses import Loss
-from rarefy.model.masks import effective, mask_of, open_mask, set_mask_
-from rarefy.model.shards import spread_as, whole
-from rarefy.model.sparsity_pattern import Pattern, masks_at, per_unit
+from rarefy.model.masks import dense_mask, effective_weight, mask_or_dense, set_mask_
+from rarefy.model.sparsity_pattern import Pattern, masks_at_sparsity, mean_per_unit
 from rarefy.prune import prune
 from rarefy.prune.allocation import erk
 from rarefy.train import fisher
@@ -60,7 +60,7 @@ class MethodContext:
     def put(self, scores: Sequence[Tensor], sparsity: float, layers: Sequence[Layer] | None = None) -> None:
         """Mask the least scores of layers (all, if not named)."""
         layers = self.layers if layers is None else layers
-        found = masks_at(scores, self.pattern, sparsity, self.asked.scope)
+        found = masks_at_sparsity(scores, self.pattern, sparsity, self.asked.scope)
         for layer, mask in zip(layers, found):
             set_mask_(layer, layer.layout.unview(mask, tuple(layer.original.shape)))
 
@@ -69,11 +69,11 @@ class MethodContext:
 
     def effective(self, layer: Layer) -> Tensor:
         """The weight as it counts, [G, K, O, I]."""
-        return self.view(layer, effective(layer))
+        return self.view(layer, effective_weight(layer))
 
     def zeros(self) -> float:
         """The share of zeros of all layers together."""
-        kept = sum(int(mask_of(l).sum()) for l in self.layers)
+        kept = sum(int(mask_or_dense(l).sum()) for l in self.layers)
         return 1 - kept / max(1, sum(l.original.numel() for l in self.layers))
 
 
@@ -106,7 +106,7 @@ def layers_by_final_sparsity(work: MethodContext) -> list[tuple[float, list[Laye
     plan, last = work.plan, work.asked.sparsity
     ends = {id(l.original): last for l in work.layers}
     for words, end in (getattr(plan, "ends", None) or {}).items():
-        named = {id(l.original): float(end) for l in select(work.model, words) if id(l.original) in ends}
+        named = {id(l.original): float(end) for l in select_layers(work.model, words) if id(l.original) in ends}
         if not named:
             raise SelectorError(f"ends: {words!r} names no layer that is pruned")
         ends |= named
@@ -134,7 +134,7 @@ def _parts(
     work: MethodContext, layers: Sequence[Layer], sparsity: float, regrow: bool = False
 ) -> list[tuple[Sequence[Layer], float]]:
     """Layers with the sparsity to choose for them: no less than they have, where what is masked stays so."""
-    had = {id(l): 1 - mask_of(l).float().mean().item() for l in layers}
+    had = {id(l): 1 - mask_or_dense(l).float().mean().item() for l in layers}
     if regrow or max(had.values(), default=0.0) <= sparsity:
         return [(layers, sparsity)]
     if work.asked.scope == "global":
@@ -172,7 +172,7 @@ def _movement(work: MethodContext, index: int) -> float:
         return sparsity
     limit = math.log(plan.threshold / (1 - plan.threshold)) if 0 < plan.threshold < 1 else math.inf
     for layer, score in zip(work.layers, scores):
-        kept = per_unit(score, work.pattern) > limit
+        kept = mean_per_unit(score, work.pattern) > limit
         set_mask_(layer, layer.layout.unview(kept, tuple(layer.original.shape)))
     return work.zeros()
 
@@ -188,14 +188,14 @@ def _second_order(work: MethodContext, index: int) -> float:
     for layer in work.layers:
         flat = fisher.saliency(layer.weight.detach().float(), inverse[layer.full_name])
         score = work.view(layer, flat)
-        scores[id(layer)] = torch.where(layer.layout.view(mask_of(layer)), score, float("-inf"))
+        scores[id(layer)] = torch.where(layer.layout.view(mask_or_dense(layer)), score, float("-inf"))
     for some, least in _parts(work, work.layers, sparsity):
         work.put([scores[id(l)] for l in some], least, some)
     for layer in work.layers:
-        moved = fisher.compensated(layer.original.detach().float(), mask_of(layer), inverse[layer.full_name])
+        moved = fisher.compensated(layer.original.detach().float(), mask_or_dense(layer), inverse[layer.full_name])
         with torch.no_grad():  # its sums do not add up over processes: all take those of the first
-            layer.original.copy_(distributed.sent(moved, 0))
-        set_mask_(layer, distributed.sent(mask_of(layer).to(torch.uint8), 0).bool())
+            layer.original.copy_(distributed.broadcast_tensor(moved, 0))
+        set_mask_(layer, distributed.broadcast_tensor(mask_or_dense(layer).to(torch.uint8), 0).bool())
     return work.zeros()
 
 
@@ -216,11 +216,11 @@ def _rigl(work: MethodContext, drop: float | None) -> float:
         if drop is None:
             work.put([W], sparsity, [layer])
             continue
-        active = layer.layout.view(mask_of(layer))
+        active = layer.layout.view(mask_or_dense(layer))
         W = torch.where(active, W, float("-inf"))
         density = active.float().mean().item()
         flat = work.pattern if work.pattern.kind != "nm" else Pattern("unstructured")
-        stay = masks_at([W], flat, 1 - density * (1 - drop), "layer")[0] & active
+        stay = masks_at_sparsity([W], flat, 1 - density * (1 - drop), "layer")[0] & active
         grow = work.view(layer, work.gradient(layer)).abs()
         work.put([torch.where(stay, float("inf"), grow)], sparsity, [layer])
     return work.zeros()
@@ -238,7 +238,7 @@ def _alternate(work: MethodContext, phase: str) -> float:
         work.put([work.effective(l).abs() for l in work.layers], work.asked.sparsity)
         return work.asked.sparsity
     for layer in work.layers:
-        set_mask_(layer, open_mask(layer))
+        set_mask_(layer, dense_mask(layer))
     return 0.0
 
 
@@ -258,7 +258,7 @@ def _pull(work: MethodContext, before: float, now: float) -> None:
     with torch.no_grad():
         for layer in work.layers:
             z, u = (_kept(work, k, layer) for k in "zu")
-            W = whole(layer.original)
+            W = full_tensor(layer.original)
             if W.dtype == torch.float32:
                 new = W - p * (W - z + u)
             else:  # what a step of few bits is too coarse for is kept for the next
@@ -267,7 +267,7 @@ def _pull(work: MethodContext, before: float, now: float) -> None:
                 fine = fine - p * (fine - z + u)
                 new = fine.to(W.dtype)
                 rest.copy_(fine - new.float())
-            layer.original.copy_(spread_as(new, layer.original))
+            layer.original.copy_(shard_like(new, layer.original))
 
 
 def _raised(t: float) -> float:
@@ -277,7 +277,7 @@ def _raised(t: float) -> float:
 
 def _admm(work: MethodContext, what: str) -> float:
     """Z = projection of W + U; U += W - Z."""
-    W = {l.full_name: whole(l.original.detach()).float() for l in work.layers}
+    W = {l.full_name: full_tensor(l.original.detach()).float() for l in work.layers}
     U = {l.full_name: _kept(work, "u", l) for l in work.layers}
     scores = []
     for layer in work.layers:
@@ -287,7 +287,7 @@ def _admm(work: MethodContext, what: str) -> float:
         work.put(scores, work.asked.sparsity)
         work.kept.clear()
         return work.asked.sparsity
-    found = masks_at(scores, work.pattern, work.asked.sparsity, work.asked.scope)
+    found = masks_at_sparsity(scores, work.pattern, work.asked.sparsity, work.asked.scope)
     for layer, mask in zip(work.layers, found):
         name, stored = layer.full_name, tuple(layer.original.shape)
         z = torch.where(layer.layout.unview(mask, stored), W[name] + U[name], 0.0)
@@ -306,7 +306,7 @@ def _second_moment(work: MethodContext, layer: Layer) -> Tensor:
         raise PatternError(
             "admm weighs by second moments, which the optimizer does not keep: take adam, or weigh=False"
         )
-    return whole(state["exp_avg_sq"]).float() + 1e-30
+    return full_tensor(state["exp_avg_sq"]).float() + 1e-30
 
 
 def _tickets(plan: Rewind, last: float) -> list[tuple[float, Any]]:
@@ -322,7 +322,7 @@ def _rewind(work: MethodContext, what: Any) -> float:
         if plan.weights:
             work.kept.update({f"w/{n}": p.detach().clone() for n, p in here.items()})
         return work.zeros()
-    scores = [torch.where(l.layout.view(mask_of(l)), work.effective(l).abs(), float("-inf")) for l in work.layers]
+    scores = [torch.where(l.layout.view(mask_or_dense(l)), work.effective(l).abs(), float("-inf")) for l in work.layers]
     sparsity = sparsities(plan.schedule, work.asked.sparsity, plan.rounds)[what]
     work.put(scores, sparsity)
     with torch.no_grad():

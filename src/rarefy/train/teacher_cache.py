@@ -15,7 +15,7 @@ from torch import Tensor
 from rarefy.calibration.resume import digest
 from rarefy.common.atomic_io import PARTIAL, blaming
 from rarefy.common.errors import ContainerError
-from rarefy.model.batches import samples_in, slices, tensors_in
+from rarefy.model.batches import count_samples, split_batch, tensors_in
 
 
 class TeacherCache:
@@ -31,7 +31,7 @@ class TeacherCache:
 
     def of(self, batch: Any, ask: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the answers to a batch; `ask` gives those of all its samples, where one is not known yet."""
-        parts = slices(batch, samples_in(batch))
+        parts = split_batch(batch, count_samples(batch))
         files = [self.folder / f"{digest([self.who, tensors_in(_asked(part))])}.safetensors" for part in parts]
         if not all(f.is_file() for f in files):
             told = ask(batch)
