@@ -13,7 +13,7 @@ import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.dependency.graph import trace
-from rarefy.dependency.symbolic_dims import Algebra, Axis, Prod, Sum, kept_indices, leaves, size
+from rarefy.dependency.symbolic_dims import Algebra, Axis, Prod, Sum, kept_mask, leaves, size
 from rarefy.model.mha import PrunableMultiheadAttention
 from rarefy.structured.masked_reference import MaskedReference
 
@@ -24,7 +24,7 @@ def grid(dims, masks):
     """Which entries of a tensor with these dimensions stay, as a tensor of its shape."""
     out = torch.ones((), dtype=torch.bool)
     for e in dims:
-        out = out[..., None] & kept_indices(e, masks.get)
+        out = out[..., None] & kept_mask(e, masks.get)
     return out
 
 
@@ -59,7 +59,7 @@ def test_what_stays_is_the_same_after_views_and_splits(seed):
     for _ in range(5):
         masks = {a: torch.rand(a.size) < 0.6 for a in axes if not a.lock}
         assert torch.equal(grid([start], masks), grid([flat], masks)) and size(flat) == n
-        assert int(grid(dims, masks).sum()) == math.prod(int(kept_indices(e, masks.get).sum()) for e in dims)
+        assert int(grid(dims, masks).sum()) == math.prod(int(kept_mask(e, masks.get).sum()) for e in dims)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -69,14 +69,14 @@ def test_refinement_never_changes_what_an_older_dimension_is(seed):
     parts = algebra.cut(original, [8, 16]) if rng.random() < 0.5 else list(algebra.factor(original, 4))
     outer, inner = algebra.factor(parts[-1], 2)
     masks = {a: torch.rand(a.size) < 0.5 for a in leaves(original) if not a.lock}
-    one = kept_indices(original, masks.get)
+    one = kept_mask(original, masks.get)
     if len(parts) == 2 and size(parts[0]) + size(parts[1]) == 24:
-        want = torch.cat([kept_indices(p, masks.get) for p in parts])
+        want = torch.cat([kept_mask(p, masks.get) for p in parts])
     else:
-        want = (kept_indices(parts[0], masks.get)[:, None] & kept_indices(parts[1], masks.get)).flatten()
+        want = (kept_mask(parts[0], masks.get)[:, None] & kept_mask(parts[1], masks.get)).flatten()
     assert torch.equal(one, want)
-    last = (kept_indices(outer, masks.get)[:, None] & kept_indices(inner, masks.get)).flatten()
-    assert torch.equal(last, kept_indices(parts[-1], masks.get))
+    last = (kept_mask(outer, masks.get)[:, None] & kept_mask(inner, masks.get)).flatten()
+    assert torch.equal(last, kept_mask(parts[-1], masks.get))
 
 
 def test_what_cannot_be_said_is_locked():

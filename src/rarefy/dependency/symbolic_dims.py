@@ -278,7 +278,7 @@ class Algebra:
         return self.unify(Prod(a.of[1:]), rest)
 
 
-def kept_indices(e: Expr, keep: Any) -> Tensor:
+def kept_mask(e: Expr, keep: Any) -> Tensor:
     """Return which indices of a dimension stay, bool [size], where `keep` gives the units of an axis that do (or
     None for all)."""
     e = resolve(e)
@@ -286,10 +286,10 @@ def kept_indices(e: Expr, keep: Any) -> Tensor:
         mask = keep(e)
         return torch.ones(e.size, dtype=torch.bool) if mask is None else mask
     if isinstance(e, Sum):
-        return torch.cat([kept_indices(t, keep) for t in e.of])
+        return torch.cat([kept_mask(t, keep) for t in e.of])
     mask = torch.ones(1, dtype=torch.bool)
     for f in e.of:
-        mask = (mask[:, None] & kept_indices(f, keep)[None]).flatten()
+        mask = (mask[:, None] & kept_mask(f, keep)[None]).flatten()
     return mask
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.dependency.graph import Graph
-from rarefy.dependency.symbolic_dims import Axis, kept_indices
+from rarefy.dependency.symbolic_dims import Axis, kept_mask
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.structured.consumers import Consumer, Moments, all_consumers
 
@@ -28,9 +28,7 @@ RIDGE = 1e-3  # times the mean variance of the inputs that stay
 
 def layers_losing_inputs(graph: Graph, masks: Mapping[Axis, Tensor]) -> list[Consumer]:
     """Return the consumers that lose some inputs and can be compensated: Linear and ungrouped convolutions."""
-    masked = [
-        (consumer, kept_indices(consumer.inputs, masks.get)) for consumer in all_consumers(graph) if consumer.plain
-    ]
+    masked = [(consumer, kept_mask(consumer.inputs, masks.get)) for consumer in all_consumers(graph) if consumer.plain]
     return [consumer for consumer, mask in masked if 0 < int(mask.sum()) < len(mask)]
 
 
@@ -80,7 +78,7 @@ def compensate_(
         name, layer = consumer.name, consumer.module
         if name not in moments:
             continue
-        keep, rows = (kept_indices(graph.dims[name][d], masks.get) for d in (consumer.axis, 1 - consumer.axis))
+        keep, rows = (kept_mask(graph.dims[name][d], masks.get) for d in (consumer.axis, 1 - consumer.axis))
         B, shift = compensation(moments[name], keep, "bias" in methods and layer.bias is not None)
         W = dense[name].transpose(0, consumer.axis).transpose(0, 1)[rows.to(dense[name].device)].double()
         compensated = torch.einsum("oc...,cs->os...", W, B)

@@ -16,7 +16,7 @@ from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report, alike
 from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
-from rarefy.dependency.symbolic_dims import Axis, kept_indices, leaves, products, size
+from rarefy.dependency.symbolic_dims import Axis, kept_mask, leaves, products, size
 from rarefy.evaluation.profiling import compare
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Selector, all_layers, select_layers, unwrap
@@ -423,7 +423,7 @@ class History:
     def add(self, graph: Graph, masks: Mapping[Axis, Tensor]) -> None:
         """Note a cut."""
         for (n, d), indices in self.left.items():
-            self.left[n, d] = indices[kept_indices(graph.dims[n][d], masks.get)]
+            self.left[n, d] = indices[kept_mask(graph.dims[n][d], masks.get)]
 
     def origins(self, graph: Graph) -> dict[Axis, int]:
         """Return how many units each group of a graph had at first: those of the axis whose units its own are."""

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rarefy.dependency.graph import Graph
 from rarefy.dependency.op_table import OPERATORS, layers
 from rarefy.dependency.shape_rules import adds_bias, averages_features
-from rarefy.dependency.symbolic_dims import Axis, kept_indices, size
+from rarefy.dependency.symbolic_dims import Axis, kept_mask, size
 
 UNBIASED = frozenset(("mm", "bmm", "mv", "dot"))  # matrix products without a bias
 PRODUCTS = frozenset(n for rule in (layers.matmul, layers.convolution) for n in OPERATORS[rule].split())
@@ -66,7 +66,7 @@ class MaskedReference(TorchDispatchMode):
         """Return which indices of dimension `d` stay: by the masks, or those that are nonzero anywhere."""
         dims = self._traced_dims(name, x.shape)
         if dims is not None:
-            return kept_indices(dims[d], self.masks.get).to(x.device)
+            return kept_mask(dims[d], self.masks.get).to(x.device)
         return (x != 0).movedim(d, 0).flatten(1).any(1) if x.dim() > 1 else x != 0
 
     def _zero_removed(self, name: str, out: Any, biased: bool) -> Any:
@@ -77,7 +77,7 @@ class MaskedReference(TorchDispatchMode):
         for d, e in enumerate(self._traced_dims(name, out.shape) or ()):
             if not biased:
                 break
-            keep = kept_indices(e, self.masks.get)
+            keep = kept_mask(e, self.masks.get)
             if not keep.all():
                 out = out.index_fill_(d, (~keep).nonzero()[:, 0].to(out.device), 0)
         return out

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rarefy.dependency.graph import Graph
-from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, kept_indices, leaves, size
+from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, kept_mask, leaves, size
 from rarefy.model.mha import PrunableMultiheadAttention
 
 HEAD_DIMENSION = re.compile(r"head_?(dim|size|features)|(dim|size|features|per|d)_?(per_)?head|d_kv")
@@ -75,7 +75,7 @@ class _Sizes:
 
     def kept(self, expr: Expr) -> int:
         """Return the size of a dimension after the cut."""
-        return int(kept_indices(expr, self.masks.get).sum())
+        return int(kept_mask(expr, self.masks.get).sum())
 
 
 def _update_known(module: nn.Module, sizes: _Sizes) -> set[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, RarefyError
 from rarefy.dependency.graph import Graph, Group
-from rarefy.dependency.symbolic_dims import Axis, kept_indices, leaves
+from rarefy.dependency.symbolic_dims import Axis, kept_mask, leaves
 from rarefy.dependency.tracer import clear_caches, decomposed_ops, tracking_module_names
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device, temporary_hooks
@@ -83,7 +83,7 @@ def remove_units(
     removal.undo += zero_units_(graph, masks)
     zeroed = len(removal.undo)
     try:
-        consumers = [c for c in all_consumers(graph) if not bool(kept_indices(c.inputs, masks.get).all())]
+        consumers = [c for c in all_consumers(graph) if not bool(kept_mask(c.inputs, masks.get).all())]
         with decomposed_ops(), MaskedReference(graph, masks), _constants(consumers, graph, masks, removal.constants):
             reference = outputs(model, example)
         removal.unseen = all(torch.equal(a, b) for a, b in zip(dense, reference))
@@ -175,7 +175,7 @@ def zero_units_(graph: Graph, masks: Mapping[Axis, Tensor]) -> Undo:
             continue
         undo.append(value_restorer(W))
         for d in dims:
-            removed = ~kept_indices(graph.dims[name][d], masks.get)
+            removed = ~kept_mask(graph.dims[name][d], masks.get)
             W.data.index_fill_(d, removed.nonzero()[:, 0].to(W.device), 0)
     return undo
 
@@ -192,7 +192,7 @@ def remove_slices(model: nn.Module, graph: Graph, masks: Mapping[Axis, Tensor], 
         new = old.detach()
         kept_indices: dict[int, Tensor] = {}
         for d, e in enumerate(dims):
-            keep = kept_indices(e, masks.get)
+            keep = kept_mask(e, masks.get)
             if not keep.all():
                 kept_indices[d] = keep.nonzero()[:, 0]
                 new = new.index_select(d, kept_indices[d].to(new.device))
@@ -223,7 +223,7 @@ def _constants(
     """
 
     def record(consumer: Consumer) -> Any:
-        removed = ~kept_indices(consumer.inputs, masks.get)
+        removed = ~kept_mask(consumer.inputs, masks.get)
 
         def hook(module: Any, args: tuple, kwargs: dict) -> None:
             x = consumer.rows((args or tuple(kwargs.values()))[0].detach()).float()
@@ -234,7 +234,7 @@ def _constants(
             constant = torch.where(high - low <= 1e-6 * high.abs().clamp(min=1), x.mean(0), torch.zeros_like(low))
             W = module.weight.detach().float().transpose(0, consumer.axis)[removed.to(x.device)]
             W = W.flatten(2).sum(2) if W.dim() > 2 else W
-            rows = kept_indices(graph.dims[consumer.name][1 - consumer.axis], masks.get)
+            rows = kept_mask(graph.dims[consumer.name][1 - consumer.axis], masks.get)
             constants[consumer.name] = (constant @ W)[rows.to(x.device)]
 
         return hook
