@@ -42,7 +42,8 @@ def panel(rows: list[Row], phase: str, title: str, left: float, step: int) -> li
         parts += [line(x, TOP, x, BOTTOM), text(x, BOTTOM + 18, f"{rate:,}", "middle")]
     for row in rows:
         x, y, color = left + row[phase][1] / fastest * PANEL, height_of(row["perplexity"]), COLORS[row["engine"]]
-        name = NAMES.get(row["file"], row["file"])
+        file: str = row["file"]
+        name = NAMES.get(file, file)
         parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="5" fill="{color}"/>']
         anchor = {"Q4_1": "end", "Q8_0": "start"}.get(name, "middle")  # these two are close to each other
         parts += [text(x, y - 10 if row["engine"] == "rarefy" else y + 20, name, anchor, color)]
