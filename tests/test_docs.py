@@ -171,3 +171,17 @@ def test_named_files_exist(page):
     spans = re.findall(r"`([\w./]+/(?:[\w.]*))`", BLOCK.sub("", (ROOT / page).read_text(encoding="utf-8")))
     paths = [s for s in spans if not s.startswith(("~", "out/"))]
     assert not [p for p in paths if not (ROOT / p).exists() and not (ROOT / "src" / "rarefy" / p).exists()]
+
+
+def prose(page: Path) -> str:
+    """Return a page without code, comments, tables, link targets and headings."""
+    text = re.sub(r"<!--.*?-->", "", BLOCK.sub("", page.read_text(encoding="utf-8")), flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "#", "!["))]
+    return re.sub(r"\]\([^)]*\)", "]", "\n".join(lines))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_sentences_are_short(page):
+    paragraphs = re.split(r"\n\s*\n|\n- |\n\d+\. ", prose(page))
+    sentences = [s for p in paragraphs for s in re.split(r"(?<=[.:!?;])\s", p.replace("\n", " "))]
+    assert not [s for s in sentences if len(s.split()) > 25]
