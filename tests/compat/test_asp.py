@@ -53,9 +53,9 @@ def test_zeros_stay_in_weights_state_and_checkpoints(name, pattern, tmp_path):
     layers = [r["layer"] for r in report.rows]
     assert "one" in layers and "deep" not in layers and "stem" not in layers and "fc" not in layers
     assert any("left dense" in t and "stem" in t and "deep" in t for t in report.notes)
-    zeros = {l.full_name: l.weight.detach() == 0 for l in rarefy.model.select.select(model, layers)}
+    zeros = {l.full_name: l.weight.detach() == 0 for l in rarefy.model.select.select_layers(model, layers)}
     train(model, optimizer, images())
-    for layer in rarefy.model.select.select(model, layers):
+    for layer in rarefy.model.select.select_layers(model, layers):
         gone = zeros[layer.full_name]
         assert int(groups_of(layer, m).max()) <= n and torch.equal(layer.weight.detach() == 0, gone)
         moments = [v for v in optimizer.state[layer.original].values() if torch.is_tensor(v) and v.shape == gone.shape]
@@ -89,7 +89,7 @@ def test_with_an_example_more_is_kept(make, example):
         assert not torch.equal(model(x), before)
         sums.append(
             sum(
-                float(rarefy.model.select.select(model, r["layer"] or None)[0].weight.detach().abs().sum())
+                float(rarefy.model.select.select_layers(model, r["layer"] or None)[0].weight.detach().abs().sum())
                 for r in report.rows
             )
         )
@@ -105,7 +105,7 @@ def test_attention_and_language_models():
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    assert all(int(groups_of(l, 4).max()) <= 2 for l in rarefy.model.select.select(model))
+    assert all(int(groups_of(l, 4).max()) <= 2 for l in rarefy.model.select.select_layers(model))
 
 
 def test_scores_of_data():
@@ -130,7 +130,9 @@ def test_later_stages_know_the_zeros(tmp_path):
 def test_to_cuda_sparse():
     model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
     if not torch.cuda.is_available():
-        with pytest.raises(ModelError, match="run on NVIDIA GPUs of compute capability 8.0 and up; none is here"):
+        with pytest.raises(
+            ModelError, match="need an NVIDIA GPU of compute capability 8.0 or higher, and none was found"
+        ):
             asp.to_cuda_sparse(model)
         pytest.skip("semi-structured weights need an NVIDIA GPU")
     model.cuda().half()
@@ -148,7 +150,7 @@ def test_to_cuda_sparse():
         ({"optimizer": "sgd"}, ModelError, "optimizer is a torch.optim.Optimizer, got str"),
         ({"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, ModelError, "trains none of this"),
         ({"score": "wanda"}, RarefyError, "give data=batches"),
-        ({"pattern": "2:7"}, ModelError, "no layer has a multiple of 7 inputs: 0 has 8"),
+        ({"pattern": "2:7"}, ModelError, "no layer has an input count divisible by 7: 0 has 8"),
         ({"seconds": -1, "example": torch.ones(1, 8)}, PatternError, "seconds is how long"),
         ({"example": torch.ones(1, 3)}, RarefyError, "cannot be called with a batch of float32 1x3"),
     ],

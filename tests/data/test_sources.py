@@ -182,7 +182,9 @@ def test_a_folder_without_classes(tmp_path):
     pytest.importorskip("torchvision")
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.png").write_bytes(b"x")
-    with pytest.raises(DataError, match="data: the folder '.*flat' has no folders of images, one a class"):
+    with pytest.raises(
+        DataError, match="data: the folder '.*flat' has no subfolders: expected one folder of images per class"
+    ):
         read(tmp_path, "flat")
     (tmp_path / "flat" / "cat").mkdir()
     with pytest.raises(DataError, match="data: .*flat is no folder of class folders of images: "):
@@ -290,7 +292,7 @@ def test_errors_say_what_is_there_and_what_is_needed(folder, name, settings, mes
 def test_text_without_a_tokenizer(folder, name):
     with pytest.raises(
         DataError,
-        match=rf"calibrate .*{name} is text: it needs the model's tokenizer \(a model folder with one, or tokenizer=...\)",
+        match=rf"calibrate .*{name} is text and needs the model's tokenizer: use a model folder that has one, or pass tokenizer=...",
     ):
         batches(name, Take(), base=folder, what="calibrate")
 
@@ -343,7 +345,7 @@ def test_wiki_makes_windows():
     assert [tuple(b["input_ids"].shape) for b in found if isinstance(b, dict)] == [(4, 128), (2, 128)]
     assert windows(found) == windows(batches("wiki", take, tokenizer=Letters()))
     assert not set(windows(found)) & set(windows(batches("wiki-test", take, tokenizer=Letters())))
-    with pytest.raises(DataError, match="evaluate wiki is text: it needs the model's tokenizer"):
+    with pytest.raises(DataError, match="evaluate wiki is text and needs the model's tokenizer"):
         batches("wiki", take, what="evaluate")
 
 

@@ -113,7 +113,7 @@ def test_a_checkpoint_without_the_sparsifier_is_said(tmp_path):
     trainer_of(llama(), SparsifyCallback(RECIPE), tmp_path / "a", max_steps=4).train()
     (tmp_path / "a" / "checkpoint-3" / FILE).unlink()
     trainer = trainer_of(llama(), SparsifyCallback(RECIPE), tmp_path / "a", max_steps=4)
-    with pytest.raises(ContainerError, match="the checkpoint was made without this callback"):
+    with pytest.raises(ContainerError, match="the checkpoint was saved without this callback"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
 
 

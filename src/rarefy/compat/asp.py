@@ -1,11 +1,11 @@
-"""NVIDIA ASP's two lines, for N:M of any kind, on any device:
+"""A replacement for NVIDIA ASP's two calls, for any N:M pattern on any device.
 
     from rarefy.compat import asp
     asp.prune_trained_model(model, optimizer)
 
-Zeros lie in the weights themselves, and hooks of the optimizer keep them: gradients before each of its steps, weights
-and its own state after. So names in `state_dict`, checkpoints and the rest of a training script stay as they are; after
-loading a checkpoint the same call finds the same zeros.
+Zeros are written into the weights, and optimizer hooks keep them: they clear gradients before each step, and weights
+and optimizer state after it. Names in `state_dict`, checkpoints and the training script stay unchanged. After loading a
+checkpoint, the same call finds the same zeros.
 """
 
 from __future__ import annotations
@@ -46,14 +46,30 @@ def prune_trained_model(
     seconds: float = 30.0,
     progress: bool = False,
 ) -> Report:
-    """Prune the weights of `model` to N:M in place and have `optimizer` keep the zeros; return a row a layer.
+    """Prune the weights of `model` to N:M in place and make `optimizer` keep the zeros.
 
-    example  what the model can be called with: its inputs are then put in the best order first (`rarefy.permute_`, for
-             `seconds` at most), with outputs unchanged
-    score    what is pruned first; some read `data`
-    Linear and convolution layers and projections of attention take part whose inputs M divides; the rest, embeddings
-    and the output layer stay dense until named in `layers`. Raises the ValueErrors of `rarefy.common.errors`, and
-    then the model is unchanged. O(weights) a step of the optimizer.
+    Linear layers, convolutions and attention projections whose input count is divisible by M are pruned. Other layers,
+    embeddings and the output layer stay dense unless `layers` names them. Costs O(weights) per optimizer step.
+
+    Args:
+        model: the model to prune.
+        optimizer: the optimizer that trains it.
+        pattern: N:M, such as "2:4".
+        score: the importance score; some read `data`.
+        example: a batch that the model can be called with. If given, input channels are permuted first
+            (`rarefy.permute_`, for at most `seconds`); the outputs do not change.
+        layers: selectors of the layers to prune.
+        ignore: selectors of layers to leave alone.
+        data: calibration batches for scores that need them.
+        loss: callable(output, batch) for gradient scores.
+        seconds: time limit of the permutation search.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A report with one row per layer.
+
+    Raises:
+        ValueError: one of `rarefy.common.errors`; the model is then unchanged.
 
     >>> net = nn.Linear(8, 8)
     >>> moves = torch.optim.AdamW(net.parameters())
@@ -62,42 +78,44 @@ def prune_trained_model(
     >>> net(torch.randn(4, 8)).sum().backward(); moves.step(); int((net.weight == 0).sum())
     32
     """
-    plan = check_permute(pattern, score, seconds)
+    nm = check_permute(pattern, score, seconds)
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, Optimizer):
         raise ModelError(f"optimizer is a torch.optim.Optimizer, got {type(optimizer).__name__}")
     check_optimizer(optimizer, unwrap(model))
     chosen = select_layers(model, layers, ignore)
-    fits = [l for l in chosen if layers is not None or l.layout.shape[-1] % plan.b == 0]
+    fits = [l for l in chosen if layers is not None or l.layout.shape[-1] % nm.b == 0]
     if not fits:
         raise ModelError(
-            f"no layer has a multiple of {plan.b} inputs: {chosen[0].full_name} has {chosen[0].layout.shape[-1]}"
+            f"no layer has an input count divisible by {nm.b}: {chosen[0].full_name} has {chosen[0].layout.shape[-1]}"
         )
-    names = [_exactly(l) for l in fits]
+    names = [_exact_selector(l) for l in fits]
     if data is not None:
         check_batches(data)
         data = list(data)  # it is read twice
     options = {"layers": names, "data": data, "loss": loss, "progress": progress}
     notes: tuple[str, ...] = ()
     if example is not None:
-        told = permute_(model, example, pattern, score=score, optimizer=optimizer, seconds=seconds, **options)
-        was, now = told.summary["kept before"], told.summary["kept"]
-        notes = (f"inputs put in order: {now:.2%} of the scores are kept, {was:.2%} before",)
+        permutation = permute_(model, example, pattern, score=score, optimizer=optimizer, seconds=seconds, **options)
+        was, now = permutation.summary["kept before"], permutation.summary["kept"]
+        notes = (f"input channels permuted: the mask keeps {now:.2%} of the scores, {was:.2%} before",)
     done = prune_(model, pattern, score, **options)
     masks = {l.original: mask_or_dense(l).clone() for l in fits}
     for layer in fits:
         fold_parameter_(layer)
     keep_zeros_(optimizer, masks)
-    left = [l.full_name for l in chosen if l.full_name not in {f.full_name for f in fits}]
-    if left:
-        notes += (f"left dense, as {plan.b} does not divide their inputs: {', '.join(left)}",)
+    too_narrow = [l.full_name for l in chosen if l.full_name not in {f.full_name for f in fits}]
+    if too_narrow:
+        notes += (f"left dense, because their input count is not divisible by {nm.b}: {', '.join(too_narrow)}",)
     return replace(done, notes=(*done.notes, *notes))
 
 
 def keep_zeros_(optimizer: Optimizer, masks: dict[nn.Parameter, Tensor]) -> None:
-    """Have an optimizer keep parameters zero where their masks (bool) are False: their gradients before each of its
-    steps, themselves and its state after, and both now."""
+    """Register optimizer hooks that keep parameters zero where their bool masks are False.
+
+    Gradients are cleared before each step; parameters and optimizer state are cleared now and after each step.
+    """
 
     def before(*_: Any) -> None:
         for p, mask in masks.items():
@@ -113,16 +131,21 @@ def keep_zeros_(optimizer: Optimizer, masks: dict[nn.Parameter, Tensor]) -> None
 
 
 def to_cuda_sparse(model: nn.Module, layers: Selector = None, ignore: Selector = None) -> Report:
-    """Give 2:4 Linear layers torch's semi-structured weights, in place, on a GPU that has units for them; return a row
-    a layer. For inference: what it returns can be run and compiled, not trained or saved.
+    """Replace the weights of 2:4 Linear layers by torch's semi-structured tensors, in place, on an NVIDIA GPU.
 
-    Raises ModelError without such a GPU (compute capability 8.0), or where no layer fits: weights of fp16, bf16 or
-    int8, two zeros in every four, sizes that torch takes.
+    For inference only: the model can be run and compiled afterwards, but not trained or saved.
+
+    Returns:
+        A report with one row per layer; `why` says why a layer was left as it was.
+
+    Raises:
+        ModelError: without a GPU of compute capability 8.0 or higher, or if no layer fits (fp16, bf16 or int8 weights,
+            two zeros in every four, sizes that torch accepts).
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < CAPABILITY:
         raise ModelError(
-            "semi-structured weights run on NVIDIA GPUs of compute capability 8.0 and up; none is here. On a CPU, "
-            "rarefy.accelerate_ runs N:M layers"
+            "semi-structured weights need an NVIDIA GPU of compute capability 8.0 or higher, and none was found; "
+            "on a CPU, use rarefy.accelerate_"
         )
     rows = []
     for layer in select_layers(model, layers, ignore):
@@ -136,7 +159,7 @@ def to_cuda_sparse(model: nn.Module, layers: Selector = None, ignore: Selector =
         rows.append({"layer": layer.full_name, "shape": "x".join(map(str, layer.weight.shape)), "why": why})
     done = sum(not r["why"] for r in rows)
     if not done:
-        raise ModelError(f"no layer could be made semi-structured: {rows[0]['layer']}: {rows[0]['why']}")
+        raise ModelError(f"no layer can use semi-structured weights: {rows[0]['layer']}: {rows[0]['why']}")
     return Report("semi-structured", tuple(rows), {"layers": f"{done} of {len(rows)}"})
 
 
@@ -153,6 +176,6 @@ def _why_not(layer: Layer) -> str:
     return ""
 
 
-def _exactly(layer: Layer) -> str:
-    """A selector that means this layer alone."""
+def _exact_selector(layer: Layer) -> str:
+    """Return a selector that matches this layer only."""
     return f"re:{re.escape(layer.full_name)}"

@@ -1,6 +1,6 @@
-"""Real models and data that registry packages ship: the built-in names of the command line, the demo and the tests.
+"""Built-in models and data, shipped by installed packages: names for the command line, the demo and the tests.
 
-Packages are found without importing them, and read as data. Nothing is downloaded.
+Packages are located without importing them and read as data. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rarefy.model import hf
 
 @dataclass(frozen=True)
 class Source:
-    """Where a sample comes from and how to get it."""
+    """The package and file of a built-in model or data set, and the command that installs it."""
 
     package: str
     path: str
@@ -57,7 +57,7 @@ DATA = ("wiki", "wiki-test", "fashion-mnist", "fashion-mnist-test")
 
 
 def find(name: str) -> Path:
-    """Return the file or folder of a sample; DataError with the command that installs it where it is missing."""
+    """Return the file or folder of a built-in source; DataError with the install command if it is missing."""
     source = SOURCES[name]
     root = Path(source.path) if not source.package else _package(source.package, source.path)
     if root is None or not root.exists():
@@ -66,14 +66,14 @@ def find(name: str) -> Path:
 
 
 def cache() -> Path:
-    """Return the folder where converted samples are kept: $RAREFY_CACHE, or ~/.cache/rarefy."""
+    """Return the cache folder for converted models: $RAREFY_CACHE, or ~/.cache/rarefy."""
     return Path(os.environ.get("RAREFY_CACHE") or Path.home() / ".cache" / "rarefy")
 
 
 def model_folder(name: str) -> Path:
-    """Return an ordinary Hugging Face folder (config, tokenizer, safetensors) of a built-in model, made once.
+    """Return the Hugging Face folder (config, tokenizer, safetensors) of a built-in model, created on first use.
 
-    smollm2-135m is dequantized to fp32 from the 4-bit file that its package ships.
+    smollm2-135m is dequantized to fp32 from the 4-bit GGUF file in its package.
     """
     if name == "minilm":
         return find(name).parent
@@ -85,9 +85,9 @@ def model_folder(name: str) -> Path:
 
 
 def wiki(test: bool) -> list[str]:
-    """Return encyclopedia articles as 'title, newline, text'; every tenth title by hash is held out for `test`.
+    """Return encyclopedia articles as 'title, newline, text'; one in ten (by the title's hash) is held out for `test`.
 
-    The order is that of the hash, so that a prefix is a fair sample.
+    Articles are ordered by hash, so any prefix is a random sample.
     """
     articles = json.loads(find("wiki").read_text(encoding="utf-8")).values()
     keyed = sorted(
@@ -97,7 +97,7 @@ def wiki(test: bool) -> list[str]:
 
 
 def fashion_mnist(test: bool) -> tuple[Tensor, Tensor]:
-    """Return images [n, 1, 28, 28] as floats of mean 0 and deviation 1, and classes [n]."""
+    """Return images [n, 1, 28, 28] as floats with mean 0 and standard deviation 1, and class ids [n]."""
     folder, part = find("fashion-mnist"), "t10k" if test else "train"
     pixels = np.frombuffer(gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8)[16:]
     classes = np.frombuffer(gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8)[8:]
@@ -107,23 +107,25 @@ def fashion_mnist(test: bool) -> tuple[Tensor, Tensor]:
 
 def _package(name: str, inside: str) -> Path | None:
     spec = importlib.util.find_spec(name)
-    places = list(spec.submodule_search_locations or []) if spec else []
-    return Path(places[0]) / inside if places else None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return Path(folders[0]) / inside if folders else None
 
 
 def _from_gguf(file: Path, folder: Path) -> None:
     try:
-        import accelerate  # noqa: F401 (transformers reads GGUF files through these two)
+        import accelerate  # noqa: F401 (transformers needs both to read GGUF files)
         import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
         raise DataError(f"converting {file.name} needs {error.name}: pip install '.[hf]' in Rarefy's folder") from None
     hf.no_bars()
-    place: dict[str, Any] = {"gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
-    # without the explicit config transformers keeps a quantizer that refuses to save
+    gguf_options: dict[str, Any] = {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **gguf_options)
+    # without this config transformers keeps a quantizer, and save_pretrained fails
     dense = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, quantization_config=dense, **place)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=torch.float32, quantization_config=dense, **gguf_options
+    )
     with whole_folder(folder, overwrite=True, marker="config.json") as partial, blaming(folder):
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

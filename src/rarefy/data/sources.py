@@ -1,9 +1,9 @@
-"""Data named on a command line or in a recipe: a path or a built-in name -> batches. Anything else comes from Python.
+"""Read batches from a path or a built-in name, as given on the command line or in a recipe.
 
-articles.txt, articles.jsonl    text, or {"text": ...} a line, cut into windows of tokens   -> {"input_ids"}
-images/                         a folder of class folders of pictures (needs the vision extra) -> (images, classes)
+articles.txt, articles.jsonl    text, or one {"text": ...} per line, cut into token windows  -> {"input_ids"}
+images/                         one folder of images per class (needs the vision extra)      -> (images, classes)
 x.npz, x.safetensors            tensors with a common first dimension                        -> dict, or (x, y)
-wiki, fashion-mnist             built-in samples (`rarefy.data.builtin`); `-test` is held out
+wiki, fashion-mnist             built-in data (`rarefy.data.builtin`); the suffix `-test` gives the held-out part
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Batch = dict[str, Tensor] | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Take:
-    """How much of a source to take, and how."""
+    """How many samples to read from a source, and how to preprocess them."""
 
     samples: int | None = None  # windows of text, or images; None = all
     tokens: int = 512
@@ -40,10 +40,10 @@ class Take:
 def batches(
     source: str, take: Take, *, tokenizer: Any = None, base: Path | None = None, what: str = "data"
 ) -> list[Batch]:
-    """Return the batches of a source, seeded and always the same for the same arguments.
+    """Return the batches of a source; the same arguments always give the same batches.
 
-    `base` is the folder that relative paths start from. Raises DataError: no such path (naming near ones), text too
-    short (what is there, what is needed), a file that is no such data, no tokenizer.
+    `base` is the folder of relative paths. Raises DataError if the path does not exist (similar names are suggested),
+    the text is too short, the file is not of its type, or text comes without a tokenizer.
     """
     path = find(source, base, what)
     if path is None:
@@ -55,19 +55,19 @@ def batches(
         return _tensors(dict(zip("xy", _images(path, take, what))), take, f"{what} {path}")
     kind = path.suffix.lower()
     try:
-        found = READERS[kind](path)
+        loaded = READERS[kind](path)
     except DataError:
         raise
-    except Exception as error:  # any reader's own complaint about a damaged file
-        said = "" if "pickle" in str(error) else f": {error}"  # numpy advises what is never done here
+    except Exception as error:  # each reader raises its own errors for damaged files
+        said = "" if "pickle" in str(error) else f": {error}"  # numpy suggests allow_pickle, which is never used here
         raise DataError(f"{what}: {path} is not readable as {kind}{said}") from None
-    if isinstance(found, list):
-        return _text(found, take, tokenizer, f"{what} {path}")
-    return _tensors(found, take, f"{what} {path}")
+    if isinstance(loaded, list):
+        return _text(loaded, take, tokenizer, f"{what} {path}")
+    return _tensors(loaded, take, f"{what} {path}")
 
 
 def find(source: str, base: Path | None = None, what: str = "data") -> Path | None:
-    """Return the path that a source means, None for installed built-in data; DataError where there is neither."""
+    """Return the path of a source, or None for installed built-in data; DataError if it is neither."""
     if source in builtin.DATA:
         builtin.find(source.removesuffix("-test"))
         return None
@@ -80,7 +80,7 @@ def find(source: str, base: Path | None = None, what: str = "data") -> Path | No
             f"{what}: no file {str(path)!r} and no built-in data of that name ({', '.join(builtin.DATA)}){hint}"
         )
     if path.is_dir() and not any(entry.is_dir() for entry in path.iterdir()):
-        raise DataError(f"{what}: the folder {str(path)!r} has no folders of images, one a class")
+        raise DataError(f"{what}: the folder {str(path)!r} has no subfolders: expected one folder of images per class")
     if path.is_file() and path.suffix.lower() not in READERS:
         raise DataError(f"{what}: cannot read {path.name!r}; known are {', '.join(READERS)} and folders of images")
     return path
@@ -122,15 +122,17 @@ READERS = {
 
 
 def _text(documents: list[str], take: Take, tokenizer: Any, what: str) -> list[Batch]:
-    """Cut text into windows: documents in seeded order joined by blank lines; a single text gives shuffled windows."""
+    """Cut text into windows: documents in seeded order, joined by blank lines; a single text is shuffled."""
     if tokenizer is None:
-        raise DataError(f"{what} is text: it needs the model's tokenizer (a model folder with one, or tokenizer=...)")
+        raise DataError(
+            f"{what} is text and needs the model's tokenizer: use a model folder that has one, or pass tokenizer=..."
+        )
     order = torch.Generator().manual_seed(take.seed)
-    wanted = None if take.samples is None or len(documents) == 1 else take.samples * take.tokens
+    max_tokens = None if take.samples is None or len(documents) == 1 else take.samples * take.tokens
     ids: list[int] = []
     for text in _encoded(documents, order, tokenizer):
         ids.extend(text)
-        if wanted is not None and len(ids) >= wanted:
+        if max_tokens is not None and len(ids) >= max_tokens:
             break
     count = len(ids) // take.tokens
     if count < (take.samples or 1):
@@ -149,30 +151,30 @@ def _encoded(documents: list[str], order: torch.Generator, tokenizer: Any) -> It
     indices = torch.randperm(len(documents), generator=order).tolist()
     for start in range(0, len(indices), 64):
         texts = [documents[i] + "\n\n" for i in indices[start : start + 64]]
-        # verbose=False: a text longer than the model's context is what windows are for
+        # verbose=False: no warning about texts longer than the context, they are cut into windows
         yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _tensors(found: dict[str, Tensor], take: Take, what: str) -> list[Batch]:
-    if not found:
+def _tensors(loaded: dict[str, Tensor], take: Take, what: str) -> list[Batch]:
+    if not loaded:
         raise DataError(f"{what} holds no tensors")
-    found = {n: _usual(t) for n, t in found.items()}
-    lengths = {name: len(t) if t.dim() else 0 for name, t in found.items()}
+    loaded = {n: _to_common_dtype(t) for n, t in loaded.items()}
+    lengths = {name: len(t) if t.dim() else 0 for name, t in loaded.items()}
     count = min(lengths.values())
     if len(set(lengths.values())) > 1 or count == 0:
-        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in found.items())
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in loaded.items())
         raise DataError(f"{what}: tensors need the same first dimension, more than 0; got {shapes}")
     if take.samples is not None and count < take.samples:
         raise DataError(f"{what} is too short: {count:,} samples, {take.samples:,} are needed")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(take.seed))[: take.samples]
     parts = order.split(take.batch)
-    if set(found) == {"x", "y"}:
-        return [(found["x"][p], found["y"][p]) for p in parts]
-    return [{n: t[p] for n, t in found.items()} for p in parts]
+    if set(loaded) == {"x", "y"}:
+        return [(loaded["x"][p], loaded["y"][p]) for p in parts]
+    return [{n: t[p] for n, t in loaded.items()} for p in parts]
 
 
-def _usual(tensor: Tensor) -> Tensor:
-    """float64 as fp32, integers as int64: what layers and losses take."""
+def _to_common_dtype(tensor: Tensor) -> Tensor:
+    """Convert float64 to fp32 and integers to int64, the types that layers and losses take."""
     if tensor.is_floating_point():
         return tensor.float() if tensor.dtype == torch.float64 else tensor
     return tensor if tensor.dtype == torch.bool else tensor.to(torch.int64)
@@ -200,6 +202,6 @@ def _images(path: Path, take: Take, what: str) -> tuple[Tensor, Tensor]:
     for i in order.tolist():
         try:
             pairs.append(folder[i])
-        except (OSError, ValueError) as error:  # what Pillow says to a damaged picture
+        except (OSError, ValueError) as error:  # raised by Pillow for damaged images
             raise DataError(f"{what}: cannot read the image {folder.samples[i][0]}: {error}") from None
     return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])

@@ -1,4 +1,4 @@
-"""Rarefy inside the training loops of other libraries."""
+"""Callbacks for the training loops of other libraries."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from rarefy.train.sparsity_config import Rewind
 
 
 def refuse_rewind(sparsifier: Sparsifier) -> None:
-    """Raise RecipeError for a plan whose learning rate goes back, which another library's schedule does not."""
+    """Raise RecipeError for `rewind`: other trainers cannot follow its learning rate."""
     if isinstance(sparsifier.plan, Rewind):
         raise RecipeError(
-            "rewind sends the learning rate back, and this trainer's schedule does not follow: use rarefy.fit_, or a "
-            "loop of your own with sparsifier.lr_progress"
+            "rewind resets the learning rate, which this trainer's schedule cannot follow: use rarefy.fit_, or your own "
+            "loop with sparsifier.lr_progress"
         )

@@ -1,4 +1,4 @@
-"""Inside the Trainer of Lightning.
+"""A callback for the Trainer of Lightning.
 
 from rarefy.integrations.lightning import SparsifyCallback
 trainer = lightning.Trainer(max_epochs=3, callbacks=[SparsifyCallback("recipe.yaml")])
@@ -19,17 +19,17 @@ from rarefy.pipeline.train_stage import Sparsifier
 
 
 class SparsifyCallback(Callback):
-    """Carry out a recipe's stage `train` in a LightningModule's steps; arguments as of `rarefy.Sparsifier`.
+    """Run a recipe's `train` stage inside a LightningModule's training. Arguments: those of `rarefy.Sparsifier`.
 
-    `of` names the part of the module that is made sparse (default: all of it). Masks are attached before the strategy
-    wraps the module, their state goes into Lightning's checkpoints, and `fold` writes them into the weights when
-    training ends. Where the recipe says distill, `training_step` returns `callback.sparsifier.loss(output, batch)`.
+    `of` names the submodule to prune (default: the whole module). Masks are attached before the strategy wraps the
+    module, and their state is saved in Lightning's checkpoints. With `fold`, masks are written into the weights when
+    training ends. If the recipe has `distill`, `training_step` returns `callback.sparsifier.loss(output, batch)`.
     """
 
     def __init__(self, recipe: Any, *, of: str = "", fold: bool = True, **options: Any):
         self.recipe, self.of, self.fold, self.options = recipe, of, fold, options
         self.sparsifier: Sparsifier | None = None
-        self._done, self._state = 0, None
+        self._last_step, self._state = 0, None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Attach the masks, before a checkpoint is loaded."""
@@ -38,36 +38,36 @@ class SparsifyCallback(Callback):
             refuse_rewind(self.sparsifier)
             if self.sparsifier.distiller is not None and len(self.sparsifier.distiller.projectors):
                 pl_module.rarefy_projectors = self.sparsifier.distiller.projectors  # its optimizer finds them
-            own = pl_module.on_load_checkpoint
+            original_hook = pl_module.on_load_checkpoint
 
             def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-                """Lightning reads the model before its callbacks: what happened to it on the way comes first."""
+                """Restore the sparsifier first: Lightning loads weights before the state of its callbacks."""
                 self.load_state_dict(checkpoint.get("callbacks", {}).get(self.state_key, {}))
-                self._take_up()
-                own(checkpoint)
+                self._restore()
+                original_hook(checkpoint)
 
             pl_module.on_load_checkpoint = on_load_checkpoint
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take the optimizer, and the state of a checkpoint."""
+        """Register the optimizer, and restore the state of a checkpoint."""
         assert self.sparsifier is not None
         optimizers = trainer.optimizers
         self.sparsifier.use(optimizers[0] if optimizers else None)
-        self._done = trainer.global_step
-        self._take_up()
+        self._last_step = trainer.global_step
+        self._restore()
         if not math.isfinite(trainer.estimated_stepping_batches):
-            raise RecipeError("Lightning cannot tell how many steps there will be: give max_epochs or max_steps")
+            raise RecipeError("Lightning does not know the number of steps: set max_epochs or max_steps")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """One step, where the optimizer made one; its gradients are there still."""
-        if trainer.global_step == self._done:
-            return  # gradients are being added up
+        """Do one step if the optimizer did one, before the gradients are cleared."""
+        if trainer.global_step == self._last_step:
+            return  # gradients are still accumulating
         assert self.sparsifier is not None
-        self._done = trainer.global_step
+        self._last_step = trainer.global_step
         self.sparsifier.step(trainer.global_step / max(1, trainer.estimated_stepping_batches))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Make an ordinary model of it."""
+        """Fold the masks and release the teacher."""
         assert self.sparsifier is not None
         if self.sparsifier.distiller is not None:
             self.sparsifier.distiller.close()
@@ -79,7 +79,7 @@ class SparsifyCallback(Callback):
         """Return the sparsifier's state for a checkpoint."""
         return {} if self.sparsifier is None else self.sparsifier.state_dict()
 
-    def _take_up(self) -> None:
+    def _restore(self) -> None:
         if self._state is not None and self.sparsifier is not None:
             self.sparsifier.load_state_dict(self._state)
             self._state = None
