@@ -13,7 +13,7 @@ import rarefy
 from conftest import tiny_llama
 from rarefy.checkpoint import legacy_layouts
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
-from rarefy.model.layers import all_layers
+from rarefy.model.layers import all_layers, select_layers
 from rarefy.model.quant_grid import get_grid
 
 transformers = pytest.importorskip("transformers")
@@ -120,7 +120,7 @@ def folder(path, way, change=lambda parts: None):
     rarefy.prune_(model, "2:4")
     rarefy.fold_(model)
     tensors, want = {}, {}
-    chosen = {f"{l.name}.weight" for l in rarefy.model.select.select_layers(model)}
+    chosen = {f"{l.name}.weight" for l in select_layers(model)}
     for name, tensor in model.state_dict().items():
         want[name] = tensor
         if name not in chosen:
@@ -150,7 +150,7 @@ def test_weights_are_what_they_mean(way, tmp_path):
         assert all(torch.equal(got[n], w) for n, w in want.items())
         assert not any(get_grid(l) for l in all_layers(model))
     elif way != "4 bits in another order":
-        assert all(get_grid(l) is not None for l in rarefy.model.select.select_layers(model))
+        assert all(get_grid(l) is not None for l in select_layers(model))
     rarefy.save(model, tmp_path / "out")  # codes again, in the smallest format
     again = rarefy.load(tmp_path / "out")
     assert all(torch.equal(again.state_dict()[n], w) for n, w in got.items())
@@ -163,9 +163,7 @@ def test_inspect_and_the_shell(way, tmp_path):
     folder(tmp_path / "in", way)
     label = {"4 bits": "pack-quantized", "zeros and int8": "sparse-bitmask, int-quantized"}.get(way, way)
     rows = [r for r in rarefy.inspect(tmp_path / "in").rows if r["format"] == label]
-    assert len(rows) == len(rarefy.model.select.select_layers(tiny_llama())) and all(
-        r["bytes"] < r["dense_bytes"] for r in rows
-    )
+    assert len(rows) == len(select_layers(tiny_llama())) and all(r["bytes"] < r["dense_bytes"] for r in rows)
     assert all(r["pattern"] == "2:4" for r in rows)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("stages:\n- cast: {dtype: bf16}\n")
@@ -192,7 +190,7 @@ def test_zeros_that_sparseml_left_in_dense_files_are_adopted():
     state = rarefy.fold_(model).state_dict()
     again = tiny_llama()
     again.load_state_dict(state)
-    assert len(rarefy.adopt_(again)) == len(rarefy.model.select.select_layers(again))
+    assert len(rarefy.adopt_(again)) == len(select_layers(again))
 
 
 def put(name, value):

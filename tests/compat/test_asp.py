@@ -12,7 +12,8 @@ import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ModelError, PatternError, RarefyError
 from rarefy.compat import asp
-from rarefy.model.sparsity_pattern import make_mask as choose
+from rarefy.model.layers import select_layers
+from rarefy.model.sparsity_pattern import select as choose
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
@@ -53,9 +54,9 @@ def test_zeros_stay_in_weights_state_and_checkpoints(name, pattern, tmp_path):
     layers = [r["layer"] for r in report.rows]
     assert "one" in layers and "deep" not in layers and "stem" not in layers and "fc" not in layers
     assert any("left dense" in t and "stem" in t and "deep" in t for t in report.notes)
-    zeros = {l.full_name: l.weight.detach() == 0 for l in rarefy.model.select.select_layers(model, layers)}
+    zeros = {l.full_name: l.weight.detach() == 0 for l in select_layers(model, layers)}
     train(model, optimizer, images())
-    for layer in rarefy.model.select.select_layers(model, layers):
+    for layer in select_layers(model, layers):
         gone = zeros[layer.full_name]
         assert int(groups_of(layer, m).max()) <= n and torch.equal(layer.weight.detach() == 0, gone)
         moments = [v for v in optimizer.state[layer.original].values() if torch.is_tensor(v) and v.shape == gone.shape]
@@ -88,12 +89,9 @@ def test_with_an_example_more_is_kept(make, example):
         report = asp.prune_trained_model(model, torch.optim.SGD(model.parameters(), 0.1), **options)
         assert not torch.equal(model(x), before)
         sums.append(
-            sum(
-                float(rarefy.model.select.select_layers(model, r["layer"] or None)[0].weight.detach().abs().sum())
-                for r in report.rows
-            )
+            sum(float(select_layers(model, r["layer"] or None)[0].weight.detach().abs().sum()) for r in report.rows)
         )
-    assert sums[1] > sums[0] and "inputs put in order" in report.notes[-1 if make is Attends else -2]
+    assert sums[1] > sums[0] and "input channels permuted" in report.notes[-1 if make is Attends else -2]
 
 
 def test_attention_and_language_models():
@@ -105,7 +103,7 @@ def test_attention_and_language_models():
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    assert all(int(groups_of(l, 4).max()) <= 2 for l in rarefy.model.select.select_layers(model))
+    assert all(int(groups_of(l, 4).max()) <= 2 for l in select_layers(model))
 
 
 def test_scores_of_data():

@@ -18,7 +18,7 @@ from rarefy.compiler import compile, kernel_selection, ops, verify
 from rarefy.compiler.executor import MOST_SIZES, FusedSubgraph, SingleOp
 from rarefy.data import builtin
 from rarefy.model import hf
-from rarefy.runtime import autotune, bindings, packing
+from rarefy.runtime import autotune, bindings, packing, reference
 
 
 def pruned(model, sparsity=0.8, seed=0):
@@ -163,7 +163,7 @@ def test_eight_bits_equal_their_oracle(isa):
     for layer in net:
         if isinstance(layer, nn.Linear):
             packed = packing.pack_sell(layer.weight, "int8")
-            y = rarefy.runtime.reference.run(packed, y, layer.bias)
+            y = reference.run(packed, y, layer.bias)
         else:
             y = layer(y)
     torch.testing.assert_close(got, y.detach(), rtol=1e-3, atol=1e-3)

@@ -11,6 +11,6 @@ def refuse_rewind(sparsifier: Sparsifier) -> None:
     """Raise RecipeError for `rewind`: other trainers cannot follow its learning rate."""
     if isinstance(sparsifier.plan, Rewind):
         raise RecipeError(
-            "rewind resets the learning rate, which this trainer's schedule cannot follow: use rarefy.fit_, or your own "
-            "loop with sparsifier.lr_progress"
+            "rewind resets the learning rate, which this trainer's schedule cannot follow: use rarefy.fit_, or your "
+            "own loop with sparsifier.lr_progress"
         )
