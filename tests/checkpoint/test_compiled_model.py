@@ -1,7 +1,6 @@
 """Compiled models in folders: the same bits without their class, and nothing believed on the way in."""
 
 import copy
-import hashlib
 import json
 import random
 import subprocess
@@ -15,9 +14,9 @@ from test_compile import Attends, Gated, Residual, pruned
 from torch import nn
 
 import rarefy
+from helpers.folders import SHARD, read_index, seal, write_index
 from rarefy.checkpoint import compiled_model
 from rarefy.cli import shared
-from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.compiler import op_registry, ops, pytree_json
 from rarefy.compiler.executor import Compiled, FusedSubgraph, SingleOp
@@ -25,9 +24,8 @@ from rarefy.data import builtin
 from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
 from rarefy.pipeline import train_stage
-from rarefy.runtime import autotune, bindings
+from rarefy.runtime import bindings
 
-SHARD = "weights-00001.safetensors"
 needs_kernels = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 
 
@@ -247,7 +245,6 @@ def test_operators_outside_the_list(tmp_path, net, says):
 
 def test_layers_that_run_sparse_already_in_eight_bits(tmp_path, monkeypatch):
     net = pruned(nn.Sequential(nn.Linear(64, 64)), 0.9)
-    monkeypatch.setattr(autotune, "fastest", lambda d, w, i, c: {n: ("tiles:int8", 2.0) for n in i})
     monkeypatch.setattr(op_registry, "ATEN", op_registry.ATEN - {"aten.reshape.default"})
     made = rarefy.compile(net, torch.randn(32, 64))
     made.exported.graph.find_nodes(op="call_function", target=ops.linear)[0].target = torch.ops.rarefy.sparse.default
@@ -326,16 +323,6 @@ def folder(whole, tmp_path):
     for file in whole.iterdir():
         (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
     return tmp_path / "m"
-
-
-def seal(folder):
-    """Make the index agree with the files, so that only what they mean can be wrong."""
-    index = json.loads((folder / INDEX).read_text())
-    places = [(index["meta"]["compiled"], compiled_model.GRAPH), (index["shards"], SHARD)]
-    for known, name in places:
-        data = (folder / name).read_bytes()
-        known[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    (folder / INDEX).write_text(json.dumps(index))
 
 
 def edit(folder, change):
@@ -495,10 +482,10 @@ def test_packed_weights_that_lead_outside(folder, part, change, says):
     name = f"packed.p_a_weight.{part}.values"
     t = change(load_file(folder / SHARD)[name])
     shard(folder, **{name: t})
-    index = json.loads((folder / INDEX).read_text())
+    index = read_index(folder)
     entry = index["tensors"][f"packed.p_a_weight.{part}"]
     entry |= {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-    (folder / INDEX).write_text(json.dumps(index))
+    write_index(folder, index)
     with pytest.raises(ContainerError, match=says):
         rarefy.load(folder)
 
@@ -531,22 +518,22 @@ def test_files_that_were_cut_or_changed(folder):
 
 @pytest.mark.parametrize("about", [7, {}, {"graph.json": 1}, {"graph.json": {"bytes": 1 << 40, "sha256": ""}}], ids=str)
 def test_indices_that_no_model_has(folder, about):
-    index = json.loads((folder / INDEX).read_text())
+    index = read_index(folder)
     index["meta"]["compiled"] = about
-    (folder / INDEX).write_text(json.dumps(index))
+    write_index(folder, index)
     with pytest.raises(ContainerError, match=r"graph\.json"):
         rarefy.load(folder)
 
 
 def test_tensors_too_many_or_too_few(folder):
-    index = json.loads((folder / INDEX).read_text())
+    index = read_index(folder)
     for name, says in (("constant.p_n_bias", "constants are not those"), ("packed.p_a_weight.columns", "packed")):
         less = {**index, "tensors": {n: t for n, t in index["tensors"].items() if n != name}}
-        (folder / INDEX).write_text(json.dumps(less))
+        write_index(folder, less)
         with pytest.raises(ContainerError, match=says):
             rarefy.load(folder)
     more = {**index, "tensors": {**index["tensors"], "packed.other.columns": index["tensors"]["constant.p_n_bias"]}}
-    (folder / INDEX).write_text(json.dumps(more))
+    write_index(folder, more)
     with pytest.raises(ContainerError, match="the shards hold packed weights that no word runs on"):
         rarefy.load(folder)
 

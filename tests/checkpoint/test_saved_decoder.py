@@ -8,13 +8,13 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_compiled_model import SHARD, call, edit, needs_kernels, read_of_random_changes, seal, set_arg, shard
+from test_compiled_model import call, edit, needs_kernels, read_of_random_changes, set_arg, shard
 from test_decoder import V, eager, far, in_pieces, pruned_to, small
 
 import rarefy
+from helpers.folders import SHARD, read_index, seal, write_index
 from rarefy.checkpoint import compiled_model
 from rarefy.cli import shared
-from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.compiler.executor import SingleOp
 from rarefy.generation.decoder import Decoder
@@ -186,9 +186,9 @@ def folder(whole, tmp_path):
 
 
 def renumber(folder, **changed):
-    index = json.loads((folder / INDEX).read_text())
+    index = read_index(folder)
     index["meta"]["decoder"].update(changed)
-    (folder / INDEX).write_text(json.dumps(index))
+    write_index(folder, index)
 
 
 @pytest.mark.parametrize(
@@ -224,20 +224,20 @@ def test_numbers_that_no_decoder_has(folder, changed, says):
 
 @pytest.mark.parametrize("about", [None, 7, {}, []], ids=str)
 def test_graphs_with_a_cache_and_no_decoder(folder, about):
-    index = json.loads((folder / INDEX).read_text())
+    index = read_index(folder)
     index["meta"]["decoder"] = about
-    (folder / INDEX).write_text(json.dumps(index))
+    write_index(folder, index)
     with pytest.raises(ContainerError, match=r"tells of no decoder|a decoder has vocabulary"):
         rarefy.load(folder)
 
 
 def test_a_decoder_without_a_cache_is_none(folder, tmp_path):
     rarefy.save(rarefy.compile(torch.nn.Linear(4, 4).eval(), torch.randn(2, 4)), tmp_path / "plain")
-    index = json.loads((tmp_path / "plain" / INDEX).read_text())
-    index["meta"]["decoder"] = json.loads((folder / INDEX).read_text())["meta"]["decoder"]
+    index = read_index(tmp_path / "plain")
+    index["meta"]["decoder"] = read_index(folder)["meta"]["decoder"]
     for kept in (128, 0):
         index["meta"]["decoder"]["kept"] = kept
-        (tmp_path / "plain" / INDEX).write_text(json.dumps(index))
+        write_index(tmp_path / "plain", index)
         with pytest.raises(ContainerError, match=f"keeps {kept} numbers of a token, its graph 0"):
             rarefy.load(tmp_path / "plain")
 
@@ -337,9 +337,9 @@ def test_panels_without_scales(folder):
     tensors = load_file(folder / SHARD)
     del tensors[f"packed.{name}.whole.values"]
     save_file(tensors, folder / SHARD)
-    index = json.loads((folder / INDEX).read_text())
+    index = read_index(folder)
     del index["tensors"][f"packed.{name}.whole"]
-    (folder / INDEX).write_text(json.dumps(index))
+    write_index(folder, index)
     seal(folder)
     with pytest.raises(ContainerError, match="have a scale for each row"):
         rarefy.load(folder)

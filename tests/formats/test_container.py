@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -16,13 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.folders import SHARD, edit_index, seal
 from rarefy.common import atomic_io
 from rarefy.common.errors import ContainerError, FormatError
 from rarefy.formats import container
 from rarefy.formats.container import INDEX, read, write
 from rarefy.formats.sparse_encodings import FORMATS, Packed, encode
-
-SHARD = "weights-00001.safetensors"
 
 
 def sample(format: str = "csr", seed: int = 0) -> torch.Tensor:
@@ -42,19 +40,6 @@ def small(path: Path, **options) -> dict:
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def edit_index(folder: Path, change) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    change(index)
-    (folder / INDEX).write_text(json.dumps(index))
-
-
-def seal(folder: Path, shard: str = SHARD) -> None:
-    """Make the index agree with the shard, so that only what the shard means can be wrong."""
-    data = (folder / shard).read_bytes()
-    known = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    edit_index(folder, lambda index: index["shards"].update({shard: known}))
 
 
 def edit_parts(folder: Path, **parts: torch.Tensor) -> None:
@@ -343,8 +328,8 @@ def test_a_pickle_is_never_opened(tmp_path):
         (b"\xff\xfe\x00", "not JSON that can be read"),
         ("[]", 'must be an object with "format": "rarefy"'),
         ('{"format": "rarefy", "schema": true}', 'a whole number "schema"'),
-        ('{"format": "rarefy", "schema": 2}', "schema 2 is written by a newer Rarefy; this one reads schema 1"),
-        ('{"format": "rarefy", "schema": 0}', "schema 0 is of no known Rarefy"),
+        ('{"format": "rarefy", "schema": 3}', "schema 3 is written by a newer Rarefy; this one reads schema 1 to 2"),
+        ('{"format": "rarefy", "schema": 0}', "schema 0 is unknown"),
         ('{"format": "rarefy", "schema": 1}', r"is \['format', 'schema'\], must be an object with format, schema, sha"),
     ],
 )
@@ -379,7 +364,7 @@ CSR, KNOWN = ("tensors", "csr"), {"sha256": "0" * 64, "bytes": 1}
 @pytest.mark.parametrize(
     "change, message",
     [
-        (put("extra", 1), "must be an object with format, schema, shards, tensors, aliases, meta"),
+        (put("extra", 1), "must be an object with format, schema, sha256, shards, tensors, aliases, meta"),
         (put("shards", []), r"shards is \[\], must be dict"),
         (put("meta", 3), "meta is 3, must be dict"),
         (put("shards", "../evil", KNOWN), "shard '../evil' must be named like weights-00001.safetensors"),
@@ -425,6 +410,38 @@ def test_an_index_that_lies(tmp_path, change, message):
     edit_index(tmp_path / "m", change)
     with pytest.raises(ContainerError, match=message):
         read(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("meta", "recipe", [1, None, "y"]),
+        put(*CSR, "extra", {"axis": 0}),
+        put("aliases", "other", "csr"),
+        put("sha256", "0" * 64),
+    ],
+)
+def test_a_changed_number_that_fits_is_noticed(tmp_path, change):
+    small(tmp_path / "m")
+    index = json.loads((tmp_path / "m" / INDEX).read_text())
+    (tmp_path / "m" / INDEX).write_text(json.dumps(index, indent=3, sort_keys=True))
+    assert read(tmp_path / "m").names  # the layout of the JSON does not matter
+    change(index)
+    (tmp_path / "m" / INDEX).write_text(json.dumps(index))
+    for verify in (True, False):
+        with pytest.raises(ContainerError, match="its sha256 does not match its contents; the file was altered"):
+            read(tmp_path / "m", verify=verify)
+
+
+def test_an_index_of_schema_1_has_no_hash(tmp_path):
+    small(tmp_path / "m")
+    index = json.loads((tmp_path / "m" / INDEX).read_text())
+    del index["sha256"]
+    (tmp_path / "m" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ContainerError, match="must be an object with format, schema, sha256"):
+        read(tmp_path / "m")
+    (tmp_path / "m" / INDEX).write_text(json.dumps({**index, "schema": 1}))
+    assert torch.equal(read(tmp_path / "m").tensor("tied"), sample())
 
 
 def cut_short(shard: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
+from helpers.folders import read_index, write_index
 from rarefy.common.errors import ContainerError, ModelError, PatternError
 from rarefy.lowrank.layer_tying import noted
 from rarefy.recipe import parser as recipes
@@ -121,8 +121,8 @@ def test_what_a_file_says_of_sharing_is_checked(told, tmp_path):
     net = blocks()
     rarefy.tie_layers_(net)
     rarefy.save(net, tmp_path / "out")
-    index = json.loads((tmp_path / "out/rarefy.json").read_text())
+    index = read_index(tmp_path / "out")
     index["meta"]["tied"] = told
-    (tmp_path / "out/rarefy.json").write_text(json.dumps(index))
+    write_index(tmp_path / "out", index)
     with pytest.raises(ContainerError, match="share"):
         rarefy.load(tmp_path / "out", blocks())

@@ -10,6 +10,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net
+from helpers.folders import read_index, write_index
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.lowrank.svd import truncated
 from rarefy.model.lowrank_modules import Corrected, LowRank, factor_records
@@ -222,14 +223,13 @@ def test_as_fast_as_was_asked():
     ],
 )  # fmt: skip
 def test_what_a_file_says_of_factors_is_checked(told, tmp_path):
-    import json
 
     net = mlp()
     rarefy.factorize_(net, rank=2)
     rarefy.save(net, tmp_path / "out")
-    index = json.loads((tmp_path / "out/rarefy.json").read_text())
+    index = read_index(tmp_path / "out")
     index["meta"]["factors"] = told
-    (tmp_path / "out/rarefy.json").write_text(json.dumps(index))
+    write_index(tmp_path / "out", index)
     with pytest.raises(ContainerError, match="factor|ranks"):
         rarefy.load(tmp_path / "out", mlp())
 

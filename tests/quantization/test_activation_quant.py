@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net
+from helpers.folders import read_index, write_index
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.model.activation_quant import (
     ActivationQuant,
@@ -208,9 +208,9 @@ def test_what_a_file_says_of_inputs_is_checked(told, tmp_path):
     net = mlp()
     rarefy.quantize_(net, "int8", activations="int8")
     rarefy.save(net, tmp_path / "out")
-    index = json.loads((tmp_path / "out/rarefy.json").read_text())
+    index = read_index(tmp_path / "out")
     index["meta"]["inputs"] = told
-    (tmp_path / "out/rarefy.json").write_text(json.dumps(index))
+    write_index(tmp_path / "out", index)
     with pytest.raises(ContainerError, match="inputs"):
         rarefy.load(tmp_path / "out", mlp())
 

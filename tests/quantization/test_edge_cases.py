@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import lzma
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
+from helpers.folders import edit_compressed_index
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats import container
 from rarefy.formats.quantized_encodings import check
@@ -70,20 +70,15 @@ def test_a_group_of_all_inputs():
 def test_a_bomb_that_says_so_itself_is_not_unpacked(tmp_path):
     folder = tmp_path / "out"
     container.write(folder, [("w", encode(torch.eye(2), "dense"))], compress=True)
-    shard, inner = folder / "weights-00001.safetensors.xz", folder / "rarefy-index.json.xz"
-    raw = 1 << 26
+    shard, raw = folder / "weights-00001.safetensors.xz", 1 << 26
     shard.write_bytes(lzma.compress(bytes(raw)))
-    index = json.loads(lzma.decompress(inner.read_bytes()))
-    digest = hashlib.sha256(shard.read_bytes()).hexdigest()
-    index["shards"][shard.name] = {"raw": raw, "bytes": shard.stat().st_size, "sha256": digest}
-    index["tensors"]["w"]["shape"] = [1 << 40]  # of an index that vouches for its own shard
-    text = json.dumps(index).encode()
-    inner.write_bytes(lzma.compress(text))
-    outer = json.loads((folder / "rarefy.json").read_text())
-    outer["index"] |= {
-        "sha256": hashlib.sha256(inner.read_bytes()).hexdigest(), "bytes": inner.stat().st_size, "raw": len(text),
-    }  # fmt: skip
-    (folder / "rarefy.json").write_text(json.dumps(outer))
+
+    def vouch_for_the_shard(index):
+        digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+        index["shards"][shard.name] = {"raw": raw, "bytes": shard.stat().st_size, "sha256": digest}
+        index["tensors"]["w"]["shape"] = [1 << 40]
+
+    edit_compressed_index(folder, vouch_for_the_shard)
     with pytest.raises(ContainerError, match="would become 67108864 bytes, at most"):
         container.read(folder)
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import rarefy
+from helpers.folders import read_index, write_index
 from rarefy.common.errors import ModelError, RecipeError
 from rarefy.recipe import parser as recipes
 
@@ -52,11 +53,11 @@ def test_the_recipe_of_a_file_saved_before_is_read(tmp_path):
     recipe = {"stages": stages, "evaluate": {"metric": "accuracy", "max_degradation": 1.0}}
     rarefy.compress_(model, recipe, {"evaluate": data, "calibrate": data})
     rarefy.save(model, tmp_path / "out")
-    index = tmp_path / "out" / "rarefy.json"
-    text = index.read_text()
+    text = json.dumps(read_index(tmp_path / "out"))
     assert "min_keep" in text and "max_degradation" in text
-    index.write_text(text.replace("min_keep", "least").replace("max_degradation", "at_most_worse"))
-    assert json.loads(index.read_text()) != json.loads(text)
+    old = text.replace("min_keep", "least").replace("max_degradation", "at_most_worse")
+    assert old != text
+    write_index(tmp_path / "out", json.loads(old))
     twin = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     loaded = rarefy.load(tmp_path / "out", twin)
     assert recipes.from_dict(loaded.rarefy_recipe) == recipes.from_dict(model.rarefy_recipe)

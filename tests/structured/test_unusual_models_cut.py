@@ -1,7 +1,6 @@
 """Cuts of models that are built to break them."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from test_cut import IDS, language
 from torch import nn
 
 import rarefy
+from helpers.folders import read_index, write_index
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.structured import cut as module
 from rarefy.structured.structure_record import restore
@@ -377,10 +377,10 @@ def test_hostile_notes_of_a_model_that_fits(tmp_path):
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     rarefy.cut_(net, torch.randn(2, 4))
     rarefy.save(net, tmp_path / "out")
-    index = json.loads((tmp_path / "out" / "rarefy.json").read_text())
+    index = read_index(tmp_path / "out")
     for bad in ({"shapes": "evil", "config": True}, [], {**index["meta"]["cut"], "blocks": 3}):
         index["meta"]["cut"] = bad
-        (tmp_path / "out" / "rarefy.json").write_text(json.dumps(index))
+        write_index(tmp_path / "out", index)
         with pytest.raises(ContainerError, match="the record of its cuts is damaged"):
             rarefy.load(tmp_path / "out", model=copy.deepcopy(net))
 

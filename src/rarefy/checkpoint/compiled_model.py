@@ -169,7 +169,7 @@ def read(saved: container.Container) -> Parts:
     where = saved.path / GRAPH
     about = saved.meta[META]
     try:
-        told = container.beside(saved, GRAPH, about.get(GRAPH) if type(about) is dict else about)
+        told = container.read_json(saved, GRAPH, about.get(GRAPH) if type(about) is dict else about)
     except OSError as error:
         raise ContainerError(f"{where} cannot be read: {error}") from error
     written = from_json(told, str(where))

@@ -105,12 +105,12 @@ def pack(
         if grid is not None:
             known = quantized_encodings.sizes(tensor, grid, pattern, axis=layout.in_axis)
             make = partial(quantized_encodings.encode, tensor, grid, pattern=pattern, axis=layout.in_axis)
-            yield name, make(format) if format in known else container.least(make, known, compress)
+            yield name, make(format) if format in known else container.encode_smallest(make, known, compress)
             continue
         sizes = sparse_encodings.sizes(tensor, pattern, axis=layout.in_axis)
         if compress and format == "smallest":
             make = partial(sparse_encodings.encode, tensor, pattern=pattern, axis=layout.in_axis)
-            yield name, container.least(make, sizes, True)
+            yield name, container.encode_smallest(make, sizes, True)
         elif format == "smallest" or format not in sizes:
             yield name, sparse_encodings.smallest(tensor, pattern, axis=layout.in_axis)
         else:

@@ -1,14 +1,11 @@
-"""A folder of packed tensors: safetensors shards and one `rarefy.json` that says what is in them.
+"""A folder of packed tensors: safetensors shards, and an index that says what is in them (`index.py`).
 
-    index = {"format": "rarefy", "schema": 1, "shards": {file: {"sha256", "bytes"}},
-             "tensors": {name: {"format", "shape", "dtype", "extra", "parts": {part: {"shard", "key"}}}},
-             "aliases": {tied: stored}, "meta": {...}}
+In a compressed folder (LZMA, `.xz`), `rarefy.json` only names the file that holds the index; shards then have `raw`,
+their bytes before compression, and are read into memory whole.
 
-Where all of it is compressed (LZMA, as `.xz`), `rarefy.json` says only which file holds the index; shards then have
-`raw`, their bytes before, and are read into memory whole.
-
-`write` builds the folder beside its place and renames it there: whole or not at all. `read` trusts nothing: it runs
-no code, follows no link, and checks every field before a tensor is touched; `values.check` does the tensors.
+`write` builds the folder beside its target and renames it: the folder appears whole or not at all. `read` trusts
+nothing: it runs no code, follows no link, and checks every field before a tensor is touched;
+`quantized_encodings.check` checks the tensors.
 """
 
 from __future__ import annotations
@@ -34,18 +31,17 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from rarefy.common.atomic_io import INDEX, PICKLES, blaming, check_target, whole_folder
-from rarefy.common.errors import ContainerError, FormatError, nearest, unknown
-from rarefy.formats.quantized_encodings import PARTS, check, decode, grid_of
+from rarefy.common.errors import ContainerError, FormatError, nearest
+from rarefy.formats.compression import SLACK, compress, decompress, max_decompressed
+from rarefy.formats.index import SCHEMA, SHARD_NAME, check_fields, check_index, check_name, digest, short
+from rarefy.formats.quantized_encodings import check, decode, grid_of
 from rarefy.formats.sparse_encodings import DTYPES, Packed
 from rarefy.model.quant_grid import WeightGrid
 
-SCHEMA = 1
 INDEX_BYTES = 64 * 2**20
-EXPANSION, SLACK = 64, 2**20  # decoded bytes allowed per stored byte, unless the caller knows the shape
-MOST_RATIO = 256  # bytes that a compressed byte may become; what is denser is stored as it is
-SQUEEZED = 1 << 24  # bytes of a tensor that is tried in several formats
 INDEX_XZ = "rarefy-index.json.xz"
-_SHARD = re.compile(r"weights-[0-9]{5,8}\.safetensors(\.xz)?")
+MAX_EXPANSION = 64  # decoded bytes per stored byte, unless the caller knows the shape
+TRIAL_BYTES = 1 << 24  # a larger tensor is not tried in several formats
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -56,9 +52,7 @@ class Container:
 
     path: Path
     index: dict[str, Any]
-    unpacked: dict[str, Any] = field(
-        default_factory=dict, compare=False, repr=False
-    )  # compressed shards that were read
+    decompressed: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # shards read so far
 
     @property
     def names(self) -> list[str]:
@@ -82,7 +76,7 @@ class Container:
         `expect_shape`, a tensor that would decode to more than 64 times its bytes (+ 1 MiB).
         """
         p = _load(self, name, expect_shape)
-        with _blaming(f"{self.path}: tensor {name!r}"):
+        with _located(f"{self.path}: tensor {name!r}"):
             check(p)
         return p
 
@@ -91,9 +85,9 @@ class Container:
         return self.weight(name, expect_shape)[0]
 
     def weight(self, name: str, expect_shape: tuple[int, ...] | None = None) -> tuple[Tensor, WeightGrid | None]:
-        """Return what `tensor` does, and the grid or codebook that it lies on: O(n)."""
+        """Return what `tensor` does, and the grid or codebook of a quantized one: O(n)."""
         p = _load(self, name, expect_shape)
-        with _blaming(f"{self.path}: tensor {name!r}"):
+        with _located(f"{self.path}: tensor {name!r}"):
             return decode(p), grid_of(p)
 
 
@@ -108,13 +102,23 @@ def write(
     shard_bytes: int = 256 * 2**20,
     compress: bool = False,
 ) -> dict[str, Any]:
-    """Write a folder and return its index; `tensors` is drawn lazily, one shard and one tensor in memory at a time.
+    """Write a folder and return its index.
 
-    `aliases` maps tied names to stored ones, `files` are stored beside the shards under plain names, `meta` is any
-    JSON. Whatever goes wrong, even Ctrl-C, the old state stays and nothing is left behind; only a kill can leave a
-    `.name.partial-*` folder, which may be deleted. `overwrite` replaces an older Rarefy folder or an empty one.
-    `compress` puts shards and index through LZMA. ContainerError: something is in the way, no space, a bad name, a bad
-    tensor, meta that is not JSON.
+    Whatever goes wrong, even Ctrl-C, the old state stays and nothing is left behind; only a kill can leave a
+    `.name.partial-*` folder, which may be deleted.
+
+    Args:
+        path: the folder.
+        tensors: (name, packed tensor), drawn lazily: one shard and one tensor are in memory at a time.
+        aliases: tied names and the stored names that they share.
+        meta: any JSON.
+        files: files to store beside the shards, by name.
+        overwrite: replace an older Rarefy folder or an empty one.
+        shard_bytes: the size from which another shard is begun.
+        compress: compress shards and index with LZMA.
+
+    Raises:
+        ContainerError: the folder exists, no space, a bad name, a bad tensor, meta that is not JSON.
 
     >>> import tempfile, torch
     >>> from rarefy.formats.sparse_encodings import encode
@@ -131,15 +135,17 @@ def write(
     with whole_folder(target, overwrite=overwrite) as temp:
         index = _write_tensors(temp, target, tensors, shard_bytes)
         index |= {"aliases": dict(aliases), "meta": dict(meta)}
-        _check_index(index, str(target))
         if compress:
             _compress_shards(temp, target, index)
+        index = json.loads(_json(index, f"{target}: index"))
+        index["sha256"] = digest(index)
+        check_index(index, str(target))
         text = _json(index, f"{target}: index", None if compress else 1)
-        made = {INDEX: text} if not compress else _compressed_index(text)
-        with blaming(target, sum(map(len, [*made.values(), *files.values()]))):
-            for file, data in {**files, **made}.items():
+        index_files = _compressed_index(text) if compress else {INDEX: text}
+        with blaming(target, sum(map(len, [*index_files.values(), *files.values()]))):
+            for file, data in {**files, **index_files}.items():
                 (temp / file).write_bytes(data)
-    return json.loads(text)
+    return index
 
 
 def read(path: str | os.PathLike[str], verify: bool = True) -> Container:
@@ -151,7 +157,7 @@ def read(path: str | os.PathLike[str], verify: bool = True) -> Container:
     folder = Path(os.path.abspath(path))
     try:
         index = _read_index(folder)
-        _check_index(index, str(folder / INDEX))
+        check_index(index, str(folder / INDEX))
         saved = Container(folder, index)
         _check_shards(saved, verify)
     except OSError as error:
@@ -159,14 +165,17 @@ def read(path: str | os.PathLike[str], verify: bool = True) -> Container:
     return saved
 
 
-def beside(saved: Container, name: str, known: Any) -> Any:
-    """Return the JSON of a file beside the shards, of which `known` says bytes and sha256; ContainerError where it is
-    another. O(its bytes)."""
-    _fields(known, f"{saved.path / INDEX}: {name}", bytes=int, sha256=str)
-    if known["bytes"] > INDEX_BYTES:
-        raise ContainerError(f"{saved.path / name}: {known['bytes']:,} bytes, at most {INDEX_BYTES:,} are read")
-    _check_shard(saved.path / name, known, True)
-    return _parsed(saved.path / name, (saved.path / name).read_bytes())
+def read_json(saved: Container, name: str, entry: Any) -> Any:
+    """Return the contents of a JSON file beside the shards. O(bytes).
+
+    Raises:
+        ContainerError: the file's bytes or hash are not those of `entry`, {"bytes", "sha256"}.
+    """
+    check_fields(entry, f"{saved.path / INDEX}: {name}", bytes=int, sha256=str)
+    if entry["bytes"] > INDEX_BYTES:
+        raise ContainerError(f"{saved.path / name}: {entry['bytes']:,} bytes, at most {INDEX_BYTES:,} are read")
+    _check_file(saved.path / name, entry, True)
+    return _parse(saved.path / name, (saved.path / name).read_bytes())
 
 
 # writing
@@ -174,9 +183,9 @@ def beside(saved: Container, name: str, known: Any) -> Any:
 
 def _check_files(files: Mapping[str, bytes]) -> None:
     for file, data in files.items():
-        ours = isinstance(file, str) and (file in (INDEX, INDEX_XZ) or _SHARD.fullmatch(file))
+        ours = isinstance(file, str) and (file in (INDEX, INDEX_XZ) or SHARD_NAME.fullmatch(file))
         if not isinstance(file, str) or not _FILE.fullmatch(file) or ours:
-            raise ContainerError(f"file name {_short(file)} must be letters, digits, . _ - and not one of Rarefy's own")
+            raise ContainerError(f"file name {short(file)} must be letters, digits, . _ - and not one of Rarefy's own")
         if not isinstance(data, bytes):
             raise ContainerError(f"file {file!r} is {type(data).__name__}, must be bytes")
 
@@ -192,16 +201,16 @@ def _json(value: Any, where: str, indent: int | None = 1) -> bytes:
     return text
 
 
-def _write_tensors(temp: Path, target: Path, tensors: Iterable[tuple[str, Packed]], most: int) -> dict[str, Any]:
+def _write_tensors(temp: Path, target: Path, tensors: Iterable[tuple[str, Packed]], shard_bytes: int) -> dict[str, Any]:
     index: dict[str, Any] = {"format": "rarefy", "schema": SCHEMA, "shards": {}, "tensors": {}}
     held: dict[str, Tensor] = {}
     for name, p in tensors:
-        _check_name(name, str(target))
+        check_name(name, str(target))
         if name in index["tensors"]:
             raise ContainerError(f"{target}: tensor {name!r} was given twice")
-        with _blaming(f"{target}: tensor {name!r}"):
+        with _located(f"{target}: tensor {name!r}"):
             check(p)
-        if held and _nbytes(held) + p.nbytes > most:
+        if held and _nbytes(held) + p.nbytes > shard_bytes:
             _write_shard(temp, target, held, index["shards"])
             held = {}
         shard = f"weights-{len(index['shards']) + 1:05d}.safetensors"
@@ -226,62 +235,48 @@ def _write_shard(temp: Path, target: Path, held: dict[str, Tensor], shards: dict
 
 
 def _compress_shards(temp: Path, target: Path, index: dict[str, Any]) -> None:
-    """Put each shard through LZMA, and say so in the index."""
+    """Compress each shard, and say so in the index."""
     for file in list(index["shards"]):
         data = (temp / file).read_bytes()
-        packed = _compressed(data)
-        if len(data) > _most_raw(len(packed)):
-            continue
-        with blaming(target, len(packed)):
-            (temp / f"{file}.xz").write_bytes(packed)
+        compressed = compress(data)
+        if len(data) > max_decompressed(len(compressed)):
+            continue  # would be refused when it is read
+        with blaming(target, len(compressed)):
+            (temp / f"{file}.xz").write_bytes(compressed)
         (temp / file).unlink()
-        about = {"sha256": _sha256(temp / f"{file}.xz"), "bytes": len(packed), "raw": len(data)}
         del index["shards"][file]
-        index["shards"][f"{file}.xz"] = about
+        hashed = {"sha256": _sha256(temp / f"{file}.xz"), "bytes": len(compressed), "raw": len(data)}
+        index["shards"][f"{file}.xz"] = hashed
     for entry in index["tensors"].values():
-        for place in entry["parts"].values():
-            place["shard"] += "" if place["shard"] in index["shards"] else ".xz"
+        for location in entry["parts"].values():
+            location["shard"] += "" if location["shard"] in index["shards"] else ".xz"
 
 
-def least(make: Callable[[str], Packed], sizes: Mapping[str, int], compress: bool) -> Packed:
-    """Return a tensor in the smallest of the formats that `sizes` has bytes of; with `compress` what is smallest after
-    LZMA, among those of at most four times the bytes: positions of zeros do not pack, bits that say little do."""
+def _compressed_index(text: bytes) -> dict[str, bytes]:
+    """The two files of a compressed index: itself, and the one that names it."""
+    data = compress(text)
+    entry = {"file": INDEX_XZ, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "raw": len(text)}
+    return {INDEX_XZ: data, INDEX: _json({"format": "rarefy", "schema": SCHEMA, "index": entry}, INDEX, None)}
+
+
+def encode_smallest(encode: Callable[[str], Packed], sizes: Mapping[str, int], compressed: bool) -> Packed:
+    """Return a tensor in the smallest format.
+
+    Args:
+        encode: returns the tensor in a format.
+        sizes: bytes by format.
+        compressed: whether LZMA follows. Then the formats of at most four times the fewest bytes are tried: positions
+            of nonzeros compress badly, dense weights with many zeros well.
+    """
     best = min(sizes, key=lambda f: sizes[f])
-    if not compress or sizes[best] > SQUEEZED:
-        return make(best)
-    near = [make(f) for f in sizes if sizes[f] <= 4 * sizes[best]]
-    return min(near, key=lambda p: sum(len(lzma.compress(_bytes(t))) for t in p.parts.values()))
+    if not compressed or sizes[best] > TRIAL_BYTES:
+        return encode(best)
+    packed = [encode(f) for f in sizes if sizes[f] <= 4 * sizes[best]]
+    return min(packed, key=lambda p: sum(len(lzma.compress(_bytes(t))) for t in p.parts.values()))
 
 
 def _bytes(t: Tensor) -> bytes:
     return t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _compressed(data: bytes) -> bytes:
-    """The smaller of what LZMA makes of text-like bytes and of bytes that know nothing of their neighbours."""
-    alone = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}
-    usual = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
-    return min((lzma.compress(data, check=lzma.CHECK_CRC32, filters=[f]) for f in (alone, usual)), key=len)
-
-
-def _compressed_index(text: bytes) -> dict[str, bytes]:
-    packed = _compressed(text)
-    about = {"file": INDEX_XZ, "sha256": hashlib.sha256(packed).hexdigest(), "bytes": len(packed), "raw": len(text)}
-    return {INDEX_XZ: packed, INDEX: _json({"format": "rarefy", "schema": SCHEMA, "index": about}, INDEX, None)}
-
-
-def _decompressed(file: Path, raw: int, most: int) -> bytes:
-    """Return what a compressed file holds, never more than it says and at most `most`; ContainerError for else."""
-    if not 0 <= raw <= most:
-        raise ContainerError(f"{file}: would become {_short(raw)} bytes, at most {most:,} for what it holds")
-    unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=1 << 30)
-    try:
-        data = unpacker.decompress(file.read_bytes(), max_length=raw + 1)
-    except (lzma.LZMAError, EOFError) as error:
-        raise ContainerError(f"{file}: not sound LZMA: {error}") from error
-    if len(data) != raw or not unpacker.eof:
-        raise ContainerError(f"{file}: does not hold the {raw:,} bytes that the index says")
-    return data
 
 
 def _nbytes(held: dict[str, Tensor]) -> int:
@@ -297,31 +292,31 @@ def _read_index(folder: Path) -> Any:
         raise ContainerError(f"{folder} is not a Rarefy folder: {_what_is(folder)}")
     if file.stat().st_size > INDEX_BYTES:
         raise ContainerError(f"{file}: {file.stat().st_size:,} bytes, at most {INDEX_BYTES:,} are read")
-    index = _parsed(file, file.read_bytes())
-    if type(index) is not dict or "index" not in index or index.get("schema") != SCHEMA:
+    index = _parse(file, file.read_bytes())
+    if type(index) is not dict or "index" not in index or index.get("schema") not in range(1, SCHEMA + 1):
         return index
-    _fields(index, str(file), format=str, schema=int, index=dict)
-    _fields(about := index["index"], f"{file}: index", file=str, sha256=str, bytes=int, raw=int)
-    if about["file"] != INDEX_XZ:
-        raise ContainerError(f"{file}: index lies in {_short(about['file'])}, must be {INDEX_XZ}")
+    check_fields(index, str(file), format=str, schema=int, index=dict)
+    check_fields(entry := index["index"], f"{file}: index", file=str, sha256=str, bytes=int, raw=int)
+    if entry["file"] != INDEX_XZ:
+        raise ContainerError(f"{file}: the index is in {short(entry['file'])}, must be {INDEX_XZ}")
     inner = folder / INDEX_XZ
-    _check_shard(inner, about, True)
-    return _parsed(inner, _decompressed(inner, about["raw"], INDEX_BYTES))
+    _check_file(inner, entry, True)
+    return _parse(inner, decompress(inner, entry["raw"], INDEX_BYTES))
 
 
-def _parsed(file: Path, text: bytes) -> Any:
+def _parse(file: Path, text: bytes) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ContainerError(f"{file}: not JSON that can be read: {error}") from error
 
 
-def _no_constant(word: str) -> float:
-    raise ValueError(f"{word} is not JSON")
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _finite(number: str) -> float:
-    return float(number) if math.isfinite(float(number)) else _no_constant(number)
+    return float(number) if math.isfinite(float(number)) else _refuse(number)
 
 
 def _what_is(folder: Path) -> str:
@@ -346,83 +341,25 @@ def _is_plain(file: Path) -> bool:
         return False
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _fields(value: Any, where: str, **kinds: type) -> None:
-    if type(value) is not dict or set(value) != set(kinds):
-        got = sorted(value) if type(value) is dict else value
-        raise ContainerError(f"{where}: is {_short(got)}, must be an object with {', '.join(kinds)}")
-    for name, kind in kinds.items():
-        if type(value[name]) is not kind:
-            raise ContainerError(f"{where}: {name} is {_short(value[name])}, must be {kind.__name__}")
-
-
-def _check_name(name: Any, where: str) -> None:
-    if type(name) is not str or not 0 < len(name) <= 1024 or not name.isprintable():
-        raise ContainerError(f"{where}: tensor name {_short(name)} must be 1 to 1024 printable characters")
-
-
-def _check_index(index: Any, where: str) -> None:
-    if type(index) is not dict or index.get("format") != "rarefy" or type(index.get("schema")) is not int:
-        raise ContainerError(f'{where}: must be an object with "format": "rarefy" and a whole number "schema"')
-    if index["schema"] != SCHEMA:
-        newer = "written by a newer Rarefy" if index["schema"] > SCHEMA else "of no known Rarefy"
-        raise ContainerError(f"{where}: schema {_short(index['schema'])} is {newer}; this one reads schema {SCHEMA}")
-    _fields(index, where, format=str, schema=int, shards=dict, tensors=dict, aliases=dict, meta=dict)
-    for file, known in index["shards"].items():
-        if not _SHARD.fullmatch(file):
-            raise ContainerError(f"{where}: shard {_short(file)} must be named like weights-00001.safetensors")
-        more = {"raw": int} if file.endswith(".xz") else {}
-        _fields(known, f"{where}: shard {file}", sha256=str, bytes=int, **more)
-    for name, entry in index["tensors"].items():
-        _check_name(name, where)
-        _check_entry(entry, f"{where}: tensor {_short(name)}", index["shards"])
-    for name, stored in index["aliases"].items():
-        _check_name(name, where)
-        if type(stored) is not str or stored not in index["tensors"] or name in index["tensors"]:
-            pair = f"{_short(name)} -> {_short(stored)}"
-            raise ContainerError(f"{where}: alias {pair} must lead from a new name to a stored one")
-
-
-def _check_entry(entry: Any, where: str, shards: dict[str, Any]) -> None:
-    _fields(entry, where, format=str, shape=list, dtype=str, extra=dict, parts=dict)
-    for what, known in (("format", PARTS), ("dtype", DTYPES)):
-        if entry[what] not in known:
-            raise ContainerError(unknown(what, entry[what][:80], known, where))
-    if any(type(d) is not int or not 0 <= d <= 2**48 for d in entry["shape"]) or len(entry["shape"]) > 16:
-        raise ContainerError(f"{where}: shape {_short(entry['shape'])} must be at most 16 sizes from 0 to 2**48")
-    if set(entry["parts"]) != set(PARTS[entry["format"]]):
-        raise ContainerError(f"{where}: parts {_short(sorted(entry['parts']))} are not those of {entry['format']}")
-    for part, place in entry["parts"].items():
-        _fields(place, f"{where}: part {part}", shard=str, key=str)
-        if place["shard"] not in shards:
-            raise ContainerError(f"{where}: part {part} lies in {_short(place['shard'])}, which is not a listed shard")
-
-
 def _check_shards(saved: Container, verify: bool) -> None:
     folder, index = saved.path, saved.index
     keys: dict[str, set[str]] = {}
     for file, known in index["shards"].items():
-        _check_shard(folder / file, known, verify)
+        _check_file(folder / file, known, verify)
         with _opened(saved, file) as shard:
             keys[file] = set(shard.keys())
     for name, entry in index["tensors"].items():
-        for part, place in entry["parts"].items():
-            if place["key"] not in keys[place["shard"]]:
-                where = f"{folder / place['shard']}: holds no {_short(place['key'])}"
-                raise ContainerError(f"{where}, part {part} of tensor {_short(name)}")
+        for part, location in entry["parts"].items():
+            if location["key"] not in keys[location["shard"]]:
+                where = f"{folder / location['shard']}: holds no {short(location['key'])}"
+                raise ContainerError(f"{where}, part {part} of tensor {short(name)}")
 
 
-def _check_shard(file: Path, known: dict[str, Any], verify: bool) -> None:
+def _check_file(file: Path, known: dict[str, Any], verify: bool) -> None:
     if not _is_plain(file):
         raise ContainerError(f"{file}: " + ("a link or no plain file" if os.path.lexists(file) else "missing"))
     if file.stat().st_size != known["bytes"]:
-        raise ContainerError(
-            f"{file}: {file.stat().st_size} bytes, the index says {_short(known['bytes'])}; cut short?"
-        )
+        raise ContainerError(f"{file}: {file.stat().st_size} bytes, the index says {short(known['bytes'])}; cut short?")
     if verify and _sha256(file) != known["sha256"]:
         raise ContainerError(f"{file}: its sha256 is not the one in the index; the file was altered")
 
@@ -440,11 +377,11 @@ def _opened(saved: Container, name: str) -> Iterator[Any]:
     file = saved.path / name
     try:
         if name.endswith(".xz"):
-            if name not in saved.unpacked:
+            if name not in saved.decompressed:
                 known = saved.index["shards"][name]
-                most = _most_raw(min(known["bytes"], file.stat().st_size))
-                saved.unpacked[name] = _Shard(load(_decompressed(file, known["raw"], most)))
-            yield saved.unpacked[name]
+                limit = max_decompressed(min(known["bytes"], file.stat().st_size))
+                saved.decompressed[name] = _Shard(load(decompress(file, known["raw"], limit)))
+            yield saved.decompressed[name]
             return
         with safe_open(file, "pt") as shard:
             yield shard
@@ -462,13 +399,9 @@ class _Shard(dict[str, Tensor]):
         return self[key]
 
 
-def _most_raw(packed: int) -> int:
-    """How many bytes so many compressed ones may become: more would be no weights but a trap."""
-    return MOST_RATIO * packed + SLACK
-
-
 @contextmanager
-def _blaming(where: str) -> Iterator[None]:
+def _located(where: str) -> Iterator[None]:
+    """Turn a FormatError into a ContainerError that says where it happened."""
     try:
         yield
     except FormatError as error:
@@ -481,18 +414,18 @@ def _load(saved: Container, name: str, expect_shape: tuple[int, ...] | None) -> 
     if stored not in tensors:
         near = nearest(name, [*tensors, *index["aliases"]])
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ContainerError(f"{path}: no tensor {_short(name)}{hint}")
+        raise ContainerError(f"{path}: no tensor {short(name)}{hint}")
     entry = tensors[stored]
     shape = tuple(entry["shape"])
     if expect_shape is not None and shape != tuple(expect_shape):
         raise ContainerError(f"{path}: tensor {name!r} has shape {list(shape)}, expected {list(expect_shape)}")
     parts = {}
-    for part, place in entry["parts"].items():
-        with _opened(saved, place["shard"]) as shard:
-            parts[part] = shard.get_tensor(place["key"])
+    for part, location in entry["parts"].items():
+        with _opened(saved, location["shard"]) as shard:
+            parts[part] = shard.get_tensor(location["key"])
     p = Packed(entry["format"], shape, DTYPES[entry["dtype"]], parts, dict(entry["extra"]))
     decoded = math.prod(shape) * p.dtype.itemsize
-    if expect_shape is None and decoded > EXPANSION * p.nbytes + SLACK:
+    if expect_shape is None and decoded > MAX_EXPANSION * p.nbytes + SLACK:
         why = f"{p.nbytes:,} bytes would become {decoded:,}"
         raise ContainerError(f"{path}: tensor {name!r}: {why}; pass expect_shape={shape} if that is right")
     return p
