@@ -13,7 +13,7 @@ from conftest import tiny_llama
 from rarefy.common.errors import ModelError, PatternError, RarefyError
 from rarefy.compat import asp
 from rarefy.model.layers import select_layers
-from rarefy.model.sparsity_pattern import select as choose
+from rarefy.model.sparsity_pattern import make_mask
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
@@ -71,7 +71,7 @@ def test_zeros_stay_in_weights_state_and_checkpoints(name, pattern, tmp_path):
 def test_the_masks_are_those_of_the_pattern():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
-    want = [choose(m.weight.detach().abs(), "2:4") for m in (model[0], model[2])]
+    want = [make_mask(m.weight.detach().abs(), "2:4") for m in (model[0], model[2])]
     asp.prune_trained_model(model, torch.optim.SGD(model.parameters(), 0.1))
     assert [torch.equal(m.weight != 0, w) for m, w in zip((model[0], model[2]), want)] == [True, True]
 
