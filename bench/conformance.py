@@ -1,12 +1,12 @@
-"""What `rarefy.compile` does with the models that cuts are tested on, and with language models as decoders: whether the
-outputs are eager's, how many native calls there are, and what is left to torch.
+"""Compile the models of tests/zoo.py, and language models as decoders: compare the outputs with eager torch's, count
+the native calls, and list the operators that run in torch.
 
-    python conformance.py                     all, about half an hour on one core
-    python conformance.py --only swin vit     those whose names begin so
+    python conformance.py                     all models, about half an hour on one core
+    python conformance.py --only swin vit     models whose names begin with these words
     python conformance.py --table             only print what was measured last
 
-Half of the weights of Linear and Conv2d layers are zero, drawn at random: here it counts what comes out, not how good.
-Each model has a process of its own. Appends a JSON line a model to results/conformance.jsonl.
+Half of the weights of Linear and Conv2d layers are set to zero at random: only equality counts here, not quality.
+Each model runs in its own process. Appends one JSON line per model to results/conformance.jsonl.
 """
 
 from __future__ import annotations
@@ -38,61 +38,61 @@ from values import keep, kept
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "conformance.jsonl"
 sys.path.insert(0, str(HERE.parent / "tests"))
-LIMIT = 120  # seconds a model
-NEAR = 1e-3  # of the outputs' length
+LIMIT = 120  # seconds per model
+NEAR = 1e-3  # largest distance, relative to the norm of the outputs
 
 
 def zoo() -> Any:
-    """Return the models that lie beside the tests."""
+    """Return tests/zoo.py, which builds the models."""
     return importlib.import_module("zoo")
 
 
-def told(made: Compiled) -> dict[str, Any]:
-    """How many native calls, of which words, and what runs in torch, both most often first."""
+def operator_counts(made: Compiled) -> dict[str, Any]:
+    """Return the number of native calls, and counts of native and torch operators, most frequent first."""
     native, ours, rest = made.counts()
     return {"native calls": native, "words": dict(ours.most_common()), "torch": dict(rest.most_common())}
 
 
 def compiled(model: nn.Module, x: Any) -> dict[str, Any]:
-    """Compile a model and compare."""
+    """Compile a model and compare its outputs with eager torch's."""
     if "use_cache" in inspect.signature(model.forward).parameters:
         x = {**x, "use_cache": False}
     began = time.perf_counter()
     made = rarefy.compile(model, x)
     seconds = time.perf_counter() - began
     far = distance(model, made, *pytree.tree_flatten(_called(x)))
-    return {"distance": far, "seconds": seconds, **told(made), "notes": list(made.exported.notes)}
+    return {"distance": far, "seconds": seconds, **operator_counts(made), "notes": list(made.exported.notes)}
 
 
 def decoded(model: Any, x: Any) -> dict[str, Any]:
-    """Make a decoder of a language model and compare."""
+    """Build a decoder of a language model and compare its logits with eager torch's."""
     began = time.perf_counter()
     made = rarefy.decoder(model)
     seconds = time.perf_counter() - began
     with torch.no_grad():
         want = model(input_ids=x["input_ids"], use_cache=False).logits
-    return {"distance": apart(want, made(x["input_ids"])), "seconds": seconds, **told(made.compiled)}
+    return {"distance": apart(want, made(x["input_ids"])), "seconds": seconds, **operator_counts(made.compiled)}
 
 
 def one(name: str, cases: dict[str, Any]) -> dict[str, Any]:
-    """What comes of one model: `status` is equal, other (numbers), refused or crashed."""
+    """Return the result of one model: `status` is equal, other (different outputs), refused or crashed."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     make, x = cases[name.removesuffix(" as decoder")]
     model = zoo().half(make())
     try:
-        found = (decoded if name.endswith(" as decoder") else compiled)(model, x)
+        result = (decoded if name.endswith(" as decoder") else compiled)(model, x)
     except ModelError as error:
         return {"status": "refused", "error": str(error)}
     except Exception as error:
         return {"status": "crashed", "error": f"{type(error).__name__}: {error}"}
-    return {"status": "equal" if found["distance"] <= NEAR else "other", **found}
+    return {"status": "equal" if result["distance"] <= NEAR else "other", **result}
 
 
-def apart_from_here(name: str, cases: dict[str, Any]) -> dict[str, Any]:
-    """`one` in a process of its own, `LIMIT` seconds at most."""
-    context = multiprocessing.get_context("fork")  # what was imported stays so
+def isolated(name: str, cases: dict[str, Any]) -> dict[str, Any]:
+    """Run `one` in its own process, for at most `LIMIT` seconds."""
+    context = multiprocessing.get_context("fork")  # keeps what is imported already
     mine, its = context.Pipe(duplex=False)
     process = context.Process(target=lambda: its.send(one(name, cases)))
     process.start()
@@ -107,20 +107,21 @@ def apart_from_here(name: str, cases: dict[str, Any]) -> dict[str, Any]:
 
 
 def lines(only: list[str]) -> Iterator[dict[str, Any]]:
-    written = zoo().transformers_cases()
-    cases = {**written, **zoo().timm_cases(), **zoo().torchvision_cases()}
-    names = [*written, *(f"{n} as decoder" for n in WRITERS), *(n for n in cases if n not in written)]
+    """Yield one record per model, transformers first."""
+    language_models = zoo().transformers_cases()
+    cases = {**language_models, **zoo().timm_cases(), **zoo().torchvision_cases()}
+    names = [*language_models, *(f"{n} as decoder" for n in DECODERS), *(n for n in cases if n not in language_models)]
     for name in names:
         if not only or any(name.startswith(o) for o in only):
-            yield {"model": name, **apart_from_here(name, cases)}
+            yield {"model": name, **isolated(name, cases)}
 
 
-WRITERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
+DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Return a row a model as it was measured last, and how many of which status there are."""
-    last = {l["model"]: l for l in found}
+def table(result: list[dict[str, Any]]) -> str:
+    """Return one row per model, from its last record, and the number of models by status."""
+    last = {l["model"]: l for l in result}
     out = ["| model | status | distance | native calls | words | most in torch | s |", "|---" * 7 + "|"]
     for name, l in last.items():
         if "error" in l:

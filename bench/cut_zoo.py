@@ -1,12 +1,12 @@
-"""Cuts of torchvision's models beside Torch-Pruning: which model can be halved, how long it takes, what is left, and
-whether the outputs are those of the masked model.
+"""Cut torchvision's models with Rarefy and Torch-Pruning: which models can be halved, the time, the parameters left,
+and whether the outputs equal those of the masked model.
 
     pip install torch-pruning==1.6.1
     python cut_zoo.py --table
 
 Torch-Pruning is used as its own example for these models does: half of each layer's outputs by magnitude, classifiers
-left alone, `hidden_dim` of vision transformers set by hand. Its masked model is made from the groups that it reports.
-Appends a JSON line a model and side to results/cut_zoo.jsonl; one thread.
+left alone, `hidden_dim` of vision transformers set by hand. Its masked model is built from the groups that it reports.
+Appends one JSON line per model and tool to results/cut_zoo.jsonl; one thread.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "cut_zoo.jsonl"
 sys.path.insert(0, str(HERE.parent / "tests"))
 SIDES = ("rarefy", "torch-pruning")
-LIMIT = 120  # seconds a model
+LIMIT = 120  # seconds per model
 
 
 def call(model: nn.Module, x: Any) -> list[Tensor]:
+    """Return all floating point outputs of a model."""
     from rarefy.model.batches import tensors_in
 
     with torch.no_grad():
@@ -42,14 +43,14 @@ def call(model: nn.Module, x: Any) -> list[Tensor]:
 
 
 def without_zeros(want: Tensor, got: Tensor) -> Tensor:
-    """Leave out the channels of masked outputs that are zero, where a cut took outputs too."""
+    """Return masked outputs without their zero channels, where the cut removed outputs too."""
     if want.dim() < 2 or want.shape == got.shape:
         return want
     return want[:, want.transpose(0, 1).flatten(1).any(1)]
 
 
 def apart(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest difference, relative to the largest output."""
+    """Return the largest difference, relative to the largest output."""
     want = [without_zeros(b, a) for a, b in zip(got, want)] if len(got) == len(want) else want
     if [t.shape for t in got] != [t.shape for t in want]:
         return float("inf")
@@ -57,6 +58,7 @@ def apart(got: list[Tensor], want: list[Tensor]) -> float:
 
 
 def ours(model: nn.Module, x: Any) -> dict[str, Any]:
+    """Cut a model with Rarefy and compare it with the masked model."""
     import rarefy
     from rarefy.structured.masked_reference import MaskedReference
 
@@ -71,6 +73,7 @@ def ours(model: nn.Module, x: Any) -> dict[str, Any]:
 
 
 def theirs(model: Any, x: Any) -> dict[str, Any]:
+    """Cut a model with Torch-Pruning and compare it with the masked model."""
     import torch_pruning as tp  # type: ignore
     from torchvision.models import VisionTransformer
 
@@ -88,14 +91,15 @@ def theirs(model: Any, x: Any) -> dict[str, Any]:
         model, x, importance=tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[*heads, *last]
     )
     named = {id(m): n for n, m in model.named_modules()}
-    there = dict(masked.named_modules())
+    masked_modules = dict(masked.named_modules())
     single = {id(p): n for n, p in model.named_parameters()}
-    alive: dict[str, list[int]] = {}  # what is left of a dimension: groups tell places in what is left then
+    remaining: dict[str, list[int]] = {}  # indices left of each dimension: groups give positions among those
 
-    def first(name: str, idxs: Any, size: int) -> list[int]:
-        here = alive.setdefault(name, list(range(size)))
-        gone = {here[i] for i in idxs}
-        alive[name] = [i for i in here if i not in gone]
+    def original(name: str, idxs: Any, size: int) -> list[int]:
+        """Return the original indices of what a group removes."""
+        left = remaining.setdefault(name, list(range(size)))
+        gone = {left[i] for i in idxs}
+        remaining[name] = [i for i in left if i not in gone]
         return sorted(gone)
 
     for group in pruner.step(interactive=True) or ():
@@ -103,11 +107,13 @@ def theirs(model: Any, x: Any) -> dict[str, Any]:
             module = dep.target.module
             if isinstance(module, nn.Parameter) and id(module) in single:
                 token = masked.get_parameter(single[id(module)])
-                dim = max(d for d, n in enumerate(token.shape) if n > 1)  # of a class token, of layer scales
-                token.data.index_fill_(dim, torch.tensor(first(single[id(module)], idxs, token.shape[dim])), 0)
+                dim = max(
+                    d for d, n in enumerate(token.shape) if n > 1
+                )  # class tokens and layer scales have one dimension of interest
+                token.data.index_fill_(dim, torch.tensor(original(single[id(module)], idxs, token.shape[dim])), 0)
             elif "out_channels" in getattr(dep.handler, "__name__", str(dep.handler)) and id(module) in named:
                 name = named[id(module)]
-                _zero(there[name], first(name, idxs, _outputs(there[name])))
+                _zero(masked_modules[name], original(name, idxs, _outputs(masked_modules[name])))
         group.prune()
     if isinstance(model, VisionTransformer):
         model.hidden_dim = model.conv_proj.out_channels  # type: ignore[assignment]
@@ -123,7 +129,7 @@ def _outputs(module: nn.Module) -> int:
 
 
 def _zero(module: nn.Module, rows: Any) -> None:
-    """Make what a module puts out there zero."""
+    """Set outputs of a module to zero."""
     index = torch.tensor(list(rows))
     with torch.no_grad():
         if isinstance(module, nn.MultiheadAttention):
@@ -137,7 +143,7 @@ def _zero(module: nn.Module, rows: Any) -> None:
 
 
 def one(name: str, side: str) -> dict[str, Any]:
-    """Cut one model in this process."""
+    """Cut one model in this process and return its record."""
     from zoo import torchvision_cases  # type: ignore
 
     torch.set_num_threads(1)
@@ -154,20 +160,21 @@ def one(name: str, side: str) -> dict[str, Any]:
 
 
 def bench(names: list[str]) -> None:
+    """Cut each model with each tool, in a process per run, and append the records."""
     for name in names:
         for side in SIDES:
-            words = [sys.executable, __file__, "--one", name, side]
+            command = [sys.executable, __file__, "--one", name, side]
             try:
-                ran = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT)
-                lines = ran.stdout.strip().splitlines()
-                found = json.loads(lines[-1]) if ran.returncode == 0 and lines else {"error": ran.stderr[-200:]}
+                process = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+                lines = process.stdout.strip().splitlines()
+                found = json.loads(lines[-1]) if process.returncode == 0 and lines else {"error": process.stderr[-200:]}
             except subprocess.TimeoutExpired:
                 found = {"error": f"took longer than {LIMIT} s"}
             line = {"model": name, "side": side, **found, "commit": commit(HERE), "machine": machine()}
             with RESULTS.open("a") as file:
                 print(json.dumps(line), file=file)
-            told = {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
-            print(name, side, told, flush=True)
+            rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
+            print(name, side, rounded, flush=True)
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
 """Structured pruning: what repair recovers, a language model with fewer neurons, a ResNet-50 with half of its FLOPs.
 
-    python cuts.py fashion [--seeds 0 1 2]   a small ResNet at a quarter of its operations: score x repair, then trained
+    python cuts.py fashion [--seeds 0 1 2]   a small ResNet at a quarter of its FLOPs: score x repair, then trained
     python cuts.py language                  SmolLM2-135M with three quarters of its MLP neurons: score x repair
-    python cuts.py resnet50                  ResNet-50 at half its operations: milliseconds, equality in ONNX Runtime
+    python cuts.py resnet50                  ResNet-50 at half its FLOPs: milliseconds, equality in ONNX Runtime
     python cuts.py --table                   only print what was measured last
 
-Appends a JSON line a run to results/cuts.jsonl.
+Appends one JSON line per run to results/cuts.jsonl.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Line = dict[str, Any]
 
 
 def fashion(seeds: list[int]) -> Iterator[Line]:
-    """Cut a trained network to a quarter of its operations, then train it as long as dense is trained on."""
+    """Cut a trained network to a quarter of its FLOPs, then train it as long as the dense one."""
     from vision import DENSE_EPOCHS, MORE_EPOCHS, MORE_LR, data_of, train_dense
     from vision_net import SmallResNet, accuracy, load
 
@@ -73,7 +73,7 @@ def fashion(seeds: list[int]) -> Iterator[Line]:
         for score, scope, repair in FASHION:
             model = copy.deepcopy(dense)
             began = time.perf_counter()
-            told = rarefy.cut_(model, calibrate[0][0][:2], flops=0.25, score=score, scope=scope, data=calibrate,
+            report = rarefy.cut_(model, calibrate[0][0][:2], flops=0.25, score=score, scope=scope, data=calibrate,
                                repair=repair) if repair or score != "magnitude" else rarefy.cut_(
                                    model, calibrate[0][0][:2], flops=0.25, score=score, scope=scope)  # fmt: skip
             seconds = time.perf_counter() - began
@@ -81,17 +81,18 @@ def fashion(seeds: list[int]) -> Iterator[Line]:
             train_dense(model, images, seed, MORE_EPOCHS, MORE_LR)
             yield {
                 "run": "fashion", "score": score, "scope": scope, "repair": repair, "seed": seed,
-                "cut": dict(told.summary), "seconds": seconds, "before": after,
+                "cut": dict(report.summary), "seconds": seconds, "before": after,
                 "trained": accuracy(contiguous(model), *images[2:]),
             }  # fmt: skip
 
 
 def contiguous(model: nn.Module) -> Any:
+    """Return a model for evaluation, without channels_last."""
     return model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def language(seeds: list[int]) -> Iterator[Line]:
-    """Take a quarter of the neurons out of every MLP."""
+    """Remove a quarter of the neurons of every MLP."""
     from oneshot import quality
     from rarefy.data import builtin, sources
     from rarefy.model import hf
@@ -106,18 +107,18 @@ def language(seeds: list[int]) -> Iterator[Line]:
         example = {"input_ids": data[0]["input_ids"][:1, :64]}
         for score, repair in LANGUAGE:
             model = hf.load_folder(source).float()
-            given = {"data": data, "repair": repair} if repair or score != "magnitude" else {}
+            options = {"data": data, "repair": repair} if repair or score != "magnitude" else {}
             began = time.perf_counter()
-            told = rarefy.cut_(model, example, "neuron", 0.75, layers="*.mlp.gate_proj", score=score, **given)
+            report = rarefy.cut_(model, example, "neuron", 0.75, layers="*.mlp.gate_proj", score=score, **options)
             seconds = time.perf_counter() - began
             yield {
-                "run": "language", "score": score, "repair": repair, "seed": seed, "cut": dict(told.summary),
+                "run": "language", "score": score, "repair": repair, "seed": seed, "cut": dict(report.summary),
                 "seconds": seconds, "config": model.rarefy_cut["config"], **quality(model, None, tokenizer),  # type: ignore
             }  # fmt: skip
 
 
 def resnet50(seeds: list[int]) -> Iterator[Line]:
-    """Cut ResNet-50 to half its operations; time it in turns with the dense one; run both in ONNX Runtime."""
+    """Cut ResNet-50 to half its FLOPs, time it alternately with the dense one, and compare with ONNX Runtime."""
     import onnxruntime  # type: ignore
     from torchvision.models import resnet50 as make
 
@@ -126,17 +127,17 @@ def resnet50(seeds: list[int]) -> Iterator[Line]:
     for round_to in (1, 8, 16, 32):
         cut = copy.deepcopy(dense)
         x = torch.randn(1, 3, 224, 224)
-        told = rarefy.cut_(cut, x, flops=0.5, round_to=round_to)
+        report = rarefy.cut_(cut, x, flops=0.5, round_to=round_to)
         for batch in (1, 16):
             x = torch.randn(batch, 3, 224, 224)
             runs = {"dense": lambda x=x: dense(x), "cut": lambda x=x, m=cut: m(x)}
             times = compare(runs, repeats=40 if batch == 1 else 12)
             millis = {k: {n: 1000 * v for n, v in t.to_dict().items() if n != "repeats"} for k, t in times.items()}
             share = flops(cut, lambda x=x, m=cut: m(x)) / flops(dense, lambda x=x: dense(x))
-            line = {"run": "resnet50", "round_to": round_to, "batch": batch, "told": dict(told.summary)}
+            line = {"run": "resnet50", "round_to": round_to, "batch": batch, "told": dict(report.summary)}
             yield {**line, "flops": share, **millis}
-        with tempfile.TemporaryDirectory() as place:
-            path = f"{place}/cut.onnx"
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/cut.onnx"
             one = torch.randn(1, 3, 224, 224)
             torch.onnx.export(cut, (one,), path, dynamo=True, external_data=False, verbose=False)
             session = onnxruntime.InferenceSession(path)
@@ -157,7 +158,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = [json.loads(l) for l in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     for name in args.runs or ([] if args.table else RUNS):
-        lines = [l for l in lines if l["run"].split()[0] != name]  # the last run counts
+        lines = [l for l in lines if l["run"].split()[0] != name]  # a new run replaces the old one
         for line in RUNS[name](args.seeds):
             lines.append({**line, "commit": commit(HERE), "machine": machine()})
             print({k: v for k, v in line.items() if k != "cut"}, flush=True)

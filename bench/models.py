@@ -25,7 +25,7 @@ from rarefy.data import builtin
 from rarefy.evaluation.profiling import commit, machine
 from rarefy.model import hf
 from rivals import RIVALS, call, engines
-from runtime import in_turns, keep_memory
+from runtime import alternate, keep_memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "models.jsonl"
@@ -80,15 +80,15 @@ def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, oth
         more = engines(model, x) if others else {}
     # Beside `more` only these compare: threads of other engines slow dense torch most.
     runs = {"dense": lambda: call(model, x), "ours": lambda: call(ours, x), **more}
-    quartiles = in_turns(runs, 10 if batch > 1 else 30)
+    quartiles = alternate(runs, 10 if batch > 1 else 30)
     apart = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
     return {"apart": apart, "layers": chosen.summary["layers that run sparse"], **quartiles}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return medians in milliseconds and their ratio, of the CPU of the last line, the last of what ran twice.
+    """Return one row per case: medians in milliseconds on the CPU of the last record, and the speed-up.
 
-    int8 is against dense fp32."""
+    int8 compares with dense fp32."""
     lines = [{"numbers": "fp32", **l} for l in lines if l["machine"]["cpu"] == lines[-1]["machine"]["cpu"]]
     names = ("model", "batch", "numbers", "pattern", "sparsity")
     others = ("compiled", *RIVALS)

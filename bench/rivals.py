@@ -1,9 +1,9 @@
-"""What else runs a dense model here, each as fast as it goes: torch.compile, and ONNX Runtime and OpenVINO, if they are
-installed, in fp32, in bf16 where the CPU multiplies that, and in int8.
+"""Other engines for dense models, each with its best settings: torch.compile, and ONNX Runtime and OpenVINO if they are
+installed, in fp32, in bf16 where the CPU has it, and in int8.
 
-Each gets as many threads as torch. Calls take turns, so threads should not look for work between them: ONNX Runtime's
-are told so; OpenVINO's (TBB) do it for about one ms whatever they are told. Each is right, within a cosine that its
-numbers allow, before it counts.
+Each gets as many threads as torch. Calls of engines alternate, so threads should not spin between calls: ONNX Runtime
+has a setting for that; OpenVINO's (TBB) always spin for about one ms. The outputs of each are checked against the dense
+model's before it is timed, within a cosine that its precision allows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from rarefy.evaluation.profiling import cpu_flags
 
-LEAST = {"bf16": 0.99, "int8": 0.95}  # cosine with the dense model's output; of all others 0.9999
-INPUTS = 8  # that int8 is calibrated on
+LEAST = {"bf16": 0.99, "int8": 0.95}  # smallest cosine with the dense model's output; 0.9999 for fp32
+INPUTS = 8  # batches for the calibration of int8
 
 
 def call(model: Any, x: Any) -> Tensor:
@@ -37,26 +37,26 @@ def call(model: Any, x: Any) -> Tensor:
 
 
 class First(nn.Module):
-    """A model that takes what `x` holds one after the other, and returns its first output."""
+    """A model that takes the values of `x` as positional arguments and returns its first output."""
 
     def __init__(self, model: nn.Module, x: Any):
         super().__init__()
         self.model, self.names = model, list(x) if isinstance(x, dict) else None
-        self.train(model.training)  # the exporter leaves all inside in the mode that it found outside
+        self.train(model.training)  # the exporter restores this mode in all submodules
 
     def forward(self, *args: Tensor) -> Tensor:
         return call(self.model, dict(zip(self.names, args)) if self.names else args[0])
 
 
 def engines(model: nn.Module, x: Any) -> dict[str, Callable[[], Any]]:
-    """Return what else runs this dense model here, called with `x`. Raises where one computes something else."""
+    """Return a call of this dense model on `x` for each engine. Raises AssertionError for other outputs."""
     with torch.no_grad():
         want = call(model, x)
         compiled = torch.compile(copy.deepcopy(model))
         runs: dict[str, Callable[[], Any]] = {"compiled": lambda: call(compiled, x)}
         check("compiled", runs["compiled"](), want)
     if "logits_to_keep" in named(x):
-        return runs  # a graph of a language model needs an exporter of its own
+        return runs  # language models need another exporter
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = Path(folder) / "m.onnx"
@@ -74,24 +74,25 @@ def engines(model: nn.Module, x: Any) -> dict[str, Callable[[], Any]]:
 
 
 def check(name: str, got: Any, want: Tensor) -> None:
-    """Raise where an output is not, within what its numbers allow, that of the dense model."""
+    """Raise AssertionError if an output differs from the dense model's by more than its precision allows."""
     cosine = float(torch.cosine_similarity(torch.as_tensor(got).flatten().double(), want.flatten().double(), dim=0))
     least = LEAST.get(name.split()[-1], 0.9999)
     if not cosine > least:
-        raise AssertionError(f"{name} computes something else: cosine {cosine:.4f}, wanted {least}")
+        raise AssertionError(f"{name} has other outputs: cosine {cosine:.4f}, expected more than {least}")
 
 
 def named(x: Any) -> dict[str, Tensor]:
-    """Return inputs by the names that an exported graph gives them."""
+    """Return inputs by their names in the exported graph."""
     return x if isinstance(x, dict) else {"x": x}
 
 
 def feed(x: Any) -> dict[str, Any]:
+    """Return inputs as numpy arrays by name."""
     return {n: a.numpy() for n, a in named(x).items()}
 
 
 def similar(x: Any) -> Iterator[dict[str, Any]]:
-    """Yield inputs like `x` to calibrate on: noise for images, other token ids of its range, the same mask."""
+    """Yield calibration inputs like `x`: noise for images, other token ids of the same range, the same mask."""
     random = torch.Generator().manual_seed(1)
     for _ in range(INPUTS):
         new = dict(named(x))
@@ -104,6 +105,7 @@ def similar(x: Any) -> Iterator[dict[str, Any]]:
 
 
 def onnxruntime_fp32(file: Path, x: Any) -> Callable[[], Any]:
+    """Return a call of an ONNX Runtime session."""
     onnxruntime: Any = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -114,15 +116,17 @@ def onnxruntime_fp32(file: Path, x: Any) -> Callable[[], Any]:
 
 
 def onnxruntime_int8(file: Path, x: Any) -> Callable[[], Any]:
-    """Weights per channel. What reads tokens quantizes its activations as it runs: on MiniLM that is faster than a
-    static graph in QDQ form (of all that it takes, or of products alone) and right (cosine 0.98 instead of 0.68 and
-    0.84). Products that the optimizer for transformers fused first were no faster."""
+    """Return an int8 session with a scale per channel of the weights.
+
+    Models with token ids quantize activations dynamically: on MiniLM that is faster than static QDQ graphs (of all
+    operators, or of products alone) and closer to the dense model (cosine 0.98 instead of 0.68 and 0.84). Fusing with
+    the optimizer for transformers first was no faster."""
     tools: Any = import_module("onnxruntime.quantization")
     shapes: Any = import_module("onnxruntime.quantization.shape_inference")
     source, out = str(file.with_suffix(".shapes.onnx")), file.with_suffix(".int8.onnx")
     quiet = logging.getLogger()
     level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it warns that a graph was not prepared, which was just done
+    quiet.setLevel(logging.ERROR)  # it warns that the graph was not preprocessed, which was just done
     try:
         if "input_ids" in named(x):
             tools.quantize_dynamic(str(file), str(out), per_channel=True, weight_type=tools.QuantType.QInt8)
@@ -136,7 +140,7 @@ def onnxruntime_int8(file: Path, x: Any) -> Callable[[], Any]:
 
 
 class Reader:
-    """Inputs one by one, as ONNX Runtime wants to be given them."""
+    """Calibration inputs in the interface of ONNX Runtime."""
 
     def __init__(self, x: Any):
         self.inputs = similar(x)
@@ -146,6 +150,7 @@ class Reader:
 
 
 def openvino(precision: str, file: Path, x: Any) -> Callable[[], Any]:
+    """Return a call of an OpenVINO network in a precision."""
     openvino: Any = import_module("openvino")
     core = openvino.Core()
     network: Any = core.read_model(str(file))
@@ -154,7 +159,7 @@ def openvino(precision: str, file: Path, x: Any) -> Callable[[], Any]:
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        # in int8 too, since that is of what was not quantized
+        # for int8 too: it concerns operators that were not quantized
         "INFERENCE_PRECISION_HINT": "bf16" if precision != "fp32" and has_bf16() else "f32",
     }
     compiled, inputs = core.compile_model(network, "CPU", settings), feed(x)
@@ -162,7 +167,7 @@ def openvino(precision: str, file: Path, x: Any) -> Callable[[], Any]:
 
 
 def nncf_int8(network: Any, x: Any) -> Any:
-    """Quantize after training what OpenVINO read."""
+    """Return the post-training quantized network."""
     nncf: Any = import_module("nncf")
     nncf.set_log_level(logging.ERROR)
     kind = nncf.ModelType.TRANSFORMER if "input_ids" in named(x) else None
@@ -171,14 +176,16 @@ def nncf_int8(network: Any, x: Any) -> Any:
 
 
 def always() -> bool:
+    """Return True: every CPU supports it."""
     return True
 
 
 def has_bf16() -> bool:
+    """Return whether this CPU multiplies bf16."""
     return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "svebf16", "bf16"})
 
 
-# name: (packages, whether this CPU can, how it is made of an ONNX file and inputs)
+# name: (packages, whether this CPU supports it, builder from an ONNX file and inputs)
 RIVALS: dict[str, tuple[list[str], Callable[[], bool], Callable[[Path, Any], Callable[[], Any]]]] = {
     "onnxruntime": (["onnx", "onnxruntime"], always, onnxruntime_fp32),
     "onnxruntime int8": (["onnx", "onnxruntime"], always, onnxruntime_int8),

@@ -1,10 +1,11 @@
-"""Sparse kernels against torch's dense ones, in turns: milliseconds and how many times faster.
+"""Sparse kernels beside torch's dense ones, timed alternately: milliseconds and speed-up.
 
-    python runtime.py            everything, about five minutes on two quiet cores
+    python runtime.py            all kernels, about 5 minutes on two idle cores
     python runtime.py --only bitmask
     python runtime.py --table    only print what was measured last
 
-At batch 1 weights rotate over more than the last cache. Writes a JSON line a case to results/runtime.jsonl.
+At batch 1, calls rotate over more weights than the last-level cache holds. Appends one JSON line per case to
+results/runtime.jsonl.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runtime.jsonl"
 CACHE = max(100 << 20, last_cache())  # bytes of distinct weights at batch 1
 SHAPES = [(4096, 1024), (768, 3072)]
-# Of ResNet-50 at 224 x 224: outputs, inputs, kernel, stride, size of images, how many such layers it has.
+# ResNet-50 at 224 x 224: output and input channels, kernel, stride, image size, number of such layers.
 CONVOLUTIONS = [
     (64, 64, 1, 1, 56, 1), (64, 64, 3, 1, 56, 3), (256, 64, 1, 1, 56, 4), (64, 256, 1, 1, 56, 2),
     (128, 256, 1, 1, 56, 1), (128, 128, 3, 2, 56, 1), (512, 128, 1, 1, 28, 4), (512, 256, 1, 2, 56, 1),
@@ -47,8 +48,8 @@ CONVOLUTIONS = [
 
 
 def keep_memory() -> None:
-    """Have malloc keep what outputs took (glibc): or each run, dense or sparse, waits for fresh pages, which can be
-    most of its time and says nothing of a kernel."""
+    """Let glibc's malloc keep freed memory: otherwise each call waits for fresh pages, which can take most of its
+    time and says nothing about a kernel."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):  # mmap threshold, trim, top pad
@@ -56,24 +57,25 @@ def keep_memory() -> None:
 
 
 def random(O: int, C: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> Tensor:
-    """Return a weight with that share of its blocks zero."""
+    """Return a random weight with a share of its blocks zero."""
     keep = torch.rand(O // block[0], C // block[1]) >= sparsity
     return torch.randn(O, C) * keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int, pause: float = 0.0) -> dict[str, Any]:
-    """Return quartiles of all in milliseconds; in `pause` seconds ahead of each run, threads of others fall asleep."""
+def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int, pause: float = 0.0) -> dict[str, Any]:
+    """Return quartiles in milliseconds of runs that take turns. During `pause` seconds before each, threads of the
+    others fall asleep."""
     times = compare(runs, repeats=repeats, before=lambda: time.sleep(pause) if pause else None)
     return {name: [1000 * s for s in (t.low, t.median, t.high)] for name, t in times.items()}
 
 
 def copy(packed: Any) -> Any:
-    """Return the same weight elsewhere in memory."""
+    """Return a copy of a packed weight."""
     return type(packed)(**{n: v.clone() if isinstance(v, Tensor) else v for n, v in vars(packed).items()})
 
 
 def few(format: str, kind: str, sparsity: float, n: int = 1) -> dict[str, Any]:
-    """Few inputs, 4096 x 4096, against torch's dense product of the same precision."""
+    """Time a 4096 x 4096 layer on few inputs, beside torch's dense product of the same precision."""
     x = torch.randn(n, 4096)
     copies = -(-CACHE // (4096 * 4096 * KINDS[kind].itemsize)) + 1 if kind != "int4" else CACHE // (4096 * 2048) + 1
     if kind == "int4":
@@ -94,11 +96,11 @@ def few(format: str, kind: str, sparsity: float, n: int = 1) -> dict[str, Any]:
     first = (pack_csr if format == "csr" else pack_bitmask)(random(4096, 4096, sparsity), kind)
     more = [copy(first) for _ in range(CACHE // nbytes(first) + 1)]
     kernels = cycle([Kernel(p) for p in [first, *more]])
-    return {"bytes": nbytes(first), **in_turns({"dense": dense, "ours": lambda: next(kernels).run(x)}, 40)}
+    return {"bytes": nbytes(first), **alternate({"dense": dense, "ours": lambda: next(kernels).run(x)}, 40)}
 
 
 def overhead() -> dict[str, Any]:
-    """A layer so small that only its call counts, a thousand times."""
+    """Time a thousand calls of a layer so small that only the call itself counts."""
     W = torch.zeros(8, 8)
     W[0, 0] = 1
     ours, dense, x = SparseLinear({1: pack_bitmask(W)}, torch.zeros(8)), torch.nn.Linear(8, 8), torch.randn(1, 8)
@@ -107,11 +109,11 @@ def overhead() -> dict[str, Any]:
         for _ in range(1000):
             layer(x)
 
-    return {"bytes": 0, **in_turns({"dense": lambda: often(dense), "ours": lambda: often(ours)}, 20)}
+    return {"bytes": 0, **alternate({"dense": lambda: often(dense), "ours": lambda: often(ours)}, 20)}
 
 
 def tiles(kind: str, shape: tuple[int, int], n: int, sparsity: float, block: tuple[int, int]) -> dict[str, Any]:
-    """Larger batches; int8 with quantization of inputs included, against `_int_mm` alone."""
+    """Time larger batches. int8 includes the quantization of inputs, beside `_int_mm` alone."""
     O, C = shape
     x = torch.randn(n, C)
     if kind == "int8":
@@ -122,17 +124,17 @@ def tiles(kind: str, shape: tuple[int, int], n: int, sparsity: float, block: tup
         dense = lambda: F.linear(xs, w)  # noqa: E731
     packed = pack_tiles(random(O, C, sparsity, block), kind)
     kernel = Kernel(packed)
-    return {"bytes": nbytes(packed), **in_turns({"dense": dense, "ours": lambda: kernel.run(x)}, 25)}
+    return {"bytes": nbytes(packed), **alternate({"dense": dense, "ours": lambda: kernel.run(x)}, 25)}
 
 
 def convolution(shape: tuple[int, ...], n: int, sparsity: float) -> dict[str, Any]:
-    """One layer of ResNet-50 on n images, against torch's dense convolution (oneDNN)."""
+    """Time one layer of ResNet-50 on n images, beside torch's dense convolution (oneDNN)."""
     O, I, k, stride, size, _ = shape
     x, W, pad = torch.randn(n, I, size, size), torch.randn(O, I, k, k), k // 2
     packed = pack_conv(random(O, I * k * k, sparsity).view(O, I, k, k), stride=(stride, stride), padding=(pad, pad))
     kernel = Kernel(packed)
     dense = lambda: F.conv2d(x, W, None, stride, pad)  # noqa: E731
-    return {"bytes": nbytes(packed), **in_turns({"dense": dense, "ours": lambda: kernel.run(x)}, 15 if n > 1 else 30)}
+    return {"bytes": nbytes(packed), **alternate({"dense": dense, "ours": lambda: kernel.run(x)}, 15 if n > 1 else 30)}
 
 
 def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
@@ -171,7 +173,7 @@ def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
 
 
 def means(lines: list[dict[str, Any]]) -> str:
-    """Return, of convolutions, the geometric mean of how many times as fast they are, over shapes."""
+    """Return the geometric mean of the speed-ups of convolutions over shapes."""
     ratios: dict[tuple[Any, ...], dict[str, float]] = {}
     for line in lines:
         if line["format"] == "convolution":
@@ -182,7 +184,7 @@ def means(lines: list[dict[str, Any]]) -> str:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return medians in milliseconds and their ratio, of the CPU of the last line; the last of what ran twice."""
+    """Return one row per case: medians in milliseconds, and the speed-up."""
     names = ("format", "kind", "shape", "batch", "pattern", "sparsity")
     rows = [f"| {' | '.join([*names, 'dense, ms', 'ours, ms', 'times as fast'])} |", "|---" * 9 + "|"]
     for line in {tuple(l[n] for n in names): l for l in lines}.values():
