@@ -1,11 +1,16 @@
-"""Every header of csrc/ compiles by itself, so each names what it needs and none is a fragment of another file."""
+"""The headers of csrc/: each compiles by itself, and the structs of the C interface are those of the Python side."""
 
+import ctypes
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from rarefy.compiler import conv_lowering, program
+from rarefy.runtime import bindings
 
 COMPILER = shutil.which("c++") or shutil.which("clang++")
 FOLDER = Path(__file__).parents[2] / "csrc"
@@ -29,3 +34,38 @@ def test_header_compiles_alone(name, tmp_path):
     call = [str(COMPILER), "-std=c++20", "-fsyntax-only", f"-I{FOLDER}", *flags, str(unit)]
     ran = subprocess.run(call, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+STRUCTS = {
+    "bitmask": bindings._Bitmask, "quantized": bindings._Quantized, "tiles": bindings._Tiles, "sell": bindings._Sell,
+    "csr": bindings._Csr, "dense": bindings._Dense, "conv": bindings.Conv, "view": program.View, "step": program.Step,
+    "kv_cache": program.KVCache, "attention": program.Attention, "indirection": conv_lowering.Indirection,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_python_structs_match_the_header(tmp_path):
+    """Every field of a ctypes struct has the name, offset and size that csrc/rarefy.h gives it."""
+    wanted, lines = [], []
+    for name, struct in STRUCTS.items():
+        wanted.append(ctypes.sizeof(struct))
+        lines.append(f'printf("%zu\\n", sizeof(rarefy_{name}));')
+        for field, *_ in struct._fields_:
+            about = getattr(struct, field)
+            wanted += [about.offset, about.size]
+            lines.append(f'printf("%zu\\n%zu\\n", offsetof(rarefy_{name}, {field}), sizeof(rarefy_{name}::{field}));')
+    unit, binary = tmp_path / "offsets.cpp", tmp_path / "offsets"
+    body = "\n".join(lines)
+    unit.write_text(f'#include <cstddef>\n#include <cstdio>\n#include "rarefy.h"\nint main() {{\n{body}\n}}\n')
+    call = [str(COMPILER), "-std=c++20", f"-I{FOLDER}", str(unit), "-o", str(binary)]
+    ran = subprocess.run(call, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    printed = subprocess.run([str(binary)], capture_output=True, text=True, check=True).stdout
+    assert [int(n) for n in printed.split()] == wanted
+
+
+def test_operators_match_the_header():
+    header = (FOLDER / "rarefy.h").read_text(encoding="utf-8")
+    numbers = {name.lower(): int(i) for name, i in re.findall(r"RAREFY_OP_(\w+) = (\d+)", header)}
+    assert numbers.pop("count") == len(numbers)
+    assert numbers == program.OPS
