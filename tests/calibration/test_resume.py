@@ -13,6 +13,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
+from helpers.interrupt import stopping
 from rarefy.calibration import offload, resume
 from rarefy.cli import main
 from rarefy.common import atomic_io
@@ -62,19 +63,6 @@ def fresh(name):
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-def stopping(monkeypatch, writes):
-    """Interrupt a run after so many stops are on disk."""
-    real, count = resume.ResumeState.write, [0]
-
-    def write(self, stop, entry):
-        real(self, stop, entry)
-        count[0] += 1
-        if count[0] == writes:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(resume.ResumeState, "write", write)
 
 
 def counting(monkeypatch):

@@ -68,7 +68,7 @@ def test_zeros_stay_in_layers_whose_group_is_wider_than_a_block(lean, tmp_path):
 
 
 def test_a_run_goes_on_between_a_group_and_its_block(tmp_path, monkeypatch):
-    from test_resume import stopping
+    from helpers.interrupt import stopping
 
     want = Decoder()
     state = {n: t.clone() for n, t in want.state_dict().items()}

@@ -1,8 +1,6 @@
 """Compiled models in folders: the same bits without their class, and nothing believed on the way in."""
 
-import copy
 import json
-import random
 import subprocess
 import sys
 from collections import OrderedDict, namedtuple
@@ -10,11 +8,12 @@ from collections import OrderedDict, namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_compile import Attends, Gated, Residual, pruned
 from torch import nn
 
 import rarefy
-from helpers.folders import SHARD, read_index, seal, write_index
+from helpers.compile_models import Attends, Gated, Residual, pruned
+from helpers.compiled_folders import call, edit, needs_kernels, read_of_random_changes, set_arg, shard, without
+from helpers.folders import SHARD, read_index, write_index
 from rarefy.checkpoint import compiled_model
 from rarefy.cli import shared
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
@@ -25,8 +24,6 @@ from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
 from rarefy.pipeline import train_stage
 from rarefy.runtime import bindings
-
-needs_kernels = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 
 
 def mlp():
@@ -325,32 +322,6 @@ def folder(whole, tmp_path):
     return tmp_path / "m"
 
 
-def edit(folder, change):
-    told = json.loads((folder / compiled_model.GRAPH).read_text())
-    change(told)
-    make = told.pop("text", str)
-    (folder / compiled_model.GRAPH).write_text(make(json.dumps(told.get("all", told))))
-    seal(folder)
-
-
-def call(told, target):
-    """The node that calls an operator."""
-    return next(n for n in told["nodes"] if n[2] == target)
-
-
-def set_arg(target, i, value):
-    return lambda told: call(told, target)[3].__setitem__(i, value)
-
-
-def without(*keys):
-    def change(told):
-        for key in keys[:-1]:
-            told = told[key]
-        told.pop(keys[-1])
-
-    return change
-
-
 def packed_as(**about):
     return lambda told: told["packed"]["p_a_weight"].update(about)
 
@@ -456,12 +427,6 @@ def test_graphs_that_no_model_has(folder, change, says):
     with pytest.raises(ContainerError):
         rarefy.inspect(folder)
         rarefy.load(folder)
-
-
-def shard(folder, **changed):
-    tensors = load_file(folder / SHARD)
-    save_file({**tensors, **changed}, folder / SHARD)
-    seal(folder)
 
 
 @pytest.mark.parametrize(
@@ -597,44 +562,6 @@ def test_attention_on_sizes_that_do_not_fit_is_not_run(tmp_path, places, fits):
         return
     with pytest.raises(ModelError, match="the saved graph does not fit together"):
         back(x, mask)
-
-
-def mutated(told, g):
-    """JSON with one value of it replaced, dropped, doubled or exchanged."""
-    places = []
-
-    def walk(value):
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, inner in items:
-            places.append((value, key))
-            walk(inner)
-
-    walk(told)
-    odd = [None, True, -1, 0, 3, 1 << 40, 0.5, "", "x", "p_a_weight", [], {}, {"node": "x"}, {"node": "p_a_weight"}]
-    at, key = g.choice(places)
-    other, where = g.choice(places)
-    if g.random() < 0.3:
-        at[key] = copy.deepcopy(other[where])
-    elif g.random() < 0.3 and isinstance(at, list):
-        at.insert(key, copy.deepcopy(at[key]))
-    elif g.random() < 0.3:
-        del at[key]
-    else:
-        at[key] = g.choice(odd)
-
-
-def read_of_random_changes(folder, many):
-    """What loads of so many random changes of a graph."""
-    told, g = json.loads((folder / compiled_model.GRAPH).read_text()), random.Random(0)
-    for _ in range(many):
-        changed = json.loads(json.dumps(told))
-        mutated(changed, g)
-        edit(folder, lambda told, new=changed: told.update(all=new))
-        try:
-            made = rarefy.load(folder)
-        except ContainerError:
-            continue
-        yield made
 
 
 def test_random_changes_end_in_our_errors_or_in_a_model(folder):

@@ -8,11 +8,11 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_compiled_model import call, edit, needs_kernels, read_of_random_changes, set_arg, shard
-from test_decoder import V, eager, far, in_pieces, pruned_to, small
 
 import rarefy
+from helpers.compiled_folders import call, edit, needs_kernels, read_of_random_changes, set_arg, shard
 from helpers.folders import SHARD, read_index, seal, write_index
+from helpers.language_models import V, eager, far, in_pieces, pruned_to, small
 from rarefy.checkpoint import compiled_model
 from rarefy.cli import shared
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_permutation import Attends, Everything, spread_
 from torch import nn
 
 import rarefy
 from conftest import tiny_llama
+from helpers.structured_models import Attends
+from helpers.vision_models import Everything, spread_
 from rarefy.common.errors import ModelError, PatternError, RarefyError
 from rarefy.compat import asp
 from rarefy.model.layers import select_layers

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import rarefy
+from helpers.compile_models import equal, far
 from rarefy.compiler import compile, conv_lowering, executor, ops
 from rarefy.compiler.executor import FusedSubgraph, SingleOp, _shapes
 from rarefy.compiler.kernel_selection import packed
@@ -19,17 +20,6 @@ from rarefy.runtime.packed_formats import Bitmask, Dense, Sell, Tiles
 from rarefy.runtime.packing import pack_bitmask
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
-
-
-def far(want, got):
-    return float((want - got).norm() / want.norm())
-
-
-def equal(net, *x, most=1e-5):
-    made = rarefy.compile(net.eval(), x)
-    with torch.no_grad():
-        assert far(net(*x), made(*x)) < most
-    return made
 
 
 def native_ops(made):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import rarefy
+from helpers.language_models import FAMILIES, GATED, V, eager, far, in_pieces, pruned_to, small
 from rarefy.common.errors import DataError, ModelError
 from rarefy.compiler import ops, program
 from rarefy.compiler.executor import FusedSubgraph
@@ -19,59 +20,11 @@ from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels
 
 transformers = pytest.importorskip("transformers")
-V = 101
-COMMON = {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 1}
-COMMON |= {"max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 2}
-GATED = {**COMMON, "intermediate_size": 96, "num_key_value_heads": 2}
-GPT = {
-    "vocab_size": V,
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 512,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-}
-FAMILIES = {
-    "Llama": GATED,
-    "Mistral": {**GATED, "sliding_window": 9},
-    "Qwen2": GATED,
-    "Qwen3": {**GATED, "head_dim": 32},
-    "Gemma": {**GATED, "head_dim": 16},
-    "Phi3": GATED,
-    "Olmo2": GATED,
-    "GPT2": {**GPT, "pad_token_id": 0},
-    "GPTNeoX": {**COMMON, "intermediate_size": 96},
-    "OPT": {**COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64},
-}
 SLOW = pytest.mark.slow
 USUAL = ("Llama", "Mistral", "Qwen3", "GPT2")  # the others run with the slow tests
 ALL_ISAS = [(0.6, None, None), (0.6, None, "int8")]  # of the others one instruction set is enough
 OWN_POSITIONS = ("OPT",)  # learned positions that left padding shifts in a way of its own
 WHOLE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Olmo2")  # all their layers run as one native call
-
-
-def small(family="Llama", seed=0, **more):
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**{**FAMILIES[family], **more})
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-def far(want, got):
-    return float((want - got).norm() / want.norm())
-
-
-def eager(model, ids, mask=None):
-    with torch.no_grad():
-        if mask is None:
-            return model(input_ids=ids, use_cache=False).logits
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-
-
-def in_pieces(made, ids, sizes, mask=None):
-    cache = made.cache(len(ids), ids.shape[1], mask)
-    return torch.cat([made(piece, cache) for piece in ids.split(sizes, 1)], 1)
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +78,6 @@ def test_words_are_their_own_oracle(llama, monkeypatch):
     assert not any(isinstance(s, FusedSubgraph) for s in made.compiled.schedule)
     ids = torch.randint(3, V, (2, 100))
     assert far(eager(model, ids), in_pieces(made, ids, [70, 1, 3, 26])) < 1e-5
-
-
-def pruned_to(model, sparsity):
-    rarefy.prune_(model, "unstructured", "magnitude", sparsity, layers="model.layers.*")
-    rarefy.fold_(model)
-    return model
 
 
 def formats(made):

@@ -11,11 +11,11 @@ import time
 
 import pytest
 import torch
-from test_composition import Small
-from test_composition import data as batches
 from torch import nn
 
 import rarefy
+from helpers.vision_models import Small
+from helpers.vision_models import data as batches
 from rarefy.common.errors import RecipeError
 from rarefy.migration import llm_compressor, nncf_neural_compressor, sparseml
 from rarefy.migration.safe_arithmetic import compute
@@ -91,7 +91,7 @@ def zeros(weight):
 
 
 def legacy(*modifiers, head=""):
-    return f"{head}\npruning_modifiers:\n" + "\n".join(f"  - !{m}" for m in llm_compressor)
+    return f"{head}\npruning_modifiers:\n" + "\n".join(f"  - !{m}" for m in modifiers)
 
 
 RANGE = "EpochRangeModifier {start_epoch: 0.0, end_epoch: 10.0}"

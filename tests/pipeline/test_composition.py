@@ -7,37 +7,13 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 import rarefy
+from helpers.vision_models import Small, data
 from rarefy.common.errors import ModelError
 from rarefy.model.layers import all_layers
 from rarefy.model.lowrank_modules import factor_records
 from rarefy.model.quant_grid import get_grid
-
-
-class Small(nn.Module):
-    """A convolution, a norm, two linear layers and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.hidden = nn.Linear(16, 64)
-        self.more = nn.Linear(64, 32)
-        self.out = nn.Linear(32, 5)
-
-    def features(self, x):
-        x = self.norm(self.conv(x)).relu().mean((2, 3))
-        return self.more(self.hidden(x).relu()).relu()
-
-    def forward(self, x):
-        return self.out(self.features(x))
-
-
-def data(n=3):
-    rng = torch.Generator().manual_seed(0)
-    return [(torch.randn(16, 3, 8, 8, generator=rng), torch.randint(0, 5, (16,), generator=rng)) for _ in range(n)]
 
 
 def train(model):

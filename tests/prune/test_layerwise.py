@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_solvers import textbook_obs
 from torch import nn
 
 import rarefy
 from conftest import Attention, Net, image_batches, tiny_llama
+from helpers.textbook import textbook_obs
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.layers import all_layers, select_layers
 from rarefy.prune import solver_config as solvers

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import rarefy
+from helpers.textbook import textbook_obs
 from rarefy.calibration.gram import Gram
 from rarefy.model.sparsity_pattern import masks_at_sparsity, parse_pattern
 from rarefy.prune import layerwise, solvers
@@ -32,17 +33,6 @@ def exact_fit(target, H, mask):
             if len(k):
                 out[g, i, k] = torch.linalg.lstsq(H[g][k][:, k], (H[g] @ target[g, i])[k][:, None]).solution[:, 0]
     return out
-
-
-def textbook_obs(W, H, mask):
-    """Optimal Brain Surgeon in a fixed order: each pruned weight is removed alone, those before it held fixed."""
-    W = W.clone()
-    for row, kept in zip(W, mask):
-        for j in range(W.shape[1]):
-            if not kept[j]:
-                inverse = torch.linalg.inv(H[j:, j:])
-                row[j:] -= row[j] / inverse[0, 0] * inverse[:, 0]
-    return W * mask
 
 
 def test_error_is_that_of_the_outputs():

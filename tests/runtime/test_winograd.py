@@ -4,9 +4,9 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
-from test_conv import equal
 from torch import nn
 
+from helpers.compile_models import equal
 from rarefy.cli.benchmark import resident_bytes
 from rarefy.compiler.program import OPS
 from rarefy.runtime import bindings, winograd

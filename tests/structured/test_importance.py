@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cut import CASES, IDS, IMAGE, language, vision
 from torch import nn
 
 import rarefy
+from helpers.structured_models import CASES, IDS, IMAGE, language, vision
 from rarefy.common.errors import DataError, ModelError
 from rarefy.dependency.graph import trace
 from rarefy.evaluation.profiling import flops

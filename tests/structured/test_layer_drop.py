@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cut import CASES, IDS, IMAGE, language, outputs, vision
 from torch import nn
 
 import rarefy
+from helpers.structured_models import CASES, IDS, IMAGE, language, outputs, vision
 from rarefy.common.errors import ContainerError, DataError, ModelError, SelectorError
 from rarefy.structured.layer_drop import droppable, layer_scores, skipping
 

@@ -5,11 +5,12 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import rarefy
 from conftest import tiny_llama
+from helpers.structured_models import Attends
+from helpers.vision_models import Everything, spread_
 from rarefy.common.errors import ModelError, PatternError, RecipeError
 from rarefy.dependency.symbolic_dims import Axis, Prod, Sum, reordered_indices, size, unit_of_index
 from rarefy.model.sparsity_pattern import make_mask as choose
@@ -94,57 +95,6 @@ def test_dimensions_in_order():
             units, order = unit_of_index(e, axis), orders.get(axis, torch.arange(axis.size))
             want = torch.where(units < 0, units, order[units.clamp(min=0)])
             assert torch.equal(units[index], want)
-
-
-class Everything(nn.Module):
-    """Forks, joins, residuals, groups, depthwise, concatenation, a view that spreads channels."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
-        self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
-        self.joined = nn.Conv2d(24, 16, 1)
-        self.group_norm = nn.GroupNorm(4, 16)
-        self.flat, self.fc = nn.Linear(16 * 4, 32), nn.Linear(32, 5)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.stem(x)))
-        x = x + F.relu(self.deep(self.one(x)))
-        y = torch.cat([self.grouped(x), self.two(x)], 1)
-        x = x + self.group_norm(self.joined(F.relu(y)))
-        return self.fc(F.relu(self.flat(F.adaptive_avg_pool2d(x, 2).flatten(1))))
-
-
-class Attends(nn.Module):
-    """Tied embedding, torch's attention, a gated pair out of one layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(20, 16)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.norm, self.both, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(32, 16)
-        self.head = nn.Linear(16, 20, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        a, b = self.both(self.norm(x)).chunk(2, -1)
-        return self.head(x + self.down(F.silu(a) * b))
-
-
-def spread_(model):
-    """Columns of very different sizes, so that an order matters."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.shape[1] > 3:
-                module.weight.mul_(
-                    torch.linspace(1, -1, module.weight.shape[1]).exp().reshape(1, -1, *[1] * (module.weight.dim() - 2))
-                )
-    return model.eval()
 
 
 MODELS = {

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cut import IDS, language
 from torch import nn
 
 import rarefy
 from helpers.folders import read_index, write_index
+from helpers.structured_models import IDS, language
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.structured import cut as module
 from rarefy.structured.structure_record import restore
