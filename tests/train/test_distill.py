@@ -13,6 +13,7 @@ import rarefy
 from conftest import Net, image_batches
 from rarefy.common.errors import ContainerError, DataError, ModelError, RecipeError, SelectorError
 from rarefy.train import distill
+from rarefy.train import distillation_losses as losses
 from rarefy.train.distill import Distill, Distiller
 
 
@@ -42,25 +43,25 @@ def test_kl_is_its_formula_and_top_joins_the_rest():
     s, t = rows()
     p, q = (t / 2).softmax(-1), (s / 2).softmax(-1)
     want = 4 * (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(distill.kl(s, t, 2.0), want)
+    torch.testing.assert_close(losses.kl(s, t, 2.0), want)
     index = p.argsort(-1, descending=True)[:, :2]
     a, b = p.gather(-1, index), q.gather(-1, index)
     a, b = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (a, b))
-    torch.testing.assert_close(distill.kl(s, t, 2.0, top=2), 4 * (a * (a / b).log()).sum(-1).mean())
-    assert distill.kl(s, t, 2.0, top=9) == distill.kl(s, t, 2.0)
+    torch.testing.assert_close(losses.kl(s, t, 2.0, top=2), 4 * (a * (a / b).log()).sum(-1).mean())
+    assert losses.kl(s, t, 2.0, top=9) == losses.kl(s, t, 2.0)
 
 
 def test_hidden_losses_are_their_formulas():
     s, t = rows(c=8)
-    torch.testing.assert_close(distill.squarehead(s, t), ((s - t) ** 2).mean() / (t**2).mean())
-    torch.testing.assert_close(distill.cosine(s, t), 1 - (s * t).sum(1).div(s.norm(dim=1) * t.norm(dim=1)).mean())
+    torch.testing.assert_close(losses.squarehead(s, t), ((s - t) ** 2).mean() / (t**2).mean())
+    torch.testing.assert_close(losses.cosine(s, t), 1 - (s * t).sum(1).div(s.norm(dim=1) * t.norm(dim=1)).mean())
     a, b = F.normalize(s, dim=1), F.normalize(t, dim=1)
     want = -torch.stack([((a[i] @ b.T) / 0.1).log_softmax(0)[i] for i in range(12)]).mean()
-    torch.testing.assert_close(distill.contrastive(s, t), want)
+    torch.testing.assert_close(losses.contrastive(s, t), want)
     p, q = t.softmax(-1), s.softmax(-1)
     inter = 1 - torch.stack([torch.corrcoef(torch.stack([p[i], q[i]]))[0, 1] for i in range(12)]).mean()
     intra = 1 - torch.stack([torch.corrcoef(torch.stack([p[:, i], q[:, i]]))[0, 1] for i in range(8)]).mean()
-    torch.testing.assert_close(distill.dist(s, t), inter + intra)
+    torch.testing.assert_close(losses.dist(s, t), inter + intra)
 
 
 def test_relations_are_minilms():
@@ -78,9 +79,9 @@ def test_relations_are_minilms():
                 )
                 each.append((p * (p / q).log()).sum())
             total.append(torch.stack(each).mean())
-    torch.testing.assert_close(distill.relations(s, t, 2, mask), torch.stack(total).mean())
+    torch.testing.assert_close(losses.relations(s, t, 2, mask), torch.stack(total).mean())
     with pytest.raises(RecipeError, match="relations in 5 heads do not divide 6 features|do not divide 12"):
-        distill.relations(s, t, 5, mask)
+        losses.relations(s, t, 5, mask)
 
 
 def test_a_distiller_adds_what_its_plan_says():
@@ -102,8 +103,8 @@ def test_a_distiller_adds_what_its_plan_says():
         seen[name] = model.eval()(x)
         for h in hooks:
             h.remove()
-    hidden = [distill.squarehead(seen["s", i], seen["t", j]) for i, j in ((0, 1), (1, 3))]
-    want = 2 * distill.kl(out, seen["t"], 3.0) + 0.25 * sum(hidden) / 2 + 0.5 * F.cross_entropy(out, y)
+    hidden = [losses.squarehead(seen["s", i], seen["t", j]) for i, j in ((0, 1), (1, 3))]
+    want = 2 * losses.kl(out, seen["t"], 3.0) + 0.25 * sum(hidden) / 2 + 0.5 * F.cross_entropy(out, y)
     torch.testing.assert_close(got, want)
     got.backward()
     assert all(p.grad is None for p in teacher.parameters()) and student.stem.weight.grad is not None
@@ -114,7 +115,7 @@ def test_a_distiller_adds_what_its_plan_says():
 def test_blocks_are_matched_evenly_or_at_the_end():
     teacher, student = Deep(6), Deep(3)
     for depth, want in (("even", [1, 3, 5]), ("last", [3, 4, 5])):
-        pairs = distill._pairs(student, teacher, Distill(hidden="mse", depth=depth))
+        pairs = distill._hidden_pairs(student, teacher, Distill(hidden="mse", depth=depth))
         assert [list(teacher.blocks).index(t) for _, t in pairs] == want
         assert [s for s, _ in pairs] == list(student.blocks)
 
@@ -161,7 +162,7 @@ def test_answers_are_asked_for_once_in_any_order(tmp_path):
     assert len(list((tmp_path / "answers").glob("*.safetensors"))) == 6
     for file in (tmp_path / "answers").glob("*.safetensors"):
         file.write_bytes(b"nonsense")
-    with pytest.raises(ContainerError, match="is damaged .* remove it, and the teacher is asked again"):
+    with pytest.raises(ContainerError, match="is damaged .* remove it, and the teacher runs again"):
         distiller(student(xs[:4]), xs[:4])
 
 
@@ -193,7 +194,7 @@ BAD = {
     "itself": (lambda: (lambda m: Distiller(m, m))(Net()), ModelError, "student and teacher are one model"),
     "classes": (lambda: Distiller(Deep(classes=5), Deep(classes=7), example=torch.randn(2, 6)), ModelError, "outputs do not match: the student .Deep. gives float32 2x5, the teacher .Deep. float32 2x7"),
     "features": (lambda: _lost(Deep(2, width=4), Deep(2), Distill(task=0, logits=0, hidden="mse")), ModelError, "hidden states of student and teacher do not match.*prepare"),
-    "deeper": (lambda: Distiller(Deep(4), Deep(2), Distill(hidden="mse")), ModelError, "the student has 4 hidden states and the teacher 2"),
+    "deeper": (lambda: Distiller(Deep(4), Deep(2), Distill(hidden="mse")), ModelError, "the student has 4 hidden states, more than the teacher's 2"),
     "no blocks": (lambda: Distiller(Net(), Net(), Distill(hidden="mse")), ModelError, "Net has no list of equal blocks: name modules with at"),
     "no such module": (lambda: Distiller(Net(), Net(), Distill(hidden="mse", at="layer*")), SelectorError, "at: layer. matches no module of Net"),
     "nothing": (lambda: Distiller(Net(), Net(), Distill(logits=0)), RecipeError, "nothing is learnt from the teacher"),
@@ -203,9 +204,9 @@ BAD = {
     "temperature": (lambda: Distiller(Net(), Net(), Distill(temperature=0)), RecipeError, "temperature is greater than 0"),
     "top": (lambda: Distiller(Net(), Net(), Distill(by="mse", top=3)), RecipeError, "top keeps the likeliest classes"),
     "at without hidden": (lambda: Distiller(Net(), Net(), Distill(at="x")), RecipeError, "at names modules for hidden"),
-    "no labels": (lambda: _lost(Net(), Net(), Distill()), DataError, "task > 0 takes the model's own loss"),
-    "one number": (lambda: _lost(nn.Linear(6, 1), nn.Linear(6, 1), Distill(task=0)), ModelError, "one number, which has no distribution for kl: take by='mse'"),
-    "hidden states": (lambda: Distiller(hf_like(last_hidden_state=torch.ones(1, 2, 3)), hf_like(last_hidden_state=torch.ones(1, 2, 3)), example={"input_ids": torch.ones(1, 2).long()}), ModelError, "gives hidden states, no logits: take logits=0"),
+    "no labels": (lambda: _lost(Net(), Net(), Distill()), DataError, "task > 0 needs the model's own loss"),
+    "one number": (lambda: _lost(nn.Linear(6, 1), nn.Linear(6, 1), Distill(task=0)), ModelError, "one number per row, which is no distribution for kl: use by='mse'"),
+    "hidden states": (lambda: Distiller(hf_like(last_hidden_state=torch.ones(1, 2, 3)), hf_like(last_hidden_state=torch.ones(1, 2, 3)), example={"input_ids": torch.ones(1, 2).long()}), ModelError, "returns hidden states, no logits: use logits=0"),
     "relations": (lambda: Distiller(Deep(), Deep(), Distill(relations=1.0)), ModelError, "Deep has none"),
     "cache": (lambda: Distiller(Net(), Net(), Distill(cache=True)), RecipeError, "give Distiller.*cache=FOLDER"),
     "not called": (lambda: Distiller(Deep(), Deep(), Distill(task=0, hidden="mse"))(torch.randn(2, 5), torch.randn(2, 6)), ModelError, "the student was not called before its loss"),

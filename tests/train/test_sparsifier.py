@@ -189,7 +189,7 @@ def test_movement_sums_what_its_equation_says():
         optimizer.step()
         sparsifier.step()
         optimizer.zero_grad()
-    torch.testing.assert_close(sparsifier._work.kept["score/1"], want)
+    torch.testing.assert_close(sparsifier._context.state["score/1"], want)
     order = want.flatten().argsort()[: want.numel() // 2]
     assert not bool(rarefy.masks(model)["1"].flatten()[order].any())
 
@@ -203,7 +203,7 @@ def test_soft_movement_finds_more_zeros_with_a_greater_penalty():
         plan = Movement(penalty=penalty, threshold=0.4, rate=0.05, layers="1", steps=5, end=0.8)
         sparsifier = Sparsifier(model, plan, steps=40, optimizer=optimizer)
         train(model, optimizer, sparsifier, batches)
-        score = sparsifier._work.kept["score/1"]
+        score = sparsifier._context.state["score/1"]
         assert torch.equal(rarefy.masks(model)["1"], score.sigmoid() > 0.4)
         found.append(sparsifier.sparsity)
     assert 0 < found[0] < found[1] < 1
@@ -287,13 +287,13 @@ def test_admm_by_second_moments_keeps_what_the_optimizer_says_matters():
     def look():
         if sparsifier.count == 4:
             layer = all_layers(model)[0]
-            kept = {k: v.clone() for k, v in sparsifier._work.kept.items()}
+            kept = {k: v.clone() for k, v in sparsifier._context.state.items()}
             seen.update(
                 kept, w=layer.original.detach().clone(), v=optimizer.state[layer.original]["exp_avg_sq"].clone()
             )
 
     train(model, optimizer, sparsifier, batches[:5], look)
-    with pytest.raises(PatternError, match="second moments, which the optimizer does not keep"):
+    with pytest.raises(PatternError, match="needs the optimizer's second moments"):
         plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         other = mlp()
         plain = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
@@ -386,7 +386,7 @@ def test_all_of_training_under_autocast(name):
 BAD = {
     "no plan": (lambda: Sparsifier(mlp(), "rigl", steps=3), "prune is a plan such as rarefy.Gradual"),
     "steps": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5), steps=0), "steps is the number of training steps, at least 1, got 0"),
-    "no progress": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5)).step(), "is told how far training is"),
+    "no progress": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5)).step(), "needs the progress of training"),
     "beyond the end": (lambda: resolve_config(Rigl(sparsity=0.5, end=1.2)), "starts and ends within training, 0..1, got 0.0 to 1.2"),
     "too short": (lambda: Sparsifier(mlp(), Alternate(sparsity=0.5, cycles=8), steps=10), "has 17 events and training only 10 steps"),
     "soft with sparsity": (lambda: resolve_config(Movement(sparsity=0.5, penalty=1.0)), "leave sparsity out, or penalty"),
@@ -404,12 +404,12 @@ BAD = {
     "ends N:M": (lambda: resolve_config(Gradual(pattern="2:4", ends={"1": 0.5})), "ends has no effect"),
     "ends": (lambda: resolve_config(Gradual(sparsity=0.5, first=0.3, ends={"1": 0.2})), "'1' ends between first .0.3. and 1, got 0.2"),
     "start after end": (lambda: resolve_config(Gradual(sparsity=0.5, start=0.9)), "pruning starts at 0.9 and ends at 0.7: start comes first"),
-    "no data": (lambda: Sparsifier(mlp(), SecondOrder(sparsity=0.5), steps=30), "second-order pruning reads statistics: give calibrate"),
-    "score without data": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5, score="wanda"), steps=30), "score 'wanda' reads statistics"),
+    "no data": (lambda: Sparsifier(mlp(), SecondOrder(sparsity=0.5), steps=30), "second-order pruning needs data: give calibrate"),
+    "score without data": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5, score="wanda"), steps=30), "score 'wanda' needs data"),
     "empty data": (lambda: Sparsifier(mlp(), SecondOrder(sparsity=0.5), steps=30, calibrate=[]), "the calibration data is empty"),
     "no gradient": (lambda: Sparsifier(mlp(), Movement(sparsity=0.5), steps=30).step(), "has no gradient: call sparsifier.step.. after backward"),
     "foreign state": (lambda: Sparsifier(mlp(), None, steps=3).load_state_dict({"count": 1}), "is of another run of a sparsifier: it lacks"),
-    "other state": (lambda: Sparsifier(mlp(), None, steps=3).load_state_dict({"count": 1, "progress": 0.1, "stride": 0.1, "sparsity": 0.1, "left": 4}), "has 4 events to come of 0"),
+    "other state": (lambda: Sparsifier(mlp(), None, steps=3).load_state_dict({"count": 1, "progress": 0.1, "stride": 0.1, "sparsity": 0.1, "left": 4}), "has 4 of 0 events left"),
 }  # fmt: skip
 
 

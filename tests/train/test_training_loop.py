@@ -148,7 +148,7 @@ def test_data_may_be_a_function_of_the_epoch():
         (
             {"prune": Gradual(sparsity=0.5, score="wanda")},
             DataError,
-            "score 'wanda' reads statistics: give calibrate=batches",
+            "score 'wanda' needs data: give calibrate=batches",
         ),
         ({"prune": Gradual(sparsity=0.5, score="wandda")}, PatternError, "unknown score"),
         (

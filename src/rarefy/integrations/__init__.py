@@ -9,7 +9,7 @@ from rarefy.train.sparsity_config import Rewind
 
 def refuse_rewind(sparsifier: Sparsifier) -> None:
     """Raise RecipeError for `rewind`: other trainers cannot follow its learning rate."""
-    if isinstance(sparsifier.plan, Rewind):
+    if isinstance(sparsifier.config, Rewind):
         raise RecipeError(
             "rewind resets the learning rate, which this trainer's schedule cannot follow: use rarefy.fit_, or your "
             "own loop with sparsifier.lr_progress"

@@ -44,7 +44,7 @@ class SparsifyCallback(TrainerCallback):
         """Attach the masks, before anything wraps the model or loads a checkpoint into it."""
         self.sparsifier = Sparsifier(model, self.recipe, **self.options)
         refuse_rewind(self.sparsifier)
-        if args.load_best_model_at_end and not self.sparsifier.settled:
+        if args.load_best_model_at_end and not self.sparsifier.finished:
             raise RecipeError(
                 "load_best_model_at_end could restore weights from before pruning ended: turn it off, and evaluate "
                 "afterwards"

@@ -1,7 +1,7 @@
-"""`tie_layers_`: neighbouring blocks share one set of weights (ALBERT, Lan 2020), to be trained on.
+"""`tie_layers_`: neighbouring blocks share one set of weights (ALBERT; Lan 2020), to be trained further.
 
-Parameters are shared, not modules: what a block knows of its place (its number in a cache) stays its own, and so do the
-running statistics of norms. Where is noted in `model.rarefy_tied`, by which `load` shares them again.
+Parameters are shared, not modules: a block keeps its index in a cache and the running statistics of its norms. The
+groups are recorded in `model.rarefy_tied`, from which `load` shares the weights again.
 """
 
 from __future__ import annotations
@@ -78,53 +78,55 @@ def noted(model: nn.Module) -> dict[str, list[list[int]]]:
     return model.__dict__.get(NOTE, {})
 
 
-def restore_(model: nn.Module, told: Any, path: Any) -> None:
-    """Share weights as a file says, before they are read; ContainerError for what does not fit."""
-    if told == noted(model):
+def restore_(model: nn.Module, record: Any, path: Any) -> None:
+    """Share weights as a file records, before they are loaded. Raises ContainerError for a record that does not fit."""
+    if record == noted(model):
         return
-    if not isinstance(told, Mapping) or noted(model):
-        raise ContainerError(
-            f"{path}: blocks that share weights must be told as an object, of a model that shares none"
-        )
+    if not isinstance(record, Mapping) or noted(model):
+        raise ContainerError(f"{path}: the record of shared weights is damaged, or the model already shares weights")
     known = block_lists(model)
-    for name, groups in told.items():
+    for name, groups in record.items():
         size = len(known[name]) if name in known else 0
-        sound = isinstance(groups, list) and all(isinstance(g, list) and len(g) > 1 for g in groups)
-        flat = [i for g in groups for i in g] if sound else [-1]
-        if not all(type(i) is int and 0 <= i < size for i in flat) or any(b <= a for a, b in pairwise(flat)):
-            raise ContainerError(f"{path}: {type(model).__name__} has no blocks {str(name)[:80]} that could share so")
+        valid = isinstance(groups, list) and all(isinstance(g, list) and len(g) > 1 for g in groups)
+        indices = [i for g in groups for i in g] if valid else [-1]
+        if not all(type(i) is int and 0 <= i < size for i in indices) or any(b <= a for a, b in pairwise(indices)):
+            raise ContainerError(
+                f"{path}: {type(model).__name__} has no blocks {str(name)[:80]} that could share weights like this"
+            )
         if any(_shapes(known[name][i]) != _shapes(known[name][g[0]]) for g in groups for i in g):
-            raise ContainerError(f"{path}: blocks of {str(name)[:80]} are not alike, and cannot share weights")
-    for name, groups in told.items():
+            raise ContainerError(f"{path}: blocks of {str(name)[:80]} have different shapes and cannot share weights")
+    for name, groups in record.items():
         for members in groups:
             _share(known[name], members, False)
-    model.__dict__[NOTE] = {n: [list(g) for g in groups] for n, groups in told.items()}
+    model.__dict__[NOTE] = {n: [list(g) for g in groups] for n, groups in record.items()}
 
 
-def _groups(parts: Any, every: int) -> list[list[int]]:
-    """Runs of `every` neighbours that are alike; what is left over at the end shares too if it is two or more."""
-    found: list[list[int]] = []
-    for i, part in enumerate(parts):
-        last = found[-1] if found else []
-        alike = last and type(part) is type(parts[last[0]]) and _shapes(part) == _shapes(parts[last[0]])
-        if alike and len(last) < every and _shapes(part):
-            last.append(i)
+def _groups(blocks: Any, every: int) -> list[list[int]]:
+    """Return runs of `every` equal neighbours; a rest of two or more at the end is a group too."""
+    groups: list[list[int]] = []
+    for i, part in enumerate(blocks):
+        run = groups[-1] if groups else []
+        alike = run and type(part) is type(blocks[run[0]]) and _shapes(part) == _shapes(blocks[run[0]])
+        if alike and len(run) < every and _shapes(part):
+            run.append(i)
         else:
-            found.append([i])
-    return [g for g in found if len(g) > 1]
+            groups.append([i])
+    return [g for g in groups if len(g) > 1]
 
 
 def _shapes(module: nn.Module) -> dict[str, Any]:
+    """Return the shape and dtype of each parameter of a module."""
     return {n: (tuple(p.shape), p.dtype) for n, p in module.named_parameters(remove_duplicate=False)}
 
 
 @torch.no_grad()
-def _share(parts: Any, members: list[int], average: bool) -> None:
-    first, seen = parts[members[0]], set()
+def _share(blocks: Any, members: list[int], average: bool) -> None:
+    """Make blocks share the parameters of the first, or their mean."""
+    first, averaged = blocks[members[0]], set()
     for name, p in list(first.named_parameters(remove_duplicate=False)):
-        if average and id(p) not in seen:  # what is tied within a block has one mean
-            p.copy_(torch.stack([parts[i].get_parameter(name).float() for i in members]).mean(0))
-        seen.add(id(p))
+        if average and id(p) not in averaged:  # parameters that are tied within a block are averaged once
+            p.copy_(torch.stack([blocks[i].get_parameter(name).float() for i in members]).mean(0))
+        averaged.add(id(p))
         owner, _, leaf = name.rpartition(".")
         for i in members[1:]:
-            parts[i].get_submodule(owner)._parameters[leaf] = p
+            blocks[i].get_submodule(owner)._parameters[leaf] = p

@@ -1,9 +1,9 @@
-"""`factorize_`: weights as products of thinner ones, or what pruning and quantizing took from them as such.
+"""`factorize_`: low-rank factors in place of weights, or added to pruned and quantized layers.
 
-W     [O, C]   a layer's matrix; a convolution's columns are kernel position x input
-H     [C, C]   the Gram matrix of its inputs; the identity where there is no data
-A, B  [O, r], [r, C] with the least ||(W - A B) X||: A are the first left singular vectors of W L, where H = L L^T,
-      and B = A^T W (truncation after whitening, as in SVD-LLM, Wang 2024, eq. 5, without its inverse)
+W     [O, C]   matrix of a layer; the columns of a convolution are kernel position x input
+H     [C, C]   Gram matrix of its inputs; the identity without data
+A, B  [O, r], [r, C] of least ||(W - A B) X||: A holds the first left singular vectors of W L, where H = L L^T, and
+      B = A^T W (truncation after whitening as in SVD-LLM, Wang 2024, eq. 5, without its inverse)
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from rarefy.prune.prune import check_weights
 from rarefy.runtime.accelerate import WEIGHT_READERS
 from rarefy.runtime.fusion_analysis import is_plain
 
-DAMPING = 1e-4  # times the mean of diag(H), so that inputs that were never seen keep a direction
-STEP = 8  # ranks by measured time are multiples of this at least
+DAMPING = 1e-4  # times the mean of diag(H), so that inputs that are always zero keep a direction
+STEP = 8  # ranks chosen by time are multiples of this
 BUDGETS = ("rank", "keep", "energy", "time")
 
 
@@ -107,18 +107,18 @@ def factorize_(
     chosen = select_layers(model, layers, ignore)
     check_weights(chosen)
     whole = unwrap(model)
-    kept = {l.full_name: _why_left(l, whole, ask) for l in chosen}
-    lost = {} if of is None else _lost(chosen, of)
+    kept = {l.full_name: _why_skipped(l, whole, ask) for l in chosen}
+    lost = {} if of is None else _residuals(chosen, of)
     able = [l for l in chosen if kept[l.full_name] is None]
     made: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
     rows = {l.full_name: _row(l, "", kept[l.full_name] or "") for l in chosen}
-    for layer, H, stop in _passing(whole, able, data, progress):
+    for layer, H, stop in _with_gram(whole, able, data, progress):
         row, factors, ranks = _factors(layer, H, ask, lost.get(layer.full_name))
         rows[layer.full_name] = row
         if factors is not None:
             made[layer.full_name] = factors, ranks
             if stop is not None and not ask.beside:
-                stop.weights[layer.full_name] = _product(layer, factors)
+                stop.weights[layer.full_name] = _dense_weight(layer, factors)
     if not made:
         reasons = "; ".join(f"{n}: {r['why']}" for n, r in list(rows.items())[:4])
         raise ModelError(f"no layer has factors that would save anything: {reasons}")
@@ -153,8 +153,9 @@ def asked(rank: Any, keep: Any, energy: Any, time: Any, batch: Any, beside: bool
 
 
 def truncated(W: Tensor, L: Tensor | None, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (A [O, r], B [r, C], energies [min(O, C)]) as at the head of this file; `L` None is the identity, `rank`
-    None all. O(O C min(O, C)).
+    """Return A [O, r], B [r, C] and the energies [min(O, C)], as at the head of this file.
+
+    `L` None is the identity, `rank` None keeps all. O(O C min(O, C)).
 
     >>> A, B, e = truncated(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), None, 1)
     >>> (A @ B).abs().round().tolist(), e.tolist()
@@ -165,17 +166,19 @@ def truncated(W: Tensor, L: Tensor | None, rank: int | None = None) -> tuple[Ten
     return A, A.T @ W, S.square()
 
 
-def _passing(
+def _with_gram(
     model: nn.Module, layers: Sequence[Layer], data: Sequence[Any] | None, progress: bool
 ) -> Iterable[tuple[Layer, Tensor | None, GroupStep | None]]:
-    """Each layer in the order in which the model runs, with the Gram matrix of its inputs where there is data. The
-    weights of `model` are its own again afterwards."""
+    """Yield each layer in the order of execution, with the Gram matrix of its inputs where there is data.
+
+    The weights of `model` are restored afterwards.
+    """
     if data is None or not layers:
         for layer in track(layers, "factorizing", progress, len(layers)):
             yield layer, None, None
         return
     first = check_solvable(layers, data, "factorizing with data")
-    own = {l.full_name: l.original.detach().clone() for l in layers}
+    originals = {l.full_name: l.original.detach().clone() for l in layers}
     try:
         groups = layer_groups(model, first, layers)
         with closing(calibrate_sequentially(model, data, groups)) as stops:
@@ -187,10 +190,11 @@ def _passing(
     finally:
         with torch.no_grad():
             for layer in layers:
-                layer.original.copy_(own[layer.full_name])
+                layer.original.copy_(originals[layer.full_name])
 
 
-def _why_left(layer: Layer, model: nn.Module, ask: Ask) -> str | None:
+def _why_skipped(layer: Layer, model: nn.Module, ask: Ask) -> str | None:
+    """Return why a layer cannot be factorized, or None."""
     module = layer.module
     parent = model.get_submodule(layer.name.rpartition(".")[0])
     if not layer.name:
@@ -216,155 +220,162 @@ def _why_left(layer: Layer, model: nn.Module, ask: Ask) -> str | None:
     return None
 
 
-def _lost(chosen: Sequence[Layer], of: nn.Module) -> dict[str, Tensor]:
-    """What each layer has lost against the same layer of another model, [O, C]."""
-    before = dict(unwrap(of).named_modules())
-    lost = {}
+def _residuals(chosen: Sequence[Layer], of: nn.Module) -> dict[str, Tensor]:
+    """Return what each layer lost against the same layer of another model, [O, C]."""
+    dense_modules = dict(unwrap(of).named_modules())
+    residuals = {}
     for layer in chosen:
-        weight = getattr(before.get(layer.name), layer.param, None)
+        weight = getattr(dense_modules.get(layer.name), layer.param, None)
         if not isinstance(weight, Tensor) or weight.shape != layer.weight.shape:
             raise ModelError(f"of: {type(of).__name__} has no {layer.full_name} of {list(layer.weight.shape)}")
-        lost[layer.full_name] = to_matrix(layer, weight.detach().float() - layer.weight.detach().float())[0]
-    return lost
+        residuals[layer.full_name] = to_matrix(layer, weight.detach().float() - layer.weight.detach().float())[0]
+    return residuals
 
 
 def _factors(
-    layer: Layer, H: Tensor | None, ask: Ask, lost: Tensor | None
+    layer: Layer, H: Tensor | None, ask: Ask, residual: Tensor | None
 ) -> tuple[dict[str, Any], nn.Module | None, tuple[int, ...]]:
-    """Return the row of a layer and its factors, None where they would not save."""
+    """Return the report row of a layer, its factors (None where they would not save weights), and their ranks."""
     module = layer.module
-    own = to_matrix(layer, layer.weight.detach().float())[0]
-    W = own if lost is None else lost
-    L = None if H is None else _root(H)
-    most = max_ranks(module) if lost is None else (min(weight_sizes(module)[:2]),)
-    if len(most) == 2:
-        made, ranks, left = _tucker(layer, W, H, ask)
+    weight = to_matrix(layer, layer.weight.detach().float())[0]
+    W = weight if residual is None else residual
+    L = None if H is None else _cholesky(H)
+    rank_limits = max_ranks(module) if residual is None else (min(weight_sizes(module)[:2]),)
+    if len(rank_limits) == 2:
+        factors, ranks, error = _tucker(layer, W, H, ask)
     else:
         A, B, energies = truncated(W, L)
-        rank = _rank(module, energies, ask, most[0])
-        ranks, left = (rank,), _share(energies[rank:].sum(), energies.sum())
-        made = Corrected.empty(module, rank) if lost is not None else LowRank.empty(module, [rank])
-        scale = (
-            math.sqrt(float(B[:rank].norm() / max(A[:, :rank].norm(), 1e-30))) or 1.0
-        )  # alike in size: less is lost in bf16
-        _fill(made.down, B[:rank] / scale)
-        _fill(made.up, A[:, :rank] * scale)
-    if lost is not None:
+        rank = _rank(module, energies, ask, rank_limits[0])
+        ranks, error = (rank,), _ratio(energies[rank:].sum(), energies.sum())
+        factors = Corrected.empty(module, rank) if residual is not None else LowRank.empty(module, [rank])
+        # factors of equal norm lose less in bf16
+        scale = math.sqrt(float(B[:rank].norm() / max(A[:, :rank].norm(), 1e-30))) or 1.0
+        _copy_weight(factors.down, B[:rank] / scale)
+        _copy_weight(factors.up, A[:, :rank] * scale)
+    if residual is not None:
         return (
-            _row(layer, ",".join(map(str, ranks)), "", num_factor_weights(module, ranks) + own.numel(), left),
-            made,
+            _row(layer, ",".join(map(str, ranks)), "", num_factor_weights(module, ranks) + weight.numel(), error),
+            factors,
             ranks,
         )
-    after, before = num_factor_weights(module, ranks), own.numel()
+    after, before = num_factor_weights(module, ranks), weight.numel()
     if after >= before:
         why = f"rank {','.join(map(str, ranks))} is {after:,} weights, it has {before:,}"
         return _row(layer, "", why), None, ranks
-    return _row(layer, ",".join(map(str, ranks)), "", after, left), made, ranks
+    return _row(layer, ",".join(map(str, ranks)), "", after, error), factors, ranks
 
 
 def _tucker(layer: Layer, W: Tensor, H: Tensor | None, ask: Ask) -> tuple[LowRank, tuple[int, ...], float]:
-    """Inputs first, by what of them the weights read; then outputs, by what a refit on those inputs leaves."""
+    """Return the factors of a convolution (Tucker-2), their ranks and relative error.
+
+    Inputs are reduced first, by the energy that the weights read of them; then outputs, refitted on reduced inputs.
+    """
     O, I, K = weight_sizes(layer.module)
     if ask.time is not None:
         raise PatternError("time is for Linear layers")
-    tall = W.reshape(O, K, I).permute(2, 0, 1).reshape(I, O * K)
-    energy = None
-    if H is not None:  # what each input is worth, over kernel positions
-        inner = torch.stack([H[k * I : (k + 1) * I, k * I : (k + 1) * I] for k in range(K)]).mean(0)
-        U, S, _ = torch.linalg.svd(_root(inner).T @ tall, full_matrices=False)
-        P = torch.linalg.qr(_root(inner) @ U)[0]
-        energy = S.square()
-    else:
-        P, S, _ = torch.linalg.svd(tall, full_matrices=False)
-        energy = S.square()
-    if ask.energy is not None:
-        r_in = ask.rounded(_enough(energy, (1 + ask.energy) / 2), I, up=True)
-    elif ask.rank is not None:
-        r_in = min(ask.rank, I)
-    else:
-        r_in = ask.rounded(_share_of_both(O, I, K, ask.keep or 1.0)[0], I)
+    P, energy = _input_directions(W, H, O, I, K)
+    r_in = _tucker_rank(ask, energy, I, I, _tucker_ranks_for_share(O, I, K, ask.keep or 1.0)[0])
     P = P[:, :r_in]  # [I, r]
-    wide = torch.block_diag(*[P] * K)  # [K I, K r]
+    reduce = torch.block_diag(*[P] * K)  # [K I, K r]
     if H is None:
-        Wz, L = W @ wide, None
+        Wz, L = W @ reduce, None
     else:
-        Hz = wide.T @ H @ wide
-        Wz, L = torch.linalg.solve(solvers.damped(Hz[None], DAMPING)[0], wide.T @ H @ W.T).T, _root(Hz)
+        Hz = reduce.T @ H @ reduce
+        Wz, L = torch.linalg.solve(solvers.damped(Hz[None], DAMPING)[0], reduce.T @ H @ W.T).T, _cholesky(Hz)
     A, B, outputs = truncated(Wz, L)
-    if ask.energy is not None:
-        r_out = ask.rounded(_enough(outputs, (1 + ask.energy) / 2), min(O, r_in * K), up=True)
-    elif ask.rank is not None:
-        r_out = min(ask.rank, O, r_in * K)
-    else:
-        r_out = ask.rounded(_share_of_both(O, I, K, ask.keep or 1.0)[1], min(O, r_in * K))
-    made = LowRank.empty(layer.module, [r_in, r_out])
-    _fill(made.down, P.T)
-    core: Any = made.core
+    r_out = _tucker_rank(ask, outputs, O, r_in * K, _tucker_ranks_for_share(O, I, K, ask.keep or 1.0)[1])
+    factors = LowRank.empty(layer.module, [r_in, r_out])
+    _copy_weight(factors.down, P.T)
+    core: Any = factors.core
     kernel = core.weight.shape[2:]
-    _fill(core, B[:r_out].reshape(r_out, K, r_in).transpose(1, 2).reshape(r_out, r_in, *kernel))
-    _fill(made.up, A[:, :r_out])
-    off = W - A[:, :r_out] @ B[:r_out] @ wide.T
+    _copy_weight(core, B[:r_out].reshape(r_out, K, r_in).transpose(1, 2).reshape(r_out, r_in, *kernel))
+    _copy_weight(factors.up, A[:, :r_out])
+    error = W - A[:, :r_out] @ B[:r_out] @ reduce.T
     G = torch.eye(W.shape[1]) if H is None else H
-    return made, (r_in, r_out), _share(((off @ G) * off).sum(), ((W @ G) * W).sum())
+    return factors, (r_in, r_out), _ratio(((error @ G) * error).sum(), ((W @ G) * W).sum())
 
 
-def _share_of_both(O: int, I: int, K: int, keep: float) -> tuple[int, int]:
-    """The ranks of inputs and outputs that leave a share of a convolution's weights, both in the same proportion."""
+def _input_directions(W: Tensor, H: Tensor | None, O: int, I: int, K: int) -> tuple[Tensor, Tensor]:
+    """Return the directions of a convolution's inputs, [I, I], and the energy that the weights read of each."""
+    tall = W.reshape(O, K, I).permute(2, 0, 1).reshape(I, O * K)
+    if H is None:
+        P, S, _ = torch.linalg.svd(tall, full_matrices=False)
+        return P, S.square()
+    root = _cholesky(torch.stack([H[k * I : (k + 1) * I, k * I : (k + 1) * I] for k in range(K)]).mean(0))
+    U, S, _ = torch.linalg.svd(root.T @ tall, full_matrices=False)
+    return torch.linalg.qr(root @ U)[0], S.square()
+
+
+def _tucker_rank(ask: Ask, energies: Tensor, size: int, limit: int, by_share: int) -> int:
+    """Return one of the two ranks, at most `size` and `limit`; each keeps half of the energy that may be lost."""
+    max_rank = min(size, limit)
+    if ask.energy is not None:
+        return ask.rounded(_rank_for_energy(energies, (1 + ask.energy) / 2), max_rank, up=True)
+    return min(ask.rank, max_rank) if ask.rank is not None else ask.rounded(by_share, max_rank)
+
+
+def _tucker_ranks_for_share(O: int, I: int, K: int, keep: float) -> tuple[int, int]:
+    """Return the ranks of inputs and outputs that leave a share of a convolution's weights, in equal proportion."""
     a, b, c = O * I * K, O * O + I * I, -keep * O * I * K
     share = (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
     return max(1, int(share * I)), max(1, int(share * O))
 
 
-def _root(H: Tensor) -> Tensor:
-    """L with L L^T = H, damped."""
+def _cholesky(H: Tensor) -> Tensor:
+    """Return L with L L^T = H, damped."""
     for damping in (DAMPING, 100 * DAMPING, 1.0):
         L, info = torch.linalg.cholesky_ex(solvers.damped(H[None], damping)[0])
         if not info.any():
             return L
-    raise ModelError("the Gram matrix of a layer's inputs is not positive definite: NaN or inf in its inputs?")
+    raise ModelError("the Gram matrix of a layer's inputs is not positive definite: check its inputs for NaN or inf")
 
 
-def _rank(module: nn.Module, energies: Tensor, ask: Ask, most: int) -> int:
+def _rank(module: nn.Module, energies: Tensor, ask: Ask, max_rank: int) -> int:
+    """Return the rank that a budget allows."""
     O, I, K = weight_sizes(module)
     if ask.rank is not None:
-        return min(ask.rank, most)
+        return min(ask.rank, max_rank)
     if ask.keep is not None:
-        return ask.rounded(int(ask.keep * O * I * K / (O + I * K)), most)
+        return ask.rounded(int(ask.keep * O * I * K / (O + I * K)), max_rank)
     if ask.energy is not None:
-        return ask.rounded(_enough(energies, ask.energy), most, up=True)
+        return ask.rounded(_rank_for_energy(energies, ask.energy), max_rank, up=True)
     assert ask.time is not None
-    return _fast_enough(module, ask.time, ask.batch, most, math.lcm(STEP, ask.round_to))
+    return _rank_for_time(module, ask.time, ask.batch, max_rank, math.lcm(STEP, ask.round_to))
 
 
-def _enough(energies: Tensor, share: float) -> int:
-    """How many of falling energies make up a share of all."""
+def _rank_for_energy(energies: Tensor, share: float) -> int:
+    """Return how many of falling energies make up a share of their sum."""
     sums = energies.double().cumsum(0)
     return min(len(sums), int((sums < share * sums[-1]).sum()) + 1)
 
 
-def _fast_enough(module: Any, share: float, batch: int, most: int, step: int) -> int:
-    """The largest rank, a multiple of `step`, that takes at most a share of the time; `most` where none does."""
+def _rank_for_time(module: Any, share: float, batch: int, max_rank: int, step: int) -> int:
+    """Return the largest multiple of `step` whose factors take at most a share of the layer's time.
+
+    Returns `max_rank` where none does.
+    """
     x = torch.randn(batch, module.in_features, dtype=module.weight.dtype)
-    low, high = 0, max(1, min(most, module.out_features * module.in_features // sum(module.weight.shape)) // step)
+    low, high = 0, max(1, min(max_rank, module.out_features * module.in_features // sum(module.weight.shape)) // step)
     with torch.no_grad():
         while low < high:
             middle = (low + high + 1) // 2
-            thin = LowRank.empty(module, [middle * step])
-            took = compare({"dense": lambda: module(x), "thin": lambda: thin(x)}, repeats=15)  # noqa: B023
-            if took["thin"].median <= share * took["dense"].median:
+            factors = LowRank.empty(module, [middle * step])
+            times = compare({"dense": lambda: module(x), "factors": lambda: factors(x)}, repeats=15)  # noqa: B023
+            if times["factors"].median <= share * times["dense"].median:
                 low = middle
             else:
                 high = middle - 1
-    return low * step or most
+    return low * step or max_rank
 
 
 @torch.no_grad()
-def _fill(module: Any, weight: Tensor) -> None:
+def _copy_weight(module: Any, weight: Tensor) -> None:
+    """Copy a weight into a module, reshaped."""
     module.weight.copy_(weight.reshape(module.weight.shape))
 
 
-def _product(layer: Layer, factors: Any) -> Tensor:
-    """The weight that factors amount to, as the layer stores it."""
+def _dense_weight(layer: Layer, factors: Any) -> Tensor:
+    """Return the product of factors in the shape in which the layer stores its weight."""
     with torch.no_grad():
         weight = factors.weight
     shape = tuple(layer.original.shape)
@@ -373,18 +384,22 @@ def _product(layer: Layer, factors: Any) -> Tensor:
     return weight.reshape(shape).to(layer.original.dtype)
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    """Return part / whole."""
     return float(part.clamp(min=0) / whole.clamp(min=1e-30))
 
 
-def _row(layer: Layer, ranks: str, why: str, left: int | None = None, error: float | None = None) -> dict[str, Any]:
+def _row(
+    layer: Layer, ranks: str, why: str, remaining: int | None = None, error: float | None = None
+) -> dict[str, Any]:
+    """Return the report row of a layer."""
     size = layer.original.numel()
     return {
         "layer": layer.full_name,
         "shape": "x".join(map(str, layer.original.shape)),
         "ranks": ranks,
         "weights": size,
-        "left": size if left is None else left,
+        "left": size if remaining is None else remaining,
         "error": error,
         "why": why,
     }

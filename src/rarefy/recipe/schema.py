@@ -18,7 +18,8 @@ from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.importance import REDUCTIONS as CUT_REDUCTIONS
 from rarefy.structured.importance import UNIT_SCORES
 from rarefy.structured.options import BUDGETS, KINDS, LAYER_SCORES
-from rarefy.train.distill import DEPTHS, HIDDEN, OUTPUTS, Distill
+from rarefy.train.distill import DEPTHS, Distill
+from rarefy.train.distillation_losses import HIDDEN, OUTPUTS
 from rarefy.train.fit import AUTOCAST
 from rarefy.train.optimizers import LR_SCHEDULES
 from rarefy.train.sparsity_config import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder

@@ -148,7 +148,7 @@ def fit_(
                 if validate:
                     model.eval()
                     row["metric"] = _number(validate(model))
-                    if sparsifier.settled:
+                    if sparsifier.finished:
                         best.offer(row["metric"], run.epoch)
                 row["seconds"] = time.perf_counter() - began
                 run.rows.append(row)
@@ -161,7 +161,7 @@ def fit_(
         finally:
             for module, mode in modes:
                 module.training = mode
-            sparsifier.rest()
+            sparsifier.remove_probes()
             run.restore_rates()
             run.resume_state.close()
     model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
@@ -222,7 +222,7 @@ def _key(model: nn.Module, data: Any, moves: torch.optim.Optimizer, told: dict[s
     batch)."""
     plain = {n: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for n, v in told.items()}
     distill = told["teach"]  # by its name in states of before
-    plain["teach"] = asdict(distill.plan) if isinstance(distill, Distiller) else distill is not None
+    plain["teach"] = asdict(distill.config) if isinstance(distill, Distiller) else distill is not None
     rates = [{k: v for k, v in g.items() if isinstance(v, int | float | str)} for g in moves.param_groups]
     plain["optimizer"] = [type(moves).__name__, rates]
     known = data
@@ -362,14 +362,14 @@ class _Run:
             return
         state = checkpoint.State()
         state.numbers["run"] = {k: getattr(self, k) for k in ("epoch", "step", "total", "seen", "rows")}
-        state.put("model", self.model.state_dict())
-        state.put("optimizer", checkpoint.optimizer_state(self.moves))
-        state.put("sparsifier", self.sparsifier.state_dict())
-        state.put("best", self.best.to_dict())
-        state.put("random", checkpoint.random_state())
-        state.put("start", self.random)
+        state.add("model", self.model.state_dict())
+        state.add("optimizer", checkpoint.optimizer_state(self.moves))
+        state.add("sparsifier", self.sparsifier.state_dict())
+        state.add("best", self.best.to_dict())
+        state.add("random", checkpoint.random_state())
+        state.add("start", self.random)
         if isinstance(self.distill, nn.Module):
-            state.put("teach", self.distill.state_dict())
+            state.add("teach", self.distill.state_dict())
         checkpoint.save(self.resume_state, state)
 
     def resume(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a training run's rows go: JSON lines by ourselves, TensorBoard and W&B by their own libraries."""
+"""Loggers of training: JSON lines, TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ Write = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Loggers:
-    """Writers of rows; a row is {name: number}, with its epoch."""
+    """Writers of rows; a row is {name: number} with its epoch."""
 
     writers: tuple[Write, ...] = ()
 
     @staticmethod
     @contextmanager
-    def open(where: str | Path | Sequence[str] | None) -> Iterator[Loggers]:
-        """Open what is named: a file, `tensorboard:FOLDER`, `wandb:PROJECT`. RecipeError where a library is missing."""
-        words = [] if where is None else [where] if isinstance(where, str | Path) else list(where)
+    def open(targets: str | Path | Sequence[str] | None) -> Iterator[Loggers]:
+        """Open loggers: a file, `tensorboard:FOLDER`, `wandb:PROJECT`. Raises RecipeError for a missing package."""
+        names = [] if targets is None else [targets] if isinstance(targets, str | Path) else list(targets)
         with ExitStack() as stack:
-            yield Loggers(tuple(_writer(str(w), stack) for w in words))
+            yield Loggers(tuple(_writer(str(name), stack) for name in names))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Add a row to all of them."""
+        """Write a row to all loggers."""
         for write in self.writers:
             write(row)
 
 
-def _writer(word: str, stack: ExitStack) -> Write:
-    kind, colon, rest = word.partition(":")
+def _writer(name: str, stack: ExitStack) -> Write:
+    """Return the writer that a name means."""
+    kind, colon, target = name.partition(":")
     if colon and kind in ("tensorboard", "wandb"):
-        if not rest:
-            raise RecipeError(f"log {word!r} lacks a name: {kind}:{'FOLDER' if kind == 'tensorboard' else 'PROJECT'}")
+        if not target:
+            raise RecipeError(f"log {name!r} lacks a name: {kind}:{'FOLDER' if kind == 'tensorboard' else 'PROJECT'}")
         try:
-            return (_tensorboard if kind == "tensorboard" else _wandb)(rest, stack)
+            return (_tensorboard if kind == "tensorboard" else _wandb)(target, stack)
         except ImportError as error:
-            raise RecipeError(f"log {word!r} needs the package {kind}: pip install {kind} ({error})") from None
-    if colon and "/" not in kind and len(kind) > 1:  # one letter is a drive
+            raise RecipeError(f"log {name!r} needs the package {kind}: pip install {kind} ({error})") from None
+    if colon and "/" not in kind and len(kind) > 1:  # a single letter is a Windows drive
         raise RecipeError(unknown("log", kind, ("tensorboard", "wandb")) + "; or a file's name without a colon")
-    file = Path(word).expanduser()
+    file = Path(name).expanduser()
     with blaming(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         opened = stack.enter_context(file.open("a", encoding="utf-8"))
@@ -58,6 +59,7 @@ def _writer(word: str, stack: ExitStack) -> Write:
 
 
 def _tensorboard(folder: str, stack: ExitStack) -> Write:
+    """Return a writer of TensorBoard scalars."""
     from torch.utils.tensorboard import SummaryWriter
 
     board = SummaryWriter(folder)
@@ -72,6 +74,7 @@ def _tensorboard(folder: str, stack: ExitStack) -> Write:
 
 
 def _wandb(project: str, stack: ExitStack) -> Write:
+    """Return a writer of a W&B run."""
     import wandb  # pyright: ignore[reportMissingImports]
 
     run = wandb.init(project=project)

@@ -1,4 +1,4 @@
-"""Optimizers and learning rates by name."""
+"""Optimizers and learning rate schedules by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-# factor on the learning rate at progress t in 0..1
+# factor of the learning rate at progress t, 0 to 1
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
     "linear": lambda t: 1 - t,
@@ -28,7 +28,7 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def optimizer_of(name: str, lr: float, **options: Any) -> MakeOptimizer:
-    """Return a maker of the named optimizer; RecipeError for a name or an option it does not have.
+    """Return a function that makes the named optimizer. Raises RecipeError for an unknown name or option.
 
     >>> optimizer_of("sgd", 0.1, momentum=0.9)([nn.Parameter(torch.zeros(1))]).defaults["momentum"]
     0.9
