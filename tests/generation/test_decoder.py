@@ -16,6 +16,7 @@ from rarefy.generation import decoder
 from rarefy.generation.kv_cache import Cache
 from rarefy.generation.sampling import Sampling, choose
 from rarefy.model import hf
+from rarefy.model.activation_quant import set_activation_quant_
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, Panels
 
@@ -114,6 +115,25 @@ def test_formats(isa, sparsity, quantize, values, found, most):
     assert far(want, many) < most
     assert far(want, few) < most
     assert far(many, few) < (1e-4 if values is None else 0.02)
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+@pytest.mark.parametrize("activations", ["int8", "int8-static"])
+def test_layers_whose_inputs_are_rounded_run_in_8_bits(activations):
+    """Dynamic rounding is done by the kernels; static rounding, which they do not know, stays in torch."""
+    model, ids = small(), torch.randint(3, V, (2, 40))
+    static = activations == "int8-static"
+    data = [{"input_ids": ids}] if static else None
+    rarefy.quantize_(model, activations=activations, layers="model.layers.*", data=data)
+    rarefy.fold_(model)
+    made = rarefy.decoder(model)
+    assert {p.exact for k in made.compiled.kernels.values() if isinstance(p := k.held[0], Panels)} == {static}
+    assert ("round" in made.compiled.counts()[2]) == static
+    rounded = eager(model, ids)
+    assert far(rounded, made(ids)) < (1e-5 if static else 0.02)
+    for module in model.modules():
+        set_activation_quant_(module, None)
+    assert far(eager(model, ids), rounded) > 1e-3  # the hooks were back on the model
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")

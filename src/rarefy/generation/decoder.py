@@ -18,6 +18,7 @@ from rarefy.compiler.program import MOST_FEW
 from rarefy.compiler.verify import apart
 from rarefy.generation.kv_cache import TILE, Cache
 from rarefy.model import hf
+from rarefy.model.activation_quant import suspended
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime.candidates import MIN_ZEROS, grid_of, why_not_quantized
 from rarefy.runtime.packing import pack_bitmask, pack_panels
@@ -29,7 +30,8 @@ def decoder(model: nn.Module, *, values: str | None = None) -> Decoder:
     """Return a language model of transformers' as a step that reads the next tokens of a cache, and writes text.
 
     values  "int8": products run in 8 bits, weights with a scale for each output and inputs with one for each token;
-            None: fp32, or the numbers that the model was quantized to
+            None: fp32, or the numbers that the model was quantized to; layers whose inputs are rounded
+            (`quantize_(activations="int8")`) run in 8 bits
     One packed copy of each weight, its zeros left out, serves single tokens and whole prompts. Raises ModelError for
     what is no language model, whose attention is its own code, in training mode, or with masks not folded. O(weights),
     and ten seconds for the export.
@@ -40,13 +42,14 @@ def decoder(model: nn.Module, *, values: str | None = None) -> Decoder:
     if not hf.is_causal_lm(model):
         raise ModelError(f"{type(model).__name__} is no language model of transformers: rarefy.compile takes others")
     check_ready(model)
-    made = _made(model, values)
-    _prove(model, made, ROUNDED if values else EXACT)
+    with suspended(model) as rounded:
+        made = _made(model, values, rounded)
+        _prove(model, made, ROUNDED if values or rounded else EXACT)
     made.compiled.forget()
     return made
 
 
-def _made(model: Any, values: str | None) -> Decoder:
+def _made(model: Any, values: str | None, rounded: frozenset[str]) -> Decoder:
     """The decoder of a model; where numbers are rounded, its graph is proved without them first."""
     with hf.attending(model, _attend), torch.no_grad():
         shown = torch.arange(2 * SHOWN).view(2, SHOWN), torch.arange(SHOWN).repeat(2, 1), torch.arange(3)
@@ -65,9 +68,15 @@ def _made(model: Any, values: str | None) -> Decoder:
     pad = pad if 0 <= pad < many else (*known, 0)[0]
     about = many, getattr(config, "max_position_embeddings", None), known, pad
     want = [expected(n.meta.get("val")) for n in traced.inputs]
-    if values:
+    if values or rounded:
         _prove(model, Decoder(in_torch(traced, want), *about), EXACT)
-    kernels = kernels_of(traced, lambda w, name: _packed(w, values, grids.get(name.removesuffix(".weight"))))
+
+    def pack(weight: Tensor, name: str) -> Any:
+        layer = name.removesuffix(".weight")
+        precision = "int8" if layer.removeprefix("model.") in rounded else values
+        return _packed(weight, precision, grids.get(layer))
+
+    kernels = kernels_of(traced, pack)
     return Decoder(Compiled(traced, kernels, want), *about)
 
 

@@ -7,7 +7,8 @@ and pickled with the module, and `save` writes it down.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,6 +89,29 @@ def set_activation_quant_(module: nn.Module, inputs: ActivationQuant | None) -> 
 def is_quant_hook(hook: Any) -> bool:
     """Whether a hook is one that rounds."""
     return isinstance(getattr(hook, "__self__", None), ActivationQuant)
+
+
+@contextmanager
+def suspended(model: nn.Module) -> Iterator[frozenset[str]]:
+    """Run with the inputs of Linear layers as they are where they are rounded dynamically, for kernels that round them.
+
+    Yields:
+        The names of these layers. Their hooks come back at the end.
+    """
+    dynamic = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and _is_dynamic(m)}
+    inputs = {n: get_activation_quant(m) for n, m in dynamic.items()}
+    try:
+        for module in dynamic.values():
+            set_activation_quant_(module, None)
+        yield frozenset(dynamic)
+    finally:
+        for name, module in dynamic.items():
+            set_activation_quant_(module, inputs[name])
+
+
+def _is_dynamic(module: nn.Module) -> bool:
+    inputs = get_activation_quant(module)
+    return inputs is not None and inputs.scale is None
 
 
 def activation_quants(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def smooth_(
     """Move scales from the inputs of Linear layers into their producers, in place.
 
     Returns {layer: producer} of the smoothed layers, and a function that undoes it. Masked weights keep their zeros.
-    Two calls for each producer, and one pass over `data`.
+    Two calls of the model and one pass over `data`; a call for each producer where one of them has other consumers.
     """
     data = data if isinstance(data, list | tuple) else list(data)
     if not data:
@@ -55,30 +56,40 @@ def smooth_(
     supported = [l for l in supported if attached_grid(l.module, l.param) is None and not recorded_grids(l.module)]
     groups = _groups(model, supported, data[0])
     maxima = _channel_maxima(model, supported, data, progress)
-    smoothed: dict[str, str] = {}
-    saved: list[tuple[nn.Parameter, Tensor]] = []
-
-    @torch.no_grad()
-    def undo() -> None:
-        for p, value in reversed(saved):
-            p.copy_(value)
-
     before = _outputs(model, data[0])
     fp32 = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
-    for group in groups:
-        inputs = torch.stack([maxima[l.full_name] for l in group.layers]).amax(0)
-        weights = torch.stack([l.weight.detach().float().abs().amax(0) for l in group.layers]).amax(0)
-        scale = (inputs.clamp(min=1e-5) ** alpha / weights.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
-        old = [(p, p.detach().clone()) for p in _parameters(group)]
-        _scale(group, scale)
-        if _close(_outputs(model, data[0]), before, NEAR if fp32 else 30 * NEAR):
-            smoothed |= {l.full_name: group.name for l in group.layers}
-            saved += old
-        else:  # something else reads the tensor too
-            with torch.no_grad():
-                for p, value in old:
-                    p.copy_(value)
-    return smoothed, undo
+    near = NEAR if fp32 else 30 * NEAR
+
+    def scaled(some: Sequence[SmoothGroup]) -> list[tuple[nn.Parameter, Tensor]] | None:
+        """Scale groups; return the old parameters, or None, with all as it was, where the model's outputs change."""
+        old: list[tuple[nn.Parameter, Tensor]] = []
+        for group in some:
+            inputs = torch.stack([maxima[l.full_name] for l in group.layers]).amax(0)
+            weights = torch.stack([l.weight.detach().float().abs().amax(0) for l in group.layers]).amax(0)
+            scale = (inputs.clamp(min=1e-5) ** alpha / weights.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
+            old += [(p, p.detach().clone()) for p in _parameters(group)]
+            _scale(group, scale)
+        if _close(_outputs(model, data[0]), before, near):
+            return old
+        _restore(old)
+        return None
+
+    saved = scaled(groups)
+    done = groups
+    if saved is None:  # something else reads one of the tensors: try each group alone
+        saved, done = [], []
+        for group in groups:
+            old = scaled([group])
+            if old is not None:
+                saved += old
+                done.append(group)
+    return {l.full_name: g.name for g in done for l in g.layers}, partial(_restore, saved)
+
+
+@torch.no_grad()
+def _restore(old: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    for p, value in reversed(old):
+        p.copy_(value)
 
 
 def _groups(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[SmoothGroup]:
