@@ -1,13 +1,13 @@
-"""SmolLM2-135M by `rarefy.decoder` and by llama.cpp, in turns: tokens a second, and perplexity.
+"""SmolLM2-135M in `rarefy.decoder` and in llama.cpp, timed alternately: tokens per second, and perplexity.
 
-    python language.py                all of ours and all files in the fastest build of llama.cpp found, ten minutes on
-                                      two quiet cores
+    python language.py                all variants, and all files in the fastest build of llama.cpp that is installed;
+                                      10 minutes on two idle cores
     python language.py --only Q8_0 Q4_0 --builds xllamacpp node-llama-cpp
     python language.py --table        only print what was measured last
 
-Two builds of it come in packages: `pip install xllamacpp` (AVX2 at most) and, with kernels for AVX-512, VNNI and AMX,
-`npm install --prefix build @node-llama-cpp/linux-x64@3.22.1`. Their C interface is called directly, so that no
-tokenizer, sampler or server is in the way. Appends a JSON line a file to results/language.jsonl.
+Two builds of llama.cpp come in packages: `pip install xllamacpp` (AVX2 at most), and `npm install --prefix build
+@node-llama-cpp/linux-x64@3.22.1` with kernels for AVX-512, VNNI and AMX. Their C interface is called directly, without
+tokenizer, sampler or server. Appends one JSON line per file to results/language.jsonl.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ NODE = HERE / "build" / "node_modules" / "@node-llama-cpp" / "linux-x64" / "bins
 BUILDS = ("xllamacpp", "node-llama-cpp")
 AS_SHIPPED = "Q4_1"
 KINDS = ("F32", "Q8_0", "Q4_0", AS_SHIPPED)
-PAUSE = 0.2  # seconds, in which the threads of who was before fall asleep
-PROMPT, NEW, READ = 32, 128, 512  # tokens before decoding, decoded, and read at once
+PAUSE = 0.2  # seconds: the threads of the previous engine fall asleep
+PROMPT, NEW, READ = 32, 128, 512  # tokens: prompt before decoding, decoded, prompt of the prefill timing
 
 
 def gguf_files(folder: Path = FILES) -> dict[str, Path]:
-    """Return SmolLM2-135M as GGUF files by kind of numbers, made once in `folder` of the file that its package ships.
+    """Return SmolLM2-135M as GGUF files by number format, converted once into `folder` from the packaged file.
 
-    They hold the weights of the Hugging Face folder that `samples` makes of the same file; where others have four bits
-    the embedding, which is the head too, has eight: llama.cpp's own quantizer keeps more of it as well.
+    They hold the same weights as the Hugging Face folder of `rarefy.data.builtin`. In the 4-bit file the embedding,
+    which is also the output head, has 8 bits; llama.cpp's own quantizer keeps more bits of it too.
     """
     source = builtin.find("smollm2-135m")
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def gguf_files(folder: Path = FILES) -> dict[str, Path]:
 
 
 def write_gguf(source: Path, file: Path, kind: str) -> None:
-    """Copy a GGUF file with all matrices in another kind of numbers."""
+    """Copy a GGUF file with all matrices in another number format."""
     import gguf
 
     reader, partial = gguf.GGUFReader(source), file.with_suffix(".partial")
@@ -95,8 +95,8 @@ def libraries() -> dict[str, Path]:
 
 
 class Struct(ctypes.Structure):
-    """A structure of llama.cpp passed by value, of which only the first members are known here: more room than any of
-    them needs, which the calling conventions of x86-64 and aarch64 allow for structures passed in memory."""
+    """A structure of llama.cpp passed by value, with only its first members declared. It is larger than any of them,
+    which the calling conventions of x86-64 and aarch64 allow for structures passed in memory."""
 
     _fields_ = (("head", ctypes.c_uint32 * 4), ("rest", ctypes.c_uint64 * 126))
 
@@ -141,17 +141,17 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_reg_get_proc_address": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]),
     "ggml_threadpool_params_default": (Struct, [ctypes.c_int]),
 }
-SAID: list[str] = []  # what llama.cpp logged
+LOGGED: list[str] = []  # what llama.cpp logged
 
 
 @LOG
 def _log(_level: int, text: bytes, _data: Any) -> None:
-    SAID.append(text.decode(errors="replace"))
+    LOGGED.append(text.decode(errors="replace"))
 
 
 @cache
 def load(file: Path) -> ctypes.CDLL:
-    """Return a build of llama.cpp, the variant of its kernels for this CPU loaded."""
+    """Return a loaded build of llama.cpp with its kernels for this CPU."""
     lib = ctypes.CDLL(str(file))
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(lib, name)
@@ -163,38 +163,40 @@ def load(file: Path) -> ctypes.CDLL:
 
 
 def system_info(library: Path) -> str:
-    """Return which vector extensions a build of llama.cpp uses here, as it says itself."""
+    """Return the vector extensions that a build of llama.cpp reports."""
     return load(library).llama_print_system_info().decode().strip(" |")
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, with threads of its own: to be in a process of its own."""
+    """A GGUF file in llama.cpp. It has its own threads, so give it its own process."""
 
     def __init__(self, file: Path, threads: int, library: Path | None = None, context: int = 1024):
         self.library = library or list(libraries().values())[-1]
         self.lib, self.threads = load(self.library), threads
-        said = len(SAID)
+        start = len(LOGGED)
         self.model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
         params = self.lib.llama_context_default_params()
         if not self.model or list(params.head)[:3] != [512, 2048, 512]:  # tokens of context, of a batch, of a step
-            raise RuntimeError(f"llama.cpp cannot load {file}: {''.join(SAID[said:])[-500:]}")
+            raise RuntimeError(f"llama.cpp cannot load {file}: {''.join(LOGGED[start:])[-500:]}")
         params.head[0] = context
         self.context = self.lib.llama_init_from_model(self.model, params)
         if not self.context:
-            raise RuntimeError(f"llama.cpp has no context for {file}: {''.join(SAID[said:])[-500:]}")
+            raise RuntimeError(f"llama.cpp has no context for {file}: {''.join(LOGGED[start:])[-500:]}")
         self.lib.llama_set_n_threads(self.context, threads, threads)
         pool = self._pool()
         self.lib.llama_attach_threadpool(self.context, pool, pool)
         self.vocab: int = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
-        self.buffers = [l.split(":")[-1].strip() for l in "".join(SAID[said:]).splitlines() if "model buffer size" in l]
+        self.buffers = [
+            l.split(":")[-1].strip() for l in "".join(LOGGED[start:]).splitlines() if "model buffer size" in l
+        ]
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         self.lib.llama_free(self.context)
         self.lib.llama_model_free(self.model)
 
     def decode(self, prompt: list[int], new: int) -> tuple[float, list[int]]:
-        """Return tokens a second of greedy decoding after a prompt, and the tokens."""
+        """Return tokens per second of greedy decoding after a prompt, and the tokens."""
         self._read(prompt)
         ids, began = [], time.perf_counter()
         for _ in range(new):
@@ -204,7 +206,7 @@ class LlamaCpp:
         return new / (time.perf_counter() - began), ids
 
     def prefill(self, ids: list[int]) -> float:
-        """Return tokens a second of reading a prompt, up to the logits of its last token."""
+        """Return tokens per second of reading a prompt, up to the logits of its last token."""
         began = time.perf_counter()
         self._read(ids)
         self._last()
@@ -229,20 +231,20 @@ class LlamaCpp:
         self._step(ids)
 
     def _step(self, ids: list[int]) -> None:
-        held = (ctypes.c_int32 * len(ids))(*ids)  # the batch only points to them
+        held = (ctypes.c_int32 * len(ids))(*ids)  # the batch only points to this array
         self._run(self.lib.llama_batch_get_one(held, len(ids)))
 
     def _run(self, batch: Batch) -> None:
         failed = self.lib.llama_decode(self.context, batch)
         if failed:
-            raise RuntimeError(f"llama.cpp gave up with {failed}: {''.join(SAID)[-500:]}")
+            raise RuntimeError(f"llama.cpp failed with code {failed}: {''.join(LOGGED)[-500:]}")
 
     def _last(self) -> np.ndarray:
         return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, -1), (self.vocab,))
 
     def _pool(self) -> Any:
-        """Threads that wait actively for work for a while, as llama.cpp's own programs have; they stay, as a backend
-        goes on to point to those that it had."""
+        """Return a thread pool that spins between steps, as llama.cpp's own programs use. It is never freed, because a
+        backend keeps a pointer to it."""
         params = self.lib.ggml_threadpool_params_default(self.threads)
         cpu = self.lib.ggml_backend_reg_by_name(b"CPU")
         new = self.lib.ggml_backend_reg_get_proc_address(cpu, b"ggml_threadpool_new")
@@ -250,7 +252,7 @@ class LlamaCpp:
 
 
 def perplexity(model: Any, windows: Tensor) -> float:
-    """Return what rarefy.evaluation.metrics.perplexity does, of tokens [windows, tokens]."""
+    """Return the perplexity on tokens [windows, tokens], as rarefy.evaluation.metrics.perplexity does."""
     total, count = 0.0, 0
     for ids in windows:
         logits = torch.from_numpy(model.logits(ids.tolist()))[:-1]
@@ -260,7 +262,7 @@ def perplexity(model: Any, windows: Tensor) -> float:
 
 
 def windows() -> Tensor:
-    """Return the 24 windows of 512 tokens of held-out articles that all perplexities here are of."""
+    """Return the 24 windows of 512 tokens of held-out articles on which all perplexities are measured."""
     take = sources.Take(samples=24, tokens=512, batch=8)
     tokenizer = hf.load_tokenizer(builtin.model_folder("smollm2-135m"))
     batches: Any = sources.batches("wiki-test", take, tokenizer=tokenizer)
@@ -268,8 +270,8 @@ def windows() -> Tensor:
 
 
 def rates(models: Mapping[str, Any], ids: list[int], repeats: int = 7) -> dict[str, dict[str, Any]]:
-    """Return quartiles of tokens a second of decoding and of reading a prompt, all in turns; `models` have the methods
-    decode and prefill of LlamaCpp."""
+    """Return quartiles of tokens per second of decode and prefill, timed alternately. `models` have the methods decode
+    and prefill of LlamaCpp."""
     found: dict[str, dict[str, list[float]]] = {n: {"decode": [], "prefill": []} for n in models}
     for round_ in range(repeats + 1):
         for name, model in models.items():
@@ -282,14 +284,14 @@ def rates(models: Mapping[str, Any], ids: list[int], repeats: int = 7) -> dict[s
 
 
 def llama_cpp(build: str, kind: str) -> tuple[LlamaCpp, dict[str, Any]]:
-    """Return a file in a build, and what is told of it."""
+    """Return a GGUF file loaded in a build, and its record."""
     library, file = libraries()[build], gguf_files()[kind]
     model = LlamaCpp(file, torch.get_num_threads(), library)
-    told = {"engine": "llama.cpp", "build": build, "file": kind, "bytes": file.stat().st_size}
-    return model, {**told, "system": system_info(library), "buffers": model.buffers}
+    record = {"engine": "llama.cpp", "build": build, "file": kind, "bytes": file.stat().st_size}
+    return model, {**record, "system": system_info(library), "buffers": model.buffers}
 
 
-OURS: dict[str, tuple[float, dict[str, Any] | None, str | None]] = {  # sparsity, quantize_'s settings, values
+OURS: dict[str, tuple[float, dict[str, Any] | None, str | None]] = {  # sparsity, options of quantize_, precision
     "fp32": (0.0, None, None),
     "8 bits": (0.0, None, "int8"),
     "4 bits": (0.0, {"weights": "int4", "group": 32, "symmetric": False}, "int8"),
@@ -305,7 +307,7 @@ class Ours:
         self.made = made
 
     def decode(self, prompt: list[int], new: int) -> tuple[float, list[int]]:
-        """Return tokens a second of greedy decoding after a prompt, and the tokens."""
+        """Return tokens per second of greedy decoding after a prompt, and the tokens."""
         cache = self.made.cache(1, len(prompt) + new)
         logits = self.made(torch.tensor([prompt]), cache, last=True)
         ids, began = [], time.perf_counter()
@@ -315,7 +317,7 @@ class Ours:
         return new / (time.perf_counter() - began), ids
 
     def prefill(self, ids: list[int]) -> float:
-        """Return tokens a second of reading a prompt, up to the logits of its last token."""
+        """Return tokens per second of reading a prompt, up to the logits of its last token."""
         began = time.perf_counter()
         self.made(torch.tensor([ids]), last=True)
         return len(ids) / (time.perf_counter() - began)
@@ -326,7 +328,7 @@ class Ours:
 
 
 def ours(name: str) -> tuple[Ours, dict[str, Any]]:
-    """Return a decoder, and what is told of it. What is pruned is chosen by Wanda and moved by `refit`."""
+    """Return a decoder and its record. Masks are Wanda's, and `refit` updates the remaining weights."""
     sparsity, quantize, values = OURS[name]
     folder = builtin.model_folder("smollm2-135m")
     model = hf.load_folder(str(folder)).float().eval()
@@ -344,11 +346,10 @@ def ours(name: str) -> tuple[Ours, dict[str, Any]]:
     return Ours(made), {"engine": "rarefy", "file": name, "bytes": size}
 
 
-class Apart:
-    """A model of `make(*args)` in a process of its own, with the methods of LlamaCpp: it sleeps while others work, and
-    their threads are not its own.
+class Isolated:
+    """A model of `make(*args)` in its own process, with the methods of LlamaCpp. It sleeps while other engines run.
 
-    told    what `make` told of it
+    record  what `make` returned about the model
     """
 
     def __init__(self, make: Callable[..., Any], *args: Any):
@@ -357,7 +358,7 @@ class Apart:
         self.process = context.Process(target=serve, args=(other, make, args), daemon=True)
         self.process.start()
         other.close()
-        self.told: dict[str, Any] = self._answer()
+        self.record: dict[str, Any] = self._answer()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *args: (self.pipe.send((name, args)), self._answer())[1]
@@ -379,23 +380,23 @@ class Apart:
 
 
 def serve(pipe: Any, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """What the process does: make a model, then what it is asked for."""
+    """Build a model in this process, then answer calls of its methods."""
     try:
         hf.no_bars()
-        model, told = make(*args)
-        pipe.send(told)
+        model, record = make(*args)
+        pipe.send(record)
         while True:
             name, given = pipe.recv()
             pipe.send(perplexity(model, *given) if name == "perplexity" else getattr(model, name)(*given))
     except EOFError:
-        pass  # nobody asks any more
+        pass  # the parent has closed the pipe
     except BaseException as error:
         pipe.send(error)
         raise
 
 
 def engines(only: list[str], builds: list[str], ways: list[str]) -> Iterator[dict[str, Any]]:
-    """All of llama.cpp's and ours, in turns, each in a process of its own."""
+    """Yield the records of all engines, timed alternately, each in its own process."""
     found = libraries()
     for build in [b for b in builds or (BUILDS if not found else ()) if b not in found]:
         print(f"without llama.cpp of {build}: not installed")
@@ -404,10 +405,10 @@ def engines(only: list[str], builds: list[str], ways: list[str]) -> Iterator[dic
     names |= {f"ours, {way}": (ours, way) for way in ways}
     text, models = windows(), {}
     for name, how in names.items():
-        models[name] = Apart(*how)
+        models[name] = Isolated(*how)
     quality = {name: model.perplexity(text) for name, model in models.items()}
     for name, figures in rates(models, text[0].tolist()).items():
-        yield {**models[name].told, "perplexity": quality[name], **figures}
+        yield {**models[name].record, "perplexity": quality[name], **figures}
     for model in models.values():
         model.close()
 

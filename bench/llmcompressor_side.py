@@ -48,7 +48,7 @@ def rules(method: str, setting: str, shape: str) -> list:
 
 
 def effective(model: Any) -> dict[str, torch.Tensor]:
-    """Return the state without what quantization added, its weights on their grids."""
+    """Return the state dict without quantization parameters, weights rounded."""
     state = {n: t for n, t in model.state_dict().items() if not n.rpartition(".")[2].startswith("weight_")}
     for name, layer in model.named_modules():
         scheme = getattr(layer, "quantization_scheme", None)
@@ -78,7 +78,7 @@ def main() -> None:
         shuffle_calibration_samples=False,
     )
     seconds = time.perf_counter() - began
-    lines = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss begins with what the parent held
+    lines = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss would include the parent's peak
     peak = next(int(l.split()[1]) * 1024 for l in lines if l.startswith("VmHWM"))
     if method in SPARSE:
         model.save_pretrained(out, safe_serialization=True)

@@ -1,13 +1,13 @@
-"""Memory of compiled models while they run, against what they need: packed weights, constants, and activations.
+"""Memory of running compiled models beside what they need: packed weights, constants, work space and outputs.
 
-    python memory.py                  all cases, a minute
+    python memory.py                  all cases, one minute
     python memory.py --only minilm
-    python memory.py --table          only print what was measured last
+    python memory.py --table          only print what was measure last
 
-MiniLM with 80 % zeros and SmolLM2 in 8 bits, saved and loaded again; SmolLM2 also in the process that made it. Every
-measurement has a process of its own, one thread. What Python, torch and Rarefy take before there is a model is taken
-off; where a model is made in place, so are transformers and torch.export, by making a tiny one first.
-Appends a JSON line a case to results/memory.jsonl.
+MiniLM with 80 % zeros and SmolLM2 in 8 bits are saved and loaded; SmolLM2 also in the process that compiled it. Each
+measurement runs in its own process with one thread. The memory of Python, torch and Rarefy before the model is
+subtracted. For the model compiled in the process, a tiny one is compiled first, so that transformers and torch.export
+are subtracted too. Appends one JSON line per case to results/memory.jsonl.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ from values import keep
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "memory.jsonl"
 BATCH, TOKENS = 16, 128
-PROMPT, WRITTEN = 128, 64  # tokens
+PROMPT, NEW = 128, 64  # tokens
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def weights_of(made: Compiled) -> int:
-    """Bytes of packed weights, biases and constants, each once."""
-    held: dict[int, int] = {}
-    for kernel in (k for k in made.kernels.values() if not isinstance(k, Lookup)):  # which shares a product's
+    """Return the bytes of packed weights, biases and constants, each counted once."""
+    counted: dict[int, int] = {}
+    for kernel in (k for k in made.kernels.values() if not isinstance(k, Lookup)):  # it shares a linear layer's weight
         packed, bias = kernel.held
-        held[next(t for t in vars(packed).values() if isinstance(t, Tensor)).data_ptr()] = nbytes(packed)
-        held |= {} if bias is None else {bias.data_ptr(): bias.nbytes}
+        counted[next(t for t in vars(packed).values() if isinstance(t, Tensor)).data_ptr()] = nbytes(packed)
+        counted |= {} if bias is None else {bias.data_ptr(): bias.nbytes}
     used = {n.name for n in made.exported.graph.nodes if n.op == "placeholder" and n.users}
-    held |= {t.data_ptr(): t.nbytes for n, t in made.constants.items() if n in used}
-    return sum(held.values())
+    counted |= {t.data_ptr(): t.nbytes for n, t in made.constants.items() if n in used}
+    return sum(counted.values())
 
 
 def plans_of(made: Compiled) -> int:
-    """Bytes of the plans that are there."""
+    """Return the bytes of the work space of all programs."""
     segments = [i for i in made.schedule if isinstance(i, FusedSubgraph)]
     return sum(p.memory.nbytes for s in segments for plans in s.programs.values() for p in plans)
 
 
-def measured(made: Compiled, run: Callable[[], int], before: int) -> dict[str, Any]:
-    """Run, and tell the peak; `run` returns the bytes of what it is given and gives back."""
+def measure(made: Compiled, run: Callable[[], int], before: int) -> dict[str, Any]:
+    """Return the record of a run with its peak. `run` returns the bytes of its inputs and outputs."""
     gc.collect()
     loaded = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     outputs = run()
     peak = peak_rss() - before
     need = weights_of(made) + plans_of(made) + outputs
@@ -77,7 +77,7 @@ def measured(made: Compiled, run: Callable[[], int], before: int) -> dict[str, A
 
 
 def make(folder: str) -> None:
-    """Compile SmolLM2, or MiniLM with 80 % zeros, into a folder of such a name."""
+    """Compile SmolLM2, or MiniLM with 80 % zeros, into a folder named after it."""
     if Path(folder).name.startswith("smollm2"):
         model = hf.load_folder(builtin.model_folder("smollm2-135m")).float().eval()
         rarefy.save(rarefy.decoder(model, values="int8"), folder)
@@ -89,11 +89,13 @@ def make(folder: str) -> None:
 
 
 def inputs(batch: int) -> dict[str, Tensor]:
+    """Return random token ids and their mask."""
     ids = torch.randint(5, 30000, (batch, TOKENS), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def minilm(folder: str) -> dict[str, Any]:
+    """Measure compiled MiniLM loaded from a folder."""
     before = resident()
     made: Any = rarefy.load(folder)
     x = inputs(BATCH)
@@ -104,16 +106,17 @@ def minilm(folder: str) -> dict[str, Any]:
             out = made(**x)
         return sum(t.nbytes for t in [*x.values(), *out.values()])
 
-    return measured(made, run, before)
+    return measure(made, run, before)
 
 
 def smollm2(folder: str) -> dict[str, Any]:
+    """Measure a decoder loaded from a folder."""
     before = resident()
-    return written(rarefy.load(folder), before)
+    return measure_decoder(rarefy.load(folder), before)
 
 
 def smollm2_made(_: str) -> dict[str, Any]:
-    """A decoder in the process that made it: the model goes first, what it leaves to the allocator is given back."""
+    """Measure a decoder in the process that compiled it, after the model is deleted and the heap is trimmed."""
     import transformers
 
     sizes: dict[str, Any] = {
@@ -130,32 +133,33 @@ def smollm2_made(_: str) -> dict[str, Any]:
     del model
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return written(made, before)
+    return measure_decoder(made, before)
 
 
-def written(made: Any, before: int) -> dict[str, Any]:
-    """Read a prompt and write behind it."""
+def measure_decoder(made: Any, before: int) -> dict[str, Any]:
+    """Measure a decoder that reads a prompt and generates tokens."""
 
     def run() -> int:
-        cache = made.cache(1, PROMPT + WRITTEN)
+        cache = made.cache(1, PROMPT + NEW)
         token = made(torch.arange(PROMPT)[None] + 100, cache, last=True).argmax(-1)
-        for _ in range(WRITTEN):
+        for _ in range(NEW):
             token = made(token, cache).argmax(-1)
         return cache.memory.nbytes
 
-    return measured(made.compiled, run, before)
+    return measure(made.compiled, run, before)
 
 
 CASES = {"minilm": minilm, "smollm2-135m": smollm2, "smollm2-135m, made here": smollm2_made}
 
 
 def lines(only: str | None) -> Iterator[dict[str, Any]]:
+    """Yield one record per case."""
     for name in [only] if only else CASES:
         with tempfile.TemporaryDirectory() as folder:
             for part in [name] if name.endswith("made here") else ["make", name]:
-                words = [sys.executable, __file__, "--part", part, str(Path(folder) / name)]
-                ran = subprocess.run(words, check=True, capture_output=True, text=True)
-            yield {"model": name, **json.loads(ran.stdout.splitlines()[-1])}
+                command = [sys.executable, __file__, "--part", part, str(Path(folder) / name)]
+                process = subprocess.run(command, check=True, capture_output=True, text=True)
+            yield {"model": name, **json.loads(process.stdout.splitlines()[-1])}
 
 
 def main() -> None:

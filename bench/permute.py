@@ -3,7 +3,7 @@
     python permute.py          ResNet-50, MobileNetV2, ViT-B/16, Swin-T (random weights), BERT and Llama (tiny), MiniLM
     python permute.py --table  only print what was measured last
 
-Appends a JSON line a model to results/permute.jsonl.
+Appends one JSON line per model to results/permute.jsonl.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "permute.jsonl"
 
 
 def pictures(name: str, size: int) -> Callable[[], tuple[nn.Module, Any]]:
-    """A network of torchvision whose BatchNorms have seen something."""
+    """Return a builder of a torchvision network with BatchNorm statistics of one batch."""
 
     def make() -> tuple[nn.Module, Any]:
         from torchvision import models
@@ -37,7 +37,7 @@ def pictures(name: str, size: int) -> Callable[[], tuple[nn.Module, Any]]:
         model = getattr(models, name)(weights=None).train()
         with torch.no_grad():
             model(torch.randn(8, 3, size, size))
-            for p in model.parameters():  # a head of zeros would prove nothing
+            for p in model.parameters():  # a zero head would hide differences
                 if not p.any():
                     nn.init.normal_(p, std=0.02)
         return model.eval(), torch.randn(2, 3, size, size)
@@ -46,7 +46,7 @@ def pictures(name: str, size: int) -> Callable[[], tuple[nn.Module, Any]]:
 
 
 def tiny(kind: str) -> tuple[nn.Module, Any]:
-    """A small transformer of the class, with random weights."""
+    """Return a small transformer with random weights."""
     import transformers as t
 
     sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -72,13 +72,13 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 
 @torch.no_grad()
 def outputs(model: nn.Module, example: Any) -> Tensor:
-    """The first tensor that a model returns."""
+    """Return the first tensor that a model returns."""
     out = model(**example) if isinstance(example, dict) else model(example)
     return out if isinstance(out, Tensor) else out[0]
 
 
 def permuted(only: list[str]) -> Iterator[dict[str, Any]]:
-    """Each model once: groups, kept, how far outputs moved, seconds of the whole call; masks are counted."""
+    """Yield one record per model: groups, kept magnitude, change of outputs, seconds, layers exactly 2:4."""
     for name, make in MODELS.items():
         if only and name not in only:
             continue

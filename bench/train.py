@@ -1,11 +1,11 @@
 """Training of pruned models: the quality it recovers, by method, with and without a teacher.
 
-    python train.py fashion --seeds 0 1      the small ResNet at 95 % and 98 %, every plan; taught; a cut student
+    python train.py fashion --seeds 0 1      the small ResNet at 95 % and 98 %, each method; a cut student
     python train.py language                 SmolLM2 at 2:4 and 60 %: one shot, then a short distillation
     python train.py minilm                   MiniLM at 80 % in 4x1 blocks, SquareHead; cosine with dense, speed
     python train.py --table                  only print what was measured last
 
-Appends a JSON line a run to results/train.jsonl.
+Appends one JSON line per run to results/train.jsonl.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PLANS: dict[str, Any] = {
 
 
 def begun(seed: int, width: int) -> Any:
-    """The network that all of a seed begin with: trained for DENSE_EPOCHS, once."""
+    """Return the dense network that all runs of a seed start from, trained once for DENSE_EPOCHS."""
     from safetensors.torch import load_file, save_file
 
     from vision import DENSE_EPOCHS, train_dense
@@ -68,7 +68,7 @@ def begun(seed: int, width: int) -> Any:
 
 
 def fashion_one(task: tuple[str, float, int, int, int]) -> Line:
-    """One network: dense, trained on, or pruned by a plan, alone or taught."""
+    """Return the record of one network: dense or pruned by a method, with or without a teacher."""
     from vision import SGD, data_of, fast
     from vision_net import accuracy, load
 
@@ -105,7 +105,7 @@ def fashion_one(task: tuple[str, float, int, int, int]) -> Line:
 
 
 def fashion(seeds: list[int], only: list[str], sparsity: list[float], width: int, epochs: int) -> Iterator[Line]:
-    """Every plan at both sparsities, every seed; a process of one thread a core."""
+    """Yield the records of all methods, sparsities and seeds; one process with one thread per core."""
     ways = [("dense", 0.0)]
     ways += [(name, s) for s in sparsity for name in (*PLANS, "gradual magnitude, taught")]
     ways += [("student", 0.0), ("student, taught", 0.0)]
@@ -123,7 +123,7 @@ STEPS, TOKENS = 90, 512
 
 
 def language(only: list[str]) -> Iterator[Line]:
-    """One shot, then learning from the dense model on the calibration corpus."""
+    """Prune in one shot, then train with the dense model as teacher on the calibration corpus."""
     source = builtin.model_folder("smollm2-135m")
     tokenizer = hf.load_tokenizer(source)
     dense = hf.load_folder(source).float()
@@ -156,7 +156,8 @@ def language(only: list[str]) -> Iterator[Line]:
 
 
 def minilm() -> Iterator[Line]:
-    """80 % in 4x1 blocks: one shot, then learning hidden states; on the engine. Trained once, kept in build/minilm."""
+    """Prune MiniLM to 80 % in 4x1 blocks, train its hidden states, and time it on the engine. The trained model stays
+    in build/minilm."""
     from oneshot import embed
 
     source = builtin.model_folder("minilm")
@@ -179,8 +180,9 @@ def minilm() -> Iterator[Line]:
 
 
 def pieces(tokenizer: Any, epoch: int, batch: int = 16, words: int = 90) -> list[Any]:
-    """Batches of pieces of the training articles, as texts are given to an encoder: with its first and last token. In
-    odd epochs articles are cut elsewhere. Pieces of about the same length come together."""
+    """Return batches of pieces of the training articles, with the encoder's first and last token.
+
+    Odd epochs cut the articles at other places. A batch holds pieces of about the same length."""
     chance, texts = torch.Generator().manual_seed(1000 + epoch), []
     for text in builtin.wiki(False):
         w = text.split()
@@ -196,15 +198,15 @@ def pieces(tokenizer: Any, epoch: int, batch: int = 16, words: int = 90) -> list
 
 
 def learn(dense: Any, tokenizer: Any) -> tuple[Any, float]:
-    """One shot, each block learning the dense one's outputs; then all together from the dense model's hidden states.
-    Return the model and the seconds."""
+    """Prune with block reconstruction, then train all blocks on the dense model's hidden states. Return the model and
+    the seconds."""
     model, began = copy.deepcopy(dense), time.perf_counter()
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout):
-            m.p = 0.0  # the teacher does not drop out either
+            m.p = 0.0  # the teacher has no dropout either
     for m in (model, dense):
         m.set_attn_implementation("eager")  # trains faster here
-    model.embeddings.requires_grad_(False)  # half of all weights, and none of them is pruned
+    model.embeddings.requires_grad_(False)  # half of all weights, none of them pruned
     solver = rarefy.Solver(name="admm", asymmetric=0.5, reconstruct=2)
     how: dict[str, Any] = {"layers": "encoder.layer.*", "solver": solver, "allocate": "errors"}
     first = pieces(tokenizer, 0)

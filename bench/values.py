@@ -1,15 +1,15 @@
 """Quantization, codebooks and low rank: quality, bytes and speed.
 
-    python values.py leave          SmolLM2 trained and turned, so that its weights leave the 4-bit grid they came on
-    python values.py language       that copy: perplexity and bytes of its layers on grids, factorized, with zeros
+    python values.py leave          SmolLM2 trained and rotated, so that its weights leave the 4-bit grid of the package
+    python values.py language       that copy, quantized, factorized, pruned: perplexity and bytes of its layers
     python values.py peer --peer VENV/bin/python     llmcompressor on the same copy and batches
     python values.py minilm         MiniLM: description finds article (R@1), cosine with dense embeddings
     python values.py lowrank        MiniLM's wide layers as factors, sized by a clock: each layer's time and the whole
     python values.py fashion        the small ResNet: static INT8, INT4 with training, deep compression
-    python values.py decode         tokens/s of that copy, in turns
+    python values.py decode         tokens/s of that copy, timed alternately
     python values.py --table        only print what was measured last
 
-Appends a JSON line a run to results/values.jsonl.
+Appends one JSON line per run to results/values.jsonl.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TUNED, LEFT = HERE / "build" / "tuned", HERE / "build" / "left"
 BLOCKS = "model.layers.*"
 STEPS, LR = 150, 2e-4
 Line = dict[str, Any]
-# what is done, in order: (function, arguments); "data" is put in where an argument says so
+# methods as lists of (function, arguments); "data": True stands for the calibration batches
 LANGUAGE: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "int8": [("quantize", {"weights": "int8"})],
     "int8, inputs too": [("quantize", {"weights": "int8", "activations": "int8"})],
@@ -84,11 +84,11 @@ MINILM: dict[str, dict[str, Any]] = {
 
 
 def leave() -> Iterator[Line]:
-    """Train SmolLM2 on articles, briefly, then turn its residual stream; save it, and say how far its weights are from
-    the values that they had.
+    """Train SmolLM2 briefly on articles, rotate its residual stream, save it, and measure how far its weights are from
+    the 4-bit grid of the package.
 
-    Training alone does not do it: 150 steps at 2e-4 leave weights 0.03 of a step from where they lay (0.25 is as if
-    they had never lain there), and at 1.5e-3 the loss goes from 2.4 to 5. A rotation changes all weights, no output.
+    Training alone is not enough: 150 steps at 2e-4 leave weights within 0.03 grid steps of the grid (random weights:
+    0.25), and at 1.5e-3 the loss rises from 2.4 to 5. A rotation changes all weights and no output.
     """
     source = builtin.model_folder("smollm2-135m")
     tokenizer = hf.load_tokenizer(source)
@@ -124,8 +124,8 @@ def write(model: Any, folder: Path, source: Path) -> None:
 
 @torch.no_grad()
 def rotate_(model: Any) -> None:
-    """Turn the residual stream of a Llama by a random rotation Q that its weights take up; outputs stay (QuaRot,
-    Ashkboos 2024, section 4). Norm weights go into the layers behind them; the head gets a weight of its own."""
+    """Rotate the residual stream of a Llama by a random rotation Q without changing its outputs (QuaRot, Ashkboos 2024,
+    section 4). Norm weights move into the next layers; the head gets its own weight."""
     width = model.config.hidden_size
     Q = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double())[0]
     if model.config.tie_word_embeddings:
@@ -152,8 +152,8 @@ def rotate_(model: Any) -> None:
 
 
 def far(before: dict[str, torch.Tensor], model: Any) -> float:
-    """Return the mean distance of weights from the nearest value that their block of 32 had, in steps between those
-    values: 0.25 is as if they had never lain there."""
+    """Return the mean distance of weights from the nearest value of their block of 32 before, in grid steps. Random
+    weights have 0.25."""
     found = []
     for name, p in model.named_parameters():
         if name in before:
@@ -175,7 +175,7 @@ def perplexities(model: Any, tokenizer: Any) -> float:
 
 
 def language(only: list[str]) -> Iterator[Line]:
-    """Each way on the copy that has left the grid, in fp32; bytes of its layers against bf16."""
+    """Yield perplexity and bytes relative to bf16 of each method on the rotated copy, in fp32."""
     tokenizer = hf.load_tokenizer(LEFT)
     dense = hf.load_folder(LEFT).float()
     take = sources.Take(samples=64, tokens=512, batch=8, seed=0)
@@ -198,7 +198,7 @@ def language(only: list[str]) -> Iterator[Line]:
 
 
 def peer(python: str, only: list[str]) -> Iterator[Line]:
-    """llmcompressor in its own venv, on the same copy and batches, evaluated here."""
+    """Yield the perplexity of llmcompressor, run in its own venv on the same copy and batches."""
     import subprocess
     import tempfile
 
@@ -221,7 +221,7 @@ def peer(python: str, only: list[str]) -> Iterator[Line]:
 
 
 def share_of_bf16(model: Any) -> float:
-    """Return the bytes of the layers that were worked on as stored, over those of bf16."""
+    """Return the stored bytes of the compressed layers, relative to bf16."""
     from rarefy.checkpoint.save import pack
     from rarefy.model.masks import folded_state
 
@@ -268,7 +268,7 @@ def articles() -> list[dict[str, Any]]:
 
 
 def minilm(only: list[str]) -> Iterator[Line]:
-    """MiniLM on grids, and how well descriptions still find their articles."""
+    """Yield R@1 and cosine of quantized MiniLM."""
     source = builtin.model_folder("minilm")
     dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
     take = sources.Take(samples=64, tokens=256, batch=8, seed=0)
@@ -289,7 +289,7 @@ WIDE = ["*.intermediate.dense", "encoder.layer.*.output.dense"]
 
 
 def lowrank() -> Iterator[Line]:
-    """MiniLM's wide layers in two thirds and in half of their time: what was asked, what the clock says, the whole."""
+    """Yield times and quality of MiniLM with wide layers factorized to two thirds and half of their time."""
     source = builtin.model_folder("minilm")
     dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
     take = sources.Take(samples=64, tokens=256, batch=8, seed=0)
@@ -319,7 +319,7 @@ def lowrank() -> Iterator[Line]:
 
 
 def fashion(seeds: list[int], only: list[str]) -> Iterator[Line]:
-    """Static INT8 without training; INT4 with; 90 % zeros, 16 values and LZMA, each trained a little."""
+    """Yield static int8, int4 with training, and deep compression (90 % zeros, 16 values, LZMA) of a small ResNet."""
     import tempfile
 
     from vision import DENSE_EPOCHS, train_dense
@@ -384,7 +384,7 @@ def plain(model: Any) -> Any:
 
 
 def decode() -> Iterator[Line]:
-    """Tokens a second, every model in turn, on two threads."""
+    """Yield tokens per second of each model on two threads, timed alternately."""
     tokenizer = hf.load_tokenizer(LEFT)
     dense = hf.load_folder(LEFT).to(torch.bfloat16).eval()
     models: dict[str, Any] = {"bf16": dense}
@@ -409,7 +409,7 @@ def decode() -> Iterator[Line]:
 
 
 def keep(results: Path, runs: Iterable[Callable[[], Iterable[Line]]]) -> None:
-    """Run, and add each line to a file as soon as it is there."""
+    """Append the records of each run to a file as they are measured."""
     for run in runs:
         for line in run():
             print(line, flush=True)
@@ -418,7 +418,7 @@ def keep(results: Path, runs: Iterable[Callable[[], Iterable[Line]]]) -> None:
 
 
 def kept(results: Path) -> list[Line]:
-    """Return what a file has of earlier runs."""
+    """Return the records of a file; none if it does not exist."""
     return [json.loads(l) for l in results.read_text().splitlines()] if results.is_file() else []
 
 

@@ -1,7 +1,7 @@
-"""The vision table of README: criteria, one shot against iterative, three seeds. `make bench-vision`, under 20 minutes.
+"""Pruning scores on a small ResNet: one shot and iterative, three seeds. `make bench-vision`, under 20 minutes.
 
 Runs exactly the recipes `fashion-*.yaml` on a small ResNet, each from the same dense network of its seed, and compares
-with that network trained equally long. Writes one JSON line a run to bench/results/vision.jsonl, prints the table.
+with that network trained equally long. Writes one JSON line per run to bench/results/vision.jsonl and prints the table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
 class Epoch:
-    """One pass over shuffled, mirrored images in batches; the same for the same seed and epoch."""
+    """Batches of shuffled, mirrored images; equal for equal seed and epoch."""
 
     def __init__(self, x: Tensor, y: Tensor, seed: int):
         self.x, self.y, self.seed = x, y, seed
@@ -51,7 +51,7 @@ class Epoch:
 
 
 def data_of(images: tuple[Tensor, ...], seed: int) -> dict[str, Any]:
-    """Calibration, training and test batches for one seed."""
+    """Return calibration, training and test batches of a seed."""
     x, y, tx, ty = images
     few = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:1024]
     return {
@@ -62,14 +62,14 @@ def data_of(images: tuple[Tensor, ...], seed: int) -> dict[str, Any]:
 
 
 def fast(model: nn.Module) -> torch.autocast:
-    """bf16 products in channels_last: half the time of a step on AVX-512, the same accuracy."""
+    """Convert a model to channels_last and return bf16 autocast: same accuracy, half the time per step on AVX-512."""
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # no cache: it would keep the weights of the first step for as long as the context lasts
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
 def dense(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Train a network from scratch; return its line and weights."""
+    """Train a network from scratch; return its record and weights."""
     images, began = load(), time.perf_counter()
     torch.manual_seed(seed)
     model = SmallResNet()
@@ -78,7 +78,7 @@ def dense(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def run(name: str, score: str, seed: int, base: dict[str, Tensor]) -> dict[str, Any]:
-    """Compress the dense network of this seed by one recipe (or train it on) and return the line."""
+    """Compress the dense network of this seed by one recipe (or train it further) and return the record."""
     images, began = load(), time.perf_counter()
     model = SmallResNet()
     model.load_state_dict(base)
@@ -91,7 +91,7 @@ def run(name: str, score: str, seed: int, base: dict[str, Tensor]) -> dict[str, 
 
 
 def train_dense(model: nn.Module, images: tuple[Tensor, ...], seed: int, epochs: int, lr: float) -> None:
-    """The training that recipes use, without pruning."""
+    """Train without pruning, as the recipes do."""
     data = data_of(images, seed)["train"]
     with fast(model):
         rarefy.fit_(
@@ -102,7 +102,7 @@ def train_dense(model: nn.Module, images: tuple[Tensor, ...], seed: int, epochs:
 def line(
     name: str, score: str, seed: int, model: nn.Module, images: tuple[Tensor, ...], began: float
 ) -> dict[str, Any]:
-    """What one run came to; accuracy in fp32."""
+    """Return the record of a run, with accuracy in fp32."""
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     return {
@@ -118,9 +118,9 @@ def line(
 
 
 def bench(seeds: list[int], scores: tuple[str, ...], out: Path) -> None:
-    """Run everything, one process of one thread a core, and write a line a run to `out`."""
+    """Run everything, one process with one thread per core, and write one record per run to `out`."""
     out.parent.mkdir(exist_ok=True)
-    # two processes of one thread share a machine with others far better than one of two threads
+    # on shared machines two processes of one thread are much faster than one of two threads
     with ProcessPoolExecutor(
         2, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -139,7 +139,7 @@ def bench(seeds: list[int], scores: tuple[str, ...], out: Path) -> None:
 
 
 def lost(lines: list[dict[str, Any]]) -> float:
-    """Return how many points of accuracy the best criterion loses at 90 % iterative, against dense trained as long."""
+    """Return the points of accuracy that the best score loses at 90 % iterative, beside dense trained as long."""
 
     def mean(run: str, score: str) -> float:
         return statistics.mean(100 * l["accuracy"] for l in lines if (l["run"], l["score"]) == (run, score))
