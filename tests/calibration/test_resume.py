@@ -20,6 +20,8 @@ from rarefy.common import atomic_io
 from rarefy.common.errors import ContainerError, DataError, PatternError, RecipeError
 from rarefy.prune import layerwise, prune
 
+LEARN = rarefy.Solver(name="refit", reconstruct=4, lr=1e-2)
+
 HOWS = {
     "obs": "obs",
     "asymmetric": rarefy.Solver(name="admm", asymmetric=0.25, steps=3),
@@ -433,3 +435,60 @@ def test_work_without_a_solver():
     recipe = {"name": "r", "stages": [{"prune": {"score": "magnitude", "sparsity": 0.5}}]}
     with pytest.raises(RecipeError, match="resume_dir has no effect: recipe r has no solver or training, whose"):
         rarefy.compress_(fresh("llama"), recipe, resume_dir="w")
+
+
+def rows(count=3, width=6, size=40):
+    return [torch.randn(size, width, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def lin(width=6):
+    return nn.Linear(width, width)
+
+
+class Decoder(nn.Module):
+    """Blocks that each read one memory, as cross-attention does."""
+
+    def __init__(self, depth=2):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": lin(), "c": lin(), "o": lin()}) for _ in range(depth))
+        for block in self.blocks:
+            block.forward = lambda x, memory, b=block: x + b["o"](torch.relu(b["a"](x) + b["c"](memory)))
+
+    def forward(self, x):
+        memory = x * 2
+        for block in self.blocks:
+            x = block(x, memory)
+        return x
+
+
+def test_a_run_resumes_between_a_group_and_its_block(tmp_path, monkeypatch):
+    from helpers.interrupt import stopping
+
+    want = Decoder()
+    state = {n: t.clone() for n, t in want.state_dict().items()}
+    rarefy.prune_(want, sparsity=0.5, solver=LEARN, data=rows())
+    for writes in (1, 2, 3, 4):
+        nets = [Decoder(), Decoder()]
+        for net in nets:
+            net.load_state_dict(state)
+        with monkeypatch.context() as patch:
+            stopping(patch, writes)
+            with pytest.raises(KeyboardInterrupt):
+                rarefy.prune_(nets[0], sparsity=0.5, solver=LEARN, data=rows(), resume_dir=tmp_path / f"{writes}")
+        rarefy.prune_(nets[1], sparsity=0.5, solver=LEARN, data=rows(), resume_dir=tmp_path / f"{writes}")
+        assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), nets[1].state_dict().values()))
+
+
+class Part(nn.Module):
+    """A block; blocks are of one class, whatever their forward does here."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.f, self.g, self.way = lin(), lin(), way
+
+    def forward(self, x):
+        return self.way(self, x)
+
+
+def block(way=lambda m, x: x + m.g(torch.relu(m.f(x)))):
+    return Part(way).eval()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import rarefy
 from conftest import Attention, Net
 from rarefy.calibration import offload
 from rarefy.calibration.gram import MIRROR_COLUMNS, Gram, input_columns
@@ -254,3 +255,136 @@ def test_the_held_out_batch_is_the_first_even_where_others_arrive_before_it():
     for gram, x, tokens in zip(grams, inputs, [7, 10]):
         assert gram.tokens == tokens and gram.held_out.tokens == 5
         torch.testing.assert_close(gram.held_out.H[0], x.T @ x / 5)
+
+
+def rows(count=3, width=6, size=40):
+    return [torch.randn(size, width, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def module(forward, **parts):
+    """A module of these parts with this forward."""
+
+    class Made(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+    Made.forward = lambda self, x: forward(self, x)
+    return Made().eval()
+
+
+def lin(width=6):
+    return nn.Linear(width, width)
+
+
+def test_in_place_changes_make_another_input():
+    net = module(lambda m, x: m.b((x := x * 1, y := m.a(x), x.add_(5 * y))[0]), a=lin(), b=lin())
+    assert [[l.name for l in g.layers] for g in layer_groups(net, rows()[0], select_layers(net))] == [["a"], ["b"]]
+
+
+def grams(net, data, change=None, **how):
+    """Gram matrices by the first layer of each stop; `change` = a layer that is emptied at its stop."""
+    found = {}
+    for stop in calibrate_sequentially(net, data, layer_groups(net, data[0], select_layers(net), **how), **how):
+        found[stop.group.layers[0].name] = stop.gram
+        for layer in stop.group.layers:
+            if layer.name == change:
+                stop.weights[change] = torch.zeros_like(layer.original)
+    return found
+
+
+def test_gram_matrices_of_changed_inputs_are_recomputed():
+    def loop(m, x):
+        for _ in range(3):
+            x = x + m.b(torch.relu(m.a(x)))
+        return x
+
+    net, data = module(loop, a=lin(), b=lin()), rows()
+    found = grams(net, data, change="a")["b"]
+    inside = [torch.relu(net.a.bias).expand(40, 6)] * 9  # a is empty: only its bias is left
+    assert found.tokens == 360
+    torch.testing.assert_close(found.H[0], sum(x.T @ x for x in inside).detach() / 360)
+
+
+def test_the_dense_pass_never_sees_changed_weights():
+    """kv shares its input with qa but runs after qb: the dense pass must not meet it emptied."""
+    net = module(lambda m, x: m.o(m.qb(torch.relu(m.qa(x))) + 5 * m.kv(x)), qa=lin(), qb=lin(), kv=lin(), o=lin())
+    data = rows()
+    q, kv = [net.qb(torch.relu(net.qa(x))) for x in data], [5 * net.kv(x) for x in data]
+    cut = [x @ torch.zeros(6, 6) + 5 * net.kv.bias for x in data]
+    want = sum((k - c).T @ (a + c) for a, k, c in zip(q, kv, cut)).detach() / 120
+    found = grams(net, data, change="kv", dense=True)["o"]
+    torch.testing.assert_close(found.cross[0], want, rtol=1e-4, atol=1e-4)
+
+
+class Same(nn.Conv2d):
+    """Pads inside its forward, as TensorFlow does."""
+
+    def forward(self, x):
+        pads = []
+        for d in (1, 0):
+            size = x.shape[2 + d]
+            out = -(-size // self.stride[d])
+            need = max((out - 1) * self.stride[d] + self.kernel_size[d] - size, 0)
+            pads += [need // 2, need - need // 2]
+        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride)
+
+
+@pytest.mark.parametrize("size", [9, 2])
+def test_convolutions_that_pad_in_their_forward(size):
+    conv = Same(2, 4, 3, stride=2)
+    data = [torch.randn(3, 2, size, size) for _ in range(2)]
+    net = nn.Sequential(conv)
+    found = grams(net, data)["0"]
+    out = [net(x) for x in data]
+    assert found.tokens == sum(o[:, 0].numel() for o in out)
+    W = select_layers(net)[0].layout.view(conv.weight.detach()).transpose(1, 2).flatten(2)
+    got = (W @ found.H @ W.transpose(1, 2)).diagonal(dim1=-2, dim2=-1).sum()
+    want = sum((o - conv.bias[:, None, None]).square().sum() for o in out) / found.tokens
+    torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_leaves_no_hooks_on_the_model(monkeypatch):
+    net, data = nn.Sequential(lin(), nn.ReLU(), lin()).train(), [*rows(), rows()[0] * float("nan")]
+    with pytest.raises(ModelError) as held:
+        rarefy.prune_(net, sparsity=0.5, solver="obs", data=data, progress=True)
+    assert held.value and net.training and torch.is_grad_enabled()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+
+
+def test_contexts_inside_a_forward_end_with_it():
+    def cast(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = m.a(x)
+        with torch.enable_grad():
+            x = m.b(x.float())
+        return m.c(x)
+
+    net = module(cast, a=lin(), b=lin(), c=lin())
+    seen = []
+    net.c.register_forward_pre_hook(lambda *_: seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))))
+    rarefy.prune_(net, sparsity=0.5, solver="obs", data=rows())
+    assert set(seen) == {(False, False)} and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_a_compiled_model():
+    net = torch.compile(nn.Sequential(lin(), nn.ReLU(), lin()), backend="eager")
+    assert rarefy.prune_(net, sparsity=0.5, solver="obs", data=rows()).summary["sparsity"] == pytest.approx(
+        0.5, abs=0.01
+    )
+
+
+def test_a_patched_forward_stays_patched():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    experts = next(m for m in model.modules() if type(m).__name__.endswith("Experts"))
+    own = experts.forward
+    experts.forward = patched = lambda *a, **k: own(*a, **k)
+    rarefy.prune_(model, sparsity=0.5, solver="obs", data=[{"input_ids": torch.randint(0, 32, (2, 20))}])
+    assert experts.__dict__["forward"] is patched

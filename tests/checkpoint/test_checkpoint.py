@@ -1,5 +1,7 @@
 """Models to folders and back, bit for bit."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import rarefy
 from conftest import Net, Tied, tiny_llama
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats import container
+from rarefy.model.activation_quant import activation_quants
 from rarefy.runtime import autotune, bindings
 from rarefy.runtime.sparse_layers import SparseLinear
 
@@ -414,3 +417,18 @@ def test_a_config_that_asks_for_foreign_code(tmp_path):
     )
     with pytest.raises(ModelError, match="code of its own|not usable"):
         hf.load_folder(tmp_path / "m")
+
+
+def test_a_folder_that_does_not_fit_leaves_the_model_unchanged(tmp_path):
+    def net(out=4):
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, out))
+
+    made = net()
+    rarefy.factorize_(made, keep=0.5, layers="0")
+    rarefy.quantize_(made, "int8", activations="int8", layers="2")
+    rarefy.save(rarefy.fold_(made), tmp_path / "out")
+    other, x = net(5), torch.randn(2, 64)
+    want = other(x)
+    with pytest.raises(ContainerError, match=r"2.weight is \[4, 64\] in the folder, and \[5, 64\] in the model"):
+        rarefy.load(tmp_path / "out", other)
+    assert type(other[0]) is nn.Linear and torch.equal(other(x), want) and not activation_quants(other)

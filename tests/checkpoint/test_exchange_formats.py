@@ -193,3 +193,33 @@ def test_quantized_models_export_and_compile():
     torch.testing.assert_close(program.module()(x), want)
     live = torch.export.export(net, (x,))
     torch.testing.assert_close(live.module()(x), want)
+
+
+def linear(width=64, out=64):
+    return nn.Sequential(nn.Linear(width, out))
+
+
+def test_encoders_export_and_tied_blocks_are_refused(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = BertModel(config)
+    rarefy.quantize_(model, "int8")
+    rarefy.save(model, tmp_path / "bert")
+    rarefy.export(tmp_path / "bert", tmp_path / "theirs", to="compressed-tensors")
+    assert (tmp_path / "theirs/model.safetensors").is_file()
+    tied = tiny_llama()
+    rarefy.tie_layers_(tied, 2)
+    rarefy.save(tied, tmp_path / "tied")
+    for to in ("hf", "compressed-tensors"):
+        with pytest.raises(ContainerError, match="blocks share their weights, which LlamaForCausalLM knows nothing of"):
+            rarefy.export(tmp_path / "tied", tmp_path / to, to=to)
+
+
+def test_half_precision_models_are_refused_for_onnx(tmp_path):
+    net = linear().half()
+    rarefy.quantize_(net, "int8")
+    with pytest.raises(ModelError, match="is float16: cast to fp32 first"):
+        rarefy.export_onnx(net, torch.randn(2, 64).half(), tmp_path / "net.onnx")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import lzma
 import os
 import random
 import shutil
@@ -15,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.folders import SHARD, edit_index, seal
+from helpers.folders import SHARD, edit_compressed_index, edit_index, seal
 from rarefy.common import atomic_io
 from rarefy.common.errors import ContainerError, FormatError
 from rarefy.formats import container
@@ -622,3 +624,25 @@ def test_random_corruption_ends_in_our_errors_or_in_tensors(tmp_path):
         except (ContainerError, FormatError):
             outcomes["refused"] += 1
     assert sum(outcomes.values()) == 300 and min(outcomes.values()) > 20, outcomes
+
+
+def test_a_decompression_bomb_with_matching_index_is_refused(tmp_path):
+    folder = tmp_path / "out"
+    container.write(folder, [("w", encode(torch.eye(2), "dense"))], compress=True)
+    shard, raw = folder / "weights-00001.safetensors.xz", 1 << 26
+    shard.write_bytes(lzma.compress(bytes(raw)))
+
+    def vouch_for_the_shard(index):
+        digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+        index["shards"][shard.name] = {"raw": raw, "bytes": shard.stat().st_size, "sha256": digest}
+        index["tensors"]["w"]["shape"] = [1 << 40]
+
+    edit_compressed_index(folder, vouch_for_the_shard)
+    with pytest.raises(ContainerError, match="would become 67108864 bytes, at most"):
+        container.read(folder)
+
+
+def test_a_shard_of_zeros_is_stored_uncompressed(tmp_path):
+    container.write(tmp_path / "out", [("w", encode(torch.zeros(4 << 20), "dense"))], compress=True)
+    assert (tmp_path / "out/weights-00001.safetensors").is_file()
+    assert not container.read(tmp_path / "out").tensor("w", (4 << 20,)).any()

@@ -126,3 +126,26 @@ def test_what_a_file_says_of_sharing_is_checked(told, tmp_path):
     write_index(tmp_path / "out", index)
     with pytest.raises(ContainerError, match="share"):
         rarefy.load(tmp_path / "out", blocks())
+
+
+def test_ties_within_blocks_and_repeated_calls(tmp_path):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    net = nn.Module()
+    net.layers = nn.ModuleList(Block() for _ in range(4))
+    rarefy.tie_layers_(net, 2)
+    first, second = net.layers[0], net.layers[1]
+    assert first.a.weight is first.b.weight is second.a.weight is second.b.weight
+    with pytest.raises(ModelError, match="blocks of layers share weights already"):
+        rarefy.tie_layers_(net, 4)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
+    rarefy.fold_(rarefy.quantize_(encoder, "int8") and encoder)
+    with pytest.raises(ModelError, match="is pruned, quantized or factorized already: tie first"):
+        rarefy.tie_layers_(encoder)

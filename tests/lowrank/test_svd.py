@@ -296,3 +296,31 @@ def test_pruned_layers_are_not_factorized_in_silence():
 def test_recipes_name_the_line(text, says):
     with pytest.raises(RecipeError, match=says):
         recipes.from_yaml(f"stages:\n{text}", "r.yaml")
+
+
+def linear(width=64, out=64):
+    return nn.Sequential(nn.Linear(width, out))
+
+
+def test_corrections_do_not_change_the_layer_they_correct():
+    dense, net = linear(), None
+    net = copy.deepcopy(dense)
+    rarefy.quantize_(net, "int2")
+    rarefy.factorize_(net, rank=4, of=dense)
+    x, seen = torch.randn(2, 64), []
+    net[0].base.register_forward_hook(lambda m, a, o: seen.append(o))
+    with torch.no_grad():
+        y = net(x)
+        assert not torch.equal(seen[0], y)
+        with torch.autocast("cpu", torch.bfloat16):
+            net(x)
+
+
+def test_hooks_are_refused_and_frozen_weights_stay_frozen():
+    net = linear()
+    net[0].register_forward_pre_hook(lambda m, a: (a[0] * 2,))
+    with pytest.raises(ModelError, match="its hooks would be lost"):
+        rarefy.factorize_(net, keep=0.5)
+    frozen = linear().requires_grad_(False)
+    rarefy.factorize_(frozen, keep=0.5)
+    assert not any(p.requires_grad for p in frozen.parameters())

@@ -15,10 +15,12 @@ from rarefy.calibration.sequential import (
     layer_groups,
     with_block_steps,
 )
-from rarefy.common.errors import ModelError, PatternError
+from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model.layers import select_layers
 from rarefy.prune import layerwise
 from rarefy.prune.reconstruction import reconstruct_
+
+LEARN = rarefy.Solver(name="refit", reconstruct=4, lr=1e-2)
 
 
 class Residual(nn.Module):
@@ -202,3 +204,133 @@ def test_blocks_may_be_named(monkeypatch):
 def test_wrong_blocks(options, message):
     with pytest.raises(PatternError, match=message):
         rarefy.prune_(tiny_llama(), sparsity=0.5, solver=rarefy.Solver(name="obs", **options), data=[torch.ones(1)])
+
+
+def rows(count=3, width=6, size=40):
+    return [torch.randn(size, width, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def module(forward, **parts):
+    """A module of these parts with this forward."""
+
+    class Made(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+    Made.forward = lambda self, x: forward(self, x)
+    return Made().eval()
+
+
+def lin(width=6):
+    return nn.Linear(width, width)
+
+
+class Decoder(nn.Module):
+    """Blocks that each read one memory, as cross-attention does."""
+
+    def __init__(self, depth=2):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": lin(), "c": lin(), "o": lin()}) for _ in range(depth))
+        for block in self.blocks:
+            block.forward = lambda x, memory, b=block: x + b["o"](torch.relu(b["a"](x) + b["c"](memory)))
+
+    def forward(self, x):
+        memory = x * 2
+        for block in self.blocks:
+            x = block(x, memory)
+        return x
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_zeros_stay_in_groups_that_span_blocks(lean, tmp_path):
+    net, more = Decoder(), {"memory": "1G", "resume_dir": tmp_path / "w"} if lean else {}
+    report = rarefy.prune_(net, sparsity=0.5, solver=LEARN, data=rows(), **more)
+    rarefy.fold_(net)
+    for row in report.rows:
+        assert float((net.get_submodule(row["layer"]).weight == 0).float().mean()) == row["sparsity"] == 0.5
+
+
+class Part(nn.Module):
+    """A block; blocks are of one class, whatever their forward does here."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.f, self.g, self.way = lin(), lin(), way
+
+    def forward(self, x):
+        return self.way(self, x)
+
+
+def block(way=lambda m, x: x + m.g(torch.relu(m.f(x)))):
+    return Part(way).eval()
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (nn.Sequential(block(lambda m, x: x.add_(m.g(m.f(x * 1)))), block()), "0 changes its input in place"),
+        (
+            module(
+                lambda m, x: [x := b(x) for _ in range(2) for b in m.blocks][-1],
+                blocks=nn.ModuleList([block(), block()]),
+            ),
+            "called several times in a pass, blocks.0 cannot learn",
+        ),
+        (
+            nn.Sequential(block(lambda m, x: None), block(lambda m, x: torch.ones(1))),
+            "returns NoneType without a tensor",
+        ),
+    ],
+)
+def test_blocks_that_cannot_be_reconstructed(net, message):
+    with pytest.raises((ModelError, DataError), match=message):
+        rarefy.prune_(net, sparsity=0.5, solver=LEARN, data=rows())
+
+
+def test_blocks_with_dict_outputs_and_shared_layers():
+    shared = lin()
+    first, second = (
+        block(lambda m, x: {"y": x + m.g(torch.relu(m.f(x)))}),
+        block(lambda m, x: {"y": x["y"] + m.g(x["y"])}),
+    )
+    first.f, second.f = shared, shared
+    net = nn.Sequential(first, second)
+    assert [b.name for b in find_blocks(net, select_layers(net))] == ["0", "1"]
+    rarefy.prune_(net, sparsity=0.5, solver=LEARN, data=rows())
+    assert float((shared.weight == 0).float().mean()) == 0.5
+
+
+def test_zeros_and_frozen_biases_are_not_trained():
+    net = nn.Sequential(block(), block())
+    rarefy.fold_((rarefy.prune_(net, sparsity=0.5, layers="*.g"), net)[1])
+    zeros = [b.g.weight == 0 for b in net]
+    for b in net:
+        b.f.bias.requires_grad_(False)
+    biases = [b.f.bias.clone() for b in net]
+    rarefy.prune_(net, sparsity=0.5, layers="*.f", solver=LEARN, data=rows())
+    for b, zero, bias in zip(net, zeros, biases):
+        assert (b.g.weight[zero] == 0).all() and torch.equal(b.f.bias, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_blocks_are_reconstructed(dtype):
+    net, data = nn.Sequential(block(), block()).to(dtype), [x.to(dtype) for x in rows()]
+    ends = []
+    chosen = select_layers(net)
+    from rarefy.prune.reconstruction import reconstruct_
+
+    masks = {l.full_name: torch.rand(l.original.shape) > 0.5 for l in chosen}
+    for stop in calibrate_sequentially(
+        net,
+        data,
+        with_block_steps(layer_groups(net, data[0], chosen, dense=True), find_blocks(net, chosen)),
+        dense=True,
+    ):
+        if isinstance(stop, GroupStep):
+            stop.weights |= {l.full_name: l.original * masks[l.full_name] for l in stop.group.layers}
+        else:
+            assert isinstance(stop, BlockStep)
+            ends.append(reconstruct_(stop, masks, epochs=5, lr=1e-2))
+    assert all(after < before for before, after in ends)

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 
 import rarefy
 from helpers.textbook import textbook_obs
 from rarefy.calibration.gram import Gram
+from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model.sparsity_pattern import masks_at_sparsity, parse_pattern
 from rarefy.prune import layerwise, solvers
-from rarefy.prune.solver_config import resolve
+from rarefy.prune.solver_config import SOLVERS, resolve
 
 
 def problem(G=1, O=6, C=12, tokens=400, seed=0, dtype=torch.float64):
@@ -191,3 +193,70 @@ def test_a_shift_that_held_out_tokens_do_not_support_is_not_made(agrees, moves):
     how = resolve(rarefy.Solver(name="obs", asymmetric=1.0))
     moved = layerwise.target_of(W, H, gram, how) - W
     assert (float(moved.abs().max()) > 0.01) == moves
+
+
+def rows(count=3, width=6, size=40):
+    return [torch.randn(size, width, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def lin(width=6):
+    return nn.Linear(width, width)
+
+
+@pytest.mark.parametrize("way", ["parametrization", "parameter"])
+def test_parametrized_and_tied_weights_are_refused_first(way):
+    net = nn.Sequential(lin(), lin())
+    if way == "parameter":
+        net.also = net[1].weight
+    else:
+        nn.utils.parametrizations.spectral_norm(net[1])
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(ModelError, match="parametrization already|also the parameter"):
+        rarefy.prune_(net, sparsity=0.5, solver="obs", data=rows())
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_wide_transposed_convolutions(solver):
+    net, data = nn.Sequential(nn.ConvTranspose2d(160, 4, 3)), [torch.randn(2, 160, 5, 5) for _ in range(2)]
+    assert rarefy.prune_(net, sparsity=0.5, solver=solver, data=data).summary["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_zero_damping(solver):
+    data = [torch.randn(4, 6) * torch.tensor([1.0, 1, 1, 1, 1, 0]) for _ in range(1)]
+    report = rarefy.prune_(
+        nn.Sequential(lin()), sparsity=0.5, solver=rarefy.Solver(name=solver, damping=0.0), data=data
+    )
+    assert all(0 <= r["error"] < 1.0001 for r in report.rows)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ({"allocate": "errors", "data": []}, DataError, "calibration data is empty: allocation 'errors'"),
+        ({"solver": {"name": "obs", "blok": 3}}, PatternError, "unknown solver option 'blok'.*did you mean 'block'"),
+        ({"solver": {"damping": 3}}, PatternError, "a solver needs a name"),
+        ({"solver": "SparseGPT"}, PatternError, "unknown solver 'SparseGPT' .did you mean 'obs'"),
+        ({"solver": rarefy.Solver(name="obs", damping="0.1")}, PatternError, "damping is a number, got '0.1'"),
+        ({"solver": rarefy.Solver(name="obs", block=1.5)}, PatternError, "block is a whole number, got 1.5"),
+        (
+            {"solver": rarefy.Solver(name="obs", reconstruct=True)},
+            PatternError,
+            "reconstruct is a whole number, got True",
+        ),
+        ({"solver": rarefy.Solver(name="obs", bf16="no")}, PatternError, "bf16 is true or false, got 'no'"),
+        ({"solver": rarefy.Solver(name="obs", reconstruct=1, lr=0)}, PatternError, "lr=0 learns nothing"),
+    ],
+)
+def test_messages_for_wrong_solvers(how, kind, message):
+    with pytest.raises(kind, match=message):
+        rarefy.prune_(nn.Sequential(lin()), sparsity=0.5, **{"data": rows(), **how})
+
+
+def test_solver_as_a_dict_and_data_as_an_iterator():
+    from tqdm import tqdm
+
+    net = nn.Sequential(lin())
+    rarefy.prune_(net, sparsity=0.5, solver={"name": "obs", "block": 2}, data=tqdm(iter(rows()), total=3, disable=True))
+    assert rarefy.masks(net)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rarefy
-from conftest import Net
+from conftest import Net, tiny_llama
 from helpers.folders import read_index, write_index
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.model.activation_quant import (
@@ -19,6 +19,7 @@ from rarefy.model.activation_quant import (
     set_activation_quant_,
 )
 from rarefy.model.layers import all_layers
+from rarefy.model.quant_grid import get_grid
 from rarefy.quantization.activation_observers import static_grid
 from rarefy.runtime import autotune, bindings, packing, reference
 from rarefy.runtime.sparse_layers import SparseLinear
@@ -278,7 +279,6 @@ def test_smoothing_keeps_the_model_and_makes_its_inputs_easier(pruned):
 
 
 def test_smoothing_of_a_language_model_and_in_a_recipe():
-    from conftest import tiny_llama
 
     model = tiny_llama().eval()
     ids = torch.randint(0, 64, (2, 9))
@@ -290,3 +290,66 @@ def test_smoothing_of_a_language_model_and_in_a_recipe():
     with torch.no_grad():
         got, want = model(ids).logits, dense(ids).logits
     assert float((got - want).norm() / want.norm()) < 0.05
+
+
+class HeadFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.emb = nn.Linear(32, 1000, bias=False), nn.Embedding(1000, 32)
+        self.emb.weight = self.head.weight
+
+    def forward(self, ids):
+        return self.head(self.emb(ids))
+
+
+def test_embedding_indices_are_not_rounded(tmp_path):
+    net = HeadFirst()
+    rarefy.quantize_(net, "int8", activations="int8", layers="head")
+    ids = torch.tensor([[1, 500, 999]])
+    assert torch.equal(net.emb(ids)[0], net.emb.weight[ids[0]]) and set(activation_quants(net)) == {"head"}
+    rarefy.save(rarefy.fold_(net), tmp_path / "out")
+    assert activation_quants(rarefy.load(tmp_path / "out", HeadFirst())) == activation_quants(net)
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8-static"])
+def test_inputs_of_attention_output_projections_are_not_rounded(activations):
+    net, x = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)), torch.randn(2, 5, 32)
+    report = rarefy.quantize_(net, "int8", activations=activations, data=[x] if "static" in activations else None)
+    assert "0.self_attn.out_proj" in report.notes[0] and get_activation_quant(net[0].self_attn.out_proj) is None
+
+
+class Behind(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n, self.a, self.b = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.a(input=self.n(x))
+
+
+def test_a_failed_call_undoes_smoothing():
+    net = Behind()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="does not reach b"):
+        rarefy.quantize_(net, "int8", activations="int8-static", smooth=0.5, data=[torch.randn(8, 16)])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    rarefy.quantize_(net, "int8", activations="int8", smooth=0.5, layers="a", data=[torch.randn(8, 16)])
+    assert not torch.equal(net.n.weight, before["n.weight"])
+
+
+def test_smoothing_keeps_a_quantized_producer():
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    rarefy.quantize_(net, "int4", layers="0")
+    rarefy.fold_(net)
+    rarefy.quantize_(net, "int8", activations="int8", smooth=0.5, layers="2", data=[torch.randn(8, 16)])
+    assert get_grid(all_layers(net)[0]) is not None
+
+
+def test_rounding_of_extreme_values():
+    assert ActivationQuant()(torch.tensor([[1e-37, 0.0]])).tolist() == [[0.0, 0.0]]
+    grid, x = ActivationQuant(8, 0.1, 128), torch.tensor([1e8, 300.0])
+    assert torch.equal(grid(x), grid(x.clone().requires_grad_()).detach())
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3))
+    rarefy.quantize_(conv, "int8", activations="int8")
+    image = torch.randn(3, 8, 8) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    torch.testing.assert_close(conv(image), conv(image[None])[0])

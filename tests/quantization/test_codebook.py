@@ -329,3 +329,26 @@ def test_a_dry_run_foretells_tables_and_factors():
         got, want = receipt.disk["after"], expected.summary["bytes expected"]
         assert got == want if not dense else got <= want <= got + 64 * 4 * 2
         assert "weights left" in expected.rows[0] if dense else expected.rows[0]["grid"] == "16 values"
+
+
+def linear(width=64, out=64):
+    return nn.Sequential(nn.Linear(width, out))
+
+
+def test_loaded_weights_are_contiguous(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=1, n_head=4))
+    rarefy.share_(model, 3, group=None)
+    rarefy.save(rarefy.fold_(model), tmp_path / "out")
+    rarefy.export(tmp_path / "out", tmp_path / "plain", to="safetensors")
+    assert all(p.is_contiguous() for p in rarefy.load(tmp_path / "out").parameters())
+
+
+def test_only_the_table_is_trainable():
+    net = linear()
+    rarefy.share_(net, 3)
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == {"0.bias", "0.parametrizations.weight.0.table"}
+    net(torch.randn(2, 64)).sum().backward()
+    rarefy.fold_(net)
+    assert net[0].weight.requires_grad

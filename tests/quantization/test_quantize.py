@@ -588,3 +588,58 @@ def test_a_cut_of_a_quantized_model_is_refused():
             rarefy.fold_(net)
         with pytest.raises(ModelError, match="quantized already: cut first, then quantize"):
             rarefy.cut_(net, torch.randn(2, 32), keep=0.5)
+
+
+def linear(width=64, out=64):
+    return nn.Sequential(nn.Linear(width, out))
+
+
+@pytest.mark.parametrize("do", [lambda m: rarefy.share_(m, 3), lambda m: rarefy.quantize_(m, "int8")])
+def test_solvers_refuse_quantized_weights(do):
+    net = linear()
+    do(net)
+    before = net[0].weight.detach().clone()
+    with pytest.raises(ModelError, match="0 lies on a grid, which the weights that solver obs moves would leave"):
+        rarefy.prune_(net, sparsity=0.7, solver="obs", data=[torch.randn(32, 64)])
+    assert torch.equal(net[0].weight, before)
+
+
+def test_a_group_of_all_inputs():
+    net = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8))
+    rarefy.quantize_(net, "int4", group=64, solver="obs", data=[torch.randn(32, 128)])
+    rarefy.quantize_(linear(), "int4", group=64, symmetric=False, solver="obs", data=[torch.randn(32, 64)])
+    assert get_grid(all_layers(net)[1]).scale.shape == (8, 1)
+
+
+def test_zeros_from_rounding_are_no_mask():
+    net = linear()
+    rarefy.quantize_(net, "int4")
+    rarefy.fold_(net)
+    rarefy.adopt_(net)
+    assert rarefy.masks(net) == {} and get_grid(all_layers(net)[0]) is not None
+    pruned = linear()
+    rarefy.prune_(pruned, "2:4")
+    rarefy.quantize_(pruned, "int8")
+    rarefy.fold_(pruned)
+    rarefy.adopt_(pruned)
+    assert list(rarefy.masks(pruned)) == ["0"]
+
+
+def test_weights_whose_grid_overflows():
+    wide = nn.Sequential(nn.Linear(4, 1, bias=False))
+    wide[0].weight.data = torch.tensor([[3e38, -3e38, 1, 2]])
+    half = nn.Sequential(nn.Linear(4, 1, bias=False)).half()
+    half[0].weight.data = torch.tensor([[-65504, 1, 1, 2.0]]).half()
+    for net, options in ((wide, {"symmetric": False}), (half, {"group": 4})):
+        before = net[0].weight.detach().clone()
+        with pytest.raises(ModelError, match="0 has weights of .*: their grid overflows"):
+            rarefy.quantize_(net, "int4", **options)
+        assert torch.equal(net[0].weight, before)
+    with pytest.raises(ModelError, match=r"0 has no weights \(\[8, 0\]\): ignore it"):
+        empty = linear(1, 8)
+        empty[0].weight = nn.Parameter(torch.empty(8, 0))
+        rarefy.quantize_(empty, "int4")
+    with pytest.raises(ValueError, match="unknown weights"):
+        rarefy.quantize_(linear(), ["int8"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown fit 0"):
+        rarefy.quantize_(linear(), fit=0)  # type: ignore[arg-type]

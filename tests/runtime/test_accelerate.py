@@ -1,5 +1,7 @@
 """Layers on packed weights, and the choice among them, against the dense model."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import gc
@@ -16,11 +18,14 @@ from transformers.activations import ACT2FN
 import rarefy
 from conftest import tiny_llama
 from rarefy.common.errors import ModelError, RarefyError
+from rarefy.formats.quantized_encodings import check
+from rarefy.formats.quantized_encodings import encode as encode_values
+from rarefy.model.quant_grid import Grid, record_grid_
 from rarefy.runtime import autotune, bindings, candidates, tuning_cache
 from rarefy.runtime.accelerate import accelerate_
 from rarefy.runtime.kernel import Kernel, Together
 from rarefy.runtime.latency_table import latency_table
-from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_tiles
+from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_panels, pack_tiles
 from rarefy.runtime.sparse_layers import PanelEmbedding, SparseConv, SparseLinear, geometry
 
 
@@ -1121,3 +1126,43 @@ def test_a_head_without_a_grid_stays_shared():
     model = tiny_llama()
     rows = accelerate_(model, (1,), layers=["Linear", "Embedding"], tuning_cache=False).rows
     assert {r["layer"]: r["why"] for r in rows}["model.embed_tokens"] == "dense: its weight is shared"
+
+
+def linear(width=64, out=64):
+    return nn.Sequential(nn.Linear(width, out))
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
+def test_dense_layers_round_inputs_too(monkeypatch):
+    net = linear(128, 128)
+    rarefy.prune_(net, sparsity=0.7)
+    rarefy.quantize_(net, "int8", activations="int8")
+    rarefy.fold_(net)
+    fast = copy.deepcopy(net)
+    monkeypatch.setattr(autotune, "fastest", lambda d, l, inputs, c: {n: ("bitmask", 2.0) for n in inputs})
+    rarefy.accelerate_(fast, (1,), tuning_cache=False)
+    x = torch.randn(128, 128)
+    layer: Any = fast[0]
+    assert [a for a, _ in layer.formats] == [1, 33]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x))
+    torch.testing.assert_close(fast(x.clone().requires_grad_()), net(x))
+
+
+def test_grids_without_a_kernel(tmp_path):
+    net, grid = linear(64, 8), Grid(4, torch.full((4, 1), 0.1))
+    net[0].weight.data = grid.snap(net[0].weight.data)
+    record_grid_(net[0], "weight", grid)
+    rarefy.save(net, tmp_path / "out")
+    again = rarefy.load(tmp_path / "out", linear(64, 8))
+    rarefy.accelerate_(again, (1,), tuning_cache=False)
+    assert candidates.why_not_quantized(net[0].weight, grid) == "no kernel for scales of 2 outputs"
+    with pytest.raises(ValueError, match="no kernel for scales of 2 outputs"):
+        pack_panels(net[0].weight.detach(), grid)
+    p = encode_values(torch.ones(1, 4), Grid(8, torch.ones(1, 1)), "dense")
+    for part, tensor, says in (
+        ("values", torch.full((4,), 128, dtype=torch.uint8), "holds -128"),
+        ("scale", torch.zeros(1, 1), "must be above zero"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check(type(p)(p.format, p.shape, p.dtype, p.parts | {part: tensor}, p.extra))

@@ -1,5 +1,7 @@
 """Compiled kernels against torch in double precision, under every instruction set that this machine has."""
 
+from __future__ import annotations
+
 import os
 import platform
 import re
@@ -14,12 +16,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+import rarefy
 from rarefy.common.errors import FormatError
+from rarefy.model.layers import all_layers
+from rarefy.model.quant_grid import get_grid
 from rarefy.quantization.config import asked
 from rarefy.quantization.grids import fit_grid
 from rarefy.runtime import bindings, huge_pages, packing, reference
 from rarefy.runtime.kernel import Kernel, Together, fit_together
+from rarefy.runtime.packing import pack_panels
+from rarefy.runtime.sparse_layers import PanelEmbedding
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 
@@ -656,3 +664,16 @@ def test_kernels_of_another_version_are_not_used(monkeypatch):
 def test_versions_of_the_c_interface_agree():
     header = (Path(__file__).parents[2] / "csrc" / "rarefy.h").read_text(encoding="utf-8")
     assert f"RAREFY_ABI_VERSION = {bindings.ABI_VERSION} " in header
+
+
+def test_quantized_embeddings_are_cast_with_the_model():
+    net = nn.Sequential(nn.Linear(64, 6, bias=False))
+    rarefy.quantize_(net, "int4")
+    rarefy.fold_(net)
+    made = PanelEmbedding(pack_panels(net[0].weight.detach(), get_grid(all_layers(net)[0])), torch.float32)
+    assert torch.equal(made(torch.tensor([5, 0])), net[0].weight[[5, 0]])
+    for wrong in (-1, 6):
+        with pytest.raises(IndexError, match="an embedding of 6 rows has no row"):
+            made(torch.tensor([wrong]))
+    half = made.bfloat16()
+    assert half(torch.tensor([1])).dtype == torch.bfloat16 and half.whole.dtype == torch.float32

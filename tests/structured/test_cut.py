@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
-from helpers.structured_models import CASES, Attention, Net, outputs
+from helpers.structured_models import CASES, IDS, Attention, Net, language, outputs
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.dependency.graph import trace
 from rarefy.dependency.symbolic_dims import Algebra, Axis, Prod, Sum, kept_mask, leaves, size
 from rarefy.model.mha import PrunableMultiheadAttention
 from rarefy.structured.masked_reference import MaskedReference
+from rarefy.structured.structure_record import restore
 
 # ---- the algebra against torch: what stays of a tensor must be a grid, whatever happens to it ------------------------
 
@@ -270,7 +271,6 @@ def test_tied_weights_stay_tied_and_modules_know_their_sizes():
     rarefy.cut_(model, torch.randint(0, 11, (2, 6)))  # and once more
     assert model.num_heads == 1 and model.embed.embedding_dim == 4 and model.out.weight is model.embed.weight
     again = Attention()
-    from rarefy.structured.structure_record import restore
 
     restore(again, model.rarefy_cut, "here")
     assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
@@ -361,7 +361,6 @@ def test_a_size_written_into_forward_undoes_the_cut():
     ],
 )
 def test_damaged_structures(change, message):
-    from rarefy.structured.structure_record import restore
 
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(ContainerError, match=message):
@@ -598,3 +597,71 @@ def test_mistakes_of_heads(heads, message):
     with pytest.raises(ModelError, match=message):
         rarefy.prune_heads_(model, heads, torch.randint(0, 11, (2, 6)))
     assert model.num_heads == 4 and model.qkv.out_features == 48
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.consts, self.ema = {"scale": torch.tensor(2.0)}, {"a": torch.ones(3)}
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x))) * self.consts["scale"]
+
+
+@pytest.mark.parametrize("heads", [3, 5])
+@pytest.mark.parametrize("keep", [0.5, 0.75])
+def test_odd_numbers_of_heads_are_cut(heads, keep):
+    model = language("Llama", hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=heads, head_dim=8)
+    rarefy.cut_(model.eval(), IDS, "head", keep)
+    left = int(heads * keep + 0.5)
+    for layer in model.model.layers:
+        assert layer.self_attn.q_proj.out_features == 8 * left and layer.self_attn.head_dim == 8
+    assert model.config.num_attention_heads == left
+
+
+def test_a_cut_after_prune_heads():
+    model = language("Llama", num_attention_heads=8, num_key_value_heads=4, hidden_size=64).eval()
+    rarefy.prune_heads_(model, {"model.layers.0.self_attn": [0, 1]}, IDS)
+    rarefy.cut_(model, IDS, "head", 0.5)
+    assert [l.self_attn.k_proj.out_features for l in model.model.layers] == [16, 16]
+
+
+def test_ignored_layers_lose_no_outputs():
+    model = language("Llama", num_key_value_heads=2).eval()
+    rarefy.cut_(model, IDS, ignore="model.embed_tokens")
+    assert model.model.embed_tokens.embedding_dim == 48 and model.model.layers[0].mlp.gate_proj.out_features == 48
+    model = language("Llama", num_key_value_heads=2).eval()
+    rarefy.cut_(model, IDS, layers="*.mlp.*")
+    assert model.config.hidden_size == 48 and model.config.intermediate_size == 48
+    with pytest.raises(ModelError, match="`layers` means groups at least half of whose makers these layers are"):
+        rarefy.cut_(model, IDS, layers="*.down_proj")
+
+
+@pytest.mark.parametrize("what", ["parameters", "flops"])
+def test_budgets_keep_blocks_equal(what):
+    model = language("Llama", num_key_value_heads=2, num_hidden_layers=6, hidden_size=64, intermediate_size=192).eval()
+    rarefy.cut_(model, IDS, **{what: 0.6})
+    assert len({l.mlp.gate_proj.out_features for l in model.model.layers}) == 1 and model.rarefy_cut["config"]
+
+
+def test_the_title_of_a_masked_model():
+    report = rarefy.cut_(Own(), torch.randn(3, 4), mask_only=True)
+    assert report.title == "cut: units are zero, nothing left"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"units": 0.5}, "units is a kind or a list of kinds, such as 'channel', got 0.5; keep=0.5 is by name"),
+        ({"units": "channel"}, "no group of channel can be cut: .*; it has neuron"),
+        ({"round_to": 1000}, "nothing would go: keep 0.5 leaves every unit of every group in multiples of 1000"),
+        (
+            {"parameters": 0.3, "min_keep": 0.9},
+            r"parameters 0.3 is out of reach: .* \(min_keep=0.9\); largest parts that stay",
+        ),
+    ],
+)
+def test_messages_for_wrong_arguments(how, message):
+    with pytest.raises(ModelError, match=message):
+        rarefy.cut_(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4), **how)
