@@ -1,4 +1,4 @@
-"""Blocks that share weights: what is shared, training, saving, and what a file may say."""
+"""Blocks that share weights: sharing, training, saving, and the checks of files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def blocks(many=5, width=8):
 
 
 @pytest.mark.parametrize("average", [True, False])
-def test_neighbours_share_and_the_rest_stays(average):
+def test_neighbouring_blocks_share_weights(average):
     net = blocks()
     before = copy.deepcopy(net)
     report = rarefy.tie_layers_(net, 2, average=average)
@@ -46,7 +46,7 @@ def test_neighbours_share_and_the_rest_stays(average):
     assert noted(three) == {"": [[0, 1, 2], [3, 4]]}
 
 
-def test_a_language_model_shares_and_still_generates(tmp_path):
+def test_a_tied_language_model_generates(tmp_path):
     model = tiny_llama()
     before = sum(p.numel() for p in model.parameters())
     rarefy.tie_layers_(model, 2, blocks="model.layers")
@@ -62,7 +62,7 @@ def test_a_language_model_shares_and_still_generates(tmp_path):
     assert stored == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def test_they_stay_shared_through_all_that_follows(tmp_path):
+def test_weights_stay_shared_after_pruning_training_and_saving(tmp_path):
     net = blocks(4, 16).eval()
     rarefy.tie_layers_(net)
     rarefy.prune_(net, "2:4")
@@ -80,7 +80,7 @@ def test_they_stay_shared_through_all_that_follows(tmp_path):
     assert rarefy.load(tmp_path / "out", again) is again  # into a model that shares them already
 
 
-def test_in_a_recipe():
+def test_tying_in_a_recipe():
     net = blocks(4)
     data = [(torch.randn(16, 8), torch.randint(0, 8, (16,)))]
     receipt = rarefy.compress_(net, recipes.from_yaml("stages:\n- tie: {every: 2}\n- train: {epochs: 1}"), data)
@@ -99,14 +99,14 @@ def test_in_a_recipe():
         (nn.Linear(2, 2), {"blocks": "x"}, ModelError, "Linear has no blocks"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_shared(net, options, error, says):
+def test_models_that_cannot_be_tied(net, options, error, says):
     with pytest.raises(error, match=says):
         rarefy.tie_layers_(net, **options)
     assert noted(net) == {}
 
 
 @pytest.mark.parametrize("do", [lambda m: rarefy.prune_(m, "2:4"), lambda m: rarefy.factorize_(m, keep=0.5)])
-def test_tying_comes_first(do):
+def test_pruned_models_are_refused(do):
     net = blocks()
     do(net)
     with pytest.raises(ModelError, match="is pruned, quantized or factorized already: tie first"):
@@ -117,7 +117,7 @@ def test_tying_comes_first(do):
     "told",
     [[], {"": 3}, {"": [[0]]}, {"": [[0, 9]]}, {"": [[1, 0]]}, {"": [[0, 1], [1, 2]]}, {"x": [[0, 1]]}, {"": [[0, "1"]]}, {"": [[0, True]]}],
 )  # fmt: skip
-def test_what_a_file_says_of_sharing_is_checked(told, tmp_path):
+def test_damaged_records_are_refused(told, tmp_path):
     net = blocks()
     rarefy.tie_layers_(net)
     rarefy.save(net, tmp_path / "out")

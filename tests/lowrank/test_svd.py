@@ -1,4 +1,4 @@
-"""Factors against the optimum and against what they amount to; saving, recipes, composition."""
+"""Low-rank factors against the optimum; saving, recipes, and use with other compressions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def off(model, dense, data):
         )
 
 
-def test_no_product_of_that_rank_is_nearer():
+def test_truncation_is_optimal():
     torch.manual_seed(0)
     W = torch.randn(6, 9, dtype=torch.float64)
     X = torch.randn(9, 9, dtype=torch.float64) @ torch.randn(9, 200, dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_no_product_of_that_rank_is_nearer():
 
 @pytest.mark.parametrize("budget", [{"rank": 6}, {"keep": 0.5}, {"energy": 0.9}])
 @pytest.mark.parametrize("whiten", [False, True])
-def test_budgets_are_met_and_the_row_tells_the_truth(budget, whiten):
+def test_budgets_are_met_and_reported(budget, whiten):
     dense, data = mlp(), batches()
     for i in (0, 2):  # weights that lie mostly in a few directions too
         dense[i].weight.data.copy_(
@@ -78,7 +78,7 @@ def test_budgets_are_met_and_the_row_tells_the_truth(budget, whiten):
 
 
 @pytest.mark.parametrize(("budget", "up"), [({"keep": 0.6}, False), ({"energy": 0.5}, True)])
-def test_ranks_in_multiples_take_groups(budget, up):
+def test_ranks_are_multiples_of_round_to(budget, up):
     found, rounded, conv = mlp(), mlp(), nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU())
     free = [int(r["ranks"]) for r in rarefy.factorize_(found, **budget).rows]
     rows = rarefy.factorize_(rounded, **budget, round_to=4).rows
@@ -91,7 +91,7 @@ def test_ranks_in_multiples_take_groups(budget, up):
     assert all(int(n) % 8 == 0 for n in row["ranks"].split(","))
 
 
-def test_whitened_is_nearer_than_plain():
+def test_whitening_lowers_the_output_error():
     dense, data = mlp(), batches()
     plain, white = copy.deepcopy(dense), copy.deepcopy(dense)
     rarefy.factorize_(plain, keep=0.5)
@@ -100,7 +100,7 @@ def test_whitened_is_nearer_than_plain():
 
 
 @pytest.mark.parametrize("whiten", [False, True])
-def test_convolutions_become_three(whiten):
+def test_convolutions_are_factorized_by_tucker(whiten):
     torch.manual_seed(0)
     dense = nn.Sequential(
         nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 12, 1, stride=2), nn.Flatten()
@@ -120,7 +120,7 @@ def test_convolutions_become_three(whiten):
         rarefy.factorize_(everything, rank=99)
 
 
-def test_conv1d_and_lines(tmp_path):
+def test_conv1d_and_transformer_layers(tmp_path):
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def test_conv1d_and_lines(tmp_path):
     assert lines(torch.randn(2, 16, 9)).shape == (2, 4, 9)
 
 
-def test_layers_that_cannot_stay_and_say_why():
+def test_skipped_layers_have_a_reason():
     net = Net()
     report = rarefy.factorize_(net, keep=0.5)
     why = {r["layer"]: r["why"] for r in report.rows}
@@ -149,7 +149,7 @@ def test_layers_that_cannot_stay_and_say_why():
     assert rows["0.out_proj"] == "MultiheadAttention reads its weight itself"
 
 
-def test_the_rest_of_a_pruned_and_quantized_model_beside_it(tmp_path):
+def test_corrections_of_a_pruned_and_quantized_model(tmp_path):
     dense, data = mlp(), batches()
     net = copy.deepcopy(dense)
     rarefy.prune_(net, "2:4")
@@ -171,7 +171,7 @@ def test_the_rest_of_a_pruned_and_quantized_model_beside_it(tmp_path):
     assert formats["0.base.weight"].startswith("int4:") and formats["0.down.weight"] == "dense"
 
 
-def test_factors_are_saved_and_built_again(tmp_path):
+def test_factors_are_saved_and_loaded(tmp_path):
     net = Net().eval()
     rarefy.factorize_(net, keep=0.5)
     x = torch.randn(2, 3, 8, 8)
@@ -186,7 +186,7 @@ def test_factors_are_saved_and_built_again(tmp_path):
         rarefy.load(tmp_path / "plain", copy.deepcopy(net))
 
 
-def test_factors_are_ordinary_layers():
+def test_factors_are_pruned_and_quantized_as_layers():
     net = mlp()
     rarefy.factorize_(net, keep=0.7)
     rarefy.prune_(net, "2:4", layers=["*.down"])
@@ -200,7 +200,7 @@ def test_factors_are_ordinary_layers():
         rarefy.factorize_(copy.deepcopy(net), keep=0.5, layers="*.down")
 
 
-def test_as_fast_as_was_asked():
+def test_a_time_budget_is_met():
     from rarefy.evaluation.profiling import compare
 
     net = nn.Sequential(nn.Linear(512, 512))
@@ -222,7 +222,7 @@ def test_as_fast_as_was_asked():
         {"9": {"kind": "lowrank", "ranks": [2]}}, {"0": {"kind": "corrected", "ranks": [2.0]}},
     ],
 )  # fmt: skip
-def test_what_a_file_says_of_factors_is_checked(told, tmp_path):
+def test_damaged_records_are_refused(told, tmp_path):
 
     net = mlp()
     rarefy.factorize_(net, rank=2)
@@ -267,7 +267,7 @@ def test_a_recipe_factorizes_and_corrects():
         ({"rank": 2, "layers": "9"}, rarefy.RarefyError, "'9' matches no layer"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
+def test_messages_for_wrong_arguments(options, error, says):
     net = mlp()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(error, match=says):
@@ -277,7 +277,7 @@ def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
     )
 
 
-def test_pruned_layers_are_not_factorized_in_silence():
+def test_pruned_layers_are_skipped_with_a_reason():
     net = mlp()
     rarefy.prune_(net, "2:4", layers="0")
     rows = rarefy.factorize_(net, keep=0.5).rows
@@ -293,7 +293,7 @@ def test_pruned_layers_are_not_factorized_in_silence():
         ("- factorize: {rank: 2}\n- cut: {keep: 0.5}", "a cut comes before"),
     ],
 )
-def test_recipes_name_the_line(text, says):
+def test_recipe_errors_name_the_line(text, says):
     with pytest.raises(RecipeError, match=says):
         recipes.from_yaml(f"stages:\n{text}", "r.yaml")
 

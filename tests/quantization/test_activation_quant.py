@@ -1,4 +1,4 @@
-"""Inputs in 8 bits: by their own formulas, through calibration, saving, copying, kernels and gradients."""
+"""Activation quantization: formulas, calibration, saving, kernels and gradients; SmoothQuant."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def batches(n=4):
     return [torch.randn(64, 32, generator=rng) for _ in range(n)]
 
 
-def test_dynamic_is_the_kernels_own_rounding():
+def test_dynamic_rounding_matches_the_kernels():
     x = torch.randn(5, 64) * torch.logspace(-3, 3, 5)[:, None]
     x[2] = 0
     weight = packing.pack_bitmask(torch.randn(4, 64), "int8")
@@ -43,7 +43,7 @@ def test_dynamic_is_the_kernels_own_rounding():
 
 
 @pytest.mark.parametrize("low", [-3.0, 0.0])
-def test_static_goes_to_the_nearest_of_256_points(low):
+def test_static_rounding_is_to_the_nearest_of_256_points(low):
     x = torch.rand(1000) * (5 - low) + low
     grid = static_grid(x, "minmax")
     points = (torch.arange(256) - grid.zero) * grid.scale
@@ -53,7 +53,7 @@ def test_static_goes_to_the_nearest_of_256_points(low):
     assert float((grid(x) - x).abs().max()) <= 0.51 * grid.scale
 
 
-def test_observers_leave_out_the_rare():
+def test_observers_clip_outliers():
     torch.manual_seed(0)
     x = torch.randn(200_000)
     x[:3] = 1000.0
@@ -65,13 +65,13 @@ def test_observers_leave_out_the_rare():
 
 
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
-def test_constants_have_a_grid(observer):
+def test_constant_inputs_have_a_grid(observer):
     assert static_grid(torch.full((9,), 3.0), observer)(torch.tensor([3.0])) == pytest.approx(3.0, rel=0.01)
     assert static_grid(torch.zeros(9), observer)(torch.zeros(3)).tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("activations", ["int8", "int8-static"])
-def test_outputs_stay_near_and_rows_say_how(activations):
+def test_outputs_stay_close_and_rows_show_the_grids(activations):
     net, dense, data = mlp(), None, batches()
     dense = copy.deepcopy(net)
     report = rarefy.quantize_(net, "int8", activations=activations, data=data if "static" in activations else None)
@@ -87,7 +87,7 @@ def test_outputs_stay_near_and_rows_say_how(activations):
     assert x.grad.abs().sum() > 0 and net[0].parametrizations.weight.original.grad is not None
 
 
-def test_images_are_rounded_one_by_one():
+def test_images_have_one_scale_each():
     net = Net()
     rarefy.quantize_(net, "int8", activations="int8")
     x = torch.randn(3, 3, 12, 12) * torch.tensor([1.0, 100.0, 0.01])[:, None, None, None]
@@ -97,7 +97,7 @@ def test_images_are_rounded_one_by_one():
 
 
 @pytest.mark.parametrize("activations", ["int8", "int8-static"])
-def test_they_are_copied_saved_and_loaded(activations, tmp_path):
+def test_activation_grids_are_copied_saved_and_loaded(activations, tmp_path):
     net, data = mlp(), batches()
     rarefy.quantize_(net, "int8", activations=activations, data=data if "static" in activations else None)
     x = data[0]
@@ -115,7 +115,7 @@ def test_they_are_copied_saved_and_loaded(activations, tmp_path):
     assert activation_quants(rarefy.load(tmp_path / "plain", again)) == {}  # the file says how its model is called
 
 
-def test_an_attention_keeps_its_inputs_and_says_so():
+def test_attention_inputs_stay_with_a_note():
     net = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     report = rarefy.quantize_(net, "int8", activations="int8")
     assert report.notes == ("inputs left as they are: 0.in_proj_weight, 0.out_proj",)
@@ -124,7 +124,7 @@ def test_an_attention_keeps_its_inputs_and_says_so():
 
 @pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 @pytest.mark.parametrize("sparsity", [None, 0.7])
-def test_kernels_do_what_the_hook_did(sparsity, monkeypatch):
+def test_kernels_match_the_hooks(sparsity, monkeypatch):
     net = mlp()
     if sparsity:
         rarefy.prune_(net, sparsity=sparsity, layers=["0", "2"])
@@ -145,7 +145,7 @@ def test_kernels_do_what_the_hook_did(sparsity, monkeypatch):
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
-def test_static_inputs_and_convolutions_stay_dense_and_say_why():
+def test_static_inputs_and_convolutions_stay_dense_with_a_reason():
     net, data = mlp(), batches()
     rarefy.quantize_(net, "int8", activations="int8-static", data=data)
     rarefy.fold_(net)
@@ -158,7 +158,7 @@ def test_static_inputs_and_convolutions_stay_dense_and_say_why():
     assert "no kernel quantizes its inputs in this way" in rows[0]["why"]
 
 
-def test_in_a_recipe(tmp_path):
+def test_activations_in_a_recipe(tmp_path):
     stage = {"quantize": {"weights": "int8", "activations": "int8-static", "observer": "percentile"}}
     net = mlp()
     receipt = rarefy.compress_(net, {"stages": [stage]}, batches())
@@ -189,7 +189,7 @@ def test_in_a_recipe(tmp_path):
         ({"activations": "int8-static", "observer": "max", "data": []}, PatternError, "unknown observer 'max'"),
     ],
 )
-def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
+def test_messages_for_wrong_arguments(options, error, says):
     net = mlp()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(error, match=says):
@@ -205,7 +205,7 @@ def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
         {"9": {"bits": 8, "scale": None, "zero": 0}}, {"0": {"bits": 8, "scale": "1", "zero": 0}}, {"0": {"bits": True, "scale": None, "zero": 0}},
     ],
 )  # fmt: skip
-def test_what_a_file_says_of_inputs_is_checked(told, tmp_path):
+def test_damaged_records_are_refused(told, tmp_path):
     net = mlp()
     rarefy.quantize_(net, "int8", activations="int8")
     rarefy.save(net, tmp_path / "out")
@@ -216,7 +216,7 @@ def test_what_a_file_says_of_inputs_is_checked(told, tmp_path):
         rarefy.load(tmp_path / "out", mlp())
 
 
-def test_all_layers_are_still_found():
+def test_quantized_activations_hide_no_layer():
     net = mlp()
     rarefy.quantize_(net, "int8", activations="int8")
     assert [l.name for l in all_layers(net)] == ["0", "2"]
@@ -252,7 +252,7 @@ def outliers():
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-def test_smoothing_keeps_the_model_and_makes_its_inputs_easier(pruned):
+def test_smoothing_keeps_outputs_and_lowers_input_maxima(pruned):
     dense, data = outliers()
     if pruned:
         rarefy.prune_(dense, "2:4", layers=["q", "k"])
@@ -278,7 +278,7 @@ def test_smoothing_keeps_the_model_and_makes_its_inputs_easier(pruned):
     assert off[1] < 0.5 * off[0]
 
 
-def test_smoothing_of_a_language_model_and_in_a_recipe():
+def test_smoothing_of_a_language_model_in_a_recipe():
 
     model = tiny_llama().eval()
     ids = torch.randint(0, 64, (2, 9))

@@ -1,4 +1,4 @@
-"""Codebooks against brute force; training of values; folders through LZMA, and what hostile ones say."""
+"""Codebooks against brute force; training, compressed folders, and the checks of files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cost(x, w, values):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_no_other_values_are_better(seed, count):
+def test_values_are_optimal(seed, count):
     """Every way to cut seven sorted weights into runs, each of which may be the zeros."""
     rng = torch.Generator().manual_seed(seed)
     x = (torch.randn(7, generator=rng) + (seed % 3 - 1)).sort().values
@@ -56,7 +56,7 @@ def test_no_other_values_are_better(seed, count):
     assert cost(x, w, values) <= least + 1e-6
 
 
-def test_large_weights_are_as_good_as_lloyd_and_max_say():
+def test_large_weights_reach_the_lloyd_max_error():
     """A Gaussian's best 16 values leave 0.009497 of its variance (Max 1960); one of ours has to be zero."""
     torch.manual_seed(0)
     x = torch.randn(400, 500)
@@ -65,7 +65,7 @@ def test_large_weights_are_as_good_as_lloyd_and_max_say():
     assert book.table[0, 0, 0] == 0 and len(book.table[0, 0].unique()) == 16
 
 
-def test_errors_are_weighed():
+def test_errors_are_weighted_by_inputs():
     torch.manual_seed(0)
     x, w = torch.randn(20, 60), torch.rand(1, 60) ** 8 + 1e-6
     even, weighed = codebook(x, (1, 1), 3), codebook(x, (1, 1), 3, w)
@@ -94,7 +94,7 @@ def test_zeros_stay_and_values_are_few(bits, group, tmp_path):
     assert rarefy.save(again, tmp_path / "again") == rarefy.save(rarefy.fold_(net), tmp_path / "folded")
 
 
-def test_training_moves_the_values_and_not_who_has_them():
+def test_training_changes_the_table_and_not_the_codes():
     torch.manual_seed(0)
     net, goal, data = mlp(), nn.Linear(32, 16), batches()
     rarefy.prune_(net, "2:4")
@@ -122,7 +122,7 @@ def test_training_moves_the_values_and_not_who_has_them():
         assert get_grid(layer).contains(W)
 
 
-def test_every_kind_of_layer_and_ties(tmp_path):
+def test_every_layer_type_and_tied_weights(tmp_path):
     net = Net()
     rarefy.share_(net, 2, layers=["conv", "up", "hidden", "fc", "deep"], data=[torch.randn(4, 3, 8, 8)])
     rarefy.save(net, tmp_path / "net")
@@ -136,7 +136,7 @@ def test_every_kind_of_layer_and_ties(tmp_path):
     assert back.embed.weight is back.lm_head.weight and torch.equal(back.embed.weight, tied.embed.weight)
 
 
-def test_fewer_values_than_weights_have_is_exact():
+def test_few_distinct_weights_are_exact():
     net = nn.Sequential(nn.Linear(8, 8))
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([-0.5, 0.0, 0.25, 1.0]).repeat(16).reshape(8, 8))
@@ -153,7 +153,7 @@ def test_fewer_values_than_weights_have_is_exact():
 # through LZMA
 
 
-def test_a_compressed_folder_reads_back_bit_for_bit(tmp_path):
+def test_a_compressed_folder_loads_bit_for_bit(tmp_path):
     net = nn.Sequential(nn.Linear(256, 256), nn.BatchNorm1d(256))
     rarefy.prune_(net, sparsity=0.9, layers="0")
     rarefy.share_(net, 4, layers="0")
@@ -189,14 +189,14 @@ def set_raw(index, value):
         (lambda i: i["shards"]["weights-00001.safetensors.xz"].pop("raw"), "must be an object with sha256, bytes, raw"),
     ],
 )
-def test_what_a_compressed_shard_says_is_checked(tmp_path, change, says):
+def test_damaged_compressed_shards_are_refused(tmp_path, change, says):
     folder = compressed(tmp_path / "out")
     edit_compressed_index(folder, change)
     with pytest.raises(ContainerError, match=says):
         container.read(folder)
 
 
-def test_a_bomb_is_not_unpacked(tmp_path):
+def test_a_decompression_bomb_is_refused(tmp_path):
     """A megabyte of LZMA that would become gigabytes, with an index that says so of a tensor of sixteen bytes."""
     folder = tmp_path / "out"
     container.write(folder, [("w", encode(torch.eye(2), "dense"))], compress=True)
@@ -242,7 +242,7 @@ def test_damage_to_a_compressed_folder_is_named(tmp_path):
         container.read(folder)
 
 
-def test_own_files_may_not_take_the_place_of_the_index(tmp_path):
+def test_side_files_cannot_replace_the_index(tmp_path):
     with pytest.raises(ContainerError, match="not one of Rarefy's own"):
         container.write(tmp_path / "out", [], files={"rarefy-index.json.xz": b""})
 
@@ -250,7 +250,7 @@ def test_own_files_may_not_take_the_place_of_the_index(tmp_path):
 # recipes, and what cannot be
 
 
-def test_a_recipe_of_deep_compression(tmp_path):
+def test_deep_compression_in_a_recipe(tmp_path):
     plan = recipes.from_yaml(
         "stages:\n- prune: {sparsity: 0.8}\n- share: {bits: 4}\n- train: {epochs: 1}\nsave: {compress: true}"
     )
@@ -274,7 +274,7 @@ def test_a_recipe_of_deep_compression(tmp_path):
         ({"layers": "9"}, rarefy.RarefyError, "'9' matches no layer"),
     ],
 )
-def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
+def test_messages_for_wrong_arguments(options, error, says):
     net = mlp()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(error, match=says):
@@ -282,7 +282,7 @@ def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
     assert list(net.state_dict()) == list(before)
 
 
-def test_embeddings_are_not_weighed_and_quantized_layers_not_shared():
+def test_embeddings_with_data_and_quantized_layers_are_refused():
     with pytest.raises(DataError, match="an embedding has no inputs to weigh by: ignore embed"):
         rarefy.share_(Tied(), layers="embed", data=[torch.tensor([[1, 2]])])
     net = mlp()
@@ -295,7 +295,7 @@ def test_embeddings_are_not_weighed_and_quantized_layers_not_shared():
         rarefy.quantize_(other, "int8")
 
 
-def test_tables_larger_than_what_they_save_are_refused():
+def test_tables_larger_than_their_savings_are_refused():
     net = mlp()
     with pytest.raises(
         ModelError, match="0: tables of 6,144 values are no smaller than what they save on its 768 weights"
@@ -312,12 +312,12 @@ def test_tables_larger_than_what_they_save_are_refused():
         ("- share: {}\n- cut: {keep: 0.5}", "a cut comes before a stage share"),
     ],
 )
-def test_recipes_name_the_line(text, says):
+def test_recipe_errors_name_the_line(text, says):
     with pytest.raises(RecipeError, match=says):
         recipes.from_yaml(f"stages:\n{text}", "r.yaml")
 
 
-def test_a_dry_run_foretells_tables_and_factors():
+def test_a_dry_run_predicts_tables_and_factors():
     from rarefy.pipeline.dry_run import forecast
 
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))

@@ -1,4 +1,4 @@
-"""Grids of few bits against slow oracles; zeros that survive; saving, training and recipes."""
+"""Weight quantization against slow references; zeros, GPTQ, learned rounding, saving, training and recipes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def off(model, dense, data):
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [*product(range(2, 9), [True, False])])
-def test_a_weight_goes_to_its_nearest_point(bits, symmetric):
+def test_weights_are_rounded_to_nearest(bits, symmetric):
     torch.manual_seed(bits)
     W = torch.randn(3, 8) + (0 if symmetric else 1)
     grid = fit_grid(W, (3, 2), asked(f"int{bits}", 4, symmetric))
@@ -73,7 +73,7 @@ def test_a_weight_goes_to_its_nearest_point(bits, symmetric):
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_fits_lose_no_more_than_the_whole_range(fit, symmetric):
+def test_fitted_scales_are_no_worse_than_minmax(fit, symmetric):
     torch.manual_seed(0)
     X = torch.randn(16, 64)
     off = {}
@@ -86,7 +86,7 @@ def test_fits_lose_no_more_than_the_whole_range(fit, symmetric):
     assert fit == "minmax" or off[fit].sum() < 0.9 * off["minmax"].sum()
 
 
-def test_mse_weighs_each_error():
+def test_mse_uses_error_weights():
     X = torch.tensor([[10.0, *[0.3 + 0.01 * i for i in range(15)]]])
     near, far = torch.ones(1, 16), torch.ones(1, 16)
     near[0, 0], far[0, 0] = 1e6, 0.0
@@ -96,7 +96,7 @@ def test_mse_weighs_each_error():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_values_in_other_types_stay_on_their_grid(dtype, bits):
+def test_half_precision_weights_stay_on_the_grid(dtype, bits):
     W = torch.randn(8, 64).to(dtype)
     grid = fit_grid(W, (8, 1), asked(f"int{bits}", None, False))
     got = grid.snap(W)
@@ -104,7 +104,7 @@ def test_values_in_other_types_stay_on_their_grid(dtype, bits):
     assert not grid.contains(got + grid.scale.to(dtype) / 3)
 
 
-def test_scales_lie_as_weights_do():
+def test_scales_follow_the_weight_layout():
     net = Net()
     shapes = {l.name: scale_shape(l, None) for l in all_layers(net)}
     assert shapes == {
@@ -128,7 +128,7 @@ def test_scales_lie_as_weights_do():
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4x1"])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_zeros_survive(way, pattern):
+def test_zeros_stay_zero(way, pattern):
     net = mlp()
     rarefy.prune_(net, pattern, sparsity=0.5)
     masks = rarefy.masks(net)
@@ -149,7 +149,7 @@ def test_zeros_survive(way, pattern):
 
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w["weights"] != "int8"], ids=str)
-def test_zeros_survive_second_order(way):
+def test_zeros_stay_zero_under_gptq(way):
     net, data = mlp(), batches()
     rarefy.prune_(net, "2:4")
     masks = rarefy.masks(net)
@@ -158,7 +158,7 @@ def test_zeros_survive_second_order(way):
     assert all(torch.equal(masks[n], m) for n, m in rarefy.masks(net).items())
 
 
-def test_pruning_what_is_quantized_stays_on_the_grid():
+def test_pruning_keeps_the_grid():
     net = mlp()
     rarefy.quantize_(net, "int4", group=8, symmetric=False)
     before = [l.weight.detach().clone() for l in all_layers(net)]
@@ -200,7 +200,7 @@ class Fixed:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_second_order_is_the_textbook(masked):
+def test_gptq_matches_the_textbook(masked):
     rng = torch.Generator().manual_seed(0)
     W, X = (torch.randn(6, 20, generator=rng, dtype=torch.float64) for _ in range(2))
     X = torch.randn(20, 20, generator=rng, dtype=torch.float64) @ torch.randn(
@@ -230,7 +230,7 @@ class Told(Fixed):
         self.seen[first] = W.clone()
 
 
-def test_a_group_begins_with_the_errors_of_those_before():
+def test_group_scales_see_propagated_errors():
     rng = torch.Generator().manual_seed(1)
     W = torch.randn(5, 16, generator=rng, dtype=torch.float64)
     X = torch.randn(16, 200, generator=rng, dtype=torch.float64)
@@ -248,7 +248,7 @@ def test_a_group_begins_with_the_errors_of_those_before():
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_second_order_is_nearer_than_rounding(way):
+def test_gptq_lowers_the_output_error(way):
     dense, data = mlp(), batches()
     near, far = copy.deepcopy(dense), copy.deepcopy(dense)
     rarefy.quantize_(far, **way)
@@ -261,7 +261,7 @@ def test_second_order_is_nearer_than_rounding(way):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4x1"])
-def test_zeros_chosen_on_the_way(pattern):
+def test_gptq_chooses_zeros(pattern):
     dense, data = mlp(), batches()
     one, two = copy.deepcopy(dense), copy.deepcopy(dense)
     how = {"weights": "int4", "group": 8}
@@ -277,7 +277,7 @@ def test_zeros_chosen_on_the_way(pattern):
 
 
 @pytest.mark.parametrize("way", [WAYS[0], WAYS[3]], ids=str)
-def test_second_order_of_every_kind_of_layer(way):
+def test_gptq_of_every_layer_type(way):
     dense = Net().eval()
     if isinstance(way.get("group"), int):
         way = way | {"group": 2, "ignore": ["deep", "conv"]}
@@ -313,7 +313,7 @@ class Blocks(nn.Module):
     [{"weights": "int3"}, {"weights": "int3", "group": 8}, {"weights": "int4", "group": 8, "symmetric": False}],
     ids=str,
 )
-def test_learnt_rounding_is_nearer_on_what_it_has_not_seen(way):
+def test_learned_rounding_lowers_the_held_out_error(way):
     dense, data = Blocks(), batches(8)
     near, far = copy.deepcopy(dense), copy.deepcopy(dense)
     rarefy.quantize_(far, **way, layers="blocks.*")
@@ -328,7 +328,7 @@ def test_learnt_rounding_is_nearer_on_what_it_has_not_seen(way):
         assert float(moved.detach().quantile(0.99)) < 1.6  # up or down, and a smaller step
 
 
-def test_learnt_rounding_keeps_zeros_and_rounds_what_is_in_no_block():
+def test_learned_rounding_keeps_zeros_and_rounds_layers_outside_blocks():
     net, data = Blocks(), batches(4)
     rarefy.prune_(net, "2:4", layers="blocks.*")
     masks = rarefy.masks(net)
@@ -343,7 +343,7 @@ def test_learnt_rounding_keeps_zeros_and_rounds_what_is_in_no_block():
 # living with a grid
 
 
-def test_gradients_go_straight_through_within_the_ends():
+def test_gradients_pass_straight_through_within_the_range():
     net = nn.Linear(4, 1, bias=False)
     grid = Grid(4, torch.tensor([[1.0]]))
     with torch.no_grad():
@@ -356,7 +356,7 @@ def test_gradients_go_straight_through_within_the_ends():
     assert net.parametrizations.weight.original.grad.tolist() == [[1.0, 2.0, 0.0, 0.0]]
 
 
-def test_training_on_the_grid_learns():
+def test_quantization_aware_training_lowers_the_loss():
     torch.manual_seed(0)
     net, data = mlp(), batches()
     goal = nn.Linear(32, 16)
@@ -374,7 +374,7 @@ def test_training_on_the_grid_learns():
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("pattern", [None, "2:4", "4x1", "unstructured"])
-def test_saved_in_few_bits_and_read_back_bit_for_bit(tmp_path, way, pattern):
+def test_codes_are_saved_and_loaded_bit_for_bit(tmp_path, way, pattern):
     net = mlp()
     if pattern:
         rarefy.prune_(net, pattern, sparsity=None if pattern == "2:4" else 0.75)
@@ -392,7 +392,7 @@ def test_saved_in_few_bits_and_read_back_bit_for_bit(tmp_path, way, pattern):
     assert all(attached_grid(l.module, l.param) is not None for l in all_layers(adopted))
 
 
-def test_a_weight_that_has_left_its_grid_is_stored_as_it_is(tmp_path):
+def test_a_weight_off_its_grid_is_saved_dense(tmp_path):
     net = mlp()
     rarefy.fold_(rarefy.quantize_(net, "int4") and net)
     with torch.no_grad():
@@ -413,7 +413,7 @@ def test_tied_weights_stay_tied(tmp_path):
     assert set(recorded_grids(again.lm_head)) == {"weight"} == set(recorded_grids(again.embed))
 
 
-def test_numbers_of_fewer_bits_do_not_move_codes(tmp_path):
+def test_casting_does_not_change_codes(tmp_path):
     net = mlp()
     rarefy.quantize_(net, "int8")
     other, codes = copy.deepcopy(net), [get_grid(l).codes(l.weight) for l in all_layers(net)]
@@ -427,7 +427,7 @@ def test_numbers_of_fewer_bits_do_not_move_codes(tmp_path):
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(all_layers(net), all_layers(again)))
 
 
-def test_a_copy_and_a_state_dict_keep_the_grid():
+def test_copies_and_state_dicts_keep_the_grid():
     net = mlp()
     rarefy.quantize_(net, "int4", group=8)
     other = copy.deepcopy(net)
@@ -442,7 +442,7 @@ def test_a_copy_and_a_state_dict_keep_the_grid():
     }
 
 
-def test_codebooks_find_the_nearest_value_of_each_block():
+def test_codebooks_round_to_the_nearest_value_of_each_block():
     torch.manual_seed(0)
     W, table = torch.randn(4, 6), torch.randn(2, 1, 8)
     table[..., 0] = 0
@@ -457,7 +457,7 @@ def test_codebooks_find_the_nearest_value_of_each_block():
 # recipes
 
 
-def test_a_recipe_quantizes_and_its_dry_run_foretells_the_bytes(tmp_path):
+def test_a_dry_run_predicts_the_bytes(tmp_path):
     plan = recipes.from_yaml(
         "stages:\n- prune: {pattern: 2:4}\n- quantize: {weights: int4, group: 8, solver: obs}\nsave: {format: nm}"
     )
@@ -519,7 +519,7 @@ def test_a_recipe_quantizes_and_prunes_at_once():
         ({"layers": "nothing"}, rarefy.RarefyError, "'nothing' matches no layer"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_says_why_and_changes_nothing(options, error, says):
+def test_messages_for_wrong_arguments(options, error, says):
     net = mlp()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(error, match=says):
@@ -546,7 +546,7 @@ def test_weights_that_are_not_finite_are_refused():
         rarefy.quantize_(net, "int8")
 
 
-def test_constant_weights_and_dead_inputs_are_no_trouble():
+def test_constant_weights_and_zero_inputs():
     net, data = mlp(), [torch.zeros(8, 32), torch.zeros(8, 32)]
     with torch.no_grad():
         net[0].weight.zero_()
@@ -570,7 +570,7 @@ def test_constant_weights_and_dead_inputs_are_no_trouble():
         ("- quantize: {}\n- cut: {keep: 0.5}", r"a cut comes before a stage quantize"),
     ],
 )
-def test_recipes_name_the_line(text, says):
+def test_recipe_errors_name_the_line(text, says):
     with pytest.raises(RecipeError, match=says):
         recipes.from_yaml(f"stages:\n{text}", "r.yaml")
 

@@ -1,4 +1,4 @@
-"""Axes against real tensors, groups of real models, and cuts against the masked model."""
+"""Symbolic dimensions against real tensors, groups of real models, and cut models against masked ones."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ def grid(dims, masks):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_what_stays_is_the_same_after_views_and_splits(seed):
+def test_masks_follow_views_and_splits(seed):
     """A dimension that is viewed, split, joined and permuted in any way: the grid of what stays, moved by torch, is the
     grid that the algebra says, for masks on whatever axes are found at the end."""
     rng, algebra = random.Random(seed), Algebra()
@@ -64,7 +64,7 @@ def test_what_stays_is_the_same_after_views_and_splits(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_refinement_never_changes_what_an_older_dimension_is(seed):
+def test_refining_a_dimension_keeps_older_ones(seed):
     rng, algebra = random.Random(seed), Algebra()
     original = Axis(24)
     parts = algebra.cut(original, [8, 16]) if rng.random() < 0.5 else list(algebra.factor(original, 4))
@@ -80,7 +80,7 @@ def test_refinement_never_changes_what_an_older_dimension_is(seed):
     assert torch.equal(last, kept_mask(parts[-1], masks.get))
 
 
-def test_what_cannot_be_said_is_locked():
+def test_dimensions_that_cannot_be_expressed_are_locked():
     algebra = Algebra()
     algebra.where = "view in net"
     a = Axis(6)
@@ -130,7 +130,7 @@ def test_groups_of_attention():
     )
 
 
-def test_an_operator_without_a_rule_locks_and_is_named():
+def test_unsupported_operators_lock_their_groups():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -159,7 +159,7 @@ EACH = [(n, k) for n in CASES for k in (0.25, 0.5, 0.75)]
 @pytest.mark.parametrize(
     ("name", "keep"), [pytest.param(*e, marks=[pytest.mark.slow] if e in SLOW else []) for e in EACH]
 )
-def test_a_cut_model_is_the_masked_one(name, keep, tmp_path):
+def test_a_cut_model_returns_what_the_masked_one_returns(name, keep, tmp_path):
     make, x = CASES[name]
     torch.manual_seed(0)
     dense = make().eval()
@@ -189,7 +189,7 @@ def test_a_cut_model_is_the_masked_one(name, keep, tmp_path):
 @pytest.mark.parametrize(
     ("name", "width"), [("resnet18", 0.25), ("swin_t", 0.25), ("llama", 0.3), ("regnet_y_400mf", 0.26)]
 )
-def test_where_a_unit_can_go_it_goes(name, width):
+def test_removable_units_are_removed(name, width):
     make, x = CASES[name]
     model = make().eval()
     before = sum(p.numel() for p in model.parameters())
@@ -201,7 +201,7 @@ def test_where_a_unit_can_go_it_goes(name, width):
     assert sum(p.numel() for p in model.parameters()) / before == pytest.approx(width, abs=0.05)
 
 
-def test_halves_of_a_chunk_stay_equally_long():
+def test_chunks_stay_equal():
     class Halves(nn.Module):
         def __init__(self):
             super().__init__()
@@ -242,7 +242,7 @@ def test_recurrent_layers(kind, how, tmp_path):
     model(x).sum().backward()
 
 
-def test_a_layer_whose_inputs_are_its_outputs_makes_them():
+def test_residual_layers_are_producers():
     class Adds(nn.Module):
         def __init__(self):
             super().__init__()
@@ -262,7 +262,7 @@ def test_a_layer_whose_inputs_are_its_outputs_makes_them():
     torch.testing.assert_close(model(x), masked(x), rtol=1e-4, atol=1e-6)
 
 
-def test_tied_weights_stay_tied_and_modules_know_their_sizes():
+def test_tied_weights_stay_tied_and_sizes_are_updated():
     model = Attention()
     rarefy.cut_(model, torch.randint(0, 11, (2, 6)))
     assert model.out.weight is model.embed.weight and model.num_heads == 2
@@ -277,7 +277,7 @@ def test_tied_weights_stay_tied_and_modules_know_their_sizes():
     assert again.num_heads == 1 and again.out.weight is again.embed.weight
 
 
-def test_the_smallest_units_go_and_round_to_is_a_multiple():
+def test_the_smallest_units_are_removed_in_multiples_of_round_to():
     net = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
     with torch.no_grad():
         net[0].weight[[1, 4, 7]] *= 0.01
@@ -302,7 +302,7 @@ def test_the_smallest_units_go_and_round_to_is_a_multiple():
         ({"units": "head"}, "no group of head can be cut"),
     ],
 )
-def test_mistakes_leave_the_model_as_it_was(how, message):
+def test_wrong_arguments_leave_the_model_unchanged(how, message):
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(RarefyError, match=message):
@@ -310,14 +310,14 @@ def test_mistakes_leave_the_model_as_it_was(how, message):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net[0].out_features == 6
 
 
-def test_masks_are_folded_first():
+def test_masked_models_are_refused():
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     rarefy.prune_(net, sparsity=0.5)
     with pytest.raises(ModelError, match="masks are still attached: fold_"):
         rarefy.cut_(net, torch.randn(1, 4))
 
 
-def test_a_size_written_into_forward_undoes_the_cut():
+def test_a_hard_coded_size_undoes_the_cut():
     class Wired(nn.Module):
         def __init__(self):
             super().__init__()
@@ -360,7 +360,7 @@ def test_a_size_written_into_forward_undoes_the_cut():
         ({"numbers": {"0.layer_idx": 0}}, "has no size 0.layer_idx"),
     ],
 )
-def test_damaged_structures(change, message):
+def test_damaged_records_are_refused(change, message):
 
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(ContainerError, match=message):
@@ -394,7 +394,7 @@ def copies(first, last):
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
-def test_readers_get_what_they_lost_from_what_is_left(kind):
+def test_consumers_are_compensated(kind):
     if kind == "linear":
         net, data = copies(nn.Linear(4, 6), nn.Linear(6, 2)), [torch.randn(64, 4) for _ in range(3)]
     else:
@@ -410,7 +410,7 @@ def test_readers_get_what_they_lost_from_what_is_left(kind):
     assert left < 1e-2 < lost
 
 
-def test_the_ridge_regression_is_the_one_of_a_solver():
+def test_ridge_regression_matches_a_solver():
     from rarefy.structured.compensation import RIDGE, compensation
     from rarefy.structured.consumers import Moments
 
@@ -431,7 +431,7 @@ def test_the_ridge_regression_is_the_one_of_a_solver():
     torch.testing.assert_close(shift, x.mean(0).double() - B @ x.mean(0).double()[left], rtol=1e-3, atol=1e-4)
 
 
-def test_batch_norms_take_their_statistics_anew():
+def test_batch_norms_are_recalibrated():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)).eval()
     data = [torch.randn(4, 3, 8, 8) * 2 + 1 for _ in range(3)]
     rarefy.cut_(net, data[0], data=data, repair="batchnorm")
@@ -451,7 +451,7 @@ def test_batch_norms_take_their_statistics_anew():
         ({"data": [torch.randn(1, 5)]}, "cannot be called with a batch of float32 1x5"),
     ],
 )
-def test_mistakes_of_repair(how, message):
+def test_messages_for_wrong_repairs(how, message):
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(RarefyError, match=message):
@@ -462,7 +462,7 @@ def test_mistakes_of_repair(how, message):
 # ---- heads by number ------------------------------------------------------------------------------------------------
 
 
-def test_heads_go_by_their_numbers():
+def test_prune_heads_removes_the_given_heads():
     model = Attention().eval()
     ids = torch.randint(0, 11, (2, 6))
     W = model.qkv.weight.detach().view(3, 4, 4, 16).clone()
@@ -472,7 +472,7 @@ def test_heads_go_by_their_numbers():
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "qwen3"])
-def test_heads_of_transformers(name):
+def test_prune_heads_of_transformers(name):
     make, x = CASES[name]
     model = make().eval()
     layer = {"llama": "model.layers.1.self_attn", "qwen3": "model.layers.1.self_attn", "gpt2": "transformer.h.1.attn"}
@@ -491,7 +491,7 @@ def test_heads_of_transformers(name):
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_heads_of_torchs_attention(batch_first, tmp_path):
+def test_prune_heads_of_multihead_attention(batch_first, tmp_path):
     torch.manual_seed(0)
 
     def make():
@@ -518,7 +518,7 @@ def test_heads_of_torchs_attention(batch_first, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["plain", "causal", "padding", "mask", "heads", "single", "crossed", "sequence first"])
-def test_own_heads_are_what_torch_computes(how):
+def test_replaced_attention_matches_torch(how):
     torch.manual_seed(0)
     first = how != "sequence first"
     old = nn.MultiheadAttention(12, 3, batch_first=first).eval()
@@ -550,7 +550,7 @@ def test_own_heads_are_what_torch_computes(how):
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.55])
-def test_attention_of_torch_is_cut_where_heads_do_not_divide(keep, tmp_path):
+def test_multihead_attention_is_cut_where_heads_do_not_divide(keep, tmp_path):
     """5 heads of 16 with 80 features: 0.3 of each fits nowhere."""
     torch.manual_seed(0)
 
@@ -592,7 +592,7 @@ def test_attention_of_torch_is_cut_where_heads_do_not_divide(keep, tmp_path):
         ([0], "heads is {name of an attention module"),
     ],
 )
-def test_mistakes_of_heads(heads, message):
+def test_messages_for_wrong_heads(heads, message):
     model = Attention()
     with pytest.raises(ModelError, match=message):
         rarefy.prune_heads_(model, heads, torch.randint(0, 11, (2, 6)))

@@ -1,4 +1,4 @@
-"""Scores of units, orders and budgets, against slow and plain versions of them."""
+"""Unit scores, orders and budgets against slow references; steps, optimizers and failed cuts."""
 
 import copy
 
@@ -36,7 +36,7 @@ def scores(model, name, example=None, **how):
     return [unit_scores(model, graph, groups, name, **how)[g.axis] for g in groups]
 
 
-def test_magnitude_joins_all_slices_of_a_unit():
+def test_magnitude_sums_all_slices_of_a_unit():
     net = mlp()
     W, V = net[0].weight.detach().double(), net[2].weight.detach().double()
     rows, columns = W.square().sum(1), V.square().sum(0)
@@ -61,13 +61,13 @@ def test_l1_scale_and_random():
         scores(mlp(), "scale")
 
 
-def test_the_geometric_median_is_that_of_rows():
+def test_the_geometric_median_uses_distances_of_rows():
     W = mlp()[0].weight.detach().double()
     far = torch.tensor([sum(float((a - b).norm()) for b in W) for a in W], dtype=torch.float64)
     torch.testing.assert_close(scores(mlp(), "median")[0], far / far.mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_taylor_is_the_slope_of_a_gate_on_the_unit():
+def test_taylor_is_the_gradient_of_a_gate():
     """Units of a ReLU net without biases: what makes them and what reads them have the same sum of w g."""
     net, batches = mlp(bias=False), data()
     want = torch.zeros(12, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_taylor_is_the_slope_of_a_gate_on_the_unit():
     assert not any(p.grad is not None for p in net.parameters())
 
 
-def test_gradient_and_fisher_are_those_of_autograd():
+def test_gradient_and_fisher_match_autograd():
     net, batches = mlp(), data()
     wants = {"gradient": torch.zeros(12, dtype=torch.float64), "fisher": torch.zeros(12, dtype=torch.float64)}
     for x, y in batches:
@@ -92,7 +92,7 @@ def test_gradient_and_fisher_are_those_of_autograd():
         torch.testing.assert_close(scores(net, name, data=batches)[0], want, rtol=1e-5, atol=1e-8)
 
 
-def test_scores_of_activations_are_those_of_what_readers_are_given():
+def test_activation_scores_use_consumer_inputs():
     net, batches = mlp(), data()
     with torch.no_grad():
         h = torch.cat([net[1](net[0](x)) for x, _ in batches]).double()
@@ -103,7 +103,7 @@ def test_scores_of_activations_are_those_of_what_readers_are_given():
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 6, 3, stride=2), lambda: nn.Conv2d(3, 6, 1, stride=2)])
-def test_convolutions_are_given_pixels(make):
+def test_convolution_inputs_are_pixels(make):
     net = nn.Sequential(make(), nn.ReLU(), nn.Conv2d(6, 4, 1, stride=2))
     batches = [torch.randn(2, 3, 9, 9) for _ in range(3)]
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_padding_does_not_count():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_obs_errors_are_those_of_least_squares():
+def test_obs_errors_match_least_squares():
     torch.manual_seed(0)
     X, W = torch.randn(400, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64), torch.randn(8, 5)
     H, W = X.T @ X / 400, W.double()
@@ -147,7 +147,7 @@ def test_obs_errors_are_those_of_least_squares():
                 assert (X @ W - X[:, others] @ fit).square().sum() / 400 >= error - 1e-9
 
 
-def test_obs_removes_what_others_can_say():
+def test_obs_removes_redundant_units():
     """A unit that repeats another one goes, though its weights are large."""
     net = mlp()
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_global_and_isomorphic_orders():
     assert 7 <= convolutions <= 9  # they are compared with each other alone
 
 
-def test_joined_is_fair_between_parameters_of_other_scales():
+def test_reduced_scores_are_scale_free():
     where = torch.arange(3)
     a, b = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[300.0], [200.0], [100.0]])
     fair = reduce_slices([(*sum_along(a, 0), where), (*sum_along(b, 0), where)], 3, "sum", fair=True)
@@ -214,7 +214,7 @@ COSTS = {
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_operations_of_the_graph_are_those_that_run(name):
+def test_flops_match_a_counter(name):
     make, x = COSTS[name]
     model = make().eval()
     graph = trace(model, x)
@@ -247,7 +247,7 @@ def test_budgets_of_transformers():
     assert sum(p.numel() for p in model.parameters()) / before == pytest.approx(0.8, rel=0.0101)
 
 
-def test_budgets_out_of_reach_say_what_stays():
+def test_budgets_out_of_reach_name_the_largest_parts():
     model = language("Llama", num_key_value_heads=2)
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(
@@ -263,7 +263,7 @@ def test_budgets_out_of_reach_say_what_stays():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-def test_a_latency_is_found_by_timing_cuts():
+def test_a_latency_budget_is_met_by_timing():
     torch.manual_seed(0)
     net = nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(768, 768), nn.ReLU())], nn.Linear(768, 4))
     report = rarefy.cut_(net, torch.randn(64, 768), latency=0.6)
@@ -306,7 +306,7 @@ def test_a_latency_is_found_by_timing_cuts():
         ({"data": [torch.randn(2, 5)], "repair": False}, DataError, "data has no effect: nothing is repaired"),
     ],
 )
-def test_mistakes(how, error, message):
+def test_messages_for_wrong_arguments(how, error, message):
     net = mlp()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(error, match=message):
@@ -318,7 +318,7 @@ def test_mistakes(how, error, message):
 
 
 @pytest.mark.parametrize("scope", budget.SCOPES)
-def test_steps_end_where_one_cut_does(scope):
+def test_steps_reach_the_same_size_as_one_cut(scope):
     one, many = mlp(), mlp()
     how = {"score": "taylor", "scope": scope, "data": data(), "repair": False}
     rarefy.cut_(one, torch.randn(1, 5), keep=0.25, **how)
@@ -330,7 +330,7 @@ def test_steps_end_where_one_cut_does(scope):
     assert report.summary["parameters"].startswith(f"{total:,} -> ")
 
 
-def test_a_step_that_fails_undoes_those_before():
+def test_a_failed_step_undoes_earlier_steps():
     calls = []
 
     class Fails(list):
@@ -347,7 +347,7 @@ def test_a_step_that_fails_undoes_those_before():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net[0].out_features == 12
 
 
-def test_an_optimizer_goes_on_with_what_is_left():
+def test_an_optimizer_continues_after_a_cut():
     net = mlp()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
     for x, y in data():
@@ -397,13 +397,13 @@ class Parts(nn.Module):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_steps_know_what_was_there_at_first(steps):
+def test_steps_count_from_the_original_size(steps):
     model = Parts()
     rarefy.cut_(model, torch.randn(3, 5), keep=0.5, steps=steps)
     assert (model.b.in_features, model.c.in_features) == (1, 50)
 
 
-def test_batch_norms_are_as_they_were_where_data_fails():
+def test_batch_norms_are_restored_when_data_fails():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
     net[1].running_mean.normal_()
     before = copy.deepcopy(net.state_dict())
@@ -424,7 +424,7 @@ def test_batch_norms_are_as_they_were_where_data_fails():
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_a_rehearsal_changes_nothing():
+def test_a_dry_run_changes_nothing():
     net = mlp()
     before = copy.deepcopy(net.state_dict())
     told = rarefy.cut_(net, torch.randn(1, 5), dry_run=True)
@@ -443,7 +443,7 @@ def constant_net(last, between):
 
 
 @pytest.mark.parametrize("between", [nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid()])
-def test_what_a_removed_unit_would_still_say_goes_into_the_bias(between):
+def test_constant_outputs_of_removed_units_move_into_the_bias(between):
     net = constant_net(nn.Linear(8, 3), between)
     masked, x = copy.deepcopy(net), torch.randn(6, 5)
     rarefy.cut_(masked, x, mask_only=True)
@@ -452,7 +452,7 @@ def test_what_a_removed_unit_would_still_say_goes_into_the_bias(between):
     torch.testing.assert_close(net(x), masked(x), rtol=1e-5, atol=1e-6)
 
 
-def test_constants_of_images():
+def test_constant_outputs_of_convolutions():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3)).eval()
     masked, x = copy.deepcopy(net), torch.randn(2, 3, 9, 9)
@@ -469,7 +469,7 @@ def test_constants_of_images():
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_repair_and_constants_do_not_add_up():
+def test_repair_and_constants_are_not_counted_twice():
     net = constant_net(nn.Linear(8, 3), nn.Sigmoid())
     batches = [torch.randn(64, 5) for _ in range(4)]
     dense, plain = copy.deepcopy(net), copy.deepcopy(net)
@@ -507,7 +507,7 @@ class Stack(nn.Module):
         return self.last(torch.cat([y[:, :2], sum(f(x) for f in self.fixed)], 1))
 
 
-def test_sizes_in_the_code_of_a_class_are_found_and_named():
+def test_hard_coded_sizes_are_found_and_named():
     torch.manual_seed(0)
     model, x = Stack(), torch.randn(4, 5)
     masked = copy.deepcopy(model)
@@ -533,7 +533,7 @@ class Counts(nn.Module):
         return self.d(F.relu(self.c(F.relu(y))))
 
 
-def test_groups_whose_cut_is_not_exact_stay():
+def test_groups_with_inexact_cuts_stay():
     torch.manual_seed(0)
     model, x = Counts(), torch.randn(4, 5)
     report = rarefy.cut_(model, x)
@@ -542,7 +542,7 @@ def test_groups_whose_cut_is_not_exact_stay():
     assert why["a.weight:0"].startswith("the cut model returns outputs that differ ")
 
 
-def test_a_dimension_of_two_kinds_of_channels_is_cut_once():
+def test_a_dimension_of_two_groups_is_cut_once():
     """64 groups of 2 outputs each: half of the 128 channels go, not three quarters."""
     net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 128, 3, groups=64), nn.ReLU(), nn.Conv2d(128, 4, 1)).eval()
     rarefy.cut_(net, torch.randn(1, 3, 8, 8))

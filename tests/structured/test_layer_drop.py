@@ -1,4 +1,4 @@
-"""Whole blocks, and the configs of models that were cut."""
+"""Dropping whole blocks, and the configs of models without them."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ def tall(name="Llama", head="ForCausalLM", layers=5, **more):
                     num_hidden_layers=layers).eval()  # fmt: skip
 
 
-def test_similarity_is_the_cosine_of_what_goes_in_and_comes_out():
+def test_similarity_is_the_cosine_of_inputs_and_outputs():
     model = tall()
     blocks = droppable(model, IDS)
     assert [b.name for b in blocks] == [f"model.layers.{i}" for i in range(5)]
@@ -39,7 +39,7 @@ def _rotary(model, x):
     return {"position_embeddings": model.model.rotary_emb(x, place), "position_ids": place, "attention_mask": None}
 
 
-def test_loss_is_its_rise_without_the_block():
+def test_loss_is_the_increase_without_the_block():
     model, batch = tall(), {**IDS, "labels": IDS["input_ids"]}
     blocks = droppable(model, batch)
     got = layer_scores(model, blocks, "loss", [batch], None, 0)
@@ -79,7 +79,7 @@ def test_images_are_compared_pixel_by_pixel():
     ],
     ids=["llama", "qwen3", "bert", "gpt2", "resnet18", "swin_t", "mobilenet_v2"],
 )
-def test_blocks_that_go_are_skipped_exactly(make, x, tmp_path):
+def test_dropped_blocks_are_skipped_exactly(make, x, tmp_path):
     torch.manual_seed(0)
     model = make()
     dense = copy.deepcopy(model)
@@ -103,7 +103,7 @@ def test_blocks_that_go_are_skipped_exactly(make, x, tmp_path):
     torch.testing.assert_close(outputs(again, x).detach(), got)
 
 
-def test_depth_after_width_and_twice(tmp_path):
+def test_dropping_after_a_cut_and_twice(tmp_path):
     def make():
         return tall(layers=6)
 
@@ -134,7 +134,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configs_follow_and_transformers_loads_the_result(name, tmp_path):
+def test_configs_are_updated_and_transformers_loads_the_model(name, tmp_path):
     family, head, more = CONFIGS[name]
     torch.manual_seed(0)
     model = language(family, head, **more).eval()
@@ -162,7 +162,7 @@ def test_configs_follow_and_transformers_loads_the_result(name, tmp_path):
     torch.testing.assert_close(outputs(last, IDS).detach(), outputs(again, IDS).detach())
 
 
-def test_the_config_that_a_model_was_made_from_stays_as_it_is(tmp_path):
+def test_a_shared_config_stays(tmp_path):
     config = transformers.LlamaConfig(vocab_size=100, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
                                       num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
     before = config.to_dict()
@@ -188,7 +188,7 @@ def test_configs_of_fewer_layers():
     assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
 
 
-def test_a_saved_config_sets_nothing_but_smaller_numbers(tmp_path):
+def test_a_saved_config_only_shrinks_numbers(tmp_path):
     model = language("Llama", num_key_value_heads=2).eval()
     rarefy.cut_(model, IDS)
     rarefy.save(model, tmp_path / "out")
@@ -201,7 +201,7 @@ def test_a_saved_config_sets_nothing_but_smaller_numbers(tmp_path):
     assert fresh.config.vocab_size == 100 and fresh.config.num_hidden_layers == 2 and fresh.config.hidden_size == 24
 
 
-def test_an_optimizer_forgets_what_went():
+def test_an_optimizer_loses_dropped_parameters():
     model = tall()
     optimizer = torch.optim.AdamW(model.parameters())
     model(**IDS, labels=IDS["input_ids"]).loss.backward()
@@ -211,7 +211,7 @@ def test_an_optimizer_forgets_what_went():
     assert {id(p) for p in optimizer.state} <= set(map(id, model.parameters()))
 
 
-def test_rehearsals_of_depth():
+def test_dry_runs_change_nothing():
     model = tall()
     want = outputs(model, IDS).detach()
     for how in ({"dry_run": True}, {"mask_only": True}):
@@ -221,7 +221,7 @@ def test_rehearsals_of_depth():
         assert model.config.num_hidden_layers == 5 and "rarefy_cut" not in vars(model)
 
 
-def test_cut_of_layers_is_the_same():
+def test_cut_with_units_layer_is_the_same():
     one, two = tall(), tall()
     two.load_state_dict(one.state_dict())
     rarefy.cut_(one, IDS, "layer", 0.6)
@@ -249,7 +249,7 @@ def test_cut_of_layers_is_the_same():
         ({"data": iter([IDS])}, DataError, "data is run through more than once"),
     ],
 )
-def test_mistakes_of_depth(how, error, message):
+def test_messages_for_wrong_arguments(how, error, message):
     model = tall()
     with pytest.raises(error, match=message):
         rarefy.drop_layers_(model, IDS, **how)
@@ -271,7 +271,7 @@ def test_mistakes_of_depth(how, error, message):
         ({"units": "neuron", "score": "similarity"}, "unknown score 'similarity'"),
     ],
 )
-def test_options_that_are_not_for_layers(how, message):
+def test_options_without_effect_are_refused(how, message):
     with pytest.raises(ModelError, match=message):
         rarefy.cut_(tall(), IDS, **how)
 
@@ -282,7 +282,7 @@ def test_models_without_blocks():
         rarefy.drop_layers_(net, torch.randn(1, 4))
 
 
-def test_blocks_that_the_class_counts_stay():
+def test_blocks_with_hard_coded_counts_stay():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Orders of inputs for N:M: the search against all orders, and models that must return what they did."""
+"""Channel permutation for N:M: the search against all orders, and models whose outputs must stay."""
 
 import copy
 import itertools
@@ -28,13 +28,13 @@ def scores(rows, columns, seed=0):
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
-def test_kept_is_what_the_pattern_keeps(n, m):
+def test_kept_score_matches_the_pattern(n, m):
     S = scores(5, 16)
     assert kept_score(S, n, m) == pytest.approx(float(S[choose(S, f"{n}:{m}")].sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
-def test_gains_of_all_swaps_are_what_swapping_gains(n, m):
+def test_predicted_gains_match_swaps(n, m):
     S = scores(6, 16)
     groups = _Groups(S, n, m)
     groups.swap([(0, 15), (3, 9)] if m < 8 else [(0, 15)])  # not only the first order
@@ -50,7 +50,7 @@ def test_gains_of_all_swaps_are_what_swapping_gains(n, m):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_small_ones_are_solved(seed):
+def test_small_matrices_are_solved_exactly(seed):
     S = torch.rand(4, 8, generator=torch.Generator().manual_seed(seed))
     best = max(
         kept_score(S[:, [*a, *(c for c in range(8) if c not in a)]], 2, 4) for a in itertools.combinations(range(8), 4)
@@ -61,7 +61,7 @@ def test_small_ones_are_solved(seed):
     assert torch.equal(found.order, search(S, 2, 4, seconds=20, seed=seed).order)
 
 
-def test_large_gaps_are_closed_and_time_is_kept():
+def test_the_search_beats_nvidias_and_keeps_its_time():
     """64 x 128 of normal weights: of what 2:4 keeps less than the best half would, NVIDIA's search gets 35 % back."""
     W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).abs()
     best, before = float(W.flatten().topk(W.numel() // 2).values.sum()), kept_score(W, 2, 4)
@@ -72,7 +72,7 @@ def test_large_gaps_are_closed_and_time_is_kept():
 
 
 @pytest.mark.parametrize("width", [132, 1024, 1100])
-def test_many_columns_are_taken_in_parts(width):
+def test_wide_matrices_are_searched_in_subsets(width):
     """Wider than a part, as wide as all are measured against all, and wider; stopped at once, and not."""
     S = torch.randn(24, width).abs() * torch.randn(width).exp()
     before, best = kept_score(S, 2, 4), float(S.topk(width // 2).values.sum())
@@ -85,7 +85,7 @@ def test_many_columns_are_taken_in_parts(width):
     )
 
 
-def test_dimensions_in_order():
+def test_dimensions_are_reordered():
     a, b, c = Axis(3), Axis(2), Axis(4)
     orders = {a: torch.tensor([2, 0, 1]), b: torch.tensor([1, 0])}
     for e in (a, c, Prod((a, b)), Prod((c, a)), Sum((b, a, c)), Sum((Prod((b, a)), c)), Prod((Sum((a, c)), b))):
@@ -105,7 +105,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("pattern", ["2:4", "1:2"])
-def test_models_return_what_they_did_and_keep_more(name, pattern):
+def test_outputs_stay_and_scores_rise(name, pattern):
     torch.manual_seed(0)
     make, example, layers = MODELS[name]
     model, x = spread_(make()), example()
@@ -129,7 +129,7 @@ def test_models_return_what_they_did_and_keep_more(name, pattern):
     )
 
 
-def test_what_a_row_says_is_counted_on_the_layers():
+def test_rows_match_the_layers():
     torch.manual_seed(0)
     model = spread_(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 4)))
     (first, second) = rarefy.permute_(model, torch.randn(2, 8), layers="Linear", seconds=2).rows
@@ -139,7 +139,7 @@ def test_what_a_row_says_is_counted_on_the_layers():
         assert row["kept"] == pytest.approx(kept_score(A, 2, 4) / float(A.sum()), rel=1e-5)
 
 
-def test_rotary_heads_stay_and_others_move():
+def test_rotary_dimensions_stay():
     torch.manual_seed(0)
     model, ids = tiny_llama().eval(), torch.randint(0, 64, (2, 7))
     before = model(ids).logits.detach()
@@ -153,7 +153,7 @@ def test_rotary_heads_stay_and_others_move():
 @pytest.mark.parametrize(
     "make", [lambda p: torch.optim.AdamW(p, 1e-2), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)]
 )
-def test_an_optimizer_goes_on(make):
+def test_optimizer_state_is_permuted(make):
     torch.manual_seed(0)
     model = spread_(nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 8)))
     x = torch.randn(16, 8)
@@ -177,7 +177,7 @@ def test_an_optimizer_goes_on(make):
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
-def test_scores_of_data_and_layers_that_are_named():
+def test_scores_with_data_and_selected_layers():
     torch.manual_seed(0)
     model, x = Everything().eval(), torch.randn(8, 3, 8, 8)
     report = rarefy.permute_(model, x, score="wanda", data=[x], layers=["joined", "flat"], seconds=1)
@@ -193,7 +193,7 @@ class Noisy(nn.Module):
         return self.b(torch.relu(self.a(x)) + torch.randn(16))
 
 
-def test_what_changes_outputs_is_put_back():
+def test_inexact_orders_are_undone():
     torch.manual_seed(0)
     model = spread_(Noisy())
     before = copy.deepcopy(model.state_dict())
@@ -203,7 +203,7 @@ def test_what_changes_outputs_is_put_back():
     assert "the model returns outputs that differ from those before by" in report.rows[0]["why"]
 
 
-def test_ctrl_c_puts_back(monkeypatch):
+def test_an_interrupt_undoes_the_order(monkeypatch):
     torch.manual_seed(0)
     model, calls = spread_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))), []
     before = copy.deepcopy(model.state_dict())
@@ -236,7 +236,7 @@ def test_ctrl_c_puts_back(monkeypatch):
         (lambda m: rarefy.quantize_(m, "int8"), {}, ModelError, "quantized already: permute first, then quantize"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_says_why_and_changes_nothing(change, options, error, says):
+def test_messages_for_wrong_arguments(change, options, error, says):
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     if change:
         change(model)
@@ -246,7 +246,7 @@ def test_what_cannot_be_says_why_and_changes_nothing(change, options, error, say
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_nothing_to_order_is_said_in_an_empty_table():
+def test_models_without_groups_give_an_empty_table():
     report = rarefy.permute_(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)), torch.randn(4, 8))
     assert report.rows == () and report.summary["groups"] == "0 of 0"
 
@@ -254,7 +254,7 @@ def test_nothing_to_order_is_said_in_an_empty_table():
 RECIPE = "stages:\n- permute: {pattern: '2:4', seconds: 1, ignore: deep}\n- prune: {pattern: '2:4', ignore: deep}"
 
 
-def test_recipes(tmp_path):
+def test_permutation_in_a_recipe(tmp_path):
     torch.manual_seed(0)
     model, x = spread_(Everything()), torch.randn(8, 3, 8, 8)
     alone = copy.deepcopy(model)
@@ -267,7 +267,7 @@ def test_recipes(tmp_path):
     torch.testing.assert_close(rarefy.load(tmp_path / "out", model=Everything()).eval()(x), model(x))
 
 
-def test_a_teacher_has_its_units_in_the_same_order():
+def test_a_teacher_is_permuted_too():
     torch.manual_seed(0)
     model, x = (
         spread_(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))),
@@ -291,12 +291,12 @@ def test_a_teacher_has_its_units_in_the_same_order():
         ),
     ],
 )
-def test_recipes_name_the_line(text, says):
+def test_recipe_errors_name_the_line(text, says):
     with pytest.raises(RecipeError, match=says):
         parser.from_yaml(f"stages:\n{text}", "r.yaml")
 
 
-def test_what_the_example_does_not_call_is_named():
+def test_layers_that_are_not_called_are_named():
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Losses against their formulas; a distiller against doing it by hand; what does not match is said."""
+"""Distillation losses against their formulas, a distiller against a manual loss, and error messages."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ def rows(n=12, c=5, seed=0):
     return torch.randn(n, c, generator=g), torch.randn(n, c, generator=g)
 
 
-def test_kl_is_its_formula_and_top_joins_the_rest():
+def test_kl_matches_its_formula_with_and_without_top():
     s, t = rows()
     p, q = (t / 2).softmax(-1), (s / 2).softmax(-1)
     want = 4 * (p * (p / q).log()).sum(-1).mean()
@@ -51,7 +51,7 @@ def test_kl_is_its_formula_and_top_joins_the_rest():
     assert losses.kl(s, t, 2.0, top=9) == losses.kl(s, t, 2.0)
 
 
-def test_hidden_losses_are_their_formulas():
+def test_hidden_losses_match_their_formulas():
     s, t = rows(c=8)
     torch.testing.assert_close(losses.squarehead(s, t), ((s - t) ** 2).mean() / (t**2).mean())
     torch.testing.assert_close(losses.cosine(s, t), 1 - (s * t).sum(1).div(s.norm(dim=1) * t.norm(dim=1)).mean())
@@ -64,7 +64,7 @@ def test_hidden_losses_are_their_formulas():
     torch.testing.assert_close(losses.dist(s, t), inter + intra)
 
 
-def test_relations_are_minilms():
+def test_relations_match_minilm():
     s, t = torch.randn(2, 4, 6), torch.randn(2, 4, 12)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     total = []
@@ -84,7 +84,7 @@ def test_relations_are_minilms():
         losses.relations(s, t, 5, mask)
 
 
-def test_a_distiller_adds_what_its_plan_says():
+def test_a_distiller_weights_its_losses():
     torch.manual_seed(0)
     student, teacher = Deep(2), Deep(4).train()
     x, y = torch.randn(7, 6), torch.randint(5, (7,))
@@ -120,7 +120,7 @@ def test_blocks_are_matched_evenly_or_at_the_end():
         assert [s for s, _ in pairs] == list(student.blocks)
 
 
-def test_a_projector_learns_where_widths_differ():
+def test_a_projector_is_trained_where_widths_differ():
     torch.manual_seed(0)
     student, teacher, x = Deep(2, width=4), Deep(2, width=8), torch.randn(9, 6)
     distiller = Distiller(student, teacher, Distill(task=0, logits=0, hidden="mse"), example=x)
@@ -134,7 +134,7 @@ def test_a_projector_learns_where_widths_differ():
     assert not any(torch.equal(a, b) for a, b in zip(before, distiller.parameters()))
 
 
-def test_padding_and_unlabelled_tokens_are_left_out():
+def test_padding_and_unlabelled_tokens_do_not_count():
     out = torch.randn(2, 3, 5)
     mask, labels = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([[-100, 1, 1], [2, 2, -100]])
     got = distill._rows(out, mask, labels)
@@ -143,7 +143,7 @@ def test_padding_and_unlabelled_tokens_are_left_out():
     assert torch.equal(distill._rows(image, None)[10], image[1, :, 0, 1])
 
 
-def test_answers_are_asked_for_once_in_any_order(tmp_path):
+def test_each_sample_runs_through_the_teacher_once(tmp_path):
     torch.manual_seed(0)
     student, teacher = Deep(2).eval(), Deep(2)
     asked = []
@@ -166,7 +166,7 @@ def test_answers_are_asked_for_once_in_any_order(tmp_path):
         distiller(student(xs[:4]), xs[:4])
 
 
-def test_what_is_learnt_from_the_teacher_comes_nearer():
+def test_distillation_moves_the_student_towards_the_teacher():
     torch.manual_seed(0)
     teacher = Net().eval()
     student = rarefy.fold_(copy.deepcopy(teacher))
@@ -219,7 +219,7 @@ def _lost(student, teacher, plan):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_does_not_match_is_said(case):
+def test_messages_for_models_that_do_not_match(case):
     make, error, message = BAD[case]
     with pytest.raises(error, match=message):
         make()

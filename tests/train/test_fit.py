@@ -1,4 +1,4 @@
-"""What a run of training keeps, and how it goes on: the same bits whenever it was killed."""
+"""Resuming training bit for bit, and the options of fit_."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def run(how, data, resume_dir=None):
 
 
 @pytest.mark.parametrize("how", RUNS)
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(how, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_bit_for_bit(how, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     want, told = run(how, lambda epoch: loader())
     for at in (2, 8, 13, 31):
@@ -113,7 +113,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(how, tmp_path, monkeypa
     assert torch.equal(once_more.out.weight, want.out.weight)
 
 
-def test_killed_and_gone_on(tmp_path):
+def test_a_killed_run_resumes(tmp_path):
     code = f"""
 import sys, time, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -146,7 +146,7 @@ torch.save([p.detach() for p in model.parameters()], sys.argv[1] + ".pt")
     assert all(torch.equal(a, b) for a, b in zip(want.parameters(), got))
 
 
-def test_a_state_of_another_run_is_not_taken(tmp_path, monkeypatch):
+def test_the_state_of_another_run_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     with pytest.raises(Stop):
         run("plain", Breaking(9), tmp_path / "w")
@@ -169,7 +169,7 @@ def test_a_state_of_another_run_is_not_taken(tmp_path, monkeypatch):
         run("plain", lambda e: loader(), tmp_path / "w")
 
 
-def test_gradients_of_several_batches_are_those_of_their_mean():
+def test_accumulated_gradients_match_one_large_batch():
     torch.manual_seed(0)
     x, y, loss = torch.randn(5, 4), torch.randint(3, (5,)), nn.CrossEntropyLoss()
     models = [nn.Linear(4, 3) for _ in range(2)]
@@ -185,14 +185,14 @@ def test_gradients_of_several_batches_are_those_of_their_mean():
     torch.testing.assert_close(models[0].weight, models[1].weight)
 
 
-def test_patience_ends_a_run_that_no_longer_gets_better():
+def test_patience_stops_a_run():
     scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
     report = fit_(Net(), image_batches(), epochs=5, validate=lambda m: next(scores), patience=2)
     assert len(report.rows) == 4 and report.summary["best_epoch"] == 2
     assert report.notes == ("stopped after 4 of 5 epochs: 2 without a better one",)
 
 
-def test_rows_go_to_files_and_boards(tmp_path):
+def test_rows_are_logged_to_files_and_tensorboard(tmp_path):
     file, board = tmp_path / "logs" / "run.jsonl", tmp_path / "board"
     report = fit_(Net(), image_batches(), epochs=2, log=[str(file), f"tensorboard:{board}"])
     assert [json.loads(l) for l in file.read_text().splitlines()] == [dict(r) for r in report.rows]
@@ -203,7 +203,7 @@ def test_rows_go_to_files_and_boards(tmp_path):
     assert found == [(r["epoch"], pytest.approx(r["loss"])) for r in report.rows]
 
 
-def test_rows_go_to_wandb(tmp_path, monkeypatch):
+def test_rows_are_logged_to_wandb(tmp_path, monkeypatch):
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
     fit_(Net(), image_batches(), epochs=2, log="wandb:toy")
@@ -214,7 +214,7 @@ def test_rows_go_to_wandb(tmp_path, monkeypatch):
     assert file.read_bytes().count(b"loss") >= 2
 
 
-def test_a_loss_that_is_no_number_leaves_the_best_weights():
+def test_a_loss_that_is_not_finite_restores_the_best_weights():
     model, states = Net(), []
 
     def loss(out, batch):
@@ -229,7 +229,7 @@ def test_a_loss_that_is_no_number_leaves_the_best_weights():
     assert torch.equal(model.fc.weight, states[0])
 
 
-def test_a_loss_that_is_no_number_says_where_the_state_before_is(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_names_the_saved_state(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     bad = iter([1.0] * 6 + [float("nan")])
     loss = lambda out, batch: nn.functional.cross_entropy(out, batch[1]) * next(bad)  # noqa: E731
@@ -254,20 +254,20 @@ def test_a_loss_that_is_no_number_says_where_the_state_before_is(tmp_path, monke
         ({"data": lambda epoch: []}, DataError, "the training data is empty in epoch 1"),
     ],
 )
-def test_settings_that_cannot_be(settings, error, message):
+def test_messages_for_wrong_settings(settings, error, message):
     data = settings.pop("data", image_batches())
     with pytest.raises(error, match=message):
         fit_(Net(), data, **settings)
 
 
-def test_weights_that_are_no_numbers_are_named_before_training():
+def test_weights_that_are_not_finite_are_refused():
     model = Net()
     model.fc.weight.data[0, 0] = float("nan")
     with pytest.raises(ModelError, match="fc.weight: NaN or inf in its weights, before training"):
         fit_(model, image_batches())
 
 
-def test_a_loader_that_does_not_know_its_length():
+def test_a_loader_without_a_length():
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(image_batches())
@@ -277,7 +277,7 @@ def test_a_loader_that_does_not_know_its_length():
     assert report.rows[-1]["sparsity"] == 0.5
 
 
-def test_what_comes_to_be_trained_on_the_way_is_trained():
+def test_parameters_added_during_training_are_trained():
     model, tables = Net(), []
 
     def share(m):
@@ -289,7 +289,7 @@ def test_what_comes_to_be_trained_on_the_way_is_trained():
     assert not torch.equal(tables[0], tables[1])
 
 
-def test_weights_stay_on_the_grids_that_were_noted(tmp_path):
+def test_recorded_grids_are_kept(tmp_path):
     model = Net()
     rarefy.share_(model, 3, layers="hidden")
     rarefy.quantize_(model, "int4", layers="conv")
@@ -302,14 +302,14 @@ def test_weights_stay_on_the_grids_that_were_noted(tmp_path):
     assert all(len(row.unique()) <= 16 for row in again.conv.weight.detach().unbind())
 
 
-def test_zeros_without_a_mask_are_said_to_be_lost():
+def test_lost_zeros_are_reported():
     model = Net()
     rarefy.prune_(model, sparsity=0.6, layers="hidden")
     report = fit_(rarefy.fold_(model), image_batches(), optimizer=ADAM)
     assert report.notes == ("zeros without a mask were filled in hidden: rarefy.adopt_(model) before keeps them",)
 
 
-def test_a_missing_library_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(RecipeError, match="log 'wandb:x' needs the package wandb: pip install wandb"):
         fit_(Net(), image_batches(), log="wandb:x")
@@ -323,6 +323,6 @@ def test_a_missing_library_is_named(monkeypatch):
         ({"autocast": "bf8"}, "unknown autocast 'bf8'.*did you mean 'bf16'"),
     ],
 )
-def test_steps_that_cannot_be(settings, message):
+def test_messages_for_wrong_steps(settings, message):
     with pytest.raises(RecipeError, match=message):
         Steps(**settings)

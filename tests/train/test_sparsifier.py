@@ -1,4 +1,4 @@
-"""Plans against slow, obvious versions of themselves; and the laws of masks, whatever trains."""
+"""Sparsity methods against slow references, and properties of masks during training."""
 
 import copy
 
@@ -61,7 +61,7 @@ def train(model, optimizer, sparsifier, batches, each=None):
 
 @pytest.mark.parametrize("pattern", SHAPES)
 @pytest.mark.parametrize("name", PLANS)
-def test_every_plan_ends_in_its_pattern_and_masked_weights_are_zero_all_the_way(name, pattern):
+def test_every_method_reaches_its_pattern_and_masked_weights_stay_zero(name, pattern):
     model, batches = mlp(), data_of()
     optimizer = OPTIMIZERS["adam"](model.parameters())
     plan = plan_of(name, pattern, SHAPES[pattern])
@@ -89,7 +89,7 @@ def test_every_plan_ends_in_its_pattern_and_masked_weights_are_zero_all_the_way(
 
 @pytest.mark.parametrize("maker", OPTIMIZERS)
 @pytest.mark.parametrize("how", ["plain", "clipped", "scaled", "accumulated", "averaged", "restored", "compiled"])
-def test_no_masked_weight_ever_becomes_anything(maker, how, tmp_path):
+def test_masked_weights_stay_zero_for_every_optimizer(maker, how, tmp_path):
     model, batches = Net(), image_batches() * 2
     rarefy.prune_(model, sparsity=0.6)
     kept = rarefy.masks(model)
@@ -129,7 +129,7 @@ def test_no_masked_weight_ever_becomes_anything(maker, how, tmp_path):
         assert not bool(layer.weight[~kept[layer.full_name]].any()) and bool(layer.weight.any())
 
 
-def test_an_average_made_before_gets_the_masks_of_after():
+def test_averaged_weights_get_the_masks():
     model, batches = mlp(), data_of(8)
     mean = torch.optim.swa_utils.AveragedModel(model)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -140,7 +140,7 @@ def test_an_average_made_before_gets_the_masks_of_after():
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_run_that_is_taken_up_again_ends_with_the_same_bits(name):
+def test_a_resumed_run_ends_with_the_same_bits(name):
     plan, ends = plan_of(name), []
     for cut in (None, 7, 13):
         torch.manual_seed(1)
@@ -161,7 +161,7 @@ def test_a_run_that_is_taken_up_again_ends_with_the_same_bits(name):
     assert all(torch.equal(a, b) for end in ends[1:] for a, b in zip(ends[0], end))
 
 
-def test_layers_end_where_their_selector_says():
+def test_layers_reach_their_own_final_sparsity():
     model = mlp()
     plan = Gradual(sparsity=0.9, ends={"3": 0.5}, layers=["1", "3"], steps=3, end=0.5)
     sparsifier = Sparsifier(model, plan, steps=4)
@@ -173,7 +173,7 @@ def test_layers_end_where_their_selector_says():
     assert sparsifier.sparsity == pytest.approx((0.9 * sizes["1"] + 0.5 * sizes["3"]) / sum(sizes.values()))
 
 
-def test_movement_sums_what_its_equation_says():
+def test_movement_scores_match_their_equation():
     torch.manual_seed(0)
     model, batches, want = mlp(), data_of(6), torch.zeros(16, 243)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -194,7 +194,7 @@ def test_movement_sums_what_its_equation_says():
     assert not bool(rarefy.masks(model)["1"].flatten()[order].any())
 
 
-def test_soft_movement_finds_more_zeros_with_a_greater_penalty():
+def test_soft_movement_prunes_more_with_a_larger_penalty():
     found = []
     for penalty in (0.5, 3.0):
         torch.manual_seed(0)
@@ -210,7 +210,7 @@ def test_soft_movement_finds_more_zeros_with_a_greater_penalty():
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "4x1", "2:4"])
-def test_rigl_drops_and_grows_as_a_slow_version_does(pattern):
+def test_rigl_matches_a_slow_reference(pattern):
     model, batches = mlp(), data_of(10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plan = Rigl(sparsity=SHAPES[pattern], pattern=pattern, layers="1", steps=2, end=1.0, drop=0.5)
@@ -263,7 +263,7 @@ def test_phases_alternate_and_the_last_is_sparse():
     assert seen == [0, 0.7, 0.7, 0, 0.7, 0.7, 0, 0.7, 0.7, 0.7]
 
 
-def test_admm_pulls_to_its_projection_and_cuts_there():
+def test_admm_converges_to_its_projection():
     model = mlp()
     start = all_layers(model)[0].original.detach().clone()
     sparsifier = Sparsifier(model, Admm(sparsity=0.5, layers="1", steps=1, start=0.0, end=0.5, pull=50.0), steps=100)
@@ -276,7 +276,7 @@ def test_admm_pulls_to_its_projection_and_cuts_there():
     assert torch.equal(rarefy.masks(model)["1"], want != 0)
 
 
-def test_admm_by_second_moments_keeps_what_the_optimizer_says_matters():
+def test_admm_weighs_by_second_moments():
     model, batches = mlp(), data_of(10)
     optimizer = OPTIMIZERS["adam"](model.parameters())
     sparsifier = Sparsifier(
@@ -304,7 +304,7 @@ def test_admm_by_second_moments_keeps_what_the_optimizer_says_matters():
     assert score.shape == (16, 243) and set(seen) == {"z/1", "u/1", "w", "v"}
 
 
-def test_tickets_go_back_to_their_early_weights():
+def test_rewind_restores_early_weights():
     model, batches = mlp(), data_of(12)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     plan = plan_of("rewind", rounds=2, to=0.5)
@@ -323,7 +323,7 @@ def test_tickets_go_back_to_their_early_weights():
     assert lr_progress(rates, 1 / 3) == 0.5 and lr_progress(rates, 1.0) == 1.0 and lr_progress(None, 0.3) == 0.3
 
 
-def test_the_inverse_fisher_is_that_of_the_matrix():
+def test_inverse_fisher_blocks_match_the_matrix():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
     data = [(torch.randn(5, 6), torch.randint(3, (5,))) for _ in range(4)]
@@ -345,7 +345,7 @@ def test_the_inverse_fisher_is_that_of_the_matrix():
     torch.testing.assert_close(fisher.saliency(model[0].weight.detach(), got).flatten(), want)
 
 
-def test_what_is_left_makes_up_for_what_went_as_least_squares_would():
+def test_compensation_matches_least_squares():
     torch.manual_seed(0)
     w, mask, A = torch.randn(3, 5), torch.rand(3, 5) > 0.4, torch.randn(2, 20, 8)
     F = A.transpose(1, 2) @ A / 20 + 0.01 * torch.eye(8)
@@ -375,7 +375,7 @@ def test_second_order_loses_less_than_magnitude():
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_all_of_training_under_autocast(name):
+def test_training_under_autocast(name):
     model, data = mlp(), [(torch.randn(6, 3, 9, 9), torch.randint(8, (6,))) for _ in range(8)]
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         rarefy.fit_(model, data, epochs=2, prune=plan_of(name), calibrate=data, seed=0)
@@ -414,12 +414,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_plans_say_what_would_do(case):
+def test_messages_for_wrong_configs(case):
     with pytest.raises((PatternError, DataError, ModelError), match=BAD[case][1]):
         BAD[case][0]()
 
 
-def test_a_fisher_matrix_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+def test_a_fisher_matrix_larger_than_memory_is_refused(monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 10)
     with pytest.raises(
         ModelError, match="in blocks of 50 takes 0.0 GB, more than half of this machine's 0.0: give a smaller"

@@ -1,4 +1,4 @@
-"""Schedules against their formulas, and a loop that keeps masks whatever it is given."""
+"""Sparsity schedules against their formulas, and the training loop."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_schedules(kind, at):
         (("exponential", 1.0, 3), "never reaches sparsity 1"),
     ],
 )
-def test_schedule_errors(args, message):
+def test_messages_for_wrong_schedules(args, message):
     with pytest.raises(PatternError, match=message):
         sparsities(*args)
 
@@ -66,7 +66,7 @@ def test_the_same_seed_gives_the_same_weights():
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
 @pytest.mark.parametrize("score", ["magnitude", "taylor", "activation"])
-def test_gradual_pruning_ends_where_it_should(pattern, score):
+def test_gradual_pruning_reaches_its_sparsity(pattern, score):
     model = nn.Sequential(nn.Flatten(), nn.Linear(243, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
     plan = Gradual(
         sparsity=None if pattern == "2:4" else 0.75, pattern=pattern, score=score, steps=4, end=0.6, layers=["3", "5"]
@@ -82,7 +82,7 @@ def test_gradual_pruning_ends_where_it_should(pattern, score):
         assert bool(((model[3].weight != 0).reshape(-1, 4).sum(1) <= 2).all())
 
 
-def test_regrowth_may_bring_weights_back():
+def test_regrowth_brings_weights_back():
     kept = {}
     for regrow in (False, True):
         torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_regrowth_may_bring_weights_back():
     assert kept == {False: False, True: True}
 
 
-def test_the_best_epoch_is_restored_and_only_final_ones_compete():
+def test_the_best_final_epoch_is_restored():
     model, scores, states = Net(), iter([0.9, 0.1, 0.5, 0.4]), []
 
     def validate(m):
@@ -110,7 +110,7 @@ def test_the_best_epoch_is_restored_and_only_final_ones_compete():
     assert low.summary["best_epoch"] == 1
 
 
-def test_modes_and_rates_come_back():
+def test_modes_and_learning_rates_are_restored():
     model = Net().eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fit_(model, image_batches(), optimizer=optimizer, lr_schedule="cosine", epochs=2)
@@ -158,13 +158,13 @@ def test_data_may_be_a_function_of_the_epoch():
         ),
     ],
 )
-def test_loop_errors(settings, error, message):
+def test_messages_for_wrong_arguments(settings, error, message):
     data = settings.pop("data", image_batches())
     with pytest.raises(error, match=message):
         fit_(Net(), data, **settings)
 
 
-def test_a_frozen_model_is_no_silent_success():
+def test_a_frozen_model_is_refused():
     with pytest.raises(ModelError, match="Net has no trainable parameters"):
         fit_(Net().requires_grad_(False), image_batches())
 
@@ -176,7 +176,7 @@ def test_optimizers_by_name():
         optimizer_of("adam", 0.1, momentum=0.9)
 
 
-def test_a_schedule_runs_through_generators_too():
+def test_schedules_work_with_generators():
     model, data = Net(), image_batches(6)
     seen = []
 
@@ -188,7 +188,7 @@ def test_a_schedule_runs_through_generators_too():
     assert len(set(seen)) >= 4 and seen == sorted(seen)
 
 
-def test_what_would_be_wrong_in_silence_is_refused():
+def test_silent_mistakes_are_refused():
     with pytest.raises(
         PatternError, match="score 'taylor' sees no gradient beneath a mask: regrow would have no effect"
     ):
@@ -199,6 +199,6 @@ def test_what_would_be_wrong_in_silence_is_refused():
         fit_(Net(), image_batches(), validate=lambda m: float("nan"))
 
 
-def test_sparsity_is_reported_as_it_is():
+def test_sparsity_is_reported():
     plan = Gradual(sparsity=0.9, first=0.5, start=0.9, end=0.9, steps=1)
     assert [r["sparsity"] for r in fit_(Net(), image_batches(4), epochs=2, prune=plan).rows] == [0.0, 0.9]
