@@ -120,7 +120,7 @@ def test_convolutions_are_factorized_by_tucker(whiten):
         rarefy.factorize_(everything, rank=99)
 
 
-def test_conv1d_and_transformer_layers(tmp_path):
+def test_conv1d_of_transformers_and_of_torch(tmp_path):
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)

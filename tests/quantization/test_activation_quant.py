@@ -226,7 +226,7 @@ def test_quantized_activations_hide_no_layer():
 
 
 class Block(nn.Module):
-    """A norm that feeds three layers, a Linear that feeds one past a ReLU, a norm that a residual reads too."""
+    """A norm that feeds three layers, a Linear that feeds one past a ReLU, and a norm whose output a residual reads too."""
 
     def __init__(self):
         super().__init__()

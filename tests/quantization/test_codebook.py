@@ -40,7 +40,7 @@ def cost(x, w, values):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_values_are_optimal(seed, count):
-    """Every way to cut seven sorted weights into runs, each of which may be the zeros."""
+    """Try every way to split seven sorted weights into runs, each of which may become the zeros."""
     rng = torch.Generator().manual_seed(seed)
     x = (torch.randn(7, generator=rng) + (seed % 3 - 1)).sort().values
     w = torch.rand(7, generator=rng) + 0.1
@@ -57,7 +57,7 @@ def test_values_are_optimal(seed, count):
 
 
 def test_large_weights_reach_the_lloyd_max_error():
-    """A Gaussian's best 16 values leave 0.009497 of its variance (Max 1960); one of ours has to be zero."""
+    """The best 16 values of a Gaussian leave 0.009497 of its variance (Max 1960); one of ours must be zero."""
     torch.manual_seed(0)
     x = torch.randn(400, 500)
     book = codebook(x, (1, 1), 4)
@@ -197,7 +197,7 @@ def test_damaged_compressed_shards_are_refused(tmp_path, change, says):
 
 
 def test_a_decompression_bomb_is_refused(tmp_path):
-    """A megabyte of LZMA that would become gigabytes, with an index that says so of a tensor of sixteen bytes."""
+    """A megabyte of LZMA expands to gigabytes, and the index says that of a tensor of sixteen bytes."""
     folder = tmp_path / "out"
     container.write(folder, [("w", encode(torch.eye(2), "dense"))], compress=True)
     shard = folder / "weights-00001.safetensors.xz"

@@ -175,7 +175,7 @@ def test_pruning_keeps_the_grid():
 
 
 def textbook_gptq(W, H, snap, keep):
-    """Round columns left to right; each rounding error is spread by the inverse of what is left of H."""
+    """Round columns left to right; spread each rounding error by the inverse of the remaining H."""
     W, out = W.clone(), torch.zeros_like(W)
     for j in range(W.shape[1]):
         inverse = torch.linalg.inv(H[j:, j:])
@@ -216,8 +216,8 @@ def test_gptq_matches_the_textbook(masked):
     assert torch.equal(mask[0], keep)
 
 
-class Told(Fixed):
-    """Keeps what it is shown when a group begins."""
+class Recorder(Fixed):
+    """Records what it gets when a group begins."""
 
     group = 4
 
@@ -238,7 +238,7 @@ def test_group_scales_see_propagated_errors():
     scale = W.abs().amax(1) / 3
     U, _ = solvers.inverse_factor(H[None], 0.0)
     all_ = torch.ones(1, 5, 16, dtype=torch.bool)
-    snaps = [Told(scale[None]) for _ in range(2)]
+    snaps = [Recorder(scale[None]) for _ in range(2)]
     for snap, edges in zip(snaps, ([0, 16], [0, 4, 8, 12, 16])):
         solvers.obs(W[None], U, lambda s, a, b: all_[..., a:b], edges, snap)
     assert sorted(snaps[0].seen) == [0, 4, 8, 12]

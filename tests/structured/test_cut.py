@@ -22,7 +22,7 @@ from rarefy.structured.structure_record import restore
 
 
 def grid(dims, masks):
-    """Which entries of a tensor with these dimensions stay, as a tensor of its shape."""
+    """Return which entries of a tensor with these dimensions stay, in its shape."""
     out = torch.ones((), dtype=torch.bool)
     for e in dims:
         out = out[..., None] & kept_mask(e, masks.get)
@@ -31,8 +31,9 @@ def grid(dims, masks):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_masks_follow_views_and_splits(seed):
-    """A dimension that is viewed, split, joined and permuted in any way: the grid of what stays, moved by torch, is the
-    grid that the algebra says, for masks on whatever axes are found at the end."""
+    """View, split, join and permute a dimension at random: the mask of kept entries, moved by torch, must be the one that
+    the algebra computes, for any masks on the axes found at the end.
+    """
     rng, algebra = random.Random(seed), Algebra()
     n = rng.choice([24, 36, 48, 60])
     dims, steps = [Axis(n)], []
@@ -384,7 +385,7 @@ def test_damaged_records_are_refused(change, message):
 
 
 def copies(first, last):
-    """A network whose units 3 to 5 say what units 0 to 2 say, weakly."""
+    """A network whose units 3 to 5 repeat units 0 to 2, weakly."""
     net = nn.Sequential(first, nn.ReLU(), last)
     with torch.no_grad():
         first.weight[3:] = first.weight[:3] * 0.5
@@ -551,7 +552,7 @@ def test_replaced_attention_matches_torch(how):
 
 @pytest.mark.parametrize("keep", [0.3, 0.55])
 def test_multihead_attention_is_cut_where_heads_do_not_divide(keep, tmp_path):
-    """5 heads of 16 with 80 features: 0.3 of each fits nowhere."""
+    """5 heads of 16 in 80 features: keeping 0.3 divides neither."""
     torch.manual_seed(0)
 
     def make():

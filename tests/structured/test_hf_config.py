@@ -28,7 +28,7 @@ def test_a_width_cut_after_a_depth_cut_loads(tmp_path):
 
 
 class Strict(nn.Module):
-    """What a class may say of its config: with an assert."""
+    """Rejects a config with an assert."""
 
     def __init__(self, config):
         super().__init__()

@@ -68,7 +68,7 @@ def test_the_geometric_median_uses_distances_of_rows():
 
 
 def test_taylor_is_the_gradient_of_a_gate():
-    """Units of a ReLU net without biases: what makes them and what reads them have the same sum of w g."""
+    """In a ReLU net without biases, the producer and the consumers of a unit have the same sum of w g."""
     net, batches = mlp(bias=False), data()
     want = torch.zeros(12, dtype=torch.float64)
     for x, y in batches:
@@ -148,7 +148,7 @@ def test_obs_errors_match_least_squares():
 
 
 def test_obs_removes_redundant_units():
-    """A unit that repeats another one goes, though its weights are large."""
+    """A unit that repeats another one is removed, though its weights are large."""
     net = mlp()
     with torch.no_grad():
         net[0].weight[3], net[0].bias[3] = net[0].weight[7] * 2, net[0].bias[7] * 2
@@ -385,7 +385,7 @@ def test_optimizers_whose_state_cannot_be_cut(kind):
 
 
 class Parts(nn.Module):
-    """Two parts of one dimension, of which the small one is soon a single unit."""
+    """Two parts of one dimension; the small one soon has a single unit."""
 
     def __init__(self):
         super().__init__()
@@ -485,7 +485,7 @@ def test_repair_and_constants_are_not_counted_twice():
 
 
 class Hardwired(nn.Module):
-    """A size in its code, as many classes have."""
+    """A hard-coded size, as in many classes."""
 
     def __init__(self):
         super().__init__()
@@ -521,7 +521,7 @@ def test_hard_coded_sizes_are_found_and_named():
 
 
 class Counts(nn.Module):
-    """Something that counts features, in a way that no rule knows of."""
+    """A count of features that no rule knows."""
 
     def __init__(self):
         super().__init__()
@@ -543,7 +543,7 @@ def test_groups_with_inexact_cuts_stay():
 
 
 def test_a_dimension_of_two_groups_is_cut_once():
-    """64 groups of 2 outputs each: half of the 128 channels go, not three quarters."""
+    """64 groups of 2 outputs each: half of the 128 channels are removed, not three quarters."""
     net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 128, 3, groups=64), nn.ReLU(), nn.Conv2d(128, 4, 1)).eval()
     rarefy.cut_(net, torch.randn(1, 3, 8, 8))
     assert net[0].out_channels == 32 and net[1].out_channels == 64 and net[3].in_channels == 64

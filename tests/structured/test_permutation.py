@@ -22,7 +22,7 @@ PATTERNS = [(2, 4), (1, 2), (1, 4), (3, 4), (4, 8)]
 
 
 def scores(rows, columns, seed=0):
-    """Scores whose columns are of very different sizes, the large ones side by side."""
+    """Scores whose columns differ much in size, the large ones side by side."""
     rng = torch.Generator().manual_seed(seed)
     return torch.rand(rows, columns, generator=rng) * torch.linspace(3, 0.1, columns).exp()
 
@@ -62,7 +62,7 @@ def test_small_matrices_are_solved_exactly(seed):
 
 
 def test_the_search_beats_nvidias_and_keeps_its_time():
-    """64 x 128 of normal weights: of what 2:4 keeps less than the best half would, NVIDIA's search gets 35 % back."""
+    """64 x 128 normal weights: NVIDIA's search recovers 35 % of what 2:4 loses against the best half."""
     W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).abs()
     best, before = float(W.flatten().topk(W.numel() // 2).values.sum()), kept_score(W, 2, 4)
     found = search(W, 2, 4, seconds=20)
@@ -73,7 +73,7 @@ def test_the_search_beats_nvidias_and_keeps_its_time():
 
 @pytest.mark.parametrize("width", [132, 1024, 1100])
 def test_wide_matrices_are_searched_in_subsets(width):
-    """Wider than a part, as wide as all are measured against all, and wider; stopped at once, and not."""
+    """Wider than a subset, as wide as the full search allows, and wider; with and without time."""
     S = torch.randn(24, width).abs() * torch.randn(width).exp()
     before, best = kept_score(S, 2, 4), float(S.topk(width // 2).values.sum())
     found = search(S, 2, 4, seconds=3.0)

@@ -55,7 +55,7 @@ def test_an_attention_module_alone_cannot_be_cut():
 
 
 class Labels(nn.Module):
-    """Returns classes only, and counts its features."""
+    """Returns only classes, and depends on the number of features."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +117,7 @@ def test_group_norms_lose_groups_or_channels(groups, channels):
 
 
 class Attends(nn.Module):
-    """Divides by the root of a size that it sees."""
+    """Divides by the square root of a size that it reads from a tensor."""
 
     def __init__(self):
         super().__init__()

@@ -18,7 +18,7 @@ from rarefy.train.distill import Distill, Distiller
 
 
 class Deep(nn.Module):
-    """Blocks of one width, an output of classes."""
+    """Blocks of one width, with class outputs."""
 
     def __init__(self, blocks=4, width=8, classes=5):
         super().__init__()

@@ -47,7 +47,7 @@ class Stop(Exception):
 
 
 class Breaking:
-    """Batches of a loader; the whole stops before the nth of all."""
+    """Batches of a loader that raises before its nth batch in all."""
 
     def __init__(self, at):
         self.at, self.seen = at, 0
