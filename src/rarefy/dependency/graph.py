@@ -64,6 +64,7 @@ class Graph:
     unknown   operators without a rule that met parameters: (operator, module), whose dimensions are locked
     sizes     by module name, dimensions that it names a size for, as in `view`
     costs     multiply-adds of products, convolutions and attention: a factor, and the dimensions that they run over
+    derived_weights  by module name, the dimensions of a weight that is computed in each call, as weight_norm does
     products  what products and convolutions return, what norms are given, in the order of the run: operator, dimensions
     """
 
@@ -75,6 +76,7 @@ class Graph:
     owners: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
     costs: list[tuple[int, list[Expr]]] = field(default_factory=list)
     products: list[tuple[str, list[Expr]]] = field(default_factory=list)
+    derived_weights: dict[str, list[Expr]] = field(default_factory=dict)
     _unit_indices: dict[tuple[str, int], dict[Axis, Tensor]] = field(default_factory=dict)
 
     def unit_indices(self, name: str, dim: int) -> dict[Axis, Tensor]:
@@ -112,6 +114,10 @@ def trace(model: nn.Module, example: Any) -> Graph:
     for t in tensors_in(output):
         for e in run.dims(t):
             lock(e, "the model returns it")
+    for parameter in model.parameters():
+        if id(parameter) not in run.used:  # such as wav2vec2's masked_spec_embed, which only training reads
+            for e in run.dims(parameter):
+                lock(e, "the example does not use it")
     return _graph(model, run)
 
 
@@ -132,6 +138,7 @@ def _graph(model: nn.Module, run: Trace) -> Graph:
             for axis in dict.fromkeys(leaves(e)):
                 role = "out" if (id(t), d) in run.output_dims else run.roles.get((id(t), d), "out")
                 found.setdefault(axis, []).append(Member(name, d, role))
+    convolution_parameters = _convolution_parameters(model, owners)
     params = {n for n in dims if isinstance(getattr(*owners[n][0]), nn.Parameter)}
     groups, taken = [], dict[tuple[str, str], int]()
     for axis, members in found.items():
@@ -140,20 +147,34 @@ def _graph(model: nn.Module, run: Trace) -> Graph:
         makers = [m for m in members if m.role == "out" and m.name in params]
         reason = axis.lock or (None if makers else "no parameter makes it")
         head = (makers or members)[0]
-        name, kind = f"{head.name}:{head.dim}", _kind(axis, members, owners)
+        name, kind = f"{head.name}:{head.dim}", _kind(axis, members, convolution_parameters)
         nth = taken[name, kind] = taken.get((name, kind), 0) + 1
         name = f"{name} ({nth})" if nth > 1 else name  # a dimension of several parts
         groups.append(Group(name, kind, axis, tuple(members), reason, tuple(sorted(axis.notes))))
     return Graph(
-        dims, tuple(groups), tuple(run.unknown), run.sizes, tuple(run.algebra.equal), owners, run.costs, run.products
+        dims,
+        tuple(groups),
+        tuple(run.unknown),
+        run.sizes,
+        tuple(run.algebra.equal),
+        owners,
+        run.costs,
+        run.products,
+        run.derived_weights,
     )
 
 
-def _kind(axis: Axis, members: list[Member], owners: Mapping[str, list[tuple[nn.Module, str]]]) -> str:
+def _kind(axis: Axis, members: list[Member], convolution_parameters: set[str]) -> str:
     if axis.kind in ("head", "query_head", "head_dim", "group"):
         return axis.kind
-    convolves = any(isinstance(owners[m.name][0][0], nn.modules.conv._ConvNd) for m in members)
-    return "channel" if convolves else "neuron"
+    return "channel" if any(m.name in convolution_parameters for m in members) else "neuron"
+
+
+def _convolution_parameters(model: nn.Module, owners: Mapping[str, list[tuple[nn.Module, str]]]) -> set[str]:
+    """Return the names of parameters of convolutions, those beneath a parametrization included."""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    holders = {id(part) for m in convolutions for part in (m, *getattr(m, "parametrizations", {}).values())}
+    return {name for name, slots in owners.items() if id(slots[0][0]) in holders}
 
 
 def groups(model: nn.Module, example: Any) -> Report:

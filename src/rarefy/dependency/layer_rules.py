@@ -29,6 +29,8 @@ def matmul(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
             set_kind(e, kind)
         for axis in leaves(da[-1]):
             axis.scores = True
+    if b.dim() == 2 and b not in t.source:  # x W^T, where W is computed in each call
+        t.derived_weights.setdefault(t.stack[-1], [db[1], db[0]])
     t.set_dims(out, dims)
     t.costs.append((1, [*dims, da[-1]]))
     t.products.append((func.overloadpacket.__name__, dims))
@@ -67,8 +69,10 @@ def convolution(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> Non
             made_ = outputs
         if size(each) > 1:
             set_kind(G, "group")
-    if w in t.source:  # else it is made of others
+    if w in t.source:
         t.roles[t.source[w], 0 if turned else 1] = "in"
+    else:
+        t.derived_weights.setdefault(t.stack[-1], W)
     kernel = math.prod(w.shape[2:])
     ends = [fixed(n) for n in (x if turned else out).shape[2:]]
     t.costs.append((kernel, [dims[0], dims[1], W[1], *ends] if turned else [dims[0], made_, inputs, *ends]))
@@ -77,6 +81,26 @@ def convolution(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> Non
     dims = [dims[0], made_, *(fixed(n) for n in out.shape[2:])]
     t.products.append((func.overloadpacket.__name__, dims))
     t.set_dims(out, dims)
+
+
+def weight_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """w = g v / ||v||, the norm over all dimensions but one (Salimans and Kingma 2016, eq. 2).
+
+    A slice of the normalized dimensions cannot go, because the norm would change. A slice of the other dimension can:
+    its own norm goes with it. g makes its units; v is said to read them, because zeroing v would divide 0 by 0.
+    """
+    v, g, dim = args[0], args[1], arg(func, args, kwargs, "dim", 0)
+    dims = t.dims(v)
+    for d, e in enumerate(dims):
+        if d == dim:
+            t.unify(e, t.dims(g)[d])
+            if v in t.source:
+                t.roles[t.source[v], d] = "in"
+        else:
+            lock(e, f"weight normalization divides by the norm over it in {t.module_name}")
+    w, norm = out
+    t.set_dims(w, list(dims))
+    t.set_dims(norm, list(t.dims(g)))
 
 
 def batch_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:

@@ -36,6 +36,7 @@ OPERATORS: dict[Any, str] = {
         linalg_vector_norm norm""",
     layers.matmul: "mm bmm addmm baddbmm mv addmv dot addmm_ baddbmm_",
     layers.convolution: "convolution _convolution convolution_overrideable",
+    layers.weight_norm: "_weight_norm_interface",
     layers.batch_norm: """native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit
         _native_batch_norm_legit_functional cudnn_batch_norm""",
     layers.layer_norm: "native_layer_norm rms_norm _fused_rms_norm",

@@ -263,7 +263,7 @@ def reduction(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.products.append((name, list(t.dims(x))))
     for d in gone if x.dim() else ():
         e = t.dims(x)[d]
-        if name in ("sum", "linalg_vector_norm", "norm"):
+        if name == "sum" or (name in ("linalg_vector_norm", "norm") and x not in t.source):
             continue
         if name in ("mean", "var", "var_mean", "std") and x not in t.source:
             note(e, f"{name} over it in {t.module_name}")

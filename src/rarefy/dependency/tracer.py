@@ -34,6 +34,8 @@ class Trace(TorchDispatchMode):
         self.sizes: dict[str, list[Expr]] = {}
         self.costs: list[tuple[int, list[Expr]]] = []
         self.products: list[tuple[str, list[Expr]]] = []
+        self.derived_weights: dict[str, list[Expr]] = {}
+        self.used: set[int] = set()  # ids of parameters and buffers that an operator has read
         self.stack = [""]
         self.param_dims: dict[int, list[Expr]] = {}
         for _, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -78,6 +80,7 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.used |= {self.source[x] for x in tensors_in([list(args), kwargs]) if x in self.source}
         name = func.overloadpacket.__name__ if func.namespace == "aten" else str(func)
         self.algebra.where = f"{name} in {self.module_name}"
         rule = self.rules.get(name)

@@ -70,8 +70,15 @@ class _Sizes:
 
     def after(self, module: nn.Module, parameter: str, dim: int) -> int | None:
         """Return the size of a parameter's dimension after the cut; None for one that the graph does not have."""
+        dims = self.dims(module, parameter)
+        return None if dims is None else self.kept(dims[dim])
+
+    def dims(self, module: nn.Module, parameter: str) -> list[Expr] | None:
+        """Return the dimensions of a parameter, or of a weight that is computed in each call."""
         name = self.names.get((id(module), parameter))
-        return None if name is None else self.kept(self.graph.dims[name][dim])
+        if name is None and parameter == "weight":
+            return self.graph.derived_weights.get(self.prefixes[id(module)])
+        return None if name is None else self.graph.dims[name]
 
     def kept(self, expr: Expr) -> int:
         """Return the size of a dimension after the cut."""
@@ -116,7 +123,9 @@ def _update_other(prefix: str, module: nn.Module, attribute: str, value: Any, si
 
 def _update_convolution(module: Any, sizes: _Sizes) -> None:
     """Set groups and channels of a convolution."""
-    dims = sizes.graph.dims[sizes.names[id(module), "weight"]]
+    dims = sizes.dims(module, "weight")
+    if dims is None:  # the example does not call it
+        return
     outer, inner = Algebra().factor(dims[0], module.groups)
     groups, a, b = (sizes.kept(e) for e in (outer, inner, dims[1]))
     sizes.set(module, "groups", groups)
