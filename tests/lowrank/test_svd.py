@@ -137,7 +137,7 @@ def test_skipped_layers_have_a_reason():
     net = Net()
     report = rarefy.factorize_(net, keep=0.5)
     why = {r["layer"]: r["why"] for r in report.rows}
-    assert why["deep"] == "a convolution in 8 groups" and why["up"] == "no factors of ConvTranspose2d"
+    assert why["deep"] == "a convolution with 8 groups" and why["up"] == "ConvTranspose2d cannot be factorized"
     assert why["hidden"] == "" and why["conv"] == ""
     assert isinstance(net.hidden, LowRank) and isinstance(net.deep, nn.Conv2d)
     shared = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
@@ -145,7 +145,7 @@ def test_skipped_layers_have_a_reason():
     assert {r["layer"]: r["why"] for r in rarefy.factorize_(shared, keep=0.5).rows}["0"] == "its weight is shared"
     attention = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     rows = {r["layer"]: r["why"] for r in rarefy.factorize_(attention, keep=0.5).rows}
-    assert rows["0.in_proj_weight"] == "no factors of in_proj_weight"
+    assert rows["0.in_proj_weight"] == "in_proj_weight cannot be factorized"
     assert rows["0.out_proj"] == "MultiheadAttention reads its weight itself"
 
 
@@ -182,7 +182,7 @@ def test_factors_are_saved_and_loaded(tmp_path):
     over = copy.deepcopy(net)
     assert torch.equal(rarefy.load(tmp_path / "out", over)(x), net(x))  # into a model that has them already
     rarefy.save(Net(), tmp_path / "plain")
-    with pytest.raises(ContainerError, match="holds no factors; conv of this model is made of some"):
+    with pytest.raises(ContainerError, match="holds no factors, but conv of this model is factorized"):
         rarefy.load(tmp_path / "plain", copy.deepcopy(net))
 
 

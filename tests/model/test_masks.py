@@ -231,7 +231,7 @@ def test_adopt_takes_only_the_layers_it_is_told():
 def test_a_foreign_parametrization_is_refused_before_anything_changes():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     nn.utils.parametrizations.spectral_norm(model[1])
-    with pytest.raises(ModelError, match="1: its weight has a parametrization already"):
+    with pytest.raises(ModelError, match="1: its weight already has another parametrization"):
         rarefy.prune_(model, sparsity=0.5, layers="1")
 
 

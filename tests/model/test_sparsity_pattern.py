@@ -142,7 +142,7 @@ def test_infinite_scores_go_first_and_last(pattern):
         ("1:99", {}, "such as 4:8"),
         ("1x1", {}, "a block RxC has 2 to 4096 entries"),
         ("unstructred", {}, "unknown pattern 'unstructred'.*did you mean 'unstructured'"),
-        ("2:4", {"sparsity": 0.3}, "2:4 makes sparsity 0.5, asked for 0.3"),
+        ("2:4", {"sparsity": 0.3}, "2:4 implies sparsity 0.5, got 0.3"),
         ("2:4", {"scope": "global"}, "scope 'global' has no effect"),
         ("unstructured", {}, "needs a sparsity between 0 and 1"),
         ("unstructured", {"sparsity": 1.5}, "fraction of zeros between 0 and 1, got 1.5"),

@@ -502,7 +502,7 @@ def test_a_table_of_latencies_times_each_shape_once():
     }  # fmt: skip
     assert {r["batch"] for r in report.rows if r["format"] == "convolution"} == {1, 3}
     assert all(0 < r["low"] <= r["seconds"] <= r["high"] for r in report.rows)
-    with pytest.raises(RarefyError, match="sparsity is a fraction"):
+    with pytest.raises(RarefyError, match="expected sparsity between 0 and 1"):
         latency_table(model, sparsities=(50,))
 
 

@@ -202,7 +202,7 @@ def _why_skipped(layer: Layer, model: nn.Module, ask: Ask) -> str | None:
     if any(layer.name.startswith(f"{n}.") for n in factor_records(model)):
         return "it is a factor itself"
     if layer.param != "weight" or (reason := why_not_factorizable(module, ask.beside)) is not None:
-        return f"no factors of {layer.param}" if layer.param != "weight" else reason
+        return f"{layer.param} cannot be factorized" if layer.param != "weight" else reason
     if len(layer.owners) > 1 or layer.tied_to:
         return "its weight is shared"
     if not ask.beside and (get_activation_quant(module) is not None or not is_plain(module)):

@@ -1,8 +1,8 @@
-"""Inputs of layers in few bits: rounded before the layer sees them, by a scale that is known (static) or found in each
-call (dynamic), and gradients go straight through.
+"""Quantized activations: the inputs of a layer are rounded to 8 bits before the layer sees them.
 
-What a layer's inputs lie on is plain data beside the module, `rarefy_input`, with a hook that rounds them; it is copied
-and pickled with the module, and `save` writes it down.
+The scale is either static (fixed by calibration) or dynamic (computed in each call). Gradients pass straight through
+the rounding. How a module's inputs are rounded is kept as plain data in its attribute `rarefy_input`, with a forward
+pre-hook that applies it. Both are copied with the module, and `save` stores the data.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from rarefy.model.layout import is_hf_conv1d
 from rarefy.model.quant_grid import StraightThrough
 
 NOTE = "rarefy_input"
-MIN_SCALE = 1e-36  # a step below this is none: one over it would be infinite
+MIN_SCALE = 1e-36  # below it, 1 / scale would be infinite
 
 
 @dataclass(frozen=True)
 class ActivationQuant:
-    """How inputs are rounded.
+    """How the inputs of a layer are rounded.
 
-    scale   of static ones, with `zero` the code of zero in 0..2^bits - 1; None: dynamic, symmetric, a scale for each
-            row of a Linear's inputs, for each image of a convolution's
+    bits   bits of a code
+    scale  static: one scale for all inputs, where `zero` is the code of 0 in 0..2^bits - 1; None: dynamic and
+           symmetric, a scale for each row of a Linear's inputs or for each image of a convolution's inputs
 
     >>> ActivationQuant(8, 0.5, 0)(torch.tensor([0.2, 1.4, -3.0])).tolist()
     [0.0, 1.5, 0.0]
@@ -40,43 +41,43 @@ class ActivationQuant:
     scale: float | None = None
     zero: int = 0
 
-    def __call__(self, x: Tensor, last: int = 1) -> Tensor:
-        """Return x rounded; dynamic ones share a scale over so many `last` dimensions."""
-        high = (1 << (self.bits - 1)) - 1
+    def __call__(self, x: Tensor, num_dims: int = 1) -> Tensor:
+        """Return x rounded. A dynamic scale is shared over the last `num_dims` dimensions."""
+        max_code = (1 << (self.bits - 1)) - 1
         with torch.no_grad():
             if self.scale is None:
-                over = tuple(range(x.dim() - min(last, x.dim()), x.dim()))
-                step = x.detach().float().abs().amax(over, keepdim=True) / high
-                step = torch.where(step > MIN_SCALE, step, 1.0)
-                value = (x.detach().float() * (1 / step)).round_().clamp_(-high, high) * step
-                inside = None
+                dims = tuple(range(x.dim() - min(num_dims, x.dim()), x.dim()))
+                scale = x.detach().float().abs().amax(dims, keepdim=True) / max_code
+                scale = torch.where(scale > MIN_SCALE, scale, 1.0)
+                value = (x.detach().float() * (1 / scale)).round_().clamp_(-max_code, max_code) * scale
+                in_range = None
             else:
                 code = (x.detach().float() / self.scale).round_() + self.zero
-                inside = (code >= 0) & (code <= 2 * high + 1)
-                value = (code.clamp_(0, 2 * high + 1) - self.zero) * self.scale
+                in_range = (code >= 0) & (code <= 2 * max_code + 1)
+                value = (code.clamp_(0, 2 * max_code + 1) - self.zero) * self.scale
             value = value.to(x.dtype)
         if not (x.requires_grad and torch.is_grad_enabled()):
             return value
-        through = x if inside is None else torch.where(inside, x, x.detach())
-        return StraightThrough.apply(through, value)  # type: ignore[return-value]
+        passing = x if in_range is None else torch.where(in_range, x, x.detach())
+        return StraightThrough.apply(passing, value)  # type: ignore[return-value]
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Round what a module is called with."""
+        """Round the first argument of a module's call."""
         kernel: Any = getattr(module, "kernel_size", None)
-        last = 1 if kernel is None else len(kernel) + 1  # an image with its channels, in a batch or alone
+        num_dims = 1 if kernel is None else len(kernel) + 1  # an image with its channels, batched or not
         if args:
-            return (self(args[0], last), *args[1:]), kwargs
-        first = next(iter(kwargs))
-        return args, {**kwargs, first: self(kwargs[first], last)}
+            return (self(args[0], num_dims), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: self(kwargs[name], num_dims)}
 
 
 def get_activation_quant(module: nn.Module) -> ActivationQuant | None:
-    """Return how a module's inputs are rounded, or None."""
+    """Return how a module's inputs are rounded, or None if they are not."""
     return module.__dict__.get(NOTE)
 
 
 def set_activation_quant_(module: nn.Module, inputs: ActivationQuant | None) -> None:
-    """Round a module's inputs so from here on, or no more."""
+    """Round a module's inputs from now on; None stops rounding them."""
     for key in [k for k, h in module._forward_pre_hooks.items() if is_quant_hook(h)]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -87,7 +88,7 @@ def set_activation_quant_(module: nn.Module, inputs: ActivationQuant | None) -> 
 
 
 def is_quant_hook(hook: Any) -> bool:
-    """Whether a hook is one that rounds."""
+    """Return whether a forward pre-hook is one that rounds inputs."""
     return isinstance(getattr(hook, "__self__", None), ActivationQuant)
 
 
@@ -115,25 +116,34 @@ def _is_dynamic(module: nn.Module) -> bool:
 
 
 def activation_quants(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return {module: how its inputs are rounded} as plain data."""
-    return {n: asdict(found) for n, m in model.named_modules() if (found := get_activation_quant(m)) is not None}
+    """Return {module name: how its inputs are rounded} as plain data."""
+    return {n: asdict(quant) for n, m in model.named_modules() if (quant := get_activation_quant(m)) is not None}
 
 
-def restore_activation_quants_(model: nn.Module, told: Any, path: Any) -> None:
-    """Round inputs as a file says; ContainerError for what does not fit."""
-    if not isinstance(told, Mapping):
-        raise ContainerError(f"{path}: what it says of inputs must be an object, got {type(told).__name__}")
+def restore_activation_quants_(model: nn.Module, saved: Any, path: Any) -> None:
+    """Round inputs as a saved file says. Raises ContainerError if the data does not fit the model."""
+    if not isinstance(saved, Mapping):
+        raise ContainerError(f"{path}: expected an object that describes rounded inputs, got {type(saved).__name__}")
     modules = dict(model.named_modules())
-    for name, how in told.items():
-        sound = isinstance(how, Mapping) and set(how) == {"bits", "scale", "zero"} and type(how["bits"]) is int
-        sound = sound and how["bits"] == 8 and type(how["zero"]) is int and 0 <= how["zero"] < 1 << how["bits"]
-        sound = sound and ((how["scale"] is None and how["zero"] == 0) or _is_scale(how["scale"]))
-        if not sound or not has_quantizable_input(modules.get(name)):
-            raise ContainerError(f"{path}: inputs of {str(name)[:80]!r} cannot be rounded as it says, {str(how)[:80]}")
-    for name in {*activation_quants(model)} - {*told}:
+    for name, options in saved.items():
+        valid = (
+            isinstance(options, Mapping) and set(options) == {"bits", "scale", "zero"} and type(options["bits"]) is int
+        )
+        valid = (
+            valid
+            and options["bits"] == 8
+            and type(options["zero"]) is int
+            and 0 <= options["zero"] < 1 << options["bits"]
+        )
+        valid = valid and ((options["scale"] is None and options["zero"] == 0) or _is_scale(options["scale"]))
+        if not valid or not has_quantizable_input(modules.get(name)):
+            raise ContainerError(
+                f"{path}: inputs of {str(name)[:80]!r} cannot be rounded as described: {str(options)[:80]}"
+            )
+    for name in {*activation_quants(model)} - {*saved}:
         set_activation_quant_(modules[name], None)
-    for name, how in told.items():
-        set_activation_quant_(modules[name], ActivationQuant(**how))
+    for name, options in saved.items():
+        set_activation_quant_(modules[name], ActivationQuant(**options))
 
 
 def _is_scale(value: Any) -> bool:
@@ -141,5 +151,5 @@ def _is_scale(value: Any) -> bool:
 
 
 def has_quantizable_input(module: Any) -> bool:
-    """Whether a module is one whose first argument its weight multiplies."""
+    """Return whether a module multiplies its first argument by its weight."""
     return isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or is_hf_conv1d(module)

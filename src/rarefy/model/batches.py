@@ -1,4 +1,4 @@
-"""Batches of any kind: what tensors they hold, how many samples, and parts of them."""
+"""Batches of any kind (tensor, tuple, list, dict): their tensors, their sizes, and parts of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 
 def count_tokens(batch: Any) -> int:
-    """Return how many tokens (or samples) a batch holds, padding left out: its weight in every average."""
+    """Return the number of tokens (or samples) of a batch without padding. It is the batch's weight in every
+    average.
+    """
     if hasattr(batch, "keys"):
         mask = batch.get("attention_mask")
         if mask is not None:
@@ -33,13 +35,13 @@ def count_tokens(batch: Any) -> int:
 
 
 def count_samples(batch: Any) -> int:
-    """Return how many of what `order` runs a batch holds: samples, or 1 where its tensors do not say."""
-    one = tensors_in(first_samples(batch))
-    return len(tensors_in(batch)[0]) if one and one[0].dim() and len(one[0]) == 1 else 1
+    """Return the number of samples of a batch, or 1 if its tensors do not agree on one."""
+    first = tensors_in(first_samples(batch))
+    return len(tensors_in(batch)[0]) if first and first[0].dim() and len(first[0]) == 1 else 1
 
 
 def first_samples(batch: Any, n: int = 1) -> Any:
-    """Return the first samples of a batch whose tensors agree on their first dimension, else the batch."""
+    """Return the first n samples of a batch, or the whole batch if its tensors differ in their first dimension."""
     if isinstance(batch, Tensor):
         return batch[:n] if batch.dim() else batch
     tensors = list(batch.values()) if hasattr(batch, "keys") else list(batch) if isinstance(batch, tuple | list) else []
@@ -51,42 +53,47 @@ def first_samples(batch: Any, n: int = 1) -> Any:
     return tuple(t[:n] for t in batch)
 
 
-def take_tokens(data: Iterable[Any], tokens: int, each: int | None = None) -> list[Any]:
-    """Return the first batches that hold `tokens` tokens (or samples, where these are no text) together, the last one
-    cut to whole samples, and each one to about `each` tokens.
+def take_tokens(data: Iterable[Any], tokens: int, max_tokens: int | None = None) -> list[Any]:
+    """Return the first batches, which together hold about `tokens` tokens (or samples, if they are not text).
+
+    The last batch is shortened to whole samples, and every batch to at most about `max_tokens`.
 
     >>> import torch
     >>> [len(b) for b in take_tokens([torch.ones(8, 3), torch.ones(8, 3), torch.ones(8, 3)], 10)]
     [8, 2]
     """
-    few, left = list[Any](), tokens
+    parts, missing = list[Any](), tokens
     for batch in data:
-        if left <= 0:
+        if missing <= 0:
             break
-        long = max(1.0, count_tokens(batch) / count_samples(batch))
-        n = math.ceil(left / long) if each is None else min(math.ceil(left / long), int(each / long))
+        tokens_per_sample = max(1.0, count_tokens(batch) / count_samples(batch))
+        n = (
+            math.ceil(missing / tokens_per_sample)
+            if max_tokens is None
+            else min(math.ceil(missing / tokens_per_sample), int(max_tokens / tokens_per_sample))
+        )
         part = first_samples(batch, max(1, n))
-        few.append(part)
-        left -= count_tokens(part)
-    return few
+        parts.append(part)
+        missing -= count_tokens(part)
+    return parts
 
 
-def split_batch(batch: Any, most: int) -> list[Any]:
-    """Return a batch in at most `most` parts of whole samples, as equal as they come.
+def split_batch(batch: Any, max_parts: int) -> list[Any]:
+    """Split a batch into at most `max_parts` parts of whole samples, of nearly equal size.
 
     >>> import torch
     >>> [len(p) for p in split_batch(torch.ones(5, 2), 3)]
     [2, 2, 1]
     """
     count = count_samples(batch)
-    size = math.ceil(count / max(1, min(most, count)))
+    size = math.ceil(count / max(1, min(max_parts, count)))
     return [batch] if size >= count else [slice_batch(batch, i, i + size) for i in range(0, count, size)]
 
 
-def slice_batch(batch: Any, low: int, high: int) -> Any:
-    """Return the samples from `low` to `high` of a batch."""
+def slice_batch(batch: Any, start: int, end: int) -> Any:
+    """Return the samples from `start` to `end` of a batch."""
     if isinstance(batch, Tensor):
-        return batch[low:high]
+        return batch[start:end]
     if hasattr(batch, "keys"):
-        return {k: batch[k][low:high] for k in batch}
-    return tuple(t[low:high] for t in batch)
+        return {k: batch[k][start:end] for k in batch}
+    return tuple(t[start:end] for t in batch)

@@ -1,6 +1,7 @@
-"""Several processes that work on one model (torchrun): each sees its share of the batches, sums are everyone's.
+"""Several processes that work on one model (torchrun): data are divided, sums are reduced over all processes.
 
-Nothing here starts a group: where torch.distributed has none, there is one process, and all of this does nothing.
+Nothing here starts a process group. Without torch.distributed there is one process, and these functions do nothing.
+The last four functions handle tensors that FSDP2 spreads over the processes (DTensor).
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ _replicated = [0]  # how many times it was said that every process sees all batc
 
 
 def world_size() -> int:
-    """Return how many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _backend_device() -> torch.device:
-    """Where a tensor of the group's backend lies that belongs to no model."""
+    """Return the device on which the group's backend communicates."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 @contextmanager
 def replicated_data() -> Iterator[None]:
-    """Let every process see all batches, for what must be the same everywhere and adds up over no processes."""
+    """Within this context every process sees all batches, and nothing is summed over processes."""
     _replicated[0] += 1
     try:
         yield
@@ -45,42 +46,44 @@ def replicated_data() -> Iterator[None]:
 
 
 def num_data_shards() -> int:
-    """Return among how many processes batches are shared out."""
+    """Return the number of processes that batches are divided among."""
     return 1 if _replicated[0] else world_size()
 
 
 def local_batches(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Yield (number, batch) of this process's share; batches are cut where there are fewer than processes."""
-    many = num_data_shards()
-    if many == 1:
+    """Yield (index, batch) for this process's share. Batches are split if there are fewer than processes."""
+    processes = num_data_shards()
+    if processes == 1:
         yield from enumerate(data)
         return
     batches = list(data)
-    while len(batches) < many and any(count_samples(b) > 1 for b in batches):
+    while len(batches) < processes and any(count_samples(b) > 1 for b in batches):
         batches = [part for b in batches for part in split_batch(b, 2)]
     for index, batch in enumerate(batches):
-        if index % many == rank():
+        if index % processes == rank():
             yield index, batch
 
 
 def local_samples(batch: Any) -> tuple[Any, float]:
-    """Return this process's samples of a training batch, and what their mean counts in the mean of all; the whole batch
-    where it has fewer samples than there are processes."""
-    many, count = world_size(), count_samples(batch)
-    if many == 1 or count < many:
+    """Return this process's samples of a training batch, and the weight of their mean in the mean over all.
+
+    A batch with fewer samples than processes is not divided.
+    """
+    processes, samples = world_size(), count_samples(batch)
+    if processes == 1 or samples < processes:
         return batch, 1.0
-    low, high = rank() * count // many, (rank() + 1) * count // many
-    part = slice_batch(batch, low, high)
-    return part, count_tokens(part) * many / max(1, count_tokens(batch))
+    start, end = rank() * samples // processes, (rank() + 1) * samples // processes
+    part = slice_batch(batch, start, end)
+    return part, count_tokens(part) * processes / max(1, count_tokens(batch))
 
 
 def all_reduce_tensor(tensor: Tensor | None, shape: tuple[int, ...] = ()) -> Tensor | None:
-    """Return the sum over processes; None where none has one, zeros where this one has none."""
+    """Return the sum over processes: None if no process has a tensor, zeros from one that has none."""
     if num_data_shards() == 1:
         return tensor
-    have = torch.tensor([0 if tensor is None else 1], device=_backend_device())
-    dist.all_reduce(have)
-    if not int(have):
+    count = torch.tensor([0 if tensor is None else 1], device=_backend_device())
+    dist.all_reduce(count)
+    if not int(count):
         return None
     total = torch.zeros(shape, device=_backend_device()) if tensor is None else tensor.contiguous()
     dist.all_reduce(total)
@@ -97,22 +100,22 @@ def all_reduce_number(value: float) -> float:
 
 
 def broadcast_json(value: Any, source: int) -> Any:
-    """Return plain data as process `source` has it (by JSON: nothing is unpickled)."""
+    """Return the plain data of process `source` on every process. Sent as JSON, so that nothing is unpickled."""
     if world_size() == 1:
         return value
     text = json.dumps(value).encode() if rank() == source else b""
-    long = torch.tensor([len(text)], device=_backend_device())
-    dist.broadcast(long, source)
-    raw = torch.zeros(int(long), dtype=torch.uint8)
+    length = torch.tensor([len(text)], device=_backend_device())
+    dist.broadcast(length, source)
+    data = torch.zeros(int(length), dtype=torch.uint8)
     if text:
-        raw = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    raw = raw.to(_backend_device())
-    dist.broadcast(raw, source)
-    return json.loads(bytes(raw.tolist()))
+        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    data = data.to(_backend_device())
+    dist.broadcast(data, source)
+    return json.loads(bytes(data.tolist()))
 
 
 def broadcast_tensor(tensor: Tensor, source: int) -> Tensor:
-    """Return a tensor as process `source` has it; the others give one of its shape and type."""
+    """Return the tensor of process `source` on every process; the others pass one of the same shape and dtype."""
     if world_size() > 1:
         tensor = tensor.contiguous()
         dist.broadcast(tensor, source)
@@ -125,7 +128,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def full_tensor(tensor: Any) -> Tensor:
-    """Return all of a tensor, on every process; itself where it is not spread.
+    """Return the whole tensor on every process; a tensor that is not sharded is returned as it is.
 
     >>> full_tensor(torch.ones(2)).tolist()
     [1.0, 1.0]
@@ -134,7 +137,7 @@ def full_tensor(tensor: Any) -> Tensor:
 
 
 def shard_like(full: Tensor, tensor: Any) -> Tensor:
-    """Return a tensor that is whole on every process as `tensor` is spread."""
+    """Shard a tensor, which every process holds in full, as `tensor` is sharded."""
     if not is_sharded(tensor):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -143,7 +146,7 @@ def shard_like(full: Tensor, tensor: Any) -> Tensor:
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Return the mean over processes of what each has, as DDP and FSDP take gradients; itself where there is one."""
+    """Return the mean over processes, as DDP and FSDP average gradients."""
     group = torch.distributed
     if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
         return tensor

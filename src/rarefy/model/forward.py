@@ -1,4 +1,4 @@
-"""TODO."""
+"""Calling a model: with any batch, on its device, in evaluation mode, with hooks or gradients for a while."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from rarefy.model.layers import unwrap
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Return the model's output for one batch: a dict as keywords, (inputs, target) as inputs, else as it is.
+    """Return the model's output for one batch.
 
-    Raises DataError, with what the batch holds and what the model takes, where the model cannot be called with it.
+    A dict is passed as keyword arguments, of a tuple (inputs, target) the inputs, anything else as it is. Raises
+    DataError if the model cannot be called with the batch; the message says what the batch holds and what the model
+    takes.
     """
     try:
         if hasattr(batch, "keys"):
@@ -49,7 +51,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def describe_batch(batch: Any) -> str:
-    """Return in words what a batch holds.
+    """Return a short text that says what a batch holds.
 
     >>> describe_batch((torch.zeros(8, 3), torch.zeros(8).long()))
     'float32 8x3 and int64 8'
@@ -65,7 +67,7 @@ def describe_batch(batch: Any) -> str:
 
 
 def check_batches(data: Any, what: str = "data") -> None:
-    """Raise DataError for what is no iterable of batches but looks like one: a path, one tensor, a Dataset."""
+    """Raise DataError if `data` is not an iterable of batches but a path, one tensor, a Dataset or the like."""
     if isinstance(data, str | bytes | Path):
         raise DataError(
             f"{what} is an iterable of batches, got the text {str(data)[:60]!r}: name files and built-in data in a "
@@ -82,7 +84,7 @@ def check_batches(data: Any, what: str = "data") -> None:
 
 
 def on_device(model: nn.Module, batch: Any) -> Any:
-    """Return the batch on the device of the model's parameters, and fp32 inputs as bf16 or fp16 if those are."""
+    """Return the batch on the model's device. fp32 inputs are cast to bf16 or fp16 if the weights are."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if isinstance(batch, Tensor):
         half = batch.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
@@ -100,7 +102,7 @@ def _move(value: Any, device: torch.device) -> Any:
 
 @contextmanager
 def temporary_hooks(handles: Sequence[Any]) -> Iterator[None]:
-    """Run with hooks that these are the handles of; they are removed afterwards."""
+    """Remove the hooks with these handles at the end of the context."""
     try:
         yield
     finally:
@@ -110,15 +112,17 @@ def temporary_hooks(handles: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with the model in evaluation mode and without key-value caches, which only cost memory here and would make a
-    block that is run again see its own past; each module's own mode comes back afterwards."""
+    """Put the model into evaluation mode without key-value caches; restore each module's mode afterwards.
+
+    A cache would only cost memory here, and a block that is run again would read its own earlier keys.
+    """
     modes = [(m, m.training) for m in model.modules()]
     configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     caching = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}.values()
     try:
         model.eval()
         for config in caching:
-            with suppress(AttributeError, TypeError):  # one that cannot be changed
+            with suppress(AttributeError, TypeError):  # an immutable config
                 config.use_cache = False
         yield
     finally:
@@ -131,7 +135,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Run with gradients for these parameters; those that were frozen are so again afterwards."""
+    """Enable gradients for these parameters; frozen ones are frozen again afterwards."""
     frozen = [p for p in parameters if not p.requires_grad]
     for p in frozen:
         p.requires_grad_(True)

@@ -1,7 +1,7 @@
-"""Hugging Face models, by their own folder layout. transformers is imported only inside these functions.
+"""Hugging Face models in folders. transformers is imported only inside these functions.
 
-A model class is never looked up by a name read from a file: the Auto classes below map a known config to a class, and
-the file's word only has to agree with it. Remote code is never trusted.
+A class is never looked up by a name that a file contains. An Auto class of transformers maps the config to a model
+class, whose name must then agree with the file. Remote code is never run.
 """
 
 from __future__ import annotations
@@ -68,10 +68,14 @@ def is_model(model: nn.Module) -> bool:
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Return whether a model predicts the next token, so that its text is its own target: no masked language model,
-    no encoder with a decoder."""
-    ask = getattr(model, "can_generate", None)
-    return is_model(model) and callable(ask) and bool(ask()) and not getattr(model.config, "is_encoder_decoder", False)
+    """Return whether a model predicts the next token: no masked language model, no encoder-decoder."""
+    can_generate = getattr(model, "can_generate", None)
+    return (
+        is_model(model)
+        and callable(can_generate)
+        and bool(can_generate())
+        and not getattr(model.config, "is_encoder_decoder", False)
+    )
 
 
 @contextmanager
@@ -164,9 +168,9 @@ def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
     dtype = dtypes.get(str(saved.get("dtype")))
     if dtype is None:
         raise ModelError(f"the saved dtype {saved.get('dtype')!r} is none of {', '.join(dtypes)}")
-    kept = {k: v for k, v in _without(values, CODE_KEYS).items() if k not in STAMPS}
+    options = {k: v for k, v in _without(values, CODE_KEYS).items() if k not in STAMPS}
     try:
-        config = transformers.AutoConfig.for_model(values["model_type"], **kept)
+        config = transformers.AutoConfig.for_model(values["model_type"], **options)
         auto = _auto_class(config, str(saved.get("class")))
         with without_weights() if empty else nullcontext():
             return auto.from_config(config, dtype=dtype).eval()

@@ -1,10 +1,10 @@
-"""Which modules and parameters a selector means.
+"""Which weights of a model can be pruned, and which of them a selector matches.
 
-A selector is a word, or a list of words of which any may hold:
+A selector is a string or a list of strings; a layer is selected if any of them matches:
 
-    model.layers.*          a glob over module names (a star crosses dots); with or without `.weight` at the end
+    model.layers.*          a glob over module names (* also matches dots), with or without `.weight` at the end
     re:.*\\.(q|k)_proj       a regular expression that must match the whole name
-    Linear                  a class name, base classes included
+    Linear                  a class name; base classes match too
     size>=100_000           the number of entries of the weight (>=, <=, >, <, ==)
 """
 
@@ -38,7 +38,15 @@ _COMPARE = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operat
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One prunable tensor and every place that owns it (tied weights are one tensor with several owners)."""
+    """A prunable tensor with all modules that own it (a tied weight is one tensor with several owners).
+
+    name             name of the first owner's module
+    param            attribute of the owner: "weight", "in_proj_weight"
+    owners           (module name, module, attribute) of each owner
+    layout           how the weight is read as matrices
+    is_output_head   whether the tensor produces the model's output
+    tied_to          name of a parameter that holds the same tensor but cannot be pruned; "" if there is none
+    """
 
     name: str  # of the first owner's module
     param: str  # attribute of the owner: "weight", "in_proj_weight"
@@ -53,7 +61,7 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight (masked where a mask is attached), as stored."""
+        """The effective weight in its stored shape: masked if a mask is attached."""
         return getattr(self.module, self.param)
 
     @property
@@ -63,13 +71,16 @@ class Layer:
 
     @property
     def full_name(self) -> str:
-        """`name.param`, short for the usual `weight`."""
+        """`name.param`, or just `name` for the usual `weight`."""
         return self.name if self.param == "weight" else _join(self.name, self.param)
 
 
 def parameter_layer(module: nn.Module, param: str, name: str = "") -> Layer:
-    """Return any parameter of a module as something that can be masked: a layer's weight as the layer that it is, a
-    bias or a norm as a row of numbers. Raises ModelError where there is none of that name."""
+    """Return any parameter of a module as a Layer that can be masked.
+
+    A layer's weight keeps its layout; a bias or a norm's weight is read as one row. Raises ModelError if the module has
+    no such parameter.
+    """
     if not isinstance(module, nn.Module):
         raise ModelError(f"a module is a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(param, str):
@@ -79,12 +90,12 @@ def parameter_layer(module: nn.Module, param: str, name: str = "") -> Layer:
         known = list(dict(module.named_parameters(recurse=False)))
         raise ModelError(unknown("parameter", param, known, type(module).__name__))
     n = weight.numel()
-    plan = layout(module, param) or Layout("parameter", (n,), (0,), (1, 1, 1, n))
-    return Layer(name, param, ((name, module, param),), plan)
+    weight_layout = layout(module, param) or Layout("parameter", (n,), (0,), (1, 1, 1, n))
+    return Layer(name, param, ((name, module, param),), weight_layout)
 
 
 def original(module: nn.Module, param: str) -> Any:
-    """Return the parameter that an optimizer holds for `module.param`, beneath a mask or a foreign one."""
+    """Return the parameter that an optimizer holds for `module.param`, beneath a mask of ours or of torch's."""
     if parametrize.is_parametrized(module, param):
         return getattr(getattr(module.parametrizations, param), "original", None)  # type: ignore[union-attr]
     pruned = module._parameters.get(f"{param}_orig")  # as torch.nn.utils.prune leaves it
@@ -92,14 +103,14 @@ def original(module: nn.Module, param: str) -> Any:
 
 
 def all_layers(model: nn.Module) -> list[Layer]:
-    """Return every prunable tensor of `model` in module order, tied weights once. O(modules).
+    """Return every prunable tensor of a model in module order, tied weights once. O(modules).
 
     >>> [l.name for l in all_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))]
     ['0', '2']
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"a model is a torch.nn.Module, got {type(model).__name__}")
-    found: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    owners_of: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in _modules(model):
         for param in prunable(module):
             weight = original(module, param)
@@ -109,48 +120,50 @@ def all_layers(model: nn.Module) -> list[Layer]:
                 )
             if not isinstance(weight, nn.Parameter):
                 continue  # made from others at each call (weight norm): there is no weight to mask
-            found.setdefault(id(original(module, param)), []).append((name, module, param))
+            owners_of.setdefault(id(original(module, param)), []).append((name, module, param))
     heads = _output_head_ids(unwrap(model))
-    slots = {(id(m), p) for owners in found.values() for _, m, p in owners}
-    others = {
+    slots = {(id(m), p) for owners in owners_of.values() for _, m, p in owners}
+    other_names = {
         id(p): _join(n, k)
         for n, m in _modules(model)
         for k, p in m._parameters.items()
         if (id(m), k.removesuffix("_orig")) not in slots
     }
     layers = []
-    for key, owners in found.items():
-        plan = layout(owners[0][1], owners[0][2])
-        assert plan is not None
-        head = key in heads or (len(owners) > 1 and any(isinstance(m, nn.Embedding) for _, m, _ in owners))
-        layers.append(Layer(owners[0][0], owners[0][2], tuple(owners), plan, head, others.get(key, "")))
+    for key, owners in owners_of.items():
+        weight_layout = layout(owners[0][1], owners[0][2])
+        assert weight_layout is not None
+        is_head = key in heads or (len(owners) > 1 and any(isinstance(m, nn.Embedding) for _, m, _ in owners))
+        layers.append(
+            Layer(owners[0][0], owners[0][2], tuple(owners), weight_layout, is_head, other_names.get(key, ""))
+        )
     return layers
 
 
 def select_layers(model: nn.Module, layers: Selector = None, ignore: Selector = None) -> list[Layer]:
-    """Return the layers that `layers` means, less those that `ignore` means.
+    """Return the layers that `layers` matches, without those that `ignore` matches. O(modules x selectors).
 
-    Without `layers`: every prunable weight but embeddings and the output head, which are left alone until named.
-    Raises SelectorError where a word matches nothing (naming the nearest names), ModelError where nothing is left.
-    O(modules x words).
+    Without `layers`: every prunable weight except embeddings and the output head, which are pruned only if named.
+    Raises SelectorError if a selector matches nothing (the message lists similar names), ModelError if no layer
+    remains.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> [l.name for l in select_layers(net, ignore="2")]
     ['0']
     """
-    known = all_layers(model)
-    if not known:
+    all_of_model = all_layers(model)
+    if not all_of_model:
         raise ModelError(f"{type(model).__name__} has no layer that can be pruned (Linear, Conv, Embedding, attention)")
     if layers is None:
-        chosen = [l for l in known if not l.is_output_head and l.layout.kind != "embedding"]
+        chosen = [l for l in all_of_model if not l.is_output_head and l.layout.kind != "embedding"]
     else:
-        chosen = _match_all(known, layers, "layers")
-    dropped = set(map(id, _match_all(known, ignore, "ignore"))) if ignore else set()
-    left = [l for l in chosen if id(l) not in dropped]
-    if not left:
-        seen = ", ".join(l.full_name for l in known[:6])
-        raise ModelError(f"no layer is left to work on: layers={layers!r}, ignore={ignore!r}; the model has {seen}")
-    return left
+        chosen = _match_all(all_of_model, layers, "layers")
+    ignored = set(map(id, _match_all(all_of_model, ignore, "ignore"))) if ignore else set()
+    selected = [l for l in chosen if id(l) not in ignored]
+    if not selected:
+        names = ", ".join(l.full_name for l in all_of_model[:6])
+        raise ModelError(f"no layer is left to work on: layers={layers!r}, ignore={ignore!r}; the model has {names}")
+    return selected
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -159,62 +172,62 @@ def unwrap(model: nn.Module) -> nn.Module:
     return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
-def matches_selector(word: str, layer: Layer) -> bool:
-    """Return whether one selector word means this layer. Raises SelectorError for a bad expression."""
-    size = _SIZE.match(word)
+def matches_selector(selector: str, layer: Layer) -> bool:
+    """Return whether one selector matches this layer. Raises SelectorError for an invalid one."""
+    size = _SIZE.match(selector)
     if size:
         return _COMPARE[size[1]](layer.original.numel(), int(size[2].replace("_", "")))
-    if re.match(r"size\s*[<>=~!]", word):
-        raise SelectorError(f"selector {word!r}: a size reads like 'size>=100_000' (one of {', '.join(_COMPARE)})")
+    if re.match(r"size\s*[<>=~!]", selector):
+        raise SelectorError(f"selector {selector!r}: a size reads like 'size>=100_000' (one of {', '.join(_COMPARE)})")
     names = [n for owner, _, param in layer.owners for n in (owner, _join(owner, param))]
-    if word.startswith("re:"):
+    if selector.startswith("re:"):
         try:
-            expression = re.compile(word[3:])
+            expression = re.compile(selector[3:])
         except re.error as error:
-            raise SelectorError(f"selector {word!r} is no regular expression: {error}") from None
+            raise SelectorError(f"selector {selector!r} is no regular expression: {error}") from None
         return any(expression.fullmatch(n) for n in names)
-    if any(fnmatchcase(n, word) for n in names):
+    if any(fnmatchcase(n, selector) for n in names):
         return True
-    return any(c.__name__ == word for _, m, _ in layer.owners for c in _classes(m))
+    return any(c.__name__ == selector for _, m, _ in layer.owners for c in _classes(m))
 
 
-def _match_all(known: list[Layer], words: Selector, what: str) -> list[Layer]:
-    hit: set[int] = set()
-    if not isinstance(words, str | list | tuple):
-        raise SelectorError(f"{what}: a selector is a word or a list of words, got {words!r}")
-    for word in [words] if isinstance(words, str) else words:
-        if not isinstance(word, str):
-            raise SelectorError(f"{what}: a selector is a string, got {word!r}")
-        found = [l for l in known if matches_selector(word, l)]
-        if not found:
+def _match_all(known: list[Layer], selectors: Selector, argument: str) -> list[Layer]:
+    matched: set[int] = set()
+    if not isinstance(selectors, str | list | tuple):
+        raise SelectorError(f"{argument}: a selector is a word or a list of words, got {selectors!r}")
+    for selector in [selectors] if isinstance(selectors, str) else selectors:
+        if not isinstance(selector, str):
+            raise SelectorError(f"{argument}: a selector is a string, got {selector!r}")
+        hits = [l for l in known if matches_selector(selector, l)]
+        if not hits:
             names = [l.full_name for l in known]
             classes = sorted({_classes(l.module)[0].__name__ for l in known})
-            near = nearest(word, names + classes, many=3) or names[:3]
+            similar = nearest(selector, names + classes, many=3) or names[:3]
             raise SelectorError(
-                f"{what}: {word!r} matches no layer; nearest: {', '.join(near)} (classes: {', '.join(classes)})"
+                f"{argument}: {selector!r} matches no layer; nearest: {', '.join(similar)} (classes: {', '.join(classes)})"
             )
-        hit.update(map(id, found))
-    return [l for l in known if id(l) in hit]
+        matched.update(map(id, hits))
+    return [l for l in known if id(l) in matched]
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Named modules without the insides of parametrizations."""
+    """Yield the named modules, without those inside parametrizations."""
     for name, module in model.named_modules():
         if "parametrizations" not in name.split("."):
             yield name, module
 
 
 def _classes(module: nn.Module) -> list[type]:
-    """The module's class and bases, less the class that a parametrization puts in front."""
+    """Return the module's class and its bases, without the class that a parametrization adds."""
     skip = 1 if parametrize.is_parametrized(module) else 0
     return [c for c in type(module).__mro__[skip:] if c not in (nn.Module, object)]
 
 
 def _output_head_ids(model: nn.Module) -> set[int]:
-    """Ids of the parameters that make the output: what the model itself names, else the last Linear of a known name."""
+    """Return the ids of the weights that produce the output: as the model says, or the last Linear by its name."""
     ids: set[int] = set()
-    ask = getattr(model, "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
+    get_embeddings = getattr(model, "get_output_embeddings", None)
+    head = get_embeddings() if callable(get_embeddings) else None
     if isinstance(head, nn.Module):
         ids.update(id(original(head, p)) for p in prunable(head))
     for name, child in model.named_children():

@@ -1,11 +1,11 @@
-"""How the weight of each layer type is read as matrices: one place, so that nothing else asks what a layer is.
+"""How the weight of each layer type is read as matrices. No other file asks what type a layer has.
 
-Every prunable tensor is seen as four dimensions
+Every prunable tensor is viewed in four dimensions
 
     [G, K, O, I]    G groups, K kernel positions, O outputs and I inputs of a group
 
-so that a pattern, a score or a statistic is written once for Linear, Conv1d/2d/3d with groups, transposed
-convolutions, Embedding, the Conv1D of Hugging Face (stored [in, out]) and the projections of MultiheadAttention.
+so that patterns, scores and statistics are written once for Linear, Conv1d/2d/3d with groups, transposed convolutions,
+Embedding, the Conv1D of Hugging Face (stored as [in, out]) and the projections of MultiheadAttention.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where groups, kernel positions, outputs and inputs lie in a stored weight.
+    """Where groups, kernel positions, outputs and inputs are in a stored weight.
 
-    `split` is the stored shape with groups made explicit, `order` permutes it to [G, *kernel, O, I].
+    kind     linear, embedding, conv, conv-transposed, conv1d-hf, attention, experts or parameter
+    split    stored shape with the groups as a dimension of their own
+    order    permutation from `split` to [G, *kernel, O, I]
+    shape    (G, K, O, I)
+    in_axis  stored dimension that holds the inputs
     """
 
     kind: str
@@ -36,7 +40,7 @@ class Layout:
     in_axis: int = -1
 
     def view(self, weight: Tensor) -> Tensor:
-        """Return `weight` (as stored) as [G, K, O, I]. O(1) for Linear, a copy at most for kernels.
+        """Return a stored weight as [G, K, O, I]. O(1) for Linear, at most a copy for kernels.
 
         >>> layout(nn.Conv2d(4, 6, 3, groups=2), "weight").view(nn.Conv2d(4, 6, 3, groups=2).weight).shape
         torch.Size([2, 9, 3, 2])
@@ -51,7 +55,7 @@ class Layout:
 
 
 def layout(module: nn.Module, param: str) -> Layout | None:
-    """Return how `module.param` is read as matrices, or None where it is not a prunable weight. O(1).
+    """Return how `module.param` is read as matrices, or None if it is not a prunable weight. O(1).
 
     >>> layout(nn.Linear(3, 5), "weight").shape
     (1, 1, 5, 3)
@@ -109,7 +113,7 @@ def _attention(module: nn.MultiheadAttention, param: str) -> Layout | None:
     if getattr(module, param, None) is None:
         return None
     e = module.embed_dim
-    if param == "in_proj_weight":  # queries, keys and values have each their own inputs: three groups
+    if param == "in_proj_weight":  # queries, keys and values read different inputs: three groups
         rows, e = module.in_proj_weight.shape[0] // 3, module.in_proj_weight.shape[1]
         return Layout("attention", (3, rows, e), (0, 1, 2), (3, 1, rows, e))
     width = {"q_proj_weight": e, "k_proj_weight": module.kdim, "v_proj_weight": module.vdim}.get(param)
@@ -118,7 +122,7 @@ def _attention(module: nn.MultiheadAttention, param: str) -> Layout | None:
 
 def is_hf_conv1d(module: Any) -> bool:
     """Return whether a module is the Conv1D of transformers, a Linear layer stored [in, out]."""
-    # by name, so that transformers is never imported for it
+    # by name, so that transformers need not be imported
     named = any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
     weight = getattr(module, "weight", None)
     return named and isinstance(weight, Tensor) and weight.dim() == 2

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The loss of a batch: the model's own, a criterion, or any callable."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def resolve_loss(loss: Any) -> Loss:
-    """Return the loss function that is meant: None is `default_loss`, a criterion such as nn.CrossEntropyLoss() gets
-    (logits, target), any other callable gets (output, batch)."""
+    """Return a function (output, batch) -> loss.
+
+    None is `default_loss`. A criterion such as nn.CrossEntropyLoss() is called with (logits, target), any other
+    callable with (output, batch).
+    """
     if loss is None:
         return default_loss
     if isinstance(loss, nn.Module):
@@ -36,7 +39,7 @@ def _target(batch: Any) -> Any:
 
 
 def has_loss(output: Any, batch: Any) -> bool:
-    """Return whether `default_loss` finds one: the model's own, or that of (inputs, classes) batches."""
+    """Return whether `default_loss` applies: the output has a loss, or the batch is (inputs, classes)."""
     target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
     classes = isinstance(target, Tensor) and not target.is_floating_point()
     return isinstance(getattr(output, "loss", None), Tensor) or (
@@ -45,10 +48,10 @@ def has_loss(output: Any, batch: Any) -> bool:
 
 
 def default_loss(output: Any, batch: Any) -> Tensor:
-    """Return the loss that a model gives by itself (`output.loss`), or cross entropy for (inputs, classes) batches."""
-    own = getattr(output, "loss", None)
-    if isinstance(own, Tensor):
-        return own
+    """Return the model's own loss (`output.loss`), or the cross entropy of an (inputs, classes) batch."""
+    model_loss = getattr(output, "loss", None)
+    if isinstance(model_loss, Tensor):
+        return model_loss
     if has_loss(output, batch):
         logits, target = getattr(output, "logits", output), batch[1]
         if target.numel() and logits.dim() > 1 and int(target.max()) >= logits.shape[1]:
@@ -61,7 +64,7 @@ def default_loss(output: Any, batch: Any) -> Tensor:
 
 
 def check_finite(loss: Tensor, index: int) -> Tensor:
-    """Return the loss of a calibration batch; ModelError where it is NaN or inf."""
+    """Return the loss of a calibration batch; raise ModelError if it is NaN or infinite."""
     if not torch.isfinite(loss).all():
         raise ModelError(
             f"the loss of calibration batch {index} is {float(loss.detach())}: "

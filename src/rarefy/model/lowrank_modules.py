@@ -1,10 +1,10 @@
-"""Layers as products of thinner ones, and thin ones beside a layer: ordinary modules that stand where it stood.
+"""Low-rank factors as ordinary modules in the place of a layer.
 
-    LowRank     down, up (of convolutions with a kernel: down, core, up) in the place of a Linear or a convolution
-    Corrected   base + up(down(x)): a layer that was pruned or quantized, and what of it was lost
+    LowRank     down and up (for a convolution with a kernel: down, core, up) replace a Linear or a convolution
+    Corrected   base + up(down(x)): a pruned or quantized layer plus a low-rank correction of its error
 
-Inside are plain Linear and Conv layers, which are pruned, quantized, trained and accelerated as all others are. What
-was done is noted in `model.rarefy_factors`, by which `load` builds the same modules; their weights are in the file.
+The factors are plain Linear and Conv layers, which are pruned, quantized, trained and accelerated like all others. What
+was replaced is recorded in `model.rarefy_factors`, from which `load` builds the same modules before it reads weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS = ("lowrank", "corrected")
 
 
 class LowRank(nn.Module):
-    """A product of layers in the place of one.
+    """A product of two or three layers in the place of one.
 
     >>> layer = LowRank.empty(nn.Linear(8, 6), [2])
     >>> layer(torch.ones(3, 8)).shape, [tuple(p.shape) for p in layer.parameters()]
@@ -39,13 +39,13 @@ class LowRank(nn.Module):
 
     @classmethod
     def empty(cls, module: nn.Module, ranks: Sequence[int]) -> LowRank:
-        """Return the factors of a layer, with weights to be filled in and its own bias."""
+        """Return the factors of a layer, with its bias and with weights that are still to be set."""
         down, *core, up = _factor_modules(module, ranks)
-        made = cls(down, up, *core).requires_grad_(module.weight.requires_grad)  # type: ignore[union-attr, arg-type]
+        factors = cls(down, up, *core).requires_grad_(module.weight.requires_grad)  # type: ignore[union-attr, arg-type]
         bias = getattr(module, "bias", None)
         if bias is not None:
-            made.up.bias = bias  # type: ignore[assignment]
-        return made.train(module.training)
+            factors.up.bias = bias  # type: ignore[assignment]
+        return factors.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
@@ -53,7 +53,7 @@ class LowRank(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The product as one weight, made at each call: for modules that look at their layers' weights."""
+        """The product as one weight, computed at each access, for modules that read their layers' weights."""
         if hasattr(self, "core"):
             a, b = self.up.weight.flatten(1), self.down.weight.flatten(1)  # type: ignore[union-attr, operator]
             return torch.einsum("or,rs...,si->oi...", a, self.core.weight, b)
@@ -66,7 +66,7 @@ class LowRank(nn.Module):
 
 
 class Corrected(nn.Module):
-    """A layer plus a product of two thin ones."""
+    """A layer plus a low-rank correction: base(x) + up(down(x))."""
 
     def __init__(self, base: nn.Module, down: nn.Linear, up: nn.Linear):
         super().__init__()
@@ -74,7 +74,7 @@ class Corrected(nn.Module):
 
     @classmethod
     def empty(cls, module: nn.Module, rank: int) -> Corrected:
-        """Return a layer with thin ones beside it, whose weights are to be filled in."""
+        """Return a layer with a correction whose weights are still to be set."""
         down, up = _factor_modules(module, [rank])
         trains: Any = module.weight.requires_grad
         down, up = down.requires_grad_(trains), up.requires_grad_(trains)
@@ -89,7 +89,7 @@ class Corrected(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The sum as one weight, made at each call."""
+        """The sum as one weight, computed at each access."""
         product = self.up.weight @ self.down.weight
         base: Any = self.base.weight
         return base + (product.t() if is_hf_conv1d(self.base) else product)
@@ -99,25 +99,25 @@ class Corrected(nn.Module):
         return self.base.bias
 
 
-def why_not_factorizable(module: nn.Module, beside: bool = False) -> str | None:
-    """Return why a layer cannot be factors, or have some beside it; None where it can."""
+def why_not_factorizable(module: nn.Module, correction: bool = False) -> str | None:
+    """Return why a layer cannot be factorized, or corrected, or None if it can."""
     if isinstance(module, nn.Linear) or is_hf_conv1d(module):
         return None
-    if beside or not isinstance(module, nn.Conv1d | nn.Conv2d):
-        return f"no factors of {type(module).__name__}"
+    if correction or not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return f"{type(module).__name__} cannot be factorized"
     if module.groups > 1:
-        return f"a convolution in {module.groups} groups"
-    return None if module.padding_mode == "zeros" else f"padding of {module.padding_mode}"
+        return f"a convolution with {module.groups} groups"
+    return None if module.padding_mode == "zeros" else f"padding mode {module.padding_mode}"
 
 
 def max_ranks(module: nn.Module) -> tuple[int, ...]:
-    """Return the ranks of a layer that has lost nothing: one, of convolutions with a kernel inputs and outputs."""
+    """Return the ranks at which a layer loses nothing: one, or (inputs, outputs) for a convolution with a kernel."""
     O, I, K = weight_sizes(module)
     return (min(O, I),) if K == 1 else (I, min(O, I * K))
 
 
 def weight_sizes(module: Any) -> tuple[int, int, int]:
-    """Return outputs, inputs and kernel positions of a layer."""
+    """Return the outputs, inputs and kernel positions of a layer."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features, 1
     if is_hf_conv1d(module):
@@ -126,53 +126,55 @@ def weight_sizes(module: Any) -> tuple[int, int, int]:
 
 
 def num_factor_weights(module: nn.Module, ranks: Sequence[int]) -> int:
-    """Return the weights of a layer's factors."""
+    """Return the number of weights of a layer's factors."""
     O, I, K = weight_sizes(module)
     if len(ranks) == 1:
         return ranks[0] * (O + I * K)
     return I * ranks[0] + ranks[0] * ranks[1] * K + ranks[1] * O
 
 
-def replace_with_factors_(model: nn.Module, name: str, made: nn.Module, ranks: Sequence[int]) -> None:
-    """Put factors in the place of a layer, and note it."""
+def replace_with_factors_(model: nn.Module, name: str, factors: nn.Module, ranks: Sequence[int]) -> None:
+    """Replace a layer by its factors, and record it."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, made)
-    told = {"kind": "corrected" if isinstance(made, Corrected) else "lowrank", "ranks": list(ranks)}
-    model.__dict__[NOTE] = {**factor_records(model), name: told}
+    setattr(model.get_submodule(parent), leaf, factors)
+    record = {"kind": "corrected" if isinstance(factors, Corrected) else "lowrank", "ranks": list(ranks)}
+    model.__dict__[NOTE] = {**factor_records(model), name: record}
 
 
 def factor_records(model: nn.Module) -> dict[str, Any]:
-    """Return {layer: {"kind", "ranks"}} of a model's factors."""
+    """Return {layer name: {"kind", "ranks"}} of a model's factors."""
     return model.__dict__.get(NOTE, {})
 
 
-def restore_factors_(model: nn.Module, told: Any, path: Any) -> None:
-    """Build the factors that a file notes, their weights to be read; ContainerError for what does not fit."""
-    if not told and factor_records(model):
+def restore_factors_(model: nn.Module, records: Any, path: Any) -> None:
+    """Build the factors that a saved file records, before their weights are read. Raises ContainerError if they do
+    not fit.
+    """
+    if not records and factor_records(model):
         raise ContainerError(
-            f"{path} holds no factors; {next(iter(factor_records(model)))} of this model is made of some"
+            f"{path} holds no factors, but {next(iter(factor_records(model)))} of this model is factorized"
         )
-    if not isinstance(told, Mapping):
-        raise ContainerError(f"{path}: what it says of factors must be an object, got {type(told).__name__}")
+    if not isinstance(records, Mapping):
+        raise ContainerError(f"{path}: expected an object that describes factors, got {type(records).__name__}")
     known = dict(model.named_modules())
-    for name, how in told.items():
-        if factor_records(model).get(name) == how:
+    for name, record in records.items():
+        if factor_records(model).get(name) == record:
             continue
-        if not isinstance(how, Mapping) or set(how) != {"kind", "ranks"} or how["kind"] not in KINDS:
+        if not isinstance(record, Mapping) or set(record) != {"kind", "ranks"} or record["kind"] not in KINDS:
             raise ContainerError(f"{path}: factors of {str(name)[:80]!r} must have kind ({', '.join(KINDS)}) and ranks")
         module = known.get(name)
-        if module is None or not name or why_not_factorizable(module, how["kind"] == "corrected") is not None:
-            near = nearest(str(name), known)
-            hint = f"; nearest is {near[0]!r}" if near else ""
+        if module is None or not name or why_not_factorizable(module, record["kind"] == "corrected") is not None:
+            similar = nearest(str(name), known)
+            hint = f"; nearest is {similar[0]!r}" if similar else ""
             raise ContainerError(f"{path}: {type(model).__name__} has no layer {str(name)[:80]!r} to factorize{hint}")
-        most, ranks = max_ranks(module), how["ranks"]
-        beside = how["kind"] == "corrected"
-        most = (min(weight_sizes(module)[:2]),) if beside else most
-        fits = isinstance(ranks, list) and len(ranks) == len(most)
-        if not fits or any(type(r) is not int or not 1 <= r <= m for r, m in zip(ranks, most)):
-            raise ContainerError(f"{path}: ranks of {name} are {str(ranks)[:80]}, at most {list(most)} in this class")
+        limits, ranks = max_ranks(module), record["ranks"]
+        correction = record["kind"] == "corrected"
+        limits = (min(weight_sizes(module)[:2]),) if correction else limits
+        fits = isinstance(ranks, list) and len(ranks) == len(limits)
+        if not fits or any(type(r) is not int or not 1 <= r <= m for r, m in zip(ranks, limits)):
+            raise ContainerError(f"{path}: ranks of {name} are {str(ranks)[:80]}, at most {list(limits)} in this class")
         replace_with_factors_(
-            model, name, Corrected.empty(module, ranks[0]) if beside else LowRank.empty(module, ranks), ranks
+            model, name, Corrected.empty(module, ranks[0]) if correction else LowRank.empty(module, ranks), ranks
         )
 
 
@@ -182,8 +184,8 @@ def _factor_modules(module: Any, ranks: Sequence[int]) -> list[nn.Module]:
     if isinstance(module, nn.Linear) or is_hf_conv1d(module):
         return [nn.Linear(I, ranks[0], bias=False, **like), nn.Linear(ranks[0], O, bias=False, **like)]
     conv: Any = type(module) if type(module) in (nn.Conv1d, nn.Conv2d) else nn.Conv2d
-    how = {n: getattr(module, n) for n in ("stride", "padding", "dilation")}
-    if len(ranks) == 1:  # one position: strides are taken first, so that the rest is small
-        return [conv(I, ranks[0], 1, bias=False, **how, **like), conv(ranks[0], O, 1, bias=False, **like)]
-    core = conv(ranks[0], ranks[1], module.kernel_size, bias=False, **how, **like)
+    geometry = {n: getattr(module, n) for n in ("stride", "padding", "dilation")}
+    if len(ranks) == 1:  # 1 x 1 kernel: strides come first, so that the second factor reads fewer pixels
+        return [conv(I, ranks[0], 1, bias=False, **geometry, **like), conv(ranks[0], O, 1, bias=False, **like)]
+    core = conv(ranks[0], ranks[1], module.kernel_size, bias=False, **geometry, **like)
     return [conv(I, ranks[0], 1, bias=False, **like), core, conv(ranks[1], O, 1, bias=False, **like)]

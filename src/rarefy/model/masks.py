@@ -1,7 +1,7 @@
-"""Masks that survive: a torch parametrization on the weight, so that optimizers, deepcopy, state_dict, compile
-and DDP need to know nothing. The entries under a False are zero whatever happens to the parameter beneath.
+"""Masks as torch parametrizations of the weight, so that optimizers, deepcopy, state_dict, compile and DDP just work.
 
-`fold_` writes masks, grids and codebooks alike into plain weights.
+Entries where the mask is False are zero, whatever happens to the parameter beneath. `fold_` writes masks, quantization
+grids and codebooks into plain weights.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from rarefy.model.quant_grid import (
     set_grid_,
 )
 
-MIN_ZEROS_ON_GRID = 0.3  # zeros that rounding to few bits may have made
+MIN_ZEROS_ON_GRID = 0.3  # below this fraction, zeros of a quantized weight may come from rounding
 
 
 class Mask(nn.Module):
-    """Parametrization: weight -> weight where the mask is True, +0 elsewhere (NaN and -0 beneath do not leak).
+    """Parametrization: the weight where the mask is True, +0 elsewhere (NaN and -0 beneath do not leak).
 
-    A `probe` of zeros, where there is one, is added on top: its gradient is that of the weight, at masked places too.
+    If `probe`, a tensor of zeros, is set, it is added: its gradient is that of the effective weight, at masked entries
+    too.
     """
 
     mask: Tensor
@@ -45,29 +46,29 @@ class Mask(nn.Module):
         self.probe: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        kept = torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-        return kept if self.probe is None or not torch.is_grad_enabled() else kept + self.probe.to(weight.device)
+        masked = torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        return masked if self.probe is None or not torch.is_grad_enabled() else masked + self.probe.to(weight.device)
 
 
 def get_mask(layer: Layer) -> Tensor | None:
     """Return the layer's mask (bool, stored shape, True = kept), or None."""
-    found = _masks_of(layer.module, layer.param)
-    return found[0].mask if found else None
+    masks = _masks_of(layer.module, layer.param)
+    return masks[0].mask if masks else None
 
 
 def mask_or_dense(layer: Layer) -> Tensor:
-    """Return the layer's mask, or one that masks nothing where it has none."""
-    found = get_mask(layer)
-    return dense_mask(layer) if found is None else found
+    """Return the layer's mask, or an all-True mask if it has none."""
+    mask = get_mask(layer)
+    return dense_mask(layer) if mask is None else mask
 
 
 def dense_mask(layer: Layer) -> Tensor:
-    """Return a mask that masks nothing."""
+    """Return an all-True mask of the layer's shape."""
     return torch.ones(layer.original.shape, dtype=torch.bool, device=layer.original.device)
 
 
 def zero_masked_(values: Iterable[Any], mask: Tensor) -> None:
-    """Make those tensors among `values` that have the mask's shape zero where it is False."""
+    """Set the tensors among `values` that have the mask's shape to zero where it is False."""
     with torch.no_grad():
         for value in values:
             if isinstance(value, Tensor) and value.shape == mask.shape:
@@ -75,10 +76,10 @@ def zero_masked_(values: Iterable[Any], mask: Tensor) -> None:
 
 
 def set_mask_(layer: Layer, mask: Tensor) -> None:
-    """Attach or replace the mask of a layer, at every owner of a tied weight.
+    """Attach a mask to a layer, or replace it, at every owner of a tied weight. O(weights).
 
-    The parameter beneath keeps its values, so a later mask may bring weights back. Raises ModelError on a
-    mask of another shape or type. O(1) besides the check.
+    The parameter beneath keeps its values, so a later mask may restore weights. Raises ModelError for a mask of another
+    shape or dtype.
     """
     weight = layer.original
     check_maskable(layer)
@@ -91,13 +92,13 @@ def set_mask_(layer: Layer, mask: Tensor) -> None:
     if present:
         present[0].mask.copy_(mask)
         return
-    shared = Mask(mask)  # one object at all owners: one buffer, one truth
+    shared = Mask(mask)  # one object at all owners, so that there is one buffer
     for _, module, param in layer.owners:
         attach_(module, param, shared)
 
 
 def effective_weight(layer: Layer) -> Tensor:
-    """Return the weight as it counts, without gradients, as stored: masked, and whole where processes share it."""
+    """Return the masked weight without gradients, in its stored shape, whole even if it is sharded."""
     if not is_sharded(layer.original):
         return layer.weight.detach()
     weight, mask = full_tensor(layer.original.detach()), get_mask(layer)
@@ -105,39 +106,61 @@ def effective_weight(layer: Layer) -> Tensor:
 
 
 def check_maskable(layer: Layer) -> None:
-    """Raise ModelError where a layer's weight cannot take a mask, for what else it is or has."""
+    """Raise ModelError if a layer's weight cannot take a mask."""
     if layer.tied_to:
         raise ModelError(
-            f"{layer.full_name}: its weight is also the parameter {layer.tied_to!r}, which is no layer and would go "
-            "unmasked; ignore this layer, or untie them"
+            f"{layer.full_name}: its weight is also the parameter {layer.tied_to!r}, which cannot be "
+            "masked; ignore this layer, or untie them"
         )
     for name, module, param in layer.owners:
         if parametrize.is_parametrized(module, param) and not _is_ours(module, param):
-            raise ModelError(f"{name or param}: its weight has a parametrization already; remove it before pruning")
+            raise ModelError(
+                f"{name or param}: its weight already has another parametrization; remove it before pruning"
+            )
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
-    """Return {layer name: a copy of its mask} of every masked layer.
+    """Return a copy of every mask of a model.
 
-    >>> net = nn.Linear(2, 2)
-    >>> set_mask_(all_layers(net)[0], torch.eye(2).bool())
-    >>> masks(net)[""].sum().item()
-    2
+    Args:
+        model: a model whose weights may be masked by `prune_`, `adopt_` or a sparse training method.
+
+    Returns:
+        {name: mask}, bool in the stored shape of the parameter, True where a weight is kept. The name is that of the
+        layer's module; parameters other than `weight` are named in full, such as "attn.in_proj_weight".
+
+    Example:
+        >>> import rarefy
+        >>> net = nn.Linear(4, 2)
+        >>> _ = rarefy.prune_(net, sparsity=0.25)
+        >>> rarefy.masks(net)[""].sum().item()
+        6
     """
     pairs = ((l.full_name, get_mask(l)) for l in (*all_layers(model), *_masked_parameters(model)))
     return {name: mask.clone() for name, mask in pairs if mask is not None}
 
 
 def fold_(model: nn.Module) -> nn.Module:
-    """Write every mask and every grid into its weight and take the parametrizations off; returns the model.
+    """Write every mask and every quantization grid into its weight, and remove the parametrizations.
 
-    The parameters keep their identity, so an optimizer that holds them goes on. Grids stay noted: `save` and
-    `accelerate_` go by them as long as the weights lie on them. O(weights).
+    The parameters keep their identity, so an optimizer that holds them goes on. Grids stay recorded beside the weights:
+    `save` and `accelerate_` use them as long as the weights lie on them. O(weights).
 
-    >>> net = nn.Linear(2, 2)
-    >>> set_mask_(all_layers(net)[0], torch.eye(2).bool())
-    >>> int((fold_(net).weight == 0).sum())
-    2
+    Args:
+        model: the model to change in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: a weight has a parametrization that is not Rarefy's.
+
+    Example:
+        >>> import rarefy
+        >>> net = nn.Linear(4, 2)
+        >>> _ = rarefy.prune_(net, sparsity=0.25)
+        >>> int((rarefy.fold_(net).weight == 0).sum()), list(net.state_dict())
+        (2, ['weight', 'bias'])
     """
     attached = _attached(model)
     for layer in attached:
@@ -159,7 +182,7 @@ def fold_attached_(model: nn.Module) -> str | None:
 
 
 def _attached(model: nn.Module) -> list[Layer]:
-    """The parameters with a mask or a grid on them."""
+    """Return the parameters with a mask or a grid."""
     layers = (*all_layers(model), *_masked_parameters(model))
     return [
         l
@@ -169,7 +192,7 @@ def _attached(model: nn.Module) -> list[Layer]:
 
 
 def fold_parameter_(layer: Layer) -> None:
-    """Write the mask and the grid of one parameter into it and take the parametrizations off."""
+    """Write the mask and the grid of one parameter into it, and remove the parametrizations."""
     weight, effective = layer.original, layer.weight.detach()
     grid = attached_grid(layer.module, layer.param)
     with torch.no_grad():
@@ -192,44 +215,59 @@ def adopt_(
     *,
     state: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Take over foreign masks: models pruned with `torch.nn.utils.prune` (biases and norms too), and plain zeros of
-    weights; returns the layer names. Grids that `fold_` or `load` has noted are kept to again too.
+    """Turn zeros that something else has made into masks, so that they survive training and quantization.
 
-    `layers` narrows the search as in `select`; a weight with a smaller share of exact zeros than `at_least` is
-    dense by intent and is left alone; of weights on a grid, where rounding makes zeros too, below three tenths. `state`
-    is a state dict that torch saved of such a model (with `weight_orig` and `weight_mask`), which is loaded first.
-    Raises ModelError where nothing is pruned. O(weights).
+    Adopts the masks of `torch.nn.utils.prune` (those of biases and norms too), weights with exact zeros, and the
+    quantization grids that `fold_` or `load` recorded. O(weights).
 
-    >>> net = nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
-    >>> adopt_(net), int(masks(net)[""].sum())
-    ([''], 8)
+    Args:
+        model: the model to change in place.
+        layers: which layers to search, as in `prune_`; by default all of them.
+        at_least: fraction of exact zeros, 0..1, from which an unmasked weight counts as pruned. Rounding to a grid also
+            makes zeros, so quantized weights need at least 0.3.
+        state: a state dict of a model that `torch.nn.utils.prune` has pruned (with `weight_orig` and `weight_mask`); it
+        is
+            loaded first.
+
+    Returns:
+        The names of the layers that now have a mask or a grid.
+
+    Raises:
+        ModelError: nothing is pruned, or `state` does not fit the model.
+        SelectorError: `layers` matches nothing.
+
+    Example:
+        >>> import rarefy
+        >>> net = nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+        >>> rarefy.adopt_(net), int(rarefy.masks(net)[""].sum())
+        ([''], 8)
     """
     loaded = {} if state is None else _load_pruned_(model, state)
     chosen = select_layers(model, layers) if layers is not None else all_layers(model)
     foreign = {**loaded, **_take_foreign_masks_(model, chosen, layers is None)}
-    taken = []
+    adopted = []
     if layers is None:
         known = {id(l.original) for l in chosen}
-        named = [(n, m, p) for n, m in model.named_modules() for p in m._parameters if id(m._parameters[p]) in foreign]
-        chosen += [parameter_layer(m, p, n) for n, m, p in named if id(m._parameters[p]) not in known]
+        slots = [(n, m, p) for n, m in model.named_modules() for p in m._parameters if id(m._parameters[p]) in foreign]
+        chosen += [parameter_layer(m, p, n) for n, m, p in slots if id(m._parameters[p]) not in known]
     for layer in chosen:
         mask = foreign.get(id(layer.original))
         if mask is None and get_mask(layer) is None and layer.layout.kind != "parameter":
-            kept = layer.weight.detach() != 0
-            few = at_least if get_grid(layer) is None else max(at_least, MIN_ZEROS_ON_GRID)
-            mask = kept if kept.numel() and 1 - kept.float().mean().item() >= few else None
+            nonzero = layer.weight.detach() != 0
+            min_zeros = at_least if get_grid(layer) is None else max(at_least, MIN_ZEROS_ON_GRID)
+            mask = nonzero if nonzero.numel() and 1 - nonzero.float().mean().item() >= min_zeros else None
         if mask is not None:
             set_mask_(layer, mask)
         _reattach_grid(layer)
         if get_mask(layer) is not None or attached_grid(layer.module, layer.param) is not None:
-            taken.append(layer.full_name)
-    if not taken:
+            adopted.append(layer.full_name)
+    if not adopted:
         raise ModelError(f"nothing to adopt: no mask and no weight with {at_least:.0%} zeros or more")
-    return taken
+    return adopted
 
 
 def reattach_grids_(model: nn.Module) -> None:
-    """Keep weights to the grids again that `fold_` or `load` has noted of them. O(weights that have one)."""
+    """Keep weights on the grids that `fold_` or `load` recorded. O(weights with a grid)."""
     for layer in all_layers(model):
         _reattach_grid(layer)
 
@@ -241,7 +279,7 @@ def _reattach_grid(layer: Layer) -> None:
 
 
 def zero_fraction(layer: Layer) -> float:
-    """Return the share of a layer's weights that are zero."""
+    """Return the fraction of a layer's weights that are zero."""
     weight = effective_weight(layer)
     return 0.0 if weight.is_meta else 1 - float(weight.count_nonzero()) / max(1, weight.numel())
 
@@ -249,7 +287,7 @@ def zero_fraction(layer: Layer) -> float:
 def folded_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) as `state_dict` would if the masks were folded, one effective tensor at a time.
 
-    Tied tensors come under each of their names; compare `data_ptr` of `state_dict` values to find them.
+    Tied tensors appear under each of their names; compare `data_ptr` of `state_dict` values to find them.
     """
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
@@ -262,7 +300,7 @@ def folded_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         param, _, leaf = rest.partition(".")
         if not _is_ours(module, param) or leaf != "original":
             if not _is_ours(module, param):
-                yield name, tensor  # somebody else's parametrization goes as it is
+                yield name, tensor  # another library's parametrization is stored as it is
             continue
         yield f"{owner[1:]}.{param}".lstrip("."), getattr(module, param).detach()
 
@@ -274,7 +312,7 @@ def _parametrizations(module: nn.Module, param: str) -> list[nn.Module]:
 
 
 def _masked_parameters(model: nn.Module) -> Iterator[Layer]:
-    """Masked parameters that are no weights of layers."""
+    """Yield masked parameters that are not weights of layers."""
     weights = {(id(m), p) for l in all_layers(model) for _, m, p in l.owners}
     for name, module in model.named_modules():
         for param in dict.fromkeys(getattr(module, "parametrizations", ())):
@@ -291,36 +329,36 @@ def _masks_of(module: nn.Module, param: str) -> list[Mask]:
 
 
 def _load_pruned_(model: nn.Module, state: Mapping[str, Any]) -> dict[int, Tensor]:
-    """Load a state dict of a model that `torch.nn.utils.prune` has pruned; return {id of the parameter: mask}."""
+    """Load a state dict of `torch.nn.utils.prune`; return {id of the parameter: mask}."""
     pruned = [
         k.removesuffix("_orig") for k in state if k.endswith("_orig") and f"{k.removesuffix('_orig')}_mask" in state
     ]
-    found = {n: state[f"{n}_mask"] for n in pruned}
-    plain = {k: v for k, v in state.items() if not (k.endswith(("_orig", "_mask")) and k[:-5] in found)}
+    masks_of = {n: state[f"{n}_mask"] for n in pruned}
+    plain = {k: v for k, v in state.items() if not (k.endswith(("_orig", "_mask")) and k[:-5] in masks_of)}
     try:
         model.load_state_dict({**plain, **{n: state[f"{n}_orig"] for n in pruned}})
     except RuntimeError as error:
         raise ModelError(f"this state does not fit {type(model).__name__}: {error}") from None
-    wrong = next((n for n, m in found.items() if m.shape != model.get_parameter(n).shape), None)
+    wrong = next((n for n, m in masks_of.items() if m.shape != model.get_parameter(n).shape), None)
     if wrong is not None:
-        raise ModelError(f"{wrong}_mask of the state has shape {list(found[wrong].shape)}, unlike its parameter")
-    return {id(model.get_parameter(n)): m != 0 for n, m in found.items()}
+        raise ModelError(f"{wrong}_mask of the state has shape {list(masks_of[wrong].shape)}, unlike its parameter")
+    return {id(model.get_parameter(n)): m != 0 for n, m in masks_of.items()}
 
 
 def _take_foreign_masks_(model: nn.Module, chosen: list[Layer], everything: bool) -> dict[int, Tensor]:
-    """Undo the hooks of `torch.nn.utils.prune` on the chosen layers and return {id of the parameter: mask}.
+    """Remove the hooks of `torch.nn.utils.prune` from the chosen layers; return {id of the parameter: mask}.
 
-    With `everything` also those of biases and norms.
+    With `everything` also from biases and norms.
     """
-    found: dict[int, Tensor] = {}
-    wanted = {(id(m), p) for layer in chosen for _, m, p in layer.owners}
+    masks_of: dict[int, Tensor] = {}
+    slots = {(id(m), p) for layer in chosen for _, m, p in layer.owners}
     for module in list(model.modules()):
-        for key, held in list(module._parameters.items()):
+        for key, parameter in list(module._parameters.items()):
             param = key.removesuffix("_orig")
             mask = module._buffers.get(f"{param}_mask")
-            if param == key or mask is None or not (everything or (id(module), param) in wanted):
+            if param == key or mask is None or not (everything or (id(module), param) in slots):
                 continue
             torch_prune.remove(module, param)
-            before = found.get(id(held))
-            found[id(held)] = mask.bool() if before is None else mask.bool() & before
-    return found
+            earlier = masks_of.get(id(parameter))
+            masks_of[id(parameter)] = mask.bool() if earlier is None else mask.bool() & earlier
+    return masks_of

@@ -1,5 +1,7 @@
-"""`nn.MultiheadAttention` with heads of a size of their own: torch's class divides its width by their number, so it can
-lose neither heads nor width by itself."""
+"""`nn.MultiheadAttention` with heads of any size.
+
+torch's class divides its width by the number of heads, so it can lose neither heads nor width.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def without_mha_fastpath() -> Iterator[None]:
-    """Run without torch's one operator for a whole attention layer, of which neither dimensions nor operations show."""
+    """Disable torch's fused attention operator, which hides the single operations and their dimensions."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -24,10 +26,10 @@ def without_mha_fastpath() -> Iterator[None]:
 
 
 class PrunableMultiheadAttention(nn.MultiheadAttention):
-    """The same weights under the same names, the same call; any number of heads of any size.
+    """The same weights under the same names and the same call, with any number of heads of any size.
 
-    in_proj_weight [3 h d, E], out_proj.weight [E, h d], for h heads of size d and inputs of E features. Scores are
-    divided by the root of the size that heads had at first.
+    in_proj_weight [3 h d, E], out_proj.weight [E, h d], for h heads of size d and inputs of E features. Attention
+    scores are divided by the square root of the original head size.
 
     >>> old = nn.MultiheadAttention(8, 4, batch_first=True).eval()
     >>> new, x = PrunableMultiheadAttention.from_mha(old), torch.randn(2, 5, 8)
@@ -39,13 +41,13 @@ class PrunableMultiheadAttention(nn.MultiheadAttention):
 
     @classmethod
     def supports(cls, module: Any) -> bool:
-        """Return whether a module is torch's attention in a form that this class has: one width, no extra keys."""
+        """Return whether a module is torch's attention with one width and no extra keys."""
         plain = type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim
         return plain and module.bias_k is None and not module.add_zero_attn
 
     @classmethod
     def from_mha(cls, old: nn.MultiheadAttention) -> PrunableMultiheadAttention:
-        """Return an attention that shares the weights of another."""
+        """Return an attention that shares the weights of `old`."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         for name, value in vars(old).items():
@@ -67,33 +69,33 @@ class PrunableMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what torch's class does: outputs, and the weights of attention if they are wanted."""
-        single, itself = query.dim() == 2, query is key and key is value
-        if single or not self.batch_first:
-            query, key, value = (t.unsqueeze(0) if single else t.transpose(0, 1) for t in (query, key, value))
-        q, k, v = self._projected(query, key, value, itself)
+        """Return what torch's class returns: outputs, and attention weights if requested."""
+        unbatched, self_attention = query.dim() == 2, query is key and key is value
+        if unbatched or not self.batch_first:
+            query, key, value = (t.unsqueeze(0) if unbatched else t.transpose(0, 1) for t in (query, key, value))
+        q, k, v = self._projected(query, key, value, self_attention)
         mask = _mask(attn_mask, key_padding_mask, q)
         if need_weights:
             scores = q @ k.transpose(-2, -1) * self.scale
             weights = (scores if mask is None else scores + mask).softmax(-1)
             out = F.dropout(weights, self.dropout, self.training) @ v
-            given = weights.mean(1) if average_attn_weights else weights
+            returned_weights = weights.mean(1) if average_attn_weights else weights
         else:
             dropout = self.dropout if self.training else 0.0
             causal = is_causal and key_padding_mask is None
             out = F.scaled_dot_product_attention(
                 q, k, v, None if causal else mask, dropout, is_causal=causal, scale=self.scale
             )
-            given = None
+            returned_weights = None
         y = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
-        if single:
-            return y[0], None if given is None else given[0]
-        return (y if self.batch_first else y.transpose(0, 1)), given
+        if unbatched:
+            return y[0], None if returned_weights is None else returned_weights[0]
+        return (y if self.batch_first else y.transpose(0, 1)), returned_weights
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor, itself: bool) -> list[Tensor]:
-        """Queries, keys and values [batch, heads, length, size]."""
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor, self_attention: bool) -> list[Tensor]:
+        """Return queries, keys and values [batch, heads, length, head size]."""
         W, b = self.in_proj_weight, self.in_proj_bias
-        if itself:
+        if self_attention:
             parts = F.linear(query, W, b).chunk(3, -1)
         else:
             biases = (None,) * 3 if b is None else b.chunk(3)
@@ -102,28 +104,29 @@ class PrunableMultiheadAttention(nn.MultiheadAttention):
 
 
 def _mask(mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-    """What is added to scores: True and -inf keep a key from a query."""
+    """Return what is added to attention scores; True and -inf exclude a key."""
 
-    def added(m: Tensor) -> Tensor:
+    def additive(m: Tensor) -> Tensor:
         return torch.zeros_like(m, dtype=q.dtype).masked_fill_(m, -torch.inf) if m.dtype == torch.bool else m
 
     if mask is not None:
-        mask = added(mask)
+        mask = additive(mask)
         mask = mask.unflatten(0, (len(q), -1)) if mask.dim() == 3 else mask
     if padding is not None:
-        padding = added(padding).reshape(len(q), 1, 1, -1)
+        padding = additive(padding).reshape(len(q), 1, 1, -1)
         mask = padding if mask is None else mask + padding
     return mask
 
 
 def replace_mha_(model: nn.Module, names: Any = None) -> dict[str, tuple[nn.Module, str, nn.Module]]:
-    """Replace torch's attention modules, all or those of these names, where that can be; return by name where each was,
-    and what."""
-    done = {}
+    """Replace torch's attention modules (all, or those named) where possible; return {name: (parent, attribute,
+    old)}.
+    """
+    replaced = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if (names is None or name in names) and PrunableMultiheadAttention.supports(module) and name:
             parent, _, leaf = name.rpartition(".")
             owner = model.get_submodule(parent)
-            done[name] = owner, leaf, module
+            replaced[name] = owner, leaf, module
             setattr(owner, leaf, PrunableMultiheadAttention.from_mha(module))  # type: ignore[arg-type]
-    return done
+    return replaced

@@ -1,4 +1,4 @@
-"""Parametrizations on and off a parameter, which keeps its identity and its place among the module's others."""
+"""Attaching parametrizations to a parameter and removing them; the parameter keeps its identity and its position."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from torch.nn.utils import parametrize
 
 from rarefy.model.layers import original
 
-PARAMETER_ORDER = "rarefy_order"  # names of a module's parameters, while some are parametrized
+PARAMETER_ORDER = "rarefy_order"  # attribute: a module's parameter names in order, while some are parametrized
 
 
-def attach_(module: nn.Module, param: str, made: nn.Module) -> None:
-    """Put a parametrization on `module.param`."""
+def attach_(module: nn.Module, param: str, parametrization: nn.Module) -> None:
+    """Attach a parametrization to `module.param`."""
     if not parametrize.is_parametrized(module):
         module.__dict__[PARAMETER_ORDER] = list(module._parameters)
-    parametrize.register_parametrization(module, param, made)
+    parametrize.register_parametrization(module, param, parametrization)
 
 
 def detach_(module: nn.Module, param: str) -> None:
-    """Take all parametrizations off `module.param`; the parameter beneath stays as it is, and parameters are in the
-    order of before again, by which states of optimizers go."""
-    keep = original(module, param)
-    kind = type(module)  # torch gives a copy of a module the same class, and takes the weight off that
-    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(kind.__name__, kind.__bases__, own)  # type: ignore[assignment]
+    """Remove all parametrizations from `module.param`; the parameter beneath keeps its values.
+
+    The parameters return to their former order, because the state of an optimizer refers to them by position.
+    """
+    parameter = original(module, param)
+    cls = type(module)  # copies of a module share its class, from which torch would remove the property
+    namespace = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, namespace)  # type: ignore[assignment]
     parametrize.remove_parametrizations(module, param, leave_parametrized=False)
-    # remove_parametrizations hands back a parameter; with tied weights it must be the shared one
-    setattr(module, param, keep)
-    held = module._parameters
+    # torch sets a new parameter; a tied weight must stay the shared one
+    setattr(module, param, parameter)
+    parameters = module._parameters
     for name in module.__dict__.get(PARAMETER_ORDER, ()):
-        if name in held:
-            held[name] = held.pop(name)
+        if name in parameters:
+            parameters[name] = parameters.pop(name)
     if not parametrize.is_parametrized(module):
         module.__dict__.pop(PARAMETER_ORDER, None)
