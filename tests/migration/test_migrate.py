@@ -393,7 +393,7 @@ MISTAKES = {
     "no tag": ("modifiers:\n  - GMPruningModifier", r"modifiers is a list of modifiers such as - !GMPruningModifier \[r.yaml, line 2\]"),
     "tag with a list": ("modifiers:\n  - !GMPruningModifier [1]", r"!GMPruningModifier is followed by its settings, as keys and values \[r.yaml, line 2\]"),
     "sparsity a word": (legacy("GMPruningModifier {params: [hidden], final_sparsity: much}"), r"GMPruningModifier: final_sparsity is a number, got 'much' \[r.yaml, line 3\]"),
-    "sparsity of 90": (legacy(RANGE, "GMPruningModifier {params: [hidden], init_sparsity: 0.0, final_sparsity: 90, update_frequency: 1}"), "amounts to no recipe: expected sparsity between 0 and 1, got 90"),
+    "sparsity of 90": (legacy(RANGE, "GMPruningModifier {params: [hidden], init_sparsity: 0.0, final_sparsity: 90, update_frequency: 1}"), "amounts to no recipe: sparsity is a fraction between 0 and 1, got 90"),
     "ends before it starts": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, start_epoch: 5, end_epoch: 2}"), "ends at 2, before it starts at 5"),
     "mask of no kind": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, mask_type: round}"), "no pattern of mask 'round'; there are unstructured"),
     "params a number": (legacy(RANGE, "GMPruningModifier {params: 3, final_sparsity: 0.5}"), "params is a list of names, got 3"),

@@ -43,8 +43,8 @@ def test_selectors(layers, ignore, want):
         ("conv2d", None, SelectorError, "Conv2d"),
         (None, "nothing*", SelectorError, "ignore: 'nothing\\*' matches no layer"),
         ("re:(", None, SelectorError, "no regular expression"),
-        ("size~3", None, SelectorError, "a size reads like"),
-        ([3], None, SelectorError, "a selector is a string, got 3"),
+        ("size~3", None, SelectorError, "expected a size such as"),
+        ([3], None, SelectorError, "expected a selector, which is a string, got 3"),
         ("fc", "fc", ModelError, "no layer is left"),
     ],
 )

@@ -145,7 +145,7 @@ def test_infinite_scores_go_first_and_last(pattern):
         ("2:4", {"sparsity": 0.3}, "2:4 implies sparsity 0.5, got 0.3"),
         ("2:4", {"scope": "global"}, "scope 'global' has no effect"),
         ("unstructured", {}, "needs a sparsity between 0 and 1"),
-        ("unstructured", {"sparsity": 1.5}, "fraction of zeros between 0 and 1, got 1.5"),
+        ("unstructured", {"sparsity": 1.5}, "sparsity between 0 and 1, got 1.5"),
         ("unstructured", {"sparsity": -0.1}, "got -0.1"),
         ("unstructured", {"sparsity": "half"}, "got 'half'"),
         ("unstructured", {"sparsity": float("nan")}, "got nan"),

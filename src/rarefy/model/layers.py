@@ -82,9 +82,9 @@ def parameter_layer(module: nn.Module, param: str, name: str = "") -> Layer:
     no such parameter.
     """
     if not isinstance(module, nn.Module):
-        raise ModelError(f"a module is a torch.nn.Module, got {type(module).__name__}")
+        raise ModelError(f"expected a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(param, str):
-        raise ModelError(f"a parameter has a name, got {type(param).__name__}")
+        raise ModelError(f"expected the name of a parameter, got {type(param).__name__}")
     weight = original(module, param) if hasattr(module, param) else None
     if not isinstance(weight, nn.Parameter):
         known = list(dict(module.named_parameters(recurse=False)))
@@ -109,17 +109,17 @@ def all_layers(model: nn.Module) -> list[Layer]:
     ['0', '2']
     """
     if not isinstance(model, nn.Module):
-        raise ModelError(f"a model is a torch.nn.Module, got {type(model).__name__}")
+        raise ModelError(f"expected a torch.nn.Module as model, got {type(model).__name__}")
     owners_of: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in _modules(model):
         for param in prunable(module):
             weight = original(module, param)
             if isinstance(weight, nn.parameter.UninitializedParameter):
                 raise ModelError(
-                    f"{name or type(module).__name__}: a lazy layer has no weight yet; call the model once"
+                    f"{name or type(module).__name__}: a lazy layer has no weight yet: call the model once"
                 )
             if not isinstance(weight, nn.Parameter):
-                continue  # made from others at each call (weight norm): there is no weight to mask
+                continue  # computed from other parameters in each call (weight norm): there is no weight to mask
             owners_of.setdefault(id(original(module, param)), []).append((name, module, param))
     heads = _output_head_ids(unwrap(model))
     slots = {(id(m), p) for owners in owners_of.values() for _, m, p in owners}
@@ -162,7 +162,7 @@ def select_layers(model: nn.Module, layers: Selector = None, ignore: Selector = 
     selected = [l for l in chosen if id(l) not in ignored]
     if not selected:
         names = ", ".join(l.full_name for l in all_of_model[:6])
-        raise ModelError(f"no layer is left to work on: layers={layers!r}, ignore={ignore!r}; the model has {names}")
+        raise ModelError(f"no layer is selected: layers={layers!r}, ignore={ignore!r}; the model has {names}")
     return selected
 
 
@@ -178,13 +178,15 @@ def matches_selector(selector: str, layer: Layer) -> bool:
     if size:
         return _COMPARE[size[1]](layer.original.numel(), int(size[2].replace("_", "")))
     if re.match(r"size\s*[<>=~!]", selector):
-        raise SelectorError(f"selector {selector!r}: a size reads like 'size>=100_000' (one of {', '.join(_COMPARE)})")
+        raise SelectorError(
+            f"selector {selector!r}: expected a size such as 'size>=100_000' (one of {', '.join(_COMPARE)})"
+        )
     names = [n for owner, _, param in layer.owners for n in (owner, _join(owner, param))]
     if selector.startswith("re:"):
         try:
             expression = re.compile(selector[3:])
         except re.error as error:
-            raise SelectorError(f"selector {selector!r} is no regular expression: {error}") from None
+            raise SelectorError(f"selector {selector!r} is not a regular expression: {error}") from None
         return any(expression.fullmatch(n) for n in names)
     if any(fnmatchcase(n, selector) for n in names):
         return True
@@ -194,17 +196,18 @@ def matches_selector(selector: str, layer: Layer) -> bool:
 def _match_all(known: list[Layer], selectors: Selector, argument: str) -> list[Layer]:
     matched: set[int] = set()
     if not isinstance(selectors, str | list | tuple):
-        raise SelectorError(f"{argument}: a selector is a word or a list of words, got {selectors!r}")
+        raise SelectorError(f"{argument}: expected a selector or a list of selectors, got {selectors!r}")
     for selector in [selectors] if isinstance(selectors, str) else selectors:
         if not isinstance(selector, str):
-            raise SelectorError(f"{argument}: a selector is a string, got {selector!r}")
+            raise SelectorError(f"{argument}: expected a selector, which is a string, got {selector!r}")
         hits = [l for l in known if matches_selector(selector, l)]
         if not hits:
             names = [l.full_name for l in known]
             classes = sorted({_classes(l.module)[0].__name__ for l in known})
             similar = nearest(selector, names + classes, many=3) or names[:3]
             raise SelectorError(
-                f"{argument}: {selector!r} matches no layer; nearest: {', '.join(similar)} (classes: {', '.join(classes)})"
+                f"{argument}: {selector!r} matches no layer; nearest: {', '.join(similar)} "
+                f"(classes: {', '.join(classes)})"
             )
         matched.update(map(id, hits))
     return [l for l in known if id(l) in matched]
