@@ -96,7 +96,9 @@ def test_no_model(tmp_path):
     with pytest.raises(ModelError, match="is on the meta device: it has no values yet"):
         rarefy.prune_(nn.Linear(2, 2, device="meta"), sparsity=0.5)
     rarefy.save(Net(), tmp_path / "n")
-    with pytest.raises(ModelError, match=r"model is a torch.nn.Module to load into, such as MyModule\(\), got <class"):
+    with pytest.raises(
+        ModelError, match=r"model: expected a torch.nn.Module to load into, such as MyModule\(\), got <class"
+    ):
         rarefy.load(tmp_path / "n", model=Net)  # type: ignore[arg-type]
 
 

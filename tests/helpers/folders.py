@@ -5,8 +5,12 @@ import json
 import lzma
 from pathlib import Path
 
+import torch
+
 from rarefy.common.atomic_io import INDEX
+from rarefy.formats.container import write
 from rarefy.formats.index import digest
+from rarefy.formats.sparse_encodings import FORMATS, encode
 
 SHARD = "weights-00001.safetensors"
 
@@ -52,3 +56,18 @@ def edit_compressed_index(folder: Path, change) -> None:
     hashed = hashlib.sha256(inner.read_bytes()).hexdigest()
     outer["index"] |= {"sha256": hashed, "bytes": inner.stat().st_size, "raw": len(text)}
     (folder / INDEX).write_text(json.dumps(outer))
+
+
+def sample(format: str = "csr", seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(6, 8, generator=g) * (torch.rand(6, 8, generator=g) < 0.4)
+    if format == "nm":
+        x.view(-1, 4)[:, 2:] = 0
+    return x
+
+
+def small_container(path: Path, **options) -> dict:
+    """One tensor of every format, a scalar, an empty one and an alias."""
+    named = [(format, encode(sample(format), format)) for format in FORMATS]
+    named += [("scalar", encode(torch.tensor(3.0), "dense")), ("empty", encode(torch.zeros(0, 4), "bitmask"))]
+    return write(path, named, aliases={"tied": "csr"}, meta={"recipe": [1, None, "x"]}, **options)

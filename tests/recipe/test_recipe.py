@@ -1,6 +1,5 @@
 """Recipes: what is written is what is meant, what is wrong is named with its line, and no text does anything else."""
 
-import random
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net, Tied, tiny_llama
+from helpers.recipes import FULL
 from rarefy import Gradual
 from rarefy.common.errors import ModelError, PatternError, RecipeError, SelectorError
 from rarefy.pipeline.dry_run import forecast
@@ -18,38 +18,6 @@ from rarefy.recipe import schema
 from rarefy.train.optimizers import LR_SCHEDULES, optimizer_of
 from rarefy.train.sparsity_schedule import SCHEDULES
 
-FULL = """\
-name: full
-about: every block once
-seed: 7
-data: {calibrate: wiki, train: wiki, samples: 8, train_samples: 16, tokens: 64, batch: 2, seed: 3}
-stages:
-  - prune: {layers: ["model.*", "re:.*q_proj"], ignore: lm_head, pattern: 2:4, score: wanda}
-  - train:
-      epochs: 2
-      optimizer: {name: sgd, lr: 1e-4, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4}
-      lr_schedule: one-cycle
-      prune:
-        pattern: 4x1
-        sparsity: 0.75
-        schedule: linear
-        steps: 4
-        first: 0.5
-        start: 0.1
-        end: 0.9
-        regrow: true
-        reduce: l2
-        scope: global
-  - cast: {dtype: bf16}
-evaluate:
-  metric: perplexity
-  data: wiki-test
-  samples: 4
-  max_degradation: 0.15
-  latency: {batch: [1, 4], repeats: 3}
-  decode: {prompt: 16, new: 4, repeats: 2}
-save: {format: csr}
-"""
 STAGES = "stages: [{prune: {sparsity: 0.5}}]\n"
 
 
@@ -383,55 +351,6 @@ def test_choices_are_those_of_the_wings():
     assert set(recipes.CHOICES["schedule"]) == set(SCHEDULES)
     with pytest.raises(RecipeError, match="unknown optimizer 'adamv'"):
         optimizer_of("adamv", 0.1)
-
-
-SPICE = "\t\x00 \n:-[]{},#&*!|>'\"%@`~?=.0189eExXyYnN_<aé\u2028\U0001f600"
-WORDS = ["2:4", "null", "true", "1e999", ".nan", "-.inf", "9" * 30, "!!int", "!!python/name:os.system ", "&a ", "*a", "<<: ", "2024-99-99",
-         "1:60:60", "0x", "0b2", "---\n", "...\n", "'", '"', "  ", "\n- ", "!!set ", "!!omap ", "!!binary ", "!!timestamp ", "{}", "[]", "~"]  # fmt: skip
-
-
-def mutated(text: str, rng: random.Random) -> str:
-    for _ in range(rng.randint(1, 2)):
-        i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-        match rng.randrange(6):
-            case 0:
-                text = text[:i] + rng.choice(SPICE) + text[i + 1 :]
-            case 1:
-                text = text[:i] + rng.choice(WORDS) + text[i:]
-            case 2:
-                text = text[:i] + text[min(j, i + 12) :]
-            case 3:
-                text = text[:i] + text[i : i + 20] + text[i:]
-            case 4:
-                lines = text.split("\n")
-                a, b = rng.randrange(len(lines)), rng.randrange(len(lines))
-                lines[a], lines[b] = lines[b], lines[a]
-                text = "\n".join(lines)
-            case 5:  # another value for a key
-                at = text.find(": ", i) + 2
-                text = (
-                    text[:at]
-                    + rng.choice(WORDS)
-                    + text[min((k for k in (text.find(c, at) for c in ",}\n") if k >= 0), default=at) :]
-                )
-    return text
-
-
-def test_mutations_parse_or_raise_recipe_errors_and_nothing_else():
-    rng, parsed, wrong = random.Random(7), 0, []
-    for _ in range(300):
-        text = mutated(FULL, rng)
-        try:
-            r = recipes.from_yaml(text)
-        except RecipeError as error:
-            assert "recipe" in str(error) or "line" in str(error)  # says where
-        except Exception as error:  # the test is about these
-            wrong.append((type(error).__name__, str(error)[:80], text))
-        else:
-            parsed += 1
-            assert recipes.from_dict(r.to_dict()) == r or "nan" in text
-    assert not wrong, (len(wrong), wrong[0])
-    assert parsed > 10  # else the mutations are too wild to test anything beyond the parser
 
 
 # forecasts

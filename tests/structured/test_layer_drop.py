@@ -120,7 +120,7 @@ def test_dropping_after_a_cut_and_twice(tmp_path):
     rarefy.save(model, tmp_path / "out")
     again = rarefy.load(tmp_path / "out", model=make()).eval()
     torch.testing.assert_close(outputs(again, IDS).detach(), got)
-    with pytest.raises(ContainerError, match="a cut left sizes that no config of LlamaForCausalLM can tell"):
+    with pytest.raises(ContainerError, match="a cut left sizes that no config of LlamaForCausalLM can express"):
         rarefy.export(tmp_path / "out", tmp_path / "hf")
     torch.testing.assert_close(outputs(rarefy.load(tmp_path / "out").eval(), IDS).detach(), got)
 

@@ -1,75 +1,103 @@
-"""TODO."""
+"""`export`: write a saved folder as a checkpoint that other software loads."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
 from rarefy.checkpoint import compiled_model, compressed_tensors
-from rarefy.checkpoint.load import _shape, load
-from rarefy.checkpoint.save import _version
+from rarefy.checkpoint.load import load
+from rarefy.checkpoint.tensor_slots import trusted_shape
 from rarefy.common.atomic_io import blaming, check_target, whole_folder
 from rarefy.common.errors import ContainerError, ModelError
+from rarefy.common.version import __version__
 from rarefy.formats import container
 from rarefy.lowrank import layer_tying
 from rarefy.model import hf, lowrank_modules
 
 EXPORTS = ("hf", "safetensors", "compressed-tensors")
-
-
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
 
 
 def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool = False) -> Path:
-    """Write a saved folder as a checkpoint that needs no Rarefy: `hf` (a dense folder that transformers loads),
-    `safetensors` (one dense file under a folder, tensors by name) or `compressed-tensors` (a quantized folder that
-    transformers loads with that package). In dense ones inputs are no longer rounded. Returns the folder."""
+    """Write a saved folder as a checkpoint that needs no Rarefy.
+
+    Args:
+        path: the saved folder.
+        out: the folder to write; it appears whole or not at all.
+        to: "hf" (a dense folder that transformers loads), "safetensors" (one dense file, tensors by name) or
+            "compressed-tensors" (a quantized folder that transformers loads with that package). Dense checkpoints do
+            not quantize activations.
+        overwrite: replace an earlier export.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ContainerError: an unknown `to`, the folder exists, or the model has a structure that the target cannot express.
+        ModelError: the folder holds no Hugging Face model, or a compiled one.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from rarefy.checkpoint.save import save
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = save(torch.nn.Linear(2, 2), folder + "/model")
+        >>> [file.name for file in sorted(export(folder + "/model", folder + "/out", to="safetensors").iterdir())]
+        ['model.safetensors', 'rarefy-export.json']
+    """
     if to not in EXPORTS:
         raise ContainerError(f"export --to {to!r}: choose from {', '.join(EXPORTS)}")
     if os.path.realpath(out) == os.path.realpath(path):
         raise ContainerError(f"{out} is the folder to export from; give another name")
     check_target(out, overwrite, EXPORTED)
-    note = {"from": str(path), "rarefy": _version()}
-    if to != "safetensors":
-        model = load(path)
-        if not hf.is_model(model):
-            raise ModelError(f"{path} holds a {type(model).__name__}: only Hugging Face models export to {to}")
-        if getattr(model, "rarefy_cut", None) and not model.rarefy_cut["config"]:  # type: ignore[index, operator]
-            raise ContainerError(
-                f"{path}: a cut left sizes that no config of {type(model).__name__} can tell (layers unlike each "
-                "other, or heads that do not make up the width): load it with rarefy.load, or export --to safetensors"
-            )
-        if layer_tying.noted(model):
-            raise ContainerError(
-                f"{path}: blocks share their weights, which {type(model).__name__} knows nothing of: load it with "
-                "rarefy.load, or export --to safetensors"
-            )
-        if lowrank_modules.factor_records(model):
-            raise ContainerError(
-                f"{path}: {next(iter(lowrank_modules.factor_records(model)))} is made of factors, which "
-                f"{type(model).__name__} knows nothing of: load it with rarefy.load, or export --to safetensors"
-            )
+    model = None if to == "safetensors" else load(path)
+    if model is not None:
+        _check_exportable(model, path, to)
     with whole_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, blaming(Path(out)):
-        if to != "safetensors":
+        if model is None:
+            _write_dense(path, partial / "model.safetensors")
+        else:
             if to == "hf":
-                model.save_pretrained(partial)  # type: ignore[possibly-unbound, operator]
+                model.save_pretrained(partial)
             else:
-                compressed_tensors.write(model, partial)  # type: ignore[possibly-unbound]
+                compressed_tensors.write(model, partial)
             for name, content in side_files(path).items():
                 (partial / name).write_bytes(content)
-        else:
-            saved = container.read(path)
-            if compiled_model.is_compiled(saved):
-                raise ModelError(f"{path} holds a compiled model: export what it was compiled from")
-            names = [*saved.names, *saved.aliases]
-            save_file({n: saved.tensor(n, _shape(saved, n)) for n in names}, partial / "model.safetensors")
-        (partial / EXPORTED).write_text(json.dumps(note))
+        (partial / EXPORTED).write_text(json.dumps({"from": str(path), "rarefy": __version__}))
     return Path(out)
 
 
+def _check_exportable(model: Any, path: str | Path, to: str) -> None:
+    """Raise unless transformers can build the model from its config."""
+    name = type(model).__name__
+    if not hf.is_model(model):
+        raise ModelError(f"{path} holds a {name}: only Hugging Face models export to {to}")
+    problem = None
+    if getattr(model, "rarefy_cut", None) and not model.rarefy_cut["config"]:
+        problem = (
+            f"a cut left sizes that no config of {name} can express (layers of different sizes, or heads that do not "
+            "make up the width)"
+        )
+    elif layer_tying.noted(model):
+        problem = f"blocks share their weights, which {name} does not support"
+    elif lowrank_modules.factor_records(model):
+        problem = f"{next(iter(lowrank_modules.factor_records(model)))} is factorized, which {name} does not support"
+    if problem is not None:
+        raise ContainerError(f"{path}: {problem}: load it with rarefy.load, or export --to safetensors")
+
+
+def _write_dense(path: str | Path, file: Path) -> None:
+    saved = container.read(path)
+    if compiled_model.is_compiled(saved):
+        raise ModelError(f"{path} holds a compiled model: export what it was compiled from")
+    names = [*saved.names, *saved.aliases]
+    save_file({n: saved.tensor(n, trusted_shape(saved, n)) for n in names}, file)
+
+
 def side_files(path: str | Path) -> dict[str, bytes]:
-    """Return tokenizer and generation files of a model folder, to go along with its weights."""
+    """Return the tokenizer and generation files of a model folder by name."""
     return {n: (Path(path) / n).read_bytes() for n in hf.TOKENIZER_FILES if (Path(path) / n).is_file()}

@@ -1,4 +1,4 @@
-"""TODO."""
+"""`inspect`: what a model or a folder holds, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rarefy.checkpoint import compiled_model, legacy_layouts
-from rarefy.checkpoint.load import _shape
-from rarefy.checkpoint.tensor_slots import _layouts, aliases
+from rarefy.checkpoint.tensor_slots import aliases, layouts, trusted_shape
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.common.report import Report
@@ -24,14 +23,27 @@ from rarefy.model.sparsity_pattern import detect_pattern
 
 
 def inspect(what: str | Path | nn.Module) -> Report:
-    """Return a row a tensor: shape, type, format, sparsity, the pattern its zeros fit, bytes stored and dense.
+    """Return a report with a row for each tensor. O(weights).
 
-    `what`: a live model, a folder of ours, a Hugging Face folder, or a .safetensors file. O(weights).
+    Args:
+        what: a model, a saved folder, a Hugging Face folder, or a .safetensors file.
+
+    Returns:
+        Rows with tensor, shape, dtype, format, sparsity, the pattern of its zeros, bytes stored and dense; the summary
+        has the totals.
+
+    Raises:
+        ContainerError: the folder is damaged, or holds no tensors.
+        ModelError: a compiled model in memory; inspect the folder that it was saved to.
+
+    Example:
+        >>> import torch
+        >>> inspect(torch.nn.Linear(4, 2)).rows[0]["shape"]
+        '2x4'
     """
-    rows, more = [], {}
-    for name, tensor, format, size, axis in _tensors(what, more):
+    rows, compiled = [], {}
+    for name, tensor, format, size, axis in _tensors(what, compiled):
         zeros = sparsity_of(tensor)
-        dense = tensor.numel() * tensor.element_size()
         rows.append(
             {
                 "tensor": name,
@@ -41,7 +53,7 @@ def inspect(what: str | Path | nn.Module) -> Report:
                 "sparsity": zeros,
                 "pattern": detect_pattern(tensor, axis) if zeros > 0.01 else "",
                 "bytes": size,
-                "dense_bytes": dense,
+                "dense_bytes": tensor.numel() * tensor.element_size(),
             }
         )
     if not rows:
@@ -49,18 +61,16 @@ def inspect(what: str | Path | nn.Module) -> Report:
     total, dense = sum(r["bytes"] for r in rows), sum(r["dense_bytes"] for r in rows)
     summary = {"tensors": len(rows), "bytes": total, "dense bytes": dense, "ratio": total / max(dense, 1)}
     title = type(what).__name__ if isinstance(what, nn.Module) else str(what)
-    kind = f": {'a decoder' if compiled_model.NUMBERS in more else 'a compiled model'}" if more else ""
-    return Report(title + kind, tuple(rows), {**summary, **more})
+    if compiled:
+        title += ": a decoder" if compiled_model.NUMBERS in compiled else ": a compiled model"
+    return Report(title, tuple(rows), {**summary, **compiled})
 
 
-def _tensors(what: str | Path | nn.Module, more: dict[str, Any]) -> Iterator[tuple[str, Tensor, str, int, int]]:
-    """Name, values, format, bytes and axis of each tensor; what there is to say besides goes into `more`."""
+def _tensors(what: str | Path | nn.Module, compiled: dict[str, Any]) -> Iterator[tuple[str, Tensor, str, int, int]]:
+    """Name, values, format, stored bytes and input axis of each tensor; the summary of a compiled model goes into
+    `compiled`."""
     if isinstance(what, nn.Module):
-        tied, layouts = aliases(what), _layouts(what)
-        for name, tensor in folded_state(what):
-            if name not in tied:
-                axis = layouts[name].in_axis if name in layouts else -1
-                yield name, tensor, "dense", tensor.numel() * tensor.element_size(), axis
+        yield from _model_tensors(what)
         return
     if isinstance(what, Compiled | Decoder):
         raise ModelError("a compiled model: print it, or save it and inspect its folder")
@@ -70,29 +80,35 @@ def _tensors(what: str | Path | nn.Module, more: dict[str, Any]) -> Iterator[tup
         if compiled_model.is_compiled(saved):
             parts = compiled_model.read(saved)
             yield from compiled_model.tensors(parts)
-            more.update(compiled_model.summary(parts))
+            compiled.update(compiled_model.summary(parts))
             return
         for name in saved.names:
-            packed = saved.packed(name, _shape(saved, name))
-            yield (
-                name,
-                quantized_encodings.decode(packed),
-                quantized_encodings.label(packed),
-                packed.nbytes,
-                packed.extra.get("axis", -1),
-            )
+            p = saved.packed(name, trusted_shape(saved, name))
+            yield name, quantized_encodings.decode(p), quantized_encodings.label(p), p.nbytes, p.extra.get("axis", -1)
         return
     if legacy_layouts.is_compressed(path):
         yield from ((name, t, label, size, -1) for name, t, _, label, size in legacy_layouts.tensors(path))
         return
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        raise ContainerError(f"{what}: neither a folder of ours, nor a folder with .safetensors, nor such a file")
+        raise ContainerError(f"{what}: expected a saved folder, a folder with .safetensors files, or one such file")
     for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    tensor = opened.get_tensor(name)
-                    yield name, tensor, "dense", tensor.numel() * tensor.element_size(), -1
-        except SafetensorError as error:
-            raise ContainerError(f"{file}: not a valid safetensors file: {error}") from None
+        yield from _file_tensors(file)
+
+
+def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str, int, int]]:
+    tied, layout_of = aliases(model), layouts(model)
+    for name, tensor in folded_state(model):
+        if name not in tied:
+            axis = layout_of[name].in_axis if name in layout_of else -1
+            yield name, tensor, "dense", tensor.numel() * tensor.element_size(), axis
+
+
+def _file_tensors(file: Path) -> Iterator[tuple[str, Tensor, str, int, int]]:
+    try:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                tensor = opened.get_tensor(name)
+                yield name, tensor, "dense", tensor.numel() * tensor.element_size(), -1
+    except SafetensorError as error:
+        raise ContainerError(f"{file}: not a valid safetensors file: {error}") from None

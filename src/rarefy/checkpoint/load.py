@@ -1,32 +1,29 @@
-"""Models to folders and back: `save`, `load`, `export`, `inspect`."""
+"""`load`: the model of a saved folder."""
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rarefy.checkpoint import compiled_model, legacy_layouts
-from rarefy.checkpoint.tensor_slots import Slots, _slots, aliases
+from rarefy.checkpoint.fit_structure import RECORDS, restore_structure_, skeleton, structure_to_build
+from rarefy.checkpoint.tensor_slots import Slots, aliases
 from rarefy.common.atomic_io import INDEX
-from rarefy.common.errors import ContainerError, ModelError, nearest
+from rarefy.common.errors import ContainerError, ModelError
 from rarefy.evaluation.receipt import Receipt
-from rarefy.formats import container, quantized_encodings, sparse_encodings
-from rarefy.lowrank import layer_tying
-from rarefy.model import activation_quant, hf, lowrank_modules
+from rarefy.formats import container
+from rarefy.model import hf
 from rarefy.model.layers import Layer
-from rarefy.model.quant_grid import record_grid_
+from rarefy.model.quant_grid import WeightGrid, record_grid_
 from rarefy.recipe import old_names
 from rarefy.runtime.accelerate import AccelerateOptions, accelerate_each
-from rarefy.structured.hf_config import shrink_config
-from rarefy.structured.structure_record import check_record, restore
+
+MAX_RECEIPT_BYTES = 1 << 26
 
 
 def load(
@@ -36,20 +33,39 @@ def load(
     verify: bool = True,
     accelerate: bool | Mapping[str, Any] = False,
 ) -> Any:
-    """Return the model of a saved folder, bit for bit; `model` receives the weights, or is built from a known config.
-    What `compile` or `decoder` returned comes back as such, without the model's class.
+    """Return the model of a saved folder, with the weights that were saved, bit for bit.
 
-    accelerate   True or arguments of `accelerate_`, such as {"batch": (1, 128)}: each Linear layer takes its fastest
-                 form as soon as its weight is read, so the dense model is never in memory unless `model` is; with an
-                 `example` the whole model is read first. What was chosen is `model.rarefy_accelerated`
-    No code is run and no class imported by a name from the file: without `model` only Hugging Face configs are built.
-    Raises ContainerError (damaged, hostile, names or shapes that differ) and ModelError. Memory: the model and one
-    tensor more.
+    What `compile` or `decoder` returned needs no `model`: it loads without the model's class. No code from the folder
+    is run, and no class is imported by a name from it. Memory: the model and one more tensor.
+
+    Args:
+        path: a folder that `save` wrote, or a compressed-tensors folder.
+        model: a module of the saved class, which receives the weights; not needed for Hugging Face models, which are
+            built from their config.
+        verify: check the hashes of all files; False saves one pass over them.
+        accelerate: True, or arguments of `accelerate_` such as {"batch": (1, 128)}: each Linear layer gets its fastest
+            kernel as soon as its weight is read, so the dense model is never in memory as a whole, unless it was
+            passed as `model` or the arguments have an `example`. The report is `model.rarefy_accelerated`.
+
+    Returns:
+        The module (in evaluation mode, if it was built here), or the compiled model or decoder that was saved.
+
+    Raises:
+        ContainerError: the folder is damaged or is no saved model, or its tensors do not fit `model`; `model` is then
+            unchanged.
+        ModelError: the model's class is needed, or an argument is wrong.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from rarefy.checkpoint.save import save
+        >>> folder = tempfile.mkdtemp() + "/model"
+        >>> _ = save(torch.nn.Linear(2, 2), folder)
+        >>> load(folder, torch.nn.Linear(2, 2))
+        Linear(in_features=2, out_features=2, bias=True)
     """
     options = _accelerate_options(accelerate)
-    stream = options is not None and options.example is None
     if model is not None and not isinstance(model, nn.Module):
-        raise ModelError(f"model is a torch.nn.Module to load into, such as MyModule(), got {model!r}")
+        raise ModelError(f"model: expected a torch.nn.Module to load into, such as MyModule(), got {model!r}")
     if model is None and options is None and not (Path(path) / INDEX).is_file() and legacy_layouts.is_compressed(path):
         return legacy_layouts.load(path)
     saved = container.read(path, verify=verify)
@@ -57,93 +73,15 @@ def load(
         return compiled_model.load(saved, model=model, accelerate=options)
     structure = saved.meta.get("structure")
     structure = structure if isinstance(structure, dict) else {}
-    given = model is not None
+    stream = options is not None and options.example is None
     if model is None:
-        if structure.get("library") != "transformers":
-            raise ModelError(
-                f"{path} holds a {structure.get('class')}, which is built in Python: "
-                f"rarefy.load({str(path)!r}, model={structure.get('class')}(...))"
-            )
-        model = hf.build(_before_cuts(saved, structure, path), empty=stream)
-    if given and {"cut", "tied", "factors", "inputs"} & set(saved.meta):  # what does not fit leaves the model as it was
-        _restructure(saved, _skeleton(model), structure, path)
-    slots = _restructure(saved, model, structure, path)
-    tied = aliases(model)
-    for name, first in tied.items():
-        if saved.aliases.get(name, name) != saved.aliases.get(first, first):
-            raise ContainerError(f"{path}: {name} is tied to {first} in this {type(model).__name__}, but stored apart")
-    done: dict[str, Tensor] = {}
-    grids: dict[str, quantized_encodings.WeightGrid | None] = {}
-
-    def bring(name: str) -> None:
-        name = tied.get(name, name)  # the tensor it shares is put in under the other name
-        (module, leaf), source = slots[name], saved.aliases.get(name, name)
-        old, again = getattr(module, leaf), done.get(source)
-        device = "cpu" if old.is_meta else old.device
-        if again is None:
-            fresh, grid = saved.weight(source, tuple(old.shape))
-            grids[source] = grid
-        else:
-            fresh = again.clone()
-        fresh = _put(module, leaf, fresh.to(device))
-        record_grid_(module, leaf, grids[source])
-        if source in shared:
-            done[source] = fresh
-        for other in (n for n, f in tied.items() if f == name):
-            setattr(*slots[other], getattr(module, leaf))
-            record_grid_(*slots[other], grids[source])
-
-    shared = {s for s, n in Counter(saved.aliases.get(n, n) for n in slots if n not in tied).items() if n > 1}
-    late = {n for n in slots if n.endswith(".weight") and isinstance(slots[n][0], nn.Linear)} if stream else set()
-    late = {n for n in late if n not in tied and n not in tied.values()}
-    for name in slots:
-        if name not in tied and name not in late:
-            bring(name)
-    if options is not None:
-        names = {id(slots[n][0]): n for n in late}
-
-        def bring_late(layer: Layer) -> None:
-            name = names.pop(id(layer.module), None)
-            if name is not None and layer.param == "weight":
-                bring(name)
-
-        model.rarefy_accelerated = accelerate_each(model, options, bring_late if stream else None)  # type: ignore
-        for name in names.values():  # what was not chosen to be accelerated
-            bring(name)
-    receipt = Path(path) / "receipt.json"
-    if receipt.is_file() and not receipt.is_symlink() and receipt.stat().st_size < 1 << 26:
-        _remember(model, receipt, saved.meta.get("recipe"))
+        model = _build(saved, structure, path, empty=stream)
+    elif RECORDS & set(saved.meta):  # on a copy first, so that a model that does not fit stays as it was
+        restore_structure_(saved, skeleton(model), structure, path)
+    slots = restore_structure_(saved, model, structure, path)
+    _load_tensors_(saved, model, slots, options, path)
+    _attach_receipt_(model, Path(path) / "receipt.json", saved.meta.get("recipe"))
     return model
-
-
-def _restructure(saved: container.Container, model: nn.Module, structure: dict[str, Any], path: Any) -> Slots:
-    """Give a model the structure that was saved, and return its slots; ContainerError where the tensors do not fit."""
-    if saved.meta.get("cut") is not None:
-        check_record(saved.meta["cut"], path)
-        if _fits(saved, model):
-            model.rarefy_cut = saved.meta["cut"]  # type: ignore[assignment]
-        else:
-            restore(model, saved.meta["cut"], path)
-            shrink_config(model, structure.get("config"))
-    layer_tying.restore_(model, saved.meta.get("tied", {}), path)
-    told = saved.meta.get("factors", {})
-    if told != lowrank_modules.factor_records(model):
-        lowrank_modules.restore_factors_(model, told, path)
-    activation_quant.restore_activation_quants_(model, saved.meta.get("inputs", {}), path)
-    _check_names(saved, model, path)
-    slots = _slots(model)
-    for name, (module, leaf) in slots.items():
-        _check_fit(saved, name, getattr(module, leaf), path)
-    return slots
-
-
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a model without the values of its tensors."""
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
 
 
 def _accelerate_options(accelerate: Any) -> AccelerateOptions | None:
@@ -155,56 +93,81 @@ def _accelerate_options(accelerate: Any) -> AccelerateOptions | None:
     return AccelerateOptions.of({} if accelerate is True else accelerate)
 
 
-def _before_cuts(saved: container.Container, structure: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """The structure to build: what the config says, or where cuts have left what no config says, the config before."""
-    cut = saved.meta.get("cut")
-    if cut is None:
-        return structure
-    check_record(cut, path)
-    return structure if cut["config"] or not cut["base"] else {**structure, "config": cut["base"]}
+def _build(saved: container.Container, structure: dict[str, Any], path: Any, *, empty: bool) -> nn.Module:
+    """The Hugging Face model of a config, with `empty` without memory for its weights."""
+    if structure.get("library") != "transformers":
+        name = structure.get("class")
+        raise ModelError(
+            f"{path} holds a {name}, which is built in Python: rarefy.load({str(path)!r}, model={name}(...))"
+        )
+    return hf.build(structure_to_build(saved, structure, path), empty=empty)
 
 
-def _fits(saved: container.Container, model: nn.Module) -> bool:
-    """Whether a model has the structure that a cut left already, as one built from its config does."""
-    cut = saved.meta["cut"]
-    if not (cut["shapes"] or cut["blocks"]):
-        return False  # nothing to tell it by
-    apart = tuple(f"{n}." for n in saved.meta.get("factors") or ())
-    stored = {n: tuple(saved.index["tensors"][n]["shape"]) for n in saved.names}
-    shapes = {n: s for n, s in stored.items() if not n.startswith(apart)}
-    known = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(apart)}
-    return all(known.get(n) == s for n, s in shapes.items()) and set(known) <= {*shapes, *saved.aliases}
+def _load_tensors_(
+    saved: container.Container, model: nn.Module, slots: Slots, options: AccelerateOptions | None, path: Any
+) -> None:
+    """Read all tensors into the model, and accelerate it; weights of Linear layers are then read one after the other,
+    just before each is replaced, unless there is an example."""
+    loader = _TensorLoader(saved, model, slots, path)
+    stream = options is not None and options.example is None
+    linear = {n for n in slots if n.endswith(".weight") and isinstance(slots[n][0], nn.Linear)} if stream else set()
+    later = {n for n in linear if n not in loader.tied and n not in loader.tied.values()}
+    for name in slots:
+        if name not in loader.tied and name not in later:
+            loader.load_(name)
+    if options is None:
+        return
+    waiting = {id(slots[n][0]): n for n in later}
+
+    def load_weight(layer: Layer) -> None:
+        name = waiting.pop(id(layer.module), None)
+        if name is not None and layer.param == "weight":
+            loader.load_(name)
+
+    model.rarefy_accelerated = accelerate_each(model, options, load_weight if stream else None)  # type: ignore
+    for name in waiting.values():  # of layers that `layers` and `ignore` leave out
+        loader.load_(name)
 
 
-def _shape(saved: container.Container, name: str) -> tuple[int, ...] | None:
-    """The shape that the index states, where decoding it is no danger to memory; None lets the container judge."""
-    shape = tuple(saved.index["tensors"][saved.aliases.get(name, name)]["shape"])
-    return shape if 8 * math.prod(shape) <= 64 << 20 else None
+class _TensorLoader:
+    """Reads tensors of a container into a model's slots; a tensor that several slots hold is decoded once."""
+
+    def __init__(self, saved: container.Container, model: nn.Module, slots: Slots, path: Any):
+        self.saved, self.slots, self.tied = saved, slots, aliases(model)
+        for name, first in self.tied.items():
+            if self._stored(name) != self._stored(first):
+                raise ContainerError(
+                    f"{path}: {name} is tied to {first} in this {type(model).__name__}, but stored as another tensor"
+                )
+        uses = Counter(self._stored(n) for n in slots if n not in self.tied)
+        self.shared = {stored for stored, count in uses.items() if count > 1}
+        self.decoded: dict[str, Tensor] = {}  # shared tensors so far
+        self.grids: dict[str, WeightGrid | None] = {}
+
+    def _stored(self, name: str) -> str:
+        return self.saved.aliases.get(name, name)
+
+    def load_(self, name: str) -> None:
+        """Read the tensor of a slot, and of all slots tied to it."""
+        name = self.tied.get(name, name)
+        (module, leaf), stored = self.slots[name], self._stored(name)
+        old = getattr(module, leaf)
+        if stored in self.decoded:
+            tensor = self.decoded[stored].clone()
+        else:
+            tensor, self.grids[stored] = self.saved.weight(stored, tuple(old.shape))
+        tensor = tensor.to("cpu" if old.is_meta else old.device)
+        _set_tensor_(module, leaf, tensor)
+        record_grid_(module, leaf, self.grids[stored])
+        if stored in self.shared:
+            self.decoded[stored] = tensor
+        for other in (n for n, first in self.tied.items() if first == name):
+            setattr(*self.slots[other], getattr(module, leaf))
+            record_grid_(*self.slots[other], self.grids[stored])
 
 
-def _check_names(saved: container.Container, model: nn.Module, path: str | Path) -> None:
-    have, want = set(saved.names) | set(saved.aliases), set(model.state_dict())
-    for what, names, others in (("lacks", want - have, have), ("has an unknown", have - want, want)):
-        if names:
-            first = sorted(names)[0]
-            near = nearest(first, others)
-            hint = f"; nearest is {near[0]!r}" if near else ""
-            raise ContainerError(
-                f"{path} {what} tensor {first!r} ({len(names)} in all) for a {type(model).__name__}{hint}"
-            )
-
-
-def _check_fit(saved: container.Container, name: str, old: Tensor, path: str | Path) -> None:
-    """Raise ContainerError where a stored tensor cannot take the place of `old`, before any has been."""
-    entry = saved.index["tensors"][saved.aliases.get(name, name)]
-    if tuple(entry["shape"]) != tuple(old.shape):
-        raise ContainerError(f"{path}: {name} is {entry['shape']} in the folder, and {list(old.shape)} in the model")
-    if sparse_encodings.DTYPES[entry["dtype"]].is_floating_point != old.is_floating_point():
-        raise ContainerError(f"{path}: {name} is {entry['dtype']} in the folder, and {old.dtype} in the model")
-
-
-def _put(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
-    """Put a tensor in a slot and return what is there; a parameter keeps its identity, so ties and optimizers hold."""
+def _set_tensor_(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Set a parameter or buffer; a parameter keeps its identity, so that ties and optimizers hold."""
     old = getattr(module, leaf)
     if isinstance(old, nn.Parameter) and old.is_meta:
         setattr(module, leaf, nn.Parameter(tensor, old.requires_grad))
@@ -212,22 +175,21 @@ def _put(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
         old.data = tensor
     else:
         setattr(module, leaf, tensor)
-    return tensor
 
 
-def _remember(model: nn.Module, receipt: Path, recipe: Any) -> None:
+def _attach_receipt_(model: nn.Module, file: Path, recipe: Any) -> None:
+    """Attach the receipt of a folder and its recipe to the model. A receipt that cannot be read is ignored: it is a
+    record, not a part of the model."""
+    if not file.is_file() or file.is_symlink() or file.stat().st_size >= MAX_RECEIPT_BYTES:
+        return
     try:
-        values = json.loads(receipt.read_text(encoding="utf-8"))
-        known = Receipt(
-            **{
-                **values,
-                **{k: tuple(values.get(k, ())) for k in ("speed", "stages", "notes", "samples")},
-            }
-        )
-        _ = str(known) + known.to_json()  # what cannot be printed cannot be kept
-        if any(not isinstance(r["layer"] + r["pattern"], str) for r in known.sparsity.get("layers", ())):
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        tuples = {k: tuple(fields.get(k, ())) for k in ("speed", "stages", "notes", "samples")}
+        receipt = Receipt(**{**fields, **tuples})
+        _ = str(receipt) + receipt.to_json()  # must be printable
+        if any(not isinstance(r["layer"] + r["pattern"], str) for r in receipt.sparsity.get("layers", ())):
             return
         recipe = old_names.upgrade(recipe)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
-        return  # a receipt is a record, not a part of the model
-    model.rarefy_receipt, model.rarefy_recipe = known, recipe  # type: ignore[assignment]
+        return
+    model.rarefy_receipt, model.rarefy_recipe = receipt, recipe  # type: ignore[assignment]

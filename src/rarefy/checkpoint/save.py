@@ -1,4 +1,4 @@
-"""TODO."""
+"""`save`: write a model to a folder, each weight in its smallest format."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rarefy.checkpoint import compiled_model
-from rarefy.checkpoint.tensor_slots import WEIGHTS, aliases
+from rarefy.checkpoint.tensor_slots import WEIGHT_FILES, aliases
 from rarefy.common.errors import FormatError, ModelError, unknown
+from rarefy.common.version import __version__
 from rarefy.compiler.executor import Compiled
 from rarefy.evaluation.profiling import folder_bytes
 from rarefy.evaluation.receipt import Receipt
@@ -39,60 +40,99 @@ def save(
     overwrite: bool = False,
     compress: bool = False,
 ) -> int:
-    """Write `model` to a folder, each weight in its smallest format; return the bytes of weights and index.
+    """Write a model to a folder, each weight in its smallest format.
 
-    Masks are folded in on the way, tied weights stored once. The folder appears whole or not at all. The receipt and
-    recipe of `compress_` are taken along by themselves. `format` other than `smallest` is used for every prunable
-    weight that it fits. `compress` puts all of it through LZMA: smaller on disk, slower to read, not mapped from there.
-    What `compile` or `decoder` returned is saved as it is, its weights packed already: ModelError where its graph calls
-    what no saved one may. Raises ContainerError: folder exists, no space. O(weights), one shard in memory at a time.
+    Masks and quantization grids that are attached are folded into what is written; the model keeps them. Tied weights
+    are stored once. The folder appears whole or not at all. A receipt and recipe of `compress_` are written with the
+    model. What `compile` or `decoder` returned is saved with its weights as they are packed. One shard (256 MiB) is in
+    memory at a time.
+
+    Args:
+        model: a module, or what `compile` or `decoder` returned.
+        path: the folder.
+        receipt: written as receipt.json and receipt.md; by default the model's own.
+        recipe: plain data, written into the index; by default the model's own.
+        format: "smallest", or the format of every prunable weight that it fits: "dense", "dense+mask", "bitmask",
+            "csr", "csc", "bsr", "nm".
+        files: more files by name, such as those of a tokenizer.
+        overwrite: replace an older Rarefy folder or an empty one.
+        compress: compress all of it with LZMA: smaller on disk, slower to read, and read into memory as a whole.
+
+    Returns:
+        The bytes of weights and index on disk.
+
+    Raises:
+        ContainerError: the folder exists, or there is no space.
+        FormatError: an unknown format, or one given for a compiled model.
+        ModelError: the model was accelerated, or a compiled graph calls an operator that no saved graph may call.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from rarefy.prune.prune import prune_
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> _ = prune_(net, sparsity=0.9)
+        >>> save(net, tempfile.mkdtemp() + "/model") < 64 * 64 * 4
+        True
     """
     if isinstance(model, Compiled | Decoder):
-        if format != "smallest":
-            raise FormatError(f"format {format!r}: a compiled model is saved as its kernels read it, leave format out")
-        extra = {**(files or {}), **(receipt.files() if receipt else {})}
-        meta = {"structure": {"library": None, "class": type(model).__name__}, "recipe": recipe, "rarefy": _version()}
-        compiled_model.save(model, path, meta, files=extra, overwrite=overwrite, compress=compress)
-        return folder_bytes(os.path.realpath(path), WEIGHTS)
+        return _save_compiled(model, path, receipt, recipe, format, files, overwrite, compress)
     model = unwrap(model)
-    packed_layers = [n for n, m in model.named_modules() if isinstance(m, Sparse)]
-    if packed_layers:
+    accelerated = [n for n, m in model.named_modules() if isinstance(m, Sparse)]
+    if accelerated:
         raise ModelError(
-            f"{packed_layers[0]} and {len(packed_layers) - 1} more run on kernels chosen for this machine: save before "
+            f"{accelerated[0]} and {len(accelerated) - 1} more run on kernels chosen for this machine: save before "
             "accelerate_, and accelerate_ what load returns"
         )
     if format != "smallest" and format not in sparse_encodings.FORMATS:
         raise FormatError(unknown("format", format, ["smallest", *sparse_encodings.FORMATS]))
     receipt = receipt or getattr(model, "rarefy_receipt", None)
     recipe = recipe or getattr(model, "rarefy_recipe", None)
-    state = list(folded_state(model))
-    tied = aliases(model)
     structure = hf.structure(model) if hf.is_model(model) else {"library": None, "class": type(model).__name__}
-    meta = {"structure": structure, "recipe": recipe, "rarefy": _version()}
-    if getattr(model, "rarefy_cut", None):
-        meta["cut"] = model.rarefy_cut
-    if lowrank_modules.factor_records(model):
-        meta["factors"] = lowrank_modules.factor_records(model)
-    if layer_tying.noted(model):
-        meta["tied"] = layer_tying.noted(model)
-    if activation_quant.activation_quants(model):
-        meta["inputs"] = activation_quant.activation_quants(model)
+    meta = {"structure": structure, "recipe": recipe, "rarefy": __version__, **_structure_records(model)}
     extra = {"config.json": json.dumps(structure["config"], indent=1).encode()} if structure["library"] else {}
-    extra |= files or {}
-    if receipt is not None:
-        extra.update(receipt.files())
-    packed = ((n, packed) for n, packed in pack(model, dict(state), format, compress) if n not in tied)
+    extra |= {**(files or {}), **(receipt.files() if receipt is not None else {})}
+    state, tied = dict(folded_state(model)), aliases(model)
+    packed = ((name, p) for name, p in pack(model, state, format, compress) if name not in tied)
     container.write(path, packed, aliases=tied, meta=meta, files=extra, overwrite=overwrite, compress=compress)
-    return folder_bytes(os.path.realpath(path), WEIGHTS)
+    return folder_bytes(os.path.realpath(path), WEIGHT_FILES)
+
+
+def _save_compiled(
+    model: Compiled | Decoder,
+    path: str | Path,
+    receipt: Receipt | None,
+    recipe: Mapping[str, Any] | None,
+    format: str,
+    files: Mapping[str, bytes] | None,
+    overwrite: bool,
+    compress: bool,
+) -> int:
+    if format != "smallest":
+        raise FormatError(f"format {format!r}: a compiled model is saved as its kernels read it, leave format out")
+    extra = {**(files or {}), **(receipt.files() if receipt else {})}
+    meta = {"structure": {"library": None, "class": type(model).__name__}, "recipe": recipe, "rarefy": __version__}
+    compiled_model.save(model, path, meta, files=extra, overwrite=overwrite, compress=compress)
+    return folder_bytes(os.path.realpath(path), WEIGHT_FILES)
+
+
+def _structure_records(model: nn.Module) -> dict[str, Any]:
+    """What `load` needs to give a model of the original class the structure of this one."""
+    records = {
+        "cut": getattr(model, "rarefy_cut", None),
+        "factors": lowrank_modules.factor_records(model),
+        "tied": layer_tying.noted(model),
+        "inputs": activation_quant.activation_quants(model),
+    }
+    return {name: record for name, record in records.items() if record}
 
 
 def pack(
     model: nn.Module, state: Mapping[str, Tensor], format: str = "smallest", compress: bool = False
 ) -> Iterator[tuple[str, sparse_encodings.Packed]]:
-    """Yield (name, packed) for each tensor of a plain state: prunable weights in `format`, all else dense. What is
-    `smallest` counts after LZMA where the file is compressed."""
+    """Yield (name, packed tensor) for each tensor of a folded state: prunable weights in `format`, others dense. With
+    `compress` the smallest format is the one that is smallest after LZMA."""
     layers = {f"{n}.{p}" if n else p: l for l in all_layers(model) for n, _, p in l.owners}
-    patterns = {r["layer"]: r["pattern"] for r in _layer_rows(model)}
+    patterns = {r["layer"]: r["pattern"] for r in _receipt_rows(model)}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
         layout = layers[name].layout if name in layers else None
@@ -103,26 +143,20 @@ def pack(
         pattern = patterns.get(name.removesuffix(".weight")) or detect_pattern(tensor, layout.in_axis)
         pattern = pattern if pattern[:1].isdigit() else None
         if grid is not None:
-            known = quantized_encodings.sizes(tensor, grid, pattern, axis=layout.in_axis)
-            make = partial(quantized_encodings.encode, tensor, grid, pattern=pattern, axis=layout.in_axis)
-            yield name, make(format) if format in known else container.encode_smallest(make, known, compress)
+            sizes = quantized_encodings.sizes(tensor, grid, pattern, axis=layout.in_axis)
+            encode = partial(quantized_encodings.encode, tensor, grid, pattern=pattern, axis=layout.in_axis)
+            yield name, encode(format) if format in sizes else container.encode_smallest(encode, sizes, compress)
             continue
         sizes = sparse_encodings.sizes(tensor, pattern, axis=layout.in_axis)
         if compress and format == "smallest":
-            make = partial(sparse_encodings.encode, tensor, pattern=pattern, axis=layout.in_axis)
-            yield name, container.encode_smallest(make, sizes, True)
+            encode = partial(sparse_encodings.encode, tensor, pattern=pattern, axis=layout.in_axis)
+            yield name, container.encode_smallest(encode, sizes, True)
         elif format == "smallest" or format not in sizes:
             yield name, sparse_encodings.smallest(tensor, pattern, axis=layout.in_axis)
         else:
             yield name, sparse_encodings.encode(tensor, format, pattern, axis=layout.in_axis)
 
 
-def _layer_rows(model: nn.Module) -> list[Mapping[str, Any]]:
+def _receipt_rows(model: nn.Module) -> list[Mapping[str, Any]]:
     receipt = getattr(model, "rarefy_receipt", None)
     return receipt.sparsity.get("layers", []) if receipt else []
-
-
-def _version() -> str:
-    from rarefy.common.version import __version__
-
-    return __version__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PIECE = 1 << 20  # codes that are packed at once, a multiple of 8
+CHUNK = 1 << 20  # codes that are packed at once, a multiple of 8
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def pack_bits(bits: Tensor) -> Tensor:
     n = bits.numel()
     padded = torch.zeros(-(-n // 8) * 8, dtype=torch.bool, device=bits.device)
     padded[:n] = bits.reshape(-1)
-    # eight bytes of 0 or 1 in one word: this factor moves byte i to bit 56 + i, and no two terms meet
+    # eight bytes of 0 or 1 as one int64: this factor moves byte i to bit 56 + i, and no two terms overlap
     return (padded.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
@@ -41,11 +41,11 @@ def pack_codes(u: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return u.contiguous()
     if 8 % bits == 0:
-        many = 8 // bits
-        full = torch.nn.functional.pad(u, (0, -len(u) % many)).view(-1, many)
-        return (full << (torch.arange(many, dtype=torch.uint8) * bits)).sum(1, dtype=torch.uint8)
-    places = torch.arange(bits, dtype=torch.uint8)
-    return torch.cat([pack_bits(part[:, None] >> places & 1) for part in u.split(PIECE)] or [u])
+        per_byte = 8 // bits
+        full = torch.nn.functional.pad(u, (0, -len(u) % per_byte)).view(-1, per_byte)
+        return (full << (torch.arange(per_byte, dtype=torch.uint8) * bits)).sum(1, dtype=torch.uint8)
+    shifts = torch.arange(bits, dtype=torch.uint8)
+    return torch.cat([pack_bits(part[:, None] >> shifts & 1) for part in u.split(CHUNK)] or [u])
 
 
 def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
@@ -53,10 +53,10 @@ def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
     if bits == 8:
         return packed[:n]
     if 8 % bits == 0:
-        places = torch.arange(8 // bits, dtype=torch.uint8) * bits
-        return (packed[:, None] >> places & ((1 << bits) - 1)).flatten()[:n]
-    weights, step, out = 1 << torch.arange(bits, dtype=torch.uint8), PIECE * bits // 8, []
+        shifts = torch.arange(8 // bits, dtype=torch.uint8) * bits
+        return (packed[:, None] >> shifts & ((1 << bits) - 1)).flatten()[:n]
+    weights, step, out = 1 << torch.arange(bits, dtype=torch.uint8), CHUNK * bits // 8, []
     for a in range(0, len(packed), step):
-        part = unpack_bits(packed[a : a + step], min(PIECE, n - len(out) * PIECE) * bits)
+        part = unpack_bits(packed[a : a + step], min(CHUNK, n - len(out) * CHUNK) * bits)
         out.append((part.view(-1, bits) * weights).sum(1, dtype=torch.uint8))
     return torch.cat(out) if out else packed[:0]

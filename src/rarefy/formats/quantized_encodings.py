@@ -1,12 +1,13 @@
-"""Weights of few values, packed: whole numbers on a grid (`int`, `uint` where zero has a code of its own), indices into
-a codebook (`codebook`), each in any of the sparse formats: `int:dense`, `uint:bitmask`, `codebook:nm`.
+"""Quantized weights, packed: symmetric codes (`int`), codes with a zero point (`uint`) or codebook indices
+(`codebook`), each in any of the sparse formats: `int:dense`, `uint:bitmask`, `codebook:nm`.
 
-    u      uint8 in 0..2^bits - 1, in the weight's shape; 0 where the weight is 0, so that sparse formats store it as
-           they store any tensor with zeros
-    scale  see `rarefy.model.quant_grid`;   table  [*blocks, 2^bits]
+    u      uint8 in 0..2^bits - 1, in the weight's shape: the codes; 0 where the weight is 0, so that sparse formats
+           store u as they store any tensor with zeros
+    scale  see `rarefy.model.quant_grid`
+    table  [*blocks, 2^bits], the values of a codebook
 
 Stored are the parts of u in its sparse format, its `values` packed to `bits` bits, least significant first. `check` and
-`decode` here also do what `rarefy.formats.sparse_encodings` does, for every format of `ALL`.
+`decode` take the unquantized formats of `rarefy.formats.sparse_encodings` too.
 """
 
 from __future__ import annotations
@@ -31,35 +32,37 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def kind_of(grid: WeightGrid) -> str:
-    """Return the first word of a format that holds such values."""
+    """Return the kind of codes, the part of a format's name before the colon."""
     if isinstance(grid, Codebook):
         return "codebook"
     return "int" if grid.zero is None else "uint"
 
 
 def encode(weight: Tensor, grid: WeightGrid, format: str, pattern: str | None = None, *, axis: int = -1) -> Packed:
-    """Return a weight that lies on `grid` packed in `format`, one of `INNER`; the rest is as for `sparse.encode`.
-    `decode` gives the same bits back. O(n).
+    """Return a quantized weight packed in `format`, one of `INNER`; the other arguments are those of
+    `sparse_encodings.encode`. `decode` returns the same bits. O(n).
 
     >>> p = encode(torch.tensor([[0.0, 1.0, -0.5, 0.0]]), Grid(4, torch.tensor([[0.5]])), "bitmask")
     >>> p.format, p.nbytes, decode(p).tolist()
     ('int:bitmask', 6, [[0.0, 1.0, -0.5, 0.0]])
     """
     if format not in INNER:
-        raise FormatError(unknown("format of few values", format, INNER))
+        raise FormatError(unknown("format of quantized weights", format, INNER))
     inner = sparse_encodings.encode(_codes(weight, grid), format, pattern, axis=axis)
     parts = inner.parts | {"values": pack_codes(inner.parts["values"].flatten(), grid.bits)}
-    own = {n: t.detach().cpu().contiguous() for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None}
-    p = Packed(f"{kind_of(grid)}:{format}", tuple(weight.shape), weight.dtype, parts | own, inner.extra)
+    kind = kind_of(grid)
+    parts |= {n: t.detach().cpu().contiguous() for n in KINDS[kind] if (t := getattr(grid, n)) is not None}
+    p = Packed(f"{kind}:{format}", tuple(weight.shape), weight.dtype, parts, inner.extra)
     return replace(p, extra=p.extra | {"bits": grid.bits})
 
 
 def sizes(weight: Tensor, grid: WeightGrid, pattern: str | None = None, *, axis: int = -1) -> dict[str, int]:
     """Return the exact bytes of a weight in each format of `INNER` that can hold it. O(n)."""
     u = _codes(weight, grid)
-    own = sum(t.nbytes for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None)
+    grid_bytes = sum(t.nbytes for n in KINDS[kind_of(grid)] if (t := getattr(grid, n)) is not None)
     one, two = (sparse_encodings.sizes(u.to(d), pattern, axis=axis) for d in (torch.uint8, torch.int16))
-    return {f: one[f] - (two[f] - one[f]) + -(-(two[f] - one[f]) * grid.bits // 8) + own for f in INNER if f in one}
+    count = {f: two[f] - one[f] for f in INNER if f in one}  # stored values: a second byte of each makes the difference
+    return {f: one[f] - n + -(-n * grid.bits // 8) + grid_bytes for f, n in count.items()}
 
 
 def grid_of(p: Packed) -> WeightGrid | None:
@@ -73,7 +76,7 @@ def grid_of(p: Packed) -> WeightGrid | None:
 
 
 def check(p: Packed) -> None:
-    """Raise FormatError unless all that `p` holds agrees, as `sparse.check`. O(stored bytes)."""
+    """Raise FormatError unless all parts of `p` agree, as `sparse_encodings.check`. O(stored bytes)."""
     if ":" not in p.format:
         return sparse_encodings.check(p)
     sparse_encodings.check(_inner(p))
@@ -81,10 +84,10 @@ def check(p: Packed) -> None:
 
 def decode(p: Packed) -> Tensor:
     """Return the dense tensor of any format; checks first. O(n)."""
-    grid = grid_of(p) if p.format in PARTS else None
-    if ":" not in p.format or grid is None:
+    if ":" not in p.format:
         return sparse_encodings.decode(p)
-    u = sparse_encodings.decode(_inner(p))
+    u, grid = sparse_encodings.decode(_inner(p)), grid_of(p)
+    assert grid is not None
     if isinstance(grid, Codebook):
         return grid.values(u, p.dtype)
     half = 1 << (grid.bits - 1)
@@ -95,7 +98,7 @@ def decode(p: Packed) -> Tensor:
 
 
 def label(p: Packed) -> str:
-    """Return the format in few words, with its bits: `int4:bitmask`."""
+    """Return a short name of the format with its bits: `int4:bitmask`."""
     kind, _, inner = p.format.partition(":")
     return f"{kind}{p.extra['bits']}:{inner}" if inner else kind
 
@@ -107,7 +110,7 @@ def _codes(weight: Tensor, grid: WeightGrid) -> Tensor:
 
 
 def _inner(p: Packed) -> Packed:
-    """Return the sparse tensor of u; FormatError unless what belongs to the values is sound."""
+    """Return u in its sparse format; FormatError unless the codes, scales, zeros or table are sound."""
     if p.format not in PARTS:
         raise FormatError(unknown("format", p.format, PARTS))
     kind, _, format = p.format.partition(":")
@@ -121,8 +124,8 @@ def _inner(p: Packed) -> Packed:
         if not isinstance(t, Tensor) or t.layout != torch.strided or not t.is_contiguous():
             raise FormatError(f"{p.format}: part {name!r} must be a dense contiguous tensor")
     if p.dtype not in FLOATS:
-        raise FormatError(f"{p.format}: dtype {p.dtype} is no floating point that values could have")
-    _check_own(p, kind, bits)
+        raise FormatError(f"{p.format}: dtype {p.dtype} is not a floating point type of quantized weights")
+    _check_grid_parts(p, kind, bits)
     parts = {n: t for n, t in p.parts.items() if n not in KINDS[kind]}
     shape = sparse_encodings.values_shape(replace(bare, parts=parts))
     n, packed = math.prod(shape), parts["values"]
@@ -137,7 +140,7 @@ def _inner(p: Packed) -> Packed:
     return replace(bare, parts=parts | {"values": codes.view(shape)})
 
 
-def _check_own(p: Packed, kind: str, bits: int) -> None:
+def _check_grid_parts(p: Packed, kind: str, bits: int) -> None:
     """Raise FormatError unless scales, zeros or the table fit the weight."""
     for name in KINDS[kind]:
         t = p.parts[name]
@@ -150,11 +153,11 @@ def _check_own(p: Packed, kind: str, bits: int) -> None:
             shape = shape[:-1]
         if not scale_fits(shape, p.shape):
             raise FormatError(
-                f"{p.format}: part {name!r} is {sparse_encodings.kind(t)}, no part of a weight {list(p.shape)}"
+                f"{p.format}: part {name!r} is {sparse_encodings.kind(t)}, which does not fit a weight {list(p.shape)}"
             )
-        wanted = (torch.uint8,) if name == "zero" else FLOATS
-        if t.dtype not in wanted:
-            raise FormatError(f"{p.format}: part {name!r} is {sparse_encodings.kind(t)}, must be {wanted[0]}")
+        dtypes = (torch.uint8,) if name == "zero" else FLOATS
+        if t.dtype not in dtypes:
+            raise FormatError(f"{p.format}: part {name!r} is {sparse_encodings.kind(t)}, must be {dtypes[0]}")
         if name != "zero" and not bool(torch.isfinite(t).all()):
             raise FormatError(f"{p.format}: part {name!r} holds NaN or inf")
         if name == "scale" and t.numel() and not float(t.min()) > 0:

@@ -32,7 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
     "uint64": torch.uint64, "uint32": torch.uint32, "uint16": torch.uint16, "uint8": torch.uint8,
 }
 # fmt: on
-MOST_ENTRIES, MOST_DIMS = 2**48, 16  # row * C + column stays far from the end of int64
+MAX_ENTRIES, MAX_DIMS = 2**48, 16  # row * C + column stays far from the end of int64
 _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NUMBERS = {
     "nm": (r"(\d{1,4}):(\d{1,4})", "2:4", "n", "m"),
@@ -70,13 +70,18 @@ class Codec(NamedTuple):
 
 
 def encode(x: Tensor, format: str, pattern: str | None = None, *, axis: int = -1, mask: Tensor | None = None) -> Packed:
-    """Return `x` packed; `decode` gives the same bits back: O(n), without a loop over entries.
+    """Return `x` packed; `decode` returns the same bits. O(n), without a loop over entries.
 
-    `pattern` is how the zeros of `x` lie: nm uses "N:M" (else 2:4), bsr "RxC" (else 4x1), the others need none.
-    `axis` is the dimension that groups of M and columns of blocks run along: 1 for a convolution [O, I, kh, kw]
-    pruned along I, 0 for a Conv1D [in, out]; dense, dense+mask and bitmask keep the tensor's own order. `mask`
-    (bool, True = kept) is what dense+mask remembers, by default where `x` is not zero. Dense parts share memory
-    with a contiguous `x`. FormatError: a group has more than N entries, or an argument is impossible.
+    Args:
+        x: any tensor; dense parts share memory with a contiguous one.
+        format: a name in `FORMATS`.
+        pattern: the block shape of the zeros: "N:M" for nm (2:4 by default), "RxC" for bsr (4x1 by default).
+        axis: the dimension along which groups of M and columns of blocks run: 1 for a convolution [O, I, kh, kw]
+            pruned along I, 0 for a Conv1D [in, out]. dense, dense+mask and bitmask keep the tensor's own order.
+        mask: bool, True = kept: what dense+mask stores; by default where `x` is not zero.
+
+    Raises:
+        FormatError: a group has more than N entries, or an argument is impossible.
 
     >>> p = encode(torch.tensor([[0.0, 1.0, 2.0, 0.0]]), "nm", "2:4")
     >>> p.nbytes, p.parts["values"].tolist(), decode(p).tolist()
@@ -100,8 +105,8 @@ def decode(p: Packed) -> Tensor:
     >>> decode(encode(torch.tensor([0.0, -0.0, 3.0]), "bitmask"))
     tensor([0., -0., 3.])
     """
-    found = _check(p)
-    return FORMATS[p.format].decode(p, found).reshape(p.shape).contiguous().view(p.dtype)
+    checked = _check(p)
+    return FORMATS[p.format].decode(p, checked).reshape(p.shape).contiguous().view(p.dtype)
 
 
 def check(p: Packed) -> None:
@@ -121,8 +126,8 @@ def sizes(x: Tensor, pattern: str | None = None, *, axis: int = -1) -> dict[str,
     (40, 'does not fit')
     """
     hit = _bits(x) != 0
-    found = {format: codec.size(_empty(x, format, pattern, axis), hit) for format, codec in FORMATS.items()}
-    return {format: size for format, size in found.items() if size is not None}
+    sizes = {format: codec.size(_empty(x, format, pattern, axis), hit) for format, codec in FORMATS.items()}
+    return {format: size for format, size in sizes.items() if size is not None}
 
 
 def smallest(x: Tensor, pattern: str | None = None, *, axis: int = -1) -> Packed:
@@ -148,14 +153,14 @@ def to_torch(p: Packed) -> Tensor:
     if p.format not in make:
         raise FormatError(f"torch has no format {p.format!r}; it has {', '.join(make)}")
     _check(p)
-    (_, R, C), (_, _, r, c) = _place(p), _grid_dims(p)
+    (_, R, C), (_, _, r, c) = _matrix_shape(p), _grid_dims(p)
     if R % r or C % c:
         raise FormatError(f"torch.sparse_bsr needs whole blocks: [{R}, {C}] is no multiple of {r}x{c}")
     ptr, idx = (p.parts[name] for name in _POINTERS[p.format])
-    wide = torch.int64 if torch.int64 in (ptr.dtype, idx.dtype) else torch.int32
+    index_dtype = torch.int64 if torch.int64 in (ptr.dtype, idx.dtype) else torch.int32
     with warnings.catch_warnings():  # torch says once that these layouts are in beta
         warnings.simplefilter("ignore", UserWarning)
-        return make[p.format](ptr.to(wide), idx.to(wide), p.parts["values"], size=(R, C))
+        return make[p.format](ptr.to(index_dtype), idx.to(index_dtype), p.parts["values"], size=(R, C))
 
 
 def from_torch(t: Tensor) -> Packed:
@@ -228,10 +233,10 @@ def _check_extra(p: Packed) -> None:
 
 
 def _check_shape(p: Packed) -> None:
-    whole = len(p.shape) <= MOST_DIMS and all(type(d) is int and d >= 0 for d in p.shape)
-    if not whole or math.prod(d or 1 for d in p.shape) > MOST_ENTRIES:
-        limit = f"at most {MOST_DIMS} sizes, none negative, and 2**48 entries"
-        raise FormatError(f"{p.format}: shape {list(p.shape)[: MOST_DIMS + 1]} is impossible; {limit}")
+    whole = len(p.shape) <= MAX_DIMS and all(type(d) is int and d >= 0 for d in p.shape)
+    if not whole or math.prod(d or 1 for d in p.shape) > MAX_ENTRIES:
+        limit = f"at most {MAX_DIMS} sizes, none negative, and 2**48 entries"
+        raise FormatError(f"{p.format}: shape {list(p.shape)[: MAX_DIMS + 1]} is impossible; {limit}")
 
 
 def _check(p: Packed) -> Any:
@@ -286,7 +291,7 @@ def _scatter(hit: Tensor, values: Tensor) -> Tensor:
     return values.new_zeros(hit.shape).masked_scatter_(hit, values)
 
 
-def _place(p: Packed) -> tuple[list[int], int, int]:
+def _matrix_shape(p: Packed) -> tuple[list[int], int, int]:
     """Return the shape with `axis` last, and its matrix's R and C; a vector or a scalar is one row."""
     moved = list(p.shape) or [1]
     moved.append(moved.pop(p.extra.get("axis", -1)))
@@ -296,13 +301,13 @@ def _place(p: Packed) -> tuple[list[int], int, int]:
 
 def _to_matrix(p: Packed, X: Tensor, r: int, c: int) -> Tensor:
     """Return the matrix, with zeros up to whole multiples of `r` and `c`."""
-    _, R, C = _place(p)
+    _, R, C = _matrix_shape(p)
     A = X.reshape(p.shape or (1,)).movedim(p.extra.get("axis", -1), -1).reshape(R, C)
     return torch.nn.functional.pad(A, (0, -C % c, 0, -R % r)) if R % r or C % c else A.contiguous()
 
 
 def _from_matrix(p: Packed, A: Tensor) -> Tensor:
-    moved, R, C = _place(p)
+    moved, R, C = _matrix_shape(p)
     return A[:R, :C].reshape(moved).movedim(-1, p.extra.get("axis", -1))
 
 
@@ -336,7 +341,7 @@ def _size_flat(p: Packed, hit: Tensor) -> int:
 
 
 def _grid_dims(p: Packed) -> tuple[int, int, int, int]:
-    _, R, C = _place(p)
+    _, R, C = _matrix_shape(p)
     r, c = p.extra.get("rows", 1), p.extra.get("cols", 1)
     return (C, R, 1, 1) if p.format == "csc" else (-(-R // r), -(-C // c), r, c)
 
@@ -368,7 +373,7 @@ def _encode_grid(p: Packed, X: Tensor) -> dict[str, Tensor]:
 
 
 def _check_grid(p: Packed) -> Tensor:
-    """Return the place of each stored block in the grid, row * C + column, int64 [k]."""
+    """Return the position of each stored block in the grid, row * C + column, int64 [k]."""
     (R, C, r, c), (first, second) = _grid_dims(p), _POINTERS[p.format]
     k = p.parts["values"].numel() // (r * c)
     _expect(p, "values", p.dtype, *((k, r, c) if p.format == "bsr" else (k,)))
@@ -380,19 +385,19 @@ def _check_grid(p: Packed) -> Tensor:
         raise FormatError(f"{p.format}: part {first!r} must run from 0 to {k} and never fall")
     if k and not 0 <= int(idx.min()) <= int(idx.max()) < C:
         raise FormatError(f"{p.format}: part {second!r} must stay within 0 and {C - 1}")
-    place = torch.arange(R, device=ptr.device).repeat_interleave(ptr.diff(), output_size=k) * C + idx
-    if bool((place[1:] <= place[:-1]).any()):
+    position = torch.arange(R, device=ptr.device).repeat_interleave(ptr.diff(), output_size=k) * C + idx
+    if bool((position[1:] <= position[:-1]).any()):
         raise FormatError(f"{p.format}: part {second!r} must rise inside each row, without repeats")
-    return place
+    return position
 
 
-def _decode_grid(p: Packed, place: Tensor) -> Tensor:
-    (R, C, r, c), (_, rows, cols) = _grid_dims(p), _place(p)
+def _decode_grid(p: Packed, position: Tensor) -> Tensor:
+    (R, C, r, c), (_, rows, cols) = _grid_dims(p), _matrix_shape(p)
     values = _values(p)
     if p.format == "bsr":  # a block larger than the matrix would be mostly padding: memory is at most 4 times n
         r, c = min(r, rows), min(c, cols)
         values = values[:, :r, :c].flatten(1)
-    A = values.new_zeros(R * C, *values.shape[1:]).index_copy_(0, place, values)
+    A = values.new_zeros(R * C, *values.shape[1:]).index_copy_(0, position, values)
     A = A.view(R, C, r, c).transpose(1, 2).reshape(R * r, C * c)
     return _from_matrix(p, A.t() if p.format == "csc" else A)
 
@@ -409,7 +414,7 @@ def _size_grid(p: Packed, hit: Tensor) -> int:
 
 def _nm(p: Packed) -> tuple[int, int, int, int, int]:
     """Return n, m, the groups in a row, k, and the bits of an index, 0 where a mask of m bits is no longer."""
-    (_, R, C), n, m = _place(p), p.extra["n"], p.extra["m"]
+    (_, R, C), n, m = _matrix_shape(p), p.extra["n"], p.extra["m"]
     width = (m - 1).bit_length()
     return n, m, -(-C // m), R * -(-C // m), width if n * width < m else 0
 
@@ -447,21 +452,21 @@ def _check_nm(p: Packed) -> tuple[Tensor, Tensor]:
     if width:
         bits = 1 << torch.arange(width, dtype=torch.uint8, device=hit.device)
         index = (hit.view(k, n, width) * bits).sum(2).clamp(max=m - 1)
-        place = torch.arange(k, device=hit.device)[:, None] * m + index
-        hit = hit.new_zeros(k * m).index_fill_(0, place[filled], True)
+        position = torch.arange(k, device=hit.device)[:, None] * m + index
+        hit = hit.new_zeros(k * m).index_fill_(0, position[filled], True)
     hit = hit.view(k, m)
     used = _used(hit, n)
     bad = bool((hit.sum(1) > n).any()) or bool((filled & ~used).any())
     if bad or not torch.equal(_index(hit, used, width), p.parts["index"]):
         raise FormatError(f"nm {n}:{m}: part 'index' does not fit the values of some group")
-    _, R, C = _place(p)
+    _, R, C = _matrix_shape(p)
     if bool(hit.view(R, in_row * m)[:, C:].any()):
         raise FormatError(f"nm {n}:{m}: part 'index' points past the end of a row")
     return hit, used
 
 
-def _decode_nm(p: Packed, found: tuple[Tensor, Tensor]) -> Tensor:
-    (hit, used), (_, m, in_row, _, _), (_, R, _) = found, _nm(p), _place(p)
+def _decode_nm(p: Packed, checked: tuple[Tensor, Tensor]) -> Tensor:
+    (hit, used), (_, m, in_row, _, _), (_, R, _) = checked, _nm(p), _matrix_shape(p)
     return _from_matrix(p, _scatter(hit, _values(p)[used]).view(R, in_row * m))
 
 
