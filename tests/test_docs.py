@@ -185,3 +185,10 @@ def test_sentences_are_short(page):
     paragraphs = re.split(r"\n\s*\n|\n- |\n\d+\. ", prose(page))
     sentences = [s for p in paragraphs for s in re.split(r"(?<=[.:!?;])\s", p.replace("\n", " "))]
     assert not [s for s in sentences if len(s.split()) > 25]
+
+
+def test_reference_lists_every_public_name():
+    import rarefy
+
+    names = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")))
+    assert not set(rarefy.__all__) - names - {"__version__"}
