@@ -84,10 +84,22 @@ def test_the_folder_holds_what_the_receipt_says(packed, given):
 
 
 def test_the_receipt_is_printed(run, given, tmp_path):
-    ran = run("compress", given / "model", "--recipe", given / "tiny.yaml", "--out", tmp_path / "out", "--threads", 1)
-    assert ran.code == 0 and ran.out.startswith("Receipt: tiny\n") and "2:4" in ran.out and "perplexity" in ran.out
-    assert ran.out == (tmp_path / "out" / "receipt.txt").read_text() + "\n"
+    words = ("compress", given / "model", "--recipe", given / "tiny.yaml", "--out", tmp_path / "out", "--threads", 1)
+    ran = run(*words)
+    assert ran.code == 0 and ran.out.startswith("Receipt: tiny\n") and "perplexity" in ran.out
     assert "1 threads" in ran.out and f"written to {tmp_path / 'out'}" in ran.err and "calibrating wanda" in ran.err
+    whole = (tmp_path / "out" / "receipt.txt").read_text()
+    assert "model.layers.*" in whole and "model.layers.*" not in ran.out  # the table of layers is for --verbose
+    assert {*ran.out.splitlines()} < {*whole.splitlines()}
+    verbose = run(*words, "--verbose", "--force").out
+    assert "model.layers.*" in verbose and verbose == (tmp_path / "out" / "receipt.txt").read_text() + "\n"
+    assert max(map(len, ran.err.splitlines())) <= 80  # a progress bar fits its line
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--json"])
+def test_verbose_with_no_text_to_print(run, given, tmp_path, option):
+    ran = run("compress", given / "model", "-r", given / "tiny.yaml", "-o", tmp_path / "out", "--verbose", option)
+    assert ran.code == 2 and "--verbose has no effect with --json, which has all rows, or with --quiet" in ran.err
 
 
 def test_quiet_prints_nothing(run, given, tmp_path):

@@ -93,6 +93,8 @@ def compress(
     """
     from rarefy.common.atomic_io import bytes_of, check_target
 
+    if verbose and (as_json or quiet):
+        raise RecipeError("--verbose has no effect with --json, which has all rows, or with --quiet: leave one out")
     plan = _plan(recipe, change, data, eval_data, seed)
     most = bytes_of(memory)
     if fresh and not plan.solves:

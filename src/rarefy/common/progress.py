@@ -42,7 +42,7 @@ def track(items: Iterable[T], text: str, shown: bool, total: int | None = None) 
         total = len(items)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),  # the whole bar fits a line of 80 characters
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
