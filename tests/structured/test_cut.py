@@ -487,7 +487,7 @@ def test_prune_heads_of_transformers(name):
     kept = [h for h in range(4) if h not in gone]
     assert torch.equal(W.reshape(len(W), len(kept), -1), old.reshape(len(old), 4, -1)[:, kept])
     if name in ("llama", "qwen3"):
-        with pytest.raises(ModelError, match="every 2 heads share a key, so they go together"):
+        with pytest.raises(ModelError, match="every 2 heads share a key and must be removed together"):
             rarefy.prune_heads_(dense, {where: [1]}, x)
 
 
@@ -588,7 +588,7 @@ def test_multihead_attention_is_cut_where_heads_do_not_divide(keep, tmp_path):
         ({"qkv": 0}, "qkv has heads 0 to 3: give a list of such numbers, got 0"),
         ({"qkv": []}, "qkv has heads 0 to 3"),
         ({"qkv": "1"}, "qkv has heads 0 to 3"),
-        ({"qkv": [0, 1, 2, 3]}, "all of its 4 heads would go"),
+        ({"qkv": [0, 1, 2, 3]}, "all of its 4 heads would be removed"),
         ({"gate": [0]}, "'gate' has no heads; attention modules: "),
         ([0], "heads is {name of an attention module"),
     ],

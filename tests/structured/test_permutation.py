@@ -39,12 +39,12 @@ def test_predicted_gains_match_swaps(n, m):
     groups = _Groups(S, n, m)
     groups.swap([(0, 15), (3, 9)] if m < 8 else [(0, 15)])  # not only the first order
     order, before = groups.order.flatten(), kept_score(S[:, groups.order.flatten()], n, m)
-    assert before == pytest.approx(float(groups.kept.sum()), rel=1e-5)
+    assert before == pytest.approx(float(groups.scores.sum()), rel=1e-5)
     for i, j in itertools.combinations(range(16), 2):
         a, b = groups.group[i], groups.group[j]
         if a == b:
             continue
-        gain = groups.P[i, j] + groups.P[j, i] - groups.kept[a] - groups.kept[b]
+        gain = groups.P[i, j] + groups.P[j, i] - groups.scores[a] - groups.scores[b]
         swapped = torch.where(order == i, j, torch.where(order == j, i, order))
         assert float(gain) == pytest.approx(kept_score(S[:, swapped], n, m) - before, abs=1e-3 * before)
 

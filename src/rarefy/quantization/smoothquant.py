@@ -60,10 +60,10 @@ def smooth_(
     fp32 = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     near = NEAR if fp32 else 30 * NEAR
 
-    def scaled(some: Sequence[SmoothGroup]) -> list[tuple[nn.Parameter, Tensor]] | None:
-        """Scale groups; return the old parameters, or None, with all as it was, where the model's outputs change."""
+    def scale_and_verify(selected: Sequence[SmoothGroup]) -> list[tuple[nn.Parameter, Tensor]] | None:
+        """Scale groups; return the old parameters, or None where outputs change, with everything restored."""
         old: list[tuple[nn.Parameter, Tensor]] = []
-        for group in some:
+        for group in selected:
             inputs = torch.stack([maxima[l.full_name] for l in group.layers]).amax(0)
             weights = torch.stack([l.weight.detach().float().abs().amax(0) for l in group.layers]).amax(0)
             scale = (inputs.clamp(min=1e-5) ** alpha / weights.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
@@ -74,12 +74,12 @@ def smooth_(
         _restore(old)
         return None
 
-    saved = scaled(groups)
+    saved = scale_and_verify(groups)
     done = groups
     if saved is None:  # something else reads one of the tensors: try each group alone
         saved, done = [], []
         for group in groups:
-            old = scaled([group])
+            old = scale_and_verify([group])
             if old is not None:
                 saved += old
                 done.append(group)
@@ -88,6 +88,7 @@ def smooth_(
 
 @torch.no_grad()
 def _restore(old: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Restore the values of parameters."""
     for p, value in reversed(old):
         p.copy_(value)
 
@@ -126,10 +127,8 @@ def _groups(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[Smoot
 def _can_absorb(producer: nn.Module, width: int) -> bool:
     """Return whether dividing a module's parameters divides its outputs: norms with a weight, Linear layers."""
     weight = producer._parameters.get("weight")
-    if (
-        weight is None or recorded_grids(producer) or get_activation_quant(producer) is not None
-    ):  # parametrized, or quantized
-        return False
+    if weight is None or recorded_grids(producer) or get_activation_quant(producer) is not None:
+        return False  # parametrized, or quantized
     norm = "Norm" in type(producer).__name__ and tuple(weight.shape) == (width,)
     return norm or (type(producer) is nn.Linear and weight.shape[0] == width)
 

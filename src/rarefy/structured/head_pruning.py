@@ -1,4 +1,4 @@
-"""`prune_heads_`: attention heads by their numbers, as transformers models once had it."""
+"""`prune_heads_`: remove attention heads by their numbers, as transformers models used to offer."""
 
 from __future__ import annotations
 
@@ -28,19 +28,31 @@ def prune_heads_(
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Report:
-    """Remove attention heads by their numbers; return what went.
+    """Remove attention heads by their numbers, in place.
 
-    heads    {name of an attention module: numbers of its query heads}, counted from 0 as they are now
-    example  what the model can be called with
-    optimizer  one that trains the model: it goes on with what is left
-    Where queries share keys (GQA, MQA), heads go in whole groups: the numbers must name all queries of a group. For any
-    model whose attention `cut_` can read. `nn.MultiheadAttention` divides its width by the number of heads: it becomes
-    a subclass with heads of a size of their own, with the same names and call. Proved as in `cut_`. Raises ModelError;
-    the model is then as it was.
+    For any model whose attention `cut_` supports. Outputs are verified as in `cut_`. `nn.MultiheadAttention`, which
+    divides its width by the number of heads, is replaced by a subclass with the same names and the same call whose
+    heads keep their size.
 
-    >>> prune_heads_(nn.Sequential(nn.Linear(2, 2)), {"0": [0]}, torch.randn(1, 2))
-    Traceback (most recent call last):
-    rarefy.common.errors.ModelError: '0' has no heads; attention modules: none
+    Args:
+        model: The model to change.
+        heads: {name of an attention module: numbers of its query heads}, counted from 0. Where queries share keys (GQA,
+            MQA), heads are removed in whole groups: the numbers must name all queries of a group.
+        example: Something the model can be called with.
+        optimizer: An optimizer of the model; it continues with the parameters that remain.
+
+    Returns:
+        A report with a row for each attention module.
+
+    Raises:
+        ModelError: A name or number is wrong, or the cut model does not return what the masked one does. The model is
+            then unchanged.
+
+    Example:
+        >>> net = nn.Sequential(nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)).eval()
+        >>> report = prune_heads_(net, {"0.self_attn": [0, 3]}, torch.randn(1, 5, 8))
+        >>> report.rows[0]["units"]
+        '4 -> 2'
     """
     inner = unwrap(model)
     check_unmasked(inner)
@@ -48,18 +60,18 @@ def prune_heads_(
         raise ModelError(f"heads is {{name of an attention module: [numbers]}}, got {heads!r}")
     check_optimizer(optimizer, inner)
     before = sum(p.numel() for p in inner.parameters())
-    own = give_own_heads(inner, set(heads))
+    replacement = give_own_heads(inner, set(heads))
     try:
         graph = trace(inner, example)
         masks: dict[Axis, Tensor] = {}
         for name, numbers in heads.items():
-            group = _group(graph, name)
-            masks[group.axis] = _kept(graph, group, name, numbers)
+            group = _head_group(graph, name)
+            masks[group.axis] = _keep_mask(graph, group, name, numbers)
         removal = remove_units(inner, example, graph, masks)
-        own.undo += removal.undo
+        replacement.undo += removal.undo
         update_config(inner, example, size_changes(graph, masks))
     except BaseException:
-        own.put_back()
+        replacement.put_back()
         raise
     if optimizer is not None:
         replace_parameters(optimizer, removal.replaced)
@@ -68,35 +80,38 @@ def prune_heads_(
     return Report("heads", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, unsupported_notes(graph))
 
 
-def _group(graph: Graph, name: str) -> Group:
-    """The heads that parameters of that module make."""
-    known = [g for g in graph.groups if g.kind == "head"]
-    found = [g for g in known if any(m.name.startswith(f"{name}.") for m in g.members)]
-    if len(found) != 1:
-        places = list(dict.fromkeys(g.members[0].name.rsplit(".", 2)[0] for g in known))
-        near = nearest(str(name), places, many=3) or places[:3]
-        what = "no heads" if not found else f"{len(found)} kinds of heads"
-        raise ModelError(f"{name!r} has {what}; attention modules: {', '.join(near) or 'none'}")
-    if found[0].lock:
-        raise ModelError(f"the heads of {name} stay: {found[0].lock}")
-    return found[0]
+def _head_group(graph: Graph, name: str) -> Group:
+    """Return the group of heads that a module's parameters produce. Raises ModelError unless there is one."""
+    head_groups = [g for g in graph.groups if g.kind == "head"]
+    matches = [g for g in head_groups if any(m.name.startswith(f"{name}.") for m in g.members)]
+    if len(matches) != 1:
+        names = list(dict.fromkeys(g.members[0].name.rsplit(".", 2)[0] for g in head_groups))
+        nearest_names = nearest(str(name), names, many=3) or names[:3]
+        problem = "no heads" if not matches else f"{len(matches)} kinds of heads"
+        raise ModelError(f"{name!r} has {problem}; attention modules: {', '.join(nearest_names) or 'none'}")
+    if matches[0].lock:
+        raise ModelError(f"the heads of {name} cannot be removed: {matches[0].lock}")
+    return matches[0]
 
 
-def _kept(graph: Graph, group: Group, name: str, numbers: Any) -> Tensor:
-    """Which of the heads (groups of them, where queries share keys) stay."""
-    shared = 1  # queries of a key
+def _keep_mask(graph: Graph, group: Group, name: str, numbers: Any) -> Tensor:
+    """Return which heads stay, bool [heads]; of key groups where queries share keys."""
+    queries_per_key = 1
     for m in group.members:
         for axis in leaves(graph.dims[m.name][m.dim]):
-            shared = max(shared, axis.size if axis.kind == "query_head" else 1)
-    total = group.size * shared
-    wrong = not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) == 0
-    if wrong or any(type(h) is not int or not 0 <= h < total for h in numbers):
+            queries_per_key = max(queries_per_key, axis.size if axis.kind == "query_head" else 1)
+    total = group.size * queries_per_key
+    invalid = not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) == 0
+    if invalid or any(type(h) is not int or not 0 <= h < total for h in numbers):
         raise ModelError(f"{name} has heads 0 to {total - 1}: give a list of such numbers, got {numbers!r}")
-    gone = torch.zeros(total, dtype=torch.bool)
-    gone[torch.tensor(list(numbers))] = True
-    rows = gone.view(group.size, shared)
-    if bool((rows.any(1) != rows.all(1)).any()):
-        raise ModelError(f"{name}: every {shared} heads share a key, so they go together: 0 to {shared - 1}, and so on")
-    if bool(gone.all()):
-        raise ModelError(f"{name}: all of its {total} heads would go")
-    return ~rows.all(1)
+    removed = torch.zeros(total, dtype=torch.bool)
+    removed[torch.tensor(list(numbers))] = True
+    by_key = removed.view(group.size, queries_per_key)
+    if bool((by_key.any(1) != by_key.all(1)).any()):
+        raise ModelError(
+            f"{name}: every {queries_per_key} heads share a key and must be removed together: "
+            f"0 to {queries_per_key - 1}, and so on"
+        )
+    if bool(removed.all()):
+        raise ModelError(f"{name}: all of its {total} heads would be removed; keep at least one")
+    return ~by_key.all(1)

@@ -66,7 +66,7 @@ def search(S: Tensor, n: int, m: int, *, seconds: float, seed: int = 0) -> Colum
         candidate = best.copy()
         candidate.shake(rng)
         swaps += candidate.improve(deadline)
-        better = float(candidate.kept.sum()) > float(best.kept.sum()) * (1 + MIN_GAIN)
+        better = float(candidate.scores.sum()) > float(best.scores.sum()) * (1 + MIN_GAIN)
         best, no_gain = (candidate, 0) if better else (best, no_gain + 1)
     return ColumnOrder(result.order[best.order.flatten()], swaps, len(best.order) < 2 or no_gain >= PATIENCE)
 
@@ -79,9 +79,9 @@ def _search_subsets(S: Tensor, n: int, m: int, deadline: float, rng: torch.Gener
         for columns in groups[torch.randperm(len(groups), generator=rng)].split(SUBSET // m):
             if time.perf_counter() < deadline:
                 subset = _Groups(S[:, columns.flatten()], n, m)
-                before += float(subset.kept.sum())
+                before += float(subset.scores.sum())
                 swaps += subset.improve(deadline)
-                after += float(subset.kept.sum())
+                after += float(subset.scores.sum())
                 columns = columns.flatten()[subset.order]
             subsets.append(columns)
         groups, timed_out = torch.cat(subsets), time.perf_counter() >= deadline
@@ -92,10 +92,10 @@ def _search_subsets(S: Tensor, n: int, m: int, deadline: float, rng: torch.Gener
 class _Groups:
     """Groups of M columns.
 
-    order  columns of each group, [C / M, M]
-    group  of each column, [C]
-    kept   score that each group keeps, [C / M]
-    P      as at the head of this file
+    order   columns of each group, [C / M, M]
+    group   of each column, [C]
+    scores  that each group keeps, [C / M]
+    P       as at the head of this file
     """
 
     def __init__(self, S: Tensor, n: int, m: int):
@@ -104,20 +104,20 @@ class _Groups:
         self.sums = self.columns.sum(1)
         self.order = torch.arange(count).reshape(-1, m)
         self.group = torch.arange(count) // m
-        self.kept, self.P = torch.empty(len(self.order)), torch.empty(count, count)
+        self.scores, self.P = torch.empty(len(self.order)), torch.empty(count, count)
         self.measure(torch.arange(len(self.order)))
 
     def copy(self) -> _Groups:
         """Return an independent copy; the columns are shared."""
         new = copy.copy(self)
-        new.order, new.group, new.kept, new.P = (t.clone() for t in (self.order, self.group, self.kept, self.P))
+        new.order, new.group, new.scores, new.P = (t.clone() for t in (self.order, self.group, self.scores, self.P))
         return new
 
     def measure(self, groups: Tensor) -> None:
         """Compute the kept score of groups, and the rows of P of their columns."""
         members, n = self.order[groups], self.n
         x = self.columns[members]  # [groups, M, R]
-        self.kept[groups] = x.topk(n, 1).values.sum((1, 2))
+        self.scores[groups] = x.topk(n, 1).values.sum((1, 2))
         for position in range(members.shape[1]):
             best = x[:, [q for q in range(members.shape[1]) if q != position]].topk(n, 1).values
             first, last, i = best[:, : n - 1].sum((1, 2)), best[:, n - 1], members[:, position]
@@ -125,9 +125,9 @@ class _Groups:
 
     def improve(self, deadline: float) -> int:
         """Swap columns as long as that gains and there is time; return the number of swaps."""
-        swaps, min_gain = 0, MIN_GAIN * float(self.kept.mean())
+        swaps, min_gain = 0, MIN_GAIN * float(self.scores.mean())
         while time.perf_counter() < deadline:
-            gain = self.P + self.P.T - self.kept[self.group][:, None] - self.kept[self.group]
+            gain = self.P + self.P.T - self.scores[self.group][:, None] - self.scores[self.group]
             gain.masked_fill_(self.group[:, None] == self.group, 0)
             best, other = gain.max(1)
             pairs, used = [], set[int]()

@@ -71,7 +71,7 @@ class _Sizes:
     def after(self, module: nn.Module, parameter: str, dim: int) -> int | None:
         """Return the size of a parameter's dimension after the cut; None for one that the graph does not have."""
         dims = self.dims(module, parameter)
-        return None if dims is None else self.kept(dims[dim])
+        return None if dims is None else self.size_of(dims[dim])
 
     def dims(self, module: nn.Module, parameter: str) -> list[Expr] | None:
         """Return the dimensions of a parameter, or of a weight that is computed in each call."""
@@ -80,7 +80,7 @@ class _Sizes:
             return self.graph.derived_weights.get(self.prefixes[id(module)])
         return None if name is None else self.graph.dims[name]
 
-    def kept(self, expr: Expr) -> int:
+    def size_of(self, expr: Expr) -> int:
         """Return the size of a dimension after the cut."""
         return int(kept_mask(expr, self.masks.get).sum())
 
@@ -101,7 +101,7 @@ def _update_known(module: nn.Module, sizes: _Sizes) -> set[str]:
         known |= {*module.__constants__, *vars(module)}
     if isinstance(module, nn.LayerNorm) and sizes.names.get((id(module), "weight")):
         dims = sizes.graph.dims[sizes.names[id(module), "weight"]]
-        sizes.set(module, "normalized_shape", tuple(sizes.kept(e) for e in dims))
+        sizes.set(module, "normalized_shape", tuple(sizes.size_of(e) for e in dims))
         known.add("normalized_shape")
     return known
 
@@ -111,7 +111,7 @@ def _update_other(prefix: str, module: nn.Module, attribute: str, value: Any, si
     dims = sizes.graph.sizes.get(prefix, [])
     if type(value) is int:
         if isinstance(module, nn.modules.batchnorm._NormBase):  # not pixel counts, which may be equal
-            dims = [e for e in dims if sizes.kept(e) != size(e)]
+            dims = [e for e in dims if sizes.size_of(e) != size(e)]
         new = _new_size(value, attribute, dims, sizes)
         new = _new_width(value, prefix, sizes) if new is None and attribute in WIDTHS else new
         if new is not None:
@@ -127,7 +127,7 @@ def _update_convolution(module: Any, sizes: _Sizes) -> None:
     if dims is None:  # the example does not call it
         return
     outer, inner = Algebra().factor(dims[0], module.groups)
-    groups, a, b = (sizes.kept(e) for e in (outer, inner, dims[1]))
+    groups, a, b = (sizes.size_of(e) for e in (outer, inner, dims[1]))
     sizes.set(module, "groups", groups)
     sizes.set(module, "in_channels", groups * (a if module.transposed else b))
     sizes.set(module, "out_channels", groups * (b if module.transposed else a))
@@ -143,7 +143,7 @@ def _new_size(value: int, attribute: str, dims: list[Expr], sizes: _Sizes) -> in
         axes = list(leaves(e))
         kind = axes[0].kind if len(axes) == 1 and axes[0].kind in ("head", "head_dim") else None
         if size(e) == value and (named is None or kind == named):
-            new_sizes.add(sizes.kept(e))
+            new_sizes.add(sizes.size_of(e))
     return new_sizes.pop() if len(new_sizes) == 1 else None
 
 
@@ -151,5 +151,5 @@ def _new_width(value: int, prefix: str, sizes: _Sizes) -> int | None:
     """Return what a width becomes: the size of all vectors of that size in the module, where they agree."""
     inside = f"{prefix}." if prefix else ""
     vectors = [dims[0] for name, dims in sizes.graph.dims.items() if len(dims) == 1 and name.startswith(inside)]
-    new_sizes = {sizes.kept(e) for e in vectors if size(e) == value}
+    new_sizes = {sizes.size_of(e) for e in vectors if size(e) == value}
     return new_sizes.pop() if len(new_sizes) == 1 else None
