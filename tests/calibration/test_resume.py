@@ -207,7 +207,7 @@ def test_what_lies_in_the_folder_is_not_trusted(tmp_path):
     rarefy.prune_(want, **how)
     assert same(model, want) and file.is_file()
     (work / "key.json").unlink()
-    with pytest.raises(ContainerError, match="has lost its key.json"):
+    with pytest.raises(ContainerError, match="has no key.json"):
         rarefy.prune_(fresh("llama"), resume_dir=work, **how)
     (work / "key.json").write_text("{")
     with pytest.raises(ContainerError, match="its key.json is not readable"):
@@ -226,7 +226,7 @@ def test_a_folder_of_someone_else_stays(name, tmp_path):
     assert (tmp_path / "mine" / name).read_text() == "years of work"
     with pytest.raises(ContainerError, match=r"key.json|thesis.txt is a file; give the name of a folder"):
         rarefy.prune_(fresh("llama"), resume_dir=tmp_path / "mine" / name, **how)
-    with pytest.raises(ContainerError, match=r"a folder is given by its path, got 3"):
+    with pytest.raises(ContainerError, match=r"expected the path of a folder, got 3"):
         rarefy.prune_(fresh("llama"), resume_dir=3, **how)
 
 
@@ -388,7 +388,7 @@ def test_killed_and_gone_on(job, more):
 def test_what_is_kept_is_said_and_what_is_removed_was_ours(tmp_path, capsys):
     prune = tmp_path / ".out.work" / "stage-1"
     prune.mkdir(parents=True)
-    with pytest.raises(KeyboardInterrupt), atomic_io.work_folder(tmp_path / "out"):
+    with pytest.raises(KeyboardInterrupt), atomic_io.resume_folder(tmp_path / "out"):
         raise KeyboardInterrupt
     assert not prune.exists() and capsys.readouterr().err == ""  # nothing was done yet
     for anew in (False, True):
@@ -397,11 +397,13 @@ def test_what_is_kept_is_said_and_what_is_removed_was_ours(tmp_path, capsys):
         (prune / "key.json").touch()
         (prune.parent / "thesis.txt").touch()
         if not anew:
-            with pytest.raises(KeyboardInterrupt), atomic_io.work_folder(tmp_path / "out"):
+            with pytest.raises(KeyboardInterrupt), atomic_io.resume_folder(tmp_path / "out"):
                 raise KeyboardInterrupt
-            assert f"what was done is kept in {prune.parent}, for the same command" in capsys.readouterr().err
+            assert (
+                f"progress is saved in {prune.parent}: run the same command again to resume" in capsys.readouterr().err
+            )
             assert (prune / "stop-000000.safetensors").exists()
-        with atomic_io.work_folder(tmp_path / "out", fresh=anew):
+        with atomic_io.resume_folder(tmp_path / "out", fresh=anew):
             assert prune.exists() != anew
         assert [p.name for p in prune.parent.iterdir()] == ["thesis.txt"]
 
@@ -413,9 +415,9 @@ def test_memory_in_words(text, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 2
-    why = "is too little to work in: at least 256M" if text in ("0G", "100M") else "write bytes as a whole number, or"
+    why = "expected at least 256M" if text in ("0G", "100M") else "expected bytes as a whole number, or"
     printed = capsys.readouterr().err
-    assert f"memory {text!r}" in printed and why in printed
+    assert f"memory: {why}" in printed and f"got {text!r}" in printed
 
 
 @pytest.mark.parametrize("wrong", [4e9, True, float("nan"), 5])
@@ -428,7 +430,7 @@ def test_memory_in_other_types(wrong, tmp_path):
 
 def test_memory_in_bytes():
     texts = ("4G", "1.5g", "300M", "2GiB", "600000kb", 1 << 30)
-    assert [atomic_io.bytes_of(t) for t in texts] == [4 << 30, 3 << 29, 300 << 20, 2 << 30, 600000 << 10, 1 << 30]
+    assert [atomic_io.parse_bytes(t) for t in texts] == [4 << 30, 3 << 29, 300 << 20, 2 << 30, 600000 << 10, 1 << 30]
 
 
 def test_work_without_a_solver():

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import rarefy
 from conftest import Net, image_batches, tiny_llama
-from rarefy.common.atomic_io import check_target
+from rarefy.common.atomic_io import check_output_folder
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError, RecipeError
 from rarefy.evaluation.metrics import perplexity
 from rarefy.recipe import parser as recipes
@@ -133,7 +133,7 @@ def test_hints():
 
 def test_a_place_that_cannot_be_written_is_known_at_once():
     with pytest.raises(ContainerError, match=r"cannot write /proc/x/y: .*; give another name"):
-        check_target("/proc/x/y")
+        check_output_folder("/proc/x/y")
 
 
 def shell(*words):
@@ -154,7 +154,7 @@ def test_the_command_line_has_one_line_for_each(tmp_path):
         (("compress", tmp_path / "m.onnx", "-r", "smollm2-demo", "-o", tmp_path / "o"), "rarefy.from_onnx reads it"),
         (("compress", tmp_path / "tinny", "-r", "smollm2-demo", "-o", tmp_path / "o"), "did you mean"),
         (("compress", folder, "-r", "smollm2-demo", "--dry-run", "--data", "nope.txt"), "no file 'nope.txt'"),
-        (("compress", folder, "-r", "smollm2-demo", "--dry-run", "--out", tmp_path), "is not Rarefy's alone"),
+        (("compress", folder, "-r", "smollm2-demo", "--dry-run", "--out", tmp_path), "is not only Rarefy's"),
         (("bench", folder, "--threads", "100000"), "more threads only wait for each other"),
     ]:
         ran = shell(*words)
@@ -165,9 +165,9 @@ def test_the_command_line_has_one_line_for_each(tmp_path):
 
 def test_sigterm_leaves_nothing_behind(tmp_path):
     code = (
-        "import time, sys; from rarefy.cli import main as cli; from rarefy.common.atomic_io import whole_folder\n"
+        "import time, sys; from rarefy.cli import main as cli; from rarefy.common.atomic_io import atomic_folder\n"
         "def slow(*a, **k):\n"
-        "    with whole_folder(sys.argv[1]) as p:\n"
+        "    with atomic_folder(sys.argv[1]) as p:\n"
         "        (p / 'x').write_text('x'); print('in', flush=True); time.sleep(60)\n"
         "cli.app = slow; cli.main()"
     )

@@ -583,8 +583,12 @@ def test_bench_of_language_models():
         (kind, of, "tokens/s") for kind in ("prefill", "decode") for of in ("model", "against")
     ]
     assert all(0 < r["low"] <= r["tokens_per_second"] <= r["high"] for r in report.rows)
-    bytes_of = {k: v for k, v in report.summary.items() if k.startswith("bytes in memory")}
-    assert bytes_of["bytes in memory, model"] == profiling.resident_bytes(model) > bytes_of["bytes in memory, against"]
+    parse_bytes = {k: v for k, v in report.summary.items() if k.startswith("bytes in memory")}
+    assert (
+        parse_bytes["bytes in memory, model"]
+        == profiling.resident_bytes(model)
+        > parse_bytes["bytes in memory, against"]
+    )
     assert json.loads(report.to_json()) == report.to_dict()
 
 

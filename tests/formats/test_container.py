@@ -168,8 +168,8 @@ def project_folder(at: Path) -> None:
     [
         (rarefy_folder, False, "exists and is a Rarefy folder; pass overwrite=True .--force., or another name"),
         (Path.mkdir, False, "exists and is an empty folder; pass overwrite=True .--force., or another name"),
-        (user_folder, True, "exists and is not Rarefy's alone .it holds thesis.tex.; give another name"),
-        (project_folder, True, "exists and is not Rarefy's alone"),
+        (user_folder, True, "exists and is not only Rarefy's .it contains thesis.tex.; give another name"),
+        (project_folder, True, "exists and is not only Rarefy's"),
         (Path.touch, True, "is a file; give the name of a folder"),
     ],
 )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.common.atomic_io import blaming
+from rarefy.common.atomic_io import container_errors
 
 PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: clean pages of a file are dropped, changed ones stay
 MIN_BYTES = 1 << 16  # bytes of a tensor that is not worth moving
@@ -166,7 +166,7 @@ def to_file(groups: Sequence[Sequence[Tensor]], folder: Path | None = None) -> N
     if not starts[-1]:
         return
     place = Path(folder or tempfile.gettempdir())
-    with blaming(place, starts[-1]), tempfile.TemporaryFile(dir=place) as file:
+    with container_errors(place, starts[-1]), tempfile.TemporaryFile(dir=place) as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
             os.posix_fallocate(file.fileno(), 0, starts[-1])
         file.truncate(starts[-1])

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.calibration import offload
-from rarefy.common.atomic_io import KEY, ONCE, PARTIAL, blaming, is_state, sync
+from rarefy.common.atomic_io import KEY_FILE, PARTIAL, SETUP_FILES, container_errors, is_resume_file, sync
 from rarefy.common.errors import ContainerError, DataError
 
 START_OVER = "remove {} (shell: --fresh) to start anew, or give another name"
@@ -90,7 +90,7 @@ class ResumeState:
         if self.folder is None:
             return
         about = {word: json.dumps(value), "key": self.key, "digest": digest(dict(sorted(tensors.items())))}
-        with blaming(self.folder, sum(t.nbytes for t in tensors.values())):
+        with container_errors(self.folder, sum(t.nbytes for t in tensors.values())):
             save_file(tensors, self.folder / PARTIAL, metadata=about)
             self._name(self.folder, name)
 
@@ -106,7 +106,7 @@ class ResumeState:
         if self.folder is None:
             return find()
         file = self.folder / f"{name}.json"
-        assert file.name in ONCE
+        assert file.name in SETUP_FILES
         if file.exists():
             try:
                 about = json.loads(file.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ class ResumeState:
                 raise ContainerError(f"{file} is damaged or of another run: {START_OVER.format(self.folder)}")
             return value
         value = find()
-        with blaming(self.folder):
+        with container_errors(self.folder):
             about = {"key": self.key, "digest": digest(json.dumps(value)), "value": value}
             (self.folder / PARTIAL).write_text(json.dumps(about), encoding="utf-8")
             self._name(self.folder, file.name)
@@ -142,20 +142,20 @@ def open_state(folder: Path | None, key: Mapping[str, Any]) -> ResumeState:
     if folder.exists() and not folder.is_dir():
         raise ContainerError(f"{folder} is a file; give the name of a folder")
     text = json.dumps(key, sort_keys=True, indent=1)
-    with blaming(folder):
+    with container_errors(folder):
         names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        strange = [n for n in names if not is_state(n)]
+        strange = [n for n in names if not is_resume_file(n)]
         if strange:
             raise ContainerError(f"{folder} is for the state of a run, but holds {strange[0]}: give another name")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder / KEY)
+        lock = _locked(folder / KEY_FILE)
         before = lock.read()
-        if not before and not set(names) - {KEY}:
+        if not before and not set(names) - {KEY_FILE}:
             lock.write(text)
             lock.flush()
         elif before != text:
             lock.close()
-            what = f"holds the state of another run ({_difference(before, key)})" if before else f"has lost its {KEY}"
+            what = f"holds the state of another run ({_difference(before, key)})" if before else f"has no {KEY_FILE}"
             raise ContainerError(f"{folder} {what}: {START_OVER.format(folder)}")
     known = next(i for i in count() if not (folder / f"stop-{i:06d}.safetensors").is_file())
     return ResumeState(folder, known, hashlib.sha256(text.encode()).hexdigest(), lock)
@@ -183,7 +183,7 @@ def _difference(before: str, key: Mapping[str, Any]) -> str:
         want = json.loads(json.dumps(key))
         names = sorted(n for n in {*had, *want} if had.get(n) != want.get(n))
     except (ValueError, TypeError, AttributeError):
-        return f"its {KEY} is not readable"
+        return f"its {KEY_FILE} is not readable"
     short = [n for n in names if n not in ("model", "weights", "data")]
     told = {n: f"{n} {had.get(n)!r} -> {want.get(n)!r}" for n in short if len(repr((had.get(n), want.get(n)))) < 100}
     return ", ".join(told.get(n, f"other {n}") for n in short or names)

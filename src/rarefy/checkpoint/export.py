@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from rarefy.checkpoint import compiled_model, compressed_tensors
 from rarefy.checkpoint.load import load
 from rarefy.checkpoint.tensor_slots import trusted_shape
-from rarefy.common.atomic_io import blaming, check_target, whole_folder
+from rarefy.common.atomic_io import atomic_folder, check_output_folder, container_errors
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.common.version import __version__
 from rarefy.formats import container
@@ -53,11 +53,11 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
         raise ContainerError(f"export --to {to!r}: choose from {', '.join(EXPORTS)}")
     if os.path.realpath(out) == os.path.realpath(path):
         raise ContainerError(f"{out} is the folder to export from; give another name")
-    check_target(out, overwrite, EXPORTED)
+    check_output_folder(out, overwrite, EXPORTED)
     model = None if to == "safetensors" else load(path)
     if model is not None:
         _check_exportable(model, path, to)
-    with whole_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, blaming(Path(out)):
+    with atomic_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, container_errors(Path(out)):
         if model is None:
             _write_dense(path, partial / "model.safetensors")
         else:

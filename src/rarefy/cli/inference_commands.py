@@ -227,13 +227,13 @@ def compile_(
     """
     from rarefy.checkpoint.export import side_files
     from rarefy.checkpoint.save import save
-    from rarefy.common.atomic_io import check_target
+    from rarefy.common.atomic_io import check_output_folder
     from rarefy.common.report import Report
     from rarefy.compiler.compile import compile
     from rarefy.generation.decoder import decoder
     from rarefy.model import hf
 
-    check_target(out, force)
+    check_output_folder(out, force)
     source = shared.source(model)
     with shared.threads(threads):
         net, tokenizer = shared.load(source)
@@ -312,7 +312,7 @@ def bench(
     rarefy bench out/ --against smollm2-135m --accelerate
     """
     from rarefy.cli.benchmark import bench_models, engine_of
-    from rarefy.common.atomic_io import blaming, write_whole
+    from rarefy.common.atomic_io import container_errors, write_text_atomic
     from rarefy.evaluation.example_inputs import example_of, generates
     from rarefy.runtime.accelerate import accelerate_
     from rarefy.runtime.latency_table import latency_table
@@ -333,8 +333,8 @@ def bench(
         if table is not None:
             sizes = (1, tokens) if generates(net) else (batch * tokens,)
             told = latency_table(net, sizes, example_of(net, tokens, batch), repeats=repeats, progress=not quiet)
-            with blaming(table):
-                write_whole(table, told.to_json())
+            with container_errors(table):
+                write_text_atomic(table, told.to_json())
             shared.show(told, as_json, quiet)
             return
         if against:

@@ -91,12 +91,12 @@ def compress(
     killed. torchrun --nproc-per-node 2 -m rarefy compress ... shares the work among processes, and keeps no state.
     Exit code 1 means that quality fell further than the recipe allows; the folder is written all the same.
     """
-    from rarefy.common.atomic_io import bytes_of, check_target
+    from rarefy.common.atomic_io import check_output_folder, parse_bytes
 
     if verbose and (as_json or quiet):
         raise RecipeError("--verbose has no effect with --json, which has all rows, or with --quiet: leave one out")
     plan = _plan(recipe, change, data, eval_data, seed)
-    most = bytes_of(memory)
+    most = parse_bytes(memory)
     if fresh and not plan.solves:
         what = "has no solver or training, whose state could be kept"
         raise RecipeError(f"--fresh has no effect: recipe {plan.name} {what}")
@@ -110,7 +110,7 @@ def compress(
 
         base = Path(recipe).parent if Path(recipe).is_file() else None
         if out is not None:
-            check_target(out, force)
+            check_output_folder(out, force)
         for purpose, source_ in (
             *((p, plan.data) for p in ("calibrate", "train", "validate")),
             ("data", plan.evaluate),
@@ -128,19 +128,19 @@ def compress(
         return
     if out is None:
         raise RecipeError("compress needs --out FOLDER (or --dry-run)")
-    check_target(out, force)
+    check_output_folder(out, force)
     from contextlib import nullcontext
 
     from rarefy.calibration import offload
     from rarefy.checkpoint.export import side_files
     from rarefy.checkpoint.save import save
-    from rarefy.common.atomic_io import work_folder
+    from rarefy.common.atomic_io import resume_folder
     from rarefy.pipeline import compress as api
 
     with shared.threads(threads), _processes() as (rank, many):
         loaded, tokenizer = shared.load(source)
         base = Path(recipe).parent if Path(recipe).is_file() else None
-        state = work_folder(out, fresh) if plan.solves and many == 1 else nullcontext()
+        state = resume_folder(out, fresh) if plan.solves and many == 1 else nullcontext()
         with state as work, offload.limiting_resident_weights(loaded, most):
             told = {"log": log if rank == 0 else None, "progress": not quiet and rank == 0}
             receipt = api.compress_(loaded, plan, tokenizer=tokenizer, base=base, memory=most, resume_dir=work, **told)
@@ -253,14 +253,14 @@ def migrate(
     Reads SparseML's recipes (legacy tags, stages, Markdown), llm-compressor's, NNCF configs before version 3, and, as
     JSON or YAML, a WeightPruningConfig of Neural Compressor and configs of torch.ao.pruning. Runs nothing of a file.
     """
-    from rarefy.common.atomic_io import write_bytes_whole
+    from rarefy.common.atomic_io import write_bytes_atomic
     from rarefy.migration.migrate import migrate as migrate_
 
     made = migrate_(source, skip=skip)
     if out is not None:
         if out.is_dir() or (out.exists() and not force):
             raise RecipeError(f"{out} exists: pass --force, or give another name")
-        write_bytes_whole(out, made.text.encode())
+        write_bytes_atomic(out, made.text.encode())
     if as_json:
         print(json.dumps({"tool": made.tool, "recipe": made.recipe.to_dict(), "yaml": made.text}, indent=1))
     elif out is None:

@@ -48,7 +48,7 @@ def load_any(folder: Path) -> tuple[Any, Any]:
     is none. O(weights)."""
     from rarefy.checkpoint import legacy_layouts
     from rarefy.checkpoint.load import load as load_folder
-    from rarefy.common.atomic_io import INDEX, PICKLES
+    from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES
     from rarefy.model import hf
 
     if (folder / INDEX).is_file():  # a decoder needs no transformers
@@ -58,7 +58,7 @@ def load_any(folder: Path) -> tuple[Any, Any]:
         return load_folder(folder), hf.load_tokenizer(folder)
     if not hf.is_folder(folder):
         hint = "; a pickle is never opened: load it in Python and call rarefy.compress_"
-        hint = hint if folder.suffix in PICKLES else ""
+        hint = hint if folder.suffix in PICKLE_SUFFIXES else ""
         hint = "; rarefy.from_onnx reads it in Python" if folder.suffix == ".onnx" else hint
         raise ModelError(f"{folder} is neither a folder of ours nor a Hugging Face folder (no config.json){hint}")
     return hf.load_folder(folder), hf.load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""Output folders appear whole or not at all."""
+"""Write files and folders atomically: a reader sees the old version or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from rarefy.common.errors import ContainerError, RecipeError
 from rarefy.common.progress import say
 
 INDEX = "rarefy.json"
-KEY, PARTIAL = "key.json", "partial"  # beside the stops of a long run
-ONCE = ("each.json", "given.json", "loss.json")  # what it found out before its first stop
-TRAINING = "training.safetensors"
-STOP = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # of a walk; a teacher's answer
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named
+KEY_FILE, PARTIAL = "key.json", "partial"  # next to the saved states of a long run
+SETUP_FILES = ("each.json", "given.json", "loss.json")  # results computed before the first saved state
+TRAINING_FILE = "training.safetensors"
+STATE_FILE = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # sequential calibration; cached teacher outputs
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named in errors
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that a reader sees whole: the old one or the new one. Raises OSError, and leaves nothing behind."""
-    write_bytes_whole(file, text.encode())
+def write_text_atomic(file: Path, text: str) -> None:
+    """Write a text file atomically. Raises OSError, and then leaves nothing behind."""
+    write_bytes_atomic(file, text.encode())
 
 
-def write_bytes_whole(file: Path, data: bytes) -> None:
-    """The same for bytes."""
+def write_bytes_atomic(file: Path, data: bytes) -> None:
+    """Write bytes to a file atomically. Raises OSError, and then leaves nothing behind."""
     partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         partial.write_bytes(data)
@@ -41,128 +41,133 @@ def write_bytes_whole(file: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_target(path: str | os.PathLike[str], overwrite: bool = False, marker: str = INDEX) -> None:
-    """Raise ContainerError where an output folder is in the way.
+def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: str = INDEX) -> None:
+    """Raise ContainerError if an output folder cannot be created or replaced.
 
-    `overwrite` allows for an empty folder, and for one that holds the file `marker` and no folders: nobody's else.
+    With `overwrite`, an existing folder may be replaced if it is empty, or if it contains the file `marker` and no
+    subfolders.
     """
     target = Path(os.path.realpath(path))
     if not target.exists():
         return _check_writable(target)
     if not target.is_dir():
         raise ContainerError(f"{target} is a file; give the name of a folder")
-    held = sorted(target.iterdir())
-    ours = not held or ((target / marker).is_file() and not any(entry.is_dir() for entry in held))
+    entries = sorted(target.iterdir())
+    ours = not entries or ((target / marker).is_file() and not any(entry.is_dir() for entry in entries))
     if not overwrite or not ours:
-        what = "a Rarefy folder" if held else "an empty folder"
-        what = what if ours else f"not Rarefy's alone (it holds {held[0].name})"
+        what = "a Rarefy folder" if entries else "an empty folder"
+        what = what if ours else f"not only Rarefy's (it contains {entries[0].name})"
         hint = "pass overwrite=True (--force), or another name" if ours else "give another name"
         raise ContainerError(f"{target} exists and is {what}; {hint}")
 
 
 def _check_writable(target: Path) -> None:
-    """Make and remove a folder where `target` will be, so that a place that cannot be written costs no work."""
-    place = next(folder for folder in target.parents if folder.exists())
-    probe = place / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    """Create and remove a folder next to `target`, so that a read-only location is found before any work is done."""
+    parent = next(folder for folder in target.parents if folder.exists())
+    probe = parent / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        if error.errno not in _FULL:  # a full disk is for the writer to name, with what it needs
+        if error.errno not in _FULL:  # a full disk is reported by the writer, which knows the bytes needed
             raise ContainerError(f"cannot write {target}: {error}; give another name") from None
 
 
 @contextmanager
-def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marker: str = INDEX) -> Iterator[Path]:
-    """Give a partial folder beside `path` to write into; on leaving, it becomes `path` in one step.
+def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marker: str = INDEX) -> Iterator[Path]:
+    """Yield a temporary folder next to `path` to write into; on exit it becomes `path` in one step.
 
-    Whatever goes wrong, even Ctrl-C, the old state stays and nothing is left behind; only a kill can leave a
-    `.name.partial-*` folder, which may be deleted. Raises ContainerError as `check_target` does, and for what the
-    system says to making and moving the folder; errors of the writer's own pass as they are (see `blaming`).
+    On any error, Ctrl-C included, the old folder stays and the temporary one is removed. Only a killed process can
+    leave a `.name.partial-*` folder behind, which may be deleted. Raises ContainerError as `check_output_folder` does,
+    and for system errors while creating or renaming the folder. Errors raised inside the block pass unchanged.
     """
     target = Path(os.path.realpath(path))
-    with blaming(target):
-        check_target(target, overwrite, marker)
-    made = [folder for folder in target.parents if not folder.exists()]
+    with container_errors(target):
+        check_output_folder(target, overwrite, marker)
+    new_folders = [folder for folder in target.parents if not folder.exists()]
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with blaming(target):
+        with container_errors(target):
             partial.mkdir(parents=True)
         yield partial
-        with blaming(target):
+        with container_errors(target):
             for file in [*partial.iterdir(), partial]:
                 sync(file)
             _publish(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # deepest first; a folder that someone else uses by now stays
-            for folder in made:
+        with suppress(OSError):  # deepest first; a folder that another process uses stays
+            for folder in new_folders:
                 folder.rmdir()
         raise
-    shutil.rmtree(partial, ignore_errors=True)  # where an old folder was exchanged for the new one
+    shutil.rmtree(partial, ignore_errors=True)  # the old folder, if it was exchanged for the new one
 
 
 @contextmanager
-def work_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator[Path]:
-    """Give the name of a folder beside `path` for the state of a long run. It is removed when the block ends well, and
-    kept when it does not, for the next run to go on from."""
+def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator[Path]:
+    """Yield the path of a folder next to `path` for the state of a long run.
+
+    The folder is removed when the block succeeds. When it fails, the folder stays, so that the next run can resume.
+    """
     target = Path(os.path.realpath(path))
     work = target.with_name(f".{target.name}.work")
     new = [p for p in target.parents if not p.exists()]
     if fresh:
-        remove_state(work)
+        remove_resume_state(work)
     try:
         yield work
     except BaseException:
-        if any(f for name in ("stop-*", ONCE[0], TRAINING) for f in work.glob(f"stage-*/{name}")):
-            say([f"what was done is kept in {work}, for the same command to go on from there"])
+        if any(f for name in ("stop-*", SETUP_FILES[0], TRAINING_FILE) for f in work.glob(f"stage-*/{name}")):
+            say([f"progress is saved in {work}: run the same command again to resume"])
         else:
-            remove_state(work)
+            remove_resume_state(work)
             with suppress(OSError):  # something else is in one
                 for folder in new:
                     folder.rmdir()
         raise
-    remove_state(work)
+    remove_resume_state(work)
 
 
-LEAST = 1 << 28  # bytes in which anything can be done
+MIN_MEMORY = 1 << 28  # bytes
 
 
-def bytes_of(value: int | str | None) -> int | None:
-    """Return bytes as a number: a whole number, or text such as "4G" or "1.5GiB" (K, M, G, T of 1024).
+def parse_bytes(value: int | str | None) -> int | None:
+    """Return a number of bytes from an int or from text such as "4G" or "1.5GiB" (K, M, G, T are powers of 1024).
 
-    >>> bytes_of("1.5G")
+    >>> parse_bytes("1.5G")
     1610612736
     """
     if value is None:
         return None
     text = value.strip() if isinstance(value, str) else ""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT])i?B?", text, re.IGNORECASE)
-    number = int(float(found[1]) * 1024 ** ("KMGT".index(found[2].upper()) + 1)) if found else value
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT])i?B?", text, re.IGNORECASE)
+    number = int(float(match[1]) * 1024 ** ("KMGT".index(match[2].upper()) + 1)) if match else value
     if type(number) is not int:
-        raise RecipeError(f"memory {value!r}: write bytes as a whole number, or a number with K, M, G or T, such as 4G")
-    if number < LEAST:
-        raise RecipeError(f"memory {value!r} is too little to work in: at least 256M")
+        raise RecipeError(
+            f"memory: expected bytes as a whole number, or a number with K, M, G or T such as 4G, got {value!r}"
+        )
+    if number < MIN_MEMORY:
+        raise RecipeError(f"memory: expected at least 256M, got {value!r}")
     return number
 
 
-def path_of(value: str | os.PathLike[str] | None) -> Path | None:
-    """Return a folder's path; ContainerError for what is no path."""
+def parse_path(value: str | os.PathLike[str] | None) -> Path | None:
+    """Return a folder as a Path with `~` expanded; ContainerError if it is not a path."""
     if value is not None and not isinstance(value, str | os.PathLike):
-        raise ContainerError(f"a folder is given by its path, got {value!r}")
+        raise ContainerError(f"expected the path of a folder, got {value!r}")
     return None if value is None else Path(value).expanduser()
 
 
-def is_state(name: str) -> bool:
-    """Return whether a file of that name is of a long run's state."""
-    return name in (KEY, PARTIAL, TRAINING, *ONCE) or STOP.fullmatch(name) is not None
+def is_resume_file(name: str) -> bool:
+    """Return whether a file of that name belongs to the state of a long run."""
+    return name in (KEY_FILE, PARTIAL, TRAINING_FILE, *SETUP_FILES) or STATE_FILE.fullmatch(name) is not None
 
 
-def remove_state(work: Path) -> None:
-    """Remove what long runs have put into a folder, and the folder if nothing else is in it."""
+def remove_resume_state(work: Path) -> None:
+    """Remove the saved state of long runs from a folder, and the folder itself if nothing else is in it."""
     for stage in [p for p in work.glob("stage-*") if p.is_dir() and not p.is_symlink()]:
         for file in stage.iterdir():
-            if is_state(file.name):
+            if is_resume_file(file.name):
                 file.unlink(missing_ok=True)
         with suppress(OSError):  # something else is in it
             stage.rmdir()
@@ -171,13 +176,13 @@ def remove_state(work: Path) -> None:
 
 
 @contextmanager
-def blaming(target: Path, needed: int = 0) -> Iterator[None]:
-    """Say in ContainerError what the system said, whether it came through Python or through safetensors."""
+def container_errors(target: Path, needed: int = 0) -> Iterator[None]:
+    """Raise system errors inside the block, from Python or safetensors, as ContainerError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        found = re.search(r"(?:os error|code:) (\d+)", str(error))
-        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else 0
+        match = re.search(r"(?:os error|code:) (\d+)", str(error))
+        code = error.errno if isinstance(error, OSError) else int(match[1]) if match else 0
         if code not in _FULL:
             raise ContainerError(f"cannot write {target}: {error}; nothing was written") from error
         free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
@@ -186,7 +191,7 @@ def blaming(target: Path, needed: int = 0) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder on disk when this returns."""
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -195,10 +200,10 @@ def sync(path: Path) -> None:
 
 
 def _publish(partial: Path, target: Path) -> None:
-    """Put `partial` at `target` in one step; an old folder there is left at `partial`, for the caller to remove."""
+    """Rename `partial` to `target` in one step; an old folder at `target` is moved to `partial`."""
     if not target.exists():
         os.rename(partial, target)
-    elif not _exchange(partial, target):  # no such call here: the old folder stands aside, whole, until the new is in
+    elif not _exchange(partial, target):  # without renameat2 the old folder is renamed first
         aside = partial.with_name(partial.name.replace(".partial-", ".old-"))
         os.rename(target, aside)
         try:
@@ -207,13 +212,14 @@ def _publish(partial: Path, target: Path) -> None:
             os.rename(aside, target)
             raise
         os.rename(aside, partial)
-    with suppress(OSError):  # the new folder is in place by now
+    with suppress(OSError):  # the new folder is already in place
         sync(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+    """Exchange two folders by renameat2(2); return whether the system could."""
+    AT_FDCWD, RENAME_EXCHANGE = -100, 2
     try:
-        return ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+        return ctypes.CDLL(None).renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
     except (OSError, AttributeError):
         return False

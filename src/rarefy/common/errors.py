@@ -1,4 +1,4 @@
-"""What goes wrong at a user's hand: one family, all `ValueError`, each message says what, got, allowed, nearest."""
+"""User errors: one family of ValueErrors. Each message says what was wrong, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -7,27 +7,35 @@ from collections.abc import Iterable
 
 
 class RarefyError(ValueError):
-    """Something the user gave cannot be used; the message says what, and what would do."""
+    """An input cannot be used. The base class of all errors that Rarefy raises for users.
+
+    Example:
+        >>> try:
+        ...     raise RecipeError("sparsity: expected a number between 0 and 1, got 1.5")
+        ... except RarefyError as error:
+        ...     print(error)
+        sparsity: expected a number between 0 and 1, got 1.5
+    """
 
 
 class RecipeError(RarefyError):
-    """A recipe (file, dict or option) is wrong; the message names the place."""
+    """A recipe (a file, a dict or an option) is wrong; the message names the file and line."""
 
 
 class SelectorError(RarefyError):
-    """A selector means nothing in this model."""
+    """A layer selector matches nothing in this model."""
 
 
 class PatternError(RarefyError):
-    """A pattern, sparsity or scope is impossible."""
+    """A sparsity pattern, sparsity or scope is invalid."""
 
 
 class ModelError(RarefyError):
-    """The model cannot be worked on: no layers that match, NaN in weights or activations."""
+    """The model cannot be processed: no layer matches, or weights or activations contain NaN."""
 
 
 class DataError(RarefyError):
-    """Data is missing, too short, or of a shape the model cannot be called with."""
+    """Data is missing, too short, or has a shape that the model does not accept."""
 
 
 class FormatError(RarefyError):
@@ -35,35 +43,35 @@ class FormatError(RarefyError):
 
 
 class ContainerError(RarefyError):
-    """A saved folder is missing, damaged, hostile, or in the way."""
+    """A saved folder is missing, damaged or malicious, or an output folder exists already."""
 
 
-def first_line(error: BaseException, most: int = 200) -> str:
-    """Return what an exception says, cut to its first line, or its class where it says nothing.
+def first_line(error: BaseException, max_length: int = 200) -> str:
+    """Return the first line of an exception's message, or its class name if the message is empty.
 
     >>> first_line(KeyError()), first_line(OSError("no\\nmore"))
     ('KeyError', 'no')
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:max_length]
 
 
-def nearest(got: str, allowed: Iterable[str], many: int = 1) -> list[str]:
-    """Return up to `many` of the allowed words that look like `got`, the likest first.
+def nearest(got: str, allowed: Iterable[str], count: int = 1) -> list[str]:
+    """Return up to `count` allowed names that are similar to `got`, the most similar first.
 
     >>> nearest("wandda", ["magnitude", "wanda"])
     ['wanda']
     """
-    return difflib.get_close_matches(got, list(allowed), n=many, cutoff=0.5)
+    return difflib.get_close_matches(got, list(allowed), n=count, cutoff=0.5)
 
 
 def unknown(what: str, got: object, allowed: Iterable[str], where: str = "") -> str:
-    """Return the message for a word that is not among those allowed.
+    """Return the error message for a name that is not allowed.
 
     >>> unknown("score", "wandda", ["magnitude", "wanda"], "r.yaml, line 3")
     "unknown score 'wandda'; choose from magnitude, wanda (did you mean 'wanda'?) [r.yaml, line 3]"
     """
-    words = sorted(allowed)
-    near = nearest(str(got), words)
+    names = sorted(allowed)
+    near = nearest(str(got), names)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    place = f" [{where}]" if where else ""
-    return f"unknown {what} {got!r}; choose from {', '.join(words)}{hint}{place}"
+    location = f" [{where}]" if where else ""
+    return f"unknown {what} {got!r}; choose from {', '.join(names)}{hint}{location}"

@@ -1,4 +1,4 @@
-"""Progress bars on standard error, and nothing where they are not wanted."""
+"""Progress bars on standard error."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Generator, Iterable, Sized
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_live: list[Any] = []  # consoles with a bar on them
+_live: list[Any] = []  # consoles that show a bar now
 
 
 def say(lines: Iterable[str]) -> None:
-    """Print lines above the bar that is being drawn, or on standard error."""
+    """Print lines above the current progress bar, or on standard error."""
     for line in lines:
         if _live:
             _live[-1].print(line, highlight=False, markup=False)
@@ -19,13 +19,13 @@ def say(lines: Iterable[str]) -> None:
             print(line, file=sys.stderr)
 
 
-def track(items: Iterable[T], text: str, shown: bool, total: int | None = None) -> Generator[T, None, None]:
-    """Yield the items, drawing a bar with the time left while `shown`.
+def track(items: Iterable[T], text: str, visible: bool, total: int | None = None) -> Generator[T, None, None]:
+    """Yield the items; if `visible`, show a progress bar with the remaining time.
 
-    >>> list(track([1, 2], "counting", shown=False))
+    >>> list(track([1, 2], "counting", visible=False))
     [1, 2]
     """
-    if not shown:
+    if not visible:
         yield from items
         return
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""A table that prints and converts to JSON: what every command and function hands back."""
+"""Reports: tables that print as text and convert to JSON, returned by functions and commands."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of equal keys under a title, and lines that sum them up.
+    """The result of one operation: rows with the same keys, a summary and notes.
 
-    >>> print(Report("pruned", ({"layer": "fc", "sparsity": 0.5},), {"total": "50.00 %"}))
-    pruned
-    layer  sparsity
-    fc       0.5000
-    total: 50.00 %
+    Args:
+        title: what was done, such as "pruned".
+        rows: one dict per layer or tensor; all have the same keys.
+        summary: totals by name.
+        notes: remarks for the user, one sentence each.
+        printed_rows: shorter rows to print in place of `rows`; JSON always has all rows.
+
+    Example:
+        >>> print(Report("pruned", ({"layer": "fc", "sparsity": 0.5},), {"total": "50.00 %"}))
+        pruned
+        layer  sparsity
+        fc       0.5000
+        total: 50.00 %
     """
 
     title: str
     rows: tuple[Mapping[str, Any], ...] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    shown: tuple[Mapping[str, Any], ...] | None = None  # what is printed of many rows; JSON has all
+    printed_rows: tuple[Mapping[str, Any], ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts and lists that JSON can hold."""
@@ -42,7 +50,7 @@ class Report:
         out = io.StringIO()
         print(self.title, file=out)
         if self.rows:
-            print(table(self.rows if self.shown is None else self.shown), file=out)
+            print(table(self.rows if self.printed_rows is None else self.printed_rows), file=out)
         for key, value in self.summary.items():
             print(f"{key}: {_cell(value)}", file=out)
         for note in self.notes:
@@ -50,25 +58,25 @@ class Report:
         return out.getvalue().rstrip("\n")
 
 
-def alike(rows: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Return one row for those that differ only in numbers within texts, with `many`: how many they are.
+def group_similar_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Merge rows that differ only in numbers inside their texts; `many` says how many rows were merged.
 
-    >>> alike([{"layer": "h.0.fc", "units": "4 -> 2"}, {"layer": "h.1.fc", "units": "4 -> 2"}], "layer")
+    >>> group_similar_rows([{"layer": "h.0.fc", "units": "4 -> 2"}, {"layer": "h.1.fc", "units": "4 -> 2"}], "layer")
     [{'layer': 'h.*.fc', 'many': 2, 'units': '4 -> 2'}]
     """
-    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         key = tuple(NUMBER.sub("*", v) if isinstance(v, str) else v for v in row.values())
-        found.setdefault(key, []).append(row)
+        groups.setdefault(key, []).append(row)
     out = []
-    for key, same in found.items():
+    for key, same in groups.items():
         values = dict(zip(same[0], key)) if len(same) > 1 else dict(same[0])
         out.append({name: values.pop(name), "many": len(same), **values})
     return out
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows as aligned text, numbers to the right."""
+    """Return rows as an aligned text table; numbers are aligned to the right."""
     rows = list(rows)
     names = list(rows[0])
     cells = [[_cell(r.get(n)) for n in names] for r in rows]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.common.atomic_io import blaming, whole_folder
+from rarefy.common.atomic_io import atomic_folder, container_errors
 from rarefy.common.errors import DataError
 from rarefy.model import hf
 
@@ -126,6 +126,6 @@ def _from_gguf(file: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, dtype=torch.float32, quantization_config=dense, **gguf_options
     )
-    with whole_folder(folder, overwrite=True, marker="config.json") as partial, blaming(folder):
+    with atomic_folder(folder, overwrite=True, marker="config.json") as partial, container_errors(folder):
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
-from rarefy.common.report import Report, alike
+from rarefy.common.report import Report, group_similar_rows
 from rarefy.dependency.symbolic_dims import Axis, Expr, fixed, leaves, lock, unit_of_index
 from rarefy.dependency.tracer import KERNEL, Trace, clear_caches, decomposed_ops, tracking_module_names
 from rarefy.model.batches import tensors_in
@@ -199,7 +199,7 @@ def groups(model: nn.Module, example: Any) -> Report:
     free = sum(g.lock is None for g in graph.groups)
     summary = {"units that can go": f"{free} of {len(graph.groups)} groups"}
     title = f"groups of {type(unwrap(model)).__name__}"
-    return Report(title, tuple(rows), summary, unsupported_notes(graph), tuple(alike(rows, "group")))
+    return Report(title, tuple(rows), summary, unsupported_notes(graph), tuple(group_similar_rows(rows, "group")))
 
 
 def unsupported_notes(graph: Graph) -> tuple[str, ...]:

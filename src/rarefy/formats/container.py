@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from rarefy.common.atomic_io import INDEX, PICKLES, blaming, check_target, whole_folder
+from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES, atomic_folder, check_output_folder, container_errors
 from rarefy.common.errors import ContainerError, FormatError, nearest
 from rarefy.formats.compression import SLACK, compress, decompress, max_decompressed
 from rarefy.formats.index import SCHEMA, SHARD_NAME, check_fields, check_index, check_name, digest, short
@@ -128,11 +128,11 @@ def write(
     tensor(3.)
     """
     target = Path(os.path.realpath(path))
-    with blaming(target):
-        check_target(target, overwrite)
+    with container_errors(target):
+        check_output_folder(target, overwrite)
     _check_files(files)
     _json(dict(meta), f"{target}: meta")
-    with whole_folder(target, overwrite=overwrite) as temp:
+    with atomic_folder(target, overwrite=overwrite) as temp:
         index = _write_tensors(temp, target, tensors, shard_bytes)
         index |= {"aliases": dict(aliases), "meta": dict(meta)}
         if compress:
@@ -142,7 +142,7 @@ def write(
         check_index(index, str(target))
         text = _json(index, f"{target}: index", None if compress else 1)
         index_files = _compressed_index(text) if compress else {INDEX: text}
-        with blaming(target, sum(map(len, [*index_files.values(), *files.values()]))):
+        with container_errors(target, sum(map(len, [*index_files.values(), *files.values()]))):
             for file, data in {**files, **index_files}.items():
                 (temp / file).write_bytes(data)
     return index
@@ -226,7 +226,7 @@ def _write_tensors(temp: Path, target: Path, tensors: Iterable[tuple[str, Packed
 
 def _write_shard(temp: Path, target: Path, held: dict[str, Tensor], shards: dict[str, Any]) -> None:
     file = temp / f"weights-{len(shards) + 1:05d}.safetensors"
-    with blaming(target, needed := _nbytes(held)):
+    with container_errors(target, needed := _nbytes(held)):
         if shutil.disk_usage(temp).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(held, file, metadata={"format": "pt"})
@@ -241,7 +241,7 @@ def _compress_shards(temp: Path, target: Path, index: dict[str, Any]) -> None:
         compressed = compress(data)
         if len(data) > max_decompressed(len(compressed)):
             continue  # would be refused when it is read
-        with blaming(target, len(compressed)):
+        with container_errors(target, len(compressed)):
             (temp / f"{file}.xz").write_bytes(compressed)
         (temp / file).unlink()
         del index["shards"][file]
@@ -323,7 +323,7 @@ def _what_is(folder: Path) -> str:
     if os.path.lexists(folder / INDEX):
         return f"its {INDEX} is a link or no plain file; copy the folder with cp -L"
     if folder.is_file():
-        pickle = folder.suffix in PICKLES
+        pickle = folder.suffix in PICKLE_SUFFIXES
         return "it is a file" + (", probably a pickle, which Rarefy never opens" if pickle else "")
     if not folder.is_dir():
         near = nearest(folder.name, [f.name for f in folder.parent.glob("*")]) if folder.parent.is_dir() else []

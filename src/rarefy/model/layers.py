@@ -204,7 +204,7 @@ def _match_all(known: list[Layer], selectors: Selector, argument: str) -> list[L
         if not hits:
             names = [l.full_name for l in known]
             classes = sorted({_classes(l.module)[0].__name__ for l in known})
-            similar = nearest(selector, names + classes, many=3) or names[:3]
+            similar = nearest(selector, names + classes, count=3) or names[:3]
             raise SelectorError(
                 f"{argument}: {selector!r} matches no layer; nearest: {', '.join(similar)} "
                 f"(classes: {', '.join(classes)})"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rarefy.common.atomic_io import blaming, write_bytes_whole
+from rarefy.common.atomic_io import container_errors, write_bytes_atomic
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.model.activation_quant import ActivationQuant, get_activation_quant, set_activation_quant_
 from rarefy.model.layers import all_layers, unwrap
@@ -63,8 +63,8 @@ def export_onnx(model: nn.Module, example: Any, path: str | Path, *, overwrite: 
     if strange:
         raise ModelError(f"example is a tensor, a tuple of tensors, or a dict of them; it holds {strange[0]}")
     program = _exported(made, args, given)
-    with blaming(path):
-        write_bytes_whole(path, program.model_proto.SerializeToString())
+    with container_errors(path):
+        write_bytes_atomic(path, program.model_proto.SerializeToString())
     return path
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibration import offload
-from rarefy.common.atomic_io import bytes_of, path_of
+from rarefy.common.atomic_io import parse_bytes, parse_path
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
@@ -82,7 +82,7 @@ def compress_(
     """
     began = time.perf_counter()
     plan = recipes.load(recipe, **overrides)
-    memory, resume_dir = bytes_of(memory), path_of(resume_dir)
+    memory, resume_dir = parse_bytes(memory), parse_path(resume_dir)
     for target in targets(model, plan, memory, resume_dir):
         with naming(plan, target.number):
             check_weights(target.layers)

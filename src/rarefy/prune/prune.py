@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rarefy.calibration.statistics import LayerStats, collect_stats
-from rarefy.common.atomic_io import bytes_of, path_of
+from rarefy.common.atomic_io import parse_bytes, parse_path
 from rarefy.common.errors import DataError, ModelError, PatternError, unknown
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
@@ -89,7 +89,7 @@ def prune_(
         gone = next((i for i, batch in enumerate(data) if batch is None), None) if isinstance(data, list) else None
         if gone is not None:
             raise DataError(f"batch {gone} of the data is None")
-    memory, resume_dir = bytes_of(memory), path_of(resume_dir)
+    memory, resume_dir = parse_bytes(memory), parse_path(resume_dir)
     check_ask(how, ask, memory, resume_dir)
     chosen = chosen_layers(model, layers, ignore, ask.plan)
     check_weights(chosen)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rarefy.common.atomic_io import write_whole
+from rarefy.common.atomic_io import write_text_atomic
 from rarefy.evaluation.profiling import machine
 from rarefy.runtime import bindings
 
@@ -55,7 +55,7 @@ def write(file: Path, choices: Mapping[str, Choice]) -> None:
     entries[machine_key()] = {**(old if isinstance(old, dict) else {}), **choices}
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(entries, indent=0))
+        write_text_atomic(file, json.dumps(entries, indent=0))
 
 
 def _entries(file: Path) -> dict[str, Any]:

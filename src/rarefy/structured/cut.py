@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
-from rarefy.common.report import Report, alike
+from rarefy.common.report import Report, group_similar_rows
 from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
 from rarefy.dependency.symbolic_dims import Axis, kept_mask, leaves, products, size
 from rarefy.evaluation.profiling import compare
@@ -361,7 +361,7 @@ class _Cut:
             notes += ("the example's outputs do not depend on what went: the proof says nothing of it",)
         title = "cut: nothing done" if dry_run else "cut: units are zero, nothing left" if mask_only else "cut"
         asked_for = [r for r in rows if r["stays because"] != NOT_ASKED]
-        return Report(title, tuple(rows), summary, notes, tuple(alike(asked_for, "group")))
+        return Report(title, tuple(rows), summary, notes, tuple(group_similar_rows(asked_for, "group")))
 
 
 def _said(error: ModelError) -> str:

@@ -297,7 +297,7 @@ def _named(model: nn.Module, blocks: list[Block], layers: Any, ignore: Any) -> l
         for word in [words] if isinstance(words, str) else words or ():
             here = [n for n in names if fnmatchcase(n, word)]
             if not here:
-                near = nearest(word, names, many=3) or names[:3]
+                near = nearest(word, names, count=3) or names[:3]
                 raise SelectorError(f"{what}: {word!r} matches no block; nearest: {', '.join(near)}")
             found |= set(here)
         return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibration.resume import ResumeState
-from rarefy.common.atomic_io import TRAINING
+from rarefy.common.atomic_io import TRAINING_FILE
 from rarefy.common.errors import ModelError
 
 EVERY = 60.0  # seconds between two states
@@ -44,14 +44,14 @@ class State:
 
 def save(resume_state: ResumeState, state: State) -> None:
     """Write a state, in place of the last one. Raises ContainerError where there is no space."""
-    resume_state.write_tensors(TRAINING, state.tensors, "numbers", state.numbers)
+    resume_state.write_tensors(TRAINING_FILE, state.tensors, "numbers", state.numbers)
 
 
 def load(resume_state: ResumeState) -> State | None:
     """Return the saved state, or None. Raises ContainerError for a damaged file or another run."""
-    if resume_state.folder is None or not (resume_state.folder / TRAINING).is_file():
+    if resume_state.folder is None or not (resume_state.folder / TRAINING_FILE).is_file():
         return None
-    tensors, numbers = resume_state.read_tensors(TRAINING, "numbers")
+    tensors, numbers = resume_state.read_tensors(TRAINING_FILE, "numbers")
     return State(numbers, tensors)
 
 

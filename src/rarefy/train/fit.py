@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rarefy.calibration import resume
-from rarefy.common.atomic_io import path_of
+from rarefy.common.atomic_io import parse_path
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
@@ -111,7 +111,7 @@ def fit_(
     """
     _check(model, data, epochs, lr_schedule, patience, validate)
     _check_given(model, distill, at, steps)
-    resume_dir = path_of(resume_dir)
+    resume_dir = parse_path(resume_dir)
     if isinstance(distill, Distiller) and not distill.prepared and not hasattr(data, "__next__"):
         distill.prepare(on_device(model, _first(data)))
     open_ = {

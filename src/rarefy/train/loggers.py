@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import blaming
+from rarefy.common.atomic_io import container_errors
 from rarefy.common.errors import RecipeError, unknown
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -48,7 +48,7 @@ def _writer(name: str, stack: ExitStack) -> Write:
     if colon and "/" not in kind and len(kind) > 1:  # a single letter is a Windows drive
         raise RecipeError(unknown("log", kind, ("tensorboard", "wandb")) + "; or a file's name without a colon")
     file = Path(name).expanduser()
-    with blaming(file):
+    with container_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         opened = stack.enter_context(file.open("a", encoding="utf-8"))
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rarefy.calibration.resume import digest
-from rarefy.common.atomic_io import PARTIAL, blaming
+from rarefy.common.atomic_io import PARTIAL, container_errors
 from rarefy.common.errors import ContainerError
 from rarefy.model.batches import count_samples, split_batch, tensors_in
 
@@ -25,7 +25,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, teacher_digest: str):
-        with blaming(folder):
+        with container_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.teacher_digest = folder, teacher_digest
 
@@ -52,7 +52,7 @@ class TeacherCache:
 
     def _write(self, file: Path, rows: dict[str, Tensor]) -> None:
         """Write the outputs of a sample."""
-        with blaming(self.folder):
+        with container_errors(self.folder):
             save_file(rows, self.folder / PARTIAL)
             os.replace(self.folder / PARTIAL, file)
 
