@@ -25,9 +25,9 @@ from rarefy.model.quant_grid import BITS, Codebook, attached_grid, block_rows, g
 from rarefy.prune.prune import check_weights
 from rarefy.quantization.quantize import put_, relative_error
 
-BINS = 1024  # of the histogram
-LLOYD = 15  # steps on the weights themselves
-FEWEST = 1e-9  # of a value's share that moves it
+BINS = 1024  # of the histogram of large weights
+LLOYD_STEPS = 15
+MIN_ERROR_WEIGHT = 1e-9  # relative to the largest, so that every weight counts
 
 
 def share_(
@@ -111,7 +111,7 @@ def check_layers(chosen: Sequence[Layer]) -> None:
 
 
 def codebook(weight: Tensor, blocks: tuple[int, ...], bits: int, weigh: Tensor | None = None) -> Codebook:
-    """Return the best table for a weight, or one for each of its blocks; `weigh` is each squared error's weight."""
+    """Return the best table for a weight, or one for each of its blocks; `weigh` weights the squared errors."""
     X = block_rows(weight.float(), blocks)
     W = torch.ones_like(X) if weigh is None else block_rows(weigh.expand_as(weight).float(), blocks)
     tables = [_table(x, w, bits) for x, w in zip(X, W)]
@@ -119,8 +119,9 @@ def codebook(weight: Tensor, blocks: tuple[int, ...], bits: int, weigh: Tensor |
 
 
 def best_values(x: Tensor, w: Tensor, count: int) -> Tensor:
-    """Return at most `count` values, one of them zero, of least weighted squared error for sorted x [n], exactly, by
-    dynamic programming over where each value's weights begin (Wang and Song 2011). O(count n^2).
+    """Return at most `count` values, one of them zero, of least weighted squared error for sorted x [n].
+
+    Exact, by dynamic programming over the first weight of each value (Wang and Song 2011). O(count n^2).
 
     >>> best_values(torch.tensor([-2.5, -1.5, 0.1, 3.0, 4.0]), torch.ones(5), 3).tolist()
     [-2.0, 0.0, 3.5]
@@ -129,35 +130,42 @@ def best_values(x: Tensor, w: Tensor, count: int) -> Tensor:
     s0, s1, s2 = (torch.cat([t.new_zeros(1), t.cumsum(0)]) for t in (w, w * x, w * x * x))
     first, last = torch.arange(len(x) + 1)[:, None], torch.arange(len(x) + 1)[None]
     mass, moment, energy = (s[None] - s[:, None] for s in (s0, s1, s2))
-    never = torch.where(first <= last, 0.0, float("inf"))
-    zero = energy.clamp(min=0) + never  # weights first..last - 1 as zeros
-    own = (energy - moment.square() / mass.clamp(min=1e-300)).clamp(min=0) + never  # at their mean
+    penalty = torch.where(first <= last, 0.0, float("inf"))  # of runs that end before they begin
+    zero = energy.clamp(min=0) + penalty  # weights first..last - 1 as zeros
+    at_mean = (energy - moment.square() / mass.clamp(min=1e-300)).clamp(
+        min=0
+    ) + penalty  # weights first..last - 1 at their mean
     start = torch.where(torch.arange(len(x) + 1) == 0, 0.0, float("inf")).double()
-    before, after = start, (start[:, None] + zero).min(0).values  # whether the zero has been
-    froms: list[tuple[Tensor, Tensor, Tensor]] = [
+    before, after = (
+        start,
+        (start[:, None] + zero).min(0).values,
+    )  # least error of the first n weights, before and after the zero value
+    choices: list[tuple[Tensor, Tensor, Tensor]] = [
         (torch.zeros_like(last[0]), (start[:, None] + zero).argmin(0), last[0] * 0)
     ]
     for _ in range(count - 1):
-        more, at = (before[:, None] + own).min(0)
-        later, after_at = (after[:, None] + own).min(0)
-        now, zero_at = (more[:, None] + zero).min(0)
-        froms.append((at, torch.where(later <= now, after_at, zero_at), (later <= now).long()))
-        before, after = more, torch.minimum(later, now)
-    return _traced(froms, len(x), s0, s1)
+        next_before, begin = (before[:, None] + at_mean).min(0)
+        by_mean, begin_by_mean = (after[:, None] + at_mean).min(0)
+        by_zero, begin_by_zero = (next_before[:, None] + zero).min(0)
+        choices.append(
+            (begin, torch.where(by_mean <= by_zero, begin_by_mean, begin_by_zero), (by_mean <= by_zero).long())
+        )
+        before, after = next_before, torch.minimum(by_mean, by_zero)
+    return _backtrack(choices, len(x), s0, s1)
 
 
-def _traced(froms: Sequence[tuple[Tensor, Tensor, Tensor]], n: int, s0: Tensor, s1: Tensor) -> Tensor:
-    """The means of the parts, from the last to the first."""
-    values, end, step, zero_done = [0.0], n, len(froms) - 1, False
+def _backtrack(choices: Sequence[tuple[Tensor, Tensor, Tensor]], n: int, s0: Tensor, s1: Tensor) -> Tensor:
+    """Return the values, from the last run of weights to the first."""
+    values, end, step, zero_done = [0.0], n, len(choices) - 1, False
     while end > 0 and step >= 0:
-        at, after_at, by_mean = froms[step]
-        if zero_done:  # what is left lies before the zero
-            begin = int(at[end])
+        begins, begins_after_zero, by_mean = choices[step]
+        if zero_done:  # the remaining runs come before the zero
+            begin = int(begins[end])
         elif step == 0 or not bool(by_mean[end]):
-            end, zero_done = int(after_at[end]), True
+            end, zero_done = int(begins_after_zero[end]), True
             continue
         else:
-            begin = int(after_at[end])
+            begin = int(begins_after_zero[end])
         if begin < end:
             values.append(float((s1[end] - s1[begin]) / (s0[end] - s0[begin]).clamp(min=1e-300)))
         end, step = begin, step - 1
@@ -165,10 +173,10 @@ def _traced(froms: Sequence[tuple[Tensor, Tensor, Tensor]], n: int, s0: Tensor, 
 
 
 def _table(x: Tensor, w: Tensor, bits: int) -> Tensor:
-    """Values for the weights x [n], zero first and the others rising; what is not needed repeats zero."""
+    """Return the values for the weights x [n]: zero first, the others rising; unused entries repeat zero."""
     count = 1 << bits
     order = x.argsort()
-    x, w = x[order], w[order].clamp(min=FEWEST * float(w.max().clamp(min=1e-30)))
+    x, w = x[order], w[order].clamp(min=MIN_ERROR_WEIGHT * float(w.max().clamp(min=1e-30)))
     bins = BINS if bits <= 5 else BINS // 2
     centres, mass = (x, w) if len(x) <= bins else _histogram(x, w, bins)
     values = best_values(centres, mass, count)
@@ -179,24 +187,24 @@ def _table(x: Tensor, w: Tensor, bits: int) -> Tensor:
 
 
 def _histogram(x: Tensor, w: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Means and weights of bins of sorted x: half of them of equal width, for the ends, half of equal number."""
-    wide = torch.searchsorted(x, torch.linspace(float(x[0]), float(x[-1]), bins // 2 + 1)[1:-1])
-    many = torch.linspace(0, len(x), bins // 2 + 1)[1:-1].long()
-    edges = torch.cat([wide, many]).unique()
-    place = torch.searchsorted(edges, torch.arange(len(x)), right=True)
-    mass = torch.zeros(len(edges) + 1, dtype=torch.float64).index_add_(0, place, w.double())
-    moment = torch.zeros_like(mass).index_add_(0, place, (w * x).double())
-    kept = mass > 0
-    return (moment[kept] / mass[kept]).float(), mass[kept].float()
+    """Return the means and weights of bins of sorted x: half of equal width, for the tails, half of equal count."""
+    equal_width = torch.searchsorted(x, torch.linspace(float(x[0]), float(x[-1]), bins // 2 + 1)[1:-1])
+    equal_count = torch.linspace(0, len(x), bins // 2 + 1)[1:-1].long()
+    edges = torch.cat([equal_width, equal_count]).unique()
+    bin_of = torch.searchsorted(edges, torch.arange(len(x)), right=True)
+    mass = torch.zeros(len(edges) + 1, dtype=torch.float64).index_add_(0, bin_of, w.double())
+    moment = torch.zeros_like(mass).index_add_(0, bin_of, (w * x).double())
+    used = mass > 0
+    return (moment[used] / mass[used]).float(), mass[used].float()
 
 
 def _lloyd(x: Tensor, w: Tensor, values: Tensor) -> Tensor:
-    """Move each value but zero to the mean of the weights nearest to it, again and again."""
+    """Move each value except zero to the mean of the weights nearest to it, until none moves."""
     w, moment = w.double(), (w * x).double()
-    for _ in range(LLOYD):
-        place = torch.searchsorted((values[1:] + values[:-1]) / 2, x)
-        mass = torch.zeros(len(values), dtype=torch.float64).index_add_(0, place, w)
-        means = torch.zeros_like(mass).index_add_(0, place, moment) / mass.clamp(min=1e-300)
+    for _ in range(LLOYD_STEPS):
+        nearest = torch.searchsorted((values[1:] + values[:-1]) / 2, x)
+        mass = torch.zeros(len(values), dtype=torch.float64).index_add_(0, nearest, w)
+        means = torch.zeros_like(mass).index_add_(0, nearest, moment) / mass.clamp(min=1e-300)
         moved = torch.where((values == 0) | (mass == 0), values, means.float())
         if torch.equal(moved, values):
             break
@@ -205,14 +213,14 @@ def _lloyd(x: Tensor, w: Tensor, values: Tensor) -> Tensor:
 
 
 def _importance(model: nn.Module, chosen: Sequence[Layer], data: Iterable[Any]) -> dict[str, Tensor]:
-    """How much a squared error of each weight counts, as stored or ready to expand to it."""
+    """Return the error weight of each weight, in its stored shape."""
     idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
     if idle:
         raise DataError(f"an embedding has no inputs to weigh by: ignore {', '.join(idle)}, or leave data out")
     stats = collect_stats(model, data, chosen, frozenset({"input"}))
-    out = {}
+    importance = {}
     for layer in chosen:
-        square: Any = stats[layer.full_name].in_square
-        wide = square.expand(layer.layout.shape)
-        out[layer.full_name] = layer.layout.unview(wide, tuple(layer.original.shape))
-    return out
+        mean_square: Any = stats[layer.full_name].in_square
+        expanded = mean_square.expand(layer.layout.shape)
+        importance[layer.full_name] = layer.layout.unview(expanded, tuple(layer.original.shape))
+    return importance
