@@ -86,7 +86,7 @@ def _head_group(graph: Graph, name: str) -> Group:
     matches = [g for g in head_groups if any(m.name.startswith(f"{name}.") for m in g.members)]
     if len(matches) != 1:
         names = list(dict.fromkeys(g.members[0].name.rsplit(".", 2)[0] for g in head_groups))
-        nearest_names = nearest(str(name), names, many=3) or names[:3]
+        nearest_names = nearest(str(name), names, count=3) or names[:3]
         problem = "no heads" if not matches else f"{len(matches)} kinds of heads"
         raise ModelError(f"{name!r} has {problem}; attention modules: {', '.join(nearest_names) or 'none'}")
     if matches[0].lock:
