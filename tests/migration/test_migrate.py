@@ -19,6 +19,7 @@ from helpers.vision_models import data as batches
 from rarefy.common.errors import RecipeError
 from rarefy.migration import llm_compressor, nncf_neural_compressor, sparseml
 from rarefy.migration.safe_arithmetic import compute
+from rarefy.recipe import parser
 
 ALL_LEGACY = [
     "EpochRange",
@@ -176,7 +177,7 @@ def test_recipes_run_and_do_what_they_said(name, tmp_path):
     model = run(made)
     for layer, sparsity in want.items():
         assert zeros(model.get_submodule(layer).weight) == pytest.approx(sparsity, abs=0.02)
-    assert rarefy.recipe.from_yaml(made.text) == made.recipe
+    assert parser.from_yaml(made.text) == made.recipe
     (tmp_path / "recipe.md").write_text(f"---\n{text}\n---\n# A model\n- some: words\n")
     assert rarefy.migrate(tmp_path / "recipe.md").text == made.text
 
@@ -266,8 +267,8 @@ def test_zeros_that_are_there_are_held():
 @pytest.mark.parametrize("name", ALL_LEGACY)
 def test_every_legacy_name_is_mapped_or_refused_with_the_nearest_thing(name):
     part = f"{name}Modifier"
-    assert (part in sparseml.HANDLERS) != (part in sparseml.REFUSED)
-    if part in sparseml.REFUSED:
+    assert (part in sparseml.HANDLERS) != (part in sparseml.UNSUPPORTED)
+    if part in sparseml.UNSUPPORTED:
         text = legacy(RANGE, f"GMPruningModifier {GMP}", f"{part} {{start_epoch: 0}}")
         with pytest.raises(RecipeError, match=rf"{part} has no counterpart: .* line 5\]"):
             migrate_text(text)
@@ -278,8 +279,8 @@ def test_every_legacy_name_is_mapped_or_refused_with_the_nearest_thing(name):
 @pytest.mark.parametrize("name", ALL_LATER)
 def test_every_later_name_is_mapped_or_refused_with_the_nearest_thing(name):
     part = f"{name}Modifier"
-    assert part in llm_compressor.HANDLERS or part in llm_compressor.REFUSED or part == "SmoothQuantModifier"
-    for reason in llm_compressor.REFUSED.values():
+    assert part in llm_compressor.HANDLERS or part in llm_compressor.UNSUPPORTED or part == "SmoothQuantModifier"
+    for reason in llm_compressor.UNSUPPORTED.values():
         assert "nearest" in reason or "here" in reason or "as solver" in reason
 
 
@@ -393,20 +394,20 @@ MISTAKES = {
     "no tag": ("modifiers:\n  - GMPruningModifier", r"modifiers is a list of modifiers such as - !GMPruningModifier \[r.yaml, line 2\]"),
     "tag with a list": ("modifiers:\n  - !GMPruningModifier [1]", r"!GMPruningModifier is followed by its settings, as keys and values \[r.yaml, line 2\]"),
     "sparsity a word": (legacy("GMPruningModifier {params: [hidden], final_sparsity: much}"), r"GMPruningModifier: final_sparsity is a number, got 'much' \[r.yaml, line 3\]"),
-    "sparsity of 90": (legacy(RANGE, "GMPruningModifier {params: [hidden], init_sparsity: 0.0, final_sparsity: 90, update_frequency: 1}"), "amounts to no recipe: sparsity is a fraction between 0 and 1, got 90"),
+    "sparsity of 90": (legacy(RANGE, "GMPruningModifier {params: [hidden], init_sparsity: 0.0, final_sparsity: 90, update_frequency: 1}"), "the migrated recipe is not valid: sparsity is a fraction between 0 and 1, got 90"),
     "ends before it starts": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, start_epoch: 5, end_epoch: 2}"), "ends at 2, before it starts at 5"),
-    "mask of no kind": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, mask_type: round}"), "no pattern of mask 'round'; there are unstructured"),
+    "mask of no kind": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, mask_type: round}"), "no pattern of mask 'round'; use unstructured"),
     "params a number": (legacy(RANGE, "GMPruningModifier {params: 3, final_sparsity: 0.5}"), "params is a list of names, got 3"),
-    "two of a kind": (legacy(RANGE, f"GMPruningModifier {GMP}", f"OBSPruningModifier {GMP}"), "second one that prunes: one plan a stage"),
+    "two of a kind": (legacy(RANGE, f"GMPruningModifier {GMP}", f"OBSPruningModifier {GMP}"), "prunes too: a stage has one pruning method"),
     "fp8": ("a_stage: {x_modifiers: {QuantizationModifier: {scheme: FP8_DYNAMIC}}}", "scheme FP8_DYNAMIC is not of whole numbers; there are W8A8"),
     "float groups": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 4, type: float}}}}}}", "numbers of type 'float' have no counterpart"),
     "16 bits": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 16}}}}}}", "weights have 2 to 8 bits"),
     "groups a word": ("a_stage: {x_modifiers: {GPTQModifier: {config_groups: hello}}}", "config_groups has keys and values, got 'hello'"),
-    "blocks": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 4, strategy: block}}}}}}", "no counterpart of strategy block; channel, tensor, group have"),
+    "blocks": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 4, strategy: block}}}}}}", "no counterpart of strategy block; use channel, tensor, group"),
     "no sparsities": ("a_stage: {x_modifiers: {SparseGPTModifier: {sparsity: []}}}", r"sparsity is a number or one for each layer, got \[\]"),
     "smooth alone": ("a_stage: {x_modifiers: {SmoothQuantModifier: {}}}", "no modifier after it quantizes"),
     "awq": ("a_stage: {x_modifiers: {AWQModifier: {}}}", "AWQModifier has no counterpart: nearest is solver: obs"),
-    "nothing left": ("a_stage: {run_type: oneshot, x_modifiers: {ConstantPruningModifier: {}}}", "asks for nothing that a recipe would do"),
+    "nothing left": ("a_stage: {run_type: oneshot, x_modifiers: {ConstantPruningModifier: {}}}", "has nothing that a recipe can do"),
     "a number of 400 digits": (legacy(RANGE, f"GMPruningModifier {{params: [hidden], final_sparsity: 0.5, end_epoch: {'9' * 400}}}"), "a number that nothing can be computed with"),
     "an update in no time": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, start_epoch: 0, end_epoch: 2, update_frequency: 5.0e-324}"), "a number that nothing can be computed with"),
     "not yaml": ("modifiers: [", "not YAML"),
@@ -438,7 +439,7 @@ def test_mistakes(name):
             {"pruning_configs": [{"op_names": ["a"], "pruning_type": "magnitude"}, {"op_names": ["b"]}]},
             "that differ in score have no counterpart in one stage",
         ),
-        ({"compression": torch.ones(2)}, "a config is made of words, numbers and lists, got Tensor"),
+        ({"compression": torch.ones(2)}, "a config is made of text, numbers and lists, got Tensor"),
     ],
 )
 def test_mistakes_of_configs(config, says):
@@ -528,5 +529,5 @@ def test_from_a_shell(tmp_path):
 
 
 def test_tables_name_reasons():
-    assert {f"{n}Modifier" for n in ALL_LEGACY} == set(sparseml.HANDLERS) | set(sparseml.REFUSED)
-    assert nncf_neural_compressor.NNCF and copy.copy(nncf_neural_compressor.NNCF_REFUSED)
+    assert {f"{n}Modifier" for n in ALL_LEGACY} == set(sparseml.HANDLERS) | set(sparseml.UNSUPPORTED)
+    assert nncf_neural_compressor.NNCF and copy.copy(nncf_neural_compressor.NNCF_UNSUPPORTED)

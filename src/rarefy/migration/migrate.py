@@ -1,4 +1,4 @@
-"""Recipes of withdrawn tools, as recipes of ours."""
+"""`migrate`: recipes of other tools become Rarefy recipes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from rarefy.recipe.parser import Recipe, from_yaml
 
 @dataclass(frozen=True)
 class Migrated:
-    """A recipe, as the YAML text that says in comments where its meaning changed; `tool` is whose it was."""
+    """A migrated recipe.
+
+    Args:
+        text: the recipe as YAML; comments say what means something else here.
+        tool: the tool that the source belongs to, such as "sparseml".
+        recipe: the parsed recipe.
+
+    Example:
+        >>> migrate([{"tensor_fqn": "fc.weight", "sparsity_level": 0.5}]).tool
+        'torch.ao.pruning'
+    """
 
     text: str
     tool: str
@@ -22,16 +32,25 @@ class Migrated:
 
 
 def migrate(source: str | Path | Mapping[str, Any] | list[Any], *, skip: bool = False) -> Migrated:
-    """Return the recipe that a file of another tool, or a config of one as plain data, amounts to.
+    """Translate a recipe or config of another tool.
 
-    source   SparseML's recipes (YAML, or Markdown with YAML ahead), llm-compressor's, NNCF's before version 3, a
-             `WeightPruningConfig` of Neural Compressor as a dict, a config of torch.ao.pruning as a list
-    skip     leave out what has no counterpart, with a comment, instead of raising
-    Nothing in a file is run: formulas are numbers, variables and + - * /. Raises RecipeError naming what is wrong, the
-    line and the nearest thing.
+    No code in a file is run: formulas may only contain numbers, variables and arithmetic.
+
+    Args:
+        source: a SparseML recipe (YAML, or Markdown with YAML at its top), an llm-compressor recipe, an NNCF config
+            before version 3, a `WeightPruningConfig` of Neural Compressor (dict), or a torch.ao.pruning config (list).
+        skip: whether to leave out what has no counterpart, with a comment, instead of raising.
+
+    Returns:
+        The recipe and its YAML text.
+
+    Raises:
+        RecipeError: with the line, if something is wrong or has no counterpart.
+
+    Example:
 
     >>> print(migrate([{"tensor_fqn": "fc1.weight", "sparse_block_shape": [1, 4], "zeros_per_block": 2}]).text)
-    # from a config of torch.ao.pruning, by `rarefy migrate`; what changed its meaning is said in comments
+    # from a config of torch.ao.pruning, by `rarefy migrate`; comments say what means something else here
     stages:
     # sparsity_level 0.5 left some blocks whole: N:M is the same everywhere here
     - prune:
@@ -45,4 +64,4 @@ def migrate(source: str | Path | Mapping[str, Any] | list[Any], *, skip: bool = 
         return Migrated(text, tool, from_yaml(text, "the migrated recipe"))
     except RarefyError as error:
         name = source if isinstance(source, str | Path) else "this config"
-        raise RecipeError(f"{name} amounts to no recipe: {error}") from None
+        raise RecipeError(f"{name}: the migrated recipe is not valid: {error}") from None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rarefy.common.errors import RecipeError
-from rarefy.migration.recipe_draft import Draft, Part, mapping, number, refused, selectors, shape, steps
+from rarefy.migration.recipe_draft import Draft, Modifier, is_unsupported, mapping, number, selectors, shape, steps
 from rarefy.migration.sparseml import pattern_of
 
 OPTIMIZER = "the optimizer was your script's: name it here (optimizer: {name: adamw, lr: 1e-4})"
@@ -15,54 +15,55 @@ OPTIMIZER = "the optimizer was your script's: name it here (optimizer: {name: ad
 
 def nncf(draft: Draft, config: Mapping[str, Any], skip: bool) -> None:
     """Add what the `compression` of an NNCF config asks for."""
-    found = config.get("compression")
-    many = [found] if isinstance(found, Mapping) else found
-    if not isinstance(many, list) or not all(isinstance(a, Mapping) and "algorithm" in a for a in many):
+    algorithms = config.get("compression")
+    algorithms = [algorithms] if isinstance(algorithms, Mapping) else algorithms
+    if not isinstance(algorithms, list) or not all(isinstance(a, Mapping) and "algorithm" in a for a in algorithms):
         raise RecipeError("an NNCF config has compression: {algorithm: ..., params: {...}} or a list of them")
-    for nth, one in enumerate(many):
-        part = Part(str(one["algorithm"]), one, f"compression[{nth}]")
-        if not refused(draft, part, (NNCF,), NNCF_REFUSED, "algorithm", skip):
-            NNCF[part.name](draft, part)
+    for nth, one in enumerate(algorithms):
+        modifier = Modifier(str(one["algorithm"]), one, f"compression[{nth}]")
+        if not is_unsupported(draft, modifier, (NNCF,), NNCF_UNSUPPORTED, "algorithm", skip):
+            NNCF[modifier.name](draft, modifier)
 
 
-def _nncf_where(part: Part) -> list[str]:
+def _nncf_where(modifier: Modifier) -> list[str]:
     """Scopes name modules by their classes, which selectors do not: they have to be written anew."""
-    scopes = [k for k in ("ignored_scopes", "target_scopes") if part.settings.get(k)]
+    scopes = [k for k in ("ignored_scopes", "target_scopes") if modifier.settings.get(k)]
     return [
-        f"{part.name}: {k} {str(part.settings[k])[:80]} has to be written as names: ignore or layers" for k in scopes
+        f"{modifier.name}: {k} {str(modifier.settings[k])[:80]} has to be written as names: ignore or layers"
+        for k in scopes
     ]
 
 
-def _nncf_sparsity(draft: Draft, part: Part) -> None:
-    params = mapping(part.settings.get("params"), part, "params")
-    taken = Part(part.name, params, part.where).take(
+def _nncf_sparsity(draft: Draft, modifier: Modifier) -> None:
+    params = mapping(modifier.settings.get("params"), modifier, "params")
+    options = Modifier(modifier.name, params, modifier.where).take(
         sparsity_target=0.5, schedule="exponential", sparsity_freeze_epoch=100
     )
-    target = number(taken["sparsity_target"], part, "sparsity_target")
-    method = "gradual" if part.name == "magnitude_sparsity" else "movement"
-    freeze, turns = taken.number("sparsity_freeze_epoch"), taken["multistep_steps"] or []
+    target = number(options["sparsity_target"], modifier, "sparsity_target")
+    method = "gradual" if modifier.name == "magnitude_sparsity" else "movement"
+    freeze, turns = options.number("sparsity_freeze_epoch"), options["multistep_steps"] or []
     if not isinstance(turns, list) or any(isinstance(t, bool) or not isinstance(t, int | float) for t in turns):
-        raise RecipeError(f"multistep_steps is a list of epochs, got {turns!r:.60} [{part.where}]")
+        raise RecipeError(f"multistep_steps is a list of epochs, got {turns!r:.60} [{modifier.where}]")
     epochs = float(max([1, *(turns or [freeze])]))
-    until = float(taken.number("sparsity_target_epoch") or epochs)
-    first = number(part.settings.get("sparsity_init") or 0.0, part, "sparsity_init")
-    curve = str(taken["schedule"])
+    until = float(options.number("sparsity_target_epoch") or epochs)
+    first = number(modifier.settings.get("sparsity_init") or 0.0, modifier, "sparsity_init")
+    curve = str(options["schedule"])
     plan: dict[str, Any] = {
         "method": method, "sparsity": target, "first": min(first, target), "end": min(1.0, until / epochs),
         "steps": steps(until),
         "schedule": {"polynomial": "cubic", "exponential": "exponential"}.get(curve, "linear"),
     }  # fmt: skip
-    if part.name == "magnitude_sparsity":
+    if modifier.name == "magnitude_sparsity":
         plan["scope"] = "global"
     stage = draft.add("train", {"epochs": max(1, math.ceil(epochs)), "prune": plan}, [OPTIMIZER])
     if curve not in ("polynomial", "exponential"):
-        stage.remarks.append(f"{part.name}: schedule {curve[:30]} rises in a straight line here")
-    if part.name == "rb_sparsity":
+        stage.remarks.append(f"{modifier.name}: schedule {curve[:30]} rises in a straight line here")
+    if modifier.name == "rb_sparsity":
         stage.remarks.append("rb_sparsity learned masks by a penalty; movement, with penalty:, is nearest")
-    if part.name == "movement_sparsity":
+    if modifier.name == "movement_sparsity":
         stage.remarks.append("movement_sparsity learned thresholds: give penalty: for that, or the sparsity you want")
-    stage.remarks += _nncf_where(part)
-    stage.remarks += taken.left(*NNCF_PRIVATE)
+    stage.remarks += _nncf_where(modifier)
+    stage.remarks += options.unmapped(*NNCF_PRIVATE)
 
 
 NNCF_PRIVATE = (
@@ -72,32 +73,32 @@ NNCF_PRIVATE = (
 )  # fmt: skip
 
 
-def _nncf_constant(draft: Draft, part: Part) -> None:
+def _nncf_constant(draft: Draft, modifier: Modifier) -> None:
     stage = draft.add("train", {"keep_zeros": True}, [OPTIMIZER])
-    stage.remarks += _nncf_where(part)
+    stage.remarks += _nncf_where(modifier)
 
 
-def _nncf_filters(draft: Draft, part: Part) -> None:
-    params = mapping(part.settings.get("params"), part, "params")
-    taken = Part(part.name, params, part.where).take()
-    flops, share = taken.number("pruning_flops_target"), taken.number("pruning_target")
+def _nncf_filters(draft: Draft, modifier: Modifier) -> None:
+    params = mapping(modifier.settings.get("params"), modifier, "params")
+    options = Modifier(modifier.name, params, modifier.where).take()
+    flops, share = options.number("pruning_flops_target"), options.number("pruning_target")
     level = flops if flops is not None else 0.5 if share is None else share
     settings: dict[str, Any] = {"flops" if flops is not None else "keep": round(1.0 - level, 6)}
-    score = str(taken["filter_importance"] or "L2")
+    score = str(options["filter_importance"] or "L2")
     settings["score"] = {"L1": "l1", "L2": "magnitude", "geometric_median": "median"}.get(score, "magnitude")
-    if taken["all_weights"]:
+    if options["all_weights"]:
         settings["scope"] = "global"
     if flops is not None and share is not None:
-        draft.remarks.append(f"{part.name}: pruning_target {share} gives way to pruning_flops_target")
-    remarks = [f"{part.name} made filters zero over epochs: here they are cut at once, then trained", OPTIMIZER]
-    epochs = taken.number("num_init_steps") or 0, taken.number("pruning_steps") or 1
-    draft.add("cut", settings, remarks + _nncf_where(part) + taken.left())
+        draft.remarks.append(f"{modifier.name}: pruning_target {share} gives way to pruning_flops_target")
+    remarks = [f"{modifier.name} made filters zero over epochs: here they are cut at once, then trained", OPTIMIZER]
+    epochs = options.number("num_init_steps") or 0, options.number("pruning_steps") or 1
+    draft.add("cut", settings, remarks + _nncf_where(modifier) + options.unmapped())
     draft.add("train", {"epochs": max(1, int(sum(epochs)))})
 
 
-def _nncf_quantize(draft: Draft, part: Part) -> None:
+def _nncf_quantize(draft: Draft, modifier: Modifier) -> None:
     weights, inputs = (
-        Part(f"{part.name}: {k}", mapping(part.settings.get(k), part, k), part.where).take(bits=8)
+        Modifier(f"{modifier.name}: {k}", mapping(modifier.settings.get(k), modifier, k), modifier.where).take(bits=8)
         for k in ("weights", "activations")
     )
     bits = int(weights.number("bits"))
@@ -106,28 +107,30 @@ def _nncf_quantize(draft: Draft, part: Part) -> None:
         settings["group"] = "tensor"
     if weights["mode"] == "asymmetric":
         settings["symmetric"] = False
-    remarks = _nncf_where(part)
+    remarks = _nncf_where(modifier)
     if inputs.number("bits") != 8:
         remarks.append(f"quantization: inputs have 8 bits here, not {inputs['bits']}")
     if inputs["mode"] == "symmetric":
         remarks.append("quantization: inputs have a zero point of their own here, which symmetric ones do not need")
     known = ("algorithm", "weights", "activations", "ignored_scopes", "target_scopes", "initializer")
-    remarks += [*weights.left(), *inputs.left(), *part.take().left(*known)]
+    remarks += [*weights.unmapped(), *inputs.unmapped(), *modifier.take().unmapped(*known)]
     draft.add(
         "quantize", settings, [*remarks, "to train on the grid, put these settings as quantize: into a stage train"]
     )
 
 
-def _nncf_teach(draft: Draft, part: Part) -> None:
-    params = {**part.settings, **mapping(part.settings.get("params"), part, "params")}
-    kind, scale = (params.get(k) or part.settings.get(k, d) for k, d in (("type", "softmax"), ("scale", 1.0)))
+def _nncf_teach(draft: Draft, modifier: Modifier) -> None:
+    params = {**modifier.settings, **mapping(modifier.settings.get("params"), modifier, "params")}
+    kind, scale = (params.get(k) or modifier.settings.get(k, d) for k, d in (("type", "softmax"), ("scale", 1.0)))
     by = "mse" if kind == "mse" else "kl"
     stage = draft.train()
-    stage.settings["distill"] = {"logits": number(scale, part, "scale"), "by": by}
+    stage.settings["distill"] = {"logits": number(scale, modifier, "scale"), "by": by}
     if by == "kl" and params.get("temperature") is not None:
-        stage.settings["distill"]["temperature"] = number(params["temperature"], part, "temperature")
+        stage.settings["distill"]["temperature"] = number(params["temperature"], modifier, "temperature")
     stage.remarks += (
-        Part(part.name, params, part.where).take().left("algorithm", "params", "type", "scale", "temperature")
+        Modifier(modifier.name, params, modifier.where)
+        .take()
+        .unmapped("algorithm", "params", "type", "scale", "temperature")
     )
 
 
@@ -140,7 +143,7 @@ NNCF: dict[str, Any] = {
     "quantization": _nncf_quantize,
     "knowledge_distillation": _nncf_teach,
 }
-NNCF_REFUSED = {
+NNCF_UNSUPPORTED = {
     "binarization": "nearest are weights of 2 bits, with training",
     "elasticity": "one network of many sizes; nearest is cut to each of them",
 }
@@ -162,18 +165,18 @@ def inc(draft: Draft, config: Mapping[str, Any]) -> None:
     if not isinstance(several, list) or not all(isinstance(c, Mapping) for c in several):
         raise RecipeError("a WeightPruningConfig has pruning_configs: a list of dicts such as {op_names: [...], ...}")
     plans: list[tuple[dict[str, Any], list[str]]] = []
-    for nth, own in enumerate(several):
-        plan = _inc_one(draft, Part("WeightPruningConfig", {**base, **own}, f"pruning_configs[{nth}]"))
+    for nth, local in enumerate(several):
+        plan = _inc_one(draft, Modifier("WeightPruningConfig", {**base, **local}, f"pruning_configs[{nth}]"))
         if plan is not None:
             plans.append(plan)
     if not plans:
         return
     (first, remarks), *others = plans
     for plan, more in others:
-        apart = [k for k in ("method", "score", "schedule", "steps", "ignore") if plan.get(k) != first.get(k)]
-        if apart:
+        differ = [k for k in ("method", "score", "schedule", "steps", "ignore") if plan.get(k) != first.get(k)]
+        if differ:
             raise RecipeError(
-                f"pruning_configs that differ in {apart[0]} have no counterpart in one stage: write a stage for each"
+                f"pruning_configs that differ in {differ[0]} have no counterpart in one stage: write a stage for each"
             )
         if (
             plan["pattern"] != first["pattern"]
@@ -195,18 +198,18 @@ def inc(draft: Draft, config: Mapping[str, Any]) -> None:
     draft.add("train", {"epochs": 1, "prune": first}, remarks)
 
 
-def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | None:
-    taken = part.take(
+def _inc_one(draft: Draft, modifier: Modifier) -> tuple[dict[str, Any], list[str]] | None:
+    options = modifier.take(
         target_sparsity=0.9, pruning_type="snip_momentum", pattern="4x1", pruning_scope="global",
         sparsity_decay_type="exp", start_step=0, end_step=0, pruning_frequency=1,
     )  # fmt: skip
-    kind, form = str(taken["pruning_type"]), str(taken["pattern"])
-    target = number(taken["target_sparsity"], part, "target_sparsity")
-    layers = selectors(taken["op_names"], part, "op_names")
-    ignore = selectors(taken["excluded_op_names"], part, "excluded_op_names")
-    start, end, every = (taken.number(k) or 0 for k in ("start_step", "end_step", "pruning_frequency"))
-    curve, together = str(taken["sparsity_decay_type"]), taken["pruning_scope"] == "global"
-    remarks = taken.left(*INC_PRIVATE)
+    kind, form = str(options["pruning_type"]), str(options["pattern"])
+    target = number(options["target_sparsity"], modifier, "target_sparsity")
+    layers = selectors(options["op_names"], modifier, "op_names")
+    ignore = selectors(options["excluded_op_names"], modifier, "excluded_op_names")
+    start, end, every = (options.number(k) or 0 for k in ("start_step", "end_step", "pruning_frequency"))
+    curve, together = str(options["sparsity_decay_type"]), options["pruning_scope"] == "global"
+    remarks = options.unmapped(*INC_PRIVATE)
     if kind == "pattern_lock":
         draft.add("train", {"keep_zeros": True}, [*remarks, OPTIMIZER])
         return None
@@ -217,13 +220,13 @@ def _inc_one(draft: Draft, part: Part) -> tuple[dict[str, Any], list[str]] | Non
     if form == "mha":
         draft.add("cut", {"units": ["head"], "keep": round(1 - target, 6), **where}, remarks)
         return None
-    pattern = "unstructured" if form == "1x1" else pattern_of(form, part)
+    pattern = "unstructured" if form == "1x1" else pattern_of(form, modifier)
     if kind in ("sparse_gpt", "retrain_free", "block_mask"):
         solver = {"solver": "obs"} if kind == "sparse_gpt" else {"score": "fisher"}
         draft.add("prune", {**shape(pattern, target), **solver, **where}, remarks)
         return None
     if kind not in INC_SCORES:
-        raise RecipeError(f"unknown pruning_type {kind[:40]!r}; choose from {', '.join(INC_SCORES)} [{part.where}]")
+        raise RecipeError(f"unknown pruning_type {kind[:40]!r}; choose from {', '.join(INC_SCORES)} [{modifier.where}]")
     plan: dict[str, Any] = {"method": "gradual", **shape(pattern, target), "score": INC_SCORES[kind]}
     if together and "sparsity" in plan:
         plan["scope"] = "global"
@@ -241,21 +244,21 @@ def ao(draft: Draft, config: Sequence[Any]) -> None:
     for nth, one in enumerate(config):
         if not isinstance(one, Mapping) or "tensor_fqn" not in one:
             raise RecipeError(f"a config of torch.ao.pruning is a list of dicts with tensor_fqn, got {one!r:.60}")
-        part = Part("WeightNormSparsifier", one, f"config[{nth}]")
+        modifier = Modifier("WeightNormSparsifier", one, f"config[{nth}]")
         if one["tensor_fqn"] is None:
-            raise RecipeError(f"WeightNormSparsifier: tensor_fqn is the name of a weight, got None [{part.where}]")
-        taken = part.take(sparsity_level=0.5, sparse_block_shape=[1, 4], zeros_per_block=None)
-        level = number(taken["sparsity_level"], part, "sparsity_level")
-        block = taken["sparse_block_shape"]
+            raise RecipeError(f"WeightNormSparsifier: tensor_fqn is the name of a weight, got None [{modifier.where}]")
+        options = modifier.take(sparsity_level=0.5, sparse_block_shape=[1, 4], zeros_per_block=None)
+        level = number(options["sparsity_level"], modifier, "sparsity_level")
+        block = options["sparse_block_shape"]
         if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-            raise RecipeError(f"sparse_block_shape is two whole numbers, got {block!r:.40} [{part.where}]")
+            raise RecipeError(f"sparse_block_shape is two whole numbers, got {block!r:.40} [{modifier.where}]")
         entries = block[0] * block[1]
-        zeros = taken.number("zeros_per_block")
+        zeros = options.number("zeros_per_block")
         if zeros is not None and int(zeros) != zeros:
-            raise RecipeError(f"zeros_per_block is a whole number, got {zeros} [{part.where}]")
+            raise RecipeError(f"zeros_per_block is a whole number, got {zeros} [{modifier.where}]")
         zeros = entries if zeros is None else int(zeros)
-        settings: dict[str, Any] = {"layers": selectors(taken["tensor_fqn"], part, "tensor_fqn")}
-        remarks = taken.left()
+        settings: dict[str, Any] = {"layers": selectors(options["tensor_fqn"], modifier, "tensor_fqn")}
+        remarks = options.unmapped()
         if entries == 1:
             settings |= {"pattern": "unstructured", "sparsity": level}
         elif zeros >= entries:
@@ -267,6 +270,6 @@ def ao(draft: Draft, config: Sequence[Any]) -> None:
         else:
             raise RecipeError(
                 f"{zeros} zeros in every {block[0]}x{block[1]} have no counterpart; in 1x{block[1]} they have "
-                f"[{part.where}]"
+                f"[{modifier.where}]"
             )
         draft.add("prune", settings, remarks)

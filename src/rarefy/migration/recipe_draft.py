@@ -1,4 +1,4 @@
-"""A recipe on its way from another tool: stages with remarks on what changed its meaning, written as YAML."""
+"""A recipe being translated from another tool: its stages, and remarks on what means something else here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rarefy.common.errors import RecipeError, unknown
 from rarefy.common.located_yaml import plain
 
 WIDTH = 110
-MOST_STEPS = 200  # of a schedule: each looks at all weights
+MAX_STEPS = 200  # of a schedule: each step computes all scores
 CURVES = ("linear", "cubic")
 TEACHER = "the teacher was your script's: here it is the model before the first stage, or teacher: FOLDER"
 Settings = dict[str, Any]
@@ -23,7 +23,7 @@ Settings = dict[str, Any]
 
 @dataclass
 class Stage:
-    """A stage, and what is to be said of it."""
+    """A stage of the new recipe, with remarks that become comments."""
 
     name: str
     settings: Settings = field(default_factory=dict)
@@ -31,45 +31,45 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One modifier, algorithm or pruner of the other recipe: its name, its settings, and where it stands."""
+class Modifier:
+    """One modifier, algorithm or pruner of the source recipe: its name, settings and location (file and line)."""
 
     name: str
     settings: Mapping[str, Any]
     where: str = ""
-    run: str = ""  # "train" or "oneshot", where the recipe says so
+    run: str = ""  # "train" or "oneshot" if the recipe says so
 
-    def take(self, **defaults: Any) -> Taken:
-        """Return the settings that a caller knows, with their defaults; it must look at each."""
+    def take(self, **defaults: Any) -> ModifierOptions:
+        """Return the settings as options with these defaults; options that nobody reads are reported by `unmapped`."""
         if not isinstance(self.settings, Mapping):
             raise RecipeError(f"{self.name} has settings, as keys and values, got {self.settings!r:.60} [{self.where}]")
-        return Taken(self, dict(self.settings), defaults)
+        return ModifierOptions(self, dict(self.settings), defaults)
 
 
-class Taken:
-    """Settings of a part, each to be looked at; what nobody has looked at is told by `left`."""
+class ModifierOptions:
+    """Settings of a modifier that record which of them were read; `unmapped` lists the others."""
 
-    def __init__(self, part: Part, given: Settings, defaults: Settings):
-        self.part, self.given, self.defaults, self.seen = part, given, defaults, set[str]()
+    def __init__(self, modifier: Modifier, values: Settings, defaults: Settings):
+        self.modifier, self.values, self.defaults, self.used = modifier, values, defaults, set[str]()
 
     def __getitem__(self, name: str) -> Any:
-        self.seen.add(name)
-        value = self.given.get(name)
+        self.used.add(name)
+        value = self.values.get(name)
         return self.defaults.get(name) if value is None else value
 
     def number(self, name: str) -> Any:
-        """Return a number, or None; RecipeError for anything else."""
+        """Return an option that is a number or None; RecipeError otherwise."""
         value = self[name]
-        return None if value is None else number(value, self.part, name)
+        return None if value is None else number(value, self.modifier, name)
 
-    def left(self, *without_effect: str) -> list[str]:
+    def unmapped(self, *without_effect: str) -> list[str]:
         """Return a remark for each setting that has no counterpart."""
-        gone = [k for k in self.given if k not in self.seen and k not in without_effect]
-        return [f"{self.part.name}: no counterpart of {k}: {_short(self.given[k])}" for k in gone]
+        unused = [k for k in self.values if k not in self.used and k not in without_effect]
+        return [f"{self.modifier.name}: no counterpart of {k}: {_short(self.values[k])}" for k in unused]
 
 
 class Draft:
-    """Stages in order, one of which may train."""
+    """The stages of the new recipe in order, and remarks on the whole."""
 
     def __init__(self, source: str):
         self.source = source
@@ -82,16 +82,16 @@ class Draft:
         return self.stages[-1]
 
     def train(self) -> Stage:
-        """Return the last stage if it trains, or a new one that does."""
+        """Return the last stage if it is a train stage, else add one."""
         if not self.stages or self.stages[-1].name != "train":
             self.add("train", {})
         return self.stages[-1]
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML, each remark a comment ahead of its stage."""
+        """Return the recipe as YAML; each remark is a comment before its stage."""
         if not self.stages:
-            raise RecipeError(f"{self.source} asks for nothing that a recipe would do: {'; '.join(self.remarks)}")
-        lines = [f"# from {self.source}, by `rarefy migrate`; what changed its meaning is said in comments"]
+            raise RecipeError(f"{self.source} has nothing that a recipe can do: {'; '.join(self.remarks)}")
+        lines = [f"# from {self.source}, by `rarefy migrate`; comments say what means something else here"]
         lines += _comments(self.remarks)
         lines.append("stages:")
         for stage in self.stages:
@@ -104,106 +104,110 @@ class Draft:
         return "\n".join(lines) + "\n"
 
 
-def number(value: Any, part: Part, name: str) -> Any:
-    """Return a number; RecipeError for anything else."""
+def number(value: Any, modifier: Modifier, name: str) -> Any:
+    """Return the value if it is a finite number; RecipeError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RecipeError(f"{part.name}: {name} is a number, got {value!r:.60} [{part.where}]")
+        raise RecipeError(f"{modifier.name}: {name} is a number, got {value!r:.60} [{modifier.where}]")
     return value
 
 
-def mapping(value: Any, part: Part, name: str) -> Mapping[str, Any]:
-    """Return keys and values, none for None; RecipeError for anything else."""
+def mapping(value: Any, modifier: Modifier, name: str) -> Mapping[str, Any]:
+    """Return the value if it is a mapping, {} for None; RecipeError otherwise."""
     if value is not None and not isinstance(value, Mapping):
-        raise RecipeError(f"{part.name}: {name} has keys and values, got {value!r:.60} [{part.where}]")
+        raise RecipeError(f"{modifier.name}: {name} has keys and values, got {value!r:.60} [{modifier.where}]")
     return value or {}
 
 
-def refused(
-    draft: Draft, part: Part, tables: Iterable[Iterable[str]], why: Mapping[str, str], what: str, skip: bool
+def is_unsupported(
+    draft: Draft, modifier: Modifier, tables: Iterable[Iterable[str]], why: Mapping[str, str], what: str, skip: bool
 ) -> bool:
-    """Return whether a part has no counterpart, for a reason in `why`, and is left out with a remark as `skip` wants;
-    else RecipeError, as for a name in none of the `tables` either."""
+    """Return whether a modifier has no counterpart and is skipped with a remark.
+
+    Raises RecipeError if it has none and `skip` is false (`why` has the reason), or if its name is unknown.
+    """
     names = [n for t in (*tables, why) for n in t]
-    if part.name not in names:
-        raise RecipeError(unknown(what, part.name, names, part.where))
-    if part.name not in why:
+    if modifier.name not in names:
+        raise RecipeError(unknown(what, modifier.name, names, modifier.where))
+    if modifier.name not in why:
         return False
-    text = f"{part.name} has no counterpart: {why[part.name]}"
+    text = f"{modifier.name} has no counterpart: {why[modifier.name]}"
     if not skip:
-        raise RecipeError(f"{text} [{part.where}]")
+        raise RecipeError(f"{text} [{modifier.where}]")
     draft.remarks.append(text)
     return True
 
 
 def shape(pattern: str, sparsity: Any) -> Settings:
-    """Return the settings of a pattern, and of its sparsity where N:M does not say it."""
+    """Return the settings of a pattern, with its sparsity unless the pattern is N:M."""
     return {"pattern": pattern} if ":" in pattern else {"pattern": pattern, "sparsity": sparsity}
 
 
-def solver(name: str, taken: Taken) -> Settings:
-    """Return the settings of a solver that may be damped."""
-    damping = taken.number("dampening_frac")
+def solver(name: str, options: ModifierOptions) -> Settings:
+    """Return the settings of a solver, with its damping if given."""
+    damping = options.number("dampening_frac")
     return {"name": name} if damping is None else {"name": name, "damping": damping}
 
 
-def curve(taken: Taken, name: str, stage: Stage) -> str:
-    """Return the schedule that rises as a setting says, or nearly so, which is then said."""
-    text = str(taken[name] or "cubic")
+def curve(options: ModifierOptions, name: str, stage: Stage) -> str:
+    """Return the sparsity schedule of a setting; cubic with a remark if it has no counterpart."""
+    text = str(options[name] or "cubic")
     if text not in CURVES:
-        stage.remarks.append(f"{taken.part.name}: {name} {text[:40]} is cubic here")
+        stage.remarks.append(f"{options.modifier.name}: {name} {text[:40]} is cubic here")
     return text if text in CURVES else "cubic"
 
 
 def steps(count: float) -> int:
-    """Return how often a schedule looks at the weights."""
-    return max(1, min(MOST_STEPS, round(count)))
+    """Return the number of steps of a schedule, between 1 and MAX_STEPS."""
+    return max(1, min(MAX_STEPS, round(count)))
 
 
-def ends(taken: Taken, start: float, end: Any, epochs: float) -> float:
-    """Return where a span ends that begins at `start`: with training, where it does not say."""
+def end_of_span(options: ModifierOptions, start: float, end: Any, epochs: float) -> float:
+    """Return the epoch in which a span ends: the end of training if it is not given."""
     last = epochs if end is None or end < 0 else float(end)
     if last < start:
-        part = taken.part
-        raise RecipeError(f"{part.name} ends at {last:g}, before it starts at {start:g} [{part.where}]")
+        modifier = options.modifier
+        raise RecipeError(f"{modifier.name} ends at {last:g}, before it starts at {start:g} [{modifier.where}]")
     return last
 
 
-def grows_back(taken: Taken, stage: Stage) -> None:
-    """Say that zeros stay which the other tool let go at the end."""
-    if taken["leave_enabled"] is False:
-        stage.remarks.append(f"{taken.part.name} let zeros grow back at its end (leave_enabled: false): here they stay")
+def note_regrowth(options: ModifierOptions, stage: Stage) -> None:
+    """Add a remark if the other tool removed its masks at the end: here zeros stay."""
+    if options["leave_enabled"] is False:
+        stage.remarks.append(
+            f"{options.modifier.name} let zeros grow back at its end (leave_enabled: false): here they stay"
+        )
 
 
-def words(value: Any, part: Part, name: str) -> list[str]:
-    """Return a word or a list of words as a list."""
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list | tuple) or any(not isinstance(w, str) for w in found):
-        raise RecipeError(f"{part.name}: {name} is a list of names, got {value!r:.60} [{part.where}]")
-    return list(found)
+def name_list(value: Any, modifier: Modifier, name: str) -> list[str]:
+    """Return a name or a list of names as a list."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or any(not isinstance(n, str) for n in names):
+        raise RecipeError(f"{modifier.name}: {name} is a list of names, got {value!r:.60} [{modifier.where}]")
+    return list(names)
 
 
-def selectors(value: Any, part: Part, name: str) -> list[str] | None:
-    """Return names of layers or parameters as selectors, None where all prunable ones are meant.
+def selectors(value: Any, modifier: Modifier, name: str) -> list[str] | None:
+    """Return names of layers or parameters as selectors, or None for all prunable layers.
 
-    Expressions of the other tools match from the beginning of a name, ours the whole of it; a list of blocks means what
-    is in them.
+    Regular expressions of the other tools match a prefix of the name, ours the whole name. The name of a block selects
+    all layers in it.
     """
     if value is None:
         return None
-    found = words(value, part, name)
-    if any(re.fullmatch(r"__ALL(_PRUNABLE|_QUANTIZABLE)?__", w) for w in found):
+    names = name_list(value, modifier, name)
+    if any(re.fullmatch(r"__ALL(_PRUNABLE|_QUANTIZABLE)?__", n) for n in names):
         return None
-    return [_selector(w) for w in found]
+    return [_selector(n) for n in names]
 
 
-def _selector(word: str) -> str:
-    if not word.startswith("re:"):
-        return f"{word}.*" if re.search(r"\.\d+$", word) else word
-    text = word[3:]
+def _selector(name: str) -> str:
+    if not name.startswith("re:"):
+        return f"{name}.*" if re.search(r"\.\d+$", name) else name
+    text = name[3:]
     if text.endswith("$"):
         text = text[:-1]
         return f"re:{text}\\..*" if re.search(r"(\\d[+*]?|\)|\d)$", text) else f"re:{text}"
-    return word if text.endswith((".*", "weight", "bias")) else f"re:{text}.*"
+    return name if text.endswith((".*", "weight", "bias")) else f"re:{text}.*"
 
 
 def _comments(remarks: Iterable[str]) -> list[str]:

@@ -1,5 +1,7 @@
-"""The arithmetic that recipes of other tools hold in strings. Text is parsed and computed by these tables; nothing is
-ever run: no attributes, no indices, no strings, no calls but these."""
+"""Compute arithmetic expressions that recipes of other tools contain as strings.
+
+The text is parsed and computed by the tables below. No code is run: no attributes, indices, strings or other calls.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from typing import Any
 
 from rarefy.common.errors import RecipeError, unknown
 
-LONGEST = 200  # characters
-LARGEST = 1e15
-PLACES = 15
+MAX_LENGTH = 200  # characters
+MAX_VALUE = 1e15
+MAX_DIGITS = 15
 BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -21,45 +23,44 @@ BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
-    ast.Pow: lambda a, b: float(a) ** float(b),  # of whole numbers it could fill the memory
+    ast.Pow: lambda a, b: float(a) ** float(b),  # int powers could fill the memory
 }
 UNARY: dict[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 CALLS: dict[str, Callable[..., Any]] = {
-    "min": min, "max": max, "abs": abs, "round": lambda x, places=0: _round(x, places), "int": int, "float": float,
+    "min": min, "max": max, "abs": abs, "round": lambda x, digits=0: _round(x, digits), "int": int, "float": float,
     "floor": math.floor, "ceil": math.ceil,
 }  # fmt: skip
 
 
 def compute(text: str, names: Mapping[str, float], where: str) -> float:
-    """Return the number that an expression comes to. RecipeError names `where` for all that is no arithmetic.
+    """Return the value of an expression. RecipeError with the location `where` for anything but arithmetic.
 
     >>> compute("max(1, epochs * 0.5) - 1", {"epochs": 30}, "here")
     14.0
     """
-    if len(text) > LONGEST:
-        raise RecipeError(f"an expression of {len(text):,} characters; at most {LONGEST} are computed [{where}]")
+    if len(text) > MAX_LENGTH:
+        raise RecipeError(f"an expression of {len(text):,} characters; at most {MAX_LENGTH} are computed [{where}]")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise RecipeError(f"{text[:60]!r} is no arithmetic [{where}]") from None
+        raise RecipeError(f"{text[:60]!r} is not arithmetic [{where}]") from None
     try:
-        found = _bounded(_number(tree, names, where))
+        return _bounded(_number(tree, names, where))
     except (ArithmeticError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(f"{text[:60]!r} cannot be computed: {error} [{where}]") from None
-    return found
 
 
 def _bounded(value: Any) -> Any:
-    """A number that more can be computed with, at every step: a whole one could otherwise grow without end."""
-    if isinstance(value, complex) or not abs(value) <= LARGEST:
-        raise ValueError(f"it comes to {value!r:.60}, which is no number to go by")
+    """Return an intermediate result; ValueError if it is too large (ints could grow without limit)."""
+    if isinstance(value, complex) or not abs(value) <= MAX_VALUE:
+        raise ValueError(f"the result {value!r:.60} is too large or not real")
     return value
 
 
-def _round(x: Any, places: Any) -> Any:
-    if not -PLACES <= places <= PLACES:
-        raise ValueError(f"round takes up to {PLACES} places")
-    return round(x, int(places)) if places else round(x)
+def _round(x: Any, digits: Any) -> Any:
+    if not -MAX_DIGITS <= digits <= MAX_DIGITS:
+        raise ValueError(f"round takes up to {MAX_DIGITS} digits")
+    return round(x, int(digits)) if digits else round(x)
 
 
 def _number(node: ast.AST, names: Mapping[str, float], where: str) -> Any:
@@ -70,8 +71,8 @@ def _number(node: ast.AST, names: Mapping[str, float], where: str) -> Any:
             raise RecipeError(unknown("variable", node.id, names, where))
         return _bounded(names[node.id])
     if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
-        left, right = _number(node.left, names, where), _number(node.right, names, where)
-        return _bounded(BINARY[type(node.op)](left, right))
+        lhs, rhs = _number(node.left, names, where), _number(node.right, names, where)
+        return _bounded(BINARY[type(node.op)](lhs, rhs))
     if isinstance(node, ast.UnaryOp) and type(node.op) in UNARY:
         return UNARY[type(node.op)](_number(node.operand, names, where))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS and not node.keywords:

@@ -1,8 +1,8 @@
-"""A recipe or config of another tool -> YAML of ours, with a comment wherever its meaning changed.
+"""Translate a recipe or config of another tool to YAML, with a comment wherever its meaning changes.
 
 Reads SparseML's recipes (YAML or Markdown, legacy tags, stages, variables and arithmetic), llm-compressor's, NNCF's
-before version 3, Neural Compressor's `WeightPruningConfig` and configs of torch.ao.pruning. A file is data: nothing in
-it is run, and it is at most 64 KiB.
+before version 3, Neural Compressor's `WeightPruningConfig` and configs of torch.ao.pruning. Files
+are data: no code in them is run. They have at most 64 KiB.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 from rarefy.common.errors import RecipeError
 from rarefy.common.located_yaml import Node, parse
 from rarefy.migration import llm_compressor, nncf_neural_compressor, sparseml
-from rarefy.migration.recipe_draft import Draft, Part
+from rarefy.migration.recipe_draft import Draft, Modifier
 from rarefy.migration.safe_arithmetic import compute
 
-LONGEST = 64 << 10  # characters of a file
+MAX_LENGTH = 64 << 10  # characters of a file
 FRONT = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)  # of Markdown
 FORMULA = re.compile(r"(?:eval|calc)\((.*)\)$", re.DOTALL)
 POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")  # a number that YAML 1.1 reads as a word
 
 
 def translate(source: str | Path | Mapping[str, Any] | list[Any], skip: bool) -> tuple[str, str]:
-    """Return (the tool, YAML text) that a file, or a config as plain data, amounts to. See `rarefy.migrate`."""
+    """Return (tool, YAML text) for a file or a config as plain data. See `rarefy.migrate`."""
     try:
         tool, draft = _convert(_read(source), skip)
         return tool, draft.to_yaml()
@@ -44,14 +44,14 @@ def _read(source: Any) -> Node:
     if not path.is_file():
         raise RecipeError(f"no file {str(path)!r}: give a recipe or a config of another tool")
     size = path.stat().st_size
-    if size > 4 * LONGEST:
-        raise RecipeError(f"{path.name} has {size:,} bytes; a recipe has at most {LONGEST:,} characters")
+    if size > 4 * MAX_LENGTH:
+        raise RecipeError(f"{path.name} has {size:,} bytes; a recipe has at most {MAX_LENGTH:,} characters")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise RecipeError(f"{path.name}: a recipe is UTF-8 text") from None
-    if len(text) > LONGEST:
-        raise RecipeError(f"{path.name} has {len(text):,} characters; a recipe has at most {LONGEST:,}")
+    if len(text) > MAX_LENGTH:
+        raise RecipeError(f"{path.name} has {len(text):,} characters; a recipe has at most {MAX_LENGTH:,}")
     if path.suffix == ".json":
         try:
             return Node.of(json.loads(text), path.name)
@@ -66,7 +66,7 @@ def _read(source: Any) -> Node:
 
 
 def _data(value: Any, depth: int = 0) -> Any:
-    """Plain data, or RecipeError for anything else."""
+    """Return a copy as plain data; RecipeError for anything else."""
     if depth > 16:
         raise RecipeError("a config is nested at most 16 deep")
     if isinstance(value, Mapping):
@@ -75,7 +75,7 @@ def _data(value: Any, depth: int = 0) -> Any:
         return [_data(v, depth + 1) for v in value]
     if value is None or isinstance(value, str | int | float):
         return value
-    raise RecipeError(f"a config is made of words, numbers and lists, got {type(value).__name__}")
+    raise RecipeError(f"a config is made of text, numbers and lists, got {type(value).__name__}")
 
 
 def _convert(root: Node, skip: bool) -> tuple[str, Draft]:
@@ -114,21 +114,21 @@ KNOWN = (
 
 
 def _variables(root: Node) -> Mapping[str, float]:
-    """Numbers at the top of a recipe and of its stages, those that are computed from others too."""
-    found: dict[str, Node] = {}
+    """Return the numeric variables of a recipe and its stages, computed ones included."""
+    variables: dict[str, Node] = {}
     for name, node in root.value.items():
         if name.endswith("_stage") and isinstance(node.value, dict):
-            found |= {k: v for k, v in node.value.items() if not isinstance(v.value, dict | list)}
+            variables |= {k: v for k, v in node.value.items() if not isinstance(v.value, dict | list)}
         elif not isinstance(node.value, dict | list):
-            found[name] = node
-    values = {k: _computed(n, {}) for k, n in found.items() if not FORMULA.match(str(n.value).strip())}
+            variables[name] = node
+    values = {k: _computed(n, {}) for k, n in variables.items() if not FORMULA.match(str(n.value).strip())}
     numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     formulas = {
         k: (m[1], n.where)
-        for k, n in found.items()
+        for k, n in variables.items()
         if isinstance(n.value, str) and (m := FORMULA.match(n.value.strip()))
     }
-    for _ in range(len(formulas)):  # each round computes at least one, or none can be
+    for _ in range(len(formulas)):  # each round computes at least one, or a cycle is left
         for name, (text, where) in list(formulas.items()):
             if not {w for w in re.findall(r"[A-Za-z_]\w*", text)} & set(formulas):
                 numbers[name] = compute(text, numbers, where)
@@ -139,8 +139,8 @@ def _variables(root: Node) -> Mapping[str, float]:
     return numbers
 
 
-def _tagged(root: Node, names: Mapping[str, float]) -> Iterator[Part]:
-    """Modifiers of legacy recipes: lists of tagged settings under keys that have `modifiers` in them."""
+def _tagged(root: Node, names: Mapping[str, float]) -> Iterator[Modifier]:
+    """Yield the modifiers of legacy recipes: lists of tagged settings under keys that contain `modifiers`."""
     for key, node in root.value.items():
         inner = node.value
         if "modifiers" in key and isinstance(inner, list):
@@ -154,28 +154,28 @@ def _tagged(root: Node, names: Mapping[str, float]) -> Iterator[Part]:
                 [(tag, settings)] = item.value.items()
                 if not isinstance(settings.value, dict):
                     raise RecipeError(f"{tag} is followed by its settings [{settings.where}]")
-                yield Part(tag.lstrip("!").rpartition(".")[2], _computed(settings, names), item.where)
+                yield Modifier(tag.lstrip("!").rpartition(".")[2], _computed(settings, names), item.where)
         elif isinstance(inner, dict) and any("modifiers" in k and isinstance(v.value, list) for k, v in inner.items()):
             yield from _tagged(node, names)
 
 
-def _named(root: Node, names: Mapping[str, float], run: str = "") -> Iterator[Part]:
-    """Modifiers of later recipes: settings by name under keys that end in `modifiers`, in stages or not."""
+def _named(root: Node, names: Mapping[str, float], run: str = "") -> Iterator[Modifier]:
+    """Yield the modifiers of later recipes: settings by name under keys that end in `modifiers`, in stages or not."""
     for key, node in root.value.items():
         inner = node.value
         if key.endswith("modifiers") and isinstance(inner, dict):
             for name, settings in inner.items():
-                given = {} if settings.value is None else settings.value
-                if not isinstance(given, dict):
+                content = {} if settings.value is None else settings.value
+                if not isinstance(content, dict):
                     raise RecipeError(f"{name} has settings, as keys and values [{settings.where}]")
-                yield Part(name, _computed(Node(given, settings.where), names), settings.where, run)
+                yield Modifier(name, _computed(Node(content, settings.where), names), settings.where, run)
         elif isinstance(inner, dict) and (key.endswith("_stage") or any(k.endswith("modifiers") for k in inner)):
             kind = inner.get("run_type")
             yield from _named(node, names, str(kind.value) if kind is not None else run)
 
 
 def _computed(node: Node, names: Mapping[str, float]) -> Any:
-    """Plain data with formulas computed and variables put in."""
+    """Return plain data with formulas computed and variables replaced."""
     if isinstance(node.value, dict):
         return {k: _computed(v, names) for k, v in node.value.items()}
     if isinstance(node.value, list):
