@@ -29,9 +29,9 @@ class Buffers(nn.Module):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kept": {"scale": {"0": [0] * 3000}}}, r"what a cut kept of scale does not fit its shape \[6, 6\]"),
-        ({"kept": {"scale": {"0": [1, 0]}}}, "what a cut kept of scale"),
-        ({"kept": {"scale": {"0": [1, 1]}}}, "what a cut kept of scale"),
+        ({"kept": {"scale": {"0": [0] * 3000}}}, r"the kept indices of scale do not fit its shape \[6, 6\]"),
+        ({"kept": {"scale": {"0": [1, 0]}}}, "the kept indices of scale"),
+        ({"kept": {"scale": {"0": [1, 1]}}}, "the kept indices of scale"),
         ({"numbers": {"conv.stride": [1, 1]}}, "has no size conv.stride"),
         ({"numbers": {"embed.padding_idx": 1}}, "has no size embed.padding_idx"),
         ({"base": []}, "the record of its cuts is damaged"),

@@ -83,7 +83,7 @@ def _blocks_of(model: nn.Module, chosen: Sequence[Layer], names: str | None) -> 
     try:
         return find_blocks(model, chosen, names)
     except ModelError as error:
-        message = str(error).replace("to reconstruct: leave reconstruct out", "that could learn: take solver='obs'")
+        message = str(error).replace("to reconstruct: leave reconstruct out", "to train: use solver='obs'")
         raise ModelError(message) from None
 
 

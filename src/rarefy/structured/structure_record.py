@@ -173,7 +173,7 @@ def _selected(
             fits = d.isdecimal() and int(d) < old.dim() and isinstance(indices, list) and len(indices) >= 1
             sorted_indices = fits and all(type(i) is int for i in indices) and indices == sorted(set(indices))
             if not sorted_indices or not 0 <= indices[0] <= indices[-1] < old.shape[int(d)]:
-                raise ContainerError(f"{path}: what a cut kept of {name} does not fit its shape {list(old.shape)}")
+                raise ContainerError(f"{path}: the kept indices of {name} do not fit its shape {list(old.shape)}")
             new = new.index_select(int(d), torch.tensor(indices, device=new.device))
         tensors[id(old)] = new
     return tensors

@@ -85,7 +85,9 @@ def relations(s: Tensor, t: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     def related(x: Tensor) -> Tensor:
         B, n, C = x.shape
         if C % heads:
-            raise RecipeError(f"relations in {heads} heads do not divide {C} features: give heads that do")
+            raise RecipeError(
+                f"relations: {heads} heads do not divide {C} features; choose a number of heads that does"
+            )
         x = x.float().reshape(B, n, heads, C // heads).transpose(1, 2)
         scores = x @ x.transpose(-1, -2) / math.sqrt(C // heads)
         if mask is not None:

@@ -94,8 +94,8 @@ class Sparsifier:
         self._events = self._method.events(config, resolved.sparsity)
         if steps is not None and len(self._events) > steps + 1 and not isinstance(config, COARSE):
             raise PatternError(
-                f"the plan has {len(self._events)} events and training only {steps} steps: train longer, or give "
-                "fewer steps, cycles or rounds"
+                f"{type(config).__name__} has {len(self._events)} events, but training has only {steps} steps: train "
+                "longer, or give fewer steps, cycles or rounds"
             )
         seed = config.seed if config.seed is not None else seed
         self._context = MethodContext(
@@ -297,7 +297,7 @@ def _times_weight(layer: Layer, gradient: Tensor) -> Tensor:
 def check_steps(steps: Any, what: str = "steps") -> None:
     """Raise PatternError unless `steps` is a positive int or None."""
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise PatternError(f"{what} is the number of training steps, at least 1, got {steps!r}")
+        raise PatternError(f"{what} is the number of training steps: expected at least 1, got {steps!r}")
 
 
 def _mask_of(layer: Layer) -> Mask:
