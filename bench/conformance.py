@@ -29,10 +29,11 @@ from torch.utils import _pytree as pytree
 
 import rarefy
 from rarefy.common.errors import ModelError
-from rarefy.compiler.compile import _called
+from rarefy.compiler.compile import split_example
 from rarefy.compiler.executor import Compiled
-from rarefy.compiler.verify import apart, distance
+from rarefy.compiler.verify import distance
 from rarefy.model import hf
+from rarefy.model.compare import relative_distance
 from values import keep, kept
 
 HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ def zoo() -> Any:
 def operator_counts(made: Compiled) -> dict[str, Any]:
     """Return the number of native calls, and counts of native and torch operators, most frequent first."""
     native, ours, rest = made.counts()
-    return {"native calls": native, "words": dict(ours.most_common()), "torch": dict(rest.most_common())}
+    return {"native calls": native, "operators": dict(ours.most_common()), "torch": dict(rest.most_common())}
 
 
 def compiled(model: nn.Module, x: Any) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def compiled(model: nn.Module, x: Any) -> dict[str, Any]:
     began = time.perf_counter()
     made = rarefy.compile(model, x)
     seconds = time.perf_counter() - began
-    far = distance(model, made, *pytree.tree_flatten(_called(x)))
+    far = distance(model, made, *pytree.tree_flatten(split_example(x)))
     return {"distance": far, "seconds": seconds, **operator_counts(made), "notes": list(made.exported.notes)}
 
 
@@ -71,7 +72,11 @@ def decoded(model: Any, x: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     with torch.no_grad():
         want = model(input_ids=x["input_ids"], use_cache=False).logits
-    return {"distance": apart(want, made(x["input_ids"])), "seconds": seconds, **operator_counts(made.compiled)}
+    return {
+        "distance": relative_distance(made(x["input_ids"]), want),
+        "seconds": seconds,
+        **operator_counts(made.compiled),
+    }
 
 
 def one(name: str, cases: dict[str, Any]) -> dict[str, Any]:

@@ -55,9 +55,9 @@ def run(name: str, batch: int) -> dict[str, Any]:
     """Return quartiles in milliseconds of all engines, timed alternately."""
     dense, x, _ = pruned(name, batch, "dense")
     runs: dict[str, Callable[[], Any]] = {"eager, dense": lambda: call(dense, x), **engines(dense, x)}
-    for variant, (*_, values) in VARIANTS.items():
+    for variant, (*_, precision) in VARIANTS.items():
         model, _, _ = pruned(name, batch, variant)
-        fast = rarefy.compile(model, x, values=values)
+        fast = rarefy.compile(model, x, precision=precision)
         runs[f"ours, {variant}"] = lambda fast=fast: call(fast, x)
     return alternate(runs, 10 if batch > 1 else 40, PAUSE)
 

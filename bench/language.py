@@ -329,7 +329,7 @@ class Ours:
 
 def ours(name: str) -> tuple[Ours, dict[str, Any]]:
     """Return a decoder and its record. Masks are Wanda's, and `refit` updates the remaining weights."""
-    sparsity, quantize, values = OURS[name]
+    sparsity, quantize, precision = OURS[name]
     folder = builtin.model_folder("smollm2-135m")
     model = hf.load_folder(str(folder)).float().eval()
     calibration = sources.Take(samples=16, tokens=512, batch=4)
@@ -340,7 +340,7 @@ def ours(name: str) -> tuple[Ours, dict[str, Any]]:
     if quantize:
         rarefy.quantize_(model, layers="model.layers.*", **quantize)
     rarefy.fold_(model)
-    made = rarefy.decoder(model, values=values)
+    made = rarefy.decoder(model, precision=precision)
     with TemporaryDirectory() as out:
         size = rarefy.save(made, Path(out) / "decoder")
     return Ours(made), {"engine": "rarefy", "file": name, "bytes": size}

@@ -28,7 +28,9 @@ from torch import Tensor
 
 import rarefy
 import tables
-from rarefy.compiler.executor import Compiled, FusedSubgraph, Lookup
+from rarefy.compiler.executor import Compiled
+from rarefy.compiler.kernel_selection import EmbeddingKernel
+from rarefy.compiler.subgraph import FusedSubgraph
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import peak_rss
 from rarefy.model import hf
@@ -49,7 +51,9 @@ def resident() -> int:
 def weights_of(made: Compiled) -> int:
     """Return the bytes of packed weights, biases and constants, each counted once."""
     counted: dict[int, int] = {}
-    for kernel in (k for k in made.kernels.values() if not isinstance(k, Lookup)):  # it shares a linear layer's weight
+    for kernel in (
+        k for k in made.kernels.values() if not isinstance(k, EmbeddingKernel)
+    ):  # it shares a linear layer's weight
         packed, bias = kernel.held
         counted[next(t for t in vars(packed).values() if isinstance(t, Tensor)).data_ptr()] = nbytes(packed)
         counted |= {} if bias is None else {bias.data_ptr(): bias.nbytes}
@@ -80,7 +84,7 @@ def make(folder: str) -> None:
     """Compile SmolLM2, or MiniLM with 80 % zeros, into a folder named after it."""
     if Path(folder).name.startswith("smollm2"):
         model = hf.load_folder(builtin.model_folder("smollm2-135m")).float().eval()
-        rarefy.save(rarefy.decoder(model, values="int8"), folder)
+        rarefy.save(rarefy.decoder(model, precision="int8"), folder)
         return
     model = hf.load_folder(builtin.model_folder("minilm"))
     rarefy.prune_(model, layers="encoder.layer.*", sparsity=0.8)
@@ -129,7 +133,7 @@ def smollm2_made(_: str) -> dict[str, Any]:
     gc.collect()
     before = resident()
     model = hf.load_folder(builtin.model_folder("smollm2-135m")).float().eval()
-    made = rarefy.decoder(model, values="int8")
+    made = rarefy.decoder(model, precision="int8")
     del model
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)

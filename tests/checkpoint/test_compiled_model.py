@@ -18,7 +18,8 @@ from rarefy.checkpoint import compiled_model
 from rarefy.cli import shared
 from rarefy.common.errors import ContainerError, DataError, FormatError, ModelError
 from rarefy.compiler import op_registry, ops, pytree_json
-from rarefy.compiler.executor import Compiled, FusedSubgraph, SingleOp
+from rarefy.compiler.executor import Compiled
+from rarefy.compiler.subgraph import FusedSubgraph, SingleOp
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import threads
 from rarefy.model import hf
@@ -42,11 +43,11 @@ def native_calls(made):
 # ---- what comes back
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("precision", [None, "int8"])
 @pytest.mark.parametrize("make", [mlp, lambda: pruned(Gated(30, 50)), lambda: nn.Linear(30, 5).eval()])
-def test_the_same_bits_for_other_batches(tmp_path, make, values):
+def test_the_same_bits_for_other_batches(tmp_path, make, precision):
     torch.manual_seed(0)
-    made = rarefy.compile(make(), torch.randn(3, 30), values=values)
+    made = rarefy.compile(make(), torch.randn(3, 30), precision=precision)
     back = through(made, tmp_path / "out")
     assert type(back) is Compiled and repr(back) == repr(made) and native_calls(back) == native_calls(made)
     for rows in (1, 3, 64, 130):
@@ -71,11 +72,11 @@ def test_attention_with_masks_and_other_lengths(tmp_path, how):
         assert torch.equal(back(*args, **kwargs), made(*args, **kwargs))
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("precision", [None, "int8"])
 @pytest.mark.parametrize("how", [{}, {"groups": 2}], ids=str)
-def test_convolutions(tmp_path, how, values):
+def test_convolutions(tmp_path, how, precision):
     torch.manual_seed(2)
-    made = rarefy.compile(Residual(**how).eval(), torch.randn(2, 8, 12, 12), values=values)
+    made = rarefy.compile(Residual(**how).eval(), torch.randn(2, 8, 12, 12), precision=precision)
     back = through(made, tmp_path / "out")
     assert native_calls(back) == native_calls(made)
     x = torch.randn(5, 8, 12, 12)
@@ -96,16 +97,16 @@ def minilm():
     return model, hf.load_tokenizer(builtin.model_folder("minilm"))
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
-def test_minilm(tmp_path, minilm, values):
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_minilm(tmp_path, minilm, precision):
     model, tokenizer = minilm
     some = tokenizer(["A short one.", "Sparse matrices have few values."], padding=True, return_tensors="pt")
     with threads(1):  # packing waits for its slowest thread
-        made = rarefy.compile(model, some, values=values)
+        made = rarefy.compile(model, some, precision=precision)
     size = rarefy.save(made, tmp_path / "out")
     dense = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     words = model.embeddings.word_embeddings.weight.nbytes
-    assert size - words < (dense - words) * (0.2 if values is None else 0.15)
+    assert size - words < (dense - words) * (0.2 if precision is None else 0.15)
     back = rarefy.load(tmp_path / "out")
     for texts in (["One more."], ["A text that is longer than the others", "and another"] * 3):
         batch = tokenizer(texts, padding=True, return_tensors="pt")
@@ -113,7 +114,7 @@ def test_minilm(tmp_path, minilm, values):
         assert type(got) is type(want) and torch.equal(got.last_hidden_state, want.last_hidden_state)
         assert torch.equal(got.pooler_output, want.pooler_output)
     assert repr(back) == repr(made) and "37 linear, 13 norm, 6 attention" in repr(back)
-    if values is None:
+    if precision is None:
         _in_a_fresh_process(tmp_path, batch, want)
 
 
@@ -205,7 +206,7 @@ def test_compressed_and_with_a_receipt(tmp_path):
 
 
 def test_inspect(tmp_path):
-    made = rarefy.compile(mlp(), torch.randn(2, 30), values="int8")
+    made = rarefy.compile(mlp(), torch.randn(2, 30), precision="int8")
     rarefy.save(made, tmp_path / "out")
     report = rarefy.inspect(tmp_path / "out")
     rows = {r["tensor"]: r for r in report.rows}
@@ -575,6 +576,6 @@ def test_outputs_of_transformers_are_looked_up_by_no_other_name():
         ("os.Output", False),
         ("transformers.modeling_outputs.MaskedLMOutput", False),  # has no such field
     ):
-        made = pytree_json._made({"outputs": [name, ["last_hidden_state"], ["*"]]}, 0)
+        made = pytree_json._example_of({"outputs": [name, ["last_hidden_state"], ["*"]]}, 0)
         assert (type(made).__name__ == "BaseModelOutput") == real and made[0].shape == leaf.shape
         assert (type(made) is pytree_json.Outputs) != real

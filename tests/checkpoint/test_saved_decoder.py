@@ -16,7 +16,7 @@ from helpers.language_models import V, eager, far, in_pieces, pruned_to, small
 from rarefy.checkpoint import compiled_model
 from rarefy.cli import shared
 from rarefy.common.errors import ContainerError, FormatError, ModelError
-from rarefy.compiler.executor import SingleOp
+from rarefy.compiler.subgraph import SingleOp
 from rarefy.generation.decoder import Decoder
 from rarefy.pipeline import train_stage
 from rarefy.runtime import bindings
@@ -37,14 +37,14 @@ HOW = {
 
 @cache
 def made_of(how):
-    config, sparsity, quantize, values = HOW[how]
+    config, sparsity, quantize, precision = HOW[how]
     model = small(**config)
     if sparsity:
         pruned_to(model, sparsity)
     if quantize:
         rarefy.quantize_(model, layers="model.layers.*", **quantize)
         rarefy.fold_(model)
-    return rarefy.decoder(model, values=values)
+    return rarefy.decoder(model, precision=precision)
 
 
 def same_logits(a, b):
@@ -143,7 +143,7 @@ def test_numbers_of_configs_that_no_logit_is_for():
     model = small()
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = -1, [V + 5, 7]
     made = rarefy.decoder(model)
-    assert (made.ends, made.pad) == ((7,), 7)
+    assert (made.eos_tokens, made.pad_token) == ((7,), 7)
     assert far(eager(model, torch.tensor([[3, 4]])), made(torch.tensor([[3, 4]]))) < 1e-5
 
 

@@ -500,14 +500,14 @@ def test_bench_of_what_was_compiled(run, given, tmp_path):
     report = json.loads(run("bench", given / "model", "--against", out, "--no-engine", *words).out)
     assert {r["of"] for r in report["rows"]} == {"model", "against"}
     for more, message in (
-        (["--values", "int8"], "--values has no effect: "),
+        (["--precision", "int8"], "--precision has no effect: "),
         (["--accelerate"], "--accelerate has no effect: "),
         (["--table", tmp_path / "t.json"], "--table has no effect: "),
     ):
         ran = run("bench", out, *more)
         assert ran.code == 2 and ran.out == "" and message in ran.err and "holds a decoder" in ran.err
-    ran = run("bench", given / "model", "--no-engine", "--values", "int8")
-    assert ran.code == 2 and "--values has no effect without the engine" in ran.err
+    ran = run("bench", given / "model", "--no-engine", "--precision", "int8")
+    assert ran.code == 2 and "--precision has no effect without the engine" in ran.err
 
 
 # recipes, doctor

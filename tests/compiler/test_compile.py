@@ -15,9 +15,10 @@ from conftest import tiny_llama
 from helpers.compile_models import Attends, Gated, Residual, pruned
 from rarefy.common.errors import DataError, ModelError
 from rarefy.compiler import compile, kernel_selection, ops, verify
-from rarefy.compiler.executor import MOST_SIZES, FusedSubgraph, SingleOp
+from rarefy.compiler.subgraph import MAX_SHAPES, FusedSubgraph, SingleOp
 from rarefy.data import builtin
 from rarefy.model import hf
+from rarefy.model.compare import relative_distance
 from rarefy.runtime import autotune, bindings, packing, reference
 
 
@@ -115,7 +116,7 @@ def test_eight_bits_equal_their_oracle(isa):
     torch.manual_seed(3)
     net = pruned(nn.Sequential(nn.Linear(70, 130), nn.GELU(), nn.Linear(130, 9)))
     x = torch.randn(100, 70)
-    got = rarefy.compile(net, x, values="int8")(x)
+    got = rarefy.compile(net, x, precision="int8")(x)
     y = x
     for layer in net:
         if isinstance(layer, nn.Linear):
@@ -124,7 +125,7 @@ def test_eight_bits_equal_their_oracle(isa):
         else:
             y = layer(y)
     torch.testing.assert_close(got, y.detach(), rtol=1e-3, atol=1e-3)
-    assert 1e-5 < verify.apart(net(x).detach(), got) < 0.05
+    assert 1e-5 < relative_distance(got, net(x).detach()) < 0.05
 
 
 def test_layers_that_run_sparse_already(monkeypatch):
@@ -231,7 +232,7 @@ def test_models_of_the_zoo(name):
         example = {**example, "use_cache": False}
     made = rarefy.compile(model, example)
     assert native_ops(made).count(ops.linear) > 0
-    args, kwargs = compile._called(example)
+    args, kwargs = compile.split_example(example)
     assert verify.distance(model, made, *torch.utils._pytree.tree_flatten((args, kwargs))) < 1e-4
 
 
@@ -260,8 +261,8 @@ def test_plans_are_few():
     made = rarefy.compile(net, torch.randn(2, 8))
     for n in range(2, 60):
         made(torch.randn(n, 8))
-    assert len(next(i for i in made.schedule if isinstance(i, FusedSubgraph)).programs) == MOST_SIZES
-    assert len(made.fixed) <= MOST_SIZES
+    assert len(next(i for i in made.schedule if isinstance(i, FusedSubgraph)).programs) == MAX_SHAPES
+    assert len(made.fixed) <= MAX_SHAPES
 
 
 def test_weights_are_its_own():
@@ -363,7 +364,7 @@ def masked():
         (lambda: Asks().eval(), torch.randn(2, 2), {}, "Asks cannot be exported: "),
         (lambda: Counts().eval(), torch.randn(2, 2), {}, "changes its buffers or its inputs"),
         (masked, torch.randn(2, 8), {}, "masks or grids are still attached"),
-        (lambda: nn.Linear(2, 2).eval(), torch.randn(2, 2), {"values": "int7"}, "unknown values 'int7'"),
+        (lambda: nn.Linear(2, 2).eval(), torch.randn(2, 2), {"precision": "int7"}, "unknown precision 'int7'"),
         (lambda: nn.Linear(2, 2, device="meta").eval(), torch.randn(2, 2), {}, "meta"),
         (lambda: nn.Linear(2, 2).eval(), torch.randn(2, 3), {}, "Linear cannot be exported"),
     ],
@@ -381,14 +382,14 @@ def test_an_example_without_tensors():
 def test_other_numbers_are_refused(monkeypatch):
     monkeypatch.setattr(ops, "ACTIVATIONS", {})  # not used by plans, which must not matter
     monkeypatch.setattr(kernel_selection, "pack_sell", lambda w, kind: packing.pack_sell(w * 1.01, kind))
-    with pytest.raises(ModelError, match="returns other numbers, 0.01 of their length apart"):
+    with pytest.raises(ModelError, match="returns other outputs: their relative distance is 0.01"):
         rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8, bias=False))), torch.randn(2, 8))
 
 
 def test_in_bytes_the_graph_is_proved_without_them(monkeypatch):
     monkeypatch.setitem(ops.ACTIVATIONS, "relu", lambda t: t.relu() * 1.01)  # less than bytes may move
-    with pytest.raises(ModelError, match="returns other numbers, 0.01 of their length apart"):
-        rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), torch.randn(2, 8), values="int8")
+    with pytest.raises(ModelError, match="returns other outputs: their relative distance is 0.01"):
+        rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), torch.randn(2, 8), precision="int8")
 
 
 def test_in_bytes_a_size_of_one_must_be_exact_too():
@@ -400,7 +401,7 @@ def test_in_bytes_a_size_of_one_must_be_exact_too():
         def forward(self, x):
             return self.a(x) * (1.3 if x.shape[0] == 1 else 1.0)
 
-    made = rarefy.compile(Net().eval(), torch.randn(4, 8), values="int8")
+    made = rarefy.compile(Net().eval(), torch.randn(4, 8), precision="int8")
     with pytest.raises(DataError, match="1 is not 2 or more"):
         made(torch.randn(1, 8))
 

@@ -10,10 +10,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import rarefy
 from helpers.compile_models import equal, far
-from rarefy.compiler import compile, conv_lowering, executor, ops
-from rarefy.compiler.executor import FusedSubgraph, SingleOp, _shapes
-from rarefy.compiler.kernel_selection import packed
-from rarefy.compiler.passes import conv as convolve
+from rarefy.compiler import compile, kernel_selection, ops, subgraph
+from rarefy.compiler.subgraph import FusedSubgraph, SingleOp, _shapes
 from rarefy.evaluation.profiling import threads
 from rarefy.runtime import bindings, huge_pages
 from rarefy.runtime.packed_formats import Bitmask, Dense, Sell, Tiles
@@ -135,7 +133,7 @@ def test_convolutions_in_bytes(isa, name, sparsity):
     conv, rows, columns = convolution(name)
     net = thin(nn.Sequential(conv), sparsity).eval()
     x = torch.randn(3, 19, rows, columns) * torch.tensor([0.1, 1.0, 7.0]).view(3, 1, 1, 1)
-    made = rarefy.compile(net, x, values="int8")
+    made = rarefy.compile(net, x, precision="int8")
     with torch.no_grad():
         want, got = InBytes(conv)(x), made(x)
         for one in zip(want, got):
@@ -147,7 +145,7 @@ def test_convolutions_in_bytes(isa, name, sparsity):
 def test_instruction_sets_may_change_between_calls():
     """What is added to bytes, and to what surrounds images, is theirs."""
     net, x = nn.Sequential(nn.Conv2d(5, 9, 3, padding=2), nn.Conv2d(9, 4, 1)).eval(), torch.randn(2, 5, 9, 8)
-    made, before, found = rarefy.compile(net, x, values="int8"), str(bindings.isa()), []
+    made, before, found = rarefy.compile(net, x, precision="int8"), str(bindings.isa()), []
     try:
         for name in (before, "portable", before):
             bindings.use(name)
@@ -170,15 +168,15 @@ class OneChannel(nn.Module):
 
 
 def test_planes_of_bytes_and_of_floats_are_two(monkeypatch):
-    pack, seen = packed, []
+    pack, seen = kernel_selection.pack_conv_node, []
 
     def mixed(traced, node, values):
         seen.append(node)
         return pack(traced, node, "int8" if len(seen) == 2 else None)
 
-    monkeypatch.setattr(convolve, "packed", mixed)
+    monkeypatch.setattr(kernel_selection, "pack_conv_node", mixed)
     net, x = OneChannel().eval(), torch.randn(2, 3, 12, 12)
-    made = rarefy.compile(net, x, values="int8")
+    made = rarefy.compile(net, x, precision="int8")
     assert sorted(k.held[0].kind for k in made.kernels.values()) == ["fp32", "fp32", "int8"]
     with torch.no_grad():
         assert far(net(x), made(x)) < 0.05
@@ -187,7 +185,7 @@ def test_planes_of_bytes_and_of_floats_are_two(monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3, 70])
 def test_sums_and_means_in_bytes(isa, batch):
     net, x = Residual().eval(), (torch.randn(batch, 24, 9, 7), torch.randn(batch, 24, 9, 7))
-    made = rarefy.compile(net, x, values="int8")
+    made = rarefy.compile(net, x, precision="int8")
     net.a = fuse_conv_bn_eval(net.a, net.norm)
     net.norm, net.a, net.b = nn.Identity(), InBytes(net.a), InBytes(net.b)
     with torch.no_grad():
@@ -210,29 +208,29 @@ class Uneven(nn.Module):
         return self.behind(F.relu(self.sum(b) + F.max_pool2d(b, 3, 1, 1)))
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("precision", [None, "int8"])
 @pytest.mark.parametrize("O", [5, 6, 7, 8])
-def test_what_lay_in_memory_does_not_matter(isa, O, values):
+def test_what_lay_in_memory_does_not_matter(isa, O, precision):
     net, x = Uneven(O).eval(), torch.randn(2, 16, 12, 12)
-    made = rarefy.compile(net, x, values=values)
+    made = rarefy.compile(net, x, precision=precision)
     first = made(x)
     for segment in made.schedule:
         for plan in (p for plans in segment.programs.values() for p in plans):
             plan.memory.fill_(1e6)
     assert torch.equal(made(x), first)
     with torch.no_grad():
-        assert far(net(x), first) < (0.05 if values else 1e-5)
+        assert far(net(x), first) < (0.05 if precision else 1e-5)
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
-def test_what_is_no_number_stays_so(isa, values):
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_what_is_no_number_stays_so(isa, precision):
     for net, shape in (
         (nn.Linear(9, 6), (5, 9)),
         (nn.Conv2d(9, 6, 3), (5, 9, 4, 4)),
         (nn.Conv2d(9, 6, 1), (5, 9, 4, 4)),
     ):
         x = torch.randn(shape)
-        made = rarefy.compile(nn.Sequential(net, nn.ReLU()).eval(), x, values=values)
+        made = rarefy.compile(nn.Sequential(net, nn.ReLU()).eval(), x, precision=precision)
         for feature in (0, 4, 8):
             bad = x.clone()
             bad.view(5, 9, -1)[3, feature, 0] = math.nan
@@ -243,7 +241,7 @@ def test_what_is_no_number_stays_so(isa, values):
 
 def test_convolutions_too_wide_for_sums_of_bytes_stay_exact():
     net, x = nn.Conv2d(1850, 4, 6), torch.randn(1, 1850, 6, 6)
-    made = rarefy.compile(nn.Sequential(net, nn.ReLU()).eval(), x, values="int8")
+    made = rarefy.compile(nn.Sequential(net, nn.ReLU()).eval(), x, precision="int8")
     with torch.no_grad():
         assert far(F.relu(net(x)), made(x)) < 1e-5
 
@@ -262,11 +260,11 @@ def test_weights_for_few_inputs_do_not_make_images_few(monkeypatch):
     assert Bitmask in {type(k.held[0]) for k in made.kernels.values()}
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("precision", [None, "int8"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.8])
-def test_two_threads_do_what_one_does(isa, sparsity, values):
+def test_two_threads_do_what_one_does(isa, sparsity, precision):
     net, x = thin(Residual(), sparsity).eval(), (torch.randn(3, 24, 19, 17), torch.randn(3, 24, 19, 17))
-    made = rarefy.compile(net, x, values=values)
+    made = rarefy.compile(net, x, precision=precision)
     with threads(1):
         want = made(*x)
     with threads(2):
@@ -278,7 +276,7 @@ def test_two_threads_do_what_one_does(isa, sparsity, values):
 def test_groups_stay_exact():
     net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=2), nn.ReLU())
     thin(net, 0.7)
-    made, x = rarefy.compile(net.eval(), torch.randn(2, 8, 9, 9), values="int8"), torch.randn(2, 8, 9, 9)
+    made, x = rarefy.compile(net.eval(), torch.randn(2, 8, 9, 9), precision="int8"), torch.randn(2, 8, 9, 9)
     with torch.no_grad():
         assert far(net(x), made(x)) < 1e-5
 
@@ -348,11 +346,13 @@ def test_images_a_few_at_a_time(monkeypatch):
     net = Residual().eval()
     x, more = torch.randn(7, 24, 9, 7), torch.randn(7, 24, 9, 7)
     whole = rarefy.compile(net, (x, more))
-    monkeypatch.setattr(conv_lowering, "NEAR_BYTES", 0)
+    monkeypatch.setattr(subgraph, "MAX_IN_FLIGHT", 0)
     made = rarefy.compile(net, (x, more))
     (segment,) = made.schedule
     for few in (1, 3):
-        segment.few = dict.fromkeys(segment.few or {_shapes(dict(zip(segment.inputs, (x[:1], more[:1])))): 0}, few)
+        segment.batch_sizes = dict.fromkeys(
+            segment.batch_sizes or {_shapes(dict(zip(segment.inputs, (x[:1], more[:1])))): 0}, few
+        )
         for want, got in zip(whole(x, more), made(x, more)):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert {k[0][1] for k in segment.programs} >= {1, 3}
@@ -371,12 +371,12 @@ def test_images_a_few_at_a_time(monkeypatch):
     ],
 )
 def test_how_many_images_go_together(memory, weights, cache, few):
-    assert conv_lowering.at_once(memory << 20, weights << 20, cache << 20) == few
+    assert subgraph.images_together(memory << 20, weights << 20, cache << 20) == few
 
 
 @pytest.mark.parametrize(("outputs", "few"), [(8, 1), (900, 5)])
 def test_weights_that_are_the_larger_part_are_shared_by_images(monkeypatch, outputs, few):
-    monkeypatch.setattr(executor, "last_cache", lambda: 1 << 16)
+    monkeypatch.setattr(subgraph, "last_cache", lambda: 1 << 16)
     net = nn.Sequential(nn.Conv2d(900, outputs, 1), nn.Conv2d(outputs, 8, 1))
     (segment,) = equal(net, torch.randn(6, 900, 4, 4)).schedule
     (plan,) = segment.programs[next(k for k in segment.programs if k[0][1] == 1)]
@@ -409,8 +409,8 @@ def test_what_images_and_rows_share_stays_in_torch():
             return self.norm(y) + y
 
     net, x = Both().eval(), torch.randn(2, 6, 8, 8)
-    for values, most in (("int8", 0.02), (None, 1e-5)):  # whose convolution has a plan of its own
-        own = rarefy.compile(net, x, values=values)
+    for precision, most in (("int8", 0.02), (None, 1e-5)):  # whose convolution has a plan of its own
+        own = rarefy.compile(net, x, precision=precision)
         assert [len(s.nodes) for s in own.schedule if isinstance(s, FusedSubgraph)] == [1]
         with torch.no_grad():
             assert far(net(x), own(x)) < most
@@ -418,8 +418,8 @@ def test_what_images_and_rows_share_stays_in_torch():
     assert not any(isinstance(s, FusedSubgraph) for s in made.schedule)
     assert any(isinstance(s, SingleOp) for s in made.schedule)
     nodes = [n for n in made.exported.graph.nodes if n.target in (ops.conv2d, ops.norm, ops.add)]
-    assert conv_lowering.layouts(nodes) is None
-    assert conv_lowering.layouts(nodes[:1]) == {nodes[0], nodes[0].args[0]}
+    assert subgraph.image_nodes(nodes) is None
+    assert subgraph.image_nodes(nodes[:1]) == {nodes[0], nodes[0].args[0]}
 
 
 SLOW = pytest.mark.slow

@@ -8,7 +8,7 @@ from torch import nn
 
 import rarefy
 from rarefy.compiler import ops
-from rarefy.compiler.executor import FusedSubgraph
+from rarefy.compiler.subgraph import FusedSubgraph
 
 
 class Says(nn.Module):

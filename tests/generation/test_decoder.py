@@ -10,7 +10,7 @@ import rarefy
 from helpers.language_models import FAMILIES, GATED, V, eager, far, in_pieces, pruned_to, small
 from rarefy.common.errors import DataError, ModelError
 from rarefy.compiler import ops, program
-from rarefy.compiler.executor import FusedSubgraph
+from rarefy.compiler.subgraph import FusedSubgraph
 from rarefy.data import builtin
 from rarefy.generation import decoder
 from rarefy.generation.kv_cache import Cache
@@ -88,7 +88,7 @@ def formats(made):
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize(
-    ("sparsity", "quantize", "values", "found", "most"),
+    ("sparsity", "quantize", "precision", "found", "most"),
     [
         (0.6, None, None, {(Bitmask, "fp32")}, 1e-5),
         (0.0, None, "int8", {(Panels, "int8")}, 0.05),
@@ -99,22 +99,22 @@ def formats(made):
         (0.6, {"weights": "int8"}, "int8", {(Bitmask, "int8"), (Panels, "int8")}, 0.05),
     ],
 )
-def test_formats(isa, sparsity, quantize, values, found, most):
+def test_formats(isa, sparsity, quantize, precision, found, most):
     """One packed copy serves one token and many: both against eager, and the same bits of rounding in both."""
-    if bindings.isa() == "avx2" and (sparsity, quantize, values) not in ALL_ISAS:
+    if bindings.isa() == "avx2" and (sparsity, quantize, precision) not in ALL_ISAS:
         pytest.skip("the generic kernels run as portable")
     model = pruned_to(small(hidden_size=128, intermediate_size=200), sparsity) if sparsity else small(hidden_size=128)
     if quantize:
         rarefy.quantize_(model, layers="model.layers.*", **quantize)
         rarefy.fold_(model)
-    made = rarefy.decoder(model, values=values)
+    made = rarefy.decoder(model, precision=precision)
     assert formats(made) == found
     ids = torch.randint(3, V, (1, 80))
     want = eager(model, ids)
     many, few = made(ids), in_pieces(made, ids, [1, 4, 8, 5, 8, 8] + [1] * 46)
     assert far(want, many) < most
     assert far(want, few) < most
-    assert far(many, few) < (1e-4 if values is None else 0.02)
+    assert far(many, few) < (1e-4 if precision is None else 0.02)
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
@@ -158,7 +158,7 @@ def test_unfolded_weights(isa, monkeypatch, kind, shape):
     net.f.weight.data = unpack(packed)
     monkeypatch.setattr("rarefy.compiler.kernel_selection.pack_for_batches", lambda *_: packed)
     x, more = torch.randn(3, 50, shape[1]), torch.randn(3, 50, shape[0])
-    made = rarefy.compile(net, {"x": x, "more": more}, values="int8" if kind == "int8" else None)
+    made = rarefy.compile(net, {"x": x, "more": more}, precision="int8" if kind == "int8" else None)
     most = {"fp32": 1e-6, "bf16": 5e-3, "int8": 0.02, "int4": 0.02}[kind]  # inputs are rounded too
     for n in (2, 50):
         with torch.no_grad():
@@ -262,7 +262,7 @@ def test_sequences_end(llama, monkeypatch):
     out = rarefy.generate(made, ids, max_new_tokens=10)
     end = int((out[0, 5:] == free[0, 7]).nonzero()[0]) + 5
     assert torch.equal(out[0, : end + 1], free[0, : end + 1])
-    assert (out[0, end + 1 :] == made.pad).all()
+    assert (out[0, end + 1 :] == made.pad_token).all()
     single = rarefy.generate(made, ids[:1], max_new_tokens=10)
     assert single.shape[1] == end + 1  # all have ended: nothing more is written
 
@@ -295,7 +295,7 @@ def test_choice_by_probability():
         ({"max_new_tokens": 509}, "knows 512 positions: 4 tokens and 509 new are more"),
         ({"num_beams": 4}, "unknown option 'num_beams'; choose from attention_mask, do_sample, max_new_tokens"),
         ({"max_new_token": 4}, "(did you mean 'max_new_tokens'?)"),
-        ({"values": "int8"}, "a decoder has its numbers already"),
+        ({"precision": "int8"}, "precision is fixed when the decoder is built"),
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask [1, 3]"),
         ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "filled up on the left"),
         (
@@ -370,8 +370,8 @@ def test_wrong_models():
         rarefy.decoder(small().train())
     with pytest.raises(ModelError, match=r"model.float\(\)"):
         rarefy.decoder(small().bfloat16())
-    with pytest.raises(ModelError, match="unknown values 'int3'; choose from int8"):
-        rarefy.decoder(small(), values="int3")
+    with pytest.raises(ModelError, match="unknown precision 'int3'; choose from int8"):
+        rarefy.decoder(small(), precision="int3")
     config = transformers.BloomConfig(vocab_size=V, hidden_size=64, n_layer=2, n_head=4)
     with pytest.raises(ModelError, match="no attention that a cache can serve"):
         rarefy.decoder(transformers.AutoModelForCausalLM.from_config(config).eval())

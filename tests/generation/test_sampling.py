@@ -32,7 +32,9 @@ def given(tmp_path_factory):
     rarefy.save(hf.load_folder(folder / "model").bfloat16(), folder / "saved")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / "model" / name, folder / "saved" / name)
-    ran = CliRunner().invoke(app, ["compile", str(folder / "model"), "-o", str(folder / "decoder"), "--values", "int8"])
+    ran = CliRunner().invoke(
+        app, ["compile", str(folder / "model"), "-o", str(folder / "decoder"), "--precision", "int8"]
+    )
     assert ran.exit_code == 0, ran.output
     tiny_bert().save_pretrained(folder / "bert")
     rarefy.save(hf.load_folder(folder / "model"), folder / "wordless")
@@ -80,7 +82,7 @@ def test_several_prompts_are_a_batch(run, given, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("w9\n"))
     words = ("generate", given / "decoder", "-p", "w1 w2 w3", "-p", "-", "--max-new-tokens", 6)
     ran = run(*words)
-    ids, mask = left_padded([PROMPT, [12]], made.pad)
+    ids, mask = left_padded([PROMPT, [12]], made.pad_token)
     want = rarefy.generate(made, ids, attention_mask=mask, max_new_tokens=6)[:, 3:].tolist()
     cut = [row[: row.index(1) + 1] if 1 in row else row for row in want]
     assert [line.strip() for line in ran.out.splitlines()] == [words_of(row) for row in cut]
@@ -134,14 +136,14 @@ def test_what_was_written_stays_when_it_is_stopped(run, given, monkeypatch, json
         ("{decoder} --ids one", "ids are whole numbers, such as '1 2 3', got 'one'"),
         ("{decoder} --ids 64", "ids lie in 0..63, got 64"),
         ("{decoder} --prompt w1 --chat", "the tokenizer has no chat template"),
-        ("{decoder} --prompt w1 --values int8", "--values has no effect: "),
+        ("{decoder} --prompt w1 --precision int8", "--precision has no effect: "),
         ("{decoder} --prompt w1 --temperature 0", "--temperature is a number above 0"),
         ("{decoder} --prompt w1 --temperature -1", "temperature is a number above 0"),
         ("{decoder} --prompt w1 --top-p 1.5", "top_p is a probability"),
         ("{decoder} --prompt w1 --repetition-penalty 0", "repetition_penalty is a number above 0"),
         ("{decoder} --prompt w1 --max-new-tokens 128", "the model knows 128 positions"),
         ("{wordless} --prompt w1", "has no tokenizer: put its files there, such as tokenizer.json, or give --ids"),
-        ("{model} --prompt w1 --values int3", "unknown values 'int3'"),
+        ("{model} --prompt w1 --precision int3", "unknown precision 'int3'"),
         ("{bert} --ids 1", "BertModel is no language model of transformers"),
         ("{compiled} --ids 1", "holds a compiled model, which has no cache"),
         ("{none} --ids 1", "no model folder"),
@@ -167,7 +169,7 @@ def test_empty_prompts(run, given, monkeypatch):
 def test_a_language_model_becomes_a_decoder(run, given):
     made = rarefy.load(given / "decoder")
     assert type(made) is Decoder
-    want = rarefy.decoder(hf.load_folder(given / "model"), values="int8")
+    want = rarefy.decoder(hf.load_folder(given / "model"), precision="int8")
     ids = torch.randint(3, 60, (2, 20))
     assert torch.equal(made(ids), want(ids))
     ran = run("inspect", given / "decoder")
@@ -212,7 +214,7 @@ def test_compile_errors(run, given, tmp_path):
     rarefy.save(Net(), tmp_path / "net")
     for words, message in (
         ((given / "model", "--tokens", 9), "--batch and --tokens have no effect"),
-        ((given / "model", "--values", "int3"), "unknown values 'int3'"),
+        ((given / "model", "--precision", "int3"), "unknown precision 'int3'"),
         ((given / "bert", "--tokens", 5000), "--tokens is at most 64, as many as the model has positions, got 5000"),
         ((given / "decoder",), "holds a decoder: give the folder of what it was compiled from"),
         ((tmp_path / "net",), "holds a Net, which is built in Python"),

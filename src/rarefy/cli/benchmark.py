@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import ModelError, RarefyError
 from rarefy.common.report import Report
 from rarefy.compiler.compile import compile
-from rarefy.compiler.executor import Compiled, Expected
-from rarefy.compiler.export import MOST_SIZE
+from rarefy.compiler.executor import Compiled, InputSpec
+from rarefy.compiler.export import MAX_SIZE
 from rarefy.evaluation import profiling
 from rarefy.evaluation.example_inputs import example_of, generates
 from rarefy.generation.decoder import Decoder, decoder
@@ -26,7 +26,7 @@ from rarefy.pipeline.engine_evaluation import decode_step
 Subject = nn.Module | Compiled | Decoder
 
 
-def engine_of(model: nn.Module, tokens: int, batch: int, values: str | None = None) -> tuple[Subject | None, str]:
+def engine_of(model: nn.Module, tokens: int, batch: int, precision: str | None = None) -> tuple[Subject | None, str]:
     """Return what the engine makes of a model, a decoder of one that writes text, or None and why there is nothing.
     O(weights), and seconds for the export."""
     writes = generates(model)
@@ -36,7 +36,9 @@ def engine_of(model: nn.Module, tokens: int, batch: int, values: str | None = No
         plain = all(p.dtype == torch.float32 for p in model.parameters())
         net = model if plain else copy.deepcopy(model).float()
         return (
-            decoder(net, values=values) if writes else compile(net, example_of(net, tokens, batch), values=values)
+            decoder(net, precision=precision)
+            if writes
+            else compile(net, example_of(net, tokens, batch), precision=precision)
         ), ""
     except RarefyError as error:
         return None, str(error)
@@ -51,7 +53,9 @@ def bench_models(
     """
     for name, s in subjects.items():
         most = (
-            s.most if isinstance(s, Decoder) else getattr(getattr(s, "config", None), "max_position_embeddings", None)
+            s.max_tokens
+            if isinstance(s, Decoder)
+            else getattr(getattr(s, "config", None), "max_position_embeddings", None)
         )
         if isinstance(most, int) and tokens + new > most:
             raise ModelError(f"{name} reads at most {most} tokens; asked for {tokens} and {new} new ones")
@@ -75,7 +79,7 @@ def _rates(subjects: Mapping[str, Any], tokens: int, new: int, repeats: int, pro
         n: decode_step(s, tokens + new) if isinstance(s, Decoder) else profiling.step_of(s) for n, s in subjects.items()
     }
     first = next(iter(subjects.values()))
-    many = first.vocabulary if isinstance(first, Decoder) else first.config.vocab_size
+    many = first.vocab_size if isinstance(first, Decoder) else first.config.vocab_size
     found = profiling.rates(steps, many, prompt=tokens, new=new, repeats=repeats, progress=progress)
     return [
         {"what": kind, "of": name, "unit": "tokens/s", **rates[kind]}
@@ -112,13 +116,13 @@ def example_for(made: Compiled, tokens: int, batch: int) -> tuple[tuple[Any, ...
     noise = torch.Generator().manual_seed(0)
     known: dict[str, int] = {}
     leaves = []
-    for node, want in zip(made.exported.inputs, made.expected):
-        if not isinstance(want, Expected):
+    for node, want in zip(made.exported.inputs, made.input_specs):
+        if not isinstance(want, InputSpec):
             leaves.append(want)
             continue
         for d, size in enumerate(want.sizes):
             if isinstance(size, str):
-                least, most = made.exported.ranges.get(size, (1, MOST_SIZE))
+                least, most = made.exported.ranges.get(size, (1, MAX_SIZE))
                 n = tokens if d else batch
                 if n > most:
                     raise ModelError(f"{node.name} has room for {most} {'tokens' if d else 'samples'}, asked for {n}")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli import shared
-from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads, Values
+from rarefy.cli.shared import Force, Json, ModelPath, Precision, Quiet, Threads
 from rarefy.common.errors import ModelError, RecipeError
 
 
@@ -69,7 +69,7 @@ def generate(
         float, typer.Option(help="Above 1: tokens that are there already become less likely.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Draw the same tokens each time.")] = None,
-    values: Values = None,
+    precision: Precision = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -84,7 +84,7 @@ def generate(
 
     rarefy generate decoder/ --chat --prompt "Name three rivers." --temperature 0.7 --seed 1
 
-    echo "Bread is made of" | rarefy generate smollm2-135m --prompt - --values int8
+    echo "Bread is made of" | rarefy generate smollm2-135m --prompt - --precision int8
     """
     from rarefy.generation.decoder import decoder
     from rarefy.generation.sampling import Sampling, stream
@@ -100,17 +100,17 @@ def generate(
     Sampling(**{n: v for n, v in how.items() if n != "seed"})  # says what is wrong before the model is read
     texts = _asked(prompt, ids, chat)
     with shared.threads(threads):
-        net, tokenizer = _writer(shared.source(model), values)
+        net, tokenizer = _writer(shared.source(model), precision)
         prompts = _ids(texts, tokenizer, bool(ids), chat, model)
         ready = shared.kind_of(net) == "decoder"
         if not ready and not quiet and sys.stderr.isatty():
             print("making a decoder of the model; rarefy compile makes one that stays", file=sys.stderr)
-        made = net if ready else decoder(net.float(), values=values)
+        made = net if ready else decoder(net.float(), precision=precision)
         written = [Writing(p, Text(tokenizer, p)) for p in prompts]
-        given, mask = left_padded(prompts, made.pad)
-        room = 128 if made.most is None else min(128, max(1, made.most - given.shape[1]))
+        given, mask = left_padded(prompts, made.pad_token)
+        room = 128 if made.max_tokens is None else min(128, max(1, made.max_tokens - given.shape[1]))
         steps = stream(made, given, max_new_tokens=max_new_tokens or room, attention_mask=mask, **how)
-        spent, stopped = _write(steps, written, made.ends, len(written) == 1 and not as_json)
+        spent, stopped = _write(steps, written, made.eos_tokens, len(written) == 1 and not as_json)
     _tell(written, spent, as_json, quiet, len(written) > 1)
     if stopped is not None:
         raise shared.Ended(stopped)
@@ -132,25 +132,25 @@ def _asked(prompts: list[str] | None, ids: list[str] | None, chat: bool) -> list
 
 
 def _ids(texts: list[str], tokenizer: Any, listed: bool, chat: bool, model: str) -> list[list[int]]:
-    from rarefy.generation.tokenization import ids_in, ids_of
+    from rarefy.generation.tokenization import encode_prompt, parse_ids
 
     if listed:
-        return [ids_in(t) for t in texts]
+        return [parse_ids(t) for t in texts]
     if tokenizer is None:
         raise ModelError(
             f"{model} has no tokenizer: put its files there, such as tokenizer.json, or give --ids '1 2 3'"
         )
-    return [ids_of(tokenizer, t, chat) for t in texts]
+    return [encode_prompt(tokenizer, t, chat) for t in texts]
 
 
-def _writer(folder: Path, values: str | None) -> tuple[Any, Any]:
+def _writer(folder: Path, precision: str | None) -> tuple[Any, Any]:
     """What a folder holds that can write, or be made to, and its tokenizer."""
     made, tokenizer = shared.load_any(folder)
     kind = shared.kind_of(made)
     if kind == "compiled model":
         raise ModelError(f"{folder} holds a compiled model, which has no cache: give a language model, or its decoder")
-    if kind == "decoder" and values is not None:
-        raise RecipeError(f"--values has no effect: {folder} holds a decoder, which has its numbers already")
+    if kind == "decoder" and precision is not None:
+        raise RecipeError(f"--precision has no effect: {folder} holds a decoder, which has its numbers already")
     return made, tokenizer
 
 
@@ -205,7 +205,7 @@ def _tell(written: list[Writing], spent: list[float], as_json: bool, quiet: bool
 def compile_(
     model: ModelPath,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears whole or not at all.")],
-    values: Values = None,
+    precision: Precision = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Samples of the example that a model is compiled with, 2. No decoders.")
     ] = None,
@@ -221,7 +221,7 @@ def compile_(
     transformers take batches and lengths other than the example's. Models built in Python are compiled there:
     rarefy.save(rarefy.compile(model, example), "out/").
 
-    rarefy compile smollm2-135m --values int8 --out decoder/
+    rarefy compile smollm2-135m --precision int8 --out decoder/
 
     rarefy compile minilm --out fast/ --tokens 128
     """
@@ -241,9 +241,9 @@ def compile_(
         if hf.is_causal_lm(net):
             if batch or tokens:
                 raise RecipeError("--batch and --tokens have no effect: a decoder of a language model takes any")
-            made: Any = decoder(net, values=values)
+            made: Any = decoder(net, precision=precision)
         else:
-            made = compile(net, _example(net, tokens, batch, tokenizer), values=values)
+            made = compile(net, _example(net, tokens, batch, tokenizer), precision=precision)
         names = ("config.json",)  # by which transformers knows the tokenizer
         files = side_files(source) | {n: (source / n).read_bytes() for n in names if (source / n).is_file()}
         receipt = getattr(net, "rarefy_receipt", None)
@@ -287,7 +287,7 @@ def bench(
     engine: Annotated[
         bool, typer.Option(help="Time what the engine makes of it too, a decoder or a compiled model, where it can.")
     ] = True,
-    values: Values = None,
+    precision: Precision = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Length of the input: tokens, or the prompt of a language model.")
     ] = 256,
@@ -304,10 +304,10 @@ def bench(
 ) -> None:
     """Time a model, or several in turns: tokens per second of a language model, milliseconds of a call otherwise.
 
-    Beside the model itself it times what `rarefy compile` would make of it ("engine"; --values int8: in 8 bits). A
+    Beside the model itself it times what `rarefy compile` would make of it ("engine"; --precision int8: in 8 bits). A
     folder that `rarefy compile` wrote is timed by itself.
 
-    rarefy bench smollm2-135m --values int8 --tokens 128
+    rarefy bench smollm2-135m --precision int8 --tokens 128
 
     rarefy bench out/ --against smollm2-135m --accelerate
     """
@@ -317,16 +317,16 @@ def bench(
     from rarefy.runtime.accelerate import accelerate_
     from rarefy.runtime.latency_table import latency_table
 
-    if table is not None and (against or accelerate or values):
-        raise RecipeError("--table times layers, not models: leave --against, --accelerate and --values out")
+    if table is not None and (against or accelerate or precision):
+        raise RecipeError("--table times layers, not models: leave --against, --accelerate and --precision out")
     if table is not None and (table.is_dir() or not table.resolve().parent.is_dir()):
         raise RecipeError(f"--table {table}: a file to write, in a folder that exists")
-    if values is not None and not engine:
-        raise RecipeError("--values has no effect without the engine: leave --no-engine out")
+    if precision is not None and not engine:
+        raise RecipeError("--precision has no effect without the engine: leave --no-engine out")
     with shared.threads(threads):
         net, _ = shared.load_any(shared.source(model))
         kind, named = shared.kind_of(net), {"model": net}
-        idle = {"--table": table, "--accelerate": accelerate, "--values": values}
+        idle = {"--table": table, "--accelerate": accelerate, "--precision": precision}
         odd = next((n for n, given in idle.items() if given), None) if kind != "model" else None
         if odd is not None:
             raise RecipeError(f"{odd} has no effect: {model} holds a {kind}, which is timed as it is")
@@ -347,7 +347,7 @@ def bench(
             more["layers that run sparse"] = told.summary["layers that run sparse"]
             shared.show(told, False, as_json or quiet)
         if engine and kind == "model":
-            made, why = engine_of(net, tokens, batch, values)
+            made, why = engine_of(net, tokens, batch, precision)
             named |= {} if made is None else {"engine": made}
             more |= {"no engine": why} if made is None else {}
         report = bench_models(named, tokens, new, batch, repeats, not quiet)

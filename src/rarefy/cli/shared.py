@@ -17,8 +17,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads for torch; by default all cores.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that exists.")]
 ModelPath = Annotated[str, typer.Argument(help="A Hugging Face folder, a folder of ours, or a built-in name.")]
-Values = Annotated[
-    str | None, typer.Option(help="int8: products run in 8 bits, and outputs change a little. By default fp32.")
+Precision = Annotated[
+    str | None,
+    typer.Option(help="int8 runs linear layers and convolutions in 8 bits; outputs change a little. Default: fp32."),
 ]
 
 

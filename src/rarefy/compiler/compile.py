@@ -1,7 +1,8 @@
-"""`compile`: a whole model as one callable, of native plans and of ATen calls for the rest."""
+"""`compile`: a whole model as one callable that runs native programs, and torch for the rest."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -10,17 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.common.errors import DataError, ModelError, unknown
-from rarefy.compiler.executor import Compiled, expected
-from rarefy.compiler.export import trace, two_samples
+from rarefy.common.errors import DataError, ModelError, first_line, unknown
+from rarefy.common.renamed import renamed_parameters
+from rarefy.compiler.executor import Compiled, input_spec
+from rarefy.compiler.export import export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph
-from rarefy.compiler.kernel_selection import kernels_of, pack_for_batches
+from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.passes import activation, attention, cleanup, conv, fusion, kv_attention, linear, norm, rope
-from rarefy.compiler.verify import prove
+from rarefy.compiler.verify import verify
 from rarefy.model.layers import all_layers
+from rarefy.model.masks import attached_layers, fold_attached_
 from rarefy.runtime.accelerate import check_plain
 
-EXACT, ROUNDED = 1e-3, 0.5  # of outputs' length, how far they may move: in fp32, and in 8 bits
+FP32_TOLERANCE, INT8_TOLERANCE = 1e-3, 0.5  # largest relative distance of outputs from the model's
+
 # Every pass sees each node once, in this order: what a pass matches is what the passes before it left.
 PASSES = (
     # remove what does nothing, compute what is constant
@@ -60,71 +64,120 @@ PASSES = (
 )
 
 
-def compile(model: nn.Module, example: Any, *, values: str | None = None) -> Compiled:
-    """Return a callable that does what the model does, faster: whole stretches of it run as one native call.
+@renamed_parameters(values="precision")
+def compile(model: nn.Module, example: Any, *, precision: str | None = None) -> Compiled:
+    """Return a faster callable that returns what the model returns.
 
-    example  what the model can be called with: a dict of its keywords, a tuple of its arguments, or one tensor. Batches
-             and other sizes may differ in later calls, as far as the model's own code leaves them open; sizes of images
-             stay
-    values   "int8": products and convolutions run in 8 bits, weights with a scale for each output and inputs with one
-             for each row or image, so outputs change a little; convolutions in groups stay fp32. None: all fp32
-    The callable takes and returns what the model does, without gradients, and may be called by several threads. It
-    holds its own copy of the weights: later changes of the model's are not seen. What no plan knows runs in torch, as
-    `print(compiled)` says. Raises ModelError for a model that torch.export does not take, in training mode, with masks
-    that were not folded, not in fp32, or not on the CPU. O(weights log weights), and a few seconds for the export.
+    The model is exported with `torch.export`, its operators are fused, and each fused subgraph runs as one native call
+    on the CPU. Operators that the engine does not have run in torch. Outputs are compared with the model's on the
+    example before it is returned.
 
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
-    >>> fast = compile(net, torch.randn(2, 4))
-    >>> x = torch.randn(5, 4)
-    >>> bool((fast(x) - net(x)).abs().max() < 1e-5)
-    True
+    Args:
+        model: a model in evaluation mode, in fp32, on the CPU. Masks and quantization grids that are still attached are
+            folded in a copy, and `print(compiled)` says so; the model keeps them.
+        example: what the model can be called with: a dict of keywords, a tuple of arguments, or one tensor. Later calls
+            may have other batch sizes and lengths if the model's code allows it; heights and widths of images are
+            fixed.
+        precision: None for fp32. "int8" runs linear layers and convolutions in 8 bits, with a scale for each output of
+            a weight and one for each row or image of inputs, so outputs change a little; grouped convolutions stay in
+            fp32.
+
+    Returns:
+        A `Compiled`, to be called like the model, by several threads at once. It computes no gradients, and does not
+        see later changes of the model. `print` it to see what runs natively and what runs in torch.
+
+    Raises:
+        ModelError: if torch.export cannot export the model, the model is in training mode, not in fp32 or not on the
+            CPU, or the compiled outputs differ from the model's.
+        DataError: if the example has no tensor.
+
+    Cost: a few seconds for the export. Memory: the packed weights (with zeros left out in sparse formats) beside the
+    model's own, which may be deleted afterwards; working memory grows with the activations of the largest call.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+        >>> fast = compile(net, torch.randn(2, 4))
+        >>> x = torch.randn(5, 4)
+        >>> bool((fast(x) - net(x)).abs().max() < 1e-5)
+        True
     """
-    if values not in (None, "int8"):
-        raise ModelError(unknown("values", str(values), ["int8"]))
+    check_precision(precision)
     check_module(model)
+    model, notes = fold_copy(model)
     check_ready(model)
-    args, kwargs = _called(example)
+    args, kwargs = split_example(example)
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
-    traced = trace(model, args, kwargs, PASSES)
-    want = [expected(n.meta.get("val")) for n in traced.inputs]
-    shown = (args, kwargs) if traced.notes else two_samples(args, kwargs)
-    exact = prove(model, in_torch(traced, want), *shown, EXACT) if values else None  # rounding hides what is wrong
-    made = Compiled(traced, kernels_of(traced, lambda w, _: pack_for_batches(w, values), values), want)
-    prove(model, made, *shown, ROUNDED if values else EXACT, exact)
-    made.forget()
-    return made
+    exported = export_graph(model, args, kwargs, PASSES)
+    specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
+    args, kwargs = (args, kwargs) if exported.notes else two_samples(args, kwargs)
+    exported.notes += notes
+    unit_sizes = None  # open sizes that may be 1
+    if precision:  # rounding would hide a wrong graph
+        unit_sizes = verify(model, in_torch(exported, specs), args, kwargs, FP32_TOLERANCE)
+    kernels = select_kernels(exported, lambda w, _: pack_for_batches(w, precision), precision)
+    compiled = Compiled(exported, kernels, specs)
+    verify(model, compiled, args, kwargs, INT8_TOLERANCE if precision else FP32_TOLERANCE, unit_sizes)
+    compiled.forget()
+    return compiled
+
+
+def check_precision(precision: Any) -> None:
+    """Raise ModelError for a precision that the engine does not have."""
+    if precision not in (None, "int8"):
+        raise ModelError(unknown("precision", str(precision), ["int8"]))
 
 
 def check_module(model: Any) -> None:
-    """Raise ModelError for what is no model of torch."""
+    """Raise ModelError for what is not a torch module."""
     if not isinstance(model, nn.Module):
         hints = {str | PathLike: ": rarefy.load(folder) reads one", Compiled: ": it is compiled already"}
         hint = next((h for kind, h in hints.items() if isinstance(model, kind)), "")
-        raise ModelError(f"a torch.nn.Module is expected, got {type(model).__name__}{hint}")
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
+
+
+def fold_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the model without masks and grids, and notes about that.
+
+    A model with masks is copied and the copy is folded; all tensors without masks are shared with the model.
+    """
+    attached = attached_layers(model)
+    if not attached:
+        return model, ()
+    masked = {id(layer.original) for layer in attached}
+    tensors = [*model.parameters(), *model.buffers()]
+    try:
+        model = copy.deepcopy(model, {id(t): t for t in tensors if id(t) not in masked})
+    except Exception as error:  # raised by whatever the model holds
+        name = type(model).__name__
+        raise ModelError(f"{name} has masks and cannot be copied: fold_ it first ({first_line(error)})") from error
+    note = fold_attached_(model)
+    return model, () if note is None else (f"{note}, in a copy of the model",)
 
 
 def check_ready(model: nn.Module) -> None:
-    """Raise ModelError for a model that the engine does not run as it stands."""
+    """Raise ModelError for a model in a state that the engine cannot run."""
     if model.training:
         raise ModelError("the model is in training mode: call eval() first")
     check_plain(list(all_layers(model)))
-    away = next((n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.device.type != "cpu"), None)
-    if away is not None:
-        raise ModelError(f"the engine runs on the CPU, {away} is elsewhere: model.cpu() first")
-    kinds = {n: p.dtype for n, p in model.named_parameters() if p.is_floating_point()}
-    other = next((n for n, kind in kinds.items() if kind != torch.float32), None)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    elsewhere = next((n for n, t in named if t.device.type != "cpu"), None)
+    if elsewhere is not None:
+        raise ModelError(f"the engine runs on the CPU, but {elsewhere} is on another device: call model.cpu() first")
+    dtypes = {n: p.dtype for n, p in model.named_parameters() if p.is_floating_point()}
+    other = next((n for n, dtype in dtypes.items() if dtype != torch.float32), None)
     if other is not None:
-        kind = str(kinds[other]).removeprefix("torch.")
-        raise ModelError(f"the engine takes models in fp32, {other} is {kind}: model.float() first")
+        dtype = str(dtypes[other]).removeprefix("torch.")
+        raise ModelError(f"the engine needs a model in fp32, but {other} is {dtype}: call model.float() first")
 
 
-def in_torch(traced: ExportedGraph, expected: Sequence[Any]) -> Compiled:
-    """Return the graph without kernels: what its words mean."""
-    return Compiled(traced, {}, expected, lambda *_: None)
+def in_torch(exported: ExportedGraph, input_specs: Sequence[Any]) -> Compiled:
+    """Return the graph as a callable without kernels: torch runs the reference of each operator."""
+    return Compiled(exported, {}, input_specs, lambda *_: None)
 
 
-def _called(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return an example as arguments and keywords."""
     if hasattr(example, "keys"):
         return (), {k: example[k] for k in example.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
     return tuple(example) if isinstance(example, tuple | list) else (example,), {}

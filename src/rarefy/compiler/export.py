@@ -1,10 +1,14 @@
-"""A model as a graph of words and ATen calls: exported with open sizes, then read again in the engine's words."""
+"""Export a model with torch.export, its sizes left open, and run the compiler's passes on the graph."""
 
 from __future__ import annotations
 
 import inspect
+import io
+import logging
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -14,39 +18,55 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, first_line
 from rarefy.compiler.fx_utils import ExportedGraph, Node
-from rarefy.runtime import torch_ops  # noqa: F401 (models that run sparse already hold its operator)
+from rarefy.runtime import torch_ops  # noqa: F401 (registers the operator of layers that run sparse already)
 
-MOST_SIZE = 1 << 62  # of an open size, where nothing is known
+MAX_SIZE = 1 << 62  # of an open size about which nothing is known
+
+Pass = Callable[[ExportedGraph, Node], None]
 
 
-def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rules: Sequence[Any], name: str | None = None
+def export_graph(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    passes: Sequence[Pass],
+    name: str | None = None,
 ) -> ExportedGraph:
-    """Export a model with all its sizes open that can be; ModelError with what export said where it cannot be.
-    name: what the message calls the model, else its class."""
+    """Return a model's graph after all passes, with every size open that can be.
+
+    Args:
+        model: the model.
+        args: its arguments.
+        kwargs: its keywords.
+        passes: run in order, each on every node.
+        name: what messages call the model, by default its class.
+
+    Raises:
+        ModelError: with torch.export's reason, in one line, if the model cannot be exported.
+    """
     two = two_samples(args, kwargs)
     try:
-        return read(_export(model, *two), rules)
-    except Exception as error:  # torch.export raises its own kinds, and those of whatever the model calls
-        if isinstance(error, ModelError):
-            raise
-        why = f"{name or type(model).__name__} cannot be exported: {first_line(error)}"
+        return run_passes(_export(model, *two), passes)
+    except ModelError:
+        raise
+    except Exception as error:  # torch.export raises its own classes, and those of whatever the model calls
+        reason = f"{name or type(model).__name__} cannot be exported: {first_line(error)}"
         if "cache_utils" in str(error):
-            why += " (a language model: put use_cache=False into the example)"
+            reason += " (for a language model, put use_cache=False into the example)"
         if two[0] is args:
-            raise ModelError(why) from error
+            raise ModelError(reason) from error
     try:
-        traced = read(_export(model, args, kwargs), rules)
+        exported = run_passes(_export(model, args, kwargs), passes)
     except ModelError:
         raise
     except Exception:
-        raise ModelError(why) from None
-    traced.notes = (f"for batches of the example's size alone: {why}",)
-    return traced
+        raise ModelError(reason) from None
+    exported.notes = (f"only for the example's batch size: {reason}",)
+    return exported
 
 
 def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Return arguments with two samples where the example has one: export takes a size of one for a constant."""
+    """Return arguments with two samples where the example has one, as torch.export takes a size of 1 for a constant."""
     leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if not leaves or any(not t.dim() or len(t) != 1 for t in leaves):
         return args, kwargs
@@ -54,46 +74,68 @@ def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _export(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Return torch's exported program without operators that change their inputs."""
     names = list(inspect.signature(model.forward).parameters)
-    given = {**dict(zip(names, args)), **kwargs}
-    open_ = pytree.tree_map(lambda t: _open(t) if isinstance(t, Tensor) else None, given)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own trees
-        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # caches; the proof tells
-        program = export(model, args, dict(kwargs), dynamic_shapes=open_, strict=False)
-        changes = any(_changes(n.target) for n in program.graph.nodes if n.op == "call_function")
-        return program.run_decompositions({}) if changes else program  # calls that change their inputs become others
+    arguments = {**dict(zip(names, args)), **kwargs}
+    shapes = pytree.tree_map(lambda t: _open_sizes(t) if isinstance(t, Tensor) else None, arguments)
+    with torch.no_grad(), warnings.catch_warnings(), _quiet_export():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # outputs are verified
+        program = export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
+        mutable = any(_is_mutable(n.target) for n in program.graph.nodes if n.op == "call_function")
+        return program.run_decompositions({}) if mutable else program
 
 
-def _open(t: Tensor) -> list[Any]:
-    """Which sizes of an input stay open: all, but of images, of whose sizes export reasons for minutes, the first."""
-    return [Dim.AUTO, *[Dim.STATIC if t.dim() > 3 and t.is_floating_point() else Dim.AUTO] * (t.dim() - 1)][: t.dim()]
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Keep torch's log, and the whole graph that torch.export prints when it fails, off the terminal.
+
+    What is printed to standard error by an export that succeeds is shown afterwards.
+    """
+    handlers = list(logging.getLogger("torch").handlers)
+    printed = io.StringIO()
+    for handler in handlers:
+        handler.addFilter(_silence)
+    try:
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_silence)
 
 
-def _changes(target: Any) -> bool:
+def _silence(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _open_sizes(t: Tensor) -> list[Any]:
+    """Return which sizes of an input stay open: all; only the first of images, whose sizes take export minutes."""
+    rest = Dim.STATIC if t.dim() > 3 and t.is_floating_point() else Dim.AUTO
+    return [Dim.AUTO, *[rest] * (t.dim() - 1)][: t.dim()]
+
+
+def _is_mutable(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def read(program: Any, rules: Sequence[Callable[[ExportedGraph, Node], None]]) -> ExportedGraph:
-    """Return a program's graph in the engine's words: each rule is shown every node in turn."""
+def run_passes(program: Any, passes: Sequence[Pass]) -> ExportedGraph:
+    """Return the graph of torch's exported program after all passes, each of which sees every node in turn."""
     signature, graph = program.graph_signature, program.graph_module.graph
     state = {**program.state_dict, **program.constants}
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names |= signature.inputs_to_lifted_tensor_constants
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        raise ModelError("the model changes its buffers or its inputs when it is called: that cannot be compiled")
+        raise ModelError("the model changes its buffers or its inputs when it is called, so it cannot be compiled")
     constants = {n: state[t].detach() for n, t in names.items()}
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name not in constants]
-    ranges = {str(k): (int(v.lower), int(min(v.upper, MOST_SIZE))) for k, v in program.range_constraints.items()}
+    ranges = {str(k): (int(v.lower), int(min(v.upper, MAX_SIZE))) for k, v in program.range_constraints.items()}
     specs = program.call_spec.in_spec, program.call_spec.out_spec
-    traced = ExportedGraph(graph, constants, inputs, *specs, ranges, names=names)
-    for rule in rules:
+    exported = ExportedGraph(graph, constants, inputs, *specs, ranges, names=names)
+    for run in passes:
         for node in list(graph.nodes):
             if node.op == "call_function" and not node._erased:
-                rule(traced, node)
+                run(exported, node)
         graph.eliminate_dead_code()
     graph.lint()
-    return traced
-
-
-# ---- one rule each: of a node, its place in the graph and what the constants are ------------------------------------
+    return exported

@@ -1,4 +1,4 @@
-"""The exported graph and small helpers that read and change its FX nodes."""
+"""The exported graph, and helpers that read and change its FX nodes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
-
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 Node = Any  # fx.Node, whose arguments are of any kind
 
 
 @dataclass
 class ExportedGraph:
-    """A graph, its constants by the names of their placeholders, and how arguments and outputs are laid out.
+    """A graph with its constants, and how arguments and outputs are nested.
 
-    inputs  the placeholders of the call's tensors, in their order
-    ranges  from where to where a size that is open may go, by its symbol
-    names   of constants that are the model's own, as it calls them
-    kept    features of keys and values that a cache keeps of a token
+    Attributes:
+        graph: the nodes. Weights are placeholders too.
+        constants: tensors by the names of their placeholders.
+        inputs: the placeholders of a call's tensors, in order.
+        in_spec: torch's pytree spec of the arguments.
+        out_spec: torch's pytree spec of the outputs.
+        ranges: smallest and largest value of each open size, by its symbol.
+        notes: sentences for `print(compiled)`.
+        names: the model's own names of constants.
+        cache_features: features of keys and values that a KV cache keeps of each token.
     """
 
     graph: fx.Graph
@@ -33,55 +39,57 @@ class ExportedGraph:
     ranges: dict[str, tuple[int, int]]
     notes: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
-    kept: int = 0
+    cache_features: int = 0
 
 
 def shape(node: Any) -> tuple[Any, ...]:
-    """Return the sizes of a node's output, () where it is no tensor."""
+    """Return the shape of a node's output, () where it is no tensor. Open sizes are symbols."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether sizes agree, whatever the open ones will be."""
+    """Return whether two shapes are equal, whatever the open sizes will be."""
     return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b))
 
 
 def is_node(x: Any) -> bool:
-    """Return whether an argument is what a node gives, not a number or text."""
+    """Return whether an argument is the output of a node, not a number or text."""
     return isinstance(x, fx.Node)
 
 
-def kind_of(node: Node) -> torch.dtype | None:
+def dtype_of(node: Node) -> torch.dtype | None:
     """Return the type of a node's output, None where it is no tensor."""
     value = node.meta.get("val")
     return value.dtype if isinstance(value, Tensor) else None
 
 
-def replace_node(t: ExportedGraph, node: Node, word: Callable[..., Any], *args: Any) -> Node:
-    """Have a word in the place of a node; return it."""
-    with t.graph.inserting_before(node):
-        new = t.graph.call_function(word, args)
+def replace_node(exported: ExportedGraph, node: Node, op: Callable[..., Any], *args: Any) -> Node:
+    """Replace a node by a call of an operator with the same output; return it."""
+    with exported.graph.inserting_before(node):
+        new = exported.graph.call_function(op, args)
     new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    t.graph.erase_node(node)
+    replace_uses(exported, node, new)
     return new
 
 
-def insert_before(t: ExportedGraph, before: Node, target: Callable[..., Any], *args: Any) -> Node:
-    """Return a new node in front of another."""
-    with t.graph.inserting_before(before):
-        node = t.graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+def replace_uses(exported: ExportedGraph, node: Node, new: Node) -> None:
+    """Let all readers of a node read another one; erase the node."""
+    node.replace_all_uses_with(new)
+    exported.graph.erase_node(node)
+
+
+def insert_before(exported: ExportedGraph, before: Node, op: Callable[..., Any], *args: Any) -> Node:
+    """Return a new node in front of another; its shape comes from calling the operator on the arguments' records."""
+    with exported.graph.inserting_before(before):
+        node = exported.graph.call_function(op, args)
+    node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
     return node
 
 
-def add_constant(t: ExportedGraph, name: str, value: Tensor) -> Node:
-    """Add a constant; return its node."""
-    with t.graph.inserting_before(next(iter(t.graph.nodes))):
-        node = t.graph.placeholder(name)
-    t.constants[node.name] = node.meta["val"] = value.detach().contiguous()
+def add_constant(exported: ExportedGraph, name: str, value: Tensor) -> Node:
+    """Add a constant; return its placeholder."""
+    with exported.graph.inserting_before(next(iter(exported.graph.nodes))):
+        node = exported.graph.placeholder(name)
+    exported.constants[node.name] = node.meta["val"] = value.detach().contiguous()
     return node
-
-
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)

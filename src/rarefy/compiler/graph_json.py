@@ -1,11 +1,12 @@
-"""A compiled graph as JSON, and a graph from JSON that may be anybody's.
+"""A compiled graph as JSON, and back: what is read is checked, as the file may come from anybody.
 
-    {"schema": 2, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [least, most]},
-     "in": layout, "out": layout, "notes": [text], "constants": {name: order or null},
-     "kernels": {word: packed weight}, "packed": {name: form}, "nodes": [[name, op, target, args, kwargs]]}
+    {"schema": 2, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [smallest, largest]},
+     "in": nesting, "out": nesting, "notes": [text], "constants": {name: order of dimensions or null},
+     "kernels": {node: packed weight}, "packed": {name: fields}, "nodes": [[name, op, target, args, kwargs]]}
 
-Arguments are JSON's own where that can tell them, else an object of one key: {"node": name}, {"tuple": [..]},
+Arguments are JSON's own values where it has them, else an object with one key: {"node": name}, {"tuple": [..]},
 {"float": "inf"}, {"slice": [..]}, {"dtype": "float32"}, {"device": "cpu"}, {"layout"}, {"memory_format"}.
+Schema 1 is the same with other names of operators: `op_registry.OLD_NAMES`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,21 +22,23 @@ from torch import Tensor, fx
 
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.compiler import op_registry
-from rarefy.compiler.executor import Compiled, Expected
-from rarefy.compiler.export import MOST_SIZE
+from rarefy.compiler.executor import Compiled, InputSpec
+from rarefy.compiler.export import MAX_SIZE
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.pytree_json import spec_of, tree
+from rarefy.compiler.operators.linear import linear
+from rarefy.compiler.operators.table import BY_TARGET
+from rarefy.compiler.pytree_json import from_nesting, to_nesting
 from rarefy.formats.sparse_encodings import DTYPES
 
-SCHEMA = 2  # 1: operators had other names, see `op_registry.OLD_NAMES`
-MOST_NODES = 50_000  # the order of calls is found in their square
-CACHE = "cache"  # what a language model keeps, by the name of its placeholder
-MOST_DEEP = 16  # levels of arguments in one another
-MOST_INT = 1 << 63
+SCHEMA, READABLE = 2, (1, 2)
+MAX_NODES = 50_000  # scheduling takes time in the square of them
+CACHE = "cache"  # name of the placeholder of a language model's KV cache
+MAX_DEPTH = 16  # levels of nested arguments
+MAX_INT = 1 << 63
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,499}")
 SYMBOL = re.compile(r"[ -~]{1,200}")
 KEYS = ("schema", "inputs", "ranges", "in", "out", "notes", "constants", "kernels", "packed", "nodes")
-OTHERS: dict[str, dict[str, Any]] = {
+NAMED_VALUES: dict[str, dict[str, Any]] = {
     "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},
     "dtype": {**DTYPES, "complex128": torch.complex128},
     "device": {"cpu": torch.device("cpu")},
@@ -51,16 +54,24 @@ KINDS[torch.memory_format] = "memory_format"
 
 @dataclass(frozen=True)
 class GraphDef:
-    """A graph that was read and checked, all but its tensors.
+    """A graph that was read and checked, without its tensors.
 
-    constants  the stored tensors, and how the dimensions of one lie in memory that is not row after row
-    kernels    the words that run on packed weights, and which
-    packed     what each of these is, besides its tensors
+    Attributes:
+        graph: the nodes.
+        inputs: the placeholders of a call's tensors, in order.
+        input_specs: what each of them must be.
+        in_spec: torch's pytree spec of the arguments.
+        out_spec: torch's pytree spec of the outputs.
+        ranges: smallest and largest value of each open size.
+        notes: sentences for `print(compiled)`.
+        constants: names of stored tensors, and the order of dimensions in memory of one that is not contiguous.
+        kernels: the nodes with packed weights, and the names of these.
+        packed: the fields of each packed weight that are not tensors.
     """
 
     graph: fx.Graph
     inputs: list[Node]
-    expected: list[Any]
+    input_specs: list[Any]
     in_spec: Any
     out_spec: Any
     ranges: dict[str, tuple[int, int]]
@@ -74,50 +85,62 @@ class GraphDef:
 
 
 def to_json(
-    made: Compiled, constants: Mapping[str, Any], kernels: Mapping[Node, str], packed: Mapping[str, Any]
+    compiled: Compiled, constants: Mapping[str, Any], kernels: Mapping[Node, str], packed: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the graph of a compiled model as JSON; ModelError for what no file can tell, by its name. O(nodes)."""
-    t = made.exported
-    used = {*t.inputs, *(n for n in t.graph.nodes if n.op != "placeholder" or n.users)}
-    told = {
+    """Return the graph of a compiled model as JSON. O(nodes).
+
+    Args:
+        compiled: the model.
+        constants: as `GraphDef.constants`.
+        kernels: as `GraphDef.kernels`.
+        packed: as `GraphDef.packed`.
+
+    Raises:
+        ModelError: if the graph has an operator, an argument or an output that cannot be saved.
+    """
+    e = compiled.exported
+    used = {*e.inputs, *(n for n in e.graph.nodes if n.op != "placeholder" or n.users)}
+    value = {
         "schema": SCHEMA,
-        "inputs": [[n.name, _told_input(n, e)] for n, e in zip(t.inputs, made.expected)],
-        "ranges": {s: list(r) for s, r in t.ranges.items()},
-        "in": tree(t.in_spec, arguments=True),
-        "out": tree(t.out_spec),
-        "notes": list(t.notes),
+        "inputs": [[n.name, _input_to_json(n, spec)] for n, spec in zip(e.inputs, compiled.input_specs)],
+        "ranges": {s: list(r) for s, r in e.ranges.items()},
+        "in": to_nesting(e.in_spec, arguments=True),
+        "out": to_nesting(e.out_spec),
+        "notes": list(e.notes),
         "constants": dict(constants),
         "kernels": {n.name: name for n, name in kernels.items()},
         "packed": dict(packed),
-        "nodes": [_told_node(n) for n in t.graph.nodes if n in used],
+        "nodes": [_node_to_json(n) for n in e.graph.nodes if n in used],
     }
     try:
-        from_json(told, "the graph")
+        from_json(value, "the graph")
     except ContainerError as error:  # what is written can be read
         raise ModelError(f"this model runs, but cannot be saved: {error}") from error
-    return told
+    return value
 
 
-def _told_input(node: Node, want: Any) -> dict[str, Any]:
-    if isinstance(want, Expected):
-        return {"dtype": _told(want.dtype, node)["dtype"], "sizes": list(want.sizes)}
-    return {"value": _told(want, node)}
+def _input_to_json(node: Node, spec: Any) -> dict[str, Any]:
+    if isinstance(spec, InputSpec):
+        return {"dtype": _to_json(spec.dtype, node)["dtype"], "sizes": list(spec.sizes)}
+    return {"value": _to_json(spec, node)}
 
 
-def _told_node(node: Node) -> list[Any]:
+def _node_to_json(node: Node) -> list[Any]:
     if node.op == "placeholder":
         return [node.name, node.op, node.name, [], {}]
     target = "output" if node.op == "output" else op_registry.name_of(node.target)
     if target is None or node.op not in ("call_function", "output"):
         hint = ": compile the model as it was before accelerate_" if "rarefy.sparse" in str(node.target) else ""
         raise ModelError(
-            f"{node.name} calls {node.target}, which no saved graph may; the model runs, but cannot be saved{hint}"
+            f"this model runs, but cannot be saved: {node.name} calls {node.target}, which saved graphs may not call"
+            f"{hint}"
         )
-    args, kwargs = [_told(a, node) for a in node.args], {n: _told(a, node) for n, a in node.kwargs.items()}
+    args, kwargs = [_to_json(a, node) for a in node.args], {n: _to_json(a, node) for n, a in node.kwargs.items()}
     return [node.name, node.op, target, args, kwargs]
 
 
-def _told(value: Any, at: Node) -> Any:
+def _to_json(value: Any, node: Node) -> Any:
+    """Return an argument of a node as JSON."""
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, torch.SymInt) and str(value).isdigit():
@@ -125,211 +148,242 @@ def _told(value: Any, at: Node) -> Any:
     if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
     if isinstance(value, tuple | list):
-        parts = [_told(v, at) for v in value]
+        parts = [_to_json(v, node) for v in value]
         return {"tuple": parts} if isinstance(value, tuple) else parts
     if isinstance(value, slice):
-        return {"slice": [_told(v, at) for v in (value.start, value.stop, value.step)]}
+        return {"slice": [_to_json(v, node) for v in (value.start, value.stop, value.step)]}
     kind = KINDS.get(type(value), "")
-    name = next((n for n, v in OTHERS.get(kind, {}).items() if v == value or (v != v and value != value)), None)
+    names = NAMED_VALUES.get(kind, {}).items()
+    name = next((n for n, v in names if v == value or (v != v and value != value)), None)  # NaN is not equal to itself
     if name is None:
-        raise ModelError(f"{at.name} has the argument {str(value)[:80]}, which no file can tell; it cannot be saved")
+        raise ModelError(
+            f"this model runs, but cannot be saved: {node.name} has the argument {str(value)[:80]}, for which there is "
+            "no JSON"
+        )
     return {kind: name}
 
 
 # ---- from JSON ------------------------------------------------------------------------------------------------------
 
 
-def from_json(told: Any, where: str) -> GraphDef:
-    """Return the graph that JSON tells of; ContainerError with the place for anything that no compiled model has: a
-    node before what it reads, an operator not in `operators`, arguments of other kinds. O(its size)."""
+def from_json(value: Any, where: str) -> GraphDef:
+    """Return the graph that JSON describes. O(its size).
+
+    Raises:
+        ContainerError: with `where` and the place in it, if anything is not as `to_json` writes it, such as a node that
+            reads a later one, an operator that is not in `op_registry`, or an argument of another kind.
+    """
     try:
-        return _read(told)
+        return _graph_def(value)
     except (ValueError, RecursionError) as error:
         raise ContainerError(f"{where}: {error}") from error
 
 
-def _read(told: Any) -> GraphDef:
-    if type(told) is not dict or type(told.get("schema")) is not int:
-        raise ValueError('must be an object with a whole number "schema"')
-    if told["schema"] not in (1, SCHEMA):
-        newer = "written by a newer Rarefy" if told["schema"] > SCHEMA else "of no known Rarefy"
-        raise ValueError(f"schema {told['schema']} is {newer}; this one reads schemas 1 and {SCHEMA}")
-    if set(told) != set(KEYS):
-        raise ValueError(f"holds {_short(sorted(told))}, must be an object with {', '.join(KEYS)}")
-    for name in KEYS[1:]:
-        if name not in ("in", "out"):
-            _of(told[name], list if name in ("inputs", "notes", "nodes") else dict, name)
-    for name, on in told["kernels"].items():
-        _of(on, str, f"kernels: {_short(name)}")
-    expected = dict(_input(i) for i in told["inputs"])
-    if len(expected) != len(told["inputs"]):
+def _graph_def(value: Any) -> GraphDef:
+    _check_keys(value)
+    specs = dict(_input_from_json(i) for i in value["inputs"])
+    if len(specs) != len(value["inputs"]):
         raise ValueError("inputs: two have one name")
-    graph, nodes, kernels = _graph(told, expected)
-    for name, order in told["constants"].items():
-        if name not in nodes or nodes[name].op != "placeholder" or name in expected:
+    reader = _Reader(value, specs)
+    nodes = reader.nodes
+    for name, order in value["constants"].items():
+        if name not in nodes or nodes[name].op != "placeholder" or name in specs:
             raise ValueError(f"constants: {_short(name)} is no placeholder of the graph")
         whole = type(order) is list and all(type(d) is int for d in order)
         if order is not None and not (whole and sorted(order) == list(range(len(order)))):
             raise ValueError(f"constants: {name}: {_short(order)} is no order of dimensions")
-    inputs = [nodes[n] for n in expected if n in nodes and nodes[n].op == "placeholder"]
-    if len(inputs) != len(expected):
+    inputs = [nodes[n] for n in specs if n in nodes and nodes[n].op == "placeholder"]
+    if len(inputs) != len(specs):
         raise ValueError("inputs: one is no placeholder of the graph")
-    leaves = len(next(n for n in nodes.values() if n.op == "output").args[0])
+    outputs = len(next(n for n in nodes.values() if n.op == "output").args[0])
     return GraphDef(
-        graph,
-        inputs,
-        list(expected.values()),
-        spec_of(told["in"], len(inputs), arguments=True),
-        spec_of(told["out"], leaves),
-        {s: _range(s, r) for s, r in told["ranges"].items()},
-        tuple(_of(n, str, "notes") for n in told["notes"]),
-        told["constants"],
-        kernels,
-        {n: _of(p, dict, f"packed {_short(n)}") for n, p in told["packed"].items()},
+        graph=reader.graph,
+        inputs=inputs,
+        input_specs=list(specs.values()),
+        in_spec=from_nesting(value["in"], len(inputs), arguments=True),
+        out_spec=from_nesting(value["out"], outputs),
+        ranges={s: _range(s, r) for s, r in value["ranges"].items()},
+        notes=tuple(_expect(n, str, "notes") for n in value["notes"]),
+        constants=value["constants"],
+        kernels={nodes[n]: name for n, name in value["kernels"].items()},
+        packed={n: _expect(p, dict, f"packed {_short(n)}") for n, p in value["packed"].items()},
     )
 
 
-def _graph(told: Any, expected: dict[str, Any]) -> tuple[fx.Graph, dict[str, Node], dict[Node, str]]:
-    """The graph, its nodes by name, and the words with packed weights."""
-    if len(told["nodes"]) > MOST_NODES:
-        raise ValueError(f"{len(told['nodes'])} nodes, at most {MOST_NODES}")
-    graph, nodes, given = fx.Graph(), {}, {}
-    weights: dict[Node, bool] = {}
-    for i, one in enumerate(told["nodes"]):
-        if type(one) is not list or len(one) != 5 or any(type(x) is not str for x in one[:3]):
-            raise ValueError(f"node {i} is {_short(one)}, must be [name, op, target, args, kwargs]")
-        name, op, target, args, kwargs = one
-        if told["schema"] == 1:
+def _check_keys(value: Any) -> None:
+    if type(value) is not dict or type(value.get("schema")) is not int:
+        raise ValueError('expected an object with a whole number "schema"')
+    schema = value["schema"]
+    if schema not in READABLE:
+        newer = "written by a newer version of Rarefy" if schema > SCHEMA else "unknown"
+        raise ValueError(f"schema {schema} is {newer}; this version reads schemas {' and '.join(map(str, READABLE))}")
+    if set(value) != set(KEYS):
+        raise ValueError(f"expected an object with {', '.join(KEYS)}, got {_short(sorted(value))}")
+    for name in KEYS[1:]:
+        if name not in ("in", "out"):
+            _expect(value[name], list if name in ("inputs", "notes", "nodes") else dict, name)
+    for name, packed in value["kernels"].items():
+        _expect(packed, str, f"kernels: {_short(name)}")
+
+
+@dataclass
+class _Reader:
+    """Builds the graph from JSON node by node, and checks each.
+
+    Attributes:
+        value: the JSON.
+        specs: what is expected of each input, by name.
+        nodes: the nodes so far, by name.
+        kinds: what each node's output is, see `op_registry`.
+        weights: the placeholders of constants; False where only the packed weight is stored.
+    """
+
+    value: dict[str, Any]
+    specs: dict[str, Any]
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    kinds: dict[Node, str] = field(default_factory=dict)
+    weights: dict[Node, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        entries, kernels = self.value["nodes"], self.value["kernels"]
+        if len(entries) > MAX_NODES:
+            raise ValueError(f"expected at most {MAX_NODES} nodes, got {len(entries)}")
+        for i, entry in enumerate(entries):
+            self._read_entry(i, entry, last=i + 1 == len(entries))
+        if not entries or next(reversed(self.nodes.values())).op != "output":
+            raise ValueError("the last node must be the output")
+        wrong = next((n for n in kernels if n not in self.nodes or self.nodes[n].op != "call_function"), None)
+        if wrong is not None:
+            raise ValueError(f"kernels: {_short(wrong)} is no operator of the graph")
+        if set(self.value["packed"]) != set(kernels.values()):
+            raise ValueError(f"packed: {_short(sorted(self.value['packed']))} are not the weights that kernels name")
+
+    def _read_entry(self, i: int, entry: Any, last: bool) -> None:
+        if type(entry) is not list or len(entry) != 5 or any(type(x) is not str for x in entry[:3]):
+            raise ValueError(f"node {i}: expected [name, op, target, args, kwargs], got {_short(entry)}")
+        name, op, target, args, kwargs = entry
+        if not NAME.fullmatch(name) or name in self.nodes:
+            raise ValueError(f"node {i}: expected an unused name of letters, digits and _, got {_short(name)}")
+        if self.value["schema"] == 1:
             target = op_registry.OLD_NAMES.get(target, target)
-        if not NAME.fullmatch(name) or name in nodes:
-            raise ValueError(f"node {i}: {_short(name)} must be a name of its own of letters, digits and _")
         try:
-            if op == "output" and i + 1 < len(told["nodes"]):
+            if op == "output" and not last:
                 raise ValueError("the output must be the last node")
-            node = nodes[name] = _made(graph, op, target, _values(args, nodes), _of(kwargs, dict, "kwargs"), nodes)
+            positional = [self._argument(v) for v in _expect(args, list, "args")]
+            node = self._new_node(op, target, positional, _expect(kwargs, dict, "kwargs"))
+            self.nodes[name] = node
             if op == "placeholder":
-                _place(node, name, told["constants"], expected, given, weights)
+                self._note_placeholder(node, name)
             elif op == "output":
-                _check_output(node, given)
+                self._check_output(node)
             else:
-                given[node] = op_registry.check_call(node.target, node.args, node.kwargs, given, weights)
-                _check_weight(node, name, told, weights)
+                self.kinds[node] = op_registry.check_call(node.target, node.args, node.kwargs, self.kinds, self.weights)
+                self._check_weight(node, name)
         except ValueError as error:
             raise ValueError(f"node {_short(name)}: {error}") from error
         node.name = name
-    if not nodes or node.op != "output":
-        raise ValueError("the last node must be the output")
-    odd = next((n for n in told["kernels"] if n not in nodes or nodes[n].op != "call_function"), None)
-    if odd is not None:
-        raise ValueError(f"kernels: {_short(odd)} is no word of the graph")
-    if set(told["packed"]) != set(told["kernels"].values()):
-        raise ValueError(f"packed: {_short(sorted(told['packed']))} are not the weights that kernels run on")
-    return graph, nodes, {nodes[n]: name for n, name in told["kernels"].items()}
+
+    def _new_node(self, op: str, target: str, args: list[Any], kwargs: dict[str, Any]) -> Node:
+        if op == "placeholder" and not args and not kwargs:
+            return self.graph.placeholder("x")  # renamed by the caller
+        if op == "output" and len(args) == 1 and not kwargs and isinstance(args[0], list | tuple):
+            return self.graph.output(tuple(args[0]))
+        function = op_registry.find(target) if op == "call_function" else None
+        if function is None:
+            raise ValueError(f"{_short(op)} of {_short(target)} is not allowed in a saved graph")
+        return self.graph.call_function(function, tuple(args), {n: self._argument(v) for n, v in kwargs.items()})
+
+    def _note_placeholder(self, node: Node, name: str) -> None:
+        """Note what a placeholder stands for: an input, a constant, a weight that is stored packed, or the cache."""
+        constants = self.value["constants"]
+        if name == CACHE and name not in self.specs and name not in constants:
+            self.kinds[node] = op_registry.CACHE
+            return
+        if name not in self.specs:
+            self.weights[node] = name in constants
+        spec = self.specs.get(name)
+        if name in constants or isinstance(spec, InputSpec):
+            self.kinds[node] = op_registry.TENSOR
+        elif name in self.specs and type(spec) in (bool, int, float):
+            self.kinds[node] = op_registry.NUMBER
+
+    def _check_weight(self, node: Node, name: str) -> None:
+        """Raise ValueError unless an operator with a weight has it, packed or as a constant."""
+        spec, packed = BY_TARGET.get(node.target), self.value["kernels"].get(name)
+        weight = None if spec is None else spec.argument(node, "weight")
+        if weight is None:
+            if packed is not None:
+                names = ", ".join(s.name for s in BY_TARGET.values() if s.packed_formats)
+                raise ValueError(f"has a packed weight, which only {names} have")
+        elif packed is None and not self.weights[weight]:
+            raise ValueError(f"its weight {weight.name} is missing: it is neither a constant nor packed")
+        elif packed is None and node.target is linear and self.value["kernels"]:
+            raise ValueError("has no packed weight, while others have")
+
+    def _check_output(self, node: Node) -> None:
+        for value in node.args[0]:
+            tensor = isinstance(value, fx.Node) and self.kinds.get(value) in (op_registry.TENSOR, op_registry.NUMBER)
+            if not tensor and not (value is None or type(value) in (bool, int, float, str)):
+                raise ValueError(f"expected tensors and plain values as outputs, got {_short(value)}")
+
+    def _argument(self, value: Any) -> Any:
+        return _argument(value, self.nodes, 0)
 
 
-def _made(graph: fx.Graph, op: str, target: str, args: Any, kwargs: Any, nodes: dict[str, Node]) -> Node:
-    if op == "placeholder" and not args and not kwargs:
-        return graph.placeholder("x")  # named by the caller
-    if op == "output" and len(args) == 1 and not kwargs and isinstance(args[0], list | tuple):
-        return graph.output(tuple(args[0]))
-    found = op_registry.find(target) if op == "call_function" else None
-    if found is None:
-        raise ValueError(f"{_short(op)} of {_short(target)} is nothing that a saved graph may do")
-    values = {n: _value(v, nodes, 0) for n, v in kwargs.items()}
-    return graph.call_function(found, tuple(args), values)
-
-
-def _place(node: Node, name: str, constants: Any, expected: Any, given: dict[Node, str], weights: Any) -> None:
-    """Note what a placeholder stands for: an input, a constant, a weight that is there packed alone, or the cache."""
-    if name == CACHE and name not in expected and name not in constants:
-        given[node] = op_registry.CACHE
-        return
-    if name not in expected:
-        weights[node] = name in constants
-    want = expected.get(name)
-    if name in constants or isinstance(want, Expected):
-        given[node] = op_registry.TENSOR
-    elif name in expected and type(want) in (bool, int, float):
-        given[node] = op_registry.NUMBER
-
-
-def _check_weight(node: Node, name: str, told: Any, weights: Mapping[Node, bool]) -> None:
-    """Raise ValueError unless a word with a weight has it: packed, or as it is."""
-    heavy = [op_registry.OPS[n][0] for n in ("linear", "conv2d", "embedding")]
-    on = told["kernels"].get(name)
-    if node.target not in heavy:
-        if on is not None:
-            raise ValueError("runs on a packed weight, which only products, convolutions and embeddings do")
-    elif on is None and not weights[node.args[1]]:
-        raise ValueError(f"its weight {node.args[1].name} is neither there as it is nor packed")
-    elif on is None and node.target is heavy[0] and told["kernels"]:
-        raise ValueError("has no packed weight, while others have")
-
-
-def _check_output(node: Node, given: Mapping[Node, str]) -> None:
-    for value in node.args[0]:
-        tensor = isinstance(value, fx.Node) and given.get(value) in (op_registry.TENSOR, op_registry.NUMBER)
-        if not tensor and not (value is None or type(value) in (bool, int, float, str)):
-            raise ValueError(f"an output is {_short(value)}")
-
-
-def _values(told: Any, nodes: dict[str, Node]) -> list[Any]:
-    return [_value(v, nodes, 0) for v in _of(told, list, "args")]
-
-
-def _value(told: Any, nodes: dict[str, Node], deep: int) -> Any:
-    """The argument that JSON tells of."""
-    if told is None or type(told) in (bool, str, float):
-        return told
-    if type(told) is int and -MOST_INT <= told < MOST_INT:
-        return told
-    if deep > MOST_DEEP:
-        raise ValueError(f"arguments lie more than {MOST_DEEP} deep in one another")
-    if type(told) is list:
-        return [_value(v, nodes, deep + 1) for v in told]
-    if type(told) is not dict or len(told) != 1:
-        raise ValueError(f"{_short(told)} is no argument")
-    ((kind, inner),) = told.items()
+def _argument(value: Any, nodes: Mapping[str, Node], depth: int) -> Any:
+    """Return the argument that JSON describes."""
+    if value is None or type(value) in (bool, str, float):
+        return value
+    if type(value) is int and -MAX_INT <= value < MAX_INT:
+        return value
+    if depth > MAX_DEPTH:
+        raise ValueError(f"arguments are nested more than {MAX_DEPTH} levels deep")
+    if type(value) is list:
+        return [_argument(v, nodes, depth + 1) for v in value]
+    if type(value) is not dict or len(value) != 1:
+        raise ValueError(f"{_short(value)} is no argument")
+    ((kind, inner),) = value.items()
     if kind == "node" and type(inner) is str:
         if inner not in nodes:
             raise ValueError(f"reads {_short(inner)}, which is no earlier node")
         return nodes[inner]
     if kind in ("tuple", "slice") and type(inner) is list and (kind == "tuple" or len(inner) == 3):
-        parts = [_value(v, nodes, deep + 1) for v in inner]
+        parts = [_argument(v, nodes, depth + 1) for v in inner]
         return tuple(parts) if kind == "tuple" else slice(*parts)
-    if type(inner) is not str or inner not in OTHERS.get(kind, {}):
-        raise ValueError(f"{_short(told)} is no argument")
-    return OTHERS[kind][inner]
+    if type(inner) is not str or inner not in NAMED_VALUES.get(kind, {}):
+        raise ValueError(f"{_short(value)} is no argument")
+    return NAMED_VALUES[kind][inner]
 
 
-def _input(told: Any) -> tuple[str, Any]:
-    """Name of an input, and what is expected there."""
-    if type(told) is not list or len(told) != 2 or type(told[0]) is not str or type(told[1]) is not dict:
-        raise ValueError(f"input {_short(told)} must be [name, what it is]")
-    name, about = told
-    if set(about) == {"value"}:
-        return name, _value(about["value"], {}, 0)
-    dtype, sizes = about.get("dtype"), about.get("sizes")
-    if set(about) != {"dtype", "sizes"} or type(dtype) is not str or dtype not in OTHERS["dtype"]:
-        raise ValueError(f"input {name}: {_short(about)} is no type and sizes")
-    right = type(sizes) is list and all(
-        (type(s) is int and 0 <= s <= MOST_SIZE) or (type(s) is str and SYMBOL.fullmatch(s)) for s in sizes
+def _input_from_json(value: Any) -> tuple[str, Any]:
+    """Return the name of an input, and what is expected of it."""
+    if type(value) is not list or len(value) != 2 or type(value[0]) is not str or type(value[1]) is not dict:
+        raise ValueError(f"inputs: expected [name, what it is], got {_short(value)}")
+    name, fields = value
+    if set(fields) == {"value"}:
+        return name, _argument(fields["value"], {}, 0)
+    dtype, sizes = fields.get("dtype"), fields.get("sizes")
+    if set(fields) != {"dtype", "sizes"} or type(dtype) is not str or dtype not in NAMED_VALUES["dtype"]:
+        raise ValueError(f"input {name}: expected dtype and sizes, got {_short(fields)}")
+    valid = type(sizes) is list and all(
+        (type(s) is int and 0 <= s <= MAX_SIZE) or (type(s) is str and SYMBOL.fullmatch(s)) for s in sizes
     )
-    if not right:
-        raise ValueError(f"input {name}: sizes {_short(sizes)} must be numbers and names of open sizes")
-    return name, Expected(OTHERS["dtype"][dtype], tuple(sizes))
+    if not valid:
+        raise ValueError(f"input {name}: expected sizes as numbers and names of open sizes, got {_short(sizes)}")
+    return name, InputSpec(NAMED_VALUES["dtype"][dtype], tuple(sizes))
 
 
-def _range(symbol: str, told: Any) -> tuple[int, int]:
-    right = type(told) is list and len(told) == 2 and all(type(n) is int for n in told)
-    if not SYMBOL.fullmatch(symbol) or not right or not 0 <= told[0] <= told[1] <= MOST_SIZE:
-        raise ValueError(f"ranges: {_short(symbol)} goes from where to where in {_short(told)}?")
-    return told[0], told[1]
+def _range(symbol: str, value: Any) -> tuple[int, int]:
+    valid = type(value) is list and len(value) == 2 and all(type(n) is int for n in value)
+    if not SYMBOL.fullmatch(symbol) or not valid or not 0 <= value[0] <= value[1] <= MAX_SIZE:
+        raise ValueError(f"ranges[{_short(symbol)}]: expected [smallest, largest], got {_short(value)}")
+    return value[0], value[1]
 
 
-def _of(value: Any, kind: type, where: str) -> Any:
+def _expect(value: Any, kind: type, where: str) -> Any:
     if type(value) is not kind:
-        raise ValueError(f"{where} is {_short(value)}, must be {kind.__name__}")
+        raise ValueError(f"{where}: expected {kind.__name__}, got {_short(value)}")
     return value
 
 

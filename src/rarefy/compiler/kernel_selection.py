@@ -1,15 +1,15 @@
-"""Which kernel runs each linear layer and convolution: formats chosen from the number of zeros."""
+"""Choose the kernel of each linear layer and convolution: a packed format, from the number and place of zeros."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy.compiler import ops
-from rarefy.compiler.executor import Lookup
 from rarefy.compiler.fx_utils import ExportedGraph, Node, shape
 from rarefy.runtime import bindings, winograd
 from rarefy.runtime.huge_pages import Pages
@@ -26,62 +26,100 @@ from rarefy.runtime.packed_formats import (
 )
 from rarefy.runtime.packing import pack_conv, pack_dense, pack_sell, pack_tiles, shared
 
+MIN_GROUPED_ZEROS = 0.4  # fraction of zeros from which a kernel beats torch's dense grouped convolution
 
-def kernels_of(t: ExportedGraph, pack: Callable[[Tensor, str], Any], values: str | None = None) -> dict[Node, Any]:
-    """Return the kernels of all products, of `pack(weight, its name in the model)`, and of convolutions in `values`."""
+
+@dataclass(frozen=True)
+class EmbeddingKernel:
+    """An embedding whose weight is also a linear layer's packed weight."""
+
+    kernel: Kernel
+
+    @property
+    def held(self) -> tuple[Panels, None]:
+        """The packed weight, and None for the bias, as `Kernel.held` is for linear layers."""
+        return self.kernel.held[0], None  # type: ignore[return-value]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that it holds in memory."""
+        return self.kernel.tensors()
+
+    def run(self, ids: Tensor, _: None = None) -> Tensor:
+        """Return the rows of the weight for ids [..], [.., features]."""
+        return self.kernel.rows(ids)
+
+
+def select_kernels(
+    exported: ExportedGraph, pack: Callable[[Tensor, str], Any], precision: str | None = None
+) -> dict[Node, Any]:
+    """Return the kernels of all linear layers, convolutions and tied embeddings; {} where there is no native library.
+
+    Args:
+        exported: the graph after all passes.
+        pack: packs a linear layer's weight; it is given the weight and its name in the model.
+        precision: "int8" for convolutions in 8 bits, None for fp32.
+    """
     if bindings.missing() is not None:
         return {}
-    found, known, pages = {}, {}, Pages()
-    for node in t.graph.nodes:
+    kernels: dict[Node, Any] = {}
+    packed: dict[str, Any] = {}
+    memory = Pages()
+    for node in exported.graph.nodes:
         if node.target is ops.linear:
             _, w, bias, _, act = node.args
-            if w.name not in known:
-                known[w.name] = pages.hold(pack(t.constants[w.name], t.names.get(w.name, "")))
-            found[node] = Kernel(known[w.name], None if bias is None else t.constants[bias.name].clone(), act)
-        elif node.target is ops.conv2d and (form := packed(t, node, values)) is not None:
-            bias, act = node.args[2], node.args[4]
-            found[node] = Kernel(pages.hold(form), None if bias is None else t.constants[bias.name].clone(), act)
-    for node in t.graph.nodes:  # an embedding that is a product's weight too
-        if node.target is ops.embedding and isinstance(known.get(node.args[1].name), Panels):
-            found[node] = Lookup(Kernel(known[node.args[1].name]))
-    return found
+            if w.name not in packed:
+                packed[w.name] = memory.hold(pack(exported.constants[w.name], exported.names.get(w.name, "")))
+            kernels[node] = Kernel(packed[w.name], _copy_of(exported, bias), act)
+        elif node.target is ops.conv2d and (form := pack_conv_node(exported, node, precision)) is not None:
+            kernels[node] = Kernel(memory.hold(form), _copy_of(exported, node.args[2]), node.args[4])
+    for node in exported.graph.nodes:  # an embedding that shares its weight with a linear layer
+        if node.target is ops.embedding and isinstance(packed.get(node.args[1].name), Panels):
+            kernels[node] = EmbeddingKernel(Kernel(packed[node.args[1].name]))
+    return kernels
 
 
-def pack_for_batches(weight: Tensor, values: str | None) -> Any:
-    if values is None and few_zeros(weight):
+def _copy_of(exported: ExportedGraph, bias: Node | None) -> Tensor | None:
+    return None if bias is None else exported.constants[bias.name].clone()
+
+
+def pack_for_batches(weight: Tensor, precision: str | None) -> Any:
+    """Return a linear layer's packed weight [outputs, inputs] for many rows of input at once."""
+    if precision is None and is_nearly_dense(weight):
         return pack_dense(weight)
-    packed: Any = pack_tiles(weight, values or "fp32")
-    return pack_sell(weight, values or "fp32") if shared(packed) < SHARED else packed
+    packed: Any = pack_tiles(weight, precision or "fp32")
+    return pack_sell(weight, precision or "fp32") if shared(packed) < SHARED else packed
 
 
-LEAST = 0.4  # zeros from which a kernel is faster than torch's dense one
+def is_nearly_dense(weight: Tensor, min_zeros: tuple[float, float] = LEAST_ZEROS) -> bool:
+    """Return whether a weight has too few zeros for a sparse kernel to beat a dense one.
 
-
-def few_zeros(weight: Tensor, least: tuple[float, float] = LEAST_ZEROS) -> bool:
-    """Return whether a weight is multiplied by faster with its zeros: as many as there may be depends on whether the
-    others come in fours."""
+    min_zeros are the least fractions of zeros where nonzeros come in blocks of 4 outputs, and where they do not.
+    """
     W = weight.flatten(1)
-    hit = torch.nn.functional.pad(W != 0, (0, 0, 0, -len(W) % 4)).view(-1, 4, W.shape[1])
-    fours = float(hit.sum()) / max(1.0, float(hit.any(1).sum()))
-    return 1 - float(hit.sum()) / W.numel() < least[fours < SHARED]
+    nonzero = torch.nn.functional.pad(W != 0, (0, 0, 0, -len(W) % 4)).view(-1, 4, W.shape[1])
+    per_block = float(nonzero.sum()) / max(1.0, float(nonzero.any(1).sum()))
+    return 1 - float(nonzero.sum()) / W.numel() < min_zeros[per_block < SHARED]
 
 
-def packed(t: ExportedGraph, node: Node, values: str | None) -> Any:
-    """Return the packed weight of a convolution, in `values` where it is of one group; None where torch runs it: with
-    few zeros in groups of several, or depthwise."""
+def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None) -> Any:
+    """Return the packed weight of a convolution, in 8 bits only for one group.
+
+    Returns:
+        None where torch or a depthwise step runs it: with few zeros in several groups, or with a large stride.
+    """
     w, (stride, padding, dilation, groups) = node.args[1], node.args[5:]
-    weight = t.constants[w.name]
+    weight = exported.constants[w.name]
     zeros = float((weight == 0).float().mean())
-    if max(stride) > MOST_STRIDE or (groups > 1 and (zeros < LEAST or weight.shape[1] == 1)):
+    if max(stride) > MOST_STRIDE or (groups > 1 and (zeros < MIN_GROUPED_ZEROS or weight.shape[1] == 1)):
         return None
-    how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    wide = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MOST_BYTES_IN_A_SUM
-    kind = "fp32" if groups > 1 or wide else values or "fp32"
-    by_squares = winograd.fit(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
-    least = LEAST_ZEROS_OF_SQUARES if by_squares else LEAST_ZEROS
-    if groups == 1 and kind == "fp32" and few_zeros(weight, least):
+    geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    overflows = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MOST_BYTES_IN_A_SUM  # of a sum of int8
+    kind = "fp32" if groups > 1 or overflows else precision or "fp32"
+    by_winograd = winograd.fit(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
+    min_zeros = LEAST_ZEROS_OF_SQUARES if by_winograd else LEAST_ZEROS
+    if groups == 1 and kind == "fp32" and is_nearly_dense(weight, min_zeros):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
-    form = pack_conv(weight, kind, **how, block=CONV_BLOCK if groups > 1 else NEAR)
+    form = pack_conv(weight, kind, **geometry, block=CONV_BLOCK if groups > 1 else NEAR)
     if groups == 1 and shared(form) < SHARED:
-        form = pack_conv(weight, kind, **how, block=NEAR, sell=True)
+        form = pack_conv(weight, kind, **geometry, block=NEAR, sell=True)
     return form

@@ -1,7 +1,7 @@
-"""The operators that a saved graph may call, by name: words, ATen's pure functions, and arithmetic of sizes.
+"""The operators that a saved graph may call, by name: the engine's, pure functions of ATen, and arithmetic of sizes.
 
-A name from a file is looked up here and nowhere else. What it is called with is checked by its signature, so that a
-graph that was read is one that could have been written: see `check_call`.
+A name from a file is looked up here and nowhere else. The arguments of a call are checked against the operator's
+signature: see `check_call`.
 """
 
 from __future__ import annotations
@@ -15,36 +15,10 @@ import torch
 from torch import fx
 from torch.fx.immutable_collections import immutable_list
 
-from rarefy.compiler import ops
+from rarefy.compiler.operators.table import BY_NAME, BY_TARGET
 from rarefy.runtime.reference import ACTIVATIONS
 
-TENSOR, NUMBER, SEVERAL, CACHE = "a tensor", "a number", "several tensors", "a cache"  # what a node gives
-
-# what each argument of a word is, see ARGUMENTS; "?" where None will do
-OPS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "linear": (ops.linear, ("tensor", "weight", "constant?", "tensor?", "act")),
-    "conv2d": (
-        ops.conv2d,
-        ("tensor", "weight", "constant?", "tensor?", "act", "pair", "pair", "pair", "count"),
-    ),
-    "norm": (ops.norm, ("tensor", "constant?", "constant?", "number", "flag", "count")),
-    "rope": (ops.rope, ("tensor", "tensor", "tensor", "count")),
-    "max_pool2d": (ops.max_pool2d, ("tensor", "pair", "pair", "pair", "pair")),
-    "global_avg_pool": (ops.global_avg_pool, ("tensor",)),
-    "embedding": (ops.embedding, ("tensor", "weight")),
-    "add": (ops.add, ("tensor", "tensor", "act")),
-    "mul": (ops.mul, ("tensor", "tensor", "act")),
-    "activation": (ops.activation, ("tensor", "act")),
-    "attention": (
-        ops.attention,
-        ("tensor", "tensor", "tensor", "tensor?", "count", "count", "number", "flag"),
-    ),
-    "additive_mask": (ops.additive_mask, ("tensor",)),
-    "cached_attention": (
-        ops.cached_attention,
-        ("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window"),
-    ),
-}
+TENSOR, NUMBER, SEVERAL, CACHE = "a tensor", "a number", "several tensors", "a cache"  # what a node's output is
 
 OLD_NAMES = {  # of operators in graphs of schema 1
     "words.product": "rarefy.linear",
@@ -62,7 +36,7 @@ OLD_NAMES = {  # of operators in graphs of schema 1
     "words.recall": "rarefy.cached_attention",
 }
 
-# operators on sizes, and how many they take
+# operators on sizes, and their number of arguments
 PYTHON: dict[str, tuple[Any, int]] = {
     "operator.getitem": (operator.getitem, 2),
     "operator.add": (operator.add, 2),
@@ -88,7 +62,7 @@ PYTHON: dict[str, tuple[Any, int]] = {
     "math.trunc": (math.trunc, 1),
 }
 
-# functions of their arguments alone: nothing is changed, drawn at random, read from or written to a file
+# pure functions: they change nothing, draw no random numbers and touch no file
 _NAMES = """
 __and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor
 _adaptive_avg_pool2d.default _log_softmax.default _native_batch_norm_legit.no_stats
@@ -146,7 +120,7 @@ where.Scalar where.ScalarOther where.ScalarSelf where.self
 zeros.default zeros_like.default
 """
 ATEN = frozenset(_NAMES.split())
-ONLY: dict[str, dict[str, Any]] = {  # arguments with which these are such functions
+PURE_WITH: dict[str, dict[str, Any]] = {  # arguments with which these are pure
     "aten.scaled_dot_product_attention.default": {"dropout_p": 0.0},
     "aten.batch_norm.default": {"training": False},
     "aten.instance_norm.default": {"running_mean": None, "running_var": None},
@@ -157,28 +131,29 @@ def find(name: str) -> Any:
     """Return the operator of a name, None for one that no graph may call. O(1)."""
     family, _, rest = name.partition(".")
     if family == "rarefy":
-        return OPS[rest][0] if rest in OPS else None
+        return BY_NAME[rest].reference if rest in BY_NAME else None
     if name in PYTHON:
         return PYTHON[name][0]
     if family != "aten" or rest not in ATEN:
         return None
     packet, _, overload = rest.partition(".")
-    return getattr(getattr(torch.ops.aten, packet, None), overload, None)  # another torch may lack it
+    return getattr(getattr(torch.ops.aten, packet, None), overload, None)  # another version of torch may lack it
 
 
 def name_of(target: Any) -> str | None:
-    """Return the name under which `find` has an operator, None where it has it not. O(operators).
+    """Return the name under which `find` has an operator, None where it has none. O(operators).
 
-    >>> name_of(torch.ops.aten.relu.default), name_of(operator.mul), name_of(ops.norm), name_of(print)
+    >>> name_of(torch.ops.aten.relu.default), name_of(operator.mul), name_of(BY_NAME["norm"].reference), name_of(print)
     ('aten.relu.default', 'operator.mul', 'rarefy.norm', None)
     """
-    known = {f"rarefy.{n}": f for n, (f, _) in OPS.items()} | {n: f for n, (f, _) in PYTHON.items()}
-    name = next((n for n, f in known.items() if f is target), str(target))
+    if target in BY_TARGET:
+        return f"rarefy.{BY_TARGET[target].name}"
+    name = next((n for n, (function, _) in PYTHON.items() if function is target), str(target))
     return name if find(name) is target else None
 
 
-def gives(target: Any) -> str:
-    """Return what calls of an operator that `find` has give: TENSOR, NUMBER or SEVERAL."""
+def output_kind(target: Any) -> str:
+    """Return what calls of an operator that `find` has return: TENSOR, NUMBER or SEVERAL."""
     if not isinstance(target, torch._ops.OpOverload):
         return NUMBER if any(target is f for f, _ in PYTHON.values()) else TENSOR
     kinds = [str(r.real_type) for r in target._schema.returns]
@@ -186,43 +161,51 @@ def gives(target: Any) -> str:
 
 
 def check_call(
-    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Mapping[Any, str], weights: Mapping[Any, bool]
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], nodes: Mapping[Any, str], weights: Mapping[Any, bool]
 ) -> str:
-    """Return what a call gives; ValueError unless its arguments are as many and of the kinds that the operator takes.
+    """Check a call, and return what it returns: TENSOR, NUMBER or SEVERAL.
 
-    given    what each earlier node gives
-    weights  the placeholders of constants; False where there is the packed weight alone
+    Args:
+        target: an operator that `find` has.
+        args: its arguments.
+        kwargs: its keywords.
+        nodes: what the output of each earlier node is.
+        weights: the placeholders of constants; False where only the packed weight is stored.
+
+    Raises:
+        ValueError: unless the operator has so many arguments of these kinds.
     """
-    word = next((n for n, (f, _) in OPS.items() if f is target), None)
-    if word is not None:
-        _check_word(word, args, kwargs, given, weights)
+    if target in BY_TARGET:
+        _check_engine_call(BY_TARGET[target].arguments, args, kwargs, nodes, weights)
     elif isinstance(target, torch._ops.OpOverload):
-        _check_aten(target, args, kwargs, given)
+        _check_aten_call(target, args, kwargs, nodes)
     elif target is operator.getitem:
-        if len(args) != 2 or kwargs or not _gives(args[0], SEVERAL, given) or type(args[1]) is not int:
-            raise ValueError("getitem takes several tensors and a whole number")
+        if len(args) != 2 or kwargs or not _is_output(args[0], SEVERAL, nodes) or type(args[1]) is not int:
+            raise ValueError("getitem: expected several tensors and a whole number")
         return TENSOR
     else:
-        many = next(n for f, n in PYTHON.values() if f is target)
-        if len(args) != many or kwargs or not all(_fits("number", a, given) for a in args):
-            raise ValueError(f"{many} number{'s' * (many > 1)} expected, got {_shown(args)}")
-    return gives(target)
+        count = next(n for f, n in PYTHON.values() if f is target)
+        if len(args) != count or kwargs or not all(_fits("number", a, nodes) for a in args):
+            raise ValueError(f"expected {count} number{'s' * (count > 1)}, got {_short(args)}")
+    return output_kind(target)
 
 
-def _check_word(
-    word: str, args: Sequence[Any], kwargs: Any, given: Mapping[Any, str], weights: Mapping[Any, bool]
+def _check_engine_call(
+    kinds: Sequence[str], args: Sequence[Any], kwargs: Any, nodes: Mapping[Any, str], weights: Mapping[Any, bool]
 ) -> None:
-    kinds = OPS[word][1]
     if kwargs or len(args) != len(kinds):
-        raise ValueError(f"{len(kinds)} arguments expected, got {len(args) + len(kwargs)}")
+        raise ValueError(f"expected {len(kinds)} arguments, got {len(args) + len(kwargs)}")
     for i, (kind, value) in enumerate(zip(kinds, args)):
         name = kind.removesuffix("?")
-        if (value is not None or name == kind) and not ARGUMENTS[name][0](value, given, weights):
-            raise ValueError(f"argument {i + 1} is {_shown(value)}, {ARGUMENTS[name][1]} is expected")
+        valid, description = ARGUMENTS[name]
+        if (value is not None or name == kind) and not valid(value, nodes, weights):
+            raise ValueError(f"argument {i + 1}: expected {description}, got {_short(value)}")
 
 
+# kinds of arguments in `OpSpec.arguments`: whether a value is one, and what messages call it
 ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
-    "tensor": (lambda v, given, _: _gives(v, TENSOR, given), "an earlier tensor"),
+    "tensor": (lambda v, nodes, _: _is_output(v, TENSOR, nodes), "an earlier tensor"),
+    "mask": (lambda v, nodes, _: _is_output(v, TENSOR, nodes), "an earlier tensor"),
     "weight": (lambda v, _, weights: isinstance(v, fx.Node) and v in weights, "a weight"),
     "constant": (lambda v, _, weights: isinstance(v, fx.Node) and weights.get(v, False), "a constant"),
     "act": (
@@ -233,33 +216,35 @@ ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
         lambda v, *_: type(v) is tuple and len(v) == 2 and all(type(n) is int and n >= 0 for n in v),
         "a pair of whole numbers",
     ),
-    "count": (lambda v, *_: type(v) is int and v > 0, "a whole number from 1 on"),
-    "window": (lambda v, *_: type(v) is int and 0 <= v < 1 << 62, "a whole number from 0 on"),
-    "cache": (lambda v, given, _: _gives(v, CACHE, given), "the cache"),
+    "count": (lambda v, *_: type(v) is int and v > 0, "a whole number from 1 up"),
+    "window": (lambda v, *_: type(v) is int and 0 <= v < 1 << 62, "a whole number from 0 up"),
+    "cache": (lambda v, nodes, _: _is_output(v, CACHE, nodes), "the cache"),
     "number": (lambda v, *_: type(v) in (int, float), "a number"),
     "flag": (lambda v, *_: type(v) is bool, "True or False"),
 }
 
 
-def _check_aten(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Mapping[Any, str]) -> None:
-    wanted = list(target._schema.arguments)
-    positional = [a for a in wanted if not a.kwarg_only]
+def _check_aten_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], nodes: Mapping[Any, str]) -> None:
+    schema = list(target._schema.arguments)
+    positional = [a for a in schema if not a.kwarg_only]
     if len(args) > len(positional):
-        raise ValueError(f"{len(positional)} arguments expected, got {len(args)}")
-    named = {a.name: a for a in wanted[len(args) :]}
-    odd = next((n for n in kwargs if n not in named), None)
-    lacking = next((n for n, a in named.items() if n not in kwargs and not a.has_default_value()), None)
-    if odd is not None or lacking is not None:
-        raise ValueError(f"lacks the argument {lacking}" if odd is None else f"takes no argument {_shown(odd)} here")
+        raise ValueError(f"expected at most {len(positional)} arguments, got {len(args)}")
+    named = {a.name: a for a in schema[len(args) :]}
+    unexpected = next((n for n in kwargs if n not in named), None)
+    missing = next((n for n, a in named.items() if n not in kwargs and not a.has_default_value()), None)
+    if unexpected is not None:
+        raise ValueError(f"has no argument {_short(unexpected)} here")
+    if missing is not None:
+        raise ValueError(f"the argument {missing} is missing")
     values = {**dict(zip((a.name for a in positional), args)), **kwargs}
-    for about in wanted:
-        kind, value = str(about.real_type), values.get(about.name)
-        one = about.N is not None and type(value) is int  # stands for N of them
-        if about.name in values and not one and not _fits(kind, value, given):
-            raise ValueError(f"argument {about.name} is {_shown(value)}, {kind} is expected")
-    for name, only in ONLY.get(str(target), {}).items():
-        if values.get(name, only) != only:
-            raise ValueError(f"argument {name} is {_shown(values[name])}, {only} is expected")
+    for argument in schema:
+        kind, value = str(argument.real_type), values.get(argument.name)
+        repeated = argument.N is not None and type(value) is int  # one number stands for N equal ones
+        if argument.name in values and not repeated and not _fits(kind, value, nodes):
+            raise ValueError(f"argument {argument.name}: expected {kind}, got {_short(value)}")
+    for name, pure in PURE_WITH.get(str(target), {}).items():
+        if values.get(name, pure) != pure:
+            raise ValueError(f"argument {name}: expected {pure}, got {_short(values[name])}")
 
 
 LITERALS: dict[str, tuple[type, ...]] = {
@@ -274,27 +259,27 @@ LITERALS: dict[str, tuple[type, ...]] = {
     "Layout": (torch.layout,),
     "MemoryFormat": (torch.memory_format,),
 }
-SIZES = ("int", "float", "number", "bool", "Tensor")  # for which a number that another node gives will do
+NUMERIC = ("int", "float", "number", "bool", "Tensor")  # kinds for which another node's number will do
 LISTS = (list, tuple, immutable_list)
 
 
-def _fits(kind: str, value: Any, given: Mapping[Any, str]) -> bool:
-    """Whether a value is of a schema's kind, such as Optional[List[int]]."""
+def _fits(kind: str, value: Any, nodes: Mapping[Any, str]) -> bool:
+    """Return whether a value is of a schema's kind, such as Optional[List[int]]."""
     outer, _, inner = kind.removesuffix("]").partition("[")
     if outer == "Optional":
-        return value is None or _fits(inner, value, given)
+        return value is None or _fits(inner, value, nodes)
     if isinstance(value, fx.Node):
-        numbers = kind in SIZES and _gives(value, NUMBER, given)
-        return numbers or _gives(value, {"Tensor": TENSOR, "List[Tensor]": SEVERAL}.get(kind), given)
+        number = kind in NUMERIC and _is_output(value, NUMBER, nodes)
+        return number or _is_output(value, {"Tensor": TENSOR, "List[Tensor]": SEVERAL}.get(kind), nodes)
     if outer == "List":
-        return type(value) in LISTS and all(_fits(inner, v, given) for v in value)
+        return type(value) in LISTS and all(_fits(inner, v, nodes) for v in value)
     return type(value) in LITERALS.get(kind, ())
 
 
-def _gives(value: Any, what: str | None, given: Mapping[Any, str]) -> bool:
-    return isinstance(value, fx.Node) and what is not None and given.get(value) == what
+def _is_output(value: Any, kind: str | None, nodes: Mapping[Any, str]) -> bool:
+    return isinstance(value, fx.Node) and kind is not None and nodes.get(value) == kind
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,12 +1,13 @@
-"""Words of a graph as steps of one native call, for given sizes: where every value lies, and what is done to it.
+"""Build and run a native program: the steps of a fused subgraph for given input shapes, and the memory of their values.
 
-A value [.., tokens, features] lies in tiles [tiles][features][64 tokens], fp32. Sequences begin at whole vectors, so
-that attention never meets two in one. Where tokens are few, and weights packed for few, values lie row after row.
+A value [.., tokens, features] is stored in tiles [tiles][features][64 tokens], fp32. Sequences that attention reads
+begin at whole vectors, so that no vector holds tokens of two of them. Where there are few tokens and weights are packed
+for that ("decode"), values are stored row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from math import prod
@@ -16,24 +17,25 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import ModelError
-from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, OpSpec, describe
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS
 from rarefy.runtime.huge_pages import fresh
 from rarefy.runtime.packed_formats import SLAB, Bitmask, Panels, Sell, Tiles
 
 NT = 64  # tokens of a tile
-VECTOR = 16  # tokens that a sequence is filled up to, where several lie one after the other
-MOST_FEW = 8  # tokens that are few
+VECTOR = 16  # tokens of a vector; several sequences are padded to a multiple of it
+MAX_DECODE_TOKENS = 8  # tokens up to which values are stored row by row
+DECODE_FORMATS = (Bitmask, Panels)  # packed weights that read rows
 NAMES = (  # rarefy_op of csrc/rarefy.h, as are the structs below
     "pack", "unpack", "linear", "convert", "norm", "add", "mul", "attention", "rope", "kv_store", "pad_planes", "conv",
     "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax",
 )  # fmt: skip
 OPS = {name: i for i, name in enumerate(NAMES)}
-WRITTEN = ("out", "out_scales", "out_absmax")  # operands that a step writes
-FOR_FEW = (Bitmask, Panels)
-BESIDE = (ops.add, ops.mul, ops.activation)  # of images, what reads them pixel by pixel
+WRITTEN_OPERANDS = ("out", "out_scales", "out_absmax")
+
+Span = tuple[int, int, bool]  # start and end in memory, and whether it is written
 
 
 class View(Structure):
@@ -74,15 +76,15 @@ class Attention(Structure):
 
 @dataclass(frozen=True)
 class Tokens:
-    """How the tokens of values lie: `batch` sequences of `tokens`, each beginning `apart` columns after the last."""
+    """How the tokens of a value are stored: `batch` sequences of `tokens`, each `seq_stride` columns after the last."""
 
     batch: int
     tokens: int
-    apart: int
+    seq_stride: int
 
     @property
     def columns(self) -> int:
-        return self.batch * self.apart
+        return self.batch * self.seq_stride
 
     @property
     def tiles(self) -> int:
@@ -91,32 +93,41 @@ class Tokens:
 
 @dataclass
 class Value:
-    """A tensor in tiles, or of few tokens in rows: floats of a tile or row, where it begins in the plan's memory, how
-    long it is needed."""
+    """A tensor in a program's memory, in tiles, or row by row for few tokens.
+
+    Attributes:
+        created: index of the step that writes it first.
+        last: index of the last step that reads or writes it.
+        start: where it begins in the program's memory, in floats.
+        size: floats that it needs, where that does not follow from tokens and features.
+    """
 
     tokens: Tokens
     features: int
-    made: int
-    few: bool
+    created: int
+    decode: bool
     last: int = -1
     start: int = 0
-    size: int | None = None  # floats, where it is neither
+    size: int | None = None
 
     @property
-    def tile(self) -> int:
-        return -(-self.features // 16) * 16 if self.few else -(-self.features // 4) * 4 * NT
+    def stride(self) -> int:
+        """Floats of a tile, or of a row."""
+        return -(-self.features // 16) * 16 if self.decode else -(-self.features // 4) * 4 * NT
 
     @property
     def floats(self) -> int:
         if self.size is not None:
             return -(-self.size // NT) * NT
-        return -(-self.tokens.columns * self.tile // NT) * NT if self.few else self.tokens.tiles * self.tile
+        if self.decode:
+            return -(-self.tokens.columns * self.stride // NT) * NT
+        return self.tokens.tiles * self.stride
 
 
 class Program:
-    """The steps of some words for given sizes of their inputs.
+    """The native steps of some nodes for given shapes of their inputs.
 
-    Holds memory of its own, so one thread runs it at a time.
+    It has memory of its own, so one thread at a time may run it.
     """
 
     def __init__(
@@ -127,225 +138,255 @@ class Program:
         shapes: Mapping[Node, tuple[int, ...]],
         kernels: Mapping[Node, Any],
         constants: Mapping[str, Tensor],
-        lower: Mapping[Any, Callable[[Program, Node], None]],
+        operators: Mapping[Any, OpSpec],
         images: Collection[Node] = (),
     ):
-        self.shapes, self.kernels, self.constants = dict(shapes), kernels, constants
-        self.images = images  # of what is [batch, features, rows, columns]
+        self.shapes, self.kernels, self.constants, self.operators = dict(shapes), kernels, constants, operators
+        self.images = images  # values [batch, channels, height, width]
         self.values: dict[Node, Value] = {}
         self.every: list[Value] = []
-        self.steps: list[tuple[Step, dict[str, Any], list[tuple[int, int, bool]]]] = []
-        self.held: list[Any] = []  # whose addresses steps have
-        self.attends: list[tuple[Attention, dict[str, Value]]] = []
-        self.kept = KVCache()
-        self.planes: dict[tuple[Any, ...], Value] = {}  # of images, by kernel
+        self.steps: list[tuple[Step, dict[str, Value], list[Span]]] = []
+        self.held: list[Any] = []  # objects whose addresses are in steps
+        self.attentions: list[tuple[Attention, dict[str, Value]]] = []
+        self.cache = KVCache()
+        self.planes: dict[tuple[Any, ...], Value] = {}  # padded images, by the kernel that reads them
         self.masks: list[tuple[Node, Attention]] = []
-        self.bytes: dict[tuple[Node, str], tuple[Value, Value]] = {}  # inputs in other numbers, and their scales
-        self.few = self._few(nodes, inputs)
-        attends = (ops.attention, ops.cached_attention)
-        self.spread = set() if self.few else {self._lead(n) for n in nodes if n.target in attends}
-        masks = {n.args[3] for n in nodes if n.target is ops.attention}
+        self.quantized: dict[tuple[Node, str], tuple[Value, Value]] = {}  # inputs in other precisions, and their scales
+        self.decode = self._few_tokens(nodes, inputs)
+        whole = [n for n in nodes if operators[n.target].whole_sequences]
+        self.aligned = set() if self.decode else {self.shape(n)[:-1] for n in whole}
+        masks = {operators[n.target].argument(n, "mask") for n in nodes}
         self.inputs = [n for n in inputs if n not in masks]
         self.raw: dict[Node, list[int]] = {n: [] for n in self.inputs}  # the steps that read an input as it comes
         inner = set(nodes)
         for node in self.inputs:
-            if node not in images or any(u in inner and self._by_pixel(node, u) for u in node.users):
-                self._enter(node)
+            if node not in images or any(u in inner and self._reads_pixels(node, u) for u in node.users):
+                self._pack_input(node)
         for node in nodes:
-            lower[node.target](self, node)
-        self.exits = [self._leave(n) for n in outputs]
-        self._settle()
-        self.reads = {(a.batch, a.queries) for a, _ in self.attends if a.cache}  # sequences and tokens of a cache
+            lower = operators[node.target].lower
+            assert lower is not None
+            lower(self, node)
+        self.exits = [self._unpack_output(n) for n in outputs]
+        self._plan_memory()
+        self._fill_addresses()
+        self.cache_reads = {(a.batch, a.queries) for a, _ in self.attentions if a.cache}  # sequences and new tokens
 
     # ---- values
 
-    def _few(self, nodes: Sequence[Node], inputs: Sequence[Node]) -> bool:
-        """Whether tokens are few, and every step knows them so."""
-        packed = [self.kernels[n].held[0] for n in nodes if n.target is ops.linear]
+    def _few_tokens(self, nodes: Sequence[Node], inputs: Sequence[Node]) -> bool:
+        """Return whether there are few tokens, and every operator can read them row by row."""
+        packed = [self.kernels[n].held[0] for n in nodes if n in self.kernels]
         tokens = max((prod(self.shape(n)[:-1]) for n in inputs), default=0)
-        plain = any(n.target is ops.attention for n in nodes)
         return (
-            tokens <= MOST_FEW
+            tokens <= MAX_DECODE_TOKENS
             and not self.images
-            and not plain
-            and all(isinstance(w, FOR_FEW) for w in packed)
+            and all(self.operators[n.target].few_tokens for n in nodes)
+            and all(isinstance(w, DECODE_FORMATS) for w in packed)
             and bool(packed)
         )
 
-    def _lead(self, node: Node) -> tuple[int, ...]:
-        return self.shape(node)[:-1]
-
     def shape(self, node: Node) -> tuple[int, ...]:
-        """Return the sizes of a value: of a word, its first input's, where the word's lowering has not said others."""
+        """Return the shape of a value."""
         if node not in self.shapes:
-            s = self.shape(node.args[0])
-            self.shapes[node] = (*s[:-1], self.kernels[node].shape[0]) if node.target is ops.linear else s
+            spec = self.operators[node.target]
+            first = self.shape(spec.tensors(node)[0])
+            self.shapes[node] = spec.out_shape(describe(node, spec, [first], self.kernels, self.constants, {}))
         return self.shapes[node]
 
-    def _tokens(self, lead: tuple[int, ...]) -> Tokens:
-        if lead in self.spread and lead[0] > 1:
-            return Tokens(lead[0], lead[1], -(-lead[1] // VECTOR) * VECTOR)
-        n = prod(lead[1:] if self.few else lead)
-        return Tokens(lead[0] if self.few and lead else 1, n, max(n, 1))
+    def _tokens(self, leading: tuple[int, ...]) -> Tokens:
+        """Return how values of these leading dimensions are stored."""
+        if leading in self.aligned and leading[0] > 1:
+            return Tokens(leading[0], leading[1], -(-leading[1] // VECTOR) * VECTOR)
+        n = prod(leading[1:] if self.decode else leading)
+        return Tokens(leading[0] if self.decode and leading else 1, n, max(n, 1))
 
-    def _new(self, lead: tuple[int, ...], features: int) -> Value:
-        v = Value(self._tokens(lead), features, len(self.steps), self.few)
-        self.every.append(v)
-        return v
-
-    def over(self, node: Node) -> Value:
-        """Return what an image would be in tiles, without a place."""
+    def image_tokens(self, node: Node) -> Value:
+        """Return the value that an image would be, a token for each pixel, without memory."""
         batch, features, *sizes = self.shape(node)
         return Value(Tokens(batch, prod(sizes), prod(sizes)), features, len(self.steps), False)
 
-    def beside(self, v: Value, features: int) -> Value:
+    def _add(self, v: Value) -> Value:
+        self.every.append(v)
+        return v
+
+    def new_like(self, v: Value, features: int) -> Value:
         """Return a new value of the same tokens."""
-        made = Value(v.tokens, features, len(self.steps), self.few)
-        self.every.append(made)
-        return made
+        return self._add(Value(v.tokens, features, len(self.steps), self.decode))
 
     def make(self, node: Node) -> Value:
-        """Return a new value for a node."""
+        """Return a new value for a node's output."""
         if node in self.images:
-            v = self.over(node)
-            self.every.append(v)
+            v = self.image_tokens(node)
         else:
-            *lead, features = self.shape(node)
-            v = self._new(tuple(lead), features)
-        self.values[node] = v
+            *leading, features = self.shape(node)
+            v = Value(self._tokens(tuple(leading)), features, len(self.steps), self.decode)
+        self.values[node] = self._add(v)
         return v
 
     def use(self, v: Value) -> Value:
+        """Note that the next step uses a value; return it."""
         v.last = len(self.steps)
         return v
 
-    def ranges(self, v: Value) -> Value | None:
-        """Return the largest magnitudes of a value's columns, for each 128 features: where what makes it can tell."""
+    def absmax(self, v: Value) -> Value | None:
+        """Return the largest magnitudes of each column for each 128 features, if the step that computes v can find them
+        on the way."""
         i = next(i for i in reversed(range(len(self.steps))) if self.steps[i][1].get("out") is v)
-        made, at, _ = self.steps[i]
-        sorted_ = made.op == OPS["linear"] and FORMATS[made.format] in (Tiles, Sell)
-        if not (sorted_ or (made.op == OPS["conv"] and not made.winograd)):
+        producer, operands, _ = self.steps[i]
+        by_tiles = producer.op == OPS["linear"] and FORMATS[producer.format] in (Tiles, Sell)
+        if not (by_tiles or (producer.op == OPS["conv"] and not producer.winograd)):
             return None
-        if "out_absmax" not in at:
-            at["out_absmax"] = Value(v.tokens, -(-v.features // SLAB), i, False)
-            self.every.append(at["out_absmax"])
-        return at["out_absmax"]
+        if "out_absmax" not in operands:
+            operands["out_absmax"] = self._add(Value(v.tokens, -(-v.features // SLAB), i, False))
+        return operands["out_absmax"]
 
-    def _by_pixel(self, image: Node, user: Node) -> bool:
-        """Whether a word reads an image's tiles, not its planes."""
-        if user.target is ops.conv2d:
-            kernel = self.kernels.get(user)
-            return user.args[3] is image or (kernel is not None and kernel.held[0].kind == "int8")
-        return user.target in (*BESIDE, ops.global_avg_pool)
+    def _reads_pixels(self, image: Node, user: Node) -> bool:
+        """Return whether an operator reads an image's pixels as they are stored, not its padded planes."""
+        spec, kernel = self.operators[user.target], self.kernels.get(user)
+        if spec.layout in (ELEMENTWISE, IMAGES_TO_ROWS) or (spec.epilogue and user.args[3] is image):
+            return True
+        return kernel is not None and kernel.held[0].kind == "int8"
 
     # ---- steps
 
-    def step(self, op: str, over: Value, /, kept: Any = (), **places: Any) -> Step:
-        """Add a step over the tokens of `over`; `places` are values, or numbers of the step. `kept`: from where to
-        where it reads, or writes, in a cache."""
+    def step(self, op: str, over: Value, /, cache_spans: Sequence[Span] = (), **fields: Any) -> Step:
+        """Append a step over the tokens of a value.
+
+        Args:
+            op: one of NAMES.
+            over: the value whose tokens and features the step runs over.
+            cache_spans: what it reads or writes in a KV cache, to order steps.
+            **fields: its operands, which are values, and its numbers.
+        """
         t = over.tokens
         s = Step(op=OPS[op], columns=t.columns, batch=t.batch, tokens=t.tokens, features=over.features)
-        s.seq_stride, s.groups, s.decode = t.apart, 1, int(self.few)
-        at = {n: p for n, p in places.items() if isinstance(p, Value)}
-        for n, p in places.items():
-            if not isinstance(p, Value):
-                setattr(s, n, p)
-        self.steps.append((s, at, list(kept)))
+        s.seq_stride, s.groups, s.decode = t.seq_stride, 1, int(self.decode)
+        operands = {n: f for n, f in fields.items() if isinstance(f, Value)}
+        for n, f in fields.items():
+            if not isinstance(f, Value):
+                setattr(s, n, f)
+        self.steps.append((s, operands, list(cache_spans)))
         return s
 
-    def _enter(self, node: Node) -> None:
+    def _pack_input(self, node: Node) -> None:
         v = self.make(node)
         self.raw[node].append(len(self.steps))
         self.step("pack", v, out=self.use(v), channels_first=int(node in self.images))
 
-    def _leave(self, node: Node) -> tuple[Step, tuple[int, ...]]:
+    def _unpack_output(self, node: Node) -> tuple[Step, tuple[int, ...]]:
         v = self.use(self.values[node])
         return self.step("unpack", v, x=v, channels_first=int(node in self.images)), self.shape(node)
 
     def constant(self, node: Any) -> int | None:
+        """Return the address of a constant in fp32, None for None."""
         if node is None:
             return None
         t = self.constants[node.name].float().contiguous()
         self.held.append(t)
         return t.data_ptr()
 
-    def _settle(self) -> None:
-        """Give every value its place: what is not needed any more makes room."""
+    # ---- memory
+
+    def _plan_memory(self) -> None:
+        """Give every value its start: the smallest free gap that fits and is at most twice as large, else new memory.
+
+        The memory of a value is free again after the last step that uses it.
+        """
         free: list[tuple[int, int]] = []  # floats, start
-        end, ends = 0, {}
+        end = 0
+        expiring: dict[int, list[Value]] = {}
         for i in range(len(self.steps) + 1):
-            for v in ends.pop(i, ()):
+            for v in expiring.pop(i, ()):
                 free.append((v.floats, v.start))
-            for v in (v for v in self.every if v.made == i):
-                fit = min((f for f in free if f[0] >= v.floats), default=None)
-                if fit is not None and fit[0] <= 2 * v.floats:
-                    free.remove(fit)
-                    v.start = fit[1]
-                    if fit[0] > v.floats:
-                        free.append((fit[0] - v.floats, fit[1] + v.floats))
+            for v in (v for v in self.every if v.created == i):
+                gap = min((f for f in free if f[0] >= v.floats), default=None)
+                if gap is not None and gap[0] <= 2 * v.floats:
+                    free.remove(gap)
+                    v.start = gap[1]
+                    if gap[0] > v.floats:
+                        free.append((gap[0] - v.floats, gap[1] + v.floats))
                 else:
                     v.start, end = end, end + v.floats
-                ends.setdefault(max(v.last, v.made) + 1, []).append(v)
+                expiring.setdefault(max(v.last, v.created) + 1, []).append(v)
         self.memory = fresh(4 * end).view(torch.float32).zero_()
+
+    def _fill_addresses(self) -> None:
+        """Write addresses and dependencies into the steps."""
         base = self.memory.data_ptr()
         self.array = (Step * len(self.steps))()
-        touched = [self._touched(i) for i in range(len(self.steps))]
-        for i, (s, places, _) in enumerate(self.steps):
-            for name, v in places.items():
-                if hasattr(s, name):  # an attention's lie in its own structure
-                    setattr(s, name, View(base + 4 * v.start, v.tile))
-            s.depends_on = _depends_on(touched, i)
+        spans = [self._spans(i) for i in range(len(self.steps))]
+        for i, (s, operands, _) in enumerate(self.steps):
+            for name, v in operands.items():
+                if hasattr(s, name):  # q, k and v are in the attention's own struct
+                    setattr(s, name, View(base + 4 * v.start, v.stride))
+            s.depends_on = _depends_on(spans, i)
             self.array[i] = s
-        for a, places in self.attends:
-            for name, v in places.items():
+        for a, operands in self.attentions:
+            for name, v in operands.items():
                 setattr(a, name, base + 4 * v.start)
-                setattr(a, f"{name}_stride", v.tile)
+                setattr(a, f"{name}_stride", v.stride)
         self.final = [self.array[i] for i in range(len(self.steps) - len(self.exits), len(self.steps))]
-        self.sizes = [shape for _, shape in self.exits]
+        self.out_shapes = [shape for _, shape in self.exits]
         self.call = bindings.library().rarefy_run_program
 
-    def _touched(self, i: int) -> list[tuple[int, int, bool]]:
-        """From where to where a step reads, or writes (True)."""
-        _, places, kept = self.steps[i]
-        return [*((v.start, v.start + v.floats, n in WRITTEN) for n, v in places.items()), *kept]
+    def _spans(self, i: int) -> list[Span]:
+        """Return the spans of memory and of the cache that a step reads or writes."""
+        _, operands, cache_spans = self.steps[i]
+        return [*((v.start, v.start + v.floats, n in WRITTEN_OPERANDS) for n, v in operands.items()), *cache_spans]
 
-    def run(self, given: Mapping[Node, Any], cache: Any = None) -> list[Tensor]:
-        """Return the outputs, row after row. With a cache, the tokens are the next ones of it; ModelError for one that
-        is not for so many."""
-        for batch, tokens in self.reads:
+    # ---- running
+
+    def run(self, inputs: Mapping[Node, Any], cache: Any = None) -> list[Tensor]:
+        """Return the outputs, contiguous.
+
+        Args:
+            inputs: a tensor for each of the subgraph's inputs.
+            cache: the KV cache that the tokens are appended to, where the program has cached attention.
+
+        Raises:
+            ModelError: if the cache is missing, or is for another batch, or has too little room.
+            MemoryError: if the native code finds no memory.
+        """
+        for batch, tokens in self.cache_reads:
             if cache is None or batch != cache.batch or cache.past + tokens > cache.capacity:
-                raise ModelError(f"no cache for {batch} sequences of {tokens} tokens more: use rarefy.decoder's own")
+                raise ModelError(
+                    f"expected a cache with room for {tokens} more tokens of {batch} sequences: use decoder.cache()"
+                )
         if cache is not None:
-            k, starts = self.kept, cache.starts
-            k.data, k.batch, k.capacity, k.length = cache.memory.data_ptr(), cache.batch, cache.capacity, cache.past
-            k.starts = None if starts is None else starts.data_ptr()
-        kept = []
+            c, starts = self.cache, cache.starts
+            c.data, c.batch, c.capacity, c.length = cache.memory.data_ptr(), cache.batch, cache.capacity, cache.past
+            c.starts = None if starts is None else starts.data_ptr()
+        alive = []  # tensors whose addresses the steps hold during the call
         for node, steps in self.raw.items():
-            x = given[node].contiguous()
-            kept.append(x)
+            x = inputs[node].contiguous()
+            alive.append(x)
             for i in steps:
                 self.array[i].x.data = x.data_ptr()
         for node, a in self.masks:
-            m = given[node]
-            m = m[(None,) * (4 - m.dim())]
-            m = m.expand(a.batch, m.shape[1], a.queries, a.keys)
-            kept.append(m)
-            a.mask = m.data_ptr()
-            a.mask_batch_stride, a.mask_head_stride, a.mask_query_stride, a.mask_key_stride = m.stride()
-            if m.shape[1] == 1:
-                a.mask_head_stride = 0
-        out = [torch.empty(s) for s in self.sizes]
+            alive.append(_set_mask(a, inputs[node]))
+        out = [torch.empty(s) for s in self.out_shapes]
         for y, step in zip(out, self.final):
             step.out.data = y.data_ptr()
         if self.call(self.array, len(self.array)):
-            raise MemoryError("no memory to run a compiled model")
+            raise MemoryError("not enough memory to run a compiled model")
         return out
 
 
-def _depends_on(touched: Sequence[Sequence[tuple[int, int, bool]]], i: int) -> int:
-    """How many of the steps before a step must be done: up to the last that touches what it does."""
+def _set_mask(a: Attention, mask: Tensor) -> Tensor:
+    """Write a mask's address and strides; return the expanded mask, which the caller keeps alive."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask.expand(a.batch, mask.shape[1], a.queries, a.keys)
+    a.mask = mask.data_ptr()
+    a.mask_batch_stride, a.mask_head_stride, a.mask_query_stride, a.mask_key_stride = mask.stride()
+    if mask.shape[1] == 1:
+        a.mask_head_stride = 0
+    return mask
+
+
+def _depends_on(spans: Sequence[Sequence[Span]], i: int) -> int:
+    """Return how many steps must be done before step i: all up to the last one with which it shares written memory."""
     for j in range(i - 1, -1, -1):
-        for a, b, writes in touched[j]:
-            if any((writes or w) and a < end and start < b for start, end, w in touched[i]):
+        for a, b, writes in spans[j]:
+            if any((writes or w) and a < end and start < b for start, end, w in spans[i]):
                 return j + 1
     return 0

@@ -1,7 +1,8 @@
-"""Whether a compiled model does what the model does: on its example, and where sizes are one."""
+"""Check that a compiled model returns what the model returns: on the example, and where open sizes are 1."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,52 +11,73 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, RarefyError
+from rarefy.model.compare import relative_distance
 
 
-def prove(
+def verify(
     model: nn.Module,
-    made: Any,
+    compiled: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    apart: float,
-    allowed: list[set[str]] | None = None,
+    tolerance: float,
+    unit_sizes: list[set[str]] | None = None,
 ) -> list[set[str]]:
-    """Call both with the example; ModelError if their outputs are further apart than `apart` of their length.
+    """Compare outputs on the example, and open the sizes that may be 1. One or two calls for each open size.
 
-    An exported graph took every open size for two or more. Where model and graph agree on a size of one too, it is
-    allowed from then on; returns which. What was `allowed` so already must be as near. O(open sizes) calls.
+    torch.export takes every open size to be 2 or more. Where model and compiled model agree on a size of 1 too, it is
+    allowed from then on.
+
+    Args:
+        model: the model.
+        compiled: a `Compiled` made from it.
+        args: the example's arguments.
+        kwargs: the example's keywords.
+        tolerance: largest relative distance of each output.
+        unit_sizes: open sizes that an earlier call of this function allowed to be 1; they are only compared again.
+
+    Returns:
+        The names of sizes that may be 1, in sets of those that change together.
+
+    Raises:
+        ModelError: if outputs differ.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    for names in [set[str](), *(allowed or [])]:
-        fewer = [_narrowed(t, want, names) for want, t in zip(made.expected, leaves)]
-        far = distance(model, made, fewer, spec)
-        if not far <= apart:
-            what = f"the compiled {type(model).__name__} returns other numbers"
-            raise ModelError(f"{what}, {far:.2g} of their length apart{' where a size is one' if names else ''}")
-    found: list[set[str]] = []
-    for names in _together(made, leaves) if allowed is None else []:
-        before = {n: made.exported.ranges[n] for n in names}
-        made.exported.ranges.update({n: (1, most) for n, (_, most) in before.items()})
-        fewer = [_narrowed(t, want, names) for want, t in zip(made.expected, leaves)]
+    for names in [set[str](), *(unit_sizes or [])]:
+        d = distance(model, compiled, _with_ones(compiled, leaves, names), spec)
+        if not d <= tolerance:
+            where = " where a size is 1" if names else ""
+            raise ModelError(
+                f"the compiled {type(model).__name__} returns other outputs{where}: their relative distance is "
+                f"{d:.2g}, allowed are {tolerance:g}"
+            )
+    allowed: list[set[str]] = []
+    for names in _connected_sizes(compiled, leaves) if unit_sizes is None else []:
+        ranges = {n: compiled.exported.ranges[n] for n in names}
+        compiled.exported.ranges.update({n: (1, high) for n, (_, high) in ranges.items()})
         try:
-            agrees = distance(model, made, fewer, spec) <= apart
+            agrees = distance(model, compiled, _with_ones(compiled, leaves, names), spec) <= tolerance
         except (RarefyError, RuntimeError, ValueError, LookupError, AssertionError):
-            agrees = False  # the model itself may not take it
+            agrees = False  # the model itself may not accept a size of 1
         if agrees:
-            found.append(names)
+            allowed.append(names)
         else:
-            made.exported.ranges.update(before)
-    return found
+            compiled.exported.ranges.update(ranges)
+    return allowed
 
 
-def _together(made: Any, leaves: list[Any]) -> list[set[str]]:
-    """Names of open sizes from two on: those that the example has at the same place of several inputs are one."""
-    found: dict[tuple[int, int], set[str]] = {}
-    for want, t in zip(made.expected, leaves):
+def _connected_sizes(compiled: Any, leaves: list[Any]) -> list[set[str]]:
+    """Return the open sizes from 2 up; sizes of one dimension that are equal in the example belong together."""
+    groups: dict[tuple[int, int], set[str]] = {}
+    for want, t in zip(compiled.input_specs, leaves):
         for d, s in enumerate(want.sizes if isinstance(t, Tensor) else ()):
-            if made.exported.ranges.get(s, (0, 0))[0] == 2:
-                found.setdefault((d, t.shape[d]), set()).add(s)
-    return list(found.values())
+            if compiled.exported.ranges.get(s, (0, 0))[0] == 2:
+                groups.setdefault((d, t.shape[d]), set()).add(s)
+    return list(groups.values())
+
+
+def _with_ones(compiled: Any, leaves: list[Any], sizes: set[str]) -> list[Any]:
+    """Return the example with these sizes cut to 1."""
+    return [_narrowed(t, want, sizes) for want, t in zip(compiled.input_specs, leaves)]
 
 
 def _narrowed(t: Any, want: Any, sizes: set[str]) -> Any:
@@ -66,21 +88,18 @@ def _narrowed(t: Any, want: Any, sizes: set[str]) -> Any:
     return t
 
 
-def distance(model: nn.Module, made: Any, leaves: list[Any], spec: Any) -> float:
-    """Return how far apart outputs are, in the length of the model's: the largest over tensors."""
+def distance(model: nn.Module, compiled: Any, leaves: list[Any], spec: Any) -> float:
+    """Return the largest relative distance over all outputs for one call; infinity where integers differ."""
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     with torch.no_grad():
         want, got = (
-            [t for t in pytree.tree_leaves(f(*args, **kwargs)) if isinstance(t, Tensor)] for f in (model, made)
+            [t for t in pytree.tree_leaves(f(*args, **kwargs)) if isinstance(t, Tensor)] for f in (model, compiled)
         )
-    if [t.shape for t in want] != [t.shape for t in got]:
-        return float("inf")
-    return max((apart(a, b) for a, b in zip(want, got)), default=0.0)
+    if len(want) != len(got):
+        return math.inf
+    return max((_output_distance(a, b) for a, b in zip(got, want)), default=0.0)
 
 
-def apart(a: Tensor, b: Tensor) -> float:
-    """Return how far two tensors are apart, in the length of the first."""
-    if not a.is_floating_point():
-        return 0.0 if torch.equal(a, b) else float("inf")
-    length = float(a.double().norm())
-    return float((a.double() - b.double()).norm()) / (length if length > 0 else 1.0)
+def _output_distance(result: Tensor, expected: Tensor) -> float:
+    d = relative_distance(result, expected)
+    return math.inf if d and not expected.is_floating_point() else d

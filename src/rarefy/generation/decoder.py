@@ -1,98 +1,146 @@
-"""Language models: a step that reads the next tokens of a cache, and writing with it."""
+"""Language models on the engine: a decoding step that reads and extends a KV cache, and text generation with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.common.errors import DataError, ModelError, unknown
-from rarefy.compiler import compile
-from rarefy.compiler import export as rules
-from rarefy.compiler.compile import EXACT, ROUNDED, check_module, check_ready, in_torch
-from rarefy.compiler.executor import Compiled, expected
-from rarefy.compiler.kernel_selection import kernels_of
-from rarefy.compiler.program import MOST_FEW
-from rarefy.compiler.verify import apart
+from rarefy.common.errors import DataError, ModelError
+from rarefy.common.renamed import renamed_parameters
+from rarefy.compiler.compile import (
+    FP32_TOLERANCE,
+    INT8_TOLERANCE,
+    PASSES,
+    check_module,
+    check_precision,
+    check_ready,
+    fold_copy,
+    in_torch,
+)
+from rarefy.compiler.executor import Compiled, input_spec
+from rarefy.compiler.export import export_graph
+from rarefy.compiler.kernel_selection import select_kernels
+from rarefy.compiler.program import MAX_DECODE_TOKENS
 from rarefy.generation.kv_cache import TILE, Cache
 from rarefy.model import hf
 from rarefy.model.activation_quant import suspended
+from rarefy.model.compare import relative_distance
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime.candidates import MIN_ZEROS, grid_of, why_not_quantized
 from rarefy.runtime.packing import pack_bitmask, pack_panels
 
-SHOWN = 7  # tokens that a model is exported and proved with
+EXAMPLE_TOKENS = 7  # tokens with which a model is exported; three times as many verify the decoder
 
 
-def decoder(model: nn.Module, *, values: str | None = None) -> Decoder:
-    """Return a language model of transformers' as a step that reads the next tokens of a cache, and writes text.
+@renamed_parameters(values="precision")
+def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
+    """Return a language model as a decoding step with a KV cache on the engine.
 
-    values  "int8": products run in 8 bits, weights with a scale for each output and inputs with one for each token;
-            None: fp32, or the numbers that the model was quantized to; layers whose inputs are rounded
-            (`quantize_(activations="int8")`) run in 8 bits
-    One packed copy of each weight, its zeros left out, serves single tokens and whole prompts. Raises ModelError for
-    what is no language model, whose attention is its own code, in training mode, or with masks not folded. O(weights),
-    and ten seconds for the export.
+    One packed copy of each weight serves single tokens and whole prompts; zeros are left out where that is faster.
+    Logits are compared with the model's before the decoder is returned.
+
+    Args:
+        model: a causal language model of transformers in evaluation mode, in fp32, on the CPU. Masks and quantization
+            grids that are still attached are folded in a copy, and `print(decoder)` says so; the model keeps them.
+        precision: None for fp32, or the precision that the model was quantized to; layers whose inputs are rounded
+            (`quantize_(activations="int8")`) run in 8 bits. "int8" runs all linear layers in 8 bits, with a scale for
+            each output of a weight and one for each token of inputs.
+
+    Returns:
+        A `Decoder`, which `generate` and `stream` take, and `save` writes.
+
+    Raises:
+        ModelError: if this is no language model of transformers, its attention is its own code, it is in training mode,
+            not in fp32 or not on the CPU, or logits differ from the model's.
+
+    Cost: about ten seconds for the export. Memory: the packed weights beside the model's own, which may be deleted
+    afterwards; a cache takes 4 bytes for each key and value of each token and layer.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
+        >>> step = decoder(model)
+        >>> step(torch.tensor([[3, 1, 4]])).shape
+        torch.Size([1, 3, 32])
     """
-    if values not in (None, "int8"):
-        raise ModelError(unknown("values", str(values), ["int8"]))
+    check_precision(precision)
     check_module(model)
     if not hf.is_causal_lm(model):
-        raise ModelError(f"{type(model).__name__} is no language model of transformers: rarefy.compile takes others")
+        raise ModelError(
+            f"expected a language model of transformers, got {type(model).__name__}: use rarefy.compile for it"
+        )
+    model, notes = fold_copy(model)
     check_ready(model)
     with suspended(model) as rounded:
-        made = _made(model, values, rounded)
-        _prove(model, made, ROUNDED if values or rounded else EXACT)
-    made.compiled.forget()
-    return made
+        step = _build(model, precision, rounded, notes)
+        _verify(model, step, INT8_TOLERANCE if precision or rounded else FP32_TOLERANCE)
+    step.compiled.forget()
+    return step
 
 
-def _made(model: Any, values: str | None, rounded: frozenset[str]) -> Decoder:
-    """The decoder of a model; where numbers are rounded, its graph is proved without them first."""
+def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tuple[str, ...]) -> Decoder:
+    """Return the decoder of a model. Where numbers are rounded, its graph is first verified without rounding.
+
+    rounded are the names of layers whose inputs are rounded to 8 bits.
+    """
+    tokens = EXAMPLE_TOKENS
+    example = torch.arange(2 * tokens).view(2, tokens), torch.arange(tokens).repeat(2, 1), torch.arange(3)
     with hf.attending(model, _attend), torch.no_grad():
-        shown = torch.arange(2 * SHOWN).view(2, SHOWN), torch.arange(SHOWN).repeat(2, 1), torch.arange(3)
-        traced = rules.trace(Step(model), shown, {}, compile.PASSES, type(model).__name__)
-    if not traced.kept:
-        raise ModelError(f"{type(model).__name__} has no attention that a cache can serve")
-    grids = {
-        f"model.{n}": grid_of(m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)
-    }
-    config = model.config.get_text_config()
-    settings = getattr(model, "generation_config", config)
-    ends = settings.eos_token_id if settings.eos_token_id is not None else []
-    many, first = config.vocab_size, tuple(ends) if isinstance(ends, list | tuple) else (ends,)
-    known = tuple(e for e in first if 0 <= e < many)  # some configs name tokens that no logit is for
-    pad = settings.pad_token_id if settings.pad_token_id is not None else -1
-    pad = pad if 0 <= pad < many else (*known, 0)[0]
-    about = many, getattr(config, "max_position_embeddings", None), known, pad
-    want = [expected(n.meta.get("val")) for n in traced.inputs]
-    if values or rounded:
-        _prove(model, Decoder(in_torch(traced, want), *about), EXACT)
+        exported = export_graph(_Step(model), example, {}, PASSES, type(model).__name__)
+    if not exported.cache_features:
+        raise ModelError(f"{type(model).__name__} has no attention that can use a KV cache")
+    exported.notes += notes
+    specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
+    numbers = _token_numbers(model)
+    if precision or rounded:
+        _verify(model, Decoder(in_torch(exported, specs), **numbers), FP32_TOLERANCE)
+    weighted = ((n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor))
+    grids = {n: grid_of(m) for n, m in weighted}
 
     def pack(weight: Tensor, name: str) -> Any:
-        layer = name.removesuffix(".weight")
-        precision = "int8" if layer.removeprefix("model.") in rounded else values
-        return _packed(weight, precision, grids.get(layer))
+        layer = name.removesuffix(".weight").removeprefix("model.")  # `_Step` calls the model so
+        return _pack(weight, "int8" if layer in rounded else precision, grids.get(layer))
 
-    kernels = kernels_of(traced, pack)
-    return Decoder(Compiled(traced, kernels, want), *about)
+    kernels = select_kernels(exported, pack)
+    return Decoder(Compiled(exported, kernels, specs), **numbers)
 
 
-def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: Any = None, **how: Any) -> Any:
-    """transformers' attention as a call of rarefy::recall."""
-    for name in ("softcap", "s_aux", "position_bias"):
-        if how.get(name) is not None:
-            raise ModelError(f"{type(module).__name__} has {name}: no kernel for that yet")
+def _token_numbers(model: Any) -> dict[str, Any]:
+    """Return what a `Decoder` needs of a model's configuration."""
+    config = model.config.get_text_config()
+    settings = getattr(model, "generation_config", config)
+    vocab_size = config.vocab_size
+    eos = settings.eos_token_id if settings.eos_token_id is not None else []
+    eos = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    eos = tuple(e for e in eos if 0 <= e < vocab_size)  # some configurations name tokens outside of the vocabulary
+    pad = settings.pad_token_id if settings.pad_token_id is not None else -1
+    return {
+        "vocab_size": vocab_size,
+        "max_tokens": getattr(config, "max_position_embeddings", None),
+        "eos_tokens": eos,
+        "pad_token": pad if 0 <= pad < vocab_size else (*eos, 0)[0],
+    }
+
+
+def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: Any = None, **options: Any) -> Any:
+    """Stand in for transformers' attention with rarefy::cached_attention; q is [batch, heads, tokens, head_dim]."""
+    name = type(module).__name__
+    for option in ("softcap", "s_aux", "position_bias"):
+        if options.get(option) is not None:
+            raise ModelError(f"{name} has {option}, for which the engine has no kernel")
     if q.shape[3] != v.shape[3] or getattr(module, "is_causal", True) is False:
-        raise ModelError(f"{type(module).__name__} is no causal attention of keys as wide as values")
+        raise ModelError(f"the engine needs causal attention with keys and values of one size, which {name} has not")
     scale = q.shape[3] ** -0.5 if scaling is None else float(scaling)
-    return torch.ops.rarefy.recall(q, k, v, scale, int(how.get("sliding_window") or 0)), None
+    window = int(options.get("sliding_window") or 0)
+    return torch.ops.rarefy.cached_attention(q, k, v, scale, window), None
 
 
-class Step(nn.Module):
-    """What is exported: logits of tokens `keep`."""
+class _Step(nn.Module):
+    """The module that is exported: logits of the tokens that `keep` lists."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -103,125 +151,163 @@ class Step(nn.Module):
 
 
 def check_ids(ids: Any) -> None:
-    """Raise DataError for what are no tokens of texts."""
+    """Raise DataError unless ids are int64 [batch, tokens] with a token."""
     if not isinstance(ids, Tensor):
-        raise DataError(f"ids are an int64 tensor [batch, tokens], got {type(ids).__name__}")
+        raise DataError(f"expected ids as an int64 tensor [batch, tokens], got {type(ids).__name__}")
     if ids.dim() != 2 or ids.dtype != torch.int64:
-        raise DataError(f"ids are int64 [batch, tokens], got {ids.dtype} {list(ids.shape)}")
+        raise DataError(f"expected ids as int64 [batch, tokens], got {ids.dtype} {list(ids.shape)}")
     if not ids.numel():
         raise DataError(f"the prompt is empty: ids are {list(ids.shape)}")
 
 
 class Decoder:
-    """A language model with a cache; see `decoder`.
+    """A language model's decoding step with a KV cache; made by `decoder`, or by `load` from a folder.
 
-    compiled    the step: logits of ids, their positions, and which of them are asked for
-    vocabulary  ids are below it
-    most        tokens of a text, by the model's positions; None where they have no end
-    ends        tokens that end a text
-    pad         what lies behind a text that has ended
+    Attributes:
+        compiled: the step, from ids, their positions and the tokens whose logits are wanted to logits.
+        vocab_size: ids are smaller than this.
+        max_tokens: tokens that a text may have, by the model's positions; None where there is no limit.
+        eos_tokens: tokens that end a text.
+        pad_token: follows a text that has ended.
     """
 
-    def __init__(self, made: Compiled, vocabulary: int, most: int | None, ends: tuple[int, ...], pad: int):
-        self.compiled, self.vocabulary, self.most, self.ends, self.pad = made, vocabulary, most, ends, pad
+    def __init__(
+        self,
+        compiled: Compiled,
+        vocab_size: int,
+        max_tokens: int | None,
+        eos_tokens: tuple[int, ...],
+        pad_token: int,
+    ):
+        self.compiled, self.vocab_size, self.max_tokens = compiled, vocab_size, max_tokens
+        self.eos_tokens, self.pad_token = eos_tokens, pad_token
 
     def cache(self, batch: int, capacity: int, mask: Tensor | None = None) -> Cache:
-        """Return an empty cache for so many sequences of at most so many tokens. mask [batch, tokens]: 0 where a prompt
-        was filled up on the left. DataError for one that has zeros elsewhere, or other numbers than zeros and ones;
-        MemoryError where there is no room."""
+        """Return an empty KV cache.
+
+        Args:
+            batch: number of sequences.
+            capacity: most tokens of a sequence.
+            mask: [batch, tokens] of prompts of different lengths: 0 for padding, which must be on the left, else 1.
+
+        Raises:
+            DataError: if the mask has other numbers, padding elsewhere, or a prompt of padding alone.
+            MemoryError: if there is not enough memory.
+        """
         starts = None
         if mask is not None:
             if not bool(((mask == 0) | (mask == 1)).all()):
-                raise DataError("attention_mask is 0 where a prompt was filled up, and 1 elsewhere; got other numbers")
+                raise DataError("expected attention_mask with 0 for padding and 1 for tokens, got other numbers")
             starts = (mask == 0).sum(1)
-            filled = torch.arange(mask.shape[1]) >= starts[:, None]
-            if mask.dim() != 2 or len(mask) != batch or not torch.equal(filled, mask != 0):
-                raise DataError("prompts are to be filled up on the left: mask has zeros after a one")
+            left_padded = torch.arange(mask.shape[1]) >= starts[:, None]
+            if mask.dim() != 2 or len(mask) != batch or not torch.equal(left_padded, mask != 0):
+                raise DataError("prompts must be padded on the left: attention_mask has zeros after a one")
             if int(starts.max()) == mask.shape[1]:
-                raise DataError("a prompt is empty: its mask has no one")
-        return Cache(
-            self.compiled.exported.kept, batch, capacity, starts if starts is not None and starts.any() else None
-        )
+                raise DataError("a prompt is empty: its attention_mask has no one")
+        padded = starts is not None and bool(starts.any())
+        return Cache(self.compiled.exported.cache_features, batch, capacity, starts if padded else None)
 
     def __call__(self, ids: Tensor, cache: Cache | None = None, *, last: bool = False) -> Tensor:
-        """Return the logits [batch, tokens, vocabulary] of the next tokens; of the last one alone if asked for.
+        """Return the logits of the next tokens, and append these to the cache.
 
-        Without a cache they are a text of their own. DataError where ids are none of the vocabulary, or do not fit the
-        cache.
+        Args:
+            ids: int64 [batch, tokens].
+            cache: from `cache`; None for a text of its own.
+            last: return the logits of the last token alone.
+
+        Returns:
+            [batch, tokens, vocab_size], or [batch, 1, vocab_size].
+
+        Raises:
+            DataError: if ids are outside of the vocabulary, or do not fit the cache.
         """
         check_ids(ids)
-        least, most = (int(i) for i in ids.aminmax())
-        if least < 0 or most >= self.vocabulary:
-            raise DataError(f"ids lie in 0..{self.vocabulary - 1}, got {least if least < 0 else most}")
+        low, high = (int(i) for i in ids.aminmax())
+        if low < 0 or high >= self.vocab_size:
+            raise DataError(f"expected ids in 0..{self.vocab_size - 1}, got {low if low < 0 else high}")
         batch, tokens = ids.shape
         cache = self.cache(batch, tokens) if cache is None else cache
-        if batch != cache.batch or cache.features != self.compiled.exported.kept:
-            raise DataError(f"the cache is for {cache.batch} sequences, got {batch}, or for another model")
-        if cache.past + tokens > cache.most:
-            raise DataError(
-                f"the cache holds {cache.most} tokens, {cache.past} are there and {tokens} more are too many: "
-                "make it larger, decoder.cache(batch, capacity)"
-            )
-        # fewer sizes, fewer plans: what is added is read by nobody, and overwritten
-        wide = -(-tokens // TILE) * TILE if batch * tokens > MOST_FEW else tokens
-        wide = min(wide, cache.capacity - cache.past)
-        padded = nn.functional.pad(ids, (0, wide - tokens))
-        positions = cache.past + torch.arange(wide).expand(batch, -1)
+        self._check_cache(cache, batch, tokens)
+        # Padding to whole tiles keeps the number of shapes small; what is appended is not read, and overwritten later.
+        padded = -(-tokens // TILE) * TILE if batch * tokens > MAX_DECODE_TOKENS else tokens
+        padded = min(padded, cache.capacity - cache.past)
+        positions = cache.past + torch.arange(padded).expand(batch, -1)
         if cache.starts is not None:
             positions = (positions - cache.starts[:, None]).clamp(min=0)
         keep = torch.tensor([tokens - 1]) if last else torch.arange(tokens)
-        logits = self.compiled.run([padded, positions, keep], cache)[0]
+        logits = self.compiled.run([nn.functional.pad(ids, (0, padded - tokens)), positions, keep], cache)[0]
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (batch, len(keep)):
-            raise ModelError("the saved graph does not fit together: its step gives no logits")
+            raise ModelError("the saved graph is inconsistent: its step returns no logits")
         cache.past += tokens
         return logits
 
-    def stream(self, ids: Tensor, new: int, choose: Any, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Yield the next token [batch] of each sequence, up to `new` of them, as `choose(logits, ids so far)` picks
-        them; until all have ended."""
+    def _check_cache(self, cache: Cache, batch: int, tokens: int) -> None:
+        if batch != cache.batch or cache.features != self.compiled.exported.cache_features:
+            raise DataError(f"the cache is for {cache.batch} sequences, got {batch}, or for another model")
+        if cache.past + tokens > cache.max_tokens:
+            raise DataError(
+                f"the cache has room for {cache.max_tokens} tokens; it holds {cache.past}, so {tokens} more are too "
+                "many: make it larger, decoder.cache(batch, capacity)"
+            )
+
+    def stream(
+        self, ids: Tensor, max_new_tokens: int, choose: Callable[[Tensor, Tensor], Tensor], mask: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the next token [batch] of each sequence until all have ended.
+
+        Args:
+            ids: the prompts, int64 [batch, tokens].
+            max_new_tokens: most tokens to yield.
+            choose: returns the next token [batch] for logits [batch, vocab_size] and the ids so far [batch, tokens].
+            mask: as for `cache`.
+        """
         batch, tokens = ids.shape
-        cache = self.cache(batch, tokens + new, mask)
-        done = torch.zeros(batch, dtype=torch.bool)
-        ends = torch.tensor(self.ends, dtype=torch.int64)
-        so_far, fed = ids if mask is None else torch.where(mask == 0, ids[:, -1:], ids), ids  # filling is no text
-        for _ in range(new):
-            logits = self(fed, cache, last=True)[:, -1]
-            token = torch.where(done, self.pad, choose(logits, so_far))
+        cache = self.cache(batch, tokens + max_new_tokens, mask)
+        ended = torch.zeros(batch, dtype=torch.bool)
+        eos = torch.tensor(self.eos_tokens, dtype=torch.int64)
+        so_far = ids if mask is None else torch.where(mask == 0, ids[:, -1:], ids)  # padding is no text
+        new = ids
+        for _ in range(max_new_tokens):
+            logits = self(new, cache, last=True)[:, -1]
+            token = torch.where(ended, self.pad_token, choose(logits, so_far))
             yield token
-            done = done | torch.isin(token, ends)
-            if done.all():
+            ended = ended | torch.isin(token, eos)
+            if ended.all():
                 return
-            fed = token[:, None]
-            so_far = torch.cat([so_far, fed], 1)
+            new = token[:, None]
+            so_far = torch.cat([so_far, new], 1)
 
     def __repr__(self) -> str:
-        return f"a language model's step, {self.compiled.exported.kept} numbers kept of a token\n{self.compiled}"
+        features = self.compiled.exported.cache_features
+        return f"language model step, {features} numbers of a token in the cache\n{self.compiled}"
 
 
-def _packed(weight: Tensor, values: str | None, grid: Grid | None) -> Any:
-    """A weight for few inputs: as panels where it is whole numbers with few zeros among them, else as a bitmask."""
+def _pack(weight: Tensor, precision: str | None, grid: Grid | None) -> Any:
+    """Return a packed weight for few inputs: panels for a quantized weight with few zeros, else a bitmask."""
     zeros = float((weight == 0).float().mean())
-    if grid is not None and why_not_quantized(weight, grid) is None and (zeros < MIN_ZEROS or grid.scale.shape[1] > 1):
-        return pack_panels(weight, grid, values is None)
-    if values is None:
+    quantized = grid is not None and why_not_quantized(weight, grid) is None
+    if grid is not None and quantized and (zeros < MIN_ZEROS or grid.scale.shape[1] > 1):
+        return pack_panels(weight, grid, precision is None)
+    if precision is None:
         return pack_bitmask(weight)
     if zeros >= MIN_ZEROS:
-        return pack_bitmask(weight, values, grid)
+        return pack_bitmask(weight, precision, grid)
     scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return pack_panels(weight, Grid(8, scale), False)
 
 
-def _prove(model: Any, made: Decoder, most: float) -> None:
-    """Read a text at once, in pieces and token by token; ModelError if logits are further apart than `most`."""
+def _verify(model: Any, step: Decoder, tolerance: float) -> None:
+    """Read a text at once, in pieces and token by token; ModelError unless all logits are the model's."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, made.vocabulary, (1, 3 * SHOWN), generator=generator)
+    ids = torch.randint(0, step.vocab_size, (1, 3 * EXAMPLE_TOKENS), generator=generator)
     with torch.no_grad():
         want = model(input_ids=ids, use_cache=False).logits
-    cache = made.cache(1, ids.shape[1])
-    pieces = [made(ids[:, a:b], cache) for a, b in ((0, 13), (13, 20), (20, 21))]
-    for got in (made(ids), torch.cat(pieces, 1)):
-        far = apart(want, got)
-        if not far <= most:
+    cache = step.cache(1, ids.shape[1])
+    pieces = [step(ids[:, a:b], cache) for a, b in ((0, 13), (13, 20), (20, 21))]
+    for logits in (step(ids), torch.cat(pieces, 1)):
+        d = relative_distance(logits, want)
+        if not d <= tolerance:
             raise ModelError(
-                f"the decoder of {type(model).__name__} gives other logits, {far:.2g} of their length apart"
+                f"the decoder of {type(model).__name__} returns other logits: their relative distance is {d:.2g}, "
+                f"allowed are {tolerance:g}"
             )

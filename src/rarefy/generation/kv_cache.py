@@ -1,4 +1,4 @@
-"""Keys and values of tokens that a language model has read."""
+"""The KV cache: keys and values of the tokens that a language model has read."""
 
 from __future__ import annotations
 
@@ -12,38 +12,50 @@ TILE = 64  # tokens
 
 
 class Cache:
-    """Keys and values of `batch` sequences of at most `capacity` tokens, as plans read them: for each layer its keys,
-    then its values, [batch, tiles of 64 tokens, features, 64], fp32.
+    """Keys and values of several sequences, as native programs read them; see `Decoder.cache`.
 
-    most      tokens that it is for; `capacity`: these in whole tiles
-    past      tokens that are there
-    starts    [batch], the first token of each sequence that counts, where some are filled up on the left; or None
+    For each layer it stores keys, then values, both [batch, tiles of 64 tokens, features, 64] in fp32.
+
+    Attributes:
+        features: features of keys and values of all layers.
+        batch: number of sequences.
+        max_tokens: most tokens of a sequence.
+        capacity: max_tokens rounded up to whole tiles.
+        past: tokens that it holds.
+        starts: first token of each sequence that is no padding, [batch]; None without padding.
     """
 
     def __init__(self, features: int, batch: int, capacity: int, starts: Tensor | None = None):
         for name, n in (("batch", batch), ("capacity", capacity)):
             if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise DataError(f"{name} of a cache is a whole number, 1 or more, got {n!r}")
-        self.features, self.batch, self.most, self.past = features, batch, capacity, 0
+                raise DataError(f"{name} of a cache: expected a whole number from 1 up, got {n!r}")
+        self.features, self.batch, self.max_tokens, self.past = features, batch, capacity, 0
         self.capacity = -(-capacity // TILE) * TILE
         self.starts = None if starts is None else starts.to(torch.int64).contiguous()
         size = 4 * features * batch * self.capacity
         try:
             self.memory = fresh(size).view(torch.float32).zero_()
-        except RuntimeError:  # torch's own
-            told = f"a cache of {capacity:,} tokens for {batch} sequences takes {size:,} bytes: there is no room for it"
-            raise MemoryError(told) from None
+        except RuntimeError:  # raised by torch
+            message = f"not enough memory for a cache of {capacity:,} tokens of {batch} sequences: {size:,} bytes"
+            raise MemoryError(message) from None
 
-    def _of(self, before: int, features: int) -> Tensor:
-        """A view [batch, tiles, 64, features]."""
-        each = self.batch * self.capacity
-        part = self.memory[before * each : (before + features) * each]
+    def _view(self, slot: int, features: int) -> Tensor:
+        """Return a view [batch, tiles, 64, features] of what is stored from a slot on."""
+        tokens = self.batch * self.capacity
+        part = self.memory[slot * tokens : (slot + features) * tokens]
         return part.view(self.batch, -1, features, TILE).transpose(2, 3)
 
-    def keep(self, before: int, new: Tensor) -> Tensor:
-        """Write new ones [batch, tokens, features] behind `past`; return all [batch, past + tokens, features].
-        O(tokens)."""
-        own, end = self._of(before, new.shape[2]), self.past + new.shape[1]
-        places = torch.arange(self.past, end)
-        own[:, places // TILE, places % TILE] = new.float()
-        return own.reshape(self.batch, self.capacity, -1)[:, :end]
+    def append(self, slot: int, new: Tensor) -> Tensor:
+        """Write keys or values behind `past`, which stays; torch runs this where there are no kernels.
+
+        Args:
+            slot: features that the cache stores before these.
+            new: [batch, tokens, features].
+
+        Returns:
+            All tokens of the slot, [batch, past + tokens, features].
+        """
+        view, end = self._view(slot, new.shape[2]), self.past + new.shape[1]
+        tokens = torch.arange(self.past, end)
+        view[:, tokens // TILE, tokens % TILE] = new.float()
+        return view.reshape(self.batch, self.capacity, -1)[:, :end]

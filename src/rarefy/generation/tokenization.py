@@ -1,4 +1,4 @@
-"""Text in and out of language models: prompts as ids, and ids as text while they come."""
+"""Prompts as token ids, and token ids as text while they are generated."""
 
 from __future__ import annotations
 
@@ -10,54 +10,63 @@ from torch import Tensor
 
 from rarefy.common.errors import DataError, ModelError, first_line
 
-BEFORE = 4  # tokens of a prompt, behind which the next one is read: some tokenizers leave out a first blank
-HALF = "\ufffd"  # what stands for bytes that are no letter yet
+CONTEXT = 4  # tokens of the prompt that new tokens are decoded with: some tokenizers drop a blank at the beginning
+INCOMPLETE = "\ufffd"  # what tokenizers return for bytes that are no whole character yet
 
 
 class Text:
-    """The text of tokens that come one after the other, letters whole; ids themselves where there is no tokenizer.
+    """The text of tokens that come one after the other, in whole characters.
 
-    before   the ids that the text follows
+    Without a tokenizer the text lists the ids.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()):
-        self.tokenizer, self.ids = tokenizer, list(before[-BEFORE:])
-        self.start, self.read = 0, len(self.ids)
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()):
+        self.tokenizer, self.ids = tokenizer, list(prompt[-CONTEXT:])
+        self.start, self.end = 0, len(self.ids)  # the ids whose text is returned already
 
     def add(self, token: int) -> str:
-        """Return what text a token adds: nothing where a letter or a special token is not at its end. O(1)."""
+        """Return the text that a token adds: "" for a special token, or until a character is complete. O(1)."""
         if self.tokenizer is None:
             return f"{token} "
         self.ids.append(token)
-        new = self._new()
-        if not new or new.endswith(HALF):
+        text = self._new_text()
+        if not text or text.endswith(INCOMPLETE):
             return ""
-        self.start, self.read = self.read, len(self.ids)
-        return new
+        self.start, self.end = self.end, len(self.ids)
+        return text
 
     def rest(self) -> str:
-        """Return what is left of a text that was cut within a letter."""
-        return "" if self.tokenizer is None else self._new()
+        """Return the remaining text of a sequence that ended within a character."""
+        return "" if self.tokenizer is None else self._new_text()
 
-    def _new(self) -> str:
-        known = self._decoded(self.ids[self.start : self.read])
-        return self._decoded(self.ids[self.start :])[len(known) :]
+    def _new_text(self) -> str:
+        before = self._decode(self.ids[self.start : self.end])
+        return self._decode(self.ids[self.start :])[len(before) :]
 
-    def _decoded(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def ids_of(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
-    """Return a prompt's ids; `chat`: as a user's message, by the tokenizer's template, with the answer's beginning
-    behind it. ModelError for a tokenizer without one, DataError for a prompt of no tokens. O(its length)."""
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
+    """Return the ids of a prompt.
+
+    Args:
+        tokenizer: one of transformers.
+        prompt: the text.
+        chat: the prompt is a user's message: apply the tokenizer's chat template, up to where the answer begins.
+
+    Raises:
+        ModelError: if the tokenizer has no chat template, or fails.
+        DataError: if the prompt has no token.
+    """
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ModelError(
-            "the tokenizer has no chat template: leave chat out, and write the prompt as the model knows it"
+            "the tokenizer has no chat template: leave chat out, and write the prompt as the model expects it"
         )
     try:
         if chat:
-            said = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+            messages = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
     except Exception as error:  # a damaged tokenizer or template raises anything
         raise ModelError(f"the tokenizer does not take the prompt: {first_line(error)}") from error
@@ -66,25 +75,28 @@ def ids_of(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
     return list(ids)
 
 
-def ids_in(text: str) -> list[int]:
-    """Return the ids that a text lists; DataError for what is no list of them.
+def parse_ids(text: str) -> list[int]:
+    """Return the ids that a text lists; DataError if it is no such list.
 
-    >>> ids_in("1 2, 3")
+    >>> parse_ids("1 2, 3")
     [1, 2, 3]
     """
-    words = text.replace(",", " ").split()
-    if not words or not all(w.isascii() and w.isdigit() and len(w) < 19 for w in words):
-        raise DataError(f"ids are whole numbers, such as '1 2 3', got {text[:80]!r}")
-    return [int(w) for w in words]
+    numbers = text.replace(",", " ").split()
+    if not numbers or not all(n.isascii() and n.isdigit() and len(n) < 19 for n in numbers):
+        raise DataError(f"expected ids as whole numbers, such as '1 2 3', got {text[:80]!r}")
+    return [int(n) for n in numbers]
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor | None]:
-    """Return ids [prompts, tokens], shorter prompts filled up on the left, and their mask, None where all are as long.
+def left_padded(prompts: Sequence[Sequence[int]], pad_token: int) -> tuple[Tensor, Tensor | None]:
+    """Return prompts of ids as one batch.
+
+    Returns:
+        ids [prompts, tokens], padded on the left, and their attention mask; None for the mask if all lengths are equal.
 
     >>> left_padded([[5, 6], [7]], 0)[0].tolist()
     [[5, 6], [0, 7]]
     """
-    most = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (most - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (most - len(p)) + [1] * len(p) for p in prompts])
+    length = max(map(len, prompts))
+    ids = torch.tensor([[pad_token] * (length - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
     return ids, None if bool(mask.all()) else mask

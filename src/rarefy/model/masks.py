@@ -162,7 +162,7 @@ def fold_(model: nn.Module) -> nn.Module:
         >>> int((rarefy.fold_(net).weight == 0).sum()), list(net.state_dict())
         (2, ['weight', 'bias'])
     """
-    attached = _attached(model)
+    attached = attached_layers(model)
     for layer in attached:
         for name, module, param in layer.owners:
             if not _is_ours(module, param):
@@ -174,14 +174,14 @@ def fold_(model: nn.Module) -> nn.Module:
 
 def fold_attached_(model: nn.Module) -> str | None:
     """Fold the masks and grids that are attached; return a sentence for a report, None where there are none."""
-    count = len(_attached(model))
+    count = len(attached_layers(model))
     if count == 0:
         return None
     fold_(model)
     return f"masks or quantization grids of {count} {'weight' if count == 1 else 'weights'} were folded in first"
 
 
-def _attached(model: nn.Module) -> list[Layer]:
+def attached_layers(model: nn.Module) -> list[Layer]:
     """Return the parameters with a mask or a grid."""
     layers = (*all_layers(model), *_masked_parameters(model))
     return [

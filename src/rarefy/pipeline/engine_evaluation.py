@@ -15,7 +15,7 @@ from rarefy.compiler.executor import Compiled
 from rarefy.evaluation.profiling import Step, rates, step_of
 from rarefy.generation.decoder import Decoder, decoder
 from rarefy.generation.sampling import generate
-from rarefy.generation.tokenization import ids_of
+from rarefy.generation.tokenization import encode_prompt
 from rarefy.model import hf
 from rarefy.model.forward import evaluating
 from rarefy.recipe.parser import Recipe
@@ -68,8 +68,8 @@ def engine_of(model: nn.Module, plan: Recipe, held_out: Any) -> EngineModule:
     precision = plan.evaluate.precision
     with evaluating(model):
         if hf.is_causal_lm(model):
-            return EngineModule(decoder(model, values=precision))
-        return EngineModule(compile(model, _inputs(next(iter(held_out))), values=precision))
+            return EngineModule(decoder(model, precision=precision))
+        return EngineModule(compile(model, _inputs(next(iter(held_out))), precision=precision))
 
 
 def _inputs(batch: Any) -> Any:
@@ -148,7 +148,7 @@ def sample_of(models: Mapping[str, nn.Module], tokenizer: Any, prompt: str) -> d
     Returns:
         The texts by the models' names, with the prompt.
     """
-    ids = torch.tensor([ids_of(tokenizer, prompt)])
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
     texts = {"prompt": prompt}
     for name, model in models.items():
         if isinstance(model, EngineModule):

@@ -1,5 +1,5 @@
-"""Rules for the ways in which models write attention: queries, keys and values of one product, nn.MultiheadAttention's
-layout, softmax(q k^T) v in single calls, scales outside."""
+"""Passes for the ways in which models write attention: one linear layer for queries, keys and values, the layout of
+nn.MultiheadAttention, softmax(q k^T) v as separate calls, scales outside."""
 
 from __future__ import annotations
 
@@ -14,240 +14,251 @@ from rarefy.compiler.fx_utils import (
     ExportedGraph,
     Node,
     aten,
+    dtype_of,
     insert_before,
     is_node,
-    kind_of,
     replace_node,
+    replace_uses,
     same,
     shape,
 )
-from rarefy.compiler.passes.kv_attention import RECALL
+from rarefy.compiler.passes.kv_attention import CACHED_ATTENTION
 from rarefy.compiler.passes.linear import linear_of_rows
-from rarefy.compiler.passes.matchers import split, turns
+from rarefy.compiler.passes.matchers import before_head_split, only_user, swaps_heads_and_tokens
 
 SDPA = aten.scaled_dot_product_attention.default
 
 
-def split_qkv_view(t: ExportedGraph, node: Node) -> None:
-    """One of queries, keys and values, which a view splits a product's outputs into, is a product of its own."""
-    found = _part(node)
-    if found is None:
+def split_qkv_view(exported: ExportedGraph, node: Node) -> None:
+    """Give queries, keys and values linear layers of their own where a view splits the outputs of one.
+
+    The pattern is linear, view to 5 dimensions, permute, then unbind or select.
+    """
+    match = _qkv_part(node)
+    if match is None:
         return
-    y, sizes, dims, i = found
-    order = torch.arange(shape(y)[-1]).view(sizes)
-    rows = order.select(dims[0] - 2, i).flatten()
-    new = linear_of_rows(t, node, y, rows)
-    wide = insert_before(t, node, aten.unflatten.int, new, 2, [sizes[5 - dims[0] - 2], sizes[2]])
-    node.replace_all_uses_with(insert_before(t, node, aten.transpose.int, wide, 1, 2) if dims[2] != 1 else wide)
-    t.graph.erase_node(node)
+    y, sizes, dims, part = match
+    rows = torch.arange(shape(y)[-1]).view(sizes).select(dims[0] - 2, part).flatten()
+    new = linear_of_rows(exported, node, y, rows)
+    heads = insert_before(exported, node, aten.unflatten.int, new, 2, [sizes[5 - dims[0] - 2], sizes[2]])
+    if dims[2] != 1:
+        heads = insert_before(exported, node, aten.transpose.int, heads, 1, 2)
+    replace_uses(exported, node, heads)
 
 
-def _part(node: Node) -> tuple[Node, tuple[int, ...], list[int], int] | None:
-    """The product, how a view splits its outputs, the order that these are turned to, and which part a node takes."""
+def _qkv_part(node: Node) -> tuple[Node, tuple[int, ...], list[int], int] | None:
+    """Match one of queries, keys and values.
+
+    Returns:
+        The linear layer, the sizes into which a view splits its outputs, the order of the permuted dimensions, and
+        which part the node takes; None for any other node.
+    """
     if node.target is operator.getitem and node.args[0].target is aten.unbind.int:
-        cut, i = node.args[0], node.args[1]
-        if (*cut.args, 0)[1] != 0 or len(cut.args[0].users) != 1:
+        unbind, part = node.args[0], node.args[1]
+        if (*unbind.args, 0)[1] != 0 or len(unbind.args[0].users) != 1:
             return None
-        turned = cut.args[0]
+        permuted = unbind.args[0]
     elif node.target is aten.select.int and node.args[1] == 0:
-        turned, i = node.args[0], node.args[2]
-        if any(u.target is not aten.select.int or u.args[1] != 0 for u in turned.users):
+        permuted, part = node.args[0], node.args[2]
+        if any(u.target is not aten.select.int or u.args[1] != 0 for u in permuted.users):
             return None
     else:
         return None
-    if turned.target is not aten.permute.default or turned.args[0].target not in VIEWS or len(turned.args[1]) != 5:
+    if permuted.target is not aten.permute.default or permuted.args[0].target not in VIEWS:
         return None
-    view, dims = turned.args[0], list(turned.args[1])
+    view, dims = permuted.args[0], list(permuted.args[1])
     y, sizes = view.args[0], shape(view)[2:]
-    whole = len(view.users) == 1 and len(y.users) == 1 and all(isinstance(s, int) for s in sizes)
-    apart = dims[0] in (2, 3) and dims[1:] in ([0, 5 - dims[0], 1, 4], [0, 1, 5 - dims[0], 4])
-    if not whole or not apart or y.target is not ops.linear or y.args[3] is not None or i < 0:
+    if len(dims) != 5 or len(view.users) != 1 or len(y.users) != 1 or not all(isinstance(s, int) for s in sizes):
         return None
-    return (y, sizes, dims, i) if len(shape(y)) == 3 and same(shape(y)[:2], shape(view)[:2]) else None
+    by_part = dims[0] in (2, 3) and dims[1:] in ([0, 5 - dims[0], 1, 4], [0, 1, 5 - dims[0], 4])
+    if not by_part or y.target is not ops.linear or y.args[3] is not None or part < 0:
+        return None
+    return (y, sizes, dims, part) if len(shape(y)) == 3 and same(shape(y)[:2], shape(view)[:2]) else None
 
 
-def split_mha_in_proj(t: ExportedGraph, node: Node) -> None:
-    """A third of the product in nn.MultiheadAttention: unflatten, unsqueeze, transpose, squeeze, select."""
+def split_mha_in_proj(exported: ExportedGraph, node: Node) -> None:
+    """Give queries, keys and values of nn.MultiheadAttention's in_proj linear layers of their own.
+
+    The pattern is unflatten, unsqueeze, transpose, squeeze, select.
+    """
     if node.target is not aten.select.int or node.args[1] != 0:
         return
-    chain, at = [], node.args[0]
+    chain, y = [], node.args[0]
     for target in (aten.squeeze.dim, aten.transpose.int, aten.unsqueeze.default, aten.unflatten.int):
-        if at.target is not target:
+        if y.target is not target:
             return
-        chain.append((*at.args[1:],))
-        at = at.args[0]
-    squeezed, turned, grown, (dim, (many, each)) = chain
-    usual = squeezed == (-2,) and turned == (0, -2) and grown == (0,) and dim in (-1, 2)
-    if usual and at.target is ops.linear and at.args[3] is None and len(at.users) == 1 and len(shape(at)) == 3:
-        rows = torch.arange(many * each)[node.args[2] * each :][:each]
-        node.replace_all_uses_with(linear_of_rows(t, node, at, rows))
-        t.graph.erase_node(node)
+        chain.append((*y.args[1:],))
+        y = y.args[0]
+    squeeze, transpose, unsqueeze, (dim, (parts, features)) = chain
+    matches = squeeze == (-2,) and transpose == (0, -2) and unsqueeze == (0,) and dim in (-1, 2)
+    if matches and y.target is ops.linear and y.args[3] is None and len(y.users) == 1 and len(shape(y)) == 3:
+        rows = torch.arange(parts * features)[node.args[2] * features :][:features]
+        replace_uses(exported, node, linear_of_rows(exported, node, y, rows))
 
 
-def make_mha_batch_first(t: ExportedGraph, node: Node) -> None:
-    """nn.MultiheadAttention, which computes with tokens before batches: batches first, so that all of it is words."""
-    if node.target is not SDPA or len(node.users) != 1:
+def make_mha_batch_first(exported: ExportedGraph, node: Node) -> None:
+    """Change nn.MultiheadAttention, which computes on [tokens, batch, features], to [batch, tokens, features]."""
+    permuted = only_user(node)
+    if node.target is not SDPA or permuted is None:
         return
-    found: list[Any] = [_tokens_first(x) for x in node.args[:3]]
-    turned = next(iter(node.users))
-    if None in found or turned.target is not aten.permute.default or list(turned.args[1]) != [2, 0, 1, 3]:
+    sources: list[Any] = [_tokens_first(x) for x in node.args[:3]]
+    if None in sources or permuted.target is not aten.permute.default or list(permuted.args[1]) != [2, 0, 1, 3]:
         return
-    flat = _only_user(turned)
-    y = _only_user(flat) if flat is not None and flat.target in VIEWS else None
-    view = _only_user(y) if y is not None and y.target is ops.linear and y.args[3] is None else None
+    flat = only_user(permuted)
+    y = only_user(flat) if flat is not None and flat.target in VIEWS else None
+    view = only_user(y) if y is not None and y.target is ops.linear and y.args[3] is None else None
     if y is None or view is None or view.target not in VIEWS or len(shape(view)) != 3:
         return
-    (batch, _, tokens, _), (_, many, _, width) = node.args[0].args[1], shape(node.args[0])
-    inner = []
-    for p, x in zip(found, list(node.args[:3])):
-        wide = insert_before(t, node, aten.unflatten.int, _batch_first(t, node, p), 2, [shape(x)[1], width])
-        inner.append(insert_before(t, node, aten.transpose.int, wide, 1, 2))
-    node.args = (*inner, *node.args[3:])
-    joined = insert_before(t, turned, aten.transpose.int, node, 1, 2)
-    with t.graph.inserting_before(turned):
-        rows = t.graph.call_function(aten.reshape.default, (joined, [batch, tokens, many * width]))
-        new = t.graph.call_function(ops.linear, (rows, *y.args[1:]))
+    (batch, _, tokens, _), (_, heads, _, head_dim) = node.args[0].args[1], shape(node.args[0])
+    qkv = []
+    for source, x in zip(sources, list(node.args[:3])):
+        rows = _batch_first(exported, node, source)
+        split = insert_before(exported, node, aten.unflatten.int, rows, 2, [shape(x)[1], head_dim])
+        qkv.append(insert_before(exported, node, aten.transpose.int, split, 1, 2))
+    node.args = (*qkv, *node.args[3:])
+    joined = insert_before(exported, permuted, aten.transpose.int, node, 1, 2)
+    with exported.graph.inserting_before(permuted):
+        rows = exported.graph.call_function(aten.reshape.default, (joined, [batch, tokens, heads * head_dim]))
+        new = exported.graph.call_function(ops.linear, (rows, *y.args[1:]))
     rows.meta["val"] = joined.meta["val"].flatten(2)
     new.meta["val"] = view.meta["val"].transpose(0, 1)
     for user in list(view.users):
-        if _flips(user):
-            user.replace_all_uses_with(new)
-            t.graph.erase_node(user)
+        if _swaps_batch_and_tokens(user):
+            replace_uses(exported, user, new)
     if view.users:
-        view.replace_all_uses_with(insert_before(t, view, aten.transpose.int, new, 0, 1))
-
-
-def _only_user(node: Any) -> Any:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+        view.replace_all_uses_with(insert_before(exported, view, aten.transpose.int, new, 0, 1))
 
 
 def _tokens_first(x: Node) -> Node | None:
-    """[tokens, batch, features], of which [batch, heads, tokens, width] was made by view, transpose, view."""
-    turned = x.args[0] if x.target in VIEWS and len(shape(x)) == 4 else None
-    inner = turned.args[0] if turned is not None and _flips(turned) else None
+    """Return [tokens, batch, features] from which view, transpose, view made x [batch, heads, tokens, head_dim]."""
+    swapped = x.args[0] if x.target in VIEWS and len(shape(x)) == 4 else None
+    inner = swapped.args[0] if swapped is not None and _swaps_batch_and_tokens(swapped) else None
     source = inner.args[0] if inner is not None and inner.target in VIEWS and len(shape(inner)) == 3 else None
     if source is None or len(shape(source)) != 3:
         return None
-    (tokens, batch, features), (b, many, n, width) = shape(source), shape(x)
-    return source if same((tokens, batch), (n, b)) and features == many * width else None
+    (tokens, batch, features), (b, heads, n, head_dim) = shape(source), shape(x)
+    return source if same((tokens, batch), (n, b)) and features == heads * head_dim else None
 
 
-def _flips(x: Node) -> bool:
+def _swaps_batch_and_tokens(x: Node) -> bool:
     return x.target is aten.transpose.int and sorted(x.args[1:]) == [0, 1] and len(shape(x)) == 3
 
 
-def _batch_first(t: ExportedGraph, before: Node, p: Node) -> Node:
-    """[batch, tokens, features] of [tokens, batch, features], before a product where there is one."""
-    if p.target is ops.linear and _flips(p.args[0]) and p.args[3] is None:
-        with t.graph.inserting_before(before):
-            new = t.graph.call_function(ops.linear, (p.args[0].args[0], *p.args[1:]))
-        new.meta["val"] = p.meta["val"].transpose(0, 1)
+def _batch_first(exported: ExportedGraph, before: Node, source: Node) -> Node:
+    """Return [batch, tokens, features] for a node [tokens, batch, features], computed by a linear layer where that is
+    one."""
+    if source.target is ops.linear and _swaps_batch_and_tokens(source.args[0]) and source.args[3] is None:
+        with exported.graph.inserting_before(before):
+            new = exported.graph.call_function(ops.linear, (source.args[0].args[0], *source.args[1:]))
+        new.meta["val"] = source.meta["val"].transpose(0, 1)
         return new
-    return insert_before(t, before, aten.transpose.int, p, 0, 1)
+    return insert_before(exported, before, aten.transpose.int, source, 0, 1)
 
 
-def fuse_sdpa(t: ExportedGraph, node: Node) -> None:
-    """softmax(q k^T scale + mask) v in calls of its own is one."""
-    if node.target is not aten.matmul.default or len(shape(node)) != 4 or kind_of(node) != torch.float32:
+def fuse_sdpa(exported: ExportedGraph, node: Node) -> None:
+    """Fuse softmax(q k^T scale + mask) v, written as separate calls, into scaled_dot_product_attention."""
+    if node.target is not aten.matmul.default or len(shape(node)) != 4 or dtype_of(node) != torch.float32:
         return
-    chances, v = node.args
-    if chances.target is not aten.softmax.int or len(chances.users) != 1 or chances.args[1] not in (-1, 3):
+    probabilities, v = node.args
+    softmax = probabilities.target is aten.softmax.int and probabilities.args[1] in (-1, 3)
+    if not softmax or len(probabilities.users) != 1:
         return
-    scores, mask, scale = chances.args[0], None, 1.0
+    scores, mask, scale = probabilities.args[0], None, 1.0
     if scores.target is aten.add.Tensor and len(scores.users) == 1 and not scores.kwargs:
         scores, mask = scores.args
-        if not is_node(mask) or kind_of(mask) != torch.float32 or not same(shape(scores), shape(chances)):
+        if not is_node(mask) or dtype_of(mask) != torch.float32 or not same(shape(scores), shape(probabilities)):
             return
     if scores.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(scores.args[1], float | int):
         scale = scores.args[1] if scores.target is aten.mul.Tensor else 1 / scores.args[1]
         scores = scores.args[0] if len(scores.users) == 1 else None
     if scores is None or scores.target is not aten.matmul.default or len(scores.users) != 1:
         return
-    q, across = scores.args
-    if len(shape(q)) != 4 or len(shape(across)) != 4 or not same(shape(scores)[:2], shape(v)[:2]):
+    q, keys = scores.args
+    if len(shape(q)) != 4 or len(shape(keys)) != 4 or not same(shape(scores)[:2], shape(v)[:2]):
         return
-    if not same(shape(q)[:2], shape(v)[:2]) or not same(shape(across)[:2], shape(v)[:2]):
+    if not same(shape(q)[:2], shape(v)[:2]) or not same(shape(keys)[:2], shape(v)[:2]):
         return
-    with t.graph.inserting_before(node):
-        how = {"scale": float(scale), **({} if mask is None else {"attn_mask": mask})}
-        new = t.graph.call_function(SDPA, (q, _back(t, node, across), v), how)
+    with exported.graph.inserting_before(node):
+        options = {"scale": float(scale), **({} if mask is None else {"attn_mask": mask})}
+        new = exported.graph.call_function(SDPA, (q, _transposed_keys(exported, node, keys), v), options)
     new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    t.graph.erase_node(node)
+    replace_uses(exported, node, new)
 
 
-def _back(t: ExportedGraph, before: Node, across: Node) -> Node:
-    """Keys [batch, heads, tokens, width] of [batch, heads, width, tokens]."""
-    x = across.args[0] if across.args else None
-    if across.target is aten.transpose.int and sorted(d % 4 for d in across.args[1:]) == [2, 3]:
+def _transposed_keys(exported: ExportedGraph, before: Node, keys: Node) -> Node:
+    """Return keys [batch, heads, tokens, head_dim] for [batch, heads, head_dim, tokens]."""
+    x = keys.args[0] if keys.args else None
+    if keys.target is aten.transpose.int and sorted(d % 4 for d in keys.args[1:]) == [2, 3]:
         return x
-    if across.target is aten.permute.default and list(across.args[1]) == [0, 1, 3, 2]:
+    if keys.target is aten.permute.default and list(keys.args[1]) == [0, 1, 3, 2]:
         return x
-    if across.target is aten.permute.default and list(across.args[1]) == [0, 2, 3, 1]:
-        return insert_before(t, before, aten.transpose.int, x, 1, 2)
-    return insert_before(t, before, aten.transpose.int, across, 2, 3)
+    if keys.target is aten.permute.default and list(keys.args[1]) == [0, 2, 3, 1]:
+        return insert_before(exported, before, aten.transpose.int, x, 1, 2)
+    return insert_before(exported, before, aten.transpose.int, keys, 2, 3)
 
 
-def fold_attention_scale(t: ExportedGraph, node: Node) -> None:
-    """Queries or keys times a number: that goes into the scale."""
-    if node.target not in (SDPA, RECALL):
+def fold_attention_scale(exported: ExportedGraph, node: Node) -> None:
+    """Fold a number that multiplies queries or keys into the attention's scale."""
+    if node.target not in (SDPA, CACHED_ATTENTION):
         return
     for x in node.args[:2]:
-        by = _number(x)
-        if by is None:
+        match = _scaled_by_number(x)
+        if match is None:
             continue
-        at, number = by
-        if node.target is RECALL:
+        scaling, number = match
+        if node.target is CACHED_ATTENTION:
             node.args = (*node.args[:3], node.args[3] * number, *node.args[4:])
         else:
-            before = node.kwargs.get("scale")
-            width = shape(node.args[0])[3]
-            node.kwargs = {**node.kwargs, "scale": (width**-0.5 if before is None else before) * number}
-        at.replace_all_uses_with(at.args[0])
-        t.graph.erase_node(at)
+            scale = node.kwargs.get("scale")
+            scale = shape(node.args[0])[3] ** -0.5 if scale is None else scale
+            node.kwargs = {**node.kwargs, "scale": scale * number}
+        replace_uses(exported, scaling, scaling.args[0])
 
 
-def _number(x: Node) -> tuple[Node, float] | None:
-    """The call that multiplies by a number what is then only turned and viewed, and the number."""
+def _scaled_by_number(x: Node) -> tuple[Node, float] | None:
+    """Return the node before x that multiplies by a number, and the number; only views and transposes may follow it."""
     while len(x.users) == 1:
         if x.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(x.args[1], float | int):
             return x, x.args[1] if x.target is aten.mul.Tensor else 1 / x.args[1]
-        if not turns(x) and x.target not in (*VIEWS, aten.unflatten.int):
+        if not swaps_heads_and_tokens(x) and x.target not in (*VIEWS, aten.unflatten.int):
             return None
         x = x.args[0]
     return None
 
 
-def fuse_attention(t: ExportedGraph, node: Node) -> None:
-    """[batch, tokens, features] split into heads, attention, and joined again."""
-    if node.target is not aten.scaled_dot_product_attention.default or kind_of(node) != torch.float32:
+def fuse_attention(exported: ExportedGraph, node: Node) -> None:
+    """Fuse splitting [batch, tokens, features] into heads, attention, and joining the heads."""
+    if node.target is not SDPA or dtype_of(node) != torch.float32:
         return
     q, k, v, *rest = node.args
-    usual = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest)) | node.kwargs
-    mask, drop, causal = (usual.get(n, d) for n, d in (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False)))
-    if drop or len(node.users) != 1:
+    options = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest)) | node.kwargs
+    swapped = only_user(node)
+    sources = [before_head_split(x) for x in (q, k, v)]
+    if options.get("dropout_p", 0.0) or swapped is None or None in sources or not swaps_heads_and_tokens(swapped):
         return
-    apart = [split(x) for x in (q, k, v)]
-    turned = next(iter(node.users))
-    if any(s is None for s in apart) or not turns(turned):
+    joined = only_user(swapped)
+    heads, kv_heads, head_dim = shape(q)[1], shape(k)[1], shape(q)[3]
+    if joined is None or joined.target not in VIEWS or not same(shape(joined), shape(sources[0])):
         return
-    joined = next(iter(turned.users)) if len(turned.users) == 1 else None
-    heads, kv_heads, width = shape(q)[1], shape(k)[1], shape(q)[3]
-    if joined is None or joined.target not in VIEWS or not same(shape(joined), shape(apart[0])) or shape(v)[3] != width:
-        return
-    if not same(shape(k)[:1] + shape(k)[2:3], shape(q)[:1] + shape(q)[2:3]):
-        return  # keys of other tokens than the queries'
+    if shape(v)[3] != head_dim or not same(shape(k)[:1] + shape(k)[2:3], shape(q)[:1] + shape(q)[2:3]):
+        return  # cross-attention: as many keys as queries are needed
     if heads % kv_heads or (heads != kv_heads and not node.kwargs.get("enable_gqa")):
         return
-    scale = node.kwargs.get("scale")
-    if mask is not None:
-        made = next((u for u in mask.users if u.target is ops.additive_mask), None)
-        if made is None:
-            with t.graph.inserting_after(mask if mask.op != "placeholder" else t.inputs[-1]):
-                made = t.graph.call_function(ops.additive_mask, (mask,))
-            made.meta["val"] = mask.meta["val"].float()
-        mask = made
-    scale = width**-0.5 if scale is None else scale
-    replace_node(t, joined, ops.attention, *apart, mask, heads, kv_heads, scale, causal)
-    t.graph.erase_node(turned)
-    t.graph.erase_node(node)
+    mask, scale = options.get("attn_mask"), node.kwargs.get("scale")
+    mask = None if mask is None else _additive(exported, mask)
+    scale = head_dim**-0.5 if scale is None else scale
+    causal = options.get("is_causal", False)
+    replace_node(exported, joined, ops.attention, *sources, mask, heads, kv_heads, scale, causal)
+    exported.graph.erase_node(swapped)
+    exported.graph.erase_node(node)
+
+
+def _additive(exported: ExportedGraph, mask: Node) -> Node:
+    """Return a mask as one that is added to scores, computed once for all layers."""
+    known = next((u for u in mask.users if u.target is ops.additive_mask), None)
+    if known is not None:
+        return known
+    with exported.graph.inserting_after(mask if mask.op != "placeholder" else exported.inputs[-1]):
+        new = exported.graph.call_function(ops.additive_mask, (mask,))
+    new.meta["val"] = mask.meta["val"].float()
+    return new

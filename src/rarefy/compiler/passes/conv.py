@@ -1,4 +1,4 @@
-"""Convolutions of a graph: their BatchNorm goes into their weights, and those with zeros get a kernel."""
+"""Passes for images: convolutions with their BatchNorm, and pooling."""
 
 from __future__ import annotations
 
@@ -10,54 +10,61 @@ from torch import fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, add_constant, aten, kind_of, replace_node, same, shape
-from rarefy.runtime.packed_formats import (
-    MOST_STRIDE,
+from rarefy.compiler.fx_utils import (
+    VIEWS,
+    ExportedGraph,
+    Node,
+    add_constant,
+    aten,
+    dtype_of,
+    replace_node,
+    same,
+    shape,
 )
+from rarefy.runtime.packed_formats import MOST_STRIDE
 
-NORMS = {
-    aten._native_batch_norm_legit_no_training.default: 6,
-    aten.batch_norm.default: 7,
-}  # where the variance's least is
+EPS_ARGUMENT = {aten._native_batch_norm_legit_no_training.default: 6, aten.batch_norm.default: 7}
 
 
-def convert_conv(t: ExportedGraph, node: Node) -> None:
-    """A convolution of images by a constant weight."""
-    if node.target is not aten.conv2d.default or kind_of(node) != torch.float32:
+def convert_conv(exported: ExportedGraph, node: Node) -> None:
+    """Convert a 2D convolution with a constant weight."""
+    if node.target is not aten.conv2d.default or dtype_of(node) != torch.float32:
         return
-    usual: Any = (None, [1, 1], [0, 0], [1, 1], 1)
+    defaults: Any = (None, [1, 1], [0, 0], [1, 1], 1)
     x, w, *rest = node.args
     sizes: Any
-    bias, *sizes, groups = (*rest, *usual[len(rest) :])
-    known = w.name in t.constants and (bias is None or bias.name in t.constants)
-    if known and not any(isinstance(s, str) for s in sizes):
+    bias, *sizes, groups = (*rest, *defaults[len(rest) :])
+    constant = w.name in exported.constants and (bias is None or bias.name in exported.constants)
+    if constant and not any(isinstance(s, str) for s in sizes):
         pairs = (tuple(s) * 2 if len(s) == 1 else tuple(s) for s in sizes)
-        replace_node(t, node, ops.conv2d, x, w, bias, None, None, *pairs, groups)
+        replace_node(exported, node, ops.conv2d, x, w, bias, None, None, *pairs, groups)
 
 
-def fold_batch_norm(t: ExportedGraph, node: Node) -> None:
-    """A BatchNorm after a convolution that nothing else reads: weights and bias of their own."""
+def fold_batch_norm(exported: ExportedGraph, node: Node) -> None:
+    """Fold a BatchNorm into the weight and bias of the convolution before it, if nothing else reads that."""
     outer = node
-    if node.target is operator.getitem and node.args[1] == 0 and node.args[0].target in NORMS:
+    if node.target is operator.getitem and node.args[1] == 0 and node.args[0].target in EPS_ARGUMENT:
         node = node.args[0]
     elif node.target is not aten.batch_norm.default:
         return
     y, *norm = node.args[:5]
     if node.target is aten.batch_norm.default and node.args[5]:
-        return  # by the batch's own numbers
+        return  # it normalizes by the statistics of the batch
     if y.target is not ops.conv2d or len(y.users) != 1 or y.args[3:5] != (None, None):
         return
-    if (outer is not node and len(node.users) > 1) or not all(n is None or n.name in t.constants for n in norm):
+    constant = all(n is None or n.name in exported.constants for n in norm)
+    if (outer is not node and len(node.users) > 1) or not constant:
         return
     x, w, bias, *rest = y.args
-    W, b, gain, shift, mean, variance = (None if n is None else t.constants[n.name] for n in (w, bias, *norm))
-    made = fuse_conv_bn_weights(W, b, mean, variance, node.args[NORMS[node.target]], gain, shift)  # type: ignore[arg-type]
-    replace_node(t, outer, ops.conv2d, x, *(add_constant(t, f"{y.name}_{n}", v) for n, v in zip("wb", made)), *rest)
+    W, b, gamma, beta, mean, var = (None if n is None else exported.constants[n.name] for n in (w, bias, *norm))
+    folded = fuse_conv_bn_weights(W, b, mean, var, node.args[EPS_ARGUMENT[node.target]], gamma, beta)  # type: ignore[arg-type]
+    new = (add_constant(exported, f"{y.name}_{n}", v) for n, v in zip("wb", folded))
+    replace_node(exported, outer, ops.conv2d, x, *new, *rest)
 
 
-def convert_pool(t: ExportedGraph, node: Node) -> None:
-    """The largest, or the mean of all, of pixels."""
-    if kind_of(node) != torch.float32:
+def convert_pool(exported: ExportedGraph, node: Node) -> None:
+    """Convert max pooling, and the mean over all pixels."""
+    if dtype_of(node) != torch.float32:
         return
     if node.target is aten.max_pool2d.default:
         x, kernel, *rest = node.args
@@ -66,16 +73,20 @@ def convert_pool(t: ExportedGraph, node: Node) -> None:
         sizes: Any = (kernel, stride or kernel, padding, dilation)
         pairs = [tuple(v) * 2 if len(v) == 1 else tuple(v) for v in sizes]
         if not ceil and len(shape(x)) == 4 and max(pairs[1]) <= MOST_STRIDE:
-            replace_node(t, node, ops.max_pool2d, x, *pairs)
+            replace_node(exported, node, ops.max_pool2d, x, *pairs)
         return
-    y, over = node, None
+    image = _averaged_image(node)
+    if isinstance(image, fx.Node) and len(shape(image)) == 4:
+        replace_node(exported, node, ops.global_avg_pool, image)
+
+
+def _averaged_image(node: Node) -> Any:
+    """Return the value over whose last two dimensions a node [batch, channels] is the mean, or None."""
     if node.target in VIEWS and len(shape(node)) == 2:
         y = node.args[0]
-        alone = isinstance(y, fx.Node) and len(y.users) == 1 and same(shape(node), shape(y)[:2])
-        over = y.args[0] if alone and y.target is aten.adaptive_avg_pool2d.default and shape(y)[2:] == (1, 1) else None
-        if alone and y.target is aten.mean.dim and shape(y)[2:] == (1, 1):
-            over = y.args[0]
+        pooled = isinstance(y, fx.Node) and len(y.users) == 1 and same(shape(node), shape(y)[:2])
+        if pooled and y.target in (aten.adaptive_avg_pool2d.default, aten.mean.dim) and shape(y)[2:] == (1, 1):
+            return y.args[0]
     elif node.target is aten.mean.dim and len(shape(node)) == 2 and sorted(d % 4 for d in node.args[1]) == [2, 3]:
-        over = node.args[0]
-    if isinstance(over, fx.Node) and len(shape(over)) == 4:
-        replace_node(t, node, ops.global_avg_pool, over)
+        return node.args[0]
+    return None

@@ -1,5 +1,4 @@
-"""Rules for what models write out in many ATen calls where the engine has one word: RMSNorm, rotary positions, norms of
-heads, attention to what was kept."""
+"""The pass for attention that reads and extends a KV cache, and the torch operator that stands for it in an export."""
 
 from __future__ import annotations
 
@@ -7,48 +6,58 @@ import torch
 from torch import Tensor
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, aten, insert_before, same, shape
-from rarefy.compiler.passes.matchers import split
+from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, aten, insert_before, replace_uses, same, shape
+from rarefy.compiler.passes.matchers import before_head_split
 
 _LIBRARY = torch.library.Library("rarefy", "FRAGMENT")
-_LIBRARY.define("recall(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
+_LIBRARY.define("cached_attention(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
 
 
-def _recall(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])  # only its shape counts: a word takes its place
+def _shape_only(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """Return a tensor of the output's shape: the pass below replaces the operator before it is called."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-_LIBRARY.impl("recall", _recall, "CompositeExplicitAutograd")
-RECALL = torch.ops.rarefy.recall.default
+_LIBRARY.impl("cached_attention", _shape_only, "CompositeExplicitAutograd")
+CACHED_ATTENTION = torch.ops.rarefy.cached_attention.default
 
 
-def convert_cached_attention(t: ExportedGraph, node: Node) -> None:
-    """rarefy::recall of queries, keys and values in heads: the word, behind the layers before it in the cache."""
-    if node.target is not RECALL:
+def convert_cached_attention(exported: ExportedGraph, node: Node) -> None:
+    """Convert rarefy::cached_attention of queries, keys and values in heads; its slots of the cache follow those of the
+    layers before it."""
+    if node.target is not CACHED_ATTENTION:
         return
     q, k, v, scale, window = node.args
-    many, few, width = shape(q)[1], shape(k)[1], shape(q)[3]
-    cache = next((n for n in t.graph.nodes if n.op == "placeholder" and n.name == "cache"), None)
-    if cache is None:
-        with t.graph.inserting_before(next(iter(t.graph.nodes))):
-            cache = t.graph.placeholder("cache")
-    flat = [split(x) for x in (q, k, v)]
-    joined = [
-        y
-        if y is not None
-        else insert_before(t, node, aten.flatten.using_ints, insert_before(t, node, aten.transpose.int, x, 1, 2), 2)
-        for y, x in zip(flat, (q, k, v))
-    ]
-    before = t.kept, t.kept + few * width
-    t.kept += few * (width + shape(v)[3])
-    args = (*joined, cache, before, many, few, scale, window)
-    with t.graph.inserting_before(node):
-        new = t.graph.call_function(ops.cached_attention, args)
+    heads, kv_heads, head_dim = shape(q)[1], shape(k)[1], shape(q)[3]
+    rows = [_joined(exported, node, x) for x in (q, k, v)]
+    slots = exported.cache_features, exported.cache_features + kv_heads * head_dim
+    exported.cache_features += kv_heads * (head_dim + shape(v)[3])
+    args = (*rows, _cache(exported), slots, heads, kv_heads, scale, window)
+    with exported.graph.inserting_before(node):
+        new = exported.graph.call_function(ops.cached_attention, args)
     new.meta["val"] = node.meta["val"].flatten(2)
     for user in list(node.users):
         if user.target in VIEWS and same(shape(user), shape(new)):
-            user.replace_all_uses_with(new)
-            t.graph.erase_node(user)
+            replace_uses(exported, user, new)
     if node.users:
-        node.replace_all_uses_with(insert_before(t, node, aten.unflatten.int, new, 2, [many, shape(v)[3]]))
-    t.graph.erase_node(node)
+        node.replace_all_uses_with(insert_before(exported, node, aten.unflatten.int, new, 2, [heads, shape(v)[3]]))
+    exported.graph.erase_node(node)
+
+
+def _cache(exported: ExportedGraph) -> Node:
+    """Return the placeholder of the KV cache."""
+    first = next(iter(exported.graph.nodes))
+    known = next((n for n in exported.graph.nodes if n.op == "placeholder" and n.name == "cache"), None)
+    if known is not None:
+        return known
+    with exported.graph.inserting_before(first):
+        return exported.graph.placeholder("cache")
+
+
+def _joined(exported: ExportedGraph, before: Node, x: Node) -> Node:
+    """Return [batch, tokens, features] for heads [batch, heads, tokens, head_dim]."""
+    source = before_head_split(x)
+    if source is not None:
+        return source
+    swapped = insert_before(exported, before, aten.transpose.int, x, 1, 2)
+    return insert_before(exported, before, aten.flatten.using_ints, swapped, 2)

@@ -1,4 +1,4 @@
-"""Passes for linear layers: recognize them, split and merge them, absorb scales, and handle embeddings."""
+"""Passes for linear layers and embeddings: recognize them, split them, fold scales, remove views around them."""
 
 from __future__ import annotations
 
@@ -15,185 +15,185 @@ from rarefy.compiler.fx_utils import (
     Node,
     add_constant,
     aten,
+    dtype_of,
     is_node,
-    kind_of,
     replace_node,
+    replace_uses,
     same,
     shape,
 )
+from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.runtime.sparse_layers import Sparse, from_spec
 
+SPLITS = (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
+MAX_BETWEEN_VIEWS = 64  # operators
 
-def convert_linear(t: ExportedGraph, node: Node) -> None:
-    """A product with a constant weight, dense or of a layer that runs sparse already."""
+
+def convert_embedding(exported: ExportedGraph, node: Node) -> None:
+    """Convert an embedding with a constant weight."""
+    if node.target is aten.embedding.default and dtype_of(node) == torch.float32:
+        weight, ids = node.args[:2]
+        if weight.name in exported.constants:
+            replace_node(exported, node, ops.embedding, ids, weight)
+
+
+def convert_linear(exported: ExportedGraph, node: Node) -> None:
+    """Convert a linear layer with a constant weight, also one that `accelerate_` has replaced."""
+    constants = exported.constants
     if node.target is aten.linear.default:
         x, w, bias = (*node.args, None)[:3]
-        fixed = all(n is None or n.name in t.constants for n in (w, bias))
-        if fixed and kind_of(node) == torch.float32:
-            replace_node(t, node, ops.linear, x, w, bias, None, None)
-    if node.target is aten.addmm.default and not node.kwargs and kind_of(node) == torch.float32:
+        constant = all(n is None or n.name in constants for n in (w, bias))
+        if constant and dtype_of(node) == torch.float32:
+            replace_node(exported, node, ops.linear, x, w, bias, None, None)
+    if node.target is aten.addmm.default and not node.kwargs and dtype_of(node) == torch.float32:
         bias, x, w = node.args
-        if {bias.name, w.name} <= t.constants.keys() and len(shape(bias)) == 1:
-            replace_node(
-                t, node, ops.linear, x, add_constant(t, f"{w.name}_t", t.constants[w.name].t()), bias, None, None
-            )
+        if {bias.name, w.name} <= constants.keys() and len(shape(bias)) == 1:
+            weight = add_constant(exported, f"{w.name}_t", constants[w.name].t())
+            replace_node(exported, node, ops.linear, x, weight, bias, None, None)
     if node.target is torch.ops.rarefy.sparse.default:
-        _unpack_sparse(t, node)
+        _unpack_sparse(exported, node)
 
 
-def _unpack_sparse(t: ExportedGraph, node: Node) -> None:
-    """A layer that runs sparse already: its weight once more, for the plan to pack."""
-    x, parts, bias, about = node.args
-    layer = from_spec([t.constants[p.name] for p in parts], None, about)
-    if len(layer.shape) != 2 or layer.int8_inputs or _small(layer):
+def _unpack_sparse(exported: ExportedGraph, node: Node) -> None:
+    """Unpack the weight of a layer that `accelerate_` has replaced; it is packed again for the whole model."""
+    x, parts, bias, spec = node.args
+    layer = from_spec([exported.constants[p.name] for p in parts], None, spec)
+    if len(layer.shape) != 2 or layer.int8_inputs or _is_quantized(layer):
         return
-    with t.graph.inserting_before(next(iter(t.graph.nodes))):
-        w = t.graph.placeholder(f"{parts[0].name}_unpacked")
-    t.constants[w.name] = w.meta["val"] = layer.weight.float()
-    replace_node(t, node, ops.linear, x, w, bias, None, layer.activation)
+    with exported.graph.inserting_before(next(iter(exported.graph.nodes))):
+        w = exported.graph.placeholder(f"{parts[0].name}_unpacked")
+    exported.constants[w.name] = w.meta["val"] = layer.weight.float()
+    replace_node(exported, node, ops.linear, x, w, bias, None, layer.activation)
 
 
-def _small(layer: Sparse) -> bool:
-    """Whether a layer's weight has other numbers than fp32."""
-    return any(how.get("kind", "fp32") != "fp32" for _, how in layer.formats)
+def _is_quantized(layer: Sparse) -> bool:
+    return any(fields.get("kind", "fp32") != "fp32" for _, fields in layer.formats)
 
 
-def remove_views_around_linear(t: ExportedGraph, node: Node) -> None:
-    """view(product(view(x))): the product alone."""
+def remove_views_around_linear(exported: ExportedGraph, node: Node) -> None:
+    """Replace view(linear(view(x))) by linear(x) where the views change leading dimensions alone."""
     if node.target not in VIEWS or not isinstance(node.args[0], fx.Node):
         return
     y = node.args[0]
     if y.target is not ops.linear or len(y.users) != 1 or y.args[3] is not None:
         return
     x = y.args[0]
-    wide = x.args[0] if x.target in VIEWS else None
-    ends = wide is not None and shape(x)[-1] == shape(wide)[-1] and shape(node)[-1] == shape(y)[-1]
-    if ends and same(shape(wide)[:-1], shape(node)[:-1]):
-        replace_node(t, node, ops.linear, wide, *y.args[1:])
-
-
-def scale_rows(t: ExportedGraph, at: Node, weights: Any, by: Any) -> list[Node | None]:
-    """Weights and biases times a number, or each output by its own."""
-    made: list[Node | None] = []
-    for n in weights:
-        w = None if n is None else t.constants[n.name]
-        each = by.view(-1, *[1] * (w.dim() - 1)) if isinstance(by, Tensor) and w is not None else by
-        made.append(None if w is None else add_constant(t, f"{at.name}_scaled", w * each))
-    return made
-
-
-def fold_layer_scale(t: ExportedGraph, node: Node) -> None:
-    """A product's outputs times a constant each: that goes into its weight and bias."""
-    if node.target is not aten.mul.Tensor or kind_of(node) != torch.float32:
+    source = x.args[0] if x.target in VIEWS else None
+    if source is None or shape(x)[-1] != shape(source)[-1] or shape(node)[-1] != shape(y)[-1]:
         return
-    for y, gain in (node.args, node.args[::-1]):
-        if not is_node(y) or not is_node(gain) or gain.name not in t.constants:
-            continue
-        by = t.constants[gain.name]
-        alone = y.target is ops.linear and len(y.users) == 1 and y.args[3:] == (None, None)
-        if alone and by.dim() and by.numel() == by.shape[-1] == shape(y)[-1] and by.dim() <= len(shape(y)):
-            replace_node(t, node, ops.linear, y.args[0], *scale_rows(t, node, y.args[1:3], by.flatten()), None, None)
-            return
+    if same(shape(source)[:-1], shape(node)[:-1]):
+        replace_node(exported, node, ops.linear, source, *y.args[1:])
 
 
-def convert_embedding(t: ExportedGraph, node: Node) -> None:
-    """Rows of a constant weight."""
-    if node.target is aten.embedding.default and kind_of(node) == torch.float32 and node.args[0].name in t.constants:
-        replace_node(t, node, ops.embedding, node.args[1], node.args[0])
-
-
-def split_linear_outputs(t: ExportedGraph, node: Node) -> None:
-    """A piece of a product's outputs is a product with a piece of its weight: queries, keys and values in one."""
-    y, start, end = _piece(node)
+def split_linear_outputs(exported: ExportedGraph, node: Node) -> None:
+    """Make a slice of a linear layer's outputs a linear layer of its own, as for queries, keys and values."""
+    y, start, end = _output_slice(node)
     if y is None or y.target is not ops.linear or y.args[3] is not None:
         return
-    node.replace_all_uses_with(linear_of_rows(t, node, y, torch.arange(start, end)))
-    t.graph.erase_node(node)
+    replace_uses(exported, node, linear_of_rows(exported, node, y, torch.arange(start, end)))
 
 
-def linear_of_rows(t: ExportedGraph, before: Node, y: Node, rows: Tensor) -> Node:
-    """Return the product of some of the rows of a product's weight and bias, of the same inputs, before a node."""
+def linear_of_rows(exported: ExportedGraph, before: Node, y: Node, rows: Tensor) -> Node:
+    """Return a linear layer with some rows of another one's weight and bias, of the same input, before a node."""
     x, *weights, _, act = y.args
     w, bias = (
-        None if n is None else add_constant(t, f"{before.name}_{part}", t.constants[n.name][rows])
+        None if n is None else add_constant(exported, f"{before.name}_{part}", exported.constants[n.name][rows])
         for n, part in zip(weights, ("weight", "bias"))
     )
-    with t.graph.inserting_before(before):
-        new = t.graph.call_function(ops.linear, (x, w, bias, None, act))
+    with exported.graph.inserting_before(before):
+        new = exported.graph.call_function(ops.linear, (x, w, bias, None, act))
     new.meta["val"] = y.meta["val"][..., : len(rows)]
     return new
 
 
-def _piece(node: Node) -> tuple[Any, int, int]:
-    """Of which node's last dimension this is a piece, from where to where, if all that read it take pieces."""
-    if node.target is aten.slice.Tensor and _last(node.args[0], node.args[1]):
+def _output_slice(node: Node) -> tuple[Any, int, int]:
+    """Return y, start and end if a node is y[..., start:end] and all that read y take slices; else (None, 0, 0)."""
+    if node.target is aten.slice.Tensor and _is_last_dim(node.args[0], node.args[1]):
         y = node.args[0]
-        whole = all(u.target is aten.slice.Tensor and _last(y, u.args[1]) and len(u.args) == 4 for u in y.users)
+        sliced = all(u.target is aten.slice.Tensor and _is_last_dim(y, u.args[1]) and len(u.args) == 4 for u in y.users)
         start, end = node.args[2:] if len(node.args) == 4 else (None, None)
-        if whole and isinstance(start, int) and isinstance(end, int) and 0 <= start < end:
+        if sliced and isinstance(start, int) and isinstance(end, int) and 0 <= start < end:
             return y, start, min(end, shape(y)[-1])
         return None, 0, 0
-    cut = node.args[0] if node.target is operator.getitem else None
-    if not isinstance(cut, fx.Node) or cut.target not in (aten.split.Tensor, aten.chunk.default, SPLIT):
+    split = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(split, fx.Node) or split.target not in SPLITS:
         return None, 0, 0
-    y, dim = cut.args[0], (*cut.args, 0)[2]
-    if not isinstance(y, fx.Node) or len(y.users) != 1 or not _last(y, dim):
+    y, dim = split.args[0], (*split.args, 0)[2]
+    if not isinstance(y, fx.Node) or len(y.users) != 1 or not _is_last_dim(y, dim):
         return None, 0, 0
-    widths = [v.shape[-1] for v in cut.meta["val"]]
+    widths = [v.shape[-1] for v in split.meta["val"]]
     start = sum(widths[: node.args[1]])
     return y, start, start + widths[node.args[1]]
 
 
-SPLIT = aten.split_with_sizes.default
-
-
-def _last(y: Any, dim: Any) -> bool:
+def _is_last_dim(y: Any, dim: Any) -> bool:
     return dim in (-1, len(shape(y)) - 1)
 
 
-KEEPING = (ops.linear, ops.norm, ops.add, ops.mul, ops.activation)  # whose outputs lie as their inputs do
+def scaled_weights(exported: ExportedGraph, node: Node, weights: Any, scale: Any) -> list[Node | None]:
+    """Return weights and biases times a number, or times a number for each output; `node` names the new constants."""
+    scaled: list[Node | None] = []
+    for n in weights:
+        w = None if n is None else exported.constants[n.name]
+        factor = scale.view(-1, *[1] * (w.dim() - 1)) if isinstance(scale, Tensor) and w is not None else scale
+        scaled.append(None if w is None else add_constant(exported, f"{node.name}_scaled", w * factor))
+    return scaled
 
 
-def remove_view_pairs(t: ExportedGraph, node: Node) -> None:
-    """Words between two views, the second of which takes back the first, need neither."""
-    if node.target not in VIEWS or not isinstance(node.args[0], fx.Node) or node.args[0].target not in KEEPING:
+def fold_layer_scale(exported: ExportedGraph, node: Node) -> None:
+    """Fold a constant for each output that multiplies a linear layer's outputs into its weight and bias."""
+    if node.target is not aten.mul.Tensor or dtype_of(node) != torch.float32:
+        return
+    for y, scale in (node.args, node.args[::-1]):
+        if not is_node(y) or not is_node(scale) or scale.name not in exported.constants:
+            continue
+        s = exported.constants[scale.name]
+        plain = y.target is ops.linear and len(y.users) == 1 and y.args[3:] == (None, None)
+        if plain and s.dim() and s.numel() == s.shape[-1] == shape(y)[-1] and s.dim() <= len(shape(y)):
+            weights = scaled_weights(exported, node, y.args[1:3], s.flatten())
+            replace_node(exported, node, ops.linear, y.args[0], *weights, None, None)
+            return
+
+
+def _is_per_row(node: Node) -> bool:
+    return node.target in BY_TARGET and BY_TARGET[node.target].per_row
+
+
+def remove_view_pairs(exported: ExportedGraph, node: Node) -> None:
+    """Remove a view before and a view after operators on rows, where the second one undoes the first."""
+    if node.target not in VIEWS or not isinstance(node.args[0], fx.Node) or not _is_per_row(node.args[0]):
         return
     inside: dict[Node, None] = {}
-    if not _inside(node.args[0], shape(node)[:-1], inside) or shape(node)[-1] != shape(node.args[0])[-1]:
-        return
     last = node.args[0]
+    if shape(node)[-1] != shape(last)[-1] or not _collect_between(last, shape(node)[:-1], inside):
+        return
     if any(u not in inside and u is not node for n in inside for u in n.users) or len(last.users) != 1:
         return
-    made: dict[Node, Node] = {}
-    for old in (n for n in list(t.graph.nodes) if n in inside):  # in the graph's order
-        places = _tensors(old)
-        args = [made.get(a, a.args[0]) if i in places and a is not None else a for i, a in enumerate(old.args)]
-        with t.graph.inserting_before(node):
-            made[old] = t.graph.call_function(old.target, tuple(args))
+    new: dict[Node, Node] = {}
+    for old in (n for n in list(exported.graph.nodes) if n in inside):  # in the graph's order
+        values = BY_TARGET[old.target].tensors(old)
+        args = [new.get(a, a.args[0]) if is_node(a) and a in values else a for a in old.args]
+        with exported.graph.inserting_before(node):
+            new[old] = exported.graph.call_function(old.target, tuple(args))
         first: Any = args[0]
         x = first.meta["val"]
-        made[old].meta["val"] = x.new_empty((*x.shape[:-1], shape(old)[-1]))
-    node.replace_all_uses_with(made[last])
-    t.graph.erase_node(node)
+        new[old].meta["val"] = x.new_empty((*x.shape[:-1], shape(old)[-1]))
+    replace_uses(exported, node, new[last])
 
 
-def _tensors(node: Node) -> tuple[int, ...]:
-    """Which arguments of a word are values."""
-    return {ops.linear: (0, 3), ops.add: (0, 1), ops.mul: (0, 1)}.get(node.target, (0,))
+def _collect_between(node: Node, leading: tuple[Any, ...], inside: dict[Node, None]) -> bool:
+    """Collect the operators from views of values with these leading dimensions to a node.
 
-
-def _inside(node: Node, lead: tuple[Any, ...], inside: dict[Node, None]) -> bool:
-    """Gather the words that lead from views of values with this lead to a node; False where there is another way."""
+    Returns:
+        Whether all inputs are such views.
+    """
     inside[node] = None
-    for x in (node.args[i] for i in _tensors(node)):
-        if x is None or x in inside:
+    for x in BY_TARGET[node.target].tensors(node):
+        if x in inside:
             continue
-        if x.target in KEEPING and len(inside) < MOST_INSIDE:
-            if not _inside(x, lead, inside):
+        if _is_per_row(x) and len(inside) < MAX_BETWEEN_VIEWS:
+            if not _collect_between(x, leading, inside):
                 return False
-        elif x.target not in VIEWS or shape(x)[-1] != shape(x.args[0])[-1] or not same(shape(x.args[0])[:-1], lead):
+        elif x.target not in VIEWS or shape(x)[-1] != shape(x.args[0])[-1] or not same(shape(x.args[0])[:-1], leading):
             return False
     return True
-
-
-MOST_INSIDE = 64  # words

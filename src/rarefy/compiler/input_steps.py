@@ -1,0 +1,100 @@
+"""Steps of a program that prepare an operator's input: quantize it, or pad an image into planes.
+
+An image [batch, channels, height, width] lies in a program as tokens, one for each pixel. A kernel that reads several
+pixels at once reads planes: the image with its padding, cut so that a position of the kernel is a shift of its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from ctypes import Structure, addressof, c_int64, c_void_p
+from typing import Any
+
+import torch
+
+from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.program import Program, Value
+from rarefy.runtime import bindings
+from rarefy.runtime.packed_formats import LANE
+
+DTYPES = ("fp32", "bf16", "int8")  # of a step
+OVERREAD = 16  # floats that a kernel may read past the last plane
+MAX_PLANE_FLOATS = 1 << 31  # offsets are 32 bits
+
+
+class Indirection(Structure):
+    """rarefy_indirection of csrc/rarefy.h: where a convolution reads an image."""
+
+    _fields_ = [("conv", c_void_p), ("height", c_int64), ("width", c_int64), ("offsets", c_void_p)]
+
+
+def out_sizes(sizes: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...]:
+    """Return height and width of a convolution's or a pool's output for an image of these sizes."""
+    return tuple(
+        (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(sizes, kernel, stride, padding, dilation)
+    )
+
+
+def conv_geometry(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+    """Return the native description of a convolution of one channel, without weights."""
+    pairs: Mapping[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    return bindings.Conv(groups=1, outputs=1, inputs=1, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})
+
+
+def quantize_input(p: Program, x: Node, precision: str, per_image: bool = False) -> tuple[Value, Value]:
+    """Return a value in a kernel's precision and its scales, computed once for all operators that read it so.
+
+    There is a scale for each token or pixel, or one for each image, whose pixels a convolution sums.
+    """
+    key = x, f"{precision} per image" if per_image else precision
+    if key not in p.quantized:
+        source = p.values[x]
+        lanes = -(-source.features // 64) * 64 // LANE[precision] if p.decode else -(-source.features // 4)
+        absmax = None if p.decode else p.absmax(source)
+        if per_image:
+            absmax_source, absmax = source if absmax is None else absmax, p.new_like(source, 1)
+            p.step("image_absmax", absmax_source, x=p.use(absmax_source), out=p.use(absmax))
+        fields = {"dtype": DTYPES.index(precision), "per_image": int(per_image)}
+        codes, scales = p.new_like(source, lanes), p.new_like(source, 1)
+        extra = {} if absmax is None else {"in_absmax": p.use(absmax), "absmax_rows": absmax.features}
+        p.step("convert", source, x=p.use(source), out=p.use(codes), out_scales=p.use(scales), **fields, **extra)
+        p.quantized[key] = codes, scales
+    return p.quantized[key]
+
+
+def pad_planes(p: Program, x: Node, conv: Any, fill: float, codes: Value | None = None) -> tuple[Value, Indirection]:
+    """Return an image's planes for a kernel, made once for all operators that read it so, and how to read them.
+
+    conv is the kernel's geometry, fill the number in the padding, codes the image where it was quantized.
+    """
+    batch, features, height, width = p.shape(x)
+    features = features if codes is None else codes.features
+    floats = bindings.library().rarefy_padded_image_floats(conv, height, width) // conv.inputs
+    geometry = (tuple(getattr(conv, n)) for n in ("kernel", "stride", "padding", "dilation"))
+    key = (x, codes is None, fill, *geometry)
+    if batch * features * floats >= MAX_PLANE_FLOATS:
+        raise MemoryError(
+            f"{batch} images of {features} channels of {height} x {width} exceed {MAX_PLANE_FLOATS:,} padded numbers"
+        )
+    offsets = torch.empty(conv.inputs * conv.kernel[0] * conv.kernel[1], dtype=torch.int32)
+    bindings.library().rarefy_indirection_offsets(conv, height, width, offsets.data_ptr())
+    image = Indirection(addressof(conv), height, width, offsets.data_ptr())
+    p.held += [image, offsets, conv]
+    if key not in p.planes:
+        p.planes[key] = _new_planes(p, x, image, fill, codes, batch * features * floats + OVERREAD)
+    return p.use(p.planes[key]), image
+
+
+def _new_planes(p: Program, x: Node, image: Indirection, fill: float, codes: Value | None, floats: int) -> Value:
+    source = p.values.get(x) if codes is None else codes
+    tokens = p.image_tokens(x) if source is None else source
+    features = p.shape(x)[1] if codes is None else codes.features
+    planes = Value(tokens.tokens, features, len(p.steps), False, size=floats)
+    p.every.append(planes)
+    fields: dict[str, Any] = {"channels_first": 1}
+    if source is not None:
+        fields = {"x": p.use(source), "dtype": DTYPES.index("fp32" if codes is None else "int8")}
+    else:  # read from the program's input as it is
+        p.raw[x].append(len(p.steps))
+    p.step("pad_planes", tokens, out=p.use(planes), indirection=addressof(image), pad_value=fill, **fields)
+    return planes

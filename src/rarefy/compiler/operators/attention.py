@@ -1,0 +1,186 @@
+"""Attention, rotary position embeddings, and attention that reads and writes a KV cache."""
+
+from __future__ import annotations
+
+from ctypes import addressof
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.operators.spec import Call, OpSpec
+from rarefy.compiler.program import NT, Attention, Program
+
+Pair = tuple[int, int]
+CACHE_ADDRESS = 1 << 50  # where a cache's addresses begin, to order the steps that touch it
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, kv_heads: int, scale: float, causal: bool
+) -> Tensor:
+    """Return softmax(q k^T scale + mask) v head by head, [batch, tokens, heads * head_dim].
+
+    q is [batch, tokens, heads * head_dim], k and v are [batch, tokens, kv_heads * head_dim]: fewer heads of keys and
+    values serve several heads of queries each.
+    """
+    return _attend(q, k, v, mask, heads, kv_heads, scale, causal)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, heads: int, kv_heads: int, scale: float, causal: bool
+) -> Tensor:
+    per_head = [t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads))]
+    grouped = heads != kv_heads
+    y = F.scaled_dot_product_attention(*per_head, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return y.transpose(1, 2).flatten(2)
+
+
+def additive_mask(mask: Tensor) -> Tensor:
+    """Return a boolean mask (True: attend) as one that is added to scores, fp32; expanded dimensions stay expanded."""
+    if mask.dtype != torch.bool:
+        return mask.float()
+    compact = mask[tuple(slice(0, 1) if s == 0 else slice(None) for s in mask.stride())]
+    if compact.shape[-2] > 1 and bool((compact[..., :1, :] == compact).all()):
+        compact = compact[..., :1, :]  # the same for all queries
+    return torch.zeros(compact.shape).masked_fill_(~compact, float("-inf")).expand(mask.shape)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Return rotary position embeddings (Su et al. 2021, eq. 34) of x [batch, tokens, heads * head_dim].
+
+    The first half of each head's features is rotated with its second half; cos and sin are [batch, tokens, head_dim].
+    """
+    y = x.unflatten(-1, (heads, -1))
+    first, second = y.chunk(2, -1)
+    return (y * cos[..., None, :] + torch.cat([-second, first], -1) * sin[..., None, :]).flatten(-2)
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: Any, slots: Pair, heads: int, kv_heads: int, scale: float, window: int
+) -> Tensor:
+    """Append keys and values to a `Cache`; return causal attention to all of its tokens, or the last `window` of them.
+
+    slots are the features of the cache before this layer's keys and before its values; the shapes are those of
+    `attention`. A window of 0 reads all tokens.
+    """
+    keys, values = (cache.append(slot, t) for slot, t in zip(slots, (k, v)))
+    query = cache.past + torch.arange(q.shape[1])[:, None]
+    key = torch.arange(keys.shape[1])
+    visible = (key <= query) & ((key > query - window) if window else True)
+    if cache.starts is not None:
+        start = cache.starts[:, None, None]
+        visible = visible & ((key >= start) | (query < start))
+    mask = visible if visible.dim() == 2 else visible[:, None]
+    return _attend(q, keys, values, mask, heads, kv_heads, scale, False)
+
+
+def _lower_attention(p: Program, node: Node) -> None:
+    q, k, v, mask, heads, kv_heads, scale, causal = node.args
+    out = p.make(node)
+    a = Attention(
+        batch=p.shape(node)[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=out.features // heads,
+        queries=p.shape(node)[1],
+        keys=p.shape(k)[1],
+        seq_stride=out.tokens.seq_stride,
+        scale=scale,
+        causal=int(causal),
+    )
+    values = {n: p.use(p.values[x]) for n, x in zip("qkv", (q, k, v))} | {"out": p.use(out)}
+    p.attentions.append((a, values))
+    if mask is not None:
+        p.masks.append((mask, a))
+    p.step("attention", out, attention=addressof(a), **values)
+
+
+def _lower_rope(p: Program, node: Node) -> None:
+    x, cos, sin, heads = node.args
+    out = p.make(node)
+    angles = {"cos": p.use(p.values[cos]), "sin": p.use(p.values[sin])}
+    p.step("rope", out, x=p.use(p.values[x]), out=p.use(out), heads=heads, **angles)
+
+
+def _lower_cached_attention(p: Program, node: Node) -> None:
+    q, k, v, _, slots, heads, kv_heads, scale, window = node.args
+    out = p.make(node)
+    head_dim = out.features // heads
+    a = Attention(
+        batch=p.shape(node)[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        queries=p.shape(node)[1],
+        seq_stride=out.tokens.seq_stride,
+        cache=addressof(p.cache),
+        k_offset=slots[0],
+        v_offset=slots[1],
+        window=window,
+        scale=scale,
+        causal=1,
+    )
+    a.k_stride = a.v_stride = kv_heads * head_dim * NT
+    values = {"q": p.use(p.values[q]), "out": p.use(out)}
+    p.attentions.append((a, values))
+    spans = [(CACHE_ADDRESS + s, CACHE_ADDRESS + s + kv_heads * head_dim) for s in slots]
+    for i, x in enumerate((k, v)):
+        value = p.use(p.values[x])
+        p.step("kv_store", value, x=value, attention=addressof(a), store_values=i, cache_spans=[(*spans[i], True)])
+    p.use(p.values[q])
+    p.step("attention", out, attention=addressof(a), cache_spans=[(*s, False) for s in spans], **values)
+
+
+def _attention_fits(call: Call) -> bool:
+    mask, heads, kv_heads = call.node.args[3:6]
+    q, k, v = call.shapes
+    if len(q) != 3 or k != v or k[:2] != q[:2] or heads % kv_heads or q[2] % heads or not q[2]:
+        return False
+    if k[2] != q[2] // heads * kv_heads:
+        return False
+    if mask is None:
+        return True
+    if mask not in call.masks or call.masks[mask].dim() > 4:
+        return False
+    sizes = (1,) * (4 - call.masks[mask].dim()) + tuple(call.masks[mask].shape)
+    return all(n in (1, s) for n, s in zip(sizes, (q[0], heads, q[1], q[1])))
+
+
+def _rope_fits(call: Call) -> bool:
+    x, cos, sin = call.shapes
+    head_dim, rest = divmod(x[-1], call.node.args[3])
+    return not rest and head_dim > 0 and not head_dim % 2 and cos == sin == (*x[:-1], head_dim)
+
+
+def _cached_attention_fits(call: Call) -> bool:
+    """Keys and values have as many features as their slots of the cache."""
+    (keys_at, values_at), heads, kv_heads = call.node.args[4:7]
+    q, k, v = call.shapes
+    features = values_at - keys_at
+    whole_heads = len(q) == 3 and features > 0 and not features % kv_heads and not heads % kv_heads
+    return whole_heads and k == v == (*q[:2], features) and q[2] == heads * (features // kv_heads)
+
+
+OPERATORS = (
+    OpSpec(
+        reference=attention,
+        arguments=("tensor", "tensor", "tensor", "mask?", "count", "count", "number", "flag"),
+        lower=_lower_attention,
+        fits=_attention_fits,
+        heavy=True,
+        few_tokens=False,
+        whole_sequences=True,
+    ),
+    OpSpec(reference=additive_mask, arguments=("tensor",)),
+    OpSpec(reference=rope, arguments=("tensor", "tensor", "tensor", "count"), lower=_lower_rope, fits=_rope_fits),
+    OpSpec(
+        reference=cached_attention,
+        arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window"),
+        lower=_lower_cached_attention,
+        fits=_cached_attention_fits,
+        heavy=True,
+        whole_sequences=True,
+    ),
+)

@@ -1,0 +1,121 @@
+"""Convolutions of images with bias, residual and activation."""
+
+from __future__ import annotations
+
+from ctypes import addressof
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.input_steps import conv_geometry, out_sizes, pad_planes, quantize_input
+from rarefy.compiler.operators.linear import check_bias, check_dense_weight
+from rarefy.compiler.operators.spec import IMAGES, Call, OpSpec, Shape
+from rarefy.compiler.program import Program, Value
+from rarefy.runtime import bindings, winograd
+from rarefy.runtime.reference import ACTIVATIONS
+
+Pair = tuple[int, int]
+
+
+def conv2d(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, act: str | None, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int,
+) -> Tensor:  # fmt: skip
+    """Return act(x convolved with w + bias + residual); x is [batch, channels, height, width]."""
+    y = F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    return ACTIVATIONS[act](y if residual is None else y + residual)
+
+
+def _lower(p: Program, node: Node) -> None:
+    """A depthwise step; a linear step where kernel size and stride are one; else a convolution."""
+    if node not in p.kernels:
+        _lower_depthwise(p, node)
+        return
+    x, _, _, residual, _, stride, padding, _, _ = node.args
+    kernel = p.kernels[node]
+    batch = p.shape(x)[0]
+    extra = {} if residual is None else {"residual": p.values[residual]}
+    pointwise = tuple(kernel.shape[2:]) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
+    quantized = kernel.held[0].kind == "int8"
+    fields: dict[str, Any]
+    if pointwise and x in p.values:
+        source, step = p.values[x], "linear"
+        fields = {"weight": addressof(kernel.inner), "format": bindings.FORMATS.index(type(kernel.held[0].matrix))}
+        if quantized:
+            source, extra["in_scales"] = quantize_input(p, x, "int8")
+    else:
+        codes = None
+        if quantized:
+            codes, extra["in_scales"] = quantize_input(p, x, "int8", per_image=True)
+        by_winograd, conv = winograd.worth(kernel.held[0], p.shape(node)[2:]), kernel.about
+        if by_winograd:
+            transformed = winograd.of(kernel)
+            conv = transformed.about
+            p.held.append(transformed)
+        source, image = pad_planes(p, x, conv, 0.0, codes)
+        step, fields = "conv", {"indirection": addressof(image), "batch": batch, "winograd": int(by_winograd)}
+    out = p.make(node)
+    p.step(step, out, x=p.use(source), out=p.use(out), **fields, **{n: p.use(v) for n, v in extra.items()})
+
+
+def _lower_depthwise(p: Program, node: Node) -> None:
+    x, w, bias, residual, act, stride, padding, dilation, _ = node.args
+    conv = conv_geometry(p.constants[w.name].shape[2:], stride, padding, dilation)
+    planes, image = pad_planes(p, x, conv, 0.0)
+    out = p.make(node)
+    own_act = bindings.ACTIVATIONS.index(None if residual is not None else act)
+    weights = {"depthwise_weights": p.constant(w), "bias": p.constant(bias)}
+    fields = {"indirection": addressof(image), "batch": p.shape(x)[0], **weights}
+    p.step("depthwise_conv", out, x=p.use(planes), out=p.use(out), act=own_act, **fields)
+    if residual is not None:
+        value: Value = p.values[residual]
+        p.step("add", out, x=p.use(out), out=p.use(out), act=bindings.ACTIVATIONS.index(act), other=p.use(value))
+
+
+def _out_shape(call: Call) -> Shape:
+    assert call.weight is not None
+    x, weight = call.shapes[0], call.weight
+    stride, padding, dilation = call.node.args[5:8]
+    return (x[0], weight[0], *out_sizes(x[2:], weight[2:], stride, padding, dilation))
+
+
+def _fits(call: Call) -> bool:
+    assert call.weight is not None
+    x, *residual = call.shapes
+    if len(x) != 4 or len(call.weight) != 4 or x[1] != call.weight[1] * call.node.args[8] or 0 in x:
+        return False
+    if call.packed is not None:  # which has a geometry of its own
+        geometry = call.packed.stride, call.packed.padding, call.packed.dilation
+        if geometry != tuple(tuple(a) for a in call.node.args[5:8]):
+            return False
+    out, bias = _out_shape(call), call.node.args[2]
+    bias_fits = bias is None or tuple(call.constants[bias.name].shape) == call.weight[:1]
+    return min(out) > 0 and residual in ([], [out]) and bias_fits
+
+
+def _check_weights(call: Call) -> None:
+    check_dense_weight(call, 4)
+    check_bias(call)
+    if call.packed is not None:
+        geometry = call.packed.stride, call.packed.padding, call.packed.dilation, call.packed.groups
+        if geometry != tuple(call.node.args[5:9]):
+            raise ValueError(f"is a convolution of {call.node.args[5:9]}, but its packed weight is one of {geometry}")
+
+
+OPERATORS = (
+    OpSpec(
+        reference=conv2d,
+        arguments=("tensor", "weight", "constant?", "tensor?", "act", "pair", "pair", "pair", "count"),
+        lower=_lower,
+        fits=_fits,
+        out_shape=_out_shape,
+        layout=IMAGES,
+        heavy=True,
+        epilogue=True,
+        own_call=True,
+        packed_formats=("convolution",),
+        check_weights=_check_weights,
+    ),
+)

@@ -1,0 +1,102 @@
+"""Linear layers: x w^T with bias, residual and activation."""
+
+from __future__ import annotations
+
+from ctypes import addressof
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.input_steps import quantize_input
+from rarefy.compiler.operators.spec import Call, OpSpec, Shape
+from rarefy.compiler.program import Program, Value
+from rarefy.runtime import bindings
+from rarefy.runtime.packed_formats import Bitmask, Panels
+from rarefy.runtime.reference import ACTIVATIONS
+
+
+def linear(
+    x: Tensor, w: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, act: str | None = None
+) -> Tensor:
+    """Return act(x w^T + bias + residual); x is [.., inputs], w [outputs, inputs], residual [.., outputs]."""
+    y = F.linear(x, w, bias)
+    return ACTIVATIONS[act](y if residual is None else y + residual)
+
+
+def _lower(p: Program, node: Node) -> None:
+    x, _, _, residual, _ = node.args
+    kernel = p.kernels[node]
+    packed = kernel.held[0]
+    source, extra = p.values[x], {} if residual is None else {"residual": p.values[residual]}
+    precision = _input_precision(packed, p.decode)
+    if precision == "int8" or (p.decode and (precision != "fp32" or source.features % 64)):
+        source, extra["in_scales"] = quantize_input(p, x, precision)
+    if isinstance(packed, Panels) and precision == "int8" and not p.decode:
+        p.held.append(packed.sums.to(torch.int32))
+        extra["row_sums"] = p.held[-1].data_ptr()
+    out = p.make(node)
+    fields = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
+    fields |= {"weight": addressof(kernel.about), "format": bindings.FORMATS.index(type(packed))}
+    p.step("linear", out, x=p.use(source), out=p.use(out), **fields)
+
+
+def _input_precision(packed: Any, decode: bool) -> str:
+    """Return the precision in which a kernel reads its inputs. A weight that is unpacked to fp32 for many tokens reads
+    them in fp32."""
+    if isinstance(packed, Panels):
+        return "fp32" if packed.exact or (packed.parts and not decode) else "int8"
+    if isinstance(packed, Bitmask) and not decode:
+        return "int8" if packed.kind == "int8" else "fp32"
+    return "int8" if packed.kind == "int4" else packed.kind
+
+
+def _out_shape(call: Call) -> Shape:
+    assert call.weight is not None
+    return (*call.shapes[0][:-1], call.weight[0])
+
+
+def _fits(call: Call) -> bool:
+    assert call.weight is not None
+    x, *residual = call.shapes
+    return x[-1] == call.weight[1] and residual in ([], [_out_shape(call)])
+
+
+def check_bias(call: Call) -> None:
+    """Raise ValueError unless the bias, argument 2, has one number for each row of the weight."""
+    assert call.weight is not None
+    bias = call.node.args[2]
+    if bias is not None and (shape := tuple(call.constants[bias.name].shape)) != call.weight[:1]:
+        raise ValueError(f"expected a bias of shape {list(call.weight[:1])}, got {list(shape)}")
+
+
+def check_dense_weight(call: Call, dims: int) -> None:
+    """Raise ValueError unless a weight that is not packed is floating point with so many dimensions."""
+    weight = None if call.packed is not None else call.constants[call.node.args[1].name]
+    if weight is not None and (weight.dim() != dims or not weight.is_floating_point()):
+        raise ValueError(
+            f"expected a floating-point weight with {dims} dimensions, got {weight.dtype} {list(weight.shape)}"
+        )
+
+
+def _check_weights(call: Call) -> None:
+    check_dense_weight(call, 2)
+    check_bias(call)
+
+
+OPERATORS = (
+    OpSpec(
+        reference=linear,
+        arguments=("tensor", "weight", "constant?", "tensor?", "act"),
+        lower=_lower,
+        fits=_fits,
+        out_shape=_out_shape,
+        heavy=True,
+        epilogue=True,
+        per_row=True,
+        packed_formats=("tiles", "sell", "bitmask", "panels", "fours"),
+        check_weights=_check_weights,
+    ),
+)

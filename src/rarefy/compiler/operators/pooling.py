@@ -1,0 +1,78 @@
+"""Pooling of images."""
+
+from __future__ import annotations
+
+from ctypes import addressof
+from math import inf
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.input_steps import conv_geometry, out_sizes, pad_planes
+from rarefy.compiler.operators.spec import IMAGES, IMAGES_TO_ROWS, Call, OpSpec, Shape
+from rarefy.compiler.program import Program
+from rarefy.runtime.packed_formats import MOST_STRIDE
+
+Pair = tuple[int, int]
+
+
+def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Return the largest pixel of each window; x is [batch, channels, height, width]."""
+    return F.max_pool2d(x, kernel, stride, padding, dilation)
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """Return means over pixels, [batch, channels]; x is [batch, channels, height, width]."""
+    return x.mean((2, 3))
+
+
+def _lower_max_pool2d(p: Program, node: Node) -> None:
+    x, kernel, stride, padding, dilation = node.args
+    planes, image = pad_planes(p, x, conv_geometry(kernel, stride, padding, dilation), -inf)
+    out = p.make(node)
+    p.step("max_pool", out, x=p.use(planes), out=p.use(out), indirection=addressof(image), batch=p.shape(x)[0])
+
+
+def _lower_global_avg_pool(p: Program, node: Node) -> None:
+    _, _, height, width = p.shape(node.args[0])
+    source = p.values[node.args[0]]
+    out = p.make(node)
+    p.step("global_avg_pool", out, x=p.use(source), out=p.use(out), tokens=height * width)
+
+
+def _pooled_shape(call: Call) -> Shape:
+    x = call.shapes[0]
+    return (*x[:2], *out_sizes(x[2:], *call.node.args[1:]))
+
+
+def _max_pool2d_fits(call: Call) -> bool:
+    kernel, stride, padding, _ = call.node.args[1:]
+    (x,) = call.shapes
+    if len(x) != 4 or 0 in x or max(stride) > MOST_STRIDE or any(2 * p > k for p, k in zip(padding, kernel)):
+        return False
+    return min(kernel) > 0 and min(_pooled_shape(call)[2:]) > 0
+
+
+def _global_avg_pool_fits(call: Call) -> bool:
+    return len(call.shapes[0]) == 4 and 0 not in call.shapes[0]
+
+
+OPERATORS = (
+    OpSpec(
+        reference=max_pool2d,
+        arguments=("tensor", "pair", "pair", "pair", "pair"),
+        lower=_lower_max_pool2d,
+        fits=_max_pool2d_fits,
+        out_shape=_pooled_shape,
+        layout=IMAGES,
+    ),
+    OpSpec(
+        reference=global_avg_pool,
+        arguments=("tensor",),
+        lower=_lower_global_avg_pool,
+        fits=_global_avg_pool_fits,
+        out_shape=lambda call: call.shapes[0][:2],
+        layout=IMAGES_TO_ROWS,
+    ),
+)

@@ -1,0 +1,164 @@
+"""The native parts of a compiled model: fused subgraphs that one call runs, and single operators with a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, IMAGES_TO_ROWS
+from rarefy.compiler.operators.table import BY_TARGET
+from rarefy.compiler.program import Program
+from rarefy.runtime.huge_pages import last_cache
+
+MAX_SHAPES = 16  # shapes of inputs for which programs are kept
+MAX_IN_FLIGHT = 56 << 20  # bytes of activations of the images that go through a program together
+
+# called with nodes, their inputs, kernels and constants before a program is built for new shapes
+Check = Callable[[Sequence[Node], Mapping[Node, Tensor], Mapping[Node, Any], Mapping[str, Tensor]], None]
+
+
+class SingleOp:
+    """An operator that its kernel runs in a native call of its own."""
+
+    def __init__(self, node: Node, kernel: Any):
+        self.nodes, self.outputs, self.kernel = [node], [node], kernel
+
+    def run(self, lookup: Callable[[Node], Any]) -> list[Tensor]:
+        """Return the output; `lookup` gives the value of a node."""
+        x, _, *rest = self.nodes[0].args
+        residual = rest[1] if len(rest) > 1 else None
+        return [self.kernel.run(lookup(x), None if residual is None else lookup(residual))]
+
+
+class FusedSubgraph:
+    """Operators that one native call runs, and the programs for the shapes that it has met.
+
+    Attributes:
+        nodes: the operators in the order in which they run.
+        inputs: the values that come from outside, masks included.
+        outputs: the operators whose outputs are read outside.
+        programs: for each shape of the inputs the programs that no thread runs now.
+    """
+
+    def __init__(
+        self, nodes: Sequence[Node], kernels: Mapping[Node, Any], constants: Mapping[str, Tensor], check: Check | None
+    ):
+        inside = set(nodes)
+        read = dict.fromkeys(a for n in nodes for a in _activations(n) if a not in inside)
+        self.nodes, self.kernels, self.constants = list(nodes), kernels, constants
+        self.inputs = list(read)
+        caches = (BY_TARGET[n.target].argument(n, "cache") for n in nodes)
+        self.cache = next((c for c in caches if c is not None), None)
+        self.images = image_nodes(nodes) or ()
+        self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
+        self.programs: dict[tuple[Any, ...], list[Program]] = {}
+        self.batch_sizes: dict[tuple[Any, ...], int] = {}  # images that go together, by their shapes
+        self.lock, self.check = Lock(), check
+
+    def run(self, lookup: Callable[[Node], Any]) -> list[Tensor]:
+        """Return the outputs; `lookup` gives the value of a node.
+
+        Images go through all operators a few at a time, so that activations stay in the CPU's cache.
+        """
+        inputs = {n: lookup(n) for n in self.inputs}
+        cache = None if self.cache is None else lookup(self.cache)
+        batch = len(next(iter(inputs.values()))) if self.images else 0
+        if batch <= 1 or any(len(t) != batch for t in inputs.values()):
+            return self._run(inputs, cache)
+        step = self._images_together({n: t[:1] for n, t in inputs.items()})
+        chunks = [self._run({n: t[i : i + step] for n, t in inputs.items()}, cache) for i in range(0, batch, step)]
+        return [torch.cat(o) for o in zip(*chunks)] if len(chunks) > 1 else chunks[0]
+
+    def _images_together(self, one: Mapping[Node, Tensor]) -> int:
+        """Return how many images go together, from the memory that a program needs for one."""
+        key = _shapes(one)
+        if key not in self.batch_sizes:
+            program = self._build(one)
+            kernels = [self.kernels[n] for n in self.nodes if n in self.kernels]
+            weights = {t.data_ptr(): t.nbytes for k in kernels for t in k.tensors()}
+            self.batch_sizes[key] = images_together(program.memory.nbytes, sum(weights.values()), last_cache())
+            self._give_back(key, program)
+        return self.batch_sizes[key]
+
+    def _run(self, inputs: Mapping[Node, Tensor], cache: Any) -> list[Tensor]:
+        """Run a program; threads that call at the same time have one each."""
+        shapes = _shapes(inputs)
+        with self.lock:
+            free = self.programs.get(shapes, [])
+            program = free.pop() if free else None
+        program = self._build(inputs) if program is None else program
+        out = program.run(inputs, cache)
+        self._give_back(shapes, program)
+        return out
+
+    def _build(self, inputs: Mapping[Node, Tensor]) -> Program:
+        if self.check is not None:
+            self.check(self.nodes, inputs, self.kernels, self.constants)
+        shapes = {n: tuple(t.shape) for n, t in inputs.items()}
+        return Program(
+            self.nodes, self.inputs, self.outputs, shapes, self.kernels, self.constants, BY_TARGET, self.images
+        )
+
+    def _give_back(self, shapes: tuple[Any, ...], program: Program) -> None:
+        with self.lock:
+            self.programs.setdefault(shapes, []).append(program)
+            while len(self.programs) > MAX_SHAPES:
+                self.programs.pop(next(iter(self.programs)))
+
+
+def _shapes(inputs: Mapping[Node, Tensor]) -> tuple[Any, ...]:
+    return tuple((t.dtype, *t.shape) for t in inputs.values())
+
+
+def _activations(node: Node) -> list[Node]:
+    """Return the arguments that are computed: no weights, no constants, no cache."""
+    fixed = ("weight", "constant", "cache")
+    kinds = (k.removesuffix("?") for k in BY_TARGET[node.target].arguments)
+    return [a for kind, a in zip(kinds, node.args) if isinstance(a, fx.Node) and kind not in fixed]
+
+
+def image_nodes(nodes: Sequence[Node]) -> set[Node] | None:
+    """Return which values are images [batch, channels, height, width].
+
+    Returns:
+        The nodes; None where operators on rows read images too, so that no program can run all of them.
+    """
+    layout = {n: BY_TARGET[n.target].layout for n in nodes}
+    images = {n for n in nodes if layout[n] == IMAGES}
+    for n in (n for n in nodes if layout[n] in (IMAGES, IMAGES_TO_ROWS)):
+        images |= set(BY_TARGET[n.target].tensors(n))
+    before = -1
+    while before != len(images):
+        before = len(images)
+        for n in (n for n in nodes if layout[n] == ELEMENTWISE):
+            connected = {n, *n.all_input_nodes}
+            if connected & images:
+                images |= connected
+    rows = {n for n in nodes if layout[n] == IMAGES_TO_ROWS}
+    for n in nodes:
+        if layout[n] not in (IMAGES, IMAGES_TO_ROWS, ELEMENTWISE):
+            rows |= {n, *n.all_input_nodes}
+    return None if images & rows else images
+
+
+def images_together(memory: int, weights: int, cache: int) -> int:
+    """Return how many images go through a program together.
+
+    As many as half of the last cache holds; more where reading the weights again for each would be the larger part.
+
+    Args:
+        memory: bytes of activations of one image.
+        weights: bytes of all weights.
+        cache: bytes of the CPU's last cache, 0 where that is unknown.
+
+    >>> images_together(10 << 20, 8 << 20, 32 << 20), images_together(10 << 20, 100 << 20, 32 << 20)
+    (1, 5)
+    """
+    limit = MAX_IN_FLIGHT // memory
+    in_cache = min(MAX_IN_FLIGHT, cache // 2 or MAX_IN_FLIGHT) // memory
+    return max(1, in_cache, min(limit, weights // (2 * memory)))
