@@ -32,7 +32,7 @@ def test_a_language_model_is_evaluated_by_its_decoder(precision):
     before = perplexity(model, data)
     stages = [{"prune": {"sparsity": 0.5, "layers": "model.layers.*"}}, {"quantize": {"layers": "model.layers.*"}}]
     receipt = run(model, data, stages, metric="perplexity", precision=precision, decode=DECODE)
-    decoder = rarefy.decoder(model, values=precision)
+    decoder = rarefy.decoder(model, precision=precision)
     assert receipt.quality["before"] == before
     assert receipt.quality["after"] == perplexity(EngineModule(decoder), data)
     eager = perplexity(model, data)  # quantized weights; activations are rounded by int8 alone

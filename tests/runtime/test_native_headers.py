@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rarefy.compiler import conv_lowering, program
+from rarefy.compiler import input_steps, program
 from rarefy.runtime import bindings
 
 COMPILER = shutil.which("c++") or shutil.which("clang++")
@@ -39,7 +39,7 @@ def test_header_compiles_alone(name, tmp_path):
 STRUCTS = {
     "bitmask": bindings._Bitmask, "quantized": bindings._Quantized, "tiles": bindings._Tiles, "sell": bindings._Sell,
     "csr": bindings._Csr, "dense": bindings._Dense, "conv": bindings.Conv, "view": program.View, "step": program.Step,
-    "kv_cache": program.KVCache, "attention": program.Attention, "indirection": conv_lowering.Indirection,
+    "kv_cache": program.KVCache, "attention": program.Attention, "indirection": input_steps.Indirection,
 }  # fmt: skip
 
 
