@@ -152,9 +152,9 @@ def test_options_without_effect_and_where_modules_are_asked_for(tmp_path):
     with pytest.raises(FormatError, match="saved as its kernels read it"):
         rarefy.save(made, tmp_path / "out", format="csr")
     rarefy.save(made, tmp_path / "out")
-    with pytest.raises(ContainerError, match="leave model= out"):
+    with pytest.raises(ContainerError, match="model= has no effect: leave it out"):
         rarefy.load(tmp_path / "out", small())
-    with pytest.raises(ContainerError, match="leave accelerate= out"):
+    with pytest.raises(ContainerError, match="accelerate= has no effect: leave it out"):
         rarefy.load(tmp_path / "out", accelerate=True)
     for to in ("hf", "safetensors"):
         with pytest.raises(ModelError, match="Decoder|compiled from"):
@@ -194,22 +194,22 @@ def renumber(folder, **changed):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"vocabulary": 0}, "ends and pad are of its vocabulary"),
-        ({"vocabulary": 1.5}, "ends and pad are of its vocabulary"),
-        ({"vocabulary": True}, "ends and pad are of its vocabulary"),
-        ({"vocabulary": 1 << 40}, "ends and pad are of its vocabulary"),
-        ({"ends": [V]}, "ends and pad are of its vocabulary"),
-        ({"ends": ["1"]}, "ends and pad are of its vocabulary"),
-        ({"ends": 1}, "ends and pad are of its vocabulary"),
-        ({"ends": [1] * 2000}, "ends and pad are of its vocabulary"),
-        ({"pad": -1}, "ends and pad are of its vocabulary"),
-        ({"pad": None}, "ends and pad are of its vocabulary"),
-        ({"most": 0}, "most is a number of tokens or null"),
-        ({"most": "512"}, "most is a number of tokens or null"),
-        ({"kept": 64}, "keeps 64 numbers of a token, its graph 128"),
-        ({"kept": 1 << 40}, "numbers of a token, its graph 128"),
-        ({"kept": 128.0}, "numbers of a token, its graph 128"),
-        ({"code": 1}, "a decoder has vocabulary, most, ends, pad, kept"),
+        ({"vocab_size": 0}, "expected eos_tokens and pad_token below vocab_size"),
+        ({"vocab_size": 1.5}, "expected eos_tokens and pad_token below vocab_size"),
+        ({"vocab_size": True}, "expected eos_tokens and pad_token below vocab_size"),
+        ({"vocab_size": 1 << 40}, "expected eos_tokens and pad_token below vocab_size"),
+        ({"eos_tokens": [V]}, "expected eos_tokens and pad_token below vocab_size"),
+        ({"eos_tokens": ["1"]}, "expected eos_tokens and pad_token below vocab_size"),
+        ({"eos_tokens": 1}, "expected eos_tokens and pad_token below vocab_size"),
+        ({"eos_tokens": [1] * 2000}, "expected eos_tokens and pad_token below vocab_size"),
+        ({"pad_token": -1}, "expected eos_tokens and pad_token below vocab_size"),
+        ({"pad_token": None}, "expected eos_tokens and pad_token below vocab_size"),
+        ({"max_tokens": 0}, "expected max_tokens as a number of tokens or null"),
+        ({"max_tokens": "512"}, "expected max_tokens as a number of tokens or null"),
+        ({"cache_features": 64}, "cache_features is 64, but its graph stores 128"),
+        ({"cache_features": 1 << 40}, "but its graph stores 128"),
+        ({"cache_features": 128.0}, "but its graph stores 128"),
+        ({"code": 1}, "decoder: expected vocab_size, max_tokens, eos_tokens, pad_token, cache_features"),
     ],
     ids=str,
 )
@@ -227,7 +227,7 @@ def test_graphs_with_a_cache_and_no_decoder(folder, about):
     index = read_index(folder)
     index["meta"]["decoder"] = about
     write_index(folder, index)
-    with pytest.raises(ContainerError, match=r"tells of no decoder|a decoder has vocabulary"):
+    with pytest.raises(ContainerError, match="the index has no decoder|decoder: expected vocab_size"):
         rarefy.load(folder)
 
 
@@ -236,9 +236,9 @@ def test_a_decoder_without_a_cache_is_none(folder, tmp_path):
     index = read_index(tmp_path / "plain")
     index["meta"]["decoder"] = read_index(folder)["meta"]["decoder"]
     for kept in (128, 0):
-        index["meta"]["decoder"]["kept"] = kept
+        index["meta"]["decoder"]["cache_features"] = kept
         write_index(tmp_path / "plain", index)
-        with pytest.raises(ContainerError, match=f"keeps {kept} numbers of a token, its graph 0"):
+        with pytest.raises(ContainerError, match=f"cache_features is {kept}, but its graph stores 0"):
             rarefy.load(tmp_path / "plain")
 
 
@@ -268,40 +268,40 @@ def embedding_as(name):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (set_arg("rarefy.cached_attention", 4, {"tuple": [32, 64]}), "cannot keep keys and values at 32 and 64: 0 numbers"),
-        (set_arg("rarefy.cached_attention", 4, {"tuple": [0, 0]}), "cannot keep keys and values at 0 and 0"),
-        (set_arg("rarefy.cached_attention", 4, {"tuple": [32, 0]}), "cannot keep keys and values at 32 and 0"),
-        (set_arg("rarefy.cached_attention", 4, {"tuple": [0, 48]}), "cannot keep keys and values at 64 and 96: 96 numbers"),
-        (set_arg("rarefy.cached_attention", 4, {"tuple": [0, 1 << 60]}), "cannot keep|numbers of a token"),
-        (set_arg("rarefy.cached_attention", 4, {"tuple": [-32, 0]}), "argument 5 is .*, a pair of whole numbers is expected"),
-        (set_arg("rarefy.cached_attention", 4, [0, 32]), "a pair of whole numbers is expected"),
-        (another_recall, "cannot keep keys and values at 0 and 32: 64 numbers lie before them"),
-        (set_arg("rarefy.cached_attention", 5, 3), "3 heads of 2 cannot keep"),
-        (set_arg("rarefy.cached_attention", 6, 3), "4 heads of 3 cannot keep"),
-        (set_arg("rarefy.cached_attention", 6, 0), "a whole number from 1 on is expected"),
-        (set_arg("rarefy.cached_attention", 7, "wide"), "a number is expected"),
-        (set_arg("rarefy.cached_attention", 8, -1), "a whole number from 0 on is expected"),
-        (set_arg("rarefy.cached_attention", 8, 0.5), "a whole number from 0 on is expected"),
-        (set_arg("rarefy.cached_attention", 3, {"node": "ids"}), "the cache is expected"),
-        (set_arg("rarefy.cached_attention", 0, {"node": "cache"}), "an earlier tensor is expected"),
-        (set_arg("aten.unsqueeze.default", 0, {"node": "cache"}), "Tensor is expected"),
-        (lambda t: call(t, "rarefy.cached_attention")[3].pop(), "9 arguments expected, got 8"),
-        (lambda t: t["nodes"][-1].__setitem__(3, [[{"node": "cache"}]]), "an output is cache"),
-        (lambda t: t["nodes"][-1].__setitem__(3, [[7]]), "takes ids, positions and places, and gives logits"),
-        (lambda t: t["inputs"][0][1].update(dtype="int32"), "takes ids, positions and places"),
-        (lambda t: t["inputs"][2][1].update(sizes=["s0", "s1"]), "takes ids, positions and places"),
-        (lambda t: t["packed"][weight(t)].update(kind="bf16"), "is no weight that a word runs on"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [32, 64]}), "cannot begin at 32 and 64, after 0 features"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [0, 0]}), "cannot begin at 0 and 0"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [32, 0]}), "cannot begin at 32 and 0"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [0, 48]}), "cannot begin at 64 and 96, after 96 features"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [0, 1 << 60]}), "cannot begin|but its graph stores"),
+        (set_arg("rarefy.cached_attention", 4, {"tuple": [-32, 0]}), "argument 5: expected a pair of whole numbers, got"),
+        (set_arg("rarefy.cached_attention", 4, [0, 32]), "expected a pair of whole numbers"),
+        (another_recall, "cannot begin at 0 and 32, after 64 features"),
+        (set_arg("rarefy.cached_attention", 5, 3), "3 heads and 2 heads of keys and values cannot begin"),
+        (set_arg("rarefy.cached_attention", 6, 3), "4 heads and 3 heads of keys and values cannot begin"),
+        (set_arg("rarefy.cached_attention", 6, 0), "expected a whole number from 1 up"),
+        (set_arg("rarefy.cached_attention", 7, "wide"), "expected a number"),
+        (set_arg("rarefy.cached_attention", 8, -1), "expected a whole number from 0 up"),
+        (set_arg("rarefy.cached_attention", 8, 0.5), "expected a whole number from 0 up"),
+        (set_arg("rarefy.cached_attention", 3, {"node": "ids"}), "expected the cache"),
+        (set_arg("rarefy.cached_attention", 0, {"node": "cache"}), "expected an earlier tensor"),
+        (set_arg("aten.unsqueeze.default", 0, {"node": "cache"}), "expected Tensor"),
+        (lambda t: call(t, "rarefy.cached_attention")[3].pop(), "expected 9 arguments, got 8"),
+        (lambda t: t["nodes"][-1].__setitem__(3, [[{"node": "cache"}]]), "outputs, got cache"),
+        (lambda t: t["nodes"][-1].__setitem__(3, [[7]]), "expected a step from ids, positions and keep to logits"),
+        (lambda t: t["inputs"][0][1].update(dtype="int32"), "expected a step from ids, positions and keep"),
+        (lambda t: t["inputs"][2][1].update(sizes=["s0", "s1"]), "expected a step from ids, positions and keep"),
+        (lambda t: t["packed"][weight(t)].update(kind="bf16"), "is no packed weight of an operator"),
         (lambda t: t["packed"][weight(t)].update(kind="fp32"), "packed 'p_"),
         (lambda t: t["packed"][weight(t)].update(shape=[1 << 20, 1 << 20]), "packed 'p_"),
-        (odd_panels(kind="fp32"), "is no weight that a word runs on"),
+        (odd_panels(kind="fp32"), "is no packed weight of an operator"),
         (odd_panels(kind="int4"), "packed 'p_"),
         (odd_panels(exact=1), "exact is True or False"),
         (odd_panels(parts=1), "packed 'p_"),
-        (odd_panels(parts=False), "have a scale for each row"),
-        (odd_panels(more=1), "is no weight that a word runs on"),
-        (embedding_as("a bitmask"), "runs on a weight packed as bitmask, must be panels|are not the weights"),
-        (embedding_as("nobody"), "are not the weights that kernels run on"),
-        (lambda t: t["kernels"].pop(call(t, "rarefy.embedding")[0]), "is neither there as it is nor packed"),
+        (odd_panels(parts=False), "expected panels with scales for rows"),
+        (odd_panels(more=1), "is no packed weight of an operator"),
+        (embedding_as("a bitmask"), "expected a weight packed as panels, got bitmask|are not the weights"),
+        (embedding_as("nobody"), "are not the weights that kernels name"),
+        (lambda t: t["kernels"].pop(call(t, "rarefy.embedding")[0]), "is missing: it is neither"),
     ],
 )  # fmt: skip
 @needs_kernels
@@ -341,7 +341,7 @@ def test_panels_without_scales(folder):
     del index["tensors"][f"packed.{name}.whole"]
     write_index(folder, index)
     seal(folder)
-    with pytest.raises(ContainerError, match="have a scale for each row"):
+    with pytest.raises(ContainerError, match="expected panels with scales for rows"):
         rarefy.load(folder)
 
 
@@ -362,13 +362,13 @@ def doubled(dim):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (doubled(0), "no cache for 2 sequences of 3 tokens more|does not fit together"),
-        (doubled(1), r"no cache for 1 sequences of \d+ tokens more|does not fit together"),
-        (doubled(2), r"recall\w* is a word on sizes"),
-        (set_arg("rarefy.cached_attention", 5, 8), r"recall\w* is a word on sizes"),
+        (doubled(0), "room for 3 more tokens of 2 sequences|is inconsistent"),
+        (doubled(1), r"room for \d+ more tokens of 1 sequences|is inconsistent"),
+        (doubled(2), r"cached_attention\w* cannot run on shapes"),
+        (set_arg("rarefy.cached_attention", 5, 8), r"cached_attention\w* cannot run on shapes"),
         (
             set_arg("rarefy.cached_attention", 0, {"node": "linear_1"}),
-            r"recall\w* is a word on sizes|which is no earlier node",
+            r"cached_attention\w* cannot run on shapes|which is no earlier node",
         ),
     ],
 )
@@ -381,7 +381,7 @@ def test_sizes_that_do_not_fit_the_cache_are_not_run(folder, change, says):
         assert "no earlier node" in str(error) and "no earlier node" in says
         return
     for tokens in (3, 40):
-        with pytest.raises(ModelError, match=says.replace("of 3", r"of \d+")):
+        with pytest.raises(ModelError, match=says.replace("for 3", r"for \d+")):
             made(torch.randint(3, V, (1, tokens)), made.cache(1, 64) if tokens == 40 else None)
 
 
@@ -389,10 +389,10 @@ def test_sizes_that_do_not_fit_the_cache_are_not_run(folder, change, says):
 def test_steps_are_for_decoders_alone(folder):
     made = rarefy.load(folder)
     ids, places = torch.randint(3, V, (2, 4)), torch.arange(4)
-    with pytest.raises(ModelError, match=r"no cache for 2 sequences of 4 tokens more: use rarefy.decoder's own"):
+    with pytest.raises(ModelError, match=r"room for 4 more tokens of 2 sequences: use decoder.cache\(\)"):
         made.compiled(ids, places.repeat(2, 1), places)
     full = made.cache(2, 64)
     full.past = 61
     for other in (made.cache(1, 64), full):
-        with pytest.raises(ModelError, match="no cache for 2 sequences"):
+        with pytest.raises(ModelError, match="more tokens of 2 sequences"):
             made.compiled.run([ids, places.repeat(2, 1), places], other)

@@ -1,6 +1,7 @@
 """Whole models through `rarefy.compile`: the same numbers as eager, in whatever sizes, by several threads."""
 
 import copy
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -275,10 +276,10 @@ def test_weights_are_its_own():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda m: m(torch.randn(2, 9, 31)), r"x: float32 \[any, any, 32\] on the CPU is expected, got \[2, 9, 31\]: 31 is not 32"),
-        (lambda m: m(torch.randn(2, 32)), r"x: float32 \[any, any, 32\] on the CPU is expected, got float32 \[2, 32\]"),
+        (lambda m: m(torch.randn(2, 9, 31)), r"x: expected float32 \[any, any, 32\] on the CPU, got \[2, 9, 31\]: 31 is not 32"),
+        (lambda m: m(torch.randn(2, 32)), r"x: expected float32 \[any, any, 32\] on the CPU, got float32 \[2, 32\]"),
         (lambda m: m(torch.ones(2, 9, 32, dtype=torch.int64)), "got int64"),
-        (lambda m: m(3.5), "is expected, got float"),
+        (lambda m: m(3.5), "expected .*, got float"),
         (lambda m: m(), "compiled for arguments of another structure"),
         (lambda m: m(torch.randn(2, 9, 32), torch.ones(9, 9)), "compiled for arguments of another structure"),
         (lambda m: m(y=torch.randn(2, 9, 32)), "compiled for the keywords none, got y: leave out y, or compile with an"),
@@ -303,7 +304,7 @@ class Looks(nn.Module):
 
 def test_what_torch_refuses_in_a_call_is_told_with_the_operator():
     made = rarefy.compile(Looks().eval(), {"x": torch.randn(4, 8), "at": torch.tensor([0, 3])})
-    with pytest.raises(DataError, match="index.Tensor does not take what was given: index 9 is out of bounds"):
+    with pytest.raises(DataError, match="index.Tensor failed on these inputs: index 9 is out of bounds"):
         made(x=torch.randn(4, 8), at=torch.tensor([0, 9]))
     with pytest.raises(DataError, match="compiled for the keywords x, at, got x, to: leave out to, .*; at is missing"):
         made(x=torch.randn(4, 8), to=torch.tensor([0]))
@@ -318,7 +319,7 @@ def test_what_is_no_model():
     ):
         with pytest.raises(ModelError, match=told):
             rarefy.compile(model, x)
-    with pytest.raises(ModelError, match=r"weight is bfloat16: model.float\(\) first"):
+    with pytest.raises(ModelError, match=r"weight is bfloat16: call model.float\(\) first"):
         rarefy.compile(nn.Linear(8, 8).bfloat16().eval(), x.bfloat16())
 
 
@@ -363,7 +364,6 @@ def masked():
         (lambda: nn.Linear(2, 2), torch.randn(2, 2), {}, "training mode: call eval"),
         (lambda: Asks().eval(), torch.randn(2, 2), {}, "Asks cannot be exported: "),
         (lambda: Counts().eval(), torch.randn(2, 2), {}, "changes its buffers or its inputs"),
-        (masked, torch.randn(2, 8), {}, "masks or grids are still attached"),
         (lambda: nn.Linear(2, 2).eval(), torch.randn(2, 2), {"precision": "int7"}, "unknown precision 'int7'"),
         (lambda: nn.Linear(2, 2, device="meta").eval(), torch.randn(2, 2), {}, "meta"),
         (lambda: nn.Linear(2, 2).eval(), torch.randn(2, 3), {}, "Linear cannot be exported"),
@@ -374,20 +374,105 @@ def test_models_that_cannot_be_compiled(make, example, how, says):
         rarefy.compile(make(), example, **how)
 
 
+def test_masks_are_folded_in_a_copy():
+    x = torch.randn(5, 8)
+    net = masked()
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    made = rarefy.compile(net, x)
+    assert "masks or quantization grids of 1 weight were folded in first, in a copy of the model" in repr(made)
+    assert list(before) == list(net.state_dict()) and all(
+        torch.equal(t, before[n]) for n, t in net.state_dict().items()
+    )
+    folded = rarefy.fold_(copy.deepcopy(net))
+    assert torch.equal(made(x), rarefy.compile(folded, x)(x))
+    assert "folded" not in repr(rarefy.compile(folded, x))
+
+
+def test_the_copy_shares_all_tensors_without_masks():
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)).eval()
+    rarefy.prune_(net, layers="0", sparsity=0.5)
+    copied, notes = compile.fold_copy(net)
+    assert notes and copied[2].weight is net[2].weight and copied[1].running_mean is net[1].running_mean
+    assert copied[0].weight.data_ptr() != net[0].weight.data_ptr()
+
+
+def test_other_parametrizations_are_computed_once():
+    net, x = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)).eval(), torch.randn(2, 8)
+    made = rarefy.compile(net, x)
+    assert repr(made) == "1 native calls: 1 linear"
+    torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+class Locked(nn.Module):
+    """A model that cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.lock = nn.Linear(8, 8), threading.Lock()
+
+    def forward(self, x):
+        return self.a(x)
+
+
+def test_masks_of_a_model_that_cannot_be_copied():
+    net = Locked().eval()
+    rarefy.prune_(net, sparsity=0.5)
+    with pytest.raises(ModelError, match="Locked has masks and cannot be copied: fold_ it first"):
+        rarefy.compile(net, torch.randn(2, 8))
+
+
+class Branches(nn.Module):
+    """Control flow that depends on data, after forty layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(40)])
+
+    def forward(self, x):
+        x = self.layers(x)
+        rows = x.nonzero()
+        return x + 1 if rows.shape[0] > 4 else x[rows[:, 0]]
+
+
+def test_a_failed_export_prints_nothing(capfd):
+    with pytest.raises(ModelError) as caught:
+        rarefy.compile(Branches().eval(), torch.randn(4, 8))
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+    message = str(caught.value)
+    assert "Branches cannot be exported: " in message and "data-dependent" in message and "\n" not in message
+
+
+class Prints(nn.Module):
+    def forward(self, x):
+        print("seen", file=sys.stderr)
+        return x * 2
+
+
+def test_what_a_model_prints_is_shown(capsys):
+    rarefy.compile(Prints().eval(), torch.randn(4, 8))
+    assert "seen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", [rarefy.compile, rarefy.decoder, rarefy.generate, rarefy.stream])
+def test_the_old_name_of_precision(call):
+    with pytest.raises(TypeError, match="has no parameter 'values': it is called 'precision' now"):
+        call(nn.Linear(8, 8), torch.randn(2, 8), values="int8")
+
+
 def test_an_example_without_tensors():
     with pytest.raises(DataError, match="the example has no tensor"):
         rarefy.compile(nn.Linear(2, 2).eval(), {})
 
 
 def test_other_numbers_are_refused(monkeypatch):
-    monkeypatch.setattr(ops, "ACTIVATIONS", {})  # not used by plans, which must not matter
     monkeypatch.setattr(kernel_selection, "pack_sell", lambda w, kind: packing.pack_sell(w * 1.01, kind))
     with pytest.raises(ModelError, match="returns other outputs: their relative distance is 0.01"):
         rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8, bias=False))), torch.randn(2, 8))
 
 
 def test_in_bytes_the_graph_is_proved_without_them(monkeypatch):
-    monkeypatch.setitem(ops.ACTIVATIONS, "relu", lambda t: t.relu() * 1.01)  # less than bytes may move
+    monkeypatch.setitem(reference.ACTIVATIONS, "relu", lambda t: t.relu() * 1.01)  # less than bytes may move
     with pytest.raises(ModelError, match="returns other outputs: their relative distance is 0.01"):
         rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), torch.randn(2, 8), precision="int8")
 

@@ -288,19 +288,19 @@ def test_choice_by_probability():
         ({"temperature": 0.5}, "temperature has no effect"),
         ({"seed": 1}, "seed has no effect"),
         ({"do_sample": True, "temperature": 0.0}, "above 0, got 0.0"),
-        ({"do_sample": True, "top_k": 0}, "top_k is a number of tokens"),
-        ({"do_sample": True, "top_p": 1.5}, "top_p is a probability"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty is a number above 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is a number, 1 or more"),
-        ({"max_new_tokens": 509}, "knows 512 positions: 4 tokens and 509 new are more"),
+        ({"do_sample": True, "top_k": 0}, "top_k: expected a number of tokens"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p: expected a probability"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty: expected a number above 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number from 1 up"),
+        ({"max_new_tokens": 509}, "has 512 positions: a prompt of 4 tokens and 509 new ones exceed that"),
         ({"num_beams": 4}, "unknown option 'num_beams'; choose from attention_mask, do_sample, max_new_tokens"),
         ({"max_new_token": 4}, "(did you mean 'max_new_tokens'?)"),
         ({"precision": "int8"}, "precision is fixed when the decoder is built"),
-        ({"attention_mask": torch.ones(1, 3)}, "attention_mask [1, 3]"),
-        ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "filled up on the left"),
+        ({"attention_mask": torch.ones(1, 3)}, "expected attention_mask of the shape of ids, [1, 4], got [1, 3]"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "padded on the left"),
         (
             {"attention_mask": torch.full((1, 4), 0.5)},
-            "attention_mask is 0 where a prompt was filled up, and 1 elsewhere",
+            "expected attention_mask with 0 for padding and 1 for tokens",
         ),
         ({"attention_mask": torch.zeros(1, 4)}, "a prompt is empty"),
     ],
@@ -325,7 +325,7 @@ def test_wrong_ids(llama):
         assert message in str(error.value)
     cache = made.cache(1, 64)
     made(torch.randint(3, V, (1, 60)), cache)
-    with pytest.raises(DataError, match="holds 64 tokens, 60 are there and 5 more are too many"):
+    with pytest.raises(DataError, match="room for 64 tokens; it holds 60, so 5 more are too"):
         made(torch.randint(3, V, (1, 5)), cache)
     assert cache.past == 60
     made(torch.randint(3, V, (1, 4)), cache)  # nothing was lost
@@ -338,13 +338,13 @@ def test_caches_hold_what_was_asked_for():
     made = rarefy.decoder(small())
     cache = made.cache(1, 4)
     made(torch.ones(1, 3, dtype=torch.int64), cache)
-    with pytest.raises(DataError, match="the cache holds 4 tokens, 3 are there and 2 more are too many"):
+    with pytest.raises(DataError, match="the cache has room for 4 tokens; it holds 3, so 2 more are too"):
         made(torch.ones(1, 2, dtype=torch.int64), cache)
     assert made(torch.ones(1, 1, dtype=torch.int64), cache).shape == (1, 1, V)
     for batch, capacity, told in ((1, 0, "capacity"), (0, 4, "batch"), (1, 8.5, "capacity"), (True, 4, "batch")):
-        with pytest.raises(DataError, match=f"{told} of a cache is a whole number, 1 or more, got"):
+        with pytest.raises(DataError, match=f"{told} of a cache: expected a whole number from 1 up, got"):
             made.cache(batch, capacity)
-    with pytest.raises(MemoryError, match="a cache of 10,000,000,000,000 tokens for 1 sequences takes"):
+    with pytest.raises(MemoryError, match="not enough memory for a cache of 10,000,000,000,000 tokens of 1 sequences"):
         made.cache(1, 10**13)
 
 
@@ -364,7 +364,7 @@ def test_what_are_no_ids():
 
 
 def test_wrong_models():
-    with pytest.raises(ModelError, match="no language model of transformers: rarefy.compile takes others"):
+    with pytest.raises(ModelError, match="expected a language model of transformers, got"):
         rarefy.decoder(nn.Linear(2, 2))
     with pytest.raises(ModelError, match="training mode"):
         rarefy.decoder(small().train())
@@ -373,7 +373,7 @@ def test_wrong_models():
     with pytest.raises(ModelError, match="unknown precision 'int3'; choose from int8"):
         rarefy.decoder(small(), precision="int3")
     config = transformers.BloomConfig(vocab_size=V, hidden_size=64, n_layer=2, n_head=4)
-    with pytest.raises(ModelError, match="no attention that a cache can serve"):
+    with pytest.raises(ModelError, match="no attention that can use a KV cache"):
         rarefy.decoder(transformers.AutoModelForCausalLM.from_config(config).eval())
     with pytest.raises(ModelError, match="softcap"):
         rarefy.decoder(
@@ -391,5 +391,5 @@ def test_attention_is_given_back():
 def test_a_decoder_is_proved(monkeypatch):
     monkeypatch.setattr(program, "OPS", {**program.OPS, "mul": program.OPS["add"]})
     if bindings.missing() is None:
-        with pytest.raises(ModelError, match="gives other logits"):
+        with pytest.raises(ModelError, match="returns other logits"):
             decoder.decoder(small())

@@ -14,7 +14,7 @@ from conftest import Net, text_model, tiny_bert
 from rarefy.cli import inference_commands
 from rarefy.common.errors import DataError, ModelError
 from rarefy.generation.decoder import Decoder
-from rarefy.generation.tokenization import Text, ids_in, ids_of, left_padded
+from rarefy.generation.tokenization import Text, encode_prompt, left_padded, parse_ids
 from rarefy.model import hf
 
 PROMPT = [4, 5, 6]  # "w1 w2 w3"
@@ -138,13 +138,13 @@ def test_what_was_written_stays_when_it_is_stopped(run, given, monkeypatch, json
         ("{decoder} --prompt w1 --chat", "the tokenizer has no chat template"),
         ("{decoder} --prompt w1 --precision int8", "--precision has no effect: "),
         ("{decoder} --prompt w1 --temperature 0", "--temperature is a number above 0"),
-        ("{decoder} --prompt w1 --temperature -1", "temperature is a number above 0"),
-        ("{decoder} --prompt w1 --top-p 1.5", "top_p is a probability"),
-        ("{decoder} --prompt w1 --repetition-penalty 0", "repetition_penalty is a number above 0"),
-        ("{decoder} --prompt w1 --max-new-tokens 128", "the model knows 128 positions"),
+        ("{decoder} --prompt w1 --temperature -1", "temperature: expected a number above 0"),
+        ("{decoder} --prompt w1 --top-p 1.5", "top_p: expected a probability"),
+        ("{decoder} --prompt w1 --repetition-penalty 0", "repetition_penalty: expected a number above 0"),
+        ("{decoder} --prompt w1 --max-new-tokens 128", "the model has 128 positions"),
         ("{wordless} --prompt w1", "has no tokenizer: put its files there, such as tokenizer.json, or give --ids"),
         ("{model} --prompt w1 --precision int3", "unknown precision 'int3'"),
-        ("{bert} --ids 1", "BertModel is no language model of transformers"),
+        ("{bert} --ids 1", "expected a language model of transformers, got BertModel"),
         ("{compiled} --ids 1", "holds a compiled model, which has no cache"),
         ("{none} --ids 1", "no model folder"),
     ],
@@ -243,12 +243,12 @@ def test_letters_come_whole():
 
 
 def test_prompts_as_ids():
-    assert ids_in(" 1,2 3 ") == [1, 2, 3]
+    assert parse_ids(" 1,2 3 ") == [1, 2, 3]
     for wrong in ("", "a", "-1", "1.5", "²"):
         with pytest.raises(DataError, match="whole numbers"):
-            ids_in(wrong)
+            parse_ids(wrong)
     assert left_padded([[5, 6]], 0)[1] is None
     ids, mask = left_padded([[5, 6], [7]], 9)
     assert ids.tolist() == [[5, 6], [9, 7]] and mask.tolist() == [[1, 1], [0, 1]]
     with pytest.raises(ModelError, match="the tokenizer does not take the prompt"):
-        ids_of(lambda *_, **__: 1 / 0, "a")
+        encode_prompt(lambda *_, **__: 1 / 0, "a")

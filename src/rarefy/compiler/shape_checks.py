@@ -24,9 +24,7 @@ def check(
     for node, t in inputs.items():
         if t.dtype != torch.float32 or not t.is_cpu or t.layout != torch.strided or not t.dim():
             got = f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
-            raise ModelError(
-                f"the saved graph is inconsistent: expected {node.name} in fp32 with dimensions, got {got}"
-            )
+            raise ModelError(f"the saved graph is inconsistent: expected fp32 rows, got {node.name} {got}")
     masks = {mask for n in nodes if (mask := BY_TARGET[n.target].argument(n, "mask")) is not None}
     shapes: dict[Node, Shape] = {n: tuple(t.shape) for n, t in inputs.items() if n not in masks}
     for node in nodes:
