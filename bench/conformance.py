@@ -51,7 +51,7 @@ def zoo() -> Any:
 def operator_counts(made: Compiled) -> dict[str, Any]:
     """Return the number of native calls, and counts of native and torch operators, most frequent first."""
     native, ours, rest = made.counts()
-    return {"native calls": native, "operators": dict(ours.most_common()), "torch": dict(rest.most_common())}
+    return {"native calls": native, "words": dict(ours.most_common()), "torch": dict(rest.most_common())}
 
 
 def compiled(model: nn.Module, x: Any) -> dict[str, Any]:

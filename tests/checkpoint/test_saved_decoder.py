@@ -66,7 +66,7 @@ def test_the_same_bits_of_all_numbers(tmp_path, how):
     assert size == sum(f.stat().st_size for f in (tmp_path / "out").iterdir() if f.name != "tokenizer.json")
     back = rarefy.load(tmp_path / "out")
     assert type(back) is Decoder and repr(back) == repr(made)
-    names = ("vocabulary", "most", "ends", "pad")
+    names = ("vocab_size", "max_tokens", "eos_tokens", "pad_token")
     assert [getattr(back, n) for n in names] == [getattr(made, n) for n in names] == [V, 512, (1,), 0]
     same_logits(made, back)
     ids = torch.randint(3, V, (1, 9))

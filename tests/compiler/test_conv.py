@@ -381,7 +381,7 @@ def test_weights_that_are_the_larger_part_are_shared_by_images(monkeypatch, outp
     (segment,) = equal(net, torch.randn(6, 900, 4, 4)).schedule
     (plan,) = segment.programs[next(k for k in segment.programs if k[0][1] == 1)]
     weights = 4 * 900 * outputs + 4 * 8 * outputs + 4 * (outputs + 8)
-    assert list(segment.few.values()) == [max(1, weights // (2 * plan.memory.nbytes))] == [few]
+    assert list(segment.batch_sizes.values()) == [max(1, weights // (2 * plan.memory.nbytes))] == [few]
 
 
 @pytest.mark.parametrize("system", ["linux", "darwin"])

@@ -174,9 +174,9 @@ def test_steps_wait_for_what_they_touch(llama):
         p = plans[0]
         for k, s in enumerate(p.array):
             for j in range(k):
-                clash = any((w or v) and a < d and c < b for a, b, w in p._touched(j) for c, d, v in p._touched(k))
-                assert not clash or j < s.wait <= k
-        assert any(s.wait < k for k, s in enumerate(p.array))  # queries, keys and values wait for the same
+                clash = any((w or v) and a < d and c < b for a, b, w in p._spans(j) for c, d, v in p._spans(k))
+                assert not clash or j < s.depends_on <= k
+        assert any(s.depends_on < k for k, s in enumerate(p.array))  # queries, keys and values wait for the same
 
 
 def test_two_threads_have_a_cache_each(llama):
