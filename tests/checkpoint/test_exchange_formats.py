@@ -165,7 +165,7 @@ def test_what_cannot_be_exported_to_onnx(how, tmp_path):
         return
     if how == "dynamic":
         rarefy.quantize_(net, "int8", activations="int8")
-        with pytest.raises(ModelError, match="0 rounds its inputs row by row, for which ONNX has no operator"):
+        with pytest.raises(ModelError, match="0 quantizes its inputs row by row, for which ONNX has no operator"):
             rarefy.export_onnx(net, x, path)
     elif how == "impossible":
 

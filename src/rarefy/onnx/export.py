@@ -1,4 +1,5 @@
-"""Quantized models as ONNX with QuantizeLinear and DequantizeLinear, which ONNX Runtime makes integer operators of."""
+"""Export models to ONNX, quantized ones with QuantizeLinear and DequantizeLinear (QDQ) nodes, which ONNX Runtime fuses
+into integer operators."""
 
 from __future__ import annotations
 
@@ -21,51 +22,82 @@ from rarefy.model.quant_grid import Grid, get_grid
 
 
 def export_onnx(model: nn.Module, example: Any, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write `model` in evaluation mode as an ONNX file whose first dimension stays open (others are the example's);
-    return its path.
+    """Write a model in evaluation mode as an ONNX file; masks and grids are folded into what is written.
 
-    example   what the model is called with: a tensor, a tuple of them, or a dict of keywords
-    Weights of 8 bits with a scale an output or tensor are stored in 8 bits and dequantized (QDQ), inputs that are
-    rounded statically are quantized before their layer; all else is stored as the numbers that it is. Needs the extra
-    [export]. Raises ContainerError (something is in the way), ModelError (rows rounded in each call, which ONNX has no
-    operator for; a model that torch cannot export). O(weights).
+    8-bit weights with one scale, or one for each output, are stored in 8 bits with a DequantizeLinear node. Statically
+    quantized activations get QuantizeLinear and DequantizeLinear nodes. Everything else is stored in fp32. Needs the
+    extra [export]. O(weights).
+
+    Args:
+        model: an fp32 model.
+        example: what the model is called with: a tensor, a tuple of tensors, or a dict of keyword arguments. The first
+            dimension of each tensor becomes dynamic; the others are fixed.
+        path: the file to write.
+        overwrite: replace an existing file.
+
+    Returns:
+        The path.
+
+    Raises:
+        ContainerError: the file exists, or cannot be written.
+        ModelError: activations are quantized dynamically, for which ONNX has no operator; the model is not fp32; torch
+            cannot export it; or a package is missing.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(4, 2))
+        >>> export_onnx(net, torch.randn(1, 4), tempfile.mkdtemp() + "/net.onnx").name
+        'net.onnx'
     """
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise ContainerError(f"{path} exists: pass overwrite=True, or give another name")
     _check_packages()
-    dynamic = [n for n, m in model.named_modules() if (i := get_activation_quant(m)) is not None and i.scale is None]
-    if dynamic:
+    _check_exportable(model)
+    folded = _with_qdq(model)
+    kwargs = dict(example) if hasattr(example, "keys") else {}
+    args = () if kwargs else example if isinstance(example, tuple) else (example,)
+    other = [type(a).__name__ for a in (*args, *kwargs.values()) if not isinstance(a, Tensor)]
+    if other:
+        raise ModelError(f"example: expected a tensor, a tuple of tensors or a dict of tensors; it holds {other[0]}")
+    program = _export(folded, args, kwargs)
+    with container_errors(path):
+        write_bytes_atomic(path, program.model_proto.SerializeToString())
+    return path
+
+
+def _check_exportable(model: nn.Module) -> None:
+    """Raise ModelError for dynamically quantized activations, and for weights that are not fp32."""
+    quants = ((n, get_activation_quant(m)) for n, m in model.named_modules())
+    dynamic = next((n for n, quant in quants if quant is not None and quant.scale is None), None)
+    if dynamic is not None:
         raise ModelError(
-            f"{dynamic[0]} rounds its inputs row by row, for which ONNX has no operator: quantize_ with "
+            f"{dynamic} quantizes its inputs row by row, for which ONNX has no operator: quantize_ with "
             "activations='int8-static'"
         )
     half = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
     if half is not None:
         raise ModelError(f"{half} is {str(model.get_parameter(half).dtype).removeprefix('torch.')}: cast to fp32 first")
-    made = fold_(copy.deepcopy(unwrap(model))).eval()
-    for layer in all_layers(made):
+
+
+def _with_qdq(model: nn.Module) -> nn.Module:
+    """A folded copy of a model whose quantized weights and inputs are computed by operators that ONNX has."""
+    folded = fold_(copy.deepcopy(unwrap(model))).eval()
+    for layer in all_layers(folded):
         grid = get_grid(layer)
-        axis = None if grid is None else _axis(grid)
+        axis = None if grid is None else _scale_axis(grid)
         if isinstance(grid, Grid) and axis is not None and len(layer.owners) == 1:
-            parametrize.register_parametrization(layer.module, layer.param, _Stored(layer.weight.detach(), grid, axis))
-    for module in made.modules():
+            codes = _DequantizeWeight(layer.weight.detach(), grid, axis)
+            parametrize.register_parametrization(layer.module, layer.param, codes)
+    for module in folded.modules():
         inputs = get_activation_quant(module)
         if inputs is not None:
             set_activation_quant_(module, None)
             module.register_forward_pre_hook(_QuantizeInput(inputs), with_kwargs=True)
-    config: Any = getattr(made, "config", None)
+    config: Any = getattr(folded, "config", None)
     if getattr(config, "use_cache", None) is True:
-        config.use_cache = False  # keys and values of another call are no output that ONNX has a form for
-    given = dict(example) if hasattr(example, "keys") else {}
-    args = () if given else example if isinstance(example, tuple) else (example,)
-    strange = [type(a).__name__ for a in (*args, *given.values()) if not isinstance(a, Tensor)]
-    if strange:
-        raise ModelError(f"example is a tensor, a tuple of tensors, or a dict of them; it holds {strange[0]}")
-    program = _exported(made, args, given)
-    with container_errors(path):
-        write_bytes_atomic(path, program.model_proto.SerializeToString())
-    return path
+        config.use_cache = False  # a key-value cache is not an output that ONNX can have
+    return folded
 
 
 def _check_packages() -> None:
@@ -76,38 +108,39 @@ def _check_packages() -> None:
         raise ModelError(f"ONNX needs more packages: pip install 'rarefy[export]' ({error})") from None
 
 
-def _exported(model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     batch = torch.export.Dim("batch", min=1)
     shapes: Any = tuple({0: batch} if a.dim() else None for a in args)
-    if given:
-        shapes = {k: {0: batch} if a.dim() else None for k, a in given.items()}
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
+    if kwargs:
+        shapes = {k: {0: batch} if a.dim() else None for k, a in kwargs.items()}
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            how: dict[str, Any] = {"dynamo": True, "dynamic_shapes": shapes, "verbose": False, "optimize": True}
-            return torch.onnx.export(model, args, kwargs=given or None, **how)
-    except Exception as error:  # torch raises whatever its stages do
+            options: dict[str, Any] = {"dynamo": True, "dynamic_shapes": shapes, "verbose": False, "optimize": True}
+            return torch.onnx.export(model, args, kwargs=kwargs or None, **options)
+    except Exception as error:  # torch raises many kinds of errors
         cause: BaseException = error
-        while cause.__cause__ is not None:  # what a stage says is behind what torch says of the stage
+        while cause.__cause__ is not None:  # the cause is in the last one
             cause = cause.__cause__
         raise ModelError(f"torch cannot export this {type(model).__name__} to ONNX: {first_line(cause)}") from error
     finally:
-        quiet.setLevel(level)
+        logger.setLevel(level)
 
 
-def _axis(grid: Any) -> int | None:
-    """Which dimension of a weight has scales of its own: 0 where all have one, None where ONNX would not read it so."""
+def _scale_axis(grid: Any) -> int | None:
+    """The dimension along which a weight's scales differ, 0 for a single scale; None for grids that ONNX cannot
+    express."""
     if not isinstance(grid, Grid) or grid.bits != 8 or grid.zero is not None:
         return None
-    wide = [d for d, n in enumerate(grid.scale.shape) if n > 1]
-    return None if len(wide) > 1 else wide[0] if wide else 0
+    axes = [d for d, n in enumerate(grid.scale.shape) if n > 1]
+    return None if len(axes) > 1 else axes[0] if axes else 0
 
 
-class _Stored(nn.Module):
-    """Parametrization: the weight out of its codes, as an operator that ONNX knows."""
+class _DequantizeWeight(nn.Module):
+    """Parametrization: the weight dequantized from its codes, by an operator that ONNX has."""
 
     codes: Tensor
     scale: Tensor
@@ -122,23 +155,23 @@ class _Stored(nn.Module):
         self.register_buffer("zeros", torch.zeros(len(self.scale), dtype=torch.int64))
 
     def forward(self, weight: Tensor) -> Tensor:
-        do: Any = torch.ops.quantized_decomposed.dequantize_per_channel
-        return do(self.codes, self.scale, self.zeros, self.axis, -128, 127, torch.int8)
+        dequantize: Any = torch.ops.quantized_decomposed.dequantize_per_channel
+        return dequantize(self.codes, self.scale, self.zeros, self.axis, -128, 127, torch.int8)
 
 
 class _QuantizeInput:
-    """A hook that rounds what a module is called with by operators that ONNX knows."""
+    """Forward hook that quantizes and dequantizes the input of a module, by operators that ONNX has."""
 
     def __init__(self, inputs: ActivationQuant):
-        self.how = (inputs.scale, inputs.zero, 0, 255, torch.uint8)
+        self.options = (inputs.scale, inputs.zero, 0, 255, torch.uint8)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ops: Any = torch.ops.quantized_decomposed
 
-        def rounded(x: Tensor) -> Tensor:
-            return ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *self.how), *self.how)
+        def fake_quantize(x: Tensor) -> Tensor:
+            return ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *self.options), *self.options)
 
         if args:
-            return (rounded(args[0]), *args[1:]), kwargs
+            return (fake_quantize(args[0]), *args[1:]), kwargs
         first = next(iter(kwargs))
-        return args, {**kwargs, first: rounded(kwargs[first])}
+        return args, {**kwargs, first: fake_quantize(kwargs[first])}

@@ -1,4 +1,4 @@
-"""Norms and activations that exporters write out in elementary operators, as one module each."""
+"""Passes that fuse norms and activations which exporters decompose into elementary operators, as one module each."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ import torch
 from torch import nn
 
 from rarefy.common.errors import ModelError
-from rarefy.onnx.graph import Graph, attribute, only, place
+from rarefy.onnx.graph import Graph, attribute, node_label, only_user
 
 
-def gelus(graph: Graph) -> Iterable[Any]:
-    """x / 2 (1 + erf(x / sqrt 2)), in whatever order, and the operator of that name."""
+def fuse_gelu(graph: Graph) -> Iterable[Any]:
+    """Fuse x / 2 (1 + erf(x / sqrt 2)), in any order of factors, and convert the operator Gelu."""
     users, producers = graph.users(), graph.producers()
-    instead: dict[int, list[Any]] = {}
-    gone: set[int] = set()
+    replacements: dict[int, list[Any]] = {}
+    removed: set[int] = set()
     for node in graph.nodes:
         if node.op_type == "Gelu":
             form = attribute(node, "approximate", b"none").decode()
             if form not in ("none", "tanh"):
-                raise ModelError(f"{place(node)}: Gelu approximates by none or tanh, got {form!r}")
-            instead[id(node)] = [graph.stand(node, nn.GELU(form))]
+                raise ModelError(f"{node_label(node)}: Gelu approximates by none or tanh, got {form!r}")
+            replacements[id(node)] = [graph.substitute(node, nn.GELU(form))]
         elif node.op_type == "Erf":
-            found = _gelu(graph, users, producers, node)
-            if found is not None:
-                inner, last, x = found
-                gone |= {id(n) for n in inner}
-                instead[id(last)] = [graph.stand(last, nn.GELU(), of=x)]
-    yield from graph.replaced(instead, gone)
+            match = _gelu(graph, users, producers, node)
+            if match is not None:
+                inner, last, x = match
+                removed |= {id(n) for n in inner}
+                replacements[id(last)] = [graph.substitute(last, nn.GELU(), source=x)]
+    yield from graph.rewritten(replacements, removed)
 
 
 def _gelu(graph: Graph, users: Any, producers: Any, erf: Any) -> tuple[list[Any], Any, str] | None:
     inner = producers.get(erf.input[0])
     step = None if inner is None else _with_number(graph, inner, {"Div": math.sqrt(2), "Mul": math.sqrt(0.5)})
-    plus = only(users, graph, erf.output[0], "Add")
+    plus = only_user(users, graph, erf.output[0], "Add")
     if inner is None or step is None or plus is None or _with_number(graph, plus, {"Add": 1.0}) is None:
         return None
-    x, seen, value = step, [erf, plus], plus.output[0]
+    x, matched, value = step, [erf, plus], plus.output[0]
     half, full = False, False  # which of x and 1/2 it has been multiplied by
     while not (half and full):
-        times = only(users, graph, value, "Mul")
+        times = only_user(users, graph, value, "Mul")
         if times is None:
             return None
         other = times.input[1] if times.input[0] == value else times.input[0]
@@ -56,13 +56,13 @@ def _gelu(graph: Graph, users: Any, producers: Any, erf: Any) -> tuple[list[Any]
             half = full = True
         else:
             return None
-        seen.append(times)
+        matched.append(times)
         value = times.output[0]
-    return seen[:-1], seen[-1], x
+    return matched[:-1], matched[-1], x
 
 
 def _with_number(graph: Graph, node: Any, numbers: dict[str, float]) -> str | None:
-    """The other input of an operator, where one of them is the number that belongs to it."""
+    """The other input of an operator if one of its inputs is the expected number, else None."""
     want = numbers.get(node.op_type)
     if want is None or len(node.input) != 2:
         return None
@@ -74,27 +74,28 @@ def _with_number(graph: Graph, node: Any, numbers: dict[str, float]) -> str | No
     return None
 
 
-def layer_norms(graph: Graph) -> Iterable[Any]:
-    """(x - mean) / sqrt(mean((x - mean)^2) + eps) w + b over the last dimension, and the operator of that name."""
+def fuse_layer_norm(graph: Graph) -> Iterable[Any]:
+    """Fuse (x - mean) / sqrt(mean((x - mean)^2) + eps) w + b over the last dimension, and convert the operator
+    LayerNormalization."""
     users, producers = graph.users(), graph.producers()
-    instead: dict[int, list[Any]] = {}
-    gone: set[int] = set()
+    replacements: dict[int, list[Any]] = {}
+    removed: set[int] = set()
     for node in graph.nodes:
         if node.op_type == "LayerNormalization":
             names = [*node.input[1:3], ""][:2]
             w, b = (graph.constants.get(n) for n in names)
             if names[1] and b is None:
-                continue  # it is computed
+                continue  # not a constant
             if w is not None and w.ndim == 1 and attribute(node, "axis", -1) == -1 and len(node.output) == 1:
                 eps = float(attribute(node, "epsilon", 1e-5))
-                instead[id(node)] = [graph.stand(node, _norm(w, b, eps))]
+                replacements[id(node)] = [graph.substitute(node, _norm(w, b, eps))]
         elif node.op_type == "Div":
-            found = _layer_norm(graph, users, producers, node)
-            if found is not None:
-                inner, last, x, module = found
-                gone |= {id(n) for n in inner}
-                instead[id(last)] = [graph.stand(last, module, of=x)]
-    yield from graph.replaced(instead, gone)
+            match = _layer_norm(graph, users, producers, node)
+            if match is not None:
+                inner, last, x, module = match
+                removed |= {id(n) for n in inner}
+                replacements[id(last)] = [graph.substitute(last, module, source=x)]
+    yield from graph.rewritten(replacements, removed)
 
 
 def _layer_norm(graph: Graph, users: Any, producers: Any, div: Any) -> tuple[list[Any], Any, str, nn.Module] | None:
@@ -109,25 +110,25 @@ def _layer_norm(graph: Graph, users: Any, producers: Any, div: Any) -> tuple[lis
     power = None if mean is None else producers.get(mean.input[0])
     if eps is None or mean is None or power is None or not _over_last(graph, mean):
         return None
-    away = producers.get(power.input[0])
-    square = _with_number(graph, power, {"Pow": 2.0}) == power.input[0] or (
+    centered = producers.get(power.input[0])
+    squared = _with_number(graph, power, {"Pow": 2.0}) == power.input[0] or (
         power.op_type == "Mul" and power.input[0] == power.input[1]
     )
-    if not square or away is None or away.op_type != "Sub" or div.input[0] not in away.output:
-        # exporters write the difference twice at times
+    if not squared or centered is None or centered.op_type != "Sub" or div.input[0] not in centered.output:
+        # some exporters compute the difference twice
         return None
-    first = producers.get(away.input[1])
-    if first is None or not _over_last(graph, first) or first.input[0] != away.input[0]:
+    first = producers.get(centered.input[1])
+    if first is None or not _over_last(graph, first) or first.input[0] != centered.input[0]:
         return None
-    times = only(users, graph, div.output[0], "Mul")
+    times = only_user(users, graph, div.output[0], "Mul")
     w = None if times is None else next((graph.constants[n] for n in times.input if n in graph.constants), None)
     if times is None or w is None or w.ndim != 1:
         return None
-    plus = only(users, graph, times.output[0], "Add")
+    plus = only_user(users, graph, times.output[0], "Add")
     b = None if plus is None else next((graph.constants[n] for n in plus.input if n in graph.constants), None)
     last = times if plus is None or b is None or b.shape != w.shape else plus
     inner = [div, times] if last is plus else [div]
-    return inner, last, away.input[0], _norm(w, b if last is plus else None, eps)
+    return inner, last, centered.input[0], _norm(w, b if last is plus else None, eps)
 
 
 def _over_last(graph: Graph, node: Any) -> bool:
@@ -135,8 +136,8 @@ def _over_last(graph: Graph, node: Any) -> bool:
         return False
     axes = attribute(node, "axes", None)
     if axes is None and len(node.input) > 1:
-        found = graph.constants.get(node.input[1])
-        axes = None if found is None else found.reshape(-1).tolist()
+        constant = graph.constants.get(node.input[1])
+        axes = None if constant is None else constant.reshape(-1).tolist()
     return axes is not None and list(axes) == [-1]
 
 

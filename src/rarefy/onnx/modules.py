@@ -1,4 +1,4 @@
-"""Operators of ONNX that onnx2torch has no module for, or none for every number of dimensions."""
+"""Modules for ONNX operators that onnx2torch does not convert, or not for every number of dimensions."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.onnx.graph import Graph, attribute, make
+from rarefy.onnx.graph import Graph, attribute, make_node
 
 
-class GlobalAverage(nn.Module):
-    """The mean of each channel, [N, C, 1, ...]."""
+class GlobalAveragePool(nn.Module):
+    """The mean of each channel: [N, C, ...] to [N, C, 1, ...]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(tuple(range(2, x.dim())), keepdim=True)
 
 
 class Flatten(nn.Module):
-    """Two dimensions: those before an axis, and the others."""
+    """Flatten the dimensions before an axis, and those from it on, to two dimensions."""
 
     def __init__(self, axis: int):
         super().__init__()
@@ -33,11 +33,11 @@ class Flatten(nn.Module):
 
 
 class Slice(nn.Module):
-    """Parts of some axes: from where to where in which steps, as known beforehand or as given."""
+    """Slices of some axes: starts, ends, axes and steps are constants or inputs."""
 
-    def __init__(self, *known: list[int] | None):
+    def __init__(self, *constants: list[int] | None):
         super().__init__()
-        self.known = known
+        self.constants = constants
 
     def forward(
         self,
@@ -47,24 +47,24 @@ class Slice(nn.Module):
         axes: Tensor | None = None,
         steps: Tensor | None = None,
     ) -> Tensor:
-        given = [None if t is None else t.tolist() for t in (starts, ends, axes, steps)]
-        first, last, where, by = [*self.known, None, None, None, None][:4] if starts is None else given
+        inputs = [None if t is None else t.tolist() for t in (starts, ends, axes, steps)]
+        first, last, along, by = [*self.constants, None, None, None, None][:4] if starts is None else inputs
         assert first is not None and last is not None
         for i, (start, end) in enumerate(zip(first, last)):
-            axis, step = i if where is None else where[i], 1 if by is None else by[i]
-            places = slice(start, end, step).indices(x.shape[axis])
+            axis, step = i if along is None else along[i], 1 if by is None else by[i]
+            indices = slice(start, end, step).indices(x.shape[axis])
             if step > 0:
-                x = x.movedim(axis, 0)[slice(*places)].movedim(0, axis)
+                x = x.movedim(axis, 0)[slice(*indices)].movedim(0, axis)
             else:
-                x = x.index_select(axis, torch.arange(*places, device=x.device))
+                x = x.index_select(axis, torch.arange(*indices, device=x.device))
         return x
 
     def extra_repr(self) -> str:
-        return ", ".join(map(str, self.known))
+        return ", ".join(map(str, self.constants))
 
 
-class Pick(nn.Module):
-    """One slice of an axis."""
+class Select(nn.Module):
+    """One index of an axis."""
 
     def __init__(self, axis: int, index: int):
         super().__init__()
@@ -77,33 +77,34 @@ class Pick(nn.Module):
         return f"axis={self.axis}, index={self.index}"
 
 
-def stands(graph: Graph) -> Iterable[object]:
-    """Give a module to what depends on one value alone; write what no module is known for in other operators."""
+def substitute_modules(graph: Graph) -> Iterable[object]:
+    """Substitute these modules for nodes with one input that is not constant, and rewrite operators that have no
+    module by others."""
     for node in graph.nodes:
-        given = [graph.constants.get(n) if n else None for n in node.input[1:]]
-        known = all(g is not None for g, n in zip(given, node.input[1:]) if n)
+        constants = [graph.constants.get(n) if n else None for n in node.input[1:]]
+        known = all(c is not None for c, n in zip(constants, node.input[1:]) if n)
         kind = node.op_type if node.domain in ("", "ai.onnx") else ""
         if kind == "GlobalAveragePool":
-            yield graph.stand(node, GlobalAverage())
+            yield graph.substitute(node, GlobalAveragePool())
         elif kind == "Flatten":
-            yield graph.stand(node, Flatten(attribute(node, "axis", 1)))
+            yield graph.substitute(node, Flatten(attribute(node, "axis", 1)))
         elif kind == "Slice" and known and node.input[0] not in graph.constants:
             old = [attribute(node, n, None) for n in ("starts", "ends", "axes")] if len(node.input) == 1 else []
-            values = [None if g is None else g.reshape(-1).tolist() for g in given]
-            yield graph.stand(node, Slice(*(old or values)))
-        elif kind == "Gather" and known and given[0] is not None and given[0].ndim == 0:
-            yield graph.stand(node, Pick(attribute(node, "axis", 0), int(given[0])))
+            values = [None if c is None else c.reshape(-1).tolist() for c in constants]
+            yield graph.substitute(node, Slice(*(old or values)))
+        elif kind == "Gather" and known and constants[0] is not None and constants[0].ndim == 0:
+            yield graph.substitute(node, Select(attribute(node, "axis", 0), int(constants[0])))
         elif kind in ("GreaterOrEqual", "LessOrEqual"):
             sides = [f"{node.output[0]}_rarefy_{i}" for i in range(2)]
-            yield make(kind.removesuffix("OrEqual"), node.input, sides[:1])
-            yield make("Equal", node.input, sides[1:])
-            yield make("Or", sides, node.output)
+            yield make_node(kind.removesuffix("OrEqual"), node.input, sides[:1])
+            yield make_node("Equal", node.input, sides[1:])
+            yield make_node("Or", sides, node.output)
         else:
             yield node
 
 
-def replace_(model: fx.GraphModule) -> None:
-    """Put ours where onnx2torch indexes by a list, which torch will read as something else one day."""
+def replace_slices_(model: fx.GraphModule) -> None:
+    """Replace the slices of onnx2torch, which index by a list: torch deprecates that."""
     for name, module in list(model.named_children()):
         if type(module).__name__ == "OnnxSlice":
             setattr(model, name, Slice())
