@@ -291,7 +291,7 @@ def test_choice_by_probability():
         ({"do_sample": True, "top_k": 0}, "top_k: expected a number of tokens"),
         ({"do_sample": True, "top_p": 1.5}, "top_p: expected a probability"),
         ({"repetition_penalty": -1.0}, "repetition_penalty: expected a number above 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number from 1 up"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1"),
         ({"max_new_tokens": 509}, "has 512 positions: a prompt of 4 tokens and 509 new ones exceed that"),
         ({"num_beams": 4}, "unknown option 'num_beams'; choose from attention_mask, do_sample, max_new_tokens"),
         ({"max_new_token": 4}, "(did you mean 'max_new_tokens'?)"),
@@ -342,7 +342,7 @@ def test_caches_hold_what_was_asked_for():
         made(torch.ones(1, 2, dtype=torch.int64), cache)
     assert made(torch.ones(1, 1, dtype=torch.int64), cache).shape == (1, 1, V)
     for batch, capacity, told in ((1, 0, "capacity"), (0, 4, "batch"), (1, 8.5, "capacity"), (True, 4, "batch")):
-        with pytest.raises(DataError, match=f"{told} of a cache: expected a whole number from 1 up, got"):
+        with pytest.raises(DataError, match=f"{told}: expected a whole number of at least 1, got"):
             made.cache(batch, capacity)
     with pytest.raises(MemoryError, match="not enough memory for a cache of 10,000,000,000,000 tokens of 1 sequences"):
         made.cache(1, 10**13)

@@ -200,7 +200,7 @@ def test_a_recipe_in_a_loop_of_ones_own():
 BAD = {
     "two stages": ({"stages": [{"prune": {"sparsity": 0.5}}, {"train": {}}]}, {}, RecipeError, "with one stage, train; recipe has prune, train"),
     "both steps": ({"stages": [{"train": {}}]}, {"steps": 3, "steps_per_epoch": 3}, RecipeError, "give steps_per_epoch or steps, not both"),
-    "no steps": ({"stages": [{"train": {}}]}, {"steps_per_epoch": 0}, PatternError, "steps_per_epoch is the number of training steps"),
+    "no steps": ({"stages": [{"train": {}}]}, {"steps_per_epoch": 0}, PatternError, "steps_per_epoch: expected a whole number of at least 1"),
     "a plan by epochs": (Gradual(sparsity=0.5), {"steps_per_epoch": 3}, RecipeError, "a plan does not say how many epochs there are: give steps"),
     "idle teacher": (Gradual(sparsity=0.5), {"steps": 3, "teacher": nn.Linear(2, 2)}, RecipeError, "teacher has no effect"),
     "overrides": (Gradual(sparsity=0.5), {"steps": 3, "sparsity": 0.4}, RecipeError, "a plan takes no overrides: sparsity"),

@@ -91,8 +91,8 @@ def test_tying_in_a_recipe():
 @pytest.mark.parametrize(
     ("net", "options", "error", "says"),
     [
-        (blocks(), {"every": 1}, PatternError, "every is a whole number from 2 up, got 1"),
-        (blocks(), {"every": True}, PatternError, "every is a whole number"),
+        (blocks(), {"every": 1}, PatternError, "every: expected a whole number of at least 2, got 1"),
+        (blocks(), {"every": True}, PatternError, "every: expected a whole number"),
         (blocks(), {"average": 1}, PatternError, "average is True or False, got 1"),
         (tiny_llama(), {"blocks": "model.layer"}, ModelError, r"unknown list of blocks 'model.layer'.*did you mean 'model.layers'"),
         (nn.Linear(2, 2), {}, ModelError, "Linear has no list of equal blocks of which 2 could share weights"),

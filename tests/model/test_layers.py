@@ -42,10 +42,10 @@ def test_selectors(layers, ignore, want):
         ("hiden", None, SelectorError, "'hiden' matches no layer; nearest: hidden"),
         ("conv2d", None, SelectorError, "Conv2d"),
         (None, "nothing*", SelectorError, "ignore: 'nothing\\*' matches no layer"),
-        ("re:(", None, SelectorError, "no regular expression"),
+        ("re:(", None, SelectorError, "not a regular expression"),
         ("size~3", None, SelectorError, "expected a size such as"),
         ([3], None, SelectorError, "expected a selector, which is a string, got 3"),
-        ("fc", "fc", ModelError, "no layer is left"),
+        ("fc", "fc", ModelError, "no layer is selected"),
     ],
 )
 def test_selector_errors(layers, ignore, error, message):
@@ -140,6 +140,6 @@ def test_a_convolution_can_be_the_head():
     assert [l.name for l in select_layers(Squeeze())] == ["features"]
 
 
-def test_selectors_are_words():
-    with pytest.raises(SelectorError, match="a word or a list of words, got 5"):
+def test_selectors_are_strings():
+    with pytest.raises(SelectorError, match="a selector or a list of selectors, got 5"):
         select_layers(Net(), 5)  # type: ignore

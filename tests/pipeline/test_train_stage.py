@@ -169,7 +169,7 @@ ERRORS = {
     "patience": ("stages:\n- train:\n    patience: 3", RecipeError, r"patience waits for a better epoch: give validate, a metric \[r.yaml, line 3\]"),
     "metric": ("stages:\n- train:\n    validate: acuracy", RecipeError, r"unknown validate 'acuracy'.*did you mean 'accuracy'.*line 3"),
     "autocast": ("stages:\n- train:\n    autocast: bf8", RecipeError, r"unknown autocast 'bf8'.*line 3"),
-    "accumulate": ("stages:\n- train:\n    accumulate: 0", RecipeError, r"accumulate is a whole number of batches, at least 1, got 0 \[r.yaml, line 3\]"),
+    "accumulate": ("stages:\n- train:\n    accumulate: 0", RecipeError, r"accumulate: expected a whole number of at least 1, got 0 \[r.yaml, line 3\]"),
     "distill": ("stages:\n- train:\n    distill: {logits: 0}", RecipeError, r"nothing is learnt from the teacher.*line 3"),
     "hidden": ("stages:\n- train:\n    distill: {hidden: squarehaed}", RecipeError, r"unknown hidden 'squarehaed'.*did you mean 'squarehead'.*line 3"),
     "bits": ("stages:\n- train:\n    quantize: {weights: int9}", RecipeError, r"unknown weights 'int9'.*line 3"),

@@ -35,7 +35,7 @@ def test_more_work_takes_longer(name):
     rate = {"rate": 1e11}
     a, b, c = (estimate(groups, n, n, s, **rate) for n, s in ((100, plain), (100000, plain), (100000, more)))
     assert a.seconds < b.seconds < c.seconds and a.bytes < b.bytes < c.bytes
-    assert estimate(groups, 100000, 100000, plain, most=10**6, **rate).bytes < b.bytes
+    assert estimate(groups, 100000, 100000, plain, max_suspended_bytes=10**6, **rate).bytes < b.bytes
 
 
 def test_an_allocation_costs_too():

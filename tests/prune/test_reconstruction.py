@@ -276,7 +276,7 @@ def block(way=lambda m, x: x + m.g(torch.relu(m.f(x)))):
                 lambda m, x: [x := b(x) for _ in range(2) for b in m.blocks][-1],
                 blocks=nn.ModuleList([block(), block()]),
             ),
-            "called several times in a pass, blocks.0 cannot learn",
+            "called several times in a pass, so blocks.0 cannot be reconstructed",
         ),
         (
             nn.Sequential(block(lambda m, x: None), block(lambda m, x: torch.ones(1))),

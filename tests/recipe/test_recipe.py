@@ -458,7 +458,7 @@ def test_forecast_counts_the_stored_format_of_the_recipe(tmp_path):
         (Net, "{ignore: '*', sparsity: 0.5}", ModelError, "no layer is selected"),
         (Net, "{pattern: 2:4}", PatternError, r"2:4 cannot prune deep \(1 inputs a group\)"),
         (lambda: nn.Sequential(nn.ReLU()), "{sparsity: 0.5}", ModelError, "Sequential has no layer that can be pruned"),
-        (Tied, "{layers: 're:(', sparsity: 0.5}", SelectorError, "no regular expression"),
+        (Tied, "{layers: 're:(', sparsity: 0.5}", SelectorError, "not a regular expression"),
     ],
 )  # fmt: skip
 def test_forecast_errors(model, text, error, message):

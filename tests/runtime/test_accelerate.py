@@ -238,7 +238,7 @@ def test_a_bitmask_gives_way_to_dense_where_it_was_not_tried(monkeypatch):
 
 @pytest.mark.parametrize("repeats", [0, 1.5])
 def test_wrong_repeats(repeats):
-    with pytest.raises(ModelError, match="repeats: expected a whole number from 1 up"):
+    with pytest.raises(ModelError, match="repeats: expected a whole number of at least 1"):
         accelerate_(nn.Sequential(pruned()), repeats=repeats)
 
 

@@ -385,7 +385,7 @@ def test_training_under_autocast(name):
 
 BAD = {
     "no plan": (lambda: Sparsifier(mlp(), "rigl", steps=3), "prune is a plan such as rarefy.Gradual"),
-    "steps": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5), steps=0), "steps is the number of training steps: expected at least 1, got 0"),
+    "steps": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5), steps=0), "steps: expected a whole number of at least 1, got 0"),
     "no progress": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5)).step(), "needs the progress of training"),
     "beyond the end": (lambda: resolve_config(Rigl(sparsity=0.5, end=1.2)), "starts and ends within training, 0..1, got 0.0 to 1.2"),
     "too short": (lambda: Sparsifier(mlp(), Alternate(sparsity=0.5, cycles=8), steps=10), "has 17 events, but training has only 10 steps"),

@@ -133,7 +133,7 @@ def test_data_may_be_a_function_of_the_epoch():
     ("settings", "error", "message"),
     [
         ({"lr_schedule": "cosin"}, RecipeError, "unknown lr schedule 'cosin'.*did you mean 'cosine'"),
-        ({"epochs": 0}, RecipeError, "epochs is a whole number, at least 1, got 0"),
+        ({"epochs": 0}, RecipeError, "epochs: expected a whole number of at least 1, got 0"),
         ({"data": []}, DataError, "the training data is empty in epoch 1"),
         (
             {"data": iter(image_batches()), "epochs": 2},

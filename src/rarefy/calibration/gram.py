@@ -1,7 +1,7 @@
 """Gram matrices of layer inputs: H = X X^T, [G, C, C] for G groups and C columns of the weight read as [G, O, C].
 
-C = kernel positions x inputs of a group, kernel positions first, as `rarefy.model.layout` orders a weight. A
-transposed convolution is read as the matrix that it multiplies each input with, before its outputs overlap.
+C = kernel positions x inputs of a group, kernel positions first, as `rarefy.model.layout` orders a weight. A transposed
+convolution is read as the matrix that multiplies each input, before the outputs overlap.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from rarefy.model import distributed
 from rarefy.model.layers import Layer
 
-MIRROR_COLUMNS = 256  # columns that are mirrored at a time
-MIN_SPLIT_COLUMNS = 192  # columns of a diagonal square that is multiplied whole
+MIRROR_COLUMNS = 256  # columns mirrored at a time
+MIN_SPLIT_COLUMNS = 192  # up to this size a diagonal block is computed whole
 PLAIN_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-ROWS = 2048  # input vectors in one product, so that their fp32 copy stays small
+ROWS = 2048  # input vectors per product, so that their fp32 copy stays small
 
 
 @dataclass
 class Gram:
-    """Sums over calibration tokens; additive, so partial ones of several processes may be summed."""
+    """Sums over calibration tokens. They are additive, so those of several processes may be summed."""
 
     H: Tensor | None = None  # [G, C, C]; the upper triangle alone until `finish`
     cross: Tensor | None = None  # [G, C, C] (X - X') X'^T, where X are the dense model's inputs
     tokens: float = 0.0
-    held_out: Gram | None = None  # of batches that are in these sums too, but may be taken out to test on
+    held_out: Gram | None = None  # the sums of one batch, which are included and can be subtracted to test on it
 
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """Add inputs [G, tokens, C], and those of the dense model at the same tokens. O(G tokens C^2 / 2)."""
+        """Add inputs [G, tokens, C], and the dense model's inputs at the same tokens. O(G tokens C^2 / 2)."""
         G, n, C = x.shape
         if self.H is None:
             self.H = x.new_zeros(G, C, C, dtype=torch.float32)
@@ -49,7 +49,7 @@ class Gram:
         self.tokens += n
 
     def copy(self) -> Gram:
-        """Return the sums so far, as sums of their own."""
+        """Return a copy of the sums so far."""
         assert self.H is not None
         return Gram(self.H.clone(), None if self.cross is None else self.cross.clone(), self.tokens)
 
@@ -60,10 +60,10 @@ class Gram:
         return self.H.diagonal(dim1=-2, dim2=-1)
 
     def finalize(self) -> Gram:
-        """Return the mean over tokens with both triangles filled; this one is used up."""
+        """Return the mean over tokens with both triangles filled. The sums are overwritten."""
         assert self.H is not None
         H, n, C = self.H, max(self.tokens, 1), self.H.shape[-1]
-        for a in range(0, C, MIRROR_COLUMNS):  # in place: of a wide layer these are the largest tensors there are
+        for a in range(0, C, MIRROR_COLUMNS):  # in place: these are the largest tensors of a wide layer
             b = min(a + MIRROR_COLUMNS, C)
             H[:, a:b, a:b] = H[:, a:b, a:b].triu() + H[:, a:b, a:b].triu(1).transpose(-2, -1)
             H[:, b:, a:b] = H[:, a:b, b:].transpose(-2, -1)
@@ -72,35 +72,35 @@ class Gram:
 
 
 def all_reduce_gram(gram: Gram | None, layer: Layer, dense: bool) -> Gram | None:
-    """Return the sums over all processes of what each has of a layer; None where none has any. O(C^2) is sent."""
+    """Return the sums over all processes for one layer, or None if no process has any. Sends O(C^2)."""
     tokens = distributed.all_reduce_number(0.0 if gram is None else gram.tokens)
     if not tokens:
         return None
     G, K, _, I = layer.layout.shape
     C = K * I if layer.layout.kind == "conv" else I
-    own = gram or Gram()
-    H = distributed.all_reduce_tensor(own.H, (G, C, C))
-    cross = distributed.all_reduce_tensor(own.cross, (G, C, C)) if dense else None
-    held = None
-    if dense and distributed.all_reduce_number(float(own.held_out is not None)):
-        held = all_reduce_gram(own.held_out, layer, dense)
-    return Gram(H, cross, tokens, held)
+    local_gram = gram or Gram()
+    H = distributed.all_reduce_tensor(local_gram.H, (G, C, C))
+    cross = distributed.all_reduce_tensor(local_gram.cross, (G, C, C)) if dense else None
+    held_out = None
+    if dense and distributed.all_reduce_number(float(local_gram.held_out is not None)):
+        held_out = all_reduce_gram(local_gram.held_out, layer, dense)
+    return Gram(H, cross, tokens, held_out)
 
 
 def _add_upper(H: Tensor, x: Tensor) -> None:
-    """H += x^T x for its upper triangle: halves of columns, so that little below the diagonal is computed."""
+    """H += x^T x in its upper triangle, by recursive halves, so that little below the diagonal is computed."""
     C = H.shape[-1]
     if C <= MIN_SPLIT_COLUMNS:
         H.baddbmm_(x.transpose(1, 2), x)
         return
-    m = C // 2
-    H[:, :m, m:].baddbmm_(x[..., :m].transpose(1, 2), x[..., m:])
-    _add_upper(H[:, :m, :m], x[..., :m])
-    _add_upper(H[:, m:, m:], x[..., m:])
+    half = C // 2
+    H[:, :half, half:].baddbmm_(x[..., :half].transpose(1, 2), x[..., half:])
+    _add_upper(H[:, :half, :half], x[..., :half])
+    _add_upper(H[:, half:, half:], x[..., half:])
 
 
 def input_signature(layer: Layer, module: nn.Module) -> tuple[Any, ...]:
-    """Return what two layers with the same input tensor must share for their Gram matrices to be the same."""
+    """Return what layers with the same input tensor must agree in for their Gram matrices to be equal."""
     G, K, _, I = layer.layout.shape
     if layer.layout.kind == "conv":
         m: Any = module
@@ -108,41 +108,44 @@ def input_signature(layer: Layer, module: nn.Module) -> tuple[Any, ...]:
     return (G, 1, I)
 
 
-def input_columns(layer: Layer, module: Any, x: Any, kept: Tensor | None) -> Tensor:
-    """Return a layer's input as [G, tokens, C]; `kept` [batch, length] marks what is no padding. O(G tokens C)."""
+def input_columns(layer: Layer, module: Any, x: Any, mask: Tensor | None) -> Tensor:
+    """Return a layer's input as [G, tokens, C] without padding, which `mask` [batch, length] marks. O(G tokens C)."""
     G, _, _, I = layer.layout.shape
     if layer.layout.kind == "experts":
         return _pad_and_stack(x)
-    if isinstance(x, tuple):  # queries, keys and values of an attention, each with its own matrix
-        return _pad_and_stack([token_rows(t, kept, module.batch_first) for t in x])
+    if isinstance(x, tuple):  # query, key and value of an attention
+        return _pad_and_stack([token_rows(t, mask, module.batch_first) for t in x])
     if layer.layout.kind == "conv":
         return _unfold(module, padded_input(module, x))
     if layer.layout.kind == "conv-transposed":
         x = x if x.dim() == len(module.kernel_size) + 2 else x[None]
         return x.reshape(len(x), G, I, -1).permute(1, 0, 3, 2).reshape(G, -1, I)
     batch_first = getattr(module, "batch_first", True)
-    return token_rows(x, kept, batch_first)[None]
+    return token_rows(x, mask, batch_first)[None]
 
 
-def token_rows(x: Tensor, kept: Tensor | None, batch_first: bool = True) -> Tensor:
-    """Return [tokens, width] without what `kept` [batch, length] marks as padding, where the shapes agree."""
-    if kept is not None and not batch_first and x.dim() == 3:
+def token_rows(x: Tensor, mask: Tensor | None, batch_first: bool = True) -> Tensor:
+    """Return [tokens, width] without the padding that `mask` [batch, length] marks, if the shapes agree."""
+    if mask is not None and not batch_first and x.dim() == 3:
         x = x.transpose(0, 1)
     rows = x.reshape(-1, x.shape[-1])
-    fits = x.shape[:2] == kept.shape if kept is not None and x.dim() == 3 else False
-    flat = kept is not None and x.dim() == 2 and len(x) == kept.numel()
-    return rows[kept.flatten().bool()] if kept is not None and (fits or flat) else rows
+    matches = x.shape[:2] == mask.shape if mask is not None and x.dim() == 3 else False
+    is_flat = mask is not None and x.dim() == 2 and len(x) == mask.numel()
+    return rows[mask.flatten().bool()] if mask is not None and (matches or is_flat) else rows
 
 
 def _pad_and_stack(parts: list[Tensor]) -> Tensor:
-    """Rows of different number: zeros add nothing to a Gram matrix."""
+    """Stack matrices of different lengths; rows of zeros add nothing to a Gram matrix."""
     longest = max(len(p) for p in parts)
     return torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in parts])
 
 
 def padded_input(m: Any, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-    """Return a convolution's input [N, C, *spatial] with its padding, also where a subclass pads inside its forward
-    (TensorFlow's "same"): what `sizes` of the output ask for beyond the module's own goes right-heavy."""
+    """Return a convolution's input [N, C, *spatial] with its padding.
+
+    A subclass may pad inside its forward (TensorFlow's "same"): what `sizes` of the output need beyond the module's own
+    padding is added, the larger half on the right.
+    """
     n = len(m.kernel_size)
     x = x if x.dim() == n + 2 else x[None]
     if sizes is None and type(m).forward not in PLAIN_FORWARDS:
@@ -158,7 +161,7 @@ def padded_input(m: Any, x: Tensor, sizes: Sequence[int] | None = None) -> Tenso
 
 
 def _unfold(m: Any, x: Tensor) -> Tensor:
-    """[N, groups x I, *spatial] -> [groups, windows, kernel positions x I]: a view of windows, copied once."""
+    """Return [N, groups x I, *spatial] as [groups, windows, kernel positions x I]: a view of windows, copied once."""
     n = len(m.kernel_size)
     for d in range(n):
         x = x.unfold(2 + d, m.dilation[d] * (m.kernel_size[d] - 1) + 1, m.stride[d])

@@ -1,7 +1,7 @@
-"""What a walk through a model has done so far, on disk, so that a killed run goes on where it was.
+"""State of a sequential calibration on disk, from which a killed run resumes.
 
-One safetensors file a stop, under its final name only when it is whole; `key.json` says of what run. A run goes on by
-passing the known stops again with the weights that were found there: one forward pass, and the same bits afterwards.
+There is one safetensors file per step, which gets its final name once it is complete; `key.json` identifies the run. A
+run resumes by passing the finished steps again with the stored weights: one forward pass, and the same bits afterwards.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ START_OVER = "remove {} (shell: --fresh) to start anew, or give another name"
 
 @dataclass(frozen=True)
 class StepState:
-    """What changed at one stop."""
+    """What changed in one step."""
 
     weights: dict[str, Tensor]  # by name, as stored
     masks: dict[str, Tensor]  # by layer name, packed into bits
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def merged_with(self, other: StepState) -> StepState:
-        """Return both together."""
+        """Return both states as one."""
         return StepState(self.weights | other.weights, self.masks | other.masks, self.rows + other.rows)
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """A folder of entries; `None` as folder keeps nothing."""
+    """A folder with the state of each step. With `None` as folder nothing is stored."""
 
     folder: Path | None
     num_done: int = 0  # the first stops, which are on disk
@@ -51,91 +51,94 @@ class ResumeState:
     lock: Any = None  # a file that is locked as long as it is open
 
     def close(self) -> None:
-        """Let other runs use the folder."""
+        """Release the folder for other runs."""
         if self.lock is not None:
             self.lock.close()
 
     def read(self, stop: int) -> StepState:
-        """Return what was done at a stop, weights mapped from the file; ContainerError where it is not whole."""
+        """Return the state of a step, with mapped weights. Raises ContainerError if the file is damaged."""
         tensors, rows = self.read_tensors(f"stop-{stop:06d}.safetensors", "rows")
         part = {p: {n[2:]: t for n, t in tensors.items() if n.startswith(f"{p}.")} for p in "wm"}
         return StepState(part["w"], part["m"], rows)
 
     def write(self, stop: int, entry: StepState) -> None:
-        """Put an entry on disk; ContainerError where there is no space."""
+        """Store the state of a step. Raises ContainerError if the disk is full."""
         tensors = {f"w.{n}": t.contiguous() for n, t in entry.weights.items()}
         tensors |= {f"m.{n}": t for n, t in entry.masks.items()}
         self.write_tensors(f"stop-{stop:06d}.safetensors", tensors, "rows", entry.rows)
 
-    def read_tensors(self, name: str, word: str) -> tuple[dict[str, Tensor], Any]:
-        """Return the tensors of a file, mapped, and what `put` noted under `word`; ContainerError where the file is
-        damaged or of another run."""
+    def read_tensors(self, name: str, label: str) -> tuple[dict[str, Tensor], Any]:
+        """Return the tensors of a file, mapped, and the data that `write_tensors` stored under `label`.
+
+        Raises ContainerError if the file is damaged or of another run.
+        """
         assert self.folder is not None
         file = self.folder / name
         try:
             with safe_open(file, "pt") as opened:
                 tensors = {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118 (not a dict)
-                about = opened.metadata()
-            whole = about["key"] == self.key and about["digest"] == digest(dict(sorted(tensors.items())))
-            value = json.loads(about[word])
+                metadata = opened.metadata()
+            intact = metadata["key"] == self.key and metadata["digest"] == digest(dict(sorted(tensors.items())))
+            value = json.loads(metadata[label])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ContainerError(f"{file} is damaged ({error}): {START_OVER.format(self.folder)}") from None
-        if not whole:
+        if not intact:
             raise ContainerError(f"{file} is damaged or of another run: {START_OVER.format(self.folder)}")
         return tensors, value
 
-    def write_tensors(self, name: str, tensors: dict[str, Tensor], word: str, value: Any) -> None:
-        """Put tensors into a file, whole or not at all, with plain data under `word`; ContainerError where there is no
-        space."""
+    def write_tensors(self, name: str, tensors: dict[str, Tensor], label: str, value: Any) -> None:
+        """Write tensors to a file, all or nothing, with plain data under `label`."""
         if self.folder is None:
             return
-        about = {word: json.dumps(value), "key": self.key, "digest": digest(dict(sorted(tensors.items())))}
+        metadata = {label: json.dumps(value), "key": self.key, "digest": digest(dict(sorted(tensors.items())))}
         with container_errors(self.folder, sum(t.nbytes for t in tensors.values())):
-            save_file(tensors, self.folder / PARTIAL, metadata=about)
-            self._name(self.folder, name)
+            save_file(tensors, self.folder / PARTIAL, metadata=metadata)
+            self._publish(self.folder, name)
 
     @staticmethod
-    def _name(folder: Path, name: str) -> None:
-        """Give what was written its final name."""
+    def _publish(folder: Path, name: str) -> None:
+        """Give a finished file its final name."""
         sync(folder / PARTIAL)
         os.replace(folder / PARTIAL, folder / name)
         sync(folder)
 
-    def compute_once(self, name: str, find: Callable[[], Any]) -> Any:
-        """Return what `find` returns (of what JSON can hold), or what it returned when this run was here before."""
+    def compute_once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return `compute()` (plain data), or what it returned when this run was here before."""
         if self.folder is None:
-            return find()
+            return compute()
         file = self.folder / f"{name}.json"
         assert file.name in SETUP_FILES
         if file.exists():
             try:
-                about = json.loads(file.read_text(encoding="utf-8"))
-                value = about["value"]
-                whole = about["key"] == self.key and about["digest"] == digest(json.dumps(value))
+                record = json.loads(file.read_text(encoding="utf-8"))
+                value = record["value"]
+                intact = record["key"] == self.key and record["digest"] == digest(json.dumps(value))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ContainerError(f"{file} is damaged ({error}): {START_OVER.format(self.folder)}") from None
-            if not whole:
+            if not intact:
                 raise ContainerError(f"{file} is damaged or of another run: {START_OVER.format(self.folder)}")
             return value
-        value = find()
+        value = compute()
         with container_errors(self.folder):
-            about = {"key": self.key, "digest": digest(json.dumps(value)), "value": value}
-            (self.folder / PARTIAL).write_text(json.dumps(about), encoding="utf-8")
-            self._name(self.folder, file.name)
+            record = {"key": self.key, "digest": digest(json.dumps(value)), "value": value}
+            (self.folder / PARTIAL).write_text(json.dumps(record), encoding="utf-8")
+            self._publish(self.folder, file.name)
         return value
 
-    def check_same(self, name: str, what: Any, word: str) -> None:
-        """Raise ContainerError where tensors, called `word`, are others than when this run was here before."""
-        made = digest(what) if self.folder is not None else None
-        if self.compute_once(name, lambda: made) != made:
+    def check_same(self, name: str, tensors: Any, description: str) -> None:
+        """Raise ContainerError if tensors differ from those of the interrupted run."""
+        fingerprint = digest(tensors) if self.folder is not None else None
+        if self.compute_once(name, lambda: fingerprint) != fingerprint:
             raise ContainerError(
-                f"{self.folder} holds the state of another run (other {word}): {START_OVER.format(self.folder)}"
+                f"{self.folder} holds the state of another run (other {description}): {START_OVER.format(self.folder)}"
             )
 
 
 def open_state(folder: Path | None, key: Mapping[str, Any]) -> ResumeState:
-    """Return the journal of a run in `folder`, made if need be; ContainerError where the folder holds something else,
-    the state of another run, or is in use by one."""
+    """Return the state of a run in `folder`, which is created if needed.
+
+    Raises ContainerError if the folder holds something else or the state of another run, or is in use by one.
+    """
     if folder is None:
         return ResumeState(None)
     folder = Path(os.path.realpath(folder))
@@ -144,21 +147,23 @@ def open_state(folder: Path | None, key: Mapping[str, Any]) -> ResumeState:
     text = json.dumps(key, sort_keys=True, indent=1)
     with container_errors(folder):
         names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        strange = [n for n in names if not is_resume_file(n)]
-        if strange:
-            raise ContainerError(f"{folder} is for the state of a run, but holds {strange[0]}: give another name")
+        foreign = [n for n in names if not is_resume_file(n)]
+        if foreign:
+            raise ContainerError(f"{folder} is for the state of a run, but holds {foreign[0]}: give another name")
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder / KEY_FILE)
-        before = lock.read()
-        if not before and not set(names) - {KEY_FILE}:
+        saved_key = lock.read()
+        if not saved_key and not set(names) - {KEY_FILE}:
             lock.write(text)
             lock.flush()
-        elif before != text:
+        elif saved_key != text:
             lock.close()
-            what = f"holds the state of another run ({_difference(before, key)})" if before else f"has no {KEY_FILE}"
-            raise ContainerError(f"{folder} {what}: {START_OVER.format(folder)}")
-    known = next(i for i in count() if not (folder / f"stop-{i:06d}.safetensors").is_file())
-    return ResumeState(folder, known, hashlib.sha256(text.encode()).hexdigest(), lock)
+            problem = (
+                f"holds the state of another run ({_difference(saved_key, key)})" if saved_key else f"has no {KEY_FILE}"
+            )
+            raise ContainerError(f"{folder} {problem}: {START_OVER.format(folder)}")
+    num_done = next(i for i in count() if not (folder / f"stop-{i:06d}.safetensors").is_file())
+    return ResumeState(folder, num_done, hashlib.sha256(text.encode()).hexdigest(), lock)
 
 
 def _locked(file: Path) -> Any:
@@ -167,7 +172,7 @@ def _locked(file: Path) -> Any:
         import fcntl
 
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # no such locks here
+    except ImportError:  # no file locks on this system
         pass
     except OSError:
         opened.close()
@@ -177,53 +182,57 @@ def _locked(file: Path) -> Any:
 
 
 def _difference(before: str, key: Mapping[str, Any]) -> str:
-    """What a state was made for, and what is asked now."""
+    """Return a text that says how two run keys differ."""
     try:
-        had = json.loads(before)
-        want = json.loads(json.dumps(key))
-        names = sorted(n for n in {*had, *want} if had.get(n) != want.get(n))
+        old = json.loads(before)
+        new = json.loads(json.dumps(key))
+        names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n))
     except (ValueError, TypeError, AttributeError):
         return f"its {KEY_FILE} is not readable"
-    short = [n for n in names if n not in ("model", "weights", "data")]
-    told = {n: f"{n} {had.get(n)!r} -> {want.get(n)!r}" for n in short if len(repr((had.get(n), want.get(n)))) < 100}
-    return ", ".join(told.get(n, f"other {n}") for n in short or names)
+    settings = [n for n in names if n not in ("model", "weights", "data")]
+    changes = {
+        n: f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in settings if len(repr((old.get(n), new.get(n)))) < 100
+    }
+    return ", ".join(changes.get(n, f"other {n}") for n in settings or names)
 
 
 def digest(value: Any) -> str:
-    """Return a sum over nested tensors, texts and numbers. O(bytes)."""
+    """Return a hash over nested tensors, texts and numbers. O(bytes)."""
     into = hashlib.blake2b(digest_size=16)
     _digest(value, into)
     return into.hexdigest()
 
 
 def run_key(model: nn.Module, data: Iterable[Any], **settings: Any) -> dict[str, Any]:
-    """Return what must agree for a run to go on: settings, versions, digests of the modules, their weights and the
-    data. Raises DataError for data that has no bytes to go by. O(data + weights)."""
+    """Return what must be equal for a run to resume: settings, versions, and hashes of the model, weights and data.
+
+    Raises DataError for data that cannot be hashed. O(data + weights).
+    """
     from rarefy.common.version import __version__
 
     config: Any = getattr(model, "config", None)
-    made = (repr(model), config.to_dict() if hasattr(config, "to_dict") else None)
+    structure = (repr(model), config.to_dict() if hasattr(config, "to_dict") else None)
     state = {**model.state_dict(), **dict(model.named_buffers())}
-    digests = {"model": digest(made), "weights": digest(state), "data": digest(list(data))}
-    offload.page_out(offload.file_backed(state.values()))  # all of a model is read here, a block at a time later
+    digests = {"model": digest(structure), "weights": digest(state), "data": digest(list(data))}
+    offload.page_out(offload.file_backed(state.values()))  # the hash has read all weights
     return {**settings, "rarefy": __version__, "torch": torch.__version__, **digests}
 
 
-def _digest(value: Any, into: Any) -> None:
+def _digest(value: Any, hasher: Any) -> None:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, Tensor):
-        into.update(f"{tuple(value.shape)} {value.dtype}".encode())
-        into.update(_bytes(value))
+        hasher.update(f"{tuple(value.shape)} {value.dtype}".encode())
+        hasher.update(_bytes(value))
     elif hasattr(value, "keys"):
         for name in value.keys():  # noqa: SIM118 (not always a dict)
-            into.update(repr(name).encode())
-            _digest(value[name], into)
+            hasher.update(repr(name).encode())
+            _digest(value[name], hasher)
     elif isinstance(value, tuple | list | set):
         for part in sorted(value, key=repr) if isinstance(value, set) else value:
-            _digest(part, into)
+            _digest(part, hasher)
     elif value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype | torch.device):
-        into.update(repr(value).encode())
+        hasher.update(repr(value).encode())
     else:
         raise DataError(
             f"resume_dir needs data that identifies a run: tensors, arrays or text, got {type(value).__name__}"

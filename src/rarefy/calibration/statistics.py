@@ -1,6 +1,6 @@
-"""What a calibration set says about each layer: norms of inputs and outputs, gradients. One pass, one hook context.
+"""Calibration statistics of layers: squared norms of inputs and outputs, and gradients, in one pass.
 
-Shapes follow `rarefy.model.layout`: everything is broadcastable to [G, K, O, I].
+Shapes follow `rarefy.model.layout`: everything broadcasts to [G, K, O, I].
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from rarefy.model.moe import Rows, observing_experts
 
 @dataclass
 class LayerStats:
-    """Sums over the calibration set of one layer; the properties are what scores read."""
+    """Sums over the calibration set for one layer; scores read the properties."""
 
     in_square: Tensor | None = None  # [G, K, 1, I] sum of squared inputs (Embedding: [1, 1, O, 1] token counts)
     out_square: Tensor | None = None  # [G, 1, O, 1] sum of squared outputs
-    tokens: float = 0.0  # input vectors counted (tokens, or output pixels of a convolution)
+    tokens: float = 0.0  # number of input vectors (tokens, or output pixels of a convolution)
     grad_abs: Tensor | None = None  # [G, K, O, I] sum over batches of tokens x |gradient|
     grad_square: Tensor | None = None  # [G, K, O, I] sum over batches of tokens x gradient^2
     weight: float = 0.0  # tokens behind the gradients
@@ -53,13 +53,13 @@ class LayerStats:
 
     @property
     def gradient(self) -> Tensor:
-        """Mean absolute gradient E|g|, the absolute value taken before the average over batches."""
+        """Mean absolute gradient E|g|; the absolute value is taken before the mean over batches."""
         assert self.grad_abs is not None
         return self.grad_abs / max(self.weight, 1)
 
     @property
     def fisher(self) -> Tensor:
-        """Mean squared gradient E[g^2], the diagonal of the empirical Fisher matrix over batches."""
+        """Mean squared gradient E[g^2]: the diagonal of the empirical Fisher matrix over batches."""
         assert self.grad_square is not None
         return self.grad_square / max(self.weight, 1)
 
@@ -72,12 +72,12 @@ def collect_stats(
     *,
     loss: Loss | None = None,
 ) -> dict[str, LayerStats]:
-    """Return {layer name: Stats} after one pass of `data` through `model`, which is left as it was.
+    """Return {layer name: LayerStats} after one pass of `data` through the model in evaluation mode.
 
-    needs: any of "input", "output", "gradient". Every batch counts once, weighted by its tokens; positions that
-    `attention_mask` marks as padding are left out. Evaluation mode; gradients only if needed. Raises DataError for
-    empty data or a layer that no batch reached, ModelError for NaN or inf (naming the layer and the batch).
-    Memory: one vector a layer for norms, two tensors the size of the weights for gradients.
+    needs: any of "input", "output", "gradient". Batches are weighted by their tokens; positions that `attention_mask`
+    marks as padding do not count. Raises DataError for empty data or a layer that no batch reaches, ModelError for NaN
+    or inf (the message names the layer and the batch). Memory: one vector per layer for norms, two tensors of the size
+    of the weights for gradients.
     """
     check_batches(data)
     stats = {l.full_name: LayerStats() for l in layers}
@@ -94,8 +94,8 @@ def collect_stats(
                         experts.setdefault(module, {})[param] = layer
                         continue
                     stack.enter_context(_observing(module, param, layer, stats[layer.full_name], current, parent))
-            for module, known in experts.items():
-                stack.enter_context(observing_experts(module, partial(_add_experts, known, stats, current)))
+            for module, params in experts.items():
+                stack.enter_context(observing_experts(module, partial(_add_experts, params, stats, current)))
         if "gradient" in needs:
             stack.enter_context(trainable([l.original for l in layers]))
         for index, batch in distributed.local_batches(data):
@@ -110,26 +110,38 @@ def collect_stats(
     if not distributed.all_reduce_number(batches):
         raise DataError("the calibration data is empty: the score needs at least one batch")
     for layer in layers:
-        found = stats[layer.full_name]
+        layer_stats = stats[layer.full_name]
         if distributed.num_data_shards() > 1:
-            _all_reduce_stats(found, layer)
-        if needs & {"input", "output"} and found.in_square is None:
+            _all_reduce_stats(layer_stats, layer)
+        if needs & {"input", "output"} and layer_stats.in_square is None:
             raise DataError(
                 f"{layer.full_name} was never called on the calibration data: ignore it, "
-                "or take a score that needs no activations (magnitude)"
+                "or use a score that needs no activations (magnitude)"
             )
     return stats
 
 
-def _all_reduce_stats(s: LayerStats, layer: Layer) -> None:
-    """Add up what each process has seen."""
+def _all_reduce_stats(stats: LayerStats, layer: Layer) -> None:
+    """Sum the statistics of a layer over all processes."""
     G, K, O, I = layer.layout.shape
-    ins = (1, 1, O, 1) if layer.layout.kind == "embedding" else (G, K, 1, I)
-    shapes = {"in_square": ins, "out_square": (G, 1, O, 1), "grad_abs": (G, K, O, I), "grad_square": (G, K, O, I)}
+    input_shape = (1, 1, O, 1) if layer.layout.kind == "embedding" else (G, K, 1, I)
+    shapes = {
+        "in_square": input_shape,
+        "out_square": (G, 1, O, 1),
+        "grad_abs": (G, K, O, I),
+        "grad_square": (G, K, O, I),
+    }
     for name, shape in shapes.items():
-        own = getattr(s, name)
-        setattr(s, name, distributed.all_reduce_tensor(own, shape if own is None else tuple(own.shape)))
-    s.tokens, s.weight = distributed.all_reduce_number(s.tokens), distributed.all_reduce_number(s.weight)
+        local_sum = getattr(stats, name)
+        setattr(
+            stats,
+            name,
+            distributed.all_reduce_tensor(local_sum, shape if local_sum is None else tuple(local_sum.shape)),
+        )
+    stats.tokens, stats.weight = (
+        distributed.all_reduce_number(stats.tokens),
+        distributed.all_reduce_number(stats.weight),
+    )
 
 
 def _add_gradients(
@@ -159,7 +171,7 @@ def _observing(
     current: dict[str, Any],
     parent: nn.MultiheadAttention | None,
 ) -> Iterator[None]:
-    """Add what the module's calls see to `s`; `parent` is the attention whose output projection the module is."""
+    """Add the calls of a module to the statistics; `parent` is the attention whose output projection it is."""
     handles = []
 
     def add(inputs: Tensor, outputs: Tensor) -> None:
@@ -207,14 +219,14 @@ def _add_experts(
 def _squared_sums(
     module: Any, param: str, layer: Layer, x: Tensor, y: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, float]:
-    """Return sums of squares of inputs [G, K, 1, I] and outputs [G, 1, O, 1] in the layer's layout, and their count."""
+    """Return the sums of squared inputs [G, K, 1, I] and outputs [G, 1, O, 1], and the number of input vectors."""
     G, K, O, I = layer.layout.shape
     if isinstance(module, nn.Embedding):
-        kept = x if mask is None or mask.shape != x.shape else x[mask.bool()]
-        counts = torch.bincount(kept.flatten(), minlength=O).float()
-        return counts.reshape(1, 1, O, 1), counts.reshape(1, 1, O, 1), kept.numel()
+        tokens = x if mask is None or mask.shape != x.shape else x[mask.bool()]
+        counts = torch.bincount(tokens.flatten(), minlength=O).float()
+        return counts.reshape(1, 1, O, 1), counts.reshape(1, 1, O, 1), tokens.numel()
     if layer.layout.kind in ("conv", "conv-transposed"):
-        # a transposed convolution sees each input at every kernel position
+        # a transposed convolution uses each input at every kernel position
         inputs = (
             _conv_squared_sums(module, x, y, K)
             if layer.layout.kind == "conv"
@@ -225,20 +237,20 @@ def _squared_sums(
         pixels = y[:, 0].numel() if layer.layout.kind == "conv" else x.numel() // module.in_channels  # type: ignore
         return inputs, out.reshape(G, 1, O, 1), pixels
     rows, out = token_rows(x, mask), token_rows(y, mask)
-    squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
-    out_squares = torch.linalg.vector_norm(out, dim=0, dtype=torch.float32).square()
-    return squares.reshape(-1, 1, 1, I), out_squares.reshape(-1, 1, O, 1), len(rows)
+    in_sums = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+    out_sums = torch.linalg.vector_norm(out, dim=0, dtype=torch.float32).square()
+    return in_sums.reshape(-1, 1, 1, I), out_sums.reshape(-1, 1, O, 1), len(rows)
 
 
 def _conv_squared_sums(module: Any, x: Tensor, y: Tensor, K: int) -> Tensor:
-    """Return [G, K, 1, I]: how much each kernel position saw of each input channel, padding and stride as they are.
+    """Return [G, K, 1, I]: the sum of squares of each input channel at each kernel position. O(K x input).
 
-    Sums over strided windows, so nothing of the size of an unfolded input is made. O(K x input).
+    Sums strided windows with padding and stride as they are, so that the input is never unfolded.
     """
     n = len(module.kernel_size)
     y = y if y.dim() == n + 2 else y[None]
     x = padded_input(module, x, y.shape[2:])
-    square = x.float().square().sum(0)
+    squared = x.float().square().sum(0)
     sums = []
     for position in range(K):
         window, rest = [slice(None)], position
@@ -246,7 +258,7 @@ def _conv_squared_sums(module: Any, x: Tensor, y: Tensor, K: int) -> Tensor:
             rest, offset = divmod(rest, module.kernel_size[d])
             start = offset * module.dilation[d]
             window.insert(1, slice(start, start + (y.shape[2 + d] - 1) * module.stride[d] + 1, module.stride[d]))
-        sums.append(square[tuple(window)].flatten(1).sum(1))
+        sums.append(squared[tuple(window)].flatten(1).sum(1))
     g = module.groups
     return torch.stack(sums).reshape(K, g, 1, -1).transpose(0, 1)
 
@@ -254,8 +266,8 @@ def _conv_squared_sums(module: Any, x: Tensor, y: Tensor, K: int) -> Tensor:
 def _conv_transposed_squared_sums(module: Any, x: Tensor, K: int) -> Tensor:
     n = len(module.kernel_size)
     x = x if x.dim() == n + 2 else x[None]
-    square = x.float().square().sum(0).flatten(1).sum(1)
-    return square.reshape(module.groups, 1, 1, -1).expand(-1, K, -1, -1).clone()
+    squared = x.float().square().sum(0).flatten(1).sum(1)
+    return squared.reshape(module.groups, 1, 1, -1).expand(-1, K, -1, -1).clone()
 
 
 def _plain_hook(add: Callable[[Tensor, Tensor], None]) -> Any:
@@ -263,7 +275,7 @@ def _plain_hook(add: Callable[[Tensor, Tensor], None]) -> Any:
 
 
 def _attention_hook(module: nn.MultiheadAttention, param: str, add: Callable[[Tensor, Tensor], None]) -> Any:
-    """MultiheadAttention multiplies by hand, so its projections are read from query, key and value."""
+    """Return a hook for MultiheadAttention, which multiplies by its projections itself."""
     names = list(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
 
     def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
@@ -283,8 +295,10 @@ def _attention_hook(module: nn.MultiheadAttention, param: str, add: Callable[[Te
 
 
 def _out_proj_hook(parent: nn.MultiheadAttention, add: Callable[[Tensor, Tensor], None]) -> Any:
-    """MultiheadAttention never calls its `out_proj` module: run it once more with the identity in its place, and the
-    attention's output is what the projection is given."""
+    """Return a hook for the output projection of MultiheadAttention, which never calls that module.
+
+    The attention is run once more with the identity in its place: its output is the projection's input.
+    """
 
     def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
         real = parent.out_proj

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError
 from rarefy.runtime.huge_pages import fresh
 
@@ -27,8 +28,7 @@ class Cache:
 
     def __init__(self, features: int, batch: int, capacity: int, starts: Tensor | None = None):
         for name, n in (("batch", batch), ("capacity", capacity)):
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise DataError(f"{name} of a cache: expected a whole number from 1 up, got {n!r}")
+            check_int(name, n, 1, DataError)
         self.features, self.batch, self.max_tokens, self.past = features, batch, capacity, 0
         self.capacity = -(-capacity // TILE) * TILE
         self.starts = None if starts is None else starts.to(torch.int64).contiguous()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.generation.decoder import Decoder, check_ids, decoder
@@ -126,8 +127,7 @@ def stream(
     if unknown_options:
         raise DataError(unknown("option", unknown_options[0], [*OPTIONS, *known]))
     options = Sampling(**sampling)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise DataError(f"max_new_tokens: expected a whole number from 1 up, got {max_new_tokens!r}")
+    check_int("max_new_tokens", max_new_tokens, 1, DataError)
     if seed is not None and not options.do_sample:
         raise DataError("seed has no effect on the most likely token: pass do_sample=True")
     if isinstance(model, Decoder) and precision is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from rarefy.common.checks import check_int
 from rarefy.common.errors import ContainerError, ModelError, PatternError, unknown
 from rarefy.common.report import Report
 from rarefy.model.activation_quant import activation_quants as rounded
@@ -39,8 +40,7 @@ def tie_layers_(model: nn.Module, every: int = 2, *, blocks: str | None = None, 
     >>> tie_layers_(net, 2).rows[0]["groups"], net.layers[1].linear1.weight is net.layers[0].linear1.weight
     ('0+1 2+3', True)
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 2:
-        raise PatternError(f"every is a whole number from 2 up, got {every!r}")
+    check_int("every", every, 2, PatternError)
     if not isinstance(average, bool):
         raise PatternError(f"average is True or False, got {average!r}")
     model = unwrap(model)

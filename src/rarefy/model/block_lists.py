@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 LIST_CLASSES = (nn.ModuleList, nn.Sequential)
+
+
+def outermost_lists(model: nn.Module, blocks_of: Callable[[Any], list[int]]) -> dict[str, Any]:
+    """Return, by name, the lists in which `blocks_of` finds blocks, without those inside such a block. O(modules)."""
+    lists: dict[str, Any] = {}
+    blocks: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not isinstance(module, LIST_CLASSES) or f"{name}.".startswith(blocks or ("\0",)):
+            continue
+        indices = blocks_of(module)
+        if indices:
+            lists[name] = module
+            keys = list(module._modules)
+            blocks += tuple(f"{name}.{keys[i]}.".removeprefix(".") for i in indices)
+    return lists
 
 
 def block_lists(model: nn.Module) -> dict[str, Any]:
@@ -17,13 +33,7 @@ def block_lists(model: nn.Module) -> dict[str, Any]:
     >>> list(block_lists(net))
     ['0']
     """
-    lists: dict[str, Any] = {}
-    blocks: tuple[str, ...] = ()  # blocks, in which no others are looked for
-    for name, module in model.named_modules():
-        if isinstance(module, LIST_CLASSES) and not f"{name}.".startswith(blocks or ("\0",)) and block_indices(module):
-            lists[name] = module
-            blocks += tuple(f"{name}.{i}.".removeprefix(".") for i in block_indices(module))
-    return lists
+    return outermost_lists(model, block_indices)
 
 
 def block_indices(modules: Any) -> list[int]:
@@ -36,3 +46,11 @@ def block_indices(modules: Any) -> list[int]:
     ]
     classes = Counter(type(modules[i]) for i in indices)
     return [i for i in indices if classes[type(modules[i])] > 1]
+
+
+def equal_modules(modules: Any) -> list[int]:
+    """Return all indices of a list whose modules are of one class and not single layers, otherwise none."""
+    equal = len(modules) > 1 and len({type(m) for m in modules}) == 1
+    if not equal or isinstance(modules[0], nn.Linear | nn.modules.conv._ConvNd):
+        return []
+    return list(range(len(modules)))

@@ -35,20 +35,20 @@ MAX_SPARSITY = 0.97  # no layer is emptied
 TOKENS = {"gradients": 4096, "pass": 1024, "errors": 8192}  # or samples; a backward pass holds all activations
 
 
-def shift_to_mean(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
+def shift_to_mean(sparsities: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
     """Return `wanted` sparsities moved by one common amount so that their mean over weights is `sparsity`, each
     within 0..`MAX_SPARSITY` (or the asked one, if that is higher). O(layers).
 
     >>> shift_to_mean({"a": 0.4, "b": 0.6}, {"a": 1, "b": 1}, 0.7)
     {'a': 0.6, 'b': 0.8}
     """
-    top, total = max(MAX_SPARSITY, sparsity), sum(sizes.values())
+    maximum, total = max(MAX_SPARSITY, sparsity), sum(sizes.values())
     low, high = -2.0, 2.0
     for _ in range(60):
         shift = (low + high) / 2
-        mean = sum(min(top, max(0.0, s + shift)) * sizes[n] for n, s in wanted.items()) / total
+        mean = sum(min(maximum, max(0.0, s + shift)) * sizes[n] for n, s in sparsities.items()) / total
         low, high = (shift, high) if mean < sparsity else (low, shift)
-    return {n: round(min(top, max(0.0, s + high)), 9) for n, s in wanted.items()}
+    return {n: round(min(maximum, max(0.0, s + high)), 9) for n, s in sparsities.items()}
 
 
 def erk(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
@@ -72,8 +72,8 @@ def erk(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
 def line(layers: Sequence[Layer], sparsity: float, slope: float = 0.15) -> dict[str, float]:
     """Return sparsities that rise by `slope` with depth, the place of a layer among the layers."""
     last = max(len(layers) - 1, 1)
-    wanted = {l.full_name: sparsity + slope * (i / last - 0.5) for i, l in enumerate(layers)}
-    return shift_to_mean(wanted, {l.full_name: l.original.numel() for l in layers}, sparsity)
+    sparsities = {l.full_name: sparsity + slope * (i / last - 0.5) for i, l in enumerate(layers)}
+    return shift_to_mean(sparsities, {l.full_name: l.original.numel() for l in layers}, sparsity)
 
 
 def owl(
@@ -103,11 +103,11 @@ def sensitivities(
     with evaluating(model), ExitStack() as stack, torch.enable_grad():
         current: dict[str, float] = {}
 
-        def watch(name: str, out: Tensor) -> None:
+        def observe(name: str, out: Tensor) -> None:
             def add(grad: Tensor) -> None:
                 rows = grad.float().flatten(0, -2) if name in plain else grad.float().transpose(0, 1).flatten(1).T
-                found = rows.square().sum(0) * current["tokens"] ** 2
-                total[name] = found if name not in total else total[name] + found
+                squared = rows.square().sum(0) * current["tokens"] ** 2
+                total[name] = squared if name not in total else total[name] + squared
 
             if out.requires_grad:
                 out.register_hook(add)
@@ -116,7 +116,7 @@ def sensitivities(
         for layer in layers:
             if layer.layout.kind in ("linear", "conv1d-hf", "conv", "conv-transposed"):
                 for _, module, _ in layer.owners:
-                    hook = lambda m, a, out, name=layer.full_name: watch(name, out)  # noqa: E731
+                    hook = lambda m, a, out, name=layer.full_name: observe(name, out)  # noqa: E731
                     stack.callback(module.register_forward_hook(hook).remove)
         weights = [l.original for l in layers]
         stack.enter_context(trainable(weights))
@@ -131,14 +131,14 @@ def sensitivities(
     return {n: t / max(count, 1) for n, t in total.items()}
 
 
-def fill_missing(found: dict[str, Tensor], layers: Sequence[Layer]) -> dict[str, Tensor]:
+def fill_missing(known: dict[str, Tensor], layers: Sequence[Layer]) -> dict[str, Tensor]:
     """Return sensitivities [outputs] for all layers; one that is no module's call gets the mean of the others."""
-    mean = torch.stack([t.mean() for t in found.values()]).mean() if found else torch.tensor(1.0)
-    out = {}
+    mean = torch.stack([t.mean() for t in known.values()]).mean() if known else torch.tensor(1.0)
+    filled = {}
     for layer in layers:
         G, _, O, _ = layer.layout.shape
-        out[layer.full_name] = found[layer.full_name] if layer.full_name in found else mean.expand(G * O)
-    return out
+        filled[layer.full_name] = known[layer.full_name] if layer.full_name in known else mean.expand(G * O)
+    return filled
 
 
 def interpolate_errors(errors: Sequence[float], sparsity: Tensor) -> Tensor:
@@ -173,17 +173,17 @@ def cheapest_allocation(
         cost = interpolate_errors(costs[name], grid)
         parts = (grid * sizes[name] / total * BUDGET_UNITS).round().long()
         options = torch.full((len(grid), BUDGET_UNITS + 1), float("inf"), dtype=torch.float64)
-        for k, part in enumerate(parts.tolist()):
-            options[k, part:] = best[: BUDGET_UNITS + 1 - part] + cost[k]
+        for level, part in enumerate(parts.tolist()):
+            options[level, part:] = best[: BUDGET_UNITS + 1 - part] + cost[level]
         best, choice = options.min(0)
         choices.append((choice, parts))
-    at = round(sparsity * BUDGET_UNITS)
+    position = round(sparsity * BUDGET_UNITS)
     reachable = torch.isfinite(best).nonzero()[:, 0]
     if not len(reachable):
         raise PatternError("no allocation reaches the budget")
-    at = int(reachable[(reachable - at).abs().argmin()])
-    wanted = {}
+    position = int(reachable[(reachable - position).abs().argmin()])
+    allocation = {}
     for name, (choice, parts) in zip(reversed(names), reversed(choices)):
-        k = int(choice[at])
-        wanted[name], at = float(grid[k]), at - int(parts[k])
-    return shift_to_mean({n: wanted[n] for n in names}, sizes, sparsity)
+        level = int(choice[position])
+        allocation[name], position = float(grid[level]), position - int(parts[level])
+    return shift_to_mean({n: allocation[n] for n in names}, sizes, sparsity)

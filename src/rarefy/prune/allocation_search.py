@@ -39,7 +39,7 @@ def search_allocation(
     data: Sequence[Any],
     loss: Loss | None = None,
     *,
-    blind: bool = False,
+    without_loss: bool = False,
     trials: int = TRIALS,
     seed: int = 0,
     progress: bool = False,
@@ -58,42 +58,42 @@ def search_allocation(
     columns = {kind: i for i, kind in enumerate(dict.fromkeys(kinds.values()))}
     depth = {n: 2 * i / max(len(sizes) - 1, 1) - 1 for i, n in enumerate(sizes)}
     uniform = dict.fromkeys(sizes, sparsity)
-    few = take_tokens(reversed(data), TOKENS)
+    batches = take_tokens(reversed(data), TOKENS)
     noise = torch.Generator().manual_seed(seed)
 
     def allocation(point: Tensor) -> dict[str, float]:
         """point: log factor of each kind, of depth, and the pull towards uniform."""
         *by_kind, slope, pull = point.tolist()
         factors = {n: math.exp(by_kind[columns[k]] + slope * depth[n]) for n, k in kinds.items()}
-        found = cheapest_allocation({n: [e * factors[n] for e in c] for n, c in costs.items()}, sizes, sparsity)
+        sparsities = cheapest_allocation({n: [e * factors[n] for e in c] for n, c in costs.items()}, sizes, sparsity)
         share = min(1.0, max(0.0, pull))
-        return shift_to_mean({n: s + share * (sparsity - s) for n, s in found.items()}, sizes, sparsity)
+        return shift_to_mean({n: s + share * (sparsity - s) for n, s in sparsities.items()}, sizes, sparsity)
 
-    with _mixed_weights(model, layers, solved, few, loss, blind) as loss_at:
+    with _mixed_weights(model, layers, solved, batches, loss, without_loss) as loss_at:
         tried = [(loss_at(a), a) for a in (uniform, line(layers, sparsity))]
         starts = torch.zeros(2, len(columns) + 2)
         starts[1, -1] = 0.5
-        first = [(loss_at(a), i, a) for i, a in enumerate(map(allocation, starts))]
-        tried += [(value, a) for value, _, a in first]
-        lowest, best, _ = min(first, key=lambda t: t[0])
-        here, spread = starts[best], 0.5
+        starting = [(loss_at(a), i, a) for i, a in enumerate(map(allocation, starts))]
+        tried += [(value, a) for value, _, a in starting]
+        lowest, best, _ = min(starting, key=lambda t: t[0])
+        point, step_size = starts[best], 0.5
         for _ in track(range(trials), "searching an allocation by the loss", progress, trials):
-            step = torch.randn(len(here), generator=noise)
-            step[-1] = step[-1] / 2
-            there = here + spread * step
-            found = allocation(there)
-            value = loss_at(found)
-            tried.append((value, found))
+            move = torch.randn(len(point), generator=noise)
+            move[-1] = move[-1] / 2
+            candidate = point + step_size * move
+            sparsities = allocation(candidate)
+            value = loss_at(sparsities)
+            tried.append((value, sparsities))
             better = value < lowest
-            here, lowest = (there, value) if better else (here, lowest)
-            spread *= 1.3 if better else 0.9
-    value, found = min(tried, key=lambda t: t[0])
+            point, lowest = (candidate, value) if better else (point, lowest)
+            step_size *= 1.3 if better else 0.9
+    value, sparsities = min(tried, key=lambda t: t[0])
     if not math.isfinite(value):
         raise ModelError(
             f"the loss of the last calibration batches is {value} however sparsity is spread: "
             "NaN or inf in weights or inputs, or no label but -100"
         )
-    return found
+    return sparsities
 
 
 @contextmanager
@@ -103,23 +103,23 @@ def _mixed_weights(
     solved: Mapping[str, Sequence[Tensor]],
     data: Sequence[Any],
     loss: Loss | None,
-    blind: bool,
+    without_loss: bool,
 ) -> Iterator[Any]:
     """Give the model's mean loss as a function of sparsities; the weights are put back at the end."""
     dense = {l.full_name: l.original.detach().clone() for l in layers}
     levels = (0.0, *LEVELS, 1.0)
 
-    def loss_at(wanted: Mapping[str, float]) -> float:
+    def loss_at(allocation: Mapping[str, float]) -> float:
         for l in layers:
-            name, s = l.full_name, wanted[l.full_name]
-            known = [dense[name], *solved[name], torch.zeros_like(dense[name])]
+            name, s = l.full_name, allocation[l.full_name]
+            levels_of = [dense[name], *solved[name], torch.zeros_like(dense[name])]
             i = next(i for i in range(len(LEVELS) + 1) if s <= levels[i + 1])
-            share = (s - levels[i]) / (levels[i + 1] - levels[i])
-            l.original.data.copy_(torch.lerp(known[i].to(dense[name]), known[i + 1].to(dense[name]), share))
-        value = sum(n * far(call(model, b), b, y) for n, b, y in zip(counts, batches, outputs)) / sum(counts)
+            fraction = (s - levels[i]) / (levels[i + 1] - levels[i])
+            l.original.data.copy_(torch.lerp(levels_of[i].to(dense[name]), levels_of[i + 1].to(dense[name]), fraction))
+        value = sum(n * distance(call(model, b), b, y) for n, b, y in zip(counts, batches, outputs)) / sum(counts)
         return value if math.isfinite(value) else math.inf
 
-    def far(output: Any, batch: Any, dense: Tensor | None) -> float:
+    def distance(output: Any, batch: Any, dense: Tensor | None) -> float:
         if dense is None:
             return float(resolve_loss(loss)(output, batch))
         return float((output_tensor(output).float() - dense).square().sum() / dense.square().sum())
@@ -127,7 +127,7 @@ def _mixed_weights(
     try:
         with evaluating(model), torch.no_grad():
             batches = [on_device(model, b) for b in data]
-            outputs = [output_tensor(call(model, b)).float() if blind else None for b in batches]
+            outputs = [output_tensor(call(model, b)).float() if without_loss else None for b in batches]
             counts = [count_tokens(b) for b in batches]
             yield loss_at
     finally:
@@ -140,22 +140,22 @@ def lacks_loss(model: nn.Module, batch: Any, loss: Loss | None) -> bool:
     need. DataError where there are some, or no outputs either. One forward pass of a sample."""
     if loss is not None:
         return False
-    one = on_device(model, first_samples(batch))
+    sample = on_device(model, first_samples(batch))
     with evaluating(model), torch.no_grad():
-        output = call(model, one)
-    if has_loss(output, one):
+        output = call(model, sample)
+    if has_loss(output, sample):
         return False
-    aims = is_causal_lm(model) or (isinstance(one, tuple | list) and len(one) == 2)
-    if aims or output_tensor(output) is None:
-        default_loss(output, one)  # says what is missing
+    needs_targets = is_causal_lm(model) or (isinstance(sample, tuple | list) and len(sample) == 2)
+    if needs_targets or output_tensor(output) is None:
+        default_loss(output, sample)  # says what is missing
     return True
 
 
 def output_tensor(output: Any) -> Any:
     """Return what a model gives: its logits or, where there are none, the first of its tensors of floating point, or
     None."""
-    found = [getattr(output, "logits", None), *tensors_in(output)]
-    return next((t for t in found if isinstance(t, Tensor) and t.is_floating_point()), None)
+    candidates = [getattr(output, "logits", None), *tensors_in(output)]
+    return next((t for t in candidates if isinstance(t, Tensor) and t.is_floating_point()), None)
 
 
 def output_probe(output: Any, batch: Any) -> Tensor:

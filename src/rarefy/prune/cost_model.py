@@ -38,7 +38,7 @@ def estimate(
     tokens: int,
     solver: Solver,
     allocate: str = "uniform",
-    most: int | None = None,
+    max_suspended_bytes: int | None = None,
     rate: float | None = None,
 ) -> Cost:
     """Return the cost of a run over `samples` with `tokens` together. 0.1 s.
@@ -48,48 +48,50 @@ def estimate(
     Right within a factor of two where nothing else runs; attention over long sequences is not counted.
     """
     streams = 2 if solver.asymmetric or solver.reconstruct else 1
-    passes = grams = solving = once = 0.0
-    parked, work, held = 0, 0, 0
+    pass_ops = gram_ops = solver_ops = single_pass = 0.0
+    suspended, workspace, activations = 0, 0, 0
     for g in groups:
         shapes = [l.layout.shape for l in g.layers]
         G, C = shapes[0][0], shapes[0][1] * shapes[0][3]
         O = sum(s[2] for s in shapes)
         rows = g.rows * samples
-        one = 2.0 * rows * G * O * C
-        once += one * g.calls
-        passes += one * streams * g.calls
+        products = 2.0 * rows * G * O * C
+        single_pass += products * g.calls
+        pass_ops += products * streams * g.calls
         if solver.reconstruct:  # forwards, backwards with two products each, held-out errors, once more
-            passes += one * (3 * solver.reconstruct + 2)
+            pass_ops += products * (3 * solver.reconstruct + 2)
         gram = rows * G * C * C
-        grams += gram * (3 if solver.asymmetric else 1)
+        gram_ops += gram * (3 if solver.asymmetric else 1)
         if allocate in GRADIENTS:  # measured errors
-            grams += gram * min(1, TOKENS["errors"] / max(tokens, 1))
-            solving += SLOWDOWN["factor"] * G * C**3 * 2 / 3 + len(LEVELS) * (SLOWDOWN["columns"] + 4) * G * O * C * C
+            gram_ops += gram * min(1, TOKENS["errors"] / max(tokens, 1))
+            solver_ops += (
+                SLOWDOWN["factor"] * G * C**3 * 2 / 3 + len(LEVELS) * (SLOWDOWN["columns"] + 4) * G * O * C * C
+            )
         product = 2.0 * G * O * C * C
-        solving += 2 * product  # errors
-        solving += 2 * product if solver.asymmetric else 0
+        solver_ops += 2 * product  # errors
+        solver_ops += 2 * product if solver.asymmetric else 0
         if solver.name == "obs":
-            solving += SLOWDOWN["columns"] * product / 2 + SLOWDOWN["factor"] * G * C**3 * 2 / 3
+            solver_ops += SLOWDOWN["columns"] * product / 2 + SLOWDOWN["factor"] * G * C**3 * 2 / 3
         else:
-            solving += product * (2 * (solver.refits or 0) + 2) + SLOWDOWN["factor"] * G * C**3
+            solver_ops += product * (2 * (solver.refits or 0) + 2) + SLOWDOWN["factor"] * G * C**3
         if solver.name == "admm":
-            solving += product * 2 * (solver.steps or 0) + SLOWDOWN["eigen"] * G * C**3
+            solver_ops += product * 2 * (solver.steps or 0) + SLOWDOWN["eigen"] * G * C**3
         width = 3 if in_bf16(solver) else 4
-        alive = rows * (G * C + SUSPENDED * min(G * C, max(s[0] * s[2] for s in shapes))) * width
-        parked, held = max(parked, alive * streams), held + alive
-        work = max(work, 4 * G * (5 * C * C + 8 * O * C))
-    slow = rate or _rate(torch.float32)
-    fast = rate or (_rate(torch.bfloat16) if in_bf16(solver) else slow)
+        group_bytes = rows * (G * C + SUSPENDED * min(G * C, max(s[0] * s[2] for s in shapes))) * width
+        suspended, activations = max(suspended, group_bytes * streams), activations + group_bytes
+        workspace = max(workspace, 4 * G * (5 * C * C + 8 * O * C))
+    rate_fp32 = rate or _rate(torch.float32)
+    rate_pass = rate or (_rate(torch.bfloat16) if in_bf16(solver) else rate_fp32)
     weights = sum(l.original.numel() for g in groups for l in g.layers)
-    parked = parked if most is None else min(parked, most)
-    share = {k: min(1.0, v / max(tokens, 1)) for k, v in {**TOKENS, "trial": TRIAL_TOKENS}.items()}
-    kinds = {"owl": 1.0, "errors": 3 * share["gradients"] + share["errors"]}
-    kinds["search"] = kinds["errors"] + (TRIALS + 4) * share["trial"]
-    passes += once * kinds.get(allocate, 0)
-    peak = parked + max(work, weights)
+    suspended = suspended if max_suspended_bytes is None else min(suspended, max_suspended_bytes)
+    fractions = {k: min(1.0, v / max(tokens, 1)) for k, v in {**TOKENS, "trial": TRIAL_TOKENS}.items()}
+    allocation_passes = {"owl": 1.0, "errors": 3 * fractions["gradients"] + fractions["errors"]}
+    allocation_passes["search"] = allocation_passes["errors"] + (TRIALS + 4) * fractions["trial"]
+    pass_ops += single_pass * allocation_passes.get(allocate, 0)
+    peak = suspended + max(workspace, weights)
     if allocate in GRADIENTS:  # gradients with all activations; then all weights at each level
-        peak = max(peak, 4 * weights + held * share["pass"], weights * (4 + 2 * len(LEVELS)))
-    seconds = OVERHEAD * passes / fast + (grams + solving) / slow
+        peak = max(peak, 4 * weights + activations * fractions["pass"], weights * (4 + 2 * len(LEVELS)))
+    seconds = OVERHEAD * pass_ops / rate_pass + (gram_ops + solver_ops) / rate_fp32
     return Cost(seconds, sum(offload.resident_bytes()) + round(peak))
 
 

@@ -104,9 +104,9 @@ def prune_with_solver_(
             data,
             places,
             dense=dense,
-            passed=known.num_done,
+            num_done=known.num_done,
             assign=lean,
-            most=memory and memory // 4,
+            max_suspended_bytes=memory and memory // 4,
             folder=resume_dir,
         )
         with closing(stops):  # hooks and modes go with it, whoever holds the traceback of an error

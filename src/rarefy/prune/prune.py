@@ -245,7 +245,7 @@ def _spread(
     part = take_tokens(data, tokens["errors"])
     costs = measure_errors(model, chosen, ask, part, weights, allocate_.LEVELS, solved=solved, progress=progress)
     if solved is not None:
-        told = {"blind": blind, "seed": ask.seed, "progress": progress}
+        told = {"without_loss": blind, "seed": ask.seed, "progress": progress}
         return search_allocation(model, chosen, costs, solved, ask.sparsity, data, loss, **told), notes
     return allocate_.cheapest_allocation(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity), notes
 

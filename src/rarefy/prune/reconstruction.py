@@ -36,60 +36,60 @@ def reconstruct_(
     """
     module, calls = end.block.module, end.calls
     layers = end.block.layers if layers is None else layers
-    kept = {id(l.original): masks[l.full_name] for l in layers if l.full_name in masks}
+    kept_entries = {id(l.original): masks[l.full_name] for l in layers if l.full_name in masks}
     inner = {id(m) for m in module.modules()}
     shared = {id(l.original) for l in layers if any(id(m) not in inner for _, m, _ in l.owners)}
     parameters = [
         p
         for p in module.parameters()
-        if p.is_floating_point() and id(p) not in shared and (p.requires_grad or id(p) in kept)
+        if p.is_floating_point() and id(p) not in shared and (p.requires_grad or id(p) in kept_entries)
     ]
-    kept |= {id(p): p != 0 for p in parameters if id(p) not in kept and p.dim() > 1}
-    train, held = calls[:-1] or calls, calls[-1:]
-    flags = [p.requires_grad for p in parameters]
-    best, start = [p.detach().clone() for p in parameters], block_error(module, held, bf16)
-    least = start
+    kept_entries |= {id(p): p != 0 for p in parameters if id(p) not in kept_entries and p.dim() > 1}
+    training, held_out = calls[:-1] or calls, calls[-1:]
+    trainable = [p.requires_grad for p in parameters]
+    best_values, first_error = [p.detach().clone() for p in parameters], block_error(module, held_out, bf16)
+    best_error = first_error
     masters = [p.detach().float() if p.element_size() < 4 else p.detach() for p in parameters]  # a step may be small
-    moves = torch.optim.Adam(masters, lr=lr, betas=(0.9, 0.95))
-    total, step = epochs * len(train), 0
+    optimizer = torch.optim.Adam(masters, lr=lr, betas=(0.9, 0.95))
+    total, step = epochs * len(training), 0
     try:
         for p in parameters:
             p.requires_grad_(True)
         for _ in range(epochs):
-            for call in train:
-                for group in moves.param_groups:
+            for call in training:
+                for group in optimizer.param_groups:
                     group["lr"] = lr * (1 + math.cos(math.pi * step / total)) / 2
                 with torch.enable_grad():
                     loss = block_loss(module, call, bf16)
                     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for p, m, g in zip(parameters, masters, grads):
-                    g = torch.where(kept[id(p)], g, 0) if g is not None and id(p) in kept else g
+                    g = torch.where(kept_entries[id(p)], g, 0) if g is not None and id(p) in kept_entries else g
                     m.grad = None if g is None else g.to(m.dtype)
-                moves.step()
+                optimizer.step()
                 for p, m in zip(parameters, masters):
                     if m.dtype != p.dtype:  # else they are one memory
                         p.data.copy_(m)
                 step += 1
-            now = block_error(module, held, bf16)
-            if now < least:
-                least, best = now, [p.detach().clone() for p in parameters]
+            error = block_error(module, held_out, bf16)
+            if error < best_error:
+                best_error, best_values = error, [p.detach().clone() for p in parameters]
     finally:
-        for p, b, flag in zip(parameters, best, flags):
+        for p, b, flag in zip(parameters, best_values, trainable):
             p.data.copy_(b)
             p.requires_grad_(flag)
-    end.changed = least < start
-    return start, least
+    end.changed = best_error < first_error
+    return first_error, best_error
 
 
 def block_loss(module: Any, call: tuple[tuple, dict[str, Any], Tensor], bf16: bool) -> Tensor:
     """Return the mean over tokens of |y' - y|^2 / |y|^2 of one call of a block, or of what is called in its place."""
-    args, kwargs, want = call
+    args, kwargs, target = call
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         out = first_tensor(module(*args, **kwargs)).float()
-    want = want.float()
-    energy = want.square().sum(-1)
+    target = target.float()
+    energy = target.square().sum(-1)
     # relative to each token's size: what follows is a norm, and a few tokens are a thousand times as large
-    return ((out - want).square().sum(-1) / (energy + 1e-3 * energy.mean())).mean()
+    return ((out - target).square().sum(-1) / (energy + 1e-3 * energy.mean())).mean()
 
 
 @torch.no_grad()

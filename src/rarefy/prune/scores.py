@@ -32,8 +32,8 @@ def lamp(W: Tensor, stats: LayerStats) -> Tensor:
     the weight does to a layer that has lost the smaller ones already. Layers of any scale compare. O(n log n)."""
     order = W.abs().flatten().argsort(stable=True)
     squares = W.double().square().flatten()[order]
-    left = squares.flip(0).cumsum(0).flip(0)
-    return torch.empty_like(squares).scatter_(0, order, squares / left.clamp(min=1e-300)).float().view(W.shape)
+    remaining = squares.flip(0).cumsum(0).flip(0)
+    return torch.empty_like(squares).scatter_(0, order, squares / remaining.clamp(min=1e-300)).float().view(W.shape)
 
 
 def random(W: Tensor, stats: LayerStats) -> Tensor:

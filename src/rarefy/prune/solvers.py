@@ -25,7 +25,7 @@ class ColumnQuantizer(Protocol):
 
     group: int  # columns whose scales are found when the first of them is reached; 0: all are known beforehand
 
-    def begin(self, W: Tensor, kept: Tensor, first: int) -> None:
+    def begin(self, W: Tensor, mask: Tensor, first: int) -> None:
         """Find the scales of the columns W [G, group, O] that begin at `first`, of which `kept` stay."""
         ...
 
@@ -101,25 +101,25 @@ def obs(
     d = U.diagonal(dim1=-2, dim2=-1)[..., None]  # [G, C, 1]
     for a, b in pairwise(edges):
         score = (W[:, a:b] / d[:, a:b]).square()
-        kept = choose(score.transpose(-2, -1), a, b).transpose(-2, -1)
-        mask[:, a:b] = kept
-        gone = (~kept).to(W.dtype) / d[:, a:b]
+        block_mask = choose(score.transpose(-2, -1), a, b).transpose(-2, -1)
+        mask[:, a:b] = block_mask
+        pruned = (~block_mask).to(W.dtype) / d[:, a:b]
         E = torch.zeros_like(W[:, a:b])  # what moving column j to where it stays moves: (w_j - q_j) / U_jj
         Q = torch.zeros_like(E) if snap is not None else None
         inner = U[:, a:b, a:b].transpose(-2, -1).contiguous()
         for j in range(b - a):
             if snap is not None and snap.group and (a + j) % snap.group == 0:
                 ahead = slice(j, j + snap.group)
-                now = W[:, a:b][:, ahead]
-                now = torch.baddbmm(now, inner[:, ahead, :j], E[:, :j], alpha=-1) if j else now
-                snap.begin(now, kept[:, ahead], a + j)
+                columns = W[:, a:b][:, ahead]
+                columns = torch.baddbmm(columns, inner[:, ahead, :j], E[:, :j], alpha=-1) if j else columns
+                snap.begin(columns, block_mask[:, ahead], a + j)
             w = W[:, a + j : a + j + 1]
             if j:
                 w = torch.baddbmm(w, inner[:, j : j + 1, :j], E[:, :j], alpha=-1)
             if snap is None or Q is None:
-                E[:, j] = w[:, 0] * gone[:, j]
+                E[:, j] = w[:, 0] * pruned[:, j]
             else:
-                Q[:, j] = torch.where(kept[:, j], snap(w[:, 0], a + j), 0.0)
+                Q[:, j] = torch.where(block_mask[:, j], snap(w[:, 0], a + j), 0.0)
                 E[:, j] = (w[:, 0] - Q[:, j]) / d[:, a + j]
         if Q is None:
             W[:, a:b].baddbmm_(inner, E, alpha=-1)
@@ -192,18 +192,18 @@ def admm(
     D = T if start is None else start * scale
     mask = choose(D.square(), 0, C)
     D = torch.where(mask, D, 0.0)
-    settled = 0
+    unchanged_steps = 0
     A = None
     for step in range(steps):
         if A is None:
             A = (Q / (values.clamp(min=0) + rho)[:, None]) @ Q.transpose(-2, -1)
         X = (goal - V + rho * D) @ A
-        moved = choose((X + V / rho).square(), 0, C)
-        changed = (moved ^ mask).float().mean().item()
-        D, mask = torch.where(moved, X + V / rho, 0.0), moved
+        new_mask = choose((X + V / rho).square(), 0, C)
+        changed = (new_mask ^ mask).float().mean().item()
+        D, mask = torch.where(new_mask, X + V / rho, 0.0), new_mask
         V = V + rho * (X - D)
-        settled = settled + 1 if changed == 0 else 0
-        if settled >= 3:
+        unchanged_steps = unchanged_steps + 1 if changed == 0 else 0
+        if unchanged_steps >= 3:
             break
         if step % 3 == 2:
             grow = 1.3 if changed > 0.01 else 1.2 if changed > 0.001 else 1.1

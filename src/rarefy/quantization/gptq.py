@@ -143,10 +143,10 @@ class ColumnGrid:
         self.zero = None if grid.zero is None else to_matrix(layer, grid.expand(grid.zero.float(), whole.shape)).clone()
         self.low, self.high = grid.range
 
-    def begin(self, W: Tensor, kept: Tensor, first: int) -> None:
+    def begin(self, W: Tensor, mask: Tensor, first: int) -> None:
         """Fit the scales of the group that starts at column `first`; see `rarefy.prune.solvers.ColumnQuantizer`."""
         G, n, O = W.shape
-        X = torch.where(kept, W, 0.0).transpose(1, 2).reshape(G * O, n)  # zero is a point of every grid
+        X = torch.where(mask, W, 0.0).transpose(1, 2).reshape(G * O, n)  # zero is a point of every grid
         weigh = self.columns[..., first : first + n].expand(G, O, n).reshape(G * O, n)
         scale, zero = fit_scales(FITS[self.ask.fit], X, self.ask, weigh)
         self.scale[..., first : first + n] = scale.float().reshape(G, O, 1)

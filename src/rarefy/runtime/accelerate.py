@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rarefy.common.checks import check_int
 from rarefy.common.errors import ModelError, RarefyError, unknown
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
@@ -358,8 +359,7 @@ def check_batches(batch: Any, repeats: Any) -> None:
     whole = isinstance(batch, Sequence) and all(isinstance(b, int) and not isinstance(b, bool) for b in batch)
     if not whole or not batch or min(batch) < 1:
         raise ModelError(f"batch: expected whole numbers from 1 up, such as (1, 128), got {batch!r}")
-    if not isinstance(repeats, int) or repeats < 1:
-        raise ModelError(f"repeats: expected a whole number from 1 up, got {repeats!r}")
+    check_int("repeats", repeats, 1, ModelError)
 
 
 def why_fixed(layer: Layer, slots: ModuleSlots) -> str | None:

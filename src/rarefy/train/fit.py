@@ -18,6 +18,7 @@ from torch import nn
 
 from rarefy.calibration import resume
 from rarefy.common.atomic_io import parse_path
+from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
@@ -52,8 +53,7 @@ class Steps:
     autocast: str | None = None
 
     def __post_init__(self):
-        if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
-            raise RecipeError(f"accumulate is a whole number of batches, at least 1, got {self.accumulate!r}")
+        check_int("accumulate", self.accumulate, 1, RecipeError)
         if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
             raise RecipeError(f"clip is the greatest norm of a gradient, over 0, got {self.clip!r}")
         if self.autocast is not None and self.autocast not in AUTOCAST:
@@ -180,10 +180,9 @@ def _check(model: nn.Module, data: Any, epochs: Any, lr_schedule: Any, patience:
     fixed = next((n for n, m in model.named_modules() if isinstance(m, Sparse)), None)
     if fixed is not None:
         raise ModelError(f"{fixed} runs on kernels, which do not learn: train before accelerate_")
-    if not isinstance(epochs, int) or epochs < 1:
-        raise RecipeError(f"epochs is a whole number, at least 1, got {epochs!r}")
-    if patience is not None and (not isinstance(patience, int) or isinstance(patience, bool) or patience < 1):
-        raise RecipeError(f"patience is a whole number of epochs, at least 1, got {patience!r}")
+    check_int("epochs", epochs, 1, RecipeError)
+    if patience is not None:
+        check_int("patience", patience, 1, RecipeError)
     if patience is not None and validate is None:
         raise RecipeError("patience waits for a better epoch, which needs validate: a function of the model")
     if not callable(data):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model import distributed
 from rarefy.model.distributed import all_reduce_mean, full_tensor, is_sharded
@@ -296,8 +297,8 @@ def _times_weight(layer: Layer, gradient: Tensor) -> Tensor:
 
 def check_steps(steps: Any, what: str = "steps") -> None:
     """Raise PatternError unless `steps` is a positive int or None."""
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise PatternError(f"{what} is the number of training steps: expected at least 1, got {steps!r}")
+    if steps is not None:
+        check_int(what, steps, 1, PatternError)
 
 
 def _mask_of(layer: Layer) -> Mask:
