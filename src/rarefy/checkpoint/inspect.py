@@ -62,7 +62,7 @@ def inspect(what: str | Path | nn.Module) -> Report:
     summary = {"tensors": len(rows), "bytes": total, "dense bytes": dense, "ratio": total / max(dense, 1)}
     title = type(what).__name__ if isinstance(what, nn.Module) else str(what)
     if compiled:
-        title += ": a decoder" if compiled_model.NUMBERS in compiled else ": a compiled model"
+        title += ": a decoder" if compiled_model.DECODER in compiled else ": a compiled model"
     return Report(title, tuple(rows), {**summary, **compiled})
 
 

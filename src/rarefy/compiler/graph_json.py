@@ -263,6 +263,7 @@ class _Reader:
         if type(entry) is not list or len(entry) != 5 or any(type(x) is not str for x in entry[:3]):
             raise ValueError(f"node {i}: expected [name, op, target, args, kwargs], got {_short(entry)}")
         name, op, target, args, kwargs = entry
+        assert isinstance(target, str)
         if not NAME.fullmatch(name) or name in self.nodes:
             raise ValueError(f"node {i}: expected an unused name of letters, digits and _, got {_short(name)}")
         if self.value["schema"] == 1:

@@ -249,7 +249,7 @@ class Program:
 
     # ---- steps
 
-    def step(self, op: str, over: Value, /, cache_spans: Sequence[Span] = (), **fields: Any) -> Step:
+    def step(self, op: str, over: Value, cache_spans: Sequence[Span] = (), /, **fields: Any) -> Step:
         """Append a step over the tokens of a value.
 
         Args:

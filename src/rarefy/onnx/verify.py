@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, first_line
+from rarefy.model.compare import relative_distance
 from rarefy.model.forward import describe_batch
 
 SIZES = (8, 32, 64, 224)  # tried for dynamic dimensions; 2 for the first dimension
@@ -110,23 +112,8 @@ def _compare(
         if tuple(ours.shape) != theirs.shape or str(ours.dtype).removeprefix("torch.") != str(theirs.dtype):
             dtype_and_shape = f"{theirs.dtype} {'x'.join(map(str, theirs.shape))}"
             raise ModelError(f"{differs}: {describe_batch(ours)}, expected {dtype_and_shape}")
-        distance = _distance(ours, torch.from_numpy(np.asarray(theirs)), quantized)
+        norm = 2 if quantized else math.inf
+        distance = relative_distance(ours, torch.from_numpy(np.asarray(theirs)), norm=norm, floor=1e-12)
         half = ours.dtype in (torch.float16, torch.bfloat16) and not quantized
         if not distance <= (TOLERANCE_16_BIT if half else TOLERANCE[quantized]):
             raise ModelError(f"{differs}: by {distance:.2g}, so an operator is converted wrongly")
-
-
-def _distance(ours: Tensor, theirs: Tensor, quantized: str) -> float:
-    """The largest difference over the largest output; with quantized activations the norm of the difference over that
-    of the outputs; for integers the share that differs."""
-    if ours.numel() == 0:
-        return 0.0
-    if not theirs.is_floating_point():
-        return float((ours != theirs).double().mean())
-    a, b = ours.double(), theirs.double()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return float("inf")
-    a, b = a.nan_to_num(posinf=0, neginf=0), b.nan_to_num(posinf=0, neginf=0)
-    if quantized:
-        return float((a - b).norm() / b.norm().clamp(min=1e-12))
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))

@@ -21,6 +21,7 @@ from rarefy.common.report import Report
 from rarefy.evaluation.profiling import resident_bytes
 from rarefy.model.activation_quant import ActivationQuant, get_activation_quant
 from rarefy.model.batches import tensors_in
+from rarefy.model.compare import relative_distance
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer, Selector, all_layers, select_layers
 from rarefy.model.masks import fold_attached_
@@ -334,8 +335,7 @@ def _same_outputs(model: nn.Module, example: Any, expected: Sequence[torch.Tenso
             return False
         for a, b in zip(outputs, expected):
             tolerance = 0.2 if precision else 1e-3 if b.dtype == torch.float32 else 0.1
-            distance = float((a.double() - b.double()).norm()) if a.shape == b.shape else float("inf")
-            if not distance <= tolerance * float(b.double().norm()):
+            if not relative_distance(a, b) <= tolerance:
                 return False
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from rarefy.model import hf
+from rarefy.model.compare import relative_distance
 from rarefy.structured.surgery import NEAR, NEAR_OF, outputs
 
 MAX_TRIES = 512  # combinations of config values
@@ -170,9 +172,7 @@ def _builds(model: Any, config: Any, shapes: Mapping[str, torch.Size], example: 
         if hasattr(rebuilt, "tie_weights"):
             rebuilt.tie_weights()
         for a, b in zip(outputs(rebuilt, example), outputs(model, example), strict=True):
-            if a.shape != b.shape or not bool(
-                (a - b).abs().max() <= NEAR_OF.get(b.dtype, NEAR) * b.abs().max().clamp(min=1e-6)
-            ):
+            if not relative_distance(a, b, norm=math.inf, floor=1e-6) <= NEAR_OF.get(b.dtype, NEAR):
                 return False
     except Exception:  # of any kind: these values build no model
         return False

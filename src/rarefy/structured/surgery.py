@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from rarefy.dependency.graph import Graph, Group
 from rarefy.dependency.symbolic_dims import Axis, kept_mask, leaves
 from rarefy.dependency.tracer import clear_caches, decomposed_ops, tracking_module_names
 from rarefy.model.batches import tensors_in
+from rarefy.model.compare import relative_distance
 from rarefy.model.forward import call, evaluating, on_device, temporary_hooks
 from rarefy.model.mha import replace_mha_
 from rarefy.structured.consumers import Consumer, all_consumers
@@ -282,11 +284,10 @@ def output_difference(result: Sequence[Tensor], expected: Sequence[Tensor], whos
     for a, b in zip(result, expected):
         if a.shape != b.shape:
             return f"returns {list(a.shape)} instead of {list(b.shape)}"
-        if b.is_floating_point() and b.numel():
-            difference = float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
-            allowed = NEAR_OF.get(b.dtype, near)
-            if not difference <= allowed:
-                return f"returns outputs that differ from {whose} by {difference:.2g} (at most {allowed:g} is allowed)"
-        elif b.numel() and (share := float((a != b).float().mean())) > FLIPS:
-            return f"returns integers of which {share:.0%} differ from {whose}"
+        distance = relative_distance(a, b, norm=math.inf, floor=1e-6)
+        if not b.is_floating_point():
+            if distance > FLIPS:
+                return f"returns integers of which {distance:.0%} differ from {whose}"
+        elif not distance <= (allowed := NEAR_OF.get(b.dtype, near)):
+            return f"returns outputs that differ from {whose} by {distance:.2g} (at most {allowed:g} is allowed)"
     return ""

@@ -128,9 +128,9 @@ def _lower_cached_attention(p: Program, node: Node) -> None:
     spans = [(CACHE_ADDRESS + s, CACHE_ADDRESS + s + kv_heads * head_dim) for s in slots]
     for i, x in enumerate((k, v)):
         value = p.use(p.values[x])
-        p.step("kv_store", value, x=value, attention=addressof(a), store_values=i, cache_spans=[(*spans[i], True)])
+        p.step("kv_store", value, [(*spans[i], True)], x=value, attention=addressof(a), store_values=i)
     p.use(p.values[q])
-    p.step("attention", out, attention=addressof(a), cache_spans=[(*s, False) for s in spans], **values)
+    p.step("attention", out, [(*s, False) for s in spans], attention=addressof(a), **values)
 
 
 def _attention_fits(call: Call) -> bool:
