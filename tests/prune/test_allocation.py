@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_is_named():
     ("options", "message"),
     [
         (
-            {"memory": 1 << 30, "work": "w"},
+            {"memory": 1 << 30, "resume_dir": "w"},
             r"allocate='search' holds all.*--set allocate=uniform.*recipe best, stage 1",
         ),
         ({"pattern": "2:4"}, r"pattern 2:4 decides.*--set allocate=uniform.*recipe best, stage 1"),
@@ -237,7 +237,7 @@ def test_what_best_cannot_do_is_said_before_data_is_read(options, message, tmp_p
     with pytest.raises(PatternError, match=message):
         rarefy.compress_(tiny_llama(), "best", {"calibrate": map(pytest.fail, ["read"])}, **options)
     memory = options.pop("memory", None)
-    options.pop("work", None)
+    options.pop("resume_dir", None)
     with pytest.raises(PatternError, match=message):
         forecast(tiny_llama(), recipes.load("best", **options), memory)
     assert not list(tmp_path.iterdir())

@@ -1,8 +1,9 @@
-"""Which slices of which parameters belong together: one run of a model, seen operator by operator.
+"""The dependency graph: which slices of which parameters belong together, found in one run of a model.
 
-`trace` calls the model once on an example under a dispatch mode and gives every dimension of every tensor its axes
-(`axes.py`), operator by operator (`operators.py`). What is left are groups: an axis that parameters have, with every
-dimension it occurs in. Removing a unit of a group is exact where nothing says otherwise (`notes`).
+`trace` calls the model once on an example under a dispatch mode. Every dimension of every tensor gets symbolic axes
+(`symbolic_dims.py`), which the rules of the operators (`op_table.py`) refine and unify. The result are groups: an axis
+of parameters, with every dimension in which it occurs. Removing a unit of a group is exact except for what `notes`
+says.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from rarefy.model.layers import unwrap
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A dimension of a parameter or buffer in which the units of a group occur."""
+    """A dimension of a parameter or buffer in which the units of a group occur.
+
+    role  "out": the parameter produces the units; "in": it reads them
+    """
 
     name: str
     dim: int
@@ -36,11 +40,11 @@ class Member:
 class Group:
     """Units that can be removed one by one, each with its slices of all members.
 
-    name    the parameter and the dimension that make it; unique among groups of its kind
-    kind    channel or group of a convolution, neuron of a Linear, head (with the queries that share it), head of a
-            group, head_dim
-    lock    why no unit may go, None where they may
-    notes   what a removal changes besides the units, such as the mean that a LayerNorm takes
+    name    the first parameter and dimension that produce the units; unique among groups of a kind
+    kind    channel or group of a convolution, neuron of a Linear, head (with the queries that share it), query_head,
+            head_dim
+    lock    why no unit can be removed; None if units can
+    notes   what a removal changes besides the units, such as the mean in a LayerNorm
     """
 
     name: str
@@ -57,22 +61,22 @@ class Group:
 
 @dataclass(eq=False)
 class Graph:
-    """What `trace` found.
+    """The result of `trace`.
 
-    dims      by name, the axes of each dimension of each parameter and buffer
+    dims      by name, the symbolic dimensions of each parameter and buffer
     groups    coupled units, in the order of parameters
-    unknown   operators without a rule that met parameters: (operator, module), whose dimensions are locked
-    sizes     by module name, dimensions that it names a size for, as in `view`
-    costs     multiply-adds of products, convolutions and attention: a factor, and the dimensions that they run over
+    unknown   operators without a rule: (operator, module); the dimensions of their tensors are locked
+    sizes     by module name, dimensions whose size the module's code names, as in `view`
+    costs     multiply-adds of matrix products, convolutions and attention: a factor, and the dimensions to multiply
     derived_weights  by module name, the dimensions of a weight that is computed in each call, as weight_norm does
-    products  what products and convolutions return, what norms are given, in the order of the run: operator, dimensions
+    products  outputs of matrix products and convolutions, inputs of norms, in order: operator, dimensions
     """
 
     dims: dict[str, list[Expr]]
     groups: tuple[Group, ...]
     unknown: tuple[tuple[str, str], ...]
     sizes: dict[str, list[Expr]]
-    equal: tuple[tuple[Expr, Expr], ...] = ()  # parts that a chunk takes: they must stay equally long
+    equal: tuple[tuple[Expr, Expr], ...] = ()  # parts of a chunk, which must stay equally long
     owners: dict[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
     costs: list[tuple[int, list[Expr]]] = field(default_factory=list)
     products: list[tuple[str, list[Expr]]] = field(default_factory=list)
@@ -80,7 +84,9 @@ class Graph:
     _unit_indices: dict[tuple[str, int], dict[Axis, Tensor]] = field(default_factory=dict)
 
     def unit_indices(self, name: str, dim: int) -> dict[Axis, Tensor]:
-        """Return which unit of each axis the indices of a dimension belong to, -1 for none. O(size x axes), once."""
+        """Return the unit of each axis to which the indices of a dimension belong, -1 for none. O(size x axes),
+        once.
+        """
         if (name, dim) not in self._unit_indices:
             e = self.dims[name][dim]
             self._unit_indices[name, dim] = {a: unit_of_index(e, a) for a in dict.fromkeys(leaves(e))}
@@ -88,10 +94,9 @@ class Graph:
 
 
 def trace(model: nn.Module, example: Any) -> Graph:
-    """Run the model once in evaluation mode on `example` and return which slices belong together. One call, and O(axes)
-    an operator.
+    """Run the model once on `example` in evaluation mode, and return which slices belong together.
 
-    Raises ModelError where the example does not run.
+    Raises ModelError if the example does not run. Cost: one call, and O(axes) per operator.
 
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> for g in trace(net, torch.randn(1, 4)).groups: print(g.name, g.kind, g.size, g.lock)
@@ -99,7 +104,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
     0.weight:1 neuron 4 the model is given it
     2.weight:0 neuron 2 the model returns it
     """
-    from rarefy.dependency.op_table import RULES  # rules name their trace
+    from rarefy.dependency.op_table import RULES  # the rules import the tracer
 
     model = unwrap(model)
     clear_caches(model)
@@ -124,32 +129,32 @@ def trace(model: nn.Module, example: Any) -> Graph:
 def _graph(model: nn.Module, run: Trace) -> Graph:
     dims: dict[str, list[Expr]] = {}
     owners: dict[str, list[tuple[nn.Module, str]]] = {}
-    first: dict[int, str] = {}
+    names_of: dict[int, str] = {}
     for prefix, module in model.named_modules():
         for attribute, t in [*module._parameters.items(), *module._buffers.items()]:
             if t is not None:
-                name = first.setdefault(id(t), f"{prefix}.{attribute}" if prefix else attribute)
+                name = names_of.setdefault(id(t), f"{prefix}.{attribute}" if prefix else attribute)
                 dims[name] = run.param_dims[id(t)]
                 owners.setdefault(name, []).append((module, attribute))
-    found: dict[Axis, list[Member]] = {}
+    members_of: dict[Axis, list[Member]] = {}
     for name, exprs in dims.items():
         t = getattr(*owners[name][0])
         for d, e in enumerate(exprs):
             for axis in dict.fromkeys(leaves(e)):
                 role = "out" if (id(t), d) in run.output_dims else run.roles.get((id(t), d), "out")
-                found.setdefault(axis, []).append(Member(name, d, role))
+                members_of.setdefault(axis, []).append(Member(name, d, role))
     convolution_parameters = _convolution_parameters(model, owners)
     params = {n for n in dims if isinstance(getattr(*owners[n][0]), nn.Parameter)}
-    groups, taken = [], dict[tuple[str, str], int]()
-    for axis, members in found.items():
+    groups, name_counts = [], dict[tuple[str, str], int]()
+    for axis, members in members_of.items():
         if axis.lock == KERNEL or not any(m.name in params for m in members):
             continue
         makers = [m for m in members if m.role == "out" and m.name in params]
         reason = axis.lock or (None if makers else "no parameter makes it")
-        head = (makers or members)[0]
-        name, kind = f"{head.name}:{head.dim}", _kind(axis, members, convolution_parameters)
-        nth = taken[name, kind] = taken.get((name, kind), 0) + 1
-        name = f"{name} ({nth})" if nth > 1 else name  # a dimension of several parts
+        first = (makers or members)[0]
+        name, kind = f"{first.name}:{first.dim}", _kind(axis, members, convolution_parameters)
+        count = name_counts[name, kind] = name_counts.get((name, kind), 0) + 1
+        name = f"{name} ({count})" if count > 1 else name  # a dimension of several axes
         groups.append(Group(name, kind, axis, tuple(members), reason, tuple(sorted(axis.notes))))
     return Graph(
         dims,
@@ -178,18 +183,32 @@ def _convolution_parameters(model: nn.Module, owners: Mapping[str, list[tuple[nn
 
 
 def groups(model: nn.Module, example: Any) -> Report:
-    """Return the groups of coupled units, printed as a row for those that differ only in numbers of their names.
+    """List the groups of coupled units of a model, and say which of them can be pruned.
 
-    group, kind, units; how many parameters and buffers it has; why they stay, where they do. Raises ModelError where
-    the example does not run. O(one call).
+    A group is what `cut_` removes together: a neuron or channel with its slices of every weight, bias and norm, an
+    attention head with its rows and columns. Cost: one call of the model.
 
-    >>> print(groups(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(1, 4)))
-    groups of Sequential
-    group       many  kind    units  parameters  stays because
-    0.weight:0     1  neuron      6           3
-    0.weight:1     1  neuron      4           1  the model is given it
-    2.weight:0     1  neuron      2           2  the model returns it
-    units that can go: 1 of 3 groups
+    Args:
+        model: the model; it is left unchanged.
+        example: an input that the model can be called with: a tensor, a tuple (inputs, target) or a dict.
+
+    Returns:
+        A report with one row per group: its name, its kind (channel, neuron, head, query_head, head_dim, group), the
+        number of units, the number of parameters and buffers it slices, and why its units stay ("" if they can go).
+        Groups that differ only in numbers of their names are printed as one row.
+
+    Raises:
+        ModelError: the example does not run.
+
+    Example:
+        >>> import rarefy
+        >>> print(rarefy.groups(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(1, 4)))
+        groups of Sequential
+        group       many  kind    units  parameters  stays because
+        0.weight:0     1  neuron      6           3
+        0.weight:1     1  neuron      4           1  the model is given it
+        2.weight:0     1  neuron      2           2  the model returns it
+        units that can go: 1 of 3 groups
     """
     graph = trace(model, example)
     rows = [
@@ -204,4 +223,6 @@ def groups(model: nn.Module, example: Any) -> Report:
 
 def unsupported_notes(graph: Graph) -> tuple[str, ...]:
     """Return a note for each operator without a rule."""
-    return tuple(f"no rule for {op} in {place}: what it meets is locked" for op, place in graph.unknown)
+    return tuple(
+        f"no rule for {op} in {module_name}: channels that reach it are not pruned" for op, module_name in graph.unknown
+    )

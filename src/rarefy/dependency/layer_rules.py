@@ -1,4 +1,4 @@
-"""What layers do to dimensions: products, convolutions, norms, attention, lookups. Rules as in `rules.py`."""
+"""Rules of layers: matrix products, convolutions, norms, attention, lookups. See `shape_rules.py` for the interface."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rarefy.model.batches import tensors_in
 
 
 def matmul(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """mm, bmm and those that add to them: what is summed over is the same on both sides."""
+    """mm, bmm and the variants that add to them: both sides share the dimension that is summed over."""
     name = func.overloadpacket.__name__.rstrip("_")
-    more, (a, b) = (args[:1], args[1:3]) if name in ("addmm", "baddbmm", "addmv", "addbmm") else ((), args[:2])
+    addends, (a, b) = (args[:1], args[1:3]) if name in ("addmm", "baddbmm", "addmv", "addbmm") else ((), args[:2])
     da, db = t.dims(a), t.dims(b)
     t.unify(da[-1], db[max(b.dim() - 2, 0)])
     t.mark_input(a, da[-1])
@@ -34,60 +34,67 @@ def matmul(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     t.set_dims(out, dims)
     t.costs.append((1, [*dims, da[-1]]))
     t.products.append((func.overloadpacket.__name__, dims))
-    for x in more:
-        over = t.dims(x)
+    for x in addends:
+        addend_dims = t.dims(x)
         for back in range(1, x.dim() + 1):
             if x.shape[-back] != 1:
-                t.unify(over[-back], dims[-back])
+                t.unify(addend_dims[-back], dims[-back])
 
 
 def set_kind(e: Expr, kind: str) -> None:
-    """Say what the free axes of a dimension are; where queries share keys, the heads of a group come second."""
+    """Set the kind of a dimension's free axes. Where queries share keys, the second axis are the query heads."""
     for i, axis in enumerate(dict.fromkeys(a for a in leaves(e) if not a.lock)):
         axis.kind = "query_head" if kind == "head" and i else kind
 
 
 def convolution(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     x, w, bias = args[0], args[1], args[2]
-    turned, groups = bool(arg(func, args, kwargs, "transposed", False)), arg(func, args, kwargs, "groups", 1)
+    transposed, groups = bool(arg(func, args, kwargs, "transposed", False)), arg(func, args, kwargs, "groups", 1)
     dims, W = list(t.dims(x)), t.dims(w)
     for e in W[2:]:
         lock(e, KERNEL)
-    inputs, outputs = (W[0], W[1]) if turned else (W[1], W[0])
+    in_channels, outputs = (W[0], W[1]) if transposed else (W[1], W[0])
     if groups == 1:
-        t.unify(dims[1], inputs)
-        made_: Expr = outputs
+        t.unify(dims[1], in_channels)
+        out_channels: Expr = outputs
     else:
         G, each = t.algebra.factor(dims[1], groups)
-        if turned:
-            t.unify(inputs, Prod((G, each)))
-            made_ = Prod((G, outputs))
+        if transposed:
+            t.unify(in_channels, Prod((G, each)))
+            out_channels = Prod((G, outputs))
         else:
             H, _ = t.algebra.factor(outputs, groups)
             t.unify(G, H)
-            t.unify(each, inputs)
-            made_ = outputs
+            t.unify(each, in_channels)
+            out_channels = outputs
         if size(each) > 1:
             set_kind(G, "group")
     if w in t.source:
-        t.roles[t.source[w], 0 if turned else 1] = "in"
+        t.roles[t.source[w], 0 if transposed else 1] = "in"
     else:
         t.derived_weights.setdefault(t.stack[-1], W)
     kernel = math.prod(w.shape[2:])
-    ends = [fixed(n) for n in (x if turned else out).shape[2:]]
-    t.costs.append((kernel, [dims[0], dims[1], W[1], *ends] if turned else [dims[0], made_, inputs, *ends]))
+    spatial_dims = [fixed(n) for n in (x if transposed else out).shape[2:]]
+    t.costs.append(
+        (
+            kernel,
+            [dims[0], dims[1], W[1], *spatial_dims]
+            if transposed
+            else [dims[0], out_channels, in_channels, *spatial_dims],
+        )
+    )
     if bias is not None:
-        t.unify(t.dims(bias)[0], made_)
-    dims = [dims[0], made_, *(fixed(n) for n in out.shape[2:])]
+        t.unify(t.dims(bias)[0], out_channels)
+    dims = [dims[0], out_channels, *(fixed(n) for n in out.shape[2:])]
     t.products.append((func.overloadpacket.__name__, dims))
     t.set_dims(out, dims)
 
 
 def weight_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """w = g v / ||v||, the norm over all dimensions but one (Salimans and Kingma 2016, eq. 2).
+    """w = g v / ||v||, with the norm over all dimensions but one (Salimans and Kingma 2016, eq. 2).
 
-    A slice of the normalized dimensions cannot go, because the norm would change. A slice of the other dimension can:
-    its own norm goes with it. g makes its units; v is said to read them, because zeroing v would divide 0 by 0.
+    A slice of a normalized dimension cannot go, because the norm would change. A slice of the other dimension can,
+    because its norm goes with it. g produces its units. v is marked as reading them: zeroing v would divide 0 by 0.
     """
     v, g, dim = args[0], args[1], arg(func, args, kwargs, "dim", 0)
     dims = t.dims(v)
@@ -106,7 +113,7 @@ def weight_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def batch_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     channel = t.dims(args[0])[1]
     if arg(func, args, kwargs, "training", False):
-        for e in t.dims(args[0])[2:]:  # of a weight that is standardized
+        for e in t.dims(args[0])[2:]:  # weight standardization
             lock(e, f"mean and variance over it in {t.module_name}")
     for p in args[1:]:
         if isinstance(p, Tensor):
@@ -150,11 +157,11 @@ def group_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def resample(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Pooling, upsampling: images change their size, channels stay."""
+    """Pooling and upsampling: spatial sizes change, channels stay."""
     x, name = args[0], func.overloadpacket.__name__
-    ends = 3 if "3d" in name else 1 if "1d" in name else 2
+    num_spatial = 3 if "3d" in name else 1 if "1d" in name else 2
     for y in tensors_in([out]):
-        t.set_dims(y, [*t.dims(x)[:-ends], *(fixed(n) for n in y.shape[-ends:])])
+        t.set_dims(y, [*t.dims(x)[:-num_spatial], *(fixed(n) for n in y.shape[-num_spatial:])])
 
 
 def grid_sample(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -162,14 +169,14 @@ def grid_sample(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> Non
 
 
 def pixel_shuffle(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """pixel_shuffle: r x r channels become an image; pixel_unshuffle: the other way."""
+    """pixel_shuffle turns r x r channels into pixels; pixel_unshuffle is the inverse."""
     dims, r = list(t.dims(args[0])), args[1]
     sizes = [fixed(n) for n in out.shape[-2:]]
     if "unshuffle" in str(func.overloadpacket):
         dims[-3] = Prod((dims[-3], fixed(r * r)))
     else:
-        dims[-3], square = t.algebra.factor(dims[-3], size(dims[-3]) // (r * r))
-        lock(square, f"they make an image in {t.module_name}")
+        dims[-3], factor = t.algebra.factor(dims[-3], size(dims[-3]) // (r * r))
+        lock(factor, f"they make an image in {t.module_name}")
     t.set_dims(out, [*dims[:-2], *sizes])
 
 
@@ -185,25 +192,27 @@ def embedding(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     W = t.dims(args[0])
     lock(W[0], "its rows are looked up")
     if args[0] in t.source:
-        t.output_dims.add((t.source[args[0]], 1))  # though a head that is tied to it reads the same units
+        t.output_dims.add((t.source[args[0]], 1))  # even if a tied output head reads the same units
     t.set_dims(out, [*t.dims(args[1]), *W[1:]])
 
 
 def index(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """x[..., i, ...]: what is indexed by numbers keeps its units."""
-    x, places = args[0], args[1]
+    """x[..., i, ...]: a dimension that is indexed by numbers keeps its units."""
+    x, indices = args[0], args[1]
     dims = t.dims(x)
-    by = [d for d, i in enumerate(places) if i is not None]
-    spans = [max(i.dim(), 1) if i is not None and str(i.dtype) in ("torch.bool", "torch.uint8") else 1 for i in places]
-    if any(s != 1 for s in spans):
+    indexed = [d for d, i in enumerate(indices) if i is not None]
+    widths = [
+        max(i.dim(), 1) if i is not None and str(i.dtype) in ("torch.bool", "torch.uint8") else 1 for i in indices
+    ]
+    if any(s != 1 for s in widths):
         return all_fixed(t, func, args, out)
-    for d in by:
+    for d in indexed:
         lock(dims[d], f"units are picked in {t.module_name}")
-    new = out.dim() - (x.dim() - len(by))
-    left = [e for d, e in enumerate(dims) if d not in by]
-    at = by[0] if by and by[-1] - by[0] == len(by) - 1 else 0
-    picked = [fixed(n) for n in out.shape[at : at + new]]
-    t.set_dims(out, [*left[:at], *picked, *left[at:]])
+    new = out.dim() - (x.dim() - len(indexed))
+    remaining = [e for d, e in enumerate(dims) if d not in indexed]
+    position = indexed[0] if indexed and indexed[-1] - indexed[0] == len(indexed) - 1 else 0
+    picked = [fixed(n) for n in out.shape[position : position + new]]
+    t.set_dims(out, [*remaining[:position], *picked, *remaining[position:]])
 
 
 def all_fixed(t: Trace, func: Any, args: Any, out: Any) -> None:
@@ -215,7 +224,7 @@ def all_fixed(t: Trace, func: Any, args: Any, out: Any) -> None:
 
 
 def gather(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """index_select, gather: one dimension is picked from."""
+    """index_select and gather: one dimension is indexed and keeps its units."""
     x, dim = args[0], arg(func, args, kwargs, "dim", 0)
     dims = list(t.dims(x))
     if not dims:
@@ -237,9 +246,9 @@ def attention(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     for d in range(len(q) - 2):
         if size(q[d]) == size(k[d]):
             t.unify(q[d], k[d])
-        else:  # queries share keys
-            many, _ = t.algebra.factor(q[d], size(k[d]))
-            t.unify(many, k[d])
+        else:  # several queries share a key
+            key_heads, _ = t.algebra.factor(q[d], size(k[d]))
+            t.unify(key_heads, k[d])
         t.unify(k[d], v[d])
     set_kind(q[-3], "head") if len(q) > 3 else None
     set_kind(q[-1], "head_dim")
@@ -258,7 +267,7 @@ def attention(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def scatter(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Numbers are written into a tensor at places: the tensor keeps its units, and what is written too."""
+    """Values are written at indices of a tensor: both keep their units."""
     all_fixed(t, func, [x for x in args if isinstance(x, Tensor)], ())
     if not any(out is a for a in tensors_in([list(args)])):
         t.set_dims(out, [fixed(n) for n in out.shape])

@@ -1,4 +1,4 @@
-"""The table of operators: which rule says what an operator does to dimensions."""
+"""The table of operators: which rule says what an ATen operator does to dimensions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from rarefy.dependency import layer_rules as layers
 from rarefy.dependency import shape_rules as shapes
 
-# By name, without `aten`: operators that torch marks as pointwise need no line.
+# Names without the prefix `aten`. Operators with torch's tag `pointwise` need no entry.
 OPERATORS: dict[Any, str] = {
     shapes.pointwise: """copy_ masked_fill masked_fill_ clamp lerp addcmul addcdiv hardswish hardswish_ hardsigmoid
         hardsigmoid_ gelu silu silu_ relu relu_ mish prelu _prelu_kernel celu elu leaky_relu leaky_relu_

@@ -1,7 +1,7 @@
-"""What operators do to dimensions: one function a family of ATen operators (`operators.py` has their names).
+"""Rules of shape operators: what a family of ATen operators does to dimensions (`op_table.py` lists their names).
 
-A rule is called after the operator, with what it was given and what it returned: (trace, func, args, kwargs, out). It
-says which dimensions are the same, which are made of which, and which must stay.
+A rule is called after the operator with (trace, func, args, kwargs, out). It says which dimensions are the same, which
+consist of which, and which are locked: none of their units may be removed.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ def arg(func: Any, args: Any, kwargs: Any, name: str, default: Any = None) -> An
 
 
 def pointwise(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Dimensions that lie over each other are the same."""
-    given = list(tensors_in([list(args), kwargs]))
+    """Dimensions that are aligned are the same."""
+    inputs = list(tensors_in([list(args), kwargs]))
     for y in tensors_in([out]):
         dims: list[Expr | None] = [None] * y.dim()
-        for x in given:
+        for x in inputs:
             for back in range(1, x.dim() + 1):
                 e = t.dims(x)[-back]
                 if x.shape[-back] != 1 and x.shape[-back] == y.shape[-back]:
-                    before = dims[-back]
-                    if before is None:
+                    earlier = dims[-back]
+                    if earlier is None:
                         dims[-back] = e
                     else:
-                        t.unify(before, e)
-        if any(y is x for x in given):
+                        t.unify(earlier, e)
+        if any(y is x for x in inputs):
             if adds_bias(func, args, y):
                 t.products.append((func.overloadpacket.__name__, t.dims(y)))
         else:
-            over = [ONE if n == 1 else e or fixed(n) for e, n in zip(dims, y.shape)]
+            new_dims = [ONE if n == 1 else e or fixed(n) for e, n in zip(dims, y.shape)]
             if adds_bias(func, args, y):
-                t.products.append((func.overloadpacket.__name__, over))
-            t.set_dims(y, over, given[0] if len(given) == 1 else None)
+                t.products.append((func.overloadpacket.__name__, new_dims))
+            t.set_dims(y, new_dims, inputs[0] if len(inputs) == 1 else None)
 
 
 def adds_bias(func: Any, args: Any, out: Any) -> bool:
-    """Return whether this is how a product with a bias ends: torch does it in two steps for some strides."""
+    """Return whether an addition is the bias of a matrix product; torch splits them for some strides."""
     sizes = [a.dim() for a in args if isinstance(a, Tensor)]
     return (
         func.overloadpacket.__name__ in ("add", "add_") and out.dim() > 1 and sizes in ([out.dim(), 1], [1, out.dim()])
@@ -58,9 +58,9 @@ def adds_bias(func: Any, args: Any, out: Any) -> bool:
 
 
 def averages_features(func: Any, args: Any) -> bool:
-    """Return whether a mean is taken over the last dimension alone."""
-    given = func.overloadpacket.__name__ == "mean" and len(args) > 1 and isinstance(args[1], list | tuple)
-    return given and args[0].dim() > 0 and [d % args[0].dim() for d in args[1]] == [args[0].dim() - 1]
+    """Return whether a mean is taken over the last dimension only."""
+    has_dims = func.overloadpacket.__name__ == "mean" and len(args) > 1 and isinstance(args[1], list | tuple)
+    return has_dims and args[0].dim() > 0 and [d % args[0].dim() for d in args[1]] == [args[0].dim() - 1]
 
 
 def same_shape(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -71,7 +71,7 @@ def same_shape(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def restrided(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """The same shape with other strides, as pooling to one pixel ends; any other is not known."""
+    """The same shape with other strides, as after pooling to one pixel; any other case is unsupported."""
     if len(t.dims(args[0])) == out.dim() and [size(e) for e in t.dims(args[0])] == list(out.shape):
         return t.set_dims(out, list(t.dims(args[0])), args[0])
     return unsupported_op(t, func, args, kwargs, out)
@@ -105,8 +105,7 @@ def view(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def regroup(t: Trace, dims: list[Expr], sizes: list[int], to: list[int]) -> list[Expr]:
-    """Return the dimensions of the same numbers in another shape: the shortest runs that hold equally many are merged
-    and split."""
+    """Return the dimensions in another shape: the shortest runs of equal size are merged and split."""
     if 0 in sizes:
         for e in dims:
             lock(e, f"an empty view in {t.module_name}")
@@ -114,20 +113,20 @@ def regroup(t: Trace, dims: list[Expr], sizes: list[int], to: list[int]) -> list
     out: list[Expr] = []
     old, new = list(zip(dims, sizes))[::-1], list(to)[::-1]
     while old or new:
-        run, many, have, want = [], [], 1, 1
-        while not (run or many) or have != want:
-            if (have <= want and old) or not new:
+        old_run, new_run, old_size, new_size = [], [], 1, 1
+        while not (old_run or new_run) or old_size != new_size:
+            if (old_size <= new_size and old) or not new:
                 e, n = old.pop()
-                run.append(e)
-                have *= n
+                old_run.append(e)
+                old_size *= n
             else:
-                many.append(new.pop())
-                want *= many[-1]
-        rest: Expr = Prod(tuple(run))
-        for n in many[:-1]:
+                new_run.append(new.pop())
+                new_size *= new_run[-1]
+        rest: Expr = Prod(tuple(old_run))
+        for n in new_run[:-1]:
             first, rest = t.algebra.factor(rest, n)
             out.append(first)
-        out += [rest] if many else []
+        out += [rest] if new_run else []
     return out
 
 
@@ -191,27 +190,27 @@ def slice_(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     dims, n, step = list(t.dims(x)), x.shape[dim], arg(func, args, kwargs, "step", 1)
     start = arg(func, args, kwargs, "start") or 0
     start = min(max(start + n if start < 0 else start, 0), n)
-    e, k = dims[dim], out.shape[dim]
-    if k == n:
+    e, length = dims[dim], out.shape[dim]
+    if length == n:
         pass
-    elif k == 0 or is_fixed(e):
-        dims[dim] = fixed(k)
+    elif length == 0 or is_fixed(e):
+        dims[dim] = fixed(length)
         if not is_fixed(e):
             lock(e, f"an empty slice in {t.module_name}")
     elif step == 1:
-        ends = [s for s in (start, k, n - start - k) if s]
+        ends = [s for s in (start, length, n - start - length) if s]
         dims[dim] = t.algebra.cut(e, ends)[1 if start else 0]
-    elif n % step == 0 and k == n // step:
-        dims[dim], inner = t.algebra.factor(e, k)
+    elif n % step == 0 and length == n // step:
+        dims[dim], inner = t.algebra.factor(e, length)
         lock(inner, f"every {step}th is taken in {t.module_name}")
     else:
         lock(e, f"every {step}th is taken in {t.module_name}")
-        dims[dim] = fixed(k)
+        dims[dim] = fixed(length)
     t.set_dims(out, dims, x)
 
 
 def select(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """One index of a dimension is picked, or each: it keeps its units."""
+    """One index of a dimension is selected, or each of them: the dimension keeps its units."""
     dim = arg(func, args, kwargs, "dim", 0) % args[0].dim()
     dims = t.dims(args[0])
     lock(dims[dim], f"single units are picked in {t.module_name}")
@@ -226,24 +225,24 @@ def repeat(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def pad(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    x, by = args[0], list(args[1])
+    x, amounts = args[0], list(args[1])
     dims = list(t.dims(x))
-    for i in range(len(by) // 2):
-        left, right, d = by[2 * i], by[2 * i + 1], x.dim() - 1 - i
-        if left or right:
-            if left < 0 or right < 0 or not str(func.overloadpacket).endswith("constant_pad_nd"):
+    for i in range(len(amounts) // 2):
+        before, after, d = amounts[2 * i], amounts[2 * i + 1], x.dim() - 1 - i
+        if before or after:
+            if before < 0 or after < 0 or not str(func.overloadpacket).endswith("constant_pad_nd"):
                 lock(dims[d], f"padded in {t.module_name}")
                 dims[d] = fixed(out.shape[d])
             elif is_fixed(dims[d]):
                 dims[d] = fixed(out.shape[d])
             else:
-                ends = [fixed(n, f"padded in {t.module_name}") for n in (left, right)]
-                dims[d] = Sum(tuple(e for e, n in zip([ends[0], dims[d], ends[1]], [left, 1, right]) if n))
+                ends = [fixed(n, f"padded in {t.module_name}") for n in (before, after)]
+                dims[d] = Sum(tuple(e for e, n in zip([ends[0], dims[d], ends[1]], [before, 1, after]) if n))
     t.set_dims(out, dims)
 
 
 def order_dependent(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Units change places or depend on their order: those dimensions stay."""
+    """Units change positions or depend on their order: those dimensions are locked."""
     dims = arg(func, args, kwargs, "dims", None)
     dims = arg(func, args, kwargs, "dim", None) if dims is None else dims
     for d in range(out.dim()) if dims in (None, []) else [dims] if isinstance(dims, int) else dims:
@@ -255,13 +254,16 @@ def order_dependent(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
 
 
 def reduction(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Dimensions vanish. A sum does not miss zeros; a mean counts them, a maximum may be one of them."""
+    """Dimensions are reduced.
+
+    A sum does not change when zeros are removed. A mean counts them, and a maximum may be one of them.
+    """
     x, name = args[0], func.overloadpacket.__name__
     dims, keep = arg(func, args, kwargs, "dim"), bool(arg(func, args, kwargs, "keepdim", False))
-    gone = {d % max(x.dim(), 1) for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))}
+    reduced = {d % max(x.dim(), 1) for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))}
     if averages_features(func, args):
         t.products.append((name, list(t.dims(x))))
-    for d in gone if x.dim() else ():
+    for d in reduced if x.dim() else ():
         e = t.dims(x)[d]
         if name == "sum" or (name in ("linalg_vector_norm", "norm") and x not in t.source):
             continue
@@ -270,8 +272,8 @@ def reduction(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         else:
             lock(e, f"{name} in {t.module_name}")
     for y in tensors_in([out]):
-        left = [(ONE if d in gone else e) for d, e in enumerate(t.dims(x)) if keep or d not in gone]
-        t.set_dims(y, left)
+        remaining = [(ONE if d in reduced else e) for d, e in enumerate(t.dims(x)) if keep or d not in reduced]
+        t.set_dims(y, remaining)
 
 
 def note(e: Expr, text: str) -> None:

@@ -1,13 +1,12 @@
-"""What a dimension of a tensor consists of: an algebra of axes, refined while a model is traced.
+"""Symbolic dimensions: what a dimension of a tensor consists of, refined while a model is traced.
 
-    Axis          n units that nothing else is known of; a locked axis keeps all its units
-    Prod          row-major pairs, as `view` merges dimensions: heads x head dimension
-    Sum           one after the other, as `cat` joins them: queries, keys, values
+    Axis   n units of which nothing else is known; a locked axis keeps all its units
+    Prod   row-major pairs, as `view` merges dimensions: heads x head_dim
+    Sum    concatenation, as `cat` joins dimensions: queries, keys, values
 
-A dimension starts as one Axis. Where an operator shows that it is more (a view splits it, a chunk cuts it), the axis
-is replaced by what it was found to be, in every dimension that holds it. Where two dimensions must agree (an addition,
-a product), they are made the same. At the end, removing unit j of an axis removes the same indices wherever the axis
-occurs: that is what "coupled" means.
+A dimension starts as one Axis. If an operator shows that it consists of others (a view splits it, a chunk cuts it), the
+axis is replaced in every dimension that holds it. Dimensions that must agree (in an addition or a product) are unified.
+In the end, removing unit j of an axis removes the same indices wherever the axis occurs: these are coupled.
 """
 
 from __future__ import annotations
@@ -24,8 +23,14 @@ from torch import Tensor
 
 
 class Axis:
-    """Units of a dimension. `into`: what it was found to be; `lock`: why none of its units may go; `scores`: attention
-    sums over them when it compares queries with keys."""
+    """Units of a dimension.
+
+    into    what the axis was refined to
+    lock    why none of its units can be removed
+    kind    what the units are: head, head_dim, ...
+    scores  attention sums over them when it compares queries with keys
+    notes   what a removal changes besides the units
+    """
 
     __slots__ = ("into", "kind", "lock", "notes", "scores", "size")
 
@@ -41,11 +46,15 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Prod:
+    """Row-major product of dimensions."""
+
     of: tuple[Expr, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Sum:
+    """Concatenation of dimensions."""
+
     of: tuple[Expr, ...]
 
 
@@ -54,15 +63,17 @@ ONE = Prod(())
 
 
 def size(e: Expr) -> int:
-    """Return how many indices a dimension has. O(axes)."""
+    """Return the number of indices of a dimension. O(axes)."""
     if isinstance(e, Axis):
         return e.size
     return math.prod(map(size, e.of)) if isinstance(e, Prod) else sum(map(size, e.of))
 
 
 def resolve(e: Expr) -> Expr:
-    """Return what is known now, in the form where equal things look equal: no Prod in a Prod, no Sum in a Sum or at the
-    head of a Prod, nothing of size 1 in a Prod. O(axes)."""
+    """Return the refined dimension in normal form, in which equal dimensions look equal. O(axes).
+
+    There is no Prod in a Prod, no Sum in a Sum or first in a Prod, and nothing of size 1 in a Prod.
+    """
     if isinstance(e, Axis):
         if e.into is None:
             return ONE if e.size == 1 else e
@@ -84,7 +95,7 @@ def resolve(e: Expr) -> Expr:
 
 
 def leaves(e: Expr) -> Iterator[Axis]:
-    """Yield the axes that a dimension consists of now, each time that they occur."""
+    """Yield the axes of a dimension, as often as they occur."""
     e = resolve(e)
     if isinstance(e, Axis):
         yield e
@@ -120,21 +131,21 @@ def is_fixed(e: Expr) -> bool:
 
 
 class Algebra:
-    """The refinements. `clash` is told of what cannot be expressed: all that takes part is locked."""
+    """Refines dimensions. Dimensions that cannot be expressed are locked."""
 
     def __init__(self) -> None:
-        self.where = ""  # what is being traced, for reasons
-        self.equal: list[tuple[Expr, Expr]] = []  # parts that must keep the same number of indices
+        self.where = ""  # the operator and module being traced, for messages
+        self.equal: list[tuple[Expr, Expr]] = []  # pairs of parts that must keep equally many indices
 
     def clash(self, *es: Expr, parts: tuple[int, int] = (1, 1)) -> tuple[Expr, Expr]:
-        """Lock what does not line up; return two locked dimensions of these sizes in place of what was wanted."""
+        """Lock dimensions that do not line up; return two locked dimensions of these sizes instead."""
         why = f"shapes do not line up at {self.where}"
         for e in es:
             lock(e, why)
         return fixed(parts[0], why), fixed(parts[1], why)
 
     def factor(self, e: Expr, k: int) -> tuple[Expr, Expr]:
-        """Return (outer, inner) with `k` outer units, so that e is their product."""
+        """Return (outer, inner), with `k` outer units, whose product is e."""
         e = resolve(e)
         n = size(e)
         if k == 1:
@@ -150,42 +161,42 @@ class Algebra:
             e.into = Prod((outer, inner))
             return outer, inner
         if isinstance(e, Prod):
-            left: list[Expr] = []
-            have = 1
+            passed: list[Expr] = []
+            passed_size = 1
             for i, f in enumerate(e.of):
                 rest = e.of[i + 1 :]
-                want = k // have if k % have == 0 else 0
-                if want == 1:
-                    return Prod(tuple(left)), Prod((f, *rest))
+                needed = k // passed_size if k % passed_size == 0 else 0
+                if needed == 1:
+                    return Prod(tuple(passed)), Prod((f, *rest))
                 s = size(f)
-                if want and want < s and s % want == 0:
-                    outer, inner = self.factor(f, want)
-                    return Prod((*left, outer)), Prod((inner, *rest))
-                if not want or want % s:
+                if needed and needed < s and s % needed == 0:
+                    outer, inner = self.factor(f, needed)
+                    return Prod((*passed, outer)), Prod((inner, *rest))
+                if not needed or needed % s:
                     break
-                left.append(f)
-                have *= s
+                passed.append(f)
+                passed_size *= s
             return self.clash(e, parts=(k, n // k))
         return self._factor_sum(e, n // k)
 
     def _factor_sum(self, e: Sum, m: int) -> tuple[Expr, Expr]:
-        """Rows of m out of a sum: each term gives whole rows, or some terms together give one."""
+        """Factor a sum into rows of m: a term gives whole rows, or several terms together give one."""
         outer: list[Expr] = []
         inner: Expr | None = None
         row: list[Expr] = []
         for term in e.of:
             row.append(term)
-            have = sum(map(size, row))
-            if have < m:
+            row_size = sum(map(size, row))
+            if row_size < m:
                 continue
-            if have % m or (len(row) > 1 and have != m):
+            if row_size % m or (len(row) > 1 and row_size != m):
                 break
-            one, two = self.factor(term, have // m) if len(row) == 1 else (ONE, Sum(tuple(row)))
-            outer.append(one)
+            outer_part, inner_part = self.factor(term, row_size // m) if len(row) == 1 else (ONE, Sum(tuple(row)))
+            outer.append(outer_part)
             if inner is None:
-                inner = two
+                inner = inner_part
             else:
-                self.unify(inner, two)
+                self.unify(inner, inner_part)
             row = []
         if row or inner is None:
             return self.clash(e, parts=(size(e) // m, m))
@@ -203,15 +214,15 @@ class Algebra:
             e.into = Sum((first, others))
             return first, others
         if isinstance(e, Sum):
-            left: list[Expr] = []
+            passed: list[Expr] = []
             for i, term in enumerate(e.of):
                 s = size(term)
                 if k == 0:
-                    return Sum(tuple(left)), Sum(e.of[i:])
+                    return Sum(tuple(passed)), Sum(e.of[i:])
                 if k < s:
                     a, b = self.take(term, k)
-                    return Sum((*left, a)), Sum((b, *e.of[i + 1 :]))
-                left.append(term)
+                    return Sum((*passed, a)), Sum((b, *e.of[i + 1 :]))
+                passed.append(term)
                 k -= s
         elif e.of:
             m = n // size(e.of[0])
@@ -221,7 +232,7 @@ class Algebra:
         return self.clash(e, parts=(k, n - k))
 
     def cut(self, e: Expr, sizes: Sequence[int]) -> list[Expr]:
-        """Return the parts of a dimension, one after the other; equal ones keep equal numbers of units."""
+        """Return consecutive parts of a dimension; parts of equal size keep equally many units."""
         parts, rest = [], e
         for k in sizes[:-1]:
             none = Axis(0, "it has no indices")
@@ -232,7 +243,7 @@ class Algebra:
         return parts
 
     def unify(self, a: Expr, b: Expr) -> None:
-        """Make two dimensions one and the same."""
+        """Make two dimensions the same."""
         a, b = resolve(a), resolve(b)
         if a is b or (isinstance(a, Prod) and isinstance(b, Prod) and not a.of and not b.of):
             return
@@ -279,8 +290,7 @@ class Algebra:
 
 
 def kept_mask(e: Expr, keep: Any) -> Tensor:
-    """Return which indices of a dimension stay, bool [size], where `keep` gives the units of an axis that do (or
-    None for all)."""
+    """Return which indices of a dimension stay, bool [size]; `keep(axis)` gives the mask of an axis, None for all."""
     e = resolve(e)
     if isinstance(e, Axis):
         mask = keep(e)
@@ -294,8 +304,10 @@ def kept_mask(e: Expr, keep: Any) -> Tensor:
 
 
 def reordered_indices(e: Expr, order: Any) -> Tensor:
-    """Return the indices of a dimension when the units of its axes stand in the order that `order` gives (or None for
-    as they are). int64 [size]."""
+    """Return the indices of a dimension after its axes are reordered, int64 [size].
+
+    `order(axis)` gives the new order of an axis, None for unchanged.
+    """
     e = resolve(e)
     if isinstance(e, Axis):
         units = order(e)
@@ -310,11 +322,11 @@ def reordered_indices(e: Expr, order: Any) -> Tensor:
 
 
 def unit_of_index(e: Expr, axis: Axis) -> Tensor:
-    """Return which unit of `axis` each index of a dimension belongs to, -1 for none. int64 [size]."""
+    """Return the unit of `axis` that each index of a dimension belongs to, -1 for none. int64 [size]."""
     e = resolve(e)
     if isinstance(e, Axis):
         return torch.arange(e.size) if e is axis else torch.full((e.size,), -1)
-    if isinstance(e, Sum):  # most parts have none of it
+    if isinstance(e, Sum):  # most parts do not contain it
         out, at = torch.full((size(e),), -1), 0
         for part in e.of:
             n = size(part)
@@ -328,12 +340,11 @@ def unit_of_index(e: Expr, axis: Axis) -> Tensor:
     return out
 
 
-def num_kept(e: Expr, left: Any) -> int:
-    """Return how many indices of a dimension stay, where `left` gives the number of units of an axis that do (or None
-    for all). O(axes)."""
+def num_kept(e: Expr, units_kept: Any) -> int:
+    """Return how many indices of a dimension stay; `units_kept(axis)` gives the number, None for all. O(axes)."""
     e = resolve(e)
     if isinstance(e, Axis):
-        n = left(e)
+        n = units_kept(e)
         return e.size if n is None else n
-    parts = [num_kept(f, left) for f in e.of]
+    parts = [num_kept(f, units_kept) for f in e.of]
     return math.prod(parts) if isinstance(e, Prod) else sum(parts)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The tracer: a dispatch mode that records the symbolic dimensions of every tensor in a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rarefy.model.batches import tensors_in
 from rarefy.model.forward import temporary_hooks
 from rarefy.model.mha import without_mha_fastpath
 
-KERNEL = "a kernel has its size"  # of convolutions: no units
+KERNEL = "a kernel has its size"  # spatial sizes of convolutions are no units
 
 
 class Trace(TorchDispatchMode):
-    """The run: dimensions of the tensors that are alive."""
+    """One run of a model, with the dimensions of all tensors that are alive."""
 
     def __init__(self, model: nn.Module, rules: Mapping[str, Any]):
         super().__init__()
@@ -47,13 +47,13 @@ class Trace(TorchDispatchMode):
         return self.stack[-1] or "the model itself"
 
     def dims(self, t: Tensor) -> list[Expr]:
-        """Return the dimensions of a tensor; those of one that nobody has made keep their sizes."""
+        """Return the dimensions of a tensor; an unknown tensor keeps its sizes."""
         if t not in self.known_dims:
             self.known_dims[t] = [fixed(n, f"{self.module_name} is given it") for n in t.shape]
         return self.known_dims[t]
 
     def set_dims(self, t: Any, dims: list[Expr], source: Tensor | None = None) -> None:
-        """Say what the dimensions of an output are."""
+        """Set the dimensions of an output; `source` is the tensor of which it is a view."""
         if isinstance(t, Tensor):
             assert len(dims) == t.dim(), f"{len(dims)} dimensions for {list(t.shape)}"
             self.known_dims[t] = dims
@@ -61,20 +61,22 @@ class Trace(TorchDispatchMode):
                 self.source[t] = self.source[source]
 
     def record_sizes(self, dims: list[Expr]) -> None:
-        """Say that the module that runs names these sizes: its numbers follow them."""
+        """Record that the running module's code names these sizes, so that its numbers must follow them."""
         self.sizes.setdefault(self.stack[-1], []).extend(dims)
 
     def unify(self, a: Expr, b: Expr) -> None:
-        """Make two dimensions one."""
+        """Make two dimensions the same."""
         self.algebra.unify(a, b)
 
     def mark_input(self, t: Tensor, e: Expr) -> None:
-        """Say that a product sums over `e`, a dimension of `t`: if t is a parameter, it reads these units."""
+        """Record that a product sums over `e`, a dimension of `t`: if t is a parameter, it reads these units."""
         if t in self.source:
-            held, own = {id(a) for a in leaves(e)}, self.param_dims[self.source[t]]
-            itself = [d for d, dim in enumerate(own) if dim is e]  # both may have the same units, as W in x + W x
-            for d, dim in enumerate(own):
-                if d in itself or (not itself and any(id(a) in held for a in leaves(dim))):
+            axis_ids, dims = {id(a) for a in leaves(e)}, self.param_dims[self.source[t]]
+            same_dims = [
+                d for d, dim in enumerate(dims) if dim is e
+            ]  # both dimensions may have the same units, as those of W in x + W x
+            for d, dim in enumerate(dims):
+                if d in same_dims or (not same_dims and any(id(a) in axis_ids for a in leaves(dim))):
                     self.roles[self.source[t], d] = "in"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,7 +95,7 @@ class Trace(TorchDispatchMode):
 
 
 def unsupported_op(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """An operator without a rule: what goes in keeps its units."""
+    """The rule for operators without one: their inputs keep their units."""
     name = str(func.overloadpacket)
     for t in tensors_in([list(args), kwargs]):
         if not all(map(is_fixed, trace.dims(t))):
@@ -107,7 +109,7 @@ def unsupported_op(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) ->
 
 @contextmanager
 def tracking_module_names(model: nn.Module, stack: list[str], *, unwind: bool = True) -> Any:
-    """Keep the names of the modules that run. Without `unwind` those that were running when an error came stay."""
+    """Keep the names of the running modules in `stack`; without `unwind` they stay there after an error."""
 
     def leave(*_: Any) -> None:
         stack.pop()
@@ -122,9 +124,9 @@ def tracking_module_names(model: nn.Module, stack: list[str], *, unwind: bool = 
 
 @contextmanager
 def decomposed_ops() -> Any:
-    """Have torch take no shortcuts through operators that do a whole layer."""
+    """Make torch run single operators instead of fused ones for a whole layer."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TF32 of GPUs that are not there
+        warnings.simplefilter("ignore")  # about TF32 on absent GPUs
         flags = torch.backends.mkldnn.flags(enabled=False)
         flags.__enter__()
     try:
@@ -135,7 +137,7 @@ def decomposed_ops() -> Any:
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Empty what modules say that they keep of calls before (`attention_bias_cache`): it has the sizes of then."""
+    """Clear the caches of modules (such as `attention_bias_cache`), whose tensors have the sizes of an earlier call."""
     for module in model.modules():
         for name, value in vars(module).items():
             cached = type(value) is dict and "cache" in name and not name.startswith("_")

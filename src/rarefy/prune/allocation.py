@@ -1,12 +1,13 @@
-"""How a budget of zeros is spread over layers: {layer name: sparsity} whose weighted mean is what was asked.
+"""Allocations: how a global sparsity is spread over layers, {layer name: sparsity} with the given weighted mean.
 
 uniform   the same everywhere
-erk       density as (outputs + inputs) / (outputs x inputs), so small layers stay denser (Evci 2020, RigL)
-line      rises with depth by `slope` from the first layer to the last (Huang 2025, ATP): early errors travel further
+erk       density proportional to (outputs + inputs) / (outputs x inputs): small layers stay denser (Evci 2020, RigL)
+line      sparsity rises with depth by `slope` from the first layer to the last (Huang 2025, ATP), because early errors
+          affect more layers
 owl       layers whose Wanda scores have more outliers stay denser (Yin 2024, OWL)
-errors    least sum of predicted losses: measured errors of each layer x its outputs' squared gradients, by dynamic
-          programming over the budget (Frantar 2022, SPDY)
-search    `errors`, then a short search on the true loss around them (`rarefy.prune.allocation_search`)
+errors    minimizes the sum of predicted losses, which are measured layer errors weighted by the squared gradients of
+          the layer's outputs, by dynamic programming over the budget (Frantar 2022, SPDY)
+search    `errors`, then a short search on the true loss around it (`rarefy.prune.allocation_search`)
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ from rarefy.model.layers import Layer
 from rarefy.model.losses import Loss, check_finite, resolve_loss
 
 ALLOCATIONS = ("uniform", "erk", "line", "owl", "errors", "search")
-GRADIENTS = ("errors", "search")  # read gradients of the loss
-NEEDS_DATA = ("owl", *GRADIENTS)  # read the calibration data
+GRADIENTS = ("errors", "search")  # use gradients of the loss
+NEEDS_DATA = ("owl", *GRADIENTS)  # use the calibration data
 BUDGET_UNITS = 2000  # parts of the budget in the dynamic program
 LEVELS = (0.4, 0.6, 0.8)  # sparsities at which errors are measured
-MAX_SPARSITY = 0.97  # no layer is emptied
-TOKENS = {"gradients": 4096, "pass": 1024, "errors": 8192}  # or samples; a backward pass holds all activations
+MAX_SPARSITY = 0.97  # so that no layer is empty
+TOKENS = {"gradients": 4096, "pass": 1024, "errors": 8192}  # tokens or samples; a backward pass keeps all activations
 
 
 def shift_to_mean(sparsities: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
-    """Return `wanted` sparsities moved by one common amount so that their mean over weights is `sparsity`, each
-    within 0..`MAX_SPARSITY` (or the asked one, if that is higher). O(layers).
+    """Return sparsities shifted by one common amount so that their mean over weights is `sparsity`. O(layers).
+
+    Each stays within 0..`MAX_SPARSITY`, or the given sparsity if that is higher.
 
     >>> shift_to_mean({"a": 0.4, "b": 0.6}, {"a": 1, "b": 1}, 0.7)
     {'a': 0.6, 'b': 0.8}
@@ -52,8 +54,10 @@ def shift_to_mean(sparsities: Mapping[str, float], sizes: Mapping[str, int], spa
 
 
 def erk(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
-    """Return Erdos-Renyi-kernel sparsities: density proportional to the sum of a layer's dimensions over their product;
-    layers that would be denser than 1 are dense, and the rest share the budget."""
+    """Return Erdos-Renyi-kernel sparsities: density proportional to the sum of a layer's dimensions over their product.
+
+    Layers whose density would exceed 1 stay dense, and the others share the budget.
+    """
     size = {l.full_name: l.original.numel() for l in layers}
     raw = {}
     for l in layers:
@@ -70,7 +74,7 @@ def erk(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
 
 
 def line(layers: Sequence[Layer], sparsity: float, slope: float = 0.15) -> dict[str, float]:
-    """Return sparsities that rise by `slope` with depth, the place of a layer among the layers."""
+    """Return sparsities that rise by `slope` from the first layer to the last."""
     last = max(len(layers) - 1, 1)
     sparsities = {l.full_name: sparsity + slope * (i / last - 0.5) for i, l in enumerate(layers)}
     return shift_to_mean(sparsities, {l.full_name: l.original.numel() for l in layers}, sparsity)
@@ -79,8 +83,10 @@ def line(layers: Sequence[Layer], sparsity: float, slope: float = 0.15) -> dict[
 def owl(
     layers: Sequence[Layer], sparsity: float, stats: Mapping[str, LayerStats], width: float = 0.08, times: float = 5.0
 ) -> dict[str, float]:
-    """Return OWL's sparsities, within `sparsity` +- `width`: the share of Wanda scores above `times` their mean makes
-    a layer denser."""
+    """Return the sparsities of OWL, within `sparsity` +- `width`.
+
+    A layer with a larger share of Wanda scores above `times` their mean stays denser.
+    """
     outliers = {}
     for l in layers:
         score = l.layout.view(l.weight.detach().float()).abs() * stats[l.full_name].in_norm
@@ -95,8 +101,10 @@ def owl(
 def sensitivities(
     model: nn.Module, data: Iterable[Any], layers: Sequence[Layer], loss: Loss | None = None
 ) -> dict[str, Tensor]:
-    """Return the mean squared gradient of the loss at each output [O] of each layer that is called as a module: what a
-    unit of squared error there costs, to second order with the empirical Fisher matrix's diagonal. One backward pass.
+    """Return the mean squared gradient of the loss at each output [O] of each layer that is called as a module.
+
+    That is the cost of a unit of squared error there, to second order with the diagonal of the empirical Fisher matrix.
+    One backward pass.
     """
     total: dict[str, Tensor] = {}
     count = 0
@@ -132,7 +140,7 @@ def sensitivities(
 
 
 def fill_missing(known: dict[str, Tensor], layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """Return sensitivities [outputs] for all layers; one that is no module's call gets the mean of the others."""
+    """Return sensitivities [outputs] for all layers; layers without a measurement get the mean of the others."""
     mean = torch.stack([t.mean() for t in known.values()]).mean() if known else torch.tensor(1.0)
     filled = {}
     for layer in layers:
@@ -142,7 +150,7 @@ def fill_missing(known: dict[str, Tensor], layers: Sequence[Layer]) -> dict[str,
 
 
 def interpolate_errors(errors: Sequence[float], sparsity: Tensor) -> Tensor:
-    """Return the error at each sparsity: log-quadratic through the errors measured at `LEVELS`, through 0 at 0."""
+    """Return the error at each sparsity: log-quadratic through the errors at `LEVELS`, and 0 at 0."""
     a, b, c = LEVELS
     logs = [math.log(max(e, 1e-30)) for e in errors]
     x = sparsity.double()
@@ -152,16 +160,16 @@ def interpolate_errors(errors: Sequence[float], sparsity: Tensor) -> Tensor:
         + logs[2] * (x - a) * (x - b) / ((c - a) * (c - b))
     ).exp()
     small = x < a
-    value[small] = math.exp(logs[0]) * (x[small] / a) ** 3  # below what was measured: it goes to nothing fast
+    value[small] = math.exp(logs[0]) * (x[small] / a) ** 3  # below the lowest measured level: cubic towards 0
     return value.cummax(0).values
 
 
 def cheapest_allocation(
     costs: Mapping[str, Sequence[float]], sizes: Mapping[str, int], sparsity: float
 ) -> dict[str, float]:
-    """Return sparsities of least total cost: `costs` gives the predicted loss of each layer at `LEVELS`.
+    """Return the sparsities with the smallest total cost; `costs` gives the predicted loss of each layer at `LEVELS`.
 
-    Exact over 49 sparsities a layer and a budget of `BUDGET_UNITS` parts. O(layers x 49 x UNITS).
+    Exact over 49 sparsities per layer and a budget of `BUDGET_UNITS` parts. O(layers x 49 x BUDGET_UNITS).
     """
     total = sum(sizes.values())
     grid = torch.arange(49, dtype=torch.float64) / 50  # 0 .. 0.96

@@ -1,9 +1,9 @@
-"""A short search on the true loss, around the allocation that dynamic programming makes of measured errors.
+"""A short search on the true loss, around the allocation that dynamic programming finds from measured errors.
 
-Measured errors weigh layers of one kind well against each other, layers of different kinds less well, and know nothing
-of how errors add up on their way. So each kind of layer gets a factor on its errors, so does depth, and the outcome is
-drawn towards uniform by a common amount: a handful of numbers, climbed with a fixed number of evaluations of the
-model's own loss (SPDY, Frantar 2022, searches a factor for each layer; EvoPress, Sieberling 2024, the sparsities).
+Measured errors compare layers of one kind well, layers of different kinds less well, and they ignore how errors
+accumulate. So each kind of layer has a factor on its errors, depth has another, and the result is pulled towards
+uniform by a common amount: a handful of numbers, optimized with a fixed number of evaluations of the model's own loss.
+(SPDY, Frantar 2022, searches a factor for each layer; EvoPress, Sieberling 2024, the sparsities.)
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ def search_allocation(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Return sparsities by layer name whose mean over weights is `sparsity`: of all that were tried the ones under
-    which the model loses least. Uniform ones, a line in depth and `least(costs)` are among them.
+    """Return the allocation with the smallest loss of all that were tried, {layer name: sparsity}.
 
-    costs   predicted loss of each layer at `LEVELS`
-    solved  weights of each layer, as stored, at `LEVELS`; between two levels they are mixed
-    data    calibration batches; about `TOKENS` tokens of the last ones are used
-    blind   the model `lacks_loss`: it is to stay close to its own outputs
-    The model is left as it was. O(trials) forward passes over these samples and dynamic programs.
+    Its mean over weights is `sparsity`. Uniform, a line in depth and `cheapest_allocation(costs)` are among those
+    tried. The model is left as it was. O(trials) forward passes over the samples, and as many dynamic programs.
+
+    costs         predicted loss of each layer at `LEVELS`
+    solved        solved weights of each layer, as stored, at `LEVELS`; between two levels they are interpolated
+    data          calibration batches; about `TOKENS` tokens of the last ones are used
+    without_loss  the model `lacks_loss`: the distance from its own dense outputs is minimized
     """
     sizes = {l.full_name: l.original.numel() for l in layers}
     kinds = {n: re.sub(r"(?<![^.])\d+(?![^.])", "*", n) for n in sizes}
@@ -105,7 +106,7 @@ def _mixed_weights(
     loss: Loss | None,
     without_loss: bool,
 ) -> Iterator[Any]:
-    """Give the model's mean loss as a function of sparsities; the weights are put back at the end."""
+    """Yield a function from sparsities to the model's mean loss; the weights are restored at the end."""
     dense = {l.full_name: l.original.detach().clone() for l in layers}
     levels = (0.0, *LEVELS, 1.0)
 
@@ -136,8 +137,10 @@ def _mixed_weights(
 
 
 def lacks_loss(model: nn.Module, batch: Any, loss: Loss | None) -> bool:
-    """Return whether there is nothing to go by but the model's own outputs: no loss, and no targets that one would
-    need. DataError where there are some, or no outputs either. One forward pass of a sample."""
+    """Return whether only the model's own outputs can guide a search: no loss, and no targets that one would need.
+
+    Raises DataError if there are targets, or no outputs either. One forward pass of a sample.
+    """
     if loss is not None:
         return False
     sample = on_device(model, first_samples(batch))
@@ -147,19 +150,18 @@ def lacks_loss(model: nn.Module, batch: Any, loss: Loss | None) -> bool:
         return False
     needs_targets = is_causal_lm(model) or (isinstance(sample, tuple | list) and len(sample) == 2)
     if needs_targets or output_tensor(output) is None:
-        default_loss(output, sample)  # says what is missing
+        default_loss(output, sample)  # raises, and says what is missing
     return True
 
 
 def output_tensor(output: Any) -> Any:
-    """Return what a model gives: its logits or, where there are none, the first of its tensors of floating point, or
-    None."""
+    """Return the logits of a model's output, or its first floating-point tensor, or None."""
     candidates = [getattr(output, "logits", None), *tensors_in(output)]
     return next((t for t in candidates if isinstance(t, Tensor) and t.is_floating_point()), None)
 
 
 def output_probe(output: Any, batch: Any) -> Tensor:
-    """Return outputs times noise: a loss whose squared gradients are, in the mean, the outputs' sensitivities."""
+    """Return outputs times fixed noise: a loss whose expected squared gradients are the sensitivities of outputs."""
     y = output_tensor(output)
     noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(y.numel()))
     return (y.float() * noise.to(y.device)).mean()

@@ -1,4 +1,4 @@
-"""What pruning with a solver will cost, before it starts: counted operations over the rate of this machine."""
+"""An estimate of what pruning with a solver costs: counted operations over this machine's measured rate."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from rarefy.prune.allocation_search import TOKENS as TRIAL_TOKENS
 from rarefy.prune.allocation_search import TRIALS
 from rarefy.prune.solver_config import Solver, in_bf16
 
-OVERHEAD = 1.5  # of a forward pass over its products: attention, norms, copies, lookups
-SLOWDOWN = {"factor": 4.0, "columns": 3.0, "eigen": 40.0}  # times slower than a product of as many operations
-SUSPENDED = 4  # activations a token, as wide as the layer's outputs, that a suspended pass holds besides its input
+OVERHEAD = 1.5  # time of a forward pass over that of its matrix products
+SLOWDOWN = {
+    "factor": 4.0,
+    "columns": 3.0,
+    "eigen": 40.0,
+}  # slower than a matrix product of as many operations by this factor
+SUSPENDED = 4  # activations per token, of the layer's output width, in a suspended pass besides the input
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, and bytes resident at the peak."""
+    """Seconds, and resident bytes at the peak."""
 
     seconds: float
     bytes: int
@@ -41,11 +45,12 @@ def estimate(
     max_suspended_bytes: int | None = None,
     rate: float | None = None,
 ) -> Cost:
-    """Return the cost of a run over `samples` with `tokens` together. 0.1 s.
+    """Return the estimated cost of a run over `samples` with `tokens` in total. Takes 0.1 s.
 
-    most  bytes that suspended activations may take
-    rate  operations a second; by default what a product reaches here and now
-    Right within a factor of two where nothing else runs; attention over long sequences is not counted.
+    max_suspended_bytes  limit for suspended activations
+    rate                 operations per second; by default measured now with a matrix product
+
+    Right within a factor of two if nothing else runs. Attention over long sequences is not counted.
     """
     streams = 2 if solver.asymmetric or solver.reconstruct else 1
     pass_ops = gram_ops = solver_ops = single_pass = 0.0
@@ -58,17 +63,17 @@ def estimate(
         products = 2.0 * rows * G * O * C
         single_pass += products * g.calls
         pass_ops += products * streams * g.calls
-        if solver.reconstruct:  # forwards, backwards with two products each, held-out errors, once more
+        if solver.reconstruct:  # forward, backward (two products), held-out errors, and one rerun
             pass_ops += products * (3 * solver.reconstruct + 2)
         gram = rows * G * C * C
         gram_ops += gram * (3 if solver.asymmetric else 1)
-        if allocate in GRADIENTS:  # measured errors
+        if allocate in GRADIENTS:  # errors are measured
             gram_ops += gram * min(1, TOKENS["errors"] / max(tokens, 1))
             solver_ops += (
                 SLOWDOWN["factor"] * G * C**3 * 2 / 3 + len(LEVELS) * (SLOWDOWN["columns"] + 4) * G * O * C * C
             )
         product = 2.0 * G * O * C * C
-        solver_ops += 2 * product  # errors
+        solver_ops += 2 * product  # error of the result
         solver_ops += 2 * product if solver.asymmetric else 0
         if solver.name == "obs":
             solver_ops += SLOWDOWN["columns"] * product / 2 + SLOWDOWN["factor"] * G * C**3 * 2 / 3
@@ -96,7 +101,7 @@ def estimate(
 
 
 def _rate(dtype: torch.dtype) -> float:
-    """Operations a second of a product of this machine, now."""
+    """Return the operations per second of a matrix product, measured now."""
     a = torch.ones(768, 768, dtype=dtype)
     best = float("inf")
     for _ in range(6):

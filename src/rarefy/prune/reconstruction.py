@@ -1,8 +1,8 @@
-"""Whole blocks match the untouched model's outputs: a few passes of masked Adam over the calibration set.
+"""Block reconstruction: whole blocks are trained to match the dense model's outputs, in a few passes of masked Adam.
 
-Layer by layer solvers see neither the nonlinearities nor what their neighbours lost; a block does ("free lunch", Nagel
-2020 for rounding, arXiv 2510.14444 for pruning). The last batch is held out: its error chooses the epoch, and the
-start is among the candidates.
+Layerwise solvers see neither nonlinearities nor the errors of neighbouring layers; a block sees both (AdaRound, Nagel
+2020, for rounding; arXiv 2510.14444 for pruning). The last batch is held out: its error selects the epoch, and the
+initial weights are among the candidates.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ def reconstruct_(
     lr: float = 3e-4,
     bf16: bool = False,
 ) -> tuple[float, float]:
-    """Train the kept weights (and biases and norms) of a block in place; return the held-out error before and after.
+    """Train the remaining weights (and biases and norms) of a block in place; return the held-out error before and
+    after.
 
-    masks   by layer name, as stored; entries under False stay what they are, zero
-    layers  all that are pruned, in this block or not; by default those of the block. A weight that is used elsewhere
-            too is not trained, nor what is frozen and not pruned; zeros of other matrices stay.
+    masks   by layer name, as stored; entries where they are False stay zero
+    layers  all pruned layers of the model, by default those of the block. A weight that is also used outside the block
+            is not trained, nor is a frozen parameter that is not pruned. Zeros of other matrices stay.
+
     The error is the mean over tokens of |y' - y|^2 / |y|^2. O(epochs x three forward passes of the block).
     """
     module, calls = end.block.module, end.calls
@@ -49,7 +51,9 @@ def reconstruct_(
     trainable = [p.requires_grad for p in parameters]
     best_values, first_error = [p.detach().clone() for p in parameters], block_error(module, held_out, bf16)
     best_error = first_error
-    masters = [p.detach().float() if p.element_size() < 4 else p.detach() for p in parameters]  # a step may be small
+    masters = [
+        p.detach().float() if p.element_size() < 4 else p.detach() for p in parameters
+    ]  # bf16 would lose small steps
     optimizer = torch.optim.Adam(masters, lr=lr, betas=(0.9, 0.95))
     total, step = epochs * len(training), 0
     try:
@@ -67,7 +71,7 @@ def reconstruct_(
                     m.grad = None if g is None else g.to(m.dtype)
                 optimizer.step()
                 for p, m in zip(parameters, masters):
-                    if m.dtype != p.dtype:  # else they are one memory
+                    if m.dtype != p.dtype:  # otherwise they share memory
                         p.data.copy_(m)
                 step += 1
             error = block_error(module, held_out, bf16)
@@ -82,13 +86,13 @@ def reconstruct_(
 
 
 def block_loss(module: Any, call: tuple[tuple, dict[str, Any], Tensor], bf16: bool) -> Tensor:
-    """Return the mean over tokens of |y' - y|^2 / |y|^2 of one call of a block, or of what is called in its place."""
+    """Return the mean over tokens of |y' - y|^2 / |y|^2 for one call of a block or of its replacement."""
     args, kwargs, target = call
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         out = first_tensor(module(*args, **kwargs)).float()
     target = target.float()
     energy = target.square().sum(-1)
-    # relative to each token's size: what follows is a norm, and a few tokens are a thousand times as large
+    # relative to each token's norm: a norm follows, and a few tokens are a thousand times larger
     return ((out - target).square().sum(-1) / (energy + 1e-3 * energy.mean())).mean()
 
 

@@ -1,8 +1,9 @@
-"""Solvers: move the kept weights of one layer so that its outputs on the calibration set stay. A page of a paper each.
+"""Solvers: refit the remaining weights of one layer to preserve its outputs on the calibration set. One function per
+paper.
 
-    W        [G, O, C]   weights of G groups, O outputs, C inputs (a convolution's columns are kernel position x input)
-    target   [G, O, C]   the weights whose outputs are wanted: the dense ones, or those + `target_shift`
-    H        [G, C, C]   Gram matrix X X^T of the inputs, here always with its damping already added (see `damped`)
+    W        [G, O, C]   weights of G groups, O outputs, C inputs (columns of a convolution: kernel position x input)
+    target   [G, O, C]   weights whose outputs are wanted: the dense ones, or these plus `target_shift`
+    H        [G, C, C]   Gram matrix X X^T of the inputs, with its damping added (see `damped`)
     mask     [G, O, C]   True = kept
 
 The error of a layer is || (W' - target) X ||^2 = sum of diag((W' - target) H (W' - target)^T).
@@ -21,21 +22,21 @@ ChooseMask = Callable[[Tensor, int, int], Tensor]  # score [G, O, b - a] of colu
 
 
 class ColumnQuantizer(Protocol):
-    """A grid that weights are put on column by column, groups of columns sharing their scales."""
+    """Quantizes weights column by column; the columns of a group share their scales."""
 
-    group: int  # columns whose scales are found when the first of them is reached; 0: all are known beforehand
+    group: int  # columns that share scales, which are fitted when the first is reached; 0: all are known
 
     def begin(self, W: Tensor, mask: Tensor, first: int) -> None:
-        """Find the scales of the columns W [G, group, O] that begin at `first`, of which `kept` stay."""
+        """Fit the scales of the columns W [G, group, O] that start at `first`; `mask` marks the remaining weights."""
         ...
 
     def __call__(self, w: Tensor, column: int) -> Tensor:
-        """Return a column's weights [G, O] on the grid."""
+        """Return the quantized weights [G, O] of a column."""
         ...
 
 
 DAMPING_FACTORS = (10.0, 100.0, 1000.0)
-MIN_DAMPING = 1e-4  # the damping that is climbed from
+MIN_DAMPING = 1e-4  # smallest damping that is multiplied
 
 
 def squared_errors(W: Tensor, target: Tensor, H: Tensor) -> Tensor:
@@ -49,9 +50,9 @@ def squared_errors(W: Tensor, target: Tensor, H: Tensor) -> Tensor:
 
 
 def damped(H: Tensor, damping: float) -> Tensor:
-    """Return H + damping x mean(diag H) I: inputs that were always zero get a little weight of their own. O(G C^2).
+    """Return H + damping x mean(diag H) I, which gives inputs that are always zero a small weight. O(G C^2).
 
-    A group whose inputs were all zero gets the identity: there the weights themselves are all there is to go by.
+    A group whose inputs are all zero gets the identity: there only the weights themselves can be compared.
     """
     mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
     out = H.clone()
@@ -62,9 +63,9 @@ def damped(H: Tensor, damping: float) -> Tensor:
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     """Return U, upper triangular with U^T U = (H + damping x mean(diag H) I)^-1, and the damping that was needed.
 
-    One Cholesky and one triangular inverse: with J the exchange matrix, J H J = L L^T makes R = J L J upper with
-    H = R R^T, so U = R^-1. Where Cholesky fails the damping grows by `DAMPING_FACTORS`; ArithmeticError
-    if all fail. O(G C^3).
+    One Cholesky factorization and one triangular inverse: with the exchange matrix J, J H J = L L^T makes R = J L J
+    upper triangular with H = R R^T, so U = R^-1. If Cholesky fails, the damping is multiplied by `DAMPING_FACTORS` in
+    turn; raises ArithmeticError if all fail. O(G C^3).
 
     >>> U, used = inverse_factor(torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]), 0.0)
     >>> U[0].diagonal(), used
@@ -84,15 +85,16 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
 def obs(
     target: Tensor, U: Tensor, choose: ChooseMask, edges: Sequence[int], snap: ColumnQuantizer | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (weights, mask) of SparseGPT (Frantar and Alistarh 2023, algorithm 1): columns left to right, the mask
-    of each block of columns chosen by w^2 / U_jj^2 when its turn comes, the error of each pruned weight spread over
-    the columns to its right.
+    """Return (weights, mask) of SparseGPT (Frantar and Alistarh 2023, algorithm 1), an Optimal Brain Surgeon.
 
-    U      from `inverse_factor`
-    choose mask of one block of columns; `lambda score, a, b: mask[..., a:b]` for a mask that is given
-    edges  where blocks begin, from 0 to C, such as range(0, C + 1, 128)
-    snap   a grid for the weights that are kept, whose rounding errors are spread too: GPTQ (Frantar 2022), and with a
-           mask both at once; its groups lie within blocks
+    Columns are processed from left to right. The mask of each block of columns is chosen by w^2 / U_jj^2 when the block
+    is reached, and the error of each pruned weight is compensated by the columns to its right.
+
+    U       from `inverse_factor`
+    choose  mask of one block of columns; `lambda score, a, b: mask[..., a:b]` for a fixed mask
+    edges   where blocks start, from 0 to C, such as range(0, C + 1, 128)
+    snap    quantizes the remaining weights, whose rounding errors are compensated too: GPTQ (Frantar 2022), or with a
+            mask both at once; its groups lie within blocks
 
     O(G O C^2) besides the factor.
     """
@@ -104,7 +106,7 @@ def obs(
         block_mask = choose(score.transpose(-2, -1), a, b).transpose(-2, -1)
         mask[:, a:b] = block_mask
         pruned = (~block_mask).to(W.dtype) / d[:, a:b]
-        E = torch.zeros_like(W[:, a:b])  # what moving column j to where it stays moves: (w_j - q_j) / U_jj
+        E = torch.zeros_like(W[:, a:b])  # error of column j: (w_j - q_j) / U_jj
         Q = torch.zeros_like(E) if snap is not None else None
         inner = U[:, a:b, a:b].transpose(-2, -1).contiguous()
         for j in range(b - a):
@@ -131,11 +133,11 @@ def obs(
 
 
 def refit(W: Tensor, target: Tensor, H: Tensor, mask: Tensor, steps: int = 6) -> Tensor:
-    """Return the kept weights moved towards least squares on their mask: `steps` of conjugate gradients, all rows at
-    once (Meng 2024, section 3.3). No row's error rises above that of W x mask.
+    """Return the kept weights after `steps` of conjugate gradients towards least squares on their mask.
 
-    The preconditioner is H^-1 on a row's kept columns, one matrix for all rows: exact where nothing is pruned, and on
-    real layers 20 steps end within 0.4 % of the minimum, where diag(H) leaves up to 10 %. O(steps G O C^2 + G C^3).
+    All rows at once (ALPS, Meng 2024, section 3.3). No row's error rises above that of W x mask. The preconditioner is
+    H^-1 on a row's kept columns, one matrix for all rows: exact if nothing is pruned. On real layers 20 steps end
+    within 0.4 % of the minimum, where diag(H) leaves up to 10 %. O(steps G O C^2 + G C^3).
     """
     start = torch.where(mask, W, 0.0)
     X, P, rz = start.clone(), torch.zeros_like(W), W.new_zeros(*W.shape[:2], 1)
@@ -153,12 +155,12 @@ def refit(W: Tensor, target: Tensor, H: Tensor, mask: Tensor, steps: int = 6) ->
         alpha = torch.where(curve > 0, rz / curve, 0.0)
         X.addcmul_(alpha, P)
         R = torch.where(mask, R.addcmul_(alpha, Q, value=-1), 0.0)
-    worse = ~(squared_errors(X, target, H) <= before)  # rounding, or NaN
+    worse = ~(squared_errors(X, target, H) <= before)  # by rounding, or NaN
     return torch.where(worse[..., None], start, X)
 
 
 def _inverse(H: Tensor) -> Tensor:
-    """H^-1, or that of its diagonal where H is not positive definite: as a preconditioner both will do."""
+    """Return H^-1, or the inverse of its diagonal if H is not positive definite; a preconditioner need not be exact."""
     L, info = torch.linalg.cholesky_ex(H)
     if info.any():
         return torch.diag_embed(1 / H.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(H.dtype).tiny))
@@ -177,9 +179,9 @@ def admm(
 ) -> tuple[Tensor, Tensor]:
     """Return (weights, mask) of l0-constrained least squares by ADMM (ALPS, Meng 2024, eq. 4 and 5), then `refit`.
 
-    Columns are scaled to diag(H) = 1, so that the projection ranks by |w_j| ||x_j|| and damping and rho know no
-    units. One eigendecomposition serves every rho. rho grows while the support still moves and the run ends early once
-    it rests. start: weights to begin from (default: the target). O(steps G O C^2 + G C^3).
+    Columns are scaled to diag(H) = 1, so that the projection ranks by |w_j| ||x_j||, and damping and rho need no units.
+    One eigendecomposition serves every rho. rho grows while the support changes, and the iteration ends early once it
+    stops changing. start: initial weights (default: the target). O(steps G O C^2 + G C^3).
     """
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()[:, None]  # [G, 1, C]; what is always zero stays as it is
@@ -212,8 +214,10 @@ def admm(
 
 
 def target_shift(W: Tensor, cross: Tensor, L: Tensor) -> Tensor:
-    """Return W (X - X') X'^T H^-1. The symmetric problem for the target W + shift on the compressed inputs X' is the
-    asymmetric one, || W' X' - W X ||^2 (Li 2025, GPTAQ, for each column; here for any solver).
+    """Return W (X - X') X'^T H^-1.
+
+    The symmetric problem for the target W + shift on the compressed inputs X' is the asymmetric one, || W' X' - W X
+    ||^2 (GPTAQ, Li 2025, for each column; here for any solver).
 
     cross  [G, C, C] (X - X') X'^T
     L      lower Cholesky factor of H = X' X'^T, damped
@@ -222,7 +226,9 @@ def target_shift(W: Tensor, cross: Tensor, L: Tensor) -> Tensor:
 
 
 def best_shift_amount(W: Tensor, shift: Tensor, H: Tensor, cross: Tensor) -> Tensor:
-    """Return the multiple of `shift` [G, O, C] that brings W X' closest to W X on other tokens, which H and cross were
-    summed over: the minimum of || (W + a shift) X' - W X ||^2 over a, in closed form."""
+    """Return the multiple of `shift` [G, O, C] that brings W X' closest to W X on other tokens.
+
+    H and cross are sums over those tokens: the minimum of || (W + a shift) X' - W X ||^2 over a, in closed form.
+    """
     gain = (W @ cross * shift).sum()
     return gain / (shift @ H * shift).sum().clamp(min=torch.finfo(W.dtype).tiny)
