@@ -76,7 +76,7 @@ def _smooth(stages: Sequence[Stage], modifier: Modifier) -> None:
         stage.settings["smooth"] = float(options.number("smoothing_strength"))
     if options["mappings"]:
         stages[0].remarks.append(
-            "SmoothQuantModifier: which norms take modifier is found from the model, not from mappings"
+            "SmoothQuantModifier: which norms are scaled is found from the model, not from mappings"
         )
     stages[0].remarks += options.unmapped(*PRIVATE, "ignore")
 
