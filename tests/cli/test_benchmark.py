@@ -6,12 +6,12 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_bert, tiny_llama
-from rarefy.cli import benchmark
 from rarefy.cli.benchmark import bench_models, engine_of, example_for, resident_bytes
 from rarefy.common.errors import ModelError
 from rarefy.compiler.executor import Compiled
 from rarefy.evaluation import profiling
 from rarefy.generation.decoder import Decoder
+from rarefy.pipeline.engine_evaluation import decode_step
 
 
 def test_language_models_beside_their_decoders():
@@ -23,14 +23,14 @@ def test_language_models_beside_their_decoders():
         (kind, of) for kind in ("prefill", "decode") for of in ("model", "engine")
     ]
     assert all(0 < r["low"] <= r["tokens_per_second"] <= r["high"] for r in report.rows)
-    with pytest.raises(ModelError, match="engine reads at most 128 tokens; asked for 127 and 2 new ones"):
+    with pytest.raises(ModelError, match="engine accepts at most 128 tokens, got 127 and 2 new ones"):
         bench_models({"engine": made}, 127, 2, 1, 2, False)
 
 
 def test_both_write_the_same_tokens(monkeypatch):
     model, tokens = tiny_llama(), {"model": [], "engine": []}
     made, _ = engine_of(model, 8, 1)
-    steps = {"model": profiling.step_of(model), "engine": benchmark._step(made, 12)}
+    steps = {"model": profiling.step_of(model), "engine": decode_step(made, 12)}
 
     def listening(name):
         def step(ids, state):
@@ -66,7 +66,7 @@ def test_why_the_engine_has_nothing():
     writer = Own().eval()
     writer.generate, writer.can_generate, writer.config.is_encoder_decoder = None, lambda: True, True
     made, why = engine_of(writer, 8, 1)
-    assert made is None and why == "Own writes with an encoder, for which the engine has no cache"
+    assert made is None and why == "Own is an encoder-decoder model, which the engine does not support"
 
 
 def test_a_compiled_model_by_itself(tmp_path):
@@ -75,14 +75,14 @@ def test_a_compiled_model_by_itself(tmp_path):
     made = rarefy.load(tmp_path / "out")
     args, kwargs = example_for(made, 12, 3)
     assert args == () and kwargs["input_ids"].shape == (3, 12) and int(kwargs["attention_mask"].sum()) == 36
-    with pytest.raises(ModelError, match="input_ids has room for 64 tokens, asked for 65"):
+    with pytest.raises(ModelError, match="input_ids accepts at most 64 tokens, got 65"):
         example_for(made, 65, 3)
     [row] = bench_models({"model": made}, 12, 2, 3, 2, False).rows
     assert row["what"] == "forward, batch 3" and row["median"] > 0
     net = rarefy.compile(nn.Linear(5, 3).eval(), torch.randn(2, 5))
     [row] = bench_models({"model": net}, 12, 2, 7, 2, False).rows
     assert row["what"] == "forward, batch 7"
-    with pytest.raises(ModelError, match="against writes text, and model does not"):
+    with pytest.raises(ModelError, match="against generates text and model does not"):
         bench_models({"model": net, "against": engine_of(tiny_llama(), 8, 1)[0]}, 8, 2, 1, 2, False)
 
 
@@ -90,7 +90,7 @@ def test_bytes_of_what_is_compiled():
     net = nn.Linear(64, 64).eval()
     dense = rarefy.compile(net, torch.randn(2, 64))
     net.weight.data[32:] = 0
-    half, small = (rarefy.compile(net, torch.randn(2, 64), values=v) for v in (None, "int8"))
+    half, small = (rarefy.compile(net, torch.randn(2, 64), precision=v) for v in (None, "int8"))
     assert resident_bytes(small) < resident_bytes(half) < resident_bytes(dense)
     made = engine_of(tiny_llama(), 8, 1)[0]
     weights = sum(p.numel() for p in tiny_llama().parameters())

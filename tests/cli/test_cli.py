@@ -208,7 +208,7 @@ def test_force_does_not_replace_what_is_not_ours(run, given, tmp_path):
     (tmp_path / "deep" / "more").mkdir()
     (tmp_path / "file").write_text("x")
     for name, message in (
-        ("full", "it holds thesis.tex"),
+        ("full", "it contains thesis.tex"),
         ("deep", "it holds more"),
         ("file", "is a file; give the name of a folder"),
     ):
@@ -236,8 +236,8 @@ GO = "compress {model} -r {half} -o {out}"
 MISTAKES = {
     "no such model": ("compress smolm2-135m -r {half} -o {out}", "no model folder 'smolm2-135m' and no built-in model of that name (smollm2-135m, minilm); did you mean 'smollm2-135m'?"),
     "nothing like it": ("compress zzz -r {half} -o {out}", "no model folder 'zzz' and no built-in model of that name (smollm2-135m, minilm)"),
-    "an empty folder": ("compress {tmp}/empty -r {half} -o {out}", "empty is neither a folder of ours nor a Hugging Face folder (no config.json)"),
-    "a file": ("compress {model}/model.safetensors -r {half} -o {out}", "is neither a folder of ours nor a Hugging Face folder"),
+    "an empty folder": ("compress {tmp}/empty -r {half} -o {out}", "empty is neither a folder written by Rarefy nor a Hugging Face folder (no config.json)"),
+    "a file": ("compress {model}/model.safetensors -r {half} -o {out}", "is neither a folder written by Rarefy nor a Hugging Face folder"),
     "a config of nothing": ("compress {tmp}/nonsense -r {half} -o {out}", "nonsense: the config is not usable: "),
     "dry run of nothing": ("compress {tmp}/empty -r {half} --dry-run", "empty: a dry run needs the model's config.json"),
     "no such recipe": ("compress {model} -r smollm2-dmo -o {out}", "did you mean 'smollm2-demo'?"),
@@ -259,7 +259,7 @@ MISTAKES = {
     "inspect nothing": ("inspect {tmp}/zzz", "no model folder"),
     "inspect an empty folder": ("inspect {tmp}/empty", "expected a saved folder, a folder with .safetensors files, or one such file"),
     "inspect a text": ("inspect {tmp}/short.txt", "expected a saved folder"),
-    "bench nothing": ("bench {tmp}/empty", "is neither a folder of ours nor a Hugging Face folder"),
+    "bench nothing": ("bench {tmp}/empty", "is neither a folder written by Rarefy nor a Hugging Face folder"),
     "bench against nothing": ("bench {model} --against zzz", "no model folder 'zzz'"),
     "export a plain folder": ("export {model} -o {out}", "model is not a Rarefy folder: it looks like a Hugging Face folder"),
     "export nothing": ("export {tmp}/zzz -o {out}", "zzz"),
@@ -486,7 +486,7 @@ def test_bench_with_layers_that_skip_zeros(run, packed, tmp_path, monkeypatch):
     report = json.loads(run(*words, "--json").out)
     assert {r["of"] for r in report["rows"]} == {"model", "accelerated", "engine"}
     assert re.fullmatch(r"\d+ of \d+", report["summary"]["layers that run sparse"])
-    assert (tmp_path / "choices.json").is_file() == (bindings.missing() is None)
+    assert (tmp_path / "tuning_cache.json").is_file() == (bindings.missing() is None)
     ran = run(*words)
     assert ran.code == 0 and "batch 8" in ran.out and "instruction set" in ran.out and "decode" in ran.out
 

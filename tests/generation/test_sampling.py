@@ -59,7 +59,11 @@ def test_text_of_every_kind_of_folder(run, given, name):
     ran = run("generate", given / name, "--prompt", "w1 w2 w3", "--max-new-tokens", 12)
     ids = written(made)
     assert ran.code == 0 and ran.out.strip() == words_of(ids), ran
-    assert ran.err.startswith("3 tokens read, ") and f"{len(ids)} written" in ran.err and ran.err.count("\n") == 1
+    assert (
+        ran.err.startswith("prompt: 3 tokens, ")
+        and f"generated: {len(ids)} tokens" in ran.err
+        and ran.err.count("\n") == 1
+    )
     told = json.loads(run("generate", given / name, "-p", "w1 w2 w3", "--max-new-tokens", 12, "--json", "-q").out)
     assert told["ids"] == ids and told["text"].strip() == words_of(ids)
     assert (told["prompt_tokens"], told["new_tokens"]) == (3, len(ids))
@@ -123,7 +127,7 @@ def test_what_was_written_stays_when_it_is_stopped(run, given, monkeypatch, json
     ran = run("generate", given / "decoder", "-p", "w1 w2 w3", *(["--json"] if json_ else []))
     text = json.loads(ran.out)["text"] if json_ else ran.out
     assert ran.code == 130 and text.strip() == words_of(ids[:4])
-    assert "nothing was written" not in ran.err and (json_ or "4 written" in ran.err)
+    assert "nothing was written" not in ran.err and (json_ or "generated: 4 tokens" in ran.err)
 
 
 @pytest.mark.parametrize(
@@ -132,20 +136,20 @@ def test_what_was_written_stays_when_it_is_stopped(run, given, monkeypatch, json
         ("{decoder}", "generate needs --prompt TEXT"),
         ("{decoder} --prompt a --ids 1", "give --prompt or --ids, not both"),
         ("{decoder} --ids 1 --chat", "--chat has no effect on --ids"),
-        ("{decoder} --prompt - --prompt -", "standard input is read once"),
-        ("{decoder} --ids one", "ids are whole numbers, such as '1 2 3', got 'one'"),
-        ("{decoder} --ids 64", "ids lie in 0..63, got 64"),
+        ("{decoder} --prompt - --prompt -", "standard input can be read only once"),
+        ("{decoder} --ids one", "expected ids as whole numbers, such as '1 2 3', got 'one'"),
+        ("{decoder} --ids 64", "expected ids in 0..63, got 64"),
         ("{decoder} --prompt w1 --chat", "the tokenizer has no chat template"),
         ("{decoder} --prompt w1 --precision int8", "--precision has no effect: "),
-        ("{decoder} --prompt w1 --temperature 0", "--temperature is a number above 0"),
+        ("{decoder} --prompt w1 --temperature 0", "--temperature: expected a number above 0"),
         ("{decoder} --prompt w1 --temperature -1", "temperature: expected a number above 0"),
         ("{decoder} --prompt w1 --top-p 1.5", "top_p: expected a probability"),
         ("{decoder} --prompt w1 --repetition-penalty 0", "repetition_penalty: expected a number above 0"),
         ("{decoder} --prompt w1 --max-new-tokens 128", "the model has 128 positions"),
-        ("{wordless} --prompt w1", "has no tokenizer: put its files there, such as tokenizer.json, or give --ids"),
+        ("{wordless} --prompt w1", "has no tokenizer: add its files, such as tokenizer.json, or give --ids"),
         ("{model} --prompt w1 --precision int3", "unknown precision 'int3'"),
         ("{bert} --ids 1", "expected a language model of transformers, got BertModel"),
-        ("{compiled} --ids 1", "holds a compiled model, which has no cache"),
+        ("{compiled} --ids 1", "holds a compiled model, which has no KV cache"),
         ("{none} --ids 1", "no model folder"),
     ],
 )
@@ -182,7 +186,7 @@ def test_a_language_model_becomes_a_decoder(run, given):
 def test_an_encoder_is_compiled_for_other_batches(run, given, tmp_path):
     ran = run("compile", given / "bert", "-o", tmp_path / "out", "--json", "--tokens", 9, "--threads", 1)
     told = json.loads(ran.out)["summary"]
-    assert ran.code == 0 and told["holds"] == "a compiled model" and "attention" in told["runs"]
+    assert ran.code == 0 and told["contains"] == "a compiled model" and "attention" in told["operators"]
     made, model = rarefy.load(tmp_path / "out"), hf.load_folder(given / "bert")
     ids, mask = torch.randint(0, 64, (3, 20)), torch.ones(3, 20, dtype=torch.int64)
     mask[1, 12:] = 0
@@ -215,7 +219,10 @@ def test_compile_errors(run, given, tmp_path):
     for words, message in (
         ((given / "model", "--tokens", 9), "--batch and --tokens have no effect"),
         ((given / "model", "--precision", "int3"), "unknown precision 'int3'"),
-        ((given / "bert", "--tokens", 5000), "--tokens is at most 64, as many as the model has positions, got 5000"),
+        (
+            (given / "bert", "--tokens", 5000),
+            "--tokens: expected at most 64, the model's number of positions, got 5000",
+        ),
         ((given / "decoder",), "holds a decoder: give the folder of what it was compiled from"),
         ((tmp_path / "net",), "holds a Net, which is built in Python"),
     ):

@@ -233,7 +233,7 @@ def test_inspect_shows_groups(given, run: Run):
     assert {"neuron", "head"} <= kinds
     for wrong in (given / "cut.yaml", given):
         ran = run("inspect", wrong, "--groups")
-        assert ran.code == 2 and "neither a folder of ours nor a Hugging Face folder" in ran.err
+        assert ran.code == 2 and "neither a folder written by Rarefy nor a Hugging Face folder" in ran.err
 
 
 def test_groups_in_python():

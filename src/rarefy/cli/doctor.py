@@ -1,4 +1,4 @@
-"""What is here, what is missing, and how to get it."""
+"""`rarefy doctor`: installed versions, CPU features, and what is missing."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ EXTRAS = {
 
 
 def examine() -> Report:
-    """Return versions, CPU features, and a row for everything optional with the command that installs it."""
+    """Return versions and CPU features, with the install command of each optional package that is missing."""
     rows = [{"what": name, "is": version(name) or "MISSING", "get it with": ""} for name in CORE]
     for name, extra in EXTRAS.items():
-        found = version(name)
+        status = version(name)
         rows.append(
             {
                 "what": name,
-                "is": found or "missing",
-                "get it with": "" if found else f"pip install '.[{extra}]' in Rarefy's folder",
+                "is": status or "missing",
+                "get it with": "" if status else f"pip install '.[{extra}]' in Rarefy's folder",
             }
         )
     for name, source in builtin.SOURCES.items():
         try:
             builtin.find(name)
-            found = "installed"
+            status = "installed"
         except DataError:
-            found = "missing"
+            status = "missing"
         rows.append(
-            {"what": f"sample {name}", "is": found, "get it with": "" if found == "installed" else source.install}
+            {"what": f"sample {name}", "is": status, "get it with": "" if status == "installed" else source.install}
         )
-    here = machine()
+    this_machine = machine()
     summary = {
         "rarefy": version("rarefy") or "not installed as a package",
-        "cpu": here["cpu"],
-        "extensions": " ".join(here["extensions"]) or "none known",
-        "cores": here["cores"],
-        "threads": here["threads"],
-        "python": here["python"],
+        "cpu": this_machine["cpu"],
+        "extensions": " ".join(this_machine["extensions"]) or "none known",
+        "cores": this_machine["cores"],
+        "threads": this_machine["threads"],
+        "python": this_machine["python"],
         "bf16 products": "native" if native_bf16() else "emulated: expect bf16 to be slower than fp32",
         "CUDA": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "kernels": bindings.isa() or bindings.missing(),
