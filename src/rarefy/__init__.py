@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from rarefy.model.masks import masks as masks
     from rarefy.onnx.export import export_onnx as export_onnx
     from rarefy.onnx.load import from_onnx as from_onnx
-    from rarefy.pipeline.compress import cast_ as cast_
+    from rarefy.pipeline.cast import cast_ as cast_
     from rarefy.pipeline.compress import compress_ as compress_
     from rarefy.pipeline.train_stage import Sparsifier as Sparsifier
     from rarefy.prune.prune import prune_ as prune_
     from rarefy.prune.solver_config import Solver as Solver
     from rarefy.quantization.codebook import share_ as share_
     from rarefy.quantization.quantize import quantize_ as quantize_
-    from rarefy.recipe.parser import Recipe as Recipe
+    from rarefy.recipe.schema import Recipe as Recipe
     from rarefy.runtime.accelerate import accelerate_ as accelerate_
     from rarefy.structured.cut import cut_ as cut_
     from rarefy.structured.head_pruning import prune_heads_ as prune_heads_
@@ -68,7 +68,7 @@ _MODULES = {  # public name -> module that defines it
     "Movement": "rarefy.train.sparsity_config",
     "RarefyError": "rarefy.common.errors",
     "Receipt": "rarefy.evaluation.receipt",
-    "Recipe": "rarefy.recipe.parser",
+    "Recipe": "rarefy.recipe.schema",
     "Report": "rarefy.common.report",
     "Rewind": "rarefy.train.sparsity_config",
     "Rigl": "rarefy.train.sparsity_config",
@@ -77,7 +77,7 @@ _MODULES = {  # public name -> module that defines it
     "Sparsifier": "rarefy.pipeline.train_stage",
     "accelerate_": "rarefy.runtime.accelerate",
     "adopt_": "rarefy.model.masks",
-    "cast_": "rarefy.pipeline.compress",
+    "cast_": "rarefy.pipeline.cast",
     "compile": "rarefy.compiler.compile",
     "compress_": "rarefy.pipeline.compress",
     "cut_": "rarefy.structured.cut",

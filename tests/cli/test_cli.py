@@ -243,7 +243,7 @@ MISTAKES = {
     "no such recipe": ("compress {model} -r smollm2-dmo -o {out}", "did you mean 'smollm2-demo'?"),
     "a wrong field in the recipe": ("compress {model} -r {tmp}/odd.yaml -o {out}", "did you mean 'sparsity'?) [odd.yaml, line 3]"),
     "a wrong field in --set": (GO + " --set sparsty=0.4", "unknown override 'sparsty'; choose from "),
-    "a wrong value in --set": (GO + " --set sparsity=1.4", "sparsity is a fraction between 0 and 1, got 1.4"),
+    "a wrong value in --set": (GO + " --set sparsity=1.4", "sparsity: expected a number between 0 and 1, got 1.4"),
     "--set without a value": (GO + " --set sparsity", "--set 'sparsity': write field=value, such as sparsity=0.4"),
     "--set without a name": (GO + " --set =4", "--set '=4': write field=value"),
     "--set that is no YAML": (GO + " --set layers=[a", "--set 'layers=[a'"),

@@ -135,7 +135,7 @@ def test_experts_without_tokens_are_named_and_left(solver):
     before = experts.gate_up_proj.detach().clone()
     data = [{"input_ids": torch.full((2, 12), 7)}]  # one token everywhere goes to the same two of four experts
     report = rarefy.prune_(model, sparsity=0.5, solver=solver, data=data, layers="model.layers.0.mlp.experts.*")
-    start = "experts that saw no token, pruned by magnitude, not moved: model.layers.0.mlp.experts.gate_up_proj ["
+    start = "experts that saw no token were pruned by magnitude, without moving weights: model.layers.0.mlp.experts.gate_up_proj ["
     assert report.notes[0].startswith(start)
     idle = [int(n) for n in report.notes[0].partition("[")[2].partition("]")[0].split(", ")]
     assert len(idle) == 2

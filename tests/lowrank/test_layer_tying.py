@@ -93,7 +93,7 @@ def test_tying_in_a_recipe():
     [
         (blocks(), {"every": 1}, PatternError, "every: expected a whole number of at least 2, got 1"),
         (blocks(), {"every": True}, PatternError, "every: expected a whole number"),
-        (blocks(), {"average": 1}, PatternError, "average is True or False, got 1"),
+        (blocks(), {"average": 1}, PatternError, "average: expected true or false, got 1"),
         (tiny_llama(), {"blocks": "model.layer"}, ModelError, r"unknown list of blocks 'model.layer'.*did you mean 'model.layers'"),
         (nn.Linear(2, 2), {}, ModelError, "Linear has no list of equal blocks of which 2 could share weights"),
         (nn.Linear(2, 2), {"blocks": "x"}, ModelError, "Linear has no blocks"),

@@ -8,7 +8,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net, image_batches, tiny_llama
-from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
+from rarefy.common.errors import DataError, ModelError, PatternError, RarefyError, RecipeError
 from rarefy.model.hf import is_causal_lm
 from rarefy.model.layers import all_layers, select_layers
 from rarefy.pipeline.dry_run import forecast
@@ -189,8 +189,12 @@ def test_errors_of_every_layer_type():
     [
         ({"allocate": "unifrom"}, PatternError, r"unknown allocation 'unifrom'.*did you mean 'uniform'"),
         ({"allocate": "owl"}, DataError, "allocation 'owl' reads activations: give data=batches"),
-        ({"allocate": "erk", "scope": "global"}, PatternError, "scope 'global' decides every layer's sparsity itself"),
-        ({"allocate": "erk", "pattern": "2:4", "sparsity": None}, PatternError, "pattern 2:4 decides every layer's"),
+        (
+            {"allocate": "erk", "scope": "global"},
+            PatternError,
+            "scope 'global' determines every layer's sparsity: allocate",
+        ),
+        ({"allocate": "erk", "pattern": "2:4", "sparsity": None}, PatternError, "pattern 2:4 determines every layer's"),
     ],
 )
 def test_errors(settings, kind, message):
@@ -228,17 +232,17 @@ def test_a_loss_that_is_not_finite_is_named():
             {"memory": 1 << 30, "resume_dir": "w"},
             r"allocate='search' holds all.*--set allocate=uniform.*recipe best, stage 1",
         ),
-        ({"pattern": "2:4"}, r"pattern 2:4 decides.*--set allocate=uniform.*recipe best, stage 1"),
-        ({"scope": "global"}, r"global.*no effect.*recipe best, stage 1"),
+        ({"pattern": "2:4"}, r"stages\[0\].prune.allocate: pattern 2:4 determines.*--set allocate=uniform"),
+        ({"scope": "global"}, r"stages\[0\].prune.solver: .*scope 'global' has no effect"),
     ],
 )
 def test_what_best_cannot_do_is_said_before_data_is_read(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PatternError, match=message):
+    with pytest.raises(RarefyError, match=message):
         rarefy.compress_(tiny_llama(), "best", {"calibrate": map(pytest.fail, ["read"])}, **options)
     memory = options.pop("memory", None)
     options.pop("resume_dir", None)
-    with pytest.raises(PatternError, match=message):
+    with pytest.raises(RarefyError, match=message):
         forecast(tiny_llama(), recipes.load("best", **options), memory)
     assert not list(tmp_path.iterdir())
 
@@ -270,7 +274,7 @@ def test_recipes():
     data = [{"input_ids": torch.randint(0, 64, (2, 16))}]
     receipt = rarefy.compress_(tiny_llama(), plan, data)
     assert receipt.sparsity["achieved"] == pytest.approx(0.5, abs=2e-3)
-    with pytest.raises(RecipeError, match="unknown allocate 'x'"):
+    with pytest.raises(RecipeError, match="unknown allocation 'x'"):
         recipes.load({"stages": [{"prune": {"sparsity": 0.5, "allocate": "x"}}]})
 
 

@@ -148,7 +148,11 @@ def test_half_precision_passes_and_weights():
             PatternError,
             "solver obs has no steps; it has damping, .*block",
         ),
-        ({"solver": rarefy.Solver(name="admm", asymmetric=2)}, PatternError, "asymmetric lies within 0 and 1, got 2"),
+        (
+            {"solver": {"name": "admm", "asymmetric": 2}},
+            PatternError,
+            "solver.asymmetric: expected a number between 0 and 1, got 2",
+        ),
         ({"solver": "obs", "scope": "global"}, PatternError, "block by block: scope 'global' has no effect without a"),
         ({"solver": "obs", "layers": "*"}, PatternError, "nothing to move in an embedding: ignore embed"),
     ],
@@ -175,10 +179,10 @@ def test_recipes():
     assert long.stages[0].solver == rarefy.Solver(name="admm", steps=12)
     assert recipes.load(long.to_dict()) == long
     for text, message in [
-        ("{sparsity: 0.5, solver: obbs}", r"unknown solver 'obbs'.* \[r, line 2\]"),
-        ("{sparsity: 0.5, solver: {name: refit, block: 4}}", r"solver refit has no block.* \[r, line 2\]"),
-        ("{sparsity: 0.5, solver: {name: obs, blck: 4}}", r"unknown key 'blck'.*did you mean 'block'"),
-        ("{sparsity: 0.5, solver: 3}", "solver: expected .*a word, got 3"),
+        ("{sparsity: 0.5, solver: obbs}", r"r line 2: .*unknown solver 'obbs'"),
+        ("{sparsity: 0.5, solver: {name: refit, block: 4}}", r"r line 2: .*solver refit has no block"),
+        ("{sparsity: 0.5, solver: {name: obs, blck: 4}}", r"unknown field 'blck'.*did you mean 'block'"),
+        ("{sparsity: 0.5, solver: 3}", "solver: expected a string or keys and values, got 3"),
     ]:
         with pytest.raises(RecipeError, match=message):
             recipes.from_yaml(f"stages:\n  - prune: {text}\n", "r")

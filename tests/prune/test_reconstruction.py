@@ -198,7 +198,7 @@ def test_blocks_may_be_named(monkeypatch):
     ("options", "message"),
     [
         ({"blocks": "x"}, "blocks='x' has no effect without"),
-        ({"blocks": 3, "reconstruct": 1}, "blocks is a glob .*got 3"),
+        ({"blocks": 3, "reconstruct": 1}, "blocks: expected a string, got 3"),
     ],
 )
 def test_wrong_blocks(options, message):

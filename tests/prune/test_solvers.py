@@ -235,18 +235,30 @@ def test_zero_damping(solver):
     ("how", "kind", "message"),
     [
         ({"allocate": "errors", "data": []}, DataError, "calibration data is empty: allocation 'errors'"),
-        ({"solver": {"name": "obs", "blok": 3}}, PatternError, "unknown solver option 'blok'.*did you mean 'block'"),
-        ({"solver": {"damping": 3}}, PatternError, "a solver needs a name"),
+        ({"solver": {"name": "obs", "blok": 3}}, PatternError, "unknown field 'blok'.*did you mean 'block'"),
+        ({"solver": {"damping": 3}}, PatternError, "solver: name is required"),
         ({"solver": "SparseGPT"}, PatternError, "unknown solver 'SparseGPT' .did you mean 'obs'"),
-        ({"solver": rarefy.Solver(name="obs", damping="0.1")}, PatternError, "damping is a number, got '0.1'"),
-        ({"solver": rarefy.Solver(name="obs", block=1.5)}, PatternError, "block is a whole number, got 1.5"),
         (
-            {"solver": rarefy.Solver(name="obs", reconstruct=True)},
+            {"solver": {"name": "obs", "damping": "0.1"}},
             PatternError,
-            "reconstruct is a whole number, got True",
+            "damping: expected a number between 0 and 10, got '0.1'",
         ),
-        ({"solver": rarefy.Solver(name="obs", bf16="no")}, PatternError, "bf16 is true or false, got 'no'"),
-        ({"solver": rarefy.Solver(name="obs", reconstruct=1, lr=0)}, PatternError, "lr=0 learns nothing"),
+        (
+            {"solver": {"name": "obs", "block": 1.5}},
+            PatternError,
+            "block: expected a whole number from 1 to 1048576, got 1.5",
+        ),
+        (
+            {"solver": {"name": "obs", "reconstruct": True}},
+            PatternError,
+            "reconstruct: expected a whole number between 0 and 1,000, got True",
+        ),
+        ({"solver": {"name": "obs", "bf16": "no"}}, PatternError, "bf16: expected true or false, got 'no'"),
+        (
+            {"solver": {"name": "obs", "reconstruct": 1, "lr": 0}},
+            PatternError,
+            "lr: expected a number above 0 and at most 1, got 0",
+        ),
     ],
 )
 def test_messages_for_wrong_solvers(how, kind, message):

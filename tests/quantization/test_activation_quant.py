@@ -118,7 +118,7 @@ def test_activation_grids_are_copied_saved_and_loaded(activations, tmp_path):
 def test_attention_inputs_stay_with_a_note():
     net = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     report = rarefy.quantize_(net, "int8", activations="int8")
-    assert report.notes == ("inputs left as they are: 0.in_proj_weight, 0.out_proj",)
+    assert report.notes == ("inputs not quantized: 0.in_proj_weight, 0.out_proj",)
     assert "inputs" not in report.rows[0] and "inputs" in report.rows[2]
 
 
@@ -182,7 +182,7 @@ def test_activations_in_a_recipe(tmp_path):
         ),
         ({"activations": "int8", "data": [torch.zeros(2, 32)]}, DataError, "data has no effect"),
         ({"smooth": 0.5}, PatternError, "smooth=0.5 has no effect without activations"),
-        ({"smooth": 1.5, "activations": "int8"}, PatternError, "smooth is a number from 0 to 1, got 1.5"),
+        ({"smooth": 1.5, "activations": "int8"}, PatternError, "smooth: expected a number between 0 and 1, got 1.5"),
         ({"smooth": 0.5, "activations": "int8"}, DataError, "smooth reads data: give data=batches"),
         ({"smooth": 0.5, "activations": "int8", "data": []}, DataError, "the calibration data is empty"),
         ({"observer": "mse"}, PatternError, "observer='mse' has no effect without activations='int8-static'"),

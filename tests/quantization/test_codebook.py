@@ -265,10 +265,10 @@ def test_deep_compression_in_a_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"bits": 9}, PatternError, "bits is a whole number from 2 to 8, got 9"),
-        ({"bits": True}, PatternError, "bits is a whole number"),
+        ({"bits": 9}, PatternError, "bits: expected a whole number between 2 and 8, got 9"),
+        ({"bits": True}, PatternError, "bits: expected a whole number"),
         ({"bits": "4"}, PatternError, "got '4'"),
-        ({"group": 32}, PatternError, "group is 'tensor' or None for one table an output, got 32"),
+        ({"group": 32}, PatternError, "group: expected 'tensor', got 32"),
         ({"data": "wiki"}, DataError, "data is an iterable of batches"),
         ({"data": []}, DataError, "empty"),
         ({"layers": "9"}, rarefy.RarefyError, "'9' matches no layer"),
@@ -307,8 +307,8 @@ def test_tables_larger_than_their_savings_are_refused():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("- share:\n    bits: 12", r"bits is a whole number from 2 to 8, got 12 \[r.yaml, line 3\]"),
-        ("- share:\n    group: row", r"group is 'tensor' or None .* \[r.yaml, line 3\]"),
+        ("- share:\n    bits: 12", r"r.yaml line 3: .*bits: expected a whole number between 2 and 8, got 12"),
+        ("- share:\n    group: row", r"r.yaml line 3: .*group: expected 'tensor'"),
         ("- share: {}\n- cut: {keep: 0.5}", "a cut comes before a stage share"),
     ],
 )

@@ -17,7 +17,7 @@ from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Codebook, Grid, attached_grid, get_grid, recorded_grids, scale_shape
 from rarefy.pipeline.dry_run import forecast
 from rarefy.prune import solvers
-from rarefy.quantization.config import asked
+from rarefy.quantization.config import QuantizeOptions, resolve_options
 from rarefy.quantization.grids import fit_grid
 from rarefy.quantization.scale_fitting import FITS
 from rarefy.recipe import parser as recipes
@@ -57,7 +57,7 @@ def off(model, dense, data):
 def test_weights_are_rounded_to_nearest(bits, symmetric):
     torch.manual_seed(bits)
     W = torch.randn(3, 8) + (0 if symmetric else 1)
-    grid = fit_grid(W, (3, 2), asked(f"int{bits}", 4, symmetric))
+    grid = fit_grid(W, (3, 2), resolve_options(QuantizeOptions(weights=f"int{bits}", group=4, symmetric=symmetric)))
     got = grid.snap(W)
     low, high = grid.range
     for i, j in product(range(3), range(8)):
@@ -98,7 +98,7 @@ def test_mse_uses_error_weights():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_half_precision_weights_stay_on_the_grid(dtype, bits):
     W = torch.randn(8, 64).to(dtype)
-    grid = fit_grid(W, (8, 1), asked(f"int{bits}", None, False))
+    grid = fit_grid(W, (8, 1), resolve_options(QuantizeOptions(weights=f"int{bits}", symmetric=False)))
     got = grid.snap(W)
     assert got.dtype == dtype and grid.contains(got)
     assert not grid.contains(got + grid.scale.to(dtype) / 3)
@@ -115,7 +115,7 @@ def test_scales_follow_the_weight_layout():
     ) == (4, 4, 2, 2)
     assert scale_shape(all_layers(nn.MultiheadAttention(8, 2))[0], 4) == (24, 2)
     for layer in all_layers(net):  # one scale an output: rows of the matrix do not see each other
-        grid = fit_grid(layer.weight.detach(), shapes[layer.name], asked("int8"))
+        grid = fit_grid(layer.weight.detach(), shapes[layer.name], resolve_options(QuantizeOptions()))
         G, _, O, _ = layer.layout.shape
         spread = layer.layout.view(grid.spread(grid.scale, layer.weight.shape))
         top = layer.layout.view(layer.weight.detach()).abs().amax((1, 3))
@@ -488,22 +488,22 @@ def test_a_recipe_quantizes_and_prunes_at_once():
     [
         ({"weights": "int9"}, PatternError, "unknown weights 'int9'; choose from int2, int3"),
         ({"weights": "int1"}, PatternError, "unknown weights 'int1'"),
-        ({"weights": 8}, PatternError, "unknown weights 8"),
+        ({"weights": 8}, PatternError, "weights: expected one of int2, int3, int4, int5, int6, int7, int8, got 8"),
         ({"weights": "fp16"}, PatternError, r"rarefy.cast_\(model, 'fp16'\)"),
         ({"weights": "bfloat16"}, PatternError, r"rarefy.cast_\(model, 'bf16'\)"),
         ({"group": 7}, ModelError, "0: a group of 7 does not divide its 32 inputs: 8, 4, 2 would; or ignore the layer"),
-        ({"group": 0}, PatternError, "group is a number of inputs from 2 up, 'tensor', or None for all, got 0"),
-        ({"group": True}, PatternError, "group is a number"),
+        ({"group": 0}, PatternError, "group: expected a whole number of at least 2 or 'tensor', got 0"),
+        ({"group": True}, PatternError, "group: expected a whole number"),
         ({"group": "row"}, PatternError, "got 'row'"),
-        ({"symmetric": 1}, PatternError, "symmetric is True or False, got 1"),
+        ({"symmetric": 1}, PatternError, "symmetric: expected true or false, got 1"),
         ({"fit": "mes"}, PatternError, r"unknown fit 'mes'; choose from hqq, minmax, mse \(did you mean 'mse'\?\)"),
         ({"solver": "gptq"}, PatternError, "gptq is called obs here"),
         ({"solver": "AutoRound"}, PatternError, "AutoRound is called round here"),
         ({"solver": "round"}, DataError, "solver round works on a layer's inputs: give data=batches"),
         ({"solver": {"name": "round", "refits": 3}}, PatternError, "solver round has no refits; it has steps, lr, bf16, blocks"),
-        ({"solver": {"name": "round", "steps": 0}}, PatternError, "steps is a whole number from 1 up, got 0"),
-        ({"solver": {"name": "round", "lr": 2}}, PatternError, "lr lies within 0 and 1, got 2"),
-        ({"solver": "round", "pattern": "2:4"}, PatternError, "by solver='obs' alone"),
+        ({"solver": {"name": "round", "steps": 0}}, PatternError, "steps: expected a whole number between 1 and 10,000, got 0"),
+        ({"solver": {"name": "round", "lr": 2}}, PatternError, "solver.lr: expected a number above 0 and at most 1, got 2"),
+        ({"solver": "round", "pattern": "2:4"}, PatternError, "only solver='obs' prunes in the same pass"),
         ({"solver": "round", "data": [torch.zeros(2, 32)]}, ModelError, "has no list of equal blocks"),
         ({"solver": "admm"}, PatternError, "unknown solver of quantization 'admm'; choose from obs, round, rtn"),
         ({"solver": "obs"}, DataError, "give data=batches"),
@@ -512,7 +512,7 @@ def test_a_recipe_quantizes_and_prunes_at_once():
         ({"data": [torch.zeros(2, 32)]}, DataError, "data has no effect"),
         ({"solver": "obs", "data": []}, DataError, "the calibration data is empty"),
         ({"solver": "obs", "data": "wiki"}, DataError, "data is an iterable of batches, got the text"),
-        ({"pattern": "2:4"}, PatternError, "zeros are chosen along the way by solver='obs' alone"),
+        ({"pattern": "2:4"}, PatternError, "only solver='obs' prunes in the same pass"),
         ({"sparsity": 0.5}, PatternError, "sparsity=0.5 has no effect without pattern"),
         ({"solver": "obs", "pattern": "row", "sparsity": 0.5}, PatternError, "pattern row crosses all columns"),
         ({"solver": "obs", "pattern": "3:5", "group": 8}, PatternError, "groups of 8 inputs and the 5 of pattern 3:5"),
@@ -561,12 +561,12 @@ def test_constant_weights_and_zero_inputs():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("- quantize: {weights: int1}", r"unknown weights 'int1'; .* \[r.yaml, line 2\]"),
-        ("- quantize:\n    weights: int4\n    group: 1", r"group is a number .* \[r.yaml, line 4\]"),
-        ("- quantize:\n    fit: mes", r"unknown fit 'mes'.* \[r.yaml, line 3\]"),
-        ("- quantize:\n    solver: gptq", r"gptq is called obs here\) \[r.yaml, line 3\]"),
-        ("- quantize:\n    pattern: 2:4", r"by solver='obs' alone; prune_ first \[r.yaml, line 3\]"),
-        ("- quantize:\n    bits: 4", r"unknown key 'bits'"),
+        ("- quantize: {weights: int1}", r"r.yaml line 2: .*unknown weights 'int1';"),
+        ("- quantize:\n    weights: int4\n    group: 1", r"r.yaml line 4: .*group: expected a whole number"),
+        ("- quantize:\n    fit: mes", r"r.yaml line 3: .*unknown fit 'mes'"),
+        ("- quantize:\n    solver: gptq", r"r.yaml line 3: .*gptq is called obs here\)"),
+        ("- quantize:\n    pattern: 2:4", r"r.yaml line 3: .*only solver='obs' prunes in the same pass; prune_ first"),
+        ("- quantize:\n    bits: 4", r"unknown field 'bits'"),
         ("- quantize: {}\n- cut: {keep: 0.5}", r"a cut comes before a stage quantize"),
     ],
 )
@@ -599,7 +599,7 @@ def test_solvers_refuse_quantized_weights(do):
     net = linear()
     do(net)
     before = net[0].weight.detach().clone()
-    with pytest.raises(ModelError, match="0 lies on a grid, which the weights that solver obs moves would leave"):
+    with pytest.raises(ModelError, match="0 is quantized, and solver obs would move its weights off their grid"):
         rarefy.prune_(net, sparsity=0.7, solver="obs", data=[torch.randn(32, 64)])
     assert torch.equal(net[0].weight, before)
 
@@ -639,7 +639,7 @@ def test_weights_whose_grid_overflows():
         empty = linear(1, 8)
         empty[0].weight = nn.Parameter(torch.empty(8, 0))
         rarefy.quantize_(empty, "int4")
-    with pytest.raises(ValueError, match="unknown weights"):
+    with pytest.raises(ValueError, match="weights: expected one of int2"):
         rarefy.quantize_(linear(), ["int8"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown fit 0"):
         rarefy.quantize_(linear(), fit=0)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ import rarefy
 from rarefy.common.errors import FormatError
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import get_grid
-from rarefy.quantization.config import asked
+from rarefy.quantization.config import QuantizeOptions, resolve_options
 from rarefy.quantization.grids import fit_grid
 from rarefy.runtime import bindings, huge_pages, packing, reference
 from rarefy.runtime.kernel import Kernel, Together, fit_together
@@ -484,10 +484,10 @@ GRIDS = [
 
 
 def on_grid(O, C, weights, group, symmetric):
-    ask = asked(weights, group, symmetric)
+    config = resolve_options(QuantizeOptions(weights=weights, group=group, symmetric=symmetric))
     shape = (1, 1) if group == "tensor" else (O, 1 if group is None else C // group)
     W = torch.randn(O, C) + (0 if symmetric else 0.5)
-    grid = fit_grid(W, shape, ask)
+    grid = fit_grid(W, shape, config)
     return grid.snap(W), grid
 
 

@@ -294,9 +294,9 @@ def test_the_smallest_units_are_removed_in_multiples_of_round_to():
     ("how", "message"),
     [
         ({"units": "chanel"}, "unknown units 'chanel'.*did you mean 'channel'"),
-        ({"keep": 0}, "keep is a fraction above 0 and at most 1, got 0"),
-        ({"keep": True}, "keep is a fraction above 0"),
-        ({"round_to": 0}, "round_to is a whole number from 1 up, got 0"),
+        ({"keep": 0}, "keep: expected a number above 0 and at most 1, got 0"),
+        ({"keep": True}, "keep: expected a number above 0"),
+        ({"round_to": 0}, "round_to: expected a whole number of at least 1, got 0"),
         ({"example": torch.randn(1, 5)}, "cannot be called with a batch of float32 1x5"),
         ({"layers": "9"}, "matches no layer"),
         ({"layers": "2"}, "no group of channel, neuron, head can be cut: 0.weight:1 .neuron.: the model is given it"),
@@ -654,7 +654,7 @@ def test_the_title_of_a_masked_model():
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"units": 0.5}, "units is a kind or a list of kinds, such as 'channel', got 0.5; keep=0.5 is by name"),
+        ({"units": 0.5}, "units: expected one of channel, .* got 0.5"),
         ({"units": "channel"}, "no group of channel can be cut: .*; it has neuron"),
         ({"round_to": 1000}, "nothing would go: keep 0.5 leaves every unit of every group in multiples of 1000"),
         (

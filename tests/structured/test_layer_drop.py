@@ -233,7 +233,7 @@ def test_cut_with_units_layer_is_the_same():
     ("how", "error", "message"),
     [
         ({"score": "similarty"}, ModelError, "unknown score of layers 'similarty'.*did you mean 'similarity'"),
-        ({"keep": 0}, ModelError, "keep is a fraction above 0 and at most 1, got 0"),
+        ({"keep": 0}, ModelError, "keep: expected a number above 0 and at most 1, got 0"),
         ({"keep": 0.95}, ModelError, "nothing would go: 5 blocks, of which all stay"),
         ({"keep": 0.05}, ModelError, "5 blocks would go, 4 can: one of each list stays"),
         (

@@ -17,14 +17,14 @@ from rarefy.train.sparsity_methods import lr_progress
 from rarefy.train.sparsity_schedule import sparsities
 
 PLANS = {
-    "gradual": Gradual(steps=4, end=0.6),
-    "gradual that regrows": Gradual(steps=4, end=0.6, regrow=True),
-    "movement": Movement(steps=5, end=0.6),
-    "second-order": SecondOrder(steps=3, end=0.6, block=16, gradients=8),
-    "rigl": Rigl(steps=4),
-    "alternate": Alternate(cycles=2),
-    "admm": Admm(steps=6, end=0.7),
-    "rewind": Rewind(rounds=2),
+    "gradual": (Gradual, {"steps": 4, "end": 0.6}),
+    "gradual that regrows": (Gradual, {"steps": 4, "end": 0.6, "regrow": True}),
+    "movement": (Movement, {"steps": 5, "end": 0.6}),
+    "second-order": (SecondOrder, {"steps": 3, "end": 0.6, "block": 16, "gradients": 8}),
+    "rigl": (Rigl, {"steps": 4}),
+    "alternate": (Alternate, {"cycles": 2}),
+    "admm": (Admm, {"steps": 6, "end": 0.7}),
+    "rewind": (Rewind, {"rounds": 2}),
 }
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
@@ -39,8 +39,8 @@ def mlp():
 
 
 def plan_of(name, pattern="unstructured", sparsity=0.7, **more):
-    plan = PLANS[name]
-    return type(plan)(**{**plan.__dict__, "pattern": pattern, "sparsity": sparsity, "layers": ["1", "3"], **more})
+    config, options = PLANS[name]
+    return config(**{**options, "pattern": pattern, "sparsity": sparsity, "layers": ["1", "3"], **more})
 
 
 def data_of(steps=20):
@@ -387,17 +387,17 @@ BAD = {
     "no plan": (lambda: Sparsifier(mlp(), "rigl", steps=3), "prune is a plan such as rarefy.Gradual"),
     "steps": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5), steps=0), "steps: expected a whole number of at least 1, got 0"),
     "no progress": (lambda: Sparsifier(mlp(), Gradual(sparsity=0.5)).step(), "needs the progress of training"),
-    "beyond the end": (lambda: resolve_config(Rigl(sparsity=0.5, end=1.2)), "starts and ends within training, 0..1, got 0.0 to 1.2"),
+    "beyond the end": (lambda: resolve_config(Rigl(sparsity=0.5, end=1.2)), "end: expected a number between 0 and 1, got 1.2"),
     "too short": (lambda: Sparsifier(mlp(), Alternate(sparsity=0.5, cycles=8), steps=10), "has 17 events, but training has only 10 steps"),
     "soft with sparsity": (lambda: resolve_config(Movement(sparsity=0.5, penalty=1.0)), "leave sparsity out, or penalty"),
-    "soft N:M": (lambda: resolve_config(Movement(pattern="2:4", penalty=1.0)), "decides the sparsity: penalty has no effect"),
+    "soft N:M": (lambda: resolve_config(Movement(pattern="2:4", penalty=1.0)), "determines the sparsity: penalty has no effect"),
     "soft scope": (lambda: resolve_config(Movement(scope="global", penalty=1.0)), "scope has no effect"),
-    "penalty": (lambda: resolve_config(Movement(penalty=-1.0)), "penalty is greater than 0, got -1.0"),
-    "drop": (lambda: resolve_config(Rigl(sparsity=0.5, drop=1.5)), "drop lies between 0 and 1, got 1.5"),
-    "rounds": (lambda: resolve_config(Rewind(sparsity=0.5, rounds=0)), "at least one step and at most 100,000, got 0|rounds is a whole number"),
-    "cycles": (lambda: resolve_config(Alternate(sparsity=0.5, cycles=2.5)), "cycles is a whole number from 1 to 100,000, got 2.5"),
+    "penalty": (lambda: resolve_config(Movement(penalty=-1.0)), "penalty: expected a number above 0, got -1.0"),
+    "drop": (lambda: resolve_config(Rigl(sparsity=0.5, drop=1.5)), "drop: expected a number between 0 and 1, got 1.5"),
+    "rounds": (lambda: resolve_config(Rewind(sparsity=0.5, rounds=0)), "rounds: expected a whole number between 1 and 100,000, got 0"),
+    "cycles": (lambda: resolve_config(Alternate(sparsity=0.5, cycles=2.5)), "cycles: expected a whole number between 1 and 100,000, got 2.5"),
     "phases": (lambda: resolve_config(Alternate(sparsity=0.5, start=0.5, end=0.5)), "phases lie between start and end"),
-    "damp": (lambda: resolve_config(SecondOrder(sparsity=0.5, damp=0.0)), "damp is greater than 0, got 0.0"),
+    "damp": (lambda: resolve_config(SecondOrder(sparsity=0.5, damp=0.0)), "damp: expected a number above 0, got 0.0"),
     "allocate": (lambda: resolve_config(Rigl(sparsity=0.5, allocate="owl")), "unknown allocation 'owl'"),
     "allocate N:M": (lambda: resolve_config(Rigl(pattern="2:4", allocate="erk")), "allocate has no effect"),
     "rigl global": (lambda: resolve_config(Rigl(sparsity=0.5, scope="global")), "scope 'global' has no effect"),

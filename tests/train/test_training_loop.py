@@ -132,7 +132,7 @@ def test_data_may_be_a_function_of_the_epoch():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"lr_schedule": "cosin"}, RecipeError, "unknown lr schedule 'cosin'.*did you mean 'cosine'"),
+        ({"lr_schedule": "cosin"}, RecipeError, "unknown lr_schedule 'cosin'.*did you mean 'cosine'"),
         ({"epochs": 0}, RecipeError, "epochs: expected a whole number of at least 1, got 0"),
         ({"data": []}, DataError, "the training data is empty in epoch 1"),
         (
@@ -150,18 +150,25 @@ def test_data_may_be_a_function_of_the_epoch():
             DataError,
             "score 'wanda' needs data: give calibrate=batches",
         ),
-        ({"prune": Gradual(sparsity=0.5, score="wandda")}, PatternError, "unknown score"),
-        (
-            {"prune": Gradual(sparsity=0.5, start=0.8, end=0.2)},
-            PatternError,
-            "pruning starts at 0.8 and ends at 0.2: start comes first",
-        ),
     ],
 )
 def test_messages_for_wrong_arguments(settings, error, message):
     data = settings.pop("data", image_batches())
     with pytest.raises(error, match=message):
         fit_(Net(), data, **settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "wandda"}, "unknown score 'wandda'"),
+        ({"start": 0.8, "end": 0.2}, "pruning starts at 0.8 and ends at 0.2: start comes first"),
+        ({"sparsity": 5}, "sparsity: expected a number between 0 and 1, got 5"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_at_once(options, message):
+    with pytest.raises(PatternError, match=message):
+        Gradual(**{"sparsity": 0.5, **options})
 
 
 def test_a_frozen_model_is_refused():

@@ -12,7 +12,7 @@ from rarefy.data import builtin
 from rarefy.evaluation.profiling import machine, native_bf16
 from rarefy.runtime import bindings
 
-CORE = ("torch", "safetensors", "numpy", "pyyaml", "rich", "typer", "greenlet")
+CORE = ("torch", "safetensors", "numpy", "pydantic", "ruamel.yaml", "rich", "typer", "greenlet")
 EXTRAS = {
     "transformers": "hf",
     "tokenizers": "hf",

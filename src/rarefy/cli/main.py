@@ -104,9 +104,9 @@ def compress(
     if dry_run:
         from rarefy.data.sources import find
         from rarefy.pipeline.dry_run import forecast
-        from rarefy.pipeline.run_data import Given
+        from rarefy.pipeline.run_data import RunData
         from rarefy.pipeline.train_stage import check_stage
-        from rarefy.recipe import parser as recipes
+        from rarefy.recipe.schema import TrainStage
 
         base = Path(recipe).parent if Path(recipe).is_file() else None
         if out is not None:
@@ -119,8 +119,8 @@ def compress(
             if named is not None:
                 find(named, base, purpose)
         for stage in plan.stages:
-            if isinstance(stage, recipes.Train):
-                check_stage(stage, Given(plan, None, None, base), None)
+            if isinstance(stage, TrainStage):
+                check_stage(stage, RunData(plan, None, None, base), None)
         if plan.cuts:
             _rehearse(source, plan, base, most, as_json, quiet)
         else:
@@ -220,15 +220,20 @@ def recipes_(
     fields: Annotated[
         bool, typer.Option("--fields", help="Show instead all that a recipe can say: stages, their fields, defaults.")
     ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print instead the JSON Schema of recipes, for editors.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the recipes that ship with Rarefy, print one, or show all that recipes can say."""
     from rarefy.common.report import Report
     from rarefy.recipe import parser as recipes
 
-    if fields:
-        if name is not None:
-            raise RecipeError(f"--fields shows what all recipes can say: leave {name!r} out")
+    if (fields or schema) and name is not None:
+        raise RecipeError(f"{'--fields' if fields else '--schema'} is about all recipes: leave {name!r} out")
+    if schema:
+        print(json.dumps(recipes.json_schema(), indent=1))
+    elif fields:
         shared.show(Report("what a recipe can say", recipes.vocabulary()), as_json, False)
     elif name is None:
         rows = tuple({"recipe": n, "about": recipes.load(n).about} for n in recipes.presets())
@@ -328,6 +333,7 @@ def _processes() -> Iterator[tuple[int, int]]:
 def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str | None, seed: int | None) -> Any:
     """The recipe with what the command line changes in it; paths of the command line start here, not at the recipe."""
     from rarefy.recipe import parser as recipes
+    from rarefy.recipe.schema import Data
 
     changes: dict[str, Any] = {}
     for pair in pairs or []:
@@ -339,14 +345,14 @@ def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str
         changes["seed"] = seed
     plan = recipes.load(recipe, **changes)
     if data is not None:
-        plan = replace(plan, data=replace(plan.data or recipes.Data(), calibrate=_here(data)))
+        plan = plan.replace(data=(plan.data or Data()).replace(calibrate=_here(data)))
     if eval_data is not None:
         if plan.evaluate is None:
             raise RecipeError(
                 f"--eval-data has no effect: recipe {plan.name} does not evaluate; "
                 "add --set 'evaluate={metric: perplexity}'"
             )
-        plan = replace(plan, evaluate=replace(plan.evaluate, data=_here(eval_data)))
+        plan = plan.replace(evaluate=plan.evaluate.replace(data=_here(eval_data)))
     return plan
 
 
@@ -356,11 +362,11 @@ def _here(source: str) -> str:
 
 def _rehearse(source: Path, plan: Any, base: Path | None, memory: int | None, as_json: bool, quiet: bool) -> None:
     """Show what cuts would take out, and what the other stages would make of the rest."""
-    from rarefy.pipeline.compress import rehearse_
     from rarefy.pipeline.dry_run import forecast
+    from rarefy.pipeline.stages import rehearse_cuts_
 
     model, tokenizer = shared.load(source)
-    told = rehearse_(model, plan, tokenizer=tokenizer, base=base)
+    told = rehearse_cuts_(model, plan, tokenizer=tokenizer, base=base)
     expected = forecast(model, plan, memory)
     expected = replace(expected, title=f"after the cuts: {expected.title}")
     if as_json:

@@ -25,9 +25,10 @@ from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select_layers, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.masks import fold_parameter_, mask_or_dense, zero_masked_
+from rarefy.model.sparsity_pattern import parse_pattern
 from rarefy.prune.prune import prune_
 from rarefy.structured.optimizer_state import check_optimizer
-from rarefy.structured.permutation import check_permute, permute_
+from rarefy.structured.permutation import PermuteOptions, permute_
 
 CAPABILITY = (8, 0)  # of GPUs whose matrix units skip 2:4 zeros
 
@@ -78,7 +79,7 @@ def prune_trained_model(
     >>> net(torch.randn(4, 8)).sum().backward(); moves.step(); int((net.weight == 0).sum())
     32
     """
-    nm = check_permute(pattern, score, seconds)
+    nm = parse_pattern(PermuteOptions(pattern=pattern, score=score, seconds=seconds).pattern)
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, Optimizer):

@@ -11,11 +11,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rarefy.common.checks import check_int
 from rarefy.common.errors import ContainerError, ModelError, PatternError, unknown
+from rarefy.common.options import Options
 from rarefy.common.report import Report
 from rarefy.model.activation_quant import activation_quants as rounded
 from rarefy.model.block_lists import block_lists
@@ -26,51 +27,78 @@ from rarefy.model.quant_grid import recorded_grids
 NOTE = "rarefy_tied"
 
 
+class TieOptions(Options):
+    """Let neighbouring blocks share their weights. See `rarefy.tie_layers_`."""
+
+    error = PatternError
+
+    every: int = Field(2, ge=2, description="how many neighbouring blocks share one set of weights")
+    blocks: str | None = Field(None, description="name of the list of blocks; by default all lists of equal blocks")
+    average: bool = Field(True, description="shared weights are the mean of those before; false: the first block's")
+
+
 def tie_layers_(model: nn.Module, every: int = 2, *, blocks: str | None = None, average: bool = True) -> Report:
-    """Let each `every` neighbouring blocks of a list share their weights, in place; return a row a list.
+    """Let each `every` neighbouring blocks of a list share their weights, in place (ALBERT, Lan 2020).
 
-    blocks    name of the list of blocks, such as "model.layers"; by default all lists of equal blocks
-    average   shared weights are the mean of those before; False: those of the first block of each group
+    Outputs change until the model is trained further. `save` stores shared weights once. Costs O(parameters).
 
-    Outputs change until the model is trained on. `save` stores shared weights once. Raises ModelError for a model
-    without such blocks, of which fewer than two would share, or that was pruned, quantized or factorized already.
-    O(parameters).
+    Args:
+        model: a model with a list of equal blocks, not yet pruned, quantized or factorized.
+        every: how many neighbours share one set of weights, at least 2.
+        blocks: name of the list of blocks, such as "model.layers"; by default all lists of equal blocks.
+        average: shared weights are the mean of those before. False: those of the first block of each group.
 
-    >>> net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 4, enable_nested_tensor=False)
-    >>> tie_layers_(net, 2).rows[0]["groups"], net.layers[1].linear1.weight is net.layers[0].linear1.weight
-    ('0+1 2+3', True)
+    Returns:
+        A row a list of blocks: which of them share.
+
+    Raises:
+        RarefyError: for options that do not fit, for a model without such blocks, and for one that was pruned,
+            quantized or factorized; the model is then unchanged.
+
+    Example:
+        >>> net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 4, enable_nested_tensor=False)
+        >>> tie_layers_(net, 2).rows[0]["groups"], net.layers[1].linear1.weight is net.layers[0].linear1.weight
+        ('0+1 2+3', True)
     """
-    check_int("every", every, 2, PatternError)
-    if not isinstance(average, bool):
-        raise PatternError(f"average is True or False, got {average!r}")
+    return run_tie(model, TieOptions(every=every, blocks=blocks, average=average))
+
+
+def run_tie(model: nn.Module, options: TieOptions) -> Report:
+    """Tie layers by checked options. See `tie_layers_`."""
     model = unwrap(model)
-    busy = next((n for n, m in model.named_modules() if parametrize.is_parametrized(m)), None)
-    busy = busy or next((n for n, m in model.named_modules() if recorded_grids(m)), None)
-    busy = next(iter([*factorized(model), *rounded(model)]), None) if busy is None else busy
-    if busy is not None:
-        raise ModelError(f"{busy} is pruned, quantized or factorized already: tie first")
-    if noted(model):
-        raise ModelError(f"blocks of {next(iter(noted(model))) or 'the model'} share weights already")
+    _check_untouched(model)
     known = block_lists(model)
-    if blocks is not None and blocks not in known:
-        raise ModelError(unknown("list of blocks", blocks, known) if known else f"{type(model).__name__} has no blocks")
-    groups = {n: _groups(s, every) for n, s in known.items() if blocks in (None, n)}
+    if options.blocks is not None and options.blocks not in known:
+        missing = f"{type(model).__name__} has no blocks"
+        raise ModelError(unknown("list of blocks", options.blocks, known) if known else missing)
+    groups = {n: _groups(s, options.every) for n, s in known.items() if options.blocks in (None, n)}
     groups = {n: g for n, g in groups.items() if g}
     if not groups:
-        raise ModelError(f"{type(model).__name__} has no list of equal blocks of which {every} could share weights")
+        name = type(model).__name__
+        raise ModelError(f"{name} has no list of equal blocks of which {options.every} could share weights")
     before = sum(p.numel() for p in model.parameters())
     rows = []
     for name, group in groups.items():
         for members in group:
-            _share(known[name], members, average)
-        rows.append(
-            {"blocks": name, "many": len(known[name]), "groups": " ".join("+".join(map(str, g)) for g in group)}
-        )
+            _share(known[name], members, options.average)
+        shared = " ".join("+".join(map(str, g)) for g in group)
+        rows.append({"blocks": name, "many": len(known[name]), "groups": shared})
     model.__dict__[NOTE] = {**noted(model), **groups}
-    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
+    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     after = sum(p.numel() for p in model.parameters())
     summary = {"parameters": f"{before:,} -> {after:,}", "ratio": after / before}
     return Report("tied", tuple(rows), summary, ("outputs have changed: train on",))
+
+
+def _check_untouched(model: nn.Module) -> None:
+    """Raise ModelError for a model that was pruned, quantized, factorized or tied."""
+    changed = next((n for n, m in model.named_modules() if parametrize.is_parametrized(m)), None)
+    changed = changed or next((n for n, m in model.named_modules() if recorded_grids(m)), None)
+    changed = next(iter([*factorized(model), *rounded(model)]), None) if changed is None else changed
+    if changed is not None:
+        raise ModelError(f"{changed} is pruned, quantized or factorized already: tie first")
+    if noted(model):
+        raise ModelError(f"blocks of {next(iter(noted(model))) or 'the model'} share weights already")
 
 
 def noted(model: nn.Module) -> dict[str, list[list[int]]]:

@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rarefy.calibration.sequential import GroupStep, calibrate_sequentially, layer_groups
 from rarefy.common.errors import ModelError, PatternError
+from rarefy.common.options import Names, Options, Positive, at
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.evaluation.profiling import compare
@@ -48,21 +49,52 @@ STEP = 8  # ranks chosen by time are multiples of this
 BUDGETS = ("rank", "keep", "energy", "time")
 
 
-@dataclass(frozen=True)
-class Ask:
-    """How many ranks; one of the four is given."""
+Share = Annotated[float, Field(gt=0, lt=1)]
 
-    rank: int | None = None
-    keep: float | None = None
-    energy: float | None = None
-    time: float | None = None
-    batch: int = 1
-    beside: bool = False
-    round_to: int = 1
 
-    def rounded(self, rank: int, most: int, up: bool = False) -> int:
-        """The nearest multiple below (or above) that is one, as far as there are so many."""
-        return min(most, max(1, rank // self.round_to + (up and rank % self.round_to > 0)) * self.round_to)
+class FactorizeOptions(Options):
+    """Replace layers by products of smaller ones. One of rank, keep, energy and time is given."""
+
+    error = PatternError
+
+    rank: Positive | None = Field(None, description="rank of every layer")
+    keep: Share | None = Field(None, description="fraction of each layer's weights that its factors have")
+    energy: Share | None = Field(
+        None, description="fraction of the output energy on the data (without data: of the squared weights) that stays"
+    )
+    time: Share | None = Field(
+        None, description="fraction of each Linear layer's time on this machine that its factors take at most"
+    )
+    batch: Positive = Field(128, description="time: how many inputs are timed")
+    round_to: Positive = Field(1, description="ranks found by keep, energy or time are multiples of this")
+    layers: Names | None = Field(None, description="selectors of layers; by default all but embeddings and head")
+    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> FactorizeOptions:
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) != 1:
+            with at(*budgets[1:2]):
+                raise PatternError(f"factors need one of {', '.join(BUDGETS)}, got {', '.join(budgets) or 'none'}")
+        if self.rank is not None and self.round_to > 1:
+            with at("round_to"):
+                raise PatternError(
+                    f"round_to={self.round_to} is for ranks that are found; rank={self.rank} is given: leave it out"
+                )
+        return self
+
+    def rounded(self, rank: int, max_rank: int, up: bool = False) -> int:
+        """Return the nearest multiple of `round_to` below (or above), at least one of it and at most `max_rank`."""
+        return min(max_rank, max(1, rank // self.round_to + (up and rank % self.round_to > 0)) * self.round_to)
+
+
+def check_beside(options: FactorizeOptions) -> None:
+    """Raise PatternError for a budget other than rank, where factors stand beside layers."""
+    name = next(name for name in BUDGETS if getattr(options, name) is not None)
+    if name != "rank":
+        raise PatternError(
+            f"{name}={getattr(options, name)!r} is for factors in a layer's place; beside one, give rank"
+        )
 
 
 def factorize_(
@@ -80,76 +112,86 @@ def factorize_(
     data: Iterable[Any] | None = None,
     progress: bool = False,
 ) -> Report:
-    """Put products of thinner layers in the place of the selected ones, in place; return a row a layer.
+    """Replace the selected layers of a model by products of smaller ones, in place (low-rank factorization).
 
-    rank      of every layer
-    keep      the share of each layer's weights that its factors have
-    energy    the share of each layer's output energy on `data` (without: of its weights' squares) that they keep
-    time      the share of its time, on `batch` inputs on this machine, that they take at most (Linear layers)
-    round_to  ranks found by keep, energy or time are multiples of this: of a group's width, to be quantized by groups
-    of        the model before it was pruned or quantized: layers stay, and get the thin layers of `rank` beside them
-              that bring back most of what they have lost against it
-    data      batches: what counts are errors of outputs, of layers on inputs that factors before them have changed;
-              without, errors of weights (plain SVD)
+    Linear layers become two (truncated SVD, with `data` after whitening as in SVD-LLM, Wang 2024), convolutions with a
+    kernel three (Tucker-2). A layer whose factors would not be fewer weights stays, and its row says why. `save` and
+    `load` keep the factors. Costs O(O C min(O, C)) for a layer of O outputs and C inputs, and the pass over the data.
 
-    Convolutions with a kernel become three (Tucker-2). A layer whose factors would not be fewer weights stays, and its
-    row says why; ModelError where that is true of all. `save` and `load` know of them. Raises the ValueErrors of
-    `rarefy.common.errors`, and then the model is unchanged. O(O C min(O, C)) a layer besides the pass.
+    Args:
+        model: any module with Linear or Conv layers.
+        rank: the rank of every layer. Give exactly one of rank, keep, energy and time.
+        keep: fraction of each layer's weights that its factors have.
+        energy: fraction of each layer's output energy on `data` (without data: of its squared weights) that stays.
+        time: fraction of each Linear layer's time, on `batch` inputs on this machine, that its factors take at most.
+        batch: how many inputs `time` is measured on.
+        round_to: ranks found by keep, energy or time are multiples of this, such as the group size of quantization.
+        of: the model before it was pruned or quantized: layers then stay, and get factors of `rank` beside them that
+            restore most of what was lost.
+        layers: names, globs or other selectors of layers; by default all but embeddings and the output head.
+        ignore: selectors of layers to leave as they are.
+        data: batches: errors of layer outputs are minimized, on inputs that earlier factors have changed. Without,
+            errors of weights.
+        progress: show progress bars.
 
-    >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
-    >>> [(r["layer"], r["ranks"], r["why"]) for r in factorize_(net, keep=0.5).rows]
-    [('0', '16', ''), ('2', '3', '')]
+    Returns:
+        A row a layer: its ranks, weights before and after, relative error, and why it stayed.
+
+    Raises:
+        RarefyError: for options, layers or data that do not fit, or where no layer would have fewer weights; the model
+            is then unchanged.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        >>> [(r["layer"], r["ranks"], r["why"]) for r in factorize_(net, keep=0.5).rows]
+        [('0', '16', ''), ('2', '3', '')]
     """
-    ask = asked(rank, keep, energy, time, batch, of is not None, round_to)
+    options = FactorizeOptions(
+        rank=rank, keep=keep, energy=energy, time=time, batch=batch, round_to=round_to, layers=layers, ignore=ignore
+    )
+    return run_factorize(model, options, data, of=of, progress=progress)
+
+
+def run_factorize(
+    model: nn.Module,
+    options: FactorizeOptions,
+    data: Iterable[Any] | None = None,
+    *,
+    of: nn.Module | None = None,
+    progress: bool = False,
+) -> Report:
+    """Factorize a model by checked options. See `factorize_`."""
+    if of is not None:
+        check_beside(options)
     if data is not None:
         check_batches(data)
         data = data if isinstance(data, list | tuple) else list(data)
-    chosen = select_layers(model, layers, ignore)
+    chosen = select_layers(model, options.layers, options.ignore)
     check_weights(chosen)
     whole = unwrap(model)
-    kept = {l.full_name: _why_skipped(l, whole, ask) for l in chosen}
+    reasons = {l.full_name: _why_skipped(l, whole, options, of is not None) for l in chosen}
     lost = {} if of is None else _residuals(chosen, of)
-    able = [l for l in chosen if kept[l.full_name] is None]
-    made: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
-    rows = {l.full_name: _row(l, "", kept[l.full_name] or "") for l in chosen}
+    able = [l for l in chosen if reasons[l.full_name] is None]
+    factors: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
+    rows = {l.full_name: _row(l, "", reasons[l.full_name] or "") for l in chosen}
     for layer, H, stop in _with_gram(whole, able, data, progress):
-        row, factors, ranks = _factors(layer, H, ask, lost.get(layer.full_name))
+        row, modules, ranks = _factors(layer, H, options, lost.get(layer.full_name))
         rows[layer.full_name] = row
-        if factors is not None:
-            made[layer.full_name] = factors, ranks
-            if stop is not None and not ask.beside:
-                stop.weights[layer.full_name] = _dense_weight(layer, factors)
-    if not made:
-        reasons = "; ".join(f"{n}: {r['why']}" for n, r in list(rows.items())[:4])
-        raise ModelError(f"no layer has factors that would save anything: {reasons}")
+        if modules is not None:
+            factors[layer.full_name] = modules, ranks
+            if stop is not None and of is None:
+                stop.weights[layer.full_name] = _dense_weight(layer, modules)
+    if not factors:
+        texts = "; ".join(f"{n}: {r['why']}" for n, r in list(rows.items())[:4])
+        raise ModelError(f"no layer has factors that would save anything: {texts}")
     for layer in able:
-        if layer.full_name in made:
-            replace_with_factors_(whole, layer.name, *made[layer.full_name])
-    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
+        if layer.full_name in factors:
+            replace_with_factors_(whole, layer.name, *factors[layer.full_name])
+    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     before = sum(r["weights"] for r in rows.values())
     after = sum(r["left"] for r in rows.values())
-    summary = {"layers": f"{len(made)} of {len(chosen)}", "weights": before, "left": after, "ratio": after / before}
+    summary = {"layers": f"{len(factors)} of {len(chosen)}", "weights": before, "left": after, "ratio": after / before}
     return Report("factorized", tuple(rows.values()), summary)
-
-
-def asked(rank: Any, keep: Any, energy: Any, time: Any, batch: Any, beside: bool, round_to: Any = 1) -> Ask:
-    """Return what `factorize_` is asked for; PatternError for what it does not know."""
-    given = {n: v for n, v in zip(BUDGETS, (rank, keep, energy, time)) if v is not None}
-    if len(given) != 1:
-        raise PatternError(f"factors need one of {', '.join(BUDGETS)}, got {', '.join(given) or 'none'}")
-    (name, value), *_ = given.items()
-    if name == "rank" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise PatternError(f"rank is a whole number from 1 up, got {value!r}")
-    if name != "rank" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1):
-        raise PatternError(f"{name} is a fraction between 0 and 1, got {value!r}")
-    for what, n in (("batch", batch), ("round_to", round_to)):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise PatternError(f"{what} is a whole number from 1 up, got {n!r}")
-    if rank is not None and round_to > 1:
-        raise PatternError(f"round_to={round_to} is for ranks that are found; rank={rank} is given: leave it out")
-    if beside and name != "rank":
-        raise PatternError(f"{name}={value!r} is for factors in a layer's place; beside one, give rank")
-    return Ask(rank, keep, energy, time, batch, beside, round_to)
 
 
 def truncated(W: Tensor, L: Tensor | None, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +235,7 @@ def _with_gram(
                 layer.original.copy_(originals[layer.full_name])
 
 
-def _why_skipped(layer: Layer, model: nn.Module, ask: Ask) -> str | None:
+def _why_skipped(layer: Layer, model: nn.Module, options: FactorizeOptions, beside: bool) -> str | None:
     """Return why a layer cannot be factorized, or None."""
     module = layer.module
     parent = model.get_submodule(layer.name.rpartition(".")[0])
@@ -201,11 +243,11 @@ def _why_skipped(layer: Layer, model: nn.Module, ask: Ask) -> str | None:
         return "it is the whole model: put it into a module"
     if any(layer.name.startswith(f"{n}.") for n in factor_records(model)):
         return "it is a factor itself"
-    if layer.param != "weight" or (reason := why_not_factorizable(module, ask.beside)) is not None:
+    if layer.param != "weight" or (reason := why_not_factorizable(module, beside)) is not None:
         return f"{layer.param} cannot be factorized" if layer.param != "weight" else reason
     if len(layer.owners) > 1 or layer.tied_to:
         return "its weight is shared"
-    if not ask.beside and (get_activation_quant(module) is not None or not is_plain(module)):
+    if not beside and (get_activation_quant(module) is not None or not is_plain(module)):
         return (
             "its hooks would be lost"
             if get_activation_quant(module) is None
@@ -213,9 +255,9 @@ def _why_skipped(layer: Layer, model: nn.Module, ask: Ask) -> str | None:
         )
     if isinstance(parent, WEIGHT_READERS):
         return f"{type(parent).__name__} reads its weight itself"
-    if not ask.beside and (parametrize.is_parametrized(module, "weight") or get_grid(layer) is not None):
+    if not beside and (parametrize.is_parametrized(module, "weight") or get_grid(layer) is not None):
         return "it is pruned or quantized: factorize first, or give of= the model before"
-    if ask.time is not None and not isinstance(module, nn.Linear):
+    if options.time is not None and not isinstance(module, nn.Linear):
         return "time is for Linear layers"
     return None
 
@@ -233,7 +275,7 @@ def _residuals(chosen: Sequence[Layer], of: nn.Module) -> dict[str, Tensor]:
 
 
 def _factors(
-    layer: Layer, H: Tensor | None, ask: Ask, residual: Tensor | None
+    layer: Layer, H: Tensor | None, options: FactorizeOptions, residual: Tensor | None
 ) -> tuple[dict[str, Any], nn.Module | None, tuple[int, ...]]:
     """Return the report row of a layer, its factors (None where they would not save weights), and their ranks."""
     module = layer.module
@@ -242,10 +284,10 @@ def _factors(
     L = None if H is None else _cholesky(H)
     rank_limits = max_ranks(module) if residual is None else (min(weight_sizes(module)[:2]),)
     if len(rank_limits) == 2:
-        factors, ranks, error = _tucker(layer, W, H, ask)
+        factors, ranks, error = _tucker(layer, W, H, options)
     else:
         A, B, energies = truncated(W, L)
-        rank = _rank(module, energies, ask, rank_limits[0])
+        rank = _rank(module, energies, options, rank_limits[0])
         ranks, error = (rank,), _ratio(energies[rank:].sum(), energies.sum())
         factors = Corrected.empty(module, rank) if residual is not None else LowRank.empty(module, [rank])
         # factors of equal norm lose less in bf16
@@ -265,16 +307,18 @@ def _factors(
     return _row(layer, ",".join(map(str, ranks)), "", after, error), factors, ranks
 
 
-def _tucker(layer: Layer, W: Tensor, H: Tensor | None, ask: Ask) -> tuple[LowRank, tuple[int, ...], float]:
+def _tucker(
+    layer: Layer, W: Tensor, H: Tensor | None, options: FactorizeOptions
+) -> tuple[LowRank, tuple[int, ...], float]:
     """Return the factors of a convolution (Tucker-2), their ranks and relative error.
 
     Inputs are reduced first, by the energy that the weights read of them; then outputs, refitted on reduced inputs.
     """
     O, I, K = weight_sizes(layer.module)
-    if ask.time is not None:
+    if options.time is not None:
         raise PatternError("time is for Linear layers")
     P, energy = _input_directions(W, H, O, I, K)
-    r_in = _tucker_rank(ask, energy, I, I, _tucker_ranks_for_share(O, I, K, ask.keep or 1.0)[0])
+    r_in = _tucker_rank(options, energy, I, I, _tucker_ranks_for_share(O, I, K, options.keep or 1.0)[0])
     P = P[:, :r_in]  # [I, r]
     reduce = torch.block_diag(*[P] * K)  # [K I, K r]
     if H is None:
@@ -283,7 +327,7 @@ def _tucker(layer: Layer, W: Tensor, H: Tensor | None, ask: Ask) -> tuple[LowRan
         Hz = reduce.T @ H @ reduce
         Wz, L = torch.linalg.solve(solvers.damped(Hz[None], DAMPING)[0], reduce.T @ H @ W.T).T, _cholesky(Hz)
     A, B, outputs = truncated(Wz, L)
-    r_out = _tucker_rank(ask, outputs, O, r_in * K, _tucker_ranks_for_share(O, I, K, ask.keep or 1.0)[1])
+    r_out = _tucker_rank(options, outputs, O, r_in * K, _tucker_ranks_for_share(O, I, K, options.keep or 1.0)[1])
     factors = LowRank.empty(layer.module, [r_in, r_out])
     _copy_weight(factors.down, P.T)
     core: Any = factors.core
@@ -306,12 +350,12 @@ def _input_directions(W: Tensor, H: Tensor | None, O: int, I: int, K: int) -> tu
     return torch.linalg.qr(root @ U)[0], S.square()
 
 
-def _tucker_rank(ask: Ask, energies: Tensor, size: int, limit: int, by_share: int) -> int:
+def _tucker_rank(options: FactorizeOptions, energies: Tensor, size: int, limit: int, by_share: int) -> int:
     """Return one of the two ranks, at most `size` and `limit`; each keeps half of the energy that may be lost."""
     max_rank = min(size, limit)
-    if ask.energy is not None:
-        return ask.rounded(_rank_for_energy(energies, (1 + ask.energy) / 2), max_rank, up=True)
-    return min(ask.rank, max_rank) if ask.rank is not None else ask.rounded(by_share, max_rank)
+    if options.energy is not None:
+        return options.rounded(_rank_for_energy(energies, (1 + options.energy) / 2), max_rank, up=True)
+    return min(options.rank, max_rank) if options.rank is not None else options.rounded(by_share, max_rank)
 
 
 def _tucker_ranks_for_share(O: int, I: int, K: int, keep: float) -> tuple[int, int]:
@@ -330,17 +374,17 @@ def _cholesky(H: Tensor) -> Tensor:
     raise ModelError("the Gram matrix of a layer's inputs is not positive definite: check its inputs for NaN or inf")
 
 
-def _rank(module: nn.Module, energies: Tensor, ask: Ask, max_rank: int) -> int:
+def _rank(module: nn.Module, energies: Tensor, options: FactorizeOptions, max_rank: int) -> int:
     """Return the rank that a budget allows."""
     O, I, K = weight_sizes(module)
-    if ask.rank is not None:
-        return min(ask.rank, max_rank)
-    if ask.keep is not None:
-        return ask.rounded(int(ask.keep * O * I * K / (O + I * K)), max_rank)
-    if ask.energy is not None:
-        return ask.rounded(_rank_for_energy(energies, ask.energy), max_rank, up=True)
-    assert ask.time is not None
-    return _rank_for_time(module, ask.time, ask.batch, max_rank, math.lcm(STEP, ask.round_to))
+    if options.rank is not None:
+        return min(options.rank, max_rank)
+    if options.keep is not None:
+        return options.rounded(int(options.keep * O * I * K / (O + I * K)), max_rank)
+    if options.energy is not None:
+        return options.rounded(_rank_for_energy(energies, options.energy), max_rank, up=True)
+    assert options.time is not None
+    return _rank_for_time(module, options.time, options.batch, max_rank, math.lcm(STEP, options.round_to))
 
 
 def _rank_for_energy(energies: Tensor, share: float) -> int:

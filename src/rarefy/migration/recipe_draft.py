@@ -9,10 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from rarefy.common.errors import RecipeError, unknown
-from rarefy.common.located_yaml import plain
+from rarefy.common.yaml_text import plain, write_yaml
 
 WIDTH = 110
 MAX_STEPS = 200  # of a schedule: each step computes all scores
@@ -99,7 +97,7 @@ class Draft:
             if not stage.settings:
                 lines.append(f"- {stage.name}: {{}}")
                 continue
-            body = yaml.safe_dump(plain(stage.settings), sort_keys=False, width=WIDTH)
+            body = write_yaml(plain(stage.settings), WIDTH)
             lines += [f"- {stage.name}:", *(f"    {l}" for l in body.splitlines())]
         return "\n".join(lines) + "\n"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.common.errors import RecipeError
-from rarefy.common.located_yaml import Node, parse
 from rarefy.migration import llm_compressor, nncf_neural_compressor, sparseml
+from rarefy.migration.located_node import Node
 from rarefy.migration.recipe_draft import Draft, Modifier
 from rarefy.migration.safe_arithmetic import compute
 
@@ -62,7 +62,7 @@ def _read(source: Any) -> Node:
         text = "\n" * text[: front.start(1)].count("\n") + front[1]  # so that lines keep their numbers
     elif path.suffix in (".md", ".markdown"):
         raise RecipeError(f"{path.name}: a Markdown recipe begins with YAML between two lines of ---")
-    return parse(text, path.name, foreign=True)
+    return Node.of_yaml(text, path.name)
 
 
 def _data(value: Any, depth: int = 0) -> Any:

@@ -18,7 +18,7 @@ from rarefy.generation.sampling import generate
 from rarefy.generation.tokenization import encode_prompt
 from rarefy.model import hf
 from rarefy.model.forward import evaluating
-from rarefy.recipe.parser import Recipe
+from rarefy.recipe.schema import Recipe
 from rarefy.runtime.packed_formats import Dense, Panels
 
 MAX_SAMPLE_TOKENS = 40
@@ -51,21 +51,21 @@ class EngineModule(nn.Module):
         return self.engine(input_ids, cache)
 
 
-def engine_of(model: nn.Module, plan: Recipe, held_out: Any) -> EngineModule:
+def engine_of(model: nn.Module, recipe: Recipe, held_out: Any) -> EngineModule:
     """Return the compressed model on the engine, as `evaluate.engine` asks for.
 
     Args:
         model: the compressed model, masks folded; a copy in fp32 is compiled where its parameters are not.
-        plan: the recipe.
+        recipe: the recipe.
         held_out: the evaluation batches; the first one is the example for `rarefy.compile`.
 
     Raises:
         ModelError: for a model that the engine cannot run.
     """
-    assert plan.evaluate
+    assert recipe.evaluate
     fp32 = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     model = model if fp32 else copy.deepcopy(model).float()
-    precision = plan.evaluate.precision
+    precision = recipe.evaluate.precision
     with evaluating(model):
         if hf.is_causal_lm(model):
             return EngineModule(decoder(model, precision=precision))
@@ -130,9 +130,9 @@ def token_rates(
     return rates(steps, vocabulary, prompt=prompt, new=new, repeats=repeats, progress=progress)
 
 
-def check_sample(plan: Recipe, tokenizer: Any) -> None:
+def check_sample(recipe: Recipe, tokenizer: Any) -> None:
     """Raise RecipeError where sample text is asked for and there is no tokenizer."""
-    text = plan.evaluate.decode.text if plan.evaluate and plan.evaluate.decode else None
+    text = recipe.evaluate.decode.text if recipe.evaluate and recipe.evaluate.decode else None
     if text is not None and tokenizer is None:
         raise RecipeError("evaluate.decode.text needs a tokenizer: pass tokenizer=, or leave text out")
 

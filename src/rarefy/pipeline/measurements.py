@@ -21,7 +21,7 @@ from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import folded_state
 from rarefy.pipeline.engine_evaluation import EngineModule, resident_bytes, skips_zeros
-from rarefy.recipe import parser as recipes
+from rarefy.recipe.schema import Recipe
 
 EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
 ENGINE_DENSE = "the zeros make files smaller, not the engine faster: too few to skip, so the kernels run dense"
@@ -30,13 +30,13 @@ EXECUTED_WIDE = "stored in few bits, computed in the model's own numbers: no spe
 
 
 def state_of(
-    model: nn.Module, plan: recipes.Recipe, held_out: Any, progress: bool, engine: EngineModule | None = None
+    model: nn.Module, recipe: Recipe, held_out: Any, progress: bool, engine: EngineModule | None = None
 ) -> dict[str, Any]:
     """Measure what a receipt has of one side, before or after.
 
     Args:
         model: the model in eager torch.
-        plan: the recipe.
+        recipe: the recipe.
         held_out: the evaluation batches.
         progress: whether to draw progress bars.
         engine: the model on the engine, where quality and memory are those of the engine.
@@ -46,10 +46,10 @@ def state_of(
         "dense_bytes": sum(t.numel() * t.element_size() for t in _stored(model).values()),
         "sparsity": _model_sparsity(model),
     }
-    if plan.evaluate:
-        quality = METRICS[plan.evaluate.metric](engine or model, held_out, progress=progress)
+    if recipe.evaluate:
+        quality = METRICS[recipe.evaluate.metric](engine or model, held_out, progress=progress)
         if not math.isfinite(quality):
-            raise ModelError(f"the {plan.evaluate.metric} is {quality} on the evaluation data")
+            raise ModelError(f"the {recipe.evaluate.metric} is {quality} on the evaluation data")
         out["quality"] = quality
         example = on_device(model, next(iter(held_out)))
         with evaluating(model):
@@ -87,7 +87,7 @@ def layer_rows(reports: list[Report]) -> list[dict[str, Any]]:
 
 
 def receipt_of(
-    plan: recipes.Recipe,
+    recipe: Recipe,
     model: nn.Module,
     before: dict[str, Any],
     after: dict[str, Any],
@@ -98,14 +98,14 @@ def receipt_of(
     engine: EngineModule | None = None,
     samples: tuple[Mapping[str, Any], ...] = (),
 ) -> Receipt:
-    disk = packed_bytes(model, plan.save.format)
+    disk = packed_bytes(model, recipe.save.format)
     dense, packed, formats = (disk[k] for k in ("dense", "packed", "formats"))
     rows = [row for row in rows if _name_of(row["layer"], packed)]
     for row in rows:
         name = _name_of(row["layer"], packed)
         row.update(format=formats[name], bytes=packed[name], dense_bytes=dense[name])
     first, now = before["dense_bytes"], sum(packed.values())
-    e, quality, flops = plan.evaluate, {}, {}
+    e, quality, flops = recipe.evaluate, {}, {}
     if e:
         worse = (after["quality"] - before["quality"]) / max(abs(before["quality"]), 1e-12)
         loss = worse if BETTER[e.metric] is min else -worse
@@ -138,7 +138,7 @@ def receipt_of(
         notes += [EXECUTED_DENSE] if any(not f.endswith("dense") for f in formats.values()) else []
         notes += [EXECUTED_WIDE] if any(":" in f for f in formats.values()) else []
     return Receipt(
-        name=plan.name,
+        name=recipe.name,
         quality=quality,
         disk={"before": first, "after": now, "same_precision": sum(dense.values())},
         memory={"before": before["memory"], "after": after["memory"], "peak_rss": profiling.peak_rss()},
@@ -148,17 +148,17 @@ def receipt_of(
         stages=tuple(r.to_dict() for r in reports if r.title != "pruned"),
         samples=samples,
         settings={
-            "seed": plan.seed,
+            "seed": recipe.seed,
             "seconds": seconds,
             "machine": profiling.machine(),
-            **({} if engine is None else {"runs": {"before": EAGER, "after": _engine_name(plan)}}),
+            **({} if engine is None else {"runs": {"before": EAGER, "after": _engine_name(recipe)}}),
         },
         notes=tuple(notes),
     )
 
 
-def _engine_name(plan: recipes.Recipe) -> str:
-    precision = plan.evaluate.precision if plan.evaluate else None
+def _engine_name(recipe: Recipe) -> str:
+    precision = recipe.evaluate.precision if recipe.evaluate else None
     return "Rarefy's engine" + (f", {precision}" if precision else "")
 
 

@@ -1,8 +1,9 @@
-"""The data of a run: what was passed, or what the recipe names."""
+"""The data of a run: what was passed, or what the recipe names; and the context that stages are given."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +13,43 @@ from rarefy.common.errors import DataError, nearest
 from rarefy.data import sources
 from rarefy.model import hf
 from rarefy.model.forward import check_batches
+from rarefy.model.losses import Loss
 from rarefy.prune.allocation import NEEDS_DATA
 from rarefy.prune.scores import SCORES
-from rarefy.recipe import parser as recipes
+from rarefy.quantization.config import QuantizeOptions
+from rarefy.recipe.schema import CutStage, FactorizeStage, Recipe, ShareStage, TrainStage
 from rarefy.structured.importance import UNIT_SCORES
 from rarefy.train.sparsity_config import SecondOrder
 
+PURPOSES = {"calibrate", "train", "validate", "evaluate"}
 
-class Given:
+
+class RunData:
     """Batches by purpose, from what was passed or from what the recipe names; each read once."""
 
-    def __init__(self, plan: recipes.Recipe, data: Any, tokenizer: Any, base: Path | None):
-        self.plan, self.tokenizer, self.base = plan, tokenizer, base
-        self.before: nn.Module | None = None  # the model before the first stage, where one needs it
-        known = {"calibrate", "train", "validate", "evaluate"}
+    def __init__(self, recipe: Recipe, data: Any, tokenizer: Any = None, base: Path | None = None):
+        self.recipe, self.tokenizer, self.base = recipe, tokenizer, base
         if isinstance(data, Mapping):
-            wrong = set(data) - known
+            wrong = set(data) - PURPOSES
             if wrong:
-                near = nearest(min(wrong), known)
+                near = nearest(min(wrong), PURPOSES)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise DataError(f"data has {', '.join(sorted(wrong))}; known are {', '.join(sorted(known))}{hint}")
+                raise DataError(f"data has {', '.join(sorted(wrong))}; known are {', '.join(sorted(PURPOSES))}{hint}")
             for purpose, batches in data.items():
                 if not callable(batches):
                     check_batches(batches, f"data[{purpose!r}]")
-            self.found = {k: _reusable(v) for k, v in data.items()}
+            self._batches = {k: _reusable(v) for k, v in data.items()}
         else:
             if data is not None and not callable(data):
                 check_batches(data)
-            self.found = {} if data is None else {k: _reusable(data) for k in ("calibrate", "train")}
+            self._batches = {} if data is None else {k: _reusable(data) for k in ("calibrate", "train")}
 
     def has(self, purpose: str) -> bool:
         """Return whether there is data for a purpose."""
-        return purpose in self.found or self._named(purpose)[0] is not None
+        return purpose in self._batches or self._named(purpose)[0] is not None
 
     def batches(self, purpose: str) -> Any:
-        if purpose not in self.found:
+        if purpose not in self._batches:
             source, settings = self._named(purpose)
             if source is None:
                 raise DataError(
@@ -57,14 +60,16 @@ class Given:
                 settings, {"train": "train_samples", "validate": "validate_samples"}.get(purpose, "samples")
             )
             take = sources.Take(samples=samples, tokens=settings.tokens, batch=settings.batch, seed=seed)
-            self.found[purpose] = sources.batches(source, take, tokenizer=self.tokenizer, base=self.base, what=purpose)
-        return self.found[purpose]
+            self._batches[purpose] = sources.batches(
+                source, take, tokenizer=self.tokenizer, base=self.base, what=purpose
+            )
+        return self._batches[purpose]
 
     def _named(self, purpose: str) -> tuple[str | None, Any]:
         if purpose == "evaluate":
-            e = self.plan.evaluate
+            e = self.recipe.evaluate
             return (e.data, e) if e else (None, None)
-        d = self.plan.data
+        d = self.recipe.data
         return (getattr(d, purpose), d) if d else (None, None)
 
 
@@ -98,25 +103,43 @@ class Labelled:
         return len(self.batches)
 
 
-def calibrates(prune: Any) -> bool:
+@dataclass(frozen=True)
+class RunContext:
+    """What a stage needs besides the model and its options."""
+
+    data: RunData
+    loss: Loss | None = None
+    seed: int = 0
+    before: nn.Module | None = None  # the model before the first stage, where a stage needs it
+    memory: int | None = None  # bytes to stay near
+    resume_dir: Path | None = None  # of this stage
+    log: Any = None
+    progress: bool = False
+
+    def calibration(self, model: nn.Module, use: str | None = None) -> Labelled:
+        """Return the calibration batches, with labels where `use` ("train" or a score) needs a gradient."""
+        return Labelled(model, self.data.batches("calibrate"), use)
+
+
+def needs_calibration(stage: Any) -> bool:
     """Return whether a stage reads calibration data: its solver does, its score, or its repair."""
-    if isinstance(prune, recipes.Train):
-        return calibrates(prune.prune) or (prune.quantize is not None and calibrates(prune.quantize))
-    if isinstance(prune, recipes.Cut):
-        return bool(prune.repair or needs_of(prune))
-    if isinstance(prune, recipes.Quantize):
-        return prune.solver != "rtn" or prune.activations == "int8-static" or prune.smooth is not None
-    if isinstance(prune, recipes.Factorize | recipes.Share):
-        return bool(prune.whiten if isinstance(prune, recipes.Factorize) else prune.weigh)
-    if isinstance(prune, SecondOrder):
+    if isinstance(stage, TrainStage):
+        return needs_calibration(stage.prune) or (stage.quantize is not None and needs_calibration(stage.quantize))
+    if isinstance(stage, CutStage):
+        return bool(stage.repair or cut_needs(stage))
+    if isinstance(stage, QuantizeOptions):
+        return stage.solver != "rtn" or stage.activations == "int8-static" or stage.smooth is not None
+    if isinstance(stage, FactorizeStage | ShareStage):
+        return bool(stage.whiten if isinstance(stage, FactorizeStage) else stage.weigh)
+    if isinstance(stage, SecondOrder):
         return True
-    score = getattr(prune, "score", None)
-    reads = getattr(prune, "solver", None) is not None or getattr(prune, "allocate", None) in NEEDS_DATA
+    score = getattr(stage, "score", None)
+    reads = getattr(stage, "solver", None) is not None or getattr(stage, "allocate", None) in NEEDS_DATA
     return reads or (score is not None and bool(SCORES[score].needs))
 
 
-def needs_of(s: recipes.Cut) -> str:
+def cut_needs(stage: CutStage) -> str:
     """Return what the score of a cut needs of data: "gradient" (a loss), "inputs", or nothing."""
-    if s.whole:
-        return "gradient" if s.score == "loss" else ""
-    return UNIT_SCORES[s.score or "magnitude"].needs
+    if stage.drops_layers:
+        return "gradient" if stage.score == "loss" else ""
+    return UNIT_SCORES[stage.unit_score].needs

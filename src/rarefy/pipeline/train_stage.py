@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,139 +22,128 @@ from rarefy.model import hf
 from rarefy.model.forward import on_device
 from rarefy.model.losses import Loss, resolve_loss
 from rarefy.model.masks import adopt_
-from rarefy.pipeline.run_data import Given, Labelled, calibrates, with_labels
-from rarefy.quantization.quantize import quantize_
-from rarefy.recipe import parser as recipes
+from rarefy.pipeline.run_data import Labelled, RunContext, RunData, needs_calibration, with_labels
+from rarefy.quantization.quantize import run_quantize
+from rarefy.recipe.parser import load as load_recipe
+from rarefy.recipe.schema import STAGE_NAMES, Recipe, TrainStage
 from rarefy.train import sparsifier
 from rarefy.train.distill import Distiller, frozen_copy
-from rarefy.train.fit import Steps, fit_
+from rarefy.train.fit import Steps, run_fit
 from rarefy.train.optimizers import optimizer_of
 from rarefy.train.sparsifier import check_steps
 from rarefy.train.sparsity_config import SparsityConfig
 
 
-def train_(
-    model: nn.Module,
-    s: recipes.Train,
-    given: Given,
-    loss: Loss | None,
-    seed: int,
-    progress: bool,
-    resume_dir: Path | None = None,
-    log: Any = None,
-) -> list[Report]:
-    """Train as a stage says, on the recipe's data, and return what was done."""
-    o = s.optimizer
-    batches = labelled(model, given)
-    told = list[Report]()
-    if s.keep_zeros:
+def run_train(model: nn.Module, stage: TrainStage, context: RunContext) -> list[Report]:
+    """Train a model in place on the recipe's data; return the reports of what was done."""
+    data, quantized = context.data, list[Report]()
+    batches = labelled_batches(model, data)
+    if stage.keep_zeros:
         adopt_(model)
     validate = None
-    if s.validate is not None:
-        validate = partial(METRICS[s.validate], data=given.batches("validate"))
-    with teacher(model, s, given, resume_dir, batches) as distill:
-        done = fit_(
+    if stage.validate is not None:
+        validate = partial(METRICS[stage.validate], data=data.batches("validate"))
+    optimizer = stage.optimizer
+    with distiller_of(model, stage, context, batches) as distill:
+        trained = run_fit(
             model,
             batches,
-            epochs=s.epochs,
-            optimizer=optimizer_of(o.name, o.lr, **o.options()),
-            lr_schedule=s.lr_schedule,
-            loss=loss,
-            prune=s.prune,
-            calibrate=calibration(model, s, given),
+            stage,
+            Steps(**stage.model_dump(include=set(Steps.model_fields))),
+            optimizer=optimizer_of(optimizer.name, optimizer.lr, **optimizer.options()),
+            loss=context.loss,
+            prune=stage.prune,
+            calibrate=calibration_batches(model, stage, data),
             distill=distill,
-            at=happenings(s, given, progress, told),
-            steps=Steps(accumulate=s.accumulate, clip=s.clip, autocast=s.autocast),
+            at=quantize_events(stage, data, context.progress, quantized),
             validate=validate,
-            maximize=s.validate is None or BETTER[s.validate] is max,
-            patience=s.patience,
-            seed=seed,
-            resume_dir=resume_dir,
-            also=asdict(s),
-            log=log,
-            progress=progress,
+            maximize=stage.validate is None or BETTER[stage.validate] is max,
+            seed=context.seed,
+            resume_dir=context.resume_dir,
+            also=stage.model_dump(),
+            log=context.log,
+            progress=context.progress,
         )
-    return [done, *told]
+    return [trained, *quantized]
 
 
-def labelled(model: nn.Module, given: Given) -> Callable[[int], Labelled]:
+def labelled_batches(model: nn.Module, data: RunData) -> Callable[[int], Labelled]:
     """Return the training batches as a function of the epoch, text with the labels that make it a task."""
-    train = given.batches("train")
+    train = data.batches("train")
     if callable(train):
         return lambda epoch: Labelled(model, train(epoch), "train")
     return lambda _: Labelled(model, train, "train")
 
 
-def calibration(model: nn.Module, s: recipes.Train, given: Given) -> list[Any] | None:
+def calibration_batches(model: nn.Module, stage: TrainStage, data: RunData) -> list[Any] | None:
     """Return the batches that the scores of a stage read, or None."""
-    if s.prune is None or not calibrates(s.prune):
+    if stage.prune is None or not needs_calibration(stage.prune):
         return None
-    return list(with_labels(model, given.batches("calibrate"), getattr(s.prune, "score", "train")))
+    return list(with_labels(model, data.batches("calibrate"), getattr(stage.prune, "score", "train")))
 
 
-def happenings(
-    s: recipes.Train, given: Given | None, progress: bool, told: list[Report]
+def quantize_events(
+    stage: TrainStage, data: RunData | None, progress: bool, reports: list[Report]
 ) -> dict[float, Callable[[nn.Module], Any]]:
-    """Return what happens on the way, by progress: weights come onto their grid."""
-    q = s.quantize
-    if q is None:
+    """Return what happens during training, by progress: weights are quantized; `reports` then gets the report."""
+    options = stage.quantize
+    if options is None:
         return {}
 
-    def onto_grid(model: nn.Module) -> None:
-        data = None
-        if calibrates(q):
-            if given is None:
+    def quantize(model: nn.Module) -> None:
+        batches = None
+        if needs_calibration(options):
+            if data is None:
                 raise DataError("the stage's quantize reads calibration data: give calibrate=batches")
-            data = Labelled(model, given.batches("calibrate"), None)
-        told.append(quantize_(model, **q.options(), layers=q.layers, ignore=q.ignore, data=data, progress=progress))
+            batches = Labelled(model, data.batches("calibrate"), None)
+        reports.append(run_quantize(model, options, batches, progress=progress))
 
-    return {q.start: onto_grid}
+    return {options.start: quantize}
 
 
 @contextmanager
-def teacher(
-    model: nn.Module, s: recipes.Train, given: Given, resume_dir: Path | None, batches: Callable[[int], Labelled]
+def distiller_of(
+    model: nn.Module, stage: TrainStage, context: RunContext, batches: Callable[[int], Labelled]
 ) -> Iterator[Distiller | None]:
-    """Give what a stage learns from, with a folder for its answers if it keeps them; None where it has no teacher."""
-    if s.distill is None:
+    """Give the loss of a stage's teacher, with a folder for the teacher's outputs if it keeps them, or None."""
+    if stage.distill is None:
         yield None
         return
-    assert given.before is not None
-    folder, before = s.distill.teacher, given.before
-    wise = frozen_copy(before) if folder is None else other(folder, given.base, before)
+    before, resume_dir = context.before, context.resume_dir
+    if before is None:
+        raise ModelError("distill needs the model before the first stage: RunContext.before")
+    folder = stage.distill.teacher
+    teacher = frozen_copy(before) if folder is None else load_teacher(folder, context.data.base, before)
     example = next(iter(batches(0)), None)
     if example is None:
         raise DataError("the training data is empty")
-    with TemporaryDirectory() as place:
-        cache = (
-            (place if resume_dir is None else resume_dir.with_name(f"{resume_dir.name}-answers"))
-            if s.distill.cache
-            else None
-        )
-        distiller = Distiller(model, wise, s.distill, example=on_device(model, example), cache=cache)
+    with TemporaryDirectory() as temporary:
+        outputs = temporary if resume_dir is None else resume_dir.with_name(f"{resume_dir.name}-answers")
+        cache = outputs if stage.distill.cache else None
+        distiller = Distiller(model, teacher, stage.distill, example=on_device(model, example), cache=cache)
         try:
             yield distiller
         finally:
             distiller.close()
 
 
-def check_stage(s: recipes.Train, given: Given, model: nn.Module | None) -> None:
+def check_stage(stage: TrainStage, data: RunData, model: nn.Module | None) -> None:
     """Raise for what a stage would only find in the middle: no data to validate on, or data or a model that its metric
     cannot read, a teacher that is not there."""
-    if s.distill is not None and s.distill.teacher is not None:
-        _teacher_folder(s.distill.teacher, given.base)
-    if s.validate is None:
+    if stage.distill is not None and stage.distill.teacher is not None:
+        _teacher_folder(stage.distill.teacher, data.base)
+    if stage.validate is None:
         return
-    if not given.has("validate"):
+    if not data.has("validate"):
         raise DataError(
             "no validate data: name it in the recipe (data: {validate: ...}), or pass data={'validate': ...}"
         )
     if model is None:
         return
-    first = next(iter(given.batches("validate")), None)
-    if first is None:
+    batch = next(iter(data.batches("validate")), None)
+    if batch is None:
         raise DataError("the validation data is empty")
-    METRICS[s.validate](model, [first])
+    METRICS[stage.validate](model, [batch])
 
 
 def _teacher_folder(folder: str, base: Path | None) -> Path:
@@ -166,7 +154,7 @@ def _teacher_folder(folder: str, base: Path | None) -> Path:
     return path
 
 
-def other(folder: str, base: Path | None, before: nn.Module) -> nn.Module:
+def load_teacher(folder: str, base: Path | None, before: nn.Module) -> nn.Module:
     """Return the teacher in a folder: a Hugging Face model, or one of ours, whose class is that of the student where
     the folder does not say. ModelError where it is neither."""
     path = _teacher_folder(folder, base)
@@ -182,38 +170,48 @@ def other(folder: str, base: Path | None, before: nn.Module) -> nn.Module:
 
 
 class Sparsifier(sparsifier.Sparsifier):
-    """A recipe's stage `train` in anybody's loop: zeros, grids and a teacher, on the steps of that loop.
+    """A recipe's train stage in your own training loop: zeros, grids and a teacher, on the steps of that loop.
+
+    `rarefy.fold_(model)` makes an ordinary model of the result. See `rarefy.train.sparsifier.Sparsifier` for the rest.
 
         sparsifier = rarefy.Sparsifier(model, "recipe.yaml", steps_per_epoch=len(loader), optimizer=optimizer)
         for batch in loader:
             output = model(**batch)
-            sparsifier.loss(output, batch).backward()    # the model's own loss, where the recipe names no teacher
+            sparsifier.loss(output, batch).backward()  # the model's own loss, where the recipe names no teacher
             optimizer.step()
             sparsifier.step()
             optimizer.zero_grad()
 
-    recipe           a preset, file, dict or Recipe with one stage, `train`; or a plan such as rarefy.Gradual; its
-                     optimizer, rates and data are the loop's own business
-    steps_per_epoch  optimizer steps in one of the stage's `epochs`; or `steps` in all; or neither, and `step(progress)`
-    teacher          what the model learns from where the recipe says distill (default: the model as it is now)
-    calibrate        batches for scores that read data, and for static activations
-    example          a batch, by which student and teacher are checked at once
-    cache            folder for the teacher's answers
+    Args:
+        model: the model that is trained.
+        recipe: a preset, file, dict or Recipe with one stage, train; or a configuration such as rarefy.Gradual. The
+            recipe's optimizer, rates and data are not used.
+        steps_per_epoch: optimizer steps in one of the stage's `epochs`.
+        steps: instead: optimizer steps in all. Without both, call `step(progress)`.
+        optimizer: the optimizer of the loop; its state of masked weights is set to zero.
+        teacher: what the model learns from where the recipe has distill; by default the model as it is now.
+        calibrate: batches for scores that read data, and for static activations.
+        loss: callable(output, batch) for gradient scores and `loss`; by default the model's own.
+        example: a batch by which student and teacher are checked at once.
+        cache: folder for the teacher's outputs.
+        **overrides: new values of the recipe's fields.
 
-    Everything else as in `rarefy.train.sparsifier.Sparsifier`. `rarefy.fold_(model)` makes an ordinary model of it.
+    Raises:
+        RarefyError: for a recipe, model or data that do not fit.
 
-    >>> net = nn.Linear(8, 8)
-    >>> s = Sparsifier(net, {"stages": [{"train": {"epochs": 2, "prune": {"sparsity": 0.5, "steps": 2, "end": 1.0}}}]},
-    ...     steps_per_epoch=2)
-    >>> for _ in range(4): s.step()
-    >>> s.sparsity
-    0.5
+    Example:
+        >>> net = nn.Linear(8, 8)
+        >>> stage = {"train": {"epochs": 2, "prune": {"sparsity": 0.5, "steps": 2, "end": 1.0}}}
+        >>> s = Sparsifier(net, {"stages": [stage]}, steps_per_epoch=2)
+        >>> for _ in range(4): s.step()
+        >>> s.sparsity
+        0.5
     """
 
     def __init__(
         self,
         model: nn.Module,
-        recipe: str | Path | Mapping[str, Any] | recipes.Recipe | SparsityConfig,
+        recipe: str | Path | Mapping[str, Any] | Recipe | SparsityConfig,
         *,
         steps_per_epoch: int | None = None,
         steps: int | None = None,
@@ -225,19 +223,15 @@ class Sparsifier(sparsifier.Sparsifier):
         cache: str | Path | None = None,
         **overrides: Any,
     ):
-        stage, seed, given = recipes.Train(prune=None), 0, None
+        seed, data = 0, None
         if isinstance(recipe, SparsityConfig):
-            stage = replace(stage, prune=recipe)
-            if steps_per_epoch is not None:
-                raise RecipeError("a plan does not say how many epochs there are: give steps, of the whole training")
-            if overrides:
-                raise RecipeError(f"a plan takes no overrides: {', '.join(overrides)}; change the plan")
+            stage = _stage_of_config(recipe, steps_per_epoch, overrides)
         else:
-            whole = recipes.load(recipe, **overrides)
-            stage, seed = _only_train(whole), whole.seed
+            loaded = load_recipe(recipe, **overrides)
+            stage, seed = _only_train(loaded), loaded.seed
             if calibrate is not None:
                 calibrate = list(calibrate)
-                given = Given(whole, {"calibrate": calibrate}, None, None)
+                data = RunData(loaded, {"calibrate": calibrate})
         if steps_per_epoch is not None and steps is not None:
             raise RecipeError("give steps_per_epoch or steps, not both")
         if steps_per_epoch is not None:
@@ -249,17 +243,17 @@ class Sparsifier(sparsifier.Sparsifier):
             raise RecipeError("teacher has no effect: the recipe's train stage has no distill")
         if stage.keep_zeros:
             adopt_(model)
-        self.own, self.distiller = resolve_loss(loss), None
+        self._own_loss, self.distiller = resolve_loss(loss), None
         if stage.distill is not None:
-            folder, wise = stage.distill.teacher, teacher
-            if wise is None:
-                wise = frozen_copy(model) if folder is None else other(folder, None, model)
-            self.distiller = Distiller(model, wise, stage.distill, example=example, cache=cache)
-        labels = None if calibrate is None else list(with_labels(model, calibrate, "train"))
-        at = happenings(stage, given, False, [])
-        told = {"optimizer": optimizer, "calibrate": labels, "loss": loss, "seed": seed, "at": at}
+            folder = stage.distill.teacher
+            if teacher is None:
+                teacher = frozen_copy(model) if folder is None else load_teacher(folder, None, model)
+            self.distiller = Distiller(model, teacher, stage.distill, example=example, cache=cache)
+        batches = None if calibrate is None else list(with_labels(model, calibrate, "train"))
+        at = quantize_events(stage, data, False, [])
+        settings = {"optimizer": optimizer, "calibrate": batches, "loss": loss, "seed": seed, "at": at}
         try:
-            super().__init__(model, stage.prune, steps=steps, **told)
+            super().__init__(model, stage.prune, steps=steps, **settings)
         except BaseException:
             if self.distiller is not None:
                 self.distiller.close()
@@ -275,16 +269,25 @@ class Sparsifier(sparsifier.Sparsifier):
     def loss(self, output: Any, batch: Any) -> torch.Tensor:
         """Return the loss of a step: the teacher's and the model's own, as the recipe weighs them."""
         if self.distiller is None:
-            return self.own(output, batch)
-        return self.distiller(output, batch, self.own(output, batch) if self.distiller.task else None)
+            return self._own_loss(output, batch)
+        return self.distiller(output, batch, self._own_loss(output, batch) if self.distiller.task else None)
 
 
-def _only_train(recipe: recipes.Recipe) -> recipes.Train:
-    names = {cls: name for name, cls in recipes.STAGES.items()}
-    if len(recipe.stages) != 1 or not isinstance(recipe.stages[0], recipes.Train):
-        found = ", ".join(names[type(s)] for s in recipe.stages)
+def _stage_of_config(config: SparsityConfig, steps_per_epoch: int | None, overrides: Mapping[str, Any]) -> TrainStage:
+    """Return a train stage with nothing but a configuration."""
+    if steps_per_epoch is not None:
+        raise RecipeError("a plan does not say how many epochs there are: give steps, of the whole training")
+    if overrides:
+        raise RecipeError(f"a plan takes no overrides: {', '.join(overrides)}; change the plan")
+    return TrainStage(prune=config)
+
+
+def _only_train(recipe: Recipe) -> TrainStage:
+    """Return the train stage of a recipe that has no other."""
+    if len(recipe.stages) != 1 or not isinstance(recipe.stages[0], TrainStage):
+        names = ", ".join(STAGE_NAMES[type(stage)] for stage in recipe.stages)
         raise RecipeError(
-            f"a loop takes a recipe with one stage, train; {recipe.name} has {found}: run the others by compress_, "
+            f"a loop takes a recipe with one stage, train; {recipe.name} has {names}: run the others by compress_, "
             "before or after"
         )
     return recipe.stages[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from rarefy.prune.allocation import NEEDS_DATA
 from rarefy.prune.cost_model import estimate
 from rarefy.prune.reconstruction import reconstruct_
 from rarefy.prune.scores import SCORES
-from rarefy.prune.solver_config import COMMON, LINES, SOLVERS, Ask, Solver, in_bf16, passes
+from rarefy.prune.solver_config import COMMON, LINES, SOLVERS, Solver, SparsityTarget, in_bf16, passes
 
 STATE_MISFIT = "the state of this run does not fit the model: remove its folder to start anew"
 Allocate = Callable[[], tuple[dict[str, float], list[str]]]
@@ -45,17 +45,17 @@ Allocate = Callable[[], tuple[dict[str, float], list[str]]]
 def prune_with_solver_(
     model: nn.Module,
     chosen: Sequence[Layer],
-    ask: Ask,
+    spec: SparsityTarget,
     solver: Solver,
     data: Iterable[Any],
     *,
     spread: Allocate,
-    given: Callable[[Ask], Mapping[str, Tensor] | None] = lambda _: None,
+    given: Callable[[SparsityTarget], Mapping[str, Tensor] | None] = lambda _: None,
     mark: Callable[[], Tensor] | None = None,
     memory: int | None = None,
     resume_dir: Path | None = None,
     progress: bool = False,
-) -> tuple[list[dict[str, Any]], Ask, list[str]]:
+) -> tuple[list[dict[str, Any]], SparsityTarget, list[str]]:
     """Prune the chosen layers in place, each solved on the inputs it gets from the layers pruned before it.
 
     data      batches that can be gone through more than once
@@ -64,13 +64,13 @@ def prune_with_solver_(
     mark      by what the loss that `spread` reads can be known again
     memory    bytes to stay near: weights stay in their files, new ones in `resume_dir`, no masks; activations spill
     resume_dir folder for the state of the run, from which a killed one with the same arguments goes on
-    Returns a row a layer (its relative error, damping, seconds, zeros), `ask` with the sparsity of each layer, and what
-    `spread` said. An error in the middle leaves the layers before it pruned.
+    Returns a row a layer (its relative error, damping, seconds, zeros), `spec` with the sparsity of each layer, and
+    what `spread` said. An error in the middle leaves the layers before it pruned.
     O(one forward pass) + the solver's cost; memory as `rarefy.calibration.sequential.calibrate_sequentially`.
     """
     first = check_solvable(chosen, data, f"solver {solver.name}")
     lean, model = memory is not None, unwrap(model)
-    settings = {"solver": asdict(solver), **asdict(ask)}
+    settings = {"solver": solver.model_dump(), **spec.key()}
     rows: list[dict[str, Any]] = []
     masks: dict[str, Tensor] = {}  # in bits: all layers' together are a thirtieth of their weights
     dense = bool(solver.asymmetric or solver.reconstruct)
@@ -85,17 +85,17 @@ def prune_with_solver_(
         places = with_block_steps(groups, find_blocks(model, chosen, solver.blocks) if solver.reconstruct else [])
         if progress:
             sizes = sum(map(count_samples, data)), sum(map(count_tokens, data))
-            cost = estimate(groups, *sizes, solver, ask.allocate, memory and memory // 4)
+            cost = estimate(groups, *sizes, solver, spec.allocate, memory and memory // 4)
             say([f"pruning by {solver.name} takes {cost} if nothing else runs"])
             if known.num_done:
                 say([f"goes on after {known.num_done} of {len(places)} steps that were done before"])
         if resume_dir and mark is not None:
             known.check_same("loss", mark(), "loss")
-        each, notes = known.compute_once("each", spread) if ask.allocate in NEEDS_DATA else spread()
+        each, notes = known.compute_once("each", spread) if spec.allocate in NEEDS_DATA else spread()
         if each.keys() != {l.full_name for l in chosen} or not all(0 <= s <= 1 for s in each.values()):
             raise ContainerError(STATE_MISFIT)
-        ask = replace(ask, each=each)
-        masked = given(ask)
+        spec = replace(spec, each=each)
+        masked = given(spec)
         if masked is not None:
             known.check_same("given", masked, "masks")
         say([_progress_line(chosen)] if progress else [])
@@ -119,7 +119,7 @@ def prune_with_solver_(
                         if isinstance(stop, BlockStep):
                             entry = _reconstruct_block(stop, chosen, masks, solver, lean, progress)
                         else:
-                            entry = _solve_distributed(stop, ask, solver, masked or {})
+                            entry = _solve_distributed(stop, spec, solver, masked or {})
                             say([_progress_line(chosen, r) for r in entry.rows] if progress else [])
                         known.write(index, entry)
                         if lean:
@@ -129,7 +129,7 @@ def prune_with_solver_(
     for layer in chosen if not lean else ():
         shape = layer.original.shape
         set_mask_(layer, unpack_bits(masks[layer.full_name], shape.numel()).reshape(shape))
-    return rows, ask, notes
+    return rows, spec, notes
 
 
 def check_solvable(chosen: Sequence[Layer], data: Iterable[Any], what: str) -> Any:
@@ -194,7 +194,7 @@ def _apply_state(stop: GroupStep | BlockStep, entry: resume.StepState, lean: boo
 def measure_errors(
     model: nn.Module,
     chosen: Sequence[Layer],
-    ask: Ask,
+    spec: SparsityTarget,
     data: Iterable[Any],
     weights: Mapping[str, Tensor],
     levels: Sequence[float],
@@ -212,13 +212,13 @@ def measure_errors(
         for stop in track(stops, "measuring errors", progress, len(groups)):
             assert isinstance(stop, GroupStep)
             with torch.autocast("cpu", enabled=False):
-                _measure_group(stop, ask, weights, levels, costs, solved)
+                _measure_group(stop, spec, weights, levels, costs, solved)
     return costs
 
 
 def _measure_group(
     stop: GroupStep,
-    ask: Ask,
+    spec: SparsityTarget,
     weights: Mapping[str, Tensor],
     levels: Sequence[float],
     costs: dict[str, list[float]],
@@ -229,8 +229,8 @@ def _measure_group(
     W = torch.cat([to_matrix(l, l.weight.detach().float()) for l in layers], 1)
     U = inverse_factor_of(layers, H, COMMON["damping"])[0]
     for level in levels:
-        choose, parts = mask_choosers(layers, replace(ask, each={l.full_name: level for l in layers}), {})
-        if ask.plan.kind in LINES:
+        choose, parts = mask_choosers(layers, replace(spec, each={l.full_name: level for l in layers}), {})
+        if spec.pattern.kind in LINES:
             mask = choose((W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square(), 0, W.shape[-1])
             choose = fixed_mask(mask)
         new, _ = solvers.obs(W, U, choose, parts[0].edges(SOLVERS["obs"]["block"]))
@@ -260,10 +260,10 @@ def inverse_factor_of(layers: Sequence[Layer], H: Tensor, damping: float) -> tup
 
 
 def mask_choosers(
-    layers: Sequence[Layer], ask: Ask, given: Mapping[str, Tensor]
+    layers: Sequence[Layer], spec: SparsityTarget, given: Mapping[str, Tensor]
 ) -> tuple[solvers.ChooseMask, list[_Chooser]]:
     """One choice for the stacked rows of several layers, each by itself."""
-    parts = [_Chooser(l, ask, given.get(l.full_name)) for l in layers]
+    parts = [_Chooser(l, spec, given.get(l.full_name)) for l in layers]
     widths = [c.rows for c in parts]
 
     def choose(score: Tensor, a: int, b: int) -> Tensor:
@@ -272,11 +272,13 @@ def mask_choosers(
     return choose, parts
 
 
-def _solve_distributed(stop: GroupStep, ask: Ask, s: Solver, given: Mapping[str, Tensor]) -> resume.StepState:
+def _solve_distributed(
+    stop: GroupStep, spec: SparsityTarget, s: Solver, given: Mapping[str, Tensor]
+) -> resume.StepState:
     """Solve a group's layers, each on one of several processes; all processes get all of them."""
     layers, many = stop.group.layers, distributed.world_size()
     if many == 1:
-        return _solve_group(stop, ask, s, given)
+        return _solve_group(stop, spec, s, given)
     done = resume.StepState({}, {})
     own = layers[distributed.rank() :: many]
     if own:
@@ -285,7 +287,7 @@ def _solve_distributed(stop: GroupStep, ask: Ask, s: Solver, given: Mapping[str,
             parts = [to_matrix(l, l.weight.detach().float()) for l in layers]
             shifted = target_of(torch.cat(parts, 1), stop.gram.H, stop.gram, s).split([p.shape[1] for p in parts], 1)
             wanted = torch.cat(shifted[distributed.rank() :: many], 1)
-        done = _solve_group(GroupStep(replace(stop.group, layers=own), stop.gram), ask, s, given, wanted)
+        done = _solve_group(GroupStep(replace(stop.group, layers=own), stop.gram), spec, s, given, wanted)
     rows = []
     for index, layer in enumerate(layers):
         name, source, numel = layer.full_name, index % many, layer.original.numel()
@@ -297,14 +299,14 @@ def _solve_distributed(stop: GroupStep, ask: Ask, s: Solver, given: Mapping[str,
 
 
 def _solve_group(
-    stop: GroupStep, ask: Ask, s: Solver, given: Mapping[str, Tensor], wanted: Tensor | None = None
+    stop: GroupStep, spec: SparsityTarget, s: Solver, given: Mapping[str, Tensor], wanted: Tensor | None = None
 ) -> resume.StepState:
-    began, score = time.perf_counter(), ask.score
+    began, score = time.perf_counter(), spec.score
     layers = stop.group.layers
     W = torch.cat([to_matrix(l, l.weight.detach().float()) for l in layers], 1)
     if not torch.isfinite(W).all():
         raise ModelError(f"{', '.join(l.full_name for l in layers)}: NaN or inf in its weights")
-    choose, chosen = mask_choosers(layers, ask, given)
+    choose, chosen = mask_choosers(layers, spec, given)
     widths = [c.rows for c in chosen]
     H, used = stop.gram.H, s.damping
     assert H is not None and used is not None
@@ -313,7 +315,7 @@ def _solve_group(
         U, used = inverse_factor_of(layers, H, used)
         target = target_of(W, H, stop.gram, s) if wanted is None else wanted
         edges = chosen[0].edges(s.block)
-        if score is not None or ask.plan.kind in LINES:  # a line crosses all blocks: its mask comes first
+        if score is not None or spec.pattern.kind in LINES:  # a line crosses all blocks: its mask comes first
             own = (W / U.diagonal(dim1=-2, dim2=-1)[:, None]).square()
             scores = own if score is None or given else _scores(layers, score, W, stop.gram)
             mask = choose(scores, 0, W.shape[-1])
@@ -381,8 +383,8 @@ def _scores(layers: Sequence[Layer], score: str, W: Tensor, gram: Gram) -> Tenso
 class _Chooser:
     """Masks of one layer, for all its columns or a block of them at a time, with exact counts over all blocks."""
 
-    def __init__(self, layer: Layer, ask: Ask, given: Tensor | None):
-        self.layer, self.plan, self.sparsity, self.scope = layer, ask.plan, ask.each[layer.full_name], ask.scope
+    def __init__(self, layer: Layer, spec: SparsityTarget, given: Tensor | None):
+        self.layer, self.plan, self.sparsity, self.scope = layer, spec.pattern, spec.each[layer.full_name], spec.scope
         self.G, self.K, self.O, self.I = layer.layout.shape
         if layer.layout.kind == "conv-transposed":  # its outputs at each kernel position are rows
             self.O, self.K = self.O * self.K, 1

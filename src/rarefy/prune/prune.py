@@ -1,4 +1,4 @@
-"""`prune_`: select, collect statistics, score, choose masks, attach them. Nothing changes before all is known."""
+"""`prune_`: select layers, collect statistics, score, choose masks, attach them. The model changes only at the end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rarefy.calibration.statistics import LayerStats, collect_stats
 from rarefy.common.atomic_io import parse_bytes, parse_path
-from rarefy.common.errors import DataError, ModelError, PatternError, unknown
+from rarefy.common.errors import DataError, ModelError, PatternError
+from rarefy.common.options import Fraction, Names, OneOf, Options, at
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
@@ -31,7 +33,76 @@ from rarefy.prune import allocation as allocate_
 from rarefy.prune.allocation_search import lacks_loss, output_probe, search_allocation
 from rarefy.prune.layerwise import Allocate, check_solvable, measure_errors, prune_with_solver_
 from rarefy.prune.scores import SCORES
-from rarefy.prune.solver_config import Ask, Solver, resolve
+from rarefy.prune.solver_config import Solver, SolverField, SparsityTarget, resolve
+
+UNIFORM = "take 'uniform' (shell: --set allocate=uniform)"
+
+
+class PruneOptions(Options):
+    """Set weights to zero in one step. See `rarefy.prune_`."""
+
+    error = PatternError
+
+    pattern: str = Field(
+        "unstructured",
+        description="where zeros may be: unstructured, N:M (N kept of M) such as 2:4, blocks RxC such as 4x1, row (= "
+        "channel), column",
+    )
+    score: Annotated[str, OneOf(SCORES)] | None = Field(
+        None,
+        description="how weights are ranked; some scores need data, gradient scores also labels or a loss. By default "
+        "magnitude, or the solver's own criterion",
+    )
+    sparsity: Fraction | None = Field(None, description="fraction of zeros; an N:M pattern determines it")
+    solver: SolverField | None = Field(
+        None, description="move the remaining weights so that layer outputs on the data are preserved"
+    )
+    allocate: Annotated[str, OneOf(allocate_.ALLOCATIONS, "allocation")] | None = Field(
+        None, description="how the sparsity is distributed over layers; by default uniform"
+    )
+    scope: Annotated[str, OneOf(patterns.SCOPES)] | None = Field(
+        None, description="where scores compete; by default what the paper of the score does"
+    )
+    reduce: Annotated[str, OneOf(patterns.REDUCTIONS)] | None = Field(
+        None, description="how a unit of several weights is scored; by default mean"
+    )
+    layers: Names | None = Field(
+        None, description="selectors of the layers to prune; by default all but embeddings and head"
+    )
+    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> PruneOptions:
+        with at("pattern"):
+            pattern = patterns.parse_pattern(self.pattern)
+            patterns.check_sparsity(pattern, self.sparsity, None)
+        with at("scope"):
+            patterns.check_sparsity(pattern, self.sparsity, self.scope)
+        with at("reduce"):
+            patterns.make_masks([], pattern, None if pattern.kind == "nm" else self.sparsity, reduce=self.reduce)
+        with at("solver"):
+            solver, target = resolve_options(self)
+            if solver is not None and target.score is None and (target.scope == "global" or self.reduce is not None):
+                idle = "scope 'global'" if target.scope == "global" else f"reduce={self.reduce!r}"
+                raise PatternError(f"solver {solver.name} chooses block by block: {idle} has no effect without a score")
+        with at("allocate"):
+            if target.allocate != "uniform" and (pattern.kind == "nm" or target.scope == "global"):
+                subject = f"pattern {pattern}" if pattern.kind == "nm" else "scope 'global'"
+                raise PatternError(
+                    f"{subject} determines every layer's sparsity: allocate={self.allocate!r} has no effect, {UNIFORM}"
+                )
+        return self
+
+
+def resolve_options(options: PruneOptions, seed: int = 0) -> tuple[Solver | None, SparsityTarget]:
+    """Return the solver and the zeros that options ask for, with defaults filled in."""
+    pattern = patterns.parse_pattern(options.pattern)
+    solver = None if options.solver is None else resolve(options.solver)
+    score = options.score or ("magnitude" if solver is None else "wanda" if solver.name == "refit" else None)
+    sparsity, scope = patterns.check_sparsity(pattern, options.sparsity, options.scope or default_scope(pattern, score))
+    allocate = options.allocate or "uniform"
+    seed = seed if allocate == "search" else 0
+    return solver, SparsityTarget(pattern, sparsity, {}, scope, score, options.reduce, allocate, seed)
 
 
 @renamed_parameters(work="resume_dir")
@@ -54,212 +125,246 @@ def prune_(
     resume_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Report:
-    """Attach masks with the asked sparsity to the selected layers of `model` in place; return what was achieved.
+    """Prune the selected layers of a model in place: attach masks that hold the wanted fraction of weights at zero.
 
-    pattern   where zeros may lie (`rarefy.model.sparsity_pattern`): unstructured, 2:4, 4x1, row, channel, column
-    score     what is pruned first (`rarefy.prune.scores.SCORES`); some need `data`, gradients need labels or `loss`;
-              by default magnitude, or the solver's own criterion
-    solver    obs (SparseGPT), admm or refit: move the kept weights so that each layer's outputs on `data` stay
-              (`rarefy.Solver` sets its options); the layers are then pruned in the order in which the model runs
-    sparsity  fraction of zeros; N:M patterns decide it themselves
-    allocate  how `sparsity` is spread over layers (`rarefy.prune.allocation`): uniform, erk, line, owl, errors or
-              search (these two read gradients of the loss or, where a model has none, of its outputs)
-    scope     where scores compete: row, layer or global; by default what the score's paper does
-    reduce    how a unit of several weights is scored: mean, sum, max or l2
-    data      batches that `model` can be called with
-    memory    bytes or such as "4G" to stay near (solvers): weights stay in the files they were loaded from, new ones
-              go to `resume_dir`, and zeros are written into the weights, without masks
-    resume_dir folder for the state of a solver's run: the same call on the same model goes on there after it was
-              killed. It stays, to be removed when the result is saved
+    Masked weights stay masked when the model is trained; `rarefy.fold_` writes the zeros into the weights. Weights
+    that are masked already stay so. Without a solver this costs O(weights log weights) and the pass over the data;
+    for solvers see `rarefy.prune.layerwise`.
 
-    Masked entries stay masked. Masks survive training; `rarefy.fold_` writes them into the weights.
-    Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged (a solver that fails half way
-    leaves the
-    layers before pruned). O(weights log weights) besides the pass; with a solver see `rarefy.prune.layerwise`.
+    Args:
+        model: any module with Linear, Conv, Embedding or MultiheadAttention layers.
+        pattern: where zeros may be (`rarefy.model.sparsity_pattern`): unstructured, 2:4, 4x1, row, channel, column.
+        score: how weights are ranked (`rarefy.prune.scores.SCORES`). Some scores need `data`; gradient scores need
+            labels in it, or `loss`. By default magnitude, or the solver's own criterion.
+        sparsity: fraction of zeros, 0 to 1. N:M patterns determine it.
+        solver: "obs" (SparseGPT, Frantar 2023), "admm" (ALPS, Meng 2024) or "refit": move the remaining weights so that
+            each layer's outputs on `data` are preserved. `rarefy.Solver` sets options. Layers are then pruned in the
+            order in which the model runs them.
+        allocate: how the sparsity is distributed over layers (`rarefy.prune.allocation`): uniform, erk, line, owl,
+            errors or search. The last two read gradients of the loss, or of the outputs of a model without one.
+        scope: where scores compete: row, layer or global. By default what the paper of the score does.
+        reduce: how a unit of several weights is scored: mean, sum, max or l2.
+        layers: names, globs or other selectors of layers; by default all but embeddings and the output head.
+        ignore: selectors of layers to leave as they are.
+        data: batches that `model` can be called with.
+        loss: callable(output, batch) for gradient scores; by default the model's own.
+        seed: of random scores, and of the search for an allocation.
+        memory: bytes, or text such as "4G", to stay near (solvers only). Weights stay in the files they were loaded
+            from, new ones go to `resume_dir`, and zeros are written into the weights, without masks.
+        resume_dir: folder for the state of a solver's run: after a kill, the same call on the same model continues from
+            there. Remove it when the result is saved.
+        progress: show progress bars.
 
-    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-    >>> prune_(net, "2:4").summary["sparsity"]
-    0.5
+    Returns:
+        A row a layer: its shape, pattern, wanted and achieved sparsity, and how many weights are kept.
+
+    Raises:
+        RarefyError: for options, layers or data that do not fit. The model is then unchanged; if a solver fails
+            halfway, the layers before stay pruned.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> prune_(net, "2:4").summary["sparsity"]
+        0.5
     """
-    how, ask = asked(pattern, score, sparsity, solver, allocate, scope, reduce, seed)
-    if data is not None:
-        check_batches(data)
-        # allocation, score, solver and the key of `resume_dir` each go through it
-        data = data if isinstance(data, list | tuple | DataLoader) and resume_dir is None else list(data)
-        gone = next((i for i, batch in enumerate(data) if batch is None), None) if isinstance(data, list) else None
-        if gone is not None:
-            raise DataError(f"batch {gone} of the data is None")
+    options = PruneOptions(
+        pattern=pattern, score=score, sparsity=sparsity, solver=solver, allocate=allocate, scope=scope, reduce=reduce,
+        layers=layers, ignore=ignore,
+    )  # fmt: skip
+    return run_prune(
+        model, options, data, loss=loss, seed=seed, memory=memory, resume_dir=resume_dir, progress=progress
+    )
+
+
+def run_prune(
+    model: nn.Module,
+    options: PruneOptions,
+    data: Iterable[Any] | None = None,
+    *,
+    loss: Loss | None = None,
+    seed: int = 0,
+    memory: int | str | None = None,
+    resume_dir: str | Path | None = None,
+    progress: bool = False,
+) -> Report:
+    """Prune a model by checked options. See `prune_`."""
+    solver, target = resolve_options(options, seed)
+    data = _reusable(data, resume_dir is not None)
     memory, resume_dir = parse_bytes(memory), parse_path(resume_dir)
-    check_ask(how, ask, memory, resume_dir)
-    chosen = chosen_layers(model, layers, ignore, ask.plan)
-    check_weights(chosen)
-    for layer in chosen:
-        check_maskable(layer)
-        if how is not None and attached_grid(layer.module, layer.param) is not None:
-            raise ModelError(
-                f"{layer.full_name} lies on a grid, which the weights that solver {how.name} moves would leave: prune "
-                "first, then quantize; or leave solver out"
-            )
-    spread = partial(_spread, model, chosen, ask, data, loss, progress)
+    check_memory(solver, target, memory, resume_dir)
+    layers = chosen_layers(model, options.layers, options.ignore, target.pattern)
+    _check_layers(layers, solver)
+    spread = partial(_spread, model, layers, target, data, loss, progress)
     rows: list[dict[str, Any]] = []
-    if how is not None:
-        options = {"memory": memory, "resume_dir": resume_dir, "progress": progress}
-        rows, ask, notes = _solve(model, chosen, ask, how, data, loss, seed, spread, **options)
+    if solver is not None:
+        state = {"memory": memory, "resume_dir": resume_dir, "progress": progress}
+        rows, target, notes = _solve(model, layers, target, solver, data, loss, seed, spread, **state)
     else:
         each, notes = spread()
-        ask = replace(ask, each=each)
-        shown = None if data is None else track(data, f"calibrating {ask.score}", progress)
-        for layer, mask in zip(chosen, _masks(model, chosen, ask, shown, loss, seed)):
+        target = replace(target, each=each)
+        batches = None if data is None else track(data, f"calibrating {target.score}", progress)
+        for layer, mask in zip(layers, _masks(model, layers, target, batches, loss, seed)):
             set_mask_(layer, mask)
-    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
+    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     zeros = {r["layer"]: r.pop("zeros") for r in rows}
-    done = report(chosen, ask.plan, ask.sparsity, ask.each, zeros if memory is not None else None)
-    done = replace(done, notes=(*done.notes, *notes))
-    idle = "; ".join(f"{r['layer']} {r.pop('idle')}" for r in rows if r.get("idle"))
-    if idle:
-        done = replace(done, notes=(*done.notes, f"experts that saw no token, pruned by magnitude, not moved: {idle}"))
+    done = report(layers, target.pattern, target.sparsity, target.each, zeros if memory is not None else None)
+    notes = [*done.notes, *notes, *_expert_notes(rows)]
+    if options.layers is None and options.ignore is None:
+        notes += _not_selected(model, layers)
     solved = {r["layer"]: {k: v for k, v in r.items() if k != "idle"} for r in rows}
-    done = replace(done, rows=tuple({**r, **solved.get(r["layer"], {})} for r in done.rows))
-    taken = {l.full_name for l in chosen}
-    alone = [l.full_name for l in all_layers(model) if l.full_name not in taken]
-    if layers is None and ignore is None and alone:
-        done = replace(done, notes=(*done.notes, f"left alone until named in layers: {', '.join(alone)}"))
-    return done
+    return replace(done, rows=tuple({**r, **solved.get(r["layer"], {})} for r in done.rows), notes=tuple(notes))
 
 
-def asked(
-    pattern: str,
-    score: str | None = None,
-    sparsity: float | None = None,
-    solver: str | Solver | Mapping[str, Any] | None = None,
-    allocate: str | None = None,
-    scope: str | None = None,
-    reduce: str | None = None,
-    seed: int = 0,
-) -> tuple[Solver | None, Ask]:
-    """Return what `prune_` is asked for with its defaults filled in; PatternError for what it does not know."""
-    plan = patterns.parse_pattern(pattern)
-    how = None if solver is None else resolve(solver)
-    ranks = score or ("magnitude" if how is None else "wanda" if how.name == "refit" else None)
-    if ranks is not None and (not isinstance(ranks, str) or ranks not in SCORES):
-        raise PatternError(unknown("score", ranks, SCORES))
-    sparsity, scope = patterns.check_sparsity(plan, sparsity, scope or default_scope(plan, ranks))
-    allocate = allocate or "uniform"
-    if allocate not in allocate_.ALLOCATIONS:
-        raise PatternError(unknown("allocation", allocate, allocate_.ALLOCATIONS))
-    return how, Ask(plan, sparsity, {}, scope, ranks, reduce, allocate, seed if allocate == "search" else 0)
+def _reusable(data: Iterable[Any] | None, as_list: bool) -> Iterable[Any] | None:
+    """Return data that allocation, score, solver and the key of a saved state can each go through."""
+    if data is None:
+        return None
+    check_batches(data)
+    batches = data if isinstance(data, list | tuple | DataLoader) and not as_list else list(data)
+    empty = next((i for i, batch in enumerate(batches) if batch is None), None) if isinstance(batches, list) else None
+    if empty is not None:
+        raise DataError(f"batch {empty} of the data is None")
+    return batches
 
 
-def chosen_layers(model: nn.Module, layers: Selector, ignore: Selector, plan: patterns.Pattern) -> list[Layer]:
+def _check_layers(layers: Sequence[Layer], solver: Solver | None) -> None:
+    """Raise ModelError for layers that cannot be pruned, or whose weights a solver must not move."""
+    check_weights(layers)
+    for layer in layers:
+        check_maskable(layer)
+        if solver is not None and attached_grid(layer.module, layer.param) is not None:
+            raise ModelError(
+                f"{layer.full_name} is quantized, and solver {solver.name} would move its weights off their grid: "
+                "prune first, then quantize; or leave solver out"
+            )
+
+
+def _expert_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    idle = "; ".join(f"{r['layer']} {r['idle']}" for r in rows if r.get("idle"))
+    return [f"experts that saw no token were pruned by magnitude, without moving weights: {idle}"] if idle else []
+
+
+def _not_selected(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    pruned = {layer.full_name for layer in layers}
+    others = [layer.full_name for layer in all_layers(model) if layer.full_name not in pruned]
+    return [f"not pruned unless named in layers: {', '.join(others)}"] if others else []
+
+
+def chosen_layers(model: nn.Module, layers: Selector, ignore: Selector, pattern: patterns.Pattern) -> list[Layer]:
     """Return the selected layers; PatternError where the pattern has nothing to prune in one."""
     chosen = select_layers(model, layers, ignore)
-    refuse_impossible(chosen, plan)
+    refuse_impossible(chosen, pattern)
     return chosen
 
 
 def _solve(
     model: nn.Module,
-    chosen: Sequence[Layer],
-    ask: Ask,
-    how: Solver,
+    layers: Sequence[Layer],
+    target: SparsityTarget,
+    solver: Solver,
     data: Iterable[Any] | None,
     loss: Loss | None,
     seed: int,
     spread: Allocate,
-    **options: Any,
-) -> tuple[list[dict[str, Any]], Ask, list[str]]:
-    """Masks and weights by a solver; a score that reads more than inputs, or ranks all layers together, goes first."""
+    **state: Any,
+) -> tuple[list[dict[str, Any]], SparsityTarget, list[str]]:
+    """Find masks and weights by a solver. A score that needs more than inputs, or ranks all layers, comes first."""
     if data is None:
-        raise DataError(f"solver {how.name} works on a layer's inputs: give data=batches")
+        raise DataError(f"solver {solver.name} works on a layer's inputs: give data=batches")
 
-    def given(ask: Ask) -> dict[str, Tensor] | None:
-        if not ask.first:
+    def masks_before(target: SparsityTarget) -> dict[str, Tensor] | None:
+        if not target.needs_all_layers:
             return None
-        masks = _masks(model, chosen, ask, track(data, f"calibrating {ask.score}", options["progress"]), loss, seed)
-        return {l.full_name: m for l, m in zip(chosen, masks)}
+        batches = track(data, f"calibrating {target.score}", state["progress"])
+        masks = _masks(model, layers, target, batches, loss, seed)
+        return {layer.full_name: mask for layer, mask in zip(layers, masks)}
 
-    def mark() -> Tensor:
-        one = on_device(model, first_samples(next(iter(data))))
+    def loss_mark() -> Tensor:
+        batch = on_device(model, first_samples(next(iter(data))))
         with evaluating(model), torch.no_grad():
-            return torch.as_tensor(resolve_loss(loss)(call(model, one), one))
+            return torch.as_tensor(resolve_loss(loss)(call(model, batch), batch))
 
-    read = ask.allocate in allocate_.GRADIENTS and loss is not None
+    mark = loss_mark if target.allocate in allocate_.GRADIENTS and loss is not None else None
     return prune_with_solver_(
-        model, chosen, ask, how, data, spread=spread, given=given, mark=mark if read else None, **options
+        model, layers, target, solver, data, spread=spread, given=masks_before, mark=mark, **state
     )
 
 
-def check_ask(how: Solver | None, ask: Ask, memory: int | None, resume_dir: Path | None) -> None:
-    """Raise PatternError for what has no effect, or cannot be kept to."""
-    if how is not None and ask.score is None and (ask.scope == "global" or ask.reduce is not None):
-        idle = "scope 'global'" if ask.scope == "global" else f"reduce={ask.reduce!r}"
-        raise PatternError(f"solver {how.name} chooses block by block: {idle} has no effect without a score")
-    if ask.allocate != "uniform" and (ask.plan.kind == "nm" or ask.scope == "global"):
-        what = f"pattern {ask.plan}" if ask.plan.kind == "nm" else "scope 'global'"
-        raise PatternError(
-            f"{what} decides every layer's sparsity itself: allocate={ask.allocate!r} has no effect, "
-            "take 'uniform' (shell: --set allocate=uniform)"
-        )
-    if how is None and (memory is not None or resume_dir is not None):
-        what = "memory" if memory is not None else "resume_dir"
-        raise PatternError(f"{what} is for solvers, which go layer by layer: give solver='refit', 'obs' or 'admm'")
+def check_memory(solver: Solver | None, target: SparsityTarget, memory: int | None, resume_dir: Path | None) -> None:
+    """Raise PatternError for a memory limit or a folder that has no effect, or a limit that cannot be kept."""
+    if solver is None and (memory is not None or resume_dir is not None):
+        name = "memory" if memory is not None else "resume_dir"
+        raise PatternError(f"{name} is for solvers, which go layer by layer: give solver='refit', 'obs' or 'admm'")
     if memory is None:
         return
     if resume_dir is None:
         raise PatternError("memory needs resume_dir=FOLDER, where the new weights go")
-    if ask.first or ask.allocate in allocate_.GRADIENTS:
-        what = f"score {ask.score!r} over all layers" if ask.first else f"allocate={ask.allocate!r}"
-        instead = "leave it out" if ask.first else "take 'uniform' (shell: --set allocate=uniform)"
-        raise PatternError(f"{what} holds all weights or gradients at once: {instead}, or leave memory out")
+    if target.needs_all_layers:
+        raise PatternError(
+            f"score {target.score!r} over all layers holds all weights or gradients at once: leave it out, or leave "
+            "memory out"
+        )
+    if target.allocate in allocate_.GRADIENTS:
+        raise PatternError(
+            f"allocate={target.allocate!r} holds all weights or gradients at once: {UNIFORM}, or leave memory out"
+        )
 
 
 def _spread(
     model: nn.Module,
-    chosen: Sequence[Layer],
-    ask: Ask,
+    layers: Sequence[Layer],
+    target: SparsityTarget,
     data: Iterable[Any] | None,
     loss: Loss | None,
     progress: bool,
 ) -> tuple[dict[str, float], list[str]]:
-    """The sparsity of each layer, and what is to be said of how it was found."""
-    how = ask.allocate
-    if how == "uniform":
-        return {l.full_name: ask.sparsity for l in chosen}, []
-    if how == "erk":
-        return allocate_.erk(chosen, ask.sparsity), []
-    if how == "line":
-        return allocate_.line(chosen, ask.sparsity), []
+    """Return the sparsity of each layer, and notes on how it was found."""
+    method = target.allocate
+    if method == "uniform":
+        return {layer.full_name: target.sparsity for layer in layers}, []
+    if method == "erk":
+        return allocate_.erk(layers, target.sparsity), []
+    if method == "line":
+        return allocate_.line(layers, target.sparsity), []
     if data is None:
-        raise DataError(f"allocation {how!r} reads activations: give data=batches")
-    if how == "owl":
-        return allocate_.owl(chosen, ask.sparsity, collect_stats(model, data, chosen, frozenset({"input"}))), []
-    check_solvable(chosen, data, f"allocation {how!r}")
+        raise DataError(f"allocation {method!r} reads activations: give data=batches")
+    if method == "owl":
+        return allocate_.owl(layers, target.sparsity, collect_stats(model, data, layers, frozenset({"input"}))), []
+    check_solvable(layers, data, f"allocation {method!r}")
     data = list(data)
     tokens = allocate_.TOKENS
-    few = track(take_tokens(data, tokens["gradients"], tokens["pass"]), "output gradients", progress)
+    batches = track(take_tokens(data, tokens["gradients"], tokens["pass"]), "output gradients", progress)
     blind = lacks_loss(model, data[0], loss)
-    found = allocate_.sensitivities(model, few, chosen, output_probe if blind else loss)
+    sensitivities = allocate_.sensitivities(model, batches, layers, output_probe if blind else loss)
     notes = ["no loss: sparsity was allocated by the model's own outputs"] if blind else []
-    weights = allocate_.fill_missing(found, chosen)
-    solved: dict[str, list[Tensor]] | None = {} if how == "search" else None
+    weights = allocate_.fill_missing(sensitivities, layers)
+    solved: dict[str, list[Tensor]] | None = {} if method == "search" else None
     part = take_tokens(data, tokens["errors"])
-    costs = measure_errors(model, chosen, ask, part, weights, allocate_.LEVELS, solved=solved, progress=progress)
+    costs = measure_errors(model, layers, target, part, weights, allocate_.LEVELS, solved=solved, progress=progress)
     if solved is not None:
-        told = {"without_loss": blind, "seed": ask.seed, "progress": progress}
-        return search_allocation(model, chosen, costs, solved, ask.sparsity, data, loss, **told), notes
-    return allocate_.cheapest_allocation(costs, {l.full_name: l.original.numel() for l in chosen}, ask.sparsity), notes
+        settings = {"without_loss": blind, "seed": target.seed, "progress": progress}
+        return search_allocation(model, layers, costs, solved, target.sparsity, data, loss, **settings), notes
+    return allocate_.cheapest_allocation(
+        costs, {l.full_name: l.original.numel() for l in layers}, target.sparsity
+    ), notes
 
 
 def _masks(
-    model: nn.Module, chosen: Sequence[Layer], ask: Ask, data: Iterable[Any] | None, loss: Loss | None, seed: int
+    model: nn.Module,
+    layers: Sequence[Layer],
+    target: SparsityTarget,
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+    seed: int,
 ) -> list[Tensor]:
-    """Masks by a score, with a sparsity a layer."""
-    assert ask.score is not None
-    stats = calibrate(model, chosen, ask.score, data, loss, seed)
-    how = {"score": ask.score, "scope": ask.scope, "reduce": ask.reduce}
-    if ask.scope == "global" or len(set(ask.each.values())) == 1:
-        return choose_masks(chosen, stats, ask.plan, sparsity=ask.sparsity, **how)
-    return [choose_masks([l], stats, ask.plan, sparsity=ask.each[l.full_name], **how)[0] for l in chosen]
+    """Return masks by a score, with a sparsity a layer."""
+    assert target.score is not None
+    stats = calibrate(model, layers, target.score, data, loss, seed)
+    ranking = {"score": target.score, "scope": target.scope, "reduce": target.reduce}
+    if target.scope == "global" or len(set(target.each.values())) == 1:
+        return choose_masks(layers, stats, target.pattern, sparsity=target.sparsity, **ranking)
+    each = target.each
+    return [choose_masks([l], stats, target.pattern, sparsity=each[l.full_name], **ranking)[0] for l in layers]
 
 
 def default_scope(plan: patterns.Pattern, score: str | None) -> str | None:

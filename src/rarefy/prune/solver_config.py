@@ -1,69 +1,88 @@
-"""What is asked of a solver: its options and their ranges, and which zeros are wanted."""
+"""Options of solvers, and which zeros a call of `prune_` wants."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from rarefy.common.errors import PatternError, unknown
+from rarefy.common.options import Fraction, Options, options_or_name
 from rarefy.evaluation.profiling import native_bf16
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.prune.scores import SCORES
 
 
-@dataclass(frozen=True, kw_only=True)
-class Solver:
-    """How kept weights are moved; what is None is the solver's own default, see `SOLVERS`.
+class Solver(Options):
+    """Options of a solver, which moves the remaining weights. What is None is the solver's own default, see `SOLVERS`.
 
-    name        obs (SparseGPT), admm (ALPS, then conjugate gradients) or refit (conjugate gradients on a scored mask)
-    damping     times the mean of diag(H) is added to the diagonal
-    asymmetric  0..1: how far the target moves towards the outputs of the dense model on its own inputs, as a share of
-                what is best on a batch that is held out
-    bf16        run the model's forward passes in bf16, on a CPU that multiplies it; elsewhere in fp32, which is faster
-    block       obs: columns whose mask is chosen together
-    steps       admm: iterations
-    refits      admm, refit: conjugate gradient steps once the mask is fixed
-    reconstruct passes over the calibration set in which each block learns the dense block's outputs; 0 = none
-    lr          of that learning (Adam, cosine)
-    blocks      names of what learns as one, globs with | between; by default the members of the model's outermost lists
-                of equal modules
+    Example:
+        >>> Solver(name="obs", block=64).block
+        64
+        >>> Solver(name="obs", damping=-1)
+        Traceback (most recent call last):
+        rarefy.common.errors.PatternError: damping: expected a number between 0 and 10, got -1
     """
 
-    name: str
-    damping: float | None = None
-    asymmetric: float | None = None
-    bf16: bool | None = None
-    block: int | None = None
-    steps: int | None = None
-    refits: int | None = None
-    reconstruct: int | None = None
-    lr: float | None = None
-    blocks: str | None = None
+    error = PatternError
+
+    name: str = Field(
+        description="`obs` (SparseGPT, GPTQ), `admm` (ALPS, then conjugate gradients), `refit` (conjugate gradients on "
+        "a scored mask); for quantize also `round` (AutoRound)"
+    )
+    damping: float | None = Field(None, ge=0, le=10, description="times mean(diag(H)), added to the diagonal")
+    asymmetric: Fraction | None = Field(
+        None,
+        description="how far targets move towards the dense model's outputs on its own inputs, as a share of what is "
+        "best on a held-out batch",
+    )
+    bf16: bool | None = Field(None, description="run forward passes in bf16 on CPUs that support it, else in fp32")
+    block: int | None = Field(None, ge=1, le=1 << 20, description="obs: columns whose mask is chosen together")
+    steps: int | None = Field(None, ge=1, le=10_000, description="admm: iterations; round: steps of learning")
+    refits: int | None = Field(
+        None, ge=0, le=10_000, description="admm, refit: conjugate gradient steps once the mask is fixed"
+    )
+    reconstruct: int | None = Field(
+        None, ge=0, le=1000, description="passes in which each block learns the dense block's outputs"
+    )
+    lr: float | None = Field(None, gt=0, le=1, description="learning rate of that (Adam, cosine)")
+    blocks: str | None = Field(
+        None,
+        description="names of modules that learn as one, globs separated by |; by default the members of the model's "
+        "outermost lists of equal modules",
+    )
+
+
+SolverField = options_or_name(Solver)
 
 
 @dataclass(frozen=True)
-class Ask:
+class SparsityTarget:
     """Which zeros are wanted."""
 
-    plan: patterns.Pattern
+    pattern: patterns.Pattern
     sparsity: float
     each: Mapping[str, float]  # sparsity by layer name, once it is known
     scope: str
-    score: str | None = None  # None = the solver's own criterion (refit: wanda)
+    score: str | None = None  # None: the solver's own criterion (refit: wanda)
     reduce: str | None = None
     allocate: str = "uniform"  # how `each` is found
     seed: int = 0  # of that search
 
     @property
-    def first(self) -> bool:
+    def needs_all_layers(self) -> bool:
         """Whether masks need all layers before the first is solved."""
         if self.score is None:
             return False
         return self.scope == "global" or self.reduce is not None or bool(SCORES[self.score].needs - {"input"})
+
+    def key(self) -> dict[str, Any]:
+        """Return the fields under the names that saved states of runs have."""
+        return {"plan" if name == "pattern" else name: value for name, value in asdict(self).items()}
 
 
 COMMON: dict[str, Any] = {
@@ -83,57 +102,37 @@ SOLVERS: dict[str, dict[str, Any]] = {
 
 LINES = ("row", "column")  # patterns whose units cross all blocks of columns
 PAPERS = {"sparsegpt": "obs", "obc": "obs", "alps": "admm", "pcg": "refit"}
-RANGES: dict[str, tuple[Any, Any, Any]] = {
-    "damping": (int | float, 0, 10),
-    "asymmetric": (int | float, 0, 1),
-    "bf16": (bool, None, None),
-    "block": (int, 1, 1 << 20),
-    "steps": (int, 1, 10000),
-    "refits": (int, 0, 10000),
-    "reconstruct": (int, 0, 1000),
-    "lr": (int | float, 0, 1),
-    "blocks": (str, None, None),
-}
 
 
 def resolve(solver: str | Solver | Mapping[str, Any]) -> Solver:
-    """Return the solver with its defaults filled in; PatternError for an unknown one or an option it does not have.
+    """Return a solver with its defaults filled in; PatternError for an unknown one or an option it does not have.
 
     >>> resolve("obs").block
     128
     """
     if isinstance(solver, Mapping):
-        names = [f.name for f in fields(Solver)]
-        strange = [k for k in solver if k not in names]
-        if strange or "name" not in solver:
-            raise PatternError(unknown("solver option", strange[0], names) if strange else "a solver needs a name")
         solver = Solver(**solver)
     if not isinstance(solver, Solver):
         solver = Solver(name=solver)
-    if not isinstance(solver.name, str) or solver.name not in SOLVERS:
-        near = PAPERS.get(str(solver.name).lower())
-        hint = f"unknown solver {solver.name!r} (did you mean {near!r}?)"
-        raise PatternError(hint if near else unknown("solver", solver.name, SOLVERS))
-    known = SOLVERS[solver.name]
-    given = {f.name: getattr(solver, f.name) for f in fields(solver) if f.name != "name"}
-    idle = [k for k, v in given.items() if v is not None and k not in known]
+    if solver.name not in SOLVERS:
+        meant = PAPERS.get(solver.name.lower())
+        hint = f"unknown solver {solver.name!r} (did you mean {meant!r}?)"
+        raise PatternError(hint if meant else unknown("solver", solver.name, SOLVERS))
+    defaults = SOLVERS[solver.name]
+    options = check_options(solver, defaults)
+    for name in ("lr", "blocks"):
+        if options.get(name) is not None and not options.get("reconstruct"):
+            raise PatternError(f"solver {solver.name}: {name}={options[name]!r} has no effect without reconstruct")
+    return Solver(name=solver.name, **(defaults | options))
+
+
+def check_options(solver: Solver, allowed: Collection[str]) -> dict[str, Any]:
+    """Return the options that are set; PatternError for one that this solver does not have."""
+    options = {name: value for name, value in solver.model_dump(exclude={"name"}).items() if value is not None}
+    idle = [name for name in options if name not in allowed]
     if idle:
-        raise PatternError(f"solver {solver.name} has no {', '.join(idle)}; it has {', '.join(known)}")
-    for key, value in given.items():
-        kind, low, high = RANGES[key]
-        if value is None:
-            continue
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            words = {bool: "true or false", int: "a whole number", str: "a glob of module names"}
-            raise PatternError(f"solver {solver.name}: {key} is {words.get(kind, 'a number')}, got {value!r}")
-        if high is not None and not low <= value <= high:
-            raise PatternError(f"solver {solver.name}: {key} lies within {low} and {high}, got {value!r}")
-    for key in ("lr", "blocks"):
-        if given[key] is not None and not given["reconstruct"]:
-            raise PatternError(f"solver {solver.name}: {key}={given[key]!r} has no effect without reconstruct")
-    if given["lr"] == 0:
-        raise PatternError(f"solver {solver.name}: lr=0 learns nothing; leave reconstruct out instead")
-    return Solver(name=solver.name, **{k: known[k] if given[k] is None else given[k] for k in known})
+        raise PatternError(f"solver {solver.name} has no {', '.join(idle)}; it has {', '.join(allowed)}")
+    return options
 
 
 def passes(solver: Solver) -> AbstractContextManager[Any]:

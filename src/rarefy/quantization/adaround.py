@@ -36,7 +36,7 @@ from rarefy.model.quant_grid import Grid, broadcast_scales, split_blocks
 from rarefy.prune.layerwise import check_solvable
 from rarefy.prune.reconstruction import block_error, block_loss
 from rarefy.prune.solver_config import in_bf16, passes
-from rarefy.quantization.config import Ask, QuantizedWeight
+from rarefy.quantization.config import QuantizeConfig, QuantizedWeight
 from rarefy.quantization.grids import fit_grid
 
 EVALUATIONS = 10  # of the held-out error
@@ -45,7 +45,7 @@ EVALUATIONS = 10  # of the held-out error
 def learn_rounding_(
     model: nn.Module,
     chosen: Sequence[Layer],
-    ask: Ask,
+    config: QuantizeConfig,
     shapes: Mapping[str, tuple[int, ...]],
     data: Iterable[Any],
     progress: bool = False,
@@ -55,7 +55,7 @@ def learn_rounding_(
     A row holds the held-out error of the layer's block before and after. Layers outside of blocks are rounded to
     nearest. O(steps x three passes of a block).
     """
-    solver = ask.solver
+    solver = config.solver
     assert solver is not None
     data = data if isinstance(data, list | tuple) else list(data)
     first = check_solvable(chosen, data, "solver round")
@@ -69,11 +69,11 @@ def learn_rounding_(
             for stop in track(stops, "learning to round", progress, len(groups)):
                 if isinstance(stop, BlockStep):
                     with torch.autocast("cpu", enabled=False):
-                        _learn(stop, ask, shapes, rows, quantized)
+                        _learn(stop, config, shapes, rows, quantized)
     for layer in chosen:
         if layer.full_name not in quantized:
             weight = layer.weight.detach()
-            grid = fit_grid(weight, shapes[layer.full_name], ask)
+            grid = fit_grid(weight, shapes[layer.full_name], config)
             rows[layer.full_name], quantized[layer.full_name] = {}, (grid, grid.snap(weight), None)
     return rows, [quantized[l.full_name] for l in chosen]
 
@@ -128,18 +128,19 @@ class LearnedRounding:
 
 def _learn(
     end: BlockStep,
-    ask: Ask,
+    config: QuantizeConfig,
     shapes: Mapping[str, tuple[int, ...]],
     rows: dict[str, dict[str, Any]],
     quantized: dict[str, QuantizedWeight],
 ) -> None:
     """Train the rounding of one block and write its weights."""
-    started, solver = time.perf_counter(), ask.solver
+    started, solver = time.perf_counter(), config.solver
     assert solver is not None and solver.steps is not None
     module, layers = end.block.module, end.block.layers
     names = {id(p): n for n, p in module.named_parameters()}
     roundings = {
-        names[id(l.original)]: LearnedRounding(l, fit_grid(l.weight.detach(), shapes[l.full_name], ask)) for l in layers
+        names[id(l.original)]: LearnedRounding(l, fit_grid(l.weight.detach(), shapes[l.full_name], config))
+        for l in layers
     }
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -8,13 +8,15 @@ each weight's input is, which is what matters to the layer's outputs (the diagon
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from rarefy.calibration.statistics import collect_stats
 from rarefy.common.errors import DataError, ModelError, PatternError
+from rarefy.common.options import Names, Options
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.formats.quantized_encodings import sizes
@@ -30,6 +32,19 @@ LLOYD_STEPS = 15
 MIN_ERROR_WEIGHT = 1e-9  # relative to the largest, so that every weight counts
 
 
+class ShareOptions(Options):
+    """Let the weights of a layer share a few values. See `rarefy.share_`."""
+
+    error = PatternError
+
+    bits: int = Field(4, ge=BITS[0], le=BITS[-1], description="2^bits values; zero is always one of them")
+    group: Literal["tensor"] | None = Field(
+        "tensor", description="tensor: one table of values for a layer; null: one for each output"
+    )
+    layers: Names | None = Field(None, description="selectors of layers; by default all but embeddings and head")
+    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+
+
 def share_(
     model: nn.Module,
     bits: int = 4,
@@ -40,65 +55,81 @@ def share_(
     data: Iterable[Any] | None = None,
     progress: bool = False,
 ) -> Report:
-    """Let the weights of each selected layer share 2^bits values, in place; return a row a layer.
+    """Let the weights of each selected layer share 2^bits values, in place (Deep Compression, Han 2016).
 
-    bits    2 to 8; zero is always one of the values, so what is zero stays zero
-    group   "tensor": one table of values for a layer; None: one for each output
-    data    batches: a weight's error counts as much as the mean square of its input
+    Which weight has which value is fixed from here on; training moves the values. `save` stores indices of `bits`
+    bits. Costs O(n log n + 2^bits BINS^2) for a layer of n weights, and the pass over the data.
 
-    Which weight has which value is fixed from here on; training moves the values (Deep Compression, Han 2016). `save`
-    stores indices of `bits` bits. Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged.
-    O(n log n + 2^bits BINS^2) a layer besides the pass.
+    Args:
+        model: any module with Linear, Conv or Embedding layers.
+        bits: 2 to 8. Zero is always one of the values, so zeros stay zeros.
+        group: "tensor": one table of values for a layer. None: one for each output.
+        layers: names, globs or other selectors of layers; by default all but embeddings and the output head.
+        ignore: selectors of layers to leave as they are.
+        data: batches: the error of a weight is then weighted by the mean square of its input.
+        progress: show progress bars.
 
-    >>> net = nn.Sequential(nn.Linear(64, 32))
-    >>> report = share_(net, 3)
-    >>> report.rows[0]["values"], len(net[0].weight.unique())
-    (8, 8)
+    Returns:
+        A row a layer: how many values, fraction of zeros, bytes stored and dense, relative error.
+
+    Raises:
+        RarefyError: for options, layers or data that do not fit; the model is then unchanged.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(64, 32))
+        >>> report = share_(net, 3)
+        >>> report.rows[0]["values"], len(net[0].weight.unique())
+        (8, 8)
     """
-    asked(bits, group)
+    options = ShareOptions(bits=bits, group=group, layers=layers, ignore=ignore)
+    return run_share(model, options, data, progress=progress)
+
+
+def run_share(
+    model: nn.Module, options: ShareOptions, data: Iterable[Any] | None = None, *, progress: bool = False
+) -> Report:
+    """Let weights share values by checked options. See `share_`."""
     if data is not None:
         check_batches(data)
-    chosen = select_layers(model, layers, ignore)
-    check_layers(chosen)
-    weigh = {} if data is None else _importance(model, chosen, data)
-    made = []
-    for layer in track(chosen, "sharing values", progress, len(chosen)):
+    layers = select_layers(model, options.layers, options.ignore)
+    check_layers(layers)
+    importance = {} if data is None else _importance(model, layers, data)
+    shared = []
+    for layer in track(layers, "sharing values", progress, len(layers)):
         weight = layer.weight.detach()
-        book = codebook(weight, scale_shape(layer, group), bits, weigh.get(layer.full_name))
-        saved = weight.numel() * (8 * weight.element_size() - bits) // 8
-        if book.table.nbytes >= saved:
-            raise ModelError(
-                f"{layer.full_name}: tables of {book.table.numel():,} values are no smaller than what they save on its "
-                f"{weight.numel():,} weights: ignore it, take fewer bits, or group='tensor'"
-            )
-        made.append((layer, book, book.snap(weight)))
+        book = codebook(weight, scale_shape(layer, options.group), options.bits, importance.get(layer.full_name))
+        _check_saving(layer, weight, book)
+        shared.append((layer, book, book.snap(weight)))
     rows = []
-    for layer, book, values in made:
-        stored = min(sizes(values, book, axis=layer.layout.in_axis).values())
-        rows.append(
-            {
-                "layer": layer.full_name,
-                "shape": "x".join(map(str, values.shape)),
-                "values": 1 << bits,
-                "zeros": float((values == 0).float().mean()),
-                "bytes": stored,
-                "dense bytes": values.numel() * values.element_size(),
-                "error": relative_error(layer.weight.detach(), values),
-            }
-        )
+    for layer, book, values in shared:
+        rows.append(_row(layer, book, values))
         put_(layer, book, values, None)
-    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
+    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     stored, dense = (sum(r[k] for r in rows) for k in ("bytes", "dense bytes"))
     summary = {"layers": len(rows), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
     return Report("shared", tuple(rows), summary)
 
 
-def asked(bits: Any, group: Any) -> None:
-    """Raise PatternError for what `share_` does not know."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
-        raise PatternError(f"bits is a whole number from {BITS[0]} to {BITS[-1]}, got {bits!r}")
-    if group not in ("tensor", None):
-        raise PatternError(f"group is 'tensor' or None for one table an output, got {group!r}")
+def _check_saving(layer: Layer, weight: Tensor, book: Codebook) -> None:
+    """Raise ModelError where the tables are larger than what they save."""
+    saved = weight.numel() * (8 * weight.element_size() - book.bits) // 8
+    if book.table.nbytes >= saved:
+        raise ModelError(
+            f"{layer.full_name}: tables of {book.table.numel():,} values are no smaller than what they save on its "
+            f"{weight.numel():,} weights: ignore it, take fewer bits, or group='tensor'"
+        )
+
+
+def _row(layer: Layer, book: Codebook, values: Tensor) -> dict[str, Any]:
+    return {
+        "layer": layer.full_name,
+        "shape": "x".join(map(str, values.shape)),
+        "values": 1 << book.bits,
+        "zeros": float((values == 0).float().mean()),
+        "bytes": min(sizes(values, book, axis=layer.layout.in_axis).values()),
+        "dense bytes": values.numel() * values.element_size(),
+        "error": relative_error(layer.weight.detach(), values),
+    }
 
 
 def check_layers(chosen: Sequence[Layer]) -> None:

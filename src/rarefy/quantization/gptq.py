@@ -30,9 +30,8 @@ from rarefy.prune.layerwise import (
     to_matrix,
     to_stored,
 )
-from rarefy.prune.solver_config import Ask as PruneAsk
-from rarefy.prune.solver_config import passes
-from rarefy.quantization.config import Ask, QuantizedWeight
+from rarefy.prune.solver_config import SparsityTarget, passes
+from rarefy.quantization.config import QuantizeConfig, QuantizedWeight
 from rarefy.quantization.grids import check_finite, fit_grid, fit_scales
 from rarefy.quantization.scale_fitting import FITS
 
@@ -40,7 +39,7 @@ from rarefy.quantization.scale_fitting import FITS
 def gptq_(
     model: nn.Module,
     chosen: Sequence[Layer],
-    ask: Ask,
+    config: QuantizeConfig,
     shapes: Mapping[str, tuple[int, ...]],
     data: Iterable[Any],
     progress: bool = False,
@@ -49,7 +48,7 @@ def gptq_(
 
     Each layer is rounded on the inputs from layers rounded before it. One forward pass and the solver.
     """
-    solver = ask.solver
+    solver = config.solver
     assert solver is not None
     data = data if isinstance(data, list | tuple) else list(data)
     first = check_solvable(chosen, data, f"solver {solver.name}")
@@ -63,15 +62,15 @@ def gptq_(
                 assert isinstance(stop, GroupStep)
                 with torch.autocast("cpu", enabled=False):
                     for layer in stop.group.layers:
-                        rows[layer.full_name], quantized[layer.full_name] = _solve(layer, stop, ask, shapes)
+                        rows[layer.full_name], quantized[layer.full_name] = _solve(layer, stop, config, shapes)
     return rows, [quantized[l.full_name] for l in chosen]
 
 
 def _solve(
-    layer: Layer, stop: GroupStep, ask: Ask, shapes: Mapping[str, tuple[int, ...]]
+    layer: Layer, stop: GroupStep, config: QuantizeConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any], QuantizedWeight]:
     """Round one layer; return its report row and its quantized weight."""
-    start, H, solver = time.perf_counter(), stop.gram.H, ask.solver
+    start, H, solver = time.perf_counter(), stop.gram.H, config.solver
     assert H is not None and solver is not None and solver.damping is not None and solver.block is not None
     W = to_matrix(layer, layer.weight.detach().float())
     if not torch.isfinite(W).all():
@@ -80,17 +79,17 @@ def _solve(
     target = target_of(W, H, stop.gram, solver)
     columns, shape = _importance(layer, H), tuple(layer.original.shape)
     mask, new_mask = get_mask(layer), None
-    if ask.pattern is None:
+    if config.pattern is None:
         keep = torch.ones_like(W, dtype=torch.bool) if mask is None else to_matrix(layer, mask)
-        edges = _edges(W.shape[-1], ask)
+        edges = _edges(W.shape[-1], config)
     else:  # choose the mask, refit the weights to it, then round: this has the least error
-        prune = PruneAsk(ask.pattern, ask.sparsity, {layer.full_name: ask.sparsity}, "layer")
+        prune = SparsityTarget(config.pattern, config.sparsity, {layer.full_name: config.sparsity}, "layer")
         choose, parts = mask_choosers([layer], prune, {})
-        edges = parts[0].edges(_block(ask))
+        edges = parts[0].edges(_block(config))
         target, keep = solvers.obs(target, U, choose, edges)
         target = solvers.refit(target, target_of(W, H, stop.gram, solver), solvers.damped(H, damping), keep)
         new_mask = to_stored(layer, keep, shape)
-    column_grid = ColumnGrid(layer, torch.where(keep, target, 0.0), ask, shapes[layer.full_name], columns)
+    column_grid = ColumnGrid(layer, torch.where(keep, target, 0.0), config, shapes[layer.full_name], columns)
     rounded, _ = solvers.obs(target, U, fixed_mask(keep), edges, column_grid)
     grid = column_grid.grid()
     weight = to_stored(layer, rounded, shape).to(layer.original.dtype)
@@ -106,17 +105,17 @@ def _solve(
     return row, (grid, weight, new_mask)
 
 
-def _block(ask: Ask) -> int:
+def _block(config: QuantizeConfig) -> int:
     """Return the columns of a block: whole groups."""
-    assert ask.solver is not None and ask.solver.block is not None
-    if not isinstance(ask.group, int):
-        return ask.solver.block
-    return max(1, ask.solver.block // ask.group) * ask.group
+    assert config.solver is not None and config.solver.block is not None
+    if not isinstance(config.group, int):
+        return config.solver.block
+    return max(1, config.solver.block // config.group) * config.group
 
 
-def _edges(columns: int, ask: Ask) -> list[int]:
+def _edges(columns: int, config: QuantizeConfig) -> list[int]:
     """Return the block boundaries of that many columns."""
-    step = _block(ask)
+    step = _block(config)
     return [*range(0, columns, step), columns]
 
 
@@ -133,12 +132,12 @@ class ColumnGrid:
     groups. All other scales are fitted on the original weights.
     """
 
-    def __init__(self, layer: Layer, W: Tensor, ask: Ask, shape: tuple[int, ...], columns: Tensor):
-        self.layer, self.ask, self.shape, self.columns = layer, ask, shape, columns
+    def __init__(self, layer: Layer, W: Tensor, config: QuantizeConfig, shape: tuple[int, ...], columns: Tensor):
+        self.layer, self.config, self.shape, self.columns = layer, config, shape, columns
         whole = to_stored(layer, W, tuple(layer.original.shape))
         weigh = to_stored(layer, columns.expand_as(W), tuple(layer.original.shape))
-        grid = fit_grid(whole, shape, ask, weigh)
-        self.group = ask.group if isinstance(ask.group, int) else 0
+        grid = fit_grid(whole, shape, config, weigh)
+        self.group = config.group if isinstance(config.group, int) else 0
         self.scale = to_matrix(layer, grid.expand(grid.scale.float(), whole.shape)).clone()
         self.zero = None if grid.zero is None else to_matrix(layer, grid.expand(grid.zero.float(), whole.shape)).clone()
         self.low, self.high = grid.range
@@ -148,7 +147,7 @@ class ColumnGrid:
         G, n, O = W.shape
         X = torch.where(mask, W, 0.0).transpose(1, 2).reshape(G * O, n)  # zero is a point of every grid
         weigh = self.columns[..., first : first + n].expand(G, O, n).reshape(G * O, n)
-        scale, zero = fit_scales(FITS[self.ask.fit], X, self.ask, weigh)
+        scale, zero = fit_scales(FITS[self.config.fit], X, self.config, weigh)
         self.scale[..., first : first + n] = scale.float().reshape(G, O, 1)
         if self.zero is not None and zero is not None:
             self.zero[..., first : first + n] = zero.float().reshape(G, O, 1)
@@ -162,8 +161,8 @@ class ColumnGrid:
     def grid(self) -> Grid:
         """Return the grid in the shape in which the layer stores its weight."""
         fields = [self._first(self.scale)] + ([] if self.zero is None else [self._first(self.zero)])
-        scale = fields[0].bfloat16() if isinstance(self.ask.group, int) else fields[0]
-        return Grid(self.ask.bits, scale, fields[1].to(torch.uint8) if len(fields) > 1 else None)
+        scale = fields[0].bfloat16() if isinstance(self.config.group, int) else fields[0]
+        return Grid(self.config.bits, scale, fields[1].to(torch.uint8) if len(fields) > 1 else None)
 
     def _first(self, full: Tensor) -> Tensor:
         """Return one entry of each block, whose entries are all equal."""

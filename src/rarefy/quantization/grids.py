@@ -8,25 +8,27 @@ from torch import Tensor
 from rarefy.common.errors import ModelError
 from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import Grid, block_rows
-from rarefy.quantization.config import Ask
+from rarefy.quantization.config import QuantizeConfig
 from rarefy.quantization.scale_fitting import FITS, ScaleFit
 
 
-def fit_grid(weight: Tensor, shape: tuple[int, ...], ask: Ask, weigh: Tensor | None = None) -> Grid:
+def fit_grid(weight: Tensor, shape: tuple[int, ...], config: QuantizeConfig, weigh: Tensor | None = None) -> Grid:
     """Return the grid of a weight in its stored shape; `weigh`, of the same shape, weights the squared errors."""
     scale, zero = fit_scales(
-        FITS[ask.fit], block_rows(weight.float(), shape), ask, None if weigh is None else block_rows(weigh, shape)
+        FITS[config.fit], block_rows(weight.float(), shape), config, None if weigh is None else block_rows(weigh, shape)
     )
-    return Grid(ask.bits, scale.reshape(shape), None if zero is None else zero.reshape(shape))
+    return Grid(config.bits, scale.reshape(shape), None if zero is None else zero.reshape(shape))
 
 
-def fit_scales(fit: ScaleFit, X: Tensor, ask: Ask, weigh: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def fit_scales(
+    fit: ScaleFit, X: Tensor, config: QuantizeConfig, weigh: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return the scales as they are stored, and the zero points in uint8.
 
     Scales of input groups are stored in bf16. That costs no accuracy, since codes are computed with the stored scale.
     """
-    scale, zero = fit(X, ask.bits, ask.symmetric, weigh)
-    scale = scale.bfloat16() if isinstance(ask.group, int) else scale
+    scale, zero = fit(X, config.bits, config.symmetric, weigh)
+    scale = scale.bfloat16() if isinstance(config.group, int) else scale
     return scale, None if zero is None else zero.to(torch.uint8)
 
 

@@ -20,7 +20,7 @@ from rarefy.model.quant_grid import Grid, WeightGrid, attached_grid, get_grid, r
 from rarefy.prune.prune import check_weights, chosen_layers
 from rarefy.prune.solver_config import Solver
 from rarefy.quantization.activation_observers import input_grids, matmul_modules
-from rarefy.quantization.config import Ask, asked
+from rarefy.quantization.config import QuantizeConfig, QuantizedWeight, QuantizeOptions, resolve_options
 from rarefy.quantization.grids import check_finite, fit_grid
 from rarefy.quantization.smoothquant import smooth_
 
@@ -43,111 +43,155 @@ def quantize_(
     data: Iterable[Any] | None = None,
     progress: bool = False,
 ) -> Report:
-    """Put the selected weights of `model` on grids of few bits, in place; return a row a layer.
+    """Quantize the selected weights of a model in place: round them to grids of few bits.
 
-    weights    int2 to int8
-    group      how many inputs share a scale; None: all of an output; "tensor": the whole weight
-    symmetric  codes lie around 0; False: zero has a code of its own, for weights that lean to one side
-    fit        minmax, mse or hqq: how a scale is found (`rarefy.quantization.scale_fitting`);
-               by default mse, of 8 bits minmax
-    solver     rtn: each weight to its nearest point; obs (GPTQ): rounding errors are spread over weights that are not
-               yet rounded, so that the layer's outputs on `data` stay (`rarefy.Solver` sets its options); round
-               (AutoRound): blocks learn in `steps` which way each weight goes
-    activations  round what Linear and Conv layers are given to 8 bits too: int8 (a scale for each row, found in each
-               call) or int8-static (one scale and zero, found on `data` by `observer`: minmax, percentile or mse)
-    smooth     0..1, with activations: first move that power of the largest inputs of Linear layers out of them, into
-               the norm or layer that makes them (`rarefy.quantization.smoothquant`)
-    pattern    obs: choose zeros in the same pass, with `sparsity` as in `rarefy.prune_`
+    Zeros stay zeros. Weights stay on their grid when the model is trained (straight-through gradients, QAT).
+    `rarefy.fold_` writes them into plain weights and remembers the grid; `save` then stores the codes.
+    Costs O(weights) and the pass over the data.
 
-    What is zero stays zero. Weights stay on their grid through training, whose gradients go straight through (QAT);
-    `rarefy.fold_` writes them into plain weights and remembers the grid, `save` then stores the codes.
-    Raises the ValueErrors of `rarefy.common.errors`, and then the model is unchanged (obs that fails half way
-    leaves the
-    layers before rounded). O(weights) besides the pass.
+    Args:
+        model: any module with Linear, Conv or Embedding layers.
+        weights: "int2" to "int8".
+        group: how many inputs share a scale. None: all inputs of an output; "tensor": the whole weight.
+        symmetric: codes are centred at 0. False: with a zero point, for weights that are not centred.
+        fit: how a scale is found (`rarefy.quantization.scale_fitting`): minmax, mse or hqq. By default mse, of 8 bits
+            minmax.
+        solver: "rtn": round to nearest. "obs" (GPTQ, Frantar 2023): distribute rounding errors over weights that are
+            not yet rounded, so that the layer's outputs on `data` are preserved. "round" (AutoRound, Cheng 2024): learn
+            the direction of rounding, block by block. `rarefy.Solver` sets options.
+        activations: quantize the inputs of Linear and Conv layers to 8 bits too: "int8" (a scale a row, found in each
+            call) or "int8-static" (one scale and zero point, calibrated on `data`).
+        observer: int8-static: how the range of inputs is found: minmax, percentile or mse.
+        smooth: 0 to 1, with activations: first move that power of the largest inputs of Linear layers into their
+            weights (SmoothQuant, Xiao 2023).
+        pattern: obs: prune in the same pass to this pattern, as in `rarefy.prune_`.
+        sparsity: with pattern: fraction of zeros.
+        layers: names, globs or other selectors of layers; by default all but embeddings and the output head.
+        ignore: selectors of layers to leave as they are.
+        data: batches that `model` can be called with: for obs, round, int8-static and smooth.
+        progress: show progress bars.
 
-    >>> net = nn.Sequential(nn.Linear(64, 8))
-    >>> report = quantize_(net, "int4", group=32)
-    >>> report.rows[0]["grid"], len(net[0].weight[0, :32].unique()) <= 16
-    ('int4 by 32', True)
+    Returns:
+        A row a layer: its grid, fraction of zeros, bytes stored and dense, relative error.
+
+    Raises:
+        RarefyError: for options, layers or data that do not fit. The model is then unchanged; if obs fails halfway,
+            the layers before stay rounded.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(64, 8))
+        >>> report = quantize_(net, "int4", group=32)
+        >>> report.rows[0]["grid"], len(net[0].weight[0, :32].unique()) <= 16
+        ('int4 by 32', True)
     """
-    ask = asked(weights, group, symmetric, fit, solver, activations, observer, smooth, pattern, sparsity)
-    check_data(ask, data)
+    options = QuantizeOptions(
+        weights=weights, group=group, symmetric=symmetric, fit=fit, solver=solver, activations=activations,
+        observer=observer, smooth=smooth, pattern=pattern, sparsity=sparsity, layers=layers, ignore=ignore,
+    )  # fmt: skip
+    return run_quantize(model, options, data, progress=progress)
+
+
+def run_quantize(
+    model: nn.Module, options: QuantizeOptions, data: Iterable[Any] | None = None, *, progress: bool = False
+) -> Report:
+    """Quantize a model by checked options. See `quantize_`."""
+    config = resolve_options(options)
+    check_data(config, data)
     data = data if data is None or isinstance(data, list | tuple) else list(data)
-    chosen = chosen_layers(model, layers, ignore, ask.pattern) if ask.pattern else select_layers(model, layers, ignore)
-    shapes = check_layers(chosen, ask)
-    moved: dict[str, str] = {}
+    layers = layers_to_quantize(model, options, config)
+    shapes = check_layers(layers, config)
+    smoothed: dict[str, str] = {}
     undo: Callable[[], None] = _nothing
-    if ask.smooth is not None:
+    if config.smooth is not None:
         assert data is not None
-        moved, undo = smooth_(unwrap(model), chosen, data, ask.smooth, progress)
+        smoothed, undo = smooth_(unwrap(model), layers, data, config.smooth, progress)
     try:
-        rows, made, reach, left = _found(model, chosen, shapes, ask, data, progress)
+        input_grid, unquantized = {}, []
+        if config.activations is not None:
+            input_grid, unquantized = input_grids(
+                unwrap(model), layers, config.activations, config.observer, data, progress
+            )
+        measured, weights = _quantized_weights(model, layers, shapes, config, data, progress)
     except BaseException:
         undo()
         raise
-    told = []
-    for layer, (grid, values, mask) in zip(chosen, made):
-        before = layer.weight.detach()
-        error = {} if rows[layer.full_name] else {"error": relative_error(before, values)}
-        told.append(_row(layer, grid, values, ask) | error | rows[layer.full_name])
-        put_(layer, grid, values, mask)
-        rounded = reach.get(layer.full_name)
-        if rounded is not None:
-            told[-1]["inputs"] = "dynamic" if rounded.scale is None else f"by {rounded.scale:.4g}"
-        for module in matmul_modules(layer):
-            set_activation_quant_(module, rounded)
-    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
-    stored, dense = (sum(r[k] for r in told) for k in ("bytes", "dense bytes"))
-    summary = {"layers": len(told), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
-    smoothed = (f"smoothed: {len(moved)} of {len(chosen)} layers",) if ask.smooth is not None else ()
-    notes = (f"inputs left as they are: {', '.join(left)}",) if left else ()
-    return Report("quantized", tuple(told), summary, (*smoothed, *notes))
+    rows = []
+    for layer, quantized in zip(layers, weights):
+        inputs = input_grid.get(layer.full_name)
+        rows.append(_apply(layer, quantized, inputs, config, measured[layer.full_name]))
+    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    stored, dense = (sum(r[k] for r in rows) for k in ("bytes", "dense bytes"))
+    summary = {"layers": len(rows), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
+    notes = [f"smoothed: {len(smoothed)} of {len(layers)} layers"] if config.smooth is not None else []
+    notes += [f"inputs not quantized: {', '.join(unquantized)}"] if unquantized else []
+    return Report("quantized", tuple(rows), summary, tuple(notes))
+
+
+def layers_to_quantize(model: nn.Module, options: QuantizeOptions, config: QuantizeConfig) -> list[Layer]:
+    """Return the selected layers; PatternError where a pattern has nothing to prune in one."""
+    if config.pattern is None:
+        return select_layers(model, options.layers, options.ignore)
+    return chosen_layers(model, options.layers, options.ignore, config.pattern)
 
 
 def _nothing() -> None:
     pass
 
 
-def _found(
+def _quantized_weights(
     model: nn.Module,
-    chosen: Sequence[Layer],
+    layers: Sequence[Layer],
     shapes: dict[str, tuple[int, ...]],
-    ask: Ask,
+    config: QuantizeConfig,
     data: Any,
     progress: bool,
-) -> tuple[dict[str, dict[str, Any]], list[Any], dict[str, ActivationQuant], list[str]]:
-    """What is to be told of each layer; its grid, weights and mask; how inputs are rounded, and whose are not."""
-    reach, left = {}, []
-    if ask.activations is not None:
-        reach, left = input_grids(unwrap(model), chosen, ask.activations, ask.observer, data, progress)
-    if ask.solver is None:
-        layers = track(chosen, "rounding", progress, len(chosen))
-        made: list[Any] = [_nearest(l, shapes[l.full_name], ask) for l in layers]
-        return {l.full_name: {} for l in chosen}, made, reach, left
+) -> tuple[dict[str, dict[str, Any]], list[QuantizedWeight]]:
+    """Return what a solver measured of each layer, and each layer's grid, weights and new mask."""
+    if config.solver is None:
+        tracked = track(layers, "rounding", progress, len(layers))
+        return {l.full_name: {} for l in layers}, [_nearest(l, shapes[l.full_name], config) for l in tracked]
     from rarefy.quantization.adaround import learn_rounding_
     from rarefy.quantization.gptq import gptq_
 
     assert data is not None
-    run = learn_rounding_ if ask.solver.name == "round" else gptq_
-    rows, made = run(unwrap(model), chosen, ask, shapes, data, progress)
-    return rows, made, reach, left
+    run = learn_rounding_ if config.solver.name == "round" else gptq_
+    return run(unwrap(model), layers, config, shapes, data, progress)
 
 
-def check_data(ask: Ask, data: Any) -> None:
+def _apply(
+    layer: Layer,
+    quantized: QuantizedWeight,
+    inputs: ActivationQuant | None,
+    config: QuantizeConfig,
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    """Put a quantized weight and the grid of inputs in place; return the row of the layer."""
+    grid, values, mask = quantized
+    error = {} if measured else {"error": relative_error(layer.weight.detach(), values)}
+    row = _row(layer, grid, values, config) | error | measured
+    put_(layer, grid, values, mask)
+    if inputs is not None:
+        row["inputs"] = "dynamic" if inputs.scale is None else f"by {inputs.scale:.4g}"
+    for module in matmul_modules(layer):
+        set_activation_quant_(module, inputs)
+    return row
+
+
+def check_data(config: QuantizeConfig, data: Any) -> None:
     """Raise DataError for data that is missing, or has no effect."""
     if data is not None:
         check_batches(data)
-    if ask.solver is not None and data is None:
-        raise DataError(f"solver {ask.solver.name} works on a layer's inputs: give data=batches")
-    calibrated = "activations 'int8-static'" if ask.activations == "int8-static" else "smooth"
-    if (ask.activations == "int8-static" or ask.smooth is not None) and data is None:
+    if config.solver is not None and data is None:
+        raise DataError(f"solver {config.solver.name} works on a layer's inputs: give data=batches")
+    calibrated = "activations 'int8-static'" if config.activations == "int8-static" else "smooth"
+    if (config.activations == "int8-static" or config.smooth is not None) and data is None:
         raise DataError(f"{calibrated} reads data: give data=batches")
-    idle = ask.solver is None and ask.activations != "int8-static" and ask.smooth is None
+    idle = config.solver is None and config.activations != "int8-static" and config.smooth is None
     if idle and data is not None:
         raise DataError("data has no effect: solver 'rtn' rounds each weight by itself; give solver='obs' or 'round'")
 
 
-def check_layers(chosen: Sequence[Layer], ask: Ask) -> dict[str, tuple[int, ...]]:
+def check_layers(chosen: Sequence[Layer], config: QuantizeConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each layer's scales; raise ModelError for what cannot lie on such grids."""
     check_weights(chosen)
     for layer in chosen:
@@ -159,7 +203,7 @@ def check_layers(chosen: Sequence[Layer], ask: Ask) -> dict[str, tuple[int, ...]
                 f"{layer.full_name} is quantized already, and its rounding errors would be rounded again: start from "
                 "the weights before, or ignore it"
             )
-    return {l.full_name: scale_shape(l, ask.group) for l in chosen}
+    return {l.full_name: scale_shape(l, config.group) for l in chosen}
 
 
 def put_(layer: Layer, grid: WeightGrid, values: Tensor, mask: Tensor | None) -> None:
@@ -175,9 +219,9 @@ def put_(layer: Layer, grid: WeightGrid, values: Tensor, mask: Tensor | None) ->
     set_grid_(layer, grid)
 
 
-def _nearest(layer: Layer, shape: tuple[int, ...], ask: Ask) -> tuple[Grid, Tensor, None]:
+def _nearest(layer: Layer, shape: tuple[int, ...], config: QuantizeConfig) -> tuple[Grid, Tensor, None]:
     weight = layer.weight.detach()
-    grid = fit_grid(weight, shape, ask)
+    grid = fit_grid(weight, shape, config)
     return grid, check_finite(layer, grid, grid.snap(weight)), None
 
 
@@ -187,12 +231,12 @@ def relative_error(before: Tensor, after: Tensor) -> float:
     return float((after.float() - was).square().sum() / was.square().sum().clamp(min=1e-30))
 
 
-def _row(layer: Layer, grid: WeightGrid, values: Tensor, ask: Ask) -> dict[str, Any]:
+def _row(layer: Layer, grid: WeightGrid, values: Tensor, config: QuantizeConfig) -> dict[str, Any]:
     stored = min(sizes(values, grid, axis=layer.layout.in_axis).values())
     return {
         "layer": layer.full_name,
         "shape": "x".join(map(str, values.shape)),
-        "grid": ask.words,
+        "grid": config.description,
         "zeros": float((values == 0).float().mean()),
         "bytes": stored,
         "dense bytes": values.numel() * values.element_size(),

@@ -1,314 +1,342 @@
-"""The words of recipes: what stages, data and evaluation can be told. `recipe.py` reads and checks them."""
+"""The schema of recipes: stages are the options of verbs, and what surrounds them is data, evaluation and saving."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from rarefy.model import sparsity_pattern as patterns
-from rarefy.model.quant_grid import BITS
-from rarefy.prune.allocation import ALLOCATIONS
-from rarefy.prune.scores import SCORES
-from rarefy.prune.solver_config import Solver
-from rarefy.quantization.activation_observers import KINDS as ACTIVATIONS
-from rarefy.quantization.activation_observers import OBSERVERS
-from rarefy.quantization.scale_fitting import FITS
-from rarefy.structured.budget import SCOPES as CUT_SCOPES
-from rarefy.structured.compensation import REPAIRS
-from rarefy.structured.importance import REDUCTIONS as CUT_REDUCTIONS
-from rarefy.structured.importance import UNIT_SCORES
-from rarefy.structured.options import BUDGETS, KINDS, LAYER_SCORES
-from rarefy.train.distill import DEPTHS, Distill
-from rarefy.train.distillation_losses import HIDDEN, OUTPUTS
-from rarefy.train.fit import AUTOCAST
-from rarefy.train.optimizers import LR_SCHEDULES
-from rarefy.train.sparsity_config import Admm, Alternate, Gradual, Movement, Rewind, Rigl, SecondOrder
-from rarefy.train.sparsity_schedule import SCHEDULES
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from rarefy.common.errors import RecipeError, unknown
+from rarefy.common.options import AsTuple, Fraction, Keyed, OneOf, Options, Positive, at, show
+from rarefy.common.yaml_text import write_yaml
+from rarefy.evaluation.metrics import METRICS
+from rarefy.lowrank.layer_tying import TieOptions
+from rarefy.lowrank.svd import BUDGETS, FactorizeOptions, check_beside
+from rarefy.prune.prune import PruneOptions
+from rarefy.quantization.codebook import ShareOptions
+from rarefy.quantization.config import QuantizeOptions
+from rarefy.structured.options import CutOptions, RepairField
+from rarefy.structured.permutation import PermuteOptions
+from rarefy.train.distill import Distill
+from rarefy.train.fit import FitOptions, Steps
+from rarefy.train.optimizers import LR_SCHEDULES, OPTIMIZERS, optimizer_of
+from rarefy.train.sparsity_config import (
+    Admm,
+    Alternate,
+    Gradual,
+    Movement,
+    Rewind,
+    Rigl,
+    SecondOrder,
+    SparsityConfig,
+    config_class,
+)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Data:
-    """What calibration and training read: paths or built-in names, and how much of them (null = all)."""
+# pydantic has a deprecated method of the name of this field
+warnings.filterwarnings("ignore", 'Field name "validate" in "(TrainStage|Data)" shadows', UserWarning)
 
-    calibrate: str | None = None
-    train: str | None = None
-    validate: str | None = None
-    samples: int | None = 64  # windows of text or images to calibrate on
-    train_samples: int | None = None
-    validate_samples: int | None = None
-    tokens: int = 512
-    batch: int = 8
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prune:
-    """Put zeros in, in one step. See `rarefy.prune_`."""
-
-    pattern: str = "unstructured"
-    score: str | None = None
-    sparsity: float | None = None
-    solver: Solver | str | None = None
-    allocate: str | None = None
-    scope: str | None = None
-    reduce: str | None = None
-    layers: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
+DTYPES = ("bf16", "fp16", "fp32")
+FORMATS = ("smallest", "dense", "dense+mask", "bitmask", "csr", "csc", "bsr", "nm")
+Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
+Rate = Annotated[float, Field(ge=0)]
+Metric = Annotated[str, OneOf(METRICS)]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Quantize:
-    """Put weights on grids of few bits, by their own values or by calibration. See `rarefy.quantize_`."""
+class CutStage(CutOptions):
+    """Remove whole units; the model becomes an ordinary smaller one. See `rarefy.cut_`."""
 
-    weights: str = "int8"
-    group: int | str | None = None
-    symmetric: bool = True
-    fit: str | None = None
-    solver: Solver | str = "rtn"
-    activations: str | None = None
-    observer: str | None = None
-    smooth: float | None = None
-    pattern: str | None = None
-    sparsity: float | None = None
-    layers: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Return what `rarefy.quantization.config.asked` takes."""
-        names = ("weights", "group", "symmetric", "fit", "solver", "activations", "observer", "smooth")
-        return {n: getattr(self, n) for n in (*names, "pattern", "sparsity")}
+    repair: RepairField | None = Field(
+        None, description="how the remaining units compensate; null: all ways if there is calibration data, else none"
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Aware(Quantize):
-    """Put weights on grids while they are trained, from `start` of the way on (quantization-aware training)."""
+class FactorizeStage(FactorizeOptions):
+    """Replace layers by products of smaller ones, or restore what they have lost. See `rarefy.factorize_`."""
 
-    start: float = 0.5
+    beside: bool = Field(
+        False,
+        description="put factors of `rank` beside layers, that restore what they have lost since the recipe began",
+    )
+    whiten: bool | None = Field(
+        None, description="minimize errors of outputs on calibration data; null: if there is such data"
+    )
+
+    @model_validator(mode="after")
+    def _check_beside(self) -> FactorizeStage:
+        if self.beside:
+            with at(next(name for name in BUDGETS if getattr(self, name) is not None)):
+                check_beside(self)
+        return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Factorize:
-    """Put products of thinner layers in the place of layers, or `beside` pruned and quantized ones what they have lost
-    since the recipe began. See `rarefy.factorize_`. `whiten: null` means where calibration data is given."""
+class ShareStage(ShareOptions):
+    """Let the weights of a layer share a few values. See `rarefy.share_`."""
 
-    rank: int | None = None
-    keep: float | None = None
-    energy: float | None = None
-    time: float | None = None
-    batch: int = 128
-    round_to: int = 1
-    beside: bool = False
-    whiten: bool | None = None
-    layers: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
+    weigh: bool | None = Field(
+        None, description="weight errors by the inputs in the calibration data; null: if there is such data"
+    )
+
+
+class Optimizer(Options):
+    """A torch optimizer by name."""
+
+    name: Annotated[str, OneOf(OPTIMIZERS, "optimizer")] = Field("adamw", description="the optimizer")
+    lr: Rate = Field(1e-4, description="learning rate")
+    momentum: Rate | None = Field(None, description="sgd: momentum")
+    weight_decay: Rate | None = Field(None, description="weight decay")
+    nesterov: bool | None = Field(None, description="sgd: Nesterov momentum")
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Optimizer:
+        with at("name"):
+            optimizer_of(self.name, self.lr, **self.options())
+        return self
 
     def options(self) -> dict[str, Any]:
-        """Return what `rarefy.lowrank.svd.asked` takes."""
-        return {n: getattr(self, n) for n in ("rank", "keep", "energy", "time", "batch", "beside", "round_to")}
+        """Return what is set besides name and rate."""
+        return self.model_dump(exclude={"name", "lr"}, exclude_none=True)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """Let weights share a few values. See `rarefy.share_`. `weigh: null` means where calibration data is given."""
+class QuantizeInTraining(QuantizeOptions):
+    """Quantization-aware training: weights are kept on a grid from `start` on."""
 
-    bits: int = 4
-    group: str | None = "tensor"
-    weigh: bool | None = None
-    layers: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
+    start: Fraction = Field(0.5, description="progress of training at which weights are quantized")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tie:
-    """Let neighbouring blocks share their weights. See `rarefy.tie_layers_`."""
-
-    every: int = 2
-    blocks: str | None = None
-    average: bool = True
+def _config_name(value: Any) -> str:
+    if isinstance(value, SparsityConfig):
+        return type(value).__name__
+    method = value.get("method", "gradual") if isinstance(value, Mapping) else "gradual"
+    return config_class(method).__name__ if isinstance(method, str) else "Gradual"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Optimizer:
-    """A torch optimizer by name; what the optimizer does not know is an error."""
-
-    name: str = "adamw"
-    lr: float = 1e-4
-    momentum: float | None = None
-    weight_decay: float | None = None
-    nesterov: bool | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Return what was set besides name and rate."""
-        found = {k: getattr(self, k) for k in ("momentum", "weight_decay", "nesterov")}
-        return {k: v for k, v in found.items() if v is not None}
+def _check_method(value: Any) -> Any:
+    with at("method"):
+        _config_name(value)
+    return value
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Train:
-    """Fine-tune with the masks held. `prune` lets zeros in on the way (`rarefy.train.sparsity_config`),
-    `quantize` keeps weights
-    on a grid from its `start` on, `distill` learns from the model as it was before the first stage (or another, in the
-    folder `teacher`). `validate` measures every epoch on `data.validate` and keeps the best; with `patience` it stops
-    early. With `keep_zeros` zeros that weights have already stay (`rarefy.adopt_`). See `rarefy.fit_`."""
-
-    epochs: int = 1
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    lr_schedule: str = "cosine"
-    prune: Gradual | Movement | SecondOrder | Rigl | Alternate | Admm | Rewind | None = None
-    distill: Distill | None = None
-    quantize: Aware | None = None
-    validate: str | None = None
-    patience: int | None = None
-    accumulate: int = 1
-    clip: float | None = None
-    autocast: str | None = None
-    keep_zeros: bool = False
+SparsityField = Annotated[
+    Annotated[Gradual, Tag("Gradual")]
+    | Annotated[Movement, Tag("Movement")]
+    | Annotated[SecondOrder, Tag("SecondOrder")]
+    | Annotated[Rigl, Tag("Rigl")]
+    | Annotated[Alternate, Tag("Alternate")]
+    | Annotated[Admm, Tag("Admm")]
+    | Annotated[Rewind, Tag("Rewind")],
+    Discriminator(_config_name),
+    BeforeValidator(_check_method),
+]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cast:
-    """Keep parameters and saved buffers as bf16, fp16 or fp32 from here on."""
+class TrainStage(Steps, FitOptions):
+    """Train with the masks held. See `rarefy.fit_`."""
 
-    dtype: str
+    optimizer: Optimizer = Field(Optimizer(), description="the optimizer and its rates")
+    lr_schedule: Annotated[str, OneOf(LR_SCHEDULES)] = Field("cosine", description="how the learning rate changes")
+    prune: SparsityField | None = Field(None, description="how zeros come into the weights; `method` chooses the way")
+    distill: Distill | None = Field(None, description="learn from a teacher too")
+    quantize: QuantizeInTraining | None = Field(None, description="keep weights on a grid from its `start` on")
+    validate: Metric | None = Field(  # type: ignore[assignment]
+        None, description="measure each epoch on data.validate, and keep the best one"
+    )
+    keep_zeros: bool = Field(False, description="zeros that weights have already stay zero")
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cut:
-    """Take whole units out: the model becomes an ordinary smaller one. See `rarefy.cut_`. `repair: null` means all ways
-    where calibration data is given, none elsewhere."""
-
-    units: tuple[str, ...] = ("channel", "neuron", "head")
-    keep: float | None = None
-    parameters: float | None = None
-    flops: float | None = None
-    latency: float | None = None
-    score: str | None = None
-    reduce: str = "sum"
-    scope: str = "layer"
-    min_keep: float = 0.0
-    round_to: int = 1
-    steps: int = 1
-    repair: bool | tuple[str, ...] | None = None
-    layers: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether whole blocks go."""
-        return "layer" in self.units
-
-    def options(self) -> dict[str, Any]:
-        """Return what `rarefy.structured.options.check_cut` takes."""
-        names = ("units", *BUDGETS, "score", "reduce", "scope", "min_keep", "round_to", "steps")
-        return {**{n: getattr(self, n) for n in names}, "repair": True if self.repair is None else self.repair}
+    @model_validator(mode="after")
+    def _check_patience(self) -> TrainStage:
+        if self.patience is not None and self.validate is None:
+            with at("patience"):
+                raise RecipeError("patience waits for a better epoch: give validate, a metric")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Permute:
-    """Put inputs in an order in which N:M loses less; outputs stay. See `rarefy.permute_`."""
+class CastOptions(Options):
+    """Keep parameters and saved buffers in another floating-point type from here on. See `rarefy.cast_`."""
 
-    pattern: str = "2:4"
-    score: str = "magnitude"
-    seconds: float = 30.0
-    layers: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
+    dtype: Annotated[str, OneOf(DTYPES)] = Field(description="the type of weights")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Latency:
+StageOptions = (
+    PermuteOptions | CutStage | PruneOptions | QuantizeOptions | FactorizeStage | ShareStage | TieOptions | TrainStage
+    | CastOptions
+)  # fmt: skip
+STAGES: dict[str, type[Options]] = {
+    "permute": PermuteOptions, "cut": CutStage, "prune": PruneOptions, "quantize": QuantizeOptions,
+    "factorize": FactorizeStage, "share": ShareStage, "tie": TieOptions, "train": TrainStage, "cast": CastOptions,
+}  # fmt: skip
+STAGE_NAMES = {options: name for name, options in STAGES.items()}
+
+
+def _check_stage(value: Any) -> Any:
+    if isinstance(value, Options):
+        return value
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise RecipeError(f"a stage is one of {', '.join(STAGES)} with its settings, got {show(value)}")
+    name = next(iter(value))
+    if name not in STAGES:
+        raise RecipeError(unknown("stage", name, STAGES))
+    return value
+
+
+Stage = Annotated[
+    Annotated[PermuteOptions, Keyed("permute"), Tag("permute")]
+    | Annotated[CutStage, Keyed("cut"), Tag("cut")]
+    | Annotated[PruneOptions, Keyed("prune"), Tag("prune")]
+    | Annotated[QuantizeOptions, Keyed("quantize"), Tag("quantize")]
+    | Annotated[FactorizeStage, Keyed("factorize"), Tag("factorize")]
+    | Annotated[ShareStage, Keyed("share"), Tag("share")]
+    | Annotated[TieOptions, Keyed("tie"), Tag("tie")]
+    | Annotated[TrainStage, Keyed("train"), Tag("train")]
+    | Annotated[CastOptions, Keyed("cast"), Tag("cast")],
+    Discriminator(lambda value: STAGE_NAMES[type(value)] if isinstance(value, Options) else next(iter(value))),
+    BeforeValidator(_check_stage),
+]
+
+
+def _check_stages(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or not value:
+        raise RecipeError(f"stages is a list such as '- prune: {{sparsity: 0.5}}', got {show(value)}")
+    return tuple(value)
+
+
+class Data(Options):
+    """What calibration and training read: paths or built-in names, and how much of them (null: all)."""
+
+    calibrate: str | None = Field(None, description="calibration data")
+    train: str | None = Field(None, description="training data")
+    validate: str | None = Field(  # type: ignore[assignment]
+        None, description="data that `train.validate` measures on"
+    )
+    samples: Positive | None = Field(64, description="calibration samples: texts of `tokens`, or images")
+    train_samples: Positive | None = Field(None, description="training samples")
+    validate_samples: Positive | None = Field(None, description="validation samples")
+    tokens: Positive = Field(512, description="tokens of each text")
+    batch: Positive = Field(8, description="samples of a batch")
+    seed: Seed = Field(0, description="of the choice of samples")
+
+
+class Latency(Options):
     """Time forward calls on an evaluation batch cut or repeated to each of these sizes."""
 
-    batch: tuple[int, ...] = (1,)
-    repeats: int = 20
+    batch: Annotated[tuple[Positive, ...], AsTuple()] = Field((1,), description="batch sizes")
+    repeats: Positive = Field(20, description="timed calls")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decode:
-    """Time a causal language model at batch 1: a prompt of so many tokens (prefill), then so many new ones (decode).
-    `text` is the beginning of a sentence that both models finish, for the receipt."""
+class Decode(Options):
+    """Time a causal language model at batch 1: reading a prompt (prefill), then writing tokens (decode)."""
 
-    prompt: int = 256
-    new: int = 24
-    repeats: int = 5
-    text: str | None = None
+    prompt: Positive = Field(256, description="tokens of the prompt")
+    new: Positive = Field(24, description="tokens that are written")
+    repeats: Positive = Field(5, description="timed rounds")
+    text: str | None = Field(None, description="beginning of a sentence that both models finish, for the receipt")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluate:
-    """Measure before and after on held-out data. `max_degradation: 0.15` makes a larger relative loss a failed check;
-    `accelerate: true` times the model also with layers that skip zeros (`accelerate_`). `engine: true` evaluates and
-    times the result on the engine instead of eager torch: with `rarefy.decoder` for causal language models, with
-    `rarefy.compile` for others, in `precision` (int8, or null for that of the model)."""
+class Evaluate(Options):
+    """Measure before and after on held-out data."""
 
-    metric: str
-    data: str | None = None
-    samples: int | None = None
-    tokens: int = 512
-    batch: int = 8
-    latency: Latency | None = None
-    decode: Decode | None = None
-    accelerate: bool = False
-    engine: bool = False
-    precision: str | None = None
-    max_degradation: float | None = None
+    metric: Metric = Field(description="what is measured")
+    data: str | None = Field(None, description="held-out data: a path or a built-in name")
+    samples: Positive | None = Field(None, description="samples; null: all")
+    tokens: Positive = Field(512, description="tokens of each text")
+    batch: Positive = Field(8, description="samples of a batch")
+    latency: Latency | None = Field(None, description="time forward calls")
+    decode: Decode | None = Field(None, description="time a causal language model")
+    accelerate: bool = Field(False, description="also time the result with `accelerate_`, whose layers skip zeros")
+    engine: bool = Field(
+        False,
+        description="evaluate and time the result on the engine, not in eager torch: with `rarefy.decoder` for causal "
+        "language models, with `rarefy.compile` for others",
+    )
+    precision: Annotated[str, OneOf(("int8",))] | None = Field(
+        None, description="engine: the precision of products; null: that of the model"
+    )
+    max_degradation: float | None = Field(
+        None, gt=-1, le=1, description="largest relative loss of quality, such as 0.15 for 15 %; more fails the run"
+    )
+
+    @model_validator(mode="after")
+    def _check_effect(self) -> Evaluate:
+        if self.accelerate and not (self.latency or self.decode):
+            with at("accelerate"):
+                raise RecipeError("accelerate has no effect: it is timed by latency or decode, give one")
+        if self.precision is not None and not self.engine:
+            with at("precision"):
+                raise RecipeError("precision has no effect without engine: true")
+        if self.accelerate and self.engine:
+            with at("accelerate"):
+                raise RecipeError("accelerate times eager torch and engine the engine: leave one of them out")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Save:
-    """How weights are stored: `smallest` of all formats for each tensor, or one format for all that it fits; `compress`
-    puts all of it through LZMA."""
+class Save(Options):
+    """How weights are stored."""
 
-    format: str = "smallest"
-    compress: bool = False
+    format: Annotated[str, OneOf(FORMATS)] = Field(
+        "smallest", description="smallest: the smallest of all formats for each tensor; or one format where it fits"
+    )
+    compress: bool = Field(False, description="compress all of it by LZMA")
 
 
-# the words that fields allow, by field; and by field of one class
-DTYPES = ("bf16", "fp16", "fp32")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": DTYPES,
-    "metric": ("perplexity", "accuracy"),
-    "precision": ("int8",),
-    "validate": ("perplexity", "accuracy"),
-    "autocast": tuple(AUTOCAST),
-    "format": ("smallest", "dense", "dense+mask", "bitmask", "csr", "csc", "bsr", "nm"),
-    "lr_schedule": tuple(LR_SCHEDULES),
-    "schedule": tuple(SCHEDULES),
-    "score": tuple(SCORES),
-    "scope": patterns.SCOPES,
-    "allocate": ALLOCATIONS,
-    "reduce": tuple(patterns.REDUCTIONS),
-}
-OWN: dict[Any, dict[str, tuple[str, ...]]] = {
-    Cut: {
-        "units": (*KINDS, "layer"),
-        "score": tuple(dict.fromkeys((*UNIT_SCORES, *LAYER_SCORES))),
-        "scope": CUT_SCOPES,
-        "reduce": CUT_REDUCTIONS,
-        "repair": REPAIRS,
-    },
-    Data: {"validate": ()},
-    Distill: {"by": tuple(OUTPUTS), "hidden": tuple(HIDDEN), "depth": tuple(DEPTHS)},
-    Quantize: {
-        "fit": tuple(FITS),
-        "weights": tuple(f"int{b}" for b in BITS),
-        "activations": ACTIVATIONS,
-        "observer": OBSERVERS,
-    },
-}
-AT_LEAST_ONE = frozenset(
-    {
-        "samples",
-        "train_samples",
-        "validate_samples",
-        "patience",
-        "tokens",
-        "batch",
-        "epochs",
-        "steps",
-        "repeats",
-        "prompt",
-        "new",
-    }
-)
-FRACTIONS = frozenset({"sparsity", "first", "start", "end"})
-RATES = frozenset({"lr", "momentum", "weight_decay"})
+class Recipe(Options):
+    """A compression: stages in order, and what surrounds them."""
+
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(_check_stages)] = Field(description="what is done, in order")
+    name: str = Field("recipe", description="name of the recipe")
+    about: str = Field("", description="what the recipe is for")
+    data: Data | None = Field(None, description="data for calibration and training")
+    evaluate: Evaluate | None = Field(None, description="what is measured before and after")
+    save: Save = Field(Save(), description="how the result is stored")
+    seed: Seed = Field(0, description="of all random choices")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Recipe:
+        """Refuse a cut or a reordering of a model that has masks, grids or factors by then."""
+        changed = None  # the last stage whose result a change of units would not fit
+        for i, stage in enumerate(self.stages):
+            with at("stages", i):
+                if isinstance(stage, CutStage | PermuteOptions) and changed:
+                    subject = "a cut" if isinstance(stage, CutStage) else "permute"
+                    raise RecipeError(f"{subject} comes before a stage {changed}, whose result it would not fit")
+                self._check_hidden(i)
+            if isinstance(stage, PruneOptions | QuantizeOptions | FactorizeStage | ShareStage) or (
+                isinstance(stage, TrainStage) and (stage.prune or stage.quantize)
+            ):
+                changed = STAGE_NAMES[type(stage)]
+        return self
+
+    def _check_hidden(self, i: int) -> None:
+        """Raise where a later stage compares hidden states with a model whose units stand in another order."""
+        late = isinstance(self.stages[i], PermuteOptions) and not all(
+            isinstance(stage, PermuteOptions) for stage in self.stages[:i]
+        )
+        if late and any(isinstance(s, TrainStage) and s.distill and s.distill.hidden for s in self.stages[i:]):
+            raise RecipeError(
+                "distill.hidden compares with the model before the first stage, whose units would stand in another "
+                "order: permute first"
+            )
+
+    @property
+    def solves(self) -> bool:
+        """Whether a stage has a solver or trains, so that its state can be kept."""
+        return self.trains or any(isinstance(s, PruneOptions) and s.solver is not None for s in self.stages)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a stage trains."""
+        return any(isinstance(stage, TrainStage) for stage in self.stages)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a stage removes units."""
+        return any(isinstance(stage, CutStage) for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain data, with every default; `from_dict` reads it back."""
+        stages = [{STAGE_NAMES[type(stage)]: stage.model_dump(mode="json")} for stage in self.stages]
+        return {"stages": stages, **self.model_dump(mode="json", exclude={"stages"})}
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, with every default."""
+        return write_yaml(self.to_dict())

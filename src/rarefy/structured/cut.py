@@ -16,20 +16,21 @@ from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report, group_similar_rows
 from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
-from rarefy.dependency.symbolic_dims import Axis, kept_mask, leaves, products, size
+from rarefy.dependency.symbolic_dims import Axis, leaves
 from rarefy.evaluation.profiling import compare
 from rarefy.model.forward import call, evaluating, on_device
-from rarefy.model.layers import Selector, all_layers, select_layers, unwrap
+from rarefy.model.layers import Selector, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.mha import PrunableMultiheadAttention
 from rarefy.structured import budget
 from rarefy.structured.compensation import batch_norms, compensate_, layers_losing_inputs, recalibrate_batch_norms
 from rarefy.structured.consumers import collect_moments
+from rarefy.structured.group_selection import History, select_groups
 from rarefy.structured.hf_config import merge_sizes, update_config
 from rarefy.structured.importance import UNIT_SCORES, unit_scores
-from rarefy.structured.layer_drop import drop_layers_
+from rarefy.structured.layer_drop import run_drop_layers
 from rarefy.structured.optimizer_state import check_optimizer, replace_parameters
-from rarefy.structured.options import BUDGETS, Ask, asked_of, check_layers, check_unmasked, for_units, repairs_of
+from rarefy.structured.options import CutOptions, DropLayersOptions, check_data, check_unmasked
 from rarefy.structured.surgery import (
     ForwardFailed,
     OutputMismatch,
@@ -72,147 +73,192 @@ def cut_(
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Remove the units that matter least, and everything that belongs to them; return what went and what is locked.
+    """Remove the units of a model that matter least, in place, and every slice of a parameter that belongs to them.
 
-    example   what the model can be called with: it is run, to see what belongs together and to prove the result
-    units     kinds of units: channel or group of a convolution, neuron of a Linear (the width of a transformer too),
-              head (with the queries that share its keys), head_dim, query_head (of queries that share keys); or
-              "layer" alone: whole blocks, see `drop_layers_`
-    keep      the fraction of units that stays (0.5 if no budget is given); or instead of it one of
-    parameters, flops, latency
-              the fraction of the model's that is to be left: parameters, operations of a call on `example`, both met
-              within 1 %; or its time, found by timing cuts in turns with the dense model
-    score     how much a unit matters, see `rarefy.structured.importance`: magnitude (the default), l1, scale, median,
-              random; from data also activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient
-    reduce    how the slices of a unit are joined: sum, mean, max
-    scope     units are compared in their group ("layer"), with all ("global"), or in groups built alike ("isomorphic")
-    min_keep  no group keeps less than this fraction
-    layers    groups at least half of whose makers these layers are ("*.mlp.*" means the neurons of MLPs, and not the
-              width of the whole model, which they also write); None: all
-    ignore    layers that must not lose outputs: no group that one of them makes is cut
-    round_to  as many units stay as are a multiple of this
-    steps     cut in so many steps, scores (and repair) anew in each
-    data      batches (something that can be run through more than once) for scores, and from which the units that stay
-              learn to make up for the others
-    repair    how they do, with `data`: "ridge" (layers that read them get new weights), "bias" (the mean of what is
-              lost), "batchnorm" (statistics taken anew); True: all, False: none
-    optimizer  one that trains the model: it goes on with what is left
-    mask_only  units become zero, and nothing leaves
-    dry_run   nothing is done: the report says what would go
+    The model stays an ordinary dense one of its class, only smaller. Its outputs are those of the model whose units are
+    zero where they are made (`mask_only`): they are compared, and everything is restored if they differ. An exception
+    is what counts the units, such as a LayerNorm; the note of the group says so. `nn.MultiheadAttention` becomes a
+    subclass with heads of its own where it has to. Groups whose sizes are fixed in the code of a class stay, and the
+    report names them. Costs O(weights) and four calls besides the score, more for groups that a class keeps.
 
-    `nn.MultiheadAttention`, which cannot lose heads or width by itself, becomes a subclass that can, where it has to.
-    Outputs are those of the model whose units are zero where they are made (`mask_only`), except where something counts
-    the units, such as a LayerNorm: the note of the group says so. Where a class has a size of its own in its code the
-    groups that it concerns stay, and the report names it. Raises ModelError; the model is then as it was.
-    O(weights) and four calls, besides the score; a few more for each form of groups that a class does not let go.
+    Args:
+        model: any module whose operators have rules (`rarefy.dependency`); others lock the channels they touch.
+        example: what the model can be called with: one call shows which slices belong together.
+        units: kinds of units: "channel" or "group" of a convolution, "neuron" of a Linear layer (also the width of a
+            transformer), "head" (with the queries that share its keys), "head_dim", "query_head" (queries that share
+            keys); or "layer" alone: whole blocks, see `drop_layers_`.
+        keep: fraction of units that stays in each group; 0.5 where no budget is given.
+        parameters: instead of keep: fraction of the model's parameters to leave, met within 1 %.
+        flops: instead of keep: fraction of the operations of a call on `example` to leave, met within 1 %.
+        latency: instead of keep: fraction of the time of such a call to leave, found by timing cuts.
+        score: how units are ranked (`rarefy.structured.importance`): magnitude (the default), l1, scale, median,
+            random; from data also activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient.
+        reduce: how the slices of a unit are joined: sum, mean or max.
+        scope: units compete in their group ("layer"), with all ("global"), or in groups of equal structure
+            ("isomorphic").
+        min_keep: no group keeps less than this fraction.
+        layers: cut groups of which at least half is made by these layers: "*.mlp.*" means the neurons of MLPs, but not
+            the width of the model, which they also write. By default all.
+        ignore: layers that must not lose outputs.
+        round_to: unit counts that stay are multiples of this.
+        steps: cut in so many steps, with new scores and repairs in each.
+        data: batches for scores, and for repairs. They are gone through more than once.
+        loss: callable(output, batch) for gradient scores; by default the model's own.
+        repair: with `data`, how the remaining units compensate: "ridge" (new weights for layers that read lost units),
+            "bias" (the mean of what is lost), "batchnorm" (new statistics); True: all, False: none.
+        optimizer: one that trains the model: it continues with what is left.
+        mask_only: set units to zero and keep all sizes.
+        dry_run: change nothing: only report.
+        seed: of random scores.
+        progress: show progress bars.
 
-    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    >>> cut_(net, torch.randn(1, 4), keep=0.5).rows[0]["units"], net
-    ('6 -> 3', Sequential(
-      (0): Linear(in_features=4, out_features=3, bias=True)
-      (1): ReLU()
-      (2): Linear(in_features=3, out_features=2, bias=True)
-    ))
+    Returns:
+        A row a group: units before and after, and why it stays.
+
+    Raises:
+        ModelError: for options or a model that do not fit; the model is then unchanged.
+        DataError: for data that does not fit.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+        >>> cut_(net, torch.randn(1, 4), keep=0.5).rows[0]["units"], net
+        ('6 -> 3', Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=3, out_features=2, bias=True)
+        ))
     """
+    options = CutOptions(
+        units=units, keep=keep, parameters=parameters, flops=flops, latency=latency, score=score, reduce=reduce,
+        scope=scope, min_keep=min_keep, layers=layers, ignore=ignore, round_to=round_to, steps=steps, repair=repair,
+    )  # fmt: skip
+    return run_cut(
+        model, example, options, data, loss=loss, optimizer=optimizer, mask_only=mask_only, dry_run=dry_run, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+def run_cut(
+    model: nn.Module,
+    example: Any,
+    options: CutOptions,
+    data: Iterable[Any] | None = None,
+    *,
+    loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    mask_only: bool = False,
+    dry_run: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Cut a model by checked options. See `cut_`."""
     inner = unwrap(model)
-    if not isinstance(units, str | tuple | list):
-        raise ModelError(f"units is a kind or a list of kinds, such as 'channel', got {units!r}; keep=0.5 is by name")
-    budgets: dict[str, Any] = dict(zip(BUDGETS, (keep, parameters, flops, latency)))
-    if "layer" in ((units,) if isinstance(units, str) else units):
-        check_layers(units, budgets, score, for_units(reduce, scope, min_keep, round_to, steps, repair))
-        return drop_layers_(
-            inner, example, keep, score=score or "similarity", layers=layers, ignore=ignore,
-            data=data, loss=loss, optimizer=optimizer, mask_only=mask_only, dry_run=dry_run, seed=seed,
-            progress=progress,
+    if options.drops_layers:
+        return run_drop_layers(
+            inner, example, _layer_options(options), data, loss=loss, optimizer=optimizer, stay=mask_only or dry_run,
+            seed=seed, progress=progress,
         )  # fmt: skip
-    ask = asked_of(
-        units,
-        budgets,
-        score or "magnitude",
-        reduce,
-        scope,
-        min_keep,
-        round_to,
-        steps,
-        seed,
-    )
-    how = repairs_of(repair, data, loss, ask)
+    repairs = check_data(options, data, loss)
     check_optimizer(optimizer, inner)
     check_unmasked(inner)
-    dense = copy.deepcopy(inner) if ask.budget == "latency" else None
-    sizes: dict[int, set[int]] = {}
-    done: list[Removal] = []
-    own: list[Removal] = []
-    first = trace(inner, example)
-    whole = {k: of(first, {}) for k, of in budget.MEASURES.items()}
-    history = History(first)
+    run = _CutRun(inner, example, options, data, loss, seed, repairs, mask_only)
     try:
-        for step in track(range(1, ask.steps + 1), "cutting", progress and ask.steps > 1):
-            removal = None
-            while removal is None:
-                graph = trace(inner, example) if done else first
-                groups = chosen(inner, graph, ask.units, layers, ignore)
-                cut = _Cut(inner, example, graph, groups, ask, data, loss, history.origins(graph), whole, dense)
-                try:
-                    removal, masks = cut.run(ask.target ** (step / ask.steps), how, mask_only)
-                except _Rigid:
-                    own.append(give_own_heads(inner))
-                    done.append(own[-1])
-            done.append(removal)
-            history.add(graph, masks)
-            sizes = merge_sizes(sizes, budget.size_changes(graph, masks))
+        for step in track(range(1, options.steps + 1), "cutting", progress and options.steps > 1):
+            cut, masks = run.step(options.target ** (step / options.steps))
         if not (mask_only or dry_run):
-            update_config(inner, example, sizes)
+            update_config(inner, example, run.sizes)
     except BaseException:
-        _put_back(done)
+        _put_back(run.removals)
         raise
     if dry_run:
-        _put_back(done)
+        _put_back(run.removals)
     elif mask_only:
-        _put_back(own)
+        _put_back(run.own_heads)
     elif optimizer is not None:
-        for removal in done:
+        for removal in run.removals:
             replace_parameters(optimizer, removal.replaced)
-    return cut.report(masks, done[-1], dry_run, mask_only)  # type: ignore[possibly-unbound]
+    return cut.report(masks, run.removals[-1], dry_run, mask_only)  # type: ignore[possibly-unbound]
+
+
+def _layer_options(options: CutOptions) -> DropLayersOptions:
+    score = options.score or "similarity"
+    return DropLayersOptions(keep=options.keep, score=score, layers=options.layers, ignore=options.ignore)
 
 
 class _Rigid(Exception):
     """An attention module cannot lose what it should, unless it has heads of its own."""
 
 
-def _put_back(done: Sequence[Removal]) -> None:
-    for removal in reversed(done):
+def _put_back(removals: Sequence[Removal]) -> None:
+    for removal in reversed(removals):
         removal.put_back()
 
 
-class _Cut:
-    """One step: groups and their scores, a plan that the model's class can run, its execution."""
+class _CutRun:
+    """What all steps of a cut share, and what they have removed so far."""
 
     def __init__(
         self,
         model: nn.Module,
         example: Any,
-        graph: Graph,
-        groups: list[Group],
-        ask: Ask,
+        options: CutOptions,
         data: Any,
         loss: Loss | None,
-        origin: Mapping[Axis, int],
-        whole: Mapping[str, int],
-        dense: nn.Module | None,
+        seed: int,
+        repairs: Sequence[str],
+        mask_only: bool,
     ):
-        self.model, self.example, self.graph, self.groups, self.ask = model, example, graph, groups, ask
-        self.data, self.loss, self.whole, self.dense = data, loss, whole, dense
-        self.origin = origin
+        self.model, self.example, self.options, self.data, self.loss = model, example, options, data, loss
+        self.seed, self.repairs, self.mask_only = seed, repairs, mask_only
+        self.dense = copy.deepcopy(model) if options.budget == "latency" else None
+        self.first = trace(model, example)
+        self.whole = {name: measure(self.first, {}) for name, measure in budget.MEASURES.items()}
+        self.history = History(self.first)
+        self.sizes: dict[int, set[int]] = {}
+        self.removals: list[Removal] = []
+        self.own_heads: list[Removal] = []
+
+    def step(self, target: float) -> tuple[_Cut, dict[Axis, Tensor]]:
+        """Cut until `target` of the budget's measure is left; return the cut and the units that stay."""
+        while True:
+            graph = trace(self.model, self.example) if self.removals else self.first
+            cut = _Cut(self, graph)
+            try:
+                removal, masks = cut.run(target, self.repairs, self.mask_only)
+            except _Rigid:
+                self.own_heads.append(give_own_heads(self.model))
+                self.removals.append(self.own_heads[-1])
+                continue
+            self.removals.append(removal)
+            self.history.add(graph, masks)
+            self.sizes = merge_sizes(self.sizes, budget.size_changes(graph, masks))
+            return cut, masks
+
+
+class _Cut:
+    """One step: groups and their scores, a plan that the model's class can run, its execution."""
+
+    def __init__(self, run: _CutRun, graph: Graph):
+        self.model, self.example, self.graph, self.options = run.model, run.example, graph, run.options
+        self.data, self.loss, self.seed, self.whole, self.dense = run.data, run.loss, run.seed, run.whole, run.dense
+        options = run.options
+        self.groups = select_groups(run.model, graph, options.units, options.layers, options.ignore)
+        self.origin = run.history.origins(graph)
         self.stays: dict[Axis, str] = {}  # groups that a class wants as they are
-        self.scores = self._scored(groups)
+        self.scores = self._scored(self.groups)
         self.time: float | None = None
         self.tried = self.swap = False
 
     def _scored(self, groups: Sequence[Group]) -> dict[Axis, Tensor]:
-        a = self.ask
         return unit_scores(
-            self.model, self.graph, groups, a.score, reduce=a.reduce, data=self.data, loss=self.loss, seed=a.seed
+            self.model,
+            self.graph,
+            groups,
+            self.options.unit_score,
+            reduce=self.options.reduce,
+            data=self.data,
+            loss=self.loss,
+            seed=self.seed,
         )
 
     def run(self, target: float, how: Sequence[str], mask_only: bool) -> tuple[Removal, dict[Axis, Tensor]]:
@@ -236,23 +282,23 @@ class _Cut:
 
     def _plan(self, target: float) -> budget.Counts:
         """How many units of each group stay."""
-        a, order = self.ask, self._order([g for g in self.groups if g.axis not in self.stays])
-        if a.budget == "keep":
+        options, order = self.options, self._order([g for g in self.groups if g.axis not in self.stays])
+        if options.budget == "keep":
             left = budget.units_kept(order, 1 - target)
-        elif a.budget == "latency":
+        elif options.budget == "latency":
             left = self._timed(order, target)
         else:
-            left = budget.meet_budget(order, a.budget, target, self.whole[a.budget])
+            left = budget.meet_budget(order, options.budget, target, self.whole[options.budget])
         if not left:
             raise ModelError(f"nothing would go: {UNEVEN}")
         if all(n == axis.size for axis, n in left.items()):
-            steps = f" in multiples of {a.round_to}" if a.round_to > 1 else ""
-            raise ModelError(f"nothing would go: {a.budget} {target:g} leaves every unit of every group{steps}")
+            steps = f" in multiples of {options.round_to}" if options.round_to > 1 else ""
+            raise ModelError(f"nothing would go: {options.budget} {target:g} leaves every unit of every group{steps}")
         return left
 
     def _plan_changes(self, target: float) -> bool:
         """Whether dimensions of heads go where heads do not divide."""
-        if self.ask.budget != "keep":
+        if self.options.budget != "keep":
             return False
         order = self._order([g for g in self.groups if g.axis not in self.stays])
         return set(budget.units_kept(order, 1 - target)) != set(
@@ -260,12 +306,19 @@ class _Cut:
         )
 
     def _order(self, groups: list[Group]) -> budget.CutOrder:
-        a = self.ask
+        options = self.options
         places = budget.rank_units(
-            self.graph, groups, self.scores, self.origin, a.scope, UNIT_SCORES[a.score].comparable
+            self.graph, groups, self.scores, self.origin, options.scope, UNIT_SCORES[options.unit_score].comparable
         )
         return budget.CutOrder(
-            self.graph, groups, places, self.origin, a.min_keep, a.round_to, a.scope == "layer", self.swap
+            self.graph,
+            groups,
+            places,
+            self.origin,
+            options.min_keep,
+            options.round_to,
+            options.scope == "layer",
+            self.swap,
         )
 
     def _masks(self, left: budget.Counts) -> dict[Axis, Tensor]:
@@ -411,70 +464,3 @@ def take_out_and_repair(
         removal.put_back()
         raise
     return removal
-
-
-class History:
-    """Where the units of groups were before any cut: names of groups may change, indices of parameters tell."""
-
-    def __init__(self, graph: Graph):
-        self.first = graph
-        self.left = {(n, d): torch.arange(size(e)) for n, dims in graph.dims.items() for d, e in enumerate(dims)}
-
-    def add(self, graph: Graph, masks: Mapping[Axis, Tensor]) -> None:
-        """Note a cut."""
-        for (n, d), indices in self.left.items():
-            self.left[n, d] = indices[kept_mask(graph.dims[n][d], masks.get)]
-
-    def origins(self, graph: Graph) -> dict[Axis, int]:
-        """Return how many units each group of a graph had at first: those of the axis whose units its own are."""
-        if graph is self.first:
-            return {g.axis: g.size for g in graph.groups}
-        return {g.axis: self._origin(graph, g) for g in graph.groups}
-
-    def _origin(self, graph: Graph, group: Group) -> int:
-        for m in group.members:
-            now = graph.unit_indices(m.name, m.dim)[group.axis]
-            there = self.left[m.name, m.dim]
-            for axis, before in self.first.unit_indices(m.name, m.dim).items():
-                pairs = {(int(j), int(i)) for j, i in zip(now, before[there]) if j >= 0}
-                if len(pairs) == group.size == len({i for _, i in pairs if i >= 0}):
-                    return axis.size
-        return group.size
-
-
-def _once(graph: Graph, groups: list[Group]) -> list[Group]:
-    """Of groups of a kind whose units multiply to a dimension the largest: a fraction of each would be less of it."""
-    by_axis, drop = {g.axis: g for g in groups}, set[Group]()
-    for e in (e for dims in graph.dims.values() for e in dims):
-        for product in products(e):
-            factors = [[by_axis[a] for a in leaves(f) if a in by_axis] for f in product.of]
-            for kind in {g.kind for gs in factors for g in gs}:
-                alike = [[g for g in gs if g.kind == kind and g not in drop] for gs in factors]
-                alike = sorted((gs for gs in alike if gs), key=lambda gs: -sum(g.size for g in gs))
-                drop |= {g for gs in alike[1:] for g in gs} - set(alike[0] if alike else ())
-    return [g for g in groups if g not in drop]
-
-
-def chosen(model: nn.Module, graph: Graph, kinds: Sequence[str], layers: Selector, ignore: Selector) -> list[Group]:
-    """Return the groups to cut."""
-    found = [g for g in graph.groups if g.lock is None and g.kind in kinds]
-    if layers is not None or ignore is not None:
-        known = {id(m) for l in all_layers(model) for _, m, _ in l.owners}
-        makers = {
-            g: {id(m) for n in g.members if n.role == "out" for m, _ in graph.owners[n.name]} & known for g in found
-        }
-        wanted, left = (
-            {id(m) for l in select_layers(model, words) for _, m, _ in l.owners} if words else None
-            for words in (layers, ignore)
-        )
-        if wanted is not None:
-            found = [g for g in found if 2 * len(makers[g] & wanted) >= max(len(makers[g]), 1)]
-        found = [g for g in found if not (left and makers[g] & left)]
-    found = _once(graph, found)
-    if not found:
-        why = "; ".join(f"{g.name} ({g.kind}): {g.lock}" for g in graph.groups[:4] if g.lock)
-        others = dict.fromkeys(g.kind for g in graph.groups if g.lock is None)
-        hint = f"; it has {', '.join(others)}" if others and not set(others) <= set(kinds) else ""
-        hint = "; `layers` means groups at least half of whose makers these layers are" if layers is not None else hint
-        raise ModelError(f"no group of {', '.join(kinds)} can be cut{': ' + why if why else ''}{hint}")
-    return found

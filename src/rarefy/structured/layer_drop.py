@@ -28,7 +28,7 @@ from rarefy.model.losses import Loss, check_finite, resolve_loss
 from rarefy.structured.consumers import run_batches
 from rarefy.structured.hf_config import shrink_config_lists, update_config
 from rarefy.structured.optimizer_state import check_optimizer, remove_parameters
-from rarefy.structured.options import check_fraction, check_layer_score, check_repeatable, check_unmasked
+from rarefy.structured.options import DropLayersOptions, check_repeatable, check_unmasked
 from rarefy.structured.structure_record import NUMBERS, keep_blocks, record_kept_blocks, record_restorer
 from rarefy.structured.surgery import Removal, outputs, verify
 
@@ -211,99 +211,130 @@ def drop_layers_(
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Remove whole blocks (of transformers, of stages) that matter least; return which, with their scores.
+    """Remove the blocks of a model that matter least, in place: of lists of equal blocks, such as transformer layers.
 
-    example  what the model can be called with; also the data, where none is given
-    keep     the fraction that stays of the blocks that return what has the shape of what they are given; by default
-             0.75, or without those that `layers` names
-    score    similarity (of what goes in and comes out), loss (its rise without the block; slow), random
-    layers, ignore  blocks that may go, and that may not: names or globs, such as "model.layers.1*"
-    data     batches for the score
-    optimizer  one that trains the model: it forgets what went
-    mask_only, dry_run  nothing leaves; the first only proves that it could
-    Proved: the model returns what the dense one does when it skips those blocks. Blocks are renumbered, and a Hugging
-    Face config follows. Raises ModelError or DataError; the model is then as it was. O(calls), for `loss` times the
-    blocks.
+    The model must then return what the dense one returns when it skips those blocks, or everything is restored. Blocks
+    are renumbered, and a Hugging Face config follows. Costs a few calls, for score="loss" one pass a block.
 
-    >>> net = nn.Sequential(*[nn.TransformerEncoderLayer(8, 2, 16, 0.0) for _ in range(4)]).eval()
-    >>> drop_layers_(net, torch.randn(5, 1, 8), keep=0.5).summary["blocks"], len(net)
-    ('4 -> 2', 2)
+    Args:
+        model: a model with a list of equal blocks that return what has the shape of their input.
+        example: what the model can be called with; also the data, where none is given.
+        keep: fraction of such blocks that stays; by default 0.75, or without those that `layers` names.
+        score: "similarity" of a block's input and output (ShortGPT, Men 2024), "loss" (its rise without the block;
+            slow) or "random".
+        layers: names or globs of blocks that may go, such as "model.layers.1*".
+        ignore: names or globs of blocks that stay.
+        data: batches for the score.
+        loss: callable(output, batch) for score="loss"; by default the model's own.
+        optimizer: one that trains the model: it forgets the parameters that go.
+        mask_only: remove nothing, but prove that it could be done.
+        dry_run: remove nothing: only report.
+        seed: of score="random".
+        progress: show progress bars.
+
+    Returns:
+        A row a block, with its score and whether it goes.
+
+    Raises:
+        ModelError: for options or a model that do not fit; the model is then unchanged.
+        DataError: for data that does not fit.
+
+    Example:
+        >>> net = nn.Sequential(*[nn.TransformerEncoderLayer(8, 2, 16, 0.0) for _ in range(4)]).eval()
+        >>> drop_layers_(net, torch.randn(5, 1, 8), keep=0.5).summary["blocks"], len(net)
+        ('4 -> 2', 2)
     """
-    inner = unwrap(model)
-    _check(inner, keep, score, data)
+    options = DropLayersOptions(keep=keep, score=score, layers=layers, ignore=ignore)
+    return run_drop_layers(
+        model, example, options, data, loss=loss, optimizer=optimizer, stay=mask_only or dry_run, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+def run_drop_layers(
+    model: nn.Module,
+    example: Any,
+    options: DropLayersOptions,
+    data: Iterable[Any] | None = None,
+    *,
+    loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    stay: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Drop layers by checked options; `stay`: only report what would go. See `drop_layers_`."""
+    inner, score = unwrap(model), options.score
+    check_unmasked(inner, whole=True)
+    if data is not None:
+        check_repeatable(data)
+        if score == "random":
+            raise DataError("data has no effect: score random reads none")
     check_optimizer(optimizer, inner)
-    every = droppable(inner, example)
-    blocks = _named(inner, every, layers, ignore)
-    many = _how_many(len(every), len(blocks) if layers else None, keep)
+    candidates = droppable(inner, example)
+    blocks = _named(inner, candidates, options.layers, options.ignore)
+    count = _how_many(len(candidates), len(blocks) if options.layers else None, options.keep)
     scores = layer_scores(inner, blocks, score, [example] if data is None else data, loss, seed, progress=progress)
-    gone = choose_blocks(inner, blocks, scores, many)
+    dropped = choose_blocks(inner, blocks, scores, count)
     before = list(inner.parameters())
-    lengths = {n: len(parts) for n, parts in block_lists(inner).items()}
-    stay = mask_only or dry_run
-    removal = drop_blocks(inner, example, gone, stay=stay)
-    try:
-        shorter: dict[int, set[int]] = {}
-        for name, old in lengths.items():
-            shorter.setdefault(old, set()).add(old - sum(b.stack == name for b in gone))
-        if not stay:
-            update_config(inner, example, shorter)
-    except BaseException:
-        removal.put_back()
-        raise
+    _drop(inner, example, dropped, stay)
     if optimizer is not None:
         remove_parameters(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
     column = {"similarity": "change", "loss": "loss rises by"}.get(score, score)
-    rows = [{"block": b.name, column: float(s), "goes": b in gone} for b, s in zip(blocks, scores)]
+    rows = [{"block": b.name, column: float(s), "goes": b in dropped} for b, s in zip(blocks, scores)]
     notes = ("scored on the example: no data was given",) if data is None and score != "random" else ()
-    less = {id(p) for b in gone for p in b.module.parameters()}
-    size, left = (sum(p.numel() for p in before if id(p) not in out) for out in (set(), less))
+    removed = {id(p) for b in dropped for p in b.module.parameters()}
+    size, rest = (sum(p.numel() for p in before if id(p) not in out) for out in (set(), removed))
     summary = {
-        "blocks": f"{len(every)} -> {len(every) - many}",
-        "parameters": f"{size:,} -> {left:,} ({left / size:.3f})",
+        "blocks": f"{len(candidates)} -> {len(candidates) - count}",
+        "parameters": f"{size:,} -> {rest:,} ({rest / size:.3f})",
     }
     return Report("layers" + (": nothing done" if stay else ""), tuple(rows), summary, notes)
 
 
-def _check(model: nn.Module, keep: Any, score: Any, data: Any) -> None:
-    check_layer_score(score)
-    if keep is not None:
-        check_fraction("keep", keep)
-    check_unmasked(model, whole=True)
-    if data is None:
-        return
-    check_repeatable(data)
-    if score == "random":
-        raise DataError("data has no effect: score random reads none")
+def _drop(model: nn.Module, example: Any, dropped: Sequence[Block], stay: bool) -> None:
+    """Drop blocks and let the model's config follow; restore everything where that fails."""
+    lengths = {name: len(parts) for name, parts in block_lists(model).items()}
+    removal = drop_blocks(model, example, dropped, stay=stay)
+    try:
+        shorter: dict[int, set[int]] = {}
+        for name, length in lengths.items():
+            shorter.setdefault(length, set()).add(length - sum(b.stack == name for b in dropped))
+        if not stay:
+            update_config(model, example, shorter)
+    except BaseException:
+        removal.put_back()
+        raise
 
 
 def _how_many(blocks: int, named: int | None, keep: float | None) -> int:
-    """How many blocks go: of `blocks` a fraction, or all those that were named."""
-    many = named if keep is None and named is not None else blocks - round(blocks * (0.75 if keep is None else keep))
-    if not many:
+    """Return how many blocks go: of `blocks` a fraction, or all those that were named."""
+    count = named if keep is None and named is not None else blocks - round(blocks * (0.75 if keep is None else keep))
+    if not count:
         raise ModelError(f"nothing would go: {blocks} blocks, of which all stay")
-    return many
+    return count
 
 
 def _named(model: nn.Module, blocks: list[Block], layers: Any, ignore: Any) -> list[Block]:
-    """The blocks that are meant."""
+    """Return the blocks that may go, by name."""
     if not blocks:
         raise ModelError(
             f"{type(model).__name__} has no list of blocks that return what has the shape of what they are given"
         )
     names = [b.name for b in blocks]
 
-    def hit(words: Any, what: str) -> set[str]:
-        found: set[str] = set()
-        for word in [words] if isinstance(words, str) else words or ():
-            here = [n for n in names if fnmatchcase(n, word)]
-            if not here:
-                near = nearest(word, names, count=3) or names[:3]
-                raise SelectorError(f"{what}: {word!r} matches no block; nearest: {', '.join(near)}")
-            found |= set(here)
-        return found
+    def matching(globs: Any, option: str) -> set[str]:
+        matched: set[str] = set()
+        for glob in globs or ():
+            hits = [n for n in names if fnmatchcase(n, glob)]
+            if not hits:
+                near = nearest(glob, names, count=3) or names[:3]
+                raise SelectorError(f"{option}: {glob!r} matches no block; nearest: {', '.join(near)}")
+            matched |= set(hits)
+        return matched
 
-    wanted = hit(layers, "layers") if layers else set(names)
-    left = [b for b in blocks if b.name in wanted - hit(ignore, "ignore")]
-    if not left:
+    allowed = (matching(layers, "layers") if layers else set(names)) - matching(ignore, "ignore")
+    candidates = [b for b in blocks if b.name in allowed]
+    if not candidates:
         raise ModelError(f"no block is left to choose from: layers={layers!r}, ignore={ignore!r}")
-    return left
+    return candidates

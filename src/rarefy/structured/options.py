@@ -1,20 +1,21 @@
-"""What a cut can be asked for, and what it refuses before it has seen a model."""
+"""Options of `cut_` and `drop_layers_`, and what they refuse before they have seen a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import nn
 
 from rarefy.common.errors import DataError, ModelError, unknown
+from rarefy.common.options import AsTuple, Fraction, Names, OneOf, Options, Positive, at
 from rarefy.model import lowrank_modules
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import masks as attached
 from rarefy.model.quant_grid import attached_grid, recorded_grids
-from rarefy.structured import budget as plan
+from rarefy.structured.budget import SCOPES
 from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.importance import REDUCTIONS, UNIT_SCORES
 
@@ -24,41 +25,125 @@ LAYER_SCORES = ("similarity", "loss", "random")
 BUDGETS = ("keep", "parameters", "flops", "latency")
 
 
-@dataclass(frozen=True)
-class Ask:
-    """What `cut_` was asked for, checked."""
-
-    units: tuple[str, ...]
-    budget: str
-    target: float
-    score: str
-    reduce: str
-    scope: str
-    min_keep: float
-    round_to: int
-    steps: int
-    seed: int
+def _current_name(kind: Any) -> Any:
+    if isinstance(kind, str) and kind in RENAMED_KINDS:
+        raise ModelError(f"units {kind!r} is called {RENAMED_KINDS[kind]!r} now")
+    return kind
 
 
-def check_cut(
-    *, units: Any, keep: Any, parameters: Any, flops: Any, latency: Any, score: Any, reduce: Any, scope: Any,
-    min_keep: Any, round_to: Any, steps: Any, repair: Any,
-) -> None:  # fmt: skip
-    """Raise ModelError for what `cut_` would refuse without having seen a model."""
-    budgets: dict[str, Any] = dict(zip(BUDGETS, (keep, parameters, flops, latency)))
-    if "layer" in ((units,) if isinstance(units, str) else units):
-        check_layers(units, budgets, score, for_units(reduce, scope, min_keep, round_to, steps, repair))
-    else:
-        asked_of(units, budgets, score or "magnitude", reduce, scope, min_keep, round_to, steps, 0)
-        _names(repair)
+Kind = Annotated[str, OneOf((*KINDS, "layer")), BeforeValidator(_current_name)]
+Part = Annotated[float, Field(gt=0, le=1)]
+Repairs = Annotated[tuple[Annotated[str, OneOf(REPAIRS)], ...], AsTuple()]
+RepairField = Annotated[
+    Annotated[bool, Tag("<all or none>")] | Annotated[Repairs, Tag("<names>")],
+    Discriminator(lambda value: "<all or none>" if isinstance(value, bool) else "<names>"),
+]
 
 
-def for_units(reduce: Any, scope: Any, min_keep: Any, round_to: Any, steps: Any, repair: Any) -> dict[str, bool]:
-    """Which options were given that blocks know nothing of."""
-    return {
-        "reduce": reduce != "sum", "scope": scope != "layer", "min_keep": min_keep != 0, "round_to": round_to != 1,
-        "steps": steps != 1, "repair": repair is not True,
-    }  # fmt: skip
+class CutOptions(Options):
+    """Remove whole units; the model becomes an ordinary smaller one. See `rarefy.cut_`."""
+
+    error = ModelError
+
+    units: Annotated[tuple[Kind, ...], AsTuple()] = Field(
+        ("channel", "neuron", "head"),
+        description="kinds of units: channel or group of a convolution, neuron of a Linear layer, head, head_dim "
+        "(features of heads), query_head (queries that share keys); or layer alone: whole blocks",
+    )
+    keep: Part | None = Field(
+        None, description="fraction of units that stays in each group; 0.5 where no budget is given"
+    )
+    parameters: Part | None = Field(None, description="instead of keep: fraction of the model's parameters to leave")
+    flops: Part | None = Field(None, description="instead of keep: fraction of the model's operations to leave")
+    latency: Part | None = Field(None, description="instead of keep: fraction of the model's time to leave, measured")
+    score: Annotated[str, OneOf(dict.fromkeys((*UNIT_SCORES, *LAYER_SCORES)))] | None = Field(
+        None, description="how units are ranked; by default magnitude, for whole blocks similarity"
+    )
+    reduce: Annotated[str, OneOf(REDUCTIONS)] = Field("sum", description="how the slices of a unit are joined")
+    scope: Annotated[str, OneOf(SCOPES)] = Field(
+        "layer", description="units compete in their group, with all, or in groups of equal structure (isomorphic)"
+    )
+    min_keep: Fraction = Field(0.0, description="no group keeps less than this fraction")
+    layers: Names | None = Field(None, description="cut groups of which at least half is made by these layers")
+    ignore: Names | None = Field(None, description="layers that must not lose outputs")
+    round_to: Positive = Field(1, description="unit counts that stay are multiples of this")
+    steps: Positive = Field(1, description="cut in so many steps, with new scores in each")
+    repair: RepairField = Field(
+        True, description="with data, how the remaining units compensate; true: all ways, false: none"
+    )
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> CutOptions:
+        if self.drops_layers:
+            self._check_layers()
+            return self
+        if self.score in LAYER_SCORES and self.score not in UNIT_SCORES:
+            with at("score"):
+                raise ModelError(unknown("score", self.score, UNIT_SCORES))
+        if self.reduce != "sum" and self.unit_score in ("obs", "median", "random"):
+            with at("reduce"):
+                raise ModelError(f"reduce has no effect: score {self.unit_score} is one number a unit")
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            with at(budgets[1]):
+                raise ModelError(f"{' and '.join(budgets)} are given: a cut has one budget")
+        return self
+
+    def _check_layers(self) -> None:
+        """Raise for what has no meaning where whole blocks go."""
+        if self.units != ("layer",):
+            with at("units"):
+                raise ModelError("layers are cut by themselves: units='layer'")
+        if self.score is not None and self.score not in LAYER_SCORES:
+            with at("score"):
+                raise ModelError(unknown("score of layers", self.score, LAYER_SCORES))
+        for name in BUDGETS[1:]:
+            if getattr(self, name) is not None:
+                with at(name):
+                    raise ModelError(f"layers go whole: give keep, not {name}")
+        for name in ("reduce", "scope", "min_keep", "round_to", "steps", "repair"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                with at(name):
+                    raise ModelError(f"{name} has no effect on layers")
+
+    @property
+    def drops_layers(self) -> bool:
+        """Whether whole blocks go."""
+        return "layer" in self.units
+
+    @property
+    def unit_score(self) -> str:
+        """The score of units."""
+        return self.score or "magnitude"
+
+    @property
+    def budget(self) -> str:
+        """What is limited: keep, parameters, flops or latency."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), "keep")
+
+    @property
+    def target(self) -> float:
+        """The fraction of the budget's measure that is to be left."""
+        value = getattr(self, self.budget)
+        return 0.5 if value is None else value
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """The ways in which the remaining units compensate, where there is data."""
+        return REPAIRS if self.repair is True or self.repair is None else self.repair or ()
+
+
+class DropLayersOptions(Options):
+    """Remove whole blocks. See `rarefy.drop_layers_`."""
+
+    error = ModelError
+
+    keep: Part | None = Field(None, description="fraction of blocks that stays; by default 0.75, or all but `layers`")
+    score: Annotated[str, OneOf(LAYER_SCORES, "score of layers")] = Field(
+        "similarity", description="how blocks are ranked"
+    )
+    layers: Names | None = Field(None, description="names or globs of blocks that may go")
+    ignore: Names | None = Field(None, description="names or globs of blocks that stay")
 
 
 def check_unmasked(model: nn.Module, whole: bool = False, doing: str = "cut") -> None:
@@ -74,18 +159,6 @@ def check_unmasked(model: nn.Module, whole: bool = False, doing: str = "cut") ->
         raise ModelError(f"{made} is made of factors: {doing} first, then factorize")
 
 
-def check_layer_score(score: Any) -> None:
-    """Raise ModelError for what is no score of blocks."""
-    if score not in LAYER_SCORES:
-        raise ModelError(unknown("score of layers", str(score), LAYER_SCORES))
-
-
-def check_fraction(name: str, value: Any) -> None:
-    """Raise ModelError for what is no fraction that something can be cut to."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ModelError(f"{name} is a fraction above 0 and at most 1, got {value!r}")
-
-
 def check_repeatable(data: Any) -> None:
     """Raise DataError for what are no batches, or such as can be run through once only."""
     check_batches(data)
@@ -93,74 +166,18 @@ def check_repeatable(data: Any) -> None:
         raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
 
 
-def check_layers(units: Any, budgets: Mapping[str, Any], score: Any, others: Mapping[str, bool]) -> None:
-    """Raise ModelError for what has no meaning where whole blocks go."""
-    if not isinstance(units, str) and tuple(units) != ("layer",):
-        raise ModelError("layers are cut by themselves: units='layer'")
-    if score is not None:
-        check_layer_score(score)
-    for name, value in budgets.items():
-        if value is not None and name != "keep":
-            raise ModelError(f"layers go whole: give keep, not {name}")
-    for name, given in others.items():
-        if given:
-            raise ModelError(f"{name} has no effect on layers")
-
-
-def asked_of(
-    units: Any, budgets: Mapping[str, Any], score: Any, reduce: Any, scope: Any, min_keep: Any, round_to: Any,
-    steps: Any, seed: int,
-) -> Ask:  # fmt: skip
-    """Return what is asked for, checked. Raises ModelError."""
-    kinds = (units,) if isinstance(units, str) else tuple(units)
-    for kind in kinds:
-        if kind in RENAMED_KINDS:
-            raise ModelError(f"units {kind!r} is called {RENAMED_KINDS[kind]!r} now")
-        if kind not in KINDS:
-            raise ModelError(unknown("units", str(kind), (*KINDS, "layer")))
-    for what, got, allowed in (
-        ("score", score, UNIT_SCORES),
-        ("reduce", reduce, REDUCTIONS),
-        ("scope", scope, plan.SCOPES),
-    ):
-        if got not in allowed:
-            raise ModelError(unknown(what, str(got), allowed))
-    if reduce != "sum" and score in ("obs", "median", "random"):
-        raise ModelError(f"reduce has no effect: score {score} is one number a unit")
-    given = {k: v for k, v in budgets.items() if v is not None} or {"keep": 0.5}
-    if len(given) > 1:
-        raise ModelError(f"{' and '.join(given)} are given: a cut has one budget")
-    [(budget, target)] = given.items()
-    check_fraction(budget, target)
-    if isinstance(min_keep, bool) or not isinstance(min_keep, int | float) or not 0 <= min_keep <= 1:
-        raise ModelError(f"min_keep is a fraction from 0 to 1, got {min_keep!r}")
-    for what, n in (("round_to", round_to), ("steps", steps)):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ModelError(f"{what} is a whole number from 1 up, got {n!r}")
-    return Ask(kinds, budget, float(target), score, reduce, scope, float(min_keep), round_to, steps, seed)
-
-
-def _names(repair: Any) -> tuple[str, ...]:
-    asked = REPAIRS if repair is True else () if repair is False else (repair,) if isinstance(repair, str) else repair
-    for name in asked:
-        if name not in REPAIRS:
-            raise ModelError(unknown("repair", str(name), REPAIRS))
-    return tuple(asked)
-
-
-def repairs_of(repair: Any, data: Any, loss: Any, ask: Ask) -> tuple[str, ...]:
-    """Return the repairs that there is data for. Raises ModelError or DataError: no effect, no data."""
-    asked = _names(repair)
-    needs = UNIT_SCORES[ask.score].needs
+def check_data(options: CutOptions, data: Any, loss: Any) -> tuple[str, ...]:
+    """Return the repairs that there is data for; raise for what is missing or has no effect."""
+    needs = UNIT_SCORES[options.unit_score].needs
     if loss is not None and needs != "gradient":
-        raise ModelError(f"loss has no effect: score {ask.score} takes no gradients")
+        raise ModelError(f"loss has no effect: score {options.unit_score} takes no gradients")
     if data is None:
         if needs:
-            raise DataError(f"score {ask.score} needs data: give batches")
-        if asked and repair is not True:
-            raise DataError(f"repair {', '.join(asked)} needs data: give batches")
+            raise DataError(f"score {options.unit_score} needs data: give batches")
+        if options.repairs and isinstance(options.repair, tuple):
+            raise DataError(f"repair {', '.join(options.repairs)} needs data: give batches")
         return ()
     check_repeatable(data)
-    if not asked and not needs:
-        raise DataError(f"data has no effect: nothing is repaired, and score {ask.score} reads weights alone")
-    return tuple(asked)
+    if not options.repairs and not needs:
+        raise DataError(f"data has no effect: nothing is repaired, and score {options.unit_score} reads weights alone")
+    return options.repairs

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from rarefy.calibration.statistics import LayerStats
-from rarefy.common.errors import PatternError, unknown
+from rarefy.common.errors import PatternError
+from rarefy.common.options import Names, OneOf, Options
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
@@ -37,6 +39,25 @@ ROWS = 2048  # from so many, spread over all, an order is found; what it keeps i
 NEAR = 1e-5  # how far outputs may be from those before, relative to the largest: sums round otherwise
 
 
+class PermuteOptions(Options):
+    """Reorder channels so that N:M pruning loses less; outputs stay. See `rarefy.permute_`."""
+
+    error = PatternError
+
+    pattern: str = Field("2:4", description="the N:M pattern that the order is for")
+    score: Annotated[str, OneOf(SCORES)] = Field("magnitude", description="what the kept weights have most of")
+    seconds: float = Field(30.0, gt=0, description="how long the search takes at most, of all groups together")
+    layers: Names | None = Field(None, description="selectors of layers; by default all but embeddings and head")
+    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str) -> str:
+        if parse_pattern(pattern).kind != "nm":
+            raise PatternError(f"pattern {pattern!r} is not N:M, such as 2:4, to which the order of inputs matters")
+        return pattern
+
+
 def permute_(
     model: nn.Module,
     example: Any,
@@ -52,78 +73,125 @@ def permute_(
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Order the inputs of the selected layers so that N:M keeps more of their scores, in place; return a row a group of
-    units. Then `prune_(model, pattern)`. The model returns what it did: whatever makes these inputs makes them in that
-    order.
+    """Reorder the inputs of the selected layers in place, so that N:M pruning keeps more of their scores.
 
-    example    what the model can be called with: one call shows which slices of which parameters belong together
-    pattern    N:M
-    score      what is to be kept (`rarefy.prune.scores.SCORES`); some read `data`
-    optimizer  one that trains the model: its state goes along
-    seconds    the search takes at most, of all groups together. It goes on through random exchanges until many in a row
-               lead nowhere, which takes a second for 64 x 128, and longer than anyone waits for wide layers
+    Layers that make these inputs are reordered alike, so the model returns what it did. Then call
+    `prune_(model, pattern)`. A group of units stays where no order keeps more, where its units differ in parts that the
+    model's class makes itself (rotary frequencies), and where no selected layer reads them one by one. Outputs on
+    `example` are compared before and after; groups that change them by more than 1e-5 of the largest are restored, and
+    their row says so. Costs O(R C^2) for a group of C units that R rows read, and O(R C) a swap.
 
-    What the example does not call is not seen, and a note names it. A group stays where no order keeps more, where its
-    units differ in parts that the model's class makes itself (rotary frequencies) or no selected layer takes them one
-    by one. Outputs on `example` are compared before and after; groups that change them by more than 1e-5 of the largest
-    are put back, and their row says so. Raises the ValueErrors of `rarefy.common.errors`, and then the model is
-    unchanged. O(R C^2) a group of C units that R rows read, and O(R C) a swap.
+    Args:
+        model: any module whose operators have rules (`rarefy.dependency`).
+        example: what the model can be called with: one call shows which slices belong together. What it does not call
+            is not seen, and a note names it.
+        pattern: the N:M pattern that the order is for.
+        score: what the kept weights should have most of (`rarefy.prune.scores.SCORES`).
+        layers: names, globs or other selectors of layers; by default all but embeddings and the output head.
+        ignore: selectors of layers to leave as they are.
+        data: batches, for scores that need them.
+        loss: callable(output, batch) for gradient scores; by default the model's own.
+        optimizer: one that trains the model: its state is reordered too.
+        seconds: how long the search takes at most, of all groups together. 64 x 128 weights take a second; wide layers
+            use all of it.
+        seed: of the search.
+        progress: show progress bars.
 
-    >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-    >>> report = permute_(net, torch.randn(2, 8))
-    >>> report.summary["kept"] > report.summary["kept before"]
-    True
+    Returns:
+        A row a group of units: the fraction of scores kept before and after, swaps, seconds, why it stayed.
+
+    Raises:
+        RarefyError: for options, a model or data that do not fit; the model is then unchanged.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> report = permute_(net, torch.randn(2, 8))
+        >>> report.summary["kept"] > report.summary["kept before"]
+        True
     """
-    plan = check_permute(pattern, score, seconds)
+    options = PermuteOptions(pattern=pattern, score=score, seconds=seconds, layers=layers, ignore=ignore)
+    return run_permute(model, example, options, data, loss=loss, optimizer=optimizer, seed=seed, progress=progress)
+
+
+def run_permute(
+    model: nn.Module,
+    example: Any,
+    options: PermuteOptions,
+    data: Iterable[Any] | None = None,
+    *,
+    loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Reorder channels by checked options. See `permute_`."""
+    pattern = parse_pattern(options.pattern)
     if data is not None:
         check_batches(data)
     inner = unwrap(model)
     check_unmasked(inner, doing="permute")
-    chosen = select_layers(model, layers, ignore)
-    check_weights(chosen)
+    layers = select_layers(model, options.layers, options.ignore)
+    check_weights(layers)
     check_optimizer(optimizer, inner)
     with _Reads() as reads:
         before = outputs(inner, example)
     graph = trace(inner, example)
-    scores = _scores(chosen, score, calibrate(model, chosen, score, data, loss, seed))
-    stored = set(inner.state_dict(keep_vars=True))
-    names = {id(getattr(*owners[0])): n for n, owners in graph.owners.items()}
-    seen = [(S, graph.unit_indices(names[key], dim)) for key, (S, dim) in scores.items()]
-    free = [g for g in graph.groups if g.lock is None]
-    read = {g: S for g in free if (S := _read(seen, g, plan)) is not None}
+    scores = _scores(layers, options.score, calibrate(model, layers, options.score, data, loss, seed))
+    read = _group_scores(graph, scores, pattern)
     sums = {g: float(S.sum(dtype=torch.float64)) for g, S in read.items()}
-    rows, orders = dict[Group, dict[str, Any]](), dict[Axis, Tensor]()
-    left, work = float(seconds), sum(map(_work, read.values()))
-    for group, S in track(list(read.items()), "ordering inputs", progress, len(read)):
-        began, share = time.perf_counter(), left * _work(S) / work
-        made = next((m.name for m in group.members if m.name not in stored), None)
-        was = now = kept_score(S, plan.a, plan.b)
-        swaps, why = 0, "" if made is None else f"{made} is made by its class"
-        if made is None:
-            found = search(_some(S), plan.a, plan.b, seconds=share, seed=seed)
-            swaps, now = found.swaps, kept_score(S[:, found.order], plan.a, plan.b)
-            why = ("" if found.converged else "time was up") if now > was else "no better order found"
-            if now > was:
-                orders[group.axis] = found.order
-        of = sums[group] or 1.0
-        rows[group] = {
-            "group": group.name, "kind": group.kind, "units": group.size, "rows": len(S), "kept before": was / of,
-            "kept": max(was, now) / of, "swaps": swaps, "seconds": time.perf_counter() - began, "why": why,
-        }  # fmt: skip
-        left, work = left - (time.perf_counter() - began), work - _work(S)
+    rows, orders = _search_orders(inner, read, sums, pattern, options.seconds, seed, progress)
     undone = _apply(inner, example, graph, orders, optimizer, before)
     for group in rows:
         if group.axis in undone:
             rows[group] |= {"kept": rows[group]["kept before"], "why": undone[group.axis]}
     if orders:
-        model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
-    told = {
-        n: sum(rows[g][n] * s for g, s in sums.items()) / (sum(sums.values()) or 1.0) for n in ("kept before", "kept")
-    }
-    summary = {"groups": f"{len(orders) - len(undone)} of {len(rows)}", **told}
-    return Report(
-        f"inputs in order for {plan}", tuple(rows.values()), summary, (*unsupported_notes(graph), *reads.idle(inner))
-    )
+        model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    total = sum(sums.values()) or 1.0
+    means = {name: sum(rows[g][name] * s for g, s in sums.items()) / total for name in ("kept before", "kept")}
+    summary = {"groups": f"{len(orders) - len(undone)} of {len(rows)}", **means}
+    notes = (*unsupported_notes(graph), *reads.idle(inner))
+    return Report(f"inputs in order for {pattern}", tuple(rows.values()), summary, notes)
+
+
+def _group_scores(graph: Graph, scores: Mapping[int, tuple[Tensor, int]], pattern: Pattern) -> dict[Group, Tensor]:
+    """Return the scores [rows, units] of each group whose units some layers read one by one."""
+    names = {id(getattr(*owners[0])): n for n, owners in graph.owners.items()}
+    columns = [(S, graph.unit_indices(names[key], dim)) for key, (S, dim) in scores.items()]
+    unlocked = [g for g in graph.groups if g.lock is None]
+    return {g: S for g in unlocked if (S := _read(columns, g, pattern)) is not None}
+
+
+def _search_orders(
+    model: nn.Module,
+    read: Mapping[Group, Tensor],
+    sums: Mapping[Group, float],
+    pattern: Pattern,
+    seconds: float,
+    seed: int,
+    progress: bool,
+) -> tuple[dict[Group, dict[str, Any]], dict[Axis, Tensor]]:
+    """Return a row a group, and the better orders. Groups share the time by the cost of their search."""
+    stored = set(model.state_dict(keep_vars=True))
+    rows, orders = dict[Group, dict[str, Any]](), dict[Axis, Tensor]()
+    seconds_left, cost_left = float(seconds), sum(map(_cost, read.values()))
+    for group, S in track(list(read.items()), "ordering inputs", progress, len(read)):
+        began, share = time.perf_counter(), seconds_left * _cost(S) / cost_left
+        computed = next((m.name for m in group.members if m.name not in stored), None)
+        before = after = kept_score(S, pattern.a, pattern.b)
+        swaps, why = 0, "" if computed is None else f"{computed} is made by its class"
+        if computed is None:
+            result = search(_sampled_rows(S), pattern.a, pattern.b, seconds=share, seed=seed)
+            swaps, after = result.swaps, kept_score(S[:, result.order], pattern.a, pattern.b)
+            why = ("" if result.converged else "time was up") if after > before else "no better order found"
+            if after > before:
+                orders[group.axis] = result.order
+        of = sums[group] or 1.0
+        rows[group] = {
+            "group": group.name, "kind": group.kind, "units": group.size, "rows": len(S), "kept before": before / of,
+            "kept": max(before, after) / of, "swaps": swaps, "seconds": time.perf_counter() - began, "why": why,
+        }  # fmt: skip
+        seconds_left, cost_left = seconds_left - (time.perf_counter() - began), cost_left - _cost(S)
+    return rows, orders
 
 
 class _Reads(TorchFunctionMode):
@@ -142,18 +210,6 @@ class _Reads(TorchFunctionMode):
         names = [l.full_name for l in all_layers(model) if id(l.original) not in self.seen]
         said = "not called on the example, so a call that does finds its inputs out of order"
         return (f"{said}: {', '.join(names)}",) if names else ()
-
-
-def check_permute(pattern: Any, score: Any, seconds: Any) -> Pattern:
-    """Return the pattern that `permute_` is asked for; PatternError for what it does not know."""
-    plan = parse_pattern(pattern)
-    if plan.kind != "nm":
-        raise PatternError(f"pattern {str(pattern)!r} is not N:M, such as 2:4, to which the order of inputs matters")
-    if score not in SCORES:
-        raise PatternError(unknown("score", score, SCORES))
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
-        raise PatternError(f"seconds is how long the search takes at most, over 0, got {seconds!r}")
-    return plan
 
 
 def _scores(chosen: Sequence[Layer], score: str, stats: Mapping[str, LayerStats]) -> dict[int, tuple[Tensor, int]]:
@@ -187,11 +243,11 @@ def _read(seen: Sequence[tuple[Tensor, Mapping[Axis, Tensor]]], group: Group, pl
     return torch.cat(found) if found else None
 
 
-def _work(S: Tensor) -> float:
+def _cost(S: Tensor) -> float:
     return min(len(S), ROWS) * S.shape[1] ** 2
 
 
-def _some(S: Tensor) -> Tensor:
+def _sampled_rows(S: Tensor) -> Tensor:
     """Rows spread evenly over all."""
     return S if len(S) <= ROWS else S[torch.linspace(0, len(S) - 1, ROWS).long()]
 

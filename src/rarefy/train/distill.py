@@ -6,18 +6,19 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rarefy.calibration.resume import digest
 from rarefy.calibration.sequential import find_blocks, first_tensor
-from rarefy.common.errors import DataError, ModelError, RecipeError, SelectorError, unknown
+from rarefy.common.errors import DataError, ModelError, RecipeError, SelectorError
+from rarefy.common.options import Names, OneOf, Options, Positive, at
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, describe_batch, evaluating
 from rarefy.model.layers import all_layers
@@ -31,56 +32,76 @@ Words = str | Sequence[str] | None
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin")  # data, not code
 
 
-@dataclass(frozen=True, kw_only=True)
-class Distill:
-    """What a student learns from its teacher. Weights of 0 leave a part out.
+def even(students: int, teachers: int) -> list[int]:
+    """Return the teacher's block for each of the student's: the last for the last, the others evenly.
 
-    task        weight of the model's own loss
-    logits      weight of the outputs' loss, `by` kl, mse or dist; `temperature` softens, `top` looks at the teacher's
-                most likely classes only (large vocabularies)
-    hidden      mse, squarehead, cosine or contrastive between the outputs of blocks, weight `hidden_weight`
-    at          the modules whose outputs are hidden states (default: the model's equal blocks); `teacher_at` theirs
-    depth       how blocks are matched where the student has fewer: `even` or `last`
-    relations   weight of the relations of queries, keys and values, in `heads` heads, of the last block
-    cache       keep the teacher's answers on disk, so that each sample is asked about once: for data that does not
-                change from epoch to epoch
-    teacher     (recipes) the folder of another teacher than the model itself was
+    >>> even(3, 6), even(2, 2)
+    ([1, 3, 5], [0, 1])
+    """
+    return [(i + 1) * teachers // students - 1 for i in range(students)]
+
+
+def last(students: int, teachers: int) -> list[int]:
+    """Return the teacher's last blocks, in order.
+
+    >>> last(2, 6)
+    [4, 5]
+    """
+    return list(range(teachers - students, teachers))
+
+
+DEPTHS = {"even": even, "last": last}
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Distill(Options):
+    """What a student learns from its teacher. A weight of 0 leaves that part of the loss out.
+
+    Example:
+        >>> Distill(hidden="squarehead").by
+        'kl'
+        >>> Distill(logits=0)
+        Traceback (most recent call last):
+        rarefy.common.errors.RecipeError: nothing is learnt from the teacher: give logits, hidden or relations
     """
 
-    task: float = 1.0
-    logits: float = 1.0
-    by: str = "kl"
-    temperature: float = 1.0
-    top: int | None = None
-    hidden: str | None = None
-    hidden_weight: float = 1.0
-    at: Words = None
-    teacher_at: Words = None
-    depth: str = "even"
-    relations: float = 0.0
-    heads: int = 12
-    teacher: str | None = None
-    cache: bool = False
+    task: Weight = Field(1.0, description="weight of the model's own loss")
+    logits: Weight = Field(1.0, description="weight of the loss between the outputs")
+    by: Annotated[str, OneOf(OUTPUTS)] = Field("kl", description="loss between the outputs")
+    temperature: float = Field(1.0, gt=0, description="softens the outputs (kl, dist)")
+    top: Positive | None = Field(None, description="kl: only the teacher's most likely classes, for large vocabularies")
+    hidden: Annotated[str, OneOf(HIDDEN)] | None = Field(None, description="loss between the outputs of blocks")
+    hidden_weight: Weight = Field(1.0, description="weight of that loss")
+    at: Names | None = Field(None, description="modules whose outputs are hidden states; by default the equal blocks")
+    teacher_at: Names | None = Field(None, description="those of the teacher; by default the same")
+    depth: Annotated[str, OneOf(DEPTHS)] = Field(
+        "even", description="how blocks are matched where the student has fewer"
+    )
+    relations: Weight = Field(0.0, description="weight of the relations of queries, keys and values of the last block")
+    heads: Positive = Field(12, description="how many heads the relations have")
+    teacher: str | None = Field(
+        None, description="recipes: folder of the teacher; by default the model as it was before the first stage"
+    )
+    cache: bool = Field(
+        False, description="keep the teacher's outputs on disk, for data that is the same in each epoch"
+    )
 
-
-def check(config: Distill) -> None:
-    """Raise RecipeError for options that are impossible or have no effect."""
-    choices = (("by", config.by, OUTPUTS), ("hidden", config.hidden, HIDDEN), ("depth", config.depth, DEPTHS))
-    for name, value, allowed in choices:
-        if value is not None and value not in allowed:
-            raise RecipeError(unknown(name, value, allowed))
-    for name in ("task", "logits", "hidden_weight", "relations"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise RecipeError(f"{name} is a weight from 0 up, got {value!r}")
-    if not config.temperature > 0:
-        raise RecipeError(f"temperature is greater than 0, got {config.temperature!r}")
-    if config.top is not None and (config.by != "kl" or not config.logits or config.top < 1):
-        raise RecipeError("top keeps the likeliest classes of logits by kl, at least 1: it has no effect here")
-    if (config.at is not None or config.teacher_at is not None) and config.hidden is None:
-        raise RecipeError("at names modules for hidden: give hidden, such as squarehead, or leave at out")
-    if not (config.logits or (config.hidden and config.hidden_weight) or config.relations):
-        raise RecipeError("nothing is learnt from the teacher: give logits, hidden or relations")
+    @model_validator(mode="after")
+    def _check_combination(self) -> Distill:
+        if self.top is not None and (self.by != "kl" or not self.logits):
+            with at("top"):
+                raise RecipeError("top keeps the likeliest classes of logits by kl: it has no effect here")
+        for name in ("at", "teacher_at"):
+            if getattr(self, name) is not None and self.hidden is None:
+                with at(name):
+                    raise RecipeError(
+                        f"{name} names modules for hidden: give hidden, such as squarehead, or leave {name} out"
+                    )
+        if not (self.logits or (self.hidden and self.hidden_weight) or self.relations):
+            with at("logits"):
+                raise RecipeError("nothing is learnt from the teacher: give logits, hidden or relations")
+        return self
 
 
 class Distiller(nn.Module):
@@ -124,7 +145,6 @@ class Distiller(nn.Module):
         if student is teacher:
             raise ModelError("student and teacher are one model: give a copy as it was, copy.deepcopy(model)")
         config, self.prepared = config or Distill(), False
-        check(config)
         if config.cache and cache is None:
             raise RecipeError("cache keeps the teacher's answers in a folder: give Distiller(..., cache=FOLDER)")
         self.config, self.task = config, config.task
@@ -137,7 +157,7 @@ class Distiller(nn.Module):
         if cache is not None:
             config_key = {
                 k: v
-                for k, v in asdict(config).items()
+                for k, v in config.model_dump().items()
                 if k in ("logits", "hidden", "relations", "at", "teacher_at", "depth")
             }
             pair_counts = [len(self._pairs), len(self._projections)]
@@ -309,27 +329,6 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     for p in twin.parameters():
         p.requires_grad_(False)
     return twin
-
-
-def even(students: int, teachers: int) -> list[int]:
-    """Return the teacher's block for each of the student's: the last for the last, the others evenly spaced.
-
-    >>> even(3, 6), even(2, 2)
-    ([1, 3, 5], [0, 1])
-    """
-    return [(i + 1) * teachers // students - 1 for i in range(students)]
-
-
-def last(students: int, teachers: int) -> list[int]:
-    """Return the teacher's last blocks, in order.
-
-    >>> last(2, 6)
-    [4, 5]
-    """
-    return list(range(teachers - students, teachers))
-
-
-DEPTHS = {"even": even, "last": last}
 
 
 def _hidden_pairs(student: nn.Module, teacher: nn.Module, config: Distill) -> list[tuple[nn.Module, nn.Module]]:

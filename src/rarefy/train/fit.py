@@ -3,23 +3,22 @@ on where it was."""
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, is_dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from rarefy.calibration import resume
 from rarefy.common.atomic_io import parse_path
-from rarefy.common.checks import check_int
-from rarefy.common.errors import DataError, ModelError, RecipeError, unknown
+from rarefy.common.errors import DataError, ModelError, RecipeError
+from rarefy.common.options import OneOf, Options, Positive
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
@@ -32,6 +31,7 @@ from rarefy.model.losses import Loss, resolve_loss
 from rarefy.model.masks import MIN_ZEROS_ON_GRID, get_mask, reattach_grids_, zero_fraction
 from rarefy.runtime.sparse_layers import Sparse
 from rarefy.train import checkpoint
+from rarefy.train.best_epoch import BestEpoch
 from rarefy.train.distill import Distiller
 from rarefy.train.loggers import Loggers
 from rarefy.train.optimizers import LR_SCHEDULES, MakeOptimizer, optimizer_of
@@ -43,21 +43,24 @@ DistillLoss = Callable[[Any, Any, torch.Tensor | None], torch.Tensor]  # (output
 AUTOCAST = {"bf16": torch.bfloat16}  # fp16 would need its loss scaled
 
 
-@dataclass(frozen=True, kw_only=True)
-class Steps:
-    """How a step is taken: batches whose gradients are added up, the greatest norm of a gradient, the precision in
-    which the model runs while it trains (`bf16`; None as it is)."""
+class Steps(Options):
+    """How an optimizer step is taken."""
 
-    accumulate: int = 1
-    clip: float | None = None
-    autocast: str | None = None
+    accumulate: Positive = Field(1, description="batches whose gradients are added up for a step")
+    clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
+    autocast: Annotated[str, OneOf(AUTOCAST)] | None = Field(
+        None, description="precision in which the model runs while it trains"
+    )
 
-    def __post_init__(self):
-        check_int("accumulate", self.accumulate, 1, RecipeError)
-        if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
-            raise RecipeError(f"clip is the greatest norm of a gradient, over 0, got {self.clip!r}")
-        if self.autocast is not None and self.autocast not in AUTOCAST:
-            raise RecipeError(unknown("autocast", self.autocast, AUTOCAST))
+
+class FitOptions(Options):
+    """How long and at which rates a model is trained. See `rarefy.fit_`."""
+
+    epochs: Positive = Field(1, description="passes over the training data")
+    lr_schedule: Annotated[str, OneOf(LR_SCHEDULES)] = Field("constant", description="how the learning rate changes")
+    patience: Positive | None = Field(
+        None, description="stop after so many epochs without a better one; needs validate"
+    )
 
 
 @renamed_parameters(work="resume_dir", teach="distill")
@@ -83,80 +86,108 @@ def fit_(
     log: str | Path | Sequence[str] | None = None,
     progress: bool = False,
 ) -> Report:
-    """Train `model` in place and return a row an epoch: loss, sparsity, metric, seconds.
+    """Train a model in place. Masks hold whatever the optimizer does, and quantized weights stay on their grid.
 
-    data       batches, or a function of the epoch that gives them
-    prune      how zeros come in on the way: Gradual, Movement, SecondOrder, Rigl, Alternate, Admm or Rewind
-    calibrate  batches that the scores of `prune` read
-    distill      a loss instead: a `rarefy.Distiller`, or any callable(output, batch, own loss)
-    at         {progress: function of the model}, called once when training has come that far (0 to 1), such as
-               {0.5: lambda m: rarefy.quantize_(m, "int4")}: from there on weights are trained on their grid
-    validate   callable(model) -> number: the weights of the best epoch are restored at the end; only epochs compete
-               after which no more zeros come in and nothing else happens (`at`)
-    patience   stop after so many of these without a better one
-    resume_dir folder for the state of the run: the same call on the same model goes on there after it was killed, to
-               the same bits. It stays until you remove it
-    also       plain data that must agree too for a run to go on, about `loss`, `distill` and `at`
-    log        a file for JSON lines, `tensorboard:FOLDER`, `wandb:PROJECT`, or several of these
+    Args:
+        model: the model to train.
+        data: batches, or a function of the epoch that returns them.
+        epochs: passes over the data.
+        optimizer: a torch optimizer, or a function of the parameters that makes one; by default AdamW at 1e-4.
+        lr_schedule: constant, linear, cosine or one-cycle.
+        loss: callable(output, batch); by default the model's own.
+        prune: how zeros come in: Gradual, Movement, SecondOrder, Rigl, Alternate, Admm or Rewind.
+        calibrate: batches that the scores of `prune` read.
+        distill: a `rarefy.Distiller`, or any callable(output, batch, own loss), whose loss is used instead.
+        at: {progress: function of the model}, called once when training has come that far (0 to 1), such as
+            {0.5: lambda m: rarefy.quantize_(m, "int4")}: weights are trained on their grid from there on.
+        steps: how an optimizer step is taken: `rarefy.train.fit.Steps`.
+        validate: callable(model) -> number. The weights of the best epoch are restored at the end; only epochs compete
+            after which no more zeros come in and nothing else happens (`at`).
+        maximize: whether a larger number is better.
+        patience: stop after so many of these epochs without a better one.
+        seed: of shuffling and dropout.
+        resume_dir: folder for the state of the run: after a kill, the same call on the same model continues from there,
+            to the same bits. Remove it when the result is saved.
+        also: plain data that must agree too for a run to continue, about `loss`, `distill` and `at`.
+        log: a file for JSON lines, "tensorboard:FOLDER", "wandb:PROJECT", or several of these.
+        progress: show progress bars.
 
-    Masks hold whatever the optimizer does, and weights that `load` or `fold_` has noted a grid of are kept to it again.
-    Raises DataError on empty data, ModelError when the loss is not finite
-    (epoch and step named): the best weights so far are then put back, if there are any.
+    Returns:
+        A row an epoch: loss, sparsity, metric, seconds.
 
-    >>> from rarefy.train.sparsity_config import Gradual
-    >>> net = nn.Linear(2, 2)
-    >>> r = fit_(net, [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))], epochs=2, prune=Gradual(sparsity=0.5, steps=2))
-    >>> r.rows[-1]["sparsity"]
-    0.5
+    Raises:
+        DataError: on empty data.
+        ModelError: when the loss is not finite (epoch and step named); the best weights so far are then restored.
+
+    Example:
+        >>> from rarefy.train.sparsity_config import Gradual
+        >>> net = nn.Linear(2, 2)
+        >>> data = [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))]
+        >>> fit_(net, data, epochs=2, prune=Gradual(sparsity=0.5, steps=2)).rows[-1]["sparsity"]
+        0.5
     """
-    _check(model, data, epochs, lr_schedule, patience, validate)
-    _check_given(model, distill, at, steps)
+    options = FitOptions(epochs=epochs, lr_schedule=lr_schedule, patience=patience)
+    if steps is not None and not isinstance(steps, Steps):
+        raise RecipeError(f"steps is a rarefy.train.fit.Steps, which says how a step is taken, got {steps!r}")
+    return run_fit(
+        model, data, options, steps, optimizer=optimizer, loss=loss, prune=prune, calibrate=calibrate,
+        distill=distill, at=at, validate=validate, maximize=maximize, seed=seed, resume_dir=resume_dir, also=also,
+        log=log, progress=progress,
+    )  # fmt: skip
+
+
+def run_fit(
+    model: nn.Module,
+    data: Batches,
+    options: FitOptions,
+    steps: Steps | None = None,
+    *,
+    optimizer: MakeOptimizer | torch.optim.Optimizer | None = None,
+    loss: Loss | None = None,
+    prune: SparsityConfig | None = None,
+    calibrate: Iterable[Any] | None = None,
+    distill: DistillLoss | None = None,
+    at: Mapping[float, Event] | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    maximize: bool = True,
+    seed: int | None = None,
+    resume_dir: str | Path | None = None,
+    also: Any = None,
+    log: str | Path | Sequence[str] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Train a model by checked options. See `fit_`."""
+    _check_arguments(model, data, options, distill, at, validate)
     resume_dir = parse_path(resume_dir)
     if isinstance(distill, Distiller) and not distill.prepared and not hasattr(data, "__next__"):
         distill.prepare(on_device(model, _first(data)))
-    open_ = {
+    zeros_before = {
         l.full_name: z for l in all_layers(model) if get_mask(l) is None and (z := zero_fraction(l)) > MIN_ZEROS_ON_GRID
     }
     reattach_grids_(model)
-    if optimizer is None:
-        optimizer = optimizer_of("adamw", 1e-4)
-    modes = [(m, m.training) for m in model.modules()]
-    moves = _optimizer(model, optimizer, distill)
-    resume_state, key = resume.ResumeState(None), {}
+    moves = _optimizer(model, optimizer or optimizer_of("adamw", 1e-4), distill)
+    key: dict[str, Any] = {}
     if resume_dir is not None:
-        told = {"epochs": epochs, "lr_schedule": lr_schedule, "prune": prune, "steps": steps, "patience": patience}
-        told |= {"seed": seed, "maximize": maximize, "at": sorted(at or {}), "also": also, "teach": distill}
-        key = _key(model, data, moves, told)
+        # the names are those of states that were saved before
+        settings = {**options.model_dump(include=set(FitOptions.model_fields)), "prune": prune, "steps": steps}
+        settings |= {"seed": seed, "maximize": maximize, "at": sorted(at or {}), "also": also, "teach": distill}
+        key = _key(model, data, moves, settings)
+    modes = [(m, m.training) for m in model.modules()]
     with torch.random.fork_rng(devices=[], enabled=seed is not None), Loggers.open(log) as logs:
         if seed is not None:
             torch.manual_seed(seed)
-        told = {"calibrate": calibrate, "loss": loss, "seed": seed or 0, "at": at}
-        sparsifier = Sparsifier(model, prune, optimizer=moves, **told)
-        run = _Run(model, moves, LR_SCHEDULES[lr_schedule], resolve_loss(loss), sparsifier, steps or Steps(), epochs)
-        run.distill, run.logs, run.resume_state, run.progress = distill, logs, resume_state, progress
-        best = _Best(model, maximize)
-        run.best = best
+        events = {"calibrate": calibrate, "loss": loss, "seed": seed or 0, "at": at}
+        sparsifier = Sparsifier(model, prune, optimizer=moves, **events)
+        run = _Run(model, moves, options, resolve_loss(loss), sparsifier, steps or Steps())
+        run.distill, run.logs, run.progress = distill, logs, progress
+        run.validate, run.best = validate, BestEpoch(model, maximize)
         try:
             if resume_dir is not None:
                 run.resume_state = resume.open_state(resume_dir, key)
             run.resume()
-            while run.epoch < epochs and not (patience and best.waited >= patience):
-                began = time.perf_counter()
-                row: dict[str, Any] = {"epoch": run.epoch + 1, "loss": run.one(data)}
-                if prune is not None:
-                    row["sparsity"] = sparsifier.sparsity
-                if validate:
-                    model.eval()
-                    row["metric"] = _number(validate(model))
-                    if sparsifier.finished:
-                        best.offer(row["metric"], run.epoch)
-                row["seconds"] = time.perf_counter() - began
-                run.rows.append(row)
-                logs.write(row)
-                if run.epoch == epochs or run.clock.due():
-                    run.keep()
+            run.all_epochs(data)
         except ModelError:
-            best.restore()
+            run.best.restore()
             raise
         finally:
             for module, mode in modes:
@@ -164,33 +195,28 @@ def fit_(
             sparsifier.remove_probes()
             run.restore_rates()
             run.resume_state.close()
-    model.__dict__.pop("rarefy_receipt", None)  # what it measured is no longer so
-    summary = {"epochs": len(run.rows), **best.restore()}
-    early = len(run.rows) < epochs
-    notes = (f"stopped after {len(run.rows)} of {epochs} epochs: {patience} without a better one",) if early else ()
-    lost = [l.full_name for l in all_layers(model) if zero_fraction(l) < open_.get(l.full_name, 0.0) - 0.01]
-    if lost:
-        notes += (f"zeros without a mask were filled in {', '.join(lost)}: rarefy.adopt_(model) before keeps them",)
-    return Report("trained", tuple(run.rows), summary, notes)
+    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    summary = {"epochs": len(run.rows), **run.best.restore()}
+    return Report("trained", tuple(run.rows), summary, (*run.early_note(), *_filled_zeros(model, zeros_before)))
 
 
-def _check(model: nn.Module, data: Any, epochs: Any, lr_schedule: Any, patience: Any, validate: Any) -> None:
-    if lr_schedule not in LR_SCHEDULES:
-        raise RecipeError(unknown("lr schedule", lr_schedule, LR_SCHEDULES))
+def _filled_zeros(model: nn.Module, zeros_before: Mapping[str, float]) -> tuple[str, ...]:
+    """Return a note where zeros that no mask holds were trained away."""
+    lost = [l.full_name for l in all_layers(model) if zero_fraction(l) < zeros_before.get(l.full_name, 0.0) - 0.01]
+    if not lost:
+        return ()
+    return (f"zeros without a mask were filled in {', '.join(lost)}: rarefy.adopt_(model) before keeps them",)
+
+
+def _check_arguments(model: nn.Module, data: Any, options: FitOptions, distill: Any, at: Any, validate: Any) -> None:
+    """Raise for what would only be found wrong in the middle of training."""
     fixed = next((n for n, m in model.named_modules() if isinstance(m, Sparse)), None)
     if fixed is not None:
         raise ModelError(f"{fixed} runs on kernels, which do not learn: train before accelerate_")
-    check_int("epochs", epochs, 1, RecipeError)
-    if patience is not None:
-        check_int("patience", patience, 1, RecipeError)
-    if patience is not None and validate is None:
+    if options.patience is not None and validate is None:
         raise RecipeError("patience waits for a better epoch, which needs validate: a function of the model")
     if not callable(data):
         check_batches(data)
-
-
-def _check_given(model: nn.Module, distill: Any, at: Any, steps: Any) -> None:
-    """Raise for what would only be found wrong in the middle of training."""
     for when, event in (at or {}).items():
         if not callable(event):
             raise RecipeError(f"at: {when!r} has a function of the model, such as a lambda, got {event!r}")
@@ -198,8 +224,6 @@ def _check_given(model: nn.Module, distill: Any, at: Any, steps: Any) -> None:
     if distill is not None and (plain or not callable(distill)):
         what = "distill is a rarefy.Distiller(model, teacher) or a callable(output, batch, own loss)"
         raise RecipeError(f"{what}, got {type(distill).__name__}")
-    if steps is not None and not isinstance(steps, Steps):
-        raise RecipeError(f"steps is a rarefy.train.fit.Steps, which says how a step is taken, got {steps!r}")
     wrong = next((n for n, p in model.named_parameters() if not p.is_meta and not torch.isfinite(p).all()), None)
     if wrong is not None:
         raise ModelError(f"{wrong}: NaN or inf in its weights, before training")
@@ -219,9 +243,9 @@ def _first(data: Any) -> Any:
 def _key(model: nn.Module, data: Any, moves: torch.optim.Optimizer, told: dict[str, Any]) -> dict[str, Any]:
     """By what a run is known again: what it was called with, the model, and data (of a function of the epoch: its first
     batch)."""
-    plain = {n: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for n, v in told.items()}
+    plain = {n: v.model_dump() if isinstance(v, Options) else v for n, v in told.items()}
     distill = told["teach"]  # by its name in states of before
-    plain["teach"] = asdict(distill.config) if isinstance(distill, Distiller) else distill is not None
+    plain["teach"] = distill.config.model_dump() if isinstance(distill, Distiller) else distill is not None
     rates = [{k: v for k, v in g.items() if isinstance(v, int | float | str)} for g in moves.param_groups]
     plain["optimizer"] = [type(moves).__name__, rates]
     known = data
@@ -241,33 +265,61 @@ class _Run:
 
     distill: DistillLoss | None
     logs: Loggers
-    resume_state: resume.ResumeState
-    best: _Best
+    validate: Callable[[nn.Module], float] | None
+    best: BestEpoch
     progress: bool
 
     def __init__(
         self,
         model: nn.Module,
         moves: torch.optim.Optimizer,
-        factor: Callable[[float], float],
+        options: FitOptions,
         loss: Loss,
         sparsifier: Sparsifier,
         steps: Steps,
-        epochs: int,
     ):
-        self.model, self.moves, self.factor, self.loss = model, moves, factor, loss
-        self.sparsifier, self.steps, self.epochs = sparsifier, steps, epochs
+        self.model, self.moves, self.options, self.loss = model, moves, options, loss
+        self.sparsifier, self.steps, self.epochs = sparsifier, steps, options.epochs
+        self.factor = LR_SCHEDULES[options.lr_schedule]
+        self.resume_state = resume.ResumeState(None)
         self.rates = [g["lr"] for g in moves.param_groups]
         self.run: nn.Module = model
         if distributed.world_size() > 1:
             self.run = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        own = {id(p) for p in model.parameters()}
-        self.others = [p for g in moves.param_groups for p in g["params"] if id(p) not in own]  # of the teacher's loss
+        of_model = {id(p) for p in model.parameters()}
+        # parameters of the teacher's loss
+        self.others = [p for g in moves.param_groups for p in g["params"] if id(p) not in of_model]
         self.epoch, self.step, self.total, self.seen = 0, 0, 0.0, 0
         self.rows: list[dict[str, Any]] = []
         self.random: dict[str, Any] = {}  # at the epoch's start
         self.clock = checkpoint.Clock()
         self.resumed: dict[str, Any] = {}
+
+    def all_epochs(self, data: Batches) -> None:
+        """Train until the last epoch, or until no better one has come for too long."""
+        patience = self.options.patience
+        while self.epoch < self.epochs and not (patience and self.best.waited >= patience):
+            started = time.perf_counter()
+            row: dict[str, Any] = {"epoch": self.epoch + 1, "loss": self.one(data)}
+            if self.sparsifier.config is not None:
+                row["sparsity"] = self.sparsifier.sparsity
+            if self.validate:
+                self.model.eval()
+                row["metric"] = _number(self.validate(self.model))
+                if self.sparsifier.finished:
+                    self.best.offer(row["metric"], self.epoch)
+            row["seconds"] = time.perf_counter() - started
+            self.rows.append(row)
+            self.logs.write(row)
+            if self.epoch == self.epochs or self.clock.due():
+                self.keep()
+
+    def early_note(self) -> tuple[str, ...]:
+        """Return a note where training stopped early."""
+        done = len(self.rows)
+        if done == self.epochs:
+            return ()
+        return (f"stopped after {done} of {self.epochs} epochs: {self.options.patience} without a better one",)
 
     def one(self, data: Batches) -> float:
         """Train one epoch, or what is left of it, and return its mean loss."""
@@ -394,37 +446,6 @@ class _Run:
     def restore_rates(self) -> None:
         for group, rate in zip(self.moves.param_groups, self.rates):
             group["lr"] = rate
-
-
-class _Best:
-    """The weights of the best epoch so far."""
-
-    def __init__(self, model: nn.Module, maximize: bool):
-        self.model, self.sign = model, 1 if maximize else -1
-        self.metric: float | None = None
-        self.epoch, self.waited = 0, 0
-        self.state: dict[str, Any] = {}
-
-    def offer(self, metric: float, epoch: int) -> None:
-        if not math.isfinite(metric):
-            raise ModelError(f"the validation metric is {metric} in epoch {epoch}")
-        self.waited += 1
-        if self.metric is None or self.sign * metric > self.sign * self.metric:
-            self.metric, self.epoch, self.waited = metric, epoch, 0
-            self.state = copy.deepcopy(self.model.state_dict())
-
-    def restore(self) -> dict[str, Any]:
-        if self.metric is None:
-            return {}
-        self.model.load_state_dict(self.state)
-        return {"best_metric": self.metric, "best_epoch": self.epoch}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.state, "-metric": self.metric, "-epoch": self.epoch, "-waited": self.waited}
-
-    def load(self, values: Mapping[str, Any]) -> None:
-        self.metric, self.epoch, self.waited = (values[f"-{k}"] for k in ("metric", "epoch", "waited"))
-        self.state = {k: v for k, v in values.items() if not k.startswith("-")}
 
 
 def _optimizer(model: nn.Module, optimizer: Any, distill: Any) -> torch.optim.Optimizer:

@@ -1,149 +1,236 @@
-"""What can be asked of training: the ways in which zeros come into a model while it learns.
+"""Options of sparsity in training: the ways in which zeros come into a model while it learns.
 
-Progress runs from 0 to 1 over the whole training; `start`, `end` and the like are places on that way. Every plan is
-words and numbers, so a recipe holds it as it is (`prune: {method: rigl, sparsity: 0.9}`).
+Progress runs from 0 to 1 over the whole training; `start` and `end` are points of it. In a recipe `method` chooses the
+class: `prune: {method: rigl, sparsity: 0.9}`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
 
 from rarefy.common.errors import PatternError, unknown
-from rarefy.model import sparsity_pattern as patterns
-from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse_pattern
+from rarefy.common.options import Fraction, Names, OneOf, Options, at
+from rarefy.model.sparsity_pattern import REDUCTIONS, SCOPES, Pattern, check_sparsity, make_masks, parse_pattern
 from rarefy.prune.prune import default_scope
 from rarefy.prune.scores import SCORES
-from rarefy.train.sparsity_schedule import MAX_STEPS, sparsities
+from rarefy.train.sparsity_schedule import MAX_STEPS, SCHEDULES, sparsities
 
-Words = str | Sequence[str] | None
 ALLOCATIONS = ("uniform", "erk")
+Count = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SparsityConfig:
-    """What all ways have in common: how much, in which pattern, in which layers."""
+class SparsityConfig(Options):
+    """What all methods have in common: how many zeros, in which pattern, in which layers."""
 
-    sparsity: float | None = None
-    pattern: str = "unstructured"
-    scope: str | None = None
-    layers: Words = None
-    ignore: Words = None
-    seed: int | None = None
+    error = PatternError
+
+    sparsity: Fraction | None = Field(None, description="final fraction of zeros; an N:M pattern determines it")
+    pattern: str = Field("unstructured", description="where zeros may be, as in prune")
+    scope: Annotated[str, OneOf(SCOPES)] | None = Field(None, description="where scores compete, as in prune")
+    layers: Names | None = Field(None, description="selectors of layers; by default all but embeddings and head")
+    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+    seed: int | None = Field(
+        None, ge=0, le=(1 << 32) - 1, description="of random choices; by default that of the training"
+    )
+
+    @model_validator(mode="after")
+    def _check_all(self) -> SparsityConfig:
+        with at("pattern"):
+            pattern = parse_pattern(self.pattern)
+        self._check_before(pattern)
+        with at("pattern"):
+            check_sparsity(pattern, self._final_sparsity(), None)
+        with at("scope"):
+            resolved = resolve_config(self)
+        self._check_method(resolved)
+        return self
+
+    def _final_sparsity(self) -> float | None:
+        return self.sparsity
+
+    def _check_before(self, pattern: Pattern) -> None:
+        """Raise for what contradicts a sparsity."""
+        start, end = getattr(self, "start", 0.0), getattr(self, "end", 1.0)
+        if end < start:
+            with at("start"):
+                raise PatternError(f"pruning starts at {start} and ends at {end}: start comes first")
+
+    def _check_method(self, resolved: ResolvedConfig) -> None:
+        """Raise for options of a method that contradict each other."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class ScheduledConfig(SparsityConfig):
-    """What rises from `first` in `steps` steps by a schedule, while training runs from `start` to `end` of its way."""
+    """Methods whose sparsity rises from `first` in `steps` steps by a schedule, from `start` to `end` of training."""
 
-    schedule: str = "cubic"
-    steps: int = 10
-    first: float = 0.0
-    start: float = 0.0
-    end: float = 0.7
+    schedule: Annotated[str, OneOf(SCHEDULES)] = Field("cubic", description="how the sparsity rises")
+    steps: Count = Field(10, description="number of pruning steps")
+    first: Fraction = Field(0.0, description="sparsity from which the schedule rises")
+    start: Fraction = Field(0.0, description="progress of training at which pruning starts")
+    end: Fraction = Field(0.7, description="progress of training at which pruning ends")
+
+    def _check_method(self, resolved: ResolvedConfig) -> None:
+        with at("schedule" if self.schedule == "exponential" and self.first <= resolved.sparsity else "first"):
+            sparsities(self.schedule, resolved.sparsity, self.steps, self.first)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Gradual(ScheduledConfig):
-    """Prune in `steps` steps while training runs from `start` to `end` of its way; scores are computed anew each time
-    (Zhu & Gupta 2017).
+    """Prune in `steps` steps, with new scores in each (Zhu & Gupta 2017).
 
-    `ends` gives other final sparsities to the layers that selectors name. `regrow` lets a masked weight come back where
-    its score has become better than a kept one's.
-
-    >>> Gradual(sparsity=0.9, ends={"fc": 0.5}).schedule
-    'cubic'
+    Example:
+        >>> Gradual(sparsity=0.9, ends={"fc": 0.5}).schedule
+        'cubic'
     """
 
-    method: Literal["gradual"] = "gradual"
-    score: str = "magnitude"
-    reduce: str | None = None
-    regrow: bool = False
-    ends: Mapping[str, float] | None = None
+    method: Literal["gradual"] = Field("gradual", description="in steps, by any score")
+    score: Annotated[str, OneOf(SCORES)] = Field("magnitude", description="how weights are ranked")
+    reduce: Annotated[str, OneOf(REDUCTIONS)] | None = Field(
+        None, description="how a unit of several weights is scored; by default mean"
+    )
+    regrow: bool = Field(False, description="let a masked weight return where its score is better than a kept one's")
+    ends: dict[str, float] | None = Field(None, description="other final sparsities, by selector of layers")
+
+    def _check_method(self, resolved: ResolvedConfig) -> None:
+        super()._check_method(resolved)
+        pattern = resolved.pattern
+        if self.reduce is not None:
+            with at("reduce"):
+                sparsity = None if pattern.kind == "nm" else resolved.sparsity
+                make_masks([], pattern, sparsity, reduce=self.reduce)
+        if self.regrow and "gradient" in SCORES[self.score].needs:
+            with at("regrow"):
+                raise PatternError(f"score {self.score!r} sees no gradient beneath a mask: regrow would have no effect")
+        if self.ends is not None:
+            with at("ends"):
+                self._check_ends(self.ends, resolved)
+
+    def _check_ends(self, ends: dict[str, float], resolved: ResolvedConfig) -> None:
+        if resolved.pattern.kind == "nm" or resolved.scope == "global":
+            subject = f"pattern {resolved.pattern}" if resolved.pattern.kind == "nm" else "scope 'global'"
+            raise PatternError(f"{subject} determines every layer's sparsity: ends has no effect")
+        for selector, end in ends.items():
+            if not self.first <= end <= 1:
+                raise PatternError(f"ends: {selector!r} ends between first ({self.first:g}) and 1, got {end!r}")
+            sparsities(self.schedule, float(end), self.steps, self.first)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Movement(ScheduledConfig):
     """Keep the weights that training moves away from zero: S falls by dL/dw w at every step (Sanh 2020, eq. 3).
 
-    Masked weights gather scores too and may come back. With `penalty` the count is not given but found ("soft"): a
-    weight stays while sigmoid(S) is over `threshold`, and `penalty` pulls every S down; S then moves by `rate` a step.
+    Masked weights have scores too and may return. With `penalty` the sparsity is not given but found: a weight stays
+    while sigmoid(S) is above `threshold`, and `penalty` pulls every S down; S then moves by `rate` a step.
     """
 
-    method: Literal["movement"] = "movement"
-    steps: int = 20
-    start: float = 0.1
-    penalty: float | None = None
-    threshold: float = 0.1
-    rate: float = 0.01
+    method: Literal["movement"] = Field("movement", description="keeps what training moves away from zero")
+    steps: Count = Field(20, description="number of pruning steps")
+    start: Fraction = Field(0.1, description="progress of training at which pruning starts")
+    penalty: float | None = Field(None, gt=0, description="instead of a sparsity: how hard scores are pulled down")
+    threshold: Fraction = Field(0.1, description="with penalty: sigmoid of the score above which a weight stays")
+    rate: Fraction = Field(0.01, description="with penalty: how far a score moves in a step")
+
+    def _final_sparsity(self) -> float | None:
+        return self.sparsity if self.penalty is None else 1.0
+
+    def _check_before(self, pattern: Pattern) -> None:
+        super()._check_before(pattern)
+        if self.penalty is None:
+            return
+        if self.sparsity is not None:
+            with at("sparsity"):
+                raise PatternError("movement finds the sparsity by its penalty: leave sparsity out, or penalty")
+        if pattern.kind == "nm":
+            with at("pattern"):
+                raise PatternError(f"pattern {pattern} determines the sparsity: penalty has no effect, leave it out")
+        if self.scope is not None:
+            with at("scope"):
+                raise PatternError(
+                    "movement with a penalty compares each weight with the threshold: scope has no effect"
+                )
 
 
-@dataclass(frozen=True, kw_only=True)
 class SecondOrder(ScheduledConfig):
-    """Prune what the loss's curvature says is least missed, and let the kept weights make up for it (oBERT, Kurtic
-    2022): the inverse of an empirical Fisher matrix in blocks, from `gradients` gradients, anew at each of `steps`.
+    """Prune what the curvature of the loss ranks lowest, and let the remaining weights compensate (oBERT, Kurtic 2022).
+
+    The inverse of an empirical Fisher matrix in blocks, from `gradients` gradients, is renewed at each step.
     """
 
-    method: Literal["second-order"] = "second-order"
-    block: int = 50
-    gradients: int = 256
-    damp: float = 0.01
+    method: Literal["second-order"] = Field("second-order", description="by blocks of an empirical Fisher matrix")
+    block: Count = Field(50, description="size of the blocks of the Fisher matrix")
+    gradients: Count = Field(256, description="gradients that the Fisher matrix is estimated from")
+    damp: float = Field(0.01, gt=0, description="added to the diagonal of the Fisher matrix")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rigl(SparsityConfig):
-    """Sparse from `start` on; `steps` times until `end`, the least weights go and as many come back, at zero, where
-    the loss's gradient is greatest (RigL, Evci 2020): `drop` of them at first, falling to none by a cosine.
-    """
+    """Train sparse from `start` on; at each step drop the smallest weights and grow as many at zero where the gradient
+    of the loss is largest (RigL, Evci 2020): the fraction `drop` at first, falling to none by a cosine."""
 
-    method: Literal["rigl"] = "rigl"
-    steps: int = 20
-    start: float = 0.0
-    end: float = 0.75
-    drop: float = 0.3
-    allocate: str = "uniform"
+    method: Literal["rigl"] = Field("rigl", description="sparse throughout: drops by magnitude, grows by gradient")
+    steps: Count = Field(20, description="how often weights are dropped and grown")
+    start: Fraction = Field(0.0, description="progress of training from which it is sparse")
+    end: Fraction = Field(0.75, description="progress of training after which the masks stay")
+    drop: Fraction = Field(0.3, description="fraction of the weights that is dropped at first")
+    allocate: Annotated[str, OneOf(ALLOCATIONS, "allocation")] = Field(
+        "uniform", description="how the sparsity is distributed over layers"
+    )
+
+    def _check_method(self, resolved: ResolvedConfig) -> None:
+        if resolved.pattern.kind == "nm" and self.allocate != "uniform":
+            with at("allocate"):
+                text = f"pattern {resolved.pattern} determines every layer's sparsity: allocate has no effect"
+                raise PatternError(text)
+        if resolved.scope == "global":
+            with at("scope"):
+                raise PatternError(
+                    "rigl drops and grows layer by layer: scope 'global' has no effect; allocate distributes"
+                )
 
 
-@dataclass(frozen=True, kw_only=True)
 class Alternate(SparsityConfig):
-    """Sparse and dense phases in turn, `cycles` of both between `start` and `end`, then sparse (AC/DC, Peste 2021)."""
+    """Alternate sparse and dense phases, `cycles` of both from `start` to `end`, then sparse (AC/DC, Peste 2021)."""
 
-    method: Literal["alternate"] = "alternate"
-    cycles: int = 4
-    start: float = 0.1
-    end: float = 0.75
+    method: Literal["alternate"] = Field("alternate", description="dense and sparse phases in turn")
+    cycles: Count = Field(4, description="how many sparse and dense phases")
+    start: Fraction = Field(0.1, description="progress of training at which the first sparse phase starts")
+    end: Fraction = Field(0.75, description="progress of training after which it stays sparse")
+
+    def _check_method(self, resolved: ResolvedConfig) -> None:
+        if self.start == self.end:
+            with at("start"):
+                raise PatternError(f"phases lie between start and end, got {self.start} for both")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Admm(SparsityConfig):
-    """Train all weights, pulled ever more to their sparse projection Z, renewed `steps` times; cut to it at `end`
-    (ADMM; ELSA 2026): at each step W -= p (W - Z + U), where all p come to `pull`.
+    """Train all weights, pulled ever more to their sparse projection Z, and cut to it at `end` (ADMM; ELSA 2026).
 
-    `weigh` projects by the optimizer's second moments, v (W + U)^2, instead of by magnitude.
+    At each step W -= p (W - Z + U), where all p together amount to `pull`; Z is renewed `steps` times.
     """
 
-    method: Literal["admm"] = "admm"
-    steps: int = 50
-    start: float = 0.0
-    end: float = 0.7
-    pull: float = 5.0
-    weigh: bool = False
+    method: Literal["admm"] = Field("admm", description="all weights train, pulled to their sparse projection")
+    steps: Count = Field(50, description="how often the projection is renewed")
+    start: Fraction = Field(0.0, description="progress of training at which the pull starts")
+    end: Fraction = Field(0.7, description="progress of training at which weights are cut to the projection")
+    pull: float = Field(5.0, ge=0, le=100, description="how hard weights are pulled, summed over training")
+    weigh: bool = Field(False, description="project by the optimizer's second moments, not by magnitude")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rewind(SparsityConfig):
     """Train, prune by magnitude, go back, train again: `rounds` times (lottery tickets, Frankle 2019).
 
-    Weights go back to what they were at `to` of the first round, and so does the learning rate; `weights: false` only
-    the learning rate (Renda 2020). Each of the `rounds + 1` trainings has the same share of the whole.
+    Weights and learning rate return to what they were at `to` of the first round. Each of the `rounds + 1` trainings
+    has the same share of the whole.
     """
 
-    method: Literal["rewind"] = "rewind"
-    schedule: str = "exponential"
-    rounds: int = 3
-    to: float = 0.05
-    weights: bool = True
+    method: Literal["rewind"] = Field("rewind", description="prune, go back to early weights, train again")
+    schedule: Annotated[str, OneOf(SCHEDULES)] = Field("exponential", description="how the sparsity rises")
+    rounds: Count = Field(3, description="how often weights are pruned")
+    to: Fraction = Field(0.05, description="progress of the first round to which weights return")
+    weights: bool = Field(True, description="false: only the learning rate returns (Renda 2020)")
+
+    def _check_method(self, resolved: ResolvedConfig) -> None:
+        with at("schedule"):
+            sparsities(self.schedule, resolved.sparsity, self.rounds)
 
 
 SPARSITY_CONFIGS: dict[str, type[SparsityConfig]] = {
@@ -154,93 +241,25 @@ SPARSITY_CONFIGS: dict[str, type[SparsityConfig]] = {
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A plan with what follows from it filled in."""
+    """A configuration with its defaults filled in."""
 
     pattern: Pattern
     sparsity: float
     scope: str
 
 
-def resolve_config(plan: SparsityConfig) -> ResolvedConfig:
-    """Return what a plan comes to; PatternError for what is impossible or would have no effect.
+def resolve_config(config: SparsityConfig) -> ResolvedConfig:
+    """Return a configuration with its defaults filled in; PatternError for another object.
 
     >>> resolve_config(Gradual(pattern="2:4")).sparsity
     0.5
     """
-    if not isinstance(plan, tuple(SPARSITY_CONFIGS.values())):
-        raise PatternError(f"prune is a plan such as rarefy.Gradual(sparsity=0.9), got {plan!r}")
-    pattern = parse_pattern(plan.pattern)
-    if isinstance(plan, Gradual) and (not isinstance(plan.score, str) or plan.score not in SCORES):
-        raise PatternError(unknown("score", plan.score, SCORES))
-    usual = default_scope(pattern, plan.score if isinstance(plan, Gradual) else "magnitude")
-    sparsity: float | None = plan.sparsity
-    if isinstance(plan, Movement) and plan.penalty is not None:
-        _check_soft(plan, pattern)
-        sparsity = 1.0
-    if isinstance(plan, Gradual) and plan.reduce is not None:
-        patterns.make_masks([], pattern, None if pattern.kind == "nm" else sparsity, reduce=plan.reduce)
-    last, scope = check_sparsity(pattern, sparsity, plan.scope or usual)
-    _check_way(plan)
-    if isinstance(plan, ScheduledConfig):
-        sparsities(plan.schedule, last, plan.steps, plan.first)
-    if isinstance(plan, Rewind):
-        sparsities(plan.schedule, last, plan.rounds)
-    if isinstance(plan, Gradual):
-        if plan.regrow and "gradient" in SCORES[plan.score].needs:
-            raise PatternError(f"score {plan.score!r} sees no gradient beneath a mask: regrow would have no effect")
-        _check_ends(plan, pattern, scope)
-    if isinstance(plan, Rigl):
-        if plan.allocate not in ALLOCATIONS:
-            raise PatternError(unknown("allocation", plan.allocate, ALLOCATIONS))
-        if pattern.kind == "nm" and plan.allocate != "uniform":
-            raise PatternError(f"pattern {pattern} decides every layer's sparsity itself: allocate has no effect")
-        if scope == "global":
-            raise PatternError("rigl drops and grows layer by layer: scope 'global' has no effect; allocate spreads")
-    return ResolvedConfig(pattern, last, scope)
-
-
-def _check_way(plan: SparsityConfig) -> None:
-    start, end = getattr(plan, "start", 0.0), getattr(plan, "end", 1.0)
-    if 0 <= end < start <= 1:
-        raise PatternError(f"pruning starts at {start} and ends at {end}: start comes first")
-    if not 0 <= start <= end <= 1:
-        raise PatternError(f"pruning starts and ends within training, 0..1, got {start} to {end}")
-    for name, low, high in (("drop", 0, 1), ("threshold", 0, 1), ("to", 0, 1), ("pull", 0, 100), ("rate", 0, 1)):
-        value = getattr(plan, name, None)
-        if value is not None and not low <= value <= high:
-            raise PatternError(f"{name} lies between {low} and {high}, got {value!r}")
-    for name in ("steps", "cycles", "rounds", "gradients", "block"):
-        value = getattr(plan, name, None)
-        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_STEPS
-        if value is not None and not whole:
-            raise PatternError(f"{name} is a whole number from 1 to {MAX_STEPS:,}, got {value!r}")
-    if isinstance(plan, Alternate) and plan.start == plan.end:
-        raise PatternError(f"phases lie between start and end, got {plan.start} for both")
-    if isinstance(plan, SecondOrder) and not plan.damp > 0:
-        raise PatternError(f"damp is greater than 0, got {plan.damp!r}")
-
-
-def _check_soft(plan: Movement, pattern: Pattern) -> None:
-    if plan.sparsity is not None:
-        raise PatternError("movement finds the sparsity by its penalty: leave sparsity out, or penalty")
-    if pattern.kind == "nm":
-        raise PatternError(f"pattern {pattern} decides the sparsity: penalty has no effect, leave it out")
-    if plan.scope is not None:
-        raise PatternError("movement with a penalty compares each weight with the threshold: scope has no effect")
-    if not plan.penalty or plan.penalty < 0:
-        raise PatternError(f"penalty is greater than 0, got {plan.penalty!r}")
-
-
-def _check_ends(plan: Gradual, pattern: Pattern, scope: str) -> None:
-    if plan.ends is None:
-        return
-    if pattern.kind == "nm" or scope == "global":
-        what = f"pattern {pattern}" if pattern.kind == "nm" else "scope 'global'"
-        raise PatternError(f"{what} decides every layer's sparsity itself: ends has no effect")
-    for words, end in plan.ends.items():
-        if not isinstance(end, int | float) or not plan.first <= end <= 1:
-            raise PatternError(f"ends: {words!r} ends between first ({plan.first:g}) and 1, got {end!r}")
-        sparsities(plan.schedule, float(end), plan.steps, plan.first)
+    if not isinstance(config, tuple(SPARSITY_CONFIGS.values())):
+        raise PatternError(f"prune is a plan such as rarefy.Gradual(sparsity=0.9), got {config!r}")
+    pattern = parse_pattern(config.pattern)
+    usual_scope = default_scope(pattern, getattr(config, "score", "magnitude"))
+    sparsity, scope = check_sparsity(pattern, config._final_sparsity(), config.scope or usual_scope)
+    return ResolvedConfig(pattern, sparsity, scope)
 
 
 ELSEWHERE = {"acdc": "alternate", "ac/dc": "alternate", "obert": "second-order", "elsa": "admm", "gmp": "gradual",
