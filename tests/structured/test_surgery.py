@@ -235,3 +235,100 @@ def test_norms_without_parameters_are_resized():
     rarefy.cut_(net, torch.randn(1, 3, 8, 8), keep=0.5)  # as many places in a row as channels
     assert net.norm.num_features == 4 and net.out.in_channels == 4
     net(torch.randn(1, 3, 8, 8))
+
+
+def mlp(seed=0, bias=True):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(5, 12, bias=bias), nn.ReLU(), nn.Linear(12, 8, bias=bias), nn.ReLU(), nn.Linear(8, 3)
+    )
+
+
+def constant_net(last, between):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), between, last)
+
+
+@pytest.mark.parametrize("between", [nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid()])
+def test_constant_outputs_of_removed_units_move_into_the_bias(between):
+    net = constant_net(nn.Linear(8, 3), between)
+    masked, x = copy.deepcopy(net), torch.randn(6, 5)
+    rarefy.cut_(masked, x, mask_only=True)
+    rarefy.cut_(net, x)
+    assert net[0].out_features == 4
+    torch.testing.assert_close(net(x), masked(x), rtol=1e-5, atol=1e-6)
+
+
+def test_constant_outputs_of_convolutions():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3)).eval()
+    masked, x = copy.deepcopy(net), torch.randn(2, 3, 9, 9)
+    rarefy.cut_(masked, x, mask_only=True)
+    rarefy.cut_(net, x)
+    torch.testing.assert_close(net(x), masked(x), rtol=1e-5, atol=1e-5)
+    for last in (nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(8, 4, 3, bias=False)):  # zeros at the edge; nowhere to put it
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), last).eval()
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(
+            ModelError, match="the cut model returns outputs that differ from the masked model's by .*it was put back"
+        ):
+            rarefy.cut_(net, x)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class Hardwired(nn.Module):
+    """A hard-coded size, as in many classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.inner, self.b = nn.Linear(5, 12), nn.Linear(12, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        y = F.relu(self.a(x)) + self.inner(F.relu(self.a(x))).reshape(-1, 12)
+        return self.b(y)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp, self.fixed = mlp(), nn.ModuleList([Hardwired(), Hardwired()])
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.mlp(x)
+        return self.last(torch.cat([y[:, :2], sum(f(x) for f in self.fixed)], 1))
+
+
+def test_hard_coded_sizes_are_found_and_named():
+    torch.manual_seed(0)
+    model, x = Stack(), torch.randn(4, 5)
+    masked = copy.deepcopy(model)
+    report = rarefy.cut_(model, x)
+    assert model.mlp[0].out_features == 6 and all(f.a.out_features == 12 for f in model.fixed)
+    why = {r["group"]: r["stays because"] for r in report.rows}
+    assert why["fixed.0.a.weight:0"].startswith("fixed.0 has its size in its code (")
+    assert why["fixed.1.a.weight:0"].startswith("fixed.0 has its size in its code (")
+    rarefy.cut_(masked, x, mask_only=True)
+    torch.testing.assert_close(model(x), masked(x), rtol=1e-5, atol=1e-6)
+
+
+class Counts(nn.Module):
+    """A count of features that no rule knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        y = self.b(y) / y.shape[-1]
+        return self.d(F.relu(self.c(F.relu(y))))
+
+
+def test_groups_with_inexact_cuts_stay():
+    torch.manual_seed(0)
+    model, x = Counts(), torch.randn(4, 5)
+    report = rarefy.cut_(model, x)
+    assert model.a.out_features == 8 and model.b.out_features == 3 and model.c.out_features == 4
+    why = {r["group"]: r["stays because"] for r in report.rows}
+    assert why["a.weight:0"].startswith("the cut model returns outputs that differ ")

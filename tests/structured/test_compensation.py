@@ -1,0 +1,127 @@
+"""Compensation for removed units, and recalibrated BatchNorms."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from rarefy.common.errors import DataError, ModelError, RarefyError
+
+
+def copies(first, last):
+    """A network whose units 3 to 5 repeat units 0 to 2, weakly."""
+    net = nn.Sequential(first, nn.ReLU(), last)
+    with torch.no_grad():
+        first.weight[3:] = first.weight[:3] * 0.5
+        first.bias[3:] = first.bias[:3] * 0.5
+        last.weight[:, 3:] *= 0.1
+    return net
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_consumers_are_compensated(kind):
+    if kind == "linear":
+        net, data = copies(nn.Linear(4, 6), nn.Linear(6, 2)), [torch.randn(64, 4) for _ in range(3)]
+    else:
+        net = copies(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 3, bias=False))
+        data = [torch.randn(8, 4, 6, 6) for _ in range(3)]
+    dense, plain, repaired = net, copy.deepcopy(net), copy.deepcopy(net)
+    rarefy.cut_(plain, data[0])
+    rarefy.cut_(repaired, data[0], data=data)
+    x = data[0] * 1.5 + 0.1  # not what was seen
+    with torch.no_grad():
+        lost = (plain(x) - dense(x)).norm() / dense(x).norm()
+        left = (repaired(x) - dense(x)).norm() / dense(x).norm()
+    assert left < 1e-2 < lost
+
+
+def test_ridge_regression_matches_a_solver():
+    from rarefy.structured.compensation import RIDGE, compensation
+    from rarefy.structured.consumers import Moments
+
+    x = torch.randn(500, 7) @ torch.randn(7, 7) + torch.randn(7)
+    left = torch.tensor([True, False, True, True, False, True, False])
+    moments = Moments.of(7)
+    for part in x.split(100):
+        moments.add(part)
+    B, shift = compensation(moments, left, intercept=True)
+    centred = (x - x.mean(0)).double()
+    S = centred[:, left]
+    ridge = (RIDGE + (4 / 500) ** 2) * (S.square().sum(0) / len(x)).mean()
+    stacked = torch.cat([S, (len(x) * ridge).sqrt() * torch.eye(4, dtype=torch.float64)])
+    target = torch.cat([centred, torch.zeros(4, 7, dtype=torch.float64)])
+    want = torch.linalg.lstsq(stacked, target).solution.T
+    torch.testing.assert_close(B[~left], want[~left], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(B[left], torch.eye(7, dtype=torch.float64)[left][:, left])
+    torch.testing.assert_close(shift, x.mean(0).double() - B @ x.mean(0).double()[left], rtol=1e-3, atol=1e-4)
+
+
+def test_batch_norms_are_recalibrated():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)).eval()
+    data = [torch.randn(4, 3, 8, 8) * 2 + 1 for _ in range(3)]
+    rarefy.cut_(net, data[0], data=data, repair="batchnorm")
+    assert net[1].num_features == 4 and net[1].momentum == 0.1 and not net[1].training
+    seen = [net[0](x) for x in data]
+    torch.testing.assert_close(net[1].running_mean, torch.stack([s.mean((0, 2, 3)) for s in seen]).mean(0))
+    want = torch.stack([s.var((0, 2, 3), unbiased=True) for s in seen]).mean(0)
+    torch.testing.assert_close(net[1].running_var, want)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"repair": "rigde"}, "unknown repair 'rigde'.*did you mean 'ridge'"),
+        ({"repair": ["bias", "x"]}, "unknown repair 'x'"),
+        ({"data": iter([torch.randn(1, 4)])}, "data is run through more than once: give a list or a DataLoader"),
+        ({"data": [torch.randn(1, 5)]}, "cannot be called with a batch of float32 1x5"),
+    ],
+)
+def test_messages_for_wrong_repairs(how, message):
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RarefyError, match=message):
+        rarefy.cut_(net, torch.randn(1, 4), **how)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_batch_norms_are_restored_when_data_fails():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+    net[1].running_mean.normal_()
+    before = copy.deepcopy(net.state_dict())
+    x = torch.randn(2, 3, 6, 6)
+
+    class Once:
+        def __init__(self):
+            self.it = iter([x])
+
+        def __iter__(self):
+            return self.it
+
+    nan = [x, x * float("nan")]
+    cases = [([], True), ([], "batchnorm"), (nan, True), (nan, "batchnorm"), (Once(), True)]
+    for given, repair in cases:
+        with pytest.raises((DataError, ModelError), match="not finite" if given is nan else "gave no batch"):
+            rarefy.cut_(net, x, data=given, repair=repair)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def constant_net(last, between):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), between, last)
+
+
+def test_repair_and_constants_are_not_counted_twice():
+    net = constant_net(nn.Linear(8, 3), nn.Sigmoid())
+    batches = [torch.randn(64, 5) for _ in range(4)]
+    dense, plain = copy.deepcopy(net), copy.deepcopy(net)
+    rarefy.cut_(plain, batches[0])
+    x = torch.cat(batches)
+    lost = []
+    for how in (["ridge"], ["bias"], ["ridge", "bias"]):
+        cut = copy.deepcopy(net)
+        rarefy.cut_(cut, batches[0], data=batches, repair=how)
+        lost.append(float((cut(x) - dense(x)).detach().norm()))
+    assert max(lost) < float((plain(x) - dense(x)).detach().norm())
+    assert lost[2] == min(lost)
