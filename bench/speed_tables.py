@@ -241,9 +241,11 @@ def demo() -> str:
             lines.append(("  with sparse layers", number(before), number(after), f"{after / before:.2f}x"))
     text = "\n".join(f"{a:<32} {b:>14} {c:>14} {d:>8}" for a, b, c, d in [("", "before", "after", "change"), *lines])
     for sample in receipt.get("samples", ()):
-        text += f"\n\n{sample['prompt']} ...\n  before: {sample['before']}\n  after:  {sample['after']}"
-    where = f"{machine(row)}, {settings['machine']['threads']} threads, {settings['seconds']:.0f} s"
-    return f"```\n{text}\n```\n\n{where}."
+        text += "".join(f"\n{side + ':':<8} {sample['prompt']} {sample[side]}" for side in ("before", "after"))
+    threads, load = settings["machine"]["threads"], settings["machine"]["load"]
+    where = f"{machine(row)}, {threads} thread(s), {settings['seconds']:.0f} s"
+    busy = f" The machine was busy (load {load:.0f}): sizes and perplexity hold, speeds vary." if load > 4 else ""
+    return f"```\n{text}\n```\n\nBefore: eager torch, fp32. After: the engine, 8 bits. {where}.{busy}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
