@@ -33,8 +33,8 @@ def relative_distance(result: Tensor, expected: Tensor, *, norm: float = 2, floo
         return 0.0
     if not expected.is_floating_point() and not expected.is_complex():
         return float((result != expected).double().mean())
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = (t.detach().to("cpu", wide).flatten() for t in (result, expected))
+    dtype = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = (t.detach().to("cpu", dtype).flatten() for t in (result, expected))
     finite = b.isfinite()
     if not bool(((a == b) | (a.isnan() & b.isnan()))[~finite].all()):
         return math.inf
