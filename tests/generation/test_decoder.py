@@ -156,9 +156,10 @@ def test_unfolded_weights(isa, monkeypatch, kind, shape):
 
     net = Net().eval()
     net.f.weight.data = unpack(packed)
-    monkeypatch.setattr("rarefy.compiler.kernel_selection.pack_for_batches", lambda *_: packed)
+    monkeypatch.setattr("rarefy.compiler.compile.pack_for_batches", lambda *_: packed)
     x, more = torch.randn(3, 50, shape[1]), torch.randn(3, 50, shape[0])
     made = rarefy.compile(net, {"x": x, "more": more}, precision="int8" if kind == "int8" else None)
+    assert [type(k.held[0]) for k in made.kernels.values()] == [type(packed)]
     most = {"fp32": 1e-6, "bf16": 5e-3, "int8": 0.02, "int4": 0.02}[kind]  # inputs are rounded too
     for n in (2, 50):
         with torch.no_grad():
