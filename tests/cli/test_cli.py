@@ -93,7 +93,8 @@ def test_the_receipt_is_printed(run, given, tmp_path):
     assert {*ran.out.splitlines()} < {*whole.splitlines()}
     verbose = run(*words, "--verbose", "--force").out
     assert "model.layers.*" in verbose and verbose == (tmp_path / "out" / "receipt.txt").read_text() + "\n"
-    assert max(map(len, ran.err.splitlines())) <= 80  # a progress bar fits its line
+    bars = [line for line in ran.err.splitlines() if not line.startswith("written to")]
+    assert bars and max(map(len, bars)) <= 80  # a progress bar fits its line
 
 
 @pytest.mark.parametrize("option", ["--quiet", "--json"])
@@ -209,7 +210,7 @@ def test_force_does_not_replace_what_is_not_ours(run, given, tmp_path):
     (tmp_path / "file").write_text("x")
     for name, message in (
         ("full", "it contains thesis.tex"),
-        ("deep", "it holds more"),
+        ("deep", "it contains more"),
         ("file", "is a file; give the name of a folder"),
     ):
         ran = run("compress", given / "model", "-r", given / "half.yaml", "-q", "-o", tmp_path / name, "--force")
