@@ -98,6 +98,15 @@ def test_what_runs_models_needs_no_calibration(unit):
     assert not {m for m in reached if m.startswith("rarefy.calibration")}
 
 
+@pytest.mark.parametrize("unit", ["runtime", "formats"])
+def test_what_runs_models_needs_no_options(unit):
+    code = f"import sys, pkgutil, importlib, rarefy.{unit} as unit\n"
+    code += f"[importlib.import_module(m.name) for m in pkgutil.iter_modules(unit.__path__, 'rarefy.{unit}.')"
+    code += " if not m.name.endswith('_kernels')]\nprint(sorted({'pydantic', 'ruamel'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
 def test_no_code_from_files(path):
     banned = {"pickle", "dill", "joblib", "importlib.import_module"}
@@ -121,7 +130,7 @@ def test_import_is_light(tmp_path):
 import sys, time
 began = time.perf_counter()
 import rarefy
-print(time.perf_counter() - began, ",".join(sorted({"torch", "transformers", "typer", "rich", "numpy"} & set(sys.modules))))
+print(time.perf_counter() - began, ",".join(sorted({"torch", "transformers", "typer", "rich", "numpy", "pydantic", "ruamel"} & set(sys.modules))))
 import rarefy.pipeline.compress
 print(",".join(sorted({"transformers", "torchvision", "matplotlib", "typer", "rich"} & set(sys.modules))))
 """

@@ -242,13 +242,13 @@ MISTAKES = {
     "a config of nothing": ("compress {tmp}/nonsense -r {half} -o {out}", "nonsense: the config is not usable: "),
     "dry run of nothing": ("compress {tmp}/empty -r {half} --dry-run", "empty: a dry run needs the model's config.json"),
     "no such recipe": ("compress {model} -r smollm2-dmo -o {out}", "did you mean 'smollm2-demo'?"),
-    "a wrong field in the recipe": ("compress {model} -r {tmp}/odd.yaml -o {out}", "did you mean 'sparsity'?) [odd.yaml, line 3]"),
+    "a wrong field in the recipe": ("compress {model} -r {tmp}/odd.yaml -o {out}", "odd.yaml line 3: stages[0].prune: unknown field 'sparsty'"),
     "a wrong field in --set": (GO + " --set sparsty=0.4", "unknown override 'sparsty'; choose from "),
     "a wrong value in --set": (GO + " --set sparsity=1.4", "sparsity: expected a number between 0 and 1, got 1.4"),
     "--set without a value": (GO + " --set sparsity", "--set 'sparsity': write field=value, such as sparsity=0.4"),
     "--set without a name": (GO + " --set =4", "--set '=4': write field=value"),
     "--set that is no YAML": (GO + " --set layers=[a", "--set 'layers=[a'"),
-    "--set with a bad date": (GO + " --set name=2024-13-45", "--set 'name=2024-13-45'"),
+    "--set with a date for a number": (GO + " --set sparsity=2024-13-45", "expected a number between 0 and 1, got '2024-13-45'"),
     "no --out": ("compress {model} -r {half}", "compress needs --out FOLDER (or --dry-run)"),
     "no such data": ("compress {model} -r {tiny} -o {out} --data wiky", "did you mean wiki"),
     "data too short": ("compress {model} -r {tiny} -o {out} --data {tmp}/short.txt", "short.txt is too short: 2 tokens make 0 windows of 16; 4 are needed (64 tokens)"),
@@ -532,6 +532,14 @@ def test_a_recipe_is_printed_as_it_is_written(run):
 def test_a_recipe_file_is_printed_too(run, given):
     ran = run("recipes", given / "tiny.yaml")
     assert ran.code == 0 and recipes.from_yaml(ran.out) == recipes.load(given / "tiny.yaml")
+
+
+def test_the_schema_of_recipes_is_printed(run):
+    schema = json.loads(run("recipes", "--schema").out)
+    assert schema["$schema"].startswith("https://json-schema.org/") and "PruneOptions" in schema["$defs"]
+    assert schema["$defs"]["PruneOptions"]["properties"]["sparsity"]["description"].startswith("fraction of zeros")
+    ran = run("recipes", "--schema", "fast")
+    assert ran.code == 2 and "--schema is about all recipes: leave 'fast' out" in ran.err
 
 
 def test_doctor(run, monkeypatch):

@@ -61,7 +61,7 @@ def static_grid(x: Tensor, observer: str) -> ActivationQuant:
     """Return the 8-bit grid for values like x; zero is one of its points.
 
     >>> static_grid(torch.tensor([0.0, 2.55]), "minmax")
-    Inputs(bits=8, scale=0.00999..., zero=0)
+    ActivationQuant(bits=8, scale=0.00999..., zero=0)
     """
     low, high = float(x.min().clamp(max=0)), float(x.max().clamp(min=0))
     if observer == "percentile":
