@@ -20,7 +20,7 @@ from rarefy.compiler.subgraph import SingleOp
 from rarefy.generation.decoder import Decoder
 from rarefy.pipeline import train_stage
 from rarefy.runtime import bindings
-from rarefy.runtime.packed_formats import Bitmask, Panels
+from rarefy.runtime.packed_formats import Bitmask, QuantizedPanels
 
 HOW = {
     "fp32": ({}, 0.6, None, None),
@@ -75,7 +75,7 @@ def test_the_same_bits_of_all_numbers(tmp_path, how):
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     same_logits(made, rarefy.load(tmp_path / "out"))
     held = [k.held[0] for k in made.compiled.kernels.values()]
-    assert bindings.missing() is not None or {type(p) for p in held} <= {Bitmask, Panels}
+    assert bindings.missing() is not None or {type(p) for p in held} <= {Bitmask, QuantizedPanels}
     tied = [i for i in back.compiled.schedule if isinstance(i, SingleOp)]
     assert len(tied) == ("tied" in how and bindings.missing() is None)
 

@@ -18,7 +18,7 @@ from rarefy.generation.sampling import Sampling, choose
 from rarefy.model import hf
 from rarefy.model.activation_quant import set_activation_quant_
 from rarefy.runtime import bindings
-from rarefy.runtime.packed_formats import Bitmask, Panels
+from rarefy.runtime.packed_formats import Bitmask, QuantizedPanels
 
 transformers = pytest.importorskip("transformers")
 SLOW = pytest.mark.slow
@@ -83,7 +83,7 @@ def test_words_are_their_own_oracle(llama, monkeypatch):
 
 def formats(made):
     packed = [k.held[0] for s in made.compiled.schedule if isinstance(s, FusedSubgraph) for k in s.kernels.values()]
-    return {(type(p), p.kind) for p in packed if isinstance(p, Bitmask | Panels)}
+    return {(type(p), p.kind) for p in packed if isinstance(p, Bitmask | QuantizedPanels)}
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
@@ -91,12 +91,12 @@ def formats(made):
     ("sparsity", "quantize", "precision", "found", "most"),
     [
         (0.6, None, None, {(Bitmask, "fp32")}, 1e-5),
-        (0.0, None, "int8", {(Panels, "int8")}, 0.05),
-        (0.6, None, "int8", {(Bitmask, "int8"), (Panels, "int8")}, 0.05),
-        (0.0, {"weights": "int8"}, None, {(Panels, "int8"), (Bitmask, "fp32")}, 1e-5),
-        (0.0, {"weights": "int4", "group": 32}, None, {(Panels, "int4"), (Bitmask, "fp32")}, 1e-4),
-        (0.0, {"weights": "int4", "group": 32}, "int8", {(Panels, "int4"), (Panels, "int8")}, 0.05),
-        (0.6, {"weights": "int8"}, "int8", {(Bitmask, "int8"), (Panels, "int8")}, 0.05),
+        (0.0, None, "int8", {(QuantizedPanels, "int8")}, 0.05),
+        (0.6, None, "int8", {(Bitmask, "int8"), (QuantizedPanels, "int8")}, 0.05),
+        (0.0, {"weights": "int8"}, None, {(QuantizedPanels, "int8"), (Bitmask, "fp32")}, 1e-5),
+        (0.0, {"weights": "int4", "group": 32}, None, {(QuantizedPanels, "int4"), (Bitmask, "fp32")}, 1e-4),
+        (0.0, {"weights": "int4", "group": 32}, "int8", {(QuantizedPanels, "int4"), (QuantizedPanels, "int8")}, 0.05),
+        (0.6, {"weights": "int8"}, "int8", {(Bitmask, "int8"), (QuantizedPanels, "int8")}, 0.05),
     ],
 )
 def test_formats(isa, sparsity, quantize, precision, found, most):
@@ -127,7 +127,9 @@ def test_layers_whose_inputs_are_rounded_run_in_8_bits(activations):
     rarefy.quantize_(model, activations=activations, layers="model.layers.*", data=data)
     rarefy.fold_(model)
     made = rarefy.decoder(model)
-    assert {p.exact for k in made.compiled.kernels.values() if isinstance(p := k.held[0], Panels)} == {static}
+    assert {p.fp32_inputs for k in made.compiled.kernels.values() if isinstance(p := k.held[0], QuantizedPanels)} == {
+        static
+    }
     assert ("round" in made.compiled.counts()[2]) == static
     rounded = eager(model, ids)
     assert far(rounded, made(ids)) < (1e-5 if static else 0.02)

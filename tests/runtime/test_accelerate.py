@@ -23,10 +23,10 @@ from rarefy.formats.quantized_encodings import encode as encode_values
 from rarefy.model.quant_grid import Grid, record_grid_
 from rarefy.runtime import autotune, bindings, candidates, tuning_cache
 from rarefy.runtime.accelerate import accelerate_
-from rarefy.runtime.kernel import Kernel, Together
+from rarefy.runtime.kernel import GroupedKernels, Kernel
 from rarefy.runtime.latency_table import latency_table
-from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_panels, pack_tiles
-from rarefy.runtime.sparse_layers import PanelEmbedding, SparseConv, SparseLinear, geometry
+from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_quantized, pack_tiles
+from rarefy.runtime.sparse_layers import QuantizedEmbedding, SparseConv, SparseLinear, geometry
 
 
 @pytest.fixture(autouse=True)
@@ -840,8 +840,8 @@ def test_layers_on_the_same_inputs_run_in_one_call(monkeypatch, how):
     joined = {r["layer"]: r["grouped_with"] for r in report.rows}
     want = {"plain": ["q", "q"], "sometimes": ["q", "q"], "another": ["", ""], "in between": ["", "k"]}[how]
     assert [joined["k"], joined["v"]] == want and joined["q"] == joined["out"] == ""
-    run = Together.run
-    monkeypatch.setattr(Together, "run", lambda self, x: calls.append(len(self.kernels)) or run(self, x))
+    run = GroupedKernels.run
+    monkeypatch.setattr(GroupedKernels, "run", lambda self, x: calls.append(len(self.kernels)) or run(self, x))
     with torch.no_grad():
         for x in (
             torch.randn(1, 70),
@@ -997,9 +997,9 @@ def test_weights_that_do_not_go_together():
         with pytest.raises(
             RarefyError, match="one call runs up to 16 matrices of one format, kind and number of inputs"
         ):
-            Together(some)
+            GroupedKernels(some)
     with pytest.raises(RarefyError, match="the weight has 8 inputs, x has 9"):
-        Together(kernels[:1]).run(torch.ones(2, 9))
+        GroupedKernels(kernels[:1]).run(torch.ones(2, 9))
 
 
 # weights on grids
@@ -1110,7 +1110,7 @@ def test_a_head_and_its_embedding_share_their_bits(values, monkeypatch):
     report = accelerate_(model, (1,), precision=values, tuning_cache=False)
     row = {r["layer"]: r for r in report.rows}["model.embed_tokens"]
     assert row["why"] == "" and row["batch 1"] == "panels 2.00x"
-    assert isinstance(model.lm_head, SparseLinear) and isinstance(model.model.embed_tokens, PanelEmbedding)
+    assert isinstance(model.lm_head, SparseLinear) and isinstance(model.model.embed_tokens, QuantizedEmbedding)
     held = {b.data_ptr() for b in model.lm_head.buffers()}
     assert all(b.data_ptr() in held for b in model.model.embed_tokens.buffers())
     assert torch.equal(model.model.embed_tokens(ids), dense.model.embed_tokens(ids))
@@ -1158,7 +1158,7 @@ def test_grids_without_a_kernel(tmp_path):
     rarefy.accelerate_(again, (1,), tuning_cache=False)
     assert candidates.why_not_quantized(net[0].weight, grid) == "no kernel for scales of 2 outputs"
     with pytest.raises(ValueError, match="no kernel for scales of 2 outputs"):
-        pack_panels(net[0].weight.detach(), grid)
+        pack_quantized(net[0].weight.detach(), grid)
     p = encode_values(torch.ones(1, 4), Grid(8, torch.ones(1, 1)), "dense")
     for part, tensor, says in (
         ("values", torch.full((4,), 128, dtype=torch.uint8), "holds -128"),

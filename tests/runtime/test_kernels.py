@@ -25,9 +25,9 @@ from rarefy.model.quant_grid import get_grid
 from rarefy.quantization.config import QuantizeOptions, resolve_options
 from rarefy.quantization.grids import fit_grid
 from rarefy.runtime import bindings, huge_pages, packing, reference
-from rarefy.runtime.kernel import Kernel, Together, fit_together
-from rarefy.runtime.packing import pack_panels
-from rarefy.runtime.sparse_layers import PanelEmbedding
+from rarefy.runtime.kernel import GroupedKernels, Kernel, can_group
+from rarefy.runtime.packing import pack_quantized
+from rarefy.runtime.sparse_layers import QuantizedEmbedding
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 
@@ -281,11 +281,11 @@ def test_damaged_buffers_never_run(how, name, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"values": torch.zeros(3)}, "64 bytes lie past the last value, got 12"),
+        ({"values": torch.zeros(3)}, "64 bytes of padding must follow the last value, got 12"),
         ({"values": torch.zeros(300, dtype=torch.float64)}, r"values: .*float32 .*got float64 \[300\]"),
         ({"masks": torch.zeros(3, 2, 8, dtype=torch.int64)[..., ::2]}, "masks: the kernels read contiguous"),
         ({"starts": torch.zeros(2, dtype=torch.int64)}, r"starts: .*\[3\], got int64 \[2\]"),
-        ({"scales": torch.zeros(10)}, "scales: the kernels expect nothing here"),
+        ({"scales": torch.zeros(10)}, "scales: the kernels expect no such tensor"),
     ],
 )
 def test_tensors_that_do_not_fit(change, message):
@@ -300,12 +300,12 @@ def test_tensors_that_do_not_fit(change, message):
 
 def test_images_that_are_too_many_to_count():
     kernel = Kernel(packing.pack_conv(torch.ones(4, 64, 3, 3)))
-    with pytest.raises(FormatError, match="64 channels of 6000x6000 are more than the kernel counts"):
+    with pytest.raises(FormatError, match="64 channels of 6000x6000 are more than the kernels support"):
         kernel.run(torch.empty(1, 1, 1, 1).expand(1, 64, 6000, 6000))
 
 
 def test_columns_that_do_not_fit():
-    with pytest.raises(FormatError, match="columns are counted in 16 bits: at most 65536 inputs, got 65537"):
+    with pytest.raises(FormatError, match="CSR columns are 16-bit numbers: at most 65536 inputs, got 65537"):
         packing.pack_csr(torch.ones(1, 65537))
     W = torch.zeros(2, 65536)
     W[1, [0, 40_000, 65_535]] = torch.tensor([1.0, 2.0, 3.0])
@@ -315,9 +315,9 @@ def test_columns_that_do_not_fit():
 
 
 def test_sums_of_bytes_that_do_not_fit():
-    with pytest.raises(FormatError, match="sums of 70000 products of bytes do not fit 32 bits"):
+    with pytest.raises(FormatError, match="sums of 70000 int8 products do not fit 32 bits"):
         packing.pack_tiles(torch.ones(4, 70000), "int8")
-    most = packing.MOST_BYTES_IN_A_SUM
+    most = packing.MAX_INT8_INPUTS
     for pack in (packing.pack_tiles, packing.pack_bitmask):
         y = Kernel(pack(torch.ones(4, most), "int8")).run(torch.ones(2, most))
         torch.testing.assert_close(y, torch.full((2, 4), float(most)), rtol=1e-5, atol=0)
@@ -328,17 +328,17 @@ def test_sums_of_bytes_that_do_not_fit():
     [
         ({"groups": 3}, "no kernel for 4 outputs in 3 groups of fp32"),
         ({"groups": 2}, "counts: the kernels expect|is damaged"),
-        ({"groups": 0}, "groups: whole numbers from 1"),
-        ({"block": 0}, "block: whole numbers from 1"),
-        ({"stride": (0, 1)}, "stride: whole numbers from 1 to 8 are expected, got"),
-        ({"stride": (9, 1)}, "stride: whole numbers from 1 to 8"),
-        ({"stride": (2**64 + 1, 1)}, "stride: whole numbers from 1 to 8"),
-        ({"stride": (1.0, 1)}, "stride: whole numbers from 1 to 8"),
-        ({"stride": [1, 1]}, "stride: whole numbers from 1 to 8"),
-        ({"padding": (-1, 1)}, "padding: whole numbers from 0"),
-        ({"dilation": (1, 0)}, "dilation: whole numbers from 1"),
+        ({"groups": 0}, "groups: expected whole numbers from 1"),
+        ({"block": 0}, "block: expected whole numbers from 1"),
+        ({"stride": (0, 1)}, "stride: expected whole numbers from 1 to 8, got"),
+        ({"stride": (9, 1)}, "stride: expected whole numbers from 1 to 8"),
+        ({"stride": (2**64 + 1, 1)}, "stride: expected whole numbers from 1 to 8"),
+        ({"stride": (1.0, 1)}, "stride: expected whole numbers from 1 to 8"),
+        ({"stride": [1, 1]}, "stride: expected whole numbers from 1 to 8"),
+        ({"padding": (-1, 1)}, "padding: expected whole numbers from 0"),
+        ({"dilation": (1, 0)}, "dilation: expected whole numbers from 1"),
         ({"shape": (8, 3, 3, 2)}, "counts: the kernels expect"),
-        ({"shape": (4, 18)}, "shape: whole numbers from 1"),
+        ({"shape": (4, 18)}, "shape: expected whole numbers from 1"),
         ({"kind": "bf16"}, "no kernel for 4 outputs in 1 groups of bf16"),
         ({"kind": "int8"}, "scales: the kernels expect torch.float32|counts: the kernels expect"),
         ({"kind": "int9"}, "unknown kind 'int9'"),
@@ -370,21 +370,21 @@ def test_images_that_do_not_fit():
     for weight, groups in ((torch.ones(4, 3, 3), 1), (torch.ones(4, 3, 3, 0), 1), (torch.ones(4, 3, 1, 1), 3)):
         with pytest.raises(FormatError, match=f"no convolution of {groups} groups has a weight of shape"):
             packing.pack_conv(weight, groups=groups)
-    with pytest.raises(FormatError, match="pairs of rows are for convolutions of one group, got 2"):
+    with pytest.raises(FormatError, match="SELL needs a convolution of one group, got 2"):
         packing.pack_conv(torch.ones(4, 3, 1, 1), groups=2, sell=True)
-    with pytest.raises(FormatError, match="int8 are for convolutions of one group, got 2"):
+    with pytest.raises(FormatError, match="int8 needs a convolution of one group, got 2"):
         packing.pack_conv(torch.ones(4, 3, 1, 1), "int8", groups=2)
     kernel = Kernel(packing.pack_conv(torch.ones(4, 3, 3, 3), "int8"))
-    with pytest.raises(FormatError, match="convolutions in int8 run in plans alone: rarefy.compile makes them"):
+    with pytest.raises(FormatError, match="convolutions in int8 run in compiled programs only: use rarefy.compile"):
         kernel.run(torch.ones(1, 3, 9, 9))
-    with pytest.raises(FormatError, match="sums of 66348 products of bytes do not fit 32 bits"):
+    with pytest.raises(FormatError, match="sums of 66348 int8 products do not fit 32 bits"):
         Kernel(packing.pack_conv(torch.ones(4, 7372, 3, 3), "int8"))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_weights_in_large_pages(kind, monkeypatch):
-    monkeypatch.setattr(huge_pages, "LEAST", 1 << 16)  # so that the last weight needs a second piece of memory
-    held, total = huge_pages.Pages(), 0
+    monkeypatch.setattr(huge_pages, "MIN_CHUNK", 1 << 16)  # so that the last weight needs a second piece of memory
+    held, total = huge_pages.HugePageBuffer(), 0
     for rows in (5, 30, 300):
         weight = packing.pack_bitmask(random(rows, 513, 0.5), kind)
         moved = held.hold(weight)
@@ -396,7 +396,7 @@ def test_weights_in_large_pages(kind, monkeypatch):
                 total += t.nbytes
         x = torch.randn(3, 513)
         assert torch.equal(Kernel(moved).run(x), Kernel(weight).run(x))
-    assert total > huge_pages.LEAST
+    assert total > huge_pages.MIN_CHUNK
 
 
 def test_weights_as_they_are():
@@ -409,31 +409,31 @@ def test_weights_as_they_are():
     image = packing.pack_dense(weight.view(12, 10, 3, 3), stride=(2, 1), padding=(1, 1), dilation=(1, 1))
     assert torch.equal(packing.unpack(image), weight.view(12, 10, 3, 3))
     for made in (form, image):
-        with pytest.raises(FormatError, match="weights as they are run in plans alone: rarefy.compile makes them"):
+        with pytest.raises(FormatError, match="dense weights run in compiled programs only: use rarefy.compile"):
             Kernel(made).run(torch.ones(1, 10, 9, 9) if made is image else torch.ones(1, 90))
-    assert not fit_together([Kernel(form)])
+    assert not can_group([Kernel(form)])
     for change in ({"values": form.values[:, 1:]}, {"kind": "int8"}, {"values": form.values.double()}):
         with pytest.raises(FormatError, match="values: the kernels expect|unknown kind"):
             Kernel(packing.Dense(**{**vars(form), **change}))
         with pytest.raises(FormatError, match="values: the kernels expect|unknown kind"):
             Kernel(packing.ConvTiles(**{**vars(image), **change}))
-    with pytest.raises(FormatError, match="weights as they are are of one group, got more"):
+    with pytest.raises(FormatError, match="dense weights of convolutions need one group"):
         Kernel(packing.ConvTiles(**{**vars(image), "groups": 2}))
-    with pytest.raises(FormatError, match="order: the kernels expect nothing here"):
+    with pytest.raises(FormatError, match="order: the kernels expect no such tensor"):
         Kernel(packing.ConvTiles(**{**vars(image), "order": torch.zeros(1, 1, 128, dtype=torch.uint8)}))
 
 
 def test_memory_begins_with_a_page():
-    for nbytes in (0, 100, huge_pages.PAGE + 1, 5 * huge_pages.PAGE):
-        memory = huge_pages.fresh(nbytes)
+    for nbytes in (0, 100, huge_pages.HUGE_PAGE + 1, 5 * huge_pages.HUGE_PAGE):
+        memory = huge_pages.allocate(nbytes)
         assert memory.nbytes == nbytes
-        assert memory.data_ptr() % (huge_pages.PAGE if nbytes > huge_pages.PAGE else 64) == 0
+        assert memory.data_ptr() % (huge_pages.HUGE_PAGE if nbytes > huge_pages.HUGE_PAGE else 64) == 0
 
 
 def test_errors():
     with pytest.raises(FormatError, match="unknown kind 'int9'.*did you mean 'int8'"):
         packing.pack_tiles(torch.ones(2, 2), "int9")
-    with pytest.raises(FormatError, match=r"kernels multiply by matrices, got a weight of shape \[2\]"):
+    with pytest.raises(FormatError, match=r"expected a matrix, got a weight of shape \[2\]"):
         packing.pack_bitmask(torch.ones(2))
     with pytest.raises(FormatError, match="a block has at least one lane"):
         packing.pack_tiles(torch.ones(2, 2), block=-1)
@@ -494,14 +494,14 @@ def on_grid(O, C, weights, group, symmetric):
 @pytest.mark.parametrize("way", GRIDS, ids=str)
 def test_rows_of_panels(way):
     W, grid = on_grid(37, 384, *way)
-    kernel, ids = Kernel(packing.pack_panels(W, grid)), torch.tensor([[36, 0, 5], [5, 4, 3]])
+    kernel, ids = Kernel(packing.pack_quantized(W, grid)), torch.tensor([[36, 0, 5], [5, 4, 3]])
     torch.testing.assert_close(kernel.rows(ids), packing.unpack(kernel.held[0])[ids], rtol=1e-6, atol=1e-7)
     assert kernel.rows(ids[:0]).shape == (0, 3, 384)
     for wrong in (37, -1):
         with pytest.raises(IndexError, match="a weight of 37 rows has not all of"):
             kernel.rows(torch.tensor([0, wrong]))
     assert torch.equal(kernel.rows(ids.int()), kernel.rows(ids))
-    with pytest.raises(FormatError, match="rows are asked for by whole numbers on the CPU, got torch.float32"):
+    with pytest.raises(FormatError, match="ids must be integers on the CPU, got torch.float32"):
         kernel.rows(ids.float())
 
 
@@ -513,7 +513,7 @@ def test_products_of_panels(size, way, exact, isa):
     if isinstance(group, int) and C % group:
         C = group * (C // group or 1)
     W, grid = on_grid(O, C, *way)
-    weight = packing.pack_panels(W, grid, exact)
+    weight = packing.pack_quantized(W, grid, exact)
     torch.testing.assert_close(packing.unpack(weight), W, rtol=1e-6, atol=1e-7)
     assert packing.nbytes(weight) < 4.1 * (-(-O // 4) * 4) * (-(-C // 64) * 64) / (1 if weight.kind == "int8" else 2)
     bias = torch.randn(O)
@@ -528,13 +528,13 @@ def test_products_of_panels(size, way, exact, isa):
 
 
 def test_panels_of_several_layers_in_one_call(isa):
-    weights = [packing.pack_panels(*on_grid(O, 128, "int4", 32, True)) for O in (5, 64, 70)]
+    weights = [packing.pack_quantized(*on_grid(O, 128, "int4", 32, True)) for O in (5, 64, 70)]
     kernels, x = [Kernel(w) for w in weights], torch.randn(3, 128)
-    assert fit_together(kernels)
-    for got, kernel in zip(Together(kernels).run(x), kernels):
+    assert can_group(kernels)
+    for got, kernel in zip(GroupedKernels(kernels).run(x), kernels):
         torch.testing.assert_close(got, kernel.run(x))
     W, grid = on_grid(8, 128, "int4", 32, True)
-    assert not fit_together([kernels[0], Kernel(packing.pack_panels(W, grid, False))])
+    assert not can_group([kernels[0], Kernel(packing.pack_quantized(W, grid, False))])
 
 
 def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
@@ -542,7 +542,7 @@ def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
     x = torch.randn(3, 64)
     x[1, 5] = float("nan")
     for exact in (True, False):
-        y = Kernel(packing.pack_panels(W, grid, exact)).run(x)
+        y = Kernel(packing.pack_quantized(W, grid, exact)).run(x)
         assert torch.isnan(y[1]).all() and torch.isfinite(y[[0, 2]]).all()
 
 
@@ -556,7 +556,7 @@ def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
 )
 def test_grids_that_no_kernel_reads(way, says):
     with pytest.raises(FormatError, match=f"no kernel for {says}"):
-        packing.pack_panels(*on_grid(4, 96, *way))
+        packing.pack_quantized(*on_grid(4, 96, *way))
 
 
 @pytest.mark.parametrize(
@@ -564,22 +564,22 @@ def test_grids_that_no_kernel_reads(way, says):
     [
         ({"kind": "fp32"}, "unknown kind 'fp32'; choose from int4, int8"),
         ({"kind": "int8"}, "values: the kernels expect"),
-        ({"parts": 3}, "parts 0 to 2, got True, 3"),
-        ({"parts": 0}, "scales: the kernels expect nothing here"),
-        ({"exact": 1}, "exact is True or False"),
-        ({"scales": None}, "scales: the kernels expect torch.bfloat16 here"),
+        ({"scale_groups": 3}, "scale_groups 0 to 2, got True and 3"),
+        ({"scale_groups": 0}, "scales: the kernels expect no such tensor"),
+        ({"fp32_inputs": 1}, "expected fp32_inputs True or False"),
+        ({"scales": None}, "scales: the kernels expect torch.bfloat16"),
         ({"zeros": torch.zeros(2, 2, 4, 1, dtype=torch.uint8)}, "zeros: the kernels expect"),
-        ({"whole": torch.ones(3)}, "whole: the kernels expect"),
-        ({"sums": torch.ones(3)}, "sums: the kernels expect"),
+        ({"row_scales": torch.ones(3)}, "row_scales: the kernels expect"),
+        ({"row_sums": torch.ones(3)}, "row_sums: the kernels expect"),
         ({"values": torch.zeros(2, 2, 4, 31, dtype=torch.uint8)}, "values: the kernels expect"),
         ({"shape": (8, 64)}, "values: the kernels expect"),
-        ({"shape": (8, -1)}, "shape: whole numbers"),
+        ({"shape": (8, -1)}, "shape: expected whole numbers"),
     ],
 )
 def test_panels_that_do_not_fit_together_never_run(change, says):
-    weight = packing.pack_panels(*on_grid(8, 96, "int4", 32, True))
+    weight = packing.pack_quantized(*on_grid(8, 96, "int4", 32, True))
     with pytest.raises(FormatError, match=says):
-        Kernel(packing.Panels(**{**vars(weight), **change}))
+        Kernel(packing.QuantizedPanels(**{**vars(weight), **change}))
 
 
 def run_with_kernels(tmp_path, option, *words, **env):
@@ -670,10 +670,10 @@ def test_quantized_embeddings_are_cast_with_the_model():
     net = nn.Sequential(nn.Linear(64, 6, bias=False))
     rarefy.quantize_(net, "int4")
     rarefy.fold_(net)
-    made = PanelEmbedding(pack_panels(net[0].weight.detach(), get_grid(all_layers(net)[0])), torch.float32)
+    made = QuantizedEmbedding(pack_quantized(net[0].weight.detach(), get_grid(all_layers(net)[0])), torch.float32)
     assert torch.equal(made(torch.tensor([5, 0])), net[0].weight[[5, 0]])
     for wrong in (-1, 6):
         with pytest.raises(IndexError, match="an embedding of 6 rows has no row"):
             made(torch.tensor([wrong]))
     half = made.bfloat16()
-    assert half(torch.tensor([1])).dtype == torch.bfloat16 and half.whole.dtype == torch.float32
+    assert half(torch.tensor([1])).dtype == torch.bfloat16 and half.row_scales.dtype == torch.float32

@@ -46,12 +46,12 @@ SQUARES = {  # images, inputs, outputs, padding, rows, columns
 @pytest.mark.parametrize("more", [False, True])
 @pytest.mark.parametrize("name", SQUARES)
 def test_squares_of_outputs(isa, monkeypatch, name, more):
-    monkeypatch.setattr(winograd, "LEAST", 1)
+    monkeypatch.setattr(winograd, "MIN_TILES", 1)
     batch, C, O, padding, *sizes = SQUARES[name]
     x = torch.randn(batch, 3, *sizes)
     made = equal(Squared(C, O, padding, more), x, most=1e-6)
-    by_squares = [k.squares is not None for n, k in made.kernels.items() if k.shape[2:] == (3, 3)]
-    assert by_squares == [True] * (1 + more) and len(made.program) == 1
+    by_squares = [k.winograd is not None for n, k in made.kernels.items() if k.shape[2:] == (3, 3)]
+    assert by_squares == [True] * (1 + more) and len(made.schedule) == 1
 
 
 @pytest.mark.parametrize(("sizes", "by_squares"), [((8, 14), 0), ((8, 15), 1), ((7, 15), 1), ((6, 15), 0)])
@@ -61,8 +61,8 @@ def test_few_squares_are_not_worth_their_weights(sizes, by_squares):
     made = equal(net, x)
     with torch.no_grad():
         assert torch.equal(made(x)[:1], made(x[:1]))
-    (segment,) = made.program
-    flags = [s.winograd for plans in segment.plans.values() for p in plans for s in p.array if s.op == OPS["conv"]]
+    (segment,) = made.schedule
+    flags = [s.winograd for plans in segment.programs.values() for p in plans for s in p.array if s.op == OPS["conv"]]
     assert len(flags) >= 2 and set(flags) == {by_squares}
 
 
@@ -70,25 +70,25 @@ def test_few_squares_are_not_worth_their_weights(sizes, by_squares):
 def test_other_convolutions_have_no_squares(how):
     layer = nn.Conv2d(4, 8, **{"kernel_size": 3, "padding": 2, **how})
     made = equal(nn.Sequential(layer), torch.randn(3, 4, 20, 20))
-    assert [k.squares for k in made.kernels.values()] == [None]
+    assert [k.winograd for k in made.kernels.values()] == [None]
 
 
 def test_threads_that_come_first_share_squares():
     made = equal(nn.Sequential(nn.Conv2d(8, 64, 3)), torch.randn(2, 8, 20, 20))
     (kernel,) = made.kernels.values()
     for _ in range(20):
-        kernel.squares, together, found = None, Barrier(4), []
+        kernel.winograd, together, found = None, Barrier(4), []
 
         def come(together=together, found=found):
             together.wait()
-            found.append(winograd.of(kernel))
+            found.append(winograd.weight_of(kernel))
 
         threads = [Thread(target=come) for _ in range(4)]
         for t in threads:
             t.start()
         for t in threads:
             t.join()
-        assert len(found) == 4 and {id(s) for s in found} == {id(kernel.squares)}
+        assert len(found) == 4 and {id(s) for s in found} == {id(kernel.winograd)}
 
 
 def test_what_squares_take_is_told():

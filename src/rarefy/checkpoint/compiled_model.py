@@ -28,15 +28,15 @@ from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
 from rarefy.generation.decoder import Decoder
 from rarefy.runtime import bindings
-from rarefy.runtime.huge_pages import Pages
-from rarefy.runtime.kernel import Kernel, _check
+from rarefy.runtime.huge_pages import HugePageBuffer
+from rarefy.runtime.kernel import Kernel, check_packed
 from rarefy.runtime.packed_formats import (
     SLAB,
     Bitmask,
     ConvTiles,
     Dense,
     Packed,
-    Panels,
+    QuantizedPanels,
     Sell,
     from_tensors,
     to_tensors,
@@ -220,7 +220,7 @@ def read(saved: container.Container) -> Parts:
     if names != stored or saved.aliases:
         unexpected = sorted(names ^ stored) or sorted(saved.aliases)
         raise ContainerError(f"{where}: constants are not those of the shards: {unexpected[0][:80]!r}")
-    memory = Pages()  # each weight in memory of its own, so that the file's memory can be freed on the way
+    memory = HugePageBuffer()  # each weight in memory of its own, so that the file's memory can be freed on the way
     packed = {n: memory.hold(_packed_weight(saved, n, scalars, str(where))) for n, scalars in graph.packed.items()}
     if len(saved.names) != len(stored) + sum(len(to_tensors(p)[1]) for p in packed.values()):
         raise ContainerError(f"{where}: the shards hold packed weights that no operator uses")
@@ -312,11 +312,15 @@ def _packed_weight(saved: container.Container, name: str, scalars: dict[str, Any
             raise FormatError(f"{str(scalars)[:200]} is no packed weight of an operator")
         tensors = {n.removeprefix(prefix): saved.tensor(n) for n in saved.names if n.startswith(prefix)}
         form: Any = from_tensors(scalars, tensors)
-        _check(form, None)
+        check_packed(form, None)
         if isinstance(form, ConvTiles) and form.order is not None and form.groups > 1:
             raise FormatError(f"expected one group for a convolution with an order of outputs, got {form.groups}")
-        if isinstance(form, Panels) and (type(form.parts) is not int or (not form.parts and form.whole is None)):
-            raise FormatError(f"expected panels with scales for rows or for groups of inputs, got parts {form.parts!r}")
+        if isinstance(form, QuantizedPanels) and (
+            type(form.scale_groups) is not int or (not form.scale_groups and form.row_scales is None)
+        ):
+            raise FormatError(
+                f"expected panels with scales for rows or for groups of inputs, got parts {form.scale_groups!r}"
+            )
     except (FormatError, TypeError) as error:  # TypeError: fields that the format has not
         raise ContainerError(f"{where}: packed {name[:80]!r}: {error}") from error
     return form
@@ -340,7 +344,7 @@ def _check_weights(node: Node, g: GraphDef, constants: Mapping[str, Tensor], pac
 
 def dense(form: Packed, where: str) -> Tensor:
     """Return a packed weight from a file as a dense one; ContainerError if it would become far larger."""
-    if isinstance(form, Bitmask | Panels):  # they store a bit or a code for each weight
+    if isinstance(form, Bitmask | QuantizedPanels):  # they store a bit or a code for each weight
         try:
             return unpack(form)
         except (IndexError, RuntimeError) as error:

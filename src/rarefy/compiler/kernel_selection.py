@@ -12,17 +12,17 @@ from torch import Tensor
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import ExportedGraph, Node, shape
 from rarefy.runtime import bindings, winograd
-from rarefy.runtime.huge_pages import Pages
+from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.packed_formats import (
+    CACHE_BLOCK,
     CONV_BLOCK,
-    LEAST_ZEROS,
-    LEAST_ZEROS_OF_SQUARES,
-    MOST_BYTES_IN_A_SUM,
-    MOST_STRIDE,
-    NEAR,
-    SHARED,
-    Panels,
+    MAX_INT8_INPUTS,
+    MAX_STRIDE,
+    MIN_SHARED,
+    MIN_ZEROS_SPARSE,
+    MIN_ZEROS_WINOGRAD,
+    QuantizedPanels,
 )
 from rarefy.runtime.packing import pack_conv, pack_dense, pack_sell, pack_tiles, shared
 
@@ -36,7 +36,7 @@ class EmbeddingKernel:
     kernel: Kernel
 
     @property
-    def held(self) -> tuple[Panels, None]:
+    def held(self) -> tuple[QuantizedPanels, None]:
         """The packed weight, and None for the bias, as `Kernel.held` is for linear layers."""
         return self.kernel.held[0], None  # type: ignore[return-value]
 
@@ -63,7 +63,7 @@ def select_kernels(
         return {}
     kernels: dict[Node, Any] = {}
     packed: dict[str, Any] = {}
-    memory = Pages()
+    memory = HugePageBuffer()
     for node in exported.graph.nodes:
         if node.target is ops.linear:
             _, w, bias, _, act = node.args
@@ -73,7 +73,7 @@ def select_kernels(
         elif node.target is ops.conv2d and (form := pack_conv_node(exported, node, precision)) is not None:
             kernels[node] = Kernel(memory.hold(form), _copy_of(exported, node.args[2]), node.args[4])
     for node in exported.graph.nodes:  # an embedding that shares its weight with a linear layer
-        if node.target is ops.embedding and isinstance(packed.get(node.args[1].name), Panels):
+        if node.target is ops.embedding and isinstance(packed.get(node.args[1].name), QuantizedPanels):
             kernels[node] = EmbeddingKernel(Kernel(packed[node.args[1].name]))
     return kernels
 
@@ -87,10 +87,10 @@ def pack_for_batches(weight: Tensor, precision: str | None) -> Any:
     if precision is None and is_nearly_dense(weight):
         return pack_dense(weight)
     packed: Any = pack_tiles(weight, precision or "fp32")
-    return pack_sell(weight, precision or "fp32") if shared(packed) < SHARED else packed
+    return pack_sell(weight, precision or "fp32") if shared(packed) < MIN_SHARED else packed
 
 
-def is_nearly_dense(weight: Tensor, min_zeros: tuple[float, float] = LEAST_ZEROS) -> bool:
+def is_nearly_dense(weight: Tensor, min_zeros: tuple[float, float] = MIN_ZEROS_SPARSE) -> bool:
     """Return whether a weight has too few zeros for a sparse kernel to beat a dense one.
 
     min_zeros are the least fractions of zeros where nonzeros come in blocks of 4 outputs, and where they do not.
@@ -98,7 +98,7 @@ def is_nearly_dense(weight: Tensor, min_zeros: tuple[float, float] = LEAST_ZEROS
     W = weight.flatten(1)
     nonzero = torch.nn.functional.pad(W != 0, (0, 0, 0, -len(W) % 4)).view(-1, 4, W.shape[1])
     per_block = float(nonzero.sum()) / max(1.0, float(nonzero.any(1).sum()))
-    return 1 - float(nonzero.sum()) / W.numel() < min_zeros[per_block < SHARED]
+    return 1 - float(nonzero.sum()) / W.numel() < min_zeros[per_block < MIN_SHARED]
 
 
 def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None) -> Any:
@@ -110,16 +110,16 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None) -
     w, (stride, padding, dilation, groups) = node.args[1], node.args[5:]
     weight = exported.constants[w.name]
     zeros = float((weight == 0).float().mean())
-    if max(stride) > MOST_STRIDE or (groups > 1 and (zeros < MIN_GROUPED_ZEROS or weight.shape[1] == 1)):
+    if max(stride) > MAX_STRIDE or (groups > 1 and (zeros < MIN_GROUPED_ZEROS or weight.shape[1] == 1)):
         return None
     geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    overflows = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MOST_BYTES_IN_A_SUM  # of a sum of int8
+    overflows = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MAX_INT8_INPUTS  # of a sum of int8
     kind = "fp32" if groups > 1 or overflows else precision or "fp32"
-    by_winograd = winograd.fit(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
-    min_zeros = LEAST_ZEROS_OF_SQUARES if by_winograd else LEAST_ZEROS
+    by_winograd = winograd.fits(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
+    min_zeros = MIN_ZEROS_WINOGRAD if by_winograd else MIN_ZEROS_SPARSE
     if groups == 1 and kind == "fp32" and is_nearly_dense(weight, min_zeros):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
-    form = pack_conv(weight, kind, **geometry, block=CONV_BLOCK if groups > 1 else NEAR)
-    if groups == 1 and shared(form) < SHARED:
-        form = pack_conv(weight, kind, **geometry, block=NEAR, sell=True)
+    form = pack_conv(weight, kind, **geometry, block=CONV_BLOCK if groups > 1 else CACHE_BLOCK)
+    if groups == 1 and shared(form) < MIN_SHARED:
+        form = pack_conv(weight, kind, **geometry, block=CACHE_BLOCK, sell=True)
     return form

@@ -21,13 +21,13 @@ from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, OpSpec, describe
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS
-from rarefy.runtime.huge_pages import fresh
-from rarefy.runtime.packed_formats import SLAB, Bitmask, Panels, Sell, Tiles
+from rarefy.runtime.huge_pages import allocate
+from rarefy.runtime.packed_formats import SLAB, Bitmask, QuantizedPanels, Sell, Tiles
 
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens of a vector; several sequences are padded to a multiple of it
 MAX_DECODE_TOKENS = 8  # tokens up to which values are stored row by row
-DECODE_FORMATS = (Bitmask, Panels)  # packed weights that read rows
+DECODE_FORMATS = (Bitmask, QuantizedPanels)  # packed weights that read rows
 NAMES = (  # rarefy_op of csrc/rarefy.h, as are the structs below
     "pack", "unpack", "linear", "convert", "norm", "add", "mul", "attention", "rope", "kv_store", "pad_planes", "conv",
     "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax",
@@ -308,7 +308,7 @@ class Program:
                 else:
                     v.start, end = end, end + v.floats
                 expiring.setdefault(max(v.last, v.created) + 1, []).append(v)
-        self.memory = fresh(4 * end).view(torch.float32).zero_()
+        self.memory = allocate(4 * end).view(torch.float32).zero_()
 
     def _fill_addresses(self) -> None:
         """Write addresses and dependencies into the steps."""

@@ -9,7 +9,7 @@ from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.operators.conv import conv2d
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.subgraph import Check, FusedSubgraph, SingleOp, image_nodes
-from rarefy.runtime.packed_formats import MOST_STRIDE
+from rarefy.runtime.packed_formats import MAX_STRIDE
 
 
 def schedule(exported: ExportedGraph, kernels: Mapping[Node, Any], check: Check | None) -> list[Any]:
@@ -49,7 +49,7 @@ def _runs_in_program(exported: ExportedGraph, node: Node, kernels: Mapping[Node,
 def is_depthwise(node: Node, weight: Any) -> bool:
     """Return whether each group of a convolution has one input and one output, with a stride that kernels support."""
     groups, stride = node.args[8], node.args[5]
-    return groups > 1 and weight.shape[0] == groups and weight.shape[1] == 1 and max(stride) <= MOST_STRIDE
+    return groups > 1 and weight.shape[0] == groups and weight.shape[1] == 1 and max(stride) <= MAX_STRIDE
 
 
 def _single_call(node: Node, exported: ExportedGraph, kernels: Mapping[Node, Any], check: Check | None) -> Any:
@@ -57,6 +57,6 @@ def _single_call(node: Node, exported: ExportedGraph, kernels: Mapping[Node, Any
     spec = BY_TARGET.get(node.target)
     if spec is None or not spec.own_call or node not in kernels:
         return node
-    if node.target is conv2d and kernels[node].alone:  # its kernel runs in a program alone
+    if node.target is conv2d and kernels[node].program_only:  # its kernel runs in a program alone
         return FusedSubgraph([node], kernels, exported.constants, check)
     return SingleOp(node, kernels[node])

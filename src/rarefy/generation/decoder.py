@@ -30,7 +30,7 @@ from rarefy.model.activation_quant import suspended
 from rarefy.model.compare import relative_distance
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime.candidates import MIN_ZEROS, grid_of, why_not_quantized
-from rarefy.runtime.packing import pack_bitmask, pack_panels
+from rarefy.runtime.packing import pack_bitmask, pack_quantized
 
 EXAMPLE_TOKENS = 7  # tokens with which a model is exported; three times as many verify the decoder
 
@@ -287,13 +287,13 @@ def _pack(weight: Tensor, precision: str | None, grid: Grid | None) -> Any:
     zeros = float((weight == 0).float().mean())
     quantized = grid is not None and why_not_quantized(weight, grid) is None
     if grid is not None and quantized and (zeros < MIN_ZEROS or grid.scale.shape[1] > 1):
-        return pack_panels(weight, grid, precision is None)
+        return pack_quantized(weight, grid, precision is None)
     if precision is None:
         return pack_bitmask(weight)
     if zeros >= MIN_ZEROS:
         return pack_bitmask(weight, precision, grid)
     scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return pack_panels(weight, Grid(8, scale), False)
+    return pack_quantized(weight, Grid(8, scale), False)
 
 
 def _verify(model: Any, step: Decoder, tolerance: float) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError
-from rarefy.runtime.huge_pages import fresh
+from rarefy.runtime.huge_pages import allocate
 
 TILE = 64  # tokens
 
@@ -34,7 +34,7 @@ class Cache:
         self.starts = None if starts is None else starts.to(torch.int64).contiguous()
         size = 4 * features * batch * self.capacity
         try:
-            self.memory = fresh(size).view(torch.float32).zero_()
+            self.memory = allocate(size).view(torch.float32).zero_()
         except RuntimeError:  # raised by torch
             message = f"not enough memory for a cache of {capacity:,} tokens of {batch} sequences: {size:,} bytes"
             raise MemoryError(message) from None

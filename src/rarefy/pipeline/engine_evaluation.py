@@ -19,7 +19,7 @@ from rarefy.generation.tokenization import encode_prompt
 from rarefy.model import hf
 from rarefy.model.forward import evaluating
 from rarefy.recipe.schema import Recipe
-from rarefy.runtime.packed_formats import Dense, Panels
+from rarefy.runtime.packed_formats import Dense, QuantizedPanels
 
 MAX_SAMPLE_TOKENS = 40
 SENTENCE_ENDS = (".", "!", "?")
@@ -89,7 +89,7 @@ def resident_bytes(engine: Decoder | Compiled) -> int:
 def skips_zeros(engine: Decoder | Compiled) -> bool:
     """Return whether any kernel of an engine leaves out zeros of its weight."""
     compiled = engine.compiled if isinstance(engine, Decoder) else engine
-    return any(not isinstance(k.held[0], Panels | Dense) for k in compiled.kernels.values())
+    return any(not isinstance(k.held[0], QuantizedPanels | Dense) for k in compiled.kernels.values())
 
 
 def decode_step(engine: Decoder, capacity: int) -> Step:

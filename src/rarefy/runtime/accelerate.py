@@ -30,9 +30,9 @@ from rarefy.runtime import bindings, tuning_cache
 from rarefy.runtime.autotune import Autotuner, chosen_weights, example_inputs
 from rarefy.runtime.candidates import build_layer, is_convolution, list_candidates, why_dense
 from rarefy.runtime.fusion_analysis import Observed, activation, is_plain, observe
-from rarefy.runtime.kernel import MOST_TOGETHER
+from rarefy.runtime.kernel import MAX_GROUPED
 from rarefy.runtime.module_slots import ModuleSlots
-from rarefy.runtime.sparse_layers import PanelEmbedding, Sparse, SparseLinear
+from rarefy.runtime.sparse_layers import QuantizedEmbedding, Sparse, SparseLinear
 
 WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # read the weights of the layers inside them
 NOT_FUSED = "no layer is fused with what follows it: fused, the outputs of the example changed"
@@ -258,7 +258,7 @@ def _select_tied_kernel_(
     packed: Any = next(c.packed for c in candidates if c.name == "panels")
     slots.replace(name, build_layer(head, {1: packed}).train(head.training))
     for path, module in embeddings:
-        slots.replace(path, PanelEmbedding(packed, module.weight.dtype, module.padding_idx))
+        slots.replace(path, QuantizedEmbedding(packed, module.weight.dtype, module.padding_idx))
     return {**row, "why": ""}
 
 
@@ -303,8 +303,8 @@ def _group_layers_(slots: ModuleSlots, rows: Sequence[dict[str, Any]], chosen: S
                 formats = tuple((start, f["format"], f.get("kind")) for start, f in module.formats)
                 alike.setdefault(formats, []).append((name, module))
         for same in alike.values():
-            for start in range(0, len(same) - 1, MOST_TOGETHER):
-                (leader, first), *others = same[start : start + MOST_TOGETHER]
+            for start in range(0, len(same) - 1, MAX_GROUPED):
+                (leader, first), *others = same[start : start + MAX_GROUPED]
                 first.group_with([m for _, m in others])
                 any_grouped = any_grouped or bool(others)
                 for name, _ in others:

@@ -25,7 +25,7 @@ from rarefy.runtime.packed_formats import (
     Bitmask,
     Csr,
     Dense,
-    Panels,
+    QuantizedPanels,
     Sell,
     Tiles,
 )
@@ -33,7 +33,7 @@ from rarefy.runtime.packed_formats import (
 ISAS = ("avx512", "avx2", "portable")
 ABI_VERSION = 2  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-FORMATS = (Bitmask, Csr, Tiles, Panels, Sell, Dense)  # in the order of csrc/rarefy.h
+FORMATS = (Bitmask, Csr, Tiles, QuantizedPanels, Sell, Dense)  # in the order of csrc/rarefy.h
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
 
 
@@ -97,11 +97,11 @@ class Conv(Structure):
 @cache
 def _open() -> tuple[Any, str | None]:
     """The library, or why there is none."""
-    found = find_spec("rarefy.runtime._kernels")
-    if found is None or found.origin is None:
+    spec = find_spec("rarefy.runtime._kernels")
+    if spec is None or spec.origin is None:
         return None, "no compiled kernels: install again where there is a C++20 compiler"
     try:
-        library = ctypes.CDLL(found.origin)
+        library = ctypes.CDLL(spec.origin)
         version = getattr(library, "rarefy_abi_version", None)
         if version is None or version() != ABI_VERSION:
             return None, "the compiled kernels are of another version: install again"
@@ -130,23 +130,23 @@ def _open() -> tuple[Any, str | None]:
     library.rarefy_check_quantized.argtypes = [POINTER(_Quantized), c_int64]
     library.rarefy_check_bitmask.argtypes = [POINTER(_Bitmask), c_int64]
     library.rarefy_check_tiles.argtypes = [POINTER(_Tiles), c_int64, c_int64]
-    wanted = os.environ.get("RAREFY_ISA")
-    if wanted:
-        _use(library, wanted)
+    forced = os.environ.get("RAREFY_ISA")
+    if forced:
+        _use(library, forced)
     return library, None
 
 
 def missing() -> str | None:
-    """Return why there are no kernels here, or None where there are."""
+    """Return why the kernels are not available, or None if they are."""
     return _open()[1]
 
 
 def library() -> Any:
     """Return the library; FormatError where there is none."""
-    found, why = _open()
-    if found is None:
+    opened, why = _open()
+    if opened is None:
         raise FormatError(str(why))
-    return found
+    return opened
 
 
 def isa() -> str | None:
@@ -157,15 +157,15 @@ def isa() -> str | None:
 
 @cache
 def digest() -> str | None:
-    """Return a digest of the compiled kernels, or None where there are none: other kernels have other times."""
-    found = find_spec("rarefy.runtime._kernels")
-    if found is None or found.origin is None:
+    """Return a digest of the compiled kernels, None without kernels: timings hold for one build."""
+    spec = find_spec("rarefy.runtime._kernels")
+    if spec is None or spec.origin is None:
         return None
-    return hashlib.blake2b(Path(found.origin).read_bytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b(Path(spec.origin).read_bytes(), digest_size=8).hexdigest()
 
 
 def use(name: str) -> None:
-    """Use an instruction set from now on; FormatError for one that this machine has not."""
+    """Use an instruction set from now on; FormatError for one that this CPU does not have."""
     library, why = _open()
     if library is None:
         raise FormatError(str(why))

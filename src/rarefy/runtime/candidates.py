@@ -13,8 +13,8 @@ from rarefy.model.activation_quant import get_activation_quant
 from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import Grid, recorded_grids
 from rarefy.runtime import bindings
-from rarefy.runtime.packed_formats import KINDS, MOST_COLUMNS, MOST_STRIDE, NEAR, Packed
-from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_csr, pack_panels, pack_sell, pack_tiles
+from rarefy.runtime.packed_formats import CACHE_BLOCK, KINDS, MAX_CSR_INPUTS, MAX_STRIDE, Packed
+from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_csr, pack_quantized, pack_sell, pack_tiles
 from rarefy.runtime.sparse_layers import Sparse, SparseConv, SparseLinear, geometry
 
 MAX_SMALL_BATCH = 32  # inputs of a call up to which kernels for small batches are tried
@@ -55,8 +55,8 @@ def list_candidates(module: Any, precision: str | None = None) -> tuple[Candidat
     sparse = grid is None or zeros >= MIN_ZEROS
     candidates = []
     if grid is not None and why_not_quantized(weight, grid) is None:
-        candidates.append(Candidate("panels", pack_panels(weight, grid, precision is None)))
-    if zeros >= MIN_ZEROS_CSR and weight.shape[1] <= MOST_COLUMNS and not int8_inputs:
+        candidates.append(Candidate("panels", pack_quantized(weight, grid, precision is None)))
+    if zeros >= MIN_ZEROS_CSR and weight.shape[1] <= MAX_CSR_INPUTS and not int8_inputs:
         candidates.append(Candidate("csr", pack_csr(weight, kind, grid), MAX_SMALL_BATCH))
     if sparse:
         candidates.append(Candidate("bitmask", pack_bitmask(weight, kind, grid), MAX_SMALL_BATCH))
@@ -71,7 +71,7 @@ def _convolution_candidates(module: Any) -> tuple[Candidate, ...]:
     tiles = Candidate("convolution", pack_conv(weight, **options))
     if module.groups > 1:
         return (tiles,)
-    return Candidate("convolution, sell", pack_conv(weight, **options, block=NEAR, sell=True)), tiles
+    return Candidate("convolution, sell", pack_conv(weight, **options, block=CACHE_BLOCK, sell=True)), tiles
 
 
 def build_layer(module: Any, weights: Mapping[int, Packed | Tensor], activation: str | None = None) -> Sparse:
@@ -114,7 +114,7 @@ def _why_dense_convolution(conv: Any, reached: bool | None) -> str | None:
         return f"no kernel for convolutions in {str(conv.weight.dtype).removeprefix('torch.')} yet"
     if conv.weight.shape[1] == 1 and conv.groups > 1:
         return "it is depthwise"
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or max(conv.stride) > MOST_STRIDE:
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or max(conv.stride) > MAX_STRIDE:
         return f"no kernel for padding {conv.padding} of {conv.padding_mode}, stride {conv.stride}"
     if not reached:
         return "the example does not reach it" if reached is False else "give an example: its image size is not known"

@@ -1,5 +1,4 @@
-"""Memory in large pages: what is read as one stream, as weights are, waits less for it there (a fifth of the time of a
-language model's step)."""
+"""Memory in huge pages, for weights: reading them as one stream is faster (20 % of a language model's decode step)."""
 
 from __future__ import annotations
 
@@ -14,45 +13,45 @@ from torch import Tensor
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Packed
 
-PAGE = 2 << 20  # bytes of a large page
-LEAST, MOST = 4 << 20, 64 << 20  # bytes of the first piece of memory, and of those after many
-LINE = 64
+HUGE_PAGE = 2 << 20  # bytes
+MIN_CHUNK, MAX_CHUNK = 4 << 20, 64 << 20  # bytes of the first chunk of memory, and of later ones
+CACHE_LINE = 64
 LAST_CACHE = 194  # glibc's _SC_LEVEL3_CACHE_SIZE
 
 
 @cache
 def last_cache() -> int:
-    """Return the bytes of the processor's third cache, 0 where the system does not tell. O(1)."""
+    """Return the bytes of the CPU's L3 cache, 0 if they are not known. O(1)."""
     try:
         return max(0, os.sysconf(LAST_CACHE)) if sys.platform == "linux" else 0
     except (OSError, ValueError):  # libraries without that number
         return 0
 
 
-def fresh(nbytes: int) -> Tensor:
-    """Return bytes of new memory, which begin with a large page where they fill one. O(1)."""
-    page = PAGE if nbytes > PAGE else LINE
-    memory = torch.empty(nbytes + page, dtype=torch.uint8)
+def allocate(nbytes: int) -> Tensor:
+    """Return new memory, uint8 [nbytes], aligned to a huge page if it is larger than one. O(1)."""
+    alignment = HUGE_PAGE if nbytes > HUGE_PAGE else CACHE_LINE
+    memory = torch.empty(nbytes + alignment, dtype=torch.uint8)
     if bindings.missing() is None:
         bindings.library().rarefy_advise_huge_pages(memory.data_ptr(), memory.nbytes)
-    return memory[-memory.data_ptr() % page :][:nbytes]
+    return memory[-memory.data_ptr() % alignment :][:nbytes]
 
 
-class Pages:
-    """Packed weights one after the other in large pages; each holds the memory that it lies in."""
+class HugePageBuffer:
+    """Stores packed weights one after the other in huge pages; each keeps its chunk of memory alive."""
 
     def __init__(self) -> None:
-        self.room, self.used, self.size = fresh(0), 0, LEAST
+        self.chunk, self.used, self.size = allocate(0), 0, MIN_CHUNK
 
     def hold(self, packed: Packed) -> Any:
-        """Return a packed weight whose tensors are copies in large pages. O(bytes)."""
-        held: dict[str, Any] = {n: self._copy(v) if isinstance(v, Tensor) else v for n, v in vars(packed).items()}
-        return type(packed)(**held)
+        """Return a packed weight whose tensors are copies in huge pages. O(bytes)."""
+        copies: dict[str, Any] = {n: self._copy(v) if isinstance(v, Tensor) else v for n, v in vars(packed).items()}
+        return type(packed)(**copies)
 
     def _copy(self, t: Tensor) -> Tensor:
-        if self.used + t.nbytes > len(self.room):
-            self.room, self.used = fresh(max(self.size, t.nbytes)), 0
-            self.size = min(2 * self.size, MOST)
-        part = self.room[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape)
-        self.used += -(-t.nbytes // LINE) * LINE
+        if self.used + t.nbytes > len(self.chunk):
+            self.chunk, self.used = allocate(max(self.size, t.nbytes)), 0
+            self.size = min(2 * self.size, MAX_CHUNK)
+        part = self.chunk[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape)
+        self.used += -(-t.nbytes // CACHE_LINE) * CACHE_LINE
         return part.copy_(t)

@@ -1,7 +1,7 @@
-"""The forms of weights that kernels read: plain tensors, and what is told of them.
+"""The formats of packed weights that kernels read: plain tensors and a few numbers.
 
 W      [O, C]        a weight: outputs, inputs
-lane   32 bits       what one 32-bit place of a vector multiplies: 1 fp32, 2 bf16 or 4 int8 weights in a row
+lane   32 bits       the weights in one 32-bit lane of a vector: 1 fp32, 2 bf16 or 4 int8 weights of a row
 panel  4 x 64        four outputs by 64 inputs of a bitmask
 tile   4 x block     four outputs by a block of lanes
 """
@@ -17,39 +17,40 @@ from torch import Tensor
 
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LANE = {"fp32": 1, "bf16": 2, "int8": 4}
-PAST = 64  # bytes that a kernel may read past the last value
-BLOCK = 65535  # lanes of a block at most: columns are counted in 16 bits
-MOST_BYTES_IN_A_SUM = (1 << 31) // (255 * 127)  # inputs of an int8 product: an input in 0..255 times a weight
-MOST_COLUMNS = 1 << 16  # of a `Csr`
-MOST_STRIDE = 8  # of a convolution
-NEAR = 128  # lanes of a block whose inputs stay in the first cache
-SLAB = 128  # outputs among which pairs are found
-SHARED = 2.5  # outputs of four that have a value at the same input, in the mean: from there on tiles are faster
-CONV_BLOCK = 192  # lanes of a convolution that are brought together at once
-LEAST_ZEROS = (0.37, 0.52)  # from which weights are multiplied by faster without: zeros that come in fours, and others
-LEAST_ZEROS_OF_SQUARES = (0.56, 0.64)  # the same of convolutions by squares of outputs
+PADDING = 64  # bytes that a kernel may read past the last value
+MAX_BLOCK = 65535  # lanes of a block: columns are 16-bit numbers
+MAX_INT8_INPUTS = (1 << 31) // (
+    255 * 127
+)  # of an int8 weight: sums of products of 0..255 and -127..127 must fit 32 bits
+MAX_CSR_INPUTS = 1 << 16
+MAX_STRIDE = 8  # of a convolution
+CACHE_BLOCK = 128  # lanes of a block whose inputs stay in the L1 cache
+SLAB = 128  # outputs that `Sell` sorts together
+MIN_SHARED = 2.5  # mean number of four outputs with a value at the same input, from which tiles are faster
+CONV_BLOCK = 192  # lanes of a convolution that are gathered at once
+MIN_ZEROS_SPARSE = (0.37, 0.52)  # share of zeros from which skipping them is faster: blocks of four, others
+MIN_ZEROS_WINOGRAD = (0.56, 0.64)  # the same for convolutions that run on Winograd's algorithm otherwise
 
 
 @dataclass(frozen=True, eq=False)
 class Bitmask:
-    """Masks in bits and the values that are not zero, panel by panel: for small batches, which wait for memory.
+    """Bit masks and nonzero values, panel by panel: for small batches, which are limited by memory bandwidth.
 
-    int4 values are nibbles (value + 8, the lower first) with a scale for 64 inputs, and each row of a panel begins with
-    a byte."""
+    int4 values are nibbles (value + 8, low nibble first) with a scale for 64 inputs; each row of a panel starts at a
+    byte."""
 
     shape: tuple[int, int]
     kind: str
-    masks: Tensor  # int64 [O / 4, words, 4]: bit j of word w is input 64 w + j
+    masks: Tensor  # int64 [O / 4, col_blocks, 4]: bit j of word w is input 64 w + j
     starts: Tensor  # int64 [O / 4]: where the values of four outputs begin
     values: Tensor  # [k + padding]; of a panel row by row; bytes for int4
-    scales: Tensor | None = None  # int8: fp32 [O]; int4: bf16 [O / 4, words, 4]
-    sums: Tensor | None = None  # int8: int32 [O], of values; int4: fp32 [O], of values times scales
+    scales: Tensor | None = None  # int8: fp32 [O]; int4: bf16 [O / 4, col_blocks, 4]
+    row_sums: Tensor | None = None  # int8: int32 [O], sum of values; int4: fp32 [O], sum of values times scales
 
 
 @dataclass(frozen=True, eq=False)
 class Csr:
-    """Values that are not zero, row after row, and their columns: for small batches at high sparsity. int8 values meet
-    inputs in fp32."""
+    """Nonzero values, row after row, and their columns: for small batches at high sparsity. Inputs stay fp32."""
 
     shape: tuple[int, int]
     kind: str
@@ -61,7 +62,7 @@ class Csr:
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """Lanes that are not zero, four outputs at a time, sorted by which of the four have them: for larger batches."""
+    """Nonzero lanes, four outputs at a time, sorted by which of the four have them: for larger batches."""
 
     shape: tuple[int, int]
     kind: str
@@ -71,14 +72,14 @@ class Tiles:
     columns: Tensor  # int16 [k], read as unsigned: lanes within the block
     values: Tensor  # int32 [n]: lanes
     scales: Tensor | None = None
-    sums: Tensor | None = None
+    row_sums: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Sell:
-    """Lanes that are not zero, two outputs of about as many side by side (SELL-C-sigma, Kreutzer et al. 2014): for
-    larger batches, where outputs share few inputs. Slabs of 128 outputs; in each block of lanes they come sorted by how
-    many values they have there."""
+    """Nonzero lanes, two outputs with about as many side by side (SELL-C-sigma, Kreutzer et al. 2014): for larger
+    batches, where outputs share few inputs. In each block of lanes, the outputs of a slab of 128 are sorted by their
+    number of values."""
 
     shape: tuple[int, int]
     kind: str
@@ -89,12 +90,12 @@ class Sell:
     columns: Tensor  # int16 [n, 2], read as unsigned: lanes within the block
     values: Tensor  # int32 [n, 2]: lanes; where one output has fewer, zeros
     scales: Tensor | None = None
-    sums: Tensor | None = None
+    row_sums: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A weight as it is, where zeros are few: four outputs side by side. In plans alone."""
+    """A dense weight, for few zeros: four outputs interleaved. Runs in programs only."""
 
     shape: tuple[int, int]
     kind: str  # fp32
@@ -103,9 +104,10 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class ConvTiles:
-    """A convolution's weight [O, I, rows, columns] as `Tiles`, or, with `order`, as `Sell`: outputs of a group, padded
-    to fours, after those of the one before; lanes are (input of a group, kernel row, kernel column), in int8 of four
-    inputs each. Without counts it is `Dense`. That and int8 are of one group, and run in plans alone."""
+    """A convolution's weight [O, I, rows, columns] as `Tiles`, with `order` as `Sell`, without `counts` as `Dense`.
+
+    The outputs of each group are padded to fours; lanes are (input of a group, kernel row, kernel column), int8 lanes
+    of four inputs each. `Dense` and int8 need one group, and run in programs only."""
 
     shape: tuple[int, int, int, int]
     groups: int
@@ -120,7 +122,7 @@ class ConvTiles:
     kind: str = "fp32"
     order: Tensor | None = None  # of one group
     scales: Tensor | None = None
-    sums: Tensor | None = None
+    row_sums: Tensor | None = None
 
     @property
     def matrix(self) -> Tiles | Sell | Dense:
@@ -131,49 +133,53 @@ class ConvTiles:
         rows = self.groups * (-(-O // self.groups // 4) * 4)
         each = LANE.get(self.kind, 1)
         shape = rows, -(-I // each) * each * kernel[0] * kernel[1]
-        last = self.columns, self.values, self.scales, self.sums
+        last = self.columns, self.values, self.scales, self.row_sums
         if self.order is not None:
             return Sell(shape, self.kind, self.block, self.starts, self.counts, self.order, *last)
         return Tiles(shape, self.kind, self.block, self.counts, self.starts, *last)
 
 
 @dataclass(frozen=True, eq=False)
-class Panels:
-    """Whole numbers of few bits without gaps, four outputs by 64 inputs at a time: small batches, weights on a grid.
-
-    exact   inputs as they are in fp32; else each row of them in 127 steps"""
+class QuantizedPanels:
+    """Dense int8 or int4 codes, in panels of four outputs by 64 inputs: small batches of quantized weights."""
 
     shape: tuple[int, int]
-    kind: str  # int8, or int4: nibbles, the lower first, which mean themselves less a zero
-    exact: bool
-    parts: int  # scales of 64 inputs: 0 (one for the whole row), 1, or 2 of 32 inputs each
-    values: Tensor  # uint8 [O / 4, words, 4, 64 or 32]
-    sums: Tensor  # fp32 [O]: of numbers times scales
-    scales: Tensor | None = None  # bf16 [O / 4, words, 4, parts]
-    zeros: Tensor | None = None  # uint8, of nibbles, as scales lie; None = 8
-    whole: Tensor | None = None  # fp32 [O]: the scale of a whole row
+    kind: str  # int8, or int4: nibbles, low nibble first, minus a zero point
+    fp32_inputs: bool  # inputs stay fp32; else each row of them is quantized to int8
+    scale_groups: int  # scales of a row in a panel: 0 (row_scales only), 1, or 2 of 32 inputs each
+    values: Tensor  # uint8 [O / 4, col_blocks, 4, 64 or 32]
+    row_sums: Tensor  # fp32 [O], sum of values times `scales`
+    scales: Tensor | None = None  # bf16 [O / 4, col_blocks, 4, scale_groups]
+    zeros: Tensor | None = None  # uint8, zero points of int4, shaped like scales; None: all are 8
+    row_scales: Tensor | None = None  # fp32 [O], one scale for a whole row
 
 
-Packed = Bitmask | Csr | Tiles | ConvTiles | Panels | Sell | Dense
+Packed = Bitmask | Csr | Tiles | ConvTiles | QuantizedPanels | Sell | Dense
 FORMATS: dict[str, type] = {
     "bitmask": Bitmask,
     "csr": Csr,
     "tiles": Tiles,
     "convolution": ConvTiles,
-    "panels": Panels,
+    "panels": QuantizedPanels,
     "sell": Sell,
     "fours": Dense,
 }
 
 
+# in files, these fields have the names of version 0.1
+FILE_NAMES = {"row_sums": "sums", "row_scales": "whole", "fp32_inputs": "exact", "scale_groups": "parts"}
+_FIELDS = {in_file: field for field, in_file in FILE_NAMES.items()}
+
+
 def to_tensors(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the format's name with the numbers of a packed weight, and its tensors."""
-    tensors = {n: v for n, v in vars(packed).items() if isinstance(v, Tensor)}
-    numbers = {n: v for n, v in vars(packed).items() if n not in tensors and v is not None}
+    """Return the format's name with the numbers of a packed weight, and its tensors, by their names in files."""
+    fields = {FILE_NAMES.get(n, n): v for n, v in vars(packed).items()}
+    tensors = {n: v for n, v in fields.items() if isinstance(v, Tensor)}
+    numbers = {n: v for n, v in fields.items() if n not in tensors and v is not None}
     return {"format": next(k for k, v in FORMATS.items() if type(packed) is v), **numbers}, tensors
 
 
 def from_tensors(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Packed:
     """Return the packed weight that `to_tensors` took apart; lists from JSON become tuples again."""
     numbers = {n: tuple(v) if isinstance(v, list) else v for n, v in metadata.items() if n != "format"}
-    return FORMATS[metadata["format"]](**numbers, **tensors)
+    return FORMATS[metadata["format"]](**{_FIELDS.get(n, n): v for n, v in {**numbers, **tensors}.items()})

@@ -1,4 +1,4 @@
-"""What the kernels compute, in torch: the oracle of their tests, and what serves where there are none."""
+"""What the kernels compute, in torch: the reference of their tests, used where there are no kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.model.activation_quant import MIN_SCALE
-from rarefy.runtime.packed_formats import ConvTiles, Csr, Packed, Panels
+from rarefy.runtime.packed_formats import ConvTiles, Csr, Packed, QuantizedPanels
 from rarefy.runtime.packing import unpack
 
 ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
@@ -25,7 +25,11 @@ ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
 def rounded(x: Tensor, packed: Packed) -> Tensor:
     """Return inputs as the kernel of a weight sees them: bf16 as such, for int8 and int4 each row in 127 steps; single
     values meet them as they are."""
-    kind = "fp32" if isinstance(packed, Csr) or (isinstance(packed, Panels) and packed.exact) else packed.kind
+    kind = (
+        "fp32"
+        if isinstance(packed, Csr) or (isinstance(packed, QuantizedPanels) and packed.fp32_inputs)
+        else packed.kind
+    )
     if kind == "bf16":
         return x.bfloat16().float()
     if kind in ("int8", "int4"):
@@ -50,8 +54,8 @@ def run(
     [[6.0]]
     """
     if isinstance(packed, ConvTiles):
-        how: Any = (packed.stride, packed.padding, packed.dilation, packed.groups)
-        y = F.conv2d(x.float(), unpack(packed), bias, *how)
+        options: Any = (packed.stride, packed.padding, packed.dilation, packed.groups)
+        y = F.conv2d(x.float(), unpack(packed), bias, *options)
     else:
         y = F.linear(rounded(x.float(), packed), unpack(packed), bias)
     return ACTIVATIONS[activation](y if residual is None else y + residual)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from rarefy.common.errors import ModelError, unknown
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings, reference
-from rarefy.runtime.kernel import Kernel, Together, fit_together
-from rarefy.runtime.packed_formats import Packed, Panels, from_tensors, to_tensors
+from rarefy.runtime.kernel import GroupedKernels, Kernel, can_group
+from rarefy.runtime.packed_formats import Packed, QuantizedPanels, from_tensors, to_tensors
 from rarefy.runtime.packing import unpack
 
 MAX_PANEL_BATCH = 32  # inputs of a call up to which panels run on their kernel; more: unpacked, then torch's product
@@ -120,7 +120,7 @@ class Sparse(nn.Module):
             return self._run_dense(x, self._buffers[dense], self._buffers["bias"])
         if needs_gradient:
             return self._run_dense(x, unpack(self.packed_weight(start)))  # type: ignore[arg-type]
-        if batch > MAX_PANEL_BATCH and isinstance(packed := self.packed_weight(start), Panels):
+        if batch > MAX_PANEL_BATCH and isinstance(packed := self.packed_weight(start), QuantizedPanels):
             return self._run_dense(reference.rounded(x.float(), packed).to(x.dtype), unpack(packed))
         if not x.is_floating_point():
             raise ModelError(f"the layer takes floating point, x is {str(x.dtype).removeprefix('torch.')}")
@@ -130,8 +130,8 @@ class Sparse(nn.Module):
     def _run_dense(self, x: Tensor, weight: Any, bias: Any = ...) -> Tensor:
         """act(dense(x)); without `bias` the layer's, and the weight, in the dtype of x."""
         if bias is ...:
-            own = self._buffers["bias"]
-            weight, bias = weight.to(x.dtype), None if own is None else own.to(x.dtype)
+            layer_bias = self._buffers["bias"]
+            weight, bias = weight.to(x.dtype), None if layer_bias is None else layer_bias.to(x.dtype)
         return reference.ACTIVATIONS[self.activation](self.dense(x, weight, bias))
 
     def _serving(self, batch: int) -> tuple[int, str | None, tuple[str, ...]]:
@@ -235,7 +235,7 @@ class SparseLinear(Sparse):
         members, before, grouped = known
         kernels = [l._kernel_for(start, names) for l, start, names in members]
         if kernels != before:
-            grouped = Together(kernels) if fit_together(kernels) else None
+            grouped = GroupedKernels(kernels) if can_group(kernels) else None
         if kernels != before or batch not in self._grouped_calls:
             if before or len(self._grouped_calls) >= MAX_BATCHES:
                 self._grouped_calls.clear()  # other batches hold old weights too
@@ -329,10 +329,10 @@ class SparseConv(Sparse):
         return y if x.dim() == spatial + 2 else y[0]
 
 
-class PanelEmbedding(nn.Module):
+class QuantizedEmbedding(nn.Module):
     """An embedding that reads a packed weight, whose buffers it shares with the layer that multiplies by it."""
 
-    def __init__(self, packed: Panels, dtype: torch.dtype, padding_idx: int | None = None):
+    def __init__(self, packed: QuantizedPanels, dtype: torch.dtype, padding_idx: int | None = None):
         super().__init__()
         self.num_embeddings, self.embedding_dim = packed.shape
         self.dtype, self.padding_idx = dtype, padding_idx
@@ -344,7 +344,7 @@ class PanelEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, unpacked at each call."""
-        return unpack(Panels(**self.metadata, **self._buffers)).to(self.dtype)  # type: ignore[arg-type]
+        return unpack(QuantizedPanels(**self.metadata, **self._buffers)).to(self.dtype)  # type: ignore[arg-type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Move with the model: outputs change their dtype, packed tensors keep theirs."""
@@ -366,7 +366,7 @@ class PanelEmbedding(nn.Module):
         parts: Any = {n: t for n, t in self._buffers.items() if t is not None}
         for name, t in parts.items():
             parts[name] = t[fours].flatten() if t.dim() == 1 else t[fours // 4, :, fours % 4].transpose(1, 2)
-        rows = unpack(Panels(**{**self.metadata, "shape": (fours.numel(), self.embedding_dim)}, **parts))
+        rows = unpack(QuantizedPanels(**{**self.metadata, "shape": (fours.numel(), self.embedding_dim)}, **parts))
         return rows[: len(flat)].to(self.dtype).reshape(*ids.shape, self.embedding_dim)
 
 

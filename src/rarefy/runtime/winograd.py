@@ -1,8 +1,8 @@
-"""Convolutions of 3 x 3 with few zeros by squares of two by two outputs, 16 products in the place of 36: F(2x2, 3x3) of
-Winograd, in plans alone (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016, section 4.1).
+"""Winograd's algorithm F(2x2, 3x3) for 3 x 3 convolutions with few zeros: 16 products instead of 36 for each tile
+of 2 x 2 outputs (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016, section 4.1). Runs in
+programs only.
 
-Outputs are as exact as the largest inputs of their square allow, not their own: rounding is 1e-7 of those. Where an
-input is infinite, they may be NaN.
+Rounding errors are 1e-7 of the largest input of a tile, not of each output. With an infinite input, outputs may be NaN.
 """
 
 from __future__ import annotations
@@ -15,56 +15,56 @@ import torch
 from torch import Tensor
 
 from rarefy.runtime import bindings
-from rarefy.runtime.huge_pages import fresh
+from rarefy.runtime.huge_pages import allocate
 from rarefy.runtime.packed_formats import ConvTiles
 from rarefy.runtime.packing import pack_dense, unpack
 
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-MAKING = Lock()
-LEAST = 32  # squares of an image from which they are worth their larger weights
+_LOCK = Lock()
+MIN_TILES = 32  # tiles of an image, from which the larger weights pay off
 
 
-def fit(shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], sizes: tuple[Any, ...]) -> bool:
-    """Return whether a convolution of that weight makes its outputs, rows and columns of `sizes`, by squares: whatever
-    the number of images, so that an image's outputs do not depend on those beside it."""
+def fits(shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], sizes: tuple[Any, ...]) -> bool:
+    """Return whether a convolution can use Winograd's algorithm for outputs of `sizes` (rows, columns). The number of
+    images does not matter, so an image's outputs do not depend on the rest of the batch."""
     plain = (*shape[2:], *stride, *dilation) == (3, 3, 1, 1, 1, 1)
     known = len(sizes) == 2 and all(isinstance(n, int) for n in sizes)
-    return plain and known and -(-sizes[0] // 2) * -(-sizes[1] // 2) >= LEAST
+    return plain and known and -(-sizes[0] // 2) * -(-sizes[1] // 2) >= MIN_TILES
 
 
-def worth(packed: ConvTiles, sizes: tuple[int, ...]) -> bool:
-    """Return whether outputs of those sizes are made by squares: of a weight packed with its zeros."""
-    return packed.counts is None and fit(packed.shape, packed.stride, packed.dilation, sizes)
+def is_used(packed: ConvTiles, sizes: tuple[int, ...]) -> bool:
+    """Return whether a packed convolution uses Winograd's algorithm for outputs of `sizes`: dense weights do."""
+    return packed.counts is None and fits(packed.shape, packed.stride, packed.dilation, sizes)
 
 
-def transformed(weight: Tensor) -> Tensor:
+def transform(weight: Tensor) -> Tensor:
     """Return G w G^T of W [O, I, 3, 3] as fp32 [16, O / 4, I, 4], the outputs padded to fours. O(O I).
 
-    >>> transformed(torch.ones(1, 1, 3, 3))[:, 0, 0, 0].tolist()[:8]
+    >>> transform(torch.ones(1, 1, 3, 3))[:, 0, 0, 0].tolist()[:8]
     [1.0, 1.5, 0.5, 1.0, 1.5, 2.25, 0.75, 1.5]
     """
     g = torch.tensor(G, dtype=torch.float64)
-    moved = torch.einsum("ia,ocab,jb->ijoc", g, weight.double(), g).flatten(0, 1)
-    return torch.stack([pack_dense(place.float()).values for place in moved])
+    transformed = torch.einsum("ia,ocab,jb->ijoc", g, weight.double(), g).flatten(0, 1)
+    return torch.stack([pack_dense(position.float()).values for position in transformed])
 
 
-class Squares:
-    """A convolution's weights for squares of outputs, beside the packed one and 16/9 as large, and how a plan reads its
-    images: four by four, two apart."""
+class WinogradWeight:
+    """A convolution's transformed weight, 16/9 as large as the packed one, with the geometry of its input tiles: 4 x 4
+    and stride 2."""
 
     def __init__(self, kernel: Any):
-        form = kernel.held[0]
-        moved = transformed(unpack(form))
-        self.values = fresh(moved.nbytes).view(torch.float32).view(moved.shape).copy_(moved)
-        pairs: dict[str, Any] = {"kernel": (4, 4), "stride": (2, 2), "padding": form.padding, "dilation": (1, 1)}
-        old, arrays = kernel.about, {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
-        self.about = bindings.Conv(
+        packed = kernel.held[0]
+        transformed = transform(unpack(packed))
+        self.values = allocate(transformed.nbytes).view(torch.float32).view(transformed.shape).copy_(transformed)
+        pairs: dict[str, Any] = {"kernel": (4, 4), "stride": (2, 2), "padding": packed.padding, "dilation": (1, 1)}
+        old, arrays = kernel.struct, {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
+        self.struct = bindings.Conv(
             weight=old.weight, dense=self.values.data_ptr(), groups=1, outputs=old.outputs, inputs=old.inputs, **arrays
         )
 
 
-def of(kernel: Any) -> Squares:
-    """Return a convolution's squares, made once, whichever thread comes first. O(weights)."""
-    with MAKING:
-        kernel.squares = kernel.squares or Squares(kernel)
-        return kernel.squares
+def weight_of(kernel: Any) -> WinogradWeight:
+    """Return a convolution's transformed weight, computed once by whichever thread comes first. O(weights)."""
+    with _LOCK:
+        kernel.winograd = kernel.winograd or WinogradWeight(kernel)
+        return kernel.winograd

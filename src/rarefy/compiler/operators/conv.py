@@ -49,10 +49,10 @@ def _lower(p: Program, node: Node) -> None:
         codes = None
         if quantized:
             codes, extra["in_scales"] = quantize_input(p, x, "int8", per_image=True)
-        by_winograd, conv = winograd.worth(kernel.held[0], p.shape(node)[2:]), kernel.about
+        by_winograd, conv = winograd.is_used(kernel.held[0], p.shape(node)[2:]), kernel.struct
         if by_winograd:
-            transformed = winograd.of(kernel)
-            conv = transformed.about
+            transformed = winograd.weight_of(kernel)
+            conv = transformed.struct
             p.held.append(transformed)
         source, image = pad_planes(p, x, conv, 0.0, codes)
         step, fields = "conv", {"indirection": addressof(image), "batch": batch, "winograd": int(by_winograd)}

@@ -14,7 +14,7 @@ from rarefy.compiler.input_steps import quantize_input
 from rarefy.compiler.operators.spec import Call, OpSpec, Shape
 from rarefy.compiler.program import Program, Value
 from rarefy.runtime import bindings
-from rarefy.runtime.packed_formats import Bitmask, Panels
+from rarefy.runtime.packed_formats import Bitmask, QuantizedPanels
 from rarefy.runtime.reference import ACTIVATIONS
 
 
@@ -34,20 +34,20 @@ def _lower(p: Program, node: Node) -> None:
     precision = _input_precision(packed, p.decode)
     if precision == "int8" or (p.decode and (precision != "fp32" or source.features % 64)):
         source, extra["in_scales"] = quantize_input(p, x, precision)
-    if isinstance(packed, Panels) and precision == "int8" and not p.decode:
-        p.held.append(packed.sums.to(torch.int32))
+    if isinstance(packed, QuantizedPanels) and precision == "int8" and not p.decode:
+        p.held.append(packed.row_sums.to(torch.int32))
         extra["row_sums"] = p.held[-1].data_ptr()
     out = p.make(node)
     fields = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
-    fields |= {"weight": addressof(kernel.about), "format": bindings.FORMATS.index(type(packed))}
+    fields |= {"weight": addressof(kernel.struct), "format": bindings.FORMATS.index(type(packed))}
     p.step("linear", out, x=p.use(source), out=p.use(out), **fields)
 
 
 def _input_precision(packed: Any, decode: bool) -> str:
     """Return the precision in which a kernel reads its inputs. A weight that is unpacked to fp32 for many tokens reads
     them in fp32."""
-    if isinstance(packed, Panels):
-        return "fp32" if packed.exact or (packed.parts and not decode) else "int8"
+    if isinstance(packed, QuantizedPanels):
+        return "fp32" if packed.fp32_inputs or (packed.scale_groups and not decode) else "int8"
     if isinstance(packed, Bitmask) and not decode:
         return "int8" if packed.kind == "int8" else "fp32"
     return "int8" if packed.kind == "int4" else packed.kind

@@ -12,7 +12,7 @@ from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.input_steps import conv_geometry, out_sizes, pad_planes
 from rarefy.compiler.operators.spec import IMAGES, IMAGES_TO_ROWS, Call, OpSpec, Shape
 from rarefy.compiler.program import Program
-from rarefy.runtime.packed_formats import MOST_STRIDE
+from rarefy.runtime.packed_formats import MAX_STRIDE
 
 Pair = tuple[int, int]
 
@@ -49,7 +49,7 @@ def _pooled_shape(call: Call) -> Shape:
 def _max_pool2d_fits(call: Call) -> bool:
     kernel, stride, padding, _ = call.node.args[1:]
     (x,) = call.shapes
-    if len(x) != 4 or 0 in x or max(stride) > MOST_STRIDE or any(2 * p > k for p, k in zip(padding, kernel)):
+    if len(x) != 4 or 0 in x or max(stride) > MAX_STRIDE or any(2 * p > k for p, k in zip(padding, kernel)):
         return False
     return min(kernel) > 0 and min(_pooled_shape(call)[2:]) > 0
 

@@ -21,7 +21,7 @@ from rarefy.compiler.fx_utils import (
     same,
     shape,
 )
-from rarefy.runtime.packed_formats import MOST_STRIDE
+from rarefy.runtime.packed_formats import MAX_STRIDE
 
 EPS_ARGUMENT = {aten._native_batch_norm_legit_no_training.default: 6, aten.batch_norm.default: 7}
 
@@ -72,7 +72,7 @@ def convert_pool(exported: ExportedGraph, node: Node) -> None:
         stride, padding, dilation, ceil = (*rest, *([], [0, 0], [1, 1], False)[len(rest) :])
         sizes: Any = (kernel, stride or kernel, padding, dilation)
         pairs = [tuple(v) * 2 if len(v) == 1 else tuple(v) for v in sizes]
-        if not ceil and len(shape(x)) == 4 and max(pairs[1]) <= MOST_STRIDE:
+        if not ceil and len(shape(x)) == 4 and max(pairs[1]) <= MAX_STRIDE:
             replace_node(exported, node, ops.max_pool2d, x, *pairs)
         return
     image = _averaged_image(node)
