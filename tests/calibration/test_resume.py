@@ -380,7 +380,7 @@ def test_killed_and_gone_on(job, more):
     assert not (job / "out").exists()
     done = len(list(state.glob("stop-*")))
     again = subprocess.run(words(job, job / "out", *more), check=True, capture_output=True, text=True)
-    assert "goes on after" in again.stderr and not state.exists()
+    assert "resuming after" in again.stderr and not state.exists()
     index = [json.loads((job / n / "rarefy.json").read_text()) for n in ("whole", "out")]
     assert index[0]["shards"] == index[1]["shards"] and done < 3
 

@@ -17,7 +17,7 @@ from rarefy.calibration.weight_hooks import weight_hooks
 from rarefy.common.errors import DataError, ModelError
 from rarefy.model.forward import call
 from rarefy.model.layers import all_layers, select_layers
-from rarefy.prune.layerwise import to_matrix
+from rarefy.prune.matrices import to_matrix
 
 
 @pytest.mark.parametrize("C", [5, 2 * MIRROR_COLUMNS, 2 * MIRROR_COLUMNS + 3])

@@ -14,7 +14,7 @@ from rarefy.model import hf
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.layers import select_layers
 from rarefy.prune import solvers
-from rarefy.prune.layerwise import to_matrix
+from rarefy.prune.matrices import to_matrix
 
 pytestmark = pytest.mark.real
 

@@ -10,7 +10,7 @@ from helpers.textbook import textbook_obs
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.layers import all_layers, select_layers
 from rarefy.prune import solver_config as solvers
-from rarefy.prune.layerwise import to_matrix
+from rarefy.prune.matrices import to_matrix
 from rarefy.prune.solver_config import SOLVERS
 from rarefy.recipe import parser as recipes
 
@@ -154,7 +154,7 @@ def test_half_precision_passes_and_weights():
             "solver.asymmetric: expected a number between 0 and 1, got 2",
         ),
         ({"solver": "obs", "scope": "global"}, PatternError, "block by block: scope 'global' has no effect without a"),
-        ({"solver": "obs", "layers": "*"}, PatternError, "nothing to move in an embedding: ignore embed"),
+        ({"solver": "obs", "layers": "*"}, PatternError, "cannot solve an embedding: ignore embed"),
     ],
 )
 def test_errors(settings, kind, message):

@@ -39,7 +39,8 @@ from rarefy.model.lowrank_modules import (
 )
 from rarefy.model.quant_grid import get_grid
 from rarefy.prune import solvers
-from rarefy.prune.layerwise import check_solvable, to_matrix, to_stored
+from rarefy.prune.layerwise import check_solvable
+from rarefy.prune.matrices import to_matrix, to_stored
 from rarefy.prune.prune import check_weights
 from rarefy.runtime.accelerate import WEIGHT_READERS
 from rarefy.runtime.fusion_analysis import is_plain

@@ -286,7 +286,7 @@ def _solve(
 
     mark = loss_mark if target.allocate in allocate_.GRADIENTS and loss is not None else None
     return prune_with_solver_(
-        model, layers, target, solver, data, spread=spread, given=masks_before, mark=mark, **state
+        model, layers, target, solver, data, spread=spread, fixed_masks=masks_before, loss_probe=mark, **state
     )
 
 

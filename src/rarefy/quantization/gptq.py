@@ -21,15 +21,8 @@ from rarefy.model.layers import Layer
 from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Grid, split_blocks
 from rarefy.prune import solvers
-from rarefy.prune.layerwise import (
-    check_solvable,
-    fixed_mask,
-    inverse_factor_of,
-    mask_choosers,
-    target_of,
-    to_matrix,
-    to_stored,
-)
+from rarefy.prune.layerwise import check_solvable, fixed_mask, inverse_factor_of, mask_choosers, target_of
+from rarefy.prune.matrices import to_matrix, to_stored
 from rarefy.prune.solver_config import SparsityTarget, passes
 from rarefy.quantization.config import QuantizeConfig, QuantizedWeight
 from rarefy.quantization.grids import check_finite, fit_grid, fit_scales
