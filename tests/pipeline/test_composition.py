@@ -36,7 +36,7 @@ REFUSED = {
     ("quantize", "share"): "is quantized already: its values are few",
     ("quantize", "cut"): "is quantized already: cut first, then quantize",
     ("factorize", "factorize"): "it is a factor itself",
-    ("factorize", "cut"): "hidden is made of factors: cut first, then factorize",
+    ("factorize", "cut"): "hidden is factorized already: cut first, then factorize",
     ("share", "quantize"): "is quantized already",
     ("share", "factorize"): "pruned or quantized: factorize first",
     ("share", "share"): "is quantized already: its values are few",

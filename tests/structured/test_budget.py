@@ -105,5 +105,5 @@ def test_a_latency_budget_is_met_by_timing():
     report = rarefy.cut_(net, torch.randn(64, 768), latency=0.6)
     assert "of the dense model's" in report.summary["time"] and float(report.summary["time"].split()[0]) <= 0.606
     assert net[0].out_features < 768 and net(torch.randn(2, 768)).shape == (2, 4)
-    with pytest.raises(ModelError, match="latency 0.0001 is out of reach: with as few units as may stay"):
+    with pytest.raises(ModelError, match="latency 0.0001 is out of reach: with the fewest units allowed"):
         rarefy.cut_(mlp(), torch.randn(1, 5), latency=0.0001)

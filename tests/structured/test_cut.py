@@ -74,7 +74,7 @@ def test_chunks_stay_equal():
             return self.b(one), two  # the second half is returned: it stays
 
     model, x = Halves(), torch.randn(2, 4)
-    with pytest.raises(ModelError, match="nothing would go: a chunk takes as many"):
+    with pytest.raises(ModelError, match="nothing would be removed: `chunk` needs it to stay equal"):
         rarefy.cut_(model, x)
     assert model.a.out_features == 12 and model.b.in_features == 6
 
@@ -190,7 +190,7 @@ def test_a_hard_coded_size_undoes_the_cut():
 
     model = Wired()
     before = copy.deepcopy(model)
-    with pytest.raises(ModelError, match="the cut model does not run, so it was put back"):
+    with pytest.raises(ModelError, match="the cut model does not run, so the cut was undone"):
         rarefy.cut_(model, torch.randn(1, 4))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters())) and model.a.out_features == 6
     assert getattr(model, "rarefy_cut", None) is None
@@ -259,7 +259,7 @@ def test_ignored_layers_lose_no_outputs():
     model = language("Llama", num_key_value_heads=2).eval()
     rarefy.cut_(model, IDS, layers="*.mlp.*")
     assert model.config.hidden_size == 48 and model.config.intermediate_size == 48
-    with pytest.raises(ModelError, match="`layers` means groups at least half of whose makers these layers are"):
+    with pytest.raises(ModelError, match="`layers` selects groups of which these layers produce at least half"):
         rarefy.cut_(model, IDS, layers="*.down_proj")
 
 
@@ -272,7 +272,7 @@ def test_budgets_keep_blocks_equal(what):
 
 def test_the_title_of_a_masked_model():
     report = rarefy.cut_(Own(), torch.randn(3, 4), mask_only=True)
-    assert report.title == "cut: units are zero, nothing left"
+    assert report.title == "cut: units are zero, none removed"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,10 @@ def test_the_title_of_a_masked_model():
     [
         ({"units": 0.5}, "units: expected one of channel, .* got 0.5"),
         ({"units": "channel"}, "no group of channel can be cut: .*; it has neuron"),
-        ({"round_to": 1000}, "nothing would go: keep 0.5 leaves every unit of every group in multiples of 1000"),
+        (
+            {"round_to": 1000},
+            "nothing would be removed: keep 0.5 leaves every unit of every group in multiples of 1000",
+        ),
         (
             {"parameters": 0.3, "min_keep": 0.9},
             r"parameters 0.3 is out of reach: .* \(min_keep=0.9\); largest parts that stay",

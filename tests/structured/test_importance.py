@@ -197,7 +197,7 @@ def test_reduced_scores_are_scale_free():
         ({"repair": "ridge"}, DataError, "repair ridge needs data: give batches"),
         ({"loss": lambda o, b: o.sum()}, ModelError, "loss has no effect: score magnitude takes no gradients"),
         ({"score": "random", "reduce": "max"}, ModelError, "reduce has no effect: score random is one number a unit"),
-        ({"keep": 1.0}, ModelError, "nothing would go: keep 1 leaves every unit of every group"),
+        ({"keep": 1.0}, ModelError, "nothing would be removed: keep 1 leaves every unit of every group"),
         ({"optimizer": "adam"}, ModelError, "optimizer is a torch.optim.Optimizer, got 'adam'"),
         (
             {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters())},

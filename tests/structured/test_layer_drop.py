@@ -234,14 +234,14 @@ def test_cut_with_units_layer_is_the_same():
     [
         ({"score": "similarty"}, ModelError, "unknown score of layers 'similarty'.*did you mean 'similarity'"),
         ({"keep": 0}, ModelError, "keep: expected a number above 0 and at most 1, got 0"),
-        ({"keep": 0.95}, ModelError, "nothing would go: 5 blocks, of which all stay"),
-        ({"keep": 0.05}, ModelError, "5 blocks would go, 4 can: one of each list stays"),
+        ({"keep": 0.95}, ModelError, "nothing would be removed: all 5 blocks stay"),
+        ({"keep": 0.05}, ModelError, "5 blocks would be removed, but only 4 can be: each list keeps one"),
         (
             {"layers": "model.layer.0"},
             SelectorError,
             "layers: 'model.layer.0' matches no block; nearest: model.layers.0",
         ),
-        ({"layers": "*", "ignore": "*"}, ModelError, "no block is left to choose from"),
+        ({"layers": "*", "ignore": "*"}, ModelError, "no block is selected"),
         ({"score": "loss"}, DataError, "no loss: "),
         ({"data": []}, DataError, "no batch of the data reaches model.layers.0: the score needs at least one"),
         ({"score": "loss", "data": []}, DataError, "the data is empty"),
@@ -278,7 +278,7 @@ def test_options_without_effect_are_refused(how, message):
 
 def test_models_without_blocks():
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    with pytest.raises(ModelError, match="Sequential has no list of blocks that return what has the shape"):
+    with pytest.raises(ModelError, match="Sequential has no list of blocks whose output has the shape"):
         rarefy.drop_layers_(net, torch.randn(1, 4))
 
 
@@ -302,6 +302,6 @@ def test_blocks_with_hard_coded_counts_stay():
             return x
 
     model = Counts()
-    with pytest.raises(ModelError, match="the cut model does not run, so it was put back"):
+    with pytest.raises(ModelError, match="the cut model does not run, so the cut was undone"):
         rarefy.drop_layers_(model, torch.randn(2, 4), keep=0.6)
     assert len(model.blocks) == 3 and CASES

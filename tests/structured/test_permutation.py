@@ -144,7 +144,7 @@ def test_rotary_dimensions_stay():
     model, ids = tiny_llama().eval(), torch.randint(0, 64, (2, 7))
     before = model(ids).logits.detach()
     rows = rarefy.permute_(model, ids, seconds=1).rows
-    stays = [r for r in rows if "is made by its class" in r["why"]]
+    stays = [r for r in rows if "is computed by its class" in r["why"]]
     assert all("inv_freq" in r["why"] and r["kept"] == r["kept before"] for r in stays)
     assert any(r["kind"] == "neuron" and r["kept"] > r["kept before"] for r in rows)
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
@@ -260,7 +260,7 @@ def test_permutation_in_a_recipe(tmp_path):
     alone = copy.deepcopy(model)
     receipt = rarefy.compress_(model, parser.from_yaml(RECIPE), {"calibrate": [x]})
     rarefy.prune_(alone, "2:4", ignore="deep")
-    assert receipt.stages[0]["title"] == "inputs in order for 2:4"
+    assert receipt.stages[0]["title"] == "inputs reordered for 2:4"
     left = [sum(float(l.weight.detach().abs().sum()) for l in module.select_layers(m)) for m in (model, alone)]
     assert left[0] > left[1]
     rarefy.save(model, tmp_path / "out")
@@ -309,7 +309,7 @@ def test_layers_that_are_not_called_are_named():
             return (self.d if other else self.c)(self.a(x).relu())
 
     notes = rarefy.permute_(Branches(), torch.randn(2, 8), seconds=0.5).notes
-    assert notes == ("not called on the example, so a call that does finds its inputs out of order: d",)
+    assert notes == ("not called on the example, so a call that uses it returns something else: d",)
     assert not rarefy.permute_(
         nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), torch.randn(2, 8), seconds=0.5
     ).notes

@@ -90,7 +90,7 @@ def test_inputs_that_vary_are_not_constant(rows):
     model, x = Mixes(), torch.randn(rows, 4)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
-        ModelError, match=r"from the masked model's by .* \(at most 0.0001 is allowed\), so it was put back"
+        ModelError, match=r"from the masked model's by .* \(at most 0.0001 is allowed\), so the cut was undone"
     ):
         rarefy.cut_(model, x)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -162,7 +162,7 @@ def test_a_note_says_that_nothing_was_verified():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     nn.init.zeros_(net[2].weight)
     report = rarefy.cut_(net, torch.randn(3, 4))
-    assert "the example's outputs do not depend on what went: the proof says nothing of it" in report.notes
+    assert "the example's outputs do not depend on the removed units: the cut was not verified" in report.notes
 
 
 def test_empty_splits():
@@ -196,7 +196,7 @@ def test_an_interrupted_or_dry_run_restores_attention_modules(what, monkeypatch)
         rarefy.cut_(model, x, keep=0.4, steps=3, dry_run=True)
     else:
         calls = []
-        real = module.take_out_and_repair
+        real = module.remove_and_compensate
 
         def fails(*args, **how):
             calls.append(1)
@@ -204,7 +204,7 @@ def test_an_interrupted_or_dry_run_restores_attention_modules(what, monkeypatch)
                 raise KeyboardInterrupt
             return real(*args, **how)
 
-        monkeypatch.setattr(module, "take_out_and_repair", fails)
+        monkeypatch.setattr(module, "remove_and_compensate", fails)
         with pytest.raises(KeyboardInterrupt):
             rarefy.cut_(model, x, keep=0.4, steps=3)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -270,7 +270,8 @@ def test_constant_outputs_of_convolutions():
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), last).eval()
         before = copy.deepcopy(net.state_dict())
         with pytest.raises(
-            ModelError, match="the cut model returns outputs that differ from the masked model's by .*it was put back"
+            ModelError,
+            match="the cut model returns outputs that differ from the masked model's by .*so the cut was undone",
         ):
             rarefy.cut_(net, x)
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -306,8 +307,8 @@ def test_hard_coded_sizes_are_found_and_named():
     report = rarefy.cut_(model, x)
     assert model.mlp[0].out_features == 6 and all(f.a.out_features == 12 for f in model.fixed)
     why = {r["group"]: r["stays because"] for r in report.rows}
-    assert why["fixed.0.a.weight:0"].startswith("fixed.0 has its size in its code (")
-    assert why["fixed.1.a.weight:0"].startswith("fixed.0 has its size in its code (")
+    assert why["fixed.0.a.weight:0"].startswith("fixed.0 has a hard-coded size (")
+    assert why["fixed.1.a.weight:0"].startswith("fixed.0 has a hard-coded size (")
     rarefy.cut_(masked, x, mask_only=True)
     torch.testing.assert_close(model(x), masked(x), rtol=1e-5, atol=1e-6)
 

@@ -223,3 +223,12 @@ def test_messages_for_models_that_do_not_match(case):
     make, error, message = BAD[case]
     with pytest.raises(error, match=message):
         make()
+
+
+def test_old_parameter_names_name_the_new_ones():
+    student, teacher, x = nn.Linear(6, 3), nn.Linear(6, 3), torch.randn(4, 6)
+    with pytest.raises(TypeError, match="no parameter 'plan': it is called 'config' now"):
+        Distiller(student, teacher, plan=Distill(task=0))  # type: ignore[call-arg]
+    distiller = Distiller(student, teacher, Distill(task=0))
+    with pytest.raises(TypeError, match="no parameter 'own': it is called 'task_loss' now"):
+        distiller(student(x), x, own=None)

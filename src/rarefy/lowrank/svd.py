@@ -236,7 +236,7 @@ def _with_gram(
                 layer.original.copy_(originals[layer.full_name])
 
 
-def _why_skipped(layer: Layer, model: nn.Module, options: FactorizeOptions, beside: bool) -> str | None:
+def _why_skipped(layer: Layer, model: nn.Module, options: FactorizeOptions, as_correction: bool) -> str | None:
     """Return why a layer cannot be factorized, or None."""
     module = layer.module
     parent = model.get_submodule(layer.name.rpartition(".")[0])
@@ -244,11 +244,11 @@ def _why_skipped(layer: Layer, model: nn.Module, options: FactorizeOptions, besi
         return "it is the whole model: put it into a module"
     if any(layer.name.startswith(f"{n}.") for n in factor_records(model)):
         return "it is a factor itself"
-    if layer.param != "weight" or (reason := why_not_factorizable(module, beside)) is not None:
+    if layer.param != "weight" or (reason := why_not_factorizable(module, as_correction)) is not None:
         return f"{layer.param} cannot be factorized" if layer.param != "weight" else reason
     if len(layer.owners) > 1 or layer.tied_to:
         return "its weight is shared"
-    if not beside and (get_activation_quant(module) is not None or not is_plain(module)):
+    if not as_correction and (get_activation_quant(module) is not None or not is_plain(module)):
         return (
             "its hooks would be lost"
             if get_activation_quant(module) is None
@@ -256,7 +256,7 @@ def _why_skipped(layer: Layer, model: nn.Module, options: FactorizeOptions, besi
         )
     if isinstance(parent, WEIGHT_READERS):
         return f"{type(parent).__name__} reads its weight itself"
-    if not beside and (parametrize.is_parametrized(module, "weight") or get_grid(layer) is not None):
+    if not as_correction and (parametrize.is_parametrized(module, "weight") or get_grid(layer) is not None):
         return "it is pruned or quantized: factorize first, or give of= the model before"
     if options.time is not None and not isinstance(module, nn.Linear):
         return "time is for Linear layers"

@@ -25,7 +25,7 @@ from rarefy.model.layers import Layer, Selector, select_layers
 from rarefy.model.masks import check_maskable
 from rarefy.model.quant_grid import BITS, Codebook, attached_grid, block_rows, get_grid, scale_shape
 from rarefy.prune.prune import check_weights
-from rarefy.quantization.quantize import put_, relative_error
+from rarefy.quantization.quantize import relative_error, set_quantized_
 
 BINS = 1024  # of the histogram of large weights
 LLOYD_STEPS = 15
@@ -103,7 +103,7 @@ def run_share(
     rows = []
     for layer, book, values in shared:
         rows.append(_row(layer, book, values))
-        put_(layer, book, values, None)
+        set_quantized_(layer, book, values, None)
     model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     stored, dense = (sum(r[k] for r in rows) for k in ("bytes", "dense bytes"))
     summary = {"layers": len(rows), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}

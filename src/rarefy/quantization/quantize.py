@@ -169,7 +169,7 @@ def _apply(
     grid, values, mask = quantized
     error = {} if measured else {"error": relative_error(layer.weight.detach(), values)}
     row = _row(layer, grid, values, config) | error | measured
-    put_(layer, grid, values, mask)
+    set_quantized_(layer, grid, values, mask)
     if inputs is not None:
         row["inputs"] = "dynamic" if inputs.scale is None else f"by {inputs.scale:.4g}"
     for module in matmul_modules(layer):
@@ -206,14 +206,14 @@ def check_layers(chosen: Sequence[Layer], config: QuantizeConfig) -> dict[str, t
     return {l.full_name: scale_shape(l, config.group) for l in chosen}
 
 
-def put_(layer: Layer, grid: WeightGrid, values: Tensor, mask: Tensor | None) -> None:
-    """Give a layer its rounded weights, its mask if it is new, and keep it on its grid."""
+def set_quantized_(layer: Layer, grid: WeightGrid, values: Tensor, mask: Tensor | None) -> None:
+    """Write rounded weights into a layer, with their mask if it is new, and attach the grid."""
     if mask is not None:
         set_mask_(layer, mask)
-    kept = get_mask(layer)
+    present = get_mask(layer)
     with torch.no_grad():
         weight = layer.original
-        weight.copy_(values if kept is None else torch.where(kept, values, weight))  # beneath a mask all stays
+        weight.copy_(values if present is None else torch.where(present, values, weight))  # masked weights stay
     for _, module, param in layer.owners:
         record_grid_(module, param, None)
     set_grid_(layer, grid)

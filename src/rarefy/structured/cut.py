@@ -1,4 +1,4 @@
-"""`cut_`: whole units leave the model, which stays an ordinary dense one, only smaller."""
+"""`cut_`: remove whole units from a model, which stays an ordinary dense model, only smaller."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from rarefy.structured.surgery import (
     value_restorer,
 )
 
-NOT_ASKED = "not asked for"
-UNEVEN = "a chunk takes as many of it as of something that stays"
-TRIALS = 8  # cuts that are timed to find one of a latency
-TIMINGS = 15
+NOT_SELECTED = "not selected"
+UNEVEN = "`chunk` needs it to stay equal to a part that cannot be cut"
+NUM_TRIALS = 8  # cuts that are timed to meet a latency
+NUM_TIMINGS = 15
 
 
 @renamed_parameters(least="min_keep")
@@ -181,21 +181,23 @@ def run_cut(
 
 
 def _layer_options(options: CutOptions) -> DropLayersOptions:
+    """Return the options of `drop_layers_` that a cut of layers means."""
     score = options.score or "similarity"
     return DropLayersOptions(keep=options.keep, score=score, layers=options.layers, ignore=options.ignore)
 
 
-class _Rigid(Exception):
-    """An attention module cannot lose what it should, unless it has heads of its own."""
+class _NeedsOwnHeads(Exception):
+    """Raised where an attention module must be replaced by one whose heads keep their size."""
 
 
 def _put_back(removals: Sequence[Removal]) -> None:
+    """Undo removals, the last one first."""
     for removal in reversed(removals):
         removal.put_back()
 
 
 class _CutRun:
-    """What all steps of a cut share, and what they have removed so far."""
+    """The data and state that all steps of a cut share, and what they have removed so far."""
 
     def __init__(
         self,
@@ -219,13 +221,13 @@ class _CutRun:
         self.own_heads: list[Removal] = []
 
     def step(self, target: float) -> tuple[_Cut, dict[Axis, Tensor]]:
-        """Cut until `target` of the budget's measure is left; return the cut and the units that stay."""
+        """Cut until `target` of the budget is left; return the cut and the masks of units that stay."""
         while True:
             graph = trace(self.model, self.example) if self.removals else self.first
             cut = _Cut(self, graph)
             try:
                 removal, masks = cut.run(target, self.repairs, self.mask_only)
-            except _Rigid:
+            except _NeedsOwnHeads:
                 self.own_heads.append(give_own_heads(self.model))
                 self.removals.append(self.own_heads[-1])
                 continue
@@ -236,7 +238,7 @@ class _CutRun:
 
 
 class _Cut:
-    """One step: groups and their scores, a plan that the model's class can run, its execution."""
+    """One step: score the groups, choose the units, and remove them in a way that the model's class can run."""
 
     def __init__(self, run: _CutRun, graph: Graph):
         self.model, self.example, self.graph, self.options = run.model, run.example, graph, run.options
@@ -244,12 +246,13 @@ class _Cut:
         options = run.options
         self.groups = select_groups(run.model, graph, options.units, options.layers, options.ignore)
         self.origin = run.history.origins(graph)
-        self.stays: dict[Axis, str] = {}  # groups that a class wants as they are
-        self.scores = self._scored(self.groups)
+        self.stays: dict[Axis, str] = {}  # groups that cannot be cut, and why
+        self.scores = self._score(self.groups)
         self.time: float | None = None
-        self.tried = self.swap = False
+        self.searched = self.swap = False
 
-    def _scored(self, groups: Sequence[Group]) -> dict[Axis, Tensor]:
+    def _score(self, groups: Sequence[Group]) -> dict[Axis, Tensor]:
+        """Return the importance of the units of groups."""
         return unit_scores(
             self.model,
             self.graph,
@@ -261,43 +264,50 @@ class _Cut:
             seed=self.seed,
         )
 
-    def run(self, target: float, how: Sequence[str], mask_only: bool) -> tuple[Removal, dict[Axis, Tensor]]:
-        """Cut until `target` is left, leaving alone what the class does not let go."""
+    def run(self, target: float, repairs: Sequence[str], mask_only: bool) -> tuple[Removal, dict[Axis, Tensor]]:
+        """Cut until `target` of the budget is left; return the removal and the masks.
+
+        Where the model's class cannot run a cut, the cut is changed, in this order: attention modules are replaced,
+        head dimensions are cut in place of heads, groups with hard-coded sizes stay, and at last each kind of group is
+        tried by itself.
+        """
         while True:
             try:
-                masks = self._masks(self._plan(target))
-                return take_out_and_repair(
-                    self.model, self.example, self.graph, masks, how, self.data, stay=mask_only
+                masks = self._masks(self._choose_counts(target))
+                return remove_and_compensate(
+                    self.model, self.example, self.graph, masks, repairs, self.data, stay=mask_only
                 ), masks
             except (ForwardFailed, OutputMismatch) as error:
-                place = error.module if isinstance(error, ForwardFailed) else ""
-                if place and PrunableMultiheadAttention.supports(self.model.get_submodule(place)):
-                    raise _Rigid from error
+                module = error.module if isinstance(error, ForwardFailed) else ""
+                if module and PrunableMultiheadAttention.supports(self.model.get_submodule(module)):
+                    raise _NeedsOwnHeads from error
                 if isinstance(error, ForwardFailed) and not self.swap:
-                    self.swap = True  # first of all, heads may give way to their dimensions
-                    if self._plan_changes(target):
+                    self.swap = True  # first, try head dimensions in place of heads
+                    if self._swap_changes_counts(target):
                         continue
-                if not (isinstance(error, ForwardFailed) and self._leave_alone(error)):
-                    self._try_each(error, target)
+                if not (isinstance(error, ForwardFailed) and self._keep_hard_coded(error)):
+                    self._find_removable(error, target)
 
-    def _plan(self, target: float) -> budget.Counts:
-        """How many units of each group stay."""
+    def _choose_counts(self, target: float) -> budget.Counts:
+        """Return how many units of each group stay."""
         options, order = self.options, self._order([g for g in self.groups if g.axis not in self.stays])
         if options.budget == "keep":
-            left = budget.units_kept(order, 1 - target)
+            counts = budget.units_kept(order, 1 - target)
         elif options.budget == "latency":
-            left = self._timed(order, target)
+            counts = self._meet_latency(order, target)
         else:
-            left = budget.meet_budget(order, options.budget, target, self.whole[options.budget])
-        if not left:
-            raise ModelError(f"nothing would go: {UNEVEN}")
-        if all(n == axis.size for axis, n in left.items()):
+            counts = budget.meet_budget(order, options.budget, target, self.whole[options.budget])
+        if not counts:
+            raise ModelError(f"nothing would be removed: {UNEVEN}")
+        if all(n == axis.size for axis, n in counts.items()):
             steps = f" in multiples of {options.round_to}" if options.round_to > 1 else ""
-            raise ModelError(f"nothing would go: {options.budget} {target:g} leaves every unit of every group{steps}")
-        return left
+            raise ModelError(
+                f"nothing would be removed: {options.budget} {target:g} leaves every unit of every group{steps}"
+            )
+        return counts
 
-    def _plan_changes(self, target: float) -> bool:
-        """Whether dimensions of heads go where heads do not divide."""
+    def _swap_changes_counts(self, target: float) -> bool:
+        """Return whether cutting head dimensions in place of heads changes anything."""
         if self.options.budget != "keep":
             return False
         order = self._order([g for g in self.groups if g.axis not in self.stays])
@@ -306,14 +316,15 @@ class _Cut:
         )
 
     def _order(self, groups: list[Group]) -> budget.CutOrder:
+        """Return the order in which units of these groups are removed."""
         options = self.options
-        places = budget.rank_units(
+        positions = budget.rank_units(
             self.graph, groups, self.scores, self.origin, options.scope, UNIT_SCORES[options.unit_score].comparable
         )
         return budget.CutOrder(
             self.graph,
             groups,
-            places,
+            positions,
             self.origin,
             options.min_keep,
             options.round_to,
@@ -321,27 +332,31 @@ class _Cut:
             self.swap,
         )
 
-    def _masks(self, left: budget.Counts) -> dict[Axis, Tensor]:
-        new = [g for g in self.graph.groups if g.axis in left and g.axis not in self.scores]
-        self.scores |= self._scored(new) if new else {}
-        return budget.keep_masks(self.scores, left)
+    def _masks(self, counts: budget.Counts) -> dict[Axis, Tensor]:
+        """Return the masks that keep the most important units."""
+        unscored = [g for g in self.graph.groups if g.axis in counts and g.axis not in self.scores]
+        self.scores |= self._score(unscored) if unscored else {}
+        return budget.keep_masks(self.scores, counts)
 
-    def _timed(self, order: budget.CutOrder, target: float) -> budget.Counts:
-        """The shallowest cut that takes `target` of the dense model's time, by bisection over trial cuts."""
+    def _meet_latency(self, order: budget.CutOrder, target: float) -> budget.Counts:
+        """Return the counts of the shallowest cut that takes `target` of the dense model's time.
+
+        Bisection over timed trial cuts.
+        """
         low, high, best = 0.0, 1.0, None
-        for trial in range(TRIALS):
+        for trial in range(NUM_TRIALS):
             depth = high if trial == 0 else (low + high) / 2
-            left = budget.units_kept(order, depth, smooth=True)
-            removal = remove_units(self.model, self.example, self.graph, self._masks(left))
+            counts = budget.units_kept(order, depth, smooth=True)
+            removal = remove_units(self.model, self.example, self.graph, self._masks(counts))
             try:
-                share = self._share_of_time()
+                ratio = self._relative_time()
             finally:
                 removal.put_back()
-            if share <= target * (1 + budget.NEAR):
-                high, best, self.time = depth, left, share
+            if ratio <= target * (1 + budget.NEAR):
+                high, best, self.time = depth, counts, ratio
             elif trial == 0:
                 raise ModelError(
-                    f"latency {target:g} is out of reach: with as few units as may stay a call takes {share:.3f} of "
+                    f"latency {target:g} is out of reach: with the fewest units allowed a call takes {ratio:.3f} of "
                     "the dense model's time"
                 )
             else:
@@ -349,113 +364,115 @@ class _Cut:
         assert best is not None
         return best
 
-    def _share_of_time(self) -> float:
-        """How long a call of the model as it is takes, as a fraction of the dense model's time."""
+    def _relative_time(self) -> float:
+        """Return the time of a call of the present model, relative to the dense one."""
         assert self.dense is not None
-        batch = on_device(self.model, self.example)
+        example = on_device(self.model, self.example)
         with evaluating(self.model), evaluating(self.dense):
-            runs = {"cut": lambda: call(self.model, batch), "dense": lambda: call(self.dense, batch)}  # type: ignore[arg-type]
-            times = compare(runs, repeats=TIMINGS)
+            runs = {"cut": lambda: call(self.model, example), "dense": lambda: call(self.dense, example)}  # type: ignore[arg-type]
+            times = compare(runs, repeats=NUM_TIMINGS)
         return times["cut"].median / times["dense"].median
 
-    def _leave_alone(self, error: ForwardFailed) -> bool:
-        """Keep the groups whose sizes the modules that failed have in their code, and those like them: heads first.
-        Return whether there are any, and others."""
-        alike = {
+    def _keep_hard_coded(self, error: ForwardFailed) -> bool:
+        """Keep the groups whose sizes are hard-coded in the modules that failed, and in modules like them; heads first.
+
+        Returns False where there are none, or where no other group would be left to cut.
+        """
+        same_modules = {
             n for n in dict(self.model.named_modules()) if budget.strip_indices(n) == budget.strip_indices(error.module)
         }
-        axes = {a for n in alike for e in self.graph.sizes.get(n, []) for a in leaves(e)}
-        axes |= {g.axis for g in self.groups for m in g.members if m.name.rpartition(".")[0] in alike}
-        left = [g for g in self.groups if g.axis in axes and g.axis not in self.stays]
-        heads = [g for g in left if g.kind.startswith("head")]
-        if not left or (len(left) + len(self.stays) == len(self.groups) and not heads):
+        axes = {a for n in same_modules for e in self.graph.sizes.get(n, []) for a in leaves(e)}
+        axes |= {g.axis for g in self.groups for m in g.members if m.name.rpartition(".")[0] in same_modules}
+        affected = [g for g in self.groups if g.axis in axes and g.axis not in self.stays]
+        heads = [g for g in affected if g.kind.startswith("head")]
+        if not affected or (len(affected) + len(self.stays) == len(self.groups) and not heads):
             return False
-        where = error.module or type(self.model).__name__
-        self.stays |= {g.axis: f"{where} has its size in its code ({_said(error)})" for g in heads or left}
+        module = error.module or type(self.model).__name__
+        self.stays |= {g.axis: f"{module} has a hard-coded size ({_short_reason(error)})" for g in heads or affected}
         return True
 
-    def _try_each(self, error: ModelError, target: float) -> None:
-        """Find out which groups can go: add those of one form after the other, and keep those that fail."""
-        if self.tried:
+    def _find_removable(self, error: ModelError, target: float) -> None:
+        """Try groups one signature after the other, and keep those that fail."""
+        if self.searched:
             raise error
-        self.tried, self.stays = True, {}
-        fine: list[Group] = []
+        self.searched, self.stays = True, {}
+        removable: list[Group] = []
         for groups in budget.groups_by_signature(self.groups):
             try:
-                masks = self._masks(budget.units_kept(self._order([*fine, *groups]), 1 - target))
+                masks = self._masks(budget.units_kept(self._order([*removable, *groups]), 1 - target))
                 remove_units(self.model, self.example, self.graph, masks).put_back()
-                fine += groups
+                removable += groups
             except (ForwardFailed, OutputMismatch) as reason:
-                self.stays |= {g.axis: _said(reason) for g in groups}
-        if not fine:
+                self.stays |= {g.axis: _short_reason(reason) for g in groups}
+        if not removable:
             raise error
 
-    def report(self, masks: Mapping[Axis, Tensor], done: Removal, dry_run: bool, mask_only: bool) -> Report:
-        """Return a row a group, and what is left of the model."""
-        asked = {g.axis for g in self.groups}
+    def report(self, masks: Mapping[Axis, Tensor], removal: Removal, dry_run: bool, mask_only: bool) -> Report:
+        """Return a report: a row a group, and what is left of the model."""
+        selected = {g.axis for g in self.groups}
         rows = []
         for g in self.graph.groups:
             n = int(masks[g.axis].sum()) if g.axis in masks else g.size
             why = "" if g.axis in masks else g.lock or self.stays.get(g.axis)
-            why = why if why is not None else UNEVEN if g.axis in asked else NOT_ASKED
-            why = "the budget leaves all of its units" if not why and n == g.size else why
+            why = why if why is not None else UNEVEN if g.axis in selected else NOT_SELECTED
+            why = "the budget keeps all of its units" if not why and n == g.size else why
             rows.append(row(g, self.origin[g.axis], n, why))
-        left = {axis: int(m.sum()) for axis, m in masks.items()}
+        counts = {axis: int(m.sum()) for axis, m in masks.items()}
         summary: dict[str, Any] = {}
-        for what, of in budget.MEASURES.items():
-            before, after = self.whole[what], of(self.graph, left)
-            summary[what] = f"{before:,} -> {after:,} ({after / max(before, 1):.3f})"
+        for name, measure in budget.MEASURES.items():
+            before, after = self.whole[name], measure(self.graph, counts)
+            summary[name] = f"{before:,} -> {after:,} ({after / max(before, 1):.3f})"
         if self.time is not None:
-            summary["time"] = f"{self.time:.3f} of the dense model's, as timed for the choice"
-        if done.repaired:
-            summary["repaired"] = f"{len(done.repaired)} layers and norms"
+            summary["time"] = f"{self.time:.3f} of the dense model's, in the timing that chose this cut"
+        if removal.repaired:
+            summary["repaired"] = f"{len(removal.repaired)} layers and norms"
         notes = unsupported_notes(self.graph)
-        if done.unseen:
-            notes += ("the example's outputs do not depend on what went: the proof says nothing of it",)
-        title = "cut: nothing done" if dry_run else "cut: units are zero, nothing left" if mask_only else "cut"
-        asked_for = [r for r in rows if r["stays because"] != NOT_ASKED]
-        return Report(title, tuple(rows), summary, notes, tuple(group_similar_rows(asked_for, "group")))
+        if removal.unseen:
+            notes += ("the example's outputs do not depend on the removed units: the cut was not verified",)
+        title = "cut: nothing done" if dry_run else "cut: units are zero, none removed" if mask_only else "cut"
+        selected_rows = [r for r in rows if r["stays because"] != NOT_SELECTED]
+        return Report(title, tuple(rows), summary, notes, tuple(group_similar_rows(selected_rows, "group")))
 
 
-def _said(error: ModelError) -> str:
-    """What was wrong, without what is said around it."""
-    said = str(error).removeprefix("the cut model does not run, so it was put back: ").partition(" (it takes")[0]
-    said = re.sub(r"^\w+ cannot be called with a batch of .*?: (?=[^:]*$)", "", said)
-    return said if len(said) < 100 else said[:97] + "..."
+def _short_reason(error: ModelError) -> str:
+    """Return the cause that an error names, in at most 100 characters."""
+    reason = str(error).removeprefix("the cut model does not run, so the cut was undone: ").partition(" (it takes")[0]
+    reason = re.sub(r"^\w+ cannot be called with a batch of .*?: (?=[^:]*$)", "", reason)
+    return reason if len(reason) < 100 else reason[:97] + "..."
 
 
 def row(group: Group, before: int, after: int, why: str) -> dict[str, Any]:
-    """Return a group's line of a report."""
-    more = len(group.notes) - 1
+    """Return the report row of a group."""
+    others = len(group.notes) - 1
     return {
         "group": group.name, "kind": group.kind, "units": f"{before} -> {after}", "parameters": len(group.members),
-        "stays because": why, "note": group.notes[0] + (f" and {more} more" if more else "") if group.notes else "",
+        "stays because": why, "note": group.notes[0] + (f" and {others} more" if others else "") if group.notes else "",
     }  # fmt: skip
 
 
-def take_out_and_repair(
+def remove_and_compensate(
     model: nn.Module,
     example: Any,
     graph: Graph,
     masks: Mapping[Axis, Tensor],
-    how: Sequence[str] = (),
+    repairs: Sequence[str] = (),
     data: Iterable[Any] | None = None,
     *,
     stay: bool = False,
 ) -> Removal:
-    """Remove the units that `masks` does not keep, prove it, and let the others make up for them."""
-    hit = layers_losing_inputs(graph, masks) if {"ridge", "bias"} & set(how) and not stay else []
-    before = {r.name: r.module.weight.detach().clone() for r in hit} if data is not None else {}
-    moments = collect_moments(model, hit, data) if data is not None and hit else {}
+    """Remove the units that `masks` does not keep, verify the outputs, and compensate with the units that stay."""
+    consumers = layers_losing_inputs(graph, masks) if {"ridge", "bias"} & set(repairs) and not stay else []
+    dense = {c.name: c.module.weight.detach().clone() for c in consumers} if data is not None else {}
+    moments = collect_moments(model, consumers, data) if data is not None and consumers else {}
     removal = remove_units(model, example, graph, masks, stay=stay)
     try:
         if not stay:
-            for name in set(before) & set(removal.scaled):  # attention divides by another root now
-                dim, rows, by = removal.scaled[name]
-                before[name].index_copy_(dim, rows, before[name].index_select(dim, rows) * by)
-            removal.undo += [value_restorer(r.module.bias) for r in hit if r.module.bias is not None]
-            removal.repaired += compensate_(hit, graph, masks, before, moments, removal.constants, how)
-            if "batchnorm" in how and data is not None:
+            for name in set(dense) & set(removal.scaled):  # the cut scaled these rows
+                dim, rows, factor = removal.scaled[name]
+                dense[name].index_copy_(dim, rows, dense[name].index_select(dim, rows) * factor)
+            removal.undo += [value_restorer(c.module.bias) for c in consumers if c.module.bias is not None]
+            removal.repaired += compensate_(consumers, graph, masks, dense, moments, removal.constants, repairs)
+            if "batchnorm" in repairs and data is not None:
                 norms = batch_norms(model)
                 removal.undo += [value_restorer(b) for m in norms.values() for b in m.buffers()]
                 recalibrate_batch_norms(model, norms, data)

@@ -1,8 +1,7 @@
-"""Whole blocks leave a model: of its lists of equal blocks those that change least go, the others are renumbered.
+"""`drop_layers_`: remove whole blocks from lists of equal blocks, those that matter least.
 
-similarity  1 - cos(what a block is given, what it returns), the mean over tokens (Men 2024, ShortGPT, eq. 1, the block
-            influence): a block that says little new can go
-loss        how much the loss rises when the block is skipped
+similarity  1 - cos(input, output) of a block, averaged over tokens (block influence; ShortGPT, Men 2024, eq. 1)
+loss        increase of the loss when the block is skipped
 """
 
 from __future__ import annotations
@@ -43,39 +42,41 @@ class Block:
 
     @property
     def name(self) -> str:
+        """Return the block's name."""
         return f"{self.stack}.{self.number}" if self.stack else str(self.number)
 
 
 def droppable(model: nn.Module, example: Any) -> list[Block]:
-    """Return the blocks that return what has the shape of what they are given: without them the rest still fits."""
+    """Return the blocks whose output has the shape of their input: the rest of the model still fits without them."""
     blocks = [Block(n, i, s[i]) for n, s in block_lists(model).items() for i in block_indices(s)]
     fits: dict[nn.Module, bool] = {}
 
-    def see(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        given, got = _first([args, kwargs]), _first(out)
-        same = given is not None and got is not None and (given.shape, given.dtype) == (got.shape, got.dtype)
+    def compare(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        x, y = _first([args, kwargs]), _first(out)
+        same = x is not None and y is not None and (x.shape, x.dtype) == (y.shape, y.dtype)
         fits[module] = fits.get(module, True) and same
 
-    with temporary_hooks([b.module.register_forward_hook(see, with_kwargs=True) for b in blocks]):
+    with temporary_hooks([b.module.register_forward_hook(compare, with_kwargs=True) for b in blocks]):
         outputs(model, example)
     return [b for b in blocks if fits.get(b.module)]
 
 
 def _first(value: Any) -> Tensor | None:
-    found = tensors_in(value)
-    return found[0] if found else None
+    """Return the first tensor of a value, or None."""
+    tensors = tensors_in(value)
+    return tensors[0] if tensors else None
 
 
 @contextmanager
 def skipping(blocks: Iterable[Block]) -> Iterator[None]:
-    """Run with blocks that return what they are given."""
+    """Run with blocks that return their input."""
 
     def skip(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-        given = _first([args, kwargs])
+        x = _first([args, kwargs])
         if isinstance(out, tuple | list):
-            rest = [given, *out[1:]]
+            rest = [x, *out[1:]]
             return type(out)(*rest) if hasattr(out, "_fields") else type(out)(rest)
-        return given
+        return x
 
     with temporary_hooks([b.module.register_forward_hook(skip, with_kwargs=True) for b in blocks]):
         yield
@@ -91,7 +92,7 @@ def layer_scores(
     *,
     progress: bool = False,
 ) -> Tensor:
-    """Return how much each block matters, fp64 [blocks]. O(calls), for `loss` times the blocks."""
+    """Return the importance of each block, fp64 [blocks]. O(calls), for `loss` times the blocks."""
     if score == "random":
         return torch.rand(len(blocks), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if score == "similarity":
@@ -105,94 +106,98 @@ def layer_scores(
 
 
 def _loss(model: nn.Module, data: Iterable[Any], loss: Loss | None) -> float:
+    """Return the mean loss over the data, weighted by tokens."""
     total, weight = 0.0, 0
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(data):
             batch = on_device(model, batch)
-            many = count_tokens(batch)
-            total += many * float(check_finite(resolve_loss(loss)(call(model, batch), batch), index))
-            weight += many
+            num_tokens = count_tokens(batch)
+            total += num_tokens * float(check_finite(resolve_loss(loss)(call(model, batch), batch), index))
+            weight += num_tokens
     if not weight:
         raise DataError("the data is empty: the score needs at least one batch")
     return total / weight
 
 
 def _similarity(model: nn.Module, blocks: Sequence[Block], data: Iterable[Any]) -> Tensor:
+    """Return 1 - cos(input, output) of each block, averaged over tokens."""
     sums, counts = torch.zeros(len(blocks), dtype=torch.float64), torch.zeros(len(blocks), dtype=torch.float64)
     padding: list[Tensor | None] = [None]
 
-    def see(i: int) -> Any:
+    def recorder(i: int) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
             x, y = _first([args, kwargs]), _first(out)
             assert x is not None and y is not None
             axis = 1 if x.dim() == 4 and images[i] else -1
-            far = 1 - F.cosine_similarity(x.float(), y.float(), dim=axis)
+            distance = 1 - F.cosine_similarity(x.float(), y.float(), dim=axis)
             mask = padding[0]
-            far = far[mask] if mask is not None and mask.shape == far.shape else far
-            sums[i] += float(far.sum(dtype=torch.float64))
-            counts[i] += far.numel()
+            distance = distance[mask] if mask is not None and mask.shape == distance.shape else distance
+            sums[i] += float(distance.sum(dtype=torch.float64))
+            counts[i] += distance.numel()
 
         return hook
 
     images = [any(isinstance(m, nn.Conv2d) for m in b.module.modules()) for b in blocks]
-    with temporary_hooks([b.module.register_forward_hook(see(i), with_kwargs=True) for i, b in enumerate(blocks)]):
+    with temporary_hooks([b.module.register_forward_hook(recorder(i), with_kwargs=True) for i, b in enumerate(blocks)]):
         run_batches(model, data, padding)
-    missed = [b.name for b, n in zip(blocks, counts) if not n]
-    if missed:
-        raise DataError(f"no batch of the data reaches {missed[0]}: the score needs at least one")
+    unreached = [b.name for b, n in zip(blocks, counts) if not n]
+    if unreached:
+        raise DataError(f"no batch of the data reaches {unreached[0]}: the score needs at least one")
     return sums / counts
 
 
 def drop_blocks(model: nn.Module, example: Any, blocks: Sequence[Block], *, stay: bool = False) -> Removal:
-    """Remove blocks and prove it: the outputs are those of the model that skips them; `stay`: put them back. Raises
-    ModelError, and the model is as it was."""
+    """Remove blocks, and verify that the model returns what it does when it skips them.
+
+    With `stay` they are put back. Raises ModelError; the model is then unchanged.
+    """
     with skipping(blocks):
-        want = outputs(model, example)
-    done = Removal(model)
-    done.undo.append(record_restorer(model))
+        reference = outputs(model, example)
+    removal = Removal(model)
+    removal.undo.append(record_restorer(model))
     try:
-        for name, parts in block_lists(model).items():
-            gone = {b.number for b in blocks if b.stack == name}
-            if gone:
-                kept = [i for i in range(len(parts)) if i not in gone]
-                done.undo += shrink_config_lists(model, kept, len(parts))
-                done.undo.append(keep_blocks(parts, kept))
-                numbers = _renumber(name, parts, kept, done)
-                record_kept_blocks(model, name, kept, numbers)
-        verify(model, example, want)
+        for name, block_list in block_lists(model).items():
+            dropped = {b.number for b in blocks if b.stack == name}
+            if dropped:
+                kept_blocks = [i for i in range(len(block_list)) if i not in dropped]
+                removal.undo += shrink_config_lists(model, kept_blocks, len(block_list))
+                removal.undo.append(keep_blocks(block_list, kept_blocks))
+                numbers = _renumber(name, block_list, kept_blocks, removal)
+                record_kept_blocks(model, name, kept_blocks, numbers)
+        verify(model, example, reference)
     except BaseException:
-        done.put_back()
+        removal.put_back()
         raise
     if stay:
-        done.put_back()
-    return done
+        removal.put_back()
+    return removal
 
 
-def _renumber(name: str, parts: Any, kept: list[int], done: Removal) -> dict[str, int]:
-    """Tell blocks their new numbers; return what changed."""
+def _renumber(name: str, block_list: Any, kept_blocks: list[int], removal: Removal) -> dict[str, int]:
+    """Set the block indices that modules store; return the changed attributes."""
     numbers: dict[str, int] = {}
-    for now, before in enumerate(kept):
-        for path, module in parts[now].named_modules():
+    for new, old in enumerate(kept_blocks):
+        for path, module in block_list[new].named_modules():
             for attribute in NUMBERS:
-                if vars(module).get(attribute) == before and now != before:
-                    setattr(module, attribute, now)
-                    done.undo.append(lambda m=module, a=attribute, v=before: setattr(m, a, v))
-                    numbers[".".join(p for p in (name, str(now), path, attribute) if p)] = now
+                if vars(module).get(attribute) == old and new != old:
+                    setattr(module, attribute, new)
+                    removal.undo.append(lambda m=module, a=attribute, v=old: setattr(m, a, v))
+                    numbers[".".join(p for p in (name, str(new), path, attribute) if p)] = new
     return numbers
 
 
-def choose_blocks(model: nn.Module, blocks: Sequence[Block], scores: Tensor, many: int) -> list[Block]:
-    """Return the blocks that go, those with the least scores; one of each list stays."""
-    left = {name: len(parts) for name, parts in block_lists(model).items()}
-    gone: list[Block] = []
+def choose_blocks(model: nn.Module, blocks: Sequence[Block], scores: Tensor, count: int) -> list[Block]:
+    """Return the `count` blocks with the lowest scores, keeping one of each list."""
+    remaining = {name: len(parts) for name, parts in block_lists(model).items()}
+    dropped: list[Block] = []
     for i in scores.argsort(stable=True).tolist():
-        b = blocks[i]
-        if len(gone) < many and left[b.stack] > 1:
-            left[b.stack] -= 1
-            gone.append(b)
-    if len(gone) < many:
-        raise ModelError(f"{many} blocks would go, {len(gone)} can: one of each list stays")
-    return gone
+        block = blocks[i]
+        if len(dropped) < count and remaining[block.stack] > 1:
+            remaining[block.stack] -= 1
+            dropped.append(block)
+    if len(dropped) < count:
+        raise ModelError(f"{count} blocks would be removed, but only {len(dropped)} can be: each list keeps one")
+    return dropped
 
 
 def drop_layers_(
@@ -277,7 +282,7 @@ def run_drop_layers(
     scores = layer_scores(inner, blocks, score, [example] if data is None else data, loss, seed, progress=progress)
     dropped = choose_blocks(inner, blocks, scores, count)
     before = list(inner.parameters())
-    _drop(inner, example, dropped, stay)
+    _drop_and_update_config(inner, example, dropped, stay)
     if optimizer is not None:
         remove_parameters(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
     column = {"similarity": "change", "loss": "loss rises by"}.get(score, score)
@@ -292,7 +297,7 @@ def run_drop_layers(
     return Report("layers" + (": nothing done" if stay else ""), tuple(rows), summary, notes)
 
 
-def _drop(model: nn.Module, example: Any, dropped: Sequence[Block], stay: bool) -> None:
+def _drop_and_update_config(model: nn.Module, example: Any, dropped: Sequence[Block], stay: bool) -> None:
     """Drop blocks and let the model's config follow; restore everything where that fails."""
     lengths = {name: len(parts) for name, parts in block_lists(model).items()}
     removal = drop_blocks(model, example, dropped, stay=stay)
@@ -308,19 +313,17 @@ def _drop(model: nn.Module, example: Any, dropped: Sequence[Block], stay: bool) 
 
 
 def _how_many(blocks: int, named: int | None, keep: float | None) -> int:
-    """Return how many blocks go: of `blocks` a fraction, or all those that were named."""
+    """Return how many blocks are removed: a fraction of `blocks`, or all that were named."""
     count = named if keep is None and named is not None else blocks - round(blocks * (0.75 if keep is None else keep))
     if not count:
-        raise ModelError(f"nothing would go: {blocks} blocks, of which all stay")
+        raise ModelError(f"nothing would be removed: all {blocks} blocks stay")
     return count
 
 
 def _named(model: nn.Module, blocks: list[Block], layers: Any, ignore: Any) -> list[Block]:
     """Return the blocks that may go, by name."""
     if not blocks:
-        raise ModelError(
-            f"{type(model).__name__} has no list of blocks that return what has the shape of what they are given"
-        )
+        raise ModelError(f"{type(model).__name__} has no list of blocks whose output has the shape of their input")
     names = [b.name for b in blocks]
 
     def matching(globs: Any, option: str) -> set[str]:
@@ -328,13 +331,13 @@ def _named(model: nn.Module, blocks: list[Block], layers: Any, ignore: Any) -> l
         for glob in globs or ():
             hits = [n for n in names if fnmatchcase(n, glob)]
             if not hits:
-                near = nearest(glob, names, count=3) or names[:3]
-                raise SelectorError(f"{option}: {glob!r} matches no block; nearest: {', '.join(near)}")
+                nearest_names = nearest(glob, names, count=3) or names[:3]
+                raise SelectorError(f"{option}: {glob!r} matches no block; nearest: {', '.join(nearest_names)}")
             matched |= set(hits)
         return matched
 
     allowed = (matching(layers, "layers") if layers else set(names)) - matching(ignore, "ignore")
     candidates = [b for b in blocks if b.name in allowed]
     if not candidates:
-        raise ModelError(f"no block is left to choose from: layers={layers!r}, ignore={ignore!r}")
+        raise ModelError(f"no block is selected: layers={layers!r}, ignore={ignore!r}")
     return candidates

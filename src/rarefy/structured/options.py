@@ -147,20 +147,22 @@ class DropLayersOptions(Options):
 
 
 def check_unmasked(model: nn.Module, whole: bool = False, doing: str = "cut") -> None:
-    """Raise ModelError for a model with masks or grids, which would not fit what a cut leaves; where `whole` layers go,
-    grids that are only noted stay with those that remain."""
+    """Raise ModelError for a model with masks, grids or factors, which would not fit the cut model.
+
+    With `whole` (blocks are dropped), recorded grids are allowed: they stay with the blocks that remain.
+    """
     if attached(model):
         raise ModelError("masks are still attached: fold_ the model first")
     for layer in all_layers(model):
         if attached_grid(layer.module, layer.param) is not None or (recorded_grids(layer.module) and not whole):
             raise ModelError(f"{layer.full_name} is quantized already: {doing} first, then quantize")
-    made = next(iter(lowrank_modules.factor_records(model)), None)
-    if made is not None:
-        raise ModelError(f"{made} is made of factors: {doing} first, then factorize")
+    factorized = next(iter(lowrank_modules.factor_records(model)), None)
+    if factorized is not None:
+        raise ModelError(f"{factorized} is factorized already: {doing} first, then factorize")
 
 
 def check_repeatable(data: Any) -> None:
-    """Raise DataError for what are no batches, or such as can be run through once only."""
+    """Raise DataError for data that is no list of batches, or can be iterated only once."""
     check_batches(data)
     if isinstance(data, Iterator):
         raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")

@@ -1,8 +1,8 @@
-"""`permute_`: inputs in an order in which an N:M pattern keeps more, taken up by the layers that make them.
+"""`permute_`: reorder channels so that an N:M pattern keeps more, without changing the outputs.
 
-N:M keeps the best N of every M neighbouring inputs, so it matters which are neighbours. The units of a group of coupled
-slices (`model/graph.py`) may stand in any order, if all slices of them follow: what the model returns stays. Nothing is
-left to do at run time, and the model is an ordinary one of its class.
+N:M keeps the best N of every M neighbouring inputs, so their order matters. The units of a group of coupled slices
+(`rarefy.dependency.graph`) may be reordered if all their slices are. Nothing is left to do at run time, and the model
+stays an ordinary one of its class.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rarefy.structured.options import check_unmasked
 from rarefy.structured.permutation_search import kept_score, search
 from rarefy.structured.surgery import output_difference, outputs
 
-ROWS = 2048  # from so many, spread over all, an order is found; what it keeps is counted on all
+ROWS = 2048  # sampled for the search; the kept scores are computed on all rows
 NEAR = 1e-5  # how far outputs may be from those before, relative to the largest: sums round otherwise
 
 
@@ -133,14 +133,14 @@ def run_permute(
     layers = select_layers(model, options.layers, options.ignore)
     check_weights(layers)
     check_optimizer(optimizer, inner)
-    with _Reads() as reads:
+    with _UsedParameters() as used:
         before = outputs(inner, example)
     graph = trace(inner, example)
     scores = _scores(layers, options.score, calibrate(model, layers, options.score, data, loss, seed))
     read = _group_scores(graph, scores, pattern)
     sums = {g: float(S.sum(dtype=torch.float64)) for g, S in read.items()}
     rows, orders = _search_orders(inner, read, sums, pattern, options.seconds, seed, progress)
-    undone = _apply(inner, example, graph, orders, optimizer, before)
+    undone = _apply_orders(inner, example, graph, orders, optimizer, before)
     for group in rows:
         if group.axis in undone:
             rows[group] |= {"kept": rows[group]["kept before"], "why": undone[group.axis]}
@@ -149,8 +149,8 @@ def run_permute(
     total = sum(sums.values()) or 1.0
     means = {name: sum(rows[g][name] * s for g, s in sums.items()) / total for name in ("kept before", "kept")}
     summary = {"groups": f"{len(orders) - len(undone)} of {len(rows)}", **means}
-    notes = (*unsupported_notes(graph), *reads.idle(inner))
-    return Report(f"inputs in order for {pattern}", tuple(rows.values()), summary, notes)
+    notes = (*unsupported_notes(graph), *used.unused_note(inner))
+    return Report(f"inputs reordered for {pattern}", tuple(rows.values()), summary, notes)
 
 
 def _group_scores(graph: Graph, scores: Mapping[int, tuple[Tensor, int]], pattern: Pattern) -> dict[Group, Tensor]:
@@ -158,7 +158,7 @@ def _group_scores(graph: Graph, scores: Mapping[int, tuple[Tensor, int]], patter
     names = {id(getattr(*owners[0])): n for n, owners in graph.owners.items()}
     columns = [(S, graph.unit_indices(names[key], dim)) for key, (S, dim) in scores.items()]
     unlocked = [g for g in graph.groups if g.lock is None]
-    return {g: S for g in unlocked if (S := _read(columns, g, pattern)) is not None}
+    return {g: S for g in unlocked if (S := _scores_of_group(columns, g, pattern)) is not None}
 
 
 def _search_orders(
@@ -178,11 +178,11 @@ def _search_orders(
         began, share = time.perf_counter(), seconds_left * _cost(S) / cost_left
         computed = next((m.name for m in group.members if m.name not in stored), None)
         before = after = kept_score(S, pattern.a, pattern.b)
-        swaps, why = 0, "" if computed is None else f"{computed} is made by its class"
+        swaps, why = 0, "" if computed is None else f"{computed} is computed by its class"
         if computed is None:
             result = search(_sampled_rows(S), pattern.a, pattern.b, seconds=share, seed=seed)
             swaps, after = result.swaps, kept_score(S[:, result.order], pattern.a, pattern.b)
-            why = ("" if result.converged else "time was up") if after > before else "no better order found"
+            why = ("" if result.converged else "time limit reached") if after > before else "no better order found"
             if after > before:
                 orders[group.axis] = result.order
         of = sums[group] or 1.0
@@ -194,65 +194,69 @@ def _search_orders(
     return rows, orders
 
 
-class _Reads(TorchFunctionMode):
-    """What parameters a call reads."""
+class _UsedParameters(TorchFunctionMode):
+    """Records the parameters that a call uses."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[int] = set()
+        self.used: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen |= {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, nn.Parameter)}
+        self.used |= {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, nn.Parameter)}
         return func(*args, **(kwargs or {}))
 
-    def idle(self, model: nn.Module) -> tuple[str, ...]:
-        """Return a note where layers have no part in the call: another call would give them units in another order."""
-        names = [l.full_name for l in all_layers(model) if id(l.original) not in self.seen]
-        said = "not called on the example, so a call that does finds its inputs out of order"
-        return (f"{said}: {', '.join(names)}",) if names else ()
+    def unused_note(self, model: nn.Module) -> tuple[str, ...]:
+        """Return a note that names the layers which the call does not use: they were not verified."""
+        names = [l.full_name for l in all_layers(model) if id(l.original) not in self.used]
+        text = "not called on the example, so a call that uses it returns something else"
+        return (f"{text}: {', '.join(names)}",) if names else ()
 
 
-def _scores(chosen: Sequence[Layer], score: str, stats: Mapping[str, LayerStats]) -> dict[int, tuple[Tensor, int]]:
-    """By the id of the parameter its scores [G, K, O, I] and the dimension of its inputs, where that has all of them (a
-    transposed convolution in groups has them apart)."""
-    found: dict[int, tuple[Tensor, int]] = {}
+def _scores(layers: Sequence[Layer], score: str, stats: Mapping[str, LayerStats]) -> dict[int, tuple[Tensor, int]]:
+    """Return {id of a parameter: scores [G, K, O, I], input dimension} where one dimension holds all inputs."""
+    scores: dict[int, tuple[Tensor, int]] = {}
     with torch.no_grad():
-        for layer in chosen:
+        for layer in layers:
             W = layer.original.detach()
             S = SCORES[score].of(layer.layout.view(W.float()), stats[layer.full_name]).float().cpu()
             dim = layer.layout.in_axis % W.dim()
             if W.shape[dim] == S.shape[-1]:
-                found[id(layer.original)] = S, dim
-    return found
+                scores[id(layer.original)] = S, dim
+    return scores
 
 
-def _read(seen: Sequence[tuple[Tensor, Mapping[Axis, Tensor]]], group: Group, plan: Pattern) -> Tensor | None:
-    """What all layers score the units of a group, [rows, units], where `seen` has scores and which units its columns
-    are; None where none reads them one by one."""
-    if group.size % plan.b or group.size == plan.b:
+def _scores_of_group(
+    columns: Sequence[tuple[Tensor, Mapping[Axis, Tensor]]], group: Group, pattern: Pattern
+) -> Tensor | None:
+    """Return the scores of a group's units in all layers, [rows, units], or None where none reads them in order.
+
+    `columns` holds the scores of each parameter and the unit of each of its columns.
+    """
+    if group.size % pattern.b or group.size == pattern.b:
         return None
-    found = []
-    for S, units_of in seen:
+    rows = []
+    for S, units_of in columns:
         units = units_of.get(group.axis)
         if units is None:
             continue
         for first in (units == 0).nonzero()[:, 0].tolist():
-            columns = slice(first, first + group.size)
-            if first % plan.b == 0 and torch.equal(units[columns], torch.arange(group.size)):
-                found.append(S[..., columns].reshape(-1, group.size))
-    return torch.cat(found) if found else None
+            window = slice(first, first + group.size)
+            if first % pattern.b == 0 and torch.equal(units[window], torch.arange(group.size)):
+                rows.append(S[..., window].reshape(-1, group.size))
+    return torch.cat(rows) if rows else None
 
 
 def _cost(S: Tensor) -> float:
+    """Return the relative cost of a search."""
     return min(len(S), ROWS) * S.shape[1] ** 2
 
 
 def _sampled_rows(S: Tensor) -> Tensor:
-    """Rows spread evenly over all."""
+    """Return at most ROWS rows, evenly spaced."""
     return S if len(S) <= ROWS else S[torch.linspace(0, len(S) - 1, ROWS).long()]
 
 
-def _apply(
+def _apply_orders(
     model: nn.Module,
     example: Any,
     graph: Graph,
@@ -260,37 +264,35 @@ def _apply(
     optimizer: torch.optim.Optimizer | None,
     before: Sequence[Tensor],
 ) -> dict[Axis, str]:
-    """Put units in their orders, all together or, where that changes outputs, those groups that do not; return why the
-    others stayed."""
-    undone: dict[Axis, str] = {}
+    """Reorder the groups, one by one if all together change the outputs; return why groups were not reordered."""
+    reasons: dict[Axis, str] = {}
 
-    def moved(orders: Mapping[Axis, Tensor]) -> str:
+    def reorder_and_verify(orders: Mapping[Axis, Tensor]) -> str:
         reorder_(graph, orders, optimizer)
-        text = "raises"  # until it has run
+        difference = "raises"  # unless the call succeeds
         try:
-            text = output_difference(outputs(model, example), before, "those before", NEAR)
+            difference = output_difference(outputs(model, example), before, "those before", NEAR)
         finally:
-            if text:
+            if difference:
                 reorder_(graph, {a: o.argsort() for a, o in orders.items()}, optimizer)
-        return text
+        return difference
 
-    if orders and moved(orders):
+    if orders and reorder_and_verify(orders):
         for axis, order in orders.items():
-            if text := moved({axis: order}):
-                undone[axis] = f"the model {text}"
-    return undone
+            if difference := reorder_and_verify({axis: order}):
+                reasons[axis] = f"the model {difference}"
+    return reasons
 
 
 @torch.no_grad()
 def reorder_(graph: Graph, orders: Mapping[Axis, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Put the units of axes in other orders, [units] each, in every parameter and buffer that has them, and in what an
-    optimizer keeps of these. O(weights)."""
+    """Reorder the units of axes in every parameter, buffer and optimizer state, in place. O(weights)."""
     for name, dims in graph.dims.items():
         tensor = getattr(*graph.owners[name][0])
-        beside = () if optimizer is None else optimizer.state.get(tensor, {}).values()
+        optimizer_state = () if optimizer is None else optimizer.state.get(tensor, {}).values()
         for d, e in enumerate(dims):
             if not any(a in orders for a in leaves(e)):
                 continue
             index = reordered_indices(e, orders.get).to(tensor.device)
-            for t in (tensor, *(s for s in beside if isinstance(s, Tensor) and s.shape == tensor.shape)):
+            for t in (tensor, *(s for s in optimizer_state if isinstance(s, Tensor) and s.shape == tensor.shape)):
                 t.copy_(t.index_select(d, index))

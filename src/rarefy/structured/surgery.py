@@ -267,10 +267,12 @@ def verify(model: nn.Module, example: Any, reference: Sequence[Tensor]) -> None:
         with tracking_module_names(model, stack, unwind=False):
             result = outputs(model, example)
     except RarefyError as error:
-        raise ForwardFailed(f"the cut model does not run, so it was put back: {error}", (stack or [""])[-1]) from error
+        raise ForwardFailed(
+            f"the cut model does not run, so the cut was undone: {error}", (stack or [""])[-1]
+        ) from error
     difference = output_difference(result, reference, "the masked model's")
     if difference:
-        raise OutputMismatch(f"the cut model {difference}, so it was put back")
+        raise OutputMismatch(f"the cut model {difference}, so the cut was undone")
 
 
 def output_difference(result: Sequence[Tensor], expected: Sequence[Tensor], whose: str, near: float = NEAR) -> str:

@@ -19,6 +19,7 @@ from rarefy.calibration.resume import digest
 from rarefy.calibration.sequential import find_blocks, first_tensor
 from rarefy.common.errors import DataError, ModelError, RecipeError, SelectorError
 from rarefy.common.options import Names, OneOf, Options, Positive, at
+from rarefy.common.renamed import renamed_parameters
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, describe_batch, evaluating
 from rarefy.model.layers import all_layers
@@ -129,6 +130,7 @@ class Distiller(nn.Module):
         True
     """
 
+    @renamed_parameters(plan="config")
     def __init__(
         self,
         student: nn.Module,
@@ -211,16 +213,17 @@ class Distiller(nn.Module):
         self._activations[0].clear()
         self.prepared = True
 
-    def forward(self, out: Any, batch: Any, own: Tensor | None = None) -> Tensor:
+    @renamed_parameters(own="task_loss")
+    def forward(self, out: Any, batch: Any, task_loss: Tensor | None = None) -> Tensor:
         """Return the loss of a batch, a scalar.
 
         Args:
             out: The student's output for the batch.
             batch: The batch, which the teacher runs on.
-            own: The student's own loss; needed where `task` > 0.
+            task_loss: The student's own loss; needed where `task` > 0.
 
         Raises:
-            DataError: `task` > 0, and there is no own loss.
+            DataError: `task` > 0, and there is no task loss.
             ModelError: The student was not called on the batch, or outputs do not match.
         """
         config = self.config
@@ -228,9 +231,9 @@ class Distiller(nn.Module):
         mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
         terms = []
         if config.task:
-            if own is None:
+            if task_loss is None:
                 raise DataError("task > 0 needs the model's own loss: give labels, or task=0 for the teacher alone")
-            terms.append(config.task * own)
+            terms.append(config.task * task_loss)
         if config.logits:
             terms.append(config.logits * self._logits_loss(out, targets["logits"], batch, mask))
         if config.hidden:

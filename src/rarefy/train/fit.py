@@ -240,11 +240,11 @@ def _first(data: Any) -> Any:
     return first
 
 
-def _key(model: nn.Module, data: Any, moves: torch.optim.Optimizer, told: dict[str, Any]) -> dict[str, Any]:
+def _key(model: nn.Module, data: Any, moves: torch.optim.Optimizer, options: dict[str, Any]) -> dict[str, Any]:
     """By what a run is known again: what it was called with, the model, and data (of a function of the epoch: its first
     batch)."""
-    plain = {n: v.model_dump() if isinstance(v, Options) else v for n, v in told.items()}
-    distill = told["teach"]  # by its name in states of before
+    plain = {n: v.model_dump() if isinstance(v, Options) else v for n, v in options.items()}
+    distill = options["teach"]  # its name in states of earlier versions
     plain["teach"] = distill.config.model_dump() if isinstance(distill, Distiller) else distill is not None
     rates = [{k: v for k, v in g.items() if isinstance(v, int | float | str)} for g in moves.param_groups]
     plain["optimizer"] = [type(moves).__name__, rates]
@@ -343,39 +343,39 @@ class _Run:
         self.epoch, self.step, self.total, self.seen = self.epoch + 1, 0, 0.0, 0
         return mean
 
-    def _through(self, shown: Iterator[tuple[int, Any]], count: int) -> None:
+    def _through(self, batches: Iterator[tuple[int, Any]], count: int) -> None:
         """Learn from the batches of an epoch, or from those that are left of it."""
         if self.resumed:
-            for _ in islice(shown, self.step):  # what was seen already, in the same order
+            for _ in islice(batches, self.step):  # skip the batches that are done, in the same order
                 pass
             checkpoint.set_random_state(self.resumed)
             self.resumed = {}
         else:
             self._advance(self.epoch / self.epochs, started=True)
-        many = self.steps.accumulate
-        for index, batch in shown:
+        accumulate = self.steps.accumulate
+        for index, batch in batches:
             last = index + 1 == count
-            self._learn(batch, index, min(many, count - index // many * many))
+            self._learn(batch, index, min(accumulate, count - index // accumulate * accumulate))
             self.step = index + 1
-            if (index + 1) % many == 0 or last:
+            if (index + 1) % accumulate == 0 or last:
                 self._move()
                 self._advance((self.epoch + (index + 1) / count) / self.epochs)
                 if not last and self.clock.due():
                     self.keep()
 
-    def _learn(self, batch: Any, index: int, many: int) -> None:
-        """Add the gradient of one batch of `many` that are taken together."""
+    def _learn(self, batch: Any, index: int, num_accumulated: int) -> None:
+        """Add the gradient of one of `num_accumulated` batches."""
         batch, share = distributed.local_samples(on_device(self.model, batch))
         with self._precision():
             out = call(self.run, batch)
             value = self.loss(out, batch) if self.distill is None else self._distill_loss(out, batch)
         loss = float(value.detach())
         if distributed.all_reduce_number(float(not math.isfinite(loss))):
-            kept = f"; the state before is in {self.resume_state.folder}" if self.resume_state.folder else ""
+            hint = f"; the state before is in {self.resume_state.folder}" if self.resume_state.folder else ""
             raise ModelError(
-                f"the loss is {loss} in epoch {self.epoch + 1}, step {index + 1}: lower the learning rate{kept}"
+                f"the loss is {loss} in epoch {self.epoch + 1}, step {index + 1}: lower the learning rate{hint}"
             )
-        (value if many == 1 and share == 1 else value * (share / many)).backward()
+        (value if num_accumulated == 1 and share == 1 else value * (share / num_accumulated)).backward()
         count = count_tokens(batch)
         self.total, self.seen = self.total + loss * count, self.seen + count
 
@@ -388,7 +388,7 @@ class _Run:
         if self.steps.autocast is None:
             return nullcontext()
         kind = next(self.model.parameters()).device.type
-        # weights are not kept cast: masks and grids make them anew
+        # cast weights are not cached: masks and grids recompute them
         return torch.autocast(kind, AUTOCAST[self.steps.autocast], cache_enabled=False)
 
     def _move(self) -> None:
@@ -455,8 +455,8 @@ def _optimizer(model: nn.Module, optimizer: Any, distill: Any) -> torch.optim.Op
                 "optimizer is a torch optimizer or a function that makes one, such as "
                 f"lambda parameters: torch.optim.SGD(parameters, lr=0.1); got {optimizer!r}"
             )
-        own = list(distill.parameters()) if isinstance(distill, nn.Module) else []
-        return cast(MakeOptimizer, optimizer)([*_trainable(model), *own])
+        projectors = list(distill.parameters()) if isinstance(distill, nn.Module) else []
+        return cast(MakeOptimizer, optimizer)([*_trainable(model), *projectors])
     known = {id(p) for p in model.parameters()}
     held = {id(p) for g in optimizer.param_groups for p in g["params"]}
     if not held & known:
@@ -467,7 +467,7 @@ def _optimizer(model: nn.Module, optimizer: Any, distill: Any) -> torch.optim.Op
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    found = [p for p in model.parameters() if p.requires_grad]
-    if not found:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
         raise ModelError(f"{type(model).__name__} has no trainable parameters")
-    return found
+    return parameters

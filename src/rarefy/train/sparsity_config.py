@@ -272,7 +272,7 @@ def config_class(method: str) -> type[SparsityConfig]:
         return SPARSITY_CONFIGS[method]
     if method == "constant":
         raise PatternError("masks stay as they are when prune is left out: there is no method 'constant'")
-    here = ELSEWHERE.get(str(method).lower())
-    if here is not None:
-        raise PatternError(f"unknown method {method!r}; {method} is called {here!r} here")
+    name = ELSEWHERE.get(str(method).lower())
+    if name is not None:
+        raise PatternError(f"unknown method {method!r}; {method} is called {name!r} here")
     raise PatternError(unknown("method", method, SPARSITY_CONFIGS))
