@@ -1,5 +1,7 @@
-"""rarefy compress | inspect | generate | compile | bench | export | recipes | migrate | doctor. Exit codes: 0 done,
-1 a check failed, 2 wrong use."""
+"""The command line: rarefy compress | inspect | generate | compile | bench | export | recipes | migrate | doctor.
+
+Exit codes: 0 done, 1 a check failed, 2 wrong use.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +33,8 @@ app = typer.Typer(
 Seed = Annotated[int | None, typer.Option(help="Seed of the recipe and its data; the recipe's own by default.")]
 
 
-def _version(shown: bool) -> None:
-    if shown:
+def _version(value: bool) -> None:
+    if value:
         from rarefy.common.version import __version__
 
         print(__version__)
@@ -53,17 +55,17 @@ def compress(
     model: ModelPath,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A preset name (see `rarefy recipes`) or a YAML file.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder to write; it appears whole or not at all.")
+        Path | None, typer.Option("--out", "-o", help="Output folder; it is written completely or not at all.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Calibration data: text, .jsonl, images, .npz, or a built-in name.")
     ] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Held-out data, as --data.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out data, in the same forms as --data.")] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="field=value: replace a field of the recipe, e.g. sparsity=0.4.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show which layers match and what size to expect; compute nothing.")
+        bool, typer.Option("--dry-run", help="Show the selected layers and the expected size; compute nothing.")
     ] = False,
     force: Force = False,
     seed: Seed = None,
@@ -71,84 +73,48 @@ def compress(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory to stay near, from 256M up, such as 4G: weights stay in files. For recipes of solvers alone."
+            help="Memory limit, such as 4G, at least 256M: weights stay in their files. For recipes with solvers only."
         ),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew where a killed run could go on.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming a killed run.")] = False,
     log: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Where each epoch's numbers go besides: a file for JSON lines, tensorboard:FOLDER, wandb:PROJECT."
-        ),
+        typer.Option(help="Also write each epoch's metrics to a JSON lines file, tensorboard:FOLDER or wandb:PROJECT."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print the receipt with its table of layers.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compress a model by a recipe, write it, and print the receipt.
+    """Compress a model by a recipe, save it, and print the receipt.
 
-    A run with a solver or training keeps its state in .OUT.work beside the output, and goes on from there after it was
-    killed. torchrun --nproc-per-node 2 -m rarefy compress ... shares the work among processes, and keeps no state.
-    Exit code 1 means that quality fell further than the recipe allows; the folder is written all the same.
+    A run with a solver or training saves its state in .OUT.work next to the output. After it was killed, the same
+    command resumes it. torchrun --nproc-per-node 2 -m rarefy compress ... shares the work among processes; such runs
+    cannot be resumed. Exit code 1: quality fell further than the recipe allows; the folder is written all the same.
     """
     from rarefy.common.atomic_io import check_output_folder, parse_bytes
 
     if verbose and (as_json or quiet):
         raise RecipeError("--verbose has no effect with --json, which has all rows, or with --quiet: leave one out")
-    plan = _plan(recipe, change, data, eval_data, seed)
-    most = parse_bytes(memory)
-    if fresh and not plan.solves:
-        what = "has no solver or training, whose state could be kept"
-        raise RecipeError(f"--fresh has no effect: recipe {plan.name} {what}")
+    loaded_recipe = _load_recipe(recipe, change, data, eval_data, seed)
+    memory_limit = parse_bytes(memory)
+    if fresh and not loaded_recipe.solves:
+        raise RecipeError(
+            f"--fresh has no effect: recipe {loaded_recipe.name} has no solver or training, so no state is saved"
+        )
     source = shared.source(model)
+    base = Path(recipe).parent if Path(recipe).is_file() else None
+    if out is not None:
+        check_output_folder(out, force)
     if dry_run:
-        from rarefy.data.sources import find
-        from rarefy.pipeline.dry_run import forecast
-        from rarefy.pipeline.run_data import RunData
-        from rarefy.pipeline.train_stage import check_stage
-        from rarefy.recipe.schema import TrainStage
-
-        base = Path(recipe).parent if Path(recipe).is_file() else None
-        if out is not None:
-            check_output_folder(out, force)
-        for purpose, source_ in (
-            *((p, plan.data) for p in ("calibrate", "train", "validate")),
-            ("data", plan.evaluate),
-        ):
-            named = getattr(source_, purpose, None)
-            if named is not None:
-                find(named, base, purpose)
-        for stage in plan.stages:
-            if isinstance(stage, TrainStage):
-                check_stage(stage, RunData(plan, None, None, base), None)
-        if plan.cuts:
-            _rehearse(source, plan, base, most, as_json, quiet)
-        else:
-            shared.show(forecast(_skeleton(source), plan, most), as_json, quiet)
+        _dry_run(source, loaded_recipe, base, memory_limit, as_json, quiet)
         return
     if out is None:
         raise RecipeError("compress needs --out FOLDER (or --dry-run)")
-    check_output_folder(out, force)
-    from contextlib import nullcontext
-
-    from rarefy.calibration import offload
-    from rarefy.checkpoint.export import side_files
-    from rarefy.checkpoint.save import save
-    from rarefy.common.atomic_io import resume_folder
-    from rarefy.pipeline import compress as api
-
-    with shared.threads(threads), _processes() as (rank, many):
-        loaded, tokenizer = shared.load(source)
-        base = Path(recipe).parent if Path(recipe).is_file() else None
-        state = resume_folder(out, fresh) if plan.solves and many == 1 else nullcontext()
-        with state as work, offload.limiting_resident_weights(loaded, most):
-            told = {"log": log if rank == 0 else None, "progress": not quiet and rank == 0}
-            receipt = api.compress_(loaded, plan, tokenizer=tokenizer, base=base, memory=most, resume_dir=work, **told)
-            if rank != 0:
-                return
-            files = side_files(source)
-            how = {"format": plan.save.format, "compress": plan.save.compress}
-            save(loaded, out, receipt=receipt, files=files, overwrite=force, **how)
+    run = _Run(source, loaded_recipe, base, out, memory_limit, fresh, force, log, quiet)
+    with shared.threads(threads):
+        receipt = _compress_and_save(run)
+    if receipt is None:  # another process prints it
+        return
     shared.show(receipt if as_json or verbose else receipt.summary(), as_json, quiet)
     if not quiet:
         print(f"written to {out}", file=sys.stderr)
@@ -157,14 +123,85 @@ def compress(
         raise typer.Exit(1)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One call of `rarefy compress`, checked."""
+
+    source: Path
+    recipe: Any
+    base: Path | None  # folder of relative paths in the recipe
+    out: Path
+    memory_limit: int | None
+    fresh: bool
+    force: bool
+    log: list[str] | None
+    quiet: bool
+
+
+def _compress_and_save(run: _Run) -> Any:
+    """Compress and save; return the receipt, or None in all processes but the first."""
+    from contextlib import nullcontext
+
+    from rarefy.calibration import offload
+    from rarefy.checkpoint.export import side_files
+    from rarefy.checkpoint.save import save
+    from rarefy.common.atomic_io import resume_folder
+    from rarefy.pipeline.compress import compress_
+
+    with _processes() as (rank, num_processes):
+        model, tokenizer = shared.load(run.source)
+        resumable = run.recipe.solves and num_processes == 1
+        state = resume_folder(run.out, run.fresh) if resumable else nullcontext()
+        with state as resume_dir, offload.limiting_resident_weights(model, run.memory_limit):
+            receipt = compress_(
+                model,
+                run.recipe,
+                tokenizer=tokenizer,
+                base=run.base,
+                memory=run.memory_limit,
+                resume_dir=resume_dir,
+                log=run.log if rank == 0 else None,
+                progress=not run.quiet and rank == 0,
+            )
+            if rank != 0:
+                return None
+            save_options = {"format": run.recipe.save.format, "compress": run.recipe.save.compress}
+            files = side_files(run.source)
+            save(model, run.out, receipt=receipt, files=files, overwrite=run.force, **save_options)
+            return receipt
+
+
+def _dry_run(
+    source: Path, recipe: Any, base: Path | None, memory_limit: int | None, as_json: bool, quiet: bool
+) -> None:
+    """Check the data that the recipe names, and print what it would do."""
+    from rarefy.data.sources import find
+    from rarefy.pipeline.dry_run import forecast
+    from rarefy.pipeline.run_data import RunData
+    from rarefy.pipeline.train_stage import check_stage
+    from rarefy.recipe.schema import TrainStage
+
+    named = [(purpose, getattr(recipe.data, purpose, None)) for purpose in ("calibrate", "train", "validate")]
+    for purpose, name in [*named, ("data", getattr(recipe.evaluate, "data", None))]:
+        if name is not None:
+            find(name, base, purpose)
+    for stage in recipe.stages:
+        if isinstance(stage, TrainStage):
+            check_stage(stage, RunData(recipe, None, None, base), None)
+    if recipe.cuts:
+        _dry_run_with_cuts(source, recipe, base, memory_limit, as_json, quiet)
+    else:
+        shared.show(forecast(_load_without_weights(source), recipe, memory_limit), as_json, quiet)
+
+
 @app.command()
 def inspect(
     path: Annotated[
-        str, typer.Argument(help="A folder of ours, a Hugging Face folder, a .safetensors file, a built-in name.")
+        str, typer.Argument(help="A folder of Rarefy, a Hugging Face folder, a .safetensors file, or a built-in name.")
     ],
     groups: Annotated[
         bool,
-        typer.Option("--groups", help="Show instead which units belong together, and which a cut could remove."),
+        typer.Option("--groups", help="Show the groups of units that can only be removed together."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -188,7 +225,7 @@ app.command()(inference_commands.bench)
 
 @app.command()
 def export(
-    path: Annotated[Path, typer.Argument(help="A folder of ours.")],
+    path: Annotated[Path, typer.Argument(help="A folder written by Rarefy.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     to: Annotated[
         str,
@@ -207,7 +244,9 @@ def export(
     from rarefy.evaluation.profiling import folder_bytes
 
     if str(path) in builtin.MODELS and not path.exists():
-        raise ModelError(f"{path} is a built-in model, and export writes folders of ours: rarefy compress {path} first")
+        raise ModelError(
+            f"{path} is a built-in model, and export converts folders written by Rarefy: rarefy compress {path} first"
+        )
     export(path, out, to=to, overwrite=force)
     shared.show(
         Report(f"exported to {out}", (), {"format": to, "bytes": folder_bytes(out, (".safetensors",))}), as_json, False
@@ -218,14 +257,14 @@ def export(
 def recipes_(
     name: Annotated[str | None, typer.Argument(help="Print this recipe instead of the list.")] = None,
     fields: Annotated[
-        bool, typer.Option("--fields", help="Show instead all that a recipe can say: stages, their fields, defaults.")
+        bool, typer.Option("--fields", help="Show all stages of recipes with their fields and defaults.")
     ] = False,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print instead the JSON Schema of recipes, for editors.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the recipes that ship with Rarefy, print one, or show all that recipes can say."""
+    """List the built-in recipes, print one, or show all fields that recipes have."""
     from rarefy.common.report import Report
     from rarefy.recipe import parser as recipes
 
@@ -234,7 +273,7 @@ def recipes_(
     if schema:
         print(json.dumps(recipes.json_schema(), indent=1))
     elif fields:
-        shared.show(Report("what a recipe can say", recipes.vocabulary()), as_json, False)
+        shared.show(Report("fields of recipes", recipes.vocabulary()), as_json, False)
     elif name is None:
         rows = tuple({"recipe": n, "about": recipes.load(n).about} for n in recipes.presets())
         shared.show(Report("recipes", rows), as_json, False)
@@ -248,47 +287,49 @@ def recipes_(
 @app.command()
 def migrate(
     source: Annotated[Path, typer.Argument(help="A recipe (.yaml, .md) or config (.json) of another tool.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; else it is printed.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Output file; by default the recipe is printed.")
+    ] = None,
     skip: Annotated[bool, typer.Option("--skip", help="Leave out what has no counterpart, with a comment.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a recipe of another tool into one of ours, with a comment wherever its meaning changed.
+    """Translate a recipe of another tool, with a comment wherever something means something else here.
 
     Reads SparseML's recipes (legacy tags, stages, Markdown), llm-compressor's, NNCF configs before version 3, and, as
-    JSON or YAML, a WeightPruningConfig of Neural Compressor and configs of torch.ao.pruning. Runs nothing of a file.
+    JSON or YAML, a WeightPruningConfig of Neural Compressor and configs of torch.ao.pruning. No code in a file is run.
     """
     from rarefy.common.atomic_io import write_bytes_atomic
     from rarefy.migration.migrate import migrate as migrate_
 
-    made = migrate_(source, skip=skip)
+    migrated = migrate_(source, skip=skip)
     if out is not None:
         if out.is_dir() or (out.exists() and not force):
             raise RecipeError(f"{out} exists: pass --force, or give another name")
-        write_bytes_atomic(out, made.text.encode())
+        write_bytes_atomic(out, migrated.text.encode())
     if as_json:
-        print(json.dumps({"tool": made.tool, "recipe": made.recipe.to_dict(), "yaml": made.text}, indent=1))
+        print(json.dumps({"tool": migrated.tool, "recipe": migrated.recipe.to_dict(), "yaml": migrated.text}, indent=1))
     elif out is None:
-        print(made.text, end="")
+        print(migrated.text, end="")
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show versions, CPU features, and what is missing and how to get it."""
+    """Show versions and CPU features, and how to install what is missing."""
     from rarefy.cli.doctor import examine
 
     shared.show(examine(), as_json, False)
 
 
 def main() -> None:
-    """Run the command line; user errors are one line and exit code 2, Ctrl-C is 130, SIGTERM 143."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that nothing half made is left
+    """Run the command line. User errors print one line and exit with 2, Ctrl-C with 130, SIGTERM with 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary files are removed
     try:
         app(standalone_mode=True)
     except RarefyError as error:
         print(f"rarefy: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (KeyboardInterrupt, SystemExit) as end:
@@ -301,8 +342,7 @@ def main() -> None:
 
 
 def _leave(error: BaseException | None) -> None:
-    """Where processes were joined, end at once: their threads may hold Python objects, and the interpreter's end would
-    stop them in the middle (SIGABRT)."""
+    """End a process of torchrun at once: a normal exit would crash while its threads hold Python objects."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     code = error.code if isinstance(error, SystemExit) else 0 if error is None else 1
@@ -315,9 +355,9 @@ def _leave(error: BaseException | None) -> None:
 
 @contextmanager
 def _processes() -> Iterator[tuple[int, int]]:
-    """Join the processes that torchrun has started, if it has; give this one's number and how many there are."""
-    rank, many = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if many == 1:
+    """Join the process group that torchrun started, if any; yield this process's rank and the number of processes."""
+    rank, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes == 1:
         yield 0, 1
         return
     import torch
@@ -326,12 +366,14 @@ def _processes() -> Iterator[tuple[int, int]]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    yield rank, many
-    dist.barrier()  # none leaves while another still asks it for sums
+    yield rank, num_processes
+    dist.barrier()  # other processes may still need this one for a reduction
 
 
-def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str | None, seed: int | None) -> Any:
-    """The recipe with what the command line changes in it; paths of the command line start here, not at the recipe."""
+def _load_recipe(
+    recipe: str, pairs: list[str] | None, data: str | None, eval_data: str | None, seed: int | None
+) -> Any:
+    """Load the recipe with the changes of the command line; paths on the command line are relative to this folder."""
     from rarefy.recipe import parser as recipes
     from rarefy.recipe.schema import Data
 
@@ -339,46 +381,48 @@ def _plan(recipe: str, pairs: list[str] | None, data: str | None, eval_data: str
     for pair in pairs or []:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise RecipeError(f"--set {pair!r}: write field=value, such as sparsity=0.4")
+            raise RecipeError(f"--set {pair!r}: expected field=value, such as sparsity=0.4")
         changes[key] = recipes.value(text, f"--set {pair!r}")
     if seed is not None:
         changes["seed"] = seed
-    plan = recipes.load(recipe, **changes)
+    loaded = recipes.load(recipe, **changes)
     if data is not None:
-        plan = plan.replace(data=(plan.data or Data()).replace(calibrate=_here(data)))
+        loaded = loaded.replace(data=(loaded.data or Data()).replace(calibrate=_absolute(data)))
     if eval_data is not None:
-        if plan.evaluate is None:
+        if loaded.evaluate is None:
             raise RecipeError(
-                f"--eval-data has no effect: recipe {plan.name} does not evaluate; "
+                f"--eval-data has no effect: recipe {loaded.name} does not evaluate; "
                 "add --set 'evaluate={metric: perplexity}'"
             )
-        plan = plan.replace(evaluate=plan.evaluate.replace(data=_here(eval_data)))
-    return plan
+        loaded = loaded.replace(evaluate=loaded.evaluate.replace(data=_absolute(eval_data)))
+    return loaded
 
 
-def _here(source: str) -> str:
+def _absolute(source: str) -> str:
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
-def _rehearse(source: Path, plan: Any, base: Path | None, memory: int | None, as_json: bool, quiet: bool) -> None:
-    """Show what cuts would take out, and what the other stages would make of the rest."""
+def _dry_run_with_cuts(
+    source: Path, recipe: Any, base: Path | None, memory: int | None, as_json: bool, quiet: bool
+) -> None:
+    """Print what cuts would remove, and the forecast of the other stages for the remaining model."""
     from rarefy.pipeline.dry_run import forecast
     from rarefy.pipeline.stages import rehearse_cuts_
 
     model, tokenizer = shared.load(source)
-    told = rehearse_cuts_(model, plan, tokenizer=tokenizer, base=base)
-    expected = forecast(model, plan, memory)
+    reports = rehearse_cuts_(model, recipe, tokenizer=tokenizer, base=base)
+    expected = forecast(model, recipe, memory)
     expected = replace(expected, title=f"after the cuts: {expected.title}")
     if as_json:
-        print(json.dumps({"cuts": [r.to_dict() for r in told], "forecast": expected.to_dict()}, indent=1))
+        print(json.dumps({"cuts": [r.to_dict() for r in reports], "forecast": expected.to_dict()}, indent=1))
         return
-    for report in (*told, expected):
+    for report in (*reports, expected):
         shared.show(report, False, quiet)
         if not quiet:
             print()
 
 
-def _skeleton(source: Path) -> Any:
+def _load_without_weights(source: Path) -> Any:
     from rarefy.model import hf
 
     if not hf.is_folder(source):

@@ -1,4 +1,4 @@
-"""What of a model is timed, and on what inputs."""
+"""Example inputs for timing a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rarefy.model import hf
 
 
 def generates(model: Any) -> bool:
-    """Return whether a model writes text."""
+    """Return whether a model generates text."""
     return hasattr(model, "generate") and model.can_generate()
 
 
 def example_of(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
-    """Return what a model with a Hugging Face config can be called with: noise, always the same."""
+    """Return reproducible random inputs for a model with a Hugging Face config."""
     if not hf.is_model(model):
         raise ModelError("bench needs a model with a Hugging Face config")
     config: Any = model.config

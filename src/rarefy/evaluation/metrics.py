@@ -1,4 +1,4 @@
-"""Quality on held-out data: perplexity and accuracy, token-weighted, padding left out."""
+"""Quality on held-out data: perplexity and accuracy, weighted by token, without padding."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def perplexity(model: nn.Module, data: Iterable[Any], *, progress: bool = False)
             )
         ids, mask = batch["input_ids"][:, 1:], batch.get("attention_mask")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else (mask[:, 1:] * mask[:, :-1]).bool()
-        for row, target, keep in zip(logits[:, :-1], ids, real):  # a row at a time: logits of a vocabulary are large
+        for row, target, keep in zip(logits[:, :-1], ids, real):  # one row at a time, because logits are large
             total += float(F.cross_entropy(row[keep].float(), target[keep], reduction="sum"))
             count += int(keep.sum())
     if not count:
-        raise DataError("no tokens to evaluate: each sample needs two tokens or more")
+        raise DataError("no tokens to evaluate: each sample needs at least two tokens")
     return math.exp(min(total / count, 700.0))
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -> float:
-    """Return the share of (inputs, class) samples whose largest output is the class, 0..1."""
+    """Return the fraction of (inputs, class) samples whose largest output is the class, between 0 and 1."""
     right, count = 0, 0
     for batch in _evaluation(model, data, "accuracy", progress):
         target = (

@@ -1,4 +1,4 @@
-"""Bytes, FLOPs, milliseconds: measured, with the spread, never inferred."""
+"""Measure bytes, FLOPs, latency and tokens/s, with quartiles."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from rarefy.common.progress import track
 from rarefy.model.mha import without_mha_fastpath
 
-Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # ids, and what was kept of those before: logits, and what is kept
-_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch counts in none of these
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # (ids, cache or None) -> (logits, cache)
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch has no count_nonzero for these types
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Times:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes that parameters and buffers hold in memory, shared storage once.
+    """Return the bytes of parameters and buffers in memory; shared storage is counted once.
 
     >>> resident_bytes(nn.Linear(3, 2))
     32
@@ -62,8 +62,8 @@ def folder_bytes(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> int:
 
 
 def peak_rss() -> int:
-    """Return the most bytes this process has had resident since it began."""
-    try:  # what getrusage says begins with the peak of the process that started this one
+    """Return the peak resident memory of this process in bytes."""
+    try:  # getrusage inherits the peak of the parent process
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(l.split()[1]) * 1024 for l in lines if l.startswith("VmHWM"))
     except (OSError, StopIteration):
@@ -73,10 +73,10 @@ def peak_rss() -> int:
 
 
 def flops(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Return the floating point operations that `run()` dispatches: products, convolutions and attention.
+    """Return the floating point operations of `run()`: matrix products, convolutions and attention.
 
-    Counted where torch dispatches, so functional calls and scaled_dot_product_attention are seen; a zero in a dense
-    weight costs as much as any other number. 2 operations a multiply-add.
+    Counted by torch's dispatcher, so functional calls and scaled_dot_product_attention are included. Zeros in dense
+    weights count like other values. A multiply-add counts as 2 operations.
 
     >>> net = nn.Linear(3, 2)
     >>> flops(net, lambda: net(torch.zeros(5, 3)))
@@ -84,7 +84,7 @@ def flops(model: nn.Module, run: Callable[[], Any]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    # absent from torch's own table although it is what CPU attention runs
+    # missing in torch's own table, although attention on the CPU runs it
     extra = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=extra)  # type: ignore[arg-type]
     with torch.no_grad(), without_mha_fastpath(), counter:
@@ -93,7 +93,7 @@ def flops(model: nn.Module, run: Callable[[], Any]) -> int:
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """Two products of shapes [b, h, s, d] x [b, h, t, d]; a causal mask halves what is needed, not what is run."""
+    """Return the FLOPs of two products of shapes [b, h, s, d] x [b, h, t, d]; a causal mask does not reduce them."""
     return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
 
 
@@ -105,8 +105,9 @@ def compare(
     progress: bool = False,
     before: Callable[[], Any] = lambda: None,
 ) -> dict[str, Times]:
-    """Return the quartiles of each run, all interleaved in this process after warm-up, so that drift hits all alike;
-    `before` goes ahead of each run and is not timed.
+    """Time runs alternately after warm-up, so that drift affects all of them equally; return quartiles for each.
+
+    `before` is called before each run and is not timed.
 
     >>> compare({"nothing": lambda: None}, repeats=5)["nothing"].repeats
     5
@@ -136,10 +137,10 @@ def quartiles(seconds: list[float]) -> Times:
 def decode_and_prefill(
     models: Mapping[str, nn.Module], *, prompt: int = 256, new: int = 24, repeats: int = 5, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Return tokens a second of causal language models at batch 1: reading a prompt, and writing token by token.
+    """Return tokens/s of causal language models at batch size 1, for prefill and decode.
 
-    Random token ids, a key-value cache, greedy choice; the models take turns. `{name: {"prefill": ..., "decode": ...}}`
-    with `tokens_per_second` and its quartiles.
+    Uses random token ids, a KV cache and greedy decoding; models are timed alternately. The result is
+    `{name: {"prefill": ..., "decode": ...}}` with `tokens_per_second` and its quartiles.
     """
     vocabulary: int = next(iter(models.values())).config.vocab_size  # type: ignore
     steps = {n: step_of(m) for n, m in models.items()}
@@ -147,14 +148,14 @@ def decode_and_prefill(
 
 
 def step_of(model: nn.Module) -> Step:
-    """Return a language model of transformers as a step."""
+    """Return a step function for a transformers language model."""
     accepts = inspect.signature(type(model).forward).parameters
     cache = "cache" if "cache" in accepts else "past_key_values"  # the name changed in transformers 5
 
     def step(ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         out = model(input_ids=ids, use_cache=True, **({"logits_to_keep": 1} if state is None else {cache: state}))
-        kept = getattr(out, cache, None)
-        return out.logits, out.past_key_values if kept is None else kept
+        new_state = getattr(out, cache, None)
+        return out.logits, out.past_key_values if new_state is None else new_state
 
     return step
 
@@ -162,7 +163,7 @@ def step_of(model: nn.Module) -> Step:
 def rates(
     steps: Mapping[str, Step], vocabulary: int, *, prompt: int, new: int, repeats: int, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Return what `decode_and_prefill` does, of steps that take turns."""
+    """Return the result of `decode_and_prefill` for step functions, timed alternately."""
     ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     spent: dict[str, dict[str, list[float]]] = {n: {"prefill": [], "decode": []} for n in steps}
     with torch.no_grad():
@@ -191,9 +192,9 @@ def _rate(t: Times, tokens: int) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what a figure depends on: CPU, its vector extensions, threads, versions."""
+    """Return what timings depend on: the CPU, its vector extensions, threads, load and versions."""
     flags = cpu_flags()
-    wanted = [
+    known = [
         "avx2",
         "fma",
         "avx512f",
@@ -207,7 +208,7 @@ def machine() -> dict[str, Any]:
     ]
     return {
         "cpu": _cpu_name(),
-        "extensions": [f for f in wanted if f in flags],
+        "extensions": [f for f in known if f in flags],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -217,18 +218,18 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_flags() -> set[str]:
-    """Return the CPU's feature flags as the kernel names them; empty where it does not say."""
+    """Return the CPU's feature flags as Linux names them; empty if they are unknown."""
     return set(_cpuinfo("flags").split()) | set(_cpuinfo("Features").split())
 
 
 @cache
 def native_bf16() -> bool:
-    """Return whether this CPU multiplies bf16 itself: elsewhere torch takes up to fifty times as long as for fp32."""
+    """Return whether this CPU has bf16 instructions; without them torch's bf16 can be 50 times slower than fp32."""
     return bool({"avx512_bf16", "amx_bf16", "bf16", "svebf16"} & cpu_flags())
 
 
 def commit(folder: str | Path) -> str:
-    """Return the git commit of a folder, `-dirty` appended where files differ from it; empty outside git."""
+    """Return the git commit of a folder, with `-dirty` if files were changed; empty outside git."""
     try:
         ran = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
@@ -243,7 +244,7 @@ def commit(folder: str | Path) -> str:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Run with `count` torch threads, or as it is for None."""
+    """Run the block with `count` torch threads; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -1,4 +1,4 @@
-"""The receipt: what was measured before and after one compression, in one run, as text and as JSON."""
+"""The receipt: measurements before and after a compression, from one run, as text and JSON."""
 
 from __future__ import annotations
 
@@ -14,15 +14,27 @@ SIDES = ("before", "after")
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """Plain numbers under plain names. Bytes are bytes, times seconds, sparsity a fraction.
+    """The measurements of one compression. Sizes are in bytes, times in seconds, sparsity is a fraction.
 
-    quality   metric, before, after, change (relative), allowed (relative loss the recipe permits, or None), passed
-    disk      before, after, same_precision (dense bytes at the precision of the result)
-    memory    before, after: parameters and buffers; peak_rss of the process
-    sparsity  asked, achieved, weights, zeros, layers: one row a layer
-    speed     a row a measurement: what, before, after (accelerated), unit, with quartiles
-    flops     what, before, after
-    samples   prompt, before, after: what both models write after a prompt
+    Args:
+        name: name of the recipe.
+        quality: metric, before, after, change (relative), allowed (largest relative loss, or None), passed.
+        disk: before, after, same_precision (dense bytes at the precision of the result).
+        memory: before, after (parameters and buffers), peak_rss of the process.
+        sparsity: asked, achieved, weights, zeros, and layers with one row per layer.
+        speed: one row per measurement: what, before, after (accelerated), unit, with quartiles.
+        flops: what, before, after.
+        stages: the report of each stage.
+        settings: seed, machine, versions, duration in seconds.
+        notes: remarks for the user.
+        samples: prompt, before, after: the continuations of a prompt by both models.
+
+    Example:
+        >>> print(Receipt(name="half", disk={"before": 100, "after": 50}))
+        Receipt: half
+        <BLANKLINE>
+        measured       before  after  change
+        bytes on disk  100     50     0.500x
     """
 
     name: str
@@ -39,7 +51,7 @@ class Receipt:
 
     @property
     def passed(self) -> bool:
-        """Whether quality stayed within what the recipe allows (True where it allows anything)."""
+        """Whether the quality is within the limit of the recipe; True if it has none."""
         return self.quality.get("passed") is not False
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +59,7 @@ class Receipt:
         return json.loads(self.to_json())
 
     def files(self) -> dict[str, bytes]:
-        """Return the files that go along with a model."""
+        """Return the receipt files that are saved with a model."""
         return {"receipt.json": self.to_json().encode(), "receipt.txt": str(self).encode()}
 
     def to_json(self) -> str:
@@ -80,7 +92,9 @@ class Receipt:
             )
             state = f"seed {settings.get('seed', '?')}, load {machine.get('load', '?')}"
             lines.append(f"{settings.get('seconds', 0):.0f} s on {where}, {state}")
-        lines += [f"{s['title']}: {_told(s)}" for s in self.stages if s["title"] not in SHOWN and _told(s)]
+        lines += [
+            f"{s['title']}: {_stage_summary(s)}" for s in self.stages if s["title"] not in SHOWN and _stage_summary(s)
+        ]
         lines += [f"note: {n}" for n in self.notes]
         return "\n".join(lines).rstrip()
 
@@ -163,7 +177,7 @@ def _grouped(layers: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(name, []).append(row)
     out = []
     for name, rows in groups.items():
-        found = [r["sparsity"] for r in rows]
+        sparsities = [r["sparsity"] for r in rows]
         label = f"{name} ({len(rows)})" if len(rows) > 1 else rows[0]["layer"]
         formats = sorted({r["format"] for r in rows})
         out.append(
@@ -172,7 +186,9 @@ def _grouped(layers: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "shape": " ".join(sorted({r["shape"] for r in rows})[:3]),
                 "pattern": rows[0]["pattern"],
                 "asked": f"{rows[0]['asked']:.2%}",
-                "sparsity": f"{found[0]:.3%}" if len(set(found)) == 1 else f"{min(found):.3%}..{max(found):.3%}",
+                "sparsity": f"{sparsities[0]:.3%}"
+                if len(set(sparsities)) == 1
+                else f"{min(sparsities):.3%}..{max(sparsities):.3%}",
                 "stored as": ", ".join(formats),
                 "bytes": f"{sum(r['dense_bytes'] for r in rows):,} -> {sum(r['bytes'] for r in rows):,}",
             }
@@ -183,7 +199,7 @@ def _grouped(layers: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
 SHOWN = ("pruned", "cut", "layers", "accelerated")  # stages whose rows are in the tables
 
 
-def _told(stage: Mapping[str, Any]) -> str:
+def _stage_summary(stage: Mapping[str, Any]) -> str:
     """A stage in a line: what its report sums up, of training its first and last loss."""
     parts = [f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in stage["summary"].items()]
     losses = [r["loss"] for r in stage["rows"] if "loss" in r]
