@@ -211,7 +211,10 @@ def test_an_encoder_takes_what_its_tokenizer_gives():
 def test_a_built_in_model_is_no_folder_to_export(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = run("export", "minilm", "-o", tmp_path / "out")
-    assert ran.code == 2 and "minilm is a built-in model, and export converts folders written by Rarefy: rarefy compress" in ran.err
+    assert (
+        ran.code == 2
+        and "minilm is a built-in model, and export converts folders written by Rarefy: rarefy compress" in ran.err
+    )
 
 
 def test_compile_errors(run, given, tmp_path):
