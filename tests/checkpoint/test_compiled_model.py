@@ -276,7 +276,7 @@ def test_where_modules_are_asked_for(tmp_path):
     with pytest.raises(ModelError, match="holds a compiled model: give the folder of what it was compiled from"):
         shared.load(tmp_path / "out")
     with pytest.raises(ModelError, match="teacher 'out' is a compiled model"):
-        train_stage.other("out", tmp_path, mlp())
+        train_stage.load_teacher("out", tmp_path, mlp())
 
 
 def test_what_the_list_holds_is_pure():
@@ -420,10 +420,10 @@ def swap_first_two_calls(told):
         (packed_as(kind="int8"), "packed 'p_a_weight': "),
         (packed_as(code=1), "is no packed weight of an operator"),
         (packed_as(shape=[32, 64]), "packed 'p_a_weight': |damaged"),
-        (packed_as(shape=[1 << 40, 32]), "shape: whole numbers from 1 to"),
-        (packed_as(shape="32"), "shape: whole numbers from 1 to"),
-        (packed_as(block=0), "block: whole numbers from 1 to"),
-        (packed_as(block=1.5), "block: whole numbers from 1 to"),
+        (packed_as(shape=[1 << 40, 32]), "shape: expected whole numbers from 1 to"),
+        (packed_as(shape="32"), "shape: expected whole numbers from 1 to"),
+        (packed_as(block=0), "block: expected whole numbers from 1 to"),
+        (packed_as(block=1.5), "block: expected whole numbers from 1 to"),
         (packed_as(values=3), "is no packed weight of an operator"),
     ],
 )  # fmt: skip
