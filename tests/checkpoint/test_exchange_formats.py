@@ -11,7 +11,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net, tiny_llama
-from rarefy.checkpoint.compressed_tensors import words
+from rarefy.checkpoint.compressed_tensors import pack_int32
 from rarefy.common.errors import ContainerError, ModelError
 
 # compressed-tensors
@@ -62,7 +62,7 @@ def test_words_are_theirs(bits):
 
     codes = torch.randint(0, 1 << bits, (5, 70))
     theirs = pack_to_int32((codes - (1 << (bits - 1))).to(torch.int8), bits)
-    assert torch.equal(words(codes, bits), theirs)
+    assert torch.equal(pack_int32(codes, bits), theirs)
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ DAMAGE = [
     ("sparse-24-bitmask", put("compressed", lambda t: t[:, :-1]), r"\d+ values for \d+ bits"),
     ("4 bits", put("weight_scale", None), "codes without a weight_scale of floating point"),
     ("4 bits", put("weight_scale", lambda t: t[:-1]), r"scales of \[\d+, \d+\] for a weight of"),
-    ("4 bits", put("weight_packed", lambda t: t[:, :-1]), "4 and 8 bits are read"),
+    ("4 bits", put("weight_packed", lambda t: t[:, :-1]), "expected 4 or 8 bits"),
     ("4 bits", put("weight_packed", lambda t: t.long()), "weight_packed is int32 in two dimensions, got torch.int64"),
     ("4 bits", put("weight_shape", lambda t: t + 1), "for a weight of"),
     ("4 bits, asymmetric", put("weight_zero_point", lambda t: t[:, :1]), "zero points of"),

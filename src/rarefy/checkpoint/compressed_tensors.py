@@ -44,14 +44,14 @@ def write(model: nn.Module, folder: Path) -> None:
     for name, tensor in folded_state(model):
         layer = name.removesuffix(".weight")
         if layer in grids and name.endswith(".weight"):
-            made = _plain(tensor, grids[layer]) if plain else _packed(tensor, grids[layer])
-            tensors |= {f"{layer}.{n}": t.contiguous() for n, t in made.items()}
+            stored = _plain(tensor, grids[layer]) if plain else _packed(tensor, grids[layer])
+            tensors |= {f"{layer}.{n}": t.contiguous() for n, t in stored.items()}
         elif name not in (getattr(model, "_tied_weights_keys", None) or ()) or not _is_tied(model):
             tensors[name] = tensor.detach().cpu().contiguous()
     config: Any = model.config
-    told = {**config.to_dict(), "quantization_config": _config(model, layers, grids, FORMATS[plain])}
+    saved_config = {**config.to_dict(), "quantization_config": _config(model, layers, grids, FORMATS[plain])}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(told, indent=1, default=str))
+    (folder / "config.json").write_text(json.dumps(saved_config, indent=1, default=str))
 
 
 def _why_not(layer: Layer, grid: Any) -> str | None:
@@ -77,7 +77,7 @@ def _plain(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
 
 def _packed(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
     return {
-        "weight_packed": words(grid.codes(weight) + (1 << (grid.bits - 1)), grid.bits),
+        "weight_packed": pack_int32(grid.codes(weight) + (1 << (grid.bits - 1)), grid.bits),
         "weight_scale": _scale(weight, grid),
         "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
     }
@@ -87,10 +87,10 @@ def _scale(weight: Tensor, grid: Grid) -> Tensor:
     return grid.scale.expand(len(weight), -1).to(weight.dtype if weight.dtype != torch.float32 else grid.scale.dtype)
 
 
-def words(codes: Tensor, bits: int) -> Tensor:
-    """Return codes [rows, n] below 2^bits as streams of bits in int32 words [rows, ceil(n bits / 32)].
+def pack_int32(codes: Tensor, bits: int) -> Tensor:
+    """Return codes [rows, n] below 2^bits as bit streams, int32 [rows, ceil(n bits / 32)].
 
-    >>> words(torch.tensor([[1, 2, 3]]), 4).tolist()
+    >>> pack_int32(torch.tensor([[1, 2, 3]]), 4).tolist()
     [[801]]
     """
     rows, n = codes.shape
@@ -100,15 +100,15 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
 
 def _config(model: nn.Module, layers: Mapping[str, Layer], grids: Mapping[str, Grid], format: str) -> dict[str, Any]:
-    """What compressed-tensors reads: one group for each way in which layers are quantized."""
+    """The quantization config of compressed-tensors, with one group for each scheme of quantization."""
     groups: dict[str, dict[str, Any]] = {}
     for name, grid in grids.items():
         columns = layers[name].original.shape[1]
-        many = columns // grid.scale.shape[1]
+        group_size = columns // grid.scale.shape[1]
         strategy = "group" if grid.scale.shape[1] > 1 else "channel"
         weights = {
             "num_bits": grid.bits, "type": "int", "symmetric": True, "strategy": strategy,
-            "group_size": many if strategy == "group" else None, "dynamic": False,
+            "group_size": group_size if strategy == "group" else None, "dynamic": False,
         }  # fmt: skip
         inputs = get_activation_quant(layers[name].module)
         token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}

@@ -34,7 +34,7 @@ KEYS = ("quantization_config", "compression_config", "sparsity_config")
 SPARSE = ("compressed", "bitmask", "row_offsets", "shape")
 PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 DROPPED = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")
-MOST_CONFIG = 16 << 20
+MAX_CONFIG_BYTES = 16 << 20
 
 
 def is_compressed(folder: str | Path) -> bool:
@@ -49,19 +49,19 @@ def load(folder: str | Path) -> nn.Module:
     are missing or do not fit, ModelError for what transformers does not load. O(weights)."""
     path = Path(folder)
     config = _config(path / "config.json")
-    found, grids = dict[str, Tensor](), dict[str, Grid]()
+    weights, grids = dict[str, Tensor](), dict[str, Grid]()
     for name, tensor, grid, _, _ in tensors(path):
-        found[name] = tensor
+        weights[name] = tensor
         if grid is not None:
             grids[name] = grid
     plain = {k: v for k, v in config.items() if k not in KEYS}
-    with TemporaryDirectory(prefix="rarefy-") as place:
+    with TemporaryDirectory(prefix="rarefy-") as temp:
         generation = path / "generation_config.json"
         if generation.is_file():
-            (Path(place) / generation.name).write_bytes(generation.read_bytes())
-        (Path(place) / "config.json").write_text(json.dumps(plain))
-        save_file({n: t.contiguous() for n, t in found.items()}, Path(place) / "model.safetensors", {"format": "pt"})
-        model = hf.load_folder(place)
+            (Path(temp) / generation.name).write_bytes(generation.read_bytes())
+        (Path(temp) / "config.json").write_text(json.dumps(plain))
+        save_file({n: t.contiguous() for n, t in weights.items()}, Path(temp) / "model.safetensors", {"format": "pt"})
+        model = hf.load_folder(temp)
     for layer in all_layers(model):
         grid = grids.get(f"{layer.name}.{layer.param}")
         if grid is not None and grid.contains(layer.original.detach()):
@@ -96,9 +96,9 @@ def _decoded(folder: str | Path, where: Mapping[str, Any]) -> Iterator[tuple[str
     for prefix, leaves in layers.items():
         if not {"compressed", "weight_packed", "weight_scale"} & leaves:
             continue
-        own = leaves | ({"weight"} if f"{prefix}.weight" in where else set())
-        parts = {leaf: where[f"{prefix}.{leaf}"].get_tensor(f"{prefix}.{leaf}") for leaf in own}
-        done |= {f"{prefix}.{leaf}" for leaf in own}
+        names = leaves | ({"weight"} if f"{prefix}.weight" in where else set())
+        parts = {leaf: where[f"{prefix}.{leaf}"].get_tensor(f"{prefix}.{leaf}") for leaf in names}
+        done |= {f"{prefix}.{leaf}" for leaf in names}
         stored = sum(t.numel() * t.element_size() for t in parts.values())
         try:
             tensor, grid, label = _decode(parts)
@@ -140,11 +140,12 @@ def _sparse(parts: Mapping[str, Tensor]) -> Tensor:
 
 def _packed(parts: Mapping[str, Tensor]) -> tuple[Tensor, Grid | None]:
     rows, columns = _shape(parts, "weight_shape")
-    words, scale = _part(parts, "weight_packed", torch.int32), _scale(parts, rows, columns)
-    bits = next((b for b in (4, 8) if list(words.shape) == [rows, -(-columns * b // 32)]), None)
+    packed, scale = _part(parts, "weight_packed", torch.int32), _scale(parts, rows, columns)
+    bits = next((b for b in (4, 8) if list(packed.shape) == [rows, -(-columns * b // 32)]), None)
     if bits is None:
-        raise ContainerError(f"words of {list(words.shape)} for a weight of {rows} x {columns}: 4 and 8 bits are read")
-    codes = _unpacked(words, bits)[:, :columns]
+        shape = list(packed.shape)
+        raise ContainerError(f"packed codes of {shape} for a weight of {rows} x {columns}: expected 4 or 8 bits")
+    codes = _unpacked(packed, bits)[:, :columns]
     zero = None
     if "weight_zero_point" in parts:
         packed = parts["weight_zero_point"]
@@ -155,10 +156,10 @@ def _packed(parts: Mapping[str, Tensor]) -> tuple[Tensor, Grid | None]:
     return _dequantized(codes, bits, scale, zero, parts.get("weight_g_idx"))
 
 
-def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """Codes of 4 or 8 bits out of words [rows, n], the lowest first, as they are with their sign."""
-    places = torch.arange(0, 32, bits, dtype=torch.int32)
-    codes = (words[..., None] >> places & ((1 << bits) - 1)).flatten(1)
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """Signed codes of 4 or 8 bits from int32 [rows, n], the lowest bits first."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    codes = (packed[..., None] >> shifts & ((1 << bits) - 1)).flatten(1)
     return (codes - (1 << (bits - 1))).to(torch.int16)
 
 
@@ -223,8 +224,8 @@ def _shape(parts: Mapping[str, Tensor], name: str) -> tuple[int, int]:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    if not file.is_file() or file.stat().st_size > MOST_CONFIG:
-        raise ModelError(f"{file}: no config, or one of more than {MOST_CONFIG:,} bytes")
+    if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
+        raise ModelError(f"{file}: expected a config of at most {MAX_CONFIG_BYTES:,} bytes")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -235,7 +236,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of compression, under any of the names that it has had."""
-    found = {k: config[k] for k in KEYS if isinstance(config.get(k), dict)}
-    method = found.get("quantization_config", {}).get("quant_method", "compressed-tensors")
-    return found if method in ("compressed-tensors", "sparseml") else {}
+    """The compression settings of a config, under any name that they ever had."""
+    settings = {k: config[k] for k in KEYS if isinstance(config.get(k), dict)}
+    method = settings.get("quantization_config", {}).get("quant_method", "compressed-tensors")
+    return settings if method in ("compressed-tensors", "sparseml") else {}
