@@ -295,7 +295,7 @@ def embedding_as(name):
         (lambda t: t["packed"][weight(t)].update(shape=[1 << 20, 1 << 20]), "packed 'p_"),
         (odd_panels(kind="fp32"), "is no packed weight of an operator"),
         (odd_panels(kind="int4"), "packed 'p_"),
-        (odd_panels(exact=1), "exact"),
+        (odd_panels(exact=1), "expected fp32_inputs True or False"),
         (odd_panels(parts=1), "packed 'p_"),
         (odd_panels(parts=False), "expected panels with scales for rows"),
         (odd_panels(more=1), "is no packed weight of an operator"),
