@@ -256,7 +256,7 @@ MISTAKES = {
     "--eval-data without evaluate": (GO + " --eval-data wiki", "evaluate"),
     "no layer matches": (GO + " --set layers=model.layer.*", "layers: 'model.layer.*' matches no layer; nearest: "),
     "no layer matches, dry": ("compress {model} -r {half} --dry-run --set layers=model.layer.*", "layers: 'model.layer.*' matches no layer; nearest: "),
-    "a large seed": (GO + " --seed 99999999999999999999999", "seed is "),
+    "a large seed": (GO + " --seed 99999999999999999999999", "seed: expected a whole number from 0 to 4294967295"),
     "inspect nothing": ("inspect {tmp}/zzz", "no model folder"),
     "inspect an empty folder": ("inspect {tmp}/empty", "expected a saved folder, a folder with .safetensors files, or one such file"),
     "inspect a text": ("inspect {tmp}/short.txt", "expected a saved folder"),

@@ -136,6 +136,7 @@ def problem_of(error: ValidationError, options: type[BaseModel], data: Any) -> P
     """Return the first problem of a validation of `data`; unknown fields come first."""
     details = sorted(error.errors(include_url=False), key=lambda d: d["type"] != "extra_forbidden")[0]
     kind, loc, value = details["type"], details["loc"], details["input"]
+    context: Any = details.get("ctx", {})
     root = options.model_json_schema()
     path, schema = _walk(root, loc, data)
     alternatives = branches(schema, root)
@@ -147,12 +148,12 @@ def problem_of(error: ValidationError, options: type[BaseModel], data: Any) -> P
     if kind == "missing":
         return Problem(path, f"{loc[-1]} is required", False)
     if kind == "value_error":
-        cause = details["ctx"]["error"]
+        cause = context["error"]
         return Problem(path, str(cause), True, type(cause) if isinstance(cause, RarefyError) else None)
     if kind == "unknown_name":
         return Problem(
             path,
-            unknown(details["ctx"]["noun"] or field, value, [n for a in alternatives for n in a.get("enum", ())]),
+            unknown(context["noun"] or field, value, [n for a in alternatives for n in a.get("enum", ())]),
             True,
         )
     error_type = SelectorError if kind == "selector" else None
@@ -191,7 +192,7 @@ def _walk(root: Schema, loc: Path, data: Any) -> tuple[Path, Schema]:
     for part in loc:
         is_index = isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)
         if is_index or (isinstance(data, Mapping) and part in data):
-            data = data[part]
+            data = data[part]  # type: ignore[call-overload]
             path.append(part)
         schema = next((s for b in branches(schema, root) if (s := _step(b, part)) is not None), schema)
     return tuple(path), schema

@@ -77,7 +77,7 @@ def _check_events(events: Iterable[Any], name: str, tags: bool) -> None:
         elif isinstance(event, CollectionStartEvent):
             scalars.discard(event.anchor)  # the last definition of an anchor counts
         if isinstance(event, NodeEvent) and not isinstance(event, AliasEvent):
-            tag = event.tag
+            tag = getattr(event, "tag", None)
             if tag is not None and not (tags and tag.startswith("!")):
                 raise RecipeError(f"{place}: tag {tag!r} is not part of a recipe: only strings, numbers and lists")
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
@@ -137,7 +137,8 @@ def write_yaml(data: Any, width: int = 110) -> str:
     'stages:\\n- prune:\\n    pattern: 2:4\\n    layers: null\\n'
     """
     writer, stream = YAML(typ="safe", pure=True), StringIO()
-    writer.width, writer.default_flow_style, writer.sort_base_mapping_type_on_output = width, False, False
+    writer.width, writer.default_flow_style = width, False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     writer.dump(data, stream)
     return stream.getvalue()
 

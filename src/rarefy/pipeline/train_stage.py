@@ -279,7 +279,7 @@ def _stage_of_config(config: SparsityConfig, steps_per_epoch: int | None, overri
         raise RecipeError("a plan does not say how many epochs there are: give steps, of the whole training")
     if overrides:
         raise RecipeError(f"a plan takes no overrides: {', '.join(overrides)}; change the plan")
-    return TrainStage(prune=config)
+    return TrainStage.model_validate({"prune": config})
 
 
 def _only_train(recipe: Recipe) -> TrainStage:

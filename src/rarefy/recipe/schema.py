@@ -134,7 +134,7 @@ SparsityField = Annotated[
 class TrainStage(Steps, FitOptions):
     """Train with the masks held. See `rarefy.fit_`."""
 
-    optimizer: Optimizer = Field(Optimizer(), description="the optimizer and its rates")
+    optimizer: Optimizer = Field(Optimizer.model_validate({}), description="the optimizer and its rates")
     lr_schedule: Annotated[str, OneOf(LR_SCHEDULES)] = Field("cosine", description="how the learning rate changes")
     prune: SparsityField | None = Field(None, description="how zeros come into the weights; `method` chooses the way")
     distill: Distill | None = Field(None, description="learn from a teacher too")
@@ -287,7 +287,7 @@ class Recipe(Options):
     about: str = Field("", description="what the recipe is for")
     data: Data | None = Field(None, description="data for calibration and training")
     evaluate: Evaluate | None = Field(None, description="what is measured before and after")
-    save: Save = Field(Save(), description="how the result is stored")
+    save: Save = Field(Save.model_validate({}), description="how the result is stored")
     seed: Seed = Field(0, description="of all random choices")
 
     @model_validator(mode="after")
