@@ -82,8 +82,8 @@ def _model_sparsity(model: nn.Module) -> float:
 
 def layer_rows(reports: list[Report]) -> list[dict[str, Any]]:
     """The last word on each pruned layer: that of the last stage that touched it."""
-    asked = {r["layer"]: r for report in reports if report.title == "pruned" for r in report.rows}
-    return [dict(r) for r in asked.values()]
+    last_rows = {r["layer"]: r for report in reports if report.title == "pruned" for r in report.rows}
+    return [dict(r) for r in last_rows.values()]
 
 
 def receipt_of(
@@ -121,9 +121,9 @@ def receipt_of(
         flops = {"what": "one evaluation batch", "before": before["flops"], "after": after["flops"]}
     weights = sum(_entries(r["shape"]) for r in rows)
     zeros = weights - sum(r["kept"] for r in rows)
-    asked = sum(r["asked"] * _entries(r["shape"]) for r in rows) / max(weights, 1)
+    target = sum(r["asked"] * _entries(r["shape"]) for r in rows) / max(weights, 1)
     sparsity = {
-        "asked": asked,
+        "asked": target,
         "achieved": zeros / max(weights, 1),
         "weights": weights,
         "zeros": zeros,

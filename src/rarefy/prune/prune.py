@@ -410,9 +410,9 @@ def choose_masks(
     reduce: str | None = None,
     regrow: bool = False,
 ) -> list[Tensor]:
-    """Return one mask a layer, in its stored shape, for the asked sparsity over all entries.
+    """Return one mask per layer, in the shape of its weight, for a sparsity over all weights.
 
-    What is masked stays so unless `regrow`. Raises PatternError where a layer holds more zeros than asked for.
+    Masked weights stay masked unless `regrow`. Raises PatternError if a layer has more zeros than the target.
     """
     scores = []
     with torch.no_grad():
@@ -425,8 +425,8 @@ def choose_masks(
             scores.append(s)
         if reduce is not None:  # for its checks
             patterns.make_masks(scores[:0], plan, None if plan.kind == "nm" else sparsity, reduce=reduce)
-        kept = patterns.masks_at_sparsity(scores, plan, sparsity, scope, reduce or "mean")
-    masks = [l.layout.unview(k, tuple(l.original.shape)) for l, k in zip(chosen, kept)]
+        matrices = patterns.masks_at_sparsity(scores, plan, sparsity, scope, reduce or "mean")
+    masks = [l.layout.unview(k, tuple(l.original.shape)) for l, k in zip(chosen, matrices)]
     return masks if regrow else [_keep_zeros(l, m, plan) for l, m in zip(chosen, masks)]
 
 
@@ -446,8 +446,10 @@ def report(
     each: Mapping[str, float] | None = None,
     zeros_of: Mapping[str, int] | None = None,
 ) -> Report:
-    """Return the table of asked and achieved sparsity, a row a layer; `each` is what was asked of each layer,
-    `zeros_of` are the zeros of each where they are not masked."""
+    """Return the table of target and achieved sparsity, one row per layer.
+
+    `each` has the target of each layer, `zeros_of` the zeros of layers without masks.
+    """
     rows, zeros, total = [], 0, 0
     for layer in chosen:
         mask = get_mask(layer)
@@ -472,16 +474,16 @@ def report(
 
 
 def _keep_zeros(layer: Layer, mask: Tensor, plan: patterns.Pattern) -> Tensor:
-    """What was zero stays zero; PatternError where that makes more zeros than asked for, rounding to units aside."""
+    """Return the mask with all earlier zeros kept; PatternError if that gives more zeros than the target."""
     before = get_mask(layer)
     if before is None:
         return mask
     _, K, O, I = layer.layout.shape
     unit = {"row": K * I, "column": K * O, "block": plan.a * plan.b}.get(plan.kind, 0)
     if int((mask & ~before).sum()) > unit:
-        had, asked = 1 - before.float().mean().item(), 1 - mask.float().mean().item()
+        before_sparsity, target = 1 - before.float().mean().item(), 1 - mask.float().mean().item()
         raise PatternError(
-            f"{layer.full_name} already has {had:.2%} zeros in places that the new mask of {asked:.2%} would keep: "
-            "ask for more sparsity, or fold_ and choose anew"
+            f"{layer.full_name} already has {before_sparsity:.2%} zeros, some where the new mask of {target:.2%} "
+            "keeps weights: choose a higher sparsity, or call fold_ first"
         )
     return mask & before
