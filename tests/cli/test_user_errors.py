@@ -66,7 +66,7 @@ def test_an_optimizer_of_another_model():
         ({"optimizer": "adam"}, "optimizer is a torch optimizer or a function that makes one, .*got 'adam'"),
         ({"loss": "cross_entropy"}, "loss is a callable.* got 'cross_entropy'"),
         ({"epochs": 1.5}, "epochs: expected a whole number of at least 1, got 1.5"),
-        ({"prune": {"sparsity": 0.9}}, r"prune is a plan such as rarefy.Gradual\(sparsity=0.9\)"),
+        ({"prune": {"sparsity": 0.9}}, r"prune: expected a configuration such as rarefy.Gradual\(sparsity=0.9\)"),
     ],
 )
 def test_arguments_of_another_kind(settings, message):

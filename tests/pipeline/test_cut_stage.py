@@ -71,11 +71,11 @@ def test_every_field_is_read():
         (cut("{units: head, score: similarity}"), r"unknown score 'similarity'"),
         (
             "stages:\n  - prune: {sparsity: 0.5}\n  - cut: {keep: 0.5}\n",
-            r"r.yaml line 3: .*a cut comes before a stage (prune|train), whose result it would not fit",
+            r"r.yaml line 3: .*a cut must come before (prune|train): it changes the shapes",
         ),
         (
             "stages:\n  - train: {prune: {sparsity: 0.5}}\n  - cut: {keep: 0.5}\n",
-            r"r.yaml line 3: .*a cut comes before a stage (prune|train), whose result it would not fit",
+            r"r.yaml line 3: .*a cut must come before (prune|train): it changes the shapes",
         ),
     ],
 )

@@ -309,7 +309,7 @@ def test_tables_larger_than_their_savings_are_refused():
     [
         ("- share:\n    bits: 12", r"r.yaml line 3: .*bits: expected a whole number between 2 and 8, got 12"),
         ("- share:\n    group: row", r"r.yaml line 3: .*group: expected 'tensor'"),
-        ("- share: {}\n- cut: {keep: 0.5}", "a cut comes before a stage share"),
+        ("- share: {}\n- cut: {keep: 0.5}", "a cut must come before share"),
     ],
 )
 def test_recipe_errors_name_the_line(text, says):

@@ -567,7 +567,7 @@ def test_constant_weights_and_zero_inputs():
         ("- quantize:\n    solver: gptq", r"r.yaml line 3: .*gptq is called obs here\)"),
         ("- quantize:\n    pattern: 2:4", r"r.yaml line 3: .*only solver='obs' prunes in the same pass; prune_ first"),
         ("- quantize:\n    bits: 4", r"unknown field 'bits'"),
-        ("- quantize: {}\n- cut: {keep: 0.5}", r"a cut comes before a stage quantize"),
+        ("- quantize: {}\n- cut: {keep: 0.5}", r"a cut must come before quantize"),
     ],
 )
 def test_recipe_errors_name_the_line(text, says):

@@ -120,12 +120,12 @@ ERRORS = {
     "no metric": ("evaluate: {data: wiki}\n" + STAGES, "r.yaml line 1: evaluate: metric is required"),
     "no dtype": ("stages:\n  - cast: {}\n", "r.yaml line 2: stages[0].cast: dtype is required"),
     # stages
-    "stages null": ("stages:\n", "r.yaml line 1: stages: stages is a list such as '- prune: {sparsity: 0.5}', got None"),
-    "stages empty": ("stages: []\n", "r.yaml line 1: stages: stages is a list such as '- prune: {sparsity: 0.5}', got []"),
-    "stages a mapping": ("stages:\n  prune: {sparsity: 0.5}\n", "r.yaml line 1: stages: stages is a list such as '- prune: {sparsity: 0.5}', got keys prune"),
+    "stages null": ("stages:\n", "r.yaml line 1: stages: stages must be a list such as '- prune: {sparsity: 0.5}', got None"),
+    "stages empty": ("stages: []\n", "r.yaml line 1: stages: stages must be a list such as '- prune: {sparsity: 0.5}', got []"),
+    "stages a mapping": ("stages:\n  prune: {sparsity: 0.5}\n", "r.yaml line 1: stages: stages must be a list such as '- prune: {sparsity: 0.5}', got keys prune"),
     "unknown stage": ("stages:\n  - cast: {dtype: bf16}\n  - prun: {}\n", "r.yaml line 3: stages[1]: unknown stage 'prun'; choose from cast, cut, factorize, permute, prune, quantize, share, tie, train (did you mean 'prune'?)"),
-    "a bare stage": ("stages:\n  - prune\n", "r.yaml line 2: stages[0]: a stage is one of permute, cut, prune, quantize, factorize, share, tie, train, cast with its settings, got 'prune'"),
-    "two stages in one": ("stages:\n  - prune: {sparsity: 0.5}\n    cast: {dtype: bf16}\n", "r.yaml line 2: stages[0]: a stage is one of permute, cut, prune, quantize, factorize, share, tie, train, cast with its settings, got keys prune, cast"),
+    "a bare stage": ("stages:\n  - prune\n", "r.yaml line 2: stages[0]: expected a stage, one of permute, cut, prune, quantize, factorize, share, tie, train, cast, with its options, got 'prune'"),
+    "two stages in one": ("stages:\n  - prune: {sparsity: 0.5}\n    cast: {dtype: bf16}\n", "r.yaml line 2: stages[0]: expected a stage, one of permute, cut, prune, quantize, factorize, share, tie, train, cast, with its options, got keys prune, cast"),
     "settings a number": ("stages:\n  - prune: 0.5\n", "r.yaml line 2: stages[0].prune: expected keys and values, got 0.5"),
     "settings null": ("stages:\n  - prune:\n", "r.yaml line 2: stages[0].prune: pattern 'unstructured' needs a sparsity between 0 and 1"),
     # types
@@ -175,9 +175,9 @@ ERRORS = {
     "lr nan": ("stages: [{train: {optimizer: {lr: .nan}}}]\n", "r.yaml line 1: stages[0].train.optimizer.lr: expected a number of at least 0, got nan"),
     "lr -1": ("stages: [{train: {optimizer: {lr: -1}}}]\n", "r.yaml line 1: stages[0].train.optimizer.lr: expected a number of at least 0, got -1"),
     "precision without the engine": ("evaluate: {metric: accuracy, precision: int8}\n" + STAGES, "r.yaml line 1: evaluate.precision: precision has no effect without engine: true"),
-    "accelerate and engine": ("evaluate: {metric: accuracy, latency: {}, engine: true, accelerate: true}\n" + STAGES, "r.yaml line 1: evaluate.accelerate: accelerate times eager torch and engine the engine: leave one of them out"),
+    "accelerate and engine": ("evaluate: {metric: accuracy, latency: {}, engine: true, accelerate: true}\n" + STAGES, "r.yaml line 1: evaluate.accelerate: accelerate and engine exclude each other: the first times eager PyTorch, the second the engine"),
     "precision of no name": ("evaluate: {metric: accuracy, engine: true, precision: int9}\n" + STAGES, "r.yaml line 1: evaluate.precision: unknown precision 'int9'; choose from int8 (did you mean 'int8'?)"),
-    "accelerate alone": ("evaluate: {metric: accuracy, accelerate: true}\n" + STAGES, "r.yaml line 1: evaluate.accelerate: accelerate has no effect: it is timed by latency or decode, give one"),
+    "accelerate alone": ("evaluate: {metric: accuracy, accelerate: true}\n" + STAGES, "r.yaml line 1: evaluate.accelerate: accelerate has no effect without latency or decode: give one of them"),
     "max_degradation nan": ("evaluate: {metric: accuracy, max_degradation: .nan}\n" + STAGES, "r.yaml line 1: evaluate.max_degradation: expected a number above -1 and at most 1, got nan"),
     "a seed that torch cannot take": ("seed: 99999999999999999999\n" + STAGES, "r.yaml line 1: seed: expected a whole number from 0 to 4294967295, got 99999999999999999999"),
     # patterns
@@ -192,7 +192,7 @@ ERRORS = {
     "rows of rows": (prune("{pattern: row, sparsity: 0.5, scope: row}"), "r.yaml line 3: stages[0].prune.scope: pattern 'row' prunes whole lines: scope 'row' is impossible; use layer or global"),
     "reduce without units": (prune("{sparsity: 0.5, reduce: l2}"), "r.yaml line 3: stages[0].prune.reduce: pattern unstructured has units of one entry: reduce='l2' has no effect"),
     "reduce with N:M": (prune("{pattern: 2:4, reduce: l2}"), "r.yaml line 3: stages[0].prune.reduce: pattern 2:4 has units of one entry: reduce='l2' has no effect"),
-    "start after end": (gradual("sparsity: 0.5\n        start: 0.8\n        end: 0.2"), "r.yaml line 5: stages[0].train.prune.start: pruning starts at 0.8 and ends at 0.2: start comes first"),
+    "start after end": (gradual("sparsity: 0.5\n        start: 0.8\n        end: 0.2"), "r.yaml line 5: stages[0].train.prune.start: expected start <= end, got start 0.8 and end 0.2"),
     "first above last": (gradual("{sparsity: 0.5, first: 0.6}"), "r.yaml line 4: stages[0].train.prune.first: a schedule rises from first to last within 0..1, got 0.6 to 0.5"),
     "exponential to 1": (gradual("{sparsity: 1, schedule: exponential}"), "r.yaml line 4: stages[0].train.prune.schedule: an exponential schedule never reaches sparsity 1: use linear or cubic"),
 }  # fmt: skip
@@ -211,7 +211,7 @@ DICT_ERRORS = [
     ({"stages": [{"prune": {"sparsty": 1}}]}, "recipe: stages[0].prune: unknown field 'sparsty'; choose from allocate, ignore, layers, pattern, reduce, scope, score, solver, sparsity (did you mean 'sparsity'?)"),
     ({"stages": [{"cast": {"dtype": "bf16"}}, {"prune": {"sparsity": "x"}}]}, "recipe: stages[1].prune.sparsity: expected a number between 0 and 1, got 'x'"),
     ({"stages": [{"prune": {"sparsity": 2}}]}, "recipe: stages[0].prune.sparsity: expected a number between 0 and 1, got 2"),
-    ({"stages": "prune"}, "recipe: stages: stages is a list such as '- prune: {sparsity: 0.5}', got 'prune'"),
+    ({"stages": "prune"}, "recipe: stages: stages must be a list such as '- prune: {sparsity: 0.5}', got 'prune'"),
     ({"stages": [{"prune": {"sparsity": 0.5}}], 3: 1}, "recipe: unknown field '3'; choose from about, data, evaluate, name, save, seed, stages"),
     ({"stages": [{"prune": {"sparsity": 0.5, "score": print}}]}, "recipe: stages[0].prune.score: expected one of magnitude, l2, lamp, random, gradient, taylor, fisher, activation, wanda, ria, got "),
     ({"stages": [{"prune": {"sparsity": 0.5}}], "data": {"samples": True}}, "recipe: data.samples: expected a whole number of at least 1, got True"),
@@ -322,7 +322,7 @@ def test_overrides(changes, want):
         ({"sparsity": 0.4}, r"recipe: stages\[0\].prune.pattern: pattern 2:4 implies sparsity 0.5, got 0.4"),
         ({"epochs": 0}, r"recipe: stages\[1\].train.epochs: expected a whole number of at least 1, got 0"),
         ({"epochs": True}, r"epochs: expected a whole number of at least 1, got True"),
-        ({"stages": []}, r"recipe: stages: stages is a list .* got \[\]"),
+        ({"stages": []}, r"recipe: stages: stages must be a list .* got \[\]"),
     ],
 )
 def test_override_errors(changes, message):

@@ -10,7 +10,7 @@ from torch import nn
 import rarefy
 from helpers.structured_models import CASES, IDS, Attention, language, outputs
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
-from rarefy.structured import budget
+from rarefy.structured import unit_selection
 from rarefy.structured.masked_reference import MaskedReference
 from rarefy.structured.structure_record import restore
 
@@ -308,7 +308,7 @@ def data(n=4):
     return [(b, b[:, :3].argmax(1)) for b in x]
 
 
-@pytest.mark.parametrize("scope", budget.SCOPES)
+@pytest.mark.parametrize("scope", unit_selection.SCOPES)
 def test_steps_reach_the_same_size_as_one_cut(scope):
     one, many = mlp(), mlp()
     how = {"score": "taylor", "scope": scope, "data": data(), "repair": False}

@@ -11,7 +11,7 @@ import rarefy
 from helpers.structured_models import language
 from rarefy.common.errors import DataError, ModelError
 from rarefy.dependency.graph import trace
-from rarefy.structured import budget
+from rarefy.structured import unit_selection
 from rarefy.structured.importance import UNIT_SCORES, reduce_slices, removal_errors, sum_along, unit_scores
 
 
@@ -163,7 +163,7 @@ def test_obs_removes_redundant_units():
 
 
 @pytest.mark.parametrize("score", [s for s in UNIT_SCORES if s != "scale"])
-@pytest.mark.parametrize("scope", budget.SCOPES)
+@pytest.mark.parametrize("scope", unit_selection.SCOPES)
 def test_every_score_in_every_scope(score, scope):
     net = mlp()
     given = data() if UNIT_SCORES[score].needs else None

@@ -286,11 +286,11 @@ def test_a_teacher_is_permuted_too():
         ("- permute:\n    seconds: -1", r"r.yaml line 3: .*seconds: expected a number above 0"),
         (
             "- prune: {pattern: '2:4'}\n- permute: {}",
-            "permute comes before a stage prune, whose result it would not fit",
+            "permute must come before prune: it changes the shapes or order",
         ),
         (
             "- cut: {keep: 0.5}\n- permute: {}\n- train: {distill: {hidden: mse}}",
-            r"r.yaml line 3: .*distill.hidden compares with the model before the first stage.*permute first",
+            r"r.yaml line 3: .*distill.hidden compares hidden states with the original model.*make permute the first stage",
         ),
     ],
 )

@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_names_the_saved_state(tmp_path, monkeypatch):
             RecipeError,
             "patience: expected a whole number of at least 1, got 0",
         ),
-        ({"patience": 2}, RecipeError, "patience waits for a better epoch, which needs validate"),
+        ({"patience": 2}, RecipeError, "patience needs a validation metric: give validate"),
         ({"log": "tensorboard:"}, RecipeError, "log 'tensorboard:' lacks a name: tensorboard:FOLDER"),
         ({"log": "tensorbord:x"}, RecipeError, "unknown log 'tensorbord'.*did you mean 'tensorboard'.*without a colon"),
         ({"at": {0.5: 3}}, RecipeError, "at: 0.5 has a function of the model, such as a lambda, got 3"),

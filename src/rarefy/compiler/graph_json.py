@@ -6,7 +6,7 @@
 
 Arguments are JSON's own values where it has them, else an object with one key: {"node": name}, {"tuple": [..]},
 {"float": "inf"}, {"slice": [..]}, {"dtype": "float32"}, {"device": "cpu"}, {"layout"}, {"memory_format"}.
-Schema 1 is the same with other names of operators: `op_registry.OLD_NAMES`.
+Schema 1 differs only in the names of operators: see `old_op_names.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rarefy.compiler import op_registry
 from rarefy.compiler.executor import Compiled, InputSpec
 from rarefy.compiler.export import MAX_SIZE
 from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.old_op_names import OLD_OP_NAMES
 from rarefy.compiler.operators.linear import linear
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.pytree_json import from_nesting, to_nesting
@@ -267,7 +268,7 @@ class _Reader:
         if not NAME.fullmatch(name) or name in self.nodes:
             raise ValueError(f"node {i}: expected an unused name of letters, digits and _, got {_short(name)}")
         if self.value["schema"] == 1:
-            target = op_registry.OLD_NAMES.get(target, target)
+            target = OLD_OP_NAMES.get(target, target)
         try:
             if op == "output" and not last:
                 raise ValueError("the output must be the last node")

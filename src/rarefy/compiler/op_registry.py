@@ -20,22 +20,6 @@ from rarefy.runtime.reference import ACTIVATIONS
 
 TENSOR, NUMBER, SEVERAL, CACHE = "a tensor", "a number", "several tensors", "a cache"  # what a node's output is
 
-OLD_NAMES = {  # of operators in graphs of schema 1
-    "words.product": "rarefy.linear",
-    "words.convolution": "rarefy.conv2d",
-    "words.norm": "rarefy.norm",
-    "words.rotate": "rarefy.rope",
-    "words.pool": "rarefy.max_pool2d",
-    "words.average": "rarefy.global_avg_pool",
-    "words.embedding": "rarefy.embedding",
-    "words.add": "rarefy.add",
-    "words.times": "rarefy.mul",
-    "words.activation": "rarefy.activation",
-    "words.attention": "rarefy.attention",
-    "words.additive": "rarefy.additive_mask",
-    "words.recall": "rarefy.cached_attention",
-}
-
 # operators on sizes, and their number of arguments
 PYTHON: dict[str, tuple[Any, int]] = {
     "operator.getitem": (operator.getitem, 2),

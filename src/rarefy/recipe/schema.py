@@ -1,4 +1,4 @@
-"""The schema of recipes: stages are the options of verbs, and what surrounds them is data, evaluation and saving."""
+"""The schema of recipes: the stages with their options, the data, the evaluation and how the result is saved."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class CutStage(CutOptions):
 
 
 class FactorizeStage(FactorizeOptions):
-    """Replace layers by products of smaller ones, or restore what they have lost. See `rarefy.factorize_`."""
+    """Replace layers by low-rank factors, or add factors that correct compression errors. See `rarefy.factorize_`."""
 
     beside: bool = Field(
         False,
-        description="put factors of `rank` beside layers, that restore what they have lost since the recipe began",
+        description="add factors of `rank` to layers, which correct the error since the recipe began",
     )
     whiten: bool | None = Field(
         None, description="minimize errors of outputs on calibration data; null: if there is such data"
@@ -72,7 +72,7 @@ class FactorizeStage(FactorizeOptions):
 
 
 class ShareStage(ShareOptions):
-    """Let the weights of a layer share a few values. See `rarefy.share_`."""
+    """Replace the weights of a layer by a few shared values. See `rarefy.share_`."""
 
     weigh: bool | None = Field(
         None, description="weight errors by the inputs in the calibration data; null: if there is such data"
@@ -95,12 +95,12 @@ class Optimizer(Options):
         return self
 
     def options(self) -> dict[str, Any]:
-        """Return what is set besides name and rate."""
+        """Return the options that are set, without name and learning rate."""
         return self.model_dump(exclude={"name", "lr"}, exclude_none=True)
 
 
 class QuantizeInTraining(QuantizeOptions):
-    """Quantization-aware training: weights are kept on a grid from `start` on."""
+    """Quantization-aware training: weights are rounded in each forward pass from `start` on."""
 
     start: Fraction = Field(0.5, description="progress of training at which weights are quantized")
 
@@ -132,28 +132,32 @@ SparsityField = Annotated[
 
 
 class TrainStage(Steps, FitOptions):
-    """Train with the masks held. See `rarefy.fit_`."""
+    """Train the model; masked weights stay zero. See `rarefy.fit_`."""
 
     optimizer: Optimizer = Field(Optimizer.model_validate({}), description="the optimizer and its rates")
     lr_schedule: Annotated[str, OneOf(LR_SCHEDULES)] = Field("cosine", description="how the learning rate changes")
-    prune: SparsityField | None = Field(None, description="how zeros come into the weights; `method` chooses the way")
-    distill: Distill | None = Field(None, description="learn from a teacher too")
-    quantize: QuantizeInTraining | None = Field(None, description="keep weights on a grid from its `start` on")
+    prune: SparsityField | None = Field(
+        None, description="how weights are pruned during training; `method` selects the class"
+    )
+    distill: Distill | None = Field(None, description="also train on the outputs of a teacher")
+    quantize: QuantizeInTraining | None = Field(
+        None, description="round weights in each forward pass from its `start` on"
+    )
     validate: Metric | None = Field(  # type: ignore[assignment]
         None, description="measure each epoch on data.validate, and keep the best one"
     )
-    keep_zeros: bool = Field(False, description="zeros that weights have already stay zero")
+    keep_zeros: bool = Field(False, description="weights that are zero before training stay zero")
 
     @model_validator(mode="after")
     def _check_patience(self) -> TrainStage:
         if self.patience is not None and self.validate is None:
             with at("patience"):
-                raise RecipeError("patience waits for a better epoch: give validate, a metric")
+                raise RecipeError("patience needs a validation metric: give validate")
         return self
 
 
 class CastOptions(Options):
-    """Keep parameters and saved buffers in another floating-point type from here on. See `rarefy.cast_`."""
+    """Convert parameters and saved buffers to another floating-point type. See `rarefy.cast_`."""
 
     dtype: Annotated[str, OneOf(DTYPES)] = Field(description="the type of weights")
 
@@ -173,7 +177,7 @@ def _check_stage(value: Any) -> Any:
     if isinstance(value, Options):
         return value
     if not isinstance(value, Mapping) or len(value) != 1:
-        raise RecipeError(f"a stage is one of {', '.join(STAGES)} with its settings, got {show(value)}")
+        raise RecipeError(f"expected a stage, one of {', '.join(STAGES)}, with its options, got {show(value)}")
     name = next(iter(value))
     if name not in STAGES:
         raise RecipeError(unknown("stage", name, STAGES))
@@ -197,12 +201,12 @@ Stage = Annotated[
 
 def _check_stages(value: Any) -> Any:
     if not isinstance(value, list | tuple) or not value:
-        raise RecipeError(f"stages is a list such as '- prune: {{sparsity: 0.5}}', got {show(value)}")
+        raise RecipeError(f"stages must be a list such as '- prune: {{sparsity: 0.5}}', got {show(value)}")
     return tuple(value)
 
 
 class Data(Options):
-    """What calibration and training read: paths or built-in names, and how much of them (null: all)."""
+    """Data for calibration, training and validation: paths or built-in names, and numbers of samples (null: all)."""
 
     calibrate: str | None = Field(None, description="calibration data")
     train: str | None = Field(None, description="training data")
@@ -214,23 +218,23 @@ class Data(Options):
     validate_samples: Positive | None = Field(None, description="validation samples")
     tokens: Positive = Field(512, description="tokens of each text")
     batch: Positive = Field(8, description="samples of a batch")
-    seed: Seed = Field(0, description="of the choice of samples")
+    seed: Seed = Field(0, description="seed of the choice of samples")
 
 
 class Latency(Options):
-    """Time forward calls on an evaluation batch cut or repeated to each of these sizes."""
+    """Time forward passes at each batch size; evaluation samples are repeated where there are too few."""
 
     batch: Annotated[tuple[Positive, ...], AsTuple()] = Field((1,), description="batch sizes")
     repeats: Positive = Field(20, description="timed calls")
 
 
 class Decode(Options):
-    """Time a causal language model at batch 1: reading a prompt (prefill), then writing tokens (decode)."""
+    """Time a causal language model at batch 1: prefill of a prompt, then decoding of new tokens."""
 
     prompt: Positive = Field(256, description="tokens of the prompt")
-    new: Positive = Field(24, description="tokens that are written")
+    new: Positive = Field(24, description="new tokens")
     repeats: Positive = Field(5, description="timed rounds")
-    text: str | None = Field(None, description="beginning of a sentence that both models finish, for the receipt")
+    text: str | None = Field(None, description="prompt that both models complete; the receipt shows the texts")
 
 
 class Evaluate(Options):
@@ -243,62 +247,78 @@ class Evaluate(Options):
     batch: Positive = Field(8, description="samples of a batch")
     latency: Latency | None = Field(None, description="time forward calls")
     decode: Decode | None = Field(None, description="time a causal language model")
-    accelerate: bool = Field(False, description="also time the result with `accelerate_`, whose layers skip zeros")
+    accelerate: bool = Field(False, description="also time the result with `accelerate_`, whose kernels skip zeros")
     engine: bool = Field(
         False,
         description="evaluate and time the result on the engine, not in eager torch: with `rarefy.decoder` for causal "
         "language models, with `rarefy.compile` for others",
     )
     precision: Annotated[str, OneOf(("int8",))] | None = Field(
-        None, description="engine: the precision of products; null: that of the model"
+        None, description="precision of the engine; null: that of the model"
     )
     max_degradation: float | None = Field(
-        None, gt=-1, le=1, description="largest relative loss of quality, such as 0.15 for 15 %; more fails the run"
+        None,
+        gt=-1,
+        le=1,
+        description="largest accepted relative loss of quality, such as 0.15; the run fails beyond it",
     )
 
     @model_validator(mode="after")
     def _check_effect(self) -> Evaluate:
         if self.accelerate and not (self.latency or self.decode):
             with at("accelerate"):
-                raise RecipeError("accelerate has no effect: it is timed by latency or decode, give one")
+                raise RecipeError("accelerate has no effect without latency or decode: give one of them")
         if self.precision is not None and not self.engine:
             with at("precision"):
                 raise RecipeError("precision has no effect without engine: true")
         if self.accelerate and self.engine:
             with at("accelerate"):
-                raise RecipeError("accelerate times eager torch and engine the engine: leave one of them out")
+                raise RecipeError(
+                    "accelerate and engine exclude each other: the first times eager PyTorch, the second the engine"
+                )
         return self
 
 
 class Save(Options):
-    """How weights are stored."""
+    """Storage format of the result."""
 
     format: Annotated[str, OneOf(FORMATS)] = Field(
-        "smallest", description="smallest: the smallest of all formats for each tensor; or one format where it fits"
+        "smallest",
+        description="smallest: the smallest format for each tensor; else the format of all tensors that it supports",
     )
-    compress: bool = Field(False, description="compress all of it by LZMA")
+    compress: bool = Field(False, description="compress the files with LZMA")
 
 
 class Recipe(Options):
-    """A compression: stages in order, and what surrounds them."""
+    """A complete compression: stages in order, the data, the evaluation and how the result is saved.
 
-    stages: Annotated[tuple[Stage, ...], BeforeValidator(_check_stages)] = Field(description="what is done, in order")
+    `rarefy.compress_` runs it. It accepts the same content as YAML, as a dict or as the name of a preset.
+
+    Example:
+        >>> recipe = Recipe(stages=[{"prune": {"sparsity": 0.5}}, {"quantize": {"weights": "int8"}}], name="small")
+        >>> [type(stage).__name__ for stage in recipe.stages]
+        ['PruneOptions', 'QuantizeOptions']
+    """
+
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(_check_stages)] = Field(description="the stages, in order")
     name: str = Field("recipe", description="name of the recipe")
     about: str = Field("", description="what the recipe is for")
     data: Data | None = Field(None, description="data for calibration and training")
-    evaluate: Evaluate | None = Field(None, description="what is measured before and after")
+    evaluate: Evaluate | None = Field(None, description="what is measured before and after the stages")
     save: Save = Field(Save.model_validate({}), description="how the result is stored")
-    seed: Seed = Field(0, description="of all random choices")
+    seed: Seed = Field(0, description="seed of all random choices")
 
     @model_validator(mode="after")
     def _check_order(self) -> Recipe:
-        """Refuse a cut or a reordering of a model that has masks, grids or factors by then."""
-        changed = None  # the last stage whose result a change of units would not fit
+        """Raise RecipeError for a cut or permute stage after a stage that prunes, quantizes or factorizes."""
+        changed = None  # the last stage whose masks, scales or factors assume fixed shapes
         for i, stage in enumerate(self.stages):
             with at("stages", i):
                 if isinstance(stage, CutStage | PermuteOptions) and changed:
                     subject = "a cut" if isinstance(stage, CutStage) else "permute"
-                    raise RecipeError(f"{subject} comes before a stage {changed}, whose result it would not fit")
+                    raise RecipeError(
+                        f"{subject} must come before {changed}: it changes the shapes or order of the weights"
+                    )
                 self._check_hidden(i)
             if isinstance(stage, PruneOptions | QuantizeOptions | FactorizeStage | ShareStage) or (
                 isinstance(stage, TrainStage) and (stage.prune or stage.quantize)
@@ -307,19 +327,19 @@ class Recipe(Options):
         return self
 
     def _check_hidden(self, i: int) -> None:
-        """Raise where a later stage compares hidden states with a model whose units stand in another order."""
+        """Raise RecipeError where distillation would compare hidden states whose units are in another order."""
         late = isinstance(self.stages[i], PermuteOptions) and not all(
             isinstance(stage, PermuteOptions) for stage in self.stages[:i]
         )
         if late and any(isinstance(s, TrainStage) and s.distill and s.distill.hidden for s in self.stages[i:]):
             raise RecipeError(
-                "distill.hidden compares with the model before the first stage, whose units would stand in another "
-                "order: permute first"
+                "distill.hidden compares hidden states with the original model, but permute reorders their units: "
+                "make permute the first stage"
             )
 
     @property
     def solves(self) -> bool:
-        """Whether a stage has a solver or trains, so that its state can be kept."""
+        """Whether a stage has a solver or trains: only these save a state."""
         return self.trains or any(isinstance(s, PruneOptions) and s.solver is not None for s in self.stages)
 
     @property

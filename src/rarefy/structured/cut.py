@@ -22,7 +22,7 @@ from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Selector, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.mha import PrunableMultiheadAttention
-from rarefy.structured import budget
+from rarefy.structured import unit_selection
 from rarefy.structured.compensation import batch_norms, compensate_, layers_losing_inputs, recalibrate_batch_norms
 from rarefy.structured.consumers import collect_moments
 from rarefy.structured.group_selection import History, select_groups
@@ -214,7 +214,7 @@ class _CutRun:
         self.seed, self.repairs, self.mask_only = seed, repairs, mask_only
         self.dense = copy.deepcopy(model) if options.budget == "latency" else None
         self.first = trace(model, example)
-        self.whole = {name: measure(self.first, {}) for name, measure in budget.MEASURES.items()}
+        self.whole = {name: measure(self.first, {}) for name, measure in unit_selection.MEASURES.items()}
         self.history = History(self.first)
         self.sizes: dict[int, set[int]] = {}
         self.removals: list[Removal] = []
@@ -233,7 +233,7 @@ class _CutRun:
                 continue
             self.removals.append(removal)
             self.history.add(graph, masks)
-            self.sizes = merge_sizes(self.sizes, budget.size_changes(graph, masks))
+            self.sizes = merge_sizes(self.sizes, unit_selection.size_changes(graph, masks))
             return cut, masks
 
 
@@ -288,15 +288,15 @@ class _Cut:
                 if not (isinstance(error, ForwardFailed) and self._keep_hard_coded(error)):
                     self._find_removable(error, target)
 
-    def _choose_counts(self, target: float) -> budget.Counts:
+    def _choose_counts(self, target: float) -> unit_selection.Counts:
         """Return how many units of each group stay."""
         options, order = self.options, self._order([g for g in self.groups if g.axis not in self.stays])
         if options.budget == "keep":
-            counts = budget.units_kept(order, 1 - target)
+            counts = unit_selection.units_kept(order, 1 - target)
         elif options.budget == "latency":
             counts = self._meet_latency(order, target)
         else:
-            counts = budget.meet_budget(order, options.budget, target, self.whole[options.budget])
+            counts = unit_selection.meet_budget(order, options.budget, target, self.whole[options.budget])
         if not counts:
             raise ModelError(f"nothing would be removed: {UNEVEN}")
         if all(n == axis.size for axis, n in counts.items()):
@@ -311,17 +311,17 @@ class _Cut:
         if self.options.budget != "keep":
             return False
         order = self._order([g for g in self.groups if g.axis not in self.stays])
-        return set(budget.units_kept(order, 1 - target)) != set(
-            budget.units_kept(replace(order, swap=False), 1 - target)
+        return set(unit_selection.units_kept(order, 1 - target)) != set(
+            unit_selection.units_kept(replace(order, swap=False), 1 - target)
         )
 
-    def _order(self, groups: list[Group]) -> budget.CutOrder:
+    def _order(self, groups: list[Group]) -> unit_selection.CutOrder:
         """Return the order in which units of these groups are removed."""
         options = self.options
-        positions = budget.rank_units(
+        positions = unit_selection.rank_units(
             self.graph, groups, self.scores, self.origin, options.scope, UNIT_SCORES[options.unit_score].comparable
         )
-        return budget.CutOrder(
+        return unit_selection.CutOrder(
             self.graph,
             groups,
             positions,
@@ -332,13 +332,13 @@ class _Cut:
             self.swap,
         )
 
-    def _masks(self, counts: budget.Counts) -> dict[Axis, Tensor]:
+    def _masks(self, counts: unit_selection.Counts) -> dict[Axis, Tensor]:
         """Return the masks that keep the most important units."""
         unscored = [g for g in self.graph.groups if g.axis in counts and g.axis not in self.scores]
         self.scores |= self._score(unscored) if unscored else {}
-        return budget.keep_masks(self.scores, counts)
+        return unit_selection.keep_masks(self.scores, counts)
 
-    def _meet_latency(self, order: budget.CutOrder, target: float) -> budget.Counts:
+    def _meet_latency(self, order: unit_selection.CutOrder, target: float) -> unit_selection.Counts:
         """Return the counts of the shallowest cut that takes `target` of the dense model's time.
 
         Bisection over timed trial cuts.
@@ -346,13 +346,13 @@ class _Cut:
         low, high, best = 0.0, 1.0, None
         for trial in range(NUM_TRIALS):
             depth = high if trial == 0 else (low + high) / 2
-            counts = budget.units_kept(order, depth, smooth=True)
+            counts = unit_selection.units_kept(order, depth, smooth=True)
             removal = remove_units(self.model, self.example, self.graph, self._masks(counts))
             try:
                 ratio = self._relative_time()
             finally:
                 removal.put_back()
-            if ratio <= target * (1 + budget.NEAR):
+            if ratio <= target * (1 + unit_selection.NEAR):
                 high, best, self.time = depth, counts, ratio
             elif trial == 0:
                 raise ModelError(
@@ -379,7 +379,9 @@ class _Cut:
         Returns False where there are none, or where no other group would be left to cut.
         """
         same_modules = {
-            n for n in dict(self.model.named_modules()) if budget.strip_indices(n) == budget.strip_indices(error.module)
+            n
+            for n in dict(self.model.named_modules())
+            if unit_selection.strip_indices(n) == unit_selection.strip_indices(error.module)
         }
         axes = {a for n in same_modules for e in self.graph.sizes.get(n, []) for a in leaves(e)}
         axes |= {g.axis for g in self.groups for m in g.members if m.name.rpartition(".")[0] in same_modules}
@@ -397,9 +399,9 @@ class _Cut:
             raise error
         self.searched, self.stays = True, {}
         removable: list[Group] = []
-        for groups in budget.groups_by_signature(self.groups):
+        for groups in unit_selection.groups_by_signature(self.groups):
             try:
-                masks = self._masks(budget.units_kept(self._order([*removable, *groups]), 1 - target))
+                masks = self._masks(unit_selection.units_kept(self._order([*removable, *groups]), 1 - target))
                 remove_units(self.model, self.example, self.graph, masks).put_back()
                 removable += groups
             except (ForwardFailed, OutputMismatch) as reason:
@@ -419,7 +421,7 @@ class _Cut:
             rows.append(row(g, self.origin[g.axis], n, why))
         counts = {axis: int(m.sum()) for axis, m in masks.items()}
         summary: dict[str, Any] = {}
-        for name, measure in budget.MEASURES.items():
+        for name, measure in unit_selection.MEASURES.items():
             before, after = self.whole[name], measure(self.graph, counts)
             summary[name] = f"{before:,} -> {after:,} ({after / max(before, 1):.3f})"
         if self.time is not None:

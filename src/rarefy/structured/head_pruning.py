@@ -13,12 +13,12 @@ from rarefy.common.report import Report
 from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
 from rarefy.dependency.symbolic_dims import Axis, leaves
 from rarefy.model.layers import unwrap
-from rarefy.structured.budget import size_changes
 from rarefy.structured.cut import row
 from rarefy.structured.hf_config import update_config
 from rarefy.structured.optimizer_state import check_optimizer, replace_parameters
 from rarefy.structured.options import check_unmasked
 from rarefy.structured.surgery import give_own_heads, remove_units
+from rarefy.structured.unit_selection import size_changes
 
 
 def prune_heads_(

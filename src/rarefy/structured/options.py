@@ -15,9 +15,9 @@ from rarefy.model.forward import check_batches
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import masks as attached
 from rarefy.model.quant_grid import attached_grid, recorded_grids
-from rarefy.structured.budget import SCOPES
 from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.importance import REDUCTIONS, UNIT_SCORES
+from rarefy.structured.unit_selection import SCOPES
 
 RENAMED_KINDS = {"head of a group": "query_head", "head dimension": "head_dim"}
 KINDS = ("channel", "neuron", "head", "query_head", "head_dim", "group")

@@ -214,7 +214,7 @@ def _check_arguments(model: nn.Module, data: Any, options: FitOptions, distill: 
     if fixed is not None:
         raise ModelError(f"{fixed} runs on kernels, which do not learn: train before accelerate_")
     if options.patience is not None and validate is None:
-        raise RecipeError("patience waits for a better epoch, which needs validate: a function of the model")
+        raise RecipeError("patience needs a validation metric: give validate, a function of the model")
     if not callable(data):
         check_batches(data)
     for when, event in (at or {}).items():

@@ -1,7 +1,7 @@
-"""Options of sparsity in training: the ways in which zeros come into a model while it learns.
+"""Configurations of sparse training: one class for each method that prunes a model while it trains.
 
-Progress runs from 0 to 1 over the whole training; `start` and `end` are points of it. In a recipe `method` chooses the
-class: `prune: {method: rigl, sparsity: 0.9}`.
+Training progress runs from 0 to 1; `start` and `end` are values of it. In a recipe, `method` selects the class:
+`prune: {method: rigl, sparsity: 0.9}`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ Count = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
 
 class SparsityConfig(Options):
-    """What all methods have in common: how many zeros, in which pattern, in which layers."""
+    """Fields of all methods: the sparsity, its pattern, and the layers that are pruned."""
 
     error = PatternError
 
     sparsity: Fraction | None = Field(None, description="final fraction of zeros; an N:M pattern determines it")
-    pattern: str = Field("unstructured", description="where zeros may be, as in prune")
-    scope: Annotated[str, OneOf(SCOPES)] | None = Field(None, description="where scores compete, as in prune")
+    pattern: str = Field("unstructured", description="sparsity pattern, as in prune")
+    scope: Annotated[str, OneOf(SCOPES)] | None = Field(
+        None, description="weights whose scores are compared, as in prune"
+    )
     layers: Names | None = Field(None, description="selectors of layers; by default all but embeddings and head")
     ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
     seed: int | None = Field(
@@ -52,18 +54,18 @@ class SparsityConfig(Options):
         return self.sparsity
 
     def _check_before(self, pattern: Pattern) -> None:
-        """Raise for what contradicts a sparsity."""
+        """Raise PatternError for fields that contradict each other, before the sparsity is checked."""
         start, end = getattr(self, "start", 0.0), getattr(self, "end", 1.0)
         if end < start:
             with at("start"):
-                raise PatternError(f"pruning starts at {start} and ends at {end}: start comes first")
+                raise PatternError(f"expected start <= end, got start {start} and end {end}")
 
     def _check_method(self, resolved: ResolvedConfig) -> None:
-        """Raise for options of a method that contradict each other."""
+        """Raise PatternError for fields of a method that contradict each other."""
 
 
 class ScheduledConfig(SparsityConfig):
-    """Methods whose sparsity rises from `first` in `steps` steps by a schedule, from `start` to `end` of training."""
+    """Fields of methods that raise the sparsity by a schedule, from `first` at `start` to its final value at `end`."""
 
     schedule: Annotated[str, OneOf(SCHEDULES)] = Field("cubic", description="how the sparsity rises")
     steps: Count = Field(10, description="number of pruning steps")
@@ -77,20 +79,20 @@ class ScheduledConfig(SparsityConfig):
 
 
 class Gradual(ScheduledConfig):
-    """Prune in `steps` steps, with new scores in each (Zhu & Gupta 2017).
+    """Raise the sparsity in `steps` steps and compute the scores anew at each step (Zhu & Gupta 2017).
 
     Example:
         >>> Gradual(sparsity=0.9, ends={"fc": 0.5}).schedule
         'cubic'
     """
 
-    method: Literal["gradual"] = Field("gradual", description="in steps, by any score")
+    method: Literal["gradual"] = Field("gradual", description="raise the sparsity in steps, by any score")
     score: Annotated[str, OneOf(SCORES)] = Field("magnitude", description="how weights are ranked")
     reduce: Annotated[str, OneOf(REDUCTIONS)] | None = Field(
-        None, description="how a unit of several weights is scored; by default mean"
+        None, description="how scores of a block's weights are combined; default: mean"
     )
-    regrow: bool = Field(False, description="let a masked weight return where its score is better than a kept one's")
-    ends: dict[str, float] | None = Field(None, description="other final sparsities, by selector of layers")
+    regrow: bool = Field(False, description="unmask weights whose scores exceed those of active weights")
+    ends: dict[str, float] | None = Field(None, description="final sparsity of single layers, by selector")
 
     def _check_method(self, resolved: ResolvedConfig) -> None:
         super()._check_method(resolved)
@@ -101,7 +103,7 @@ class Gradual(ScheduledConfig):
                 make_masks([], pattern, sparsity, reduce=self.reduce)
         if self.regrow and "gradient" in SCORES[self.score].needs:
             with at("regrow"):
-                raise PatternError(f"score {self.score!r} sees no gradient beneath a mask: regrow would have no effect")
+                raise PatternError(f"regrow has no effect with score {self.score!r}: masked weights have no gradient")
         if self.ends is not None:
             with at("ends"):
                 self._check_ends(self.ends, resolved)
@@ -109,26 +111,39 @@ class Gradual(ScheduledConfig):
     def _check_ends(self, ends: dict[str, float], resolved: ResolvedConfig) -> None:
         if resolved.pattern.kind == "nm" or resolved.scope == "global":
             subject = f"pattern {resolved.pattern}" if resolved.pattern.kind == "nm" else "scope 'global'"
-            raise PatternError(f"{subject} determines every layer's sparsity: ends has no effect")
+            raise PatternError(f"ends has no effect: {subject} determines the sparsity of every layer")
         for selector, end in ends.items():
             if not self.first <= end <= 1:
-                raise PatternError(f"ends: {selector!r} ends between first ({self.first:g}) and 1, got {end!r}")
+                raise PatternError(
+                    f"ends: expected a sparsity between first ({self.first:g}) and 1 for {selector!r}, got {end!r}"
+                )
             sparsities(self.schedule, float(end), self.steps, self.first)
 
 
 class Movement(ScheduledConfig):
-    """Keep the weights that training moves away from zero: S falls by dL/dw w at every step (Sanh 2020, eq. 3).
+    """Prune weights that training moves toward zero (movement pruning, Sanh 2020).
 
-    Masked weights have scores too and may return. With `penalty` the sparsity is not given but found: a weight stays
-    while sigmoid(S) is above `threshold`, and `penalty` pulls every S down; S then moves by `rate` a step.
+    The score S of a weight w decreases by (dL/dw) w at each step (eq. 3). Masked weights have scores and can become
+    active again. With `penalty`, the sparsity follows from the training: weights with sigmoid(S) above `threshold`
+    stay active, and the penalty lowers all scores. `rate` is then the learning rate of S.
+
+    Example:
+        >>> import rarefy
+        >>> import torch
+        >>> model = torch.nn.Linear(8, 2)
+        >>> data = [(torch.randn(4, 8), torch.tensor([0, 1, 0, 1]))] * 10
+        >>> rarefy.fit_(model, data, prune=rarefy.Movement(sparsity=0.5, steps=2)).rows[-1]["sparsity"]
+        0.5
     """
 
-    method: Literal["movement"] = Field("movement", description="keeps what training moves away from zero")
+    method: Literal["movement"] = Field("movement", description="prune weights that move toward zero")
     steps: Count = Field(20, description="number of pruning steps")
     start: Fraction = Field(0.1, description="progress of training at which pruning starts")
-    penalty: float | None = Field(None, gt=0, description="instead of a sparsity: how hard scores are pulled down")
-    threshold: Fraction = Field(0.1, description="with penalty: sigmoid of the score above which a weight stays")
-    rate: Fraction = Field(0.01, description="with penalty: how far a score moves in a step")
+    penalty: float | None = Field(
+        None, gt=0, description="strength with which all scores are lowered; replaces sparsity"
+    )
+    threshold: Fraction = Field(0.1, description="with penalty: sigmoid(score) above which a weight is active")
+    rate: Fraction = Field(0.01, description="with penalty: learning rate of the scores")
 
     def _final_sparsity(self) -> float | None:
         return self.sparsity if self.penalty is None else 1.0
@@ -139,38 +154,61 @@ class Movement(ScheduledConfig):
             return
         if self.sparsity is not None:
             with at("sparsity"):
-                raise PatternError("movement finds the sparsity by its penalty: leave sparsity out, or penalty")
+                raise PatternError("sparsity has no effect with penalty, which determines it: leave one of them out")
         if pattern.kind == "nm":
             with at("pattern"):
-                raise PatternError(f"pattern {pattern} determines the sparsity: penalty has no effect, leave it out")
+                raise PatternError(
+                    f"penalty has no effect: pattern {pattern} determines the sparsity; leave penalty out"
+                )
         if self.scope is not None:
             with at("scope"):
                 raise PatternError(
-                    "movement with a penalty compares each weight with the threshold: scope has no effect"
+                    "scope has no effect with penalty: each weight is compared with the threshold; leave scope out"
                 )
 
 
 class SecondOrder(ScheduledConfig):
-    """Prune what the curvature of the loss ranks lowest, and let the remaining weights compensate (oBERT, Kurtic 2022).
+    """Prune the weights whose removal increases the loss least, and update the others (oBERT, Kurtic 2022).
 
-    The inverse of an empirical Fisher matrix in blocks, from `gradients` gradients, is renewed at each step.
+    Each step computes the inverse of a block-diagonal empirical Fisher matrix from `gradients` gradients. `calibrate`
+    gives the batches for these gradients.
+
+    Example:
+        >>> import rarefy
+        >>> import torch
+        >>> model = torch.nn.Linear(8, 2)
+        >>> data = [(torch.randn(4, 8), torch.tensor([0, 1, 0, 1]))] * 10
+        >>> report = rarefy.fit_(model, data, prune=rarefy.SecondOrder(sparsity=0.5, steps=2), calibrate=data)
+        >>> report.rows[-1]["sparsity"]
+        0.5
     """
 
-    method: Literal["second-order"] = Field("second-order", description="by blocks of an empirical Fisher matrix")
+    method: Literal["second-order"] = Field("second-order", description="rank weights by an empirical Fisher matrix")
     block: Count = Field(50, description="size of the blocks of the Fisher matrix")
-    gradients: Count = Field(256, description="gradients that the Fisher matrix is estimated from")
-    damp: float = Field(0.01, gt=0, description="added to the diagonal of the Fisher matrix")
+    gradients: Count = Field(256, description="number of gradients for the Fisher matrix")
+    damp: float = Field(0.01, gt=0, description="damping: added to the diagonal of the Fisher matrix")
 
 
 class Rigl(SparsityConfig):
-    """Train sparse from `start` on; at each step drop the smallest weights and grow as many at zero where the gradient
-    of the loss is largest (RigL, Evci 2020): the fraction `drop` at first, falling to none by a cosine."""
+    """Train at constant sparsity and move the mask during training (RigL, Evci 2020).
 
-    method: Literal["rigl"] = Field("rigl", description="sparse throughout: drops by magnitude, grows by gradient")
-    steps: Count = Field(20, description="how often weights are dropped and grown")
-    start: Fraction = Field(0.0, description="progress of training from which it is sparse")
+    Each of the `steps` updates masks the smallest active weights and activates as many where the gradient is largest.
+    New weights start at zero. The updated fraction starts at `drop` and falls to zero on a cosine.
+
+    Example:
+        >>> import rarefy
+        >>> import torch
+        >>> model = torch.nn.Linear(8, 2)
+        >>> data = [(torch.randn(4, 8), torch.tensor([0, 1, 0, 1]))] * 10
+        >>> rarefy.fit_(model, data, prune=rarefy.Rigl(sparsity=0.5, steps=2)).rows[-1]["sparsity"]
+        0.5
+    """
+
+    method: Literal["rigl"] = Field("rigl", description="constant sparsity: drop by magnitude, grow by gradient")
+    steps: Count = Field(20, description="number of mask updates")
+    start: Fraction = Field(0.0, description="progress of training at which weights are first masked")
     end: Fraction = Field(0.75, description="progress of training after which the masks stay")
-    drop: Fraction = Field(0.3, description="fraction of the weights that is dropped at first")
+    drop: Fraction = Field(0.3, description="fraction of active weights that the first update drops")
     allocate: Annotated[str, OneOf(ALLOCATIONS, "allocation")] = Field(
         "uniform", description="how the sparsity is distributed over layers"
     )
@@ -178,55 +216,83 @@ class Rigl(SparsityConfig):
     def _check_method(self, resolved: ResolvedConfig) -> None:
         if resolved.pattern.kind == "nm" and self.allocate != "uniform":
             with at("allocate"):
-                text = f"pattern {resolved.pattern} determines every layer's sparsity: allocate has no effect"
+                text = f"allocate has no effect: pattern {resolved.pattern} determines the sparsity of every layer"
                 raise PatternError(text)
         if resolved.scope == "global":
             with at("scope"):
                 raise PatternError(
-                    "rigl drops and grows layer by layer: scope 'global' has no effect; allocate distributes"
+                    "rigl updates each layer's mask separately: use allocate='erk' instead of scope='global'"
                 )
 
 
 class Alternate(SparsityConfig):
-    """Alternate sparse and dense phases, `cycles` of both from `start` to `end`, then sparse (AC/DC, Peste 2021)."""
+    """Alternate between sparse and dense training phases (AC/DC, Peste 2021).
 
-    method: Literal["alternate"] = Field("alternate", description="dense and sparse phases in turn")
-    cycles: Count = Field(4, description="how many sparse and dense phases")
+    There are `cycles` pairs of phases of equal length between `start` and `end`. After `end` the model stays sparse.
+
+    Example:
+        >>> import rarefy
+        >>> import torch
+        >>> model = torch.nn.Linear(8, 2)
+        >>> data = [(torch.randn(4, 8), torch.tensor([0, 1, 0, 1]))] * 10
+        >>> rarefy.fit_(model, data, prune=rarefy.Alternate(sparsity=0.5, cycles=2)).rows[-1]["sparsity"]
+        0.5
+    """
+
+    method: Literal["alternate"] = Field("alternate", description="alternate sparse and dense phases")
+    cycles: Count = Field(4, description="number of pairs of a sparse and a dense phase")
     start: Fraction = Field(0.1, description="progress of training at which the first sparse phase starts")
-    end: Fraction = Field(0.75, description="progress of training after which it stays sparse")
+    end: Fraction = Field(0.75, description="progress of training at which the final sparse phase starts")
 
     def _check_method(self, resolved: ResolvedConfig) -> None:
         if self.start == self.end:
             with at("start"):
-                raise PatternError(f"phases lie between start and end, got {self.start} for both")
+                raise PatternError(f"expected start < end for the phases, got {self.start} for both")
 
 
 class Admm(SparsityConfig):
-    """Train all weights, pulled ever more to their sparse projection Z, and cut to it at `end` (ADMM; ELSA 2026).
+    """Train all weights with a growing penalty on their distance to a sparse projection Z (ADMM; ELSA 2026).
 
-    At each step W -= p (W - Z + U), where all p together amount to `pull`; Z is renewed `steps` times.
+    Each training step subtracts p (W - Z + U) from W; U is the scaled dual variable. The p of all steps sum to `pull`.
+    Z and U are updated `steps` times. At `end` the weights are masked as Z is.
+
+    Example:
+        >>> import rarefy
+        >>> import torch
+        >>> model = torch.nn.Linear(8, 2)
+        >>> data = [(torch.randn(4, 8), torch.tensor([0, 1, 0, 1]))] * 10
+        >>> rarefy.fit_(model, data, prune=rarefy.Admm(sparsity=0.5, steps=2)).rows[-1]["sparsity"]
+        0.5
     """
 
-    method: Literal["admm"] = Field("admm", description="all weights train, pulled to their sparse projection")
-    steps: Count = Field(50, description="how often the projection is renewed")
-    start: Fraction = Field(0.0, description="progress of training at which the pull starts")
-    end: Fraction = Field(0.7, description="progress of training at which weights are cut to the projection")
-    pull: float = Field(5.0, ge=0, le=100, description="how hard weights are pulled, summed over training")
-    weigh: bool = Field(False, description="project by the optimizer's second moments, not by magnitude")
+    method: Literal["admm"] = Field("admm", description="penalize the distance to a sparse projection")
+    steps: Count = Field(50, description="number of updates of the projection")
+    start: Fraction = Field(0.0, description="progress of training at which the penalty starts")
+    end: Fraction = Field(0.7, description="progress of training at which weights are masked")
+    pull: float = Field(5.0, ge=0, le=100, description="strength of the penalty, summed over training")
+    weigh: bool = Field(False, description="weight the projection by the optimizer's second moments")
 
 
 class Rewind(SparsityConfig):
-    """Train, prune by magnitude, go back, train again: `rounds` times (lottery tickets, Frankle 2019).
+    """Train, prune by magnitude, reset the remaining weights and train again (lottery tickets, Frankle 2019).
 
-    Weights and learning rate return to what they were at `to` of the first round. Each of the `rounds + 1` trainings
-    has the same share of the whole.
+    Weights and learning rate are reset to their values at progress `to` of the first round. Pruning happens `rounds`
+    times, so training has `rounds + 1` parts of equal length.
+
+    Example:
+        >>> import rarefy
+        >>> import torch
+        >>> model = torch.nn.Linear(8, 2)
+        >>> data = [(torch.randn(4, 8), torch.tensor([0, 1, 0, 1]))] * 10
+        >>> rarefy.fit_(model, data, prune=rarefy.Rewind(sparsity=0.5, rounds=2)).rows[-1]["sparsity"]
+        0.5
     """
 
-    method: Literal["rewind"] = Field("rewind", description="prune, go back to early weights, train again")
+    method: Literal["rewind"] = Field("rewind", description="prune, reset to early weights, train again")
     schedule: Annotated[str, OneOf(SCHEDULES)] = Field("exponential", description="how the sparsity rises")
-    rounds: Count = Field(3, description="how often weights are pruned")
-    to: Fraction = Field(0.05, description="progress of the first round to which weights return")
-    weights: bool = Field(True, description="false: only the learning rate returns (Renda 2020)")
+    rounds: Count = Field(3, description="number of pruning rounds")
+    to: Fraction = Field(0.05, description="progress of the first round to which weights are reset")
+    weights: bool = Field(True, description="false: reset the learning rate only (Renda 2020)")
 
     def _check_method(self, resolved: ResolvedConfig) -> None:
         with at("schedule"):
@@ -255,7 +321,7 @@ def resolve_config(config: SparsityConfig) -> ResolvedConfig:
     0.5
     """
     if not isinstance(config, tuple(SPARSITY_CONFIGS.values())):
-        raise PatternError(f"prune is a plan such as rarefy.Gradual(sparsity=0.9), got {config!r}")
+        raise PatternError(f"prune: expected a configuration such as rarefy.Gradual(sparsity=0.9), got {config!r}")
     pattern = parse_pattern(config.pattern)
     usual_scope = default_scope(pattern, getattr(config, "score", "magnitude"))
     sparsity, scope = check_sparsity(pattern, config._final_sparsity(), config.scope or usual_scope)
@@ -267,11 +333,11 @@ ELSEWHERE = {"acdc": "alternate", "ac/dc": "alternate", "obert": "second-order",
 
 
 def config_class(method: str) -> type[SparsityConfig]:
-    """Return the plan that a method's name means; PatternError with the nearest name."""
+    """Return the configuration class of a method; raise PatternError with the nearest name for an unknown one."""
     if method in SPARSITY_CONFIGS:
         return SPARSITY_CONFIGS[method]
     if method == "constant":
-        raise PatternError("masks stay as they are when prune is left out: there is no method 'constant'")
+        raise PatternError("there is no method 'constant': leave prune out to keep the masks unchanged")
     name = ELSEWHERE.get(str(method).lower())
     if name is not None:
         raise PatternError(f"unknown method {method!r}; {method} is called {name!r} here")

@@ -11,7 +11,7 @@ from helpers.structured_models import CASES, IDS, IMAGE, language, vision
 from rarefy.common.errors import ModelError
 from rarefy.dependency.graph import trace
 from rarefy.evaluation.profiling import flops
-from rarefy.structured import budget
+from rarefy.structured import unit_selection
 
 COSTS = {
     "resnet18": CASES["resnet18"],
@@ -55,8 +55,8 @@ def test_flops_match_a_counter(name):
     model = make().eval()
     graph = trace(model, x)
     ran = flops(model, lambda: model(**x) if isinstance(x, dict) else model(x))
-    assert budget.flops(graph, {}) == ran
-    assert budget.parameters(graph, {}) == sum(p.numel() for p in model.parameters())
+    assert unit_selection.flops(graph, {}) == ran
+    assert unit_selection.parameters(graph, {}) == sum(p.numel() for p in model.parameters())
     report = rarefy.cut_(model, x)
     after = flops(model, lambda: model(**x) if isinstance(x, dict) else model(x))
     assert report.summary["flops"].startswith(f"{ran:,} -> {after:,} (")
