@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator, Tag, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError, core_schema
 
 from rarefy.common.errors import RarefyError, RecipeError, SelectorError, unknown
@@ -90,7 +90,7 @@ class Keyed:
         return {} if value[self.key] is None else value[self.key]
 
 
-def _as_names(value: Any) -> Any:
+def _as_names(value: Any) -> tuple[str, ...]:
     value = (value,) if isinstance(value, str) else value
     if not isinstance(value, list | tuple) or any(not isinstance(v, str) for v in value):
         raise PydanticCustomError("selector", "not a selector")
@@ -112,7 +112,8 @@ class AsTuple:
         return tuple(value) if isinstance(value, list) else value if isinstance(value, tuple) else (value,)
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_names), WithJsonSchema(NAMES_SCHEMA)]
+# what callers may give; what fields hold is a tuple
+Names = Annotated[str | Sequence[str], PlainValidator(_as_names), WithJsonSchema(NAMES_SCHEMA)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 

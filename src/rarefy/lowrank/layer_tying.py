@@ -32,9 +32,13 @@ class TieOptions(Options):
 
     error = PatternError
 
-    every: int = Field(2, ge=2, description="how many neighbouring blocks share one set of weights")
-    blocks: str | None = Field(None, description="name of the list of blocks; by default all lists of equal blocks")
-    average: bool = Field(True, description="shared weights are the mean of those before; false: the first block's")
+    every: int = Field(default=2, ge=2, description="how many neighbouring blocks share one set of weights")
+    blocks: str | None = Field(
+        default=None, description="name of the list of blocks; by default all lists of equal blocks"
+    )
+    average: bool = Field(
+        default=True, description="shared weights are the mean of those before; false: the first block's"
+    )
 
 
 def tie_layers_(model: nn.Module, every: int = 2, *, blocks: str | None = None, average: bool = True) -> Report:

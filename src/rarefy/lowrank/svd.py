@@ -58,18 +58,21 @@ class FactorizeOptions(Options):
 
     error = PatternError
 
-    rank: Positive | None = Field(None, description="rank of every layer")
-    keep: Share | None = Field(None, description="fraction of each layer's weights that its factors have")
+    rank: Positive | None = Field(default=None, description="rank of every layer")
+    keep: Share | None = Field(default=None, description="fraction of each layer's weights that its factors have")
     energy: Share | None = Field(
-        None, description="fraction of the output energy on the data (without data: of the squared weights) that stays"
+        default=None,
+        description="fraction of the output energy on the data (without data: of the squared weights) that stays",
     )
     time: Share | None = Field(
-        None, description="fraction of each Linear layer's time on this machine that its factors take at most"
+        default=None, description="fraction of each Linear layer's time on this machine that its factors take at most"
     )
-    batch: Positive = Field(128, description="time: how many inputs are timed")
-    round_to: Positive = Field(1, description="ranks found by keep, energy or time are multiples of this")
-    layers: Names | None = Field(None, description="selectors of layers; by default all but embeddings and head")
-    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+    batch: Positive = Field(default=128, description="time: how many inputs are timed")
+    round_to: Positive = Field(default=1, description="ranks found by keep, energy or time are multiples of this")
+    layers: Names | None = Field(
+        default=None, description="selectors of layers; by default all but embeddings and head"
+    )
+    ignore: Names | None = Field(default=None, description="selectors of layers to leave as they are")
 
     @model_validator(mode="after")
     def _check_budget(self) -> FactorizeOptions:

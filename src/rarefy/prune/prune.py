@@ -44,32 +44,32 @@ class PruneOptions(Options):
     error = PatternError
 
     pattern: str = Field(
-        "unstructured",
+        default="unstructured",
         description="where zeros may be: unstructured, N:M (N kept of M) such as 2:4, blocks RxC such as 4x1, row (= "
         "channel), column",
     )
     score: Annotated[str, OneOf(SCORES)] | None = Field(
-        None,
+        default=None,
         description="how weights are ranked; some scores need data, gradient scores also labels or a loss. By default "
         "magnitude, or the solver's own criterion",
     )
-    sparsity: Fraction | None = Field(None, description="fraction of zeros; an N:M pattern determines it")
+    sparsity: Fraction | None = Field(default=None, description="fraction of zeros; an N:M pattern determines it")
     solver: SolverField | None = Field(
-        None, description="move the remaining weights so that layer outputs on the data are preserved"
+        default=None, description="move the remaining weights so that layer outputs on the data are preserved"
     )
     allocate: Annotated[str, OneOf(allocate_.ALLOCATIONS, "allocation")] | None = Field(
-        None, description="how the sparsity is distributed over layers; by default uniform"
+        default=None, description="how the sparsity is distributed over layers; by default uniform"
     )
     scope: Annotated[str, OneOf(patterns.SCOPES)] | None = Field(
-        None, description="where scores compete; by default what the paper of the score does"
+        default=None, description="where scores compete; by default what the paper of the score does"
     )
     reduce: Annotated[str, OneOf(patterns.REDUCTIONS)] | None = Field(
-        None, description="how a unit of several weights is scored; by default mean"
+        default=None, description="how a unit of several weights is scored; by default mean"
     )
     layers: Names | None = Field(
-        None, description="selectors of the layers to prune; by default all but embeddings and head"
+        default=None, description="selectors of the layers to prune; by default all but embeddings and head"
     )
-    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+    ignore: Names | None = Field(default=None, description="selectors of layers to leave as they are")
 
     @model_validator(mode="after")
     def _check_combination(self) -> PruneOptions:

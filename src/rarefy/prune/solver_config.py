@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -34,30 +34,35 @@ class Solver(Options):
         description="`obs` (SparseGPT, GPTQ), `admm` (ALPS, then conjugate gradients), `refit` (conjugate gradients on "
         "a scored mask); for quantize also `round` (AutoRound)"
     )
-    damping: float | None = Field(None, ge=0, le=10, description="times mean(diag(H)), added to the diagonal")
+    damping: float | None = Field(default=None, ge=0, le=10, description="times mean(diag(H)), added to the diagonal")
     asymmetric: Fraction | None = Field(
-        None,
+        default=None,
         description="how far targets move towards the dense model's outputs on its own inputs, as a share of what is "
         "best on a held-out batch",
     )
-    bf16: bool | None = Field(None, description="run forward passes in bf16 on CPUs that support it, else in fp32")
-    block: int | None = Field(None, ge=1, le=1 << 20, description="obs: columns whose mask is chosen together")
-    steps: int | None = Field(None, ge=1, le=10_000, description="admm: iterations; round: steps of learning")
+    bf16: bool | None = Field(
+        default=None, description="run forward passes in bf16 on CPUs that support it, else in fp32"
+    )
+    block: int | None = Field(default=None, ge=1, le=1 << 20, description="obs: columns whose mask is chosen together")
+    steps: int | None = Field(default=None, ge=1, le=10_000, description="admm: iterations; round: steps of learning")
     refits: int | None = Field(
-        None, ge=0, le=10_000, description="admm, refit: conjugate gradient steps once the mask is fixed"
+        default=None, ge=0, le=10_000, description="admm, refit: conjugate gradient steps once the mask is fixed"
     )
     reconstruct: int | None = Field(
-        None, ge=0, le=1000, description="passes in which each block learns the dense block's outputs"
+        default=None, ge=0, le=1000, description="passes in which each block learns the dense block's outputs"
     )
-    lr: float | None = Field(None, gt=0, le=1, description="learning rate of that (Adam, cosine)")
+    lr: float | None = Field(default=None, gt=0, le=1, description="learning rate of that (Adam, cosine)")
     blocks: str | None = Field(
-        None,
+        default=None,
         description="names of modules that learn as one, globs separated by |; by default the members of the model's "
         "outermost lists of equal modules",
     )
 
 
-SolverField = options_or_name(Solver)
+if TYPE_CHECKING:
+    SolverField = str | Solver | Mapping[str, Any]
+else:
+    SolverField = options_or_name(Solver)
 
 
 @dataclass(frozen=True)
@@ -104,16 +109,20 @@ LINES = ("row", "column")  # patterns whose units cross all blocks of columns
 PAPERS = {"sparsegpt": "obs", "obc": "obs", "alps": "admm", "pcg": "refit"}
 
 
+def as_solver(solver: str | Solver | Mapping[str, Any]) -> Solver:
+    """Return the solver that is named, or that has these options."""
+    if isinstance(solver, Solver):
+        return solver
+    return Solver(**solver) if isinstance(solver, Mapping) else Solver(name=solver)
+
+
 def resolve(solver: str | Solver | Mapping[str, Any]) -> Solver:
     """Return a solver with its defaults filled in; PatternError for an unknown one or an option it does not have.
 
     >>> resolve("obs").block
     128
     """
-    if isinstance(solver, Mapping):
-        solver = Solver(**solver)
-    if not isinstance(solver, Solver):
-        solver = Solver(name=solver)
+    solver = as_solver(solver)
     if solver.name not in SOLVERS:
         meant = PAPERS.get(solver.name.lower())
         hint = f"unknown solver {solver.name!r} (did you mean {meant!r}?)"

@@ -37,19 +37,21 @@ class ShareOptions(Options):
 
     error = PatternError
 
-    bits: int = Field(4, ge=BITS[0], le=BITS[-1], description="2^bits values; zero is always one of them")
+    bits: int = Field(default=4, ge=BITS[0], le=BITS[-1], description="2^bits values; zero is always one of them")
     group: Literal["tensor"] | None = Field(
-        "tensor", description="tensor: one table of values for a layer; null: one for each output"
+        default="tensor", description="tensor: one table of values for a layer; null: one for each output"
     )
-    layers: Names | None = Field(None, description="selectors of layers; by default all but embeddings and head")
-    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+    layers: Names | None = Field(
+        default=None, description="selectors of layers; by default all but embeddings and head"
+    )
+    ignore: Names | None = Field(default=None, description="selectors of layers to leave as they are")
 
 
 def share_(
     model: nn.Module,
     bits: int = 4,
     *,
-    group: str | None = "tensor",
+    group: Literal["tensor"] | None = "tensor",
     layers: Selector = None,
     ignore: Selector = None,
     data: Iterable[Any] | None = None,

@@ -12,7 +12,7 @@ from rarefy.common.errors import PatternError, unknown
 from rarefy.common.options import Fraction, Names, OneOf, Options, at
 from rarefy.model.quant_grid import BITS, WeightGrid
 from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse_pattern
-from rarefy.prune.solver_config import Solver, SolverField, check_options, resolve
+from rarefy.prune.solver_config import Solver, SolverField, as_solver, check_options, resolve
 from rarefy.quantization.activation_observers import KINDS, OBSERVERS
 from rarefy.quantization.scale_fitting import FITS
 
@@ -29,30 +29,34 @@ class QuantizeOptions(Options):
 
     error = PatternError
 
-    weights: Annotated[str, OneOf([f"int{b}" for b in BITS])] = Field("int8", description="bits of each weight")
+    weights: Annotated[str, OneOf([f"int{b}" for b in BITS])] = Field(default="int8", description="bits of each weight")
     group: Annotated[int, Field(ge=2)] | Literal["tensor"] | None = Field(
-        None, description="inputs that share a scale; null: all inputs of an output; tensor: the whole weight"
+        default=None, description="inputs that share a scale; null: all inputs of an output; tensor: the whole weight"
     )
-    symmetric: bool = Field(True, description="codes are centred at 0; false: with a zero point")
+    symmetric: bool = Field(default=True, description="codes are centred at 0; false: with a zero point")
     fit: Annotated[str, OneOf(FITS)] | None = Field(
-        None, description="how a scale is found; by default mse, of 8 bits minmax"
+        default=None, description="how a scale is found; by default mse, of 8 bits minmax"
     )
     solver: SolverField = Field(
-        "rtn", description="rtn: round to nearest; obs: GPTQ; round: AutoRound; the last two need data"
+        default="rtn", description="rtn: round to nearest; obs: GPTQ; round: AutoRound; the last two need data"
     )
     activations: Annotated[str, OneOf(KINDS)] | None = Field(
-        None, description="quantize the inputs of Linear and Conv layers too: with a scale a row, or calibrated scales"
+        default=None,
+        description="quantize the inputs of Linear and Conv layers too: with a scale a row, or calibrated scales",
     )
     observer: Annotated[str, OneOf(OBSERVERS)] | None = Field(
-        None, description="int8-static: how the range of inputs is found; by default mse"
+        default=None, description="int8-static: how the range of inputs is found; by default mse"
     )
     smooth: Fraction | None = Field(
-        None, description="with activations: the power of the largest inputs that is moved into the weights before"
+        default=None,
+        description="with activations: the power of the largest inputs that is moved into the weights before",
     )
-    pattern: str | None = Field(None, description="obs: prune in the same pass, to this pattern")
-    sparsity: Fraction | None = Field(None, description="with pattern: fraction of zeros")
-    layers: Names | None = Field(None, description="selectors of layers; by default all but embeddings and head")
-    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+    pattern: str | None = Field(default=None, description="obs: prune in the same pass, to this pattern")
+    sparsity: Fraction | None = Field(default=None, description="with pattern: fraction of zeros")
+    layers: Names | None = Field(
+        default=None, description="selectors of layers; by default all but embeddings and head"
+    )
+    ignore: Names | None = Field(default=None, description="selectors of layers to leave as they are")
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -127,9 +131,10 @@ def resolve_options(options: QuantizeOptions) -> QuantizeConfig:
     )
 
 
-def _solver_of(solver: str | Solver) -> Solver | None:
+def _solver_of(solver: SolverField) -> Solver | None:
     """Return the solver with its defaults, None for rounding to nearest."""
-    name = solver if isinstance(solver, str) else solver.name
+    solver = as_solver(solver)
+    name = solver.name
     if name == "rtn":
         return None
     if name not in ROUNDINGS:
@@ -137,7 +142,7 @@ def _solver_of(solver: str | Solver) -> Solver | None:
         hint = f" ({name} is called {meant} here)" if meant else ""
         raise PatternError(unknown("solver of quantization", name, ROUNDINGS) + hint)
     if name == "round":
-        options = check_options(Solver(name=name) if isinstance(solver, str) else solver, ROUND)
+        options = check_options(solver, ROUND)
         return Solver(name=name, **(ROUND | options))
     solver = resolve(solver)
     if solver.reconstruct:

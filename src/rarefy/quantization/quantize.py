@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,10 @@ def quantize_(
     model: nn.Module,
     weights: str = "int8",
     *,
-    group: int | str | None = None,
+    group: int | Literal["tensor"] | None = None,
     symmetric: bool = True,
     fit: str | None = None,
-    solver: str | Solver | dict[str, Any] = "rtn",
+    solver: str | Solver | Mapping[str, Any] = "rtn",
     activations: str | None = None,
     observer: str | None = None,
     smooth: float | None = None,

@@ -48,7 +48,8 @@ class CutStage(CutOptions):
     """Remove whole units; the model becomes an ordinary smaller one. See `rarefy.cut_`."""
 
     repair: RepairField | None = Field(
-        None, description="how the remaining units compensate; null: all ways if there is calibration data, else none"
+        default=None,
+        description="how the remaining units compensate; null: all ways if there is calibration data, else none",
     )
 
 
@@ -56,11 +57,11 @@ class FactorizeStage(FactorizeOptions):
     """Replace layers by low-rank factors, or add factors that correct compression errors. See `rarefy.factorize_`."""
 
     beside: bool = Field(
-        False,
+        default=False,
         description="add factors of `rank` to layers, which correct the error since the recipe began",
     )
     whiten: bool | None = Field(
-        None, description="minimize errors of outputs on calibration data; null: if there is such data"
+        default=None, description="minimize errors of outputs on calibration data; null: if there is such data"
     )
 
     @model_validator(mode="after")
@@ -75,18 +76,18 @@ class ShareStage(ShareOptions):
     """Replace the weights of a layer by a few shared values. See `rarefy.share_`."""
 
     weigh: bool | None = Field(
-        None, description="weight errors by the inputs in the calibration data; null: if there is such data"
+        default=None, description="weight errors by the inputs in the calibration data; null: if there is such data"
     )
 
 
 class Optimizer(Options):
     """A torch optimizer by name."""
 
-    name: Annotated[str, OneOf(OPTIMIZERS, "optimizer")] = Field("adamw", description="the optimizer")
-    lr: Rate = Field(1e-4, description="learning rate")
-    momentum: Rate | None = Field(None, description="sgd: momentum")
-    weight_decay: Rate | None = Field(None, description="weight decay")
-    nesterov: bool | None = Field(None, description="sgd: Nesterov momentum")
+    name: Annotated[str, OneOf(OPTIMIZERS, "optimizer")] = Field(default="adamw", description="the optimizer")
+    lr: Rate = Field(default=1e-4, description="learning rate")
+    momentum: Rate | None = Field(default=None, description="sgd: momentum")
+    weight_decay: Rate | None = Field(default=None, description="weight decay")
+    nesterov: bool | None = Field(default=None, description="sgd: Nesterov momentum")
 
     @model_validator(mode="after")
     def _check_options(self) -> Optimizer:
@@ -102,7 +103,7 @@ class Optimizer(Options):
 class QuantizeInTraining(QuantizeOptions):
     """Quantization-aware training: weights are rounded in each forward pass from `start` on."""
 
-    start: Fraction = Field(0.5, description="progress of training at which weights are quantized")
+    start: Fraction = Field(default=0.5, description="progress of training at which weights are quantized")
 
 
 def _config_name(value: Any) -> str:
@@ -134,19 +135,21 @@ SparsityField = Annotated[
 class TrainStage(Steps, FitOptions):
     """Train the model; masked weights stay zero. See `rarefy.fit_`."""
 
-    optimizer: Optimizer = Field(Optimizer.model_validate({}), description="the optimizer and its rates")
-    lr_schedule: Annotated[str, OneOf(LR_SCHEDULES)] = Field("cosine", description="how the learning rate changes")
-    prune: SparsityField | None = Field(
-        None, description="how weights are pruned during training; `method` selects the class"
+    optimizer: Optimizer = Field(default=Optimizer.model_validate({}), description="the optimizer and its rates")
+    lr_schedule: Annotated[str, OneOf(LR_SCHEDULES)] = Field(
+        default="cosine", description="how the learning rate changes"
     )
-    distill: Distill | None = Field(None, description="also train on the outputs of a teacher")
+    prune: SparsityField | None = Field(
+        default=None, description="how weights are pruned during training; `method` selects the class"
+    )
+    distill: Distill | None = Field(default=None, description="also train on the outputs of a teacher")
     quantize: QuantizeInTraining | None = Field(
-        None, description="round weights in each forward pass from its `start` on"
+        default=None, description="round weights in each forward pass from its `start` on"
     )
     validate: Metric | None = Field(  # type: ignore[assignment]
-        None, description="measure each epoch on data.validate, and keep the best one"
+        default=None, description="measure each epoch on data.validate, and keep the best one"
     )
-    keep_zeros: bool = Field(False, description="weights that are zero before training stay zero")
+    keep_zeros: bool = Field(default=False, description="weights that are zero before training stay zero")
 
     @model_validator(mode="after")
     def _check_patience(self) -> TrainStage:
@@ -208,56 +211,58 @@ def _check_stages(value: Any) -> Any:
 class Data(Options):
     """Data for calibration, training and validation: paths or built-in names, and numbers of samples (null: all)."""
 
-    calibrate: str | None = Field(None, description="calibration data")
-    train: str | None = Field(None, description="training data")
+    calibrate: str | None = Field(default=None, description="calibration data")
+    train: str | None = Field(default=None, description="training data")
     validate: str | None = Field(  # type: ignore[assignment]
-        None, description="data that `train.validate` measures on"
+        default=None, description="data that `train.validate` measures on"
     )
-    samples: Positive | None = Field(64, description="calibration samples: texts of `tokens`, or images")
-    train_samples: Positive | None = Field(None, description="training samples")
-    validate_samples: Positive | None = Field(None, description="validation samples")
-    tokens: Positive = Field(512, description="tokens of each text")
-    batch: Positive = Field(8, description="samples of a batch")
-    seed: Seed = Field(0, description="seed of the choice of samples")
+    samples: Positive | None = Field(default=64, description="calibration samples: texts of `tokens`, or images")
+    train_samples: Positive | None = Field(default=None, description="training samples")
+    validate_samples: Positive | None = Field(default=None, description="validation samples")
+    tokens: Positive = Field(default=512, description="tokens of each text")
+    batch: Positive = Field(default=8, description="samples of a batch")
+    seed: Seed = Field(default=0, description="seed of the choice of samples")
 
 
 class Latency(Options):
     """Time forward passes at each batch size; evaluation samples are repeated where there are too few."""
 
-    batch: Annotated[tuple[Positive, ...], AsTuple()] = Field((1,), description="batch sizes")
-    repeats: Positive = Field(20, description="timed calls")
+    batch: Annotated[tuple[Positive, ...], AsTuple()] = Field(default=(1,), description="batch sizes")
+    repeats: Positive = Field(default=20, description="timed calls")
 
 
 class Decode(Options):
     """Time a causal language model at batch 1: prefill of a prompt, then decoding of new tokens."""
 
-    prompt: Positive = Field(256, description="tokens of the prompt")
-    new: Positive = Field(24, description="new tokens")
-    repeats: Positive = Field(5, description="timed rounds")
-    text: str | None = Field(None, description="prompt that both models complete; the receipt shows the texts")
+    prompt: Positive = Field(default=256, description="tokens of the prompt")
+    new: Positive = Field(default=24, description="new tokens")
+    repeats: Positive = Field(default=5, description="timed rounds")
+    text: str | None = Field(default=None, description="prompt that both models complete; the receipt shows the texts")
 
 
 class Evaluate(Options):
     """Measure before and after on held-out data."""
 
     metric: Metric = Field(description="what is measured")
-    data: str | None = Field(None, description="held-out data: a path or a built-in name")
-    samples: Positive | None = Field(None, description="samples; null: all")
-    tokens: Positive = Field(512, description="tokens of each text")
-    batch: Positive = Field(8, description="samples of a batch")
-    latency: Latency | None = Field(None, description="time forward calls")
-    decode: Decode | None = Field(None, description="time a causal language model")
-    accelerate: bool = Field(False, description="also time the result with `accelerate_`, whose kernels skip zeros")
+    data: str | None = Field(default=None, description="held-out data: a path or a built-in name")
+    samples: Positive | None = Field(default=None, description="samples; null: all")
+    tokens: Positive = Field(default=512, description="tokens of each text")
+    batch: Positive = Field(default=8, description="samples of a batch")
+    latency: Latency | None = Field(default=None, description="time forward calls")
+    decode: Decode | None = Field(default=None, description="time a causal language model")
+    accelerate: bool = Field(
+        default=False, description="also time the result with `accelerate_`, whose kernels skip zeros"
+    )
     engine: bool = Field(
-        False,
+        default=False,
         description="evaluate and time the result on the engine, not in eager torch: with `rarefy.decoder` for causal "
         "language models, with `rarefy.compile` for others",
     )
     precision: Annotated[str, OneOf(("int8",))] | None = Field(
-        None, description="precision of the engine; null: that of the model"
+        default=None, description="precision of the engine; null: that of the model"
     )
     max_degradation: float | None = Field(
-        None,
+        default=None,
         gt=-1,
         le=1,
         description="largest accepted relative loss of quality, such as 0.15; the run fails beyond it",
@@ -283,10 +288,10 @@ class Save(Options):
     """Storage format of the result."""
 
     format: Annotated[str, OneOf(FORMATS)] = Field(
-        "smallest",
+        default="smallest",
         description="smallest: the smallest format for each tensor; else the format of all tensors that it supports",
     )
-    compress: bool = Field(False, description="compress the files with LZMA")
+    compress: bool = Field(default=False, description="compress the files with LZMA")
 
 
 class Recipe(Options):
@@ -301,12 +306,12 @@ class Recipe(Options):
     """
 
     stages: Annotated[tuple[Stage, ...], BeforeValidator(_check_stages)] = Field(description="the stages, in order")
-    name: str = Field("recipe", description="name of the recipe")
-    about: str = Field("", description="what the recipe is for")
-    data: Data | None = Field(None, description="data for calibration and training")
-    evaluate: Evaluate | None = Field(None, description="what is measured before and after the stages")
-    save: Save = Field(Save.model_validate({}), description="how the result is stored")
-    seed: Seed = Field(0, description="seed of all random choices")
+    name: str = Field(default="recipe", description="name of the recipe")
+    about: str = Field(default="", description="what the recipe is for")
+    data: Data | None = Field(default=None, description="data for calibration and training")
+    evaluate: Evaluate | None = Field(default=None, description="what is measured before and after the stages")
+    save: Save = Field(default=Save.model_validate({}), description="how the result is stored")
+    seed: Seed = Field(default=0, description="seed of all random choices")
 
     @model_validator(mode="after")
     def _check_order(self) -> Recipe:

@@ -129,8 +129,10 @@ def cut_(
         ))
     """
     options = CutOptions(
-        units=units, keep=keep, parameters=parameters, flops=flops, latency=latency, score=score, reduce=reduce,
-        scope=scope, min_keep=min_keep, layers=layers, ignore=ignore, round_to=round_to, steps=steps, repair=repair,
+        units=units,  # type: ignore[arg-type]  # lists and single names become tuples
+        repair=repair,  # type: ignore[arg-type]  # the same
+        keep=keep, parameters=parameters, flops=flops, latency=latency, score=score, reduce=reduce, scope=scope,
+        min_keep=min_keep, layers=layers, ignore=ignore, round_to=round_to, steps=steps,
     )  # fmt: skip
     return run_cut(
         model, example, options, data, loss=loss, optimizer=optimizer, mask_only=mask_only, dry_run=dry_run, seed=seed,

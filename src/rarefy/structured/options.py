@@ -46,30 +46,35 @@ class CutOptions(Options):
     error = ModelError
 
     units: Annotated[tuple[Kind, ...], AsTuple()] = Field(
-        ("channel", "neuron", "head"),
+        default=("channel", "neuron", "head"),
         description="kinds of units: channel or group of a convolution, neuron of a Linear layer, head, head_dim "
         "(features of heads), query_head (queries that share keys); or layer alone: whole blocks",
     )
     keep: Part | None = Field(
-        None, description="fraction of units that stays in each group; 0.5 where no budget is given"
+        default=None, description="fraction of units that stays in each group; 0.5 where no budget is given"
     )
-    parameters: Part | None = Field(None, description="instead of keep: fraction of the model's parameters to leave")
-    flops: Part | None = Field(None, description="instead of keep: fraction of the model's operations to leave")
-    latency: Part | None = Field(None, description="instead of keep: fraction of the model's time to leave, measured")
+    parameters: Part | None = Field(
+        default=None, description="instead of keep: fraction of the model's parameters to leave"
+    )
+    flops: Part | None = Field(default=None, description="instead of keep: fraction of the model's operations to leave")
+    latency: Part | None = Field(
+        default=None, description="instead of keep: fraction of the model's time to leave, measured"
+    )
     score: Annotated[str, OneOf(dict.fromkeys((*UNIT_SCORES, *LAYER_SCORES)))] | None = Field(
-        None, description="how units are ranked; by default magnitude, for whole blocks similarity"
+        default=None, description="how units are ranked; by default magnitude, for whole blocks similarity"
     )
-    reduce: Annotated[str, OneOf(REDUCTIONS)] = Field("sum", description="how the slices of a unit are joined")
+    reduce: Annotated[str, OneOf(REDUCTIONS)] = Field(default="sum", description="how the slices of a unit are joined")
     scope: Annotated[str, OneOf(SCOPES)] = Field(
-        "layer", description="units compete in their group, with all, or in groups of equal structure (isomorphic)"
+        default="layer",
+        description="units compete in their group, with all, or in groups of equal structure (isomorphic)",
     )
-    min_keep: Fraction = Field(0.0, description="no group keeps less than this fraction")
-    layers: Names | None = Field(None, description="cut groups of which at least half is made by these layers")
-    ignore: Names | None = Field(None, description="layers that must not lose outputs")
-    round_to: Positive = Field(1, description="unit counts that stay are multiples of this")
-    steps: Positive = Field(1, description="cut in so many steps, with new scores in each")
+    min_keep: Fraction = Field(default=0.0, description="no group keeps less than this fraction")
+    layers: Names | None = Field(default=None, description="cut groups of which at least half is made by these layers")
+    ignore: Names | None = Field(default=None, description="layers that must not lose outputs")
+    round_to: Positive = Field(default=1, description="unit counts that stay are multiples of this")
+    steps: Positive = Field(default=1, description="cut in so many steps, with new scores in each")
     repair: RepairField = Field(
-        True, description="with data, how the remaining units compensate; true: all ways, false: none"
+        default=True, description="with data, how the remaining units compensate; true: all ways, false: none"
     )
 
     @model_validator(mode="after")
@@ -138,12 +143,14 @@ class DropLayersOptions(Options):
 
     error = ModelError
 
-    keep: Part | None = Field(None, description="fraction of blocks that stays; by default 0.75, or all but `layers`")
-    score: Annotated[str, OneOf(LAYER_SCORES, "score of layers")] = Field(
-        "similarity", description="how blocks are ranked"
+    keep: Part | None = Field(
+        default=None, description="fraction of blocks that stays; by default 0.75, or all but `layers`"
     )
-    layers: Names | None = Field(None, description="names or globs of blocks that may go")
-    ignore: Names | None = Field(None, description="names or globs of blocks that stay")
+    score: Annotated[str, OneOf(LAYER_SCORES, "score of layers")] = Field(
+        default="similarity", description="how blocks are ranked"
+    )
+    layers: Names | None = Field(default=None, description="names or globs of blocks that may go")
+    ignore: Names | None = Field(default=None, description="names or globs of blocks that stay")
 
 
 def check_unmasked(model: nn.Module, whole: bool = False, doing: str = "cut") -> None:

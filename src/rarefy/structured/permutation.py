@@ -44,11 +44,13 @@ class PermuteOptions(Options):
 
     error = PatternError
 
-    pattern: str = Field("2:4", description="the N:M pattern that the order is for")
-    score: Annotated[str, OneOf(SCORES)] = Field("magnitude", description="what the kept weights have most of")
-    seconds: float = Field(30.0, gt=0, description="how long the search takes at most, of all groups together")
-    layers: Names | None = Field(None, description="selectors of layers; by default all but embeddings and head")
-    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+    pattern: str = Field(default="2:4", description="the N:M pattern that the order is for")
+    score: Annotated[str, OneOf(SCORES)] = Field(default="magnitude", description="what the kept weights have most of")
+    seconds: float = Field(default=30.0, gt=0, description="how long the search takes at most, of all groups together")
+    layers: Names | None = Field(
+        default=None, description="selectors of layers; by default all but embeddings and head"
+    )
+    ignore: Names | None = Field(default=None, description="selectors of layers to leave as they are")
 
     @field_validator("pattern")
     @classmethod

@@ -67,25 +67,32 @@ class Distill(Options):
         rarefy.common.errors.RecipeError: nothing is learnt from the teacher: give logits, hidden or relations
     """
 
-    task: Weight = Field(1.0, description="weight of the model's own loss")
-    logits: Weight = Field(1.0, description="weight of the loss between the outputs")
-    by: Annotated[str, OneOf(OUTPUTS)] = Field("kl", description="loss between the outputs")
-    temperature: float = Field(1.0, gt=0, description="softens the outputs (kl, dist)")
-    top: Positive | None = Field(None, description="kl: only the teacher's most likely classes, for large vocabularies")
-    hidden: Annotated[str, OneOf(HIDDEN)] | None = Field(None, description="loss between the outputs of blocks")
-    hidden_weight: Weight = Field(1.0, description="weight of that loss")
-    at: Names | None = Field(None, description="modules whose outputs are hidden states; by default the equal blocks")
-    teacher_at: Names | None = Field(None, description="those of the teacher; by default the same")
-    depth: Annotated[str, OneOf(DEPTHS)] = Field(
-        "even", description="how blocks are matched where the student has fewer"
+    task: Weight = Field(default=1.0, description="weight of the model's own loss")
+    logits: Weight = Field(default=1.0, description="weight of the loss between the outputs")
+    by: Annotated[str, OneOf(OUTPUTS)] = Field(default="kl", description="loss between the outputs")
+    temperature: float = Field(default=1.0, gt=0, description="softens the outputs (kl, dist)")
+    top: Positive | None = Field(
+        default=None, description="kl: only the teacher's most likely classes, for large vocabularies"
     )
-    relations: Weight = Field(0.0, description="weight of the relations of queries, keys and values of the last block")
-    heads: Positive = Field(12, description="how many heads the relations have")
+    hidden: Annotated[str, OneOf(HIDDEN)] | None = Field(default=None, description="loss between the outputs of blocks")
+    hidden_weight: Weight = Field(default=1.0, description="weight of that loss")
+    at: Names | None = Field(
+        default=None, description="modules whose outputs are hidden states; by default the equal blocks"
+    )
+    teacher_at: Names | None = Field(default=None, description="those of the teacher; by default the same")
+    depth: Annotated[str, OneOf(DEPTHS)] = Field(
+        default="even", description="how blocks are matched where the student has fewer"
+    )
+    relations: Weight = Field(
+        default=0.0, description="weight of the relations of queries, keys and values of the last block"
+    )
+    heads: Positive = Field(default=12, description="how many heads the relations have")
     teacher: str | None = Field(
-        None, description="recipes: folder of the teacher; by default the model as it was before the first stage"
+        default=None,
+        description="recipes: folder of the teacher; by default the model as it was before the first stage",
     )
     cache: bool = Field(
-        False, description="keep the teacher's outputs on disk, for data that is the same in each epoch"
+        default=False, description="keep the teacher's outputs on disk, for data that is the same in each epoch"
     )
 
     @model_validator(mode="after")

@@ -46,20 +46,22 @@ AUTOCAST = {"bf16": torch.bfloat16}  # fp16 would need its loss scaled
 class Steps(Options):
     """How an optimizer step is taken."""
 
-    accumulate: Positive = Field(1, description="batches whose gradients are added up for a step")
-    clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
+    accumulate: Positive = Field(default=1, description="batches whose gradients are added up for a step")
+    clip: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     autocast: Annotated[str, OneOf(AUTOCAST)] | None = Field(
-        None, description="precision in which the model runs while it trains"
+        default=None, description="precision in which the model runs while it trains"
     )
 
 
 class FitOptions(Options):
     """How long and at which rates a model is trained. See `rarefy.fit_`."""
 
-    epochs: Positive = Field(1, description="passes over the training data")
-    lr_schedule: Annotated[str, OneOf(LR_SCHEDULES)] = Field("constant", description="how the learning rate changes")
+    epochs: Positive = Field(default=1, description="passes over the training data")
+    lr_schedule: Annotated[str, OneOf(LR_SCHEDULES)] = Field(
+        default="constant", description="how the learning rate changes"
+    )
     patience: Positive | None = Field(
-        None, description="stop after so many epochs without a better one; needs validate"
+        default=None, description="stop after so many epochs without a better one; needs validate"
     )
 
 

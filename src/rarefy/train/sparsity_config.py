@@ -27,15 +27,17 @@ class SparsityConfig(Options):
 
     error = PatternError
 
-    sparsity: Fraction | None = Field(None, description="final fraction of zeros; an N:M pattern determines it")
-    pattern: str = Field("unstructured", description="sparsity pattern, as in prune")
+    sparsity: Fraction | None = Field(default=None, description="final fraction of zeros; an N:M pattern determines it")
+    pattern: str = Field(default="unstructured", description="sparsity pattern, as in prune")
     scope: Annotated[str, OneOf(SCOPES)] | None = Field(
-        None, description="weights whose scores are compared, as in prune"
+        default=None, description="weights whose scores are compared, as in prune"
     )
-    layers: Names | None = Field(None, description="selectors of layers; by default all but embeddings and head")
-    ignore: Names | None = Field(None, description="selectors of layers to leave as they are")
+    layers: Names | None = Field(
+        default=None, description="selectors of layers; by default all but embeddings and head"
+    )
+    ignore: Names | None = Field(default=None, description="selectors of layers to leave as they are")
     seed: int | None = Field(
-        None, ge=0, le=(1 << 32) - 1, description="of random choices; by default that of the training"
+        default=None, ge=0, le=(1 << 32) - 1, description="of random choices; by default that of the training"
     )
 
     @model_validator(mode="after")
@@ -67,11 +69,11 @@ class SparsityConfig(Options):
 class ScheduledConfig(SparsityConfig):
     """Fields of methods that raise the sparsity by a schedule, from `first` at `start` to its final value at `end`."""
 
-    schedule: Annotated[str, OneOf(SCHEDULES)] = Field("cubic", description="how the sparsity rises")
-    steps: Count = Field(10, description="number of pruning steps")
-    first: Fraction = Field(0.0, description="sparsity from which the schedule rises")
-    start: Fraction = Field(0.0, description="progress of training at which pruning starts")
-    end: Fraction = Field(0.7, description="progress of training at which pruning ends")
+    schedule: Annotated[str, OneOf(SCHEDULES)] = Field(default="cubic", description="how the sparsity rises")
+    steps: Count = Field(default=10, description="number of pruning steps")
+    first: Fraction = Field(default=0.0, description="sparsity from which the schedule rises")
+    start: Fraction = Field(default=0.0, description="progress of training at which pruning starts")
+    end: Fraction = Field(default=0.7, description="progress of training at which pruning ends")
 
     def _check_method(self, resolved: ResolvedConfig) -> None:
         with at("schedule" if self.schedule == "exponential" and self.first <= resolved.sparsity else "first"):
@@ -86,13 +88,13 @@ class Gradual(ScheduledConfig):
         'cubic'
     """
 
-    method: Literal["gradual"] = Field("gradual", description="raise the sparsity in steps, by any score")
-    score: Annotated[str, OneOf(SCORES)] = Field("magnitude", description="how weights are ranked")
+    method: Literal["gradual"] = Field(default="gradual", description="raise the sparsity in steps, by any score")
+    score: Annotated[str, OneOf(SCORES)] = Field(default="magnitude", description="how weights are ranked")
     reduce: Annotated[str, OneOf(REDUCTIONS)] | None = Field(
-        None, description="how scores of a block's weights are combined; default: mean"
+        default=None, description="how scores of a block's weights are combined; default: mean"
     )
-    regrow: bool = Field(False, description="unmask weights whose scores exceed those of active weights")
-    ends: dict[str, float] | None = Field(None, description="final sparsity of single layers, by selector")
+    regrow: bool = Field(default=False, description="unmask weights whose scores exceed those of active weights")
+    ends: dict[str, float] | None = Field(default=None, description="final sparsity of single layers, by selector")
 
     def _check_method(self, resolved: ResolvedConfig) -> None:
         super()._check_method(resolved)
@@ -136,14 +138,14 @@ class Movement(ScheduledConfig):
         0.5
     """
 
-    method: Literal["movement"] = Field("movement", description="prune weights that move toward zero")
-    steps: Count = Field(20, description="number of pruning steps")
-    start: Fraction = Field(0.1, description="progress of training at which pruning starts")
+    method: Literal["movement"] = Field(default="movement", description="prune weights that move toward zero")
+    steps: Count = Field(default=20, description="number of pruning steps")
+    start: Fraction = Field(default=0.1, description="progress of training at which pruning starts")
     penalty: float | None = Field(
-        None, gt=0, description="strength with which all scores are lowered; replaces sparsity"
+        default=None, gt=0, description="strength with which all scores are lowered; replaces sparsity"
     )
-    threshold: Fraction = Field(0.1, description="with penalty: sigmoid(score) above which a weight is active")
-    rate: Fraction = Field(0.01, description="with penalty: learning rate of the scores")
+    threshold: Fraction = Field(default=0.1, description="with penalty: sigmoid(score) above which a weight is active")
+    rate: Fraction = Field(default=0.01, description="with penalty: learning rate of the scores")
 
     def _final_sparsity(self) -> float | None:
         return self.sparsity if self.penalty is None else 1.0
@@ -183,10 +185,12 @@ class SecondOrder(ScheduledConfig):
         0.5
     """
 
-    method: Literal["second-order"] = Field("second-order", description="rank weights by an empirical Fisher matrix")
-    block: Count = Field(50, description="size of the blocks of the Fisher matrix")
-    gradients: Count = Field(256, description="number of gradients for the Fisher matrix")
-    damp: float = Field(0.01, gt=0, description="damping: added to the diagonal of the Fisher matrix")
+    method: Literal["second-order"] = Field(
+        default="second-order", description="rank weights by an empirical Fisher matrix"
+    )
+    block: Count = Field(default=50, description="size of the blocks of the Fisher matrix")
+    gradients: Count = Field(default=256, description="number of gradients for the Fisher matrix")
+    damp: float = Field(default=0.01, gt=0, description="damping: added to the diagonal of the Fisher matrix")
 
 
 class Rigl(SparsityConfig):
@@ -204,13 +208,15 @@ class Rigl(SparsityConfig):
         0.5
     """
 
-    method: Literal["rigl"] = Field("rigl", description="constant sparsity: drop by magnitude, grow by gradient")
-    steps: Count = Field(20, description="number of mask updates")
-    start: Fraction = Field(0.0, description="progress of training at which weights are first masked")
-    end: Fraction = Field(0.75, description="progress of training after which the masks stay")
-    drop: Fraction = Field(0.3, description="fraction of active weights that the first update drops")
+    method: Literal["rigl"] = Field(
+        default="rigl", description="constant sparsity: drop by magnitude, grow by gradient"
+    )
+    steps: Count = Field(default=20, description="number of mask updates")
+    start: Fraction = Field(default=0.0, description="progress of training at which weights are first masked")
+    end: Fraction = Field(default=0.75, description="progress of training after which the masks stay")
+    drop: Fraction = Field(default=0.3, description="fraction of active weights that the first update drops")
     allocate: Annotated[str, OneOf(ALLOCATIONS, "allocation")] = Field(
-        "uniform", description="how the sparsity is distributed over layers"
+        default="uniform", description="how the sparsity is distributed over layers"
     )
 
     def _check_method(self, resolved: ResolvedConfig) -> None:
@@ -239,10 +245,10 @@ class Alternate(SparsityConfig):
         0.5
     """
 
-    method: Literal["alternate"] = Field("alternate", description="alternate sparse and dense phases")
-    cycles: Count = Field(4, description="number of pairs of a sparse and a dense phase")
-    start: Fraction = Field(0.1, description="progress of training at which the first sparse phase starts")
-    end: Fraction = Field(0.75, description="progress of training at which the final sparse phase starts")
+    method: Literal["alternate"] = Field(default="alternate", description="alternate sparse and dense phases")
+    cycles: Count = Field(default=4, description="number of pairs of a sparse and a dense phase")
+    start: Fraction = Field(default=0.1, description="progress of training at which the first sparse phase starts")
+    end: Fraction = Field(default=0.75, description="progress of training at which the final sparse phase starts")
 
     def _check_method(self, resolved: ResolvedConfig) -> None:
         if self.start == self.end:
@@ -265,12 +271,12 @@ class Admm(SparsityConfig):
         0.5
     """
 
-    method: Literal["admm"] = Field("admm", description="penalize the distance to a sparse projection")
-    steps: Count = Field(50, description="number of updates of the projection")
-    start: Fraction = Field(0.0, description="progress of training at which the penalty starts")
-    end: Fraction = Field(0.7, description="progress of training at which weights are masked")
-    pull: float = Field(5.0, ge=0, le=100, description="strength of the penalty, summed over training")
-    weigh: bool = Field(False, description="weight the projection by the optimizer's second moments")
+    method: Literal["admm"] = Field(default="admm", description="penalize the distance to a sparse projection")
+    steps: Count = Field(default=50, description="number of updates of the projection")
+    start: Fraction = Field(default=0.0, description="progress of training at which the penalty starts")
+    end: Fraction = Field(default=0.7, description="progress of training at which weights are masked")
+    pull: float = Field(default=5.0, ge=0, le=100, description="strength of the penalty, summed over training")
+    weigh: bool = Field(default=False, description="weight the projection by the optimizer's second moments")
 
 
 class Rewind(SparsityConfig):
@@ -288,11 +294,11 @@ class Rewind(SparsityConfig):
         0.5
     """
 
-    method: Literal["rewind"] = Field("rewind", description="prune, reset to early weights, train again")
-    schedule: Annotated[str, OneOf(SCHEDULES)] = Field("exponential", description="how the sparsity rises")
-    rounds: Count = Field(3, description="number of pruning rounds")
-    to: Fraction = Field(0.05, description="progress of the first round to which weights are reset")
-    weights: bool = Field(True, description="false: reset the learning rate only (Renda 2020)")
+    method: Literal["rewind"] = Field(default="rewind", description="prune, reset to early weights, train again")
+    schedule: Annotated[str, OneOf(SCHEDULES)] = Field(default="exponential", description="how the sparsity rises")
+    rounds: Count = Field(default=3, description="number of pruning rounds")
+    to: Fraction = Field(default=0.05, description="progress of the first round to which weights are reset")
+    weights: bool = Field(default=True, description="false: reset the learning rate only (Renda 2020)")
 
     def _check_method(self, resolved: ResolvedConfig) -> None:
         with at("schedule"):
