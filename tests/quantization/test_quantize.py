@@ -641,5 +641,5 @@ def test_weights_whose_grid_overflows():
         rarefy.quantize_(empty, "int4")
     with pytest.raises(ValueError, match="weights: expected one of int2"):
         rarefy.quantize_(linear(), ["int8"])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown fit 0"):
+    with pytest.raises(ValueError, match="fit: expected one of minmax"):
         rarefy.quantize_(linear(), fit=0)  # type: ignore[arg-type]

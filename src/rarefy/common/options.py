@@ -204,7 +204,8 @@ def branches(schema: Schema, root: Schema) -> list[Schema]:
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return branches({**root["$defs"][name], "title": name}, root)
-    if options := schema.get("anyOf") or schema.get("oneOf"):
+    # pydantic before 2.9 wraps a reference that has a default into allOf
+    if options := schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf"):
         return [b for option in options for b in branches(option, root) if b.get("type") != "null"]
     return [schema]
 
