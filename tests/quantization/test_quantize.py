@@ -117,7 +117,7 @@ def test_scales_follow_the_weight_layout():
     for layer in all_layers(net):  # one scale an output: rows of the matrix do not see each other
         grid = fit_grid(layer.weight.detach(), shapes[layer.name], resolve_options(QuantizeOptions()))
         G, _, O, _ = layer.layout.shape
-        spread = layer.layout.view(grid.spread(grid.scale, layer.weight.shape))
+        spread = layer.layout.view(grid.expand(grid.scale, layer.weight.shape))
         top = layer.layout.view(layer.weight.detach()).abs().amax((1, 3))
         torch.testing.assert_close(spread[:, 0, :, 0], (top / 127).reshape(G, O))
         assert bool((spread == spread[:, :1, :, :1]).all())
@@ -324,7 +324,7 @@ def test_learned_rounding_lowers_the_held_out_error(way):
     for a, b, c in zip(
         select_layers(near, "blocks.*"), select_layers(far, "blocks.*"), select_layers(dense, "blocks.*")
     ):
-        moved = (a.weight - c.weight).abs() / get_grid(b).spread(get_grid(b).scale.float(), a.weight.shape)
+        moved = (a.weight - c.weight).abs() / get_grid(b).expand(get_grid(b).scale.float(), a.weight.shape)
         assert float(moved.detach().quantile(0.99)) < 1.6  # up or down, and a smaller step
 
 
