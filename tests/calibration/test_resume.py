@@ -293,8 +293,8 @@ def test_weights_stay_in_their_files(how, tmp_path):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"memory": 1 << 30}, "memory is for solvers"),
-        ({"resume_dir": "w"}, "resume_dir is for solvers"),
+        ({"memory": 1 << 30}, "memory has no effect without a solver"),
+        ({"resume_dir": "w"}, "resume_dir has no effect without a solver"),
         ({"memory": 1 << 30, "solver": "obs"}, "memory needs resume_dir=FOLDER"),
         (
             {"memory": 1 << 30, "solver": "refit", "resume_dir": "w", "score": "taylor"},
@@ -317,13 +317,13 @@ STAGE = {"prune": {"sparsity": 0.5, "solver": "obs"}}
     ("recipe", "message"),
     [
         ({"stages": [{"prune": {"score": "magnitude", "sparsity": 0.5}}]}, "a prune stage without solver .*stage 1"),
-        ({"stages": [STAGE, {"cast": {"dtype": "bf16"}}]}, "cast holds all weights in memory.*stage 2"),
+        ({"stages": [STAGE, {"cast": {"dtype": "bf16"}}]}, "cast needs all weights in memory.*stage 2"),
         (
             {
                 "stages": [STAGE],
                 "evaluate": {"metric": "perplexity", "data": "x.txt", "decode": {"prompt": 4, "new": 4, "repeats": 3}},
             },
-            "timing holds the model twice",
+            "timing needs two copies of the model",
         ),
     ],
 )

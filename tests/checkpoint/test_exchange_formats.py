@@ -68,7 +68,7 @@ def test_words_are_theirs(bits):
 @pytest.mark.parametrize(
     ("do", "says"),
     [
-        (lambda m: None, "no layer lies on a grid: quantize_ first"),
+        (lambda m: None, "no layer is quantized: call quantize_ first"),
         (lambda m: rarefy.share_(m, 3, layers="*.mlp.*"), "has no layout for a codebook"),
         (lambda m: rarefy.quantize_(m, "int4", symmetric=False), "asymmetric codes that transformers would load"),
         (

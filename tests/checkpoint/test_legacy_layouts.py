@@ -204,24 +204,24 @@ def put(name, value):
 
 
 DAMAGE = [
-    ("sparse-bitmask", put("bitmask", None), "bitmask is uint8 in two dimensions, got none"),
-    ("sparse-bitmask", put("bitmask", lambda t: t[:-1]), r"a bitmask of \[\d+, \d+\] for a weight of \d+ x \d+"),
-    ("sparse-bitmask", put("bitmask", lambda t: t.int()), "bitmask is uint8 in two dimensions, got torch.int32"),
-    ("sparse-bitmask", put("compressed", lambda t: t[:-1]), r"\d+ values for \d+ bits that are set"),
-    ("sparse-bitmask", put("shape", lambda t: t * 0), r"shape says no rows and columns: \[0, 0\]"),
-    ("sparse-bitmask", put("shape", lambda t: t.double()), "shape says no rows and columns"),
-    ("sparse-bitmask", put("shape", lambda t: t * 2**33), "shape says no rows and columns"),
-    ("sparse-bitmask", put("shape", None), "shape says no rows and columns"),
-    ("sparse-24-bitmask", put("compressed", lambda t: t[:, :-1]), r"\d+ values for \d+ bits"),
-    ("4 bits", put("weight_scale", None), "codes without a weight_scale of floating point"),
-    ("4 bits", put("weight_scale", lambda t: t[:-1]), r"scales of \[\d+, \d+\] for a weight of"),
-    ("4 bits", put("weight_packed", lambda t: t[:, :-1]), "expected 4 or 8 bits"),
-    ("4 bits", put("weight_packed", lambda t: t.long()), "weight_packed is int32 in two dimensions, got torch.int64"),
-    ("4 bits", put("weight_shape", lambda t: t + 1), "for a weight of"),
+    ("sparse-bitmask", put("bitmask", None), "bitmask: expected uint8 with two dimensions, got none"),
+    ("sparse-bitmask", put("bitmask", lambda t: t[:-1]), r"bitmask of shape \[\d+, \d+\] does not fit a weight \[\d+, \d+\]"),
+    ("sparse-bitmask", put("bitmask", lambda t: t.int()), "bitmask: expected uint8 with two dimensions, got torch.int32"),
+    ("sparse-bitmask", put("compressed", lambda t: t[:-1]), r"expected \d+ values, one per set bit of the bitmask, got \d+"),
+    ("sparse-bitmask", put("shape", lambda t: t * 0), r"shape: expected the numbers of rows and columns, got \[0, 0\]"),
+    ("sparse-bitmask", put("shape", lambda t: t.double()), "shape: expected the numbers of rows and columns, got"),
+    ("sparse-bitmask", put("shape", lambda t: t * 2**33), "shape: expected the numbers of rows and columns, got"),
+    ("sparse-bitmask", put("shape", None), "shape: expected the numbers of rows and columns, got"),
+    ("sparse-24-bitmask", put("compressed", lambda t: t[:, :-1]), r"expected \d+ values, one per set bit of the bitmask, got \d+"),
+    ("4 bits", put("weight_scale", None), "expected a floating-point weight_scale"),
+    ("4 bits", put("weight_scale", lambda t: t[:-1]), r"scales of shape \[\d+, \d+\] do not fit a weight"),
+    ("4 bits", put("weight_packed", lambda t: t[:, :-1]), "do not fit a weight .* of 4 or 8 bits"),
+    ("4 bits", put("weight_packed", lambda t: t.long()), "weight_packed: expected int32 with two dimensions, got torch.int64"),
+    ("4 bits", put("weight_shape", lambda t: t + 1), "do not fit a weight"),
     ("4 bits, asymmetric", put("weight_zero_point", lambda t: t[:, :1]), "zero points of"),
-    ("4 bits in another order", put("weight_g_idx", lambda t: t + 100), "a g_idx of .* that names no group"),
-    ("4 bits in another order", put("weight_g_idx", lambda t: t[:-1]), "a g_idx of"),
-    ("int8", put("weight", lambda t: t.float()), "no weight of int8 in two dimensions"),
+    ("4 bits in another order", put("weight_g_idx", lambda t: t + 100), "expected g_idx .* with groups below"),
+    ("4 bits in another order", put("weight_g_idx", lambda t: t[:-1]), "expected g_idx"),
+    ("int8", put("weight", lambda t: t.float()), "expected a two-dimensional int8 weight"),
 ]  # fmt: skip
 
 
@@ -244,5 +244,5 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ModelError, match="not JSON"):
         rarefy.load(tmp_path / "in")
     (tmp_path / "in" / "config.json").write_text("3")
-    with pytest.raises(RarefyError, match="a config has keys and values"):
+    with pytest.raises(RarefyError, match="expected a JSON object"):
         rarefy.load(tmp_path / "in")

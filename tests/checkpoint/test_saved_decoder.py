@@ -149,7 +149,7 @@ def test_numbers_of_configs_that_no_logit_is_for():
 
 def test_options_without_effect_and_where_modules_are_asked_for(tmp_path):
     made = made_of("int8")
-    with pytest.raises(FormatError, match="saved as its kernels read it"):
+    with pytest.raises(FormatError, match="has no effect on a compiled model"):
         rarefy.save(made, tmp_path / "out", format="csr")
     rarefy.save(made, tmp_path / "out")
     with pytest.raises(ContainerError, match="model= has no effect: leave it out"):
@@ -290,15 +290,15 @@ def embedding_as(name):
         (lambda t: t["nodes"][-1].__setitem__(3, [[7]]), "expected a step from ids, positions and keep to logits"),
         (lambda t: t["inputs"][0][1].update(dtype="int32"), "expected a step from ids, positions and keep"),
         (lambda t: t["inputs"][2][1].update(sizes=["s0", "s1"]), "expected a step from ids, positions and keep"),
-        (lambda t: t["packed"][weight(t)].update(kind="bf16"), "is no packed weight of an operator"),
+        (lambda t: t["packed"][weight(t)].update(kind="bf16"), "expected the fields of a packed weight"),
         (lambda t: t["packed"][weight(t)].update(kind="fp32"), "packed 'p_"),
         (lambda t: t["packed"][weight(t)].update(shape=[1 << 20, 1 << 20]), "packed 'p_"),
-        (odd_panels(kind="fp32"), "is no packed weight of an operator"),
+        (odd_panels(kind="fp32"), "expected the fields of a packed weight"),
         (odd_panels(kind="int4"), "packed 'p_"),
         (odd_panels(exact=1), "expected fp32_inputs True or False"),
         (odd_panels(parts=1), "packed 'p_"),
         (odd_panels(parts=False), "expected panels with scales for rows"),
-        (odd_panels(more=1), "is no packed weight of an operator"),
+        (odd_panels(more=1), "expected the fields of a packed weight"),
         (embedding_as("a bitmask"), "expected a weight packed as panels, got bitmask|are not the weights"),
         (embedding_as("nobody"), "are not the weights that kernels name"),
         (lambda t: t["kernels"].pop(call(t, "rarefy.embedding")[0]), "is missing: it is neither"),
@@ -368,7 +368,7 @@ def doubled(dim):
         (set_arg("rarefy.cached_attention", 5, 8), r"cached_attention\w* cannot run on shapes"),
         (
             set_arg("rarefy.cached_attention", 0, {"node": "linear_1"}),
-            r"cached_attention\w* cannot run on shapes|which is no earlier node",
+            r"cached_attention\w* cannot run on shapes|which is not an earlier node",
         ),
     ],
 )
@@ -378,7 +378,7 @@ def test_sizes_that_do_not_fit_the_cache_are_not_run(folder, change, says):
         edit(folder, change)
         made = rarefy.load(folder)
     except ContainerError as error:
-        assert "no earlier node" in str(error) and "no earlier node" in says
+        assert "not an earlier node" in str(error) and "not an earlier node" in says
         return
     for tokens in (3, 40):
         with pytest.raises(ModelError, match=says.replace("for 3", r"for \d+")):

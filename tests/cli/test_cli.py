@@ -539,7 +539,7 @@ def test_the_schema_of_recipes_is_printed(run):
     assert schema["$schema"].startswith("https://json-schema.org/") and "PruneOptions" in schema["$defs"]
     assert schema["$defs"]["PruneOptions"]["properties"]["sparsity"]["description"].startswith("fraction of zeros")
     ran = run("recipes", "--schema", "fast")
-    assert ran.code == 2 and "--schema is about all recipes: leave 'fast' out" in ran.err
+    assert ran.code == 2 and "--schema describes all recipes: leave 'fast' out" in ran.err
 
 
 def test_doctor(run, monkeypatch):

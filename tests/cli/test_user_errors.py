@@ -25,10 +25,10 @@ from rarefy.recipe import parser as recipes
         ([{"input": torch.randn(2, 3, 9, 9)}], r"a batch of input: float32 2x3x9x9: .*unexpected keyword"),
         ([torch.ones(2, 3, 9, 9).long()], "a batch of int64 2x3x9x9"),
         ([None], "batch 0 of the data is None"),
-        ("my.txt", "data is an iterable of batches, got the text 'my.txt': name files"),
+        ("my.txt", "data: expected an iterable of batches, got the text 'my.txt': name files"),
         (torch.randn(2, 3, 9, 9), r"got one tensor \(float32 2x3x9x9\): give a list"),
         (TensorDataset(torch.zeros(2)), "got a TensorDataset: wrap it in a DataLoader"),
-        (3, "data is an iterable of batches, got int"),
+        (3, "data: expected an iterable of batches, got int"),
     ],
 )
 def test_data_that_does_not_fit(data, message):
@@ -63,8 +63,8 @@ def test_an_optimizer_of_another_model():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "adam"}, "optimizer is a torch optimizer or a function that makes one, .*got 'adam'"),
-        ({"loss": "cross_entropy"}, "loss is a callable.* got 'cross_entropy'"),
+        ({"optimizer": "adam"}, "optimizer: expected a torch optimizer or a function that creates one, .*got 'adam'"),
+        ({"loss": "cross_entropy"}, "loss: expected a callable.* got 'cross_entropy'"),
         ({"epochs": 1.5}, "epochs: expected a whole number of at least 1, got 1.5"),
         ({"prune": {"sparsity": 0.9}}, r"prune: expected a configuration such as rarefy.Gradual\(sparsity=0.9\)"),
     ],
@@ -86,7 +86,7 @@ def test_a_criterion_is_a_loss():
 
 
 def test_a_class_that_is_no_output():
-    with pytest.raises(DataError, match="a class is 11, the model has 5 outputs"):
+    with pytest.raises(DataError, match="expected classes from 0 to 4, as the model has outputs, got 11"):
         rarefy.fit_(Net(), [(torch.zeros(1, 3, 9, 9), torch.tensor([11]))])
 
 

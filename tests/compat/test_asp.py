@@ -145,12 +145,12 @@ def test_to_cuda_sparse():
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"pattern": "unstructured"}, PatternError, "pattern 'unstructured' is not N:M"),
-        ({"optimizer": "sgd"}, ModelError, "optimizer is a torch.optim.Optimizer, got str"),
-        ({"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, ModelError, "trains none of this"),
+        ({"pattern": "unstructured"}, PatternError, "expected an N:M pattern such as 2:4, got 'unstructured'"),
+        ({"optimizer": "sgd"}, ModelError, "optimizer: expected a torch.optim.Optimizer, got str"),
+        ({"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, ModelError, "holds no parameter of this"),
         ({"score": "wanda"}, RarefyError, "give data=batches"),
         ({"pattern": "2:7"}, ModelError, "no layer has an input count divisible by 7: 0 has 8"),
-        ({"seconds": -1, "example": torch.ones(1, 8)}, PatternError, "seconds is how long"),
+        ({"seconds": -1, "example": torch.ones(1, 8)}, PatternError, "seconds: expected a number above 0, got -1"),
         ({"example": torch.ones(1, 3)}, RarefyError, "cannot be called with a batch of float32 1x3"),
     ],
 )
@@ -175,5 +175,5 @@ def test_batches_that_can_be_read_once():
 
 
 def test_no_model():
-    with pytest.raises(ModelError, match="model is a torch.nn.Module, got NoneType"):
+    with pytest.raises(ModelError, match="model: expected a torch.nn.Module, got NoneType"):
         asp.prune_trained_model(None, None)

@@ -260,5 +260,5 @@ def test_prompts_as_ids():
     assert left_padded([[5, 6]], 0)[1] is None
     ids, mask = left_padded([[5, 6], [7]], 9)
     assert ids.tolist() == [[5, 6], [9, 7]] and mask.tolist() == [[1, 1], [0, 1]]
-    with pytest.raises(ModelError, match="the tokenizer does not take the prompt"):
+    with pytest.raises(ModelError, match="the tokenizer cannot encode the prompt"):
         encode_prompt(lambda *_, **__: 1 / 0, "a")

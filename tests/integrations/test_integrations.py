@@ -201,9 +201,9 @@ BAD = {
     "two stages": ({"stages": [{"prune": {"sparsity": 0.5}}, {"train": {}}]}, {}, RecipeError, "with one stage, train; recipe has prune, train"),
     "both steps": ({"stages": [{"train": {}}]}, {"steps": 3, "steps_per_epoch": 3}, RecipeError, "give steps_per_epoch or steps, not both"),
     "no steps": ({"stages": [{"train": {}}]}, {"steps_per_epoch": 0}, PatternError, "steps_per_epoch: expected a whole number of at least 1"),
-    "a plan by epochs": (Gradual(sparsity=0.5), {"steps_per_epoch": 3}, RecipeError, "a plan does not say how many epochs there are: give steps"),
+    "a plan by epochs": (Gradual(sparsity=0.5), {"steps_per_epoch": 3}, RecipeError, "steps_per_epoch needs a recipe with epochs: give steps"),
     "idle teacher": (Gradual(sparsity=0.5), {"steps": 3, "teacher": nn.Linear(2, 2)}, RecipeError, "teacher has no effect"),
-    "overrides": (Gradual(sparsity=0.5), {"steps": 3, "sparsity": 0.4}, RecipeError, "a plan takes no overrides: sparsity"),
+    "overrides": (Gradual(sparsity=0.5), {"steps": 3, "sparsity": 0.4}, RecipeError, "overrides need a recipe: sparsity"),
     "static": ({"stages": [{"train": {"quantize": {"weights": "int8", "activations": "int8-static", "start": 0}}}]}, {"steps": 3}, ValueError, "reads calibration data: give calibrate=batches"),
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ def test_tying_in_a_recipe():
         (blocks(), {"every": True}, PatternError, "every: expected a whole number"),
         (blocks(), {"average": 1}, PatternError, "average: expected true or false, got 1"),
         (tiny_llama(), {"blocks": "model.layer"}, ModelError, r"unknown list of blocks 'model.layer'.*did you mean 'model.layers'"),
-        (nn.Linear(2, 2), {}, ModelError, "Linear has no list of equal blocks of which 2 could share weights"),
+        (nn.Linear(2, 2), {}, ModelError, "Linear has no list with 2 or more equal blocks that could share weights"),
         (nn.Linear(2, 2), {"blocks": "x"}, ModelError, "Linear has no blocks"),
     ],
 )  # fmt: skip
@@ -143,7 +143,7 @@ def test_ties_within_blocks_and_repeated_calls(tmp_path):
     rarefy.tie_layers_(net, 2)
     first, second = net.layers[0], net.layers[1]
     assert first.a.weight is first.b.weight is second.a.weight is second.b.weight
-    with pytest.raises(ModelError, match="blocks of layers share weights already"):
+    with pytest.raises(ModelError, match="blocks of layers already share weights"):
         rarefy.tie_layers_(net, 4)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
     rarefy.fold_(rarefy.quantize_(encoder, "int8") and encoder)

@@ -116,7 +116,7 @@ def test_convolutions_are_factorized_by_tucker(whiten):
     assert off(net, product, data) < 1e-9
     assert 0 < off(net, dense, data) < 0.7
     everything = copy.deepcopy(dense)
-    with pytest.raises(ModelError, match="no layer has factors that would save anything: 0: rank 8,16 is"):
+    with pytest.raises(ModelError, match="factors would make no layer smaller: 0: rank 8,16 is"):
         rarefy.factorize_(everything, rank=99)
 
 
@@ -196,7 +196,7 @@ def test_factors_are_pruned_and_quantized_as_layers():
     net(batches()[0]).square().mean().backward()
     optimizer.step()
     assert rarefy.accelerate_(rarefy.fold_(net), tuning_cache=False).rows
-    with pytest.raises(ModelError, match="no layer has factors .* it is a factor itself"):
+    with pytest.raises(ModelError, match="factors would make no layer smaller.* it is a factor itself"):
         rarefy.factorize_(copy.deepcopy(net), keep=0.5, layers="*.down")
 
 
@@ -258,12 +258,12 @@ def test_a_recipe_factorizes_and_corrects():
         ({"time": True}, PatternError, "time: expected a number above 0"),
         ({"time": 0.5, "batch": 0}, PatternError, "batch: expected a whole number"),
         ({"keep": 0.5, "round_to": 0}, PatternError, "round_to: expected a whole number of at least 1, got 0"),
-        ({"rank": 8, "round_to": 4}, PatternError, "round_to=4 is for ranks that are found; rank=8 is given"),
+        ({"rank": 8, "round_to": 4}, PatternError, "round_to=4 has no effect with a fixed rank=8"),
         ({"rank": 2, "data": []}, DataError, "the calibration data is empty"),
-        ({"rank": 2, "data": "wiki"}, DataError, "data is an iterable of batches"),
-        ({"keep": 0.5, "of": mlp()}, PatternError, "beside one, give rank"),
+        ({"rank": 2, "data": "wiki"}, DataError, "data: expected an iterable of batches"),
+        ({"keep": 0.5, "of": mlp()}, PatternError, "is not supported for factors beside a layer: give rank"),
         ({"rank": 2, "of": nn.Linear(2, 2)}, ModelError, r"of: Linear has no 0 of \[24, 32\]"),
-        ({"rank": 24}, ModelError, "no layer has factors that would save anything: 0: rank 24 is 1,344 weights, it has 768"),
+        ({"rank": 24}, ModelError, "factors would make no layer smaller: 0: rank 24 is 1,344 weights, it has 768"),
         ({"rank": 2, "layers": "9"}, rarefy.RarefyError, "'9' matches no layer"),
     ],
 )  # fmt: skip

@@ -388,28 +388,28 @@ def test_a_huge_file_is_not_read(tmp_path):
 MISTAKES = {
     "no modifier of that name": (legacy("GMPruneModifier {}"), r"unknown modifier 'GMPruneModifier'.*did you mean 'GMPruningModifier'"),
     "two kinds": (legacy(RANGE) + "\na_stage: {x_modifiers: {GPTQModifier: {}}}", "two kinds of recipe"),
-    "nothing known": ("learning_rate: 0.1", "no modifiers and no config of a tool that is known: SparseML"),
-    "a list": ("[1, 2]", "no recipe or config of a tool that is known"),
+    "nothing known": ("learning_rate: 0.1", "neither modifiers nor a config of a known tool: SparseML"),
+    "a list": ("[1, 2]", "not a recipe or config of a known tool"),
     "settings a number": ("a_stage: {x_modifiers: {GPTQModifier: 3}}", r"GPTQModifier has settings, as keys and values \[r.yaml line 1\]"),
     "no tag": ("modifiers:\n  - GMPruningModifier", r"modifiers is a list of modifiers such as - !GMPruningModifier \[r.yaml line 2\]"),
-    "tag with a list": ("modifiers:\n  - !GMPruningModifier [1]", r"r.yaml line 2: !GMPruningModifier is followed by its settings, as keys and values"),
-    "sparsity a word": (legacy("GMPruningModifier {params: [hidden], final_sparsity: much}"), r"GMPruningModifier: final_sparsity is a number, got 'much' \[r.yaml line 3\]"),
+    "tag with a list": ("modifiers:\n  - !GMPruningModifier [1]", r"r.yaml line 2: expected the settings of !GMPruningModifier as keys and values"),
+    "sparsity a word": (legacy("GMPruningModifier {params: [hidden], final_sparsity: much}"), r"GMPruningModifier: expected final_sparsity as a number, got 'much' \[r.yaml line 3\]"),
     "sparsity of 90": (legacy(RANGE, "GMPruningModifier {params: [hidden], init_sparsity: 0.0, final_sparsity: 90, update_frequency: 1}"), "the migrated recipe is not valid: .*prune.sparsity: expected a number between 0 and 1, got 90"),
     "ends before it starts": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, start_epoch: 5, end_epoch: 2}"), "ends at 2, before it starts at 5"),
     "mask of no kind": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, mask_type: round}"), "no pattern of mask 'round'; use unstructured"),
-    "params a number": (legacy(RANGE, "GMPruningModifier {params: 3, final_sparsity: 0.5}"), "params is a list of names, got 3"),
+    "params a number": (legacy(RANGE, "GMPruningModifier {params: 3, final_sparsity: 0.5}"), "expected params as a list of names, got 3"),
     "two of a kind": (legacy(RANGE, f"GMPruningModifier {GMP}", f"OBSPruningModifier {GMP}"), "prunes too: a stage has one pruning method"),
-    "fp8": ("a_stage: {x_modifiers: {QuantizationModifier: {scheme: FP8_DYNAMIC}}}", "scheme FP8_DYNAMIC is not of whole numbers; there are W8A8"),
-    "float groups": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 4, type: float}}}}}}", "numbers of type 'float' have no counterpart"),
+    "fp8": ("a_stage: {x_modifiers: {QuantizationModifier: {scheme: FP8_DYNAMIC}}}", "scheme FP8_DYNAMIC is not an integer scheme; supported are W8A8"),
+    "float groups": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 4, type: float}}}}}}", "numbers of type 'float' are not supported"),
     "16 bits": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 16}}}}}}", "weights have 2 to 8 bits"),
-    "groups a word": ("a_stage: {x_modifiers: {GPTQModifier: {config_groups: hello}}}", "config_groups has keys and values, got 'hello'"),
+    "groups a word": ("a_stage: {x_modifiers: {GPTQModifier: {config_groups: hello}}}", "expected config_groups with keys and values, got 'hello'"),
     "blocks": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 4, strategy: block}}}}}}", "no counterpart of strategy block; use channel, tensor, group"),
-    "no sparsities": ("a_stage: {x_modifiers: {SparseGPTModifier: {sparsity: []}}}", r"sparsity is a number or one for each layer, got \[\]"),
+    "no sparsities": ("a_stage: {x_modifiers: {SparseGPTModifier: {sparsity: []}}}", r"expected sparsity as a number or one per layer, got \[\]"),
     "smooth alone": ("a_stage: {x_modifiers: {SmoothQuantModifier: {}}}", "no modifier after it quantizes"),
     "awq": ("a_stage: {x_modifiers: {AWQModifier: {}}}", "AWQModifier has no counterpart: nearest is solver: obs"),
-    "nothing left": ("a_stage: {run_type: oneshot, x_modifiers: {ConstantPruningModifier: {}}}", "has nothing that a recipe can do"),
-    "a number of 400 digits": (legacy(RANGE, f"GMPruningModifier {{params: [hidden], final_sparsity: 0.5, end_epoch: {'9' * 400}}}"), "a number that nothing can be computed with"),
-    "an update in no time": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, start_epoch: 0, end_epoch: 2, update_frequency: 5.0e-324}"), "a number that nothing can be computed with"),
+    "nothing left": ("a_stage: {run_type: oneshot, x_modifiers: {ConstantPruningModifier: {}}}", "has no setting that a recipe supports"),
+    "a number of 400 digits": (legacy(RANGE, f"GMPruningModifier {{params: [hidden], final_sparsity: 0.5, end_epoch: {'9' * 400}}}"), "a number is too large to compute with"),
+    "an update in no time": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, start_epoch: 0, end_epoch: 2, update_frequency: 5.0e-324}"), "a number is too large to compute with"),
     "not yaml": ("modifiers: [", "not YAML"),
     "empty": ("", "is empty"),
 }  # fmt: skip
@@ -432,14 +432,17 @@ def test_mistakes(name):
         ({"pruning_configs": [{"pruning_type": "magic"}]}, "unknown pruning_type 'magic'; choose from magnitude"),
         ({"pruning_configs": [{"pattern": "4x1"}, {"pattern": "1x1"}]}, "several patterns, or without op_names"),
         ([{"tensor_fqn": "a.weight", "sparse_block_shape": [4, 4], "zeros_per_block": 3}], "3 zeros in every 4x4"),
-        ([{"tensor_fqn": "a.weight", "sparse_block_shape": 4}], "sparse_block_shape is two whole numbers, got 4"),
-        ([{"tensor_fqn": None}], "tensor_fqn is the name of a weight, got None"),
-        ([{"tensor_fqn": "a.weight", "zeros_per_block": 2.7}], "zeros_per_block is a whole number, got 2.7"),
+        (
+            [{"tensor_fqn": "a.weight", "sparse_block_shape": 4}],
+            "expected sparse_block_shape as two whole numbers, got 4",
+        ),
+        ([{"tensor_fqn": None}], "expected tensor_fqn as the name of a weight, got None"),
+        ([{"tensor_fqn": "a.weight", "zeros_per_block": 2.7}], "expected zeros_per_block as a whole number, got 2.7"),
         (
             {"pruning_configs": [{"op_names": ["a"], "pruning_type": "magnitude"}, {"op_names": ["b"]}]},
             "that differ in score have no counterpart in one stage",
         ),
-        ({"compression": torch.ones(2)}, "a config is made of text, numbers and lists, got Tensor"),
+        ({"compression": torch.ones(2)}, "expected text, numbers, lists and dicts in a config, got Tensor"),
     ],
 )
 def test_mistakes_of_configs(config, says):
@@ -487,7 +490,9 @@ def test_a_temperature_and_a_share_for_all():
 
 @pytest.mark.parametrize("source", [None, 3, b"x"])
 def test_no_recipe_at_all(source):
-    with pytest.raises(RecipeError, match=f"a recipe is a file, or plain data .*, got {type(source).__name__}"):
+    with pytest.raises(
+        RecipeError, match=f"expected a recipe as a file, a dict or a list, got {type(source).__name__}"
+    ):
         rarefy.migrate(source)
 
 

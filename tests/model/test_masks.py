@@ -126,7 +126,7 @@ def test_nan_and_minus_zero_beneath_a_mask_do_not_leak():
 
 def test_a_mask_of_another_shape_or_type_is_refused():
     layer = all_layers(nn.Linear(2, 2))[0]
-    with pytest.raises(ModelError, match=r"a mask is bool of shape \(2, 2\), got torch.bool of \(2, 3\)"):
+    with pytest.raises(ModelError, match=r"expected a bool mask of shape \(2, 2\), got torch.bool of \(2, 3\)"):
         set_mask_(layer, torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ModelError, match="got torch.float32"):
         set_mask_(layer, torch.ones(2, 2))

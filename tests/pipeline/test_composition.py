@@ -31,16 +31,16 @@ DO = {
 REFUSED = {
     ("prune", "factorize"): "pruned or quantized: factorize first, or give of= the model before",
     ("prune", "cut"): "masks are still attached",
-    ("quantize", "quantize"): "is quantized already, and its rounding errors would be rounded again",
+    ("quantize", "quantize"): "is already quantized: start from the weights before quantization",
     ("quantize", "factorize"): "pruned or quantized: factorize first",
-    ("quantize", "share"): "is quantized already: its values are few",
-    ("quantize", "cut"): "is quantized already: cut first, then quantize",
+    ("quantize", "share"): "is already quantized: ignore it",
+    ("quantize", "cut"): "is already quantized: cut first, then quantize",
     ("factorize", "factorize"): "it is a factor itself",
-    ("factorize", "cut"): "hidden is factorized already: cut first, then factorize",
-    ("share", "quantize"): "is quantized already",
+    ("factorize", "cut"): "hidden is already factorized: cut first, then factorize",
+    ("share", "quantize"): "is already quantized",
     ("share", "factorize"): "pruned or quantized: factorize first",
-    ("share", "share"): "is quantized already: its values are few",
-    ("share", "cut"): "is quantized already: cut first, then quantize",
+    ("share", "share"): "is already quantized: ignore it",
+    ("share", "cut"): "is already quantized: cut first, then quantize",
 }
 
 

@@ -60,12 +60,12 @@ def test_every_field_is_read():
             cut("\n      units: neuron\n      keep: 1.5"),
             r"r.yaml line 4: .*keep: expected a number above 0 and at most 1, got 1.5",
         ),
-        (cut("{keep: 0.5, flops: 0.5}"), r"r.yaml line 2: .*keep and flops are given: a cut has one budget"),
+        (cut("{keep: 0.5, flops: 0.5}"), r"r.yaml line 2: .*expected one budget, got keep and flops"),
         (cut("{min_keep: 2}"), r"min_keep: expected a number between 0 and 1, got 2"),
         (cut("{steps: 0}"), r"steps: expected a whole number of at least 1, got 0"),
         (cut("{round_to: 0}"), r"round_to: expected a whole number of at least 1, got 0"),
-        (cut("{units: [layer, head]}"), r"layers are cut by themselves: units='layer'"),
-        (cut("{units: layer, flops: 0.5}"), r"layers go whole: give keep, not flops"),
+        (cut("{units: [layer, head]}"), r"layers cannot be combined with other units: give units='layer'"),
+        (cut("{units: layer, flops: 0.5}"), r"layers are removed as a whole: give keep, not flops"),
         (cut("{units: layer, score: taylor}"), r"unknown score of layers 'taylor'"),
         (cut("{units: layer, steps: 2}"), r"steps has no effect on layers"),
         (cut("{units: head, score: similarity}"), r"unknown score 'similarity'"),
@@ -241,5 +241,5 @@ def test_groups_in_python():
     report = rarefy.groups(nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]), torch.randn(1, 4))
     assert [r["units"] for r in report.rows] == [4] * len(report.rows)
     assert report.summary["units that can go"] == "3 of 5 groups"
-    with pytest.raises(ModelError, match="the example does not run through Sequential"):
+    with pytest.raises(ModelError, match="Sequential cannot be called with the example"):
         rarefy.groups(nn.Sequential(nn.Linear(4, 4)), torch.randn(1, 5))

@@ -173,7 +173,7 @@ ERRORS = {
     "metric": ("stages:\n- train:\n    validate: acuracy", RecipeError, r"r.yaml line 3: .*unknown validate 'acuracy'.*did you mean 'accuracy'"),
     "autocast": ("stages:\n- train:\n    autocast: bf8", RecipeError, r"r.yaml line 3: .*unknown autocast 'bf8'"),
     "accumulate": ("stages:\n- train:\n    accumulate: 0", RecipeError, r"r.yaml line 3: .*accumulate: expected a whole number of at least 1, got 0"),
-    "distill": ("stages:\n- train:\n    distill: {logits: 0}", RecipeError, r"r.yaml line 3: .*nothing is learnt from the teacher"),
+    "distill": ("stages:\n- train:\n    distill: {logits: 0}", RecipeError, r"r.yaml line 3: .*the teacher has no effect"),
     "hidden": ("stages:\n- train:\n    distill: {hidden: squarehaed}", RecipeError, r"r.yaml line 3: .*unknown hidden 'squarehaed'.*did you mean 'squarehead'"),
     "bits": ("stages:\n- train:\n    quantize: {weights: int9}", RecipeError, r"r.yaml line 3: .*unknown weights 'int9'"),
     "ends": ("stages:\n- train:\n    prune: {sparsity: 0.5, ends: {fc: 2.0}}", RecipeError, r"r.yaml line 3: .*ends: expected a sparsity between first .0. and 1 for 'fc', got 2.0"),
@@ -193,10 +193,10 @@ def test_recipes_that_cannot_be(dense, case):
 
 
 REFUSED_EARLY = {
-    "quantized twice": ("- quantize: {layers: fc}\n- quantize: {layers: fc}", "fc is quantized or shared by an earlier stage already"),
-    "shared, then quantized": ("- share: {layers: fc}\n- train: {quantize: {layers: fc}}", "fc is quantized or shared by an earlier stage"),
-    "pruned, then factorized": ("- prune: {sparsity: 0.5, layers: fc}\n- factorize: {keep: 0.5, layers: fc}", "fc has zeros at this stage, which factors would not keep"),
-    "solved on a grid": ("- quantize: {layers: fc}\n- prune: {sparsity: 0.5, layers: fc, solver: obs}", "fc is already quantized at this stage, and a solver moves weights"),
+    "quantized twice": ("- quantize: {layers: fc}\n- quantize: {layers: fc}", "fc is already quantized or shared by an earlier stage"),
+    "shared, then quantized": ("- share: {layers: fc}\n- train: {quantize: {layers: fc}}", "fc is already quantized or shared by an earlier stage"),
+    "pruned, then factorized": ("- prune: {sparsity: 0.5, layers: fc}\n- factorize: {keep: 0.5, layers: fc}", "fc has zeros at this stage, and factors would lose that"),
+    "solved on a grid": ("- quantize: {layers: fc}\n- prune: {sparsity: 0.5, layers: fc, solver: obs}", "fc is already quantized at this stage, and a solver changes weights"),
 }  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def test_half_precision_passes_and_weights():
     ("settings", "kind", "message"),
     [
         ({"solver": "obss"}, PatternError, r"unknown solver 'obss'; choose from admm, obs, refit \(did you mean 'obs'"),
-        ({"solver": "obs", "data": None}, DataError, "solver obs works on a layer's inputs: give data=batches"),
+        ({"solver": "obs", "data": None}, DataError, "solver obs needs the inputs of each layer: give data=batches"),
         (
             {"solver": "obs", "data": []},
             DataError,

@@ -269,7 +269,7 @@ def test_deep_compression_in_a_recipe(tmp_path):
         ({"bits": True}, PatternError, "bits: expected a whole number"),
         ({"bits": "4"}, PatternError, "got '4'"),
         ({"group": 32}, PatternError, "group: expected 'tensor', got 32"),
-        ({"data": "wiki"}, DataError, "data is an iterable of batches"),
+        ({"data": "wiki"}, DataError, "data: expected an iterable of batches"),
         ({"data": []}, DataError, "empty"),
         ({"layers": "9"}, rarefy.RarefyError, "'9' matches no layer"),
     ],
@@ -283,23 +283,21 @@ def test_messages_for_wrong_arguments(options, error, says):
 
 
 def test_embeddings_with_data_and_quantized_layers_are_refused():
-    with pytest.raises(DataError, match="an embedding has no inputs to weigh by: ignore embed"):
+    with pytest.raises(DataError, match="an embedding has no input statistics: ignore embed"):
         rarefy.share_(Tied(), layers="embed", data=[torch.tensor([[1, 2]])])
     net = mlp()
     rarefy.quantize_(net, "int8")
-    with pytest.raises(ModelError, match="0 is quantized already"):
+    with pytest.raises(ModelError, match="0 is already quantized"):
         rarefy.share_(net)
     other = mlp()
     rarefy.share_(other)
-    with pytest.raises(ModelError, match="0 is quantized already"):
+    with pytest.raises(ModelError, match="0 is already quantized"):
         rarefy.quantize_(other, "int8")
 
 
 def test_tables_larger_than_their_savings_are_refused():
     net = mlp()
-    with pytest.raises(
-        ModelError, match="0: tables of 6,144 values are no smaller than what they save on its 768 weights"
-    ):
+    with pytest.raises(ModelError, match="0: 6,144 shared values need more memory than they save on 768 weights"):
         rarefy.share_(net, 8, group=None)
     assert get_grid(all_layers(net)[0]) is None
 

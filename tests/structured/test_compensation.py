@@ -74,7 +74,7 @@ def test_batch_norms_are_recalibrated():
     [
         ({"repair": "rigde"}, "unknown repair 'rigde'.*did you mean 'ridge'"),
         ({"repair": ["bias", "x"]}, "unknown repair 'x'"),
-        ({"data": iter([torch.randn(1, 4)])}, "data is run through more than once: give a list or a DataLoader"),
+        ({"data": iter([torch.randn(1, 4)])}, "data is read more than once: give a list or a DataLoader"),
         ({"data": [torch.randn(1, 5)]}, "cannot be called with a batch of float32 1x5"),
     ],
 )

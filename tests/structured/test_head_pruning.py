@@ -140,7 +140,7 @@ def test_multihead_attention_is_cut_where_heads_do_not_divide(keep, tmp_path):
         ({"qkv": "1"}, "qkv has heads 0 to 3"),
         ({"qkv": [0, 1, 2, 3]}, "all of its 4 heads would be removed"),
         ({"gate": [0]}, "'gate' has no heads; attention modules: "),
-        ([0], "heads is {name of an attention module"),
+        ([0], "heads: expected {name of an attention module"),
     ],
 )
 def test_messages_for_wrong_heads(heads, message):

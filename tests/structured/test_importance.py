@@ -187,7 +187,7 @@ def test_reduced_scores_are_scale_free():
         ({"score": "talyor"}, ModelError, "unknown score 'talyor'.*did you mean 'taylor'"),
         ({"reduce": "most"}, ModelError, "unknown reduce 'most'; choose from max, mean, sum"),
         ({"scope": "globl"}, ModelError, "unknown scope 'globl'.*did you mean 'global'"),
-        ({"keep": 0.5, "flops": 0.5}, ModelError, "keep and flops are given: a cut has one budget"),
+        ({"keep": 0.5, "flops": 0.5}, ModelError, "expected one budget, got keep and flops"),
         ({"flops": 1.5}, ModelError, "flops: expected a number above 0 and at most 1, got 1.5"),
         ({"min_keep": -1}, ModelError, "min_keep: expected a number between 0 and 1, got -1"),
         ({"steps": 0}, ModelError, "steps: expected a whole number of at least 1, got 0"),
@@ -196,13 +196,17 @@ def test_reduced_scores_are_scale_free():
         ({"data": []}, DataError, "the data gave no batch: repair and scores need at least one"),
         ({"repair": "ridge"}, DataError, "repair ridge needs data: give batches"),
         ({"loss": lambda o, b: o.sum()}, ModelError, "loss has no effect: score magnitude takes no gradients"),
-        ({"score": "random", "reduce": "max"}, ModelError, "reduce has no effect: score random is one number a unit"),
+        (
+            {"score": "random", "reduce": "max"},
+            ModelError,
+            "reduce has no effect: score random gives one number per unit",
+        ),
         ({"keep": 1.0}, ModelError, "nothing would be removed: keep 1 leaves every unit of every group"),
-        ({"optimizer": "adam"}, ModelError, "optimizer is a torch.optim.Optimizer, got 'adam'"),
+        ({"optimizer": "adam"}, ModelError, "optimizer: expected a torch.optim.Optimizer, got 'adam'"),
         (
             {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters())},
             ModelError,
-            "optimizer trains none of this Sequential's parameters",
+            "optimizer holds no parameter of this Sequential",
         ),
         (
             {"data": [torch.full((4, 5), float("nan"))]},
@@ -210,7 +214,7 @@ def test_reduced_scores_are_scale_free():
             "the inputs of 2.weight are not finite on this data",
         ),
         ({"score": "taylor", "data": [torch.randn(2, 5)]}, DataError, "no loss: "),
-        ({"data": "text.txt"}, DataError, "data is an iterable of batches, got the text 'text.txt'"),
+        ({"data": "text.txt"}, DataError, "data: expected an iterable of batches, got the text 'text.txt'"),
         ({"data": [torch.randn(2, 5)], "repair": False}, DataError, "data has no effect: nothing is repaired"),
     ],
 )

@@ -245,8 +245,8 @@ def test_cut_with_units_layer_is_the_same():
         ({"score": "loss"}, DataError, "no loss: "),
         ({"data": []}, DataError, "no batch of the data reaches model.layers.0: the score needs at least one"),
         ({"score": "loss", "data": []}, DataError, "the data is empty"),
-        ({"score": "random", "data": [IDS]}, DataError, "data has no effect: score random reads none"),
-        ({"data": iter([IDS])}, DataError, "data is run through more than once"),
+        ({"score": "random", "data": [IDS]}, DataError, "data has no effect with score random"),
+        ({"data": iter([IDS])}, DataError, "data is read more than once"),
     ],
 )
 def test_messages_for_wrong_arguments(how, error, message):
@@ -259,8 +259,8 @@ def test_messages_for_wrong_arguments(how, error, message):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"units": ("layer", "neuron")}, "layers are cut by themselves: units='layer'"),
-        ({"units": "layer", "flops": 0.5}, "layers go whole: give keep, not flops"),
+        ({"units": ("layer", "neuron")}, "layers cannot be combined with other units: give units='layer'"),
+        ({"units": "layer", "flops": 0.5}, "layers are removed as a whole: give keep, not flops"),
         ({"units": "layer", "scope": "global"}, "scope has no effect on layers"),
         ({"units": "layer", "round_to": 8}, "round_to has no effect on layers"),
         ({"units": "layer", "repair": ["ridge"]}, "repair has no effect on layers"),

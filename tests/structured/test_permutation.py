@@ -224,16 +224,16 @@ def test_an_interrupt_undoes_the_order(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "options", "error", "says"),
     [
-        (None, {"pattern": "4x1"}, PatternError, "pattern '4x1' is not N:M, such as 2:4"),
+        (None, {"pattern": "4x1"}, PatternError, "expected an N:M pattern such as 2:4, got '4x1'"),
         (None, {"pattern": "4:2"}, PatternError, "N:M needs 1 <= N < M"),
         (None, {"score": "magnitud"}, PatternError, "'magnitud'.*magnitude"),
         (None, {"score": "wanda"}, rarefy.RarefyError, "give data=batches"),
         (None, {"seconds": 0}, PatternError, "seconds: expected a number above 0, got 0"),
         (None, {"layers": "nine"}, rarefy.RarefyError, "'nine' matches no layer"),
-        (None, {"data": "wiki"}, rarefy.RarefyError, "data is an iterable of batches"),
-        (None, {"optimizer": 3}, ModelError, "optimizer is a torch.optim.Optimizer"),
+        (None, {"data": "wiki"}, rarefy.RarefyError, "data: expected an iterable of batches"),
+        (None, {"optimizer": 3}, ModelError, "optimizer: expected a torch.optim.Optimizer"),
         (lambda m: rarefy.prune_(m, "2:4"), {}, ModelError, "masks are still attached: fold_ the model first"),
-        (lambda m: rarefy.quantize_(m, "int8"), {}, ModelError, "quantized already: permute first, then quantize"),
+        (lambda m: rarefy.quantize_(m, "int8"), {}, ModelError, "already quantized: permute first, then quantize"),
     ],
 )  # fmt: skip
 def test_messages_for_wrong_arguments(change, options, error, says):
@@ -282,7 +282,7 @@ def test_a_teacher_is_permuted_too():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("- permute: {pattern: 4x1}", r"r.yaml line 2: .*pattern '4x1' is not N:M"),
+        ("- permute: {pattern: 4x1}", r"r.yaml line 2: .*expected an N:M pattern such as 2:4, got '4x1'"),
         ("- permute:\n    seconds: -1", r"r.yaml line 3: .*seconds: expected a number above 0"),
         (
             "- prune: {pattern: '2:4'}\n- permute: {}",

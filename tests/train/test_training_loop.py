@@ -30,8 +30,8 @@ def test_schedules(kind, at):
     ("args", "message"),
     [
         (("cubik", 0.5, 3), "unknown schedule 'cubik'.*did you mean 'cubic'"),
-        (("linear", 0.5, 0), "at least one step and at most 100,000, got 0"),
-        (("linear", 0.2, 3, 0.5), "rises from first to last within 0..1, got 0.5 to 0.2"),
+        (("linear", 0.5, 0), "steps: expected 1 to 100,000, got 0"),
+        (("linear", 0.2, 3, 0.5), "expected 0 <= first <= last <= 1, got first 0.5 and last 0.2"),
         (("exponential", 1.0, 3), "never reaches sparsity 1"),
     ],
 )

@@ -179,7 +179,7 @@ def load(saved: container.Container, **unsupported: Any) -> Compiled | Decoder:
     """
     for name, value in unsupported.items():
         if value is not None:
-            raise ContainerError(f"{saved.path} holds a compiled model, on which {name}= has no effect: leave it out")
+            raise ContainerError(f"{name}= has no effect: {saved.path} holds a compiled model; leave it out")
     parts = read(saved)
     g, constants, kernels = parts.graph, dict(parts.constants), {}
     for node, name in g.kernels.items():
@@ -309,12 +309,12 @@ def _packed_weight(saved: container.Container, name: str, scalars: dict[str, Any
         fields = SCALARS.get(format_, ())
         precisions = PANEL_PRECISIONS if format_ == "panels" else PRECISIONS
         if not fields or scalars.get("kind") not in precisions or set(scalars) != {"format", *fields}:
-            raise FormatError(f"{str(scalars)[:200]} is no packed weight of an operator")
+            raise FormatError(f"expected the fields of a packed weight, got {str(scalars)[:200]}")
         tensors = {n.removeprefix(prefix): saved.tensor(n) for n in saved.names if n.startswith(prefix)}
         form: Any = from_tensors(scalars, tensors)
         check_packed(form, None)
         if isinstance(form, ConvTiles) and form.order is not None and form.groups > 1:
-            raise FormatError(f"expected one group for a convolution with an order of outputs, got {form.groups}")
+            raise FormatError(f"expected one group for a convolution with permuted outputs, got {form.groups}")
         if isinstance(form, QuantizedPanels) and (
             type(form.scale_groups) is not int or (not form.scale_groups and form.row_scales is None)
         ):

@@ -30,7 +30,7 @@ def write(model: nn.Module, folder: Path) -> None:
     layout has no word for. O(weights)."""
     layers = {l.full_name: l for l in all_layers(model) if get_grid(l) is not None}
     if not layers:
-        raise ModelError("no layer lies on a grid: quantize_ first, or export to hf")
+        raise ModelError("no layer is quantized: call quantize_ first, or export to hf")
     grids: dict[str, Grid] = {}
     for name, layer in layers.items():
         grid = get_grid(layer)

@@ -131,10 +131,10 @@ def _sparse(parts: Mapping[str, Tensor]) -> Tensor:
     rows, columns = _shape(parts, "shape")
     values, bits = parts["compressed"], _part(parts, "bitmask", torch.uint8)
     if list(bits.shape) != [rows, -(-columns // 8)]:
-        raise ContainerError(f"a bitmask of {list(bits.shape)} for a weight of {rows} x {columns}")
+        raise ContainerError(f"bitmask of shape {list(bits.shape)} does not fit a weight [{rows}, {columns}]")
     mask = unpack_bits(bits.flatten(), bits.numel() * 8).view(rows, -1)[:, :columns]
     if int(mask.sum()) != values.numel():
-        raise ContainerError(f"{values.numel()} values for {int(mask.sum())} bits that are set")
+        raise ContainerError(f"expected {int(mask.sum())} values, one per set bit of the bitmask, got {values.numel()}")
     return torch.zeros(rows, columns, dtype=values.dtype).masked_scatter_(mask, values.flatten())
 
 
@@ -144,7 +144,7 @@ def _packed(parts: Mapping[str, Tensor]) -> tuple[Tensor, Grid | None]:
     bits = next((b for b in (4, 8) if list(packed.shape) == [rows, -(-columns * b // 32)]), None)
     if bits is None:
         shape = list(packed.shape)
-        raise ContainerError(f"packed codes of {shape} for a weight of {rows} x {columns}: expected 4 or 8 bits")
+        raise ContainerError(f"packed codes of shape {shape} do not fit a weight [{rows}, {columns}] of 4 or 8 bits")
     codes = _unpacked(packed, bits)[:, :columns]
     zero = None
     if "weight_zero_point" in parts:
@@ -166,7 +166,7 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
 def _plain(parts: Mapping[str, Tensor]) -> tuple[Tensor, Grid | None]:
     weight = parts.get("weight")
     if weight is None or weight.dim() != 2 or weight.dtype != torch.int8:
-        raise ContainerError("a weight_scale, and no weight of int8 in two dimensions")
+        raise ContainerError("expected a two-dimensional int8 weight beside weight_scale")
     scale = _scale(parts, *weight.shape)
     return _dequantized(weight, 8, scale, parts.get("weight_zero_point"), parts.get("weight_g_idx"))
 
@@ -178,11 +178,13 @@ def _dequantized(
     if zero is not None and not zero.any():
         zero = None  # symmetric
     if zero is not None and zero.shape != scale.shape:
-        raise ContainerError(f"zero points of {list(zero.shape)} for scales of {list(scale.shape)}")
+        raise ContainerError(f"zero points of shape {list(zero.shape)} do not fit scales {list(scale.shape)}")
     group = torch.arange(columns) // (columns // scale.shape[1])
     if order is not None and not bool((order == -1).all()):
         if order.shape != (columns,) or not 0 <= int(order.min()) <= int(order.max()) < scale.shape[1]:
-            raise ContainerError(f"a g_idx of {list(order.shape)} that names no group of {scale.shape[1]} for a column")
+            raise ContainerError(
+                f"expected g_idx [{columns}] with groups below {scale.shape[1]}, got shape {list(order.shape)}"
+            )
         order = order.long()
     else:
         order = None
@@ -198,12 +200,12 @@ def _dequantized(
 def _scale(parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
     scale = parts.get("weight_scale")
     if scale is None or not scale.is_floating_point():
-        raise ContainerError("codes without a weight_scale of floating point")
+        raise ContainerError("expected a floating-point weight_scale beside the codes")
     if scale.numel() == 1:
         return scale.reshape(1, 1).expand(rows, 1).contiguous()
     scale = scale[:, None] if scale.dim() == 1 else scale
     if scale.dim() != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
-        raise ContainerError(f"scales of {list(scale.shape)} for a weight of {rows} x {columns}")
+        raise ContainerError(f"scales of shape {list(scale.shape)} do not fit a weight [{rows}, {columns}]")
     return scale
 
 
@@ -211,7 +213,7 @@ def _part(parts: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
     tensor = parts.get(name)
     if tensor is None or tensor.dim() != 2 or tensor.dtype != dtype:
         got = "none" if tensor is None else f"{tensor.dtype} of {list(tensor.shape)}"
-        raise ContainerError(f"{name} is {str(dtype).removeprefix('torch.')} in two dimensions, got {got}")
+        raise ContainerError(f"{name}: expected {str(dtype).removeprefix('torch.')} with two dimensions, got {got}")
     return tensor
 
 
@@ -219,7 +221,7 @@ def _shape(parts: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     shape = parts.get(name)
     numbers = [] if shape is None or shape.is_floating_point() or shape.numel() != 2 else shape.flatten().tolist()
     if len(numbers) != 2 or any(not 0 < n < 1 << 31 for n in numbers):
-        raise ContainerError(f"{name} says no rows and columns: {numbers}")
+        raise ContainerError(f"{name}: expected the numbers of rows and columns, got {numbers}")
     return int(numbers[0]), int(numbers[1])
 
 
@@ -231,7 +233,7 @@ def _config(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file.parent}: the config is not usable: not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{file.parent}: the config is not usable: a config has keys and values")
+        raise ModelError(f"{file.parent}: the config is not usable: expected a JSON object")
     return config
 
 

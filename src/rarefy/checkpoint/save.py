@@ -81,7 +81,7 @@ def save(
     if accelerated:
         raise ModelError(
             f"{accelerated[0]} and {len(accelerated) - 1} more run on kernels chosen for this machine: save before "
-            "accelerate_, and accelerate_ what load returns"
+            "accelerate_, and call accelerate_ on the loaded model"
         )
     if format != "smallest" and format not in sparse_encodings.FORMATS:
         raise FormatError(unknown("format", format, ["smallest", *sparse_encodings.FORMATS]))
@@ -108,7 +108,9 @@ def _save_compiled(
     compress: bool,
 ) -> int:
     if format != "smallest":
-        raise FormatError(f"format {format!r}: a compiled model is saved as its kernels read it, leave format out")
+        raise FormatError(
+            f"format {format!r} has no effect on a compiled model, which keeps its packed weights: leave it out"
+        )
     extra = {**(files or {}), **(receipt.files() if receipt else {})}
     meta = {"structure": {"library": None, "class": type(model).__name__}, "recipe": recipe, "rarefy": __version__}
     compiled_model.save(model, path, meta, files=extra, overwrite=overwrite, compress=compress)

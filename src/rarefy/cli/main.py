@@ -269,7 +269,7 @@ def recipes_(
     from rarefy.recipe import parser as recipes
 
     if (fields or schema) and name is not None:
-        raise RecipeError(f"{'--fields' if fields else '--schema'} is about all recipes: leave {name!r} out")
+        raise RecipeError(f"{'--fields' if fields else '--schema'} describes all recipes: leave {name!r} out")
     if schema:
         print(json.dumps(recipes.json_schema(), indent=1))
     elif fields:

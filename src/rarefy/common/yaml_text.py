@@ -114,7 +114,7 @@ class _Builder:
         tag, node.tag = node.tag, "tag:yaml.org,2002:map"
         if not isinstance(node, MappingNode) and node.value:
             place = f"{self.name} line {node.start_mark.line + 1}"
-            raise RecipeError(f"{place}: {tag} is followed by its settings, as keys and values")
+            raise RecipeError(f"{place}: expected the settings of {tag} as keys and values")
         inner = self.data(node, (*path, tag)) if isinstance(node, MappingNode) else {}
         return {tag: inner}
 
@@ -123,7 +123,7 @@ class _Builder:
         for key, value in node.value:
             place = f"{self.name} line {key.start_mark.line + 1}"
             if not isinstance(key, ScalarNode):
-                raise RecipeError(f"{place}: a key is a string")
+                raise RecipeError(f"{place}: expected a string as key")
             if key.value in data:
                 raise RecipeError(f"{place}: duplicate key {key.value!r}")
             data[key.value] = self.data(value, (*path, key.value), key.start_mark.line + 1)

@@ -81,9 +81,9 @@ def prune_trained_model(
     """
     nm = parse_pattern(PermuteOptions(pattern=pattern, score=score, seconds=seconds).pattern)
     if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a torch.nn.Module, got {type(model).__name__}")
+        raise ModelError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, Optimizer):
-        raise ModelError(f"optimizer is a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise ModelError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     check_optimizer(optimizer, unwrap(model))
     chosen = select_layers(model, layers, ignore)
     fits = [l for l in chosen if layers is not None or l.layout.shape[-1] % nm.b == 0]

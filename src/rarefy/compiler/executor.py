@@ -153,7 +153,7 @@ class Compiled:
             raise DataError(f"{got}: {'; '.join(hints)}")
         leaves, got = pytree.tree_flatten((args, {n: kwargs[n] for n in names}))
         if got != spec:
-            raise DataError(f"compiled for arguments of another structure: {spec}, got {got}")
+            raise DataError(f"expected arguments of the structure that was compiled, {spec}, got {got}")
         sizes: dict[str, int] = {}
         for node, want, value in zip(self.exported.inputs, self.input_specs, leaves):
             if isinstance(want, InputSpec):

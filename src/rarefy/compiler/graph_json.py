@@ -184,18 +184,18 @@ def _graph_def(value: Any) -> GraphDef:
     _check_keys(value)
     specs = dict(_input_from_json(i) for i in value["inputs"])
     if len(specs) != len(value["inputs"]):
-        raise ValueError("inputs: two have one name")
+        raise ValueError("inputs: a name occurs twice")
     reader = _Reader(value, specs)
     nodes = reader.nodes
     for name, order in value["constants"].items():
         if name not in nodes or nodes[name].op != "placeholder" or name in specs:
-            raise ValueError(f"constants: {_short(name)} is no placeholder of the graph")
+            raise ValueError(f"constants: {_short(name)} is not a placeholder of the graph")
         whole = type(order) is list and all(type(d) is int for d in order)
         if order is not None and not (whole and sorted(order) == list(range(len(order)))):
-            raise ValueError(f"constants: {name}: {_short(order)} is no order of dimensions")
+            raise ValueError(f"constants: {name}: {_short(order)} is not a permutation of dimensions")
     inputs = [nodes[n] for n in specs if n in nodes and nodes[n].op == "placeholder"]
     if len(inputs) != len(specs):
-        raise ValueError("inputs: one is no placeholder of the graph")
+        raise ValueError("inputs: a name is not a placeholder of the graph")
     outputs = len(next(n for n in nodes.values() if n.op == "output").args[0])
     return GraphDef(
         graph=reader.graph,
@@ -256,7 +256,7 @@ class _Reader:
             raise ValueError("the last node must be the output")
         wrong = next((n for n in kernels if n not in self.nodes or self.nodes[n].op != "call_function"), None)
         if wrong is not None:
-            raise ValueError(f"kernels: {_short(wrong)} is no operator of the graph")
+            raise ValueError(f"kernels: {_short(wrong)} is not an operator of the graph")
         if set(self.value["packed"]) != set(kernels.values()):
             raise ValueError(f"packed: {_short(sorted(self.value['packed']))} are not the weights that kernels name")
 
@@ -321,7 +321,7 @@ class _Reader:
         elif packed is None and not self.weights[weight]:
             raise ValueError(f"its weight {weight.name} is missing: it is neither a constant nor packed")
         elif packed is None and node.target is linear and self.value["kernels"]:
-            raise ValueError("has no packed weight, while others have")
+            raise ValueError("has no packed weight, but other operators have one")
 
     def _check_output(self, node: Node) -> None:
         for value in node.args[0]:
@@ -344,24 +344,24 @@ def _argument(value: Any, nodes: Mapping[str, Node], depth: int) -> Any:
     if type(value) is list:
         return [_argument(v, nodes, depth + 1) for v in value]
     if type(value) is not dict or len(value) != 1:
-        raise ValueError(f"{_short(value)} is no argument")
+        raise ValueError(f"{_short(value)} is not a valid argument")
     ((kind, inner),) = value.items()
     if kind == "node" and type(inner) is str:
         if inner not in nodes:
-            raise ValueError(f"reads {_short(inner)}, which is no earlier node")
+            raise ValueError(f"reads {_short(inner)}, which is not an earlier node")
         return nodes[inner]
     if kind in ("tuple", "slice") and type(inner) is list and (kind == "tuple" or len(inner) == 3):
         parts = [_argument(v, nodes, depth + 1) for v in inner]
         return tuple(parts) if kind == "tuple" else slice(*parts)
     if type(inner) is not str or inner not in NAMED_VALUES.get(kind, {}):
-        raise ValueError(f"{_short(value)} is no argument")
+        raise ValueError(f"{_short(value)} is not a valid argument")
     return NAMED_VALUES[kind][inner]
 
 
 def _input_from_json(value: Any) -> tuple[str, Any]:
     """Return the name of an input, and what is expected of it."""
     if type(value) is not list or len(value) != 2 or type(value[0]) is not str or type(value[1]) is not dict:
-        raise ValueError(f"inputs: expected [name, what it is], got {_short(value)}")
+        raise ValueError(f"inputs: expected [name, specification], got {_short(value)}")
     name, fields = value
     if set(fields) == {"value"}:
         return name, _argument(fields["value"], {}, 0)

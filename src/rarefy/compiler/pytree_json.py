@@ -117,7 +117,7 @@ def from_nesting(value: Any, leaves: int, arguments: bool = False) -> Any:
         raise ValueError("expected arguments as a tuple and a dict of keywords")
     spec = pytree.tree_flatten(_example_of(value, 0))[1]
     if spec.num_leaves != leaves:
-        raise ValueError(f"the nesting has {spec.num_leaves} tensors, expected {leaves}")
+        raise ValueError(f"expected a structure of {leaves} tensors, got one of {spec.num_leaves}")
     return spec
 
 
@@ -130,18 +130,18 @@ def _example_of(value: Any, depth: int) -> Any:
     if value == LEAF:
         return torch.empty(0)
     if type(value) is not dict or len(value) != 1 or depth > MAX_DEPTH:
-        raise ValueError(f"{str(value)[:80]!r} is no nesting")
+        raise ValueError(f"{str(value)[:80]!r} is not a valid structure")
     ((kind, entry),) = value.items()
     if kind in ("tuple", "list") and type(entry) is list:
         return (tuple if kind == "tuple" else list)(_example_of(v, depth + 1) for v in entry)
     length = {"dict": 2, "ordered": 2, "named": 3, "outputs": 3}.get(kind)
     if length is None or type(entry) is not list or len(entry) != length:
-        raise ValueError(f"{str(kind)[:80]!r} is no nesting")
+        raise ValueError(f"{str(kind)[:80]!r} is not a valid structure")
     names, parts = entry[-2:]
     types = KEY_TYPES if length == 2 else (str,)
     valid = type(names) is list and type(parts) is list and len(names) == len(parts) and type(entry[0]) in (list, str)
     if not valid or any(type(n) not in types for n in names) or len(set(names)) != len(names):
-        raise ValueError(f"{str(entry)[:80]!r} has no names for its parts")
+        raise ValueError(f"{str(entry)[:80]!r} has no valid names for its entries")
     values = [_example_of(v, depth + 1) for v in parts]
     if kind == "named":
         return NamedOutputs(names, values)

@@ -47,8 +47,8 @@ def verify(
         if not d <= tolerance:
             where = " where a size is 1" if names else ""
             raise ModelError(
-                f"the compiled {type(model).__name__} returns other outputs{where}: their relative distance is "
-                f"{d:.2g}, allowed are {tolerance:g}"
+                f"outputs of the compiled {type(model).__name__} differ{where}: relative distance {d:.2g}, "
+                f"at most {tolerance:g} is allowed"
             )
     allowed: list[set[str]] = []
     for names in _connected_sizes(compiled, leaves) if unit_sizes is None else []:

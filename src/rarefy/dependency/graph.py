@@ -115,7 +115,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
         with evaluating(model), torch.no_grad(), decomposed_ops(), tracking_module_names(model, run.stack), run:
             output = call(model, on_device(model, example))
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise ModelError(f"the example does not run through {type(model).__name__}: {error}") from error
+        raise ModelError(f"{type(model).__name__} cannot be called with the example: {error}") from error
     for t in tensors_in(output):
         for e in run.dims(t):
             lock(e, "the model returns it")

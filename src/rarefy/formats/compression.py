@@ -23,7 +23,7 @@ def decompress(file: Path, size: int, max_size: int) -> bytes:
     """Return the contents of a compressed file, which must have exactly `size` bytes; ContainerError for anything
     else, and for more than `max_size`."""
     if not 0 <= size <= max_size:
-        raise ContainerError(f"{file}: would become {short(size)} bytes, at most {max_size:,} are allowed")
+        raise ContainerError(f"{file}: decompresses to {short(size)} bytes, at most {max_size:,} are allowed")
     unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=1 << 30)
     try:
         data = unpacker.decompress(file.read_bytes(), max_length=size + 1)

@@ -308,7 +308,7 @@ def _parse(file: Path, text: bytes) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise ContainerError(f"{file}: not JSON that can be read: {error}") from error
+        raise ContainerError(f"{file}: not valid JSON: {error}") from error
 
 
 def _refuse(constant: str) -> float:
@@ -359,7 +359,9 @@ def _check_file(file: Path, known: dict[str, Any], verify: bool) -> None:
     if not _is_plain(file):
         raise ContainerError(f"{file}: " + ("a link or no plain file" if os.path.lexists(file) else "missing"))
     if file.stat().st_size != known["bytes"]:
-        raise ContainerError(f"{file}: {file.stat().st_size} bytes, the index says {short(known['bytes'])}; cut short?")
+        raise ContainerError(
+            f"{file}: {file.stat().st_size} bytes, expected {short(known['bytes'])}; was it truncated?"
+        )
     if verify and _sha256(file) != known["sha256"]:
         raise ContainerError(f"{file}: its sha256 is not the one in the index; the file was altered")
 
@@ -388,7 +390,7 @@ def _opened(saved: Container, name: str) -> Iterator[Any]:
     except ContainerError:
         raise
     except Exception as error:  # safetensors raises several kinds; each of them means a bad file here
-        raise ContainerError(f"{file}: not a sound safetensors file: {error}") from error
+        raise ContainerError(f"{file}: not a valid safetensors file: {error}") from error
 
 
 class _Shard(dict[str, Tensor]):

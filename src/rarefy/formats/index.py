@@ -78,7 +78,7 @@ def check_index(index: Any, where: str) -> None:
         check_name(name, where)
         if type(stored) is not str or stored not in index["tensors"] or name in index["tensors"]:
             pair = f"{short(name)} -> {short(stored)}"
-            raise ContainerError(f"{where}: alias {pair} must lead from a new name to a stored one")
+            raise ContainerError(f"{where}: alias {pair} must map a new name to a stored one")
     if sealed and index["sha256"] != digest(index):
         raise ContainerError(f"{where}: its sha256 does not match its contents; the file was altered")
 
@@ -95,6 +95,4 @@ def _check_entry(entry: Any, where: str, shards: dict[str, Any]) -> None:
     for part, location in entry["parts"].items():
         check_fields(location, f"{where}: part {part}", shard=str, key=str)
         if location["shard"] not in shards:
-            raise ContainerError(
-                f"{where}: part {part} lies in {short(location['shard'])}, which is not a listed shard"
-            )
+            raise ContainerError(f"{where}: part {part} is in {short(location['shard'])}, which is not a listed shard")

@@ -136,7 +136,7 @@ def _inner(p: Packed) -> Packed:
         raise FormatError(f"{p.format}: part 'values' has bits set after its {n} values")
     codes = unpack_codes(packed, bits, n)
     if kind == "int" and bits == 8 and bool((codes == 128).any()):
-        raise FormatError(f"{p.format}: part 'values' holds -128, which symmetric codes leave out")
+        raise FormatError(f"{p.format}: part 'values' holds -128, which symmetric codes exclude")
     return replace(bare, parts=parts | {"values": codes.view(shape)})
 
 
@@ -165,9 +165,9 @@ def _check_grid_parts(p: Packed, kind: str, bits: int) -> None:
     if kind == "uint":
         if p.parts["zero"].shape != p.parts["scale"].shape:
             raise FormatError(
-                f"{p.format}: part 'zero' is {sparse_encodings.kind(p.parts['zero'])}, must be as 'scale'"
+                f"{p.format}: part 'zero' is {sparse_encodings.kind(p.parts['zero'])}, must have the shape of 'scale'"
             )
         if p.parts["zero"].numel() and int(p.parts["zero"].max()) >= 1 << bits:
-            raise FormatError(f"{p.format}: part 'zero' holds codes that {bits} bits do not")
+            raise FormatError(f"{p.format}: part 'zero' must hold codes of {bits} bits")
     if kind == "codebook" and bool(p.parts["table"][..., 0].any()):
         raise FormatError(f"{p.format}: part 'table' must begin with zero")

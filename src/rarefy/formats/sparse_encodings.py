@@ -174,7 +174,7 @@ def from_torch(t: Tensor) -> Packed:
     layouts = {torch.sparse_csr: "csr", torch.sparse_csc: "csc", torch.sparse_bsr: "bsr"}
     format = layouts.get(t.layout)
     if format is None:
-        raise FormatError(f"layout {t.layout} cannot be taken over; give {', '.join(map(str, layouts))}")
+        raise FormatError(f"layout {t.layout} is not supported; give {', '.join(map(str, layouts))}")
     values = t.detach().values().contiguous()
     if t.ndim != 2 or values.ndim != (3 if format == "bsr" else 1):
         raise FormatError(f"{t.layout} {list(t.shape)} has batch or dense dimensions; give one matrix")
@@ -198,7 +198,7 @@ def kind(t: Tensor) -> str:
 def _bits(x: Tensor) -> Tensor:
     if x.layout != torch.strided or x.is_meta or x.dtype not in DTYPES.values():
         why = f"cannot pack a {kind(x)} tensor ({x.layout}, on {x.device})"
-        raise FormatError(f"{why}; give a dense one that has values, of {', '.join(DTYPES)}")
+        raise FormatError(f"{why}; give a dense tensor with values, of dtype {', '.join(DTYPES)}")
     return x.detach().resolve_conj().resolve_neg().contiguous().view(_WIDTHS[x.element_size()])
 
 
@@ -382,12 +382,12 @@ def _check_grid(p: Packed) -> Tensor:
     idx = _expect(p, second, idx_dtype, k).to(torch.int64)
     # compared, not subtracted: a hostile difference would wrap around
     if int(ptr[0]) != 0 or int(ptr[-1]) != k or bool((ptr[1:] < ptr[:-1]).any()):
-        raise FormatError(f"{p.format}: part {first!r} must run from 0 to {k} and never fall")
+        raise FormatError(f"{p.format}: part {first!r} must start at 0, end at {k} and never decrease")
     if k and not 0 <= int(idx.min()) <= int(idx.max()) < C:
         raise FormatError(f"{p.format}: part {second!r} must stay within 0 and {C - 1}")
     position = torch.arange(R, device=ptr.device).repeat_interleave(ptr.diff(), output_size=k) * C + idx
     if bool((position[1:] <= position[:-1]).any()):
-        raise FormatError(f"{p.format}: part {second!r} must rise inside each row, without repeats")
+        raise FormatError(f"{p.format}: part {second!r} must increase strictly within each row")
     return position
 
 

@@ -133,7 +133,7 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: An
         if options.get(option) is not None:
             raise ModelError(f"{name} has {option}, for which the engine has no kernel")
     if q.shape[3] != v.shape[3] or getattr(module, "is_causal", True) is False:
-        raise ModelError(f"the engine needs causal attention with keys and values of one size, which {name} has not")
+        raise ModelError(f"{name}: the engine supports only causal attention whose keys and values have equal sizes")
     scale = q.shape[3] ** -0.5 if scaling is None else float(scaling)
     window = int(options.get("sliding_window") or 0)
     return torch.ops.rarefy.cached_attention(q, k, v, scale, window), None
@@ -308,6 +308,6 @@ def _verify(model: Any, step: Decoder, tolerance: float) -> None:
         d = relative_distance(logits, want)
         if not d <= tolerance:
             raise ModelError(
-                f"the decoder of {type(model).__name__} returns other logits: their relative distance is {d:.2g}, "
-                f"allowed are {tolerance:g}"
+                f"logits of the decoder of {type(model).__name__} differ: relative distance {d:.2g}, "
+                f"at most {tolerance:g} is allowed"
             )

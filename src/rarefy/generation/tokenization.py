@@ -69,7 +69,7 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
     except Exception as error:  # a damaged tokenizer or template raises anything
-        raise ModelError(f"the tokenizer does not take the prompt: {first_line(error)}") from error
+        raise ModelError(f"the tokenizer cannot encode the prompt: {first_line(error)}") from error
     if not ids:
         raise DataError("the prompt is empty: it has no token")
     return list(ids)

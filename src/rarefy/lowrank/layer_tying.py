@@ -79,7 +79,7 @@ def run_tie(model: nn.Module, options: TieOptions) -> Report:
     groups = {n: g for n, g in groups.items() if g}
     if not groups:
         name = type(model).__name__
-        raise ModelError(f"{name} has no list of equal blocks of which {options.every} could share weights")
+        raise ModelError(f"{name} has no list with {options.every} or more equal blocks that could share weights")
     before = sum(p.numel() for p in model.parameters())
     rows = []
     for name, group in groups.items():
@@ -102,7 +102,7 @@ def _check_untouched(model: nn.Module) -> None:
     if changed is not None:
         raise ModelError(f"{changed} is pruned, quantized or factorized already: tie first")
     if noted(model):
-        raise ModelError(f"blocks of {next(iter(noted(model))) or 'the model'} share weights already")
+        raise ModelError(f"blocks of {next(iter(noted(model))) or 'the model'} already share weights")
 
 
 def noted(model: nn.Module) -> dict[str, list[list[int]]]:

@@ -83,7 +83,7 @@ class FactorizeOptions(Options):
         if self.rank is not None and self.round_to > 1:
             with at("round_to"):
                 raise PatternError(
-                    f"round_to={self.round_to} is for ranks that are found; rank={self.rank} is given: leave it out"
+                    f"round_to={self.round_to} has no effect with a fixed rank={self.rank}: leave it out"
                 )
         return self
 
@@ -96,9 +96,7 @@ def check_beside(options: FactorizeOptions) -> None:
     """Raise PatternError for a budget other than rank, where factors stand beside layers."""
     name = next(name for name in BUDGETS if getattr(options, name) is not None)
     if name != "rank":
-        raise PatternError(
-            f"{name}={getattr(options, name)!r} is for factors in a layer's place; beside one, give rank"
-        )
+        raise PatternError(f"{name}={getattr(options, name)!r} is not supported for factors beside a layer: give rank")
 
 
 def factorize_(
@@ -187,7 +185,7 @@ def run_factorize(
                 stop.weights[layer.full_name] = _dense_weight(layer, modules)
     if not factors:
         texts = "; ".join(f"{n}: {r['why']}" for n, r in list(rows.items())[:4])
-        raise ModelError(f"no layer has factors that would save anything: {texts}")
+        raise ModelError(f"factors would make no layer smaller: {texts}")
     for layer in able:
         if layer.full_name in factors:
             replace_with_factors_(whole, layer.name, *factors[layer.full_name])
@@ -262,7 +260,7 @@ def _why_skipped(layer: Layer, model: nn.Module, options: FactorizeOptions, as_c
     if not as_correction and (parametrize.is_parametrized(module, "weight") or get_grid(layer) is not None):
         return "it is pruned or quantized: factorize first, or give of= the model before"
     if options.time is not None and not isinstance(module, nn.Linear):
-        return "time is for Linear layers"
+        return "time supports Linear layers only"
     return None
 
 
@@ -273,7 +271,9 @@ def _residuals(chosen: Sequence[Layer], of: nn.Module) -> dict[str, Tensor]:
     for layer in chosen:
         weight = getattr(dense_modules.get(layer.name), layer.param, None)
         if not isinstance(weight, Tensor) or weight.shape != layer.weight.shape:
-            raise ModelError(f"of: {type(of).__name__} has no {layer.full_name} of {list(layer.weight.shape)}")
+            raise ModelError(
+                f"of: expected {layer.full_name} of shape {list(layer.weight.shape)} in {type(of).__name__}"
+            )
         residuals[layer.full_name] = to_matrix(layer, weight.detach().float() - layer.weight.detach().float())[0]
     return residuals
 
@@ -320,7 +320,7 @@ def _tucker(
     """
     O, I, K = weight_sizes(layer.module)
     if options.time is not None:
-        raise PatternError("time is for Linear layers")
+        raise PatternError("time supports Linear layers only")
     P, energy = _input_directions(W, H, O, I, K)
     r_in = _tucker_rank(options, energy, I, I, _tucker_ranks_for_share(O, I, K, options.keep or 1.0)[0])
     P = P[:, :r_in]  # [I, r]

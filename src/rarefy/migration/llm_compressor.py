@@ -100,7 +100,7 @@ def _one_shot(by: str | None) -> Callable[[Draft, Modifier, float], None]:
         if isinstance(sparsity, list):
             if not sparsity:
                 raise RecipeError(
-                    f"{modifier.name}: sparsity is a number or one for each layer, got [] [{modifier.where}]"
+                    f"{modifier.name}: expected sparsity as a number or one per layer, got [] [{modifier.where}]"
                 )
             numbers = [number(s, modifier, "sparsity") for s in sparsity]
             sparsity = round(sum(numbers) / len(numbers), 6)
@@ -220,7 +220,7 @@ def _named(scheme: str, targets: Any, modifier: Modifier) -> tuple[dict[str, Any
     if scheme.upper() not in SCHEMES:
         kinds = ", ".join(SCHEMES)
         raise RecipeError(
-            f"{modifier.name}: scheme {scheme[:40]} is not of whole numbers; there are {kinds} [{modifier.where}]"
+            f"{modifier.name}: scheme {scheme[:40]} is not an integer scheme; supported are {kinds} [{modifier.where}]"
         )
     bits, group, symmetric, inputs = SCHEMES[scheme.upper()]
     return _settings(bits, group, symmetric, inputs, True, targets, modifier)
@@ -229,11 +229,13 @@ def _named(scheme: str, targets: Any, modifier: Modifier) -> tuple[dict[str, Any
 def _group(group: Mapping[str, Any], modifier: Modifier) -> tuple[dict[str, Any], list[str]]:
     weights, inputs = group.get("weights"), group.get("input_activations")
     if not isinstance(weights, Mapping):
-        raise RecipeError(f"{modifier.name}: a group of layers has weights: {{num_bits: 4, ...}} [{modifier.where}]")
+        raise RecipeError(
+            f"{modifier.name}: expected weights: {{num_bits: 4, ...}} for each group of layers [{modifier.where}]"
+        )
     for of in (weights, inputs):
         if isinstance(of, Mapping) and of.get("type", "int") != "int":
             raise RecipeError(
-                f"{modifier.name}: numbers of type {of['type']!r:.20} have no counterpart; int has [{modifier.where}]"
+                f"{modifier.name}: numbers of type {of['type']!r:.20} are not supported; int is [{modifier.where}]"
             )
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
     if strategy not in ("channel", "tensor", "group"):

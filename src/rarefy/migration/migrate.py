@@ -56,7 +56,7 @@ def migrate(source: str | Path | Mapping[str, Any] | list[Any], *, skip: bool = 
     - prune:
         layers:
         - fc1.weight
-        pattern: '2:4'
+        pattern: 2:4
     <BLANKLINE>
     """
     tool, text = translate(source, skip)

@@ -43,7 +43,7 @@ def _nncf_sparsity(draft: Draft, modifier: Modifier) -> None:
     method = "gradual" if modifier.name == "magnitude_sparsity" else "movement"
     freeze, turns = options.number("sparsity_freeze_epoch"), options["multistep_steps"] or []
     if not isinstance(turns, list) or any(isinstance(t, bool) or not isinstance(t, int | float) for t in turns):
-        raise RecipeError(f"multistep_steps is a list of epochs, got {turns!r:.60} [{modifier.where}]")
+        raise RecipeError(f"expected multistep_steps as a list of epochs, got {turns!r:.60} [{modifier.where}]")
     epochs = float(max([1, *(turns or [freeze])]))
     until = float(options.number("sparsity_target_epoch") or epochs)
     first = number(modifier.settings.get("sparsity_init") or 0.0, modifier, "sparsity_init")
@@ -246,16 +246,18 @@ def ao(draft: Draft, config: Sequence[Any]) -> None:
             raise RecipeError(f"a config of torch.ao.pruning is a list of dicts with tensor_fqn, got {one!r:.60}")
         modifier = Modifier("WeightNormSparsifier", one, f"config[{nth}]")
         if one["tensor_fqn"] is None:
-            raise RecipeError(f"WeightNormSparsifier: tensor_fqn is the name of a weight, got None [{modifier.where}]")
+            raise RecipeError(
+                f"WeightNormSparsifier: expected tensor_fqn as the name of a weight, got None [{modifier.where}]"
+            )
         options = modifier.take(sparsity_level=0.5, sparse_block_shape=[1, 4], zeros_per_block=None)
         level = number(options["sparsity_level"], modifier, "sparsity_level")
         block = options["sparse_block_shape"]
         if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-            raise RecipeError(f"sparse_block_shape is two whole numbers, got {block!r:.40} [{modifier.where}]")
+            raise RecipeError(f"expected sparse_block_shape as two whole numbers, got {block!r:.40} [{modifier.where}]")
         entries = block[0] * block[1]
         zeros = options.number("zeros_per_block")
         if zeros is not None and int(zeros) != zeros:
-            raise RecipeError(f"zeros_per_block is a whole number, got {zeros} [{modifier.where}]")
+            raise RecipeError(f"expected zeros_per_block as a whole number, got {zeros} [{modifier.where}]")
         zeros = entries if zeros is None else int(zeros)
         settings: dict[str, Any] = {"layers": selectors(options["tensor_fqn"], modifier, "tensor_fqn")}
         remarks = options.unmapped()
@@ -269,7 +271,6 @@ def ao(draft: Draft, config: Sequence[Any]) -> None:
                 remarks.append(f"sparsity_level {level:g} left some blocks whole: N:M is the same everywhere here")
         else:
             raise RecipeError(
-                f"{zeros} zeros in every {block[0]}x{block[1]} have no counterpart; in 1x{block[1]} they have "
-                f"[{modifier.where}]"
+                f"{zeros} zeros in every {block[0]}x{block[1]} are not supported; use 1x{block[1]} [{modifier.where}]"
             )
         draft.add("prune", settings, remarks)

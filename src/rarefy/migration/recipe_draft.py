@@ -88,7 +88,7 @@ class Draft:
     def to_yaml(self) -> str:
         """Return the recipe as YAML; each remark is a comment before its stage."""
         if not self.stages:
-            raise RecipeError(f"{self.source} has nothing that a recipe can do: {'; '.join(self.remarks)}")
+            raise RecipeError(f"{self.source} has no setting that a recipe supports: {'; '.join(self.remarks)}")
         lines = [f"# from {self.source}, by `rarefy migrate`; comments say what means something else here"]
         lines += _comments(self.remarks)
         lines.append("stages:")
@@ -105,14 +105,16 @@ class Draft:
 def number(value: Any, modifier: Modifier, name: str) -> Any:
     """Return the value if it is a finite number; RecipeError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RecipeError(f"{modifier.name}: {name} is a number, got {value!r:.60} [{modifier.where}]")
+        raise RecipeError(f"{modifier.name}: expected {name} as a number, got {value!r:.60} [{modifier.where}]")
     return value
 
 
 def mapping(value: Any, modifier: Modifier, name: str) -> Mapping[str, Any]:
     """Return the value if it is a mapping, {} for None; RecipeError otherwise."""
     if value is not None and not isinstance(value, Mapping):
-        raise RecipeError(f"{modifier.name}: {name} has keys and values, got {value!r:.60} [{modifier.where}]")
+        raise RecipeError(
+            f"{modifier.name}: expected {name} with keys and values, got {value!r:.60} [{modifier.where}]"
+        )
     return value or {}
 
 
@@ -180,7 +182,7 @@ def name_list(value: Any, modifier: Modifier, name: str) -> list[str]:
     """Return a name or a list of names as a list."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or any(not isinstance(n, str) for n in names):
-        raise RecipeError(f"{modifier.name}: {name} is a list of names, got {value!r:.60} [{modifier.where}]")
+        raise RecipeError(f"{modifier.name}: expected {name} as a list of names, got {value!r:.60} [{modifier.where}]")
     return list(names)
 
 

@@ -39,7 +39,7 @@ def compute(text: str, names: Mapping[str, float], where: str) -> float:
     14.0
     """
     if len(text) > MAX_LENGTH:
-        raise RecipeError(f"an expression of {len(text):,} characters; at most {MAX_LENGTH} are computed [{where}]")
+        raise RecipeError(f"the expression has {len(text):,} characters, at most {MAX_LENGTH} are allowed [{where}]")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):

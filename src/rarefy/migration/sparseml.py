@@ -158,7 +158,9 @@ def _group_ends(value: Any, modifier: Modifier) -> dict[str, float]:
         try:
             share = float(sparsity)
         except ValueError:
-            raise RecipeError(f"{modifier.name}: {sparsity!r:.40} is no sparsity [{modifier.where}]") from None
+            raise RecipeError(
+                f"{modifier.name}: {sparsity!r:.40} is not a sparsity between 0 and 1 [{modifier.where}]"
+            ) from None
         chosen = selectors(names, modifier, "final_sparsity")
         if chosen is None:  # all layers that no other group names
             groups = {"*": share, **groups}

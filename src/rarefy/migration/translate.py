@@ -32,14 +32,14 @@ def translate(source: str | Path | Mapping[str, Any] | list[Any], skip: bool) ->
         tool, draft = _convert(_read(source), skip)
         return tool, draft.to_yaml()
     except ArithmeticError as error:
-        raise RecipeError(f"a number that nothing can be computed with: {error}") from None
+        raise RecipeError(f"a number is too large to compute with: {error}") from None
 
 
 def _read(source: Any) -> Node:
     if isinstance(source, Mapping | list | tuple):
         return Node.of(_data(source), "config")
     if not isinstance(source, str | os.PathLike):
-        raise RecipeError(f"a recipe is a file, or plain data (a dict or a list), got {type(source).__name__}")
+        raise RecipeError(f"expected a recipe as a file, a dict or a list, got {type(source).__name__}")
     path = Path(source)
     if not path.is_file():
         raise RecipeError(f"no file {str(path)!r}: give a recipe or a config of another tool")
@@ -68,14 +68,14 @@ def _read(source: Any) -> Node:
 def _data(value: Any, depth: int = 0) -> Any:
     """Return a copy as plain data; RecipeError for anything else."""
     if depth > 16:
-        raise RecipeError("a config is nested at most 16 deep")
+        raise RecipeError("the config is nested more than 16 levels deep")
     if isinstance(value, Mapping):
         return {str(k): _data(v, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_data(v, depth + 1) for v in value]
     if value is None or isinstance(value, str | int | float):
         return value
-    raise RecipeError(f"a config is made of text, numbers and lists, got {type(value).__name__}")
+    raise RecipeError(f"expected text, numbers, lists and dicts in a config, got {type(value).__name__}")
 
 
 def _convert(root: Node, skip: bool) -> tuple[str, Draft]:
@@ -93,15 +93,15 @@ def _convert(root: Node, skip: bool) -> tuple[str, Draft]:
         nncf_neural_compressor.inc(draft, _plain(root))
         return "neural-compressor", draft
     if not isinstance(value, dict):
-        raise RecipeError(f"no recipe or config of a tool that is known: {KNOWN} [{root.where}]")
+        raise RecipeError(f"not a recipe or config of a known tool: {KNOWN} [{root.where}]")
     names = _variables(root)
     legacy, later = list(_tagged(root, names)), list(_named(root, names))
     if legacy and later:
         raise RecipeError(
-            f"{later[0].name} without a tag among modifiers with tags: two kinds of recipe [{later[0].where}]"
+            f"{later[0].name} has no tag, but other modifiers have one: two kinds of recipe [{later[0].where}]"
         )
     if not legacy and not later:
-        raise RecipeError(f"no modifiers and no config of a tool that is known: {KNOWN} [{root.where}]")
+        raise RecipeError(f"neither modifiers nor a config of a known tool: {KNOWN} [{root.where}]")
     draft = Draft("a recipe of SparseML" if legacy else "a recipe of SparseML or llm-compressor")
     (sparseml if legacy else llm_compressor).convert(draft, legacy or later, skip)
     return "sparseml" if legacy else "llm-compressor", draft
@@ -135,7 +135,7 @@ def _variables(root: Node) -> Mapping[str, float]:
                 del formulas[name]
     if formulas:
         name, (text, where) = next(iter(formulas.items()))
-        raise RecipeError(f"{name} is computed from itself: {text[:60]} [{where}]")
+        raise RecipeError(f"{name} depends on itself: {text[:60]} [{where}]")
     return numbers
 
 

@@ -70,17 +70,19 @@ def check_batches(data: Any, what: str = "data") -> None:
     """Raise DataError if `data` is not an iterable of batches but a path, one tensor, a Dataset or the like."""
     if isinstance(data, str | bytes | Path):
         raise DataError(
-            f"{what} is an iterable of batches, got the text {str(data)[:60]!r}: name files and built-in data in a "
-            "recipe's `data:`"
+            f"{what}: expected an iterable of batches, got the text {str(data)[:60]!r}: name files and built-in data "
+            "in a recipe's `data:`"
         )
     if isinstance(data, Tensor):
         raise DataError(
-            f"{what} is an iterable of batches, got one tensor ({describe_batch(data)}): give a list, [tensor]"
+            f"{what}: expected an iterable of batches, got one tensor ({describe_batch(data)}): give a list, [tensor]"
         )
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise DataError(f"{what} is an iterable of batches, got a {type(data).__name__}: wrap it in a DataLoader")
+        raise DataError(
+            f"{what}: expected an iterable of batches, got a {type(data).__name__}: wrap it in a DataLoader"
+        )
     if not hasattr(data, "__iter__"):
-        raise DataError(f"{what} is an iterable of batches, got {type(data).__name__}")
+        raise DataError(f"{what}: expected an iterable of batches, got {type(data).__name__}")
 
 
 def on_device(model: nn.Module, batch: Any) -> Any:

@@ -95,7 +95,9 @@ def attending(model: Any, attend: Any) -> Iterator[None]:
     except (ValueError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"{type(model).__name__} takes no other attention: {first_line(error)}") from error
+        raise ModelError(
+            f"{type(model).__name__} cannot switch its attention implementation: {first_line(error)}"
+        ) from error
     finally:
         model.set_attn_implementation(before)
 
@@ -115,9 +117,7 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     auto = _auto_class(config, (getattr(config, "architectures", None) or [""])[0])
     kernel = getattr(config, "_attn_implementation", None) or ""
     if "/" in str(kernel):  # transformers would fetch and run a kernel of that name
-        raise ModelError(
-            f"{path}: the config asks for attention code of its own ({kernel}); remove attn_implementation"
-        )
+        raise ModelError(f"{path}: the config requests custom attention code ({kernel}); remove attn_implementation")
     try:
         if meta:
             with torch.device("meta"):
@@ -163,11 +163,11 @@ def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ModelError("the saved config is not a dict with a model_type")
     if values.get("auto_map"):
-        raise ModelError("the saved config asks for code of its own (auto_map): load it with model=YourClass(...)")
+        raise ModelError("the saved config requests custom code (auto_map): load it with model=YourClass(...)")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     dtype = dtypes.get(str(saved.get("dtype")))
     if dtype is None:
-        raise ModelError(f"the saved dtype {saved.get('dtype')!r} is none of {', '.join(dtypes)}")
+        raise ModelError(f"saved dtype: expected one of {', '.join(dtypes)}, got {saved.get('dtype')!r}")
     options = {k: v for k, v in _without(values, CODE_KEYS).items() if k not in STAMPS}
     try:
         config = transformers.AutoConfig.for_model(values["model_type"], **options)

@@ -27,7 +27,9 @@ def resolve_loss(loss: Any) -> Loss:
         return lambda output, batch: loss(getattr(output, "logits", output), _target(batch))
     if callable(loss):
         return cast(Loss, loss)
-    raise DataError(f"loss is a callable(output, batch) or a criterion such as nn.CrossEntropyLoss(), got {loss!r}")
+    raise DataError(
+        f"loss: expected a callable(output, batch) or a criterion such as nn.CrossEntropyLoss(), got {loss!r}"
+    )
 
 
 def _target(batch: Any) -> Any:
@@ -55,7 +57,9 @@ def default_loss(output: Any, batch: Any) -> Tensor:
     if has_loss(output, batch):
         logits, target = getattr(output, "logits", output), batch[1]
         if target.numel() and logits.dim() > 1 and int(target.max()) >= logits.shape[1]:
-            raise DataError(f"a class is {int(target.max())}, the model has {logits.shape[1]} outputs (0 is the first)")
+            raise DataError(
+                f"expected classes from 0 to {logits.shape[1] - 1}, as the model has outputs, got {int(target.max())}"
+            )
         return F.cross_entropy(logits.float(), target)
     raise DataError(
         "no loss: the model's output has no .loss (are there labels in the batch?) and the batch is not "

@@ -85,7 +85,8 @@ def set_mask_(layer: Layer, mask: Tensor) -> None:
     check_maskable(layer)
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ModelError(
-            f"{layer.full_name}: a mask is bool of shape {tuple(weight.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
+            f"{layer.full_name}: expected a bool mask of shape {tuple(weight.shape)}, "
+            f"got {mask.dtype} of {tuple(mask.shape)}"
         )
     mask = mask.to(weight.device)
     present = _masks_of(layer.module, layer.param)

@@ -114,7 +114,9 @@ def _check_data(model: nn.Module, recipe: Recipe, data: RunData) -> None:
     check_sample(recipe, data.tokenizer)
     for stage in recipe.stages:
         if needs_calibration(stage) and callable(data.batches("calibrate")):
-            raise DataError("data['calibrate'] is an iterable of batches; a function of the epoch is for training")
+            raise DataError(
+                "data['calibrate']: expected an iterable of batches; a function of the epoch is for training"
+            )
         if isinstance(stage, TrainStage):
             data.batches("train")
             check_stage(stage, data, model)

@@ -119,13 +119,15 @@ def _check_earlier(target: Target, stage: StageOptions, earlier: dict[int, str])
     for layer in target.layers:
         before, name = earlier.get(id(layer.original)), layer.full_name
         if before == "grid" and target.grid is not None:
-            raise ModelError(f"{name} is quantized or shared by an earlier stage already: one of them a layer")
+            raise ModelError(
+                f"{name} is already quantized or shared by an earlier stage: do only one of them per layer"
+            )
         if before == "grid" and isinstance(stage, PruneOptions) and stage.solver is not None:
-            raise ModelError(f"{name} is already quantized at this stage, and a solver moves weights: prune first")
+            raise ModelError(f"{name} is already quantized at this stage, and a solver changes weights: prune first")
         if before is not None and target.factors is not None and not beside:
             state = "is already quantized" if before == "grid" else "has zeros"
             raise ModelError(
-                f"{name} {state} at this stage, which factors would not keep: factorize first, or beside: true"
+                f"{name} {state} at this stage, and factors would lose that: factorize first, or set beside: true"
             )
         if target.grid is not None:
             earlier[id(layer.original)] = "grid"
@@ -148,9 +150,11 @@ def _check_memory(recipe: Recipe) -> None:
         if not isinstance(stage, PruneOptions) or stage.solver is None:
             name = STAGE_NAMES[type(stage)]
             name = "a prune stage without solver" if name == "prune" else name
-            raise RecipeError(f"{name} holds all weights in memory: run it without memory [stage {number}]")
+            raise RecipeError(f"{name} needs all weights in memory: leave memory out [stage {number}]")
     if recipe.evaluate and (recipe.evaluate.latency or recipe.evaluate.decode):
-        raise RecipeError("timing holds the model twice in memory: leave evaluate.latency and decode out, or memory")
+        raise RecipeError(
+            "timing needs two copies of the model in memory: leave out evaluate.latency and decode, or memory"
+        )
 
 
 def forecast(model: nn.Module, recipe: Recipe, memory: int | None = None) -> Report:

@@ -150,7 +150,7 @@ def _teacher_folder(folder: str, base: Path | None) -> Path:
     path = Path(folder).expanduser()
     path = path if path.is_absolute() or base is None or path.exists() else base / path
     if not (path / INDEX).is_file() and not (path / "config.json").is_file():
-        raise ModelError(f"teacher {folder!r} is no folder of a model: neither config.json nor {INDEX} is in it")
+        raise ModelError(f"teacher {folder!r} is not a model folder: it has neither config.json nor {INDEX}")
     return path
 
 
@@ -238,7 +238,9 @@ class Sparsifier(sparsifier.Sparsifier):
             check_steps(steps_per_epoch, "steps_per_epoch")
             steps = steps_per_epoch * stage.epochs
         if teacher is not None and stage.distill is not None and stage.distill.teacher is not None:
-            raise RecipeError("the recipe names a teacher's folder: leave teacher out, or take it from the recipe")
+            raise RecipeError(
+                "the recipe already names a teacher's folder: leave teacher out, or remove it from the recipe"
+            )
         if teacher is not None and stage.distill is None:
             raise RecipeError("teacher has no effect: the recipe's train stage has no distill")
         if stage.keep_zeros:
@@ -276,9 +278,9 @@ class Sparsifier(sparsifier.Sparsifier):
 def _stage_of_config(config: SparsityConfig, steps_per_epoch: int | None, overrides: Mapping[str, Any]) -> TrainStage:
     """Return a train stage with nothing but a configuration."""
     if steps_per_epoch is not None:
-        raise RecipeError("a plan does not say how many epochs there are: give steps, of the whole training")
+        raise RecipeError("steps_per_epoch needs a recipe with epochs: give steps, the number in the whole training")
     if overrides:
-        raise RecipeError(f"a plan takes no overrides: {', '.join(overrides)}; change the plan")
+        raise RecipeError(f"overrides need a recipe: {', '.join(overrides)}; set them in the configuration instead")
     return TrainStage.model_validate({"prune": config})
 
 
@@ -287,7 +289,7 @@ def _only_train(recipe: Recipe) -> TrainStage:
     if len(recipe.stages) != 1 or not isinstance(recipe.stages[0], TrainStage):
         names = ", ".join(STAGE_NAMES[type(stage)] for stage in recipe.stages)
         raise RecipeError(
-            f"a loop takes a recipe with one stage, train; {recipe.name} has {names}: run the others by compress_, "
+            f"expected a recipe with the single stage train; {recipe.name} has {names}: run the others with compress_, "
             "before or after"
         )
     return recipe.stages[0]

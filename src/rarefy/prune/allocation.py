@@ -133,7 +133,7 @@ def sensitivities(
             current["tokens"] = count_tokens(batch)
             value = check_finite(resolve_loss(loss)(call(model, batch), batch), index)
             if not value.requires_grad:
-                raise DataError("the loss depends on no layer that is to be pruned: give another loss")
+                raise DataError("the loss does not depend on any selected layer: give another loss")
             torch.autograd.grad(value, weights, allow_unused=True)
             count += count_tokens(batch)
     return {n: t / max(count, 1) for n, t in total.items()}

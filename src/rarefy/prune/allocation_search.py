@@ -91,7 +91,7 @@ def search_allocation(
     value, sparsities = min(tried, key=lambda t: t[0])
     if not math.isfinite(value):
         raise ModelError(
-            f"the loss of the last calibration batches is {value} however sparsity is spread: "
+            f"the loss of the last calibration batches is {value} for every allocation: "
             "NaN or inf in weights or inputs, or no label but -100"
         )
     return sparsities

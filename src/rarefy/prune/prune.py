@@ -84,7 +84,9 @@ class PruneOptions(Options):
             solver, target = resolve_options(self)
             if solver is not None and target.score is None and (target.scope == "global" or self.reduce is not None):
                 idle = "scope 'global'" if target.scope == "global" else f"reduce={self.reduce!r}"
-                raise PatternError(f"solver {solver.name} chooses block by block: {idle} has no effect without a score")
+                raise PatternError(
+                    f"solver {solver.name} ranks weights block by block: {idle} has no effect without a score"
+                )
         with at("allocate"):
             if target.allocate != "uniform" and (pattern.kind == "nm" or target.scope == "global"):
                 subject = f"pattern {pattern}" if pattern.kind == "nm" else "scope 'global'"
@@ -234,7 +236,7 @@ def _check_layers(layers: Sequence[Layer], solver: Solver | None) -> None:
         check_maskable(layer)
         if solver is not None and attached_grid(layer.module, layer.param) is not None:
             raise ModelError(
-                f"{layer.full_name} is quantized, and solver {solver.name} would move its weights off their grid: "
+                f"{layer.full_name} is quantized, and solver {solver.name} would change its quantized weights: "
                 "prune first, then quantize; or leave solver out"
             )
 
@@ -270,7 +272,7 @@ def _solve(
 ) -> tuple[list[dict[str, Any]], SparsityTarget, list[str]]:
     """Find masks and weights by a solver. A score that needs more than inputs, or ranks all layers, comes first."""
     if data is None:
-        raise DataError(f"solver {solver.name} works on a layer's inputs: give data=batches")
+        raise DataError(f"solver {solver.name} needs the inputs of each layer: give data=batches")
 
     def masks_before(target: SparsityTarget) -> dict[str, Tensor] | None:
         if not target.needs_all_layers:
@@ -294,19 +296,19 @@ def check_memory(solver: Solver | None, target: SparsityTarget, memory: int | No
     """Raise PatternError for a memory limit or a folder that has no effect, or a limit that cannot be kept."""
     if solver is None and (memory is not None or resume_dir is not None):
         name = "memory" if memory is not None else "resume_dir"
-        raise PatternError(f"{name} is for solvers, which go layer by layer: give solver='refit', 'obs' or 'admm'")
+        raise PatternError(f"{name} has no effect without a solver: give solver='refit', 'obs' or 'admm'")
     if memory is None:
         return
     if resume_dir is None:
-        raise PatternError("memory needs resume_dir=FOLDER, where the new weights go")
+        raise PatternError("memory needs resume_dir=FOLDER for the new weights")
     if target.needs_all_layers:
         raise PatternError(
-            f"score {target.score!r} over all layers holds all weights or gradients at once: leave it out, or leave "
+            f"score {target.score!r} over all layers needs all weights or gradients in memory: leave score or "
             "memory out"
         )
     if target.allocate in allocate_.GRADIENTS:
         raise PatternError(
-            f"allocate={target.allocate!r} holds all weights or gradients at once: {UNIFORM}, or leave memory out"
+            f"allocate={target.allocate!r} needs all weights or gradients in memory: {UNIFORM}, or leave memory out"
         )
 
 

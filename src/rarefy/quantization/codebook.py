@@ -117,8 +117,8 @@ def _check_saving(layer: Layer, weight: Tensor, book: Codebook) -> None:
     saved = weight.numel() * (8 * weight.element_size() - book.bits) // 8
     if book.table.nbytes >= saved:
         raise ModelError(
-            f"{layer.full_name}: tables of {book.table.numel():,} values are no smaller than what they save on its "
-            f"{weight.numel():,} weights: ignore it, take fewer bits, or group='tensor'"
+            f"{layer.full_name}: {book.table.numel():,} shared values need more memory than they save on "
+            f"{weight.numel():,} weights: ignore the layer, use fewer bits, or group='tensor'"
         )
 
 
@@ -140,7 +140,7 @@ def check_layers(chosen: Sequence[Layer]) -> None:
     for layer in chosen:
         check_maskable(layer)
         if attached_grid(layer.module, layer.param) is not None or get_grid(layer) is not None:
-            raise ModelError(f"{layer.full_name} is quantized already: its values are few; ignore it")
+            raise ModelError(f"{layer.full_name} is already quantized: ignore it")
 
 
 def codebook(weight: Tensor, blocks: tuple[int, ...], bits: int, weigh: Tensor | None = None) -> Codebook:
@@ -249,7 +249,7 @@ def _importance(model: nn.Module, chosen: Sequence[Layer], data: Iterable[Any]) 
     """Return the error weight of each weight, in its stored shape."""
     idle = [l.full_name for l in chosen if l.layout.kind == "embedding"]
     if idle:
-        raise DataError(f"an embedding has no inputs to weigh by: ignore {', '.join(idle)}, or leave data out")
+        raise DataError(f"an embedding has no input statistics: ignore {', '.join(idle)}, or leave data out")
     stats = collect_stats(model, data, chosen, frozenset({"input"}))
     importance = {}
     for layer in chosen:

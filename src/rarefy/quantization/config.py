@@ -146,7 +146,7 @@ def _solver_of(solver: SolverField) -> Solver | None:
         return Solver(name=name, **(ROUND | options))
     solver = resolve(solver)
     if solver.reconstruct:
-        raise PatternError("solver obs: reconstruct learns weights that are not rounded; leave it out here")
+        raise PatternError("solver obs: reconstruct is not supported for quantization; leave it out")
     return solver
 
 
@@ -161,7 +161,9 @@ def _pattern_of(options: QuantizeOptions, solver: Solver | None) -> tuple[Patter
     pattern = parse_pattern(options.pattern)
     sparsity, _ = check_sparsity(pattern, options.sparsity, None)
     if pattern.kind not in ("unstructured", "nm", "block"):
-        raise PatternError(f"pattern {pattern} crosses all columns: prune_ first, then quantize")
+        raise PatternError(
+            f"pattern {pattern} spans all columns, which solver obs quantizes in order: prune_ first, then quantize"
+        )
     if pattern.kind == "nm" and isinstance(options.group, int) and options.group % pattern.b:
-        raise PatternError(f"groups of {options.group} inputs and the {pattern.b} of pattern {pattern} overlap")
+        raise PatternError(f"group={options.group} must be a multiple of {pattern.b} for pattern {pattern}")
     return pattern, sparsity

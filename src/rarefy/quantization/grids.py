@@ -36,5 +36,5 @@ def check_finite(layer: Layer, grid: Grid, values: Tensor) -> Tensor:
     """Return the rounded weights. Raises ModelError where they or their scales overflow the weight's dtype."""
     if not (torch.isfinite(grid.scale).all() and torch.isfinite(values).all()):
         max_weight = float(layer.weight.detach().abs().max())
-        raise ModelError(f"{layer.full_name} has weights of {max_weight:g}: their grid overflows {values.dtype}")
+        raise ModelError(f"{layer.full_name} has weights up to {max_weight:g}, whose scales overflow {values.dtype}")
     return values

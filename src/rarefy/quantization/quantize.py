@@ -182,7 +182,7 @@ def check_data(config: QuantizeConfig, data: Any) -> None:
     if data is not None:
         check_batches(data)
     if config.solver is not None and data is None:
-        raise DataError(f"solver {config.solver.name} works on a layer's inputs: give data=batches")
+        raise DataError(f"solver {config.solver.name} needs the inputs of each layer: give data=batches")
     calibrated = "activations 'int8-static'" if config.activations == "int8-static" else "smooth"
     if (config.activations == "int8-static" or config.smooth is not None) and data is None:
         raise DataError(f"{calibrated} reads data: give data=batches")
@@ -200,8 +200,8 @@ def check_layers(chosen: Sequence[Layer], config: QuantizeConfig) -> dict[str, t
         check_maskable(layer)
         if attached_grid(layer.module, layer.param) is not None or get_grid(layer) is not None:
             raise ModelError(
-                f"{layer.full_name} is quantized already, and its rounding errors would be rounded again: start from "
-                "the weights before, or ignore it"
+                f"{layer.full_name} is already quantized: start from the weights before quantization, or ignore "
+                "the layer"
             )
     return {l.full_name: scale_shape(l, config.group) for l in chosen}
 

@@ -138,7 +138,7 @@ class Kernel:
         ids = ids.to(torch.int64).contiguous()
         out = torch.empty(*ids.shape, self.shape[1], dtype=torch.float32, device="cpu")
         if library().rarefy_dequantize_rows(self.at, ids.data_ptr(), ids.numel(), out.data_ptr()):
-            raise IndexError(f"a weight of {self.shape[0]} rows has not all of {int(ids.min())} to {int(ids.max())}")
+            raise IndexError(f"expected ids from 0 to {self.shape[0] - 1}, got {int(ids.min())} to {int(ids.max())}")
         return out
 
     def _convolve(self, packed: Any, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -55,7 +55,7 @@ class Sparse(nn.Module):
             raise ModelError(unknown("activation", str(activation), [str(a) for a in reference.ACTIVATIONS]))
         self.activation = activation
         if not weights or min(weights) != 1:
-            raise ModelError("a layer needs a weight that serves a batch of one input")
+            raise ModelError("expected packed weights for batches from one input up")
         shapes = {tuple(w.shape) for w in weights.values()}
         if len(shapes) != 1:
             raise ModelError(f"the packed weights of a layer must have one shape, got {sorted(shapes)}")
@@ -123,7 +123,7 @@ class Sparse(nn.Module):
         if batch > MAX_PANEL_BATCH and isinstance(packed := self.packed_weight(start), QuantizedPanels):
             return self._run_dense(reference.rounded(x.float(), packed).to(x.dtype), unpack(packed))
         if not x.is_floating_point():
-            raise ModelError(f"the layer takes floating point, x is {str(x.dtype).removeprefix('torch.')}")
+            raise ModelError(f"the layer needs floating-point inputs, x is {str(x.dtype).removeprefix('torch.')}")
         y = self._kernel_for(start, names).run(x)
         return y if y.dtype is x.dtype else y.to(x.dtype)
 
@@ -361,7 +361,9 @@ class QuantizedEmbedding(nn.Module):
         """Return rows [..., embedding_dim] for ids [...]; IndexError for an id out of range. O(ids)."""
         flat = ids.reshape(-1)
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_embeddings:
-            raise IndexError(f"an embedding of {self.num_embeddings} rows has no row {int(flat.max())}")
+            raise IndexError(
+                f"expected ids from 0 to {self.num_embeddings - 1}, got {int(flat.min())} to {int(flat.max())}"
+            )
         fours = F.pad(flat, (0, -len(flat) % 4)).view(-1, 4)
         parts: Any = {n: t for n, t in self._buffers.items() if t is not None}
         for name, t in parts.items():
@@ -373,7 +375,7 @@ class QuantizedEmbedding(nn.Module):
 def refuse_traces(compiling: bool) -> None:
     """Raise ModelError within torch.jit.trace, which would record the outputs of a kernel as constants."""
     if not compiling and torch._C._is_tracing():
-        raise ModelError("torch.jit.trace sees no kernels: trace the model before accelerate_")
+        raise ModelError("torch.jit.trace cannot record kernels: trace the model before accelerate_")
 
 
 @cache

@@ -57,7 +57,7 @@ def prune_heads_(
     inner = unwrap(model)
     check_unmasked(inner)
     if not isinstance(heads, Mapping) or not heads:
-        raise ModelError(f"heads is {{name of an attention module: [numbers]}}, got {heads!r}")
+        raise ModelError(f"heads: expected {{name of an attention module: [numbers]}}, got {heads!r}")
     check_optimizer(optimizer, inner)
     before = sum(p.numel() for p in inner.parameters())
     replacement = give_own_heads(inner, set(heads))

@@ -274,7 +274,7 @@ def run_drop_layers(
     if data is not None:
         check_repeatable(data)
         if score == "random":
-            raise DataError("data has no effect: score random reads none")
+            raise DataError("data has no effect with score random: leave data out")
     check_optimizer(optimizer, inner)
     candidates = droppable(inner, example)
     blocks = _named(inner, candidates, options.layers, options.ignore)

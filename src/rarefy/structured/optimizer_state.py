@@ -21,10 +21,10 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ModelError(f"optimizer is a torch.optim.Optimizer, got {optimizer!r}")
+        raise ModelError(f"optimizer: expected a torch.optim.Optimizer, got {optimizer!r}")
     parameters = {id(p) for p in model.parameters()}
     if not any(id(p) in parameters for g in optimizer.param_groups for p in g["params"]):
-        raise ModelError(f"optimizer trains none of this {type(model).__name__}'s parameters")
+        raise ModelError(f"optimizer holds no parameter of this {type(model).__name__}")
     for p, state in optimizer.state.items():
         for name, value in state.items():
             number = (

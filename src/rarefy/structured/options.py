@@ -87,25 +87,25 @@ class CutOptions(Options):
                 raise ModelError(unknown("score", self.score, UNIT_SCORES))
         if self.reduce != "sum" and self.unit_score in ("obs", "median", "random"):
             with at("reduce"):
-                raise ModelError(f"reduce has no effect: score {self.unit_score} is one number a unit")
+                raise ModelError(f"reduce has no effect: score {self.unit_score} gives one number per unit")
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(budgets) > 1:
             with at(budgets[1]):
-                raise ModelError(f"{' and '.join(budgets)} are given: a cut has one budget")
+                raise ModelError(f"expected one budget, got {' and '.join(budgets)}")
         return self
 
     def _check_layers(self) -> None:
         """Raise for what has no meaning where whole blocks go."""
         if self.units != ("layer",):
             with at("units"):
-                raise ModelError("layers are cut by themselves: units='layer'")
+                raise ModelError("layers cannot be combined with other units: give units='layer'")
         if self.score is not None and self.score not in LAYER_SCORES:
             with at("score"):
                 raise ModelError(unknown("score of layers", self.score, LAYER_SCORES))
         for name in BUDGETS[1:]:
             if getattr(self, name) is not None:
                 with at(name):
-                    raise ModelError(f"layers go whole: give keep, not {name}")
+                    raise ModelError(f"layers are removed as a whole: give keep, not {name}")
         for name in ("reduce", "scope", "min_keep", "round_to", "steps", "repair"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 with at(name):
@@ -162,17 +162,17 @@ def check_unmasked(model: nn.Module, whole: bool = False, doing: str = "cut") ->
         raise ModelError("masks are still attached: fold_ the model first")
     for layer in all_layers(model):
         if attached_grid(layer.module, layer.param) is not None or (recorded_grids(layer.module) and not whole):
-            raise ModelError(f"{layer.full_name} is quantized already: {doing} first, then quantize")
+            raise ModelError(f"{layer.full_name} is already quantized: {doing} first, then quantize")
     factorized = next(iter(lowrank_modules.factor_records(model)), None)
     if factorized is not None:
-        raise ModelError(f"{factorized} is factorized already: {doing} first, then factorize")
+        raise ModelError(f"{factorized} is already factorized: {doing} first, then factorize")
 
 
 def check_repeatable(data: Any) -> None:
     """Raise DataError for data that is no list of batches, or can be iterated only once."""
     check_batches(data)
     if isinstance(data, Iterator):
-        raise DataError("data is run through more than once: give a list or a DataLoader, not an iterator")
+        raise DataError("data is read more than once: give a list or a DataLoader, not an iterator")
 
 
 def check_data(options: CutOptions, data: Any, loss: Any) -> tuple[str, ...]:

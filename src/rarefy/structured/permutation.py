@@ -56,7 +56,7 @@ class PermuteOptions(Options):
     @classmethod
     def _check_pattern(cls, pattern: str) -> str:
         if parse_pattern(pattern).kind != "nm":
-            raise PatternError(f"pattern {pattern!r} is not N:M, such as 2:4, to which the order of inputs matters")
+            raise PatternError(f"expected an N:M pattern such as 2:4, got {pattern!r}")
         return pattern
 
 

@@ -116,7 +116,7 @@ def restore(model: nn.Module, record: Any, path: Any) -> None:
         _keep_blocks(model, name, kept_blocks, path)
     for name in record["attention"]:
         if not isinstance(name, str) or not replace_mha_(model, [name]):
-            raise ContainerError(f"{path}: {type(model).__name__} has no attention {name!r} that could have own heads")
+            raise ContainerError(f"{path}: {type(model).__name__} has no attention {name!r} whose heads can be cut")
     modules = dict(model.named_modules())
     for name, value in record["numbers"].items():
         _set_number(model, modules, name, value, path)
@@ -145,7 +145,7 @@ def _set_number(model: nn.Module, modules: Mapping[str, nn.Module], name: str, v
     if len(old_sizes) != len(new_sizes) or not all(
         type(o) is int and type(n) is int and minimum <= n <= o for o, n in sizes
     ):
-        raise ContainerError(f"{path}: {type(model).__name__} has no size {name} that a cut could make {value!r}")
+        raise ContainerError(f"{path}: {type(model).__name__} has no size {name} that can be reduced to {value!r}")
     setattr(modules[prefix], attribute, tuple(value) if isinstance(value, list) else value)
 
 
@@ -156,7 +156,7 @@ def _resized(slots: Mapping[str, tuple[nn.Module, str]], shapes: Mapping[str, An
         old = _tensor(slots, name, path)
         fits = isinstance(shape, list) and len(shape) == old.dim()
         if not fits or any(type(n) is not int or not 1 <= n <= o for n, o in zip(shape, old.shape)):
-            raise ContainerError(f"{path}: {name} is {list(old.shape)} in this class; no cut makes it {shape!r}")
+            raise ContainerError(f"{path}: {name} is {list(old.shape)} in this class and cannot be cut to {shape!r}")
         if list(old.shape) != shape:
             tensors[id(old)] = torch.empty(shape, dtype=old.dtype, device=old.device)
     return tensors
@@ -186,7 +186,7 @@ def _keep_blocks(model: nn.Module, name: str, indices: Any, path: Any) -> None:
     fits = fits and all(type(i) is int and 0 <= i < len(block_list) for i in indices)  # type: ignore[arg-type]
     if not fits or indices != sorted(set(indices)):
         raise ContainerError(
-            f"{path}: {type(model).__name__} has no list of blocks {name} of which a cut could keep {indices!r}"
+            f"{path}: {type(model).__name__} has no list of blocks {name} with the indices {indices!r}"
         )
     keep_blocks(block_list, indices)  # type: ignore[arg-type]
 

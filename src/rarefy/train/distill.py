@@ -64,7 +64,7 @@ class Distill(Options):
         'kl'
         >>> Distill(logits=0)
         Traceback (most recent call last):
-        rarefy.common.errors.RecipeError: nothing is learnt from the teacher: give logits, hidden or relations
+        rarefy.common.errors.RecipeError: the teacher has no effect: give logits, hidden or relations
     """
 
     task: Weight = Field(default=1.0, description="weight of the model's own loss")
@@ -99,16 +99,16 @@ class Distill(Options):
     def _check_combination(self) -> Distill:
         if self.top is not None and (self.by != "kl" or not self.logits):
             with at("top"):
-                raise RecipeError("top keeps the likeliest classes of logits by kl: it has no effect here")
+                raise RecipeError("top has no effect: it selects classes for logits by kl only")
         for name in ("at", "teacher_at"):
             if getattr(self, name) is not None and self.hidden is None:
                 with at(name):
                     raise RecipeError(
-                        f"{name} names modules for hidden: give hidden, such as squarehead, or leave {name} out"
+                        f"{name} has no effect without hidden: give hidden, such as squarehead, or leave {name} out"
                     )
         if not (self.logits or (self.hidden and self.hidden_weight) or self.relations):
             with at("logits"):
-                raise RecipeError("nothing is learnt from the teacher: give logits, hidden or relations")
+                raise RecipeError("the teacher has no effect: give logits, hidden or relations")
         return self
 
 
@@ -150,12 +150,12 @@ class Distiller(nn.Module):
         super().__init__()
         for name, side in (("student", student), ("teacher", teacher)):
             if not isinstance(side, nn.Module):
-                raise ModelError(f"the {name} is a torch.nn.Module, got {side!r}; rarefy.load(path) reads one")
+                raise ModelError(f"{name}: expected a torch.nn.Module, got {side!r}; rarefy.load(path) returns one")
         if student is teacher:
             raise ModelError("student and teacher are one model: give a copy as it was, copy.deepcopy(model)")
         config, self.prepared = config or Distill(), False
         if config.cache and cache is None:
-            raise RecipeError("cache keeps the teacher's answers in a folder: give Distiller(..., cache=FOLDER)")
+            raise RecipeError("cache needs a folder for the teacher's outputs: give Distiller(..., cache=FOLDER)")
         self.config, self.task = config, config.task
         self._models = (student, teacher)  # a tuple, so that neither is a part of this module
         self._pairs = _hidden_pairs(student, teacher, config) if config.hidden else []

@@ -130,7 +130,7 @@ def fit_(
     """
     options = FitOptions(epochs=epochs, lr_schedule=lr_schedule, patience=patience)
     if steps is not None and not isinstance(steps, Steps):
-        raise RecipeError(f"steps is a rarefy.train.fit.Steps, which says how a step is taken, got {steps!r}")
+        raise RecipeError(f"steps: expected a rarefy.train.fit.Steps, got {steps!r}")
     return run_fit(
         model, data, options, steps, optimizer=optimizer, loss=loss, prune=prune, calibrate=calibrate,
         distill=distill, at=at, validate=validate, maximize=maximize, seed=seed, resume_dir=resume_dir, also=also,
@@ -214,17 +214,17 @@ def _check_arguments(model: nn.Module, data: Any, options: FitOptions, distill: 
     """Raise for what would only be found wrong in the middle of training."""
     fixed = next((n for n, m in model.named_modules() if isinstance(m, Sparse)), None)
     if fixed is not None:
-        raise ModelError(f"{fixed} runs on kernels, which do not learn: train before accelerate_")
+        raise ModelError(f"{fixed} runs on kernels, which have no gradients: train before accelerate_")
     if options.patience is not None and validate is None:
         raise RecipeError("patience needs a validation metric: give validate, a function of the model")
     if not callable(data):
         check_batches(data)
     for when, event in (at or {}).items():
         if not callable(event):
-            raise RecipeError(f"at: {when!r} has a function of the model, such as a lambda, got {event!r}")
+            raise RecipeError(f"at[{when!r}]: expected a function of the model, such as a lambda, got {event!r}")
     plain = isinstance(distill, nn.Module) and not isinstance(distill, Distiller)
     if distill is not None and (plain or not callable(distill)):
-        what = "distill is a rarefy.Distiller(model, teacher) or a callable(output, batch, own loss)"
+        what = "distill: expected a rarefy.Distiller(model, teacher) or a callable(output, batch, own loss)"
         raise RecipeError(f"{what}, got {type(distill).__name__}")
     wrong = next((n for n, p in model.named_parameters() if not p.is_meta and not torch.isfinite(p).all()), None)
     if wrong is not None:
@@ -258,7 +258,7 @@ def _key(model: nn.Module, data: Any, moves: torch.optim.Optimizer, options: dic
 
 def _number(metric: Any) -> float:
     if not isinstance(metric, int | float) and not (isinstance(metric, torch.Tensor) and metric.numel() == 1):
-        raise RecipeError(f"validate returns a number, got {type(metric).__name__}")
+        raise RecipeError(f"validate must return a number, got {type(metric).__name__}")
     return float(metric)
 
 
@@ -454,7 +454,7 @@ def _optimizer(model: nn.Module, optimizer: Any, distill: Any) -> torch.optim.Op
     if not isinstance(optimizer, torch.optim.Optimizer):
         if not callable(optimizer):
             raise RecipeError(
-                "optimizer is a torch optimizer or a function that makes one, such as "
+                "optimizer: expected a torch optimizer or a function that creates one, such as "
                 f"lambda parameters: torch.optim.SGD(parameters, lr=0.1); got {optimizer!r}"
             )
         projectors = list(distill.parameters()) if isinstance(distill, nn.Module) else []

@@ -80,7 +80,7 @@ class Sparsifier:
         self._actions = dict(sorted((at or {}).items()))
         outside = next((t for t in self._actions if not 0 <= t <= 1), None)
         if outside is not None:
-            raise PatternError(f"at: {outside!r} is not within training, 0 to 1")
+            raise PatternError(f"at: expected training progress between 0 and 1, got {outside!r}")
         if config is None:
             self._layers = [l for l in all_layers(model) if get_mask(l) is not None]
             self._clear_masked()

@@ -38,9 +38,9 @@ def sparsities(kind: str, last: float, steps: int, first: float = 0.0) -> list[f
     if kind not in SCHEDULES:
         raise PatternError(unknown("schedule", kind, SCHEDULES))
     if not 1 <= steps <= MAX_STEPS:
-        raise PatternError(f"a schedule has at least one step and at most {MAX_STEPS:,}, got {steps}")
+        raise PatternError(f"steps: expected 1 to {MAX_STEPS:,}, got {steps}")
     if not 0 <= first <= last <= 1:
-        raise PatternError(f"a schedule rises from first to last within 0..1, got {first} to {last}")
+        raise PatternError(f"expected 0 <= first <= last <= 1, got first {first} and last {last}")
     if kind == "exponential" and (last == 1 or first == 1):
         raise PatternError("an exponential schedule never reaches sparsity 1: use linear or cubic")
     schedule = [round(SCHEDULES[kind](i / steps, first, last), 12) for i in range(1, steps + 1)]
