@@ -258,9 +258,9 @@ def test_options_without_effect(tmp_path):
     with pytest.raises(FormatError, match="has no effect on a compiled model"):
         rarefy.save(made, tmp_path / "out", format="csr")
     rarefy.save(made, tmp_path / "out")
-    with pytest.raises(ContainerError, match="model= has no effect: leave it out"):
+    with pytest.raises(ContainerError, match="model= has no effect: .*leave it out"):
         rarefy.load(tmp_path / "out", mlp())
-    with pytest.raises(ContainerError, match="accelerate= has no effect: leave it out"):
+    with pytest.raises(ContainerError, match="accelerate= has no effect: .*leave it out"):
         rarefy.load(tmp_path / "out", accelerate=True)
     with pytest.raises(ContainerError, match="exists and is a Rarefy folder; pass overwrite"):
         rarefy.save(made, tmp_path / "out")

@@ -152,9 +152,9 @@ def test_options_without_effect_and_where_modules_are_asked_for(tmp_path):
     with pytest.raises(FormatError, match="has no effect on a compiled model"):
         rarefy.save(made, tmp_path / "out", format="csr")
     rarefy.save(made, tmp_path / "out")
-    with pytest.raises(ContainerError, match="model= has no effect: leave it out"):
+    with pytest.raises(ContainerError, match="model= has no effect: .*leave it out"):
         rarefy.load(tmp_path / "out", small())
-    with pytest.raises(ContainerError, match="accelerate= has no effect: leave it out"):
+    with pytest.raises(ContainerError, match="accelerate= has no effect: .*leave it out"):
         rarefy.load(tmp_path / "out", accelerate=True)
     for to in ("hf", "safetensors"):
         with pytest.raises(ModelError, match="Decoder|compiled from"):

@@ -290,7 +290,7 @@ def test_pruned_layers_are_skipped_with_a_reason():
         ("- factorize: {}", "factors need one of rank, keep, energy, time, got none"),
         ("- factorize:\n    keep: 2.0", r"r.yaml line 3: .*keep: expected a number above 0 and below 1, got 2.0"),
         ("- factorize:\n    rnak: 2", r"unknown field 'rnak'"),
-        ("- factorize: {rank: 2}\n- cut: {keep: 0.5}", "a cut comes before"),
+        ("- factorize: {rank: 2}\n- cut: {keep: 0.5}", "a cut must come before"),
     ],
 )
 def test_recipe_errors_name_the_line(text, says):
