@@ -300,7 +300,7 @@ def test_weights_stay_in_their_files(how, tmp_path):
             {"memory": 1 << 30, "solver": "refit", "resume_dir": "w", "score": "taylor"},
             "score 'taylor' over all layers",
         ),
-        ({"memory": 1 << 30, "solver": "obs", "resume_dir": "w", "allocate": "errors"}, "allocate='errors' holds all"),
+        ({"memory": 1 << 30, "solver": "obs", "resume_dir": "w", "allocate": "errors"}, "allocate='errors' needs all"),
     ],
 )
 def test_what_memory_and_work_cannot_do(how, message, tmp_path, monkeypatch):

@@ -262,7 +262,7 @@ def test_a_recipe_factorizes_and_corrects():
         ({"rank": 2, "data": []}, DataError, "the calibration data is empty"),
         ({"rank": 2, "data": "wiki"}, DataError, "data: expected an iterable of batches"),
         ({"keep": 0.5, "of": mlp()}, PatternError, "is not supported for factors beside a layer: give rank"),
-        ({"rank": 2, "of": nn.Linear(2, 2)}, ModelError, r"of: Linear has no 0 of \[24, 32\]"),
+        ({"rank": 2, "of": nn.Linear(2, 2)}, ModelError, r"of: expected 0 of shape \[24, 32\] in Linear"),
         ({"rank": 24}, ModelError, "factors would make no layer smaller: 0: rank 24 is 1,344 weights, it has 768"),
         ({"rank": 2, "layers": "9"}, rarefy.RarefyError, "'9' matches no layer"),
     ],

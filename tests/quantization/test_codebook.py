@@ -183,8 +183,8 @@ def set_raw(index, value):
     ("change", "says"),
     [
         (lambda i: set_raw(i, 10), "does not hold the 10 bytes"),
-        (lambda i: set_raw(i, 1 << 50), "would become 1125899906842624 bytes, at most"),
-        (lambda i: set_raw(i, -1), "would become -1 bytes"),
+        (lambda i: set_raw(i, 1 << 50), "decompresses to 1125899906842624 bytes, at most"),
+        (lambda i: set_raw(i, -1), "decompresses to -1 bytes"),
         (lambda i: set_raw(i, "9"), "raw is '9', must be int"),
         (lambda i: i["shards"]["weights-00001.safetensors.xz"].pop("raw"), "must be an object with sha256, bytes, raw"),
     ],
@@ -212,7 +212,7 @@ def test_a_decompression_bomb_is_refused(tmp_path):
         }
 
     edit_compressed_index(folder, lie)
-    with pytest.raises(ContainerError, match="would become 67108864 bytes, at most"):
+    with pytest.raises(ContainerError, match="decompresses to 67108864 bytes, at most"):
         container.read(folder)
 
 
