@@ -77,7 +77,7 @@ def test_padding_is_left_out(side):
 
 def test_padding_on_both_sides_is_refused():
     mask = torch.tensor([[0, 1, 1, 0]])
-    with pytest.raises(DataError, match="filled up on the left"):
+    with pytest.raises(DataError, match="padded on the left"):
         EngineModule(rarefy.decoder(tiny_llama()))(input_ids=ids(1, 4), attention_mask=mask)
 
 

@@ -164,7 +164,7 @@ def test_a_teacher_may_come_from_a_folder(llama, kind, monkeypatch):
 
 
 ERRORS = {
-    "no folder": ("stages: [{train: {distill: {teacher: nowhere}}}]", ModelError, "teacher 'nowhere' is no folder of a model"),
+    "no folder": ("stages: [{train: {distill: {teacher: nowhere}}}]", ModelError, "teacher 'nowhere' is not a model folder"),
     "no data to validate": ("stages: [{train: {validate: accuracy}}]", DataError, "no validate data: name it in the recipe"),
     "method": ("stages:\n- train:\n    prune: {method: acdc, sparsity: 0.5}", RecipeError, r"r.yaml line 3: .*unknown method 'acdc'; acdc is called 'alternate' here"),
     "constant": ("stages:\n- train:\n    prune: {method: constant}", RecipeError, r"r.yaml line 3: .*no method 'constant': leave prune out to keep the masks unchanged"),
