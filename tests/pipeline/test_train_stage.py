@@ -225,7 +225,7 @@ def test_a_dry_run_and_a_receipt_say_what_is_trained(dense):
     (note,) = forecast(dense, plan).notes
     assert (
         note
-        == "stage 1 trains 2 epochs by adamw at 0.0001, zeros by rigl, taught by the model as it was, int8 from 50% on"
+        == "stage 1 trains 2 epochs by adamw at 0.0001, pruned by rigl, distilled from the original model, int8 from 50% on"
     )
     receipt = str(rarefy.compress_(copy.deepcopy(dense), plan, {"train": data()}))
     assert "trained: epochs 2, loss " in receipt and "quantized: " in receipt

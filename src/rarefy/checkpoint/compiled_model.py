@@ -121,7 +121,7 @@ def save(
 
 
 def _numbers_of(decoder: Decoder) -> dict[str, Any]:
-    """Return what a decoder needs besides its graph, as JSON."""
+    """Return the settings of a decoder that its graph does not contain, as JSON."""
     numbers = {n: getattr(decoder, n) for n in ("vocab_size", "max_tokens", "pad_token")}
     features = decoder.compiled.exported.cache_features
     return {**numbers, "eos_tokens": list(decoder.eos_tokens), "cache_features": features}
@@ -343,7 +343,7 @@ def _check_weights(node: Node, g: GraphDef, constants: Mapping[str, Tensor], pac
 
 
 def dense(form: Packed, where: str) -> Tensor:
-    """Return a packed weight from a file as a dense one; ContainerError if it would become far larger."""
+    """Return a packed weight from a file as a dense one; ContainerError if its size is implausible for the file."""
     if isinstance(form, Bitmask | QuantizedPanels):  # they store a bit or a code for each weight
         try:
             return unpack(form)
@@ -377,7 +377,7 @@ def tensors(parts: Parts) -> Iterator[tuple[str, Tensor, str, int, int]]:
 
 
 def summary(parts: Parts) -> dict[str, Any]:
-    """Return what a graph consists of, for `inspect`."""
+    """Return a summary of a graph, for `inspect`."""
     calls = [n for n in parts.graph.graph.nodes if n.op == "call_function"]
     native = Counter(BY_TARGET[n.target].name for n in calls if n.target in BY_TARGET)
     decoder = {DECODER: ", ".join(f"{n} {v}" for n, v in parts.numbers.items())} if parts.numbers else {}

@@ -1,7 +1,7 @@
 """Quantized models as Hugging Face folders in the layout of compressed-tensors, which transformers and vLLM load.
 
 Weights of 8 bits with a scale an output or tensor are stored as they are (`int-quantized`), all others as streams of
-bits in int32 words, a row at a time (`pack-quantized`); inputs rounded in each call are told in the config.
+bits in int32 words, a row at a time (`pack-quantized`); dynamic quantization of inputs is recorded in the config.
 """
 
 from __future__ import annotations

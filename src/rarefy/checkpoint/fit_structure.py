@@ -21,7 +21,7 @@ RECORDS = frozenset({"cut", "tied", "factors", "inputs"})  # fields of `meta` th
 
 
 def restore_structure_(saved: container.Container, model: nn.Module, structure: dict[str, Any], path: Any) -> Slots:
-    """Cut, tie and factorize a model as the folder's was, and return the slots of its tensors.
+    """Cut, tie and factorize a model as in the saved folder, and return the slots of its tensors.
 
     Raises:
         ContainerError: the tensors of the folder do not fit the model.
@@ -65,7 +65,7 @@ def structure_to_build(saved: container.Container, structure: dict[str, Any], pa
 
 
 def _is_cut_already(saved: container.Container, model: nn.Module) -> bool:
-    """Whether a model has the sizes that a cut left, as one built from its config does."""
+    """Return whether a model already has the sizes after the cut, as one built from its saved config does."""
     cut = saved.meta["cut"]
     if not (cut["shapes"] or cut["blocks"]):
         return False  # sizes alone do not tell

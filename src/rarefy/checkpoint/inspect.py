@@ -1,4 +1,4 @@
-"""`inspect`: what a model or a folder holds, tensor by tensor."""
+"""`inspect`: list every tensor of a model or a folder."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def _decode(parts: Mapping[str, Tensor]) -> tuple[Tensor, Grid | None, str]:
 
 
 def _sparse(parts: Mapping[str, Tensor]) -> Tensor:
-    """Dense weights of a bitmask and the values under it, row by row."""
+    """Return the dense weight of a bitmask and its values, stored row by row."""
     rows, columns = _shape(parts, "shape")
     values, bits = parts["compressed"], _part(parts, "bitmask", torch.uint8)
     if list(bits.shape) != [rows, -(-columns // 8)]:
@@ -238,7 +238,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The compression settings of a config, under any name that they ever had."""
+    """Return the compression settings of a config, under any of their historical names."""
     settings = {k: config[k] for k in KEYS if isinstance(config.get(k), dict)}
     method = settings.get("quantization_config", {}).get("quant_method", "compressed-tensors")
     return settings if method in ("compressed-tensors", "sparseml") else {}

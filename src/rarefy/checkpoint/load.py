@@ -85,7 +85,7 @@ def load(
 
 
 def _accelerate_options(accelerate: Any) -> AccelerateOptions | None:
-    """The options of `accelerate_`, or None; ModelError for what it does not take."""
+    """Return the options of `accelerate_`, or None; raise ModelError for unknown options."""
     if accelerate is False:
         return None
     if accelerate is not True and not isinstance(accelerate, Mapping):

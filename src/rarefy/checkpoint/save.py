@@ -118,7 +118,7 @@ def _save_compiled(
 
 
 def _structure_records(model: nn.Module) -> dict[str, Any]:
-    """What `load` needs to give a model of the original class the structure of this one."""
+    """Return the records with which `load` rebuilds the structure of this model from its original class."""
     records = {
         "cut": getattr(model, "rarefy_cut", None),
         "factors": lowrank_modules.factor_records(model),

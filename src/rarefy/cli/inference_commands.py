@@ -394,7 +394,7 @@ def _write_latency_table(
 
 
 def _accelerated(net: Any, tokens: int, batch: int, as_json: bool, quiet: bool) -> tuple[Any, dict[str, Any]]:
-    """Return a copy of the model with sparse layers, and what the report says of it."""
+    """Return a copy of the model with sparse layers, and its note for the report."""
     from rarefy.evaluation.example_inputs import example_of
     from rarefy.runtime.accelerate import accelerate_
 

@@ -294,7 +294,7 @@ def migrate(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Translate a recipe of another tool, with a comment wherever something means something else here.
+    """Translate a recipe of another tool, with a comment wherever the meaning differs.
 
     Reads SparseML's recipes (legacy tags, stages, Markdown), llm-compressor's, NNCF configs before version 3, and, as
     JSON or YAML, a WeightPruningConfig of Neural Compressor and configs of torch.ao.pruning. No code in a file is run.

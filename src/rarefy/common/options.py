@@ -1,4 +1,4 @@
-"""Options objects: each is a verb's validation, a part of the recipe's schema and the documentation at once."""
+"""Options objects: each validates the arguments of a function and is part of the recipe schema and its docs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Options(BaseModel):
 
 @contextmanager
 def at(*path: str | int) -> Iterator[None]:
-    """Say which field an error is about that is raised inside, in a validator of several fields."""
+    """Name the field to which an error inside the block belongs, in a validator of several fields."""
     try:
         yield
     except RarefyError as error:
@@ -120,7 +120,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with data, and where. The text names its subject, or needs the field in front of it."""
+    """A validation problem and its place. If the text does not name the field, it is put in front."""
 
     path: Path
     text: str

@@ -66,7 +66,7 @@ def read_yaml(text: str, name: str, tags: bool = False) -> Document:
 
 
 def _check_events(events: Iterable[Any], name: str, tags: bool) -> None:
-    """Raise RecipeError for what would make data large, deep or active, before anything is built."""
+    """Raise RecipeError for aliases, deep nesting and unknown tags, before any data is built."""
     depth, scalars = 0, set[str | None]()
     for event in events:
         place = f"{name} line {event.start_mark.line + 1 if event.start_mark else 1}"
@@ -86,7 +86,7 @@ def _check_events(events: Iterable[Any], name: str, tags: bool) -> None:
 
 
 class _Builder:
-    """Makes plain data of nodes, and notes the line of each value."""
+    """Converts YAML nodes to plain data and records the line of each value."""
 
     def __init__(self, name: str):
         self.name = name

@@ -1,6 +1,6 @@
 """Steps of a program that prepare an operator's input: quantize it, or pad an image into planes.
 
-An image [batch, channels, height, width] lies in a program as tokens, one for each pixel. A kernel that reads several
+An image [batch, channels, height, width] is stored in a program as tokens, one per pixel. A kernel that reads several
 pixels at once reads planes: the image with its padding, cut so that a position of the kernel is a shift of its start.
 """
 

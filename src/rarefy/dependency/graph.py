@@ -183,7 +183,7 @@ def _convolution_parameters(model: nn.Module, owners: Mapping[str, list[tuple[nn
 
 
 def groups(model: nn.Module, example: Any) -> Report:
-    """List the groups of coupled units of a model, and say which of them can be pruned.
+    """List the groups of coupled units of a model and whether each can be pruned.
 
     A group is what `cut_` removes together: a neuron or channel with its slices of every weight, bias and norm, an
     attention head with its rows and columns. Cost: one call of the model.

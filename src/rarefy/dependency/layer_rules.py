@@ -14,7 +14,7 @@ from rarefy.model.batches import tensors_in
 
 
 def matmul(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """mm, bmm and the variants that add to them: both sides share the dimension that is summed over."""
+    """mm, bmm and their variants with an added tensor: both inputs share the dimension that is summed over."""
     name = func.overloadpacket.__name__.rstrip("_")
     addends, (a, b) = (args[:1], args[1:3]) if name in ("addmm", "baddbmm", "addmv", "addbmm") else ((), args[:2])
     da, db = t.dims(a), t.dims(b)
@@ -274,6 +274,6 @@ def scatter(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def scalar(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """A number leaves the graph; tensors stay as they are."""
+    """Scalars leave the graph; dimensions of tensors do not change."""
     for y in tensors_in([out]):
         t.set_dims(y, [fixed(n) for n in y.shape])

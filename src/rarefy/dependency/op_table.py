@@ -1,4 +1,4 @@
-"""The table of operators: which rule says what an ATen operator does to dimensions."""
+"""The table that maps each ATen operator to the rule for its dimensions."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def arg(func: Any, args: Any, kwargs: Any, name: str, default: Any = None) -> An
 
 
 def pointwise(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Dimensions that are aligned are the same."""
+    """Elementwise operators: aligned dimensions of all inputs are the same."""
     inputs = list(tensors_in([list(args), kwargs]))
     for y in tensors_in([out]):
         dims: list[Expr | None] = [None] * y.dim()
@@ -82,7 +82,7 @@ def like(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def factory(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Constants such as zeros: their sizes are numbers of the module, which may follow."""
+    """Constants such as zeros: their sizes come from the module's attributes, which a cut can update."""
     for y in tensors_in([out]):
         dims = [free(n) for n in y.shape]
         t.set_dims(y, dims)

@@ -1,6 +1,6 @@
 """Symbolic dimensions: what a dimension of a tensor consists of, refined while a model is traced.
 
-    Axis   n units of which nothing else is known; a locked axis keeps all its units
+    Axis   n units without further structure; a locked axis keeps all its units
     Prod   row-major pairs, as `view` merges dimensions: heads x head_dim
     Sum    concatenation, as `cat` joins dimensions: queries, keys, values
 
@@ -105,7 +105,7 @@ def leaves(e: Expr) -> Iterator[Axis]:
 
 
 def products(e: Expr) -> Iterator[Prod]:
-    """Yield the products in a dimension, the outermost."""
+    """Yield the outermost products in a dimension."""
     e = resolve(e)
     if isinstance(e, Prod):
         yield e

@@ -53,7 +53,7 @@ class Trace(TorchDispatchMode):
         return self.known_dims[t]
 
     def set_dims(self, t: Any, dims: list[Expr], source: Tensor | None = None) -> None:
-        """Set the dimensions of an output; `source` is the tensor of which it is a view."""
+        """Set the dimensions of an output; `source` is the tensor that it is a view of."""
         if isinstance(t, Tensor):
             assert len(dims) == t.dim(), f"{len(dims)} dimensions for {list(t.shape)}"
             self.known_dims[t] = dims
@@ -61,7 +61,7 @@ class Trace(TorchDispatchMode):
                 self.source[t] = self.source[source]
 
     def record_sizes(self, dims: list[Expr]) -> None:
-        """Record that the running module's code names these sizes, so that its numbers must follow them."""
+        """Record that the running module's code uses these sizes, so a cut must update its size attributes."""
         self.sizes.setdefault(self.stack[-1], []).extend(dims)
 
     def unify(self, a: Expr, b: Expr) -> None:
@@ -95,7 +95,7 @@ class Trace(TorchDispatchMode):
 
 
 def unsupported_op(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """The rule for operators without one: their inputs keep their units."""
+    """Rule for unsupported operators: their inputs keep all units."""
     name = str(func.overloadpacket)
     for t in tensors_in([list(args), kwargs]):
         if not all(map(is_fixed, trace.dims(t))):

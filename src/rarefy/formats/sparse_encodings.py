@@ -144,7 +144,7 @@ def smallest(x: Tensor, pattern: str | None = None, *, axis: int = -1) -> Packed
 def to_torch(p: Packed) -> Tensor:
     """Return csr, csc or bsr as torch's own sparse matrix [R, C], values shared, explicit zeros kept: O(k).
 
-    FormatError for other formats, and for bsr whose blocks stick out over the edge, which torch cannot say.
+    FormatError for other formats, and for bsr with partial blocks at the edge, which torch cannot represent.
 
     >>> to_torch(encode(torch.eye(2), "csr")).layout
     torch.sparse_csr

@@ -28,7 +28,7 @@ NOTE = "rarefy_tied"
 
 
 class TieOptions(Options):
-    """Let neighbouring blocks share their weights. See `rarefy.tie_layers_`."""
+    """Share the weights of neighbouring blocks. See `rarefy.tie_layers_`."""
 
     error = PatternError
 

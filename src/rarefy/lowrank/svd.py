@@ -54,7 +54,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class FactorizeOptions(Options):
-    """Replace layers by products of smaller ones. One of rank, keep, energy and time is given."""
+    """Replace layers by low-rank factors; exactly one of rank, keep, energy and time sets the size."""
 
     error = PatternError
 
@@ -93,7 +93,7 @@ class FactorizeOptions(Options):
 
 
 def check_beside(options: FactorizeOptions) -> None:
-    """Raise PatternError for a budget other than rank, where factors stand beside layers."""
+    """Raise PatternError for a budget other than rank, where factors are added beside layers."""
     name = next(name for name in BUDGETS if getattr(options, name) is not None)
     if name != "rank":
         raise PatternError(f"{name}={getattr(options, name)!r} is not supported for factors beside a layer: give rank")
@@ -265,7 +265,7 @@ def _why_skipped(layer: Layer, model: nn.Module, options: FactorizeOptions, as_c
 
 
 def _residuals(chosen: Sequence[Layer], of: nn.Module) -> dict[str, Tensor]:
-    """Return what each layer lost against the same layer of another model, [O, C]."""
+    """Return the weight differences [O, C] of each layer to the same layer of another model."""
     dense_modules = dict(unwrap(of).named_modules())
     residuals = {}
     for layer in chosen:
@@ -392,7 +392,7 @@ def _rank(module: nn.Module, energies: Tensor, options: FactorizeOptions, max_ra
 
 
 def _rank_for_energy(energies: Tensor, share: float) -> int:
-    """Return how many of falling energies make up a share of their sum."""
+    """Return how many of the largest energies (sorted, descending) reach a share of their sum."""
     sums = energies.double().cumsum(0)
     return min(len(sums), int((sums < share * sums[-1]).sum()) + 1)
 

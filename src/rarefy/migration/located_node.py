@@ -1,4 +1,4 @@
-"""Values of another tool's recipe, each with the place where it is written."""
+"""Values of another tool's recipe, each with its file and line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Node:
 
     @classmethod
     def of_yaml(cls, text: str, name: str) -> Node:
-        """Return YAML text as nodes; a tag is the only key of a mapping. RecipeError for what is no YAML."""
+        """Return YAML text as nodes; a tag is the only key of a mapping. RecipeError for invalid YAML."""
         document = read_yaml(text, name, tags=True)
         return cls._located(document.data, document, ())
 

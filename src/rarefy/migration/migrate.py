@@ -17,7 +17,7 @@ class Migrated:
     """A migrated recipe.
 
     Args:
-        text: the recipe as YAML; comments say what means something else here.
+        text: the recipe as YAML; comments mark differences in meaning.
         tool: the tool that the source belongs to, such as "sparseml".
         recipe: the parsed recipe.
 
@@ -50,7 +50,7 @@ def migrate(source: str | Path | Mapping[str, Any] | list[Any], *, skip: bool = 
     Example:
 
     >>> print(migrate([{"tensor_fqn": "fc1.weight", "sparse_block_shape": [1, 4], "zeros_per_block": 2}]).text)
-    # from a config of torch.ao.pruning, by `rarefy migrate`; comments say what means something else here
+    # from a config of torch.ao.pruning, by `rarefy migrate`; comments mark differences in meaning
     stages:
     # sparsity_level 0.5 left some blocks whole: N:M is the same everywhere here
     - prune:

@@ -26,10 +26,10 @@ def nncf(draft: Draft, config: Mapping[str, Any], skip: bool) -> None:
 
 
 def _nncf_where(modifier: Modifier) -> list[str]:
-    """Scopes name modules by their classes, which selectors do not: they have to be written anew."""
+    """Return a remark for each scope: scopes name modules by class and must be rewritten as selectors."""
     scopes = [k for k in ("ignored_scopes", "target_scopes") if modifier.settings.get(k)]
     return [
-        f"{modifier.name}: {k} {str(modifier.settings[k])[:80]} has to be written as names: ignore or layers"
+        f"{modifier.name}: {k} {str(modifier.settings[k])[:80]} must be rewritten as names in ignore or layers"
         for k in scopes
     ]
 

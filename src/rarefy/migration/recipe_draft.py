@@ -1,4 +1,4 @@
-"""A recipe being translated from another tool: its stages, and remarks on what means something else here."""
+"""A recipe that is being translated from another tool: its stages, and remarks on differences in meaning."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Draft:
         """Return the recipe as YAML; each remark is a comment before its stage."""
         if not self.stages:
             raise RecipeError(f"{self.source} has no setting that a recipe supports: {'; '.join(self.remarks)}")
-        lines = [f"# from {self.source}, by `rarefy migrate`; comments say what means something else here"]
+        lines = [f"# from {self.source}, by `rarefy migrate`; comments mark differences in meaning"]
         lines += _comments(self.remarks)
         lines.append("stages:")
         for stage in self.stages:

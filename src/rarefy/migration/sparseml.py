@@ -318,7 +318,7 @@ def _structured(draft: Draft, modifier: Modifier, epochs: float) -> None:
 
 def _thinning(draft: Draft, modifier: Modifier, epochs: float) -> None:
     if not any(s.name == "cut" for s in draft.stages):
-        draft.remarks.append(f"{modifier.name}: what is cut is removed at once, but nothing is cut here")
+        draft.remarks.append(f"{modifier.name} has no effect: no stage of this recipe cuts units")
 
 
 def _blocks(draft: Draft, modifier: Modifier, epochs: float) -> None:

@@ -77,7 +77,7 @@ def get_activation_quant(module: nn.Module) -> ActivationQuant | None:
 
 
 def set_activation_quant_(module: nn.Module, inputs: ActivationQuant | None) -> None:
-    """Round a module's inputs from now on; None stops rounding them."""
+    """Quantize a module's inputs in every call from now on; None turns it off."""
     for key in [k for k, h in module._forward_pre_hooks.items() if is_quant_hook(h)]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -121,7 +121,7 @@ def activation_quants(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def restore_activation_quants_(model: nn.Module, saved: Any, path: Any) -> None:
-    """Round inputs as a saved file says. Raises ContainerError if the data does not fit the model."""
+    """Restore the input quantization of a saved file; ContainerError if it does not fit the model."""
     if not isinstance(saved, Mapping):
         raise ContainerError(f"{path}: expected an object that describes rounded inputs, got {type(saved).__name__}")
     modules = dict(model.named_modules())

@@ -66,7 +66,7 @@ class Layer:
 
     @property
     def original(self) -> nn.Parameter:
-        """The trainable parameter beneath the mask."""
+        """The trainable parameter that the mask is applied to."""
         return original(self.module, self.param)
 
     @property
@@ -95,7 +95,7 @@ def parameter_layer(module: nn.Module, param: str, name: str = "") -> Layer:
 
 
 def original(module: nn.Module, param: str) -> Any:
-    """Return the parameter that an optimizer holds for `module.param`, beneath a mask of ours or of torch's."""
+    """Return the unmasked parameter behind `module.param`, which the optimizer holds (masks of ours or torch's)."""
     if parametrize.is_parametrized(module, param):
         return getattr(getattr(module.parametrizations, param), "original", None)  # type: ignore[union-attr]
     pruned = module._parameters.get(f"{param}_orig")  # as torch.nn.utils.prune leaves it

@@ -1,6 +1,6 @@
 """Masks as torch parametrizations of the weight, so that optimizers, deepcopy, state_dict, compile and DDP just work.
 
-Entries where the mask is False are zero, whatever happens to the parameter beneath. `fold_` writes masks, quantization
+Entries where the mask is False are zero, whatever the underlying parameter holds. `fold_` writes masks, quantization
 grids and codebooks into plain weights.
 """
 
@@ -32,7 +32,7 @@ MIN_ZEROS_ON_GRID = 0.3  # below this fraction, zeros of a quantized weight may 
 
 
 class Mask(nn.Module):
-    """Parametrization: the weight where the mask is True, +0 elsewhere (NaN and -0 beneath do not leak).
+    """Parametrization: the weight where the mask is True, +0 elsewhere (NaN and -0 of masked weights do not leak).
 
     If `probe`, a tensor of zeros, is set, it is added: its gradient is that of the effective weight, at masked entries
     too.
@@ -78,8 +78,8 @@ def zero_masked_(values: Iterable[Any], mask: Tensor) -> None:
 def set_mask_(layer: Layer, mask: Tensor) -> None:
     """Attach a mask to a layer, or replace it, at every owner of a tied weight. O(weights).
 
-    The parameter beneath keeps its values, so a later mask may restore weights. Raises ModelError for a mask of another
-    shape or dtype.
+    The underlying parameter keeps its values, so a later mask may restore weights. Raises ModelError for a mask of
+    another shape or dtype.
     """
     weight = layer.original
     check_maskable(layer)
@@ -144,8 +144,8 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 def fold_(model: nn.Module) -> nn.Module:
     """Write every mask and every quantization grid into its weight, and remove the parametrizations.
 
-    The parameters keep their identity, so an optimizer that holds them goes on. Grids stay recorded beside the weights:
-    `save` and `accelerate_` use them as long as the weights lie on them. O(weights).
+    The parameters keep their identity, so optimizers stay valid. Quantization grids stay recorded:
+    `save` and `accelerate_` use them while the weights match them. O(weights).
 
     Args:
         model: the model to change in place.

@@ -18,7 +18,7 @@ def attach_(module: nn.Module, param: str, parametrization: nn.Module) -> None:
 
 
 def detach_(module: nn.Module, param: str) -> None:
-    """Remove all parametrizations from `module.param`; the parameter beneath keeps its values.
+    """Remove all parametrizations from `module.param`; the underlying parameter keeps its values.
 
     The parameters return to their former order, because the state of an optimizer refers to them by position.
     """

@@ -7,7 +7,7 @@
 
 0 is on every grid, so a masked weight stays zero. A grid is attached as a parametrization, which rounds what an
 optimizer makes of the weight beneath (gradients pass straight through), or recorded beside a plain weight by `fold_`
-and `load`. A record counts only while the weight lies on the grid.
+and `load`. A record is valid only while the weight is on the grid.
 """
 
 from __future__ import annotations
@@ -210,14 +210,14 @@ class GridParametrization(nn.Module):
 class CodebookParametrization(nn.Module):
     """Parametrization: codebook values at fixed indices.
 
-    Gradients go to the values; the weight beneath is not used.
+    Gradients go to the values; the underlying weight is not used.
     """
 
     index: Tensor
 
     def __init__(self, book: Codebook, weight: Tensor, trains: bool = True):
         super().__init__()
-        self.trains = trains  # whether the weight beneath was trainable; it has no gradient while this is attached
+        self.trains = trains  # whether the underlying weight was trainable; it has no gradient while this is attached
         self.bits = book.bits
         self.register_buffer("index", book.codes(weight))
         self.table = nn.Parameter(book.table.detach().clone(), trains)

@@ -59,7 +59,7 @@ def run_cast(model: nn.Module, options: CastOptions) -> Report:
 
 
 def _floating_state(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """What a cast changes: all but the scales of grids, which would be other grids."""
+    """Return the tensors that a cast converts: all except quantization scales, which must stay exact."""
     scales = {id(m.scale) for m in model.modules() if isinstance(m, GridParametrization)}
     state = model.state_dict(keep_vars=True).items()
     return ((n, t) for n, t in state if isinstance(t, Tensor) and t.is_floating_point() and id(t) not in scales)

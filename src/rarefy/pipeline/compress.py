@@ -93,7 +93,7 @@ def compress_(
 
 
 def _check_recipe(model: nn.Module, recipe: Recipe, memory: int | None, resume_dir: Path | None, log: Any) -> None:
-    """Raise for what cannot be done to this model, or has no effect, before any data is read."""
+    """Raise for stages that do not fit this model and options without effect, before any data is read."""
     for target in targets(model, recipe, memory, resume_dir):
         with stage_in_errors(recipe, target.number):
             check_weights(target.layers)
@@ -153,7 +153,7 @@ def _run_stages(
     for stage in recipe.stages:
         keep_dense |= isinstance(stage, FactorizeStage) and stage.beside
         keep_dense |= isinstance(stage, TrainStage) and stage.distill is not None
-    # what follows is compared with the model whose units stand in the order that they will have
+    # later comparisons need the dense model with its units in the permuted order
     first = next((i for i, stage in enumerate(recipe.stages) if not isinstance(stage, PermuteOptions)), 0)
     dense, reports = None, list[Report]()
     for index, stage in enumerate(recipe.stages):

@@ -1,4 +1,4 @@
-"""What a recipe means for a model before it is run: its layers, what cannot be, what size to expect."""
+"""Dry run of a recipe: the layers that it changes, errors that the run would raise, and the expected size."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Target:
-    """What a stage works on: zeros of a pattern, weights of few bits, fewer weights."""
+    """What a stage does to a layer: zeros of a pattern, quantized weights or factors."""
 
     number: int
     layers: list[Layer]
@@ -52,7 +52,7 @@ class Target:
 
 @dataclass(frozen=True)
 class FewBits:
-    """Weights of few bits: a description, and the bytes of a layer's scales or table."""
+    """Quantized weights: a description, and the bytes of a layer's scales or table."""
 
     description: str
     bits: int
@@ -61,7 +61,7 @@ class FewBits:
 
 @contextmanager
 def stage_in_errors(recipe: Recipe, number: int) -> Iterator[None]:
-    """Add the stage to what an error says."""
+    """Add the number of the stage to the message of an error."""
     try:
         yield
     except RarefyError as error:
@@ -71,7 +71,7 @@ def stage_in_errors(recipe: Recipe, number: int) -> Iterator[None]:
 def targets(
     model: nn.Module, recipe: Recipe, memory: int | None = None, resume_dir: Path | None = None
 ) -> Iterator[Target]:
-    """Yield what each stage that prunes or quantizes works on.
+    """Yield the target of each stage that prunes, quantizes or factorizes.
 
     Raises what the run would raise for selectors, patterns and memory, with the stage named. O(modules).
     """
@@ -114,7 +114,7 @@ def _targets_of(
 
 
 def _check_earlier(target: Target, stage: StageOptions, earlier: dict[int, str]) -> None:
-    """Raise ModelError where what a stage before has made of a weight is in the way; note what this one makes."""
+    """Raise ModelError if this stage cannot process what an earlier stage left of a weight; record the new state."""
     beside = isinstance(stage, FactorizeStage) and stage.beside
     for layer in target.layers:
         before, name = earlier.get(id(layer.original)), layer.full_name
@@ -145,7 +145,7 @@ def _quantized(model: nn.Module, number: int, stage: QuantizeOptions) -> Target:
 
 
 def _check_memory(recipe: Recipe) -> None:
-    """Raise RecipeError for what needs the whole model in memory."""
+    """Raise RecipeError for stages and timings that need the whole model in memory."""
     for number, stage in enumerate(recipe.stages, 1):
         if not isinstance(stage, PruneOptions) or stage.solver is None:
             name = STAGE_NAMES[type(stage)]
@@ -210,16 +210,16 @@ def _row(name: str, target: Target, width: int | None, format: str) -> dict[str,
 
 
 def _not_counted(recipe: Recipe) -> Iterator[str]:
-    """What a dry run says besides its table."""
+    """Return notes on what the table of a dry run leaves out."""
     for number, s in enumerate(recipe.stages, 1):
         if isinstance(s, TieOptions):
-            yield f"stage {number} ties blocks, which are stored once: fewer bytes than that"
+            yield f"stage {number} ties blocks, which are stored once: the saved bytes are fewer"
         if isinstance(s, FactorizeStage) and s.beside:
-            yield f"stage {number} puts factors beside layers: more bytes than that"
+            yield f"stage {number} adds factors beside layers: the saved bytes are more"
         if isinstance(s, TrainStage):
             parts = [f"{s.epochs} epochs by {s.optimizer.name} at {s.optimizer.lr:g}"]
-            parts += [f"zeros by {getattr(s.prune, 'method', '')}"] if s.prune else []
-            parts += [f"taught by {s.distill.teacher or 'the model as it was'}"] if s.distill else []
+            parts += [f"pruned by {getattr(s.prune, 'method', '')}"] if s.prune else []
+            parts += [f"distilled from {s.distill.teacher or 'the original model'}"] if s.distill else []
             parts += [f"{s.quantize.weights} from {s.quantize.start:.0%} on"] if s.quantize else []
             yield f"stage {number} trains {', '.join(parts)}"
 
@@ -236,7 +236,7 @@ def _table_bytes(bits: int, group: str | None, layer: Layer) -> int:
 
 
 def _factors(stage: FactorizeStage, layer: Layer) -> int:
-    """Weights of a layer's factors, as far as they can be told without its weights: at most as many as it has."""
+    """Return an upper bound on the weights of a layer's factors; the exact number depends on its values."""
     size = layer.original.numel()
     if why_not_factorizable(layer.module, stage.beside) is not None or layer.param != "weight":
         return size

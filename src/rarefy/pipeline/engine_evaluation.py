@@ -1,4 +1,4 @@
-"""Evaluate the result of a recipe on the engine: quality, speed and sample text of the very model that is timed."""
+"""Evaluate the result of a recipe on the engine: quality, speed and sample text of the model that is timed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def decode_step(engine: Decoder, capacity: int) -> Step:
 def token_rates(
     models: Mapping[str, nn.Module], *, prompt: int, new: int, repeats: int, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Return tokens per second of causal language models, of transformers and on the engine, timed in turns.
+    """Return tokens per second of causal language models, of transformers and on the engine, timed alternately.
 
     Args:
         models: models by name, of transformers or `EngineModule`.

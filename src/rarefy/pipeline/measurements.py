@@ -1,4 +1,4 @@
-"""What a recipe's run is measured by before and after, and the receipt that is made of it."""
+"""Measure a model before and after a recipe, and build the receipt."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _model_sparsity(model: nn.Module) -> float:
 
 
 def layer_rows(reports: list[Report]) -> list[dict[str, Any]]:
-    """The last word on each pruned layer: that of the last stage that touched it."""
+    """Return one row for each pruned layer, from the last stage that changed it."""
     last_rows = {r["layer"]: r for report in reports if report.title == "pruned" for r in report.rows}
     return [dict(r) for r in last_rows.values()]
 
@@ -163,7 +163,7 @@ def _engine_name(recipe: Recipe) -> str:
 
 
 def _name_of(layer: str, stored: Mapping[str, Any]) -> str | None:
-    """Under which name a layer's weight is stored; None where it has become factors."""
+    """Return the name under which a layer's weight is stored; None for a factorized layer."""
     names = (f"{layer}.weight".lstrip("."), layer, f"{layer}.base.weight")
     return next((n for n in names if n in stored), None)
 

@@ -1,4 +1,4 @@
-"""The data of a run: what was passed, or what the recipe names; and the context that stages are given."""
+"""The data of a run, from arguments or from the recipe, and the context that each stage receives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PURPOSES = {"calibrate", "train", "validate", "evaluate"}
 
 
 class RunData:
-    """Batches by purpose, from what was passed or from what the recipe names; each read once."""
+    """Batches by purpose, from arguments or from the recipe; each source is read once."""
 
     def __init__(self, recipe: Recipe, data: Any, tokenizer: Any = None, base: Path | None = None):
         self.recipe, self.tokenizer, self.base = recipe, tokenizer, base
@@ -74,12 +74,12 @@ class RunData:
 
 
 def _reusable(batches: Any) -> Any:
-    """Batches are gone through more than once: an iterator, which cannot be, becomes a list."""
+    """Return batches that can be iterated several times: an iterator becomes a list."""
     return list(batches) if hasattr(batches, "__next__") else batches
 
 
 def with_labels(model: nn.Module, batches: Iterable[Any], use: str | None) -> Iterable[Any]:
-    """Give token batches their labels where a gradient is wanted: the next token of the text itself."""
+    """Add labels to token batches for gradients: the model predicts the next token of the text."""
     wants = use == "train" or (use is not None and "gradient" in SCORES[use].needs)
     for batch in batches:
         text = hasattr(batch, "keys") and "input_ids" in batch and "labels" not in batch
@@ -90,7 +90,7 @@ def with_labels(model: nn.Module, batches: Iterable[Any], use: str | None) -> It
 
 
 class Labelled:
-    """Batches that get their labels on the way, so that a loader that shuffles shuffles each epoch."""
+    """Batches that get labels during iteration, so that a shuffling loader shuffles each epoch anew."""
 
     def __init__(self, model: nn.Module, batches: Any, use: str | None):
         self.model, self.use = model, use
@@ -105,7 +105,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a stage needs besides the model and its options."""
+    """The data and settings of a run that a stage needs in addition to the model and its options."""
 
     data: RunData
     loss: Loss | None = None
@@ -139,7 +139,7 @@ def needs_calibration(stage: Any) -> bool:
 
 
 def cut_needs(stage: CutStage) -> str:
-    """Return what the score of a cut needs of data: "gradient" (a loss), "inputs", or nothing."""
+    """Return which data the score of a cut needs: "gradient" (a loss), "inputs" or none."""
     if stage.drops_layers:
         return "gradient" if stage.score == "loss" else ""
     return UNIT_SCORES[stage.unit_score].needs

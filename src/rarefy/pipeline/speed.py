@@ -1,4 +1,4 @@
-"""The speed that a recipe's run measures: forward calls, prompts and tokens, of several models in turns."""
+"""Measure the speed of several models alternately: forward passes, prefill and decoding."""
 
 from __future__ import annotations
 

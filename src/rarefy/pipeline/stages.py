@@ -1,4 +1,4 @@
-"""Run one stage of a recipe: its options go to the verb, with the data that it needs."""
+"""Run one stage of a recipe: call its function with the options and the data that it needs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _quantize(model: nn.Module, stage: QuantizeOptions, context: RunContext) -> 
 
 
 def _zeros_report(model: nn.Module, options: Any) -> list[Report]:
-    """Return the table of zeros that a stage has added besides its own work."""
+    """Return a report of the zeros that a stage added as a side effect."""
     if options is None or options.pattern is None or (isinstance(options, Movement) and options.penalty is not None):
         return []
     pattern = parse_pattern(options.pattern)
@@ -123,7 +123,7 @@ RUNNERS: dict[type, Callable[..., list[Report]]] = {
 
 
 def one_example(model: nn.Module, data: RunData, caller: str) -> Any:
-    """Return a batch of one or two samples, of any of the recipe's data or, for a Hugging Face model, of no meaning."""
+    """Return a batch of one or two samples, from the recipe's data or random for a Hugging Face model."""
     for purpose in ("calibrate", "evaluate", "train"):
         if data.has(purpose):
             batches: Any = data.batches(purpose)

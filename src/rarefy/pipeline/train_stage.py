@@ -1,4 +1,4 @@
-"""The stage `train` of a recipe: inside a run of `compress_`, or inside anybody's loop."""
+"""The stage `train` of a recipe: inside `compress_`, or inside a training loop of the user."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def calibration_batches(model: nn.Module, stage: TrainStage, data: RunData) -> l
 def quantize_events(
     stage: TrainStage, data: RunData | None, progress: bool, reports: list[Report]
 ) -> dict[float, Callable[[nn.Module], Any]]:
-    """Return what happens during training, by progress: weights are quantized; `reports` then gets the report."""
+    """Return the event that quantizes the weights, by its progress; it appends its report to `reports`."""
     options = stage.quantize
     if options is None:
         return {}
@@ -263,7 +263,7 @@ class Sparsifier(sparsifier.Sparsifier):
         self.use(optimizer)
 
     def use(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Take an optimizer that was made later; it trains the projectors of the teacher's loss too."""
+        """Register the optimizer; the projectors of the distillation loss are added to it."""
         super().use(optimizer)
         if optimizer is not None and self.distiller is not None:
             self.distiller.join(optimizer)
@@ -276,7 +276,7 @@ class Sparsifier(sparsifier.Sparsifier):
 
 
 def _stage_of_config(config: SparsityConfig, steps_per_epoch: int | None, overrides: Mapping[str, Any]) -> TrainStage:
-    """Return a train stage with nothing but a configuration."""
+    """Return a train stage that has only a pruning configuration."""
     if steps_per_epoch is not None:
         raise RecipeError("steps_per_epoch needs a recipe with epochs: give steps, the number in the whole training")
     if overrides:

@@ -273,7 +273,7 @@ def _measure_group(
 
 
 def fixed_mask(mask: Tensor) -> solvers.ChooseMask:
-    """Return a choice of masks that is already made."""
+    """Return a mask chooser that always returns the given masks."""
     return lambda _, a, b: mask[..., a:b]
 
 

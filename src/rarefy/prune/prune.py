@@ -39,7 +39,7 @@ UNIFORM = "take 'uniform' (shell: --set allocate=uniform)"
 
 
 class PruneOptions(Options):
-    """Set weights to zero in one step. See `rarefy.prune_`."""
+    """Prune weights in one step, without training. See `rarefy.prune_`."""
 
     error = PatternError
 
@@ -97,7 +97,7 @@ class PruneOptions(Options):
 
 
 def resolve_options(options: PruneOptions, seed: int = 0) -> tuple[Solver | None, SparsityTarget]:
-    """Return the solver and the zeros that options ask for, with defaults filled in."""
+    """Return the solver and the sparsity target of options, with defaults filled in."""
     pattern = patterns.parse_pattern(options.pattern)
     solver = None if options.solver is None else resolve(options.solver)
     score = options.score or ("magnitude" if solver is None else "wanda" if solver.name == "refit" else None)
@@ -218,7 +218,7 @@ def run_prune(
 
 
 def _reusable(data: Iterable[Any] | None, as_list: bool) -> Iterable[Any] | None:
-    """Return data that allocation, score, solver and the key of a saved state can each go through."""
+    """Return data that can be iterated several times: by allocation, score, solver and the key of a saved state."""
     if data is None:
         return None
     check_batches(data)
@@ -230,7 +230,7 @@ def _reusable(data: Iterable[Any] | None, as_list: bool) -> Iterable[Any] | None
 
 
 def _check_layers(layers: Sequence[Layer], solver: Solver | None) -> None:
-    """Raise ModelError for layers that cannot be pruned, or whose weights a solver must not move."""
+    """Raise ModelError for layers that cannot be pruned, or whose weights a solver must not change."""
     check_weights(layers)
     for layer in layers:
         check_maskable(layer)
@@ -270,7 +270,7 @@ def _solve(
     spread: Allocate,
     **state: Any,
 ) -> tuple[list[dict[str, Any]], SparsityTarget, list[str]]:
-    """Find masks and weights by a solver. A score that needs more than inputs, or ranks all layers, comes first."""
+    """Choose masks and weights with a solver; a score over all layers, or with gradients, is computed first."""
     if data is None:
         raise DataError(f"solver {solver.name} needs the inputs of each layer: give data=batches")
 
@@ -394,7 +394,7 @@ def calibrate(
 
 
 def check_weights(chosen: Sequence[Layer]) -> None:
-    """Raise ModelError naming the first layer whose weights are not there or not finite. O(weights)."""
+    """Raise ModelError for the first layer with weights on the meta device, NaN or inf. O(weights)."""
     for layer in chosen:
         if layer.original.is_meta:
             raise ModelError(f"{layer.full_name} is on the meta device: it has no values yet; load its weights first")

@@ -44,7 +44,7 @@ def random(W: Tensor, stats: LayerStats) -> Tensor:
 
 
 def gradient(W: Tensor, stats: LayerStats) -> Tensor:
-    """E|g|: weights whose change would change the loss most are kept."""
+    """E|g|: keep the weights to which the loss is most sensitive."""
     return stats.gradient
 
 

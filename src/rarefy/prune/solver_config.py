@@ -1,4 +1,4 @@
-"""Options of solvers, and which zeros a call of `prune_` wants."""
+"""Options of solvers, and the sparsity target of a call of `prune_`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rarefy.prune.scores import SCORES
 
 
 class Solver(Options):
-    """Options of a solver, which moves the remaining weights. What is None is the solver's own default, see `SOLVERS`.
+    """Options of a solver, which refits the remaining weights. None selects the solver's default, see `SOLVERS`.
 
     Example:
         >>> Solver(name="obs", block=64).block
@@ -110,7 +110,7 @@ PAPERS = {"sparsegpt": "obs", "obc": "obs", "alps": "admm", "pcg": "refit"}
 
 
 def as_solver(solver: str | Solver | Mapping[str, Any]) -> Solver:
-    """Return the solver that is named, or that has these options."""
+    """Return the solver options for a name or a dict."""
     if isinstance(solver, Solver):
         return solver
     return Solver(**solver) if isinstance(solver, Mapping) else Solver(name=solver)

@@ -1,4 +1,4 @@
-"""Learned rounding: each weight goes up or down, and scales shrink, so that the outputs of whole blocks are preserved.
+"""Learned rounding: choose for each weight whether it rounds up or down, to preserve the outputs of whole blocks.
 
 AutoRound (Cheng 2024, eq. 3 and 5), trained by the sign of the gradient:
 

@@ -33,7 +33,7 @@ MIN_ERROR_WEIGHT = 1e-9  # relative to the largest, so that every weight counts
 
 
 class ShareOptions(Options):
-    """Let the weights of a layer share a few values. See `rarefy.share_`."""
+    """Replace the weights of a layer by a few shared values. See `rarefy.share_`."""
 
     error = PatternError
 
@@ -90,7 +90,7 @@ def share_(
 def run_share(
     model: nn.Module, options: ShareOptions, data: Iterable[Any] | None = None, *, progress: bool = False
 ) -> Report:
-    """Let weights share values by checked options. See `share_`."""
+    """Share weights by checked options. See `share_`."""
     if data is not None:
         check_batches(data)
     layers = select_layers(model, options.layers, options.ignore)
@@ -113,7 +113,7 @@ def run_share(
 
 
 def _check_saving(layer: Layer, weight: Tensor, book: Codebook) -> None:
-    """Raise ModelError where the tables are larger than what they save."""
+    """Raise ModelError where the tables need more bytes than they save."""
     saved = weight.numel() * (8 * weight.element_size() - book.bits) // 8
     if book.table.nbytes >= saved:
         raise ModelError(
@@ -135,7 +135,7 @@ def _row(layer: Layer, book: Codebook, values: Tensor) -> dict[str, Any]:
 
 
 def check_layers(chosen: Sequence[Layer]) -> None:
-    """Raise ModelError for what cannot share values."""
+    """Raise ModelError for layers that cannot use a codebook."""
     check_weights(chosen)
     for layer in chosen:
         check_maskable(layer)

@@ -192,7 +192,7 @@ def check_data(config: QuantizeConfig, data: Any) -> None:
 
 
 def check_layers(chosen: Sequence[Layer], config: QuantizeConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each layer's scales; raise ModelError for what cannot lie on such grids."""
+    """Return the shape of each layer's scales; raise ModelError for layers that cannot be quantized like this."""
     check_weights(chosen)
     for layer in chosen:
         if layer.original.numel() == 0:

@@ -16,7 +16,7 @@ from rarefy.recipe.schema import STAGES, Recipe
 
 
 def vocabulary() -> tuple[dict[str, str], ...]:
-    """Return a row for each field of a recipe: where it stands, what it may be, its default, what it means."""
+    """Return a row for each field of a recipe: its path, type, default and meaning."""
     root = Recipe.model_json_schema()
     rows: list[dict[str, str]] = []
 
@@ -106,7 +106,7 @@ def value(text: str, where: str) -> Any:
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with each named field replaced wherever it stands; RecipeError where it stands nowhere."""
+    """Return the recipe with each named field replaced everywhere; RecipeError for a field that it does not have."""
     values = recipe.to_dict()
     for key, value in changes.items():
         count, names = _replace(values, key, value)
@@ -149,7 +149,7 @@ def _validated(document: Document) -> Recipe:
 
 
 def _replace(values: Any, key: str, new: Any) -> tuple[int, set[str]]:
-    """Set `key` (or `parent.key`) wherever it stands in nested data; return how often, and all names in it."""
+    """Set every `key` (or `parent.key`) in nested data; return the number of changes and all names in the data."""
     parent, _, leaf = key.rpartition(".")
     count, names = 0, set[str]()
     if isinstance(values, dict) and parent and isinstance(values.get(parent), dict) and leaf in values[parent]:

@@ -1,4 +1,4 @@
-"""The compiled kernels, where this installation has them: found, told to use torch's threads, called by pointers.
+"""Load the compiled kernels, connect them to torch's threads and call them by pointers.
 
 `RAREFY_ISA` (avx512, avx2, portable) forces an instruction set. Without kernels `missing()` says why, and
 `rarefy.runtime.reference` does the same in torch.

@@ -134,7 +134,7 @@ def why_not_quantized(weight: Tensor, grid: Grid) -> str | None:
 
 
 def grid_of(module: Any) -> Grid | None:
-    """Return the quantization grid of a layer's weight, as noted beside it, if the weight still lies on it."""
+    """Return the quantization grid of a layer's weight, as recorded with it, if the weight still matches it."""
     grid = recorded_grids(module).get("weight")
     return grid if isinstance(grid, Grid) and grid.contains(module.weight.detach()) else None
 

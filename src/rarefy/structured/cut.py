@@ -97,8 +97,8 @@ def cut_(
         scope: units compete in their group ("layer"), with all ("global"), or in groups of equal structure
             ("isomorphic").
         min_keep: no group keeps less than this fraction.
-        layers: cut groups of which at least half is made by these layers: "*.mlp.*" means the neurons of MLPs, but not
-            the width of the model, which they also write. By default all.
+        layers: cut groups whose units are produced by these layers for at least half. "*.mlp.*" selects the neurons of
+            MLPs, but not the width of the model, which these layers also produce. By default all.
         ignore: layers that must not lose outputs.
         round_to: unit counts that stay are multiples of this.
         steps: cut in so many steps, with new scores and repairs in each.

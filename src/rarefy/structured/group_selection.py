@@ -76,7 +76,7 @@ def select_groups(
 def _produced_by(
     model: nn.Module, graph: Graph, groups: list[Group], layers: Selector, ignore: Selector
 ) -> list[Group]:
-    """Return the groups of which `layers` produce at least half, and `ignore` nothing."""
+    """Return the groups with at least half of their producers in `layers` and none in `ignore`."""
     known = {id(m) for l in all_layers(model) for _, m, _ in l.owners}
     producers = {
         g: {id(m) for n in g.members if n.role == "out" for m, _ in graph.owners[n.name]} & known for g in groups

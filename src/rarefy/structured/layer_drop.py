@@ -238,7 +238,7 @@ def drop_layers_(
         progress: show progress bars.
 
     Returns:
-        A row a block, with its score and whether it goes.
+        One row per block: its score and whether it is removed.
 
     Raises:
         ModelError: for options or a model that do not fit; the model is then unchanged.

@@ -69,7 +69,9 @@ class CutOptions(Options):
         description="units compete in their group, with all, or in groups of equal structure (isomorphic)",
     )
     min_keep: Fraction = Field(default=0.0, description="no group keeps less than this fraction")
-    layers: Names | None = Field(default=None, description="cut groups of which at least half is made by these layers")
+    layers: Names | None = Field(
+        default=None, description="cut groups whose units are produced by these layers for at least half"
+    )
     ignore: Names | None = Field(default=None, description="layers that must not lose outputs")
     round_to: Positive = Field(default=1, description="unit counts that stay are multiples of this")
     steps: Positive = Field(default=1, description="cut in so many steps, with new scores in each")
@@ -95,7 +97,7 @@ class CutOptions(Options):
         return self
 
     def _check_layers(self) -> None:
-        """Raise for what has no meaning where whole blocks go."""
+        """Raise for options that have no effect when whole blocks are removed."""
         if self.units != ("layer",):
             with at("units"):
                 raise ModelError("layers cannot be combined with other units: give units='layer'")
@@ -113,7 +115,7 @@ class CutOptions(Options):
 
     @property
     def drops_layers(self) -> bool:
-        """Whether whole blocks go."""
+        """Whether whole blocks are removed."""
         return "layer" in self.units
 
     @property

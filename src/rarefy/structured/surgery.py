@@ -221,7 +221,7 @@ def _constants(
 ) -> Any:
     """Record the constant outputs of removed units, by the weight's name.
 
-    A unit that is zero where it is produced can still be a nonzero constant at its consumer: behind a sigmoid, say.
+    A unit that is zero where it is produced can still be a nonzero constant at its consumer, such as behind a sigmoid.
     """
 
     def record(consumer: Consumer) -> Any:

@@ -89,7 +89,7 @@ class Distill(Options):
     heads: Positive = Field(default=12, description="how many heads the relations have")
     teacher: str | None = Field(
         default=None,
-        description="recipes: folder of the teacher; by default the model as it was before the first stage",
+        description="recipes: folder of the teacher; by default the model before the first stage",
     )
     cache: bool = Field(
         default=False, description="keep the teacher's outputs on disk, for data that is the same in each epoch"

@@ -1,4 +1,4 @@
-"""A fine-tuning loop: masks hold by themselves, zeros can come in on the way, the best epoch is kept, a killed run goes
+"""A fine-tuning loop: masks stay fixed or weights are pruned on the way, the best epoch is kept, a killed run goes
 on where it was."""
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def _number(metric: Any) -> float:
 
 
 class _Run:
-    """One training run: what stays the same from epoch to epoch, and where it stands."""
+    """One training run: its fixed settings and its current progress."""
 
     distill: DistillLoss | None
     logs: Loggers

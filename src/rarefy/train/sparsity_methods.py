@@ -251,7 +251,7 @@ def _alternate_events(config: Alternate, last: float) -> list[tuple[float, Any]]
 
 
 def _alternate(context: MethodContext, phase: str) -> float:
-    """Enter a sparse phase (mask by magnitude) or a dense one (open all masks) (AC/DC; Peste 2021)."""
+    """Start a sparse phase (mask by magnitude) or a dense one (remove all masks) (AC/DC; Peste 2021)."""
     if phase == "sparse":
         context.mask_lowest([context.effective(l).abs() for l in context.layers], context.resolved.sparsity)
         return context.resolved.sparsity
@@ -268,7 +268,7 @@ def _admm_events(config: Admm, last: float) -> list[tuple[float, Any]]:
 
 
 def _admm_step(context: MethodContext, before: float, now: float) -> None:
-    """Pull weights to their projection: W -= p (W - Z + U). p follows half a cosine and adds up to `pull`."""
+    """Move weights toward their projection: W -= p (W - Z + U). p follows half a cosine and sums to `pull`."""
     config: Admm = context.config
     length = config.end - config.start
     start, stop = (min(1.0, max(0.0, (t - config.start) / length)) if length else 1.0 for t in (before, now))

@@ -1,4 +1,4 @@
-"""The pass for attention that reads and extends a KV cache, and the torch operator that stands for it in an export."""
+"""The pass for attention that reads and extends a KV cache, and the torch operator that represents it in an export."""
 
 from __future__ import annotations
 
