@@ -402,7 +402,7 @@ def swap_first_two_calls(told):
         (lambda t: t["ranges"].update(s0=[0, 1 << 63]), r"ranges\['s0'\]: expected \[smallest, largest\]"),
         (lambda t: t.update({"in": "*"}), "expected arguments as a tuple and a dict of keywords"),
         (lambda t: t.update({"in": {"tuple": [{"tuple": []}, {"dict": [[], []]}]}}), "expected a structure of 1 tensors, got one of 0"),
-        (lambda t: t.update(out={"set": ["*"]}), "'set' is no nesting"),
+        (lambda t: t.update(out={"set": ["*"]}), "'set' is not a valid structure"),
         (lambda t: t.update(out={"outputs": ["os.system", ["a", "a"], ["*", "*"]]}), "has no valid names for its entries"),
         (lambda t: t.update(notes=[1]), "notes: expected str, got 1"),
         (without("constants", "p_n_bias"), "expected a constant, got"),

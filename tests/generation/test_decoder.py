@@ -261,7 +261,7 @@ def test_sequences_end(llama, monkeypatch):
     _, made = llama
     ids = torch.randint(3, V, (2, 5))
     free = rarefy.generate(made, ids, max_new_tokens=10)
-    monkeypatch.setattr(made, "ends", (int(free[0, 7]),))
+    monkeypatch.setattr(made, "eos_tokens", (int(free[0, 7]),))
     out = rarefy.generate(made, ids, max_new_tokens=10)
     end = int((out[0, 5:] == free[0, 7]).nonzero()[0]) + 5
     assert torch.equal(out[0, : end + 1], free[0, : end + 1])

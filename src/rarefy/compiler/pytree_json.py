@@ -111,7 +111,7 @@ def from_nesting(value: Any, leaves: int, arguments: bool = False) -> Any:
         arguments: these are a call's arguments: a tuple of arguments and a dict of keywords.
 
     Raises:
-        ValueError: if the JSON is no nesting of so many tensors.
+        ValueError: if the JSON does not describe a structure of that many tensors.
     """
     if arguments and (not _is(value, "tuple") or len(value["tuple"]) != 2 or not _is(value["tuple"][1], "dict")):
         raise ValueError("expected arguments as a tuple and a dict of keywords")
