@@ -132,7 +132,7 @@ def test_inspect(tmp_path):
     rarefy.save(made, tmp_path / "out")
     report = rarefy.inspect(tmp_path / "out")
     rows = {r["tensor"]: r for r in report.rows}
-    assert str(report).startswith(f"{tmp_path / 'out'}: a decoder") and "vocabulary 101, most 512" in str(report)
+    assert str(report).startswith(f"{tmp_path / 'out'}: a decoder") and "vocab_size 101, max_tokens 512" in str(report)
     if bindings.missing() is None:
         assert {r["format"] for r in rows.values()} == {"int8:panels", "dense"}
     with pytest.raises(ModelError, match="print it"):
