@@ -221,7 +221,9 @@ def test_a_loss_that_is_not_finite_is_named():
     with pytest.raises(ModelError, match=r"the loss of calibration batch 1 is nan: .*no label but -100"):
         rarefy.prune_(tiny_llama(), data=[good[0], bad], **how)
     long = [{k: v.repeat(32, 1) for k, v in b.items()} for b in good * 2]  # 4,096 tokens, for the gradients
-    with pytest.raises(ModelError, match=r"the loss of the last calibration batches is inf for every allocation.*no label but -100"):
+    with pytest.raises(
+        ModelError, match=r"the loss of the last calibration batches is inf for every allocation.*no label but -100"
+    ):
         rarefy.prune_(tiny_llama(), data=[*long, bad], **how)
 
 
