@@ -198,7 +198,7 @@ def test_a_recipe_in_a_loop_of_ones_own():
 
 
 BAD = {
-    "two stages": ({"stages": [{"prune": {"sparsity": 0.5}}, {"train": {}}]}, {}, RecipeError, "with one stage, train; recipe has prune, train"),
+    "two stages": ({"stages": [{"prune": {"sparsity": 0.5}}, {"train": {}}]}, {}, RecipeError, "with the single stage train; recipe has prune, train"),
     "both steps": ({"stages": [{"train": {}}]}, {"steps": 3, "steps_per_epoch": 3}, RecipeError, "give steps_per_epoch or steps, not both"),
     "no steps": ({"stages": [{"train": {}}]}, {"steps_per_epoch": 0}, PatternError, "steps_per_epoch: expected a whole number of at least 1"),
     "a plan by epochs": (Gradual(sparsity=0.5), {"steps_per_epoch": 3}, RecipeError, "steps_per_epoch needs a recipe with epochs: give steps"),
