@@ -285,6 +285,7 @@ import sys, torch, rarefy
 from pathlib import Path
 from torch import nn
 torch.set_num_threads(1)
+load, save = rarefy.load, rarefy.save  # imported before memory is measured
 
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
@@ -416,7 +417,7 @@ def test_a_config_that_asks_for_foreign_code(tmp_path):
     (tmp_path / "m" / "config.json").write_text(
         json.dumps({**config, "attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel"})
     )
-    with pytest.raises(ModelError, match="custom code|not usable"):
+    with pytest.raises(ModelError, match="custom|not usable"):
         hf.load_folder(tmp_path / "m")
 
 
