@@ -14,6 +14,7 @@ from torch import nn
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
 from helpers.interrupt import stopping
+from helpers.small_blocks import Decoder, lin, rows
 from rarefy.calibration import offload, resume
 from rarefy.cli import main
 from rarefy.common import atomic_io
@@ -437,30 +438,6 @@ def test_work_without_a_solver():
     recipe = {"name": "r", "stages": [{"prune": {"score": "magnitude", "sparsity": 0.5}}]}
     with pytest.raises(RecipeError, match="resume_dir has no effect: recipe r has no solver or training, whose"):
         rarefy.compress_(fresh("llama"), recipe, resume_dir="w")
-
-
-def rows(count=3, width=6, size=40):
-    return [torch.randn(size, width, generator=torch.Generator().manual_seed(i)) for i in range(count)]
-
-
-def lin(width=6):
-    return nn.Linear(width, width)
-
-
-class Decoder(nn.Module):
-    """Blocks that each read one memory, as cross-attention does."""
-
-    def __init__(self, depth=2):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"a": lin(), "c": lin(), "o": lin()}) for _ in range(depth))
-        for block in self.blocks:
-            block.forward = lambda x, memory, b=block: x + b["o"](torch.relu(b["a"](x) + b["c"](memory)))
-
-    def forward(self, x):
-        memory = x * 2
-        for block in self.blocks:
-            x = block(x, memory)
-        return x
 
 
 def test_a_run_resumes_between_a_group_and_its_block(tmp_path, monkeypatch):

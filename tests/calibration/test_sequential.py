@@ -10,6 +10,7 @@ from torch import nn
 
 import rarefy
 from conftest import Attention, Net
+from helpers.small_blocks import lin, module, rows
 from rarefy.calibration import offload
 from rarefy.calibration.gram import MIRROR_COLUMNS, Gram, input_columns
 from rarefy.calibration.sequential import calibrate_sequentially, layer_groups
@@ -255,27 +256,6 @@ def test_the_held_out_batch_is_the_first_even_where_others_arrive_before_it():
     for gram, x, tokens in zip(grams, inputs, [7, 10]):
         assert gram.tokens == tokens and gram.held_out.tokens == 5
         torch.testing.assert_close(gram.held_out.H[0], x.T @ x / 5)
-
-
-def rows(count=3, width=6, size=40):
-    return [torch.randn(size, width, generator=torch.Generator().manual_seed(i)) for i in range(count)]
-
-
-def module(forward, **parts):
-    """A module of these parts with this forward."""
-
-    class Made(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, part in parts.items():
-                setattr(self, name, part)
-
-    Made.forward = lambda self, x: forward(self, x)
-    return Made().eval()
-
-
-def lin(width=6):
-    return nn.Linear(width, width)
 
 
 def test_in_place_changes_make_another_input():
