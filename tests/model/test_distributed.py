@@ -76,7 +76,7 @@ def _worker(rank: int, out: str) -> None:
     try:
         rarefy.compress_(Net(), {"stages": [{"train": {}}]}, {"train": image_batches()}, resume_dir=f"{out}/w")
     except RecipeError as error:
-        found["refused"] = torch.tensor([float("one process" in str(error))])
+        found["refused"] = torch.tensor([float("single process" in str(error))])
     torch.save(found, f"{out}/{rank}.pt")
     dist.barrier()
     os._exit(0)

@@ -116,7 +116,7 @@ def test_a_stopped_run_resumes_bit_for_bit(how, tmp_path, monkeypatch):
 def test_a_killed_run_resumes(tmp_path):
     code = f"""
 import sys, time, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
 from test_fit import *
 checkpoint.EVERY = 0.0
 def slow(epoch):
