@@ -301,10 +301,12 @@ def _only_plain(value) -> bool:
         ({"optimizer.name": "adam", "momentum": None, "nesterov": None}, lambda r: r.stages[1].optimizer == schema.Optimizer(name="adam", weight_decay=5e-4)),
         ({"seed": 9}, lambda r: r.seed == 9 and r.data.seed == 9),
         ({"calibrate": "a.txt"}, lambda r: r.data.calibrate == "a.txt" and r.data.train == "wiki"),
-        ({"ignore": ["a", "b"]}, lambda r: r.stages[0].ignore == ("a", "b") and r.stages[1].prune.ignore == ("a", "b")),
+        ({"ignore": ["a", "b"]}, lambda r: r.stages[0].ignore == ("a", "b") and r.stages[1].prune.ignore is None),
+        ({"sparsity": 0.7}, lambda r: r.stages[0].sparsity is None and r.stages[1].prune.sparsity == 0.7),
         ({"dtype": "fp16"}, lambda r: r.stages[2].dtype == "fp16"),
         ({"latency": None}, lambda r: r.evaluate.latency is None),
         ({"train.prune": None}, lambda r: r.stages[1].prune is None and r.stages[0].pattern == "2:4"),
+        ({"train.prune.ignore": "a"}, lambda r: r.stages[1].prune.ignore == ("a",) != r.stages[0].ignore),
     ],
 )  # fmt: skip
 def test_overrides(changes, want):
@@ -319,7 +321,10 @@ def test_overrides(changes, want):
         ({"sparsty": 0.4}, r"unknown override 'sparsty'; .*did you mean 'sparsity'\?\) \[recipe full\]"),
         ({"evaluate.dta": "x"}, r"unknown override 'evaluate.dta'"),
         ({"save.data": "x"}, r"unknown override 'save.data'"),
-        ({"sparsity": 0.4}, r"recipe: stages\[0\].prune.pattern: pattern 2:4 implies sparsity 0.5, got 0.4"),
+        (
+            {"prune.sparsity": 0.4},
+            r"recipe: stages\[0\].prune.pattern: pattern 2:4 implies sparsity 0.5, got 0.4",
+        ),
         ({"epochs": 0}, r"recipe: stages\[1\].train.epochs: expected a whole number of at least 1, got 0"),
         ({"epochs": True}, r"epochs: expected a whole number of at least 1, got True"),
         ({"stages": []}, r"recipe: stages: stages must be a list .* got \[\]"),
@@ -328,6 +333,35 @@ def test_overrides(changes, want):
 def test_override_errors(changes, message):
     with pytest.raises(RecipeError, match=message):
         recipes.load(recipes.from_yaml(FULL), **changes)
+
+
+PRUNES = [p.stem for p in PRESETS if "sparsity:" in p.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", PRUNES)
+@pytest.mark.parametrize("prefix", ["", "prune."])
+def test_the_sparsity_of_each_preset_can_be_overridden(name, prefix):
+    before, after = recipes.load(name), recipes.load(name, **{f"{prefix}sparsity": 0.4})
+    stages = [getattr(s, "prune", s) for s in after.stages]
+    assert [s.sparsity for s in stages if isinstance(s, schema.PruneOptions | schema.Gradual)] == [0.4]
+    assert [a != b for a, b in zip(before.stages, after.stages)].count(True) == 1
+
+
+def test_presets_that_prune():
+    assert {"smollm2-demo", "sparse50-int8", "balanced", "deep-compression"} <= set(PRUNES)
+    assert recipes.load("2of4-int4", sparsity=0.5).stages[0].sparsity == 0.5  # null in the preset
+    with pytest.raises(RecipeError, match=r"quantize.pattern: pattern 2:4 implies sparsity 0.5, got 0.4: leave"):
+        recipes.load("2of4-int4", sparsity=0.4)
+
+
+def test_an_override_that_is_set_nowhere():
+    recipe = {"stages": [{"prune": {"pattern": "2:4"}}, {"quantize": {}}]}
+    with pytest.raises(
+        RecipeError, match=r"no effect without pattern; to set it in one stage, name .*: prune.sparsity=0.5$"
+    ):
+        recipes.load(recipe, sparsity=0.5)
+    assert recipes.load(recipe, **{"prune.sparsity": 0.5}).stages[0].sparsity == 0.5
+    assert all(s.ignore == ("a",) for s in recipes.load(recipe, ignore="a").stages)
 
 
 def test_an_override_of_a_block_that_is_not_there():

@@ -62,7 +62,12 @@ def compress(
     ] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out data, in the same forms as --data.")] = None,
     change: Annotated[
-        list[str] | None, typer.Option("--set", help="field=value: replace a field of the recipe, e.g. sparsity=0.4.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="field=value: replace a field wherever the recipe sets it, such as sparsity=0.4; stage.field=value: "
+            "only in this stage or section, such as prune.sparsity=0.4.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the selected layers and the expected size; compute nothing.")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from rarefy.common.errors import RecipeError, nearest, unknown
-from rarefy.common.options import branches, dotted, expectation, problem_of
+from rarefy.common.options import branches, dotted, expectation, problem_of, show
 from rarefy.common.yaml_text import Document, plain, read_yaml
 from rarefy.recipe.old_names import FIELDS
 from rarefy.recipe.schema import STAGES, Recipe
@@ -68,7 +68,7 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> R
 
     Args:
         source: the name of a preset, a YAML file, a dict, or a Recipe.
-        **overrides: new values of fields, wherever the recipe has a field of that name.
+        **overrides: new values of fields, as `override` reads them.
 
     Raises:
         RecipeError: naming the file and line (or the path into the dict), what was expected and what was given.
@@ -106,15 +106,40 @@ def value(text: str, where: str) -> Any:
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with each named field replaced everywhere; RecipeError for a field that it does not have."""
+    """Return the recipe with other values of fields.
+
+    Args:
+        recipe: the recipe, which stays as it is.
+        changes: new values by field. `sparsity` replaces every value that is set; a field that is null everywhere is
+            set wherever it exists. `prune.sparsity` replaces it in stages of this name only.
+
+    Raises:
+        RecipeError: for a field that the recipe does not have, or a value that it cannot have.
+    """
     values = recipe.to_dict()
-    for key, value in changes.items():
-        count, names = _replace(values, key, value)
+    hints: list[str] = []
+    for key, new in changes.items():
         if key in FIELDS:
             raise RecipeError(f"override: {key} is called {FIELDS[key]} now")
-        if not count:
+        blocks = list(_blocks(values))
+        *parents, field = key.split(".")
+        matches = [(p, b) for p, b in blocks if field in b and list(p[len(p) - len(parents) :]) == parents]
+        if parents:  # `prune.sparsity` is that of a stage, not that of train.prune, unless there is only the latter
+            matches = [(p, b) for p, b in matches if list(p) == parents] or matches
+        if not matches:
+            names = {name for _, block in blocks for name in block}
             raise RecipeError(unknown("override", key, names, f"recipe {recipe.name}"))
-    return from_dict(values)
+        is_set = [(p, b) for p, b in matches if parents or b[field] is not None]
+        if not is_set and len({p for p, _ in matches}) > 1:
+            hints.append(f"{'.'.join([*matches[0][0], field])}={show(new)}")
+        for _, block in is_set or matches:
+            block[field] = new
+    try:
+        return from_dict(values)
+    except RecipeError as error:
+        if not hints:
+            raise
+        raise RecipeError(f"{error}; to set it in one stage, name the stage: {', '.join(hints)}") from None
 
 
 def _from_file(source: str | Path) -> Recipe:
@@ -148,17 +173,11 @@ def _validated(document: Document) -> Recipe:
         raise RecipeError(f"{place}: {text}") from None
 
 
-def _replace(values: Any, key: str, new: Any) -> tuple[int, set[str]]:
-    """Set every `key` (or `parent.key`) in nested data; return the number of changes and all names in the data."""
-    parent, _, leaf = key.rpartition(".")
-    count, names = 0, set[str]()
-    if isinstance(values, dict) and parent and isinstance(values.get(parent), dict) and leaf in values[parent]:
-        values[parent][leaf], count = new, 1
-    for item in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
-        inner_count, inner_names = _replace(item, key, new)
-        count, names = count + inner_count, names | inner_names
+def _blocks(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Yield each dict of nested data with the names that lead to it, stages without their list."""
+    for item in values if isinstance(values, list) else ():
+        yield from _blocks(item)
     if isinstance(values, dict):
-        names |= set(values)
-        if key in values:
-            values[key], count = new, count + 1
-    return count, names
+        yield path, values
+        for name, item in values.items():
+            yield from _blocks(item, (*path, name))
