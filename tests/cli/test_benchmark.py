@@ -62,7 +62,7 @@ class Own(nn.Module):
 
 def test_why_the_engine_has_nothing():
     made, why = engine_of(Own().eval(), 8, 1)
-    assert made is None and why.startswith("Own cannot be exported: ")
+    assert made is None and why.startswith("Own cannot be called with an example of input_ids: ")
     writer = Own().eval()
     writer.generate, writer.can_generate, writer.config.is_encoder_decoder = None, lambda: True, True
     made, why = engine_of(writer, 8, 1)

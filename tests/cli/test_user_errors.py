@@ -93,6 +93,8 @@ def test_a_class_that_is_no_output():
 def test_no_model(tmp_path):
     with pytest.raises(ModelError, match=r"expected a torch.nn.Module as model, got str"):
         rarefy.prune_("model", sparsity=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"expected a torch.nn.Module as model, got int"):
+        rarefy.save(3, tmp_path / "z")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="is on the meta device: it has no values yet"):
         rarefy.prune_(nn.Linear(2, 2, device="meta"), sparsity=0.5)
     rarefy.save(Net(), tmp_path / "n")

@@ -280,8 +280,9 @@ def test_weights_are_its_own():
         (lambda m: m(torch.randn(2, 32)), r"x: expected float32 \[any, any, 32\] on the CPU, got float32 \[2, 32\]"),
         (lambda m: m(torch.ones(2, 9, 32, dtype=torch.int64)), "got int64"),
         (lambda m: m(3.5), "expected .*, got float"),
-        (lambda m: m(), "expected arguments of the structure that was compiled"),
-        (lambda m: m(torch.randn(2, 9, 32), torch.ones(9, 9)), "expected arguments of the structure that was compiled"),
+        (lambda m: m(), r"expected 1 input \(x: float32 \[any, any, 32\] on the CPU\), got 0$"),
+        (lambda m: m(torch.randn(2, 9, 32), torch.ones(9, 9)), r"expected 1 input \(x: .*\), got 2$"),
+        (lambda m: m([torch.randn(2, 9, 32)]), r"expected arguments nested as \(\*,\), as in the example, got \(\[\*\],\)$"),
         (lambda m: m(y=torch.randn(2, 9, 32)), "compiled for the keywords none, got y: leave out y, or compile with an"),
     ],
 )  # fmt: skip
@@ -342,6 +343,16 @@ class Asks(nn.Module):
         return x * 2 if float(x.sum()) > 0 else x
 
 
+class Truth(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+class Items(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum().item() > 0 else x
+
+
 class Counts(nn.Module):
     def __init__(self):
         super().__init__()
@@ -366,7 +377,6 @@ def masked():
         (lambda: Counts().eval(), torch.randn(2, 2), {}, "changes its buffers or its inputs"),
         (lambda: nn.Linear(2, 2).eval(), torch.randn(2, 2), {"precision": "int7"}, "unknown precision 'int7'"),
         (lambda: nn.Linear(2, 2, device="meta").eval(), torch.randn(2, 2), {}, "meta"),
-        (lambda: nn.Linear(2, 2).eval(), torch.randn(2, 3), {}, "Linear cannot be exported"),
     ],
 )
 def test_models_that_cannot_be_compiled(make, example, how, says):
@@ -399,7 +409,7 @@ def test_the_copy_shares_all_tensors_without_masks():
 def test_other_parametrizations_are_computed_once():
     net, x = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)).eval(), torch.randn(2, 8)
     made = rarefy.compile(net, x)
-    assert repr(made) == "1 native calls: 1 linear"
+    assert repr(made) == "1 native call: 1 linear"
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
 
@@ -440,7 +450,31 @@ def test_a_failed_export_prints_nothing(capfd):
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
     message = str(caught.value)
-    assert "Branches cannot be exported: " in message and "data-dependent" in message and "\n" not in message
+    assert "Branches cannot be exported: its code depends on the values of tensors (data-dependent)" in message
+    assert "accelerate_ needs no export" in message and "\n" not in message and "symbol" not in message
+
+
+def test_the_line_that_depends_on_values_is_named(capfd):
+    with pytest.raises(ModelError, match=r"\(test_compile.py, line \d+: return x \* 2 if "):
+        rarefy.compile(Truth().eval(), torch.randn(2, 2))
+    with pytest.raises(ModelError, match=r"\(.*test_compile.py, line \d+\); rarefy"):
+        rarefy.compile(Items().eval(), torch.randn(2, 2))
+    assert capfd.readouterr().err == ""  # torch logs to a logger of its own here
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        (torch.randn(2, 3), "Linear cannot be called with an example of float32 2x3: .* (it takes input)"),
+        (torch.ones(2, 2, dtype=torch.int64), "an example of int64 2x2: "),
+        ((torch.randn(2, 2), torch.ones(1)), "an example of float32 2x2 and float32 1: "),
+        ({"inputs": torch.randn(2, 2)}, "an example of inputs: float32 2x2: "),
+    ],
+)
+def test_examples_that_the_model_cannot_be_called_with(example, says, capfd):
+    with pytest.raises(DataError, match=says.replace("(", r"\(").replace(")", r"\)")) as caught:
+        rarefy.compile(nn.Linear(2, 2).eval(), example)
+    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
 
 
 class Prints(nn.Module):

@@ -76,7 +76,7 @@ def test_a_new_operator_needs_its_entry_and_its_pass_alone(monkeypatch, tmp_path
     monkeypatch.setattr(compile, "PASSES", (*compile.PASSES, fuse_double))
     net, x = Doubles().eval(), torch.randn(5, 24)
     made = rarefy.compile(net, torch.randn(3, 24))
-    assert repr(made) == "1 native calls: 2 linear, 1 double"
+    assert repr(made) == "1 native call: 2 linear, 1 double"
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
     rarefy.save(made, tmp_path / "out")
     loaded = rarefy.load(tmp_path / "out")

@@ -22,7 +22,7 @@ from rarefy.formats import container, quantized_encodings, sparse_encodings
 from rarefy.generation.decoder import Decoder
 from rarefy.lowrank import layer_tying
 from rarefy.model import activation_quant, hf, lowrank_modules
-from rarefy.model.layers import all_layers, unwrap
+from rarefy.model.layers import all_layers, check_is_module, unwrap
 from rarefy.model.masks import folded_state
 from rarefy.model.quant_grid import get_grid
 from rarefy.model.sparsity_pattern import detect_pattern
@@ -64,7 +64,8 @@ def save(
     Raises:
         ContainerError: the folder exists, or there is no space.
         FormatError: an unknown format, or one given for a compiled model.
-        ModelError: the model was accelerated, or a compiled graph calls an operator that no saved graph may call.
+        ModelError: `model` is no module, it was accelerated, or a compiled graph calls an operator that no saved graph
+            may call.
 
     Example:
         >>> import tempfile, torch
@@ -76,6 +77,7 @@ def save(
     """
     if isinstance(model, Compiled | Decoder):
         return _save_compiled(model, path, receipt, recipe, format, files, overwrite, compress)
+    check_is_module(model)
     model = unwrap(model)
     accelerated = [n for n, m in model.named_modules() if isinstance(m, Sparse)]
     if accelerated:

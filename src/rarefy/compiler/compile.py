@@ -19,6 +19,7 @@ from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.passes import activation, attention, cleanup, conv, fusion, kv_attention, linear, norm, rope
 from rarefy.compiler.verify import verify
+from rarefy.model.forward import calling, describe_batch
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import attached_layers, fold_attached_
 from rarefy.runtime.accelerate import check_plain
@@ -89,7 +90,7 @@ def compile(model: nn.Module, example: Any, *, precision: str | None = None) -> 
     Raises:
         ModelError: if torch.export cannot export the model, the model is in training mode, not in fp32 or not on the
             CPU, or the compiled outputs differ from the model's.
-        DataError: if the example has no tensor.
+        DataError: if the example has no tensor, or the model cannot be called with it.
 
     Cost: a few seconds for the export. Memory: the packed weights (with zeros left out in sparse formats) beside the
     model's own, which may be deleted afterwards; working memory grows with the activations of the largest call.
@@ -108,6 +109,8 @@ def compile(model: nn.Module, example: Any, *, precision: str | None = None) -> 
     args, kwargs = split_example(example)
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
+    with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
+        model(*args, **kwargs)
     exported = export_graph(model, args, kwargs, PASSES)
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     args, kwargs = (args, kwargs) if exported.notes else two_samples(args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class Compiled:
             raise DataError(f"{got}: {'; '.join(hints)}")
         leaves, got = pytree.tree_flatten((args, {n: kwargs[n] for n in names}))
         if got != spec:
-            raise DataError(f"expected arguments of the structure that was compiled, {spec}, got {got}")
+            raise DataError(self._other_structure(leaves, got))
         sizes: dict[str, int] = {}
         for node, want, value in zip(self.exported.inputs, self.input_specs, leaves):
             if isinstance(want, InputSpec):
@@ -161,6 +162,16 @@ class Compiled:
             elif value != want:
                 raise DataError(f"{node.name}: compiled for {want!r}, got {value!r}")
         return leaves
+
+    def _other_structure(self, leaves: list[Any], got: Any) -> str:
+        """Return the message for a call whose arguments are nested differently from the example's."""
+        names = [n.name for n in self.exported.inputs]
+        if len(leaves) != len(names):
+            inputs = ", ".join(f"{name}: {want}" for name, want in zip(names, self.input_specs))
+            return f"expected {len(names)} {'input' if len(names) == 1 else 'inputs'} ({inputs}), got {len(leaves)}"
+        nestings = (pytree.tree_unflatten(range(len(leaves)), spec)[0] for spec in (self.exported.in_spec, got))
+        expected, actual = (re.sub(r"\d+", "*", str(args)) for args in nestings)
+        return f"expected arguments nested as {expected}, as in the example, got {actual}"
 
     def counts(self) -> tuple[int, Counter[str], Counter[str]]:
         """Return the number of native calls, of each operator that they run, and of each operator that torch runs."""
@@ -170,7 +181,8 @@ class Compiled:
 
     def __repr__(self) -> str:
         calls, native, torch_calls = self.counts()
-        lines = [f"{calls} native calls: {', '.join(f'{n} {op}' for op, n in native.most_common()) or 'none'}"]
+        calls_text = "1 native call" if calls == 1 else f"{calls} native calls"
+        lines = [f"{calls_text}: {', '.join(f'{n} {op}' for op, n in native.most_common()) or 'none'}"]
         if torch_calls:
             lines.append(f"in torch: {', '.join(f'{n} {op}' for op, n in torch_calls.most_common())}")
         return "\n".join([*lines, *self.exported.notes])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import io
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ def export_graph(
     except ModelError:
         raise
     except Exception as error:  # torch.export raises its own classes, and those of whatever the model calls
-        reason = f"{name or type(model).__name__} cannot be exported: {first_line(error)}"
+        reason = f"{name or type(model).__name__} cannot be exported: {_reason(error)}"
         if "cache_utils" in str(error):
             reason += " (for a language model, put use_cache=False into the example)"
         if two[0] is args:
@@ -63,6 +65,18 @@ def export_graph(
         raise ModelError(reason) from None
     exported.notes = (f"only for the example's batch size: {reason}",)
     return exported
+
+
+def _reason(error: Exception) -> str:
+    """Return torch.export's reason in one line; of data-dependent code the line, and what runs it."""
+    if "data-dependent" not in first_line(error):
+        return first_line(error)
+    text = str(error)
+    place = re.search(r'File "([^"]+)", (line \d+), in \w+\n *(.*)', text)
+    where = f" ({Path(place[1]).name}, {place[2]}: {place[3]})" if place else ""
+    if not place and (place := re.search(r"Caused by: \((?!_export)([^\n:]+):(\d+) in ", text)):
+        where = f" ({place[1]}, line {place[2]})"
+    return f"its code depends on the values of tensors (data-dependent){where}; rarefy.accelerate_ needs no export"
 
 
 def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -92,7 +106,8 @@ def _quiet_export() -> Iterator[None]:
 
     What is printed to standard error by an export that succeeds is shown afterwards.
     """
-    handlers = list(logging.getLogger("torch").handlers)
+    names = [name for name in logging.root.manager.loggerDict if name == "torch" or name.startswith("torch.")]
+    handlers = {h: None for name in names for h in logging.getLogger(name).handlers}
     printed = io.StringIO()
     for handler in handlers:
         handler.addFilter(_silence)

@@ -23,7 +23,7 @@ def call(model: nn.Module, batch: Any) -> Any:
     DataError if the model cannot be called with the batch; the message says what the batch holds and what the model
     takes.
     """
-    try:
+    with calling(model, f"a batch of {describe_batch(batch)}"):
         if hasattr(batch, "keys"):
             return model(**batch)
         if isinstance(batch, tuple | list):
@@ -31,6 +31,13 @@ def call(model: nn.Module, batch: Any) -> Any:
                 raise DataError("a batch is an empty tuple: give (inputs, target), a tensor or a dict")
             return model(batch[0])
         return model(batch)
+
+
+@contextmanager
+def calling(model: nn.Module, inputs: str) -> Iterator[None]:
+    """Raise DataError for what a call of the model raises: it names the inputs, as `inputs` describes them."""
+    try:
+        yield
     except RarefyError:
         raise
     except (
@@ -45,8 +52,7 @@ def call(model: nn.Module, batch: Any) -> Any:
         inner = unwrap(model)
         takes = ", ".join(list(inspect.signature(inner.forward).parameters)[:4])
         raise DataError(
-            f"{type(inner).__name__} cannot be called with a batch of {describe_batch(batch)}: {first_line(error)} "
-            f"(it takes {takes})"
+            f"{type(inner).__name__} cannot be called with {inputs}: {first_line(error)} (it takes {takes})"
         ) from error
 
 

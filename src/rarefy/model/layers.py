@@ -102,14 +102,19 @@ def original(module: nn.Module, param: str) -> Any:
     return getattr(module, param) if pruned is None else pruned
 
 
+def check_is_module(model: Any) -> None:
+    """Raise ModelError for what is not a torch module."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module as model, got {type(model).__name__}")
+
+
 def all_layers(model: nn.Module) -> list[Layer]:
     """Return every prunable tensor of a model in module order, tied weights once. O(modules).
 
     >>> [l.name for l in all_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))]
     ['0', '2']
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module as model, got {type(model).__name__}")
+    check_is_module(model)
     owners_of: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in _modules(model):
         for param in prunable(module):
