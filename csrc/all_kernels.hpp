@@ -1,8 +1,10 @@
 // The kernel table of the instruction set that this translation unit is compiled for.
 #pragma once
 #include "decode_ops.hpp"
+#include "dense_gemm.hpp"
 #include "epilogue.hpp"
 #include "input_packing.hpp"
+#include "lane_attention.hpp"
 #include "kernel_table.h"
 #include "quantized_gemv.hpp"
 #include "spmm.hpp"
@@ -38,6 +40,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .sell_spmm = {sell_spmm<RAREFY_F32>, sell_spmm<RAREFY_BF16>, sell_spmm<RAREFY_I8>},
       .sell_spmm_block = {sell_spmm_block<RAREFY_F32>, sell_spmm_block<RAREFY_I8>},
       .dense_gemm = {dense_gemm<RAREFY_F32>, dense_gemm<RAREFY_I8>},
+      .dense_lanes = {dense_lanes<RAREFY_BF16>, dense_lanes<RAREFY_I8>},
+      .store_outputs = {store_outputs<RAREFY_BF16>, store_outputs<RAREFY_I8>},
       .decompress_bitmask = {decompress_bitmask<RAREFY_F32>, decompress_bitmask<RAREFY_BF16>,
                              decompress_bitmask<RAREFY_I8>, decompress_bitmask<RAREFY_I4>},
       .decompress_quantized = decompress_quantized,
@@ -52,6 +56,11 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .quantize_tile = quantize_tile,
       .pool_or_depthwise = pool_or_depthwise,
       .attention_tile = attention_tile,
+      .pack_bf16_lanes = pack_bf16_lanes,
+      .pack_columns_as_rows = pack_columns_as_rows,
+      .pack_features_as_rows = pack_features_as_rows,
+      .softmax_lanes = softmax_lanes,
+      .add_rescaled = add_rescaled,
       .winograd_input = winograd_input,
       .winograd_output = winograd_output,
       .norm_row = norm_row,

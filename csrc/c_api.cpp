@@ -10,6 +10,8 @@
 extern const rarefy_kernel_table rarefy_portable;
 #if defined(RAREFY_X86)
 extern const rarefy_kernel_table rarefy_avx2, rarefy_avx512;
+bool rarefy_has_amx();
+void rarefy_set_amx_kernels(rarefy_kernel_table&);
 #endif
 
 namespace {
@@ -18,6 +20,19 @@ constexpr int64_t TILES_PER_PART = 32;  // row tiles of a part
 constexpr int64_t ROWS_PER_PART = 32;   // rows of a part, where inputs are few
 
 std::atomic<const rarefy_kernel_table*> active_table{nullptr};
+
+#if defined(RAREFY_X86)
+// The kernels for AVX-512, those of AMX in place of some; null where there is no AMX.
+const rarefy_kernel_table* amx_table() {
+  static const bool found = rarefy_has_amx();
+  static const rarefy_kernel_table table = [] {
+    rarefy_kernel_table t = rarefy_avx512;
+    rarefy_set_amx_kernels(t);
+    return t;
+  }();
+  return found ? &table : nullptr;
+}
+#endif
 
 // The table of an instruction set that this CPU has; without a name that of the best one.
 const rarefy_kernel_table* find_table(const char* name) {
@@ -32,6 +47,8 @@ const rarefy_kernel_table* find_table(const char* name) {
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
                       __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
 #endif
+  if (avx512 && (!name || !std::strcmp(name, "amx")))
+    if (const rarefy_kernel_table* t = amx_table()) return t;
   if (avx512 && (!name || !std::strcmp(name, "avx512"))) return &rarefy_avx512;
   if (avx2 && (!name || !std::strcmp(name, "avx2"))) return &rarefy_avx2;
 #endif

@@ -60,7 +60,7 @@ inline float score_cached_keys(const rarefy_attention& a, const float* q, const 
                                int64_t first, int64_t last, float* p) {
   constexpr int VECS = TILE_COLS / SIMD_WIDTH, UNROLL = VECS > 4 ? 1 : 2;
   const int64_t head_dim = a.head_dim;
-  f32_vec max = f32_vec{} + MASKED_SCORE;
+  f32_vec max = f32_vec{} + MASKED;
   for (int64_t tile = begin; tile < end; ++tile) {
     const float* k = keys + tile * a.k_stride;
     f32_vec acc[UNROLL][VECS] = {};
@@ -76,7 +76,7 @@ inline float score_cached_keys(const rarefy_attention& a, const float* q, const 
     for (int v = 0; v < VECS; ++v)
       store_vec(scores + v * SIMD_WIDTH, (UNROLL > 1 ? acc[0][v] + acc[UNROLL - 1][v] : acc[0][v]) * a.scale);
     for (int64_t j = 0; j < TILE_COLS; ++j)
-      if (tile * TILE_COLS + j < first || tile * TILE_COLS + j >= last) scores[j] = MASKED_SCORE * 2;
+      if (tile * TILE_COLS + j < first || tile * TILE_COLS + j >= last) scores[j] = MASKED * 2;
     for (int v = 0; v < VECS; ++v) max = max_vec(max, load_vec(scores + v * SIMD_WIDTH));
   }
   float top = max[0];

@@ -3,10 +3,12 @@
 // threads that have not started yet.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <new>
 
+#include "attention_ops.hpp"
 #include "conv_ops.hpp"
 #include "decode_steps.hpp"
 #include "kernel_table.h"
@@ -24,9 +26,6 @@ namespace {
 constexpr int64_t NORM_COLUMNS_PER_PART = 16;
 constexpr int SPINS_BEFORE_YIELD = 2000;
 
-// Column tiles that a sequence may touch.
-int64_t attention_tiles(const rarefy_attention& a) { return ceil_div(a.queries + TILE_COLS - 1, TILE_COLS); }
-
 int64_t num_parts(const rarefy_step& s) {
   if (s.decode) return decode_parts(s);
   const int64_t tiles = ceil_div(s.columns, TILE_COLS);
@@ -35,7 +34,7 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_NORM: return ceil_div(s.columns, NORM_COLUMNS_PER_PART);
     case RAREFY_OP_ADD:
     case RAREFY_OP_MUL: return tiles * ceil_div(s.features, FEATURES_PER_PART);
-    case RAREFY_OP_ATTENTION: return s.attention->batch * s.attention->heads * attention_tiles(*s.attention);
+    case RAREFY_OP_ATTENTION: return attention_parts(*s.attention);
     case RAREFY_OP_PAD_PLANES: return s.batch * ceil_div(s.features, CHANNELS_PER_PART);
     case RAREFY_OP_CONV:
       return s.winograd ? winograd_parts(s) : tiles * ceil_div(s.features, conv_rows_per_part(tiles));
@@ -76,7 +75,7 @@ void run_unpack(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile
 
 void run_image_absmax(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
   alignas(64) float absmax[TILE_COLS];
-  t.column_absmax(tile_of(s.x, tile), s.features, absmax);
+  t.column_absmax(tile_of(s.x, tile), s.features, TILE_COLS, absmax);
   for_each_image(s, tile, [&](int64_t, int64_t column, int64_t n) {
     const uint32_t bits = t.absmax_bits(absmax + column % TILE_COLS, n);
     std::memcpy(s.out.data + column, &bits, 4);
@@ -90,21 +89,30 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
     image_scales(t, s, tile, scales);
   } else {
     if (s.in_absmax.data)
-      t.column_absmax(tile_of(s.in_absmax, tile), s.absmax_rows, scales);
+      t.column_absmax(tile_of(s.in_absmax, tile), s.absmax_rows, TILE_COLS, scales);
     else
-      t.column_absmax(x, s.features, scales);
-    for (int64_t n = 0; n < TILE_COLS; ++n)  // as in rarefy_input_scale
-      scales[n] = !(scales[n] < INFINITY) ? NAN : scales[n] > 127e-36f ? scales[n] * (1.0f / 127.0f) : 1.0f;
+      t.column_absmax(x, s.features, TILE_COLS, scales);
+    absmax_to_scales(scales, TILE_COLS);
   }
-  t.quantize_tile(x, s.features, scales, reinterpret_cast<uint32_t*>(tile_of(s.out, tile)));
+  t.quantize_tile(x, s.features, TILE_COLS, scales, reinterpret_cast<uint32_t*>(tile_of(s.out, tile)));
 }
 
-void run_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+int run_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const int64_t first = part * NORM_COLUMNS_PER_PART, tile = first / TILE_COLS, column = first % TILE_COLS;
   const int64_t group = s.features / s.groups;
+  const ScratchBuffer<1> scratch(s.out.data ? 4 : size_t(s.features * TILE_COLS) * 4);
+  if (!scratch.data) return RAREFY_NO_MEMORY;
+  float* out = s.out.data ? tile_of(s.out, tile) + column : static_cast<float*>(scratch.data);
   for (int64_t f = 0; f < s.features; f += group)
     t.norm_tile(tile_of(s.x, tile) + column + f * TILE_COLS, group, NORM_COLUMNS_PER_PART, s.gamma, s.bias, s.eps,
-                s.subtract_mean != 0, tile_of(s.out, tile) + column + f * TILE_COLS);
+                s.subtract_mean != 0, out + f * TILE_COLS);
+  if (s.out_codes.data) {
+    float* scales = s.out_scales.data + first;
+    t.column_absmax(out, s.features, NORM_COLUMNS_PER_PART, scales);
+    absmax_to_scales(scales, NORM_COLUMNS_PER_PART);
+    t.quantize_tile(out, s.features, NORM_COLUMNS_PER_PART, scales, codes_of(s, tile) + column);
+  }
+  return RAREFY_OK;
 }
 
 void run_add_or_mul(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
@@ -112,12 +120,6 @@ void run_add_or_mul(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
   const int64_t row = part % chunks * FEATURES_PER_PART;
   t.add_or_mul(tile_of(s.x, tile) + row * TILE_COLS, optional_rows(s.other, tile, row), s.op == RAREFY_OP_MUL, s.act,
                tile_of(s.out, tile) + row * TILE_COLS, std::min(FEATURES_PER_PART, s.features - row) * TILE_COLS);
-}
-
-void run_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
-  const int64_t tiles = attention_tiles(a), head = part / tiles % a.heads, sequence = part / tiles / a.heads;
-  const int64_t tile = sequence * a.seq_stride / TILE_COLS + part % tiles;
-  if (tile * TILE_COLS < sequence * a.seq_stride + a.queries) t.attention_tile(a, sequence, head, tile);
 }
 
 void run_kv_store(const rarefy_step& s, int64_t tile) {
@@ -138,10 +140,10 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_UNPACK: run_unpack(t, s, part); break;
     case RAREFY_OP_LINEAR: return run_linear(t, s, part);
     case RAREFY_OP_CONVERT: run_convert(t, s, part); break;
-    case RAREFY_OP_NORM: run_norm(t, s, part); break;
+    case RAREFY_OP_NORM: return run_norm(t, s, part);
     case RAREFY_OP_ADD:
     case RAREFY_OP_MUL: run_add_or_mul(t, s, part); break;
-    case RAREFY_OP_ATTENTION: run_attention(t, *s.attention, part); break;
+    case RAREFY_OP_ATTENTION: return run_attention(t, *s.attention, part);
     case RAREFY_OP_ROPE:
       t.rope[0](tile_of(s.x, part), tile_of(s.cos, part), tile_of(s.sin, part), s.heads, s.features / s.heads,
                 tile_of(s.out, part));
@@ -170,10 +172,18 @@ void pause_or_yield(int& spins) {
 #endif
 }
 
-int run_on_one_thread(const rarefy_kernel_table& t, const rarefy_step* steps, int64_t count) {
+int64_t now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+int run_on_one_thread(const rarefy_kernel_table& t, const rarefy_step* steps, int64_t count, rarefy_step_time* times) {
   int error = RAREFY_OK;
-  for (int64_t k = 0; k < count && !error; ++k)
+  for (int64_t k = 0; k < count && !error; ++k) {
+    const int64_t start = times ? now() : 0;
     for (int64_t i = 0, parts = num_parts(steps[k]); i < parts; ++i) error |= run_part(t, steps[k], i);
+    if (times) times[k] = {now() - start, 0};
+  }
   return error;
 }
 
@@ -181,14 +191,14 @@ int run_on_one_thread(const rarefy_kernel_table& t, const rarefy_step* steps, in
 
 API void rarefy_advise_huge_pages(void* p, int64_t bytes) { advise_huge_pages(p, size_t(bytes)); }
 
-API int rarefy_run_program(const rarefy_step* steps, int64_t count) {
+API int rarefy_run_program(const rarefy_step* steps, int64_t count, rarefy_step_time* times) {
   const rarefy_kernel_table& t = rarefy_active_kernels();
   const uint32_t threads = num_threads();
   for (int64_t k = 0; k < count; ++k) {
     const rarefy_step& s = steps[k];
     if (s.op < 0 || s.op >= RAREFY_OP_COUNT || s.depends_on < 0 || s.depends_on > k) return RAREFY_INVALID;
   }
-  if (threads == 1) return run_on_one_thread(t, steps, count);
+  if (threads == 1) return run_on_one_thread(t, steps, count, times);
   const ScratchBuffer<2> scratch(size_t(count) * (sizeof(PartCounter) + threads * sizeof(WorkRange)));
   if (!scratch.data) return RAREFY_NO_MEMORY;
   PartCounter* counters = static_cast<PartCounter*>(scratch.data);
@@ -205,12 +215,15 @@ API int rarefy_run_program(const rarefy_step* steps, int64_t count) {
     const uint32_t thread = arrived.fetch_add(1) % threads;
     int64_t finished = 0;  // leading steps known to be done
     for (int64_t k = 0; k < count; ++k) {
+      const int64_t start = times ? now() : 0;
       for (; finished < steps[k].depends_on; ++finished)
         for (int spins = 0; counters[finished].remaining.load(std::memory_order_acquire) > 0;) pause_or_yield(spins);
+      const int64_t ready = times ? now() : 0;
       const int64_t ran = run_and_steal(ranges + k * threads, threads, thread, [&](int64_t part) {
         if (const int code = run_part(t, steps[k], part)) error.store(code, std::memory_order_relaxed);
       });
       if (ran) counters[k].remaining.fetch_sub(ran, std::memory_order_acq_rel);
+      if (times) times[thread * count + k] = {now() - ready, ready - start};
     }
   };
   rarefy_parallel_for(0, threads, 1, run_range<decltype(work)>, &work);

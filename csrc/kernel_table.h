@@ -10,6 +10,7 @@ constexpr int64_t TILE_COLS = 64;         // columns of a column tile
 constexpr int TILE_ROWS = 4;              // rows of a row tile
 constexpr int64_t SLAB_ROWS = 128;        // rows of a SELL slab
 constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
+constexpr float MASKED = -1e30f;            // lower scores count as masked; a difference of two is no NaN
 constexpr int64_t SEGMENT_FLOATS = 16;    // maximum length of a segment; copies always have this size
 
 static inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
@@ -38,6 +39,13 @@ struct rarefy_tile_epilogue {
   int32_t act;
   const float *row_scales, *col_scales;
   const int32_t* row_sums;
+};
+
+// Where the outputs of 32 rows of a tile go: fp32, codes, the columns' largest magnitudes so far. All but one may be null.
+struct rarefy_tile_outputs {
+  float* out;             // [rows][TILE_COLS]
+  float* absmax;          // [TILE_COLS], updated
+  uint32_t* bf16;         // [rows / 2][TILE_COLS]
 };
 
 struct rarefy_kernel_table {
@@ -77,6 +85,10 @@ struct rarefy_kernel_table {
                              uint32_t* acc, int64_t columns, const rarefy_tile_epilogue*);  // fp32, int8
   void (*dense_gemm[2])(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, const uint32_t* x,
                         uint32_t* acc, int64_t columns, bool accumulate);  // fp32, int8
+  // 16 or 32 rows of a dense weight of bf16 or int8 times a column tile: acc [rows][TILE_COLS].
+  void (*dense_lanes[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
+                         int64_t columns);
+  void (*store_outputs[2])(const rarefy_tile_epilogue&, const uint32_t* acc, const rarefy_tile_outputs&);
   void (*decompress_bitmask[4])(const rarefy_bitmask&, int64_t row, uint32_t* out);
   void (*decompress_quantized)(const rarefy_quantized&, int64_t row, bool to_int8, uint32_t* out);
   void (*transposed_epilogue[3])(const rarefy_weight_epilogue&, int64_t row, int64_t rows, const uint32_t* acc,
@@ -90,10 +102,19 @@ struct rarefy_kernel_table {
   void (*add_or_mul)(const float* a, const float* b, bool mul, int act, float* out, int64_t count);
   void (*norm_tile)(const float* x, int64_t features, int64_t columns, const float* gamma, const float* bias, float eps,
                     bool subtract_mean, float* out);
-  void (*column_absmax)(const float* x, int64_t features, float* out);
-  void (*quantize_tile)(const float* x, int64_t features, const float* scales, uint32_t* out);
+  void (*column_absmax)(const float* x, int64_t features, int64_t columns, float* out);
+  void (*quantize_tile)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
   void (*pool_or_depthwise)(const float* x, int64_t lanes, const float* weights, bool accumulate, float* out);
   void (*attention_tile)(const rarefy_attention&, int64_t batch, int64_t head, int64_t tile);
+  void (*pack_bf16_lanes)(const float* x, int64_t features, int64_t columns, uint32_t* out);
+  void (*pack_columns_as_rows)(const float* x, int64_t features, uint32_t* out);
+  void (*pack_features_as_rows)(const float* a, const float* b, int64_t first, int64_t second, int64_t features,
+                                uint32_t* out);
+  void (*softmax_lanes)(const rarefy_attention&, const float* mask, int64_t first_key, int64_t keys,
+                        int64_t first_query, int64_t columns, float* scores, uint32_t* out, float* max, float* sum,
+                        float* rescale);
+  void (*add_rescaled)(const float* sums, const float* rescale, const float* total, int64_t features, int64_t columns,
+                       float* out);
   void (*winograd_input)(const float* x, const int32_t* offsets, int64_t inputs, const rarefy_segment* segments,
                          int count, float* out, int64_t stride);
   void (*winograd_output)(const float* products, int64_t stride, int64_t tiles, float bias, const float* residual,

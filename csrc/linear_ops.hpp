@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t DECOMPRESSED_ROWS = 32;  // rows that are decompressed at a time
+constexpr int64_t DENSE_ROWS_PER_CALL = 32;
 constexpr int64_t DECOMPRESSED_TILES = 4;  // column tiles that they are multiplied by
 
 // What the formats have in common.
@@ -24,7 +25,7 @@ struct LinearWeight {
         rows = w.rows;
         dtype = w.dtype;
         cols = w.cols;
-        epilogue = {nullptr, nullptr, w.bias, w.act};
+        epilogue = {w.scales, w.row_sums, w.bias, w.act};
         break;
       }
       case RAREFY_BITMASK: {
@@ -62,7 +63,13 @@ struct LinearWeight {
 // Formats for few inputs are decompressed for column tiles.
 inline bool is_decompressed(const rarefy_step& s) { return s.format == RAREFY_BITMASK || s.format == RAREFY_QUANTIZED; }
 
+// Dense weights of bf16 and int8, in blocks of lanes.
+inline bool is_in_lanes(const rarefy_step& s) {
+  return s.format == RAREFY_DENSE && static_cast<const rarefy_dense*>(s.weight)->dtype != RAREFY_F32;
+}
+
 inline int64_t linear_parts(const rarefy_step& s, int64_t tiles) {
+  if (s.whole_columns) return tiles;
   return is_decompressed(s) ? ceil_div(tiles, DECOMPRESSED_TILES) * ceil_div(s.features, DECOMPRESSED_ROWS)
                             : tiles * ceil_div(s.features, SLAB_ROWS);
 }
@@ -97,9 +104,47 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
   return RAREFY_OK;
 }
 
+// A slab of rows, or with whole_columns all rows, of one column tile.
+inline int run_dense_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const auto& w = *static_cast<const rarefy_dense*>(s.weight);
+  const int64_t size = s.whole_columns ? s.features : SLAB_ROWS, slabs = ceil_div(s.features, size);
+  const int64_t tile = part / slabs, first = part % slabs * size, end = std::min(first + size, s.features);
+  const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
+  const int64_t per_lane = inputs_per_lane(w.dtype), lane_blocks = ceil_div(w.cols, 16 * per_lane);
+  const bool int8 = w.dtype == RAREFY_I8, quantizes = s.out_codes.data && s.codes_dtype == RAREFY_I8;
+  const ScratchBuffer<1> scratch(size_t(quantizes && !s.out.data ? s.features * TILE_COLS : 1) * 4);
+  if (!scratch.data) return RAREFY_NO_MEMORY;
+  float* out = s.out.data ? tile_of(s.out, tile) : quantizes ? static_cast<float*>(scratch.data) : nullptr;
+  alignas(64) uint32_t acc[DENSE_ROWS_PER_CALL * TILE_COLS];
+  alignas(64) float absmax[TILE_COLS] = {};
+  const float* col_scales = s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr;
+  for (int64_t row = first; row < end; row += DENSE_ROWS_PER_CALL) {
+    const int64_t rows = std::min(DENSE_ROWS_PER_CALL, end - row);
+    t.dense_lanes[int8](static_cast<const uint32_t*>(w.values) + row * lane_blocks * 16, lane_blocks,
+                        ceil_div(rows, 16) * 16, reinterpret_cast<const uint32_t*>(tile_of(s.x, tile)), acc, columns);
+    t.store_outputs[int8](tile_epilogue({w.scales, w.row_sums, w.bias, w.act}, row, rows, col_scales,
+                                        optional_rows(s.residual, tile, row)),
+                          acc,
+                          {out ? out + row * TILE_COLS : nullptr, quantizes || s.out_absmax.data ? absmax : nullptr,
+                           s.out_codes.data && !quantizes ? codes_of(s, tile) + row / 2 * TILE_COLS : nullptr});
+    if (s.out_absmax.data && ((row + rows) % SLAB_ROWS == 0 || row + rows == end)) {
+      std::copy_n(absmax, TILE_COLS, tile_of(s.out_absmax, tile) + row / SLAB_ROWS * TILE_COLS);
+      if (!quantizes) std::fill_n(absmax, TILE_COLS, 0.0f);
+    }
+  }
+  if (quantizes) {
+    float* scales = s.out_scales.data + tile * TILE_COLS;
+    std::copy_n(absmax, TILE_COLS, scales);
+    absmax_to_scales(scales, TILE_COLS);
+    t.quantize_tile(out, s.features, TILE_COLS, scales, codes_of(s, tile));
+  }
+  return RAREFY_OK;
+}
+
 // One slab of rows of one column tile.
 inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   if (is_decompressed(s)) return run_decompressed_linear(t, s, part);
+  if (is_in_lanes(s)) return run_dense_linear(t, s, part);
   const LinearWeight w(s);
   const int64_t slabs = ceil_div(w.rows, SLAB_ROWS), tile = part / slabs, slab = part % slabs, row = slab * SLAB_ROWS;
   const int64_t rows = std::min(SLAB_ROWS, s.features - row);
@@ -111,7 +156,7 @@ inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_
   const rarefy_tile_epilogue epilogue =
       tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row));
   if (s.format == RAREFY_DENSE)
-    multiply_dense(t, static_cast<const rarefy_dense*>(s.weight)->values, w.cols, row, rows, 0, w.cols, x, columns,
+    multiply_dense(t, static_cast<const float*>(static_cast<const rarefy_dense*>(s.weight)->values), w.cols, row, rows, 0, w.cols, x, columns,
                    acc);
   else if (s.format == RAREFY_SELL)
     t.sell_spmm[w.dtype](*static_cast<const rarefy_sell*>(s.weight), slab, x, acc, columns, &epilogue);

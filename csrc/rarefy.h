@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 2 };
+enum { RAREFY_ABI_VERSION = 3 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -95,11 +95,14 @@ struct rarefy_csr {
   int32_t dtype, act;
 };
 
-// Dense fp32 weight, for layers with few zeros. Runs in programs only.
+// Dense weight, for layers with few zeros. Runs in programs only. fp32: four rows interleaved. bf16 and int8: blocks of
+// 16 rows by 16 lanes, as AMX reads them; rows and lanes are padded with zeros.
 struct rarefy_dense {
   int64_t rows, cols;
-  const float* values;  // [rows / 4][cols][4]
-  const float* bias;
+  const void* values;       // fp32: [rows / 4][cols][4]; bf16, int8: lanes [rows / 16][lanes / 16][16 rows][16 lanes]
+  const float* scales;      // int8: [rows]
+  const int32_t* row_sums;  // int8: [rows], sum of values
+  const float* bias;        // [rows] or null
   int32_t dtype, act;
 };
 
@@ -115,7 +118,7 @@ struct rarefy_conv {
 
 int32_t rarefy_abi_version(void);
 const char* rarefy_isa(void);          // the active instruction set
-int rarefy_set_isa(const char* name);  // "avx512", "avx2", "portable"; RAREFY_INVALID where the CPU lacks it
+int rarefy_set_isa(const char* name);  // "amx", "avx512", "avx2", "portable"; RAREFY_INVALID where the CPU lacks it
 void rarefy_set_parallel_for(rarefy_parallel_for_fn run, int (*num_threads)(uint32_t*));
 
 // Bounds-check every index of a weight. Call these before running a weight that comes from a file. O(values).
@@ -217,6 +220,7 @@ struct rarefy_attention {
   int64_t window;              // keys that a query attends to at most, itself included; 0: all
   float scale;
   int32_t causal;
+  int32_t bf16;  // 1: products in bf16, without a cache; 0: fp32
 };
 
 struct rarefy_step {
@@ -229,17 +233,21 @@ struct rarefy_step {
   int32_t subtract_mean;   // NORM: LayerNorm; 0: RMSNorm
   int32_t winograd;  // CONV: F(2x2, 3x3); conv has kernel 4, stride 2 and dense weights [16][outputs / 4][inputs][4]
   int32_t store_values;                   // KV_STORE: x are values; 0: keys
+  int32_t whole_columns;                  // LINEAR of RAREFY_DENSE: a part is a column tile with all rows
+  int32_t codes_dtype;                    // rarefy_dtype of `out_codes`: bf16 or int8
   float eps;                              // NORM: added to the variance
   float pad_value;                        // PAD_PLANES: value outside the image; int8 planes are padded with zeros
   const void* weight;                     // LINEAR
   const rarefy_attention* attention;      // ATTENTION, KV_STORE
   const rarefy_indirection* indirection;  // PAD_PLANES, CONV, MAX_POOL, DEPTHWISE_CONV
-  rarefy_view x, out;
+  rarefy_view x;
+  rarefy_view out;            // null in steps that write `out_codes` alone
+  rarefy_view out_codes;      // LINEAR with whole_columns, NORM, ATTENTION: also writes out in lanes of `codes_dtype`
   rarefy_view other;          // ADD (may be null), MUL: second operand
   rarefy_view residual;       // LINEAR, CONV: or null
   rarefy_view in_scales;      // LINEAR, CONV of int8: scales of the columns of x, or of its images
   rarefy_view in_absmax;      // CONVERT: largest magnitudes of x, [absmax_rows][64] of each tile; null: computed from x
-  rarefy_view out_scales;     // CONVERT: scales of the columns of out
+  rarefy_view out_scales;     // CONVERT, out_codes: scales of the columns
   rarefy_view out_absmax;     // LINEAR, CONV: receives the columns' largest magnitudes for every 128 outputs; or null
   rarefy_view cos, sin;       // ROPE: of the angles, [head_dim] for each column
   const float *gamma, *bias;  // NORM: [features / groups]; bias also DEPTHWISE_CONV: [features]; or null
@@ -254,7 +262,13 @@ struct rarefy_step {
   int64_t depends_on;              // the first `depends_on` steps must be done before this one
 };
 
-int rarefy_run_program(const rarefy_step* steps, int64_t count);
+struct rarefy_step_time {  // nanoseconds that one thread
+  int64_t busy;            // ran parts of a step
+  int64_t waiting;         // waited before it for steps that it depends on
+};
+
+// `times`: null, or [threads][count] that receive how long each thread took for each step.
+int rarefy_run_program(const rarefy_step* steps, int64_t count, rarefy_step_time* times);
 void rarefy_advise_huge_pages(void* p, int64_t bytes);  // for memory that has not been touched yet
 int64_t rarefy_padded_image_floats(const rarefy_conv* w, int64_t height, int64_t width);  // planes of one image
 void rarefy_indirection_offsets(const rarefy_conv* w, int64_t height, int64_t width, int32_t* out);  // [lanes]

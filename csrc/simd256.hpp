@@ -306,6 +306,13 @@ struct LaneOps<RAREFY_I8> : I32Accumulator {
   }
 };
 
+// Pairs of bf16 from two vectors: a in the low halves, b in the high ones. NaN stays NaN.
+inline u32x8 round_to_bf16(f32x8 v) {
+  const u32x8 u = u32x8(v), rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  return v == v ? rounded : u >> 16 | 0x40u;
+}
+inline raw_vec pack_bf16(f32x8 a, f32x8 b) { return round_to_bf16(a) | round_to_bf16(b) << 16; }
+
 inline void transpose(raw_vec (&r)[SIMD_WIDTH]) {
 #if defined(__AVX2__)
   transpose_8x8(reinterpret_cast<__m256(&)[SIMD_WIDTH]>(r));

@@ -220,6 +220,14 @@ struct LaneOps<RAREFY_I8> : I32Accumulator {
   }
 };
 
+// Pairs of bf16 from two vectors: a in the low halves, b in the high ones.
+inline raw_vec pack_bf16(__m512 a, __m512 b) {
+  const __m512i order = _mm512_or_si512(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+      _mm512_slli_epi32(_mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16));
+  return _mm512_permutexvar_epi16(order, __m512i(_mm512_cvtne2ps_pbh(b, a)));
+}
+
 inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
   for (int i = 0; i < 8; ++i) {

@@ -2,6 +2,7 @@
 // of work that a thread takes.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "kernel_table.h"
@@ -15,6 +16,10 @@ constexpr int64_t DECODE_ROWS_PER_PART = 32;  // rows of a weight in decode step
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline float* tile_of(const rarefy_view& v, int64_t tile) { return v.data + tile * v.stride; }
+
+inline uint32_t* codes_of(const rarefy_step& s, int64_t tile) {
+  return reinterpret_cast<uint32_t*>(tile_of(s.out_codes, tile));
+}
 
 // Part of a tile's features, or null where the step has no such operand.
 inline const float* optional_rows(const rarefy_view& v, int64_t tile, int64_t row) {
@@ -54,10 +59,16 @@ inline void apply_epilogue(const rarefy_kernel_table& t, const rarefy_tile_epilo
     t.f32_epilogue(acc, e.rows, TILE_COLS, e.bias, e.residual, e.act, acc, TILE_COLS, false);
 }
 
+// The int8 scales of columns in place of their largest magnitudes, as rarefy_input_scale finds them.
+inline void absmax_to_scales(float* scales, int64_t columns) {
+  for (int64_t n = 0; n < columns; ++n)
+    scales[n] = !(scales[n] < INFINITY) ? NAN : scales[n] > 127e-36f ? scales[n] * (1.0f / 127.0f) : 1.0f;
+}
+
 // Write out_absmax, where the step has one, for some rows of a tile from the start of a slab on.
 inline void write_absmax(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile, int64_t row, int64_t rows) {
   for (int64_t done = 0; s.out_absmax.data && done < rows; done += SLAB_ROWS)
-    t.column_absmax(tile_of(s.out, tile) + (row + done) * TILE_COLS, std::min(SLAB_ROWS, rows - done),
+    t.column_absmax(tile_of(s.out, tile) + (row + done) * TILE_COLS, std::min(SLAB_ROWS, rows - done), TILE_COLS,
                     tile_of(s.out_absmax, tile) + (row + done) / SLAB_ROWS * TILE_COLS);
 }
 

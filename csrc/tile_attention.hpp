@@ -12,8 +12,6 @@
 
 namespace {
 
-constexpr float MASKED_SCORE = -1e30f;  // lower scores count as masked; a difference of two is no NaN
-
 // Scores of KEYS keys for the queries: out[key][vector] = q k scale.
 template <int VECS, int KEYS>
 inline void score_keys(const float* q, const float* k, int64_t head_dim, float scale, f32_vec (*out)[VECS]) {
@@ -83,7 +81,7 @@ inline void mask_hidden_keys(const rarefy_attention& a, int64_t first_key, int64
       for (int i = 0; i < SIMD_WIDTH; ++i) {
         const int64_t key = first_key + j, query = first_query + t * SIMD_WIDTH + i;
         if ((a.causal && key > query) || (key < start && start <= query) || (a.window && key + a.window <= query))
-          scores[j][t][i] = MASKED_SCORE * 2;
+          scores[j][t][i] = MASKED * 2;
       }
 }
 
@@ -111,7 +109,7 @@ void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int6
   const int64_t past = a.cache ? a.cache->length : 0, num_keys = a.cache ? past + a.queries : a.keys;
   const int64_t start = a.cache && a.cache->starts ? a.cache->starts[batch] : 0, position = past + query;
   f32_vec max[VECS], sum[VECS] = {}, rescale[VECS];
-  for (int t = 0; t < VECS; ++t) max[t] = f32_vec{} + MASKED_SCORE;
+  for (int t = 0; t < VECS; ++t) max[t] = f32_vec{} + MASKED;
   for (int64_t d = 0; d < head_dim; ++d)
     for (int t = 0; t < VECS; ++t) store_vec(out + d * TILE_COLS + lane + t * SIMD_WIDTH, f32_vec{});
   const int64_t end = a.causal ? std::min(num_keys, position + VECS * SIMD_WIDTH) : num_keys;

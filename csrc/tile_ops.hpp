@@ -69,9 +69,9 @@ void rope_tile(const float* x, const float* cos, const float* sin, int64_t heads
     }
 }
 
-// The largest magnitude of each column. Compared as integers, so that NaN is larger than all others.
-void column_absmax(const float* x, int64_t features, float* out) {
-  for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH) {
+// The largest magnitude of each of the first `columns` columns. Compared as integers, so that NaN is larger than all others.
+void column_absmax(const float* x, int64_t features, int64_t columns, float* out) {
+  for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
     i32_vec max{};
     for (int64_t f = 0; f < features; ++f) {
       const i32_vec magnitude = i32_vec(u32_vec(load_vec(x + f * TILE_COLS + n)) & 0x7fffffffu);
@@ -81,9 +81,9 @@ void column_absmax(const float* x, int64_t features, float* out) {
   }
 }
 
-// Quantize a tile to int8 lanes of four features, with one scale for each column.
-void quantize_tile(const float* x, int64_t features, const float* scales, uint32_t* out) {
-  for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH) {
+// Quantize the first `columns` columns to int8 lanes of four features, with one scale for each column.
+void quantize_tile(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out) {
+  for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
     const f32_vec inverse = 1.0f / load_vec(scales + n);
     for (int64_t f = 0; f < features; f += 4) {
       u32_vec lane = u32_vec{} + PACKED_ZEROS;

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.program import Program, Value
+from rarefy.compiler.program import DTYPES, Program, Value
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import LANE
 
-DTYPES = ("fp32", "bf16", "int8")  # of a step
 OVERREAD = 16  # floats that a kernel may read past the last plane
 MAX_PLANE_FLOATS = 1 << 31  # offsets are 32 bits
 
@@ -47,6 +46,10 @@ def quantize_input(p: Program, x: Node, precision: str, per_image: bool = False)
     There is a scale for each token or pixel, or one for each image, whose pixels a convolution sums.
     """
     key = x, f"{precision} per image" if per_image else precision
+    if key not in p.quantized and precision == "int8" and not per_image:
+        written = p.codes(p.values[x], precision)
+        if written is not None:
+            p.quantized[key] = written
     if key not in p.quantized:
         source = p.values[x]
         lanes = -(-source.features // 64) * 64 // LANE[precision] if p.decode else -(-source.features // 4)
@@ -55,6 +58,8 @@ def quantize_input(p: Program, x: Node, precision: str, per_image: bool = False)
             absmax_source, absmax = source if absmax is None else absmax, p.new_like(source, 1)
             p.step("image_absmax", absmax_source, x=p.use(absmax_source), out=p.use(absmax))
         fields = {"dtype": DTYPES.index(precision), "per_image": int(per_image)}
+        if not per_image and not p.decode:
+            lanes = -(-lanes // 16) * 16  # kernels read blocks of 16
         codes, scales = p.new_like(source, lanes), p.new_like(source, 1)
         extra = {} if absmax is None else {"in_absmax": p.use(absmax), "absmax_rows": absmax.features}
         p.step("convert", source, x=p.use(source), out=p.use(codes), out_scales=p.use(scales), **fields, **extra)

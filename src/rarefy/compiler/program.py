@@ -20,9 +20,9 @@ from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, OpSpec, describe
 from rarefy.runtime import bindings
-from rarefy.runtime.bindings import FORMATS
+from rarefy.runtime.bindings import FORMATS, _Dense
 from rarefy.runtime.huge_pages import allocate
-from rarefy.runtime.packed_formats import SLAB, Bitmask, QuantizedPanels, Sell, Tiles
+from rarefy.runtime.packed_formats import LANE, SLAB, Bitmask, Dense, QuantizedPanels, Sell, Tiles
 
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens of a vector; several sequences are padded to a multiple of it
@@ -33,7 +33,9 @@ NAMES = (  # rarefy_op of csrc/rarefy.h, as are the structs below
     "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax",
 )  # fmt: skip
 OPS = {name: i for i, name in enumerate(NAMES)}
-WRITTEN_OPERANDS = ("out", "out_scales", "out_absmax")
+WRITTEN_OPERANDS = ("out", "out_codes", "out_scales", "out_absmax")
+DTYPES = ("fp32", "bf16", "int8")  # rarefy_dtype
+MAX_IDLE = 0.15  # share of time that threads may wait where each runs whole tiles
 
 Span = tuple[int, int, bool]  # start and end in memory, and whether it is written
 
@@ -45,11 +47,11 @@ class View(Structure):
 class Step(Structure):
     _fields_ = [
         *[(n, c_int32) for n in ("op", "act", "decode", "format", "dtype", "channels_first", "per_image")],
-        *[(n, c_int32) for n in ("subtract_mean", "winograd", "store_values")],
+        *[(n, c_int32) for n in ("subtract_mean", "winograd", "store_values", "whole_columns", "codes_dtype")],
         *[(n, c_float) for n in ("eps", "pad_value")],
         *[(n, c_void_p) for n in ("weight", "attention", "indirection")],
-        *[(n, View) for n in ("x", "out", "other", "residual", "in_scales", "in_absmax", "out_scales", "out_absmax")],
-        *[(n, View) for n in ("cos", "sin")],
+        *[(n, View) for n in ("x", "out", "out_codes", "other", "residual", "in_scales", "in_absmax", "out_scales")],
+        *[(n, View) for n in ("out_absmax", "cos", "sin")],
         *[(n, c_void_p) for n in ("gamma", "bias", "depthwise_weights", "row_sums")],
         *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "seq_stride")],
         *[(n, c_int64) for n in ("groups", "heads", "absmax_rows", "depends_on")],
@@ -71,6 +73,7 @@ class Attention(Structure):
         *[(n, c_int64) for n in ("k_offset", "v_offset", "window")],
         ("scale", c_float),
         ("causal", c_int32),
+        ("bf16", c_int32),
     ]
 
 
@@ -167,6 +170,7 @@ class Program:
             assert lower is not None
             lower(self, node)
         self.exits = [self._unpack_output(n) for n in outputs]
+        self._drop_unread()
         self._plan_memory()
         self._fill_addresses()
         self.cache_reads = {(a.batch, a.queries) for a, _ in self.attentions if a.cache}  # sequences and new tokens
@@ -231,14 +235,48 @@ class Program:
     def absmax(self, v: Value) -> Value | None:
         """Return the largest magnitudes of each column for each 128 features, if the step that computes v can find them
         on the way."""
-        i = next(i for i in reversed(range(len(self.steps))) if self.steps[i][1].get("out") is v)
+        i = self._producer(v)
         producer, operands, _ = self.steps[i]
-        by_tiles = producer.op == OPS["linear"] and FORMATS[producer.format] in (Tiles, Sell)
+        by_tiles = producer.op == OPS["linear"] and (FORMATS[producer.format] in (Tiles, Sell) or self._in_lanes(i))
         if not (by_tiles or (producer.op == OPS["conv"] and not producer.winograd)):
             return None
         if "out_absmax" not in operands:
             operands["out_absmax"] = self._add(Value(v.tokens, -(-v.features // SLAB), i, False))
         return operands["out_absmax"]
+
+    def _producer(self, v: Value) -> int:
+        """Return the step that writes a value."""
+        return next(i for i in reversed(range(len(self.steps))) if self.steps[i][1].get("out") is v)
+
+    def _in_lanes(self, i: int) -> bool:
+        """Return whether a step multiplies by a dense weight of bf16 or int8."""
+        step = self.steps[i][0]
+        return FORMATS[step.format] is Dense and _Dense.from_address(step.weight).dtype != 0
+
+    def codes(self, v: Value, precision: str) -> tuple[Value, Value] | None:
+        """Return a value in another precision and its scales, written by the step that computes it.
+
+        Returns:
+            None where that step cannot: it must have all features of a token at once.
+        """
+        i = self._producer(v)
+        step, operands, _ = self.steps[i]
+        rounds = -(-v.tokens.tiles // torch.get_num_threads())
+        balanced = v.tokens.tiles / (rounds * torch.get_num_threads()) > 1 - MAX_IDLE
+        linear = step.op == OPS["linear"] and balanced and self._in_lanes(i)
+        if self.decode or "out_codes" in operands or not (linear or step.op == OPS["norm"]):
+            return None
+        step.codes_dtype, step.whole_columns = DTYPES.index(precision), int(linear)
+        lanes = -(-v.features // (16 * LANE[precision])) * 16  # kernels read blocks of 16
+        operands["out_codes"] = self._add(Value(v.tokens, lanes, i, False, last=i))
+        operands["out_scales"] = self._add(Value(v.tokens, 1, i, False, last=i))
+        return operands["out_codes"], operands["out_scales"]
+
+    def _drop_unread(self) -> None:
+        """Drop the fp32 outputs of steps whose codes alone are read."""
+        for i, (_, operands, _) in enumerate(self.steps):
+            if "out_codes" in operands and operands["out"].last <= i:
+                self.every.remove(operands.pop("out"))
 
     def _reads_pixels(self, image: Node, user: Node) -> bool:
         """Return whether an operator reads an image's pixels as they are stored, not its padded planes."""
@@ -336,12 +374,13 @@ class Program:
 
     # ---- running
 
-    def run(self, inputs: Mapping[Node, Any], cache: Any = None) -> list[Tensor]:
+    def run(self, inputs: Mapping[Node, Any], cache: Any = None, times: Tensor | None = None) -> list[Tensor]:
         """Return the outputs, contiguous.
 
         Args:
             inputs: a tensor for each of the subgraph's inputs.
             cache: the KV cache that the tokens are appended to, where the program has cached attention.
+            times: int64 [threads, steps, 2]: receives the nanoseconds that each thread ran each step, and waited for it.
 
         Raises:
             ModelError: if the cache is missing, or is for another batch, or has too little room.
@@ -367,7 +406,7 @@ class Program:
         out = [torch.empty(s) for s in self.out_shapes]
         for y, step in zip(out, self.final):
             step.out.data = y.data_ptr()
-        if self.call(self.array, len(self.array)):
+        if self.call(self.array, len(self.array), None if times is None else times.data_ptr()):
             raise MemoryError("not enough memory to run a compiled model")
         return out
 

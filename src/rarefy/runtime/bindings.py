@@ -1,6 +1,6 @@
 """Load the compiled kernels, connect them to torch's threads and call them by pointers.
 
-`RAREFY_ISA` (avx512, avx2, portable) forces an instruction set. Without kernels `missing()` says why, and
+`RAREFY_ISA` (amx, avx512, avx2, portable) forces an instruction set. Without kernels `missing()` says why, and
 `rarefy.runtime.reference` does the same in torch.
 """
 
@@ -30,8 +30,8 @@ from rarefy.runtime.packed_formats import (
     Tiles,
 )
 
-ISAS = ("avx512", "avx2", "portable")
-ABI_VERSION = 2  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
+ISAS = ("amx", "avx512", "avx2", "portable")
+ABI_VERSION = 3  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORMATS = (Bitmask, Csr, Tiles, QuantizedPanels, Sell, Dense)  # in the order of csrc/rarefy.h
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
@@ -80,7 +80,7 @@ class _Sell(Structure):
 class _Dense(Structure):
     _fields_ = [
         *[(n, c_int64) for n in ("rows", "cols")],
-        *[(n, c_void_p) for n in ("values", "bias")],
+        *[(n, c_void_p) for n in ("values", "scales", "row_sums", "bias")],
         *[(n, c_int32) for n in ("dtype", "act")],
     ]
 
@@ -121,7 +121,7 @@ def _open() -> tuple[Any, str | None]:
     library.rarefy_indirection_offsets.argtypes = [POINTER(Conv), c_int64, c_int64, c_void_p]
     library.rarefy_indirection_offsets.restype = None
     library.rarefy_advise_huge_pages.argtypes, library.rarefy_advise_huge_pages.restype = [c_void_p, c_int64], None
-    library.rarefy_run_program.argtypes = [c_void_p, c_int64]
+    library.rarefy_run_program.argtypes = [c_void_p, c_int64, c_void_p]
     library.rarefy_run_conv.argtypes = [POINTER(Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
     library.rarefy_dequantize_rows.argtypes = [POINTER(_Quantized), c_void_p, c_int64, c_void_p]
     library.rarefy_check_conv.argtypes = [POINTER(Conv), c_int64, c_int64]

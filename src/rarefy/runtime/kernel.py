@@ -25,6 +25,8 @@ from rarefy.runtime.bindings import (
     library,
 )
 from rarefy.runtime.packed_formats import (
+    BLOCK_LANES,
+    BLOCK_OUTPUTS,
     KINDS,
     LANE,
     MAX_INT8_INPUTS,
@@ -259,7 +261,7 @@ def _check_numbers(packed: Packed) -> None:
         if isinstance(packed, Bitmask)
         else tuple(LANE)
     )
-    if isinstance(packed, Dense) or (isinstance(packed, ConvTiles) and packed.counts is None):
+    if isinstance(packed, ConvTiles) and packed.counts is None:
         known = ("fp32",)
     if packed.kind not in known:
         raise FormatError(unknown("kind", str(packed.kind), known))
@@ -311,8 +313,11 @@ def check_packed(packed: Packed, bias: Tensor | None) -> None:
             "columns": (torch.int16, (k,)),
             "values": (KINDS[packed.kind], (k,)),
         }
-    elif isinstance(matrix, Dense):
+    elif isinstance(matrix, Dense) and packed.kind == "fp32":
         want |= {"values": (torch.float32, (fours, C, 4))}
+    elif isinstance(matrix, Dense):
+        blocks = -(-O // BLOCK_OUTPUTS), -(-lanes // BLOCK_LANES)
+        want |= {"values": (torch.int32, (*blocks, BLOCK_OUTPUTS, BLOCK_LANES))}
     elif isinstance(matrix, Sell):
         cell = (-(-O // SLAB), -(-lanes // matrix.block))
         n = len(matrix.values) if isinstance(matrix.values, Tensor) and matrix.values.dim() else None

@@ -18,6 +18,7 @@ from torch import Tensor
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LANE = {"fp32": 1, "bf16": 2, "int8": 4}
 PADDING = 64  # bytes that a kernel may read past the last value
+BLOCK_OUTPUTS = BLOCK_LANES = 16  # of a block of `Dense` in bf16 and int8
 MAX_BLOCK = 65535  # lanes of a block: columns are 16-bit numbers
 MAX_INT8_INPUTS = (1 << 31) // (
     255 * 127
@@ -95,11 +96,14 @@ class Sell:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A dense weight, for few zeros: four outputs interleaved. Runs in programs only."""
+    """A dense weight, for few zeros. Runs in programs only. fp32: four outputs interleaved. bf16 and int8: blocks of 16
+    outputs by 16 lanes, as AMX reads them."""
 
     shape: tuple[int, int]
-    kind: str  # fp32
-    values: Tensor  # [O / 4, C, 4], the outputs padded to fours
+    kind: str
+    values: Tensor  # fp32 [O / 4, C, 4], or int32 [O / 16, lanes / 16, 16, 16]: lanes; padded with zeros
+    scales: Tensor | None = None  # int8: fp32 [O]
+    row_sums: Tensor | None = None  # int8: int32 [O]
 
 
 @dataclass(frozen=True, eq=False)

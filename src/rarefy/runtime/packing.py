@@ -11,6 +11,8 @@ from rarefy.common.errors import FormatError, unknown
 from rarefy.formats.bitpacking import pack_bits, unpack_bits
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime.packed_formats import (
+    BLOCK_LANES,
+    BLOCK_OUTPUTS,
     CACHE_BLOCK,
     CONV_BLOCK,
     KINDS,
@@ -318,19 +320,31 @@ def pack_conv(
     return ConvTiles((O, I, rows, columns), *geometry, kind=kind, **tensors)
 
 
-def pack_dense(weight: Tensor, **options: Any) -> Dense | ConvTiles:
+def pack_dense(weight: Tensor, kind: str = "fp32", grid: Grid | None = None, **options: Any) -> Dense | ConvTiles:
     """Return W [O, C] as `Dense`, or a convolution's W [O, I, rows, columns] as `ConvTiles` without tiles; `options`
     are its stride, padding and dilation. O(weights).
 
     >>> pack_dense(torch.tensor([[1.0, 2], [3, 4]])).values.tolist()
     [[[1.0, 3.0, 0.0, 0.0], [2.0, 4.0, 0.0, 0.0]]]
     """
+    if kind != "fp32":
+        return _pack_lanes(weight, kind, grid)
     values, _ = stored(weight.flatten(1), "fp32")
     values = _padded(values, 4, 1).unflatten(0, (-1, 4)).transpose(1, 2).contiguous()
     if weight.dim() == 2:
         return Dense((weight.shape[0], weight.shape[1]), "fp32", values)
     O, I, rows, columns = weight.shape
     return ConvTiles((O, I, rows, columns), 1, **options, block=CACHE_BLOCK, values=values)
+
+
+def _pack_lanes(weight: Tensor, kind: str, grid: Grid | None) -> Dense:
+    V, scales = stored(weight, kind, grid)
+    O, C = V.shape
+    each = LANE[kind]
+    full = _padded(V, BLOCK_OUTPUTS, BLOCK_LANES * each)
+    blocks = full.reshape(-1, BLOCK_OUTPUTS, full.shape[1] // each // BLOCK_LANES, BLOCK_LANES * each).transpose(1, 2)
+    values = blocks.contiguous().view(torch.int32)
+    return Dense((O, C), kind, values, scales, _row_sums(V, scales))
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -341,6 +355,11 @@ def unpack(packed: Packed) -> Tensor:
         return W.movedim(-1, 3).flatten(2, 3)[:, : O // groups, :I].reshape(packed.shape)
     if isinstance(packed, QuantizedPanels):
         return _unpack_panels(packed)
+    if isinstance(packed, Dense) and packed.kind != "fp32":
+        O, C = packed.shape
+        W = packed.values.transpose(1, 2).contiguous().view(KINDS[packed.kind])
+        W = W.reshape(len(packed.values) * BLOCK_OUTPUTS, -1)[:O, :C].float()
+        return W if packed.scales is None else W * packed.scales[:, None]
     if isinstance(packed, Dense):
         rows = packed.values.transpose(1, 2).flatten(0, 1)[: packed.shape[0]]
         return rows.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,139 @@
+// Dense multiplication on AMX tiles: 16 rows of 64 bytes each. Weights are stored in such tiles; 16 lanes by 16 columns
+// of a column tile are one too. The other kernels of a CPU with AMX are those for AVX-512.
+#if defined(RAREFY_EMULATED)
+#include "amx_emulation.hpp"
+#else
+#include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "rarefy.h"
+
+namespace {
+
+constexpr int64_t LANES = 16, BLOCK = 16 * LANES, COLUMN_STRIDE = TILE_COLS * 4;  // bytes from one row to the next
+constexpr int64_t BLOCKS_IN_L1 = 12;  // blocks of 32 rows, 2 KB each, that stay in the L1 cache for all columns
+
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes_per_row[16];
+  uint8_t rows[16];
+};
+
+// Eight tiles of full size while it lives; then what was configured before, for another library may use AMX too.
+class FullTiles {
+ public:
+  FullTiles() {
+    _tile_storeconfig(&before_);
+    TileConfig config{};
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      config.bytes_per_row[i] = 64;
+      config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~FullTiles() {
+    if (before_.palette)
+      _tile_loadconfig(&before_);
+    else
+      _tile_release();
+  }
+  FullTiles(const FullTiles&) = delete;
+  FullTiles& operator=(const FullTiles&) = delete;
+
+ private:
+  TileConfig before_;
+};
+
+// Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 inputs. Two blocks of rows by two of columns; one block of rows where
+// ROWS is 16. The tile numbers must be literals.
+#define MULTIPLY(sum, weight, input)      \
+  do {                                    \
+    if constexpr (DTYPE == RAREFY_I8)     \
+      _tile_dpbsud(sum, weight, input);   \
+    else                                  \
+      _tile_dpbf16ps(sum, weight, input); \
+  } while (false)
+
+template <int DTYPE, int ROWS, int COLUMNS>
+inline void multiply_tiles(const uint32_t* values, int64_t row_stride, int64_t blocks, bool accumulate,
+                           const uint32_t* x, uint32_t* acc) {
+  uint32_t* below = acc + 16 * TILE_COLS;
+  if (accumulate) {
+    _tile_loadd(0, acc, COLUMN_STRIDE);
+    if constexpr (COLUMNS > 16) _tile_loadd(1, acc + 16, COLUMN_STRIDE);
+    if constexpr (ROWS > 16) _tile_loadd(2, below, COLUMN_STRIDE);
+    if constexpr (ROWS > 16 && COLUMNS > 16) _tile_loadd(3, below + 16, COLUMN_STRIDE);
+  } else {
+    _tile_zero(0);
+    if constexpr (COLUMNS > 16) _tile_zero(1);
+    if constexpr (ROWS > 16) _tile_zero(2);
+    if constexpr (ROWS > 16 && COLUMNS > 16) _tile_zero(3);
+  }
+  for (int64_t b = 0; b < blocks; ++b, values += BLOCK, x += LANES * TILE_COLS) {
+    _tile_loadd(6, x, COLUMN_STRIDE);
+    _tile_loadd(4, values, 64);
+    MULTIPLY(0, 4, 6);
+    if constexpr (COLUMNS > 16) {
+      _tile_loadd(7, x + 16, COLUMN_STRIDE);
+      MULTIPLY(1, 4, 7);
+    }
+    if constexpr (ROWS > 16) {
+      _tile_loadd(5, values + row_stride, 64);
+      MULTIPLY(2, 5, 6);
+      if constexpr (COLUMNS > 16) MULTIPLY(3, 5, 7);
+    }
+  }
+  _tile_stored(0, acc, COLUMN_STRIDE);
+  if constexpr (COLUMNS > 16) _tile_stored(1, acc + 16, COLUMN_STRIDE);
+  if constexpr (ROWS > 16) _tile_stored(2, below, COLUMN_STRIDE);
+  if constexpr (ROWS > 16 && COLUMNS > 16) _tile_stored(3, below + 16, COLUMN_STRIDE);
+}
+#undef MULTIPLY
+
+template <int DTYPE>
+void dense_lanes(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
+                 int64_t columns) {
+  const FullTiles tiles;
+  const int64_t row_stride = lane_blocks * BLOCK;
+  for (int64_t b = 0; b < lane_blocks; b += BLOCKS_IN_L1) {
+    const int64_t blocks = std::min(BLOCKS_IN_L1, lane_blocks - b);
+    const uint32_t* in = x + b * LANES * TILE_COLS;
+    for (int64_t n = 0; n < columns; n += 32) {
+      const bool two = columns - n > 16;
+      auto* multiply = rows > 16 ? (two ? multiply_tiles<DTYPE, 32, 32> : multiply_tiles<DTYPE, 32, 16>)
+                                 : (two ? multiply_tiles<DTYPE, 16, 32> : multiply_tiles<DTYPE, 16, 16>);
+      multiply(values + b * BLOCK, row_stride, blocks, b > 0, in + n, acc + n);
+    }
+  }
+}
+
+}  // namespace
+
+// Whether the CPU has AMX, and the system lets this process use it.
+bool rarefy_has_amx() {
+#if defined(RAREFY_EMULATED)
+  return true;
+#elif defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+#else
+  return false;
+#endif
+}
+
+void rarefy_set_amx_kernels(rarefy_kernel_table& t) {
+  t.name = "amx";
+  t.dense_lanes[0] = dense_lanes<RAREFY_BF16>;
+  t.dense_lanes[1] = dense_lanes<RAREFY_I8>;
+}

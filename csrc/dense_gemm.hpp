@@ -1,0 +1,97 @@
+// Dense weights of bf16 and int8 on column tiles: blocks of 16 rows by 16 lanes, 32 rows at a time, and the epilogue
+// that turns their sums into outputs. amx.cpp has the same multiplication on AMX tiles.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "epilogue.hpp"
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd.hpp"
+
+namespace {
+
+constexpr int64_t DENSE_ROWS = 16, DENSE_LANES = 16;  // of a block
+constexpr int64_t DENSE_BLOCK = DENSE_ROWS * DENSE_LANES;
+constexpr int64_t BLOCKS_IN_L1 = 6;  // blocks whose inputs, 4 KB each, stay in the L1 cache for all rows
+
+// Four rows times VECS vectors of inputs, for some blocks; `values` points to the first row in the first block.
+template <int DTYPE, int VECS>
+inline void dense_rows(const uint32_t* values, int64_t blocks, bool accumulate, const uint32_t* x, uint32_t* out) {
+  using L = LaneOps<DTYPE>;
+  typename L::acc acc[TILE_ROWS][VECS];
+#pragma GCC unroll 4
+  for (int r = 0; r < TILE_ROWS; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < VECS; ++t)
+      acc[r][t] = accumulate ? L::load_acc(out + r * TILE_COLS + t * SIMD_WIDTH) : L::zero();
+  for (int64_t b = 0; b < blocks; ++b, values += DENSE_BLOCK)
+    for (int64_t l = 0; l < DENSE_LANES; ++l, x += TILE_COLS) {
+      typename L::input in[VECS];
+#pragma GCC unroll 4
+      for (int t = 0; t < VECS; ++t) in[t] = L::load(x + t * SIMD_WIDTH);
+#pragma GCC unroll 4
+      for (int r = 0; r < TILE_ROWS; ++r) {
+        const auto w = L::broadcast(values[r * DENSE_LANES + l]);
+#pragma GCC unroll 4
+        for (int t = 0; t < VECS; ++t) acc[r][t] = L::multiply_add(acc[r][t], in[t], w);
+      }
+    }
+#pragma GCC unroll 4
+  for (int r = 0; r < TILE_ROWS; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < VECS; ++t) L::store_acc(out + r * TILE_COLS + t * SIMD_WIDTH, acc[r][t]);
+}
+
+template <int DTYPE>
+void dense_lanes(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
+                 int64_t columns) {
+  for (int64_t b = 0; b < lane_blocks; b += BLOCKS_IN_L1)
+    for_each_vector_group(columns, [&](auto vectors, int64_t column) {
+      for (int64_t r = 0; r < rows; r += TILE_ROWS)
+        dense_rows<DTYPE, vectors>(
+            values + (r / DENSE_ROWS * lane_blocks + b) * DENSE_BLOCK + r % DENSE_ROWS * DENSE_LANES,
+            std::min(BLOCKS_IN_L1, lane_blocks - b), b > 0, x + b * DENSE_LANES * TILE_COLS + column,
+            acc + r * TILE_COLS + column);
+    });
+}
+
+// Outputs from accumulators [rows][TILE_COLS] of bf16 (sums in fp32) or int8.
+template <int DTYPE>
+void store_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, const rarefy_tile_outputs& o) {
+  for (int64_t r = 0; r < e.rows; r += TILE_ROWS) {
+    const int64_t rows = std::min<int64_t>(TILE_ROWS, e.rows - r);
+    for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH) {
+      f32_vec out[TILE_ROWS] = {};
+      i32_vec max{};
+      const f32_vec col_scale = DTYPE == RAREFY_I8 ? load_vec(e.col_scales + n) : f32_vec{};
+      if (o.absmax) max = i32_vec(load_vec(o.absmax + n));
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < TILE_ROWS; ++i) {
+        if (i >= rows) break;
+        const int64_t at = (r + i) * TILE_COLS + n;
+        f32_vec v = load_vec(reinterpret_cast<const float*>(acc) + at);
+        if constexpr (DTYPE == RAREFY_I8) {
+          const uint32_t zero_point_term = uint32_t(e.row_sums[r + i]) * uint32_t(INPUT_ZERO_POINT);
+          v = __builtin_convertvector(i32_vec(u32_vec(v) - zero_point_term), f32_vec) *
+              (col_scale * e.row_scales[r + i]);
+        }
+        if (e.bias) v += e.bias[r + i];
+        if (e.residual) v += load_vec(e.residual + at);
+        out[i] = activate_fast(v, e.act);
+        if (o.out) store_vec(o.out + at, out[i]);
+        if (o.absmax) {
+          const i32_vec magnitude = i32_vec(u32_vec(out[i]) & 0x7fffffffu);
+          max = magnitude > max ? magnitude : max;
+        }
+      }
+      if (o.absmax) store_vec(o.absmax + n, f32_vec(max));
+      if (o.bf16) {
+        store_raw(o.bf16 + r / 2 * TILE_COLS + n, pack_bf16(out[0], out[1]));
+        store_raw(o.bf16 + (r / 2 + 1) * TILE_COLS + n, pack_bf16(out[2], out[3]));
+      }
+    }
+  }
+}
+
+}  // namespace

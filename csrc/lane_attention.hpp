@@ -1,0 +1,123 @@
+// What attention in bf16 needs besides products: keys, values and queries as operands of dense products, and the
+// softmax between the two. Scores are [keys][TILE_COLS queries], so the softmax runs down the rows.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "dense_gemm.hpp"
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd.hpp"
+#include "tile_attention.hpp"
+
+namespace {
+
+// 2^x for x <= 0, with a relative error of 1e-4: its use is rounded to bf16. NaN stays NaN.
+inline f32_vec exp2_fast(f32_vec x) {
+  x = x < -126.0f ? f32_vec{} - 126.0f : x;
+  const f32_vec shifted = x + 12582912.0f;  // 1.5 * 2^23 drops the fraction
+  const f32_vec r = x - (shifted - 12582912.0f);
+  f32_vec p = r * 5.5171660e-2f + 2.4261112e-1f;
+  p = p * r + 6.9326099e-1f;
+  p = p * r + 9.9992807e-1f;
+  return f32_vec(u32_vec(p) + (u32_vec(shifted) << 23));
+}
+
+// Pairs of features of the first `columns` columns as bf16, the lanes padded with zeros to a multiple of 16.
+void pack_bf16_lanes(const float* x, int64_t features, int64_t columns, uint32_t* out) {
+  const int64_t lanes = (features + 31) / 32 * 16;
+  for (int64_t l = 0; l < lanes; ++l)
+    for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
+      const f32_vec low = 2 * l < features ? load_vec(x + 2 * l * TILE_COLS + n) : f32_vec{};
+      const f32_vec high = 2 * l + 1 < features ? load_vec(x + (2 * l + 1) * TILE_COLS + n) : f32_vec{};
+      store_raw(out + l * TILE_COLS + n, pack_bf16(low, high));
+    }
+}
+
+// 16 columns as rows of a dense weight, whose lanes are pairs of features: blocks [lanes / 16][16 columns][16 lanes].
+void pack_columns_as_rows(const float* x, int64_t features, uint32_t* out) {
+  for (int64_t f = 0; f < features; f += 2 * DENSE_LANES, out += DENSE_BLOCK)
+    for (int64_t l = 0; l < DENSE_LANES; l += SIMD_WIDTH)
+      for (int64_t n = 0; n < DENSE_ROWS; n += SIMD_WIDTH) {
+        raw_vec square[SIMD_WIDTH];
+        for (int64_t i = 0; i < SIMD_WIDTH; ++i) {
+          const int64_t feature = f + 2 * (l + i);
+          const f32_vec low = feature < features ? load_vec(x + feature * TILE_COLS + n) : f32_vec{};
+          const f32_vec high = feature + 1 < features ? load_vec(x + (feature + 1) * TILE_COLS + n) : f32_vec{};
+          square[i] = pack_bf16(low, high);
+        }
+        transpose(square);
+        for (int64_t i = 0; i < SIMD_WIDTH; ++i) store_raw(out + (n + i) * DENSE_LANES + l, square[i]);
+      }
+}
+
+// 32 columns of 16 features as a block of a dense weight, whose rows are features and whose lanes are pairs of columns.
+// The two groups of 16 columns have `first` and `second` columns; the rest is zeros.
+void pack_features_as_rows(const float* a, const float* b, int64_t first, int64_t second, int64_t features,
+                           uint32_t* out) {
+  for (int64_t f = 0; f < DENSE_ROWS; ++f, a += TILE_COLS, b += TILE_COLS, out += DENSE_LANES) {
+    float columns[2 * DENSE_LANES] = {};
+    if (f < features) std::memcpy(columns, a, size_t(first) * 4);
+    if (f < features && second) std::memcpy(columns + DENSE_LANES, b, size_t(second) * 4);
+    for (int64_t l = 0; l < DENSE_LANES; l += SIMD_WIDTH)
+      store_raw(out + l, LaneOps<RAREFY_BF16>::pack(columns + 2 * l, 2 * SIMD_WIDTH, 1.0f));
+  }
+}
+
+// Softmax of `keys` rows of scores over `columns` queries: scores become pairs of keys as bf16, padded with zeros to 16
+// lanes. `max` and `sum` are those of earlier keys, and are updated; `rescale` receives what sums so far are worth.
+// `mask` is added: of one key and query, or with a query stride of 0 of one key.
+void softmax_lanes(const rarefy_attention& a, const float* mask, int64_t first_key, int64_t keys, int64_t first_query,
+                   int64_t columns, float* scores, uint32_t* out, float* max, float* sum, float* rescale) {
+  constexpr float LOG2_E = 1.44269504f;
+  const float scale = a.scale * LOG2_E;
+  const bool hides = a.window || (a.causal && first_key + keys > first_query);
+  const bool changes = mask || hides;
+  for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
+    f32_vec top = load_vec(max + n);
+    for (int64_t j = 0; j < keys; ++j) {
+      float* s = scores + j * TILE_COLS + n;
+      f32_vec v = load_vec(s) * scale;
+      if (changes) {
+        if (mask && !a.mask_query_stride) v += mask[j * a.mask_key_stride] * LOG2_E;
+        for (int64_t i = 0; i < SIMD_WIDTH; ++i) {
+          const int64_t query = first_query + n + i, key = first_key + j;
+          if (mask && a.mask_query_stride && query < a.queries)
+            v[i] += mask[j * a.mask_key_stride + (n + i) * a.mask_query_stride] * LOG2_E;
+          if (hides && ((a.causal && key > query) || (a.window && key + a.window <= query))) v[i] = MASKED * 2;
+        }
+        store_vec(s, v);
+      }
+      top = max_vec(v, top);
+    }
+    const f32_vec old = load_vec(max + n), factor = exp2_fast(old - top);
+    f32_vec total{};
+    const float rest = changes ? 1.0f : scale;
+    const int64_t lanes = (keys + 31) / 32 * 16;
+    for (int64_t l = 0; l < lanes; ++l) {
+      f32_vec pair[2] = {};
+      for (int64_t i = 0; i < 2 && 2 * l + i < keys; ++i)
+        total += pair[i] = exp2_fast(load_vec(scores + (2 * l + i) * TILE_COLS + n) * rest - top);
+      store_raw(out + l * TILE_COLS + n, pack_bf16(pair[0], pair[1]));
+    }
+    store_vec(max + n, top);
+    store_vec(sum + n, load_vec(sum + n) * factor + total);
+    store_vec(rescale + n, factor);
+  }
+}
+
+// out = (out rescale + sums) / total over the first `columns` columns; rescale is null for the first keys, total is null
+// but for the last.
+void add_rescaled(const float* sums, const float* rescale, const float* total, int64_t features, int64_t columns,
+                  float* out) {
+  for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
+    const f32_vec factor = rescale ? load_vec(rescale + n) : f32_vec{};
+    const f32_vec inverse = total ? 1.0f / load_vec(total + n) : f32_vec{} + 1.0f;
+    for (int64_t i = n; i < features * TILE_COLS; i += TILE_COLS) {
+      const f32_vec v = load_vec(sums + i);
+      store_vec(out + i, (rescale ? load_vec(out + i) * factor + v : v) * inverse);
+    }
+  }
+}
+
+}  // namespace
