@@ -1,5 +1,6 @@
 // The kernel table of the instruction set that this translation unit is compiled for.
 #pragma once
+#include "ceilings.hpp"
 #include "decode_ops.hpp"
 #include "dense_gemm.hpp"
 #include "epilogue.hpp"
@@ -66,6 +67,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .norm_row = norm_row,
       .rope = {rope_tile, rope_row},
       .attention_row = attention_row,
+      .multiply_adds = {multiply_adds<RAREFY_F32>, multiply_adds<RAREFY_BF16>, multiply_adds<RAREFY_I8>},
+      .read_memory = read_memory,
   };
 }
 

@@ -98,6 +98,31 @@ inline void multiply_tiles(const uint32_t* values, int64_t row_stride, int64_t b
   if constexpr (ROWS > 16) _tile_stored(2, below, COLUMN_STRIDE);
   if constexpr (ROWS > 16 && COLUMNS > 16) _tile_stored(3, below + 16, COLUMN_STRIDE);
 }
+
+// What AMX can do at best: as multiply_adds in ceilings.hpp, with weights and inputs in tiles.
+template <int DTYPE>
+int64_t multiply_adds(const uint32_t* weights, const uint32_t* x, int64_t rounds, uint32_t* sums) {
+  const FullTiles tiles;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, weights, 64);
+  _tile_loadd(5, weights + BLOCK, 64);
+  _tile_loadd(6, x, COLUMN_STRIDE);
+  _tile_loadd(7, x + 16, COLUMN_STRIDE);
+  for (int64_t round = 0; round < rounds; ++round) {
+    MULTIPLY(0, 4, 6);
+    MULTIPLY(1, 4, 7);
+    MULTIPLY(2, 5, 6);
+    MULTIPLY(3, 5, 7);
+  }
+  _tile_stored(0, sums, COLUMN_STRIDE);
+  _tile_stored(1, sums + 16, COLUMN_STRIDE);
+  _tile_stored(2, sums + 16 * TILE_COLS, COLUMN_STRIDE);
+  _tile_stored(3, sums + 16 * TILE_COLS + 16, COLUMN_STRIDE);
+  return rounds * 4 * 16 * 16 * LANES * (DTYPE == RAREFY_I8 ? 4 : 2);
+}
 #undef MULTIPLY
 
 template <int DTYPE>
@@ -136,4 +161,6 @@ void rarefy_set_amx_kernels(rarefy_kernel_table& t) {
   t.name = "amx";
   t.dense_lanes[0] = dense_lanes<RAREFY_BF16>;
   t.dense_lanes[1] = dense_lanes<RAREFY_I8>;
+  t.multiply_adds[RAREFY_BF16] = multiply_adds<RAREFY_BF16>;
+  t.multiply_adds[RAREFY_I8] = multiply_adds<RAREFY_I8>;
 }

@@ -11,6 +11,8 @@ constexpr int TILE_ROWS = 4;              // rows of a row tile
 constexpr int64_t SLAB_ROWS = 128;        // rows of a SELL slab
 constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
 constexpr float MASKED = -1e30f;            // lower scores count as masked; a difference of two is no NaN
+constexpr int64_t CEILING_LANES = 128;     // lanes of the inputs of `multiply_adds`
+constexpr int64_t READ_BYTES = 256;        // bytes that `read_memory` reads at a time
 constexpr int64_t SEGMENT_FLOATS = 16;    // maximum length of a segment; copies always have this size
 
 static inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
@@ -126,6 +128,10 @@ struct rarefy_kernel_table {
   void (*rope[2])(const float* x, const float* cos, const float* sin, int64_t heads, int64_t head_dim,
                   float* out);  // column tile, row
   void (*attention_row)(const rarefy_attention&, int64_t batch, int64_t token, int64_t head, float* scratch);
+
+  // The CPU's ceilings (ceilings.hpp).
+  int64_t (*multiply_adds[3])(const uint32_t* weights, const uint32_t* x, int64_t rounds, uint32_t* sums);
+  void (*read_memory)(const char* p, int64_t bytes, uint32_t* sums);
 };
 
 const rarefy_kernel_table& rarefy_active_kernels();

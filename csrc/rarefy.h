@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 3 };
+enum { RAREFY_ABI_VERSION = 4 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -269,6 +269,13 @@ struct rarefy_step_time {  // nanoseconds that one thread
 
 // `times`: null, or [threads][count] that receive how long each thread took for each step.
 int rarefy_run_program(const rarefy_step* steps, int64_t count, rarefy_step_time* times);
+
+enum { RAREFY_CEILING_READ = 3 };
+// What all threads together reach at best. `kind`: a rarefy_dtype for multiply-adds per second of fp32, bf16 or int8, or
+// RAREFY_CEILING_READ for bytes per second when each thread reads its share of `memory` [bytes] again and again. Takes
+// `seconds`. Returns 0 for another kind, or memory of less than 64 KB for each thread.
+double rarefy_measure_ceiling(int32_t kind, double seconds, const void* memory, int64_t bytes);
+
 void rarefy_advise_huge_pages(void* p, int64_t bytes);  // for memory that has not been touched yet
 int64_t rarefy_padded_image_floats(const rarefy_conv* w, int64_t height, int64_t width);  // planes of one image
 void rarefy_indirection_offsets(const rarefy_conv* w, int64_t height, int64_t width, int32_t* out);  // [lanes]

@@ -201,11 +201,11 @@ def test_an_encoder_is_compiled_for_other_batches(run, given, tmp_path):
 
 def test_an_encoder_takes_what_its_tokenizer_gives():
     tokenizer = SimpleNamespace(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
-    example = inference_commands._example(tiny_bert(), 9, 2, tokenizer)
+    example = inference_commands.example_input(tiny_bert(), 9, 2, tokenizer)
     made = rarefy.compile(tiny_bert(), example)
     given = {n: torch.zeros(3, 5, dtype=torch.int64) for n in tokenizer.model_input_names}
     assert made(**given | {"attention_mask": torch.ones(3, 5, dtype=torch.int64)}).last_hidden_state.shape[:2] == (3, 5)
-    assert "token_type_ids" not in inference_commands._example(tiny_bert(), 9, 2, None)
+    assert "token_type_ids" not in inference_commands.example_input(tiny_bert(), 9, 2, None)
 
 
 def test_a_built_in_model_is_no_folder_to_export(run, tmp_path, monkeypatch):

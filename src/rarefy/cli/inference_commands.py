@@ -256,7 +256,7 @@ def compile_(
                 raise RecipeError("--batch and --tokens have no effect: a decoder of a language model takes any")
             compiled: Any = decoder(net, precision=precision)
         else:
-            compiled = compile(net, _example(net, tokens, batch, tokenizer), precision=precision)
+            compiled = compile(net, example_input(net, tokens, batch, tokenizer), precision=precision)
         names = ("config.json",)  # transformers needs it to find the tokenizer class
         files = side_files(source) | {n: (source / n).read_bytes() for n in names if (source / n).is_file()}
         receipt = getattr(net, "rarefy_receipt", None)
@@ -270,7 +270,7 @@ def compile_(
     shared.show(Report(f"compiled to {out}", (), summary), as_json, quiet)
 
 
-def _example(net: Any, tokens: int | None, batch: int | None, tokenizer: Any) -> dict[str, Any]:
+def example_input(net: Any, tokens: int | None, batch: int | None, tokenizer: Any) -> dict[str, Any]:
     """Return the example input of a transformers model: all inputs that its tokenizer gives and the model accepts."""
     import inspect
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli import inference_commands, shared
+from rarefy.cli import inference_commands, profile, shared
 from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import ModelError, RarefyError, RecipeError
 
@@ -226,6 +226,7 @@ def inspect(
 app.command()(inference_commands.generate)
 app.command("compile")(inference_commands.compile_)
 app.command()(inference_commands.bench)
+app.command()(profile.profile)
 
 
 @app.command()

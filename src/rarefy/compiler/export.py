@@ -19,7 +19,8 @@ from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, first_line
-from rarefy.compiler.fx_utils import ExportedGraph, Node
+from rarefy.compiler.fx_utils import MODULES, ExportedGraph, Node
+from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.runtime import torch_ops  # noqa: F401 (registers the operator of layers that run sparse already)
 
 MAX_SIZE = 1 << 62  # of an open size about which nothing is known
@@ -153,4 +154,24 @@ def run_passes(program: Any, passes: Sequence[Pass]) -> ExportedGraph:
                 run(exported, node)
         graph.eliminate_dead_code()
     graph.lint()
+    exported.layers = layer_names(exported)
     return exported
+
+
+def layer_names(exported: ExportedGraph) -> dict[Node, str]:
+    """Return the layer of each node: the module of its weight, else the module in which torch.export recorded it.
+
+    A graph from a file has only the names of its weights' placeholders.
+    """
+    layers: dict[Node, str] = {}
+    for node in exported.graph.nodes:
+        spec = BY_TARGET.get(node.target)
+        weight = None if spec is None else spec.argument(node, "weight")
+        stack = node.meta.get(MODULES)
+        if weight is not None and weight.name in exported.names:
+            layers[node] = exported.names[weight.name].rpartition(".")[0]
+        elif stack:
+            layers[node] = str(list(stack.values())[-1][0])
+        elif weight is not None:
+            layers[node] = weight.name.removeprefix("p_").removesuffix("_weight")
+    return layers

@@ -12,6 +12,8 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
+MODULES = "nn_module_stack"  # key of torch's record of the modules that a node was called in
+
 Node = Any  # fx.Node, whose arguments are of any kind
 
 
@@ -28,6 +30,7 @@ class ExportedGraph:
         ranges: smallest and largest value of each open size, by its symbol.
         notes: sentences for `print(compiled)`.
         names: the model's own names of constants.
+        layers: the layer of the model that each node belongs to, where it is known.
         cache_features: features of keys and values that a KV cache keeps of each token.
     """
 
@@ -39,6 +42,7 @@ class ExportedGraph:
     ranges: dict[str, tuple[int, int]]
     notes: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    layers: dict[Node, str] = field(default_factory=dict)
     cache_features: int = 0
 
 
@@ -69,7 +73,15 @@ def replace_node(exported: ExportedGraph, node: Node, op: Callable[..., Any], *a
     with exported.graph.inserting_before(node):
         new = exported.graph.call_function(op, args)
     new.meta["val"] = node.meta["val"]
+    keep_layer(new, node)
     replace_uses(exported, node, new)
+    return new
+
+
+def keep_layer(new: Node, old: Node) -> Node:
+    """Note that a node belongs to the module in which another one was called; return it."""
+    if MODULES in old.meta:
+        new.meta[MODULES] = old.meta[MODULES]
     return new
 
 
@@ -84,6 +96,7 @@ def insert_before(exported: ExportedGraph, before: Node, op: Callable[..., Any],
     with exported.graph.inserting_before(before):
         node = exported.graph.call_function(op, args)
     node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
+    keep_layer(node, before)
     return node
 
 

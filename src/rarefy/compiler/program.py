@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from math import prod
+from time import perf_counter_ns
 from typing import Any
 
 import torch
@@ -162,20 +163,28 @@ class Program:
         self.inputs = [n for n in inputs if n not in masks]
         self.raw: dict[Node, list[int]] = {n: [] for n in self.inputs}  # the steps that read an input as it comes
         inner = set(nodes)
+        self.sources: list[Node] = []  # the operator or input that each step belongs to
         for node in self.inputs:
             if node not in images or any(u in inner and self._reads_pixels(node, u) for u in node.users):
                 self._pack_input(node)
+                self._note_source(node)
         for node in nodes:
             lower = operators[node.target].lower
             assert lower is not None
             lower(self, node)
+            self._note_source(node)
         self.exits = [self._unpack_output(n) for n in outputs]
+        self.sources += outputs
         self._drop_unread()
         self._plan_memory()
         self._fill_addresses()
         self.cache_reads = {(a.batch, a.queries) for a, _ in self.attentions if a.cache}  # sequences and new tokens
 
     # ---- values
+
+    def _note_source(self, node: Node) -> None:
+        """Note that the steps since the last call belong to a node."""
+        self.sources += [node] * (len(self.steps) - len(self.sources))
 
     def _few_tokens(self, nodes: Sequence[Node], inputs: Sequence[Node]) -> bool:
         """Return whether there are few tokens, and every operator can read them row by row."""
@@ -380,7 +389,8 @@ class Program:
         Args:
             inputs: a tensor for each of the subgraph's inputs.
             cache: the KV cache that the tokens are appended to, where the program has cached attention.
-            times: int64 [threads, steps, 2]: receives the nanoseconds that each thread ran each step, and waited for it.
+            times: int64 [threads, steps, 2]: receives the nanoseconds that each thread ran each step, and waited
+                for it; `native_ns` is then the time of the native call.
 
         Raises:
             ModelError: if the cache is missing, or is for another batch, or has too little room.
@@ -406,8 +416,11 @@ class Program:
         out = [torch.empty(s) for s in self.out_shapes]
         for y, step in zip(out, self.final):
             step.out.data = y.data_ptr()
+        began = 0 if times is None else perf_counter_ns()
         if self.call(self.array, len(self.array), None if times is None else times.data_ptr()):
             raise MemoryError("not enough memory to run a compiled model")
+        if times is not None:
+            self.native_ns = perf_counter_ns() - began  # of the last call with times
         return out
 
 

@@ -60,8 +60,8 @@ class FusedSubgraph:
         self.batch_sizes: dict[tuple[Any, ...], int] = {}  # images that go together, by their shapes
         self.lock, self.check = Lock(), check
 
-    def run(self, lookup: Callable[[Node], Any]) -> list[Tensor]:
-        """Return the outputs; `lookup` gives the value of a node.
+    def run(self, lookup: Callable[[Node], Any], recorder: Any = None) -> list[Tensor]:
+        """Return the outputs; `lookup` gives the value of a node, a `Recorder` runs the programs and keeps their times.
 
         Images go through all operators a few at a time, so that activations stay in the CPU's cache.
         """
@@ -69,9 +69,11 @@ class FusedSubgraph:
         cache = None if self.cache is None else lookup(self.cache)
         batch = len(next(iter(inputs.values()))) if self.images else 0
         if batch <= 1 or any(len(t) != batch for t in inputs.values()):
-            return self._run(inputs, cache)
+            return self._run(inputs, cache, recorder)
         step = self._images_together({n: t[:1] for n, t in inputs.items()})
-        chunks = [self._run({n: t[i : i + step] for n, t in inputs.items()}, cache) for i in range(0, batch, step)]
+        chunks = [
+            self._run({n: t[i : i + step] for n, t in inputs.items()}, cache, recorder) for i in range(0, batch, step)
+        ]
         return [torch.cat(o) for o in zip(*chunks)] if len(chunks) > 1 else chunks[0]
 
     def _images_together(self, one: Mapping[Node, Tensor]) -> int:
@@ -85,14 +87,14 @@ class FusedSubgraph:
             self._give_back(key, program)
         return self.batch_sizes[key]
 
-    def _run(self, inputs: Mapping[Node, Tensor], cache: Any) -> list[Tensor]:
+    def _run(self, inputs: Mapping[Node, Tensor], cache: Any, recorder: Any) -> list[Tensor]:
         """Run a program; threads that call at the same time have one each."""
         shapes = _shapes(inputs)
         with self.lock:
             free = self.programs.get(shapes, [])
             program = free.pop() if free else None
         program = self._build(inputs) if program is None else program
-        out = program.run(inputs, cache)
+        out = program.run(inputs, cache) if recorder is None else recorder.run_program(program, inputs, cache)
         self._give_back(shapes, program)
         return out
 

@@ -23,6 +23,7 @@ from rarefy.compiler.compile import (
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import export_graph
 from rarefy.compiler.kernel_selection import select_kernels
+from rarefy.compiler.profile import Profile, Recorder
 from rarefy.compiler.program import MAX_DECODE_TOKENS
 from rarefy.generation.kv_cache import TILE, Cache
 from rarefy.model import hf
@@ -94,6 +95,7 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
     if not exported.cache_features:
         raise ModelError(f"{type(model).__name__} has no attention that can use a KV cache")
     exported.notes += notes
+    exported.layers = {n: name.removeprefix("model.") for n, name in exported.layers.items()}  # `_Step` calls it so
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     numbers = _token_numbers(model)
     if precision or rounded:
@@ -221,6 +223,39 @@ class Decoder:
         Raises:
             DataError: if ids are outside of the vocabulary, or do not fit the cache.
         """
+        return self._run(ids, cache, last, None)
+
+    def profile(
+        self, ids: Tensor, cache: Cache | None = None, *, last: bool = True, repeats: int = 20, warmup: int = 3
+    ) -> Profile:
+        """Return where the time of reading tokens goes: each operator and layer, and what limits it.
+
+        Args:
+            ids: int64 [batch, tokens], a prompt or the last token.
+            cache: from `cache`, with the tokens before these; it stays as it is. None for a text of its own.
+            last: compute the logits of the last token alone.
+            repeats: number of timed calls; times are means over the calls in the middle half by their whole time.
+            warmup: number of calls before those.
+
+        Returns:
+            A `Profile`, as `Compiled.profile` does. `print` it.
+
+        Raises:
+            DataError: as a call does, or if repeats or warmup are too small.
+
+        Cost: repeats + warmup + 1 calls, and half a second for the machine's ceilings.
+        """
+        check_ids(ids)
+        cache = self.cache(len(ids), ids.shape[1]) if cache is None else cache
+        past = cache.past
+
+        def call(recorder: Recorder) -> None:
+            self._run(ids, cache, last, recorder)
+            cache.past = past
+
+        return self.compiled.profile_calls(call, repeats, warmup)
+
+    def _run(self, ids: Tensor, cache: Cache | None, last: bool, recorder: Recorder | None) -> Tensor:
         check_ids(ids)
         low, high = (int(i) for i in ids.aminmax())
         if low < 0 or high >= self.vocab_size:
@@ -235,7 +270,8 @@ class Decoder:
         if cache.starts is not None:
             positions = (positions - cache.starts[:, None]).clamp(min=0)
         keep = torch.tensor([tokens - 1]) if last else torch.arange(tokens)
-        logits = self.compiled.run([nn.functional.pad(ids, (0, padded - tokens)), positions, keep], cache)[0]
+        leaves = [nn.functional.pad(ids, (0, padded - tokens)), positions, keep]
+        logits = self.compiled.run(leaves, cache, recorder)[0]
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (batch, len(keep)):
             raise ModelError("the saved graph is inconsistent: its step returns no logits")
         cache.past += tokens

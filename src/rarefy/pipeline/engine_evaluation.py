@@ -82,8 +82,7 @@ def _inputs(batch: Any) -> Any:
 def resident_bytes(engine: Decoder | Compiled) -> int:
     """Return the bytes that an engine's weights hold in memory, shared ones once."""
     compiled = engine.compiled if isinstance(engine, Decoder) else engine
-    tensors = [*compiled.constants.values(), *(t for k in compiled.kernels.values() for t in k.tensors())]
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())  # several share one allocation
+    return compiled.weight_bytes()
 
 
 def skips_zeros(engine: Decoder | Compiled) -> bool:

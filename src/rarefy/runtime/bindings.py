@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import os
 import sys
-from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +31,7 @@ from rarefy.runtime.packed_formats import (
 )
 
 ISAS = ("amx", "avx512", "avx2", "portable")
-ABI_VERSION = 3  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
+ABI_VERSION = 4  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORMATS = (Bitmask, Csr, Tiles, QuantizedPanels, Sell, Dense)  # in the order of csrc/rarefy.h
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
@@ -121,6 +121,8 @@ def _open() -> tuple[Any, str | None]:
     library.rarefy_indirection_offsets.argtypes = [POINTER(Conv), c_int64, c_int64, c_void_p]
     library.rarefy_indirection_offsets.restype = None
     library.rarefy_advise_huge_pages.argtypes, library.rarefy_advise_huge_pages.restype = [c_void_p, c_int64], None
+    library.rarefy_measure_ceiling.argtypes = [c_int32, c_double, c_void_p, c_int64]
+    library.rarefy_measure_ceiling.restype = c_double
     library.rarefy_run_program.argtypes = [c_void_p, c_int64, c_void_p]
     library.rarefy_run_conv.argtypes = [POINTER(Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
     library.rarefy_dequantize_rows.argtypes = [POINTER(_Quantized), c_void_p, c_int64, c_void_p]

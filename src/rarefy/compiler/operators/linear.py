@@ -31,7 +31,7 @@ def _lower(p: Program, node: Node) -> None:
     kernel = p.kernels[node]
     packed = kernel.held[0]
     source, extra = p.values[x], {} if residual is None else {"residual": p.values[residual]}
-    precision = _input_precision(packed, p.decode)
+    precision = input_precision(packed, p.decode)
     if precision == "int8" or (p.decode and (precision != "fp32" or source.features % 64)):
         source, extra["in_scales"] = quantize_input(p, x, precision)
     if isinstance(packed, QuantizedPanels) and precision == "int8" and not p.decode:
@@ -43,7 +43,7 @@ def _lower(p: Program, node: Node) -> None:
     p.step("linear", out, x=p.use(source), out=p.use(out), **fields)
 
 
-def _input_precision(packed: Any, decode: bool) -> str:
+def input_precision(packed: Any, decode: bool) -> str:
     """Return the precision in which a kernel reads its inputs. A weight that is unpacked to fp32 for many tokens reads
     them in fp32."""
     if isinstance(packed, QuantizedPanels):

@@ -17,6 +17,7 @@ from rarefy.compiler.fx_utils import (
     dtype_of,
     insert_before,
     is_node,
+    keep_layer,
     replace_node,
     replace_uses,
     same,
@@ -122,6 +123,7 @@ def make_mha_batch_first(exported: ExportedGraph, node: Node) -> None:
         new = exported.graph.call_function(ops.linear, (rows, *y.args[1:]))
     rows.meta["val"] = joined.meta["val"].flatten(2)
     new.meta["val"] = view.meta["val"].transpose(0, 1)
+    keep_layer(new, y)
     for user in list(view.users):
         if _swaps_batch_and_tokens(user):
             replace_uses(exported, user, new)
@@ -151,6 +153,7 @@ def _batch_first(exported: ExportedGraph, before: Node, source: Node) -> Node:
         with exported.graph.inserting_before(before):
             new = exported.graph.call_function(ops.linear, (source.args[0].args[0], *source.args[1:]))
         new.meta["val"] = source.meta["val"].transpose(0, 1)
+        keep_layer(new, source)
         return new
     return insert_before(exported, before, aten.transpose.int, source, 0, 1)
 
@@ -182,6 +185,7 @@ def fuse_sdpa(exported: ExportedGraph, node: Node) -> None:
         options = {"scale": float(scale), **({} if mask is None else {"attn_mask": mask})}
         new = exported.graph.call_function(SDPA, (q, _transposed_keys(exported, node, keys), v), options)
     new.meta["val"] = node.meta["val"]
+    keep_layer(new, node)
     replace_uses(exported, node, new)
 
 

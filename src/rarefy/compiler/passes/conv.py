@@ -17,6 +17,7 @@ from rarefy.compiler.fx_utils import (
     add_constant,
     aten,
     dtype_of,
+    keep_layer,
     replace_node,
     same,
     shape,
@@ -59,7 +60,7 @@ def fold_batch_norm(exported: ExportedGraph, node: Node) -> None:
     W, b, gamma, beta, mean, var = (None if n is None else exported.constants[n.name] for n in (w, bias, *norm))
     folded = fuse_conv_bn_weights(W, b, mean, var, node.args[EPS_ARGUMENT[node.target]], gamma, beta)  # type: ignore[arg-type]
     new = (add_constant(exported, f"{y.name}_{n}", v) for n, v in zip("wb", folded))
-    replace_node(exported, outer, ops.conv2d, x, *new, *rest)
+    keep_layer(replace_node(exported, outer, ops.conv2d, x, *new, *rest), y)
 
 
 def convert_pool(exported: ExportedGraph, node: Node) -> None:

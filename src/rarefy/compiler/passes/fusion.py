@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import ExportedGraph, Node, replace_node
+from rarefy.compiler.fx_utils import ExportedGraph, Node, keep_layer, replace_node
 from rarefy.compiler.operators.table import BY_TARGET
 
 
@@ -14,14 +14,14 @@ def fuse_epilogue(exported: ExportedGraph, node: Node) -> None:
         if len(y.users) != 1:
             return
         if _has_epilogue(y) and y.args[4] is None:
-            replace_node(exported, node, y.target, *y.args[:4], act, *y.args[5:])
+            keep_layer(replace_node(exported, node, y.target, *y.args[:4], act, *y.args[5:]), y)
         elif y.target is ops.add and y.args[2] is None:
             replace_node(exported, node, ops.add, *y.args[:2], act)
     elif node.target is ops.add:
         a, b, act = node.args
         for y, residual in ((a, b), (b, a)):
             if _has_epilogue(y) and len(y.users) == 1 and y.args[3:5] == (None, None) and residual is not y:
-                replace_node(exported, node, y.target, *y.args[:3], residual, act, *y.args[5:])
+                keep_layer(replace_node(exported, node, y.target, *y.args[:3], residual, act, *y.args[5:]), y)
                 return
     elif node.target is ops.mul and node.args[2] is None:
         for y, factor in (node.args[:2], node.args[1::-1]):

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, aten, insert_before, replace_uses, same, shape
+from rarefy.compiler.fx_utils import (
+    VIEWS,
+    ExportedGraph,
+    Node,
+    aten,
+    insert_before,
+    keep_layer,
+    replace_uses,
+    same,
+    shape,
+)
 from rarefy.compiler.passes.matchers import before_head_split
 
 _LIBRARY = torch.library.Library("rarefy", "FRAGMENT")
@@ -36,6 +46,7 @@ def convert_cached_attention(exported: ExportedGraph, node: Node) -> None:
     with exported.graph.inserting_before(node):
         new = exported.graph.call_function(ops.cached_attention, args)
     new.meta["val"] = node.meta["val"].flatten(2)
+    keep_layer(new, node)
     for user in list(node.users):
         if user.target in VIEWS and same(shape(user), shape(new)):
             replace_uses(exported, user, new)

@@ -17,6 +17,7 @@ from rarefy.compiler.fx_utils import (
     aten,
     dtype_of,
     is_node,
+    keep_layer,
     replace_node,
     replace_uses,
     same,
@@ -103,7 +104,7 @@ def linear_of_rows(exported: ExportedGraph, before: Node, y: Node, rows: Tensor)
     with exported.graph.inserting_before(before):
         new = exported.graph.call_function(ops.linear, (x, w, bias, None, act))
     new.meta["val"] = y.meta["val"][..., : len(rows)]
-    return new
+    return keep_layer(new, y)
 
 
 def _output_slice(node: Node) -> tuple[Any, int, int]:
@@ -178,6 +179,7 @@ def remove_view_pairs(exported: ExportedGraph, node: Node) -> None:
         first: Any = args[0]
         x = first.meta["val"]
         new[old].meta["val"] = x.new_empty((*x.shape[:-1], shape(old)[-1]))
+        keep_layer(new[old], old)
     replace_uses(exported, node, new[last])
 
 
