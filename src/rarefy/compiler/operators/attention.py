@@ -89,7 +89,7 @@ def _lower_attention(p: Program, node: Node) -> None:
         seq_stride=out.tokens.seq_stride,
         scale=scale,
         causal=int(causal),
-        bf16=int(bool(__import__('os').environ.get('ATT_BF16'))),
+        bf16=int(bool(__import__("os").environ.get("ATT_BF16"))),
     )
     values = {n: p.use(p.values[x]) for n, x in zip("qkv", (q, k, v))} | {"out": p.use(out)}
     p.attentions.append((a, values))
