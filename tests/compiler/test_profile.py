@@ -13,6 +13,7 @@ from conftest import tiny_bert, tiny_llama
 from helpers.compile_models import Attends, Gated, Residual, pruned
 from rarefy.common.errors import DataError
 from rarefy.compiler import profile as profile_module
+from rarefy.compiler import subgraph
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.profile import PYTHON, STARTING, WAITING
 from rarefy.evaluation.profiling import flops
@@ -164,6 +165,29 @@ def test_a_depthwise_convolution_and_one_with_groups():
     counts = {r.layer: (r.operator, r.operations) for r in profile.rows if r.operations}
     assert counts["0"] == ("depthwise_conv", 2 * 2 * 8 * 100 * 9)
     assert counts["1"][1] == 2 * 2 * 8 * 64 * 4 * 9 and counts["2"][1] == 2 * 2 * 4 * 64 * 8
+
+
+def test_images_that_do_not_all_go_together(monkeypatch):
+    """Each shape has a program of its own; a call's runs of one program are summed."""
+    monkeypatch.setattr(subgraph, "images_together", lambda *_: 2)
+    net, x = Residual().eval(), torch.randn(5, 8, 20, 20)
+    profile = rarefy.compile(net, torch.randn(2, 8, 20, 20)).profile(x, repeats=1)
+    assert sum(r.operations for r in profile.rows) == flops(net, lambda: net(x))
+    whole, rest = (r for r in profile.rows if r.layer == "b" and r.operations)
+    assert whole.operations == 4 * rest.operations and whole.sizes.startswith("2 x ") and rest.sizes.startswith("1 x ")
+
+
+def test_a_decoder_skips_zeros_for_single_tokens():
+    model = tiny_llama(tie=False)
+    rarefy.prune_(model, "unstructured", "magnitude", 0.75, layers="model.layers.*")
+    rarefy.fold_(model)
+    decoder = rarefy.decoder(model)
+    weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for tokens in (1, 40):
+        for row in rows_of(decoder.profile(torch.ones(1, tokens, dtype=torch.int64), repeats=1), "linear"):
+            w = weights[row.layer]
+            multiplied = int((w != 0).sum()) if tokens == 1 else w.numel()  # unpacked for many tokens
+            assert row.weights == "fp32 bitmask" and row.executed == 2 * multiplied * (row.operations // 2 // w.numel())
 
 
 def test_sums_by_operator():
