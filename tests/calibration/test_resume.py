@@ -108,7 +108,8 @@ def test_a_finished_run_only_passes(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"sparsity": 0.6}, "sparsity 0.5 -> 0.6"),
-        ({"solver": "admm"}, "other .*solver"),
+        ({"solver": "admm"}, r"\(solver 'obs' -> 'admm'\)"),
+        ({"solver": {"name": "obs", "damping": 0.5}}, r"\(solver.damping 0.01 -> 0.5\)"),
         ({"data": tokens(2)}, "other data"),
         ({"model": lambda m: m.model.layers[1].mlp.up_proj.weight.data[3, 4].add_(1)}, "other weights"),
         ({"model": lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.Tanh())}, "other model"),

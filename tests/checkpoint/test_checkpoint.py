@@ -178,6 +178,10 @@ def test_load_errors(tmp_path):
             "X is not a class that transformers makes of a llama config",
         ),
         (
+            {"library": "transformers", "class": "", "config": {"model_type": "llama"}, "dtype": "float32"},
+            r'config.json names no architecture: add "architectures": \[one of .*LlamaForCausalLM',
+        ),
+        (
             {"library": "transformers", "class": "X", "config": {"model_type": "os.system"}, "dtype": "float32"},
             "does not make a os.system model",
         ),

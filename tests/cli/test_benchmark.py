@@ -1,5 +1,7 @@
 """What `rarefy bench` times besides models: what the engine makes of them, and what was compiled before."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ def test_language_models_beside_their_decoders():
     made, why = engine_of(model, 8, 1, "int8")
     assert isinstance(made, Decoder) and why == "" and model.dtype == torch.bfloat16  # it made a copy
     report = bench_models({"model": model, "engine": made}, 8, 2, 1, 2, False)
+    assert report.summary["timed"] == "a prompt of 8 tokens, then 2 new ones, batch 1"
     assert [(r["what"], r["of"]) for r in report.rows] == [
         (kind, of) for kind in ("prefill", "decode") for of in ("model", "engine")
     ]
@@ -47,9 +50,12 @@ def test_an_encoder_beside_what_is_compiled_of_it():
     model = tiny_bert()
     made, why = engine_of(model, 8, 1)
     assert isinstance(made, Compiled) and why == ""
-    rows = bench_models({"model": model, "engine": made}, 8, 2, 1, 2, False).rows
+    report = bench_models({"model": model, "engine": made}, 8, 2, 1, 2, False)
+    rows = report.rows
+    assert all(len(re.sub(r"^0\.0*|[.,]", "", r["median"])) == 3 for r in report.printed_rows)
+    assert [float(r["median"]) for r in report.printed_rows] == pytest.approx([r["median"] for r in rows], rel=0.01)
     assert [(r["what"], r["of"], r["unit"]) for r in rows] == [
-        ("forward, batch 1", n, "ms") for n in ("model", "engine")
+        ("forward, 1 x 8 tokens", n, "ms") for n in ("model", "engine")
     ]
 
 
@@ -78,7 +84,7 @@ def test_a_compiled_model_by_itself(tmp_path):
     with pytest.raises(ModelError, match="input_ids accepts at most 64 tokens, got 65"):
         example_for(made, 65, 3)
     [row] = bench_models({"model": made}, 12, 2, 3, 2, False).rows
-    assert row["what"] == "forward, batch 3" and row["median"] > 0
+    assert row["what"] == "forward, 3 x 12 tokens" and row["median"] > 0
     net = rarefy.compile(nn.Linear(5, 3).eval(), torch.randn(2, 5))
     [row] = bench_models({"model": net}, 12, 2, 7, 2, False).rows
     assert row["what"] == "forward, batch 7"

@@ -95,6 +95,12 @@ def test_the_receipt_is_printed(run, given, tmp_path):
     assert "model.layers.*" in verbose and verbose == (tmp_path / "out" / "receipt.txt").read_text() + "\n"
     bars = [line for line in ran.err.splitlines() if not line.startswith("written to")]
     assert bars and max(map(len, bars)) <= 80  # a progress bar fits its line
+    assert "evaluating all" not in ran.err and "note: perplexity was measured on 1 batch\n" in ran.out
+    ran = run(*words, "--force", "--set", "evaluate.samples=null")
+    count = re.search(
+        r"^evaluating all (\d+) batches, before and after; evaluate.samples=24 reads less$", ran.err, re.M
+    )
+    assert count and f"note: perplexity was measured on {count[1]} batches, all of the data\n" in ran.out
 
 
 @pytest.mark.parametrize("option", ["--quiet", "--json"])
@@ -129,6 +135,16 @@ def test_a_dry_run_writes_nothing(run, given, tmp_path):
 def random_masks(run, given, out, *words) -> dict[str, torch.Tensor]:
     assert run("compress", given / "model", "-r", given / "half.yaml", "-o", out, "-q", *words).code == 0
     return {n: p == 0 for n, p in rarefy.load(out).named_parameters()}
+
+
+def test_a_field_as_an_option_is_explained(run, given, tmp_path):
+    words = ("compress", given / "model", "-r", given / "half.yaml", "-o", tmp_path / "out")
+    hint = "rarefy: sparsity is a field of the recipe: pass --set sparsity=0.4\n"
+    for more in (["--sparsity", "0.4"], ["--sparsity=0.4"]):
+        ran = run(*words, *more)
+        assert ran.code == 2 and ran.err.endswith(hint) and "No such option" in ran.err
+    ran = run("compress", given / "model", "--data", "wiki")  # an option, and a field too
+    assert ran.code == 2 and "is a field" not in ran.err
 
 
 def test_the_seed_decides(run, given, tmp_path):
@@ -182,7 +198,7 @@ def test_data_for_a_recipe_that_names_none(run, given, tmp_path):
     (tmp_path / "r.yaml").write_text("stages: [{prune: {pattern: 2:4, score: wanda}}]\n")
     words = ("compress", given / "model", "-r", tmp_path / "r.yaml", "-o", tmp_path / "out", "-q", "--set", "seed=1")
     ran = run(*words)
-    assert ran.code == 2 and "no calibrate data" in ran.err
+    assert ran.code == 2 and "no calibrate data: name it in the recipe, or pass --data FILE\n" in ran.err
     (tmp_path / "long.txt").write_text(" ".join([(given / "text.txt").read_text()] * 100))
     ran = run(*words, "--data", tmp_path / "long.txt")
     assert ran.code == 0, ran.err
@@ -195,7 +211,7 @@ def test_an_output_folder_that_exists_is_left_alone(run, given, tmp_path):
     before = tree(out)
     ran = run(*words, "--seed", 9)
     assert ran.code == 2 and ran.out == "" and tree(out) == before
-    assert ran.err == f"rarefy: {out} exists and is a Rarefy folder; pass overwrite=True (--force), or another name\n"
+    assert ran.err == f"rarefy: {out} exists and is a Rarefy folder; pass --force, or another name\n"
     assert run(*words, "--seed", 9, "--force").code == 0
     after = tree(out)
     assert after.keys() == before.keys() and after["weights-00001.safetensors"] != before["weights-00001.safetensors"]
@@ -251,7 +267,7 @@ MISTAKES = {
     "--set with a date for a number": (GO + " --set sparsity=2024-13-45", "expected a number between 0 and 1, got '2024-13-45'"),
     "no --out": ("compress {model} -r {half}", "compress needs --out FOLDER (or --dry-run)"),
     "no such data": ("compress {model} -r {tiny} -o {out} --data wiky", "did you mean wiki"),
-    "data too short": ("compress {model} -r {tiny} -o {out} --data {tmp}/short.txt", "short.txt is too short: 2 tokens make 0 windows of 16; 4 are needed (64 tokens)"),
+    "data too short": ("compress {model} -r {tiny} -o {out} --data {tmp}/short.txt", "short.txt is too short: 2 tokens make 0 windows of 16; 4 are needed (64 tokens): give more text"),
     "held-out data too short": ("compress {model} -r {tiny} -o {out} --eval-data {tmp}/short.txt", "rarefy: evaluate "),
     "--eval-data without evaluate": (GO + " --eval-data wiki", "evaluate"),
     "no layer matches": (GO + " --set layers=model.layer.*", "layers: 'model.layer.*' matches no layer; nearest: "),
@@ -489,7 +505,14 @@ def test_bench_with_layers_that_skip_zeros(run, packed, tmp_path, monkeypatch):
     assert re.fullmatch(r"\d+ of \d+", report["summary"]["layers that run sparse"])
     assert (tmp_path / "tuning_cache.json").is_file() == (bindings.missing() is None)
     ran = run(*words)
-    assert ran.code == 0 and "batch 8" in ran.out and "instruction set" in ran.out and "decode" in ran.out
+    assert ran.code == 0 and ran.out.startswith("bench\n") and "decode" in ran.out
+    assert "layers that run sparse: " in ran.out and "instruction set" not in ran.out
+    verbose = run(*words, "--verbose")
+    assert verbose.code == 0 and verbose.out.startswith("bench\n") and "batch 8" in verbose.out
+    assert verbose.out.index("decode") < verbose.out.index("accelerated\n")
+    for more in ((), ("--accelerate", "--json"), ("--accelerate", "--quiet")):
+        ran = run("bench", packed, "--verbose", *more)
+        assert ran.code == 2 and "--verbose has no effect without --accelerate, nor with --json or --quiet" in ran.err
 
 
 def test_bench_of_what_was_compiled(run, given, tmp_path):

@@ -166,8 +166,16 @@ def project_folder(at: Path) -> None:
 @pytest.mark.parametrize(
     "make, overwrite, message",
     [
-        (rarefy_folder, False, "exists and is a Rarefy folder; pass overwrite=True .--force., or another name"),
-        (Path.mkdir, False, "exists and is an empty folder; pass overwrite=True .--force., or another name"),
+        (
+            rarefy_folder,
+            False,
+            "exists and is a Rarefy folder; pass overwrite=True .shell: pass --force., or another name",
+        ),
+        (
+            Path.mkdir,
+            False,
+            "exists and is an empty folder; pass overwrite=True .shell: pass --force., or another name",
+        ),
         (user_folder, True, "exists and is not only Rarefy's .it contains thesis.tex.; give another name"),
         (project_folder, True, "exists and is not only Rarefy's"),
         (Path.touch, True, "is a file; give the name of a folder"),

@@ -373,7 +373,7 @@ def test_wrong_models():
         rarefy.decoder(small().train())
     with pytest.raises(ModelError, match=r"model.float\(\)"):
         rarefy.decoder(small().bfloat16())
-    with pytest.raises(ModelError, match="unknown precision 'int3'; choose from int8"):
+    with pytest.raises(ModelError, match="unknown precision 'int3'; choose from int8.*; leave it out for fp32"):
         rarefy.decoder(small(), precision="int3")
     config = transformers.BloomConfig(vocab_size=V, hidden_size=64, n_layer=2, n_head=4)
     with pytest.raises(ModelError, match="no attention that can use a KV cache"):

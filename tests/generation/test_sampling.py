@@ -89,10 +89,21 @@ def test_several_prompts_are_a_batch(run, given, monkeypatch):
     ids, mask = left_padded([PROMPT, [12]], made.pad_token)
     want = rarefy.generate(made, ids, attention_mask=mask, max_new_tokens=6)[:, 3:].tolist()
     cut = [row[: row.index(1) + 1] if 1 in row else row for row in want]
-    assert [line.strip() for line in ran.out.splitlines()] == [words_of(row) for row in cut]
+    assert ran.out.splitlines() == [f"[{i}] {words_of(row)}".strip() for i, row in enumerate(cut, 1)]
     monkeypatch.setattr(sys, "stdin", io.StringIO("w9\n"))
     rows = json.loads(run(*words, "--json").out)
     assert [r["ids"] for r in rows] == cut and [r["prompt_tokens"] for r in rows] == [3, 1]
+
+
+def test_a_text_that_is_empty(run, given, monkeypatch):
+    monkeypatch.setattr(
+        "rarefy.generation.sampling.stream", lambda _, ids, **how: iter([torch.ones(len(ids), dtype=torch.int64)])
+    )
+    words = ("generate", given / "decoder", "-p", "w1 w2 w3", "--max-new-tokens", 6)
+    ran = run(*words)
+    note = "no text was generated: the model ended at once; --chat may help\n"
+    assert ran.code == 0 and ran.out.strip() == "" and note in ran.err and note not in run(*words, "-q").err
+    assert "no text was generated for prompt 1, 2: " in run(*words, "-p", "w9").err
 
 
 def test_ids_need_no_tokenizer(run, given):

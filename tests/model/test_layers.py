@@ -36,11 +36,20 @@ def test_selectors(layers, ignore, want):
         assert [l.name for l in select_layers(Net(), layers, ignore)] == want
 
 
+def test_similar_names_are_compared_by_component():
+    net = nn.ModuleDict(
+        {"embeddings": nn.ModuleDict({"words": nn.Embedding(9, 4)}), "encoder": nn.ModuleDict({"a": nn.Linear(4, 4)})}
+    )
+    with pytest.raises(SelectorError, match="'encodr.*' matches no layer; nearest: encoder.a "):
+        select_layers(net, "encodr.*")
+
+
 @pytest.mark.parametrize(
     ("layers", "ignore", "error", "message"),
     [
         ("hiden", None, SelectorError, "'hiden' matches no layer; nearest: hidden"),
         ("conv2d", None, SelectorError, "Conv2d"),
+        ("hiden.weigth", None, SelectorError, "nearest: hidden .classes"),
         (None, "nothing*", SelectorError, "ignore: 'nothing\\*' matches no layer"),
         ("re:(", None, SelectorError, "not a regular expression"),
         ("size~3", None, SelectorError, "expected a size such as"),

@@ -411,8 +411,13 @@ def test_what_cannot_be_read(make, error, says, tmp_path):
 
 def test_without_its_packages(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnx2torch", None)
-    with pytest.raises(ModelError, match=r"reading ONNX needs more packages: pip install 'rarefy\[onnx\]'"):
+    with pytest.raises(
+        ModelError, match=r"reading ONNX needs more packages: pip install '.\[onnx\]' in Rarefy's folder"
+    ):
         rarefy.from_onnx(tmp_path / "net.onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ModelError, match=r"ONNX needs more packages: pip install '.\[onnx\]' in Rarefy's folder"):
+        rarefy.export_onnx(nn.Linear(2, 2).eval(), torch.ones(1, 2), tmp_path / "net.onnx")
 
 
 def test_no_file(tmp_path):

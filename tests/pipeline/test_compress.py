@@ -151,9 +151,10 @@ def test_a_check_on_quality(allowed, passed):
             {"stages": [{"prune": {"score": "wanda", "sparsity": 0.5}}]},
             None,
             DataError,
-            "no calibrate data: name it in the recipe, or pass data=.'calibrate': batches.",
+            "no calibrate data: name it in the recipe, or pass data=.'calibrate': batches. .shell: pass --data FILE.",
         ),
-        ({"stages": [{"train": {}}]}, None, DataError, "no train data"),
+        ({"stages": [{"train": {}}]}, None, DataError, "no train data: .* .shell: pass --set 'data={train: FILE}'.$"),
+        ({"stages": [{"train": {}}], "data": {}}, None, DataError, ".shell: pass --set data.train=FILE.$"),
         ({**HALF, "evaluate": {"metric": "accuracy"}}, None, DataError, "no evaluate data"),
         (HALF, {"calibration": []}, DataError, "data has calibration; known are calibrate, evaluate, train"),
         (

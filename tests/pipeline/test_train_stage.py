@@ -237,6 +237,11 @@ def test_all_that_a_recipe_can_say(run):
     assert rows["train.prune (rigl).drop"]["default"] == "0.3" and "train.distill.hidden" in rows
     assert rows["quantize.fit"]["what"] == "one of minmax, mse, hqq" and rows["data.validate"]["default"] == "null"
     assert run("recipes", "int8", "--fields").code == 2
+    lines = run("recipes", "--fields").out.splitlines()
+    assert max(map(len, lines)) <= 100
+    at = lines.index("prune.sparsity: a number between 0 and 1, default null")
+    assert lines[at + 1].startswith("    fraction of zeros") or lines[at + 1].startswith("    ")
+    assert {line.split(":")[0] for line in lines} >= set(rows)
 
 
 def test_a_resolved_recipe_reads_back():

@@ -161,6 +161,8 @@ def test_the_state_of_another_run_is_refused(tmp_path, monkeypatch):
             seed=5,
             resume_dir=tmp_path / "w",
         )
+    with pytest.raises(ContainerError, match="holds the state of a fit_ run, this is prune_: remove "):
+        rarefy.prune_(Noisy(), sparsity=0.5, solver="obs", data=[x for x, _ in loader()], resume_dir=tmp_path / "w")
     file = tmp_path / "w" / "training.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 255

@@ -25,7 +25,7 @@ from rarefy.calibration import offload
 from rarefy.common.atomic_io import KEY_FILE, PARTIAL, SETUP_FILES, container_errors, is_resume_file, sync
 from rarefy.common.errors import ContainerError, DataError
 
-START_OVER = "remove {} (shell: --fresh) to start anew, or give another name"
+START_OVER = "remove {} (shell: pass --fresh) to start anew, or give another name"
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,7 @@ def open_state(folder: Path | None, key: Mapping[str, Any]) -> ResumeState:
             lock.flush()
         elif saved_key != text:
             lock.close()
-            problem = (
-                f"holds the state of another run ({_difference(saved_key, key)})" if saved_key else f"has no {KEY_FILE}"
-            )
+            problem = f"holds {_difference(saved_key, key)}" if saved_key else f"has no {KEY_FILE}"
             raise ContainerError(f"{folder} {problem}: {START_OVER.format(folder)}")
     num_done = next(i for i in count() if not (folder / f"stop-{i:06d}.safetensors").is_file())
     return ResumeState(folder, num_done, hashlib.sha256(text.encode()).hexdigest(), lock)
@@ -182,18 +180,34 @@ def _locked(file: Path) -> Any:
 
 
 def _difference(before: str, key: Mapping[str, Any]) -> str:
-    """Return a text that says how two run keys differ."""
+    """Return a text that says how the run with the saved key differs from this one."""
     try:
-        old = json.loads(before)
-        new = json.loads(json.dumps(key))
-        names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n))
+        saved = json.loads(before)
+        functions = _function(saved), _function(key)
+        old, new = _options(saved), _options(json.loads(json.dumps(key)))
     except (ValueError, TypeError, AttributeError):
-        return f"its {KEY_FILE} is not readable"
-    settings = [n for n in names if n not in ("model", "weights", "data")]
-    changes = {
-        n: f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in settings if len(repr((old.get(n), new.get(n)))) < 100
-    }
-    return ", ".join(changes.get(n, f"other {n}") for n in settings or names)
+        return f"the state of another run (its {KEY_FILE} is not readable)"
+    if functions[0] != functions[1]:
+        return f"the state of a {functions[0]} run, this is {functions[1]}"
+    names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n))
+    if "solver" in names:  # the options of two solvers differ, which says nothing more
+        names = [n for n in names if not n.startswith("solver.")]
+    options = [n for n in names if n not in ("model", "weights", "data")]
+    changes = {n: f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in options}
+    texts = [changes[n] if n in changes and len(changes[n]) < 100 else f"other {n}" for n in options or names]
+    return f"the state of another run ({', '.join(texts)})"
+
+
+def _function(key: Mapping[str, Any]) -> str:
+    """Return the name of the function that a key is of: only `fit_` counts epochs."""
+    return "fit_" if "epochs" in key else "prune_"
+
+
+def _options(key: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's options by the names that users know, nested ones as `solver.damping`."""
+    names = {"teach": "distill", "each": "ends", "solver.name": "solver"}
+    nested = ({f"{n}.{k}": x for k, x in v.items()} if isinstance(v, dict) else {n: v} for n, v in key.items())
+    return {names.get(n, n): v for entries in nested for n, v in entries.items()}
 
 
 def digest(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -61,15 +62,27 @@ def bench_models(
         )
         if isinstance(max_tokens, int) and tokens + new > max_tokens:
             raise ModelError(f"{name} accepts at most {max_tokens} tokens, got {tokens} and {new} new ones")
+    timed: dict[str, Any] = {}
     if all(_generates_text(s) for s in subjects.values()):
         rows = _rates(subjects, tokens, new, repeats, progress)
+        timed["timed"] = f"a prompt of {tokens} tokens, then {new} new ones, batch 1"
     else:
         rows = _calls(subjects, tokens, batch, repeats, progress)
     memory = {f"bytes in memory, {n}": resident_bytes(s) for n, s in subjects.items()}
     machine = profiling.machine()
-    return Report(
-        "bench", tuple(rows), {**memory, "cpu": machine["cpu"], "threads": machine["threads"], "load": machine["load"]}
-    )
+    where = {"cpu": machine["cpu"], "threads": machine["threads"], "load": machine["load"]}
+    printed = tuple({k: _three_digits(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return Report("bench", tuple(rows), {**timed, **memory, **where}, printed_rows=printed)
+
+
+def _three_digits(value: float) -> str:
+    """Return a positive number with three significant digits.
+
+    >>> [_three_digits(x) for x in (0.012345, 5.0, 27.46, 267.4, 2151.0)]
+    ['0.0123', '5.00', '27.5', '267', '2,151']
+    """
+    exponent = math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:,.{max(0, 2 - exponent)}f}"
 
 
 def _generates_text(subject: Subject) -> bool:
@@ -105,12 +118,14 @@ def _calls(
         if has_own_example or fixed is None
         else example_for(fixed, tokens, batch)
     )
+    input_ids = kwargs.get("input_ids")
     batch_size = next(len(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    size = f"batch {batch_size}" if input_ids is None else f"{len(input_ids)} x {input_ids.shape[1]} tokens"
     runs: dict[str, Callable[[], Any]] = {name: partial(s, *args, **kwargs) for name, s in subjects.items()}
     rows: list[Mapping[str, Any]] = []
     for name, t in profiling.compare(runs, repeats=repeats, progress=progress).items():
         millis = {"median": 1000 * t.median, "low": 1000 * t.low, "high": 1000 * t.high, "repeats": t.repeats}
-        rows.append({"what": f"forward, batch {batch_size}", "of": name, "unit": "ms", **millis})
+        rows.append({"what": f"forward, {size}", "of": name, "unit": "ms", **millis})
     return rows
 
 

@@ -20,6 +20,10 @@ EXTRAS = {
     "accelerate": "hf",
     "torchvision": "vision",
     "pillow": "vision",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnx2torch": "onnx",
+    "onnxruntime": "onnx",
 }
 
 

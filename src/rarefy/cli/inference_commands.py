@@ -16,6 +16,7 @@ import typer
 from rarefy.cli import shared
 from rarefy.cli.shared import Force, Json, ModelPath, Precision, Quiet, Threads
 from rarefy.common.errors import ModelError, RecipeError
+from rarefy.common.report import Report
 
 
 @dataclass
@@ -51,7 +52,9 @@ def generate(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            "--prompt", "-p", help="The prompt; - reads it from standard input. Several prompts form a batch."
+            "--prompt",
+            "-p",
+            help="The prompt; - reads it from standard input. Several form a batch; texts are numbered.",
         ),
     ] = None,
     ids: Annotated[
@@ -175,9 +178,10 @@ def _run_steps(
                 break
             spent.append(time.perf_counter() - began)
             for w, t in zip(continuations, token.tolist()):
+                began_text = any(w.pieces)
                 piece = w.add(t, eos_tokens)
                 if streaming:
-                    print(piece, end="", flush=True)
+                    print(piece if began_text else piece.lstrip(" "), end="", flush=True)
     except (KeyboardInterrupt, SystemExit) as end:
         stopped = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 130
     for w in continuations:
@@ -201,9 +205,13 @@ def _print_results(
         print(json.dumps(rows if several else rows[0], indent=1))
         return
     if several:
-        for row in rows:
-            print(row["text"])
+        for number, row in enumerate(rows, 1):
+            print(f"[{number}]{row['text']}" if row["text"].startswith(" ") else f"[{number}] {row['text']}")
     if not quiet:
+        empty = [number for number, row in enumerate(rows, 1) if not row["text"].strip()]
+        if empty:
+            which = f" for prompt {', '.join(map(str, empty))}" if several else ""
+            print(f"no text was generated{which}: the model ended at once; --chat may help", file=sys.stderr)
         new, read = sum(len(w.ids) for w in continuations), sum(len(w.prompt) for w in continuations)
         later = new - sum(1 for w in continuations if w.ids)
         lines = [f"prompt: {read} tokens" + (f", {read / first:.1f} tokens/s" if first else "")]
@@ -241,7 +249,6 @@ def compile_(
     from rarefy.checkpoint.export import side_files
     from rarefy.checkpoint.save import save
     from rarefy.common.atomic_io import check_output_folder
-    from rarefy.common.report import Report
     from rarefy.compiler.compile import compile
     from rarefy.generation.decoder import decoder
     from rarefy.model import hf
@@ -320,13 +327,16 @@ def bench(
         typer.Option(help="Write the latency of each layer shape by format, sparsity and batch to this JSON file."),
     ] = None,
     threads: Threads = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With --accelerate, also print what runs each layer.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Time models alternately: tokens/s for language models, milliseconds per call otherwise.
 
-    The model is timed in eager torch and on the engine (--precision int8: in 8 bits). A folder continuations by
-    `rarefy compile` is timed as it is.
+    The model is timed in eager torch and on the engine (--precision int8: in 8 bits). A folder that `rarefy
+    compile` wrote is timed as it is.
 
     rarefy bench smollm2-135m --precision int8 --tokens 128
 
@@ -335,6 +345,8 @@ def bench(
     from rarefy.cli.benchmark import bench_models, engine_of
 
     _check_bench_options(against, accelerate, engine, precision, table)
+    if verbose and (not accelerate or as_json or quiet):
+        raise RecipeError("--verbose has no effect without --accelerate, nor with --json or --quiet: leave it out")
     with shared.threads(threads):
         net, _ = shared.load_any(shared.source(model))
         kind = shared.kind_of(net)
@@ -346,11 +358,12 @@ def bench(
         if table is not None:
             _write_latency_table(net, tokens, batch, repeats, table, as_json, quiet)
             return
-        subjects, notes = {"model": net}, dict[str, Any]()
+        subjects, notes, layers = {"model": net}, dict[str, Any](), None
         if against:
             subjects["against"] = shared.load_any(shared.source(against))[0]
         if accelerate:
-            subjects["accelerated"], notes = _accelerated(net, tokens, batch, as_json, quiet)
+            subjects["accelerated"], layers = _accelerated(net, tokens, batch, quiet)
+            notes["layers that run sparse"] = layers.summary["layers that run sparse"]
         if engine and kind == "model":
             on_engine, why = engine_of(net, tokens, batch, precision)
             if on_engine is None:
@@ -359,6 +372,8 @@ def bench(
                 subjects["engine"] = on_engine
         report = bench_models(subjects, tokens, new, batch, repeats, not quiet)
         shared.show(replace(report, summary={**report.summary, **notes}), as_json, quiet)
+        if verbose:
+            print(f"\n{layers}")
 
 
 def _check_bench_options(
@@ -393,12 +408,10 @@ def _write_latency_table(
     shared.show(report, as_json, quiet)
 
 
-def _accelerated(net: Any, tokens: int, batch: int, as_json: bool, quiet: bool) -> tuple[Any, dict[str, Any]]:
-    """Return a copy of the model with sparse layers, and its note for the report."""
+def _accelerated(net: Any, tokens: int, batch: int, quiet: bool) -> tuple[Any, Report]:
+    """Return a copy of the model with sparse layers, and the report of `accelerate_`."""
     from rarefy.evaluation.example_inputs import example_of
     from rarefy.runtime.accelerate import accelerate_
 
     fast = copy.deepcopy(net)
-    report = accelerate_(fast, _batches(net, tokens, batch), example_of(fast, tokens, batch), progress=not quiet)
-    shared.show(report, False, as_json or quiet)
-    return fast, {"layers that run sparse": report.summary["layers that run sparse"]}
+    return fast, accelerate_(fast, _batches(net, tokens, batch), example_of(fast, tokens, batch), progress=not quiet)

@@ -9,8 +9,9 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import typer
 
 from rarefy.cli import inference_commands, profile, shared
 from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
-from rarefy.common.errors import ModelError, RarefyError, RecipeError
+from rarefy.common.errors import ModelError, RarefyError, RecipeError, shell_text
 
 app = typer.Typer(
     name="rarefy",
@@ -248,11 +249,14 @@ def export(
     from rarefy.common.report import Report
     from rarefy.data import builtin
     from rarefy.evaluation.profiling import folder_bytes
+    from rarefy.model import hf
 
     if str(path) in builtin.MODELS and not path.exists():
         raise ModelError(
             f"{path} is a built-in model, and export converts folders written by Rarefy: rarefy compress {path} first"
         )
+    if to != "safetensors":
+        hf.no_bars()
     export(path, out, to=to, overwrite=force)
     shared.show(
         Report(f"exported to {out}", (), {"format": to, "bytes": folder_bytes(out, (".safetensors",))}), as_json, False
@@ -279,7 +283,8 @@ def recipes_(
     if schema:
         print(json.dumps(recipes.json_schema(), indent=1))
     elif fields:
-        shared.show(Report("fields of recipes", recipes.vocabulary()), as_json, False)
+        report = Report("fields of recipes", recipes.vocabulary())
+        print(report.to_json() if as_json else "\n".join([report.title, *map(_field_text, report.rows)]))
     elif name is None:
         rows = tuple({"recipe": n, "about": recipes.load(n).about} for n in recipes.presets())
         shared.show(Report("recipes", rows), as_json, False)
@@ -288,6 +293,16 @@ def recipes_(
     else:
         recipes.load(name)
         print(recipes.presets().get(name, Path(name)).read_text(encoding="utf-8"), end="")
+
+
+def _field_text(row: Mapping[str, str]) -> str:
+    """Return a field of recipes in lines of at most 100 characters."""
+    default = f", default {row['default']}" if row["default"] else ""
+    texts = (f"{row['where']}: {row['what']}{default}", row["meaning"])
+    indents = ("", "    ")
+    return "\n".join(
+        textwrap.fill(t, 100, initial_indent=i, subsequent_indent="    ") for t, i in zip(texts, indents) if t
+    )
 
 
 @app.command()
@@ -333,18 +348,36 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except RarefyError as error:
-        print(f"rarefy: {error}", file=sys.stderr)
+        print(f"rarefy: {shell_text(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, shared.Ended) or (isinstance(end, SystemExit) and end.code not in (130, 143)):
+            if end.code == 2 and sys.argv[1:2] == ["compress"]:
+                _explain_fields(sys.argv[2:])
             raise
         print("rarefy: interrupted; nothing was written", file=sys.stderr)
         sys.exit(end.code if isinstance(end, SystemExit) else 130)
     finally:
         _leave(sys.exc_info()[1])
+
+
+def _explain_fields(words: Sequence[str]) -> None:
+    """Print how to set a field of the recipe that was written as an option of `compress`."""
+    from rarefy.recipe import parser as recipes
+
+    options = {o for p in typer.main.get_command(app).commands["compress"].params for o in p.opts}  # type: ignore[attr-defined]
+    fields = {row["where"].rpartition(".")[2] for row in recipes.vocabulary()}
+    for word, following in zip(words, [*words[1:], ""]):
+        option, equals, value = word.partition("=")
+        field = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and option not in options and field in fields:
+            print(
+                f"rarefy: {field} is a field of the recipe: pass --set {field}={value if equals else following}",
+                file=sys.stderr,
+            )
 
 
 def _leave(error: BaseException | None) -> None:
@@ -398,7 +431,7 @@ def _load_recipe(
         if loaded.evaluate is None:
             raise RecipeError(
                 f"--eval-data has no effect: recipe {loaded.name} does not evaluate; "
-                "add --set 'evaluate={metric: perplexity}'"
+                "add --set 'evaluate={metric: perplexity, samples: 64}'"
             )
         loaded = loaded.replace(evaluate=loaded.evaluate.replace(data=_absolute(eval_data)))
     return loaded

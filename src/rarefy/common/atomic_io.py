@@ -57,7 +57,7 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
     if not overwrite or not ours:
         what = "a Rarefy folder" if entries else "an empty folder"
         what = what if ours else f"not only Rarefy's (it contains {entries[0].name})"
-        hint = "pass overwrite=True (--force), or another name" if ours else "give another name"
+        hint = "pass overwrite=True (shell: pass --force), or another name" if ours else "give another name"
         raise ContainerError(f"{target} exists and is {what}; {hint}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -46,6 +47,15 @@ class ContainerError(RarefyError):
     """A saved folder is missing, damaged or malicious, or an output folder exists already."""
 
 
+def shell_text(message: str) -> str:
+    """Return a message as the command line prints it: with the option of the shell in place of that of Python.
+
+    >>> shell_text("out exists; pass overwrite=True (shell: pass --force), or another name")
+    'out exists; pass --force, or another name'
+    """
+    return re.sub(r"\b(pass|take|remove) ((?!\b(pass|take|remove) ).)*? \(shell: ([^()]*)\)", r"\4", message)
+
+
 def first_line(error: BaseException, max_length: int = 200) -> str:
     """Return the first line of an exception's message, or its class name if the message is empty.
 
@@ -62,6 +72,25 @@ def nearest(got: str, allowed: Iterable[str], count: int = 1) -> list[str]:
     ['wanda']
     """
     return difflib.get_close_matches(got, list(allowed), n=count, cutoff=0.5)
+
+
+def nearest_paths(got: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """Return up to `count` dotted names that are similar to `got`, compared component by component from the first on.
+
+    Empty if no first component is similar. A `*` is similar to everything.
+
+    >>> nearest_paths("encodr.*", ["embeddings.words", "encoder.layer", "pooler"], 1)
+    ['encoder.layer']
+    """
+    components = got.split(".")
+
+    def likeness(name: str) -> list[float]:
+        pairs = zip(components, name.split("."))
+        return [1.0 if a == "*" else difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs]
+
+    by_name = {name: likeness(name) for name in names}
+    similar = [name for name, ratios in by_name.items() if ratios[0] >= 0.5]
+    return sorted(similar, key=lambda name: by_name[name], reverse=True)[:count]
 
 
 def unknown(what: str, got: object, allowed: Iterable[str], where: str = "") -> str:

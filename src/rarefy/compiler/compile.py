@@ -128,7 +128,7 @@ def compile(model: nn.Module, example: Any, *, precision: str | None = None) -> 
 def check_precision(precision: Any) -> None:
     """Raise ModelError for a precision that the engine does not have."""
     if precision not in (None, "int8"):
-        raise ModelError(unknown("precision", str(precision), ["int8"]))
+        raise ModelError(f"{unknown('precision', str(precision), ['int8'])}; leave it out for fp32")
 
 
 def check_module(model: Any) -> None:

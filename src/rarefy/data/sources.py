@@ -135,16 +135,28 @@ def _text(documents: list[str], take: Take, tokenizer: Any, what: str) -> list[B
         if max_tokens is not None and len(ids) >= max_tokens:
             break
     count = len(ids) // take.tokens
+    if not any(text.strip() for text in documents):
+        raise DataError(f"{what} is empty: give a file with text")
     if count < (take.samples or 1):
-        raise DataError(
-            f"{what} is too short: {len(ids):,} tokens make {count} windows of {take.tokens}; "
-            f"{take.samples or 1} are needed ({(take.samples or 1) * take.tokens:,} tokens): lower samples or tokens"
-        )
+        raise DataError(f"{what} {_too_short(len(ids), count, take)}")
     windows = torch.tensor(ids[: count * take.tokens]).reshape(count, take.tokens)
     if len(documents) == 1:
         windows = windows[torch.randperm(count, generator=order)]
     windows = windows[: take.samples]
     return [{"input_ids": part} for part in windows.split(take.batch)]
+
+
+def _too_short(num_tokens: int, count: int, take: Take) -> str:
+    """Return the message for a text of `count` windows, with the number of samples or tokens that it has."""
+    size = "1 token makes" if num_tokens == 1 else f"{num_tokens:,} tokens make"
+    needed = take.samples or 1
+    text = (
+        f"is too short: {size} {count} windows of {take.tokens}; {needed} {'is' if needed == 1 else 'are'} needed "
+        f"({needed * take.tokens:,} tokens): give more text"
+    )
+    tokens = (1 << (num_tokens // needed).bit_length()) // 2  # a power of two that fits
+    fitting = f"samples={count}" if count else f"tokens={tokens}"
+    return f"{text}, or pass {fitting} (shell: pass --set {fitting})" if count or tokens > 1 else text
 
 
 def _encoded(documents: list[str], order: torch.Generator, tokenizer: Any) -> Iterator[list[int]]:

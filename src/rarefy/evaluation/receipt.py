@@ -139,7 +139,7 @@ class Receipt:
                 rows.append(_row("peak RSS of the run", "", f"{self.memory['peak_rss']:,}", ""))
         if self.sparsity:
             s = self.sparsity
-            rows.append(_row("sparsity of pruned layers", "asked " + f"{s['asked']:.2%}", f"{s['achieved']:.4%}", ""))
+            rows.append(_row("sparsity of pruned layers", "asked " + f"{s['asked']:.2%}", f"{s['achieved']:.2%}", ""))
             rows.append(_row("sparsity of the model", f"{s['model_before']:.2%}", f"{s['model_after']:.2%}", ""))
         if self.flops:
             name = f"FLOPs, {self.flops['what']}"

@@ -197,15 +197,17 @@ def _without(values: Any, keys: tuple[str, ...]) -> Any:
 
 def _auto_class(config: Any, architecture: str) -> Any:
     transformers = _transformers()
-    for name in AUTO:
-        auto = getattr(transformers, name)
+    names: list[str] = []
+    for auto in (getattr(transformers, name) for name in AUTO):
         known = auto._model_mapping.get(type(config), None)
-        classes = known if isinstance(known, tuple | list) else [known]
-        if any(c is not None and c.__name__ == architecture for c in classes):
+        names += [c.__name__ for c in (known if isinstance(known, tuple | list) else [known]) if c is not None]
+        if architecture in names:
             return auto
+    if not architecture:
+        raise ModelError(f'config.json names no architecture: add "architectures": [one of {", ".join(names)}]')
     raise ModelError(
-        f"{architecture or 'no architecture'} is not a class that transformers makes of a {config.model_type} config; "
-        "load it in Python and pass model=..."
+        f"{architecture} is not a class that transformers makes of a {config.model_type} config; load it in Python and "
+        "pass model=..."
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rarefy.common.errors import ModelError, SelectorError, nearest, unknown
+from rarefy.common.errors import ModelError, SelectorError, nearest, nearest_paths, unknown
 from rarefy.model.layout import CONV, Layout, layout, prunable
 
 Selector = str | Sequence[str] | None
@@ -209,7 +209,7 @@ def _match_all(known: list[Layer], selectors: Selector, argument: str) -> list[L
         if not hits:
             names = [l.full_name for l in known]
             classes = sorted({_classes(l.module)[0].__name__ for l in known})
-            similar = nearest(selector, names + classes, count=3) or names[:3]
+            similar = nearest_paths(selector, names + classes) or nearest(selector, names, count=3) or names[:3]
             raise SelectorError(
                 f"{argument}: {selector!r} matches no layer; nearest: {', '.join(similar)} "
                 f"(classes: {', '.join(classes)})"

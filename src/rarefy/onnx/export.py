@@ -105,7 +105,7 @@ def _check_packages() -> None:
         import onnxscript  # noqa: F401
         from torch.ao.quantization.fx import _decomposed  # noqa: F401 (registers the operators)
     except ImportError as error:
-        raise ModelError(f"ONNX needs more packages: pip install 'rarefy[export]' ({error})") from None
+        raise ModelError(f"ONNX needs more packages: pip install '.[onnx]' in Rarefy's folder ({error})") from None
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

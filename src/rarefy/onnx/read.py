@@ -24,7 +24,9 @@ def read(path: Any) -> Any:
         import onnxruntime  # noqa: F401
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise ModelError(f"reading ONNX needs more packages: pip install 'rarefy[onnx]' ({error})") from None
+        raise ModelError(
+            f"reading ONNX needs more packages: pip install '.[onnx]' in Rarefy's folder ({error})"
+        ) from None
     if not isinstance(path, str | os.PathLike):
         raise ModelError(f"path: expected the path of an ONNX file, got {type(path).__name__}")
     path = Path(path)

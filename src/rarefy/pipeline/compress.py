@@ -14,6 +14,7 @@ from torch import nn
 from rarefy.calibration import offload
 from rarefy.common.atomic_io import parse_bytes, parse_path
 from rarefy.common.errors import DataError, RecipeError
+from rarefy.common.progress import say
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
 from rarefy.evaluation.receipt import Receipt
@@ -128,6 +129,9 @@ def _run(model: nn.Module, recipe: Recipe, context: RunContext, resume_dir: Path
     held_out = context.data.batches("evaluate") if evaluate else []
     timed = evaluate is not None and bool(evaluate.latency or evaluate.decode)
     timed = timed and distributed.rank() == 0  # several at once would time each other
+    if evaluate and evaluate.samples is None and progress and hasattr(held_out, "__len__"):
+        hint = "; evaluate.samples=24 reads less" if evaluate.data is not None else ""
+        say([f"evaluating all {len(held_out)} batches, before and after{hint}"])
     before = state_of(model, recipe, held_out, progress)
     reports, dense = _run_stages(model, recipe, context, resume_dir, timed)
     rows = layer_rows(reports)

@@ -51,6 +51,7 @@ def state_of(
         if not math.isfinite(quality):
             raise ModelError(f"the {recipe.evaluate.metric} is {quality} on the evaluation data")
         out["quality"] = quality
+        out["batches"] = len(held_out) if hasattr(held_out, "__len__") else None
         example = on_device(model, next(iter(held_out)))
         with evaluating(model):
             out["flops"] = profiling.flops(model, lambda: call(model, example))
@@ -132,6 +133,7 @@ def receipt_of(
         "layers": rows,
     }
     notes = [n for r in reports for n in r.notes]
+    notes += _evaluation_notes(recipe, before)
     if engine is not None:
         notes += [ENGINE_DENSE] if zeros and not skips_zeros(engine.engine) else []
     elif not any(r.title == "accelerated" for r in reports):
@@ -155,6 +157,14 @@ def receipt_of(
         },
         notes=tuple(notes),
     )
+
+
+def _evaluation_notes(recipe: Recipe, before: Mapping[str, Any]) -> list[str]:
+    e, count = recipe.evaluate, before.get("batches")
+    if e is None or count is None:
+        return []
+    batches = "1 batch" if count == 1 else f"{count} batches"
+    return [f"{e.metric} was measured on {batches}" + (", all of the data" if e.samples is None else "")]
 
 
 def _engine_name(recipe: Recipe) -> str:

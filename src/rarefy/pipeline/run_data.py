@@ -53,7 +53,8 @@ class RunData:
             source, settings = self._named(purpose)
             if source is None:
                 raise DataError(
-                    f"no {purpose} data: name it in the recipe, or pass data={{{purpose!r}: batches}} (shell: --data)"
+                    f"no {purpose} data: name it in the recipe, or pass data={{{purpose!r}: batches}} "
+                    f"(shell: pass {self._option(purpose)})"
                 )
             seed = getattr(settings, "seed", 0)
             samples = getattr(
@@ -64,6 +65,11 @@ class RunData:
                 source, take, tokenizer=self.tokenizer, base=self.base, what=purpose
             )
         return self._batches[purpose]
+
+    def _option(self, purpose: str) -> str:
+        """Return the option of the command line that names the data for a purpose."""
+        section = f"data.{purpose}=FILE" if self.recipe.data else f"'data={{{purpose}: FILE}}'"
+        return {"calibrate": "--data FILE", "evaluate": "--eval-data FILE"}.get(purpose, f"--set {section}")
 
     def _named(self, purpose: str) -> tuple[str | None, Any]:
         if purpose == "evaluate":

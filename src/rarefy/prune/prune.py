@@ -35,7 +35,7 @@ from rarefy.prune.layerwise import Allocate, check_solvable, measure_errors, pru
 from rarefy.prune.scores import SCORES
 from rarefy.prune.solver_config import Solver, SolverField, SparsityTarget, resolve
 
-UNIFORM = "take 'uniform' (shell: --set allocate=uniform)"
+UNIFORM = "take 'uniform' (shell: pass --set allocate=uniform)"
 
 
 class PruneOptions(Options):

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
 
 from rarefy.common.errors import PatternError, unknown
-from rarefy.common.options import Fraction, Options, options_or_name
+from rarefy.common.options import Fraction, OneOf, Options, options_or_name
 from rarefy.evaluation.profiling import native_bf16
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.prune.scores import SCORES
+
+SOLVER_NAMES = ("obs", "admm", "refit", "round", "rtn")  # of all functions; each has its own checks
 
 
 class Solver(Options):
@@ -30,7 +32,7 @@ class Solver(Options):
 
     error = PatternError
 
-    name: str = Field(
+    name: Annotated[str, OneOf(SOLVER_NAMES, "solver")] = Field(
         description="`obs` (SparseGPT, GPTQ), `admm` (ALPS, then conjugate gradients), `refit` (conjugate gradients on "
         "a scored mask); for quantize also `round` (AutoRound)"
     )
@@ -113,7 +115,8 @@ def as_solver(solver: str | Solver | Mapping[str, Any]) -> Solver:
     """Return the solver options for a name or a dict."""
     if isinstance(solver, Solver):
         return solver
-    return Solver(**solver) if isinstance(solver, Mapping) else Solver(name=solver)
+    # a plain name is not checked yet: the caller's error lists the solvers of its own
+    return Solver(**solver) if isinstance(solver, Mapping) else Solver.model_construct(name=solver)
 
 
 def resolve(solver: str | Solver | Mapping[str, Any]) -> Solver:
