@@ -347,7 +347,7 @@ def swap_first_two_calls(told):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda t: t.update(schema=3), "schema 3 is written by a newer version of Rarefy; this version reads schemas 1 and 2"),
+        (lambda t: t.update(schema=4), "schema 4 is written by a newer version of Rarefy; this version reads schemas 1 and 2 and 3"),
         (lambda t: t.update(schema="1"), 'whole number "schema"'),
         (lambda t: t.update(code="import os"), "expected an object with schema, inputs"),
         (without("nodes"), "expected an object with schema, inputs"),

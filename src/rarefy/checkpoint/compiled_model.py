@@ -193,7 +193,7 @@ def load(saved: container.Container, **unsupported: Any) -> Compiled | Decoder:
             constants[node.args[1].name] = dense(form, f"{saved.path}: packed {name}")
     numbers = dict(parts.numbers)
     exported = ExportedGraph(g.graph, constants, g.inputs, g.in_spec, g.out_spec, g.ranges, g.notes)
-    exported.cache_features = numbers.pop("cache_features", 0)
+    exported.cache_features, exported.torch_nodes = numbers.pop("cache_features", 0), g.torch_nodes
     compiled = Compiled(exported, kernels, g.input_specs, shape_checks.check)
     return Decoder(compiled, **{**numbers, "eos_tokens": tuple(numbers["eos_tokens"])}) if numbers else compiled
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -13,10 +13,12 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import DataError, ModelError, first_line, unknown
 from rarefy.common.renamed import renamed_parameters
+from rarefy.compiler import tuning
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
+from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes import activation, attention, cleanup, conv, fusion, kv_attention, linear, norm, rope
 from rarefy.compiler.verify import verify
 from rarefy.model.forward import calling, describe_batch
@@ -64,9 +66,12 @@ PASSES = (
     fusion.fuse_epilogue,
 )
 
+# for a model that eager torch runs faster: what changes nothing, and BatchNorms into convolutions
+TORCH_PASSES = (cleanup.remove_noop, cleanup.fold_constants, conv.convert_conv, conv.fold_batch_norm)
+
 
 @renamed_parameters(values="precision")
-def compile(model: nn.Module, example: Any, *, precision: str | None = None) -> Compiled:
+def compile(model: nn.Module, example: Any, *, precision: str | None = None, tune: bool = True) -> Compiled:
     """Return a faster callable that returns what the model returns.
 
     The model is exported with `torch.export`, its operators are fused, and each fused subgraph runs as one native call
@@ -82,6 +87,9 @@ def compile(model: nn.Module, example: Any, *, precision: str | None = None) -> 
         precision: None for fp32. "int8" runs linear layers and convolutions in 8 bits, with a scale for each output of
             a weight and one for each row or image of inputs, so outputs change a little; grouped convolutions stay in
             fp32.
+        tune: time each native call against torch on the example, and the compiled model against the model. What torch
+            runs faster runs in torch; `print(compiled)` says so. Choices are remembered, see `runtime/tuning_cache.py`.
+            False, or RAREFY_TUNE=0 in the environment: everything that the engine has runs natively.
 
     Returns:
         A `Compiled`, to be called like the model, by several threads at once. It computes no gradients, and does not
@@ -92,8 +100,9 @@ def compile(model: nn.Module, example: Any, *, precision: str | None = None) -> 
             CPU, or the compiled outputs differ from the model's.
         DataError: if the example has no tensor, or the model cannot be called with it.
 
-    Cost: a few seconds for the export. Memory: the packed weights (with zeros left out in sparse formats) beside the
-    model's own, which may be deleted afterwards; working memory grows with the activations of the largest call.
+    Cost: a few seconds for the export, and at most about 6 seconds for timing. Memory: the packed weights (with zeros
+    left out in sparse formats) beside the model's own, which may be deleted afterwards; working memory grows with the
+    activations of the largest call.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
@@ -113,16 +122,61 @@ def compile(model: nn.Module, example: Any, *, precision: str | None = None) -> 
         model(*args, **kwargs)
     exported = export_graph(model, args, kwargs, PASSES)
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
-    args, kwargs = (args, kwargs) if exported.notes else two_samples(args, kwargs)
+    more = (args, kwargs) if exported.notes else two_samples(args, kwargs)
     exported.notes += notes
     unit_sizes = None  # open sizes that may be 1
     if precision:  # rounding would hide a wrong graph
-        unit_sizes = verify(model, in_torch(exported, specs), args, kwargs, FP32_TOLERANCE)
+        unit_sizes = verify(model, in_torch(exported, specs), *more, FP32_TOLERANCE)
     kernels = select_kernels(exported, lambda w, _: pack_for_batches(w, precision), precision)
+    weights = dict(exported.constants)
     compiled = Compiled(exported, kernels, specs)
-    verify(model, compiled, args, kwargs, INT8_TOLERANCE if precision else FP32_TOLERANCE, unit_sizes)
+    verify(model, compiled, *more, INT8_TOLERANCE if precision else FP32_TOLERANCE, unit_sizes)
+    if tune and tuning.is_enabled():
+        compiled = _not_slower(model, compiled, weights, _runnable(compiled, (args, kwargs), more), notes)
     compiled.forget()
     return compiled
+
+
+def _runnable(compiled: Compiled, example: tuple[Any, Any], more: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Return the example's arguments; those with two samples where the compiled model does not take one."""
+    try:
+        compiled.leaves(*example)
+    except DataError:
+        return more
+    return example
+
+
+def _not_slower(
+    model: nn.Module,
+    compiled: Compiled,
+    weights: Mapping[str, Tensor],
+    example: tuple[Any, Any],
+    notes: tuple[str, ...],
+) -> Compiled:
+    """Return a compiled model that runs in torch what torch runs faster, all of it if need be.
+
+    Args:
+        model: the model.
+        compiled: made from it, all operators of the engine native.
+        weights: dense weights by the names of their placeholders.
+        example: arguments and keywords.
+        notes: sentences about the model for `print`.
+    """
+    args, kwargs = example
+    slow = tuning.slow_nodes(compiled, weights, compiled.leaves(args, kwargs))
+    if slow:
+        compiled.move_to_torch(slow, weights)
+    ours, eager = tuning.eager_speedup(model, compiled, args, kwargs)
+    if ours <= eager:
+        return compiled
+    exported = export_graph(model, args, kwargs, TORCH_PASSES)
+    more = (args, kwargs) if exported.notes else two_samples(args, kwargs)
+    times = f"on the example it takes {1e3 * eager:.3g} ms, with native calls {1e3 * ours:.3g} ms"
+    exported.notes += (*notes, f"all in torch: {times}")
+    exported.torch_nodes.update(n for n in exported.graph.nodes if n.target in BY_TARGET)
+    unchanged = Compiled(exported, {}, [input_spec(n.meta.get("val")) for n in exported.inputs])
+    verify(model, unchanged, *more, FP32_TOLERANCE)
+    return unchanged
 
 
 def check_precision(precision: Any) -> None:

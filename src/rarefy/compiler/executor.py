@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import DataError, first_line
 from rarefy.compiler.export import MAX_SIZE, layer_names
 from rarefy.compiler.fx_utils import ExportedGraph, Node
+from rarefy.compiler.kernel_selection import compact
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.profile import Profile, Recorder, profile_calls
 from rarefy.compiler.scheduling import schedule
@@ -78,7 +79,7 @@ class Compiled:
         """
         self.exported, self.constants, self.kernels = exported, exported.constants, kernels
         self.input_specs = list(input_specs)
-        self.schedule = schedule(exported, kernels, check)
+        self.schedule, self.check = schedule(exported, kernels, check), check
         for n in (n for n in exported.graph.nodes if n.op == "placeholder" and n.name in self.constants):
             if all(u in kernels and n is u.args[1] for u in n.users):  # packed, or read by nobody
                 self.constants.pop(n.name)
@@ -92,6 +93,20 @@ class Compiled:
         keywords = spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
         self.keywords = dict.fromkeys(keywords.context)  # in the graph's order
         self.output = next(n for n in exported.graph.nodes if n.op == "output").args[0]
+        self.last_uses = self._last_uses()
+
+    def move_to_torch(self, nodes: Collection[Node], weights: Mapping[str, Tensor]) -> None:
+        """Let torch run operators that native calls have run so far, and free their packed weights.
+
+        Args:
+            nodes: operators of the graph.
+            weights: the dense weights of those with kernels, by the names of their placeholders.
+        """
+        names = {n.args[1].name for n in nodes if n in self.kernels}
+        self.constants.update({n: weights[n].clone() for n in names if n not in self.constants})
+        self.exported.torch_nodes.update(nodes)
+        self.kernels = compact({n: k for n, k in self.kernels.items() if n not in nodes})
+        self.schedule = schedule(self.exported, self.kernels, self.check)
         self.last_uses = self._last_uses()
 
     def _last_uses(self) -> list[list[Node]]:
@@ -113,7 +128,7 @@ class Compiled:
         Raises:
             DataError: if the arguments are not nested like the example, or have other types or sizes.
         """
-        return pytree.tree_unflatten(self.run(self._leaves(args, kwargs)), self.exported.out_spec)
+        return pytree.tree_unflatten(self.run(self.leaves(args, kwargs)), self.exported.out_spec)
 
     def run(self, leaves: list[Any], cache: Any = None, recorder: Recorder | None = None) -> list[Any]:
         """Return the output tensors for input tensors in the graph's order.
@@ -131,7 +146,7 @@ class Compiled:
 
         with torch.no_grad():
             for call, ended in zip(self.schedule, self.last_uses):
-                _run_call(call, values, lookup, recorder)
+                run_call(call, values, lookup, recorder)
                 for n in ended:
                     values.pop(n, None)
             out = fx.map_arg(self.output, lookup)
@@ -170,7 +185,7 @@ class Compiled:
         """
 
         def call(recorder: Recorder) -> None:
-            out = self.run(self._leaves(args, kwargs), recorder=recorder)
+            out = self.run(self.leaves(args, kwargs), recorder=recorder)
             pytree.tree_unflatten(out, self.exported.out_spec)
 
         return self.profile_calls(call, repeats, warmup)
@@ -192,7 +207,7 @@ class Compiled:
                 s.programs.clear()
         self.fixed = {}
 
-    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return a call's tensors in the graph's order; DataError unless they are as the graph expects."""
         spec, names = self.exported.in_spec, self.keywords
         if kwargs.keys() != names.keys():
@@ -232,12 +247,14 @@ class Compiled:
         calls, native, torch_calls = self.counts()
         calls_text = "1 native call" if calls == 1 else f"{calls} native calls"
         lines = [f"{calls_text}: {', '.join(f'{n} {op}' for op, n in native.most_common()) or 'none'}"]
-        if torch_calls:
-            lines.append(f"in torch: {', '.join(f'{n} {op}' for op, n in torch_calls.most_common())}")
+        moved = Counter(_op_name(n) for n in self.exported.graph.nodes if n in self.exported.torch_nodes)
+        for label, count in (("in torch", torch_calls - moved), ("in torch, where it was faster", moved)):
+            if count:
+                lines.append(f"{label}: {', '.join(f'{n} {op}' for op, n in count.most_common())}")
         return "\n".join([*lines, *self.exported.notes])
 
 
-def _run_call(
+def run_call(
     call: Any, values: dict[Node, Any], lookup: Callable[[Node], Any], recorder: Recorder | None = None
 ) -> None:
     """Run one call of the schedule and add its outputs to the values."""

@@ -32,6 +32,7 @@ class ExportedGraph:
         names: the model's own names of constants.
         layers: the layer of the model that each node belongs to, where it is known.
         cache_features: features of keys and values that a KV cache keeps of each token.
+        torch_nodes: operators of the engine that torch runs because it was faster.
     """
 
     graph: fx.Graph
@@ -44,6 +45,7 @@ class ExportedGraph:
     names: Mapping[str, str] = field(default_factory=dict)
     layers: dict[Node, str] = field(default_factory=dict)
     cache_features: int = 0
+    torch_nodes: set[Node] = field(default_factory=set)
 
 
 def shape(node: Any) -> tuple[Any, ...]:

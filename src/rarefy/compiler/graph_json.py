@@ -1,12 +1,13 @@
 """A compiled graph as JSON, and back: what is read is checked, as the file may come from anybody.
 
-    {"schema": 2, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [smallest, largest]},
+    {"schema": 3, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [smallest, largest]},
      "in": nesting, "out": nesting, "notes": [text], "constants": {name: order of dimensions or null},
-     "kernels": {node: packed weight}, "packed": {name: fields}, "nodes": [[name, op, target, args, kwargs]]}
+     "kernels": {node: packed weight}, "packed": {name: fields}, "torch": [node that torch runs faster],
+     "nodes": [[name, op, target, args, kwargs]]}
 
 Arguments are JSON's own values where it has them, else an object with one key: {"node": name}, {"tuple": [..]},
 {"float": "inf"}, {"slice": [..]}, {"dtype": "float32"}, {"device": "cpu"}, {"layout"}, {"memory_format"}.
-Schema 1 differs only in the names of operators: see `old_op_names.py`.
+Schema 2 has no "torch"; schema 1 has other names of operators too, see `old_op_names.py`.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.pytree_json import from_nesting, to_nesting
 from rarefy.formats.sparse_encodings import DTYPES
 
-SCHEMA, READABLE = 2, (1, 2)
+SCHEMA, READABLE = 3, (1, 2, 3)
 MAX_NODES = 50_000  # scheduling takes time in the square of them
 CACHE = "cache"  # name of the placeholder of a language model's KV cache
 MAX_DEPTH = 16  # levels of nested arguments
 MAX_INT = 1 << 63
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,499}")
 SYMBOL = re.compile(r"[ -~]{1,200}")
-KEYS = ("schema", "inputs", "ranges", "in", "out", "notes", "constants", "kernels", "packed", "nodes")
+KEYS = ("schema", "inputs", "ranges", "in", "out", "notes", "constants", "kernels", "packed", "torch", "nodes")
 NAMED_VALUES: dict[str, dict[str, Any]] = {
     "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},
     "dtype": {**DTYPES, "complex128": torch.complex128},
@@ -68,6 +69,7 @@ class GraphDef:
         constants: names of stored tensors, and the order of dimensions in memory of one that is not contiguous.
         kernels: the nodes with packed weights, and the names of these.
         packed: the fields of each packed weight that are not tensors.
+        torch_nodes: the engine's operators that torch runs faster.
     """
 
     graph: fx.Graph
@@ -80,6 +82,7 @@ class GraphDef:
     constants: dict[str, list[int] | None]
     kernels: dict[Node, str]
     packed: dict[str, dict[str, Any]]
+    torch_nodes: set[Node]
 
 
 # ---- to JSON --------------------------------------------------------------------------------------------------------
@@ -111,6 +114,7 @@ def to_json(
         "constants": dict(constants),
         "kernels": {n.name: name for n, name in kernels.items()},
         "packed": dict(packed),
+        "torch": [n.name for n in e.graph.nodes if n in e.torch_nodes],
         "nodes": [_node_to_json(n) for n in e.graph.nodes if n in used],
     }
     try:
@@ -208,6 +212,7 @@ def _graph_def(value: Any) -> GraphDef:
         constants=value["constants"],
         kernels={nodes[n]: name for n, name in value["kernels"].items()},
         packed={n: _expect(p, dict, f"packed {_short(n)}") for n, p in value["packed"].items()},
+        torch_nodes={nodes[n] for n in reader.torch_names},
     )
 
 
@@ -218,11 +223,12 @@ def _check_keys(value: Any) -> None:
     if schema not in READABLE:
         newer = "written by a newer version of Rarefy" if schema > SCHEMA else "unknown"
         raise ValueError(f"schema {schema} is {newer}; this version reads schemas {' and '.join(map(str, READABLE))}")
-    if set(value) != set(KEYS):
-        raise ValueError(f"expected an object with {', '.join(KEYS)}, got {_short(sorted(value))}")
-    for name in KEYS[1:]:
+    keys = [k for k in KEYS if k != "torch" or schema > 2]
+    if set(value) != set(keys):
+        raise ValueError(f"expected an object with {', '.join(keys)}, got {_short(sorted(value))}")
+    for name in keys[1:]:
         if name not in ("in", "out"):
-            _expect(value[name], list if name in ("inputs", "notes", "nodes") else dict, name)
+            _expect(value[name], list if name in ("inputs", "notes", "torch", "nodes") else dict, name)
     for name, packed in value["kernels"].items():
         _expect(packed, str, f"kernels: {_short(name)}")
 
@@ -237,6 +243,7 @@ class _Reader:
         nodes: the nodes so far, by name.
         kinds: what each node's output is, see `op_registry`.
         weights: the placeholders of constants; False where only the packed weight is stored.
+        torch_names: the names of the engine's operators that torch runs faster.
     """
 
     value: dict[str, Any]
@@ -245,11 +252,13 @@ class _Reader:
     nodes: dict[str, Node] = field(default_factory=dict)
     kinds: dict[Node, str] = field(default_factory=dict)
     weights: dict[Node, bool] = field(default_factory=dict)
+    torch_names: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         entries, kernels = self.value["nodes"], self.value["kernels"]
         if len(entries) > MAX_NODES:
             raise ValueError(f"expected at most {MAX_NODES} nodes, got {len(entries)}")
+        self.torch_names = {_expect(n, str, "torch") for n in self.value.get("torch", ())}
         for i, entry in enumerate(entries):
             self._read_entry(i, entry, last=i + 1 == len(entries))
         if not entries or next(reversed(self.nodes.values())).op != "output":
@@ -257,6 +266,9 @@ class _Reader:
         wrong = next((n for n in kernels if n not in self.nodes or self.nodes[n].op != "call_function"), None)
         if wrong is not None:
             raise ValueError(f"kernels: {_short(wrong)} is not an operator of the graph")
+        for n in self.torch_names:
+            if n not in self.nodes or self.nodes[n].target not in BY_TARGET or n in kernels:
+                raise ValueError(f"torch: {_short(n)} is not an operator of the engine without a packed weight")
         if set(self.value["packed"]) != set(kernels.values()):
             raise ValueError(f"packed: {_short(sorted(self.value['packed']))} are not the weights that kernels name")
 
@@ -320,7 +332,7 @@ class _Reader:
                 raise ValueError(f"has a packed weight, which only {names} have")
         elif packed is None and not self.weights[weight]:
             raise ValueError(f"its weight {weight.name} is missing: it is neither a constant nor packed")
-        elif packed is None and node.target is linear and self.value["kernels"]:
+        elif packed is None and node.target is linear and self.value["kernels"] and name not in self.torch_names:
             raise ValueError("has no packed weight, but other operators have one")
 
     def _check_output(self, node: Node) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,22 @@ def select_kernels(
         if node.target is ops.embedding and isinstance(packed.get(node.args[1].name), QuantizedPanels):
             kernels[node] = EmbeddingKernel(Kernel(packed[node.args[1].name]))
     return kernels
+
+
+def compact(kernels: Mapping[Node, Any]) -> dict[Node, Any]:
+    """Return the same kernels with packed linear weights in new memory, so that the memory of others can be freed.
+
+    O(bytes of the packed weights). Nodes that share a packed weight share it afterwards.
+    """
+    memory, moved = HugePageBuffer(), {}
+    for node, kernel in kernels.items():
+        form = kernel.held[0]
+        if node.target is ops.linear and id(form) not in moved:
+            moved[id(form)] = memory.hold(form)
+    return {
+        n: Kernel(moved[id(k.held[0])], k.held[1], n.args[4]) if n.target is ops.linear else k
+        for n, k in kernels.items()
+    }
 
 
 def _copy_of(exported: ExportedGraph, bias: Node | None) -> Tensor | None:

@@ -38,6 +38,8 @@ def schedule(exported: ExportedGraph, kernels: Mapping[Node, Any], check: Check 
 
 
 def _runs_in_program(exported: ExportedGraph, node: Node, kernels: Mapping[Node, Any]) -> bool:
+    if node in exported.torch_nodes:
+        return False
     if node.target is conv2d:
         if node in kernels:
             return node.args[8] == 1
@@ -55,7 +57,7 @@ def is_depthwise(node: Node, weight: Any) -> bool:
 def _single_call(node: Node, exported: ExportedGraph, kernels: Mapping[Node, Any], check: Check | None) -> Any:
     """Return a node's call outside of larger subgraphs."""
     spec = BY_TARGET.get(node.target)
-    if spec is None or not spec.own_call or node not in kernels:
+    if spec is None or not spec.own_call or node not in kernels or node in exported.torch_nodes:
         return node
     if node.target is conv2d and kernels[node].program_only:  # its kernel runs in a program alone
         return FusedSubgraph([node], kernels, exported.constants, check)
