@@ -68,6 +68,20 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
             printed = None
 
 
+def test_pages_can_be_followed_in_one_folder():
+    """Folders that Python examples write have a name of their own on each page, and may be written again."""
+    writers: dict[str, set[str]] = {}
+    for page in of_kind("python"):
+        text = "\n".join(code for kind, code in blocks(page) if kind == "python")
+        saved = re.findall(r'rarefy\.save\([^"\n]*"([\w-]+/)"(.*)', text)
+        assert all("overwrite=True" in rest for _, rest in saved), name_of(page)
+        for folder in {*(name for name, _ in saved), *re.findall(r'resume_dir="([\w-]+/)"', text)}:
+            writers.setdefault(folder, set()).add(name_of(page))
+        for _, code in (b for b in blocks(page) if b[0] == "sh"):
+            assert not {name for name, _ in saved} & set(re.findall(r"--out (\S+)", code)), name_of(page)
+    assert len(writers) >= 8 and all(len(pages) == 1 for pages in writers.values()), writers
+
+
 @pytest.mark.parametrize("page", of_kind("yaml"), ids=name_of)
 def test_recipes_parse(page):
     found = [text for kind, text in blocks(page) if kind == "yaml"]

@@ -108,6 +108,7 @@ def test_a_finished_run_only_passes(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"sparsity": 0.6}, "sparsity 0.5 -> 0.6"),
+        ({"sparsity": None, "pattern": "2:4"}, r"\(pattern 'unstructured' -> '2:4'\)"),
         ({"solver": "admm"}, r"\(solver 'obs' -> 'admm'\)"),
         ({"solver": {"name": "obs", "damping": 0.5}}, r"\(solver.damping 0.01 -> 0.5\)"),
         ({"data": tokens(2)}, "other data"),

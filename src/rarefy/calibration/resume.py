@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rarefy.calibration import offload
 from rarefy.common.atomic_io import KEY_FILE, PARTIAL, SETUP_FILES, container_errors, is_resume_file, sync
 from rarefy.common.errors import ContainerError, DataError
+from rarefy.model.sparsity_pattern import Pattern
 
 START_OVER = "remove {} (shell: pass --fresh) to start anew, or give another name"
 
@@ -205,7 +206,9 @@ def _function(key: Mapping[str, Any]) -> str:
 
 def _options(key: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's options by the names that users know, nested ones as `solver.damping`."""
-    names = {"teach": "distill", "each": "ends", "solver.name": "solver"}
+    names = {"teach": "distill", "solver.name": "solver"}
+    if isinstance(key.get("plan"), dict):
+        key = {**key, "plan": None, "pattern": str(Pattern(**key["plan"]))}
     nested = ({f"{n}.{k}": x for k, x in v.items()} if isinstance(v, dict) else {n: v} for n, v in key.items())
     return {names.get(n, n): v for entries in nested for n, v in entries.items()}
 

@@ -67,7 +67,8 @@ def compress_(
             stays until you remove it.
         log: where each epoch's numbers go too: a file for JSON lines, "tensorboard:FOLDER", "wandb:PROJECT".
         progress: show progress bars.
-        **overrides: new values of the recipe's fields, such as `sparsity=0.4`, wherever it has them.
+        **overrides: new values of the recipe's fields, such as `sparsity=0.4`, wherever it sets them;
+            `**{"prune.sparsity": 0.4}` names the stage.
 
     Returns:
         The receipt: quality, bytes, sparsity and speed before and after, and the reports of all stages.
