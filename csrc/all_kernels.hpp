@@ -20,6 +20,7 @@ namespace {
 constexpr rarefy_kernel_table all_kernels(const char* name) {
   return {
       .name = name,
+      .multiplies_bf16 = SIMD_WIDTH == 16,
       .packed_zeros = __builtin_bit_cast(float, PACKED_ZEROS),
       .pack_inputs = {pack_inputs<RAREFY_F32>, pack_inputs<RAREFY_BF16>, pack_inputs<RAREFY_I8>},
       .convert_row = {convert_row<RAREFY_F32>, convert_row<RAREFY_BF16>, convert_row<RAREFY_I8>,
@@ -41,6 +42,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .sell_spmm = {sell_spmm<RAREFY_F32>, sell_spmm<RAREFY_BF16>, sell_spmm<RAREFY_I8>},
       .sell_spmm_block = {sell_spmm_block<RAREFY_F32>, sell_spmm_block<RAREFY_I8>},
       .dense_gemm = {dense_gemm<RAREFY_F32>, dense_gemm<RAREFY_I8>},
+      .begin_dense = begin_dense,
+      .end_dense = end_dense,
       .dense_lanes = {dense_lanes<RAREFY_BF16>, dense_lanes<RAREFY_I8>},
       .store_outputs = {store_outputs<RAREFY_BF16>, store_outputs<RAREFY_I8>},
       .decompress_bitmask = {decompress_bitmask<RAREFY_F32>, decompress_bitmask<RAREFY_BF16>,

@@ -20,7 +20,7 @@
 namespace {
 
 constexpr int64_t LANES = 16, BLOCK = 16 * LANES, COLUMN_STRIDE = TILE_COLS * 4;  // bytes from one row to the next
-constexpr int64_t BLOCKS_IN_L1 = 12;  // blocks of 32 rows, 2 KB each, that stay in the L1 cache for all columns
+constexpr int64_t BLOCKS_IN_L1 = 8;  // blocks of 32 rows and 64 columns, 2 and 4 KB each, that fit the L1 cache
 
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
@@ -28,31 +28,24 @@ struct alignas(64) TileConfig {
   uint8_t rows[16];
 };
 
-// Eight tiles of full size while it lives; then what was configured before, for another library may use AMX too.
-class FullTiles {
- public:
-  FullTiles() {
-    _tile_storeconfig(&before_);
-    TileConfig config{};
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      config.bytes_per_row[i] = 64;
-      config.rows[i] = 16;
-    }
-    _tile_loadconfig(&config);
+// Configure eight tiles of full size, and keep what was configured before: another library may use AMX too.
+void begin_dense(rarefy_dense_state* before) {
+  _tile_storeconfig(before);
+  TileConfig config{};
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) {
+    config.bytes_per_row[i] = 64;
+    config.rows[i] = 16;
   }
-  ~FullTiles() {
-    if (before_.palette)
-      _tile_loadconfig(&before_);
-    else
-      _tile_release();
-  }
-  FullTiles(const FullTiles&) = delete;
-  FullTiles& operator=(const FullTiles&) = delete;
+  _tile_loadconfig(&config);
+}
 
- private:
-  TileConfig before_;
-};
+void end_dense(const rarefy_dense_state* before) {
+  if (before->bytes[0])  // its palette
+    _tile_loadconfig(before);
+  else
+    _tile_release();
+}
 
 // Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 inputs. Two blocks of rows by two of columns; one block of rows where
 // ROWS is 16. The tile numbers must be literals.
@@ -128,7 +121,6 @@ int64_t multiply_adds(const uint32_t* weights, const uint32_t* x, int64_t rounds
 template <int DTYPE>
 void dense_lanes(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                  int64_t columns) {
-  const FullTiles tiles;
   const int64_t row_stride = lane_blocks * BLOCK;
   for (int64_t b = 0; b < lane_blocks; b += BLOCKS_IN_L1) {
     const int64_t blocks = std::min(BLOCKS_IN_L1, lane_blocks - b);
@@ -159,6 +151,8 @@ bool rarefy_has_amx() {
 
 void rarefy_set_amx_kernels(rarefy_kernel_table& t) {
   t.name = "amx";
+  t.begin_dense = begin_dense;
+  t.end_dense = end_dense;
   t.dense_lanes[0] = dense_lanes<RAREFY_BF16>;
   t.dense_lanes[1] = dense_lanes<RAREFY_I8>;
   t.multiply_adds[RAREFY_BF16] = multiply_adds<RAREFY_BF16>;

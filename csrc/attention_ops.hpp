@@ -17,9 +17,11 @@ constexpr int64_t KEY_BLOCK = 16, VALUE_BLOCK = 32;
 // Column tiles that a sequence may touch.
 inline int64_t attention_tiles(const rarefy_attention& a) { return ceil_div(a.queries + TILE_COLS - 1, TILE_COLS); }
 
+inline bool multiplies_bf16(const rarefy_attention& a) { return a.bf16 && rarefy_active_kernels().multiplies_bf16; }
+
 // Whether a part is a head of a sequence, so that its keys and values are packed once; else a column tile of it.
 inline bool packs_keys_once(const rarefy_attention& a) {
-  return a.bf16 && a.batch * a.heads >= 3 * int64_t(num_threads());
+  return multiplies_bf16(a) && a.batch * a.heads >= 3 * int64_t(num_threads());
 }
 
 inline int64_t attention_parts(const rarefy_attention& a) {
@@ -124,13 +126,14 @@ inline int run_lane_attention(const rarefy_kernel_table& t, const rarefy_attenti
   const ScratchBuffer<1> scratch(size_t(head.words) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   head.pack(static_cast<uint32_t*>(scratch.data));
+  const DenseSection section(t);
   const int64_t first_tile = part / pieces / a.heads * a.seq_stride / TILE_COLS;
   for (int64_t i = 0; i < tiles / pieces; ++i) head.attend(first_tile + part % pieces + i);
   return RAREFY_OK;
 }
 
 inline int run_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
-  if (a.bf16) return run_lane_attention(t, a, part);
+  if (multiplies_bf16(a)) return run_lane_attention(t, a, part);
   const int64_t tiles = attention_tiles(a), head = part / tiles % a.heads, sequence = part / tiles / a.heads;
   const int64_t tile = sequence * a.seq_stride / TILE_COLS + part % tiles;
   if (tile * TILE_COLS < sequence * a.seq_stride + a.queries) t.attention_tile(a, sequence, head, tile);

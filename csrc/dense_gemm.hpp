@@ -56,42 +56,65 @@ void dense_lanes(const uint32_t* values, int64_t lane_blocks, int64_t rows, cons
     });
 }
 
-// Outputs from accumulators [rows][TILE_COLS] of bf16 (sums in fp32) or int8.
-template <int DTYPE>
-void store_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, const rarefy_tile_outputs& o) {
-  for (int64_t r = 0; r < e.rows; r += TILE_ROWS) {
-    const int64_t rows = std::min<int64_t>(TILE_ROWS, e.rows - r);
+// Outputs of one vector of a row from its accumulators.
+template <int DTYPE, int ACT>
+inline f32_vec dense_output(const rarefy_tile_epilogue& e, const uint32_t* acc, int64_t row, int64_t n,
+                            f32_vec col_scale) {
+  const int64_t at = row * TILE_COLS + n;
+  f32_vec v = load_vec(reinterpret_cast<const float*>(acc) + at);
+  if constexpr (DTYPE == RAREFY_I8) {
+    const uint32_t zero_point_term = uint32_t(e.row_sums[row]) * uint32_t(INPUT_ZERO_POINT);
+    v = __builtin_convertvector(i32_vec(u32_vec(v) - zero_point_term), f32_vec) * (col_scale * e.row_scales[row]);
+  }
+  if (e.bias) v += e.bias[row];
+  if (e.residual) v += load_vec(e.residual + at);
+  return activate_fast(v, ACT);
+}
+
+template <int DTYPE, int ACT>
+void store_dense_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, const rarefy_tile_outputs& o) {
+  for (int64_t r = 0; r < e.rows; r += TILE_ROWS)
     for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH) {
-      f32_vec out[TILE_ROWS] = {};
-      i32_vec max{};
       const f32_vec col_scale = DTYPE == RAREFY_I8 ? load_vec(e.col_scales + n) : f32_vec{};
-      if (o.absmax) max = i32_vec(load_vec(o.absmax + n));
+      f32_vec out[TILE_ROWS];
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < TILE_ROWS; ++i) {
-        if (i >= rows) break;
-        const int64_t at = (r + i) * TILE_COLS + n;
-        f32_vec v = load_vec(reinterpret_cast<const float*>(acc) + at);
-        if constexpr (DTYPE == RAREFY_I8) {
-          const uint32_t zero_point_term = uint32_t(e.row_sums[r + i]) * uint32_t(INPUT_ZERO_POINT);
-          v = __builtin_convertvector(i32_vec(u32_vec(v) - zero_point_term), f32_vec) *
-              (col_scale * e.row_scales[r + i]);
-        }
-        if (e.bias) v += e.bias[r + i];
-        if (e.residual) v += load_vec(e.residual + at);
-        out[i] = activate_fast(v, e.act);
-        if (o.out) store_vec(o.out + at, out[i]);
-        if (o.absmax) {
+      for (int64_t i = 0; i < TILE_ROWS; ++i)  // rows that do not exist repeat the last one
+        out[i] = dense_output<DTYPE, ACT>(e, acc, std::min(r + i, e.rows - 1), n, col_scale);
+      if (o.out)
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < TILE_ROWS; ++i)
+          store_vec(o.out + std::min(r + i, e.rows - 1) * TILE_COLS + n, out[i]);
+      if (o.absmax) {
+        i32_vec max = i32_vec(load_vec(o.absmax + n));
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < TILE_ROWS; ++i) {
           const i32_vec magnitude = i32_vec(u32_vec(out[i]) & 0x7fffffffu);
           max = magnitude > max ? magnitude : max;
         }
+        store_vec(o.absmax + n, f32_vec(max));
       }
-      if (o.absmax) store_vec(o.absmax + n, f32_vec(max));
-      if (o.bf16) {
-        store_raw(o.bf16 + r / 2 * TILE_COLS + n, pack_bf16(out[0], out[1]));
-        store_raw(o.bf16 + (r / 2 + 1) * TILE_COLS + n, pack_bf16(out[2], out[3]));
-      }
+      if (o.bf16)
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < TILE_ROWS; i += 2) {
+          const f32_vec low = r + i < e.rows ? out[i] : f32_vec{}, high = r + i + 1 < e.rows ? out[i + 1] : f32_vec{};
+          store_raw(o.bf16 + (r + i) / 2 * TILE_COLS + n, pack_bf16(low, high));
+        }
     }
+}
+
+// Outputs from accumulators [rows][TILE_COLS] of bf16 (sums in fp32) or int8.
+template <int DTYPE>
+void store_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, const rarefy_tile_outputs& o) {
+  switch (e.act) {
+    case RAREFY_RELU: return store_dense_outputs<DTYPE, RAREFY_RELU>(e, acc, o);
+    case RAREFY_GELU: return store_dense_outputs<DTYPE, RAREFY_GELU>(e, acc, o);
+    case RAREFY_GELU_TANH: return store_dense_outputs<DTYPE, RAREFY_GELU_TANH>(e, acc, o);
+    case RAREFY_SILU: return store_dense_outputs<DTYPE, RAREFY_SILU>(e, acc, o);
+    default: return store_dense_outputs<DTYPE, RAREFY_NONE>(e, acc, o);
   }
 }
+
+void begin_dense(rarefy_dense_state*) {}
+void end_dense(const rarefy_dense_state*) {}
 
 }  // namespace

@@ -23,15 +23,19 @@
 
 namespace {
 
-constexpr int64_t NORM_COLUMNS_PER_PART = 16;
 constexpr int SPINS_BEFORE_YIELD = 2000;
+
+// Whole tiles, which memory is read faster in, where there is one for each thread.
+int64_t norm_columns_per_part(const rarefy_step& s) {
+  return ceil_div(s.columns, TILE_COLS) < int64_t(num_threads()) ? 16 : TILE_COLS;
+}
 
 int64_t num_parts(const rarefy_step& s) {
   if (s.decode) return decode_parts(s);
   const int64_t tiles = ceil_div(s.columns, TILE_COLS);
   switch (s.op) {
     case RAREFY_OP_LINEAR: return linear_parts(s, tiles);
-    case RAREFY_OP_NORM: return ceil_div(s.columns, NORM_COLUMNS_PER_PART);
+    case RAREFY_OP_NORM: return ceil_div(s.columns, norm_columns_per_part(s));
     case RAREFY_OP_ADD:
     case RAREFY_OP_MUL: return tiles * ceil_div(s.features, FEATURES_PER_PART);
     case RAREFY_OP_ATTENTION: return attention_parts(*s.attention);
@@ -84,6 +88,10 @@ void run_image_absmax(const rarefy_kernel_table& t, const rarefy_step& s, int64_
 
 void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
   const float* x = tile_of(s.x, tile);
+  if (s.dtype == RAREFY_BF16) {
+    t.pack_bf16_lanes(x, s.features, TILE_COLS, reinterpret_cast<uint32_t*>(tile_of(s.out, tile)));
+    return;
+  }
   float* scales = s.out_scales.data + tile * TILE_COLS;
   if (s.per_image) {
     image_scales(t, s, tile, scales);
@@ -98,19 +106,21 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
 }
 
 int run_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
-  const int64_t first = part * NORM_COLUMNS_PER_PART, tile = first / TILE_COLS, column = first % TILE_COLS;
+  const int64_t size = norm_columns_per_part(s), first = part * size, tile = first / TILE_COLS, column = first % TILE_COLS;
   const int64_t group = s.features / s.groups;
   const ScratchBuffer<1> scratch(s.out.data ? 4 : size_t(s.features * TILE_COLS) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   float* out = s.out.data ? tile_of(s.out, tile) + column : static_cast<float*>(scratch.data);
   for (int64_t f = 0; f < s.features; f += group)
-    t.norm_tile(tile_of(s.x, tile) + column + f * TILE_COLS, group, NORM_COLUMNS_PER_PART, s.gamma, s.bias, s.eps,
+    t.norm_tile(tile_of(s.x, tile) + column + f * TILE_COLS, group, size, s.gamma, s.bias, s.eps,
                 s.subtract_mean != 0, out + f * TILE_COLS);
-  if (s.out_codes.data) {
+  if (s.out_codes.data && s.codes_dtype == RAREFY_BF16) {
+    t.pack_bf16_lanes(out, s.features, size, codes_of(s, tile) + column);
+  } else if (s.out_codes.data) {
     float* scales = s.out_scales.data + first;
-    t.column_absmax(out, s.features, NORM_COLUMNS_PER_PART, scales);
-    absmax_to_scales(scales, NORM_COLUMNS_PER_PART);
-    t.quantize_tile(out, s.features, NORM_COLUMNS_PER_PART, scales, codes_of(s, tile) + column);
+    t.column_absmax(out, s.features, size, scales);
+    absmax_to_scales(scales, size);
+    t.quantize_tile(out, s.features, size, scales, codes_of(s, tile) + column);
   }
   return RAREFY_OK;
 }

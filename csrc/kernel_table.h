@@ -50,9 +50,15 @@ struct rarefy_tile_outputs {
   uint32_t* bf16;         // [rows / 2][TILE_COLS]
 };
 
+// What `begin_dense` saves for `end_dense`: the tile configuration of the thread.
+struct alignas(64) rarefy_dense_state {
+  uint8_t bytes[64];
+};
+
 struct rarefy_kernel_table {
   const char* name;
-  float packed_zeros;  // the bits of four int8 inputs that are zero
+  bool multiplies_bf16;  // faster than fp32
+  float packed_zeros;    // the bits of four int8 inputs that are zero
 
   // Input packing.
   void (*pack_inputs[3])(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out);
@@ -87,6 +93,9 @@ struct rarefy_kernel_table {
                              uint32_t* acc, int64_t columns, const rarefy_tile_epilogue*);  // fp32, int8
   void (*dense_gemm[2])(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, const uint32_t* x,
                         uint32_t* acc, int64_t columns, bool accumulate);  // fp32, int8
+  // Called before and after `dense_lanes` by each thread, with the same state.
+  void (*begin_dense)(rarefy_dense_state*);
+  void (*end_dense)(const rarefy_dense_state*);
   // 16 or 32 rows of a dense weight of bf16 or int8 times a column tile: acc [rows][TILE_COLS].
   void (*dense_lanes[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                          int64_t columns);

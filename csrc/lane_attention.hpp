@@ -1,6 +1,7 @@
 // What attention in bf16 needs besides products: keys, values and queries as operands of dense products, and the
 // softmax between the two. Scores are [keys][TILE_COLS queries], so the softmax runs down the rows.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -11,6 +12,8 @@
 #include "tile_attention.hpp"
 
 namespace {
+
+constexpr float LOG2_E = 1.44269504f;
 
 // 2^x for x <= 0, with a relative error of 1e-4: its use is rounded to bf16. NaN stays NaN.
 inline f32_vec exp2_fast(f32_vec x) {
@@ -64,44 +67,64 @@ void pack_features_as_rows(const float* a, const float* b, int64_t first, int64_
   }
 }
 
+// Scores times log2(e) and the scale, the mask added, hidden keys masked: the slow way, for masks with a number for each
+// query, causal attention and windows.
+void mask_scores(const rarefy_attention& a, const float* mask, int64_t first_key, int64_t keys, int64_t first_query,
+                 int64_t columns, float scale, float* scores) {
+  const int64_t visible = std::min(columns, a.queries - first_query);
+  for (int64_t j = 0; j < keys; ++j, scores += TILE_COLS) {
+    const int64_t key = first_key + j;
+    // of all columns, those that see this key
+    const int64_t from = a.causal ? std::clamp<int64_t>(key - first_query, 0, columns) : 0;
+    const int64_t to = a.window ? std::clamp<int64_t>(key + a.window - first_query, from, columns) : columns;
+    for (int64_t n = 0; n < columns; ++n) {
+      const float m = mask && n < visible ? mask[j * a.mask_key_stride + n * a.mask_query_stride] * LOG2_E : 0.0f;
+      scores[n] = n < from || n >= to ? 2 * MASKED : scores[n] * scale + m;
+    }
+  }
+}
+
 // Softmax of `keys` rows of scores over `columns` queries: scores become pairs of keys as bf16, padded with zeros to 16
 // lanes. `max` and `sum` are those of earlier keys, and are updated; `rescale` receives what sums so far are worth.
-// `mask` is added: of one key and query, or with a query stride of 0 of one key.
+// `mask` is added: of the first key and query, null where there is none.
 void softmax_lanes(const rarefy_attention& a, const float* mask, int64_t first_key, int64_t keys, int64_t first_query,
                    int64_t columns, float* scores, uint32_t* out, float* max, float* sum, float* rescale) {
-  constexpr float LOG2_E = 1.44269504f;
-  const float scale = a.scale * LOG2_E;
+  float scale = a.scale * LOG2_E;
   const bool hides = a.window || (a.causal && first_key + keys > first_query);
-  const bool changes = mask || hides;
+  if (hides || (mask && a.mask_query_stride)) {
+    mask_scores(a, mask, first_key, keys, first_query, columns, scale, scores);
+    scale = 1.0f;
+    mask = nullptr;
+  }
+  bool adds = false;  // a mask of zeros adds nothing
+  for (int64_t j = 0; mask && j < keys; ++j) adds |= mask[j * a.mask_key_stride] != 0.0f;
+  const int64_t lanes = (keys + 31) / 32 * 16;
   for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
     f32_vec top = load_vec(max + n);
     for (int64_t j = 0; j < keys; ++j) {
       float* s = scores + j * TILE_COLS + n;
       f32_vec v = load_vec(s) * scale;
-      if (changes) {
-        if (mask && !a.mask_query_stride) v += mask[j * a.mask_key_stride] * LOG2_E;
-        for (int64_t i = 0; i < SIMD_WIDTH; ++i) {
-          const int64_t query = first_query + n + i, key = first_key + j;
-          if (mask && a.mask_query_stride && query < a.queries)
-            v[i] += mask[j * a.mask_key_stride + (n + i) * a.mask_query_stride] * LOG2_E;
-          if (hides && ((a.causal && key > query) || (a.window && key + a.window <= query))) v[i] = MASKED * 2;
-        }
-        store_vec(s, v);
-      }
+      if (adds) store_vec(s, v += mask[j * a.mask_key_stride] * LOG2_E);
       top = max_vec(v, top);
     }
-    const f32_vec old = load_vec(max + n), factor = exp2_fast(old - top);
-    f32_vec total{};
-    const float rest = changes ? 1.0f : scale;
-    const int64_t lanes = (keys + 31) / 32 * 16;
-    for (int64_t l = 0; l < lanes; ++l) {
-      f32_vec pair[2] = {};
-      for (int64_t i = 0; i < 2 && 2 * l + i < keys; ++i)
-        total += pair[i] = exp2_fast(load_vec(scores + (2 * l + i) * TILE_COLS + n) * rest - top);
-      store_raw(out + l * TILE_COLS + n, pack_bf16(pair[0], pair[1]));
+    const f32_vec factor = exp2_fast(load_vec(max + n) - top), inner = f32_vec{} + (adds ? 1.0f : scale);
+    f32_vec total[2] = {};
+    const float* s = scores + n;
+    int64_t l = 0;
+    for (; l < keys / 2; ++l, s += 2 * TILE_COLS) {
+      const f32_vec low = exp2_fast(load_vec(s) * inner - top), high = exp2_fast(load_vec(s + TILE_COLS) * inner - top);
+      total[0] += low;
+      total[1] += high;
+      store_raw(out + l * TILE_COLS + n, pack_bf16(low, high));
     }
+    if (keys % 2) {
+      const f32_vec low = exp2_fast(load_vec(s) * inner - top);
+      total[0] += low;
+      store_raw(out + l++ * TILE_COLS + n, pack_bf16(low, f32_vec{}));
+    }
+    for (; l < lanes; ++l) store_raw(out + l * TILE_COLS + n, raw_vec{});
     store_vec(max + n, top);
-    store_vec(sum + n, load_vec(sum + n) * factor + total);
+    store_vec(sum + n, load_vec(sum + n) * factor + (total[0] + total[1]));
     store_vec(rescale + n, factor);
   }
 }

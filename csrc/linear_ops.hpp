@@ -115,6 +115,7 @@ inline int run_dense_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
   const ScratchBuffer<1> scratch(size_t(quantizes && !s.out.data ? s.features * TILE_COLS : 1) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   float* out = s.out.data ? tile_of(s.out, tile) : quantizes ? static_cast<float*>(scratch.data) : nullptr;
+  const DenseSection section(t);
   alignas(64) uint32_t acc[DENSE_ROWS_PER_CALL * TILE_COLS];
   alignas(64) float absmax[TILE_COLS] = {};
   const float* col_scales = s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr;
@@ -132,6 +133,9 @@ inline int run_dense_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
       if (!quantizes) std::fill_n(absmax, TILE_COLS, 0.0f);
     }
   }
+  if (s.out_codes.data && !quantizes && end == s.features)  // the lanes up to a whole block, which kernels read too
+    std::fill(codes_of(s, tile) + ceil_div(s.features, 2) * TILE_COLS,
+              codes_of(s, tile) + ceil_div(s.features, 32) * 16 * TILE_COLS, 0u);
   if (quantizes) {
     float* scales = s.out_scales.data + tile * TILE_COLS;
     std::copy_n(absmax, TILE_COLS, scales);

@@ -169,7 +169,7 @@ enum rarefy_op {
   RAREFY_OP_PACK = 0,         // x[batch][tokens][features], or with channels_first x[batch][features][tokens] -> out
   RAREFY_OP_UNPACK = 1,       // x -> out[batch][tokens][features], or as above
   RAREFY_OP_LINEAR = 2,       // out = act(weight x + bias + residual)
-  RAREFY_OP_CONVERT = 3,      // out = x in `dtype`, and out_scales; in column tiles always int8
+  RAREFY_OP_CONVERT = 3,      // out = x in `dtype`, and for int8 out_scales; in column tiles bf16 or int8
   RAREFY_OP_NORM = 4,         // out = norm(x) gamma + bias, for each of `groups` groups of features
   RAREFY_OP_ADD = 5,          // out = act(x + other)
   RAREFY_OP_MUL = 6,          // out = act(x) other
@@ -242,7 +242,7 @@ struct rarefy_step {
   const rarefy_indirection* indirection;  // PAD_PLANES, CONV, MAX_POOL, DEPTHWISE_CONV
   rarefy_view x;
   rarefy_view out;            // null in steps that write `out_codes` alone
-  rarefy_view out_codes;      // LINEAR with whole_columns, NORM, ATTENTION: also writes out in lanes of `codes_dtype`
+  rarefy_view out_codes;      // LINEAR of RAREFY_DENSE (int8: with whole_columns), NORM: out in lanes of `codes_dtype`
   rarefy_view other;          // ADD (may be null), MUL: second operand
   rarefy_view residual;       // LINEAR, CONV: or null
   rarefy_view in_scales;      // LINEAR, CONV of int8: scales of the columns of x, or of its images

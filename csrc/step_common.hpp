@@ -59,6 +59,19 @@ inline void apply_epilogue(const rarefy_kernel_table& t, const rarefy_tile_epilo
     t.f32_epilogue(acc, e.rows, TILE_COLS, e.bias, e.residual, e.act, acc, TILE_COLS, false);
 }
 
+// Within its lifetime a thread may call `dense_lanes`.
+class DenseSection {
+ public:
+  explicit DenseSection(const rarefy_kernel_table& t) : t_(t) { t_.begin_dense(&state_); }
+  ~DenseSection() { t_.end_dense(&state_); }
+  DenseSection(const DenseSection&) = delete;
+  DenseSection& operator=(const DenseSection&) = delete;
+
+ private:
+  const rarefy_kernel_table& t_;
+  rarefy_dense_state state_;
+};
+
 // The int8 scales of columns in place of their largest magnitudes, as rarefy_input_scale finds them.
 inline void absmax_to_scales(float* scales, int64_t columns) {
   for (int64_t n = 0; n < columns; ++n)

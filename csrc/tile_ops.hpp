@@ -33,29 +33,50 @@ void add_or_mul(const float* a, const float* b, bool mul, int act, float* out, i
   }
 }
 
-// Layer or RMS normalization over features of the first `columns` columns.
-void norm_tile(const float* x, int64_t features, int64_t columns, const float* gamma, const float* bias, float eps,
-               bool subtract_mean, float* out) {
-  constexpr int ACCUMULATORS = 4;  // independent, to hide the latency of additions
+// Layer or RMS normalization over features of VECS vectors of columns.
+template <int VECS>
+void norm_columns(const float* x, int64_t features, const float* gamma, const float* bias, float eps,
+                  bool subtract_mean, float* out) {
+  constexpr int CHAINS = VECS < 4 ? 4 / VECS : 1;  // independent sums, to hide the latency of additions
   const float reciprocal = 1.0f / float(features);
-  for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
-    f32_vec sum[ACCUMULATORS] = {}, squares[ACCUMULATORS] = {}, mean{};
-    if (subtract_mean) {
-      for (int64_t f = 0; f < features; ++f) sum[f % ACCUMULATORS] += load_vec(x + f * TILE_COLS + n);
-      mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * reciprocal;
+  f32_vec sum[CHAINS][VECS] = {}, squares[CHAINS][VECS] = {}, mean[VECS] = {}, scale[VECS];
+  auto total = [](f32_vec (&v)[CHAINS][VECS], int t) {
+    f32_vec s = v[0][t];
+    for (int i = 1; i < CHAINS; ++i) s += v[i][t];
+    return s;
+  };
+  if (subtract_mean) {
+    for (int64_t f = 0; f < features; ++f)
+#pragma GCC unroll 4
+      for (int t = 0; t < VECS; ++t) sum[f % CHAINS][t] += load_vec(x + f * TILE_COLS + t * SIMD_WIDTH);
+    for (int t = 0; t < VECS; ++t) mean[t] = total(sum, t) * reciprocal;
+  }
+  for (int64_t f = 0; f < features; ++f)
+#pragma GCC unroll 4
+    for (int t = 0; t < VECS; ++t) {
+      const f32_vec v = load_vec(x + f * TILE_COLS + t * SIMD_WIDTH) - mean[t];
+      squares[f % CHAINS][t] += v * v;
     }
-    for (int64_t f = 0; f < features; ++f) {
-      const f32_vec v = load_vec(x + f * TILE_COLS + n) - mean;
-      squares[f % ACCUMULATORS] += v * v;
-    }
-    const f32_vec scale = 1.0f / sqrt_vec(((squares[0] + squares[1]) + (squares[2] + squares[3])) * reciprocal + eps);
-    for (int64_t f = 0; f < features; ++f) {
-      f32_vec v = (load_vec(x + f * TILE_COLS + n) - mean) * scale;
-      if (gamma) v *= gamma[f];
-      if (bias) v += bias[f];
-      store_vec(out + f * TILE_COLS + n, v);
+  for (int t = 0; t < VECS; ++t) scale[t] = 1.0f / sqrt_vec(total(squares, t) * reciprocal + eps);
+  for (int64_t f = 0; f < features; ++f) {
+    const float g = gamma ? gamma[f] : 1.0f, b = bias ? bias[f] : 0.0f;
+#pragma GCC unroll 4
+    for (int t = 0; t < VECS; ++t) {
+      const int64_t at = f * TILE_COLS + t * SIMD_WIDTH;
+      store_vec(out + at, (load_vec(x + at) - mean[t]) * scale[t] * g + b);
     }
   }
+}
+
+// Normalization of the first `columns` columns.
+void norm_tile(const float* x, int64_t features, int64_t columns, const float* gamma, const float* bias, float eps,
+               bool subtract_mean, float* out) {
+  constexpr int64_t STEP = 4 * SIMD_WIDTH;
+  int64_t n = 0;
+  for (; n + STEP <= columns; n += STEP)
+    norm_columns<4>(x + n, features, gamma, bias, eps, subtract_mean, out + n);
+  for (; n < columns; n += SIMD_WIDTH)
+    norm_columns<1>(x + n, features, gamma, bias, eps, subtract_mean, out + n);
 }
 
 // Rotary positions, as rope_row in decode_ops.hpp.
@@ -81,19 +102,27 @@ void column_absmax(const float* x, int64_t features, int64_t columns, float* out
   }
 }
 
+// The rounded number of each element, in the low bits: 1.5 * 2^23 drops the fraction.
+inline u32_vec rounded_bits(f32_vec v, f32_vec inverse) { return u32_vec(v * inverse + 12582912.0f); }
+
 // Quantize the first `columns` columns to int8 lanes of four features, with one scale for each column.
 void quantize_tile(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out) {
   for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
     const f32_vec inverse = 1.0f / load_vec(scales + n);
-    for (int64_t f = 0; f < features; f += 4) {
-      u32_vec lane = u32_vec{} + PACKED_ZEROS;
-      for (int64_t i = 0; i < 4 && f + i < features; ++i) {
-        const f32_vec v = load_vec(x + (f + i) * TILE_COLS + n) * inverse;
-        const i32_vec rounded = __builtin_convertvector((v + 12582912.0f) - 12582912.0f, i32_vec);
-        lane ^= (u32_vec(rounded) & 255u) << uint32_t(8 * i);
-      }
-      std::memcpy(out + f / 4 * TILE_COLS + n, &lane, sizeof lane);
+    const float* in = x + n;
+    int64_t f = 0;
+    for (; f + 4 <= features; f += 4, in += 4 * TILE_COLS) {
+      const u32_vec a = rounded_bits(load_vec(in), inverse), b = rounded_bits(load_vec(in + TILE_COLS), inverse),
+                    c = rounded_bits(load_vec(in + 2 * TILE_COLS), inverse),
+                    d = rounded_bits(load_vec(in + 3 * TILE_COLS), inverse);
+      const u32_vec lane = ((a & 255u) | (b & 255u) << 8) | ((c & 255u) << 16 | d << 24);
+      store_raw(out + f / 4 * TILE_COLS + n, raw_vec(lane ^ (u32_vec{} + PACKED_ZEROS)));
     }
+    if (f == features) continue;
+    u32_vec lane{};
+    for (int64_t i = 0; f + i < features; ++i)
+      lane |= (rounded_bits(load_vec(in + i * TILE_COLS), inverse) & 255u) << uint32_t(8 * i);
+    store_raw(out + f / 4 * TILE_COLS + n, raw_vec(lane ^ (u32_vec{} + PACKED_ZEROS)));
   }
 }
 

@@ -416,7 +416,7 @@ def swap_first_two_calls(told):
         (lambda t: t["kernels"].update({node_on(t, "p_a_weight"): "p_c_weight"}), "are not the weights that kernels name"),
         (packed_as(format="csr"), "expected the fields of a packed weight"),
         (packed_as(format=["sell"]), "packed 'p_a_weight': "),
-        (packed_as(kind="bf16"), "expected the fields of a packed weight"),
+        (packed_as(kind="fp8"), "expected the fields of a packed weight"),
         (packed_as(kind="int8"), "packed 'p_a_weight': "),
         (packed_as(code=1), "expected the fields of a packed weight"),
         (packed_as(shape=[32, 64]), "packed 'p_a_weight': |damaged"),

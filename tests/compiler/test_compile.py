@@ -78,6 +78,68 @@ def test_activations_go_into_products(act, isa):
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(2, 16), (1, 5), (3, 37), (2, 64), (1, 300), (5, 1)], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"causal": True}, {"kv_heads": 2}, {"width": 5, "scale": 0.3}, {"heads": 1, "kv_heads": 1}], ids=str
+)
+def test_attention_in_bf16(how, size, isa):
+    net = Attends(**how).eval()
+    x = torch.randn(*size, net.heads * net.width)
+    made = rarefy.compile(net, torch.randn(2, 8, net.heads * net.width), precision="bf16")
+    assert native_ops(made).count(ops.attention) == 1
+    assert relative_distance(made(x), net(x).detach()) < 0.02
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["keys", "trailing keys", "queries", "heads", "added"])
+def test_masks_in_bf16(kind, precision, isa):
+    net, B, S = Attends().eval(), 3, 300
+    mask = torch.rand(B, 4 if kind == "heads" else 1, 1 if "keys" in kind else S, S) < 0.7
+    mask[..., 0] = True
+    if kind == "trailing keys":
+        mask = (torch.arange(S) < torch.tensor([1, 40, 300])[:, None])[:, None, None]
+    mask = torch.randn(B, 1, S, S) if kind == "added" else mask.expand(B, -1, S, S)
+    x = torch.randn(B, S, 32)
+    made = rarefy.compile(net, (x, mask), precision=precision)
+    assert native_ops(made).count(ops.attention) == 1
+    assert relative_distance(made(x, mask), net(x, mask).detach()) < (0.02 if precision == "bf16" else 0.04)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("rows", [(1,), (17,), (64,), (200,), (2, 3, 30)], ids=str)
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_matrices_in_a_precision_are_those_of_rounded_numbers(precision, rows, sparsity, isa):
+    """Whatever step writes the codes: a norm, a product, or one of its own; widths are no multiples of a block."""
+    net = nn.Sequential(
+        nn.LayerNorm(50), nn.Linear(50, 333), nn.GELU(), nn.Linear(333, 70), nn.ReLU(), nn.Linear(70, 9)
+    )
+    net = pruned(net.eval(), sparsity)
+    x = torch.randn(*rows, 50)
+    made = rarefy.compile(net, x, precision=precision)
+    assert native_ops(made).count(ops.linear) == 3
+    distance = relative_distance(made(x), net(x).detach())
+    assert 1e-5 < distance < (0.02 if precision == "bf16" else 0.05)
+    y = x.clone()
+    y[(0,) * len(rows)] = float("nan")
+    wrong = made(y).flatten(0, -2).isnan().any(-1)
+    assert bool(wrong[0]) and not bool(wrong[1:].any())
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("blocks", [0.3, 0.9])
+def test_a_weight_is_the_same_in_the_format_of_every_cpu(kind, blocks):
+    weight = torch.randn(90, 70) * (torch.rand(90, 35) < blocks).repeat_interleave(2, 1)
+    first = kernel_selection.pack_lanes(weight, kind, amx=False)
+    other = kernel_selection.repack(first, amx=True)
+    assert type(other) is packing.Dense
+    assert torch.equal(packing.unpack(other), packing.unpack(first))
+    again = kernel_selection.repack(other, amx=False)
+    assert type(again) is type(first)
+    assert all(
+        torch.equal(a, b) for a, b in zip(vars(again).values(), vars(first).values()) if isinstance(a, torch.Tensor)
+    )
+
+
 def test_what_is_changed_in_place_is_read_as_it_was():
     class Net(nn.Module):
         def __init__(self):

@@ -21,7 +21,7 @@ from rarefy.compiler import ops, shape_checks
 from rarefy.compiler.executor import Compiled, InputSpec
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.graph_json import GraphDef, from_json, to_json
-from rarefy.compiler.kernel_selection import EmbeddingKernel
+from rarefy.compiler.kernel_selection import EmbeddingKernel, repack
 from rarefy.compiler.operators.spec import Call
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.formats import container
@@ -54,7 +54,7 @@ SCALARS: dict[str, tuple[str, ...]] = {  # fields of a packed weight that are no
     "fours": ("shape", "kind"),
     "panels": ("shape", "kind", "exact", "parts"),
 }
-PRECISIONS = ("fp32", "int8")  # of packed weights
+PRECISIONS = ("fp32", "bf16", "int8")  # of packed weights
 PANEL_PRECISIONS = ("int8", "int4")
 STEP_INPUTS = ((torch.int64, 2), (torch.int64, 2), (torch.int64, 1))  # types and dimensions of ids, positions, keep
 DECODER_FIELDS = ("vocab_size", "max_tokens", "eos_tokens", "pad_token", "cache_features")
@@ -109,7 +109,7 @@ def save(
     used = {n.name for n in compiled.exported.graph.nodes if n.op == "placeholder" and n.users}
     constants = {n: t for n, t in compiled.constants.items() if n in used}
     orders = {n: _dim_order(t) for n, t in constants.items()}
-    split = {n: to_tensors(p) for n, p in packed.items()}
+    split = {n: to_tensors(repack(p, amx=False)) for n, p in packed.items()}
     graph = to_json(compiled, orders, kernels, {n: scalars for n, (scalars, _) in split.items()})
     text = json.dumps(graph, allow_nan=False, separators=(",", ":")).encode()
     entry = {GRAPH: {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
@@ -182,11 +182,16 @@ def load(saved: container.Container, **unsupported: Any) -> Compiled | Decoder:
             raise ContainerError(f"{name}= has no effect: {saved.path} holds a compiled model; leave it out")
     parts = read(saved)
     g, constants, kernels = parts.graph, dict(parts.constants), {}
+    repacked: dict[str, Packed] = {}
     for node, name in g.kernels.items():
         form = parts.packed[name]
         if bindings.missing() is None:
             try:
-                kernels[node] = _kernel(node, form, constants)
+                kernels[node] = _kernel(node, repacked.get(name, form), constants)
+                if name not in repacked:  # only now, as the kernel has checked all indices
+                    repacked[name] = repack(form, amx=bindings.isa() == "amx")
+                    if repacked[name] is not form:
+                        kernels[node] = _kernel(node, repacked[name], constants)
             except FormatError as error:
                 raise ContainerError(f"{saved.path}: {node.name}: {error}") from error
         elif node.args[1].name not in constants:

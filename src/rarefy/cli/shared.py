@@ -21,7 +21,10 @@ ModelPath = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(help="int8 runs linear layers and convolutions in 8 bits; outputs change a little. Default: fp32."),
+    typer.Option(
+        help="bf16 runs linear layers and attention in bfloat16; int8 runs linear layers and convolutions in 8 "
+        "bits. Outputs change a little. Default: fp32."
+    ),
 ]
 
 

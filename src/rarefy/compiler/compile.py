@@ -26,7 +26,7 @@ from rarefy.model.layers import all_layers
 from rarefy.model.masks import attached_layers, fold_attached_
 from rarefy.runtime.accelerate import check_plain
 
-FP32_TOLERANCE, INT8_TOLERANCE = 1e-3, 0.5  # largest relative distance of outputs from the model's
+TOLERANCE = {None: 1e-3, "bf16": 0.1, "int8": 0.5}  # largest relative distance of outputs from the model's
 
 # Every pass sees each node once, in this order: what a pass matches is what the passes before it left.
 PASSES = (
@@ -84,9 +84,10 @@ def compile(model: nn.Module, example: Any, *, precision: str | None = None, tun
         example: what the model can be called with: a dict of keywords, a tuple of arguments, or one tensor. Later calls
             may have other batch sizes and lengths if the model's code allows it; heights and widths of images are
             fixed.
-        precision: None for fp32. "int8" runs linear layers and convolutions in 8 bits, with a scale for each output of
-            a weight and one for each row or image of inputs, so outputs change a little; grouped convolutions stay in
-            fp32.
+        precision: None for fp32. "bf16" multiplies the matrices of linear layers and of attention in bfloat16 with fp32
+            sums; convolutions stay in fp32. "int8" runs linear layers and convolutions in 8 bits, with a scale for each
+            output of a weight and one for each row or image of inputs, and attention as "bf16" does; grouped
+            convolutions stay in fp32. Outputs change a little.
         tune: time each native call against torch on the example, and the compiled model against the model. What torch
             runs faster runs in torch; `print(compiled)` says so. Choices are remembered, see `runtime/tuning_cache.py`.
             False, or RAREFY_TUNE=0 in the environment: everything that the engine has runs natively.
@@ -126,11 +127,11 @@ def compile(model: nn.Module, example: Any, *, precision: str | None = None, tun
     exported.notes += notes
     unit_sizes = None  # open sizes that may be 1
     if precision:  # rounding would hide a wrong graph
-        unit_sizes = verify(model, in_torch(exported, specs), *more, FP32_TOLERANCE)
+        unit_sizes = verify(model, in_torch(exported, specs), *more, TOLERANCE[None])
     kernels = select_kernels(exported, lambda w, _: pack_for_batches(w, precision), precision)
     weights = dict(exported.constants)
     compiled = Compiled(exported, kernels, specs)
-    verify(model, compiled, *more, INT8_TOLERANCE if precision else FP32_TOLERANCE, unit_sizes)
+    verify(model, compiled, *more, TOLERANCE[precision], unit_sizes)
     if tune and tuning.is_enabled():
         compiled = _not_slower(model, compiled, weights, _runnable(compiled, (args, kwargs), more), notes)
     compiled.forget()
@@ -175,14 +176,14 @@ def _not_slower(
     exported.notes += (*notes, f"all in torch: {times}")
     exported.torch_nodes.update(n for n in exported.graph.nodes if n.target in BY_TARGET)
     unchanged = Compiled(exported, {}, [input_spec(n.meta.get("val")) for n in exported.inputs])
-    verify(model, unchanged, *more, FP32_TOLERANCE)
+    verify(model, unchanged, *more, TOLERANCE[None])
     return unchanged
 
 
-def check_precision(precision: Any) -> None:
+def check_precision(precision: Any, known: Sequence[str] = ("bf16", "int8")) -> None:
     """Raise ModelError for a precision that the engine does not have."""
-    if precision not in (None, "int8"):
-        raise ModelError(f"{unknown('precision', str(precision), ['int8'])}; leave it out for fp32")
+    if precision is not None and precision not in known:
+        raise ModelError(f"{unknown('precision', str(precision), known)}; leave it out for fp32")
 
 
 def check_module(model: Any) -> None:

@@ -306,6 +306,9 @@ class _Reader:
         function = op_registry.find(target) if op == "call_function" else None
         if function is None:
             raise ValueError(f"{_short(op)} of {_short(target)} is not allowed in a saved graph")
+        kinds = BY_TARGET[function].arguments[len(args) :] if function in BY_TARGET else ()
+        if all(k.endswith("?") for k in kinds):  # arguments that an older version did not have
+            args += [None] * len(kinds)
         return self.graph.call_function(function, tuple(args), {n: self._argument(v) for n, v in kwargs.items()})
 
     def _note_placeholder(self, node: Node, name: str) -> None:

@@ -40,20 +40,22 @@ def conv_geometry(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
     return bindings.Conv(groups=1, outputs=1, inputs=1, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})
 
 
-def quantize_input(p: Program, x: Node, precision: str, per_image: bool = False) -> tuple[Value, Value]:
+def quantize_input(p: Program, x: Node, precision: str, per_image: bool = False) -> tuple[Value, Value | None]:
     """Return a value in a kernel's precision and its scales, computed once for all operators that read it so.
 
-    There is a scale for each token or pixel, or one for each image, whose pixels a convolution sums.
+    bf16 has no scales. In int8 there is a scale for each token or pixel, or one for each image, whose pixels a
+    convolution sums.
     """
     key = x, f"{precision} per image" if per_image else precision
-    if key not in p.quantized and precision == "int8" and not per_image:
+    if key not in p.quantized and precision != "fp32" and not per_image:
         written = p.codes(p.values[x], precision)
         if written is not None:
             p.quantized[key] = written
     if key not in p.quantized:
         source = p.values[x]
-        lanes = -(-source.features // 64) * 64 // LANE[precision] if p.decode else -(-source.features // 4)
-        absmax = None if p.decode else p.absmax(source)
+        lanes = -(-source.features // 64) * 64 if p.decode else source.features
+        lanes = -(-lanes // LANE[precision])
+        absmax = None if p.decode or precision != "int8" else p.absmax(source)
         if per_image:
             absmax_source, absmax = source if absmax is None else absmax, p.new_like(source, 1)
             p.step("image_absmax", absmax_source, x=p.use(absmax_source), out=p.use(absmax))

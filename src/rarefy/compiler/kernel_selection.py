@@ -11,22 +11,29 @@ from torch import Tensor
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import ExportedGraph, Node, shape
+from rarefy.model.quant_grid import Grid
 from rarefy.runtime import bindings, winograd
 from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.packed_formats import (
     CACHE_BLOCK,
     CONV_BLOCK,
+    LANE,
     MAX_INT8_INPUTS,
     MAX_STRIDE,
     MIN_SHARED,
     MIN_ZEROS_SPARSE,
     MIN_ZEROS_WINOGRAD,
+    Dense,
+    Packed,
     QuantizedPanels,
+    Sell,
+    Tiles,
 )
-from rarefy.runtime.packing import pack_conv, pack_dense, pack_sell, pack_tiles, shared
+from rarefy.runtime.packing import pack_conv, pack_dense, pack_sell, pack_tiles, shared, unpack
 
-MIN_ZERO_LANES = (0.15, 0.88)  # zero blocks of four int8 inputs from which skipping them is faster; the same on AMX
+# share of zero lanes (2 bf16 or 4 int8 inputs) from which skipping them is faster, without and with AMX
+MIN_ZERO_LANES = {"bf16": (0.2, 0.94), "int8": (0.15, 0.88)}
 MIN_GROUPED_ZEROS = 0.4  # fraction of zeros from which a kernel beats torch's dense grouped convolution
 
 
@@ -73,6 +80,9 @@ def select_kernels(
             kernels[node] = Kernel(packed[w.name], _copy_of(exported, bias), act)
         elif node.target is ops.conv2d and (form := pack_conv_node(exported, node, precision)) is not None:
             kernels[node] = Kernel(memory.hold(form), _copy_of(exported, node.args[2]), node.args[4])
+    for node in exported.graph.nodes if precision else ():
+        if node.target is ops.attention:
+            node.args = (*node.args[:-1], "bf16")
     for node in exported.graph.nodes:  # an embedding that shares its weight with a linear layer
         if node.target is ops.embedding and isinstance(packed.get(node.args[1].name), QuantizedPanels):
             kernels[node] = EmbeddingKernel(Kernel(packed[node.args[1].name]))
@@ -103,16 +113,37 @@ def pack_for_batches(weight: Tensor, precision: str | None) -> Any:
     """Return a linear layer's packed weight [outputs, inputs] for many rows of input at once."""
     if precision is None and is_nearly_dense(weight):
         return pack_dense(weight)
-    if precision == "int8" and zero_lanes(weight) < MIN_ZERO_LANES[bindings.isa() == "amx"]:
-        return pack_dense(weight, "int8")
-    packed: Any = pack_tiles(weight, precision or "fp32")
-    return pack_sell(weight, precision or "fp32") if shared(packed) < MIN_SHARED else packed
+    if precision is not None:
+        return pack_lanes(weight, precision, amx=bindings.isa() == "amx")
+    packed = pack_tiles(weight)
+    return pack_sell(weight) if shared(packed) < MIN_SHARED else packed
 
 
-def zero_lanes(weight: Tensor) -> float:
-    """Return the share of blocks of four inputs that are zero, which kernels for int8 skip."""
-    padded = torch.nn.functional.pad(weight.flatten(1) != 0, (0, -weight[0].numel() % 4))
-    return 1 - float(padded.unflatten(1, (-1, 4)).any(-1).float().mean())
+def pack_lanes(weight: Tensor, kind: str, amx: bool, grid: Grid | None = None) -> Dense | Tiles | Sell:
+    """Return a weight [outputs, inputs] in bf16 or int8, dense if that is faster on CPUs with or without AMX."""
+    if zero_lanes(weight, kind) < MIN_ZERO_LANES[kind][amx]:
+        return pack_dense(weight, kind, grid)  # type: ignore[return-value]
+    packed = pack_tiles(weight, kind, grid=grid)
+    return pack_sell(weight, kind, grid=grid) if shared(packed) < MIN_SHARED else packed
+
+
+def repack(packed: Packed, amx: bool) -> Packed:
+    """Return the same weight of bf16 or int8 in the format for CPUs with or without AMX; others as they are.
+
+    Files have the format for CPUs without AMX, which leaves zeros out.
+    """
+    if not isinstance(packed, Dense | Tiles | Sell) or packed.kind not in MIN_ZERO_LANES:
+        return packed
+    weight = unpack(packed)
+    if isinstance(packed, Dense) == (zero_lanes(weight, packed.kind) < MIN_ZERO_LANES[packed.kind][amx]):
+        return packed
+    return pack_lanes(weight, packed.kind, amx, None if packed.scales is None else Grid(8, packed.scales[:, None]))
+
+
+def zero_lanes(weight: Tensor, kind: str) -> float:
+    """Return the share of lanes that are zero, which kernels skip: of two inputs in bf16, of four in int8."""
+    padded = torch.nn.functional.pad(weight.flatten(1) != 0, (0, -weight[0].numel() % LANE[kind]))
+    return 1 - float(padded.unflatten(1, (-1, LANE[kind])).any(-1).float().mean())
 
 
 def is_nearly_dense(weight: Tensor, min_zeros: tuple[float, float] = MIN_ZEROS_SPARSE) -> bool:
@@ -139,7 +170,7 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None) -
         return None
     geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     overflows = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MAX_INT8_INPUTS  # of a sum of int8
-    kind = "fp32" if groups > 1 or overflows else precision or "fp32"
+    kind = "int8" if precision == "int8" and groups == 1 and not overflows else "fp32"
     by_winograd = winograd.fits(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
     min_zeros = MIN_ZEROS_WINOGRAD if by_winograd else MIN_ZEROS_SPARSE
     if groups == 1 and kind == "fp32" and is_nearly_dense(weight, min_zeros):

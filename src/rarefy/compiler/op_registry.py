@@ -204,6 +204,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
     "window": (lambda v, *_: type(v) is int and 0 <= v < 1 << 62, "a whole number of at least 0"),
     "cache": (lambda v, nodes, _: _is_output(v, CACHE, nodes), "the cache"),
     "number": (lambda v, *_: type(v) in (int, float), "a number"),
+    "precision": (lambda v, *_: v == "bf16", "None or bf16"),
     "flag": (lambda v, *_: type(v) is bool, "True or False"),
 }
 

@@ -155,7 +155,7 @@ class Program:
         self.cache = KVCache()
         self.planes: dict[tuple[Any, ...], Value] = {}  # padded images, by the kernel that reads them
         self.masks: list[tuple[Node, Attention]] = []
-        self.quantized: dict[tuple[Node, str], tuple[Value, Value]] = {}  # inputs in other precisions, and their scales
+        self.quantized: dict[tuple[Node, str], tuple[Value, Value | None]] = {}  # inputs in a precision, their scales
         self.decode = self._few_tokens(nodes, inputs)
         whole = [n for n in nodes if operators[n.target].whole_sequences]
         self.aligned = set() if self.decode else {self.shape(n)[:-1] for n in whole}
@@ -262,24 +262,26 @@ class Program:
         step = self.steps[i][0]
         return FORMATS[step.format] is Dense and _Dense.from_address(step.weight).dtype != 0
 
-    def codes(self, v: Value, precision: str) -> tuple[Value, Value] | None:
+    def codes(self, v: Value, precision: str) -> tuple[Value, Value | None] | None:
         """Return a value in another precision and its scales, written by the step that computes it.
 
         Returns:
-            None where that step cannot: it must have all features of a token at once.
+            None where that step cannot: for int8 it must have all features of a token at once. bf16 has no scales.
         """
         i = self._producer(v)
         step, operands, _ = self.steps[i]
         rounds = -(-v.tokens.tiles // torch.get_num_threads())
         balanced = v.tokens.tiles / (rounds * torch.get_num_threads()) > 1 - MAX_IDLE
-        linear = step.op == OPS["linear"] and balanced and self._in_lanes(i)
+        int8 = precision == "int8"
+        linear = step.op == OPS["linear"] and (balanced or not int8) and self._in_lanes(i)
         if self.decode or "out_codes" in operands or not (linear or step.op == OPS["norm"]):
             return None
-        step.codes_dtype, step.whole_columns = DTYPES.index(precision), int(linear)
+        step.codes_dtype, step.whole_columns = DTYPES.index(precision), int(linear and int8)
         lanes = -(-v.features // (16 * LANE[precision])) * 16  # kernels read blocks of 16
         operands["out_codes"] = self._add(Value(v.tokens, lanes, i, False, last=i))
-        operands["out_scales"] = self._add(Value(v.tokens, 1, i, False, last=i))
-        return operands["out_codes"], operands["out_scales"]
+        if int8:
+            operands["out_scales"] = self._add(Value(v.tokens, 1, i, False, last=i))
+        return operands["out_codes"], operands.get("out_scales")
 
     def _drop_unread(self) -> None:
         """Drop the fp32 outputs of steps whose codes alone are read."""

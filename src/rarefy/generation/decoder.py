@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler.compile import (
-    FP32_TOLERANCE,
-    INT8_TOLERANCE,
     PASSES,
+    TOLERANCE,
     check_module,
     check_precision,
     check_ready,
@@ -68,7 +67,7 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
         >>> step(torch.tensor([[3, 1, 4]])).shape
         torch.Size([1, 3, 32])
     """
-    check_precision(precision)
+    check_precision(precision, ("int8",))
     check_module(model)
     if not hf.is_causal_lm(model):
         raise ModelError(
@@ -78,7 +77,7 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
     check_ready(model)
     with suspended(model) as rounded:
         step = _build(model, precision, rounded, notes)
-        _verify(model, step, INT8_TOLERANCE if precision or rounded else FP32_TOLERANCE)
+        _verify(model, step, TOLERANCE["int8" if precision or rounded else None])
     step.compiled.forget()
     return step
 
@@ -99,7 +98,7 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     numbers = _token_numbers(model)
     if precision or rounded:
-        _verify(model, Decoder(in_torch(exported, specs), **numbers), FP32_TOLERANCE)
+        _verify(model, Decoder(in_torch(exported, specs), **numbers), TOLERANCE[None])
     weighted = ((n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor))
     grids = {n: grid_of(m) for n, m in weighted}
 

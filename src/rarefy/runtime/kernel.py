@@ -313,11 +313,10 @@ def check_packed(packed: Packed, bias: Tensor | None) -> None:
             "columns": (torch.int16, (k,)),
             "values": (KINDS[packed.kind], (k,)),
         }
-    elif isinstance(matrix, Dense) and packed.kind == "fp32":
-        want |= {"values": (torch.float32, (fours, C, 4))}
     elif isinstance(matrix, Dense):
         blocks = -(-O // BLOCK_OUTPUTS), -(-lanes // BLOCK_LANES)
-        want |= {"values": (torch.int32, (*blocks, BLOCK_OUTPUTS, BLOCK_LANES))}
+        in_blocks = (torch.int32, (*blocks, BLOCK_OUTPUTS, BLOCK_LANES))
+        want |= {"values": (torch.float32, (fours, C, 4)) if packed.kind == "fp32" else in_blocks}
     elif isinstance(matrix, Sell):
         cell = (-(-O // SLAB), -(-lanes // matrix.block))
         n = len(matrix.values) if isinstance(matrix.values, Tensor) and matrix.values.dim() else None
@@ -337,9 +336,7 @@ def check_packed(packed: Packed, bias: Tensor | None) -> None:
     if packed.kind == "int8" and not isinstance(packed, QuantizedPanels):
         want |= {"scales": (torch.float32, (O,))}
         want |= {} if isinstance(packed, Csr) else {"row_sums": (torch.int32, (O,))}
-    tensors = {n: t for n, t in vars(packed).items() if isinstance(t, Tensor)} | (
-        {} if bias is None else {"bias": bias}
-    )
+    tensors = {n: t for n, t in {**vars(packed), "bias": bias}.items() if isinstance(t, Tensor)}
     want |= {} if bias is None else {"bias": (torch.float32, (outputs,))}
     for name in {**want, **tensors}:
         dtype, shape = want.get(name, (None, ()))

@@ -18,13 +18,17 @@ CACHE_ADDRESS = 1 << 50  # where a cache's addresses begin, to order the steps t
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, kv_heads: int, scale: float, causal: bool
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, kv_heads: int, scale: float, causal: bool,
+    precision: str | None = None,
+) -> Tensor:  # fmt: skip
     """Return softmax(q k^T scale + mask) v head by head, [batch, tokens, heads * head_dim].
 
     q is [batch, tokens, heads * head_dim], k and v are [batch, tokens, kv_heads * head_dim]: fewer heads of keys and
-    values serve several heads of queries each.
+    values serve several heads of queries each. With precision "bf16" products are those of numbers rounded to bf16,
+    on CPUs that multiply them faster than fp32.
     """
+    if precision == "bf16":
+        q, k, v = (t.bfloat16().float() for t in (q, k, v))
     return _attend(q, k, v, mask, heads, kv_heads, scale, causal)
 
 
@@ -77,7 +81,7 @@ def cached_attention(
 
 
 def _lower_attention(p: Program, node: Node) -> None:
-    q, k, v, mask, heads, kv_heads, scale, causal = node.args
+    q, k, v, mask, heads, kv_heads, scale, causal, precision = node.args
     out = p.make(node)
     a = Attention(
         batch=p.shape(node)[0],
@@ -89,7 +93,7 @@ def _lower_attention(p: Program, node: Node) -> None:
         seq_stride=out.tokens.seq_stride,
         scale=scale,
         causal=int(causal),
-        bf16=int(bool(__import__("os").environ.get("ATT_BF16"))),
+        bf16=int(precision == "bf16"),
     )
     values = {n: p.use(p.values[x]) for n, x in zip("qkv", (q, k, v))} | {"out": p.use(out)}
     p.attentions.append((a, values))
@@ -167,7 +171,7 @@ def _cached_attention_fits(call: Call) -> bool:
 OPERATORS = (
     OpSpec(
         reference=attention,
-        arguments=("tensor", "tensor", "tensor", "mask?", "count", "count", "number", "flag"),
+        arguments=("tensor", "tensor", "tensor", "mask?", "count", "count", "number", "flag", "precision?"),
         lower=_lower_attention,
         fits=_attention_fits,
         heavy=True,

@@ -32,8 +32,9 @@ def _lower(p: Program, node: Node) -> None:
     packed = kernel.held[0]
     source, extra = p.values[x], {} if residual is None else {"residual": p.values[residual]}
     precision = input_precision(packed, p.decode)
-    if precision == "int8" or (p.decode and (precision != "fp32" or source.features % 64)):
-        source, extra["in_scales"] = quantize_input(p, x, precision)
+    if precision != "fp32" or (p.decode and source.features % 64):
+        source, scales = quantize_input(p, x, precision)
+        extra |= {} if scales is None else {"in_scales": scales}
     if isinstance(packed, QuantizedPanels) and precision == "int8" and not p.decode:
         p.held.append(packed.row_sums.to(torch.int32))
         extra["row_sums"] = p.held[-1].data_ptr()

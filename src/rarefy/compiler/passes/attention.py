@@ -252,7 +252,7 @@ def fuse_attention(exported: ExportedGraph, node: Node) -> None:
     mask = None if mask is None else _additive(exported, mask)
     scale = head_dim**-0.5 if scale is None else scale
     causal = options.get("is_causal", False)
-    replace_node(exported, joined, ops.attention, *sources, mask, heads, kv_heads, scale, causal)
+    replace_node(exported, joined, ops.attention, *sources, mask, heads, kv_heads, scale, causal, None)
     exported.graph.erase_node(swapped)
     exported.graph.erase_node(node)
 
