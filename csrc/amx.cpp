@@ -95,7 +95,8 @@ inline void multiply_tiles(const uint32_t* values, int64_t row_stride, int64_t b
 // What AMX can do at best: as multiply_adds in ceilings.hpp, with weights and inputs in tiles.
 template <int DTYPE>
 int64_t multiply_adds(const uint32_t* weights, const uint32_t* x, int64_t rounds, uint32_t* sums) {
-  const FullTiles tiles;
+  rarefy_dense_state before;
+  begin_dense(&before);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -114,6 +115,7 @@ int64_t multiply_adds(const uint32_t* weights, const uint32_t* x, int64_t rounds
   _tile_stored(1, sums + 16, COLUMN_STRIDE);
   _tile_stored(2, sums + 16 * TILE_COLS, COLUMN_STRIDE);
   _tile_stored(3, sums + 16 * TILE_COLS + 16, COLUMN_STRIDE);
+  end_dense(&before);
   return rounds * 4 * 16 * 16 * LANES * (DTYPE == RAREFY_I8 ? 4 : 2);
 }
 #undef MULTIPLY

@@ -36,7 +36,7 @@ def _lower(p: Program, node: Node) -> None:
     x, _, _, residual, _, stride, padding, _, _ = node.args
     kernel = p.kernels[node]
     batch = p.shape(x)[0]
-    extra = {} if residual is None else {"residual": p.values[residual]}
+    extra: dict[str, Value | None] = {} if residual is None else {"residual": p.values[residual]}
     pointwise = tuple(kernel.shape[2:]) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
     quantized = kernel.held[0].kind == "int8"
     fields: dict[str, Any]
@@ -57,7 +57,9 @@ def _lower(p: Program, node: Node) -> None:
         source, image = pad_planes(p, x, conv, 0.0, codes)
         step, fields = "conv", {"indirection": addressof(image), "batch": batch, "winograd": int(by_winograd)}
     out = p.make(node)
-    p.step(step, out, x=p.use(source), out=p.use(out), **fields, **{n: p.use(v) for n, v in extra.items()})
+    p.step(
+        step, out, x=p.use(source), out=p.use(out), **fields, **{n: p.use(v) for n, v in extra.items() if v is not None}
+    )
 
 
 def _lower_depthwise(p: Program, node: Node) -> None:
