@@ -6,6 +6,7 @@
 
 #include "conv_indirection.hpp"
 #include "kernel_table.h"
+#include "linear_ops.hpp"
 #include "parallel.h"
 #include "rarefy.h"
 #include "step_common.hpp"
@@ -17,8 +18,14 @@ constexpr int64_t CONV_ROWS_PER_PART = 256;  // convolution
 constexpr int64_t WINOGRAD_ROWS_PER_PART = 64;
 constexpr int64_t GATHERED_LANES = 16;  // of a channel that are gathered at a time
 
-// Rows of a part of a convolution: fewer where there are few tiles, so that all threads have work.
-inline int64_t conv_rows_per_part(int64_t tiles) { return tiles < 8 ? SLAB_ROWS : CONV_ROWS_PER_PART; }
+// Rows of a part of a convolution: fewer where there are few tiles, so that all threads have work. Dense int8 rows gather
+// all their inputs first, so that they are all of them where there are tiles for all threads.
+inline int64_t conv_rows_per_part(const rarefy_step& s, int64_t tiles) {
+  const rarefy_conv& w = *s.indirection->conv;
+  if (w.dense && w.weight.dtype == RAREFY_I8 && tiles >= 4 * int64_t(num_threads()))
+    return ceil_div(s.features, SLAB_ROWS) * SLAB_ROWS;
+  return tiles < 8 ? SLAB_ROWS : CONV_ROWS_PER_PART;
+}
 
 // Call f(image, first column, columns) for each image in a tile.
 template <class F>
@@ -70,12 +77,45 @@ inline int run_pad_planes(const rarefy_kernel_table& t, const rarefy_step& s, in
   return RAREFY_OK;
 }
 
+// The int8 scales of the images that a tile's outputs belong to.
+inline void output_scales(const rarefy_step& s, int64_t tile, float* out) {
+  const int64_t pixels = s.indirection->height * s.indirection->width;
+  for (int64_t n = 0; n < TILE_COLS; ++n)
+    out[n] = s.in_scales.data[std::min(tile * TILE_COLS + n, s.columns - 1) / s.tokens * pixels];
+}
+
+// As run_conv, for a dense weight of int8: all lanes are gathered first, then each 32 rows are multiplied at once.
+inline int run_dense_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const rarefy_indirection& in = *s.indirection;
+  const rarefy_conv& w = *in.conv;
+  const ConvGeometry geometry(w, in.height, in.width);
+  const int64_t tiles = ceil_div(s.columns, TILE_COLS), size = conv_rows_per_part(s, tiles);
+  const int64_t chunks = ceil_div(s.features, size), tile = part / chunks, first = part % chunks * size;
+  const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS), end = std::min(first + size, s.features);
+  const int64_t lanes = w.weight.lanes, lane_blocks = ceil_div(lanes, 16);
+  const int64_t image_floats = w.inputs * geometry.channel_floats;
+  const ScratchBuffer<1> scratch(size_t(lane_blocks * 16 + 1) * TILE_COLS * 4);  // one more row, as in run_conv
+  uint32_t* gathered = static_cast<uint32_t*>(scratch.data);
+  if (!gathered) return RAREFY_NO_MEMORY;
+  rarefy_segment segments[TILE_COLS];
+  const int count = geometry.output_segments(tile * TILE_COLS, columns, image_floats, segments);
+  t.gather_lanes(s.x.data, s.x.data + s.batch * image_floats + SEGMENT_FLOATS, in.offsets, lanes, segments, count,
+                 gathered);
+  alignas(64) float col_scales[TILE_COLS];
+  output_scales(s, tile, col_scales);
+  const rarefy_weight_epilogue e{w.weight.scales, w.weight.row_sums, w.weight.bias, w.weight.act};
+  const DenseSection section(t);
+  store_dense_rows(t, s, RAREFY_I8, static_cast<const uint32_t*>(w.dense), lane_blocks, e, gathered, tile, first, end,
+                   columns, col_scales, tile_of(s.out, tile), nullptr);
+  return RAREFY_OK;
+}
+
 // Some output rows of one column tile of a convolution.
 inline int run_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const rarefy_indirection& in = *s.indirection;
   const rarefy_conv& w = *in.conv;
   const ConvGeometry geometry(w, in.height, in.width);
-  const int64_t tiles = ceil_div(s.columns, TILE_COLS), size = conv_rows_per_part(tiles);
+  const int64_t tiles = ceil_div(s.columns, TILE_COLS), size = conv_rows_per_part(s, tiles);
   const int64_t chunks = ceil_div(s.features, size), tile = part / chunks, row = part % chunks * size;
   const int64_t rows = std::min(size, s.features - row), columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
   const int64_t lanes = w.weight.lanes, block = w.weight.block, image_floats = w.inputs * geometry.channel_floats;
@@ -88,16 +128,16 @@ inline int run_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
   auto* acc = reinterpret_cast<uint32_t*>(out);
   const float* end = s.x.data + s.batch * image_floats + SEGMENT_FLOATS;
   const bool int8 = w.weight.dtype == RAREFY_I8;
+  if (int8 && w.dense) return run_dense_conv(t, s, part);
   alignas(64) float col_scales[TILE_COLS];
-  for (int64_t n = 0; int8 && n < TILE_COLS; ++n)
-    col_scales[n] = s.in_scales.data[std::min(tile * TILE_COLS + n, s.columns - 1) / s.tokens * in.height * in.width];
+  if (int8) output_scales(s, tile, col_scales);
   const rarefy_tile_epilogue epilogue = tile_epilogue({w.weight.scales, w.weight.row_sums, w.weight.bias, w.weight.act},
                                                       row, rows, col_scales, optional_rows(s.residual, tile, row));
   for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
     const int64_t block_lanes = std::min(block, lanes - l);
     t.gather_lanes(s.x.data, end, in.offsets + l, block_lanes, segments, count, gathered);
     if (w.dense)
-      multiply_dense(t, w.dense, lanes, row, rows, l, block_lanes, gathered, columns, acc);
+      multiply_dense(t, static_cast<const float*>(w.dense), lanes, row, rows, l, block_lanes, gathered, columns, acc);
     else if (w.sell)
       t.sell_spmm_block[int8](*w.sell, b, row / SLAB_ROWS, ceil_div(row + rows, SLAB_ROWS), gathered, acc, columns,
                               l + block >= lanes ? &epilogue : nullptr);

@@ -41,7 +41,7 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_ATTENTION: return attention_parts(*s.attention);
     case RAREFY_OP_PAD_PLANES: return s.batch * ceil_div(s.features, CHANNELS_PER_PART);
     case RAREFY_OP_CONV:
-      return s.winograd ? winograd_parts(s) : tiles * ceil_div(s.features, conv_rows_per_part(tiles));
+      return s.winograd ? winograd_parts(s) : tiles * ceil_div(s.features, conv_rows_per_part(s, tiles));
     case RAREFY_OP_MAX_POOL:
     case RAREFY_OP_DEPTHWISE_CONV: return tiles * ceil_div(s.features, CHANNELS_PER_PART);
     case RAREFY_OP_GLOBAL_AVG_POOL: return s.columns * ceil_div(s.features, FEATURES_PER_PART);

@@ -104,6 +104,29 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
   return RAREFY_OK;
 }
 
+// Multiply rows `first`..`end` of a dense weight of bf16 or int8 by a column tile and store their outputs: in `out`, in
+// the step's bf16 codes and in out_absmax, where it has them. `absmax`: the columns' largest magnitudes, or null.
+inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32_t dtype, const uint32_t* values,
+                             int64_t lane_blocks, const rarefy_weight_epilogue& w, const uint32_t* x, int64_t tile,
+                             int64_t first, int64_t end, int64_t columns, const float* col_scales, float* out,
+                             float* absmax) {
+  alignas(64) uint32_t acc[DENSE_ROWS_PER_CALL * TILE_COLS];
+  alignas(64) float slab_absmax[TILE_COLS] = {};
+  float* max = absmax ? absmax : s.out_absmax.data ? slab_absmax : nullptr;
+  uint32_t* bf16 = s.out_codes.data && s.codes_dtype == RAREFY_BF16 ? codes_of(s, tile) : nullptr;
+  const bool int8 = dtype == RAREFY_I8;
+  for (int64_t row = first; row < end; row += DENSE_ROWS_PER_CALL) {
+    const int64_t rows = std::min(DENSE_ROWS_PER_CALL, end - row);
+    t.dense_lanes[int8](values + row * lane_blocks * 16, lane_blocks, ceil_div(rows, 16) * 16, x, acc, columns);
+    t.store_outputs[int8](tile_epilogue(w, row, rows, col_scales, optional_rows(s.residual, tile, row)), acc,
+                          {out ? out + row * TILE_COLS : nullptr, max, bf16 ? bf16 + row / 2 * TILE_COLS : nullptr});
+    if (s.out_absmax.data && ((row + rows) % SLAB_ROWS == 0 || row + rows == end)) {
+      std::copy_n(max, TILE_COLS, tile_of(s.out_absmax, tile) + row / SLAB_ROWS * TILE_COLS);
+      if (!absmax) std::fill_n(max, TILE_COLS, 0.0f);
+    }
+  }
+}
+
 // A slab of rows, or with whole_columns all rows, of one column tile.
 inline int run_dense_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const auto& w = *static_cast<const rarefy_dense*>(s.weight);
@@ -111,28 +134,16 @@ inline int run_dense_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
   const int64_t tile = part / slabs, first = part % slabs * size, end = std::min(first + size, s.features);
   const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
   const int64_t per_lane = inputs_per_lane(w.dtype), lane_blocks = ceil_div(w.cols, 16 * per_lane);
-  const bool int8 = w.dtype == RAREFY_I8, quantizes = s.out_codes.data && s.codes_dtype == RAREFY_I8;
+  const bool quantizes = s.out_codes.data && s.codes_dtype == RAREFY_I8;
   const ScratchBuffer<1> scratch(size_t(quantizes && !s.out.data ? s.features * TILE_COLS : 1) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   float* out = s.out.data ? tile_of(s.out, tile) : quantizes ? static_cast<float*>(scratch.data) : nullptr;
   const DenseSection section(t);
-  alignas(64) uint32_t acc[DENSE_ROWS_PER_CALL * TILE_COLS];
   alignas(64) float absmax[TILE_COLS] = {};
-  const float* col_scales = s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr;
-  for (int64_t row = first; row < end; row += DENSE_ROWS_PER_CALL) {
-    const int64_t rows = std::min(DENSE_ROWS_PER_CALL, end - row);
-    t.dense_lanes[int8](static_cast<const uint32_t*>(w.values) + row * lane_blocks * 16, lane_blocks,
-                        ceil_div(rows, 16) * 16, reinterpret_cast<const uint32_t*>(tile_of(s.x, tile)), acc, columns);
-    t.store_outputs[int8](tile_epilogue({w.scales, w.row_sums, w.bias, w.act}, row, rows, col_scales,
-                                        optional_rows(s.residual, tile, row)),
-                          acc,
-                          {out ? out + row * TILE_COLS : nullptr, quantizes || s.out_absmax.data ? absmax : nullptr,
-                           s.out_codes.data && !quantizes ? codes_of(s, tile) + row / 2 * TILE_COLS : nullptr});
-    if (s.out_absmax.data && ((row + rows) % SLAB_ROWS == 0 || row + rows == end)) {
-      std::copy_n(absmax, TILE_COLS, tile_of(s.out_absmax, tile) + row / SLAB_ROWS * TILE_COLS);
-      if (!quantizes) std::fill_n(absmax, TILE_COLS, 0.0f);
-    }
-  }
+  store_dense_rows(t, s, w.dtype, static_cast<const uint32_t*>(w.values), lane_blocks,
+                   {w.scales, w.row_sums, w.bias, w.act}, reinterpret_cast<const uint32_t*>(tile_of(s.x, tile)), tile,
+                   first, end, columns, s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr, out,
+                   quantizes ? absmax : nullptr);
   if (s.out_codes.data && !quantizes && end == s.features)  // the lanes up to a whole block, which kernels read too
     std::fill(codes_of(s, tile) + ceil_div(s.features, 2) * TILE_COLS,
               codes_of(s, tile) + ceil_div(s.features, 32) * 16 * TILE_COLS, 0u);

@@ -111,7 +111,7 @@ struct rarefy_dense {
 struct rarefy_conv {
   rarefy_tiles weight;              // its bias covers all outputs
   const rarefy_sell* sell;          // one group: used in place of the tiles, or null
-  const float* dense;               // one group: dense weight [outputs / 4][lanes][4] in place of the tiles, or null
+  const void* dense;                // one group: values as in rarefy_dense in place of the tiles, or null
   int64_t groups, outputs, inputs;  // outputs and inputs (int8: lanes of four inputs) of a group
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };

@@ -102,9 +102,9 @@ API int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values)
     if (w->padding[i] < 0 || w->dilation[i] < 1) return RAREFY_INVALID;
   }
   const int64_t rows = w->dense ? w->outputs : w->groups * ((w->outputs + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS);
-  if (w->weight.rows != rows || (w->dense && (w->groups != 1 || int8 || w->weight.block < 1))) return RAREFY_INVALID;
+  if (w->weight.rows != rows || (w->dense && (w->groups != 1 || w->weight.block < 1))) return RAREFY_INVALID;
   if (w->weight.inputs != w->inputs * w->kernel[0] * w->kernel[1] * (int8 ? 4 : 1)) return RAREFY_INVALID;
-  if (w->dense) return w->weight.lanes == w->weight.inputs ? RAREFY_OK : RAREFY_INVALID;
+  if (w->dense) return w->weight.lanes == w->weight.inputs / (int8 ? 4 : 1) ? RAREFY_OK : RAREFY_INVALID;
   if (!w->sell) return rarefy_check_tiles(&w->weight, columns, values);
   const rarefy_sell& s = *w->sell;
   if (w->groups != 1 || s.dtype != w->weight.dtype || s.rows != w->weight.rows) return RAREFY_INVALID;

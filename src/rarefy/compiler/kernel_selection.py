@@ -142,8 +142,8 @@ def repack(packed: Packed, amx: bool) -> Packed:
 
 def zero_lanes(weight: Tensor, kind: str) -> float:
     """Return the share of lanes that are zero, which kernels skip: of two inputs in bf16, of four in int8."""
-    padded = torch.nn.functional.pad(weight.flatten(1) != 0, (0, -weight[0].numel() % LANE[kind]))
-    return 1 - float(padded.unflatten(1, (-1, LANE[kind])).any(-1).float().mean())
+    padded = torch.nn.functional.pad(weight != 0, (0, -weight.shape[-1] % LANE[kind]))
+    return 1 - float(padded.unflatten(-1, (-1, LANE[kind])).any(-1).float().mean())
 
 
 def is_nearly_dense(weight: Tensor, min_zeros: tuple[float, float] = MIN_ZEROS_SPARSE) -> bool:
@@ -175,6 +175,9 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None) -
     min_zeros = MIN_ZEROS_WINOGRAD if by_winograd else MIN_ZEROS_SPARSE
     if groups == 1 and kind == "fp32" and is_nearly_dense(weight, min_zeros):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
+    amx = bindings.isa() == "amx"
+    if kind == "int8" and zero_lanes(weight.movedim(1, -1), kind) < MIN_ZERO_LANES[kind][amx]:
+        return pack_conv(weight, kind, **geometry, block=CACHE_BLOCK, dense=True)
     form = pack_conv(weight, kind, **geometry, block=CONV_BLOCK if groups > 1 else CACHE_BLOCK)
     if groups == 1 and shared(form) < MIN_SHARED:
         form = pack_conv(weight, kind, **geometry, block=CACHE_BLOCK, sell=True)

@@ -229,9 +229,10 @@ def _conv_struct(packed: ConvTiles, weight: Any) -> Conv:
     pairs = {"kernel": kernel, **{n: getattr(packed, n) for n in ("stride", "padding", "dilation")}}
     arrays: dict[str, Any] = {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
     if isinstance(weight, _Dense):
-        fields = {n: getattr(weight, n) for n in ("rows", "bias", "dtype", "act")}
+        fields = {n: getattr(weight, n) for n in ("rows", "scales", "row_sums", "bias", "dtype", "act")}
         arrays |= {"dense": weight.values}
-        weight = _Tiles(inputs=weight.cols, lanes=weight.cols, block=packed.block, **fields)
+        lanes = weight.cols // LANE[packed.kind]
+        weight = _Tiles(inputs=weight.cols, lanes=lanes, block=packed.block, **fields)
     if isinstance(weight, _Sell):
         fields = ("rows", "inputs", "lanes", "block", "scales", "row_sums", "bias", "dtype", "act")
         same = {n: getattr(weight, n) for n in fields}
@@ -262,7 +263,7 @@ def _check_numbers(packed: Packed) -> None:
         else tuple(LANE)
     )
     if isinstance(packed, ConvTiles) and packed.counts is None:
-        known = ("fp32",)
+        known = ("fp32", "int8")
     if packed.kind not in known:
         raise FormatError(unknown("kind", str(packed.kind), known))
     if isinstance(packed, QuantizedPanels) and (

@@ -133,7 +133,9 @@ class ConvTiles:
         """The matrix that the kernel runs through."""
         O, I, *kernel = self.shape
         if self.counts is None or self.starts is None or self.columns is None:
-            return Dense((O, I * kernel[0] * kernel[1]), self.kind, self.values)
+            each = LANE.get(self.kind, 1)
+            inputs = -(-I // each) * each * kernel[0] * kernel[1]
+            return Dense((O, inputs), self.kind, self.values, self.scales, self.row_sums)
         rows = self.groups * (-(-O // self.groups // 4) * 4)
         each = LANE.get(self.kind, 1)
         shape = rows, -(-I // each) * each * kernel[0] * kernel[1]

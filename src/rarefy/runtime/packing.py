@@ -297,8 +297,10 @@ def pack_conv(
     groups: int = 1,
     block: int = CONV_BLOCK,
     sell: bool = False,
+    dense: bool = False,
 ) -> ConvTiles:
-    """Return a convolution's W [O, I, rows, columns] as `ConvTiles`, of tiles or, for one group, `Sell`.
+    """Return a convolution's W [O, I, rows, columns] as `ConvTiles`, of tiles or, for one group, `Sell` or, in int8,
+    `Dense`.
     O(weights log block).
 
     >>> packed = pack_conv(torch.tensor([[[[0.0, 2.0]]], [[[1.0, 3.0]]]]), padding=(0, 1))
@@ -314,9 +316,9 @@ def pack_conv(
     full: Any = weight.new_zeros(groups, -(-O // groups // 4) * 4, -(-I // each) * each, rows * columns)
     full[:, : O // groups, :I] = weight.detach().reshape(groups, O // groups, I, -1)
     W = full.float().unflatten(2, (-1, each)).transpose(-1, -2).flatten(2).flatten(0, 1)
-    matrix = (pack_sell if sell else pack_tiles)(W, kind, block)
+    matrix: Any = pack_dense(W[:O], kind) if dense else (pack_sell if sell else pack_tiles)(W, kind, block)
     tensors: dict[str, Any] = {n: t for n, t in vars(matrix).items() if isinstance(t, Tensor)}
-    geometry = (groups, stride, padding, dilation, matrix.block)
+    geometry = (groups, stride, padding, dilation, block if dense else matrix.block)
     return ConvTiles((O, I, rows, columns), *geometry, kind=kind, **tensors)
 
 

@@ -33,8 +33,8 @@ def fits(shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, .
 
 
 def is_used(packed: ConvTiles, sizes: tuple[int, ...]) -> bool:
-    """Return whether a packed convolution uses Winograd's algorithm for outputs of `sizes`: dense weights do."""
-    return packed.counts is None and fits(packed.shape, packed.stride, packed.dilation, sizes)
+    """Return whether a packed convolution uses Winograd's algorithm for outputs of `sizes`: dense fp32 does."""
+    return packed.counts is None and packed.kind == "fp32" and fits(packed.shape, packed.stride, packed.dilation, sizes)
 
 
 def transform(weight: Tensor) -> Tensor:
