@@ -127,7 +127,7 @@ def test_matrices_in_a_precision_are_those_of_rounded_numbers(precision, rows, s
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 @pytest.mark.parametrize("blocks", [0.3, 0.9])
-def test_a_weight_is_the_same_in_the_format_of_every_cpu(kind, blocks):
+def test_a_matrix_is_the_same_in_the_format_of_every_cpu(kind, blocks):
     weight = torch.randn(90, 70) * (torch.rand(90, 35) < blocks).repeat_interleave(2, 1)
     first = kernel_selection.pack_lanes(weight, kind, amx=False)
     other = kernel_selection.repack(first, amx=True)

@@ -13,7 +13,7 @@ from helpers.compile_models import equal, far
 from rarefy.compiler import compile, kernel_selection, ops, subgraph
 from rarefy.compiler.subgraph import FusedSubgraph, SingleOp, _shapes
 from rarefy.evaluation.profiling import threads
-from rarefy.runtime import bindings, huge_pages
+from rarefy.runtime import bindings, huge_pages, packing
 from rarefy.runtime.packed_formats import Bitmask, Dense, Sell, Tiles
 from rarefy.runtime.packing import pack_bitmask
 
@@ -449,3 +449,17 @@ def test_saved_and_loaded(tmp_path):
     back = rarefy.load(tmp_path / "net")
     for want, got in zip(made(*x), back(*x)):
         assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("blocks", [0.3, 0.9])
+def test_a_convolution_is_the_same_in_the_format_of_every_cpu(blocks):
+    weight = torch.randn(30, 22, 3, 3) * (torch.rand(30, 11, 3, 3) < blocks).repeat_interleave(2, 1)
+    geometry = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 1)}
+    first = kernel_selection.pack_int8_conv(weight, geometry, amx=False)
+    other = kernel_selection.repack(first, amx=True)
+    assert other.counts is None and torch.equal(packing.unpack(other), packing.unpack(first))
+    again = kernel_selection.repack(other, amx=False)
+    assert (again.counts is None) == (first.counts is None)
+    assert all(
+        torch.equal(a, b) for a, b in zip(vars(again).values(), vars(first).values()) if isinstance(a, torch.Tensor)
+    )

@@ -24,6 +24,7 @@ from rarefy.runtime.packed_formats import (
     MIN_SHARED,
     MIN_ZEROS_SPARSE,
     MIN_ZEROS_WINOGRAD,
+    ConvTiles,
     Dense,
     Packed,
     QuantizedPanels,
@@ -132,12 +133,36 @@ def repack(packed: Packed, amx: bool) -> Packed:
 
     Files have the format for CPUs without AMX, which leaves zeros out.
     """
+    if isinstance(packed, ConvTiles) and packed.kind == "int8":
+        return _repack_conv(packed, amx)
     if not isinstance(packed, Dense | Tiles | Sell) or packed.kind not in MIN_ZERO_LANES:
         return packed
     weight = unpack(packed)
     if isinstance(packed, Dense) == (zero_lanes(weight, packed.kind) < MIN_ZERO_LANES[packed.kind][amx]):
         return packed
     return pack_lanes(weight, packed.kind, amx, None if packed.scales is None else Grid(8, packed.scales[:, None]))
+
+
+def _repack_conv(packed: ConvTiles, amx: bool) -> ConvTiles:
+    assert packed.scales is not None
+    weight = unpack(packed)
+    if (packed.counts is None) == _is_dense_conv(weight, amx):
+        return packed
+    geometry: Any = {n: getattr(packed, n) for n in ("stride", "padding", "dilation")}
+    return pack_int8_conv(weight, geometry, amx, Grid(8, packed.scales[: len(weight), None]))
+
+
+def pack_int8_conv(weight: Tensor, geometry: Any, amx: bool, grid: Grid | None = None) -> ConvTiles:
+    """Return a convolution's weight of one group in 8 bits, dense if that is faster on CPUs with or without AMX."""
+    geometry = {**geometry, "block": CACHE_BLOCK, "grid": grid}
+    if _is_dense_conv(weight, amx):
+        return pack_conv(weight, "int8", **geometry, dense=True)
+    form = pack_conv(weight, "int8", **geometry)
+    return pack_conv(weight, "int8", **geometry, sell=True) if shared(form) < MIN_SHARED else form
+
+
+def _is_dense_conv(weight: Tensor, amx: bool) -> bool:
+    return zero_lanes(weight.movedim(1, -1), "int8") < MIN_ZERO_LANES["int8"][amx]
 
 
 def zero_lanes(weight: Tensor, kind: str) -> float:
@@ -175,9 +200,8 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None) -
     min_zeros = MIN_ZEROS_WINOGRAD if by_winograd else MIN_ZEROS_SPARSE
     if groups == 1 and kind == "fp32" and is_nearly_dense(weight, min_zeros):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
-    amx = bindings.isa() == "amx"
-    if kind == "int8" and zero_lanes(weight.movedim(1, -1), kind) < MIN_ZERO_LANES[kind][amx]:
-        return pack_conv(weight, kind, **geometry, block=CACHE_BLOCK, dense=True)
+    if kind == "int8":
+        return pack_int8_conv(weight, geometry, amx=bindings.isa() == "amx")
     form = pack_conv(weight, kind, **geometry, block=CONV_BLOCK if groups > 1 else CACHE_BLOCK)
     if groups == 1 and shared(form) < MIN_SHARED:
         form = pack_conv(weight, kind, **geometry, block=CACHE_BLOCK, sell=True)

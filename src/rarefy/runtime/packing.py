@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -298,6 +299,7 @@ def pack_conv(
     block: int = CONV_BLOCK,
     sell: bool = False,
     dense: bool = False,
+    grid: Grid | None = None,
 ) -> ConvTiles:
     """Return a convolution's W [O, I, rows, columns] as `ConvTiles`, of tiles or, for one group, `Sell` or, in int8,
     `Dense`.
@@ -316,7 +318,12 @@ def pack_conv(
     full: Any = weight.new_zeros(groups, -(-O // groups // 4) * 4, -(-I // each) * each, rows * columns)
     full[:, : O // groups, :I] = weight.detach().reshape(groups, O // groups, I, -1)
     W = full.float().unflatten(2, (-1, each)).transpose(-1, -2).flatten(2).flatten(0, 1)
-    matrix: Any = pack_dense(W[:O], kind) if dense else (pack_sell if sell else pack_tiles)(W, kind, block)
+    if grid is not None:  # outputs are padded
+        grid = replace(grid, scale=_padded(grid.scale, 4, 1).clamp(min=torch.finfo(torch.float32).tiny / 127))
+    if dense:
+        matrix: Any = pack_dense(W[:O], kind, None if grid is None else replace(grid, scale=grid.scale[:O]))
+    else:
+        matrix = (pack_sell if sell else pack_tiles)(W, kind, block, grid)
     tensors: dict[str, Any] = {n: t for n, t in vars(matrix).items() if isinstance(t, Tensor)}
     geometry = (groups, stride, padding, dilation, block if dense else matrix.block)
     return ConvTiles((O, I, rows, columns), *geometry, kind=kind, **tensors)
