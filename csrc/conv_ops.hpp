@@ -13,10 +13,10 @@
 
 namespace {
 
-constexpr int64_t CHANNELS_PER_PART = 8;     // pooling, depthwise convolution, padding
+constexpr int64_t CHANNELS_PER_PART = 8;         // padding
+constexpr int64_t CHANNELWISE_PER_PART = 32;     // pooling, depthwise convolution
 constexpr int64_t CONV_ROWS_PER_PART = 256;  // convolution
 constexpr int64_t WINOGRAD_ROWS_PER_PART = 64;
-constexpr int64_t GATHERED_LANES = 16;  // of a channel that are gathered at a time
 
 // Rows of a part of a convolution: fewer where there are few tiles, so that all threads have work. Dense int8 rows gather
 // all their inputs first, so that they are all of them where there are tiles for all threads.
@@ -229,45 +229,60 @@ inline int run_winograd_conv(const rarefy_kernel_table& t, const rarefy_step& s,
   return RAREFY_OK;
 }
 
-// Some channels of one column tile: max pooling, or depthwise convolution where the step has weights for it.
+// Some channels of one column tile: max pooling, or depthwise convolution where the step has weights for it. The tiles
+// of a channel follow each other, so that its planes stay in the cache.
 inline void run_channelwise(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const rarefy_indirection& in = *s.indirection;
   const ConvGeometry geometry(*in.conv, in.height, in.width);
-  const int64_t chunks = ceil_div(s.features, CHANNELS_PER_PART), tile = part / chunks;
-  const int64_t from = part % chunks * CHANNELS_PER_PART, to = std::min(from + CHANNELS_PER_PART, s.features);
+  const int64_t tiles = ceil_div(s.columns, TILE_COLS), tile = part % tiles;
+  const int64_t from = part / tiles * CHANNELWISE_PER_PART, to = std::min(from + CHANNELWISE_PER_PART, s.features);
   const int64_t lanes = in.conv->kernel[0] * in.conv->kernel[1];
   const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
   rarefy_segment segments[TILE_COLS];
   const int count = geometry.output_segments(tile * TILE_COLS, columns, s.features * geometry.channel_floats, segments);
-  const float* end = s.x.data + s.batch * s.features * geometry.channel_floats + SEGMENT_FLOATS;
-  alignas(64) uint32_t gathered[(GATHERED_LANES + 1) * TILE_COLS];
-  for (int64_t f = from; f < to; ++f) {
-    float* out = tile_of(s.out, tile) + f * TILE_COLS;
-    for (int64_t l = 0; l < lanes; l += GATHERED_LANES) {
-      const int64_t n = std::min(GATHERED_LANES, lanes - l);
-      t.gather_lanes(s.x.data + f * geometry.channel_floats, end, in.offsets + l, n, segments, count, gathered);
-      t.pool_or_depthwise(reinterpret_cast<const float*>(gathered), n,
-                          s.depthwise_weights ? s.depthwise_weights + f * lanes + l : nullptr, l > 0, out);
-    }
-    if (s.depthwise_weights)
-      t.f32_epilogue(out, 1, TILE_COLS, s.bias ? s.bias + f : nullptr, nullptr, s.act, out, TILE_COLS, false);
+  for (int64_t f = from; f < to; ++f)
+    t.channelwise(s.x.data + f * geometry.channel_floats, in.offsets, lanes,
+                  s.depthwise_weights ? s.depthwise_weights + f * lanes : nullptr, s.bias ? s.bias[f] : 0.0f, s.act,
+                  segments, count, tile_of(s.out, tile) + f * TILE_COLS);
+}
+
+// Call f(tile, column in the tile, count) for the columns of one image in each tile.
+template <class F>
+inline void for_each_run(const rarefy_step& s, int64_t image, F&& f) {
+  for (int64_t at = image * s.tokens, end = at + s.tokens, n; at < end; at += n) {
+    n = std::min(TILE_COLS - at % TILE_COLS, end - at);
+    f(at / TILE_COLS, at % TILE_COLS, n);
   }
 }
 
 // Some features of one image.
-inline void run_global_avg_pool(const rarefy_step& s, int64_t part) {
+inline void run_global_avg_pool(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const int64_t chunks = ceil_div(s.features, FEATURES_PER_PART), image = part / chunks;
-  const int64_t from = part % chunks * FEATURES_PER_PART, to = std::min(from + FEATURES_PER_PART, s.features);
-  for (int64_t f = from; f < to; ++f) {
-    float sum = 0.0f;
-    for (int64_t at = image * s.tokens, end = at + s.tokens; at < end;) {
-      const int64_t n = std::min(TILE_COLS - at % TILE_COLS, end - at);
-      const float* x = tile_of(s.x, at / TILE_COLS) + f * TILE_COLS + at % TILE_COLS;
-      for (int64_t j = 0; j < n; ++j) sum += x[j];
-      at += n;
-    }
-    tile_of(s.out, image / TILE_COLS)[f * TILE_COLS + image % TILE_COLS] = sum / float(s.tokens);
-  }
+  const int64_t from = part % chunks * FEATURES_PER_PART, rows = std::min(FEATURES_PER_PART, s.features - from);
+  float* out = tile_of(s.out, image / TILE_COLS) + from * TILE_COLS + image % TILE_COLS;
+  for (int64_t f = 0; f < rows; ++f) out[f * TILE_COLS] = 0.0f;
+  for_each_run(s, image, [&](int64_t tile, int64_t column, int64_t n) {
+    t.add_column_sums(tile_of(s.x, tile) + from * TILE_COLS + column, rows, n, out);
+  });
+  for (int64_t f = 0; f < rows; ++f) out[f * TILE_COLS] /= float(s.tokens);
+}
+
+// Some features of one column tile.
+inline void run_channel_affine(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const int64_t chunks = ceil_div(s.features, FEATURES_PER_PART), tile = part / chunks;
+  const int64_t from = part % chunks * FEATURES_PER_PART, rows = std::min(FEATURES_PER_PART, s.features - from);
+  t.channel_affine(tile_of(s.x, tile) + from * TILE_COLS, rows, s.gamma + from, s.bias + from, s.act,
+                   tile_of(s.out, tile) + from * TILE_COLS);
+}
+
+inline void run_channel_scale(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const int64_t chunks = ceil_div(s.features, FEATURES_PER_PART), tile = part / chunks;
+  const int64_t from = part % chunks * FEATURES_PER_PART, rows = std::min(FEATURES_PER_PART, s.features - from);
+  for_each_image(s, tile, [&](int64_t image, int64_t column, int64_t n) {
+    const int64_t at = from * TILE_COLS + column % TILE_COLS;
+    t.channel_scale(tile_of(s.x, tile) + at, rows, n,
+                    tile_of(s.other, image / TILE_COLS) + from * TILE_COLS + image % TILE_COLS, tile_of(s.out, tile) + at);
+  });
 }
 
 }  // namespace

@@ -42,6 +42,20 @@ inline f32_vec erf_vec(f32_vec x) {
   return u < 16.0f ? x * p / q : u != u ? x : sign;
 }
 
+// v limited to [low, high]. NaN stays NaN.
+inline f32_vec clamp_vec(f32_vec v, float low, float high) {
+  v = v < low ? f32_vec{} + low : v;
+  return v > high ? f32_vec{} + high : v;
+}
+
+// Near zero the exponential's rounding would be most of the result; there the series is exact enough.
+inline f32_vec tanh_vec(f32_vec v) {
+  const f32_vec u = v * v;
+  const f32_vec near = v * (1.0f - u * (0.333333333f - u * (0.133333333f - u * 0.0539682540f)));
+  const f32_vec far = 1.0f - 2.0f / (exp_vec(v + v) + 1.0f);
+  return u < 0.04f ? near : far;
+}
+
 inline f32_vec activate(f32_vec v, int act) {
   switch (act) {
     case RAREFY_RELU: return v < 0.0f ? f32_vec{} : v;
@@ -49,6 +63,11 @@ inline f32_vec activate(f32_vec v, int act) {
     case RAREFY_GELU_TANH:
       return v < -12.0f ? f32_vec{} : v / (exp_vec((v * v * 0.044715f + 1.0f) * v * -1.59576912f) + 1.0f);
     case RAREFY_SILU: return v < -87.0f ? f32_vec{} : v / (exp_vec(-v) + 1.0f);
+    case RAREFY_RELU6: return clamp_vec(v, 0.0f, 6.0f);
+    case RAREFY_HARDSWISH: return v * clamp_vec(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+    case RAREFY_HARDSIGMOID: return clamp_vec(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+    case RAREFY_SIGMOID: return 1.0f / (exp_vec(-v) + 1.0f);
+    case RAREFY_TANH: return tanh_vec(v);
     default: return v;
   }
 }

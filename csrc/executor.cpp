@@ -37,13 +37,15 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_LINEAR: return linear_parts(s, tiles);
     case RAREFY_OP_NORM: return ceil_div(s.columns, norm_columns_per_part(s));
     case RAREFY_OP_ADD:
-    case RAREFY_OP_MUL: return tiles * ceil_div(s.features, FEATURES_PER_PART);
+    case RAREFY_OP_MUL:
+    case RAREFY_OP_CHANNEL_AFFINE:
+    case RAREFY_OP_CHANNEL_SCALE: return tiles * ceil_div(s.features, FEATURES_PER_PART);
     case RAREFY_OP_ATTENTION: return attention_parts(*s.attention);
     case RAREFY_OP_PAD_PLANES: return s.batch * ceil_div(s.features, CHANNELS_PER_PART);
     case RAREFY_OP_CONV:
       return s.winograd ? winograd_parts(s) : tiles * ceil_div(s.features, conv_rows_per_part(s, tiles));
     case RAREFY_OP_MAX_POOL:
-    case RAREFY_OP_DEPTHWISE_CONV: return tiles * ceil_div(s.features, CHANNELS_PER_PART);
+    case RAREFY_OP_DEPTHWISE_CONV: return tiles * ceil_div(s.features, CHANNELWISE_PER_PART);
     case RAREFY_OP_GLOBAL_AVG_POOL: return s.columns * ceil_div(s.features, FEATURES_PER_PART);
     default: return tiles;
   }
@@ -163,7 +165,9 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_CONV: return s.winograd ? run_winograd_conv(t, s, part) : run_conv(t, s, part);
     case RAREFY_OP_MAX_POOL:
     case RAREFY_OP_DEPTHWISE_CONV: run_channelwise(t, s, part); break;
-    case RAREFY_OP_GLOBAL_AVG_POOL: run_global_avg_pool(s, part); break;
+    case RAREFY_OP_GLOBAL_AVG_POOL: run_global_avg_pool(t, s, part); break;
+    case RAREFY_OP_CHANNEL_AFFINE: run_channel_affine(t, s, part); break;
+    case RAREFY_OP_CHANNEL_SCALE: run_channel_scale(t, s, part); break;
     case RAREFY_OP_IMAGE_ABSMAX: run_image_absmax(t, s, part); break;
   }
   return RAREFY_OK;

@@ -115,7 +115,11 @@ struct rarefy_kernel_table {
                     bool subtract_mean, float* out);
   void (*column_absmax)(const float* x, int64_t features, int64_t columns, float* out);
   void (*quantize_tile)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
-  void (*pool_or_depthwise)(const float* x, int64_t lanes, const float* weights, bool accumulate, float* out);
+  void (*channelwise)(const float* x, const int32_t* offsets, int64_t lanes, const float* weights, float bias, int act,
+                      const rarefy_segment* segments, int count, float* out);
+  void (*channel_affine)(const float* x, int64_t features, const float* scale, const float* bias, int act, float* out);
+  void (*channel_scale)(const float* x, int64_t features, int64_t columns, const float* factors, float* out);
+  void (*add_column_sums)(const float* x, int64_t features, int64_t columns, float* sums);
   void (*attention_tile)(const rarefy_attention&, int64_t batch, int64_t head, int64_t tile);
   void (*pack_bf16_lanes)(const float* x, int64_t features, int64_t columns, uint32_t* out);
   void (*pack_columns_as_rows)(const float* x, int64_t features, uint32_t* out);

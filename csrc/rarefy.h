@@ -13,11 +13,22 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 5 };
+enum { RAREFY_ABI_VERSION = 6 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
-enum rarefy_activation { RAREFY_NONE = 0, RAREFY_RELU = 1, RAREFY_GELU = 2, RAREFY_GELU_TANH = 3, RAREFY_SILU = 4 };
+enum rarefy_activation {
+  RAREFY_NONE = 0,
+  RAREFY_RELU = 1,
+  RAREFY_GELU = 2,
+  RAREFY_GELU_TANH = 3,
+  RAREFY_SILU = 4,
+  RAREFY_RELU6 = 5,
+  RAREFY_HARDSWISH = 6,
+  RAREFY_HARDSIGMOID = 7,
+  RAREFY_SIGMOID = 8,
+  RAREFY_TANH = 9,
+};
 
 typedef void (*rarefy_range_fn)(int64_t begin, int64_t end, void* context);
 typedef int (*rarefy_parallel_for_fn)(int64_t begin, int64_t end, int64_t grain, rarefy_range_fn body, void* context);
@@ -182,7 +193,9 @@ enum rarefy_op {
   RAREFY_OP_DEPTHWISE_CONV = 13,   // out = act(depthwise convolution of the planes x + bias)
   RAREFY_OP_GLOBAL_AVG_POOL = 14,  // out[batch] = mean over the pixels of each image of x
   RAREFY_OP_IMAGE_ABSMAX = 15,     // out = largest magnitude of each image in a tile, at its first column there
-  RAREFY_OP_COUNT = 16,
+  RAREFY_OP_CHANNEL_AFFINE = 16,   // out = act(x gamma + bias), with a gamma and a bias for each feature
+  RAREFY_OP_CHANNEL_SCALE = 17,    // out = x times the feature of its image in `other`, which has one column an image
+  RAREFY_OP_COUNT = 18,
 };
 
 struct rarefy_view {
@@ -243,14 +256,14 @@ struct rarefy_step {
   rarefy_view x;
   rarefy_view out;            // null in steps that write `out_codes` alone
   rarefy_view out_codes;      // LINEAR of RAREFY_DENSE (int8: with whole_columns), NORM: out in lanes of `codes_dtype`
-  rarefy_view other;          // ADD (may be null), MUL: second operand
+  rarefy_view other;          // ADD (may be null), MUL, CHANNEL_SCALE: second operand
   rarefy_view residual;       // LINEAR, CONV: or null
   rarefy_view in_scales;      // LINEAR, CONV of int8: scales of the columns of x, or of its images
   rarefy_view in_absmax;      // CONVERT: largest magnitudes of x, [absmax_rows][64] of each tile; null: computed from x
   rarefy_view out_scales;     // CONVERT, out_codes: scales of the columns
   rarefy_view out_absmax;     // LINEAR, CONV: receives the columns' largest magnitudes for every 128 outputs; or null
   rarefy_view cos, sin;       // ROPE: of the angles, [head_dim] for each column
-  const float *gamma, *bias;  // NORM: [features / groups]; bias also DEPTHWISE_CONV: [features]; or null
+  const float *gamma, *bias;  // NORM: [features / groups]; CHANNEL_AFFINE, bias also DEPTHWISE_CONV: [features]; or null
   const float* depthwise_weights;  // DEPTHWISE_CONV: [features][kernel height * width]
   const int32_t* row_sums;         // LINEAR of RAREFY_QUANTIZED with int8 inputs: [rows], sum of values
   int64_t columns, features;       // of x and out; columns of all sequences

@@ -126,16 +126,74 @@ void quantize_tile(const float* x, int64_t features, int64_t columns, const floa
   }
 }
 
-// The maximum of one channel's lanes [lanes][TILE_COLS], or with weights their weighted sum. `accumulate`: continue
-// from what is in out.
-void pool_or_depthwise(const float* x, int64_t lanes, const float* weights, bool accumulate, float* out) {
+// Segments `from`..`from + N` of one channel, see channelwise.
+template <int N, bool SUM>
+inline void channelwise_segments(const float* x, const int32_t* offsets, int64_t lanes, const float* weights,
+                                 const rarefy_segment* segments, float* out) {
+  constexpr int VECS = SEGMENT_FLOATS / SIMD_WIDTH;
+  f32_vec acc[N][VECS];
+  for (int p = 0; p < N; ++p)
+    for (int v = 0; v < VECS; ++v)
+      acc[p][v] = SUM ? f32_vec{} : load_vec(x + offsets[0] + segments[p].source + v * SIMD_WIDTH);
+  for (int64_t l = 0; l < lanes; ++l) {
+    const float* lane = x + offsets[l];
+#pragma GCC unroll 4
+    for (int p = 0; p < N; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) {
+        const f32_vec in = load_vec(lane + segments[p].source + v * SIMD_WIDTH);
+        f32_vec& a = acc[p][v];
+        if constexpr (SUM)
+          a += in * weights[l];
+        else
+          a = ((in <= a) | (a != a)) ? a : in;  // NaN stays NaN
+      }
+  }
+  for (int p = 0; p < N; ++p)
+    for (int v = 0; v < VECS; ++v) store_vec(out + segments[p].column + v * SIMD_WIDTH, acc[p][v]);
+}
+
+// The maximum of one channel's lanes, or with weights act(their weighted sum + bias), out[TILE_COLS]. Lane l of each
+// segment is read from x + offsets[l] on; SEGMENT_FLOATS are readable there. What is computed past a segment, the next
+// one overwrites.
+void channelwise(const float* x, const int32_t* offsets, int64_t lanes, const float* weights, float bias, int act,
+                 const rarefy_segment* segments, int count, float* out) {
+  alignas(64) float sums[TILE_COLS + SEGMENT_FLOATS] = {};
+  const auto four = weights ? channelwise_segments<4, true> : channelwise_segments<4, false>;
+  const auto one = weights ? channelwise_segments<1, true> : channelwise_segments<1, false>;
+  int p = 0;
+  for (; p + 4 <= count; p += 4) four(x, offsets, lanes, weights, segments + p, sums);
+  for (; p < count; ++p) one(x, offsets, lanes, weights, segments + p, sums);
   for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH) {
-    f32_vec v = accumulate ? load_vec(out + n) : weights ? f32_vec{} : load_vec(x + n);
-    for (int64_t l = 0; l < lanes; ++l) {
-      const f32_vec in = load_vec(x + l * TILE_COLS + n);
-      v = weights ? v + in * weights[l] : ((in <= v) | (v != v)) ? v : in;  // NaN stays NaN
-    }
-    store_vec(out + n, v);
+    const f32_vec v = load_vec(sums + n);
+    store_vec(out + n, weights ? activate(v + bias, act) : v);
+  }
+}
+
+// out = act(x scale + bias), with a scale and a bias for each feature.
+void channel_affine(const float* x, int64_t features, const float* scale, const float* bias, int act, float* out) {
+  for (int64_t f = 0; f < features; ++f)
+    for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH)
+      store_vec(out + f * TILE_COLS + n, activate(load_vec(x + f * TILE_COLS + n) * scale[f] + bias[f], act));
+}
+
+// out = x times factors[f * TILE_COLS] in `columns` columns of each feature f.
+void channel_scale(const float* x, int64_t features, int64_t columns, const float* factors, float* out) {
+  for (int64_t f = 0; f < features; ++f)
+    for (int64_t n = 0; n < columns; n += SIMD_WIDTH)
+      store_partial(out + f * TILE_COLS + n, load_partial(x + f * TILE_COLS + n, columns - n) * factors[f * TILE_COLS],
+                    columns - n);
+}
+
+// sums[f * TILE_COLS] += the sum of `columns` columns of each feature f.
+void add_column_sums(const float* x, int64_t features, int64_t columns, float* sums) {
+  for (int64_t f = 0; f < features; ++f) {
+    f32_vec v{};
+    for (int64_t n = 0; n < columns; n += SIMD_WIDTH) v += load_partial(x + f * TILE_COLS + n, columns - n);
+    float parts[SIMD_WIDTH], sum = 0.0f;
+    store_vec(parts, v);
+    for (int i = 0; i < SIMD_WIDTH; ++i) sum += parts[i];
+    sums[f * TILE_COLS] += sum;
   }
 }
 

@@ -19,7 +19,18 @@ from rarefy.compiler.export import export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.operators.table import BY_TARGET
-from rarefy.compiler.passes import activation, attention, cleanup, conv, fusion, kv_attention, linear, norm, rope
+from rarefy.compiler.passes import (
+    activation,
+    attention,
+    channels,
+    cleanup,
+    conv,
+    fusion,
+    kv_attention,
+    linear,
+    norm,
+    rope,
+)
 from rarefy.compiler.verify import verify
 from rarefy.model.forward import calling, describe_batch
 from rarefy.model.layers import all_layers
@@ -60,7 +71,14 @@ PASSES = (
     # images
     conv.convert_conv,
     conv.fold_batch_norm,
+    channels.fold_channel_scale,
     conv.convert_pool,
+    conv.convert_avg_pool,
+    channels.convert_batch_norm,
+    channels.convert_mean,
+    channels.convert_scale,
+    channels.convert_norm,
+    channels.convert_concat,
     # activations and residual sums move into the layer before them: at most one of each kind a run
     fusion.fuse_epilogue,
     fusion.fuse_epilogue,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, OpSpec, describe
+from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, PIXELS, OpSpec, describe
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS, _Dense
 from rarefy.runtime.huge_pages import allocate
@@ -31,7 +31,7 @@ MAX_DECODE_TOKENS = 8  # tokens up to which values are stored row by row
 DECODE_FORMATS = (Bitmask, QuantizedPanels)  # packed weights that read rows
 NAMES = (  # rarefy_op of csrc/rarefy.h, as are the structs below
     "pack", "unpack", "linear", "convert", "norm", "add", "mul", "attention", "rope", "kv_store", "pad_planes", "conv",
-    "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax",
+    "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax", "channel_affine", "channel_scale",
 )  # fmt: skip
 OPS = {name: i for i, name in enumerate(NAMES)}
 WRITTEN_OPERANDS = ("out", "out_codes", "out_scales", "out_absmax")
@@ -104,6 +104,7 @@ class Value:
         last: index of the last step that reads or writes it.
         start: where it begins in the program's memory, in floats.
         size: floats that it needs, where that does not follow from tokens and features.
+        offset: floats from its start to its first feature.
     """
 
     tokens: Tokens
@@ -113,6 +114,7 @@ class Value:
     last: int = -1
     start: int = 0
     size: int | None = None
+    offset: int = 0
 
     @property
     def stride(self) -> int:
@@ -126,6 +128,37 @@ class Value:
         if self.decode:
             return -(-self.tokens.columns * self.stride // NT) * NT
         return self.tokens.tiles * self.stride
+
+
+class Part(Value):
+    """Some features of a value that others write too."""
+
+    def __init__(self, whole: Value, first: int, features: int):
+        self.whole, self.tokens, self.features = whole, whole.tokens, features
+        self.created, self.decode, self.size, self.offset = whole.created, whole.decode, None, first * NT
+
+    @property
+    def stride(self) -> int:
+        """Floats of a tile of the whole value."""
+        return self.whole.stride
+
+    @property
+    def floats(self) -> int:
+        return self.whole.floats
+
+    @property
+    def start(self) -> int:  # type: ignore[override]
+        """Where the whole value begins."""
+        return self.whole.start
+
+    @property
+    def last(self) -> int:  # type: ignore[override]
+        """Index of the last step that reads or writes the whole value."""
+        return self.whole.last
+
+    @last.setter
+    def last(self, step: int) -> None:
+        self.whole.last = step
 
 
 class Program:
@@ -202,8 +235,8 @@ class Program:
         """Return the shape of a value."""
         if node not in self.shapes:
             spec = self.operators[node.target]
-            first = self.shape(spec.tensors(node)[0])
-            self.shapes[node] = spec.out_shape(describe(node, spec, [first], self.kernels, self.constants, {}))
+            shapes = [self.shape(t) for t in spec.tensors(node)]
+            self.shapes[node] = spec.out_shape(describe(node, spec, shapes, self.kernels, self.constants, {}))
         return self.shapes[node]
 
     def _tokens(self, leading: tuple[int, ...]) -> Tokens:
@@ -244,7 +277,8 @@ class Program:
     def absmax(self, v: Value) -> Value | None:
         """Return the largest magnitudes of each column for each 128 features, if the step that computes v can find them
         on the way."""
-        i = self._producer(v)
+        if (i := self._producer(v)) is None:
+            return None
         producer, operands, _ = self.steps[i]
         by_tiles = producer.op == OPS["linear"] and (FORMATS[producer.format] in (Tiles, Sell) or self._in_lanes(i))
         if not (by_tiles or (producer.op == OPS["conv"] and not producer.winograd)):
@@ -253,9 +287,9 @@ class Program:
             operands["out_absmax"] = self._add(Value(v.tokens, -(-v.features // SLAB), i, False))
         return operands["out_absmax"]
 
-    def _producer(self, v: Value) -> int:
-        """Return the step that writes a value."""
-        return next(i for i in reversed(range(len(self.steps))) if self.steps[i][1].get("out") is v)
+    def _producer(self, v: Value) -> int | None:
+        """Return the step that writes a value; None for one that several steps write."""
+        return next((i for i in reversed(range(len(self.steps))) if self.steps[i][1].get("out") is v), None)
 
     def _in_lanes(self, i: int) -> bool:
         """Return whether a step multiplies by a dense weight of bf16 or int8."""
@@ -268,7 +302,8 @@ class Program:
         Returns:
             None where that step cannot: for int8 it must have all features of a token at once. bf16 has no scales.
         """
-        i = self._producer(v)
+        if (i := self._producer(v)) is None:
+            return None
         step, operands, _ = self.steps[i]
         rounds = -(-v.tokens.tiles // torch.get_num_threads())
         balanced = v.tokens.tiles / (rounds * torch.get_num_threads()) > 1 - MAX_IDLE
@@ -292,7 +327,7 @@ class Program:
     def _reads_pixels(self, image: Node, user: Node) -> bool:
         """Return whether an operator reads an image's pixels as they are stored, not its padded planes."""
         spec, kernel = self.operators[user.target], self.kernels.get(user)
-        if spec.layout in (ELEMENTWISE, IMAGES_TO_ROWS) or (spec.epilogue and user.args[3] is image):
+        if spec.layout in (ELEMENTWISE, PIXELS, IMAGES_TO_ROWS) or (spec.epilogue and user.args[3] is image):
             return True
         return kernel is not None and kernel.held[0].kind == "int8"
 
@@ -367,7 +402,7 @@ class Program:
         for i, (s, operands, _) in enumerate(self.steps):
             for name, v in operands.items():
                 if hasattr(s, name):  # q, k and v are in the attention's own struct
-                    setattr(s, name, View(base + 4 * v.start, v.stride))
+                    setattr(s, name, View(base + 4 * (v.start + v.offset), v.stride))
             s.depends_on = _depends_on(spans, i)
             self.array[i] = s
         for a, operands in self.attentions:

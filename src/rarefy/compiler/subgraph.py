@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, IMAGES_TO_ROWS
+from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, IMAGES_TO_ROWS, PIXELS
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.program import Program
 from rarefy.runtime.huge_pages import last_cache
@@ -131,8 +131,8 @@ def image_nodes(nodes: Sequence[Node]) -> set[Node] | None:
         The nodes; None where operators on rows read images too, so that no program can run all of them.
     """
     layout = {n: BY_TARGET[n.target].layout for n in nodes}
-    images = {n for n in nodes if layout[n] == IMAGES}
-    for n in (n for n in nodes if layout[n] in (IMAGES, IMAGES_TO_ROWS)):
+    images = {n for n in nodes if layout[n] in (IMAGES, PIXELS)}
+    for n in (n for n in nodes if layout[n] in (IMAGES, PIXELS, IMAGES_TO_ROWS)):
         images |= set(BY_TARGET[n.target].tensors(n))
     before = -1
     while before != len(images):
@@ -143,7 +143,7 @@ def image_nodes(nodes: Sequence[Node]) -> set[Node] | None:
                 images |= connected
     rows = {n for n in nodes if layout[n] == IMAGES_TO_ROWS}
     for n in nodes:
-        if layout[n] not in (IMAGES, IMAGES_TO_ROWS, ELEMENTWISE):
+        if layout[n] not in (IMAGES, PIXELS, IMAGES_TO_ROWS, ELEMENTWISE):
             rows |= {n, *n.all_input_nodes}
     return None if images & rows else images
 

@@ -115,7 +115,8 @@ def alternate(
         min_pairs: pairs that run in any case.
     """
     times: tuple[list[float], list[float]] = ([], [])
-    first(), second()
+    first()
+    second()
     began = time.perf_counter()
     while len(times[0]) < MAX_PAIRS and (len(times[0]) < min_pairs or time.perf_counter() - began < seconds):
         for run, spent in zip((first, second), times):

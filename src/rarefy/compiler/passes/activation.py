@@ -15,7 +15,11 @@ from rarefy.compiler.passes.matchers import only_user
 
 TOLERANCE = 1e-3  # of constants, which some models round to three digits
 QUICK_GELU = 1.702  # factor of the GELU in OpenAI's CLIP, x sigmoid(1.702 x)
-ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu"}
+ACTIVATIONS = {
+    aten.relu.default: "relu", aten.silu.default: "silu", aten.relu6.default: "relu6", aten.sigmoid.default: "sigmoid",
+    aten.hardswish.default: "hardswish", aten.hardsigmoid.default: "hardsigmoid", aten.tanh.default: "tanh",
+}  # fmt: skip
+LIMITS = (aten.hardtanh.default, aten.clamp.default)  # ReLU6 between 0 and 6
 
 
 def factors(node: Node) -> tuple[float, list[Node]]:
@@ -98,7 +102,8 @@ def fuse_quick_gelu(exported: ExportedGraph, node: Node) -> None:
     if node.target is not ops.mul or node.args[2] is not None or user is None:
         return
     for x, gate in (node.args[:2], node.args[1::-1]):
-        inner = gate.args[0] if gate.target is aten.sigmoid.default and len(gate.users) == 1 else None
+        is_sigmoid = gate.target is ops.activation and gate.args[1] == "sigmoid"
+        inner = gate.args[0] if is_sigmoid and len(gate.users) == 1 else None
         if not _is_product(inner, QUICK_GELU, [x]) or x.target is not ops.linear or set(x.users) != {inner, node}:
             continue
         if user.target is ops.linear and user.args[0] is node and x.args[3:] == (None, None):
@@ -112,6 +117,8 @@ def fuse_quick_gelu(exported: ExportedGraph, node: Node) -> None:
 def _activation_of(node: Node) -> str | None:
     if node.target is aten.gelu.default:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    if node.target in LIMITS and not node.kwargs and tuple(node.args[1:]) == (0, 6):
+        return "relu6"
     return ACTIVATIONS.get(node.target)
 
 

@@ -17,6 +17,8 @@ def fuse_epilogue(exported: ExportedGraph, node: Node) -> None:
             keep_layer(replace_node(exported, node, y.target, *y.args[:4], act, *y.args[5:]), y)
         elif y.target is ops.add and y.args[2] is None:
             replace_node(exported, node, ops.add, *y.args[:2], act)
+        elif y.target is ops.channel_affine and y.args[3] is None:
+            replace_node(exported, node, ops.channel_affine, *y.args[:3], act)
     elif node.target is ops.add:
         a, b, act = node.args
         for y, residual in ((a, b), (b, a)):

@@ -1,0 +1,129 @@
+"""Passes for operators on the channels of images: scales, BatchNorms that stand alone, gates, norms, concatenation."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rarefy.compiler import ops
+from rarefy.compiler.fx_utils import (
+    ExportedGraph,
+    Node,
+    add_constant,
+    aten,
+    dtype_of,
+    is_node,
+    replace_node,
+    replace_uses,
+    same,
+    shape,
+)
+from rarefy.compiler.operators.channels import MAX_CONCATENATED
+from rarefy.compiler.passes.conv import EPS_ARGUMENT
+from rarefy.compiler.passes.linear import scaled_weights
+from rarefy.compiler.passes.matchers import only_user
+
+TO_ROWS, TO_IMAGES = [0, 2, 3, 1], [0, 3, 1, 2]  # permutations of [batch, channels, height, width], and back
+
+
+def _is_image(x: Any) -> bool:
+    """Return whether an argument is a computed value [batch, channels, height, width] in fp32."""
+    return is_node(x) and len(shape(x)) == 4 and dtype_of(x) == torch.float32
+
+
+def _vector(exported: ExportedGraph, x: Any, channels: Any) -> Tensor | None:
+    """Return a constant with one number for each channel of images, as a vector; None for anything else."""
+    value = exported.constants.get(x.name) if is_node(x) else None
+    if value is None or value.dim() not in (3, 4) or value.numel() != value.shape[-3] or value.numel() != channels:
+        return None
+    return value.flatten()
+
+
+def fold_channel_scale(exported: ExportedGraph, node: Node) -> None:
+    """Fold a constant for each channel that multiplies a convolution's outputs into its weight and bias."""
+    if node.target is not aten.mul.Tensor or not _is_image(node) or node.kwargs:
+        return
+    for y, scale in (node.args, node.args[::-1]):
+        if is_node(y) and y.target is ops.conv2d and len(y.users) == 1 and y.args[3:5] == (None, None):
+            s = _vector(exported, scale, shape(y)[1])
+            if s is not None:
+                weights = scaled_weights(exported, node, y.args[1:3], s)
+                replace_node(exported, node, ops.conv2d, y.args[0], *weights, *y.args[3:])
+                return
+
+
+def convert_batch_norm(exported: ExportedGraph, node: Node) -> None:
+    """Convert a BatchNorm of images that follows no convolution to a scale and a bias for each channel."""
+    outer = node
+    if node.target is operator.getitem and node.args[1] == 0 and node.args[0].target in EPS_ARGUMENT:
+        node = node.args[0]
+    elif node.target is not aten.batch_norm.default:
+        return
+    x, *norm = node.args[:5]
+    batch_statistics = node.target is aten.batch_norm.default and node.args[5]
+    if not _is_image(outer) or batch_statistics or (outer is not node and len(node.users) > 1):
+        return
+    if any(n is not None and n.name not in exported.constants for n in norm) or None in norm[2:]:
+        return
+    gamma, beta, mean, var = (None if n is None else exported.constants[n.name] for n in norm)
+    scale = torch.rsqrt(var + node.args[EPS_ARGUMENT[node.target]])  # type: ignore[operator]
+    scale = scale if gamma is None else scale * gamma
+    bias = -mean * scale if beta is None else beta - mean * scale  # type: ignore[operator]
+    values = (add_constant(exported, f"{outer.name}_{n}", v) for n, v in (("scale", scale), ("shift", bias)))
+    replace_node(exported, outer, ops.channel_affine, x, *values, None)
+
+
+def convert_mean(exported: ExportedGraph, node: Node) -> None:
+    """Convert means over all pixels that keep their dimensions."""
+    if not _is_image(node) or shape(node)[2:] != (1, 1) or not node.args or not _is_image(node.args[0]):
+        return
+    x = node.args[0]
+    dims = node.args[1] if node.target is aten.mean.dim and not node.kwargs else None
+    over_pixels = dims is not None and sorted(d % 4 for d in dims) == [2, 3]
+    if over_pixels or (node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) in ([1], [1, 1])):
+        replace_node(exported, node, ops.image_mean, x)
+
+
+def convert_scale(exported: ExportedGraph, node: Node) -> None:
+    """Convert a product of an image and a number for each of its channels, as squeeze-and-excitation has it."""
+    if node.target is not aten.mul.Tensor or not _is_image(node) or node.kwargs:
+        return
+    for x, factor in (node.args, node.args[::-1]):
+        computed = _is_image(x) and _is_image(factor) and not {x.name, factor.name} & set(exported.constants)
+        if computed and shape(factor)[2:] == (1, 1) and same(shape(x), shape(node)):
+            if same(shape(x)[:2], shape(factor)[:2]):
+                replace_node(exported, node, ops.channel_scale, x, factor)
+            return
+
+
+def convert_norm(exported: ExportedGraph, node: Node) -> None:
+    """Fuse a norm between two permutations into a norm over the channels of images."""
+    if node.target is not aten.permute.default or list(node.args[1]) != TO_IMAGES or not _is_image(node):
+        return
+    norm = node.args[0]
+    if norm.target is not ops.norm or only_user(norm) is not node or norm.args[5] != 1:
+        return
+    x = norm.args[0]
+    if isinstance(x, fx.Node) and x.target is aten.permute.default and list(x.args[1]) == TO_ROWS:
+        replace_node(exported, node, ops.channel_norm, x.args[0], *norm.args[1:5])
+
+
+def convert_concat(exported: ExportedGraph, node: Node) -> None:
+    """Convert a concatenation of the channels of images."""
+    if node.target is not aten.cat.default or not _is_image(node) or (*node.args, 0)[1] not in (1, -3):
+        return
+    images: list[Any] = [*node.args[0]]
+    if len(images) == 1:
+        replace_uses(exported, node, images[0])
+        return
+    if not all(_is_image(x) and x.name not in exported.constants for x in images):
+        return
+    while len(images) > MAX_CONCATENATED:
+        with exported.graph.inserting_before(node):
+            first = exported.graph.call_function(ops.concat, tuple(images[:MAX_CONCATENATED]))
+        first.meta["val"] = torch.cat([x.meta["val"] for x in images[:MAX_CONCATENATED]], 1)
+        images = [first, *images[MAX_CONCATENATED:]]
+    replace_node(exported, node, ops.concat, *images, *[None] * (MAX_CONCATENATED - len(images)))

@@ -1,0 +1,221 @@
+"""Operators on channels of images, and activations, in native programs, against eager torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rarefy
+from helpers.compile_models import equal
+from rarefy.compiler import ops
+from rarefy.compiler.operators import channels
+from rarefy.compiler.operators.spec import Call
+from rarefy.compiler.subgraph import FusedSubgraph
+from rarefy.runtime import bindings
+from rarefy.runtime.reference import ACTIVATIONS
+
+pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+
+
+def native_ops(compiled):
+    return [n.target.__name__ for s in compiled.schedule if isinstance(s, FusedSubgraph) for n in s.nodes]
+
+
+class Between(nn.Module):
+    """A function of images between two convolutions."""
+
+    def __init__(self, function, inner, outer=None):
+        super().__init__()
+        self.before, self.function = nn.Conv2d(5, inner, 1), function
+        self.after = nn.Conv2d(outer or inner, 7, 1)
+
+    def forward(self, x):
+        return self.after(self.function(self.before(x)))
+
+
+def check(function, inner, outer=None, batches=(1, 3, 70), size=(7, 9)):
+    """Compile, compare with eager in several batch sizes, and return the native operators of the only call."""
+    net = Between(function, inner, outer).eval()
+    compiled = equal(net, torch.randn(2, 5, *size))
+    for batch in batches:
+        x = torch.randn(batch, 5, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+    assert len(compiled.schedule) == 1
+    return native_ops(compiled)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, width, gate, keep=True):
+        super().__init__()
+        self.down, self.up, self.gate, self.keep = nn.Conv2d(width, 6, 1), nn.Conv2d(6, width, 1), gate, keep
+
+    def forward(self, x):
+        mean = x.mean((2, 3), keepdim=True) if self.keep else F.adaptive_avg_pool2d(x, 1)
+        return x * self.gate(self.up(F.relu(self.down(mean))))
+
+
+@pytest.mark.parametrize("gate", [torch.sigmoid, F.hardsigmoid])
+@pytest.mark.parametrize("keep", [True, False])
+def test_squeeze_and_excitation(isa, gate, keep):
+    found = check(SqueezeExcite(21, gate, keep), 21)
+    assert found == ["conv2d", "image_mean", "conv2d", "conv2d", "channel_scale", "conv2d"]
+
+
+def test_squeeze_and_excitation_in_int8(isa):
+    net = Between(SqueezeExcite(32, torch.sigmoid), 32).eval()
+    x = torch.randn(3, 5, 8, 8)
+    compiled = rarefy.compile(net, x, precision="int8")
+    with torch.no_grad():
+        far = (compiled(x) - net(x)).norm() / net(x).norm()
+    assert len(compiled.schedule) == 1 and far < 0.05
+
+
+class Affine(nn.Module):
+    def __init__(self, width, affine=True):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width, affine=affine)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+        if affine:
+            nn.init.normal_(self.norm.weight)
+            nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        return F.relu(self.norm(F.max_pool2d(x, 2)))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_alone(isa, affine):
+    assert check(Affine(19, affine), 19) == ["conv2d", "max_pool2d", "channel_affine", "conv2d"]
+
+
+class ChannelNorm(nn.Module):
+    def __init__(self, width, rms):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6) if rms else nn.LayerNorm(width)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x):
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def test_norm_over_channels(isa):
+    assert check(ChannelNorm(19, False), 19) == ["conv2d", "channel_norm", "conv2d"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 11])
+def test_concatenation(isa, count):
+    def function(x):
+        return torch.cat([x, *(F.max_pool2d(x, 3, 1, 1) if i == 0 else F.relu(x) for i in range(count - 1))], 1)
+
+    found = check(function, 6, 6 * count, batches=(1, 13))
+    assert found.count("concat") == (count > 1) + (count > 8)
+
+
+def test_concatenation_before_int8(isa):
+    net = Between(lambda x: torch.cat([F.relu(x), x], 1), 32, 64).eval()
+    x = torch.randn(3, 5, 8, 8)
+    compiled = rarefy.compile(net, x, precision="int8")
+    with torch.no_grad():
+        assert (compiled(x) - net(x)).norm() < 0.05 * net(x).norm()
+    assert "concat" in native_ops(compiled)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.gamma = nn.Conv2d(width, width, 3, padding=1), nn.Parameter(torch.randn(1, width, 1, 1))
+
+    def forward(self, x):
+        return x + self.conv(x) * self.gamma
+
+
+def test_layer_scale_of_convolutions(isa):
+    assert check(LayerScale(9), 9) == ["conv2d", "conv2d", "conv2d"]
+
+
+@pytest.mark.parametrize("how", [(2, 2), (3, 1, 1), (3, 2, 1), ((2, 3), (2, 1))])
+def test_average_pools(isa, how):
+    assert check(nn.AvgPool2d(*how), 11) == ["conv2d", "conv2d", "conv2d"]
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(2, divisor_override=3),
+    ],
+)
+def test_other_average_pools_stay_in_torch(pool):
+    net = Between(pool, 11).eval()
+    compiled = equal(net, torch.randn(2, 5, 7, 9))
+    assert "avg_pool2d" in compiled.counts()[2]
+
+
+ALL = {
+    "relu6": F.relu6, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh, "relu6, hardtanh": lambda x: F.hardtanh(x, 0, 6), "relu6, clamp": lambda x: x.clamp(0, 6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_activations_in_epilogues(isa, name):
+    net = nn.Sequential(nn.Linear(9, 40), Function(ALL[name]), nn.Linear(40, 5)).eval()
+    compiled = equal(net, torch.randn(3, 9))
+    first, _ = (n for s in compiled.schedule for n in s.nodes)
+    assert first.args[4] == name.partition(",")[0]
+    assert check(ALL[name], 11) == ["conv2d", "conv2d"]
+
+
+@pytest.mark.parametrize("limits", [(0, 5), (-1, 6), (-1, 1)])
+def test_other_limits_stay_in_torch(limits):
+    compiled = equal(Between(lambda x: F.hardtanh(x, *limits), 11).eval(), torch.randn(2, 5, 7, 9))
+    assert "hardtanh" in compiled.counts()[2]
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", ["relu6", "hardswish", "hardsigmoid", "sigmoid", "tanh"])
+def test_values_of_activations(isa, name):
+    """All magnitudes, and what is no number."""
+    positive = torch.logspace(-12, 3, 400)
+    x = torch.cat([-positive.flip(0), torch.zeros(1), positive, torch.tensor([float("nan"), 1e30, -1e30])])[:, None]
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), Function(ACTIVATIONS[name])).eval()
+    net[0].weight.data.fill_(1)
+    got = rarefy.compile(net, torch.randn(3, 1))(x)
+    torch.testing.assert_close(
+        got, ACTIVATIONS[name](x), rtol=1e-6, atol=1e-30 if name == "tanh" else 1e-7, equal_nan=True
+    )
+
+
+def call(op, shapes, constants=None):
+    graph = torch.fx.Graph()
+    names = [graph.placeholder(n) for n in (constants or {})]
+    node = graph.call_function(op, (graph.placeholder("x"), *names))
+    return Call(node, shapes, None, None, constants or {}, {})
+
+
+def test_shapes_that_do_not_fit_are_found():
+    specs = {s.name: s for s in channels.OPERATORS}
+    image, gate = (2, 5, 4, 4), (2, 5, 1, 1)
+    assert specs["channel_scale"].fits(call(ops.channel_scale, (image, gate)))
+    for other in ((2, 4, 1, 1), (1, 5, 1, 1), (2, 5, 4, 1), (2, 5)):
+        assert not specs["channel_scale"].fits(call(ops.channel_scale, (image, other)))
+    assert specs["concat"].fits(call(ops.concat, (image, (2, 9, 4, 4))))
+    for other in ((3, 5, 4, 4), (2, 5, 4, 3), (2, 5, 4), (2, 0, 4, 4)):
+        assert not specs["concat"].fits(call(ops.concat, (image, other)))
+    assert not specs["image_mean"].fits(call(ops.image_mean, ((2, 5, 0, 4),)))
+    five, four = {"a": torch.ones(5), "b": torch.ones(5)}, {"a": torch.ones(5), "b": torch.ones(4)}
+    assert specs["channel_affine"].fits(call(ops.channel_affine, (image,), five))
+    assert not specs["channel_affine"].fits(call(ops.channel_affine, (image,), four))
+    with pytest.raises(ValueError, match=r"expected vectors of one length, got shapes \[\(5,\), \(4,\)\]"):
+        specs["channel_affine"].check_weights(call(ops.channel_affine, (), four))
