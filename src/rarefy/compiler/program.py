@@ -95,7 +95,7 @@ class Tokens:
         return -(-self.columns // NT)
 
 
-@dataclass
+@dataclass(eq=False)  # two values of one size are two values
 class Value:
     """A tensor in a program's memory, in tiles, or row by row for few tokens.
 
