@@ -1,12 +1,15 @@
 """Compile the models of tests/zoo.py, and language models as decoders: compare the outputs with eager torch's, count
-the native calls, and list the operators that run in torch.
+the native calls, list the operators that run in torch, and time the models at several batch sizes against eager torch.
 
-    python conformance.py                     all models, about half an hour on one core
+    python conformance.py                     all models, about two hours on two cores
+    python conformance.py --batches           without times, about half an hour
     python conformance.py --only swin vit     models whose names begin with these words
     python conformance.py --table             only print what was measured last
 
-Half of the weights of Linear and Conv2d layers are set to zero at random: only equality counts here, not quality.
-Each model runs in its own process. Appends one JSON line per model to results/conformance.jsonl.
+Half of the weights of Linear and Conv2d layers are set to zero at random: only equality and speed count here, not
+quality. For its times a model is compiled for each batch size, with the choices between native and torch operators that
+`compile` makes there; eager and compiled calls alternate. Each model runs in its own process. Appends one JSON line per
+model to results/conformance.jsonl.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import argparse
 import importlib
 import inspect
 import multiprocessing
+import os
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -24,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import rarefy
@@ -32,14 +37,17 @@ from rarefy.common.errors import ModelError
 from rarefy.compiler.compile import split_example
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.verify import distance
+from rarefy.evaluation.profiling import compare
 from rarefy.model import hf
 from rarefy.model.compare import relative_distance
+from records import eager_speedups
 from values import keep, kept
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "conformance.jsonl"
 sys.path.insert(0, str(HERE.parent / "tests"))
-LIMIT = 120  # seconds per model
+LIMIT = 120  # seconds per model, and for each batch size that is timed
+MIN_REPEATS, MAX_REPEATS, TIMED_SECONDS = 5, 30, 4.0  # of eager and compiled calls at one batch size
 NEAR = 1e-3  # largest distance, relative to the norm of the outputs
 
 
@@ -54,18 +62,41 @@ def operator_counts(made: Compiled) -> dict[str, Any]:
     return {"native calls": native, "words": dict(ours.most_common()), "torch": dict(rest.most_common())}
 
 
-def compiled(model: nn.Module, x: Any) -> dict[str, Any]:
-    """Compile a model and compare its outputs with eager torch's."""
+def with_batch(x: Any, batch: int) -> Any:
+    """Return an example whose tensors have the first sample of another one so many times."""
+    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t[:1]] * batch), dict(x) if hasattr(x, "keys") else x)
+
+
+def speed(model: nn.Module, x: Any) -> dict[str, Any]:
+    """Compile a model for an example; return milliseconds of eager and compiled calls, and what runs where."""
+    made = rarefy.compile(model, x)
+    args, kwargs = split_example(x)
+    runs = {"eager": lambda: model(*args, **kwargs), "compiled": lambda: made(*args, **kwargs)}
+    once = sum(t.median for t in compare(runs, repeats=1, warmup=1).values())
+    repeats = min(MAX_REPEATS, max(MIN_REPEATS, int(TIMED_SECONDS / once)))
+    ms = {n: 1e3 * t.median for n, t in compare(runs, repeats=repeats, warmup=0).items()}
+    moved = Counter(n.target.__name__ for n in made.exported.torch_nodes)
+    far = distance(model, made, *pytree.tree_flatten((args, kwargs)))
+    chosen = {"native calls": made.counts()[0], "faster in torch": dict(moved.most_common())}
+    return {"speedup": ms["eager"] / ms["compiled"], "ms": ms, "distance": far, **chosen}
+
+
+def compiled(model: nn.Module, x: Any, batches: list[int]) -> dict[str, Any]:
+    """Compile a model, compare its outputs with eager torch's, and time both."""
     if "use_cache" in inspect.signature(model.forward).parameters:
         x = {**x, "use_cache": False}
     began = time.perf_counter()
-    made = rarefy.compile(model, x)
+    made = rarefy.compile(model, x, tune=False)
     seconds = time.perf_counter() - began
     far = distance(model, made, *pytree.tree_flatten(split_example(x)))
-    return {"distance": far, "seconds": seconds, **operator_counts(made), "notes": list(made.exported.notes)}
+    counts, notes = operator_counts(made), list(made.exported.notes)
+    del made
+    speeds = {str(b): speed(model, with_batch(x, b)) for b in batches}
+    far = max([far, *(s["distance"] for s in speeds.values())])
+    return {"distance": far, "seconds": seconds, **counts, "notes": notes, "speed": speeds}
 
 
-def decoded(model: Any, x: Any) -> dict[str, Any]:
+def decoded(model: Any, x: Any, _: list[int]) -> dict[str, Any]:
     """Build a decoder of a language model and compare its logits with eager torch's."""
     began = time.perf_counter()
     made = rarefy.decoder(model)
@@ -79,15 +110,15 @@ def decoded(model: Any, x: Any) -> dict[str, Any]:
     }
 
 
-def one(name: str, cases: dict[str, Any]) -> dict[str, Any]:
+def one(name: str, cases: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Return the result of one model: `status` is equal, other (different outputs), refused or crashed."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     make, x = cases[name.removesuffix(" as decoder")]
     model = zoo().half(make())
     try:
-        result = (decoded if name.endswith(" as decoder") else compiled)(model, x)
+        result = (decoded if name.endswith(" as decoder") else compiled)(model, x, options.batches)
     except ModelError as error:
         return {"status": "refused", "error": str(error)}
     except Exception as error:
@@ -95,15 +126,16 @@ def one(name: str, cases: dict[str, Any]) -> dict[str, Any]:
     return {"status": "equal" if result["distance"] <= NEAR else "other", **result}
 
 
-def isolated(name: str, cases: dict[str, Any]) -> dict[str, Any]:
-    """Run `one` in its own process, for at most `LIMIT` seconds."""
+def isolated(name: str, cases: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Run `one` in its own process, for at most `LIMIT` seconds, and as many for each batch size."""
+    limit = LIMIT * (1 + len(options.batches))
     context = multiprocessing.get_context("fork")  # keeps what is imported already
     mine, its = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: its.send(one(name, cases)))
+    process = context.Process(target=lambda: its.send(one(name, cases, options)))
     process.start()
     its.close()
     try:
-        return mine.recv() if mine.poll(LIMIT) else {"status": "slow", "error": f"took longer than {LIMIT} s"}
+        return mine.recv() if mine.poll(limit) else {"status": "slow", "error": f"took longer than {limit} s"}
     except EOFError:
         return {"status": "crashed", "error": "the process ended"}
     finally:
@@ -111,43 +143,50 @@ def isolated(name: str, cases: dict[str, Any]) -> dict[str, Any]:
         process.join()
 
 
-def lines(only: list[str]) -> Iterator[dict[str, Any]]:
+def lines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one record per model, transformers first."""
     language_models = zoo().transformers_cases()
     cases = {**language_models, **zoo().timm_cases(), **zoo().torchvision_cases()}
     names = [*language_models, *(f"{n} as decoder" for n in DECODERS), *(n for n in cases if n not in language_models)]
     for name in names:
-        if not only or any(name.startswith(o) for o in only):
-            yield {"model": name, **isolated(name, cases)}
+        if not options.only or any(name.startswith(o) for o in options.only):
+            yield {"model": name, **isolated(name, cases, options)}
 
 
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
 
 
 def table(result: list[dict[str, Any]]) -> str:
-    """Return one row per model, from its last record, and the number of models by status."""
+    """Return one row per model, from its last record, the number of models by status, and the speed over eager."""
     last = {l["model"]: l for l in result}
-    out = ["| model | status | distance | native calls | words | most in torch | s |", "|---" * 7 + "|"]
+    out = ["| model | status | distance | native calls | words | most in torch | s | over eager |", "|---" * 8 + "|"]
     for name, l in last.items():
         if "error" in l:
-            out.append(f"| {name} | {l['status']} | | | | {l['error'].splitlines()[0][:160]} | |")
+            out.append(f"| {name} | {l['status']} | | | | {l['error'].splitlines()[0][:160]} | | |")
             continue
         rest = ", ".join(f"{n} {w}" for w, n in list(l["torch"].items())[:3])
         words = ", ".join(f"{n} {w}" for w, n in l["words"].items())
         row = [name, l["status"], f"{l['distance']:.0e}", l["native calls"], words, rest, f"{l['seconds']:.0f}"]
+        row.append(", ".join(f"{b}: {s['speedup']:.2f}x" for b, s in l.get("speed", {}).items()))
         out.append(f"| {' | '.join(map(str, row))} |")
     counts = Counter(l["status"] for l in last.values())
-    return "\n".join([*out, "", ", ".join(f"{n} {s}" for s, n in counts.most_common())])
+    out += ["", ", ".join(f"{n} {s}" for s, n in counts.most_common())]
+    return "\n".join([*out, *(f"batch {b}: {text}" for b, text in eager_speedups(list(last.values())).items())])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="batch sizes that are timed")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     hf.no_bars()
     if not args.table:
-        keep(RESULTS, [lambda: lines(args.only)])
+        torch.set_num_threads(args.threads)  # which the records name
+        with tempfile.TemporaryDirectory() as cache:  # choices are measured in this run
+            os.environ["RAREFY_CACHE"] = cache
+            keep(RESULTS, [lambda: lines(args)])
     print(table(kept(RESULTS)))
 
 

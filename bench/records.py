@@ -84,3 +84,23 @@ def speedup(dense: float, ours: float) -> str:
 def spread(values: Sequence[float]) -> str:
     """Return a mean, with the standard deviation where there are several values."""
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+MIN_SPEEDUP = 0.98  # over eager, below which a model counts as slower
+
+
+def eager_speedups(result: list[Row]) -> dict[str, str]:
+    """Return for each batch size the geometric mean of speed over eager, the slowest model, and those below 0.98."""
+    by_batch: dict[str, dict[str, float]] = {}
+    for l in result:
+        for batch, s in l.get("speed", {}).items():
+            by_batch.setdefault(batch, {})[l["model"]] = s["speedup"]
+    texts = {}
+    for batch, found in by_batch.items():
+        mean = statistics.geometric_mean(found.values())
+        slowest, slower = min(found, key=lambda n: found[n]), sum(s < MIN_SPEEDUP for s in found.values())
+        texts[batch] = (
+            f"{mean:.2f}x of eager as geometric mean of {len(found)} models, at least {found[slowest]:.2f}x "
+            f"({slowest}), {slower} below {MIN_SPEEDUP}x"
+        )
+    return texts

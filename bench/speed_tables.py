@@ -7,7 +7,20 @@ import math
 import statistics
 from collections.abc import Callable
 
-from records import RESULTS, Row, by, latest, machine, number, per_machine, percent, read, speedup, table
+from records import (
+    RESULTS,
+    Row,
+    by,
+    eager_speedups,
+    latest,
+    machine,
+    number,
+    per_machine,
+    percent,
+    read,
+    speedup,
+    table,
+)
 
 # Language models on the engine
 
@@ -146,7 +159,8 @@ def conformance() -> str:
         equal = [r for r in rows if r["status"] == "equal"]
         others = ", ".join(f"{r['model']} ({r['status']})" for r in rows if r["status"] != "equal") or "none"
         worst = max(r["distance"] for r in equal)
-        return table(
+        speeds = [f"Batch {b}: {text}." for b, text in eager_speedups(rows).items()]
+        counts = table(
             [
                 "models tried",
                 "outputs equal eager's",
@@ -155,6 +169,7 @@ def conformance() -> str:
             ],
             [[str(len(rows)), str(len(equal)), f"{worst:.1e}", others]],
         )
+        return "\n\n".join([counts, *speeds])
 
     return per_machine(latest(read("conformance"), "label", "model"), make)
 
