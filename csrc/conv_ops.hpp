@@ -240,10 +240,15 @@ inline void run_channelwise(const rarefy_kernel_table& t, const rarefy_step& s, 
   const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
   rarefy_segment segments[TILE_COLS];
   const int count = geometry.output_segments(tile * TILE_COLS, columns, s.features * geometry.channel_floats, segments);
-  for (int64_t f = from; f < to; ++f)
+  alignas(64) float factors[TILE_COLS] = {};
+  for (int64_t n = 0; s.gamma && n < columns; ++n) factors[n] = s.gamma[(tile * TILE_COLS + n) % s.tokens];
+  for (int64_t f = from; f < to; ++f) {
+    float* out = tile_of(s.out, tile) + f * TILE_COLS;
     t.channelwise(s.x.data + f * geometry.channel_floats, in.offsets, lanes,
                   s.depthwise_weights ? s.depthwise_weights + f * lanes : nullptr, s.bias ? s.bias[f] : 0.0f, s.act,
-                  segments, count, tile_of(s.out, tile) + f * TILE_COLS);
+                  segments, count, out);
+    if (s.gamma) t.add_or_mul(out, factors, true, RAREFY_NONE, out, TILE_COLS);
+  }
 }
 
 // Call f(tile, column in the tile, count) for the columns of one image in each tile.

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 6 };
+enum { RAREFY_ABI_VERSION = 7 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -263,7 +263,8 @@ struct rarefy_step {
   rarefy_view out_scales;     // CONVERT, out_codes: scales of the columns
   rarefy_view out_absmax;     // LINEAR, CONV: receives the columns' largest magnitudes for every 128 outputs; or null
   rarefy_view cos, sin;       // ROPE: of the angles, [head_dim] for each column
-  const float *gamma, *bias;  // NORM: [features / groups]; CHANNEL_AFFINE, bias also DEPTHWISE_CONV: [features]; or null
+  const float *gamma, *bias;  // NORM: [features / groups]; CHANNEL_AFFINE, bias also DEPTHWISE_CONV: [features]; or null.
+                              // DEPTHWISE_CONV: gamma [tokens] multiplies the sums of each pixel, without an activation
   const float* depthwise_weights;  // DEPTHWISE_CONV: [features][kernel height * width]
   const int32_t* row_sums;         // LINEAR of RAREFY_QUANTIZED with int8 inputs: [rows], sum of values
   int64_t columns, features;       // of x and out; columns of all sequences

@@ -45,6 +45,71 @@ def check(function, inner, outer=None, batches=(1, 3, 70), size=(7, 9)):
     return native_ops(compiled)
 
 
+class Block(nn.Module):
+    """A block of ConvNeXt as torchvision writes it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mix = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 40), nn.Linear(40, width)
+        self.gamma = nn.Parameter(torch.randn(width, 1, 1))
+
+    def forward(self, x):
+        y = self.norm(self.mix(x).permute(0, 2, 3, 1))
+        y = self.down(F.gelu(self.up(y))).permute(0, 3, 1, 2)
+        return x + self.gamma * y
+
+
+def test_linear_layers_on_pixels(isa):
+    assert check(Block(19), 19) == ["conv2d", "conv2d", "channel_norm", "conv2d", "conv2d", "conv2d"]
+
+
+def test_linear_layers_on_pixels_in_int8(isa):
+    net, x = Between(Block(19), 19).eval(), torch.randn(3, 5, 7, 9)
+    compiled = rarefy.compile(net, x, precision="int8")
+    with torch.no_grad():
+        assert (compiled(x) - net(x)).norm() < 0.05 * net(x).norm()
+    assert "linear" in {n.target.__name__ for n in compiled.exported.graph.nodes if n.op == "call_function"}
+
+
+class Shared(nn.Module):
+    """Rows that something else reads too stay rows."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        y = self.a(x.permute(0, 2, 3, 1))
+        return self.b(y).permute(0, 3, 1, 2) * torch.softmax(y, -1).permute(0, 3, 1, 2)
+
+
+def test_rows_that_others_read_stay_rows():
+    net, x = Between(Shared(8), 8).eval(), torch.randn(2, 5, 7, 9)
+    compiled = equal(net, x)
+    assert "linear" in {n.target.__name__ for n in compiled.exported.graph.nodes if n.op == "call_function"}
+
+
+class Overwrites(nn.Module):
+    """Tensors that are overwritten, completely and in part."""
+
+    def __init__(self, first, step=1):
+        super().__init__()
+        self.a, self.b, self.first, self.step = nn.Linear(8, 8), nn.Linear(8, 8), first, step
+
+    def forward(self, x):
+        y = self.a(x)
+        y[:, self.first :: self.step] = y[:, self.first :: self.step] * 3 + 1
+        return self.b(y)
+
+
+@pytest.mark.parametrize(("first", "step", "left"), [(0, 1, 0), (1, 1, 1), (0, 2, 1)])
+def test_tensors_that_are_overwritten(first, step, left):
+    compiled = equal(Overwrites(first, step).eval(), torch.randn(3, 5, 8))
+    in_torch = compiled.counts()[2]
+    assert in_torch["slice_scatter"] == left and not in_torch["copy"]
+
+
 class SqueezeExcite(nn.Module):
     def __init__(self, width, gate, keep=True):
         super().__init__()
@@ -140,10 +205,15 @@ def test_average_pools(isa, how):
     assert check(nn.AvgPool2d(*how), 11) == ["conv2d", "conv2d", "conv2d"]
 
 
+@pytest.mark.parametrize("how", [(3, 1, 1), (3, 2, 1), ((2, 3), (2, 1), (1, 0))])
+def test_average_pools_without_padding(isa, how):
+    pool = nn.AvgPool2d(*how, count_include_pad=False)
+    assert check(pool, 41) == ["conv2d", "avg_pool2d", "conv2d"]
+
+
 @pytest.mark.parametrize(
     "pool",
     [
-        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
         nn.AvgPool2d(2, ceil_mode=True),
         nn.AvgPool2d(2, divisor_override=3),
     ],
@@ -167,6 +237,15 @@ def test_activations_in_epilogues(isa, name):
     first, _ = (n for s in compiled.schedule for n in s.nodes)
     assert first.args[4] == name.partition(",")[0]
     assert check(ALL[name], 11) == ["conv2d", "conv2d"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("name", ["relu6", "hardswish", "hardsigmoid", "sigmoid", "tanh"])
+def test_activations_in_other_precisions(isa, name, precision):
+    net = nn.Sequential(nn.Linear(64, 40), Function(ACTIVATIONS[name]), nn.Linear(40, 5)).eval()
+    x = torch.randn(70, 64) * 3
+    with torch.no_grad():
+        assert (rarefy.compile(net, x, precision=precision)(x) - net(x)).norm() < 0.03 * net(x).norm()
 
 
 @pytest.mark.parametrize("limits", [(0, 5), (-1, 6), (-1, 1)])

@@ -15,7 +15,7 @@ from rarefy.common.errors import DataError, ModelError, first_line, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import tuning
 from rarefy.compiler.executor import Compiled, input_spec
-from rarefy.compiler.export import export_graph, two_samples
+from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.operators.table import BY_TARGET
@@ -71,6 +71,7 @@ PASSES = (
     # images
     conv.convert_conv,
     conv.fold_batch_norm,
+    channels.rows_to_images,
     channels.fold_channel_scale,
     conv.convert_pool,
     conv.convert_avg_pool,
@@ -139,7 +140,7 @@ def compile(model: nn.Module, example: Any, *, precision: str | None = None, tun
         raise DataError("the example has no tensor: give what the model is called with")
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         model(*args, **kwargs)
-    exported = export_graph(model, args, kwargs, PASSES)
+    exported = export_graph(model, args, kwargs, passes_for(precision))
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     more = (args, kwargs) if exported.notes else two_samples(args, kwargs)
     exported.notes += notes
@@ -196,6 +197,11 @@ def _not_slower(
     unchanged = Compiled(exported, {}, [input_spec(n.meta.get("val")) for n in exported.inputs])
     verify(model, unchanged, *more, TOLERANCE[None])
     return unchanged
+
+
+def passes_for(precision: str | None) -> tuple[Pass, ...]:
+    """Return the passes for a precision: linear layers have faster kernels than convolutions in bf16 and int8."""
+    return PASSES if precision is None else tuple(p for p in PASSES if p is not channels.rows_to_images)
 
 
 def check_precision(precision: Any, known: Sequence[str] = ("bf16", "int8")) -> None:

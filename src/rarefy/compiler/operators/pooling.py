@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ctypes import addressof
-from math import inf
+from math import inf, prod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +23,11 @@ def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: P
     return F.max_pool2d(x, kernel, stride, padding, dilation)
 
 
+def avg_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> Tensor:
+    """Return the mean of each window without its padding; x is [batch, channels, height, width]."""
+    return F.avg_pool2d(x, kernel, stride, padding, count_include_pad=False)
+
+
 def global_avg_pool(x: Tensor) -> Tensor:
     """Return means over pixels, [batch, channels]; x is [batch, channels, height, width]."""
     return x.mean((2, 3))
@@ -34,6 +40,18 @@ def _lower_max_pool2d(p: Program, node: Node) -> None:
     p.step("max_pool", out, x=p.use(planes), out=p.use(out), indirection=addressof(image), batch=p.shape(x)[0])
 
 
+def _lower_avg_pool2d(p: Program, node: Node) -> None:
+    x, kernel, stride, padding = node.args
+    planes, image = pad_planes(p, x, conv_geometry(kernel, stride, padding, (1, 1)), 0.0)
+    out = p.make(node)
+    weights = torch.ones(out.features, prod(kernel))
+    inside = F.conv2d(torch.ones(1, 1, *p.shape(x)[2:]), torch.ones(1, 1, *kernel), None, stride, padding)
+    factors = (1 / inside).flatten()
+    p.held += [weights, factors]
+    fields = {"depthwise_weights": weights.data_ptr(), "gamma": factors.data_ptr(), "batch": p.shape(x)[0]}
+    p.step("depthwise_conv", out, x=p.use(planes), out=p.use(out), indirection=addressof(image), **fields)
+
+
 def _lower_global_avg_pool(p: Program, node: Node) -> None:
     _, _, height, width = p.shape(node.args[0])
     source = p.values[node.args[0]]
@@ -42,12 +60,12 @@ def _lower_global_avg_pool(p: Program, node: Node) -> None:
 
 
 def _pooled_shape(call: Call) -> Shape:
-    x = call.shapes[0]
-    return (*x[:2], *out_sizes(x[2:], *call.node.args[1:]))
+    x, (kernel, stride, padding, *dilation) = call.shapes[0], call.node.args[1:]
+    return (*x[:2], *out_sizes(x[2:], kernel, stride, padding, *(dilation or [(1, 1)])))
 
 
-def _max_pool2d_fits(call: Call) -> bool:
-    kernel, stride, padding, _ = call.node.args[1:]
+def _pool2d_fits(call: Call) -> bool:
+    kernel, stride, padding = call.node.args[1:4]
     (x,) = call.shapes
     if len(x) != 4 or 0 in x or max(stride) > MAX_STRIDE or any(2 * p > k for p, k in zip(padding, kernel)):
         return False
@@ -63,7 +81,15 @@ OPERATORS = (
         reference=max_pool2d,
         arguments=("tensor", "pair", "pair", "pair", "pair"),
         lower=_lower_max_pool2d,
-        fits=_max_pool2d_fits,
+        fits=_pool2d_fits,
+        out_shape=_pooled_shape,
+        layout=IMAGES,
+    ),
+    OpSpec(
+        reference=avg_pool2d,
+        arguments=("tensor", "pair", "pair", "pair"),
+        lower=_lower_avg_pool2d,
+        fits=_pool2d_fits,
         out_shape=_pooled_shape,
         layout=IMAGES,
     ),

@@ -16,16 +16,20 @@ from rarefy.compiler.fx_utils import (
     aten,
     dtype_of,
     is_node,
+    keep_layer,
     replace_node,
     replace_uses,
     same,
     shape,
 )
 from rarefy.compiler.operators.channels import MAX_CONCATENATED
+from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.conv import EPS_ARGUMENT
 from rarefy.compiler.passes.linear import scaled_weights
 from rarefy.compiler.passes.matchers import only_user
 
+ROW_OPERATORS = (ops.linear, ops.norm, ops.activation, ops.add, ops.mul)
+MAX_ROW_OPERATORS = 64
 TO_ROWS, TO_IMAGES = [0, 2, 3, 1], [0, 3, 1, 2]  # permutations of [batch, channels, height, width], and back
 
 
@@ -127,3 +131,65 @@ def convert_concat(exported: ExportedGraph, node: Node) -> None:
         first.meta["val"] = torch.cat([x.meta["val"] for x in images[:MAX_CONCATENATED]], 1)
         images = [first, *images[MAX_CONCATENATED:]]
     replace_node(exported, node, ops.concat, *images, *[None] * (MAX_CONCATENATED - len(images)))
+
+
+def rows_to_images(exported: ExportedGraph, node: Node) -> None:
+    """Let operators on rows between two permutations run on the image itself: linear layers as 1x1 convolutions."""
+    if node.target is not aten.permute.default or list(node.args[1]) != TO_IMAGES or not _is_image(node):
+        return
+    inside: dict[Node, None] = {}
+    if not _collect_rows(node.args[0], inside) or any(
+        u is not node and u not in inside for n in inside for u in n.users
+    ):
+        return
+    images: dict[Node, Node] = {}
+    for old in [n for n in exported.graph.nodes if n in inside]:  # in the graph's order
+        images[old] = keep_layer(_image_operator(exported, node, old, images), old)
+    replace_uses(exported, node, images[node.args[0]])
+
+
+def _collect_rows(node: Any, inside: dict[Node, None]) -> bool:
+    """Collect the operators between a value and permutations of images to rows; return whether all are known."""
+    if (
+        not is_node(node)
+        or len(shape(node)) != 4
+        or node.target not in ROW_OPERATORS
+        or len(inside) >= MAX_ROW_OPERATORS
+    ):
+        return False
+    if node.target is ops.norm and node.args[5] != 1:
+        return False
+    inside[node] = None
+    return all(_permuted_image(x) is not None or x in inside or _collect_rows(x, inside) for x in _row_inputs(node))
+
+
+def _permuted_image(x: Any) -> Any:
+    """Return the image that a node permutes to rows, None for anything else."""
+    if is_node(x) and x.target is aten.permute.default and list(x.args[1]) == TO_ROWS and _is_image(x.args[0]):
+        return x.args[0]
+    return None
+
+
+def _row_inputs(node: Node) -> list[Node]:
+    return BY_TARGET[node.target].tensors(node)
+
+
+def _image_operator(exported: ExportedGraph, before: Node, old: Node, images: dict[Node, Node]) -> Node:
+    """Return the operator on images that does what one on rows does."""
+
+    def image(x: Any) -> Any:
+        return images[x] if x in images else _permuted_image(x)
+
+    if old.target is ops.linear:
+        x, w, bias, residual, act = old.args
+        weight = add_constant(exported, f"{w.name}_pointwise", exported.constants[w.name][:, :, None, None])
+        residual = None if residual is None else image(residual)
+        op, args = ops.conv2d, (image(x), weight, bias, residual, act, (1, 1), (0, 0), (1, 1), 1)
+    elif old.target is ops.norm:
+        op, args = ops.channel_norm, (image(old.args[0]), *old.args[1:5])
+    else:
+        op, args = old.target, tuple(image(a) if is_node(a) else a for a in old.args)
+    with exported.graph.inserting_before(before):
+        new = exported.graph.call_function(op, args)
+    new.meta["val"] = old.meta["val"].permute(TO_IMAGES)
+    return new

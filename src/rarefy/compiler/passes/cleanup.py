@@ -28,18 +28,26 @@ NOOPS = (  # where the type stays
     aten.lift_fresh_copy.default, aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
     aten.type_as.default,
 )  # fmt: skip
+OVERWRITES = (aten.copy.default, aten.slice_scatter.default)  # of a tensor by a second one, maybe all of it
 FILLED = {  # calls that need only the type of their first argument
     aten.new_zeros.default: 0.0, aten.zeros_like.default: 0.0, aten.new_ones.default: 1.0, aten.ones_like.default: 1.0,
 }  # fmt: skip
 
 
 def remove_noop(exported: ExportedGraph, node: Node) -> None:
-    """Remove assertions, copies, conversions to the same type, full slices and views to the same shape."""
+    """Remove assertions, copies, conversions to the same type, full slices, views to the same shape, and tensors that
+    are overwritten completely."""
     if node.target in ASSERTIONS:
         exported.graph.erase_node(node)
         return
     if node.target in VIEWS:
         node.target = aten.reshape.default  # a view may fail once a copy before it is removed
+    if node.target in OVERWRITES:
+        x, source, *rest = node.args
+        backwards = len(rest) == 4 and rest[3] != 1
+        if same(shape(x), shape(source)) and dtype_of(x) == dtype_of(source) and not backwards and not node.kwargs:
+            replace_uses(exported, node, source)
+        return
     x = node.args[0] if node.args else None
     if not isinstance(x, fx.Node) or dtype_of(x) != dtype_of(node):
         return

@@ -82,7 +82,7 @@ def convert_pool(exported: ExportedGraph, node: Node) -> None:
 
 
 def convert_avg_pool(exported: ExportedGraph, node: Node) -> None:
-    """Convert average pooling, where all windows have one divisor, to a depthwise convolution."""
+    """Convert average pooling: to a depthwise convolution where all windows have one divisor."""
     if node.target is not aten.avg_pool2d.default or dtype_of(node) != torch.float32 or len(shape(node)) != 4:
         return
     x, kernel, *rest = node.args
@@ -91,9 +91,11 @@ def convert_avg_pool(exported: ExportedGraph, node: Node) -> None:
     sizes: Any = (kernel, stride or kernel, padding)
     kernel, stride, padding = (tuple(v) * 2 if len(v) == 1 else tuple(v) for v in sizes)
     channels = shape(x)[1]
-    if ceil or divisor or (max(padding) and not counts_padding) or max(stride) > MAX_STRIDE or node.kwargs:
+    if ceil or divisor or max(stride) > MAX_STRIDE or node.kwargs:
         return
-    if channels > 1 and str(channels).isdigit():
+    if max(padding) and not counts_padding:
+        replace_node(exported, node, ops.avg_pool2d, x, kernel, stride, padding)
+    elif channels > 1 and str(channels).isdigit():
         mean = torch.full((int(channels), 1, *kernel), 1 / (kernel[0] * kernel[1]))
         weight = add_constant(exported, f"{node.name}_mean", mean)
         replace_node(exported, node, ops.conv2d, x, weight, None, None, None, stride, padding, (1, 1), int(channels))
