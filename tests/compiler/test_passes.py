@@ -254,3 +254,46 @@ def test_masks_that_are_filled_are_constants():
     made = rarefy.compile(net, x)
     assert len([i for i in made.schedule if i not in made.fixed_nodes]) <= 3
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+class NormAfterLinear(nn.Module):
+    """A linear layer with a BatchNorm over batch and tokens, as LeViT has it."""
+
+    def __init__(self, bias, affine, joins=True):
+        super().__init__()
+        self.a, self.b, self.joins = nn.Linear(24, 16, bias=bias), nn.Linear(16, 8), joins
+        self.norm = nn.BatchNorm1d(16, affine=affine)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+        if affine:
+            nn.init.normal_(self.norm.weight)
+            nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        y = self.a(x)
+        y = self.norm(y.flatten(0, 1)).reshape_as(y) if self.joins else self.norm(y)
+        return self.b(torch.relu(y))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("joins", [True, False])
+def test_batch_norm_after_linear(bias, affine, joins):
+    net = NormAfterLinear(bias, affine, joins)
+    found, calls = compiled(net, torch.randn(2, 5, 24) if joins else torch.randn(5, 24))
+    assert found == [ops.linear, ops.linear] and len(calls) == 1
+
+
+def test_batch_norm_of_the_batch_stays():
+    net = NormAfterLinear(True, True).eval()
+    net.norm.track_running_stats, net.norm.running_mean, net.norm.running_var = False, None, None
+    found, calls = compiled_in_torch(net)
+    assert found and calls
+
+
+def compiled_in_torch(net):
+    """The native operators and the number of torch calls of a model that normalizes by its batch."""
+    x = torch.randn(2, 5, 24)
+    made = rarefy.compile(net, x)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+    return native_ops(made), sum(made.counts()[2].values())

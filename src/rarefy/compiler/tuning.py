@@ -81,8 +81,10 @@ def _fastest(call: Native, lookup: Callable[[Node], Any]) -> tuning_cache.Choice
     return {1: (NATIVE, eager / native) if native <= eager else (TORCH, native / eager)}
 
 
-def eager_speedup(model: nn.Module, compiled: Compiled, args: Any, kwargs: Any) -> tuple[float, float]:
-    """Return the seconds of a compiled call and of the model's own call on an example; remembered by the graph.
+def seconds_of_calls(compiled: Compiled, other: nn.Module | Compiled, args: Any, kwargs: Any) -> tuple[float, float]:
+    """Return the seconds of calls of a compiled model and of the model that it was made from; remembered by the graph.
+
+    The other one may also be the same model compiled in another way.
 
     Cost: at most about 2 seconds, or three calls of each.
     """
@@ -91,15 +93,15 @@ def eager_speedup(model: nn.Module, compiled: Compiled, args: Any, kwargs: Any) 
     nodes = [n for n in compiled.exported.graph.nodes if n.op == "call_function"]
     torch_nodes = sorted(n.name for n in compiled.exported.torch_nodes)
     graph = _signature(nodes, compiled.kernels, lambda _: None), torch_nodes, [(t.shape, t.dtype) for t in leaves]
-    key = f"model {type(model).__qualname__} {_digest(graph)}"
+    key = f"model {type(other).__qualname__} {_digest(graph)}"
     known = tuning_cache.read(file).get(key, {})
     if known.keys() == {0, 1}:
         return known[0][1], known[1][1]
     with torch.no_grad():
         ours, eager = alternate(
-            lambda: compiled(*args, **kwargs), lambda: model(*args, **kwargs), MAX_MODEL_SECONDS, 2 * MIN_PAIRS
+            lambda: compiled(*args, **kwargs), lambda: other(*args, **kwargs), MAX_MODEL_SECONDS, 2 * MIN_PAIRS
         )
-    tuning_cache.write(file, {key: {0: ("compiled seconds", ours), 1: ("eager seconds", eager)}})
+    tuning_cache.write(file, {key: {0: ("compiled seconds", ours), 1: ("other seconds", eager)}})
     return ours, eager
 
 

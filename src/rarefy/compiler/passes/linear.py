@@ -156,6 +156,46 @@ def fold_layer_scale(exported: ExportedGraph, node: Node) -> None:
             return
 
 
+def fold_batch_norm(exported: ExportedGraph, node: Node) -> None:
+    """Fold a BatchNorm into the linear layer before it, also where a view joins batch and tokens between them."""
+    if node.target is not aten.batch_norm.default or node.args[5] or dtype_of(node) != torch.float32:
+        return
+    joined, norm, eps = node.args[0], node.args[1:5], node.args[7]
+    flat = joined.target is aten.flatten.using_ints or joined.target in VIEWS
+    y = joined.args[0] if flat and len(joined.users) == 1 else joined
+    if not is_node(y) or y.target is not ops.linear or y.args[3:] != (None, None):
+        return
+    if any(u is not joined and u is not node and not _reads_shape(u, y) for u in y.users):
+        return
+    values = [None if n is None else exported.constants.get(n.name) for n in norm]
+    known = all(n is None or v is not None for n, v in zip(norm, values)) and None not in values[2:]
+    if len(shape(node)) != 2 or shape(y)[-1] != shape(node)[-1] or not known:
+        return
+    gamma, beta, mean, var = values
+    scale = torch.rsqrt(var + eps) * (1.0 if gamma is None else gamma)  # type: ignore[operator]
+    weight, bias = scaled_weights(exported, node, y.args[1:3], scale)
+    shift = -mean * scale + (0.0 if beta is None else beta)  # type: ignore[operator]
+    shift = shift if bias is None else shift + exported.constants[bias.name]
+    folded = replace_node(
+        exported, y, ops.linear, y.args[0], weight, add_constant(exported, f"{node.name}_shift", shift), None, None
+    )
+    replace_uses(exported, node, folded if joined is y else joined)
+
+
+def _reads_shape(user: Node, x: Node) -> bool:
+    """Return whether an operator reads the shape of a value alone."""
+    return user.target is aten.sym_size.int or (user.target is aten.reshape_as.default and user.args[0] is not x)
+
+
+def undo_flatten(exported: ExportedGraph, node: Node) -> None:
+    """Remove views that restore the shape which another view changed."""
+    x = node.args[0] if node.args else None
+    if node.target not in (*VIEWS, aten.reshape_as.default) or not is_node(x):
+        return
+    if x.target in (*VIEWS, aten.flatten.using_ints) and same(shape(x.args[0]), shape(node)):
+        replace_uses(exported, node, x.args[0])
+
+
 def _is_per_row(node: Node) -> bool:
     return node.target in BY_TARGET and BY_TARGET[node.target].per_row
 
