@@ -58,6 +58,7 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .norm_tile = norm_tile,
       .column_absmax = column_absmax,
       .quantize_tile = quantize_tile,
+      .quantize_static = quantize_static,
       .channelwise = channelwise,
       .channel_affine = channel_affine,
       .channel_scale = channel_scale,

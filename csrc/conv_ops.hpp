@@ -49,13 +49,19 @@ inline void image_scales(const rarefy_kernel_table& t, const rarefy_step& s, int
   });
 }
 
+// The bits of four int8 codes of zero, where signed codes have `zero`.
+inline float packed_zero_codes(const rarefy_kernel_table& t, int32_t zero) {
+  const uint32_t code = (__builtin_bit_cast(uint32_t, t.packed_zeros) + uint32_t(zero)) & 255u;
+  return __builtin_bit_cast(float, code * 0x01010101u);
+}
+
 // The planes of some channels of one image.
 inline int run_pad_planes(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const rarefy_indirection& in = *s.indirection;
   const ConvGeometry geometry(*in.conv, in.height, in.width);
   const int64_t chunks = ceil_div(s.features, CHANNELS_PER_PART), image = part / chunks;
   const int64_t from = part % chunks * CHANNELS_PER_PART, to = std::min(from + CHANNELS_PER_PART, s.features);
-  const float pad_value = s.dtype == RAREFY_I8 ? t.packed_zeros : s.pad_value;
+  const float pad_value = s.dtype == RAREFY_I8 ? packed_zero_codes(t, s.in_zero) : s.pad_value;
   const ScratchBuffer<1> scratch(s.channels_first ? 4 : size_t(s.tokens + TILE_COLS) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   for (int64_t f = from; f < to; ++f) {
@@ -79,6 +85,10 @@ inline int run_pad_planes(const rarefy_kernel_table& t, const rarefy_step& s, in
 
 // The int8 scales of the images that a tile's outputs belong to.
 inline void output_scales(const rarefy_step& s, int64_t tile, float* out) {
+  if (s.in_scale != 0.0f) {
+    std::fill_n(out, TILE_COLS, s.in_scale);
+    return;
+  }
   const int64_t pixels = s.indirection->height * s.indirection->width;
   for (int64_t n = 0; n < TILE_COLS; ++n)
     out[n] = s.in_scales.data[std::min(tile * TILE_COLS + n, s.columns - 1) / s.tokens * pixels];
@@ -132,7 +142,8 @@ inline int run_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
   alignas(64) float col_scales[TILE_COLS];
   if (int8) output_scales(s, tile, col_scales);
   const rarefy_tile_epilogue epilogue = tile_epilogue({w.weight.scales, w.weight.row_sums, w.weight.bias, w.weight.act},
-                                                      row, rows, col_scales, optional_rows(s.residual, tile, row));
+                                                      row, rows, col_scales, optional_rows(s.residual, tile, row),
+                                                      s.in_zero);
   for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
     const int64_t block_lanes = std::min(block, lanes - l);
     t.gather_lanes(s.x.data, end, in.offsets + l, block_lanes, segments, count, gathered);

@@ -63,7 +63,7 @@ inline f32_vec dense_output(const rarefy_tile_epilogue& e, const uint32_t* acc, 
   const int64_t at = row * TILE_COLS + n;
   f32_vec v = load_vec(reinterpret_cast<const float*>(acc) + at);
   if constexpr (DTYPE == RAREFY_I8) {
-    const uint32_t zero_point_term = uint32_t(e.row_sums[row]) * uint32_t(INPUT_ZERO_POINT);
+    const uint32_t zero_point_term = uint32_t(e.row_sums[row]) * uint32_t(INPUT_ZERO_POINT + e.zero);
     v = __builtin_convertvector(i32_vec(u32_vec(v) - zero_point_term), f32_vec) * (col_scale * e.row_scales[row]);
   }
   if (e.bias) v += e.bias[row];
@@ -92,6 +92,12 @@ void store_dense_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, con
           max = magnitude > max ? magnitude : max;
         }
         store_vec(o.absmax + n, f32_vec(max));
+      }
+      if (o.codes) {
+        u32_vec bits[TILE_ROWS];
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < TILE_ROWS; ++i) bits[i] = static_code(out[i], o.inverse_scale, float(o.zero));
+        store_raw(o.codes + r / 4 * TILE_COLS + n, pack_codes(bits[0], bits[1], bits[2], bits[3]));
       }
       if (o.bf16)
 #pragma GCC unroll 2

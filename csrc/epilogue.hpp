@@ -162,6 +162,23 @@ void f32_epilogue(const float* acc, int64_t rows, int64_t n, const float* bias, 
   if (stream) stream_fence();
 }
 
+// The rounded number of each element, in the low bits: 1.5 * 2^23 drops the fraction.
+inline u32_vec rounded_bits(f32_vec v) { return u32_vec(v + 12582912.0f); }
+
+// int8 codes with one scale for all, which saturate. AVX2 negates codes, so it has none of -128.
+constexpr float MIN_CODE = INPUT_ZERO_POINT ? -128.0f : -127.0f;
+inline u32_vec static_code(f32_vec v, float inverse_scale, float zero) {
+  f32_vec code = v * inverse_scale + zero;
+  code = code < MIN_CODE ? f32_vec{} + MIN_CODE : code;
+  return rounded_bits(code > 127.0f ? f32_vec{} + 127.0f : code);
+}
+
+// Lanes of four int8 inputs out of the low bytes of four vectors.
+inline raw_vec pack_codes(u32_vec a, u32_vec b, u32_vec c, u32_vec d) {
+  const u32_vec lane = ((a & 255u) | (b & 255u) << 8) | ((c & 255u) << 16 | d << 24);
+  return raw_vec(lane ^ (u32_vec{} + PACKED_ZEROS));
+}
+
 // Outputs of VECS vectors of one row from column `column` on.
 template <int DTYPE, int VECS, class Acc>
 inline void tile_row_epilogue(const Acc (&acc)[VECS], const rarefy_tile_epilogue& e, int64_t row, int64_t column,
@@ -172,7 +189,7 @@ inline void tile_row_epilogue(const Acc (&acc)[VECS], const rarefy_tile_epilogue
   for (int t = 0; t < VECS; ++t) {
     f32_vec v;
     if constexpr (DTYPE == RAREFY_I8) {
-      const u32_vec zero_point_term = u32_vec{} + uint32_t(exists ? e.row_sums[row] : 0) * uint32_t(INPUT_ZERO_POINT);
+      const u32_vec zero_point_term = u32_vec{} + uint32_t(exists ? e.row_sums[row] : 0) * uint32_t(INPUT_ZERO_POINT + e.zero);
       const float scale = exists ? e.row_scales[row] : 0.0f;
       v = __builtin_convertvector(i32_vec(__builtin_bit_cast(u32_vec, acc[t]) - zero_point_term), f32_vec);
       v = v * (load_vec(e.col_scales + column + t * SIMD_WIDTH) * scale) + bias;

@@ -94,6 +94,11 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
     t.pack_bf16_lanes(x, s.features, TILE_COLS, reinterpret_cast<uint32_t*>(tile_of(s.out, tile)));
     return;
   }
+  if (s.codes_scale != 0.0f) {
+    t.quantize_static(x, s.features, 1.0f / s.codes_scale, s.codes_zero,
+                      reinterpret_cast<uint32_t*>(tile_of(s.out, tile)));
+    return;
+  }
   float* scales = s.out_scales.data + tile * TILE_COLS;
   if (s.per_image) {
     image_scales(t, s, tile, scales);

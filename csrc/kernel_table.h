@@ -41,6 +41,7 @@ struct rarefy_tile_epilogue {
   int32_t act;
   const float *row_scales, *col_scales;
   const int32_t* row_sums;
+  int32_t zero;  // the code of zero in the inputs
 };
 
 // Where the outputs of 32 rows of a tile go: fp32, codes, the columns' largest magnitudes so far. All but one may be null.
@@ -48,6 +49,9 @@ struct rarefy_tile_outputs {
   float* out;             // [rows][TILE_COLS]
   float* absmax;          // [TILE_COLS], updated
   uint32_t* bf16;         // [rows / 2][TILE_COLS]
+  uint32_t* codes;        // [rows / 4][TILE_COLS], int8 with one scale for all
+  float inverse_scale;    // of codes
+  int32_t zero;           // the code of zero
 };
 
 // What `begin_dense` saves for `end_dense`: the tile configuration of the thread.
@@ -115,6 +119,7 @@ struct rarefy_kernel_table {
                     bool subtract_mean, float* out);
   void (*column_absmax)(const float* x, int64_t features, int64_t columns, float* out);
   void (*quantize_tile)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
+  void (*quantize_static)(const float* x, int64_t features, float inverse_scale, int32_t zero, uint32_t* out);
   void (*channelwise)(const float* x, const int32_t* offsets, int64_t lanes, const float* weights, float bias, int act,
                       const rarefy_segment* segments, int count, float* out);
   void (*channel_affine)(const float* x, int64_t features, const float* scale, const float* bias, int act, float* out);

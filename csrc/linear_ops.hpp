@@ -98,7 +98,7 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
     t.dense_gemm[int8](values, tile_stride, row_tiles, lanes, reinterpret_cast<const uint32_t*>(tile_of(s.x, tile)),
                        reinterpret_cast<uint32_t*>(out), std::min(TILE_COLS, s.columns - tile * TILE_COLS), false);
     const float* col_scales = s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr;
-    apply_epilogue(t, tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row)), int8,
+    apply_epilogue(t, tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row), 0), int8,
                    out);
   }
   return RAREFY_OK;
@@ -114,12 +114,18 @@ inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s,
   alignas(64) float slab_absmax[TILE_COLS] = {};
   float* max = absmax ? absmax : s.out_absmax.data ? slab_absmax : nullptr;
   uint32_t* bf16 = s.out_codes.data && s.codes_dtype == RAREFY_BF16 ? codes_of(s, tile) : nullptr;
+  uint32_t* codes = s.out_codes.data && s.codes_scale != 0.0f ? codes_of(s, tile) : nullptr;
   const bool int8 = dtype == RAREFY_I8;
   for (int64_t row = first; row < end; row += DENSE_ROWS_PER_CALL) {
     const int64_t rows = std::min(DENSE_ROWS_PER_CALL, end - row);
     t.dense_lanes[int8](values + row * lane_blocks * 16, lane_blocks, ceil_div(rows, 16) * 16, x, acc, columns);
-    t.store_outputs[int8](tile_epilogue(w, row, rows, col_scales, optional_rows(s.residual, tile, row)), acc,
-                          {out ? out + row * TILE_COLS : nullptr, max, bf16 ? bf16 + row / 2 * TILE_COLS : nullptr});
+    t.store_outputs[int8](tile_epilogue(w, row, rows, col_scales, optional_rows(s.residual, tile, row), s.in_zero), acc,
+                          {.out = out ? out + row * TILE_COLS : nullptr,
+                           .absmax = max,
+                           .bf16 = bf16 ? bf16 + row / 2 * TILE_COLS : nullptr,
+                           .codes = codes ? codes + row / 4 * TILE_COLS : nullptr,
+                           .inverse_scale = codes ? 1.0f / s.codes_scale : 0.0f,
+                           .zero = s.codes_zero});
     if (s.out_absmax.data && ((row + rows) % SLAB_ROWS == 0 || row + rows == end)) {
       std::copy_n(max, TILE_COLS, tile_of(s.out_absmax, tile) + row / SLAB_ROWS * TILE_COLS);
       if (!absmax) std::fill_n(max, TILE_COLS, 0.0f);
@@ -134,17 +140,17 @@ inline int run_dense_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
   const int64_t tile = part / slabs, first = part % slabs * size, end = std::min(first + size, s.features);
   const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
   const int64_t per_lane = inputs_per_lane(w.dtype), lane_blocks = ceil_div(w.cols, 16 * per_lane);
-  const bool quantizes = s.out_codes.data && s.codes_dtype == RAREFY_I8;
+  const bool quantizes = s.out_codes.data && s.codes_dtype == RAREFY_I8 && s.codes_scale == 0.0f;
   const ScratchBuffer<1> scratch(size_t(quantizes && !s.out.data ? s.features * TILE_COLS : 1) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   float* out = s.out.data ? tile_of(s.out, tile) : quantizes ? static_cast<float*>(scratch.data) : nullptr;
   const DenseSection section(t);
-  alignas(64) float absmax[TILE_COLS] = {};
+  alignas(64) float absmax[TILE_COLS] = {}, buffer[TILE_COLS];
   store_dense_rows(t, s, w.dtype, static_cast<const uint32_t*>(w.values), lane_blocks,
                    {w.scales, w.row_sums, w.bias, w.act}, reinterpret_cast<const uint32_t*>(tile_of(s.x, tile)), tile,
-                   first, end, columns, s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr, out,
+                   first, end, columns, input_scales(s, tile, buffer), out,
                    quantizes ? absmax : nullptr);
-  if (s.out_codes.data && !quantizes && end == s.features)  // the lanes up to a whole block, which kernels read too
+  if (s.out_codes.data && s.codes_dtype == RAREFY_BF16 && end == s.features)  // the lanes up to a whole block, which kernels read too
     std::fill(codes_of(s, tile) + ceil_div(s.features, 2) * TILE_COLS,
               codes_of(s, tile) + ceil_div(s.features, 32) * 16 * TILE_COLS, 0u);
   if (quantizes) {
@@ -167,9 +173,9 @@ inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_
   float* out = tile_of(s.out, tile) + row * TILE_COLS;
   const auto* x = reinterpret_cast<const uint32_t*>(tile_of(s.x, tile));
   auto* acc = reinterpret_cast<uint32_t*>(out);
-  const float* col_scales = s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr;
-  const rarefy_tile_epilogue epilogue =
-      tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row));
+  alignas(64) float buffer[TILE_COLS];
+  const rarefy_tile_epilogue epilogue = tile_epilogue(w.epilogue, row, rows, input_scales(s, tile, buffer),
+                                                      optional_rows(s.residual, tile, row), s.in_zero);
   if (s.format == RAREFY_DENSE)
     multiply_dense(t, static_cast<const float*>(static_cast<const rarefy_dense*>(s.weight)->values), w.cols, row, rows, 0, w.cols, x, columns,
                    acc);

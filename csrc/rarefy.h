@@ -248,6 +248,10 @@ struct rarefy_step {
   int32_t store_values;                   // KV_STORE: x are values; 0: keys
   int32_t whole_columns;                  // LINEAR of RAREFY_DENSE: a part is a column tile with all rows
   int32_t codes_dtype;                    // rarefy_dtype of `out_codes`: bf16 or int8
+  int32_t in_zero;                        // LINEAR, CONV of int8, PAD_PLANES: the code of zero in x
+  int32_t codes_zero;                     // CONVERT, out_codes: the code of zero, with a codes_scale
+  float in_scale;                         // LINEAR, CONV of int8: one scale for all of x; 0: in_scales
+  float codes_scale;                      // CONVERT, out_codes of int8: one scale for all; 0: one for each column
   float eps;                              // NORM: added to the variance
   float pad_value;                        // PAD_PLANES: value outside the image; int8 planes are padded with zeros
   const void* weight;                     // LINEAR

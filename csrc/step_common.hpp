@@ -46,10 +46,22 @@ inline void multiply_dense(const rarefy_kernel_table& t, const float* values, in
 }
 
 inline rarefy_tile_epilogue tile_epilogue(const rarefy_weight_epilogue& w, int64_t row, int64_t rows,
-                                          const float* col_scales, const float* residual) {
-  return {
-      w.bias ? w.bias + row : nullptr,        residual, rows, w.act, w.scales ? w.scales + row : nullptr, col_scales,
-      w.row_sums ? w.row_sums + row : nullptr};
+                                          const float* col_scales, const float* residual, int32_t zero) {
+  return {.bias = w.bias ? w.bias + row : nullptr,
+          .residual = residual,
+          .rows = rows,
+          .act = w.act,
+          .row_scales = w.scales ? w.scales + row : nullptr,
+          .col_scales = col_scales,
+          .row_sums = w.row_sums ? w.row_sums + row : nullptr,
+          .zero = zero};
+}
+
+// The int8 scales of a tile's columns of x, null where there are none; `buffer` receives the one scale of all.
+inline const float* input_scales(const rarefy_step& s, int64_t tile, float (&buffer)[TILE_COLS]) {
+  if (s.in_scale == 0.0f) return s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr;
+  std::fill_n(buffer, TILE_COLS, s.in_scale);
+  return buffer;
 }
 
 inline void apply_epilogue(const rarefy_kernel_table& t, const rarefy_tile_epilogue& e, bool int8, float* acc) {

@@ -102,28 +102,32 @@ void column_absmax(const float* x, int64_t features, int64_t columns, float* out
   }
 }
 
-// The rounded number of each element, in the low bits: 1.5 * 2^23 drops the fraction.
-inline u32_vec rounded_bits(f32_vec v, f32_vec inverse) { return u32_vec(v * inverse + 12582912.0f); }
+// Int8 lanes of four features of SIMD_WIDTH columns; `code` gives the rounded bits of a vector.
+template <class F>
+inline void quantize_columns(const float* x, int64_t features, uint32_t* out, F&& code) {
+  int64_t f = 0;
+  for (; f + 4 <= features; f += 4, x += 4 * TILE_COLS, out += TILE_COLS)
+    store_raw(out, pack_codes(code(load_vec(x)), code(load_vec(x + TILE_COLS)), code(load_vec(x + 2 * TILE_COLS)),
+                              code(load_vec(x + 3 * TILE_COLS))));
+  if (f == features) return;
+  u32_vec last[4] = {};
+  for (int64_t i = 0; f + i < features; ++i) last[i] = code(load_vec(x + i * TILE_COLS));
+  store_raw(out, pack_codes(last[0], last[1], last[2], last[3]));
+}
 
-// Quantize the first `columns` columns to int8 lanes of four features, with one scale for each column.
+// Quantize the first `columns` columns, with one scale for each column.
 void quantize_tile(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out) {
   for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
     const f32_vec inverse = 1.0f / load_vec(scales + n);
-    const float* in = x + n;
-    int64_t f = 0;
-    for (; f + 4 <= features; f += 4, in += 4 * TILE_COLS) {
-      const u32_vec a = rounded_bits(load_vec(in), inverse), b = rounded_bits(load_vec(in + TILE_COLS), inverse),
-                    c = rounded_bits(load_vec(in + 2 * TILE_COLS), inverse),
-                    d = rounded_bits(load_vec(in + 3 * TILE_COLS), inverse);
-      const u32_vec lane = ((a & 255u) | (b & 255u) << 8) | ((c & 255u) << 16 | d << 24);
-      store_raw(out + f / 4 * TILE_COLS + n, raw_vec(lane ^ (u32_vec{} + PACKED_ZEROS)));
-    }
-    if (f == features) continue;
-    u32_vec lane{};
-    for (int64_t i = 0; f + i < features; ++i)
-      lane |= (rounded_bits(load_vec(in + i * TILE_COLS), inverse) & 255u) << uint32_t(8 * i);
-    store_raw(out + f / 4 * TILE_COLS + n, raw_vec(lane ^ (u32_vec{} + PACKED_ZEROS)));
+    quantize_columns(x + n, features, out + n, [&](f32_vec v) { return rounded_bits(v * inverse); });
   }
+}
+
+// Quantize a tile with one scale for all.
+void quantize_static(const float* x, int64_t features, float inverse_scale, int32_t zero, uint32_t* out) {
+  for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH)
+    quantize_columns(x + n, features, out + n,
+                     [&](f32_vec v) { return static_code(v, inverse_scale, float(zero)); });
 }
 
 // Segments `from`..`from + N` of one channel, see channelwise.

@@ -562,7 +562,7 @@ def test_an_example_without_tensors():
 
 
 def test_other_numbers_are_refused(monkeypatch):
-    monkeypatch.setattr(kernel_selection, "pack_sell", lambda w, kind: packing.pack_sell(w * 1.01, kind))
+    monkeypatch.setattr(kernel_selection, "pack_sell", lambda w: packing.pack_sell(w * 1.01))
     with pytest.raises(ModelError, match="differ: relative distance 0.01"):
         rarefy.compile(pruned(nn.Sequential(nn.Linear(8, 8, bias=False))), torch.randn(2, 8))
 

@@ -10,9 +10,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import rarefy
 from helpers.compile_models import equal, far
+from rarefy.common.errors import DataError, ModelError
 from rarefy.compiler import compile, kernel_selection, ops, subgraph
 from rarefy.compiler.subgraph import FusedSubgraph, SingleOp, _shapes
 from rarefy.evaluation.profiling import threads
+from rarefy.model.compare import relative_distance
 from rarefy.runtime import bindings, huge_pages, packing
 from rarefy.runtime.packed_formats import Bitmask, Dense, Sell, Tiles
 from rarefy.runtime.packing import pack_bitmask
@@ -463,3 +465,58 @@ def test_a_convolution_is_the_same_in_the_format_of_every_cpu(blocks):
     assert all(
         torch.equal(a, b) for a, b in zip(vars(again).values(), vars(first).values()) if isinstance(a, torch.Tensor)
     )
+
+
+class Bottleneck(nn.Module):
+    """Convolutions of each kind, whose channels are no multiples of a block, with a sum of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 20, 3, 2, 1), nn.Conv2d(20, 33, 1)
+        self.middle, self.up = nn.Conv2d(33, 20, 3, 1, 1), nn.Conv2d(20, 9, 1, 2)
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        x = (self.middle(self.down(x).relu()) + x).relu()
+        return self.head(self.up(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_static_scales(isa, sparsity):
+    """As near as those found in each call; what is out of range saturates; batches do not change each other."""
+    net = Bottleneck().eval()
+    for p in net.parameters():
+        p.data *= torch.rand(p.shape) >= sparsity
+    x = torch.randn(3, 3, 29, 31)
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x, x / 2])
+    assert sum(k.input_grid is not None for k in made.kernels.values()) == 5
+    want = net(x).detach()
+    assert 1e-5 < relative_distance(made(x), want) < 0.02
+    assert torch.equal(made(x[1:2]), made(x)[1:2])
+    assert relative_distance(made(100 * x), net(100 * x).detach()) > 0.1
+
+
+def test_static_scales_are_saved(tmp_path):
+    x = torch.randn(2, 3, 16, 16)
+    made = rarefy.compile(Bottleneck().eval(), x, precision="int8", calibrate=[x])
+    rarefy.save(made, tmp_path / "out")
+    assert torch.equal(rarefy.load(tmp_path / "out")(x), made(x))
+
+
+@pytest.mark.parametrize(
+    ("batches", "says"),
+    [
+        ([], "expected at least one batch, got none"),
+        ([torch.full((2, 3, 16, 16), math.nan)], "batch 1 gives NaN or inf at x"),
+        ([torch.zeros(2, 3, 16, 16), torch.zeros(2, 4, 16, 16)], "batch 2 does not fit the model: x: expected"),
+    ],
+)
+def test_calibration_data_that_do_not_fit(batches, says):
+    with pytest.raises(DataError, match=says):
+        rarefy.compile(Bottleneck().eval(), torch.randn(2, 3, 16, 16), precision="int8", calibrate=batches)
+
+
+def test_calibration_needs_int8():
+    with pytest.raises(ModelError, match="pass precision='int8' with it"):
+        rarefy.compile(Bottleneck().eval(), torch.randn(2, 3, 16, 16), calibrate=[torch.randn(2, 3, 16, 16)])

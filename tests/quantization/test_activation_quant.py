@@ -11,6 +11,7 @@ from torch import nn
 import rarefy
 from conftest import Net, tiny_llama
 from helpers.folders import read_index, write_index
+from rarefy.calibration.static_grids import static_grid
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.model.activation_quant import (
     ActivationQuant,
@@ -20,7 +21,6 @@ from rarefy.model.activation_quant import (
 )
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import get_grid
-from rarefy.quantization.activation_observers import static_grid
 from rarefy.runtime import autotune, bindings, packing, reference
 from rarefy.runtime.sparse_layers import SparseLinear
 

@@ -3,11 +3,12 @@
     {"schema": 3, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [smallest, largest]},
      "in": nesting, "out": nesting, "notes": [text], "constants": {name: order of dimensions or null},
      "kernels": {node: packed weight}, "packed": {name: fields}, "torch": [node that torch runs faster],
+     "grids": {node: [scale, zero] of its input's 8-bit codes},
      "nodes": [[name, op, target, args, kwargs]]}
 
 Arguments are JSON's own values where it has them, else an object with one key: {"node": name}, {"tuple": [..]},
 {"float": "inf"}, {"slice": [..]}, {"dtype": "float32"}, {"device": "cpu"}, {"layout"}, {"memory_format"}.
-Schema 2 has no "torch"; schema 1 has other names of operators too, see `old_op_names.py`.
+Schema 2 has no "torch" and "grids"; schema 1 has other names of operators too, see `old_op_names.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rarefy.compiler.operators.linear import linear
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.pytree_json import from_nesting, to_nesting
 from rarefy.formats.sparse_encodings import DTYPES
+from rarefy.model.activation_quant import MIN_SCALE, ActivationQuant
 
 SCHEMA, READABLE = 3, (1, 2, 3)
 MAX_NODES = 50_000  # scheduling takes time in the square of them
@@ -39,7 +41,7 @@ MAX_DEPTH = 16  # levels of nested arguments
 MAX_INT = 1 << 63
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,499}")
 SYMBOL = re.compile(r"[ -~]{1,200}")
-KEYS = ("schema", "inputs", "ranges", "in", "out", "notes", "constants", "kernels", "packed", "torch", "nodes")
+KEYS = ("schema", "inputs", "ranges", "in", "out", "notes", "constants", "kernels", "packed", "torch", "grids", "nodes")
 NAMED_VALUES: dict[str, dict[str, Any]] = {
     "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},
     "dtype": {**DTYPES, "complex128": torch.complex128},
@@ -70,6 +72,7 @@ class GraphDef:
         kernels: the nodes with packed weights, and the names of these.
         packed: the fields of each packed weight that are not tensors.
         torch_nodes: the engine's operators that torch runs faster.
+        grids: the static 8-bit grids of inputs, by the operators that read them.
     """
 
     graph: fx.Graph
@@ -83,6 +86,7 @@ class GraphDef:
     kernels: dict[Node, str]
     packed: dict[str, dict[str, Any]]
     torch_nodes: set[Node]
+    grids: dict[Node, ActivationQuant]
 
 
 # ---- to JSON --------------------------------------------------------------------------------------------------------
@@ -115,6 +119,7 @@ def to_json(
         "kernels": {n.name: name for n, name in kernels.items()},
         "packed": dict(packed),
         "torch": [n.name for n in e.graph.nodes if n in e.torch_nodes],
+        "grids": {n.name: [g.scale, g.zero] for n, k in compiled.kernels.items() if (g := k.input_grid) is not None},
         "nodes": [_node_to_json(n) for n in e.graph.nodes if n in used],
     }
     try:
@@ -213,7 +218,19 @@ def _graph_def(value: Any) -> GraphDef:
         kernels={nodes[n]: name for n, name in value["kernels"].items()},
         packed={n: _expect(p, dict, f"packed {_short(n)}") for n, p in value["packed"].items()},
         torch_nodes={nodes[n] for n in reader.torch_names},
+        grids={nodes[n]: _grid(n, g, value["kernels"]) for n, g in value.get("grids", {}).items()},
     )
+
+
+def _grid(name: str, value: Any, kernels: Mapping[str, str]) -> ActivationQuant:
+    """Return the static grid of an operator's input."""
+    pair = value if type(value) is list and len(value) == 2 else [None, None]
+    scale, zero = pair
+    if name not in kernels or type(scale) is not float or not MIN_SCALE < scale < 1e36:
+        raise ValueError(f"grids: {_short(name)}: expected an operator with a kernel and a scale, got {_short(value)}")
+    if type(zero) is not int or not 0 <= zero <= 255:
+        raise ValueError(f"grids: {_short(name)}: expected a zero point from 0 to 255, got {_short(zero)}")
+    return ActivationQuant(8, scale, zero)
 
 
 def _check_keys(value: Any) -> None:
@@ -223,7 +240,7 @@ def _check_keys(value: Any) -> None:
     if schema not in READABLE:
         newer = "written by a newer version of Rarefy" if schema > SCHEMA else "unknown"
         raise ValueError(f"schema {schema} is {newer}; this version reads schemas {' and '.join(map(str, READABLE))}")
-    keys = [k for k in KEYS if k != "torch" or schema > 2]
+    keys = [k for k in KEYS if k not in ("torch", "grids") or schema > 2]
     if set(value) != set(keys):
         raise ValueError(f"expected an object with {', '.join(keys)}, got {_short(sorted(value))}")
     for name in keys[1:]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from ctypes import Structure, addressof, c_int64, c_void_p
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.program import DTYPES, Program, Value
+from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import LANE
 
@@ -69,16 +71,40 @@ def quantize_input(p: Program, x: Node, precision: str, per_image: bool = False)
     return p.quantized[key]
 
 
-def pad_planes(p: Program, x: Node, conv: Any, fill: float, codes: Value | None = None) -> tuple[Value, Indirection]:
+def quantize_static(p: Program, x: Node, grid: ActivationQuant) -> tuple[Value, dict[str, Any]]:
+    """Return a value's int8 codes with one scale for all, made once, and the numbers of a step that reads them.
+
+    They are written by the step that computes the value, where that can; else by a step of their own.
+    """
+    assert grid.scale is not None
+    scale, zero = grid.scale, grid.zero - 128
+    if bindings.isa() == "avx2":  # has no code of -128: the same range in 254 steps
+        scale, zero = scale * 255 / 254, round(grid.zero * 254 / 255) - 127
+    key = x, f"int8 {scale} {zero}"
+    if key not in p.quantized:
+        source = p.values[x]
+        codes = p.static_codes(source, scale, zero)
+        if codes is None:
+            codes = p.new_like(source, p.code_lanes(source, "int8"))
+            fields = {"dtype": DTYPES.index("int8"), "codes_scale": scale, "codes_zero": zero}
+            p.step("convert", source, x=p.use(source), out=p.use(codes), **fields)
+        p.quantized[key] = codes, None
+    return p.quantized[key][0], {"in_scale": scale, "in_zero": zero}
+
+
+def pad_planes(
+    p: Program, x: Node, conv: Any, fill: float, codes: Value | None = None, zero: int = 0
+) -> tuple[Value, Indirection]:
     """Return an image's planes for a kernel, made once for all operators that read it so, and how to read them.
 
-    conv is the kernel's geometry, fill the number in the padding, codes the image where it was quantized.
+    conv is the kernel's geometry, fill the number in the padding, codes the image where it was quantized, zero its code
+    of zero.
     """
     batch, features, height, width = p.shape(x)
-    features = features if codes is None else codes.features
+    features = features if codes is None else -(-features // LANE["int8"])
     floats = bindings.library().rarefy_padded_image_floats(conv, height, width) // conv.inputs
     geometry = (tuple(getattr(conv, n)) for n in ("kernel", "stride", "padding", "dilation"))
-    key = (x, codes is None, fill, *geometry)
+    key = (x, codes is None, zero, fill, *geometry)
     if batch * features * floats >= MAX_PLANE_FLOATS:
         raise MemoryError(
             f"{batch} images of {features} channels of {height} x {width} exceed {MAX_PLANE_FLOATS:,} padded numbers"
@@ -88,20 +114,23 @@ def pad_planes(p: Program, x: Node, conv: Any, fill: float, codes: Value | None 
     image = Indirection(addressof(conv), height, width, offsets.data_ptr())
     p.held += [image, offsets, conv]
     if key not in p.planes:
-        p.planes[key] = _new_planes(p, x, image, fill, codes, batch * features * floats + OVERREAD)
+        p.planes[key] = _new_planes(p, x, image, fill, codes, zero, batch * features * floats + OVERREAD)
     return p.use(p.planes[key]), image
 
 
-def _new_planes(p: Program, x: Node, image: Indirection, fill: float, codes: Value | None, floats: int) -> Value:
+def _new_planes(
+    p: Program, x: Node, image: Indirection, fill: float, codes: Value | None, zero: int, floats: int
+) -> Value:
     source = p.values.get(x) if codes is None else codes
     tokens = p.image_tokens(x) if source is None else source
-    features = p.shape(x)[1] if codes is None else codes.features
+    features = p.shape(x)[1] if codes is None else -(-p.shape(x)[1] // LANE["int8"])
     planes = Value(tokens.tokens, features, len(p.steps), False, size=floats)
     p.every.append(planes)
     fields: dict[str, Any] = {"channels_first": 1}
     if source is not None:
-        fields = {"x": p.use(source), "dtype": DTYPES.index("fp32" if codes is None else "int8")}
+        fields = {"x": p.use(source), "dtype": DTYPES.index("fp32" if codes is None else "int8"), "in_zero": zero}
     else:  # read from the program's input as it is
         p.raw[x].append(len(p.steps))
-    p.step("pad_planes", tokens, out=p.use(planes), indirection=addressof(image), pad_value=fill, **fields)
+    over = tokens if codes is None else replace(tokens, features=features)
+    p.step("pad_planes", over, out=p.use(planes), indirection=addressof(image), pad_value=fill, **fields)
     return planes

@@ -43,6 +43,7 @@ class EmbeddingKernel:
     """An embedding whose weight is also a linear layer's packed weight."""
 
     kernel: Kernel
+    input_grid = None
 
     @property
     def held(self) -> tuple[QuantizedPanels, None]:

@@ -49,6 +49,8 @@ class Step(Structure):
     _fields_ = [
         *[(n, c_int32) for n in ("op", "act", "decode", "format", "dtype", "channels_first", "per_image")],
         *[(n, c_int32) for n in ("subtract_mean", "winograd", "store_values", "whole_columns", "codes_dtype")],
+        *[(n, c_int32) for n in ("in_zero", "codes_zero")],
+        *[(n, c_float) for n in ("in_scale", "codes_scale")],
         *[(n, c_float) for n in ("eps", "pad_value")],
         *[(n, c_void_p) for n in ("weight", "attention", "indirection")],
         *[(n, View) for n in ("x", "out", "out_codes", "other", "residual", "in_scales", "in_absmax", "out_scales")],
@@ -312,11 +314,29 @@ class Program:
         if self.decode or "out_codes" in operands or not (linear or step.op == OPS["norm"]):
             return None
         step.codes_dtype, step.whole_columns = DTYPES.index(precision), int(linear and int8)
-        lanes = -(-v.features // (16 * LANE[precision])) * 16  # kernels read blocks of 16
-        operands["out_codes"] = self._add(Value(v.tokens, lanes, i, False, last=i))
+        operands["out_codes"] = self._add(Value(v.tokens, self.code_lanes(v, precision), i, False, last=i))
         if int8:
             operands["out_scales"] = self._add(Value(v.tokens, 1, i, False, last=i))
         return operands["out_codes"], operands.get("out_scales")
+
+    def static_codes(self, v: Value, scale: float, zero: int) -> Value | None:
+        """Return a value in int8 with one scale for all, written by the step that computes it; None if it cannot."""
+        i = self._producer(v)
+        step, operands, _ = self.steps[i]
+        dense_conv = step.op == OPS["conv"] and _is_dense_int8(step)
+        if (
+            self.decode
+            or "out_codes" in operands
+            or not ((step.op == OPS["linear"] and self._in_lanes(i)) or dense_conv)
+        ):
+            return None
+        step.codes_dtype, step.codes_scale, step.codes_zero = DTYPES.index("int8"), scale, zero
+        operands["out_codes"] = self._add(Value(v.tokens, self.code_lanes(v, "int8"), i, False, last=i))
+        return operands["out_codes"]
+
+    def code_lanes(self, v: Value, precision: str) -> int:
+        """Return the lanes of a value's codes, in blocks of 16 as kernels read them."""
+        return -(-v.features // (16 * LANE[precision])) * 16
 
     def _drop_unread(self) -> None:
         """Drop the fp32 outputs of steps whose codes alone are read."""
@@ -459,6 +479,12 @@ class Program:
         if times is not None:
             self.native_ns = perf_counter_ns() - began  # of the last call with times
         return out
+
+
+def _is_dense_int8(step: Step) -> bool:
+    """Return whether a convolution's weight is dense in int8."""
+    conv = bindings.Conv.from_address(c_void_p.from_address(step.indirection).value or 0)
+    return bool(conv.dense) and conv.weight.dtype == DTYPES.index("int8")
 
 
 def _set_mask(a: Attention, mask: Tensor) -> Tensor:

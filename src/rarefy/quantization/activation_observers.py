@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.static_grids import sample_values, static_grid
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
 from rarefy.model.activation_quant import ActivationQuant, has_quantizable_input
@@ -16,11 +17,7 @@ from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
 from rarefy.runtime.accelerate import WEIGHT_READERS
 
-OBSERVERS = ("minmax", "percentile", "mse")
 KINDS = ("int8", "int8-static")  # dynamic: a scale for each row and call; static: one scale from calibration
-SAMPLES = 1 << 16  # values sampled from a batch
-TAIL = 1e-4  # fraction that `percentile` clips at each end
-NUM_RANGES = 30  # that `mse` tries
 
 
 def input_grids(
@@ -57,29 +54,6 @@ def matmul_modules(layer: Layer) -> list[nn.Module]:
     return [m for _, m, _ in layer.owners if has_quantizable_input(m)]
 
 
-def static_grid(x: Tensor, observer: str) -> ActivationQuant:
-    """Return the 8-bit grid for values like x; zero is one of its points.
-
-    >>> static_grid(torch.tensor([0.0, 2.55]), "minmax")
-    ActivationQuant(bits=8, scale=0.00999..., zero=0)
-    """
-    low, high = float(x.min().clamp(max=0)), float(x.max().clamp(min=0))
-    if observer == "percentile":
-        ends = torch.quantile(x.double(), torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64))
-        low, high = min(0.0, float(ends[0])), max(0.0, float(ends[1]))
-    if observer != "mse":
-        return _grid_of_range(low, high)
-    candidates = [_grid_of_range(low * s, high * s) for s in (1 - 0.9 * i / NUM_RANGES for i in range(NUM_RANGES))]
-    return min(candidates, key=lambda g: float((g(x) - x).square().sum()))
-
-
-def _grid_of_range(low: float, high: float) -> ActivationQuant:
-    """Return the 8-bit grid from `low` to `high`."""
-    scale = (high - low) / 255
-    scale = scale if scale > 1e-30 else 1.0
-    return ActivationQuant(8, scale, min(255, max(0, round(-low / scale))))
-
-
 def _sample_inputs(
     model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], progress: bool
 ) -> dict[str, list[Tensor]]:
@@ -93,8 +67,7 @@ def _sample_inputs(
             if not bool(torch.isfinite(x).all()):
                 raise ModelError(f"{name} gets NaN or inf on the calibration data: its inputs have no finite range")
             if x.numel():
-                sample = x[torch.randint(len(x), (min(len(x), SAMPLES),), generator=rng).to(x.device)]
-                samples[name].append(torch.cat([sample, x.min()[None], x.max()[None]]).cpu())
+                samples[name].append(sample_values(x, rng))
 
         return hook
 

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from rarefy.calibration.static_grids import OBSERVERS
 from rarefy.common.errors import PatternError, unknown
 from rarefy.common.options import Fraction, Names, OneOf, Options, at
 from rarefy.model.quant_grid import BITS, WeightGrid
 from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse_pattern
 from rarefy.prune.solver_config import Solver, SolverField, as_solver, check_options, resolve
-from rarefy.quantization.activation_observers import KINDS, OBSERVERS
+from rarefy.quantization.activation_observers import KINDS
 from rarefy.quantization.scale_fitting import FITS
 
 ROUNDINGS = ("rtn", "obs", "round")

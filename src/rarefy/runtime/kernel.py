@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import FormatError, unknown
+from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime.bindings import (
     _KINDS,
     ACTIVATIONS,
@@ -66,6 +67,7 @@ class Kernel:
         check_packed(packed, bias)
         self.held, self.is_conv = (packed, bias), isinstance(packed, ConvTiles)
         self.call: Any = None
+        self.input_grid: ActivationQuant | None = None  # static, of int8 inputs in programs
         self.winograd: Any = None  # its transformed weight, once a program needs it
         self.shape: Any = packed.shape
         matrix = packed.matrix if isinstance(packed, ConvTiles) else packed

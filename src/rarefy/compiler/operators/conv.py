@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.input_steps import conv_geometry, out_sizes, pad_planes, quantize_input
+from rarefy.compiler.input_steps import conv_geometry, out_sizes, pad_planes, quantize_input, quantize_static
 from rarefy.compiler.operators.linear import check_bias, check_dense_weight
 from rarefy.compiler.operators.spec import IMAGES, Call, OpSpec, Shape
 from rarefy.compiler.program import Program, Value
@@ -36,30 +36,36 @@ def _lower(p: Program, node: Node) -> None:
     x, _, _, residual, _, stride, padding, _, _ = node.args
     kernel = p.kernels[node]
     batch = p.shape(x)[0]
-    extra: dict[str, Value | None] = {} if residual is None else {"residual": p.values[residual]}
+    operands = {} if residual is None else {"residual": p.values[residual]}
     pointwise = tuple(kernel.shape[2:]) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
-    quantized = kernel.held[0].kind == "int8"
-    fields: dict[str, Any]
     if pointwise and x in p.values:
-        source, step = p.values[x], "linear"
-        fields = {"weight": addressof(kernel.inner), "format": bindings.FORMATS.index(type(kernel.held[0].matrix))}
-        if quantized:
-            source, extra["in_scales"] = quantize_input(p, x, "int8")
+        source, scales, numbers = _codes(p, x, kernel, per_image=False)
+        source, step = source or p.values[x], "linear"
+        numbers |= {"weight": addressof(kernel.inner), "format": bindings.FORMATS.index(type(kernel.held[0].matrix))}
     else:
-        codes = None
-        if quantized:
-            codes, extra["in_scales"] = quantize_input(p, x, "int8", per_image=True)
+        codes, scales, numbers = _codes(p, x, kernel, per_image=True)
         by_winograd, conv = winograd.is_used(kernel.held[0], p.shape(node)[2:]), kernel.struct
         if by_winograd:
             transformed = winograd.weight_of(kernel)
             conv = transformed.struct
             p.held.append(transformed)
-        source, image = pad_planes(p, x, conv, 0.0, codes)
-        step, fields = "conv", {"indirection": addressof(image), "batch": batch, "winograd": int(by_winograd)}
+        source, image = pad_planes(p, x, conv, 0.0, codes, numbers.get("in_zero", 0))
+        step = "conv"
+        numbers |= {"indirection": addressof(image), "batch": batch, "winograd": int(by_winograd)}
+    if scales is not None:
+        operands["in_scales"] = scales
     out = p.make(node)
-    p.step(
-        step, out, x=p.use(source), out=p.use(out), **fields, **{n: p.use(v) for n, v in extra.items() if v is not None}
-    )
+    p.step(step, out, x=p.use(source), out=p.use(out), **numbers, **{n: p.use(v) for n, v in operands.items()})
+
+
+def _codes(p: Program, x: Node, kernel: Any, per_image: bool) -> tuple[Value | None, Value | None, dict[str, Any]]:
+    """Return an int8 kernel's input, its scales and the numbers of its step; None where there is none."""
+    if kernel.held[0].kind != "int8":
+        return None, None, {}
+    if kernel.input_grid is not None:
+        codes, numbers = quantize_static(p, x, kernel.input_grid)
+        return codes, None, numbers
+    return *quantize_input(p, x, "int8", per_image), {}
 
 
 def _lower_depthwise(p: Program, node: Node) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.input_steps import quantize_input
+from rarefy.compiler.input_steps import quantize_input, quantize_static
 from rarefy.compiler.operators.spec import Call, OpSpec, Shape
 from rarefy.compiler.program import Program, Value
 from rarefy.runtime import bindings
@@ -32,7 +32,10 @@ def _lower(p: Program, node: Node) -> None:
     packed = kernel.held[0]
     source, extra = p.values[x], {} if residual is None else {"residual": p.values[residual]}
     precision = input_precision(packed, p.decode)
-    if precision != "fp32" or (p.decode and source.features % 64):
+    static: dict[str, Any] = {}
+    if precision == "int8" and kernel.input_grid is not None and not p.decode:
+        source, static = quantize_static(p, x, kernel.input_grid)
+    elif precision != "fp32" or (p.decode and source.features % 64):
         source, scales = quantize_input(p, x, precision)
         extra |= {} if scales is None else {"in_scales": scales}
     if isinstance(packed, QuantizedPanels) and precision == "int8" and not p.decode:
@@ -41,7 +44,7 @@ def _lower(p: Program, node: Node) -> None:
     out = p.make(node)
     fields = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
     fields |= {"weight": addressof(kernel.struct), "format": bindings.FORMATS.index(type(packed))}
-    p.step("linear", out, x=p.use(source), out=p.use(out), **fields)
+    p.step("linear", out, x=p.use(source), out=p.use(out), **fields, **static)
 
 
 def input_precision(packed: Any, decode: bool) -> str:

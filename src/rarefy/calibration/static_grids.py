@@ -1,0 +1,43 @@
+"""Static 8-bit grids of activations: one scale and one zero point from sampled values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rarefy.model.activation_quant import ActivationQuant
+
+OBSERVERS = ("minmax", "percentile", "mse")
+SAMPLES = 1 << 16  # values sampled from a batch
+TAIL = 1e-4  # fraction that `percentile` clips at each end
+NUM_RANGES = 30  # that `mse` tries
+
+
+def sample_values(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Return some values of a tensor, its minimum and maximum among them."""
+    x = x.detach().float().flatten()
+    sample = x[torch.randint(len(x), (min(len(x), SAMPLES),), generator=rng).to(x.device)]
+    return torch.cat([sample, x.min()[None], x.max()[None]]).cpu()
+
+
+def static_grid(x: Tensor, observer: str) -> ActivationQuant:
+    """Return the 8-bit grid for values like x; zero is one of its points.
+
+    >>> static_grid(torch.tensor([0.0, 2.55]), "minmax")
+    ActivationQuant(bits=8, scale=0.00999..., zero=0)
+    """
+    low, high = float(x.min().clamp(max=0)), float(x.max().clamp(min=0))
+    if observer == "percentile":
+        ends = torch.quantile(x.double(), torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64))
+        low, high = min(0.0, float(ends[0])), max(0.0, float(ends[1]))
+    if observer != "mse":
+        return _grid_of_range(low, high)
+    candidates = [_grid_of_range(low * s, high * s) for s in (1 - 0.9 * i / NUM_RANGES for i in range(NUM_RANGES))]
+    return min(candidates, key=lambda g: float((g(x) - x).square().sum()))
+
+
+def _grid_of_range(low: float, high: float) -> ActivationQuant:
+    """Return the 8-bit grid from `low` to `high`."""
+    scale = (high - low) / 255
+    scale = scale if scale > 1e-30 else 1.0
+    return ActivationQuant(8, scale, min(255, max(0, round(-low / scale))))
