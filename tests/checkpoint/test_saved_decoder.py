@@ -290,7 +290,7 @@ def embedding_as(name):
         (lambda t: t["nodes"][-1].__setitem__(3, [[7]]), "expected a step from ids, positions and keep to logits"),
         (lambda t: t["inputs"][0][1].update(dtype="int32"), "expected a step from ids, positions and keep"),
         (lambda t: t["inputs"][2][1].update(sizes=["s0", "s1"]), "expected a step from ids, positions and keep"),
-        (lambda t: t["packed"][weight(t)].update(kind="bf16"), "expected the fields of a packed weight"),
+        (lambda t: t["packed"][weight(t)].update(kind="fp8"), "expected the fields of a packed weight"),
         (lambda t: t["packed"][weight(t)].update(kind="fp32"), "packed 'p_"),
         (lambda t: t["packed"][weight(t)].update(shape=[1 << 20, 1 << 20]), "packed 'p_"),
         (odd_panels(kind="fp32"), "expected the fields of a packed weight"),
