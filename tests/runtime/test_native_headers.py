@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rarefy.compiler import input_steps, program
+from rarefy.compiler import input_steps, step_structs
 from rarefy.runtime import bindings
 
 COMPILER = shutil.which("c++") or shutil.which("clang++")
@@ -38,8 +38,8 @@ def test_header_compiles_alone(name, tmp_path):
 
 STRUCTS = {
     "bitmask": bindings._Bitmask, "quantized": bindings._Quantized, "tiles": bindings._Tiles, "sell": bindings._Sell,
-    "csr": bindings._Csr, "dense": bindings._Dense, "conv": bindings.Conv, "view": program.View, "step": program.Step,
-    "kv_cache": program.KVCache, "attention": program.Attention, "indirection": input_steps.Indirection,
+    "csr": bindings._Csr, "dense": bindings._Dense, "conv": bindings.Conv, "view": step_structs.View, "step": step_structs.Step,
+    "kv_cache": step_structs.KVCache, "attention": step_structs.Attention, "indirection": input_steps.Indirection,
 }  # fmt: skip
 
 
@@ -68,4 +68,4 @@ def test_operators_match_the_header():
     header = (FOLDER / "rarefy.h").read_text(encoding="utf-8")
     numbers = {name.lower(): int(i) for name, i in re.findall(r"RAREFY_OP_(\w+) = (\d+)", header)}
     assert numbers.pop("count") == len(numbers)
-    assert numbers == program.OPS
+    assert numbers == step_structs.OPS

@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers.compile_models import equal
 from rarefy.cli.benchmark import resident_bytes
-from rarefy.compiler.program import OPS
+from rarefy.compiler.step_structs import OPS
 from rarefy.runtime import bindings, winograd
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")

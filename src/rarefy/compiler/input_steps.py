@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.program import DTYPES, Program, Value
+from rarefy.compiler.program import Program, Value
+from rarefy.compiler.step_structs import DTYPES
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import LANE

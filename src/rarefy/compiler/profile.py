@@ -16,8 +16,9 @@ from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError
 from rarefy.common.report import table
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.program import NAMES, Program
+from rarefy.compiler.program import Program
 from rarefy.compiler.step_costs import Cost, call_cost, step_cost
+from rarefy.compiler.step_structs import NAMES
 from rarefy.compiler.subgraph import SingleOp
 from rarefy.evaluation.profiling import flops
 from rarefy.runtime import bindings

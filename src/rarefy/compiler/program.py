@@ -8,7 +8,7 @@ for that ("decode"), values are stored row by row.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass
 from math import prod
 from time import perf_counter_ns
@@ -20,6 +20,7 @@ from torch import Tensor
 from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, PIXELS, OpSpec, describe
+from rarefy.compiler.step_structs import DTYPES, OPS, Attention, KVCache, Step, View
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS, _Dense
 from rarefy.runtime.huge_pages import allocate
@@ -29,55 +30,10 @@ NT = 64  # tokens of a tile
 VECTOR = 16  # tokens of a vector; several sequences are padded to a multiple of it
 MAX_DECODE_TOKENS = 8  # tokens up to which values are stored row by row
 DECODE_FORMATS = (Bitmask, QuantizedPanels)  # packed weights that read rows
-NAMES = (  # rarefy_op of csrc/rarefy.h, as are the structs below
-    "pack", "unpack", "linear", "convert", "norm", "add", "mul", "attention", "rope", "kv_store", "pad_planes", "conv",
-    "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax", "channel_affine", "channel_scale",
-)  # fmt: skip
-OPS = {name: i for i, name in enumerate(NAMES)}
 WRITTEN_OPERANDS = ("out", "out_codes", "out_scales", "out_absmax")
-DTYPES = ("fp32", "bf16", "int8")  # rarefy_dtype
 MAX_IDLE = 0.15  # share of time that threads may wait where each runs whole tiles
 
 Span = tuple[int, int, bool]  # start and end in memory, and whether it is written
-
-
-class View(Structure):
-    _fields_ = [("data", c_void_p), ("stride", c_int64)]
-
-
-class Step(Structure):
-    _fields_ = [
-        *[(n, c_int32) for n in ("op", "act", "decode", "format", "dtype", "channels_first", "per_image")],
-        *[(n, c_int32) for n in ("subtract_mean", "winograd", "store_values", "whole_columns", "codes_dtype")],
-        *[(n, c_int32) for n in ("in_zero", "codes_zero")],
-        *[(n, c_float) for n in ("in_scale", "codes_scale")],
-        *[(n, c_float) for n in ("eps", "pad_value")],
-        *[(n, c_void_p) for n in ("weight", "attention", "indirection")],
-        *[(n, View) for n in ("x", "out", "out_codes", "other", "residual", "in_scales", "in_absmax", "out_scales")],
-        *[(n, View) for n in ("out_absmax", "cos", "sin")],
-        *[(n, c_void_p) for n in ("gamma", "bias", "depthwise_weights", "row_sums")],
-        *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "seq_stride")],
-        *[(n, c_int64) for n in ("groups", "heads", "absmax_rows", "depends_on")],
-    ]
-
-
-class KVCache(Structure):
-    _fields_ = [(n, c_void_p) for n in ("data", "starts")] + [(n, c_int64) for n in ("batch", "capacity", "length")]
-
-
-class Attention(Structure):
-    _fields_ = [
-        *[(n, c_void_p) for n in ("q", "k", "v", "out")],
-        *[(n, c_int64) for n in ("q_stride", "k_stride", "v_stride", "out_stride")],
-        ("mask", c_void_p),
-        *[(n, c_int64) for n in ("mask_batch_stride", "mask_head_stride", "mask_query_stride", "mask_key_stride")],
-        *[(n, c_int64) for n in ("batch", "heads", "kv_heads", "head_dim", "queries", "keys", "seq_stride")],
-        ("cache", c_void_p),
-        *[(n, c_int64) for n in ("k_offset", "v_offset", "window")],
-        ("scale", c_float),
-        ("causal", c_int32),
-        ("bf16", c_int32),
-    ]
 
 
 @dataclass(frozen=True)
@@ -321,14 +277,11 @@ class Program:
 
     def static_codes(self, v: Value, scale: float, zero: int) -> Value | None:
         """Return a value in int8 with one scale for all, written by the step that computes it; None if it cannot."""
-        i = self._producer(v)
+        if (i := self._producer(v)) is None:
+            return None
         step, operands, _ = self.steps[i]
-        dense_conv = step.op == OPS["conv"] and _is_dense_int8(step)
-        if (
-            self.decode
-            or "out_codes" in operands
-            or not ((step.op == OPS["linear"] and self._in_lanes(i)) or dense_conv)
-        ):
+        dense = self._in_lanes(i) if step.op == OPS["linear"] else step.op == OPS["conv"] and _is_dense_int8(step)
+        if self.decode or "out_codes" in operands or not dense:
             return None
         step.codes_dtype, step.codes_scale, step.codes_zero = DTYPES.index("int8"), scale, zero
         operands["out_codes"] = self._add(Value(v.tokens, self.code_lanes(v, "int8"), i, False, last=i))

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import Node, aten
 from rarefy.compiler.operators.linear import input_precision
-from rarefy.compiler.program import NAMES, Attention, Program, Step, Value
+from rarefy.compiler.program import Program, Value
+from rarefy.compiler.step_structs import NAMES, Attention, Step
 from rarefy.runtime.packed_formats import LANE, Bitmask, ConvTiles, Csr, Sell, Tiles
 
 FORMAT_NAMES = {"QuantizedPanels": "panels"}  # where the class's name in lower case is not the format's name

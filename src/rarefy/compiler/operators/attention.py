@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import Call, OpSpec
-from rarefy.compiler.program import NT, Attention, Program
+from rarefy.compiler.program import NT, Program
+from rarefy.compiler.step_structs import Attention
 
 Pair = tuple[int, int]
 CACHE_ADDRESS = 1 << 50  # where a cache's addresses begin, to order the steps that touch it

@@ -111,7 +111,7 @@ def convert_norm(exported: ExportedGraph, node: Node) -> None:
     if norm.target is not ops.norm or only_user(norm) is not node or norm.args[5] != 1:
         return
     x = norm.args[0]
-    if isinstance(x, fx.Node) and x.target is aten.permute.default and list(x.args[1]) == TO_ROWS:
+    if isinstance(x, fx.Node) and x.target is aten.permute.default and list(x.args[1]) == TO_ROWS:  # type: ignore[arg-type]
         replace_node(exported, node, ops.channel_norm, x.args[0], *norm.args[1:5])
 
 

@@ -1,0 +1,51 @@
+"""The structs and enums of native programs, as csrc/rarefy.h declares them."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+
+NAMES = (  # rarefy_op
+    "pack", "unpack", "linear", "convert", "norm", "add", "mul", "attention", "rope", "kv_store", "pad_planes", "conv",
+    "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax", "channel_affine", "channel_scale",
+)  # fmt: skip
+OPS = {name: i for i, name in enumerate(NAMES)}
+DTYPES = ("fp32", "bf16", "int8")  # rarefy_dtype
+
+
+class View(Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_int64)]
+
+
+class Step(Structure):
+    _fields_ = [
+        *[(n, c_int32) for n in ("op", "act", "decode", "format", "dtype", "channels_first", "per_image")],
+        *[(n, c_int32) for n in ("subtract_mean", "winograd", "store_values", "whole_columns", "codes_dtype")],
+        *[(n, c_int32) for n in ("in_zero", "codes_zero")],
+        *[(n, c_float) for n in ("in_scale", "codes_scale")],
+        *[(n, c_float) for n in ("eps", "pad_value")],
+        *[(n, c_void_p) for n in ("weight", "attention", "indirection")],
+        *[(n, View) for n in ("x", "out", "out_codes", "other", "residual", "in_scales", "in_absmax", "out_scales")],
+        *[(n, View) for n in ("out_absmax", "cos", "sin")],
+        *[(n, c_void_p) for n in ("gamma", "bias", "depthwise_weights", "row_sums")],
+        *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "seq_stride")],
+        *[(n, c_int64) for n in ("groups", "heads", "absmax_rows", "depends_on")],
+    ]
+
+
+class KVCache(Structure):
+    _fields_ = [(n, c_void_p) for n in ("data", "starts")] + [(n, c_int64) for n in ("batch", "capacity", "length")]
+
+
+class Attention(Structure):
+    _fields_ = [
+        *[(n, c_void_p) for n in ("q", "k", "v", "out")],
+        *[(n, c_int64) for n in ("q_stride", "k_stride", "v_stride", "out_stride")],
+        ("mask", c_void_p),
+        *[(n, c_int64) for n in ("mask_batch_stride", "mask_head_stride", "mask_query_stride", "mask_key_stride")],
+        *[(n, c_int64) for n in ("batch", "heads", "kv_heads", "head_dim", "queries", "keys", "seq_stride")],
+        ("cache", c_void_p),
+        *[(n, c_int64) for n in ("k_offset", "v_offset", "window")],
+        ("scale", c_float),
+        ("causal", c_int32),
+        ("bf16", c_int32),
+    ]
