@@ -248,7 +248,7 @@ def test_a_norm_that_is_not_alone_stays():
 
     net, x = Net().eval(), torch.randn(2, 3, 9, 9)
     made = rarefy.compile(net, x)
-    assert "batch_norm" in repr(made)
+    assert "1 channel_affine" in repr(made)
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
 
 
