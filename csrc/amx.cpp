@@ -3,6 +3,7 @@
 #if defined(RAREFY_EMULATED)
 #include "amx_emulation.hpp"
 #else
+#include <cpuid.h>
 #include <immintrin.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -144,8 +145,11 @@ bool rarefy_has_amx() {
   return true;
 #elif defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-         __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+  constexpr unsigned BF16 = 1u << 22, TILES = 1u << 24, INT8 = 1u << 25;  // of leaf 7; not every compiler has names
+  unsigned a, b, c, features = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &features)) return false;
+  return (features & (BF16 | TILES | INT8)) == (BF16 | TILES | INT8) &&
+         !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
 #else
   return false;
 #endif

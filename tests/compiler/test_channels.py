@@ -297,4 +297,4 @@ def test_shapes_that_do_not_fit_are_found():
     assert specs["channel_affine"].fits(call(ops.channel_affine, (image,), five))
     assert not specs["channel_affine"].fits(call(ops.channel_affine, (image,), four))
     with pytest.raises(ValueError, match=r"expected vectors of one length, got shapes \[\(5,\), \(4,\)\]"):
-        specs["channel_affine"].check_weights(call(ops.channel_affine, (), four))
+        specs["channel_affine"].check_weights(call(ops.channel_affine, (), four))  # type: ignore[misc]

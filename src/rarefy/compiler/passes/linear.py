@@ -189,7 +189,7 @@ def _reads_shape(user: Node, x: Node) -> bool:
 
 def undo_flatten(exported: ExportedGraph, node: Node) -> None:
     """Remove views that restore the shape which another view changed."""
-    x = node.args[0] if node.args else None
+    x: Any = node.args[0] if node.args else None
     if node.target not in (*VIEWS, aten.reshape_as.default) or not is_node(x):
         return
     if x.target in (*VIEWS, aten.flatten.using_ints) and same(shape(x.args[0]), shape(node)):
