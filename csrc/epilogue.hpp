@@ -64,7 +64,7 @@ inline f32_vec activate(f32_vec v, int act) {
       return v < -12.0f ? f32_vec{} : v / (exp_vec((v * v * 0.044715f + 1.0f) * v * -1.59576912f) + 1.0f);
     case RAREFY_SILU: return v < -87.0f ? f32_vec{} : v / (exp_vec(-v) + 1.0f);
     case RAREFY_RELU6: return clamp_vec(v, 0.0f, 6.0f);
-    case RAREFY_HARDSWISH: return v * clamp_vec(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+    case RAREFY_HARDSWISH: return v * (clamp_vec(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));
     case RAREFY_HARDSIGMOID: return clamp_vec(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
     case RAREFY_SIGMOID: return 1.0f / (exp_vec(-v) + 1.0f);
     case RAREFY_TANH: return tanh_vec(v);

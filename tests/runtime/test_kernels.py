@@ -647,9 +647,11 @@ def test_torchs_defaults_are_not_ours():
 def test_what_is_not_finite_stays_so(how, kind, bad, isa):
     W, x = random(9, 40, 0.0).abs() + 0.1, torch.rand(6, 40)
     x[2, 7] = bad
-    for activation in bindings.ACTIVATIONS:
+    for activation, act in reference.ACTIVATIONS.items():
         y = Kernel(FORMATS[how](W, kind), None, activation).run(x)
-        assert not y[2].isfinite().any() and y[[0, 1, 3, 4, 5]].isfinite().all()
+        if not act(torch.tensor(bad)).isfinite():  # some functions are bounded
+            assert not y[2].isfinite().any()
+        assert y[[0, 1, 3, 4, 5]].isfinite().all()
 
 
 def test_kernels_of_another_version_are_not_used(monkeypatch):
