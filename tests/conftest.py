@@ -37,6 +37,8 @@ def _seed():
 def isa(request):
     """Run with the kernels of each instruction set that this CPU has."""
     before = bindings.isa()
+    if request.param == "amx" and request.path.parent.name == "runtime":
+        pytest.skip("AMX has products of its own in programs alone")
     try:
         bindings.use(request.param)
     except FormatError as error:
