@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from rarefy.calibration.static_grids import sample_values, static_grid
 from rarefy.common.errors import DataError
 from rarefy.compiler import ops
 from rarefy.compiler.executor import Compiled
+from rarefy.compiler.export import split_example
 from rarefy.compiler.fx_utils import Node
 from rarefy.model.activation_quant import ActivationQuant
 
@@ -24,6 +25,7 @@ def reads_static_codes(node: Node) -> bool:
     return node.target is ops.conv2d or (node.target is ops.linear and node.args[0].target not in WRITES_CODES)
 
 
+@torch.no_grad()
 def input_grids(graph: Compiled, nodes: Collection[Node], batches: Iterable[Any]) -> dict[Node, ActivationQuant]:
     """Return {value: 8-bit grid} of the inputs of operators.
 
@@ -39,12 +41,11 @@ def input_grids(graph: Compiled, nodes: Collection[Node], batches: Iterable[Any]
     rng = torch.Generator().manual_seed(0)
     count = 0
     for batch in batches:
-        args, kwargs = _call_of(batch)
         try:
-            leaves = graph.leaves(args, kwargs)
+            leaves = graph.leaves(*split_example(batch))
         except DataError as error:
             raise DataError(f"calibrate: batch {count + 1} does not fit the model: {error}") from error
-        for value, x in _values(graph, leaves, samples):
+        for value, x in _inputs(graph, leaves, nodes):
             if not bool(torch.isfinite(x).all()):
                 raise DataError(
                     f"calibrate: batch {count + 1} gives NaN or inf at {value.name}: it has no finite range"
@@ -56,25 +57,15 @@ def input_grids(graph: Compiled, nodes: Collection[Node], batches: Iterable[Any]
     return {value: static_grid(torch.cat(sampled), OBSERVER) for value, sampled in samples.items()}
 
 
-def _call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a batch as arguments and keywords."""
-    if hasattr(batch, "keys"):
-        return (), {k: batch[k] for k in batch.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}
-
-
-def _values(graph: Compiled, leaves: list[Any], wanted: Mapping[Node, Any]) -> Iterable[tuple[Node, Tensor]]:
-    """Yield the wanted values of a call."""
+def _inputs(graph: Compiled, leaves: list[Any], nodes: Collection[Node]) -> Iterator[tuple[Node, Tensor]]:
+    """Yield the inputs of operators in a call, each once."""
     values: dict[Node, Any] = dict(zip(graph.exported.inputs, leaves))
-    yield from ((n, x) for n, x in values.items() if n in wanted)
+    wanted = {n.args[0] for n in nodes}
 
     def lookup(node: Node) -> Any:
         return values[node] if node in values else graph.constants[node.name]
 
-    with torch.no_grad():
-        for node in graph.exported.graph.nodes:
-            if node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lookup)
-                values[node] = node.target(*args, **kwargs)
-                if node in wanted:
-                    yield node, values[node]
+    for call in graph.walk(values, lookup):
+        if call in nodes and call.args[0] in wanted:
+            wanted.remove(call.args[0])
+            yield call.args[0], lookup(call.args[0])

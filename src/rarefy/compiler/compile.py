@@ -16,7 +16,7 @@ from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops, tuning
 from rarefy.compiler.calibrate import input_grids, reads_static_codes
 from rarefy.compiler.executor import Compiled, input_spec
-from rarefy.compiler.export import Pass, export_graph, two_samples
+from rarefy.compiler.export import Pass, export_graph, split_example, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.operators.table import BY_TARGET
@@ -296,10 +296,3 @@ def check_ready(model: nn.Module) -> None:
 def in_torch(exported: ExportedGraph, input_specs: Sequence[Any]) -> Compiled:
     """Return the graph as a callable without kernels: torch runs the reference of each operator."""
     return Compiled(exported, {}, input_specs, lambda *_: None)
-
-
-def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return an example as arguments and keywords."""
-    if hasattr(example, "keys"):
-        return (), {k: example[k] for k in example.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
-    return tuple(example) if isinstance(example, tuple | list) else (example,), {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,15 +145,26 @@ class Compiled:
             return cache if node.name == "cache" else self.constants[node.name]
 
         with torch.no_grad():
-            for call, ended in zip(self.schedule, self.last_uses):
-                run_call(call, values, lookup, recorder)
-                for n in ended:
-                    values.pop(n, None)
+            for _ in self.walk(values, lookup, recorder):
+                pass
             out = fx.map_arg(self.output, lookup)
         if fixed is None:
             all_fixed = {**self.fixed, shapes: {n: values[n] for n in self.fixed_nodes}}
             self.fixed = dict(list(all_fixed.items())[-MAX_SHAPES:])
         return list(out)
+
+    def walk(
+        self, values: dict[Node, Any], lookup: Callable[[Node], Any], recorder: Recorder | None = None
+    ) -> Iterator[Any]:
+        """Run all calls in order, and yield each one before it runs, when `lookup` has its inputs.
+
+        Outputs are added to `values`; what no later call reads is removed.
+        """
+        for call, ended in zip(self.schedule, self.last_uses):
+            yield call
+            run_call(call, values, lookup, recorder)
+            for n in ended:
+                values.pop(n, None)
 
     def profile(self, *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> Profile:
         """Return where the time of a call goes: each operator and layer, and what limits it.

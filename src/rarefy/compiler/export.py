@@ -80,6 +80,13 @@ def _reason(error: Exception) -> str:
     return f"its code depends on the values of tensors (data-dependent){where}; rarefy.accelerate_ needs no export"
 
 
+def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return an example as arguments and keywords."""
+    if hasattr(example, "keys"):
+        return (), {k: example[k] for k in example.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
+    return tuple(example) if isinstance(example, tuple | list) else (example,), {}
+
+
 def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return arguments with two samples where the example has one, as torch.export takes a size of 1 for a constant."""
     leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

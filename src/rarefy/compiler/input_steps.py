@@ -56,15 +56,15 @@ def quantize_input(p: Program, x: Node, precision: str, per_image: bool = False)
             p.quantized[key] = written
     if key not in p.quantized:
         source = p.values[x]
-        lanes = -(-source.features // 64) * 64 if p.decode else source.features
-        lanes = -(-lanes // LANE[precision])
+        if p.decode:
+            lanes = -(-source.features // 64) * 64 // LANE[precision]
+        else:
+            lanes = -(-source.features // LANE[precision]) if per_image else p.code_lanes(source, precision)
         absmax = None if p.decode or precision != "int8" else p.absmax(source)
         if per_image:
             absmax_source, absmax = source if absmax is None else absmax, p.new_like(source, 1)
             p.step("image_absmax", absmax_source, x=p.use(absmax_source), out=p.use(absmax))
         fields = {"dtype": DTYPES.index(precision), "per_image": int(per_image)}
-        if not per_image and not p.decode:
-            lanes = -(-lanes // 16) * 16  # kernels read blocks of 16
         codes, scales = p.new_like(source, lanes), p.new_like(source, 1)
         extra = {} if absmax is None else {"in_absmax": p.use(absmax), "absmax_rows": absmax.features}
         p.step("convert", source, x=p.use(source), out=p.use(codes), out_scales=p.use(scales), **fields, **extra)

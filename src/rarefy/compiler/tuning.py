@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.compiler.executor import Compiled, Native, run_call
+from rarefy.compiler.executor import Compiled, Native
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.op_registry import name_of
 from rarefy.compiler.operators.table import BY_TARGET
@@ -58,7 +58,7 @@ def slow_nodes(compiled: Compiled, weights: Mapping[str, Tensor], leaves: Sequen
         return compiled.constants[node.name] if node.name in compiled.constants else weights[node.name]
 
     with torch.no_grad():
-        for call, ended in zip(compiled.schedule, compiled.last_uses):
+        for call in compiled.walk(values, lookup):
             if isinstance(call, Native):
                 key = f"subgraph {_digest(_signature(call.nodes, compiled.kernels, lookup))}"
                 choice = measured.get(key) or known.get(key)
@@ -66,9 +66,6 @@ def slow_nodes(compiled: Compiled, weights: Mapping[str, Tensor], leaves: Sequen
                     choice = measured[key] = _fastest(call, lookup)
                 if choice is not None and choice.get(1, (NATIVE,))[0] == TORCH:
                     slow.update(call.nodes)
-            run_call(call, values, lookup)
-            for n in ended:
-                values.pop(n, None)
     if measured:
         tuning_cache.write(file, measured)
     compiled.forget()

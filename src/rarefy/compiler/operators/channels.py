@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.operators.pooling import is_image, lower_global_avg_pool
 from rarefy.compiler.operators.spec import PIXELS, Call, OpSpec, Shape
 from rarefy.compiler.program import Part, Program
 from rarefy.runtime import bindings
@@ -59,12 +60,6 @@ def _lower_channel_scale(p: Program, node: Node) -> None:
     p.step("channel_scale", out, x=x, other=factor, out=p.use(out))
 
 
-def _lower_image_mean(p: Program, node: Node) -> None:
-    _, _, height, width = p.shape(node.args[0])
-    source, out = p.use(p.values[node.args[0]]), p.make(node)
-    p.step("global_avg_pool", out, x=source, out=p.use(out), tokens=height * width)
-
-
 def _lower_channel_norm(p: Program, node: Node) -> None:
     x, gamma, bias, eps, centered = node.args
     source, out = p.use(p.values[x]), p.make(node)
@@ -82,24 +77,20 @@ def _lower_concat(p: Program, node: Node) -> None:
         first += source.features
 
 
-def _is_image(call: Call) -> bool:
-    return len(call.shapes[0]) == 4 and 0 not in call.shapes[0]
-
-
 def _constants_fit(call: Call) -> bool:
     """Return whether all constants are fp32 vectors, one number for each channel."""
     constants = [call.constants[n.name] for n in call.node.args[1:3] if n is not None]
-    return _is_image(call) and all(tuple(c.shape) == call.shapes[0][1:2] for c in constants)
+    return is_image(call) and all(tuple(c.shape) == call.shapes[0][1:2] for c in constants)
 
 
 def _scale_fits(call: Call) -> bool:
     x, factor = call.shapes
-    return _is_image(call) and factor == (*x[:2], 1, 1)
+    return is_image(call) and factor == (*x[:2], 1, 1)
 
 
 def _concat_fits(call: Call) -> bool:
     x, *rest = call.shapes
-    return _is_image(call) and all(len(s) == 4 and s[1] > 0 and (s[0], *s[2:]) == (x[0], *x[2:]) for s in rest)
+    return is_image(call) and all(len(s) == 4 and s[1] > 0 and (s[0], *s[2:]) == (x[0], *x[2:]) for s in rest)
 
 
 def _concat_shape(call: Call) -> Shape:
@@ -132,8 +123,8 @@ OPERATORS = (
     OpSpec(
         reference=image_mean,
         arguments=("tensor",),
-        lower=_lower_image_mean,
-        fits=_is_image,
+        lower=lower_global_avg_pool,
+        fits=is_image,
         out_shape=lambda call: (*call.shapes[0][:2], 1, 1),
         layout=PIXELS,
     ),

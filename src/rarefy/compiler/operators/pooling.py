@@ -52,7 +52,8 @@ def _lower_avg_pool2d(p: Program, node: Node) -> None:
     p.step("depthwise_conv", out, x=p.use(planes), out=p.use(out), indirection=addressof(image), **fields)
 
 
-def _lower_global_avg_pool(p: Program, node: Node) -> None:
+def lower_global_avg_pool(p: Program, node: Node) -> None:
+    """Add the step of means over the pixels of each image."""
     _, _, height, width = p.shape(node.args[0])
     source = p.values[node.args[0]]
     out = p.make(node)
@@ -72,7 +73,8 @@ def _pool2d_fits(call: Call) -> bool:
     return min(kernel) > 0 and min(_pooled_shape(call)[2:]) > 0
 
 
-def _global_avg_pool_fits(call: Call) -> bool:
+def is_image(call: Call) -> bool:
+    """Return whether the first argument is an image [batch, channels, height, width] with pixels."""
     return len(call.shapes[0]) == 4 and 0 not in call.shapes[0]
 
 
@@ -96,8 +98,8 @@ OPERATORS = (
     OpSpec(
         reference=global_avg_pool,
         arguments=("tensor",),
-        lower=_lower_global_avg_pool,
-        fits=_global_avg_pool_fits,
+        lower=lower_global_avg_pool,
+        fits=is_image,
         out_shape=lambda call: call.shapes[0][:2],
         layout=IMAGES_TO_ROWS,
     ),
