@@ -13,16 +13,19 @@
 
 namespace {
 
-constexpr int64_t CHANNELS_PER_PART = 8;         // padding
-constexpr int64_t CHANNELWISE_PER_PART = 32;     // pooling, depthwise convolution
+constexpr int64_t CHANNELS_PER_PART = 8;      // padding
+constexpr int64_t CHANNELWISE_PER_PART = 32;  // pooling, depthwise convolution
 constexpr int64_t CONV_ROWS_PER_PART = 256;  // convolution
 constexpr int64_t WINOGRAD_ROWS_PER_PART = 64;
+
+// Whether all lanes are gathered before they are multiplied.
+inline bool is_dense_int8(const rarefy_conv& w) { return w.dense && w.weight.dtype == RAREFY_I8; }
 
 // Rows of a part of a convolution: fewer where there are few tiles, so that all threads have work. Dense int8 rows gather
 // all their inputs first, so that they are all of them where there are tiles for all threads.
 inline int64_t conv_rows_per_part(const rarefy_step& s, int64_t tiles) {
   const rarefy_conv& w = *s.indirection->conv;
-  if (w.dense && w.weight.dtype == RAREFY_I8 && tiles >= 4 * int64_t(num_threads()))
+  if (is_dense_int8(w) && tiles >= 4 * int64_t(num_threads()))
     return ceil_div(s.features, SLAB_ROWS) * SLAB_ROWS;
   return tiles < 8 ? SLAB_ROWS : CONV_ROWS_PER_PART;
 }
@@ -122,6 +125,7 @@ inline int run_dense_conv(const rarefy_kernel_table& t, const rarefy_step& s, in
 
 // Some output rows of one column tile of a convolution.
 inline int run_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  if (is_dense_int8(*s.indirection->conv)) return run_dense_conv(t, s, part);
   const rarefy_indirection& in = *s.indirection;
   const rarefy_conv& w = *in.conv;
   const ConvGeometry geometry(w, in.height, in.width);
@@ -138,7 +142,6 @@ inline int run_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
   auto* acc = reinterpret_cast<uint32_t*>(out);
   const float* end = s.x.data + s.batch * image_floats + SEGMENT_FLOATS;
   const bool int8 = w.weight.dtype == RAREFY_I8;
-  if (int8 && w.dense) return run_dense_conv(t, s, part);
   alignas(64) float col_scales[TILE_COLS];
   if (int8) output_scales(s, tile, col_scales);
   const rarefy_tile_epilogue epilogue = tile_epilogue({w.weight.scales, w.weight.row_sums, w.weight.bias, w.weight.act},

@@ -11,8 +11,8 @@
 namespace {
 
 constexpr int64_t DECOMPRESSED_ROWS = 32;  // rows that are decompressed at a time
-constexpr int64_t DENSE_ROWS_PER_CALL = 32;
 constexpr int64_t DECOMPRESSED_TILES = 4;  // column tiles that they are multiplied by
+constexpr int64_t DENSE_ROWS_PER_CALL = 32;
 
 // What the formats have in common.
 struct LinearWeight {
@@ -105,7 +105,7 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
 }
 
 // Multiply rows `first`..`end` of a dense weight of bf16 or int8 by a column tile and store their outputs: in `out`, in
-// the step's bf16 codes and in out_absmax, where it has them. `absmax`: the columns' largest magnitudes, or null.
+// the step's codes of bf16 or with one scale, and in out_absmax, where it has them. `absmax`: the columns' largest magnitudes, or null.
 inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32_t dtype, const uint32_t* values,
                              int64_t lane_blocks, const rarefy_weight_epilogue& w, const uint32_t* x, int64_t tile,
                              int64_t first, int64_t end, int64_t columns, const float* col_scales, float* out,
@@ -150,7 +150,7 @@ inline int run_dense_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
                    {w.scales, w.row_sums, w.bias, w.act}, reinterpret_cast<const uint32_t*>(tile_of(s.x, tile)), tile,
                    first, end, columns, input_scales(s, tile, buffer), out,
                    quantizes ? absmax : nullptr);
-  if (s.out_codes.data && s.codes_dtype == RAREFY_BF16 && end == s.features)  // the lanes up to a whole block, which kernels read too
+  if (s.out_codes.data && s.codes_dtype == RAREFY_BF16 && end == s.features)  // kernels read whole blocks of lanes
     std::fill(codes_of(s, tile) + ceil_div(s.features, 2) * TILE_COLS,
               codes_of(s, tile) + ceil_div(s.features, 32) * 16 * TILE_COLS, 0u);
   if (quantizes) {
@@ -177,8 +177,8 @@ inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_
   const rarefy_tile_epilogue epilogue = tile_epilogue(w.epilogue, row, rows, input_scales(s, tile, buffer),
                                                       optional_rows(s.residual, tile, row), s.in_zero);
   if (s.format == RAREFY_DENSE)
-    multiply_dense(t, static_cast<const float*>(static_cast<const rarefy_dense*>(s.weight)->values), w.cols, row, rows, 0, w.cols, x, columns,
-                   acc);
+    multiply_dense(t, static_cast<const float*>(static_cast<const rarefy_dense*>(s.weight)->values), w.cols, row, rows,
+                   0, w.cols, x, columns, acc);
   else if (s.format == RAREFY_SELL)
     t.sell_spmm[w.dtype](*static_cast<const rarefy_sell*>(s.weight), slab, x, acc, columns, &epilogue);
   else
