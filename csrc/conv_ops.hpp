@@ -15,18 +15,17 @@ namespace {
 
 constexpr int64_t CHANNELS_PER_PART = 8;      // padding
 constexpr int64_t CHANNELWISE_PER_PART = 32;  // pooling, depthwise convolution
-constexpr int64_t CONV_ROWS_PER_PART = 256;  // convolution
+constexpr int64_t CONV_ROWS_PER_PART = 256;   // convolution
 constexpr int64_t WINOGRAD_ROWS_PER_PART = 64;
 
 // Whether all lanes are gathered before they are multiplied.
 inline bool is_dense_int8(const rarefy_conv& w) { return w.dense && w.weight.dtype == RAREFY_I8; }
 
-// Rows of a part of a convolution: fewer where there are few tiles, so that all threads have work. Dense int8 rows gather
-// all their inputs first, so that they are all of them where there are tiles for all threads.
+// Rows of a part of a convolution: fewer where there are few tiles, so that all threads have work. Dense int8 rows
+// gather all their inputs first, so that they are all of them where there are tiles for all threads.
 inline int64_t conv_rows_per_part(const rarefy_step& s, int64_t tiles) {
   const rarefy_conv& w = *s.indirection->conv;
-  if (is_dense_int8(w) && tiles >= 4 * int64_t(num_threads()))
-    return ceil_div(s.features, SLAB_ROWS) * SLAB_ROWS;
+  if (is_dense_int8(w) && tiles >= 4 * int64_t(num_threads())) return ceil_div(s.features, SLAB_ROWS) * SLAB_ROWS;
   return tiles < 8 ? SLAB_ROWS : CONV_ROWS_PER_PART;
 }
 
@@ -144,9 +143,9 @@ inline int run_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
   const bool int8 = w.weight.dtype == RAREFY_I8;
   alignas(64) float col_scales[TILE_COLS];
   if (int8) output_scales(s, tile, col_scales);
-  const rarefy_tile_epilogue epilogue = tile_epilogue({w.weight.scales, w.weight.row_sums, w.weight.bias, w.weight.act},
-                                                      row, rows, col_scales, optional_rows(s.residual, tile, row),
-                                                      s.in_zero);
+  const rarefy_tile_epilogue epilogue =
+      tile_epilogue({w.weight.scales, w.weight.row_sums, w.weight.bias, w.weight.act}, row, rows, col_scales,
+                    optional_rows(s.residual, tile, row), s.in_zero);
   for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
     const int64_t block_lanes = std::min(block, lanes - l);
     t.gather_lanes(s.x.data, end, in.offsets + l, block_lanes, segments, count, gathered);
@@ -300,7 +299,8 @@ inline void run_channel_scale(const rarefy_kernel_table& t, const rarefy_step& s
   for_each_image(s, tile, [&](int64_t image, int64_t column, int64_t n) {
     const int64_t at = from * TILE_COLS + column % TILE_COLS;
     t.channel_scale(tile_of(s.x, tile) + at, rows, n,
-                    tile_of(s.other, image / TILE_COLS) + from * TILE_COLS + image % TILE_COLS, tile_of(s.out, tile) + at);
+                    tile_of(s.other, image / TILE_COLS) + from * TILE_COLS + image % TILE_COLS,
+                    tile_of(s.out, tile) + at);
   });
 }
 

@@ -82,8 +82,7 @@ void store_dense_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, con
         out[i] = dense_output<DTYPE, ACT>(e, acc, std::min(r + i, e.rows - 1), n, col_scale);
       if (o.out)
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < TILE_ROWS; ++i)
-          store_vec(o.out + std::min(r + i, e.rows - 1) * TILE_COLS + n, out[i]);
+        for (int64_t i = 0; i < TILE_ROWS; ++i) store_vec(o.out + std::min(r + i, e.rows - 1) * TILE_COLS + n, out[i]);
       if (o.absmax) {
         i32_vec max = i32_vec(load_vec(o.absmax + n));
 #pragma GCC unroll 4

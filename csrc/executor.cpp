@@ -113,14 +113,15 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
 }
 
 int run_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
-  const int64_t size = norm_columns_per_part(s), first = part * size, tile = first / TILE_COLS, column = first % TILE_COLS;
+  const int64_t size = norm_columns_per_part(s), first = part * size, tile = first / TILE_COLS,
+                column = first % TILE_COLS;
   const int64_t group = s.features / s.groups;
   const ScratchBuffer<1> scratch(s.out.data ? 4 : size_t(s.features * TILE_COLS) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   float* out = s.out.data ? tile_of(s.out, tile) + column : static_cast<float*>(scratch.data);
   for (int64_t f = 0; f < s.features; f += group)
-    t.norm_tile(tile_of(s.x, tile) + column + f * TILE_COLS, group, size, s.gamma, s.bias, s.eps,
-                s.subtract_mean != 0, out + f * TILE_COLS);
+    t.norm_tile(tile_of(s.x, tile) + column + f * TILE_COLS, group, size, s.gamma, s.bias, s.eps, s.subtract_mean != 0,
+                out + f * TILE_COLS);
   if (s.out_codes.data && s.codes_dtype == RAREFY_BF16) {
     t.pack_bf16_lanes(out, s.features, size, codes_of(s, tile) + column);
   } else if (s.out_codes.data) {

@@ -10,9 +10,9 @@ constexpr int64_t TILE_COLS = 64;         // columns of a column tile
 constexpr int TILE_ROWS = 4;              // rows of a row tile
 constexpr int64_t SLAB_ROWS = 128;        // rows of a SELL slab
 constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
-constexpr float MASKED = -1e30f;            // lower scores count as masked; a difference of two is no NaN
-constexpr int64_t CEILING_LANES = 128;     // lanes of the inputs of `multiply_adds`
-constexpr int64_t READ_BYTES = 256;        // bytes that `read_memory` reads at a time
+constexpr float MASKED = -1e30f;          // lower scores count as masked; a difference of two is no NaN
+constexpr int64_t CEILING_LANES = 128;    // lanes of the inputs of `multiply_adds`
+constexpr int64_t READ_BYTES = 256;       // bytes that `read_memory` reads at a time
 constexpr int64_t SEGMENT_FLOATS = 16;    // maximum length of a segment; copies always have this size
 
 static inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
@@ -44,14 +44,15 @@ struct rarefy_tile_epilogue {
   int32_t zero;  // the code of zero in the inputs
 };
 
-// Where the outputs of 32 rows of a tile go: fp32, codes, the columns' largest magnitudes so far. All but one may be null.
+// Where the outputs of 32 rows of a tile go: fp32, codes, the columns' largest magnitudes so far. All but one may be
+// null.
 struct rarefy_tile_outputs {
-  float* out;             // [rows][TILE_COLS]
-  float* absmax;          // [TILE_COLS], updated
-  uint32_t* bf16;         // [rows / 2][TILE_COLS]
-  uint32_t* codes;        // [rows / 4][TILE_COLS], int8 with one scale for all
-  float inverse_scale;    // of codes
-  int32_t zero;           // the code of zero
+  float* out;           // [rows][TILE_COLS]
+  float* absmax;        // [TILE_COLS], updated
+  uint32_t* bf16;       // [rows / 2][TILE_COLS]
+  uint32_t* codes;      // [rows / 4][TILE_COLS], int8 with one scale for all
+  float inverse_scale;  // of codes
+  int32_t zero;         // the code of zero
 };
 
 // What `begin_dense` saves for `end_dense`: the tile configuration of the thread.

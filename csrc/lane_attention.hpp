@@ -67,8 +67,8 @@ void pack_features_as_rows(const float* a, const float* b, int64_t first, int64_
   }
 }
 
-// Scores times log2(e) and the scale, the mask added, hidden keys masked: the slow way, for masks with a number for each
-// query, causal attention and windows.
+// Scores times log2(e) and the scale, the mask added, hidden keys masked: the slow way, for masks with a number for
+// each query, causal attention and windows.
 void mask_scores(const rarefy_attention& a, const float* mask, int64_t first_key, int64_t keys, int64_t first_query,
                  int64_t columns, float scale, float* scores) {
   const int64_t visible = std::min(columns, a.queries - first_query);
@@ -129,8 +129,8 @@ void softmax_lanes(const rarefy_attention& a, const float* mask, int64_t first_k
   }
 }
 
-// out = (out rescale + sums) / total over the first `columns` columns; rescale is null for the first keys, total is null
-// but for the last.
+// out = (out rescale + sums) / total over the first `columns` columns; rescale is null for the first keys, total is
+// null but for the last.
 void add_rescaled(const float* sums, const float* rescale, const float* total, int64_t features, int64_t columns,
                   float* out) {
   for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {

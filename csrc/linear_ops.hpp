@@ -105,7 +105,8 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
 }
 
 // Multiply rows `first`..`end` of a dense weight of bf16 or int8 by a column tile and store their outputs: in `out`, in
-// the step's codes of bf16 or with one scale, and in out_absmax, where it has them. `absmax`: the columns' largest magnitudes, or null.
+// the step's codes of bf16 or with one scale, and in out_absmax, where it has them. `absmax`: the columns' largest
+// magnitudes, or null.
 inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32_t dtype, const uint32_t* values,
                              int64_t lane_blocks, const rarefy_weight_epilogue& w, const uint32_t* x, int64_t tile,
                              int64_t first, int64_t end, int64_t columns, const float* col_scales, float* out,
@@ -148,8 +149,7 @@ inline int run_dense_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
   alignas(64) float absmax[TILE_COLS] = {}, buffer[TILE_COLS];
   store_dense_rows(t, s, w.dtype, static_cast<const uint32_t*>(w.values), lane_blocks,
                    {w.scales, w.row_sums, w.bias, w.act}, reinterpret_cast<const uint32_t*>(tile_of(s.x, tile)), tile,
-                   first, end, columns, input_scales(s, tile, buffer), out,
-                   quantizes ? absmax : nullptr);
+                   first, end, columns, input_scales(s, tile, buffer), out, quantizes ? absmax : nullptr);
   if (s.out_codes.data && s.codes_dtype == RAREFY_BF16 && end == s.features)  // kernels read whole blocks of lanes
     std::fill(codes_of(s, tile) + ceil_div(s.features, 2) * TILE_COLS,
               codes_of(s, tile) + ceil_div(s.features, 32) * 16 * TILE_COLS, 0u);

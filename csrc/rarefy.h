@@ -258,17 +258,18 @@ struct rarefy_step {
   const rarefy_attention* attention;      // ATTENTION, KV_STORE
   const rarefy_indirection* indirection;  // PAD_PLANES, CONV, MAX_POOL, DEPTHWISE_CONV
   rarefy_view x;
-  rarefy_view out;            // null in steps that write `out_codes` alone
-  rarefy_view out_codes;      // LINEAR of RAREFY_DENSE (int8: with whole_columns), NORM: out in lanes of `codes_dtype`
-  rarefy_view other;          // ADD (may be null), MUL, CHANNEL_SCALE: second operand
-  rarefy_view residual;       // LINEAR, CONV: or null
-  rarefy_view in_scales;      // LINEAR, CONV of int8: scales of the columns of x, or of its images
-  rarefy_view in_absmax;      // CONVERT: largest magnitudes of x, [absmax_rows][64] of each tile; null: computed from x
-  rarefy_view out_scales;     // CONVERT, out_codes: scales of the columns
-  rarefy_view out_absmax;     // LINEAR, CONV: receives the columns' largest magnitudes for every 128 outputs; or null
-  rarefy_view cos, sin;       // ROPE: of the angles, [head_dim] for each column
-  const float *gamma, *bias;  // NORM: [features / groups]; CHANNEL_AFFINE, bias also DEPTHWISE_CONV: [features]; or null.
-                              // DEPTHWISE_CONV: gamma [tokens] multiplies the sums of each pixel, without an activation
+  rarefy_view out;         // null in steps that write `out_codes` alone
+  rarefy_view out_codes;   // LINEAR of RAREFY_DENSE (int8: with whole_columns), NORM: out in lanes of `codes_dtype`
+  rarefy_view other;       // ADD (may be null), MUL, CHANNEL_SCALE: second operand
+  rarefy_view residual;    // LINEAR, CONV: or null
+  rarefy_view in_scales;   // LINEAR, CONV of int8: scales of the columns of x, or of its images
+  rarefy_view in_absmax;   // CONVERT: largest magnitudes of x, [absmax_rows][64] of each tile; null: computed from x
+  rarefy_view out_scales;  // CONVERT, out_codes: scales of the columns
+  rarefy_view out_absmax;  // LINEAR, CONV: receives the columns' largest magnitudes for every 128 outputs; or null
+  rarefy_view cos, sin;    // ROPE: of the angles, [head_dim] for each column
+  const float *gamma,
+      *bias;  // NORM: [features / groups]; CHANNEL_AFFINE, bias also DEPTHWISE_CONV: [features]; or null.
+              // DEPTHWISE_CONV: gamma [tokens] multiplies the sums of each pixel, without an activation
   const float* depthwise_weights;  // DEPTHWISE_CONV: [features][kernel height * width]
   const int32_t* row_sums;         // LINEAR of RAREFY_QUANTIZED with int8 inputs: [rows], sum of values
   int64_t columns, features;       // of x and out; columns of all sequences
@@ -289,9 +290,9 @@ struct rarefy_step_time {  // nanoseconds that one thread
 int rarefy_run_program(const rarefy_step* steps, int64_t count, rarefy_step_time* times);
 
 enum { RAREFY_CEILING_READ = 3 };
-// What all threads together reach at best. `kind`: a rarefy_dtype for multiply-adds per second of fp32, bf16 or int8, or
-// RAREFY_CEILING_READ for bytes per second when each thread reads its share of `memory` [bytes] again and again. Takes
-// `seconds`. Returns 0 for another kind, or memory of less than 64 KB for each thread.
+// What all threads together reach at best. `kind`: a rarefy_dtype for multiply-adds per second of fp32, bf16 or int8,
+// or RAREFY_CEILING_READ for bytes per second when each thread reads its share of `memory` [bytes] again and again.
+// Takes `seconds`. Returns 0 for another kind, or memory of less than 64 KB for each thread.
 double rarefy_measure_ceiling(int32_t kind, double seconds, const void* memory, int64_t bytes);
 
 void rarefy_advise_huge_pages(void* p, int64_t bytes);  // for memory that has not been touched yet

@@ -40,7 +40,7 @@ void norm_columns(const float* x, int64_t features, const float* gamma, const fl
   constexpr int CHAINS = VECS < 4 ? 4 / VECS : 1;  // independent sums, to hide the latency of additions
   const float reciprocal = 1.0f / float(features);
   f32_vec sum[CHAINS][VECS] = {}, squares[CHAINS][VECS] = {}, mean[VECS] = {}, scale[VECS];
-  auto total = [](f32_vec (&v)[CHAINS][VECS], int t) {
+  auto total = [](f32_vec(&v)[CHAINS][VECS], int t) {
     f32_vec s = v[0][t];
     for (int i = 1; i < CHAINS; ++i) s += v[i][t];
     return s;
@@ -73,10 +73,8 @@ void norm_tile(const float* x, int64_t features, int64_t columns, const float* g
                bool subtract_mean, float* out) {
   constexpr int64_t STEP = 4 * SIMD_WIDTH;
   int64_t n = 0;
-  for (; n + STEP <= columns; n += STEP)
-    norm_columns<4>(x + n, features, gamma, bias, eps, subtract_mean, out + n);
-  for (; n < columns; n += SIMD_WIDTH)
-    norm_columns<1>(x + n, features, gamma, bias, eps, subtract_mean, out + n);
+  for (; n + STEP <= columns; n += STEP) norm_columns<4>(x + n, features, gamma, bias, eps, subtract_mean, out + n);
+  for (; n < columns; n += SIMD_WIDTH) norm_columns<1>(x + n, features, gamma, bias, eps, subtract_mean, out + n);
 }
 
 // Rotary positions, as rope_row in decode_ops.hpp.
@@ -90,7 +88,8 @@ void rope_tile(const float* x, const float* cos, const float* sin, int64_t heads
     }
 }
 
-// The largest magnitude of each of the first `columns` columns. Compared as integers, so that NaN is larger than all others.
+// The largest magnitude of each of the first `columns` columns. Compared as integers, so that NaN is larger than all
+// others.
 void column_absmax(const float* x, int64_t features, int64_t columns, float* out) {
   for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
     i32_vec max{};
@@ -126,8 +125,7 @@ void quantize_tile(const float* x, int64_t features, int64_t columns, const floa
 // Quantize a tile with one scale for all.
 void quantize_static(const float* x, int64_t features, float inverse_scale, int32_t zero, uint32_t* out) {
   for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH)
-    quantize_columns(x + n, features, out + n,
-                     [&](f32_vec v) { return static_code(v, inverse_scale, float(zero)); });
+    quantize_columns(x + n, features, out + n, [&](f32_vec v) { return static_code(v, inverse_scale, float(zero)); });
 }
 
 // Segments `from`..`from + N` of one channel, see channelwise.
