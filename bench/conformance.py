@@ -2,6 +2,7 @@
 the native calls, list the operators that run in torch, and time the models at several batch sizes against eager torch.
 
     python conformance.py                     all models, about two hours on two cores
+    python conformance.py --again             also those that this commit has records of
     python conformance.py --batches           without times, about half an hour
     python conformance.py --only swin vit     models whose names begin with these words
     python conformance.py --table             only print what was measured last
@@ -9,7 +10,8 @@ the native calls, list the operators that run in torch, and time the models at s
 Half of the weights of Linear and Conv2d layers are set to zero at random: only equality and speed count here, not
 quality. For its times a model is compiled for each batch size, with the choices between native and torch operators that
 `compile` makes there; eager and compiled calls alternate. Each model runs in its own process. Appends one JSON line per
-model to results/conformance.jsonl.
+model to results/conformance.jsonl. A run that was interrupted goes on where it stopped: models that this commit has
+records of, with these batch sizes and threads, are skipped.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from rarefy.common.errors import ModelError
 from rarefy.compiler.compile import split_example
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.verify import distance
-from rarefy.evaluation.profiling import compare
+from rarefy.evaluation.profiling import commit, compare
 from rarefy.model import hf
 from rarefy.model.compare import relative_distance
 from records import eager_speedups
@@ -59,7 +61,14 @@ def zoo() -> Any:
 def operator_counts(made: Compiled) -> dict[str, Any]:
     """Return the number of native calls, and counts of native and torch operators, most frequent first."""
     native, ours, rest = made.counts()
-    return {"native calls": native, "words": dict(ours.most_common()), "torch": dict(rest.most_common())}
+    moved = Counter(n.target.__name__ for n in made.exported.torch_nodes)
+    return {
+        "native calls": native,
+        "words": dict(ours.most_common()),
+        "torch": dict((rest - moved).most_common()),
+        "faster in torch": dict(moved.most_common()),
+        "notes": list(made.exported.notes),
+    }
 
 
 def with_batch(x: Any, batch: int) -> Any:
@@ -69,31 +78,34 @@ def with_batch(x: Any, batch: int) -> Any:
 
 def speed(model: nn.Module, x: Any) -> dict[str, Any]:
     """Compile a model for an example; return milliseconds of eager and compiled calls, and what runs where."""
+    began = time.perf_counter()
     made = rarefy.compile(model, x)
+    seconds = time.perf_counter() - began
     args, kwargs = split_example(x)
     runs = {"eager": lambda: model(*args, **kwargs), "compiled": lambda: made(*args, **kwargs)}
     once = sum(t.median for t in compare(runs, repeats=1, warmup=1).values())
     repeats = min(MAX_REPEATS, max(MIN_REPEATS, int(TIMED_SECONDS / once)))
     ms = {n: 1e3 * t.median for n, t in compare(runs, repeats=repeats, warmup=0).items()}
-    moved = Counter(n.target.__name__ for n in made.exported.torch_nodes)
     far = distance(model, made, *pytree.tree_flatten((args, kwargs)))
-    chosen = {"native calls": made.counts()[0], "faster in torch": dict(moved.most_common())}
-    return {"speedup": ms["eager"] / ms["compiled"], "ms": ms, "distance": far, **chosen}
+    counts = operator_counts(made)
+    return {"speedup": ms["eager"] / ms["compiled"], "ms": ms, "distance": far, "seconds": seconds, **counts}
 
 
 def compiled(model: nn.Module, x: Any, batches: list[int]) -> dict[str, Any]:
     """Compile a model, compare its outputs with eager torch's, and time both."""
     if "use_cache" in inspect.signature(model.forward).parameters:
         x = {**x, "use_cache": False}
-    began = time.perf_counter()
-    made = rarefy.compile(model, x, tune=False)
-    seconds = time.perf_counter() - began
-    far = distance(model, made, *pytree.tree_flatten(split_example(x)))
-    counts, notes = operator_counts(made), list(made.exported.notes)
-    del made
+    if not batches:
+        began = time.perf_counter()
+        made = rarefy.compile(model, x, tune=False)
+        seconds = time.perf_counter() - began
+        far = distance(model, made, *pytree.tree_flatten(split_example(x)))
+        return {"distance": far, "seconds": seconds, **operator_counts(made)}
     speeds = {str(b): speed(model, with_batch(x, b)) for b in batches}
-    far = max([far, *(s["distance"] for s in speeds.values())])
-    return {"distance": far, "seconds": seconds, **counts, "notes": notes, "speed": speeds}
+    first = next(iter(speeds.values()))
+    shared = ("seconds", "native calls", "words", "torch", "notes")
+    far = max(s["distance"] for s in speeds.values())
+    return {"distance": far, **{n: first[n] for n in shared}, "speed": speeds}
 
 
 def decoded(model: Any, x: Any, _: list[int]) -> dict[str, Any]:
@@ -143,13 +155,27 @@ def isolated(name: str, cases: dict[str, Any], options: argparse.Namespace) -> d
         process.join()
 
 
+def is_recorded(name: str, options: argparse.Namespace, records: list[dict[str, Any]]) -> bool:
+    """Return whether this commit has a record of a model with these batch sizes and threads."""
+    here = commit(HERE).removesuffix("-dirty")  # which the file of results makes it
+    mine = (r for r in records if r["model"] == name and r["commit"].removesuffix("-dirty") == here)
+    same_threads = [r for r in mine if r["machine"]["threads"] == options.threads]
+    batches = {str(b) for b in options.batches}
+    decoder = name.endswith(" as decoder")
+    return any(decoder or "error" in r or batches <= r.get("speed", {}).keys() for r in same_threads)
+
+
 def lines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one record per model, transformers first."""
+    records = [] if options.again else kept(options.results)
+    torch.set_num_threads(1)  # a process that forked after it started threads hangs
     language_models = zoo().transformers_cases()
-    cases = {**language_models, **zoo().timm_cases(), **zoo().torchvision_cases()}
+    cases = {**language_models, **zoo().timm_cases(), **zoo().held_out_cases(), **zoo().torchvision_cases()}
+    torch.set_num_threads(options.threads)  # which the records name
     names = [*language_models, *(f"{n} as decoder" for n in DECODERS), *(n for n in cases if n not in language_models)]
     for name in names:
-        if not options.only or any(name.startswith(o) for o in options.only):
+        wanted = not options.only or any(name.startswith(o) for o in options.only)
+        if wanted and not is_recorded(name, options, records):
             yield {"model": name, **isolated(name, cases, options)}
 
 
@@ -179,15 +205,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="batch sizes that are timed")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--again", action="store_true", help="measure models again that this commit has records of")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of records")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     hf.no_bars()
     if not args.table:
-        torch.set_num_threads(args.threads)  # which the records name
         with tempfile.TemporaryDirectory() as cache:  # choices are measured in this run
             os.environ["RAREFY_CACHE"] = cache
-            keep(RESULTS, [lambda: lines(args)])
-    print(table(kept(RESULTS)))
+            keep(args.results, [lambda: lines(args)])
+    print(table(kept(args.results)))
 
 
 if __name__ == "__main__":

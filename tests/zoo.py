@@ -178,3 +178,33 @@ def timm_cases() -> dict[str, Case]:
         size = 256 if name == "mobilevit_xxs" else size
         found[f"timm.{name}"] = (lambda n=name: lively(timm.create_model(n, pretrained=False)), images(size))
     return found
+
+
+HELD_OUT = [
+    "convnextv2_atto",
+    "pvt_v2_b0",
+    "coatnet_nano_rw_224",
+    "davit_tiny",
+    "focalnet_tiny_srf",
+    "mobilevitv2_050",
+    "repvit_m0_9",
+    "shvit_s1",
+    "tiny_vit_5m_224",
+]
+
+
+def held_out_cases() -> dict[str, Case]:
+    """Models that no pass was written for: more timm families, and classifiers of videos."""
+    import timm
+    import torchvision.models as models
+
+    found: dict[str, Case] = {}
+    for name in HELD_OUT:
+        found[f"timm.{name}"] = (lambda n=name: lively(timm.create_model(n, pretrained=False)), images(224))
+    video = images(112, 16).movedim(0, 1)[None]
+    for name in ("s3d", "r3d_18", "mc3_18", "r2plus1d_18", "swin3d_t", "mvit_v1_b", "mvit_v2_s"):
+        how: dict[str, Any] = {"weights": None}
+        how |= {"spatial_size": (112, 112)} if name.startswith("mvit") else {}
+        x = torch.cat([video, video], 3).repeat(1, 1, 1, 1, 2) if name == "s3d" else video
+        found[name] = (lambda n=name, h=how: lively(models.get_model(n, **h)), x)
+    return found

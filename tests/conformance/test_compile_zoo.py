@@ -19,7 +19,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
-CASES = zoo.transformers_cases() | zoo.torchvision_cases() | zoo.timm_cases()
+CASES = zoo.transformers_cases() | zoo.torchvision_cases() | zoo.timm_cases() | zoo.held_out_cases()
 ELSEWHERE = ("roberta", "distilbert", "vit", "swin", "clip", "llama", "swin_t", "mobilenet_v2")  # in test_engine.py
 USUAL = ("bert", "gpt2", "qwen3", "opt")  # the others run with the slow tests
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
