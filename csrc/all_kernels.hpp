@@ -62,6 +62,7 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .channelwise = channelwise,
       .channel_affine = channel_affine,
       .channel_scale = channel_scale,
+      .rearrange = rearrange,
       .add_column_sums = add_column_sums,
       .attention_tile = attention_tile,
       .pack_bf16_lanes = pack_bf16_lanes,

@@ -39,6 +39,7 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_ADD:
     case RAREFY_OP_MUL:
     case RAREFY_OP_CHANNEL_AFFINE:
+    case RAREFY_OP_REARRANGE:
     case RAREFY_OP_CHANNEL_SCALE: return tiles * ceil_div(s.features, FEATURES_PER_PART);
     case RAREFY_OP_ATTENTION: return attention_parts(*s.attention);
     case RAREFY_OP_PAD_PLANES: return s.batch * ceil_div(s.features, CHANNELS_PER_PART);
@@ -140,6 +141,14 @@ void run_add_or_mul(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
                tile_of(s.out, tile) + row * TILE_COLS, std::min(FEATURES_PER_PART, s.features - row) * TILE_COLS);
 }
 
+// Some features of one column tile.
+void run_rearrange(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const int64_t chunks = ceil_div(s.features, FEATURES_PER_PART), tile = part / chunks;
+  const int64_t row = part % chunks * FEATURES_PER_PART, first = s.segment_starts[tile];
+  t.rearrange(s.x.data + row * TILE_COLS, std::min(FEATURES_PER_PART, s.features - row), s.segments + first,
+              int(s.segment_starts[tile + 1] - first), tile_of(s.out, tile) + row * TILE_COLS);
+}
+
 void run_kv_store(const rarefy_step& s, int64_t tile) {
   for_each_token_run(s, tile, [&](int64_t sequence, int64_t token, int64_t column, int64_t n) {
     for (int64_t done = 0, count; done < n; done += count) {
@@ -175,6 +184,7 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_CHANNEL_AFFINE: run_channel_affine(t, s, part); break;
     case RAREFY_OP_CHANNEL_SCALE: run_channel_scale(t, s, part); break;
     case RAREFY_OP_IMAGE_ABSMAX: run_image_absmax(t, s, part); break;
+    case RAREFY_OP_REARRANGE: run_rearrange(t, s, part); break;
   }
   return RAREFY_OK;
 }

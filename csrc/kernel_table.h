@@ -19,12 +19,6 @@ static inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uin
 
 static inline int64_t inputs_per_lane(int32_t dtype) { return dtype >= RAREFY_I8 ? 4 : dtype == RAREFY_BF16 ? 2 : 1; }
 
-// Consecutive columns of a tile whose inputs are consecutive in memory too.
-struct rarefy_segment {
-  int64_t source;        // where they are read, from the offset of a lane on
-  int32_t column, size;  // first column, number of columns
-};
-
 // Dequantization, bias and activation of a weight, whatever its format.
 struct rarefy_weight_epilogue {
   const float* scales;
@@ -125,6 +119,7 @@ struct rarefy_kernel_table {
                       const rarefy_segment* segments, int count, float* out);
   void (*channel_affine)(const float* x, int64_t features, const float* scale, const float* bias, int act, float* out);
   void (*channel_scale)(const float* x, int64_t features, int64_t columns, const float* factors, float* out);
+  void (*rearrange)(const float* x, int64_t features, const rarefy_segment* segments, int count, float* out);
   void (*add_column_sums)(const float* x, int64_t features, int64_t columns, float* sums);
   void (*attention_tile)(const rarefy_attention&, int64_t batch, int64_t head, int64_t tile);
   void (*pack_bf16_lanes)(const float* x, int64_t features, int64_t columns, uint32_t* out);

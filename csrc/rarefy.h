@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 7 };
+enum { RAREFY_ABI_VERSION = 8 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -195,7 +195,8 @@ enum rarefy_op {
   RAREFY_OP_IMAGE_ABSMAX = 15,     // out = largest magnitude of each image in a tile, at its first column there
   RAREFY_OP_CHANNEL_AFFINE = 16,   // out = act(x gamma + bias), with a gamma and a bias for each feature
   RAREFY_OP_CHANNEL_SCALE = 17,    // out = x times the feature of its image in `other`, which has one column an image
-  RAREFY_OP_COUNT = 18,
+  RAREFY_OP_REARRANGE = 18,        // out = columns of x in another order, as `segments` says
+  RAREFY_OP_COUNT = 19,
 };
 
 struct rarefy_view {
@@ -234,6 +235,12 @@ struct rarefy_attention {
   float scale;
   int32_t causal;
   int32_t bf16;  // 1: products in bf16, without a cache; 0: fp32
+};
+
+// Consecutive columns of a tile whose inputs are consecutive in memory too.
+struct rarefy_segment {
+  int64_t source;        // where they are read, from the offset of a lane on
+  int32_t column, size;  // first column, number of columns
 };
 
 struct rarefy_step {
@@ -279,6 +286,10 @@ struct rarefy_step {
   int64_t heads;                   // ROPE
   int64_t absmax_rows;             // CONVERT
   int64_t depends_on;              // the first `depends_on` steps must be done before this one
+  // REARRANGE: for each column tile of out, from segment_starts[tile] to segment_starts[tile + 1], where its columns
+  // come from: segments of at most SEGMENT_FLOATS columns, in order, that cover the tile. A negative source: zeros.
+  const rarefy_segment* segments;
+  const int64_t* segment_starts;
 };
 
 struct rarefy_step_time {  // nanoseconds that one thread

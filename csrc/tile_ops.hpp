@@ -187,6 +187,22 @@ void channel_scale(const float* x, int64_t features, int64_t columns, const floa
                     columns - n);
 }
 
+// Columns of x in another order, see rarefy_step.segments; SEGMENT_FLOATS are readable at each source. What is written
+// past a segment, the next one overwrites.
+void rearrange(const float* x, int64_t features, const rarefy_segment* segments, int count, float* out) {
+  constexpr int VECS = SEGMENT_FLOATS / SIMD_WIDTH;
+  alignas(64) float columns[TILE_COLS + SEGMENT_FLOATS];
+  for (int64_t f = 0; f < features; ++f, x += TILE_COLS, out += TILE_COLS) {
+    for (int p = 0; p < count; ++p) {
+      const rarefy_segment s = segments[p];
+      for (int v = 0; v < VECS; ++v)
+        store_vec(columns + s.column + v * SIMD_WIDTH,
+                  s.source < 0 ? f32_vec{} : load_vec(x + s.source + v * SIMD_WIDTH));
+    }
+    for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH) store_vec(out + n, load_vec(columns + n));
+  }
+}
+
 // sums[f * TILE_COLS] += the sum of `columns` columns of each feature f.
 void add_column_sums(const float* x, int64_t features, int64_t columns, float* sums) {
   for (int64_t f = 0; f < features; ++f) {

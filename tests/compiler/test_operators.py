@@ -16,7 +16,14 @@ from rarefy.compiler.operators.table import BY_NAME, BY_TARGET, FILES
 from rarefy.runtime import bindings
 
 needs_kernels = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
-LAYOUTS = (specs.ROWS, specs.IMAGES, specs.PIXELS, specs.IMAGES_TO_ROWS, specs.ELEMENTWISE)
+LAYOUTS = (
+    specs.ROWS,
+    specs.IMAGES,
+    specs.PIXELS,
+    specs.IMAGES_TO_ROWS,
+    specs.ROWS_TO_IMAGES,
+    specs.ELEMENTWISE,
+)
 
 
 @pytest.mark.parametrize("spec", BY_NAME.values(), ids=BY_NAME)

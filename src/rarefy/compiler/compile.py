@@ -31,6 +31,7 @@ from rarefy.compiler.passes import (
     linear,
     norm,
     rope,
+    tokens,
 )
 from rarefy.compiler.verify import verify
 from rarefy.model.forward import calling, describe_batch
@@ -83,6 +84,8 @@ PASSES = (
     channels.convert_scale,
     channels.convert_norm,
     channels.convert_concat,
+    # whole tokens that change their places
+    tokens.convert_moves,
     # activations and residual sums move into the layer before them: at most one of each kind a run
     fusion.fuse_epilogue,
     fusion.fuse_epilogue,

@@ -201,6 +201,10 @@ ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
         "a pair of whole numbers",
     ),
     "count": (lambda v, *_: type(v) is int and v > 0, "a whole number of at least 1"),
+    "sizes": (
+        lambda v, *_: type(v) is tuple and all(type(n) is int and 0 < n < 1 << 31 for n in v),
+        "a tuple of whole numbers of at least 1",
+    ),
     "window": (lambda v, *_: type(v) is int and 0 <= v < 1 << 62, "a whole number of at least 0"),
     "cache": (lambda v, nodes, _: _is_output(v, CACHE, nodes), "the cache"),
     "number": (lambda v, *_: type(v) in (int, float), "a number"),

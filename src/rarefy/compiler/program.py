@@ -217,14 +217,14 @@ class Program:
         """Return a new value of the same tokens."""
         return self._add(Value(v.tokens, features, len(self.steps), self.decode))
 
+    def tokens_of(self, node: Node) -> Tokens:
+        """Return how the tokens of a node's output are stored."""
+        return self.image_tokens(node).tokens if node in self.images else self._tokens(self.shape(node)[:-1])
+
     def make(self, node: Node) -> Value:
         """Return a new value for a node's output."""
-        if node in self.images:
-            v = self.image_tokens(node)
-        else:
-            *leading, features = self.shape(node)
-            v = Value(self._tokens(tuple(leading)), features, len(self.steps), self.decode)
-        self.values[node] = self._add(v)
+        features = self.shape(node)[1 if node in self.images else -1]
+        v = self.values[node] = self._add(Value(self.tokens_of(node), features, len(self.steps), self.decode))
         return v
 
     def use(self, v: Value) -> Value:
@@ -365,7 +365,7 @@ class Program:
                 else:
                     v.start, end = end, end + v.floats
                 expiring.setdefault(max(v.last, v.created) + 1, []).append(v)
-        self.memory = allocate(4 * end).view(torch.float32).zero_()
+        self.memory = allocate(4 * (end + VECTOR)).view(torch.float32).zero_()  # segments are read in whole vectors
 
     def _fill_addresses(self) -> None:
         """Write addresses and dependencies into the steps."""

@@ -6,7 +6,7 @@ from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 NAMES = (  # rarefy_op
     "pack", "unpack", "linear", "convert", "norm", "add", "mul", "attention", "rope", "kv_store", "pad_planes", "conv",
-    "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax", "channel_affine", "channel_scale",
+    "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax", "channel_affine", "channel_scale", "rearrange",
 )  # fmt: skip
 OPS = {name: i for i, name in enumerate(NAMES)}
 DTYPES = ("fp32", "bf16", "int8")  # rarefy_dtype
@@ -29,6 +29,7 @@ class Step(Structure):
         *[(n, c_void_p) for n in ("gamma", "bias", "depthwise_weights", "row_sums")],
         *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "seq_stride")],
         *[(n, c_int64) for n in ("groups", "heads", "absmax_rows", "depends_on")],
+        *[(n, c_void_p) for n in ("segments", "segment_starts")],
     ]
 
 

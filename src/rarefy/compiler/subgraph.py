@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from math import prod
 from threading import Lock
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, IMAGES_TO_ROWS, PIXELS
+from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, IMAGES_TO_ROWS, PIXELS, ROWS_TO_IMAGES
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.program import Program
 from rarefy.runtime.huge_pages import last_cache
@@ -55,6 +57,7 @@ class FusedSubgraph:
         caches = (BY_TARGET[n.target].argument(n, "cache") for n in nodes)
         self.cache = next((c for c in caches if c is not None), None)
         self.images = image_nodes(nodes) or ()
+        self.splits = bool(self.images) and _splits_by_sample(nodes, constants)
         self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
         self.programs: dict[tuple[Any, ...], list[Program]] = {}
         self.batch_sizes: dict[tuple[Any, ...], int] = {}  # images that go together, by their shapes
@@ -67,7 +70,7 @@ class FusedSubgraph:
         """
         inputs = {n: lookup(n) for n in self.inputs}
         cache = None if self.cache is None else lookup(self.cache)
-        batch = len(next(iter(inputs.values()))) if self.images else 0
+        batch = len(next(iter(inputs.values()))) if self.splits else 0
         if batch <= 1 or any(len(t) != batch for t in inputs.values()):
             return self._run(inputs, cache, recorder)
         step = self._images_together({n: t[:1] for n, t in inputs.items()})
@@ -131,7 +134,7 @@ def image_nodes(nodes: Sequence[Node]) -> set[Node] | None:
         The nodes; None where operators on rows read images too, so that no program can run all of them.
     """
     layout = {n: BY_TARGET[n.target].layout for n in nodes}
-    images = {n for n in nodes if layout[n] in (IMAGES, PIXELS)}
+    images = {n for n in nodes if layout[n] in (IMAGES, PIXELS, ROWS_TO_IMAGES)}
     for n in (n for n in nodes if layout[n] in (IMAGES, PIXELS, IMAGES_TO_ROWS)):
         images |= set(BY_TARGET[n.target].tensors(n))
     before = -1
@@ -142,10 +145,31 @@ def image_nodes(nodes: Sequence[Node]) -> set[Node] | None:
             if connected & images:
                 images |= connected
     rows = {n for n in nodes if layout[n] == IMAGES_TO_ROWS}
+    rows |= {n.args[0] for n in nodes if layout[n] == ROWS_TO_IMAGES}
     for n in nodes:
-        if layout[n] not in (IMAGES, PIXELS, IMAGES_TO_ROWS, ELEMENTWISE):
+        if layout[n] not in (IMAGES, PIXELS, IMAGES_TO_ROWS, ROWS_TO_IMAGES, ELEMENTWISE):
             rows |= {n, *n.all_input_nodes}
     return None if images & rows else images
+
+
+def _splits_by_sample(nodes: Sequence[Node], constants: Mapping[str, Tensor]) -> bool:
+    """Return whether entries of the first dimension of the inputs can go through all operators one by one.
+
+    They cannot where several entries make a sample, such as windows of an image, or where a mask is read, which may
+    have another first dimension.
+    """
+    entries: dict[Node, Fraction] = {}  # of the first dimension, for each entry of an input
+    for n in nodes:
+        spec = BY_TARGET[n.target]
+        if spec.argument(n, "mask") is not None:
+            return False
+        entries[n] = entries.get(n.args[0], Fraction(1))
+        if spec.index("sizes") is not None:
+            _, index, parts, sizes = n.args
+            entries[n] *= Fraction(constants[index.name].shape[1], parts * prod(sizes))
+        if entries[n].denominator != 1:
+            return False
+    return True
 
 
 def images_together(memory: int, weights: int, cache: int) -> int:

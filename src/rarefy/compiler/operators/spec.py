@@ -16,7 +16,8 @@ Shape = tuple[int, ...]
 ROWS = "rows"  # [.., tokens, features], the operator reads features
 IMAGES = "images"  # [batch, channels, height, width], the operator reads neighbouring pixels
 PIXELS = "pixels"  # [batch, channels, height, width], the operator reads each pixel, or sums of all, as they are stored
-IMAGES_TO_ROWS = "images to rows"  # from [batch, channels, height, width] to [batch, channels]
+IMAGES_TO_ROWS = "images to rows"  # from [batch, channels, height, width] to rows
+ROWS_TO_IMAGES = "rows to images"  # from rows to [batch, channels, height, width]
 ELEMENTWISE = "elementwise"  # either of them
 
 
@@ -76,7 +77,8 @@ class OpSpec:
         lower: adds the operator's steps to a `Program`; None: it never runs in a program.
         fits: whether a program may run a call of these shapes, which a file can make up.
         out_shape: the shape of the output.
-        layout: how a program stores its values: ROWS, IMAGES, PIXELS, IMAGES_TO_ROWS or ELEMENTWISE.
+        layout: how a program stores its values: ROWS, IMAGES, PIXELS, IMAGES_TO_ROWS, ROWS_TO_IMAGES or
+            ELEMENTWISE.
         heavy: a program is worth its packing and unpacking if it has such an operator.
         epilogue: arguments 3 and 4 are a residual and an activation, which other operators can move into.
         per_row: row i of the output depends on row i of the inputs alone.

@@ -26,6 +26,7 @@ from rarefy.compiler.fx_utils import (
 from rarefy.compiler.passes.kv_attention import CACHED_ATTENTION
 from rarefy.compiler.passes.linear import linear_of_rows
 from rarefy.compiler.passes.matchers import before_head_split, only_user, swaps_heads_and_tokens
+from rarefy.compiler.passes.window_mask import window_mask
 
 SDPA = aten.scaled_dot_product_attention.default
 
@@ -167,7 +168,9 @@ def fuse_sdpa(exported: ExportedGraph, node: Node) -> None:
     if not softmax or len(probabilities.users) != 1:
         return
     scores, mask, scale = probabilities.args[0], None, 1.0
-    if scores.target is aten.add.Tensor and len(scores.users) == 1 and not scores.kwargs:
+    if (windows := window_mask(exported, node, scores)) is not None:
+        scores, mask = windows
+    elif scores.target is aten.add.Tensor and len(scores.users) == 1 and not scores.kwargs:
         scores, mask = scores.args
         if not is_node(mask) or dtype_of(mask) != torch.float32 or not same(shape(scores), shape(probabilities)):
             return
