@@ -39,7 +39,8 @@ inline int64_t visible_keys(const rarefy_attention& a, const float* mask) {
 // One head of one sequence, its keys and values packed for dense products in bf16.
 struct LaneAttention {
   LaneAttention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t sequence, int64_t head)
-      : t(t), a(a), first(sequence * a.seq_stride), head_dim(a.head_dim), offset(head * head_dim * TILE_COLS) {
+      : t(t), a(a), first(sequence * a.seq_stride), first_key(sequence * a.kv_seq_stride), head_dim(a.head_dim),
+        offset(head * head_dim * TILE_COLS) {
     mask = a.mask ? a.mask + sequence * a.mask_batch_stride + head * a.mask_head_stride : nullptr;
     keys = visible_keys(a, mask);
     dim_blocks = ceil_div(head_dim, 32);
@@ -96,7 +97,7 @@ struct LaneAttention {
 
  private:
   const float* at(const float* x, int64_t stride, int64_t key) const {
-    const int64_t column = first + key;
+    const int64_t column = first_key + key;
     return x + column / TILE_COLS * stride + kv_offset + column % TILE_COLS;
   }
 
@@ -110,7 +111,7 @@ struct LaneAttention {
 
   const rarefy_kernel_table& t;
   const rarefy_attention& a;
-  int64_t first, head_dim, offset, kv_offset, keys, chunk;
+  int64_t first, first_key, head_dim, offset, kv_offset, keys, chunk;
   int64_t dim_blocks, value_blocks, key_words, value_words;
   const float* mask;
   uint32_t *packed_keys, *packed_values, *queries, *weights;

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 8 };
+enum { RAREFY_ABI_VERSION = 9 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -228,13 +228,14 @@ struct rarefy_attention {
   const float* mask;                                 // additive, or null
   int64_t mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride;
   int64_t batch, heads, kv_heads, head_dim, queries, keys;
-  int64_t seq_stride;  // columns from one sequence to the next
+  int64_t seq_stride;  // columns from one sequence of queries to the next
   const rarefy_kv_cache* cache;
   int64_t k_offset, v_offset;  // features of earlier layers in the cache
   int64_t window;              // keys that a query attends to at most, itself included; 0: all
   float scale;
   int32_t causal;
-  int32_t bf16;  // 1: products in bf16, without a cache; 0: fp32
+  int32_t bf16;           // 1: products in bf16, without a cache; 0: fp32
+  int64_t kv_seq_stride;  // columns from one sequence of keys and values to the next, without a cache
 };
 
 // Consecutive columns of a tile whose inputs are consecutive in memory too.

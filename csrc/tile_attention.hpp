@@ -104,7 +104,7 @@ inline void update_softmax(int64_t keys, f32_vec (*scores)[VECS], f32_vec* max, 
 template <int VECS>
 void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int64_t lane, int64_t query, const float* q,
                     float* out) {
-  const int64_t head_dim = a.head_dim, first_column = batch * (a.cache ? a.cache->capacity : a.seq_stride);
+  const int64_t head_dim = a.head_dim, first_column = batch * (a.cache ? a.cache->capacity : a.kv_seq_stride);
   const int64_t kv_head = head / (a.heads / a.kv_heads) * head_dim * TILE_COLS;
   const int64_t past = a.cache ? a.cache->length : 0, num_keys = a.cache ? past + a.queries : a.keys;
   const int64_t start = a.cache && a.cache->starts ? a.cache->starts[batch] : 0, position = past + query;

@@ -23,6 +23,7 @@ from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes import (
     activation,
     attention,
+    attention_heads,
     channels,
     cleanup,
     conv,
@@ -84,7 +85,8 @@ PASSES = (
     channels.convert_scale,
     channels.convert_norm,
     channels.convert_concat,
-    # whole tokens that change their places
+    # attention in other layouts, and whole tokens that change their places
+    attention_heads.convert_heads,
     tokens.convert_moves,
     # activations and residual sums move into the layer before them: at most one of each kind a run
     fusion.fuse_epilogue,

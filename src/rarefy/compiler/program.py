@@ -149,7 +149,8 @@ class Program:
         self.quantized: dict[tuple[Node, str], tuple[Value, Value | None]] = {}  # inputs in a precision, their scales
         self.decode = self._few_tokens(nodes, inputs)
         whole = [n for n in nodes if operators[n.target].whole_sequences]
-        self.aligned = set() if self.decode else {self.shape(n)[:-1] for n in whole}
+        sequences = [x for n in whole for x in (n, *operators[n.target].tensors(n))]
+        self.aligned = set() if self.decode else {self.shape(x)[:-1] for x in sequences}
         masks = {operators[n.target].argument(n, "mask") for n in nodes}
         self.inputs = [n for n in inputs if n not in masks]
         self.raw: dict[Node, list[int]] = {n: [] for n in self.inputs}  # the steps that read an input as it comes

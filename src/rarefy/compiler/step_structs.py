@@ -49,4 +49,5 @@ class Attention(Structure):
         ("scale", c_float),
         ("causal", c_int32),
         ("bf16", c_int32),
+        ("kv_seq_stride", c_int64),
     ]

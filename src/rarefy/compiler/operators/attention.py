@@ -24,8 +24,9 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """Return softmax(q k^T scale + mask) v head by head, [batch, tokens, heads * head_dim].
 
-    q is [batch, tokens, heads * head_dim], k and v are [batch, tokens, kv_heads * head_dim]: fewer heads of keys and
-    values serve several heads of queries each. With precision "bf16" products are those of numbers rounded to bf16,
+    q is [batch, tokens, heads * head_dim], k and v are [batch, keys, kv_heads * head_dim]: fewer heads of keys and
+    values serve several heads of queries each, and there may be more or fewer keys than queries, unless it is causal.
+    With precision "bf16" products are those of numbers rounded to bf16,
     on CPUs that multiply them faster than fp32.
     """
     if precision == "bf16":
@@ -92,6 +93,7 @@ def _lower_attention(p: Program, node: Node) -> None:
         queries=p.shape(node)[1],
         keys=p.shape(k)[1],
         seq_stride=out.tokens.seq_stride,
+        kv_seq_stride=p.values[k].tokens.seq_stride,
         scale=scale,
         causal=int(causal),
         bf16=int(precision == "bf16"),
@@ -140,9 +142,11 @@ def _lower_cached_attention(p: Program, node: Node) -> None:
 
 
 def _attention_fits(call: Call) -> bool:
-    mask, heads, kv_heads = call.node.args[3:6]
+    mask, heads, kv_heads, _, causal = call.node.args[3:8]
     q, k, v = call.shapes
-    if len(q) != 3 or k != v or k[:2] != q[:2] or heads % kv_heads or q[2] % heads or not q[2]:
+    if len(q) != 3 or k != v or len(k) != 3 or k[0] != q[0] or heads % kv_heads or q[2] % heads or not q[2]:
+        return False
+    if not k[1] or (causal and k[1] != q[1]):
         return False
     if k[2] != q[2] // heads * kv_heads:
         return False
@@ -151,7 +155,7 @@ def _attention_fits(call: Call) -> bool:
     if mask not in call.masks or call.masks[mask].dim() > 4:
         return False
     sizes = (1,) * (4 - call.masks[mask].dim()) + tuple(call.masks[mask].shape)
-    return all(n in (1, s) for n, s in zip(sizes, (q[0], heads, q[1], q[1])))
+    return all(n in (1, s) for n, s in zip(sizes, (q[0], heads, q[1], k[1])))
 
 
 def _rope_fits(call: Call) -> bool:

@@ -237,27 +237,40 @@ def fuse_attention(exported: ExportedGraph, node: Node) -> None:
     """Fuse splitting [batch, tokens, features] into heads, attention, and joining the heads."""
     if node.target is not SDPA or dtype_of(node) != torch.float32:
         return
-    q, k, v, *rest = node.args
-    options = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest)) | node.kwargs
     swapped = only_user(node)
-    sources = [before_head_split(x) for x in (q, k, v)]
-    if options.get("dropout_p", 0.0) or swapped is None or None in sources or not swaps_heads_and_tokens(swapped):
+    sources = [before_head_split(x) for x in node.args[:3]]
+    if swapped is None or None in sources or not swaps_heads_and_tokens(swapped):
         return
     joined = only_user(swapped)
+    if (
+        joined is None
+        or joined.target not in (*VIEWS, aten.flatten.using_ints)
+        or not same(shape(joined), shape(sources[0]))
+    ):
+        return
+    options = attention_options(exported, node)
+    if options is not None:
+        replace_node(exported, joined, ops.attention, *sources, *options, None)
+        exported.graph.erase_node(swapped)
+        exported.graph.erase_node(node)
+
+
+def attention_options(exported: ExportedGraph, node: Node) -> tuple[Any, int, int, float, bool] | None:
+    """Return mask, heads, heads of keys and values, scale and whether it is causal, of an attention that the engine
+    has; None for others."""
+    q, k, v, *rest = node.args
+    options = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest)) | node.kwargs
     heads, kv_heads, head_dim = shape(q)[1], shape(k)[1], shape(q)[3]
-    if joined is None or joined.target not in VIEWS or not same(shape(joined), shape(sources[0])):
-        return
-    if shape(v)[3] != head_dim or not same(shape(k)[:1] + shape(k)[2:3], shape(q)[:1] + shape(q)[2:3]):
-        return  # cross-attention: as many keys as queries are needed
+    if options.get("dropout_p", 0.0) or shape(v)[3] != head_dim or not same(shape(k)[:1], shape(q)[:1]):
+        return None
+    causal = options.get("is_causal", False)
+    if causal and not same(shape(k)[2:3], shape(q)[2:3]):
+        return None
     if heads % kv_heads or (heads != kv_heads and not node.kwargs.get("enable_gqa")):
-        return
+        return None
     mask, scale = options.get("attn_mask"), node.kwargs.get("scale")
     mask = None if mask is None else _additive(exported, mask)
-    scale = head_dim**-0.5 if scale is None else scale
-    causal = options.get("is_causal", False)
-    replace_node(exported, joined, ops.attention, *sources, mask, heads, kv_heads, scale, causal, None)
-    exported.graph.erase_node(swapped)
-    exported.graph.erase_node(node)
+    return mask, heads, kv_heads, head_dim**-0.5 if scale is None else scale, causal
 
 
 def _additive(exported: ExportedGraph, mask: Node) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -43,27 +44,32 @@ def convert_moves(exported: ExportedGraph, node: Node) -> None:
 
     Where tokens go is found by trial: all moves run on a tensor that numbers its elements, with two batch sizes.
     """
-    if not _in_programs(node):
+    if not in_programs(node):
         return
     for moved in dict.fromkeys(BY_TARGET[node.target].tensors(node)):
         if moved.target not in MOVES or dtype_of(moved) != torch.float32 or moved.op != "call_function":
             continue
-        match = _between(moved)
+        match = moves_before(moved)
         if match is None:
             continue
         source, moves = match
         to_image = _is_image(node, moved)
-        index = _index(source, moves, moved, _stores_image(source), to_image)
+        index = _index(source, moves, moved, stores_image(source), to_image)
         if index is not None:
             _replace(exported, node, source, moved, index, to_image)
 
 
-def _in_programs(node: Any) -> bool:
+def in_programs(node: Any) -> bool:
     return is_node(node) and node.target in BY_TARGET and BY_TARGET[node.target].lower is not None
 
 
-def _between(moved: Node) -> tuple[Node, list[Node]] | None:
-    """Return the only operator of the engine whose output some moves read, and the moves in order; else None."""
+def moves_before(moved: Node, targets: Collection[Any] = MOVES) -> tuple[Node, list[Node]] | None:
+    """Return the only operator of the engine whose output some moves read, and the moves in order; None otherwise.
+
+    Args:
+        moved: the last of the moves.
+        targets: the operators that count as moves.
+    """
     moves: dict[Node, None] = {}
     sources: dict[Node, None] = {}
     queue = [moved]
@@ -71,26 +77,30 @@ def _between(moved: Node) -> tuple[Node, list[Node]] | None:
         n = queue.pop()
         if n in moves:
             continue
-        if n.target in MOVES:
+        if n.target in targets:
             moves[n] = None
-            queue += [a for a in n.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
+            queue += [a for a in n.all_input_nodes if not _is_number(a)]
         else:
             sources[n] = None
         if len(moves) > MAX_MOVES or len(sources) > 1:
             return None
-    (source,) = sources
-    if not _in_programs(source) or dtype_of(source) != torch.float32:
+    source = next(iter(sources), None)
+    if source is None or not in_programs(source) or dtype_of(source) != torch.float32:
         return None
     return source, [n for n in moved.graph.nodes if n in moves]
 
 
-def _stores_image(source: Node, depth: int = 0) -> bool:
+def _is_number(x: Node) -> bool:
+    return isinstance(x.meta.get("val"), int | float | torch.SymInt)
+
+
+def stores_image(source: Node, depth: int = 0) -> bool:
     """Return whether an operator's output is an image [batch, channels, height, width] in a program."""
     layout = BY_TARGET[source.target].layout
     if layout != ELEMENTWISE or len(shape(source)) != 4 or depth > MAX_MOVES:
         return layout in (IMAGES, PIXELS, ROWS_TO_IMAGES)
-    inputs = [a for a in BY_TARGET[source.target].tensors(source) if _in_programs(a)]
-    return any(_stores_image(a, depth + 1) for a in inputs)
+    inputs = [a for a in BY_TARGET[source.target].tensors(source) if in_programs(a)]
+    return any(stores_image(a, depth + 1) for a in inputs)
 
 
 def _is_image(node: Node, moved: Node, depth: int = 0) -> bool:
@@ -98,10 +108,10 @@ def _is_image(node: Node, moved: Node, depth: int = 0) -> bool:
     layout = BY_TARGET[node.target].layout
     if layout != ELEMENTWISE or len(shape(moved)) != 4 or depth > MAX_MOVES:
         return layout in (IMAGES, PIXELS, IMAGES_TO_ROWS)
-    others = [a for a in BY_TARGET[node.target].tensors(node) if a is not moved and _in_programs(a)]
+    others = [a for a in BY_TARGET[node.target].tensors(node) if a is not moved and in_programs(a)]
     if others:
-        return _stores_image(others[0])
-    users = [u for u in node.users if _in_programs(u)]
+        return stores_image(others[0])
+    users = [u for u in node.users if in_programs(u)]
     return bool(users) and _is_image(users[0], node, depth + 1)
 
 
@@ -109,7 +119,7 @@ def _index(source: Node, moves: list[Node], moved: Node, from_image: bool, to_im
     """Return the arguments of an operator that does what moves do: index [groups, tokens], parts, sizes; else None."""
     if (from_image and len(shape(source)) != 4) or (to_image and len(shape(moved)) != 4) or len(shape(moved)) < 2:
         return None
-    symbols = {s for n in (source, *moves) for size in shape(n) for s in _symbols(size)}
+    symbols = symbols_of((source, *moves))
     if len(symbols) > 1:
         return None
     symbol = next(iter(symbols), None)
@@ -122,8 +132,10 @@ def _index(source: Node, moves: list[Node], moved: Node, from_image: bool, to_im
     return first, parts, sizes
 
 
-def _symbols(size: Any) -> set[Any]:
-    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+def symbols_of(nodes: Iterable[Node]) -> set[Any]:
+    """Return the open sizes in the shapes of some nodes."""
+    sizes = [size for n in nodes for size in shape(n) if isinstance(size, torch.SymInt)]
+    return {symbol for size in sizes for symbol in size.node.expr.free_symbols}
 
 
 def _number(size: Any, symbol: Any, batch: int) -> Any:
@@ -133,32 +145,47 @@ def _number(size: Any, symbol: Any, batch: int) -> Any:
     return int(size.node.expr if symbol is None else size.node.expr.subs(symbol, batch))
 
 
-def _probe(source: Node, moves: list[Node], from_image: bool, to_image: bool, symbol: Any, batch: int) -> Any:
-    """Move a tensor of numbers; return index, parts and sizes, as `_index` does, for one batch size."""
+def numbered(source: Node, image: bool, symbol: Any, batch: int) -> Tensor | None:
+    """Return a tensor like an operator's output whose elements are numbers from 1 on, token by token; 0 is padding.
+
+    None where it would be too large, or where the batch size does not divide its first dimension.
+    """
     sizes = [_number(s, symbol, batch) for s in shape(source)]
     count = torch.Size(sizes).numel()
-    features = sizes[1] if from_image else sizes[-1]
+    features = sizes[1] if image else sizes[-1]
     if not features or not count or count > MAX_PROBED or sizes[0] % batch:
         return None
-    tokens = count // features
-    numbers = torch.arange(1, count + 1, dtype=torch.float64).view(-1, features)  # 0 is padding
-    if from_image:
+    numbers = torch.arange(1, count + 1, dtype=torch.float64).view(-1, features)
+    if image:
         numbers = numbers.view(sizes[0], *sizes[2:], features).permute(0, 3, 1, 2)
-    values: dict[Node, Any] = {source: numbers.reshape(sizes)}
+    return numbers.reshape(sizes)
+
+
+def run_moves(source: Node, moves: list[Node], x: Tensor, symbol: Any, batch: int) -> Any:
+    """Return what moves make of a tensor in place of an operator's output; None where they cannot run on it."""
+    values: dict[Node, Any] = {source: x}
     for n in moves:
         args, kwargs = fx.map_arg(
-            (n.args, n.kwargs),
-            lambda a: values[a] if a in values else _number(a.meta.get("val"), symbol, batch),
+            (n.args, n.kwargs), lambda a: values[a] if a in values else _number(a.meta.get("val"), symbol, batch)
         )
         try:
             values[n] = n.target(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None
-        if values[n].numel() > MAX_PROBED:
+        if isinstance(values[n], Tensor) and values[n].numel() > MAX_PROBED:
             return None
-    out = values[moves[-1]]
+    return values[moves[-1]] if moves else x
+
+
+def _probe(source: Node, moves: list[Node], from_image: bool, to_image: bool, symbol: Any, batch: int) -> Any:
+    """Move a tensor of numbers; return index, parts and sizes, as `_index` does, for one batch size."""
+    numbers = numbered(source, from_image, symbol, batch)
+    out = None if numbers is None else run_moves(source, moves, numbers, symbol, batch)
+    if numbers is None or out is None:
+        return None
+    features = numbers.shape[1] if from_image else numbers.shape[-1]
     out = out.permute(0, 2, 3, 1) if to_image else out
-    return _read_probe(out, features, tokens // batch, batch, sizes[0] // batch)
+    return _read_probe(out, features, numbers.numel() // features // batch, batch, len(numbers) // batch)
 
 
 def _read_probe(out: Tensor, features: int, per_sample: int, batch: int, parts: int) -> Any:
@@ -186,11 +213,11 @@ def _replace(exported: ExportedGraph, node: Node, source: Node, moved: Node, ind
     """Let an operator, and all others of the engine, read moved tokens from one operator."""
     numbers, parts, sizes = index
     name = add_constant(exported, f"{moved.name}_index", numbers)
-    op = OPERATORS[_stores_image(source), to_image]
+    op = OPERATORS[stores_image(source), to_image]
     with exported.graph.inserting_before(moved):
         new = exported.graph.call_function(op, (source, name, parts, sizes))
     new.meta["val"] = moved.meta["val"]
     keep_layer(new, moved)
     for user in list(moved.users):
-        if _in_programs(user) and _is_image(user, moved) == to_image:
+        if in_programs(user) and _is_image(user, moved) == to_image:
             user.replace_input_with(moved, new)
