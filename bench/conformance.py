@@ -9,7 +9,8 @@ the native calls, list the operators that run in torch, and time the models at s
 
 Half of the weights of Linear and Conv2d layers are set to zero at random: only equality and speed count here, not
 quality. For its times a model is compiled for each batch size, with the choices between native and torch operators that
-`compile` makes there; eager and compiled calls alternate. Each model runs in its own process. Appends one JSON line per
+`compile` makes there; eager and compiled calls alternate, and the fastest of each counts, which other processes
+disturbed least. Each model runs in its own process. Appends one JSON line per
 model to results/conformance.jsonl. A run that was interrupted goes on where it stopped: models that this commit has
 records of, with these batch sizes and threads, are skipped.
 """
@@ -38,8 +39,9 @@ import rarefy
 from rarefy.common.errors import ModelError
 from rarefy.compiler.compile import split_example
 from rarefy.compiler.executor import Compiled
+from rarefy.compiler.tuning import alternate
 from rarefy.compiler.verify import distance
-from rarefy.evaluation.profiling import commit, compare
+from rarefy.evaluation.profiling import commit
 from rarefy.model import hf
 from rarefy.model.compare import relative_distance
 from records import eager_speedups
@@ -49,7 +51,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "conformance.jsonl"
 sys.path.insert(0, str(HERE.parent / "tests"))
 LIMIT = 120  # seconds per model, and for each batch size that is timed
-MIN_REPEATS, MAX_REPEATS, TIMED_SECONDS = 5, 30, 2.0  # of eager and compiled calls at one batch size
+MIN_REPEATS, MAX_REPEATS, TIMED_SECONDS = 5, 400, 2.0  # of eager and compiled calls at one batch size
 NEAR = 1e-3  # largest distance, relative to the norm of the outputs
 
 
@@ -82,10 +84,15 @@ def speed(model: nn.Module, x: Any) -> dict[str, Any]:
     made = rarefy.compile(model, x)
     seconds = time.perf_counter() - began
     args, kwargs = split_example(x)
-    runs = {"eager": lambda: model(*args, **kwargs), "compiled": lambda: made(*args, **kwargs)}
-    once = sum(t.median for t in compare(runs, repeats=1, warmup=1).values())
-    repeats = min(MAX_REPEATS, max(MIN_REPEATS, int(TIMED_SECONDS / once)))
-    ms = {n: 1e3 * t.median for n, t in compare(runs, repeats=repeats, warmup=0).items()}
+    with torch.no_grad():
+        times = alternate(
+            lambda: model(*args, **kwargs),
+            lambda: made(*args, **kwargs),
+            TIMED_SECONDS,
+            MIN_REPEATS,
+            MAX_REPEATS,
+        )
+    ms = {name: 1e3 * seconds for name, seconds in zip(("eager", "compiled"), times)}
     far = distance(model, made, *pytree.tree_flatten((args, kwargs)))
     counts = operator_counts(made)
     return {"speedup": ms["eager"] / ms["compiled"], "ms": ms, "distance": far, "seconds": seconds, **counts}

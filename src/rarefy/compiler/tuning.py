@@ -102,7 +102,11 @@ def seconds_of_calls(compiled: Compiled, other: nn.Module | Compiled, args: Any,
 
 
 def alternate(
-    first: Callable[[], Any], second: Callable[[], Any], seconds: float, min_pairs: int = MIN_PAIRS
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    seconds: float,
+    min_pairs: int = MIN_PAIRS,
+    max_pairs: int = MAX_PAIRS,
 ) -> tuple[float, float]:
     """Return the fewest seconds of two functions that run in turns, after one run of each.
 
@@ -113,12 +117,13 @@ def alternate(
         second: another one.
         seconds: time after which no more pairs are run.
         min_pairs: pairs that run in any case.
+        max_pairs: pairs that run at most.
     """
     times: tuple[list[float], list[float]] = ([], [])
     first()
     second()
     began = time.perf_counter()
-    while len(times[0]) < MAX_PAIRS and (len(times[0]) < min_pairs or time.perf_counter() - began < seconds):
+    while len(times[0]) < max_pairs and (len(times[0]) < min_pairs or time.perf_counter() - began < seconds):
         for run, spent in zip((first, second), times):
             start = time.perf_counter()
             run()
