@@ -59,6 +59,7 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .column_absmax = column_absmax,
       .quantize_tile = quantize_tile,
       .quantize_static = quantize_static,
+      .fake_quantize = fake_quantize,
       .channelwise = channelwise,
       .channel_affine = channel_affine,
       .channel_scale = channel_scale,

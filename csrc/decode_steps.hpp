@@ -83,6 +83,9 @@ inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, i
       t.add_or_mul(s.x.data, s.other.data, s.op == RAREFY_OP_MUL, s.act, s.out.data,
                    ceil_div(s.columns * s.out.stride, TILE_COLS) * TILE_COLS);
       break;
+    case RAREFY_OP_FAKE_QUANTIZE:
+      t.fake_quantize(x, s.codes_scale, s.codes_zero, out, ceil_div(s.features, 16) * 16);
+      break;
     case RAREFY_OP_ROPE:
       t.rope[1](x, s.cos.data + part * s.cos.stride, s.sin.data + part * s.sin.stride, s.heads,
                 s.features / std::max<int64_t>(1, s.heads), out);

@@ -95,7 +95,7 @@ void store_dense_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, con
       if (o.codes) {
         u32_vec bits[TILE_ROWS];
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < TILE_ROWS; ++i) bits[i] = static_code(out[i], o.inverse_scale, float(o.zero));
+        for (int64_t i = 0; i < TILE_ROWS; ++i) bits[i] = static_code(out[i], o.inverse_scale, o.zero);
         store_raw(o.codes + r / 4 * TILE_COLS + n, pack_codes(bits[0], bits[1], bits[2], bits[3]));
       }
       if (o.bf16)

@@ -162,15 +162,19 @@ void f32_epilogue(const float* acc, int64_t rows, int64_t n, const float* bias, 
   if (stream) stream_fence();
 }
 
-// The rounded number of each element, in the low bits: 1.5 * 2^23 drops the fraction.
-inline u32_vec rounded_bits(f32_vec v) { return u32_vec(v + 12582912.0f); }
+constexpr float ROUND_TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: adding it drops the fraction
 
-// int8 codes with one scale for all, which saturate. AVX2 negates codes, so it has none of -128.
-constexpr float MIN_CODE = INPUT_ZERO_POINT ? -128.0f : -127.0f;
-inline u32_vec static_code(f32_vec v, float inverse_scale, float zero) {
-  f32_vec code = v * inverse_scale + zero;
-  code = code < MIN_CODE ? f32_vec{} + MIN_CODE : code;
-  return rounded_bits(code > 127.0f ? f32_vec{} + 127.0f : code);
+// The rounded number of each element, in the low bits.
+inline u32_vec rounded_bits(f32_vec v) { return u32_vec(v + ROUND_TO_INTEGER); }
+
+// int8 codes with one scale for all, which saturate, minus the code of zero and plus ROUND_TO_INTEGER. The zero point
+// is not added before rounding: that would break ties in another way than torch does. NaN stays NaN.
+inline f32_vec shifted_code(f32_vec v, float inverse_scale, int32_t zero) {
+  return clamp_vec(v * inverse_scale, float(-128 - zero), float(127 - zero)) + ROUND_TO_INTEGER;
+}
+
+inline u32_vec static_code(f32_vec v, float inverse_scale, int32_t zero) {
+  return u32_vec(shifted_code(v, inverse_scale, zero)) + uint32_t(zero);
 }
 
 // Lanes of four int8 inputs out of the low bytes of four vectors.

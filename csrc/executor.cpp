@@ -38,6 +38,7 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_NORM: return ceil_div(s.columns, norm_columns_per_part(s));
     case RAREFY_OP_ADD:
     case RAREFY_OP_MUL:
+    case RAREFY_OP_FAKE_QUANTIZE:
     case RAREFY_OP_CHANNEL_AFFINE:
     case RAREFY_OP_REARRANGE:
     case RAREFY_OP_CHANNEL_SCALE: return tiles * ceil_div(s.features, FEATURES_PER_PART);
@@ -149,6 +150,13 @@ void run_rearrange(const rarefy_kernel_table& t, const rarefy_step& s, int64_t p
               int(s.segment_starts[tile + 1] - first), tile_of(s.out, tile) + row * TILE_COLS);
 }
 
+void run_fake_quantize(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const int64_t chunks = ceil_div(s.features, FEATURES_PER_PART), tile = part / chunks;
+  const int64_t row = part % chunks * FEATURES_PER_PART;
+  t.fake_quantize(tile_of(s.x, tile) + row * TILE_COLS, s.codes_scale, s.codes_zero,
+                  tile_of(s.out, tile) + row * TILE_COLS, std::min(FEATURES_PER_PART, s.features - row) * TILE_COLS);
+}
+
 void run_kv_store(const rarefy_step& s, int64_t tile) {
   for_each_token_run(s, tile, [&](int64_t sequence, int64_t token, int64_t column, int64_t n) {
     for (int64_t done = 0, count; done < n; done += count) {
@@ -170,6 +178,7 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_NORM: return run_norm(t, s, part);
     case RAREFY_OP_ADD:
     case RAREFY_OP_MUL: run_add_or_mul(t, s, part); break;
+    case RAREFY_OP_FAKE_QUANTIZE: run_fake_quantize(t, s, part); break;
     case RAREFY_OP_ATTENTION: return run_attention(t, *s.attention, part);
     case RAREFY_OP_ROPE:
       t.rope[0](tile_of(s.x, part), tile_of(s.cos, part), tile_of(s.sin, part), s.heads, s.features / s.heads,

@@ -115,6 +115,7 @@ struct rarefy_kernel_table {
   void (*column_absmax)(const float* x, int64_t features, int64_t columns, float* out);
   void (*quantize_tile)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
   void (*quantize_static)(const float* x, int64_t features, float inverse_scale, int32_t zero, uint32_t* out);
+  void (*fake_quantize)(const float* x, float scale, int32_t zero, float* out, int64_t count);
   void (*channelwise)(const float* x, const int32_t* offsets, int64_t lanes, const float* weights, float bias, int act,
                       const rarefy_segment* segments, int count, float* out);
   void (*channel_affine)(const float* x, int64_t features, const float* scale, const float* bias, int act, float* out);

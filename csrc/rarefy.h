@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 9 };
+enum { RAREFY_ABI_VERSION = 10 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -196,7 +196,8 @@ enum rarefy_op {
   RAREFY_OP_CHANNEL_AFFINE = 16,   // out = act(x gamma + bias), with a gamma and a bias for each feature
   RAREFY_OP_CHANNEL_SCALE = 17,    // out = x times the feature of its image in `other`, which has one column an image
   RAREFY_OP_REARRANGE = 18,        // out = columns of x in another order, as `segments` says
-  RAREFY_OP_COUNT = 19,
+  RAREFY_OP_FAKE_QUANTIZE = 19,    // out = x rounded to int8 codes with one scale for all, dequantized
+  RAREFY_OP_COUNT = 20,
 };
 
 struct rarefy_view {
@@ -257,9 +258,9 @@ struct rarefy_step {
   int32_t whole_columns;                  // LINEAR of RAREFY_DENSE: a part is a column tile with all rows
   int32_t codes_dtype;                    // rarefy_dtype of `out_codes`: bf16 or int8
   int32_t in_zero;                        // LINEAR, CONV of int8, PAD_PLANES: the code of zero in x
-  int32_t codes_zero;                     // CONVERT, out_codes: the code of zero, with a codes_scale
+  int32_t codes_zero;                     // CONVERT, FAKE_QUANTIZE, out_codes: the code of zero, with a codes_scale
   float in_scale;                         // LINEAR, CONV of int8: one scale for all of x; 0: in_scales
-  float codes_scale;                      // CONVERT, out_codes of int8: one scale for all; 0: one for each column
+  float codes_scale;                      // as codes_zero, of int8: one scale for all; 0: one for each column
   float eps;                              // NORM: added to the variance
   float pad_value;                        // PAD_PLANES: value outside the image; int8 planes are padded with zeros
   const void* weight;                     // LINEAR

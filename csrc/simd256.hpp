@@ -66,10 +66,10 @@ inline f32x8 high_bf16(u32x8 x) { return f32x8(x & 0xffff0000u); }
 // Add to each sum the dot product of four int8 inputs and four int8 weights.
 inline i32x8 dot_int8(i32x8 s, u32x8 x, i32x8 w) {
 #if defined(__AVX2__)
-  // Signed inputs of at most 127 times weights of at most 128: a pair of products fits 16 bits. Unsigned inputs' would
+  // Signed inputs of at most 128 times weights of at most 127: a pair of products fits 16 bits. Unsigned inputs' would
   // not.
-  const __m256i signed_x = _mm256_sign_epi8(__m256i(x), __m256i(w));
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(__m256i(w)), signed_x);
+  const __m256i signed_w = _mm256_sign_epi8(__m256i(w), __m256i(x));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(__m256i(x)), signed_w);
   return i32x8(_mm256_add_epi32(__m256i(s), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
 #else
   s += i32x8(x & 255u) * (w << 24 >> 24);

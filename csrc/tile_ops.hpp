@@ -125,7 +125,13 @@ void quantize_tile(const float* x, int64_t features, int64_t columns, const floa
 // Quantize a tile with one scale for all.
 void quantize_static(const float* x, int64_t features, float inverse_scale, int32_t zero, uint32_t* out) {
   for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH)
-    quantize_columns(x + n, features, out + n, [&](f32_vec v) { return static_code(v, inverse_scale, float(zero)); });
+    quantize_columns(x + n, features, out + n, [&](f32_vec v) { return static_code(v, inverse_scale, zero); });
+}
+
+// The numbers that codes with one scale for all stand for; `count` floats, a multiple of SIMD_WIDTH.
+void fake_quantize(const float* x, float scale, int32_t zero, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += SIMD_WIDTH)
+    store_vec(out + i, (shifted_code(load_vec(x + i), 1.0f / scale, zero) - ROUND_TO_INTEGER) * scale);
 }
 
 // Segments `from`..`from + N` of one channel, see channelwise.

@@ -257,7 +257,7 @@ def test_weights_for_few_inputs_do_not_make_images_few(monkeypatch):
         def forward(self, x):
             return self.l((self.c(x) + x).mean((2, 3)))
 
-    monkeypatch.setattr(compile, "pack_for_batches", lambda w, _: pack_bitmask(w))
+    monkeypatch.setattr(compile, "pack_for_batches", lambda w, *_: pack_bitmask(w))
     made = equal(Net(), torch.randn(2, 1, 4, 300))
     assert Bitmask in {type(k.held[0]) for k in made.kernels.values()}
 

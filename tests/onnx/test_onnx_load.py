@@ -21,10 +21,14 @@ from torch import Tensor, nn
 import rarefy
 import zoo
 from conftest import Net, Tied, tiny_bert
+from helpers.compile_models import Attends
 from rarefy.common.errors import ContainerError, ModelError
+from rarefy.compiler import ops
 from rarefy.model.activation_quant import get_activation_quant
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import get_grid
+from rarefy.runtime import bindings
+from rarefy.runtime.packing import unpack
 
 OPSETS = [11, 13, 17, "dynamo"]
 
@@ -262,6 +266,60 @@ def test_static_quantization_by_onnx_runtime(form, signed, per_channel, tmp_path
     assert all(
         "8" in str(r["format"]) for r in rarefy.inspect(tmp_path / "saved").rows if str(r["tensor"]).endswith("weight")
     )
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+def test_compiled_layers_run_on_the_scales_of_the_file(form, per_channel, symmetric, tmp_path):
+    from onnxruntime.quantization import QuantType
+
+    x = {"x": torch.randn(4, 3, 8, 8)}
+    path = export(Small().eval(), x["x"], tmp_path / "net.onnx")
+    how = {"ActivationSymmetric": symmetric}
+    path = quantized(
+        path, form, [x], per_channel=per_channel, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+        extra_options=how,
+    )  # fmt: skip
+    net = rarefy.from_onnx(path)
+    made = rarefy.compile(net, (x["x"],), tune=False)
+    _on_their_own_scales(net, made, 3)
+    assert {k.input_grid.zero == 128 for k in made.kernels.values()} == {symmetric}
+    assert sum(n.target is ops.fake_quantize for n in made.exported.graph.nodes) == 5  # none twice
+    with torch.no_grad():
+        assert apart(made(x["x"]), net(**x)) < 2e-5
+    rarefy.save(made, tmp_path / "saved")
+    assert torch.equal(rarefy.load(tmp_path / "saved")(x["x"]), made(x["x"]))
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+def test_a_compiled_transformer_block_runs_on_the_scales_of_the_file(tmp_path):
+    from onnxruntime.quantization import QuantType
+
+    x, path = torch.randn(2, 16, 32), tmp_path / "block.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Attends().eval(), (x,), path, dynamo=False, opset_version=14, input_names=["x"])
+    path = quantized(
+        path, "QDQ", [{"x": x}], per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"],
+        extra_options={"MatMulConstBOnly": True},
+    )  # fmt: skip
+    net = rarefy.from_onnx(path)
+    made = rarefy.compile(net, (x,), tune=False)
+    _on_their_own_scales(net, made, 4)
+    with torch.no_grad():
+        assert apart(made(x), net(x)) < 1e-3
+
+
+def _on_their_own_scales(net: nn.Module, made: Any, layers: int) -> None:
+    """Whether all layers run in 8 bits on the codes and scales that the module has."""
+    modules = dict(net.named_modules())
+    assert len(made.kernels) == layers
+    for n, kernel in made.kernels.items():
+        layer = modules[made.exported.layers[n]]
+        assert kernel.held[0].kind == "int8" and kernel.input_grid == get_activation_quant(layer)
+        torch.testing.assert_close(unpack(kernel.held[0]), layer.weight.detach(), rtol=1e-6, atol=0)
 
 
 def test_dynamic_quantization_by_onnx_runtime(tmp_path):

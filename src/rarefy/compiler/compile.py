@@ -31,6 +31,7 @@ from rarefy.compiler.passes import (
     kv_attention,
     linear,
     norm,
+    quantization,
     rope,
     tokens,
 )
@@ -41,10 +42,14 @@ from rarefy.model.masks import attached_layers, fold_attached_
 from rarefy.runtime.accelerate import check_plain
 
 TOLERANCE = {None: 1e-3, "bf16": 0.1, "int8": 0.5}  # largest relative distance of outputs from the model's
+ROUNDED_TOLERANCE = (
+    0.1  # for models that round values: a sum in another order may lead to the next code, layer by layer
+)
 
 # Every pass sees each node once, in this order: what a pass matches is what the passes before it left.
 PASSES = (
-    # remove what does nothing, compute what is constant
+    # values that the model rounds; remove what does nothing, compute what is constant
+    quantization.convert_fake_quantize,
     cleanup.remove_noop,
     cleanup.fold_constants,
     # linear layers and embeddings; split what computes queries, keys and values at once
@@ -85,6 +90,7 @@ PASSES = (
     channels.convert_scale,
     channels.convert_norm,
     channels.convert_concat,
+    quantization.delay_fake_quantize,
     # attention in other layouts, and whole tokens that change their places
     attention_heads.convert_heads,
     tokens.convert_moves,
@@ -176,14 +182,14 @@ def compile(
     more = (args, kwargs) if exported.notes else two_samples(args, kwargs)
     exported.notes += notes
     unit_sizes = None  # open sizes that may be 1
-    if precision:  # rounding would hide a wrong graph
-        unit_sizes = verify(model, in_torch(exported, specs), *more, TOLERANCE[None])
-    kernels = select_kernels(exported, lambda w, _: pack_for_batches(w, precision), precision)
+    if precision or rounds_values(exported):  # kernels that round would hide a wrong graph
+        unit_sizes = verify(model, in_torch(exported, specs), *more, tolerance(exported))
+    kernels = select_kernels(exported, lambda w, _, grid: pack_for_batches(w, precision, grid), precision)
     weights = dict(exported.constants)
     if calibrate is not None:
         _set_input_grids(exported, specs, kernels, calibrate)
     compiled = Compiled(exported, kernels, specs)
-    verify(model, compiled, *more, TOLERANCE[precision], unit_sizes)
+    verify(model, compiled, *more, tolerance(exported, precision), unit_sizes)
     if tune and tuning.is_enabled():
         compiled = _not_slower(model, compiled, weights, _runnable(compiled, (args, kwargs), more), notes)
     compiled.forget()
@@ -226,7 +232,7 @@ def _not_slower(
     more = (args, kwargs) if exported.notes else two_samples(args, kwargs)
     exported.torch_nodes.update(n for n in exported.graph.nodes if n.target in BY_TARGET)
     unchanged = Compiled(exported, {}, [input_spec(n.meta.get("val")) for n in exported.inputs])
-    verify(model, unchanged, *more, TOLERANCE[None])
+    verify(model, unchanged, *more, tolerance(compiled.exported))
     ours, in_torch_alone = tuning.seconds_of_calls(compiled, unchanged, args, kwargs)
     if ours <= in_torch_alone:
         return compiled
@@ -243,10 +249,20 @@ def passes_for(precision: str | None) -> tuple[Pass, ...]:
 def _set_input_grids(exported: ExportedGraph, specs: Sequence[Any], kernels: Mapping[Node, Any], batches: Any) -> None:
     """Give kernels static scales of their inputs where these are faster than those found in each call."""
     nodes = [n for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d) and k.held[0].kind == "int8"]
-    nodes = [n for n in nodes if reads_static_codes(n)]
+    nodes = [n for n in nodes if reads_static_codes(n) and kernels[n].input_grid is None]
     grids = input_grids(in_torch(exported, specs), nodes, batches)
     for node in nodes:
         kernels[node].input_grid = grids[node.args[0]]  # type: ignore[index]
+
+
+def rounds_values(exported: ExportedGraph) -> bool:
+    """Return whether a model rounds values to 8 bits by itself."""
+    return any(n.target is ops.fake_quantize for n in exported.graph.nodes)
+
+
+def tolerance(exported: ExportedGraph, precision: str | None = None) -> float:
+    """Return the largest relative distance that outputs of a graph may have from the model's."""
+    return max(TOLERANCE[precision], ROUNDED_TOLERANCE if rounds_values(exported) else 0.0)
 
 
 def check_precision(precision: Any, known: Sequence[str] = ("bf16", "int8")) -> None:

@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import ModelError, first_line
 from rarefy.compiler.fx_utils import MODULES, ExportedGraph, Node
 from rarefy.compiler.operators.table import BY_TARGET
+from rarefy.compiler.passes.quantization import FAKE_QUANTIZE
+from rarefy.model.activation_quant import rounding_by
 from rarefy.runtime import torch_ops  # noqa: F401 (registers the operator of layers that run sparse already)
 
 MAX_SIZE = 1 << 62  # of an open size about which nothing is known
@@ -100,7 +102,7 @@ def _export(model: nn.Module, args: Any, kwargs: Any) -> Any:
     names = list(inspect.signature(model.forward).parameters)
     arguments = {**dict(zip(names, args)), **kwargs}
     shapes = pytree.tree_map(lambda t: _open_sizes(t) if isinstance(t, Tensor) else None, arguments)
-    with torch.no_grad(), warnings.catch_warnings(), _quiet_export():
+    with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(FAKE_QUANTIZE):
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # outputs are verified
         program = export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)

@@ -79,11 +79,9 @@ def quantize_static(p: Program, x: Node, grid: ActivationQuant) -> tuple[Value, 
     """
     assert grid.scale is not None
     scale, zero = grid.scale, grid.zero - 128
-    if bindings.isa() == "avx2":  # has no code of -128: the same range in 254 steps
-        scale, zero = scale * 255 / 254, round(grid.zero * 254 / 255) - 127
     key = x, f"int8 {scale} {zero}"
     if key not in p.quantized:
-        source = p.values[x]
+        source = p.unrounded.get(p.values[x], p.values[x])
         codes = p.static_codes(source, scale, zero)
         if codes is None:
             codes = p.new_like(source, p.code_lanes(source, "int8"))

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import ExportedGraph, Node, shape
+from rarefy.compiler.operators import fake_quantize
+from rarefy.compiler.weight_grids import int8_grid
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime import bindings, winograd
 from rarefy.runtime.huge_pages import HugePageBuffer
@@ -60,34 +62,46 @@ class EmbeddingKernel:
 
 
 def select_kernels(
-    exported: ExportedGraph, pack: Callable[[Tensor, str], Any], precision: str | None = None
+    exported: ExportedGraph, pack: Callable[[Tensor, str, Grid | None], Any], precision: str | None = None
 ) -> dict[Node, Any]:
     """Return the kernels of all linear layers, convolutions and tied embeddings; {} where there is no native library.
 
     Args:
         exported: the graph after all passes.
-        pack: packs a linear layer's weight; it is given the weight and its name in the model.
+        pack: packs a linear layer's weight; it is given the weight, its name in the model, and its int8 grid where it
+            has one and the model rounds the inputs to 8 bits too.
         precision: "int8" for convolutions in 8 bits, None for fp32.
     """
     if bindings.missing() is not None:
         return {}
     kernels: dict[Node, Any] = {}
-    packed: dict[str, Any] = {}
+    packed: dict[tuple[str, bool], Any] = {}
     memory = HugePageBuffer()
     for node in exported.graph.nodes:
-        if node.target is ops.linear:
-            _, w, bias, _, act = node.args
-            if w.name not in packed:
-                packed[w.name] = memory.hold(pack(exported.constants[w.name], exported.names.get(w.name, "")))
-            kernels[node] = Kernel(packed[w.name], _copy_of(exported, bias), act)
-        elif node.target is ops.conv2d and (form := pack_conv_node(exported, node, precision)) is not None:
-            kernels[node] = Kernel(memory.hold(form), _copy_of(exported, node.args[2]), node.args[4])
+        if node.target not in (ops.linear, ops.conv2d):
+            continue
+        x, w, bias, _, act, *_ = node.args
+        inputs, weight = fake_quantize.grid_of(x), exported.constants[w.name]
+        grid = None if inputs is None else int8_grid(weight)
+        key = w.name, grid is not None
+        if node.target is ops.conv2d:
+            form = pack_conv_node(exported, node, precision, grid)
+            form = None if form is None else memory.hold(form)
+        elif key in packed:
+            form = packed[key]
+        else:
+            form = packed[key] = memory.hold(pack(weight, exported.names.get(w.name, ""), grid))
+        if form is not None:
+            kernels[node] = Kernel(form, _copy_of(exported, bias), act)
+            if inputs is not None and reads_static_codes(form):
+                kernels[node].input_grid = inputs
     for node in exported.graph.nodes if precision else ():
         if node.target is ops.attention:
             node.args = (*node.args[:-1], "bf16")
     for node in exported.graph.nodes:  # an embedding that shares its weight with a linear layer
-        if node.target is ops.embedding and isinstance(packed.get(node.args[1].name), QuantizedPanels):
-            kernels[node] = EmbeddingKernel(Kernel(packed[node.args[1].name]))
+        form = packed.get((node.args[1].name, False)) if node.target is ops.embedding else None
+        if isinstance(form, QuantizedPanels):
+            kernels[node] = EmbeddingKernel(Kernel(form))
     return kernels
 
 
@@ -96,23 +110,32 @@ def compact(kernels: Mapping[Node, Any]) -> dict[Node, Any]:
 
     O(bytes of the packed weights). Nodes that share a packed weight share it afterwards.
     """
-    memory, moved = HugePageBuffer(), {}
+    memory, moved, new = HugePageBuffer(), {}, dict(kernels)
     for node, kernel in kernels.items():
         form = kernel.held[0]
         if node.target is ops.linear and id(form) not in moved:
             moved[id(form)] = memory.hold(form)
-    return {
-        n: Kernel(moved[id(k.held[0])], k.held[1], n.args[4]) if n.target is ops.linear else k
-        for n, k in kernels.items()
-    }
+    for node, kernel in kernels.items():
+        if node.target is ops.linear:
+            new[node] = Kernel(moved[id(kernel.held[0])], kernel.held[1], node.args[4])
+            new[node].input_grid = kernel.input_grid
+    return new
 
 
 def _copy_of(exported: ExportedGraph, bias: Node | None) -> Tensor | None:
     return None if bias is None else exported.constants[bias.name].clone()
 
 
-def pack_for_batches(weight: Tensor, precision: str | None) -> Any:
-    """Return a linear layer's packed weight [outputs, inputs] for many rows of input at once."""
+def reads_static_codes(packed: Packed) -> bool:
+    """Return whether the kernel of a packed weight can read int8 inputs with one scale for all, in programs."""
+    return packed.kind == "int8" and isinstance(packed, Dense | Tiles | Sell | ConvTiles)
+
+
+def pack_for_batches(weight: Tensor, precision: str | None, grid: Grid | None = None) -> Any:
+    """Return a linear layer's packed weight [outputs, inputs] for many rows of input at once; on an int8 grid, its
+    codes."""
+    if grid is not None:
+        return pack_lanes(weight, "int8", bindings.isa() == "amx", grid)
     if precision is None and is_nearly_dense(weight):
         return pack_dense(weight)
     if precision is not None:
@@ -192,8 +215,8 @@ def is_nearly_dense(weight: Tensor, min_zeros: tuple[float, float] = MIN_ZEROS_S
     return 1 - float(nonzero.sum()) / W.numel() < min_zeros[per_block < MIN_SHARED]
 
 
-def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None) -> Any:
-    """Return the packed weight of a convolution, in 8 bits only for one group.
+def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None, grid: Grid | None = None) -> Any:
+    """Return the packed weight of a convolution, in 8 bits only for one group, by default if it is on a grid.
 
     Returns:
         None where torch or a depthwise step runs it: with few zeros in several groups, or with a large stride.
@@ -205,13 +228,14 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None) -
         return None
     geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     overflows = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MAX_INT8_INPUTS  # of a sum of int8
-    kind = "int8" if precision == "int8" and groups == 1 and not overflows else "fp32"
+    int8 = precision == "int8" or grid is not None
+    kind = "int8" if int8 and groups == 1 and not overflows else "fp32"
     by_winograd = winograd.fits(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
     min_zeros = MIN_ZEROS_WINOGRAD if by_winograd else MIN_ZEROS_SPARSE
     if groups == 1 and kind == "fp32" and is_nearly_dense(weight, min_zeros):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
     if kind == "int8":
-        return pack_int8_conv(weight, geometry, amx=bindings.isa() == "amx")
+        return pack_int8_conv(weight, geometry, bindings.isa() == "amx", grid)
     if groups > 1:
         return pack_conv(weight, kind, **geometry, block=CONV_BLOCK)
     return _pack_sparse_conv(weight, kind, **geometry, block=CACHE_BLOCK)

@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.immutable_collections import immutable_list
 
 from rarefy.compiler.operators.table import BY_NAME, BY_TARGET
+from rarefy.model.activation_quant import MIN_SCALE
 from rarefy.runtime.reference import ACTIVATIONS
 
 TENSOR, NUMBER, SEVERAL, CACHE = "a tensor", "a number", "several tensors", "a cache"  # what a node's output is
@@ -208,6 +209,8 @@ ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
     "window": (lambda v, *_: type(v) is int and 0 <= v < 1 << 62, "a whole number of at least 0"),
     "cache": (lambda v, nodes, _: _is_output(v, CACHE, nodes), "the cache"),
     "number": (lambda v, *_: type(v) in (int, float), "a number"),
+    "scale": (lambda v, *_: type(v) is float and MIN_SCALE < v < 1e36, "a scale above zero"),
+    "zero_point": (lambda v, *_: type(v) is int and 0 <= v <= 255, "a whole number from 0 to 255"),
     "precision": (lambda v, *_: v == "bf16", "None or bf16"),
     "flag": (lambda v, *_: type(v) is bool, "True or False"),
 }

@@ -146,6 +146,8 @@ class Program:
         self.cache = KVCache()
         self.planes: dict[tuple[Any, ...], Value] = {}  # padded images, by the kernel that reads them
         self.masks: list[tuple[Node, Attention]] = []
+        self.nodes = {*nodes}
+        self.unrounded: dict[Value, Value] = {}  # what fake quantization has rounded, by its output
         self.quantized: dict[tuple[Node, str], tuple[Value, Value | None]] = {}  # inputs in a precision, their scales
         self.decode = self._few_tokens(nodes, inputs)
         whole = [n for n in nodes if operators[n.target].whole_sequences]

@@ -12,12 +12,12 @@ from rarefy.common.errors import DataError, ModelError
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler.compile import (
     PASSES,
-    TOLERANCE,
     check_module,
     check_precision,
     check_ready,
     fold_copy,
     in_torch,
+    tolerance,
 )
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import export_graph
@@ -77,7 +77,7 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
     check_ready(model)
     with suspended(model) as rounded:
         step = _build(model, precision, rounded, notes)
-        _verify(model, step, TOLERANCE["int8" if precision or rounded else None])
+        _verify(model, step, tolerance(step.compiled.exported, "int8" if precision or rounded else None))
     step.compiled.forget()
     return step
 
@@ -98,11 +98,11 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     numbers = _token_numbers(model)
     if precision or rounded:
-        _verify(model, Decoder(in_torch(exported, specs), **numbers), TOLERANCE[None])
+        _verify(model, Decoder(in_torch(exported, specs), **numbers), tolerance(exported))
     weighted = ((n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor))
     grids = {n: grid_of(m) for n, m in weighted}
 
-    def pack(weight: Tensor, name: str) -> Any:
+    def pack(weight: Tensor, name: str, _: Grid | None) -> Any:
         layer = name.removesuffix(".weight").removeprefix("model.")  # `_Step` calls the model so
         return _pack(weight, "int8" if layer in rounded else precision, grids.get(layer))
 

@@ -7,8 +7,9 @@ pre-hook that applies it. Both are copied with the module, and `save` stores the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from rarefy.model.quant_grid import StraightThrough
 
 NOTE = "rarefy_input"
 MIN_SCALE = 1e-36  # below it, 1 / scale would be infinite
+_operator: ContextVar[Callable[[Tensor, float, int], Tensor] | None] = ContextVar("operator", default=None)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class ActivationQuant:
 
     def __call__(self, x: Tensor, num_dims: int = 1) -> Tensor:
         """Return x rounded. A dynamic scale is shared over the last `num_dims` dimensions."""
+        if self.scale is not None and self.bits == 8 and (operator := _operator.get()) is not None:
+            return operator(x, self.scale, self.zero)
         max_code = (1 << (self.bits - 1)) - 1
         with torch.no_grad():
             if self.scale is None:
@@ -69,6 +73,16 @@ class ActivationQuant:
             return (self(args[0], num_dims), *args[1:]), kwargs
         name = next(iter(kwargs))
         return args, {**kwargs, name: self(kwargs[name], num_dims)}
+
+
+@contextmanager
+def rounding_by(operator: Callable[[Tensor, float, int], Tensor]) -> Iterator[None]:
+    """Let one operator of (x, scale, zero) round to static grids of 8 bits: an export records it as one call."""
+    token = _operator.set(operator)
+    try:
+        yield
+    finally:
+        _operator.reset(token)
 
 
 def get_activation_quant(module: nn.Module) -> ActivationQuant | None:

@@ -32,6 +32,20 @@ class Flatten(nn.Module):
         return f"axis={self.axis}"
 
 
+class Reshape(nn.Module):
+    """Reshape to constant sizes, where 0 keeps a size of the input and -1 takes what remains."""
+
+    def __init__(self, sizes: list[int]):
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape([size or x.shape[d] for d, size in enumerate(self.sizes)])
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.sizes))
+
+
 class Slice(nn.Module):
     """Slices of some axes: starts, ends, axes and steps are constants or inputs."""
 
@@ -88,6 +102,8 @@ def substitute_modules(graph: Graph) -> Iterable[object]:
             yield graph.substitute(node, GlobalAveragePool())
         elif kind == "Flatten":
             yield graph.substitute(node, Flatten(attribute(node, "axis", 1)))
+        elif kind == "Reshape" and len(constants) == 1 and known and not attribute(node, "allowzero", 0):
+            yield graph.substitute(node, Reshape(constants[0].reshape(-1).tolist()))  # type: ignore[union-attr]
         elif kind == "Slice" and known and node.input[0] not in graph.constants:
             old = [attribute(node, n, None) for n in ("starts", "ends", "axes")] if len(node.input) == 1 else []
             values = [None if c is None else c.reshape(-1).tolist() for c in constants]
