@@ -298,3 +298,34 @@ def test_shapes_that_do_not_fit_are_found():
     assert not specs["channel_affine"].fits(call(ops.channel_affine, (image,), four))
     with pytest.raises(ValueError, match=r"expected vectors of one length, got shapes \[\(5,\), \(4,\)\]"):
         specs["channel_affine"].check_weights(call(ops.channel_affine, (), four))  # type: ignore[misc]
+
+
+CONSTANTS = {
+    "times": lambda x, c: x * c,
+    "plus": lambda x, c: c + x,
+    "minus": lambda x, c: x - c,
+    "difference": lambda x, c: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x,
+    "layer scale": lambda x, c: x + c * (F.avg_pool2d(x, 3, 1, 1) - x),
+}
+
+
+class Constant(nn.Module):
+    """A function of images and a constant for each channel."""
+
+    def __init__(self, function, width):
+        super().__init__()
+        self.function, self.constant = function, nn.Parameter(torch.randn(width, 1, 1))
+
+    def forward(self, x):
+        return self.function(x, self.constant)
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_of_channels(isa, name):
+    found = check(nn.Sequential(nn.ReLU(), Constant(CONSTANTS[name], 19)), 19)
+    assert "channel_affine" in found
+
+
+def test_differences_with_a_factor_stay_in_torch():
+    net = Between(lambda x: torch.sub(F.relu(x), x, alpha=2), 8).eval()
+    assert equal(net, torch.randn(2, 5, 7, 9)).counts()[2]["sub.Tensor"] == 1

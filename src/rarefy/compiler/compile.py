@@ -86,6 +86,7 @@ PASSES = (
     conv.convert_pool,
     conv.convert_avg_pool,
     channels.convert_batch_norm,
+    channels.convert_constants,
     channels.convert_mean,
     channels.convert_scale,
     channels.convert_norm,

@@ -249,7 +249,7 @@ def fuse_attention(exported: ExportedGraph, node: Node) -> None:
     ):
         return
     options = attention_options(exported, node)
-    if options is not None:
+    if options is not None and shape(node.args[2])[3] == shape(node.args[0])[3]:
         replace_node(exported, joined, ops.attention, *sources, *options, None)
         exported.graph.erase_node(swapped)
         exported.graph.erase_node(node)
@@ -257,14 +257,14 @@ def fuse_attention(exported: ExportedGraph, node: Node) -> None:
 
 def attention_options(exported: ExportedGraph, node: Node) -> tuple[Any, int, int, float, bool] | None:
     """Return mask, heads, heads of keys and values, scale and whether it is causal, of an attention that the engine
-    has; None for others."""
-    q, k, v, *rest = node.args
+    has, where values have as many features as queries; None for others."""
+    q, k, _, *rest = node.args
     options = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest)) | node.kwargs
-    heads, kv_heads, head_dim = shape(q)[1], shape(k)[1], shape(q)[3]
-    if options.get("dropout_p", 0.0) or shape(v)[3] != head_dim or not same(shape(k)[:1], shape(q)[:1]):
+    heads, kv_heads, head_dim = shape(q)[-3], shape(k)[-3], shape(q)[-1]
+    if options.get("dropout_p", 0.0) or not same(shape(k)[:-3], shape(q)[:-3]):
         return None
     causal = options.get("is_causal", False)
-    if causal and not same(shape(k)[2:3], shape(q)[2:3]):
+    if causal and not same(shape(k)[-2:-1], shape(q)[-2:-1]):
         return None
     if heads % kv_heads or (heads != kv_heads and not node.kwargs.get("enable_gqa")):
         return None

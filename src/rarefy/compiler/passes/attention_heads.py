@@ -6,12 +6,13 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import ExportedGraph, Node, add_constant, aten, dtype_of, insert_before, keep_layer, shape
 from rarefy.compiler.passes.attention import SDPA, attention_options
-from rarefy.compiler.passes.linear import SPLITS, linear_of_rows
+from rarefy.compiler.passes.linear import SPLITS
 from rarefy.compiler.passes.tokens import (
     BATCHES,
     MOVES,
@@ -36,28 +37,42 @@ def convert_heads(exported: ExportedGraph, node: Node) -> None:
     if node.target is not SDPA or dtype_of(node) != torch.float32:
         return
     options = attention_options(exported, node)
-    if options is None:
+    dims = [shape(x)[-1] for x in node.args[:3]]
+    if options is None or len(shape(node)) not in (4, 5) or dims[2] < dims[0]:
         return
-    matches = [_match(x) for x in node.args[:3]]
+    middle = shape(node)[1:-3]  # other dimensions that heads are batched over
+    if not all(isinstance(n, int) for n in middle) or (middle and options[0] is not None):
+        return
+    matches = [_match(x, dims[2]) for x in node.args[:3]]
     if any(m is None for m in matches):
         return
     rows = [_rows(exported, node, x, *m) for x, m in zip(node.args[:3], matches)]  # type: ignore[misc]
-    mask, heads, kv_heads, scale, causal = options
     with exported.graph.inserting_before(node):
-        y = exported.graph.call_function(ops.attention, (*rows, mask, heads, kv_heads, scale, causal, None))
-    y.meta["val"] = node.meta["val"].transpose(1, 2).flatten(2)
+        y = exported.graph.call_function(ops.attention, (*rows, *options, None))
+    y.meta["val"] = _joined(node)
     keep_layer(y, node)
-    split = insert_before(exported, node, aten.unflatten.int, y, 2, [heads, shape(node)[3]])
-    node.replace_all_uses_with(insert_before(exported, node, aten.transpose.int, split, 1, 2))
+    y = insert_before(exported, node, aten.unflatten.int, y, 2, [options[1], dims[2]])
+    y = insert_before(exported, node, aten.transpose.int, y, 1, 2)
+    node.replace_all_uses_with(insert_before(exported, node, aten.unflatten.int, y, 0, [-1, *middle]) if middle else y)
     exported.graph.erase_node(node)
 
 
-def _match(x: Node) -> tuple[Node, tuple[Tensor, Tensor, int]] | None:
-    """Return the operator whose numbers x [batch, heads, tokens, head_dim] has, and which.
+def _joined(x: Node) -> Tensor:
+    """Return torch's record of x [.., heads, tokens, head_dim] as rows [batch, tokens, heads * head_dim]."""
+    value = x.meta["val"]
+    return value.transpose(-3, -2).flatten(-2).flatten(0, -3)
+
+
+def _match(x: Node, head_dim: int) -> tuple[Node, tuple[Tensor, Tensor, int]] | None:
+    """Return the operator whose numbers x [.., heads, tokens, features] has, and which.
+
+    Args:
+        x: queries, keys or values.
+        head_dim: features of a head that are needed; more than x has stand for zeros.
 
     Returns:
-        The operator, and the features that it gives, [heads * head_dim], the tokens of a sample, [tokens], and the
-        entries of its first dimension for each sample; None for anything else.
+        The operator, and the features that it gives, [heads * head_dim], -1 for zeros, the tokens of a sample,
+        [tokens], and the entries of its first dimension for each sample; None for anything else.
     """
     match = moves_before(x, CUTS)
     if match is None:
@@ -67,7 +82,7 @@ def _match(x: Node) -> tuple[Node, tuple[Tensor, Tensor, int]] | None:
     if len(symbols) > 1 or (stores_image(source) and len(shape(source)) != 4):
         return None
     symbol = next(iter(symbols), None)
-    tried = [_probe(source, moves, symbol, batch) for batch in (BATCHES if symbol else (1,))]
+    tried = [_probe(source, moves, symbol, batch, head_dim) for batch in (BATCHES if symbol else (1,))]
     first = tried[0]
     if any(t is None for t in tried) or first is None:
         return None
@@ -75,14 +90,16 @@ def _match(x: Node) -> tuple[Node, tuple[Tensor, Tensor, int]] | None:
     return (source, first) if same and _can_give(source, first[0]) else None
 
 
-def _probe(source: Node, moves: list[Node], symbol: Any, batch: int) -> tuple[Tensor, Tensor, int] | None:
+def _probe(
+    source: Node, moves: list[Node], symbol: Any, batch: int, head_dim: int
+) -> tuple[Tensor, Tensor, int] | None:
     """Move a tensor of numbers; return features, tokens and parts, as `_match` does, for one batch size."""
     numbers = numbered(source, stores_image(source), symbol, batch)
     out = None if numbers is None else run_moves(source, moves, numbers, symbol, batch)
-    if numbers is None or out is None or out.dim() != 4 or not out.numel() or len(out) % batch:
+    if numbers is None or out is None or out.dim() < 4 or not out.numel() or len(out) % batch:
         return None
     count = numbers.shape[1] if stores_image(source) else numbers.shape[-1]
-    number = out.transpose(1, 2).long() - 1  # [batch, tokens, heads, head_dim]
+    number = out.flatten(0, -4).transpose(1, 2).long() - 1  # [batch, tokens, heads, features]
     if int(number.min()) < 0:
         return None
     token, feature = number // count, number % count
@@ -92,6 +109,7 @@ def _probe(source: Node, moves: list[Node], symbol: Any, batch: int) -> tuple[Te
     regular = (token == token[:, :, :1, :1]).all() and (feature == features).all()
     if not regular or not torch.equal(tokens, tokens[:1] + shifts) or int(tokens[0].max()) >= per_sample:
         return None
+    features = F.pad(features, (0, head_dim - features.shape[-1]), value=-1)
     return features.flatten(), tokens[0], len(numbers) // batch
 
 
@@ -107,27 +125,33 @@ def _can_give(source: Node, features: Tensor) -> bool:
 
 
 def _rows(exported: ExportedGraph, before: Node, x: Node, source: Node, match: tuple[Tensor, Tensor, int]) -> Node:
-    """Return x [batch, heads, tokens, head_dim] as rows [batch, tokens, heads * head_dim]."""
+    """Return x [.., heads, tokens, features] as rows [batch, tokens, heads * head_dim]."""
     features, tokens, parts = match
+    image = stores_image(source)
     layer = source
-    if not torch.equal(features, torch.arange(shape(source)[1 if stores_image(source) else -1])):
-        layer = (_conv_of_rows if source.target is ops.conv2d else linear_of_rows)(exported, x, source, features)
+    if not torch.equal(features, torch.arange(shape(source)[1 if image else -1])):
+        layer = _layer_of(exported, x, source, features)
     index = add_constant(exported, f"{x.name}_tokens", tokens[None])
     with exported.graph.inserting_before(before):
-        args = layer, index, parts, (int(shape(x)[2]),)
-        rows = exported.graph.call_function(OPERATORS[stores_image(source), False], args)
-    rows.meta["val"] = x.meta["val"].transpose(1, 2).flatten(2)
+        args = layer, index, parts, (int(shape(x)[-2]),)
+        rows = exported.graph.call_function(OPERATORS[image, False], args)
+    value = _joined(x)
+    rows.meta["val"] = value.new_empty((*value.shape[:-1], len(features)))
     return keep_layer(rows, before)
 
 
-def _conv_of_rows(exported: ExportedGraph, before: Node, y: Node, rows: Tensor) -> Node:
-    """Return a pointwise convolution with some outputs of another one, of the same input, before a node."""
-    x, *weights, _, _, stride, padding, dilation, groups = y.args
-    w, bias = (
-        None if n is None else add_constant(exported, f"{before.name}_{part}", exported.constants[n.name][rows])
-        for n, part in zip(weights, ("weight", "bias"))
-    )
+def _layer_of(exported: ExportedGraph, before: Node, y: Node, features: Tensor) -> Node:
+    """Return a linear layer or pointwise convolution with some outputs of another one, zeros for -1, before a node."""
+    x, *weights = y.args[:3]
+    parts = []
+    for n, part in zip(weights, ("weight", "bias")):
+        if n is not None:
+            value = exported.constants[n.name][features.clamp(min=0)]
+            value[features < 0] = 0.0
+            n = add_constant(exported, f"{before.name}_{part}", value)
+        parts.append(n)
     with exported.graph.inserting_before(before):
-        new = exported.graph.call_function(ops.conv2d, (x, w, bias, None, None, stride, padding, dilation, groups))
-    new.meta["val"] = y.meta["val"][:, : len(rows)]
+        new = exported.graph.call_function(y.target, (x, *parts, *y.args[3:]))
+    value, dim = y.meta["val"], 1 if y.target is ops.conv2d else y.meta["val"].dim() - 1
+    new.meta["val"] = value.new_empty((*value.shape[:dim], len(features), *value.shape[dim + 1 :]))
     return keep_layer(new, y)

@@ -80,6 +80,43 @@ def convert_batch_norm(exported: ExportedGraph, node: Node) -> None:
     replace_node(exported, outer, ops.channel_affine, x, *values, None)
 
 
+def convert_constants(exported: ExportedGraph, node: Node) -> None:
+    """Convert sums and products of an image and a constant for each channel, and differences of two images."""
+    if node.target not in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor) or not _is_image(node) or node.kwargs:
+        return
+    x, y = node.args
+    if node.target is aten.mul.Tensor or node.target is aten.add.Tensor:
+        x, y = (y, x) if is_node(x) and x.name in exported.constants else (x, y)
+    computed = _is_image(x) and x.target in BY_TARGET and same(shape(x), shape(node))
+    vector = _vector(exported, y, shape(node)[1])
+    if not computed or not (vector is not None or _is_difference(exported, node, y)):
+        return
+    if vector is None:
+        channels = int(shape(node)[1])
+        negative = _affine(exported, node, y, torch.full((channels,), -1.0), torch.zeros(channels))
+        replace_node(exported, node, ops.add, x, negative, None)
+    elif node.target is aten.mul.Tensor:
+        replace_uses(exported, node, _affine(exported, node, x, vector, torch.zeros_like(vector)))
+    else:
+        shift = vector if node.target is aten.add.Tensor else -vector
+        replace_uses(exported, node, _affine(exported, node, x, torch.ones_like(vector), shift))
+
+
+def _is_difference(exported: ExportedGraph, node: Node, y: Any) -> bool:
+    """Return whether a node subtracts a computed image of its own shape, y."""
+    computed = _is_image(y) and y.name not in exported.constants and same(shape(y), shape(node))
+    return node.target is aten.sub.Tensor and computed and str(shape(node)[1]).isdigit()
+
+
+def _affine(exported: ExportedGraph, before: Node, x: Node, scale: Tensor, shift: Tensor) -> Node:
+    """Return x scale + shift, with numbers for each channel of x, in front of a node."""
+    values = (add_constant(exported, f"{before.name}_{n}", v) for n, v in (("scale", scale), ("shift", shift)))
+    with exported.graph.inserting_before(before):
+        new = exported.graph.call_function(ops.channel_affine, (x, *values, None))
+    new.meta["val"] = x.meta["val"]
+    return keep_layer(new, before)
+
+
 def convert_mean(exported: ExportedGraph, node: Node) -> None:
     """Convert means over all pixels that keep their dimensions."""
     if not _is_image(node) or shape(node)[2:] != (1, 1) or not node.args or not _is_image(node.args[0]):
