@@ -382,8 +382,6 @@ def test_what_is_no_model():
     ):
         with pytest.raises(ModelError, match=told):
             rarefy.compile(model, x)
-    with pytest.raises(ModelError, match=r"weight is bfloat16: call model.float\(\) first"):
-        rarefy.compile(nn.Linear(8, 8).bfloat16().eval(), x.bfloat16())
 
 
 def test_sizes_that_belong_together():

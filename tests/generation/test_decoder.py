@@ -371,9 +371,11 @@ def test_wrong_models():
         rarefy.decoder(nn.Linear(2, 2))
     with pytest.raises(ModelError, match="training mode"):
         rarefy.decoder(small().train())
-    with pytest.raises(ModelError, match=r"model.float\(\)"):
-        rarefy.decoder(small().bfloat16())
-    with pytest.raises(ModelError, match="unknown precision 'int3'; choose from int8.*; leave it out for fp32"):
+    with pytest.raises(ModelError, match=r"of one type.*model.float\(\)"):
+        mixed = small()
+        mixed.lm_head.bfloat16()
+        rarefy.decoder(mixed)
+    with pytest.raises(ModelError, match="unknown precision 'int3'; choose from bf16, int8.*; leave it out for fp32"):
         rarefy.decoder(small(), precision="int3")
     config = transformers.BloomConfig(vocab_size=V, hidden_size=64, n_layer=2, n_head=4)
     with pytest.raises(ModelError, match="no attention that can use a KV cache"):

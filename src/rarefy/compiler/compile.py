@@ -18,6 +18,7 @@ from rarefy.compiler.calibrate import input_grids, reads_static_codes
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import Pass, export_graph, split_example, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
+from rarefy.compiler.half_precision import PRECISIONS, convert_ends, copy_in_fp32, dtypes_of, in_fp32, model_dtype
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes import (
@@ -130,15 +131,17 @@ def compile(
     example before it is returned.
 
     Args:
-        model: a model in evaluation mode, in fp32, on the CPU. Masks and quantization grids that are still attached are
-            folded in a copy, and `print(compiled)` says so; the model keeps them.
+        model: a model in evaluation mode, on the CPU, in fp32, bf16 or fp16. Of one in bf16 or fp16 a copy in fp32 is
+            compiled, which takes and returns what the model does. Masks and quantization grids that are still attached
+            are folded in a copy, and `print(compiled)` says so; the model keeps them.
         example: what the model can be called with: a dict of keywords, a tuple of arguments, or one tensor. Later calls
             may have other batch sizes and lengths if the model's code allows it; heights and widths of images are
             fixed.
-        precision: None for fp32. "bf16" multiplies the matrices of linear layers and of attention in bfloat16 with fp32
-            sums; convolutions stay in fp32. "int8" runs linear layers and convolutions in 8 bits, with a scale for each
-            output of a weight and one for each row or image of inputs, and attention as "bf16" does; grouped
-            convolutions stay in fp32. Outputs change a little.
+        precision: None for that of the model; those in fp16 run in fp32. "bf16" multiplies the matrices of linear
+            layers in bfloat16 with fp32 sums, and those of attention where the CPU is faster so; convolutions stay in
+            fp32. "int8" runs linear layers and convolutions in 8 bits, with a scale for each output of a weight and one
+            for each row or image of inputs, and attention as "bf16" does; grouped convolutions stay in fp32. Outputs
+            change a little.
         calibrate: batches, each like the example, on which the ranges of inputs of int8 convolutions are found once, so
             that no call has to find them: faster, and zero points make full use of 8 bits behind a ReLU. A few dozen
             typical images are enough. Values outside of these ranges saturate. Linear layers keep a scale for each row
@@ -152,13 +155,13 @@ def compile(
         see later changes of the model. `print` it to see what runs natively and what runs in torch.
 
     Raises:
-        ModelError: if torch.export cannot export the model, the model is in training mode, not in fp32 or not on the
-            CPU, or the compiled outputs differ from the model's.
+        ModelError: if torch.export cannot export the model, the model is in training mode, has parameters of several
+            types or is not on the CPU, or the compiled outputs differ from the model's.
         DataError: if the example has no tensor, or the model cannot be called with it.
 
     Cost: a few seconds for the export, and at most about 6 seconds for timing. Memory: the packed weights (with zeros
-    left out in sparse formats) beside the model's own, which may be deleted afterwards; working memory grows with the
-    activations of the largest call.
+    left out in sparse formats) beside the model's own, which may be deleted afterwards; while a model in bf16 or fp16
+    is compiled, its copy in fp32; working memory grows with the activations of the largest call.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
@@ -172,12 +175,33 @@ def compile(
         raise ModelError("calibrate= finds the scales of int8: pass precision='int8' with it")
     check_module(model)
     model, notes = fold_copy(model)
-    check_ready(model)
+    dtype = check_ready(model)
     args, kwargs = split_example(example)
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise DataError("the example has no tensor: give what the model is called with")
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
-        model(*args, **kwargs)
+        outputs = dtypes_of(model(*args, **kwargs))
+    if dtype == torch.float32:
+        return _compile(model, args, kwargs, precision, calibrate, tune, notes)
+    if calibrate is not None:
+        calibrate = (in_fp32(kw or a) for a, kw in map(split_example, calibrate))
+    model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
+    compiled = _compile(model, in_fp32(args), in_fp32(kwargs), precision, calibrate, tune, notes)
+    inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
+    convert_ends(compiled, inputs, outputs, dtype)
+    return compiled
+
+
+def _compile(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    precision: str | None,
+    calibrate: Iterable[Any] | None,
+    tune: bool,
+    notes: tuple[str, ...],
+) -> Compiled:
+    """Return a model in fp32 compiled; see `compile`."""
     exported = export_graph(model, args, kwargs, passes_for(precision))
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     more = (args, kwargs) if exported.notes else two_samples(args, kwargs)
@@ -299,8 +323,8 @@ def fold_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     return model, () if note is None else (f"{note}, in a copy of the model",)
 
 
-def check_ready(model: nn.Module) -> None:
-    """Raise ModelError for a model in a state that the engine cannot run."""
+def check_ready(model: nn.Module) -> torch.dtype:
+    """Return the type of a model's parameters; ModelError for a model in a state that the engine cannot run."""
     if model.training:
         raise ModelError("the model is in training mode: call eval() first")
     check_plain(list(all_layers(model)))
@@ -308,11 +332,7 @@ def check_ready(model: nn.Module) -> None:
     elsewhere = next((n for n, t in named if t.device.type != "cpu"), None)
     if elsewhere is not None:
         raise ModelError(f"the engine runs on the CPU, but {elsewhere} is on another device: call model.cpu() first")
-    dtypes = {n: p.dtype for n, p in model.named_parameters() if p.is_floating_point()}
-    other = next((n for n, dtype in dtypes.items() if dtype != torch.float32), None)
-    if other is not None:
-        dtype = str(dtypes[other]).removeprefix("torch.")
-        raise ModelError(f"the engine needs a model in fp32, but {other} is {dtype}: call model.float() first")
+    return model_dtype(model)
 
 
 def in_torch(exported: ExportedGraph, input_specs: Sequence[Any]) -> Compiled:

@@ -106,7 +106,13 @@ class Compiled:
         self.constants.update({n: weights[n].clone() for n in names if n not in self.constants})
         self.exported.torch_nodes.update(nodes)
         self.kernels = compact({n: k for n, k in self.kernels.items() if n not in nodes})
+        self.reschedule()
+
+    def reschedule(self) -> None:
+        """Schedule the calls again, after the graph or the kernels have changed."""
         self.schedule = schedule(self.exported, self.kernels, self.check)
+        self.fixed_nodes, self.fixed = _size_only_nodes(self.exported), {}
+        self.output = next(n for n in self.exported.graph.nodes if n.op == "output").args[0]
         self.last_uses = self._last_uses()
 
     def _last_uses(self) -> list[list[Node]]:

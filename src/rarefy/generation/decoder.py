@@ -21,6 +21,7 @@ from rarefy.compiler.compile import (
 )
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import export_graph
+from rarefy.compiler.half_precision import PRECISIONS, copy_in_fp32
 from rarefy.compiler.kernel_selection import select_kernels
 from rarefy.compiler.profile import Profile, Recorder
 from rarefy.compiler.program import MAX_DECODE_TOKENS
@@ -43,18 +44,20 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
     Logits are compared with the model's before the decoder is returned.
 
     Args:
-        model: a causal language model of transformers in evaluation mode, in fp32, on the CPU. Masks and quantization
-            grids that are still attached are folded in a copy, and `print(decoder)` says so; the model keeps them.
-        precision: None for fp32, or the precision that the model was quantized to; layers whose inputs are rounded
-            (`quantize_(activations="int8")`) run in 8 bits. "int8" runs all linear layers in 8 bits, with a scale for
-            each output of a weight and one for each token of inputs.
+        model: a causal language model of transformers in evaluation mode, on the CPU, in fp32, bf16 or fp16. Masks and
+            quantization grids that are still attached are folded in a copy, and `print(decoder)` says so; the model
+            keeps them.
+        precision: None for that of the model, or that which it was quantized to; models in fp16 run in fp32, layers
+            whose inputs are rounded (`quantize_(activations="int8")`) in 8 bits. "bf16" keeps weights in bfloat16, so
+            that single tokens read half the bytes; logits stay in fp32. "int8" runs all linear layers in 8 bits, with a
+            scale for each output of a weight and one for each token of inputs.
 
     Returns:
         A `Decoder`, which `generate` and `stream` take, and `save` writes.
 
     Raises:
         ModelError: if this is no language model of transformers, its attention is its own code, it is in training mode,
-            not in fp32 or not on the CPU, or logits differ from the model's.
+            not on the CPU, has parameters of several types, or logits differ from the model's.
 
     Cost: about ten seconds for the export. Memory: the packed weights beside the model's own, which may be deleted
     afterwards; a cache takes 4 bytes for each key and value of each token and layer.
@@ -67,17 +70,19 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
         >>> step(torch.tensor([[3, 1, 4]])).shape
         torch.Size([1, 3, 32])
     """
-    check_precision(precision, ("int8",))
+    check_precision(precision)
     check_module(model)
     if not hf.is_causal_lm(model):
         raise ModelError(
             f"expected a language model of transformers, got {type(model).__name__}: use rarefy.compile for it"
         )
     model, notes = fold_copy(model)
-    check_ready(model)
+    dtype = check_ready(model)
+    if dtype != torch.float32:
+        model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
     with suspended(model) as rounded:
         step = _build(model, precision, rounded, notes)
-        _verify(model, step, tolerance(step.compiled.exported, "int8" if precision or rounded else None))
+        _verify(model, step, tolerance(step.compiled.exported, "int8" if rounded else precision))
     step.compiled.forget()
     return step
 
@@ -322,9 +327,9 @@ def _pack(weight: Tensor, precision: str | None, grid: Grid | None) -> Any:
     zeros = float((weight == 0).float().mean())
     quantized = grid is not None and why_not_quantized(weight, grid) is None
     if grid is not None and quantized and (zeros < MIN_ZEROS or grid.scale.shape[1] > 1):
-        return pack_quantized(weight, grid, precision is None)
-    if precision is None:
-        return pack_bitmask(weight)
+        return pack_quantized(weight, grid, precision != "int8")
+    if precision != "int8":
+        return pack_bitmask(weight, precision or "fp32")
     if zeros >= MIN_ZEROS:
         return pack_bitmask(weight, precision, grid)
     scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)

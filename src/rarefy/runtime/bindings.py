@@ -31,7 +31,7 @@ from rarefy.runtime.packed_formats import (
 )
 
 ISAS = ("amx", "avx512", "avx2", "portable")
-ABI_VERSION = 10  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
+ABI_VERSION = 11  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORMATS = (Bitmask, Csr, Tiles, QuantizedPanels, Sell, Dense)  # in the order of csrc/rarefy.h
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4"])}
@@ -155,6 +155,12 @@ def isa() -> str | None:
     """Return the instruction set that the kernels use, or None where there are none."""
     library, _ = _open()
     return None if library is None else library.rarefy_isa().decode()
+
+
+def multiplies_bf16() -> bool:
+    """Return whether the instruction set multiplies bf16 faster than fp32 on this CPU: AMX, and AVX-512 of AMD."""
+    library, _ = _open()
+    return library is not None and bool(library.rarefy_multiplies_bf16())
 
 
 @cache

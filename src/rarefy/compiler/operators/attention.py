@@ -13,6 +13,7 @@ from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import Call, OpSpec
 from rarefy.compiler.program import NT, Program
 from rarefy.compiler.step_structs import Attention
+from rarefy.runtime import bindings
 
 Pair = tuple[int, int]
 CACHE_ADDRESS = 1 << 50  # where a cache's addresses begin, to order the steps that touch it
@@ -96,7 +97,7 @@ def _lower_attention(p: Program, node: Node) -> None:
         kv_seq_stride=p.values[k].tokens.seq_stride,
         scale=scale,
         causal=int(causal),
-        bf16=int(precision == "bf16"),
+        bf16=int(precision == "bf16" and bindings.multiplies_bf16()),
     )
     values = {n: p.use(p.values[x]) for n, x in zip("qkv", (q, k, v))} | {"out": p.use(out)}
     p.attentions.append((a, values))
