@@ -204,7 +204,7 @@ def table(result: list[dict[str, Any]]) -> str:
         out.append(f"| {' | '.join(map(str, row))} |")
     counts = Counter(l["status"] for l in last.values())
     out += ["", ", ".join(f"{n} {s}" for s, n in counts.most_common())]
-    return "\n".join([*out, *(f"batch {b}: {text}" for b, text in eager_speedups(list(last.values())).items())])
+    return "\n".join([*out, *(f"{label}: {text}" for label, text in eager_speedups(result).items())])
 
 
 def main() -> None:

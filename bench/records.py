@@ -90,11 +90,14 @@ MIN_SPEEDUP = 0.98  # over eager, below which a model counts as slower
 
 
 def eager_speedups(result: list[Row]) -> dict[str, str]:
-    """Return for each batch size the geometric mean of speed over eager, the slowest model, and those below 0.98."""
+    """Return the geometric mean of speed over eager, the slowest model, and how many are below 0.98, for each batch
+    size and number of threads. The last record of a model counts."""
     by_batch: dict[str, dict[str, float]] = {}
-    for l in result:
+    for l in sorted(result, key=lambda l: l["machine"]["threads"]):
+        threads = l["machine"]["threads"]
         for batch, s in l.get("speed", {}).items():
-            by_batch.setdefault(batch, {})[l["model"]] = s["speedup"]
+            label = f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
+            by_batch.setdefault(label, {})[l["model"]] = s["speedup"]
     texts = {}
     for batch, found in by_batch.items():
         mean = statistics.geometric_mean(found.values())

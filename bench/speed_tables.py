@@ -155,11 +155,12 @@ def memory() -> str:
 def conformance() -> str:
     """How many architectures compile and return what eager torch returns."""
 
-    def make(rows: list[Row]) -> str:
+    def make(every: list[Row]) -> str:
+        rows = latest(every, "model")
         equal = [r for r in rows if r["status"] == "equal"]
         others = ", ".join(f"{r['model']} ({r['status']})" for r in rows if r["status"] != "equal") or "none"
         worst = max(r["distance"] for r in equal)
-        speeds = [f"Batch {b}: {text}." for b, text in eager_speedups(rows).items()]
+        speeds = [f"{label.capitalize()}: {text}." for label, text in eager_speedups(every).items()]
         counts = table(
             [
                 "models tried",
@@ -171,7 +172,7 @@ def conformance() -> str:
         )
         return "\n\n".join([counts, *speeds])
 
-    return per_machine(latest(read("conformance"), "label", "model"), make)
+    return per_machine(latest(read("conformance"), "label", "model", "threads"), make)
 
 
 # Sparse layers in eager torch

@@ -30,7 +30,7 @@ MOVES = (  # operators that compute nothing
     aten.expand.default,
 )  # fmt: skip
 MAX_MOVES = 24  # nodes between two operators of the engine
-MAX_PROBED = 1 << 26  # numbers of a tensor that is moved to find out where its tokens go
+MAX_PROBED = 1 << 24  # numbers of a tensor that is moved to find out where its tokens go
 MAX_TOKENS = 1 << 20  # of a sample
 BATCHES = (2, 3)  # that are tried
 OPERATORS = {  # by whether input and output are images
