@@ -64,6 +64,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .channel_affine = channel_affine,
       .channel_scale = channel_scale,
       .rearrange = rearrange,
+      .add_deviations = add_deviations,
+      .normalize_columns = normalize_columns,
       .add_column_sums = add_column_sums,
       .attention_tile = attention_tile,
       .pack_bf16_lanes = pack_bf16_lanes,

@@ -48,6 +48,7 @@ int64_t num_parts(const rarefy_step& s) {
       return s.winograd ? winograd_parts(s) : tiles * ceil_div(s.features, conv_rows_per_part(s, tiles));
     case RAREFY_OP_MAX_POOL:
     case RAREFY_OP_DEPTHWISE_CONV: return tiles * ceil_div(s.features, CHANNELWISE_PER_PART);
+    case RAREFY_OP_GROUP_NORM: return s.batch * s.groups;
     case RAREFY_OP_GLOBAL_AVG_POOL: return s.columns * ceil_div(s.features, FEATURES_PER_PART);
     default: return tiles;
   }
@@ -157,6 +158,26 @@ void run_fake_quantize(const rarefy_kernel_table& t, const rarefy_step& s, int64
                   tile_of(s.out, tile) + row * TILE_COLS, std::min(FEATURES_PER_PART, s.features - row) * TILE_COLS);
 }
 
+// One group of features of one image.
+void run_group_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const int64_t rows = s.features / s.groups, image = part / s.groups, from = part % s.groups * rows;
+  const double count = double(rows * s.tokens);
+  double mean[2] = {}, deviations[2] = {};
+  for_each_run(s, image, [&](int64_t tile, int64_t column, int64_t n) {
+    t.add_deviations(tile_of(s.x, tile) + from * TILE_COLS + column, rows, n, 0.0f, mean);
+  });
+  const float center = float(mean[0] / count);
+  for_each_run(s, image, [&](int64_t tile, int64_t column, int64_t n) {
+    t.add_deviations(tile_of(s.x, tile) + from * TILE_COLS + column, rows, n, center, deviations);
+  });
+  const float scale = float(1.0 / std::sqrt(deviations[1] / count + double(s.eps)));
+  for_each_run(s, image, [&](int64_t tile, int64_t column, int64_t n) {
+    t.normalize_columns(tile_of(s.x, tile) + from * TILE_COLS + column, rows, n, center, scale,
+                        s.gamma ? s.gamma + from : nullptr, s.bias ? s.bias + from : nullptr,
+                        tile_of(s.out, tile) + from * TILE_COLS + column);
+  });
+}
+
 void run_kv_store(const rarefy_step& s, int64_t tile) {
   for_each_token_run(s, tile, [&](int64_t sequence, int64_t token, int64_t column, int64_t n) {
     for (int64_t done = 0, count; done < n; done += count) {
@@ -194,6 +215,7 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_CHANNEL_SCALE: run_channel_scale(t, s, part); break;
     case RAREFY_OP_IMAGE_ABSMAX: run_image_absmax(t, s, part); break;
     case RAREFY_OP_REARRANGE: run_rearrange(t, s, part); break;
+    case RAREFY_OP_GROUP_NORM: run_group_norm(t, s, part); break;
   }
   return RAREFY_OK;
 }

@@ -121,6 +121,9 @@ struct rarefy_kernel_table {
   void (*channel_affine)(const float* x, int64_t features, const float* scale, const float* bias, int act, float* out);
   void (*channel_scale)(const float* x, int64_t features, int64_t columns, const float* factors, float* out);
   void (*rearrange)(const float* x, int64_t features, const rarefy_segment* segments, int count, float* out);
+  void (*add_deviations)(const float* x, int64_t features, int64_t columns, float mean, double* sums);
+  void (*normalize_columns)(const float* x, int64_t features, int64_t columns, float mean, float scale,
+                            const float* gamma, const float* bias, float* out);
   void (*add_column_sums)(const float* x, int64_t features, int64_t columns, float* sums);
   void (*attention_tile)(const rarefy_attention&, int64_t batch, int64_t head, int64_t tile);
   void (*pack_bf16_lanes)(const float* x, int64_t features, int64_t columns, uint32_t* out);

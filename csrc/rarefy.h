@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 11 };
+enum { RAREFY_ABI_VERSION = 12 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -198,7 +198,8 @@ enum rarefy_op {
   RAREFY_OP_CHANNEL_SCALE = 17,    // out = x times the feature of its image in `other`, which has one column an image
   RAREFY_OP_REARRANGE = 18,        // out = columns of x in another order, as `segments` says
   RAREFY_OP_FAKE_QUANTIZE = 19,    // out = x rounded to int8 codes with one scale for all, dequantized
-  RAREFY_OP_COUNT = 20,
+  RAREFY_OP_GROUP_NORM = 20,       // out = x normalized over pixels and features of `groups` groups of each image
+  RAREFY_OP_COUNT = 21,
 };
 
 struct rarefy_view {
@@ -262,7 +263,7 @@ struct rarefy_step {
   int32_t codes_zero;                     // CONVERT, FAKE_QUANTIZE, out_codes: the code of zero, with a codes_scale
   float in_scale;                         // LINEAR, CONV of int8: one scale for all of x; 0: in_scales
   float codes_scale;                      // as codes_zero, of int8: one scale for all; 0: one for each column
-  float eps;                              // NORM: added to the variance
+  float eps;                              // NORM, GROUP_NORM: added to the variance
   float pad_value;                        // PAD_PLANES: value outside the image; int8 planes are padded with zeros
   const void* weight;                     // LINEAR
   const rarefy_attention* attention;      // ATTENTION, KV_STORE
@@ -278,14 +279,14 @@ struct rarefy_step {
   rarefy_view out_absmax;  // LINEAR, CONV: receives the columns' largest magnitudes for every 128 outputs; or null
   rarefy_view cos, sin;    // ROPE: of the angles, [head_dim] for each column
   const float *gamma,
-      *bias;  // NORM: [features / groups]; CHANNEL_AFFINE, bias also DEPTHWISE_CONV: [features]; or null.
+      *bias;  // NORM: [features / groups]; CHANNEL_AFFINE, GROUP_NORM, bias also DEPTHWISE_CONV: [features]; or null.
               // DEPTHWISE_CONV: gamma [tokens] multiplies the sums of each pixel, without an activation
   const float* depthwise_weights;  // DEPTHWISE_CONV: [features][kernel height * width]
   const int32_t* row_sums;         // LINEAR of RAREFY_QUANTIZED with int8 inputs: [rows], sum of values
   int64_t columns, features;       // of x and out; columns of all sequences
   int64_t batch, tokens;           // sequences (images), tokens (pixels) of each
   int64_t seq_stride;              // columns from one sequence to the next
-  int64_t groups;                  // NORM
+  int64_t groups;                  // NORM, GROUP_NORM
   int64_t heads;                   // ROPE
   int64_t absmax_rows;             // CONVERT
   int64_t depends_on;              // the first `depends_on` steps must be done before this one

@@ -221,4 +221,40 @@ void add_column_sums(const float* x, int64_t features, int64_t columns, float* s
   }
 }
 
+// sums[0] += the sum of x - mean over features and `columns` columns, sums[1] += the sum of its squares.
+void add_deviations(const float* x, int64_t features, int64_t columns, float mean, double* sums) {
+  f32_vec sum{}, squares{};
+  float rest = 0.0f, rest_squares = 0.0f;
+  for (int64_t f = 0; f < features; ++f) {
+    int64_t n = 0;
+    for (; n + SIMD_WIDTH <= columns; n += SIMD_WIDTH) {
+      const f32_vec v = load_vec(x + f * TILE_COLS + n) - mean;
+      sum += v;
+      squares += v * v;
+    }
+    for (; n < columns; ++n) {
+      const float v = x[f * TILE_COLS + n] - mean;
+      rest += v;
+      rest_squares += v * v;
+    }
+  }
+  sums[0] += double(rest);
+  sums[1] += double(rest_squares);
+  for (int i = 0; i < SIMD_WIDTH; ++i) {
+    sums[0] += double(sum[i]);
+    sums[1] += double(squares[i]);
+  }
+}
+
+// out = (x - mean) scale gamma + bias in `columns` columns of each feature; gamma and bias may be null.
+void normalize_columns(const float* x, int64_t features, int64_t columns, float mean, float scale, const float* gamma,
+                       const float* bias, float* out) {
+  for (int64_t f = 0; f < features; ++f) {
+    const float factor = gamma ? scale * gamma[f] : scale, shift = bias ? bias[f] : 0.0f;
+    for (int64_t n = 0; n < columns; n += SIMD_WIDTH)
+      store_partial(out + f * TILE_COLS + n, (load_partial(x + f * TILE_COLS + n, columns - n) - mean) * factor + shift,
+                    columns - n);
+  }
+}
+
 }  // namespace

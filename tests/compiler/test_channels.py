@@ -329,3 +329,22 @@ def test_constants_of_channels(isa, name):
 def test_differences_with_a_factor_stay_in_torch():
     net = Between(lambda x: torch.sub(F.relu(x), x, alpha=2), 8).eval()
     assert equal(net, torch.randn(2, 5, 7, 9)).counts()[2]["sub.Tensor"] == 1
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("groups", [1, 3, 18])
+def test_group_norm(isa, groups, affine):
+    norm = nn.GroupNorm(groups, 18, eps=1e-3, affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    assert check(norm, 18) == ["conv2d", "group_norm", "conv2d"]
+
+
+def test_group_norm_of_large_numbers():
+    net = Between(nn.GroupNorm(2, 8), 8).eval()
+    with torch.no_grad():
+        net.before.bias += 1000.0
+    x = torch.randn(3, 5, 7, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(rarefy.compile(net, x, tune=False)(x), net(x), rtol=1e-3, atol=1e-3)

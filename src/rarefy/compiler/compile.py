@@ -91,6 +91,7 @@ PASSES = (
     channels.convert_mean,
     channels.convert_scale,
     channels.convert_norm,
+    channels.convert_group_norm,
     channels.convert_concat,
     quantization.delay_fake_quantize,
     # attention in other layouts, and whole tokens that change their places

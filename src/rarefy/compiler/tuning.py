@@ -23,7 +23,7 @@ from rarefy.runtime import bindings, tuning_cache
 from rarefy.runtime.packing import nbytes
 
 MAX_SECONDS = 4.0  # of timing all native calls of a model; what is not timed by then stays native
-MAX_PAIR_SECONDS = 0.4  # of timing one native call against torch
+MAX_PAIR_SECONDS = 0.4  # of timing one native call against torch, where there are many
 MAX_MODEL_SECONDS = 2.0  # of timing the whole model against eager torch
 MIN_PAIRS, MAX_PAIRS = 3, 15  # runs of each side
 NATIVE, TORCH = "native", "torch"
@@ -50,6 +50,8 @@ def slow_nodes(compiled: Compiled, weights: Mapping[str, Tensor], leaves: Sequen
     values: dict[Node, Any] = dict(zip(compiled.exported.inputs, leaves))
     slow: set[Node] = set()
     deadline = time.perf_counter() + MAX_SECONDS
+    calls = sum(isinstance(call, Native) for call in compiled.schedule)
+    seconds = max(MAX_PAIR_SECONDS, MAX_SECONDS / max(1, calls))  # a model in one call depends on that choice alone
 
     def lookup(node: Node) -> Any:
         if node in values:
@@ -62,7 +64,7 @@ def slow_nodes(compiled: Compiled, weights: Mapping[str, Tensor], leaves: Sequen
                 key = f"subgraph {_digest(_signature(call.nodes, compiled.kernels, lookup))}"
                 choice = measured.get(key) or known.get(key)
                 if choice is None and time.perf_counter() < deadline:
-                    choice = measured[key] = _fastest(call, lookup)
+                    choice = measured[key] = _fastest(call, lookup, seconds)
                 if choice is not None and choice.get(1, (NATIVE,))[0] == TORCH:
                     slow.update(call.nodes)
     if measured:
@@ -71,9 +73,9 @@ def slow_nodes(compiled: Compiled, weights: Mapping[str, Tensor], leaves: Sequen
     return slow
 
 
-def _fastest(call: Native, lookup: Callable[[Node], Any]) -> tuning_cache.Choice:
+def _fastest(call: Native, lookup: Callable[[Node], Any], seconds: float) -> tuning_cache.Choice:
     """Time one native call; return who runs it faster and by how much."""
-    native, eager = alternate(lambda: call.run(lookup), lambda: run_in_torch(call, lookup), MAX_PAIR_SECONDS)
+    native, eager = alternate(lambda: call.run(lookup), lambda: run_in_torch(call, lookup), seconds)
     return {1: (NATIVE, eager / native) if native <= eager else (TORCH, native / eager)}
 
 

@@ -39,6 +39,11 @@ def channel_norm(x: Tensor, gamma: Tensor | None, bias: Tensor | None, eps: floa
     return (y if centered or bias is None else y + bias).permute(0, 3, 1, 2)
 
 
+def group_norm(x: Tensor, gamma: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
+    """Return GroupNorm of x [batch, channels, height, width] (Wu and He 2018); gamma and bias are [channels]."""
+    return F.group_norm(x, groups, gamma, bias, eps)
+
+
 def concat(
     a: Tensor, b: Tensor, c: Tensor | None, d: Tensor | None, e: Tensor | None, f: Tensor | None, g: Tensor | None,
     h: Tensor | None,
@@ -67,6 +72,13 @@ def _lower_channel_norm(p: Program, node: Node) -> None:
     p.step("norm", out, x=source, out=p.use(out), **weights, eps=eps, subtract_mean=int(centered))
 
 
+def _lower_group_norm(p: Program, node: Node) -> None:
+    x, gamma, bias, groups, eps = node.args
+    source, out = p.use(p.values[x]), p.make(node)
+    weights = {"gamma": p.constant(gamma), "bias": p.constant(bias)}
+    p.step("group_norm", out, x=source, out=p.use(out), **weights, eps=eps, groups=groups)
+
+
 def _lower_concat(p: Program, node: Node) -> None:
     images = [n for n in node.args if n is not None]
     out, first = p.make(node), 0
@@ -81,6 +93,10 @@ def _constants_fit(call: Call) -> bool:
     """Return whether all constants are fp32 vectors, one number for each channel."""
     constants = [call.constants[n.name] for n in call.node.args[1:3] if n is not None]
     return is_image(call) and all(tuple(c.shape) == call.shapes[0][1:2] for c in constants)
+
+
+def _group_norm_fits(call: Call) -> bool:
+    return _constants_fit(call) and not call.shapes[0][1] % call.node.args[3]
 
 
 def _scale_fits(call: Call) -> bool:
@@ -133,6 +149,14 @@ OPERATORS = (
         arguments=("tensor", "constant?", "constant?", "number", "flag"),
         lower=_lower_channel_norm,
         fits=_constants_fit,
+        layout=PIXELS,
+        check_weights=_check_vectors,
+    ),
+    OpSpec(
+        reference=group_norm,
+        arguments=("tensor", "constant?", "constant?", "count", "number"),
+        lower=_lower_group_norm,
+        fits=_group_norm_fits,
         layout=PIXELS,
         check_weights=_check_vectors,
     ),

@@ -152,6 +152,17 @@ def convert_norm(exported: ExportedGraph, node: Node) -> None:
         replace_node(exported, node, ops.channel_norm, x.args[0], *norm.args[1:5])
 
 
+def convert_group_norm(exported: ExportedGraph, node: Node) -> None:
+    """Convert GroupNorm of images with a constant scale and bias for each channel, or none."""
+    if node.target is not aten.group_norm.default or not _is_image(node) or node.kwargs:
+        return
+    x, groups, *rest = node.args
+    gamma, bias, eps = (*rest[:3], *(None, None, 1e-5)[len(rest) :])
+    constant = all(n is None or n.name in exported.constants for n in (gamma, bias))
+    if constant and str(shape(x)[1]).isdigit() and x.name not in exported.constants:
+        replace_node(exported, node, ops.group_norm, x, gamma, bias, groups, eps)
+
+
 def convert_concat(exported: ExportedGraph, node: Node) -> None:
     """Convert a concatenation of the channels of images."""
     if node.target is not aten.cat.default or not _is_image(node) or (*node.args, 0)[1] not in (1, -3):
