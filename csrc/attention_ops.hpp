@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "rarefy.h"
 #include "step_common.hpp"
+#include "visible_keys.hpp"
 
 namespace {
 
@@ -28,27 +29,21 @@ inline int64_t attention_parts(const rarefy_attention& a) {
   return a.batch * a.heads * (packs_keys_once(a) ? 1 : attention_tiles(a));
 }
 
-// Keys that a query may see: those before trailing padding, which a mask of the same value for all queries hides.
-inline int64_t visible_keys(const rarefy_attention& a, const float* mask) {
-  if (!mask || a.mask_query_stride) return a.keys;
-  int64_t keys = a.keys;
-  while (keys > 0 && mask[(keys - 1) * a.mask_key_stride] <= MASKED) --keys;
-  return keys ? keys : a.keys;
-}
-
 // One head of one sequence, its keys and values packed for dense products in bf16.
 struct LaneAttention {
   LaneAttention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t sequence, int64_t head)
       : t(t), a(a), first(sequence * a.seq_stride), first_key(sequence * a.kv_seq_stride), head_dim(a.head_dim),
         offset(head * head_dim * TILE_COLS) {
     mask = a.mask ? a.mask + sequence * a.mask_batch_stride + head * a.mask_head_stride : nullptr;
-    keys = visible_keys(a, mask);
+    const KeyRange visible = visible_keys(a, mask);
+    begin = visible.begin / VALUE_BLOCK * VALUE_BLOCK;
+    keys = visible.end;
     dim_blocks = ceil_div(head_dim, 32);
     key_words = ceil_div(keys, KEY_BLOCK) * dim_blocks * 256;
     value_blocks = ceil_div(keys, VALUE_BLOCK);
     value_words = ceil_div(head_dim, 16) * value_blocks * 256;
     kv_offset = head / (a.heads / a.kv_heads) * head_dim * TILE_COLS;
-    chunk = std::min(KEYS_PER_CHUNK, ceil_div(keys, 32) * 32);
+    chunk = std::min(KEYS_PER_CHUNK, ceil_div(keys - begin, 32) * 32);
     const int64_t rows = ceil_div(head_dim, 16) * 16;
     words = key_words + value_words + (dim_blocks * 16 + chunk + chunk / 2 + rows) * TILE_COLS;
   }
@@ -60,9 +55,9 @@ struct LaneAttention {
     scores = reinterpret_cast<float*>(queries + dim_blocks * 16 * TILE_COLS);
     weights = queries + (dim_blocks * 16 + chunk) * TILE_COLS;
     sums = reinterpret_cast<float*>(weights + chunk / 2 * TILE_COLS);
-    for (int64_t key = 0; key < keys; key += KEY_BLOCK)
+    for (int64_t key = begin; key < keys; key += KEY_BLOCK)
       t.pack_columns_as_rows(at(a.k, a.k_stride, key), head_dim, packed_keys + key / KEY_BLOCK * dim_blocks * 256);
-    for (int64_t key = 0; key < keys; key += VALUE_BLOCK)
+    for (int64_t key = begin; key < keys; key += VALUE_BLOCK)
       for (int64_t d = 0; d < head_dim; d += 16) {
         const float* low = at(a.v, a.v_stride, key) + d * TILE_COLS;
         const int64_t left = keys - key - 16;
@@ -82,7 +77,7 @@ struct LaneAttention {
     t.pack_bf16_lanes(a.q + tile * a.q_stride + offset + lane, head_dim, count, queries);
     float* out = a.out + tile * a.out_stride + offset + lane;
     const int64_t last = a.causal ? std::min(keys, query + count) : keys;
-    for (int64_t key = 0; key < last; key += chunk) {
+    for (int64_t key = begin; key < last; key += chunk) {
       const int64_t n = std::min(chunk, last - key);
       for (int64_t j = 0; j < n; j += 32)
         t.dense_lanes[0](packed_keys + (key + j) / KEY_BLOCK * dim_blocks * 256, dim_blocks,
@@ -91,7 +86,7 @@ struct LaneAttention {
       const float* m = mask ? mask + key * a.mask_key_stride + query * a.mask_query_stride : nullptr;
       t.softmax_lanes(a, m, key, n, query, count, scores, weights, max, sum, rescale);
       multiply_values(key, n, count);
-      t.add_rescaled(sums, key ? rescale : nullptr, key + n < last ? nullptr : sum, head_dim, count, out);
+      t.add_rescaled(sums, key > begin ? rescale : nullptr, key + n < last ? nullptr : sum, head_dim, count, out);
     }
   }
 
@@ -111,7 +106,7 @@ struct LaneAttention {
 
   const rarefy_kernel_table& t;
   const rarefy_attention& a;
-  int64_t first, first_key, head_dim, offset, kv_offset, keys, chunk;
+  int64_t first, first_key, head_dim, offset, kv_offset, begin, keys, chunk;
   int64_t dim_blocks, value_blocks, key_words, value_words;
   const float* mask;
   uint32_t *packed_keys, *packed_values, *queries, *weights;
@@ -121,24 +116,70 @@ struct LaneAttention {
   int64_t words;  // of memory that `pack` takes
 };
 
-inline int run_lane_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
-  const int64_t tiles = attention_tiles(a), pieces = packs_keys_once(a) ? 1 : tiles;
-  LaneAttention head(t, a, part / pieces / a.heads, part / pieces % a.heads);
+// One head of one sequence for the queries in some column tiles.
+inline int attend_tiles(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t sequence, int64_t index,
+                        int64_t tile, int64_t end) {
+  if (!multiplies_bf16(a)) {
+    for (; tile < end; ++tile) t.attention_tile(a, sequence, index, tile);
+    return RAREFY_OK;
+  }
+  LaneAttention head(t, a, sequence, index);
   const ScratchBuffer<1> scratch(size_t(head.words) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   head.pack(static_cast<uint32_t*>(scratch.data));
   const DenseSection section(t);
-  const int64_t first_tile = part / pieces / a.heads * a.seq_stride / TILE_COLS;
-  for (int64_t i = 0; i < tiles / pieces; ++i) head.attend(first_tile + part % pieces + i);
+  for (; tile < end; ++tile) head.attend(tile);
+  return RAREFY_OK;
+}
+
+// Copy `count` columns from column `from` of one head to column `to` of another one.
+inline void copy_columns(const float* x, int64_t x_stride, int64_t from, float* out, int64_t out_stride, int64_t to,
+                         int64_t head_dim, int64_t count) {
+  for (int64_t n = 0, size; n < count; n += size) {
+    const int64_t lane = (from + n) % TILE_COLS, out_lane = (to + n) % TILE_COLS;
+    size = std::min({count - n, TILE_COLS - lane, TILE_COLS - out_lane});
+    const float* source = x + (from + n) / TILE_COLS * x_stride + lane;
+    float* target = out + (to + n) / TILE_COLS * out_stride + out_lane;
+    for (int64_t d = 0; d < head_dim; ++d)
+      std::memcpy(target + d * TILE_COLS, source + d * TILE_COLS, size_t(size) * 4);
+  }
+}
+
+// A sequence that begins in any column: its columns are copied to tiles of its own, and the outputs back.
+inline int run_bounded_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
+  const int64_t pieces = packs_keys_once(a) ? 1 : attention_tiles(a), index = part / pieces % a.heads;
+  const int64_t *bounds = a.bounds + part / pieces / a.heads * 2, first = bounds[0], tokens = bounds[1];
+  const int64_t tiles = ceil_div(tokens, TILE_COLS), tile = part % pieces, end = pieces == 1 ? tiles : tile + 1;
+  if (tile >= tiles) return RAREFY_OK;
+  const int64_t stride = a.head_dim * TILE_COLS, offset = index * stride;
+  const int64_t kv_offset = index / (a.heads / a.kv_heads) * stride;
+  const ScratchBuffer<3> scratch(size_t(4 * tiles * stride) * 4);
+  if (!scratch.data) return RAREFY_NO_MEMORY;
+  float *q = static_cast<float*>(scratch.data), *k = q + tiles * stride, *v = k + tiles * stride;
+  rarefy_attention own = a;
+  own.q = q;
+  own.k = k;
+  own.v = v;
+  own.out = v + tiles * stride;
+  own.q_stride = own.k_stride = own.v_stride = own.out_stride = stride;
+  own.batch = own.heads = own.kv_heads = 1;
+  own.queries = own.keys = own.seq_stride = own.kv_seq_stride = tokens;
+  own.bounds = nullptr;
+  const int64_t query = tile * TILE_COLS, queries = std::min(tokens, end * TILE_COLS) - query;
+  copy_columns(a.q + offset, a.q_stride, first + query, q, stride, query, a.head_dim, queries);
+  copy_columns(a.k + kv_offset, a.k_stride, first, k, stride, 0, a.head_dim, tokens);
+  copy_columns(a.v + kv_offset, a.v_stride, first, v, stride, 0, a.head_dim, tokens);
+  if (const int code = attend_tiles(t, own, 0, 0, tile, end)) return code;
+  copy_columns(own.out, stride, query, a.out + offset, a.out_stride, first + query, a.head_dim, queries);
   return RAREFY_OK;
 }
 
 inline int run_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
-  if (multiplies_bf16(a)) return run_lane_attention(t, a, part);
-  const int64_t tiles = attention_tiles(a), head = part / tiles % a.heads, sequence = part / tiles / a.heads;
-  const int64_t tile = sequence * a.seq_stride / TILE_COLS + part % tiles;
-  if (tile * TILE_COLS < sequence * a.seq_stride + a.queries) t.attention_tile(a, sequence, head, tile);
-  return RAREFY_OK;
+  if (a.bounds) return run_bounded_attention(t, a, part);
+  const int64_t pieces = packs_keys_once(a) ? 1 : attention_tiles(a), head = part / pieces % a.heads;
+  const int64_t sequence = part / pieces / a.heads, first = sequence * a.seq_stride;
+  const int64_t tile = first / TILE_COLS + part % pieces, tiles = ceil_div(first + a.queries, TILE_COLS);
+  return attend_tiles(t, a, sequence, head, tile, pieces == 1 ? tiles : std::min(tile + 1, tiles));
 }
 
 }  // namespace

@@ -82,6 +82,32 @@ void run_unpack(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile
   });
 }
 
+// Pack or unpack the tokens that token_rows gives, a vector of columns at a time; through a buffer where their rows are
+// not contiguous.
+int move_token_rows(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
+  constexpr int64_t GROUP = 16;
+  const bool packs = s.op == RAREFY_OP_PACK;
+  const size_t row_bytes = size_t(s.features) * 4;
+  const ScratchBuffer<1> scratch(GROUP * row_bytes);
+  if (!scratch.data) return RAREFY_NO_MEMORY;
+  float* buffer = static_cast<float*>(scratch.data);
+  for (int64_t at = tile * TILE_COLS, end = std::min(at + TILE_COLS, s.columns); at < end; at += GROUP) {
+    const int64_t n = std::min(GROUP, end - at), *rows = s.token_rows + at;
+    const bool contiguous = rows[n - 1] - rows[0] == n - 1;
+    const auto row = [&](float* x, int64_t i) { return x + rows[i] * s.features; };
+    if (packs) {
+      for (int64_t i = 0; !contiguous && i < n; ++i) std::memcpy(buffer + i * s.features, row(s.x.data, i), row_bytes);
+      t.pack_inputs[RAREFY_F32](contiguous ? row(s.x.data, 0) : buffer, s.features, n, s.features, nullptr,
+                                reinterpret_cast<uint32_t*>(tile_of(s.out, tile) + at % TILE_COLS));
+    } else {
+      t.unpack_tile(tile_of(s.x, tile) + at % TILE_COLS, s.features, n, contiguous ? row(s.out.data, 0) : buffer,
+                    s.features);
+      for (int64_t i = 0; !contiguous && i < n; ++i) std::memcpy(row(s.out.data, i), buffer + i * s.features, row_bytes);
+    }
+  }
+  return RAREFY_OK;
+}
+
 void run_image_absmax(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
   alignas(64) float absmax[TILE_COLS];
   t.column_absmax(tile_of(s.x, tile), s.features, TILE_COLS, absmax);
@@ -191,6 +217,7 @@ void run_kv_store(const rarefy_step& s, int64_t tile) {
 
 int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   if (s.decode) return run_decode_step(t, s, part);
+  if (s.token_rows) return move_token_rows(t, s, part);
   switch (s.op) {
     case RAREFY_OP_PACK: run_pack(t, s, part); break;
     case RAREFY_OP_UNPACK: run_unpack(t, s, part); break;

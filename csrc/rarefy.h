@@ -239,6 +239,8 @@ struct rarefy_attention {
   int32_t causal;
   int32_t bf16;           // 1: products in bf16, without a cache; 0: fp32
   int64_t kv_seq_stride;  // columns from one sequence of keys and values to the next, without a cache
+  const int64_t* bounds;  // [batch][2], first column and tokens of each sequence, without a cache and a mask; `queries`
+                          // and `keys` are those of the longest. null: as seq_stride, queries and keys say
 };
 
 // Consecutive columns of a tile whose inputs are consecutive in memory too.
@@ -294,6 +296,8 @@ struct rarefy_step {
   // come from: segments of at most SEGMENT_FLOATS columns, in order, that cover the tile. A negative source: zeros.
   const rarefy_segment* segments;
   const int64_t* segment_starts;
+  const int64_t* token_rows;       // PACK, UNPACK: [columns], ascending: which row of the external tensor is the token
+                                   // in each column; null: as batch, tokens and seq_stride say
 };
 
 struct rarefy_step_time {  // nanoseconds that one thread

@@ -9,6 +9,7 @@
 #include "kernel_table.h"
 #include "rarefy.h"
 #include "simd.hpp"
+#include "visible_keys.hpp"
 
 namespace {
 
@@ -106,14 +107,16 @@ void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int6
                     float* out) {
   const int64_t head_dim = a.head_dim, first_column = batch * (a.cache ? a.cache->capacity : a.kv_seq_stride);
   const int64_t kv_head = head / (a.heads / a.kv_heads) * head_dim * TILE_COLS;
-  const int64_t past = a.cache ? a.cache->length : 0, num_keys = a.cache ? past + a.queries : a.keys;
+  const int64_t past = a.cache ? a.cache->length : 0;
+  const float* mask = a.mask ? a.mask + batch * a.mask_batch_stride + head * a.mask_head_stride : nullptr;
+  const KeyRange visible = a.cache ? KeyRange{0, past + a.queries} : visible_keys(a, mask);
   const int64_t start = a.cache && a.cache->starts ? a.cache->starts[batch] : 0, position = past + query;
   f32_vec max[VECS], sum[VECS] = {}, rescale[VECS];
   for (int t = 0; t < VECS; ++t) max[t] = f32_vec{} + MASKED;
   for (int64_t d = 0; d < head_dim; ++d)
     for (int t = 0; t < VECS; ++t) store_vec(out + d * TILE_COLS + lane + t * SIMD_WIDTH, f32_vec{});
-  const int64_t end = a.causal ? std::min(num_keys, position + VECS * SIMD_WIDTH) : num_keys;
-  int64_t begin = a.window ? std::max<int64_t>(0, position + 1 - a.window) : 0;
+  const int64_t end = a.causal ? std::min(visible.end, position + VECS * SIMD_WIDTH) : visible.end;
+  int64_t begin = a.window ? std::max<int64_t>(0, position + 1 - a.window) : visible.begin;
   if (start <= position) begin = std::max(begin, start);  // queries in the padding attend to the padding
   f32_vec scores[TILE_COLS][VECS];
   for (int64_t from = begin / TILE_COLS * TILE_COLS; from < end;) {
@@ -123,11 +126,8 @@ void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int6
     int64_t j = 0;
     for (; j + 4 <= keys; j += 4) score_keys<VECS, 4>(q + lane, k + j, head_dim, a.scale, scores + j);
     for (; j < keys; ++j) score_keys<VECS, 1>(q + lane, k + j, head_dim, a.scale, scores + j);
-    if (a.mask)
-      add_mask<VECS>(a,
-                     a.mask + batch * a.mask_batch_stride + head * a.mask_head_stride + query * a.mask_query_stride +
-                         from * a.mask_key_stride,
-                     query, keys, scores);
+    if (mask)
+      add_mask<VECS>(a, mask + query * a.mask_query_stride + from * a.mask_key_stride, query, keys, scores);
     if ((a.causal && from + keys > position) || from < start || a.window)
       mask_hidden_keys<VECS>(a, from, keys, position, start, scores);
     update_softmax<VECS>(keys, scores, max, sum, rescale);

@@ -153,7 +153,9 @@ def compile(
 
     Returns:
         A `Compiled`, to be called like the model, by several threads at once. It computes no gradients, and does not
-        see later changes of the model. `print` it to see what runs natively and what runs in torch.
+        see later changes of the model. `print` it to see what runs natively and what runs in torch. Tokens that
+        `attention_mask` hides are left out where nothing depends on them: outputs are zeros there. Set its attribute
+        `skip_padding` to False to compute them.
 
     Raises:
         ModelError: if torch.export cannot export the model, the model is in training mode, has parameters of several
@@ -215,7 +217,9 @@ def _compile(
     if calibrate is not None:
         _set_input_grids(exported, specs, kernels, calibrate)
     compiled = Compiled(exported, kernels, specs)
+    compiled.skip_padding = False  # compared at padding too
     verify(model, compiled, *more, tolerance(exported, precision), unit_sizes)
+    compiled.skip_padding = True
     if tune and tuning.is_enabled():
         compiled = _not_slower(model, compiled, weights, _runnable(compiled, (args, kwargs), more), notes)
     compiled.forget()

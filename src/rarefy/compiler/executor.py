@@ -60,7 +60,11 @@ class Compiled:
         constants: all other tensors that the graph reads, by name.
         input_specs: what each tensor of a call must be, in the graph's order.
         schedule: the calls in the order in which they run.
+        skip_padding: True: tokens that `attention_mask` hides are left out where no other token depends on them, so
+            that a batch takes the time of its real tokens; outputs are zeros there. False: they are computed.
     """
+
+    skip_padding = True
 
     def __init__(
         self,
@@ -168,7 +172,7 @@ class Compiled:
         """
         for call, ended in zip(self.schedule, self.last_uses):
             yield call
-            run_call(call, values, lookup, recorder)
+            run_call(call, values, lookup, recorder, self.skip_padding)
             for n in ended:
                 values.pop(n, None)
 
@@ -272,12 +276,16 @@ class Compiled:
 
 
 def run_call(
-    call: Any, values: dict[Node, Any], lookup: Callable[[Node], Any], recorder: Recorder | None = None
+    call: Any,
+    values: dict[Node, Any],
+    lookup: Callable[[Node], Any],
+    recorder: Recorder | None = None,
+    skip_padding: bool = True,
 ) -> None:
     """Run one call of the schedule and add its outputs to the values."""
     try:
         if isinstance(call, FusedSubgraph):
-            values.update(zip(call.outputs, call.run(lookup, recorder)))
+            values.update(zip(call.outputs, call.run(lookup, recorder, skip_padding)))
         elif isinstance(call, SingleOp):
             out = call.run(lookup) if recorder is None else recorder.run_single(call, lookup)
             values.update(zip(call.outputs, out))

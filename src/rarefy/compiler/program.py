@@ -123,7 +123,12 @@ class Program:
     """The native steps of some nodes for given shapes of their inputs.
 
     It has memory of its own, so one thread at a time may run it.
+
+    Attributes:
+        used_share: share of its tokens that the last call had; less than 1 in a `PackedProgram`.
     """
+
+    used_share = 1.0
 
     def __init__(
         self,
@@ -426,7 +431,7 @@ class Program:
                 self.array[i].x.data = x.data_ptr()
         for node, a in self.masks:
             alive.append(_set_mask(a, inputs[node]))
-        out = [torch.empty(s) for s in self.out_shapes]
+        out = self._new_outputs()
         for y, step in zip(out, self.final):
             step.out.data = y.data_ptr()
         began = 0 if times is None else perf_counter_ns()
@@ -435,6 +440,9 @@ class Program:
         if times is not None:
             self.native_ns = perf_counter_ns() - began  # of the last call with times
         return out
+
+    def _new_outputs(self) -> list[Tensor]:
+        return [torch.empty(s) for s in self.out_shapes]
 
 
 def _is_dense_int8(step: Step) -> bool:

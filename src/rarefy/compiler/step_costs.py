@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import Node, aten
 from rarefy.compiler.operators.linear import input_precision
+from rarefy.compiler.packed_program import PackedProgram
 from rarefy.compiler.program import Program, Value
 from rarefy.compiler.step_structs import NAMES, Attention, Step
 from rarefy.runtime.packed_formats import LANE, Bitmask, ConvTiles, Csr, Sell, Tiles
@@ -56,12 +58,13 @@ def step_cost(p: Program, i: int, past: int = 0) -> Cost:
     step, operands, _ = p.steps[i]
     node, name = p.sources[i], NAMES[step.op]
     over = operands.get("out") or operands.get("out_codes") or operands["x"]
-    tokens = over.tokens.batch * over.tokens.tokens
-    moved = sum(_value_bytes(v) for v in operands.values())
+    tokens = round(p.used_share * over.tokens.batch * over.tokens.tokens)
+    moved = round(p.used_share * sum(_value_bytes(v) for v in operands.values()))
     if name in ("linear", "conv"):
         return _product(p, node, step, tokens, moved)
     if name == "attention":
-        return _attention(Attention.from_address(step.attention), past, moved)
+        lengths = p.packing.bounds[:, 1].tolist() if isinstance(p, PackedProgram) and p.packing is not None else None
+        return _attention(Attention.from_address(step.attention), past, moved, lengths)
     if name == "depthwise_conv":
         weight = p.constants[node.args[1].name]
         kernel = prod(weight.shape[2:])
@@ -122,8 +125,11 @@ def stored_products(matrix: Any, decode: bool) -> int:
     return dense
 
 
-def _attention(a: Attention, past: int, moved: int) -> Cost:
-    """Return the cost of attention; queries see the `past` tokens of a KV cache too."""
+def _attention(a: Attention, past: int, moved: int, lengths: Sequence[int] | None) -> Cost:
+    """Return the cost of attention; queries see the `past` tokens of a KV cache too.
+
+    lengths are the tokens of each sequence where they differ.
+    """
     cached = bool(a.cache)
     keys = past + a.queries if cached else a.keys
     visible = [keys] * a.queries
@@ -134,7 +140,10 @@ def _attention(a: Attention, past: int, moved: int) -> Cost:
         moved += 8 * a.batch * keys * a.kv_heads * a.head_dim
     sizes = f"{a.batch} x {a.heads} heads x {a.queries} x {keys} x {a.head_dim}"
     precision = "bf16" if a.bf16 else "fp32"
-    return Cost(sizes, "", precision, each * a.queries * keys, each * sum(visible), 0, moved)
+    executed = each * sum(visible)
+    if lengths is not None:
+        executed = each // a.batch * sum(n * (n + 1) // 2 if a.causal else n * n for n in lengths)
+    return Cost(sizes, "", precision, each * a.queries * keys, executed, 0, moved)
 
 
 def call_cost(node: Node, arguments: Any, out: Any, operations: int, kernel: Any = None) -> Cost:

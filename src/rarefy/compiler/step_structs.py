@@ -31,6 +31,7 @@ class Step(Structure):
         *[(n, c_int64) for n in ("columns", "features", "batch", "tokens", "seq_stride")],
         *[(n, c_int64) for n in ("groups", "heads", "absmax_rows", "depends_on")],
         *[(n, c_void_p) for n in ("segments", "segment_starts")],
+        ("token_rows", c_void_p),
     ]
 
 
@@ -51,4 +52,5 @@ class Attention(Structure):
         ("causal", c_int32),
         ("bf16", c_int32),
         ("kv_seq_stride", c_int64),
+        ("bounds", c_void_p),
     ]

@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, IMAGES_TO_ROWS, PIXELS, ROWS_TO_IMAGES
 from rarefy.compiler.operators.table import BY_TARGET
+from rarefy.compiler.packed_program import PackedProgram, capacity
+from rarefy.compiler.padding import Packing, padding_rule
 from rarefy.compiler.program import Program
 from rarefy.runtime.huge_pages import last_cache
 
@@ -44,6 +46,7 @@ class FusedSubgraph:
         nodes: the operators in the order in which they run.
         inputs: the values that come from outside, masks included.
         outputs: the operators whose outputs are read outside.
+        padding: what must hold in a call so that padding may be left out; None if it never may.
         programs: for each shape of the inputs the programs that no thread runs now.
     """
 
@@ -59,17 +62,27 @@ class FusedSubgraph:
         self.images = image_nodes(nodes) or ()
         self.splits = bool(self.images) and _splits_by_sample(nodes, constants)
         self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
+        self.padding = padding_rule(self.nodes, self.outputs)
         self.programs: dict[tuple[Any, ...], list[Program]] = {}
         self.batch_sizes: dict[tuple[Any, ...], int] = {}  # images that go together, by their shapes
         self.lock, self.check = Lock(), check
 
-    def run(self, lookup: Callable[[Node], Any], recorder: Any = None) -> list[Tensor]:
-        """Return the outputs; `lookup` gives the value of a node, a `Recorder` runs the programs and keeps their times.
+    def run(self, lookup: Callable[[Node], Any], recorder: Any = None, skip_padding: bool = True) -> list[Tensor]:
+        """Return the outputs.
 
         Images go through all operators a few at a time, so that activations stay in the CPU's cache.
+
+        Args:
+            lookup: gives the value of a node.
+            recorder: a `Recorder` that runs the programs and keeps their times.
+            skip_padding: leave out padding where `padding` allows it; outputs are zeros there.
         """
         inputs = {n: lookup(n) for n in self.inputs}
         cache = None if self.cache is None else lookup(self.cache)
+        if self.padding is not None and skip_padding:
+            packing = self.padding.packing(inputs, lookup)
+            if packing is not None:
+                return self._run(inputs, None, recorder, packing)
         batch = len(next(iter(inputs.values()))) if self.splits else 0
         if batch <= 1 or any(len(t) != batch for t in inputs.values()):
             return self._run(inputs, cache, recorder)
@@ -90,24 +103,47 @@ class FusedSubgraph:
             self._give_back(key, program)
         return self.batch_sizes[key]
 
-    def _run(self, inputs: Mapping[Node, Tensor], cache: Any, recorder: Any) -> list[Tensor]:
+    def _run(
+        self, inputs: Mapping[Node, Tensor], cache: Any, recorder: Any, packing: Packing | None = None
+    ) -> list[Tensor]:
         """Run a program; threads that call at the same time have one each."""
-        shapes = _shapes(inputs)
+        shapes = _shapes(inputs) if packing is None else self._packed_shapes(inputs, packing)
         with self.lock:
             free = self.programs.get(shapes, [])
             program = free.pop() if free else None
-        program = self._build(inputs) if program is None else program
+        if packing is None:
+            program = self._build(inputs) if program is None else program
+        else:
+            program = self._build_packed(inputs, packing) if program is None else program
+            assert isinstance(program, PackedProgram)
+            program.set_packing(packing)
         out = program.run(inputs, cache) if recorder is None else recorder.run_program(program, inputs, cache)
         self._give_back(shapes, program)
         return out
 
     def _build(self, inputs: Mapping[Node, Tensor]) -> Program:
-        if self.check is not None:
-            self.check(self.nodes, inputs, self.kernels, self.constants)
+        self._check_shapes(inputs)
         shapes = {n: tuple(t.shape) for n, t in inputs.items()}
         return Program(
             self.nodes, self.inputs, self.outputs, shapes, self.kernels, self.constants, BY_TARGET, self.images
         )
+
+    def _build_packed(self, inputs: Mapping[Node, Tensor], packing: Packing) -> PackedProgram:
+        self._check_shapes(inputs)
+        features = {n: t.shape[-1] for n, t in self._without_mask(inputs).items()}
+        tensors = self.kernels, self.constants, BY_TARGET
+        return PackedProgram(capacity(packing.tiles), features, self.nodes, self.outputs, *tensors)
+
+    def _check_shapes(self, inputs: Mapping[Node, Tensor]) -> None:
+        if self.check is not None:
+            self.check(self.nodes, inputs, self.kernels, self.constants)
+
+    def _packed_shapes(self, inputs: Mapping[Node, Tensor], packing: Packing) -> tuple[Any, ...]:
+        """Return what a program for real tokens depends on: not on the batch and its lengths."""
+        return "packed", capacity(packing.tiles), *((t.dtype, t.shape[-1]) for t in self._without_mask(inputs).values())
+
+    def _without_mask(self, inputs: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
+        return {n: t for n, t in inputs.items() if self.padding is None or n is not self.padding.mask}
 
     def _give_back(self, shapes: tuple[Any, ...], program: Program) -> None:
         with self.lock:

@@ -49,9 +49,14 @@ def additive_mask(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.float()
     compact = mask[tuple(slice(0, 1) if s == 0 else slice(None) for s in mask.stride())]
-    if compact.shape[-2] > 1 and bool((compact[..., :1, :] == compact).all()):
+    if compact.shape[-2] > 1 and _same_for_all_queries(compact):
         compact = compact[..., :1, :]  # the same for all queries
     return torch.zeros(compact.shape).masked_fill_(~compact, float("-inf")).expand(mask.shape)
+
+
+def _same_for_all_queries(mask: Tensor) -> bool:
+    words = mask.view(torch.int64) if mask.is_contiguous() and not mask.shape[-1] % 8 else mask  # compares faster
+    return bool((words[..., :1, :] == words).all())
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
