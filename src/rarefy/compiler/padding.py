@@ -146,12 +146,12 @@ def padding_rule(nodes: Sequence[Node], outputs: Sequence[Node]) -> PaddingRule 
 
 def _sources(node: Node) -> set[Node]:
     """Return all nodes that a node is computed from."""
-    found, pending = {node}, [node]
+    sources, pending = {node}, [node]
     while pending:
-        new = set(pending.pop().all_input_nodes) - found
-        found |= new
+        new = set(pending.pop().all_input_nodes) - sources
+        sources |= new
         pending += new
-    return found
+    return sources
 
 
 class _Readers:
