@@ -154,6 +154,23 @@ def test_a_mask_that_is_no_padding_hides_keys_alone():
     torch.testing.assert_close(made(x=x, hidden=hidden), net(x, hidden), rtol=1e-4, atol=1e-4)
 
 
+def test_cross_attention_computes_all_queries():
+    class Crosses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x, y, attention_mask):
+            q, k, v = (f(t).unflatten(-1, (4, 8)).transpose(1, 2) for f, t in ((self.q, x), (self.k, y), (self.v, y)))
+            mask = attention_mask.bool()[:, None, None].expand(-1, 1, x.shape[1], -1)
+            return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+    net, mask = Crosses().eval(), padded([1, 70, 3, 20, 19])["attention_mask"]
+    example = {"x": torch.randn(*mask.shape, 32), "y": torch.randn(*mask.shape, 32), "attention_mask": mask}
+    made = rarefy.compile(net, example, tune=False)
+    torch.testing.assert_close(made(**example), net(**example), rtol=1e-4, atol=1e-5)
+
+
 def test_memory_does_not_grow_with_random_lengths():
     pytest.importorskip("transformers")
     made = rarefy.compile(tiny_bert(), padded([8, 8]), tune=False)

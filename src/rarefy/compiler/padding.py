@@ -138,20 +138,36 @@ def padding_rule(nodes: Sequence[Node], outputs: Sequence[Node]) -> PaddingRule 
     if not all(n.target in (ops.attention, ops.rope) or BY_TARGET[n.target].per_row for n in nodes):
         return None
     (mask,) = masks
+    if not all(_attends_to_itself(n, set(nodes)) for n in nodes if n.target is ops.attention):
+        return None
     if not any(n.op == "placeholder" and n.name.endswith(MASK_INPUTS) for n in _sources(mask)):
         return None
     readers = _Readers(mask, set(nodes))
     return PaddingRule(mask, readers.read_first, tuple(readers.factors)) if readers.allow(outputs) else None
 
 
-def _sources(node: Node) -> set[Node]:
-    """Return all nodes that a node is computed from."""
+def _sources(node: Node, inside: set[Node] | None = None) -> set[Node]:
+    """Return all nodes that a node is computed from; those that are not inside are not followed further."""
     sources, pending = {node}, [node]
     while pending:
-        new = set(pending.pop().all_input_nodes) - sources
-        sources |= new
-        pending += new
+        source = pending.pop()
+        if inside is None or source in inside:
+            new = set(source.all_input_nodes) - sources
+            sources |= new
+            pending += new
     return sources
+
+
+def _attends_to_itself(node: Node, inside: set[Node]) -> bool:
+    """Return whether keys and values are computed from inputs that queries are computed from too."""
+    q, k, v = ({s for s in _sources(x, inside) - inside if not _is_weight(s)} for x in node.args[:3])
+    return k | v <= q
+
+
+def _is_weight(node: Node) -> bool:
+    return node.op == "placeholder" and all(
+        u.target in BY_TARGET and node not in BY_TARGET[u.target].tensors(u) for u in node.users
+    )
 
 
 class _Readers:
