@@ -348,3 +348,17 @@ def test_group_norm_of_large_numbers():
     x = torch.randn(3, 5, 7, 9)
     with torch.no_grad():
         torch.testing.assert_close(rarefy.compile(net, x, tune=False)(x), net(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_instance_norm(isa, affine):
+    norm = nn.InstanceNorm2d(9, affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+    assert check(norm, 9) == ["conv2d", "group_norm", "conv2d"]
+
+
+def test_instance_norm_with_running_statistics():
+    net = Between(nn.InstanceNorm2d(9, track_running_stats=True), 9).eval()
+    compiled = equal(net, torch.randn(2, 5, 7, 9))
+    assert "group_norm" not in {n.target.__name__ for n in compiled.exported.graph.nodes if n.op == "call_function"}

@@ -153,14 +153,20 @@ def convert_norm(exported: ExportedGraph, node: Node) -> None:
 
 
 def convert_group_norm(exported: ExportedGraph, node: Node) -> None:
-    """Convert GroupNorm of images with a constant scale and bias for each channel, or none."""
-    if node.target is not aten.group_norm.default or not _is_image(node) or node.kwargs:
+    """Convert GroupNorm and InstanceNorm of images with a constant scale and bias for each channel, or none."""
+    if node.target not in (aten.group_norm.default, aten.instance_norm.default) or not _is_image(node) or node.kwargs:
         return
-    x, groups, *rest = node.args
-    gamma, bias, eps = (*rest[:3], *(None, None, 1e-5)[len(rest) :])
+    if node.target is aten.group_norm.default:
+        x, groups, *rest = node.args
+        gamma, bias, eps = (*rest[:3], *(None, None, 1e-5)[len(rest) :])
+    else:
+        x, gamma, bias, *statistics, of_input, _, eps, _ = node.args
+        groups = shape(x)[1]
+        if statistics != [None, None] or not of_input:
+            return
     constant = all(n is None or n.name in exported.constants for n in (gamma, bias))
     if constant and str(shape(x)[1]).isdigit() and x.name not in exported.constants:
-        replace_node(exported, node, ops.group_norm, x, gamma, bias, groups, eps)
+        replace_node(exported, node, ops.group_norm, x, gamma, bias, int(groups), eps)
 
 
 def convert_concat(exported: ExportedGraph, node: Node) -> None:
