@@ -120,7 +120,7 @@ def test_formats(isa, sparsity, quantize, precision, found, most):
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize("activations", ["int8", "int8-static"])
 def test_layers_whose_inputs_are_rounded_run_in_8_bits(activations):
-    """Dynamic rounding is done by the kernels; static rounding, which they do not know, stays in torch."""
+    """Dynamic rounding is done by the kernels; static rounding is an operator of its own, before kernels in fp32."""
     model, ids = small(), torch.randint(3, V, (2, 40))
     static = activations == "int8-static"
     data = [{"input_ids": ids}] if static else None
@@ -130,9 +130,9 @@ def test_layers_whose_inputs_are_rounded_run_in_8_bits(activations):
     assert {p.fp32_inputs for k in made.compiled.kernels.values() if isinstance(p := k.held[0], QuantizedPanels)} == {
         static
     }
-    assert ("round" in made.compiled.counts()[2]) == static
+    assert ("fake_quantize" in made.compiled.counts()[1]) == static and "round" not in made.compiled.counts()[2]
     rounded = eager(model, ids)
-    assert far(rounded, made(ids)) < (1e-5 if static else 0.02)
+    assert far(rounded, made(ids)) < (5e-3 if static else 0.02)  # the next code where a value is between two
     for module in model.modules():
         set_activation_quant_(module, None)
     assert far(eager(model, ids), rounded) > 1e-3  # the hooks were back on the model
