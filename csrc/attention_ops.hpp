@@ -140,8 +140,12 @@ inline void copy_columns(const float* x, int64_t x_stride, int64_t from, float* 
     size = std::min({count - n, TILE_COLS - lane, TILE_COLS - out_lane});
     const float* source = x + (from + n) / TILE_COLS * x_stride + lane;
     float* target = out + (to + n) / TILE_COLS * out_stride + out_lane;
-    for (int64_t d = 0; d < head_dim; ++d)
-      std::memcpy(target + d * TILE_COLS, source + d * TILE_COLS, size_t(size) * 4);
+    for (int64_t d = 0; d < head_dim; ++d, source += TILE_COLS, target += TILE_COLS) {
+      int64_t i = 0;  // copies of a fixed size need no call
+      for (; i + 16 <= size; i += 16) std::memcpy(target + i, source + i, 64);
+      for (; i + 4 <= size; i += 4) std::memcpy(target + i, source + i, 16);
+      for (; i < size; ++i) std::memcpy(target + i, source + i, 4);
+    }
   }
 }
 
