@@ -7,6 +7,7 @@
 #include "input_packing.hpp"
 #include "kernel_table.h"
 #include "lane_attention.hpp"
+#include "nhwc_kernels.hpp"
 #include "quantized_gemv.hpp"
 #include "spmm.hpp"
 #include "spmm_sell.hpp"
@@ -73,6 +74,12 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .pack_features_as_rows = pack_features_as_rows,
       .softmax_lanes = softmax_lanes,
       .add_rescaled = add_rescaled,
+      .nhwc_products = nhwc_products,
+      .nhwc_pixels = NHWC_PIXELS_PER_CALL,
+      .nhwc_store = nhwc_store,
+      .nhwc_quantize = nhwc_quantize,
+      .nhwc_dequantize = nhwc_dequantize,
+      .nhwc_max = nhwc_max,
       .winograd_input = winograd_input,
       .winograd_output = winograd_output,
       .norm_row = norm_row,

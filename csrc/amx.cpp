@@ -21,6 +21,7 @@
 namespace {
 
 constexpr int64_t LANES = 16, BLOCK = 16 * LANES, COLUMN_STRIDE = TILE_COLS * 4;  // bytes from one row to the next
+constexpr int64_t NHWC_BLOCKS_IN_L1 = 18;                                         // blocks of 32 outputs, 2 KB each
 constexpr int64_t BLOCKS_IN_L1 = 8;  // blocks of 32 rows and 64 columns, 2 and 4 KB each, that fit the L1 cache
 
 struct alignas(64) TileConfig {
@@ -121,6 +122,60 @@ int64_t multiply_adds(const uint32_t* weights, const uint32_t* x, int64_t rounds
 }
 #undef MULTIPLY
 
+// Products of NHWC images: PIXELS and OUTPUTS are 16 or 32; tiles 4 and 5 are pixels, 6 and 7 weights.
+template <int PIXELS, int OUTPUTS>
+inline void nhwc_tiles(const rarefy_nhwc_block* blocks, int64_t count, const uint8_t* x, int64_t x_stride,
+                       const uint32_t* values, int64_t group_stride, bool accumulate, uint32_t* acc) {
+  constexpr int64_t ACC_STRIDE = NHWC_OUTPUTS * 4;
+  uint32_t* below = acc + 16 * NHWC_OUTPUTS;
+  if (accumulate) {
+    _tile_loadd(0, acc, ACC_STRIDE);
+    if constexpr (OUTPUTS > 16) _tile_loadd(1, acc + 16, ACC_STRIDE);
+    if constexpr (PIXELS > 16) _tile_loadd(2, below, ACC_STRIDE);
+    if constexpr (PIXELS > 16 && OUTPUTS > 16) _tile_loadd(3, below + 16, ACC_STRIDE);
+  } else {
+    _tile_zero(0);
+    if constexpr (OUTPUTS > 16) _tile_zero(1);
+    if constexpr (PIXELS > 16) _tile_zero(2);
+    if constexpr (PIXELS > 16 && OUTPUTS > 16) _tile_zero(3);
+  }
+  for (int64_t b = 0; b < count; ++b, values += BLOCK) {
+    const uint8_t* in = x + blocks[b].offset;
+    _tile_loadd(6, values, 64);
+    _tile_loadd(4, in, x_stride);
+    _tile_dpbusd(0, 4, 6);
+    if constexpr (OUTPUTS > 16) {
+      _tile_loadd(7, values + group_stride, 64);
+      _tile_dpbusd(1, 4, 7);
+    }
+    if constexpr (PIXELS > 16) {
+      _tile_loadd(5, in + 16 * x_stride, x_stride);
+      _tile_dpbusd(2, 5, 6);
+      if constexpr (OUTPUTS > 16) _tile_dpbusd(3, 5, 7);
+    }
+  }
+  _tile_stored(0, acc, ACC_STRIDE);
+  if constexpr (OUTPUTS > 16) _tile_stored(1, acc + 16, ACC_STRIDE);
+  if constexpr (PIXELS > 16) _tile_stored(2, below, ACC_STRIDE);
+  if constexpr (PIXELS > 16 && OUTPUTS > 16) _tile_stored(3, below + 16, ACC_STRIDE);
+}
+
+void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
+                   int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc) {
+  const int64_t group_stride = num_blocks * BLOCK;
+  for (int64_t b = 0; b < num_blocks; b += NHWC_BLOCKS_IN_L1) {
+    const int64_t count = std::min(NHWC_BLOCKS_IN_L1, num_blocks - b);
+    for (int64_t g = 0; g < groups; g += 2)
+      for (int64_t p = 0; p < pixels; p += 32) {
+        const bool two = groups - g > 1;
+        auto* multiply = pixels - p > 16 ? (two ? nhwc_tiles<32, 32> : nhwc_tiles<32, 16>)
+                                         : (two ? nhwc_tiles<16, 32> : nhwc_tiles<16, 16>);
+        multiply(blocks + b, count, x + p * x_stride, x_stride, values + g * group_stride + b * BLOCK, group_stride,
+                 b > 0, acc + p * NHWC_OUTPUTS + g * 16);
+      }
+  }
+}
+
 template <int DTYPE>
 void dense_lanes(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                  int64_t columns) {
@@ -161,6 +216,8 @@ void rarefy_set_amx_kernels(rarefy_kernel_table& t) {
   t.end_dense = end_dense;
   t.dense_lanes[0] = dense_lanes<RAREFY_BF16>;
   t.dense_lanes[1] = dense_lanes<RAREFY_I8>;
+  t.nhwc_products = nhwc_products;
+  t.nhwc_pixels = 32;
   t.multiply_adds[RAREFY_BF16] = multiply_adds<RAREFY_BF16>;
   t.multiply_adds[RAREFY_I8] = multiply_adds<RAREFY_I8>;
 }

@@ -52,6 +52,13 @@ inline void _tile_dpbsud(int sum, int a, int b) {
   });
 }
 
+inline void _tile_dpbusd(int sum, int a, int b) {
+  multiply_emulated<int32_t>(sum, a, b, [](int32_t s, const uint8_t* p, const uint8_t* q) {
+    for (int i = 0; i < 4; ++i) s += p[i] * int8_t(q[i]);
+    return s;
+  });
+}
+
 inline void _tile_dpbf16ps(int sum, int a, int b) {
   multiply_emulated<float>(sum, a, b, [](float s, const uint8_t* p, const uint8_t* q) {
     return s + bf16_at(p) * bf16_at(q) + bf16_at(p + 2) * bf16_at(q + 2);

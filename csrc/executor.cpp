@@ -13,6 +13,7 @@
 #include "decode_steps.hpp"
 #include "kernel_table.h"
 #include "linear_ops.hpp"
+#include "nhwc_ops.hpp"
 #include "parallel.h"
 #include "rarefy.h"
 #include "step_common.hpp"
@@ -50,6 +51,9 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_DEPTHWISE_CONV: return tiles * ceil_div(s.features, CHANNELWISE_PER_PART);
     case RAREFY_OP_GROUP_NORM: return s.batch * s.groups;
     case RAREFY_OP_GLOBAL_AVG_POOL: return s.columns * ceil_div(s.features, FEATURES_PER_PART);
+    case RAREFY_OP_NHWC_QUANTIZE:
+    case RAREFY_OP_NHWC_MAX_POOL: return s.batch * s.nhwc->out.height;
+    case RAREFY_OP_NHWC_CONV: return NhwcConv(rarefy_active_kernels(), s).parts;
     default: return tiles;
   }
 }
@@ -240,6 +244,10 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_GLOBAL_AVG_POOL: run_global_avg_pool(t, s, part); break;
     case RAREFY_OP_CHANNEL_AFFINE: run_channel_affine(t, s, part); break;
     case RAREFY_OP_CHANNEL_SCALE: run_channel_scale(t, s, part); break;
+    case RAREFY_OP_NHWC_QUANTIZE: return run_nhwc_quantize(t, s, part);
+    case RAREFY_OP_NHWC_DEQUANTIZE: return run_nhwc_dequantize(t, s, part);
+    case RAREFY_OP_NHWC_CONV: return NhwcConv(t, s).run(part);
+    case RAREFY_OP_NHWC_MAX_POOL: return run_nhwc_max_pool(t, s, part);
     case RAREFY_OP_IMAGE_ABSMAX: run_image_absmax(t, s, part); break;
     case RAREFY_OP_REARRANGE: run_rearrange(t, s, part); break;
     case RAREFY_OP_GROUP_NORM: run_group_norm(t, s, part); break;

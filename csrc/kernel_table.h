@@ -13,6 +13,8 @@ constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
 constexpr float MASKED = -1e30f;          // lower scores count as masked; a difference of two is no NaN
 constexpr int64_t CEILING_LANES = 128;    // lanes of the inputs of `multiply_adds`
 constexpr int64_t READ_BYTES = 256;       // bytes that `read_memory` reads at a time
+constexpr int64_t NHWC_OUTPUTS = 64;      // outputs that are computed together
+constexpr int64_t NHWC_PIXELS = 66;       // pixels that are computed together at most
 constexpr int64_t SEGMENT_FLOATS = 16;    // maximum length of a segment; copies always have this size
 
 static inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
@@ -47,6 +49,24 @@ struct rarefy_tile_outputs {
   uint32_t* codes;      // [rows / 4][TILE_COLS], int8 with one scale for all
   float inverse_scale;  // of codes
   int32_t zero;         // the code of zero
+};
+
+// Where sums of NHWC images, [pixels][NHWC_OUTPUTS], go: codes, fp32 in a column tile, or both.
+struct rarefy_nhwc_outputs {
+  const float *factors, *bias;
+  const int32_t* row_sums;
+  int32_t in_zero;  // the code of zero in the inputs
+  int64_t outputs;  // at most NHWC_OUTPUTS
+  int32_t act;
+  uint8_t* codes;  // of the first pixel, or null
+  int64_t codes_stride;
+  float inverse_scale;
+  int32_t zero;
+  const uint8_t* residual;  // of the first pixel, or null
+  int64_t residual_stride;
+  float residual_scale;
+  int32_t residual_zero;
+  float* out;  // [outputs][TILE_COLS], or null
 };
 
 // What `begin_dense` saves for `end_dense`: the tile configuration of the thread.
@@ -135,6 +155,19 @@ struct rarefy_kernel_table {
                         float* rescale);
   void (*add_rescaled)(const float* sums, const float* rescale, const float* total, int64_t features, int64_t columns,
                        float* out);
+
+  // Images of codes in NHWC order. Sums of up to 64 outputs (groups of 16) of some pixels: acc [pixels][NHWC_OUTPUTS].
+  void (*nhwc_products)(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
+                        int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc);
+  int64_t nhwc_pixels;  // a number of pixels whose multiples run at full speed
+  void (*nhwc_store)(const rarefy_nhwc_outputs&, const uint32_t* acc, int64_t pixels);
+  // Codes of pixels: channel c of pixel i is x[c * stride + i].
+  void (*nhwc_quantize)(const float* x, int64_t stride, int64_t channels, int64_t pixels, float inverse_scale,
+                        int32_t zero, uint8_t* codes, int64_t pixel_bytes);
+  void (*nhwc_dequantize)(const uint8_t* codes, int64_t pixel_bytes, int64_t channels, int64_t pixels, float scale,
+                          int32_t zero, float* out);  // [channels][TILE_COLS]
+  void (*nhwc_max)(const uint8_t* codes, int64_t channels, uint8_t* max);
+
   void (*winograd_input)(const float* x, const int32_t* offsets, int64_t inputs, const rarefy_segment* segments,
                          int count, float* out, int64_t stride);
   void (*winograd_output)(const float* products, int64_t stride, int64_t tiles, float bias, const float* residual,

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 12 };
+enum { RAREFY_ABI_VERSION = 13 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -199,7 +199,11 @@ enum rarefy_op {
   RAREFY_OP_REARRANGE = 18,        // out = columns of x in another order, as `segments` says
   RAREFY_OP_FAKE_QUANTIZE = 19,    // out = x rounded to int8 codes with one scale for all, dequantized
   RAREFY_OP_GROUP_NORM = 20,       // out = x normalized over pixels and features of `groups` groups of each image
-  RAREFY_OP_COUNT = 21,
+  RAREFY_OP_NHWC_QUANTIZE = 21,    // out_codes = the images x, which are tiles, or with channels_first external
+  RAREFY_OP_NHWC_DEQUANTIZE = 22,  // out = the codes x
+  RAREFY_OP_NHWC_CONV = 23,        // out, out_codes = act(convolution of the codes x + bias + the codes residual)
+  RAREFY_OP_NHWC_MAX_POOL = 24,    // out_codes = maximum over the kernel window of the codes x
+  RAREFY_OP_COUNT = 25,
 };
 
 struct rarefy_view {
@@ -247,6 +251,35 @@ struct rarefy_attention {
 struct rarefy_segment {
   int64_t source;        // where they are read, from the offset of a lane on
   int32_t column, size;  // first column, number of columns
+};
+
+// Images of int8 codes in NHWC order, one pixel's channels after the other. Each image has a border of pixels that hold
+// the code of zero. Steps read up to 31 pixels and 64 bytes past the last image.
+struct rarefy_nhwc_image {
+  int64_t height, width, channels;
+  int64_t border;       // pixels on each side
+  int64_t pixel_bytes;  // from one pixel to the next, at least `channels`
+  float scale;          // a value is (code - zero) * scale
+  int32_t zero;
+};
+
+// 64 bytes of inputs that are multiplied by 16 lanes of weights; the first `lanes` of them exist.
+struct rarefy_nhwc_block {
+  int32_t offset, lanes;  // bytes from the first input of an output
+};
+
+// An operator on images of codes.
+struct rarefy_nhwc {
+  rarefy_nhwc_image in, out, residual;  // out, residual: of the codes, where the step has such operands
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  // The rest is for NHWC_CONV. Outputs are padded to sixteens, in factors, bias and row_sums.
+  const uint32_t* values;           // [outputs / 16][blocks][16 lanes][16 outputs]
+  const rarefy_nhwc_block* blocks;  // of the inputs of an output, in the image or, with segments, in a copy of them
+  const int64_t* segments;          // runs of bytes to be copied together: their offsets in the image; or null
+  int64_t num_blocks, num_segments;
+  int64_t segment_bytes, segment_stride;  // of a segment; from one to the next in the copy
+  const float *factors, *bias;            // scales of weight times input, bias: [outputs]
+  const int32_t* row_sums;                // [outputs], sums of the weight's codes
 };
 
 struct rarefy_step {
@@ -298,6 +331,7 @@ struct rarefy_step {
   const int64_t* segment_starts;
   const int64_t* token_rows;       // PACK, UNPACK: [columns], ascending: which row of the external tensor is the token
                                    // in each column; null: as batch, tokens and seq_stride say
+  const rarefy_nhwc* nhwc;         // NHWC_*
 };
 
 struct rarefy_step_time {  // nanoseconds that one thread

@@ -313,6 +313,42 @@ inline u32x8 round_to_bf16(f32x8 v) {
 }
 inline raw_vec pack_bf16(f32x8 a, f32x8 b) { return round_to_bf16(a) | round_to_bf16(b) << 16; }
 
+// Eight stored codes as integers, and the low bytes of eight integers.
+inline i32x8 load_codes(const void* p) {
+#if defined(__AVX2__)
+  return i32x8(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+#else
+  i32x8 v;
+  for (int i = 0; i < SIMD_WIDTH; ++i)
+    v[i] = INPUT_ZERO_POINT ? static_cast<const uint8_t*>(p)[i] : static_cast<const int8_t*>(p)[i];
+  return v;
+#endif
+}
+#if defined(__AVX2__)
+inline f32x8 max_of(f32x8 a, f32x8 b) { return f32x8(_mm256_max_ps(__m256(a), __m256(b))); }  // b where one is NaN
+inline f32x8 min_of(f32x8 a, f32x8 b) { return f32x8(_mm256_min_ps(__m256(a), __m256(b))); }
+#else
+inline f32x8 max_of(f32x8 a, f32x8 b) { return a > b ? a : b; }
+inline f32x8 min_of(f32x8 a, f32x8 b) { return a < b ? a : b; }
+#endif
+// Thirty-two numbers below 2^31 as stored codes, rounded, which saturate.
+inline raw_vec round_to_codes(const f32x8 (&v)[4]) {
+#if defined(__AVX2__)
+  const f32x8 least = f32x8{} - 127.0f;  // AVX2 negates codes, so it has none of -128
+  __m256i r[4];
+  for (int i = 0; i < 4; ++i) r[i] = _mm256_cvtps_epi32(__m256(max_of(least, v[i])));
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(r[0], r[1]), _mm256_packs_epi32(r[2], r[3]));
+  return raw_vec(_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#else
+  uint8_t bytes[4 * SIMD_WIDTH];
+  for (int i = 0; i < 4 * SIMD_WIDTH; ++i) {
+    const float f = v[i / SIMD_WIDTH][i % SIMD_WIDTH], clamped = f < 127.0f ? (f > -128.0f ? f : -128.0f) : 127.0f;
+    bytes[i] = uint8_t(int(clamped + 12582912.0f - 12582912.0f) + INPUT_ZERO_POINT);
+  }
+  return load_raw(bytes);
+#endif
+}
+
 inline void transpose(raw_vec (&r)[SIMD_WIDTH]) {
 #if defined(__AVX2__)
   transpose_8x8(reinterpret_cast<__m256(&)[SIMD_WIDTH]>(r));

@@ -228,6 +228,21 @@ inline raw_vec pack_bf16(__m512 a, __m512 b) {
   return _mm512_permutexvar_epi16(order, __m512i(_mm512_cvtne2ps_pbh(b, a)));
 }
 
+// Sixteen stored codes as integers, and the low bytes of sixteen integers.
+inline __m512i load_codes(const void* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline __m512 max_of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }  // b where one is NaN
+inline __m512 min_of(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+// Sixty-four numbers below 2^31 as stored codes, rounded, which saturate.
+inline __m512i round_to_codes(const __m512 (&v)[4]) {
+  const __m512i a = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1]));
+  const __m512i b = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i codes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a, b));
+  return _mm512_xor_si512(codes, _mm512_set1_epi8(char(INPUT_ZERO_POINT)));
+}
+
 inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
   for (int i = 0; i < 8; ++i) {

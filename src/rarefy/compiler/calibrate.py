@@ -25,19 +25,25 @@ def reads_static_codes(node: Node) -> bool:
     return node.target is ops.conv2d or (node.target is ops.linear and node.args[0].target not in WRITES_CODES)
 
 
+def quantized_operands(node: Node) -> list[Node]:
+    """Return the operands of an int8 operator that have static grids: its input, and a convolution's residual."""
+    residual = node.args[3] if node.target is ops.conv2d else None
+    return [v for v in (node.args[0], residual) if v is not None]  # type: ignore[misc]
+
+
 @torch.no_grad()
 def input_grids(graph: Compiled, nodes: Collection[Node], batches: Iterable[Any]) -> dict[Node, ActivationQuant]:
     """Return {value: 8-bit grid} of the inputs of operators.
 
     Args:
         graph: the graph without kernels, which torch runs.
-        nodes: operators whose inputs are quantized.
+        nodes: operators whose inputs are quantized, and the residuals of convolutions.
         batches: what the model is called with: dicts of keywords, tuples of arguments, or tensors.
 
     Raises:
         DataError: if there is no batch, one does not fit the model, or inputs of an operator are not finite.
     """
-    samples: dict[Node, list[Tensor]] = {n.args[0]: [] for n in nodes}  # type: ignore[misc]
+    samples: dict[Node, list[Tensor]] = {v: [] for n in nodes for v in quantized_operands(n)}
     rng = torch.Generator().manual_seed(0)
     count = 0
     for batch in batches:
@@ -60,12 +66,13 @@ def input_grids(graph: Compiled, nodes: Collection[Node], batches: Iterable[Any]
 def _inputs(graph: Compiled, leaves: list[Any], nodes: Collection[Node]) -> Iterator[tuple[Node, Tensor]]:
     """Yield the inputs of operators in a call, each once."""
     values: dict[Node, Any] = dict(zip(graph.exported.inputs, leaves))
-    wanted = {n.args[0] for n in nodes}
+    wanted = {v for n in nodes for v in quantized_operands(n)}
 
     def lookup(node: Node) -> Any:
         return values[node] if node in values else graph.constants[node.name]
 
     for call in graph.walk(values, lookup):
-        if call in nodes and call.args[0] in wanted:
-            wanted.remove(call.args[0])
-            yield call.args[0], lookup(call.args[0])
+        for value in quantized_operands(call) if call in nodes else ():
+            if value in wanted:
+                wanted.remove(value)
+                yield value, lookup(value)

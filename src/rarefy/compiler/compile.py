@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import DataError, ModelError, first_line, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops, tuning
-from rarefy.compiler.calibrate import input_grids, reads_static_codes
+from rarefy.compiler.calibrate import input_grids, quantized_operands, reads_static_codes
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import Pass, export_graph, split_example, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
@@ -282,7 +282,9 @@ def _set_input_grids(exported: ExportedGraph, specs: Sequence[Any], kernels: Map
     nodes = [n for n in nodes if reads_static_codes(n) and kernels[n].input_grid is None]
     grids = input_grids(in_torch(exported, specs), nodes, batches)
     for node in nodes:
-        kernels[node].input_grid = grids[node.args[0]]  # type: ignore[index]
+        value, *residual = quantized_operands(node)
+        kernels[node].input_grid = grids[value]
+        kernels[node].residual_grid = grids[residual[0]] if residual else None
 
 
 def rounds_values(exported: ExportedGraph) -> bool:

@@ -21,10 +21,11 @@ from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, PIXELS, OpSpec, describe
 from rarefy.compiler.step_structs import DTYPES, OPS, Attention, KVCache, Step, View
+from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS, _Dense
 from rarefy.runtime.huge_pages import allocate
-from rarefy.runtime.packed_formats import LANE, SLAB, Bitmask, Dense, QuantizedPanels, Sell, Tiles
+from rarefy.runtime.packed_formats import LANE, SLAB, Bitmask, ConvTiles, Dense, QuantizedPanels, Sell, Tiles
 
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens of a vector; several sequences are padded to a multiple of it
@@ -150,6 +151,8 @@ class Program:
         self.attentions: list[tuple[Attention, dict[str, Value]]] = []
         self.cache = KVCache()
         self.planes: dict[tuple[Any, ...], Value] = {}  # padded images, by the kernel that reads them
+        self.nhwc: dict[tuple[Node, ActivationQuant], Any] = {}  # images as int8 codes on a static grid
+        self.inner, self.exit_nodes = set(nodes), set(outputs)
         self.masks: list[tuple[Node, Attention]] = []
         self.nodes = {*nodes}
         self.unrounded: dict[Value, Value] = {}  # what fake quantization has rounded, by its output
@@ -161,10 +164,9 @@ class Program:
         masks = {operators[n.target].argument(n, "mask") for n in nodes}
         self.inputs = [n for n in inputs if n not in masks]
         self.raw: dict[Node, list[int]] = {n: [] for n in self.inputs}  # the steps that read an input as it comes
-        inner = set(nodes)
         self.sources: list[Node] = []  # the operator or input that each step belongs to
         for node in self.inputs:
-            if node not in images or any(u in inner and self._reads_pixels(node, u) for u in node.users):
+            if node not in images or any(u in self.inner and self._reads_pixels(node, u) for u in node.users):
                 self._pack_input(node)
                 self._note_source(node)
         for node in nodes:
@@ -302,11 +304,21 @@ class Program:
     def _drop_unread(self) -> None:
         """Drop the fp32 outputs of steps whose codes alone are read."""
         for i, (_, operands, _) in enumerate(self.steps):
-            if "out_codes" in operands and operands["out"].last <= i:
+            if {"out", "out_codes"} <= operands.keys() and operands["out"].last <= i:
                 self.every.remove(operands.pop("out"))
+
+    def runs_on_codes(self, node: Node) -> bool:
+        """Return whether a node is a convolution that reads its input, and writes its output, as NHWC codes."""
+        kernel = self.kernels.get(node)
+        if kernel is None or kernel.input_grid is None or node not in self.inner:
+            return False
+        packed = kernel.held[0]
+        return isinstance(packed, ConvTiles) and packed.counts is None and packed.kind == "int8"
 
     def _reads_pixels(self, image: Node, user: Node) -> bool:
         """Return whether an operator reads an image's pixels as they are stored, not its padded planes."""
+        if self.runs_on_codes(user) and user.args[3] is not image:
+            return False
         spec, kernel = self.operators[user.target], self.kernels.get(user)
         if spec.layout in (ELEMENTWISE, PIXELS, IMAGES_TO_ROWS) or (spec.epilogue and user.args[3] is image):
             return True

@@ -68,6 +68,8 @@ class Kernel:
         self.held, self.is_conv = (packed, bias), isinstance(packed, ConvTiles)
         self.call: Any = None
         self.input_grid: ActivationQuant | None = None  # static, of int8 inputs in programs
+        self.residual_grid: ActivationQuant | None = None  # likewise, of the residual of a convolution
+        self.nhwc: Any = None  # its weight for NHWC images, once a program needs it
         self.winograd: Any = None  # its transformed weight, once a program needs it
         self.shape: Any = packed.shape
         matrix = packed.matrix if isinstance(packed, ConvTiles) else packed
@@ -114,7 +116,7 @@ class Kernel:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that it holds in memory. O(1)."""
-        extra = () if self.winograd is None else (self.winograd.values,)
+        extra = [t.values for t in (self.winograd, self.nhwc) if t is not None]
         return [t for t in (*vars(self.held[0]).values(), self.held[1], *extra) if isinstance(t, Tensor)]
 
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from rarefy.compiler import nhwc
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.input_steps import conv_geometry, out_sizes, pad_planes, quantize_input, quantize_static
 from rarefy.compiler.operators.linear import check_bias, check_dense_weight
@@ -32,6 +33,9 @@ def _lower(p: Program, node: Node) -> None:
     """A depthwise step; a linear step where kernel size and stride are one; else a convolution."""
     if node not in p.kernels:
         _lower_depthwise(p, node)
+        return
+    if p.runs_on_codes(node):
+        nhwc.lower_conv(p, node)
         return
     x, _, _, residual, _, stride, padding, _, _ = node.args
     kernel = p.kernels[node]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rarefy.compiler import nhwc
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.input_steps import conv_geometry, out_sizes, pad_planes
 from rarefy.compiler.operators.spec import IMAGES, IMAGES_TO_ROWS, Call, OpSpec, Shape
@@ -34,6 +35,8 @@ def global_avg_pool(x: Tensor) -> Tensor:
 
 
 def _lower_max_pool2d(p: Program, node: Node) -> None:
+    if nhwc.lower_max_pool(p, node):
+        return
     x, kernel, stride, padding, dilation = node.args
     planes, image = pad_planes(p, x, conv_geometry(kernel, stride, padding, dilation), -inf)
     out = p.make(node)

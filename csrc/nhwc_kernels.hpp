@@ -1,0 +1,271 @@
+// Images of int8 codes in NHWC order: products of pixels and weights, and what turns their sums into codes. amx.cpp has
+// the same products on AMX tiles.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "epilogue.hpp"
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd.hpp"
+
+namespace {
+
+constexpr int64_t NHWC_BLOCK = 16 * 16;                // lanes of weights in a block: 16 inputs by 16 outputs
+constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;               // blocks of 64 outputs, 4 KB each, that stay for all pixels
+constexpr int GROUP_VECS = 16 / SIMD_WIDTH;            // vectors of 16 outputs
+constexpr int NHWC_GROUPS = SIMD_WIDTH == 16 ? 4 : 1;  // groups of 16 outputs whose sums fit the registers
+constexpr int NHWC_PIXELS_PER_CALL = SIMD_WIDTH == 16 ? 6 : 4;
+
+// A code as it lies in memory, which is ordered like its value.
+using stored_code = std::conditional_t<INPUT_ZERO_POINT != 0, uint8_t, int8_t>;
+
+// Some pixels times GROUPS groups of 16 outputs.
+template <int PIXELS, int GROUPS>
+inline void nhwc_block_products(const rarefy_nhwc_block* blocks, int64_t count, const uint8_t* x, int64_t x_stride,
+                                const uint32_t* values, int64_t group_stride, bool accumulate, uint32_t* acc) {
+  using L = LaneOps<RAREFY_I8>;
+  using weight = decltype(L::broadcast(0u));
+  constexpr int VECS = GROUPS * GROUP_VECS;
+  typename L::acc sum[PIXELS][VECS];
+#pragma GCC unroll 8
+  for (int p = 0; p < PIXELS; ++p)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; ++v)
+      sum[p][v] = accumulate ? L::load_acc(acc + p * NHWC_OUTPUTS + v * SIMD_WIDTH) : L::zero();
+  for (int64_t b = 0; b < count; ++b, values += NHWC_BLOCK) {
+    const uint8_t* in = x + blocks[b].offset;
+    for (int64_t l = 0; l < blocks[b].lanes; ++l, in += 4) {
+      weight w[VECS];
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v)
+        w[v] = weight(L::load(values + v / GROUP_VECS * group_stride + l * 16 + v % GROUP_VECS * SIMD_WIDTH));
+#pragma GCC unroll 8
+      for (int p = 0; p < PIXELS; ++p) {
+        uint32_t lane;
+        std::memcpy(&lane, in + p * x_stride, 4);
+        const auto inputs = typename L::input(L::broadcast(lane));
+#pragma GCC unroll 8
+        for (int v = 0; v < VECS; ++v) sum[p][v] = L::multiply_add(sum[p][v], inputs, w[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < PIXELS; ++p)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; ++v) L::store_acc(acc + p * NHWC_OUTPUTS + v * SIMD_WIDTH, sum[p][v]);
+}
+
+template <int GROUPS>
+inline void nhwc_group_products(const rarefy_nhwc_block* blocks, int64_t count, const uint8_t* x, int64_t x_stride,
+                                int64_t pixels, const uint32_t* values, int64_t group_stride, bool accumulate,
+                                uint32_t* acc) {
+  auto run = [&](auto number) {
+    nhwc_block_products<number, GROUPS>(blocks, count, x, x_stride, values, group_stride, accumulate, acc);
+    x += number * x_stride;
+    acc += number * NHWC_OUTPUTS;
+    pixels -= number;
+  };
+  while (pixels >= NHWC_PIXELS_PER_CALL) run(std::integral_constant<int, NHWC_PIXELS_PER_CALL>{});
+  if (pixels >= 4) run(std::integral_constant<int, 4>{});
+  if (pixels >= 2) run(std::integral_constant<int, 2>{});
+  if (pixels >= 1) run(std::integral_constant<int, 1>{});
+}
+
+void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
+                   int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc) {
+  const int64_t group_stride = num_blocks * NHWC_BLOCK;
+  for (int64_t b = 0; b < num_blocks; b += NHWC_BLOCKS_IN_L1) {
+    const int64_t count = std::min(NHWC_BLOCKS_IN_L1, num_blocks - b);
+    int64_t g = 0;
+    auto run = [&](auto number) {
+      nhwc_group_products<number>(blocks + b, count, x, x_stride, pixels, values + g * group_stride + b * NHWC_BLOCK,
+                                  group_stride, b > 0, acc + g * 16);
+      g += number;
+    };
+    while (groups - g >= NHWC_GROUPS) run(std::integral_constant<int, NHWC_GROUPS>{});
+    if constexpr (NHWC_GROUPS > 2)
+      if (groups - g >= 2) run(std::integral_constant<int, 2>{});
+    if constexpr (NHWC_GROUPS > 1)
+      if (groups - g >= 1) run(std::integral_constant<int, 1>{});
+  }
+}
+
+// (codes - zero) * scale of the first n codes at p.
+inline f32_vec nhwc_values(const uint8_t* p, int64_t n, float scale, float stored_zero) {
+  uint8_t some[SIMD_WIDTH] = {};
+  if (n < SIMD_WIDTH) p = static_cast<const uint8_t*>(std::memcpy(some, p, size_t(n)));
+  return (__builtin_convertvector(i32_vec(load_codes(p)), f32_vec) - stored_zero) * scale;
+}
+
+constexpr int OUTPUT_VECS = 4;  // vectors of outputs that become codes together
+constexpr int64_t OUTPUTS_TOGETHER = OUTPUT_VECS * SIMD_WIDTH;
+
+// What turns sums into outputs of OUTPUTS_TOGETHER features, for all pixels: out = sum * factors + bias + residual.
+struct NhwcFactors {
+  NhwcFactors(const rarefy_nhwc_outputs& o, int64_t first) {
+    residual_scale = o.residual ? o.residual_scale : 0.0f;
+    const float residual_zero = float(o.residual_zero + INPUT_ZERO_POINT) * residual_scale;
+#pragma GCC unroll 4
+    for (int v = 0; v < OUTPUT_VECS; ++v) {
+      const int64_t at = first + v * SIMD_WIDTH;
+      factors[v] = load_vec(o.factors + at);
+      const i32_vec row_sums = i32_vec(load_vec(reinterpret_cast<const float*>(o.row_sums) + at));
+      const f32_vec zero_terms = __builtin_convertvector(row_sums * (INPUT_ZERO_POINT + o.in_zero), f32_vec);
+      bias[v] = load_vec(o.bias + at) - zero_terms * factors[v] - residual_zero;
+    }
+  }
+  // Make the outputs codes before they are rounded.
+  void divide_by_scale(float inverse_scale, float zero) {
+    residual_scale *= inverse_scale;
+    for (int v = 0; v < OUTPUT_VECS; ++v) {
+      factors[v] *= inverse_scale;
+      bias[v] = bias[v] * inverse_scale + zero;
+    }
+  }
+  float residual_scale;
+  f32_vec factors[OUTPUT_VECS], bias[OUTPUT_VECS];
+};
+
+// Outputs of one pixel before the activation. n: features that exist.
+template <bool RESIDUAL>
+inline void nhwc_outputs(const NhwcFactors& f, const uint32_t* sums, const uint8_t* residual, int64_t n,
+                         f32_vec (&out)[OUTPUT_VECS]) {
+  uint8_t some[OUTPUTS_TOGETHER];
+  if (RESIDUAL && n < OUTPUTS_TOGETHER) residual = static_cast<const uint8_t*>(std::memcpy(some, residual, size_t(n)));
+#pragma GCC unroll 4
+  for (int v = 0; v < OUTPUT_VECS; ++v) {
+    const i32_vec sum = i32_vec(load_vec(reinterpret_cast<const float*>(sums) + v * SIMD_WIDTH));
+    out[v] = __builtin_convertvector(sum, f32_vec) * f.factors[v] + f.bias[v];
+    if constexpr (RESIDUAL)
+      out[v] += __builtin_convertvector(i32_vec(load_codes(residual + v * SIMD_WIDTH)), f32_vec) * f.residual_scale;
+  }
+}
+
+// Round codes, which saturate, and store the first n.
+inline void store_nhwc_codes(f32_vec (&codes)[OUTPUT_VECS], int64_t n, uint8_t* to) {
+#pragma GCC unroll 4
+  for (int v = 0; v < OUTPUT_VECS; ++v) codes[v] = min_of(codes[v], f32_vec{} + 127.0f);
+  const raw_vec bytes = round_to_codes(codes);
+  if (n == OUTPUTS_TOGETHER)
+    std::memcpy(to, &bytes, sizeof bytes);
+  else
+    std::memcpy(to, &bytes, size_t(n));
+}
+
+// Codes alone, of outputs without an activation or with ReLU.
+template <bool RESIDUAL>
+void store_nhwc_codes_only(const rarefy_nhwc_outputs& outputs, const uint32_t* acc, int64_t pixels) {
+  const rarefy_nhwc_outputs o = outputs;  // a copy, which stores of codes do not change
+  for (int64_t first = 0; first < o.outputs; first += OUTPUTS_TOGETHER) {
+    const int64_t n = std::min(o.outputs - first, OUTPUTS_TOGETHER);
+    NhwcFactors factors(o, first);
+    factors.divide_by_scale(o.inverse_scale, float(o.zero));
+    const f32_vec least = f32_vec{} + (o.act == RAREFY_RELU ? float(o.zero) : -128.0f);
+    for (int64_t p = 0; p < pixels; ++p) {
+      f32_vec out[OUTPUT_VECS];
+      nhwc_outputs<RESIDUAL>(factors, acc + p * NHWC_OUTPUTS + first,
+                             RESIDUAL ? o.residual + p * o.residual_stride + first : nullptr, n, out);
+#pragma GCC unroll 4
+      for (int v = 0; v < OUTPUT_VECS; ++v) out[v] = max_of(least, out[v]);
+      store_nhwc_codes(out, n, o.codes + p * o.codes_stride + first);
+    }
+  }
+}
+
+// Codes and fp32 values.
+template <int ACT, bool RESIDUAL>
+void store_nhwc_outputs(const rarefy_nhwc_outputs& outputs, const uint32_t* acc, int64_t pixels) {
+  const rarefy_nhwc_outputs o = outputs;
+  for (int64_t first = 0; first < o.outputs; first += OUTPUTS_TOGETHER) {
+    const int64_t n = std::min(o.outputs - first, OUTPUTS_TOGETHER);
+    const NhwcFactors factors(o, first);
+    for (int64_t p = 0; p < pixels; p += SIMD_WIDTH) {
+      const int64_t count = std::min<int64_t>(SIMD_WIDTH, pixels - p);
+      raw_vec squares[OUTPUT_VECS][SIMD_WIDTH] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        f32_vec out[OUTPUT_VECS];
+        nhwc_outputs<RESIDUAL>(factors, acc + (p + i) * NHWC_OUTPUTS + first,
+                               RESIDUAL ? o.residual + (p + i) * o.residual_stride + first : nullptr, n, out);
+        for (int v = 0; v < OUTPUT_VECS; ++v) {
+          out[v] = activate_fast(out[v], ACT);
+          squares[v][i] = raw_vec(out[v]);
+          out[v] = out[v] * o.inverse_scale + float(o.zero);
+        }
+        if (o.codes) store_nhwc_codes(out, n, o.codes + (p + i) * o.codes_stride + first);
+      }
+      for (int64_t v = 0; o.out && v * SIMD_WIDTH < n; ++v) {
+        transpose(squares[v]);
+        for (int64_t i = 0; i < std::min<int64_t>(SIMD_WIDTH, n - v * SIMD_WIDTH); ++i)
+          store_partial(o.out + (first + v * SIMD_WIDTH + i) * TILE_COLS + p, f32_vec(squares[v][i]), count);
+      }
+    }
+  }
+}
+
+template <int ACT>
+void store_nhwc_outputs(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64_t pixels) {
+  if (o.residual)
+    store_nhwc_outputs<ACT, true>(o, acc, pixels);
+  else
+    store_nhwc_outputs<ACT, false>(o, acc, pixels);
+}
+
+void nhwc_store(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64_t pixels) {
+  if (!o.out && (o.act == RAREFY_NONE || o.act == RAREFY_RELU))
+    return o.residual ? store_nhwc_codes_only<true>(o, acc, pixels) : store_nhwc_codes_only<false>(o, acc, pixels);
+  switch (o.act) {
+    case RAREFY_RELU: return store_nhwc_outputs<RAREFY_RELU>(o, acc, pixels);
+    case RAREFY_GELU: return store_nhwc_outputs<RAREFY_GELU>(o, acc, pixels);
+    case RAREFY_GELU_TANH: return store_nhwc_outputs<RAREFY_GELU_TANH>(o, acc, pixels);
+    case RAREFY_SILU: return store_nhwc_outputs<RAREFY_SILU>(o, acc, pixels);
+    case RAREFY_RELU6: return store_nhwc_outputs<RAREFY_RELU6>(o, acc, pixels);
+    case RAREFY_HARDSWISH: return store_nhwc_outputs<RAREFY_HARDSWISH>(o, acc, pixels);
+    case RAREFY_HARDSIGMOID: return store_nhwc_outputs<RAREFY_HARDSIGMOID>(o, acc, pixels);
+    case RAREFY_SIGMOID: return store_nhwc_outputs<RAREFY_SIGMOID>(o, acc, pixels);
+    case RAREFY_TANH: return store_nhwc_outputs<RAREFY_TANH>(o, acc, pixels);
+    default: return store_nhwc_outputs<RAREFY_NONE>(o, acc, pixels);
+  }
+}
+
+void nhwc_quantize(const float* x, int64_t stride, int64_t channels, int64_t pixels, float inverse_scale, int32_t zero,
+                   uint8_t* codes, int64_t pixel_bytes) {
+  for (int64_t c = 0; c < channels; c += 4)
+    for (int64_t p = 0; p < pixels; p += SIMD_WIDTH) {
+      const int64_t count = std::min<int64_t>(SIMD_WIDTH, pixels - p);
+      u32_vec bits[4] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(4, channels - c); ++i)
+        bits[i] = static_code(load_partial(x + (c + i) * stride + p, count), inverse_scale, float(zero));
+      uint32_t lanes[SIMD_WIDTH];
+      store_raw(lanes, pack_codes(bits[0], bits[1], bits[2], bits[3]));
+      if (pixel_bytes == 4)
+        std::memcpy(codes + p * 4, lanes, size_t(count) * 4);
+      else
+        for (int64_t i = 0; i < count; ++i) std::memcpy(codes + (p + i) * pixel_bytes + c, lanes + i, 4);
+    }
+}
+
+void nhwc_dequantize(const uint8_t* codes, int64_t pixel_bytes, int64_t channels, int64_t pixels, float scale,
+                     int32_t zero, float* out) {
+  for (int64_t c = 0; c < channels; c += SIMD_WIDTH)
+    for (int64_t p = 0; p < pixels; p += SIMD_WIDTH) {
+      const int64_t count = std::min<int64_t>(SIMD_WIDTH, pixels - p), n = channels - c;
+      raw_vec square[SIMD_WIDTH] = {};
+      for (int64_t i = 0; i < count; ++i)
+        square[i] = raw_vec(nhwc_values(codes + (p + i) * pixel_bytes + c, n, scale, float(zero + INPUT_ZERO_POINT)));
+      transpose(square);
+      for (int64_t i = 0; i < std::min<int64_t>(SIMD_WIDTH, n); ++i)
+        store_partial(out + (c + i) * TILE_COLS + p, f32_vec(square[i]), count);
+    }
+}
+
+// max[c] = the larger of two codes.
+void nhwc_max(const uint8_t* codes, int64_t channels, uint8_t* max) {
+  const auto* a = reinterpret_cast<const stored_code*>(codes);
+  auto* b = reinterpret_cast<stored_code*>(max);
+  for (int64_t c = 0; c < channels; ++c) b[c] = a[c] > b[c] ? a[c] : b[c];
+}
+
+}  // namespace

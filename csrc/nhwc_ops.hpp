@@ -1,0 +1,250 @@
+// Steps on images of int8 codes in NHWC order: quantization, convolution, pooling.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "parallel.h"
+#include "rarefy.h"
+#include "step_common.hpp"
+
+namespace {
+
+constexpr int64_t MAX_COPY_BYTES = 512 << 10;  // of the inputs of a part that are copied together
+constexpr int64_t MAX_PIXEL_BLOCKS = 4;        // of a part: weights are read once for all of them
+constexpr int64_t PARTS_PER_THREAD = 6;
+constexpr int64_t MAX_PREFETCH_BLOCKS = 8;  // of inputs: with more of them outputs cost little
+
+inline int64_t nhwc_row_bytes(const rarefy_nhwc_image& i) { return (i.width + 2 * i.border) * i.pixel_bytes; }
+inline int64_t nhwc_image_bytes(const rarefy_nhwc_image& i) { return (i.height + 2 * i.border) * nhwc_row_bytes(i); }
+
+// Where a pixel is, from the first byte of all images on.
+inline int64_t nhwc_at(const rarefy_nhwc_image& i, int64_t image, int64_t row, int64_t column) {
+  return image * nhwc_image_bytes(i) + (row + i.border) * nhwc_row_bytes(i) + (column + i.border) * i.pixel_bytes;
+}
+
+inline uint8_t* nhwc_codes(const rarefy_view& v) { return reinterpret_cast<uint8_t*>(v.data); }
+
+inline uint8_t stored_zero(const rarefy_kernel_table& t, const rarefy_nhwc_image& i) {
+  return uint8_t((__builtin_bit_cast(uint32_t, t.packed_zeros) & 255u) + uint32_t(i.zero));
+}
+
+// Fill the border of an image beside some of its rows, and above the first and below the last row.
+inline void fill_border(const rarefy_kernel_table& t, const rarefy_nhwc_image& i, uint8_t* codes, int64_t image,
+                        int64_t from, int64_t to) {
+  const int64_t side = i.border * i.pixel_bytes, row = nhwc_row_bytes(i);
+  if (!side) return;
+  uint8_t* first = codes + nhwc_at(i, image, 0, -i.border);
+  const int zero = stored_zero(t, i);
+  if (from == 0) std::memset(first - i.border * row, zero, size_t(i.border * row));
+  if (to == i.height) std::memset(first + to * row, zero, size_t(i.border * row));
+  for (int64_t y = from; y < to; ++y) {
+    std::memset(first + y * row, zero, size_t(side));
+    std::memset(first + (y + 1) * row - side, zero, size_t(side));
+  }
+}
+
+// One row of an image: quantize it out of column tiles, or out of an external image.
+inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const rarefy_nhwc_image& out = s.nhwc->out;
+  const int64_t image = part / out.height, row = part % out.height, first = row * out.width;
+  uint8_t* codes = nhwc_codes(s.out_codes) + nhwc_at(out, image, row, 0);
+  const float inverse_scale = 1.0f / out.scale;
+  if (s.channels_first) {
+    t.nhwc_quantize(s.x.data + image * out.channels * s.tokens + first, s.tokens, out.channels, out.width,
+                    inverse_scale, out.zero, codes, out.pixel_bytes);
+  } else {
+    for (int64_t at = image * s.tokens + first, end = at + out.width, n; at < end; at += n) {
+      n = std::min(TILE_COLS - at % TILE_COLS, end - at);
+      t.nhwc_quantize(tile_of(s.x, at / TILE_COLS) + at % TILE_COLS, TILE_COLS, out.channels, n, inverse_scale,
+                      out.zero, codes, out.pixel_bytes);
+      codes += n * out.pixel_bytes;
+    }
+  }
+  fill_border(t, out, nhwc_codes(s.out_codes), image, row, row + 1);
+  return RAREFY_OK;
+}
+
+// One column tile of fp32 values of codes.
+inline int run_nhwc_dequantize(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
+  const rarefy_nhwc_image& in = s.nhwc->in;
+  for (int64_t at = tile * TILE_COLS, end = std::min(at + TILE_COLS, s.columns), n; at < end; at += n) {
+    const int64_t image = at / s.tokens, row = at % s.tokens / in.width, column = at % in.width;
+    n = std::min(in.width - column, end - at);
+    t.nhwc_dequantize(nhwc_codes(s.x) + nhwc_at(in, image, row, column), in.pixel_bytes, in.channels, n, in.scale,
+                      in.zero, tile_of(s.out, tile) + at % TILE_COLS);
+  }
+  return RAREFY_OK;
+}
+
+// The pixels of a convolution's outputs, in blocks, and how they are split into parts. Without segments a block also
+// computes sums between the rows of outputs, which are dropped, so that its inputs are evenly spaced. Images without a
+// border count as one where a kernel reads single pixels.
+struct NhwcConv {
+  NhwcConv(const rarefy_kernel_table& table, const rarefy_step& step)
+      : t(table), s(step), c(*s.nhwc), features(s.features) {
+    const int64_t width = c.in.width + 2 * c.padding[1] - c.dilation[1] * (c.kernel[1] - 1) - 1;
+    out_width = width / c.stride[1] + 1;
+    out_height = s.tokens / out_width;
+    pitch = c.segments ? out_width : c.in.width + 2 * c.in.border;
+    const bool one = !c.segments && c.kernel[0] == 1 && c.kernel[1] == 1 && !c.in.border && !c.padding[0];
+    const int64_t images = one ? 1 : s.batch, rows = one ? s.batch * out_height : out_height;
+    positions = (rows - 1) * pitch + out_width;
+    const int64_t even = ceil_div(positions, ceil_div(positions, NHWC_PIXELS));
+    block_pixels = std::min(ceil_div(even, t.nhwc_pixels), NHWC_PIXELS / t.nhwc_pixels) * t.nhwc_pixels;
+    blocks_per_image = ceil_div(positions, block_pixels);
+    blocks = images * blocks_per_image;
+    const int64_t copy = c.segments ? block_pixels * c.num_blocks * 64 : 0, wanted = PARTS_PER_THREAD * num_threads();
+    blocks_per_part = std::clamp<int64_t>(blocks / wanted, 1, MAX_PIXEL_BLOCKS);
+    if (copy) blocks_per_part = std::clamp<int64_t>(MAX_COPY_BYTES / copy, 1, blocks_per_part);
+    block_parts = ceil_div(blocks, blocks_per_part);
+    const int64_t chunks = std::clamp<int64_t>(ceil_div(wanted, block_parts), 1, ceil_div(features, NHWC_OUTPUTS));
+    outputs_per_part = ceil_div(ceil_div(features, chunks), NHWC_OUTPUTS) * NHWC_OUTPUTS;
+    parts = block_parts * ceil_div(features, outputs_per_part);
+  }
+
+  // Where an output is in a value: its row counts from the first row of image `image` on.
+  int64_t at(const rarefy_nhwc_image& i, int64_t image, int64_t row, int64_t column) const {
+    return nhwc_at(i, image + row / out_height, row % out_height, column);
+  }
+
+  // Call f(row, column, pixels) for each run of outputs within a row.
+  template <class F>
+  void for_each_run(int64_t first, int64_t pixels, F&& f) const {
+    for (int64_t q = first, end = first + pixels, run; q < end; q += run) {
+      const int64_t column = q % pitch;
+      run = std::min(pitch - column, end - q);
+      if (const int64_t used = std::min(run, out_width - column); used > 0) f(q / pitch, column, used);
+    }
+  }
+
+  // Copy the inputs of each pixel of a block together. Copies run over their ends, which the next ones overwrite.
+  void copy_inputs(int64_t image, int64_t first, int64_t pixels, uint8_t* out) const {
+    for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t n) {
+      const uint8_t* source =
+          nhwc_codes(s.x) + nhwc_at(c.in, image, row * c.stride[0] - c.padding[0], column * c.stride[1] - c.padding[1]);
+      for (int64_t i = 0; i < n; ++i, out += c.num_blocks * 64, source += c.stride[1] * c.in.pixel_bytes)
+        for (int64_t k = 0; k < c.num_segments; ++k)
+          for (int64_t b = 0; b < c.segment_bytes; b += 32)
+            std::memcpy(out + k * c.segment_stride + b, source + c.segments[k] + b, 32);
+    });
+  }
+
+  // Fetch the residual and the place of a block's codes into the cache, while their sums are computed.
+  void prefetch(int64_t image, int64_t first, int64_t pixels, int64_t output) const {
+    for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t n) {
+      if (s.residual.data) {
+        const uint8_t* p = nhwc_codes(s.residual) + at(c.residual, image, row, column) + output;
+        for (int64_t i = 0; i < n; ++i) __builtin_prefetch(p + i * c.residual.pixel_bytes, 0, 2);
+      }
+      if (s.out_codes.data) {
+        const uint8_t* p = nhwc_codes(s.out_codes) + at(c.out, image, row, column) + output;
+        for (int64_t i = 0; i < n; ++i) __builtin_prefetch(p + i * c.out.pixel_bytes, 1, 2);
+      }
+    });
+  }
+
+  // Outputs `output`..`output + n` of a block from their sums.
+  void store(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, const uint32_t* acc) const {
+    rarefy_nhwc_outputs o{.factors = c.factors + output,
+                          .bias = c.bias + output,
+                          .row_sums = c.row_sums + output,
+                          .in_zero = c.in.zero,
+                          .outputs = n,
+                          .act = s.act,
+                          .codes = nullptr,
+                          .codes_stride = c.out.pixel_bytes,
+                          .inverse_scale = s.out_codes.data ? 1.0f / c.out.scale : 0.0f,
+                          .zero = c.out.zero,
+                          .residual = nullptr,
+                          .residual_stride = c.residual.pixel_bytes,
+                          .residual_scale = c.residual.scale,
+                          .residual_zero = c.residual.zero,
+                          .out = nullptr};
+    for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t left) {
+      for (int64_t x = column, count; left > 0; left -= count, x += count) {
+        const int64_t token = image * s.tokens + row * out_width + x;  // fp32 is stored within a column tile
+        count = s.out.data ? std::min(left, TILE_COLS - token % TILE_COLS) : left;
+        if (s.out_codes.data) o.codes = nhwc_codes(s.out_codes) + at(c.out, image, row, x) + output;
+        if (s.residual.data) o.residual = nhwc_codes(s.residual) + at(c.residual, image, row, x) + output;
+        if (s.out.data) o.out = tile_of(s.out, token / TILE_COLS) + output * TILE_COLS + token % TILE_COLS;
+        t.nhwc_store(o, acc + (row * pitch + x - first) * NHWC_OUTPUTS, count);
+      }
+    });
+  }
+
+  int run(int64_t part) const {
+    const int64_t from = part % block_parts * blocks_per_part, to = std::min(from + blocks_per_part, blocks);
+    const int64_t output = part / block_parts * outputs_per_part, end = std::min(output + outputs_per_part, features);
+    const int64_t copy = c.segments ? block_pixels * c.num_blocks * 64 : 0;
+    const ScratchBuffer<1> scratch(size_t((to - from) * copy + 64));
+    uint8_t* copies = static_cast<uint8_t*>(scratch.data);
+    if (!copies) return RAREFY_NO_MEMORY;
+    const uint8_t* x = nhwc_codes(s.x) + nhwc_at(c.in, 0, -c.padding[0], -c.padding[1]);
+    alignas(64) uint32_t acc[NHWC_PIXELS * NHWC_OUTPUTS];
+    const DenseSection section(t);
+    for (int64_t o = output; o < end; o += NHWC_OUTPUTS)
+      for (int64_t b = from; b < to; ++b) {
+        const int64_t image = b / blocks_per_image, first = b % blocks_per_image * block_pixels;
+        const int64_t pixels = std::min(block_pixels, positions - first), n = std::min(NHWC_OUTPUTS, end - o);
+        const uint8_t* in = x + image * nhwc_image_bytes(c.in) + first * c.in.pixel_bytes;
+        if (c.segments) {
+          in = copies + (b - from) * copy;
+          if (o == output) copy_inputs(image, first, pixels, copies + (b - from) * copy);
+        }
+        if (c.num_blocks <= MAX_PREFETCH_BLOCKS) prefetch(image, first, pixels, o);
+        t.nhwc_products(c.blocks, c.num_blocks, in, c.segments ? c.num_blocks * 64 : c.in.pixel_bytes, pixels,
+                        c.values + o * c.num_blocks * 16, ceil_div(n, 16), acc);
+        store(image, first, pixels, o, n, acc);
+      }
+    if (s.out_codes.data && !output)
+      for (int64_t i = 0; i < s.batch; ++i)  // by the part that has an image's first output
+        if (const int64_t b = block_of(i); b >= from && b < to)
+          fill_border(t, c.out, nhwc_codes(s.out_codes), i, 0, c.out.height);
+    return RAREFY_OK;
+  }
+
+  int64_t block_of(int64_t image) const {
+    return blocks == blocks_per_image && s.batch > 1 ? image * s.tokens / block_pixels : image * blocks_per_image;
+  }
+
+  const rarefy_kernel_table& t;
+  const rarefy_step& s;
+  const rarefy_nhwc& c;
+  int64_t features, out_width, out_height;
+  int64_t pitch;             // pixels from one row of outputs to the next
+  int64_t positions;         // pixels of an image, with those between rows
+  int64_t block_pixels;      // of a block
+  int64_t blocks_per_image;  // of it
+  int64_t blocks;            // of all images
+  int64_t blocks_per_part;   // consecutive ones
+  int64_t block_parts, outputs_per_part, parts;
+};
+
+// One row of an image of a max pool.
+inline int run_nhwc_max_pool(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const rarefy_nhwc& c = *s.nhwc;
+  const int64_t image = part / c.out.height, row = part % c.out.height;
+  const uint8_t* x = nhwc_codes(s.x);
+  uint8_t* out = nhwc_codes(s.out_codes) + nhwc_at(c.out, image, row, 0);
+  for (int64_t column = 0; column < c.out.width; ++column, out += c.out.pixel_bytes) {
+    bool first = true;
+    for (int64_t i = 0; i < c.kernel[0]; ++i)
+      for (int64_t j = 0; j < c.kernel[1]; ++j) {
+        const int64_t y = row * c.stride[0] - c.padding[0] + i * c.dilation[0];
+        const int64_t z = column * c.stride[1] - c.padding[1] + j * c.dilation[1];
+        if (y < 0 || y >= c.in.height || z < 0 || z >= c.in.width) continue;
+        const uint8_t* source = x + nhwc_at(c.in, image, y, z);
+        if (first)
+          std::memcpy(out, source, size_t(c.out.channels));
+        else
+          t.nhwc_max(source, c.out.channels, out);
+        first = false;
+      }
+  }
+  fill_border(t, c.out, nhwc_codes(s.out_codes), image, row, row + 1);
+  return RAREFY_OK;
+}
+
+}  // namespace

@@ -1,0 +1,191 @@
+"""Steps of a program on images of int8 codes in NHWC order, with one scale for all codes of an image value.
+
+Dense int8 convolutions whose inputs have static scales read and write such images, so that activations between them
+are bytes. Other operators read fp32 values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.program import Program, Value
+from rarefy.model.activation_quant import ActivationQuant
+from rarefy.runtime import bindings
+from rarefy.runtime.nhwc_weights import BLOCK_BYTES, NhwcWeight, weight_of
+
+OVERREAD_PIXELS = 32  # that steps may read past the last image
+MAX_DROPPED = 1.35  # sums computed for each that is used, up to which inputs are read in place
+MAX_IMAGE_BYTES = 1 << 31  # offsets are 32 bits
+
+
+class Image(Structure):
+    """rarefy_nhwc_image of csrc/rarefy.h."""
+
+    _fields_ = [
+        *[(n, c_int64) for n in ("height", "width", "channels", "border", "pixel_bytes")],
+        ("scale", c_float),
+        ("zero", c_int32),
+    ]
+
+
+class Block(Structure):
+    """rarefy_nhwc_block of csrc/rarefy.h."""
+
+    _fields_ = [("offset", c_int32), ("lanes", c_int32)]
+
+
+class Nhwc(Structure):
+    """rarefy_nhwc of csrc/rarefy.h."""
+
+    _fields_ = [
+        *[(n, Image) for n in ("input", "out", "residual")],
+        *[(n, c_int64 * 2) for n in ("kernel", "stride", "padding", "dilation")],
+        *[(n, c_void_p) for n in ("values", "blocks", "segments")],
+        *[(n, c_int64) for n in ("num_blocks", "num_segments", "segment_bytes", "segment_stride")],
+        *[(n, c_void_p) for n in ("factors", "bias", "row_sums")],
+    ]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """An image value as codes: where they are, and how."""
+
+    value: Value
+    image: Image
+
+
+def static_codes_grid(grid: ActivationQuant) -> tuple[float, int]:
+    """Return the scale and the signed code of zero of a static grid on the active instruction set."""
+    assert grid.scale is not None
+    if bindings.isa() == "avx2":  # has no code of -128: the same range in 254 steps
+        return grid.scale * 255 / 254, round(grid.zero * 254 / 255) - 127
+    return grid.scale, grid.zero - 128
+
+
+def wanted_grid(p: Program, node: Node) -> ActivationQuant | None:
+    """Return the static grid on which operators read a node's value as NHWC codes, None where none does."""
+    users = [u for u in node.users if u in p.inner]
+    for user in users:
+        if p.runs_on_codes(user) and user.args[0] is node:
+            return p.kernels[user].input_grid
+        if p.operators[user.target].name == "max_pool2d" and (grid := wanted_grid(p, user)) is not None:
+            return grid
+    return next((g for u in users if p.runs_on_codes(u) and (g := p.kernels[u].residual_grid) is not None), None)
+
+
+def codes_of(p: Program, node: Node, grid: ActivationQuant) -> Codes:
+    """Return a node's value as NHWC codes on a grid, made once."""
+    if (node, grid) not in p.nhwc:
+        codes = p.nhwc[node, grid] = new_codes(p, node, grid)
+        step = Nhwc(out=codes.image)
+        p.held.append(step)
+        fields: dict[str, Any] = {"channels_first": 1}
+        if node in p.values:
+            fields = {"x": p.use(p.values[node])}
+        else:  # read from the program's input as it is
+            p.raw[node].append(len(p.steps))
+        over = p.values.get(node) or p.image_tokens(node)
+        p.step("nhwc_quantize", over, out_codes=p.use(codes.value), nhwc=addressof(step), **fields)
+    return p.nhwc[node, grid]
+
+
+def new_codes(p: Program, node: Node, grid: ActivationQuant) -> Codes:
+    """Return memory for a node's value as codes, with a border as wide as its operators need."""
+    batch, channels, height, width = p.shape(node)
+    border = max((max(u.args[6]) for u in node.users if p.runs_on_codes(u) and u.args[0] is node), default=0)  # type: ignore[type-var, arg-type]
+    pixel_bytes = -(-channels // 4) * 4
+    image_bytes = (height + 2 * border) * (width + 2 * border) * pixel_bytes
+    if image_bytes >= MAX_IMAGE_BYTES:
+        raise MemoryError(f"an image of {channels} channels of {height} x {width} exceeds {MAX_IMAGE_BYTES:,} bytes")
+    size = batch * image_bytes + OVERREAD_PIXELS * pixel_bytes + BLOCK_BYTES
+    image = Image(height, width, channels, border, pixel_bytes, *static_codes_grid(grid))
+    value = Value(p.image_tokens(node).tokens, channels, len(p.steps), False, size=-(-size // 4))
+    p.every.append(value)
+    return Codes(value, image)
+
+
+def lower_conv(p: Program, node: Node) -> None:
+    """Add the step of a convolution of codes."""
+    x, _, _, residual, act, stride, padding, dilation, _ = node.args
+    kernel, act = p.kernels[node], bindings.ACTIVATIONS.index(act)
+    source, added = codes_of(p, x, kernel.input_grid), None if residual is None else _residual_codes(p, node)
+    pairs = {"kernel": kernel.shape[2:], "stride": stride, "padding": padding, "dilation": dilation}
+    step = Nhwc(input=source.image, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})
+    _set_weight(p, step, weight_of(kernel), kernel.held[1], p.shape(node)[2:])
+    operands, separate = {"x": source.value}, residual is not None and added is None  # an addition of its own
+    if added is not None:
+        step.residual, operands["residual"] = added.image, added.value
+    out, grid = p.make(node), wanted_grid(p, node)
+    if grid is not None and not separate:
+        written = p.nhwc[node, grid] = new_codes(p, node, grid)
+        step.out, operands["out_codes"] = written.image, written.value
+    operands = {n: p.use(v) for n, v in {**operands, "out": out}.items()}
+    p.step("nhwc_conv", out, act=0 if separate else act, nhwc=addressof(step), **operands)
+    if separate:
+        p.step("add", out, x=p.use(out), out=p.use(out), act=act, other=p.use(p.values[residual]))
+
+
+def _residual_codes(p: Program, node: Node) -> Codes | None:
+    """Return the codes of a convolution's residual; None where there are none and no grid to make them."""
+    residual = node.args[3]
+    known = next((codes for (n, _), codes in p.nhwc.items() if n is residual), None)
+    if known is None and (grid := p.kernels[node].residual_grid) is not None:
+        return codes_of(p, residual, grid)  # type: ignore[arg-type]
+    return known
+
+
+def lower_max_pool(p: Program, node: Node) -> bool:
+    """Add the step of a max pool of codes, if an operator reads its output as codes; return whether one does."""
+    x, kernel, stride, padding, dilation = node.args
+    grid = wanted_grid(p, node)
+    if grid is None:
+        return False
+    source = codes_of(p, x, grid)
+    written = p.nhwc[node, grid] = new_codes(p, node, grid)
+    pairs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    step = Nhwc(input=source.image, out=written.image, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})
+    p.held.append(step)
+    over = p.image_tokens(node)
+    p.step("nhwc_max_pool", over, x=p.use(source.value), out_codes=p.use(written.value), nhwc=addressof(step))
+    if any(u not in p.inner or not p.runs_on_codes(u) for u in node.users):
+        back = Nhwc(input=written.image)
+        p.held.append(back)
+        out = p.make(node)
+        p.step("nhwc_dequantize", out, x=p.use(written.value), out=p.use(out), nhwc=addressof(back))
+    return True
+
+
+def _set_weight(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None, sizes: Sequence[int]) -> None:
+    """Write a convolution's weight into its step, and how its blocks read the image; `sizes` are those of outputs."""
+    image = step.input
+    row_bytes = (image.width + 2 * image.border) * image.pixel_bytes
+    kernel, stride, dilation = (tuple(getattr(step, n)) for n in ("kernel", "stride", "dilation"))
+    columns = [0] if dilation[1] == 1 else [j * dilation[1] for j in range(kernel[1])]
+    starts = [i * dilation[0] * row_bytes + j * image.pixel_bytes for i in range(kernel[0]) for j in columns]
+    pitch = image.width + 2 * image.border
+    dropped = ((sizes[0] - 1) * pitch + sizes[1]) / (sizes[0] * sizes[1])
+    copied = weight.tight or stride != (1, 1) or dropped > MAX_DROPPED
+    lanes = weight.block_lanes()
+    each = len(lanes) // len(starts)  # blocks of a segment
+    offsets = [i * BLOCK_BYTES for i in range(len(lanes))]
+    if not copied:
+        offsets = [start + i * BLOCK_BYTES for start in starts for i in range(each)]
+    blocks = (Block * len(lanes))(*zip(offsets, lanes))
+    segments = (c_int64 * len(starts))(*starts)
+    outputs = len(weight.factors)
+    factors = weight.factors * image.scale
+    bias = torch.zeros(outputs) if bias is None else F.pad(bias, (0, outputs - len(bias)))
+    p.held += [step, blocks, segments, factors, bias, weight]
+    step.values, step.blocks, step.num_blocks = weight.values.data_ptr(), addressof(blocks), len(lanes)
+    if copied:
+        step.segments, step.num_segments = addressof(segments), len(starts)
+        step.segment_bytes, step.segment_stride = weight.segment_bytes, weight.segment_stride
+    step.factors, step.bias, step.row_sums = factors.data_ptr(), bias.data_ptr(), weight.row_sums.data_ptr()
