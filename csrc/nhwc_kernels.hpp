@@ -237,7 +237,7 @@ void nhwc_quantize(const float* x, int64_t stride, int64_t channels, int64_t pix
       const int64_t count = std::min<int64_t>(SIMD_WIDTH, pixels - p);
       u32_vec bits[4] = {};
       for (int64_t i = 0; i < std::min<int64_t>(4, channels - c); ++i)
-        bits[i] = static_code(load_partial(x + (c + i) * stride + p, count), inverse_scale, float(zero));
+        bits[i] = static_code(load_partial(x + (c + i) * stride + p, count), inverse_scale, zero);
       uint32_t lanes[SIMD_WIDTH];
       store_raw(lanes, pack_codes(bits[0], bits[1], bits[2], bits[3]));
       if (pixel_bytes == 4)

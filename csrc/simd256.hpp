@@ -334,9 +334,8 @@ inline f32x8 min_of(f32x8 a, f32x8 b) { return a < b ? a : b; }
 // Thirty-two numbers below 2^31 as stored codes, rounded, which saturate.
 inline raw_vec round_to_codes(const f32x8 (&v)[4]) {
 #if defined(__AVX2__)
-  const f32x8 least = f32x8{} - 127.0f;  // AVX2 negates codes, so it has none of -128
   __m256i r[4];
-  for (int i = 0; i < 4; ++i) r[i] = _mm256_cvtps_epi32(__m256(max_of(least, v[i])));
+  for (int i = 0; i < 4; ++i) r[i] = _mm256_cvtps_epi32(__m256(v[i]));
   const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(r[0], r[1]), _mm256_packs_epi32(r[2], r[3]));
   return raw_vec(_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 #else

@@ -197,7 +197,7 @@ def load(saved: container.Container, **unsupported: Any) -> Compiled | Decoder:
         elif node.args[1].name not in constants:
             constants[node.args[1].name] = dense(form, f"{saved.path}: packed {name}")
     for node in (n for n in g.grids if n in kernels):
-        kernels[node].input_grid = g.grids[node]
+        kernels[node].input_grid, kernels[node].residual_grid = g.grids[node]
     numbers = dict(parts.numbers)
     exported = ExportedGraph(g.graph, constants, g.inputs, g.in_spec, g.out_spec, g.ranges, g.notes)
     exported.cache_features, exported.torch_nodes = numbers.pop("cache_features", 0), g.torch_nodes

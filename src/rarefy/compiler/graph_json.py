@@ -3,7 +3,7 @@
     {"schema": 3, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [smallest, largest]},
      "in": nesting, "out": nesting, "notes": [text], "constants": {name: order of dimensions or null},
      "kernels": {node: packed weight}, "packed": {name: fields}, "torch": [node that torch runs faster],
-     "grids": {node: [scale, zero] of its input's 8-bit codes},
+     "grids": {node: [scale, zero] of its input's 8-bit codes, and then perhaps of its residual's},
      "nodes": [[name, op, target, args, kwargs]]}
 
 Arguments are JSON's own values where it has them, else an object with one key: {"node": name}, {"tuple": [..]},
@@ -72,7 +72,7 @@ class GraphDef:
         kernels: the nodes with packed weights, and the names of these.
         packed: the fields of each packed weight that are not tensors.
         torch_nodes: the engine's operators that torch runs faster.
-        grids: the static 8-bit grids of inputs, by the operators that read them.
+        grids: the static 8-bit grids of inputs, and of residuals, by the operators that read them.
     """
 
     graph: fx.Graph
@@ -86,7 +86,7 @@ class GraphDef:
     kernels: dict[Node, str]
     packed: dict[str, dict[str, Any]]
     torch_nodes: set[Node]
-    grids: dict[Node, ActivationQuant]
+    grids: dict[Node, tuple[ActivationQuant, ActivationQuant | None]]
 
 
 # ---- to JSON --------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def to_json(
         "kernels": {n.name: name for n, name in kernels.items()},
         "packed": dict(packed),
         "torch": [n.name for n in e.graph.nodes if n in e.torch_nodes],
-        "grids": {n.name: [g.scale, g.zero] for n, k in compiled.kernels.items() if (g := k.input_grid) is not None},
+        "grids": {n.name: _numbers(k) for n, k in compiled.kernels.items() if k.input_grid is not None},
         "nodes": [_node_to_json(n) for n in e.graph.nodes if n in used],
     }
     try:
@@ -218,19 +218,28 @@ def _graph_def(value: Any) -> GraphDef:
         kernels={nodes[n]: name for n, name in value["kernels"].items()},
         packed={n: _expect(p, dict, f"packed {_short(n)}") for n, p in value["packed"].items()},
         torch_nodes={nodes[n] for n in reader.torch_names},
-        grids={nodes[n]: _grid(n, g, value["kernels"]) for n, g in value.get("grids", {}).items()},
+        grids={nodes[n]: _grids(n, g, value["kernels"]) for n, g in value.get("grids", {}).items()},
     )
 
 
-def _grid(name: str, value: Any, kernels: Mapping[str, str]) -> ActivationQuant:
-    """Return the static grid of an operator's input."""
-    pair = value if type(value) is list and len(value) == 2 else [None, None]
-    scale, zero = pair
-    if name not in kernels or type(scale) is not float or not MIN_SCALE < scale < 1e36:
-        raise ValueError(f"grids: {_short(name)}: expected an operator with a kernel and a scale, got {_short(value)}")
-    if type(zero) is not int or not 0 <= zero <= 255:
-        raise ValueError(f"grids: {_short(name)}: expected a zero point from 0 to 255, got {_short(zero)}")
-    return ActivationQuant(8, scale, zero)
+def _numbers(kernel: Any) -> list[float]:
+    """Return scale and zero point of a kernel's input and of its residual, where it has one."""
+    return [v for g in (kernel.input_grid, kernel.residual_grid) if g is not None for v in (g.scale, g.zero)]
+
+
+def _grids(name: str, value: Any, kernels: Mapping[str, str]) -> tuple[ActivationQuant, ActivationQuant | None]:
+    """Return the static grids of an operator's input and of its residual."""
+    numbers = value if type(value) is list and len(value) in (2, 4) else [None, None]
+    grids = []
+    for scale, zero in zip(numbers[::2], numbers[1::2]):
+        if name not in kernels or type(scale) is not float or not MIN_SCALE < scale < 1e36:
+            raise ValueError(
+                f"grids: {_short(name)}: expected an operator with a kernel and a scale, got {_short(value)}"
+            )
+        if type(zero) is not int or not 0 <= zero <= 255:
+            raise ValueError(f"grids: {_short(name)}: expected a zero point from 0 to 255, got {_short(zero)}")
+        grids.append(ActivationQuant(8, scale, zero))
+    return grids[0], grids[1] if len(grids) > 1 else None
 
 
 def _check_keys(value: Any) -> None:

@@ -45,7 +45,7 @@ class EmbeddingKernel:
     """An embedding whose weight is also a linear layer's packed weight."""
 
     kernel: Kernel
-    input_grid = None
+    input_grid = residual_grid = None
 
     @property
     def held(self) -> tuple[QuantizedPanels, None]:
@@ -118,7 +118,7 @@ def compact(kernels: Mapping[Node, Any]) -> dict[Node, Any]:
     for node, kernel in kernels.items():
         if node.target is ops.linear:
             new[node] = Kernel(moved[id(kernel.held[0])], kernel.held[1], node.args[4])
-            new[node].input_grid = kernel.input_grid
+            new[node].input_grid, new[node].residual_grid = kernel.input_grid, kernel.residual_grid
     return new
 
 

@@ -6,7 +6,7 @@ are bytes. Other operators read fp32 values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.operators.fake_quantize import grid_of
 from rarefy.compiler.program import Program, Value
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings
@@ -62,27 +63,32 @@ class Codes:
     image: Image
 
 
-def static_codes_grid(grid: ActivationQuant) -> tuple[float, int]:
-    """Return the scale and the signed code of zero of a static grid on the active instruction set."""
-    assert grid.scale is not None
-    if bindings.isa() == "avx2":  # has no code of -128: the same range in 254 steps
-        return grid.scale * 255 / 254, round(grid.zero * 254 / 255) - 127
-    return grid.scale, grid.zero - 128
-
-
 def wanted_grid(p: Program, node: Node) -> ActivationQuant | None:
     """Return the static grid on which operators read a node's value as NHWC codes, None where none does."""
-    users = [u for u in node.users if u in p.inner]
-    for user in users:
-        if p.runs_on_codes(user) and user.args[0] is node:
-            return p.kernels[user].input_grid
-        if p.operators[user.target].name == "max_pool2d" and (grid := wanted_grid(p, user)) is not None:
+    for user in (u for u in node.users if u in p.nodes):
+        if p.runs_on_codes(user) and (grid := _grid_in(p, node, user)) is not None:
             return grid
-    return next((g for u in users if p.runs_on_codes(u) and (g := p.kernels[u].residual_grid) is not None), None)
+        name = p.operators[user.target].name
+        if name == "max_pool2d" and (grid := wanted_grid(p, user)) is not None:
+            return grid
+        rounds = name == "fake_quantize" and any(p.runs_on_codes(u) for u in user.users)
+        if rounds and (grid := wanted_grid(p, user)) == grid_of(user):
+            return grid
+    return None
+
+
+def _grid_in(p: Program, node: Node, conv: Node) -> ActivationQuant | None:
+    """Return the grid on which a convolution of codes reads an operand."""
+    kernel = p.kernels[conv]
+    if conv.args[0] is node:
+        return kernel.input_grid
+    return grid_of(node) or kernel.residual_grid
 
 
 def codes_of(p: Program, node: Node, grid: ActivationQuant) -> Codes:
     """Return a node's value as NHWC codes on a grid, made once."""
+    if grid_of(node) == grid:  # codes of a value that is rounded are those of the value before
+        node = node.args[0]  # type: ignore[assignment]
     if (node, grid) not in p.nhwc:
         codes = p.nhwc[node, grid] = new_codes(p, node, grid)
         step = Nhwc(out=codes.image)
@@ -100,13 +106,13 @@ def codes_of(p: Program, node: Node, grid: ActivationQuant) -> Codes:
 def new_codes(p: Program, node: Node, grid: ActivationQuant) -> Codes:
     """Return memory for a node's value as codes, with a border as wide as its operators need."""
     batch, channels, height, width = p.shape(node)
-    border = max((max(u.args[6]) for u in node.users if p.runs_on_codes(u) and u.args[0] is node), default=0)  # type: ignore[type-var, arg-type]
+    border = max((max(padding) for padding in _paddings(p, node)), default=0)
     pixel_bytes = -(-channels // 4) * 4
     image_bytes = (height + 2 * border) * (width + 2 * border) * pixel_bytes
     if image_bytes >= MAX_IMAGE_BYTES:
         raise MemoryError(f"an image of {channels} channels of {height} x {width} exceeds {MAX_IMAGE_BYTES:,} bytes")
     size = batch * image_bytes + OVERREAD_PIXELS * pixel_bytes + BLOCK_BYTES
-    image = Image(height, width, channels, border, pixel_bytes, *static_codes_grid(grid))
+    image = Image(height, width, channels, border, pixel_bytes, grid.scale, grid.zero - 128)
     value = Value(p.image_tokens(node).tokens, channels, len(p.steps), False, size=-(-size // 4))
     p.every.append(value)
     return Codes(value, image)
@@ -134,12 +140,26 @@ def lower_conv(p: Program, node: Node) -> None:
 
 
 def _residual_codes(p: Program, node: Node) -> Codes | None:
-    """Return the codes of a convolution's residual; None where there are none and no grid to make them."""
-    residual = node.args[3]
-    known = next((codes for (n, _), codes in p.nhwc.items() if n is residual), None)
-    if known is None and (grid := p.kernels[node].residual_grid) is not None:
-        return codes_of(p, residual, grid)  # type: ignore[arg-type]
-    return known
+    """Return the codes of a convolution's residual, None where it has no grid."""
+    residual: Any = node.args[3]
+    grid = _grid_in(p, residual, node)
+    return None if grid is None else codes_of(p, residual, grid)
+
+
+def _paddings(p: Program, node: Node) -> Iterator[Any]:
+    """Yield the paddings of the convolutions that read a node's value as codes."""
+    for user in node.users:
+        if p.runs_on_codes(user) and user.args[0] is node:
+            yield user.args[6]
+        elif user in p.nodes and grid_of(user) is not None:
+            yield from _paddings(p, user)
+
+
+def _reads_codes_alone(p: Program, node: Node, user: Node) -> bool:
+    """Return whether an operator reads a pool's output as NHWC codes, and not in fp32."""
+    if p.runs_on_codes(user):
+        return _grid_in(p, node, user) == wanted_grid(p, node)
+    return user in p.nodes and grid_of(user) is not None and all(_reads_codes_alone(p, user, u) for u in user.users)
 
 
 def lower_max_pool(p: Program, node: Node) -> bool:
@@ -155,7 +175,7 @@ def lower_max_pool(p: Program, node: Node) -> bool:
     p.held.append(step)
     over = p.image_tokens(node)
     p.step("nhwc_max_pool", over, x=p.use(source.value), out_codes=p.use(written.value), nhwc=addressof(step))
-    if any(u not in p.inner or not p.runs_on_codes(u) for u in node.users):
+    if any(not _reads_codes_alone(p, node, u) for u in node.users):
         back = Nhwc(input=written.image)
         p.held.append(back)
         out = p.make(node)

@@ -152,7 +152,6 @@ class Program:
         self.cache = KVCache()
         self.planes: dict[tuple[Any, ...], Value] = {}  # padded images, by the kernel that reads them
         self.nhwc: dict[tuple[Node, ActivationQuant], Any] = {}  # images as int8 codes on a static grid
-        self.inner, self.exit_nodes = set(nodes), set(outputs)
         self.masks: list[tuple[Node, Attention]] = []
         self.nodes = {*nodes}
         self.unrounded: dict[Value, Value] = {}  # what fake quantization has rounded, by its output
@@ -166,7 +165,7 @@ class Program:
         self.raw: dict[Node, list[int]] = {n: [] for n in self.inputs}  # the steps that read an input as it comes
         self.sources: list[Node] = []  # the operator or input that each step belongs to
         for node in self.inputs:
-            if node not in images or any(u in self.inner and self._reads_pixels(node, u) for u in node.users):
+            if node not in images or any(u in self.nodes and self._reads_pixels(node, u) for u in node.users):
                 self._pack_input(node)
                 self._note_source(node)
         for node in nodes:
@@ -310,7 +309,7 @@ class Program:
     def runs_on_codes(self, node: Node) -> bool:
         """Return whether a node is a convolution that reads its input, and writes its output, as NHWC codes."""
         kernel = self.kernels.get(node)
-        if kernel is None or kernel.input_grid is None or node not in self.inner:
+        if kernel is None or kernel.input_grid is None or node not in self.nodes:
             return False
         packed = kernel.held[0]
         return isinstance(packed, ConvTiles) and packed.counts is None and packed.kind == "int8"

@@ -60,7 +60,7 @@ def step_cost(p: Program, i: int, past: int = 0) -> Cost:
     over = operands.get("out") or operands.get("out_codes") or operands["x"]
     tokens = round(p.used_share * over.tokens.batch * over.tokens.tokens)
     moved = round(p.used_share * sum(_value_bytes(v) for v in operands.values()))
-    if name in ("linear", "conv"):
+    if name in ("linear", "conv", "nhwc_conv"):
         return _product(p, node, step, tokens, moved)
     if name == "attention":
         lengths = p.packing.bounds[:, 1].tolist() if isinstance(p, PackedProgram) and p.packing is not None else None
@@ -73,7 +73,7 @@ def step_cost(p: Program, i: int, past: int = 0) -> Cost:
         return Cost(sizes, "fp32", "fp32", n, n, 4 * weight.numel(), moved)
     if name in ("pack", "unpack", "kv_store"):  # the other side is no value of the program
         moved *= 2
-    if name == "pad_planes" and "x" not in operands:
+    if name in ("pad_planes", "nhwc_quantize") and "x" not in operands:
         moved += 4 * prod(p.shape(node.args[0]))
     affine = 0
     if name == "norm":

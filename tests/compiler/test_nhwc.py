@@ -1,0 +1,180 @@
+"""Dense int8 convolutions on NHWC codes, against the same convolutions in torch on rounded weights and images."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rarefy
+from rarefy.compiler.step_structs import NAMES
+from rarefy.compiler.subgraph import FusedSubgraph
+from rarefy.model.compare import relative_distance
+from rarefy.runtime import bindings
+from rarefy.runtime.nhwc_weights import pack_nhwc
+from rarefy.runtime.packing import pack_conv, unpack
+
+pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+
+CONVOLUTIONS = [  # inputs, outputs, kernel, stride, padding, dilation
+    (64, 64, 3, 1, 1, 1),
+    (3, 70, 7, 2, 3, 1),
+    (20, 33, 1, 1, 0, 1),
+    (33, 16, 1, 2, 0, 1),
+    (24, 40, 3, 2, 1, 1),
+    (17, 130, (1, 5), 1, (0, 2), 1),
+    (12, 8, 3, 1, 2, 2),
+    (8, 5, (3, 2), (2, 1), (0, 1), (1, 2)),
+    (160, 64, 3, 1, 0, 1),
+]
+SIZES = [(3, 19, 23), (1, 7, 7), (5, 4, 9)]
+
+
+def steps(made):
+    """The names of the steps of all programs."""
+    calls = [c for c in made.schedule if isinstance(c, FusedSubgraph)]
+    return [NAMES[s.op] for c in calls for kept in c.programs.values() for p in kept for s, _, _ in p.steps]
+
+
+def grids_of(made):
+    return {n.name: (k.input_grid, k.residual_grid) for n, k in made.kernels.items() if k.input_grid is not None}
+
+
+def rounded(made, x):
+    """What the graph computes in fp32 with the weights and images that the codes stand for."""
+    kernels = {n: k for n, k in made.kernels.items() if k.input_grid is not None}
+    values = dict(zip(made.exported.inputs, x if isinstance(x, list) else [x]))
+    for node in made.exported.graph.nodes:
+        if node.op == "placeholder":
+            values.setdefault(node, made.constants.get(node.name))
+        elif node.op == "call_function":
+            args = [values[a] if isinstance(a, torch.fx.Node) else a for a in node.args]
+            if node in kernels:
+                kernel = kernels[node]
+                args[0], args[1], args[2] = kernel.input_grid(args[0]), unpack(kernel.held[0]), kernel.held[1]
+                if kernel.residual_grid is not None:
+                    args[3] = kernel.residual_grid(args[3])
+            values[node] = node.target(*args, **node.kwargs)
+        elif node.op == "output":
+            outputs = [values[n] for n in node.args[0]]
+            return outputs if isinstance(x, list) else outputs[0]
+
+
+class Branches(nn.Module):
+    """Pairs of convolutions, one for each input: what is between the two is read as codes alone."""
+
+    def __init__(self, geometries, acts):
+        super().__init__()
+        self.first = nn.ModuleList(nn.Conv2d(*g) for g in geometries)
+        self.last = nn.ModuleList(nn.Conv2d(g[1], 12, 1) for g in geometries)
+        self.acts = acts
+
+    def forward(self, images):
+        return [b(act(a(x))) for a, b, act, x in zip(self.first, self.last, self.acts, images)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_convolutions(isa, size):
+    """Codes may differ by one where a sum lies between two of them; no error is larger than a few such steps."""
+    torch.manual_seed(0)
+    net = Branches(CONVOLUTIONS, [torch.relu] * len(CONVOLUTIONS)).eval()
+    images = [torch.randn(size[0], g[0], *size[1:]) for g in CONVOLUTIONS]
+    made = rarefy.compile(net, (images,), precision="int8", calibrate=[(images,)])
+    outputs = made(images)
+    assert steps(made).count("nhwc_conv") % (2 * len(CONVOLUTIONS)) == 0 and "conv" not in steps(made)
+    for got, codes, eager in zip(outputs, rounded(made, images), net(images)):
+        assert relative_distance(got, codes) < 2e-3
+        assert relative_distance(got, eager.detach()) < 0.04
+    alone = made([x[-1:] for x in images])
+    assert all(torch.equal(one, got[-1:]) for one, got in zip(alone, outputs))
+
+
+def test_activations(isa):
+    acts = [F.gelu, F.silu, F.relu6, F.hardswish, torch.sigmoid, torch.tanh, nn.Identity()]
+    net = Branches([(8, 21, 3, 1, 1)] * len(acts), acts).eval()
+    images = [torch.randn(2, 8, 11, 13) for _ in acts]
+    made = rarefy.compile(net, (images,), precision="int8", calibrate=[(images,)])
+    for got, want in zip(made(images), rounded(made, images)):
+        assert relative_distance(got, want) < 2e-3
+
+
+class Residual(nn.Module):
+    """Residuals of both kinds: an identity and a strided projection, behind a stem with a max pool."""
+
+    def __init__(self, channels=24):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 5, 2, 2)
+        self.a, self.b = nn.Conv2d(channels, 10, 3, 1, 1), nn.Conv2d(10, channels, 1)
+        self.c, self.d = nn.Conv2d(channels, 30, 3, 2, 1), nn.Conv2d(channels, 30, 1, 2)
+        self.last = nn.Conv2d(30, 7, 1)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.stem(x).relu(), 3, 2, 1)
+        x = (self.b(self.a(x).relu()) + x).relu()
+        x = (self.c(x) + self.d(x)).relu()
+        return self.last(x)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_residuals_and_pools_stay_codes(isa, batch):
+    torch.manual_seed(1)
+    net, x = Residual().eval(), torch.randn(batch, 3, 45, 53)
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x])
+    got = made(x)
+    assert set(steps(made)) == {"nhwc_quantize", "nhwc_conv", "nhwc_max_pool", "unpack"}
+    assert relative_distance(got, rounded(made, x)) < 4e-3
+    assert relative_distance(got, net(x).detach()) < 0.05
+
+
+class Mixed(nn.Module):
+    """Values that are read as codes and in fp32, by operators and as an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 18, 3, 1, 1), nn.Conv2d(18, 18, 3, 1, 1), nn.Conv2d(18, 9, 1)
+        self.depthwise = nn.Conv2d(18, 18, 3, 1, 1, groups=18)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        pooled = F.max_pool2d(x, 2)
+        y = self.c(pooled) + pooled.mean((1, 2, 3), keepdim=True)
+        return self.b(x) * torch.sigmoid(self.depthwise(x)), x, y
+
+
+def test_values_that_are_also_read_in_fp32(isa):
+    net, x = Mixed().eval(), torch.randn(2, 3, 14, 15)
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x])
+    for got, want in zip(made(x), net(x)):
+        assert relative_distance(got, want.detach()) < 0.03
+
+
+def test_outputs_saturate_and_nan_is_contained(isa):
+    net, x = nn.Sequential(nn.Conv2d(8, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 5, 1)).eval(), torch.randn(1, 8, 9, 9)
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x])
+    assert relative_distance(made(1e6 * x), made(1e9 * x)) < 1e-6
+    assert bool(torch.isfinite(made(torch.full_like(x, 3e38))).all())
+
+
+def test_scales_are_saved(tmp_path):
+    x = torch.randn(2, 3, 40, 40)
+    made = rarefy.compile(Residual().eval(), x, precision="int8", calibrate=[x])
+    rarefy.save(made, tmp_path / "out")
+    loaded = rarefy.load(tmp_path / "out")
+    assert grids_of(loaded) == grids_of(made) and any(r is not None for _, r in grids_of(made).values())
+    assert torch.equal(loaded(x), made(x))
+
+
+@pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
+def test_weights_are_in_blocks(geometry):
+    """Every code is at its place: the blocks of an output, put back in order, are its weight."""
+    inputs, outputs, kernel, _, _, dilation = geometry
+    weight = nn.Conv2d(inputs, outputs, kernel).weight.detach()
+    dilation = dilation if isinstance(dilation, tuple) else (dilation, dilation)
+    packed = pack_conv(weight, "int8", dilation=dilation, dense=True)
+    nhwc = pack_nhwc(packed)
+    codes = nhwc.values.permute(0, 3, 1, 2).contiguous().view(torch.int8).flatten(0, 1)[:outputs].flatten(1)
+    used = [codes[:, 64 * b : 64 * b + 4 * n] for b, n in enumerate(nhwc.block_lanes())]
+    rows, columns = weight.shape[2:]
+    want = (unpack(packed) / packed.scales[:outputs, None, None, None]).round().permute(0, 2, 3, 1)
+    want = F.pad(want, (0, -inputs % 4)).flatten(1)
+    assert torch.equal(torch.cat(used, 1).float(), want)
+    assert want.shape[1] == rows * columns * -(-inputs // 4) * 4
