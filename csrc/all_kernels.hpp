@@ -78,7 +78,6 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .nhwc_pixels = NHWC_PIXELS_PER_CALL,
       .nhwc_store = nhwc_store,
       .nhwc_quantize = nhwc_quantize,
-      .nhwc_dequantize = nhwc_dequantize,
       .nhwc_max = nhwc_max,
       .winograd_input = winograd_input,
       .winograd_output = winograd_output,

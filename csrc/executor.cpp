@@ -245,7 +245,6 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_CHANNEL_AFFINE: run_channel_affine(t, s, part); break;
     case RAREFY_OP_CHANNEL_SCALE: run_channel_scale(t, s, part); break;
     case RAREFY_OP_NHWC_QUANTIZE: return run_nhwc_quantize(t, s, part);
-    case RAREFY_OP_NHWC_DEQUANTIZE: return run_nhwc_dequantize(t, s, part);
     case RAREFY_OP_NHWC_CONV: return NhwcConv(t, s).run(part);
     case RAREFY_OP_NHWC_MAX_POOL: return run_nhwc_max_pool(t, s, part);
     case RAREFY_OP_IMAGE_ABSMAX: run_image_absmax(t, s, part); break;

@@ -164,8 +164,6 @@ struct rarefy_kernel_table {
   // Codes of pixels: channel c of pixel i is x[c * stride + i].
   void (*nhwc_quantize)(const float* x, int64_t stride, int64_t channels, int64_t pixels, float inverse_scale,
                         int32_t zero, uint8_t* codes, int64_t pixel_bytes);
-  void (*nhwc_dequantize)(const uint8_t* codes, int64_t pixel_bytes, int64_t channels, int64_t pixels, float scale,
-                          int32_t zero, float* out);  // [channels][TILE_COLS]
   void (*nhwc_max)(const uint8_t* codes, int64_t channels, uint8_t* max);
 
   void (*winograd_input)(const float* x, const int32_t* offsets, int64_t inputs, const rarefy_segment* segments,

@@ -93,13 +93,6 @@ void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const ui
   }
 }
 
-// (codes - zero) * scale of the first n codes at p.
-inline f32_vec nhwc_values(const uint8_t* p, int64_t n, float scale, float stored_zero) {
-  uint8_t some[SIMD_WIDTH] = {};
-  if (n < SIMD_WIDTH) p = static_cast<const uint8_t*>(std::memcpy(some, p, size_t(n)));
-  return (__builtin_convertvector(i32_vec(load_codes(p)), f32_vec) - stored_zero) * scale;
-}
-
 constexpr int OUTPUT_VECS = 4;  // vectors of outputs that become codes together
 constexpr int64_t OUTPUTS_TOGETHER = OUTPUT_VECS * SIMD_WIDTH;
 
@@ -244,20 +237,6 @@ void nhwc_quantize(const float* x, int64_t stride, int64_t channels, int64_t pix
         std::memcpy(codes + p * 4, lanes, size_t(count) * 4);
       else
         for (int64_t i = 0; i < count; ++i) std::memcpy(codes + (p + i) * pixel_bytes + c, lanes + i, 4);
-    }
-}
-
-void nhwc_dequantize(const uint8_t* codes, int64_t pixel_bytes, int64_t channels, int64_t pixels, float scale,
-                     int32_t zero, float* out) {
-  for (int64_t c = 0; c < channels; c += SIMD_WIDTH)
-    for (int64_t p = 0; p < pixels; p += SIMD_WIDTH) {
-      const int64_t count = std::min<int64_t>(SIMD_WIDTH, pixels - p), n = channels - c;
-      raw_vec square[SIMD_WIDTH] = {};
-      for (int64_t i = 0; i < count; ++i)
-        square[i] = raw_vec(nhwc_values(codes + (p + i) * pixel_bytes + c, n, scale, float(zero + INPUT_ZERO_POINT)));
-      transpose(square);
-      for (int64_t i = 0; i < std::min<int64_t>(SIMD_WIDTH, n); ++i)
-        store_partial(out + (c + i) * TILE_COLS + p, f32_vec(square[i]), count);
     }
 }
 

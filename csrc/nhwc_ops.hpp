@@ -66,18 +66,6 @@ inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s,
   return RAREFY_OK;
 }
 
-// One column tile of fp32 values of codes.
-inline int run_nhwc_dequantize(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
-  const rarefy_nhwc_image& in = s.nhwc->in;
-  for (int64_t at = tile * TILE_COLS, end = std::min(at + TILE_COLS, s.columns), n; at < end; at += n) {
-    const int64_t image = at / s.tokens, row = at % s.tokens / in.width, column = at % in.width;
-    n = std::min(in.width - column, end - at);
-    t.nhwc_dequantize(nhwc_codes(s.x) + nhwc_at(in, image, row, column), in.pixel_bytes, in.channels, n, in.scale,
-                      in.zero, tile_of(s.out, tile) + at % TILE_COLS);
-  }
-  return RAREFY_OK;
-}
-
 // The pixels of a convolution's outputs, in blocks, and how they are split into parts. Without segments a block also
 // computes sums between the rows of outputs, which are dropped, so that its inputs are evenly spaced. Images without a
 // border count as one where a kernel reads single pixels.

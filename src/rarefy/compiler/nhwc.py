@@ -69,7 +69,7 @@ def wanted_grid(p: Program, node: Node) -> ActivationQuant | None:
         if p.runs_on_codes(user) and (grid := _grid_in(p, node, user)) is not None:
             return grid
         name = p.operators[user.target].name
-        if name == "max_pool2d" and (grid := wanted_grid(p, user)) is not None:
+        if name == "max_pool2d" and (grid := _pooled_grid(p, user)) is not None:
             return grid
         rounds = name == "fake_quantize" and any(p.runs_on_codes(u) for u in user.users)
         if rounds and (grid := wanted_grid(p, user)) == grid_of(user):
@@ -155,17 +155,23 @@ def _paddings(p: Program, node: Node) -> Iterator[Any]:
             yield from _paddings(p, user)
 
 
-def _reads_codes_alone(p: Program, node: Node, user: Node) -> bool:
-    """Return whether an operator reads a pool's output as NHWC codes, and not in fp32."""
+def _pooled_grid(p: Program, node: Node) -> ActivationQuant | None:
+    """Return the grid of a max pool's output, None where something reads it in fp32."""
+    grid = wanted_grid(p, node)
+    return grid if grid is not None and all(_reads_codes(p, node, u, grid) for u in node.users) else None
+
+
+def _reads_codes(p: Program, node: Node, user: Node, grid: ActivationQuant) -> bool:
+    """Return whether an operator reads a value as NHWC codes on a grid, and not in fp32."""
     if p.runs_on_codes(user):
-        return _grid_in(p, node, user) == wanted_grid(p, node)
-    return user in p.nodes and grid_of(user) is not None and all(_reads_codes_alone(p, user, u) for u in user.users)
+        return _grid_in(p, node, user) == grid
+    return user in p.nodes and grid_of(user) == grid and all(_reads_codes(p, user, u, grid) for u in user.users)
 
 
 def lower_max_pool(p: Program, node: Node) -> bool:
-    """Add the step of a max pool of codes, if an operator reads its output as codes; return whether one does."""
+    """Add the step of a max pool of codes, if its output is read as codes alone; return whether it is."""
     x, kernel, stride, padding, dilation = node.args
-    grid = wanted_grid(p, node)
+    grid = _pooled_grid(p, node)
     if grid is None:
         return False
     source = codes_of(p, x, grid)
@@ -175,11 +181,6 @@ def lower_max_pool(p: Program, node: Node) -> bool:
     p.held.append(step)
     over = p.image_tokens(node)
     p.step("nhwc_max_pool", over, x=p.use(source.value), out_codes=p.use(written.value), nhwc=addressof(step))
-    if any(not _reads_codes_alone(p, node, u) for u in node.users):
-        back = Nhwc(input=written.image)
-        p.held.append(back)
-        out = p.make(node)
-        p.step("nhwc_dequantize", out, x=p.use(written.value), out=p.use(out), nhwc=addressof(back))
     return True
 
 
