@@ -5,8 +5,10 @@
     python engine.py --backends       the same pruned model by accelerate_, by torch.compile of that, and by compile
     python engine.py --table          only print what was measured last
 
-Rarefy runs the pruned model, also in 8 bits; other engines run the dense one, also in bf16 and 8 bits (rivals.py).
-Weights are pruned by magnitude for timing only. Appends one JSON line per case to results/engine.jsonl.
+Rarefy runs the dense and the pruned model, also in bf16 and 8 bits; other engines run the dense one (rivals.py).
+Weights are pruned by magnitude for timing only. 8 bits: images have scales from calibration, on all engines, texts
+those of each call. Appends one JSON line per case to results/engine.jsonl, with the cosine of each output and that of
+the same weights in eager torch.
 """
 
 from __future__ import annotations
@@ -23,22 +25,28 @@ import rarefy
 import tables
 from models import model_of
 from rarefy.model import hf
-from rivals import call, engines
+from rivals import call, cosine, engines, similar
 from runtime import alternate, keep_memory
 from values import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engine.jsonl"
-CASES = {"minilm": (1, 16), "resnet50": (1, 16)}
+CASES = {"minilm": (1, 16), "resnet50": (1, 16), "vit_b_16": (1, 8), "convnext_tiny": (1, 8)}
 PAUSE = 0.005  # seconds between calls: threads of most engines spin for about one ms after a call
-VARIANTS = {
+DENSE = {
     "dense": ("unstructured", 0.0, None),
+    "bf16": ("unstructured", 0.0, "bf16"),
+    "int8": ("unstructured", 0.0, "int8"),
+}
+VARIANTS = DENSE | {
     "80 %": ("unstructured", 0.8, None),
     "90 %": ("unstructured", 0.9, None),
     "4x1, 80 %": ("4x1", 0.8, None),
     "int8, 4x1, 80 %": ("4x1", 0.8, "int8"),
+    "int8, 1x4, 60 %": ("1x4", 0.6, "int8"),
     "int8, 1x4, 80 %": ("1x4", 0.8, "int8"),
 }
+PRUNED = ("minilm", "resnet50")
 
 
 def pruned(name: str, batch: int, variant: str) -> tuple[Any, Any, tuple[int, ...]]:
@@ -51,15 +59,25 @@ def pruned(name: str, batch: int, variant: str) -> tuple[Any, Any, tuple[int, ..
     return model, x, inputs
 
 
+def compiled(model: Any, x: Any, precision: str | None) -> Any:
+    """Return the compiled model, with static scales of images in 8 bits."""
+    if precision != "int8" or isinstance(x, dict):
+        return rarefy.compile(model, x, precision=precision)
+    return rarefy.compile(model, x, precision=precision, calibrate=[torch.from_numpy(b["x"]) for b in similar(x)])
+
+
 def run(name: str, batch: int) -> dict[str, Any]:
-    """Return quartiles in milliseconds of all engines, timed alternately."""
+    """Return quartiles in milliseconds of all engines, timed alternately, and the cosines of ours."""
     dense, x, _ = pruned(name, batch, "dense")
     runs: dict[str, Callable[[], Any]] = {"eager, dense": lambda: call(dense, x), **engines(dense, x)}
-    for variant, (*_, precision) in VARIANTS.items():
+    cosines: dict[str, float] = {}
+    for variant, (*_, precision) in (VARIANTS if name in PRUNED else DENSE).items():
         model, _, _ = pruned(name, batch, variant)
-        fast = rarefy.compile(model, x, precision=precision)
-        runs[f"ours, {variant}"] = lambda fast=fast: call(fast, x)
-    return alternate(runs, 10 if batch > 1 else 40, PAUSE)
+        fast = compiled(model, x, precision)
+        key = f"ours, {variant}"
+        cosines[key] = cosine(call(fast, x), call(model, x))
+        runs[key] = lambda fast=fast: call(fast, x)
+    return {"cosines": cosines, **alternate(runs, 10 if batch > 1 else 40, PAUSE)}
 
 
 def backends(name: str, batch: int) -> dict[str, Any]:

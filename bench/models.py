@@ -48,10 +48,11 @@ CASES = {  # batch sizes (tokens per call of a language model), and number forma
 
 def model_of(name: str, batch: int) -> tuple[nn.Module, Any, str, tuple[int, ...]]:
     """Return a model, its example, the layers to prune, and the batch sizes of its Linear layers."""
-    if name == "resnet50":
-        from torchvision.models import resnet50
+    if name in ("resnet50", "vit_b_16", "convnext_tiny"):
+        from torchvision import models
 
-        return resnet50().eval(), torch.randn(batch, 3, 224, 224), "re:layer.*conv.*|layer.*downsample.*", (batch,)
+        layers = "re:layer.*conv.*|layer.*downsample.*" if name == "resnet50" else "*"
+        return getattr(models, name)().eval(), torch.randn(batch, 3, 224, 224), layers, (batch,)
     if name == "fashion":
         from vision_net import SmallResNet
 

@@ -75,10 +75,14 @@ def engines(model: nn.Module, x: Any) -> dict[str, Callable[[], Any]]:
 
 def check(name: str, got: Any, want: Tensor) -> None:
     """Raise AssertionError if an output differs from the dense model's by more than its precision allows."""
-    cosine = float(torch.cosine_similarity(torch.as_tensor(got).flatten().double(), want.flatten().double(), dim=0))
-    least = LEAST.get(name.split()[-1], 0.9999)
-    if not cosine > least:
-        raise AssertionError(f"{name} has other outputs: cosine {cosine:.4f}, expected more than {least}")
+    found, least = cosine(torch.as_tensor(got), want), LEAST.get(name.split()[-1], 0.9999)
+    if not found > least:
+        raise AssertionError(f"{name} has other outputs: cosine {found:.4f}, expected more than {least}")
+
+
+def cosine(got: Tensor, want: Tensor) -> float:
+    """Return the cosine of two outputs."""
+    return float(torch.cosine_similarity(got.flatten().double(), want.flatten().double(), dim=0))
 
 
 def named(x: Any) -> dict[str, Tensor]:
