@@ -164,7 +164,7 @@ def convert_group_norm(exported: ExportedGraph, node: Node) -> None:
         groups = shape(x)[1]
         if statistics != [None, None] or not of_input:
             return
-    constant = all(n is None or n.name in exported.constants for n in (gamma, bias))
+    constant = all(n is None or str(n) in exported.constants for n in (gamma, bias))
     if constant and str(shape(x)[1]).isdigit() and x.name not in exported.constants:
         replace_node(exported, node, ops.group_norm, x, gamma, bias, int(groups), eps)
 
