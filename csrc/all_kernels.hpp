@@ -75,6 +75,7 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .softmax_lanes = softmax_lanes,
       .add_rescaled = add_rescaled,
       .nhwc_products = nhwc_products,
+      .nhwc_depthwise = nhwc_depthwise,
       .nhwc_pixels = NHWC_PIXELS_PER_CALL,
       .nhwc_store = nhwc_store,
       .nhwc_quantize = nhwc_quantize,

@@ -53,6 +53,7 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_GLOBAL_AVG_POOL: return s.columns * ceil_div(s.features, FEATURES_PER_PART);
     case RAREFY_OP_NHWC_QUANTIZE:
     case RAREFY_OP_NHWC_MAX_POOL: return s.batch * s.nhwc->out.height;
+    case RAREFY_OP_NHWC_DEPTHWISE:
     case RAREFY_OP_NHWC_CONV: return NhwcConv(rarefy_active_kernels(), s).parts;
     default: return tiles;
   }
@@ -106,7 +107,8 @@ int move_token_rows(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
     } else {
       t.unpack_tile(tile_of(s.x, tile) + at % TILE_COLS, s.features, n, contiguous ? row(s.out.data, 0) : buffer,
                     s.features);
-      for (int64_t i = 0; !contiguous && i < n; ++i) std::memcpy(row(s.out.data, i), buffer + i * s.features, row_bytes);
+      for (int64_t i = 0; !contiguous && i < n; ++i)
+        std::memcpy(row(s.out.data, i), buffer + i * s.features, row_bytes);
     }
   }
   return RAREFY_OK;
@@ -245,6 +247,7 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_CHANNEL_AFFINE: run_channel_affine(t, s, part); break;
     case RAREFY_OP_CHANNEL_SCALE: run_channel_scale(t, s, part); break;
     case RAREFY_OP_NHWC_QUANTIZE: return run_nhwc_quantize(t, s, part);
+    case RAREFY_OP_NHWC_DEPTHWISE:
     case RAREFY_OP_NHWC_CONV: return NhwcConv(t, s).run(part);
     case RAREFY_OP_NHWC_MAX_POOL: return run_nhwc_max_pool(t, s, part);
     case RAREFY_OP_IMAGE_ABSMAX: run_image_absmax(t, s, part); break;

@@ -159,6 +159,9 @@ struct rarefy_kernel_table {
   // Images of codes in NHWC order. Sums of up to 64 outputs (groups of 16) of some pixels: acc [pixels][NHWC_OUTPUTS].
   void (*nhwc_products)(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
                         int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc);
+  // Sums of at most NHWC_OUTPUTS channels of some pixels of a depthwise convolution; tap k is at x + offsets[k].
+  void (*nhwc_depthwise)(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t num_taps,
+                         const float* taps, int64_t tap_stride, int64_t channels, int64_t pixels, uint32_t* acc);
   int64_t nhwc_pixels;  // a number of pixels whose multiples run at full speed
   void (*nhwc_store)(const rarefy_nhwc_outputs&, const uint32_t* acc, int64_t pixels);
   // Codes of pixels: channel c of pixel i is x[c * stride + i].

@@ -17,6 +17,7 @@ constexpr int64_t NHWC_BLOCK = 16 * 16;                // lanes of weights in a 
 constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;               // blocks of 64 outputs, 4 KB each, that stay for all pixels
 constexpr int GROUP_VECS = 16 / SIMD_WIDTH;            // vectors of 16 outputs
 constexpr int NHWC_GROUPS = SIMD_WIDTH == 16 ? 4 : 1;  // groups of 16 outputs whose sums fit the registers
+constexpr int64_t DEPTHWISE_PIXELS = 4;
 constexpr int NHWC_PIXELS_PER_CALL = SIMD_WIDTH == 16 ? 6 : 4;
 
 // A code as it lies in memory, which is ordered like its value.
@@ -91,6 +92,25 @@ void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const ui
     if constexpr (NHWC_GROUPS > 1)
       if (groups - g >= 1) run(std::integral_constant<int, 1>{});
   }
+}
+
+// Sums are whole numbers below 2^31. Reads whole vectors of channels.
+void nhwc_depthwise(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t num_taps, const float* taps,
+                    int64_t tap_stride, int64_t channels, int64_t pixels, uint32_t* acc) {
+  for (int64_t c = 0; c < channels; c += SIMD_WIDTH)
+    for (int64_t p = 0; p < pixels; p += DEPTHWISE_PIXELS) {
+      f32_vec sums[DEPTHWISE_PIXELS] = {};
+      const uint8_t* in[DEPTHWISE_PIXELS];  // pixels that do not exist repeat the last one
+      for (int64_t i = 0; i < DEPTHWISE_PIXELS; ++i) in[i] = x + std::min(p + i, pixels - 1) * x_stride + c;
+      for (int64_t k = 0; k < num_taps; ++k) {
+        const f32_vec tap = load_vec(taps + k * tap_stride + c);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < DEPTHWISE_PIXELS; ++i)
+          sums[i] += tap * __builtin_convertvector(i32_vec(load_codes(in[i] + offsets[k])), f32_vec);
+      }
+      for (int64_t i = 0; i < std::min(DEPTHWISE_PIXELS, pixels - p); ++i)
+        store_raw(acc + (p + i) * NHWC_OUTPUTS + c, raw_vec(__builtin_convertvector(sums[i], i32_vec)));
+    }
 }
 
 constexpr int OUTPUT_VECS = 4;  // vectors of outputs that become codes together

@@ -162,6 +162,21 @@ struct NhwcConv {
     });
   }
 
+  void multiply(const uint8_t* in, int64_t stride, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
+    t.nhwc_products(c.blocks, c.num_blocks, in, stride, pixels, c.values + output * c.num_blocks * 16, ceil_div(n, 16),
+                    acc);
+  }
+
+  void sum_depthwise(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
+    const int64_t padded = ceil_div(features, NHWC_OUTPUTS) * NHWC_OUTPUTS;
+    for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t count) {
+      const uint8_t* x =
+          nhwc_codes(s.x) + nhwc_at(c.in, image, row * c.stride[0] - c.padding[0], column * c.stride[1] - c.padding[1]);
+      t.nhwc_depthwise(x + output, c.stride[1] * c.in.pixel_bytes, c.segments, c.num_segments, c.taps + output, padded,
+                       n, count, acc + (row * pitch + column - first) * NHWC_OUTPUTS);
+    });
+  }
+
   int run(int64_t part) const {
     const int64_t from = part % block_parts * blocks_per_part, to = std::min(from + blocks_per_part, blocks);
     const int64_t output = part / block_parts * outputs_per_part, end = std::min(output + outputs_per_part, features);
@@ -176,14 +191,16 @@ struct NhwcConv {
       for (int64_t b = from; b < to; ++b) {
         const int64_t image = b / blocks_per_image, first = b % blocks_per_image * block_pixels;
         const int64_t pixels = std::min(block_pixels, positions - first), n = std::min(NHWC_OUTPUTS, end - o);
-        const uint8_t* in = x + image * nhwc_image_bytes(c.in) + first * c.in.pixel_bytes;
-        if (c.segments) {
-          in = copies + (b - from) * copy;
-          if (o == output) copy_inputs(image, first, pixels, copies + (b - from) * copy);
-        }
         if (c.num_blocks <= MAX_PREFETCH_BLOCKS) prefetch(image, first, pixels, o);
-        t.nhwc_products(c.blocks, c.num_blocks, in, c.segments ? c.num_blocks * 64 : c.in.pixel_bytes, pixels,
-                        c.values + o * c.num_blocks * 16, ceil_div(n, 16), acc);
+        if (c.taps) {
+          sum_depthwise(image, first, pixels, o, n, acc);
+        } else if (c.segments) {
+          uint8_t* in = copies + (b - from) * copy;
+          if (o == output) copy_inputs(image, first, pixels, in);
+          multiply(in, c.num_blocks * 64, pixels, o, n, acc);
+        } else {
+          multiply(x + image * nhwc_image_bytes(c.in) + first * c.in.pixel_bytes, c.in.pixel_bytes, pixels, o, n, acc);
+        }
         store(image, first, pixels, o, n, acc);
       }
     if (s.out_codes.data && !output)

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 13 };
+enum { RAREFY_ABI_VERSION = 14 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -202,7 +202,8 @@ enum rarefy_op {
   RAREFY_OP_NHWC_QUANTIZE = 21,    // out_codes = the images x, which are tiles, or with channels_first external
   RAREFY_OP_NHWC_CONV = 22,        // out, out_codes = act(convolution of the codes x + bias + the codes residual)
   RAREFY_OP_NHWC_MAX_POOL = 23,    // out_codes = maximum over the kernel window of the codes x
-  RAREFY_OP_COUNT = 24,
+  RAREFY_OP_NHWC_DEPTHWISE = 24,   // as NHWC_CONV, for depthwise convolutions
+  RAREFY_OP_COUNT = 25,
 };
 
 struct rarefy_view {
@@ -271,7 +272,7 @@ struct rarefy_nhwc_block {
 struct rarefy_nhwc {
   rarefy_nhwc_image in, out, residual;  // out, residual: of the codes, where the step has such operands
   int64_t kernel[2], stride[2], padding[2], dilation[2];
-  // The rest is for NHWC_CONV. Outputs are padded to sixteens, in factors, bias and row_sums.
+  // The rest is for NHWC_CONV and NHWC_DEPTHWISE. Outputs are padded to 64 in factors, bias, row_sums and taps.
   const uint32_t* values;           // [outputs / 16][blocks][16 lanes][16 outputs]
   const rarefy_nhwc_block* blocks;  // of the inputs of an output, in the image or, with segments, in a copy of them
   const int64_t* segments;          // runs of bytes to be copied together: their offsets in the image; or null
@@ -279,6 +280,7 @@ struct rarefy_nhwc {
   int64_t segment_bytes, segment_stride;  // of a segment; from one to the next in the copy
   const float *factors, *bias;            // scales of weight times input, bias: [outputs]
   const int32_t* row_sums;                // [outputs], sums of the weight's codes
+  const float* taps;                      // NHWC_DEPTHWISE: codes of weights [segments][outputs], one for each segment
 };
 
 struct rarefy_step {
@@ -328,9 +330,9 @@ struct rarefy_step {
   // come from: segments of at most SEGMENT_FLOATS columns, in order, that cover the tile. A negative source: zeros.
   const rarefy_segment* segments;
   const int64_t* segment_starts;
-  const int64_t* token_rows;       // PACK, UNPACK: [columns], ascending: which row of the external tensor is the token
-                                   // in each column; null: as batch, tokens and seq_stride say
-  const rarefy_nhwc* nhwc;         // NHWC_*
+  const int64_t* token_rows;  // PACK, UNPACK: [columns], ascending: which row of the external tensor is the token
+                              // in each column; null: as batch, tokens and seq_stride say
+  const rarefy_nhwc* nhwc;    // NHWC_*
 };
 
 struct rarefy_step_time {  // nanoseconds that one thread

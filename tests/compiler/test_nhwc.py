@@ -125,6 +125,33 @@ def test_residuals_and_pools_stay_codes(isa, batch):
     assert relative_distance(got, net(x).detach()) < 0.05
 
 
+class Depthwise(nn.Module):
+    """Inverted residuals, with and without a stride, and a depthwise convolution whose output is read in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.expand, self.project = nn.Conv2d(5, 70, 1), nn.Conv2d(70, 12, 1)
+        self.middle = nn.Conv2d(70, 70, 3, 1, 1, groups=70)
+        self.wide, self.narrow = nn.Conv2d(12, 36, 1), nn.Conv2d(36, 12, 1)
+        self.down = nn.Conv2d(36, 36, (5, 3), 2, (2, 1), groups=36, bias=False)
+        self.last = nn.Conv2d(12, 12, 3, 1, 2, 2, groups=12)
+
+    def forward(self, x):
+        x = self.project(F.relu6(self.middle(F.relu6(self.expand(x)))))
+        return self.last(self.narrow(F.hardswish(self.down(F.silu(self.wide(x))))))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_depthwise_convolutions_read_codes(isa, batch):
+    torch.manual_seed(2)
+    net, x = Depthwise().eval(), torch.randn(batch, 5, 19, 27)
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x])
+    got = made(x)
+    assert set(steps(made)) == {"nhwc_quantize", "nhwc_conv", "nhwc_depthwise", "unpack"}
+    assert relative_distance(got, rounded(made, x)) < 4e-3
+    assert relative_distance(got, net(x).detach()) < 0.05
+
+
 class Mixed(nn.Module):
     """Values that are read as codes and in fp32, by operators and as an output."""
 

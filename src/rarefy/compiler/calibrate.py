@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from rarefy.common.errors import DataError
 from rarefy.compiler import ops
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.export import split_example
-from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.fx_utils import ExportedGraph, Node, keep_layer
+from rarefy.compiler.program import MAX_TAPS
 from rarefy.model.activation_quant import ActivationQuant
 
 OBSERVER = "mse"
@@ -27,8 +28,27 @@ def reads_static_codes(node: Node) -> bool:
 
 def quantized_operands(node: Node) -> list[Node]:
     """Return the operands of an int8 operator that have static grids: its input, and a convolution's residual."""
-    residual = node.args[3] if node.target is ops.conv2d else None
+    residual = node.args[3] if node.target is ops.conv2d and node.args[-1] == 1 else None
     return [v for v in (node.args[0], residual) if v is not None]  # type: ignore[misc]
+
+
+def is_depthwise(node: Node, constants: Mapping[str, Tensor]) -> bool:
+    """Return whether a node is a depthwise convolution, a channel by itself, that could read codes."""
+    if node.target is not ops.conv2d:
+        return False
+    weight = constants[node.args[1].name]  # type: ignore[union-attr]
+    return weight.shape[1] == 1 and node.args[-1] == len(weight) and weight[0].numel() <= MAX_TAPS
+
+
+def round_input(exported: ExportedGraph, node: Node, grid: ActivationQuant) -> None:
+    """Round the input of an operator to a grid, in the graph; operators with equal grids share the rounded value."""
+    x: Any = node.args[0]
+    same = next((u for u in x.users if u.target is ops.fake_quantize and u.args == (x, grid.scale, grid.zero)), None)
+    if same is None:
+        with exported.graph.inserting_before(node):
+            same = exported.graph.call_function(ops.fake_quantize, (x, grid.scale, grid.zero))
+        keep_layer(same, node)
+    node.args = (same, *node.args[1:])
 
 
 @torch.no_grad()

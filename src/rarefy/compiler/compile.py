@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import DataError, ModelError, first_line, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops, tuning
-from rarefy.compiler.calibrate import input_grids, quantized_operands, reads_static_codes
+from rarefy.compiler.calibrate import input_grids, is_depthwise, quantized_operands, reads_static_codes, round_input
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import Pass, export_graph, split_example, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
@@ -277,14 +277,18 @@ def passes_for(precision: str | None) -> tuple[Pass, ...]:
 
 
 def _set_input_grids(exported: ExportedGraph, specs: Sequence[Any], kernels: Mapping[Node, Any], batches: Any) -> None:
-    """Give kernels static scales of their inputs where these are faster than those found in each call."""
+    """Give kernels static scales of their inputs where these are faster than those found in each call, and round the
+    inputs of depthwise convolutions, which have no kernels."""
     nodes = [n for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d) and k.held[0].kind == "int8"]
     nodes = [n for n in nodes if reads_static_codes(n) and kernels[n].input_grid is None]
-    grids = input_grids(in_torch(exported, specs), nodes, batches)
+    depthwise = [n for n in exported.graph.nodes if n not in kernels and is_depthwise(n, exported.constants)]
+    grids = input_grids(in_torch(exported, specs), [*nodes, *depthwise], batches)
     for node in nodes:
         value, *residual = quantized_operands(node)
         kernels[node].input_grid = grids[value]
         kernels[node].residual_grid = grids[residual[0]] if residual else None
+    for node in depthwise:
+        round_input(exported, node, grids[node.args[0]])
 
 
 def rounds_values(exported: ExportedGraph) -> bool:

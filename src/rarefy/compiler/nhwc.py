@@ -24,6 +24,7 @@ from rarefy.runtime.nhwc_weights import BLOCK_BYTES, NhwcWeight, weight_of
 
 OVERREAD_PIXELS = 32  # that steps may read past the last image
 MAX_DROPPED = 1.35  # sums computed for each that is used, up to which inputs are read in place
+MAX_TAP = 32767  # the largest code of a depthwise weight
 MAX_IMAGE_BYTES = 1 << 31  # offsets are 32 bits
 
 
@@ -51,7 +52,7 @@ class Nhwc(Structure):
         *[(n, c_int64 * 2) for n in ("kernel", "stride", "padding", "dilation")],
         *[(n, c_void_p) for n in ("values", "blocks", "segments")],
         *[(n, c_int64) for n in ("num_blocks", "num_segments", "segment_bytes", "segment_stride")],
-        *[(n, c_void_p) for n in ("factors", "bias", "row_sums")],
+        *[(n, c_void_p) for n in ("factors", "bias", "row_sums", "taps")],
     ]
 
 
@@ -79,10 +80,10 @@ def wanted_grid(p: Program, node: Node) -> ActivationQuant | None:
 
 def _grid_in(p: Program, node: Node, conv: Node) -> ActivationQuant | None:
     """Return the grid on which a convolution of codes reads an operand."""
-    kernel = p.kernels[conv]
+    kernel = p.kernels.get(conv)
     if conv.args[0] is node:
-        return kernel.input_grid
-    return grid_of(node) or kernel.residual_grid
+        return grid_of(node) if kernel is None else kernel.input_grid
+    return grid_of(node) or (None if kernel is None else kernel.residual_grid)
 
 
 def codes_of(p: Program, node: Node, grid: ActivationQuant) -> Codes:
@@ -120,12 +121,16 @@ def new_codes(p: Program, node: Node, grid: ActivationQuant) -> Codes:
 
 def lower_conv(p: Program, node: Node) -> None:
     """Add the step of a convolution of codes."""
-    x, _, _, residual, act, stride, padding, dilation, _ = node.args
-    kernel, act = p.kernels[node], bindings.ACTIVATIONS.index(act)
-    source, added = codes_of(p, x, kernel.input_grid), None if residual is None else _residual_codes(p, node)
-    pairs = {"kernel": kernel.shape[2:], "stride": stride, "padding": padding, "dilation": dilation}
+    x, w, bias, residual, act, stride, padding, dilation, _ = node.args
+    kernel, act, grid = p.kernels.get(node), bindings.ACTIVATIONS.index(act), _grid_in(p, node.args[0], node)  # type: ignore[arg-type]
+    source, added = codes_of(p, x, grid), None if residual is None else _residual_codes(p, node)  # type: ignore[arg-type]
+    size = p.constants[w.name].shape[2:] if kernel is None else kernel.shape[2:]
+    pairs = {"kernel": size, "stride": stride, "padding": padding, "dilation": dilation}
     step = Nhwc(input=source.image, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})
-    _set_weight(p, step, weight_of(kernel), kernel.held[1], p.shape(node)[2:])
+    if kernel is None:
+        _set_taps(p, step, p.constants[w.name], None if bias is None else p.constants[bias.name])
+    else:
+        _set_weight(p, step, weight_of(kernel), kernel.held[1], p.shape(node)[2:])
     operands, separate = {"x": source.value}, residual is not None and added is None  # an addition of its own
     if added is not None:
         step.residual, operands["residual"] = added.image, added.value
@@ -134,7 +139,8 @@ def lower_conv(p: Program, node: Node) -> None:
         written = p.nhwc[node, grid] = new_codes(p, node, grid)
         step.out, operands["out_codes"] = written.image, written.value
     operands = {n: p.use(v) for n, v in {**operands, "out": out}.items()}
-    p.step("nhwc_conv", out, act=0 if separate else act, nhwc=addressof(step), **operands)
+    name = "nhwc_depthwise" if kernel is None else "nhwc_conv"
+    p.step(name, out, act=0 if separate else act, nhwc=addressof(step), **operands)
     if separate:
         p.step("add", out, x=p.use(out), out=p.use(out), act=act, other=p.use(p.values[residual]))
 
@@ -182,6 +188,25 @@ def lower_max_pool(p: Program, node: Node) -> bool:
     over = p.image_tokens(node)
     p.step("nhwc_max_pool", over, x=p.use(source.value), out_codes=p.use(written.value), nhwc=addressof(step))
     return True
+
+
+def _set_taps(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) -> None:
+    """Write a depthwise convolution's weight [channels, 1, rows, columns] into its step, in codes of 16 bits."""
+    image, (rows, columns) = step.input, weight.shape[2:]
+    row_bytes = (image.width + 2 * image.border) * image.pixel_bytes
+    down, right = step.dilation
+    starts = [i * down * row_bytes + j * right * image.pixel_bytes for i in range(rows) for j in range(columns)]
+    segments = (c_int64 * len(starts))(*starts)
+    weight = weight.float().flatten(1).T  # [taps, channels]
+    scale = (weight.abs().amax(0) / MAX_TAP).clamp(min=torch.finfo(torch.float32).tiny)
+    padding = (0, -len(scale) % 64)
+    taps = F.pad((weight / scale).round(), padding).contiguous()
+    row_sums, factors = taps.sum(0).int(), F.pad(scale * image.scale, padding)
+    bias = torch.zeros(len(factors)) if bias is None else F.pad(bias.float(), padding)
+    p.held += [step, segments, taps, row_sums, factors, bias]
+    step.segments, step.num_segments = addressof(segments), len(starts)
+    step.factors, step.bias, step.row_sums = factors.data_ptr(), bias.data_ptr(), row_sums.data_ptr()
+    step.taps = taps.data_ptr()
 
 
 def _set_weight(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None, sizes: Sequence[int]) -> None:

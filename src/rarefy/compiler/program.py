@@ -32,6 +32,7 @@ VECTOR = 16  # tokens of a vector; several sequences are padded to a multiple of
 MAX_DECODE_TOKENS = 8  # tokens up to which values are stored row by row
 DECODE_FORMATS = (Bitmask, QuantizedPanels)  # packed weights that read rows
 WRITTEN_OPERANDS = ("out", "out_codes", "out_scales", "out_absmax")
+MAX_TAPS = 256  # of a depthwise convolution on codes, so that sums fit 32 bits
 MAX_IDLE = 0.15  # share of time that threads may wait where each runs whole tiles
 
 Span = tuple[int, int, bool]  # start and end in memory, and whether it is written
@@ -307,12 +308,16 @@ class Program:
                 self.every.remove(operands.pop("out"))
 
     def runs_on_codes(self, node: Node) -> bool:
-        """Return whether a node is a convolution that reads its input, and writes its output, as NHWC codes."""
-        kernel = self.kernels.get(node)
-        if kernel is None or kernel.input_grid is None or node not in self.nodes:
+        """Return whether a node is a convolution that reads its input, and writes its output, as NHWC codes: a dense one
+        in int8 with a static scale, or a depthwise one of rounded values."""
+        if node not in self.nodes or self.operators[node.target].name != "conv2d":
             return False
+        kernel = self.kernels.get(node)
+        if kernel is None:
+            return is_rounded_depthwise(node, self.constants)
         packed = kernel.held[0]
-        return isinstance(packed, ConvTiles) and packed.counts is None and packed.kind == "int8"
+        dense = isinstance(packed, ConvTiles) and packed.counts is None and packed.kind == "int8"
+        return dense and kernel.input_grid is not None
 
     def _reads_pixels(self, image: Node, user: Node) -> bool:
         """Return whether an operator reads an image's pixels as they are stored, not its padded planes."""
@@ -460,6 +465,13 @@ def _is_dense_int8(step: Step) -> bool:
     """Return whether a convolution's weight is dense in int8."""
     conv = bindings.Conv.from_address(c_void_p.from_address(step.indirection).value or 0)
     return bool(conv.dense) and conv.weight.dtype == DTYPES.index("int8")
+
+
+def is_rounded_depthwise(node: Node, constants: Mapping[str, Tensor]) -> bool:
+    """Return whether a convolution is a depthwise one whose input has been rounded to int8 codes with one scale."""
+    x, w, groups = node.args[0], constants[node.args[1].name], node.args[-1]  # type: ignore[union-attr]
+    rounded = isinstance(x, torch.fx.Node) and getattr(x.target, "__name__", "") == "fake_quantize"
+    return rounded and groups == len(w) and w.shape[1] == 1 and w[0].numel() <= MAX_TAPS
 
 
 def _set_mask(a: Attention, mask: Tensor) -> Tensor:

@@ -31,11 +31,11 @@ def conv2d(
 
 def _lower(p: Program, node: Node) -> None:
     """A depthwise step; a linear step where kernel size and stride are one; else a convolution."""
-    if node not in p.kernels:
-        _lower_depthwise(p, node)
-        return
     if p.runs_on_codes(node):
         nhwc.lower_conv(p, node)
+        return
+    if node not in p.kernels:
+        _lower_depthwise(p, node)
         return
     x, _, _, residual, _, stride, padding, _, _ = node.args
     kernel = p.kernels[node]

@@ -34,7 +34,7 @@ def _lower(p: Program, node: Node) -> None:
 def _reads_codes(p: Program, node: Node, user: Node) -> bool:
     """Return whether an operator of a program reads the codes of a value, and nothing else of it."""
     kernel = p.kernels.get(user)
-    if p.runs_on_codes(user) and node is not user.args[0]:  # the residual
+    if p.runs_on_codes(user) and (kernel is None or node is not user.args[0]):  # depthwise, or the residual
         return True
     if p.decode or user not in p.nodes or kernel is None or node in user.args[1:]:
         return False
