@@ -417,6 +417,8 @@ def swap_first_two_calls(told):
         (lambda t: t["grids"].update(x=[1.0, 0]), "grids: 'x': expected an operator with a kernel and a scale"),
         (lambda t: t["grids"].update({node_on(t, "p_a_weight"): [0.0, 0]}), "expected an operator with a kernel"),
         (lambda t: t["grids"].update({node_on(t, "p_a_weight"): [0.5, 256]}), "expected a zero point from 0 to 255"),
+        (lambda t: t["grids"].update({node_on(t, "p_a_weight"): [0.5, 1, 0.5]}), "expected an operator with a kernel"),
+        (lambda t: t["grids"].update({node_on(t, "p_a_weight"): [0.5, 1, 0.5, -1]}), "zero point from 0 to 255, got -1"),
         (packed_as(format="csr"), "expected the fields of a packed weight"),
         (packed_as(format=["sell"]), "packed 'p_a_weight': "),
         (packed_as(kind="fp8"), "expected the fields of a packed weight"),

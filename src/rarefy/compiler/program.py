@@ -308,8 +308,8 @@ class Program:
                 self.every.remove(operands.pop("out"))
 
     def runs_on_codes(self, node: Node) -> bool:
-        """Return whether a node is a convolution that reads its input, and writes its output, as NHWC codes: a dense one
-        in int8 with a static scale, or a depthwise one of rounded values."""
+        """Return whether a node is a convolution that reads its input, and writes its output, as NHWC codes: a dense
+        one in int8 with a static scale, or a depthwise one of rounded values."""
         if node not in self.nodes or self.operators[node.target].name != "conv2d":
             return False
         kernel = self.kernels.get(node)
