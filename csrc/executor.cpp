@@ -292,6 +292,7 @@ API void rarefy_advise_huge_pages(void* p, int64_t bytes) { advise_huge_pages(p,
 API int rarefy_run_program(const rarefy_step* steps, int64_t count, rarefy_step_time* times) {
   const rarefy_kernel_table& t = rarefy_active_kernels();
   const uint32_t threads = num_threads();
+  const ProgramThreads of_caller(threads);
   for (int64_t k = 0; k < count; ++k) {
     const rarefy_step& s = steps[k];
     if (s.op < 0 || s.op >= RAREFY_OP_COUNT || s.depends_on < 0 || s.depends_on > k) return RAREFY_INVALID;
@@ -310,6 +311,7 @@ API int rarefy_run_program(const rarefy_step* steps, int64_t count, rarefy_step_
   std::atomic<uint32_t> arrived{0};
   std::atomic<int> error{RAREFY_OK};
   auto work = [&] {
+    const ProgramThreads of_worker(threads);
     const uint32_t thread = arrived.fetch_add(1) % threads;
     int64_t finished = 0;  // leading steps known to be done
     for (int64_t k = 0; k < count; ++k) {

@@ -95,7 +95,24 @@ int64_t run_and_steal(WorkRange* ranges, uint32_t threads, uint32_t thread, F&& 
   return count;
 }
 
+// The threads of the program that this thread runs a part of; 0 outside of programs.
+inline thread_local uint32_t program_threads = 0;
+
+// Let this thread run parts of a program that was split for so many threads: torch's own number may differ between its
+// threads after a call of torch.set_num_threads, but how a step is split must not.
+class ProgramThreads {
+ public:
+  explicit ProgramThreads(uint32_t threads) : before(program_threads) { program_threads = threads; }
+  ~ProgramThreads() { program_threads = before; }
+  ProgramThreads(const ProgramThreads&) = delete;
+  ProgramThreads& operator=(const ProgramThreads&) = delete;
+
+ private:
+  const uint32_t before;
+};
+
 inline uint32_t num_threads() {
+  if (program_threads) return program_threads;
   uint32_t threads = 1;
   if (rarefy_parallel_for && rarefy_get_num_threads) rarefy_get_num_threads(&threads);
   return std::min<uint32_t>(std::max<uint32_t>(threads, 1), MAX_THREADS);

@@ -703,3 +703,31 @@ def test_later_changes_of_the_model_are_not_seen():
     for p in net.parameters():
         p.data.add_(1)
     assert torch.equal(made(x=x, ids=ids), before)
+
+
+def test_threads_of_torch_that_disagree():
+    """After `set_num_threads`, threads that torch starts later see another number than a thread that began before."""
+    net = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 256)).eval()
+    x = torch.randn(60, 256)
+    made, want, before = rarefy.compile(net, x, tune=False), net(x).detach(), torch.get_num_threads()
+    wrong = []
+
+    def call(begun, go):
+        torch.get_num_threads()  # from here on this thread keeps the number
+        begun.set()
+        go.wait()
+        wrong.extend(d for _ in range(3) if not (d := relative_distance(made(x), want)) < 1e-5)
+
+    try:
+        for _ in range(10):
+            torch.set_num_threads(2)
+            begun, go = threading.Event(), threading.Event()
+            thread = threading.Thread(target=call, args=(begun, go))
+            thread.start()
+            begun.wait()
+            torch.set_num_threads(1)
+            go.set()
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert not wrong
