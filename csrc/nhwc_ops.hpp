@@ -26,8 +26,9 @@ inline int64_t nhwc_at(const rarefy_nhwc_image& i, int64_t image, int64_t row, i
 
 inline uint8_t* nhwc_codes(const rarefy_view& v) { return reinterpret_cast<uint8_t*>(v.data); }
 
-inline uint8_t stored_zero(const rarefy_kernel_table& t, const rarefy_nhwc_image& i) {
-  return uint8_t((__builtin_bit_cast(uint32_t, t.packed_zeros) & 255u) + uint32_t(i.zero));
+// A code as it lies in memory.
+inline uint8_t stored_code_of(const rarefy_kernel_table& t, int32_t code) {
+  return uint8_t((__builtin_bit_cast(uint32_t, t.packed_zeros) & 255u) + uint32_t(code));
 }
 
 // Fill the border of an image beside some of its rows, and above the first and below the last row.
@@ -36,7 +37,7 @@ inline void fill_border(const rarefy_kernel_table& t, const rarefy_nhwc_image& i
   const int64_t side = i.border * i.pixel_bytes, row = nhwc_row_bytes(i);
   if (!side) return;
   uint8_t* first = codes + nhwc_at(i, image, 0, -i.border);
-  const int zero = stored_zero(t, i);
+  const int zero = stored_code_of(t, i.zero);
   if (from == 0) std::memset(first - i.border * row, zero, size_t(i.border * row));
   if (to == i.height) std::memset(first + to * row, zero, size_t(i.border * row));
   for (int64_t y = from; y < to; ++y) {
@@ -247,6 +248,7 @@ inline int run_nhwc_max_pool(const rarefy_kernel_table& t, const rarefy_step& s,
           t.nhwc_max(source, c.out.channels, out);
         first = false;
       }
+    if (first) std::memset(out, stored_code_of(t, -128), size_t(c.out.channels));  // minus infinity, which saturates
   }
   fill_border(t, c.out, nhwc_codes(s.out_codes), image, row, row + 1);
   return RAREFY_OK;

@@ -270,3 +270,58 @@ def test_no_grid_is_found():
     codes[3, 150] += 0.1
     assert int8_grid(codes) is None and int8_grid(torch.randn(4, 30)) is None
     assert int8_grid(torch.tensor([[200.0, 1.0]])) is None
+
+
+def on_grids(net):
+    """Round the weights of a model's layers, which are its children, to grids of 8 bits."""
+    for layer in net.children():
+        weight = layer.weight.data.flatten(1)
+        layer.weight.data = Grid(8, weight.abs().amax(1, keepdim=True) / 127).snap(weight).view_as(layer.weight)
+
+
+class Pools(nn.Module):
+    """Convolutions behind a rounded max pool: its codes are all that is read of it."""
+
+    def __init__(self, read, pool):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 12, 3, 1, 1), nn.Conv2d(12, 12, 3, 1, 1), nn.Conv2d(12, 7, 1)
+        self.read, self.pool = read, pool
+        on_grids(self)
+
+    def forward(self, x):
+        rounds = ActivationQuant(8, 0.02, 40)
+        y = rounds(F.max_pool2d(self.first(rounds(x)).relu(), *self.pool))
+        y = {"once": lambda: self.second(y), "residual": lambda: (self.second(y) + y).relu()}[self.read]()
+        return self.last(rounds(y))
+
+
+@pytest.mark.parametrize("pool", [(2,), (3, 2, 1), (2, 1, 1, 20)], ids=str)
+@pytest.mark.parametrize("read", ["once", "residual"])
+def test_pools_whose_codes_alone_are_read(isa, read, pool):
+    """Windows of the last pool lie in the padding alone, where eager's minus infinity saturates."""
+    net, x = Pools(read, pool).eval(), torch.randn(2, 3, 19, 20)
+    made = rarefy.compile(net, x, tune=False)
+    assert "max_pool" not in {row.operator for row in made.profile(x, repeats=1, warmup=0).by_operator()}
+    assert relative_distance(made(x), eager(net, x)) < 0.01
+
+
+@pytest.mark.parametrize("groups", [1, 12])
+def test_values_that_another_native_call_rounds(groups):
+    """Torch runs the sums between two native calls; the second one reads what the first one rounds."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 12, 3, 1, 1), nn.Conv2d(12, 12, 3, 1, 1)
+            self.last = nn.Conv2d(12, 12, 3, 1, 1, groups=groups)
+            on_grids(self)
+
+        def forward(self, x):
+            rounds = ActivationQuant(8, 0.02, 128)
+            y = rounds(self.first(rounds(x)))
+            return self.last(y) + self.second(y).cumsum(1)
+
+    net, x = Parts().eval(), torch.randn(2, 3, 9, 9)
+    made = rarefy.compile(net, x, tune=False)
+    assert sum(isinstance(s, FusedSubgraph) for s in made.schedule) == 2
+    assert relative_distance(made(x), eager(net, x)) < 0.01

@@ -88,7 +88,7 @@ def _grid_in(p: Program, node: Node, conv: Node) -> ActivationQuant | None:
 
 def codes_of(p: Program, node: Node, grid: ActivationQuant) -> Codes:
     """Return a node's value as NHWC codes on a grid, made once."""
-    if grid_of(node) == grid:  # codes of a value that is rounded are those of the value before
+    if node in p.nodes and grid_of(node) == grid:  # codes of a value that is rounded here are those before
         node = node.args[0]  # type: ignore[assignment]
     if (node, grid) not in p.nhwc:
         codes = p.nhwc[node, grid] = new_codes(p, node, grid)

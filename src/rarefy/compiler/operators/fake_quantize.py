@@ -22,10 +22,11 @@ def grid_of(node: Node) -> ActivationQuant | None:
 
 def _lower(p: Program, node: Node) -> None:
     x, scale, zero = node.args
-    source = p.values[x]
     if all(_reads_codes(p, node, user) for user in node.users):
-        p.values[node] = source
+        if x in p.values:  # else a max pool wrote its codes alone
+            p.values[node] = p.values[x]
         return
+    source = p.values[x]
     out = p.make(node)
     p.unrounded[out] = source
     p.step("fake_quantize", out, x=p.use(source), out=p.use(out), codes_scale=scale, codes_zero=zero - 128)
@@ -34,8 +35,8 @@ def _lower(p: Program, node: Node) -> None:
 def _reads_codes(p: Program, node: Node, user: Node) -> bool:
     """Return whether an operator of a program reads the codes of a value, and nothing else of it."""
     kernel = p.kernels.get(user)
-    if p.runs_on_codes(user) and (kernel is None or node is not user.args[0]):  # depthwise, or the residual
-        return True
+    if p.runs_on_codes(user):  # as its input, on the same grid, or as its residual, or as both
+        return kernel is None or node is not user.args[0] or kernel.input_grid == grid_of(node)
     if p.decode or user not in p.nodes or kernel is None or node in user.args[1:]:
         return False
     return kernel.input_grid == grid_of(node)
