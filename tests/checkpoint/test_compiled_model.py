@@ -414,11 +414,13 @@ def swap_first_two_calls(told):
         (lambda t: t["kernels"].update(norm="p_a_weight"), "which only linear, conv2d, embedding have"),
         (lambda t: t["kernels"].update({node_on(t, "p_a_weight"): ["p_a_weight"]}), "expected str"),
         (lambda t: t["kernels"].update({node_on(t, "p_a_weight"): "p_c_weight"}), "are not the weights that kernels name"),
+        (lambda t: t["grids"].update(nobody=[1.0, 0]), "grids: 'nobody': expected an operator with a kernel"),
         (lambda t: t["grids"].update(x=[1.0, 0]), "grids: 'x': expected an operator with a kernel and a scale"),
         (lambda t: t["grids"].update({node_on(t, "p_a_weight"): [0.0, 0]}), "expected an operator with a kernel"),
         (lambda t: t["grids"].update({node_on(t, "p_a_weight"): [0.5, 256]}), "expected a zero point from 0 to 255"),
         (lambda t: t["grids"].update({node_on(t, "p_a_weight"): [0.5, 1, 0.5]}), "expected an operator with a kernel"),
         (lambda t: t["grids"].update({node_on(t, "p_a_weight"): [0.5, 1, 0.5, -1]}), "zero point from 0 to 255, got -1"),
+        (lambda t: t["grids"].update({node_on(t, "p_a_weight"): [0.5, 9]}), "does not read int8 codes with one scale"),
         (packed_as(format="csr"), "expected the fields of a packed weight"),
         (packed_as(format=["sell"]), "packed 'p_a_weight': "),
         (packed_as(kind="fp8"), "expected the fields of a packed weight"),
@@ -441,6 +443,14 @@ def test_graphs_that_no_model_has(folder, change, says):
     with pytest.raises(ContainerError):
         rarefy.inspect(folder)
         rarefy.load(folder)
+
+
+@needs_kernels
+def test_a_bias_that_is_named_as_a_packed_weight(tmp_path):
+    made, x = rarefy.compile(nn.Linear(30, 5).eval(), torch.randn(3, 30)), torch.randn(3, 30)
+    rarefy.save(made, tmp_path / "m")
+    edit(tmp_path / "m", lambda told: call(told, "rarefy.linear")[3].__setitem__(1, call(told, "rarefy.linear")[3][2]))
+    assert torch.equal(rarefy.load(tmp_path / "m")(x), made(x))
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,7 @@ def embedding_as(name):
         (odd_panels(more=1), "expected the fields of a packed weight"),
         (embedding_as("a bitmask"), "expected a weight packed as panels, got bitmask|are not the weights"),
         (embedding_as("nobody"), "are not the weights that kernels name"),
+        (lambda t: t["grids"].update({call(t, "rarefy.embedding")[0]: [0.5, 9]}), "does not read int8 codes with one"),
         (lambda t: t["kernels"].pop(call(t, "rarefy.embedding")[0]), "is missing: it is neither"),
     ],
 )  # fmt: skip

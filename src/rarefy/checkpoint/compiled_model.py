@@ -21,7 +21,7 @@ from rarefy.compiler import ops, shape_checks
 from rarefy.compiler.executor import Compiled, InputSpec
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.graph_json import GraphDef, from_json, to_json
-from rarefy.compiler.kernel_selection import EmbeddingKernel, repack
+from rarefy.compiler.kernel_selection import EmbeddingKernel, reads_static_codes, repack
 from rarefy.compiler.operators.spec import Call
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.formats import container
@@ -342,6 +342,8 @@ def _check_weights(node: Node, g: GraphDef, constants: Mapping[str, Tensor], pac
     if name is not None and g.packed[name]["format"] not in spec.packed_formats:
         formats = " or ".join(spec.packed_formats)
         raise ValueError(f"expected a weight packed as {formats}, got {g.packed[name]['format']}")
+    if node in g.grids and not (name is not None and reads_static_codes(packed[name])):
+        raise ValueError("has grids, but its packed weight does not read int8 codes with one scale for all")
     weight = spec.argument(node, "weight")
     form: Any = packed[name] if name is not None else None if weight is None else constants[weight.name]
     if spec.check_weights is not None:

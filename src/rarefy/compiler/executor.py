@@ -85,7 +85,7 @@ class Compiled:
         self.input_specs = list(input_specs)
         self.schedule, self.check = schedule(exported, kernels, check), check
         for n in (n for n in exported.graph.nodes if n.op == "placeholder" and n.name in self.constants):
-            if all(u in kernels and n is u.args[1] for u in n.users):  # packed, or read by nobody
+            if all(u in kernels and n is u.args[1] and u.args.count(n) == 1 for u in n.users):  # packed, or unread
                 self.constants.pop(n.name)
         for n in exported.graph.nodes:
             n.meta.clear()  # export's records hold weights

@@ -206,6 +206,7 @@ def _graph_def(value: Any) -> GraphDef:
     if len(inputs) != len(specs):
         raise ValueError("inputs: a name is not a placeholder of the graph")
     outputs = len(next(n for n in nodes.values() if n.op == "output").args[0])
+    grids = {n: _grids(n, g, value["kernels"]) for n, g in value.get("grids", {}).items()}  # of nodes with kernels
     return GraphDef(
         graph=reader.graph,
         inputs=inputs,
@@ -218,7 +219,7 @@ def _graph_def(value: Any) -> GraphDef:
         kernels={nodes[n]: name for n, name in value["kernels"].items()},
         packed={n: _expect(p, dict, f"packed {_short(n)}") for n, p in value["packed"].items()},
         torch_nodes={nodes[n] for n in reader.torch_names},
-        grids={nodes[n]: _grids(n, g, value["kernels"]) for n, g in value.get("grids", {}).items()},
+        grids={nodes[n]: g for n, g in grids.items()},
     )
 
 
