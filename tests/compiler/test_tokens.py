@@ -213,3 +213,22 @@ def test_indexes_from_files_are_checked():
     assert not spec.fits(call(torch.arange(6)[None], (0, 6, 4))) and not spec.fits(call(torch.arange(5)[None]))
     with pytest.raises(ValueError, match=r"expected an index of int64 \[groups, tokens\], got float32 \[6\]"):
         spec.check_weights(call(torch.zeros(6)))  # type: ignore[misc]
+
+
+def test_rows_that_are_concatenated_as_if_they_were_channels():
+    """The linear layer behind cannot join the call of an operator on images; it is one of its own."""
+
+    class Longer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.first(x)
+            x = torch.cat([x, x[:, :1]], 1)
+            return self.last(x), x
+
+    net, x = Longer().eval(), torch.randn(3, 4, 5, 8)
+    made = rarefy.compile(net, x, tune=False)
+    for got, want in zip(made(x), net(x)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

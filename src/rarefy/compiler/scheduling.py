@@ -57,8 +57,8 @@ def is_depthwise(node: Node, weight: Any) -> bool:
 def _single_call(node: Node, exported: ExportedGraph, kernels: Mapping[Node, Any], check: Check | None) -> Any:
     """Return a node's call outside of larger subgraphs."""
     spec = BY_TARGET.get(node.target)
-    if spec is None or not spec.own_call or node not in kernels or node in exported.torch_nodes:
+    if spec is None or node not in kernels or node in exported.torch_nodes:
         return node
-    if node.target is conv2d and kernels[node].program_only:  # its kernel runs in a program alone
+    if not spec.own_call or (node.target is conv2d and kernels[node].program_only):  # it runs in a program alone
         return FusedSubgraph([node], kernels, exported.constants, check)
     return SingleOp(node, kernels[node])
