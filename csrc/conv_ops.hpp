@@ -116,7 +116,6 @@ inline int run_dense_conv(const rarefy_kernel_table& t, const rarefy_step& s, in
   alignas(64) float col_scales[TILE_COLS];
   output_scales(s, tile, col_scales);
   const rarefy_weight_epilogue e{w.weight.scales, w.weight.row_sums, w.weight.bias, w.weight.act};
-  const DenseSection section(t);
   store_dense_rows(t, s, RAREFY_I8, static_cast<const uint32_t*>(w.dense), lane_blocks, e, gathered, tile, first, end,
                    columns, col_scales, tile_of(s.out, tile), nullptr);
   return RAREFY_OK;

@@ -63,10 +63,8 @@ struct LinearWeight {
 // Formats for few inputs are decompressed for column tiles.
 inline bool is_decompressed(const rarefy_step& s) { return s.format == RAREFY_BITMASK || s.format == RAREFY_QUANTIZED; }
 
-// Dense weights of bf16 and int8, in blocks of lanes.
-inline bool is_in_lanes(const rarefy_step& s) {
-  return s.format == RAREFY_DENSE && static_cast<const rarefy_dense*>(s.weight)->dtype != RAREFY_F32;
-}
+// Weights of bf16 and int8 whose inputs are lanes; their steps write codes as well as fp32.
+inline bool is_in_lanes(const rarefy_step& s) { return !is_decompressed(s) && LinearWeight(s).dtype != RAREFY_F32; }
 
 inline int64_t linear_parts(const rarefy_step& s, int64_t tiles) {
   if (s.whole_columns) return tiles;
@@ -104,29 +102,29 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
   return RAREFY_OK;
 }
 
-// Multiply rows `first`..`end` of a dense weight of bf16 or int8 by a column tile and store their outputs: in `out`, in
-// the step's codes of bf16 or with one scale, and in out_absmax, where it has them. `absmax`: the columns' largest
-// magnitudes, or null.
-inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32_t dtype, const uint32_t* values,
-                             int64_t lane_blocks, const rarefy_weight_epilogue& w, const uint32_t* x, int64_t tile,
-                             int64_t first, int64_t end, int64_t columns, const float* col_scales, float* out,
-                             float* absmax) {
-  alignas(64) uint32_t acc[DENSE_ROWS_PER_CALL * TILE_COLS];
+// Compute rows `first`..`end` of a column tile, `size` at a time, from the sums that multiply(row, rows, sums) finds,
+// and store their outputs: in `out`, in the step's codes of bf16 or with one scale, and in out_absmax, where it has
+// them. `absmax`: the columns' largest magnitudes, or null.
+template <int64_t SIZE, class F>
+inline void store_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32_t dtype,
+                       const rarefy_weight_epilogue& w, int64_t tile, int64_t first, int64_t end,
+                       const float* col_scales, float* out, float* absmax, F&& multiply) {
+  alignas(64) uint32_t sums[SIZE * TILE_COLS];
   alignas(64) float slab_absmax[TILE_COLS] = {};
   float* max = absmax ? absmax : s.out_absmax.data ? slab_absmax : nullptr;
   uint32_t* bf16 = s.out_codes.data && s.codes_dtype == RAREFY_BF16 ? codes_of(s, tile) : nullptr;
   uint32_t* codes = s.out_codes.data && s.codes_scale != 0.0f ? codes_of(s, tile) : nullptr;
-  const bool int8 = dtype == RAREFY_I8;
-  for (int64_t row = first; row < end; row += DENSE_ROWS_PER_CALL) {
-    const int64_t rows = std::min(DENSE_ROWS_PER_CALL, end - row);
-    t.dense_lanes[int8](values + row * lane_blocks * 16, lane_blocks, ceil_div(rows, 16) * 16, x, acc, columns);
-    t.store_outputs[int8](tile_epilogue(w, row, rows, col_scales, optional_rows(s.residual, tile, row), s.in_zero), acc,
-                          {.out = out ? out + row * TILE_COLS : nullptr,
-                           .absmax = max,
-                           .bf16 = bf16 ? bf16 + row / 2 * TILE_COLS : nullptr,
-                           .codes = codes ? codes + row / 4 * TILE_COLS : nullptr,
-                           .inverse_scale = codes ? 1.0f / s.codes_scale : 0.0f,
-                           .zero = s.codes_zero});
+  for (int64_t row = first; row < end; row += SIZE) {
+    const int64_t rows = std::min(SIZE, end - row);
+    multiply(row, rows, sums);
+    t.store_outputs[dtype == RAREFY_I8](
+        tile_epilogue(w, row, rows, col_scales, optional_rows(s.residual, tile, row), s.in_zero), sums,
+        {.out = out ? out + row * TILE_COLS : nullptr,
+         .absmax = max,
+         .bf16 = bf16 ? bf16 + row / 2 * TILE_COLS : nullptr,
+         .codes = codes ? codes + row / 4 * TILE_COLS : nullptr,
+         .inverse_scale = codes ? 1.0f / s.codes_scale : 0.0f,
+         .zero = s.codes_zero});
     if (s.out_absmax.data && ((row + rows) % SLAB_ROWS == 0 || row + rows == end)) {
       std::copy_n(max, TILE_COLS, tile_of(s.out_absmax, tile) + row / SLAB_ROWS * TILE_COLS);
       if (!absmax) std::fill_n(max, TILE_COLS, 0.0f);
@@ -134,38 +132,69 @@ inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s,
   }
 }
 
+// As store_rows, for a dense weight.
+inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32_t dtype, const uint32_t* values,
+                             int64_t lane_blocks, const rarefy_weight_epilogue& w, const uint32_t* x, int64_t tile,
+                             int64_t first, int64_t end, int64_t columns, const float* col_scales, float* out,
+                             float* absmax) {
+  const DenseSection section(t);
+  store_rows<DENSE_ROWS_PER_CALL>(t, s, dtype, w, tile, first, end, col_scales, out, absmax,
+                                  [&](int64_t row, int64_t rows, uint32_t* sums) {
+                                    t.dense_lanes[dtype == RAREFY_I8](values + row * lane_blocks * 16, lane_blocks,
+                                                                      ceil_div(rows, 16) * 16, x, sums, columns);
+                                  });
+}
+
+// As store_rows, for a sparse weight, from the start of a slab on.
+inline void store_sparse_rows(const rarefy_kernel_table& t, const rarefy_step& s, const LinearWeight& w,
+                              const uint32_t* x, int64_t tile, int64_t first, int64_t end, int64_t columns,
+                              const float* col_scales, float* out, float* absmax) {
+  store_rows<SLAB_ROWS>(t, s, w.dtype, w.epilogue, tile, first, end, col_scales, out, absmax,
+                        [&](int64_t row, int64_t rows, uint32_t* sums) {
+                          if (s.format == RAREFY_SELL)
+                            t.sell_spmm[w.dtype](*static_cast<const rarefy_sell*>(s.weight), row / SLAB_ROWS, x, sums,
+                                                 columns, nullptr);
+                          else
+                            t.tiles_spmm[w.dtype](*static_cast<const rarefy_tiles*>(s.weight), row / TILE_ROWS,
+                                                  ceil_div(row + rows, TILE_ROWS), x, sums, columns);
+                        });
+}
+
 // A slab of rows, or with whole_columns all rows, of one column tile.
-inline int run_dense_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
-  const auto& w = *static_cast<const rarefy_dense*>(s.weight);
+inline int run_lanes_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const LinearWeight w(s);
   const int64_t size = s.whole_columns ? s.features : SLAB_ROWS, slabs = ceil_div(s.features, size);
   const int64_t tile = part / slabs, first = part % slabs * size, end = std::min(first + size, s.features);
   const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
-  const int64_t per_lane = inputs_per_lane(w.dtype), lane_blocks = ceil_div(w.cols, 16 * per_lane);
   const bool quantizes = s.out_codes.data && s.codes_dtype == RAREFY_I8 && s.codes_scale == 0.0f;
   const ScratchBuffer<1> scratch(size_t(quantizes && !s.out.data ? s.features * TILE_COLS : 1) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   float* out = s.out.data ? tile_of(s.out, tile) : quantizes ? static_cast<float*>(scratch.data) : nullptr;
-  const DenseSection section(t);
   alignas(64) float absmax[TILE_COLS] = {}, buffer[TILE_COLS];
-  store_dense_rows(t, s, w.dtype, static_cast<const uint32_t*>(w.values), lane_blocks,
-                   {w.scales, w.row_sums, w.bias, w.act}, reinterpret_cast<const uint32_t*>(tile_of(s.x, tile)), tile,
-                   first, end, columns, input_scales(s, tile, buffer), out, quantizes ? absmax : nullptr);
+  const float* scales = input_scales(s, tile, buffer);
+  const auto* x = reinterpret_cast<const uint32_t*>(tile_of(s.x, tile));
+  if (s.format == RAREFY_DENSE)
+    store_dense_rows(t, s, w.dtype, static_cast<const uint32_t*>(static_cast<const rarefy_dense*>(s.weight)->values),
+                     ceil_div(w.cols, 16 * inputs_per_lane(w.dtype)), w.epilogue, x, tile, first, end, columns, scales,
+                     out, quantizes ? absmax : nullptr);
+  else
+    store_sparse_rows(t, s, w, x, tile, first, end, columns, scales, out, quantizes ? absmax : nullptr);
   if (s.out_codes.data && s.codes_dtype == RAREFY_BF16 && end == s.features)  // kernels read whole blocks of lanes
     std::fill(codes_of(s, tile) + ceil_div(s.features, 2) * TILE_COLS,
               codes_of(s, tile) + ceil_div(s.features, 32) * 16 * TILE_COLS, 0u);
   if (quantizes) {
-    float* scales = s.out_scales.data + tile * TILE_COLS;
-    std::copy_n(absmax, TILE_COLS, scales);
-    absmax_to_scales(scales, TILE_COLS);
-    t.quantize_tile(out, s.features, TILE_COLS, scales, codes_of(s, tile));
+    float* out_scales = s.out_scales.data + tile * TILE_COLS;
+    std::copy_n(absmax, TILE_COLS, out_scales);
+    absmax_to_scales(out_scales, TILE_COLS);
+    t.quantize_tile(out, s.features, TILE_COLS, out_scales, codes_of(s, tile));
   }
   return RAREFY_OK;
 }
 
-// One slab of rows of one column tile.
+// One slab of rows of one column tile, here in fp32.
 inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   if (is_decompressed(s)) return run_decompressed_linear(t, s, part);
-  if (is_in_lanes(s)) return run_dense_linear(t, s, part);
+  if (is_in_lanes(s)) return run_lanes_linear(t, s, part);
   const LinearWeight w(s);
   const int64_t slabs = ceil_div(w.rows, SLAB_ROWS), tile = part / slabs, slab = part % slabs, row = slab * SLAB_ROWS;
   const int64_t rows = std::min(SLAB_ROWS, s.features - row);

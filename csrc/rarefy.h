@@ -293,7 +293,7 @@ struct rarefy_step {
   int32_t subtract_mean;   // NORM: LayerNorm; 0: RMSNorm
   int32_t winograd;  // CONV: F(2x2, 3x3); conv has kernel 4, stride 2 and dense weights [16][outputs / 4][inputs][4]
   int32_t store_values;                   // KV_STORE: x are values; 0: keys
-  int32_t whole_columns;                  // LINEAR of RAREFY_DENSE: a part is a column tile with all rows
+  int32_t whole_columns;                  // LINEAR of bf16, int8: a part is a column tile with all rows
   int32_t codes_dtype;                    // rarefy_dtype of `out_codes`: bf16 or int8
   int32_t in_zero;                        // LINEAR, CONV of int8, PAD_PLANES: the code of zero in x
   int32_t codes_zero;                     // CONVERT, FAKE_QUANTIZE, out_codes: the code of zero, with a codes_scale
@@ -306,7 +306,7 @@ struct rarefy_step {
   const rarefy_indirection* indirection;  // PAD_PLANES, CONV, MAX_POOL, DEPTHWISE_CONV
   rarefy_view x;
   rarefy_view out;         // null in steps that write `out_codes` alone
-  rarefy_view out_codes;   // LINEAR of RAREFY_DENSE (int8: with whole_columns), NORM: out in lanes of `codes_dtype`
+  rarefy_view out_codes;   // LINEAR of bf16, int8 (int8: with whole_columns), NORM: out in lanes of `codes_dtype`
   rarefy_view other;       // ADD (may be null), MUL, CHANNEL_SCALE: second operand
   rarefy_view residual;    // LINEAR, CONV: or null
   rarefy_view in_scales;   // LINEAR, CONV of int8: scales of the columns of x, or of its images

@@ -23,7 +23,7 @@ from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, PIXELS, 
 from rarefy.compiler.step_structs import DTYPES, OPS, Attention, KVCache, Step, View
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings
-from rarefy.runtime.bindings import FORMATS, _Dense
+from rarefy.runtime.bindings import FORMATS, _Dense, _Sell, _Tiles
 from rarefy.runtime.huge_pages import allocate
 from rarefy.runtime.packed_formats import LANE, SLAB, Bitmask, ConvTiles, Dense, QuantizedPanels, Sell, Tiles
 
@@ -31,6 +31,7 @@ NT = 64  # tokens of a tile
 VECTOR = 16  # tokens of a vector; several sequences are padded to a multiple of it
 MAX_DECODE_TOKENS = 8  # tokens up to which values are stored row by row
 DECODE_FORMATS = (Bitmask, QuantizedPanels)  # packed weights that read rows
+LANE_STRUCTS: dict[Any, Any] = {Dense: _Dense, Tiles: _Tiles, Sell: _Sell}
 WRITTEN_OPERANDS = ("out", "out_codes", "out_scales", "out_absmax")
 MAX_TAPS = 256  # of a depthwise convolution on codes, so that sums fit 32 bits
 MAX_IDLE = 0.15  # share of time that threads may wait where each runs whole tiles
@@ -260,9 +261,10 @@ class Program:
         return next((i for i in reversed(range(len(self.steps))) if self.steps[i][1].get("out") is v), None)
 
     def _in_lanes(self, i: int) -> bool:
-        """Return whether a step multiplies by a dense weight of bf16 or int8."""
+        """Return whether a step multiplies lanes of bf16 or int8, so that it can write such lanes."""
         step = self.steps[i][0]
-        return FORMATS[step.format] is Dense and _Dense.from_address(step.weight).dtype != 0
+        struct = LANE_STRUCTS.get(FORMATS[step.format])
+        return struct is not None and struct.from_address(step.weight).dtype != 0
 
     def codes(self, v: Value, precision: str) -> tuple[Value, Value | None] | None:
         """Return a value in another precision and its scales, written by the step that computes it.
