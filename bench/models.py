@@ -52,7 +52,10 @@ def model_of(name: str, batch: int) -> tuple[nn.Module, Any, str, tuple[int, ...
         from torchvision import models
 
         layers = "re:layer.*conv.*|layer.*downsample.*" if name == "resnet50" else "*"
-        return getattr(models, name)().eval(), torch.randn(batch, 3, 224, 224), layers, (batch,)
+        model = getattr(models, name)().eval()
+        if name == "vit_b_16":  # whose head is zero
+            nn.init.normal_(model.heads.head.weight, std=0.02)
+        return model, torch.randn(batch, 3, 224, 224), layers, (batch,)
     if name == "fashion":
         from vision_net import SmallResNet
 

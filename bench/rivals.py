@@ -60,9 +60,11 @@ def engines(model: nn.Module, x: Any) -> dict[str, Callable[[], Any]]:
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = Path(folder) / "m.onnx"
+        torch.backends.mha.set_fastpath_enabled(False)  # it has no ONNX form
         torch.onnx.export(
             First(model, x), tuple(named(x).values()), str(file), input_names=list(named(x)), dynamo=False
         )
+        torch.backends.mha.set_fastpath_enabled(True)
         for name, (needs, possible, make) in RIVALS.items():
             missing = [n for n in needs if not find_spec(n)]
             if missing or not possible():
