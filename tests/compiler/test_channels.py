@@ -200,6 +200,29 @@ def test_layer_scale_of_convolutions(isa):
     assert check(LayerScale(9), 9) == ["conv2d", "conv2d", "conv2d"]
 
 
+class RowsBetween(nn.Module):
+    """A ConvNeXt block: norm and linear layers on the pixels of an image, and a constant for each channel."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(width, width, 7, 1, 3, groups=width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.gamma = nn.Parameter(torch.randn(width, 1, 1))
+
+    def forward(self, x):
+        y = self.down(F.gelu(self.up(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))))
+        return x + self.gamma * y.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("precision", [None, "bf16", "int8"])
+def test_layer_scale_of_rows(isa, precision):
+    net, x = nn.Sequential(nn.Conv2d(3, 20, 3), RowsBetween(20), RowsBetween(20)).eval(), torch.randn(2, 3, 16, 15)
+    compiled = rarefy.compile(net, x, precision=precision)
+    with torch.no_grad():
+        assert (compiled(x) - net(x)).norm() < (1e-5 if precision is None else 0.03) * net(x).norm()
+    assert len(compiled.schedule) == 1
+
+
 @pytest.mark.parametrize("how", [(2, 2), (3, 1, 1), (3, 2, 1), ((2, 3), (2, 1))])
 def test_average_pools(isa, how):
     assert check(nn.AvgPool2d(*how), 11) == ["conv2d", "conv2d", "conv2d"]

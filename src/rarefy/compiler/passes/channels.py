@@ -47,10 +47,18 @@ def _vector(exported: ExportedGraph, x: Any, channels: Any) -> Tensor | None:
 
 
 def fold_channel_scale(exported: ExportedGraph, node: Node) -> None:
-    """Fold a constant for each channel that multiplies a convolution's outputs into its weight and bias."""
+    """Fold a constant for each channel that multiplies a convolution's outputs into its weight and bias, and one that
+    multiplies a linear layer's whose rows become an image."""
     if node.target is not aten.mul.Tensor or not _is_image(node) or node.kwargs:
         return
     for y, scale in (node.args, node.args[::-1]):
+        if is_node(y) and y.target is aten.permute.default and list(y.args[1]) == TO_IMAGES and len(y.users) == 1:
+            rows, s = y.args[0], _vector(exported, scale, shape(y)[1])
+            if s is not None and rows.target is ops.linear and len(rows.users) == 1 and rows.args[3:] == (None, None):
+                weights = scaled_weights(exported, node, rows.args[1:3], s)
+                replace_node(exported, rows, ops.linear, rows.args[0], *weights, None, None)
+                replace_uses(exported, node, y)
+                return
         if is_node(y) and y.target is ops.conv2d and len(y.users) == 1 and y.args[3:5] == (None, None):
             s = _vector(exported, scale, shape(y)[1])
             if s is not None:
