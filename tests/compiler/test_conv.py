@@ -172,9 +172,9 @@ class OneChannel(nn.Module):
 def test_planes_of_bytes_and_of_floats_are_two(monkeypatch):
     pack, seen = kernel_selection.pack_conv_node, []
 
-    def mixed(traced, node, values):
+    def mixed(traced, node, values, grid):
         seen.append(node)
-        return pack(traced, node, "int8" if len(seen) == 2 else None)
+        return pack(traced, node, "int8" if len(seen) == 2 else None, grid)
 
     monkeypatch.setattr(kernel_selection, "pack_conv_node", mixed)
     net, x = OneChannel().eval(), torch.randn(2, 3, 12, 12)

@@ -14,10 +14,10 @@ from rarefy.compiler.program import Program
 
 
 def capacity(tiles: int) -> int:
-    """Return for how many tiles a program for so many is built: few sizes, at most an eighth more.
+    """Return for how many tiles a program for so many is built: few sizes, at most a quarter more.
 
     >>> [capacity(n) for n in (1, 8, 9, 17, 33)]
-    [1, 8, 10, 20, 36]
+    [1, 8, 10, 20, 40]
     """
     unit = 1 << max(0, tiles.bit_length() - 3)
     return -(-tiles // unit) * unit
