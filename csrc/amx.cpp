@@ -20,6 +20,8 @@
 
 namespace {
 
+static_assert(NHWC_OUTPUTS == TILE_COLS);  // sums of both kinds of products are stored alike
+
 constexpr int64_t LANES = 16, BLOCK = 16 * LANES, COLUMN_STRIDE = TILE_COLS * 4;  // bytes from one row to the next
 constexpr int64_t NHWC_BLOCKS_IN_L1 = 18;                                         // blocks of 32 outputs, 2 KB each
 constexpr int64_t BLOCKS_IN_L1 = 8;  // blocks of 32 rows and 64 columns, 2 and 4 KB each, that fit the L1 cache
@@ -49,6 +51,32 @@ void end_dense(const rarefy_dense_state* before) {
     _tile_release();
 }
 
+// Tiles 0 to 3 are the sums of ROWS by COLUMNS, each 16 or 32, whose rows are COLUMN_STRIDE bytes apart.
+template <int ROWS, int COLUMNS>
+inline void load_sums(const uint32_t* acc, bool accumulate) {
+  const uint32_t* below = acc + 16 * TILE_COLS;
+  if (accumulate) {
+    _tile_loadd(0, acc, COLUMN_STRIDE);
+    if constexpr (COLUMNS > 16) _tile_loadd(1, acc + 16, COLUMN_STRIDE);
+    if constexpr (ROWS > 16) _tile_loadd(2, below, COLUMN_STRIDE);
+    if constexpr (ROWS > 16 && COLUMNS > 16) _tile_loadd(3, below + 16, COLUMN_STRIDE);
+  } else {
+    _tile_zero(0);
+    if constexpr (COLUMNS > 16) _tile_zero(1);
+    if constexpr (ROWS > 16) _tile_zero(2);
+    if constexpr (ROWS > 16 && COLUMNS > 16) _tile_zero(3);
+  }
+}
+
+template <int ROWS, int COLUMNS>
+inline void store_sums(uint32_t* acc) {
+  uint32_t* below = acc + 16 * TILE_COLS;
+  _tile_stored(0, acc, COLUMN_STRIDE);
+  if constexpr (COLUMNS > 16) _tile_stored(1, acc + 16, COLUMN_STRIDE);
+  if constexpr (ROWS > 16) _tile_stored(2, below, COLUMN_STRIDE);
+  if constexpr (ROWS > 16 && COLUMNS > 16) _tile_stored(3, below + 16, COLUMN_STRIDE);
+}
+
 // Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 inputs. Two blocks of rows by two of columns; one block of rows where
 // ROWS is 16. The tile numbers must be literals.
 #define MULTIPLY(sum, weight, input)      \
@@ -62,18 +90,7 @@ void end_dense(const rarefy_dense_state* before) {
 template <int DTYPE, int ROWS, int COLUMNS>
 inline void multiply_tiles(const uint32_t* values, int64_t row_stride, int64_t blocks, bool accumulate,
                            const uint32_t* x, uint32_t* acc) {
-  uint32_t* below = acc + 16 * TILE_COLS;
-  if (accumulate) {
-    _tile_loadd(0, acc, COLUMN_STRIDE);
-    if constexpr (COLUMNS > 16) _tile_loadd(1, acc + 16, COLUMN_STRIDE);
-    if constexpr (ROWS > 16) _tile_loadd(2, below, COLUMN_STRIDE);
-    if constexpr (ROWS > 16 && COLUMNS > 16) _tile_loadd(3, below + 16, COLUMN_STRIDE);
-  } else {
-    _tile_zero(0);
-    if constexpr (COLUMNS > 16) _tile_zero(1);
-    if constexpr (ROWS > 16) _tile_zero(2);
-    if constexpr (ROWS > 16 && COLUMNS > 16) _tile_zero(3);
-  }
+  load_sums<ROWS, COLUMNS>(acc, accumulate);
   for (int64_t b = 0; b < blocks; ++b, values += BLOCK, x += LANES * TILE_COLS) {
     _tile_loadd(6, x, COLUMN_STRIDE);
     _tile_loadd(4, values, 64);
@@ -88,10 +105,7 @@ inline void multiply_tiles(const uint32_t* values, int64_t row_stride, int64_t b
       if constexpr (COLUMNS > 16) MULTIPLY(3, 5, 7);
     }
   }
-  _tile_stored(0, acc, COLUMN_STRIDE);
-  if constexpr (COLUMNS > 16) _tile_stored(1, acc + 16, COLUMN_STRIDE);
-  if constexpr (ROWS > 16) _tile_stored(2, below, COLUMN_STRIDE);
-  if constexpr (ROWS > 16 && COLUMNS > 16) _tile_stored(3, below + 16, COLUMN_STRIDE);
+  store_sums<ROWS, COLUMNS>(acc);
 }
 
 // What AMX can do at best: as multiply_adds in ceilings.hpp, with weights and inputs in tiles.
@@ -99,10 +113,7 @@ template <int DTYPE>
 int64_t multiply_adds(const uint32_t* weights, const uint32_t* x, int64_t rounds, uint32_t* sums) {
   rarefy_dense_state before;
   begin_dense(&before);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  load_sums<32, 32>(sums, false);
   _tile_loadd(4, weights, 64);
   _tile_loadd(5, weights + BLOCK, 64);
   _tile_loadd(6, x, COLUMN_STRIDE);
@@ -113,10 +124,7 @@ int64_t multiply_adds(const uint32_t* weights, const uint32_t* x, int64_t rounds
     MULTIPLY(2, 5, 6);
     MULTIPLY(3, 5, 7);
   }
-  _tile_stored(0, sums, COLUMN_STRIDE);
-  _tile_stored(1, sums + 16, COLUMN_STRIDE);
-  _tile_stored(2, sums + 16 * TILE_COLS, COLUMN_STRIDE);
-  _tile_stored(3, sums + 16 * TILE_COLS + 16, COLUMN_STRIDE);
+  store_sums<32, 32>(sums);
   end_dense(&before);
   return rounds * 4 * 16 * 16 * LANES * (DTYPE == RAREFY_I8 ? 4 : 2);
 }
@@ -126,19 +134,7 @@ int64_t multiply_adds(const uint32_t* weights, const uint32_t* x, int64_t rounds
 template <int PIXELS, int OUTPUTS>
 inline void nhwc_tiles(const rarefy_nhwc_block* blocks, int64_t count, const uint8_t* x, int64_t x_stride,
                        const uint32_t* values, int64_t group_stride, bool accumulate, uint32_t* acc) {
-  constexpr int64_t ACC_STRIDE = NHWC_OUTPUTS * 4;
-  uint32_t* below = acc + 16 * NHWC_OUTPUTS;
-  if (accumulate) {
-    _tile_loadd(0, acc, ACC_STRIDE);
-    if constexpr (OUTPUTS > 16) _tile_loadd(1, acc + 16, ACC_STRIDE);
-    if constexpr (PIXELS > 16) _tile_loadd(2, below, ACC_STRIDE);
-    if constexpr (PIXELS > 16 && OUTPUTS > 16) _tile_loadd(3, below + 16, ACC_STRIDE);
-  } else {
-    _tile_zero(0);
-    if constexpr (OUTPUTS > 16) _tile_zero(1);
-    if constexpr (PIXELS > 16) _tile_zero(2);
-    if constexpr (PIXELS > 16 && OUTPUTS > 16) _tile_zero(3);
-  }
+  load_sums<PIXELS, OUTPUTS>(acc, accumulate);
   for (int64_t b = 0; b < count; ++b, values += BLOCK) {
     const uint8_t* in = x + blocks[b].offset;
     _tile_loadd(6, values, 64);
@@ -154,10 +150,7 @@ inline void nhwc_tiles(const rarefy_nhwc_block* blocks, int64_t count, const uin
       if constexpr (OUTPUTS > 16) _tile_dpbusd(3, 5, 7);
     }
   }
-  _tile_stored(0, acc, ACC_STRIDE);
-  if constexpr (OUTPUTS > 16) _tile_stored(1, acc + 16, ACC_STRIDE);
-  if constexpr (PIXELS > 16) _tile_stored(2, below, ACC_STRIDE);
-  if constexpr (PIXELS > 16 && OUTPUTS > 16) _tile_stored(3, below + 16, ACC_STRIDE);
+  store_sums<PIXELS, OUTPUTS>(acc);
 }
 
 void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from rarefy.compiler import ops
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.export import split_example
 from rarefy.compiler.fx_utils import ExportedGraph, Node, keep_layer
-from rarefy.compiler.program import MAX_TAPS
 from rarefy.model.activation_quant import ActivationQuant
 
 OBSERVER = "mse"
@@ -30,14 +29,6 @@ def quantized_operands(node: Node) -> list[Node]:
     """Return the operands of an int8 operator that have static grids: its input, and a convolution's residual."""
     residual = node.args[3] if node.target is ops.conv2d and node.args[-1] == 1 else None
     return [v for v in (node.args[0], residual) if v is not None]  # type: ignore[misc]
-
-
-def is_depthwise(node: Node, constants: Mapping[str, Tensor]) -> bool:
-    """Return whether a node is a depthwise convolution, a channel by itself, that could read codes."""
-    if node.target is not ops.conv2d:
-        return False
-    weight = constants[node.args[1].name]  # type: ignore[union-attr]
-    return weight.shape[1] == 1 and node.args[-1] == len(weight) and weight[0].numel() <= MAX_TAPS
 
 
 def round_input(exported: ExportedGraph, node: Node, grid: ActivationQuant) -> None:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import DataError, ModelError, first_line, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops, tuning
-from rarefy.compiler.calibrate import input_grids, is_depthwise, quantized_operands, reads_static_codes, round_input
+from rarefy.compiler.calibrate import input_grids, quantized_operands, reads_static_codes, round_input
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import Pass, export_graph, split_example, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
@@ -36,6 +36,7 @@ from rarefy.compiler.passes import (
     rope,
     tokens,
 )
+from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.verify import verify
 from rarefy.model.forward import calling, describe_batch
 from rarefy.model.layers import all_layers
@@ -281,7 +282,8 @@ def _set_input_grids(exported: ExportedGraph, specs: Sequence[Any], kernels: Map
     inputs of depthwise convolutions, which have no kernels."""
     nodes = [n for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d) and k.held[0].kind == "int8"]
     nodes = [n for n in nodes if reads_static_codes(n) and kernels[n].input_grid is None]
-    depthwise = [n for n in exported.graph.nodes if n not in kernels and is_depthwise(n, exported.constants)]
+    depthwise = [n for n in exported.graph.nodes if n.target is ops.conv2d and n not in kernels]
+    depthwise = [n for n in depthwise if is_depthwise(n, exported.constants)]
     grids = input_grids(in_torch(exported, specs), [*nodes, *depthwise], batches)
     for node in nodes:
         value, *residual = quantized_operands(node)

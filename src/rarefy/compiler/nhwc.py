@@ -125,8 +125,7 @@ def lower_conv(p: Program, node: Node) -> None:
     kernel, act, grid = p.kernels.get(node), bindings.ACTIVATIONS.index(act), _grid_in(p, node.args[0], node)  # type: ignore[arg-type]
     source, added = codes_of(p, x, grid), None if residual is None else _residual_codes(p, node)  # type: ignore[arg-type]
     size = p.constants[w.name].shape[2:] if kernel is None else kernel.shape[2:]
-    pairs = {"kernel": size, "stride": stride, "padding": padding, "dilation": dilation}
-    step = Nhwc(input=source.image, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})
+    step = Nhwc(input=source.image, **_geometry(size, stride, padding, dilation))
     if kernel is None:
         _set_taps(p, step, p.constants[w.name], None if bias is None else p.constants[bias.name])
     else:
@@ -182,56 +181,67 @@ def lower_max_pool(p: Program, node: Node) -> bool:
         return False
     source = codes_of(p, x, grid)
     written = p.nhwc[node, grid] = new_codes(p, node, grid)
-    pairs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    step = Nhwc(input=source.image, out=written.image, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})
+    step = Nhwc(input=source.image, out=written.image, **_geometry(kernel, stride, padding, dilation))
     p.held.append(step)
     over = p.image_tokens(node)
     p.step("nhwc_max_pool", over, x=p.use(source.value), out_codes=p.use(written.value), nhwc=addressof(step))
     return True
 
 
+def _geometry(kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str, Any]:
+    pairs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    return {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
+
+
+def _starts(step: Nhwc, columns: Sequence[int]) -> list[int]:
+    """Return where some columns of each kernel row begin in an image, in bytes from an output's first input on."""
+    image, (rows, _), (down, _) = step.input, step.kernel, step.dilation
+    row_bytes = (image.width + 2 * image.border) * image.pixel_bytes
+    return [i * down * row_bytes + j * image.pixel_bytes for i in range(rows) for j in columns]
+
+
+def _set_outputs(p: Program, step: Nhwc, scales: Tensor, row_sums: Tensor, bias: Tensor | None) -> None:
+    """Write into a step what turns sums into outputs; scales and row sums of the weight are padded to 64 outputs."""
+    factors = scales * step.input.scale
+    bias = torch.zeros(len(factors)) if bias is None else F.pad(bias.float(), (0, len(factors) - len(bias)))
+    p.held += [step, factors, row_sums, bias]
+    step.factors, step.bias, step.row_sums = factors.data_ptr(), bias.data_ptr(), row_sums.data_ptr()
+
+
+def _set_segments(p: Program, step: Nhwc, starts: Sequence[int]) -> None:
+    segments = (c_int64 * len(starts))(*starts)
+    p.held.append(segments)
+    step.segments, step.num_segments = addressof(segments), len(starts)
+
+
 def _set_taps(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) -> None:
     """Write a depthwise convolution's weight [channels, 1, rows, columns] into its step, in codes of 16 bits."""
-    image, (rows, columns) = step.input, weight.shape[2:]
-    row_bytes = (image.width + 2 * image.border) * image.pixel_bytes
-    down, right = step.dilation
-    starts = [i * down * row_bytes + j * right * image.pixel_bytes for i in range(rows) for j in range(columns)]
-    segments = (c_int64 * len(starts))(*starts)
+    _set_segments(p, step, _starts(step, [j * step.dilation[1] for j in range(step.kernel[1])]))
     weight = weight.float().flatten(1).T  # [taps, channels]
     scale = (weight.abs().amax(0) / MAX_TAP).clamp(min=torch.finfo(torch.float32).tiny)
     padding = (0, -len(scale) % 64)
     taps = F.pad((weight / scale).round(), padding).contiguous()
-    row_sums, factors = taps.sum(0).int(), F.pad(scale * image.scale, padding)
-    bias = torch.zeros(len(factors)) if bias is None else F.pad(bias.float(), padding)
-    p.held += [step, segments, taps, row_sums, factors, bias]
-    step.segments, step.num_segments = addressof(segments), len(starts)
-    step.factors, step.bias, step.row_sums = factors.data_ptr(), bias.data_ptr(), row_sums.data_ptr()
+    p.held.append(taps)
     step.taps = taps.data_ptr()
+    _set_outputs(p, step, F.pad(scale, padding), taps.sum(0).int(), bias)
 
 
 def _set_weight(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None, sizes: Sequence[int]) -> None:
     """Write a convolution's weight into its step, and how its blocks read the image; `sizes` are those of outputs."""
-    image = step.input
-    row_bytes = (image.width + 2 * image.border) * image.pixel_bytes
-    kernel, stride, dilation = (tuple(getattr(step, n)) for n in ("kernel", "stride", "dilation"))
-    columns = [0] if dilation[1] == 1 else [j * dilation[1] for j in range(kernel[1])]
-    starts = [i * dilation[0] * row_bytes + j * image.pixel_bytes for i in range(kernel[0]) for j in columns]
+    image, right = step.input, step.dilation[1]
+    starts = _starts(step, [0] if right == 1 else [j * right for j in range(step.kernel[1])])
     pitch = image.width + 2 * image.border
     dropped = ((sizes[0] - 1) * pitch + sizes[1]) / (sizes[0] * sizes[1])
-    copied = weight.tight or stride != (1, 1) or dropped > MAX_DROPPED
+    copied = weight.tight or tuple(step.stride) != (1, 1) or dropped > MAX_DROPPED
     lanes = weight.block_lanes()
     each = len(lanes) // len(starts)  # blocks of a segment
     offsets = [i * BLOCK_BYTES for i in range(len(lanes))]
-    if not copied:
+    if copied:
+        _set_segments(p, step, starts)
+        step.segment_bytes, step.segment_stride = weight.segment_bytes, weight.segment_stride
+    else:
         offsets = [start + i * BLOCK_BYTES for start in starts for i in range(each)]
     blocks = (Block * len(lanes))(*zip(offsets, lanes))
-    segments = (c_int64 * len(starts))(*starts)
-    outputs = len(weight.factors)
-    factors = weight.factors * image.scale
-    bias = torch.zeros(outputs) if bias is None else F.pad(bias, (0, outputs - len(bias)))
-    p.held += [step, blocks, segments, factors, bias, weight]
+    p.held += [blocks, weight]
     step.values, step.blocks, step.num_blocks = weight.values.data_ptr(), addressof(blocks), len(lanes)
-    if copied:
-        step.segments, step.num_segments = addressof(segments), len(starts)
-        step.segment_bytes, step.segment_stride = weight.segment_bytes, weight.segment_stride
-    step.factors, step.bias, step.row_sums = factors.data_ptr(), bias.data_ptr(), weight.row_sums.data_ptr()
+    _set_outputs(p, step, weight.factors, weight.row_sums, bias)

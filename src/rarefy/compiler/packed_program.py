@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.padding import TILE, Packing
-from rarefy.compiler.program import Program
+from rarefy.compiler.padding import Packing
+from rarefy.compiler.program import NT, Program
 
 
 def capacity(tiles: int) -> int:
@@ -35,10 +35,10 @@ class PackedProgram(Program):
             *args: nodes, outputs, kernels, constants and operators, as for `Program`.
         """
         nodes, outputs, *rest = args
-        shapes = {n: (1, tiles * TILE, f) for n, f in features.items()}
+        shapes = {n: (1, tiles * NT, f) for n, f in features.items()}
         super().__init__(nodes, list(features), outputs, shapes, *rest)
         self.masks.clear()
-        self.columns = tiles * TILE
+        self.columns = tiles * NT
         steps = [i for packs in self.raw.values() for i in packs]
         self.edges = [*steps, *range(len(self.array) - len(self.final), len(self.array))]  # steps on external tensors
         self.packing: Packing | None = None

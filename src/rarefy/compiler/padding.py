@@ -17,9 +17,8 @@ from torch import Tensor, fx
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import Node, aten
 from rarefy.compiler.operators.table import BY_TARGET
+from rarefy.compiler.program import NT, VECTOR
 
-VECTOR = 16  # columns: padded sequences begin at whole vectors
-TILE = 64  # columns of a tile
 MASK_INPUTS = ("attention_mask", "padding_mask")  # how names of inputs that say what is padding end
 HIDDEN = -1e30  # masks hide keys from this number down
 BROADCASTS = (aten.unsqueeze.default, aten.expand.default)
@@ -50,7 +49,7 @@ class Packing:
 
     @property
     def tiles(self) -> int:
-        return -(-self.columns // TILE)
+        return -(-self.columns // NT)
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,9 @@ class Program:
             return False
         kernel = self.kernels.get(node)
         if kernel is None:
-            return is_rounded_depthwise(node, self.constants)
+            x: Any = node.args[0]
+            rounded = x.target in self.operators and self.operators[x.target].name == "fake_quantize"
+            return rounded and is_depthwise(node, self.constants)
         packed = kernel.held[0]
         dense = isinstance(packed, ConvTiles) and packed.counts is None and packed.kind == "int8"
         return dense and kernel.input_grid is not None
@@ -469,11 +471,10 @@ def _is_dense_int8(step: Step) -> bool:
     return bool(conv.dense) and conv.weight.dtype == DTYPES.index("int8")
 
 
-def is_rounded_depthwise(node: Node, constants: Mapping[str, Tensor]) -> bool:
-    """Return whether a convolution is a depthwise one whose input has been rounded to int8 codes with one scale."""
-    x, w, groups = node.args[0], constants[node.args[1].name], node.args[-1]  # type: ignore[union-attr]
-    rounded = isinstance(x, torch.fx.Node) and getattr(x.target, "__name__", "") == "fake_quantize"
-    return rounded and groups == len(w) and w.shape[1] == 1 and w[0].numel() <= MAX_TAPS
+def is_depthwise(conv: Node, constants: Mapping[str, Tensor]) -> bool:
+    """Return whether a convolution is a depthwise one, a channel by itself, that could read codes."""
+    weight = constants[conv.args[1].name]  # type: ignore[union-attr]
+    return weight.shape[1] == 1 and conv.args[-1] == len(weight) and weight[0].numel() <= MAX_TAPS
 
 
 def _set_mask(a: Attention, mask: Tensor) -> Tensor:
