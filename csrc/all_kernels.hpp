@@ -5,6 +5,7 @@
 #include "dense_gemm.hpp"
 #include "epilogue.hpp"
 #include "input_packing.hpp"
+#include "int8_attention.hpp"
 #include "kernel_table.h"
 #include "lane_attention.hpp"
 #include "nhwc_kernels.hpp"
@@ -69,6 +70,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .normalize_columns = normalize_columns,
       .add_column_sums = add_column_sums,
       .attention_tile = attention_tile,
+      .int8_attention_words = int8_attention_words,
+      .int8_attention = int8_attention,
       .pack_bf16_lanes = pack_bf16_lanes,
       .pack_columns_as_rows = pack_columns_as_rows,
       .pack_features_as_rows = pack_features_as_rows,

@@ -1,4 +1,4 @@
-// Attention as a step of a program on column tiles: in fp32, or with products in bf16.
+// Attention as a step of a program on column tiles, with products in fp32, bf16 or int8.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -15,14 +15,18 @@ namespace {
 constexpr int64_t KEYS_PER_CHUNK = 256;  // whose scores are in the cache at a time
 constexpr int64_t KEY_BLOCK = 16, VALUE_BLOCK = 32;
 
-// Column tiles that a sequence may touch.
-inline int64_t attention_tiles(const rarefy_attention& a) { return ceil_div(a.queries + TILE_COLS - 1, TILE_COLS); }
+// Column tiles that a sequence may touch; in int8 those of its own, from its first token on.
+inline int64_t attention_tiles(const rarefy_attention& a) {
+  return ceil_div(a.queries + (a.dtype == RAREFY_I8 ? 0 : TILE_COLS - 1), TILE_COLS);
+}
 
-inline bool multiplies_bf16(const rarefy_attention& a) { return a.bf16 && rarefy_active_kernels().multiplies_bf16; }
+inline bool multiplies_bf16(const rarefy_attention& a) {
+  return a.dtype == RAREFY_BF16 && rarefy_active_kernels().multiplies_bf16;
+}
 
 // Whether a part is a head of a sequence, so that its keys and values are packed once; else a column tile of it.
 inline bool packs_keys_once(const rarefy_attention& a) {
-  return multiplies_bf16(a) && a.batch * a.heads >= 3 * int64_t(num_threads());
+  return (a.dtype == RAREFY_I8 || multiplies_bf16(a)) && a.batch * a.heads >= 3 * int64_t(num_threads());
 }
 
 inline int64_t attention_parts(const rarefy_attention& a) {
@@ -32,7 +36,11 @@ inline int64_t attention_parts(const rarefy_attention& a) {
 // One head of one sequence, its keys and values packed for dense products in bf16.
 struct LaneAttention {
   LaneAttention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t sequence, int64_t head)
-      : t(t), a(a), first(sequence * a.seq_stride), first_key(sequence * a.kv_seq_stride), head_dim(a.head_dim),
+      : t(t),
+        a(a),
+        first(sequence * a.seq_stride),
+        first_key(sequence * a.kv_seq_stride),
+        head_dim(a.head_dim),
         offset(head * head_dim * TILE_COLS) {
     mask = a.mask ? a.mask + sequence * a.mask_batch_stride + head * a.mask_head_stride : nullptr;
     const KeyRange visible = visible_keys(a, mask);
@@ -178,7 +186,19 @@ inline int run_bounded_attention(const rarefy_kernel_table& t, const rarefy_atte
   return RAREFY_OK;
 }
 
+inline int run_int8_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
+  const int64_t pieces = packs_keys_once(a) ? 1 : attention_tiles(a), sequence = part / pieces / a.heads;
+  const int64_t queries = a.bounds ? a.bounds[2 * sequence + 1] : a.queries, from = part % pieces * TILE_COLS;
+  if (from >= queries) return RAREFY_OK;
+  const ScratchBuffer<1> scratch(size_t(t.int8_attention_words(a)) * 4);
+  if (!scratch.data) return RAREFY_NO_MEMORY;
+  t.int8_attention(a, sequence, part / pieces % a.heads, from,
+                   pieces == 1 ? queries : std::min(queries, from + TILE_COLS), static_cast<uint32_t*>(scratch.data));
+  return RAREFY_OK;
+}
+
 inline int run_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
+  if (a.dtype == RAREFY_I8) return run_int8_attention(t, a, part);
   if (a.bounds) return run_bounded_attention(t, a, part);
   const int64_t pieces = packs_keys_once(a) ? 1 : attention_tiles(a), head = part / pieces % a.heads;
   const int64_t sequence = part / pieces / a.heads, first = sequence * a.seq_stride;

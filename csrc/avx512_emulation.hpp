@@ -5,6 +5,7 @@
 #include <simde/x86/avx512.h>
 #include <simde/x86/fma.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -73,6 +74,12 @@ __m512bh round_both_to_bf16(__m512 high, __m512 low) {
   return bit_cast_to<__m512bh>(out);
 }
 
+__m512 reduce_to_fraction(__m512 v, int) {  // its only use: v - floor(v)
+  auto all = bit_cast_to<elements<float, 16>>(v);
+  for (float& f : all.of) f = std::isinf(f) ? 0.0f : f - std::floor(f);
+  return bit_cast_to<__m512>(all);
+}
+
 }  // namespace
 
 #define _load_mask16 load_mask
@@ -84,6 +91,7 @@ __m512bh round_both_to_bf16(__m512 high, __m512 low) {
 #define _mm512_mask_expand_ps expand_elements<float, 16>
 #define _mm512_mask_expand_epi16 expand_elements<uint16_t, 32>
 #define _mm512_mask_expand_epi8 expand_elements<uint8_t, 64>
+#define _mm512_reduce_ps reduce_to_fraction
 #define _mm512_reduce_add_epi32 reduce_elements<int32_t>
 #define _mm512_reduce_add_ps reduce_elements<float>
 #define _mm512_stream_si512(p, v) std::memcpy(p, &(v), 64)

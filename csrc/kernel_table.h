@@ -146,6 +146,11 @@ struct rarefy_kernel_table {
                             const float* gamma, const float* bias, float* out);
   void (*add_column_sums)(const float* x, int64_t features, int64_t columns, float* sums);
   void (*attention_tile)(const rarefy_attention&, int64_t batch, int64_t head, int64_t tile);
+  // Attention with products of codes, for queries `from` (a multiple of TILE_COLS) to `to` of one head of one sequence;
+  // `memory` has int8_attention_words words.
+  int64_t (*int8_attention_words)(const rarefy_attention&);
+  void (*int8_attention)(const rarefy_attention&, int64_t sequence, int64_t head, int64_t from, int64_t to,
+                         uint32_t* memory);
   void (*pack_bf16_lanes)(const float* x, int64_t features, int64_t columns, uint32_t* out);
   void (*pack_columns_as_rows)(const float* x, int64_t features, uint32_t* out);
   void (*pack_features_as_rows)(const float* a, const float* b, int64_t first, int64_t second, int64_t features,

@@ -15,17 +15,6 @@ namespace {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// 2^x for x <= 0, with a relative error of 1e-4: its use is rounded to bf16. NaN stays NaN.
-inline f32_vec exp2_fast(f32_vec x) {
-  x = x < -126.0f ? f32_vec{} - 126.0f : x;
-  const f32_vec shifted = x + 12582912.0f;  // 1.5 * 2^23 drops the fraction
-  const f32_vec r = x - (shifted - 12582912.0f);
-  f32_vec p = r * 5.5171660e-2f + 2.4261112e-1f;
-  p = p * r + 6.9326099e-1f;
-  p = p * r + 9.9992807e-1f;
-  return f32_vec(u32_vec(p) + (u32_vec(shifted) << 23));
-}
-
 // Pairs of features of the first `columns` columns as bf16, the lanes padded with zeros to a multiple of 16.
 void pack_bf16_lanes(const float* x, int64_t features, int64_t columns, uint32_t* out) {
   const int64_t lanes = (features + 31) / 32 * 16;

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 14 };
+enum { RAREFY_ABI_VERSION = 15 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -241,7 +241,7 @@ struct rarefy_attention {
   int64_t window;              // keys that a query attends to at most, itself included; 0: all
   float scale;
   int32_t causal;
-  int32_t bf16;           // 1: products in bf16, without a cache; 0: fp32
+  int32_t dtype;          // of the products: fp32, or without a cache bf16 or int8
   int64_t kv_seq_stride;  // columns from one sequence of keys and values to the next, without a cache
   const int64_t* bounds;  // [batch][2], first column and tokens of each sequence, without a cache and a mask; `queries`
                           // and `keys` are those of the longest. null: as seq_stride, queries and keys say

@@ -10,6 +10,9 @@
 //   BitmaskOps<DTYPE>      expand the values of a bitmask, multiply them by an input; Int4BitmaskOps: int4
 //   QuantizedOps           dequantize 64 values of a quantized weight, multiply them by an input
 //   LaneOps<DTYPE>         multiply-accumulate of 32-bit lanes: 1 fp32, 2 bf16, 4 int8 inputs
+//   load_first             the first n floats, then zeros, where n is smaller than a vector
+//   exp2_fast              2^x for x <= 0 with a relative error of 1e-4, for uses in bf16 and int8; NaN stays NaN
+//   round_to_integers      the nearest integers
 //   stream_store, stream_fence   stores that bypass the caches, and the fence that makes them visible
 #pragma once
 #include <cstdint>
@@ -41,12 +44,7 @@ inline void store_vec(float* p, f32_vec v) { std::memcpy(p, &v, sizeof v); }
 
 // The first n floats at p, then zeros; n may be larger than a vector.
 inline f32_vec load_partial(const float* p, int64_t n) {
-  f32_vec v{};
-  if (n >= SIMD_WIDTH)
-    std::memcpy(&v, p, sizeof v);
-  else
-    std::memcpy(&v, p, size_t(n) * 4);
-  return v;
+  return n >= SIMD_WIDTH ? load_vec(p) : f32_vec(load_first(p, n));
 }
 
 inline void store_partial(float* p, f32_vec v, int64_t n) {

@@ -361,6 +361,29 @@ inline void transpose(raw_vec (&r)[SIMD_WIDTH]) {
 #endif
 }
 
+inline f32x8 exp2_fast(f32x8 x) {
+  x = x < -126.0f ? f32x8{} - 126.0f : x;
+  const f32x8 shifted = x + 12582912.0f;  // 1.5 * 2^23 drops the fraction
+  const f32x8 r = x - (shifted - 12582912.0f);
+  f32x8 p = r * 5.5171660e-2f + 2.4261112e-1f;
+  p = p * r + 6.9326099e-1f;
+  p = p * r + 9.9992807e-1f;
+  return f32x8(u32x8(p) + (u32x8(shifted) << 23));
+}
+inline i32x8 round_to_integers(f32x8 v) {
+#if defined(__AVX2__)
+  return i32x8(_mm256_cvtps_epi32(__m256(v)));
+#else
+  return i32x8(u32x8(v + 12582912.0f) & 0x3fffffu);
+#endif
+}
+
+inline f32x8 load_first(const float* p, int64_t n) {
+  f32x8 v{};
+  std::memcpy(&v, p, size_t(n) * 4);
+  return v;
+}
+
 inline void stream_store(float* p, raw_vec v) {
 #if defined(__AVX2__)
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), __m256i(v));

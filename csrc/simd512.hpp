@@ -267,6 +267,18 @@ inline void transpose(__m512i (&r)[16]) {
   }
 }
 
+inline __m512 exp2_fast(__m512 x) {
+  constexpr int FLOOR = 9;  // without exceptions
+  const __m512 r = _mm512_reduce_ps(x, FLOOR);
+  __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(7.8024516e-2f), _mm512_set1_ps(2.2606716e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9583354e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.9992522e-1f));
+  return _mm512_scalef_ps(p, x);  // times 2 to the floor of x
+}
+inline __m512i round_to_integers(__m512 v) { return _mm512_cvtps_epi32(v); }
+
+inline __m512 load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+
 inline void stream_store(float* p, raw_vec v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v); }
 
 inline void stream_fence() { _mm_sfence(); }

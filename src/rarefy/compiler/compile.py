@@ -142,8 +142,8 @@ def compile(
         precision: None for that of the model; those in fp16 run in fp32. "bf16" multiplies the matrices of linear
             layers in bfloat16 with fp32 sums, and those of attention where the CPU is faster so; convolutions stay in
             fp32. "int8" runs linear layers and convolutions in 8 bits, with a scale for each output of a weight and one
-            for each row or image of inputs, and attention as "bf16" does; grouped convolutions stay in fp32. Outputs
-            change a little.
+            for each row or image of inputs, and attention as "bf16" does or, where the CPU is not faster so, in 8 bits;
+            grouped convolutions stay in fp32. Outputs change a little.
         calibrate: batches, each like the example, on which the ranges of inputs of int8 convolutions are found once, so
             that no call has to find them: faster, and zero points make full use of 8 bits behind a ReLU. A few dozen
             typical images are enough. Values outside of these ranges saturate. Linear layers keep a scale for each row

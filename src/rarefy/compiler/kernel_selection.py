@@ -97,7 +97,7 @@ def select_kernels(
                 kernels[node].input_grid = inputs
     for node in exported.graph.nodes if precision else ():
         if node.target is ops.attention:
-            node.args = (*node.args[:-1], "bf16")
+            node.args = (*node.args[:-1], precision)
     for node in exported.graph.nodes:  # an embedding that shares its weight with a linear layer
         form = packed.get((node.args[1].name, False)) if node.target is ops.embedding else None
         if isinstance(form, QuantizedPanels):

@@ -211,7 +211,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
     "number": (lambda v, *_: type(v) in (int, float), "a number"),
     "scale": (lambda v, *_: type(v) is float and MIN_SCALE < v < 1e36, "a scale above zero"),
     "zero_point": (lambda v, *_: type(v) is int and 0 <= v <= 255, "a whole number from 0 to 255"),
-    "precision": (lambda v, *_: v == "bf16", "None or bf16"),
+    "precision": (lambda v, *_: v in ("bf16", "int8"), "None, bf16 or int8"),
     "flag": (lambda v, *_: type(v) is bool, "True or False"),
 }
 

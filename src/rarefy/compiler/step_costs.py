@@ -16,7 +16,7 @@ from rarefy.compiler.fx_utils import Node, aten
 from rarefy.compiler.operators.linear import input_precision
 from rarefy.compiler.packed_program import PackedProgram
 from rarefy.compiler.program import Program, Value
-from rarefy.compiler.step_structs import NAMES, Attention, Step
+from rarefy.compiler.step_structs import DTYPES, NAMES, Attention, Step
 from rarefy.runtime.packed_formats import LANE, Bitmask, ConvTiles, Csr, Sell, Tiles
 
 FORMAT_NAMES = {"QuantizedPanels": "panels"}  # where the class's name in lower case is not the format's name
@@ -139,7 +139,7 @@ def _attention(a: Attention, past: int, moved: int, lengths: Sequence[int] | Non
     if cached:
         moved += 8 * a.batch * keys * a.kv_heads * a.head_dim
     sizes = f"{a.batch} x {a.heads} heads x {a.queries} x {keys} x {a.head_dim}"
-    precision = "bf16" if a.bf16 else "fp32"
+    precision = DTYPES[a.dtype]
     executed = each * sum(visible)
     if lengths is not None:
         executed = each // a.batch * sum(n * (n + 1) // 2 if a.causal else n * n for n in lengths)

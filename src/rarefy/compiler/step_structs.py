@@ -51,7 +51,7 @@ class Attention(Structure):
         *[(n, c_int64) for n in ("k_offset", "v_offset", "window")],
         ("scale", c_float),
         ("causal", c_int32),
-        ("bf16", c_int32),
+        ("dtype", c_int32),
         ("kv_seq_stride", c_int64),
         ("bounds", c_void_p),
     ]

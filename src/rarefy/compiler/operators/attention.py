@@ -12,10 +12,11 @@ from torch import Tensor
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import Call, OpSpec
 from rarefy.compiler.program import NT, Program
-from rarefy.compiler.step_structs import Attention
+from rarefy.compiler.step_structs import DTYPES, Attention
 from rarefy.runtime import bindings
 
 Pair = tuple[int, int]
+INT8_ISAS = ("avx512", "avx2")  # where attention in int8 is faster than in fp32
 CACHE_ADDRESS = 1 << 50  # where a cache's addresses begin, to order the steps that touch it
 
 
@@ -27,12 +28,20 @@ def attention(
 
     q is [batch, tokens, heads * head_dim], k and v are [batch, keys, kv_heads * head_dim]: fewer heads of keys and
     values serve several heads of queries each, and there may be more or fewer keys than queries, unless it is causal.
-    With precision "bf16" products are those of numbers rounded to bf16,
-    on CPUs that multiply them faster than fp32.
+    With precision "bf16" products are those of numbers rounded to bf16, on CPUs that multiply them faster than fp32.
+    With "int8" they may also be those of codes: queries and keys with a scale for each token of a head, values with one
+    for each feature, weights of the softmax in steps of 1/255 (1/127 on AVX2).
     """
-    if precision == "bf16":
+    if precision is not None:
         q, k, v = (t.bfloat16().float() for t in (q, k, v))
     return _attend(q, k, v, mask, heads, kv_heads, scale, causal)
+
+
+def product_type(precision: str | None) -> str:
+    """Return the type in which attention of a precision multiplies with the kernels in use."""
+    if precision is not None and bindings.multiplies_bf16():
+        return "bf16"
+    return "int8" if precision == "int8" and bindings.isa() in INT8_ISAS else "fp32"
 
 
 def _attend(
@@ -102,7 +111,7 @@ def _lower_attention(p: Program, node: Node) -> None:
         kv_seq_stride=p.values[k].tokens.seq_stride,
         scale=scale,
         causal=int(causal),
-        bf16=int(precision == "bf16" and bindings.multiplies_bf16()),
+        dtype=DTYPES.index(product_type(precision)),
     )
     values = {n: p.use(p.values[x]) for n, x in zip("qkv", (q, k, v))} | {"out": p.use(out)}
     p.attentions.append((a, values))
