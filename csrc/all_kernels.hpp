@@ -79,6 +79,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .add_rescaled = add_rescaled,
       .nhwc_products = nhwc_products,
       .nhwc_depthwise = nhwc_depthwise,
+      .nhwc_lanes = nhwc_lanes,
+      .transpose_sums = transpose_sums,
       .nhwc_pixels = NHWC_PIXELS_PER_CALL,
       .nhwc_store = nhwc_store,
       .nhwc_quantize = nhwc_quantize,

@@ -167,6 +167,12 @@ struct rarefy_kernel_table {
   // Sums of at most NHWC_OUTPUTS channels of some pixels of a depthwise convolution; tap k is at x + offsets[k].
   void (*nhwc_depthwise)(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t num_taps,
                          const float* taps, int64_t tap_stride, int64_t channels, int64_t pixels, uint32_t* acc);
+  // Codes of up to TILE_COLS pixels, tap k of pixel i at x + offsets[i] + taps[k], as lanes of a column tile:
+  // out [channels / 4][num_taps][TILE_COLS]. `offsets` has TILE_COLS elements. Reads up to 64 bytes past the channels.
+  void (*nhwc_lanes)(const uint8_t* x, const int64_t* offsets, int64_t pixels, const int64_t* taps, int64_t num_taps,
+                     int64_t channels, uint32_t* out);
+  // Sums [rows][TILE_COLS] of up to NHWC_OUTPUTS rows as [pixels][NHWC_OUTPUTS].
+  void (*transpose_sums)(const uint32_t* sums, int64_t rows, int64_t pixels, uint32_t* out);
   int64_t nhwc_pixels;  // a number of pixels whose multiples run at full speed
   void (*nhwc_store)(const rarefy_nhwc_outputs&, const uint32_t* acc, int64_t pixels);
   // Codes of pixels: channel c of pixel i is x[c * stride + i].

@@ -52,10 +52,11 @@ struct LinearWeight {
   template <class T>
   void set_sparse(const T& w) {
     rows = w.rows;
+    lanes = w.lanes;
     dtype = w.dtype;
     epilogue = {w.scales, w.row_sums, w.bias, w.act};
   }
-  int64_t rows, col_blocks = 0, cols = 0;
+  int64_t rows, col_blocks = 0, cols = 0, lanes = 0;
   int32_t dtype;  // of the multiplication
   rarefy_weight_epilogue epilogue;
 };
@@ -145,19 +146,25 @@ inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s,
                                   });
 }
 
+// Sums of some rows of a sparse weight, from the start of a slab on.
+inline void multiply_sparse(const rarefy_kernel_table& t, const rarefy_step& s, int64_t row, int64_t rows,
+                            const uint32_t* x, uint32_t* sums, int64_t columns) {
+  if (s.format == RAREFY_SELL) {
+    const auto& w = *static_cast<const rarefy_sell*>(s.weight);
+    t.sell_spmm[w.dtype](w, row / SLAB_ROWS, x, sums, columns, nullptr);
+  } else {
+    const auto& w = *static_cast<const rarefy_tiles*>(s.weight);
+    t.tiles_spmm[w.dtype](w, row / TILE_ROWS, ceil_div(row + rows, TILE_ROWS), x, sums, columns);
+  }
+}
+
 // As store_rows, for a sparse weight, from the start of a slab on.
 inline void store_sparse_rows(const rarefy_kernel_table& t, const rarefy_step& s, const LinearWeight& w,
                               const uint32_t* x, int64_t tile, int64_t first, int64_t end, int64_t columns,
                               const float* col_scales, float* out, float* absmax) {
-  store_rows<SLAB_ROWS>(t, s, w.dtype, w.epilogue, tile, first, end, col_scales, out, absmax,
-                        [&](int64_t row, int64_t rows, uint32_t* sums) {
-                          if (s.format == RAREFY_SELL)
-                            t.sell_spmm[w.dtype](*static_cast<const rarefy_sell*>(s.weight), row / SLAB_ROWS, x, sums,
-                                                 columns, nullptr);
-                          else
-                            t.tiles_spmm[w.dtype](*static_cast<const rarefy_tiles*>(s.weight), row / TILE_ROWS,
-                                                  ceil_div(row + rows, TILE_ROWS), x, sums, columns);
-                        });
+  store_rows<SLAB_ROWS>(
+      t, s, w.dtype, w.epilogue, tile, first, end, col_scales, out, absmax,
+      [&](int64_t row, int64_t rows, uint32_t* sums) { multiply_sparse(t, s, row, rows, x, sums, columns); });
 }
 
 // A slab of rows, or with whole_columns all rows, of one column tile.

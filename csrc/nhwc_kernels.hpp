@@ -113,6 +113,34 @@ void nhwc_depthwise(const uint8_t* x, int64_t x_stride, const int64_t* offsets, 
     }
 }
 
+void nhwc_lanes(const uint8_t* x, const int64_t* offsets, int64_t pixels, const int64_t* taps, int64_t num_taps,
+                int64_t channels, uint32_t* out) {
+  const int64_t lanes = (channels + 3) / 4;
+  for (int64_t n = 0; n < pixels; n += SIMD_WIDTH)
+    for (int64_t k = 0; k < num_taps; ++k)
+      for (int64_t c = 0; c < lanes; c += SIMD_WIDTH) {
+        raw_vec square[SIMD_WIDTH];
+#pragma GCC unroll 16
+        for (int i = 0; i < SIMD_WIDTH; ++i) square[i] = load_raw(x + offsets[n + i] + taps[k] + c * 4);
+        transpose(square);
+        uint32_t* to = out + (c * num_taps + k) * TILE_COLS + n;
+        for (int64_t i = 0; i < std::min<int64_t>(SIMD_WIDTH, lanes - c); ++i)
+          store_raw(to + i * num_taps * TILE_COLS, square[i]);
+      }
+}
+
+void transpose_sums(const uint32_t* sums, int64_t rows, int64_t pixels, uint32_t* out) {
+  for (int64_t r = 0; r < rows; r += SIMD_WIDTH)
+    for (int64_t n = 0; n < pixels; n += SIMD_WIDTH) {
+      raw_vec square[SIMD_WIDTH];
+#pragma GCC unroll 16
+      for (int i = 0; i < SIMD_WIDTH; ++i) square[i] = load_raw(sums + (r + i) * TILE_COLS + n);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < SIMD_WIDTH; ++i) store_raw(out + (n + i) * NHWC_OUTPUTS + r, square[i]);
+    }
+}
+
 constexpr int OUTPUT_VECS = 4;  // vectors of outputs that become codes together
 constexpr int64_t OUTPUTS_TOGETHER = OUTPUT_VECS * SIMD_WIDTH;
 

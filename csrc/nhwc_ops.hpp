@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "kernel_table.h"
+#include "linear_ops.hpp"
 #include "parallel.h"
 #include "rarefy.h"
 #include "step_common.hpp"
@@ -15,6 +16,7 @@ constexpr int64_t MAX_COPY_BYTES = 512 << 10;  // of the inputs of a part that a
 constexpr int64_t MAX_PIXEL_BLOCKS = 4;        // of a part: weights are read once for all of them
 constexpr int64_t PARTS_PER_THREAD = 6;
 constexpr int64_t MAX_PREFETCH_BLOCKS = 8;  // of inputs: with more of them outputs cost little
+constexpr int64_t MAX_PREFETCH_LANES = 16 * MAX_PREFETCH_BLOCKS;
 
 inline int64_t nhwc_row_bytes(const rarefy_nhwc_image& i) { return (i.width + 2 * i.border) * i.pixel_bytes; }
 inline int64_t nhwc_image_bytes(const rarefy_nhwc_image& i) { return (i.height + 2 * i.border) * nhwc_row_bytes(i); }
@@ -69,7 +71,8 @@ inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s,
 
 // The pixels of a convolution's outputs, in blocks, and how they are split into parts. Without segments a block also
 // computes sums between the rows of outputs, which are dropped, so that its inputs are evenly spaced. Images without a
-// border count as one where a kernel reads single pixels.
+// border count as one where a kernel reads single pixels. Sparse weights read column tiles, into which the inputs of a
+// block are transposed; all images count as one.
 struct NhwcConv {
   NhwcConv(const rarefy_kernel_table& table, const rarefy_step& step)
       : t(table), s(step), c(*s.nhwc), features(s.features) {
@@ -77,21 +80,26 @@ struct NhwcConv {
     out_width = width / c.stride[1] + 1;
     out_height = s.tokens / out_width;
     pitch = c.segments ? out_width : c.in.width + 2 * c.in.border;
-    const bool one = !c.segments && c.kernel[0] == 1 && c.kernel[1] == 1 && !c.in.border && !c.padding[0];
+    const bool sparse = s.weight;
+    const bool one = sparse || (!c.segments && c.kernel[0] == 1 && c.kernel[1] == 1 && !c.in.border && !c.padding[0]);
     const int64_t images = one ? 1 : s.batch, rows = one ? s.batch * out_height : out_height;
     positions = (rows - 1) * pitch + out_width;
-    const int64_t even = ceil_div(positions, ceil_div(positions, NHWC_PIXELS));
-    block_pixels = std::min(ceil_div(even, t.nhwc_pixels), NHWC_PIXELS / t.nhwc_pixels) * t.nhwc_pixels;
+    const int64_t most = sparse ? TILE_COLS : NHWC_PIXELS, step_pixels = sparse ? 16 : t.nhwc_pixels;
+    const int64_t even = ceil_div(positions, ceil_div(positions, most));
+    block_pixels = std::min(ceil_div(even, step_pixels), most / step_pixels) * step_pixels;
     blocks_per_image = ceil_div(positions, block_pixels);
     blocks = images * blocks_per_image;
-    const int64_t copy = c.segments ? block_pixels * c.num_blocks * 64 : 0, wanted = PARTS_PER_THREAD * num_threads();
+    const int64_t copy = copy_bytes(), wanted = PARTS_PER_THREAD * num_threads();
     blocks_per_part = std::clamp<int64_t>(blocks / wanted, 1, MAX_PIXEL_BLOCKS);
     if (copy) blocks_per_part = std::clamp<int64_t>(MAX_COPY_BYTES / copy, 1, blocks_per_part);
     block_parts = ceil_div(blocks, blocks_per_part);
-    const int64_t chunks = std::clamp<int64_t>(ceil_div(wanted, block_parts), 1, ceil_div(features, NHWC_OUTPUTS));
-    outputs_per_part = ceil_div(ceil_div(features, chunks), NHWC_OUTPUTS) * NHWC_OUTPUTS;
+    const int64_t together = sparse ? SLAB_ROWS : NHWC_OUTPUTS;
+    const int64_t chunks = std::clamp<int64_t>(ceil_div(wanted, block_parts), 1, ceil_div(features, together));
+    outputs_per_part = ceil_div(ceil_div(features, chunks), together) * together;
     parts = block_parts * ceil_div(features, outputs_per_part);
   }
+
+  int64_t copy_bytes() const { return c.segments && !s.weight ? block_pixels * c.num_blocks * 64 : 0; }  // of a block
 
   // Where an output is in a value: its row counts from the first row of image `image` on.
   int64_t at(const rarefy_nhwc_image& i, int64_t image, int64_t row, int64_t column) const {
@@ -106,6 +114,11 @@ struct NhwcConv {
       run = std::min(pitch - column, end - q);
       if (const int64_t used = std::min(run, out_width - column); used > 0) f(q / pitch, column, used);
     }
+  }
+
+  // Whether consecutive outputs are neighbours in the codes and the residual, beyond the ends of rows.
+  bool is_flat() const {
+    return pitch == out_width && !(s.out_codes.data && c.out.border) && !(s.residual.data && c.residual.border);
   }
 
   // Copy the inputs of each pixel of a block together. Copies run over their ends, which the next ones overwrite.
@@ -151,7 +164,7 @@ struct NhwcConv {
                           .residual_scale = c.residual.scale,
                           .residual_zero = c.residual.zero,
                           .out = nullptr};
-    for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t left) {
+    const auto store_run = [&](int64_t row, int64_t column, int64_t left) {
       for (int64_t x = column, count; left > 0; left -= count, x += count) {
         const int64_t token = image * s.tokens + row * out_width + x;  // fp32 is stored within a column tile
         count = s.out.data ? std::min(left, TILE_COLS - token % TILE_COLS) : left;
@@ -160,7 +173,11 @@ struct NhwcConv {
         if (s.out.data) o.out = tile_of(s.out, token / TILE_COLS) + output * TILE_COLS + token % TILE_COLS;
         t.nhwc_store(o, acc + (row * pitch + x - first) * NHWC_OUTPUTS, count);
       }
-    });
+    };
+    if (is_flat())
+      store_run(0, first, pixels);
+    else
+      for_each_run(first, pixels, store_run);
   }
 
   void multiply(const uint8_t* in, int64_t stride, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
@@ -178,10 +195,56 @@ struct NhwcConv {
     });
   }
 
+  // Transpose the inputs of a block into lanes of a column tile.
+  void transpose_inputs(int64_t first, int64_t pixels, uint32_t* lanes) const {
+    int64_t offsets[TILE_COLS], i = 0;
+    for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t n) {
+      const int64_t at = nhwc_at(c.in, row / out_height, row % out_height * c.stride[0] - c.padding[0],
+                                 column * c.stride[1] - c.padding[1]);
+      for (int64_t k = 0; k < n; ++k) offsets[i++] = at + k * c.stride[1] * c.in.pixel_bytes;
+    });
+    std::fill(offsets + i, offsets + TILE_COLS, offsets[i - 1]);
+    t.nhwc_lanes(nhwc_codes(s.x), offsets, pixels, c.segments, c.num_segments, c.in.channels, lanes);
+  }
+
+  // Blocks `from`..`to`, outputs `output`..`end` of a sparse weight, a slab of rows at a time.
+  int run_sparse(int64_t from, int64_t to, int64_t output, int64_t end) const {
+    const LinearWeight w(s);
+    const ScratchBuffer<1> scratch(size_t(w.lanes + SLAB_ROWS) * TILE_COLS * 4);
+    uint32_t *sums = static_cast<uint32_t*>(scratch.data), *lanes = sums + SLAB_ROWS * TILE_COLS;
+    if (!sums) return RAREFY_NO_MEMORY;
+    alignas(64) uint32_t acc[TILE_COLS * NHWC_OUTPUTS];
+    for (int64_t b = from; b < to; ++b) {
+      const int64_t first = b * block_pixels, pixels = std::min(block_pixels, positions - first);
+      transpose_inputs(first, pixels, lanes);
+      for (int64_t row = output; row < end; row += SLAB_ROWS) {
+        const int64_t rows = std::min(SLAB_ROWS, end - row);
+        for (int64_t o = row; w.lanes <= MAX_PREFETCH_LANES && o < row + rows; o += NHWC_OUTPUTS)
+          prefetch(0, first, pixels, o);
+        multiply_sparse(t, s, row, rows, lanes, sums, pixels);
+        for (int64_t o = 0; o < rows; o += NHWC_OUTPUTS) {
+          const int64_t n = std::min(NHWC_OUTPUTS, rows - o);
+          t.transpose_sums(sums + o * TILE_COLS, n, pixels, acc);
+          store(0, first, pixels, row + o, n, acc);
+        }
+      }
+    }
+    return RAREFY_OK;
+  }
+
   int run(int64_t part) const {
     const int64_t from = part % block_parts * blocks_per_part, to = std::min(from + blocks_per_part, blocks);
     const int64_t output = part / block_parts * outputs_per_part, end = std::min(output + outputs_per_part, features);
-    const int64_t copy = c.segments ? block_pixels * c.num_blocks * 64 : 0;
+    if (const int code = s.weight ? run_sparse(from, to, output, end) : run_dense(from, to, output, end)) return code;
+    if (s.out_codes.data && !output)
+      for (int64_t i = 0; i < s.batch; ++i)  // by the part that has an image's first output
+        if (const int64_t b = block_of(i); b >= from && b < to)
+          fill_border(t, c.out, nhwc_codes(s.out_codes), i, 0, c.out.height);
+    return RAREFY_OK;
+  }
+
+  int run_dense(int64_t from, int64_t to, int64_t output, int64_t end) const {
+    const int64_t copy = copy_bytes();
     const ScratchBuffer<1> scratch(size_t((to - from) * copy + 64));
     uint8_t* copies = static_cast<uint8_t*>(scratch.data);
     if (!copies) return RAREFY_NO_MEMORY;
@@ -204,10 +267,6 @@ struct NhwcConv {
         }
         store(image, first, pixels, o, n, acc);
       }
-    if (s.out_codes.data && !output)
-      for (int64_t i = 0; i < s.batch; ++i)  // by the part that has an image's first output
-        if (const int64_t b = block_of(i); b >= from && b < to)
-          fill_border(t, c.out, nhwc_codes(s.out_codes), i, 0, c.out.height);
     return RAREFY_OK;
   }
 

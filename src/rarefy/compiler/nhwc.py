@@ -128,8 +128,14 @@ def lower_conv(p: Program, node: Node) -> None:
     step = Nhwc(input=source.image, **_geometry(size, stride, padding, dilation))
     if kernel is None:
         _set_taps(p, step, p.constants[w.name], None if bias is None else p.constants[bias.name])
+    elif kernel.held[0].counts is not None:
+        _set_sparse_weight(p, step, kernel)
     else:
         _set_weight(p, step, weight_of(kernel), kernel.held[1], p.shape(node)[2:])
+    numbers: dict[str, Any] = {}
+    if kernel is not None and kernel.held[0].counts is not None:
+        matrix = type(kernel.held[0].matrix)
+        numbers = {"weight": addressof(kernel.inner), "format": bindings.FORMATS.index(matrix)}
     operands, separate = {"x": source.value}, residual is not None and added is None  # an addition of its own
     if added is not None:
         step.residual, operands["residual"] = added.image, added.value
@@ -139,7 +145,7 @@ def lower_conv(p: Program, node: Node) -> None:
         step.out, operands["out_codes"] = written.image, written.value
     operands = {n: p.use(v) for n, v in {**operands, "out": out}.items()}
     name = "nhwc_depthwise" if kernel is None else "nhwc_conv"
-    p.step(name, out, act=0 if separate else act, nhwc=addressof(step), **operands)
+    p.step(name, out, act=0 if separate else act, nhwc=addressof(step), **numbers, **operands)
     if separate:
         p.step("add", out, x=p.use(out), out=p.use(out), act=act, other=p.use(p.values[residual]))
 
@@ -224,6 +230,15 @@ def _set_taps(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) -> No
     p.held.append(taps)
     step.taps = taps.data_ptr()
     _set_outputs(p, step, F.pad(scale, padding), taps.sum(0).int(), bias)
+
+
+def _set_sparse_weight(p: Program, step: Nhwc, kernel: Any) -> None:
+    """Write into a step where a sparse weight reads an output's inputs, pixel by pixel of the kernel."""
+    packed, bias = kernel.held
+    _set_segments(p, step, _starts(step, [j * step.dilation[1] for j in range(step.kernel[1])]))
+    padded = -(-packed.shape[0] // 64) * 64  # outputs; those of the weight are padded to fours
+    scales, row_sums = (F.pad(t, (0, padded - len(t))) for t in (packed.scales, packed.row_sums))
+    _set_outputs(p, step, scales, row_sums, bias)
 
 
 def _set_weight(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None, sizes: Sequence[int]) -> None:

@@ -310,8 +310,8 @@ class Program:
                 self.every.remove(operands.pop("out"))
 
     def runs_on_codes(self, node: Node) -> bool:
-        """Return whether a node is a convolution that reads its input, and writes its output, as NHWC codes: a dense
-        one in int8 with a static scale, or a depthwise one of rounded values."""
+        """Return whether a node is a convolution that reads its input, and writes its output, as NHWC codes: one in
+        int8 with a static scale, or a depthwise one of rounded values."""
         if node not in self.nodes or self.operators[node.target].name != "conv2d":
             return False
         kernel = self.kernels.get(node)
@@ -320,8 +320,7 @@ class Program:
             rounded = x.target in self.operators and self.operators[x.target].name == "fake_quantize"
             return rounded and is_depthwise(node, self.constants)
         packed = kernel.held[0]
-        dense = isinstance(packed, ConvTiles) and packed.counts is None and packed.kind == "int8"
-        return dense and kernel.input_grid is not None
+        return isinstance(packed, ConvTiles) and packed.kind == "int8" and kernel.input_grid is not None
 
     def _reads_pixels(self, image: Node, user: Node) -> bool:
         """Return whether an operator reads an image's pixels as they are stored, not its padded planes."""
