@@ -208,7 +208,7 @@ struct Int8Attention {
       store_vec(factors + key - begin, factor);
       store_vec(shifts + key - begin, shift);
     }
-    for (int64_t key = end - begin; key < std::min(key_stride, (end - begin + 3) / 4 * 4); ++key) {
+    for (int64_t key = end - begin; key < (end - begin + 3) / 4 * 4; ++key) {
       factors[key] = 0.0f;
       shifts[key] = -INFINITY;
     }
@@ -286,24 +286,36 @@ struct Int8Attention {
       }
       top = max_vec(top, before);
       const f32_vec factor = exp2_fast(before - top), inner = adds ? f32_vec{} + 1.0f : scale;
-      const f32_vec shift = top - LOG2_LARGEST;
+      const f32_vec shift = top - LOG2_LARGEST, largest_weight = f32_vec{} + LARGEST_WEIGHT;
       auto total = L::zero();
       for (int64_t j = 0; j < rows; j += 4, s += 4 * TILE_COLS) {
         u32_vec code[4];
 #pragma GCC unroll 4
         for (int64_t i = 0; i < 4; ++i)
-          code[i] = u32_vec(round_to_integers(exp2_fast(load_vec(s + i * TILE_COLS) * inner - shift)));
+          code[i] = u32_vec(
+              round_to_integers(min_of(exp2_fast(load_vec(s + i * TILE_COLS) * inner - shift), largest_weight)));
         const u32_vec lane = (code[0] | code[1] << 8) | (code[2] << 16 | code[3] << 24);
         store_raw(weights + j / 4 * TILE_COLS + n, raw_vec(lane));
         total = L::multiply_add(total, Inputs(lane), L::broadcast(0x01010101u));
       }
+      f32_vec added = __builtin_convertvector(i32_vec(total), f32_vec);
+      for (int i = 0; i < SIMD_WIDTH; ++i)
+        if (top[i] <= MASKED) added[i] = weigh_alike(n + i, count);
+      // infinite scores and keys with NaN make the sum NaN
+      store_vec(sum + n, load_vec(sum + n) * factor + added + (load_vec(scales + n) * nan + (top - top)));
       store_vec(max + n, top);
-      store_vec(sum + n, load_vec(sum + n) * factor + __builtin_convertvector(i32_vec(total), f32_vec) +
-                             load_vec(scales + n) * nan);
       store_vec(rescale + n, factor);
     }
   }
 
+  // A query that sees no key attends to all alike. Returns the sum of its weights.
+  float weigh_alike(int64_t column, int64_t count) {
+    auto* bytes = reinterpret_cast<uint8_t*>(weights + column);
+    for (int64_t j = 0; j < count; ++j) bytes[j / 4 * TILE_COLS * 4 + j % 4] = 1;
+    return float(count);
+  }
+
+  // Add the values of some keys to the sums so far, which are rescaled; null before the first keys.
   template <int VECS>
   void add_values(int64_t key, int64_t count, int64_t column, const float* rescale) {
     const int64_t row = key_stride / 4;

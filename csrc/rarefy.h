@@ -273,9 +273,9 @@ struct rarefy_nhwc {
   rarefy_nhwc_image in, out, residual;  // out, residual: of the codes, where the step has such operands
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   // The rest is for NHWC_CONV and NHWC_DEPTHWISE. Outputs are padded to 64 in factors, bias, row_sums and taps.
-  const uint32_t* values;           // [outputs / 16][blocks][16 lanes][16 outputs]
+  const uint32_t* values;           // dense: [outputs / 16][blocks][16 lanes][16 outputs]
   const rarefy_nhwc_block* blocks;  // of the inputs of an output, in the image or, with segments, in a copy of them
-  const int64_t* segments;          // runs of bytes to be copied together: their offsets in the image; or null
+  const int64_t* segments;  // offsets in the image of runs of bytes that are copied together, or of taps; or null
   int64_t num_blocks, num_segments;
   int64_t segment_bytes, segment_stride;  // of a segment; from one to the next in the copy
   const float *factors, *bias;            // scales of weight times input, bias: [outputs]
@@ -286,7 +286,7 @@ struct rarefy_nhwc {
 struct rarefy_step {
   int32_t op, act;         // rarefy_op, rarefy_activation
   int32_t decode;          // 1: a decode step, activations are row-major
-  int32_t format;          // LINEAR: rarefy_format of `weight`
+  int32_t format;          // LINEAR, sparse NHWC_CONV: rarefy_format of `weight`
   int32_t dtype;           // CONVERT, PAD_PLANES: rarefy_dtype of `out`
   int32_t channels_first;  // PACK, UNPACK, PAD_PLANES: the external tensor is [batch][features][tokens]
   int32_t per_image;       // CONVERT: one scale for each image instead of one for each column
@@ -301,7 +301,7 @@ struct rarefy_step {
   float codes_scale;                      // as codes_zero, of int8: one scale for all; 0: one for each column
   float eps;                              // NORM, GROUP_NORM: added to the variance
   float pad_value;                        // PAD_PLANES: value outside the image; int8 planes are padded with zeros
-  const void* weight;                     // LINEAR
+  const void* weight;                     // LINEAR; NHWC_CONV where it is sparse, else null
   const rarefy_attention* attention;      // ATTENTION, KV_STORE
   const rarefy_indirection* indirection;  // PAD_PLANES, CONV, MAX_POOL, DEPTHWISE_CONV
   rarefy_view x;

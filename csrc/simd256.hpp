@@ -362,7 +362,7 @@ inline void transpose(raw_vec (&r)[SIMD_WIDTH]) {
 }
 
 inline f32x8 exp2_fast(f32x8 x) {
-  x = x < -126.0f ? f32x8{} - 126.0f : x;
+  x = x < -100.0f ? f32x8{} - 100.0f : x;
   const f32x8 shifted = x + 12582912.0f;  // 1.5 * 2^23 drops the fraction
   const f32x8 r = x - (shifted - 12582912.0f);
   f32x8 p = r * 5.5171660e-2f + 2.4261112e-1f;

@@ -268,7 +268,8 @@ inline void transpose(__m512i (&r)[16]) {
 }
 
 inline __m512 exp2_fast(__m512 x) {
-  constexpr int FLOOR = 9;  // without exceptions
+  constexpr int FLOOR = 9;                        // without exceptions
+  x = _mm512_max_ps(_mm512_set1_ps(-100.0f), x);  // no denormal numbers; NaN stays NaN
   const __m512 r = _mm512_reduce_ps(x, FLOOR);
   __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(7.8024516e-2f), _mm512_set1_ps(2.2606716e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9583354e-1f));

@@ -106,6 +106,35 @@ def test_masks_in_a_precision(kind, precision, isa):
     assert relative_distance(made(x, mask), net(x, mask).detach()) < (0.02 if precision == "bf16" else 0.04)
 
 
+@pytest.mark.parametrize("precision", [None, "bf16", "int8"])
+@pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min], ids=["inf", "min"])
+def test_queries_that_see_no_key(hidden, precision, isa):
+    """A text that is padded on the left under a causal mask: what is read there is of no use, but must not spread."""
+    first, second, S = Attends().eval(), Attends().eval(), 40
+    seen = torch.ones(S, S, dtype=torch.bool).tril().expand(3, 1, S, S).clone()
+    seen[1, ..., :7] = False
+    seen[2] = False  # a text without any token
+    mask = torch.zeros(seen.shape).masked_fill(~seen, hidden)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x, mask):
+            return self.second(self.first(x, mask), mask)
+
+    net, x = Two().eval(), torch.randn(3, S, 32)
+    made = rarefy.compile(net, (x, torch.zeros(3, 1, S, S)), precision=precision, tune=False)
+    got, want = made(x, mask), net(x, mask).detach()
+    assert not got.isnan().any()
+    real = torch.ones(3, S, dtype=torch.bool)
+    real[1, :7], real[2] = False, False
+    assert relative_distance(got[real], want[real]) < (1e-5 if precision is None else 0.05)
+    if hidden > float("-inf"):  # then torch attends to all keys alike
+        assert relative_distance(got, want) < (1e-5 if precision is None else 0.05)
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.9])
 @pytest.mark.parametrize("rows", [(1,), (17,), (64,), (200,), (2, 3, 30)], ids=str)
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

@@ -84,9 +84,9 @@ def keep_blocks(net, outputs, share):
 
 
 def formats(made):
-    """The formats of packed weights: dense, tiles, sell."""
+    """The formats of packed weights in order: dense, tiles, sell."""
     packed = [k.held[0] for k in made.kernels.values()]
-    return {"dense" if p.counts is None else "tiles" if p.order is None else "sell" for p in packed}
+    return ["dense" if p.counts is None else "tiles" if p.order is None else "sell" for p in packed]
 
 
 @pytest.mark.parametrize("weights", ["dense", "sell", "tiles"])
@@ -100,8 +100,9 @@ def test_convolutions(isa, size, weights):
     images = [torch.randn(size[0], g[0], *size[1:]) for g in CONVOLUTIONS]
     made = rarefy.compile(net, (images,), precision="int8", calibrate=[(images,)], tune=False)
     outputs = made(images)
-    assert weights in formats(made)
-    assert steps(made).count("nhwc_conv") % (2 * len(CONVOLUTIONS)) == 0 and "conv" not in steps(made)
+    assert formats(made).count(weights) >= 4  # small ones are dense, more of them with AMX
+    runs, rest = divmod(steps(made).count("nhwc_conv"), 2 * len(CONVOLUTIONS))
+    assert runs > 0 and rest == 0 and "conv" not in steps(made)
     for got, codes, eager in zip(outputs, rounded(made, images), net(images)):
         assert relative_distance(got, codes) < 2e-3
         assert relative_distance(got, eager.detach()) < 0.04
@@ -125,6 +126,7 @@ def check_codes(net, x, step):
     assert set(steps(made)) == {"nhwc_quantize", "nhwc_conv", step, "unpack"}
     assert relative_distance(got, rounded(made, x)) < 4e-3
     assert relative_distance(got, net(x).detach()) < 0.05
+    return made
 
 
 class Residual(nn.Module):
@@ -151,7 +153,8 @@ def test_residuals_and_pools_stay_codes(isa, batch, share):
     net = Residual().eval()
     if share < 1:
         keep_blocks(net, 1, share)
-    check_codes(net, torch.randn(batch, 3, 45, 53), "nhwc_max_pool")
+    made = check_codes(net, torch.randn(batch, 3, 45, 53), "nhwc_max_pool")
+    assert ("sell" in formats(made)) == (share < 1)
 
 
 class Depthwise(nn.Module):

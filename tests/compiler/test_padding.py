@@ -9,8 +9,7 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_bert
-from helpers.compile_models import Attends
-from rarefy.compiler.packed_program import PackedProgram
+from helpers.compile_models import Attends, packed_programs
 from rarefy.compiler.padding import pack, real_tokens
 from rarefy.compiler.subgraph import MAX_SHAPES, FusedSubgraph
 from rarefy.model.compare import relative_distance
@@ -27,12 +26,6 @@ def padded(lengths, side="right", tokens=None):
     if side == "holes":
         mask = torch.stack([torch.randperm(tokens) < l for l in lengths])
     return {"input_ids": torch.randint(0, 64, mask.shape), "attention_mask": mask.long()}
-
-
-def packed_programs(made):
-    """Return the programs for real tokens that a compiled model keeps."""
-    subgraphs = [s for s in made.schedule if isinstance(s, FusedSubgraph)]
-    return [p for s in subgraphs for free in s.programs.values() for p in free if isinstance(p, PackedProgram)]
 
 
 class Encoder(nn.Module):

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
+from rarefy.compiler.packed_program import PackedProgram
+from rarefy.compiler.subgraph import FusedSubgraph
 
 
 def pruned(model, sparsity=0.8, seed=0):
@@ -80,3 +82,9 @@ def equal(net, *x, most=1e-5):
     with torch.no_grad():
         assert far(net(*x), made(*x)) < most
     return made
+
+
+def packed_programs(made):
+    """Return the programs for real tokens that a compiled model keeps."""
+    subgraphs = [s for s in made.schedule if isinstance(s, FusedSubgraph)]
+    return [p for s in subgraphs for free in s.programs.values() for p in free if isinstance(p, PackedProgram)]

@@ -70,7 +70,7 @@ def select_kernels(
         exported: the graph after all passes.
         pack: packs a linear layer's weight; it is given the weight, its name in the model, and its int8 grid where it
             has one and the model rounds the inputs to 8 bits too.
-        precision: "int8" for convolutions in 8 bits, None for fp32.
+        precision: of attention; "int8" also for convolutions in 8 bits; None for fp32.
     """
     if bindings.missing() is not None:
         return {}

@@ -1,7 +1,7 @@
 """Steps of a program on images of int8 codes in NHWC order, with one scale for all codes of an image value.
 
-Dense int8 convolutions whose inputs have static scales read and write such images, so that activations between them
-are bytes. Other operators read fp32 values.
+Int8 convolutions whose inputs have static scales, and depthwise ones of rounded values, read and write such images, so
+that activations between them are bytes. Other operators read fp32 values.
 """
 
 from __future__ import annotations

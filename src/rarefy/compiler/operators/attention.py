@@ -30,18 +30,19 @@ def attention(
     values serve several heads of queries each, and there may be more or fewer keys than queries, unless it is causal.
     With precision "bf16" products are those of numbers rounded to bf16, on CPUs that multiply them faster than fp32.
     With "int8" they may also be those of codes: queries and keys with a scale for each token of a head, values with one
-    for each feature, weights of the softmax in steps of 1/255 (1/127 on AVX2).
+    for each feature of the keys that padding does not hide, weights of the softmax in steps of 1/255 (1/127 on AVX2).
+    Causal attention is not in int8: later tokens would round the values that earlier ones read.
     """
     if precision is not None:
         q, k, v = (t.bfloat16().float() for t in (q, k, v))
     return _attend(q, k, v, mask, heads, kv_heads, scale, causal)
 
 
-def product_type(precision: str | None) -> str:
+def product_type(precision: str | None, causal: bool = False) -> str:
     """Return the type in which attention of a precision multiplies with the kernels in use."""
     if precision is not None and bindings.multiplies_bf16():
         return "bf16"
-    return "int8" if precision == "int8" and bindings.isa() in INT8_ISAS else "fp32"
+    return "int8" if precision == "int8" and not causal and bindings.isa() in INT8_ISAS else "fp32"
 
 
 def _attend(
@@ -111,7 +112,7 @@ def _lower_attention(p: Program, node: Node) -> None:
         kv_seq_stride=p.values[k].tokens.seq_stride,
         scale=scale,
         causal=int(causal),
-        dtype=DTYPES.index(product_type(precision)),
+        dtype=DTYPES.index(product_type(precision, causal)),
     )
     values = {n: p.use(p.values[x]) for n, x in zip("qkv", (q, k, v))} | {"out": p.use(out)}
     p.attentions.append((a, values))
