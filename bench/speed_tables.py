@@ -131,6 +131,28 @@ def engine() -> str:
     return per_machine(latest(read("engine"), "label", "model", "batch"), make)
 
 
+def patterns() -> str:
+    """MiniLM in 8 bits, pruned in one shot: R@1, and how many times as fast as dense in 8 bits."""
+
+    def make(rows: list[Row]) -> str:
+        cases = list(dict.fromkeys(c for r in rows for c in r.get("milliseconds", {})))
+        cells = [
+            [r["pattern"], f"{100 * r['sparsity']:.0f} %" if r["sparsity"] else "-", f"{r['R@1']:.1f}"]
+            + [_times_as_fast(r, c) for c in cases]
+            for r in rows
+        ]
+        heads = [f"{isa}, {batch} x 128" for isa, batch in (c.split(", ") for c in cases)]
+        return table(["pattern", "zeros", "R@1, %", *heads], cells)
+
+    return per_machine(latest(read("patterns"), "label", "pattern", "sparsity"), make)
+
+
+def _times_as_fast(row: Row, case: str) -> str:
+    """Return the ratio of medians, and the milliseconds."""
+    found = row.get("milliseconds", {}).get(case)
+    return f"{found['dense'][1] / found['pruned'][1]:.2f}x ({found['pruned'][1]:.1f} ms)" if found else "1"
+
+
 def _quality(key: str, quality: str, rows: list[Row]) -> str:
     """Return the smallest cosine with the same weights in eager torch where that is the quality."""
     if quality != "cosine":
@@ -289,6 +311,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accelerate": accelerate,
     "accelerate-engines": accelerate_engines,
     "conformance": conformance,
+    "patterns": patterns,
     "demo": demo,
     "engine": engine,
     "kernels": kernels,
