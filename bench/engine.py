@@ -8,7 +8,7 @@
 Rarefy runs the dense and the pruned model, also in bf16 and 8 bits; other engines run the dense one (rivals.py).
 Weights are pruned by magnitude for timing only. 8 bits: images have scales from calibration, on all engines, texts
 those of each call. Appends one JSON line per case to results/engine.jsonl, with the cosine of each output and that of
-the same weights in eager torch.
+the same weights in eager torch, and what compile left to torch as a whole.
 """
 
 from __future__ import annotations
@@ -67,17 +67,21 @@ def compiled(model: Any, x: Any, precision: str | None) -> Any:
 
 
 def run(name: str, batch: int) -> dict[str, Any]:
-    """Return quartiles in milliseconds of all engines, timed alternately, and the cosines of ours."""
+    """Return quartiles in milliseconds of all engines, timed alternately, and the cosines of their outputs."""
     dense, x, _ = pruned(name, batch, "dense")
     runs: dict[str, Callable[[], Any]] = {"eager, dense": lambda: call(dense, x), **engines(dense, x)}
-    cosines: dict[str, float] = {}
+    want = runs["eager, dense"]()
+    cosines = {key: cosine(torch.as_tensor(rival()), want) for key, rival in runs.items()}
+    left: dict[str, list[str]] = {}
     for variant, (*_, precision) in (VARIANTS if name in PRUNED else DENSE).items():
         model, _, _ = pruned(name, batch, variant)
         fast = compiled(model, x, precision)
         key = f"ours, {variant}"
         cosines[key] = cosine(call(fast, x), call(model, x))
+        if notes := [n for n in fast.exported.notes if "all in torch" in n]:
+            left[key] = notes
         runs[key] = lambda fast=fast: call(fast, x)
-    return {"cosines": cosines, **alternate(runs, 10 if batch > 1 else 40, PAUSE)}
+    return {"cosines": cosines, "left to torch": left, **alternate(runs, 10 if batch > 1 else 40, PAUSE)}
 
 
 def backends(name: str, batch: int) -> dict[str, Any]:

