@@ -106,6 +106,19 @@ def test_masks_in_a_precision(kind, precision, isa):
     assert relative_distance(made(x, mask), net(x, mask).detach()) < (0.02 if precision == "bf16" else 0.04)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_denormal_numbers_count_as_zero_in_native_calls_alone(threads, isa):
+    """They take a hundred times as long as others."""
+    net, before = nn.Sequential(nn.Linear(40, 30, bias=False), nn.ReLU()).eval(), torch.get_num_threads()
+    made, tiny = rarefy.compile(net, torch.randn(200, 40), tune=False), torch.full((200, 40), 1e-39)
+    try:
+        torch.set_num_threads(threads)
+        assert net(tiny).any() and not made(tiny).any()
+        assert (tiny * 0.5).all()  # as before, on the threads that ran native code too
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("precision", [None, "bf16", "int8"])
 @pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min], ids=["inf", "min"])
 def test_queries_that_see_no_key(hidden, precision, isa):
