@@ -583,12 +583,14 @@ def test_panels_that_do_not_fit_together_never_run(change, says):
 
 
 def run_with_kernels(tmp_path, option, *words, **env):
-    """This file, and tests of plans of images, with kernels built with an option."""
+    """This file, and tests of what programs run, with kernels built with an option."""
     root, tests = Path(__file__).parents[2], Path(__file__).parents[1]
     for call in (["-S", root, "-B", tmp_path, f"-D{option}=ON", "-DRAREFY_STRICT=ON"], ["--build", tmp_path]):
         ran = subprocess.run(["cmake", *map(str, call)], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
-    files = [str(tests / n) for n in ("runtime/test_kernels.py", "compiler/test_conv.py", "runtime/test_winograd.py")]
+    compiler = ("conv", "nhwc", "int8_attention", "half_precision", "padding")
+    names = ("runtime/test_kernels.py", "runtime/test_winograd.py", *(f"compiler/test_{n}.py" for n in compiler))
+    files = [str(tests / n) for n in names]
     code = f"""
 import sys, types
 import pytest
