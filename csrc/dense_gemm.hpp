@@ -86,10 +86,7 @@ void store_dense_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, con
       if (o.absmax) {
         i32_vec max = i32_vec(load_vec(o.absmax + n));
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < TILE_ROWS; ++i) {
-          const i32_vec magnitude = i32_vec(u32_vec(out[i]) & 0x7fffffffu);
-          max = magnitude > max ? magnitude : max;
-        }
+        for (int64_t i = 0; i < TILE_ROWS; ++i) max = larger_magnitude(max, out[i]);
         store_vec(o.absmax + n, f32_vec(max));
       }
       if (o.codes) {

@@ -1,6 +1,6 @@
 // Attention with products of codes: queries and keys have a scale for each token, values one for each feature of a
 // head, and the weights of the softmax are codes too. Scores and weights are [keys][TILE_COLS queries]. Sequences may
-// begin in any column.
+// begin in any column. Causal attention and windows are in fp32 or bf16.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -50,11 +50,6 @@ inline void store_columns(f32_vec v, int64_t count, int64_t in_low, float* low, 
 }
 
 using Weights = decltype(LaneOps<RAREFY_I8>::broadcast(0));
-
-inline i32_vec larger_magnitude(i32_vec max, f32_vec v) {  // as integers: NaN is larger than all others
-  const i32_vec magnitude = i32_vec(u32_vec(v) & 0x7fffffffu);
-  return magnitude > max ? magnitude : max;
-}
 
 // The scale of codes for the largest magnitude, as absmax_to_scales finds it.
 inline f32_vec scale_of(f32_vec absmax) {
@@ -179,9 +174,8 @@ struct Int8Attention {
     for (int64_t n = 0; n < count; n += SIMD_WIDTH)
       store_vec(scales + n,
                 quantize_group({q, a.q_stride, first + query + n, count - n}, head_dim, codes + n, TILE_COLS));
-    const int64_t last = a.causal ? std::min(end, query + count) : end;
-    for (int64_t key = begin; key < last; key += SCORED_KEYS) {
-      const int64_t n = std::min(SCORED_KEYS, last - key);
+    for (int64_t key = begin; key < end; key += SCORED_KEYS) {
+      const int64_t n = std::min(SCORED_KEYS, end - key);
       for_each_vector_group(count, [&](auto vectors, int64_t column) { score<vectors>(key, n, column); });
       softmax(key, n, query, count, scales, max, sum, rescale);
       for_each_vector_group(count, [&](auto vectors, int64_t column) {
@@ -235,7 +229,7 @@ struct Int8Attention {
         alignas(64) float row[STEP] = {};
         for (int64_t n = 0; n < std::min(STEP, count - key); n += SIMD_WIDTH)
           store_vec(row + n, ColumnGroup(v, a.v_stride, first_key + begin + key + n, count - key - n).load(d));
-        const raw_vec codes = LaneOps<RAREFY_I8>::pack(row, STEP, 1.0f / value_scales[d]);
+        const raw_vec codes = L::pack(row, STEP, 1.0f / value_scales[d]);
         store_raw(out, raw_vec(u32_vec(codes) ^ PACKED_ZEROS));
       }
     }
@@ -255,7 +249,7 @@ struct Int8Attention {
     const float* m = mask ? mask + key * a.mask_key_stride + query * a.mask_query_stride : nullptr;
     const int64_t rows = (count + 3) / 4 * 4;
     bool scaled = false, adds = false;
-    if (a.window || (a.causal && key + count > query) || (m && a.mask_query_stride)) {
+    if (m && a.mask_query_stride) {
       for (int64_t j = 0; j < rows; ++j)
         for (int64_t n = 0; n < columns; n += SIMD_WIDTH)
           store_vec(scores + j * TILE_COLS + n, load_vec(scores + j * TILE_COLS + n) * load_vec(scales + n));

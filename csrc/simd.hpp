@@ -54,6 +54,12 @@ inline void store_partial(float* p, f32_vec v, int64_t n) {
     std::memcpy(p, &v, size_t(n) * 4);
 }
 
+// The larger one of a magnitude and that of v, as integers, so that NaN is larger than all others.
+inline i32_vec larger_magnitude(i32_vec max, f32_vec v) {
+  const i32_vec magnitude = i32_vec(u32_vec(v) & 0x7fffffffu);
+  return magnitude > max ? magnitude : max;
+}
+
 inline f32_vec max_vec(f32_vec a, f32_vec b) { return a > b ? a : b; }
 
 // Compilers turn the loop into vector square roots; the vector extension has none.

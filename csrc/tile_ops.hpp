@@ -88,15 +88,11 @@ void rope_tile(const float* x, const float* cos, const float* sin, int64_t heads
     }
 }
 
-// The largest magnitude of each of the first `columns` columns. Compared as integers, so that NaN is larger than all
-// others.
+// The largest magnitude of each of the first `columns` columns.
 void column_absmax(const float* x, int64_t features, int64_t columns, float* out) {
   for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
     i32_vec max{};
-    for (int64_t f = 0; f < features; ++f) {
-      const i32_vec magnitude = i32_vec(u32_vec(load_vec(x + f * TILE_COLS + n)) & 0x7fffffffu);
-      max = magnitude > max ? magnitude : max;
-    }
+    for (int64_t f = 0; f < features; ++f) max = larger_magnitude(max, load_vec(x + f * TILE_COLS + n));
     store_vec(out + n, f32_vec(max));
   }
 }

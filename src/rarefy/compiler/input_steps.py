@@ -133,3 +133,8 @@ def _new_planes(
     over = tokens if codes is None else replace(tokens, features=features)
     p.step("pad_planes", over, out=p.use(planes), indirection=addressof(image), pad_value=fill, **fields)
     return planes
+
+
+def matrix_fields(conv: Any) -> dict[str, int]:
+    """Return the fields of a step that say where the matrix of a convolution's kernel is, and its format."""
+    return {"weight": addressof(conv.inner), "format": bindings.FORMATS.index(type(conv.held[0].matrix))}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.input_steps import matrix_fields
 from rarefy.compiler.operators.fake_quantize import grid_of
 from rarefy.compiler.program import Program, Value
 from rarefy.model.activation_quant import ActivationQuant
@@ -126,16 +127,14 @@ def lower_conv(p: Program, node: Node) -> None:
     source, added = codes_of(p, x, grid), None if residual is None else _residual_codes(p, node)  # type: ignore[arg-type]
     size = p.constants[w.name].shape[2:] if kernel is None else kernel.shape[2:]
     step = Nhwc(input=source.image, **_geometry(size, stride, padding, dilation))
+    numbers: dict[str, Any] = {}
     if kernel is None:
         _set_taps(p, step, p.constants[w.name], None if bias is None else p.constants[bias.name])
     elif kernel.held[0].counts is not None:
-        _set_sparse_weight(p, step, kernel)
+        _set_sparse_weight(p, step, *kernel.held)
+        numbers = matrix_fields(kernel)
     else:
         _set_weight(p, step, weight_of(kernel), kernel.held[1], p.shape(node)[2:])
-    numbers: dict[str, Any] = {}
-    if kernel is not None and kernel.held[0].counts is not None:
-        matrix = type(kernel.held[0].matrix)
-        numbers = {"weight": addressof(kernel.inner), "format": bindings.FORMATS.index(matrix)}
     operands, separate = {"x": source.value}, residual is not None and added is None  # an addition of its own
     if added is not None:
         step.residual, operands["residual"] = added.image, added.value
@@ -199,9 +198,11 @@ def _geometry(kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str
     return {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
 
 
-def _starts(step: Nhwc, columns: Sequence[int]) -> list[int]:
-    """Return where some columns of each kernel row begin in an image, in bytes from an output's first input on."""
-    image, (rows, _), (down, _) = step.input, step.kernel, step.dilation
+def _starts(step: Nhwc, columns: Sequence[int] | None = None) -> list[int]:
+    """Return where some columns, else all, of each kernel row begin in an image, in bytes from an output's first input
+    on."""
+    image, (rows, width), (down, right) = step.input, step.kernel, step.dilation
+    columns = [j * right for j in range(width)] if columns is None else columns
     row_bytes = (image.width + 2 * image.border) * image.pixel_bytes
     return [i * down * row_bytes + j * image.pixel_bytes for i in range(rows) for j in columns]
 
@@ -222,7 +223,7 @@ def _set_segments(p: Program, step: Nhwc, starts: Sequence[int]) -> None:
 
 def _set_taps(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) -> None:
     """Write a depthwise convolution's weight [channels, 1, rows, columns] into its step, in codes of 16 bits."""
-    _set_segments(p, step, _starts(step, [j * step.dilation[1] for j in range(step.kernel[1])]))
+    _set_segments(p, step, _starts(step))
     weight = weight.float().flatten(1).T  # [taps, channels]
     scale = (weight.abs().amax(0) / MAX_TAP).clamp(min=torch.finfo(torch.float32).tiny)
     padding = (0, -len(scale) % 64)
@@ -232,10 +233,9 @@ def _set_taps(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) -> No
     _set_outputs(p, step, F.pad(scale, padding), taps.sum(0).int(), bias)
 
 
-def _set_sparse_weight(p: Program, step: Nhwc, kernel: Any) -> None:
+def _set_sparse_weight(p: Program, step: Nhwc, packed: Any, bias: Tensor | None) -> None:
     """Write into a step where a sparse weight reads an output's inputs, pixel by pixel of the kernel."""
-    packed, bias = kernel.held
-    _set_segments(p, step, _starts(step, [j * step.dilation[1] for j in range(step.kernel[1])]))
+    _set_segments(p, step, _starts(step))
     padded = -(-packed.shape[0] // 64) * 64  # outputs; those of the weight are padded to fours
     scales, row_sums = (F.pad(t, (0, padded - len(t))) for t in (packed.scales, packed.row_sums))
     _set_outputs(p, step, scales, row_sums, bias)
@@ -243,8 +243,8 @@ def _set_sparse_weight(p: Program, step: Nhwc, kernel: Any) -> None:
 
 def _set_weight(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None, sizes: Sequence[int]) -> None:
     """Write a convolution's weight into its step, and how its blocks read the image; `sizes` are those of outputs."""
-    image, right = step.input, step.dilation[1]
-    starts = _starts(step, [0] if right == 1 else [j * right for j in range(step.kernel[1])])
+    image = step.input
+    starts = _starts(step, [0] if step.dilation[1] == 1 else None)
     pitch = image.width + 2 * image.border
     dropped = ((sizes[0] - 1) * pitch + sizes[1]) / (sizes[0] * sizes[1])
     copied = weight.tight or tuple(step.stride) != (1, 1) or dropped > MAX_DROPPED

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from rarefy.compiler import nhwc
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.input_steps import conv_geometry, out_sizes, pad_planes, quantize_input, quantize_static
+from rarefy.compiler.input_steps import (
+    conv_geometry,
+    matrix_fields,
+    out_sizes,
+    pad_planes,
+    quantize_input,
+    quantize_static,
+)
 from rarefy.compiler.operators.linear import check_bias, check_dense_weight
 from rarefy.compiler.operators.spec import IMAGES, Call, OpSpec, Shape
 from rarefy.compiler.program import Program, Value
@@ -45,7 +52,7 @@ def _lower(p: Program, node: Node) -> None:
     if pointwise and x in p.values:
         source, scales, numbers = _codes(p, x, kernel, per_image=False)
         source, step = source or p.values[x], "linear"
-        numbers |= {"weight": addressof(kernel.inner), "format": bindings.FORMATS.index(type(kernel.held[0].matrix))}
+        numbers |= matrix_fields(kernel)
     else:
         codes, scales, numbers = _codes(p, x, kernel, per_image=True)
         by_winograd, conv = winograd.is_used(kernel.held[0], p.shape(node)[2:]), kernel.struct
