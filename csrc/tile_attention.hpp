@@ -86,7 +86,8 @@ inline void mask_hidden_keys(const rarefy_attention& a, int64_t first_key, int64
       }
 }
 
-// Turn scores into exponentials relative to the new maximum; `rescale` corrects what was summed before.
+// Turn scores into exponentials relative to the new maximum; `rescale` corrects what was summed before. They are at
+// least e^-60: a query to which every key is masked attends to all alike, and no product with a value is denormal.
 template <int VECS>
 inline void update_softmax(int64_t keys, f32_vec (*scores)[VECS], f32_vec* max, f32_vec* sum, f32_vec* rescale) {
   for (int t = 0; t < VECS; ++t) {
@@ -95,7 +96,8 @@ inline void update_softmax(int64_t keys, f32_vec (*scores)[VECS], f32_vec* max, 
     rescale[t] = exp_vec(max[t] - new_max);
     max[t] = new_max;
     f32_vec added{};
-    for (int64_t j = 0; j < keys; ++j) added += scores[j][t] = exp_vec(scores[j][t] - new_max);
+    for (int64_t j = 0; j < keys; ++j)
+      added += scores[j][t] = exp_vec(max_vec(f32_vec{} - 60.0f, scores[j][t] - new_max));
     sum[t] = sum[t] * rescale[t] + added;
   }
 }
