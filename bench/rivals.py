@@ -111,14 +111,18 @@ def similar(x: Any) -> Iterator[dict[str, Any]]:
         yield feed(new)
 
 
-def onnxruntime_fp32(file: Path, x: Any) -> Callable[[], Any]:
-    """Return a call of an ONNX Runtime session."""
+def onnxruntime_session(file: Path) -> Any:
+    """Return an ONNX Runtime session with torch's number of threads."""
     onnxruntime: Any = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    inputs = feed(x)
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def onnxruntime_fp32(file: Path, x: Any) -> Callable[[], Any]:
+    """Return a call of an ONNX Runtime session."""
+    session, inputs = onnxruntime_session(file), feed(x)
     return lambda: session.run(None, inputs)[0]
 
 
@@ -158,19 +162,22 @@ class Reader:
 
 def openvino(precision: str, file: Path, x: Any) -> Callable[[], Any]:
     """Return a call of an OpenVINO network in a precision."""
-    openvino: Any = import_module("openvino")
-    core = openvino.Core()
-    network: Any = core.read_model(str(file))
+    network: Any = import_module("openvino").Core().read_model(str(file))
     if precision == "int8":
         network = nncf_int8(network, x)
+    compiled, inputs = openvino_network(network, precision), feed(x)
+    return lambda: compiled(inputs, share_outputs=True)[0]
+
+
+def openvino_network(network: Any, precision: str) -> Any:
+    """Return a network compiled for the CPU with torch's number of threads."""
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
         # for int8 too: it concerns operators that were not quantized
         "INFERENCE_PRECISION_HINT": "bf16" if precision != "fp32" and has_bf16() else "f32",
     }
-    compiled, inputs = core.compile_model(network, "CPU", settings), feed(x)
-    return lambda: compiled(inputs, share_outputs=True)[0]
+    return import_module("openvino").Core().compile_model(network, "CPU", settings)
 
 
 def nncf_int8(network: Any, x: Any) -> Any:

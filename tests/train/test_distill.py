@@ -112,6 +112,30 @@ def test_a_distiller_weights_its_losses():
     assert not any(m._forward_hooks for m in (*student.modules(), *teacher.modules()))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_embeddings_are_compared_as_retrieval_does(pooling, tmp_path):
+    torch.manual_seed(0)
+    s, t = torch.randn(3, 4, 6, requires_grad=True), torch.randn(3, 4, 6)
+    batch = {"input_ids": torch.arange(12).view(3, 4), "attention_mask": torch.tensor([[1, 1, 0, 0], [1] * 4, [1] * 4])}
+    student, teacher = hf_like(last_hidden_state=s), hf_like(last_hidden_state=t)
+    config = Distill(task=0, logits=0, embedding=2.0, similarity=3.0, pooling=pooling, cache=True)
+    distiller = Distiller(student, teacher, config, example=batch, cache=tmp_path)
+    counts = [2, 4, 4] if pooling == "mean" else [1] * 3
+    a, b = (torch.stack([x[i, :n].mean(0) for i, n in enumerate(counts)]) for x in (s, t))
+    cosines = torch.stack([F.cosine_similarity(a[i], b[i], dim=0) for i in range(3)])
+    apart = [
+        (F.cosine_similarity(a[i], a[j], dim=0) - F.cosine_similarity(b[i], b[j], dim=0)) ** 2
+        for i in range(3)
+        for j in range(3)
+    ]
+    want = 2 * (1 - cosines.mean()) + 3 * torch.stack(apart).mean()
+    for _ in range(2):  # the second time from the cache, in half precision
+        got = distiller(student(**batch), batch)
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+    got.backward()
+    assert s.grad.abs().sum() > 0
+
+
 def test_blocks_are_matched_evenly_or_at_the_end():
     teacher, student = Deep(6), Deep(3)
     for depth, want in (("even", [1, 3, 5]), ("last", [3, 4, 5])):
@@ -204,6 +228,8 @@ BAD = {
     "temperature": (lambda: Distiller(Net(), Net(), Distill(temperature=0)), RecipeError, "temperature: expected a number above 0, got 0"),
     "top": (lambda: Distiller(Net(), Net(), Distill(by="mse", top=3)), RecipeError, "top has no effect: it selects classes"),
     "at without hidden": (lambda: Distiller(Net(), Net(), Distill(at="x")), RecipeError, "at has no effect without hidden"),
+    "pooling": (lambda: Distiller(Net(), Net(), Distill(pooling="first")), RecipeError, "pooling has no effect without embedding or similarity"),
+    "images": (lambda: Distiller(hf_like(last_hidden_state=torch.ones(1, 2, 3, 3)), hf_like(last_hidden_state=torch.ones(1, 2, 3, 3)), Distill(logits=0, embedding=1), example={"input_ids": torch.ones(1, 2).long()}), ModelError, "pool hidden states .batch, tokens, features., but the model returns"),
     "no labels": (lambda: _lost(Net(), Net(), Distill()), DataError, "task > 0 needs the model's own loss"),
     "one number": (lambda: _lost(nn.Linear(6, 1), nn.Linear(6, 1), Distill(task=0)), ModelError, "one number per row, which is no distribution for kl: use by='mse'"),
     "hidden states": (lambda: Distiller(hf_like(last_hidden_state=torch.ones(1, 2, 3)), hf_like(last_hidden_state=torch.ones(1, 2, 3)), example={"input_ids": torch.ones(1, 2).long()}), ModelError, "returns hidden states, no logits: use logits=0"),

@@ -24,7 +24,18 @@ from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, describe_batch, evaluating
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import fold_
-from rarefy.train.distillation_losses import HIDDEN, OUTPUTS, dist, kl, mse, relations
+from rarefy.train.distillation_losses import (
+    HIDDEN,
+    OUTPUTS,
+    POOLINGS,
+    cosine,
+    dist,
+    kl,
+    mse,
+    pool,
+    relations,
+    similarity,
+)
 from rarefy.train.teacher_cache import TeacherCache
 
 Words = str | Sequence[str] | None
@@ -64,7 +75,7 @@ class Distill(Options):
         'kl'
         >>> Distill(logits=0)
         Traceback (most recent call last):
-        rarefy.common.errors.RecipeError: the teacher has no effect: give logits, hidden or relations
+        rarefy.common.errors.RecipeError: the teacher has no effect: give logits, ...
     """
 
     task: Weight = Field(default=1.0, description="weight of the model's own loss")
@@ -87,6 +98,15 @@ class Distill(Options):
         default=0.0, description="weight of the relations of queries, keys and values of the last block"
     )
     heads: Positive = Field(default=12, description="how many heads the relations have")
+    embedding: Weight = Field(
+        default=0.0, description="weight of 1 - cosine of the pooled outputs: for models of text embeddings"
+    )
+    similarity: Weight = Field(
+        default=0.0, description="weight of the differences between the cosines of all pairs of texts in a batch"
+    )
+    pooling: Annotated[str, OneOf(POOLINGS)] = Field(
+        default="mean", description="how outputs of tokens become an embedding: mean of real tokens, or the first one"
+    )
     teacher: str | None = Field(
         default=None,
         description="recipes: folder of the teacher; by default the model before the first stage",
@@ -106,10 +126,18 @@ class Distill(Options):
                     raise RecipeError(
                         f"{name} has no effect without hidden: give hidden, such as squarehead, or leave {name} out"
                     )
-        if not (self.logits or (self.hidden and self.hidden_weight) or self.relations):
+        if self.pooling != "mean" and not self.pools:
+            with at("pooling"):
+                raise RecipeError("pooling has no effect without embedding or similarity: give one of them a weight")
+        if not (self.logits or (self.hidden and self.hidden_weight) or self.relations or self.pools):
             with at("logits"):
-                raise RecipeError("the teacher has no effect: give logits, hidden or relations")
+                raise RecipeError("the teacher has no effect: give logits, hidden, relations, embedding or similarity")
         return self
+
+    @property
+    def pools(self) -> bool:
+        """Whether embeddings are compared."""
+        return bool(self.embedding or self.similarity)
 
 
 class Distiller(nn.Module):
@@ -169,6 +197,8 @@ class Distiller(nn.Module):
                 for k, v in config.model_dump().items()
                 if k in ("logits", "hidden", "relations", "at", "teacher_at", "depth")
             }
+            if config.pools:
+                config_key["pooling"] = config.pooling
             pair_counts = [len(self._pairs), len(self._projections)]
             teacher_digest = digest([repr(config_key), pair_counts, dict(teacher.state_dict())])
             self._cache = TeacherCache(Path(cache).expanduser(), teacher_digest)
@@ -207,6 +237,8 @@ class Distiller(nn.Module):
         targets = self._teacher_outputs(example)
         if self.config.logits:
             _check_same_shape(_logits(out), targets["logits"], student, teacher)
+        if self.config.pools:
+            _check_same_shape(_embeddings(out, example, self.config.pooling), targets["pooled"], student, teacher)
         for index, pair in enumerate(self._pairs):
             s, t = self._activations[0][id(pair[0])], targets[f"hidden.{index}"]
             if s.shape[:-1] != t.shape[:-1] and s.dim() < 4:
@@ -251,6 +283,11 @@ class Distiller(nn.Module):
                 for i, pair in enumerate(self._projections)
             ]
             terms.append(config.relations * torch.stack(losses).mean())
+        if config.pools:
+            pooled = _embeddings(out, batch, config.pooling)
+            for weight, loss in ((config.embedding, cosine), (config.similarity, similarity)):
+                if weight:
+                    terms.append(weight * loss(pooled, targets["pooled"]))
         self._activations[0].clear()
         return torch.stack([t.float() for t in terms]).sum()
 
@@ -318,6 +355,8 @@ class Distiller(nn.Module):
         with evaluating(teacher), torch.no_grad():
             out = call(teacher, batch)
         outputs = {"logits": _logits(out).detach()} if self.config.logits else {}
+        if self.config.pools:
+            outputs["pooled"] = _embeddings(out, batch, self.config.pooling).detach()
         activations = self._activations[1]
         outputs.update({f"hidden.{i}": activations[id(p[1])].detach() for i, p in enumerate(self._pairs)})
         outputs.update({f"related.{i}": activations[id(p[1])].detach() for i, p in enumerate(self._projections)})
@@ -393,6 +432,20 @@ def _logits(out: Any) -> Tensor:
     if logits is None and hasattr(out, "last_hidden_state"):
         raise ModelError("the model returns hidden states, no logits: use logits=0 and hidden='squarehead'")
     return first_tensor(out) if logits is None else logits
+
+
+def _embeddings(out: Any, batch: Any, pooling: str) -> Tensor:
+    """Return the pooled hidden states of an output, [batch, features]. Raises ModelError where there are none."""
+    hidden = getattr(out, "last_hidden_state", None)
+    hidden = first_tensor(out) if hidden is None else hidden
+    if hidden.dim() not in (2, 3):
+        raise ModelError(
+            f"embedding and similarity pool hidden states [batch, tokens, features], but the model returns "
+            f"{describe_batch(hidden)}: leave them out"
+        )
+    mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+    fits = mask is not None and mask.shape == hidden.shape[:2]
+    return hidden.float() if hidden.dim() == 2 else pool(hidden, mask if fits else None, pooling)
 
 
 def _rows(x: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> Tensor:

@@ -7,6 +7,9 @@ dist        1 - correlation, within samples and within classes (DIST, Huang 2022
 squarehead  MSE(s, t) / MSE(0, t), each layer on its own scale (Kurtic 2023)
 cosine      1 - cosine of rows
 contrastive each row identifies its teacher row in the batch (InfoNCE; CRD, Tian 2020, with the batch as negatives)
+embedding   1 - cosine of pooled outputs
+similarity  mean squared difference between the cosines of all pairs of texts in the batch (relational distillation of
+            Park 2019, with cosines)
 relations   KL between softmax(A A' / sqrt d) for A of queries, keys and values each (MiniLMv2, Wang 2021, eq. 3)
 """
 
@@ -58,6 +61,32 @@ def cosine(s: Tensor, t: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(s.float(), t.float(), dim=-1)).mean()
 
 
+def pool(hidden: Tensor, mask: Tensor | None, by: str) -> Tensor:
+    """Return embeddings [batch, features] of hidden states [batch, tokens, features]: the mean of real tokens, or the
+    first token.
+
+    >>> pool(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]), "mean")
+    tensor([[2.]])
+    """
+    hidden = hidden.float()
+    if by == "first":
+        return hidden[:, 0]
+    if mask is None:
+        return hidden.mean(1)
+    real = mask[..., None].to(hidden.dtype)
+    return (hidden * real).sum(1) / real.sum(1).clamp(min=1.0)
+
+
+def similarity(s: Tensor, t: Tensor) -> Tensor:
+    """Return the mean squared difference between the cosines of all pairs of rows.
+
+    >>> float(similarity(torch.eye(2), 3 * torch.eye(2)))
+    0.0
+    """
+    a, b = (F.normalize(x.float(), dim=-1) for x in (s, t))
+    return F.mse_loss(a @ a.T, b @ b.T)
+
+
 def contrastive(s: Tensor, t: Tensor, T: float = 0.1, max_rows: int = 512) -> Tensor:
     """Return the InfoNCE loss of the first `max_rows` rows at temperature T."""
     a, b = (F.normalize(x.float()[:max_rows], dim=-1) for x in (s, t))
@@ -99,6 +128,7 @@ def relations(s: Tensor, t: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     return each.mean() if mask is None else each[mask.bool()].mean()
 
 
+POOLINGS = {"mean": "of real tokens", "first": "token, such as [CLS]"}
 OUTPUTS: dict[str, Callable[..., Tensor]] = {"kl": kl, "mse": mse, "dist": dist}
 HIDDEN: dict[str, Callable[..., Tensor]] = {
     "mse": mse, "squarehead": squarehead, "cosine": cosine, "contrastive": contrastive,

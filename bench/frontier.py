@@ -1,0 +1,179 @@
+"""Quality against time of deployed models: ours and those of other engines, timed in turns in one run.
+
+    python frontier.py                     every point of MiniLM, about 40 minutes on two idle cores
+    python frontier.py --only "int8" "1x4 60 %, int8"     some of ours, beside all other engines
+    python frontier.py --peers             only the other engines and the dense model
+    python frontier.py --table             only print what was measured last
+
+A point is a model as it is deployed: pruned or cut, compiled, in its precision. Quality is that of this very model:
+how many of 1,000 descriptions find their article first (R@1), how many of 1,000 passages of the Brown corpus find the
+one that follows (R@1), and the mean cosine with the dense model's embeddings. Nothing of either was used for
+calibration or training (texts.py). Times are of one text and of sixteen, of 128 tokens. Other engines run the dense
+model at their best settings, with the same calibration. Appends one JSON line per run to results/frontier.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import peers
+import rarefy
+import tables
+import texts
+from rarefy.data import builtin
+from rarefy.model import hf
+from runtime import alternate, keep_memory
+from values import keep
+
+RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
+LAYERS, TOKENS = "encoder.layer.*", 128
+BATCHES = {1: 60, 16: 15}  # texts of a call: repeats
+PAUSE = 0.004  # seconds between calls: threads of most engines spin for about one ms after a call
+MLP = {"units": "neuron", "layers": "*.intermediate.*", "score": "obs", "round_to": 32}
+HEADS = {"units": "head", "score": "obs"}
+ADMM = {"solver": "admm", "layers": LAYERS}
+Steps = list[tuple[str, dict[str, Any]]]
+# steps that make the model, and the precision in which it is compiled; each step also gets calibration data
+POINTS: dict[str, tuple[Steps, str | None]] = {
+    "fp32": ([], None),
+    "bf16": ([], "bf16"),
+    "int8": ([], "int8"),
+    **{
+        f"1x4 {percent} %, int8": ([("prune", {"pattern": "1x4", "sparsity": percent / 100, **ADMM})], "int8")
+        for percent in (50, 60, 80)
+    },
+    **{
+        f"{percent} % fewer neurons, int8": ([("cut", {"keep": 1 - percent / 100, **MLP})], "int8")
+        for percent in (10, 25, 40)
+    },
+    **{
+        f"{percent} % fewer neurons and heads, int8": (
+            [("cut", {"keep": 1 - percent / 100, **MLP}), ("cut", {"keep": 1 - percent / 100, **HEADS})],
+            "int8",
+        )
+        for percent in (10, 25)
+    },
+}
+Encode = Callable[[dict[str, Tensor]], Tensor]
+
+
+def tokens_of(tokenizer: Any, given: list[str], length: int = TOKENS) -> dict[str, Tensor]:
+    """Return token ids and mask of texts, cut to `length` tokens, padded to the longest."""
+    words = tokenizer(given, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    return {name: words[name] for name in ("input_ids", "attention_mask")}
+
+
+def embeddings(encode: Encode, tokenizer: Any, given: list[str], batch: int = 50) -> Tensor:
+    """Return normalized means over the tokens of each text, [texts, width]."""
+    found = []
+    for first in range(0, len(given), batch):
+        x = tokens_of(tokenizer, given[first : first + batch])
+        hidden = encode(x) * x["attention_mask"][..., None]
+        found.append(torch.nn.functional.normalize(hidden.sum(1), dim=-1))
+    return torch.cat(found)
+
+
+def recall(asked: Tensor, there: Tensor) -> float:
+    """Return how many embeddings of `asked` are nearest to the one in their row of `there`, in percent."""
+    return 100 * float(((asked @ there.T).argmax(1) == torch.arange(len(asked))).float().mean())
+
+
+def judge(encode: Encode, tokenizer: Any, want: Tensor | None) -> tuple[dict[str, float], Tensor]:
+    """Return R@1 of articles and of Brown, the mean cosine with embeddings `want`, and the embeddings."""
+    result, every = {}, []
+    for name, pairs in (("articles", texts.judged_articles()), ("brown", texts.judged_brown())):
+        both = [embeddings(encode, tokenizer, [p[side] for p in pairs]) for side in (0, 1)]
+        result[name] = recall(*both)
+        every += both
+    got = torch.cat(every)
+    return {**result, "cosine": 1.0 if want is None else float((got * want).sum(-1).mean())}, got
+
+
+def calibration(tokenizer: Any, samples: int, seed: int, length: int = TOKENS) -> list[dict[str, Tensor]]:
+    """Return batches of 8 articles that nothing is judged by."""
+    whole = [t for t in texts.of_kind("articles") if len(t) > 300]
+    random = torch.Generator().manual_seed(seed)
+    chosen = [whole[i] for i in torch.randperm(len(whole), generator=random)[:samples]]
+    return [tokens_of(tokenizer, chosen[i : i + 8], length) for i in range(0, samples, 8)]
+
+
+def example(tokenizer: Any, batch: int) -> dict[str, Tensor]:
+    """Return texts of exactly TOKENS tokens."""
+    long = " ".join(t for t in texts.of_kind("articles")[:2000] if len(t) > 300)
+    ids = tokenizer(long, return_tensors="pt", add_special_tokens=False)["input_ids"][0, : batch * TOKENS]
+    return {"input_ids": ids.view(batch, TOKENS), "attention_mask": torch.ones(batch, TOKENS, dtype=torch.long)}
+
+
+DO: dict[str, Callable[..., Any]] = {
+    "prune": lambda model, data, pattern, **options: rarefy.prune_(model, pattern, data=data, **options),
+    "cut": lambda model, data, **options: rarefy.cut_(model, data[0], data=data, **options),
+}
+
+
+def made(dense: Any, steps: Steps, data: list[dict[str, Tensor]]) -> Any:
+    """Return a copy of the dense model after these steps."""
+    model = copy.deepcopy(dense)
+    with torch.enable_grad():
+        for name, options in steps:
+            DO[name](model, data=data, **options)
+    rarefy.fold_(model)
+    return model
+
+
+@torch.no_grad()
+def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
+    """Yield one record: quality and quartiles of milliseconds of all points, which took turns."""
+    folder = builtin.model_folder("minilm")
+    tokenizer, dense = hf.load_tokenizer(folder), hf.load_folder(folder).eval()
+    examples = {batch: example(tokenizer, batch) for batch in BATCHES}
+    data = calibration(tokenizer, 128, seed)
+    told: dict[str, Any] = {}
+    runs: dict[str, dict[str, Callable[[], Any]]] = {str(batch): {} for batch in BATCHES}
+    told["eager"], want = judge(lambda x: dense(**x).last_hidden_state, tokenizer, None)
+    with TemporaryDirectory() as place:
+        for name, (encode, timed) in peers.encoders(dense, data, examples, Path(place)).items():
+            told[name], _ = judge(encode, tokenizer, want)
+            print(name, told[name], flush=True)
+            for batch, run in timed.items():
+                runs[str(batch)][name] = run
+        for name in only:
+            steps, precision = POINTS[name]
+            began = time.perf_counter()
+            model = made(dense, steps, data)
+            seconds = time.perf_counter() - began
+            fast = rarefy.compile(model, examples[max(BATCHES)], precision=precision)
+            told[f"ours, {name}"], _ = judge(lambda x, f=fast: f(**x)[0], tokenizer, want)
+            told[f"ours, {name}"]["seconds"] = seconds
+            print(name, told[f"ours, {name}"], flush=True)
+            for batch, x in examples.items():
+                runs[str(batch)][f"ours, {name}"] = lambda f=fast, x=x: f(**x)
+        times = {batch: alternate(calls, BATCHES[int(batch)], PAUSE) for batch, calls in runs.items()}
+    yield {"run": "minilm", "seed": seed, "quality": told, "milliseconds": times}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=POINTS, default=list(POINTS))
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    hf.no_bars()
+    keep_memory()
+    if not args.table:
+        texts.fetch()
+        keep(RESULTS, [lambda s=s: minilm([] if args.peers else args.only, s) for s in args.seeds])
+    tables.show("frontier")
+
+
+if __name__ == "__main__":
+    main()

