@@ -153,6 +153,29 @@ def _times_as_fast(row: Row, case: str) -> str:
     return f"{found['dense'][1] / found['pruned'][1]:.2f}x ({found['pruned'][1]:.1f} ms)" if found else "1"
 
 
+def frontier() -> str:
+    """MiniLM as it is deployed: quality of the very model that was timed, and its time beside OpenVINO's int8."""
+
+    def make(rows: list[Row]) -> str:
+        row = rows[-1]
+        best, times = "openvino int8", row["milliseconds"]
+        names = sorted(row["quality"], key=lambda n: times["16"][n][1] if n in times["16"] else math.inf, reverse=True)
+        cells = [
+            [name, *(f"{row['quality'][name][q]:.1f}" for q in ("articles", "brown"))]
+            + [f"{row['quality'][name]['cosine']:.3f}"]
+            + [_beside(times[batch].get(name), times[batch][best]) for batch in ("1", "16")]
+            for name in names
+        ]
+        return table(["model", "R@1 articles", "R@1 Brown", "cosine", "1 x 128, ms", "16 x 128, ms"], cells)
+
+    return per_machine(latest(read("frontier", run="minilm"), "label"), make)
+
+
+def _beside(time: list[float] | None, other: list[float]) -> str:
+    """Return a median and how many times as fast as the other it is."""
+    return f"{number(time[1])} ({other[1] / time[1]:.2f}x)" if time else ""
+
+
 def _quality(key: str, quality: str, rows: list[Row]) -> str:
     """Return the smallest cosine with the same weights in eager torch where that is the quality."""
     if quality != "cosine":
@@ -315,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "patterns": patterns,
     "demo": demo,
     "engine": engine,
+    "frontier": frontier,
     "kernels": kernels,
     "language": language,
     "memory": memory,
