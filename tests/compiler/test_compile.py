@@ -279,6 +279,27 @@ def test_convolutions_take_in_their_norms_and_sums(how, isa):
         torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-4)
 
 
+CONVOLUTIONS_OF_TORCH = {
+    "conv1d": (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 9)),
+    "same": (nn.Conv2d(4, 6, 3, padding="same", bias=False), nn.BatchNorm2d(6), (2, 4, 9, 9)),
+    "conv3d": (nn.Conv3d(4, 6, 3, groups=2, bias=False), nn.BatchNorm3d(6, affine=False), (2, 4, 5, 5, 5)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2), nn.BatchNorm2d(6), (2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", [*CONVOLUTIONS_OF_TORCH, "transposed in groups"])
+def test_norms_fold_into_convolutions_of_torch(name):
+    grouped = (nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), (2, 4, 5, 5))
+    conv, norm, size = CONVOLUTIONS_OF_TORCH.get(name, grouped)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    net, x = nn.Sequential(conv, norm, nn.ReLU()).eval(), torch.randn(size)
+    made = rarefy.compile(net, x)
+    stays = any("batch_norm" in str(n.target) for n in made.exported.graph.nodes)
+    assert stays == (name == "transposed in groups")
+    torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_norm_that_is_not_alone_stays():
     class Net(nn.Module):
         def __init__(self):

@@ -24,6 +24,12 @@ from rarefy.compiler.fx_utils import (
 )
 from rarefy.runtime.packed_formats import MAX_STRIDE
 
+CONVOLUTIONS = {  # which torch may run
+    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default,
+    aten.conv3d.padding,
+}  # fmt: skip
+TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+GROUPS_ARGUMENT = 6  # of transposed convolutions
 EPS_ARGUMENT = {aten._native_batch_norm_legit_no_training.default: 6, aten.batch_norm.default: 7}
 
 
@@ -42,7 +48,10 @@ def convert_conv(exported: ExportedGraph, node: Node) -> None:
 
 
 def fold_batch_norm(exported: ExportedGraph, node: Node) -> None:
-    """Fold a BatchNorm into the weight and bias of the convolution before it, if nothing else reads that."""
+    """Fold a BatchNorm into the weight and bias of the convolution before it, if nothing else reads that.
+
+    Convolutions of the engine, and those that stay in torch.
+    """
     outer = node
     if node.target is operator.getitem and node.args[1] == 0 and node.args[0].target in EPS_ARGUMENT:
         node = node.args[0]
@@ -51,16 +60,27 @@ def fold_batch_norm(exported: ExportedGraph, node: Node) -> None:
     y, *norm = node.args[:5]
     if node.target is aten.batch_norm.default and node.args[5]:
         return  # it normalizes by the statistics of the batch
-    if y.target is not ops.conv2d or len(y.users) != 1 or y.args[3:5] != (None, None):
+    if not _takes_batch_norm(y) or len(y.users) != 1 or (outer is not node and len(node.users) > 1):
         return
-    constant = all(n is None or n.name in exported.constants for n in norm)
-    if (outer is not node and len(node.users) > 1) or not constant:
+    x, w, bias, *rest = (*y.args, None)[: max(len(y.args), 3)]
+    if any(n is not None and n.name not in exported.constants for n in (w, bias, *norm)):
         return
-    x, w, bias, *rest = y.args
     W, b, gamma, beta, mean, var = (None if n is None else exported.constants[n.name] for n in (w, bias, *norm))
-    folded = fuse_conv_bn_weights(W, b, mean, var, node.args[EPS_ARGUMENT[node.target]], gamma, beta)  # type: ignore[arg-type]
+    eps = node.args[EPS_ARGUMENT[node.target]]
+    folded = fuse_conv_bn_weights(W, b, mean, var, eps, gamma, beta, transpose=y.target in TRANSPOSED)  # type: ignore[arg-type]
     new = (add_constant(exported, f"{y.name}_{n}", v) for n, v in zip("wb", folded))
-    keep_layer(replace_node(exported, outer, ops.conv2d, x, *new, *rest), y)
+    keep_layer(replace_node(exported, outer, y.target, x, *new, *rest), y)
+
+
+def _takes_batch_norm(y: Node) -> bool:
+    """Return whether a node is a convolution whose weight can take a scale for each output channel."""
+    if y.target is ops.conv2d:
+        return y.args[3:5] == (None, None)  # neither an activation nor a residual sum between
+    if y.kwargs or dtype_of(y) != torch.float32:
+        return False
+    if y.target in TRANSPOSED:
+        return len(y.args) <= GROUPS_ARGUMENT or y.args[GROUPS_ARGUMENT] == 1
+    return y.target in CONVOLUTIONS
 
 
 def convert_pool(exported: ExportedGraph, node: Node) -> None:
