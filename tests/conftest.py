@@ -28,6 +28,17 @@ from rarefy.runtime import bindings
 collect_ignore = ["fixtures"]  # scripts of earlier versions
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Run compiled models on the portable kernels in `make test-all` alone, where the CPU has better ones: each kernel
+    is tested by itself."""
+    better = bindings.isa() not in (None, "portable")
+    for item in items if better else ():
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.path.parent.name == "compiler" and params.get("isa") == "portable":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
