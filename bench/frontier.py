@@ -35,6 +35,7 @@ from runtime import alternate, keep_memory
 from values import keep
 
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
+STUDENTS = Path(__file__).parent / "build" / "students"  # of recover.py
 LAYERS, TOKENS = "encoder.layer.*", 128
 BATCHES = {1: 60, 16: 15}  # texts of a call: repeats
 PAUSE = 0.004  # seconds between calls: threads of most engines spin for about one ms after a call
@@ -64,6 +65,12 @@ POINTS: dict[str, tuple[Steps, str | None]] = {
     },
 }
 Encode = Callable[[dict[str, Tensor]], Tensor]
+
+
+def points() -> dict[str, tuple[Steps, str | None]]:
+    """Return POINTS, and the students that recover.py has trained."""
+    trained = sorted(f.stem for f in STUDENTS.glob("*.json"))
+    return POINTS | {f"{name}, trained, int8": ([("load", {"folder": STUDENTS / name})], "int8") for name in trained}
 
 
 def tokens_of(tokenizer: Any, given: list[str], length: int = TOKENS) -> dict[str, Tensor]:
@@ -115,6 +122,7 @@ def example(tokenizer: Any, batch: int) -> dict[str, Tensor]:
 
 DO: dict[str, Callable[..., Any]] = {
     "prune": lambda model, data, pattern, **options: rarefy.prune_(model, pattern, data=data, **options),
+    "load": lambda model, data, folder: rarefy.load(folder, model=model),
     "cut": lambda model, data, **options: rarefy.cut_(model, data[0], data=data, **options),
 }
 
@@ -146,7 +154,7 @@ def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
             for batch, run in timed.items():
                 runs[str(batch)][name] = run
         for name in only:
-            steps, precision = POINTS[name]
+            steps, precision = points()[name]
             began = time.perf_counter()
             model = made(dense, steps, data)
             seconds = time.perf_counter() - began
@@ -162,7 +170,7 @@ def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=POINTS, default=list(POINTS))
+    parser.add_argument("--only", nargs="*", choices=points(), default=list(points()))
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--table", action="store_true")

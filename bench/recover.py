@@ -1,6 +1,6 @@
 """Students of MiniLM that win back what pruning and cutting cost: trained to give the dense model's embeddings.
 
-    python recover.py narrow --minutes 60       one student into build/students/narrow, resumed after a kill
+    python recover.py narrow                    one student into build/students/narrow-0; goes on after a kill
 
 A student begins as the dense model after the steps of its point (frontier.py), and learns from the dense model on text
 of many kinds (texts.py): hidden states, embeddings, and the similarities of the texts in a batch. Texts are cut at
@@ -14,21 +14,19 @@ import copy
 import json
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import rarefy
 import texts
-from frontier import DO, HEADS, MLP, Steps, calibration
+from frontier import DO, HEADS, MLP, STUDENTS, Steps, calibration
 from rarefy.data import builtin
 from rarefy.model import hf
 from rarefy.train.fit import Steps as OptimizerSteps
 from rarefy.train.optimizers import optimizer_of
 
-FOLDER = Path(__file__).parent / "build" / "students"
-STUDENTS: dict[str, Steps] = {
+BEGINNINGS: dict[str, Steps] = {
     "narrow": [("cut", {"keep": 0.7, **MLP}), ("cut", {"keep": 0.75, **HEADS})],
     "narrower": [("cut", {"keep": 0.5, **MLP}), ("cut", {"keep": 0.67, **HEADS})],
     "blocks": [("prune", {"pattern": "1x4", "sparsity": 0.6, "solver": "admm", "layers": "encoder.layer.*"})],
@@ -65,14 +63,17 @@ def batches(tokenizer: Any, epoch: int, seed: int) -> list[dict[str, torch.Tenso
 def train(name: str, epochs: int, seed: int) -> None:
     """Train a student and save it with a note of how it was made."""
     source = builtin.model_folder("minilm")
-    dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
+    dense: Any = hf.load_folder(source).eval()
+    tokenizer = hf.load_tokenizer(source)
     student = copy.deepcopy(dense)
+    for model in (student, dense):
+        model.set_attn_implementation("eager")  # trains faster than fused attention
     for part in student.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0  # the teacher has no dropout either
     data = calibration(tokenizer, 256, seed)
     began = time.perf_counter()
-    for step, options in STUDENTS[name]:
+    for step, options in BEGINNINGS[name]:
         DO[step](student, data=data, **options)
     student.embeddings.requires_grad_(False)  # half of all weights, none of them smaller
     config = rarefy.Distill(task=0.0, logits=0.0, hidden="squarehead", embedding=5.0, similarity=10.0)
@@ -86,25 +87,25 @@ def train(name: str, epochs: int, seed: int) -> None:
         lr_schedule="one-cycle",
         steps=OptimizerSteps(autocast="bf16", clip=1.0),
         seed=seed,
-        resume_dir=FOLDER / f"{name}-{seed}.state",
+        resume_dir=STUDENTS / f"{name}-{seed}.state",
         progress=True,
     )
     distiller.close()
     rarefy.fold_(student)
-    rarefy.save(student.eval(), FOLDER / f"{name}-{seed}", overwrite=True)
+    rarefy.save(student.eval(), STUDENTS / f"{name}-{seed}", overwrite=True)
     note = {"student": name, "seed": seed, "epochs": epochs, "seconds": time.perf_counter() - began}
-    (FOLDER / f"{name}-{seed}.json").write_text(json.dumps(note))
+    (STUDENTS / f"{name}-{seed}.json").write_text(json.dumps(note))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student", choices=STUDENTS)
+    parser.add_argument("student", choices=BEGINNINGS)
     parser.add_argument("--epochs", type=int, default=40, help=f"of {STEPS_PER_EPOCH} batches of {BATCH} texts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     hf.no_bars()
     texts.fetch()
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    STUDENTS.mkdir(parents=True, exist_ok=True)
     train(args.student, args.epochs, args.seed)
 
 
