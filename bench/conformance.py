@@ -135,8 +135,8 @@ def one(name: str, cases: dict[str, Any], options: argparse.Namespace) -> dict[s
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     make, x = cases[name.removesuffix(" as decoder")]
-    model = zoo().half(make())
     try:
+        model = zoo().half(make())
         result = (decoded if name.endswith(" as decoder") else compiled)(model, x, options.batches)
     except ModelError as error:
         return {"status": "refused", "error": str(error)}

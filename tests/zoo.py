@@ -203,8 +203,7 @@ def held_out_cases() -> dict[str, Case]:
         found[f"timm.{name}"] = (lambda n=name: lively(timm.create_model(n, pretrained=False)), images(224))
     video = images(112, 16).movedim(0, 1)[None]
     for name in ("s3d", "r3d_18", "mc3_18", "r2plus1d_18", "swin3d_t", "mvit_v1_b", "mvit_v2_s"):
-        how: dict[str, Any] = {"weights": None}
-        how |= {"spatial_size": (112, 112)} if name.startswith("mvit") else {}
-        x = torch.cat([video, video], 3).repeat(1, 1, 1, 1, 2) if name == "s3d" else video
-        found[name] = (lambda n=name, h=how: lively(models.get_model(n, **h)), x)
+        large = name == "s3d" or name.startswith("mvit")
+        x = torch.cat([video, video], 3).repeat(1, 1, 1, 1, 2) if large else video
+        found[name] = (lambda n=name: lively(models.get_model(n, weights=None)), x)
     return found

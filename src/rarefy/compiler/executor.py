@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import DataError, first_line
 from rarefy.compiler.export import MAX_SIZE, layer_names
-from rarefy.compiler.fx_utils import ExportedGraph, Node
+from rarefy.compiler.fx_utils import ExportedGraph, Node, is_node
+from rarefy.compiler.in_place import overwriting
 from rarefy.compiler.kernel_selection import compact
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.profile import Profile, Recorder, profile_calls
@@ -98,6 +99,7 @@ class Compiled:
         self.keywords = dict.fromkeys(keywords.context)  # in the graph's order
         self.output = next(n for n in exported.graph.nodes if n.op == "output").args[0]
         self.last_uses = self._last_uses()
+        self.in_place = overwriting(self.schedule, self.last_uses)
 
     def move_to_torch(self, nodes: Collection[Node], weights: Mapping[str, Tensor]) -> None:
         """Let torch run operators that native calls have run so far, and free their packed weights.
@@ -118,6 +120,7 @@ class Compiled:
         self.fixed_nodes, self.fixed = _size_only_nodes(self.exported), {}
         self.output = next(n for n in self.exported.graph.nodes if n.op == "output").args[0]
         self.last_uses = self._last_uses()
+        self.in_place = overwriting(self.schedule, self.last_uses)
 
     def _last_uses(self) -> list[list[Node]]:
         """Return for each call the values that no later call reads."""
@@ -172,7 +175,8 @@ class Compiled:
         """
         for call, ended in zip(self.schedule, self.last_uses):
             yield call
-            run_call(call, values, lookup, recorder, self.skip_padding)
+            function = self.in_place.get(call) if is_node(call) else None
+            run_call(call, values, lookup, recorder, self.skip_padding, function)
             for n in ended:
                 values.pop(n, None)
 
@@ -281,8 +285,9 @@ def run_call(
     lookup: Callable[[Node], Any],
     recorder: Recorder | None = None,
     skip_padding: bool = True,
+    function: Callable[..., Any] | None = None,
 ) -> None:
-    """Run one call of the schedule and add its outputs to the values."""
+    """Run one call of the schedule and add its outputs to the values. `function`: what torch runs instead of it."""
     try:
         if isinstance(call, FusedSubgraph):
             values.update(zip(call.outputs, call.run(lookup, recorder, skip_padding)))
@@ -291,7 +296,10 @@ def run_call(
             values.update(zip(call.outputs, out))
         elif call not in values:
             args, kwargs = fx.map_arg((call.args, call.kwargs), lookup)
-            values[call] = call.target(*args, **kwargs) if recorder is None else recorder.run_torch(call, args, kwargs)
+            function = function or call.target
+            values[call] = (
+                function(*args, **kwargs) if recorder is None else recorder.run_torch(call, function, args, kwargs)
+            )
     except (RuntimeError, IndexError, TypeError) as error:  # raised by torch
         name = _op_name(call.nodes[0] if isinstance(call, Native) else call)
         raise DataError(f"{name} failed on these inputs: {first_line(error)}") from error

@@ -215,15 +215,15 @@ class Recorder:
             self.costs[node] = call_cost(node, lookup(node.args[0]), out, 0, call.kernel)
         return out
 
-    def run_torch(self, node: Node, args: Any, kwargs: Any) -> Any:
-        """Run a node in torch; return its output."""
+    def run_torch(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the function of a node in torch; return its output."""
         if self.describe:
             outputs: list[Any] = []
-            operations = flops(nn.Module(), lambda: outputs.append(node.target(*args, **kwargs)))
+            operations = flops(nn.Module(), lambda: outputs.append(function(*args, **kwargs)))
             self.costs[node] = call_cost(node, (args, kwargs), outputs[0], operations)
             return outputs[0]
         began = perf_counter_ns()
-        out = node.target(*args, **kwargs)
+        out = function(*args, **kwargs)
         self.calls[node] = perf_counter_ns() - began
         return out
 
