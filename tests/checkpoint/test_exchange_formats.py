@@ -138,6 +138,18 @@ def test_onnx_runtime_returns_the_same(activations, group, tmp_path):
     assert stored_in_bytes(path) >= sum(m.weight.numel() for m in (net[0], net[2], net[5]))
 
 
+def test_one_tensor_as_two_inputs(tmp_path):
+    class Difference(nn.Module):
+        def forward(self, p, q):
+            return p - 2 * q
+
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    session = onnxruntime.InferenceSession(str(rarefy.export_onnx(Difference().eval(), (x, x), tmp_path / "net.onnx")))
+    (got,) = session.run(None, {"p": x.numpy(), "q": y.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), x - 2 * y)
+
+
 def test_other_grids_and_masks_become_plain_numbers(tmp_path):
     net = picture_net()
     rarefy.prune_(net, sparsity=0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ def input_grids(graph: Compiled, nodes: Collection[Node], batches: Iterable[Any]
     Raises:
         DataError: if there is no batch, one does not fit the model, or inputs of an operator are not finite.
     """
+    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping | Tensor):
+        raise DataError(
+            f"calibrate: expected batches, each like the example, such as a list of them; got {type(batches).__name__}"
+        )
     samples: dict[Node, list[Tensor]] = {v: [] for n in nodes for v in quantized_operands(n)}
     rng = torch.Generator().manual_seed(0)
     count = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -37,7 +38,7 @@ from rarefy.compiler.passes import (
     tokens,
 )
 from rarefy.compiler.program import is_depthwise
-from rarefy.compiler.verify import verify
+from rarefy.compiler.verify import distance, verify
 from rarefy.model.forward import calling, describe_batch
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import attached_layers, fold_attached_
@@ -47,6 +48,9 @@ TOLERANCE = {None: 1e-3, "bf16": 0.1, "int8": 0.5}  # largest relative distance 
 ROUNDED_TOLERANCE = (
     0.1  # for models that round values: a sum in another order may lead to the next code, layer by layer
 )
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+DIFFERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 # Every pass sees each node once, in this order: what a pass matches is what the passes before it left.
 PASSES = (
@@ -102,6 +106,8 @@ PASSES = (
     fusion.fuse_epilogue,
     fusion.fuse_epilogue,
 )
+
+FAR_CALIBRATED = 0.1  # relative distance of outputs in calibrated 8 bits on the example, usually below 0.03
 
 CLEARLY_FASTER = 0.95  # time over eager's, from which the graph in torch alone, often faster than eager, is tried too
 
@@ -181,8 +187,7 @@ def compile(
     model, notes = fold_copy(model)
     dtype = check_ready(model)
     args, kwargs = split_example(example)
-    if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
-        raise DataError("the example has no tensor: give what the model is called with")
+    check_example(pytree.tree_leaves((args, kwargs)))
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         outputs = dtypes_of(model(*args, **kwargs))
     if dtype == torch.float32:
@@ -214,17 +219,40 @@ def _compile(
     if precision or rounds_values(exported):  # kernels that round would hide a wrong graph
         unit_sizes = verify(model, in_torch(exported, specs), *more, tolerance(exported))
     kernels = select_kernels(exported, lambda w, _, grid: pack_for_batches(w, precision, grid), precision)
+    if precision == "int8" and not (in_8_bits(kernels) or rounds_values(exported)):
+        raise ModelError(
+            f"precision='int8' has no effect: {type(model).__name__} has no linear layer and no 2D convolution that "
+            "the engine runs; leave it out for fp32"
+        )
     weights = dict(exported.constants)
     if calibrate is not None:
         _set_input_grids(exported, specs, kernels, calibrate)
     compiled = Compiled(exported, kernels, specs)
     compiled.skip_padding = False  # compared at padding too
     verify(model, compiled, *more, tolerance(exported, precision), unit_sizes)
+    if calibrate is not None:
+        _warn_of_saturation(model, compiled, more)
     compiled.skip_padding = True
     if tune and tuning.is_enabled():
         compiled = _not_slower(model, compiled, weights, _runnable(compiled, (args, kwargs), more), notes)
+        if precision == "int8" and not (in_8_bits(compiled.kernels) or rounds_values(exported)):
+            why = "torch is faster in fp32 on the example; tune=False runs 8 bits all the same"
+            compiled.exported.notes += (f"nothing runs in 8 bits: {why}",)
     compiled.forget()
     return compiled
+
+
+def in_8_bits(kernels: Mapping[Node, Any]) -> bool:
+    """Return whether a linear layer or a convolution has a kernel for 8-bit or 4-bit weights."""
+    return any(k.held[0].kind in ("int8", "int4") for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d))
+
+
+def _warn_of_saturation(model: nn.Module, compiled: Compiled, example: tuple[Any, Any]) -> None:
+    """Warn where outputs on the example are far from the model's, as when calibration data have smaller values."""
+    d = distance(model, compiled, *pytree.tree_flatten((example[0], dict(example[1]))))
+    if d > FAR_CALIBRATED:
+        text = f"calibrate: outputs on the example differ by {d:.0%}: give batches whose values are as large as its own"
+        warnings.warn(text, stacklevel=4)
 
 
 def _runnable(compiled: Compiled, example: tuple[Any, Any], more: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -315,6 +343,21 @@ def check_module(model: Any) -> None:
         hints = {str | PathLike: ": rarefy.load(folder) reads one", Compiled: ": it is compiled already"}
         hint = next((h for kind, h in hints.items() if isinstance(model, kind)), "")
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
+    inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module" if isinstance(model, WRAPPERS) else None
+    if inside:
+        raise ModelError(f"{type(model).__name__} wraps a model: compile the model itself, model.{inside}")
+
+
+def check_example(leaves: Sequence[Any]) -> None:
+    """Raise DataError for an example without numbers to compare: no tensor, an empty one, or NaN."""
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    if not tensors:
+        raise DataError("the example has no tensor: give what the model is called with")
+    empty = next((t for t in tensors if not t.numel()), None)
+    if empty is not None:
+        raise DataError(f"the example has an empty tensor, {describe_batch(empty)}: give at least one sample")
+    if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors):
+        raise DataError("the example has NaN: outputs are compared on it, so give ordinary inputs")
 
 
 def fold_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -340,11 +383,17 @@ def check_ready(model: nn.Module) -> torch.dtype:
     """Return the type of a model's parameters; ModelError for a model in a state that the engine cannot run."""
     if model.training:
         raise ModelError("the model is in training mode: call eval() first")
+    part = next((n for n, m in model.named_modules() if m.training and isinstance(m, DIFFERS_IN_TRAINING)), None)
+    if part is not None:
+        raise ModelError(f"{part} is in training mode: call eval() on the whole model")
     check_plain(list(all_layers(model)))
     named = [*model.named_parameters(), *model.named_buffers()]
     elsewhere = next((n for n, t in named if t.device.type != "cpu"), None)
     if elsewhere is not None:
         raise ModelError(f"the engine runs on the CPU, but {elsewhere} is on another device: call model.cpu() first")
+    wrong = next((n for n, p in model.named_parameters() if not p.is_meta and bool(p.isnan().any())), None)
+    if wrong is not None:
+        raise ModelError(f"{wrong} has NaN: outputs could not be compared")
     return model_dtype(model)
 
 

@@ -238,7 +238,9 @@ class Compiled:
         if kwargs.keys() != names.keys():
             extra, missing = [n for n in kwargs if n not in names], [n for n in names if n not in kwargs]
             hints = [f"leave out {', '.join(extra)}, or compile with an example that has it"] if extra else []
-            hints += [f"{', '.join(missing)} is missing"] if missing else []
+            hints += [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
+            if args and missing:
+                hints += [f"pass inputs by name, as in the example: {', '.join(f'{n}=...' for n in names)}, or **batch"]
             got = f"compiled for the keywords {', '.join(names) or 'none'}, got {', '.join(kwargs) or 'none'}"
             raise DataError(f"{got}: {'; '.join(hints)}")
         leaves, got = pytree.tree_flatten((args, {n: kwargs[n] for n in names}))
@@ -261,6 +263,13 @@ class Compiled:
         nestings = (pytree.tree_unflatten(range(len(leaves)), spec)[0] for spec in (self.exported.in_spec, got))
         expected, actual = (re.sub(r"\d+", "*", str(args)) for args in nestings)
         return f"expected arguments nested as {expected}, as in the example, got {actual}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies and pickles: packed weights belong to the kernels of this process."""
+        raise TypeError(
+            "a compiled model can be neither copied nor pickled: rarefy.save(compiled, folder) keeps it, and "
+            "rarefy.load(folder) reads it"
+        )
 
     def counts(self) -> tuple[int, Counter[str], Counter[str]]:
         """Return the number of native calls, of each operator that they run, and of each operator that torch runs."""
@@ -296,10 +305,8 @@ def run_call(
             values.update(zip(call.outputs, out))
         elif call not in values:
             args, kwargs = fx.map_arg((call.args, call.kwargs), lookup)
-            function = function or call.target
-            values[call] = (
-                function(*args, **kwargs) if recorder is None else recorder.run_torch(call, function, args, kwargs)
-            )
+            run = function or call.target
+            values[call] = run(*args, **kwargs) if recorder is None else recorder.run_torch(call, run, args, kwargs)
     except (RuntimeError, IndexError, TypeError) as error:  # raised by torch
         name = _op_name(call.nodes[0] if isinstance(call, Native) else call)
         raise DataError(f"{name} failed on these inputs: {first_line(error)}") from error

@@ -23,6 +23,7 @@ from rarefy.compiler.fx_utils import MODULES, ExportedGraph, Node
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.quantization import FAKE_QUANTIZE
 from rarefy.model.activation_quant import rounding_by
+from rarefy.model.batches import distinct_tensors
 from rarefy.runtime import torch_ops  # noqa: F401 (registers the operator of layers that run sparse already)
 
 MAX_SIZE = 1 << 62  # of an open size about which nothing is known
@@ -99,8 +100,13 @@ def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _export(model: nn.Module, args: Any, kwargs: Any) -> Any:
     """Return torch's exported program without operators that change their inputs."""
-    names = list(inspect.signature(model.forward).parameters)
-    arguments = {**dict(zip(names, args)), **kwargs}
+    args, kwargs = distinct_tensors((args, dict(kwargs)))
+    arguments: dict[str, Any] = dict(kwargs)
+    for i, (name, parameter) in enumerate(inspect.signature(model.forward).parameters.items()):
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            arguments[name] = tuple(args[i:])
+        elif i < len(args) and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            arguments[name] = args[i]
     shapes = pytree.tree_map(lambda t: _open_sizes(t) if isinstance(t, Tensor) else None, arguments)
     with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(FAKE_QUANTIZE):
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees

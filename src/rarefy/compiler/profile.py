@@ -150,11 +150,13 @@ class Profile:
 
 
 def _sum_of(rows: Sequence[ProfileRow]) -> ProfileRow:
-    """Return one row for all rows of an operator, with the limit of the most expensive one."""
+    """Return one row for all rows of an operator, with what limits them for most of their time."""
     names = ("milliseconds", "share", "operations", "executed", "bytes_moved", "min_milliseconds", "count")
     sums = {n: sum(getattr(r, n) for r in rows) for n in names}
-    limits = [r for r in rows if r.limit]
-    limit = max(limits, key=lambda r: r.milliseconds).limit if limits else ""
+    limited: dict[str, float] = {}
+    for r in rows:
+        limited[r.limit] = limited.get(r.limit, 0.0) + (r.milliseconds if r.limit else 0.0)
+    limit = max(limited, key=lambda name: limited[name])
     return replace(rows[0], layer="", sizes="", weights="", limit=limit, **sums)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
@@ -16,6 +17,24 @@ def tensors_in(batch: Any) -> list[Tensor]:
         return [batch]
     parts = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, tuple | list) else ()
     return [t for part in parts for t in tensors_in(part)]
+
+
+def distinct_tensors(batch: Any) -> Any:
+    """Return a batch in which each tensor is its own: torch.export takes one that is given twice for a single input.
+
+    >>> t = torch.ones(1)
+    >>> a, b = distinct_tensors((t, t))
+    >>> a is t, b is t
+    (True, False)
+    """
+    seen: set[int] = set()
+
+    def own(t: Tensor) -> Tensor:
+        repeated = id(t) in seen
+        seen.add(id(t))
+        return t.clone() if repeated else t
+
+    return pytree.tree_map_only(Tensor, own, batch)
 
 
 def count_tokens(batch: Any) -> int:

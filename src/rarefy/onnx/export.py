@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from rarefy.common.atomic_io import container_errors, write_bytes_atomic
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.model.activation_quant import ActivationQuant, get_activation_quant, set_activation_quant_
+from rarefy.model.batches import distinct_tensors
 from rarefy.model.layers import all_layers, unwrap
 from rarefy.model.masks import fold_
 from rarefy.model.quant_grid import Grid, get_grid
@@ -109,6 +110,7 @@ def _check_packages() -> None:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = distinct_tensors((args, kwargs))
     batch = torch.export.Dim("batch", min=1)
     shapes: Any = tuple({0: batch} if a.dim() else None for a in args)
     if kwargs:

@@ -343,13 +343,13 @@ def _same_outputs(model: nn.Module, example: Any, expected: Sequence[torch.Tenso
 def check_plain(chosen: Sequence[Layer], loaded: bool = True) -> None:
     """Raise ModelError for layers whose weight is computed by a parametrization, or, if it should be `loaded`, has no
     values."""
-    computed = [l.full_name for l in chosen if parametrize.is_parametrized(l.module)]
+    computed = [l.full_name or "the model" for l in chosen if parametrize.is_parametrized(l.module)]
     if computed:
         raise ModelError(
             f"masks or grids are still attached to {', '.join(computed)}: fold_ the model first (parametrizations that "
             "are not Rarefy's: torch.nn.utils.parametrize.remove_parametrizations, or ignore= the layers)"
         )
-    empty = next((l.full_name for l in chosen if l.weight.is_meta), None)
+    empty = next((l.full_name or "the model" for l in chosen if l.weight.is_meta), None)
     if empty is not None and loaded:
         raise ModelError(f"{empty} is on the meta device, so it has no values: load its weights first")
 

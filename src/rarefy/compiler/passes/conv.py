@@ -35,7 +35,7 @@ EPS_ARGUMENT = {aten._native_batch_norm_legit_no_training.default: 6, aten.batch
 
 def convert_conv(exported: ExportedGraph, node: Node) -> None:
     """Convert a 2D convolution with a constant weight."""
-    if node.target is not aten.conv2d.default or dtype_of(node) != torch.float32:
+    if node.target is not aten.conv2d.default or dtype_of(node) != torch.float32 or len(shape(node)) != 4:
         return
     defaults: Any = (None, [1, 1], [0, 0], [1, 1], 1)
     x, w, *rest = node.args
