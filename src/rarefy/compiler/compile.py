@@ -219,10 +219,11 @@ def _compile(
     if precision or rounds_values(exported):  # kernels that round would hide a wrong graph
         unit_sizes = verify(model, in_torch(exported, specs), *more, tolerance(exported))
     kernels = select_kernels(exported, lambda w, _, grid: pack_for_batches(w, precision, grid), precision)
-    if precision == "int8" and not (in_8_bits(kernels) or rounds_values(exported)):
+    depthwise = calibrate is not None and any(_is_depthwise(exported, n) for n in exported.graph.nodes)
+    if precision == "int8" and not (in_8_bits(kernels) or rounds_values(exported) or depthwise):
         raise ModelError(
             f"precision='int8' has no effect: {type(model).__name__} has no linear layer and no 2D convolution that "
-            "the engine runs; leave it out for fp32"
+            "the engine runs in 8 bits; leave it out for fp32"
         )
     weights = dict(exported.constants)
     if calibrate is not None:
@@ -310,8 +311,7 @@ def _set_input_grids(exported: ExportedGraph, specs: Sequence[Any], kernels: Map
     inputs of depthwise convolutions, which have no kernels."""
     nodes = [n for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d) and k.held[0].kind == "int8"]
     nodes = [n for n in nodes if reads_static_codes(n) and kernels[n].input_grid is None]
-    depthwise = [n for n in exported.graph.nodes if n.target is ops.conv2d and n not in kernels]
-    depthwise = [n for n in depthwise if is_depthwise(n, exported.constants)]
+    depthwise = [n for n in exported.graph.nodes if n not in kernels and _is_depthwise(exported, n)]
     grids = input_grids(in_torch(exported, specs), [*nodes, *depthwise], batches)
     for node in nodes:
         value, *residual = quantized_operands(node)
@@ -319,6 +319,10 @@ def _set_input_grids(exported: ExportedGraph, specs: Sequence[Any], kernels: Map
         kernels[node].residual_grid = grids[residual[0]] if residual else None
     for node in depthwise:
         round_input(exported, node, grids[node.args[0]])
+
+
+def _is_depthwise(exported: ExportedGraph, node: Node) -> bool:
+    return node.target is ops.conv2d and is_depthwise(node, exported.constants)
 
 
 def rounds_values(exported: ExportedGraph) -> bool:

@@ -61,11 +61,11 @@ def overwriting(schedule: Sequence[Any], ended: Sequence[Sequence[Node]]) -> dic
         ended: for each call, the values that no later call reads.
     """
     by_torch = {call for call in schedule if is_node(call)}
-    found = {}
+    functions = {}
     for call, last in zip(schedule, ended, strict=True):
         if not is_node(call) or call.target not in FORMS or call.kwargs:
             continue
         x = call.args[0]
         if x in by_torch and x in last and len(x.users) == 1 and call.args.count(x) == 1 and x.target in FRESH:
-            found[call] = FORMS[call.target]
-    return found
+            functions[call] = FORMS[call.target]
+    return functions
