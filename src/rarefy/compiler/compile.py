@@ -40,7 +40,7 @@ from rarefy.compiler.passes import (
 from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.verify import distance, verify
 from rarefy.model.forward import calling, describe_batch
-from rarefy.model.layers import all_layers
+from rarefy.model.layers import all_layers, unwrap
 from rarefy.model.masks import attached_layers, fold_attached_
 from rarefy.runtime.accelerate import check_plain
 
@@ -49,7 +49,6 @@ ROUNDED_TOLERANCE = (
     0.1  # for models that round values: a sum in another order may lead to the next code, layer by layer
 )
 
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 DIFFERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 # Every pass sees each node once, in this order: what a pass matches is what the passes before it left.
@@ -347,8 +346,8 @@ def check_module(model: Any) -> None:
         hints = {str | PathLike: ": rarefy.load(folder) reads one", Compiled: ": it is compiled already"}
         hint = next((h for kind, h in hints.items() if isinstance(model, kind)), "")
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
-    inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module" if isinstance(model, WRAPPERS) else None
-    if inside:
+    if unwrap(model) is not model:
+        inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise ModelError(f"{type(model).__name__} wraps a model: compile the model itself, model.{inside}")
 
 
