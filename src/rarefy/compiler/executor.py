@@ -84,7 +84,7 @@ class Compiled:
         """
         self.exported, self.constants, self.kernels = exported, exported.constants, kernels
         self.input_specs = list(input_specs)
-        self.schedule, self.check = schedule(exported, kernels, check), check
+        self.check = check
         for n in (n for n in exported.graph.nodes if n.op == "placeholder" and n.name in self.constants):
             if all(u in kernels and n is u.args[1] and u.args.count(n) == 1 for u in n.users):  # packed, or unread
                 self.constants.pop(n.name)
@@ -92,14 +92,10 @@ class Compiled:
             n.meta.clear()  # export's records hold weights
         if check is None:  # made from a model, whose own tensors may change
             self.constants.update({n: t.clone() for n, t in self.constants.items()})
-        self.fixed_nodes = _size_only_nodes(exported)
-        self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # their values for the last shapes
         spec: Any = exported.in_spec
         keywords = spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
         self.keywords = dict.fromkeys(keywords.context)  # in the graph's order
-        self.output = next(n for n in exported.graph.nodes if n.op == "output").args[0]
-        self.last_uses = self._last_uses()
-        self.in_place = overwriting(self.schedule, self.last_uses)
+        self.reschedule()
 
     def move_to_torch(self, nodes: Collection[Node], weights: Mapping[str, Tensor]) -> None:
         """Let torch run operators that native calls have run so far, and free their packed weights.
@@ -115,9 +111,10 @@ class Compiled:
         self.reschedule()
 
     def reschedule(self) -> None:
-        """Schedule the calls again, after the graph or the kernels have changed."""
+        """Schedule the calls, again after the graph or the kernels have changed."""
         self.schedule = schedule(self.exported, self.kernels, self.check)
-        self.fixed_nodes, self.fixed = _size_only_nodes(self.exported), {}
+        self.fixed_nodes = _size_only_nodes(self.exported)
+        self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # their values for the last shapes
         self.output = next(n for n in self.exported.graph.nodes if n.op == "output").args[0]
         self.last_uses = self._last_uses()
         self.in_place = overwriting(self.schedule, self.last_uses)
