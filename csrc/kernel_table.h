@@ -164,9 +164,10 @@ struct rarefy_kernel_table {
   // Images of codes in NHWC order. Sums of up to 64 outputs (groups of 16) of some pixels: acc [pixels][NHWC_OUTPUTS].
   void (*nhwc_products)(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
                         int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc);
-  // Sums of at most NHWC_OUTPUTS channels of some pixels of a depthwise convolution; tap k is at x + offsets[k].
+  // Sums of at most NHWC_OUTPUTS channels of some pixels of a depthwise convolution; tap k is at x + offsets[k]. `taps`
+  // has weights of 16 bits, those of taps 2i and 2i + 1 together.
   void (*nhwc_depthwise)(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t num_taps,
-                         const float* taps, int64_t tap_stride, int64_t channels, int64_t pixels, uint32_t* acc);
+                         const uint32_t* taps, int64_t tap_stride, int64_t channels, int64_t pixels, uint32_t* acc);
   // Codes of up to TILE_COLS pixels, tap k of pixel i at x + offsets[i] + taps[k], as lanes of a column tile:
   // out [channels / 4][num_taps][TILE_COLS]. `offsets` has TILE_COLS elements. Reads up to 64 bytes past the channels.
   void (*nhwc_lanes)(const uint8_t* x, const int64_t* offsets, int64_t pixels, const int64_t* taps, int64_t num_taps,

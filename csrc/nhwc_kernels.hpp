@@ -13,11 +13,11 @@
 
 namespace {
 
-constexpr int64_t NHWC_BLOCK = 16 * 16;                // lanes of weights in a block: 16 inputs by 16 outputs
-constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;               // blocks of 64 outputs, 4 KB each, that stay for all pixels
-constexpr int GROUP_VECS = 16 / SIMD_WIDTH;            // vectors of 16 outputs
-constexpr int NHWC_GROUPS = SIMD_WIDTH == 16 ? 4 : 1;  // groups of 16 outputs whose sums fit the registers
-constexpr int64_t DEPTHWISE_PIXELS = 4;
+constexpr int64_t NHWC_BLOCK = 16 * 16;                     // lanes of weights in a block: 16 inputs by 16 outputs
+constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;                    // blocks of 64 outputs, 4 KB each, that stay for all pixels
+constexpr int GROUP_VECS = 16 / SIMD_WIDTH;                 // vectors of 16 outputs
+constexpr int NHWC_GROUPS = SIMD_WIDTH == 16 ? 4 : 1;       // groups of 16 outputs whose sums fit the registers
+constexpr int DEPTHWISE_PIXELS = SIMD_WIDTH == 16 ? 7 : 4;  // whose sums fit the registers
 constexpr int NHWC_PIXELS_PER_CALL = SIMD_WIDTH == 16 ? 6 : 4;
 
 // A code as it lies in memory, which is ordered like its value.
@@ -94,23 +94,42 @@ void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const ui
   }
 }
 
-// Sums are whole numbers below 2^31. Reads whole vectors of channels.
-void nhwc_depthwise(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t num_taps, const float* taps,
-                    int64_t tap_stride, int64_t channels, int64_t pixels, uint32_t* acc) {
-  for (int64_t c = 0; c < channels; c += SIMD_WIDTH)
-    for (int64_t p = 0; p < pixels; p += DEPTHWISE_PIXELS) {
-      f32_vec sums[DEPTHWISE_PIXELS] = {};
-      const uint8_t* in[DEPTHWISE_PIXELS];  // pixels that do not exist repeat the last one
-      for (int64_t i = 0; i < DEPTHWISE_PIXELS; ++i) in[i] = x + std::min(p + i, pixels - 1) * x_stride + c;
-      for (int64_t k = 0; k < num_taps; ++k) {
-        const f32_vec tap = load_vec(taps + k * tap_stride + c);
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < DEPTHWISE_PIXELS; ++i)
-          sums[i] += tap * __builtin_convertvector(i32_vec(load_codes(in[i] + offsets[k])), f32_vec);
-      }
-      for (int64_t i = 0; i < std::min(DEPTHWISE_PIXELS, pixels - p); ++i)
-        store_raw(acc + (p + i) * NHWC_OUTPUTS + c, raw_vec(__builtin_convertvector(sums[i], i32_vec)));
+// PIXELS pixels of 2 * SIMD_WIDTH channels.
+template <int PIXELS>
+inline void sum_channels(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t num_taps,
+                         const uint32_t* taps, int64_t tap_stride, uint32_t* acc) {
+  raw_vec low[PIXELS] = {}, high[PIXELS] = {};
+  for (int64_t k = 0; k < num_taps; k += 2, taps += tap_stride) {
+    const uint8_t *a = x + offsets[k], *b = x + offsets[std::min(k + 1, num_taps - 1)];
+    const code_pairs weights = in_pair_order(load_raw(taps), load_raw(taps + SIMD_WIDTH));
+#pragma GCC unroll 8
+    for (int i = 0; i < PIXELS; ++i, a += x_stride, b += x_stride) {
+      const code_pairs codes = load_code_pairs(a, b);
+      low[i] = multiply_add_pairs(low[i], codes.low, weights.low);
+      high[i] = multiply_add_pairs(high[i], codes.high, weights.high);
     }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < PIXELS; ++i) {
+    const code_pairs sums = in_channel_order({low[i], high[i]});
+    store_raw(acc + i * NHWC_OUTPUTS, sums.low);
+    store_raw(acc + i * NHWC_OUTPUTS + SIMD_WIDTH, sums.high);
+  }
+}
+
+void nhwc_depthwise(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t num_taps, const uint32_t* taps,
+                    int64_t tap_stride, int64_t channels, int64_t pixels, uint32_t* acc) {
+  for (int64_t c = 0; c < channels; c += 2 * SIMD_WIDTH) {
+    int64_t p = 0;
+    auto run = [&](auto number) {
+      sum_channels<number>(x + p * x_stride + c, x_stride, offsets, num_taps, taps + c, tap_stride,
+                           acc + p * NHWC_OUTPUTS + c);
+      p += number;
+    };
+    while (pixels - p >= DEPTHWISE_PIXELS) run(std::integral_constant<int, DEPTHWISE_PIXELS>{});
+    if (pixels - p >= 4) run(std::integral_constant<int, 4>{});
+    while (pixels - p >= 1) run(std::integral_constant<int, 1>{});
+  }
 }
 
 void nhwc_lanes(const uint8_t* x, const int64_t* offsets, int64_t pixels, const int64_t* taps, int64_t num_taps,
@@ -185,33 +204,25 @@ inline void nhwc_outputs(const NhwcFactors& f, const uint32_t* sums, const uint8
   }
 }
 
-// Round codes, which saturate, and store the first n.
-inline void store_nhwc_codes(f32_vec (&codes)[OUTPUT_VECS], int64_t n, uint8_t* to) {
-#pragma GCC unroll 4
-  for (int v = 0; v < OUTPUT_VECS; ++v) codes[v] = min_of(codes[v], f32_vec{} + 127.0f);
-  const raw_vec bytes = round_to_codes(codes);
-  if (n == OUTPUTS_TOGETHER)
-    std::memcpy(to, &bytes, sizeof bytes);
-  else
-    std::memcpy(to, &bytes, size_t(n));
-}
-
-// Codes alone, of outputs without an activation or with ReLU.
+// Codes alone, of outputs without an activation, with ReLU or with ReLU6.
 template <bool RESIDUAL>
 void store_nhwc_codes_only(const rarefy_nhwc_outputs& outputs, const uint32_t* acc, int64_t pixels) {
   const rarefy_nhwc_outputs o = outputs;  // a copy, which stores of codes do not change
+  const float most = o.act == RAREFY_RELU6 ? std::min(127.0f, 6.0f * o.inverse_scale + float(o.zero)) : 127.0f;
+  const uint32_t least = uint8_t((o.act == RAREFY_NONE ? -128 : o.zero) + INPUT_ZERO_POINT) * 0x01010101u;
+  uint32_t least_codes[SIMD_WIDTH];
+  for (uint32_t& code : least_codes) code = least;
   for (int64_t first = 0; first < o.outputs; first += OUTPUTS_TOGETHER) {
     const int64_t n = std::min(o.outputs - first, OUTPUTS_TOGETHER);
     NhwcFactors factors(o, first);
     factors.divide_by_scale(o.inverse_scale, float(o.zero));
-    const f32_vec least = f32_vec{} + (o.act == RAREFY_RELU ? float(o.zero) : -128.0f);
     for (int64_t p = 0; p < pixels; ++p) {
       f32_vec out[OUTPUT_VECS];
       nhwc_outputs<RESIDUAL>(factors, acc + p * NHWC_OUTPUTS + first,
                              RESIDUAL ? o.residual + p * o.residual_stride + first : nullptr, n, out);
 #pragma GCC unroll 4
-      for (int v = 0; v < OUTPUT_VECS; ++v) out[v] = max_of(least, out[v]);
-      store_nhwc_codes(out, n, o.codes + p * o.codes_stride + first);
+      for (int v = 0; v < OUTPUT_VECS; ++v) out[v] = min_of(out[v], f32_vec{} + most);
+      store_bytes(o.codes + p * o.codes_stride + first, max_of_codes(round_to_codes(out), load_raw(least_codes)), n);
     }
   }
 }
@@ -235,7 +246,9 @@ void store_nhwc_outputs(const rarefy_nhwc_outputs& outputs, const uint32_t* acc,
           squares[v][i] = raw_vec(out[v]);
           out[v] = out[v] * o.inverse_scale + float(o.zero);
         }
-        if (o.codes) store_nhwc_codes(out, n, o.codes + (p + i) * o.codes_stride + first);
+        if (!o.codes) continue;
+        for (int v = 0; v < OUTPUT_VECS; ++v) out[v] = min_of(out[v], f32_vec{} + 127.0f);
+        store_bytes(o.codes + (p + i) * o.codes_stride + first, round_to_codes(out), n);
       }
       for (int64_t v = 0; o.out && v * SIMD_WIDTH < n; ++v) {
         transpose(squares[v]);
@@ -255,7 +268,7 @@ void store_nhwc_outputs(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64
 }
 
 void nhwc_store(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64_t pixels) {
-  if (!o.out && (o.act == RAREFY_NONE || o.act == RAREFY_RELU))
+  if (!o.out && (o.act == RAREFY_NONE || o.act == RAREFY_RELU || o.act == RAREFY_RELU6))
     return o.residual ? store_nhwc_codes_only<true>(o, acc, pixels) : store_nhwc_codes_only<false>(o, acc, pixels);
   switch (o.act) {
     case RAREFY_RELU: return store_nhwc_outputs<RAREFY_RELU>(o, acc, pixels);

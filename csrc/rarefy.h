@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 15 };
+enum { RAREFY_ABI_VERSION = 16 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -280,7 +280,7 @@ struct rarefy_nhwc {
   int64_t segment_bytes, segment_stride;  // of a segment; from one to the next in the copy
   const float *factors, *bias;            // scales of weight times input, bias: [outputs]
   const int32_t* row_sums;                // [outputs], sums of the weight's codes
-  const float* taps;                      // NHWC_DEPTHWISE: codes of weights [segments][outputs], one for each segment
+  const uint32_t* taps;  // NHWC_DEPTHWISE: weights of 16 bits, two segments together: [(segments + 1) / 2][outputs]
 };
 
 struct rarefy_step {

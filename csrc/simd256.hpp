@@ -348,6 +348,59 @@ inline raw_vec round_to_codes(const f32x8 (&v)[4]) {
 #endif
 }
 
+// The first n of 32 bytes.
+inline void store_bytes(void* p, raw_vec v, int64_t n) {
+  if (n >= 32)
+    store_raw(p, v);
+  else
+    std::memcpy(p, &v, size_t(n));
+}
+
+inline raw_vec max_of_codes(raw_vec a, raw_vec b) {
+#if defined(__AVX2__)
+  return raw_vec(_mm256_max_epi8(__m256i(a), __m256i(b)));
+#else
+  typedef uint8_t u8x32 __attribute__((vector_size(32)));
+  const u8x32 x = u8x32(a), y = u8x32(b);
+  return raw_vec(x > y ? x : y);
+#endif
+}
+
+// Pairs of 16 bits, of the codes of 16 channels of two pixels, in an order of their own.
+struct code_pairs {
+  raw_vec low, high;
+};
+inline code_pairs load_code_pairs(const void* a, const void* b) {
+#if defined(__AVX2__)
+  const auto load = [](const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))); };
+  const __m256i x = load(a), y = load(b);
+  return {raw_vec(_mm256_unpacklo_epi16(x, y)), raw_vec(_mm256_unpackhi_epi16(x, y))};
+#else
+  const auto load = [&](int64_t i) {
+    const raw_vec x = raw_vec(load_codes(static_cast<const uint8_t*>(a) + i));
+    return (x & 0xffffu) | raw_vec(load_codes(static_cast<const uint8_t*>(b) + i)) << 16;
+  };
+  return {load(0), load(SIMD_WIDTH)};
+#endif
+}
+inline code_pairs in_pair_order(raw_vec first, raw_vec second) {
+#if defined(__AVX2__)
+  return {raw_vec(_mm256_permute2x128_si256(__m256i(first), __m256i(second), 0x20)),
+          raw_vec(_mm256_permute2x128_si256(__m256i(first), __m256i(second), 0x31))};
+#else
+  return {first, second};
+#endif
+}
+inline code_pairs in_channel_order(code_pairs p) { return in_pair_order(p.low, p.high); }
+inline raw_vec multiply_add_pairs(raw_vec s, raw_vec x, raw_vec w) {
+#if defined(__AVX2__)
+  return raw_vec(_mm256_add_epi32(__m256i(s), _mm256_madd_epi16(__m256i(x), __m256i(w))));
+#else
+  const i32x8 low = (i32x8(x) << 16 >> 16) * (i32x8(w) << 16 >> 16), high = (i32x8(x) >> 16) * (i32x8(w) >> 16);
+  return s + raw_vec(low + high);
+#endif
+}
+
 inline void transpose(raw_vec (&r)[SIMD_WIDTH]) {
 #if defined(__AVX2__)
   transpose_8x8(reinterpret_cast<__m256(&)[SIMD_WIDTH]>(r));

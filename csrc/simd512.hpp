@@ -243,6 +243,31 @@ inline __m512i round_to_codes(const __m512 (&v)[4]) {
   return _mm512_xor_si512(codes, _mm512_set1_epi8(char(INPUT_ZERO_POINT)));
 }
 
+// The first n of 64 bytes.
+inline void store_bytes(void* p, __m512i v, int64_t n) {
+  _mm512_mask_storeu_epi8(p, n < 64 ? (1ull << n) - 1 : ~0ull, v);
+}
+
+inline __m512i max_of_codes(__m512i a, __m512i b) { return _mm512_max_epu8(a, b); }
+
+// Pairs of 16 bits, of the codes of 32 channels of two pixels, in an order of their own.
+struct code_pairs {
+  __m512i low, high;
+};
+inline code_pairs load_code_pairs(const void* a, const void* b) {
+  const __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(a)));
+  const __m512i y = _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(b)));
+  return {_mm512_unpacklo_epi16(x, y), _mm512_unpackhi_epi16(x, y)};
+}
+inline code_pairs in_pair_order(__m512i first, __m512i second) {
+  return {_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xdd)};
+}
+inline code_pairs in_channel_order(code_pairs p) {
+  return {_mm512_permutex2var_epi64(p.low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), p.high),
+          _mm512_permutex2var_epi64(p.low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), p.high)};
+}
+inline __m512i multiply_add_pairs(__m512i s, __m512i x, __m512i w) { return _mm512_dpwssd_epi32(s, x, w); }
+
 inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
   for (int i = 0; i < 8; ++i) {

@@ -26,6 +26,7 @@ from rarefy.runtime.nhwc_weights import BLOCK_BYTES, NhwcWeight, weight_of
 OVERREAD_PIXELS = 32  # that steps may read past the last image
 MAX_DROPPED = 1.35  # sums computed for each that is used, up to which inputs are read in place
 MAX_TAP = 32767  # the largest code of a depthwise weight
+MAX_SUM = 2**31 - 1  # of codes times codes of inputs
 MAX_IMAGE_BYTES = 1 << 31  # offsets are 32 bits
 
 
@@ -223,14 +224,18 @@ def _set_segments(p: Program, step: Nhwc, starts: Sequence[int]) -> None:
 
 def _set_taps(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) -> None:
     """Write a depthwise convolution's weight [channels, 1, rows, columns] into its step, in codes of 16 bits."""
-    _set_segments(p, step, _starts(step))
     weight = weight.float().flatten(1).T  # [taps, channels]
-    scale = (weight.abs().amax(0) / MAX_TAP).clamp(min=torch.finfo(torch.float32).tiny)
-    padding = (0, -len(scale) % 64)
-    taps = F.pad((weight / scale).round(), padding).contiguous()
+    used = [i for i, tap in enumerate(weight) if tap.any()] or [0]  # padding of one side alone makes taps of zeros
+    weight, starts = weight[used], _starts(step)
+    _set_segments(p, step, [starts[i] for i in used])
+    largest = min(MAX_TAP, MAX_SUM // (255 * len(used)))
+    scale = (weight.abs().amax(0) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    padding = (0, -len(scale) % 64, 0, len(used) % 2)
+    codes = F.pad((weight / scale).round(), padding).int()
+    taps = torch.stack((codes[::2], codes[1::2]), -1).to(torch.int16).contiguous()  # two taps together
     p.held.append(taps)
     step.taps = taps.data_ptr()
-    _set_outputs(p, step, F.pad(scale, padding), taps.sum(0).int(), bias)
+    _set_outputs(p, step, F.pad(scale, padding[:2]), codes.sum(0).int(), bias)
 
 
 def _set_sparse_weight(p: Program, step: Nhwc, packed: Any, bias: Tensor | None) -> None:

@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -30,6 +31,7 @@ CONVOLUTIONS = {  # which torch may run
 }  # fmt: skip
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 GROUPS_ARGUMENT = 6  # of transposed convolutions
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
 EPS_ARGUMENT = {aten._native_batch_norm_legit_no_training.default: 6, aten.batch_norm.default: 7}
 
 
@@ -43,8 +45,51 @@ def convert_conv(exported: ExportedGraph, node: Node) -> None:
     bias, *sizes, groups = (*rest, *defaults[len(rest) :])
     constant = w.name in exported.constants and (bias is None or bias.name in exported.constants)
     if constant and not any(isinstance(s, str) for s in sizes):
-        pairs = (tuple(s) * 2 if len(s) == 1 else tuple(s) for s in sizes)
-        replace_node(exported, node, ops.conv2d, x, w, bias, None, None, *pairs, groups)
+        stride, padding, dilation = (tuple(s) * 2 if len(s) == 1 else tuple(s) for s in sizes)
+        w, padding = _absorb_padding(exported, node, x, w, padding, dilation)
+        x = node.args[0]
+        replace_node(exported, node, ops.conv2d, x, w, bias, None, None, stride, padding, dilation, groups)
+
+
+def _absorb_padding(
+    exported: ExportedGraph, node: Node, x: Node, w: Node, padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Node, tuple[int, ...]]:
+    """Let a convolution read the image before zeros are added around it; return its weight and its padding.
+
+    Padding is equal on opposite sides. Where more zeros are added at the end, zeros at the beginning of the kernel
+    read what is too much, and where more are added at the beginning, zeros at its end do (TensorFlow's "same").
+    """
+    rounded = x.target is ops.fake_quantize and len(x.users) == 1  # zero is on each grid
+    source = x.args[0] if rounded else x
+    sides = _zeros_around(source)
+    if sides is None:
+        return w, padding
+    left, right, top, bottom = sides
+    differences = (bottom - top, right - left)
+    if any(n % step for n, step in zip(differences, dilation)):
+        return w, padding
+    if rounded:
+        x.update_arg(0, source.args[0])
+        x.meta["val"] = source.args[0].meta["val"]
+    else:
+        node.update_arg(0, source.args[0])
+    wider = padding[0] + max(top, bottom), padding[1] + max(left, right)
+    if differences == (0, 0):
+        return w, wider
+    down, across = (n // step for n, step in zip(differences, dilation))
+    grown = (max(across, 0), max(-across, 0), max(down, 0), max(-down, 0))
+    return add_constant(exported, f"{w.name}_padded", F.pad(exported.constants[w.name], grown)), wider
+
+
+def _zeros_around(x: Node) -> tuple[int, int, int, int] | None:
+    """Return how many zeros a node adds around an image, left, right, top and bottom, or None if it does not."""
+    if x.target not in PADS or dtype_of(x) != torch.float32:
+        return None
+    _, sides, *how = (*x.args, *x.kwargs.values())
+    with_zeros = [v for v in how if v is not None] in ([], [0], ["constant"], ["constant", 0])
+    if not with_zeros or len(sides) not in (2, 4) or not all(isinstance(n, int) and n >= 0 for n in sides):
+        return None
+    return (*sides, 0, 0)[:4]
 
 
 def fold_batch_norm(exported: ExportedGraph, node: Node) -> None:
