@@ -74,6 +74,17 @@ struct alignas(64) rarefy_dense_state {
   uint8_t bytes[64];
 };
 
+// The weights of some channels of a depthwise convolution, and where they read. Row r of the kernel begins at
+// x + offsets[r] for the first output, and pixel_bytes later for the next one.
+struct rarefy_nhwc_taps {
+  const int64_t* offsets;
+  int64_t rows, columns;  // of the kernel
+  int64_t column_bytes;   // from one column of the kernel to the next
+  int64_t pixel_bytes;    // from one output to the next
+  const uint32_t* taps;   // weights of 16 bits, columns 2i and 2i + 1 together
+  int64_t stride;         // from one pair of columns to the next
+};
+
 struct rarefy_kernel_table {
   const char* name;
   bool multiplies_bf16;  // faster than fp32
@@ -164,10 +175,8 @@ struct rarefy_kernel_table {
   // Images of codes in NHWC order. Sums of up to 64 outputs (groups of 16) of some pixels: acc [pixels][NHWC_OUTPUTS].
   void (*nhwc_products)(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
                         int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc);
-  // Sums of at most NHWC_OUTPUTS channels of some pixels of a depthwise convolution; tap k is at x + offsets[k]. `taps`
-  // has weights of 16 bits, those of taps 2i and 2i + 1 together.
-  void (*nhwc_depthwise)(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t num_taps,
-                         const uint32_t* taps, int64_t tap_stride, int64_t channels, int64_t pixels, uint32_t* acc);
+  // Sums of at most NHWC_OUTPUTS channels of some pixels of a depthwise convolution.
+  void (*nhwc_depthwise)(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channels, int64_t pixels, uint32_t* acc);
   // Codes of up to TILE_COLS pixels, tap k of pixel i at x + offsets[i] + taps[k], as lanes of a column tile:
   // out [channels / 4][num_taps][TILE_COLS]. `offsets` has TILE_COLS elements. Reads up to 64 bytes past the channels.
   void (*nhwc_lanes)(const uint8_t* x, const int64_t* offsets, int64_t pixels, const int64_t* taps, int64_t num_taps,

@@ -94,41 +94,106 @@ void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const ui
   }
 }
 
-// PIXELS pixels of 2 * SIMD_WIDTH channels.
+// The sums of some pixels of 2 * SIMD_WIDTH channels of a depthwise convolution.
 template <int PIXELS>
-inline void sum_channels(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t num_taps,
-                         const uint32_t* taps, int64_t tap_stride, uint32_t* acc) {
+struct DepthwiseSums {
   raw_vec low[PIXELS] = {}, high[PIXELS] = {};
-  for (int64_t k = 0; k < num_taps; k += 2, taps += tap_stride) {
-    const uint8_t *a = x + offsets[k], *b = x + offsets[std::min(k + 1, num_taps - 1)];
-    const code_pairs weights = in_pair_order(load_raw(taps), load_raw(taps + SIMD_WIDTH));
+
+  inline void add(int pixel, code_pairs codes, code_pairs weights) {
+    low[pixel] = multiply_add_pairs(low[pixel], codes.low, weights.low);
+    high[pixel] = multiply_add_pairs(high[pixel], codes.high, weights.high);
+  }
+  inline void store(uint32_t* acc) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < PIXELS; ++i, a += x_stride, b += x_stride) {
-      const code_pairs codes = load_code_pairs(a, b);
-      low[i] = multiply_add_pairs(low[i], codes.low, weights.low);
-      high[i] = multiply_add_pairs(high[i], codes.high, weights.high);
+    for (int i = 0; i < PIXELS; ++i) {
+      const code_pairs sums = in_channel_order({low[i], high[i]});
+      store_raw(acc + i * NHWC_OUTPUTS, sums.low);
+      store_raw(acc + i * NHWC_OUTPUTS + SIMD_WIDTH, sums.high);
     }
   }
+};
+
+// Any distance between pixels and between taps.
+template <int PIXELS>
+inline void depthwise_pixels(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channel, uint32_t* acc) {
+  DepthwiseSums<PIXELS> sums;
+  const uint32_t* taps = t.taps + channel;
+  for (int64_t r = 0; r < t.rows; ++r)
+    for (int64_t k = 0; k < t.columns; k += 2, taps += t.stride) {
+      const uint8_t *a = x + t.offsets[r] + k * t.column_bytes, *b = k + 1 < t.columns ? a + t.column_bytes : a;
+      const code_pairs weights = in_pair_order(load_raw(taps), load_raw(taps + SIMD_WIDTH));
 #pragma GCC unroll 8
-  for (int i = 0; i < PIXELS; ++i) {
-    const code_pairs sums = in_channel_order({low[i], high[i]});
-    store_raw(acc + i * NHWC_OUTPUTS, sums.low);
-    store_raw(acc + i * NHWC_OUTPUTS + SIMD_WIDTH, sums.high);
-  }
+      for (int i = 0; i < PIXELS; ++i, a += t.pixel_bytes, b += t.pixel_bytes)
+        sums.add(i, load_code_pairs(a, b), weights);
+    }
+  sums.store(acc);
 }
 
-void nhwc_depthwise(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t num_taps, const uint32_t* taps,
-                    int64_t tap_stride, int64_t channels, int64_t pixels, uint32_t* acc) {
+// Pixels STRIDE columns apart, so that two neighbouring codes are a pair for several of them: output o multiplies its
+// taps 2i and 2i + 1 by the pair that begins at column STRIDE * o + 2i.
+template <int PIXELS, int COLUMNS, int STRIDE>
+inline void depthwise_row_pixels(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channel, uint32_t* acc) {
+  constexpr int PAIRS = (COLUMNS + 1) / 2, APART = 2 / STRIDE, ALL = PIXELS + (PAIRS - 1) * APART;
+  DepthwiseSums<PIXELS> sums;
+  const uint32_t* taps = t.taps + channel;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    code_pairs weights[PAIRS];
+#pragma GCC unroll 4
+    for (int i = 0; i < PAIRS; ++i, taps += t.stride)
+      weights[i] = in_pair_order(load_raw(taps), load_raw(taps + SIMD_WIDTH));
+    const uint8_t* in = x + t.offsets[r];
+    auto first = load_wide_codes(in);
+#pragma GCC unroll 16
+    for (int q = 0; q < ALL; ++q) {
+      in += t.column_bytes;
+      const auto second = load_wide_codes(in);
+      const code_pairs codes = pairs_of(first, second);
+#pragma GCC unroll 4
+      for (int i = 0; i < PAIRS; ++i)
+        if (q >= i * APART && q - i * APART < PIXELS) sums.add(q - i * APART, codes, weights[i]);
+      if (q + 1 == ALL) break;
+      if (STRIDE == 1) {
+        first = second;
+      } else {
+        in += t.column_bytes;
+        first = load_wide_codes(in);
+      }
+    }
+  }
+  sums.store(acc);
+}
+
+template <int COLUMNS, int STRIDE>
+inline void depthwise_rows(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channel, int64_t pixels,
+                           uint32_t* acc) {
+  auto run = [&](auto number) {
+    if constexpr (COLUMNS)
+      depthwise_row_pixels<number, COLUMNS, STRIDE>(t, x, channel, acc);
+    else
+      depthwise_pixels<number>(t, x, channel, acc);
+    x += number * t.pixel_bytes;
+    acc += number * NHWC_OUTPUTS;
+    pixels -= number;
+  };
+  while (pixels >= DEPTHWISE_PIXELS) run(std::integral_constant<int, DEPTHWISE_PIXELS>{});
+  if (DEPTHWISE_PIXELS > 4 && pixels >= 4) run(std::integral_constant<int, 4>{});
+  while (pixels >= 1) run(std::integral_constant<int, 1>{});
+}
+
+void nhwc_depthwise(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channels, int64_t pixels, uint32_t* acc) {
+  const int64_t stride = t.pixel_bytes == t.column_bytes ? 1 : t.pixel_bytes == 2 * t.column_bytes ? 2 : 0;
   for (int64_t c = 0; c < channels; c += 2 * SIMD_WIDTH) {
-    int64_t p = 0;
-    auto run = [&](auto number) {
-      sum_channels<number>(x + p * x_stride + c, x_stride, offsets, num_taps, taps + c, tap_stride,
-                           acc + p * NHWC_OUTPUTS + c);
-      p += number;
-    };
-    while (pixels - p >= DEPTHWISE_PIXELS) run(std::integral_constant<int, DEPTHWISE_PIXELS>{});
-    if (pixels - p >= 4) run(std::integral_constant<int, 4>{});
-    while (pixels - p >= 1) run(std::integral_constant<int, 1>{});
+    const auto run = [&](auto rows) { rows(t, x + c, c, pixels, acc + c); };
+    if (t.columns == 3 && stride == 1)
+      run(depthwise_rows<3, 1>);
+    else if (t.columns == 3 && stride == 2)
+      run(depthwise_rows<3, 2>);
+    else if (t.columns == 5 && stride == 1)
+      run(depthwise_rows<5, 1>);
+    else if (t.columns == 5 && stride == 2)
+      run(depthwise_rows<5, 2>);
+    else
+      run(depthwise_rows<0, 0>);
   }
 }
 

@@ -186,12 +186,17 @@ struct NhwcConv {
   }
 
   void sum_depthwise(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
-    const int64_t padded = ceil_div(features, NHWC_OUTPUTS) * NHWC_OUTPUTS;
+    const rarefy_nhwc_taps taps{.offsets = c.segments,
+                                .rows = c.num_segments,
+                                .columns = c.tap_columns,
+                                .column_bytes = c.dilation[1] * c.in.pixel_bytes,
+                                .pixel_bytes = c.stride[1] * c.in.pixel_bytes,
+                                .taps = c.taps + output,
+                                .stride = ceil_div(features, NHWC_OUTPUTS) * NHWC_OUTPUTS};
     for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t count) {
       const uint8_t* x =
           nhwc_codes(s.x) + nhwc_at(c.in, image, row * c.stride[0] - c.padding[0], column * c.stride[1] - c.padding[1]);
-      t.nhwc_depthwise(x + output, c.stride[1] * c.in.pixel_bytes, c.segments, c.num_segments, c.taps + output, padded,
-                       n, count, acc + (row * pitch + column - first) * NHWC_OUTPUTS);
+      t.nhwc_depthwise(taps, x + output, n, count, acc + (row * pitch + column - first) * NHWC_OUTPUTS);
     });
   }
 

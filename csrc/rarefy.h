@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 16 };
+enum { RAREFY_ABI_VERSION = 17 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -280,7 +280,9 @@ struct rarefy_nhwc {
   int64_t segment_bytes, segment_stride;  // of a segment; from one to the next in the copy
   const float *factors, *bias;            // scales of weight times input, bias: [outputs]
   const int32_t* row_sums;                // [outputs], sums of the weight's codes
-  const uint32_t* taps;  // NHWC_DEPTHWISE: weights of 16 bits, two segments together: [(segments + 1) / 2][outputs]
+  // NHWC_DEPTHWISE: weights of 16 bits, two columns together: [segments][(tap_columns + 1) / 2][outputs]
+  const uint32_t* taps;
+  int64_t tap_columns;  // of the kernel; a segment is one of its rows
 };
 
 struct rarefy_step {

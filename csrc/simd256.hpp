@@ -370,18 +370,23 @@ inline raw_vec max_of_codes(raw_vec a, raw_vec b) {
 struct code_pairs {
   raw_vec low, high;
 };
-inline code_pairs load_code_pairs(const void* a, const void* b) {
 #if defined(__AVX2__)
-  const auto load = [](const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))); };
-  const __m256i x = load(a), y = load(b);
-  return {raw_vec(_mm256_unpacklo_epi16(x, y)), raw_vec(_mm256_unpackhi_epi16(x, y))};
+inline __m256i load_wide_codes(const void* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline code_pairs pairs_of(__m256i a, __m256i b) {
+  return {raw_vec(_mm256_unpacklo_epi16(a, b)), raw_vec(_mm256_unpackhi_epi16(a, b))};
+}
 #else
-  const auto load = [&](int64_t i) {
-    const raw_vec x = raw_vec(load_codes(static_cast<const uint8_t*>(a) + i));
-    return (x & 0xffffu) | raw_vec(load_codes(static_cast<const uint8_t*>(b) + i)) << 16;
-  };
-  return {load(0), load(SIMD_WIDTH)};
+inline code_pairs load_wide_codes(const void* p) {
+  return {raw_vec(load_codes(p)), raw_vec(load_codes(static_cast<const uint8_t*>(p) + SIMD_WIDTH))};
+}
+inline code_pairs pairs_of(code_pairs a, code_pairs b) {
+  return {(a.low & 0xffffu) | b.low << 16, (a.high & 0xffffu) | b.high << 16};
+}
 #endif
+inline code_pairs load_code_pairs(const void* a, const void* b) {
+  return pairs_of(load_wide_codes(a), load_wide_codes(b));
 }
 inline code_pairs in_pair_order(raw_vec first, raw_vec second) {
 #if defined(__AVX2__)

@@ -254,10 +254,12 @@ inline __m512i max_of_codes(__m512i a, __m512i b) { return _mm512_max_epu8(a, b)
 struct code_pairs {
   __m512i low, high;
 };
+inline __m512i load_wide_codes(const void* p) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+inline code_pairs pairs_of(__m512i a, __m512i b) { return {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)}; }
 inline code_pairs load_code_pairs(const void* a, const void* b) {
-  const __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(a)));
-  const __m512i y = _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(b)));
-  return {_mm512_unpacklo_epi16(x, y), _mm512_unpackhi_epi16(x, y)};
+  return pairs_of(load_wide_codes(a), load_wide_codes(b));
 }
 inline code_pairs in_pair_order(__m512i first, __m512i second) {
   return {_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xdd)};

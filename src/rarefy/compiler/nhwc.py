@@ -55,6 +55,7 @@ class Nhwc(Structure):
         *[(n, c_void_p) for n in ("values", "blocks", "segments")],
         *[(n, c_int64) for n in ("num_blocks", "num_segments", "segment_bytes", "segment_stride")],
         *[(n, c_void_p) for n in ("factors", "bias", "row_sums", "taps")],
+        ("tap_columns", c_int64),
     ]
 
 
@@ -223,19 +224,24 @@ def _set_segments(p: Program, step: Nhwc, starts: Sequence[int]) -> None:
 
 
 def _set_taps(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) -> None:
-    """Write a depthwise convolution's weight [channels, 1, rows, columns] into its step, in codes of 16 bits."""
-    weight = weight.float().flatten(1).T  # [taps, channels]
-    used = [i for i, tap in enumerate(weight) if tap.any()] or [0]  # padding of one side alone makes taps of zeros
-    weight, starts = weight[used], _starts(step)
-    _set_segments(p, step, [starts[i] for i in used])
-    largest = min(MAX_TAP, MAX_SUM // (255 * len(used)))
-    scale = (weight.abs().amax(0) / largest).clamp(min=torch.finfo(torch.float32).tiny)
-    padding = (0, -len(scale) % 64, 0, len(used) % 2)
-    codes = F.pad((weight / scale).round(), padding).int()
-    taps = torch.stack((codes[::2], codes[1::2]), -1).to(torch.int16).contiguous()  # two taps together
+    """Write a depthwise convolution's weight [channels, 1, rows, columns] into its step, in codes of 16 bits.
+
+    Rows and columns of zeros around it are left out: padding of one side alone makes them.
+    """
+    weight = weight.float()[:, 0].permute(1, 2, 0)  # [rows, columns, channels]
+    rows, columns = (weight.any(-1).any(d).nonzero()[:, 0].tolist() or [0] for d in (1, 0))
+    starts = _starts(step, [columns[0] * step.dilation[1]])
+    _set_segments(p, step, starts[rows[0] : rows[-1] + 1])
+    weight = weight[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    step.tap_columns = weight.shape[1]
+    largest = min(MAX_TAP, MAX_SUM // (255 * weight[..., 0].numel()))
+    scale = (weight.abs().amax((0, 1)) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    padding = (0, -len(scale) % 64)
+    codes = F.pad((weight / scale).round(), (*padding, 0, step.tap_columns % 2)).int()
+    taps = torch.stack((codes[:, ::2], codes[:, 1::2]), -1).to(torch.int16).contiguous()
     p.held.append(taps)
     step.taps = taps.data_ptr()
-    _set_outputs(p, step, F.pad(scale, padding[:2]), codes.sum(0).int(), bias)
+    _set_outputs(p, step, F.pad(scale, padding), codes.sum((0, 1)).int(), bias)
 
 
 def _set_sparse_weight(p: Program, step: Nhwc, packed: Any, bias: Tensor | None) -> None:

@@ -89,7 +89,8 @@ def _zeros_around(x: Node) -> tuple[int, int, int, int] | None:
     with_zeros = [v for v in how if v is not None] in ([], [0], ["constant"], ["constant", 0])
     if not with_zeros or len(sides) not in (2, 4) or not all(isinstance(n, int) and n >= 0 for n in sides):
         return None
-    return (*sides, 0, 0)[:4]
+    left, right, top, bottom = (int(n) for n in (*sides, 0, 0)[:4])  # type: ignore[call-overload]
+    return left, right, top, bottom
 
 
 def fold_batch_norm(exported: ExportedGraph, node: Node) -> None:
