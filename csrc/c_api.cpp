@@ -329,22 +329,32 @@ API int rarefy_run_grouped(int32_t format, const void* const* w, int64_t count, 
   }
 }
 
+namespace {
+// One row; the columns of a group have one scale.
+void dequantize_row(const rarefy_quantized& w, int64_t row, float* out) {
+  const bool int4 = w.dtype == RAREFY_I4;
+  const int64_t groups = w.scale_groups, group_size = groups > 1 ? 32 : 64;
+  const float row_scale = w.row_scales ? w.row_scales[row] : 1.0f;
+  for (int64_t c = 0; c < w.cols; c += group_size) {
+    const int64_t cell = (row / TILE_ROWS * w.col_blocks + c / 64) * TILE_ROWS + row % TILE_ROWS;
+    const int64_t column = c % 64, group = cell * groups + column / group_size;
+    const float scale = groups ? row_scale * from_bf16(w.scales[group]) : row_scale;
+    const int64_t n = std::min(group_size, w.cols - c);
+    if (int4) {
+      const uint8_t* nibbles = static_cast<const uint8_t*>(w.values) + cell * 32 + column / 2;
+      const int zero_point = w.zeros ? w.zeros[group] : 8;
+      for (int64_t i = 0; i < n; ++i) out[c + i] = float((nibbles[i / 2] >> i % 2 * 4 & 15) - zero_point) * scale;
+    } else {
+      const int8_t* codes = static_cast<const int8_t*>(w.values) + cell * 64 + column;
+      for (int64_t i = 0; i < n; ++i) out[c + i] = float(codes[i]) * scale;
+    }
+  }
+}
+}  // namespace
+
 API int rarefy_dequantize_rows(const rarefy_quantized* w, const int64_t* rows, int64_t n, float* out) {
-  const bool int4 = w->dtype == RAREFY_I4;
-  const int64_t groups = w->scale_groups, group_size = groups > 1 ? 32 : 64;
   for (int64_t i = 0; i < n; ++i)
     if (rows[i] < 0 || rows[i] >= w->rows) return RAREFY_INVALID;
-  for (int64_t i = 0; i < n; ++i, out += w->cols)
-    for (int64_t c = 0; c < w->cols; ++c) {
-      const int64_t cell = (rows[i] / TILE_ROWS * w->col_blocks + c / 64) * TILE_ROWS + rows[i] % TILE_ROWS;
-      const int64_t column = c % 64, group = cell * groups + column / group_size;
-      float scale = w->row_scales ? w->row_scales[rows[i]] : 1.0f;
-      if (groups) scale *= from_bf16(w->scales[group]);
-      const uint8_t* values = static_cast<const uint8_t*>(w->values) + cell * (int4 ? 32 : 64);
-      const int zero_point = w->zeros ? w->zeros[group] : 8;
-      const int value =
-          int4 ? (values[column / 2] >> column % 2 * 4 & 15) - zero_point : static_cast<int8_t>(values[column]);
-      out[c] = float(value) * scale;
-    }
+  for (int64_t i = 0; i < n; ++i) dequantize_row(*w, rows[i], out + i * w->cols);
   return RAREFY_OK;
 }

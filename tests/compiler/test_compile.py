@@ -234,6 +234,38 @@ def test_eight_bits_equal_their_oracle(isa):
     assert 1e-5 < relative_distance(got, net(x).detach()) < 0.05
 
 
+class Words(nn.Module):
+    """An embedding of `rows` words before a linear layer."""
+
+    def __init__(self, rows, features=384):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(rows, features), nn.Linear(features, 8)
+
+    def forward(self, ids):
+        return self.embedding(ids), self.head(self.embedding(ids))
+
+
+def test_large_embeddings_are_kept_in_bytes(tmp_path):
+    net, ids = Words(3000).eval(), torch.randint(0, 3000, (2, 17))
+    with torch.no_grad():
+        net.embedding.weight[7] = 0
+    made = rarefy.compile(net, ids, precision="int8", tune=False)
+    ids[0, 0] = 7
+    step = net.embedding.weight.abs().amax(1, keepdim=True) / 127
+    want, got = net.embedding(ids), made(ids)[0]
+    assert ((got - want).abs() <= step[ids] / 2 * 1.001).all() and not got[0, 0].any()
+    rarefy.save(made, tmp_path / "words")
+    assert sum(f.stat().st_size for f in (tmp_path / "words").iterdir()) < 0.3 * 4 * net.embedding.weight.numel()
+    assert torch.equal(rarefy.load(tmp_path / "words")(ids)[0], got)
+    with pytest.raises(Exception, match="3000"):
+        made(torch.tensor([[3000]]))
+
+
+def test_small_embeddings_stay():
+    net, ids = Words(500).eval(), torch.randint(0, 500, (2, 17))
+    assert torch.equal(rarefy.compile(net, ids, precision="int8", tune=False)(ids)[0], net(ids)[0])
+
+
 def test_layers_that_run_sparse_already(monkeypatch):
     net, x = pruned(Gated(64, 256), 0.9), torch.randn(32, 64)
     want = net(x)

@@ -33,16 +33,17 @@ from rarefy.runtime.packed_formats import (
     Sell,
     Tiles,
 )
-from rarefy.runtime.packing import pack_conv, pack_dense, pack_sell, pack_tiles, shared, unpack
+from rarefy.runtime.packing import pack_conv, pack_dense, pack_quantized, pack_sell, pack_tiles, shared, unpack
 
 # share of zero lanes (2 bf16 or 4 int8 inputs) from which skipping them is faster, without and with AMX
 MIN_ZERO_LANES = {"bf16": (0.2, 0.94), "int8": (0.15, 0.88)}
+MIN_PACKED_EMBEDDING = 1 << 20  # weights from which an embedding is kept in 8 bits beside layers in 8 bits
 MIN_GROUPED_ZEROS = 0.4  # fraction of zeros from which a kernel beats torch's dense grouped convolution
 
 
 @dataclass(frozen=True)
 class EmbeddingKernel:
-    """An embedding whose weight is also a linear layer's packed weight."""
+    """An embedding whose weight is packed, as that of a linear layer that shares it or for itself."""
 
     kernel: Kernel
     input_grid = residual_grid = None
@@ -98,11 +99,24 @@ def select_kernels(
     for node in exported.graph.nodes if precision else ():
         if node.target is ops.attention:
             node.args = (*node.args[:-1], precision)
-    for node in exported.graph.nodes:  # an embedding that shares its weight with a linear layer
-        form = packed.get((node.args[1].name, False)) if node.target is ops.embedding else None
-        if isinstance(form, QuantizedPanels):
-            kernels[node] = EmbeddingKernel(Kernel(form))
+    for node in exported.graph.nodes:
+        if node.target is not ops.embedding:
+            continue
+        key = node.args[1].name, False
+        if key not in packed and precision == "int8":
+            form = _pack_embedding(exported.constants[key[0]])
+            packed[key] = None if form is None else memory.hold(form)
+        if isinstance(packed.get(key), QuantizedPanels):
+            kernels[node] = EmbeddingKernel(Kernel(packed[key]))
     return kernels
+
+
+def _pack_embedding(weight: Tensor) -> QuantizedPanels | None:
+    """Return a large embedding's weight in int8, with a scale for each row; None for others."""
+    if weight.dim() != 2 or weight.numel() < MIN_PACKED_EMBEDDING or not weight.isfinite().all():
+        return None
+    scale = weight.float().abs().amax(1, keepdim=True) / 127
+    return pack_quantized(weight.float(), Grid(8, torch.where(scale > 0, scale, 1.0)), fp32_inputs=False)
 
 
 def compact(kernels: Mapping[Node, Any]) -> dict[Node, Any]:
