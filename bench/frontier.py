@@ -148,7 +148,7 @@ def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
     runs: dict[str, dict[str, Callable[[], Any]]] = {str(batch): {} for batch in BATCHES}
     told["eager"], want = judge(lambda x: dense(**x).last_hidden_state, tokenizer, None)
     with TemporaryDirectory() as place:
-        for name, (encode, timed) in peers.encoders(dense, data, examples, Path(place)).items():
+        for name, (encode, timed) in peers.engines(dense, data, examples, Path(place)).items():
             told[name], _ = judge(encode, tokenizer, want)
             print(name, told[name], flush=True)
             for batch, run in timed.items():

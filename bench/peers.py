@@ -1,7 +1,8 @@
-"""Other engines for a dense text encoder of any shape of input: what `rivals` times at one shape, judged on texts.
+"""Other engines for a dense model and inputs of any batch: what `rivals` times at one shape, judged on real data.
 
 Each is exported once with open sizes; OpenVINO is timed with the sizes of each example fixed, which is faster. 8 bits:
-ONNX Runtime quantizes activations in each call, OpenVINO by NNCF with the given calibration.
+OpenVINO by NNCF with the given calibration; ONNX Runtime with the same for images, and for texts with activations
+quantized in each call (rivals.py).
 """
 
 from __future__ import annotations
@@ -15,24 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rivals import First, feed, has_bf16, nncf_int8, onnxruntime_session, openvino_network, quantized_dynamically
+from rivals import (
+    First,
+    feed,
+    has_bf16,
+    named,
+    nncf_int8,
+    onnxruntime_session,
+    openvino_network,
+    quantized_dynamically,
+    quantized_statically,
+)
 
-Inputs = dict[str, Tensor]
+Inputs = Any  # tensors by name, or an image
 Encode = Callable[[Inputs], Tensor]
 Timed = dict[int, Callable[[], Any]]
 
 
 def exported(model: nn.Module, x: Inputs, file: Path) -> None:
-    """Write a model with open sizes as ONNX."""
+    """Write a model with open sizes as ONNX: texts of any number and length, images of any number."""
+    names = list(named(x))
+    open_sizes = {0: "batch", 1: "tokens"} if isinstance(x, dict) else {0: "batch"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             First(model, x),
-            tuple(x.values()),
+            tuple(named(x).values()),
             str(file),
-            input_names=list(x),
-            output_names=["hidden"],
-            dynamic_axes={name: {0: "batch", 1: "tokens"} for name in [*x, "hidden"]},
+            input_names=names,
+            output_names=["output"],
+            dynamic_axes={name: open_sizes for name in [*names, "output"]},
             dynamo=False,
         )
 
@@ -54,26 +67,29 @@ def openvino(network: Any, precision: str, examples: Mapping[int, Inputs]) -> tu
     timed: Timed = {}
     for batch, x in examples.items():
         fixed = network.clone()
-        fixed.reshape({name: list(value.shape) for name, value in x.items()})
+        fixed.reshape({name: list(value.shape) for name, value in named(x).items()})
         compiled, inputs = openvino_network(fixed, precision), feed(x)
         timed[batch] = lambda c=compiled, i=inputs: c(i, share_outputs=True)[0]
     return lambda x: torch.from_numpy(any_size(feed(x))[0].copy()), timed
 
 
-def encoders(
+def engines(
     model: nn.Module, data: list[Inputs], examples: Mapping[int, Inputs], folder: Path
 ) -> dict[str, tuple[Encode, Timed]]:
     """Return each engine's function of inputs, and its calls on the examples."""
     file = folder / "model.onnx"
     exported(model, data[0], file)
+    batches = [feed(x) for x in data]
     core = import_module("openvino").Core()
     plain = core.read_model(str(file))
     found = {
         "onnxruntime fp32": onnxruntime(file, examples),
-        "onnxruntime int8": onnxruntime(quantized_dynamically(file), examples),
+        "onnxruntime int8": onnxruntime(
+            quantized_dynamically(file) if isinstance(data[0], dict) else quantized_statically(file, batches), examples
+        ),
         "openvino fp32": openvino(plain, "fp32", examples),
     }
     if has_bf16():
         found["openvino bf16"] = openvino(plain, "bf16", examples)
-    found["openvino int8"] = openvino(nncf_int8(core.read_model(str(file)), [feed(x) for x in data]), "int8", examples)
+    found["openvino int8"] = openvino(nncf_int8(core.read_model(str(file)), batches), "int8", examples)
     return found

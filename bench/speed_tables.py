@@ -155,20 +155,34 @@ def _times_as_fast(row: Row, case: str) -> str:
 
 def frontier() -> str:
     """MiniLM as it is deployed: quality of the very model that was timed, and its time beside OpenVINO's int8."""
+    return _frontier("minilm", {"articles": "R@1 articles", "brown": "R@1 Brown", "cosine": "cosine"}, " x 128")
+
+
+def frontier_images() -> str:
+    """The same of image classifiers."""
+    labels = {
+        "efficientnet": ("EfficientNet-Lite0", {"agreement": "agreement, %", "probe": "probe, %"}),
+        "fashion": ("Small ResNet, Fashion-MNIST", {"accuracy": "accuracy, %"}),
+    }
+    return "\n\n".join(f"### {title}\n\n{_frontier(run, columns)}" for run, (title, columns) in labels.items())
+
+
+def _frontier(run: str, columns: dict[str, str], size: str = "") -> str:
+    """Return a table per machine: quality of each deployed model, and its times beside OpenVINO's int8."""
 
     def make(rows: list[Row]) -> str:
         row = rows[-1]
         best, times = "openvino int8", row["milliseconds"]
-        names = sorted(row["quality"], key=lambda n: times["16"][n][1] if n in times["16"] else math.inf, reverse=True)
+        last = list(times)[-1]
+        names = sorted(row["quality"], key=lambda n: times[last][n][1] if n in times[last] else math.inf, reverse=True)
         cells = [
-            [name, *(f"{row['quality'][name][q]:.1f}" for q in ("articles", "brown"))]
-            + [f"{row['quality'][name]['cosine']:.3f}"]
-            + [_beside(times[batch].get(name), times[batch][best]) for batch in ("1", "16")]
+            [name, *(f"{row['quality'][name][q]:.{3 if q == 'cosine' else 1}f}" for q in columns)]
+            + [_beside(times[batch].get(name), times[batch][best]) for batch in times]
             for name in names
         ]
-        return table(["model", "R@1 articles", "R@1 Brown", "cosine", "1 x 128, ms", "16 x 128, ms"], cells)
+        return table(["model", *columns.values(), *(f"{batch}{size}, ms" for batch in times)], cells)
 
-    return per_machine(latest(read("frontier", run="minilm"), "label"), make)
+    return per_machine(latest(read("frontier", run=run), "label"), make)
 
 
 def _beside(time: list[float] | None, other: list[float]) -> str:
@@ -339,6 +353,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "engine": engine,
     "frontier": frontier,
+    "frontier-images": frontier_images,
     "kernels": kernels,
     "language": language,
     "memory": memory,
