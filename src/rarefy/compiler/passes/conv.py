@@ -85,8 +85,8 @@ def _zeros_around(x: Node) -> tuple[int, int, int, int] | None:
     """Return how many zeros a node adds around an image, left, right, top and bottom, or None if it does not."""
     if x.target not in PADS or dtype_of(x) != torch.float32:
         return None
-    _, sides, *how = (*x.args, *x.kwargs.values())
-    with_zeros = [v for v in how if v is not None] in ([], [0], ["constant"], ["constant", 0])
+    _, sides, *mode = (*x.args, *x.kwargs.values())
+    with_zeros = [v for v in mode if v is not None] in ([], [0], ["constant"], ["constant", 0])
     if not with_zeros or len(sides) not in (2, 4) or not all(isinstance(n, int) and n >= 0 for n in sides):
         return None
     left, right, top, bottom = (int(n) for n in (*sides, 0, 0)[:4])  # type: ignore[call-overload]
