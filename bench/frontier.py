@@ -5,6 +5,8 @@
     python frontier.py --peers             only the other engines and the dense model
     python frontier.py --table             only print what was measured last
 
+    env RAREFY_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python frontier.py     all engines without AMX
+
 A point is a model as it is deployed: pruned or cut, compiled, in its precision. Quality is that of this very model:
 how many of 1,000 descriptions find their article first (R@1), how many of 1,000 passages of the Brown corpus find the
 one that follows (R@1), and the mean cosine with the dense model's embeddings. Nothing of either was used for
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,7 +168,8 @@ def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
             for batch, x in examples.items():
                 runs[str(batch)][f"ours, {name}"] = lambda f=fast, x=x: f(**x)
         times = {batch: alternate(calls, BATCHES[int(batch)], PAUSE) for batch, calls in runs.items()}
-    yield {"run": "minilm", "seed": seed, "quality": told, "milliseconds": times}
+    limited = os.environ.get("RAREFY_ISA")
+    yield {"run": f"minilm, {limited}" if limited else "minilm", "seed": seed, "quality": told, "milliseconds": times}
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def package(name: str) -> Path:
     """Return the downloaded file of a package."""
     found = sorted(FOLDER.glob(f"{name}*"))
     if not found:
-        raise FileNotFoundError(f"{name} is not in {FOLDER}; run: python texts.py")
+        raise FileNotFoundError(f"{name} is not in {FOLDER}: `fetch` downloads it (texts.py, photos.py)")
     return found[0]
 
 

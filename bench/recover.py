@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import random
 import time
@@ -73,7 +74,8 @@ def train(name: str, epochs: int, seed: int) -> None:
             part.p = 0.0  # the teacher has no dropout either
     data = calibration(tokenizer, 256, seed)
     began = time.perf_counter()
-    start = STUDENTS / f"{name}-{seed}.start"  # kept, since another number of threads makes other bits
+    steps = hashlib.sha256(json.dumps(BEGINNINGS[name]).encode()).hexdigest()[:8]
+    start = STUDENTS / f"{name}-{seed}.start-{steps}"  # kept, since another number of threads makes other bits
     if not start.exists():
         for step, options in BEGINNINGS[name]:
             DO[step](student, data=data, **options)

@@ -155,7 +155,11 @@ def _times_as_fast(row: Row, case: str) -> str:
 
 def frontier() -> str:
     """MiniLM as it is deployed: quality of the very model that was timed, and its time beside OpenVINO's int8."""
-    return _frontier("minilm", {"articles": "R@1 articles", "brown": "R@1 Brown", "cosine": "cosine"}, " x 128")
+    columns = {"articles": "R@1 articles", "brown": "R@1 Brown", "cosine": "cosine"}
+    limited = "minilm, avx512"
+    without_amx = f"\n\nAll engines limited to VNNI:\n\n{_frontier(limited, columns, ' x 128')}"
+    tables = _frontier("minilm", columns, " x 128")
+    return tables + without_amx if read("frontier", run=limited) else tables
 
 
 def frontier_images() -> str:
@@ -226,16 +230,21 @@ def readme_minilm() -> str:
 
 def _readme_images(label: str) -> str:
     """Return README's sentence about EfficientNet-Lite0."""
-    ours, other = "ours, int8", "openvino int8"
     row = [r for r in read("frontier", run="efficientnet") if r["label"] == label][-1]
-    times = " and ".join(
-        f"{number(t[ours][1])} ms for {batch} image{'s' * (batch != '1')} (OpenVINO's 8 bits: {number(t[other][1])})"
-        for batch, t in row["milliseconds"].items()
-    )
-    agree = [row["quality"][name]["agreement"] for name in (ours, other)]
+    one, many = row["milliseconds"].values()
+    names = {
+        "ours, int8": "Rarefy, 8 bits",
+        "openvino int8": "OpenVINO, 8 bits",
+        "openvino bf16": "OpenVINO, bf16",
+        "onnxruntime int8": "ONNX Runtime, 8 bits",
+    }
+    said = [
+        f"{name} {number(one[key][1])} and {number(many[key][1])} ms, {row['quality'][key]['agreement']:.0f} %"
+        for key, name in names.items()
+        if key in one
+    ]
     return (
-        f"EfficientNet-Lite0 in 8 bits takes {times}, and its first class is the dense model's on {agree[0]:.1f} % of "
-        f"photographs ({agree[1]:.1f} %)."
+        f"EfficientNet-Lite0, one image and 16, and how often the first class is the dense model's: {'; '.join(said)}."
     )
 
 

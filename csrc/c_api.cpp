@@ -330,7 +330,7 @@ API int rarefy_run_grouped(int32_t format, const void* const* w, int64_t count, 
 }
 
 namespace {
-// One row; the columns of a group have one scale.
+// One row, a run of columns with one scale at a time.
 void dequantize_row(const rarefy_quantized& w, int64_t row, float* out) {
   const bool int4 = w.dtype == RAREFY_I4;
   const int64_t groups = w.scale_groups, group_size = groups > 1 ? 32 : 64;

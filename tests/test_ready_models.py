@@ -17,6 +17,10 @@ PAIRS = [
 ]
 
 
+def test_there_is_one():
+    assert FOLDERS
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 def test_a_ready_model_finds_related_texts(folder):
     tokenizer, model = hf.load_tokenizer(folder), rarefy.load(folder)

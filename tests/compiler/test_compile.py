@@ -261,6 +261,17 @@ def test_large_embeddings_are_kept_in_bytes(tmp_path):
         made(torch.tensor([[3000]]))
 
 
+def test_embeddings_that_a_linear_layer_shares_are_kept_in_bytes(tmp_path):
+    net, ids = Words(5000, 250).eval(), torch.randint(0, 5000, (2, 17))
+    net.head = nn.Linear(250, 5000, bias=False)
+    net.head.weight = net.embedding.weight
+    made = rarefy.compile(net, ids, precision="int8", tune=False)
+    assert relative_distance(made(ids)[0], net(ids)[0]) < 0.02
+    rarefy.save(made, tmp_path / "words")
+    assert sum(f.stat().st_size for f in (tmp_path / "words").iterdir()) < 0.6 * 4 * net.embedding.weight.numel()
+    assert torch.equal(rarefy.load(tmp_path / "words")(ids)[0], made(ids)[0])
+
+
 def test_small_embeddings_stay():
     net, ids = Words(500).eval(), torch.randint(0, 500, (2, 17))
     assert torch.equal(rarefy.compile(net, ids, precision="int8", tune=False)(ids)[0], net(ids)[0])

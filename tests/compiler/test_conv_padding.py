@@ -9,7 +9,7 @@ import rarefy
 from helpers.compile_models import far
 from rarefy.model.compare import relative_distance
 
-SIDES = [(0, 1, 0, 1), (1, 0, 2, 1), (1, 1, 1, 1), (2, 1, 0, 0), (1, 2), (0, 2, 0, 2), (0, 0, 0, 0)]
+SIDES = [(0, 1, 0, 1), (1, 0, 2, 1), (1, 1, 1, 1), (2, 1, 0, 0), (1, 2), (0, 2, 0, 2), (0, 0, 0, 0), (6, 0, 6, 0)]
 
 
 class Padded(nn.Module):
@@ -42,7 +42,7 @@ def test_padding_becomes_the_convolutions(sides, groups, stride):
     for kernel, padding, dilation in ((3, 0, 1), (5, 1, 1), (2, 0, 1), (3, 1, 2)):
         net = Padded(nn.Conv2d(8, 8, kernel, stride, padding, dilation, groups), sides).eval()
         left, right, top, bottom = (*sides, 0, 0)[:4]
-        fits = not (right - left) % dilation and not (bottom - top) % dilation
+        fits = {abs(right - left), abs(bottom - top)} <= {0, dilation}  # else zeros would cost more than padding
         made = rarefy.compile(net, x, tune=False)
         want, got = net(x), made(x)
         assert got.shape == want.shape and far(want, got) < 1e-5

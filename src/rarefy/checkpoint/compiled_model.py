@@ -131,11 +131,16 @@ def _packed_weights(compiled: Compiled) -> tuple[dict[str, Packed], dict[Node, s
     """Return the packed weights by name, shared ones once, and the name of each node's weight."""
     packed: dict[str, Packed] = {}
     names: dict[Node, str] = {}
+    of_weight: dict[str, list[str]] = {}  # names of the packed forms of a weight
     for node, kernel in compiled.kernels.items():
-        form, name = kernel.held[0], node.args[1].name
-        if name in packed and not _equal(packed[name], form):
-            name = node.name
-        packed[name], names[node] = form, name
+        form, weight = kernel.held[0], node.args[1].name
+        known = of_weight.setdefault(weight, [])
+        same = next((n for n in known if packed[n] is form or _equal(packed[n], form)), None)
+        if same is None:
+            same = node.name if weight in packed else weight
+            packed[same] = form
+            known.append(same)
+        names[node] = same
     return packed, names
 
 

@@ -77,6 +77,7 @@ def select_kernels(
         return {}
     kernels: dict[Node, Any] = {}
     packed: dict[tuple[str, bool], Any] = {}
+    rows: dict[str, QuantizedPanels | None] = {}  # of embeddings
     memory = HugePageBuffer()
     for node in exported.graph.nodes:
         if node.target not in (ops.linear, ops.conv2d):
@@ -102,34 +103,40 @@ def select_kernels(
     for node in exported.graph.nodes:
         if node.target is not ops.embedding:
             continue
-        key = node.args[1].name, False
-        if key not in packed and precision == "int8":
-            form = _pack_embedding(exported.constants[key[0]])
-            packed[key] = None if form is None else memory.hold(form)
-        if isinstance(packed.get(key), QuantizedPanels):
-            kernels[node] = EmbeddingKernel(Kernel(packed[key]))
+        name = node.args[1].name
+        form = packed.get((name, False))  # of a linear layer that shares the weight
+        if not isinstance(form, QuantizedPanels) and precision == "int8":
+            if name not in rows:
+                rows[name] = _pack_embedding(exported.constants[name], memory)
+            form = rows[name]
+        if isinstance(form, QuantizedPanels):
+            kernels[node] = EmbeddingKernel(Kernel(form))
     return kernels
 
 
-def _pack_embedding(weight: Tensor) -> QuantizedPanels | None:
+def _pack_embedding(weight: Tensor, memory: HugePageBuffer) -> QuantizedPanels | None:
     """Return a large embedding's weight in int8, with a scale for each row; None for others."""
     if weight.dim() != 2 or weight.numel() < MIN_PACKED_EMBEDDING or not weight.isfinite().all():
         return None
     scale = weight.float().abs().amax(1, keepdim=True) / 127
-    return pack_quantized(weight.float(), Grid(8, torch.where(scale > 0, scale, 1.0)), fp32_inputs=False)
+    grid = Grid(8, torch.where(scale > 0, scale, 1.0))
+    return memory.hold(pack_quantized(weight.float(), grid, fp32_inputs=False))
 
 
 def compact(kernels: Mapping[Node, Any]) -> dict[Node, Any]:
-    """Return the same kernels with packed linear weights in new memory, so that the memory of others can be freed.
+    """Return the same kernels with packed weights of linear layers and embeddings in new memory, so that the memory of
+    others can be freed.
 
     O(bytes of the packed weights). Nodes that share a packed weight share it afterwards.
     """
     memory, moved, new = HugePageBuffer(), {}, dict(kernels)
     for node, kernel in kernels.items():
         form = kernel.held[0]
-        if node.target is ops.linear and id(form) not in moved:
+        if node.target in (ops.linear, ops.embedding) and id(form) not in moved:
             moved[id(form)] = memory.hold(form)
     for node, kernel in kernels.items():
+        if node.target is ops.embedding:
+            new[node] = EmbeddingKernel(Kernel(moved[id(kernel.held[0])]))
         if node.target is ops.linear:
             new[node] = Kernel(moved[id(kernel.held[0])], kernel.held[1], node.args[4])
             new[node].input_grid, new[node].residual_grid = kernel.input_grid, kernel.residual_grid

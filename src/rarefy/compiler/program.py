@@ -33,7 +33,7 @@ MAX_DECODE_TOKENS = 8  # tokens up to which values are stored row by row
 DECODE_FORMATS = (Bitmask, QuantizedPanels)  # packed weights that read rows
 LANE_STRUCTS: dict[Any, Any] = {Dense: _Dense, Tiles: _Tiles, Sell: _Sell}
 WRITTEN_OPERANDS = ("out", "out_codes", "out_scales", "out_absmax")
-MAX_TAPS = 256  # of a depthwise convolution on codes, so that sums fit 32 bits
+MAX_TAPS = 256  # of a depthwise convolution on codes; more leave too few bits to its weights
 MAX_IDLE = 0.15  # share of time that threads may wait where each runs whole tiles
 
 Span = tuple[int, int, bool]  # start and end in memory, and whether it is written

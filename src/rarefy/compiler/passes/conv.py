@@ -56,8 +56,9 @@ def _absorb_padding(
 ) -> tuple[Node, tuple[int, ...]]:
     """Let a convolution read the image before zeros are added around it; return its weight and its padding.
 
-    Padding is equal on opposite sides. Where more zeros are added at the end, zeros at the beginning of the kernel
-    read what is too much, and where more are added at the beginning, zeros at its end do (TensorFlow's "same").
+    A convolution has equal padding on opposite sides. Where one more zero is added at the end, as TensorFlow's "same"
+    does, the kernel gets a row or column of zeros at its beginning; where one more is added at the beginning, at its
+    end. Larger differences stay with an operator of their own: products with zeros would cost more than it.
     """
     rounded = x.target is ops.fake_quantize and len(x.users) == 1  # zero is on each grid
     source = x.args[0] if rounded else x
@@ -66,7 +67,7 @@ def _absorb_padding(
         return w, padding
     left, right, top, bottom = sides
     differences = (bottom - top, right - left)
-    if any(n % step for n, step in zip(differences, dilation)):
+    if any(abs(n) not in (0, step) for n, step in zip(differences, dilation)):
         return w, padding
     if rounded:
         x.update_arg(0, source.args[0])
