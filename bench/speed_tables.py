@@ -208,7 +208,6 @@ README_ENGINES = {
     "onnxruntime int8": "ONNX Runtime, 8 bits",
     "openvino int8": "OpenVINO, 8 bits",
     "ours, int8": "Rarefy, 8 bits",
-    "ours, narrow-0, trained, int8": "Rarefy, 30 % fewer neurons, 25 % fewer heads, trained, 8 bits",
     "ours, narrower-0, trained, int8": "Rarefy, 50 % fewer neurons, 33 % fewer heads, trained, 8 bits",
 }
 

@@ -1,6 +1,6 @@
 """The models of zoo/: students of MiniLM that recover.py has trained, packed in 8 bits for the engine.
 
-    python recover.py narrower          first: trains the student, half an hour on two cores
+    python recover.py narrower          first: trains the student, an hour on one core
     python zoo.py narrower              writes zoo/minilm-narrower and its model card
     python zoo.py --cards               only writes the model cards anew, from results/frontier.jsonl
 
@@ -58,7 +58,7 @@ Brown corpus find the passage that follows. Nothing of either was used for train
 - **Size**: {megabytes:.1f} MB (original: 90.9 MB).
 - **Limits**: English; at most 512 tokens, trained on texts of up to 128. Vectors are near the original's, but not
   equal: compute those of a database anew.
-- **How it was made**: `python bench/recover.py {name}` (half an hour on two cores), then `python bench/zoo.py {name}`.
+- **How it was made**: `python bench/recover.py {name}` (an hour on one core), then `python bench/zoo.py {name}`.
   Neurons and heads are removed by their effect on the outputs (OBS) on 256 articles. The rest is trained on {texts:,}
   texts: loss on hidden states (SquareHead), on embeddings, and on similarities in a batch. Seed {seed}, commit
   {commit}.
