@@ -11,7 +11,6 @@ the README are those that frontier.py has measured last.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from rarefy.data import builtin
 from rarefy.evaluation.profiling import commit
 from rarefy.model import hf
 from records import Row, latest, read
+from recover import BATCH, STEPS_PER_EPOCH
 
 HERE = Path(__file__).parent
 ZOO = HERE.parent / "zoo"
@@ -72,7 +72,7 @@ def write(name: str) -> None:
     """Write the packed student with the tokenizer's files."""
     source = builtin.model_folder("minilm")
     dense: Any = hf.load_folder(source).eval()
-    model = rarefy.load(STUDENTS / f"{name}-{SEED}", model=copy.deepcopy(dense))
+    model = rarefy.load(STUDENTS / f"{name}-{SEED}", model=dense)
     rarefy.fold_(model)
     fast = rarefy.compile(model, example(hf.load_tokenizer(source), 16), precision="int8", tune=False)
     files = {n: content for n, content in side_files(source).items() if n.startswith(("tokenizer", "vocab", "special"))}
@@ -107,7 +107,7 @@ def card(name: str) -> str:
         rows="\n".join(f"| {label} | {' | '.join(values)} |" for label, values in cells),
         where=f"{row['label']}, {row['threads']} threads, timed in turns",
         megabytes=size,
-        texts=note["epochs"] * 50 * 64,
+        texts=note["epochs"] * STEPS_PER_EPOCH * BATCH,
         seed=note["seed"],
         commit=note["made"],
     )

@@ -46,15 +46,14 @@ def convert_conv(exported: ExportedGraph, node: Node) -> None:
     constant = w.name in exported.constants and (bias is None or bias.name in exported.constants)
     if constant and not any(isinstance(s, str) for s in sizes):
         stride, padding, dilation = (tuple(s) * 2 if len(s) == 1 else tuple(s) for s in sizes)
-        w, padding = _absorb_padding(exported, node, x, w, padding, dilation)
-        x = node.args[0]
+        x, w, padding = _absorb_padding(exported, x, w, padding, dilation)
         replace_node(exported, node, ops.conv2d, x, w, bias, None, None, stride, padding, dilation, groups)
 
 
 def _absorb_padding(
-    exported: ExportedGraph, node: Node, x: Node, w: Node, padding: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[Node, tuple[int, ...]]:
-    """Let a convolution read the image before zeros are added around it; return its weight and its padding.
+    exported: ExportedGraph, x: Node, w: Node, padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Node, Node, tuple[int, ...]]:
+    """Return the image before zeros are added around it, and the weight and the padding that a convolution needs then.
 
     A convolution has equal padding on opposite sides. Where one more zero is added at the end, as TensorFlow's "same"
     does, the kernel gets a row or column of zeros at its beginning; where one more is added at the beginning, at its
@@ -64,22 +63,23 @@ def _absorb_padding(
     source = x.args[0] if rounded else x
     sides = _zeros_around(source)
     if sides is None:
-        return w, padding
+        return x, w, padding
     left, right, top, bottom = sides
     differences = (bottom - top, right - left)
     if any(abs(n) not in (0, step) for n, step in zip(differences, dilation)):
-        return w, padding
+        return x, w, padding
+    image: Node = source.args[0]
     if rounded:
-        x.update_arg(0, source.args[0])
-        x.meta["val"] = source.args[0].meta["val"]
+        x.update_arg(0, image)
+        x.meta["val"] = image.meta["val"]
     else:
-        node.update_arg(0, source.args[0])
+        x = image
     wider = padding[0] + max(top, bottom), padding[1] + max(left, right)
     if differences == (0, 0):
-        return w, wider
+        return x, w, wider
     down, across = (n // step for n, step in zip(differences, dilation))
     grown = (max(across, 0), max(-across, 0), max(down, 0), max(-down, 0))
-    return add_constant(exported, f"{w.name}_padded", F.pad(exported.constants[w.name], grown)), wider
+    return x, add_constant(exported, f"{w.name}_padded", F.pad(exported.constants[w.name], grown)), wider
 
 
 def _zeros_around(x: Node) -> tuple[int, int, int, int] | None:
