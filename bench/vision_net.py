@@ -63,7 +63,8 @@ class SmallResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem(x))
         # not AdaptiveAvgPool2d(1): the backward of its mean leaves channels_last, which costs 3 % of a step
-        return self.fc(F.avg_pool2d(x, x.shape[-2:]).flatten(1))
+        size = [int(s) for s in x.shape[-2:]]  # int: fixed in ONNX files
+        return self.fc(F.avg_pool2d(x, size).flatten(1))
 
 
 def load(folder: Path = DATA) -> Data:
