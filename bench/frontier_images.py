@@ -127,13 +127,15 @@ def judge_fashion(predict: Predict, dense: nn.Module) -> dict[str, float]:
     return {"accuracy": 100 * float((outputs(predict, x).argmax(1) == y).float().mean())}
 
 
-def cut_and_trained(dense: nn.Module, seed: int, flops: float, epochs: int = 8) -> nn.Module:
+def cut_and_trained(dense: nn.Module, seed: int, flops: float, round_to: int, epochs: int) -> nn.Module:
     """Return the small ResNet with a part of its operations, trained to give the dense model's outputs."""
     student, teacher = copy.deepcopy(dense), copy.deepcopy(dense)
     x, y, *_ = images = vision_net.load()
     batches = list(zip(x[:1024].split(256), y[:1024].split(256)))
     loss = lambda out, batch: nn.functional.cross_entropy(out, batch[1])  # noqa: E731
-    rarefy.cut_(student, x[:1], flops=flops, score="taylor", scope="isomorphic", data=batches, loss=loss, round_to=4)
+    rarefy.cut_(
+        student, x[:1], flops=flops, score="taylor", scope="isomorphic", data=batches, loss=loss, round_to=round_to
+    )
     distiller = rarefy.Distiller(student, teacher, rarefy.Distill(task=0.3, logits=0.7, temperature=2.0))
     with vision.fast(student):
         teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -159,7 +161,12 @@ TASKS = {
         fashion,
         lambda seed: vision_net.load()[0][torch.randperm(60000, generator=torch.Generator().manual_seed(seed))[:512]],
         judge_fashion,
-        {f"{round(100 * f)} % of the operations, trained": partial(cut_and_trained, flops=f) for f in (0.7, 0.5, 0.35)},
+        {
+            f"{round(100 * flops)} % of the operations, trained": partial(
+                cut_and_trained, flops=flops, round_to=round_to, epochs=epochs
+            )
+            for flops, round_to, epochs in ((0.6, 4, 8), (0.5, 8, 12))
+        },
         {1: 200, 64: 60},
     ),
 }

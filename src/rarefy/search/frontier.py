@@ -1,0 +1,151 @@
+"""What a search has measured: every point it tried, which are on the Pareto front, and which is the best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from rarefy.common.errors import ContainerError
+from rarefy.common.report import table
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model that was made and measured as it is deployed.
+
+    Attributes:
+        name: short text, such as "int8, 25 % fewer neurons".
+        quality: the metric of this very model; None where it could not be made.
+        loss: how much worse than the dense model, in the unit of the limit: a fraction, or points. Negative: better.
+        milliseconds: batch -> {"median", "low", "high"}: quartiles of a call, in turns with the dense model.
+        speedup: batch -> times as fast as the dense model compiled in fp32, in the same run.
+        disk_bytes: of the saved compiled model.
+        memory_bytes: of its weights in memory.
+        predicted: what the search expected before: {"loss": ..., "milliseconds": {batch: ...}}; empty for the first
+            points.
+        recipe: the stages, as a recipe's dict.
+        layers: one row per layer or group: layer, choice, sparsity, pattern, bits, kept, milliseconds, sensitivity, why.
+        seconds: what making and measuring it took.
+        error: why it could not be made; "" where it was.
+    """
+
+    name: str
+    quality: float | None
+    loss: float | None
+    milliseconds: Mapping[str, Mapping[str, float]]
+    speedup: Mapping[str, float]
+    disk_bytes: int
+    memory_bytes: int
+    recipe: Mapping[str, Any]
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[Mapping[str, Any], ...] = ()
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def slowest(self) -> float:
+        """The smallest speed-up of all batches; 0 for a point that could not be made."""
+        return min(self.speedup.values(), default=0.0)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The result of `rarefy.optimize`: all points, and the best one for the targets.
+
+    Attributes:
+        metric: {"name", "higher_is_better", "scale"}.
+        targets: what was asked for, as text by name: max_loss, speedup, latency_ms, size_mb, memory_mb, maximize.
+        dense: the model before, compiled in fp32: quality, milliseconds and bytes.
+        points: all that was tried, in this order.
+        best_index: the point that meets the targets best, or else comes nearest; None where none could be made.
+        met: whether it meets all of them.
+        verdict: a sentence that says so, and what blocks it where not.
+        machine: CPU, instruction sets, threads, load, versions.
+        seconds: of the whole search.
+        finished: why the search ended: "done", "time", "interrupted".
+        batches: names of what was timed, such as "1" and "16".
+        peers: other engines that were measured beside, rows of name, quality, milliseconds.
+    """
+
+    metric: Mapping[str, Any]
+    targets: Mapping[str, Any]
+    dense: Point
+    points: tuple[Point, ...]
+    best_index: int | None
+    met: bool
+    verdict: str
+    machine: Mapping[str, Any]
+    seconds: float
+    finished: str
+    batches: tuple[str, ...]
+    peers: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def best_point(self) -> Point | None:
+        """The best point, or None."""
+        return None if self.best_index is None else self.points[self.best_index]
+
+    def front(self) -> tuple[Point, ...]:
+        """Return the points that no other one beats in both loss and speed, the fastest last."""
+        return pareto(self.points)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists, numbers and text."""
+        values = {f.name: getattr(self, f.name) for f in fields(Frontier)}
+        values |= {"dense": asdict(self.dense), "points": [asdict(p) for p in self.points]}
+        return {"schema": SCHEMA, **json.loads(json.dumps(values, allow_nan=False))}
+
+    def to_json(self) -> str:
+        """Return the frontier as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        rows = [self._row(p, "dense" if p is self.dense else "") for p in (self.dense, *self.front())]
+        best = self.best_point
+        for row in rows:
+            row["best"] = "*" if best is not None and row["model"] == best.name else ""
+        tried = f"{len(self.points)} models tried in {self.seconds / 60:.1f} minutes"
+        return "\n".join([f"{self.metric['name']}: {tried}", "", table(rows), "", self.verdict, *self.notes])
+
+    def _row(self, point: Point, name: str) -> dict[str, Any]:
+        quality = "-" if point.quality is None else f"{point.quality:.4g}{self.metric.get('scale', '')}"
+        times = {
+            f"batch {b}, ms": f"{t['median']:.3g} ({point.speedup.get(b, 1.0):.2f}x)"
+            for b, t in point.milliseconds.items()
+        }
+        return {"model": name or point.name, "quality": quality, **times, "MB": f"{point.disk_bytes / 1e6:.1f}"}
+
+
+def pareto(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Return the points that no other one beats in both loss and the smallest speed-up, the fastest last."""
+    measured = [p for p in points if p.loss is not None]
+    best: list[Point] = []
+    for point in sorted(measured, key=lambda p: (-p.slowest, p.loss)):
+        if not best or point.loss < best[-1].loss:  # type: ignore[operator]
+            best.append(point)
+    return tuple(reversed(best))
+
+
+def frontier_from_dict(data: Any) -> Frontier:
+    """Return a frontier from what `Frontier.to_dict` wrote; ContainerError for anything else."""
+    try:
+        if data.get("schema") != SCHEMA:
+            raise ContainerError(f"frontier: expected schema {SCHEMA}, got {data.get('schema')!r}")
+        values = {f.name: data[f.name] for f in fields(Frontier)}
+        points = tuple(_point(p) for p in values["points"])
+        frontier = Frontier(**{**values, "dense": _point(values["dense"]), "points": points})
+        best = frontier.best_index
+        if best is not None and not (type(best) is int and 0 <= best < len(points)):
+            raise ContainerError(f"frontier: best_index {best!r} is not the number of a point")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ContainerError(f"frontier: not written by rarefy.optimize ({error!r})") from error
+    return replace(frontier, **{n: tuple(getattr(frontier, n)) for n in ("batches", "peers", "notes")})
+
+
+def _point(data: Mapping[str, Any]) -> Point:
+    return Point(**{**data, "layers": tuple(data["layers"])})
