@@ -20,6 +20,7 @@ LEVELS = [
     {"recipe", "generation", "compat"},
     {"checkpoint", "migration"},
     {"pipeline"},
+    {"search"},
     {"__init__", "cli", "integrations"},
     {"__main__"},
 ]
