@@ -28,7 +28,7 @@ class Point:
         predicted: what the search expected before: {"loss": ..., "milliseconds": {batch: ...}}; empty for the first
             points.
         recipe: the stages, as a recipe's dict.
-        layers: one row per layer or group: layer, choice, sparsity, pattern, bits, kept, milliseconds, sensitivity, why.
+        layers: one row per layer or group: layer, choice, sparsity, pattern, bits, kept, milliseconds, loss, why.
         seconds: what making and measuring it took.
         error: why it could not be made; "" where it was.
     """
