@@ -18,8 +18,8 @@ from rarefy.model.layers import Layer, all_layers, select_layers
 from rarefy.model.lowrank_modules import max_ranks, num_factor_weights, why_not_factorizable
 from rarefy.model.quant_grid import scale_shape
 from rarefy.model.sparsity_pattern import Pattern
-from rarefy.prune import prune
-from rarefy.prune.prune import PruneOptions, check_memory, chosen_layers
+from rarefy.prune.options import PruneOptions, resolve_options
+from rarefy.prune.prune import check_memory, chosen_layers
 from rarefy.quantization import config as quantization
 from rarefy.quantization.config import QuantizeConfig, QuantizeOptions
 from rarefy.quantization.quantize import layers_to_quantize
@@ -91,10 +91,13 @@ def _targets_of(
 ) -> Iterator[Target]:
     """Yield what one stage works on."""
     if isinstance(stage, PruneOptions):
-        solver, target = prune.resolve_options(stage)
+        solver, target = resolve_options(stage)
         check_memory(solver, target, memory if solver else None, resume_dir if solver else None)
-        layers = chosen_layers(model, stage.layers, stage.ignore, target.pattern)
-        yield Target(number, layers, target.pattern, target.sparsity)
+        layers = chosen_layers(model, stage.selected, stage.ignore, target.pattern)
+        if stage.per_layer is None:
+            yield Target(number, layers, target.pattern, target.sparsity)
+        else:
+            yield from (Target(number, [l], target.pattern, stage.per_layer[l.full_name]) for l in layers)
     elif isinstance(stage, QuantizeOptions):
         yield _quantized(model, number, stage)
     elif isinstance(stage, ShareStage):

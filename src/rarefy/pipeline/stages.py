@@ -22,7 +22,8 @@ from rarefy.pipeline.run_data import RunContext, RunData, cut_needs, needs_calib
 from rarefy.pipeline.speed import resize_batch
 from rarefy.pipeline.train_stage import run_train
 from rarefy.prune.allocation import GRADIENTS
-from rarefy.prune.prune import PruneOptions, report, run_prune
+from rarefy.prune.options import PruneOptions
+from rarefy.prune.prune import report, run_prune
 from rarefy.quantization.codebook import run_share
 from rarefy.quantization.config import QuantizeOptions
 from rarefy.quantization.quantize import run_quantize

@@ -7,17 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rarefy.calibration.statistics import LayerStats, collect_stats
 from rarefy.common.atomic_io import parse_bytes, parse_path
 from rarefy.common.errors import DataError, ModelError, PatternError
-from rarefy.common.options import Fraction, Names, OneOf, Options, at
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
@@ -32,79 +30,9 @@ from rarefy.model.quant_grid import attached_grid
 from rarefy.prune import allocation as allocate_
 from rarefy.prune.allocation_search import lacks_loss, output_probe, search_allocation
 from rarefy.prune.layerwise import Allocate, check_solvable, measure_errors, prune_with_solver_
+from rarefy.prune.options import UNIFORM, PruneOptions, resolve_options
 from rarefy.prune.scores import SCORES
-from rarefy.prune.solver_config import Solver, SolverField, SparsityTarget, resolve
-
-UNIFORM = "take 'uniform' (shell: pass --set allocate=uniform)"
-
-
-class PruneOptions(Options):
-    """Prune weights in one step, without training. See `rarefy.prune_`."""
-
-    error = PatternError
-
-    pattern: str = Field(
-        default="unstructured",
-        description="where zeros may be: unstructured, N:M (N kept of M) such as 2:4, blocks RxC such as 4x1, row (= "
-        "channel), column",
-    )
-    score: Annotated[str, OneOf(SCORES)] | None = Field(
-        default=None,
-        description="how weights are ranked; some scores need data, gradient scores also labels or a loss. By default "
-        "magnitude, or the solver's own criterion",
-    )
-    sparsity: Fraction | None = Field(default=None, description="fraction of zeros; an N:M pattern determines it")
-    solver: SolverField | None = Field(
-        default=None, description="move the remaining weights so that layer outputs on the data are preserved"
-    )
-    allocate: Annotated[str, OneOf(allocate_.ALLOCATIONS, "allocation")] | None = Field(
-        default=None, description="how the sparsity is distributed over layers; by default uniform"
-    )
-    scope: Annotated[str, OneOf(patterns.SCOPES)] | None = Field(
-        default=None, description="where scores compete; by default what the paper of the score does"
-    )
-    reduce: Annotated[str, OneOf(patterns.REDUCTIONS)] | None = Field(
-        default=None, description="how a unit of several weights is scored; by default mean"
-    )
-    layers: Names | None = Field(
-        default=None, description="selectors of the layers to prune; by default all but embeddings and head"
-    )
-    ignore: Names | None = Field(default=None, description="selectors of layers to leave as they are")
-
-    @model_validator(mode="after")
-    def _check_combination(self) -> PruneOptions:
-        with at("pattern"):
-            pattern = patterns.parse_pattern(self.pattern)
-            patterns.check_sparsity(pattern, self.sparsity, None)
-        with at("scope"):
-            patterns.check_sparsity(pattern, self.sparsity, self.scope)
-        with at("reduce"):
-            patterns.make_masks([], pattern, None if pattern.kind == "nm" else self.sparsity, reduce=self.reduce)
-        with at("solver"):
-            solver, target = resolve_options(self)
-            if solver is not None and target.score is None and (target.scope == "global" or self.reduce is not None):
-                idle = "scope 'global'" if target.scope == "global" else f"reduce={self.reduce!r}"
-                raise PatternError(
-                    f"solver {solver.name} ranks weights block by block: {idle} has no effect without a score"
-                )
-        with at("allocate"):
-            if target.allocate != "uniform" and (pattern.kind == "nm" or target.scope == "global"):
-                subject = f"pattern {pattern}" if pattern.kind == "nm" else "scope 'global'"
-                raise PatternError(
-                    f"{subject} determines every layer's sparsity: allocate={self.allocate!r} has no effect, {UNIFORM}"
-                )
-        return self
-
-
-def resolve_options(options: PruneOptions, seed: int = 0) -> tuple[Solver | None, SparsityTarget]:
-    """Return the solver and the sparsity target of options, with defaults filled in."""
-    pattern = patterns.parse_pattern(options.pattern)
-    solver = None if options.solver is None else resolve(options.solver)
-    score = options.score or ("magnitude" if solver is None else "wanda" if solver.name == "refit" else None)
-    sparsity, scope = patterns.check_sparsity(pattern, options.sparsity, options.scope or default_scope(pattern, score))
-    allocate = options.allocate or "uniform"
-    seed = seed if allocate == "search" else 0
-    return solver, SparsityTarget(pattern, sparsity, {}, scope, score, options.reduce, allocate, seed)
+from rarefy.prune.solver_config import Solver, SparsityTarget
 
 
 @renamed_parameters(work="resume_dir")
@@ -114,6 +42,7 @@ def prune_(
     score: str | None = None,
     sparsity: float | None = None,
     *,
+    per_layer: Mapping[str, float] | None = None,
     solver: str | Solver | Mapping[str, Any] | None = None,
     allocate: str | None = None,
     scope: str | None = None,
@@ -139,6 +68,7 @@ def prune_(
         score: how weights are ranked (`rarefy.prune.scores.SCORES`). Some scores need `data`; gradient scores need
             labels in it, or `loss`. By default magnitude, or the solver's own criterion.
         sparsity: fraction of zeros, 0 to 1. N:M patterns determine it.
+        per_layer: instead of sparsity and layers: the fraction of zeros of each layer to prune, by its full name.
         solver: "obs" (SparseGPT, Frantar 2023), "admm" (ALPS, Meng 2024) or "refit": move the remaining weights so that
             each layer's outputs on `data` are preserved. `rarefy.Solver` sets options. Layers are then pruned in the
             order in which the model runs them.
@@ -170,8 +100,8 @@ def prune_(
         0.5
     """
     options = PruneOptions(
-        pattern=pattern, score=score, sparsity=sparsity, solver=solver, allocate=allocate, scope=scope, reduce=reduce,
-        layers=layers, ignore=ignore,
+        pattern=pattern, score=score, sparsity=sparsity, per_layer=per_layer, solver=solver, allocate=allocate,
+        scope=scope, reduce=reduce, layers=layers, ignore=ignore,
     )  # fmt: skip
     return run_prune(
         model, options, data, loss=loss, seed=seed, memory=memory, resume_dir=resume_dir, progress=progress
@@ -194,8 +124,9 @@ def run_prune(
     data = _reusable(data, resume_dir is not None)
     memory, resume_dir = parse_bytes(memory), parse_path(resume_dir)
     check_memory(solver, target, memory, resume_dir)
-    layers = chosen_layers(model, options.layers, options.ignore, target.pattern)
+    layers = chosen_layers(model, options.selected, options.ignore, target.pattern)
     _check_layers(layers, solver)
+    target = _weighted(target, layers)
     spread = partial(_spread, model, layers, target, data, loss, progress)
     rows: list[dict[str, Any]] = []
     if solver is not None:
@@ -211,7 +142,7 @@ def run_prune(
     zeros = {r["layer"]: r.pop("zeros") for r in rows}
     done = report(layers, target.pattern, target.sparsity, target.each, zeros if memory is not None else None)
     notes = [*done.notes, *notes, *_expert_notes(rows)]
-    if options.layers is None and options.ignore is None:
+    if options.selected is None and options.ignore is None:
         notes += _not_selected(model, layers)
     solved = {r["layer"]: {k: v for k, v in r.items() if k != "idle"} for r in rows}
     return replace(done, rows=tuple({**r, **solved.get(r["layer"], {})} for r in done.rows), notes=tuple(notes))
@@ -227,6 +158,18 @@ def _reusable(data: Iterable[Any] | None, as_list: bool) -> Iterable[Any] | None
     if empty is not None:
         raise DataError(f"batch {empty} of the data is None")
     return batches
+
+
+def _weighted(target: SparsityTarget, layers: Sequence[Layer]) -> SparsityTarget:
+    """Return a target with a sparsity for each layer, whose own is their mean over all weights."""
+    if not target.each:
+        return target
+    for layer in layers:
+        if layer.full_name not in target.each:
+            raise PatternError(f"per_layer: expected full names of layers, such as {layer.full_name!r}")
+    sizes = {layer.full_name: layer.original.numel() for layer in layers}
+    zeros = sum(target.each[name] * size for name, size in sizes.items())
+    return replace(target, sparsity=zeros / max(sum(sizes.values()), 1))
 
 
 def _check_layers(layers: Sequence[Layer], solver: Solver | None) -> None:
@@ -322,6 +265,8 @@ def _spread(
 ) -> tuple[dict[str, float], list[str]]:
     """Return the sparsity of each layer, and notes on how it was found."""
     method = target.allocate
+    if target.each:
+        return dict(target.each), []
     if method == "uniform":
         return {layer.full_name: target.sparsity for layer in layers}, []
     if method == "erk":
@@ -367,13 +312,6 @@ def _masks(
         return choose_masks(layers, stats, target.pattern, sparsity=target.sparsity, **ranking)
     each = target.each
     return [choose_masks([l], stats, target.pattern, sparsity=each[l.full_name], **ranking)[0] for l in layers]
-
-
-def default_scope(plan: patterns.Pattern, score: str | None) -> str | None:
-    """Return the scope that the score's paper uses, where the pattern leaves one to choose."""
-    if score is None or plan.kind in ("nm", "row", "column"):
-        return None
-    return SCORES[score].scope
 
 
 def calibrate(

@@ -14,7 +14,7 @@ from rarefy.common.yaml_text import write_yaml
 from rarefy.evaluation.metrics import METRICS
 from rarefy.lowrank.layer_tying import TieOptions
 from rarefy.lowrank.svd import BUDGETS, FactorizeOptions, check_beside
-from rarefy.prune.prune import PruneOptions
+from rarefy.prune.options import PruneOptions
 from rarefy.quantization.codebook import ShareOptions
 from rarefy.quantization.config import QuantizeOptions
 from rarefy.structured.options import CutOptions, RepairField

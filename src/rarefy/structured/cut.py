@@ -56,6 +56,7 @@ def cut_(
     parameters: float | None = None,
     flops: float | None = None,
     latency: float | None = None,
+    counts: Mapping[str, int] | None = None,
     score: str | None = None,
     reduce: str = "sum",
     scope: str = "layer",
@@ -91,6 +92,7 @@ def cut_(
         parameters: instead of keep: fraction of the model's parameters to leave, met within 1 %.
         flops: instead of keep: fraction of the operations of a call on `example` to leave, met within 1 %.
         latency: instead of keep: fraction of the time of such a call to leave, found by timing cuts.
+        counts: instead of keep: how many units stay in each group, by its name in `rarefy.groups`; other groups stay.
         score: how units are ranked (`rarefy.structured.importance`): magnitude (the default), l1, scale, median,
             random; from data also activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient.
         reduce: how the slices of a unit are joined: sum, mean or max.
@@ -131,8 +133,8 @@ def cut_(
     options = CutOptions(
         units=units,  # type: ignore[arg-type]  # lists and single names become tuples
         repair=repair,  # type: ignore[arg-type]  # the same
-        keep=keep, parameters=parameters, flops=flops, latency=latency, score=score, reduce=reduce, scope=scope,
-        min_keep=min_keep, layers=layers, ignore=ignore, round_to=round_to, steps=steps,
+        keep=keep, parameters=parameters, flops=flops, latency=latency, counts=counts, score=score, reduce=reduce,
+        scope=scope, min_keep=min_keep, layers=layers, ignore=ignore, round_to=round_to, steps=steps,
     )  # fmt: skip
     return run_cut(
         model, example, options, data, loss=loss, optimizer=optimizer, mask_only=mask_only, dry_run=dry_run, seed=seed,
@@ -246,7 +248,7 @@ class _Cut:
         self.model, self.example, self.graph, self.options = run.model, run.example, graph, run.options
         self.data, self.loss, self.seed, self.whole, self.dense = run.data, run.loss, run.seed, run.whole, run.dense
         options = run.options
-        self.groups = select_groups(run.model, graph, options.units, options.layers, options.ignore)
+        self.groups = select_groups(run.model, graph, options.units, options.layers, options.ignore, options.counts)
         self.origin = run.history.origins(graph)
         self.stays: dict[Axis, str] = {}  # groups that cannot be cut, and why
         self.scores = self._score(self.groups)
@@ -293,7 +295,9 @@ class _Cut:
     def _choose_counts(self, target: float) -> unit_selection.Counts:
         """Return how many units of each group stay."""
         options, order = self.options, self._order([g for g in self.groups if g.axis not in self.stays])
-        if options.budget == "keep":
+        if options.counts is not None:
+            counts = {g.axis: options.counts[g.name] for g in order.groups}
+        elif options.budget == "keep":
             counts = unit_selection.units_kept(order, 1 - target)
         elif options.budget == "latency":
             counts = self._meet_latency(order, target)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rarefy.common.errors import ModelError
+from rarefy.common.errors import ModelError, unknown
 from rarefy.dependency.graph import Graph, Group
 from rarefy.dependency.symbolic_dims import Axis, kept_mask, leaves, products, size
 from rarefy.model.layers import Selector, all_layers, select_layers
@@ -57,9 +57,16 @@ def _largest_factors(graph: Graph, groups: list[Group]) -> list[Group]:
 
 
 def select_groups(
-    model: nn.Module, graph: Graph, kinds: Sequence[str], layers: Selector, ignore: Selector
+    model: nn.Module,
+    graph: Graph,
+    kinds: Sequence[str],
+    layers: Selector,
+    ignore: Selector,
+    counts: Mapping[str, int] | None = None,
 ) -> list[Group]:
-    """Return the groups to cut. Raises ModelError where there are none."""
+    """Return the groups to cut: those that `counts` names, or all of these kinds. ModelError where there are none."""
+    if counts is not None:
+        return _named(graph, kinds, counts)
     groups = [g for g in graph.groups if g.lock is None and g.kind in kinds]
     if layers is not None or ignore is not None:
         groups = _produced_by(model, graph, groups, layers, ignore)
@@ -71,6 +78,26 @@ def select_groups(
         hint = "; `layers` selects groups of which these layers produce at least half" if layers is not None else hint
         raise ModelError(f"no group of {', '.join(kinds)} can be cut{': ' + why if why else ''}{hint}")
     return groups
+
+
+def _named(graph: Graph, kinds: Sequence[str], counts: Mapping[str, int]) -> list[Group]:
+    """Return the groups of these names, in the order of the model; ModelError for names or numbers that do not fit."""
+    known: dict[str, list[Group]] = {}
+    for group in graph.groups:
+        if group.kind in kinds:
+            known.setdefault(group.name, []).append(group)
+    for name, count in counts.items():
+        if name not in known:
+            raise ModelError(f"counts: {unknown('group of ' + ', '.join(kinds), name, known)}")
+        group = known[name][0]
+        if len(known[name]) > 1:
+            kinds_of = " and ".join(g.kind for g in known[name])
+            raise ModelError(f"counts: {name} names units of {kinds_of}: give one of them as `units`")
+        if group.lock is not None:
+            raise ModelError(f"counts: {name} cannot be cut: {group.lock}")
+        if count > group.size:
+            raise ModelError(f"counts: {name} has {group.size} units, so at most that many stay, got {count}")
+    return [g for name, groups in known.items() if name in counts for g in groups]
 
 
 def _produced_by(

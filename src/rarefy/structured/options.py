@@ -22,7 +22,7 @@ from rarefy.structured.unit_selection import SCOPES
 RENAMED_KINDS = {"head of a group": "query_head", "head dimension": "head_dim"}
 KINDS = ("channel", "neuron", "head", "query_head", "head_dim", "group")
 LAYER_SCORES = ("similarity", "loss", "random")
-BUDGETS = ("keep", "parameters", "flops", "latency")
+BUDGETS = ("keep", "parameters", "flops", "latency", "counts")
 
 
 def _current_name(kind: Any) -> Any:
@@ -60,6 +60,11 @@ class CutOptions(Options):
     latency: Part | None = Field(
         default=None, description="instead of keep: fraction of the model's time to leave, measured"
     )
+    counts: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        default=None,
+        description="instead of keep: how many units stay in each group, by its name in `rarefy inspect --groups`; "
+        "other groups stay whole",
+    )
     score: Annotated[str, OneOf(dict.fromkeys((*UNIT_SCORES, *LAYER_SCORES)))] | None = Field(
         default=None, description="how units are ranked; by default magnitude, for whole blocks similarity"
     )
@@ -94,7 +99,19 @@ class CutOptions(Options):
         if len(budgets) > 1:
             with at(budgets[1]):
                 raise ModelError(f"expected one budget, got {' and '.join(budgets)}")
+        if self.counts is not None:
+            self._check_counts()
         return self
+
+    def _check_counts(self) -> None:
+        """Raise for options that have no effect where the number of units of each group is given."""
+        if not self.counts:
+            with at("counts"):
+                raise ModelError("counts is empty: expected group names with numbers of units")
+        for name in ("scope", "min_keep", "layers", "ignore", "round_to", "steps"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                with at(name):
+                    raise ModelError(f"{name} has no effect: counts gives the units of each group")
 
     def _check_layers(self) -> None:
         """Raise for options that have no effect when whole blocks are removed."""
@@ -125,13 +142,13 @@ class CutOptions(Options):
 
     @property
     def budget(self) -> str:
-        """What is limited: keep, parameters, flops or latency."""
+        """What is limited: keep, parameters, flops, latency or counts."""
         return next((name for name in BUDGETS if getattr(self, name) is not None), "keep")
 
     @property
     def target(self) -> float:
         """The fraction of the budget's measure that is to be left."""
-        value = getattr(self, self.budget)
+        value = 0.0 if self.counts is not None else getattr(self, self.budget)
         return 0.5 if value is None else value
 
     @property

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from rarefy.common.errors import PatternError, unknown
 from rarefy.common.options import Fraction, Names, OneOf, Options, at
 from rarefy.model.sparsity_pattern import REDUCTIONS, SCOPES, Pattern, check_sparsity, make_masks, parse_pattern
-from rarefy.prune.prune import default_scope
+from rarefy.prune.options import default_scope
 from rarefy.prune.scores import SCORES
 from rarefy.train.sparsity_schedule import MAX_STEPS, SCHEDULES, sparsities
 
