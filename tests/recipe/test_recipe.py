@@ -113,7 +113,7 @@ ERRORS = {
     "a number of 5000 digits": ("seed: " + "9" * 5000 + "\n" + STAGES, "r.yaml line 1: '999999999999999999999999999999999999999999999999999999999999' is not a number that can be read"),
     # keys
     "unknown key": ("name: a\nseeed: 3\n" + STAGES, "r.yaml line 2: unknown field 'seeed'; choose from about, data, evaluate, name, save, seed, stages (did you mean 'seed'?)"),
-    "unknown field of a stage": (prune("sparsty: 0.5"), "r.yaml line 3: stages[0].prune: unknown field 'sparsty'; choose from allocate, ignore, layers, pattern, reduce, scope, score, solver, sparsity (did you mean 'sparsity'?)"),
+    "unknown field of a stage": (prune("sparsty: 0.5"), "r.yaml line 3: stages[0].prune: unknown field 'sparsty'; choose from allocate, ignore, layers, pattern, per_layer, reduce, scope, score, solver, sparsity (did you mean 'sparsity'?)"),
     "unknown field of data": ("data:\n  calibrat: wiki\n" + STAGES, "r.yaml line 2: data: unknown field 'calibrat'; choose from batch, calibrate, samples, seed, tokens, train, train_samples, validate, validate_samples (did you mean 'calibrate'?)"),
     "unknown key, nothing near": ("zzz: 3\n" + STAGES, "r.yaml line 1: unknown field 'zzz'; choose from about, data, evaluate, name, save, seed, stages"),
     "no stages": ("name: a\n", "r.yaml line 1: stages is required"),
@@ -208,7 +208,7 @@ def test_errors_name_the_line_and_what_would_do(case):
 
 DICT_ERRORS = [
     ({}, "recipe: stages is required"),
-    ({"stages": [{"prune": {"sparsty": 1}}]}, "recipe: stages[0].prune: unknown field 'sparsty'; choose from allocate, ignore, layers, pattern, reduce, scope, score, solver, sparsity (did you mean 'sparsity'?)"),
+    ({"stages": [{"prune": {"sparsty": 1}}]}, "recipe: stages[0].prune: unknown field 'sparsty'; choose from allocate, ignore, layers, pattern, per_layer, reduce, scope, score, solver, sparsity (did you mean 'sparsity'?)"),
     ({"stages": [{"cast": {"dtype": "bf16"}}, {"prune": {"sparsity": "x"}}]}, "recipe: stages[1].prune.sparsity: expected a number between 0 and 1, got 'x'"),
     ({"stages": [{"prune": {"sparsity": 2}}]}, "recipe: stages[0].prune.sparsity: expected a number between 0 and 1, got 2"),
     ({"stages": "prune"}, "recipe: stages: stages must be a list such as '- prune: {sparsity: 0.5}', got 'prune'"),

@@ -100,7 +100,8 @@ def prune_(
         0.5
     """
     options = PruneOptions(
-        pattern=pattern, score=score, sparsity=sparsity, per_layer=per_layer, solver=solver, allocate=allocate,
+        pattern=pattern, score=score, sparsity=sparsity,
+        per_layer=None if per_layer is None else dict(per_layer), solver=solver, allocate=allocate,
         scope=scope, reduce=reduce, layers=layers, ignore=ignore,
     )  # fmt: skip
     return run_prune(

@@ -133,7 +133,8 @@ def cut_(
     options = CutOptions(
         units=units,  # type: ignore[arg-type]  # lists and single names become tuples
         repair=repair,  # type: ignore[arg-type]  # the same
-        keep=keep, parameters=parameters, flops=flops, latency=latency, counts=counts, score=score, reduce=reduce,
+        keep=keep, parameters=parameters, flops=flops, latency=latency,
+        counts=None if counts is None else dict(counts), score=score, reduce=reduce,
         scope=scope, min_keep=min_keep, layers=layers, ignore=ignore, round_to=round_to, steps=steps,
     )  # fmt: skip
     return run_cut(
