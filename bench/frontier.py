@@ -33,6 +33,8 @@ import rarefy
 import tables
 import texts
 from rarefy.data import builtin
+from rarefy.data.text_pairs import token_batches
+from rarefy.evaluation.retrieval import embed, recall
 from rarefy.model import hf
 from runtime import alternate, keep_memory
 from values import keep
@@ -76,34 +78,16 @@ def points() -> dict[str, tuple[Steps, str | None]]:
     return POINTS | {f"{name}, trained, int8": ([("load", {"folder": STUDENTS / name})], "int8") for name in trained}
 
 
-def tokens_of(tokenizer: Any, given: list[str], length: int = TOKENS) -> dict[str, Tensor]:
-    """Return token ids and mask of texts, cut to `length` tokens, padded to the longest."""
-    words = tokenizer(given, padding=True, truncation=True, max_length=length, return_tensors="pt")
-    return {name: words[name] for name in ("input_ids", "attention_mask")}
-
-
-def embeddings(encode: Encode, tokenizer: Any, given: list[str], batch: int = 50) -> Tensor:
-    """Return normalized means over the tokens of each text, [texts, width]."""
-    found = []
-    for first in range(0, len(given), batch):
-        x = tokens_of(tokenizer, given[first : first + batch])
-        hidden = encode(x) * x["attention_mask"][..., None]
-        found.append(torch.nn.functional.normalize(hidden.sum(1), dim=-1))
-    return torch.cat(found)
-
-
-def recall(asked: Tensor, there: Tensor) -> float:
-    """Return how many embeddings of `asked` are nearest to the one in their row of `there`, in percent."""
-    return 100 * float(((asked @ there.T).argmax(1) == torch.arange(len(asked))).float().mean())
-
-
 def judge(encode: Encode, tokenizer: Any, want: Tensor | None) -> tuple[dict[str, float], Tensor]:
     """Return R@1 of articles and of Brown, the mean cosine with embeddings `want`, and the embeddings."""
     result, every = {}, []
     for name, pairs in (("articles", texts.judged_articles()), ("brown", texts.judged_brown())):
-        both = [embeddings(encode, tokenizer, [p[side] for p in pairs]) for side in (0, 1)]
-        result[name] = recall(*both)
-        every += both
+        asked, there = (
+            embed(lambda **x: encode(x), token_batches([p[side] for p in pairs], tokenizer, tokens=TOKENS))
+            for side in (0, 1)
+        )
+        result[name] = recall(asked, there)
+        every += [asked, there]
     got = torch.cat(every)
     return {**result, "cosine": 1.0 if want is None else float((got * want).sum(-1).mean())}, got
 
@@ -113,7 +97,7 @@ def calibration(tokenizer: Any, samples: int, seed: int, length: int = TOKENS) -
     whole = [t for t in texts.of_kind("articles") if len(t) > 300]
     random = torch.Generator().manual_seed(seed)
     chosen = [whole[i] for i in torch.randperm(len(whole), generator=random)[:samples]]
-    return [tokens_of(tokenizer, chosen[i : i + 8], length) for i in range(0, samples, 8)]
+    return token_batches(chosen, tokenizer, batch=8, tokens=length)
 
 
 def example(tokenizer: Any, batch: int) -> dict[str, Tensor]:

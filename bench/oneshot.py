@@ -30,8 +30,10 @@ from safetensors.torch import save_file
 import rarefy
 import tables
 from rarefy.data import builtin, sources
+from rarefy.data.text_pairs import token_batches
 from rarefy.evaluation.metrics import perplexity
 from rarefy.evaluation.profiling import commit, machine, peak_rss
+from rarefy.evaluation.retrieval import embed
 from rarefy.model import hf
 from rarefy.prune.allocation import GRADIENTS
 from texts import untagged
@@ -85,24 +87,16 @@ def quality(model: Any, folder: Path | None, tokenizer: Any) -> dict[str, float 
     return {name: perplexity(model, batches) for name, batches in texts.items()}
 
 
-@torch.no_grad()
-def embed(model: Any, tokenizer: Any) -> torch.Tensor:
+def article_embeddings(model: Any, tokenizer: Any) -> torch.Tensor:
     """Return normalized mean-pooled embeddings [texts, width] of 512 held-out articles, cut to 128 tokens."""
-    found = []
-    texts = builtin.wiki(True)[:512]
-    for first in range(0, len(texts), 32):
-        words = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-        batch = tokenizer(texts[first : first + 32], **words)
-        hidden = model(**batch).last_hidden_state * batch["attention_mask"][..., None]
-        found.append(torch.nn.functional.normalize(hidden.sum(1), dim=-1))
-    return torch.cat(found)
+    return embed(model, token_batches(builtin.wiki(True)[:512], tokenizer, batch=32))
 
 
 def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -> dict[str, Any]:
     """Run one method in this process and return its record."""
     source = builtin.model_folder(name)
     model, tokenizer = hf.load_folder(source), hf.load_tokenizer(source)
-    dense = embed(model, tokenizer) if name == "minilm" else None
+    dense = article_embeddings(model, tokenizer) if name == "minilm" else None
     how = dict(METHODS.get(method, {}))
     told = json.loads(json.dumps(how))
     tokens = 512 if dense is None else 256
@@ -121,7 +115,7 @@ def ours(name: str, method: str, setting: str, seed: int, folder: Path | None) -
     line = {"how": told, "seconds": seconds, "peak_rss": peak_rss()}
     rarefy.fold_(model)
     if dense is not None:
-        return {**line, "cosine": float((embed(model, tokenizer) * dense).sum(-1).mean())}
+        return {**line, "cosine": float((article_embeddings(model, tokenizer) * dense).sum(-1).mean())}
     return {**line, **quality(model, folder, tokenizer)}
 
 

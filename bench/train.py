@@ -158,7 +158,7 @@ def language(only: list[str]) -> Iterator[Line]:
 def minilm() -> Iterator[Line]:
     """Prune MiniLM to 80 % in 4x1 blocks, train its hidden states, and time it on the engine. The trained model stays
     in build/minilm."""
-    from oneshot import embed
+    from oneshot import article_embeddings
 
     source = builtin.model_folder("minilm")
     dense, tokenizer = hf.load_folder(source).eval(), hf.load_tokenizer(source)
@@ -167,8 +167,8 @@ def minilm() -> Iterator[Line]:
         model, seconds = learn(copy.deepcopy(dense), tokenizer)
         rarefy.save(model, folder)
         (HERE / "build" / "minilm.txt").write_text(str(seconds))
-    model, want = rarefy.load(folder).eval(), embed(dense, tokenizer)
-    cosine = float((embed(model, tokenizer) * want).sum(-1).mean())
+    model, want = rarefy.load(folder).eval(), article_embeddings(dense, tokenizer)
+    cosine = float((article_embeddings(model, tokenizer) * want).sum(-1).mean())
     seconds = float((HERE / "build" / "minilm.txt").read_text())
     line: Line = {"run": "minilm", "way": "4x1, 80 %, taught", "cosine": cosine, "training": seconds}
     for batch in (1, 16):

@@ -29,7 +29,9 @@ import tables
 import texts
 from rarefy.checkpoint.export import side_files
 from rarefy.data import builtin, sources
+from rarefy.data.text_pairs import token_batches
 from rarefy.evaluation.profiling import commit, compare, decode_and_prefill, machine
+from rarefy.evaluation.retrieval import embed, recall
 from rarefy.model import hf
 
 HERE = Path(__file__).parent
@@ -239,23 +241,11 @@ def share_of_bf16(model: Any) -> float:
     return stored / dense
 
 
-@torch.no_grad()
 def retrieval(model: Any, tokenizer: Any) -> tuple[float, torch.Tensor]:
     """Return R@1 of 1,000 descriptions among their articles in percent, and the embeddings."""
     pairs = texts.judged_articles()
-
-    def embed(given: list[str]) -> torch.Tensor:
-        found = []
-        for first in range(0, len(given), 50):
-            words = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-            batch = tokenizer(given[first : first + 50], **words)
-            hidden = model(**batch).last_hidden_state * batch["attention_mask"][..., None]
-            found.append(torch.nn.functional.normalize(hidden.sum(1), dim=-1))
-        return torch.cat(found)
-
-    asked, there = embed([d for d, _ in pairs]), embed([e for _, e in pairs])
-    hit = (asked @ there.T).argmax(1) == torch.arange(len(pairs))
-    return 100 * float(hit.float().mean()), torch.cat([asked, there])
+    asked, there = (embed(model, token_batches([p[side] for p in pairs], tokenizer)) for side in (0, 1))
+    return recall(asked, there), torch.cat([asked, there])
 
 
 def minilm(only: list[str]) -> Iterator[Line]:

@@ -10,6 +10,7 @@ from conftest import sample
 from rarefy.calibration.sequential import calibrate_sequentially, layer_groups
 from rarefy.data import builtin, sources
 from rarefy.evaluation.metrics import accuracy
+from rarefy.evaluation.retrieval import embed
 from rarefy.model import hf
 from rarefy.model import sparsity_pattern as patterns
 from rarefy.model.layers import select_layers
@@ -55,9 +56,7 @@ def test_minilm_prunes_without_losing_its_sense(tmp_path):
     rarefy.prune_(model, "unstructured", "wanda", 0.5, data=[batch])
 
     def cosines(m):
-        with torch.no_grad():
-            hidden = m(**batch).last_hidden_state * batch["attention_mask"][..., None]
-        unit = torch.nn.functional.normalize(hidden.sum(1), dim=-1)
+        unit = embed(m, [batch])
         return float(unit[0] @ unit[1]), float(unit[0] @ unit[2])
 
     near, far = cosines(model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,8 @@ def batches(
         return _tensors(dict(zip("xy", builtin.fashion_mnist(test))), take, f"{what} {source}")
     if path.is_dir():
         return _tensors(dict(zip("xy", _images(path, take, what))), take, f"{what} {path}")
-    kind = path.suffix.lower()
-    try:
-        loaded = READERS[kind](path)
-    except DataError:
-        raise
-    except Exception as error:  # each reader raises its own errors for damaged files
-        said = "" if "pickle" in str(error) else f": {error}"  # numpy suggests allow_pickle, which is never used here
-        raise DataError(f"{what}: {path} is not readable as {kind}{said}") from None
+    with read_errors(path, what):
+        loaded = READERS[path.suffix.lower()](path)
     if isinstance(loaded, list):
         return _text(loaded, take, tokenizer, f"{what} {path}")
     return _tensors(loaded, take, f"{what} {path}")
@@ -86,8 +81,20 @@ def find(source: str, base: Path | None = None, what: str = "data") -> Path | No
     return path
 
 
-def _read_lines(path: Path) -> list[str]:
-    documents = []
+@contextmanager
+def read_errors(path: Path, what: str) -> Iterator[None]:
+    """Raise DataError for what the reader of a damaged file raises."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # each reader raises its own errors
+        said = "" if "pickle" in str(error) else f": {error}"  # numpy suggests allow_pickle, which is never used here
+        raise DataError(f"{what}: {path} is not readable as {path.suffix.lower()}{said}") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the object of each line of a file of JSON objects; blank lines are skipped."""
     # only line feeds end a line: other separators may stand inside a JSON string
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -96,8 +103,16 @@ def _read_lines(path: Path) -> list[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON: {error.msg}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise DataError(f'{path}, line {number}: expected {{"text": "..."}}, got {line[:60]!r}')
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected an object, {{...}}, got {line[:60]!r}")
+        yield number, row
+
+
+def _read_lines(path: Path) -> list[str]:
+    documents = []
+    for number, row in json_lines(path):
+        if not isinstance(row.get("text"), str):
+            raise DataError(f'{path}, line {number}: expected {{"text": "..."}}, got {json.dumps(row)[:60]!r}')
         documents.append(row["text"])
     return documents
 
@@ -121,12 +136,17 @@ READERS = {
 }
 
 
-def _text(documents: list[str], take: Take, tokenizer: Any, what: str) -> list[Batch]:
-    """Cut text into windows: documents in seeded order, joined by blank lines; a single text is shuffled."""
+def check_tokenizer(tokenizer: Any, what: str) -> None:
+    """Raise DataError if there is no tokenizer for data that are text."""
     if tokenizer is None:
         raise DataError(
             f"{what} is text and needs the model's tokenizer: use a model folder that has one, or pass tokenizer=..."
         )
+
+
+def _text(documents: list[str], take: Take, tokenizer: Any, what: str) -> list[Batch]:
+    """Cut text into windows: documents in seeded order, joined by blank lines; a single text is shuffled."""
+    check_tokenizer(tokenizer, what)
     order = torch.Generator().manual_seed(take.seed)
     max_tokens = None if take.samples is None or len(documents) == 1 else take.samples * take.tokens
     ids: list[int] = []

@@ -12,11 +12,19 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError
 from rarefy.common.progress import track
-from rarefy.model.forward import call, check_batches, describe_batch, evaluating, on_device
+from rarefy.model.forward import (
+    Model,
+    call,
+    check_batches,
+    describe_batch,
+    evaluating,
+    on_device,
+    without_targets,
+)
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -> float:
+def perplexity(model: Model, data: Iterable[Any], *, progress: bool = False) -> float:
     """Return exp of the mean negative log likelihood of the next token over all real tokens of `data`.
 
     data: dicts with `input_ids` [batch, tokens] and optionally `attention_mask`. Raises DataError on other batches.
@@ -25,8 +33,7 @@ def perplexity(model: nn.Module, data: Iterable[Any], *, progress: bool = False)
     for batch in _evaluation(model, data, "perplexity", progress):
         if not hasattr(batch, "keys") or "input_ids" not in batch:
             raise DataError(f"perplexity needs batches with input_ids, got {describe_batch(batch)}")
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        out = call(model, inputs)
+        out = call(model, without_targets(batch))
         logits = getattr(out, "logits", out)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != batch["input_ids"].shape:
             raise DataError(
@@ -44,7 +51,7 @@ def perplexity(model: nn.Module, data: Iterable[Any], *, progress: bool = False)
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -> float:
+def accuracy(model: Model, data: Iterable[Any], *, progress: bool = False) -> float:
     """Return the fraction of (inputs, class) samples whose largest output is the class, between 0 and 1."""
     right, count = 0, 0
     for batch in _evaluation(model, data, "accuracy", progress):
@@ -57,7 +64,7 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -
         )
         if not isinstance(target, Tensor):
             raise DataError(f"accuracy needs (inputs, class) batches or dicts with labels, got {describe_batch(batch)}")
-        out = call(model, batch)
+        out = call(model, batch if isinstance(model, nn.Module) else without_targets(batch))
         best = getattr(out, "logits", out).argmax(-1)
         if target.dim() == best.dim() + 1 and target.shape[-1] == 1:
             target = target[..., 0]
@@ -71,7 +78,7 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, progress: bool = False) -
     return right / count
 
 
-def _evaluation(model: nn.Module, data: Iterable[Any], text: str, progress: bool) -> Iterable[Any]:
+def _evaluation(model: Model, data: Iterable[Any], text: str, progress: bool) -> Iterable[Any]:
     check_batches(data)
     with evaluating(model):
         yield from (on_device(model, batch) for batch in track(data, text, progress))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from torch.utils.data import Dataset, IterableDataset
 from rarefy.common.errors import DataError, RarefyError, first_line
 from rarefy.model.layers import unwrap
 
+Model = nn.Module | Callable[..., Any]  # a callable: a compiled model, or a function that calls another engine
 
-def call(model: nn.Module, batch: Any) -> Any:
+
+def call(model: Model, batch: Any) -> Any:
     """Return the model's output for one batch.
 
     A dict is passed as keyword arguments, of a tuple (inputs, target) the inputs, anything else as it is. Raises
@@ -34,7 +36,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 @contextmanager
-def calling(model: nn.Module, inputs: str) -> Iterator[None]:
+def calling(model: Model, inputs: str) -> Iterator[None]:
     """Raise DataError for what a call of the model raises: it names the inputs, as `inputs` describes them."""
     try:
         yield
@@ -49,8 +51,8 @@ def calling(model: nn.Module, inputs: str) -> Iterator[None]:
         NotImplementedError,
         AssertionError,
     ) as error:
-        inner = unwrap(model)
-        takes = ", ".join(list(inspect.signature(inner.forward).parameters)[:4])
+        inner = unwrap(model) if isinstance(model, nn.Module) else model
+        takes = ", ".join(list(inspect.signature(getattr(inner, "forward", inner)).parameters)[:4])
         raise DataError(
             f"{type(inner).__name__} cannot be called with {inputs}: {first_line(error)} (it takes {takes})"
         ) from error
@@ -91,8 +93,17 @@ def check_batches(data: Any, what: str = "data") -> None:
         raise DataError(f"{what}: expected an iterable of batches, got {type(data).__name__}")
 
 
-def on_device(model: nn.Module, batch: Any) -> Any:
+def without_targets(batch: Any) -> Any:
+    """Return the part of a batch that a model is called with: no labels of a dict, of a tuple the inputs."""
+    if hasattr(batch, "keys"):
+        return {k: v for k, v in batch.items() if k != "labels"}
+    return batch[0] if isinstance(batch, tuple | list) and batch else batch
+
+
+def on_device(model: Model, batch: Any) -> Any:
     """Return the batch on the model's device. fp32 inputs are cast to bf16 or fp16 if the weights are."""
+    if not isinstance(model, nn.Module):
+        return batch
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if isinstance(batch, Tensor):
         half = batch.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
@@ -119,11 +130,15 @@ def temporary_hooks(handles: Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Model) -> Iterator[None]:
     """Put the model into evaluation mode without key-value caches; restore each module's mode afterwards.
 
-    A cache would only cost memory here, and a block that is run again would read its own earlier keys.
+    A cache would only cost memory here, and a block that is run again would read its own earlier keys. A callable that
+    is no module has no modes.
     """
+    if not isinstance(model, nn.Module):
+        yield
+        return
     modes = [(m, m.training) for m in model.modules()]
     configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     caching = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}.values()

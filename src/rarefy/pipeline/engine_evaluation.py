@@ -17,7 +17,7 @@ from rarefy.generation.decoder import Decoder, decoder
 from rarefy.generation.sampling import generate
 from rarefy.generation.tokenization import encode_prompt
 from rarefy.model import hf
-from rarefy.model.forward import evaluating
+from rarefy.model.forward import evaluating, without_targets
 from rarefy.recipe.schema import Recipe
 from rarefy.runtime.packed_formats import Dense, QuantizedPanels
 
@@ -69,14 +69,7 @@ def engine_of(model: nn.Module, recipe: Recipe, held_out: Any) -> EngineModule:
     with evaluating(model):
         if hf.is_causal_lm(model):
             return EngineModule(decoder(model, precision=precision))
-        return EngineModule(compile(model, _inputs(next(iter(held_out))), precision=precision))
-
-
-def _inputs(batch: Any) -> Any:
-    """Return the part of an evaluation batch that the model is called with, without targets."""
-    if hasattr(batch, "keys"):
-        return {k: v for k, v in batch.items() if k != "labels"}
-    return batch[0] if isinstance(batch, tuple | list) else batch
+        return EngineModule(compile(model, without_targets(next(iter(held_out))), precision=precision))
 
 
 def resident_bytes(engine: Decoder | Compiled) -> int:
