@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from rarefy.quantization.quantize import quantize_ as quantize_
     from rarefy.recipe.schema import Recipe as Recipe
     from rarefy.runtime.accelerate import accelerate_ as accelerate_
+    from rarefy.search.frontier import Frontier as Frontier
+    from rarefy.search.optimize import optimize as optimize
     from rarefy.structured.cut import cut_ as cut_
     from rarefy.structured.head_pruning import prune_heads_ as prune_heads_
     from rarefy.structured.layer_drop import drop_layers_ as drop_layers_
@@ -63,6 +65,7 @@ _MODULES = {  # public name -> module that defines it
     "Alternate": "rarefy.train.sparsity_config",
     "Distill": "rarefy.train.distill",
     "Distiller": "rarefy.train.distill",
+    "Frontier": "rarefy.search.frontier",
     "Gradual": "rarefy.train.sparsity_config",
     "Migrated": "rarefy.migration.migrate",
     "Movement": "rarefy.train.sparsity_config",
@@ -95,6 +98,7 @@ _MODULES = {  # public name -> module that defines it
     "load": "rarefy.checkpoint.load",
     "masks": "rarefy.model.masks",
     "migrate": "rarefy.migration.migrate",
+    "optimize": "rarefy.search.optimize",
     "permute_": "rarefy.structured.permutation",
     "prune_": "rarefy.prune.prune",
     "prune_heads_": "rarefy.structured.head_pruning",
@@ -110,6 +114,7 @@ __all__ = [
     "Alternate",
     "Distill",
     "Distiller",
+    "Frontier",
     "Gradual",
     "Migrated",
     "Movement",
@@ -143,6 +148,7 @@ __all__ = [
     "load",
     "masks",
     "migrate",
+    "optimize",
     "permute_",
     "prune_",
     "prune_heads_",

@@ -224,3 +224,18 @@ def test_messages_for_wrong_arguments(how, error, message):
     with pytest.raises(error, match=message):
         rarefy.cut_(net, torch.randn(1, 5), **how)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_obs_may_stop_once_enough_units_are_ordered():
+    random = torch.Generator().manual_seed(3)
+    X = torch.randn(400, 200, generator=random, dtype=torch.float64) @ torch.randn(
+        200, 200, generator=random, dtype=torch.float64
+    )
+    W = torch.randn(200, 16, generator=random, dtype=torch.float64)
+    problem = (W, X.T @ X / 400, torch.arange(200)[:, None])
+    every = removal_errors([problem])
+    for removed in (0, 1, 37, 150, 200):
+        some = removal_errors([problem], removed)
+        first = every.argsort()[:removed]
+        assert torch.equal(some[first], every[first])
+        assert set(some.argsort()[:removed].tolist()) == set(first.tolist())

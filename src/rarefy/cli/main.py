@@ -1,4 +1,4 @@
-"""The command line: rarefy compress | inspect | generate | compile | bench | export | recipes | migrate | doctor.
+"""The command line: rarefy compress | optimize | inspect | generate | compile | bench | export | recipes | doctor ...
 
 Exit codes: 0 done, 1 a check failed, 2 wrong use.
 """
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli import inference_commands, profile, shared
+from rarefy.cli import inference_commands, optimize, profile, shared
 from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import ModelError, RarefyError, RecipeError, shell_text
 
@@ -224,6 +224,7 @@ def inspect(
     shared.show(graph.groups(model, example_of(model, 32, 2)), as_json, False)
 
 
+app.command()(optimize.optimize)
 app.command()(inference_commands.generate)
 app.command("compile")(inference_commands.compile_)
 app.command()(inference_commands.bench)

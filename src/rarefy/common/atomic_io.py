@@ -21,6 +21,7 @@ INDEX = "rarefy.json"
 KEY_FILE, PARTIAL = "key.json", "partial"  # next to the saved states of a long run
 SETUP_FILES = ("each.json", "given.json", "loss.json")  # results computed before the first saved state
 TRAINING_FILE = "training.safetensors"
+SEARCH_FILE = "search.jsonl"
 STATE_FILE = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # sequential calibration; cached teacher outputs
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named in errors
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -117,7 +118,9 @@ def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator
     try:
         yield work
     except BaseException:
-        if any(f for name in ("stop-*", SETUP_FILES[0], TRAINING_FILE) for f in work.glob(f"stage-*/{name}")):
+        if any(
+            f for name in ("stop-*", SETUP_FILES[0], TRAINING_FILE, SEARCH_FILE) for f in work.glob(f"stage-*/{name}")
+        ):
             say([f"progress is saved in {work}: run the same command again to resume"])
         else:
             remove_resume_state(work)
@@ -160,7 +163,9 @@ def parse_path(value: str | os.PathLike[str] | None) -> Path | None:
 
 def is_resume_file(name: str) -> bool:
     """Return whether a file of that name belongs to the state of a long run."""
-    return name in (KEY_FILE, PARTIAL, TRAINING_FILE, *SETUP_FILES) or STATE_FILE.fullmatch(name) is not None
+    return (
+        name in (KEY_FILE, PARTIAL, TRAINING_FILE, SEARCH_FILE, *SETUP_FILES) or STATE_FILE.fullmatch(name) is not None
+    )
 
 
 def remove_resume_state(work: Path) -> None:

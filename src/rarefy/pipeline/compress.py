@@ -134,7 +134,7 @@ def _run(model: nn.Module, recipe: Recipe, context: RunContext, resume_dir: Path
         hint = "; evaluate.samples=24 reads less" if evaluate.data is not None else ""
         say([f"evaluating all {len(held_out)} batches, before and after{hint}"])
     before = state_of(model, recipe, held_out, progress)
-    reports, dense = _run_stages(model, recipe, context, resume_dir, timed)
+    reports, dense = run_stages(model, recipe, context, resume_dir, timed)
     rows = layer_rows(reports)
     fold_(model)
     model.rarefy_recipe = recipe.to_dict()  # type: ignore[assignment]
@@ -151,8 +151,8 @@ def _run(model: nn.Module, recipe: Recipe, context: RunContext, resume_dir: Path
     return receipt
 
 
-def _run_stages(
-    model: nn.Module, recipe: Recipe, context: RunContext, resume_dir: Path | None, keep_dense: bool
+def run_stages(
+    model: nn.Module, recipe: Recipe, context: RunContext, resume_dir: Path | None = None, keep_dense: bool = False
 ) -> tuple[list[Report], nn.Module | None]:
     """Run the stages in order; return their reports, and a copy of the dense model where one is needed."""
     for stage in recipe.stages:

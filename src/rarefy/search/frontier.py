@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from torch import nn
+
 from rarefy.common.errors import ContainerError
 from rarefy.common.report import table
 
@@ -28,6 +30,7 @@ class Point:
         predicted: what the search expected before: {"loss": ..., "milliseconds": {batch: ...}}; empty for the first
             points.
         recipe: the stages, as a recipe's dict.
+        precision: of the engine: None for fp32, "bf16" or "int8".
         layers: one row per layer or group: layer, choice, sparsity, pattern, bits, kept, milliseconds, loss, why.
         seconds: what making and measuring it took.
         error: why it could not be made; "" where it was.
@@ -41,6 +44,7 @@ class Point:
     disk_bytes: int
     memory_bytes: int
     recipe: Mapping[str, Any]
+    precision: str | None = None
     predicted: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[Mapping[str, Any], ...] = ()
     seconds: float = 0.0
@@ -50,6 +54,21 @@ class Point:
     def slowest(self) -> float:
         """The smallest speed-up of all batches; 0 for a point that could not be made."""
         return min(self.speedup.values(), default=0.0)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best model itself.
+
+    Attributes:
+        model: as it is deployed and was measured: compiled, or a decoder for a language model.
+        compressed: the torch model that it was made from; `rarefy.compress_(model, recipe, data)` gives it again.
+        point: what was measured of it.
+    """
+
+    model: Any
+    compressed: nn.Module
+    point: Point
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,8 @@ class Frontier:
         finished: why the search ended: "done", "time", "interrupted".
         batches: names of what was timed, such as "1" and "16".
         peers: other engines that were measured beside, rows of name, quality, milliseconds.
+        notes: sentences about the search.
+        best: the best model itself; None in a frontier that was read from a file, or where no model could be made.
     """
 
     metric: Mapping[str, Any]
@@ -84,6 +105,7 @@ class Frontier:
     batches: tuple[str, ...]
     peers: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    best: Best | None = field(default=None, repr=False, compare=False)
 
     @property
     def best_point(self) -> Point | None:
@@ -96,7 +118,7 @@ class Frontier:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, numbers and text."""
-        values = {f.name: getattr(self, f.name) for f in fields(Frontier)}
+        values = {name: getattr(self, name) for name in SAVED}
         values |= {"dense": asdict(self.dense), "points": [asdict(p) for p in self.points]}
         return {"schema": SCHEMA, **json.loads(json.dumps(values, allow_nan=False))}
 
@@ -121,6 +143,9 @@ class Frontier:
         return {"model": name or point.name, "quality": quality, **times, "MB": f"{point.disk_bytes / 1e6:.1f}"}
 
 
+SAVED = tuple(f.name for f in fields(Frontier) if f.name != "best")
+
+
 def pareto(points: Sequence[Point]) -> tuple[Point, ...]:
     """Return the points that no other one beats in both loss and the smallest speed-up, the fastest last."""
     measured = [p for p in points if p.loss is not None]
@@ -136,7 +161,7 @@ def frontier_from_dict(data: Any) -> Frontier:
     try:
         if data.get("schema") != SCHEMA:
             raise ContainerError(f"frontier: expected schema {SCHEMA}, got {data.get('schema')!r}")
-        values = {f.name: data[f.name] for f in fields(Frontier)}
+        values = {name: data[name] for name in SAVED}
         points = tuple(_point(p) for p in values["points"])
         frontier = Frontier(**{**values, "dense": _point(values["dense"]), "points": points})
         best = frontier.best_index

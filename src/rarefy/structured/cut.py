@@ -267,6 +267,7 @@ class _Cut:
             data=self.data,
             loss=self.loss,
             seed=self.seed,
+            removed={g.axis: g.size - self.options.counts[g.name] for g in groups} if self.options.counts else None,
         )
 
     def run(self, target: float, repairs: Sequence[str], mask_only: bool) -> tuple[Removal, dict[Axis, Tensor]]:

@@ -8,7 +8,7 @@ the output error of consumers. A new score is one function here and one line in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class ScoreInputs:
     data: Iterable[Any] | None
     loss: Loss | None
     seed: int
+    removed: Mapping[Axis, int] = field(default_factory=dict)
 
 
 def reduce_slices(slices: Slices, units: int, reduce: str, *, fair: bool) -> Tensor:
@@ -239,7 +240,7 @@ def obs(a: ScoreInputs) -> dict[Axis, Tensor]:
     errors = {}
     for g, consumers in by_group.items():
         problems = [_problem(moments[c.name], c, g) for c in _observed(g, consumers, moments)]
-        errors[g.axis] = removal_errors(problems)
+        errors[g.axis] = removal_errors(problems, a.removed.get(g.axis))
     return errors
 
 
@@ -257,8 +258,10 @@ def _by_unit(unit_of: Tensor, units: int) -> Tensor:
     return unit_of.argsort(stable=True)[int((unit_of < 0).sum()) :].view(units, -1)
 
 
-def removal_errors(problems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def removal_errors(problems: Sequence[tuple[Tensor, Tensor, Tensor]], removed: int | None = None) -> Tensor:
     """Return the total error at which each unit is removed, the cheapest first. fp64 [units].
+
+    Once `removed` units are gone, each other one gets the error at which it would be the next.
 
     Removing columns c of W and refitting the others costs tr(W_c' (Hinv_cc)^-1 W_c). The others become
     W - Hinv_:c (Hinv_cc)^-1 W_c, and Hinv loses Hinv_:c (Hinv_cc)^-1 Hinv_c: (Hassibi 1993, for sets of weights).
@@ -275,11 +278,13 @@ def removal_errors(problems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     while remaining.any():
         cost = sum(_costs(*s).cpu() for s in state)
         assert isinstance(cost, Tensor)
+        if removed is not None and int(remaining.sum()) <= units - removed:
+            return torch.where(remaining, total + cost.clamp(min=0), errors)
         count = max(1, int(remaining.sum()) // AT_ONCE)
-        removed = cost.masked_fill(~remaining, torch.inf).topk(count, largest=False).indices
-        error = sum(_remove(W, inv, columns[removed].flatten()) for W, inv, columns in state)
-        errors[removed] = total + max(error, 0.0) * torch.arange(1, count + 1, dtype=torch.float64) / count
-        total, remaining[removed] = float(errors[removed[-1]]), False
+        cheapest = cost.masked_fill(~remaining, torch.inf).topk(count, largest=False).indices
+        error = sum(_remove(W, inv, columns[cheapest].flatten()) for W, inv, columns in state)
+        errors[cheapest] = total + max(error, 0.0) * torch.arange(1, count + 1, dtype=torch.float64) / count
+        total, remaining[cheapest] = float(errors[cheapest[-1]]), False
     return errors
 
 
@@ -341,13 +346,16 @@ def unit_scores(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     seed: int = 0,
+    removed: Mapping[Axis, int] | None = None,
 ) -> dict[Axis, Tensor]:
     """Return the importance of each unit of each group, fp64 [units].
+
+    `removed` says how many units at most will be removed, where that is known: obs orders no more than these.
 
     Raises DataError where the score needs data and has none, ModelError for a group that the score does not apply to or
     scores that are not finite.
     """
-    scores = UNIT_SCORES[score].of(ScoreInputs(model, graph, groups, reduce, data, loss, seed))
+    scores = UNIT_SCORES[score].of(ScoreInputs(model, graph, groups, reduce, data, loss, seed, removed or {}))
     for g in groups:
         if not torch.isfinite(scores[g.axis]).all():
             raise ModelError(f"the {score} score of {g.name} is not finite: NaN or inf in weights or data")

@@ -1,0 +1,142 @@
+"""`rarefy optimize`: the best model for a loss that is accepted and a speed that is needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rarefy.cli import shared
+from rarefy.cli.inference_commands import example_input
+from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
+from rarefy.common.errors import RecipeError
+
+RANKED = ("retrieval", "ndcg")  # metrics that read pairs of texts
+
+
+def optimize(
+    model: ModelPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write: the best model, its recipe, all points.")],
+    data: Annotated[
+        str | None, typer.Option(help="Calibration data: text, .jsonl, images, .npz, or a built-in name.")
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            help="What is measured: perplexity, accuracy, retrieval, retrieval@10, ndcg@10, similarity, agreement, kl. "
+            "By default how well the model agrees with the dense one, which needs no labels."
+        ),
+    ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Data to measure on, in the same forms; of retrieval texts, or pairs as .jsonl with query "
+            "and text. By default a quarter of --data."
+        ),
+    ] = None,
+    max_loss: Annotated[
+        str, typer.Option(help="Largest accepted loss: 1% of the dense model's number, or points of it, such as 0.5.")
+    ] = "1%",
+    speedup: Annotated[float | None, typer.Option(help="Times as fast as the dense compiled model.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Longest call, in milliseconds.")] = None,
+    size_mb: Annotated[float | None, typer.Option(help="Largest saved model, in megabytes.")] = None,
+    memory_mb: Annotated[float | None, typer.Option(help="Largest weights in memory, in megabytes.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="What is best within the limits: latency (the default), loss, size or memory."),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size that is timed; give several.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Length of texts, by default 128.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of --data.")] = 128,
+    eval_samples: Annotated[int | None, typer.Option(min=1, help="Samples of --eval-data; by default all.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long the search may take.")] = 60.0,
+    layers: Annotated[list[str] | None, typer.Option(help="Selector of layers that may change; give several.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Selector of layers that stay; give several.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming a killed search.")] = False,
+    force: Force = False,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search the model that runs fastest on this machine within the loss you accept, and save it.
+
+    Tries the precisions of the engine, fewer neurons, heads and channels, zeros in patterns, and 4 bits, measures each
+    model as it is deployed, and keeps to the time. The output folder holds the compiled model (rarefy.load,
+    rarefy bench), recipe.yaml, which makes the torch model again (rarefy compress MODEL --recipe OUT/recipe.yaml), and
+    frontier.json with every model that was tried.
+
+    rarefy optimize minilm --data a.txt --evaluate retrieval --eval-data b.txt --max-loss 1% --minutes 30 -o fast/
+
+    Ctrl-C ends the search and saves the best model so far. After a kill, the same command goes on. Exit code 1: no
+    model keeps all limits; the nearest one is saved.
+    """
+    from rarefy.common.atomic_io import check_output_folder, resume_folder
+    from rarefy.search.optimize import optimize, save_result
+
+    check_output_folder(out, force)
+    source = shared.source(model)
+    with shared.threads(threads):
+        net, tokenizer = shared.load(source)
+        net = net.float().eval()
+        inputs = _inputs(net, tokenizer, data, evaluate, eval_data, tokens, samples, eval_samples, seed, batch)
+        with resume_folder(out, fresh) as state:
+            frontier = optimize(
+                net, inputs["example"], inputs["data"], evaluate, max_loss=_limit(max_loss), speedup=speedup,
+                latency_ms=latency_ms, size_mb=size_mb, memory_mb=memory_mb, target=target, batch=batch or (1,),
+                minutes=minutes, eval_data=inputs["eval_data"], layers=layers, ignore=ignore, seed=seed,
+                resume_dir=state / "stage-search", progress=not quiet, data_options=inputs["options"],
+            )  # fmt: skip
+            if frontier.best is not None:
+                save_result(frontier, out, overwrite=force, files=_side_files(source))
+    shared.show(frontier, as_json, quiet)
+    if frontier.best is not None and not quiet:
+        print(f"written to {out}", file=sys.stderr)
+    if not frontier.met:
+        print(f"check failed: {frontier.verdict}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _limit(text: str) -> str | None:
+    """Return the limit of loss, or None for "any"."""
+    return None if text == "any" else text
+
+
+def _inputs(
+    net: Any, tokenizer: Any, data: str | None, evaluate: str | None, eval_data: str | None, tokens: int | None,
+    samples: int, eval_samples: int | None, seed: int, batch: list[int] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the example, the batches for calibration and evaluation, and the recipe's section about the first."""
+    from rarefy.data.sources import Take, batches
+    from rarefy.data.text_pairs import pair_batches
+    from rarefy.model import hf
+    from rarefy.recipe.schema import Data
+
+    ranked = evaluate is not None and evaluate.partition("@")[0] in RANKED
+    if ranked and eval_data is None:
+        raise RecipeError(f"--evaluate {evaluate} needs texts or pairs of its own: give --eval-data FILE")
+    if data is None and eval_data is None and evaluate not in (None, "similarity", "agreement", "kl"):
+        raise RecipeError(f"--evaluate {evaluate} needs data: give --data or --eval-data")
+    length = tokens or (512 if hf.is_causal_lm(net) else 128)
+    example = example_input(net, tokens, max(batch or (1,)), tokenizer)
+    result: dict[str, Any] = {"example": example, "data": None, "eval_data": None, "options": None}
+    if data is not None:
+        take = Take(samples=samples, tokens=length, batch=8, seed=seed)
+        result["data"] = batches(data, take, tokenizer=tokenizer, what="--data")
+        place = str(Path(data).absolute()) if Path(data).exists() else data
+        result["options"] = Data(calibrate=place, samples=samples, tokens=length, batch=8, seed=seed)
+    if eval_data is not None:
+        take = Take(samples=eval_samples, tokens=length, batch=50 if ranked else 8, seed=seed)
+        read = pair_batches if ranked else batches
+        result["eval_data"] = read(eval_data, take, tokenizer=tokenizer, what="--eval-data")
+    return result
+
+
+def _side_files(source: Path) -> dict[str, bytes]:
+    """Return the files of a tokenizer and its model's configuration."""
+    from rarefy.checkpoint.export import side_files
+
+    names = ("config.json",)  # transformers needs it to find the tokenizer's class
+    return side_files(source) | {n: (source / n).read_bytes() for n in names if (source / n).is_file()}

@@ -1,0 +1,124 @@
+"""A model as it is deployed, and the time of its calls in turns with another one's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from rarefy.checkpoint.save import save
+from rarefy.compiler.compile import compile
+from rarefy.compiler.executor import Compiled
+from rarefy.evaluation.outputs import outputs, token_mask
+from rarefy.evaluation.profiling import Times, compare, rates
+from rarefy.generation.decoder import decoder
+from rarefy.model import hf
+from rarefy.model.forward import call, evaluating, without_targets
+from rarefy.pipeline.engine_evaluation import EngineModule, decode_step, resident_bytes
+from rarefy.pipeline.speed import resize_batch
+
+SECONDS = 1.5  # of calls of one model at one batch size
+REPEATS = (5, 60)  # at least and at most
+PROMPT, NEW = 256, 48  # tokens of a prompt that is timed, and tokens decoded after it
+DECODE = ("decode", "prompt")  # what is timed of causal language models: milliseconds a token, and of the prompt
+
+Deployed = Compiled | EngineModule
+
+
+def deploy(model: nn.Module, example: Any, precision: str | None, calibration: Sequence[Any]) -> Deployed:
+    """Return a model on the engine: a decoder for causal language models, else compiled.
+
+    Convolutions in 8 bits get static scales from the calibration batches.
+    """
+    with evaluating(model):
+        if hf.is_causal_lm(model):
+            return EngineModule(decoder(model, precision=precision))
+        convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+        calibrate = [without_targets(b) for b in calibration] if convolutions and precision == "int8" else None
+        return compile(model, without_targets(example), precision=precision, calibrate=calibrate or None)
+
+
+def engine_in(deployed: Deployed) -> Any:
+    """Return the compiled model or decoder itself, which `rarefy.save` takes."""
+    return deployed.engine if isinstance(deployed, EngineModule) else deployed
+
+
+def sizes_of(deployed: Deployed) -> dict[str, int]:
+    """Return the bytes of a model's weights in memory and of its saved folder."""
+    engine = engine_in(deployed)
+    with TemporaryDirectory() as place:
+        disk = save(engine, Path(place) / "model")
+    return {"memory": resident_bytes(engine), "disk": disk}
+
+
+def timed_names(model: nn.Module, batches: Sequence[int]) -> tuple[str, ...]:
+    """Return the names of what is timed: batch sizes, or the phases of a language model."""
+    return DECODE if hf.is_causal_lm(model) else tuple(str(b) for b in batches)
+
+
+def times_of(
+    models: Mapping[str, Deployed], example: Any, names: Sequence[str], vocabulary: int | None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return quartiles of milliseconds of models whose calls take turns: {batch: {model: quartiles}}.
+
+    Args:
+        models: deployed models by name.
+        example: what they can be called with; it is repeated or cut to each batch size.
+        names: what is timed, from `timed_names`.
+        vocabulary: of a language model.
+    """
+    if names == DECODE:
+        assert vocabulary is not None
+        steps = {n: decode_step(engine_in(m), PROMPT + NEW) for n, m in models.items()}
+        found = rates(steps, vocabulary, prompt=PROMPT, new=NEW, repeats=REPEATS[0])
+        tokens = {"decode": ("decode", 1), "prompt": ("prefill", PROMPT)}
+        return {n: {m: _milliseconds(r[tokens[n][0]], tokens[n][1]) for m, r in found.items()} for n in names}
+    result = {}
+    for name in names:
+        batch = resize_batch(without_targets(example), int(name))
+        runs = {n: partial(call, m, batch) for n, m in models.items()}
+        once = max(t.median for t in compare(runs, repeats=2, warmup=1).values())
+        repeats = round(min(max(SECONDS / max(once, 1e-6), REPEATS[0]), REPEATS[1]))
+        result[name] = {n: _quartiles(t) for n, t in compare(runs, repeats=repeats, warmup=1).items()}
+    return result
+
+
+def _quartiles(times: Times) -> dict[str, float]:
+    return {"median": 1e3 * times.median, "low": 1e3 * times.low, "high": 1e3 * times.high}
+
+
+def _milliseconds(rate: Mapping[str, float], tokens: int) -> dict[str, float]:
+    """Return quartiles of milliseconds from rates of tokens per second."""
+    ends = {"median": "tokens_per_second", "low": "high", "high": "low"}
+    return {name: 1e3 * tokens / rate[of] for name, of in ends.items()}
+
+
+def precisions_of(model: nn.Module) -> tuple[str | None, ...]:
+    """Return the precisions of the engine that change a model: bf16 only where it has linear layers."""
+    linear = any(isinstance(m, nn.Linear) for m in model.modules())
+    if hf.is_causal_lm(model):
+        return (None, "int8")
+    return (None, "bf16", "int8") if linear else (None, "int8")
+
+
+@torch.no_grad()
+def distance(model: nn.Module, wanted: Sequence[torch.Tensor], batches: Sequence[Any]) -> float:
+    """Return how far a model's outputs are from the wanted ones: squared distance over squared length."""
+    found = outputs_of(model, batches)
+    far = sum(float((a - b).double().square().sum()) for a, b in zip(found, wanted))
+    return far / max(sum(float(w.double().square().sum()) for w in wanted), 1e-30)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, batches: Sequence[Any]) -> list[torch.Tensor]:
+    """Return the outputs for each batch in fp32, without padding where a mask marks it."""
+    found = []
+    for inputs, output in outputs(model, batches, "", False):
+        mask = token_mask(inputs, output)
+        found.append((output if mask is None else output[mask]).float())
+    return found

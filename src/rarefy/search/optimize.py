@@ -1,0 +1,250 @@
+"""`optimize`: the best model for a loss that is accepted and a speed that is needed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rarefy.checkpoint.save import save
+from rarefy.common.atomic_io import check_output_folder, parse_path
+from rarefy.common.checks import check_int
+from rarefy.common.errors import DataError, ModelError, RecipeError
+from rarefy.common.yaml_text import write_yaml
+from rarefy.compiler.compile import check_module, check_ready
+from rarefy.evaluation.profiling import machine
+from rarefy.evaluation.quality import Metric, metric_of
+from rarefy.model.batches import count_samples
+from rarefy.model.forward import check_batches, evaluating
+from rarefy.model.layers import Selector, unwrap
+from rarefy.model.losses import Loss
+from rarefy.recipe.schema import Data
+from rarefy.search.deploy import engine_in
+from rarefy.search.frontier import Best, Frontier, Point
+from rarefy.search.journal import Journal
+from rarefy.search.search import Search, Task
+from rarefy.search.targets import check_dense, parse_targets
+
+HELD_OUT = 4  # of so many batches one is for evaluation where no other data are given
+FRONTIER, RECIPE = "frontier.json", "recipe.yaml"
+
+
+def optimize(
+    model: nn.Module,
+    example: Any,
+    data: Iterable[Any] | None = None,
+    evaluate: str | Callable[[Any], float] | Metric | None = None,
+    *,
+    max_loss: float | str | None = 0.01,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    size_mb: float | None = None,
+    memory_mb: float | None = None,
+    target: str | None = None,
+    batch: int | Sequence[int] = (1,),
+    minutes: float = 60.0,
+    eval_data: Iterable[Any] | None = None,
+    higher_is_better: bool = True,
+    layers: Selector = None,
+    ignore: Selector = None,
+    loss: Loss | None = None,
+    resume_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    data_options: Data | None = None,
+) -> Frontier:
+    """Search the model that loses least and runs fastest on this machine, within the limits that are given.
+
+    The search joins what Rarefy can do: precisions of the engine, units removed (neurons, heads, channels), weights
+    pruned in patterns, layers in 4 bits. It measures what each part of the model gains and costs, predicts the rest
+    (losses add up, SPDY, Frantar 2022; ZipLM, Kurtic 2023), makes the most promising models, measures them as they are
+    deployed, and corrects its predictions. Nothing is trained. The model itself is left as it is.
+
+    Args:
+        model: the model, in evaluation mode, on the CPU, in fp32.
+        example: what it can be called with; its length and image size are those that are timed.
+        data: batches for calibration, each like the example. Without them only the engine's precisions and cuts and
+            pruning by the size of weights are tried.
+        evaluate: how good a model is: a function of a model that returns a number, a name (perplexity, accuracy,
+            retrieval, ndcg@10, similarity, agreement, kl), or None: how well it agrees with the dense model. The
+            function gets the model as it is deployed: call it as the model itself.
+        max_loss: the largest accepted loss: a fraction of the dense model's number (0.01), or text: "1%", or
+            "0.5 points" of the number itself. None: any.
+        speedup: how many times as fast as the dense compiled model it has to be, in every batch.
+        latency_ms: the longest call, in milliseconds; of a language model the time of a token, and of a prompt.
+        size_mb: largest size of the saved model, in megabytes.
+        memory_mb: largest size of its weights in memory, in megabytes.
+        target: what is best among the models within all limits: "latency", "loss", "size" or "memory". By default
+            latency, or the loss where it has no limit.
+        batch: batch sizes that are timed. Language models are timed at decoding and reading a prompt instead.
+        minutes: how long the search may take, within 5 %. What was measured until then decides.
+        eval_data: batches that `evaluate` measures on; by default a quarter of `data`, which is then not calibrated on.
+        higher_is_better: of the number that a function returns.
+        layers: selectors of layers that may change; by default all but embeddings and head.
+        ignore: selectors of layers that stay as they are.
+        loss: callable(output, batch) for scores that read gradients.
+        resume_dir: folder for what was measured: after a kill, the same call continues from there.
+        seed: of all random choices.
+        progress: say what is measured.
+        data_options: where a recipe finds the calibration data, for the recipes of the result.
+
+    Returns:
+        A `Frontier`: `best.model` is the best model, compiled, `best.compressed` the torch model behind it; `print` it,
+        or read `points`. `met` says whether it keeps all limits; if none does, the nearest is the best.
+
+    Raises:
+        RarefyError: for a model, data or limits that do not fit, or an evaluation that fails on the dense model.
+
+    Cost: `minutes`. Memory: the dense model, two copies and two compiled models.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 8)).eval()
+        >>> x = torch.randn(64, 64)
+        >>> frontier = optimize(net, x, [x], max_loss="20%", minutes=1)
+        >>> frontier.best.model(x).shape
+        torch.Size([64, 8])
+    """
+    inner = unwrap(model)
+    check_module(inner)
+    check_ready(inner)
+    objective = target if target is not None else "loss" if max_loss is None else "latency"
+    limits = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
+    targets = parse_targets(max_loss, objective, **limits)
+    batches = _batch_sizes(batch)
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
+        raise RecipeError(f"minutes: expected a number above 0, got {minutes!r}")
+    calibration, held_out = _split(data, eval_data, evaluate, example)
+    metric = metric_of(evaluate, inner, held_out, higher_is_better=higher_is_better)
+    task = Task(
+        inner, example, calibration, metric, targets, batches, 60 * minutes, layers, ignore, loss, data_options, seed,
+        progress,
+    )  # fmt: skip
+    settings = {"metric": metric.name, "batches": list(batches), "targets": targets.to_dict(), "seed": seed}
+    settings |= {"model": _signature(inner), "samples": sum(map(count_samples, calibration))}
+    search = Search(task, Journal(parse_path(resume_dir), settings))
+    with evaluating(inner):
+        return _run(search)
+
+
+def _run(search: Search) -> Frontier:
+    """Run a search to its end, or until Ctrl-C, and return what it found."""
+    task = search.task
+    dense = search.measure_dense()
+    if dense.error:
+        raise ModelError(f"the dense model cannot be measured: {dense.error}")
+    assert dense.quality is not None
+    check_dense(task.targets, task.metric.name, dense.quality)
+    notes: tuple[str, ...] = ()
+    try:
+        finished = search.run()
+    except KeyboardInterrupt:
+        finished = "interrupted"
+    index, met = task.targets.best(search.points)
+    best = None
+    if index is not None:
+        point = search.points[index]
+        model, deployed = search.models_of(index)
+        best = Best(engine_in(deployed), model, point)
+    if task.metric.measure is not None and _constant(search.points):
+        notes += (f"{task.metric.name} is the same for all models: the search could not tell them apart",)
+    verdict = _verdict(search, index, met, finished)
+    described = {"name": task.metric.name, "higher_is_better": task.metric.higher_is_better}
+    return Frontier(
+        {**described, "scale": task.metric.scale}, task.targets.to_dict(), dense, tuple(search.points), index, met,
+        verdict, machine(), search.elapsed(), finished, search.names, (), notes, best,
+    )  # fmt: skip
+
+
+def _constant(points: Sequence[Point]) -> bool:
+    """Return whether models that differ were all measured as equally good."""
+    qualities = {p.quality for p in points if p.quality is not None}
+    return len(points) > 3 and len(qualities) == 1
+
+
+def _verdict(search: Search, index: int | None, met: bool, finished: str) -> str:
+    """Return a sentence about the best model, and what blocks the limits where it does not keep them."""
+    if index is None:
+        return "No model could be made; each point names its error."
+    targets, point = search.task.targets, search.points[index]
+    speed = ", ".join(f"{s:.2f}x at {n}" if len(point.speedup) > 1 else f"{s:.2f}x" for n, s in point.speedup.items())
+    loss = f"{point.loss:.3g} points" if targets.points else f"{100 * (point.loss or 0):.2g} %"
+    text = f"{'All limits are kept' if met else 'Not all limits are kept'}: {point.name}, {speed} as fast as the dense "
+    text += f"compiled model, {loss} of {search.task.metric.name} lost."
+    if not met:
+        over = [f"{n} by {100 * (u - 1):.0f} %" for n, u in targets.limits(point).items() if u > 1]
+        text += f" It is the nearest: it misses {', '.join(over)}. {_blocking(search)}"
+    ends = {"time": " The time was over before the search was.", "interrupted": " The search was interrupted."}
+    return (text + ends.get(finished, "")).strip()
+
+
+def _blocking(search: Search) -> str:
+    """Return a sentence about the fastest and the least lossy point."""
+    made = [p for p in search.points if p.loss is not None]
+    fastest = max(made, key=lambda p: p.slowest)
+    scale = 1.0 if search.task.targets.points else 100.0
+    unit = "points" if search.task.targets.points else "%"
+    return (
+        f"The fastest model tried is {fastest.slowest:.2f}x as fast and loses {scale * (fastest.loss or 0):.3g} {unit} "
+        f"({fastest.name})."
+    )
+
+
+def _batch_sizes(batch: int | Sequence[int]) -> tuple[int, ...]:
+    """Return checked batch sizes."""
+    sizes = (batch,) if isinstance(batch, int) else tuple(batch)
+    if not sizes:
+        raise RecipeError("batch: expected batch sizes such as (1, 16), got none")
+    return tuple(dict.fromkeys(check_int("batch", b, 1, RecipeError) for b in sizes))
+
+
+def _split(data: Any, eval_data: Any, evaluate: Any, example: Any) -> tuple[list[Any], list[Any] | None]:
+    """Return batches for calibration and for evaluation, which share none."""
+    if data is not None:
+        check_batches(data)
+    batches = [] if data is None else list(data)
+    if eval_data is not None:
+        check_batches(eval_data, "eval_data")
+        return batches, list(eval_data)
+    if callable(evaluate) or isinstance(evaluate, Metric):
+        return batches, None
+    if len(batches) < 2:
+        if evaluate is None:
+            return batches, batches or [example]
+        raise DataError(
+            f"evaluate={evaluate!r} needs data of its own: give eval_data=, or at least two batches of data"
+        )
+    count = max(1, len(batches) // HELD_OUT)
+    return batches[count:], batches[:count]
+
+
+def _signature(model: nn.Module) -> dict[str, Any]:
+    """Return what tells a model from another one: its class, its number of weights and their sums."""
+    sums = [float(p.detach().double().sum()) for p in model.parameters()]
+    return {"class": type(model).__name__, "parameters": len(sums), "sum": math.fsum(sums)}
+
+
+def save_result(
+    frontier: Frontier, folder: str | os.PathLike[str], *, overwrite: bool = False, files: Any = None
+) -> int:
+    """Save the best model with its recipe and all points as a folder that `rarefy.load` reads; return its bytes.
+
+    Args:
+        frontier: the result of `optimize`.
+        folder: where to; it appears as a whole or not at all.
+        overwrite: replace a folder of Rarefy.
+        files: more files by name, as bytes.
+
+    Raises:
+        ContainerError: if the folder cannot be written.
+        ModelError: if no model could be made.
+    """
+    check_output_folder(folder, overwrite)
+    if frontier.best is None:
+        raise ModelError("no model could be made: there is nothing to save")
+    recipe = write_yaml(dict(frontier.best.point.recipe)).encode()
+    more = {FRONTIER: (frontier.to_json() + "\n").encode(), RECIPE: recipe, **(files or {})}
+    return save(frontier.best.model, Path(folder), files=more, overwrite=overwrite)

@@ -1,0 +1,227 @@
+"""Measure what may be done to a model: its parts with their predicted losses and the time that they save."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from rarefy.common.errors import RarefyError
+from rarefy.common.progress import track
+from rarefy.dependency.graph import Graph, Group, trace
+from rarefy.model import hf
+from rarefy.model.layers import Layer, Selector
+from rarefy.search import space
+from rarefy.search.deploy import Deployed, deploy, outputs_of, times_of
+from rarefy.search.journal import Journal
+from rarefy.search.space import BITS, CUTS, LEVELS, PATTERNS, PROBE, Part
+from rarefy.structured.cut import run_cut
+from rarefy.structured.options import CutOptions
+
+PROBE_LEVELS = (0.5, 0.9)  # sparsities at which times and losses are measured; between them they are interpolated
+
+
+class PartMeasurer:
+    """Measures the parts of a model in one precision of the engine.
+
+    Args:
+        dense: the model.
+        example: what it can be called with.
+        data: calibration batches; may be empty.
+        precision: of the engine.
+        names: what is timed (`deploy.timed_names`).
+        journal: keeps what was measured.
+        layers: selectors of layers; by default all but embeddings and head.
+        ignore: selectors of layers to leave as they are.
+        has_time: whether there is time for another measurement; parts that are not measured take the mean of others.
+        progress: show progress bars.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        example: Any,
+        data: Sequence[Any],
+        precision: str | None,
+        names: Sequence[str],
+        journal: Journal,
+        layers: Selector,
+        ignore: Selector,
+        has_time: Callable[[], bool],
+        progress: bool,
+    ):
+        self.dense, self.example, self.data, self.precision, self.names = dense, example, data, precision, names
+        self.journal, self.layers, self.ignore, self.has_time = journal, layers, ignore, has_time
+        self.progress = progress
+        self.few = space.few_samples(data) if data else [example]
+        self.wanted: list[Any] = []
+        self.deployed: Deployed | None = None  # the dense model in this precision
+
+    def parts(self) -> list[Part]:
+        """Return all parts that save time, of all methods."""
+        found: list[Part] = []
+        graph = trace(self.dense, self.example)
+        for method in CUTS:
+            found += self._groups(graph, method)
+        for method in (BITS,) if hf.is_causal_lm(self.dense) else PATTERNS:
+            found += self._weights(method)
+        return found
+
+    # ---- groups ------------------------------------------------------------------------------------------------
+
+    def _groups(self, graph: Graph, method: str) -> list[Part]:
+        groups = space.cuttable_groups(self.dense, graph, method, self.layers, self.ignore)
+        if not groups:
+            return []
+        data = self.few if self.data else []
+        score = self.journal.get(
+            f"score of {method}", lambda: space.cut_score(self.dense, self.example, groups, data, method)
+        )
+        if not score:
+            return []
+        saved = self.journal.get(f"time of {method} {self.precision}", lambda: self._time_of_cut(groups, method))
+        if max(saved.values()) * space.MAX_CUT / 0.5 < space.MIN_SAVING:
+            return []
+        scores: dict[str, Any] = {}  # computed where they are needed first
+
+        def scored() -> dict[str, Any]:
+            return scores or scores.update(space.removal_scores(self.dense, graph, groups, score, data)) or scores
+
+        errors = self.journal.get(f"errors of {method}", lambda: space.local_errors(scored(), score))
+        losses = self._group_losses(groups, method, scored, errors)
+        shares = space.shares_of_groups(graph, groups)
+        return [self._group_part(g, method, errors[g.name], losses[g.name], saved, shares[g.name]) for g in groups]
+
+    def _time_of_cut(self, groups: Sequence[Group], method: str) -> dict[str, float]:
+        """Return the part of a call's time that is saved where all groups lose half of their units."""
+        smaller = copy.deepcopy(self.dense)
+        counts = {g.name: g.size - g.size // 2 for g in groups}
+        try:
+            run_cut(smaller, self.example, CutOptions(units=(method,), counts=counts, score="magnitude", repair=False))
+            return self._saved_by(smaller)
+        except RarefyError:
+            return dict.fromkeys(self.names, 0.0)
+
+    def _group_losses(
+        self, groups: Sequence[Group], method: str, scored: Callable[[], Any], errors: Mapping[str, list[float]]
+    ) -> dict[str, float]:
+        """Return the factor from each group's own error to the loss of the outputs."""
+        factors: dict[str, float] = {}
+        for g in track(groups, f"losses of {method}s", self.progress, len(groups)):
+            removed = max(1, round(g.size * PROBE))
+            key = f"loss of {method} {g.name}"
+            if key not in self.journal.values and not self.has_time():
+                continue
+            loss = self.journal.get(key, lambda g=g, n=removed: self._group_loss(g, scored()[g.name], n))
+            if loss is not None:
+                factors[g.name] = loss / max(errors[g.name][removed - 1], 1e-30)
+        return _fill(factors, [g.name for g in groups])
+
+    def _group_loss(self, group: Group, scores: Any, removed: int) -> float | None:
+        try:
+            return space.measured_group_loss(
+                self.dense, self.example, group.name, scores, removed, self.few, self._wanted()
+            )
+        except RarefyError:
+            return None
+
+    def _group_part(
+        self, group: Group, method: str, errors: list[float], factor: float, saved: Mapping[str, float], share: float
+    ) -> Part:
+        amounts = space.group_amounts(group.size, method)
+        losses = tuple(factor * errors[round(a * group.size) - 1] for a in amounts)
+        savings = {n: tuple(a / 0.5 * s * share for a in amounts) for n, s in saved.items()}
+        return Part(method, group.name, group.size, amounts, losses, savings)
+
+    # ---- weights -----------------------------------------------------------------------------------------------
+
+    def _weights(self, method: str) -> list[Part]:
+        layers = space.chosen_layers(self.dense, method, self.layers, self.ignore)
+        if not layers:
+            return []
+        levels = (1.0,) if method == BITS else PROBE_LEVELS
+        saved: dict[float, dict[str, float]] = {}
+        for level in reversed(levels):
+            key = f"time of {method} {level} {self.precision}"
+            saved[level] = self.journal.get(key, lambda v=level: self._time_of_weights(layers, method, v))
+            if max(saved[level].values()) < space.MIN_SAVING:
+                return []
+        shares = space.shares_of_layers(self.dense, layers, self.example)
+        losses = {level: self._layer_losses(layers, method, level) for level in levels}
+        return [
+            self._weight_part(l, method, {v: losses[v][l.full_name] for v in levels}, saved, shares[l.full_name])
+            for l in layers
+        ]
+
+    def _time_of_weights(self, layers: Sequence[Layer], method: str, level: float) -> dict[str, float]:
+        """Return the part of a call's time that is saved where all layers are pruned to a level, or quantized."""
+        smaller = copy.deepcopy(self.dense)
+        try:
+            if method == BITS:
+                space.quantize_(smaller, [l.full_name for l in layers])
+            else:
+                space.change_(smaller, method, {l.full_name: level for l in layers}, [])
+            return self._saved_by(smaller)
+        except RarefyError:
+            return dict.fromkeys(self.names, 0.0)
+
+    def _layer_losses(self, layers: Sequence[Layer], method: str, level: float) -> dict[str, float]:
+        copied = copy.deepcopy(self.dense)
+        of_copy = {l.full_name: l for l in space.chosen_layers(copied, method, self.layers, self.ignore)}
+        losses: dict[str, float] = {}
+        for layer in track(layers, f"losses of {method} {level:g}", self.progress, len(layers)):
+            name = layer.full_name
+            key = f"loss of {method} {level} {name}"
+            if key not in self.journal.values and not self.has_time():
+                continue
+            losses[name] = self.journal.get(
+                key,
+                lambda n=name: space.measured_layer_loss(
+                    copied, of_copy[n], method, level, self.few if self.data else [], self._wanted(), self.few
+                ),
+            )
+        return _fill(losses, [l.full_name for l in layers])
+
+    def _weight_part(
+        self, layer: Layer, method: str, losses: Mapping[float, float], saved: Mapping[float, Any], share: float
+    ) -> Part:
+        if method == BITS:
+            savings = {n: (s * share,) for n, s in saved[1.0].items()}
+            return Part(method, layer.full_name, layer.weight.numel(), (1.0,), (losses[1.0],), savings)
+        low, high = PROBE_LEVELS
+        power = math.log(max(losses[high], 1e-30) / max(losses[low], 1e-30)) / math.log(high / low)
+        predicted = tuple(losses[low] * (a / low) ** max(power, 1.0) for a in LEVELS)
+        savings = {
+            n: tuple(
+                share * (saved[low][n] + (saved[high][n] - saved[low][n]) * (a - low) / (high - low)) for a in LEVELS
+            )
+            for n in saved[low]
+        }
+        return Part(method, layer.full_name, layer.weight.numel(), LEVELS, predicted, savings)
+
+    # ---- shared ------------------------------------------------------------------------------------------------
+
+    def _wanted(self) -> list[Any]:
+        """Return the dense model's outputs on the few samples."""
+        if not self.wanted:
+            self.wanted = outputs_of(self.dense, self.few)
+        return self.wanted
+
+    def _saved_by(self, smaller: nn.Module) -> dict[str, float]:
+        """Return the part of a call's time that a smaller model saves, in turns with the dense one."""
+        if self.deployed is None:
+            self.deployed = deploy(self.dense, self.example, self.precision, self.few)
+        models = {"dense": self.deployed, "smaller": deploy(smaller, self.example, self.precision, self.few)}
+        vocabulary = getattr(getattr(self.dense, "config", None), "vocab_size", None)
+        times = times_of(models, self.example, self.names, vocabulary)
+        return {n: 1 - t["smaller"]["median"] / t["dense"]["median"] for n, t in times.items()}
+
+
+def _fill(values: dict[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Return a value for each name: where none was measured, the geometric mean of the others."""
+    logs = [math.log(max(v, 1e-30)) for v in values.values()]
+    mean = math.exp(sum(logs) / len(logs)) if logs else 1.0
+    return {n: values.get(n, mean) for n in names}

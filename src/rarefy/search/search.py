@@ -1,0 +1,454 @@
+"""The search itself: measure the precisions, predict, measure the most promising models, correct, and climb.
+
+Predictions order the models along a line: from the dense one, each next model saves more time for the least predicted
+loss (`solve.front`). True losses rise along it, so the model that a limit allows is found by bisection with
+interpolation. Then the balance between methods is varied at the same speed, as long as that helps.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from rarefy.common.errors import RarefyError
+from rarefy.common.progress import say
+from rarefy.evaluation.quality import Metric
+from rarefy.model.layers import Selector
+from rarefy.model.losses import Loss
+from rarefy.model.masks import fold_
+from rarefy.pipeline.compress import run_stages
+from rarefy.pipeline.run_data import RunContext, RunData
+from rarefy.recipe.schema import Data, Recipe
+from rarefy.search import solve, space
+from rarefy.search.deploy import Deployed, deploy, precisions_of, sizes_of, timed_names, times_of
+from rarefy.search.frontier import Point
+from rarefy.search.journal import Journal
+from rarefy.search.parts import PartMeasurer
+from rarefy.search.solve import Choice
+from rarefy.search.space import BITS, CUTS, Part
+from rarefy.search.targets import Targets
+
+NEAR = 0.01  # of the dense model's time: closer choices are not told apart
+BALANCES = (0.4, 2.5)  # factors on the losses of one method against those of the others
+RESERVED = 0.03  # of the time, for saving the result
+MAX_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is searched.
+
+    Attributes:
+        dense: the model, in evaluation mode.
+        example: what it can be called with.
+        data: calibration batches; may be empty.
+        metric: what is measured of each model.
+        targets: the limits.
+        batches: batch sizes that are timed.
+        seconds: how long the search may take.
+        layers: selectors of layers that may change.
+        ignore: selectors of layers that stay.
+        loss: for scores that read gradients.
+        data_options: where recipes read the calibration data from; None where it was given as batches.
+        seed: of all random choices.
+        progress: whether to say what is measured.
+    """
+
+    dense: nn.Module
+    example: Any
+    data: Sequence[Any]
+    metric: Metric
+    targets: Targets
+    batches: tuple[int, ...]
+    seconds: float
+    layers: Selector = None
+    ignore: Selector = None
+    loss: Loss | None = None
+    data_options: Data | None = None
+    seed: int = 0
+    progress: bool = False
+
+
+class OutOfTime(Exception):
+    """Raised where another measurement does not fit into the time."""
+
+
+class Search:
+    """One search: what it has measured so far, and the best model of it."""
+
+    def __init__(self, task: Task, journal: Journal):
+        self.task, self.journal = task, journal
+        self.began = time.perf_counter() - journal.seconds
+        self.names = timed_names(task.dense, task.batches)
+        self.points: list[Point] = []
+        self.costs: list[float] = []  # seconds of each point
+        self.dense_fast: Deployed | None = None
+        self.reference: Point | None = None
+        self.kept: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
+
+    # ---- time --------------------------------------------------------------------------------------------------
+
+    def elapsed(self) -> float:
+        """Return the seconds since the start, with those of earlier processes."""
+        return time.perf_counter() - self.began
+
+    def left(self) -> float:
+        """Return the seconds that are left for measurements."""
+        return self.task.seconds * (1 - RESERVED) - self.elapsed()
+
+    def _need_time(self, key: str) -> None:
+        """Raise OutOfTime where a point that is not in the journal would take too long."""
+        usual = sorted(self.costs)[len(self.costs) // 2] if self.costs else 0.0
+        if key not in self.journal.values and self.points and self.left() < usual:
+            raise OutOfTime
+
+    # ---- points ------------------------------------------------------------------------------------------------
+
+    def measure_dense(self) -> Point:
+        """Measure the dense model, compiled in fp32."""
+        task = self.task
+        self.dense_fast = deploy(task.dense, task.example, None, task.data)
+        self.reference = self._point("dense, fp32", None, self._stages({}))
+        return self.reference
+
+    def _point(
+        self,
+        name: str,
+        precision: str | None,
+        stages: list[Any],
+        predicted: Mapping[str, Any] | None = None,
+        rows: Sequence[Mapping[str, Any]] = (),
+    ) -> Point:
+        """Return a point, from the journal or measured."""
+        recipe = self._recipe(name, precision, stages)
+        digest = hashlib.sha256(json.dumps([recipe, precision], sort_keys=True).encode()).hexdigest()[:16]
+        key = f"point {digest}"
+        self._need_time(key)
+        known = key in self.journal.values
+        if self.task.progress and not known:
+            say([f"{self.elapsed() / 60:5.1f} min  {name}"])
+        values = self.journal.get(key, lambda: self._measured(name, recipe, precision))
+        point = Point(**{**values, "predicted": predicted or {}, "layers": tuple(rows)})
+        self.costs.append(point.seconds)
+        return point
+
+    def _measured(self, name: str, recipe: Mapping[str, Any], precision: str | None) -> dict[str, Any]:
+        """Make a model and measure it."""
+        began = time.perf_counter()
+        try:
+            model = self.make(recipe)
+            deployed = deploy(model, self.task.example, precision, self.task.data)
+            quality = self.task.metric.measure(deployed)
+            times = self._times(deployed)
+            sizes = sizes_of(deployed)
+        except RarefyError as error:
+            seconds = time.perf_counter() - began
+            return asdict(Point(name, None, None, {}, {}, 0, 0, recipe, precision, seconds=seconds, error=str(error)))
+        dense_quality = quality if self.reference is None else self.reference.quality
+        assert dense_quality is not None
+        loss = (
+            self.task.targets.loss(dense_quality, quality, self.task.metric.higher_is_better) if self.reference else 0.0
+        )
+        point = Point(
+            name, quality, loss, {n: t["model"] for n, t in times.items()},
+            {n: t["dense"]["median"] / t["model"]["median"] for n, t in times.items()},
+            sizes["disk"], sizes["memory"], recipe, precision, seconds=time.perf_counter() - began,
+        )  # fmt: skip
+        self._keep(point, model, deployed)
+        return asdict(point)
+
+    def _loss(self, quality: float) -> float:
+        """Return how much worse a quality is than the dense model's."""
+        assert self.reference is not None and self.reference.quality is not None
+        return self.task.targets.loss(self.reference.quality, quality, self.task.metric.higher_is_better)
+
+    def _times(self, deployed: Deployed) -> dict[str, dict[str, dict[str, float]]]:
+        """Return the times of a model and of the dense one, in turns."""
+        assert self.dense_fast is not None
+        models = {"model": deployed} | ({} if self.reference is None else {"dense": self.dense_fast})
+        vocabulary = getattr(getattr(self.task.dense, "config", None), "vocab_size", None)
+        times = times_of(models, self.task.example, self.names, vocabulary)
+        return {n: {"dense": t["model"], **t} for n, t in times.items()}
+
+    def _keep(self, point: Point, model: nn.Module, deployed: Deployed) -> None:
+        """Keep the model itself while it is the best one."""
+        index, _ = self.task.targets.best([*self.points, point])
+        if index == len(self.points):
+            self.kept = (index, model, deployed)
+
+    def models_of(self, index: int) -> tuple[nn.Module, Deployed]:
+        """Return the model of a point and how it is deployed; one that is not kept any more is made again."""
+        if self.kept is not None and self.kept[0] == index:
+            return self.kept[1:]
+        point = self.points[index]
+        model = self.make(point.recipe)
+        return model, deploy(model, self.task.example, point.precision, self.task.data)
+
+    def add(self, point: Point) -> Point:
+        """Add a point to those that were tried."""
+        self.points.append(point)
+        return point
+
+    def make(self, recipe: Mapping[str, Any]) -> nn.Module:
+        """Return the dense model after the stages of a recipe."""
+        parsed = Recipe(**recipe)
+        model = copy.deepcopy(self.task.dense)
+        data = {"calibrate": list(self.task.data)} if self.task.data else None
+        context = RunContext(RunData(parsed, data), self.task.loss)
+        run_stages(model, parsed, context)
+        fold_(model)
+        return model.eval()
+
+    def _recipe(self, name: str, precision: str | None, stages: list[Any]) -> dict[str, Any]:
+        about = f"Found by rarefy optimize; compile with precision={precision!r}."
+        data = {} if self.task.data_options is None else {"data": self.task.data_options.model_dump(mode="json")}
+        return {"name": name, "about": about, "stages": stages, **data, "seed": self.task.seed}
+
+    def _stages(self, amounts: Mapping[tuple[str, str], float], parts: Sequence[Part] = ()) -> list[dict[str, Any]]:
+        """Return the stages of a choice; a cast to fp32, which changes nothing, where there is none."""
+        by_method: dict[str, dict[str, Any]] = {}
+        for part in parts:
+            amount = amounts.get(part.key, 0.0)
+            if amount:
+                left = part.units_left(amount) if part.method in CUTS else amount
+                by_method.setdefault(part.method, {})[part.name] = left
+        stages = []
+        for method, chosen in by_method.items():
+            if method in CUTS:
+                stages.append(space.cut_stage(method, chosen, self.journal.values[f"score of {method}"]))
+            else:
+                stages.append(space.weight_stages(method, chosen, bool(self.task.data)))
+        return stages or [{"cast": {"dtype": "fp32"}}]
+
+    # ---- the search --------------------------------------------------------------------------------------------
+
+    def run(self) -> str:
+        """Search until nothing is left to try or the time is over; return why it ended."""
+        if self.reference is None:
+            self.measure_dense()
+        try:
+            precision = self._precisions()
+            parts = self._parts(precision)
+            if parts:
+                self._search(precision, parts)
+        except OutOfTime:
+            return "time"
+        return "done"
+
+    def _precisions(self) -> str | None:
+        """Measure the dense model in every precision; return the one to search in: the fastest within the limit."""
+        assert self.reference is not None
+        self.add(replace(self.reference, speedup=dict.fromkeys(self.names, 1.0)))
+        for precision in precisions_of(self.task.dense)[1:]:
+            self.add(self._point(f"dense, {precision}", precision, self._stages({})))
+        measured = [p for p in self.points if p.loss is not None]
+        limit = self.task.targets.max_loss
+        within = [p for p in measured if limit is None or p.loss <= limit] or measured  # type: ignore[operator]
+        return max(within, key=lambda p: p.slowest).precision
+
+    def _parts(self, precision: str | None) -> list[Part]:
+        """Return the parts of the model; their losses may take a third of the time that is left."""
+        task, until = self.task, self.elapsed() + self.left() / 3
+        measurer = PartMeasurer(
+            task.dense, task.example, task.data, precision, self.names, self.journal, task.layers, task.ignore,
+            lambda: self.elapsed() < until, task.progress,
+        )  # fmt: skip
+        if self.left() < 2 * max(self.costs, default=0.0):
+            raise OutOfTime
+        return measurer.parts()
+
+    def _search(self, precision: str | None, parts: list[Part]) -> None:
+        """Find the choice at the limit for one balance of the methods after the other."""
+        scales: dict[str, float] = {}
+        best = self._along(precision, parts, scales)
+        methods = sorted({p.method for p in parts})
+        improved = len(methods) > 1
+        while improved:
+            improved = False
+            for method in methods:
+                for factor in BALANCES:
+                    trial = {**scales, method: scales.get(method, 1.0) * factor}
+                    found = self._along(precision, parts, trial, start=best)
+                    if found is not None and (best is None or self._better(found, best)):
+                        best, scales, improved = found, trial, True
+
+    def _better(self, a: Point, b: Point) -> bool:
+        index, _ = self.task.targets.best([b, a])
+        return index == 1
+
+    def _along(
+        self, precision: str | None, parts: list[Part], scales: Mapping[str, float], start: Point | None = None
+    ) -> Point | None:
+        """Find the best choice along one line of predictions; with `start`, only if its neighbourhood is better.
+
+        The line goes from the dense model to the fastest. What has to be kept on the way is kept before some choice
+        (the loss) or after some choice (time, bytes).
+        """
+        choices = solve.front(parts, scales)
+        base = next(p for p in self.points if p.precision == precision and p.loss is not None)
+        seen: dict[int, Point] = {0: base}
+        low, high = 0, len(choices)  # the last one known to keep the loss, the first one known not to
+        index = self._first_guess(choices, base, start)
+        best: Point | None = None
+        while index not in seen and len(self.points) < MAX_POINTS:
+            point = self.add(self._choice(precision, parts, choices[index], seen, choices))
+            seen[index] = point
+            if point.loss is None:
+                choices = choices[:index]
+                high = min(high, index)
+            elif self._goes_on(point):
+                low = max(low, index)
+            else:
+                high = min(high, index)
+            if point.loss is not None and (best is None or self._better(point, best)):
+                best = point
+            if start is not None and best is not None and not self._better(best, start):
+                return best  # this balance is no better at the speed of the best one
+            index = self._next(choices, seen, low, high)
+        return best
+
+    def _goes_on(self, point: Point) -> bool:
+        """Return whether a faster choice is wanted: the loss allows it, or time and bytes need it."""
+        targets = self.task.targets
+        used = targets.limits(point)
+        loss_kept = used.pop("max_loss", 0.0) <= 1
+        rest_kept = all(u <= 1 for u in used.values())
+        return not rest_kept if targets.objective == "loss" else loss_kept
+
+    def _first_guess(self, choices: Sequence[Choice], base: Point, start: Point | None) -> int:
+        """Return where to begin: at the time of the best point, at the time that is asked for, or at a third."""
+        if start is not None:
+            saving = 1 - _mean(base.speedup) / _mean(start.speedup)
+        elif self.task.targets.speedup is not None and self.task.targets.speedup > base.slowest:
+            saving = 1 - base.slowest / self.task.targets.speedup
+        else:
+            saving = choices[-1].saving / 3
+        return max(1, solve.at_saving(choices, saving)) if len(choices) > 1 else 0
+
+    def _next(self, choices: Sequence[Choice], seen: Mapping[int, Point], low: int, high: int) -> int:
+        """Return the next choice to measure, or one that was seen where the bracket is narrow enough."""
+        high = min(high, len(choices))
+        if high == len(choices):
+            if low >= len(choices) - 1:
+                return low
+            saving = choices[low].saving + max((choices[-1].saving - choices[low].saving) / 2, NEAR)
+            return min(max(solve.at_saving(choices, saving), low + 1), len(choices) - 1)
+        if high - low <= 1 or choices[high].saving - choices[low].saving < NEAR:
+            return low
+        guess = self._interpolated(choices, seen, low, high)
+        width = choices[high].saving - choices[low].saving
+        inside = min(max(guess, choices[low].saving + 0.15 * width), choices[high].saving - 0.15 * width)
+        return min(max(solve.at_saving(choices, inside), low + 1), high - 1)
+
+    def _interpolated(self, choices: Sequence[Choice], seen: Mapping[int, Point], low: int, high: int) -> float:
+        """Return the saving at which the limit is expected, from predicted and measured losses of both ends."""
+        a, b, limit = seen[low].loss, seen[high].loss, self.task.targets.max_loss
+        middle = (choices[low].saving + choices[high].saving) / 2
+        if a is None or b is None or limit is None or self.task.targets.objective == "loss" or b <= a:
+            return middle
+        predicted = choices[low].loss + (limit - a) / (b - a) * (choices[high].loss - choices[low].loss)
+        return choices[solve.at_loss(choices, predicted)].saving
+
+    def _choice(
+        self,
+        precision: str | None,
+        parts: list[Part],
+        choice: Choice,
+        seen: Mapping[int, Point],
+        choices: Sequence[Choice],
+    ) -> Point:
+        """Measure one choice."""
+        name = describe(choice, parts, precision)
+        predicted = self._predicted(choice, parts, precision, seen, choices)
+        rows = self._rows(choice, parts, precision)
+        return self._point(name, precision, self._stages(choice.amounts, parts), predicted, rows)
+
+    def _predicted(
+        self,
+        choice: Choice,
+        parts: Sequence[Part],
+        precision: str | None,
+        seen: Mapping[int, Point],
+        choices: Sequence[Choice],
+    ) -> dict[str, Any]:
+        """Return the expected loss and milliseconds of a choice, corrected by the points measured before."""
+        base = seen[0]
+        saved = dict.fromkeys(self.names, 0.0)
+        for part in parts:
+            amount = choice.amounts.get(part.key)
+            if amount is not None:
+                at = part.amounts.index(amount)
+                saved = {n: s + part.savings[n][at] for n, s in saved.items()}
+        others = [(choices[i], p) for i, p in seen.items() if i and i < len(choices) and p.loss is not None]
+        correction = _correction([(c.saving, 1 - _mean(base.speedup) / _mean(p.speedup)) for c, p in others])
+        milliseconds = {n: base.milliseconds[n]["median"] * (1 - correction * s) for n, s in saved.items()}
+        known = sorted([(0.0, base.loss), *((c.loss, p.loss) for c, p in others)])
+        loss = _line(known, choice.loss) if others else None  # type: ignore[arg-type]
+        return {"milliseconds": milliseconds, **({} if loss is None else {"loss": loss})}
+
+    def _rows(self, choice: Choice, parts: Sequence[Part], precision: str | None) -> tuple[dict[str, Any], ...]:
+        """Return a row for each part: what is done with it, and why."""
+        base = next(p for p in self.points if p.precision == precision and p.milliseconds)
+        whole = sum(t["median"] for t in base.milliseconds.values()) / len(base.milliseconds)
+        rows = []
+        for part in parts:
+            amount = choice.amounts.get(part.key, 0.0)
+            at = part.amounts.index(amount) if amount else None
+            means = solve.mean_savings(part)
+            cheapest = min(range(len(means)), key=lambda i: part.losses[i] / max(means[i], 1e-12))
+            each = part.losses[cheapest] / max(100 * means[cheapest], 1e-9)
+            rows.append({
+                "layer": part.name, "choice": part.method if at is not None else "as it is",
+                "sparsity": amount if part.method not in (*CUTS, BITS) else 0.0,
+                "pattern": part.method if part.method not in (*CUTS, BITS) else "",
+                "bits": 4 if part.method == BITS and at is not None else {None: 32, "bf16": 16, "int8": 8}[precision],
+                "kept": f"{part.units_left(amount)} of {part.size}" if part.method in CUTS else "",
+                "milliseconds": 0.0 if at is None else whole * means[at],
+                "loss": 0.0 if at is None else part.losses[at],
+                "why": f"a hundredth of the time costs a loss of {each:.2g} or more",
+            })  # fmt: skip
+        return tuple(rows)
+
+
+def describe(choice: Choice, parts: Sequence[Part], precision: str | None) -> str:
+    """Return a choice in short, such as "int8, 25 % fewer neurons, 10 % fewer heads"."""
+    words = [precision or "fp32"]
+    for method in dict.fromkeys(p.method for p in parts):
+        sizes = [(p.size, choice.amounts.get(p.key, 0.0)) for p in parts if p.method == method]
+        share = sum(size * amount for size, amount in sizes) / max(sum(size for size, _ in sizes), 1)
+        if share:
+            percent = f"{100 * share:.0f} %"
+            words.append(
+                f"{percent} fewer {method}s"
+                if method in CUTS
+                else f"{percent} in 4 bits"
+                if method == BITS
+                else f"{percent} zeros ({method})"
+            )
+    return ", ".join(words)
+
+
+def _mean(speedup: Mapping[str, float]) -> float:
+    """Return the dense time over the mean of relative times."""
+    return len(speedup) / sum(1 / s for s in speedup.values())
+
+
+def _correction(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the factor that brings predicted savings closest to measured ones; 1 where nothing was measured."""
+    squares = sum(p * p for p, _ in pairs)
+    return sum(p * m for p, m in pairs) / squares if squares else 1.0
+
+
+def _line(known: Sequence[tuple[float, float]], x: float) -> float:
+    """Return the value at x on straight lines through known points, the last one continued."""
+    pairs = list(pairwise(known))
+    (x0, y0), (x1, y1) = next((p for p in pairs if x <= p[1][0]), pairs[-1])
+    return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)

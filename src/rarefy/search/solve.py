@@ -1,0 +1,83 @@
+"""Which amounts of all parts lose least for the time they save: the lower convex hull of each part, joined by slope.
+
+Losses and savings of parts add up. On the hull of a part each step costs more loss for the same time than the one
+before, so taking the steps of all parts in the order of their slopes gives, at each total saving that it reaches, the
+least loss (the Lagrangian relaxation of the multiple-choice knapsack; Sinha and Zoltners 1979).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rarefy.search.space import Amounts, Part
+
+
+@dataclass(frozen=True)
+class Step:
+    """One amount more of one part."""
+
+    part: Part
+    amount: float
+    loss: float  # more than before
+    saving: float  # more than before, the mean over all that is timed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Amounts of all parts, and what is predicted of them."""
+
+    amounts: Amounts
+    loss: float
+    saving: float
+
+
+def mean_savings(part: Part) -> list[float]:
+    """Return the saving of each amount, the mean over all that is timed."""
+    return [sum(values) / len(values) for values in zip(*part.savings.values())]
+
+
+def hull(part: Part, scale: float = 1.0) -> list[Step]:
+    """Return the steps of a part, each with a larger loss for the time it saves than the one before.
+
+    >>> part = Part("head", "a", 4, (0.25, 0.5, 0.75), (1.0, 1.5, 9.0), {"1": (0.1, 0.2, 0.3)})
+    >>> [(s.amount, s.loss) for s in hull(part)]
+    [(0.5, 1.5), (0.75, 7.5)]
+    """
+    points = [(0.0, 0.0, 0.0), *zip(mean_savings(part), (scale * l for l in part.losses), part.amounts)]
+    steps, at = [], 0
+    while at < len(points) - 1:
+        saving, loss, _ = points[at]
+        ahead = [i for i in range(at + 1, len(points)) if points[i][0] > saving]
+        if not ahead:
+            break
+        following = min(ahead, key=lambda i: ((points[i][1] - loss) / (points[i][0] - saving), -i))
+        s, l, amount = points[following]
+        steps.append(Step(part, amount, max(l - loss, 0.0), s - saving))
+        at = following
+    return steps
+
+
+def front(parts: Sequence[Part], scales: Mapping[str, float] | None = None) -> list[Choice]:
+    """Return choices of rising saving, each with the least predicted loss; the first changes nothing. O(steps log).
+
+    `scales` multiplies the losses of a method.
+    """
+    scales = scales or {}
+    steps = [s for part in parts for s in hull(part, scales.get(part.method, 1.0))]
+    choices = [Choice({}, 0.0, 0.0)]
+    for step in sorted(steps, key=lambda s: s.loss / s.saving):
+        last = choices[-1]
+        amounts = {**last.amounts, step.part.key: step.amount}
+        choices.append(Choice(amounts, last.loss + step.loss, last.saving + step.saving))
+    return choices
+
+
+def at_loss(choices: Sequence[Choice], loss: float) -> int:
+    """Return the number of the last choice whose predicted loss is at most this."""
+    return max((i for i, c in enumerate(choices) if c.loss <= loss), default=0)
+
+
+def at_saving(choices: Sequence[Choice], saving: float) -> int:
+    """Return the number of the first choice that saves this, or the last."""
+    return next((i for i, c in enumerate(choices) if c.saving >= saving), len(choices) - 1)

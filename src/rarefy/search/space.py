@@ -1,0 +1,252 @@
+"""What may be done to each part of a model: the predicted loss and the time saved by each amount of it.
+
+A part is a group of units (neurons, heads, channels) that can be removed together, or the weight of a layer that can be
+pruned in a pattern or quantized to 4 bits. Losses are squared distances of the model's outputs where this part alone is
+changed; they add up for small changes. Times are those of the dense model's call in the same precision, taken as 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rarefy.common.errors import RarefyError
+from rarefy.dependency.graph import Graph, Group, trace
+from rarefy.model.batches import count_samples, first_samples
+from rarefy.model.forward import call, evaluating, temporary_hooks, without_targets
+from rarefy.model.layers import Layer, Selector, select_layers
+from rarefy.model.masks import fold_
+from rarefy.prune.options import PruneOptions
+from rarefy.prune.prune import run_prune
+from rarefy.quantization.config import QuantizeOptions
+from rarefy.quantization.quantize import run_quantize
+from rarefy.search.deploy import distance
+from rarefy.structured.compensation import REPAIRS
+from rarefy.structured.cut import remove_and_compensate, run_cut
+from rarefy.structured.group_selection import select_groups
+from rarefy.structured.importance import unit_scores
+from rarefy.structured.options import CutOptions
+from rarefy.structured.unit_selection import flops, groups_by_signature, keep_masks
+
+CUTS = ("neuron", "head", "channel")
+PATTERNS = ("1x4", "4x1", "unstructured")
+LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities
+BITS, GROUP = "4 bits", 32  # and the inputs that share a scale
+MAX_CUT = 0.75  # no group loses more than this fraction
+CHOICES = 24  # amounts of a group, about
+SAMPLES = 32  # for losses
+PROBE = 0.3  # fraction of a group that is removed to measure its loss
+MIN_SAVING = 0.03  # a method that saves less of a call's time at its largest amount is left out
+CUT_SCORES = ("obs", "fluctuation", "magnitude")  # the first that the groups support
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model, and what an amount of a method does to it.
+
+    Attributes:
+        method: neuron, head or channel (removed), a pattern (pruned), or "4 bits".
+        name: of the group or layer.
+        size: units of the group, or weights of the layer.
+        amounts: fractions that may be removed or pruned, rising; of 4 bits 1.
+        losses: predicted loss of each amount.
+        savings: by name of what is timed, the part of the call's time that each amount saves.
+    """
+
+    method: str
+    name: str
+    size: int
+    amounts: tuple[float, ...]
+    losses: tuple[float, ...]
+    savings: Mapping[str, tuple[float, ...]]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The method and the name, which no other part shares."""
+        return self.method, self.name
+
+    def units_left(self, amount: float) -> int:
+        """Return the units that stay at an amount."""
+        return self.size - round(self.size * amount)
+
+
+Amounts = Mapping[tuple[str, str], float]  # by Part.key; what is missing is left as it is
+
+
+# ---- groups of units -----------------------------------------------------------------------------------------------
+
+
+def step_of(size: int, method: str) -> int:
+    """Return the number of units that are removed at once, so that about CHOICES amounts result."""
+    if method == "head":
+        return 1
+    for step in (256, 128, 64, 32, 16, 8, 4, 2):
+        if size % step == 0 and size / step >= 6:
+            return step if size / step <= 2 * CHOICES else step * round(size / step / CHOICES)
+    return 1
+
+
+def group_amounts(size: int, method: str) -> tuple[float, ...]:
+    """Return the fractions of a group that may be removed."""
+    step = step_of(size, method)
+    return tuple(n / size for n in range(step, int(size * MAX_CUT) + 1, step))
+
+
+def cuttable_groups(
+    model: nn.Module, graph: Graph, method: str, layers: Selector, ignore: Selector
+) -> tuple[Group, ...]:
+    """Return the groups of a kind that can lose units."""
+    try:
+        groups = select_groups(model, graph, (method,), layers, ignore)
+    except RarefyError:
+        return ()
+    return tuple(g for g in groups if group_amounts(g.size, method))
+
+
+def cut_stage(method: str, counts: Mapping[str, int], score: str) -> dict[str, Any]:
+    """Return the recipe's stage that leaves so many units in each group."""
+    return {"cut": {"units": method, "counts": dict(counts), "score": score}}
+
+
+def cut_score(model: nn.Module, example: Any, groups: Sequence[Group], data: Sequence[Any], method: str) -> str:
+    """Return the first score that these groups support; each that reads data only where there is some.
+
+    One group of each structure is tried, the smallest.
+    """
+    kinds = groups_by_signature(groups)
+    counts = {g.name: g.size - 1 for g in (min(same, key=lambda g: g.size) for same in kinds)}
+    for score in CUT_SCORES if data else CUT_SCORES[-1:]:
+        try:
+            options = CutOptions(units=(method,), counts=counts, score=score)
+            run_cut(copy.deepcopy(model), example, options, few_samples(data, 2) or None, dry_run=True)
+        except RarefyError:
+            continue
+        return score
+    return ""
+
+
+def removal_scores(
+    model: nn.Module, graph: Graph, groups: Sequence[Group], score: str, data: Sequence[Any]
+) -> dict[str, torch.Tensor]:
+    """Return the importance of the units of each group, by its name."""
+    scores = unit_scores(model, graph, groups, score, data=data or None)
+    return {g.name: scores[g.axis] for g in groups}
+
+
+def local_errors(scores: Mapping[str, torch.Tensor], score: str) -> dict[str, list[float]]:
+    """Return the error of each group's consumers after its n cheapest units are gone, n = 1 to all.
+
+    With obs it is that of refitted weights. Other scores have no such error: that of a square is taken, as for units
+    that are removed in a random order.
+    """
+    if score == "obs":
+        return {name: s.sort().values.tolist() for name, s in scores.items()}
+    return {name: [(n / len(s)) ** 2 for n in range(1, len(s) + 1)] for name, s in scores.items()}
+
+
+def measured_group_loss(
+    model: nn.Module, example: Any, name: str, scores: torch.Tensor, removed: int, data: Sequence[Any], wanted: Any
+) -> float:
+    """Return the loss where one group loses so many units and the others compensate."""
+    smaller = copy.deepcopy(model)
+    graph = trace(smaller, example)
+    group = next(g for g in graph.groups if g.name == name)
+    masks = keep_masks({group.axis: scores}, {group.axis: group.size - removed})
+    remove_and_compensate(smaller, example, graph, masks, REPAIRS, data)
+    return distance(smaller, wanted, data)
+
+
+def shares_of_groups(graph: Graph, groups: Sequence[Group]) -> dict[str, float]:
+    """Return the part of the operations saved by halving all groups that each one saves."""
+    whole = flops(graph, {})
+    saved = {g.name: whole - flops(graph, {g.axis: g.size - g.size // 2}) for g in groups}
+    total = max(sum(saved.values()), 1)
+    return {name: s / total for name, s in saved.items()}
+
+
+# ---- weights of layers ---------------------------------------------------------------------------------------------
+
+
+def weight_stages(method: str, amounts: Mapping[str, float], has_data: bool) -> dict[str, Any]:
+    """Return the recipe's stage that prunes or quantizes these layers."""
+    if method == BITS:
+        solver = {"solver": "obs"} if has_data else {}
+        return {"quantize": {"weights": "int4", "group": GROUP, "layers": list(amounts), **solver}}
+    solver = {"solver": "admm"} if has_data else {"score": "magnitude"}
+    return {"prune": {"pattern": method, "per_layer": dict(amounts), **solver}}
+
+
+def shares_of_layers(model: nn.Module, layers: Sequence[Layer], example: Any) -> dict[str, float]:
+    """Return each layer's part of the multiply-adds of all of them in a call."""
+    positions: dict[str, int] = {}
+
+    def hook(name: str, outputs: int) -> Callable[..., None]:
+        def count(module: nn.Module, inputs: Any, out: Any) -> None:
+            positions[name] = positions.get(name, 0) + out.numel() // outputs if isinstance(out, torch.Tensor) else 1
+
+        return count
+
+    handles = [l.module.register_forward_hook(hook(l.full_name, len(l.weight))) for l in layers]
+    with temporary_hooks(handles), evaluating(model), torch.no_grad():
+        call(model, without_targets(example))
+    work = {l.full_name: l.weight.numel() * positions.get(l.full_name, 0) for l in layers}
+    total = max(sum(work.values()), 1)
+    return {name: w / total for name, w in work.items()}
+
+
+def measured_layer_loss(
+    model: nn.Module, layer: Layer, method: str, amount: float, data: Sequence[Any], wanted: Any, judged: Sequence[Any]
+) -> float:
+    """Return the loss where one layer alone is pruned by the size of weights and inputs, or rounded to 4 bits.
+
+    `judged` holds the batches whose outputs `wanted` are. The model is as before afterwards.
+    """
+    before = layer.original.detach().clone()
+    try:
+        change_(model, method, {layer.full_name: amount}, data)
+        return distance(model, wanted, judged)
+    finally:
+        with torch.no_grad():
+            layer.original.copy_(before)
+
+
+def change_(model: nn.Module, method: str, amounts: Mapping[str, float], data: Sequence[Any]) -> None:
+    """Prune or round layers in place, quickly, without moving weights."""
+    if method == BITS:
+        for name in amounts:
+            module = model.get_submodule(name)
+            rounded = nn.Sequential(copy.deepcopy(module))  # apart, so that the model keeps no note of the grid
+            quantize_(rounded, ["*"])
+            with torch.no_grad():
+                module.weight.copy_(rounded[0].weight)  # type: ignore[operator, arg-type]
+    else:
+        score = "wanda" if data else "magnitude"
+        run_prune(model, PruneOptions(pattern=method, per_layer=dict(amounts), score=score), data or None)
+        fold_(model)
+
+
+def quantize_(model: nn.Module, layers: Sequence[str]) -> None:
+    """Round layers to 4 bits in place, to the nearest."""
+    run_quantize(model, QuantizeOptions(weights="int4", group=GROUP, layers=tuple(layers)))
+
+
+def chosen_layers(model: nn.Module, method: str, layers: Selector, ignore: Selector) -> list[Layer]:
+    """Return the layers whose weights a method may change."""
+    kinds = (nn.Linear,) if method == BITS else (nn.Linear, nn.Conv2d)
+    return [l for l in select_layers(model, layers, ignore) if isinstance(l.module, kinds) and len(l.owners) == 1]
+
+
+def few_samples(data: Sequence[Any], samples: int = SAMPLES) -> list[Any]:
+    """Return the first samples of data, in batches."""
+    found, count = [], 0
+    for batch in data:
+        if count >= samples:
+            break
+        found.append(first_samples(batch, min(samples - count, count_samples(batch))))
+        count += count_samples(found[-1])
+    return found

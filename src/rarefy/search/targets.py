@@ -1,0 +1,144 @@
+"""What a search is asked for: limits of loss, time and bytes, and what is made as small as possible within them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rarefy.common.errors import RecipeError, unknown
+from rarefy.search.frontier import Point
+
+OBJECTIVES = ("latency", "loss", "size", "memory")
+LOSS = re.compile(r"(-?[0-9]*\.?[0-9]+)\s*(%|points?)?")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Limits that a model has to keep, and what is minimized within them.
+
+    Attributes:
+        max_loss: the largest accepted loss, a fraction of the dense model's metric, or points of it; None: any.
+        points: whether `max_loss` counts points of the metric.
+        speedup: times as fast as the dense compiled model, in every timed batch; None: any.
+        latency_ms: the longest accepted call in each timed batch; None: any.
+        size_mb: megabytes (10^6 bytes) of the saved model.
+        memory_mb: megabytes of its weights in memory.
+        objective: latency, loss, size or memory: what is minimized among models that keep all limits.
+    """
+
+    max_loss: float | None = 0.01
+    points: bool = False
+    speedup: float | None = None
+    latency_ms: float | None = None
+    size_mb: float | None = None
+    memory_mb: float | None = None
+    objective: str = "latency"
+
+    def loss(self, dense: float, quality: float, higher_is_better: bool) -> float:
+        """Return how much worse a quality is than the dense model's, as a fraction or in points."""
+        worse = dense - quality if higher_is_better else quality - dense
+        return worse if self.points else worse / abs(dense)
+
+    def limits(self, point: Point) -> dict[str, float]:
+        """Return, for each limit, how much of it a point uses; above 1 it is exceeded. Losses are shifted by one."""
+        used: dict[str, float] = {}
+        if self.max_loss is not None and point.loss is not None:
+            used["max_loss"] = 1 + (point.loss - self.max_loss) / max(abs(self.max_loss), 1e-6)
+        if self.speedup is not None:
+            used["speedup"] = self.speedup / max(point.slowest, 1e-9)
+        if self.latency_ms is not None:
+            used["latency_ms"] = max(t["median"] for t in point.milliseconds.values()) / self.latency_ms
+        if self.size_mb is not None:
+            used["size_mb"] = point.disk_bytes / 1e6 / self.size_mb
+        if self.memory_mb is not None:
+            used["memory_mb"] = point.memory_bytes / 1e6 / self.memory_mb
+        return used
+
+    def value(self, point: Point) -> float:
+        """Return what is minimized."""
+        return {
+            "latency": -point.slowest,
+            "loss": math.inf if point.loss is None else point.loss,
+            "size": point.disk_bytes,
+            "memory": point.memory_bytes,
+        }[self.objective]
+
+    def best(self, points: Sequence[Point]) -> tuple[int | None, bool]:
+        """Return the number of the best point and whether it keeps all limits; else it is the one that comes nearest.
+
+        None where no point could be made.
+        """
+        made = [(i, p) for i, p in enumerate(points) if p.loss is not None]
+        if not made:
+            return None, False
+        keeping = [(i, p) for i, p in made if all(u <= 1 + 1e-9 for u in self.limits(p).values())]
+        if keeping:
+            return min(keeping, key=lambda ip: self.value(ip[1]))[0], True
+        return min(made, key=lambda ip: (max(self.limits(ip[1]).values()), self.value(ip[1])))[0], False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the limits that are set, as text by name."""
+        loss = None
+        if self.max_loss is not None:
+            loss = f"{self.max_loss:g} points" if self.points else f"{100 * self.max_loss:g} %"
+        given = {
+            "max_loss": loss,
+            "speedup": None if self.speedup is None else f"{self.speedup:g}x",
+            "latency_ms": self.latency_ms,
+            "size_mb": self.size_mb,
+            "memory_mb": self.memory_mb,
+        }
+        return {**{k: v for k, v in given.items() if v is not None}, "objective": self.objective}
+
+
+def parse_loss(value: float | str | None) -> tuple[float | None, bool]:
+    """Return a limit of loss and whether it is in points of the metric.
+
+    A number is a fraction of the dense model's metric. In text "1%" is a fraction, "1" and "1 point" are points.
+
+    >>> parse_loss(0.01), parse_loss("1%"), parse_loss("0.5 points")
+    ((0.01, False), (0.01, False), (0.5, True))
+    """
+    if value is None:
+        return None, False
+    if isinstance(value, str):
+        match = LOSS.fullmatch(value.strip())
+        if match is None:
+            raise RecipeError(f"max_loss: expected a percentage such as 1%, or points such as 0.5, got {value!r}")
+        return (float(match[1]) / 100, False) if match[2] == "%" else (float(match[1]), True)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RecipeError(f"max_loss: expected a fraction such as 0.01, or text such as '1%', got {value!r}")
+    if abs(value) >= 1:
+        raise RecipeError(
+            f"max_loss: a number is a fraction of the dense model's metric, got {value!r}; "
+            f"'{value:g}%' and '{value:g} points' are text"
+        )
+    return float(value), False
+
+
+def parse_targets(max_loss: float | str | None, objective: str, **limits: float | None) -> Targets:
+    """Return checked targets; RecipeError for what is no limit or contradicts itself."""
+    loss, points = parse_loss(max_loss)
+    if objective not in OBJECTIVES:
+        raise RecipeError(unknown("target", objective, OBJECTIVES))
+    for name, value in limits.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        if value is not None and not number:
+            raise RecipeError(f"{name}: expected a number above 0, got {value!r}")
+    targets = Targets(loss, points, objective=objective, **limits)
+    if targets.speedup is not None and targets.latency_ms is not None:
+        raise RecipeError("speedup and latency_ms both limit the time of a call: give one of them")
+    if loss is None and objective != "loss" and not any(v is not None for v in limits.values()):
+        raise RecipeError("nothing limits the loss: give max_loss, or what must be reached, such as speedup")
+    return targets
+
+
+def check_dense(targets: Targets, metric: str, quality: float) -> None:
+    """Raise where a relative loss means nothing."""
+    if targets.max_loss is not None and not targets.points and quality == 0:
+        raise RecipeError(
+            f"max_loss is a fraction of the dense model's {metric}, which is 0: give points, such as '0.5 points'"
+        )

@@ -1,0 +1,276 @@
+"""`optimize` on small models: limits, errors, time, resuming, and recipes that give the same weights."""
+
+import copy
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from rarefy.common.errors import ContainerError, DataError, ModelError, RarefyError, RecipeError
+from rarefy.search import search as search_module
+from rarefy.search.frontier import frontier_from_dict
+from rarefy.search.optimize import save_result
+
+X = torch.randn(192, 48, generator=torch.Generator().manual_seed(0))
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second, self.head = nn.Linear(48, 384), nn.Linear(384, 384), nn.Linear(384, 10)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+NET = Classifier().eval()
+LABELS = NET(X).argmax(1)
+
+
+def accuracy(model):
+    return float((model(X).argmax(1) == LABELS).float().mean())
+
+
+def run(evaluate=accuracy, net=NET, data=X.split(32), minutes=0.3, **options):
+    return rarefy.optimize(net, X[:4], data, evaluate, **{"max_loss": 0.1, "minutes": minutes, **options})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    return run(resume_dir=work, batch=(1, 16)), work
+
+
+def test_the_best_model_keeps_the_limit_and_is_what_was_measured(found):
+    frontier, _ = found
+    best = frontier.best_point
+    assert frontier.met and best.loss <= 0.1 and best.slowest > 1
+    assert accuracy(frontier.best.model) == pytest.approx(best.quality)
+    assert best.loss == pytest.approx((1.0 - best.quality) / 1.0)
+    assert frontier.batches == ("1", "16") == tuple(best.milliseconds)
+    assert all(p.loss is None or p.loss > 0.1 or p.slowest <= best.slowest for p in frontier.points)
+
+
+def test_more_than_precisions_is_tried(found):
+    frontier, _ = found
+    names = [p.name for p in frontier.points]
+    assert {"dense, fp32", "dense, bf16", "dense, int8"} <= set(names)
+    cut = [p for p in frontier.points if "fewer neurons" in p.name]
+    assert len(cut) >= 2 and {"milliseconds"} <= set(cut[0].predicted) and "loss" in cut[-1].predicted
+    assert {r["layer"] for r in cut[0].layers} >= {"first.weight:0", "second.weight:0"}
+
+
+def test_the_recipe_gives_the_same_weights(found):
+    frontier, _ = found
+    model = copy.deepcopy(NET)
+    data = list(X.split(32))
+    rarefy.compress_(model, dict(frontier.best_point.recipe), {"calibrate": data})
+    for a, b in zip(model.parameters(), frontier.best.compressed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    again = rarefy.compile(model, X[:4], precision=frontier.best_point.precision)
+    assert torch.equal(again(X), frontier.best.model(X))
+
+
+def test_a_search_that_was_done_gives_the_same_result_from_its_folder(found):
+    frontier, work = found
+    began = time.perf_counter()
+    again = run(resume_dir=work, batch=(1, 16))
+    assert time.perf_counter() - began < 15
+    assert [p.name for p in again.points] == [p.name for p in frontier.points]
+    assert again.points == frontier_from_dict(frontier.to_dict()).points or again.best_index == frontier.best_index
+    assert torch.equal(again.best.model(X), frontier.best.model(X))
+
+
+def test_another_search_is_refused_in_the_same_folder(found):
+    _, work = found
+    with pytest.raises(ContainerError, match=r"belongs to another search \(batches"):
+        run(resume_dir=work, batch=1)
+
+
+def test_saved_and_loaded(found, tmp_path):
+    frontier, _ = found
+    assert save_result(frontier, tmp_path / "fast") > 0
+    assert torch.equal(rarefy.load(tmp_path / "fast")(X), frontier.best.model(X))
+    read = frontier_from_dict(json.loads((tmp_path / "fast" / "frontier.json").read_text()))
+    assert read.best_point.name == frontier.best_point.name and read.best is None
+    model = copy.deepcopy(NET)
+    rarefy.compress_(model, tmp_path / "fast" / "recipe.yaml", {"calibrate": list(X.split(32))})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), frontier.best.compressed.parameters()))
+    with pytest.raises(ContainerError, match="overwrite=True"):
+        save_result(frontier, tmp_path / "fast")
+
+
+def test_the_model_is_left_as_it_is(found):
+    assert torch.equal(NET(X).argmax(1), LABELS) and not rarefy.masks(NET) and not NET.training
+
+
+def test_text_of_a_frontier(found):
+    frontier, _ = found
+    text = str(frontier)
+    assert "models tried in" in text and "All limits are kept" in text and "dense" in text
+
+
+# ---- what users do -----------------------------------------------------------------------------------------------
+
+
+def test_without_data_the_precisions_and_sizes_of_weights_are_tried():
+    frontier = rarefy.optimize(NET, X[:4], max_loss=0.5, minutes=0.2)
+    assert frontier.best is not None and frontier.metric["name"] == "agreement"
+
+
+def test_a_limit_that_the_dense_model_keeps_is_met_at_once():
+    frontier = run(speedup=0.5, max_loss=0.0)
+    assert frontier.met and frontier.best_point.loss <= 0
+
+
+def test_a_limit_that_nothing_keeps_ends_with_the_nearest_model():
+    frontier = run(speedup=1000.0, minutes=0.2)
+    assert not frontier.met and frontier.best is not None
+    assert "Not all limits are kept" in frontier.verdict and "speedup by" in frontier.verdict
+    assert "The fastest model tried is" in frontier.verdict
+
+
+def test_the_least_loss_at_a_speed():
+    frontier = run(max_loss=None, speedup=1.2, minutes=0.2)
+    others = [p for p in frontier.points if p.loss is not None and p.slowest >= 1.2]
+    assert frontier.met and frontier.best_point.loss == min(p.loss for p in others)
+
+
+def test_a_lower_number_can_be_better():
+    want = NET(X)
+    frontier = run(lambda m: float((m(X) - want).square().mean()) + 1.0, max_loss=0.05, higher_is_better=False)
+    assert frontier.met and frontier.best_point.quality <= 1.05
+
+
+def test_a_constant_number_is_named():
+    frontier = run(lambda m: 1.0)
+    assert frontier.met and "is the same for all models" in frontier.notes[0]
+
+
+def test_evaluation_that_fails_on_a_candidate_is_a_point_with_an_error():
+    calls = []
+
+    def fails_later(model):
+        calls.append(1)
+        if len(calls) == 4:
+            raise ValueError("out of luck")
+        return accuracy(model)
+
+    frontier = run(fails_later)
+    failed = [p for p in frontier.points if p.error]
+    assert len(failed) == 1 and "out of luck" in failed[0].error and frontier.best is not None
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [(float("nan"), "nan"), (None, "None"), ("good", "good"), (math.inf, "inf")],
+)
+def test_evaluation_must_return_a_number(result, message):
+    with pytest.raises(RarefyError, match=message):
+        run(lambda m: result)
+
+
+def test_evaluation_that_raises_on_the_dense_model_is_passed_on():
+    def broken(model):
+        raise KeyError("column")
+
+    with pytest.raises(RarefyError, match="column"):
+        run(broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"minutes": 0}, RecipeError, "minutes: expected a number above 0"),
+        ({"minutes": math.nan}, RecipeError, "minutes: expected a number above 0"),
+        ({"batch": ()}, RecipeError, "batch: expected batch sizes"),
+        ({"batch": 0}, RecipeError, "batch"),
+        ({"max_loss": 5}, RecipeError, "'5%' and '5 points' are text"),
+        ({"max_loss": None}, RecipeError, "nothing limits the loss"),
+        ({"speedup": -1}, RecipeError, "speedup: expected a number above 0"),
+        ({"target": "fast"}, RecipeError, "unknown target 'fast'"),
+        ({"evaluate": "acuracy"}, DataError, "accuracy"),
+        ({"evaluate": "accuracy", "data": [X]}, DataError, "needs data of its own"),
+        ({"data": 5}, DataError, "data"),
+        ({"layers": "nothing.*"}, RarefyError, "matches no layer"),
+        ({"net": "folder"}, ModelError, "expected a torch.nn.Module"),
+    ],
+)
+def test_wrong_use(options, kind, message):
+    with pytest.raises(kind, match=message):
+        run(**options)
+
+
+def test_a_model_in_training_mode_is_refused():
+    with pytest.raises(ModelError, match="call eval"):
+        run(net=Classifier())
+
+
+def test_a_network_of_convolutions_gets_narrower():
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5),
+    ).eval()  # fmt: skip
+    images = torch.randn(32, 3, 24, 24)
+    frontier = rarefy.optimize(net, images[:2], images.split(8), max_loss=0.3, minutes=0.5)
+    assert any("fewer channels" in p.name for p in frontier.points)
+    assert frontier.best.model(images).shape == (32, 5)
+
+
+# ---- time, Ctrl-C and kill -----------------------------------------------------------------------------------------
+
+
+def test_the_time_is_kept():
+    slow = 0.0
+
+    def slowly(model):
+        time.sleep(slow)
+        return accuracy(model)
+
+    slow = 1.0
+    began = time.perf_counter()
+    frontier = run(slowly, minutes=0.25, speedup=1000.0)
+    assert time.perf_counter() - began < 15 * 1.35 + 3  # one more point than expected may take longer than usual
+    assert frontier.best is not None
+
+
+def test_ctrl_c_returns_the_best_so_far(monkeypatch):
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_module.Search, "_parts", interrupted)
+    frontier = run()
+    assert frontier.finished == "interrupted" and frontier.best is not None
+    assert "interrupted" in frontier.verdict
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from test_optimize import run
+print(run(resume_dir={work!r}).to_json())
+"""
+
+
+def test_a_killed_search_goes_on(tmp_path):
+    code = KILLED.format(folder=str(__file__).rsplit("/", 1)[0], work=str(tmp_path / "work"))
+    file = tmp_path / "work" / "search.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < 5):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = [json.loads(l) for l in file.read_text().splitlines(keepends=True) if l.endswith("\n")]
+    frontier = run(resume_dir=tmp_path / "work")
+    after = [json.loads(l) for l in file.read_text().splitlines()]
+    assert after[: len(before)] == before and frontier.met
+    assert [p.quality for p in frontier.points[:3]] == [r["value"]["quality"] for r in before[1:4]]

@@ -1,0 +1,65 @@
+"""Predicted choices: the least loss at each saving, compared with all combinations."""
+
+import itertools
+
+import pytest
+import torch
+
+from rarefy.search.solve import at_loss, at_saving, front, hull
+from rarefy.search.space import Part, group_amounts, step_of
+
+
+def random_parts(seed, count=4, amounts=4):
+    random = torch.Generator().manual_seed(seed)
+    parts = []
+    for i in range(count):
+        losses = torch.rand(amounts, generator=random).cumsum(0).square()
+        savings = torch.rand(amounts, generator=random).cumsum(0) / 10
+        fractions = tuple((k + 1) / (amounts + 1) for k in range(amounts))
+        parts.append(Part("neuron", f"p{i}", 100, fractions, tuple(losses.tolist()), {"1": tuple(savings.tolist())}))
+    return parts
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_combination_is_better_than_a_choice(seed):
+    parts = random_parts(seed)
+    choices = front(parts)
+    options = [[(0.0, 0.0), *zip(p.savings["1"], p.losses)] for p in parts]
+    every = [(sum(s for s, _ in c), sum(l for _, l in c)) for c in itertools.product(*options)]
+    for choice in choices:
+        least = min(loss for saving, loss in every if saving >= choice.saving - 1e-9)
+        assert choice.loss == pytest.approx(least, abs=1e-6)
+        amounts = [(p, choice.amounts.get(p.key)) for p in parts]
+        exact = [p.amounts.index(a) for p, a in amounts if a is not None]
+        chosen = [p for p, a in amounts if a is not None]
+        assert choice.saving == pytest.approx(sum(p.savings["1"][i] for p, i in zip(chosen, exact)))
+        assert choice.loss == pytest.approx(sum(p.losses[i] for p, i in zip(chosen, exact)))
+
+
+def test_choices_rise():
+    choices = front(random_parts(3, count=9))
+    assert choices[0].amounts == {}
+    assert all(b.saving > a.saving and b.loss >= a.loss for a, b in itertools.pairwise(choices))
+    assert at_loss(choices, choices[5].loss) == 5 and at_loss(choices, -1.0) == 0
+    assert at_saving(choices, choices[5].saving) == 5 and at_saving(choices, 99.0) == len(choices) - 1
+
+
+def test_a_part_that_saves_nothing_is_left_alone():
+    slow = Part("head", "a", 4, (0.5,), (0.1,), {"1": (-0.02,)})
+    assert hull(slow) == [] and len(front([slow])) == 1
+
+
+def test_scales_move_the_balance():
+    a, b = random_parts(0, count=2)
+    b = Part("head", b.name, b.size, b.amounts, b.losses, b.savings)
+    first = front([a, b], {"neuron": 100.0})[1]
+    assert list(first.amounts) == [b.key]
+
+
+@pytest.mark.parametrize(
+    ("size", "method"), [(1536, "neuron"), (12, "head"), (24, "channel"), (2, "head"), (7, "neuron")]
+)
+def test_amounts_are_whole_units(size, method):
+    amounts = group_amounts(size, method)
+    assert all((a * size) % step_of(size, method) == pytest.approx(0) and 0 < a <= 0.75 for a in amounts)
+    assert len(amounts) <= 48 and (amounts or size == 1)
