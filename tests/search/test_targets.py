@@ -74,6 +74,7 @@ def test_limits_of_loss(text, value):
         ((0.01, "latency", {"speedup": 0}), "speedup: expected a number above 0, got 0"),
         ((0.01, "latency", {"size_mb": "9"}), "size_mb: expected a number above 0, got '9'"),
         ((0.01, "latency", {"speedup": 2.0, "latency_ms": 5.0}), "speedup and latency_ms both limit the time"),
+        ((0.01, "loss", {}), "the dense model has the least loss: give what must be reached"),
         ((None, "latency", {}), "nothing limits the loss: give max_loss, or what must be reached"),
     ],
 )

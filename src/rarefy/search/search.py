@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from rarefy.common.errors import RarefyError
@@ -146,7 +147,8 @@ class Search:
         try:
             model = self.make(recipe)
             deployed = deploy(model, self.task.example, precision, self.task.data)
-            quality = self.task.metric.measure(deployed)
+            with torch.no_grad():
+                quality = self.task.metric.measure(deployed)
             times = self._times(deployed)
             sizes = sizes_of(deployed)
         except RarefyError as error:

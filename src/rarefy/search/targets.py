@@ -131,8 +131,11 @@ def parse_targets(max_loss: float | str | None, objective: str, **limits: float 
     targets = Targets(loss, points, objective=objective, **limits)
     if targets.speedup is not None and targets.latency_ms is not None:
         raise RecipeError("speedup and latency_ms both limit the time of a call: give one of them")
-    if loss is None and objective != "loss" and not any(v is not None for v in limits.values()):
+    reached = any(v is not None for v in limits.values())
+    if loss is None and not reached:
         raise RecipeError("nothing limits the loss: give max_loss, or what must be reached, such as speedup")
+    if objective == "loss" and not reached:
+        raise RecipeError("the dense model has the least loss: give what must be reached, such as speedup")
     return targets
 
 
