@@ -39,7 +39,10 @@ def accuracy(model):
     return float((model(X).argmax(1) == LABELS).float().mean())
 
 
-def run(evaluate=accuracy, net=NET, data=X.split(32), minutes=0.3, **options):
+BATCHES = X.split(32)
+
+
+def run(evaluate=accuracy, net=NET, data=BATCHES, minutes=0.3, **options):
     return rarefy.optimize(net, X[:4], data, evaluate, **{"max_loss": 0.1, "minutes": minutes, **options})
 
 
@@ -128,7 +131,7 @@ def test_without_data_the_precisions_and_sizes_of_weights_are_tried():
 
 def test_a_limit_that_the_dense_model_keeps_is_met_at_once():
     frontier = run(speedup=0.5, max_loss=0.0)
-    assert frontier.met and frontier.best_point.loss <= 0
+    assert frontier.met and frontier.points[frontier.best_index].loss <= 0
 
 
 def test_a_limit_that_nothing_keeps_ends_with_the_nearest_model():
@@ -147,7 +150,7 @@ def test_the_least_loss_at_a_speed():
 def test_a_lower_number_can_be_better():
     want = NET(X)
     frontier = run(lambda m: float((m(X) - want).square().mean()) + 1.0, max_loss=0.05, higher_is_better=False)
-    assert frontier.met and frontier.best_point.quality <= 1.05
+    assert frontier.met and frontier.points[frontier.best_index].quality <= 1.05
 
 
 def test_a_constant_number_is_named():

@@ -75,9 +75,9 @@ def times_of(
     if names == DECODE:
         assert vocabulary is not None
         steps = {n: decode_step(engine_in(m), PROMPT + NEW) for n, m in models.items()}
-        found = rates(steps, vocabulary, prompt=PROMPT, new=NEW, repeats=REPEATS[0])
+        rates_of = rates(steps, vocabulary, prompt=PROMPT, new=NEW, repeats=REPEATS[0])
         tokens = {"decode": ("decode", 1), "prompt": ("prefill", PROMPT)}
-        return {n: {m: _milliseconds(r[tokens[n][0]], tokens[n][1]) for m, r in found.items()} for n in names}
+        return {n: {m: _milliseconds(r[tokens[n][0]], tokens[n][1]) for m, r in rates_of.items()} for n in names}
     result = {}
     for name in names:
         batch = resize_batch(without_targets(example), int(name))
@@ -109,16 +109,16 @@ def precisions_of(model: nn.Module) -> tuple[str | None, ...]:
 @torch.no_grad()
 def distance(model: nn.Module, wanted: Sequence[torch.Tensor], batches: Sequence[Any]) -> float:
     """Return how far a model's outputs are from the wanted ones: squared distance over squared length."""
-    found = outputs_of(model, batches)
-    far = sum(float((a - b).double().square().sum()) for a, b in zip(found, wanted))
+    tensors = outputs_of(model, batches)
+    far = sum(float((a - b).double().square().sum()) for a, b in zip(tensors, wanted))
     return far / max(sum(float(w.double().square().sum()) for w in wanted), 1e-30)
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Sequence[Any]) -> list[torch.Tensor]:
     """Return the outputs for each batch in fp32, without padding where a mask marks it."""
-    found = []
+    tensors = []
     for inputs, output in outputs(model, batches, "", False):
         mask = token_mask(inputs, output)
-        found.append((output if mask is None else output[mask]).float())
-    return found
+        tensors.append((output if mask is None else output[mask]).float())
+    return tensors

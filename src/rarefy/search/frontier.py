@@ -90,6 +90,14 @@ class Frontier:
         peers: other engines that were measured beside, rows of name, quality, milliseconds.
         notes: sentences about the search.
         best: the best model itself; None in a frontier that was read from a file, or where no model could be made.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 8)).eval()
+        >>> from rarefy.search.optimize import optimize
+        >>> frontier = optimize(net, torch.randn(2, 64), max_loss="50%", minutes=0.05)
+        >>> frontier.met, len(frontier.points) >= 1
+        (True, True)
     """
 
     metric: Mapping[str, Any]

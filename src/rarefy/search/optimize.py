@@ -183,8 +183,8 @@ def _verdict(search: Search, index: int | None, met: bool, finished: str) -> str
 
 def _blocking(search: Search) -> str:
     """Return a sentence about the fastest and the least lossy point."""
-    made = [p for p in search.points if p.loss is not None]
-    fastest = max(made, key=lambda p: p.slowest)
+    measured = [p for p in search.points if p.loss is not None]
+    fastest = max(measured, key=lambda p: p.slowest)
     scale = 1.0 if search.task.targets.points else 100.0
     unit = "points" if search.task.targets.points else "%"
     return (

@@ -60,15 +60,15 @@ class PartMeasurer:
         self.wanted: list[Any] = []
         self.deployed: Deployed | None = None  # the dense model in this precision
 
-    def parts(self) -> list[Part]:
+    def measure(self) -> list[Part]:
         """Return all parts that save time, of all methods."""
-        found: list[Part] = []
+        result: list[Part] = []
         graph = trace(self.dense, self.example)
         for method in CUTS:
-            found += self._groups(graph, method)
+            result += self._groups(graph, method)
         for method in (BITS,) if hf.is_causal_lm(self.dense) else PATTERNS:
-            found += self._weights(method)
-        return found
+            result += self._weights(method)
+        return result
 
     # ---- groups ------------------------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ class Search:
         self.costs: list[float] = []  # seconds of each point
         self.dense_fast: Deployed | None = None
         self.reference: Point | None = None
-        self.kept: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
+        self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
 
     # ---- time --------------------------------------------------------------------------------------------------
 
@@ -183,13 +183,13 @@ class Search:
     def _keep(self, point: Point, model: nn.Module, deployed: Deployed) -> None:
         """Keep the model itself while it is the best one."""
         index, _ = self.task.targets.best([*self.points, point])
-        if index == len(self.points):
-            self.kept = (index, model, deployed)
+        if index is not None and index == len(self.points):
+            self.best_models = (index, model, deployed)
 
     def models_of(self, index: int) -> tuple[nn.Module, Deployed]:
         """Return the model of a point and how it is deployed; one that is not kept any more is made again."""
-        if self.kept is not None and self.kept[0] == index:
-            return self.kept[1:]
+        if self.best_models is not None and self.best_models[0] == index:
+            return self.best_models[1:]
         point = self.points[index]
         model = self.make(point.recipe)
         return model, deploy(model, self.task.example, point.precision, self.task.data)
@@ -265,7 +265,7 @@ class Search:
         )  # fmt: skip
         if self.left() < 2 * max(self.costs, default=0.0):
             raise OutOfTime
-        return measurer.parts()
+        return measurer.measure()
 
     def _search(self, precision: str | None, parts: list[Part]) -> None:
         """Find the choice at the limit for one balance of the methods after the other."""
@@ -278,9 +278,9 @@ class Search:
             for method in methods:
                 for factor in BALANCES:
                     trial = {**scales, method: scales.get(method, 1.0) * factor}
-                    found = self._along(precision, parts, trial, start=best)
-                    if found is not None and (best is None or self._better(found, best)):
-                        best, scales, improved = found, trial, True
+                    other = self._along(precision, parts, trial, start=best)
+                    if other is not None and (best is None or self._better(other, best)):
+                        best, scales, improved = other, trial, True
 
     def _better(self, a: Point, b: Point) -> bool:
         index, _ = self.task.targets.best([b, a])

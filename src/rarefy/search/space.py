@@ -243,10 +243,10 @@ def chosen_layers(model: nn.Module, method: str, layers: Selector, ignore: Selec
 
 def few_samples(data: Sequence[Any], samples: int = SAMPLES) -> list[Any]:
     """Return the first samples of data, in batches."""
-    found, count = [], 0
+    chosen, count = [], 0
     for batch in data:
         if count >= samples:
             break
-        found.append(first_samples(batch, min(samples - count, count_samples(batch))))
-        count += count_samples(found[-1])
-    return found
+        chosen.append(first_samples(batch, min(samples - count, count_samples(batch))))
+        count += count_samples(chosen[-1])
+    return chosen

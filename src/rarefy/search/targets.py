@@ -71,27 +71,27 @@ class Targets:
 
         None where no point could be made.
         """
-        made = [(i, p) for i, p in enumerate(points) if p.loss is not None]
-        if not made:
+        measured = [(i, p) for i, p in enumerate(points) if p.loss is not None]
+        if not measured:
             return None, False
-        keeping = [(i, p) for i, p in made if all(u <= 1 + 1e-9 for u in self.limits(p).values())]
+        keeping = [(i, p) for i, p in measured if all(u <= 1 + 1e-9 for u in self.limits(p).values())]
         if keeping:
             return min(keeping, key=lambda ip: self.value(ip[1]))[0], True
-        return min(made, key=lambda ip: (max(self.limits(ip[1]).values()), self.value(ip[1])))[0], False
+        return min(measured, key=lambda ip: (max(self.limits(ip[1]).values()), self.value(ip[1])))[0], False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the limits that are set, as text by name."""
         loss = None
         if self.max_loss is not None:
             loss = f"{self.max_loss:g} points" if self.points else f"{100 * self.max_loss:g} %"
-        given = {
+        named = {
             "max_loss": loss,
             "speedup": None if self.speedup is None else f"{self.speedup:g}x",
             "latency_ms": self.latency_ms,
             "size_mb": self.size_mb,
             "memory_mb": self.memory_mb,
         }
-        return {**{k: v for k, v in given.items() if v is not None}, "objective": self.objective}
+        return {**{k: v for k, v in named.items() if v is not None}, "objective": self.objective}
 
 
 def parse_loss(value: float | str | None) -> tuple[float | None, bool]:
