@@ -43,6 +43,19 @@ def test_the_best_point(limits, name, met):
     assert (POINTS[index].name, kept) == (name, met)
 
 
+def test_limits_as_lines_of_a_plot():
+    dense = Point("dense", 50.0, 0.0, {"1": {"median": 10.0}, "16": {"median": 90.0}}, {}, 1, 1, {})
+    assert Targets(0.02, speedup=2.0).lines(dense, True) == {"quality": 49.0, "milliseconds": {"1": 5.0, "16": 45.0}}
+    assert Targets(0.02, points=True, latency_ms=7.0).lines(dense, False) == {
+        "quality": 50.02,
+        "milliseconds": {"1": 7.0, "16": 7.0},
+    }
+    assert Targets(None, size_mb=3.0).lines(dense, True) == {}
+    for targets in (Targets(0.02), Targets(0.02, points=True)):  # a model on the line uses all of the limit
+        loss = targets.loss(50.0, targets.lines(dense, False)["quality"], False)
+        assert targets.limits(Point("p", 1.0, loss, {}, {}, 1, 1, {}))["max_loss"] == pytest.approx(1.0)
+
+
 def test_nothing_made_is_no_best_point():
     assert Targets().best([POINTS[-1]]) == (None, False) == Targets().best([])
 

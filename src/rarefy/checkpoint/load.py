@@ -15,7 +15,7 @@ from rarefy.checkpoint.fit_structure import RECORDS, restore_structure_, skeleto
 from rarefy.checkpoint.tensor_slots import Slots, aliases
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError
-from rarefy.evaluation.receipt import Receipt
+from rarefy.evaluation.receipt import receipt_from_dict
 from rarefy.formats import container
 from rarefy.model import hf
 from rarefy.model.layers import Layer
@@ -183,12 +183,7 @@ def _attach_receipt_(model: nn.Module, file: Path, recipe: Any) -> None:
     if not file.is_file() or file.is_symlink() or file.stat().st_size >= MAX_RECEIPT_BYTES:
         return
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        tuples = {k: tuple(fields.get(k, ())) for k in ("speed", "stages", "notes", "samples")}
-        receipt = Receipt(**{**fields, **tuples})
-        _ = str(receipt) + receipt.to_json()  # must be printable
-        if any(not isinstance(r["layer"] + r["pattern"], str) for r in receipt.sparsity.get("layers", ())):
-            return
+        receipt = receipt_from_dict(json.loads(file.read_text(encoding="utf-8")))
         recipe = old_names.upgrade(recipe)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, RarefyError
-from rarefy.common.report import Report
+from rarefy.common.report import Report, three_digits
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled, InputSpec
 from rarefy.compiler.export import MAX_SIZE
@@ -71,18 +70,8 @@ def bench_models(
     memory = {f"bytes in memory, {n}": resident_bytes(s) for n, s in subjects.items()}
     machine = profiling.machine()
     where = {"cpu": machine["cpu"], "threads": machine["threads"], "load": machine["load"]}
-    printed = tuple({k: _three_digits(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    printed = tuple({k: three_digits(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     return Report("bench", tuple(rows), {**timed, **memory, **where}, printed_rows=printed)
-
-
-def _three_digits(value: float) -> str:
-    """Return a positive number with three significant digits.
-
-    >>> [_three_digits(x) for x in (0.012345, 5.0, 27.46, 267.4, 2151.0)]
-    ['0.0123', '5.00', '27.5', '267', '2,151']
-    """
-    exponent = math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:,.{max(0, 2 - exponent)}f}"
 
 
 def _generates_text(subject: Subject) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: rarefy compress | optimize | inspect | generate | compile | bench | export | recipes | doctor ...
+"""The command line: rarefy compress | optimize | inspect | generate | compile | bench | report | export | doctor ...
 
 Exit codes: 0 done, 1 a check failed, 2 wrong use.
 """
@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli import inference_commands, optimize, profile, shared
+from rarefy.cli import report as report_command
 from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import ModelError, RarefyError, RecipeError, shell_text
 
@@ -229,6 +230,7 @@ app.command()(inference_commands.generate)
 app.command("compile")(inference_commands.compile_)
 app.command()(inference_commands.bench)
 app.command()(profile.profile)
+app.command()(report_command.report)
 
 
 @app.command()

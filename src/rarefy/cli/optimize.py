@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +90,7 @@ def optimize(
                 minutes=minutes, eval_data=inputs["eval_data"], layers=layers, ignore=ignore, seed=seed,
                 resume_dir=state / "stage-search", progress=not quiet, data_options=inputs["options"],
             )  # fmt: skip
+            frontier = replace(frontier, model=model)
             if frontier.best is not None:
                 save_result(frontier, out, overwrite=force, files=_side_files(source))
     shared.show(frontier, as_json, quiet)

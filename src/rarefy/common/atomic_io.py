@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
+import math
 import os
 import re
 import secrets
@@ -11,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -40,6 +43,35 @@ def write_bytes_atomic(file: Path, data: bytes) -> None:
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_new_file(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> Path:
+    """Write a text file atomically and return its path; ContainerError where it exists or cannot be written."""
+    file = Path(path)
+    if file.is_dir():
+        raise ContainerError(f"{file} is a folder: give the name of a file")
+    if file.exists() and not overwrite:
+        raise ContainerError(f"{file} exists: pass overwrite=True (shell: pass --force), or give another name")
+    with container_errors(file):
+        write_text_atomic(file, text)
+    return file
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Return JSON text as plain data, with finite numbers alone; ContainerError, with `name`, for anything else."""
+    try:
+        return json.loads(text, parse_constant=_refuse_number, parse_float=_finite_float)
+    except (ValueError, RecursionError) as error:
+        raise ContainerError(f"{name}: not JSON: {error}") from None
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def _refuse_number(text: str) -> float:
+    raise ValueError(f"{text} is not a number of JSON, or too large")
 
 
 def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: str = INDEX) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Report:
         if self.rows:
             print(table(self.rows if self.printed_rows is None else self.printed_rows), file=out)
         for key, value in self.summary.items():
-            print(f"{key}: {_cell(value)}", file=out)
+            print(f"{key}: {cell_text(value)}", file=out)
         for note in self.notes:
             print(f"note: {note}", file=out)
         return out.getvalue().rstrip("\n")
@@ -79,7 +80,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as an aligned text table; numbers are aligned to the right."""
     rows = list(rows)
     names = list(rows[0])
-    cells = [[_cell(r.get(n)) for n in names] for r in rows]
+    cells = [[cell_text(r.get(n)) for n in names] for r in rows]
     width = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
     right = [all(isinstance(r.get(n), int | float | None) for r in rows) for n in names]
     lines = [names, *cells]
@@ -87,7 +88,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(t.rstrip() for t in texts)
 
 
-def _cell(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """Return a value as a table prints it: integers with separators, other numbers with four decimals, None as `-`."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -97,3 +99,13 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value)
+
+
+def three_digits(value: float) -> str:
+    """Return a number of at least 0 with three significant digits.
+
+    >>> [three_digits(x) for x in (0.012345, 5.0, 27.46, 267.4, 2151.0)]
+    ['0.0123', '5.00', '27.5', '267', '2,151']
+    """
+    exponent = math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:,.{max(0, 2 - exponent)}f}"

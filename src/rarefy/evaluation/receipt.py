@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rarefy.common.errors import ContainerError, first_line
 from rarefy.common.report import table
 
 SIDES = ("before", "after")
+LISTS = ("speed", "stages", "notes", "samples")  # fields that hold one entry per measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +75,15 @@ class Receipt:
         """Return the receipt as text without the table of layers: what the command line prints."""
         return self._text(layers=False)
 
+    def rows(self) -> list[dict[str, str]]:
+        """Return what was measured as rows of text: measured, before, after, change."""
+        return [*self._quality(), *self._units(), *self._bytes(), *self._speed()]
+
     def _text(self, layers: bool) -> str:
         lines = [f"Receipt: {self.name}", ""]
         if layers and self.sparsity.get("layers"):
             lines += [table(_grouped(self.sparsity["layers"])), ""]
-        rows = [*self._quality(), *self._units(), *self._bytes(), *self._speed()]
+        rows = self.rows()
         if rows:
             lines += [table(rows), ""]
         settings = self.settings
@@ -194,6 +200,26 @@ def _grouped(layers: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return out
+
+
+def receipt_from_dict(data: Any) -> Receipt:
+    """Return a receipt from what `Receipt.to_dict` returned; ContainerError for anything else.
+
+    Every receipt that is returned can be printed, and written as JSON.
+    """
+    known = {f.name for f in fields(Receipt)}
+    try:
+        if unknown := sorted(set(data) - known):
+            raise ContainerError(f"receipt: unknown field {unknown[0]!r}: not a receipt, or of a newer Rarefy")
+        receipt = Receipt(**{**data, **{name: tuple(data.get(name, ())) for name in LISTS}})
+        _ = str(receipt) + receipt.to_json()
+    except ContainerError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+        raise ContainerError(f"receipt: not written by Rarefy ({first_line(error)!r})") from error
+    if any(not isinstance(r[key], str) for r in receipt.sparsity.get("layers", ()) for key in ("layer", "pattern")):
+        raise ContainerError("receipt: not written by Rarefy (a layer's name or pattern is not text)")
+    return receipt
 
 
 SHOWN = ("pruned", "cut", "layers", "accelerated")  # stages whose rows are in the tables

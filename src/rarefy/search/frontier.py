@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from rarefy.common.errors import ContainerError
+from rarefy.common.atomic_io import write_new_file
 from rarefy.common.report import table
+from rarefy.search.frontier_checks import check_frontier
+from rarefy.search.html_report import frontier_page
 
 SCHEMA = 1
 
@@ -87,8 +91,10 @@ class Frontier:
         seconds: of the whole search.
         finished: why the search ended: "done", "time", "interrupted".
         batches: names of what was timed, such as "1" and "16".
-        peers: other engines that were measured beside, rows of name, quality, milliseconds.
+        peers: other engines that were measured beside, rows of name, quality, milliseconds (as those of points).
         notes: sentences about the search.
+        model: the model as the user named it, such as "minilm"; "" where it has no name.
+        limits: the targets as numbers, for plots: "quality" (of the metric), "milliseconds" (batch -> number).
         best: the best model itself; None in a frontier that was read from a file, or where no model could be made.
 
     Example:
@@ -113,6 +119,8 @@ class Frontier:
     batches: tuple[str, ...]
     peers: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    model: str = ""
+    limits: Mapping[str, Any] = field(default_factory=dict)
     best: Best | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -133,6 +141,21 @@ class Frontier:
     def to_json(self) -> str:
         """Return the frontier as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
+
+    def report(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write the frontier as one self-contained HTML page, atomically.
+
+        Args:
+            path: the file to write, such as "report.html".
+            overwrite: replace a file that exists.
+
+        Returns:
+            The path.
+
+        Raises:
+            ContainerError: the file exists, or cannot be written.
+        """
+        return write_new_file(path, frontier_page(self), overwrite)
 
     def __str__(self) -> str:
         rows = [self._row(p, "dense" if p is self.dense else "") for p in (self.dense, *self.front())]
@@ -166,19 +189,9 @@ def pareto(points: Sequence[Point]) -> tuple[Point, ...]:
 
 def frontier_from_dict(data: Any) -> Frontier:
     """Return a frontier from what `Frontier.to_dict` wrote; ContainerError for anything else."""
-    try:
-        if data.get("schema") != SCHEMA:
-            raise ContainerError(f"frontier: expected schema {SCHEMA}, got {data.get('schema')!r}")
-        values = {name: data[name] for name in SAVED}
-        points = tuple(_point(p) for p in values["points"])
-        frontier = Frontier(**{**values, "dense": _point(values["dense"]), "points": points})
-        best = frontier.best_index
-        if best is not None and not (type(best) is int and 0 <= best < len(points)):
-            raise ContainerError(f"frontier: best_index {best!r} is not the number of a point")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ContainerError(f"frontier: not written by rarefy.optimize ({error!r})") from error
-    return replace(frontier, **{n: tuple(getattr(frontier, n)) for n in ("batches", "peers", "notes")})
-
-
-def _point(data: Mapping[str, Any]) -> Point:
-    return Point(**{**data, "layers": tuple(data["layers"])})
+    check_frontier(data, SCHEMA)
+    values = {name: data[name] for name in SAVED if name in data}
+    points = tuple(Point(**{**p, "layers": tuple(p.get("layers", ()))}) for p in data["points"])
+    dense = Point(**{**data["dense"], "layers": tuple(data["dense"].get("layers", ()))})
+    lists = {n: tuple(values[n]) for n in ("batches", "peers", "notes") if n in values}
+    return Frontier(**{**values, **lists, "dense": dense, "points": points})

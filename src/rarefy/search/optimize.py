@@ -152,10 +152,12 @@ def _run(search: Search) -> Frontier:
     if task.metric.measure is not None and _constant(search.points):
         notes += (f"{task.metric.name} is the same for all models: the search could not tell them apart",)
     verdict = _verdict(search, index, met, finished)
-    described = {"name": task.metric.name, "higher_is_better": task.metric.higher_is_better}
+    higher = task.metric.higher_is_better
+    described = {"name": task.metric.name, "higher_is_better": higher}
     return Frontier(
         {**described, "scale": task.metric.scale}, task.targets.to_dict(), dense, tuple(search.points), index, met,
-        verdict, machine(), search.elapsed(), finished, search.names, (), notes, best,
+        verdict, machine(), search.elapsed(), finished, search.names, (), notes,
+        limits=task.targets.lines(dense, higher), best=best,
     )  # fmt: skip
 
 

@@ -79,6 +79,18 @@ class Targets:
             return min(keeping, key=lambda ip: self.value(ip[1]))[0], True
         return min(measured, key=lambda ip: (max(self.limits(ip[1]).values()), self.value(ip[1])))[0], False
 
+    def lines(self, dense: Point, higher_is_better: bool) -> dict[str, Any]:
+        """Return the limits as values of a plot: the worst accepted quality, and the longest call of each batch."""
+        values: dict[str, Any] = {}
+        if self.max_loss is not None and dense.quality is not None:
+            worse = self.max_loss * (1.0 if self.points else abs(dense.quality))
+            values["quality"] = dense.quality - worse if higher_is_better else dense.quality + worse
+        if self.latency_ms is not None:
+            values["milliseconds"] = dict.fromkeys(dense.milliseconds, self.latency_ms)
+        if self.speedup is not None:
+            values["milliseconds"] = {b: t["median"] / self.speedup for b, t in dense.milliseconds.items()}
+        return values
+
     def to_dict(self) -> dict[str, Any]:
         """Return the limits that are set, as text by name."""
         loss = None
