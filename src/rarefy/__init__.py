@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rarefy.onnx.load import from_onnx as from_onnx
     from rarefy.pipeline.cast import cast_ as cast_
     from rarefy.pipeline.compress import compress_ as compress_
+    from rarefy.pipeline.sensitivity import sensitivity as sensitivity
     from rarefy.pipeline.train_stage import Sparsifier as Sparsifier
     from rarefy.prune.prune import prune_ as prune_
     from rarefy.prune.solver_config import Solver as Solver
@@ -104,6 +105,7 @@ _MODULES = {  # public name -> module that defines it
     "prune_heads_": "rarefy.structured.head_pruning",
     "quantize_": "rarefy.quantization.quantize",
     "save": "rarefy.checkpoint.save",
+    "sensitivity": "rarefy.pipeline.sensitivity",
     "share_": "rarefy.quantization.codebook",
     "stream": "rarefy.generation.sampling",
     "tie_layers_": "rarefy.lowrank.layer_tying",
@@ -154,6 +156,7 @@ __all__ = [
     "prune_heads_",
     "quantize_",
     "save",
+    "sensitivity",
     "share_",
     "stream",
     "tie_layers_",

@@ -130,24 +130,28 @@ def test_more_nearest_texts_than_there_are():
 def test_agreement_similarity_and_divergence_of_a_classifier():
     dense, batches = nn.Sequential(nn.Flatten(), nn.Linear(243, 5)), image_batches()
     rough = rougher(dense, 0.5)
-    same, cosines, kl = [], [], []
+    same, cosines, kl, distance = [], [], [], []
     with torch.no_grad():
         for x, _ in batches:
             for image in x:
                 a, b = dense.eval()(image[None])[0].double(), rough.eval()(image[None])[0].double()
                 same.append(int(a.argmax()) == int(b.argmax()))
                 cosines.append(float(a @ b / a.norm() / b.norm()))
+                distance.append(float(((a - b) ** 2).sum() / (a**2).sum()))
                 p, q = a.softmax(0), b.softmax(0)
                 kl.append(sum(float(pi * (pi / qi).log()) for pi, qi in zip(p, q)))
     for name, want, perfect in (
         ("agreement", 100 * sum(same) / 12, 100.0),
         ("similarity", sum(cosines) / 12, 1.0),
         ("kl", sum(kl) / 12, 0.0),
+        ("distance", sum(distance) / 12, 0.0),
     ):
         metric = metric_of(name, dense, batches)
         assert metric.measure(rough) == pytest.approx(want, rel=1e-4), name
         assert metric.measure(dense) == pytest.approx(perfect, abs=1e-6)
-        assert metric.higher_is_better is (name != "kl") and metric.scale == ("%" if name == "agreement" else "")
+        assert metric.higher_is_better is (name not in ("kl", "distance")) and metric.scale == (
+            "%" if name == "agreement" else ""
+        )
     assert 0 < sum(same) < 12
 
 
@@ -166,6 +170,9 @@ def test_divergence_of_a_language_model_leaves_padding_out():
     assert len(rows) == sum(int(b["attention_mask"].sum()) for b in batches) < 42
     kl = [float(F.kl_div(b.log_softmax(0), a.log_softmax(0), log_target=True, reduction="sum")) for a, b in rows]
     assert metric_of("kl", dense, batches).measure(rough) == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+    distance = [float((a - b).square().sum() / a.square().sum()) for a, b in rows]
+    got = metric_of("distance", dense, batches).measure(rough)
+    assert got == pytest.approx(sum(distance) / len(distance), rel=1e-4)
     same = [int(a.argmax()) == int(b.argmax()) for a, b in rows]
     assert metric_of("agreement", dense, batches).measure(rough) == pytest.approx(100 * sum(same) / len(same))
 
@@ -265,6 +272,7 @@ def test_pixels_are_compared_each():
     [
         ("kl", nn.Linear(4, 3), [torch.ones(2, 4)], "the dense model has 4 outputs for each row, this one has 3"),
         ("similarity", nn.Linear(4, 3), [torch.ones(2, 4)], "the dense model has 4 outputs for each row"),
+        ("distance", nn.Linear(4, 3), [torch.ones(2, 4)], "the dense model has 4 outputs for each row"),
         ("agreement", nn.Unflatten(0, (1, 2)), [], "no samples to evaluate: agreement needs at least one batch"),
         ("agreement", nn.Flatten(0), [torch.ones(2, 4)], "dimension of classes.*got float32 8"),
         ("agreement", nn.Unflatten(1, (2, 2)), [torch.ones(3, 4)], "the dense model has 3 rows of outputs, this one 6"),
@@ -391,6 +399,15 @@ def test_an_interrupt_of_a_function_is_no_error():
         metric_of(quality, nn.Identity(), None).measure(nn.Identity())
 
 
+def test_functions_see_the_model_in_evaluation_mode_without_gradients():
+    def quality(model):
+        assert not model.training and not torch.is_grad_enabled()
+        return 1.0
+
+    net = nn.Dropout().train()
+    assert metric_of(quality, net, None).measure(net) == 1.0 and net.training
+
+
 def test_a_metric_of_the_user_is_checked_once():
     made = Metric("zeros", True, lambda model: math.nan)
     metric = metric_of(made, nn.Identity(), None)
@@ -428,7 +445,9 @@ def test_the_direction_of_a_named_metric_is_known():
 
 def test_every_name_makes_a_metric():
     for name in METRIC_NAMES:
-        assert metric_of(name, nn.Identity(), [torch.ones(1)]).higher_is_better is (name not in ("perplexity", "kl"))
+        assert metric_of(name, nn.Identity(), [torch.ones(1)]).higher_is_better is (
+            name not in ("perplexity", "distance", "kl")
+        )
 
 
 def test_progress_is_drawn(capsys):

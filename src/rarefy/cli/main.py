@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli import inference_commands, optimize, profile, shared
+from rarefy.cli import inference_commands, optimize, profile, sensitivity, shared
 from rarefy.cli import report as report_command
 from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import ModelError, RarefyError, RecipeError, shell_text
@@ -230,6 +230,7 @@ app.command()(inference_commands.generate)
 app.command("compile")(inference_commands.compile_)
 app.command()(inference_commands.bench)
 app.command()(profile.profile)
+app.command()(sensitivity.sensitivity)
 app.command()(report_command.report)
 
 

@@ -1,4 +1,4 @@
-"""How much a model still says what the dense model says: cosine, the same largest output, KL divergence.
+"""How much a model still says what the dense model says: cosine, the same largest output, KL divergence, distance.
 
 No labels are needed. The dense model's outputs are computed once and kept.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError
-from rarefy.evaluation.outputs import class_rows, outputs, vectors
+from rarefy.evaluation.outputs import class_rows, outputs, value_rows, vectors
 from rarefy.model.forward import Model
 
 MAX_CLASSES = 1024  # of which KL divergence keeps each probability; those of a vocabulary would not fit the memory
@@ -93,6 +93,13 @@ def _same_class(reference: tuple[Tensor, ...], rows: Tensor) -> Tensor:
     return 100.0 * (reference[0] == rows.argmax(-1))
 
 
+def _distance(reference: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+    """Return ||dense - model||^2 / ||dense||^2 of each row."""
+    _check_width(reference[0].shape[-1], rows)
+    size = reference[0].square().sum(-1).clamp_min(torch.finfo(rows.dtype).tiny)
+    return (reference[0] - rows).square().sum(-1) / size
+
+
 def keep_probabilities(rows: Tensor, max_classes: int = MAX_CLASSES) -> tuple[Tensor, ...]:
     """Return the log probabilities of the most probable classes, and which ones; of all if they are few enough.
 
@@ -137,6 +144,7 @@ def _rest(log_p: Tensor) -> Tensor:
 COMPARISONS = {
     "similarity": Comparison(lambda output, batch: [vectors(output, batch)], lambda rows: (rows,), _cosine, 1.0),
     "agreement": Comparison(class_rows, lambda rows: (rows.argmax(-1),), _same_class, 100.0),
+    "distance": Comparison(value_rows, lambda rows: (rows,), _distance, 0.0),
     "kl": Comparison(class_rows, keep_probabilities, kl_divergence, 0.0),
 }
 
@@ -146,7 +154,8 @@ def agreement(name: str, dense: nn.Module, data: Iterable[Any], *, progress: boo
 
     Args:
         name: "similarity", mean cosine of embeddings or outputs; "agreement", percentage of samples or tokens with the
-            same largest output; "kl", mean KL divergence of the softmax of the outputs in nats.
+            same largest output; "distance", mean squared relative distance of the outputs of a sample or token, whose
+            memory is that of all outputs; "kl", mean KL divergence of the softmax of the outputs in nats.
         dense: the model to compare with; it must not change before the first call.
         data: batches of inputs.
         progress: show a progress bar.

@@ -126,3 +126,12 @@ def class_rows(output: Tensor, batch: Any) -> Iterator[Tensor]:
     else:
         last = output.movedim(1, -1) if output.dim() > 3 else output
         yield last.reshape(-1, last.shape[-1]).float()
+
+
+def value_rows(output: Tensor, batch: Any) -> Iterator[Tensor]:
+    """Yield the values of a model's output [rows, width], in fp32, a row for each real token or each sample."""
+    mask = token_mask(batch, output)
+    if mask is not None:
+        yield from (row[real].float() for row, real in zip(output, mask))
+    else:
+        yield output.float().reshape(len(output) if output.dim() else 1, -1)

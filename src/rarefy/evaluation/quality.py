@@ -6,6 +6,7 @@ retrieval, retrieval@K     R@1, R@K in percent: queries that find their text, on
 ndcg@K                     nDCG@K in percent, on the same pairs
 similarity                 mean cosine with the dense model's embeddings or outputs
 agreement                  percentage of samples or tokens with the same largest output as the dense model
+distance                   mean squared relative distance from the dense model's outputs, lower is better
 kl                         mean KL divergence from the dense model's output distribution, lower is better
 """
 
@@ -31,7 +32,7 @@ from rarefy.model import hf
 from rarefy.model.forward import Model, call, check_batches, evaluating, on_device, without_targets
 
 RANKED = {"retrieval": ("R", 1), "ndcg": ("nDCG", 10)}  # what the number is called, and its k where none is given
-LOWER_IS_BETTER = {"kl", *(name for name, best in BETTER.items() if best is min)}
+LOWER_IS_BETTER = {"distance", "kl", *(name for name, best in BETTER.items() if best is min)}
 METRIC_NAMES = (*METRICS, *RANKED, "retrieval@10", "ndcg@10", *COMPARISONS)
 
 
@@ -68,10 +69,11 @@ def metric_of(
     """Return the metric that a name, a function or nothing stands for; its result is always a finite number.
 
     Args:
-        evaluate: a name of `METRIC_NAMES`; a function of a model that returns a number; a `Metric`; None chooses "kl"
-            for language models, "agreement" for classifiers, "similarity" for other models.
-        dense: the model before compression. "similarity", "agreement" and "kl" compare with its outputs, which are
-            computed once, at the first measurement: measure the dense model before it changes.
+        evaluate: a name of `METRIC_NAMES`; a `Metric`; a function that returns a number of a model, called with the
+            model in evaluation mode and without gradients. None chooses "kl" for language models, "agreement" for
+            classifiers, "similarity" for other models.
+        dense: the model before compression. "similarity", "agreement", "distance" and "kl" compare with its outputs,
+            which are computed once, at the first measurement: measure the dense model before it changes.
         data: batches to evaluate; for "retrieval" and "ndcg" pairs (queries, texts) of batches. Functions need none.
         higher_is_better: of a function.
         progress: show a progress bar for each measurement.
@@ -156,7 +158,7 @@ def _are_embeddings(output: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A function of a model whose errors name the model, and whose result is checked to be a finite number."""
+    """A function of a model in evaluation mode, whose errors name the model and whose result is a finite number."""
 
     measure: Callable[[Any], Any]
     name: str
@@ -165,7 +167,8 @@ class _Checked:
     def __call__(self, model: Model) -> float:
         which = "the dense model" if model is self.dense else f"the model ({type(model).__name__})"
         try:
-            value = self.measure(model)
+            with torch.no_grad(), evaluating(model):
+                value = self.measure(model)
         except Exception as error:
             kind = DataError if isinstance(error, DataError) else ModelError
             raised = "" if isinstance(error, DataError | ModelError) else f"{type(error).__name__}: "
