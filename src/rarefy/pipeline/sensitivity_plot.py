@@ -32,7 +32,7 @@ def figure(report: Report) -> str:
     step = (WIDTH - LEFT - RIGHT) / max(len(layers) - 1, 1)
     x_of = {name: LEFT + i * step for i, name in enumerate(layers)}
     title = f"loss of each layer alone, {report.summary['metric']}"
-    parts = [_text(LEFT, 24, title), *axis.parts()]
+    parts = [_text(LEFT, 24, title), *axis.grid_lines()]
     every = math.ceil(len(layers) / MAX_NAMES)
     parts += [_name(x_of[name], name) for name in layers[::every]]
     for i, (label, points) in enumerate(series.items()):
@@ -59,7 +59,7 @@ class _Axis:
         value = math.log10(loss) if self.logarithmic else loss
         return HEIGHT - (value - self.low) / (self.high - self.low) * (HEIGHT - TOP)
 
-    def parts(self) -> list[str]:
+    def grid_lines(self) -> list[str]:
         """Return the grid lines with their labels."""
         count = min(8, self.high - self.low) if self.logarithmic else 5
         ticks = [self.low + i * (self.high - self.low) / count for i in range(int(count) + 1)]
