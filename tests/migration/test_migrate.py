@@ -241,7 +241,7 @@ def test_broken_ones_give_a_recipe_or_a_recipe_error(name):
     from rarefy.common.yaml_text import read_yaml
 
     known = CONFIGS.get(name) or (LEGACY | LATER)[name]
-    whole = known[0] if name in CONFIGS else read_yaml(known[0], "r.yaml", tags=True).data
+    whole = known[0] if name in CONFIGS else read_yaml(known[0], "r.yaml", foreign=True).data
     rng, made = random.Random(name), 0
     for _ in range(60):
         try:
@@ -398,14 +398,14 @@ MISTAKES = {
     "ends before it starts": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, start_epoch: 5, end_epoch: 2}"), "ends at 2, before it starts at 5"),
     "mask of no kind": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, mask_type: round}"), "no pattern of mask 'round'; use unstructured"),
     "params a number": (legacy(RANGE, "GMPruningModifier {params: 3, final_sparsity: 0.5}"), "expected params as a list of names, got 3"),
-    "two of a kind": (legacy(RANGE, f"GMPruningModifier {GMP}", f"OBSPruningModifier {GMP}"), "prunes too: a stage has one pruning method"),
+    "two of a kind": (legacy(RANGE, f"GMPruningModifier {GMP}", f"OBSPruningModifier {GMP}"), "prunes too: in a span of training there is one pruning method"),
     "fp8": ("a_stage: {x_modifiers: {QuantizationModifier: {scheme: FP8_DYNAMIC}}}", "scheme FP8_DYNAMIC is not an integer scheme; supported are W8A8"),
     "float groups": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 4, type: float}}}}}}", "numbers of type 'float' are not supported"),
     "16 bits": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 16}}}}}}", "weights have 2 to 8 bits"),
     "groups a word": ("a_stage: {x_modifiers: {GPTQModifier: {config_groups: hello}}}", "expected config_groups with keys and values, got 'hello'"),
     "blocks": ("a_stage: {x_modifiers: {QuantizationModifier: {config_groups: {g: {weights: {num_bits: 4, strategy: block}}}}}}", "no counterpart of strategy block; use channel, tensor, group"),
     "no sparsities": ("a_stage: {x_modifiers: {SparseGPTModifier: {sparsity: []}}}", r"expected sparsity as a number or one per layer, got \[\]"),
-    "smooth alone": ("a_stage: {x_modifiers: {SmoothQuantModifier: {}}}", "no modifier after it quantizes"),
+    "smooth alone": ("a_stage: {x_modifiers: {SmoothQuantModifier: {}}}", "no modifier of its stage quantizes"),
     "awq": ("a_stage: {x_modifiers: {AWQModifier: {}}}", "AWQModifier has no counterpart: nearest is solver: obs"),
     "nothing left": ("a_stage: {run_type: oneshot, x_modifiers: {ConstantPruningModifier: {}}}", "has no setting that a recipe supports"),
     "a number of 400 digits": (legacy(RANGE, f"GMPruningModifier {{params: [hidden], final_sparsity: 0.5, end_epoch: {'9' * 400}}}"), "a number is too large to compute with"),
@@ -500,7 +500,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(RecipeError, match="no file 'nowhere.yaml'"):
         rarefy.migrate("nowhere.yaml")
     (tmp_path / "r.md").write_text("# only words")
-    with pytest.raises(RecipeError, match="begins with YAML between two lines of ---"):
+    with pytest.raises(RecipeError, match="holds no recipe: expected YAML with modifiers between two lines of ---"):
         rarefy.migrate(tmp_path / "r.md")
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(RecipeError, match="UTF-8"):

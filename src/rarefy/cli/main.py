@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli import inference_commands, optimize, profile, sensitivity, shared
+from rarefy.cli import inference_commands, migrate_command, optimize, profile, sensitivity, shared
 from rarefy.cli import report as report_command
 from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import ModelError, RarefyError, RecipeError, shell_text
@@ -309,33 +309,7 @@ def _field_text(row: Mapping[str, str]) -> str:
     )
 
 
-@app.command()
-def migrate(
-    source: Annotated[Path, typer.Argument(help="A recipe (.yaml, .md) or config (.json) of another tool.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Output file; by default the recipe is printed.")
-    ] = None,
-    skip: Annotated[bool, typer.Option("--skip", help="Leave out what has no counterpart, with a comment.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Translate a recipe of another tool, with a comment wherever the meaning differs.
-
-    Reads SparseML's recipes (legacy tags, stages, Markdown), llm-compressor's, NNCF configs before version 3, and, as
-    JSON or YAML, a WeightPruningConfig of Neural Compressor and configs of torch.ao.pruning. No code in a file is run.
-    """
-    from rarefy.common.atomic_io import write_bytes_atomic
-    from rarefy.migration.migrate import migrate as migrate_
-
-    migrated = migrate_(source, skip=skip)
-    if out is not None:
-        if out.is_dir() or (out.exists() and not force):
-            raise RecipeError(f"{out} exists: pass --force, or give another name")
-        write_bytes_atomic(out, migrated.text.encode())
-    if as_json:
-        print(json.dumps({"tool": migrated.tool, "recipe": migrated.recipe.to_dict(), "yaml": migrated.text}, indent=1))
-    elif out is None:
-        print(migrated.text, end="")
+app.command()(migrate_command.migrate)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rarefy.migration.recipe_draft import (
     Stage,
     curve,
     end_of_span,
+    ignored,
     is_unsupported,
     mapping,
     note_regrowth,
@@ -38,36 +39,65 @@ SCHEMES: dict[str, tuple[int, int | None, bool, int | None]] = {
 PRIVATE = (
     "sequential_update", "sequential_targets", "offload_hessians", "offload_device", "block_size", "update_size",
     "use_sequential_mse", "kv_cache_scheme", "num_calibration_steps", "calibration_function", "batch_size", "observer",
-    "disable_quantization_observer_epoch", "bypass_divisibility_checks", "preserve_sparsity_mask",
+    "disable_quantization_observer_epoch", "bypass_divisibility_checks", "preserve_sparsity_mask", "target_ids",
+    "post_oneshot_calibration", "log_types", "init_sparsity",
 )  # fmt: skip
 
 
 def convert(draft: Draft, modifiers: Sequence[Modifier], skip: bool) -> None:
     """Add the counterparts of modifiers to a draft, in order. RecipeError for one without, unless `skip`."""
-    smooth: list[Modifier] = []
+    tables = (HANDLERS, ("SmoothQuantModifier",))
+    supported = [m for m in modifiers if not is_unsupported(draft, m, tables, UNSUPPORTED, "modifier", skip)]
     times = [
         float(v)
-        for p in modifiers
+        for m in supported
         for k in ("end", "start")
-        if isinstance(v := p.settings.get(k), int | float) and v > 0
+        if isinstance(v := m.settings.get(k), int | float) and v > 0
     ]
     epochs = max([1.0, *times])
+    for stage in dict.fromkeys(m.stage for m in supported):
+        _convert_stage(draft, [m for m in supported if m.stage == stage], epochs)
+    last = max((i for i, s in enumerate(draft.stages) if s.name != "quantize"), default=0)
+    early = [s for s in draft.stages[:last] if s.name == "quantize"]
+    if early:
+        draft.stages = [*(s for s in draft.stages if s not in early), *early]
+        early[0].remarks.append("these layers were quantized before they were pruned or trained: here at the end")
+
+
+def _convert_stage(draft: Draft, modifiers: Sequence[Modifier], epochs: float) -> None:
+    """Add the modifiers of one stage: those that prune or train first, since quantized weights cannot be pruned."""
+    quantizers = [m for m in modifiers if m.name in QUANTIZERS]
+    smooth = [m for m in modifiers if m.name == "SmoothQuantModifier"]
     for modifier in modifiers:
-        if is_unsupported(draft, modifier, (HANDLERS, ("SmoothQuantModifier",)), UNSUPPORTED, "modifier", skip):
-            continue
-        if modifier.name == "SmoothQuantModifier":
-            smooth.append(modifier)
-        else:
-            before = len(draft.stages)
+        if modifier not in quantizers and modifier not in smooth:
             HANDLERS[modifier.name](draft, modifier, epochs)
-            quantize_stages = [s for s in draft.stages[before:] if s.name == "quantize"]
-            if smooth and quantize_stages:
-                _smooth(quantize_stages, smooth.pop())
-    if smooth:
+    before = len(draft.stages)
+    schemes = [
+        m for m in quantizers if m.name in SCHEME_ONLY or m.settings.get("scheme") or m.settings.get("config_groups")
+    ]
+    for modifier in schemes or quantizers:
+        HANDLERS[modifier.name](draft, modifier, epochs)
+    stages = draft.stages[before:]
+    if schemes:  # modifiers without a scheme quantize by that of the others
+        _refine(stages, [m for m in quantizers if m not in schemes], modifiers)
+    if smooth and stages:
+        _smooth(stages, smooth[-1])
+    elif smooth:
         raise RecipeError(
-            "SmoothQuantModifier moves outliers ahead of quantization, and no modifier after it quantizes "
+            "SmoothQuantModifier moves outliers ahead of quantization, and no modifier of its stage quantizes "
             f"[{smooth[0].where}]"
         )
+
+
+def _refine(stages: Sequence[Stage], solvers: Sequence[Modifier], modifiers: Sequence[Modifier]) -> None:
+    """Add the solver of modifiers that quantize by the scheme of another one."""
+    solvers = [
+        *solvers,
+        *(m for m in modifiers if m.name == "SparseGPTModifier" and m.settings.get("quantize") is True),
+    ]
+    for stage in stages if solvers else ():
+        if stage.settings.get("layers") != ["Embedding"]:
+            stage.settings.setdefault("solver", solver("obs", solvers[0].take()))
 
 
 def _smooth(stages: Sequence[Stage], modifier: Modifier) -> None:
@@ -83,7 +113,7 @@ def _smooth(stages: Sequence[Stage], modifier: Modifier) -> None:
 
 def _where(options: ModifierOptions, settings: dict[str, Any]) -> None:
     layers = selectors(options["targets"], options.modifier, "targets")
-    ignore = selectors(options["ignore"], options.modifier, "ignore")
+    ignore, _ = ignored(options)
     if layers:
         settings["layers"] = layers
     if ignore:
@@ -92,11 +122,13 @@ def _where(options: ModifierOptions, settings: dict[str, Any]) -> None:
 
 def _one_shot(by: str | None) -> Callable[[Draft, Modifier, float], None]:
     def handle(draft: Draft, modifier: Modifier, epochs: float) -> None:
-        options = modifier.take(mask_structure="0:0")
+        options = modifier.take(
+            mask_structure=f"{modifier.settings.get('prunen') or 0}:{modifier.settings.get('prunem') or 0}"
+        )
         pattern = pattern_of(options["mask_structure"], modifier)
         more: dict[str, Any] = {}
         remarks: list[str] = []
-        sparsity = options["sparsity"]
+        sparsity = options["sparsity"] if options["sparsity"] is not None else options["final_sparsity"]
         if isinstance(sparsity, list):
             if not sparsity:
                 raise RecipeError(
@@ -123,10 +155,8 @@ def _one_shot(by: str | None) -> Callable[[Draft, Modifier, float], None]:
             remarks.append(f"{modifier.name}: no counterpart of sparsity_profile {str(profile)[:40]} with this pattern")
         _where(options, settings)
         if options["quantize"]:
-            remarks.append(
-                f"{modifier.name}: quantize it in a stage of its own, or pattern: in a stage quantize does both at once"
-            )
-        draft.add("prune", settings, remarks + options.unmapped(*PRIVATE))
+            remarks.append(f"{modifier.name}: a stage quantize of its own follows, or has to be added")
+        draft.add("prune", settings, remarks + options.unmapped(*PRIVATE, "prunen", "prunem", "percdamp"))
 
     return handle
 
@@ -186,10 +216,13 @@ def _quantize(by: str | None) -> Callable[[Draft, Modifier, float], None]:
     def handle(draft: Draft, modifier: Modifier, epochs: float) -> None:
         options = modifier.take()
         groups = _groups(options)
-        ignore = selectors(options["ignore"], modifier, "ignore")
-        remarks = options.unmapped(
-            *PRIVATE, "actorder", "dampening_frac", "targets", "scheme", "config_groups", "iters", "submodules"
-        )
+        ignore, remarks = ignored(options)
+        if options["start"] is not None:
+            remarks.append(f"{modifier.name} began in training, at {options['start']}: here when training has ended")
+        remarks += options.unmapped(
+            *PRIVATE, "actorder", "dampening_frac", "percdamp", "targets", "scheme", "config_groups", "iters",
+            "submodules",
+        )  # fmt: skip
         for settings, more in groups:
             if by is not None:
                 settings["solver"] = solver(by, options)
@@ -204,16 +237,30 @@ def _quantize(by: str | None) -> Callable[[Draft, Modifier, float], None]:
 def _groups(options: ModifierOptions) -> list[tuple[dict[str, Any], list[str]]]:
     """Return the stage settings of each group of layers with its own scheme."""
     modifier, groups, scheme = options.modifier, options["config_groups"], options["scheme"]
+    linear, remarks = _overrides(options)
     stages: list[tuple[dict[str, Any], list[str]]] = []
     if groups is not None:
         for name, group in mapping(groups, modifier, "config_groups").items():
             stages.append(_group(mapping(group, modifier, f"config_groups.{name}"), modifier))
+    elif isinstance(scheme, Mapping) and "weights" in scheme:  # of early recipes
+        stages.append(_group({**scheme, "targets": options["targets"]}, modifier))
+    elif scheme is None and linear is not None:
+        stages.append(_group(linear, modifier))
     elif isinstance(scheme, Mapping):
         for name, targets in scheme.items():
             stages.append(_named(str(name), targets, modifier))
     else:
         stages.append(_named(str(scheme or "W8A8"), options["targets"], modifier))
-    return stages
+    return [(settings, [*more, *remarks]) for settings, more in stages]
+
+
+def _overrides(options: ModifierOptions) -> tuple[Mapping[str, Any] | None, list[str]]:
+    """Return the scheme that early recipes have for linear layers in `scheme_overrides`, and remarks on the others."""
+    overrides = mapping(options["scheme_overrides"], options.modifier, "scheme_overrides")
+    weighted = {k: v for k, v in overrides.items() if isinstance(v, Mapping) and v.get("weights")}
+    linear = weighted.pop("Linear", None)
+    remarks = [f"{options.modifier.name}: no counterpart of scheme_overrides of {', '.join(weighted)[:80]}"]
+    return linear and {**linear, "targets": ["Linear"]}, remarks if weighted else []
 
 
 def _named(scheme: str, targets: Any, modifier: Modifier) -> tuple[dict[str, Any], list[str]]:
@@ -291,6 +338,8 @@ HANDLERS: dict[str, Callable[[Draft, Modifier, float], None]] = {
     "AutoRoundModifier": _quantize("round"),
     "OutputDistillationModifier": _distil,
 }
+QUANTIZERS = ("GPTQModifier", "QuantizationModifier", "LegacyQuantizationModifier", "AutoRoundModifier")
+SCHEME_ONLY = ("QuantizationModifier", "LegacyQuantizationModifier")  # they have a scheme even where they name none
 UNSUPPORTED = {
     "LogarithmicEqualizationModifier": "nearest is smooth: 0.5 in a stage quantize (SmoothQuantModifier)",
     "AWQModifier": "nearest is solver: obs in a stage quantize (GPTQModifier), which loses less at 4 bits",

@@ -15,6 +15,7 @@ class Node:
 
     value: Any  # scalar, list of Node, or dict of str -> Node
     where: str
+    remarks: tuple[str, ...] = ()  # on the whole text, where this is its root
 
     @classmethod
     def of(cls, value: Any, where: str) -> Node:
@@ -28,8 +29,9 @@ class Node:
     @classmethod
     def of_yaml(cls, text: str, name: str) -> Node:
         """Return YAML text as nodes; a tag is the only key of a mapping. RecipeError for invalid YAML."""
-        document = read_yaml(text, name, tags=True)
-        return cls._located(document.data, document, ())
+        document = read_yaml(text, name, foreign=True)
+        root = cls._located(document.data, document, ())
+        return cls(root.value, root.where, document.remarks)
 
     @classmethod
     def _located(cls, value: Any, document: Document, path: Path) -> Node:

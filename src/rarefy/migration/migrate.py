@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.common.errors import RarefyError, RecipeError
-from rarefy.migration.translate import translate
+from rarefy.migration.translate import Request, Translation, translate
 from rarefy.recipe.parser import Recipe, from_yaml
 
 
@@ -31,15 +31,25 @@ class Migrated:
     recipe: Recipe
 
 
-def migrate(source: str | Path | Mapping[str, Any] | list[Any], *, skip: bool = False) -> Migrated:
+def migrate(
+    source: str | Path | Mapping[str, Any] | list[Any],
+    *,
+    skip: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    block: int | None = None,
+) -> Migrated:
     """Translate a recipe or config of another tool.
 
     No code in a file is run: formulas may only contain numbers, variables and arithmetic.
 
     Args:
-        source: a SparseML recipe (YAML, or Markdown with YAML at its top), an llm-compressor recipe, an NNCF config
-            before version 3, a `WeightPruningConfig` of Neural Compressor (dict), or a torch.ao.pruning config (list).
+        source: a SparseML recipe (YAML, or Markdown with YAML at its top or in fenced blocks), an llm-compressor
+            recipe, an NNCF config before version 3, a `WeightPruningConfig` of Neural Compressor (dict), or a
+            torch.ao.pruning config (list).
         skip: whether to leave out what has no counterpart, with a comment, instead of raising.
+        variables: values of variables that the recipe uses, in place of its own. A variable without a value is looked
+            up in the YAML and JSON files of the same folder.
+        block: the number (from 1) of the recipe in a Markdown file with several.
 
     Returns:
         The recipe and its YAML text.
@@ -59,9 +69,13 @@ def migrate(source: str | Path | Mapping[str, Any] | list[Any], *, skip: bool = 
         pattern: 2:4
     <BLANKLINE>
     """
-    tool, text = translate(source, skip)
+    return checked(source, translate(source, Request(skip, variables or {}, block)))
+
+
+def checked(source: object, done: Translation) -> Migrated:
+    """Return a translation as a valid recipe; RecipeError names its source."""
     try:
-        return Migrated(text, tool, from_yaml(text, "the migrated recipe"))
+        return Migrated(done.text, done.tool, from_yaml(done.text, "the migrated recipe"))
     except RarefyError as error:
         name = source if isinstance(source, str | Path) else "this config"
         raise RecipeError(f"{name}: the migrated recipe is not valid: {error}") from None

@@ -15,6 +15,8 @@ from rarefy.common.yaml_text import plain, write_yaml
 WIDTH = 110
 MAX_STEPS = 200  # of a schedule: each step computes all scores
 CURVES = ("linear", "cubic")
+CLASS_NAME = re.compile(r"[A-Z]\w*$")
+WEIGHTED = re.compile(r"Linear|Conv|(?<!Rotary)Embedding|Attention")  # in the names of classes that have layers
 TEACHER = "the teacher was your script's: here it is the model before the first stage, or teacher: FOLDER"
 Settings = dict[str, Any]
 
@@ -36,6 +38,7 @@ class Modifier:
     settings: Mapping[str, Any]
     where: str = ""
     run: str = ""  # "train" or "oneshot" if the recipe says so
+    stage: str = ""  # of a later recipe
 
     def take(self, **defaults: Any) -> ModifierOptions:
         """Return the settings as options with these defaults; options that nobody reads are reported by `unmapped`."""
@@ -144,7 +147,7 @@ def shape(pattern: str, sparsity: Any) -> Settings:
 
 def solver(name: str, options: ModifierOptions) -> Settings:
     """Return the settings of a solver, with its damping if given."""
-    damping = options.number("dampening_frac")
+    damping = options.number("dampening_frac" if options["dampening_frac"] is not None else "percdamp")
     return {"name": name} if damping is None else {"name": name, "damping": damping}
 
 
@@ -198,6 +201,23 @@ def selectors(value: Any, modifier: Modifier, name: str) -> list[str] | None:
     if any(re.fullmatch(r"__ALL(_PRUNABLE|_QUANTIZABLE)?__", n) for n in names):
         return None
     return [_selector(n) for n in names]
+
+
+def ignored(options: ModifierOptions) -> tuple[list[str] | None, list[str]]:
+    """Return the ignored layers as selectors, without classes that have no weights, and remarks.
+
+    Other tools take the names of activations and norms too; a selector of ours has to match a layer.
+    """
+    modifier = options.modifier
+    names = selectors(options["ignore"], modifier, "ignore") or []
+    dropped = [n for n in names if CLASS_NAME.match(n) and not WEIGHTED.search(n)]
+    left = [n for n in names if n not in dropped]
+    remarks = [f"{modifier.name}: ignored without layers to quantize: {', '.join(dropped)[:80]}"] if dropped else []
+    if left:
+        remarks.append(
+            f"{modifier.name}: of ignored names those that match no layer have to go: {', '.join(left)[:80]}"
+        )
+    return left or None, remarks
 
 
 def _selector(name: str) -> str:

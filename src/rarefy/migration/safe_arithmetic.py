@@ -32,7 +32,22 @@ CALLS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def compute(text: str, names: Mapping[str, float], where: str) -> float:
+def names_in(text: str) -> set[str]:
+    """Return the variables in an expression; none if it is too long or not Python.
+
+    >>> sorted(names_in("max(1, epochs * 0.5) - start"))
+    ['epochs', 'start']
+    """
+    try:
+        tree = ast.parse(text.strip()[: MAX_LENGTH + 1], mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return set()
+    nodes = list(ast.walk(tree))
+    called = {id(n.func) for n in nodes if isinstance(n, ast.Call)}
+    return {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in called}
+
+
+def compute(text: str, names: Mapping[str, Any], where: str) -> float:
     """Return the value of an expression. RecipeError with the location `where` for anything but arithmetic.
 
     >>> compute("max(1, epochs * 0.5) - 1", {"epochs": 30}, "here")
@@ -46,6 +61,8 @@ def compute(text: str, names: Mapping[str, float], where: str) -> float:
         raise RecipeError(f"{text[:60]!r} is not arithmetic [{where}]") from None
     try:
         return _bounded(_number(tree, names, where))
+    except RecipeError:
+        raise
     except (ArithmeticError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(f"{text[:60]!r} cannot be computed: {error} [{where}]") from None
 
@@ -63,13 +80,16 @@ def _round(x: Any, digits: Any) -> Any:
     return round(x, int(digits)) if digits else round(x)
 
 
-def _number(node: ast.AST, names: Mapping[str, float], where: str) -> Any:
+def _number(node: ast.AST, names: Mapping[str, Any], where: str) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         return _bounded(node.value)
     if isinstance(node, ast.Name):
         if node.id not in names:
             raise RecipeError(unknown("variable", node.id, names, where))
-        return _bounded(names[node.id])
+        value = names[node.id]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RecipeError(f"variable {node.id} is {value!r:.40}; arithmetic takes numbers [{where}]")
+        return _bounded(value)
     if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
         lhs, rhs = _number(node.left, names, where), _number(node.right, names, where)
         return _bounded(BINARY[type(node.op)](lhs, rhs))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from rarefy.common.errors import RecipeError
@@ -21,6 +23,7 @@ from rarefy.migration.recipe_draft import (
     Stage,
     curve,
     end_of_span,
+    ignored,
     is_unsupported,
     mapping,
     name_list,
@@ -32,19 +35,50 @@ from rarefy.migration.recipe_draft import (
 )
 
 LOG = ("log_types",)
+MAX_ADAM_RATE = 0.004  # a recipe with a higher learning rate was for SGD
 
 
 def convert(draft: Draft, modifiers: Sequence[Modifier], skip: bool) -> None:
     """Add the counterparts of legacy modifiers to a draft. RecipeError for one without, unless `skip`."""
     supported = [p for p in modifiers if not is_unsupported(draft, p, (HANDLERS,), UNSUPPORTED, "modifier", skip)]
     epochs = _epochs(modifiers)
-    for modifier in sorted(supported, key=lambda p: list(HANDLERS).index(p.name)):
-        HANDLERS[modifier.name](draft, modifier, epochs)
-    for stage in draft.stages:
-        if stage.name == "train":
-            stage.settings = {"epochs": max(1, math.ceil(epochs)), **stage.settings}
+    for nth, (begin, end) in enumerate(_phases(supported, epochs)):
+        parts = [p for p in (_part(m, begin, end, epochs) for m in supported) if p is not None]
+        if nth:
+            draft.add("train", {}, [f"training from epoch {begin:g} on, with another pruning method"])
+        for modifier in sorted(parts, key=lambda p: list(HANDLERS).index(p.name)):
+            HANDLERS[modifier.name](draft, modifier, end - begin)
+        stage = draft.stages[-1] if draft.stages else None
+        if stage is not None and stage.name == "train":
+            stage.settings = {"epochs": max(1, math.ceil(end - begin)), **stage.settings}
             if "optimizer" not in stage.settings:
                 stage.remarks.append("the optimizer was your script's: name it here (optimizer: {name: sgd, lr: 0.01})")
+
+
+def _phases(modifiers: Sequence[Modifier], epochs: float) -> list[tuple[float, float]]:
+    """Return the spans of training, in epochs, that become train stages: a pruning method after another begins one."""
+    pruning = [(*_epoch_span(m.take(), epochs), METHODS[m.name]) for m in modifiers if m.name in METHODS]
+    cuts: list[float] = []
+    last, method = 0.0, ""
+    for start, end, name in sorted(pruning):
+        if method and name != method and start >= last:
+            cuts.append(start)
+        last, method = max(last, end), name
+    edges = [0.0, *cuts, epochs]
+    return [(begin, end) for begin, end in pairwise(edges) if end > begin]
+
+
+def _part(modifier: Modifier, begin: float, end: float, epochs: float) -> Modifier | None:
+    """Return a modifier with epochs counted from the beginning of a phase; None if it acts before or after it."""
+    if (begin, end) == (0.0, epochs):
+        return modifier
+    start, last = _epoch_span(modifier.take(), epochs)
+    if modifier.name == "EpochRangeModifier":
+        start, last = begin, end
+    if start >= end or (begin > 0 and last <= begin):
+        return None
+    span = {"start_epoch": max(start, begin) - begin, "end_epoch": min(last, end) - begin}
+    return replace(modifier, settings={**modifier.settings, **span})
 
 
 def _epochs(modifiers: Sequence[Modifier]) -> float:
@@ -62,9 +96,13 @@ def _epochs(modifiers: Sequence[Modifier]) -> float:
     return max(limits)
 
 
+def _epoch_span(options: ModifierOptions, epochs: float) -> tuple[float, float]:
+    start = max(0.0, float(options.number("start_epoch") or 0.0))
+    return start, float(end_of_span(options, start, options.number("end_epoch"), epochs))
+
+
 def _span(options: ModifierOptions, epochs: float) -> tuple[float, float]:
-    start = max(0.0, options.number("start_epoch") or 0.0)
-    last = end_of_span(options, start, options.number("end_epoch"), epochs)
+    start, last = _epoch_span(options, epochs)
     return min(1.0, start / epochs), min(1.0, last / epochs)
 
 
@@ -128,10 +166,7 @@ def _plan(method: str, scope: str | None = None) -> Callable[[Draft, Modifier, f
             plan["cycles"] = max(1, round((end - start) * epochs / (2 * every)))
         plan |= {"start": start, "end": end}
         if method == "second-order":
-            plan |= {k: v for k, v in {
-                "gradients": options.number("num_grads"), "block": options.number("fisher_block_size"),
-                "damp": options.number("damp"),
-            }.items() if v is not None}  # fmt: skip
+            plan |= _fisher(options)
         if layers is not None:
             plan["layers"] = layers
         if groups:
@@ -139,7 +174,13 @@ def _plan(method: str, scope: str | None = None) -> Callable[[Draft, Modifier, f
             plan["ends"] = groups
         note_regrowth(options, stage)
         stage.remarks += options.unmapped(
-            *LOG, "phased", "score_type", "num_recomputations", "grad_sampler_kwargs", "num_pages"
+            *LOG,
+            "phased",
+            "score_type",
+            "num_recomputations",
+            "grad_sampler_kwargs",
+            "num_pages",
+            "momentum_buffer_reset",
         )
         score = options.values.get("score_type")
         if score not in (None, "magnitude"):
@@ -147,6 +188,21 @@ def _plan(method: str, scope: str | None = None) -> Callable[[Draft, Modifier, f
         _join(stage, plan, modifier)
 
     return handle
+
+
+def _fisher(options: ModifierOptions) -> dict[str, Any]:
+    """Return the settings of second-order pruning, which early recipes have under `mfac_options`."""
+    modifier = options.modifier
+    nested = mapping(options["mfac_options"], modifier, "mfac_options")
+    settings: dict[str, Any] = {}
+    for ours, theirs in {"gradients": "num_grads", "block": "fisher_block_size", "damp": "damp"}.items():
+        value: Any = options[theirs] if options[theirs] is not None else nested.get(theirs)
+        if isinstance(value, Mapping):  # by sparsity
+            numbers = [number(v, modifier, theirs) for v in value.values()]
+            value = max(numbers) if numbers else None
+        if value is not None:
+            settings[ours] = number(value, modifier, theirs)
+    return settings
 
 
 def _group_ends(value: Any, modifier: Modifier) -> dict[str, float]:
@@ -175,20 +231,26 @@ def _join(stage: Stage, plan: dict[str, Any], modifier: Modifier) -> None:
     if had is None:
         stage.settings["prune"] = plan
         return
-    alike = had["method"] == plan["method"] == "gradual" and had["pattern"] == plan["pattern"] == "unstructured"
-    if not alike or not had.get("layers") or not plan.get("layers"):
+    alike = had["method"] == plan["method"] == "gradual" and had["pattern"] == plan["pattern"]
+    if not alike or ":" in had["pattern"]:
         raise RecipeError(
-            f"{modifier.name} prunes too: a stage has one pruning method, or several gradual ones with their own "
-            f"params [{modifier.where}]"
+            f"{modifier.name} prunes too: in a span of training there is one pruning method, or several gradual ones "
+            f"of one mask_type, not N:M [{modifier.where}]"
         )
-    groups = had.pop("ends", None) or {l: had["sparsity"] for l in had["layers"]}
-    groups |= plan.get("ends") or {l: plan["sparsity"] for l in plan["layers"]}
+    everywhere = not had.get("layers") or not plan.get("layers")
+    groups: dict[str, Any] = had.pop("ends", None) or dict.fromkeys(had.get("layers") or ["*"], had["sparsity"])
+    groups |= plan.get("ends") or dict.fromkeys(plan.get("layers") or ["*"], plan["sparsity"])
     if any(had[k] != plan[k] for k in ("start", "end", "steps", "first", "schedule")):
         stage.remarks.append(f"{modifier.name} had a span of its own: all groups rise together here, the longer time")
-    had |= {"start": min(had["start"], plan["start"]), "end": max(had["end"], plan["end"]), "ends": groups,
-            "layers": had["layers"] + plan["layers"], "sparsity": max(groups.values()),
-            "steps": max(had["steps"], plan["steps"]), "first": min(had["first"], plan["first"])}  # fmt: skip
-    had.pop("scope", None)
+    layers = list(dict.fromkeys([*had.pop("layers", []), *plan.get("layers", [])]))
+    first = min(had["first"], plan["first"], *groups.values())
+    had |= {"start": min(had["start"], plan["start"]), "end": max(had["end"], plan["end"]),
+            "ends": {k: groups[k] for k in sorted(groups, key=lambda k: k != "*")}, "sparsity": max(groups.values()),
+            "steps": max(had["steps"], plan["steps"]), "first": first}  # fmt: skip
+    if not everywhere:
+        had["layers"] = layers
+    if had.pop("scope", None) or plan.get("scope"):
+        stage.remarks.append(f"{modifier.name}: each layer gets its sparsity here; before, a group shared it")
 
 
 def _range(draft: Draft, modifier: Modifier, epochs: float) -> None:
@@ -206,6 +268,7 @@ def _rate(draft: Draft, modifier: Modifier, epochs: float) -> None:
     optimizer = stage.settings.setdefault("optimizer", {"name": "adamw"})
     if first is not None:
         optimizer["lr"] = max(float(first), float(optimizer.get("lr", 0.0)))
+        optimizer["name"] = "sgd" if optimizer["lr"] > MAX_ADAM_RATE else "adamw"
     if stage.settings.get("lr_schedule", "constant") == "constant":
         stage.settings["lr_schedule"] = schedule
     if falls not in ("constant", "linear", "cosine"):
@@ -213,7 +276,7 @@ def _rate(draft: Draft, modifier: Modifier, epochs: float) -> None:
     final = options.number("final_lr")
     if final:
         stage.remarks.append(f"{modifier.name}: the rate falls to 0 here, not to {final:g}")
-    stage.remarks.append("the optimizer was your script's: adamw is assumed")
+    stage.remarks.append("the optimizer was your script's: it is assumed from the learning rate")
     stage.remarks += options.unmapped(
         *LOG, "start_epoch", "end_epoch", "lr_kwargs", "cycle_epochs", "constant_logging", "update_frequency"
     )
@@ -233,6 +296,9 @@ def _logging(draft: Draft, modifier: Modifier, epochs: float) -> None:
 
 def _constant(draft: Draft, modifier: Modifier, epochs: float) -> None:
     options, stage = modifier.take(), draft.train()
+    if "prune" in stage.settings and options.number("start_epoch"):
+        stage.remarks.append(f"{modifier.name}: zeros of pruning stay zeros anyway; keep_zeros holds those before it")
+        return
     stage.settings["keep_zeros"] = True
     if selectors(options["params"], modifier, "params") is not None:
         stage.remarks.append(f"{modifier.name} held the zeros of some layers: here those of all that are pruned stay")
@@ -280,11 +346,9 @@ def _quantization(draft: Draft, modifier: Modifier, epochs: float) -> None:
         weights, inputs = mapping(scheme.get("weights"), modifier, "weights"), scheme.get("input_activations")
         bits, activations = int(number(weights.get("num_bits", 8), modifier, "num_bits")), inputs is not None
     stage.settings["quantize"] = {"weights": f"int{bits}", "start": min(start, 0.99)}
-    ignore = selectors(options["ignore"], modifier, "ignore")
+    ignore, remarks = ignored(options)
+    stage.remarks += remarks
     if ignore:
-        stage.remarks.append(
-            f"{modifier.name}: of ignored names those that match no layer have to go: {', '.join(ignore)[:80]}"
-        )
         stage.settings["quantize"]["ignore"] = ignore
     if activations:
         stage.remarks.append(
@@ -335,6 +399,11 @@ def _blocks(draft: Draft, modifier: Modifier, epochs: float) -> None:
     draft.train()
 
 
+METHODS = {  # pruning methods of modifiers: those of one method can share a stage
+    "GMPruningModifier": "gradual", "MagnitudePruningModifier": "gradual", "GlobalMagnitudePruningModifier": "gradual",
+    "ACDCPruningModifier": "alternate", "MFACPruningModifier": "second-order", "OBSPruningModifier": "second-order",
+    "MovementPruningModifier": "movement", "RigLPruningModifier": "rigl",
+}  # fmt: skip
 HANDLERS: dict[str, Callable[[Draft, Modifier, float], None]] = {
     "EpochRangeModifier": _range,
     "SetLearningRateModifier": _rate,
@@ -342,15 +411,8 @@ HANDLERS: dict[str, Callable[[Draft, Modifier, float], None]] = {
     "LearningRateFunctionModifier": _rate,
     "SetWeightDecayModifier": _decay,
     "SparsificationLoggingModifier": _logging,
+    **{name: _plan(method, "global" if "Global" in name else None) for name, method in METHODS.items()},
     "ConstantPruningModifier": _constant,
-    "GMPruningModifier": _plan("gradual"),
-    "MagnitudePruningModifier": _plan("gradual"),
-    "GlobalMagnitudePruningModifier": _plan("gradual", "global"),
-    "ACDCPruningModifier": _plan("alternate"),
-    "MFACPruningModifier": _plan("second-order"),
-    "OBSPruningModifier": _plan("second-order"),
-    "MovementPruningModifier": _plan("movement"),
-    "RigLPruningModifier": _plan("rigl"),
     "StructuredPruningModifier": _structured,
     "LayerThinningModifier": _thinning,
     "LayerPruningModifier": _blocks,

@@ -2,109 +2,153 @@
 
 Reads SparseML's recipes (YAML or Markdown, legacy tags, stages, variables and arithmetic), llm-compressor's, NNCF's
 before version 3, Neural Compressor's `WeightPruningConfig` and configs of torch.ao.pruning. Files
-are data: no code in them is run. They have at most 64 KiB.
+are data: no code in them is run. A recipe has at most 64 KiB.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rarefy.common.errors import RecipeError
+from rarefy.common.yaml_text import MAX_DEPTH
 from rarefy.migration import llm_compressor, nncf_neural_compressor, sparseml
 from rarefy.migration.located_node import Node
 from rarefy.migration.recipe_draft import Draft, Modifier
-from rarefy.migration.safe_arithmetic import compute
+from rarefy.migration.recipe_text import choose, find_recipes, read_file
+from rarefy.migration.variables import NONE, Variables, check_used, resolve
 
-MAX_LENGTH = 64 << 10  # characters of a file
-FRONT = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)  # of Markdown
-FORMULA = re.compile(r"(?:eval|calc)\((.*)\)$", re.DOTALL)
-POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")  # a number that YAML 1.1 reads as a word
+RENAMED = {  # names of earlier versions
+    "GradualKSModifier": "GMPruningModifier",
+    "LegacyGMPruningModifier": "GMPruningModifier",
+    "ConstantKSModifier": "ConstantPruningModifier",
+    "TrainableParamsKSModifier": "TrainableParamsModifier",
+    "SparseOPTModifier": "SparseGPTModifier",
+    "SparseLlamaModifier": "SparseGPTModifier",
+    "FastOBCQModifier": "SparseGPTModifier",
+}
+ONE_SHOT = ("SparseGPTModifier", "WandaPruningModifier", "GPTQModifier", "SmoothQuantModifier")  # never in training
 
 
-def translate(source: str | Path | Mapping[str, Any] | list[Any], skip: bool) -> tuple[str, str]:
-    """Return (tool, YAML text) for a file or a config as plain data. See `rarefy.migrate`."""
+@dataclass(frozen=True)
+class Request:
+    """How to translate.
+
+    Args:
+        skip: whether to leave out what has no counterpart.
+        variables: values of variables of the recipe.
+        block: number of the recipe in a file with several.
+        lenient: whether a variable may be given that the recipe does not have.
+    """
+
+    skip: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    block: int | None = None
+    lenient: bool = False
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A translated recipe: the tool it belongs to, YAML text, and the given variables that had an effect."""
+
+    tool: str
+    text: str
+    used: frozenset[str]
+
+
+def translate(source: str | Path | Mapping[str, Any] | list[Any], request: Request) -> Translation:
+    """Return the translation of a file or of a config as plain data. See `rarefy.migrate`."""
+    root, path = _read(source, request.block)
     try:
-        tool, draft = _convert(_read(source), skip)
-        return tool, draft.to_yaml()
+        config = _config(root, request.skip)
+        if config is None:
+            return _recipe(root, path, request)
+        if request.variables and not request.lenient:
+            raise RecipeError(f"variables have no effect on a config of {config[0]} [{root.where}]")
+        return Translation(config[0], config[1].to_yaml(), frozenset())
     except ArithmeticError as error:
         raise RecipeError(f"a number is too large to compute with: {error}") from None
 
 
-def _read(source: Any) -> Node:
+def _read(source: Any, block: int | None) -> tuple[Node, Path | None]:
+    """Return the data of a source, and its file if it is one."""
     if isinstance(source, Mapping | list | tuple):
-        return Node.of(_data(source), "config")
+        return Node.of(plain_data(source), "config"), None
     if not isinstance(source, str | os.PathLike):
         raise RecipeError(f"expected a recipe as a file, a dict or a list, got {type(source).__name__}")
     path = Path(source)
-    if not path.is_file():
-        raise RecipeError(f"no file {str(path)!r}: give a recipe or a config of another tool")
-    size = path.stat().st_size
-    if size > 4 * MAX_LENGTH:
-        raise RecipeError(f"{path.name} has {size:,} bytes; a recipe has at most {MAX_LENGTH:,} characters")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path.name}: a recipe is UTF-8 text") from None
-    if len(text) > MAX_LENGTH:
-        raise RecipeError(f"{path.name} has {len(text):,} characters; a recipe has at most {MAX_LENGTH:,}")
+    text = read_file(path)
     if path.suffix == ".json":
         try:
-            return Node.of(json.loads(text), path.name)
+            return Node.of(plain_data(json.loads(text)), path.name), path
         except (ValueError, RecursionError) as error:
+            if isinstance(error, RecipeError):
+                raise
             raise RecipeError(f"{path.name}: not JSON: {error}") from None
-    front = FRONT.match(text)
-    if front:
-        text = "\n" * text[: front.start(1)].count("\n") + front[1]  # so that lines keep their numbers
-    elif path.suffix in (".md", ".markdown"):
-        raise RecipeError(f"{path.name}: a Markdown recipe begins with YAML between two lines of ---")
-    return Node.of_yaml(text, path.name)
+    return Node.of_yaml(choose(find_recipes(text, path.name), block, path.name).text, path.name), path
 
 
-def _data(value: Any, depth: int = 0) -> Any:
+def plain_data(value: Any, depth: int = 0) -> Any:
     """Return a copy as plain data; RecipeError for anything else."""
-    if depth > 16:
-        raise RecipeError("the config is nested more than 16 levels deep")
+    if depth > MAX_DEPTH:
+        raise RecipeError(f"the config is nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, Mapping):
-        return {str(k): _data(v, depth + 1) for k, v in value.items()}
+        return {str(k): plain_data(v, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_data(v, depth + 1) for v in value]
+        return [plain_data(v, depth + 1) for v in value]
     if value is None or isinstance(value, str | int | float):
         return value
     raise RecipeError(f"expected text, numbers, lists and dicts in a config, got {type(value).__name__}")
 
 
-def _convert(root: Node, skip: bool) -> tuple[str, Draft]:
+def _config(root: Node, skip: bool) -> tuple[str, Draft] | None:
+    """Return (tool, draft) of a config; None for a recipe, which is a mapping."""
     value = root.value
     if isinstance(value, list) and value and all(isinstance(n.value, dict) and "tensor_fqn" in n.value for n in value):
         draft = Draft("a config of torch.ao.pruning")
-        nncf_neural_compressor.ao(draft, _plain(root))
+        nncf_neural_compressor.ao(draft, NONE.computed(root))
         return "torch.ao.pruning", draft
-    if isinstance(value, dict) and "compression" in value:
-        draft = Draft("a config of NNCF")
-        nncf_neural_compressor.nncf(draft, _plain(root), skip)
-        return "nncf", draft
-    if isinstance(value, dict) and {"pruning_configs", "target_sparsity", "pruning_type"} & set(value):
-        draft = Draft("a WeightPruningConfig of Neural Compressor")
-        nncf_neural_compressor.inc(draft, _plain(root))
-        return "neural-compressor", draft
     if not isinstance(value, dict):
         raise RecipeError(f"not a recipe or config of a known tool: {KNOWN} [{root.where}]")
-    names = _variables(root)
-    legacy, later = list(_tagged(root, names)), list(_named(root, names))
-    if legacy and later:
-        raise RecipeError(
-            f"{later[0].name} has no tag, but other modifiers have one: two kinds of recipe [{later[0].where}]"
-        )
-    if not legacy and not later:
+    if "compression" in value:
+        draft = Draft("a config of NNCF")
+        nncf_neural_compressor.nncf(draft, NONE.computed(root), skip)
+        return "nncf", draft
+    if {"pruning_configs", "target_sparsity", "pruning_type"} & set(value):
+        draft = Draft("a WeightPruningConfig of Neural Compressor")
+        nncf_neural_compressor.inc(draft, NONE.computed(root))
+        return "neural-compressor", draft
+    return None
+
+
+def _recipe(root: Node, path: Path | None, request: Request) -> Translation:
+    """Translate a recipe of SparseML or llm-compressor."""
+    if isinstance(root.value.get("stages", Node(None, "")).value, list):
+        raise RecipeError(f"this is a recipe of Rarefy already: run it with rarefy compress --recipe [{root.where}]")
+    if not any("modifiers" in key for key in _keys(root)):
         raise RecipeError(f"neither modifiers nor a config of a known tool: {KNOWN} [{root.where}]")
-    draft = Draft("a recipe of SparseML" if legacy else "a recipe of SparseML or llm-compressor")
-    (sparseml if legacy else llm_compressor).convert(draft, legacy or later, skip)
-    return "sparseml" if legacy else "llm-compressor", draft
+    given = plain_data(request.variables)
+    variables = resolve(root, given, path)
+    if not request.lenient:
+        check_used(given, variables.used, root)
+    tagged, named = list(_tagged(root, variables)), list(_named(root, variables))
+    if tagged and named:
+        raise RecipeError(
+            f"{named[0].name} has no tag, but other modifiers have one: two kinds of recipe [{named[0].where}]"
+        )
+    if not tagged and not named:
+        raise RecipeError(
+            f"no modifiers below the keys that end in modifiers: such as - !GMPruningModifier [{root.where}]"
+        )
+    is_legacy = bool(tagged) and not any(m.name in ONE_SHOT for m in tagged)
+    draft = Draft("a recipe of SparseML" if is_legacy else "a recipe of SparseML or llm-compressor")
+    draft.remarks += [*root.remarks, *variables.remarks]
+    (sparseml if is_legacy else llm_compressor).convert(draft, tagged or named, request.skip)
+    return Translation("sparseml" if is_legacy else "llm-compressor", draft.to_yaml(), variables.used)
 
 
 KNOWN = (
@@ -113,53 +157,38 @@ KNOWN = (
 )
 
 
-def _variables(root: Node) -> Mapping[str, float]:
-    """Return the numeric variables of a recipe and its stages, computed ones included."""
-    variables: dict[str, Node] = {}
-    for name, node in root.value.items():
-        if name.endswith("_stage") and isinstance(node.value, dict):
-            variables |= {k: v for k, v in node.value.items() if not isinstance(v.value, dict | list)}
-        elif not isinstance(node.value, dict | list):
-            variables[name] = node
-    values = {k: _computed(n, {}) for k, n in variables.items() if not FORMULA.match(str(n.value).strip())}
-    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    formulas = {
-        k: (m[1], n.where)
-        for k, n in variables.items()
-        if isinstance(n.value, str) and (m := FORMULA.match(n.value.strip()))
-    }
-    for _ in range(len(formulas)):  # each round computes at least one, or a cycle is left
-        for name, (text, where) in list(formulas.items()):
-            if not {w for w in re.findall(r"[A-Za-z_]\w*", text)} & set(formulas):
-                numbers[name] = compute(text, numbers, where)
-                del formulas[name]
-    if formulas:
-        name, (text, where) = next(iter(formulas.items()))
-        raise RecipeError(f"{name} depends on itself: {text[:60]} [{where}]")
-    return numbers
+def _keys(root: Node) -> Iterator[str]:
+    """Yield the keys of a recipe and of its stages."""
+    for key, node in root.value.items():
+        yield key
+        if isinstance(node.value, dict):
+            yield from node.value
 
 
-def _tagged(root: Node, names: Mapping[str, float]) -> Iterator[Modifier]:
+def _current(name: str) -> str:
+    """Return the later name of a modifier."""
+    return RENAMED.get(name, name)
+
+
+def _tagged(root: Node, variables: Variables) -> Iterator[Modifier]:
     """Yield the modifiers of legacy recipes: lists of tagged settings under keys that contain `modifiers`."""
     for key, node in root.value.items():
         inner = node.value
         if "modifiers" in key and isinstance(inner, list):
             for item in inner:
-                if (
-                    not isinstance(item.value, dict)
-                    or len(item.value) != 1
-                    or not next(iter(item.value)).startswith("!")
-                ):
+                names = list(item.value) if isinstance(item.value, dict) else []
+                if len(names) != 1 or not names[0].startswith("!"):
                     raise RecipeError(f"{key} is a list of modifiers such as - !GMPruningModifier [{item.where}]")
-                [(tag, settings)] = item.value.items()
+                settings = item.value[names[0]]
                 if not isinstance(settings.value, dict):
-                    raise RecipeError(f"{tag} is followed by its settings [{settings.where}]")
-                yield Modifier(tag.lstrip("!").rpartition(".")[2], _computed(settings, names), item.where)
+                    raise RecipeError(f"{names[0]} is followed by its settings [{settings.where}]")
+                name = names[0].lstrip("!").rpartition(".")[2]
+                yield Modifier(_current(name), variables.computed(settings), item.where)
         elif isinstance(inner, dict) and any("modifiers" in k and isinstance(v.value, list) for k, v in inner.items()):
-            yield from _tagged(node, names)
+            yield from _tagged(node, variables)
 
 
-def _named(root: Node, names: Mapping[str, float], run: str = "") -> Iterator[Modifier]:
+def _named(root: Node, variables: Variables, run: str = "", stage: str = "") -> Iterator[Modifier]:
     """Yield the modifiers of later recipes: settings by name under keys that end in `modifiers`, in stages or not."""
     for key, node in root.value.items():
         inner = node.value
@@ -168,29 +197,8 @@ def _named(root: Node, names: Mapping[str, float], run: str = "") -> Iterator[Mo
                 content = {} if settings.value is None else settings.value
                 if not isinstance(content, dict):
                     raise RecipeError(f"{name} has settings, as keys and values [{settings.where}]")
-                yield Modifier(name, _computed(Node(content, settings.where), names), settings.where, run)
+                values = variables.computed(Node(content, settings.where))
+                yield Modifier(_current(name), values, settings.where, run, stage)
         elif isinstance(inner, dict) and (key.endswith("_stage") or any(k.endswith("modifiers") for k in inner)):
             kind = inner.get("run_type")
-            yield from _named(node, names, str(kind.value) if kind is not None else run)
-
-
-def _computed(node: Node, names: Mapping[str, float]) -> Any:
-    """Return plain data with formulas computed and variables replaced."""
-    if isinstance(node.value, dict):
-        return {k: _computed(v, names) for k, v in node.value.items()}
-    if isinstance(node.value, list):
-        return [_computed(v, names) for v in node.value]
-    if isinstance(node.value, str):
-        text = node.value.strip()
-        formula = FORMULA.match(text)
-        if formula:
-            return compute(formula[1], names, node.where)
-        if text.startswith("$") and text[1:] in names:
-            return names[text[1:]]
-        if POWER.match(text):
-            return float(text)
-    return node.value
-
-
-def _plain(node: Node) -> Any:
-    return _computed(node, {})
+            yield from _named(node, variables, str(kind.value) if kind is not None else run, key)
