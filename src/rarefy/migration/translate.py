@@ -131,10 +131,10 @@ def _recipe(root: Node, path: Path | None, request: Request) -> Translation:
         raise RecipeError(f"this is a recipe of Rarefy already: run it with rarefy compress --recipe [{root.where}]")
     if not any("modifiers" in key for key in _keys(root)):
         raise RecipeError(f"neither modifiers nor a config of a known tool: {KNOWN} [{root.where}]")
-    given = plain_data(request.variables)
-    variables = resolve(root, given, path)
+    overrides = plain_data(request.variables)
+    variables = resolve(root, overrides, path)
     if not request.lenient:
-        check_used(given, variables.used, root)
+        check_used(overrides, variables.used, root)
     tagged, named = list(_tagged(root, variables)), list(_named(root, variables))
     if tagged and named:
         raise RecipeError(

@@ -38,12 +38,12 @@ class Variables:
 NONE = Variables({})
 
 
-def resolve(root: Node, given: Mapping[str, Any], beside: Path | None) -> Variables:
+def resolve(root: Node, overrides: Mapping[str, Any], beside: Path | None) -> Variables:
     """Return the variables of a recipe and its stages, computed ones included.
 
     Args:
         root: the recipe, a mapping.
-        given: values that replace or add to those of the recipe.
+        overrides: values that replace or add to those of the recipe.
         beside: the recipe's file; missing variables are looked up in the files of its folder.
 
     Raises:
@@ -53,24 +53,24 @@ def resolve(root: Node, given: Mapping[str, Any], beside: Path | None) -> Variab
     declared, missing = tuple(nodes), dict[str, str]()
     for text, where in _formulas(root):
         missing |= {name: where for name in sorted(names_in(text)) if name not in nodes and name not in missing}
-    used = frozenset(name for name in given if name in nodes or name in missing)
-    remarks = [f"{name} = {_short(given[name])} was given" for name in given if name in used]
-    nodes |= {name: Node.of(given[name], f"variable {name}") for name in used}
-    missing = {name: where for name, where in missing.items() if name not in given}
+    used = frozenset(name for name in overrides if name in nodes or name in missing)
+    remarks = [f"{name} = {_short(overrides[name])} was given" for name in overrides if name in used]
+    nodes |= {name: Node.of(overrides[name], f"variable {name}") for name in used}
+    missing = {name: where for name, where in missing.items() if name not in overrides}
     if missing and beside is not None:
         for name, (node, value) in _in_folder(beside, tuple(missing)).items():
             nodes[name] = node
             remarks.append(f"{name} = {_short(value)} is from {node.where}")
             del missing[name]
     if missing:
-        raise RecipeError(_missing_text(missing, (*declared, *(n for n in given if n not in used))))
+        raise RecipeError(_missing_text(missing, (*declared, *(n for n in overrides if n not in used))))
     return Variables(_values(nodes), tuple(remarks), used)
 
 
-def check_used(given: Mapping[str, Any], used: frozenset[str], root: Node) -> None:
+def check_used(overrides: Mapping[str, Any], used: frozenset[str], root: Node) -> None:
     """Raise RecipeError for a given variable that a recipe neither defines nor needs."""
     names = dict.fromkeys([*dict(_declared(root)), *(n for text, _ in _formulas(root) for n in sorted(names_in(text)))])
-    for name in given:
+    for name in overrides:
         if name not in used and not names:
             raise RecipeError(f"variable {name!r} has no effect: the recipe has no variables [{root.where}]")
         if name not in used:
@@ -158,7 +158,7 @@ def _in_folder(recipe: Path, names: tuple[str, ...]) -> dict[str, tuple[Node, An
 
     Raises RecipeError if files give different values.
     """
-    found: dict[str, tuple[Node, Any]] = {}
+    definitions: dict[str, tuple[Node, Any]] = {}
     for path in _candidates(recipe):
         try:
             text = read_file(path)
@@ -171,14 +171,14 @@ def _in_folder(recipe: Path, names: tuple[str, ...]) -> dict[str, tuple[Node, An
             if name not in names:
                 continue
             value = _computed(node, {})
-            if name in found and found[name][1] != value:
-                first, other = found[name][0].where, node.where
+            if name in definitions and definitions[name][1] != value:
+                first, other = definitions[name][0].where, node.where
                 raise RecipeError(
-                    f"{name} is {_short(found[name][1])} in {first} and {_short(value)} in {other}: pass "
+                    f"{name} is {_short(definitions[name][1])} in {first} and {_short(value)} in {other}: pass "
                     f"variables={{{name!r}: VALUE}} (shell: pass --set {name}=VALUE)"
                 )
-            found.setdefault(name, (node, value))
-    return found
+            definitions.setdefault(name, (node, value))
+    return definitions
 
 
 def _candidates(recipe: Path) -> Iterator[Path]:
