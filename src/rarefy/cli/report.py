@@ -71,7 +71,7 @@ def read_result(path: Path) -> tuple[Any, Callable[[Any], str]]:
         text = _text_of(file)
         if file.suffix == ".jsonl":
             return bench_from_lines(text), bench_page
-        data = parse_json(text, file.name)
+        data = parse_json(text)
         if isinstance(data, dict) and "points" in data:
             return frontier_from_dict(data), frontier_page
         return receipt_from_dict(data), receipt_page

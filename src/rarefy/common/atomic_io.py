@@ -57,12 +57,12 @@ def write_new_file(path: str | os.PathLike[str], text: str, overwrite: bool = Fa
     return file
 
 
-def parse_json(text: str, name: str) -> Any:
-    """Return JSON text as plain data, with finite numbers alone; ContainerError, with `name`, for anything else."""
+def parse_json(text: str, where: str = "") -> Any:
+    """Return JSON text as plain data, with finite numbers alone; ContainerError, naming `where`, for anything else."""
     try:
         return json.loads(text, parse_constant=_refuse_number, parse_float=_finite_float)
     except (ValueError, RecursionError) as error:
-        raise ContainerError(f"{name}: not JSON: {error}") from None
+        raise ContainerError(f"{where}: not JSON: {error}".removeprefix(": ")) from None
 
 
 def _finite_float(text: str) -> float:
