@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from page_reader import Reader, centre, marks, plots_of, scale
 
+from page_reader import Reader, centre, marks, plots_of, scale
 from rarefy.common.errors import ContainerError
 from rarefy.evaluation.receipt import Receipt, receipt_from_dict
 from rarefy.evaluation.receipt_page import receipt_page

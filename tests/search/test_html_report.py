@@ -251,6 +251,24 @@ def test_the_unit_of_losses_is_read_from_the_points(relative, text):
     assert next(row for row in rows if row[0].startswith("1. p"))[2] == text
 
 
+def test_batches_of_language_models_have_their_names():
+    frontier = samples.realistic()
+
+    def renamed(values):
+        return {{"1": "decode", "16": "prompt"}[batch]: value for batch, value in values.items()}
+
+    def renamed_point(point):
+        return replace(point, milliseconds=renamed(point.milliseconds), speedup=renamed(point.speedup), predicted={})
+
+    points = tuple(map(renamed_point, frontier.points))
+    page = frontier_page(
+        replace(frontier, batches=("decode", "prompt"), dense=renamed_point(frontier.dense), points=points)
+    )
+    titles = [e.text for plot in plots_of(page) for e in plot.iter("title") if e.get("id")]
+    assert titles == ["R@1, decode", "R@1, prompt"] and "batch decode" not in page
+    assert {"ms, decode", "predicted ms, prompt (error)"} <= set(next(r for r in Reader(page).rows if r[0] == "model"))
+
+
 def test_the_same_frontier_gives_the_same_page():
     again = frontier_from_dict(json.loads(samples.realistic().to_json()))
     assert again == replace(samples.realistic(), points=again.points, dense=again.dense)

@@ -10,7 +10,7 @@ from rarefy.evaluation.html_page import Html, document, element, facts, section,
 from rarefy.evaluation.receipt_page import machine_facts, notes, verdict
 from rarefy.search.report_plots import plots
 from rarefy.search.report_tables import layers_table, peers_table, points_table
-from rarefy.search.report_text import loss_text, loss_unit, metric_name, quality_text, size_text, time_text
+from rarefy.search.report_text import batch_name, loss_text, loss_unit, metric_name, quality_text, size_text, time_text
 
 ENDS = {
     "done": "The search ended by itself.",
@@ -55,7 +55,7 @@ def _key_figures(frontier: Any) -> list[tuple[str, object, object]]:
         f"dense {quality_text(frontier, dense.quality)}{lost}",
     )
     times = [
-        (f"batch {b}", f"{best.speedup[b]:.2f}x as fast", f"{time_text(best, b)} ms, dense {time_text(dense, b)} ms")
+        (batch_name(b), f"{best.speedup[b]:.2f}x as fast", f"{time_text(best, b)} ms, dense {time_text(dense, b)} ms")
         for b in frontier.batches
         if b in best.speedup
     ]

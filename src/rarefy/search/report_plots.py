@@ -8,7 +8,7 @@ from typing import Any
 from rarefy.common.report import three_digits
 from rarefy.evaluation.html_page import Html, element
 from rarefy.evaluation.svg_plot import Limit, Mark, legend, scatter
-from rarefy.search.report_text import kind_of, metric_name, quality_text, time_text, unit
+from rarefy.search.report_text import batch_name, kind_of, metric_name, quality_text, time_text, unit
 
 CAPTION = (
     "Each mark is a model as it is deployed; thin lines are quartiles of its time. The line joins the models that no "
@@ -32,7 +32,7 @@ def _plot(frontier: Any, batch: str) -> Html:
         for i, point in enumerate(frontier.points, 1)
         if point.quality is not None and batch in point.milliseconds
     ]
-    description = f"{len(marks)} models, {metric} against milliseconds of a batch of {batch}."
+    description = f"{len(marks)} models, {metric} against milliseconds, {batch_name(batch)}."
     if best is not None and batch in best.milliseconds:
         description += f" The best, {best.name}: {quality_text(frontier, best.quality)} in {time_text(best, batch)} ms."
     references = [("dense", "dense", frontier.dense.quality, frontier.dense.milliseconds)]
@@ -43,11 +43,11 @@ def _plot(frontier: Any, batch: str) -> Html:
         if quality is not None and batch in times
     ]
     return scatter(
-        title=f"{metric}, batch {batch}",
+        title=f"{metric}, {batch_name(batch)}",
         description=description,
         marks=marks,
         limits=_limits(frontier, batch),
-        x_label=f"milliseconds, batch {batch}",
+        x_label=f"milliseconds, {batch_name(batch)}",
         y_label=f"{metric},{scale}" if scale else metric,
         higher_is_better=frontier.metric["higher_is_better"],
     )

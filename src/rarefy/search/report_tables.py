@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from rarefy.common.report import three_digits
 from rarefy.evaluation.html_page import Column, Html, bars, breakable, element, join, table
-from rarefy.search.report_text import kind_of, loss_text, loss_unit, quality_text, size_text
+from rarefy.search.report_text import batch_name, kind_of, loss_text, loss_unit, quality_text, size_text
 
 LAYER_KEYS = {  # of a row of a point's layers: the head of its column
     "layer": "layer",
@@ -55,7 +55,7 @@ def peers_table(frontier: Any) -> Html:
         def median(row: Mapping[str, Any]) -> float | None:
             return row.get("milliseconds", {}).get(batch, {}).get("median")
 
-        return Column(f"ms, batch {batch}", lambda r: _or_dash(median(r)), median, numeric=True)
+        return Column(f"ms, {batch_name(batch)}", lambda r: _or_dash(median(r)), median, numeric=True)
 
     columns = [
         Column("engine", lambda r: r["name"]),
@@ -97,7 +97,9 @@ def _time(batch: str) -> Column:
             lines.append(element("div", element("small", quartiles)))
         return join(lines)
 
-    return Column(f"ms, batch {batch}", content, lambda r: r[1].milliseconds.get(batch, {}).get("median"), numeric=True)
+    return Column(
+        f"ms, {batch_name(batch)}", content, lambda r: r[1].milliseconds.get(batch, {}).get("median"), numeric=True
+    )
 
 
 def _predicted_loss(row: Numbered) -> float | None:
@@ -115,7 +117,7 @@ def _predicted_time(batch: str) -> Column:
         error = f" ({time['median'] / expected - 1:+.0%})" if time is not None and expected else ""
         return f"{_or_dash(expected)}{error}"
 
-    return Column(f"predicted ms, batch {batch} (error)", content, predicted, numeric=True)
+    return Column(f"predicted ms, {batch_name(batch)} (error)", content, predicted, numeric=True)
 
 
 def layers_table(rows: Sequence[Mapping[str, Any]]) -> Html:

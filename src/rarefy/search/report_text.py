@@ -50,6 +50,11 @@ def loss_is_relative(frontier: Any) -> bool:
     return True
 
 
+def batch_name(batch: str) -> str:
+    """Return what a timed batch is called: "batch 16", or "decode" as it is."""
+    return f"batch {batch}" if batch.isdigit() else shortened(batch, 20)
+
+
 def time_text(point: Any, batch: str) -> str:
     """Return the median milliseconds of a batch."""
     time = point.milliseconds.get(batch)
